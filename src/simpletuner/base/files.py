@@ -1,0 +1,113 @@
+"""Files that are whole or absent: atomic writes, hashes, and a lock that names its holder."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+from simpletuner.base.errors import CheckpointError, DiskError
+
+
+@contextlib.contextmanager
+def disk_full_is_reported(path: Path) -> Iterator[None]:
+    """Turn "no space left", quota and read-only failures below this block into a `DiskError` about `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise DiskError.of(
+                f"cannot write {path}: {os.strerror(error.errno)}",
+                remedy="Free some space or point the option to another disk, then run the same command again: "
+                "what is finished is kept.",
+            ) from error
+        raise
+
+
+def sync_directory(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, data: bytes, *, sync: bool = True) -> None:
+    """Write `data` so that `path` holds either its old content or all of the new.
+
+    `sync=False` leaves the flush to the system: right for caches, which are verified when read.
+
+    Raises:
+        DiskError: no space, no quota, or a read-only disk.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with disk_full_is_reported(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("wb") as file:
+                file.write(data)
+                if sync:
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+        if sync:
+            sync_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in `path` (UTF-8, a byte-order mark is ignored)."""
+    return json.loads(path.read_text(encoding="utf-8-sig"))
+
+
+def sha256_bytes(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hash of `value` as canonical JSON: key order does not matter."""
+    return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
+
+
+class DirectoryLock:
+    """Holds `path` for this process; the file names the holder's pid. The system lets go when the process ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = -1
+
+    def __enter__(self) -> Self:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(self._file, 64).decode(errors="replace").strip() or "unknown"
+            os.close(self._file)
+            raise CheckpointError.of(
+                f"{self.path.parent} is in use by process {holder}",
+                remedy="Wait for it, stop it, or give this run another --output_dir.",
+            ) from None
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.ftruncate(self._file, 0)
+        os.close(self._file)
