@@ -1,0 +1,307 @@
+"""The FLUX.2 transformer: double-stream blocks, then single-stream blocks, one global modulation.
+
+Parameter names and numbers are those of diffusers' `Flux2Transformer2DModel` (checked to 1e-5 in fp32), so weights
+and LoRAs pass between the two unchanged. Why it is written here: docs/decisions/0001-own-transformer.md.
+Source of the architecture: black-forest-labs/flux2, `src/flux2/model.py`.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from simpletuner.flux2.spec import TransformerSpec
+
+Rotary = tuple[Float[Tensor, "*b n d"], Float[Tensor, "*b n d"]]
+"""Cosines and sines of the angle of each pair of channels, for each position; d is half the head's width."""
+
+_FP16_LIMIT = 65504.0
+
+
+def sinusoid(value: Float[Tensor, " b"], width: int, max_period: float = 10_000.0) -> Float[Tensor, "b width"]:
+    """Cosines, then sines, of `value` at `width / 2` frequencies from 1 down to 1/max_period. fp32."""
+    exponents = torch.arange(width // 2, dtype=torch.float32, device=value.device) / (width // 2)
+    angles = value.float()[:, None] * torch.exp(-math.log(max_period) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def rotary(position_ids: Int[Tensor, "*b n axes"], axes: tuple[int, ...], theta: float) -> Rotary:
+    """Rotary angles of each position: axis by axis, `axes[i] / 2` frequencies theta^(-2k/axes[i]).
+
+    Angles are made in fp64: at position 511 fp32 would be off by 2e-5.
+    """
+    angles = []
+    for axis, width in enumerate(axes):
+        exponents = torch.arange(0, width, 2, dtype=torch.float64, device=position_ids.device) / width
+        angles.append(position_ids[..., axis, None].double() * theta**-exponents)
+    angle = torch.cat(angles, dim=-1)
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x: Float[Tensor, "b n heads d2"], angles: Rotary) -> Float[Tensor, "b n heads d2"]:
+    """Turn each pair of neighbouring channels by its angle, in fp32, and cast back."""
+    cos, sin = (table[..., None, :] for table in angles)
+    even, odd = rearrange(x.float(), "b n heads (d pair) -> pair b n heads d", pair=2)
+    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def attend(
+    query: Float[Tensor, "b n heads d"],
+    key: Float[Tensor, "b n heads d"],
+    value: Float[Tensor, "b n heads d"],
+    angles: Rotary,
+) -> Float[Tensor, "b n width"]:
+    """Full attention among all tokens: the reference masks nothing, padding included."""
+    query, key = rotate(query, angles), rotate(key, angles)
+    heads_first = (rearrange(x, "b n heads d -> b heads n d") for x in (query, key, value))
+    return rearrange(F.scaled_dot_product_attention(*heads_first), "b heads n d -> b n (heads d)")
+
+
+def modulated(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Tensor:
+    return (1 + scale) * norm(x) + shift
+
+
+def clipped(x: Tensor) -> Tensor:
+    """The residual stream leaves fp16's range in places; other types pass untouched."""
+    return x.clip(-_FP16_LIMIT, _FP16_LIMIT) if x.dtype == torch.float16 else x
+
+
+class Embedder(nn.Module):
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, hidden, bias=False)
+        self.linear_2 = nn.Linear(hidden, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear_2(F.silu(self.linear_1(x)))
+        return out
+
+
+class TimeGuidanceEmbedding(nn.Module):
+    """One vector for sigma and, in guidance-distilled models, guidance: all that modulates the blocks."""
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        self.channels = spec.timestep_channels
+        self.timestep_embedder = Embedder(self.channels, spec.hidden)
+        self.guidance_embedder = Embedder(self.channels, spec.hidden) if spec.guidance_embeds else None
+
+    def forward(self, sigma: Float[Tensor, " b"], guidance: Float[Tensor, " b"] | None) -> Float[Tensor, "b hidden"]:
+        """Both inputs come in the model's own type and are scaled by 1000 in it, as the reference does."""
+        out: Tensor = self.timestep_embedder(sinusoid(sigma * 1000, self.channels).to(sigma.dtype))
+        if self.guidance_embedder is None:
+            return out
+        if guidance is None:
+            raise ValueError("this transformer has a guidance embedder: guidance must be given")
+        embedded: Tensor = self.guidance_embedder(sinusoid(guidance * 1000, self.channels).to(guidance.dtype))
+        return out + embedded
+
+
+class Modulation(nn.Module):
+    """`sets` × (shift, scale, gate), each hidden wide, from the time and guidance vector."""
+
+    def __init__(self, hidden: int, sets: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden, 3 * sets * hidden, bias=False)
+
+    def forward(self, vector: Float[Tensor, "b hidden"]) -> Float[Tensor, "b 1 width"]:
+        out: Tensor = self.linear(F.silu(vector))
+        return out[:, None]
+
+
+class FeedForward(nn.Module):
+    """SwiGLU with one fused input matrix: the first half, through SiLU, gates the second."""
+
+    def __init__(self, hidden: int, inner: int) -> None:
+        super().__init__()
+        self.linear_in = nn.Linear(hidden, 2 * inner, bias=False)
+        self.linear_out = nn.Linear(inner, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.linear_in(x).chunk(2, dim=-1)
+        out: Tensor = self.linear_out(F.silu(gate) * value)
+        return out
+
+
+class JointAttention(nn.Module):
+    """Text and image tokens attend to each other; each stream has projections of its own."""
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        hidden, self.head_dim = spec.hidden, spec.head_dim
+        self.to_q = nn.Linear(hidden, hidden, bias=False)
+        self.to_k = nn.Linear(hidden, hidden, bias=False)
+        self.to_v = nn.Linear(hidden, hidden, bias=False)
+        # A list of one: diffusers keeps a dropout behind it, and its name is in every weight file.
+        self.to_out = nn.ModuleList([nn.Linear(hidden, hidden, bias=False)])
+        self.add_q_proj = nn.Linear(hidden, hidden, bias=False)
+        self.add_k_proj = nn.Linear(hidden, hidden, bias=False)
+        self.add_v_proj = nn.Linear(hidden, hidden, bias=False)
+        self.to_add_out = nn.Linear(hidden, hidden, bias=False)
+        self.norm_q = nn.RMSNorm(self.head_dim, eps=spec.eps)
+        self.norm_k = nn.RMSNorm(self.head_dim, eps=spec.eps)
+        self.norm_added_q = nn.RMSNorm(self.head_dim, eps=spec.eps)
+        self.norm_added_k = nn.RMSNorm(self.head_dim, eps=spec.eps)
+
+    def forward(self, text: Tensor, image: Tensor, angles: Rotary) -> tuple[Tensor, Tensor]:
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (-1, self.head_dim))
+
+        text_length = text.shape[1]
+        query = torch.cat(
+            [self.norm_added_q(heads(self.add_q_proj(text))), self.norm_q(heads(self.to_q(image)))], dim=1
+        )
+        key = torch.cat(
+            [self.norm_added_k(heads(self.add_k_proj(text))), self.norm_k(heads(self.to_k(image)))], dim=1
+        )
+        value = torch.cat([heads(self.add_v_proj(text)), heads(self.to_v(image))], dim=1)
+        out = attend(query, key, value, angles)
+        return self.to_add_out(out[:, :text_length]), self.to_out[0](out[:, text_length:])
+
+
+class DoubleBlock(nn.Module):
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(spec.hidden, eps=spec.eps, elementwise_affine=False)
+        self.norm1_context = nn.LayerNorm(spec.hidden, eps=spec.eps, elementwise_affine=False)
+        self.attn = JointAttention(spec)
+        self.norm2 = nn.LayerNorm(spec.hidden, eps=spec.eps, elementwise_affine=False)
+        self.norm2_context = nn.LayerNorm(spec.hidden, eps=spec.eps, elementwise_affine=False)
+        self.ff = FeedForward(spec.hidden, spec.mlp_hidden)
+        self.ff_context = FeedForward(spec.hidden, spec.mlp_hidden)
+
+    def forward(
+        self,
+        text: Float[Tensor, "b l hidden"],
+        image: Float[Tensor, "b n hidden"],
+        text_modulation: Float[Tensor, "b 1 6*hidden"],
+        image_modulation: Float[Tensor, "b 1 6*hidden"],
+        angles: Rotary,
+    ) -> tuple[Float[Tensor, "b l hidden"], Float[Tensor, "b n hidden"]]:
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = image_modulation.chunk(6, dim=-1)
+        t_shift, t_scale, t_gate, t_ff_shift, t_ff_scale, t_ff_gate = text_modulation.chunk(6, dim=-1)
+        text_out, image_out = self.attn(
+            modulated(text, self.norm1_context, t_shift, t_scale),
+            modulated(image, self.norm1, shift, scale),
+            angles,
+        )
+        image = image + gate * image_out
+        image = image + ff_gate * self.ff(modulated(image, self.norm2, ff_shift, ff_scale))
+        text = text + t_gate * text_out
+        text = text + t_ff_gate * self.ff_context(modulated(text, self.norm2_context, t_ff_shift, t_ff_scale))
+        return clipped(text), image
+
+
+class ParallelAttention(nn.Module):
+    """Attention and feed-forward side by side between one fused input and one fused output matrix.
+
+    Rows of `to_qkv_mlp_proj`: query, key, value (hidden each), gate, value of the feed-forward (inner each).
+    Columns of `to_out`: attention (hidden), feed-forward (inner).
+    """
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        self.head_dim = spec.head_dim
+        self.widths = [3 * spec.hidden, 2 * spec.mlp_hidden]
+        self.to_qkv_mlp_proj = nn.Linear(spec.hidden, sum(self.widths), bias=False)
+        self.to_out = nn.Linear(spec.hidden + spec.mlp_hidden, spec.hidden, bias=False)
+        self.norm_q = nn.RMSNorm(self.head_dim, eps=spec.eps)
+        self.norm_k = nn.RMSNorm(self.head_dim, eps=spec.eps)
+
+    def forward(self, x: Tensor, angles: Rotary) -> Tensor:
+        qkv, mlp = self.to_qkv_mlp_proj(x).split(self.widths, dim=-1)
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.chunk(3, dim=-1))
+        attended = attend(self.norm_q(query), self.norm_k(key), value, angles)
+        gate, inner = mlp.chunk(2, dim=-1)
+        out: Tensor = self.to_out(torch.cat([attended, F.silu(gate) * inner], dim=-1))
+        return out
+
+
+class SingleBlock(nn.Module):
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(spec.hidden, eps=spec.eps, elementwise_affine=False)
+        self.attn = ParallelAttention(spec)
+
+    def forward(
+        self, x: Float[Tensor, "b n hidden"], modulation: Float[Tensor, "b 1 3*hidden"], angles: Rotary
+    ) -> Float[Tensor, "b n hidden"]:
+        shift, scale, gate = modulation.chunk(3, dim=-1)
+        return clipped(x + gate * self.attn(modulated(x, self.norm, shift, scale), angles))
+
+
+class OutputNorm(nn.Module):
+    """Final adaptive norm. The rows of `linear` are scale, then shift (BFL's files have them the other way)."""
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        self.linear = nn.Linear(spec.hidden, 2 * spec.hidden, bias=False)
+        self.norm = nn.LayerNorm(spec.hidden, eps=spec.eps, elementwise_affine=False)
+
+    def forward(self, x: Tensor, vector: Tensor) -> Tensor:
+        scale, shift = self.linear(F.silu(vector))[:, None].chunk(2, dim=-1)
+        return modulated(x, self.norm, shift, scale)
+
+
+class Flux2Transformer(nn.Module):
+    """Velocity of image tokens, given text tokens, sigma and guidance."""
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.time_guidance_embed = TimeGuidanceEmbedding(spec)
+        self.double_stream_modulation_img = Modulation(spec.hidden, sets=2)
+        self.double_stream_modulation_txt = Modulation(spec.hidden, sets=2)
+        self.single_stream_modulation = Modulation(spec.hidden, sets=1)
+        self.x_embedder = nn.Linear(spec.in_channels, spec.hidden, bias=False)
+        self.context_embedder = nn.Linear(spec.context_dim, spec.hidden, bias=False)
+        self.transformer_blocks = nn.ModuleList(DoubleBlock(spec) for _ in range(spec.double_blocks))
+        self.single_transformer_blocks = nn.ModuleList(SingleBlock(spec) for _ in range(spec.single_blocks))
+        self.norm_out = OutputNorm(spec)
+        self.proj_out = nn.Linear(spec.hidden, spec.in_channels, bias=False)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All blocks in the order in which they run: doubles, then singles."""
+        return [*self.transformer_blocks, *self.single_transformer_blocks]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.proj_out.weight.dtype
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "b n channels"],
+        context: Float[Tensor, "b l context_dim"],
+        sigma: Float[Tensor, " b"],
+        guidance: Float[Tensor, " b"] | None,
+        position_ids: Int[Tensor, "*b n 4"],
+        context_ids: Int[Tensor, "*b l 4"],
+    ) -> Float[Tensor, "b n channels"]:
+        """One pass in the weights' own type.
+
+        Args:
+            sigma: 0 is data, 1 is noise.
+            guidance: the scale as a user says it (1.0, 4.0); None for models without the embedder.
+            position_ids: (t, h, w, l) of each image token, one table for the batch or one a sample.
+            context_ids: the same for each text token.
+        """
+        dtype = tokens.dtype
+        vector = self.time_guidance_embed(sigma.to(dtype), None if guidance is None else guidance.to(dtype))
+        image_modulation = self.double_stream_modulation_img(vector)
+        text_modulation = self.double_stream_modulation_txt(vector)
+        single_modulation = self.single_stream_modulation(vector)
+        angles = rotary(torch.cat([context_ids, position_ids], dim=-2), self.spec.axes, self.spec.theta)
+
+        image, text = self.x_embedder(tokens), self.context_embedder(context)
+        for block in self.transformer_blocks:
+            text, image = block(text, image, text_modulation, image_modulation, angles)
+        joint = torch.cat([text, image], dim=1)
+        for block in self.single_transformer_blocks:
+            joint = block(joint, single_modulation, angles)
+        out: Tensor = self.proj_out(self.norm_out(joint[:, context.shape[1] :], vector))
+        return out

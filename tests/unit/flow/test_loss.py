@@ -1,0 +1,86 @@
+import pytest
+import torch
+
+from simpletuner.flow.loss import flow_loss, huber, huber_scale, smooth_l1, squared
+from simpletuner.flow.path import noised, velocity
+from simpletuner.flow.sampler import euler
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+LATENTS, NOISE = normal(2, 8, 4, 6), normal(2, 8, 4, 6, seed=1)
+CONTEXT = normal(2, 5, 3, seed=2)
+GUIDANCE = torch.ones(2)
+
+
+def test_the_path_starts_at_the_data_and_ends_at_the_noise() -> None:
+    assert torch.equal(noised(LATENTS, NOISE, torch.zeros(2)), LATENTS)
+    assert torch.equal(noised(LATENTS, NOISE, torch.ones(2)), NOISE)
+
+
+def test_each_sample_has_its_own_sigma() -> None:
+    mixed = noised(LATENTS, NOISE, torch.tensor([0.0, 1.0]))
+    assert torch.equal(mixed[0], LATENTS[0])
+    assert torch.equal(mixed[1], NOISE[1])
+
+
+def test_the_velocity_is_the_derivative_of_the_path() -> None:
+    step = noised(LATENTS, NOISE, torch.full((2,), 0.75)) - noised(LATENTS, NOISE, torch.full((2,), 0.25))
+    torch.testing.assert_close(step / 0.5, velocity(LATENTS, NOISE))
+
+
+def test_a_perfect_prediction_costs_nothing() -> None:
+    loss = flow_loss(
+        lambda x, sigma, context, guidance: NOISE - LATENTS,
+        LATENTS, CONTEXT, sigma=torch.tensor([0.2, 0.9]), guidance=GUIDANCE, noise=NOISE,
+    )  # fmt: skip
+    assert torch.equal(loss, torch.zeros(2))
+
+
+def test_a_zero_prediction_costs_the_mean_square_of_the_velocity_of_each_sample() -> None:
+    loss = flow_loss(
+        lambda x, sigma, context, guidance: torch.zeros_like(x),
+        LATENTS, CONTEXT, sigma=torch.tensor([0.2, 0.9]), guidance=GUIDANCE, noise=NOISE,
+    )  # fmt: skip
+    torch.testing.assert_close(loss, (NOISE - LATENTS).square().flatten(1).mean(1))
+
+
+def test_the_loss_is_fp32_over_a_bf16_model() -> None:
+    loss = flow_loss(
+        lambda x, sigma, context, guidance: x.bfloat16(),
+        LATENTS, CONTEXT, sigma=torch.tensor([0.2, 0.9]), guidance=GUIDANCE, noise=NOISE,
+    )  # fmt: skip
+    assert loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("schedule", ["snr", "exponential", "constant"])
+def test_huber_is_quadratic_for_small_errors_and_linear_for_large_ones(schedule: str) -> None:
+    sigma = torch.tensor([0.3])
+    c = huber_scale(sigma, 0.1, schedule).item()  # type: ignore[arg-type]
+    small, large = torch.full((1, 1, 1, 1), 1e-3), torch.full((1, 1, 1, 1), 1e3)
+    penalty, flat = huber(0.1, schedule), smooth_l1(0.1, schedule)  # type: ignore[arg-type]
+    assert penalty(small, sigma).item() == pytest.approx(1e-6, rel=2e-2)
+    assert penalty(large, sigma).item() == pytest.approx(2 * c * 1e3, rel=1e-3)
+    assert flat(small, sigma).item() == pytest.approx(1e-6 / c, rel=2e-2)
+    assert flat(large, sigma).item() == pytest.approx(2e3, rel=1e-3)
+
+
+def test_huber_schedules_run_from_one_at_the_data_to_c_at_the_noise() -> None:
+    ends = torch.tensor([0.0, 1.0])
+    for schedule in ("snr", "exponential"):
+        torch.testing.assert_close(huber_scale(ends, 0.1, schedule), torch.tensor([1.0, 0.1]))  # type: ignore[arg-type]
+    assert torch.equal(huber_scale(ends, 0.1, "constant"), torch.full((2,), 0.1))
+
+
+def test_squared_ignores_sigma() -> None:
+    error = normal(1, 2, 2, 2)
+    assert torch.equal(squared(error, torch.zeros(1)), squared(error, torch.ones(1)))
+
+
+def test_euler_is_exact_on_a_straight_path() -> None:
+    steps: list[int] = []
+    out = euler(lambda x, sigma: NOISE - LATENTS, NOISE, [1.0, 0.7, 0.2, 0.0], steps.append)
+    torch.testing.assert_close(out, LATENTS, rtol=1e-5, atol=1e-5)
+    assert steps == [1, 2, 3]
