@@ -1,0 +1,93 @@
+"""What every test may ask for: shapes checked at run time, one thread, a tiny model, a few pictures."""
+
+import fcntl
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+# Two workers on two cores: more threads than cores only make them wait. Read by torch when it is imported.
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+
+# The options and caches of whoever runs the tests must not reach them, nor theirs reach a home folder.
+for variable in [name for name in os.environ if name.startswith("SIMPLETUNER_")]:
+    del os.environ[variable]
+HOME_MADE_HERE = "PYTEST_SIMPLETUNER_HOME" not in os.environ  # xdist's workers inherit the controller's
+if HOME_MADE_HERE:
+    os.environ["PYTEST_SIMPLETUNER_HOME"] = tempfile.mkdtemp(prefix="simpletuner-tests-")
+HOME = Path(os.environ["PYTEST_SIMPLETUNER_HOME"])
+for variable in ("HF_HOME", "XDG_CACHE_HOME", "WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+    (HOME / variable.lower()).mkdir(exist_ok=True)
+    os.environ[variable] = str(HOME / variable.lower())
+# No test reaches the network: nothing listens here, and those that speak HTTP start a server of their own.
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+
+from jaxtyping import install_import_hook  # noqa: E402  after the environment is set
+
+# Every tensor signature of these rooms is checked on every call. Outside the tests the shapes cost nothing.
+CHECKED = tuple(f"simpletuner.{room}" for room in ("flow", "memory", "flux2", "data", "train"))
+if loaded := [name for name in CHECKED if name in sys.modules]:
+    raise RuntimeError(f"imported before their shapes could be checked: {', '.join(loaded)}")
+install_import_hook(CHECKED, "beartype.beartype")
+
+import pytest  # noqa: E402
+from PIL import Image  # noqa: E402
+
+
+def pytest_unconfigure() -> None:
+    if HOME_MADE_HERE:
+        shutil.rmtree(HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A temporary folder that is the same one for all workers of this session."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(shared_folder: Path) -> Path:
+    """The embedded FLUX.2 as a diffusers folder, made once per session. Read only: copy it to change it."""
+    from simpletuner.flux2.tiny import make  # torch, only where a test needs it
+
+    folder = shared_folder / "tiny-flux2"
+    with (shared_folder / "tiny-flux2.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            make(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(shared_folder: Path) -> Path:
+    """Six pictures of different shapes, each with a .txt caption. Read only: copy the folder to change it."""
+    folder = shared_folder / "pictures"
+    with (shared_folder / "pictures.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            draw_pictures(folder)
+    return folder
+
+
+def draw_pictures(folder: Path) -> None:
+    """Gradients, so that a wrong crop or a flip shows in the numbers."""
+    folder.mkdir()
+    sizes = ((128, 128), (160, 96), (96, 160), (144, 112), (112, 144), (192, 128))
+    for index, (width, height) in enumerate(sizes):
+        across = Image.linear_gradient("L").rotate(90).resize((width, height))
+        down = Image.linear_gradient("L").resize((width, height))
+        level = Image.new("L", (width, height), 40 * index)
+        Image.merge("RGB", (across, down, level)).save(folder / f"picture-{index}.png")
+        (folder / f"picture-{index}.txt").write_text(f"a soft gradient, number {index}\n", encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each test works in a folder of its own, so a relative path in a config never lands in the checkout."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
