@@ -1,0 +1,169 @@
+"""The numbers of FLUX.2: what a transformer is made of, and what belongs to each flavour."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# The reference wording, with its one newline: a space there changes the tokens of every prompt.
+SYSTEM_MESSAGE = (
+    "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
+    "relationships, object\nattribution and actions without speculation."
+)
+
+
+@dataclass(frozen=True)
+class TransformerSpec:
+    """What decides every tensor shape of the transformer. Channels are counts, `eps` is that of all norms."""
+
+    heads: int
+    head_dim: int
+    double_blocks: int
+    single_blocks: int
+    context_dim: int
+    guidance_embeds: bool
+    in_channels: int = 128
+    mlp_ratio: float = 3.0
+    axes: tuple[int, int, int, int] = (32, 32, 32, 32)
+    theta: float = 2000.0
+    timestep_channels: int = 256
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if sum(self.axes) != self.head_dim:
+            raise ValueError(
+                f"rotary axes {self.axes} add up to {sum(self.axes)}, not to head_dim {self.head_dim}"
+            )
+
+    @property
+    def hidden(self) -> int:
+        """Width of a token inside the transformer."""
+        return self.heads * self.head_dim
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Width inside a feed-forward, after the gate."""
+        return int(self.hidden * self.mlp_ratio)
+
+    @classmethod
+    def from_diffusers(cls, config: Mapping[str, Any]) -> "TransformerSpec":
+        """The spec of a diffusers `transformer/config.json`; a missing key has diffusers' default (dev).
+
+        Raises:
+            ValueError: a configuration that is no FLUX.2 transformer we can run.
+        """
+        if config.get("patch_size", 1) != 1 or config.get("out_channels") not in (
+            None,
+            config.get("in_channels", 128),
+        ):
+            raise ValueError("patch_size must be 1 and out_channels the same as in_channels")
+        first, second, third, fourth = config.get("axes_dims_rope", (32, 32, 32, 32))
+        return cls(
+            heads=config.get("num_attention_heads", 48),
+            head_dim=config.get("attention_head_dim", 128),
+            double_blocks=config.get("num_layers", 8),
+            single_blocks=config.get("num_single_layers", 48),
+            context_dim=config.get("joint_attention_dim", 15360),
+            guidance_embeds=config.get("guidance_embeds", True),
+            in_channels=config.get("in_channels", 128),
+            mlp_ratio=float(config.get("mlp_ratio", 3.0)),
+            axes=(first, second, third, fourth),
+            theta=float(config.get("rope_theta", 2000)),
+            timestep_channels=config.get("timestep_guidance_channels", 256),
+            eps=config.get("eps", 1e-6),
+        )
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The `transformer/config.json` from which diffusers builds this transformer."""
+        return {
+            "_class_name": "Flux2Transformer2DModel",
+            "patch_size": 1,
+            "in_channels": self.in_channels,
+            "out_channels": None,
+            "num_layers": self.double_blocks,
+            "num_single_layers": self.single_blocks,
+            "attention_head_dim": self.head_dim,
+            "num_attention_heads": self.heads,
+            "joint_attention_dim": self.context_dim,
+            "timestep_guidance_channels": self.timestep_channels,
+            "mlp_ratio": self.mlp_ratio,
+            "axes_dims_rope": list(self.axes),
+            "rope_theta": self.theta,
+            "eps": self.eps,
+            "guidance_embeds": self.guidance_embeds,
+        }
+
+    @classmethod
+    def from_tensors(cls, shapes: Mapping[str, tuple[int, ...]]) -> "TransformerSpec":
+        """The spec read off the tensor shapes of a single file, in diffusers' names.
+
+        Shapes do not tell the rotary axes and theta: four equal axes and 2000, as every FLUX.2 has.
+
+        Raises:
+            KeyError: a tensor that every FLUX.2 transformer has is not there.
+        """
+        hidden, in_channels = shapes["x_embedder.weight"]
+        (head_dim,) = shapes["single_transformer_blocks.0.attn.norm_q.weight"]
+        axis = head_dim // 4
+        return cls(
+            heads=hidden // head_dim,
+            head_dim=head_dim,
+            double_blocks=_count(shapes, "transformer_blocks"),
+            single_blocks=_count(shapes, "single_transformer_blocks"),
+            context_dim=shapes["context_embedder.weight"][1],
+            guidance_embeds="time_guidance_embed.guidance_embedder.linear_1.weight" in shapes,
+            in_channels=in_channels,
+            mlp_ratio=shapes["transformer_blocks.0.ff.linear_out.weight"][1] / hidden,
+            axes=(axis, axis, axis, axis),
+            timestep_channels=shapes["time_guidance_embed.timestep_embedder.linear_1.weight"][1],
+        )
+
+
+def _count(names: Mapping[str, object], group: str) -> int:
+    """How many numbered blocks `group` has."""
+    return len({name.split(".")[1] for name in names if name.startswith(group + ".")})
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One published FLUX.2: where it is, under which licence, and how its pictures are made."""
+
+    name: str
+    repo: str | None
+    """Hub id; None for the embedded model, which is made on the spot."""
+    licence: str
+    """What a user must know before using, or passing on, a LoRA of it."""
+    text_layers: tuple[int, ...]
+    """Hidden states of the text encoder that are put side by side; 0 would be the embeddings."""
+    guidance: float
+    """Guidance for making pictures (training uses 1)."""
+    steps: int
+    """Denoising steps for making pictures."""
+
+
+FLAVOURS: Mapping[str, Flavour] = {
+    "dev": Flavour(
+        name="dev",
+        repo="black-forest-labs/FLUX.2-dev",
+        licence="FLUX.2-dev non-commercial licence, https://huggingface.co/black-forest-labs/FLUX.2-dev",
+        text_layers=(10, 20, 30),
+        guidance=4.0,
+        steps=50,
+    ),
+    "tiny": Flavour(
+        name="tiny",
+        repo=None,
+        licence="Apache-2.0",
+        text_layers=(10, 20, 30),
+        guidance=4.0,
+        steps=20,
+    ),
+}
+
+DEV = TransformerSpec(
+    heads=48,
+    head_dim=128,
+    double_blocks=8,
+    single_blocks=48,
+    context_dim=15360,
+    guidance_embeds=True,
+)

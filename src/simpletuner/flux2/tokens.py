@@ -1,0 +1,44 @@
+"""Latents as a grid and as a sequence of tokens, and where each token is."""
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+PIXELS_PER_TOKEN = 16
+"""Side of the square of pixels that one image token stands for: 8 by the autoencoder, 2 by `patchify`."""
+
+
+def patchify(moments: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b c4 h w"]:
+    """Each 2×2 square of the autoencoder's grid as channels: channel index is c·4 + row·2 + column."""
+    return rearrange(moments, "b c (h row) (w column) -> b (c row column) h w", row=2, column=2)
+
+
+def unpatchify(latents: Float[Tensor, "b c4 h w"]) -> Float[Tensor, "b c h2 w2"]:
+    """The inverse of `patchify`."""
+    return rearrange(latents, "b (c row column) h w -> b c (h row) (w column)", row=2, column=2)
+
+
+def pack(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
+    """The grid as a sequence, row after row."""
+    return rearrange(latents, "b c h w -> b (h w) c")
+
+
+def unpack(tokens: Float[Tensor, "b n c"], height: int, width: int) -> Float[Tensor, "b c h w"]:
+    """The inverse of `pack`; `height` and `width` of the grid, in tokens."""
+    return rearrange(tokens, "b (h w) c -> b c h w", h=height, w=width)
+
+
+def image_ids(height: int, width: int, device: torch.device | str = "cpu") -> Int64[Tensor, "n 4"]:
+    """Positions (t, h, w, l) of the target picture's tokens, in the order of `pack`: (0, row, column, 0)."""
+    ids = torch.zeros(height, width, 4, dtype=torch.int64, device=device)
+    ids[..., 1] = torch.arange(height, device=device)[:, None]
+    ids[..., 2] = torch.arange(width, device=device)
+    return rearrange(ids, "h w position -> (h w) position")
+
+
+def context_ids(length: int, device: torch.device | str = "cpu") -> Int64[Tensor, "l 4"]:
+    """Positions (t, h, w, l) of the text's tokens: (0, 0, 0, index)."""
+    ids = torch.zeros(length, 4, dtype=torch.int64, device=device)
+    ids[:, 3] = torch.arange(length, device=device)
+    return ids
