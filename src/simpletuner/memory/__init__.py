@@ -1,0 +1,1 @@
+"""Spending less memory on any `nn.Module`."""

@@ -1,0 +1,118 @@
+"""Checkpoints as folders: built aside, synced, renamed; sealed by a manifest of hashes; verified before use."""
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from simpletuner.base.files import disk_full_is_reported, read_json, sha256_file, sync_directory, write_json
+from simpletuner.runs.layout import RunDirectory
+
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
+
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint folder and what is wrong with it (nothing, if it can be used)."""
+
+    step: int
+    path: Path
+    damage: str | None
+
+
+@contextlib.contextmanager
+def building(final: Path) -> Iterator[Path]:
+    """A folder to write a checkpoint into; when the block ends it is sealed and appears at `final` whole.
+
+    Raises:
+        DiskError: the disk is full; what was there before is untouched.
+    """
+    part = final.with_name(f".tmp-{final.name}")
+    with disk_full_is_reported(final):
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        try:
+            yield part
+            files = sorted(path for path in part.iterdir() if path.is_file())
+            hashes = {path.name: {"sha256": sha256_file(path), "bytes": path.stat().st_size} for path in files}
+            write_json(part / MANIFEST, {"version": MANIFEST_VERSION, "files": hashes})
+            for path in part.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            sync_directory(part)
+            if final.exists():  # a later attempt reaches the same step again
+                shutil.rmtree(final)
+            os.replace(part, final)
+            sync_directory(final.parent)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None: every file of its manifest is there and has its hash."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+        files = {str(name): str(entry["sha256"]) for name, entry in manifest["files"].items()}
+        version = manifest["version"]
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    if version != MANIFEST_VERSION:
+        return f"{MANIFEST} is of version {version}, this program reads version {MANIFEST_VERSION}"
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if sha256_file(path) != expected:
+            return f"{name} does not have the hash of its manifest"
+    return None
+
+
+def steps(run: RunDirectory) -> list[int]:
+    """Steps of the checkpoints that are there, oldest first, damaged ones included."""
+    if not run.checkpoints.is_dir():
+        return []
+    matches = (_NAME.fullmatch(path.name) for path in run.checkpoints.iterdir() if path.is_dir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def newest_first(run: RunDirectory) -> Iterator[Found]:
+    """Each checkpoint with its verdict, newest first; verified lazily, since hashing takes time."""
+    for step in reversed(steps(run)):
+        folder = run.checkpoint(step)
+        yield Found(step, folder, damage(folder))
+
+
+def prune(run: RunDirectory, keep: int, protect: frozenset[int]) -> list[int]:
+    """Delete all but the newest `keep` checkpoints (0 keeps all); returns the steps that went.
+
+    The newest that verifies stays, whatever `keep` says, and so do the steps in `protect`.
+    """
+    present = steps(run)
+    if keep <= 0 or len(present) <= keep:
+        return []
+    newest_good = next((found.step for found in newest_first(run) if found.damage is None), None)
+    gone = []
+    for step in present[:-keep]:
+        if step == newest_good or step in protect:
+            continue
+        # Renamed first: a kill in the middle of the deletion must not leave half a checkpoint under its name.
+        doomed = run.checkpoints / f".tmp-pruned-{step}"
+        os.replace(run.checkpoint(step), doomed)
+        shutil.rmtree(doomed)
+        gone.append(step)
+    return gone
+
+
+def clear_unfinished(run: RunDirectory) -> None:
+    """Remove what a killed process left half built."""
+    if run.checkpoints.is_dir():
+        for path in run.checkpoints.glob(".tmp-*"):
+            shutil.rmtree(path, ignore_errors=True)

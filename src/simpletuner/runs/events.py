@@ -1,0 +1,271 @@
+"""What happens in a run, as typed JSON Lines: the one thing that pages, trackers and scripts read.
+
+Each line also carries `v` (schema version), `id` (counts up without gaps, over restarts too), `time` (UTC, ISO 8601)
+and `attempt` (1 for the first start, one more after each restart). After a resume some steps come twice: readers keep
+the line of the last attempt.
+"""
+
+import datetime
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from simpletuner.base.files import disk_full_is_reported
+
+SCHEMA_VERSION = 1
+
+Phase = Literal["scan", "text", "latents", "load", "train", "validation", "export"]
+
+
+class Event(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RunEvent(Event):
+    """The command started or resumed this run."""
+
+    type: Literal["run"] = "run"
+    program: str
+    """Name and version of the program."""
+    pid: int
+    """Process that holds the run."""
+    resumed_from: int | None
+    """Step of the checkpoint the run goes on from; null at a fresh start."""
+    steps: int
+    """Optimiser steps the run will have in all."""
+    pictures: int
+    """Training pictures, not counting repeats."""
+    trainable: int
+    """Trained parameters."""
+
+
+class PhaseEvent(Event):
+    """A phase began or ended."""
+
+    type: Literal["phase"] = "phase"
+    phase: Phase
+    """scan, text, latents, load, train, validation or export."""
+    state: Literal["begin", "end"]
+    """begin or end."""
+    seconds: float | None = None
+    """How long it took, at its end."""
+    memory_gib: float | None = None
+    """Peak memory of the accelerator (or, on a CPU, of the process) so far, in GiB, at its end."""
+
+
+class ProgressEvent(Event):
+    """How far a phase other than training is."""
+
+    type: Literal["progress"] = "progress"
+    phase: Phase
+    """The phase it belongs to."""
+    done: int
+    """Items finished."""
+    total: int
+    """Items in all."""
+    per_s: float
+    """Items a second since the phase began."""
+    eta_s: float
+    """Seconds left at that rate."""
+
+
+class StepEvent(Event):
+    """One optimiser step."""
+
+    type: Literal["step"] = "step"
+    step: int
+    """Counts from 1."""
+    epoch: int
+    """The pass over the data that the step's first sample belongs to, from 0."""
+    loss: float
+    """Mean loss of the samples of the step."""
+    lr: float
+    """Learning rate the step used."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    seconds: float
+    """Wall time of the step."""
+    memory_gib: float
+    """Peak memory of the accelerator (or, on a CPU, of the process) so far, in GiB."""
+
+
+class Picture(Event):
+    """One validation picture."""
+
+    name: str
+    """The prompt's name in the library."""
+    prompt: str
+    """The prompt as it was encoded."""
+    path: str
+    """File, relative to the run directory."""
+    width: int
+    """Pixels."""
+    height: int
+    """Pixels."""
+    seed: int
+    """Seed of the initial noise."""
+
+
+class ValidationEvent(Event):
+    """Pictures were made, or the held-out loss was measured."""
+
+    type: Literal["validation"] = "validation"
+    step: int
+    """0 is the base model, adapter off."""
+    pictures: tuple[Picture, ...] = ()
+    """What was drawn."""
+    sheet: str | None = None
+    """Contact sheet, relative to the run directory."""
+    loss: float | None = None
+    """Held-out loss at fixed sigmas and noise, mean over the pictures."""
+    loss_by_sigma: dict[str, float] = {}
+    """The same, at each sigma."""
+
+
+class CheckpointEvent(Event):
+    """A checkpoint was written, pruned, or found damaged."""
+
+    type: Literal["checkpoint"] = "checkpoint"
+    step: int
+    """Step it holds."""
+    state: Literal["saved", "pruned", "damaged", "resumed"]
+    """saved, pruned, damaged or resumed."""
+    path: str
+    """Folder, relative to the run directory."""
+    bytes: int = 0
+    """Size on disk, when saved."""
+    reason: str | None = None
+    """What is wrong with a damaged one."""
+
+
+class NoticeEvent(Event):
+    """Something the user should know and need not act on."""
+
+    type: Literal["notice"] = "notice"
+    text: str
+    """One line."""
+
+
+class ErrorEvent(Event):
+    """The run is about to end with an error."""
+
+    type: Literal["error"] = "error"
+    exit_code: int
+    """As the process will exit."""
+    text: str
+    """What was found, what was expected, what to do."""
+
+
+class EndEvent(Event):
+    """The last event of an attempt."""
+
+    type: Literal["end"] = "end"
+    reason: Literal["done", "stopped", "error"]
+    """done, stopped (can be resumed) or error."""
+    exit_code: int
+    """As the process will exit."""
+    step: int
+    """Steps that are finished."""
+    seconds: float
+    """Wall time of this attempt."""
+    lora: str | None = None
+    """The finished LoRA, relative to the run directory."""
+
+
+EVENTS: dict[str, type[Event]] = {
+    "run": RunEvent,
+    "phase": PhaseEvent,
+    "progress": ProgressEvent,
+    "step": StepEvent,
+    "validation": ValidationEvent,
+    "checkpoint": CheckpointEvent,
+    "notice": NoticeEvent,
+    "error": ErrorEvent,
+    "end": EndEvent,
+}
+
+
+class EventLog:
+    """Appends events to `path`. Only the holder of the run's lock opens one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        _cut_torn_line(path)
+        last = _last_line(path)
+        self._next_id = 1 if last is None else last["id"] + 1
+        self.attempt: int = 1 if last is None else last["attempt"] + 1
+        self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def emit(self, event: Event) -> None:
+        """Write one line; it is in the system's hands when this returns.
+
+        Raises:
+            DiskError: the disk is full.
+        """
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        line = {"v": SCHEMA_VERSION, "id": self._next_id, "time": now, "attempt": self.attempt}
+        line |= event.model_dump(mode="json")
+        with disk_full_is_reported(self.path):
+            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._file.flush()
+        self._next_id += 1
+
+
+def read_events(path: Path, after: int = 0) -> Iterator[dict[str, Any]]:
+    """The events with an id above `after`, oldest first. A torn last line is left for the next read."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if not line.endswith("\n"):
+                return
+            event = json.loads(line)
+            if event["id"] > after:
+                yield event
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Drop what follows the last newline: the line a killed process was writing."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        keep = size
+        while keep > 0:
+            start = max(0, keep - 65536)
+            file.seek(start)
+            newline = file.read(keep - start).rfind(b"\n")
+            if newline >= 0:
+                keep = start + newline + 1
+                break
+            keep = start
+        if keep < size:
+            file.truncate(keep)
+
+
+def _last_line(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        tail = b""
+        while size > 0 and tail.count(b"\n") < 2:
+            start = max(0, size - 65536)
+            file.seek(start)
+            tail = file.read(size - start) + tail
+            size = start
+        lines = tail.splitlines()
+    if not lines:
+        return None
+    last: dict[str, Any] = json.loads(lines[-1])
+    return last

@@ -1,0 +1,77 @@
+"""Where things lie in a run directory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from simpletuner.base.errors import ConfigError
+from simpletuner.base.files import DirectoryLock, disk_full_is_reported
+
+LORA_NAME = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The paths of one run; `root` is the option `output_dir`."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def datasets(self) -> Path:
+        return self.root / "datasets.json"
+
+    @property
+    def events(self) -> Path:
+        return self.root / "events.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "run.log"
+
+    @property
+    def control(self) -> Path:
+        return self.root / "control"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def validations(self) -> Path:
+        return self.root / "validation"
+
+    @property
+    def lora(self) -> Path:
+        """The finished LoRA."""
+        return self.root / LORA_NAME
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:06d}"
+
+    def validation(self, step: int) -> Path:
+        return self.validations / f"step-{step:06d}"
+
+    def lock(self) -> DirectoryLock:
+        """Holds the directory for this process. Entering it raises CheckpointError with the holder's pid."""
+        return DirectoryLock(self.root / "lock")
+
+    def create(self) -> None:
+        """Make the directory.
+
+        Raises:
+            ConfigError: `output_dir` is a file or cannot be made.
+            DiskError: the disk is full or read-only.
+        """
+        try:
+            with disk_full_is_reported(self.root):
+                for folder in (self.root, self.control, self.checkpoints, self.validations):
+                    folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise ConfigError.of(
+                f"output_dir = {self.root} cannot be made ({error.strerror})",
+                "a folder that this user may write to",
+                "Give another --output_dir.",
+            ) from None
