@@ -1,0 +1,76 @@
+"""The adapter: its rank, where it attaches, how it starts and how it is saved."""
+
+import re
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Lt
+from pydantic import AfterValidator, BeforeValidator
+
+from simpletuner.config.options.kinds import Count, PathText, Positive, Says, Slice
+
+
+def _names(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _targets(value: tuple[str, ...] | str) -> tuple[str, ...] | str:
+    if not value or not all(value):
+        raise ValueError("empty")
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"not a regular expression ({error})") from error
+    return value
+
+
+class LoraOptions(Slice):
+    """LoRA."""
+
+    lora_rank: Count = 16
+    """Rank of each adapter: its width, and so its size and freedom."""
+
+    lora_alpha: Positive | None = None
+    """Strength of the adapter: its output is scaled by alpha/rank. By default the rank, a scale of 1."""
+
+    lora_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Chance that an input of the adapter is dropped in training."""
+
+    lora_init_type: Literal["default", "gaussian"] = "default"
+    """How A starts: `default` is uniform by its width, `gaussian` has a standard deviation of 1/rank.
+    B starts at zero in both, so training starts from the base model exactly."""
+
+    lora_save_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the saved file. Training always keeps fp32."""
+
+    lora_type: Literal["standard"] = "standard"
+    """The kind of adapter."""
+
+    flux_lora_target: Literal["all", "attention", "mlp", "tiny"] = "all"
+    """Which layers learn: `all` is every Linear of every block; `attention` the q, k, v and output
+    projections; `mlp` the feed-forward; `tiny` q, k, v only. In single blocks, which fuse these, only the
+    rows or columns that belong to the choice are trained."""
+
+    peft_lora_target_modules: (
+        Annotated[
+            tuple[str, ...] | str,
+            BeforeValidator(_names),
+            AfterValidator(_targets),
+            Says("a list of module names or a regular expression"),
+        ]
+        | None
+    ) = None
+    """Replaces `flux_lora_target`: a list of module names (each matches a module of that name or one whose
+    path ends in it), or one regular expression that a module's whole path must match. One that matches
+    nothing is an error."""
+
+    init_lora: PathText | None = None
+    """Start from this saved adapter. Rank and alpha then come from the file."""
+
+    lora_format: Literal["diffusers"] = "diffusers"
+    """Names inside the exported file."""
+
+    @property
+    def alpha(self) -> float:
+        """`lora_alpha`, or the rank where it is not given."""
+        return float(self.lora_rank) if self.lora_alpha is None else self.lora_alpha

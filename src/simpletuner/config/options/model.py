@@ -1,0 +1,83 @@
+"""Which model is trained, where its parts come from, and the seed of the run."""
+
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le, MinLen
+from pydantic import BeforeValidator
+
+from simpletuner.config.options.kinds import Count, ModelText, PathText, Says, Slice, Text
+
+
+def _layer_numbers(value: object) -> object:
+    """ "10,20,30" or [10, 20, 30] as a tuple; anything else is left for the type to refuse."""
+    if isinstance(value, str):
+        value = [int(part) if part.strip().isdecimal() else part for part in value.split(",")]
+    return tuple(value) if isinstance(value, list) else value
+
+
+class ModelOptions(Slice):
+    """Model."""
+
+    model_family: Literal["flux2"] = "flux2"
+    """The family of models. This program trains FLUX.2."""
+
+    model_flavour: Literal["dev", "tiny"] = "dev"
+    """`dev` is FLUX.2-dev (32.2 B parameters, non-commercial licence); `tiny` is a small FLUX.2 with all of
+    dev's parts, made on the spot, that trains on two CPU cores without a network. A flavour given with higher
+    precedence than a model path wins over that path, with a notice."""
+
+    model_type: Literal["lora"] = "lora"
+    """What is trained: `lora`, small matrices beside the frozen base."""
+
+    pretrained_model_name_or_path: ModelText | None = None
+    """Where the model lies: a Hub id, a local diffusers folder, or a single `.safetensors` file of the
+    transformer (text encoder and VAE then come from their own keys, else from the flavour's Hub id). By
+    default the flavour's own Hub id. With local paths nothing is asked of the network."""
+
+    pretrained_transformer_model_name_or_path: ModelText | None = None
+    """Replaces the transformer: a Hub id, a folder or a `.safetensors` file."""
+
+    pretrained_vae_model_name_or_path: ModelText | None = None
+    """Replaces the VAE: a Hub id or a folder."""
+
+    pretrained_text_encoder_model_name_or_path: ModelText | None = None
+    """Replaces the text encoder: a Hub id or a folder."""
+
+    revision: Text | None = None
+    """Branch, tag or commit on the Hub."""
+
+    variant: Text | None = None
+    """File variant on the Hub, such as `bf16`."""
+
+    cache_dir: PathText | None = None
+    """Where downloads from the Hub and the made `tiny` model are kept; by default the usual cache folders."""
+
+    custom_text_encoder_intermediary_layers: (
+        Annotated[
+            tuple[Annotated[int, Ge(1)], ...],
+            MinLen(1),
+            BeforeValidator(_layer_numbers),
+            Says("layer numbers such as 10,20,30"),
+        ]
+        | None
+    ) = None
+    """Text-encoder layers whose hidden states stand side by side; by default the flavour's, 10,20,30."""
+
+    tokenizer_max_length: Count = 512
+    """Length of the text context in tokens. A longer caption is shortened (never the template around it),
+    counted and named."""
+
+    tokenizer_fix_regex: bool = False
+    """Use Mistral's corrected pre-tokeniser. Part of the text cache's key."""
+
+    seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 42
+    """Decides every random draw of the run."""
+
+    vae_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Precision of the VAE."""
+
+    vae_enable_tiling: bool = False
+    """Encode and decode large pictures in tiles: less memory, faint differences at the seams."""
+
+    vae_enable_slicing: bool = False
+    """Encode and decode a batch one picture at a time: less memory."""

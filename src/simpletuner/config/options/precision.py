@@ -1,0 +1,51 @@
+"""Number formats, and the settings that trade time for memory."""
+
+from typing import Annotated, Literal
+
+from annotated_types import Ge
+
+from simpletuner.config.options.kinds import Count, Slice
+
+
+class PrecisionOptions(Slice):
+    """Precision and memory."""
+
+    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
+    """Format of the computation. `no` is fp32 throughout; `fp16` keeps bf16 weights, scales the loss, and
+    needs a GPU. Adapters are fp32 in all."""
+
+    base_model_precision: Literal["no_change"] = "no_change"
+    """Quantisation of the frozen transformer."""
+
+    text_encoder_1_precision: Literal["no_change"] = "no_change"
+    """Quantisation of the text encoder."""
+
+    base_model_default_dtype: Literal["bf16", "fp32"] | None = None
+    """Format of the frozen weights: by default bf16, or fp32 with `mixed_precision no`."""
+
+    gradient_checkpointing: bool = True
+    """Compute a block's activations again in the backward pass instead of keeping them: much less memory,
+    about a third more time, the same result."""
+
+    gradient_checkpointing_interval: Annotated[int, Ge(2)] | None = None
+    """N: every N-th block keeps its activations after all, which is faster and takes more memory.
+    By default none does."""
+
+    text_encoder_mode: Literal["auto", "resident"] = "auto"
+    """How the text encoder is held while captions are encoded: `resident` is whole, in memory."""
+
+    vae_batch_size: Count = 1
+    """Pictures the VAE encodes at once."""
+
+    text_encoder_batch_size: Count = 8
+    """Captions the text encoder encodes at once: this is what makes the caching of text faster."""
+
+    write_batch_size: Count = 128
+    """Cache files written per flush, and nothing else. A store's own value wins."""
+
+    @property
+    def base_dtype(self) -> Literal["bf16", "fp32"]:
+        """Format of the frozen weights."""
+        if self.base_model_default_dtype is not None:
+            return self.base_model_default_dtype
+        return "fp32" if self.mixed_precision == "no" else "bf16"

@@ -1,0 +1,45 @@
+"""All options of a run: flat by inheritance, sliced by type."""
+
+from simpletuner.config.options.checkpoint import CheckpointOptions
+from simpletuner.config.options.data import DataOptions
+from simpletuner.config.options.guidance import GuidanceOptions
+from simpletuner.config.options.kinds import Slice
+from simpletuner.config.options.lora import LoraOptions
+from simpletuner.config.options.model import ModelOptions
+from simpletuner.config.options.optim import OptimOptions
+from simpletuner.config.options.precision import PrecisionOptions
+from simpletuner.config.options.process import ProcessOptions
+from simpletuner.config.options.schedule import ScheduleOptions
+from simpletuner.config.options.tracking import TrackingOptions
+from simpletuner.config.options.validation import ValidationOptions
+
+SLICES: tuple[type[Slice], ...] = (
+    ModelOptions,
+    DataOptions,
+    LoraOptions,
+    OptimOptions,
+    ScheduleOptions,
+    GuidanceOptions,
+    PrecisionOptions,
+    ValidationOptions,
+    CheckpointOptions,
+    TrackingOptions,
+    ProcessOptions,
+)
+"""In the order in which help and docs show them."""
+
+
+class RunConfig(
+    ModelOptions,
+    DataOptions,
+    LoraOptions,
+    OptimOptions,
+    ScheduleOptions,
+    GuidanceOptions,
+    PrecisionOptions,
+    ValidationOptions,
+    CheckpointOptions,
+    TrackingOptions,
+    ProcessOptions,
+):
+    """Every option of a run. Made by `simpletuner.config.load.load`, which checks across options as well."""
