@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Trains. Sets everything up on the first start; then it is `simpletuner train` with your arguments.
+# Where the working folder has no configuration and none is named, it trains the example that comes with the program.
+set -euo pipefail
+# shellcheck source=tools/environment.sh
+. "$(dirname -- "${BASH_SOURCE[0]}")/tools/environment.sh"
+
+has_configuration() {
+    local argument file
+    for argument in "$@"; do
+        case $argument in
+            --config | --config=* | --env | --env=* | --example | --example=*) return 0 ;;
+        esac
+    done
+    for file in config.json config.toml config/config.json config/config.toml; do
+        [ -e "$file" ] && return 0
+    done
+    return 1
+}
+
+environment run
+if ! has_configuration "$@"; then
+    echo "No configuration here: training the example tiny-lora. docs/quickstart.md says how to train your own." >&2
+    set -- --example tiny-lora "$@"
+fi
+# -P: a folder named like a library (datasets, say) must not be taken for it.
+exec "$python" -P -m simpletuner train "$@"
