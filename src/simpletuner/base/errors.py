@@ -5,7 +5,7 @@ Anything that is not a `UserError` is a bug in this program and keeps its traceb
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class UserError(Exception):
         super().__init__(str(self))
 
     @classmethod
-    def of(cls, found: str, expected: str = "", remedy: str = "") -> "UserError":
+    def of(cls, found: str, expected: str = "", remedy: str = "") -> Self:
         """The error of a single problem."""
         return cls(Problem(found, expected, remedy))
 
