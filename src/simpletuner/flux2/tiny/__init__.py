@@ -1,0 +1,5 @@
+"""The embedded model: a whole FLUX.2, too small to draw, that goes wherever dev goes. No download."""
+
+from simpletuner.flux2.tiny.make import default_folder, make
+
+__all__ = ["default_folder", "make"]

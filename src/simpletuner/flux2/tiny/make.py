@@ -1,0 +1,310 @@
+"""Makes the embedded model's folder, in the layout of a diffusers pipeline, once per machine."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from simpletuner.base.errors import AccessError
+from simpletuner.base.files import disk_full_is_reported, read_json
+from simpletuner.flux2 import tokens
+from simpletuner.flux2.spec import TransformerSpec
+from simpletuner.flux2.tiny import vocabulary
+from simpletuner.flux2.tiny.weights import TEXT_GAINS, TRANSFORMER_GAINS, VAE_GAINS, Shapes, draw, drawn
+from simpletuner.flux2.transformer import Flux2Transformer
+
+VERSION = 1
+"""Raised when the same seed makes another model."""
+
+LEARNT = Path(__file__).parent / "learnt"
+"""`{component}.safetensors` in here, if the package has it, is used in place of drawn weights."""
+
+STAMP = "simpletuner.json"
+
+SPEC = TransformerSpec(
+    heads=6,
+    head_dim=32,
+    double_blocks=2,
+    single_blocks=6,
+    context_dim=3 * 64,
+    guidance_embeds=True,
+    axes=(8, 8, 8, 8),
+)
+
+VAE: dict[str, Any] = {
+    "_class_name": "AutoencoderKLFlux2",
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [16, 32, 64, 64],
+    "layers_per_block": 1,
+    "act_fn": "silu",
+    "latent_channels": 32,
+    "norm_num_groups": 2,
+    "sample_size": 256,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+    "batch_norm_eps": 1e-4,
+    "batch_norm_momentum": 0.1,
+    "patch_size": [2, 2],
+}
+
+# More layers than are read, as in dev: layer 30 must not be the last.
+TEXT: dict[str, Any] = {
+    "model_type": "mistral",
+    "vocab_size": vocabulary.SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e9},
+    "sliding_window": None,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 11,
+}
+VISION: dict[str, Any] = {
+    "model_type": "pixtral",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "head_dim": 16,
+    "image_size": 56,
+    "patch_size": 14,
+    "hidden_act": "gelu",
+}
+TEXT_ENCODER: dict[str, Any] = {
+    "architectures": ["Mistral3ForConditionalGeneration"],
+    "model_type": "mistral3",
+    "dtype": "float32",
+    "text_config": TEXT,
+    "vision_config": VISION,
+    "image_token_index": 10,
+    "projector_hidden_act": "gelu",
+    "multimodal_projector_bias": False,
+    "spatial_merge_size": 2,
+    "vision_feature_layer": -1,
+    "tie_word_embeddings": False,
+}
+
+# dev's scheduler.
+SCHEDULER: dict[str, Any] = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "time_shift_type": "exponential",
+}
+
+INDEX: dict[str, Any] = {
+    "_class_name": "Flux2Pipeline",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "Mistral3ForConditionalGeneration"],
+    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+    "transformer": ["diffusers", "Flux2Transformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKLFlux2"],
+}
+
+
+def default_folder(cache_dir: Path | None, environ: Mapping[str, str]) -> Path:
+    """Where the embedded model lives: below `cache_dir`, else below the user's cache folder."""
+    if cache_dir is None:
+        cache_dir = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "simpletuner"
+    return cache_dir / f"tiny-{VERSION}"
+
+
+def make(folder: Path, seed: int = 0) -> Path:
+    """Make the embedded model in `folder`, or find it made there already; returns `folder`.
+
+    It appears whole or not at all, so several processes may call this at once. Takes seconds the first time
+    (diffusers is imported to measure the autoencoder's latents), nothing after that.
+
+    Raises:
+        AccessError: `folder` holds something else.
+        DiskError: it cannot be written.
+    """
+    if folder.exists():
+        _check(folder, seed)
+        return folder
+    with disk_full_is_reported(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        build = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        shutil.rmtree(build, ignore_errors=True)  # of a process that was killed, long ago, with this number
+        try:
+            build.mkdir()
+            _fill(build, seed)
+            try:
+                build.rename(folder)
+            except OSError:
+                # Another process was first, with the same bytes; a folder that is not empty is never replaced.
+                _check(folder, seed)
+        finally:
+            shutil.rmtree(build, ignore_errors=True)
+    return folder
+
+
+def _check(folder: Path, seed: int) -> None:
+    """Raise unless `folder` is what `make` would leave there, as far as names and sizes tell."""
+    stamp = folder / STAMP
+    if not stamp.is_file():
+        raise AccessError.of(
+            f"{folder} is not the embedded model", remedy="Move it away or choose another --cache_dir."
+        )
+    made = read_json(stamp)
+    damaged = [
+        name
+        for name, size in made["files"].items()
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size
+    ]
+    if made["version"] != VERSION or made["seed"] != seed or damaged:
+        what = f"{damaged[0]} is damaged" if damaged else f"version {made['version']}, seed {made['seed']}"
+        raise AccessError.of(
+            f"the embedded model in {folder}: {what}",
+            f"version {VERSION}, seed {seed}, all files whole",
+            "Delete that folder: it is made again in seconds.",
+        )
+
+
+def _fill(folder: Path, seed: int) -> None:
+    _write_json(folder / "model_index.json", INDEX)
+    _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    (folder / "tokenizer").mkdir()
+    for name, text in vocabulary.files().items():
+        (folder / "tokenizer" / name).write_text(text, encoding="utf-8")
+
+    with torch.device("meta"):
+        transformer = Flux2Transformer(SPEC)
+    _write_json(folder / "transformer" / "config.json", SPEC.to_diffusers())
+    _write_tensors(
+        folder / "transformer" / "diffusion_pytorch_model.safetensors",
+        _learnt("transformer") or draw("transformer", _shapes(transformer), TRANSFORMER_GAINS, seed),
+    )
+
+    _write_json(folder / "text_encoder" / "config.json", TEXT_ENCODER)
+    _write_tensors(
+        folder / "text_encoder" / "model.safetensors",
+        _learnt("text_encoder") or draw("text_encoder", _text_encoder_shapes(), TEXT_GAINS, seed),
+    )
+
+    _write_json(folder / "vae" / "config.json", VAE)
+    _write_tensors(
+        folder / "vae" / "diffusion_pytorch_model.safetensors", _learnt("vae") or _autoencoder_tensors(seed)
+    )
+
+    made = sorted(path for path in folder.rglob("*") if path.is_file())
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in made}
+    _write_json(folder / STAMP, {"version": VERSION, "seed": seed, "files": sizes})
+
+
+def _learnt(component: str) -> dict[str, Tensor] | None:
+    path = LEARNT / f"{component}.safetensors"
+    return load_file(path) if path.is_file() else None
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    # transformers and diffusers refuse a file that does not say "pt".
+    path.write_bytes(save(tensors, metadata={"format": "pt"}))
+
+
+def _shapes(module: torch.nn.Module) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def _text_encoder_shapes() -> Shapes:
+    """Mistral-3 with its vision part, which is never run but without which the folder is no pipeline."""
+    hidden, inner = TEXT["hidden_size"], TEXT["intermediate_size"]
+    keys = TEXT["num_key_value_heads"] * TEXT["head_dim"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "language_model.model.embed_tokens.weight": (TEXT["vocab_size"], hidden),
+        "language_model.model.norm.weight": (hidden,),
+        "language_model.lm_head.weight": (TEXT["vocab_size"], hidden),
+    }
+    for index in range(TEXT["num_hidden_layers"]):
+        layer = f"language_model.model.layers.{index}"
+        shapes |= {
+            f"{layer}.input_layernorm.weight": (hidden,),
+            f"{layer}.self_attn.q_proj.weight": (hidden, hidden),
+            f"{layer}.self_attn.k_proj.weight": (keys, hidden),
+            f"{layer}.self_attn.v_proj.weight": (keys, hidden),
+            f"{layer}.self_attn.o_proj.weight": (hidden, hidden),
+            f"{layer}.post_attention_layernorm.weight": (hidden,),
+            f"{layer}.mlp.gate_proj.weight": (inner, hidden),
+            f"{layer}.mlp.up_proj.weight": (inner, hidden),
+            f"{layer}.mlp.down_proj.weight": (hidden, inner),
+        }
+    seen, patch = VISION["hidden_size"], VISION["patch_size"]
+    shapes |= {
+        "vision_tower.patch_conv.weight": (seen, 3, patch, patch),
+        "vision_tower.ln_pre.weight": (seen,),
+        "multi_modal_projector.norm.weight": (seen,),
+        "multi_modal_projector.patch_merger.merging_layer.weight": (seen, seen * 4),
+        "multi_modal_projector.linear_1.weight": (hidden, seen),
+        "multi_modal_projector.linear_2.weight": (hidden, hidden),
+    }
+    for index in range(VISION["num_hidden_layers"]):
+        layer = f"vision_tower.transformer.layers.{index}"
+        shapes |= {f"{layer}.attention.{name}_proj.weight": (seen, seen) for name in "qkvo"}
+        shapes |= {
+            f"{layer}.attention_norm.weight": (seen,),
+            f"{layer}.ffn_norm.weight": (seen,),
+            f"{layer}.feed_forward.gate_proj.weight": (VISION["intermediate_size"], seen),
+            f"{layer}.feed_forward.up_proj.weight": (VISION["intermediate_size"], seen),
+            f"{layer}.feed_forward.down_proj.weight": (seen, VISION["intermediate_size"]),
+        }
+    return shapes
+
+
+@torch.no_grad()
+def _autoencoder_tensors(seed: int) -> dict[str, Tensor]:
+    """Drawn weights, and batch-norm statistics by which latents of simple pictures have mean 0, variance 1."""
+    from diffusers import AutoencoderKLFlux2  # seconds to import, and only this once
+
+    with torch.device("meta"):
+        vae = AutoencoderKLFlux2.from_config(VAE)
+    shapes = {name: shape for name, shape in _shapes(vae).items() if not name.startswith("bn.")}
+    tensors = draw("vae", shapes, VAE_GAINS, seed)
+    vae.load_state_dict(tensors, strict=False, assign=True)
+    # In fp64 the last bits, in which processors differ, are far below those that are kept.
+    latents = tokens.patchify(vae.double().encode(_simple_pictures(seed)).latent_dist.mode())
+    mean, variance = latents.mean((0, 2, 3)), latents.var((0, 2, 3))
+    tensors["bn.running_mean"] = mean.mul(2**12).round().div(2**12).float()
+    tensors["bn.running_var"] = variance.mul(2**12).round().div(2**12).float()
+    tensors["bn.num_batches_tracked"] = torch.tensor(1)
+    return tensors
+
+
+def _simple_pictures(seed: int) -> Float[Tensor, "8 3 64 64"]:
+    """Half slopes with edges and half coloured squares, in [-1, 1], fp64."""
+    ramp = torch.linspace(-1, 1, 64, dtype=torch.float64)
+    turns = drawn((4, 3, 2), 1.0, seed, "pictures", "slopes").double()
+    slopes = turns[..., :1, None] * ramp[:, None] + turns[..., 1:, None] * ramp
+    slopes[..., 16:48, 24:56] *= -1
+    squares = drawn((4, 3, 8, 8), 0.5, seed, "pictures", "squares").double()
+    squares = squares.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+    return torch.cat([slopes, squares]).clamp(-1, 1)

@@ -1,0 +1,127 @@
+"""The embedded model's tokenizer: byte-level BPE learnt on the text below, with Mistral's special tokens."""
+
+import json
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from simpletuner.flux2.spec import SYSTEM_MESSAGE
+
+# Mistral-Small's ids: unknown 0, start 1, end 2, [IMG] 10, padding 11, system prompt 17 and 18.
+SPECIAL = (
+    "<unk>",
+    "<s>",
+    "</s>",
+    "[INST]",
+    "[/INST]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+    "[TOOL_CALLS]",
+    "[IMG]",
+    "<pad>",
+    "[IMG_BREAK]",
+    "[IMG_END]",
+    "[PREFIX]",
+    "[MIDDLE]",
+    "[SUFFIX]",
+    "[SYSTEM_PROMPT]",
+    "[/SYSTEM_PROMPT]",
+)
+
+SIZE = 768
+"""Entries of the vocabulary: the special tokens, 256 bytes, the rest learnt."""
+
+# As in dev's tokenizer: digits in threes and no rule for case, so `tokenizer_fix_regex` changes the ids.
+PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+CHAT_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {%- set text = message['content'] if message['content'] is string else message['content'][0]['text'] %}
+    {%- if message['role'] == 'system' %}
+        {{- '[SYSTEM_PROMPT]' + text + '[/SYSTEM_PROMPT]' }}
+    {%- elif message['role'] == 'user' %}
+        {{- '[INST]' + text + '[/INST]' }}
+    {%- else %}
+        {{- text + eos_token }}
+    {%- endif %}
+{%- endfor %}
+"""
+
+TEXT = """
+a photograph of a red square on a white background
+a photo of a blue circle above a green triangle
+a painting of a small yellow house beside a river, soft morning light
+a portrait of an old man with a grey beard, studio lighting, high detail
+a portrait of a young woman in a black coat, shallow depth of field
+a cinematic shot of a street at night, neon signs, rain, film grain, dramatic lighting
+an artistic interpretation in the style of renaissance painting, oil on canvas
+a professional photograph of a dog running on the beach, blue sky, clouds
+a close-up of a cat sleeping on a wooden chair near the window
+a wide landscape with mountains, a lake, tall trees and a path of stones
+a bowl of fruit on a table: three apples, two oranges and a bunch of grapes
+a drawing of a ship in a storm, black ink on old paper
+a watercolour of flowers in a glass vase, pink, purple and orange
+a bird in flight over the sea at sunset, long exposure
+a steam train crossing a stone bridge, autumn forest, mist in the valley
+the inside of a library with high shelves, warm light, people reading
+a low-angle view of a skyscraper, glass and steel, bright sun, strong shadows
+an abstract pattern of lines, dots and waves in gold, silver and turquoise
+a child holding a balloon in a field of wheat, view from behind
+a plate of food in a restaurant, seen from above, natural light
+a vintage car parked in front of a bakery, 1950s, faded colours
+a soft gradient from dark to light, number one
+an astronaut riding a horse on the moon, digital art
+a macro picture of a leaf with water drops
+two friends walking through the snow under a large umbrella
+a robot made of copper pipes, intricate detail, dark background
+a poster with the words hello world in large white letters
+a map of an island with a volcano, a harbour and a lighthouse
+texture of brick, wood, fabric, leather, marble and sand
+in the foreground, in the background, on the left, on the right, in the middle, at the bottom, at the top
+there is nothing in this image but colour, shape, size, material and position
+"""
+
+
+def learn() -> Tokenizer:
+    """The tokenizer, the same every time: counts decide, and ties go to the lower pair of ids."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    # The system message is before every prompt: said often, it becomes short.
+    tokenizer.train_from_iterator(
+        [SYSTEM_MESSAGE] * 8 + TEXT.strip().splitlines(),
+        trainers.BpeTrainer(
+            vocab_size=SIZE,
+            special_tokens=list(SPECIAL),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
+    return tokenizer
+
+
+def files() -> dict[str, str]:
+    """Name and content of each file of the `tokenizer` folder."""
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "padding_side": "left",
+        "model_max_length": 131072,
+        "clean_up_tokenization_spaces": False,
+    }
+    return {
+        "tokenizer.json": learn().to_str(),
+        "tokenizer_config.json": json.dumps(config, indent=2),
+        "chat_template.jinja": CHAT_TEMPLATE,
+    }

@@ -1,0 +1,135 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from simpletuner.base.errors import AccessError
+from simpletuner.base.files import sha256_file
+from simpletuner.flux2 import tiny
+from simpletuner.flux2.spec import FLAVOURS, SYSTEM_MESSAGE
+from simpletuner.flux2.tiny import vocabulary
+from simpletuner.flux2.tiny.make import TEXT, VERSION
+from simpletuner.flux2.tiny.weights import draw, drawn
+
+# The starts of their sha256.
+SUMS = {
+    "text_encoder/model.safetensors": "46be903ce1805481",
+    "tokenizer/tokenizer.json": "1206458c1a524de5",
+    "transformer/diffusion_pytorch_model.safetensors": "4022d4380c16be97",
+    "vae/diffusion_pytorch_model.safetensors": "f1fd4a31c9742347",
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_the_same_bytes_on_every_machine(tiny_folder, name):
+    # When this changes on purpose, raise VERSION, or made folders go on being used.
+    assert sha256_file(tiny_folder / name).startswith(SUMS[name])
+
+
+def test_draws_depend_on_name_and_seed_alone():
+    assert torch.equal(drawn((4, 8), 0.5, 0, "a"), drawn((4, 8), 0.5, 0, "a"))
+    assert not torch.equal(drawn((4, 8), 0.5, 0, "a"), drawn((4, 8), 0.5, 0, "b"))
+    assert not torch.equal(drawn((4, 8), 0.5, 0, "a"), drawn((4, 8), 0.5, 1, "a"))
+    assert drawn((4,), 1.0, 0, "pinned").tolist() == [
+        0.1909826546907425,
+        -1.2014119625091553,
+        -0.5080183148384094,
+        -0.09739653766155243,
+    ]
+
+
+def test_drawn_matrices_have_the_gain_asked_for():
+    shapes = {"x.weight": (256, 1024), "x.conv2.weight": (64, 32, 3, 3), "x.bias": (4,), "norm.weight": (8,)}
+    tensors = draw("test", shapes, {"conv2": 0.5}, seed=0)
+    assert tensors["x.weight"].std() * 1024**0.5 == pytest.approx(1, rel=0.02)
+    assert tensors["x.conv2.weight"].std() * (32 * 9) ** 0.5 == pytest.approx(0.5, rel=0.02)
+    assert torch.equal(tensors["x.bias"], torch.zeros(4))
+    assert torch.equal(tensors["norm.weight"], torch.ones(8))
+
+
+def test_layer_30_is_not_the_last():
+    assert TEXT["num_hidden_layers"] > max(FLAVOURS["tiny"].text_layers)
+
+
+def test_latents_of_pictures_are_near_unit_variance(tiny_folder):
+    tensors = load_file(tiny_folder / "vae/diffusion_pytorch_model.safetensors")
+    assert tensors["bn.running_mean"].abs().max() > 0.1, "not the statistics of a fresh batch norm"
+    assert 0.01 < tensors["bn.running_var"].min() < tensors["bn.running_var"].max() < 10
+
+
+def test_special_tokens_have_mistrals_ids():
+    tokenizer = vocabulary.learn()
+    ids = {name: tokenizer.token_to_id(name) for name in ("<s>", "[IMG]", "<pad>", "[/SYSTEM_PROMPT]")}
+    assert ids == {"<s>": 1, "[IMG]": 10, "<pad>": 11, "[/SYSTEM_PROMPT]": 18}
+    assert tokenizer.get_vocab_size() == vocabulary.SIZE
+
+
+def test_tokenizer_keeps_every_byte_and_is_short_for_the_system_message():
+    tokenizer = vocabulary.learn()
+    text = "Ünïcode ☃ 2024\n\ttabs [brackets]"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert len(tokenizer.encode(SYSTEM_MESSAGE).ids) < 40
+
+
+def test_an_existing_folder_is_left_alone(tiny_folder):
+    before = {path: path.stat().st_mtime_ns for path in tiny_folder.rglob("*")}
+    assert tiny.make(tiny_folder) == tiny_folder
+    assert {path: path.stat().st_mtime_ns for path in tiny_folder.rglob("*")} == before
+
+
+def test_a_foreign_folder_is_never_written_to(tmp_path):
+    (tmp_path / "holiday.jpg").touch()
+    with pytest.raises(AccessError, match="is not the embedded model"):
+        tiny.make(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
+
+
+def test_another_seed_is_not_taken_for_this_one(tiny_folder):
+    with pytest.raises(AccessError, match="seed 0: expected version 1, seed 7"):
+        tiny.make(tiny_folder, seed=7)
+
+
+def test_a_damaged_folder_is_named(tiny_folder, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in tiny_folder.rglob("*"):
+        target = copy / path.relative_to(tiny_folder)
+        target.mkdir() if path.is_dir() else target.symlink_to(path)
+    (copy / "vae/config.json").unlink()
+    with pytest.raises(AccessError, match=r"vae/config\.json is damaged"):
+        tiny.make(copy)
+
+
+def test_default_folder():
+    home = Path.home() / ".cache" / "simpletuner" / f"tiny-{VERSION}"
+    assert tiny.default_folder(None, {}) == home
+    assert tiny.default_folder(None, {"XDG_CACHE_HOME": "/x"}) == Path(f"/x/simpletuner/tiny-{VERSION}")
+    assert tiny.default_folder(Path("/y"), {}) == Path(f"/y/tiny-{VERSION}")
+
+
+MAKE = (
+    "import sys; from pathlib import Path; from simpletuner.flux2.tiny import make; make(Path(sys.argv[1]))"
+)
+
+
+def test_finding_it_made_imports_no_large_library(tiny_folder):
+    check = "; print([name for name in ('diffusers', 'transformers') if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", MAKE + check, str(tiny_folder)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.slow
+def test_several_processes_may_make_it_at_once(tmp_path, tiny_folder):
+    folder = tmp_path / "tiny"
+    makers = [
+        subprocess.Popen([sys.executable, "-c", MAKE, str(folder)], stderr=subprocess.PIPE) for _ in range(3)
+    ]
+    assert [(maker.communicate()[1], maker.returncode) for maker in makers] == [(b"", 0)] * 3
+    assert os.listdir(tmp_path) == ["tiny"]
+    assert all(sha256_file(folder / name) == sha256_file(tiny_folder / name) for name in SUMS)
