@@ -86,7 +86,7 @@ EXAMPLES: dict[str, Callable[[Path], None]] = {"tiny-lora": render}
 
 
 def materialise(name: str, folder: Path) -> None:
-    """Put the pictures of example `name` into `folder`, whole or not at all. One that is there stays as it is.
+    """Put the pictures of example `name` into `folder`, whole or not at all. One that is there stays.
 
     Raises:
         KeyError: no such example.
