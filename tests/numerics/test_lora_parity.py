@@ -1,0 +1,208 @@
+"""The adapter against PEFT on diffusers' transformer: gradients, and what diffusers makes of our files."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from simpletuner.config.options.lora import LoraOptions
+from simpletuner.flux2.denoiser import Denoiser
+from simpletuner.flux2.export import LORA_NAME, attach_saved, read_lora, save_lora
+from simpletuner.flux2.lora import PRESETS, Adapter, attach
+from simpletuner.flux2.tiny.make import SPEC
+from simpletuner.flux2.tokens import context_ids, image_ids, pack
+from simpletuner.flux2.transformer import Flux2Transformer
+
+
+def model() -> Flux2Transformer:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Flux2Transformer(SPEC).eval()
+
+
+def reference() -> Any:
+    from diffusers import Flux2Transformer2DModel
+
+    config = {key: value for key, value in SPEC.to_diffusers().items() if key != "_class_name"}
+    theirs = Flux2Transformer2DModel(**config)
+    theirs.load_state_dict(model().state_dict())
+    return theirs.eval()
+
+
+def pipeline() -> Any:
+    """A pipeline of nothing but the transformer: enough for its LoRA loader."""
+    from diffusers import Flux2Pipeline
+
+    return Flux2Pipeline(scheduler=None, vae=None, text_encoder=None, tokenizer=None, transformer=reference())
+
+
+def trained(transformer: Flux2Transformer, *, seed: int = 2, **options: object) -> Adapter:
+    adapter = attach(transformer, LoraOptions(**options), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in adapter.parameters():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return adapter
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(2, 128, 3, 4, generator=generator),
+        torch.tensor([0.3, 0.9]),
+        torch.randn(2, 9, SPEC.context_dim, generator=generator),
+        torch.tensor([1.0, 4.0]),
+    )
+
+
+def velocity(transformer: Flux2Transformer) -> Tensor:
+    """As tokens."""
+    return pack(Denoiser(transformer)(*inputs()))
+
+
+def reference_velocity(theirs: Any) -> Tensor:
+    latents, sigma, context, guidance = inputs()
+    out: Tensor = theirs(
+        hidden_states=pack(latents),
+        encoder_hidden_states=context,
+        timestep=sigma,
+        guidance=guidance,
+        img_ids=image_ids(*latents.shape[-2:]),
+        txt_ids=context_ids(context.shape[1]),
+        return_dict=False,
+    )[0]
+    return out
+
+
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("alpha", [4.0, 6.0])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_gradients_equal_pefts(preset: str, alpha: float) -> None:
+    """With the expanded tensors in PEFT; of its gradients, those of the live rows and columns are ours."""
+    from peft import LoraConfig
+
+    ours, theirs = model(), reference()
+    adapter = trained(ours, lora_rank=4, lora_alpha=alpha, flux_lora_target=preset)
+    theirs.requires_grad_(False)
+    theirs.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=list(adapter.layers)))
+    pairs = {}
+    for name, layer in adapter.layers.items():
+        peft = theirs.get_submodule(name)
+        theirs_a, theirs_b = peft.lora_A["default"].weight, peft.lora_B["default"].weight
+        a, b = layer.expanded()
+        theirs_a.data.copy_(a)
+        theirs_b.data.copy_(b / layer.scale)
+        pairs[name] = (theirs_a, theirs_b)
+    assert {id(p) for p in theirs.parameters() if p.requires_grad} == {
+        id(p) for ab in pairs.values() for p in ab
+    }
+
+    target = torch.randn(2, 12, 128, generator=torch.Generator().manual_seed(5))
+    found, expected = velocity(ours), reference_velocity(theirs)
+    assert_near(found, expected)
+    (found - target).square().mean().backward()
+    (expected - target).square().mean().backward()
+    for name, layer in adapter.layers.items():
+        theirs_a, theirs_b = pairs[name]
+        assert_near(layer.a.grad, theirs_a.grad[:, layer.column_start : layer.column_stop])
+        assert_near(layer.b.grad, theirs_b.grad[layer.row_start : layer.row_stop])
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What diffusers' loader says: a missing or unexpected key is only a warning there."""
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    caplog.set_level(logging.WARNING, logger="diffusers")
+    return caplog
+
+
+@pytest.mark.parametrize("alpha", [4.0, 6.0])
+@pytest.mark.parametrize("preset", PRESETS)
+@torch.no_grad()
+def test_an_exported_file_loads_in_diffusers(
+    tmp_path: Path, said: pytest.LogCaptureFixture, preset: str, alpha: float
+) -> None:
+    ours = model()
+    adapter = trained(ours, lora_rank=4, lora_alpha=alpha, flux_lora_target=preset)
+    save_lora(tmp_path / LORA_NAME, adapter, metadata={"run": "1f2e", "licence": "non-commercial"})
+
+    pipe = pipeline()
+    pipe.load_lora_weights(tmp_path, adapter_name="ours")
+    assert said.records == []
+    taken = {name: parameter for name, parameter in pipe.transformer.named_parameters() if ".lora_" in name}
+    saved = adapter.expanded()
+    assert len(taken) == len(saved)
+    for name, parameter in taken.items():
+        assert torch.equal(parameter, saved[f"transformer.{name.replace('.ours.', '.')}"])
+    assert_near(reference_velocity(pipe.transformer), velocity(ours))
+    assert (reference_velocity(reference()) - velocity(ours)).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_custom_layers_outside_the_blocks_load_in_diffusers(
+    tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    """norm_out among them, whose halves other formats swap."""
+    ours = model()
+    targets = (
+        "norm_out.linear",
+        "proj_out",
+        "x_embedder",
+        "context_embedder",
+        "single_stream_modulation.linear",
+        "timestep_embedder.linear_1",
+    )
+    save_lora(tmp_path / LORA_NAME, trained(ours, peft_lora_target_modules=targets), metadata={})
+    pipe = pipeline()
+    pipe.load_lora_weights(tmp_path)
+    assert said.records == []
+    assert_near(reference_velocity(pipe.transformer), velocity(ours))
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # two adapters are what is wanted
+@torch.no_grad()
+def test_two_files_with_strengths_add_up_as_in_diffusers(
+    tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    save_lora(tmp_path / "a.safetensors", trained(model(), flux_lora_target="attention"), metadata={})
+    second = trained(model(), seed=3, lora_rank=4, lora_alpha=2)
+    save_lora(tmp_path / "b.safetensors", second, metadata={}, dtype=torch.bfloat16)
+    strengths = {"a": 0.7, "b": 1.3}
+    ours, pipe = model(), pipeline()
+    for name, strength in strengths.items():
+        attach_saved(ours, read_lora(tmp_path / f"{name}.safetensors"), strength=strength)
+        pipe.load_lora_weights(tmp_path, weight_name=f"{name}.safetensors", adapter_name=name)
+    pipe.set_adapters(list(strengths), list(strengths.values()))
+    assert said.records == []
+    assert_near(reference_velocity(pipe.transformer), velocity(ours))
+
+
+@torch.no_grad()
+def test_a_file_that_diffusers_saved_means_the_same_here(tmp_path: Path) -> None:
+    """With alpha other than the rank, which only the header tells."""
+    from diffusers import Flux2Pipeline
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    theirs = reference()
+    config = LoraConfig(
+        r=4, lora_alpha=16, target_modules=["to_q", "attn.to_qkv_mlp_proj"], alpha_pattern={"to_q": 6}
+    )
+    theirs.add_adapter(config)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    Flux2Pipeline.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=get_peft_model_state_dict(theirs),
+        **_collate_lora_metadata({"transformer": theirs}),
+    )
+    ours = model()
+    attach_saved(ours, read_lora(tmp_path))
+    assert_near(velocity(ours), reference_velocity(theirs))
