@@ -169,10 +169,10 @@ def test_custom_layers_outside_the_blocks_load_in_diffusers(
 def test_two_files_with_strengths_add_up_as_in_diffusers(
     tmp_path: Path, said: pytest.LogCaptureFixture
 ) -> None:
-    save_lora(tmp_path / "a.safetensors", trained(model(), flux_lora_target="attention"), metadata={})
+    save_lora(tmp_path / "first.safetensors", trained(model(), flux_lora_target="attention"), metadata={})
     second = trained(model(), seed=3, lora_rank=4, lora_alpha=2)
-    save_lora(tmp_path / "b.safetensors", second, metadata={}, dtype=torch.bfloat16)
-    strengths = {"a": 0.7, "b": 1.3}
+    save_lora(tmp_path / "second.safetensors", second, metadata={}, dtype=torch.bfloat16)
+    strengths = {"first": 0.7, "second": 1.3}
     ours, pipe = model(), pipeline()
     for name, strength in strengths.items():
         attach_saved(ours, read_lora(tmp_path / f"{name}.safetensors"), strength=strength)
