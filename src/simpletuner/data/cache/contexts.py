@@ -1,0 +1,136 @@
+"""The cache of text contexts. Their padding rows are all alike, so one of them is kept and the others are
+restored."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from einops import repeat
+from jaxtyping import Float
+from torch import Tensor
+
+from simpletuner.base.errors import DataError
+from simpletuner.base.files import sha256_json
+from simpletuner.data.cache.report import FillReport
+from simpletuner.data.cache.store import Store, check_all
+
+
+@dataclass(frozen=True)
+class Context:
+    """A prompt's context without its padding: `length` − n times `pad`, then `rows`."""
+
+    rows: Float[Tensor, "n d"]
+    pad: Float[Tensor, " d"]
+    length: int
+    """Rows of the full context."""
+
+    def full(self) -> Float[Tensor, "length d"]:
+        """The context exactly as the encoder gives it, padding on the left."""
+        padding = repeat(self.pad, "d -> n d", n=self.length - self.rows.shape[0])
+        return torch.cat((padding, self.rows))
+
+
+@runtime_checkable  # the tests check signatures as they run
+class EncodedPrompt(Protocol):
+    """What an encoder gives for one prompt; a `Context` is one."""
+
+    @property
+    def rows(self) -> Float[Tensor, "n d"]: ...
+    @property
+    def pad(self) -> Float[Tensor, " d"]: ...
+    @property
+    def length(self) -> int: ...
+
+
+@runtime_checkable
+class ContextEncoder(Protocol):
+    """A text encoder, as the cache sees it."""
+
+    def lengths(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt, without padding."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> Sequence[EncodedPrompt]:
+        """The contexts of one batch of prompts."""
+        ...
+
+
+def context_key(prompt: str, encoder: str) -> str:
+    """The cache key of a prompt; `encoder` is the fingerprint of all that turns text into a context: weights,
+    precision, template, layers, length, tokenizer settings."""
+    return sha256_json({"kind": "context", "version": 1, "prompt": prompt, "encoder": encoder})
+
+
+def read_context(store: Store, prompt: str, encoder: str) -> Context:
+    """The cached context of a prompt.
+
+    Raises:
+        DataError: it is not there, or was damaged.
+    """
+    tensors = store.read(context_key(prompt, encoder))
+    return Context(tensors["rows"], tensors["pad"], int(tensors["length"]))
+
+
+def fill_contexts(
+    prompts: Sequence[str],
+    store: Store,
+    encoder: str,
+    load: Callable[[], ContextEncoder],
+    *,
+    batch_size: int,
+    write_batch_size: int,
+    report: Callable[[int, int], None],
+) -> FillReport:
+    """Make every context that the store lacks.
+
+    All prompts, cached or not, are sorted by (tokens, text) and cut into batches; a batch that lacks one is
+    made again whole. So a batch depends on the set of prompts only, and the bytes are the same after any
+    interruption.
+
+    Args:
+        load: called only if something is missing; brings the encoder in.
+        batch_size: prompts encoded at once.
+        write_batch_size: files written at once.
+        report: called with (prompts encoded, prompts to encode).
+
+    Raises:
+        DataError: the encoder gave numbers that are not finite, for a prompt that is named.
+        DiskError: no space.
+    """
+    started = time.monotonic()
+    unique = sorted(set(prompts))
+    store.sweep()
+    states = check_all([(store, context_key(prompt, encoder)) for prompt in unique])
+    lacking = {prompt for prompt, state in zip(unique, states, strict=True) if state != "sound"}
+    encoded = 0
+    if lacking:
+        text_encoder = load()
+        batches = [b for b in _batches(unique, text_encoder, batch_size) if not lacking.isdisjoint(b)]
+        total = sum(map(len, batches))
+        report(0, total)
+        unwritten: list[tuple[str, EncodedPrompt]] = []
+        for batch in batches:
+            for prompt, context in zip(batch, text_encoder.encode(batch), strict=True):
+                if not torch.isfinite(context.rows).all():
+                    raise DataError.of(f"the text encoder gave numbers that are not finite for {prompt!r}")
+                unwritten.append((prompt, context))
+            encoded += len(batch)
+            if len(unwritten) >= write_batch_size or encoded == total:
+                for prompt, context in unwritten:
+                    _write(store, prompt, context, encoder)
+                unwritten.clear()
+            report(encoded, total)
+    return FillReport(encoded, states.count("sound"), states.count("damaged"), time.monotonic() - started)
+
+
+def _batches(prompts: Sequence[str], text_encoder: ContextEncoder, batch_size: int) -> list[list[str]]:
+    lengths = dict(zip(prompts, text_encoder.lengths(prompts), strict=True))
+    ordered = sorted(prompts, key=lambda prompt: (lengths[prompt], prompt))
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+
+def _write(store: Store, prompt: str, context: EncodedPrompt, encoder: str) -> None:
+    tensors = {"rows": context.rows, "pad": context.pad, "length": torch.tensor(context.length)}
+    store.write(context_key(prompt, encoder), tensors, {"kind": "context", "prompt": prompt})

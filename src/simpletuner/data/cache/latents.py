@@ -1,0 +1,152 @@
+"""The cache of latents: each picture's crop, encoded once."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from simpletuner.base.errors import DataError
+from simpletuner.base.files import sha256_bytes, sha256_json
+from simpletuner.config.datasets import ImageSet
+from simpletuner.data.ahead import map_ahead
+from simpletuner.data.cache.report import FillReport
+from simpletuner.data.cache.store import Store, check_all
+from simpletuner.data.manifest import Manifest
+from simpletuner.data.pixels import PIXELS_VERSION, render
+from simpletuner.data.rejected import Rejected
+from simpletuner.data.sample import Sample
+
+Encode = Callable[[Float[Tensor, "b 3 H W"]], Float[Tensor, "b 128 h w"]]
+"""Pixels in [-1, 1], fp32, to latents with h = H/16."""
+
+StoreOf = Callable[[ImageSet], Store]
+
+
+def latent_key(sample: Sample, encoder: str) -> str:
+    """The cache key of a picture's crop; `encoder` is the fingerprint of the VAE's weights, precision and
+    tiling."""
+    crop = sample.geometry
+    return sha256_json(
+        {
+            "kind": "latent",
+            "version": 1,
+            "pixels": PIXELS_VERSION,
+            "content": sample.content,
+            "target": crop.target,
+            "resize": crop.resize,
+            "crop": crop.crop,
+            "encoder": encoder,
+        }
+    )
+
+
+def read_latent(store: Store, sample: Sample, encoder: str) -> Float[Tensor, "128 h w"]:
+    """The cached latent of a picture.
+
+    Raises:
+        DataError: it is not there, or was damaged.
+    """
+    return store.read(latent_key(sample, encoder))["latent"]
+
+
+def all_batches(manifests: Sequence[Manifest], batch_size: int) -> Iterator[tuple[ImageSet, list[Sample]]]:
+    """Every distinct crop once, in batches of one set and one bucket. Depends on the manifests only.
+
+    Copies of a picture within a set, and across sets with the same cache folder, have one latent.
+    """
+    seen: set[tuple[str, str]] = set()
+    for manifest in manifests:
+        for members in manifest.buckets.values():
+            distinct = []
+            for sample in (manifest.samples[index] for index in members):
+                place = (manifest.image_set.cache_dir_vae, latent_key(sample, ""))
+                if place not in seen:
+                    seen.add(place)
+                    distinct.append(sample)
+            for start in range(0, len(distinct), batch_size):
+                yield manifest.image_set, distinct[start : start + batch_size]
+
+
+def fill_latents(
+    manifests: Sequence[Manifest],
+    store_of: StoreOf,
+    encoder: str,
+    load: Callable[[], Encode],
+    *,
+    batch_size: int,
+    workers: int,
+    report: Callable[[int, int], None],
+) -> FillReport:
+    """Make every latent that its store lacks.
+
+    A batch that lacks one is made again whole, so that the bytes are the same after any interruption. Threads
+    open and crop the next pictures while a batch is encoded; at most a batch and two pictures a thread are
+    held.
+
+    Args:
+        load: called only if something is missing; brings the encoder in.
+        batch_size: pictures encoded at once.
+        workers: threads that prepare pictures.
+        report: called with (pictures encoded, pictures to encode).
+
+    Raises:
+        DataError: a file changed since the scan, or its latent is not finite; it is named.
+        DiskError: no space.
+    """
+    started = time.monotonic()
+    for folder in {store_of(manifest.image_set).folder for manifest in manifests}:
+        Store(folder).sweep()
+    batches = list(all_batches(manifests, batch_size))
+    places = [(store_of(owner), latent_key(sample, encoder)) for owner, batch in batches for sample in batch]
+    states = check_all(places)
+    taken = iter(states)
+    todo = [found for found in batches if {next(taken) for _ in found[1]} != {"sound"}]
+    total, encoded = sum(len(batch) for _, batch in todo), 0
+    if todo:
+        encode = load()
+        report(0, total)
+        pictures = map_ahead(
+            _pixels,
+            (sample for _, batch in todo for sample in batch),
+            workers=workers,
+            ahead=batch_size + 2 * workers,
+        )
+        with closing(pictures):
+            for image_set, batch in todo:
+                latents = encode(_tensor([next(pictures) for _ in batch]))
+                for sample, latent in zip(batch, latents.float().cpu(), strict=True):
+                    if not torch.isfinite(latent).all():
+                        raise DataError.of(f"{sample.path}: the VAE gave numbers that are not finite")
+                    metadata = {"kind": "latent", "content": sample.content}
+                    store_of(image_set).write(latent_key(sample, encoder), {"latent": latent}, metadata)
+                encoded += len(batch)
+                report(encoded, total)
+    return FillReport(encoded, states.count("sound"), states.count("damaged"), time.monotonic() - started)
+
+
+def _pixels(sample: Sample) -> UInt8[np.ndarray, "H W 3"]:
+    """The crop of a picture. In a thread, so every error names the file."""
+    try:
+        data = sample.path.read_bytes()
+        if sha256_bytes(data) != sample.content:
+            raise _changed(sample, "it is another file now")
+        return render(data, sample.geometry)
+    except (OSError, Rejected) as error:
+        raise _changed(sample, str(error)) from error
+
+
+def _changed(sample: Sample, how: str) -> DataError:
+    return DataError.of(
+        f"{sample.path} changed while this was running: {how}", remedy="Leave the set alone and start again."
+    )
+
+
+def _tensor(pictures: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[Tensor, "b 3 H W"]:
+    """Pixels in [-1, 1]: 0 is -1 and 255 is 1, exactly."""
+    pixels = rearrange(torch.from_numpy(np.stack(pictures)), "b h w c -> b c h w")
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1

@@ -1,0 +1,207 @@
+"""What will be trained: every picture of a set with its crop and its captions, and every other file with the
+reason."""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simpletuner.base.draws import draw_seed
+from simpletuner.base.errors import DataError
+from simpletuner.base.files import sha256_json
+from simpletuner.config.datasets import ImageSet
+from simpletuner.data.captions import captions_of
+from simpletuner.data.discover import Found, caption_key, discover
+from simpletuner.data.geometry import Size, describe, downsample_is_idle, enlargement, place
+from simpletuner.data.index import Entry, read_pictures
+from simpletuner.data.pixels import Remark
+from simpletuner.data.rejected import Rejected
+from simpletuner.data.sample import Rejection, Sample
+
+__all__ = ["Manifest", "Rejection", "Sample", "prompts_of", "scan"]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One set as it will be trained. A function of its files, its entry in the dataset file, and the seed."""
+
+    image_set: ImageSet
+    samples: tuple[Sample, ...]
+    """Sorted by name."""
+    rejections: tuple[Rejection, ...]
+    """Sorted by name."""
+    notices: tuple[str, ...]
+    """What a person should know: pictures that are enlarged, flattened, captions without a picture."""
+
+    @functools.cached_property
+    def buckets(self) -> dict[Size, list[int]]:
+        """Indices of the samples by (width, height) of their target, in pixels."""
+        found: dict[Size, list[int]] = {}
+        for index, sample in enumerate(self.samples):
+            found.setdefault(sample.geometry.target, []).append(index)
+        return dict(sorted(found.items()))
+
+    @property
+    def visits_per_epoch(self) -> int:
+        """How many pictures an epoch shows with `probability` 1, before incomplete batches are filled."""
+        return len(self.samples) * (self.image_set.repeats + 1)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Changes with anything that changes what is trained, and with nothing else: not with where the files
+        lie."""
+        own = self.image_set
+        samples = [(s.name, s.content, s.geometry.__dict__, s.captions) for s in self.samples]
+        return sha256_json([own.id, own.repeats, own.probability, own.train_batch_size, samples])
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, buckets and rejections for a JSON reader. Names are relative: no path of this machine is in
+        it."""
+        return {
+            "id": self.image_set.id,
+            "dataset_type": self.image_set.dataset_type,
+            "pictures": len(self.samples),
+            "captions": sum(len(sample.captions) for sample in self.samples),
+            "repeats": self.image_set.repeats,
+            "probability": self.image_set.probability,
+            "visits_per_epoch": self.visits_per_epoch,
+            "buckets": [{"width": w, "height": h, "pictures": len(m)} for (w, h), m in self.buckets.items()],
+            "rejected": rejection_counts(self.rejections),
+            "rejections": [rejection.__dict__ for rejection in self.rejections],
+            "notices": list(self.notices),
+            "fingerprint": self.fingerprint,
+        }
+
+
+def rejection_counts(rejections: Iterable[Rejection]) -> dict[str, int]:
+    """How many files left for which reason, the most frequent first."""
+    return dict(Counter(rejection.reason for rejection in rejections).most_common())
+
+
+def prompts_of(manifests: Iterable[Manifest]) -> list[str]:
+    """Every caption that a visit may draw, once, sorted."""
+    return sorted({caption for m in manifests for sample in m.samples for caption in sample.captions})
+
+
+def scan(image_set: ImageSet, *, seed: int, workers: int, report: Callable[[int, int], None]) -> Manifest:
+    """Look at every file of the set's folder, decode the pictures that are new, and decide what is trained.
+
+    What was learned about a file is kept beside the latents, so that a second scan reads only what changed;
+    captions are read every time. With `max_num_samples`, a draw by the seed and the pictures' contents
+    chooses: it stays the same when the folder is scanned again, and one new picture displaces at most one
+    other.
+
+    Args:
+        workers: threads that decode.
+        report: called with (pictures looked at, pictures in all).
+
+    Raises:
+        DataError: no such folder, or nothing in it can be trained; then with the counts of what was rejected.
+    """
+    found = discover(Path(image_set.instance_data_dir))
+    entries = read_pictures(found.pictures, image_set, workers=workers, report=report)
+    samples: list[Sample] = []
+    rejections = list(found.rejections)
+    for name in found.pictures:
+        entry = entries[name]
+        try:
+            if isinstance(entry, Rejected):
+                raise entry
+            samples.append(_sample(name, entry, image_set, found.captions, seed))
+        except Rejected as rejected:
+            rejections.append(Rejection(name, rejected.reason, rejected.detail))
+    samples, surplus = _limited(samples, image_set.max_num_samples, seed)
+    rejections = sorted(rejections + surplus, key=lambda rejection: rejection.name)
+    if not samples:
+        raise _nothing_left(image_set, rejections)
+    notices = _notices(image_set, samples, entries, found)
+    return Manifest(image_set, tuple(samples), tuple(rejections), notices)
+
+
+def _sample(name: str, entry: Entry, image_set: ImageSet, text_files: dict[str, str], seed: int) -> Sample:
+    captions = captions_of(name, image_set, text_files)
+    geometry = place((entry.width, entry.height), image_set, seed=seed, content=entry.content)
+    path = Path(image_set.instance_data_dir) / name
+    return Sample(image_set.id, path, name, entry.content, entry.width, entry.height, geometry, captions)
+
+
+def _limited(samples: list[Sample], most: int | None, seed: int) -> tuple[list[Sample], list[Rejection]]:
+    if most is None or len(samples) <= most:
+        return samples, []
+    drawn = sorted(samples, key=lambda s: (draw_seed(seed, "order", "max_num_samples", s.content), s.name))
+    surplus = [Rejection(s.name, "beyond max_num_samples", f"{most} others were drawn") for s in drawn[most:]]
+    return sorted(drawn[:most], key=lambda sample: sample.name), surplus
+
+
+def _nothing_left(image_set: ImageSet, rejections: Sequence[Rejection]) -> DataError:
+    folder = image_set.instance_data_dir
+    if not rejections:
+        return DataError.of(f"{image_set.id}: {folder} holds no pictures", "at least one")
+    counts = "; ".join(
+        f"{count} {reason} ({_named([r.name for r in rejections if r.reason == reason], 3)})"
+        for reason, count in rejection_counts(rejections).items()
+    )
+    first = rejections[0]
+    return DataError.of(
+        f"{image_set.id}: nothing in {folder} can be trained. Rejected: {counts}",
+        remedy=f"For example, {first.name}: {first.detail}. `simpletuner dataset scan` lists all.",
+    )
+
+
+def _named(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
+def _notices(
+    image_set: ImageSet, samples: Sequence[Sample], entries: dict[str, Entry | Rejected], found: Found
+) -> tuple[str, ...]:
+    notices = []
+
+    def add(names: Sequence[str], text: str) -> None:
+        if names:
+            notices.append(
+                f"{image_set.id}: {len(names)} of {len(samples)} pictures {text} ({_named(names)})."
+            )
+
+    def remarks_of(sample: Sample) -> tuple[Remark, ...]:
+        entry = entries[sample.name]
+        return entry.remarks if isinstance(entry, Entry) else ()
+
+    remarks: tuple[tuple[Remark, str], ...] = (
+        ("transparent", "have transparency, which is laid on white"),
+        ("animated", "have more than one frame; the first is used"),
+        ("odd profile", "have a colour profile that cannot be used; they are taken for sRGB"),
+    )
+    for remark, text in remarks:
+        add([s.name for s in samples if remark in remarks_of(s)], text)
+
+    enlarged = {
+        sample.name: enlargement((sample.width, sample.height), sample.geometry.target) for sample in samples
+    }
+    by_factor = sorted(
+        (name for name, factor in enlarged.items() if factor > 1), key=lambda n: (-enlarged[n], n)
+    )
+    if by_factor:
+        factor = float(enlarged[by_factor[0]])
+        add(by_factor, f"are enlarged to reach `resolution`, by up to ×{factor:.2f}")
+
+    idle = [s.name for s in samples if downsample_is_idle((s.width, s.height), s.geometry, image_set)]
+    if idle:
+        key = "target_downsample_size" if image_set.maximum_image_size is None else "maximum_image_size"
+        limit = image_set.target_downsample_size or image_set.maximum_image_size or 0
+        size = describe(limit, image_set.resolution_type)
+        add(idle, f"are above {key}, which changes nothing: {size} would not cover what is trained of them")
+
+    if image_set.caption_strategy == "textfile" and not image_set.only_instance_prompt:
+        uncaptioned = [s.name for s in samples if s.captions == (image_set.instance_prompt,)]
+        add(
+            uncaptioned,
+            f"have no caption of their own and use instance_prompt, {image_set.instance_prompt!r}",
+        )
+        orphans = sorted(set(found.captions) - {caption_key(name) for name in found.pictures})
+        if orphans:
+            files = [found.captions[key] for key in orphans]
+            notices.append(f"{image_set.id}: {len(files)} caption files have no picture ({_named(files)}).")
+    return tuple(notices)

@@ -1,0 +1,286 @@
+"""From a file to upright sRGB pixels, and to the one resample and crop that are trained."""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import io
+import struct
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
+
+from simpletuner.data.geometry import Geometry
+from simpletuner.data.rejected import Rejected
+
+PIXELS_VERSION = 1
+"""Raised when the same file would give other pixels, so that cached latents are made again."""
+
+PIXEL_LIMIT = 180_000_000
+"""Larger pictures are rejected: decoded and converted, each would take gigabytes."""
+
+LARGE_PIXELS = 48_000_000
+"""Pictures above this are decoded one at a time, whatever the number of workers."""
+
+FORMATS = (
+    "JPEG",
+    "MPO",
+    "PNG",
+    "WEBP",
+    "AVIF",
+    "BMP",
+    "DIB",
+    "TIFF",
+    "GIF",
+    "PPM",
+    "JPEG2000",
+    "TGA",
+    "HEIF",
+    "JXL",
+)
+"""What Pillow may take a file for. Without a list, a PostScript file named .jpg would run Ghostscript."""
+
+PLUGINS = {
+    ".heic": ("pillow_heif", "pillow-heif"),
+    ".heif": ("pillow_heif", "pillow-heif"),
+    ".hif": ("pillow_heif", "pillow-heif"),
+    ".jxl": ("pillow_jxl", "pillow-jxl-plugin"),
+}
+"""Suffixes that Pillow reads with a plug-in only: its module, and what to install."""
+
+DECODE_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
+    NotImplementedError, struct.error, zlib.error,
+)  # fmt: skip
+"""What Pillow's decoders raise on damaged files, by reading their sources; it has no common class for
+them."""
+
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation → what makes the picture upright."""
+
+ORIENTATION_TAG = 0x0112
+
+PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+"""Colour space of an ICC profile → the mode of the pixels it describes."""
+
+Remark = Literal["transparent", "animated", "odd profile"]
+
+# The limit above is checked by us, with a reason for each file; Pillow would warn from a worker thread, or
+# raise.
+Image.MAX_IMAGE_PIXELS = None
+# Odd metadata beside sound pixels (a corrupt EXIF block, say) is no concern of training.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+_one_large_picture = threading.Lock()
+_srgb = ImageCms.createProfile("sRGB")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one full decode of a picture tells."""
+
+    width: int
+    """Pixels, upright."""
+    height: int
+    remarks: tuple[Remark, ...]
+    """What `upright_rgb` does to it beyond decoding that a person may want to know."""
+
+
+def require_plugin(name: str) -> None:
+    """Load the plug-in that a picture with this suffix needs, if any.
+
+    Raises:
+        Rejected: it is not installed, with the command that installs it.
+    """
+    suffix = PurePosixPath(name).suffix.lower()
+    if suffix in PLUGINS and not _plugin_is_loaded(PLUGINS[suffix][0]):
+        raise Rejected(f"{suffix[1:].upper()} needs a plug-in", f"pip install {PLUGINS[suffix][1]}")
+
+
+@functools.cache
+def _plugin_is_loaded(module: str) -> bool:
+    if importlib.util.find_spec(module) is None:
+        return False
+    plugin = importlib.import_module(module)
+    if module == "pillow_heif":
+        plugin.register_heif_opener()
+    return True
+
+
+def inspect(source: Path | bytes) -> Facts:
+    """Decode the picture once, in full, so that damage is found before training.
+
+    Raises:
+        Rejected: "empty file", "not an image", "truncated", "damaged", "too large" or "unknown sample
+        format".
+    """
+    with _opened(source) as image:
+        width, height = image.size
+        if _orientation(image) >= 5:
+            width, height = height, width
+        colour, alpha = _colour_and_alpha(image)
+        remarks: list[Remark] = []
+        if alpha is not None and alpha.getextrema()[0] != 255:
+            remarks.append("transparent")
+        if _profile_use(image, colour) == "odd":
+            remarks.append("odd profile")
+        if _is_animated(image):
+            remarks.append("animated")
+        return Facts(width, height, tuple(remarks))
+
+
+def render(source: Path | bytes, geometry: Geometry) -> UInt8[np.ndarray, "h w 3"]:
+    """The pixels that are trained: upright sRGB, one Lanczos resample from the original, one crop.
+
+    Raises:
+        Rejected: as `inspect`.
+    """
+    left, top = geometry.crop
+    width, height = geometry.target
+    with _opened(source) as image:
+        picture = upright_rgb(image).resize(geometry.resize, Image.Resampling.LANCZOS)
+    return np.array(picture.crop((left, top, left + width, top + height)))
+
+
+def upright_rgb(image: ImageFile.ImageFile) -> Image.Image:
+    """A loaded picture as RGB in sRGB, turned upright by its EXIF orientation.
+
+    An ICC profile is honoured (phones shoot Display P3); one that does not fit the pixels is passed over, and
+    without one the numbers are taken for sRGB. 16-bit samples are scaled, CMYK is converted, transparency is
+    laid on white, and of an animation the first frame counts.
+
+    Raises:
+        Rejected: samples without an agreed white.
+    """
+    colour, alpha = _colour_and_alpha(image)
+    use = _profile_use(image, colour)
+    if isinstance(use, ImageCms.ImageCmsTransform):
+        in_profile_mode = colour if colour.mode == use.input_mode else colour.convert(use.input_mode)
+        rgb = ImageCms.applyTransform(in_profile_mode, use)
+        if rgb is None:
+            raise TypeError("a transform that is not in place returns a picture")
+    else:
+        rgb = colour.convert("RGB")
+    if alpha is not None:
+        rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
+    orientation = _orientation(image)
+    return rgb.transpose(TRANSPOSITIONS[orientation]) if orientation in TRANSPOSITIONS else rgb
+
+
+@contextlib.contextmanager
+def _opened(source: Path | bytes) -> Iterator[ImageFile.ImageFile]:
+    """The first frame of a picture, decoded. Large ones wait for each other, so memory stays bounded."""
+    data = source.read_bytes() if isinstance(source, Path) else source
+    if not data:
+        raise Rejected("empty file", "0 bytes")
+    Image.init()
+    try:
+        image = Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+    except UnidentifiedImageError as error:
+        raise Rejected("not an image", "no picture format that is read here") from error
+    except DECODE_ERRORS as error:
+        raise _damage(error) from error
+    with image:
+        pixels = image.width * image.height
+        if pixels > PIXEL_LIMIT:
+            limit = f"the limit is {PIXEL_LIMIT // 1_000_000} megapixels; shrink it"
+            raise Rejected("too large", f"{image.width}x{image.height}: {limit}")
+        with _one_large_picture if pixels > LARGE_PIXELS else contextlib.nullcontext():
+            try:
+                image.load()
+            except DECODE_ERRORS as error:
+                raise _damage(error) from error
+            yield image
+
+
+def _damage(error: Exception) -> Rejected:
+    text = str(error) or type(error).__name__
+    return Rejected(
+        "truncated" if isinstance(error, EOFError) or "truncat" in text.lower() else "damaged", text
+    )
+
+
+def _orientation(image: ImageFile.ImageFile) -> int:
+    """1…8; 1, upright, where nothing says otherwise. Read after decoding: Pillow turns a TIFF by itself."""
+    try:
+        return int(image.getexif().get(ORIENTATION_TAG, 1))
+    except DECODE_ERRORS:  # metadata, not pixels
+        return 1
+
+
+def _colour_and_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """The picture in 8 bits as L, RGB or CMYK, and its transparency as L if it can have any."""
+    mode = image.mode
+    if mode.startswith("I;16") or (mode == "I" and image.format == "PPM"):
+        samples = np.asarray(image).astype(np.uint32)
+        # `convert` would clip at 255: a 16-bit ramp turns white.
+        return Image.fromarray(((samples + 128) // 257).astype(np.uint8)), None
+    if mode == "LA":
+        return image.getchannel("L"), image.getchannel("A")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return rgba.convert("RGB"), rgba.getchannel("A")
+    if mode in ("L", "RGB", "CMYK"):
+        return image, None
+    if mode == "1":
+        return image.convert("L"), None
+    if mode in ("P", "YCbCr", "HSV", "RGBX"):
+        return image.convert("RGB"), None
+    raise Rejected("unknown sample format", f"Pillow's mode {mode}; save it with 8 or 16 bits as RGB or grey")
+
+
+def _profile_use(
+    image: Image.Image, colour: Image.Image
+) -> ImageCms.ImageCmsTransform | Literal["none", "odd"]:
+    """How the colours come to sRGB: by a transform, as they are, or as they are because the profile is no
+    use."""
+    profile = image.info.get("icc_profile")
+    return _profile_use_of(profile, colour.mode) if profile else "none"
+
+
+@functools.lru_cache(maxsize=64)  # a camera's pictures share one profile
+def _profile_use_of(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | Literal["none", "odd"]:
+    try:
+        parsed = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if ImageCms.getProfileDescription(parsed).startswith("sRGB"):
+            return "none"  # exactly as stored, rather than off by one after a round trip
+        described = PROFILE_MODES.get(parsed.profile.xcolor_space.strip())
+        if described is None or mode not in (described, {"RGB": "L"}.get(described)):
+            return "odd"
+        return ImageCms.buildTransform(
+            parsed,
+            _srgb,
+            described,
+            "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+    except (ImageCms.PyCMSError, OSError):
+        return "odd"
+
+
+def _is_animated(image: ImageFile.ImageFile) -> bool:
+    """Whether there is a second frame. Moves to it, so this comes last. (A camera's MPO holds previews.)"""
+    if image.format in ("MPO", "JPEG"):
+        return False
+    try:
+        image.seek(1)
+    except DECODE_ERRORS:
+        return False
+    return True

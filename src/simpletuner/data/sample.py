@@ -1,0 +1,38 @@
+"""What the other files of this room hand to each other: a picture that is trained, or the reason why it is
+not."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from simpletuner.data.geometry import Geometry
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture that is trained, with everything that decides its pixels and its prompt."""
+
+    dataset: str
+    """`id` of its set."""
+    path: Path
+    name: str
+    """Path relative to the set's folder, with forward slashes."""
+    content: str
+    """sha256 of the file's bytes."""
+    width: int
+    """Pixels, upright (after the EXIF orientation)."""
+    height: int
+    geometry: Geometry
+    captions: tuple[str, ...]
+    """The exact prompts; one is drawn at each visit."""
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """One file that is not trained."""
+
+    name: str
+    """Path relative to the set's folder, with forward slashes."""
+    reason: str
+    """The class it is counted under: "truncated", "no caption", "below minimum_image_size", …"""
+    detail: str
+    """What exactly was found, and the remedy where there is one."""
