@@ -157,7 +157,7 @@ def make(folder: Path, seed: int = 0) -> Path:
             try:
                 build.rename(folder)
             except OSError:
-                # Another process was first, with the same bytes; a folder that is not empty is never replaced.
+                # Another process was first, with the same bytes: rename replaces no folder that holds files.
                 _check(folder, seed)
         finally:
             shutil.rmtree(build, ignore_errors=True)
@@ -282,7 +282,7 @@ def _text_encoder_shapes() -> Shapes:
 
 @torch.no_grad()
 def _autoencoder_tensors(seed: int) -> dict[str, Tensor]:
-    """Drawn weights, and batch-norm statistics by which latents of simple pictures have mean 0, variance 1."""
+    """Drawn weights, and batch-norm statistics that give latents of simple pictures mean 0, variance 1."""
     from diffusers import AutoencoderKLFlux2  # seconds to import, and only this once
 
     with torch.device("meta"):

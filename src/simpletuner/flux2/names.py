@@ -1,0 +1,130 @@
+"""Names of the same tensors in other files: BFL's for the transformer, three kinds for the text encoder."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def _whole(tensor: Tensor) -> Sequence[Tensor]:
+    return (tensor,)
+
+
+def _thirds(tensor: Tensor) -> Sequence[Tensor]:
+    """Query, key and value rows of a fused projection."""
+    return tensor.chunk(3)
+
+
+def _halves_swapped(tensor: Tensor) -> Sequence[Tensor]:
+    """BFL's last modulation makes shift, then scale; diffusers' scale, then shift."""
+    shift, scale = tensor.chunk(2)
+    return (torch.cat([scale, shift]),)
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """The names under which diffusers keeps a tensor of BFL's, and how it is cut into them."""
+
+    names: tuple[str, ...]
+    cut: Callable[[Tensor], Sequence[Tensor]] = _whole
+
+    def shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the parts of a tensor of `shape`."""
+        return ((shape[0] // len(self.names), *shape[1:]),) * len(self.names)
+
+
+_TOP = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+    "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
+    "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+    "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+    "single_stream_modulation.lin": "single_stream_modulation.linear",
+    "final_layer.linear": "proj_out",
+}
+_DOUBLE = {
+    "img_attn.proj": "attn.to_out.0",
+    "txt_attn.proj": "attn.to_add_out",
+    "img_attn.norm.query_norm": "attn.norm_q",
+    "img_attn.norm.key_norm": "attn.norm_k",
+    "txt_attn.norm.query_norm": "attn.norm_added_q",
+    "txt_attn.norm.key_norm": "attn.norm_added_k",
+    "img_mlp.0": "ff.linear_in",
+    "img_mlp.2": "ff.linear_out",
+    "txt_mlp.0": "ff_context.linear_in",
+    "txt_mlp.2": "ff_context.linear_out",
+}
+_FUSED = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+}
+_SINGLE = {
+    "linear1": "attn.to_qkv_mlp_proj",
+    "linear2": "attn.to_out",
+    "norm.query_norm": "attn.norm_q",
+    "norm.key_norm": "attn.norm_k",
+}
+_BLOCK = re.compile(r"(double|single)_blocks\.(\d+)\.(.+)")
+_PREFIX = "model.diffusion_model."
+
+
+def from_bfl(name: str) -> Renamed | None:
+    """What diffusers calls the tensor `name` of a BFL file; None if BFL has no such tensor.
+
+    A ComfyUI prefix (`model.diffusion_model.`) does not matter.
+    """
+    module, _, leaf = name.removeprefix(_PREFIX).rpartition(".")
+    if leaf not in ("weight", "scale"):  # the norms' weights are called scale
+        return None
+    if module == "final_layer.adaLN_modulation.1":
+        return Renamed(("norm_out.linear.weight",), _halves_swapped)
+    if module in _TOP:
+        return Renamed((f"{_TOP[module]}.weight",))
+    block = _BLOCK.fullmatch(module)
+    if block is None:
+        return None
+    kind, index, part = block.groups()
+    if kind == "single":
+        return (
+            Renamed((f"single_transformer_blocks.{index}.{_SINGLE[part]}.weight",))
+            if part in _SINGLE
+            else None
+        )
+    group = f"transformer_blocks.{index}"
+    if part in _FUSED:
+        return Renamed(tuple(f"{group}.{name}.weight" for name in _FUSED[part]), _thirds)
+    return Renamed((f"{group}.{_DOUBLE[part]}.weight",)) if part in _DOUBLE else None
+
+
+def is_bfl(names: Mapping[str, object]) -> bool:
+    """Whether a file with these tensors names them as BFL does."""
+    return any(name.removeprefix(_PREFIX).startswith(("double_blocks.", "single_blocks.")) for name in names)
+
+
+def transformer_name(name: str) -> Renamed:
+    """The tensor `name` of a file in diffusers' own names, which may carry ComfyUI's prefix."""
+    return Renamed((name.removeprefix(_PREFIX),))
+
+
+_TEXT_PREFIXES = ("language_model.model.", "model.language_model.", "model.")
+
+
+def text_encoder_name(name: str, layers: int) -> str | None:
+    """What transformers' MistralModel calls the tensor `name` of a Mistral-3 or Mistral checkpoint.
+
+    None for what embedding text does not need: the vision part, the head, the final norm, and every layer
+    after the first `layers`.
+    """
+    for prefix in _TEXT_PREFIXES:
+        if name.startswith(prefix):
+            name = name.removeprefix(prefix)
+            break
+    if name == "embed_tokens.weight":
+        return name
+    match = re.match(r"layers\.(\d+)\.", name)
+    return name if match and int(match[1]) < layers else None

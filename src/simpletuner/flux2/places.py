@@ -1,0 +1,256 @@
+"""Folders that weights come from: on this disk, or on the Hub, where only what is asked for is downloaded."""
+
+import contextlib
+import functools
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from simpletuner.base.errors import AccessError, DiskError
+from simpletuner.base.files import disk_full_is_reported
+from simpletuner.base.sizes import format_size
+from simpletuner.config.options.model import ModelOptions
+
+Report = Callable[[str], None]
+
+
+class Place(Protocol):
+    """A folder whose files may have to be fetched. Names are relative, with forward slashes."""
+
+    @property
+    def name(self) -> str:
+        """For a run's record: says nothing about this machine."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """For the user's eyes."""
+        ...
+
+    @property
+    def commit(self) -> str | None: ...
+
+    def has(self, name: str) -> bool: ...
+
+    def path(self, name: str) -> Path:
+        """The file `name` on this disk; it is downloaded if need be."""
+        ...
+
+
+class Folder:
+    """A folder on this disk. Never touches the network."""
+
+    commit = None
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.name = root.resolve().name
+        self.label = str(root)
+
+    def has(self, name: str) -> bool:
+        return (self.root / name).is_file()
+
+    def path(self, name: str) -> Path:
+        return self.root / name
+
+
+class Hub:
+    """A model repository at one commit. Files that were downloaded before are not asked for again.
+
+    Without an answer from the Hub, what was downloaded before serves, and the user is told.
+
+    Raises (all methods):
+        AccessError: not logged in, no access, no such repository or revision, no connection.
+    """
+
+    _ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+    def __init__(self, repo: str, options: ModelOptions, report: Report, environ: Mapping[str, str]) -> None:
+        self.name = self.label = repo
+        self._revision = options.revision
+        self._cache_dir = None if options.cache_dir is None else Path(options.cache_dir).expanduser()
+        self._endpoint = environ.get("HF_ENDPOINT")
+        self._report = report
+        self._ref_is_kept = False
+        self._offline: Folder | None = None
+
+    @classmethod
+    def is_id(cls, text: str) -> bool:
+        """Whether `text` could be owner/name on the Hub."""
+        return cls._ID.fullmatch(text) is not None
+
+    @property
+    def cache(self) -> Path:
+        """Where downloads go."""
+        from huggingface_hub import constants
+
+        return self._cache_dir or Path(constants.HF_HUB_CACHE)
+
+    @property
+    def commit(self) -> str | None:
+        return self._listing[0]
+
+    def has(self, name: str) -> bool:
+        files = self._listing[1]
+        return self._offline.has(name) if self._offline is not None else name in files
+
+    def path(self, name: str) -> Path:
+        commit, _ = self._listing
+        if self._offline is not None:
+            return self._offline.path(name)
+        if not self._ref_is_kept:
+            # Once by the branch's name: so the cache knows, without a network, which commit that was.
+            self._download(name, self._revision)
+            self._ref_is_kept = True
+        return self._download(name, commit)
+
+    def absent(self, names: Sequence[str]) -> dict[str, int]:
+        """Those of `names` that are still to be downloaded, with their sizes in bytes."""
+        from huggingface_hub import try_to_load_from_cache
+
+        commit, sizes = self._listing
+        if self._offline is not None:
+            return {}
+        return {
+            name: sizes[name]
+            for name in names
+            if not isinstance(try_to_load_from_cache(self.name, name, self.cache, commit), str)
+        }
+
+    @functools.cached_property
+    def _listing(self) -> tuple[str, dict[str, int]]:
+        """The commit, and the size in bytes of each file."""
+        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            with self._explained():
+                info = HfApi(endpoint=self._endpoint).model_info(
+                    self.name, revision=self._revision, files_metadata=True
+                )
+        except _Unreachable as error:
+            try:
+                kept = snapshot_download(
+                    self.name, revision=self._revision, cache_dir=self.cache, local_files_only=True
+                )
+            except LocalEntryNotFoundError:
+                raise error from None
+            self._report(f"The Hub does not answer: going on with what was downloaded of {self.name} before.")
+            self._offline = Folder(Path(kept))
+            self._offline.label = f"the download of {self.name} in {kept}"
+            self.label = self._offline.label
+            return self._offline.name, {}
+        siblings = info.siblings or []
+        return str(info.sha), {sibling.rfilename: sibling.size or 0 for sibling in siblings}
+
+    def _download(self, name: str, revision: str | None) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        with disk_full_is_reported(self.cache), self._explained():
+            return Path(
+                hf_hub_download(
+                    self.name, name, revision=revision, cache_dir=self.cache, endpoint=self._endpoint
+                )
+            )
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn huggingface_hub's errors below this block into ours. They name no token, nor do ours."""
+        from huggingface_hub import get_token
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HfHubHTTPError,
+            LocalEntryNotFoundError,
+            OfflineModeIsEnabled,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+
+        # The HTTP library's own root, whichever library this version of huggingface_hub uses.
+        no_http_answer: type[BaseException] = HfHubHTTPError.__bases__[0]
+        page = f"https://huggingface.co/{self.name}"
+        log_in = "Log in with `hf auth login` (or set HF_TOKEN)"
+        try:
+            yield
+        except GatedRepoError as error:
+            if get_token() is None:
+                raise AccessError.of(
+                    f"{self.name} is gated and you are not logged in",
+                    remedy=f"Accept its licence on {page}, then {log_in[0].lower()}{log_in[1:]}.",
+                ) from error
+            raise AccessError.of(
+                f"{self.name} is gated and your account has no access to it",
+                remedy=f"Accept its licence on {page} with the account of your token.",
+            ) from error
+        except RevisionNotFoundError as error:
+            raise AccessError.of(
+                f"revision = {self._revision}: {self.name} has no such branch, tag or commit"
+            ) from error
+        except RepositoryNotFoundError as error:
+            raise AccessError.of(
+                f"{self.name} is neither a folder here nor a repository on the Hub that you may see",
+                remedy=f"Check the spelling. {log_in} if it is private.",
+            ) from error
+        except HfHubHTTPError as error:
+            status = error.response.status_code
+            if status in (401, 403):
+                raise AccessError.of(
+                    f"the Hub refuses your token for {self.name} (HTTP {status})", remedy=f"{log_in} again."
+                ) from error
+            raise AccessError.of(
+                f"the Hub answers HTTP {status} for {self.name}",
+                remedy="Try again later: files that are complete are kept.",
+            ) from error
+        except (LocalEntryNotFoundError, OfflineModeIsEnabled, no_http_answer) as error:
+            raise _Unreachable.of(
+                f"cannot reach the Hub for {self.name}",
+                remedy="Check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, and start again: files that "
+                "are complete are kept. Or give a local folder as pretrained_model_name_or_path.",
+            ) from error
+        except OSError as error:
+            if error.errno is not None:
+                raise  # the disk's, not the Hub's
+            raise _Unreachable.of(
+                f"a download from {self.name} broke off",
+                remedy="Start again: files that are complete are kept.",
+            ) from error
+
+
+class _Unreachable(AccessError):
+    """The Hub gave no answer at all."""
+
+
+def fetch(wanted: Sequence[tuple[Place, str]], report: Report) -> None:
+    """Download those files of `wanted` that are on the Hub and not here yet, after saying how large they are.
+
+    Raises:
+        AccessError: see `Hub`.
+        DiskError: they are larger than the free disk space.
+    """
+    repos = dict.fromkeys(place for place, _ in wanted if isinstance(place, Hub))
+    absent = {repo: repo.absent([name for place, name in wanted if place is repo]) for repo in repos}
+    total = sum(size for sizes in absent.values() for size in sizes.values())
+    for repo, sizes in absent.items():
+        if not sizes:
+            continue
+        free = shutil.disk_usage(_existing(repo.cache)).free
+        report(
+            f"To download from {repo.name}: {format_size(sum(sizes.values()))} in {len(sizes)} files, "
+            f"to {repo.cache} ({format_size(free)} free)."
+        )
+        if total > free:
+            raise DiskError.of(
+                f"{format_size(total)} to download and {format_size(free)} free in {repo.cache}",
+                remedy="Free some space, or choose another disk with --cache_dir.",
+            )
+    for repo, sizes in absent.items():
+        for name in sizes:
+            repo.path(name)
+
+
+def _existing(path: Path) -> Path:
+    """`path`, or the nearest folder above it that exists."""
+    return next(folder for folder in (path, *path.parents) if os.path.isdir(folder))

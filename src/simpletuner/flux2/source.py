@@ -1,0 +1,283 @@
+"""Which files make up the model that was asked for, and everything that can be wrong with them."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from simpletuner.base.errors import AccessError, Problem
+from simpletuner.base.files import read_json, sha256_json
+from simpletuner.config.options.model import ModelOptions
+from simpletuner.flux2 import tiny
+from simpletuner.flux2.headers import read_header, read_headers
+from simpletuner.flux2.names import text_encoder_name
+from simpletuner.flux2.places import Folder, Hub, Place, Report, fetch
+from simpletuner.flux2.spec import FLAVOURS, Flavour
+
+Component = Literal["transformer", "vae", "text_encoder"]
+Config = dict[str, Any]
+
+_STEMS: Mapping[Component, str] = {
+    "transformer": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
+# The key of a component's config that says what it is, and what it must say.
+_KINDS: Mapping[Component, tuple[str, tuple[str, ...]]] = {
+    "transformer": ("_class_name", ("Flux2Transformer2DModel",)),
+    "vae": ("_class_name", ("AutoencoderKLFlux2",)),
+    "text_encoder": ("model_type", ("mistral3", "mistral")),
+}
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+_TOKENIZER_EXTRA = ("chat_template.jinja", "special_tokens_map.json")
+# Who wrote a config, and with what, changes nothing about what it says.
+_WRITTEN_BY = ("_diffusers_version", "_name_or_path", "transformers_version", "dtype", "torch_dtype")
+_HEAD_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The safetensors files of one component, and its config: None for a single file, whose shapes tell."""
+
+    files: tuple[Path, ...]
+    config: Config | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Every file of one FLUX.2, on this machine's disk."""
+
+    name: str
+    """What a person calls it: the Hub id, the folder's or file's name; no path."""
+    flavour: Flavour
+    commit: str | None
+    """Of the Hub, when the base model came from there."""
+    transformer: Weights
+    vae: Weights
+    text_encoder: Weights
+    tokenizer: Path
+    text_layers: tuple[int, ...]
+    """Hidden states of the text encoder that are put side by side."""
+
+    def fingerprint(self, component: Component | Literal["tokenizer"]) -> str:
+        """Names the content of `component`, wherever it lies: its config, and name, type, shape and first 4 KiB
+        of every tensor that is used. Caches are keyed by it. Reads a few megabytes, also of dev."""
+        if component == "tokenizer":
+            present = (self.tokenizer / name for name in (*_TOKENIZER, *_TOKENIZER_EXTRA))
+            return sha256_json(
+                {path.name: path.read_text(encoding="utf-8") for path in present if path.is_file()}
+            )
+        weights = {"transformer": self.transformer, "vae": self.vae, "text_encoder": self.text_encoder}[
+            component
+        ]
+        tensors = {}
+        for name, entry in read_headers(weights.files).items():
+            known: str | None = name
+            if component == "text_encoder":
+                known = text_encoder_name(name, max(self.text_layers))
+            if known is not None:
+                with entry.file.open("rb") as stream:
+                    stream.seek(entry.start)
+                    head = stream.read(min(_HEAD_BYTES, entry.stop - entry.start))
+                tensors[known] = [entry.dtype, list(entry.shape), hashlib.sha256(head).hexdigest()]
+        config = {key: value for key, value in (weights.config or {}).items() if key not in _WRITTEN_BY}
+        return sha256_json([config, tensors])
+
+
+def locate(options: ModelOptions, *, report: Report, environ: Mapping[str, str] = os.environ) -> Source:
+    """Find every file of the model that `options` name, after downloading or making what is not here.
+
+    `report` is told, in sentences, what is about to be made or downloaded, how large it is and how much disk is
+    free. With local paths, and with the embedded model, the network is not touched.
+
+    Raises:
+        AccessError: something is missing, forbidden, unreachable or not FLUX.2; all that is missing, at once.
+        DiskError: a download would not fit.
+    """
+    return _Search(options, report, environ).run()
+
+
+@dataclass
+class _Part:
+    """What one component needs of a place."""
+
+    place: Place
+    names: list[str]
+    config: Config | None
+
+
+class _Search:
+    """One call of `locate`: collects what is missing as it goes, and raises it together."""
+
+    def __init__(self, options: ModelOptions, report: Report, environ: Mapping[str, str]) -> None:
+        self.options = options
+        self.report = report
+        self.environ = environ
+        self.flavour = FLAVOURS[options.model_flavour]
+        self.layers = options.custom_text_encoder_intermediary_layers or self.flavour.text_layers
+        self.repos: dict[str, Hub] = {}
+        self.missing: dict[str, list[str]] = {}
+        self.problems: list[Problem] = []
+        self.plain: list[Component] = []
+
+    def run(self) -> Source:
+        asked = self.options.pretrained_model_name_or_path
+        overrides: dict[Component, str | None] = {
+            "transformer": self.options.pretrained_transformer_model_name_or_path,
+            "vae": self.options.pretrained_vae_model_name_or_path,
+            "text_encoder": self.options.pretrained_text_encoder_model_name_or_path,
+        }
+        single: Path | None = None
+        if asked is not None and asked.endswith(".safetensors"):
+            single, asked = _single_file(asked), None
+        transformer = overrides["transformer"]
+        if transformer is not None:
+            single = _single_file(transformer) if transformer.endswith(".safetensors") else None
+        base = self._base(asked)
+
+        parts: dict[Component, _Part] = {}
+        for component, path in overrides.items():
+            if component == "transformer" and single is not None:
+                parts[component] = _Part(Folder(single.parent), [single.name], None)
+            elif path is not None:
+                parts[component] = self._part(component, self._place(path), folders=(f"{component}/", ""))
+            else:
+                parts[component] = self._part(component, base, folders=(f"{component}/",))
+        tokenizer = self._tokenizer(parts["text_encoder"].place, base)
+        self._raise_problems()
+
+        fetch(
+            [(part.place, name) for part in (*parts.values(), tokenizer) for name in part.names], self.report
+        )
+        weights = {
+            component: Weights(tuple(part.place.path(name) for name in part.names), part.config)
+            for component, part in parts.items()
+        }
+        for file in (file for found in weights.values() for file in found.files):
+            read_header(file)  # half a file is found now, not after an hour of encoding
+        return Source(
+            name=single.name if single is not None else base.name,
+            flavour=self.flavour,
+            commit=base.commit if single is None else None,
+            transformer=weights["transformer"],
+            vae=weights["vae"],
+            text_encoder=weights["text_encoder"],
+            tokenizer=tokenizer.place.path(tokenizer.names[0]).parent,
+            text_layers=self.layers,
+        )
+
+    def _base(self, asked: str | None) -> Place:
+        """The whole model: what was asked for, else the flavour's own."""
+        name = asked or self.flavour.repo
+        if name is not None:
+            return self._place(name)
+        cache_dir = self.options.cache_dir
+        folder = tiny.default_folder(
+            None if cache_dir is None else Path(cache_dir).expanduser(), self.environ
+        )
+        if not folder.exists():
+            self.report(f"Making the embedded model in {folder}.")
+        return Folder(tiny.make(folder))
+
+    def _place(self, text: str) -> Place:
+        folder = Path(text).expanduser()
+        if folder.is_dir():
+            return Folder(folder)
+        if Hub.is_id(text):
+            if text not in self.repos:
+                self.repos[text] = Hub(text, self.options, self.report, self.environ)
+            return self.repos[text]
+        raise AccessError.of(
+            f"{text}: no such folder",
+            "a folder, a Hub id such as black-forest-labs/FLUX.2-dev, or a .safetensors file",
+        )
+
+    def _part(self, component: Component, place: Place, folders: tuple[str, ...]) -> _Part:
+        """Config and weights of `component`, in the first of `folders` that has a config."""
+        folder = next((folder for folder in folders if place.has(f"{folder}config.json")), None)
+        if folder is None:
+            self._lacks(place, f"{folders[0]}config.json")
+            return _Part(place, [], None)
+        config: Config = read_json(place.path(f"{folder}config.json"))
+        key, kinds = _KINDS[component]
+        kind = config.get(key)
+        if kind not in kinds:
+            self.problems.append(
+                Problem(
+                    f"{place.label}: its {component} is a {kind}",
+                    f"a {' or '.join(kinds)}",
+                    "This program trains FLUX.2-dev; a FLUX.1 or klein folder does not fit.",
+                )
+            )
+            return _Part(place, [], config)
+        names = self._weights(component, place, folder)
+        for name in names:
+            if not place.has(name):
+                self._lacks(place, name)
+        return _Part(place, names, config)
+
+    def _weights(self, component: Component, place: Place, folder: str) -> list[str]:
+        """The files with the tensors that are used: not a text encoder's shards of its last layers alone."""
+        stem = folder + _STEMS[component]
+        variants = ["", f".{self.options.variant}"] if self.options.variant else [""]
+        for variant in reversed(variants):
+            single, index = f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json"
+            if place.has(single) or place.has(index):
+                if variant == "" and self.options.variant:
+                    self.plain.append(component)
+                if place.has(single):
+                    return [single]
+                shards: dict[str, str] = read_json(place.path(index))["weight_map"]
+                depth = max(self.layers)
+                return sorted(
+                    {
+                        folder + shard
+                        for tensor, shard in shards.items()
+                        if component != "text_encoder" or text_encoder_name(tensor, depth) is not None
+                    }
+                )
+        return [f"{stem}.safetensors"]
+
+    def _tokenizer(self, text_encoder: Place, base: Place) -> _Part:
+        """A replaced text encoder brings its own tokenizer if it has one."""
+        candidates = [(text_encoder, "tokenizer/"), (text_encoder, ""), (base, "tokenizer/")]
+        for place, folder in candidates if text_encoder is not base else candidates[-1:]:
+            if all(place.has(folder + name) for name in _TOKENIZER):
+                extra = [folder + name for name in _TOKENIZER_EXTRA if place.has(folder + name)]
+                return _Part(place, [*(folder + name for name in _TOKENIZER), *extra], None)
+        for name in _TOKENIZER:
+            if not base.has(f"tokenizer/{name}"):
+                self._lacks(base, f"tokenizer/{name}")
+        return _Part(base, [], None)
+
+    def _lacks(self, place: Place, name: str) -> None:
+        self.missing.setdefault(place.label, []).append(name)
+
+    def _raise_problems(self) -> None:
+        for label, names in self.missing.items():
+            shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+            self.problems.append(
+                Problem(
+                    f"{label} lacks {shown}",
+                    "a whole diffusers folder of FLUX.2",
+                    "Download what is missing, or point the option at another folder.",
+                )
+            )
+        if len(self.plain) == len(_STEMS):
+            self.problems.append(
+                Problem(f"variant = {self.options.variant}: no component has files of that name")
+            )
+        AccessError.raise_if(self.problems)
+        if self.plain:
+            self.report(
+                f"No {self.options.variant} variant of {', '.join(self.plain)}: the plain files are used."
+            )
+
+
+def _single_file(text: str) -> Path:
+    file = Path(text).expanduser()
+    if not file.is_file():
+        raise AccessError.of(f"{text}: no such file", "a .safetensors file of the transformer")
+    return file
