@@ -1,28 +1,37 @@
 """What a running command obeys: files in `control/`, and signals."""
 
+import contextlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from simpletuner.base.errors import Stopped
 
 Request = Literal["stop", "save", "validate"]
 
 
-class Requests:
-    """Requests to this run, looked at between steps.
+def stopped(found: str) -> Stopped:
+    """The end of a run that was asked to stop."""
+    return Stopped.of(found, remedy="Give the same command again to go on.")
 
-    `touch RUN/control/stop` (or save, validate) asks; the file is removed when it is obeyed. The first INT or TERM
-    is a request to stop: the step is finished and saved. The second leaves at once.
+
+class Requests:
+    """Requests to this run.
+
+    `touch RUN/control/stop` (or save, validate) asks; the file is removed when it is obeyed. The first INT or TERM is a
+    request to stop, the second leaves at once. While caches are filled a stop takes effect there and then (what is
+    finished is kept); while training, inside `between_steps`, the step is finished and saved first.
     """
 
     def __init__(self, control: Path) -> None:
         self.control = control
-        self._signalled = False
-        self._previous: dict[int, object] = {}
+        self._is_stopping = False
+        self._is_training = False
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         for name in ("stop", "save", "validate"):  # left over from an attempt that ended before it looked
@@ -33,19 +42,40 @@ class Requests:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Inside, a stop waits until someone takes it."""
+        self._is_training = True
+        try:
+            yield
+        finally:
+            self._is_training = False
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._signalled:
+        if self._is_stopping:
             os._exit(Stopped.exit_code)
-        self._signalled = True
+        self._is_stopping = True
+        if not self._is_training:
+            raise stopped("stopped before the training began")
         # os.write: printing from a handler may interrupt another print.
         os.write(sys.stderr.fileno(), b"\nStopping after this step; once more to leave at once.\n")
 
     def take(self, request: Request) -> bool:
-        """Whether `request` was made; asking clears it (a signal stays)."""
+        """Whether `request` was made. Asking clears it, except a stop, which stays."""
         path = self.control / request
         if path.exists():
             path.unlink(missing_ok=True)
+            self._is_stopping = self._is_stopping or request == "stop"
             return True
-        return request == "stop" and self._signalled
+        return request == "stop" and self._is_stopping
+
+    def poll(self) -> None:
+        """For work outside the training loop.
+
+        Raises:
+            Stopped: a stop was asked for.
+        """
+        if not self._is_training and self.take("stop"):
+            raise stopped("stopped before the training began")
