@@ -29,6 +29,10 @@ SLICES: tuple[type[Slice], ...] = (
 """In the order in which help and docs show them."""
 
 
+OPTION_NAMES: tuple[str, ...] = tuple(name for group in SLICES for name in group.model_fields)
+"""Every option, in the same order."""
+
+
 class RunConfig(
     ModelOptions,
     DataOptions,

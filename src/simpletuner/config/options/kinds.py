@@ -3,7 +3,10 @@
 A kind is a plain type with its range; `simpletuner.config.values` puts that range into words for an error.
 """
 
+import ast
+import inspect
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated
 
 from annotated_types import Ge, Gt, Le, MinLen
@@ -19,8 +22,26 @@ class Slice(BaseModel):
         strict=True,
         allow_inf_nan=False,
         defer_build=True,
-        use_attribute_docstrings=True,
     )
+
+    @classmethod
+    def documentation(cls) -> dict[str, str]:
+        """The text under each field declared here, by the field's name.
+
+        Read from the source on demand: pydantic's `use_attribute_docstrings` reads it on every start, which
+        would be a third of the time that a mistake in a config takes to be answered.
+        """
+        (definition,) = ast.parse(inspect.getsource(cls)).body
+        assert isinstance(definition, ast.ClassDef)
+        return {
+            field.target.id: inspect.cleandoc(text.value.value)
+            for field, text in pairwise(definition.body)
+            if isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(text, ast.Expr)
+            and isinstance(text.value, ast.Constant)
+            and isinstance(text.value.value, str)
+        }
 
 
 @dataclass(frozen=True)
@@ -40,11 +61,17 @@ class IsModel:
     """Marks a Hub id or a local path; only the second is treated as a path."""
 
 
+@dataclass(frozen=True)
+class IsJson:
+    """Marks a value that may also be typed as inline JSON or as the path of a JSON file."""
+
+
 Text = Annotated[str, MinLen(1)]
 PathText = Annotated[str, MinLen(1), IsPath()]
 ModelText = Annotated[str, MinLen(1), IsModel()]
 Whole = Annotated[int, Ge(0)]
 Count = Annotated[int, Ge(1)]
 Share = Annotated[float, Ge(0), Le(1)]
+Seed = Annotated[int, Ge(0), Le(2**63 - 1), Says("a whole number of at least 0")]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Lt
 from pydantic import AfterValidator, BeforeValidator
 
-from simpletuner.config.options.kinds import Count, PathText, Positive, Says, Slice
+from simpletuner.config.options.kinds import Count, IsJson, PathText, Positive, Says, Slice
 
 
 def _names(value: object) -> object:
@@ -54,6 +54,7 @@ class LoraOptions(Slice):
     peft_lora_target_modules: (
         Annotated[
             tuple[str, ...] | str,
+            IsJson(),
             BeforeValidator(_names),
             AfterValidator(_targets),
             Says("a list of module names or a regular expression"),

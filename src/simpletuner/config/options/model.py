@@ -1,11 +1,12 @@
 """Which model is trained, where its parts come from, and the seed of the run."""
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Le, MinLen
-from pydantic import BeforeValidator
+from annotated_types import Ge, MinLen
+from pydantic import AfterValidator, BeforeValidator
 
-from simpletuner.config.options.kinds import Count, ModelText, PathText, Says, Slice, Text
+from simpletuner.config.options.kinds import Count, ModelText, PathText, Says, Seed, Slice, Text
 
 
 def _layer_numbers(value: object) -> object:
@@ -13,6 +14,12 @@ def _layer_numbers(value: object) -> object:
     if isinstance(value, str):
         value = [int(part) if part.strip().isdecimal() else part for part in value.split(",")]
     return tuple(value) if isinstance(value, list) else value
+
+
+def _increase(layers: tuple[int, ...]) -> tuple[int, ...]:
+    if any(later <= earlier for earlier, later in pairwise(layers)):
+        raise ValueError("layers out of order")
+    return layers
 
 
 class ModelOptions(Slice):
@@ -57,7 +64,8 @@ class ModelOptions(Slice):
             tuple[Annotated[int, Ge(1)], ...],
             MinLen(1),
             BeforeValidator(_layer_numbers),
-            Says("layer numbers such as 10,20,30"),
+            AfterValidator(_increase),
+            Says("rising layer numbers such as 10,20,30"),
         ]
         | None
     ) = None
@@ -70,7 +78,7 @@ class ModelOptions(Slice):
     tokenizer_fix_regex: bool = False
     """Use Mistral's corrected pre-tokeniser. Part of the text cache's key."""
 
-    seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 42
+    seed: Seed = 42
     """Decides every random draw of the run."""
 
     vae_dtype: Literal["bf16", "fp32"] = "bf16"

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Lt
 from pydantic import AfterValidator, BeforeValidator
 
-from simpletuner.config.options.kinds import Count, NotNegative, Positive, Says, Share, Slice, Whole
+from simpletuner.config.options.kinds import Count, IsJson, NotNegative, Positive, Says, Share, Slice, Whole
 
 Argument = bool | int | float | str
 Beta = Annotated[float, Ge(0), Lt(1)]
@@ -33,6 +33,10 @@ def _arguments(value: object) -> object:
     return {name.strip(): _word(text.strip()) for name, _, text in pairs}
 
 
+def _torch_is_implied(value: object) -> object:
+    return "adamw" if value == "torch-adamw" else value
+
+
 def _zero_is_unset(value: int) -> int | None:
     return value or None
 
@@ -40,8 +44,8 @@ def _zero_is_unset(value: int) -> int | None:
 class OptimOptions(Slice):
     """Optimisation."""
 
-    optimizer: Literal["adamw"] = "adamw"
-    """The optimiser."""
+    optimizer: Annotated[Literal["adamw"], BeforeValidator(_torch_is_implied)] = "adamw"
+    """The optimiser, PyTorch's own (also `torch-adamw`)."""
 
     learning_rate: Positive = 1e-4
     """The highest learning rate of the schedule."""
@@ -49,6 +53,7 @@ class OptimOptions(Slice):
     optimizer_config: (
         Annotated[
             dict[str, Argument],
+            IsJson(),
             BeforeValidator(_arguments),
             Says("k=v,k=v or an object of the optimiser's arguments"),
         ]

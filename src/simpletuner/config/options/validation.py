@@ -3,10 +3,10 @@
 import re
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge
 from pydantic import AfterValidator, BeforeValidator
 
-from simpletuner.config.options.kinds import Count, NotNegative, PathText, Says, Slice, Text, Whole
+from simpletuner.config.options.kinds import Count, NotNegative, PathText, Says, Seed, Slice, Text, Whole
 
 _SIZE = re.compile(r"\s*(\d+)\s*(?:[xX×]\s*(\d+)\s*)?")
 ALIGNMENT = 16
@@ -84,7 +84,7 @@ class ValidationOptions(Slice):
     validation_negative_prompt: str = ""
     """What true guidance steers away from."""
 
-    validation_seed: Annotated[int, Ge(0), Le(2**63 - 1)] | None = None
+    validation_seed: Seed | None = None
     """Seed of the pictures' noise; by default `seed`."""
 
     num_validation_images: Count = 1

@@ -1,0 +1,85 @@
+"""`simpletuner env`: versions and devices for a bug report. No paths, no names of people or machines."""
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+from simpletuner import __version__
+from simpletuner.base.errors import ConfigError
+from simpletuner.base.sizes import format_size
+
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "safetensors",
+    "huggingface-hub",
+    "tokenizers",
+    "pydantic",
+    "pillow",
+    "einops",
+    "jaxtyping",
+    "tensorboard",
+    "wandb",
+)
+
+
+def run(arguments: list[str]) -> int:
+    """Print the report, as text or with `--json`.
+
+    Raises:
+        ConfigError: any other argument.
+    """
+    if arguments in (["-h"], ["--help"]):
+        print("usage: simpletuner env [--json]")
+        return 0
+    if arguments not in ([], ["--json"]):
+        raise ConfigError.of(f"simpletuner env {' '.join(arguments)}", "--json or nothing")
+    found = report()
+    if arguments:
+        print(json.dumps(found, indent=2))
+    else:
+        width = max(map(len, found))
+        print("\n".join(f"{name:<{width}}  {value}" for name, value in found.items()))
+    return 0
+
+
+def report() -> dict[str, str]:
+    """Versions of what takes part in a run, and the devices that torch sees."""
+    found = {
+        "simpletuner": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cores": str(os.cpu_count()),
+        "memory": _memory(),
+    }
+    return found | {name: _version(name) for name in PACKAGES} | _devices()
+
+
+def _memory() -> str:
+    try:
+        return format_size(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> dict[str, str]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # a broken installation is what this report is for
+        return {"device": f"torch cannot be imported: {error}"}
+    if not torch.cuda.is_available():
+        return {"device": "cpu"}
+    found = {"cuda": str(torch.version.cuda)}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found[f"device {index}"] = f"{properties.name}, {format_size(properties.total_memory)}"
+    return found

@@ -1,0 +1,98 @@
+"""The command's outermost line: picks the word's module, turns what is raised into an exit code."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from simpletuner import __version__
+from simpletuner.base.errors import ConfigError, UserError
+
+COMMANDS = {
+    "train": "train a LoRA with the configuration found here, or the one that is named",
+    "sample": "make pictures with saved LoRAs",
+    "dataset": "scan, show or cache the pictures before a run",
+    "config": "check or show the configuration without training",
+    "env": "print versions and devices, for a bug report",
+}
+"""Each is `simpletuner.cli.NAME.run(arguments) -> exit code`."""
+
+LATER = {
+    "server": "the web page",
+    "plan": "the memory plan",
+    "run": "looking after runs",
+    "checkpoint": "looking after checkpoints",
+    "queue": "runs one after the other",
+}
+"""Words whose work has not landed."""
+
+INTERRUPTED = 130
+BUG = 1
+
+
+def usage() -> str:
+    """What `simpletuner --help` prints."""
+    lines = [f"  {name:<10}{meaning}" for name, meaning in COMMANDS.items()]
+    return "\n".join(
+        (
+            "usage: simpletuner COMMAND [options]",
+            "",
+            *lines,
+            "",
+            "`simpletuner COMMAND --help` says more, `simpletuner --version` names the version.",
+            "`simpletuner train --example tiny-lora` tries everything out in a few minutes.",
+        )
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line, by default the process's own, and return its exit code.
+
+    A `UserError` is printed without a traceback and gives its own code; anything else that is raised is a bug
+    and keeps its traceback.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    except Exception:  # noqa: BLE001  the outermost line: what arrives here is a bug
+        traceback.print_exc()
+        print(
+            "This is a bug in simpletuner. Please report the lines above and what `simpletuner env` prints.",
+            file=sys.stderr,
+        )
+        return BUG
+
+
+def _run(arguments: list[str]) -> int:
+    word = arguments[0] if arguments else ""
+    if word in ("", "-h", "--help", "help"):
+        print(usage())
+        return 0 if word else ConfigError.exit_code
+    if word in ("--version", "-V"):
+        print(f"simpletuner {__version__}")
+        return 0
+    if word in COMMANDS:
+        # pydantic looks for plug-ins in every installed package, which takes longer than all our checks.
+        os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+        # Imported here, so that help and mistakes are answered without loading what they do not need.
+        run: Callable[[list[str]], int] = import_module(f"simpletuner.cli.{word}").run
+        return run(arguments[1:])
+    raise _no_such_word(word)
+
+
+def _no_such_word(word: str) -> ConfigError:
+    # Its import is paid only by this mistake.
+    from difflib import get_close_matches
+
+    if word in LATER:
+        return ConfigError.of(f"simpletuner {word}: not built yet: {LATER[word]}")
+    near = get_close_matches(word, COMMANDS, n=1)
+    hint = f"Did you mean simpletuner {near[0]}?" if near else "`simpletuner --help` lists the commands."
+    return ConfigError.of(f"simpletuner {word}: no such command", remedy=hint)

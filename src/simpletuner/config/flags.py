@@ -1,0 +1,85 @@
+"""The command line of `simpletuner train` and its like: one flag for each option, and which files to read.
+
+Parsed here and not by argparse, because a boolean takes `--flag`, `--flag true` and `--flag=false` alike, and
+because every mistake is to be reported together with those of the files.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from simpletuner.base.errors import Problem
+from simpletuner.config.given import Given
+from simpletuner.config.run import OPTION_NAMES, SLICES
+from simpletuner.config.values import kinds, shown
+
+SELECTORS = {
+    "config": "read this file: config.json or config.toml",
+    "env": "read config/NAME/",
+    "example": "train an example that comes with the program, such as tiny-lora",
+}
+"""Flags that say which config is read; not options themselves."""
+
+
+@dataclass
+class Flags:
+    """What was typed."""
+
+    options: dict[str, Given] = field(default_factory=dict)
+    selectors: dict[str, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def wants_help(arguments: Sequence[str]) -> bool:
+    """Whether help is asked for."""
+    return "--help" in arguments or "-h" in arguments
+
+
+def parse(arguments: Sequence[str]) -> Flags:
+    """The flags in `arguments`. Values are checked later, with those of the other sources; where a flag is
+    given twice, the last one counts."""
+    flags = Flags()
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or word == "--":
+            flags.problems.append(_stray(word))
+            continue
+        name, has_value, text = word.removeprefix("--").partition("=")
+        value: str | bool = text if has_value else True
+        if not has_value and rest and not rest[0].startswith("--"):
+            value = rest.pop(0)
+        if name not in SELECTORS:
+            flags.options[name] = Given(value, "flag", f"--{name}")
+        elif isinstance(value, str) and value:
+            flags.selectors[name] = value
+        else:
+            flags.problems.append(Problem(f"--{name}: nothing is named", "a name or path after it"))
+    return flags
+
+
+def _stray(word: str) -> Problem:
+    key, equals, value = word.lstrip("-").partition("=")
+    if equals and key in SELECTORS:
+        return Problem(shown(word), "a flag that begins with --", f"Did you mean --{key} {value}?")
+    return Problem(shown(word), "a flag that begins with --")
+
+
+def help_text(usage: str) -> str:
+    """Help for every option, in the groups of the docs."""
+    lines = [f"usage: {usage}", "", "Which config is read"]
+    for name, meaning in SELECTORS.items():
+        lines.append(f"  --{name} {'NAME' if name != 'config' else 'PATH'}")
+        lines.append(f"      {meaning}")
+    for group in SLICES:
+        lines += ["", str(group.__doc__).rstrip(".")]
+        texts = group.documentation()
+        for name, kind in kinds(group).items():
+            default_value = group.model_fields[name].default
+            default = "" if default_value is None else f" (default {shown(default_value)})"
+            lines.append(f"  --{name}: {kind.expects}{default}")
+            lines += textwrap.wrap(
+                texts[name], width=100, initial_indent="      ", subsequent_indent="      "
+            )
+    lines += ["", f"{len(OPTION_NAMES)} options; docs/options.md has them all, with those to come."]
+    return "\n".join(lines)

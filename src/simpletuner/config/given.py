@@ -1,0 +1,164 @@
+"""Keys as they were given, from whichever source, held against a model: what is valid, and every problem."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from simpletuner.base.errors import Problem
+from simpletuner.config.later import Later, is_off, work_for
+from simpletuner.config.options.kinds import Slice
+from simpletuner.config.values import Kind, from_file, from_text, is_quoted_number, kinds, nearest, shown
+
+Origin = Literal["default", "file", "environment", "flag"]
+ORIGINS: tuple[Origin, ...] = ("default", "file", "environment", "flag")
+"""From the lowest precedence to the highest."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """A value that somebody typed."""
+
+    value: object
+    origin: Origin
+    spelled: str
+    """The key as it was typed: `lora_rank`, `--lora_rank`, `SIMPLETUNER_LORA_RANK`."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a mapping of keys may hold."""
+
+    model: type[Slice]
+    later: Mapping[str, Later]
+    later_values: dict[str, dict[str, str]]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    noun: str = "option"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every key that is not a typo."""
+        return (*self.model.model_fields, *self.aliases, *self.later)
+
+
+@dataclass
+class Checked:
+    """What came of the check. `problems` holds one entry for each bad key, in the order they were given."""
+
+    valid: dict[str, Any] = field(default_factory=dict)
+    problems: dict[str, Problem] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+
+
+def unaliased(source: Iterable[tuple[str, Given]], known: Known, checked: Checked) -> dict[str, Given]:
+    """One source's keys under their real names. A key that stands there twice is a problem."""
+    found: dict[str, Given] = {}
+    for key, given in source:
+        name = known.aliases.get(key, key)
+        if name in found:
+            checked.problems[name] = Problem(
+                f"{found[name].spelled} and {given.spelled} are both given, and mean the same",
+                remedy="Keep one of them.",
+            )
+            continue
+        if name != key:
+            checked.notices.append(f"{given.spelled} is read as {name}.")
+        found[name] = given
+    return found
+
+
+def check(givens: Mapping[str, Given], known: Known, checked: Checked, *, where: str = "") -> Checked:
+    """Add to `checked` the valid values among `givens`, and a problem for each other key or missing one.
+
+    `where` comes before each message: the file and the entry, where the key alone does not tell.
+    """
+    all_kinds = kinds(known.model)
+    values: dict[str, Any] = {}
+    faulty: dict[str, Problem] = {}
+    for key, given in givens.items():
+        label = where + given.spelled
+        if key in known.later:
+            later = known.later[key]
+            if given.value is not None and not is_off(_plain(given.value), later):
+                faulty[key] = Problem(
+                    f"{label}: not built yet: {later.work}", remedy="Leave it out until then."
+                )
+        elif key not in all_kinds:
+            faulty[key] = _unknown(label, key, given, known)
+        elif given.value is not None:
+            kind = all_kinds[key]
+            value = _read(given, kind)
+            work = work_for(known.later_values, key, value)
+            if work is None:
+                values[key] = value
+            else:
+                faulty[key] = Problem(
+                    f"{label} = {shown(value)}: not built yet: {work}",
+                    remedy=f"Until then it takes {kind.expects}.",
+                )
+    for key in _refused(known.model, values):
+        if key in givens:
+            faulty[key] = _not_expected(where, givens[key], all_kinds[key])
+        else:
+            faulty[key] = Problem(f"{where}{key} is missing", all_kinds[key].expects)
+        values.pop(key, None)
+    checked.valid.update(values)
+    order = [*givens, *(key for key in faulty if key not in givens)]
+    checked.problems.update((key, faulty[key]) for key in order if key in faulty)
+    return checked
+
+
+def _plain(value: object) -> object:
+    """A value whose kind is not known yet: text from a flag may be a boolean or a number."""
+    if not isinstance(value, str):
+        return value
+    if value in ("true", "false"):
+        return value == "true"
+    for number in (int, float):
+        try:
+            return number(value)
+        except ValueError:
+            continue
+    return value
+
+
+def _refused(model: type[Slice], values: dict[str, Any]) -> list[str]:
+    """The keys of `values` that `model` does not accept, and the required ones that are missing."""
+    try:
+        model.model_validate(values)
+    except ValidationError as error:
+        return list(dict.fromkeys(str(fault["loc"][0]) for fault in error.errors(include_url=False)))
+    return []
+
+
+def _unknown(label: str, key: str, given: Given, known: Known) -> Problem:
+    near = nearest(key, known.names)
+    if near is None:
+        return Problem(f"{label}: no such {known.noun}")
+    spelled = _spelled_like(given, near)
+    return Problem(f"{label}: no such {known.noun}", remedy=f"Did you mean {spelled}?")
+
+
+def _spelled_like(given: Given, name: str) -> str:
+    """`name` as it is typed where `given` stood."""
+    if given.origin == "environment":
+        return f"SIMPLETUNER_{name.upper()}"
+    return f"--{name}" if given.spelled.startswith("--") else name
+
+
+def _read(given: Given, kind: Kind) -> object:
+    if isinstance(given.value, str) and given.origin in ("environment", "flag"):
+        return from_text(given.value, kind)
+    return from_file(given.value, kind)
+
+
+def _not_expected(where: str, given: Given, kind: Kind) -> Problem:
+    if given.value is True and given.origin == "flag":
+        return Problem(f"{given.spelled} has no value", kind.expects)
+    value = _read(given, kind)
+    remedy = "Write it without quotes." if is_quoted_number(value, kind) else ""
+    near = nearest(value, kind.choices) if isinstance(value, str) else None
+    if near is not None and len(kind.choices) > 4:  # a short list is its own suggestion
+        remedy = f"Did you mean {near}?"
+    return Problem(f"{where}{given.spelled} = {shown(value)}", kind.expects, remedy)

@@ -1,0 +1,312 @@
+"""Default < file < environment < flag, held against the schema: a frozen config, or every problem at once."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from simpletuner.base.errors import ConfigError, Problem
+from simpletuner.config import later
+from simpletuner.config.datasets import Datasets
+from simpletuner.config.documents import read_document
+from simpletuner.config.flags import Flags, parse
+from simpletuner.config.given import ORIGINS, Checked, Given, Known, Origin, check, unaliased
+from simpletuner.config.listing import Listing, Surroundings, read_datasets
+from simpletuner.config.paths import filled, is_local_model, joined
+from simpletuner.config.prompts import load_prompts
+from simpletuner.config.rules import findings, notices
+from simpletuner.config.run import OPTION_NAMES, RunConfig
+from simpletuner.config.values import kinds, listed, nearest, shown
+
+ALIASES = {
+    "validation_steps": "validation_step_interval",
+    "checkpointing_steps": "checkpoint_step_interval",
+    "save_total_limit": "checkpoints_total_limit",
+    "flow_use_beta_schedule_alpha": "flow_beta_schedule_alpha",
+    "flow_use_beta_schedule_beta": "flow_beta_schedule_beta",
+}
+RUN = Known(RunConfig, later.OPTIONS, later.OPTION_VALUES, ALIASES)
+
+ENVIRONMENT_PREFIX = "SIMPLETUNER_"
+CONFIG_NAMES = ("config.json", "config.toml")
+DATASETS_NAME = "multidatabackend.json"
+PROMPTS_NAME = "user_prompt_library.json"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+_MODEL_PLACES = (
+    "pretrained_model_name_or_path",
+    "pretrained_transformer_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+    "pretrained_text_encoder_model_name_or_path",
+)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Everything a run is told."""
+
+    config: RunConfig
+    datasets: Datasets
+    prompts: dict[str, str]
+    """Prompts to make pictures of, by name, `<subject>` replaced."""
+
+    notices: tuple[str, ...]
+    """One line each: options without effect, aliases, the licence."""
+
+    origins: dict[str, Origin]
+    """Where each option's value comes from."""
+
+    config_file: Path | None
+    """The config that was read."""
+
+
+def load(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str]) -> Loaded:
+    """The configuration that `arguments` (what follows `simpletuner train`) ask for.
+
+    Relative paths are joined to `folder`: the command gives `Path()`, so that they stay as typed.
+
+    Raises:
+        ConfigError: every problem of flags, environment, config, datasets and prompts together.
+    """
+    flags = parse(arguments)
+    problems = list(flags.problems)
+    config_file = _found(flags, folder, environ, problems)
+    checked = Checked()
+    sources = [
+        _from_file(config_file, folder, problems),
+        _from_environment(environ),
+        list(flags.options.items()),
+    ]
+    givens: dict[str, Given] = {}
+    for source in sources:
+        givens |= unaliased(source, RUN, checked)
+    _let_the_flavour_win(givens, checked)
+    givens = _with_json_files(givens, folder, checked)
+    check(givens, RUN, checked)
+
+    config = RunConfig(**checked.valid)
+    config, names = _with_paths(config, givens, checked, folder, environ)
+    listing = _datasets(config, config_file, checked, Surroundings(folder, names, environ), givens)
+    prompts, prompt_notices = _prompts(config, listing, config_file, folder, problems)
+    for keys, problem in findings(config, listing.datasets):
+        # A rule about a value that is refused anyway would speak of the default.
+        if not any(key in checked.problems for key in keys):
+            checked.problems[keys[0]] = _as_typed(problem, keys[0], givens)
+
+    ConfigError.raise_if([*problems, *checked.problems.values(), *listing.problems])
+    assert listing.datasets is not None  # there was no problem
+    origins: dict[str, Origin] = dict.fromkeys(OPTION_NAMES, "default")
+    origins |= {key: givens[key].origin for key in checked.valid}
+    typed = [key for key in checked.valid if key in givens]
+    return Loaded(
+        config=config,
+        datasets=listing.datasets,
+        prompts=prompts,
+        notices=(
+            *checked.notices,
+            *notices(config, listing.datasets, typed),
+            *listing.notices,
+            *prompt_notices,
+        ),
+        origins=origins,
+        config_file=config_file,
+    )
+
+
+def _found(flags: Flags, folder: Path, environ: Mapping[str, str], problems: list[Problem]) -> Path | None:
+    """The config to read: the one named, else the first of the usual places. None where flags say it all,
+    and with an entry in `problems` where none is there, or two are named."""
+    try:
+        return _chosen(flags, folder, environ)
+    except ConfigError as error:
+        problems.extend(error.problems)
+        return None
+
+
+def _chosen(flags: Flags, folder: Path, environ: Mapping[str, str]) -> Path | None:
+    named = flags.selectors
+    if len(named) > 1:
+        both = listed([f"--{name}" for name in named], "and")
+        raise ConfigError.of(f"{both} are given", "one of them, since each says which config is read")
+    if "config" in named:
+        path = Path(joined(folder, named["config"]))
+        if not path.is_file():
+            raise ConfigError.of(f"--config {named['config']}: no such file")
+        return path
+    if "env" in named:
+        return _in_folder(folder / "config" / named["env"], f"--env {named['env']}")
+    if "example" in named:
+        return _in_folder(EXAMPLES / named["example"], f"--example {named['example']}")
+    usual = [folder / place / name for place in ("", "config") for name in CONFIG_NAMES]
+    found = next((path for path in usual if path.is_file()), None)
+    lists_datasets = (
+        "data_backend_config" in flags.options or f"{ENVIRONMENT_PREFIX}DATA_BACKEND_CONFIG" in environ
+    )
+    if found is None and not lists_datasets:
+        raise ConfigError.of(
+            "no configuration here",
+            f"{listed(['config.json', 'config.toml', 'config/config.json', 'config/config.toml'])}",
+            "Name one with --config or --env, or try the program with --example tiny-lora.",
+        )
+    return found
+
+
+def _in_folder(folder: Path, flag: str) -> Path:
+    for name in CONFIG_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    others = sorted({path.parent.name for name in CONFIG_NAMES for path in folder.parent.glob(f"*/{name}")})
+    near = nearest(folder.name, others)
+    raise ConfigError.of(
+        f"{flag}: there is no {folder.name}",
+        listed(others) if others else f"a config in {folder}",
+        f"Did you mean {near}?" if near and len(others) > 1 else "",
+    )
+
+
+def _from_file(path: Path | None, folder: Path, problems: list[Problem]) -> list[tuple[str, Given]]:
+    if path is None:
+        return []
+    label = _label(path, folder)
+    try:
+        values = read_document(path, label)
+    except ConfigError as error:
+        problems.extend(error.problems)
+        return []
+    if not isinstance(values, dict):
+        problems.append(Problem(f"{label}: {shown(values)}", 'an object {"option": value}'))
+        return []
+    return [(key.lstrip("-"), Given(value, "file", key)) for key, value in values.items()]
+
+
+def _from_environment(environ: Mapping[str, str]) -> list[tuple[str, Given]]:
+    names = sorted(name for name in environ if name.startswith(ENVIRONMENT_PREFIX))
+    return [
+        (name.removeprefix(ENVIRONMENT_PREFIX).lower(), Given(environ[name], "environment", name))
+        for name in names
+    ]
+
+
+def _label(path: Path, folder: Path) -> str:
+    """A path as messages name it: from the working folder where it lies in there."""
+    for start, prefix in ((folder, Path()), (EXAMPLES, Path("examples"))):
+        if path.is_relative_to(start):
+            return str(prefix / path.relative_to(start))
+    return str(path)
+
+
+def _with_json_files(givens: dict[str, Given], folder: Path, checked: Checked) -> dict[str, Given]:
+    """`givens`, with what a JSON-valued option's file holds in place of the file's name."""
+    found = dict(givens)
+    for key, kind in kinds(RunConfig).items():
+        value = givens[key].value if key in givens else None
+        if kind.is_json and isinstance(value, str) and value.endswith(".json"):
+            try:
+                content = read_document(
+                    Path(joined(folder, value)), f"{givens[key].spelled} = {shown(value)}"
+                )
+                found[key] = replace(givens[key], value=content)
+            except ConfigError as error:
+                checked.problems[key] = error.problems[0]
+                del found[key]
+    return found
+
+
+def _let_the_flavour_win(givens: dict[str, Given], checked: Checked) -> None:
+    """Drop model paths that were given with lower precedence than the flavour."""
+    flavour = givens.get("model_flavour")
+    if flavour is None or flavour.value is None:
+        return
+    rank = ORIGINS.index(flavour.origin)
+    beaten = [
+        key
+        for key in _MODEL_PLACES
+        if key in givens and givens[key].value is not None and ORIGINS.index(givens[key].origin) < rank
+    ]
+    for key in beaten:
+        del givens[key]
+    if beaten:
+        checked.notices.append(
+            f"{flavour.spelled} {flavour.value} wins over {listed(beaten, 'and')}, which comes before it."
+        )
+
+
+def _with_paths(
+    config: RunConfig, givens: Mapping[str, Given], checked: Checked, folder: Path, environ: Mapping[str, str]
+) -> tuple[RunConfig, dict[str, str]]:
+    """The config with its paths filled in and joined to `folder`, and the datasets' placeholders."""
+    names: dict[str, str] = {"model_family": config.model_family}
+    update: dict[str, Any] = {}
+    # output_dir first: the others may refer to it.
+    keys = sorted(kinds(RunConfig), key=lambda key: key != "output_dir")
+    for key in keys:
+        kind = kinds(RunConfig)[key]
+        text = getattr(config, key)
+        if not (kind.is_path or kind.is_model) or not text or text == "latest":
+            continue
+        try:
+            text = filled(text, names, environ)
+        except ValueError as error:
+            spelled = givens[key].spelled if key in givens else key
+            checked.problems[key] = Problem(f"{spelled} = {shown(text)}: {error}")
+            continue
+        if key == "output_dir":
+            names["output_dir"] = text
+        if kind.is_path or is_local_model(folder, text):
+            update[key] = joined(folder, text)
+    names.setdefault("output_dir", "output")
+    return config.model_copy(update=update), names
+
+
+def _datasets(
+    config: RunConfig,
+    config_file: Path | None,
+    checked: Checked,
+    around: Surroundings,
+    givens: Mapping[str, Given],
+) -> Listing:
+    if "data_backend_config" in checked.problems:
+        return Listing()
+    if config.data_backend_config is not None:
+        path = Path(config.data_backend_config)
+        label = _label(path, around.folder)
+        if path.is_file():
+            return read_datasets(path, label, around)
+        found = f"{givens['data_backend_config'].spelled} = {shown(givens['data_backend_config'].value)}"
+        return Listing(problems=[Problem(f"{found}: no such file")])
+    if config_file is None:  # which is a problem of its own
+        return Listing()
+    path = config_file.with_name(DATASETS_NAME)
+    label = _label(path, around.folder)
+    if path.is_file():
+        return read_datasets(path, label, around)
+    missing = Problem(
+        f"{label}: no such file",
+        "the list of datasets",
+        "Write it, or name another with data_backend_config.",
+    )
+    return Listing(problems=[missing])
+
+
+def _prompts(
+    config: RunConfig, listing: Listing, config_file: Path | None, folder: Path, problems: list[Problem]
+) -> tuple[dict[str, str], list[str]]:
+    if config.user_prompt_library is not None:
+        library: Path | None = Path(config.user_prompt_library)
+    else:
+        beside = [config_file.with_name(PROMPTS_NAME)] if config_file is not None else []
+        usual = [*beside, folder / "config" / PROMPTS_NAME]
+        library = next((path for path in usual if path.is_file()), None)
+    label = "" if library is None else _label(library, folder)
+    try:
+        return load_prompts(config, listing.datasets, library, label)
+    except ConfigError as error:
+        problems.extend(error.problems)
+        return {}, []
+
+
+def _as_typed(problem: Problem, key: str, givens: Mapping[str, Given]) -> Problem:
+    """`problem` with the option spelled as it was typed."""
+    if key not in givens or not problem.found.startswith(key):
+        return problem
+    return Problem(givens[key].spelled + problem.found.removeprefix(key), problem.expected, problem.remedy)

@@ -1,0 +1,158 @@
+"""What no option can tell alone: checks across options and datasets, and options that have no effect."""
+
+from collections.abc import Collection, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from simpletuner.base.errors import Problem
+from simpletuner.config.datasets import Datasets
+from simpletuner.config.run import RunConfig
+from simpletuner.config.values import listed, shown
+
+OPTIMISER_ARGUMENTS = {"adamw": ("amsgrad", "foreach", "fused")}
+"""What `optimizer_config` may hold for each optimiser, beside the options that have a name of their own."""
+
+Finding = tuple[tuple[str, ...], Problem]
+"""The options that a problem is about, and the problem."""
+
+
+def findings(config: RunConfig, datasets: Datasets | None) -> Iterator[Finding]:
+    """Problems between options. `datasets` is None where they are faulty themselves."""
+    yield from _length(config)
+    yield from _densities(config)
+    yield from _optimiser(config)
+    yield from _paths(config)
+    yield from _trackers(config)
+    if datasets is not None and config.eval_dataset_id is not None:
+        ids = [held.id for held in datasets.eval_sets]
+        if config.eval_dataset_id not in ids:
+            found = f"eval_dataset_id = {shown(config.eval_dataset_id)}"
+            expected = (
+                f"an enabled eval set: {listed(ids)}" if ids else "a set with dataset_type eval to be listed"
+            )
+            yield ("eval_dataset_id",), Problem(found, expected)
+
+
+def _length(config: RunConfig) -> Iterator[Finding]:
+    if config.max_train_steps is None and not config.num_train_epochs:
+        found = "num_train_epochs = 0 without max_train_steps: nothing would be trained"
+        yield ("num_train_epochs", "max_train_steps"), Problem(found, "one of them to be at least 1")
+
+
+def _densities(config: RunConfig) -> Iterator[Finding]:
+    if config.flow_use_uniform_schedule and config.flow_use_beta_schedule:
+        keys = ("flow_use_uniform_schedule", "flow_use_beta_schedule")
+        yield keys, Problem(f"{listed(keys, 'and')} are both on", "one of them at most")
+    if config.flux_guidance_mode == "random-range" and config.flux_guidance_min > config.flux_guidance_max:
+        keys = ("flux_guidance_min", "flux_guidance_max")
+        found = f"flux_guidance_min = {config.flux_guidance_min:g}"
+        yield keys, Problem(found, f"at most flux_guidance_max, {config.flux_guidance_max:g}")
+
+
+def _optimiser(config: RunConfig) -> Iterator[Finding]:
+    known = OPTIMISER_ARGUMENTS[config.optimizer]
+    for name in config.optimizer_config or {}:
+        if name not in known:
+            found = f"optimizer_config: {config.optimizer} takes no {shown(name)} here"
+            yield ("optimizer_config", "optimizer"), Problem(found, listed(known))
+    if config.learning_rate > 1:
+        found = f"learning_rate = {config.learning_rate:g}"
+        yield ("learning_rate",), Problem(found, "at most 1", "Usual are 1e-5 to 1e-3: is a minus missing?")
+    if not config.lr_scheduler.startswith("constant") and config.lr_end > config.learning_rate:
+        found = f"lr_end = {config.lr_end:g}"
+        yield ("lr_end", "learning_rate"), Problem(found, f"at most learning_rate, {config.learning_rate:g}")
+
+
+def _paths(config: RunConfig) -> Iterator[Finding]:
+    if Path(config.output_dir).is_file():
+        yield ("output_dir",), Problem(f"output_dir = {shown(config.output_dir)}: this is a file", "a folder")
+    if config.init_lora is not None and not Path(config.init_lora).is_file():
+        yield ("init_lora",), Problem(f"init_lora = {shown(config.init_lora)}: no such file")
+    resume = config.resume_from_checkpoint
+    if resume not in ("", "latest") and not Path(resume).is_dir():
+        found = f"resume_from_checkpoint = {shown(resume)}: no such folder"
+        yield ("resume_from_checkpoint",), Problem(found, "latest, a checkpoint's folder, or nothing")
+
+
+def _trackers(config: RunConfig) -> Iterator[Finding]:
+    for name in config.trackers:
+        spec = find_spec(name)
+        # A bare folder of that name, such as the one wandb leaves behind, is found too; it has no origin.
+        if spec is None or spec.origin is None:
+            found = f"report_to = {shown(config.report_to)}: {name} is not installed"
+            yield ("report_to",), Problem(found, remedy=f"pip install -e '.[{name}]'")
+
+
+def notices(config: RunConfig, datasets: Datasets | None, given: Collection[str]) -> Iterator[str]:
+    """What to say before the run: the licence, options in `given` that have no effect, odd combinations."""
+    if config.model_flavour == "dev":
+        yield (
+            "FLUX.2-dev's weights are under Black Forest Labs' non-commercial licence: "
+            "read it before you use or share what you train."
+        )
+    for keys, has_no_effect, reason in _ignored(config, datasets):
+        for key in keys:
+            if has_no_effect and key in given:
+                yield f"{key} has no effect: {reason}."
+    scale = config.alpha / config.lora_rank
+    if scale <= 1 / 8:
+        yield (
+            f"lora_alpha = {config.alpha:g} at rank {config.lora_rank} scales the adapter by {scale:.3g}: "
+            "it may learn too little to see. Without lora_alpha the scale is 1."
+        )
+    if config.max_train_steps is not None and config.lr_warmup_steps >= config.max_train_steps:
+        yield (
+            f"lr_warmup_steps = {config.lr_warmup_steps} is the whole run of {config.max_train_steps} steps: "
+            "the learning rate never arrives."
+        )
+
+
+def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tuple[str, ...], bool, str]]:
+    """(options, whether they have no effect, the reason)."""
+    is_constant = config.flux_guidance_mode == "constant"
+    yield ("flux_guidance_min", "flux_guidance_max"), is_constant, "flux_guidance_mode is constant"
+    yield ("flux_guidance_value",), not is_constant, "flux_guidance_mode is random-range"
+
+    beta = ("flow_beta_schedule_alpha", "flow_beta_schedule_beta")
+    yield beta, not config.flow_use_beta_schedule, "flow_use_beta_schedule is false"
+    has_other_density = config.flow_use_uniform_schedule or config.flow_use_beta_schedule
+    yield ("flow_sigmoid_scale",), has_other_density, "another density is chosen"
+    yield ("flow_schedule_shift",), config.flow_schedule_auto_shift, "flow_schedule_auto_shift is true"
+    yield ("huber_c", "huber_schedule"), config.loss_type == "l2", "loss_type is l2"
+
+    shape = config.lr_scheduler
+    yield ("lr_warmup_steps",), shape == "constant", "lr_scheduler is constant; constant_with_warmup warms up"
+    has_cycles = shape in ("cosine_with_restarts", "sine")
+    yield ("lr_num_cycles",), not has_cycles, f"lr_scheduler is {shape}"
+    yield ("lr_power",), shape != "polynomial", f"lr_scheduler is {shape}"
+    yield ("lr_end",), shape.startswith("constant"), f"lr_scheduler is {shape}"
+    yield ("num_train_epochs",), config.max_train_steps is not None, "max_train_steps is given, and wins"
+    yield ("grad_clip_method",), not config.max_grad_norm, "max_grad_norm is 0"
+    interval = ("gradient_checkpointing_interval",)
+    yield interval, not config.gradient_checkpointing, "gradient_checkpointing is false"
+
+    has_targets = config.peft_lora_target_modules is not None
+    yield ("flux_lora_target",), has_targets, "peft_lora_target_modules is given, and wins"
+    starts_from_file = config.init_lora is not None
+    from_file = ("lora_rank", "lora_alpha", "lora_init_type")
+    yield from_file, starts_from_file, "init_lora is given, and its file decides"
+
+    pictures = (
+        "validation_prompt",
+        "validation_prompt_library",
+        "user_prompt_library",
+        "validation_subject",
+        "validation_on_startup",
+        "validation_epoch_interval",
+        "validation_negative_prompt",
+        "validation_guidance_real",
+        "num_validation_images",
+    )
+    yield pictures, config.validation_disable, "validation_disable is true"
+    is_plain = config.validation_guidance_real == 1
+    yield ("validation_negative_prompt",), is_plain, "validation_guidance_real is 1"
+    trackers = ("tracker_project_name", "tracker_run_name")
+    yield trackers, not config.trackers, "report_to is none"
+    if datasets is not None:
+        held_out = ("eval_steps_interval", "num_eval_images")
+        yield held_out, not datasets.eval_sets, "no dataset has dataset_type eval"

@@ -1,0 +1,140 @@
+"""One option's value: what its type expects in words, text as a value, a value as text, the nearest name."""
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.fields import FieldInfo
+
+from simpletuner.config.options.kinds import IsJson, IsModel, IsPath, Says, Slice
+
+_INTEGER = re.compile(r"[+-]?\d+")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_LONGEST_SHOWN = 80
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The kind of value an option takes."""
+
+    base: Any
+    """bool, int, float or str; anything else for a structure."""
+
+    choices: tuple[str, ...]
+    """The values of an enumeration; empty for other kinds."""
+
+    expects: str
+    """In words: "a number above 0", "all, attention, mlp or tiny"."""
+
+    is_path: bool
+    is_model: bool
+    is_json: bool
+
+
+def listed(names: Iterable[str], word: str = "or") -> str:
+    """ "a, b or c"."""
+    *first, last = names
+    return f"{', '.join(first)} {word} {last}" if first else last
+
+
+def _unwrapped(annotation: Any, marks: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
+    """The bare type under `Annotated` and `| None`, and all marks found on the way."""
+    if get_origin(annotation) is Annotated:
+        inner, *more = get_args(annotation)
+        return _unwrapped(inner, (*marks, *more))
+    if get_origin(annotation) in (Union, UnionType):
+        members = [member for member in get_args(annotation) if member is not type(None)]
+        if len(members) == 1:
+            return _unwrapped(members[0], marks)
+    return annotation, tuple(marks)
+
+
+def _in_words(base: Any, marks: Sequence[Any]) -> str:
+    for mark in marks:
+        if isinstance(mark, Says):
+            return mark.words
+    if base is bool:
+        return "true or false"
+    if get_origin(base) is Literal:
+        return listed(get_args(base))
+    if base is str:
+        return "text"
+    noun = "a whole number" if base is int else "a number"
+    low = [mark.ge for mark in marks if isinstance(mark, Ge)]
+    above = [mark.gt for mark in marks if isinstance(mark, Gt)]
+    high = [mark.le for mark in marks if isinstance(mark, Le)]
+    below = [mark.lt for mark in marks if isinstance(mark, Lt)]
+    if low and high:
+        return f"{noun} from {low[0]} to {high[0]}"
+    bounds = (
+        [f"of at least {bound}" for bound in low]
+        + [f"above {bound}" for bound in above]
+        + [f"up to {bound}" for bound in high]
+        + [f"below {bound}" for bound in below]
+    )
+    return " ".join((noun, " and ".join(bounds))) if bounds else noun
+
+
+def _kind(field: FieldInfo) -> Kind:
+    base, marks = _unwrapped(field.annotation, field.metadata)
+    is_choice = get_origin(base) is Literal
+    return Kind(
+        base=str if is_choice else base,
+        choices=get_args(base) if is_choice else (),
+        expects=_in_words(base, marks),
+        is_path=any(isinstance(mark, IsPath) for mark in marks),
+        is_model=any(isinstance(mark, IsModel) for mark in marks),
+        is_json=any(isinstance(mark, IsJson) for mark in marks),
+    )
+
+
+@cache
+def kinds(model: type[Slice]) -> dict[str, Kind]:
+    """The kind of every field of `model`, in the order of its declaration."""
+    return {name: _kind(field) for name, field in model.model_fields.items()}
+
+
+def from_text(text: str, kind: Kind) -> object:
+    """The value that `text`, from a flag or the environment, stands for. Text that is no such value comes
+    back as it is, for the check to refuse."""
+    if kind.base is int and _INTEGER.fullmatch(text):
+        return int(text)
+    if kind.base is float and _NUMBER.fullmatch(text):
+        return float(text)
+    return from_file(text, kind)
+
+
+def from_file(value: object, kind: Kind) -> object:
+    """What `value`, from a file, stands for: "true" and "false" are booleans where one is expected."""
+    if kind.base is bool and value in ("true", "false"):
+        return value == "true"
+    if kind.is_json and isinstance(value, str) and value.lstrip().startswith(("{", "[")):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return value
+
+
+def is_quoted_number(value: object, kind: Kind) -> bool:
+    """Whether `value` would be right if it stood without quotes."""
+    return isinstance(value, str) and kind.base in (int, float) and from_text(value, kind) is not value
+
+
+def shown(value: object) -> str:
+    """`value` as a person would type it, cut where it is long: 'al', -1, true, {"a": 1}."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 1] + "…"
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that `name` was probably meant to be."""
+    plain = {other.lower().replace("-", "_"): other for other in names}
+    found = difflib.get_close_matches(name.lower().replace("-", "_"), plain, n=1, cutoff=0.7)
+    return plain[found[0]] if found else None
