@@ -45,9 +45,7 @@ def discover(folder: Path) -> Found:
         DataError: no such folder.
     """
     if not folder.is_dir():
-        found = f"instance_data_dir = {str(folder)!r}: " + (
-            "not a folder" if folder.exists() else "no such folder"
-        )
+        found = f"instance_data_dir = {str(folder)!r}: " + ("not a folder" if folder.exists() else "no such folder")
         raise DataError.of(
             found,
             "a folder of pictures",

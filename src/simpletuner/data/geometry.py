@@ -84,13 +84,9 @@ def _check_size(size: Size, image_set: ImageSet) -> None:
         raise Rejected("below minimum_image_size", f"{found}, the minimum is {describe(minimum, unit)}")
     lowest, highest = image_set.minimum_aspect_ratio, image_set.maximum_aspect_ratio
     if lowest is not None and aspect < Fraction(lowest):
-        raise Rejected(
-            "below minimum_aspect_ratio", f"{found} is {float(aspect):.3f}, the minimum is {lowest:g}"
-        )
+        raise Rejected("below minimum_aspect_ratio", f"{found} is {float(aspect):.3f}, the minimum is {lowest:g}")
     if highest is not None and aspect > Fraction(highest):
-        raise Rejected(
-            "above maximum_aspect_ratio", f"{found} is {float(aspect):.3f}, the maximum is {highest:g}"
-        )
+        raise Rejected("above maximum_aspect_ratio", f"{found} is {float(aspect):.3f}, the maximum is {highest:g}")
 
 
 def _check_enlargement(size: Size, target: Size, image_set: ImageSet) -> None:
@@ -216,11 +212,7 @@ def _nearest_root(square: Fraction) -> int:
 
 
 def _limit(image_set: ImageSet) -> float | None:
-    return (
-        image_set.target_downsample_size
-        if image_set.maximum_image_size is None
-        else image_set.maximum_image_size
-    )
+    return image_set.target_downsample_size if image_set.maximum_image_size is None else image_set.maximum_image_size
 
 
 def _downsampled(size: Size, cover: Size, image_set: ImageSet) -> Size | None:
@@ -242,7 +234,5 @@ def _corner(room: tuple[int, int], image_set: ImageSet, seed: int, content: str)
         return room[0] // 2, room[1] // 2
     if image_set.crop_style == "corner":
         return 0, 0
-    left, top = (
-        draw_seed(seed, "crop", content, axis) % (space + 1) for axis, space in zip("xy", room, strict=True)
-    )
+    left, top = (draw_seed(seed, "crop", content, axis) % (space + 1) for axis, space in zip("xy", room, strict=True))
     return left, top

@@ -161,9 +161,7 @@ def _notices(
 
     def add(names: Sequence[str], text: str) -> None:
         if names:
-            notices.append(
-                f"{image_set.id}: {len(names)} of {len(samples)} pictures {text} ({_named(names)})."
-            )
+            notices.append(f"{image_set.id}: {len(names)} of {len(samples)} pictures {text} ({_named(names)}).")
 
     def remarks_of(sample: Sample) -> tuple[Remark, ...]:
         entry = entries[sample.name]
@@ -177,12 +175,8 @@ def _notices(
     for remark, text in remarks:
         add([s.name for s in samples if remark in remarks_of(s)], text)
 
-    enlarged = {
-        sample.name: enlargement((sample.width, sample.height), sample.geometry.target) for sample in samples
-    }
-    by_factor = sorted(
-        (name for name, factor in enlarged.items() if factor > 1), key=lambda n: (-enlarged[n], n)
-    )
+    enlarged = {sample.name: enlargement((sample.width, sample.height), sample.geometry.target) for sample in samples}
+    by_factor = sorted((name for name, factor in enlarged.items() if factor > 1), key=lambda n: (-enlarged[n], n))
     if by_factor:
         factor = float(enlarged[by_factor[0]])
         add(by_factor, f"are enlarged to reach `resolution`, by up to ×{factor:.2f}")

@@ -95,9 +95,7 @@ class Order:
         batches = []
         for bucket, members in manifest.buckets.items():
             place = (epoch, name, f"{bucket[0]}x{bucket[1]}")
-            visits = shuffled(
-                members * (manifest.image_set.repeats + 1), draw_seed(self.seed, "order", *place)
-            )
+            visits = shuffled(members * (manifest.image_set.repeats + 1), draw_seed(self.seed, "order", *place))
             missing = -len(visits) % size
             last = set(visits[len(visits) - len(visits) % size :])
             again = shuffled(members, draw_seed(self.seed, "order", *place, "fill"))

@@ -211,9 +211,7 @@ def _opened(source: Path | bytes) -> Iterator[ImageFile.ImageFile]:
 
 def _damage(error: Exception) -> Rejected:
     text = str(error) or type(error).__name__
-    return Rejected(
-        "truncated" if isinstance(error, EOFError) or "truncat" in text.lower() else "damaged", text
-    )
+    return Rejected("truncated" if isinstance(error, EOFError) or "truncat" in text.lower() else "damaged", text)
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
@@ -245,9 +243,7 @@ def _colour_and_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | No
     raise Rejected("unknown sample format", f"Pillow's mode {mode}; save it with 8 or 16 bits as RGB or grey")
 
 
-def _profile_use(
-    image: Image.Image, colour: Image.Image
-) -> ImageCms.ImageCmsTransform | Literal["none", "odd"]:
+def _profile_use(image: Image.Image, colour: Image.Image) -> ImageCms.ImageCmsTransform | Literal["none", "odd"]:
     """How the colours come to sRGB: by a transform, as they are, or as they are because the profile is no
     use."""
     profile = image.info.get("icc_profile")

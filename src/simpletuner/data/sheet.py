@@ -1,0 +1,102 @@
+"""Many small pictures with words, on one sheet: the crops of a set, or validation pictures over the steps of a run."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+from PIL import Image, ImageDraw, ImageFont
+
+GAP_PX = 12
+LABEL_WIDTH_PX = 200
+TEXT_PX = 15
+LINE_PX = 20
+MAX_LINES = 6
+"""Longer text ends in an ellipsis."""
+
+PAPER, INK, EMPTY = "white", "#222222", "#eeeeee"
+
+
+def contact_sheet(
+    cells: Sequence[Sequence[Image.Image | None]],
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    *,
+    captions: Sequence[Sequence[str]] | None = None,
+    cell_px: int = 320,
+) -> Image.Image:
+    """A table of pictures in RGB, each shrunk so that its longer side is at most `cell_px`; never enlarged.
+
+    Args:
+        cells: rows of pictures, at most as many in each as there are columns; None draws an empty frame.
+        row_labels: to the left of each row; all "" leaves that column out.
+        column_labels: above each column; all "" leaves that line out.
+        captions: a text below each picture, in the shape of `cells`.
+    """
+    font = ImageFont.load_default(TEXT_PX)
+    thumbs = [[None if image is None else _shrunk(image, cell_px) for image in row] for row in cells]
+    texts = [
+        [_wrapped(text, cell_px, font) for text in (captions[row] if captions else [""] * len(cells[row]))]
+        for row in range(len(cells))
+    ]
+    heads = [_wrapped(label, cell_px, font) for label in column_labels]
+    sides = [_wrapped(label, LABEL_WIDTH_PX, font) for label in row_labels]
+    left = GAP_PX + (LABEL_WIDTH_PX + GAP_PX if any(row_labels) else 0)
+    top = GAP_PX + (max(map(_height, heads)) + GAP_PX if any(column_labels) else 0)
+    picture_heights = [max((thumb.height for thumb in row if thumb), default=LINE_PX * MAX_LINES) for row in thumbs]
+    heights = [
+        max(height + max(map(_height, row), default=0), _height(side)) + GAP_PX
+        for height, row, side in zip(picture_heights, texts, sides, strict=True)
+    ]
+    tops = list(accumulate(heights, initial=top))
+    step = cell_px + GAP_PX
+    sheet = Image.new("RGB", (left + step * len(column_labels), tops[-1]), PAPER)
+    draw = ImageDraw.Draw(sheet)
+
+    def write(x: int, y: int, lines: Sequence[str]) -> None:
+        draw.multiline_text((x, y), "\n".join(lines), fill=INK, font=font, spacing=LINE_PX - TEXT_PX)
+
+    for column, lines in enumerate(heads):
+        write(left + step * column, GAP_PX, lines)
+    for row, y in enumerate(tops[:-1]):
+        write(GAP_PX, y, sides[row])
+        for column, thumb in enumerate(thumbs[row]):
+            x = left + step * column
+            if thumb is not None:
+                sheet.paste(thumb, (x, y))
+                write(x, y + picture_heights[row] + GAP_PX // 3, texts[row][column])
+            else:
+                draw.rectangle((x, y, x + cell_px - 1, y + picture_heights[row] - 1), fill=EMPTY)
+    return sheet
+
+
+def _shrunk(image: Image.Image, most: int) -> Image.Image:
+    thumb = image.convert("RGB")
+    thumb.thumbnail((most, most), Image.Resampling.LANCZOS)
+    return thumb
+
+
+def _height(lines: Sequence[str]) -> int:
+    return LINE_PX * len(lines)
+
+
+def _wrapped(text: str, width_px: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    """`text` in lines of at most `width_px`, broken at spaces where there are any."""
+    lines: list[str] = []
+    for paragraph in text.splitlines():
+        line = ""
+        for word in paragraph.split():
+            line = f"{line} {word}" if line else word
+            while font.getlength(line) > width_px:
+                fits = len(line)
+                while fits > 1 and font.getlength(line[:fits]) > width_px:
+                    fits -= 1
+                cut = line.rfind(" ", 1, fits + 1)
+                cut = fits if cut < 0 else cut
+                lines.append(line[:cut])
+                line = line[cut:].lstrip()
+                if len(line) == 0 or fits == 1:
+                    break
+        if line:
+            lines.append(line)
+    if len(lines) > MAX_LINES:
+        lines = [*lines[: MAX_LINES - 1], lines[MAX_LINES - 1] + " …"]
+    return lines
