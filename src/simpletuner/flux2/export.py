@@ -23,7 +23,7 @@ from simpletuner.base.tensorfile import with_sorted_metadata
 from simpletuner.flux2.lora import CUSTOM, PRESETS, Adapter, Range, linears, preset_ranges, whole, wrap
 from simpletuner.runs.layout import LORA_NAME
 
-HEADER_FIELDS = frozenset({"base_model", "config", "datasets", "licence", "run", "step", "version"})
+HEADER_FIELDS = frozenset({"base_model", "comment", "config", "datasets", "licence", "run", "step", "version"})
 """What a caller may put into the header, each as `simpletuner.<field>`: a shared file must not carry more."""
 
 _KEY = re.compile(r"transformer\.(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
@@ -53,9 +53,7 @@ class LoadedLora:
     """The `HEADER_FIELDS` that the file has. Empty for other programs' files."""
 
 
-def save_lora(
-    path: Path, adapter: Adapter, *, metadata: Mapping[str, str], dtype: torch.dtype = torch.float32
-) -> None:
+def save_lora(path: Path, adapter: Adapter, *, metadata: Mapping[str, str], dtype: torch.dtype = torch.float32) -> None:
     """Write `adapter` to `path`, atomically, and compare what the disk gives back bit for bit.
 
     Args:
@@ -151,11 +149,7 @@ def read_lora(path: Path) -> LoadedLora:
         layers=layers,
         alpha=float(header["simpletuner.alpha"]) if is_ours else first.scale * first.a.shape[0],
         target=header.get("simpletuner.target", CUSTOM),
-        metadata={
-            field: header[f"simpletuner.{field}"]
-            for field in HEADER_FIELDS
-            if f"simpletuner.{field}" in header
-        },
+        metadata={field: header[f"simpletuner.{field}"] for field in HEADER_FIELDS if f"simpletuner.{field}" in header},
     )
 
 
@@ -177,9 +171,7 @@ class _AlphaOf:
         return float(rank if self.default is None else self.default)
 
 
-def attach_saved(
-    transformer: nn.Module, saved: LoadedLora, *, strength: float = 1.0, dropout: float = 0.0
-) -> Adapter:
+def attach_saved(transformer: nn.Module, saved: LoadedLora, *, strength: float = 1.0, dropout: float = 0.0) -> Adapter:
     """Freeze all that `transformer` has, earlier adapters too, and put `saved` on it.
 
     Called once for each file; where several adapt one layer their outputs add up. A file of one of our
@@ -189,9 +181,7 @@ def attach_saved(
         CheckpointError: the file's layers are not this model's.
     """
     found = linears(transformer)
-    misfits = [
-        name for name, layer in saved.layers.items() if name not in found or not _fits(layer, found[name])
-    ]
+    misfits = [name for name, layer in saved.layers.items() if name not in found or not _fits(layer, found[name])]
     if misfits:
         name = misfits[0]
         have = f"{found[name].out_features} × {found[name].in_features}" if name in found else "not there"

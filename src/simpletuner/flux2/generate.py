@@ -1,0 +1,116 @@
+"""From noise and a prompt's context to pictures. Knows no files and no options: training calls it too."""
+
+from collections.abc import Callable
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from simpletuner.flow.sampler import euler
+from simpletuner.flow.sigma import schedule
+from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
+
+Denoise = Callable[
+    [Float[Tensor, "b 128 h w"], Float[Tensor, " b"], Float[Tensor, "b l d"], Float[Tensor, " b"]],
+    Float[Tensor, "b 128 h w"],
+]
+"""(latents, sigma, context, guidance) -> velocity: a `Denoiser`, or anything that wraps one."""
+
+Decode = Callable[[Float[Tensor, "b 128 h w"]], Float[Tensor, "b 3 H W"]]
+"""Latents -> pixels in [-1, 1]."""
+
+
+def _silent(*_: int) -> None:
+    """No report."""
+
+
+def initial_noise(seed: int, *, width: int, height: int) -> Float[Tensor, "1 128 h w"]:
+    """What a picture of `width` × `height` pixels starts from: fp32, drawn on the CPU whatever the device."""
+    if width % PIXELS_PER_TOKEN or height % PIXELS_PER_TOKEN:
+        raise ValueError(f"{width} × {height} pixels do not divide by {PIXELS_PER_TOKEN}")
+    shape = (1, 128, height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def sample_latents(
+    denoise: Denoise,
+    noise: Float[Tensor, "1 128 h w"],
+    context: Float[Tensor, "1 l d"],
+    *,
+    steps: int,
+    guidance: float,
+    real_guidance: float = 1.0,
+    negative: Float[Tensor, "1 l d"] | None = None,
+    report: Callable[[int], None] = _silent,
+) -> Float[Tensor, "1 128 h w"]:
+    """Latents of one picture, by `steps` Euler steps along FLUX.2's schedule; the state stays fp32.
+
+    Args:
+        guidance: fed to the model's guidance embedder.
+        real_guidance: with any value but 1 each step asks the model twice, and the answer is
+            negative + real_guidance · (positive − negative).
+        report: is told how many steps are done.
+    """
+    if real_guidance != 1.0 and negative is None:
+        raise ValueError("real_guidance needs a negative context")
+    scale = torch.tensor([guidance], device=noise.device)
+
+    def velocity(x: Tensor, sigma: float) -> Tensor:
+        at = torch.tensor([sigma], device=noise.device)
+        positive = denoise(x, at, context, scale)
+        if real_guidance == 1.0 or negative is None:
+            return positive
+        without = denoise(x, at, negative, scale)
+        return without + real_guidance * (positive - without)
+
+    return euler(velocity, noise, schedule(steps, noise.shape[-2] * noise.shape[-1]), report)
+
+
+def picture(pixels: Float[Tensor, "3 H W"]) -> Image.Image:
+    """An 8-bit picture of pixels in [-1, 1]."""
+    levels = (pixels.float().clamp(-1, 1) / 2 + 0.5).mul(255).round().to(torch.uint8)
+    return Image.fromarray(rearrange(levels, "c h w -> h w c").cpu().numpy())
+
+
+@torch.no_grad()
+def generate(
+    denoise: Denoise,
+    decode: Decode,
+    contexts: Float[Tensor, "b l d"],
+    *,
+    width: int,
+    height: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+    real_guidance: float = 1.0,
+    negative: Float[Tensor, "1 l d"] | None = None,
+    report: Callable[[int, int], None] = _silent,
+) -> list[Image.Image]:
+    """One picture for each of `contexts`, each from the same noise.
+
+    They are made one after the other, so a picture depends on its own context and `seed` only, and the memory
+    on its size only. Runs on the device of `contexts`. The caller has put the transformer into eval mode.
+
+    Args:
+        width, height: pixels, multiples of 16.
+        report: is told (steps done, steps in all), over all pictures.
+    """
+    noise = initial_noise(seed, width=width, height=height).to(contexts.device)
+    pictures = []
+    for index in range(len(contexts)):
+        latents = sample_latents(
+            denoise,
+            noise,
+            contexts[index : index + 1],
+            steps=steps,
+            guidance=guidance,
+            real_guidance=real_guidance,
+            negative=negative,
+            report=lambda step, before=index * steps: report(before + step, len(contexts) * steps),  # type: ignore[misc]
+        )
+        pictures.append(picture(decode(latents)[0]))
+    return pictures
