@@ -32,6 +32,8 @@ class Renamed:
 
     def shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """The shapes of the parts of a tensor of `shape`."""
+        if len(self.names) == 1:
+            return (shape,)
         return ((shape[0] // len(self.names), *shape[1:]),) * len(self.names)
 
 
@@ -90,11 +92,7 @@ def from_bfl(name: str) -> Renamed | None:
         return None
     kind, index, part = block.groups()
     if kind == "single":
-        return (
-            Renamed((f"single_transformer_blocks.{index}.{_SINGLE[part]}.weight",))
-            if part in _SINGLE
-            else None
-        )
+        return Renamed((f"single_transformer_blocks.{index}.{_SINGLE[part]}.weight",)) if part in _SINGLE else None
     group = f"transformer_blocks.{index}"
     if part in _FUSED:
         return Renamed(tuple(f"{group}.{name}.weight" for name in _FUSED[part]), _thirds)

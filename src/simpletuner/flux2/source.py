@@ -62,16 +62,12 @@ class Source:
     """Hidden states of the text encoder that are put side by side."""
 
     def fingerprint(self, component: Component | Literal["tokenizer"]) -> str:
-        """Names the content of `component`, wherever it lies: its config, and name, type, shape and first 4 KiB
-        of every tensor that is used. Caches are keyed by it. Reads a few megabytes, also of dev."""
+        """Names the content of `component`, wherever it lies: config; name, type, shape and first 4 KiB of each
+        tensor that is used. Caches are keyed by it. Reads a few megabytes, also of dev."""
         if component == "tokenizer":
             present = (self.tokenizer / name for name in (*_TOKENIZER, *_TOKENIZER_EXTRA))
-            return sha256_json(
-                {path.name: path.read_text(encoding="utf-8") for path in present if path.is_file()}
-            )
-        weights = {"transformer": self.transformer, "vae": self.vae, "text_encoder": self.text_encoder}[
-            component
-        ]
+            return sha256_json({path.name: path.read_text(encoding="utf-8") for path in present if path.is_file()})
+        weights = {"transformer": self.transformer, "vae": self.vae, "text_encoder": self.text_encoder}[component]
         tensors = {}
         for name, entry in read_headers(weights.files).items():
             known: str | None = name
@@ -89,7 +85,7 @@ class Source:
 def locate(options: ModelOptions, *, report: Report, environ: Mapping[str, str] = os.environ) -> Source:
     """Find every file of the model that `options` name, after downloading or making what is not here.
 
-    `report` is told, in sentences, what is about to be made or downloaded, how large it is and how much disk is
+    `report` is told, in sentences, what is about to be made or downloaded, its size, and how much disk is
     free. With local paths, and with the embedded model, the network is not touched.
 
     Raises:
@@ -148,9 +144,7 @@ class _Search:
         tokenizer = self._tokenizer(parts["text_encoder"].place, base)
         self._raise_problems()
 
-        fetch(
-            [(part.place, name) for part in (*parts.values(), tokenizer) for name in part.names], self.report
-        )
+        fetch([(part.place, name) for part in (*parts.values(), tokenizer) for name in part.names], self.report)
         weights = {
             component: Weights(tuple(part.place.path(name) for name in part.names), part.config)
             for component, part in parts.items()
@@ -174,9 +168,7 @@ class _Search:
         if name is not None:
             return self._place(name)
         cache_dir = self.options.cache_dir
-        folder = tiny.default_folder(
-            None if cache_dir is None else Path(cache_dir).expanduser(), self.environ
-        )
+        folder = tiny.default_folder(None if cache_dir is None else Path(cache_dir).expanduser(), self.environ)
         if not folder.exists():
             self.report(f"Making the embedded model in {folder}.")
         return Folder(tiny.make(folder))
@@ -266,14 +258,10 @@ class _Search:
                 )
             )
         if len(self.plain) == len(_STEMS):
-            self.problems.append(
-                Problem(f"variant = {self.options.variant}: no component has files of that name")
-            )
+            self.problems.append(Problem(f"variant = {self.options.variant}: no component has files of that name"))
         AccessError.raise_if(self.problems)
         if self.plain:
-            self.report(
-                f"No {self.options.variant} variant of {', '.join(self.plain)}: the plain files are used."
-            )
+            self.report(f"No {self.options.variant} variant of {', '.join(self.plain)}: the plain files are used.")
 
 
 def _single_file(text: str) -> Path:

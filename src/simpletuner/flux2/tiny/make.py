@@ -208,9 +208,7 @@ def _fill(folder: Path, seed: int) -> None:
     )
 
     _write_json(folder / "vae" / "config.json", VAE)
-    _write_tensors(
-        folder / "vae" / "diffusion_pytorch_model.safetensors", _learnt("vae") or _autoencoder_tensors(seed)
-    )
+    _write_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors", _learnt("vae") or _autoencoder_tensors(seed))
 
     made = sorted(path for path in folder.rglob("*") if path.is_file())
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in made}
