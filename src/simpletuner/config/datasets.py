@@ -110,9 +110,9 @@ class ImageSet(Slice):
     max_upscale_threshold: NotNegative | None = None
     """Pictures that would have to grow by more than this share are left out: 0.25 allows a quarter."""
 
-    caption_strategy: Annotated[
-        Literal["textfile", "filename", "instanceprompt"], BeforeValidator(_instanceprompt)
-    ] = "filename"
+    caption_strategy: Annotated[Literal["textfile", "filename", "instanceprompt"], BeforeValidator(_instanceprompt)] = (
+        "filename"
+    )
     """Where captions come from: a `.txt` file beside each picture, the picture's own name, or
     `instance_prompt` for all (also written `instance_prompt`)."""
 

@@ -23,9 +23,7 @@ def read_document(path: Path, label: str) -> Any:
     except OSError as error:
         raise ConfigError.of(f"{label}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise ConfigError.of(
-            f"{label}: byte {error.start} is not UTF-8", remedy="Save it as UTF-8."
-        ) from error
+        raise ConfigError.of(f"{label}: byte {error.start} is not UTF-8", remedy="Save it as UTF-8.") from error
     return _toml(text, label) if path.suffix == ".toml" else _json(text, label)
 
 
@@ -51,9 +49,7 @@ def _json(text: str, label: str) -> Any:
     except json.JSONDecodeError as error:
         where = f"{label}, line {error.lineno}, column {error.colno}"
         raise ConfigError.of(f"{where}: not valid JSON", remedy=_hint(text, error)) from error
-    ConfigError.raise_if(
-        Problem(f"{label}: {name} is given twice", remedy="Keep one of them.") for name in repeated
-    )
+    ConfigError.raise_if(Problem(f"{label}: {name} is given twice", remedy="Keep one of them.") for name in repeated)
     return value
 
 

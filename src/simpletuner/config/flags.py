@@ -78,8 +78,6 @@ def help_text(usage: str) -> str:
             default_value = group.model_fields[name].default
             default = "" if default_value is None else f" (default {shown(default_value)})"
             lines.append(f"  --{name}: {kind.expects}{default}")
-            lines += textwrap.wrap(
-                texts[name], width=100, initial_indent="      ", subsequent_indent="      "
-            )
+            lines += textwrap.wrap(texts[name], width=100, initial_indent="      ", subsequent_indent="      ")
     lines += ["", f"{len(OPTION_NAMES)} options; docs/options.md has them all, with those to come."]
     return "\n".join(lines)

@@ -81,9 +81,7 @@ def check(givens: Mapping[str, Given], known: Known, checked: Checked, *, where:
         if key in known.later:
             later = known.later[key]
             if given.value is not None and not is_off(_plain(given.value), later):
-                faulty[key] = Problem(
-                    f"{label}: not built yet: {later.work}", remedy="Leave it out until then."
-                )
+                faulty[key] = Problem(f"{label}: not built yet: {later.work}", remedy="Leave it out until then.")
         elif key not in all_kinds:
             faulty[key] = _unknown(label, key, given, known)
         elif given.value is not None:

@@ -156,11 +156,7 @@ def _faults(image_set: ImageSet) -> Iterator[Problem]:
     low, high = image_set.minimum_aspect_ratio, image_set.maximum_aspect_ratio
     if low is not None and high is not None and low > high:
         yield Problem(f"minimum_aspect_ratio = {low:g}", f"at most maximum_aspect_ratio, {high:g}")
-    if (
-        image_set.crop
-        and image_set.crop_aspect in ("closest", "random")
-        and not image_set.crop_aspect_buckets
-    ):
+    if image_set.crop and image_set.crop_aspect in ("closest", "random") and not image_set.crop_aspect_buckets:
         yield Problem(
             f"crop_aspect = {shown(image_set.crop_aspect)} without crop_aspect_buckets",
             "a list of ratios (width / height) such as [0.75, 1.0, 1.33]",

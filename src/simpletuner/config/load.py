@@ -93,7 +93,10 @@ def load(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str]) 
         if not any(key in checked.problems for key in keys):
             checked.problems[keys[0]] = _as_typed(problem, keys[0], givens)
 
-    ConfigError.raise_if([*problems, *checked.problems.values(), *listing.problems])
+    in_typed_order = [
+        checked.problems[key] for key in dict.fromkeys([*givens, *checked.problems]) if key in checked.problems
+    ]
+    ConfigError.raise_if([*problems, *in_typed_order, *listing.problems])
     assert listing.datasets is not None  # there was no problem
     origins: dict[str, Origin] = dict.fromkeys(OPTION_NAMES, "default")
     origins |= {key: givens[key].origin for key in checked.valid}
@@ -139,9 +142,7 @@ def _chosen(flags: Flags, folder: Path, environ: Mapping[str, str]) -> Path | No
         return _in_folder(EXAMPLES / named["example"], f"--example {named['example']}")
     usual = [folder / place / name for place in ("", "config") for name in CONFIG_NAMES]
     found = next((path for path in usual if path.is_file()), None)
-    lists_datasets = (
-        "data_backend_config" in flags.options or f"{ENVIRONMENT_PREFIX}DATA_BACKEND_CONFIG" in environ
-    )
+    lists_datasets = "data_backend_config" in flags.options or f"{ENVIRONMENT_PREFIX}DATA_BACKEND_CONFIG" in environ
     if found is None and not lists_datasets:
         raise ConfigError.of(
             "no configuration here",
@@ -182,8 +183,7 @@ def _from_file(path: Path | None, folder: Path, problems: list[Problem]) -> list
 def _from_environment(environ: Mapping[str, str]) -> list[tuple[str, Given]]:
     names = sorted(name for name in environ if name.startswith(ENVIRONMENT_PREFIX))
     return [
-        (name.removeprefix(ENVIRONMENT_PREFIX).lower(), Given(environ[name], "environment", name))
-        for name in names
+        (name.removeprefix(ENVIRONMENT_PREFIX).lower(), Given(environ[name], "environment", name)) for name in names
     ]
 
 
@@ -202,9 +202,7 @@ def _with_json_files(givens: dict[str, Given], folder: Path, checked: Checked) -
         value = givens[key].value if key in givens else None
         if kind.is_json and isinstance(value, str) and value.endswith(".json"):
             try:
-                content = read_document(
-                    Path(joined(folder, value)), f"{givens[key].spelled} = {shown(value)}"
-                )
+                content = read_document(Path(joined(folder, value)), f"{givens[key].spelled} = {shown(value)}")
                 found[key] = replace(givens[key], value=content)
             except ConfigError as error:
                 checked.problems[key] = error.problems[0]

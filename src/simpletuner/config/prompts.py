@@ -45,9 +45,7 @@ def load_prompts(
     if subject is not None:
         return {name: prompt.replace(SUBJECT, subject) for name, prompt in prompts.items()}, []
     if datasets is not None and any(SUBJECT in prompt for prompt in prompts.values()):
-        return prompts, [
-            f"{SUBJECT} stays in the prompts as typed: validation_subject says what it stands for."
-        ]
+        return prompts, [f"{SUBJECT} stays in the prompts as typed: validation_subject says what it stands for."]
     return prompts, []
 
 

@@ -51,12 +51,7 @@ def _is_recorded(config: RunConfig, name: str, value: object) -> bool:
     kind = kinds(type(config))[name]
     if kind.is_model:
         # A local one is an absolute path here or begins with a dot, or it is there.
-        return (
-            isinstance(value, str)
-            and not Path(value).exists()
-            and value.count("/") == 1
-            and value[0] not in "./~"
-        )
+        return isinstance(value, str) and not Path(value).exists() and value.count("/") == 1 and value[0] not in "./~"
     return bool(kind.choices) or kind.base in (bool, int, float) or name in RECORDED_TEXTS
 
 

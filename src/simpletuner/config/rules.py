@@ -27,9 +27,7 @@ def findings(config: RunConfig, datasets: Datasets | None) -> Iterator[Finding]:
         ids = [held.id for held in datasets.eval_sets]
         if config.eval_dataset_id not in ids:
             found = f"eval_dataset_id = {shown(config.eval_dataset_id)}"
-            expected = (
-                f"an enabled eval set: {listed(ids)}" if ids else "a set with dataset_type eval to be listed"
-            )
+            expected = f"an enabled eval set: {listed(ids)}" if ids else "a set with dataset_type eval to be listed"
             yield ("eval_dataset_id",), Problem(found, expected)
 
 

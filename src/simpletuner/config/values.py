@@ -64,7 +64,9 @@ def _in_words(base: Any, marks: Sequence[Any]) -> str:
     if get_origin(base) is Literal:
         return listed(get_args(base))
     if base is str:
-        return "text"
+        is_model = any(isinstance(mark, IsModel) for mark in marks)
+        is_path = any(isinstance(mark, IsPath) for mark in marks)
+        return "a Hub id or a path" if is_model else "a path" if is_path else "text"
     noun = "a whole number" if base is int else "a number"
     low = [mark.ge for mark in marks if isinstance(mark, Ge)]
     above = [mark.gt for mark in marks if isinstance(mark, Gt)]

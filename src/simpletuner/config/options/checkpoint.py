@@ -32,9 +32,7 @@ class CheckpointOptions(Slice):
     checkpoints_total_limit: Count = 5
     """Keep so many checkpoints; older ones are removed, never the newest that verifies."""
 
-    resume_from_checkpoint: Annotated[str, IsPath(), Says("latest, a checkpoint's path, or nothing")] = (
-        "latest"
-    )
+    resume_from_checkpoint: Annotated[str, IsPath(), Says("latest, a checkpoint's path, or nothing")] = "latest"
     """Go on from `latest`, from a checkpoint's path, or from nothing: `""` starts over."""
 
     disk_low_threshold: Annotated[
