@@ -22,7 +22,7 @@ Penalty = Callable[[Float[Tensor, "b c h w"], Float[Tensor, " b"]], Float[Tensor
 HuberSchedule = Literal["snr", "exponential", "constant"]
 
 
-def squared(error: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
+def squared(error: Float[Tensor, "b c h w"], _sigma: Float[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
     """Plain mean squared error."""
     return error.square()
 

@@ -13,8 +13,6 @@ def noised(
     return (1 - share) * latents + share * noise
 
 
-def velocity(
-    latents: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"]
-) -> Float[Tensor, "b c h w"]:
+def velocity(latents: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     """What the model learns to predict: d(noised)/dσ = noise − latents."""
     return noise - latents

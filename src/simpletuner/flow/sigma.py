@@ -56,11 +56,7 @@ def beta_cdf(x: float, alpha: float, beta: float) -> float:
     if x > (alpha + 1) / (alpha + beta + 2):  # the fraction converges fast only below the mode
         return 1 - beta_cdf(1 - x, beta, alpha)
     log_front = (
-        math.lgamma(alpha + beta)
-        - math.lgamma(alpha)
-        - math.lgamma(beta)
-        + alpha * math.log(x)
-        + beta * math.log1p(-x)
+        math.lgamma(alpha + beta) - math.lgamma(alpha) - math.lgamma(beta) + alpha * math.log(x) + beta * math.log1p(-x)
     )
     fraction = 1.0
     for m in range(200, 0, -1):  # evaluated from the far end: every term is positive enough not to vanish

@@ -57,12 +57,13 @@ def attend(
 ) -> Float[Tensor, "b n width"]:
     """Full attention among all tokens: the reference masks nothing, padding included."""
     query, key = rotate(query, angles), rotate(key, angles)
-    heads_first = (rearrange(x, "b n heads d -> b heads n d") for x in (query, key, value))
-    return rearrange(F.scaled_dot_product_attention(*heads_first), "b heads n d -> b n (heads d)")
+    query, key, value = (rearrange(x, "b n heads d -> b heads n d") for x in (query, key, value))
+    return rearrange(F.scaled_dot_product_attention(query, key, value), "b heads n d -> b n (heads d)")
 
 
 def modulated(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Tensor:
-    return (1 + scale) * norm(x) + shift
+    out: Tensor = (1 + scale) * norm(x) + shift
+    return out
 
 
 def clipped(x: Tensor) -> Tensor:
@@ -149,15 +150,13 @@ class JointAttention(nn.Module):
 
     def forward(self, text: Tensor, image: Tensor, angles: Rotary) -> tuple[Tensor, Tensor]:
         def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (-1, self.head_dim))
+            return rearrange(x, "b n (heads d) -> b n heads d", d=self.head_dim)
 
         text_length = text.shape[1]
         query = torch.cat(
             [self.norm_added_q(heads(self.add_q_proj(text))), self.norm_q(heads(self.to_q(image)))], dim=1
         )
-        key = torch.cat(
-            [self.norm_added_k(heads(self.add_k_proj(text))), self.norm_k(heads(self.to_k(image)))], dim=1
-        )
+        key = torch.cat([self.norm_added_k(heads(self.add_k_proj(text))), self.norm_k(heads(self.to_k(image)))], dim=1)
         value = torch.cat([heads(self.add_v_proj(text)), heads(self.to_v(image))], dim=1)
         out = attend(query, key, value, angles)
         return self.to_add_out(out[:, :text_length]), self.to_out[0](out[:, text_length:])
@@ -214,7 +213,7 @@ class ParallelAttention(nn.Module):
 
     def forward(self, x: Tensor, angles: Rotary) -> Tensor:
         qkv, mlp = self.to_qkv_mlp_proj(x).split(self.widths, dim=-1)
-        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.chunk(3, dim=-1))
+        query, key, value = rearrange(qkv, "b n (part heads d) -> part b n heads d", part=3, d=self.head_dim)
         attended = attend(self.norm_q(query), self.norm_k(key), value, angles)
         gate, inner = mlp.chunk(2, dim=-1)
         out: Tensor = self.to_out(torch.cat([attended, F.silu(gate) * inner], dim=-1))

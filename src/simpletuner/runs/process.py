@@ -6,7 +6,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal, Self
 
 from simpletuner.base.errors import Stopped
@@ -53,7 +52,7 @@ class Requests:
         finally:
             self._is_training = False
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, *_: object) -> None:
         if self._is_stopping:
             os._exit(Stopped.exit_code)
         self._is_stopping = True

@@ -30,13 +30,13 @@ written. New keys may be added under the same `v`; readers ignore what they do n
 def type_name(schema: dict[str, Any]) -> str:
     """A JSON Schema's type in words."""
     if "anyOf" in schema:
-        return " or ".join(type_name(option) for option in schema["anyOf"])
+        return " or ".join(map(type_name, schema["anyOf"]))
     if "const" in schema:
         return f'"{schema["const"]}"'
     if "enum" in schema:
         return "string"
     if "$ref" in schema:
-        return "[" + schema["$ref"].rsplit("/", 1)[-1].lower() + "](#picture)"
+        return f"[{str(schema['$ref']).rpartition('/')[2].lower()}](#picture)"
     if schema.get("type") == "array":
         return f"list of {type_name(schema['items'])}"
     if schema.get("type") == "object":

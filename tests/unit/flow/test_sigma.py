@@ -1,8 +1,8 @@
 import math
 
 import pytest
-from torch.distributions import Beta, Normal
 import torch
+from torch.distributions import Beta, Normal
 
 from simpletuner.flow import sigma
 

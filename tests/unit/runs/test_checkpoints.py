@@ -30,9 +30,14 @@ def test_a_checkpoint_appears_whole_and_verifies(run: RunDirectory) -> None:
 
 def test_a_failure_while_building_leaves_nothing_and_keeps_what_was_there(run: RunDirectory) -> None:
     save(run, 1, b"first")
-    with pytest.raises(RuntimeError, match="in the middle"), checkpoints.building(run.checkpoint(1)) as folder:
-        (folder / "weights").write_bytes(b"second")
-        raise RuntimeError("in the middle")
+
+    def fail() -> None:
+        with checkpoints.building(run.checkpoint(1)) as folder:
+            (folder / "weights").write_bytes(b"second")
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fail()
     assert (run.checkpoint(1) / "weights").read_bytes() == b"first"
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-000001"]
 

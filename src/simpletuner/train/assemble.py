@@ -1,0 +1,423 @@
+"""`simpletuner train`, from the checked configuration to the finished LoRA. The only place that builds everything."""
+
+import contextlib
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import simpletuner
+from simpletuner.base.draws import draw_seed
+from simpletuner.base.errors import ConfigError, MemoryBudgetError, Stopped, UserError
+from simpletuner.base.files import sha256_json, write_atomic, write_json
+from simpletuner.base.sizes import format_duration, format_size
+from simpletuner.config.load import Loaded
+from simpletuner.config.record import resolved
+from simpletuner.config.run import RunConfig
+from simpletuner.data.collate import Batch, caption_of
+from simpletuner.data.order import MicroBatch, Order
+from simpletuner.flux2.autoencoder import Autoencoder
+from simpletuner.flux2.denoiser import Denoiser
+from simpletuner.flux2.export import attach_saved, read_lora
+from simpletuner.flux2.load import load_autoencoder, load_transformer
+from simpletuner.flux2.lora import Adapter, attach
+from simpletuner.flux2.source import Source, locate
+from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.memory import recompute
+from simpletuner.runs.events import CheckpointEvent, EndEvent, ErrorEvent, EventLog, RunEvent, read_events
+from simpletuner.runs.layout import LORA_NAME, RunDirectory
+from simpletuner.runs.process import Requests, stopped
+from simpletuner.train import checkpoint, optim, resume, trackers
+from simpletuner.train.loop import Loop, Plan, best_step
+from simpletuner.train.prepare import DTYPES, EMPTY, Prepared, free_memory, prepare
+from simpletuner.train.report import Reporter
+from simpletuner.train.state import TrainState
+from simpletuner.train.step import Group, Objective, Stepper
+from simpletuner.train.validate import HeldOut, Painter
+
+MANY_VISITS = 400
+"""Times that each picture is seen above which a LoRA usually copies its pictures instead of learning the subject."""
+
+WARM_UP_WORTH_S = 20.0
+"""A first pass that takes longer is timed as it is: what it set up on the side no longer matters."""
+
+
+def train(loaded: Loaded) -> int:
+    """Run the whole of it; returns the exit code, 0.
+
+    Raises:
+        UserError: what the user can mend, with its own exit code. The run's events hold it too.
+    """
+    config = loaded.config
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(config, device)
+    run = RunDirectory(Path(config.output_dir))
+    run.create()
+    with run.lock(), EventLog(run.events) as events, Requests(run.control) as requests:
+        reporter = Reporter(events=events, log=run.log, poll=requests.poll)
+        for text in loaded.notices:
+            reporter.notice(text)
+        attempt = Attempt(loaded, run, device, reporter, requests)
+        try:
+            with told(reporter, attempt), memory_is_explained():
+                attempt()
+        finally:
+            reporter.trackers.close()
+    return 0
+
+
+def check_device(config: RunConfig, device: torch.device) -> None:
+    """What can only be known once torch has looked at the machine."""
+    if config.mixed_precision == "fp16" and device.type == "cpu":
+        raise ConfigError.of(
+            "mixed_precision = fp16 on a machine without a GPU", "bf16 or no", "Give --mixed_precision=bf16."
+        )
+
+
+class Attempt:
+    """One start of a run, to its end or to where it is stopped."""
+
+    def __init__(
+        self, loaded: Loaded, run: RunDirectory, device: torch.device, reporter: Reporter, requests: Requests
+    ) -> None:
+        self.loaded = loaded
+        self.config = loaded.config
+        self.run = run
+        self.device = device
+        self.reporter = reporter
+        self.requests = requests
+        self.state = TrainState()
+        self.began = time.monotonic()
+
+    def __call__(self) -> None:
+        found = resume.find(self.run, self.loaded, self.reporter)
+        if found is not None:
+            self.state = found.state
+        if found is not None and self.config.max_train_steps and self.is_finished(self.config.max_train_steps):
+            return
+        write_json(self.run.config, resolved(self.config))
+        source = locate(self.config, report=self.reporter.say)
+        prepared = prepare(self.loaded, source, self.device, self.reporter)
+        write_json(self.run.datasets, [m.summary() for m in (*prepared.train, *prepared.held_out)])
+        if found is not None:
+            resume.check_data(found, prepared.fingerprints)
+        order = Order(prepared.train, seed=self.config.seed, batch_size=self.config.train_batch_size)
+        for text in order.notices:
+            self.reporter.notice(text)
+        plan = Plan.of(self.config, order)
+        if self.is_finished(plan.steps):
+            return
+        self.state.config = resolved(self.config)
+        self.state.data = prepared.fingerprints
+
+        with self.reporter.phase("load"):
+            transformer = load_transformer(source, DTYPES[self.config.base_dtype], self.device)
+            adapter = self.attach(transformer)
+        optimiser = optim.build(adapter.parameters(), self.config)
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.mixed_precision == "fp16")
+        if found is not None:
+            checkpoint.restore(found.folder, found.state, adapter, optimiser)
+            scaler.load_state_dict(dict(found.state.scaler))
+            place = str(found.folder)
+            self.reporter.emit(CheckpointEvent(step=self.state.step, state="resumed", path=found.folder.name))
+            self.reporter.say(f"Going on from step {self.state.step} of {plan.steps} ({place}).")
+        stepper = Stepper(
+            denoise=Denoiser(transformer),
+            parameters=adapter.parameters(),
+            optimiser=optimiser,
+            options=self.config,
+            objective=Objective.of(self.config, self.config, self.config.seed),
+            scaler=scaler,
+            device=self.device,
+        )
+        self.introduce(prepared, plan, adapter, found)
+
+        def save(state: TrainState) -> Path:
+            state.scaler = scaler.state_dict()
+            return checkpoint.save_checkpoint(
+                self.run,
+                state,
+                adapter,
+                optimiser,
+                metadata=self.header(prepared, source, state.step),
+                dtype=DTYPES[self.config.lora_save_dtype],
+            )
+
+        groups = self.groups(prepared, order)
+        self.try_out(stepper, order, prepared, plan)
+        loop = Loop(
+            plan=plan,
+            run=self.run,
+            groups=groups,
+            stepper=stepper,
+            save=save,
+            held_out=self.held_out(prepared, stepper),
+            painter=self.painter(prepared, source, stepper, adapter),
+            reporter=self.reporter,
+            requests=self.requests,
+        )
+        with self.reporter.phase("train"), self.requests.between_steps():
+            is_done = loop(self.state)
+        if not is_done:
+            raise stopped(f"stopped after step {self.state.step} of {plan.steps}; it is saved")
+        self.finish(plan, source)
+
+    def is_finished(self, steps: int) -> bool:
+        """Whether nothing is left to do; says so."""
+        if self.state.step < steps or not self.run.lora.exists():
+            return False
+        self.reporter.say(
+            f"This run is finished: {self.state.step} steps, {self.run.lora}. To go on give a higher "
+            "--max_train_steps; for another run give another --output_dir."
+        )
+        return True
+
+    def attach(self, transformer: Flux2Transformer) -> Adapter:
+        """Freeze the base, put the adapter on it, say what learns; recompute blocks if asked to."""
+        transformer.requires_grad_(False)
+        if self.config.init_lora is None:
+            adapter = attach(transformer, self.config, seed=self.config.seed)
+        else:
+            saved = read_lora(Path(self.config.init_lora))
+            adapter = attach_saved(transformer, saved, dropout=self.config.lora_dropout)
+        if self.config.gradient_checkpointing:
+            recompute.install(transformer.blocks, self.config.gradient_checkpointing_interval)
+        transformer.train()
+        audit = adapter.audit()
+        self.reporter.say(
+            f"LoRA on {audit['layers']} layers ({audit['target']}): {audit['parameters']:,} trained parameters, "
+            f"{format_size(audit['bytes'])} in fp32"
+        )
+        for kind in audit["kinds"]:
+            rows, columns = kind["rows"], kind["columns"]
+            self.reporter.detail(
+                f"  {kind['layers']} × {kind['name']}: rank {kind['rank']}, rows {rows[0]}–{rows[1]}, "
+                f"columns {columns[0]}–{columns[1]}, {kind['parameters']:,} parameters"
+            )
+        write_json(self.run.root / "adapter.json", audit)
+        return adapter
+
+    def groups(self, prepared: Prepared, order: Order) -> Callable[[int], Group]:
+        """The batches of a step: a function of the step, so that a resumed run reads what the first would have."""
+        per_step = self.config.gradient_accumulation_steps
+
+        def group(step: int) -> Group:
+            batches: list[Batch] = []
+            epochs: list[int] = []
+            slot = 0
+            for index in range((step - 1) * per_step, step * per_step):
+                epoch, micro_batch = order.micro_batch(index)
+                batches.append(self.batch(prepared, micro_batch, step, slot))
+                epochs.append(epoch)
+                slot += len(micro_batch.visits)
+            return Group(step, epochs[0], tuple(batches))
+
+        return group
+
+    def batch(self, prepared: Prepared, micro_batch: MicroBatch, step: int, first_slot: int) -> Batch:
+        """A micro-batch from the caches, its captions drawn for `step` and its place in the effective batch."""
+        manifest = prepared.train[micro_batch.visits[0].set_index]
+        samples = [manifest.samples[visit.sample_index] for visit in micro_batch.visits]
+        prompts = []
+        for slot, sample in enumerate(samples, start=first_slot):
+            draw = random.Random(draw_seed(self.config.seed, "dropout", step, slot)).random()
+            is_dropped = draw < self.config.caption_dropout_probability
+            prompts.append(EMPTY if is_dropped else caption_of(sample, self.config.seed, step, slot))
+        return prepared.batch(manifest.image_set, samples, prompts)
+
+    def held_out(self, prepared: Prepared, stepper: Stepper) -> HeldOut | None:
+        """The held-out loss, if there are eval sets. Every picture with its first caption."""
+        chosen = [
+            (manifest.image_set, sample)
+            for manifest in prepared.held_out
+            if self.config.eval_dataset_id in (None, manifest.image_set.id)
+            for sample in manifest.samples[: self.config.num_eval_images]
+        ]
+        if not chosen:
+            return None
+
+        def load(index: int) -> Batch:
+            image_set, sample = chosen[index]
+            return prepared.batch(image_set, [sample], [sample.captions[0]])
+
+        low, high = stepper.objective.guidance
+        assert isinstance(stepper.denoise, Denoiser)
+        return HeldOut(stepper.denoise, len(chosen), load, (low + high) / 2, self.device)
+
+    def painter(self, prepared: Prepared, source: Source, stepper: Stepper, adapter: Adapter) -> Painter | None:
+        """The validation pictures, if there are prompts."""
+        if self.config.validation_disable or not self.loaded.prompts:
+            return None
+
+        @cache
+        def autoencoder() -> Autoencoder:
+            return load_autoencoder(
+                source,
+                DTYPES[self.config.vae_dtype],
+                self.device,
+                tiling=self.config.vae_enable_tiling,
+                slicing=self.config.vae_enable_slicing,
+            )
+
+        assert isinstance(stepper.denoise, Denoiser)
+        return Painter(
+            run=self.run,
+            options=self.config,
+            seed=self.config.seed,
+            denoise=stepper.denoise,
+            adapter=adapter,
+            decode=lambda: autoencoder().decode,
+            prompts=self.loaded.prompts,
+            context=lambda prompt: prepared.context(prompt).full()[None],
+            device=self.device,
+        )
+
+    def introduce(self, prepared: Prepared, plan: Plan, adapter: Adapter, found: resume.Resume | None) -> None:
+        """Open the run in the events, start the trackers, and say what is about to happen."""
+        self.reporter.emit(
+            RunEvent(
+                program=f"simpletuner {simpletuner.__version__}",
+                pid=os.getpid(),
+                resumed_from=None if found is None else self.state.step,
+                steps=plan.steps,
+                pictures=prepared.pictures,
+                trainable=adapter.parameter_count,
+            )
+        )
+        if self.config.trackers:
+            first = next(read_events(self.run.events))
+            self.reporter.trackers = trackers.build(
+                self.config,
+                root=self.run.root,
+                resumed_from=None if found is None else self.state.step,
+                config=resolved(self.config),
+                run_id=sha256_json([self.run.root.name, first["time"]])[:12],
+                notice=self.reporter.notice,
+            )
+        self.reporter.say(f"{prepared.pictures} pictures, {plan.steps} steps: {plan.epochs:.1f} epochs.")
+
+    def try_out(self, stepper: Stepper, order: Order, prepared: Prepared, plan: Plan) -> None:
+        """One forward and backward pass at the largest bucket: out of memory shows now, not in an hour, and the run's
+        length can be told. Nothing learns from it.
+        """
+        left = plan.steps - self.state.step
+        if left <= 0:
+            return
+        largest = max(order.epoch(0), key=lambda micro: math.prod(micro.bucket) * len(micro.visits))
+        group = Group(0, 0, (self.batch(prepared, largest, 0, 0),))
+        seconds = math.inf
+        for _ in range(2):  # the first pass also warms up what a library sets up once
+            began = time.monotonic()
+            stepper.backward(group)
+            stepper.optimiser.zero_grad(set_to_none=True)
+            seconds = min(seconds, time.monotonic() - began)
+            if seconds > WARM_UP_WORTH_S:
+                break
+        hours = seconds * self.config.gradient_accumulation_steps * left
+        width, height = largest.bucket
+        self.reporter.say(
+            f"A pass over {len(largest.visits)} × {width}x{height} takes {format_duration(seconds)}: "
+            f"about {format_duration(hours)} for {left} steps, pictures and saving not counted."
+        )
+        visits = plan.steps * self.config.gradient_accumulation_steps * len(largest.visits) / prepared.pictures
+        if visits > MANY_VISITS:
+            self.reporter.notice(
+                f"{plan.steps} steps on {prepared.pictures} pictures show each of them about {visits:.0f} times. "
+                "A LoRA tends to copy its pictures long before: watch the validation pictures and the held-out "
+                "loss, or give a lower --max_train_steps."
+            )
+
+    def header(self, prepared: Prepared, source: Source, step: int) -> dict[str, str]:
+        """What a saved LoRA says about itself: no paths, nothing secret."""
+        fields = {
+            "base_model": source.name,
+            "licence": source.flavour.licence,
+            "version": simpletuner.__version__,
+            "step": str(step),
+            "config": sha256_json(resolved(self.config)),
+            "datasets": sha256_json(prepared.fingerprints),
+            "run": sha256_json([source.fingerprint("transformer"), resolved(self.config), prepared.fingerprints]),
+        }
+        if self.config.modelspec_comment is not None:
+            fields["comment"] = self.config.modelspec_comment
+        return fields
+
+    def finish(self, plan: Plan, source: Source) -> None:
+        """Put the LoRA where other programs look for it, and tell what came out."""
+        with self.reporter.phase("export"):
+            last = self.run.checkpoint(self.state.step) / LORA_NAME
+            write_atomic(self.run.lora, last.read_bytes())
+        self.reporter.say("")
+        measured = self.state.held_out
+        if 0 in measured and plan.steps in measured:
+            before, after = measured[0], measured[plan.steps]
+            self.reporter.say(
+                f"Held-out loss: {before:.4f} before, {after:.4f} after ({(after - before) / before:+.1%})"
+            )
+        best = best_step(self.run, self.state)
+        if best is not None:
+            sheet = self.run.validation(best) / "sheet.png"
+            seen = f", pictures {sheet}" if sheet.exists() else ""
+            self.reporter.say(f"Lowest held-out loss: {measured[best]:.4f}, {self.run.checkpoint(best)}{seen}")
+        sheet = self.run.validation(plan.steps) / "sheet.png"
+        if sheet.exists():
+            self.reporter.say(f"Pictures: {sheet}")
+        self.reporter.say(f"LoRA: {self.run.lora} ({format_size(self.run.lora.stat().st_size)})")
+        if source.flavour.repo is not None:
+            self.reporter.say(f"Licence of the base, which binds this LoRA too: {source.flavour.licence}")
+        self.reporter.say(f"Try it: simpletuner sample --run {self.run.root} --prompt '…'")
+        self.reporter.say(f"In diffusers: pipe.load_lora_weights({str(self.run.root)!r})")
+        free_memory(self.device)
+
+
+@contextlib.contextmanager
+def told(reporter: Reporter, attempt: Attempt) -> Iterator[None]:
+    """Whatever way the block ends, the run's events end with it."""
+
+    def end(reason: Literal["done", "stopped", "error"], exit_code: int) -> None:
+        reporter.emit(
+            EndEvent(
+                reason=reason,
+                exit_code=exit_code,
+                step=attempt.state.step,
+                seconds=round(time.monotonic() - attempt.began, 1),
+                lora=LORA_NAME if reason == "done" else None,
+            )
+        )
+
+    try:
+        yield
+    except Stopped as error:
+        end("stopped", error.exit_code)
+        raise
+    except UserError as error:
+        reporter.emit(ErrorEvent(exit_code=error.exit_code, text=str(error)))
+        end("error", error.exit_code)
+        raise
+    except BaseException as error:
+        reporter.emit(ErrorEvent(exit_code=1, text=f"{type(error).__name__}: {error}"))
+        end("error", 1)
+        raise
+    end("done", 0)
+
+
+@contextlib.contextmanager
+def memory_is_explained() -> Iterator[None]:
+    """Turn a failed allocation into a MemoryBudgetError that names what to change."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        first = str(error).splitlines()[0] if str(error) else "out of memory"
+        if type(error) is RuntimeError and "can't allocate memory" not in first:  # how the CPU's allocator says it
+            raise
+        raise MemoryBudgetError.of(
+            first,
+            remedy="Take gradient_checkpointing=true, a smaller train_batch_size, resolution, vae_batch_size or "
+            "text_encoder_batch_size. What was cached and saved is kept.",
+        ) from error

@@ -1,0 +1,230 @@
+"""The training loop. What happens once in a while is an `if` in plain sight."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from simpletuner.base.errors import DataError, DiskError, Problem
+from simpletuner.base.sizes import format_duration, format_size
+from simpletuner.config.run import RunConfig
+from simpletuner.data.order import Order
+from simpletuner.runs import checkpoints, disk
+from simpletuner.runs.events import CheckpointEvent, StepEvent, ValidationEvent
+from simpletuner.runs.layout import RunDirectory
+from simpletuner.runs.process import Requests
+from simpletuner.train import optim
+from simpletuner.train.report import Reporter, TrainingBar, peak_memory_gib
+from simpletuner.train.state import TrainState
+from simpletuner.train.step import Group, Stepper
+from simpletuner.train.validate import HeldOut, Painter
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long the run is and what is due when."""
+
+    config: RunConfig
+    steps: int
+    batches_per_epoch: int
+
+    @classmethod
+    def of(cls, config: RunConfig, order: Order) -> "Plan":
+        """`max_train_steps`, or else as many steps as `num_train_epochs` take, rounded up."""
+        batches = order.batches_per_epoch
+        whole = math.ceil(config.num_train_epochs * batches / config.gradient_accumulation_steps)
+        return cls(config, config.max_train_steps or max(1, whole), batches)
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the data in the whole run."""
+        return self.steps * self.config.gradient_accumulation_steps / self.batches_per_epoch
+
+    def is_due(self, step: int, every_steps: int | None, every_epochs: int | None) -> bool:
+        """Whether something with these intervals happens after `step`. An epoch that ends inside a step counts."""
+        if every_steps and step % every_steps == 0:
+            return True
+        if not every_epochs:
+            return False
+        span = self.batches_per_epoch * every_epochs
+        seen = step * self.config.gradient_accumulation_steps
+        return seen // span > (seen - self.config.gradient_accumulation_steps) // span
+
+    def saves(self, step: int) -> bool:
+        options = self.config
+        return step == self.steps or self.is_due(
+            step, options.checkpoint_step_interval, options.checkpoint_epoch_interval
+        )
+
+    def draws(self, step: int) -> bool:
+        options = self.config
+        return not options.validation_disable and (
+            step == self.steps or self.is_due(step, options.validation_step_interval, options.validation_epoch_interval)
+        )
+
+    def measures(self, step: int) -> bool:
+        """Held-out loss: on its own interval, or whenever pictures are due; always where a checkpoint is."""
+        own = self.config.eval_steps_interval
+        pictures = self.is_due(step, self.config.validation_step_interval, self.config.validation_epoch_interval)
+        return self.saves(step) or (pictures if own is None else step % own == 0)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Everything that training needs, built by `assemble`."""
+
+    plan: Plan
+    run: RunDirectory
+    groups: Callable[[int], Group]
+    """The batches of a step, read from the caches. A function of the step alone."""
+    stepper: Stepper
+    save: Callable[[TrainState], Path]
+    held_out: HeldOut | None
+    painter: Painter | None
+    reporter: Reporter
+    requests: Requests
+
+    def __call__(self, state: TrainState) -> bool:
+        """Train from `state` to the end. Returns whether the end was reached; if not, a stop was asked for and obeyed.
+
+        Raises:
+            DataError: a loss or gradient is not finite. The last good state is saved.
+            DiskError: the disk fills up. The last good state is saved if there is room.
+        """
+        self._before_the_first(state)
+        bar = TrainingBar(self.reporter, done=state.step, total=self.plan.steps)
+        try:
+            return self._steps(state, bar)
+        finally:
+            bar.close()
+
+    def _before_the_first(self, state: TrainState) -> None:
+        """Where the run stands: at its start, or with what a killed attempt did not get to after its checkpoint."""
+        if state.step == 0:
+            self._measure(state)
+            if self.painter is not None and self.plan.config.validation_on_startup:
+                self._paint(0)
+        elif self.plan.draws(state.step) and not (self.run.validation(state.step) / "sheet.png").exists():
+            self._paint(state.step)
+
+    def _steps(self, state: TrainState, bar: TrainingBar) -> bool:
+        options = self.plan.config
+        looked_at_disk = began = time.monotonic()
+        for group in self._read_ahead(state.step + 1):
+            lr = optim.learning_rate(options, group.step, self.plan.steps)
+            try:
+                result = self.stepper(group, lr)
+            except DataError:
+                if state.step > 0:
+                    self._save(state)
+                raise
+            state.step = group.step
+            state.micro_batches += len(group.batches)
+            now = time.monotonic()
+            event = StepEvent(
+                step=group.step,
+                epoch=group.epoch,
+                loss=result.loss,
+                lr=lr,
+                grad_norm=result.grad_norm,
+                seconds=round(now - began, 4),
+                memory_gib=round(peak_memory_gib(), 3),
+            )
+            self.reporter.emit(event)
+            bar.step(event)
+
+            is_last = group.step == self.plan.steps
+            is_stopping = not is_last and self.requests.take("stop")
+            if self.plan.measures(group.step):
+                self._measure(state)
+            if self.plan.saves(group.step) or is_stopping or self.requests.take("save"):
+                self._save(state)
+            if is_stopping:
+                return False
+            if self.plan.draws(group.step) or self.requests.take("validate"):
+                self._paint(group.step)
+            if time.monotonic() - looked_at_disk > disk.LOOK_EVERY_S:
+                looked_at_disk = time.monotonic()
+                self._mind_the_disk(state)
+            began = time.monotonic()  # what happens between steps is not the step's time
+        return True
+
+    def _read_ahead(self, first: int) -> Iterator[Group]:
+        """The groups from step `first` on; the next one is read while this one trains."""
+        if not self.plan.config.dataloader_prefetch:
+            yield from map(self.groups, range(first, self.plan.steps + 1))
+            return
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
+            coming = pool.submit(self.groups, first)
+            for step in range(first, self.plan.steps + 1):
+                group = coming.result()
+                if step < self.plan.steps:
+                    coming = pool.submit(self.groups, step + 1)
+                yield group
+
+    def _measure(self, state: TrainState) -> None:
+        if self.held_out is None:
+            return
+        with self.reporter.phase("validation") as progress:
+            by_sigma = self.held_out(progress)
+        loss = math.fsum(by_sigma.values()) / len(by_sigma)
+        state.held_out[state.step] = loss
+        self.reporter.emit(
+            ValidationEvent(
+                step=state.step,
+                loss=loss,
+                loss_by_sigma={str(sigma): value for sigma, value in by_sigma.items()},
+            )
+        )
+        parts = ", ".join(f"σ {sigma}: {value:.4f}" for sigma, value in by_sigma.items())
+        self.reporter.say(f"Held-out loss at step {state.step}: {loss:.4f} ({parts})")
+
+    def _paint(self, step: int) -> None:
+        if self.painter is None:
+            return
+        with self.reporter.phase("validation") as progress:
+            base = self.painter.base(progress)
+            if base is not None:
+                self.reporter.emit(base)
+            if step > 0 or base is None:
+                self.reporter.emit(self.painter.draw(step, progress))
+        self.reporter.say(f"Pictures at step {step}: {self.run.validation(step) / 'sheet.png'}")
+
+    def _save(self, state: TrainState) -> None:
+        folder = self.save(state)
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        place = str(folder.relative_to(self.run.root))
+        self.reporter.emit(CheckpointEvent(step=state.step, state="saved", path=place, bytes=size))
+        self.reporter.say(f"Checkpoint at step {state.step}: {folder} ({format_size(size)})")
+        best = best_step(self.run, state)
+        protect = frozenset() if best is None else frozenset({best})
+        for step in checkpoints.prune(self.run, self.plan.config.checkpoints_total_limit, protect):
+            gone = str(self.run.checkpoint(step).relative_to(self.run.root))
+            self.reporter.emit(CheckpointEvent(step=step, state="pruned", path=gone))
+
+    def _mind_the_disk(self, state: TrainState) -> None:
+        """Act on `disk_low_threshold` before a write fails."""
+        limit = self.plan.config.disk_low_bytes
+        free = disk.free_bytes(self.run.root)
+        if free >= limit:
+            return
+        found = f"{format_size(free)} free for {self.run.root}, below disk_low_threshold ({format_size(limit)})"
+        if self.plan.config.disk_low_action == "stop":
+            self._save(state)
+            raise DiskError(
+                Problem(
+                    found,
+                    remedy=f"The run is saved at step {state.step}: free some space and give the same command again.",
+                )
+            )
+        self.reporter.notice(f"{found}: waiting for space.")
+        waited = disk.wait_for_space(self.run.root, limit, until=lambda: self.requests.take("stop"))
+        self.reporter.notice(f"Going on after {format_duration(waited)}.")
+
+
+def best_step(run: RunDirectory, state: TrainState) -> int | None:
+    """The checkpoint that is there with the lowest held-out loss."""
+    measured = {step: state.held_out[step] for step in checkpoints.steps(run) if step in state.held_out}
+    return min(measured, key=measured.__getitem__, default=None)

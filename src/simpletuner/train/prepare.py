@@ -1,0 +1,236 @@
+"""Before training: look at the pictures, then fill the caches, one encoder in memory at a time."""
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from simpletuner.base.sizes import format_duration
+from simpletuner.config.datasets import ImageSet, TextStore
+from simpletuner.config.load import Loaded
+from simpletuner.config.run import RunConfig
+from simpletuner.data.cache.contexts import Context, fill_contexts, read_context
+from simpletuner.data.cache.latents import Encode, fill_latents
+from simpletuner.data.cache.store import Store
+from simpletuner.data.collate import Batch, load_batch
+from simpletuner.data.manifest import Manifest, scan
+from simpletuner.data.sample import Sample
+from simpletuner.flux2.load import autoencoder_id, load_autoencoder, load_text_encoder, text_encoder_id
+from simpletuner.flux2.source import Source
+from simpletuner.flux2.text import TextEncoder
+from simpletuner.train.report import Reporter
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+EMPTY = ""
+"""The caption that caption dropout and real guidance fall back to: empty text through the full template."""
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The identity of what fills the caches: whatever changes a cached tensor changes one of these strings."""
+
+    text: str
+    latents: str
+
+    @classmethod
+    def of(cls, config: RunConfig, source: Source) -> "Encoders":
+        """Weights, precision and every setting that the encoders see."""
+        text = text_encoder_id(
+            source,
+            DTYPES[config.base_dtype],
+            layers=source.text_layers,
+            max_length=config.tokenizer_max_length,
+            fix_regex=config.tokenizer_fix_regex,
+        )
+        latents = autoencoder_id(
+            source,
+            DTYPES[config.vae_dtype],
+            tiling=config.vae_enable_tiling,
+            slicing=config.vae_enable_slicing,
+        )
+        return cls(text, latents)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data, looked at and encoded."""
+
+    loaded: Loaded
+    encoders: Encoders
+    train: tuple[Manifest, ...]
+    held_out: tuple[Manifest, ...]
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Of each training set's pictures, captions and crops."""
+        return {manifest.image_set.id: manifest.fingerprint for manifest in self.train}
+
+    @property
+    def pictures(self) -> int:
+        return sum(len(manifest.samples) for manifest in self.train)
+
+    def latent_store(self, image_set: ImageSet) -> Store:
+        return Store(Path(image_set.cache_dir_vae))
+
+    def text_store(self, image_set: ImageSet | None) -> Store:
+        """The store of a set's captions; None asks for that of the prompts that belong to no set."""
+        datasets = self.loaded.datasets
+        store = datasets.default_text_store if image_set is None else datasets.text_store_of(image_set)
+        return Store(Path(store.cache_dir))
+
+    def context(self, prompt: str, image_set: ImageSet | None = None) -> Context:
+        """A prompt's context, from the cache."""
+        return read_context(self.text_store(image_set), prompt, self.encoders.text)
+
+    def batch(self, image_set: ImageSet, samples: Sequence[Sample], prompts: Sequence[str]) -> Batch:
+        """Samples of one set and one bucket with their prompts, from the caches."""
+        return load_batch(
+            samples,
+            prompts,
+            latent_store=self.latent_store(image_set),
+            latent_encoder=self.encoders.latents,
+            context_store=self.text_store(image_set),
+            context_encoder=self.encoders.text,
+        )
+
+
+def prepare(loaded: Loaded, source: Source, device: torch.device, reporter: Reporter) -> Prepared:
+    """Scan every set and fill every cache that the run will read.
+
+    Raises:
+        DataError: a set is missing or ends up empty.
+        AccessError: an encoder cannot be loaded.
+        DiskError: a cache's disk is full. What is finished is kept.
+    """
+    config, datasets = loaded.config, loaded.datasets
+    with reporter.phase("scan") as progress:
+        manifests = [
+            scan(image_set, seed=config.seed, workers=config.workers, report=progress)
+            for image_set in (*datasets.train_sets, *datasets.eval_sets)
+        ]
+    for manifest in manifests:
+        tell_manifest(manifest, reporter)
+    count = len(datasets.train_sets)
+    prepared = Prepared(loaded, Encoders.of(config, source), tuple(manifests[:count]), tuple(manifests[count:]))
+    fill_text(prepared, source, device, reporter)
+    fill_pictures(prepared, source, device, reporter)
+    return prepared
+
+
+def tell_manifest(manifest: Manifest, reporter: Reporter) -> None:
+    """How many pictures a set has, how often each is seen, in which buckets, and what was left out and why."""
+    image_set = manifest.image_set
+    visits = len(manifest.samples) * (image_set.repeats + 1)
+    sizes = ", ".join(f"{w}x{h} ({len(members)})" for (w, h), members in sorted(manifest.buckets.items())[:6])
+    more = "" if len(manifest.buckets) <= 6 else f" and {len(manifest.buckets) - 6} more sizes"
+    seen = f", {image_set.repeats} repeats: {visits} visits an epoch" if image_set.repeats else ""
+    reporter.say(f"{image_set.id}: {len(manifest.samples)} pictures{seen}; {sizes}{more}")
+    reasons: dict[str, list[str]] = {}
+    for rejection in manifest.rejections:
+        reasons.setdefault(rejection.reason, []).append(rejection.name)
+    for reason, names in sorted(reasons.items()):
+        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        reporter.notice(f"{image_set.id}: left out {len(names)}, {reason}: {shown}")
+    for text in manifest.notices:
+        reporter.notice(text)
+
+
+def wanted_prompts(prepared: Prepared) -> dict[TextStore, list[str]]:
+    """Every prompt that the run may ask for, by the store that keeps it."""
+    config, datasets = prepared.loaded.config, prepared.loaded.datasets
+    found: dict[TextStore, list[str]] = {store: [] for store in datasets.text_stores}
+    for manifest in (*prepared.train, *prepared.held_out):
+        prompts = found[datasets.text_store_of(manifest.image_set)]
+        prompts += [caption for sample in manifest.samples for caption in sample.captions]
+        prompts.append(EMPTY)
+    general = found[datasets.default_text_store]
+    general += [EMPTY, *prepared.loaded.prompts.values()]
+    if config.validation_guidance_real != 1.0:
+        general.append(config.validation_negative_prompt)
+    return found
+
+
+def fill_text(prepared: Prepared, source: Source, device: torch.device, reporter: Reporter) -> None:
+    """Encode the prompts that no cache has; the encoder is loaded only if there are any, and let go after."""
+    config = prepared.loaded.config
+    held: list[TextEncoder] = []
+
+    def load() -> TextEncoder:
+        if not held:
+            held.append(
+                load_text_encoder(
+                    source,
+                    DTYPES[config.base_dtype],
+                    device,
+                    layers=source.text_layers,
+                    max_length=config.tokenizer_max_length,
+                    fix_regex=config.tokenizer_fix_regex,
+                )
+            )
+        return held[0]
+
+    with reporter.phase("text") as progress:
+        reports = [
+            fill_contexts(
+                prompts,
+                Store(Path(store.cache_dir)),
+                prepared.encoders.text,
+                load,
+                batch_size=config.text_encoder_batch_size,
+                write_batch_size=store.write_batch_size or config.write_batch_size,
+                report=progress,
+            )
+            for store, prompts in wanted_prompts(prepared).items()
+            if prompts
+        ]
+    for encoder in held:
+        if encoder.truncated:
+            shown = "; ".join(text[:60] + "…" for text in encoder.truncated[:3])
+            reporter.notice(
+                f"{len(encoder.truncated)} captions are longer than tokenizer_max_length "
+                f"({config.tokenizer_max_length} tokens with the template) and were shortened: {shown}"
+            )
+    encoded, found = sum(r.encoded for r in reports), sum(r.found for r in reports)
+    seconds = sum(r.seconds for r in reports)
+    reporter.say(f"Captions: {encoded} encoded in {format_duration(seconds)}, {found} in the cache already.")
+    held.clear()
+    free_memory(device)
+
+
+def fill_pictures(prepared: Prepared, source: Source, device: torch.device, reporter: Reporter) -> None:
+    """Encode the pictures that no cache has; the VAE is loaded only if there are any, and let go after."""
+    config = prepared.loaded.config
+
+    def load() -> Encode:
+        return load_autoencoder(
+            source,
+            DTYPES[config.vae_dtype],
+            device,
+            tiling=config.vae_enable_tiling,
+            slicing=config.vae_enable_slicing,
+        ).encode
+
+    with reporter.phase("latents") as progress:
+        report = fill_latents(
+            (*prepared.train, *prepared.held_out),
+            prepared.latent_store,
+            prepared.encoders.latents,
+            load,
+            batch_size=config.vae_batch_size,
+            workers=config.workers,
+            report=progress,
+        )
+    reporter.say(
+        f"Pictures: {report.encoded} encoded in {format_duration(report.seconds)}, {report.found} in the cache already."
+    )
+    free_memory(device)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what is not referenced any more, so that the next phase finds it free."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

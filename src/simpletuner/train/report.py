@@ -1,0 +1,172 @@
+"""Telling: one call reaches the terminal, the run's log, its events and the trackers."""
+
+import contextlib
+import datetime
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from tqdm import tqdm
+
+from simpletuner.base.files import disk_full_is_reported
+from simpletuner.base.sizes import GIB, format_duration
+from simpletuner.runs.events import Event, EventLog, NoticeEvent, Phase, PhaseEvent, ProgressEvent, StepEvent
+from simpletuner.train.trackers import Trackers
+
+EVERY_S = 1.0
+"""Progress events come at most this often."""
+LINE_EVERY_S = 15.0
+"""Without a terminal (a log file, a cluster) progress is a line this often instead of a bar."""
+
+TITLES: dict[Phase, str] = {
+    "scan": "looking at the pictures",
+    "text": "encoding captions",
+    "latents": "encoding pictures",
+    "load": "loading the transformer",
+    "train": "training",
+    "validation": "drawing",
+    "export": "saving the LoRA",
+}
+
+
+def peak_memory_gib() -> float:
+    """Peak memory so far, in GiB: the accelerator's where there is one, else this process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+class Progress:
+    """How far a phase is: call it with (done, total). A bar on a terminal, now and then a line elsewhere."""
+
+    def __init__(self, reporter: "Reporter", phase: Phase) -> None:
+        self.reporter = reporter
+        self.phase = phase
+        self._began = self._told = self._printed = time.monotonic()
+        self._bar: tqdm | None = None
+        self._first: int | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        self.reporter.poll()
+        if self._first is None:  # what was there before counts as done, not as speed
+            self._first = done
+        now = time.monotonic()
+        rate = (done - self._first) / max(now - self._began, 1e-9)
+        left = (total - done) / rate if rate > 0 else 0.0
+        if self.reporter.is_terminal:
+            if self._bar is None:
+                self._bar = tqdm(total=total, initial=done, desc=TITLES[self.phase], leave=False, file=sys.stderr)
+            self._bar.update(done - self._bar.n)
+        elif now - self._printed >= LINE_EVERY_S:
+            self._printed = now
+            self.reporter.say(f"  {done}/{total}, {rate:.2f}/s, {format_duration(left)} left")
+        if now - self._told >= EVERY_S or done == total:
+            self._told = now
+            self.reporter.emit(
+                ProgressEvent(phase=self.phase, done=done, total=total, per_s=round(rate, 4), eta_s=round(left, 1))
+            )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class TrainingBar:
+    """Steps done, loss, rate and time left, on the terminal."""
+
+    def __init__(self, reporter: "Reporter", *, done: int, total: int) -> None:
+        self.reporter = reporter
+        self.total = total
+        self._printed = time.monotonic()
+        self._smooth: float | None = None
+        self._bar = (
+            tqdm(total=total, initial=done, desc="training", unit="step", file=sys.stderr, smoothing=0.1)
+            if reporter.is_terminal
+            else None
+        )
+
+    def step(self, event: StepEvent) -> None:
+        """Show one more step. The loss shown is smoothed over about 20 steps: a single one is mostly its sigma."""
+        self._smooth = event.loss if self._smooth is None else 0.95 * self._smooth + 0.05 * event.loss
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {self._smooth:.4f}, lr {event.lr:.2e}", refresh=False)
+            self._bar.update(1)
+            return
+        now = time.monotonic()
+        if now - self._printed >= LINE_EVERY_S or event.step == self.total:
+            self._printed = now
+            left = format_duration((self.total - event.step) * event.seconds)
+            self.reporter.say(
+                f"  step {event.step}/{self.total}, loss {self._smooth:.4f}, {event.seconds:.2f} s/step, {left} left"
+            )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Reporter:
+    """The voice of a run. Without `events` and `log` (a `dataset` command) it only speaks to the terminal."""
+
+    def __init__(
+        self,
+        *,
+        events: EventLog | None = None,
+        log: Path | None = None,
+        out: TextIO | None = None,
+        poll: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._events = events
+        self._log = log
+        self._out = sys.stdout if out is None else out
+        self.poll = poll
+        """Called whenever progress is made; may raise `Stopped`."""
+        self.is_terminal = sys.stderr.isatty()
+        self.trackers = Trackers([], self.notice)
+
+    def say(self, text: str) -> None:
+        """One line for the user, kept in the log."""
+        if self.is_terminal:
+            tqdm.write(text, file=self._out)
+        else:
+            print(text, file=self._out, flush=True)
+        self._keep(text)
+
+    def _keep(self, text: str) -> None:
+        if self._log is not None:
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            with disk_full_is_reported(self._log), self._log.open("a", encoding="utf-8") as file:
+                file.write(f"{now} {text}\n")
+
+    def detail(self, text: str) -> None:
+        """One line for the log only."""
+        self._keep(text)
+
+    def notice(self, text: str) -> None:
+        """Something the user should know."""
+        self.say(f"Note: {text}")
+        self.emit(NoticeEvent(text=text))
+
+    def emit(self, event: Event) -> None:
+        """Into the run's events, and to the trackers."""
+        if self._events is not None:
+            self._events.emit(event)
+        self.trackers.emit(event)
+
+    @contextlib.contextmanager
+    def phase(self, phase: Phase) -> Iterator[Progress]:
+        """A phase: begins and ends in the events, shows its progress, says how long it took."""
+        self.emit(PhaseEvent(phase=phase, state="begin"))
+        began = time.monotonic()
+        progress = Progress(self, phase)
+        try:
+            yield progress
+        finally:
+            progress.close()
+        seconds = time.monotonic() - began
+        memory = round(peak_memory_gib(), 3)
+        self.emit(PhaseEvent(phase=phase, state="end", seconds=round(seconds, 3), memory_gib=memory))

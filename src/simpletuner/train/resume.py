@@ -1,0 +1,94 @@
+"""Which checkpoint a run goes on from, and whether it may."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from simpletuner.base.errors import CheckpointError
+from simpletuner.config.load import Loaded
+from simpletuner.config.record import differences, resolved
+from simpletuner.runs import checkpoints
+from simpletuner.runs.events import CheckpointEvent
+from simpletuner.runs.layout import RunDirectory
+from simpletuner.train.checkpoint import read_state
+from simpletuner.train.report import Reporter
+from simpletuner.train.state import TrainState, changed_data
+
+START_OVER = "To start over give --resume_from_checkpoint='' and another --output_dir."
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A verified checkpoint and its state."""
+
+    folder: Path
+    state: TrainState
+
+
+def find(run: RunDirectory, loaded: Loaded, reporter: Reporter) -> Resume | None:
+    """The checkpoint that `resume_from_checkpoint` names; None for a fresh start.
+
+    Raises:
+        CheckpointError: it is damaged or missing, or the configuration is not the one it was trained with.
+    """
+    checkpoints.clear_unfinished(run)
+    choice = loaded.config.resume_from_checkpoint
+    if choice == "":
+        if checkpoints.steps(run):
+            raise CheckpointError.of(
+                f"{run.root} already holds a run ({len(checkpoints.steps(run))} checkpoints)",
+                "an empty --output_dir with resume_from_checkpoint=''",
+                "Give another --output_dir, or remove that one.",
+            )
+        return None
+    folder = newest(run, reporter) if choice == "latest" else named(Path(choice))
+    if folder is None:
+        return None
+    state = read_state(folder)
+    changed = differences(state.config, resolved(loaded.config))
+    if changed:
+        raise CheckpointError.of(
+            f"{folder} was trained with other settings: {', '.join(changed)}",
+            "the same, but for steps, validation, checkpoints and tracking",
+            f"Put them back to go on. {START_OVER}",
+        )
+    return Resume(folder, state)
+
+
+def newest(run: RunDirectory, reporter: Reporter) -> Path | None:
+    """The newest checkpoint that verifies; the damaged ones that are passed over are named."""
+    passed = 0
+    for found in checkpoints.newest_first(run):
+        if found.damage is None:
+            return found.path
+        passed += 1
+        place = str(found.path.relative_to(run.root))
+        reporter.emit(CheckpointEvent(step=found.step, state="damaged", path=place, reason=found.damage))
+        reporter.notice(f"checkpoint {found.path} is damaged and passed over: {found.damage}.")
+    if passed:
+        raise CheckpointError.of(
+            f"all {passed} checkpoints in {run.checkpoints} are damaged",
+            "one that verifies",
+            START_OVER,
+        )
+    return None
+
+
+def named(folder: Path) -> Path:
+    """The checkpoint at a path."""
+    if not folder.is_dir():
+        raise CheckpointError.of(f"resume_from_checkpoint = {folder}", "latest, or a checkpoint's folder")
+    damage = checkpoints.damage(folder)
+    if damage is not None:
+        raise CheckpointError.of(f"resume_from_checkpoint = {folder}: {damage}", "a checkpoint that verifies")
+    return folder
+
+
+def check_data(resume: Resume, fingerprints: dict[str, str]) -> None:
+    """Raise a CheckpointError if the pictures or captions are not those the checkpoint was trained on."""
+    changed = changed_data(resume.state.data, fingerprints)
+    if changed:
+        raise CheckpointError.of(
+            f"{', '.join(changed)}: pictures, captions, crops or repeats have changed since {resume.folder}",
+            "the same data",
+            f"Put them back to go on. {START_OVER}",
+        )

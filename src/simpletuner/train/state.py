@@ -1,0 +1,36 @@
+"""All that a run has to remember between two steps, and nothing else: every draw is keyed, so there is no RNG state."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+STATE_VERSION = 1
+
+
+class TrainState(BaseModel):
+    """The part of a checkpoint that is not tensors."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    version: int = STATE_VERSION
+    """Of this schema."""
+    step: int = 0
+    """Optimiser steps that are finished."""
+    micro_batches: int = 0
+    """Micro-batches seen: where the data goes on."""
+    held_out: dict[int, float] = Field(default_factory=dict)
+    """Held-out loss by step, as far as it was measured."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """The resolved configuration it was trained with."""
+    data: dict[str, str] = Field(default_factory=dict)
+    """Fingerprint of each training set: its pictures, captions, crops, repeats and probability."""
+    scaler: dict[str, float] = Field(default_factory=dict)
+    """The fp16 loss scaler's state; empty without fp16."""
+    optimiser: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """The optimiser's state that is not a tensor, by parameter."""
+
+
+def changed_data(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Ids of the sets whose pictures, captions or crops are not what they were."""
+    return sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))

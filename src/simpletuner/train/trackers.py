@@ -1,0 +1,149 @@
+"""TensorBoard and Weights & Biases: they watch a run's events and can never hurt it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from simpletuner.config.options.tracking import TrackingOptions
+from simpletuner.runs.events import Event, StepEvent, ValidationEvent
+
+
+class Tracker(Protocol):
+    """Something that wants to know of steps and validations."""
+
+    name: str
+
+    def step(self, event: StepEvent) -> None: ...
+
+    def validation(self, event: ValidationEvent) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Trackers:
+    """All trackers of a run, behind a fence: one that fails is reported once and left out from then on."""
+
+    def __init__(self, trackers: Sequence[Tracker], notice: Callable[[str], None]) -> None:
+        self._trackers = list(trackers)
+        self._notice = notice
+
+    def emit(self, event: Event) -> None:
+        """Pass a step or a validation on; trackers take no other events."""
+        if isinstance(event, StepEvent):
+            self._each(lambda tracker: tracker.step(event))
+        elif isinstance(event, ValidationEvent):
+            self._each(lambda tracker: tracker.validation(event))
+
+    def close(self) -> None:
+        self._each(lambda tracker: tracker.close())
+        self._trackers = []
+
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                call(tracker)
+            except Exception as error:  # noqa: BLE001  the fence: whatever a tracker does, the run goes on
+                self._trackers.remove(tracker)
+                self._notice(f"{tracker.name} failed and gets no more of this run ({type(error).__name__}: {error})")
+
+
+class TensorBoard:
+    name = "tensorboard"
+
+    def __init__(self, root: Path, resumed_from: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # an extra
+
+        # Steps after the checkpoint come again: the earlier ones are taken out of the curves.
+        self._writer = SummaryWriter(
+            str(root / "tensorboard"), purge_step=None if resumed_from is None else resumed_from + 1
+        )
+        self._root = root
+
+    def step(self, event: StepEvent) -> None:
+        for key in ("loss", "lr", "grad_norm", "seconds", "memory_gib"):
+            self._writer.add_scalar(f"train/{key}", event.model_dump()[key], event.step)
+
+    def validation(self, event: ValidationEvent) -> None:
+        import numpy
+        from PIL import Image
+
+        if event.loss is not None:
+            self._writer.add_scalar("held_out/loss", event.loss, event.step)
+        for sigma, loss in event.loss_by_sigma.items():
+            self._writer.add_scalar(f"held_out/sigma_{sigma}", loss, event.step)
+        for picture in event.pictures:
+            with Image.open(self._root / picture.path) as image:
+                pixels = numpy.asarray(image.convert("RGB"))
+            self._writer.add_image(Path(picture.path).stem, pixels, event.step, dataformats="HWC")
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    name = "wandb"
+
+    def __init__(
+        self,
+        root: Path,
+        options: TrackingOptions,
+        config: Mapping[str, Any],
+        run_id: str,
+    ) -> None:
+        import wandb  # an extra
+
+        self._wandb = wandb
+        self._root = root
+        self._run = wandb.init(
+            project=options.tracker_project_name,
+            name=options.tracker_run_name or root.name,
+            dir=str(root),
+            config=dict(config),
+            id=run_id,
+            resume="allow",
+        )
+
+    def step(self, event: StepEvent) -> None:
+        keys = ("loss", "lr", "grad_norm", "seconds", "memory_gib")
+        self._run.log({f"train/{key}": event.model_dump()[key] for key in keys}, step=event.step)
+
+    def validation(self, event: ValidationEvent) -> None:
+        values: dict[str, Any] = {f"held_out/sigma_{sigma}": loss for sigma, loss in event.loss_by_sigma.items()}
+        if event.loss is not None:
+            values["held_out/loss"] = event.loss
+        for picture in event.pictures:
+            image = self._wandb.Image(str(self._root / picture.path), caption=picture.prompt)
+            values[f"pictures/{Path(picture.path).stem}"] = image
+        self._run.log(values, step=event.step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def build(
+    options: TrackingOptions,
+    *,
+    root: Path,
+    resumed_from: int | None,
+    config: Mapping[str, Any],
+    run_id: str,
+    notice: Callable[[str], None],
+) -> Trackers:
+    """The trackers that `report_to` names. One that cannot start is reported and left out.
+
+    Args:
+        config: what may be shown to others: the resolved configuration without secrets and private paths.
+        run_id: the same for every attempt at one run.
+    """
+    makers: dict[str, Callable[[], Tracker]] = {
+        "tensorboard": lambda: TensorBoard(root, resumed_from),
+        "wandb": lambda: Wandb(root, options, config, run_id),
+    }
+    found: list[Tracker] = []
+    for name in options.trackers:
+        try:
+            found.append(makers[name]())
+        except Exception as error:  # noqa: BLE001  the fence, as above
+            notice(f"{name} could not start and gets nothing of this run ({type(error).__name__}: {error})")
+    return Trackers(found, notice)

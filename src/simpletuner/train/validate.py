@@ -1,0 +1,213 @@
+"""Looking at a run while it trains: pictures of the prompts, and the loss on held-out pictures."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+from simpletuner.base.draws import draw_seed
+from simpletuner.config.options.validation import ValidationOptions
+from simpletuner.data.collate import Batch
+from simpletuner.data.sheet import contact_sheet
+from simpletuner.flow.loss import flow_loss
+from simpletuner.flux2.denoiser import Denoiser
+from simpletuner.flux2.generate import generate
+from simpletuner.flux2.lora import Adapter
+from simpletuner.runs.events import Picture, ValidationEvent
+from simpletuner.runs.layout import RunDirectory
+
+HELD_OUT_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Five even quantiles of (0, 1). Fixed, so that losses can be compared between steps and between runs."""
+HELD_OUT_SEED = 0
+"""Not the run's: two runs with different seeds measure the same thing."""
+SHEET_COLUMNS = 8
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The loss on pictures that are not trained, at fixed sigmas and fixed noise."""
+
+    denoise: Denoiser
+    count: int
+    """Held-out pictures."""
+    load: Callable[[int], Batch]
+    """One of them, as a batch of one."""
+    guidance: float
+    device: torch.device
+
+    @torch.no_grad()
+    def __call__(self, report: Callable[[int, int], None]) -> dict[float, float]:
+        """Mean squared velocity error over the pictures, at each of `HELD_OUT_SIGMAS`."""
+        sums = dict.fromkeys(HELD_OUT_SIGMAS, 0.0)
+        self.denoise.transformer.eval()
+        for index in range(self.count):
+            batch = self.load(index)
+            for sigma in HELD_OUT_SIGMAS:
+                sums[sigma] += self._loss(batch, sigma)
+            report(index + 1, self.count)
+        self.denoise.transformer.train()
+        return {sigma: total / self.count for sigma, total in sums.items()}
+
+    def _loss(self, batch: Batch, sigma: float) -> float:
+        key = draw_seed(HELD_OUT_SEED, "eval", batch.names[0], str(sigma))
+        noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(key))
+        loss = flow_loss(
+            self.denoise,
+            batch.latents.to(self.device),
+            batch.context.to(self.device),
+            sigma=torch.tensor([sigma], device=self.device),
+            guidance=torch.tensor([self.guidance], device=self.device),
+            noise=noise.to(self.device),
+        )
+        return loss.item()
+
+
+@dataclass(frozen=True)
+class Painter:
+    """Draws the validation prompts with the model as it is."""
+
+    run: RunDirectory
+    options: ValidationOptions
+    seed: int
+    denoise: Denoiser
+    adapter: Adapter
+    decode: Callable[[], Callable[[Float[Tensor, "b 128 h w"]], Float[Tensor, "b 3 H W"]]]
+    """Loads the VAE's decoder; called when the first picture is due."""
+    prompts: Mapping[str, str]
+    context: Callable[[str], Float[Tensor, "1 l d"]]
+    """A prompt's context, from the cache."""
+    device: torch.device
+
+    @property
+    def count(self) -> int:
+        """Pictures of one validation."""
+        return len(self.prompts) * len(self.options.sizes) * self.options.num_validation_images
+
+    def base(self, report: Callable[[int, int], None]) -> ValidationEvent | None:
+        """The base model's pictures, adapter off, as step 0. None if they are there already."""
+        if self.options.disable_benchmark or all(self._is_drawn(picture) for picture in self._planned(0)):
+            return None
+        with self.adapter.disabled():
+            return self.draw(0, report)
+
+    def draw(self, step: int, report: Callable[[int, int], None]) -> ValidationEvent:
+        """Draw every prompt into the folder of `step`, and the sheet of all steps so far."""
+        self.denoise.transformer.eval()
+        planned = self._planned(step)
+        calls = self.options.validation_num_inference_steps
+        for index, picture in enumerate(planned):
+            image = self._image(picture, partial(_overall, report, index * calls, len(planned) * calls))
+            path = self.run.root / picture.path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _save(image, path, self._parameters(picture))
+        self.denoise.transformer.train()
+        sheet = self._sheet(step)
+        return ValidationEvent(step=step, pictures=tuple(planned), sheet=sheet)
+
+    def _image(self, picture: Picture, report: Callable[[int, int], None]) -> Image.Image:
+        real = self.options.validation_guidance_real
+        negative = None if real == 1.0 else self.context(self.options.validation_negative_prompt).to(self.device)
+        (image,) = generate(
+            self.denoise,
+            self.decode(),
+            self.context(picture.prompt).to(self.device),
+            width=picture.width,
+            height=picture.height,
+            steps=self.options.validation_num_inference_steps,
+            guidance=self.options.validation_guidance,
+            seed=picture.seed,
+            real_guidance=real,
+            negative=negative,
+            report=report,
+        )
+        return image
+
+    def _planned(self, step: int) -> list[Picture]:
+        first = self.seed if self.options.validation_seed is None else self.options.validation_seed
+        folder = self.run.validation(step).relative_to(self.run.root)
+        return [
+            Picture(
+                name=name,
+                prompt=prompt,
+                path=str(folder / f"{name}_{width}x{height}_{index}.{self.options.validation_image_format}"),
+                width=width,
+                height=height,
+                seed=first + index,
+            )
+            for name, prompt in self.prompts.items()
+            for width, height in self.options.sizes
+            for index in range(self.options.num_validation_images)
+        ]
+
+    def _parameters(self, picture: Picture) -> str:
+        """What the picture was made with, as it is kept inside the file."""
+        return json.dumps(
+            {
+                "prompt": picture.prompt,
+                "seed": picture.seed,
+                "steps": self.options.validation_num_inference_steps,
+                "guidance": self.options.validation_guidance,
+                "guidance_real": self.options.validation_guidance_real,
+                "negative_prompt": self.options.validation_negative_prompt,
+            },
+            ensure_ascii=False,
+        )
+
+    def _is_drawn(self, picture: Picture) -> bool:
+        path = self.run.root / picture.path
+        if not path.exists():
+            return False
+        with Image.open(path) as image:
+            if path.suffix == ".png":
+                return image.info.get("parameters") == self._parameters(picture)
+            return bool(image.getexif().get(_EXIF_DESCRIPTION) == self._parameters(picture))
+
+    def _sheet(self, step: int) -> str:
+        """Rows are prompts, columns are steps: the base first, then the latest, at most `SHEET_COLUMNS`."""
+        folders = sorted(folder for folder in self.run.validations.glob("step-*") if folder.is_dir())
+        steps = [int(folder.name.removeprefix("step-")) for folder in folders]
+        steps = [past for past in steps if past <= step]
+        if len(steps) > SHEET_COLUMNS:
+            steps = [steps[0], *steps[1 - SHEET_COLUMNS :]]
+        columns = [self._planned(past) for past in steps]
+        rows = [[_open(self.run.root / column[row].path) for column in columns] for row in range(self.count)]
+        labels = [picture.prompt for picture in self._planned(step)]
+        sheet = contact_sheet(rows, labels, ["base" if past == 0 else f"step {past}" for past in steps])
+        path = self.run.validation(step) / "sheet.png"
+        _save(sheet, path, "")
+        return str(path.relative_to(self.run.root))
+
+
+_EXIF_DESCRIPTION = 0x010E
+
+
+def _overall(report: Callable[[int, int], None], before: int, total: int, done: int, _of_this_one: int) -> None:
+    """Progress over all pictures, from the progress within one."""
+    report(before + done, total)
+
+
+def _open(path: Path) -> Image.Image | None:
+    if not path.exists():
+        return None
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def _save(image: Image.Image, path: Path, parameters: str) -> None:
+    """Write through a temporary name, so that a page never shows half a picture."""
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    if path.suffix == ".png":
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("parameters", parameters)
+        image.save(part, pnginfo=info)
+    else:
+        exif = Image.Exif()
+        exif[_EXIF_DESCRIPTION] = parameters
+        image.save(part, quality=95, exif=exif)
+    part.replace(path)

@@ -1,0 +1,174 @@
+"""The step on a model small enough to check by hand: two learned numbers."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from simpletuner.base.errors import DataError
+from simpletuner.config.options.guidance import GuidanceOptions
+from simpletuner.config.options.optim import OptimOptions
+from simpletuner.config.options.schedule import ScheduleOptions
+from simpletuner.data.collate import Batch
+from simpletuner.flow.sigma import mu_linear, shifted
+from simpletuner.train import optim
+from simpletuner.train.step import Group, Objective, Stepper
+
+CPU = torch.device("cpu")
+
+
+def objective(seed: int = 0, **options: object) -> Objective:
+    guidance = {key: value for key, value in options.items() if key.startswith("flux_guidance")}
+    schedule = {key: value for key, value in options.items() if not key.startswith("flux_guidance")}
+    return Objective.of(ScheduleOptions(**schedule), GuidanceOptions(**guidance), seed)  # type: ignore[arg-type]
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(0.5))
+        self.offset = torch.nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, x: Tensor, sigma: Tensor, context: Tensor, guidance: Tensor) -> Tensor:
+        return x * self.scale + self.offset * (sigma + guidance).reshape(-1, 1, 1, 1)
+
+
+def stepper(model: Model, **options: object) -> Stepper:
+    chosen = OptimOptions(learning_rate=0.1, **options)  # type: ignore[arg-type]
+    parameters = list(model.parameters())
+    return Stepper(
+        denoise=model,
+        parameters=parameters,
+        optimiser=optim.build(parameters, chosen),
+        options=chosen,
+        objective=objective(),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        device=CPU,
+    )
+
+
+def batch(*names: str) -> Batch:
+    latents = torch.stack([torch.full((128, 2, 3), float(len(name))) for name in names])
+    return Batch(latents, torch.zeros(len(names), 4, 6), names)
+
+
+def test_a_draw_depends_on_seed_step_and_slot_and_on_nothing_else() -> None:
+    one = objective().draw(7, range(4), (128, 2, 2))
+    again = objective().draw(7, range(2, 4), (128, 2, 2))
+    assert torch.equal(one.noise[2:], again.noise)
+    assert torch.equal(one.sigma[2:], again.sigma)
+    others = [objective().draw(8, range(4), (128, 2, 2)), objective(seed=1).draw(7, range(4), (128, 2, 2))]
+    for other in others:
+        assert not torch.equal(one.noise, other.noise)
+        assert not torch.equal(one.sigma, other.sigma)
+    assert not torch.equal(one.noise[0], one.noise[1])
+
+
+def test_drawing_leaves_torchs_own_generator_alone() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    objective(flux_guidance_mode="random-range").draw(1, range(3), (128, 2, 2))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_sigma_has_the_density_of_the_options() -> None:
+    slots = range(4000)
+    plain = objective(flow_schedule_shift=1.0).draw(1, slots, (1, 1, 1)).sigma
+    assert plain.median().item() == pytest.approx(0.5, abs=0.03)
+    assert plain.quantile(0.75).item() == pytest.approx(1 / (1 + math.exp(-0.6745)), abs=0.03)
+    shift = objective().draw(1, slots, (1, 1, 1)).sigma
+    assert torch.allclose(shift, torch.tensor([shifted(value, 3.0) for value in plain.tolist()]), atol=1e-6)
+    uniform = objective(flow_schedule_shift=1.0, flow_use_uniform_schedule=True).draw(1, slots, (1, 1, 1)).sigma
+    assert uniform.quantile(0.25).item() == pytest.approx(0.25, abs=0.03)
+    beta = objective(
+        flow_schedule_shift=1.0, flow_use_beta_schedule=True, flow_beta_schedule_alpha=5.0, flow_beta_schedule_beta=1.0
+    )
+    assert beta.draw(1, range(500), (1, 1, 1)).sigma.mean().item() == pytest.approx(5 / 6, abs=0.03)
+
+
+def test_the_auto_shift_counts_the_latents_own_tokens() -> None:
+    plain = objective(flow_schedule_shift=1.0).draw(1, range(5), (1, 64, 64)).sigma
+    auto = objective(flow_schedule_auto_shift=True).draw(1, range(5), (1, 64, 64)).sigma
+    expected = [shifted(value, math.exp(mu_linear(4096))) for value in plain.tolist()]
+    assert auto.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_guidance_is_constant_or_even_over_its_range() -> None:
+    assert objective(flux_guidance_value=3.5).draw(1, range(3), (1, 1, 1)).guidance.tolist() == [3.5] * 3
+    spread = objective(flux_guidance_mode="random-range", flux_guidance_min=1.0, flux_guidance_max=5.0)
+    drawn = spread.draw(1, range(2000), (1, 1, 1)).guidance
+    assert drawn.min().item() >= 1.0
+    assert drawn.max().item() <= 5.0
+    assert drawn.mean().item() == pytest.approx(3.0, abs=0.1)
+
+
+def test_accumulating_two_batches_of_one_is_one_batch_of_two() -> None:
+    """To 1e-6: sums of fp32 are taken in another order."""
+    together, apart = Model(), Model()
+    whole = stepper(together)(Group(1, 0, (batch("a", "bbb"),)), 0.1)
+    parts = stepper(apart)(Group(1, 0, (batch("a"), batch("bbb"))), 0.1)
+    assert whole.loss == pytest.approx(parts.loss, rel=1e-6)
+    assert whole.grad_norm == pytest.approx(parts.grad_norm, rel=1e-6)
+    for a, b in zip(together.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_every_sample_of_a_group_weighs_the_same_whatever_its_batch() -> None:
+    whole, apart = Model(), Model()
+    stepper(whole).backward(Group(1, 0, (batch("a", "b", "ccc"),)))
+    stepper(apart).backward(Group(1, 0, (batch("a", "b"), batch("ccc"))))
+    assert whole.scale.grad is not None
+    assert apart.scale.grad is not None
+    torch.testing.assert_close(whole.scale.grad, apart.scale.grad, rtol=1e-6, atol=1e-6)
+
+
+def test_the_step_uses_the_rate_it_is_given_and_leaves_no_gradient() -> None:
+    model = Model()
+    stepper(model, adam_weight_decay=0.0)(Group(1, 0, (batch("a"),)), 0.0)
+    assert model.scale.item() == 0.5
+    assert model.scale.grad is None
+    stepper(model, adam_weight_decay=0.0)(Group(1, 0, (batch("a"),)), 0.01)
+    assert abs(model.scale.item() - 0.5) == pytest.approx(0.01, rel=1e-3)  # Adam's first step is the rate
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_names_of_its_samples_before_anything_is_updated() -> None:
+    model = Model()
+    bad = Batch(torch.full((1, 128, 2, 3), math.inf), torch.zeros(1, 4, 6), ("set/broken.png",))
+    with pytest.raises(DataError, match=r"loss of step 4 .*set/broken\.png") as caught:
+        stepper(model)(Group(4, 0, (batch("fine"), bad)), 0.1)
+    assert "fine" not in str(caught.value)
+    assert model.scale.item() == 0.5
+
+
+def test_a_gradient_that_is_not_finite_stops_too() -> None:
+    model = Model()
+
+    class Exploding(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):  # type: ignore[no-untyped-def]
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+            return gradient * math.nan
+
+    trained = stepper(model)
+    exploding = Stepper(**(vars(trained) | {"denoise": lambda *inputs: Exploding.apply(model(*inputs))}))
+    with pytest.raises(DataError, match="gradient of step 4 is not finite"):
+        exploding(Group(4, 0, (batch("a", "b"),)), 0.1)
+    assert model.scale.item() == 0.5
+
+
+def test_fp16_scales_the_loss_and_skips_a_step_that_overflows() -> None:
+    model = Model()
+    trained = stepper(model)
+    scaled = Stepper(**(vars(trained) | {"scaler": torch.amp.GradScaler("cpu", init_scale=2.0**10)}))
+    assert math.isfinite(scaled(Group(1, 0, (batch("a"),)), 0.1).grad_norm)
+    before = model.scale.item()
+    assert before != 0.5
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    overflowing = Stepper(**(vars(trained) | {"scaler": scaler}))
+    assert not math.isfinite(overflowing(Group(2, 0, (batch("aaaa"),)), 0.1).grad_norm)
+    assert model.scale.item() == before
+    assert scaler.get_scale() == 2.0**126
