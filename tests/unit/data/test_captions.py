@@ -1,0 +1,76 @@
+"""Which prompts a picture has, by strategy."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from simpletuner.base.errors import DataError
+from simpletuner.config.datasets import ImageSet
+from simpletuner.data.captions import captions_of, decoded
+from simpletuner.data.rejected import Rejected
+
+MakeSet = Callable[..., ImageSet]
+
+
+@pytest.fixture
+def of_text(folder: Path, make_set: MakeSet) -> Callable[..., tuple[str, ...]]:
+    """The captions of a.png beside an a.txt that holds these bytes."""
+
+    def captions(data: bytes, **keys: object) -> tuple[str, ...]:
+        (folder / "a.txt").write_bytes(data)
+        return captions_of("a.png", make_set(caption_strategy="textfile", **keys), {"a": "a.txt"})
+
+    return captions
+
+
+def test_each_line_of_a_text_file_is_a_caption(of_text: Callable[..., tuple[str, ...]]) -> None:
+    text = b" a red barn \r\n\r\n\tthe same barn\rat night\n"
+    assert of_text(text) == ("a red barn", "the same barn", "at night")
+    assert of_text(text, disable_multiline_split=True) == ("a red barn \n\n\tthe same barn\nat night",)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_encodings_that_say_what_they_are(of_text: Callable[..., tuple[str, ...]], encoding: str) -> None:
+    assert of_text("une fête — 祭り".encode(encoding)) == ("une fête — 祭り",)
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (b"caf\xe9 noir", "byte 0xe9 at position 3"),
+        (b"\xef\xbb\xbfcaf\xe9", "byte 0xe9 at position 6"),
+        ("fête".encode("utf-16")[:-1], "position 8"),
+    ],
+)
+def test_other_encodings_are_refused_with_the_place(data: bytes, found: str) -> None:
+    with pytest.raises(Rejected, match=found) as caught:
+        decoded(data, "a.txt")
+    assert caught.value.reason == "caption is not UTF-8"
+
+
+def test_a_missing_or_empty_caption_is_rejected_unless_there_is_an_instance_prompt(
+    of_text: Callable[..., tuple[str, ...]], make_set: MakeSet
+) -> None:
+    with pytest.raises(Rejected, match=r"expected a\.txt beside it") as missing:
+        captions_of("sub/a.png", make_set(caption_strategy="textfile"), {})
+    with pytest.raises(Rejected, match=r"a\.txt holds no text") as empty:
+        of_text(b"\xef\xbb\xbf \n\n")
+    assert (missing.value.reason, empty.value.reason) == ("no caption", "empty caption")
+    assert of_text(b"", instance_prompt="a zorblat") == ("a zorblat",)
+    assert captions_of("a.png", make_set(caption_strategy="textfile", instance_prompt="x"), {}) == ("x",)
+    with pytest.raises(Rejected, match="0xff"):
+        of_text(b"\xff", instance_prompt="a zorblat")
+
+
+def test_the_file_name_is_a_caption(make_set: MakeSet) -> None:
+    assert captions_of("sub/a_red-barn_2.0.jpg", make_set(caption_strategy="filename"), {}) == ("a red-barn 2.0",)
+
+
+def test_the_instance_prompt(of_text: Callable[..., tuple[str, ...]], make_set: MakeSet) -> None:
+    keys = {"instance_prompt": "a zorblat"}
+    assert captions_of("a.png", make_set(caption_strategy="instanceprompt", **keys), {}) == ("a zorblat",)
+    assert of_text(b"one\ntwo", only_instance_prompt=True, **keys) == ("a zorblat",)
+    assert of_text(b"one\ntwo", prepend_instance_prompt=True, **keys) == ("a zorblat one", "a zorblat two")
+    with pytest.raises(DataError, match="no instance_prompt"):
+        captions_of("a.png", make_set(caption_strategy="instanceprompt"), {})
