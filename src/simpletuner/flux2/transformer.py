@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from simpletuner.flux2.spec import TransformerSpec
 
-Rotary = tuple[Float[Tensor, "*b n d"], Float[Tensor, "*b n d"]]
-"""Cosines and sines of the angle of each pair of channels, for each position; d is half the head's width."""
+Rotary = tuple[Float[Tensor, "*tables positions half"], Float[Tensor, "*tables positions half"]]
+"""Cosines and sines of the angle of each pair of channels, for each position; `half` is half a head's width."""
 
 _FP16_LIMIT = 65504.0
 
