@@ -7,7 +7,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from simpletuner.base.errors import AccessError, DiskError
 from simpletuner.base.files import disk_full_is_reported
@@ -17,48 +16,29 @@ from simpletuner.config.options.model import ModelOptions
 Report = Callable[[str], None]
 
 
-class Place(Protocol):
-    """A folder whose files may have to be fetched. Names are relative, with forward slashes."""
-
-    @property
-    def name(self) -> str:
-        """For a run's record: says nothing about this machine."""
-        ...
-
-    @property
-    def label(self) -> str:
-        """For the user's eyes."""
-        ...
-
-    @property
-    def commit(self) -> str | None: ...
-
-    def has(self, name: str) -> bool: ...
-
-    def path(self, name: str) -> Path:
-        """The file `name` on this disk; it is downloaded if need be."""
-        ...
-
-
 class Folder:
     """A folder on this disk. Never touches the network."""
 
-    commit = None
+    commit: str | None = None
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.name = root.resolve().name
+        """For a run's record: says nothing about this machine."""
         self.label = str(root)
+        """For the user's eyes."""
 
     def has(self, name: str) -> bool:
+        """Whether there is a file `name`, relative, with forward slashes."""
         return (self.root / name).is_file()
 
     def path(self, name: str) -> Path:
+        """The file `name` on this disk."""
         return self.root / name
 
 
 class Hub:
-    """A model repository at one commit. Files that were downloaded before are not asked for again.
+    """A model repository at one commit; like a `Folder`, but `path` downloads what is not here yet.
 
     Without an answer from the Hub, what was downloaded before serves, and the user is told.
 
@@ -151,9 +131,7 @@ class Hub:
 
         with disk_full_is_reported(self.cache), self._explained():
             return Path(
-                hf_hub_download(
-                    self.name, name, revision=revision, cache_dir=self.cache, endpoint=self._endpoint
-                )
+                hf_hub_download(self.name, name, revision=revision, cache_dir=self.cache, endpoint=self._endpoint)
             )
 
     @contextlib.contextmanager
@@ -221,6 +199,9 @@ class Hub:
 
 class _Unreachable(AccessError):
     """The Hub gave no answer at all."""
+
+
+Place = Folder | Hub
 
 
 def fetch(wanted: Sequence[tuple[Place, str]], report: Report) -> None:
