@@ -1,0 +1,167 @@
+"""What `simpletuner sample` does once its request is known to be good."""
+
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from simpletuner.base.errors import MemoryBudgetError
+from simpletuner.base.files import sha256_file, write_atomic
+from simpletuner.cli.sample import SampleConfig, Wanted
+from simpletuner.flux2.denoiser import Denoiser
+from simpletuner.flux2.export import LoadedLora, attach_saved, read_lora
+from simpletuner.flux2.generate import generate
+from simpletuner.flux2.load import load_autoencoder, load_text_encoder, load_transformer, transformer_spec
+from simpletuner.flux2.source import Source, locate
+from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.train.prepare import DTYPES, free_memory
+
+_NAME_LENGTH = 40
+
+
+def draw(config: SampleConfig, loras: Sequence[Wanted]) -> Iterator[Path]:
+    """Draw every picture of `config` and give the path of each as soon as it is written.
+
+    One after the other, the text encoder and then the transformer are in memory. Progress goes to standard error.
+
+    Raises:
+        AccessError: the model cannot be reached.
+        CheckpointError: a LoRA cannot be read or is of another model.
+        MemoryBudgetError: something does not fit.
+        DiskError: no space for a picture.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source = locate(config, report=_say)
+    saved = [read_lora(lora.path) for lora in loras]
+    _check_fit(source, saved)
+    try:
+        yield from _Drawing(config, source, device).pictures(loras, saved)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise MemoryBudgetError.of(
+            str(error).splitlines()[0], remedy="Take a smaller --width and --height, or a machine with more memory."
+        ) from error
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _check_fit(source: Source, saved: Sequence[LoadedLora]) -> None:
+    """Find a LoRA of another model out before gigabytes are read: on a transformer without weights."""
+    with torch.device("meta"):
+        skeleton = Flux2Transformer(transformer_spec(source))
+    for lora in saved:
+        attach_saved(skeleton, lora)
+        trained_on = lora.metadata.get("base_model")
+        if trained_on not in (None, source.name):
+            _say(f"{lora.path.name} was trained on {trained_on}; drawing with {source.name}.")
+
+
+class _Drawing:
+    """One request, phase by phase."""
+
+    def __init__(self, config: SampleConfig, source: Source, device: torch.device) -> None:
+        self.config = config
+        self.source = source
+        self.device = device
+        self.dtype = DTYPES[config.base_dtype]
+        self.steps = config.steps or source.flavour.steps
+        self.guidance = source.flavour.guidance if config.guidance is None else config.guidance
+
+    def pictures(self, loras: Sequence[Wanted], saved: Sequence[LoadedLora]) -> Iterator[Path]:
+        # Takes a moment to import: only where there is progress to show.
+        from tqdm import tqdm
+
+        contexts = self.contexts()
+        negative = contexts.pop() if self.config.guidance_real != 1.0 else None
+        transformer = load_transformer(self.source, self.dtype, self.device)
+        for lora, content in zip(loras, saved, strict=True):
+            attach_saved(transformer, content, strength=lora.strength)
+        autoencoder = load_autoencoder(
+            self.source,
+            DTYPES[self.config.vae_dtype],
+            self.device,
+            tiling=self.config.vae_enable_tiling,
+            slicing=self.config.vae_enable_slicing,
+        )
+        acting = [
+            {"name": lora.path.name, "sha256": sha256_file(content.path), "strength": lora.strength}
+            for lora, content in zip(loras, saved, strict=True)
+        ]
+        total = len(contexts) * self.config.num * self.steps
+        with tqdm(total=total, desc="drawing", unit="step", disable=None) as bar:
+            for prompt, context in zip(self.config.prompt, contexts, strict=True):
+                for seed in range(self.config.seed, self.config.seed + self.config.num):
+                    (image,) = generate(
+                        Denoiser(transformer.eval()),
+                        autoencoder.decode,
+                        context,
+                        width=self.config.width,
+                        height=self.config.height,
+                        steps=self.steps,
+                        guidance=self.guidance,
+                        seed=seed,
+                        real_guidance=self.config.guidance_real,
+                        negative=negative,
+                        report=lambda *_: bar.update(),
+                    )
+                    yield self.keep(image, prompt, seed, acting)
+
+    def contexts(self) -> list[Float[Tensor, "1 l d"]]:
+        """The context of each prompt, then, where there is real guidance, of the negative one. Each is encoded by
+        itself, so it does not depend on what else is asked for."""
+        encoder = load_text_encoder(
+            self.source,
+            self.dtype,
+            self.device,
+            layers=self.source.text_layers,
+            max_length=self.config.tokenizer_max_length,
+            fix_regex=self.config.tokenizer_fix_regex,
+        )
+        prompts = [*self.config.prompt, *([self.config.negative] if self.config.guidance_real != 1.0 else [])]
+        contexts = [encoder.encode([prompt])[0].full()[None].to(self.device) for prompt in prompts]
+        for prompt in encoder.truncated:
+            _say(f"Longer than {self.config.tokenizer_max_length} tokens, and shortened: {prompt[:60]}…")
+        del encoder
+        free_memory(self.device)
+        return contexts
+
+    def keep(self, image: Image.Image, prompt: str, seed: int, acting: Sequence[Mapping[str, object]]) -> Path:
+        """Write `image` as PNG with what it was made from inside: no path of this machine."""
+        parameters = {
+            "prompt": prompt,
+            "width": image.width,
+            "height": image.height,
+            "seed": seed,
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "guidance_real": self.config.guidance_real,
+            "negative_prompt": self.config.negative,
+            "model": self.source.name,
+            "loras": acting,
+        }
+        info = PngInfo()
+        info.add_itxt("parameters", json.dumps(parameters, ensure_ascii=False))
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG", pnginfo=info)
+        stem = re.sub(r"\W+", "-", prompt.lower())[:_NAME_LENGTH].strip("-") or "picture"
+        path = _free(Path(self.config.out) / f"{stem}_{image.width}x{image.height}_{seed}.png")
+        write_atomic(path, buffer.getvalue(), sync=False)
+        return path
+
+
+def _free(path: Path) -> Path:
+    """`path`, or the first of path-2, path-3, … that is not there."""
+    found, number = path, 1
+    while found.exists():
+        number += 1
+        found = path.with_stem(f"{path.stem}-{number}")
+    return found

@@ -1,0 +1,261 @@
+"""`simpletuner sample`: pictures of prompts, with one or several LoRAs."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Ge, MinLen, MultipleOf
+
+from simpletuner.base.errors import ConfigError, Problem
+from simpletuner.config import later
+from simpletuner.config.documents import read_document
+from simpletuner.config.flags import parse, wants_help
+from simpletuner.config.given import Checked, Given, Known, check
+from simpletuner.config.options.kinds import Count, NotNegative, PathText, Says, Slice, Text
+from simpletuner.config.options.model import ModelOptions
+from simpletuner.config.options.precision import PrecisionOptions
+from simpletuner.config.options.validation import ALIGNMENT, ValidationOptions
+from simpletuner.config.paths import filled
+from simpletuner.config.values import kinds, shown
+from simpletuner.runs.layout import RunDirectory
+
+USAGE = """simpletuner sample --lora FILE[:STRENGTH] --prompt TEXT [--option value ...]
+       simpletuner sample --run FOLDER --prompt TEXT [--option value ...]"""
+
+Side = Annotated[int, Ge(ALIGNMENT), MultipleOf(ALIGNMENT), Says(f"a multiple of {ALIGNMENT} pixels")]
+
+
+class SampleOptions(Slice):
+    """What to draw."""
+
+    prompt: Annotated[tuple[Text, ...], MinLen(1), Says("a text after it")]
+    """What a picture shows. Give it several times for several pictures."""
+
+    lora: Annotated[tuple[Text, ...], Says("a file after it")] = ()
+    """A LoRA file, or a folder that holds `pytorch_lora_weights.safetensors`. `FILE:0.8` gives it a strength
+    other than 1. Given several times, they add up. Without any, the base model draws."""
+
+    run: PathText | None = None
+    """The folder of a run: its model, its finished LoRA (unless `lora` names others) and the settings of its
+    validation pictures."""
+
+    width: Side = 1024
+    """Width in pixels."""
+
+    height: Side = 1024
+    """Height in pixels."""
+
+    steps: Count | None = None
+    """Sampler steps; by default what suits the model."""
+
+    guidance: NotNegative | None = None
+    """Guidance fed to the model's embedder; by default what suits the model, 4 for dev."""
+
+    guidance_real: Annotated[float, Ge(1)] = 1.0
+    """True classifier-free guidance against `negative`, at twice the time; 1 is none."""
+
+    negative: str = ""
+    """What true guidance steers away from."""
+
+    num: Count = 1
+    """Pictures of each prompt, with the seeds `seed`, `seed` + 1 and so on."""
+
+    out: PathText = "samples"
+    """The folder for the pictures. None that is there is overwritten."""
+
+
+class SampleConfig(ModelOptions, PrecisionOptions, SampleOptions):
+    """Every option of `sample`."""
+
+
+OPTIONS = Known(SampleConfig, later.OPTIONS, later.OPTION_VALUES)
+REPEATED = ("prompt", "lora")
+FROM_RUN = (*ModelOptions.model_fields, *PrecisionOptions.model_fields)
+"""What the model is, and how it is held: read from a config of `train` under the same names."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A LoRA file and how strongly it acts."""
+
+    path: Path
+    strength: float
+
+
+def run(arguments: list[str]) -> int:
+    """Draw what `arguments` ask for and print where the pictures are. Returns the exit code.
+
+    Raises:
+        UserError: a problem the user can mend.
+    """
+    if wants_help(arguments):
+        print(help_text())
+        return 0
+    config = read_request(arguments, os.environ)
+    loras = wanted_loras(config)
+    # Brings torch: only once the request is known to be good.
+    from simpletuner.cli.drawing import draw
+
+    for path in draw(config, loras):
+        print(path, flush=True)
+    return 0
+
+
+def help_text() -> str:
+    """Help for the options that `sample` has of its own."""
+    lines = [f"usage: {USAGE}", "", str(SampleOptions.__doc__).rstrip(".")]
+    for name, text in SampleOptions.documentation().items():
+        field = SampleOptions.model_fields[name]
+        is_telling = not field.is_required() and field.default not in (None, "", ())
+        default = f" (default {shown(field.default)})" if is_telling else ""
+        lines.append(f"  --{name}: {kinds(SampleOptions)[name].expects}{default}")
+        lines += [f"      {line}" for line in text.splitlines()]
+    lines += [
+        "",
+        "Which model",
+        "  --config PATH",
+        "      take the model, and the settings of the validation pictures, from this configuration of `train`",
+        "  --model_flavour, --pretrained_model_name_or_path, --seed and all other options of `simpletuner train",
+        "  --help` under Model, Precision and memory.",
+    ]
+    return "\n".join(lines)
+
+
+def read_request(arguments: Sequence[str], environ: Mapping[str, str]) -> SampleConfig:
+    """What `arguments` ask for: defaults < the run's config < `--config` < flags.
+
+    Raises:
+        ConfigError: every problem at once.
+    """
+    rest, repeated = _collected(arguments)
+    flags = parse(rest)
+    given = {**flags.options, **repeated}
+    problems = list(flags.problems)
+    problems += [
+        Problem(f"--{name}: not for sample", remedy="Give --config PATH.")
+        for name in flags.selectors
+        if name != "config"
+    ]
+    files: dict[str, Given] = {}
+    for path, label in _config_files(given, flags.selectors, problems):
+        try:
+            files |= _from_config(path, label)
+        except ConfigError as error:
+            problems += error.problems
+    if "model_flavour" in given:  # which wins over paths of lower precedence, as in `train`
+        files = {name: value for name, value in files.items() if not kinds(SampleConfig)[name].is_model}
+    checked = check({**files, **given}, OPTIONS, Checked())
+    paths = _filled_paths(checked, environ)
+    ConfigError.raise_if([*problems, *checked.problems.values()])
+    return SampleConfig(**checked.valid, **paths)
+
+
+def _collected(arguments: Sequence[str]) -> tuple[list[str], dict[str, Given]]:
+    """`arguments` without the flags that may be given several times, and all the values of those."""
+    rest: list[str] = []
+    values: dict[str, list[str]] = {}
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        name, has_value, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in REPEATED:
+            rest.append(word)
+        elif has_value:
+            values.setdefault(name, []).append(value)
+        elif words and not words[0].startswith("--"):
+            values.setdefault(name, []).append(words.pop(0))
+        else:
+            values.setdefault(name, []).append("")
+    return rest, {name: Given(tuple(texts), "flag", f"--{name}") for name, texts in values.items()}
+
+
+def _config_files(
+    given: Mapping[str, Given], selectors: Mapping[str, str], problems: list[Problem]
+) -> list[tuple[Path, str]]:
+    """The configs to read and what messages call them, the one that wins last."""
+    found = []
+    if "run" in given and isinstance(given["run"].value, str):
+        folder = given["run"].value
+        path = RunDirectory(Path(folder).expanduser()).config
+        if path.is_file():
+            found.append((path, str(path)))
+        else:
+            problems.append(Problem(f"--run {folder}: no config.json there", "the folder of a run"))
+    if "config" in selectors:
+        found.append((Path(selectors["config"]).expanduser(), f"--config {selectors['config']}"))
+    return found
+
+
+def _from_config(path: Path, label: str) -> dict[str, Given]:
+    """What a config of `train` says about the model and about drawing, under the names of `SampleConfig`."""
+    document = read_document(path, label)
+    if not isinstance(document, dict):
+        raise ConfigError.of(f"{label}: {shown(document)}", 'an object {"option": value}')
+    values: dict[str, Any] = {key.lstrip("-"): value for key, value in document.items()}
+    givens = {key: Given(value, "file", key) for key, value in values.items() if key in ValidationOptions.model_fields}
+    checked = check(givens, Known(ValidationOptions, {}, {}), Checked(), where=f"{label}: ")
+    ConfigError.raise_if(checked.problems.values())
+    validation = ValidationOptions(**checked.valid)
+    width, height = validation.sizes[0]
+    found = {key: value for key, value in values.items() if key in FROM_RUN}
+    found |= {
+        "width": width,
+        "height": height,
+        "steps": validation.validation_num_inference_steps,
+        "guidance": validation.validation_guidance,
+        "guidance_real": validation.validation_guidance_real,
+        "negative": validation.validation_negative_prompt,
+    }
+    if validation.validation_seed is not None:
+        found["seed"] = validation.validation_seed
+    return {name: Given(value, "file", name) for name, value in found.items()}
+
+
+def _filled_paths(checked: Checked, environ: Mapping[str, str]) -> dict[str, Any]:
+    """Takes the paths out of `checked.valid` and gives them back with placeholders and `~` filled in."""
+    paths: dict[str, Any] = {}
+    for name, kind in kinds(SampleConfig).items():
+        if not (kind.is_path or kind.is_model) or name not in checked.valid:
+            continue
+        text = checked.valid.pop(name)
+        try:
+            paths[name] = os.path.expanduser(filled(text, {"model_family": "flux2"}, environ))
+        except ValueError as error:
+            checked.problems[name] = Problem(f"{name} = {shown(text)}: {error}")
+    return paths
+
+
+def wanted_loras(config: SampleConfig) -> list[Wanted]:
+    """The files that `config` names, or its run's.
+
+    Raises:
+        ConfigError: a file that is not there.
+    """
+    wanted = [_with_strength(text) for text in config.lora]
+    problems = [
+        Problem(f"--lora {lora.path}: no such file", "a .safetensors file, or a folder with one")
+        for lora in wanted
+        if not lora.path.exists()
+    ]
+    if config.run is not None and not wanted:
+        directory = RunDirectory(Path(config.run))
+        wanted = [Wanted(directory.lora, 1.0)]
+        if not directory.lora.exists():
+            checkpoints = sorted(directory.checkpoints.glob("step-*"))
+            remedy = f"Give --lora {checkpoints[-1]}." if checkpoints else "It has no checkpoint either."
+            problems.append(Problem(f"--run {config.run} has no finished LoRA", remedy=remedy))
+    ConfigError.raise_if(problems)
+    return wanted
+
+
+def _with_strength(text: str) -> Wanted:
+    """`FILE` or `FILE:STRENGTH`; a colon that no number follows belongs to the path."""
+    path, colon, number = text.rpartition(":")
+    if colon:
+        try:
+            return Wanted(Path(path).expanduser(), float(number))
+        except ValueError:
+            pass
+    return Wanted(Path(text).expanduser(), 1.0)

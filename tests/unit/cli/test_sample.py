@@ -1,0 +1,223 @@
+"""`simpletuner sample`: what it is asked, what it refuses, what it draws."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from simpletuner.base.errors import ConfigError
+from simpletuner.cli.main import main
+from simpletuner.cli.sample import Wanted, help_text, read_request, wanted_loras
+
+SMALL = ["--width", "32", "--height", "48", "--steps", "2", "--mixed_precision", "no"]
+
+
+def asked(*arguments: str) -> object:
+    return read_request(arguments, {})
+
+
+def write_config(path: Path, **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(options), encoding="utf-8")
+    return path
+
+
+def test_flags_and_defaults() -> None:
+    config = read_request(
+        ["--prompt", "a", "--prompt=b --c", "--lora=x.safetensors:0.5", "--model_flavour", "tiny", "--guidance=2"], {}
+    )
+    assert config.prompt == ("a", "b --c")
+    assert config.lora == ("x.safetensors:0.5",)
+    assert (config.width, config.height, config.num, config.seed) == (1024, 1024, 1, 42)
+    assert (config.steps, config.guidance) == (None, 2.0)
+    assert (config.model_flavour, config.base_dtype, config.out) == ("tiny", "bf16", "samples")
+
+
+def test_all_mistakes_come_in_one_report() -> None:
+    with pytest.raises(ConfigError) as caught:
+        asked("stray", "--promt", "a", "--lora", "--width=100", "--steps", "0", "--ema_decay", "0.5", "--example", "x")
+    text = str(caught.value)
+    assert text.startswith("8 problems")
+    for part in (
+        "'stray': expected a flag",
+        "--promt: no such option. Did you mean --prompt?",
+        "--lora",
+        "--width = 100: expected a multiple of 16 pixels",
+        "--steps = 0: expected a whole number of at least 1",
+        "--ema_decay: not built yet",
+        "--example: not for sample",
+        "prompt is missing",
+    ):
+        assert part in text
+
+
+def test_a_run_gives_its_model_and_the_settings_of_its_pictures(tmp_path: Path) -> None:
+    write_config(
+        tmp_path / "run" / "config.json",
+        model_flavour="tiny",
+        base_model_default_dtype="fp32",
+        validation_resolution="512x256,1024",
+        validation_num_inference_steps=7,
+        validation_guidance=3.5,
+        validation_seed=9,
+        seed=1,
+        train_batch_size=4,
+    )
+    run = str(tmp_path / "run")
+    config = read_request(["--run", run, "--prompt", "a"], {})
+    assert (config.model_flavour, config.base_dtype, config.seed) == ("tiny", "fp32", 9)
+    assert (config.width, config.height, config.steps, config.guidance) == (512, 256, 7, 3.5)
+    config = read_request(["--run", run, "--prompt", "a", "--width", "64", "--seed", "5"], {})
+    assert (config.width, config.height, config.seed) == (64, 256, 5)
+
+    other = write_config(tmp_path / "other.json", **{"--validation_guidance": 1.0, "lora_rank": 8})
+    config = read_request(["--run", run, "--config", str(other), "--prompt", "a"], {})
+    assert (config.model_flavour, config.guidance) == ("tiny", 1.0)
+
+
+def test_a_flavour_wins_over_a_configs_model_path(tmp_path: Path) -> None:
+    config_file = write_config(tmp_path / "c.json", pretrained_model_name_or_path="{env:MODELS}/dev", cache_dir="~/x")
+    environ = {"MODELS": "/models"}
+    config = read_request(["--config", str(config_file), "--prompt", "a"], environ)
+    assert config.pretrained_model_name_or_path == "/models/dev"
+    assert config.cache_dir == str(Path("~/x").expanduser())
+    config = read_request(["--config", str(config_file), "--prompt", "a", "--model_flavour", "tiny"], environ)
+    assert config.pretrained_model_name_or_path is None
+    with pytest.raises(ConfigError, match="variable MODELS is not set"):
+        asked("--config", str(config_file), "--prompt", "a")
+
+
+def test_faults_of_a_config_are_told_with_the_rest(tmp_path: Path) -> None:
+    bad = write_config(tmp_path / "bad.json", validation_resolution="100", model_flavour="dev")
+    with pytest.raises(ConfigError, match=r"(?s)3 problems.*no config\.json there.*validation_resolution.*prompt is"):
+        asked("--config", str(bad), "--run", str(tmp_path))
+
+
+def test_loras_and_strengths(tmp_path: Path) -> None:
+    (tmp_path / "a:b.safetensors").touch()
+    (tmp_path / "c.safetensors").touch()
+    first, second = f"{tmp_path}/a:b.safetensors", f"{tmp_path}/c.safetensors:-0.5"
+    config = read_request(["--prompt", "a", "--lora", first, "--lora", second], {})
+    assert wanted_loras(config) == [Wanted(Path(first), 1.0), Wanted(tmp_path / "c.safetensors", -0.5)]
+    with pytest.raises(ConfigError, match=r"--lora nothing\.safetensors: no such file"):
+        wanted_loras(read_request(["--prompt", "a", "--lora", "nothing.safetensors:1"], {}))
+
+
+def test_a_run_without_a_finished_lora_points_to_its_checkpoint(tmp_path: Path) -> None:
+    write_config(tmp_path / "config.json")
+    config = read_request(["--prompt", "a", "--run", str(tmp_path)], {})
+    with pytest.raises(ConfigError, match="no checkpoint either"):
+        wanted_loras(config)
+    for step in ("step-000100", "step-000200"):
+        (tmp_path / "checkpoints" / step).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"no finished LoRA\. Give --lora .*checkpoints/step-000200"):
+        wanted_loras(config)
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    assert wanted_loras(config) == [Wanted(tmp_path / "pytorch_lora_weights.safetensors", 1.0)]
+
+
+def test_help_names_every_option_of_its_own() -> None:
+    text = help_text()
+    assert "--lora" in text
+    assert "--guidance_real" in text
+    assert "(default 1024)" in text
+    assert "--config PATH" in text
+
+
+@pytest.fixture(scope="module")
+def lora(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA of the tiny model that changes its pictures, in a run's folder."""
+    from simpletuner.config.options.lora import LoraOptions
+    from simpletuner.config.options.model import ModelOptions
+    from simpletuner.flux2.export import LORA_NAME, save_lora
+    from simpletuner.flux2.load import load_transformer
+    from simpletuner.flux2.lora import attach
+    from simpletuner.flux2.source import locate
+
+    source = locate(ModelOptions(pretrained_model_name_or_path=str(tiny_folder)), report=print)
+    adapter = attach(load_transformer(source, torch.float32, "cpu"), LoraOptions(flux_lora_target="mlp"), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in adapter.parameters():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    path = tmp_path_factory.mktemp("run") / LORA_NAME
+    save_lora(path, adapter, metadata={"base_model": "another-model"})
+    return path
+
+
+def drawn(capsys: pytest.CaptureFixture[str]) -> list[Path]:
+    return [Path(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_pictures_with_their_parameters(tiny_folder: Path, lora: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--pretrained_model_name_or_path", str(tiny_folder)]
+    prompts = ["--prompt", "A Red – “fish”?", "--prompt", "two"]
+    assert main(["sample", *model, *SMALL, *prompts, "--lora", f"{lora}:0.5", "--num", "2", "--seed", "8"]) == 0
+    captured = capsys.readouterr()
+    paths = [Path(line) for line in captured.out.splitlines()]
+    assert [path.name for path in paths] == [
+        "a-red-fish_32x48_8.png",
+        "a-red-fish_32x48_9.png",
+        "two_32x48_8.png",
+        "two_32x48_9.png",
+    ]
+    assert "was trained on another-model" in captured.err
+    images = [Image.open(path) for path in paths]
+    assert {image.size for image in images} == {(32, 48)}
+    assert len({image.tobytes() for image in images}) == 4
+    parameters = json.loads(images[1].info["parameters"])
+    (used,) = parameters.pop("loras")
+    assert (used["name"], used["strength"]) == (lora.name, 0.5)
+    assert parameters == {
+        "prompt": "A Red – “fish”?",
+        "width": 32,
+        "height": 48,
+        "seed": 9,
+        "steps": 2,
+        "guidance": 4.0,
+        "guidance_real": 1.0,
+        "negative_prompt": "",
+        "model": tiny_folder.name,
+    }
+    assert not any(str(folder) in images[0].info["parameters"] for folder in (tiny_folder.parent, lora.parent))
+
+
+def test_a_lora_acts_by_its_strength_and_nothing_is_overwritten(
+    tiny_folder: Path, lora: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["sample", "--pretrained_model_name_or_path", str(tiny_folder), *SMALL, "--prompt", "a fish"]
+    ways = {
+        "base": [],
+        "off": ["--lora", f"{lora}:0"],
+        "once": ["--lora", str(lora)],
+        "folder": ["--lora", str(lora.parent)],
+        "halves": ["--lora", f"{lora}:0.5", "--lora", f"{lora}:0.5"],
+        "steered": ["--guidance_real", "3", "--negative", "a bird"],
+    }
+    pictures = {}
+    for number, (way, flags) in enumerate(ways.items(), start=1):
+        assert main([*common, *flags]) == 0
+        (path,) = drawn(capsys)
+        assert path.name == ("a-fish_32x48_42.png" if number == 1 else f"a-fish_32x48_42-{number}.png")
+        pictures[way] = Image.open(path).tobytes()
+    assert pictures["off"] == pictures["base"]
+    assert pictures["once"] == pictures["folder"]
+    # Halves are added in another order than the whole: a value on the edge may round to the next level.
+    differences = [abs(a - b) for a, b in zip(pictures["once"], pictures["halves"], strict=True)]
+    assert max(differences) <= 1
+    assert len({pictures["base"], pictures["once"], pictures["steered"]}) == 3
+
+
+def test_a_lora_of_another_model_is_refused_before_anything_is_loaded(
+    tiny_folder: Path, lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = {name: tensor[:, :8] if "lora_A" in name else tensor for name, tensor in load_file(lora).items()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "narrow.safetensors")
+    arguments = ["--pretrained_model_name_or_path", str(tiny_folder), "--prompt", "a"]
+    assert main(["sample", *arguments, "--lora", str(tmp_path / "narrow.safetensors")]) == 6
+    error = capsys.readouterr().err
+    assert "does not fit this model" in error
+    assert "Traceback" not in error
