@@ -1,11 +1,9 @@
 """`simpletuner train`: check the configuration without torch, then hand over."""
 
-import os
-from pathlib import Path
+from simpletuner.cli.loading import load_here
+from simpletuner.config.flags import help_text, wants_help
 
-from simpletuner.config.flags import parse
-from simpletuner.config.load import load
-from simpletuner.examples.pictures import EXAMPLES, materialise
+USAGE = "simpletuner train [--config PATH | --env NAME | --example NAME] [--option value ...]"
 
 
 def run(arguments: list[str]) -> int:
@@ -14,10 +12,10 @@ def run(arguments: list[str]) -> int:
     Raises:
         UserError: a problem the user can mend.
     """
-    example = parse(arguments).selectors.get("example")
-    if example in EXAMPLES:
-        materialise(example, Path("datasets") / example)
-    loaded = load(arguments, folder=Path(), environ=os.environ)
+    if wants_help(arguments):
+        print(help_text(USAGE))
+        return 0
+    loaded = load_here(arguments)
     from simpletuner.train.assemble import train  # torch: only once the configuration is known to be good
 
     return train(loaded)

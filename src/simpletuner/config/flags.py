@@ -77,7 +77,11 @@ def help_text(usage: str) -> str:
         for name, kind in kinds(group).items():
             default_value = group.model_fields[name].default
             default = "" if default_value is None else f" (default {shown(default_value)})"
-            lines.append(f"  --{name}: {kind.expects}{default}")
-            lines += textwrap.wrap(texts[name], width=100, initial_indent="      ", subsequent_indent="      ")
+            lines += _wrapped(f"--{name}: {kind.expects}{default}", indent=2)
+            lines += _wrapped(texts[name], indent=6)
     lines += ["", f"{len(OPTION_NAMES)} options; docs/options.md has them all, with those to come."]
     return "\n".join(lines)
+
+
+def _wrapped(text: str, indent: int) -> list[str]:
+    return textwrap.wrap(text, width=100, initial_indent=" " * indent, subsequent_indent=" " * 6)

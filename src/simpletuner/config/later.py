@@ -85,6 +85,7 @@ OPTIONS: dict[str, Later] = {
     "group_offload_text_encoder": Later(_OFFLOAD, (False,)),
     "group_offload_vae": Later(_OFFLOAD, (False,)),
     "group_offload_to_disk_path": Later(_OFFLOAD),
+    "text_encoder_mode": Later("a text encoder streamed layer by layer", ("auto", "resident")),
     "push_to_hub": Later(_HUB, (False,)),
     "push_checkpoints_to_hub": Later(_HUB, (False,)),
     "hub_model_id": Later(_HUB),
@@ -140,7 +141,6 @@ OPTION_VALUES: dict[str, dict[str, str]] = {
     ),
     "base_model_precision": _PRECISIONS,
     "text_encoder_1_precision": _PRECISIONS,
-    "text_encoder_mode": {"streamed": "a text encoder streamed layer by layer"},
 }
 """Values of options that exist."""
 

@@ -17,6 +17,7 @@ from simpletuner.config.options.kinds import IsJson, IsModel, IsPath, Says, Slic
 _INTEGER = re.compile(r"[+-]?\d+")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _LONGEST_SHOWN = 80
+_TOO_SHORT_TO_CONTINUE = 4
 
 
 @dataclass(frozen=True)
@@ -138,5 +139,7 @@ def shown(value: object) -> str:
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The one of `names` that `name` was probably meant to be."""
     plain = {other.lower().replace("-", "_"): other for other in names}
-    found = difflib.get_close_matches(name.lower().replace("-", "_"), plain, n=1, cutoff=0.7)
+    typed = name.lower().replace("-", "_")
+    longer = [other for other in plain if other.startswith(typed)] if len(typed) > _TOO_SHORT_TO_CONTINUE else []
+    found = sorted(longer, key=len) or difflib.get_close_matches(typed, plain, n=1, cutoff=0.7)
     return plain[found[0]] if found else None

@@ -31,9 +31,6 @@ class PrecisionOptions(Slice):
     """N: every N-th block keeps its activations after all, which is faster and takes more memory.
     By default none does."""
 
-    text_encoder_mode: Literal["auto", "resident"] = "auto"
-    """How the text encoder is held while captions are encoded: `resident` is whole, in memory."""
-
     vae_batch_size: Count = 1
     """Pictures the VAE encodes at once."""
 

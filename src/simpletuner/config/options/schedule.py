@@ -9,7 +9,7 @@ class ScheduleOptions(Slice):
     """Flow matching."""
 
     flow_schedule_shift: Positive = 3.0
-    """s in σ' = sσ/(1+(s-1)σ): above 1 trains more on noisy inputs; 1 changes nothing."""
+    """The s in σ' = sσ/(1+(s-1)σ): above 1 trains more on noisy inputs; 1 changes nothing."""
 
     flow_schedule_auto_shift: bool = False
     """Take the shift from the picture's size instead: the line through (256, 0.5) and (4096, 1.15)

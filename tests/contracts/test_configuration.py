@@ -1,0 +1,186 @@
+"""What the configuration promises as a whole: one early report, the quickstart verbatim, no option that is a lie."""
+
+import ast
+import inspect
+import json
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from simpletuner.base.errors import ConfigError
+from simpletuner.config import later
+from simpletuner.config.datasets import Datasets, ImageSet, TextStore
+from simpletuner.config.flags import SELECTORS
+from simpletuner.config.load import Loaded, load
+from simpletuner.config.options.kinds import Slice
+from simpletuner.config.run import SLICES, RunConfig
+from simpletuner.config.values import kinds
+
+SOURCE = Path(__file__).parents[2] / "src" / "simpletuner"
+SNIPPETS = Path(__file__).parents[1] / "fixtures" / "quickstart"
+
+FIVE_MISTAKES = {
+    "model_flavour": "tiny",
+    "learning_rate": -1,
+    "flux_lora_target": "al",
+    "lora_rnak": 16,
+    "validation_resolution": "1000",
+}
+FIVE_ANSWERS = """\
+5 problems in the configuration:
+  - learning_rate = -1: expected a number above 0.
+  - flux_lora_target = 'al': expected all, attention, mlp or tiny.
+  - lora_rnak: no such option. Did you mean lora_rank?
+  - validation_resolution = '1000': expected a size such as 1024, 1024x768 or a comma list of them, each side \
+divisible by 16.
+  - config/multidatabackend.json, cats: instance_data_dir = 'datasets/cats': no such folder. It is looked for in \
+{folder}/datasets.
+"""
+
+
+@pytest.fixture
+def five_mistakes(tmp_path: Path) -> Path:
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "config.json").write_text(json.dumps(FIVE_MISTAKES))
+    datasets = [{"id": "cats", "instance_data_dir": "datasets/cats"}]
+    (tmp_path / "config" / "multidatabackend.json").write_text(json.dumps(datasets))
+    return tmp_path
+
+
+def test_five_mistakes_get_one_report_at_once_and_without_torch(five_mistakes: Path) -> None:
+    def answer(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-P", *options, "-m", "simpletuner", "train"]
+        return subprocess.run(command, cwd=five_mistakes, capture_output=True, text=True, check=False)
+
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    report = answer()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (report.returncode, report.stdout) == (2, "")
+    assert report.stderr == FIVE_ANSWERS.format(folder=five_mistakes)
+    # Time on the processor, so that a neighbour on the core is not measured.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+    traced = answer("-X", "importtime").stderr
+    imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in traced.splitlines() if "|" in line}
+    assert "pydantic" in imported
+    assert not imported & {"torch", "numpy", "diffusers", "transformers", "safetensors", "huggingface_hub"}
+
+
+@pytest.fixture
+def quickstart(tmp_path: Path) -> Path:
+    """A folder that holds what the quickstart tells its reader to write."""
+    (tmp_path / "datasets" / "my-dataset").mkdir(parents=True)
+    (tmp_path / "config").mkdir()
+    for name in ("config.json", "multidatabackend.json", "user_prompt_library.json"):
+        (tmp_path / "config" / name).write_bytes((SNIPPETS / name).read_bytes())
+    return tmp_path
+
+
+def merged(folder: Path, snippet: str) -> Loaded:
+    """The configuration with a fragment of the quickstart merged over its config."""
+    path = folder / "config" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | json.loads((SNIPPETS / snippet).read_bytes())))
+    return load([], folder=folder, environ={})
+
+
+def test_the_quickstart_is_accepted_as_it_stands(quickstart: Path) -> None:
+    loaded = load([], folder=quickstart, environ={})
+    typed = json.loads((SNIPPETS / "config.json").read_bytes())
+    assert {key: value for key, value in loaded.config.model_dump().items() if key in typed} == typed
+    (image_set,) = loaded.datasets.train_sets
+    typed_set, typed_store = json.loads((SNIPPETS / "multidatabackend.json").read_bytes())
+    typed_set |= {key: str(quickstart / typed_set[key]) for key in ("cache_dir_vae", "instance_data_dir")}
+    assert {key: value for key, value in image_set.model_dump().items() if key in typed_set} == typed_set
+    typed_store["cache_dir"] = str(quickstart / typed_store["cache_dir"])
+    assert loaded.datasets.text_store_of(image_set).model_dump() == typed_store
+    assert list(loaded.prompts) == ["portrait_subject", "artistic_subject", "cinematic_subject"]
+
+
+def test_the_quickstart_trains_tiny_with_three_flags(quickstart: Path) -> None:
+    flags = ["--model_flavour", "tiny", "--output_dir", "out", "--max_train_steps", "4"]
+    config = load(flags, folder=quickstart, environ={}).config
+    assert (config.model_flavour, config.max_train_steps, config.pretrained_model_name_or_path) == ("tiny", 4, None)
+
+
+@pytest.mark.parametrize(
+    ("snippet", "expected"),
+    [
+        ("guidance-constant.json", {"flux_guidance_mode": "constant", "flux_guidance_value": 1.0}),
+        ("guidance-random-range.json", {"flux_guidance_min": 1.0, "flux_guidance_max": 5.0}),
+        ("lora-target.json", {"flux_lora_target": "all"}),
+    ],
+)
+def test_its_fragments_are_accepted(quickstart: Path, snippet: str, expected: dict[str, object]) -> None:
+    config = merged(quickstart, snippet).config
+    assert config.model_dump(include=set(expected)) == expected
+
+
+@pytest.mark.parametrize("snippet", ["quantization.json", "tread-start2.json", "tread-start4.json"])
+def test_its_later_fragments_say_that_they_are_not_built_yet(quickstart: Path, snippet: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        merged(quickstart, snippet)
+    assert all(": not built yet: " in problem.found for problem in caught.value.problems)
+
+
+def trees() -> Iterator[tuple[Path, ast.Module]]:
+    """Every source file that may read an option: not the options, nor what only checks or documents them."""
+    silent = {"rules.py", "record.py", "reference.py", "flags.py", "listing.py", "datasets.py"}
+    for path in SOURCE.rglob("*.py"):
+        inside = path.relative_to(SOURCE).parts
+        if inside[0] != "config" or (inside[1] != "options" and path.name not in silent):
+            yield path, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def attributes(tree: ast.AST) -> set[str]:
+    return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+
+
+READ = set().union(*(attributes(tree) for _, tree in trees()))
+
+
+def derived(model: type[Slice]) -> dict[str, set[str]]:
+    """What each property of `model` is made of."""
+    tree = ast.parse(inspect.getsource(sys.modules[model.__module__]))
+    return {
+        node.name: attributes(node)
+        for definition in tree.body
+        if isinstance(definition, ast.ClassDef) and definition.name == model.__name__
+        for node in definition.body
+        if isinstance(node, ast.FunctionDef)
+    }
+
+
+@pytest.mark.parametrize("model", [*SLICES, ImageSet, TextStore], ids=lambda model: model.__name__)
+def test_every_option_is_read(model: type[Slice]) -> None:
+    """An option that nothing reads is a lie. One with a single value has nothing to tell: all else is refused."""
+    properties = derived(model) | derived(Datasets)
+    read = READ.union(*(sources for name, sources in properties.items() if name in READ))
+    unread = [name for name, kind in kinds(model).items() if name not in read and len(kind.choices) != 1]
+    assert unread == []
+
+
+def test_every_option_of_later_work_is_known_and_none_is_read() -> None:
+    assert not later.OPTIONS.keys() & RunConfig.model_fields.keys()
+    assert not later.OPTIONS.keys() & READ
+
+
+def options_named(inside: str) -> set[str]:
+    """Every `--option` in a text of the sources, inside the command's folder or outside of it."""
+    texts = (
+        node.value
+        for path, tree in trees()
+        if ("cli" in path.parts) == (inside == "cli")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    return {match for text in texts for match in re.findall(r"(?<![\w-])--([a-z_]+)", text)}
+
+
+def test_no_remedy_names_an_option_that_is_not_there() -> None:
+    known = {*RunConfig.model_fields, *later.OPTIONS, *SELECTORS} | options_named("cli")
+    known |= {"write", "check", "schema"}  # of the two modules that make the docs
+    assert options_named("elsewhere") - known == set()

@@ -1,0 +1,57 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from simpletuner.base.errors import ConfigError
+from simpletuner.cli import config
+from simpletuner.cli.loading import load_here
+from simpletuner.config.run import OPTION_NAMES
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a configuration that is right."""
+    (tmp_path / "datasets" / "cats").mkdir(parents=True)
+    (tmp_path / "config.json").write_text(json.dumps({"model_flavour": "tiny", "lora_rank": 8}))
+    datasets = [{"id": "cats", "instance_data_dir": "datasets/cats"}]
+    (tmp_path / "multidatabackend.json").write_text(json.dumps(datasets))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("folder")
+def test_check_says_what_was_found(capsys: pytest.CaptureFixture[str]) -> None:
+    assert config.run(["check", "--seed=1", "--huber_c=0.2"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "huber_c has no effect: loss_type is l2.",
+        "The configuration is right: 4 options given, 1 datasets to train, 0 held out, 0 prompts.",
+    ]
+
+
+@pytest.mark.usefixtures("folder")
+def test_show_lists_every_option_with_its_source(capsys: pytest.CaptureFixture[str]) -> None:
+    assert config.run(["show", "--seed=1"]) == 0
+    rows = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows] == list(OPTION_NAMES)
+    assert ["lora_rank", "file", "8"] in rows
+    assert ["seed", "flag", "1"] in rows
+    assert ["model_type", "default", "'lora'"] in rows
+
+
+def test_it_must_be_told_what_to_do() -> None:
+    with pytest.raises(ConfigError, match="expected check or show after it"):
+        config.run([])
+
+
+def test_help_lists_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert config.run(["--help"]) == 0
+    assert "--lora_rank: a whole number of at least 1 (default 16)" in capsys.readouterr().out
+
+
+def test_the_examples_pictures_are_drawn_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    loaded = load_here(["--example", "tiny-lora"])
+    assert len(list(Path(loaded.datasets.train_sets[0].instance_data_dir).glob("*.png"))) == 20
+    with pytest.raises(ConfigError, match="expected tiny-lora"):
+        load_here(["--example", "nope"])

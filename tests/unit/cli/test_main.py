@@ -1,0 +1,96 @@
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from simpletuner import __version__
+from simpletuner.base.errors import DataError
+from simpletuner.cli import env, main
+
+
+@pytest.fixture
+def answer(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Exit code, what was printed, and what was complained about."""
+
+    def of(*arguments: str) -> tuple[int, str, str]:
+        code = main.main(arguments)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return of
+
+
+@pytest.mark.parametrize("word", ["--help", "-h", "help"])
+def test_help_lists_every_command(answer: Callable[..., tuple[int, str, str]], word: str) -> None:
+    code, out, _ = answer(word)
+    assert code == 0
+    assert all(f"\n  {name} " in out for name in main.COMMANDS)
+
+
+def test_nothing_typed_is_a_mistake_with_help(answer: Callable[..., tuple[int, str, str]]) -> None:
+    assert answer()[0] == 2
+
+
+def test_the_version(answer: Callable[..., tuple[int, str, str]]) -> None:
+    assert answer("--version") == (0, f"simpletuner {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("trian", "simpletuner trian: no such command. Did you mean simpletuner train?\n"),
+        ("zebra", "simpletuner zebra: no such command. `simpletuner --help` lists the commands.\n"),
+        ("server", "simpletuner server: not built yet: the web page.\n"),
+    ],
+)
+def test_another_word_is_a_mistake(answer: Callable[..., tuple[int, str, str]], word: str, message: str) -> None:
+    assert answer(word) == (2, "", message)
+
+
+@pytest.mark.parametrize("word", main.COMMANDS)
+def test_every_command_is_there(word: str) -> None:
+    path = Path(main.__file__).with_name(f"{word}.py")
+    assert "\ndef run(arguments: list[str]) -> int:" in path.read_text(encoding="utf-8")
+
+
+def test_a_users_error_gives_its_code_and_no_traceback(
+    answer: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: list[str]) -> int:
+        raise DataError.of("nothing here", "pictures")
+
+    monkeypatch.setattr(env, "run", fail)
+    assert answer("env") == (3, "", "nothing here: expected pictures.\n")
+
+
+def test_a_bug_keeps_its_traceback(
+    answer: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: list[str]) -> int:
+        raise ValueError("oh no")
+
+    monkeypatch.setattr(env, "run", fail)
+    code, _, complaint = answer("env")
+    assert code == 1
+    assert complaint.startswith("Traceback")
+    assert "ValueError: oh no" in complaint
+    assert "simpletuner env" in complaint.splitlines()[-1]
+
+
+def test_an_interruption_is_no_bug(
+    answer: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(_: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(env, "run", stop)
+    assert answer("env") == (130, "", "Interrupted.\n")
+
+
+def test_python_dash_m_is_the_command() -> None:
+    found = subprocess.run(
+        [sys.executable, "-P", "-m", "simpletuner", "--version"], capture_output=True, text=True, check=True
+    )
+    assert found.stdout == f"simpletuner {__version__}\n"

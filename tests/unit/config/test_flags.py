@@ -1,0 +1,60 @@
+import pytest
+
+from simpletuner.config.flags import help_text, parse, wants_help
+from simpletuner.config.run import OPTION_NAMES
+
+
+def values(*arguments: str) -> dict[str, object]:
+    return {name: given.value for name, given in parse(arguments).options.items()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--a",), {"a": True}),
+        (("--a", "--b"), {"a": True, "b": True}),
+        (("--a=true",), {"a": "true"}),
+        (("--a", "false"), {"a": "false"}),
+        (("--a", "-1"), {"a": "-1"}),
+        (("--a=",), {"a": ""}),
+        (("--a=b=c",), {"a": "b=c"}),
+        (("--a=--b",), {"a": "--b"}),
+        (("--a", "", "--b", "x y"), {"a": "", "b": "x y"}),
+        (("--a=1", "--a=2"), {"a": "2"}),
+    ],
+)
+def test_a_flag_takes_its_value_in_every_usual_form(arguments: tuple[str, ...], expected: dict[str, object]) -> None:
+    assert values(*arguments) == expected
+
+
+def test_selectors_are_no_options() -> None:
+    flags = parse(["--config", "x.json", "--lora_rank", "8"])
+    assert flags.selectors == {"config": "x.json"}
+    assert set(flags.options) == {"lora_rank"}
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("lora_rank=8", "'lora_rank=8': expected a flag that begins with --."),
+        ("-lora_rank", "'-lora_rank': expected a flag that begins with --."),
+        ("env=cats", "'env=cats': expected a flag that begins with --. Did you mean --env cats?"),
+        ("--env", "--env: nothing is named: expected a name or path after it."),
+        ("--config=", "--config: nothing is named: expected a name or path after it."),
+    ],
+)
+def test_what_is_no_flag_is_a_problem(word: str, message: str) -> None:
+    assert [str(problem) for problem in parse([word]).problems] == [message]
+
+
+def test_help_names_every_option_in_its_group() -> None:
+    text = help_text("simpletuner train")
+    assert all(f"\n  --{name}: " in text for name in OPTION_NAMES)
+    assert text.index("\nLoRA\n") < text.index("--lora_rank") < text.index("\nOptimisation\n")
+    assert "--flux_lora_target: all, attention, mlp or tiny (default 'all')" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(("arguments", "wanted"), [(["--help"], True), (["--a", "-h"], True), (["--a"], False)])
+def test_help_is_asked_for(arguments: list[str], wanted: bool) -> None:
+    assert wants_help(arguments) is wanted

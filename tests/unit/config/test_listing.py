@@ -1,0 +1,282 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+WHERE = "config/multidatabackend.json, cats: "
+
+
+@pytest.fixture
+def problem_of_set(place: Any) -> Callable[..., str]:
+    """The only problem of the image set with these keys changed."""
+
+    def only_problem(**changes: object) -> str:
+        place.datasets[0] |= changes
+        (problem,) = place.problems()
+        return problem.removeprefix(WHERE)
+
+    return only_problem
+
+
+@pytest.fixture
+def notices_of_set(place: Any) -> Callable[..., list[str]]:
+    def notices(**changes: object) -> list[str]:
+        place.datasets[0] |= changes
+        return [notice.removeprefix(WHERE) for notice in place.load().notices]
+
+    return notices
+
+
+def test_an_image_set_has_the_documented_defaults(place: Any) -> None:
+    place.datasets[0] = {"id": "cats", "instance_data_dir": "datasets/cats"}
+    (image_set,) = place.load().datasets.train_sets
+    assert image_set.model_dump() == {
+        "id": "cats",
+        "type": "local",
+        "dataset_type": "image",
+        "instance_data_dir": str(place.folder / "datasets/cats"),
+        "repeats": 0,
+        "probability": 1.0,
+        "disabled": False,
+        "max_num_samples": None,
+        "train_batch_size": None,
+        "cache_dir_vae": str(place.folder / "cache/vae/cats"),
+        "resolution": 1024.0,
+        "resolution_type": "pixel_area",
+        "crop": False,
+        "crop_aspect": "square",
+        "crop_aspect_buckets": None,
+        "crop_style": "random",
+        "minimum_image_size": None,
+        "maximum_image_size": None,
+        "target_downsample_size": None,
+        "minimum_aspect_ratio": None,
+        "maximum_aspect_ratio": None,
+        "max_upscale_threshold": None,
+        "caption_strategy": "filename",
+        "instance_prompt": None,
+        "prepend_instance_prompt": False,
+        "only_instance_prompt": False,
+        "disable_multiline_split": False,
+        "metadata_backend": "discovery",
+        "text_embeds": None,
+    }
+
+
+def test_other_spellings_mean_the_same(place: Any) -> None:
+    place.datasets[0] |= {
+        "crop": True,
+        "crop_style": "centre",
+        "caption_strategy": "instance_prompt",
+        "instance_prompt": "a cat",
+    }
+    (image_set,) = place.load().datasets.train_sets
+    assert (image_set.crop_style, image_set.caption_strategy) == ("center", "instanceprompt")
+
+
+def test_paths_know_the_run_and_the_set(place: Any) -> None:
+    place.config["output_dir"] = "runs/one"
+    place.datasets[0]["cache_dir_vae"] = "{output_dir}/{model_family}/{id}/{env:DISK}"
+    (image_set,) = place.load(environ={"DISK": "big"}).datasets.train_sets
+    assert image_set.cache_dir_vae == str(place.folder / "runs/one/flux2/cats/big")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resolution": -1}, "resolution = -1: expected a number above 0."),
+        ({"resolution": "1024"}, "resolution = '1024': expected a number above 0. Write it without quotes."),
+        ({"repeats": 1.5}, "repeats = 1.5: expected a whole number of at least 0."),
+        ({"crop": "yes"}, "crop = 'yes': expected true or false."),
+        ({"crop_stile": "center"}, "crop_stile: no such key of an image set. Did you mean crop_style?"),
+        ({"cache_dir": "x"}, "cache_dir: no such key of an image set. Did you mean cache_dir_vae?"),
+        ({"caption_strategy": "text"}, "caption_strategy = 'text': expected textfile, filename or instanceprompt."),
+        ({"dataset_type": "video"}, "dataset_type = 'video': expected image, eval or text_embeds."),
+        (
+            {"minimum_image_size": 900, "maximum_image_size": 800},
+            "minimum_image_size = 900: expected at most maximum_image_size, 800.",
+        ),
+        (
+            {"target_downsample_size": 900, "maximum_image_size": 800},
+            "target_downsample_size = 900: expected at most maximum_image_size, 800.",
+        ),
+        (
+            {"minimum_aspect_ratio": 2, "maximum_aspect_ratio": 1},
+            "minimum_aspect_ratio = 2: expected at most maximum_aspect_ratio, 1.",
+        ),
+        (
+            {"resolution": 1024, "resolution_type": "area"},
+            "resolution = 1024 with resolution_type = 'area': expected at most 64, since it counts areas of "
+            "1024x1024 pixels. For an edge in pixels set resolution_type to pixel_area.",
+        ),
+        (
+            {"resolution": 1},
+            "resolution = 1 with resolution_type = 'pixel_area': expected a whole number of pixels, at least 16. "
+            "For areas of 1024x1024 pixels set resolution_type to area.",
+        ),
+        (
+            {"crop": True, "crop_aspect": "closest"},
+            "crop_aspect = 'closest' without crop_aspect_buckets: expected a list of ratios (width / height) such as "
+            "[0.75, 1.0, 1.33].",
+        ),
+        (
+            {"caption_strategy": "instanceprompt"},
+            "caption_strategy = 'instanceprompt' without instance_prompt: expected the caption as instance_prompt.",
+        ),
+        (
+            {"prepend_instance_prompt": True},
+            "prepend_instance_prompt = true without instance_prompt: expected the caption as instance_prompt.",
+        ),
+        ({"crop_aspect_buckets": []}, "crop_aspect_buckets = []: expected a list of ratios such as [1.0, 1.5]."),
+        (
+            {"cache_dir_vae": "{di}"},
+            "cache_dir_vae = '{di}': placeholder {di} is not one of {model_family}, {output_dir}, {id} or {env:NAME}.",
+        ),
+    ],
+    ids=lambda value: repr(value) if isinstance(value, dict) else "",
+)
+def test_each_mistake_has_its_answer(
+    problem_of_set: Callable[..., str], changes: dict[str, object], message: str
+) -> None:
+    assert problem_of_set(**changes) == message
+
+
+@pytest.mark.parametrize(
+    ("changes", "work"),
+    [
+        ({"type": "aws", "aws_bucket_name": "x"}, "S3 stores"),
+        ({"type": "huggingface", "dataset_name": "x"}, "Hub datasets"),
+        ({"dataset_type": "conditioning"}, "conditioning on other pictures"),
+        ({"caption_strategy": "parquet"}, "captions from tables"),
+        ({"crop": True, "crop_style": "face"}, "crops that follow a face"),
+        ({"is_regularisation_data": True}, "regularisation sets"),
+        ({"conditioning_data": ["x"]}, "conditioning on other pictures"),
+        ({"vae_cache_ondemand": True}, "caches filled while training"),
+        ({"start_step": 100}, "sets that are active for part of a run"),
+    ],
+    ids=lambda value: repr(value) if isinstance(value, dict) else "",
+)
+def test_what_is_not_built_says_so(problem_of_set: Callable[..., str], changes: dict[str, object], work: str) -> None:
+    assert f"not built yet: {work}" in problem_of_set(**changes)
+
+
+def test_a_key_to_come_that_is_off_passes(place: Any) -> None:
+    place.datasets[0] |= {
+        "is_regularisation_data": False,
+        "vae_cache_ondemand": "false",
+        "start_step": 0,
+        "caption_shuffle": {"enable": False},
+        "conditioning_data": None,
+    }
+    assert place.load().notices == ()
+
+
+def test_a_missing_folder_is_named_with_its_neighbour(place: Any, problem_of_set: Callable[..., str]) -> None:
+    assert problem_of_set(instance_data_dir="datasets/cat") == (
+        f"instance_data_dir = 'datasets/cat': no such folder. Did you mean {place.folder / 'datasets/cats'}?"
+    )
+    assert problem_of_set(instance_data_dir="pictures/zebras") == (
+        f"instance_data_dir = 'pictures/zebras': no such folder. It is looked for in {place.folder / 'pictures'}."
+    )
+    place.write("a.png", "")
+    assert problem_of_set(instance_data_dir="a.png").endswith("this is a file: expected a folder of pictures.")
+
+
+def test_a_disabled_set_needs_no_folder(place: Any) -> None:
+    place.datasets.append({"id": "dogs", "instance_data_dir": "nowhere", "disabled": True})
+    assert [image_set.id for image_set in place.load().datasets.train_sets] == ["cats"]
+
+
+def test_required_keys_are_asked_for(place: Any) -> None:
+    place.datasets[0] = {}
+    assert place.problems() == [
+        "config/multidatabackend.json, entry 1: id is missing: expected text.",
+        "config/multidatabackend.json, entry 1: instance_data_dir is missing: expected a path.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("datasets", "message"),
+    [
+        ({}, "config/multidatabackend.json: {}: expected a list of objects, in [ ]."),
+        ([3], "config/multidatabackend.json, entry 1: 3: expected an object, in { }."),
+        ([], "config/multidatabackend.json: there is nothing to train on: expected an enabled image set."),
+    ],
+    ids=["object", "number", "empty"],
+)
+def test_the_file_is_a_list_of_objects(place: Any, datasets: object, message: str) -> None:
+    place.datasets = datasets
+    assert place.problems() == [message]
+
+
+def test_an_id_is_given_once(place: Any) -> None:
+    place.datasets.append(dict(place.datasets[0]))
+    assert place.problems() == [
+        "config/multidatabackend.json: 2 entries have the id 'cats': expected a different id for each."
+    ]
+
+
+def test_without_a_text_store_one_is_made_under_the_run(place: Any) -> None:
+    del place.datasets[1]
+    datasets = place.load().datasets
+    (store,) = datasets.text_stores
+    assert store.default
+    assert store.cache_dir == str(place.folder / "output/flux2/cache/text")
+    assert datasets.text_store_of(datasets.train_sets[0]) == store == datasets.default_text_store
+
+
+def test_exactly_one_text_store_is_the_default(place: Any) -> None:
+    place.datasets[1]["default"] = False
+    loaded = place.load()
+    assert loaded.datasets.default_text_store.id == "text"
+    assert loaded.notices == ("config/multidatabackend.json: text is the default text store, as the only one.",)
+    place.datasets.append(place.datasets[1] | {"id": "more"})
+    assert place.problems() == [
+        "config/multidatabackend.json: no text store is marked as default: expected default = true for exactly one."
+    ]
+    place.datasets[1]["default"] = place.datasets[2]["default"] = True
+    assert place.problems() == [
+        "config/multidatabackend.json: text and more are marked as default: expected default = true for exactly one."
+    ]
+
+
+def test_a_set_may_name_its_text_store(place: Any) -> None:
+    place.datasets.append({"id": "more", "dataset_type": "text_embeds", "cache_dir": "elsewhere"})
+    place.datasets[0]["text_embeds"] = "more"
+    datasets = place.load().datasets
+    assert datasets.text_store_of(datasets.train_sets[0]).cache_dir == str(place.folder / "elsewhere")
+    place.datasets[0]["text_embeds"] = "moer"
+    assert place.problems() == [f"{WHERE}text_embeds = 'moer': expected the id of a text store: text or more."]
+
+
+def test_held_out_sets_stand_apart(place: Any) -> None:
+    place.datasets.append({"id": "held", "dataset_type": "eval", "instance_data_dir": "datasets/cats"})
+    loaded = place.load("--eval_dataset_id=held")
+    assert [held.id for held in loaded.datasets.eval_sets] == ["held"]
+    assert "held has the pictures of cats" in loaded.notices[0]
+    assert place.problems("--eval_dataset_id=hold") == [
+        "--eval_dataset_id = 'hold': expected an enabled eval set: held."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "notice"),
+    [
+        ({"crop_style": "center"}, "crop_style has no effect: crop is false."),
+        ({"target_downsample_size": 512}, "target_downsample_size has no effect: maximum_image_size is not set."),
+        (
+            {"caption_strategy": "filename", "disable_multiline_split": True},
+            "disable_multiline_split has no effect: captions do not come from .txt files.",
+        ),
+        (
+            {"crop": True, "crop_aspect_buckets": [1.0]},
+            "crop_aspect_buckets has no effect: crop_aspect is neither closest nor random.",
+        ),
+        ({"resolution": 1000}, "resolution = 1000 does not divide by 16: sides are rounded to 992."),
+    ],
+    ids=lambda value: repr(value) if isinstance(value, dict) else "",
+)
+def test_keys_without_effect_are_named(
+    notices_of_set: Callable[..., list[str]], changes: dict[str, object], notice: str
+) -> None:
+    assert notices_of_set(**changes) == [notice]

@@ -1,0 +1,79 @@
+from typing import Any
+
+import pytest
+
+from simpletuner.config.prompts import BUILT_IN
+
+
+def test_without_a_library_there_are_no_prompts(place: Any) -> None:
+    assert place.load().prompts == {}
+
+
+def test_the_library_beside_the_config_is_found(place: Any) -> None:
+    place.write("config/user_prompt_library.json", {"one": "a cat"})
+    assert place.load().prompts == {"one": "a cat"}
+
+
+def test_the_library_in_config_is_found_from_elsewhere(place: Any) -> None:
+    place.write("elsewhere/config.json", place.config)
+    place.write("elsewhere/multidatabackend.json", place.datasets)
+    place.write("config/user_prompt_library.json", {"one": "a cat"})
+    assert place.load("--config=elsewhere/config.json").prompts == {"one": "a cat"}
+
+
+def test_a_named_library_must_be_there(place: Any) -> None:
+    place.config["user_prompt_library"] = "mine.json"
+    assert place.problems() == ["mine.json: no such file."]
+    place.write("mine.json", {"one": "a cat"})
+    assert place.load().prompts == {"one": "a cat"}
+
+
+def test_the_sources_add_up(place: Any) -> None:
+    place.write("config/user_prompt_library.json", {"one": "a cat"})
+    prompts = place.load(
+        "--validation_prompt", "a dog", "--validation_prompt_library", "--validation_subject=x"
+    ).prompts
+    assert list(prompts) == [*BUILT_IN, "validation_prompt", "one"]
+    assert not any("<subject>" in prompt for prompt in prompts.values())
+
+
+def test_the_subject_comes_from_the_option_else_from_the_dataset_else_stays(place: Any) -> None:
+    place.write("config/user_prompt_library.json", {"one": "a photo of <subject>"})
+    loaded = place.load()
+    assert loaded.prompts == {"one": "a photo of <subject>"}
+    assert loaded.notices == ("<subject> stays in the prompts as typed: validation_subject says what it stands for.",)
+    place.datasets[0]["instance_prompt"] = "Tom the cat"
+    assert place.load().prompts == {"one": "a photo of Tom the cat"}
+    assert place.load("--validation_subject=Kitty").prompts == {"one": "a photo of Kitty"}
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "", ".hidden", "a:b", "x" * 81, "dot.", "line\nbreak"], ids=repr)
+def test_a_name_must_do_as_a_file_name(place: Any, name: str) -> None:
+    place.write("config/user_prompt_library.json", {name: "a cat"})
+    (problem,) = place.problems()
+    assert "it becomes a file's name" in problem
+
+
+@pytest.mark.parametrize("name", ["portrait_subject", "Größe 2", "a-b.c", "x" * 80])
+def test_usual_names_pass(place: Any, name: str) -> None:
+    place.write("config/user_prompt_library.json", {name: "a cat"})
+    assert name in place.load().prompts
+
+
+def test_names_that_differ_only_in_case_collide(place: Any) -> None:
+    place.write("config/user_prompt_library.json", {"Cat": "a cat", "cat": "a cat"})
+    assert place.problems() == [
+        "config/user_prompt_library.json: the name 'cat' is taken by 'Cat'. Rename one of them."
+    ]
+
+
+@pytest.mark.parametrize("prompt", [3, None, "", "  ", {"prompt": "x"}], ids=repr)
+def test_a_prompt_is_text(place: Any, prompt: object) -> None:
+    place.write("config/user_prompt_library.json", {"one": prompt})
+    (problem,) = place.problems()
+    assert problem.endswith("expected a prompt, as text.")
+
+
+def test_the_library_is_an_object(place: Any) -> None:
+    place.write("config/user_prompt_library.json", ["a cat"])
+    assert place.problems()[0].startswith('config/user_prompt_library.json: ["a cat"]: expected an object')

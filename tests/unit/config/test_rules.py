@@ -1,0 +1,153 @@
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"max_train_steps": 0, "num_train_epochs": 0},
+            "num_train_epochs = 0 without max_train_steps: nothing would be trained: expected one of them to be "
+            "at least 1.",
+        ),
+        (
+            {"flow_use_uniform_schedule": True, "flow_use_beta_schedule": True},
+            "flow_use_uniform_schedule and flow_use_beta_schedule are both on: expected one of them at most.",
+        ),
+        (
+            {"flux_guidance_mode": "random-range", "flux_guidance_min": 5},
+            "flux_guidance_min = 5: expected at most flux_guidance_max, 4.",
+        ),
+        ({"lr_scheduler": "cosine", "lr_end": 0.1}, "lr_end = 0.1: expected at most learning_rate, 0.0001."),
+        ({"eval_dataset_id": "held"}, "eval_dataset_id = 'held': expected a set with dataset_type eval to be listed."),
+        ({"output_dir": "config/config.json"}, "this is a file: expected a folder."),
+        ({"init_lora": "nope.safetensors"}, "no such file."),
+        ({"resume_from_checkpoint": "nope"}, "no such folder: expected latest, a checkpoint's folder, or nothing."),
+    ],
+    ids=lambda value: repr(value) if isinstance(value, dict) else "",
+)
+def test_options_are_held_against_each_other(place: Any, changes: dict[str, object], message: str) -> None:
+    place.config |= changes
+    (problem,) = place.problems()
+    assert problem.endswith(message)
+
+
+def test_a_rule_is_silent_about_a_value_that_is_refused_anyway(place: Any) -> None:
+    place.config |= {"flux_guidance_mode": "random-range", "flux_guidance_min": 5, "flux_guidance_max": "x"}
+    assert place.problems() == ["flux_guidance_max = 'x': expected a number of at least 0."]
+
+
+def test_a_rule_spells_the_option_as_typed(place: Any) -> None:
+    assert place.problems("--learning_rate=3")[0].startswith("--learning_rate = 3: expected at most 1.")
+
+
+@pytest.fixture
+def installed(place: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes it look as if these trackers, and nothing else, were installed."""
+
+    def install(*names: str) -> None:
+        folder = place.folder / "site-packages"
+        for name in names:
+            place.write(f"site-packages/{name}/__init__.py", "")
+        for name in ("tensorboard", "wandb"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.setattr(sys, "path", [str(folder)])
+
+    return install
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_a_tracker_must_be_installed(place: Any, tracker: str, installed: Callable[..., None]) -> None:
+    installed()
+    place.config["report_to"] = tracker
+    assert place.problems() == [f"report_to = '{tracker}': {tracker} is not installed. pip install -e '.[{tracker}]'"]
+
+
+def test_a_folder_named_like_a_tracker_is_none(place: Any, installed: Callable[..., None]) -> None:
+    installed()
+    (place.folder / "site-packages" / "wandb").mkdir(parents=True)
+    place.config["report_to"] = "wandb"
+    assert "wandb is not installed" in place.problems()[0]
+
+
+@pytest.mark.parametrize("value", ["none", "tensorboard", "tensorboard,wandb", "wandb, tensorboard"])
+def test_trackers_are_a_comma_list(place: Any, value: str, installed: Callable[..., None]) -> None:
+    installed("tensorboard", "wandb")
+    place.config["report_to"] = value
+    expected = () if value == "none" else tuple(part.strip() for part in value.split(","))
+    assert place.load().config.trackers == expected
+
+
+@pytest.mark.parametrize("value", ["", "mlflow", "none,wandb", "wandb,wandb"], ids=repr)
+def test_other_trackers_are_refused(place: Any, value: str) -> None:
+    place.config["report_to"] = value
+    assert "expected none, tensorboard, wandb, or a comma list of these" in place.problems()[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "notice"),
+    [
+        ({"flux_guidance_min": 2}, "flux_guidance_min has no effect: flux_guidance_mode is constant."),
+        (
+            {"flux_guidance_mode": "random-range", "flux_guidance_value": 2},
+            "flux_guidance_value has no effect: flux_guidance_mode is random-range.",
+        ),
+        ({"flow_beta_schedule_alpha": 3}, "flow_beta_schedule_alpha has no effect: flow_use_beta_schedule is false."),
+        (
+            {"flow_schedule_shift": 2, "flow_schedule_auto_shift": True},
+            "flow_schedule_shift has no effect: flow_schedule_auto_shift is true.",
+        ),
+        (
+            {"flow_use_uniform_schedule": True, "flow_sigmoid_scale": 2},
+            "flow_sigmoid_scale has no effect: another density is chosen.",
+        ),
+        ({"huber_c": 0.2}, "huber_c has no effect: loss_type is l2."),
+        (
+            {"lr_scheduler": "constant", "lr_warmup_steps": 3},
+            "lr_warmup_steps has no effect: lr_scheduler is constant; constant_with_warmup warms up.",
+        ),
+        ({"lr_power": 1}, "lr_power has no effect: lr_scheduler is constant_with_warmup."),
+        ({"num_train_epochs": 3}, "num_train_epochs has no effect: max_train_steps is given, and wins."),
+        (
+            {"gradient_checkpointing": False, "gradient_checkpointing_interval": 2},
+            "gradient_checkpointing_interval has no effect: gradient_checkpointing is false.",
+        ),
+        (
+            {"peft_lora_target_modules": ["to_q"], "flux_lora_target": "mlp"},
+            "flux_lora_target has no effect: peft_lora_target_modules is given, and wins.",
+        ),
+        (
+            {"validation_disable": True, "validation_prompt": "x"},
+            "validation_prompt has no effect: validation_disable is true.",
+        ),
+        (
+            {"validation_negative_prompt": "x"},
+            "validation_negative_prompt has no effect: validation_guidance_real is 1.",
+        ),
+        ({"tracker_run_name": "x"}, "tracker_run_name has no effect: report_to is none."),
+        ({"num_eval_images": 3}, "num_eval_images has no effect: no dataset has dataset_type eval."),
+        ({"max_grad_norm": 0, "grad_clip_method": "value"}, "grad_clip_method has no effect: max_grad_norm is 0."),
+        (
+            {"lr_warmup_steps": 10},
+            "lr_warmup_steps = 10 is the whole run of 10 steps: the learning rate never arrives.",
+        ),
+        (
+            {"lora_alpha": 1, "lora_rank": 32},
+            "lora_alpha = 1 at rank 32 scales the adapter by 0.0312: it may learn too little to see. Without "
+            "lora_alpha the scale is 1.",
+        ),
+    ],
+    ids=lambda value: repr(value) if isinstance(value, dict) else "",
+)
+def test_what_has_no_effect_is_named(place: Any, changes: dict[str, object], notice: str) -> None:
+    place.config |= changes
+    assert place.load().notices == (notice,)
+
+
+def test_an_init_lora_decides_rank_and_alpha(place: Any) -> None:
+    place.write("start.safetensors", "")
+    place.config |= {"init_lora": "start.safetensors", "lora_rank": 8}
+    assert place.load().notices == ("lora_rank has no effect: init_lora is given, and its file decides.",)
