@@ -81,6 +81,7 @@ a poster with the words hello world in large white letters
 a map of an island with a volcano, a harbour and a lighthouse
 texture of brick, wood, fabric, leather, marble and sand
 in the foreground, in the background, on the left, on the right, in the middle, at the bottom, at the top
+a photo taken in 2024, a photo taken in 2023, a photo taken in 2022, a film of 2021
 there is nothing in this image but colour, shape, size, material and position
 """
 
