@@ -18,7 +18,7 @@ from simpletuner.base.errors import ConfigError, MemoryBudgetError, Stopped, Use
 from simpletuner.base.files import sha256_json, write_atomic, write_json
 from simpletuner.base.sizes import format_duration, format_size
 from simpletuner.config.load import Loaded
-from simpletuner.config.record import resolved
+from simpletuner.config.record import MAY_CHANGE, resolved
 from simpletuner.config.run import RunConfig
 from simpletuner.data.collate import Batch, caption_of
 from simpletuner.data.order import MicroBatch, Order
@@ -334,15 +334,18 @@ class Attempt:
             )
 
     def header(self, prepared: Prepared, source: Source, step: int) -> dict[str, str]:
-        """What a saved LoRA says about itself: no paths, nothing secret."""
+        """What a saved LoRA says about itself: no paths, nothing secret. Its fingerprints cover what decides the
+        weights, and not what a resumed run may change.
+        """
+        decisive = {name: value for name, value in resolved(self.config).items() if name not in MAY_CHANGE}
         fields = {
             "base_model": source.name,
             "licence": source.flavour.licence,
             "version": simpletuner.__version__,
             "step": str(step),
-            "config": sha256_json(resolved(self.config)),
+            "config": sha256_json(decisive),
             "datasets": sha256_json(prepared.fingerprints),
-            "run": sha256_json([source.fingerprint("transformer"), resolved(self.config), prepared.fingerprints]),
+            "run": sha256_json([source.fingerprint("transformer"), decisive, prepared.fingerprints]),
         }
         if self.config.modelspec_comment is not None:
             fields["comment"] = self.config.modelspec_comment

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from simpletuner.config.options.tracking import TrackingOptions
 from simpletuner.runs.events import Event, StepEvent, ValidationEvent
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Something that wants to know of steps and validations."""
 

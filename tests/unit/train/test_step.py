@@ -30,7 +30,7 @@ class Model(torch.nn.Module):
         self.scale = torch.nn.Parameter(torch.tensor(0.5))
         self.offset = torch.nn.Parameter(torch.tensor(0.1))
 
-    def forward(self, x: Tensor, sigma: Tensor, context: Tensor, guidance: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, _context: Tensor, guidance: Tensor) -> Tensor:
         return x * self.scale + self.offset * (sigma + guidance).reshape(-1, 1, 1, 1)
 
 
@@ -146,11 +146,11 @@ def test_a_gradient_that_is_not_finite_stops_too() -> None:
 
     class Exploding(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x):  # type: ignore[no-untyped-def]
+        def forward(_ctx, x):  # type: ignore[no-untyped-def]
             return x.clone()
 
         @staticmethod
-        def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        def backward(_ctx, gradient):  # type: ignore[no-untyped-def]
             return gradient * math.nan
 
     trained = stepper(model)

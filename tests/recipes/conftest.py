@@ -1,0 +1,135 @@
+"""Whole runs through the real command, on the embedded model."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simpletuner.cli.main import main
+from simpletuner.runs.events import read_events
+from simpletuner.runs.layout import RunDirectory
+
+HERE = Path(__file__).parent
+
+CONFIG: dict[str, Any] = {
+    "model_flavour": "tiny",
+    "output_dir": "output/run",
+    "max_train_steps": 3,
+    "train_batch_size": 1,
+    "gradient_accumulation_steps": 2,
+    "mixed_precision": "no",
+    "vae_dtype": "fp32",
+    "learning_rate": 1e-3,
+    "lr_scheduler": "constant",
+    "lora_rank": 4,
+    "tokenizer_max_length": 160,
+    "caption_dropout_probability": 0.25,
+    "checkpoint_step_interval": 1,
+    "validation_disable": True,
+    "vae_batch_size": 2,
+    "text_encoder_batch_size": 2,
+    "write_batch_size": 2,
+    "max_workers": 1,
+}
+PICTURES: dict[str, Any] = {
+    "id": "pictures",
+    "type": "local",
+    "instance_data_dir": "datasets/pictures",
+    "caption_strategy": "textfile",
+    "resolution": 64,
+    "resolution_type": "pixel_area",
+    "crop": True,
+    "crop_aspect": "preserve",
+    "crop_style": "center",
+    "cache_dir_vae": "cache/vae",
+}
+TEXT: dict[str, Any] = {"id": "text", "type": "local", "dataset_type": "text_embeds", "default": True, "cache_dir": "cache/text"}
+
+
+@dataclass
+class Workplace:
+    """A working folder as a user has one: config/, datasets/, and what runs leave."""
+
+    folder: Path
+    config: dict[str, Any] = field(default_factory=lambda: dict(CONFIG))
+    datasets: list[dict[str, Any]] = field(default_factory=lambda: [dict(PICTURES), dict(TEXT)])
+    prompts: dict[str, str] | None = None
+
+    def write(self) -> None:
+        (self.folder / "config").mkdir(exist_ok=True)
+        (self.folder / "config" / "config.json").write_text(json.dumps(self.config))
+        (self.folder / "config" / "multidatabackend.json").write_text(json.dumps(self.datasets))
+        if self.prompts is not None:
+            (self.folder / "config" / "user_prompt_library.json").write_text(json.dumps(self.prompts))
+
+    def train(self, *flags: str) -> int:
+        """`simpletuner train FLAGS` in this process; returns the exit code."""
+        self.write()
+        return main(["train", *flags])
+
+    def train_apart(self, *flags: str, kill_at: str | None = None) -> subprocess.CompletedProcess[str]:
+        """The same in a process of its own, which kills itself at `kill_at` ("text:4", "step:2", ...)."""
+        self.write()
+        command = [sys.executable, "-m", "simpletuner", "train", *flags]
+        if kill_at is not None:
+            command = [sys.executable, str(HERE / "killed.py"), kill_at, *flags]
+        return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=240, check=False)
+
+    def run(self, name: str = "run") -> RunDirectory:
+        return RunDirectory(self.folder / "output" / name)
+
+    def events(self, kind: str, name: str = "run") -> list[dict[str, Any]]:
+        return [event for event in read_events(self.run(name).events) if event["type"] == kind]
+
+    def losses(self, name: str = "run") -> list[float]:
+        """The loss of each step, of its last attempt."""
+        found = {event["step"]: event["loss"] for event in self.events("step", name)}
+        return [found[step] for step in sorted(found)]
+
+
+@pytest.fixture
+def workplace(own_folder: Path, pictures: Path) -> Workplace:
+    """A working folder with six pictures; the working folder of the test."""
+    shutil.copytree(pictures, own_folder / "datasets" / "pictures")
+    return Workplace(own_folder)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Workplace:
+    """The same run, left alone: what every interrupted one must end like."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    shutil.copytree(pictures, folder / "datasets" / "pictures")
+    place = Workplace(folder)
+    done = place.train_apart()
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+@pytest.fixture
+def same_bytes(uninterrupted: Workplace) -> Callable[[Workplace], None]:
+    """Asserts that a run ended like the uninterrupted one, bit for bit: LoRA, optimiser, caches and losses."""
+
+    def check(place: Workplace) -> None:
+        ours, theirs = place.run(), uninterrupted.run()
+        assert ours.lora.read_bytes() == theirs.lora.read_bytes()
+        for step in (1, 2, 3):
+            for name in ("pytorch_lora_weights.safetensors", "optimizer.safetensors"):
+                mine = ours.checkpoint(step) / name
+                if mine.exists():
+                    assert mine.read_bytes() == (theirs.checkpoint(step) / name).read_bytes()
+        assert place.losses() == uninterrupted.losses()
+        for cache in ("vae", "text"):
+            found = tensors_below(place.folder / "cache" / cache)
+            assert found == tensors_below(uninterrupted.folder / "cache" / cache)
+
+    return check
+
+
+def tensors_below(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}

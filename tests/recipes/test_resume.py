@@ -1,0 +1,139 @@
+"""Killed, stopped, damaged, repeated: a run ends with the bits of one that was left alone."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.recipes.conftest import Workplace
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["scan:3", "text:2", "text:4", "latents:2", "step:1", "step:2", "checkpoint:2", "checkpoint:1"])
+def test_killed_at_any_moment_and_started_again_it_ends_the_same(
+    workplace: Workplace, same_bytes: Callable[[Workplace], None], moment: str
+) -> None:
+    killed = workplace.train_apart(kill_at=moment)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    again = workplace.train_apart()
+    assert again.returncode == 0, again.stderr
+    same_bytes(workplace)
+    assert not list(workplace.run().checkpoints.glob(".tmp-*"))
+
+
+def test_more_steps_go_on_from_the_end(workplace: Workplace, same_bytes: Callable[[Workplace], None]) -> None:
+    assert workplace.train("--max_train_steps=1") == 0
+    assert workplace.train("--max_train_steps=3") == 0
+    assert [event["resumed_from"] for event in workplace.events("run")] == [None, 1]
+    same_bytes(workplace)
+
+
+def test_a_finished_run_says_so(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert workplace.train("--max_train_steps=1") == 0
+    before = workplace.run().lora.stat().st_mtime_ns
+    assert workplace.train("--max_train_steps=1") == 0
+    assert "This run is finished: 1 steps" in capsys.readouterr().out
+    assert workplace.run().lora.stat().st_mtime_ns == before
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_notice(
+    workplace: Workplace, same_bytes: Callable[[Workplace], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert workplace.train("--max_train_steps=2") == 0
+    victim = workplace.run().checkpoint(2) / "optimizer.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-1] + b"\0")
+    workplace.run().lora.unlink()
+    assert workplace.train() == 0
+    assert "step-000002 is damaged and passed over: optimizer.safetensors does not have" in capsys.readouterr().out
+    assert [event["state"] for event in workplace.events("checkpoint")].count("damaged") == 1
+    same_bytes(workplace)
+
+
+def test_all_damaged_is_an_error_and_not_a_fresh_start(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert workplace.train("--max_train_steps=1") == 0
+    (workplace.run().checkpoint(1) / "state.json").write_text("{}")
+    assert workplace.train() == 6
+    assert "all 1 checkpoints" in capsys.readouterr().err
+
+
+def test_another_setting_is_refused_by_name(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert workplace.train("--max_train_steps=1") == 0
+    assert workplace.train("--learning_rate=1e-4", "--lora_rank=8", "--checkpoint_step_interval=7") == 6
+    error = capsys.readouterr().err
+    assert "learning_rate, lora_rank" in error
+    assert "checkpoint_step_interval" not in error
+    assert "resume_from_checkpoint=''" in error
+
+
+def test_another_caption_is_refused(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert workplace.train("--max_train_steps=1") == 0
+    (workplace.folder / "datasets" / "pictures" / "picture-0.txt").write_text("something else")
+    assert workplace.train() == 6
+    assert "pictures: pictures, captions, crops or repeats have changed" in capsys.readouterr().err
+
+
+def test_starting_over_needs_another_folder(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert workplace.train("--max_train_steps=1") == 0
+    assert workplace.train("--resume_from_checkpoint=") == 6
+    assert "already holds a run" in capsys.readouterr().err
+    assert workplace.train("--max_train_steps=1", "--resume_from_checkpoint=", "--output_dir=output/other") == 0
+
+
+def test_a_run_goes_on_from_a_named_checkpoint(workplace: Workplace, same_bytes: Callable[[Workplace], None]) -> None:
+    assert workplace.train("--max_train_steps=2") == 0
+    workplace.run().lora.unlink()
+    assert workplace.train("--resume_from_checkpoint=output/run/checkpoints/step-000001") == 0
+    same_bytes(workplace)
+
+
+def test_the_second_of_two_runs_in_one_folder_is_refused(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    workplace.run().create()
+    with workplace.run().lock():
+        assert workplace.train() == 6
+    assert f"in use by process {os.getpid()}" in capsys.readouterr().err
+
+
+def test_old_checkpoints_go_and_the_limit_stays(workplace: Workplace) -> None:
+    assert workplace.train("--checkpoints_total_limit=1") == 0
+    assert [path.name for path in workplace.run().checkpoints.iterdir()] == ["step-000003"]
+    assert [(e["step"], e["state"]) for e in workplace.events("checkpoint")] == [
+        (1, "saved"), (2, "saved"), (1, "pruned"), (3, "saved"), (2, "pruned"),
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["signal", "file"])
+def test_a_stop_saves_and_says_how_to_go_on(
+    workplace: Workplace, same_bytes: Callable[[Workplace], None], how: str
+) -> None:
+    workplace.config["checkpoint_step_interval"] = 100
+    workplace.write()
+    flags = ("--max_train_steps=400",)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "simpletuner", "train", *flags],
+        cwd=workplace.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not workplace.events("step") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if how == "signal":
+            process.send_signal(signal.SIGTERM)
+        else:
+            (workplace.run().control / "stop").touch()
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75, error
+    assert "same command again to go on" in error
+    end = workplace.events("end")[-1]
+    assert (end["reason"], end["exit_code"]) == ("stopped", 75)
+    steps = end["step"]
+    assert [event["step"] for event in workplace.events("checkpoint")] == [steps]
+    if steps < 3:
+        assert workplace.train_apart().returncode == 0
+        same_bytes(workplace)
