@@ -1,6 +1,6 @@
 """Many small pictures with words, on one sheet: the crops of a set, or validation pictures over the steps of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 from PIL import Image, ImageDraw, ImageFont
@@ -11,6 +11,8 @@ TEXT_PX = 15
 LINE_PX = 20
 MAX_LINES = 6
 """Longer text ends in an ellipsis."""
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 PAPER, INK, EMPTY = "white", "#222222", "#eeeeee"
 
@@ -33,6 +35,8 @@ def contact_sheet(
     """
     font = ImageFont.load_default(TEXT_PX)
     thumbs = [[None if image is None else _shrunk(image, cell_px) for image in row] for row in cells]
+    widest = max((thumb.width for row in thumbs for thumb in row if thumb), default=0)
+    cell_px = min(cell_px, max(widest, LABEL_WIDTH_PX))
     texts = [
         [_wrapped(text, cell_px, font) for text in (captions[row] if captions else [""] * len(cells[row]))]
         for row in range(len(cells))
@@ -43,7 +47,7 @@ def contact_sheet(
     top = GAP_PX + (max(map(_height, heads)) + GAP_PX if any(column_labels) else 0)
     picture_heights = [max((thumb.height for thumb in row if thumb), default=LINE_PX * MAX_LINES) for row in thumbs]
     heights = [
-        max(height + max(map(_height, row), default=0), _height(side)) + GAP_PX
+        max(height + max(map(_height, row), default=0), _height(side)) + 2 * GAP_PX
         for height, row, side in zip(picture_heights, texts, sides, strict=True)
     ]
     tops = list(accumulate(heights, initial=top))
@@ -78,25 +82,30 @@ def _height(lines: Sequence[str]) -> int:
     return LINE_PX * len(lines)
 
 
-def _wrapped(text: str, width_px: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+def _wrapped(text: str, width_px: int, font: Font) -> list[str]:
     """`text` in lines of at most `width_px`, broken at spaces where there are any."""
     lines: list[str] = []
     for paragraph in text.splitlines():
         line = ""
-        for word in paragraph.split():
-            line = f"{line} {word}" if line else word
-            while font.getlength(line) > width_px:
-                fits = len(line)
-                while fits > 1 and font.getlength(line[:fits]) > width_px:
-                    fits -= 1
-                cut = line.rfind(" ", 1, fits + 1)
-                cut = fits if cut < 0 else cut
-                lines.append(line[:cut])
-                line = line[cut:].lstrip()
-                if len(line) == 0 or fits == 1:
-                    break
+        for piece in _pieces(paragraph, width_px, font):
+            longer = f"{line} {piece}" if line else piece
+            if line and font.getlength(longer) > width_px:
+                lines.append(line)
+                line = piece
+            else:
+                line = longer
         if line:
             lines.append(line)
-    if len(lines) > MAX_LINES:
-        lines = [*lines[: MAX_LINES - 1], lines[MAX_LINES - 1] + " …"]
-    return lines
+    return lines if len(lines) <= MAX_LINES else [*lines[: MAX_LINES - 1], lines[MAX_LINES - 1] + " …"]
+
+
+def _pieces(paragraph: str, width_px: int, font: Font) -> Iterator[str]:
+    """The words of a paragraph; one that is wider than a line comes in several."""
+    for word in paragraph.split():
+        rest = word
+        while len(rest) > 1 and font.getlength(rest) > width_px:
+            # Upwards: a measurement takes as long as its text.
+            fits = next(n for n in range(1, len(rest)) if font.getlength(rest[: n + 1]) > width_px)
+            yield rest[:fits]
+            rest = rest[fits:]
+        yield rest

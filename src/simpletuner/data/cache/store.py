@@ -79,7 +79,7 @@ class Store:
             DiskError: no space.
         """
         own = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-        header = json.dumps({**metadata, "sha256": _checksum(own)}, sort_keys=True)
+        header = json.dumps({**metadata, "sha256": _checksum(own, metadata)}, sort_keys=True)
         # Not flushed to the disk file by file: that is slow, and what a power cut tears is found by the
         # checksum.
         write_atomic(self.path(key), safetensors.torch.save(own, {HEADER_KEY: header}), sync=False)
@@ -112,14 +112,14 @@ def _verified(data: bytes) -> dict[str, Tensor] | None:
         tensors = safetensors.torch.load(data)
         length = int.from_bytes(data[:8], "little")
         header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][HEADER_KEY])
-        return tensors if header["sha256"] == _checksum(tensors) else None
+        return tensors if header.pop("sha256") == _checksum(tensors, header) else None
     except (SafetensorError, ValueError, KeyError, TypeError):
         return None
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, formats, shapes and bytes."""
-    digest = hashlib.sha256()
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """sha256 over the metadata, and the tensors' names, formats, shapes and bytes."""
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

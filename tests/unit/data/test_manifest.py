@@ -1,0 +1,210 @@
+"""A scan as a whole: what is trained, what is left out and why, and what a second scan reads again."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from simpletuner.base.errors import DataError
+from simpletuner.config.datasets import ImageSet
+from simpletuner.data.manifest import Manifest, prompts_of, rejection_counts, scan
+
+Scanned = Callable[..., Manifest]
+Save = Callable[..., Path]
+
+
+def test_every_odd_file_has_its_reason_and_the_rest_is_trained(folder: Path, save: Save, scanned: Scanned) -> None:
+    captioned = {"good.jpg": "a barn", "turned.jpg": "on its side", "cmyk.jpg": "printed", "clear.png": "clear"}
+    save("good.jpg", (100, 80))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save("turned.jpg", (100, 80), exif=exif)
+    Image.new("CMYK", (80, 64)).save(folder / "cmyk.jpg")
+    Image.new("RGBA", (80, 64), (0, 0, 0, 0)).save(folder / "clear.png")
+    for name, caption in captioned.items():
+        (folder / name).with_suffix(".txt").write_text(caption, encoding="utf-8")
+    whole = save("half.jpg", (640, 640)).read_bytes()
+    (folder / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "zero.png").touch()
+    (folder / "words.png").write_text("not a picture", encoding="utf-8")
+    (folder / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    save("silent.png")
+    save("latin1.png")
+    (folder / "latin1.txt").write_bytes(b"caf\xe9")
+    save("small.png", (40, 40))
+    (folder / "small.txt").write_text("small", encoding="utf-8")
+    (folder / "clip.mp4").touch()
+    (folder / "orphan.txt").write_text("whose?", encoding="utf-8")
+
+    found = scanned(caption_strategy="textfile", minimum_image_size=64)
+
+    assert [sample.name for sample in found.samples] == ["clear.png", "cmyk.jpg", "good.jpg", "turned.jpg"]
+    assert found.samples[3].width == 80
+    assert found.samples[3].height == 100
+    assert {(r.name, r.reason) for r in found.rejections} == {
+        ("half.jpg", "truncated"),
+        ("zero.png", "empty file"),
+        ("words.png", "not an image"),
+        ("clip.mp4", "not an image"),
+        ("phone.heic", "HEIC needs a plug-in"),
+        ("silent.png", "no caption"),
+        ("latin1.png", "caption is not UTF-8"),
+        ("small.png", "below minimum_image_size"),
+    }
+    assert found.summary()["rejected"]["not an image"] == 2
+    assert json.loads(json.dumps(found.summary()))["pictures"] == 4
+    said = "\n".join(found.notices)
+    assert "1 of 4 pictures have transparency, which is laid on white (clear.png)" in said
+    assert "1 caption files have no picture (orphan.txt)" in said
+    assert str(folder) not in json.dumps(found.summary())
+
+
+def test_two_pictures_with_one_stem_share_a_caption_and_nothing_else(
+    folder: Path, save: Save, scanned: Scanned
+) -> None:
+    save("a.png", colour="red")
+    save("a.webp", colour="blue")
+    (folder / "a.txt").write_text("one\ntwo", encoding="utf-8")
+    found = scanned(caption_strategy="textfile")
+    assert [sample.captions for sample in found.samples] == [("one", "two")] * 2
+    assert len({sample.content for sample in found.samples}) == 2
+    assert prompts_of([found]) == ["one", "two"]
+
+
+def test_a_set_that_ends_empty_shows_the_counts(folder: Path, scanned: Scanned) -> None:
+    with pytest.raises(DataError, match="holds no pictures"):
+        scanned()
+    for name in ("a.png", "b.png", "c.png", "d.png"):
+        (folder / name).touch()
+    (folder / "e.pdf").touch()
+    with pytest.raises(DataError, match=r"4 empty file \(a.png, b.png, c.png, …\); 1 not an image \(e.pdf\)"):
+        scanned()
+
+
+def test_a_missing_folder_is_an_error(folder: Path, scanned: Scanned) -> None:
+    folder.rmdir()
+    with pytest.raises(DataError, match="no such folder: expected a folder of pictures"):
+        scanned()
+
+
+def test_a_second_scan_reads_only_what_changed(save: Save, make_set: Callable[..., ImageSet]) -> None:
+    """What is known is reported at once, before anything is read."""
+    known: list[int] = []
+
+    def again() -> Manifest:
+        told: list[int] = []
+        found = scan(make_set(), seed=1, workers=2, report=lambda done, _total: told.append(done))
+        known.append(told[0])
+        return found
+
+    for name in ("a.png", "b.png", "c.png"):
+        save(name)
+    save("bad.png").write_bytes(b"bad")
+    first = again()
+    assert again() == first
+    assert known == [0, 4]
+    save("b.png", colour="red")
+    save("d.png")
+    assert again().fingerprint != first.fingerprint
+    assert known == [0, 4, 3]
+    # A file replaced by one of the same size and date is noticed, by the time its status changed.
+    path = save("c.png")
+    os.utime(path, ns=(0, 0))
+    again()
+    path.write_bytes(path.read_bytes()[::-1])
+    os.utime(path, ns=(0, 0))
+    assert rejection_counts(again().rejections) == {"not an image": 2}
+    assert known == [0, 4, 3, 4, 4]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 0, "files": {"a.png": {}}}'])
+def test_an_index_that_is_no_use_is_made_again(
+    save: Save, scanned: Scanned, make_set: Callable[..., ImageSet], text: str
+) -> None:
+    save("a.png")
+    first = scanned()
+    (path,) = Path(make_set().cache_dir_vae).glob("scan-*.json")
+    whole = path.read_bytes()
+    path.write_text(text, encoding="utf-8")
+    assert scanned() == first
+    assert path.read_bytes() == whole
+
+
+def test_a_changed_caption_is_noticed(folder: Path, save: Save, scanned: Scanned) -> None:
+    save("a.png")
+    (folder / "a.txt").write_text("before", encoding="utf-8")
+    first = scanned(caption_strategy="textfile")
+    (folder / "a.txt").write_text("after", encoding="utf-8")
+    second = scanned(caption_strategy="textfile")
+    assert second.samples[0].captions == ("after",)
+    assert second.fingerprint != first.fingerprint
+
+
+def test_the_fingerprint_does_not_know_where_the_files_lie(
+    tmp_path: Path, folder: Path, save: Save, scanned: Scanned
+) -> None:
+    save("a.png")
+    first = scanned()
+    folder.rename(tmp_path / "moved")
+    moved = scanned(instance_data_dir=str(tmp_path / "moved"))
+    assert moved.fingerprint == first.fingerprint
+    assert scanned(instance_data_dir=str(tmp_path / "moved"), repeats=1).fingerprint != first.fingerprint
+
+
+def test_max_num_samples_is_a_draw_that_a_new_picture_hardly_disturbs(save: Save, scanned: Scanned) -> None:
+    for number in range(20):
+        save(f"{number:02}.png", colour=f"rgb({number}, 0, 0)")
+    first = scanned(max_num_samples=8)
+    chosen = {sample.name for sample in first.samples}
+    assert len(chosen) == 8
+    assert rejection_counts(first.rejections) == {"beyond max_num_samples": 12}
+    assert {sample.name for sample in scanned(max_num_samples=8, seed=1).samples} != chosen
+    save("new.png", colour="white")
+    assert len(chosen - {sample.name for sample in scanned(max_num_samples=8).samples}) <= 1
+    assert len(scanned(max_num_samples=80).samples) == 21
+
+
+def test_buckets_hold_every_sample_once(save: Save, scanned: Scanned) -> None:
+    for name, size in {"a": (64, 64), "b": (128, 64), "c": (65, 64), "d": (64, 128)}.items():
+        save(f"{name}.png", size)
+    found = scanned()
+    assert found.buckets == {(48, 80): [3], (64, 64): [0, 2], (80, 48): [1]}
+
+
+def test_what_a_person_should_know_is_said_once(save: Save, scanned: Scanned) -> None:
+    save("large.png", (300, 200))
+    save("small.png", (32, 32))
+    said = scanned(crop=True, maximum_image_size=64, caption_strategy="textfile", instance_prompt="x").notices
+    assert said == (
+        "photos: 1 of 2 pictures are enlarged to reach `resolution`, by up to ×2.00 (small.png).",
+        "photos: 1 of 2 pictures are above maximum_image_size, which changes nothing: 64² pixels would not cover "
+        "what is trained of them (large.png).",
+        "photos: 2 of 2 pictures have no caption of their own and use instance_prompt, 'x' (large.png, small.png).",
+    )
+
+
+def test_progress_counts_to_the_end(save: Save, make_set: Callable[..., ImageSet]) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        save(name)
+    told: list[tuple[int, int]] = []
+    scan(make_set(), seed=1, workers=2, report=lambda done, total: told.append((done, total)))
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+def test_a_picture_that_cannot_be_read_is_rejected(
+    save: Save, scanned: Scanned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save("a.png")
+    locked = save("locked.png")
+    really = Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:  # root reads everything, so the refusal is made here
+        if path == locked:
+            raise PermissionError(13, "Permission denied")
+        return really(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    assert rejection_counts(scanned().rejections) == {"unreadable": 1}

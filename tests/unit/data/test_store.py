@@ -1,0 +1,92 @@
+"""Cache files: the same bytes for the same content, whole or absent, checked when read."""
+
+import errno
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from simpletuner.base.errors import DataError, DiskError
+from simpletuner.data.cache.store import Store, check_all
+
+KEY = "ab" + "0" * 62
+TENSORS = {
+    "rows": torch.arange(6, dtype=torch.float32).reshape(2, 3),
+    "half": torch.tensor([-0.0, float("inf")], dtype=torch.bfloat16),
+    "length": torch.tensor(512),
+}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    store = Store(tmp_path / "cache")
+    store.write(KEY, TENSORS, {"kind": "test", "prompt": "a — b"})
+    return store
+
+
+def test_what_is_read_is_what_was_written(store: Store) -> None:
+    found = store.read(KEY)
+    assert found.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    assert torch.signbit(found["half"][0])
+    assert store.check(KEY) == "sound"
+    assert store.path(KEY).parent.name == "ab"
+
+
+def test_other_programs_can_read_it(store: Store) -> None:
+    with safe_open(store.path(KEY), "pt") as file:
+        assert torch.equal(file.get_tensor("rows"), TENSORS["rows"])
+        assert '"kind": "test"' in file.metadata()["simpletuner"]
+
+
+def test_the_same_content_is_the_same_bytes(store: Store, tmp_path: Path) -> None:
+    other = Store(tmp_path / "other")
+    strided = TENSORS | {"rows": TENSORS["rows"].T.contiguous().T}
+    other.write(KEY, dict(reversed(strided.items())), {"prompt": "a — b", "kind": "test"})
+    assert other.path(KEY).read_bytes() == store.path(KEY).read_bytes()
+
+
+def test_any_damage_is_found_and_removed(store: Store) -> None:
+    """Each byte of the file in turn; also a missing and an extra end."""
+    whole = store.path(KEY).read_bytes()
+    damaged = [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(len(whole))]
+    for at, data in enumerate([*damaged, whole[:-1], whole + b"\0", b"", b"\xff" * 100]):
+        store.path(KEY).write_bytes(data)
+        assert store.check(KEY) == "damaged", at
+        assert store.check(KEY) == "missing", at
+
+
+def test_reading_what_is_not_there_names_the_file(store: Store) -> None:
+    with pytest.raises(DataError, match="is missing"):
+        store.read("cd" + "0" * 62)
+    store.path(KEY).write_bytes(b"damaged")
+    with pytest.raises(DataError, match="is damaged, and was removed"):
+        store.read(KEY)
+    assert not store.has(KEY)
+    assert check_all([(store, KEY)] * 3) == ["missing"] * 3
+
+
+def test_half_written_files_of_the_dead_are_swept(store: Store) -> None:
+    fresh, old = (store.path(KEY).with_name(f".{name}.part") for name in ("fresh", "old"))
+    fresh.touch()
+    old.touch()
+    os.utime(old, (time.time() - 7200,) * 2)
+    store.sweep()
+    assert fresh.exists()
+    assert not old.exists()
+    assert store.has(KEY)
+
+
+def test_a_full_disk_says_so_and_leaves_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(DiskError, match="No space left"):
+        store.write("cd" + "0" * 62, TENSORS, {})
+    assert [path for path in store.folder.rglob("*") if path.is_file()] == [store.path(KEY)]
