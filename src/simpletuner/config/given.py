@@ -1,6 +1,6 @@
 """Keys as they were given, from whichever source, held against a model: what is valid, and every problem."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -35,6 +35,13 @@ class Known:
     later_values: dict[str, dict[str, str]]
     aliases: Mapping[str, str] = field(default_factory=dict)
     noun: str = "option"
+    nicknames: Mapping[str, str] = field(default_factory=dict)
+    """What people say elsewhere for a key, to be suggested and not accepted."""
+
+    elsewhere: Collection[str] = ()
+    """Keys that belong into another place, which is `other_place`."""
+
+    other_place: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -131,7 +138,9 @@ def _refused(model: type[Slice], values: dict[str, Any]) -> list[str]:
 
 
 def _unknown(label: str, key: str, given: Given, known: Known) -> Problem:
-    near = nearest(key, known.names)
+    if key in known.elsewhere and key not in known.nicknames:
+        return Problem(f"{label}: no such {known.noun}", remedy=f"It belongs into {known.other_place}.")
+    near = known.nicknames.get(key) or nearest(key, known.names)
     if near is None:
         return Problem(f"{label}: no such {known.noun}")
     spelled = _spelled_like(given, near)
@@ -155,7 +164,11 @@ def _not_expected(where: str, given: Given, kind: Kind) -> Problem:
     if given.value is True and given.origin == "flag":
         return Problem(f"{given.spelled} has no value", kind.expects)
     value = _read(given, kind)
-    remedy = "Write it without quotes." if is_quoted_number(value, kind) else ""
+    remedy = ""
+    if is_quoted_number(value, kind):
+        remedy = "Write it without quotes."
+    elif isinstance(value, str) and is_quoted_number(value.replace(",", "."), kind):
+        remedy = "Write a point, not a comma."
     near = nearest(value, kind.choices) if isinstance(value, str) else None
     if near is not None and len(kind.choices) > 4:  # a short list is its own suggestion
         remedy = f"Did you mean {near}?"

@@ -12,10 +12,26 @@ from simpletuner.config.documents import read_document
 from simpletuner.config.given import Checked, Given, Known, check
 from simpletuner.config.options.kinds import Slice
 from simpletuner.config.paths import filled, joined
+from simpletuner.config.run import OPTION_NAMES
 from simpletuner.config.values import kinds, listed, nearest, shown
 
-IMAGE_SET = Known(ImageSet, later.SET_KEYS, later.SET_VALUES, noun="key of an image set")
-TEXT_STORE = Known(TextStore, later.STORE_KEYS, later.STORE_VALUES, noun="key of a text store")
+IMAGE_SET = Known(
+    ImageSet,
+    later.SET_KEYS,
+    later.SET_VALUES,
+    noun="key of an image set",
+    nicknames={"cache_dir": "cache_dir_vae"},
+    elsewhere=OPTION_NAMES,
+    other_place="the config",
+)
+TEXT_STORE = Known(
+    TextStore,
+    later.STORE_KEYS,
+    later.STORE_VALUES,
+    noun="key of a text store",
+    elsewhere=ImageSet.model_fields,
+    other_place="an image set",
+)
 DATASET_TYPES = ("image", "eval", "text_embeds")
 
 _SIZE_KEYS = ("resolution", "minimum_image_size", "maximum_image_size", "target_downsample_size")

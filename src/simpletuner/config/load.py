@@ -7,7 +7,7 @@ from typing import Any
 
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.config import later
-from simpletuner.config.datasets import Datasets
+from simpletuner.config.datasets import Datasets, ImageSet
 from simpletuner.config.documents import read_document
 from simpletuner.config.flags import Flags, parse
 from simpletuner.config.given import ORIGINS, Checked, Given, Known, Origin, check, unaliased
@@ -25,7 +25,29 @@ ALIASES = {
     "flow_use_beta_schedule_alpha": "flow_beta_schedule_alpha",
     "flow_use_beta_schedule_beta": "flow_beta_schedule_beta",
 }
-RUN = Known(RunConfig, later.OPTIONS, later.OPTION_VALUES, ALIASES)
+NICKNAMES = {
+    "alpha": "lora_alpha",
+    "batch_size": "train_batch_size",
+    "dim": "lora_rank",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "max_steps": "max_train_steps",
+    "model": "pretrained_model_name_or_path",
+    "network_alpha": "lora_alpha",
+    "network_dim": "lora_rank",
+    "rank": "lora_rank",
+    "steps": "max_train_steps",
+    "target": "flux_lora_target",
+}
+RUN = Known(
+    RunConfig,
+    later.OPTIONS,
+    later.OPTION_VALUES,
+    ALIASES,
+    nicknames=NICKNAMES,
+    elsewhere=ImageSet.model_fields,
+    other_place="multidatabackend.json, with each set of pictures",
+)
 
 ENVIRONMENT_PREFIX = "SIMPLETUNER_"
 CONFIG_NAMES = ("config.json", "config.toml")
@@ -133,6 +155,8 @@ def _chosen(flags: Flags, folder: Path, environ: Mapping[str, str]) -> Path | No
         raise ConfigError.of(f"{both} are given", "one of them, since each says which config is read")
     if "config" in named:
         path = Path(joined(folder, named["config"]))
+        if path.is_dir():
+            raise ConfigError.of(f"--config {named['config']}: this is a folder", "the config file in it")
         if not path.is_file():
             raise ConfigError.of(f"--config {named['config']}: no such file")
         return path

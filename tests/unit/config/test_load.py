@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from simpletuner.base.errors import ConfigError
-from simpletuner.config.load import load
+from simpletuner.config.load import ALIASES, NICKNAMES, RUN, load
+from simpletuner.config.run import OPTION_NAMES
 
 # `place` is a working folder whose configuration is right: see conftest.py.
 
@@ -80,7 +81,7 @@ def test_nothing_else_is_a_boolean(problem_of: Callable[..., str], value: object
         ("flux_lora_target", "al", "flux_lora_target = 'al': expected all, attention, mlp or tiny."),
         ("mixed_precision", "BF16", "mixed_precision = 'BF16': expected no, bf16 or fp16."),
         ("output_dir", "", "output_dir = '': expected a path."),
-        ("seed", -1, "seed = -1: expected a whole number of at least 0."),
+        ("seed", -1, "seed = -1: expected a whole number from 0 to 2^63 - 1."),
         ("lora_dropout", 1, "lora_dropout = 1: expected a number of at least 0 and below 1."),
     ],
 )
@@ -123,6 +124,35 @@ def test_an_unknown_key_is_answered_with_the_nearest(problem_of: Callable[..., s
     assert problem_of(**{typo: 1}) == f"{typo}: no such option. Did you mean {meant}?"
 
 
+@pytest.mark.parametrize(
+    ("word", "meant"), [("lr", "learning_rate"), ("rank", "lora_rank"), ("batch_size", "train_batch_size")]
+)
+def test_what_other_programs_say_is_understood_but_not_accepted(
+    problem_of: Callable[..., str], word: str, meant: str
+) -> None:
+    assert problem_of(**{word: 1}) == f"{word}: no such option. Did you mean {meant}?"
+
+
+def test_every_nickname_means_something_real() -> None:
+    assert set(NICKNAMES.values()) | set(ALIASES.values()) <= set(OPTION_NAMES)
+    assert not set(NICKNAMES) & set(RUN.names)
+
+
+def test_a_key_of_the_other_file_is_sent_there(place: Any) -> None:
+    place.config["repeats"] = 1
+    place.datasets[0]["lora_rank"] = 8
+    place.datasets[1]["repeats"] = 8
+    assert place.problems() == [
+        "repeats: no such option. It belongs into multidatabackend.json, with each set of pictures.",
+        "config/multidatabackend.json, cats: lora_rank: no such key of an image set. It belongs into the config.",
+        "config/multidatabackend.json, text: repeats: no such key of a text store. It belongs into an image set.",
+    ]
+
+
+def test_a_decimal_comma_is_seen(place: Any) -> None:
+    assert place.problems("--learning_rate=0,001")[0].endswith("Write a point, not a comma.")
+
+
 def test_a_key_like_no_other_gets_no_guess(problem_of: Callable[..., str]) -> None:
     assert problem_of(zebra=1) == "zebra: no such option."
 
@@ -142,7 +172,7 @@ def test_numbers_from_flags_and_environment_are_exact(place: Any) -> None:
     loaded = place.load("--learning_rate", "5e-5", "--lora_alpha=8", environ={"SIMPLETUNER_SEED": "007"})
     assert (loaded.config.learning_rate, loaded.config.lora_alpha, loaded.config.seed) == (5e-5, 8.0, 7)
     assert place.problems("--seed=1.0", "--lora_rank=1_6", "--learning_rate=1e-4x", "--lora_alpha=nan") == [
-        "--seed = '1.0': expected a whole number of at least 0.",
+        "--seed = '1.0': expected a whole number from 0 to 2^63 - 1.",
         "--lora_rank = '1_6': expected a whole number of at least 1.",
         "--learning_rate = '1e-4x': expected a number above 0.",
         "--lora_alpha = 'nan': expected a number above 0.",
@@ -247,6 +277,9 @@ def test_a_config_may_be_named(place: Any) -> None:
     place.write("elsewhere/my.json", {"model_flavour": "tiny", "seed": 5})
     place.write("elsewhere/multidatabackend.json", place.datasets)
     assert place.load("--config", "elsewhere/my.json").config.seed == 5
+    assert place.problems("--config=elsewhere") == [
+        "--config elsewhere: this is a folder: expected the config file in it."
+    ]
     assert place.problems("--config=nope.json", "--lora_rnak=1") == [
         "--config nope.json: no such file.",
         "--lora_rnak: no such option. Did you mean --lora_rank?",
