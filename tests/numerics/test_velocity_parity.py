@@ -14,9 +14,7 @@ from simpletuner.flux2.transformer import Flux2Transformer
 WITHOUT_GUIDANCE = TransformerSpec(**{**vars(SPEC), "guidance_embeds": False})
 
 
-def pair(
-    spec: TransformerSpec, dtype: torch.dtype = torch.float32
-) -> tuple[Flux2Transformer, torch.nn.Module]:
+def pair(spec: TransformerSpec, dtype: torch.dtype = torch.float32) -> tuple[Flux2Transformer, torch.nn.Module]:
     """Our transformer and diffusers', same weights, norms not at their initial ones."""
     from diffusers import Flux2Transformer2DModel
 
@@ -70,15 +68,13 @@ def test_velocity_in_fp32(spec: TransformerSpec, height: int, width: int, length
         ((0.5, 0.5), (4.0, 4.0)),
     ):
         sigma, guidance = torch.tensor(sigmas), torch.tensor(scales)
-        expected = asked_of_diffusers(
-            theirs, latents, sigma, context, guidance if spec.guidance_embeds else None
-        )
+        expected = asked_of_diffusers(theirs, latents, sigma, context, guidance if spec.guidance_embeds else None)
         assert relative(Denoiser(ours)(latents, sigma, context, guidance), expected) <= 1e-5
 
 
 @torch.no_grad()
 def test_velocity_in_bf16() -> None:
-    """2 %: bf16 keeps 8 bits, and the two round at different places in 8 blocks. Each is as near to fp32."""
+    """Both round at the same places. 4e-3, one step of bf16, is left to kernels of other machines."""
     ours, theirs = pair(SPEC, torch.bfloat16)
     exact, _ = pair(SPEC)
     latents, context = draw(4, 6, 32, batch=2)
@@ -89,8 +85,8 @@ def test_velocity_in_bf16() -> None:
     half = [tensor.bfloat16() for tensor in (latents, sigma, context, guidance)]
     expected = asked_of_diffusers(theirs, *half)
     reference = Denoiser(exact)(latents, sigma, context, guidance)
-    assert relative(found, expected) <= 2e-2
-    assert relative(found, reference) <= max(1.2 * relative(expected, reference), 1e-2)
+    assert relative(found, expected) <= 4e-3
+    assert relative(found, reference) <= 5e-2  # what bf16 costs over eight blocks, in both
 
 
 @torch.no_grad()
