@@ -124,9 +124,11 @@ def _cache(loaded: Loaded, request: Request) -> tuple[dict[str, Any], str]:
     from simpletuner.train.prepare import prepare
     from simpletuner.train.report import Reporter
 
-    reporter = Reporter(out=sys.stderr if request.as_json else sys.stdout)
-    source = locate(loaded.config, report=reporter.say)
-    prepared = prepare(loaded, source, torch.device("cuda" if torch.cuda.is_available() else "cpu"), reporter)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # JSON has standard output to itself.
+    with contextlib.redirect_stdout(sys.stderr) if request.as_json else contextlib.nullcontext():
+        reporter = Reporter()
+        prepared = prepare(loaded, locate(loaded.config, report=reporter.say), device, reporter)
     manifests = (*prepared.train, *prepared.held_out)
     return {"sets": [manifest.summary() for manifest in manifests]}, "The caches are filled."
 

@@ -1,0 +1,112 @@
+"""`simpletuner dataset`, as it is typed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from simpletuner.base.errors import ConfigError, DataError
+from simpletuner.cli.dataset import run
+
+
+@pytest.fixture
+def project(own_folder: Path, pictures: Path) -> Path:
+    """A folder as the quickstart describes it, on the embedded model and at 128 pixels."""
+    shutil.copytree(pictures, own_folder / "datasets" / "my-dataset")
+    (own_folder / "config").mkdir()
+    config = {"model_flavour": "tiny", "output_dir": "out", "max_train_steps": 10, "validation_disable": True}
+    datasets = [
+        {
+            "id": "my-dataset",
+            "type": "local",
+            "instance_data_dir": "datasets/my-dataset",
+            "caption_strategy": "textfile",
+            "resolution": 128,
+            "cache_dir_vae": "cache/vae",
+            "repeats": 1,
+        },
+        {"id": "text", "type": "local", "dataset_type": "text_embeds", "default": True, "cache_dir": "cache/text"},
+    ]
+    for name, value in {"config.json": config, "multidatabackend.json": datasets}.items():
+        (own_folder / "config" / name).write_text(json.dumps(value), encoding="utf-8")
+    (own_folder / "datasets" / "my-dataset" / "broken.jpg").write_bytes(b"broken")
+    return own_folder
+
+
+@pytest.mark.usefixtures("project")
+def test_scan_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["scan"]) == 0
+    text = capsys.readouterr().out
+    assert "6 pictures, each seen 2 times (repeats = 1): 12 visits an epoch" in text
+    assert "    size     pictures\n    96x176   1\n" in text
+    assert "left out: 1 not an image\n" in text
+    assert "    broken.jpg  not an image  no picture format that is read here\n" in text
+
+
+@pytest.mark.usefixtures("project")
+def test_scan_as_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["scan", "--json", "--seed", "7"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["sets"]
+    assert found["pictures"] == 6
+    assert found["rejected"] == {"not an image": 1}
+    assert {"width": 96, "height": 176, "pictures": 1} in found["buckets"]
+
+
+def test_show_draws_the_crops(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["show"]) == 0
+    assert "my-dataset: 6 crops in out/dataset-my-dataset.png" in capsys.readouterr().out
+    with Image.open(project / "out" / "dataset-my-dataset.png") as sheet:
+        whole = sheet.size
+    assert run(["show", "--json", "--out=elsewhere", "--count", "2", "--set", "my-dataset"]) == 0
+    (shown,) = json.loads(capsys.readouterr().out)["sheets"]
+    assert shown == {"id": "my-dataset", "path": "elsewhere/dataset-my-dataset.png", "pictures": 2}
+    with Image.open(project / shown["path"]) as sheet:
+        assert sheet.width < whole[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to do: expected scan, show or cache"),
+        (["scna"], "dataset scna: nothing to do"),
+        (["show", "--count", "none"], "--count = 'none'"),
+        (["show", "--count=0"], "--count = '0'"),
+        (["show", "--out"], "--out: nothing follows it"),
+        (["scan", "--set", "other"], "--set = 'other': no such set: expected one of my-dataset"),
+        (["cache", "--set", "my-dataset"], "--set with dataset cache"),
+        (["scan", "--lora_rnak", "4"], "lora_rnak"),
+    ],
+)
+@pytest.mark.usefixtures("project")
+def test_mistakes_are_named(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(arguments)
+
+
+def test_problems_of_all_sets_come_together(project: Path) -> None:
+    path = project / "config" / "multidatabackend.json"
+    first, text = json.loads(path.read_text(encoding="utf-8"))
+    sets = [first | {"id": name, "instance_data_dir": name} for name in ("bare", "empty")]
+    for entry in sets:
+        (project / entry["id"]).mkdir()
+    path.write_text(json.dumps([*sets, text]), encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        run(["scan"])
+    assert [str(problem).split(":")[0] for problem in caught.value.problems] == ["bare", "empty"]
+
+
+@pytest.mark.slow  # brings both encoders in
+def test_cache_fills_what_a_run_reads(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["cache"]) == 0
+    assert "The caches are filled." in capsys.readouterr().out
+    assert len(list((project / "cache" / "vae").rglob("*.safetensors"))) == 6
+    assert len(list((project / "cache" / "text").rglob("*.safetensors"))) >= 6
+    assert run(["cache", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sets"][0]["pictures"] == 6
+
+
+def test_help_lists_the_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    assert "draw the crops that will be trained" in capsys.readouterr().out
