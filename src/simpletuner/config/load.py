@@ -12,6 +12,7 @@ from simpletuner.config.documents import read_document
 from simpletuner.config.flags import Flags, parse
 from simpletuner.config.given import ORIGINS, Checked, Given, Known, Origin, check, unaliased
 from simpletuner.config.listing import Listing, Surroundings, read_datasets
+from simpletuner.config.options.checkpoint import LATEST
 from simpletuner.config.paths import filled, is_local_model, joined
 from simpletuner.config.prompts import load_prompts
 from simpletuner.config.rules import findings, notices
@@ -264,7 +265,7 @@ def _with_paths(
     for key in keys:
         kind = kinds(RunConfig)[key]
         text = getattr(config, key)
-        if not (kind.is_path or kind.is_model) or not text or text == "latest":
+        if not (kind.is_path or kind.is_model) or not text or (key, text) == ("resume_from_checkpoint", LATEST):
             continue
         try:
             text = filled(text, names, environ)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from simpletuner.base.errors import Problem
 from simpletuner.config.datasets import Datasets
+from simpletuner.config.options.checkpoint import LATEST
 from simpletuner.config.run import RunConfig
 from simpletuner.config.values import listed, shown
 
@@ -67,7 +68,7 @@ def _paths(config: RunConfig) -> Iterator[Finding]:
     if config.init_lora is not None and not Path(config.init_lora).is_file():
         yield ("init_lora",), Problem(f"init_lora = {shown(config.init_lora)}: no such file")
     resume = config.resume_from_checkpoint
-    if resume not in ("", "latest") and not Path(resume).is_dir():
+    if resume not in ("", LATEST) and not Path(resume).is_dir():
         found = f"resume_from_checkpoint = {shown(resume)}: no such folder"
         yield ("resume_from_checkpoint",), Problem(found, "latest, a checkpoint's folder, or nothing")
 
@@ -129,6 +130,9 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
     interval = ("gradient_checkpointing_interval",)
     yield interval, not config.gradient_checkpointing, "gradient_checkpointing is false"
 
+    place = config.pretrained_model_name_or_path
+    is_local = config.model_flavour == "tiny" if place is None else Path(place).exists()
+    yield ("revision", "variant"), is_local, "the model does not come from the Hub"
     has_targets = config.peft_lora_target_modules is not None
     yield ("flux_lora_target",), has_targets, "peft_lora_target_modules is given, and wins"
     starts_from_file = config.init_lora is not None

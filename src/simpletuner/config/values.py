@@ -14,8 +14,8 @@ from pydantic.fields import FieldInfo
 
 from simpletuner.config.options.kinds import IsJson, IsModel, IsPath, Says, Slice
 
-_INTEGER = re.compile(r"[+-]?\d+")
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _LONGEST_SHOWN = 80
 _TOO_SHORT_TO_CONTINUE = 4
 

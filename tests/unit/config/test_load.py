@@ -220,6 +220,13 @@ def test_paths_are_filled_in_and_joined(place: Any) -> None:
     assert values.cache_dir == str(place.folder / "runs/flux2-one/hub")
 
 
+def test_latest_is_a_word_and_not_a_path(place: Any) -> None:
+    place.write("latest/x", "")
+    assert place.load("--resume_from_checkpoint=latest").config.resume_from_checkpoint == "latest"
+    assert place.load("--resume_from_checkpoint=").config.resume_from_checkpoint == ""
+    assert place.load("--output_dir=latest").config.output_dir == str(place.folder / "latest")
+
+
 def test_paths_stay_as_typed_in_the_working_folder(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     place.load()
     monkeypatch.chdir(place.folder)

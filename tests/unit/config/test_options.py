@@ -124,7 +124,7 @@ def kind(base: Any) -> Kind:
         (".5", float, 0.5),
         ("inf", float, "inf"),
         ("1_0", float, "1_0"),
-        ("١", int, 1),
+        ("١", int, "١"),
         ("true", bool, True),
         ("TRUE", bool, "TRUE"),
         ("true", str, "true"),

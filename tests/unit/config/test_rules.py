@@ -128,6 +128,7 @@ def test_other_trackers_are_refused(place: Any, value: str) -> None:
             "validation_negative_prompt has no effect: validation_guidance_real is 1.",
         ),
         ({"tracker_run_name": "x"}, "tracker_run_name has no effect: report_to is none."),
+        ({"revision": "main"}, "revision has no effect: the model does not come from the Hub."),
         ({"num_eval_images": 3}, "num_eval_images has no effect: no dataset has dataset_type eval."),
         ({"max_grad_norm": 0, "grad_clip_method": "value"}, "grad_clip_method has no effect: max_grad_norm is 0."),
         (

@@ -7,6 +7,9 @@ from pydantic import AfterValidator, BeforeValidator
 from simpletuner.base.sizes import parse_size
 from simpletuner.config.options.kinds import Count, IsPath, PathText, Says, Slice, Text, Whole
 
+LATEST = "latest"
+"""The newest checkpoint that verifies."""
+
 
 def _is_size(text: str) -> str:
     parse_size(text)
@@ -32,7 +35,7 @@ class CheckpointOptions(Slice):
     checkpoints_total_limit: Count = 5
     """Keep so many checkpoints; older ones are removed, never the newest that verifies."""
 
-    resume_from_checkpoint: Annotated[str, IsPath(), Says("latest, a checkpoint's path, or nothing")] = "latest"
+    resume_from_checkpoint: Annotated[str, IsPath(), Says("latest, a checkpoint's path, or nothing")] = LATEST
     """Go on from `latest`, from a checkpoint's path, or from nothing: `""` starts over."""
 
     disk_low_threshold: Annotated[
