@@ -19,7 +19,7 @@ from simpletuner.cli.sample import SampleConfig, Wanted
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.export import LoadedLora, attach_saved, read_lora
 from simpletuner.flux2.generate import generate
-from simpletuner.flux2.load import load_autoencoder, load_text_encoder, load_transformer, transformer_spec
+from simpletuner.flux2.load import load_autoencoder, load_text_encoder, load_transformer
 from simpletuner.flux2.source import Source, locate
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.train.prepare import DTYPES, free_memory
@@ -57,7 +57,7 @@ def _say(text: str) -> None:
 def _check_fit(source: Source, saved: Sequence[LoadedLora]) -> None:
     """Find a LoRA of another model out before gigabytes are read: on a transformer without weights."""
     with torch.device("meta"):
-        skeleton = Flux2Transformer(transformer_spec(source))
+        skeleton = Flux2Transformer(source.spec)
     for lora in saved:
         attach_saved(skeleton, lora)
         trained_on = lora.metadata.get("base_model")

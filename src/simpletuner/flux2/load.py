@@ -1,6 +1,6 @@
 """Weights from files into modules: built empty, filled tensor by tensor, each cast and moved as it lands."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from safetensors import safe_open
@@ -10,9 +10,8 @@ from simpletuner.base.errors import AccessError, ConfigError, Problem
 from simpletuner.base.files import sha256_json
 from simpletuner.flux2.autoencoder import Autoencoder
 from simpletuner.flux2.headers import TensorEntry, read_headers
-from simpletuner.flux2.names import Renamed, from_bfl, is_bfl, text_encoder_name, transformer_name
+from simpletuner.flux2.names import Renamed, Renaming, text_encoder_name, transformer_renaming
 from simpletuner.flux2.source import Source, Weights
-from simpletuner.flux2.spec import TransformerSpec
 from simpletuner.flux2.text import TextEncoder
 from simpletuner.flux2.transformer import Flux2Transformer
 
@@ -25,29 +24,6 @@ _TEKKEN_PATTERN = (
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def transformer_spec(source: Source) -> TransformerSpec:
-    """What the transformer of `source` is made of; no weights are read.
-
-    Raises:
-        AccessError: it is no FLUX.2 transformer.
-    """
-    try:
-        if source.transformer.config is not None:
-            return TransformerSpec.from_diffusers(source.transformer.config)
-        entries = read_headers(source.transformer.files)
-        renaming = _transformer_renaming(entries)
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, entry in entries.items():
-            renamed = renaming(name)
-            if renamed is not None:
-                shapes.update(zip(renamed.names, renamed.shapes(entry.shape), strict=True))
-        return TransformerSpec.from_tensors(shapes)
-    except KeyError as error:
-        raise AccessError.of(f"{source.name} has no tensor {error}", "a FLUX.2 transformer") from None
-    except ValueError as error:
-        raise AccessError.of(f"{source.name}: {error}", "a FLUX.2 transformer") from None
-
-
 def load_transformer(source: Source, dtype: torch.dtype, device: torch.device | str) -> Flux2Transformer:
     """The transformer, frozen, all of it as `dtype` on `device`. BFL's and diffusers' names are both understood.
 
@@ -55,8 +31,8 @@ def load_transformer(source: Source, dtype: torch.dtype, device: torch.device | 
         AccessError: tensors are missing, unknown or of the wrong shape; they are named.
     """
     with torch.device("meta"):
-        transformer = Flux2Transformer(transformer_spec(source))
-    renaming = _transformer_renaming(read_headers(source.transformer.files))
+        transformer = Flux2Transformer(source.spec)
+    renaming = transformer_renaming(read_headers(source.transformer.files))
     _fill(transformer, source.transformer, renaming, dtype, device)
     return transformer.eval()
 
@@ -148,13 +124,6 @@ def text_encoder_id(
     """Names everything that decides a cached context, without loading the text encoder."""
     weights = [source.fingerprint("text_encoder"), source.fingerprint("tokenizer")]
     return sha256_json(["contexts 1, sdpa", *weights, str(dtype), list(layers), max_length, fix_regex])
-
-
-Renaming = Callable[[str], Renamed | None]
-
-
-def _transformer_renaming(names: Mapping[str, object]) -> Renaming:
-    return from_bfl if is_bfl(names) else transformer_name
 
 
 def _fill(

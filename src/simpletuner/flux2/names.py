@@ -1,7 +1,7 @@
 """Names of the same tensors in other files: BFL's for the transformer, three kinds for the text encoder."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,14 +99,19 @@ def from_bfl(name: str) -> Renamed | None:
     return Renamed((f"{group}.{_DOUBLE[part]}.weight",)) if part in _DOUBLE else None
 
 
-def is_bfl(names: Mapping[str, object]) -> bool:
-    """Whether a file with these tensors names them as BFL does."""
-    return any(name.removeprefix(_PREFIX).startswith(("double_blocks.", "single_blocks.")) for name in names)
-
-
-def transformer_name(name: str) -> Renamed:
+def with_prefix(name: str) -> Renamed:
     """The tensor `name` of a file in diffusers' own names, which may carry ComfyUI's prefix."""
     return Renamed((name.removeprefix(_PREFIX),))
+
+
+Renaming = Callable[[str], Renamed | None]
+"""What a file's name for a tensor means; None for a tensor that is not known."""
+
+
+def transformer_renaming(names: Iterable[str]) -> Renaming:
+    """How to read a transformer's file with tensors `names`: BFL's or diffusers'."""
+    blocks = ("double_blocks.", "single_blocks.")
+    return from_bfl if any(name.removeprefix(_PREFIX).startswith(blocks) for name in names) else with_prefix
 
 
 _TEXT_PREFIXES = ("language_model.model.", "model.language_model.", "model.")

@@ -12,9 +12,9 @@ from simpletuner.base.files import read_json, sha256_json
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.flux2 import tiny
 from simpletuner.flux2.headers import read_header, read_headers
-from simpletuner.flux2.names import text_encoder_name
+from simpletuner.flux2.names import text_encoder_name, transformer_renaming
 from simpletuner.flux2.places import Folder, Hub, Place, Report, fetch
-from simpletuner.flux2.spec import FLAVOURS, Flavour
+from simpletuner.flux2.spec import FLAVOURS, Flavour, TransformerSpec
 
 Component = Literal["transformer", "vae", "text_encoder"]
 Config = dict[str, Any]
@@ -60,6 +60,29 @@ class Source:
     tokenizer: Path
     text_layers: tuple[int, ...]
     """Hidden states of the text encoder that are put side by side."""
+
+    @property
+    def spec(self) -> TransformerSpec:
+        """What the transformer is made of, from its config or, of a single file, from its header.
+
+        Raises:
+            AccessError: it is no FLUX.2 transformer.
+        """
+        try:
+            if self.transformer.config is not None:
+                return TransformerSpec.from_diffusers(self.transformer.config)
+            entries = read_headers(self.transformer.files)
+            renaming = transformer_renaming(entries)
+            shapes: dict[str, tuple[int, ...]] = {}
+            for name, entry in entries.items():
+                renamed = renaming(name)
+                if renamed is not None:
+                    shapes.update(zip(renamed.names, renamed.shapes(entry.shape), strict=True))
+            return TransformerSpec.from_tensors(shapes)
+        except KeyError as error:
+            raise AccessError.of(f"{self.name} has no tensor {error}", "a FLUX.2 transformer") from None
+        except ValueError as error:
+            raise AccessError.of(f"{self.name}: {error}", "a FLUX.2 transformer") from None
 
     def fingerprint(self, component: Component | Literal["tokenizer"]) -> str:
         """Names the content of `component`, wherever it lies: config; name, type, shape and first 4 KiB of each
@@ -151,7 +174,7 @@ class _Search:
         }
         for file in (file for found in weights.values() for file in found.files):
             read_header(file)  # half a file is found now, not after an hour of encoding
-        return Source(
+        source = Source(
             name=single.name if single is not None else base.name,
             flavour=self.flavour,
             commit=base.commit if single is None else None,
@@ -161,6 +184,8 @@ class _Search:
             tokenizer=tokenizer.place.path(tokenizer.names[0]).parent,
             text_layers=self.layers,
         )
+        _check_width(source)
+        return source
 
     def _base(self, asked: str | None) -> Place:
         """The whole model: what was asked for, else the flavour's own."""
@@ -262,6 +287,19 @@ class _Search:
         AccessError.raise_if(self.problems)
         if self.plain:
             self.report(f"No {self.options.variant} variant of {', '.join(self.plain)}: the plain files are used.")
+
+
+def _check_width(source: Source) -> None:
+    """Raise unless the states of `text_layers`, side by side, are as wide as the transformer's context."""
+    config = source.text_encoder.config or {}
+    width = config.get("text_config", config).get("hidden_size")
+    context = source.spec.context_dim
+    if width is not None and width * len(source.text_layers) != context:
+        raise AccessError.of(
+            f"{len(source.text_layers)} layers of a text encoder that is {width} wide",
+            f"{context} in all, the context of the transformer",
+            "Check custom_text_encoder_intermediary_layers, and that encoder and transformer belong together.",
+        )
 
 
 def _single_file(text: str) -> Path:

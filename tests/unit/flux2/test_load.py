@@ -13,7 +13,6 @@ from simpletuner.flux2.load import (
     load_text_encoder,
     load_transformer,
     text_encoder_id,
-    transformer_spec,
 )
 from simpletuner.flux2.source import Source, Weights
 from simpletuner.flux2.tiny.make import SPEC
@@ -99,14 +98,14 @@ def test_every_tensor_is_cast(tiny_source, tensors):
 def test_bfls_single_file_is_the_same_transformer(prefix, tiny_source, tensors, tmp_path):
     renamed = {prefix + name: tensor for name, tensor in bfl_tensors(tensors).items()}
     source = single_file(tiny_source, tmp_path, renamed)
-    assert transformer_spec(source) == SPEC
+    assert source.spec == SPEC
     state = load_transformer(source, torch.float32, "cpu").state_dict()
     assert all(torch.equal(state[name], tensors[name]) for name in tensors)
 
 
 def test_a_single_file_may_have_diffusers_names(tiny_source, tensors, tmp_path):
     source = single_file(tiny_source, tmp_path, tensors)
-    assert transformer_spec(source) == SPEC
+    assert source.spec == SPEC
     load_transformer(source, torch.float32, "cpu")
 
 

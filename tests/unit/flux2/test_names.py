@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from simpletuner.flux2.names import from_bfl, is_bfl, text_encoder_name, transformer_name
+from simpletuner.flux2.names import from_bfl, text_encoder_name, transformer_renaming
 from simpletuner.flux2.spec import DEV
 from simpletuner.flux2.transformer import Flux2Transformer
 
@@ -52,8 +52,7 @@ def test_bfls_file_is_the_whole_transformer(prefix):
         renamed = from_bfl(prefix + name)
         found |= dict(zip(renamed.names, renamed.shapes(shape), strict=True))
     assert found == expected
-    assert is_bfl({prefix + name: () for name in bfl_shapes()})
-    assert not is_bfl(expected)
+    assert transformer_renaming(prefix + name for name in bfl_shapes()) is from_bfl
 
 
 def test_fused_rows_are_query_key_value():
@@ -85,8 +84,9 @@ def test_what_flux2_does_not_have_is_unknown(name):
 
 
 def test_diffusers_names_may_have_comfyuis_prefix():
-    assert transformer_name("model.diffusion_model.proj_out.weight").names == ("proj_out.weight",)
-    assert transformer_name("proj_out.weight").names == ("proj_out.weight",)
+    for name in ("transformer_blocks.0.ff.linear_in.weight", "single_transformer_blocks.0.attn.to_out.weight"):
+        for prefix in ("", "model.diffusion_model."):
+            assert transformer_renaming([prefix + name])(prefix + name).names == (name,)
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model.", "model.", ""])

@@ -136,6 +136,22 @@ def test_a_single_file_is_the_transformer(key, tiny_folder, tmp_path):
         locate(options(**{key: "absent.safetensors"}), report=print)
 
 
+def test_parts_that_do_not_belong_together(tiny_folder):
+    with pytest.raises(AccessError, match="2 layers of a text encoder that is 64 wide: expected 192 in all"):
+        locate(
+            options(pretrained_model_name_or_path=str(tiny_folder), custom_text_encoder_intermediary_layers=(10, 20)),
+            report=print,
+        )
+
+
+def test_kleins_text_encoder_is_told_apart(repository):
+    config = repository / "text_encoder/config.json"
+    config.unlink()
+    config.write_text('{"model_type": "qwen3"}')
+    with pytest.raises(AccessError, match="its text_encoder is a qwen3: expected a mistral3 or mistral"):
+        locate(options(pretrained_model_name_or_path=str(repository)), report=print)
+
+
 # --- fingerprints
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from simpletuner.base.errors import AccessError
 from simpletuner.base.files import sha256_file
@@ -109,6 +109,19 @@ def test_default_folder():
     assert tiny.default_folder(None, {}) == home
     assert tiny.default_folder(None, {"XDG_CACHE_HOME": "/x"}) == Path(f"/x/simpletuner/tiny-{VERSION}")
     assert tiny.default_folder(Path("/y"), {}) == Path(f"/y/tiny-{VERSION}")
+
+
+def test_learnt_weights_take_the_place_of_drawn_ones(tiny_folder, tmp_path, monkeypatch):
+    learnt = load_file(tiny_folder / "transformer/diffusion_pytorch_model.safetensors")
+    learnt["proj_out.weight"] *= 0
+    (tmp_path / "learnt").mkdir()
+    save_file(learnt, tmp_path / "learnt/transformer.safetensors")
+    monkeypatch.setattr(sys.modules["simpletuner.flux2.tiny.make"], "LEARNT", tmp_path / "learnt")
+    folder = tiny.make(tmp_path / "tiny")
+    made = load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
+    assert torch.equal(made["proj_out.weight"], learnt["proj_out.weight"])
+    vae = "vae/diffusion_pytorch_model.safetensors"
+    assert sha256_file(folder / vae) == sha256_file(tiny_folder / vae)
 
 
 MAKE = "import sys; from pathlib import Path; from simpletuner.flux2.tiny import make; make(Path(sys.argv[1]))"
