@@ -15,11 +15,8 @@ from simpletuner.config.options.kinds import (
     Slice,
     Text,
     Whole,
+    list_as_tuple,
 )
-
-
-def _tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _centre(value: object) -> object:
@@ -81,7 +78,7 @@ class ImageSet(Slice):
         Annotated[
             tuple[Positive, ...],
             MinLen(1),
-            BeforeValidator(_tuple),
+            BeforeValidator(list_as_tuple),
             Says("a list of ratios such as [1.0, 1.5]"),
         ]
         | None

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator
 
 from simpletuner.base.sizes import parse_size
-from simpletuner.config.options.kinds import Count, IsPath, PathText, Says, Slice, Text, Whole
+from simpletuner.config.options.kinds import Count, IsPath, PathText, Says, Slice, Text, Whole, whole_as_text
 
 LATEST = "latest"
 """The newest checkpoint that verifies."""
@@ -14,10 +14,6 @@ LATEST = "latest"
 def _is_size(text: str) -> str:
     parse_size(text)
     return text
-
-
-def _number_as_text(value: object) -> object:
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class CheckpointOptions(Slice):
@@ -39,7 +35,7 @@ class CheckpointOptions(Slice):
     """Go on from `latest`, from a checkpoint's path, or from nothing: `""` starts over."""
 
     disk_low_threshold: Annotated[
-        str, BeforeValidator(_number_as_text), AfterValidator(_is_size), Says("a size such as 2GB")
+        str, BeforeValidator(whole_as_text), AfterValidator(_is_size), Says("a size such as 2GB")
     ] = "2GB"
     """Free space on the output's disk below which `disk_low_action` is taken."""
 

@@ -66,6 +66,16 @@ class IsJson:
     """Marks a value that may also be typed as inline JSON or as the path of a JSON file."""
 
 
+def whole_as_text(value: object) -> object:
+    """A whole number as its text, where 1024 and "1024" are to mean the same; anything else as it is."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def list_as_tuple(value: object) -> object:
+    """A list, as JSON has it, as a tuple, as a frozen slice has it; anything else as it is."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 Text = Annotated[str, MinLen(1)]
 PathText = Annotated[str, MinLen(1), IsPath()]
 ModelText = Annotated[str, MinLen(1), IsModel()]

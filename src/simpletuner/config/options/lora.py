@@ -6,11 +6,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Lt
 from pydantic import AfterValidator, BeforeValidator
 
-from simpletuner.config.options.kinds import Count, IsJson, PathText, Positive, Says, Slice
-
-
-def _names(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
+from simpletuner.config.options.kinds import Count, IsJson, PathText, Positive, Says, Slice, list_as_tuple
 
 
 def _targets(value: tuple[str, ...] | str) -> tuple[str, ...] | str:
@@ -55,7 +51,7 @@ class LoraOptions(Slice):
         Annotated[
             tuple[str, ...] | str,
             IsJson(),
-            BeforeValidator(_names),
+            BeforeValidator(list_as_tuple),
             AfterValidator(_targets),
             Says("a list of module names or a regular expression"),
         ]

@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 from annotated_types import Ge, MinLen
 from pydantic import AfterValidator, BeforeValidator
 
-from simpletuner.config.options.kinds import Count, ModelText, PathText, Says, Seed, Slice, Text
+from simpletuner.config.options.kinds import Count, ModelText, PathText, Says, Seed, Slice, Text, list_as_tuple
 
 
 def _layer_numbers(value: object) -> object:
     """ "10,20,30" or [10, 20, 30] as a tuple; anything else is left for the type to refuse."""
     if isinstance(value, str):
         value = [int(part) if part.strip().isdecimal() else part for part in value.split(",")]
-    return tuple(value) if isinstance(value, list) else value
+    return list_as_tuple(value)
 
 
 def _increase(layers: tuple[int, ...]) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge
 from pydantic import AfterValidator, BeforeValidator
 
-from simpletuner.config.options.kinds import Count, NotNegative, PathText, Says, Seed, Slice, Text, Whole
+from simpletuner.config.options.kinds import Count, NotNegative, PathText, Says, Seed, Slice, Text, Whole, whole_as_text
 
 _SIZE = re.compile(r"\s*(\d+)\s*(?:[xX×]\s*(\d+)\s*)?")
 ALIGNMENT = 16
@@ -24,10 +24,6 @@ def _sizes(text: str) -> tuple[tuple[int, int], ...]:
             raise ValueError(f"{width}x{height} does not divide by {ALIGNMENT}")
         found.append((width, height))
     return tuple(found)
-
-
-def _number_as_text(value: object) -> object:
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _is_sizes(text: str) -> str:
@@ -66,7 +62,7 @@ class ValidationOptions(Slice):
 
     validation_resolution: Annotated[
         str,
-        BeforeValidator(_number_as_text),
+        BeforeValidator(whole_as_text),
         AfterValidator(_is_sizes),
         Says("a size such as 1024, 1024x768 or a comma list of them, each side divisible by 16"),
     ] = "1024x1024"
