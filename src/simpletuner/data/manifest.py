@@ -20,8 +20,6 @@ from simpletuner.data.pixels import Remark
 from simpletuner.data.rejected import Rejected
 from simpletuner.data.sample import Rejection, Sample
 
-__all__ = ["Manifest", "Rejection", "Sample", "prompts_of", "scan"]
-
 
 @dataclass(frozen=True)
 class Manifest:
@@ -78,11 +76,6 @@ class Manifest:
 def rejection_counts(rejections: Iterable[Rejection]) -> dict[str, int]:
     """How many files left for which reason, the most frequent first."""
     return dict(Counter(rejection.reason for rejection in rejections).most_common())
-
-
-def prompts_of(manifests: Iterable[Manifest]) -> list[str]:
-    """Every caption that a visit may draw, once, sorted."""
-    return sorted({caption for m in manifests for sample in m.samples for caption in sample.captions})
 
 
 def scan(image_set: ImageSet, *, seed: int, workers: int, report: Callable[[int, int], None]) -> Manifest:

@@ -176,7 +176,7 @@ def upright_rgb(image: ImageFile.ImageFile) -> Image.Image:
         if rgb is None:
             raise TypeError("a transform that is not in place returns a picture")
     else:
-        rgb = colour.convert("RGB")
+        rgb = colour if colour.mode == "RGB" else colour.convert("RGB")
     if alpha is not None:
         rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
     orientation = _orientation(image)

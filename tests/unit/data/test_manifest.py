@@ -10,7 +10,7 @@ from PIL import Image
 
 from simpletuner.base.errors import DataError
 from simpletuner.config.datasets import ImageSet
-from simpletuner.data.manifest import Manifest, prompts_of, rejection_counts, scan
+from simpletuner.data.manifest import Manifest, rejection_counts, scan
 
 Scanned = Callable[..., Manifest]
 Save = Callable[..., Path]
@@ -71,7 +71,6 @@ def test_two_pictures_with_one_stem_share_a_caption_and_nothing_else(
     found = scanned(caption_strategy="textfile")
     assert [sample.captions for sample in found.samples] == [("one", "two")] * 2
     assert len({sample.content for sample in found.samples}) == 2
-    assert prompts_of([found]) == ["one", "two"]
 
 
 def test_a_set_that_ends_empty_shows_the_counts(folder: Path, scanned: Scanned) -> None:

@@ -14,12 +14,3 @@ class FillReport:
     damaged: int
     """Entries that were there and damaged; they were removed and made again."""
     seconds: float
-
-    def __add__(self, other: "FillReport") -> "FillReport":
-        """Both fills together."""
-        return FillReport(
-            self.encoded + other.encoded,
-            self.found + other.found,
-            self.damaged + other.damaged,
-            self.seconds + other.seconds,
-        )

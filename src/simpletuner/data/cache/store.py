@@ -39,10 +39,6 @@ class Store:
         """Where `key` is kept; a level of folders keeps each of them small."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
-    def has(self, key: str) -> bool:
-        """Whether there is a file for `key`; `check` also reads it."""
-        return self.path(key).exists()
-
     def check(self, key: str) -> State:
         """Read and verify `key`. What is damaged is removed, so that it is made again."""
         path = self.path(key)
