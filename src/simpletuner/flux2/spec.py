@@ -30,9 +30,7 @@ class TransformerSpec:
 
     def __post_init__(self) -> None:
         if sum(self.axes) != self.head_dim:
-            raise ValueError(
-                f"rotary axes {self.axes} add up to {sum(self.axes)}, not to head_dim {self.head_dim}"
-            )
+            raise ValueError(f"rotary axes {self.axes} add up to {sum(self.axes)}, not to head_dim {self.head_dim}")
 
     @property
     def hidden(self) -> int:
