@@ -11,7 +11,7 @@ from simpletuner.base.errors import ConfigError
 from simpletuner.cli.main import main
 from simpletuner.cli.sample import Wanted, help_text, read_request, wanted_loras
 
-SMALL = ["--width", "32", "--height", "48", "--steps", "2", "--mixed_precision", "no"]
+SMALL = ["--width", "32", "--height", "48", "--steps", "2", "--mixed_precision", "no", "--vae_dtype", "fp32"]
 
 
 def asked(*arguments: str) -> object:

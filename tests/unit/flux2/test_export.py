@@ -215,7 +215,7 @@ def without(key: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda path: None, "no LoRA at"),  # noqa: ARG005
+        (lambda path: None, "no LoRA at"),
         (lambda path: path.write_bytes(b"\x10\0\0\0"), "cannot be read"),
         (lambda path: save_file({}, path), "has no layers"),
         (
