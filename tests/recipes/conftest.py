@@ -49,7 +49,13 @@ PICTURES: dict[str, Any] = {
     "crop_style": "center",
     "cache_dir_vae": "cache/vae",
 }
-TEXT: dict[str, Any] = {"id": "text", "type": "local", "dataset_type": "text_embeds", "default": True, "cache_dir": "cache/text"}
+TEXT: dict[str, Any] = {
+    "id": "text",
+    "type": "local",
+    "dataset_type": "text_embeds",
+    "default": True,
+    "cache_dir": "cache/text",
+}
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Killed, stopped, damaged, repeated: a run ends with the bits of one that was left alone."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,12 +9,15 @@ import time
 from collections.abc import Callable
 
 import pytest
-
 from tests.recipes.conftest import Workplace
+
+from simpletuner.flux2.tiny import make
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["scan:3", "text:2", "text:4", "latents:2", "step:1", "step:2", "checkpoint:2", "checkpoint:1"])
+@pytest.mark.parametrize(
+    "moment", ["scan:3", "text:2", "text:4", "latents:2", "step:1", "step:2", "checkpoint:2", "checkpoint:1"]
+)
 def test_killed_at_any_moment_and_started_again_it_ends_the_same(
     workplace: Workplace, same_bytes: Callable[[Workplace], None], moment: str
 ) -> None:
@@ -53,7 +57,9 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_notice(
     same_bytes(workplace)
 
 
-def test_all_damaged_is_an_error_and_not_a_fresh_start(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_damaged_is_an_error_and_not_a_fresh_start(
+    workplace: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert workplace.train("--max_train_steps=1") == 0
     (workplace.run().checkpoint(1) / "state.json").write_text("{}")
     assert workplace.train() == 6
@@ -90,7 +96,9 @@ def test_a_run_goes_on_from_a_named_checkpoint(workplace: Workplace, same_bytes:
     same_bytes(workplace)
 
 
-def test_the_second_of_two_runs_in_one_folder_is_refused(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_second_of_two_runs_in_one_folder_is_refused(
+    workplace: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
     workplace.run().create()
     with workplace.run().lock():
         assert workplace.train() == 6
@@ -137,3 +145,14 @@ def test_a_stop_saves_and_says_how_to_go_on(
     if steps < 3:
         assert workplace.train_apart().returncode == 0
         same_bytes(workplace)
+
+
+def test_another_base_model_is_refused(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder keeps its name when its weights change: the fingerprint tells."""
+    make(workplace.folder / "model")
+    workplace.config |= {"pretrained_model_name_or_path": "model"}
+    assert workplace.train("--max_train_steps=1") == 0
+    shutil.rmtree(workplace.folder / "model")
+    make(workplace.folder / "model", seed=5)
+    assert workplace.train() == 6
+    assert "VAE, text encoder, transformer: not the weights or settings" in capsys.readouterr().err

@@ -105,8 +105,13 @@ class Attempt:
         source = locate(self.config, report=self.reporter.say)
         prepared = prepare(self.loaded, source, self.device, self.reporter)
         write_json(self.run.datasets, [m.summary() for m in (*prepared.train, *prepared.held_out)])
+        model = {
+            "transformer": source.fingerprint("transformer"),
+            "text encoder": prepared.encoders.text,
+            "VAE": prepared.encoders.latents,
+        }
         if found is not None:
-            resume.check_data(found, prepared.fingerprints)
+            resume.check_content(found, data=prepared.fingerprints, model=model)
         order = Order(prepared.train, seed=self.config.seed, batch_size=self.config.train_batch_size)
         for text in order.notices:
             self.reporter.notice(text)
@@ -115,6 +120,7 @@ class Attempt:
             return
         self.state.config = resolved(self.config)
         self.state.data = prepared.fingerprints
+        self.state.model = model
 
         with self.reporter.phase("load"):
             transformer = load_transformer(source, DTYPES[self.config.base_dtype], self.device)

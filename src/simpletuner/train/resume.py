@@ -1,9 +1,10 @@
 """Which checkpoint a run goes on from, and whether it may."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from simpletuner.base.errors import CheckpointError
+from simpletuner.base.errors import CheckpointError, Problem
 from simpletuner.config.load import Loaded
 from simpletuner.config.record import differences, resolved
 from simpletuner.runs import checkpoints
@@ -11,7 +12,7 @@ from simpletuner.runs.events import CheckpointEvent
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.train.checkpoint import read_state
 from simpletuner.train.report import Reporter
-from simpletuner.train.state import TrainState, changed_data
+from simpletuner.train.state import TrainState, changed
 
 START_OVER = "To start over give --resume_from_checkpoint='' and another --output_dir."
 
@@ -44,10 +45,10 @@ def find(run: RunDirectory, loaded: Loaded, reporter: Reporter) -> Resume | None
     if folder is None:
         return None
     state = read_state(folder)
-    changed = differences(state.config, resolved(loaded.config))
-    if changed:
+    other = differences(state.config, resolved(loaded.config))
+    if other:
         raise CheckpointError.of(
-            f"{folder} was trained with other settings: {', '.join(changed)}",
+            f"{folder} was trained with other settings: {', '.join(other)}",
             "the same, but for steps, validation, checkpoints and tracking",
             f"Put them back to go on. {START_OVER}",
         )
@@ -83,12 +84,22 @@ def named(folder: Path) -> Path:
     return folder
 
 
-def check_data(resume: Resume, fingerprints: dict[str, str]) -> None:
-    """Raise a CheckpointError if the pictures or captions are not those the checkpoint was trained on."""
-    changed = changed_data(resume.state.data, fingerprints)
-    if changed:
-        raise CheckpointError.of(
-            f"{', '.join(changed)}: pictures, captions, crops or repeats have changed since {resume.folder}",
+def check_content(resume: Resume, *, data: Mapping[str, str], model: Mapping[str, str]) -> None:
+    """Raise a CheckpointError if the pictures, the captions or the base model are not those of the checkpoint."""
+    problems = [
+        Problem(
+            f"{name}: pictures, captions, crops or repeats have changed since {resume.folder}",
             "the same data",
             f"Put them back to go on. {START_OVER}",
         )
+        for name in changed(resume.state.data, data)
+    ]
+    if other := changed(resume.state.model, model):
+        problems.append(
+            Problem(
+                f"{', '.join(other)}: not the weights or settings that {resume.folder} was trained with",
+                "the same base model",
+                f"Name that one to go on. {START_OVER}",
+            )
+        )
+    CheckpointError.raise_if(problems)

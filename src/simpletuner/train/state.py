@@ -25,12 +25,14 @@ class TrainState(BaseModel):
     """The resolved configuration it was trained with."""
     data: dict[str, str] = Field(default_factory=dict)
     """Fingerprint of each training set: its pictures, captions, crops, repeats and probability."""
+    model: dict[str, str] = Field(default_factory=dict)
+    """Fingerprint of the transformer, and of what made the caches."""
     scaler: dict[str, float] = Field(default_factory=dict)
     """The fp16 loss scaler's state; empty without fp16."""
     optimiser: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """The optimiser's state that is not a tensor, by parameter."""
 
 
-def changed_data(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Ids of the sets whose pictures, captions or crops are not what they were."""
+def changed(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Names whose fingerprint is not what it was."""
     return sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
