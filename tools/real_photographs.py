@@ -20,9 +20,7 @@ SHAPES = [0.5625, 0.6667, 0.75, 1.0, 1.3333, 1.5, 1.6, 1.7778]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--steps", type=int, default=4)
@@ -38,8 +36,8 @@ def main() -> int:
     # -P: the folder `datasets` in WORK must not be taken for the library of that name.
     command = [sys.executable, "-P", "-m", "simpletuner"]
     subprocess.run([*command, "dataset", "scan"], cwd=arguments.work, check=True)
-    flags = ["--model_flavour", "tiny", "--max_train_steps", str(arguments.steps)]
-    return subprocess.run([*command, "train", *flags], cwd=arguments.work, check=False).returncode
+    steps = ["--max_train_steps", str(arguments.steps)]
+    return subprocess.run([*command, "train", *steps], cwd=arguments.work, check=False).returncode
 
 
 def collect(source: Path, folder: Path) -> int:
@@ -78,6 +76,7 @@ def write_configuration(folder: Path, aspect: str) -> None:
     store = {"id": "text-embeds", "type": "local", "dataset_type": "text_embeds", "default": True}
     config = {
         "model_family": "flux2",
+        "model_flavour": "tiny",
         "lora_rank": 8,
         "output_dir": "output/photographs",
         "validation_disable": True,
