@@ -98,9 +98,7 @@ def test_gradients_equal_pefts(preset: str, alpha: float) -> None:
         theirs_a.data.copy_(a)
         theirs_b.data.copy_(b / layer.scale)
         pairs[name] = (theirs_a, theirs_b)
-    assert {id(p) for p in theirs.parameters() if p.requires_grad} == {
-        id(p) for ab in pairs.values() for p in ab
-    }
+    assert {id(p) for p in theirs.parameters() if p.requires_grad} == {id(p) for ab in pairs.values() for p in ab}
 
     target = torch.randn(2, 12, 128, generator=torch.Generator().manual_seed(5))
     found, expected = velocity(ours), reference_velocity(theirs)
@@ -144,9 +142,7 @@ def test_an_exported_file_loads_in_diffusers(
 
 
 @torch.no_grad()
-def test_custom_layers_outside_the_blocks_load_in_diffusers(
-    tmp_path: Path, said: pytest.LogCaptureFixture
-) -> None:
+def test_custom_layers_outside_the_blocks_load_in_diffusers(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     """norm_out among them, whose halves other formats swap."""
     ours = model()
     targets = (
@@ -166,9 +162,7 @@ def test_custom_layers_outside_the_blocks_load_in_diffusers(
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # two adapters are what is wanted
 @torch.no_grad()
-def test_two_files_with_strengths_add_up_as_in_diffusers(
-    tmp_path: Path, said: pytest.LogCaptureFixture
-) -> None:
+def test_two_files_with_strengths_add_up_as_in_diffusers(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     save_lora(tmp_path / "first.safetensors", trained(model(), flux_lora_target="attention"), metadata={})
     second = trained(model(), seed=3, lora_rank=4, lora_alpha=2)
     save_lora(tmp_path / "second.safetensors", second, metadata={}, dtype=torch.bfloat16)
@@ -190,9 +184,7 @@ def test_a_file_that_diffusers_saved_means_the_same_here(tmp_path: Path) -> None
     from peft import LoraConfig, get_peft_model_state_dict
 
     theirs = reference()
-    config = LoraConfig(
-        r=4, lora_alpha=16, target_modules=["to_q", "attn.to_qkv_mlp_proj"], alpha_pattern={"to_q": 6}
-    )
+    config = LoraConfig(r=4, lora_alpha=16, target_modules=["to_q", "attn.to_qkv_mlp_proj"], alpha_pattern={"to_q": 6})
     theirs.add_adapter(config)
     generator = torch.Generator().manual_seed(3)
     for parameter in theirs.parameters():

@@ -28,9 +28,7 @@ def run(arguments: list[str]) -> int:
 def _table(loaded: Loaded) -> str:
     values = loaded.config.model_dump(mode="json")
     width = max(map(len, values))
-    return "\n".join(
-        f"{name:<{width}}  {origin:<11}  {shown(values[name])}" for name, origin in loaded.origins.items()
-    )
+    return "\n".join(f"{name:<{width}}  {origin:<11}  {shown(values[name])}" for name, origin in loaded.origins.items())
 
 
 def _summary(loaded: Loaded) -> str:

@@ -331,9 +331,7 @@ def pattern_ranges(transformer: nn.Module, targets: str | tuple[str, ...]) -> di
         chosen = {name for name in found if re.fullmatch(targets, name)}
         unmatched = [] if chosen else [targets]
     else:
-        matches = {
-            target: {n for n in found if n == target or n.endswith(f".{target}")} for target in targets
-        }
+        matches = {target: {n for n in found if n == target or n.endswith(f".{target}")} for target in targets}
         chosen = set().union(*matches.values())
         unmatched = [target for target, names in matches.items() if not names]
     ConfigError.raise_if(

@@ -152,8 +152,10 @@ class Loop:
         return True
 
     def _read_ahead(self, first: int) -> Iterator[Group]:
-        """The groups from step `first` on; the next one is read while this one trains."""
-        if not self.plan.config.dataloader_prefetch:
+        """The groups from step `first` on; the next one is read while an accelerator trains on this one. On a CPU the
+        two would fight for the same cores: OpenMP's threads spin, and a step took a third longer (docs/log.md).
+        """
+        if not self.plan.config.dataloader_prefetch or self.stepper.device.type == "cpu":
             yield from map(self.groups, range(first, self.plan.steps + 1))
             return
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:

@@ -139,9 +139,7 @@ def test_several_files_add_up_by_their_strengths(tmp_path: Path) -> None:
         tensors = load_file(tmp_path / name)
         for key in [key for key in tensors if key.endswith("lora_A.weight")]:
             layer = key.removeprefix("transformer.").removesuffix(".lora_A.weight")
-            weights[f"{layer}.weight"] += (
-                strength * tensors[f"transformer.{layer}.lora_B.weight"] @ tensors[key]
-            )
+            weights[f"{layer}.weight"] += strength * tensors[f"transformer.{layer}.lora_B.weight"] @ tensors[key]
     adapted = model()
     adapters = [attach_saved(adapted, read_lora(tmp_path / n), strength=s) for n, s in strengths.items()]
     assert_near(velocity(adapted), velocity(merged))
@@ -223,9 +221,7 @@ def without(key: str) -> Callable[[Path], None]:
             r"has the key diffusion_model\.img_in.*diffusers' LoRA keys.*Export it again",
         ),
         (
-            lambda path: save_file(
-                {f"{Q}.lora_A.weight": torch.ones(1, 1), f"{Q}.alpha": torch.ones(1)}, path
-            ),
+            lambda path: save_file({f"{Q}.lora_A.weight": torch.ones(1, 1), f"{Q}.alpha": torch.ones(1)}, path),
             r"has the key .*to_q\.alpha",
         ),
         (without(f"{Q}.lora_B.weight"), r"to_q without a matching lora_A and lora_B"),
@@ -253,9 +249,7 @@ def test_a_lora_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         attach_saved(wider, saved)
     shorter = Flux2Transformer(TransformerSpec(**{**vars(SPEC), "single_blocks": 2}))
-    with pytest.raises(
-        CheckpointError, match=r"2 of 30 layers, such as single_transformer_blocks\.2.*not there"
-    ):
+    with pytest.raises(CheckpointError, match=r"2 of 30 layers, such as single_transformer_blocks\.2.*not there"):
         attach_saved(shorter, saved)
 
 

@@ -75,9 +75,7 @@ def learn(adapter: Adapter, size: float = 0.1) -> None:
 @pytest.mark.parametrize("init", ["default", "gaussian"])
 def test_a_fresh_adapter_changes_no_bit(transformer: Flux2Transformer, preset: str, init: str) -> None:
     base = velocity(transformer)
-    adapter = attach(
-        transformer, LoraOptions(flux_lora_target=preset, lora_init_type=init, lora_dropout=0.5), seed=7
-    )
+    adapter = attach(transformer, LoraOptions(flux_lora_target=preset, lora_init_type=init, lora_dropout=0.5), seed=7)
     assert torch.equal(velocity(transformer.eval()), base)
     assert torch.equal(velocity(transformer.train()), base)
     with adapter.disabled():
@@ -172,9 +170,7 @@ def test_a_sliced_adapter_is_its_expanded_form(transformer: Flux2Transformer, pr
         b[slice(*rows)] = 0
         assert a.count_nonzero() == b.count_nonzero() == 0
 
-        x = torch.randn(
-            2, 3, layer.in_features, generator=torch.Generator().manual_seed(3), requires_grad=True
-        )
+        x = torch.randn(2, 3, layer.in_features, generator=torch.Generator().manual_seed(3), requires_grad=True)
         a, b = layer.expanded()
         base = layer.base(x)
         expected = base + F.linear(F.linear(x, a), b)
@@ -241,9 +237,7 @@ def test_draws_belong_to_the_layer_and_the_seed() -> None:
 
     everything, tiny = drawn("all"), drawn("tiny")
     assert all(torch.equal(tiny[name], everything[name]) for name in tiny if name.endswith(".a"))
-    values = {
-        tuple(tensor.flatten()[:4].tolist()) for name, tensor in everything.items() if name.endswith(".a")
-    }
+    values = {tuple(tensor.flatten()[:4].tolist()) for name, tensor in everything.items() if name.endswith(".a")}
     assert len(values) == len(everything) // 2
     name = "transformer_blocks.0.attn.to_q.a"
     assert not torch.equal(drawn("tiny", seed=8)[name], tiny[name])
