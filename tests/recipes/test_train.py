@@ -259,6 +259,7 @@ def test_few_pictures_and_many_steps_get_a_word(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # six pictures at 1024² in 20 steps, on one thread
 @pytest.mark.parametrize("extra", ["guidance-constant", "guidance-random-range", "lora-target"])
 def test_the_quickstart_runs_as_it_stands(own_folder: Path, extra: str) -> None:
     """Its config, datasets and prompts byte for byte, with only the flavour, the folder and the steps as flags."""

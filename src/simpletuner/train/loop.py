@@ -149,6 +149,7 @@ class Loop:
                 looked_at_disk = time.monotonic()
                 self._mind_the_disk(state)
             began = time.monotonic()  # what happens between steps is not the step's time
+            bar.go_on()
         return True
 
     def _read_ahead(self, first: int) -> Iterator[Group]:
@@ -169,7 +170,7 @@ class Loop:
     def _measure(self, state: TrainState) -> None:
         if self.held_out is None:
             return
-        with self.reporter.phase("validation") as progress:
+        with self.reporter.phase("validation", "measuring the held-out loss") as progress:
             by_sigma = self.held_out(progress)
         loss = math.fsum(by_sigma.values()) / len(by_sigma)
         state.held_out[state.step] = loss

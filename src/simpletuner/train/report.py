@@ -43,9 +43,10 @@ def peak_memory_gib() -> float:
 class Progress:
     """How far a phase is: call it with (done, total). A bar on a terminal, now and then a line elsewhere."""
 
-    def __init__(self, reporter: "Reporter", phase: Phase) -> None:
+    def __init__(self, reporter: "Reporter", phase: Phase, title: str) -> None:
         self.reporter = reporter
         self.phase = phase
+        self.title = title
         self._began = self._told = self._printed = time.monotonic()
         self._bar: tqdm | None = None
         self._first: int | None = None
@@ -59,7 +60,7 @@ class Progress:
         left = (total - done) / rate if rate > 0 else 0.0
         if self.reporter.is_terminal:
             if self._bar is None:
-                self._bar = tqdm(total=total, initial=done, desc=TITLES[self.phase], leave=False, file=sys.stderr)
+                self._bar = tqdm(total=total, initial=done, desc=self.title, leave=False, file=sys.stderr)
             self._bar.update(done - self._bar.n)
         elif now - self._printed >= LINE_EVERY_S:
             self._printed = now
@@ -103,6 +104,11 @@ class TrainingBar:
             self.reporter.say(
                 f"  step {event.step}/{self.total}, loss {self._smooth:.4f}, {event.seconds:.2f} s/step, {left} left"
             )
+
+    def go_on(self) -> None:
+        """Leave the time since the last step out of the rate: pictures and saving are not steps."""
+        if self._bar is not None:
+            self._bar.unpause()
 
     def close(self) -> None:
         if self._bar is not None:
@@ -158,11 +164,11 @@ class Reporter:
         self.trackers.emit(event)
 
     @contextlib.contextmanager
-    def phase(self, phase: Phase) -> Iterator[Progress]:
-        """A phase: begins and ends in the events, shows its progress, says how long it took."""
+    def phase(self, phase: Phase, title: str | None = None) -> Iterator[Progress]:
+        """A phase: begins and ends in the events, shows its progress under `title`."""
         self.emit(PhaseEvent(phase=phase, state="begin"))
         began = time.monotonic()
-        progress = Progress(self, phase)
+        progress = Progress(self, phase, title or TITLES[phase])
         try:
             yield progress
         finally:

@@ -1,0 +1,138 @@
+"""A whole step, from picture and caption files to gradients, against diffusers and PEFT alone, in fp32."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.recipes.conftest import CONFIG, Workplace
+
+from simpletuner.config.load import load
+from simpletuner.data.cache.latents import read_latent
+from simpletuner.data.pixels import render
+from simpletuner.flux2.denoiser import Denoiser
+from simpletuner.flux2.load import load_autoencoder, load_text_encoder, load_transformer
+from simpletuner.flux2.lora import attach
+from simpletuner.flux2.source import Source, locate
+from simpletuner.train import optim
+from simpletuner.train.prepare import Prepared, prepare
+from simpletuner.train.report import Reporter
+from simpletuner.train.step import Group, Objective, Stepper
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, pictures: Path, tiny_folder: Path) -> Workplace:
+    folder = tmp_path_factory.mktemp("step-parity")
+    shutil.copytree(pictures, folder / "datasets" / "pictures")
+    config = CONFIG | {
+        "pretrained_model_name_or_path": str(tiny_folder),
+        "tokenizer_max_length": 512,
+        "flux_guidance_value": 3.5,
+        "caption_dropout_probability": 0.0,
+    }
+    place = Workplace(folder, config)
+    place.write()
+    return place
+
+
+@pytest.fixture(scope="module")
+def prepared(place: Workplace) -> tuple[Prepared, Source]:
+    loaded = load([], folder=place.folder, environ={})
+    source = locate(loaded.config, report=print)
+    return prepare(loaded, source, CPU, Reporter()), source
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_folder: Path) -> Any:
+    from diffusers import Flux2Pipeline
+
+    return Flux2Pipeline.from_pretrained(tiny_folder, dtype=torch.float32)
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def pixels_of(sample: Any) -> torch.Tensor:
+    return torch.from_numpy(render(sample.path, sample.geometry)).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+def test_what_is_cached_is_what_the_encoders_give(prepared: tuple[Prepared, Source]) -> None:
+    """Bit for bit, with the batches of the fill: two captions, sorted by length, or two pictures of a bucket."""
+    found, source = prepared
+    (manifest,) = found.train
+    encode = load_autoencoder(source, torch.float32, CPU).encode
+    for indices in manifest.buckets.values():
+        for start in range(0, len(indices), 2):
+            batch = [manifest.samples[index] for index in indices[start : start + 2]]
+            live = encode(torch.cat([pixels_of(sample) for sample in batch]))
+            for sample, latent in zip(batch, live, strict=True):
+                cached = read_latent(found.latent_store(manifest.image_set), sample, found.encoders.latents)
+                assert torch.equal(cached, latent)
+    encoder = load_text_encoder(source, torch.float32, CPU, layers=source.text_layers, max_length=512, fix_regex=False)
+    prompts = sorted({"", *(caption for sample in manifest.samples for caption in sample.captions)})
+    lengths = dict(zip(prompts, encoder.lengths(prompts), strict=True))
+    prompts.sort(key=lambda prompt: (lengths[prompt], prompt))
+    for start in range(0, len(prompts), 2):
+        batch_of_prompts = prompts[start : start + 2]
+        for prompt, live_context in zip(batch_of_prompts, encoder.encode(batch_of_prompts), strict=True):
+            assert torch.equal(found.context(prompt).full(), live_context.full())
+
+
+def test_loss_and_gradients_are_those_of_diffusers_and_peft(prepared: tuple[Prepared, Source], pipeline: Any) -> None:
+    from peft import LoraConfig
+
+    found, source = prepared
+    (manifest,) = found.train
+    config = found.loaded.config
+    samples = [manifest.samples[index] for index in max(manifest.buckets.values(), key=len)[:2]]
+    prompts = [sample.captions[0] for sample in samples]
+
+    ours = load_transformer(source, torch.float32, CPU)
+    adapter = attach(ours, config, seed=0)
+    for index, parameter in enumerate(adapter.parameters()):  # B starts at zero, and then A has no gradient
+        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+    stepper = Stepper(
+        denoise=Denoiser(ours),
+        parameters=adapter.parameters(),
+        optimiser=optim.build(adapter.parameters(), config),
+        options=config,
+        objective=Objective.of(config, config, config.seed),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        device=CPU,
+    )
+    losses = stepper.backward(Group(5, 0, (found.batch(manifest.image_set, samples, prompts),)))
+
+    theirs = pipeline.transformer.requires_grad_(False)
+    theirs.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.alpha, target_modules=list(adapter.layers)))
+    gradients = {}
+    for name, layer in adapter.layers.items():
+        peft = theirs.get_submodule(name)
+        gradients[name] = (peft.lora_A["default"].weight, peft.lora_B["default"].weight)
+        for mine, other in zip((layer.a, layer.b), gradients[name], strict=True):
+            other.data.copy_(mine)
+    with torch.no_grad():
+        context, text_ids = pipeline.encode_prompt(prompts)
+        latents = pipeline._encode_vae_image(torch.cat([pixels_of(sample) for sample in samples]), generator=None)
+    draws = stepper.objective.draw(5, range(2), tuple(latents.shape[1:]))
+    sigma = draws.sigma[:, None, None, None]
+    velocity = theirs(
+        hidden_states=pipeline._pack_latents((1 - sigma) * latents + sigma * draws.noise),
+        encoder_hidden_states=context,
+        timestep=draws.sigma,
+        guidance=torch.full((2,), 3.5),
+        img_ids=pipeline._prepare_latent_ids(latents),
+        txt_ids=text_ids,
+        return_dict=False,
+    )[0]
+    error = (velocity - pipeline._pack_latents(draws.noise - latents)).square().flatten(1).mean(1)
+    error.mean().backward()
+
+    assert_near(torch.tensor(losses), error.detach())
+    for name, layer in adapter.layers.items():
+        for mine, other in zip((layer.a, layer.b), gradients[name], strict=True):
+            assert mine.grad is not None
+            assert_near(mine.grad, other.grad)
