@@ -16,6 +16,7 @@ OPTIMISER_ARGUMENTS = {"adamw": ("amsgrad", "foreach", "fused")}
 """What `optimizer_config` may hold for each optimiser, beside the options that have a name of their own."""
 
 ROUTE = Known(TreadRoute, {}, {}, noun="key of a route")
+"""What a route of `tread_config` may hold."""
 
 Finding = tuple[tuple[str, ...], Problem]
 """The options that a problem is about, and the problem."""

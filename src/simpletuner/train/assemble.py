@@ -42,7 +42,7 @@ from simpletuner.train.loop import Loop, Plan, best_step
 from simpletuner.train.prepare import DTYPES, EMPTY, Prepared, free_memory, prepare
 from simpletuner.train.report import Reporter
 from simpletuner.train.state import TrainState
-from simpletuner.train.step import Group, Objective, Route, Stepper
+from simpletuner.train.step import DenoiserOf, Group, Objective, Stepper
 from simpletuner.train.validate import HeldOut, Painter
 
 MANY_VISITS = 400
@@ -216,7 +216,7 @@ class Attempt:
         write_json(self.run.root / "adapter.json", audit)
         return adapter
 
-    def route(self, denoiser: Denoiser, order: Order) -> Route | None:
+    def route(self, denoiser: Denoiser, order: Order) -> DenoiserOf | None:
         """The denoiser that leaves out tokens in training, if routes are given; says what they keep."""
         blocks = denoiser.transformer.spec.blocks
         routes = resolve(self.config.tread_routes, blocks)

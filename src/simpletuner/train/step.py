@@ -113,7 +113,7 @@ class StepResult:
     grad_norm: float
 
 
-Route = Callable[[int, Sequence[int], tuple[int, int]], Denoise]
+DenoiserOf = Callable[[int, Sequence[int], tuple[int, int]], Denoise]
 """(step, slots, height and width of the latents) → what predicts the velocity of those samples."""
 
 
@@ -128,7 +128,7 @@ class Stepper:
     objective: Objective
     scaler: torch.amp.GradScaler
     device: torch.device
-    route: Route | None = None
+    route: DenoiserOf | None = None
     """Takes the place of `denoise` while training."""
 
     def losses(self, batch: Batch, draws: Draws, step: int, slots: Sequence[int]) -> Float[Tensor, " b"]:
