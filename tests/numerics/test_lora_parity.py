@@ -12,7 +12,7 @@ from simpletuner.config.options.lora import LoraOptions
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.export import LORA_NAME, attach_saved, read_lora, save_lora
 from simpletuner.flux2.lora import PRESETS, Adapter, attach
-from simpletuner.flux2.tiny.make import SPEC
+from simpletuner.flux2.spec import TINY
 from simpletuner.flux2.tokens import context_ids, image_ids, pack
 from simpletuner.flux2.transformer import Flux2Transformer
 
@@ -20,13 +20,13 @@ from simpletuner.flux2.transformer import Flux2Transformer
 def model() -> Flux2Transformer:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Flux2Transformer(SPEC).eval()
+        return Flux2Transformer(TINY).eval()
 
 
 def reference() -> Any:
     from diffusers import Flux2Transformer2DModel
 
-    config = {key: value for key, value in SPEC.to_diffusers().items() if key != "_class_name"}
+    config = {key: value for key, value in TINY.to_diffusers().items() if key != "_class_name"}
     theirs = Flux2Transformer2DModel(**config)
     theirs.load_state_dict(model().state_dict())
     return theirs.eval()
@@ -52,7 +52,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         torch.randn(2, 128, 3, 4, generator=generator),
         torch.tensor([0.3, 0.9]),
-        torch.randn(2, 9, SPEC.context_dim, generator=generator),
+        torch.randn(2, 9, TINY.context_dim, generator=generator),
         torch.tensor([1.0, 4.0]),
     )
 

@@ -6,12 +6,11 @@ from einops import rearrange
 from torch import Tensor
 
 from simpletuner.flux2.denoiser import Denoiser
-from simpletuner.flux2.spec import TransformerSpec
-from simpletuner.flux2.tiny.make import SPEC
+from simpletuner.flux2.spec import TINY, TransformerSpec
 from simpletuner.flux2.tokens import context_ids, image_ids, pack
 from simpletuner.flux2.transformer import Flux2Transformer
 
-WITHOUT_GUIDANCE = TransformerSpec(**{**vars(SPEC), "guidance_embeds": False})
+WITHOUT_GUIDANCE = TransformerSpec(**{**vars(TINY), "guidance_embeds": False})
 
 
 def pair(spec: TransformerSpec, dtype: torch.dtype = torch.float32) -> tuple[Flux2Transformer, torch.nn.Module]:
@@ -33,7 +32,7 @@ def pair(spec: TransformerSpec, dtype: torch.dtype = torch.float32) -> tuple[Flu
 def draw(height: int, width: int, length: int, batch: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(height * 100 + width)
     latents = torch.randn(batch, 128, height, width, generator=generator)
-    return latents, torch.randn(batch, length, SPEC.context_dim, generator=generator)
+    return latents, torch.randn(batch, length, TINY.context_dim, generator=generator)
 
 
 def asked_of_diffusers(
@@ -56,7 +55,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).float().abs().max() / expected.float().abs().max())
 
 
-@pytest.mark.parametrize("spec", [SPEC, WITHOUT_GUIDANCE], ids=["guidance", "no guidance"])
+@pytest.mark.parametrize("spec", [TINY, WITHOUT_GUIDANCE], ids=["guidance", "no guidance"])
 @pytest.mark.parametrize(("height", "width", "length"), [(1, 1, 1), (4, 4, 16), (3, 7, 24), (8, 2, 512)])
 @torch.no_grad()
 def test_velocity_in_fp32(spec: TransformerSpec, height: int, width: int, length: int) -> None:
@@ -75,8 +74,8 @@ def test_velocity_in_fp32(spec: TransformerSpec, height: int, width: int, length
 @torch.no_grad()
 def test_velocity_in_bf16() -> None:
     """Both round at the same places. 4e-3, one step of bf16, is left to kernels of other machines."""
-    ours, theirs = pair(SPEC, torch.bfloat16)
-    exact, _ = pair(SPEC)
+    ours, theirs = pair(TINY, torch.bfloat16)
+    exact, _ = pair(TINY)
     latents, context = draw(4, 6, 32, batch=2)
     # Numbers that bf16 holds, so that sigma · 1000 is the same on both sides.
     sigma, guidance = torch.tensor([0.25, 0.75]), torch.tensor([1.0, 4.0])
@@ -92,7 +91,7 @@ def test_velocity_in_bf16() -> None:
 @torch.no_grad()
 def test_a_sample_does_not_depend_on_its_batch() -> None:
     """1e-5: matrix products of another height may add in another order."""
-    ours, _ = pair(SPEC)
+    ours, _ = pair(TINY)
     latents, context = draw(3, 5, 12, batch=2)
     sigma, guidance = torch.tensor([0.2, 0.8]), torch.tensor([1.0, 4.0])
     both = Denoiser(ours)(latents, sigma, context, guidance)

@@ -15,6 +15,7 @@ Purpose = Literal[
     "init",
     "eval",
     "validation",
+    "tread",
 ]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from simpletuner.config.flags import parse
 from simpletuner.config.load import Loaded, load
+from simpletuner.flux2 import routes
 
 
 def load_here(arguments: Sequence[str]) -> Loaded:
@@ -24,4 +25,6 @@ def load_here(arguments: Sequence[str]) -> Loaded:
 
         if example in EXAMPLES:
             materialise(example, Path("datasets") / example)
-    return load(arguments, folder=Path(), environ=os.environ)
+    loaded = load(arguments, folder=Path(), environ=os.environ)
+    routes.check(loaded.config)
+    return loaded

@@ -27,7 +27,6 @@ _FORMATS = "export for other programs"
 _OPTIMISERS = "more optimisers"
 _EMA = "a moving average of the weights"
 _ROLLOUT = "scheduled sampling"
-_TREAD = "TREAD token routing"
 _QUANTISED = "quantised base weights"
 _OFFLOAD = "offloading"
 _HUB = "publishing to the Hub"
@@ -59,7 +58,6 @@ OPTIONS: dict[str, Later] = {
     "dynamo_mode": Later(_COMPILED, ("default",)),
     "attention_mechanism": Later("other attention kernels", ("native",)),
     "flow_custom_timesteps": Later("custom lists of timesteps"),
-    "tread_config": Later(_TREAD),
     "scheduled_sampling_max_step_offset": Later(_ROLLOUT, (0,)),
     "scheduled_sampling_probability": Later(_ROLLOUT, (0, 0.0, 1, 1.0)),
     "scheduled_sampling_strategy": Later(_ROLLOUT, ("uniform",)),

@@ -111,14 +111,13 @@ def load(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str]) 
     config, names = _with_paths(config, givens, checked, folder, environ)
     listing = _datasets(config, config_file, checked, Surroundings(folder, names, environ), givens)
     prompts, prompt_notices = _prompts(config, listing, config_file, folder, problems)
+    found = {key: [problem] for key, problem in checked.problems.items()}
     for keys, problem in findings(config, listing.datasets):
         # A rule about a value that is refused anyway would speak of the default.
         if not any(key in checked.problems for key in keys):
-            checked.problems[keys[0]] = _as_typed(problem, keys[0], givens)
+            found.setdefault(keys[0], []).append(_as_typed(problem, keys[0], givens))
 
-    in_typed_order = [
-        checked.problems[key] for key in dict.fromkeys([*givens, *checked.problems]) if key in checked.problems
-    ]
+    in_typed_order = [problem for key in dict.fromkeys([*givens, *found]) for problem in found.get(key, [])]
     ConfigError.raise_if([*problems, *in_typed_order, *listing.problems])
     assert listing.datasets is not None  # there was no problem
     origins: dict[str, Origin] = dict.fromkeys(OPTION_NAMES, "default")

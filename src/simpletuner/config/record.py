@@ -24,6 +24,7 @@ RECORDED_TEXTS = frozenset(
         "revision",
         "tracker_project_name",
         "tracker_run_name",
+        "tread_config",
         "validation_negative_prompt",
         "validation_prompt",
         "validation_resolution",

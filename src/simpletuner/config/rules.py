@@ -6,12 +6,17 @@ from pathlib import Path
 
 from simpletuner.base.errors import Problem
 from simpletuner.config.datasets import Datasets
+from simpletuner.config.given import Checked, Given, Known, check
 from simpletuner.config.options.checkpoint import LATEST
+from simpletuner.config.options.tread import TreadRoute
 from simpletuner.config.run import RunConfig
 from simpletuner.config.values import listed, shown
 
 OPTIMISER_ARGUMENTS = {"adamw": ("amsgrad", "foreach", "fused")}
 """What `optimizer_config` may hold for each optimiser, beside the options that have a name of their own."""
+
+ROUTE = Known(TreadRoute, {}, {}, noun="key of a route")
+"""What a route of `tread_config` may hold."""
 
 Finding = tuple[tuple[str, ...], Problem]
 """The options that a problem is about, and the problem."""
@@ -24,6 +29,7 @@ def findings(config: RunConfig, datasets: Datasets | None) -> Iterator[Finding]:
     yield from _optimiser(config)
     yield from _paths(config)
     yield from _trackers(config)
+    yield from _routes(config)
     if datasets is not None and config.eval_dataset_id is not None:
         ids = [held.id for held in datasets.eval_sets]
         if config.eval_dataset_id not in ids:
@@ -82,6 +88,29 @@ def _trackers(config: RunConfig) -> Iterator[Finding]:
             yield ("report_to",), Problem(found, remedy=f"pip install -e '.[{name}]'")
 
 
+def _routes(config: RunConfig) -> Iterator[Finding]:
+    """What is wrong with the routes in themselves; `simpletuner.flux2.routes` holds them against the blocks."""
+    key = ("tread_config",)
+    document = config.tread_config
+    if document is None:
+        return
+    for name in document:
+        if name != "routes":
+            yield key, Problem(f"tread_config: no such key: {shown(name)}", "routes alone")
+    routes = document.get("routes")
+    if not isinstance(routes, list) or not routes:
+        yield key, Problem(f"tread_config: routes = {shown(routes)}", "a list of at least one route, in [ ]")
+        return
+    for number, route in enumerate(routes, start=1):
+        where = f"tread_config, route {number}: "
+        if not isinstance(route, dict):
+            yield key, Problem(f"{where}{shown(route)}", "an object, in { }")
+            continue
+        givens = {name: Given(value, "file", name) for name, value in route.items()}
+        for problem in check(givens, ROUTE, Checked(), where=where).problems.values():
+            yield key, problem
+
+
 def notices(config: RunConfig, datasets: Datasets | None, given: Collection[str]) -> Iterator[str]:
     """What to say before the run: the licence, options in `given` that have no effect, odd combinations."""
     if config.model_flavour == "dev":
@@ -99,6 +128,12 @@ def notices(config: RunConfig, datasets: Datasets | None, given: Collection[str]
             f"lora_alpha = {config.alpha:g} at rank {config.lora_rank} scales the adapter by {scale:.3g}: "
             "it may learn too little to see. Without lora_alpha the scale is 1."
         )
+    for route in config.tread_routes:
+        if route.selection_ratio != 0.5:
+            yield (
+                f"selection_ratio = {route.selection_ratio:g} is the share of image tokens that is kept. Where others "
+                f"mean the share that is left out, this is {1 - route.selection_ratio:g}."
+            )
     if config.max_train_steps is not None and config.lr_warmup_steps >= config.max_train_steps:
         yield (
             f"lr_warmup_steps = {config.lr_warmup_steps} is the whole run of {config.max_train_steps} steps: "

@@ -11,6 +11,7 @@ from simpletuner.config.options.precision import PrecisionOptions
 from simpletuner.config.options.process import ProcessOptions
 from simpletuner.config.options.schedule import ScheduleOptions
 from simpletuner.config.options.tracking import TrackingOptions
+from simpletuner.config.options.tread import TreadOptions
 from simpletuner.config.options.validation import ValidationOptions
 
 SLICES: tuple[type[Slice], ...] = (
@@ -20,6 +21,7 @@ SLICES: tuple[type[Slice], ...] = (
     OptimOptions,
     ScheduleOptions,
     GuidanceOptions,
+    TreadOptions,
     PrecisionOptions,
     ValidationOptions,
     CheckpointOptions,
@@ -40,6 +42,7 @@ class RunConfig(
     OptimOptions,
     ScheduleOptions,
     GuidanceOptions,
+    TreadOptions,
     PrecisionOptions,
     ValidationOptions,
     CheckpointOptions,

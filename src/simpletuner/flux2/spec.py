@@ -42,6 +42,11 @@ class TransformerSpec:
         """Width inside a feed-forward, after the gate."""
         return int(self.hidden * self.mlp_ratio)
 
+    @property
+    def blocks(self) -> int:
+        """Double and single blocks together."""
+        return self.double_blocks + self.single_blocks
+
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> "TransformerSpec":
         """The spec of a diffusers `transformer/config.json`; a missing key has diffusers' default (dev).
@@ -121,6 +126,26 @@ def _count(names: Mapping[str, object], group: str) -> int:
     return len({name.split(".")[1] for name in names if name.startswith(group + ".")})
 
 
+DEV = TransformerSpec(
+    heads=48,
+    head_dim=128,
+    double_blocks=8,
+    single_blocks=48,
+    context_dim=15360,
+    guidance_embeds=True,
+)
+
+TINY = TransformerSpec(
+    heads=6,
+    head_dim=32,
+    double_blocks=2,
+    single_blocks=6,
+    context_dim=3 * 64,
+    guidance_embeds=True,
+    axes=(8, 8, 8, 8),
+)
+
+
 @dataclass(frozen=True)
 class Flavour:
     """One published FLUX.2: where it is, under which licence, and how its pictures are made."""
@@ -128,6 +153,7 @@ class Flavour:
     name: str
     repo: str | None
     """Hub id; None for the embedded model, which is made on the spot."""
+    transformer: TransformerSpec
     licence: str
     """What a user must know before using, or passing on, a LoRA of it."""
     text_layers: tuple[int, ...]
@@ -142,6 +168,7 @@ FLAVOURS: Mapping[str, Flavour] = {
     "dev": Flavour(
         name="dev",
         repo="black-forest-labs/FLUX.2-dev",
+        transformer=DEV,
         licence="FLUX.2-dev non-commercial licence, https://huggingface.co/black-forest-labs/FLUX.2-dev",
         text_layers=(10, 20, 30),
         guidance=4.0,
@@ -150,18 +177,10 @@ FLAVOURS: Mapping[str, Flavour] = {
     "tiny": Flavour(
         name="tiny",
         repo=None,
+        transformer=TINY,
         licence="Apache-2.0",
         text_layers=(10, 20, 30),
         guidance=4.0,
         steps=20,
     ),
 }
-
-DEV = TransformerSpec(
-    heads=48,
-    head_dim=128,
-    double_blocks=8,
-    single_blocks=48,
-    context_dim=15360,
-    guidance_embeds=True,
-)

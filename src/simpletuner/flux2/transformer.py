@@ -6,6 +6,7 @@ Source of the architecture: black-forest-labs/flux2, `src/flux2/model.py`.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,9 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from simpletuner.flux2.rotary import Rotary, rotary, rotate
 from simpletuner.flux2.spec import TransformerSpec
-
-Rotary = tuple[Float[Tensor, "*tables positions half"], Float[Tensor, "*tables positions half"]]
-"""Cosines and sines of the angle of each pair of channels, for each position; `half` is half a head's width."""
+from simpletuner.flux2.tread import Choice, Routing
 
 _FP16_LIMIT = 65504.0
 
@@ -26,27 +26,6 @@ def sinusoid(value: Float[Tensor, " b"], width: int, max_period: float = 10_000.
     exponents = torch.arange(width // 2, dtype=torch.float32, device=value.device) / (width // 2)
     angles = value.float()[:, None] * torch.exp(-math.log(max_period) * exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-def rotary(position_ids: Int[Tensor, "*b n axes"], axes: tuple[int, ...], theta: float) -> Rotary:
-    """Rotary angles of each position: axis by axis, `axes[i] / 2` frequencies theta^(-2k/axes[i]).
-
-    Angles are made in fp64: at position 511 fp32 would be off by 2e-5.
-    """
-    angles = []
-    for axis, width in enumerate(axes):
-        exponents = torch.arange(0, width, 2, dtype=torch.float64, device=position_ids.device) / width
-        angles.append(position_ids[..., axis, None].double() * theta**-exponents)
-    angle = torch.cat(angles, dim=-1)
-    return angle.cos().float(), angle.sin().float()
-
-
-def rotate(x: Float[Tensor, "b n heads d2"], angles: Rotary) -> Float[Tensor, "b n heads d2"]:
-    """Turn each pair of neighbouring channels by its angle, in fp32, and cast back."""
-    cos, sin = (table[..., None, :] for table in angles)
-    even, odd = rearrange(x.float(), "b n heads (d pair) -> pair b n heads d", pair=2)
-    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
-    return turned.flatten(-2).to(x.dtype)
 
 
 def attend(
@@ -280,6 +259,7 @@ class Flux2Transformer(nn.Module):
         guidance: Float[Tensor, " b"] | None,
         position_ids: Int[Tensor, "*b n 4"],
         context_ids: Int[Tensor, "*b l 4"],
+        choices: Sequence[Choice] = (),
     ) -> Float[Tensor, "b n channels"]:
         """One pass in the weights' own type.
 
@@ -288,6 +268,7 @@ class Flux2Transformer(nn.Module):
             guidance: the scale as a user says it (1.0, 4.0); None for models without the embedder.
             position_ids: (t, h, w, l) of each image token, one table for the batch or one a sample.
             context_ids: the same for each text token.
+            choices: the image tokens that stretches of blocks process; the others go around the stretch.
         """
         dtype = tokens.dtype
         vector = self.time_guidance_embed(sigma.to(dtype), None if guidance is None else guidance.to(dtype))
@@ -296,11 +277,17 @@ class Flux2Transformer(nn.Module):
         single_modulation = self.single_stream_modulation(vector)
         angles = rotary(torch.cat([context_ids, position_ids], dim=-2), self.spec.axes, self.spec.theta)
 
+        length = context.shape[1]
+        routing = Routing(choices, angles, length)
         image, text = self.x_embedder(tokens), self.context_embedder(context)
-        for block in self.transformer_blocks:
-            text, image = block(text, image, text_modulation, image_modulation, angles)
+        for index, block in enumerate(self.transformer_blocks):
+            image = routing.enter(index, image)
+            text, image = block(text, image, text_modulation, image_modulation, routing.angles)
+            image = routing.leave(index, image)
         joint = torch.cat([text, image], dim=1)
-        for block in self.single_transformer_blocks:
-            joint = block(joint, single_modulation, angles)
-        out: Tensor = self.proj_out(self.norm_out(joint[:, context.shape[1] :], vector))
+        for index, block in enumerate(self.single_transformer_blocks, start=len(self.transformer_blocks)):
+            joint = routing.enter(index, joint, length)
+            joint = block(joint, single_modulation, routing.angles)
+            joint = routing.leave(index, joint, length)
+        out: Tensor = self.proj_out(self.norm_out(joint[:, length:], vector))
         return out

@@ -5,7 +5,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -22,13 +22,17 @@ from simpletuner.config.record import MAY_CHANGE, resolved
 from simpletuner.config.run import RunConfig
 from simpletuner.data.collate import Batch, caption_of
 from simpletuner.data.order import MicroBatch, Order
+from simpletuner.flow.loss import Denoise
 from simpletuner.flux2.autoencoder import Autoencoder
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.export import attach_saved, read_lora
 from simpletuner.flux2.load import load_autoencoder, load_transformer
 from simpletuner.flux2.lora import Adapter, attach
+from simpletuner.flux2.routes import resolve
 from simpletuner.flux2.source import Source, locate
+from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
 from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.flux2.tread import draw_choices
 from simpletuner.memory import recompute
 from simpletuner.runs.events import CheckpointEvent, EndEvent, ErrorEvent, EventLog, RunEvent, read_events
 from simpletuner.runs.layout import LORA_NAME, RunDirectory
@@ -38,7 +42,7 @@ from simpletuner.train.loop import Loop, Plan, best_step
 from simpletuner.train.prepare import DTYPES, EMPTY, Prepared, free_memory, prepare
 from simpletuner.train.report import Reporter
 from simpletuner.train.state import TrainState
-from simpletuner.train.step import Group, Objective, Stepper
+from simpletuner.train.step import DenoiserOf, Group, Objective, Stepper
 from simpletuner.train.validate import HeldOut, Painter
 
 MANY_VISITS = 400
@@ -103,6 +107,7 @@ class Attempt:
             return
         write_json(self.run.config, resolved(self.config))
         source = locate(self.config, report=self.reporter.say)
+        resolve(self.config.tread_routes, source.spec.blocks)  # before the work that a mistake would waste
         prepared = prepare(self.loaded, source, self.device, self.reporter)
         write_json(self.run.datasets, [m.summary() for m in (*prepared.train, *prepared.held_out)])
         model = {
@@ -133,14 +138,16 @@ class Attempt:
             place = str(found.folder)
             self.reporter.emit(CheckpointEvent(step=self.state.step, state="resumed", path=found.folder.name))
             self.reporter.say(f"Going on from step {self.state.step} of {plan.steps} ({place}).")
+        denoiser = Denoiser(transformer)
         stepper = Stepper(
-            denoise=Denoiser(transformer),
+            denoise=denoiser,
             parameters=adapter.parameters(),
             optimiser=optimiser,
             options=self.config,
             objective=Objective.of(self.config, self.config, self.config.seed),
             scaler=scaler,
             device=self.device,
+            route=self.route(denoiser, order),
         )
         self.introduce(prepared, plan, adapter, found)
 
@@ -208,6 +215,22 @@ class Attempt:
             )
         write_json(self.run.root / "adapter.json", audit)
         return adapter
+
+    def route(self, denoiser: Denoiser, order: Order) -> DenoiserOf | None:
+        """The denoiser that leaves out tokens in training, if routes are given; says what they keep."""
+        blocks = denoiser.transformer.spec.blocks
+        routes = resolve(self.config.tread_routes, blocks)
+        if not routes:
+            return None
+        width, height = largest(order).bucket
+        for route in routes:
+            tokens = (width // PIXELS_PER_TOKEN) * (height // PIXELS_PER_TOKEN)
+            self.reporter.say(f"{route.told(tokens, blocks)}, at {width}x{height}.")
+
+        def routed(step: int, slots: Sequence[int], grid: tuple[int, int]) -> Denoise:
+            return denoiser.routed(draw_choices(routes, self.config.seed, step, slots, math.prod(grid)))
+
+        return routed
 
     def groups(self, prepared: Prepared, order: Order) -> Callable[[int], Group]:
         """The batches of a step: a function of the step, so that a resumed run reads what the first would have."""
@@ -315,8 +338,8 @@ class Attempt:
         left = plan.steps - self.state.step
         if left <= 0:
             return
-        largest = max(order.epoch(0), key=lambda micro: math.prod(micro.bucket) * len(micro.visits))
-        group = Group(0, 0, (self.batch(prepared, largest, 0, 0),))
+        batch = largest(order)
+        group = Group(0, 0, (self.batch(prepared, batch, 0, 0),))
         seconds = math.inf
         for _ in range(2):  # the first pass also warms up what a library sets up once
             began = time.monotonic()
@@ -326,12 +349,12 @@ class Attempt:
             if seconds > WARM_UP_WORTH_S:
                 break
         hours = seconds * self.config.gradient_accumulation_steps * left
-        width, height = largest.bucket
+        width, height = batch.bucket
         self.reporter.say(
-            f"A pass over {len(largest.visits)} × {width}x{height} takes {format_duration(seconds)}: "
+            f"A pass over {len(batch.visits)} × {width}x{height} takes {format_duration(seconds)}: "
             f"about {format_duration(hours)} for {left} steps, pictures and saving not counted."
         )
-        visits = plan.steps * self.config.gradient_accumulation_steps * len(largest.visits) / prepared.pictures
+        visits = plan.steps * self.config.gradient_accumulation_steps * len(batch.visits) / prepared.pictures
         if visits > MANY_VISITS:
             self.reporter.notice(
                 f"{plan.steps} steps on {prepared.pictures} pictures show each of them about {visits:.0f} times. "
@@ -383,6 +406,11 @@ class Attempt:
         self.reporter.say(f"Try it: simpletuner sample --run {self.run.root} --prompt '…'")
         self.reporter.say(f"In diffusers: pipe.load_lora_weights({str(self.run.root)!r})")
         free_memory(self.device)
+
+
+def largest(order: Order) -> MicroBatch:
+    """The batch with the most pixels."""
+    return max(order.epoch(0), key=lambda micro: math.prod(micro.bucket) * len(micro.visits))
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """One optimiser step: draw, noise, predict, compare, backward, clip, update."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,6 +113,10 @@ class StepResult:
     grad_norm: float
 
 
+DenoiserOf = Callable[[int, Sequence[int], tuple[int, int]], Denoise]
+"""(step, slots, height and width of the latents) → what predicts the velocity of those samples."""
+
+
 @dataclass(frozen=True)
 class Stepper:
     """Everything a step works on. `denoise` runs on `device`; `parameters` are what learns."""
@@ -124,12 +128,18 @@ class Stepper:
     objective: Objective
     scaler: torch.amp.GradScaler
     device: torch.device
+    route: DenoiserOf | None = None
+    """Takes the place of `denoise` while training."""
 
-    def losses(self, batch: Batch, draws: Draws) -> Float[Tensor, " b"]:
-        """Loss of each sample of `batch`, with gradients. fp16 computes under autocast over bf16 weights."""
+    def losses(self, batch: Batch, draws: Draws, step: int, slots: Sequence[int]) -> Float[Tensor, " b"]:
+        """Loss of each sample of `batch`, in `slots` of `step`, with gradients. fp16 computes under autocast over
+        bf16 weights.
+        """
+        height, width = batch.latents.shape[2:]
+        denoise = self.denoise if self.route is None else self.route(step, slots, (height, width))
         with torch.autocast(self.device.type, dtype=torch.float16, enabled=self.scaler.is_enabled()):
             return flow_loss(
-                self.denoise,
+                denoise,
                 batch.latents.to(self.device, non_blocking=True),
                 batch.context.to(self.device, non_blocking=True),
                 sigma=draws.sigma.to(self.device),
@@ -151,7 +161,7 @@ class Stepper:
             draws = self.objective.draw(group.step, slots, (channels, height, width))
             # The adapter's dropout is the one draw made inside the model, from torch's own generator.
             torch.manual_seed(draw_seed(self.objective.seed, "lora_dropout", group.step, slots[0]))
-            losses = self.losses(batch, draws)
+            losses = self.losses(batch, draws, group.step, slots)
             self.scaler.scale(losses.sum() / group.size).backward()
             found += losses.detach().tolist()
         bad = [

@@ -85,6 +85,13 @@ def test_a_resumed_run_must_keep_the_rest() -> None:
     assert "learning_rate" not in MAY_CHANGE
 
 
+def test_a_resumed_run_must_keep_its_routes() -> None:
+    first, other = ({"routes": [{"selection_ratio": share}]} for share in (0.5, 0.25))
+    old = json.loads(json.dumps(resolved(RunConfig(tread_config=first))))
+    assert differences(old, resolved(RunConfig(tread_config=first))) == []
+    assert differences(old, resolved(RunConfig(tread_config=other))) == ["tread_config"]
+
+
 def test_an_option_that_came_or_went_is_a_difference() -> None:
     kept = resolved(RunConfig())
     assert differences({**kept, "old": 1}, kept) == ["old"]

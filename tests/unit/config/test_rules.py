@@ -1,3 +1,4 @@
+import json
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -152,3 +153,64 @@ def test_an_init_lora_decides_rank_and_alpha(place: Any) -> None:
     place.write("start.safetensors", "")
     place.config |= {"init_lora": "start.safetensors", "lora_rank": 8}
     assert place.load().notices == ("lora_rank has no effect: init_lora is given, and its file decides.",)
+
+
+def test_every_fault_of_the_routes_is_told_at_once(place: Any) -> None:
+    route = {"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx": -2}
+    place.config["tread_config"] = {
+        "routes": [
+            route,
+            route | {"selection_ratio": 0, "end_layer_idx": 2.5},
+            {"selection_ratoi": 0.5, "start_layer_idx": 2},
+            "2-4",
+        ],
+        "seed": 3,
+    }
+    assert place.problems() == [
+        "tread_config: no such key: 'seed': expected routes alone.",
+        "tread_config, route 2: selection_ratio = 0: expected a number above 0 and up to 1.",
+        "tread_config, route 2: end_layer_idx = 2.5: expected a whole number.",
+        "tread_config, route 3: selection_ratoi: no such key of a route. Did you mean selection_ratio?",
+        "tread_config, route 3: selection_ratio is missing: expected a number above 0 and up to 1.",
+        "tread_config, route 3: end_layer_idx is missing: expected a whole number.",
+        "tread_config, route 4: '2-4': expected an object, in { }.",
+    ]
+
+
+@pytest.mark.parametrize("routes", [[], {}, None, 3], ids=repr)
+def test_routes_are_a_list_with_something_in_it(place: Any, routes: object) -> None:
+    place.config["tread_config"] = {"routes": routes}
+    (problem,) = place.problems()
+    assert problem.startswith("tread_config: routes = ")
+    assert problem.endswith(": expected a list of at least one route, in [ ].")
+
+
+def test_routes_come_as_an_object_as_text_and_as_a_file(place: Any) -> None:
+    routes = {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx": -2}]}
+    place.config["tread_config"] = routes
+    place.write("tread.json", routes)
+    as_object = place.load()
+    assert as_object.notices == ()
+    for flag in (f"--tread_config={json.dumps(routes)}", "--tread_config=tread.json"):
+        assert place.load(flag).config == as_object.config
+    assert place.problems("--tread_config=2-4") == [
+        "--tread_config = '2-4': expected an object {\"routes\": [...]}, or the path of a JSON file with one."
+    ]
+    spoilt = json.dumps(routes).replace("0.5", "2")
+    assert place.problems("--tread_config", spoilt) == [
+        "--tread_config, route 1: selection_ratio = 2: expected a number above 0 and up to 1."
+    ]
+
+
+def test_a_ratio_other_than_half_is_put_into_words(place: Any) -> None:
+    route = {"selection_ratio": 0.25, "start_layer_idx": 2, "end_layer_idx": -2}
+    place.config["tread_config"] = {"routes": [route]}
+    assert place.load().notices == (
+        "selection_ratio = 0.25 is the share of image tokens that is kept. Where others mean the share that is left "
+        "out, this is 0.75.",
+    )
+
+
+def test_two_faults_of_one_option_are_both_told(place: Any) -> None:
+    place.config["optimizer_config"] = {"one": 1, "two": 2}
+    assert [problem.split(" takes")[0] for problem in place.problems()] == ["optimizer_config: adamw"] * 2

@@ -15,7 +15,7 @@ from simpletuner.flux2.load import (
     text_encoder_id,
 )
 from simpletuner.flux2.source import Source, Weights
-from simpletuner.flux2.tiny.make import SPEC
+from simpletuner.flux2.spec import TINY
 
 TEXT = {"layers": (10, 20, 30), "max_length": 512, "fix_regex": False}
 
@@ -36,7 +36,7 @@ def bfl_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         bfl[f"{theirs}.out_layer.weight"] = left.pop(f"{embedder}.linear_2.weight")
     for part in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"):
         bfl[f"{part}.lin.weight"] = left.pop(f"{part}.linear.weight")
-    for index in range(SPEC.double_blocks):
+    for index in range(TINY.double_blocks):
         ours, theirs = f"transformer_blocks.{index}", f"double_blocks.{index}"
         fused = {"img": ("to_q", "to_k", "to_v"), "txt": ("add_q_proj", "add_k_proj", "add_v_proj")}
         for stream, names in fused.items():
@@ -55,7 +55,7 @@ def bfl_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             "ff_context.linear_out.weight": "txt_mlp.2.weight",
         }.items():
             bfl[f"{theirs}.{other}"] = left.pop(f"{ours}.{name}")
-    for index in range(SPEC.single_blocks):
+    for index in range(TINY.single_blocks):
         ours, theirs = f"single_transformer_blocks.{index}.attn", f"single_blocks.{index}"
         bfl[f"{theirs}.linear1.weight"] = left.pop(f"{ours}.to_qkv_mlp_proj.weight")
         bfl[f"{theirs}.linear2.weight"] = left.pop(f"{ours}.to_out.weight")
@@ -98,14 +98,14 @@ def test_every_tensor_is_cast(tiny_source, tensors):
 def test_bfls_single_file_is_the_same_transformer(prefix, tiny_source, tensors, tmp_path):
     renamed = {prefix + name: tensor for name, tensor in bfl_tensors(tensors).items()}
     source = single_file(tiny_source, tmp_path, renamed)
-    assert source.spec == SPEC
+    assert source.spec == TINY
     state = load_transformer(source, torch.float32, "cpu").state_dict()
     assert all(torch.equal(state[name], tensors[name]) for name in tensors)
 
 
 def test_a_single_file_may_have_diffusers_names(tiny_source, tensors, tmp_path):
     source = single_file(tiny_source, tmp_path, tensors)
-    assert source.spec == SPEC
+    assert source.spec == TINY
     load_transformer(source, torch.float32, "cpu")
 
 

@@ -1,6 +1,7 @@
 """The step on a model small enough to check by hand: two learned numbers."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from simpletuner.config.options.guidance import GuidanceOptions
 from simpletuner.config.options.optim import OptimOptions
 from simpletuner.config.options.schedule import ScheduleOptions
 from simpletuner.data.collate import Batch
+from simpletuner.flow.loss import Denoise
 from simpletuner.flow.sigma import mu_linear, shifted
 from simpletuner.train import optim
 from simpletuner.train.step import Group, Objective, Stepper
@@ -130,6 +132,20 @@ def test_the_step_uses_the_rate_it_is_given_and_leaves_no_gradient() -> None:
     assert model.scale.grad is None
     stepper(model, adam_weight_decay=0.0)(Group(1, 0, (batch("a"),)), 0.01)
     assert abs(model.scale.item() - 0.5) == pytest.approx(0.01, rel=1e-3)  # Adam's first step is the rate
+
+
+def test_a_route_takes_the_place_of_the_denoiser_for_each_batch() -> None:
+    model, asked = Model(), []
+
+    def route(step: int, slots: Sequence[int], grid: tuple[int, int]) -> Denoise:
+        asked.append((step, list(slots), grid))
+        return lambda *inputs: model(*inputs) + 1
+
+    plain = stepper(model)
+    routed = Stepper(**(vars(plain) | {"route": route}))
+    group = Group(7, 0, (batch("a", "b"), batch("ccc")))
+    assert routed.backward(group) != plain.backward(group)
+    assert asked == [(7, [0, 1], (2, 3)), (7, [2], (2, 3))]
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_names_of_its_samples_before_anything_is_updated() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from simpletuner.base.errors import AccessError
 from simpletuner.base.files import disk_full_is_reported, read_json
 from simpletuner.flux2 import tokens
-from simpletuner.flux2.spec import TransformerSpec
+from simpletuner.flux2.spec import TINY
 from simpletuner.flux2.tiny import vocabulary
 from simpletuner.flux2.tiny.weights import TEXT_GAINS, TRANSFORMER_GAINS, VAE_GAINS, Shapes, draw, drawn
 from simpletuner.flux2.transformer import Flux2Transformer
@@ -27,16 +27,6 @@ LEARNT = Path(__file__).parent / "learnt"
 """`{component}.safetensors` in here, if the package has it, is used in place of drawn weights."""
 
 STAMP = "simpletuner.json"
-
-SPEC = TransformerSpec(
-    heads=6,
-    head_dim=32,
-    double_blocks=2,
-    single_blocks=6,
-    context_dim=3 * 64,
-    guidance_embeds=True,
-    axes=(8, 8, 8, 8),
-)
 
 VAE: dict[str, Any] = {
     "_class_name": "AutoencoderKLFlux2",
@@ -194,8 +184,8 @@ def _fill(folder: Path, seed: int) -> None:
         (folder / "tokenizer" / name).write_text(text, encoding="utf-8")
 
     with torch.device("meta"):
-        transformer = Flux2Transformer(SPEC)
-    _write_json(folder / "transformer" / "config.json", SPEC.to_diffusers())
+        transformer = Flux2Transformer(TINY)
+    _write_json(folder / "transformer" / "config.json", TINY.to_diffusers())
     _write_tensors(
         folder / "transformer" / "diffusion_pytorch_model.safetensors",
         _learnt("transformer") or draw("transformer", _shapes(transformer), TRANSFORMER_GAINS, seed),

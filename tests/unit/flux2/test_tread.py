@@ -1,0 +1,136 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from simpletuner.config.run import RunConfig
+from simpletuner.flux2.denoiser import Denoiser
+from simpletuner.flux2.routes import Route, resolve
+from simpletuner.flux2.spec import TINY
+from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.flux2.tread import draw_choice, draw_choices
+
+SNIPPETS = Path(__file__).parents[2] / "fixtures" / "quickstart"
+HALF = Route(1, 2, 0.5)
+
+
+def test_a_choice_depends_on_seed_step_slot_and_route_and_on_nothing_else() -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    one = draw_choice(0, 7, 3, 0, 64, 32)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(one, draw_choice(0, 7, 3, 0, 64, 32))
+    for other in ((1, 7, 3, 0), (0, 8, 3, 0), (0, 7, 4, 0), (0, 7, 3, 1)):
+        assert not torch.equal(one, draw_choice(*other, 64, 32))
+
+
+def test_a_sample_keeps_its_choice_however_the_batch_is_cut() -> None:
+    (whole,) = draw_choices([HALF], 0, 5, range(4), 20)
+    (first,) = draw_choices([HALF], 0, 5, range(2), 20)
+    (second,) = draw_choices([HALF], 0, 5, range(2, 4), 20)
+    assert torch.equal(whole.kept, torch.cat([first.kept, second.kept]))
+
+
+def test_places_rise_and_are_all_equally_likely() -> None:
+    kept = draw_choices([Route(0, 0, 0.25)], 0, 1, range(4000), 8)[0].kept
+    assert kept.shape == (4000, 2)
+    assert (kept[:, 1] > kept[:, 0]).all()
+    counts = torch.bincount(kept.flatten(), minlength=8) / 4000
+    assert counts.tolist() == pytest.approx([0.25] * 8, abs=0.03)
+    pairs = torch.bincount(kept[:, 0] * 8 + kept[:, 1], minlength=64) / 4000
+    assert pairs[pairs > 0].tolist() == pytest.approx([1 / 28] * 28, abs=0.015)
+
+
+def test_two_routes_choose_apart() -> None:
+    one, other = draw_choices([Route(0, 1, 0.5), Route(2, 3, 0.5)], 0, 1, [0], 64)
+    assert not torch.equal(one.kept, other.kept)
+
+
+def test_a_route_that_keeps_all_is_left_out() -> None:
+    assert draw_choices([Route(0, 1, 1.0), Route(2, 3, 0.999)], 0, 1, [0], 16) == ()
+
+
+def test_forced_tokens_are_always_kept_and_every_sample_keeps_as_many() -> None:
+    force = torch.zeros(3, 16, dtype=torch.bool)
+    force[0, [0, 5, 15]] = True
+    force[2, 7] = True
+    for step in range(20):
+        (choice,) = draw_choices([HALF], 0, step, range(3), 16, force)
+        assert choice.kept.shape == (3, 8)
+        assert {0, 5, 15} <= set(choice.kept[0].tolist())
+        assert 7 in choice.kept[2]
+        assert all(len(set(row.tolist())) == 8 for row in choice.kept)
+    force[1, :12] = True
+    (choice,) = draw_choices([HALF], 0, 0, range(3), 16, force)
+    assert choice.kept.shape == (3, 12)
+    assert choice.kept[1].tolist() == list(range(12))
+    assert draw_choices([HALF], 0, 0, range(3), 16, torch.ones(3, 16, dtype=torch.bool)) == ()
+
+
+def test_what_is_forced_changes_nothing_else() -> None:
+    """The others keep the order in which they were drawn."""
+    free = draw_choice(0, 1, 0, 0, 16, 8).tolist()
+    force = torch.zeros(16, dtype=torch.bool)
+    force[free[0]] = True
+    assert draw_choice(0, 1, 0, 0, 16, 8, force).tolist() == free
+
+
+@pytest.fixture(scope="module")
+def denoiser() -> Denoiser:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Denoiser(Flux2Transformer(TINY).train())
+
+
+def lengths(denoiser: Denoiser, routes: tuple[Route, ...]) -> list[int]:
+    """How many image tokens each block sees, of 4 × 6."""
+    seen: list[int] = []
+
+    def look(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        is_double = block in list(denoiser.transformer.transformer_blocks)
+        seen.append(inputs[1].shape[1] if is_double else inputs[0].shape[1] - 5)
+
+    hooks = [block.register_forward_pre_hook(look) for block in denoiser.transformer.blocks]
+    ask(denoiser, routes)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def ask(denoiser: Denoiser, routes: tuple[Route, ...]) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 128, 4, 6, generator=generator)
+    context = torch.randn(2, 5, TINY.context_dim, generator=generator)
+    ones = torch.ones(2)
+    return denoiser.routed(draw_choices(routes, 0, 1, [0, 1], 24))(latents, ones * 0.4, context, ones)
+
+
+@pytest.mark.parametrize(
+    ("snippet", "expected"),
+    [
+        ("tread-start2.json", [24, 24, 12, 12, 12, 12, 12, 24]),
+        ("tread-start4.json", [24, 24, 24, 24, 12, 24, 24, 24]),
+    ],
+)
+def test_the_quickstarts_routes_do_what_they_say(denoiser: Denoiser, snippet: str, expected: list[int]) -> None:
+    config = RunConfig.model_validate(json.loads((SNIPPETS / snippet).read_bytes()))
+    assert lengths(denoiser, resolve(config.tread_routes, TINY.blocks)) == expected
+
+
+def test_a_route_may_cross_and_others_may_follow(denoiser: Denoiser) -> None:
+    routes = (Route(1, 3, 0.5), Route(4, 4, 0.25), Route(6, 7, 1.0))
+    assert lengths(denoiser, routes) == [24, 12, 12, 12, 6, 24, 24, 24]
+
+
+def test_without_gradients_nothing_is_routed(denoiser: Denoiser) -> None:
+    with torch.no_grad():
+        assert lengths(denoiser, (HALF,)) == [24] * 8
+        assert torch.equal(ask(denoiser, (HALF,)), ask(denoiser, ()))
+
+
+def test_no_route_and_one_that_keeps_all_change_no_bit(denoiser: Denoiser) -> None:
+    plain = ask(denoiser, ())
+    assert torch.equal(plain, ask(denoiser, (Route(0, 7, 1.0),)))
+    assert not torch.equal(plain, ask(denoiser, (HALF,)))
