@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,6 +25,7 @@ from simpletuner.flow.sigma import (
     uniform_density,
 )
 from simpletuner.train import optim
+from simpletuner.train.rollout import Rollout
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ class Group:
 class StepResult:
     loss: float
     grad_norm: float
+    rollout_calls: int
+    """Model calls without gradient that scheduled sampling added."""
 
 
 @dataclass(frozen=True)
@@ -124,19 +128,31 @@ class Stepper:
     objective: Objective
     scaler: torch.amp.GradScaler
     device: torch.device
+    rollout: Rollout | None = None
 
-    def losses(self, batch: Batch, draws: Draws) -> Float[Tensor, " b"]:
+    def losses(self, batch: Batch, draws: Draws, step: int, slots: Sequence[int]) -> Float[Tensor, " b"]:
         """Loss of each sample of `batch`, with gradients. fp16 computes under autocast over bf16 weights."""
-        with torch.autocast(self.device.type, dtype=torch.float16, enabled=self.scaler.is_enabled()):
-            return flow_loss(
-                self.denoise,
-                batch.latents.to(self.device, non_blocking=True),
-                batch.context.to(self.device, non_blocking=True),
-                sigma=draws.sigma.to(self.device),
-                guidance=draws.guidance.to(self.device),
-                noise=draws.noise.to(self.device),
-                penalty=self.objective.penalty,
-            )
+        # Nothing is cached: a weight cast in a rollout's pass without gradient would be taken again by the pass that
+        # learns, and its gradient lost.
+        with torch.autocast(
+            self.device.type,
+            dtype=torch.float16,
+            enabled=self.scaler.is_enabled(),
+            cache_enabled=self.rollout is None,
+        ):
+            denoise = self.denoise
+            latents = batch.latents.to(self.device, non_blocking=True)
+            context = batch.context.to(self.device, non_blocking=True)
+            drawn: dict[str, Any] = {
+                "sigma": draws.sigma.to(self.device),
+                "guidance": draws.guidance.to(self.device),
+                "noise": draws.noise.to(self.device),
+                "penalty": self.objective.penalty,
+            }
+            if self.rollout is None:
+                return flow_loss(denoise, latents, context, **drawn)
+            lengths = self.rollout.lengths(step, slots)
+            return self.rollout.losses(denoise, latents, context, **drawn, lengths=lengths, walk=self.denoise)
 
     def backward(self, group: Group) -> list[float]:
         """Add the gradients of the group's mean loss; returns the loss of each sample, in order.
@@ -151,7 +167,7 @@ class Stepper:
             draws = self.objective.draw(group.step, slots, (channels, height, width))
             # The adapter's dropout is the one draw made inside the model, from torch's own generator.
             torch.manual_seed(draw_seed(self.objective.seed, "lora_dropout", group.step, slots[0]))
-            losses = self.losses(batch, draws)
+            losses = self.losses(batch, draws, group.step, slots)
             self.scaler.scale(losses.sum() / group.size).backward()
             found += losses.detach().tolist()
         bad = [
@@ -180,7 +196,18 @@ class Stepper:
         self.scaler.step(self.optimiser)
         self.scaler.update()
         self.optimiser.zero_grad(set_to_none=True)
-        return StepResult(loss=math.fsum(losses) / group.size, grad_norm=grad_norm)
+        return StepResult(math.fsum(losses) / group.size, grad_norm, self.rollout_calls(group))
+
+    def rollout_calls(self, group: Group) -> int:
+        """Model calls without gradient that scheduled sampling adds to the step of `group`."""
+        if self.rollout is None:
+            return 0
+        calls = first = 0
+        for batch in group.batches:
+            slots = range(first, first + len(batch.names))
+            calls += self.rollout.calls_of(self.rollout.lengths(group.step, slots))
+            first = slots.stop
+        return calls
 
 
 def not_finite(what: str, step: int, names: Sequence[str]) -> DataError:
