@@ -114,12 +114,13 @@ def rollout_loss(
     """
     prediction = denoise(x, sigma, context, guidance).float()
     penalties = penalty(prediction - velocity(latents, noise), sigma)
+    losses = reduce(penalties, "b c h w -> b", "mean")
     if reflex.alpha:
         if clean is None:
             raise ValueError("frequency compensation needs the prediction at the plainly noised latents")
         weights = compensation(clean.float(), prediction.detach(), reflex.alpha)
-        penalties = torch.where(rearrange(is_rolled, "b -> b 1 1 1"), weights, 1) * penalties
-    losses = reduce(penalties, "b c h w -> b", "mean")
+        # Chosen between after the mean: a mean's last bit depends on how its elements lie in memory.
+        losses = torch.where(is_rolled, reduce(weights * penalties, "b c h w -> b", "mean"), losses)
     if reflex.beta2 != 1:
         losses = torch.where(is_rolled, reflex.beta2, 1) * losses
     if reflex.beta1:

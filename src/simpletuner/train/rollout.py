@@ -114,9 +114,7 @@ class Rollout:
         # the masks that it has without rollouts, and the clean prediction the same ones, so that they can be compared.
         accelerators = [latents.device] if latents.device.type != "cpu" else []
         with torch.random.fork_rng(accelerators), torch.no_grad():
-            x = rolled_out(
-                walk, latents, context, **inputs, source=source, solver=self.solver, steps=self.steps
-            )
+            x = rolled_out(walk, latents, context, **inputs, source=source, solver=self.solver, steps=self.steps)
         if self.reflex.alpha:
             with torch.random.fork_rng(accelerators), torch.no_grad():
                 clean = denoise(noised(latents, noise, sigma), sigma, context, guidance)
@@ -143,10 +141,10 @@ class Rollout:
                 f"between steps {begin} and {begin + options.scheduled_sampling_ramp_steps}"
             )
         walked = self.steps * self.solver.calls_a_step
-        extra = f" and {self.calls - walked} for ReflexFlow" if self.calls > walked else ""
+        calls = f"{walked} and {self.calls - walked} for ReflexFlow" if self.calls > walked else f"{walked}"
+        steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
         return (
             f"Scheduled sampling: lengths 0–{options.scheduled_sampling_max_step_offset} of {PARTS} "
-            f"({options.scheduled_sampling_strategy}), probability {share}; {self.steps} steps of "
-            f"{options.scheduled_sampling_sampler}, {walked} model calls{extra} without gradient for a batch with a "
-            "rollout in it."
+            f"({options.scheduled_sampling_strategy}), probability {share}; {steps} of "
+            f"{options.scheduled_sampling_sampler}, model calls without gradient for a batch with rollouts: {calls}."
         )
