@@ -10,6 +10,7 @@ Purpose = Literal[
     "caption",
     "dropout",
     "lora_dropout",
+    "rollout",
     "crop",
     "order",
     "init",

@@ -26,7 +26,6 @@ _CONVERTED_STARTS = "initialisations that change the base"
 _FORMATS = "export for other programs"
 _OPTIMISERS = "more optimisers"
 _EMA = "a moving average of the weights"
-_ROLLOUT = "scheduled sampling"
 _QUANTISED = "quantised base weights"
 _OFFLOAD = "offloading"
 _HUB = "publishing to the Hub"
@@ -58,19 +57,6 @@ OPTIONS: dict[str, Later] = {
     "dynamo_mode": Later(_COMPILED, ("default",)),
     "attention_mechanism": Later("other attention kernels", ("native",)),
     "flow_custom_timesteps": Later("custom lists of timesteps"),
-    "scheduled_sampling_max_step_offset": Later(_ROLLOUT, (0,)),
-    "scheduled_sampling_probability": Later(_ROLLOUT, (0, 0.0, 1, 1.0)),
-    "scheduled_sampling_strategy": Later(_ROLLOUT, ("uniform",)),
-    "scheduled_sampling_prob_start": Later(_ROLLOUT, (0, 0.0)),
-    "scheduled_sampling_prob_end": Later(_ROLLOUT, (0.5,)),
-    "scheduled_sampling_ramp_steps": Later(_ROLLOUT, (0,)),
-    "scheduled_sampling_ramp_shape": Later(_ROLLOUT, ("linear",)),
-    "scheduled_sampling_start_step": Later(_ROLLOUT, (0,)),
-    "scheduled_sampling_sampler": Later(_ROLLOUT, ("euler",)),
-    "scheduled_sampling_reflexflow": Later(_ROLLOUT, (False,)),
-    "scheduled_sampling_reflexflow_alpha": Later(_ROLLOUT, (1, 1.0)),
-    "scheduled_sampling_reflexflow_beta1": Later(_ROLLOUT, (10, 10.0)),
-    "scheduled_sampling_reflexflow_beta2": Later(_ROLLOUT, (1, 1.0)),
     "timestep_strata": Later("stratified noise levels", (False,)),
     "masked_loss_probability": Later(_CONDITIONS, (1, 1.0)),
     "base_model_cache_dir": Later(_QUANTISED),

@@ -8,6 +8,7 @@ from simpletuner.base.errors import Problem
 from simpletuner.config.datasets import Datasets
 from simpletuner.config.given import Checked, Given, Known, check
 from simpletuner.config.options.checkpoint import LATEST
+from simpletuner.config.options.rollout import RolloutOptions
 from simpletuner.config.options.tread import TreadRoute
 from simpletuner.config.run import RunConfig
 from simpletuner.config.values import listed, shown
@@ -26,6 +27,7 @@ def findings(config: RunConfig, datasets: Datasets | None) -> Iterator[Finding]:
     """Problems between options. `datasets` is None where they are faulty themselves."""
     yield from _length(config)
     yield from _densities(config)
+    yield from _rollout(config)
     yield from _optimiser(config)
     yield from _paths(config)
     yield from _trackers(config)
@@ -52,6 +54,14 @@ def _densities(config: RunConfig) -> Iterator[Finding]:
         keys = ("flux_guidance_min", "flux_guidance_max")
         found = f"flux_guidance_min = {config.flux_guidance_min:g}"
         yield keys, Problem(found, f"at most flux_guidance_max, {config.flux_guidance_max:g}")
+
+
+def _rollout(config: RunConfig) -> Iterator[Finding]:
+    beta1, beta2 = config.scheduled_sampling_reflexflow_beta1, config.scheduled_sampling_reflexflow_beta2
+    if config.has_reflexflow and not beta1 and not beta2:
+        keys = ("scheduled_sampling_reflexflow_beta1", "scheduled_sampling_reflexflow_beta2")
+        found = f"{listed(keys, 'and')} are both 0: nothing would be learned from what is rolled out"
+        yield keys, Problem(found, "one of them above 0", "Without ReflexFlow: scheduled_sampling_reflexflow=false.")
 
 
 def _optimiser(config: RunConfig) -> Iterator[Finding]:
@@ -154,6 +164,8 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
     yield ("flow_schedule_shift",), config.flow_schedule_auto_shift, "flow_schedule_auto_shift is true"
     yield ("huber_c", "huber_schedule"), config.loss_type == "l2", "loss_type is l2"
 
+    yield from _ignored_of_rollout(config)
+
     shape = config.lr_scheduler
     yield ("lr_warmup_steps",), shape == "constant", "lr_scheduler is constant; constant_with_warmup warms up"
     has_cycles = shape in ("cosine_with_restarts", "sine")
@@ -193,3 +205,16 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
     if datasets is not None:
         held_out = ("eval_steps_interval", "num_eval_images")
         yield held_out, not datasets.eval_sets, "no dataset has dataset_type eval"
+
+
+def _ignored_of_rollout(config: RunConfig) -> Iterator[tuple[tuple[str, ...], bool, str]]:
+    first, *others = RolloutOptions.model_fields
+    if not config.scheduled_sampling_max_step_offset:
+        yield tuple(others), True, f"{first} is 0"
+        return
+    has_ramp = config.scheduled_sampling_ramp_steps > 0
+    ramp = tuple(f"scheduled_sampling_{name}" for name in ("prob_start", "prob_end", "ramp_shape", "start_step"))
+    yield ramp, not has_ramp, "scheduled_sampling_ramp_steps is 0"
+    yield ("scheduled_sampling_probability",), has_ramp, "scheduled_sampling_ramp_steps is above 0: the ramp is used"
+    terms = tuple(f"scheduled_sampling_reflexflow_{name}" for name in ("alpha", "beta1", "beta2"))
+    yield terms, not config.scheduled_sampling_reflexflow, "scheduled_sampling_reflexflow is false"

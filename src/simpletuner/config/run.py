@@ -9,6 +9,7 @@ from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.options.optim import OptimOptions
 from simpletuner.config.options.precision import PrecisionOptions
 from simpletuner.config.options.process import ProcessOptions
+from simpletuner.config.options.rollout import RolloutOptions
 from simpletuner.config.options.schedule import ScheduleOptions
 from simpletuner.config.options.tracking import TrackingOptions
 from simpletuner.config.options.tread import TreadOptions
@@ -20,6 +21,7 @@ SLICES: tuple[type[Slice], ...] = (
     LoraOptions,
     OptimOptions,
     ScheduleOptions,
+    RolloutOptions,
     GuidanceOptions,
     TreadOptions,
     PrecisionOptions,
@@ -41,6 +43,7 @@ class RunConfig(
     LoraOptions,
     OptimOptions,
     ScheduleOptions,
+    RolloutOptions,
     GuidanceOptions,
     TreadOptions,
     PrecisionOptions,

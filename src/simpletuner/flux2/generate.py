@@ -58,15 +58,15 @@ def sample_latents(
         raise ValueError("real_guidance needs a negative context")
     scale = torch.tensor([guidance], device=noise.device)
 
-    def velocity(x: Tensor, sigma: float) -> Tensor:
-        at = torch.tensor([sigma], device=noise.device)
-        positive = denoise(x, at, context, scale)
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        positive = denoise(x, sigma, context, scale)
         if real_guidance == 1.0 or negative is None:
             return positive
-        without = denoise(x, at, negative, scale)
+        without = denoise(x, sigma, negative, scale)
         return without + real_guidance * (positive - without)
 
-    return euler(velocity, noise, schedule(steps, noise.shape[-2] * noise.shape[-1]), report)
+    sigmas = torch.tensor(schedule(steps, noise.shape[-2] * noise.shape[-1]), dtype=torch.float64, device=noise.device)
+    return euler(velocity, noise, rearrange(sigmas, "points -> points 1"), report)
 
 
 def picture(pixels: Float[Tensor, "3 H W"]) -> Image.Image:

@@ -89,6 +89,8 @@ class StepEvent(Event):
     """Global gradient norm before clipping."""
     seconds: float
     """Wall time of the step."""
+    rollout_calls: int = 0
+    """Model calls without gradient that scheduled sampling added to the step."""
     memory_gib: float
     """Peak memory of the accelerator (or, on a CPU, of the process) so far, in GiB."""
 

@@ -41,6 +41,7 @@ from simpletuner.train import checkpoint, optim, resume, trackers
 from simpletuner.train.loop import Loop, Plan, best_step
 from simpletuner.train.prepare import DTYPES, EMPTY, Prepared, free_memory, prepare
 from simpletuner.train.report import Reporter
+from simpletuner.train.rollout import Rollout
 from simpletuner.train.state import TrainState
 from simpletuner.train.step import DenoiserOf, Group, Objective, Stepper
 from simpletuner.train.validate import HeldOut, Painter
@@ -148,8 +149,11 @@ class Attempt:
             scaler=scaler,
             device=self.device,
             route=self.route(denoiser, order),
+            rollout=Rollout.of(self.config, self.config.seed),
         )
         self.introduce(prepared, plan, adapter, found)
+        if stepper.rollout is not None:
+            self.reporter.say(stepper.rollout.describe())
 
         def save(state: TrainState) -> Path:
             state.scaler = scaler.state_dict()

@@ -130,6 +130,7 @@ class Loop:
                 lr=lr,
                 grad_norm=result.grad_norm,
                 seconds=round(now - began, 4),
+                rollout_calls=result.rollout_calls,
                 memory_gib=round(peak_memory_gib(), 3),
             )
             self.reporter.emit(event)

@@ -93,8 +93,9 @@ class TrainingBar:
     def step(self, event: StepEvent) -> None:
         """Show one more step. The loss shown is smoothed over about 20 steps: a single one is mostly its sigma."""
         self._smooth = event.loss if self._smooth is None else 0.95 * self._smooth + 0.05 * event.loss
+        extra = f", {event.rollout_calls} rollout calls" if event.rollout_calls else ""
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {self._smooth:.4f}, lr {event.lr:.2e}", refresh=False)
+            self._bar.set_postfix_str(f"loss {self._smooth:.4f}, lr {event.lr:.2e}{extra}", refresh=False)
             self._bar.update(1)
             return
         now = time.monotonic()
@@ -102,7 +103,8 @@ class TrainingBar:
             self._printed = now
             left = format_duration((self.total - event.step) * event.seconds)
             self.reporter.say(
-                f"  step {event.step}/{self.total}, loss {self._smooth:.4f}, {event.seconds:.2f} s/step, {left} left"
+                f"  step {event.step}/{self.total}, loss {self._smooth:.4f}, {event.seconds:.2f} s/step{extra}, "
+                f"{left} left"
             )
 
     def go_on(self) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,6 +25,7 @@ from simpletuner.flow.sigma import (
     uniform_density,
 )
 from simpletuner.train import optim
+from simpletuner.train.rollout import Rollout
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ class Group:
 class StepResult:
     loss: float
     grad_norm: float
+    rollout_calls: int
+    """Model calls without gradient that scheduled sampling added."""
 
 
 DenoiserOf = Callable[[int, Sequence[int], tuple[int, int]], Denoise]
@@ -129,7 +133,8 @@ class Stepper:
     scaler: torch.amp.GradScaler
     device: torch.device
     route: DenoiserOf | None = None
-    """Takes the place of `denoise` while training."""
+    """Takes the place of `denoise` where it learns; a rollout's walk is not routed."""
+    rollout: Rollout | None = None
 
     def losses(self, batch: Batch, draws: Draws, step: int, slots: Sequence[int]) -> Float[Tensor, " b"]:
         """Loss of each sample of `batch`, in `slots` of `step`, with gradients. fp16 computes under autocast over
@@ -137,16 +142,26 @@ class Stepper:
         """
         height, width = batch.latents.shape[2:]
         denoise = self.denoise if self.route is None else self.route(step, slots, (height, width))
-        with torch.autocast(self.device.type, dtype=torch.float16, enabled=self.scaler.is_enabled()):
-            return flow_loss(
-                denoise,
-                batch.latents.to(self.device, non_blocking=True),
-                batch.context.to(self.device, non_blocking=True),
-                sigma=draws.sigma.to(self.device),
-                guidance=draws.guidance.to(self.device),
-                noise=draws.noise.to(self.device),
-                penalty=self.objective.penalty,
-            )
+        # Nothing is cached: a weight cast in a rollout's pass without gradient would be taken again by the pass that
+        # learns, and its gradient lost.
+        with torch.autocast(
+            self.device.type,
+            dtype=torch.float16,
+            enabled=self.scaler.is_enabled(),
+            cache_enabled=self.rollout is None,
+        ):
+            latents = batch.latents.to(self.device, non_blocking=True)
+            context = batch.context.to(self.device, non_blocking=True)
+            drawn: dict[str, Any] = {
+                "sigma": draws.sigma.to(self.device),
+                "guidance": draws.guidance.to(self.device),
+                "noise": draws.noise.to(self.device),
+                "penalty": self.objective.penalty,
+            }
+            if self.rollout is None:
+                return flow_loss(denoise, latents, context, **drawn)
+            lengths = self.rollout.lengths(step, slots)
+            return self.rollout.losses(denoise, latents, context, **drawn, lengths=lengths, walk=self.denoise)
 
     def backward(self, group: Group) -> list[float]:
         """Add the gradients of the group's mean loss; returns the loss of each sample, in order.
@@ -190,7 +205,18 @@ class Stepper:
         self.scaler.step(self.optimiser)
         self.scaler.update()
         self.optimiser.zero_grad(set_to_none=True)
-        return StepResult(loss=math.fsum(losses) / group.size, grad_norm=grad_norm)
+        return StepResult(math.fsum(losses) / group.size, grad_norm, self.rollout_calls(group))
+
+    def rollout_calls(self, group: Group) -> int:
+        """Model calls without gradient that scheduled sampling adds to the step of `group`."""
+        if self.rollout is None:
+            return 0
+        calls = first = 0
+        for batch in group.batches:
+            slots = range(first, first + len(batch.names))
+            calls += self.rollout.calls_of(self.rollout.lengths(group.step, slots))
+            first = slots.stop
+        return calls
 
 
 def not_finite(what: str, step: int, names: Sequence[str]) -> DataError:

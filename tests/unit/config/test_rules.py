@@ -22,6 +22,23 @@ import pytest
             {"flux_guidance_mode": "random-range", "flux_guidance_min": 5},
             "flux_guidance_min = 5: expected at most flux_guidance_max, 4.",
         ),
+        (
+            {
+                "scheduled_sampling_max_step_offset": 5,
+                "scheduled_sampling_reflexflow_beta1": 0,
+                "scheduled_sampling_reflexflow_beta2": 0,
+            },
+            "scheduled_sampling_reflexflow_beta1 and scheduled_sampling_reflexflow_beta2 are both 0: nothing would be "
+            "learned from what is rolled out: expected one of them above 0. Without ReflexFlow: "
+            "scheduled_sampling_reflexflow=false.",
+        ),
+        (
+            {"scheduled_sampling_sampler": "rk4"},
+            "scheduled_sampling_sampler = 'rk4': expected euler, heun, unipc or dpm.",
+        ),
+        ({"scheduled_sampling_max_step_offset": 1001}, "expected a whole number from 0 to 1000."),
+        ({"scheduled_sampling_probability": 1.5}, "expected a number from 0 to 1."),
+        ({"scheduled_sampling_reflexflow_alpha": -1}, "expected a number of at least 0."),
         ({"lr_scheduler": "cosine", "lr_end": 0.1}, "lr_end = 0.1: expected at most learning_rate, 0.0001."),
         ({"eval_dataset_id": "held"}, "eval_dataset_id = 'held': expected a set with dataset_type eval to be listed."),
         ({"output_dir": "config/config.json"}, "this is a file: expected a folder."),
@@ -104,6 +121,30 @@ def test_other_trackers_are_refused(place: Any, value: str) -> None:
         (
             {"flow_use_uniform_schedule": True, "flow_sigmoid_scale": 2},
             "flow_sigmoid_scale has no effect: another density is chosen.",
+        ),
+        (
+            {"scheduled_sampling_probability": 0.5},
+            "scheduled_sampling_probability has no effect: scheduled_sampling_max_step_offset is 0.",
+        ),
+        (
+            {"scheduled_sampling_max_step_offset": 5, "scheduled_sampling_prob_end": 0.5},
+            "scheduled_sampling_prob_end has no effect: scheduled_sampling_ramp_steps is 0.",
+        ),
+        (
+            {
+                "scheduled_sampling_max_step_offset": 5,
+                "scheduled_sampling_ramp_steps": 9,
+                "scheduled_sampling_probability": 0.5,
+            },
+            "scheduled_sampling_probability has no effect: scheduled_sampling_ramp_steps is above 0: the ramp is used.",
+        ),
+        (
+            {
+                "scheduled_sampling_max_step_offset": 5,
+                "scheduled_sampling_reflexflow": False,
+                "scheduled_sampling_reflexflow_alpha": 2,
+            },
+            "scheduled_sampling_reflexflow_alpha has no effect: scheduled_sampling_reflexflow is false.",
         ),
         ({"huber_c": 0.2}, "huber_c has no effect: loss_type is l2."),
         (

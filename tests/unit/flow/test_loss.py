@@ -3,7 +3,6 @@ import torch
 
 from simpletuner.flow.loss import flow_loss, huber, huber_scale, smooth_l1, squared
 from simpletuner.flow.path import noised, velocity
-from simpletuner.flow.sampler import euler
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -77,10 +76,3 @@ def test_huber_schedules_run_from_one_at_the_data_to_c_at_the_noise() -> None:
 def test_squared_ignores_sigma() -> None:
     error = normal(1, 2, 2, 2)
     assert torch.equal(squared(error, torch.zeros(1)), squared(error, torch.ones(1)))
-
-
-def test_euler_is_exact_on_a_straight_path() -> None:
-    steps: list[int] = []
-    out = euler(lambda x, sigma: NOISE - LATENTS, NOISE, [1.0, 0.7, 0.2, 0.0], steps.append)
-    torch.testing.assert_close(out, LATENTS, rtol=1e-5, atol=1e-5)
-    assert steps == [1, 2, 3]

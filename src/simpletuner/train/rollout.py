@@ -1,0 +1,150 @@
+"""Which samples of a step are rolled out, how far, and their loss."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from simpletuner.base.draws import draw_seed
+from simpletuner.config.options.rollout import RolloutOptions
+from simpletuner.flow.loss import Denoise, Penalty, flow_loss
+from simpletuner.flow.path import noised
+from simpletuner.flow.rollout import SOLVERS, Reflex, Solver, rolled_out, rollout_loss
+
+PARTS = 1000
+"""A length of 1 is this part of the path."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Scheduled sampling as the options describe it."""
+
+    seed: int
+    options: RolloutOptions
+
+    @classmethod
+    def of(cls, options: RolloutOptions, seed: int) -> "Rollout | None":
+        """None where the options ask for none."""
+        return cls(seed, options) if options.scheduled_sampling_max_step_offset else None
+
+    @property
+    def solver(self) -> Solver:
+        return SOLVERS[self.options.scheduled_sampling_sampler]
+
+    @property
+    def steps(self) -> int:
+        """Solver steps of a rollout, whatever its length."""
+        return self.solver.steps(self.options.scheduled_sampling_max_step_offset / PARTS)
+
+    @property
+    def reflex(self) -> Reflex:
+        options = self.options
+        if not options.has_reflexflow:
+            return Reflex()
+        return Reflex(
+            alpha=options.scheduled_sampling_reflexflow_alpha,
+            beta1=options.scheduled_sampling_reflexflow_beta1,
+            beta2=options.scheduled_sampling_reflexflow_beta2,
+        )
+
+    @property
+    def calls(self) -> int:
+        """Model calls without gradient for a batch in which a sample is rolled out."""
+        return self.steps * self.solver.calls_a_step + (1 if self.reflex.alpha else 0)
+
+    def probability(self, step: int) -> float:
+        """Share of the samples of `step` that draw a length."""
+        options = self.options
+        if not options.scheduled_sampling_ramp_steps:
+            return options.scheduled_sampling_probability
+        done = (step - options.scheduled_sampling_start_step) / options.scheduled_sampling_ramp_steps
+        done = min(max(done, 0.0), 1.0)
+        if options.scheduled_sampling_ramp_shape == "cosine":
+            done = (1 - math.cos(math.pi * done)) / 2
+        first, last = options.scheduled_sampling_prob_start, options.scheduled_sampling_prob_end
+        return first + (last - first) * done
+
+    def lengths(self, step: int, slots: Sequence[int]) -> list[int]:
+        """How far the samples in `slots` of `step` are rolled out, in thousandths of the path."""
+        return [self._length(step, slot) for slot in slots]
+
+    def _length(self, step: int, slot: int) -> int:
+        generator = torch.Generator().manual_seed(draw_seed(self.seed, "rollout", step, slot))
+        whether, far = torch.rand(2, dtype=torch.float64, generator=generator).tolist()
+        if whether >= self.probability(step):
+            return 0
+        longest = self.options.scheduled_sampling_max_step_offset
+        strategy = self.options.scheduled_sampling_strategy
+        # The square of an even draw has the density 1/(2√u): half of the draws lie in the first quarter.
+        length = int((far if strategy == "uniform" else far**2) * (longest + 1))
+        return longest - length if strategy == "biased_late" else length
+
+    def calls_of(self, lengths: Sequence[int]) -> int:
+        """Model calls without gradient for a batch with these lengths."""
+        return self.calls if any(lengths) else 0
+
+    def losses(
+        self,
+        denoise: Denoise,
+        latents: Float[Tensor, "b c h w"],
+        context: Float[Tensor, "b l d"],
+        *,
+        sigma: Float[Tensor, " b"],
+        guidance: Float[Tensor, " b"],
+        noise: Float[Tensor, "b c h w"],
+        penalty: Penalty,
+        lengths: Sequence[int],
+        walk: Denoise,
+    ) -> Float[Tensor, " b"]:
+        """`flow_loss`, with the samples whose length is not 0 rolled out. The others keep their bits.
+
+        Args:
+            walk: what is integrated: the model as pictures are drawn with it, where `denoise` is routed for training.
+        """
+        inputs: dict[str, Any] = {"sigma": sigma, "guidance": guidance, "noise": noise}
+        if not any(lengths):
+            return flow_loss(denoise, latents, context, **inputs, penalty=penalty)
+        source = (sigma + torch.tensor(lengths, device=sigma.device) / PARTS).clamp(max=1)
+        clean = None
+        # The adapter's dropout draws from torch's own generator. Left as it was found, it gives the pass that learns
+        # the masks that it has without rollouts, and the clean prediction the same ones, so that they can be compared.
+        accelerators = [latents.device] if latents.device.type != "cpu" else []
+        with torch.random.fork_rng(accelerators), torch.no_grad():
+            x = rolled_out(walk, latents, context, **inputs, source=source, solver=self.solver, steps=self.steps)
+        if self.reflex.alpha:
+            with torch.random.fork_rng(accelerators), torch.no_grad():
+                clean = denoise(noised(latents, noise, sigma), sigma, context, guidance)
+        return rollout_loss(
+            denoise,
+            x,
+            latents,
+            context,
+            **inputs,
+            is_rolled=source > sigma,
+            clean=clean,
+            reflex=self.reflex,
+            penalty=penalty,
+        )
+
+    def describe(self) -> str:
+        """What is about to happen and what it costs, in one line."""
+        options = self.options
+        share = f"{options.scheduled_sampling_probability:g}"
+        if options.scheduled_sampling_ramp_steps:
+            begin = options.scheduled_sampling_start_step
+            share = (
+                f"from {options.scheduled_sampling_prob_start:g} to {options.scheduled_sampling_prob_end:g} "
+                f"between steps {begin} and {begin + options.scheduled_sampling_ramp_steps}"
+            )
+        walked = self.steps * self.solver.calls_a_step
+        calls = f"{walked} and {self.calls - walked} for ReflexFlow" if self.calls > walked else f"{walked}"
+        steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
+        return (
+            f"Scheduled sampling: lengths 0–{options.scheduled_sampling_max_step_offset} of {PARTS} "
+            f"({options.scheduled_sampling_strategy}), probability {share}; {steps} of "
+            f"{options.scheduled_sampling_sampler}, model calls without gradient for a batch with rollouts: {calls}."
+        )

@@ -1,0 +1,217 @@
+"""Which samples are rolled out and how far, and the step with it."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from simpletuner.config.options.guidance import GuidanceOptions
+from simpletuner.config.options.optim import OptimOptions
+from simpletuner.config.options.rollout import RolloutOptions
+from simpletuner.config.options.schedule import ScheduleOptions
+from simpletuner.data.collate import Batch
+from simpletuner.train import optim
+from simpletuner.train.rollout import Rollout
+from simpletuner.train.step import Group, Objective, Stepper
+
+SHAPE = (128, 2, 3)
+
+
+def rollout(seed: int = 0, **options: Any) -> Rollout:
+    chosen = {"max_step_offset": 10} | options
+    made = Rollout.of(RolloutOptions(**{f"scheduled_sampling_{key}": value for key, value in chosen.items()}), seed)
+    assert made is not None
+    return made
+
+
+def test_an_offset_of_0_is_none() -> None:
+    assert Rollout.of(RolloutOptions(), 0) is None
+    assert Rollout.of(RolloutOptions(scheduled_sampling_probability=1.0), 0) is None
+
+
+def test_a_length_depends_on_seed_step_and_slot_and_on_nothing_else() -> None:
+    assert rollout().lengths(3, range(2, 6)) == rollout().lengths(3, range(6))[2:]
+    many = [rollout(seed).lengths(step, range(40)) for seed, step in ((0, 1), (0, 2), (1, 1))]
+    assert many[0] != many[1] != many[2] != many[0]
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    rollout().lengths(1, range(4))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "mean", "below_5"),
+    [("uniform", 5.0, 0.45), ("biased_early", 3.2, 0.67), ("biased_late", 6.8, 0.26)],
+)
+def test_lengths_are_drawn_by_the_strategy(strategy: str, mean: float, below_5: float) -> None:
+    lengths = rollout(strategy=strategy).lengths(2, range(4000))
+    assert (min(lengths), max(lengths)) == (0, 10)
+    assert sum(lengths) / len(lengths) == pytest.approx(mean, abs=0.15)
+    assert sum(length < 5 for length in lengths) / len(lengths) == pytest.approx(below_5, abs=0.03)
+
+
+def test_the_probability_is_the_share_that_draws() -> None:
+    assert not any(rollout(probability=0.0).lengths(1, range(200)))
+    found = rollout(probability=0.3, max_step_offset=999).lengths(1, range(4000))
+    assert sum(length > 0 for length in found) / len(found) == pytest.approx(0.3, abs=0.03)
+
+
+@pytest.mark.parametrize(("shape", "first_third"), [("linear", 1 / 3), ("cosine", 1 / 4)])
+def test_the_ramp_goes_from_start_to_end(shape: str, first_third: float) -> None:
+    ramp = rollout(ramp_steps=30, start_step=100, prob_start=0.1, prob_end=0.85, ramp_shape=shape)
+    found = [ramp.probability(step) for step in (1, 100, 110, 120, 130, 1000)]
+    done = [0, 0, first_third, 1 - first_third, 1, 1]
+    assert found == pytest.approx([0.1 + 0.75 * share for share in done])
+
+
+def test_the_ramp_decides_and_not_the_probability() -> None:
+    assert rollout(ramp_steps=5, prob_end=0.0).lengths(1000, range(50)) == [0] * 50
+    assert rollout(probability=0.25, prob_start=0.9).probability(1) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "calls"),
+    [
+        ({}, 1, 2),
+        ({"reflexflow": False}, 1, 1),
+        ({"reflexflow_alpha": 0.0}, 1, 1),
+        ({"max_step_offset": 50}, 3, 4),
+        ({"sampler": "heun", "max_step_offset": 50}, 3, 7),
+        ({"sampler": "dpm"}, 2, 3),
+        ({"sampler": "unipc", "max_step_offset": 100}, 5, 6),
+    ],
+)
+def test_the_calls_are_those_of_the_plan(options: dict[str, Any], steps: int, calls: int) -> None:
+    made = rollout(**options)
+    assert (made.steps, made.calls) == (steps, calls)
+    assert f"{steps} steps of {made.options.scheduled_sampling_sampler}" in made.describe().replace(
+        "1 step ", "1 steps "
+    )
+    model = Model()
+    trained = stepper(model, made)
+    lengths = made.lengths(7, range(4))
+    assert any(lengths)
+    result = trained(Group(7, 0, (batch(4),)), 0.0)
+    assert result.rollout_calls == calls
+    assert model.calls == [False] * calls + [True]
+
+
+class Model(torch.nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.mix = torch.nn.Linear(128, 128)
+        torch.nn.init.normal_(self.mix.weight, std=0.2, generator=torch.Generator().manual_seed(0))
+        torch.nn.init.zeros_(self.mix.bias)
+        self.dropout = torch.nn.Dropout(dropout)
+        self.calls: list[bool] = []
+
+    def forward(self, x: Tensor, sigma: Tensor, context: Tensor, guidance: Tensor) -> Tensor:
+        self.calls.append(torch.is_grad_enabled())
+        known = x + (sigma + guidance + context.mean((1, 2))).reshape(-1, 1, 1, 1)
+        return torch.tanh(self.mix(self.dropout(known).movedim(1, -1))).movedim(-1, 1)
+
+
+def batch(count: int, seed: int = 0) -> Batch:
+    latents = torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
+    return Batch(latents, torch.zeros(count, 4, 6), tuple(f"{index}" for index in range(count)))
+
+
+def stepper(model: Model, made: Rollout | None) -> Stepper:
+    chosen = OptimOptions(learning_rate=0.1)
+    parameters = list(model.parameters())
+    return Stepper(
+        denoise=model,
+        parameters=parameters,
+        optimiser=optim.build(parameters, chosen),
+        options=chosen,
+        objective=Objective.of(ScheduleOptions(), GuidanceOptions(), 0),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        device=torch.device("cpu"),
+        rollout=made,
+    )
+
+
+def trained(made: Rollout | None, *groups: Group, dropout: float = 0.0) -> tuple[list[list[float]], list[Tensor]]:
+    """The loss of each sample in each step, and what has been learned at the end."""
+    model = Model(dropout)
+    step = stepper(model, made)
+    losses = []
+    for group in groups:
+        losses.append(step.backward(group))
+        step.optimiser.zero_grad()
+        step(group, 0.1)
+    return losses, [parameter.detach() for parameter in model.parameters()]
+
+
+GROUPS = [Group(step, 0, (batch(3, step),)) for step in range(1, 5)]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_a_probability_of_0_changes_no_bit(dropout: float) -> None:
+    off_losses, off = trained(None, *GROUPS, dropout=dropout)
+    losses, found = trained(rollout(probability=0.0), *GROUPS, dropout=dropout)
+    assert losses == off_losses
+    assert all(torch.equal(one, other) for one, other in zip(off, found, strict=True))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_a_sample_that_draws_0_keeps_its_loss_bit_for_bit(dropout: float) -> None:
+    """Dropout included: rolling out others does not move torch's generator."""
+    made = rollout(probability=0.5)
+    step = next(step for step in range(1, 50) if made.lengths(step, range(3)).count(0) == 1)
+    lengths = made.lengths(step, range(3))
+    group = Group(step, 0, (batch(3),))
+    (plain,), _ = trained(None, group, dropout=dropout)
+    (found,), _ = trained(made, group, dropout=dropout)
+    for length, one, other in zip(lengths, plain, found, strict=True):
+        assert (one == other) == (length == 0)
+
+
+def test_neutral_reflexflow_is_none_bit_for_bit() -> None:
+    off = trained(rollout(reflexflow=False), *GROUPS)
+    neutral = {"reflexflow_alpha": 0.0, "reflexflow_beta1": 0.0, "reflexflow_beta2": 1.0}
+    found = trained(rollout(**neutral), *GROUPS)
+    assert found[0] == off[0]
+    assert all(torch.equal(one, other) for one, other in zip(off[1], found[1], strict=True))
+    assert trained(rollout(), *GROUPS)[0] != off[0]
+
+
+def test_two_batches_draw_what_one_would() -> None:
+    """To 1e-6: sums of fp32 are taken in another order."""
+    whole = batch(4)
+    halves = tuple(
+        Batch(whole.latents[part], whole.context[part], whole.names[part]) for part in (slice(2), slice(2, 4))
+    )
+    made = rollout(probability=0.7)
+    losses, gradients = [], []
+    for batches in ((whole,), halves):
+        model = Model()
+        losses.append(stepper(model, made).backward(Group(2, 0, batches)))
+        gradients.append(model.mix.weight.grad)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert (gradients[0] - gradients[1]).abs().max() <= 1e-6 * gradients[0].abs().max()
+
+
+def test_a_routed_model_learns_and_the_whole_one_walks() -> None:
+    walking, learning = Model(), Model()
+    data, noise = batch(2).latents, batch(2, 1).latents
+    rollout(sampler="heun").losses(
+        learning, data, torch.zeros(2, 4, 6), sigma=torch.tensor([0.3, 0.5]), guidance=torch.ones(2), noise=noise,
+        penalty=stepper(walking, None).objective.penalty, lengths=[4, 0], walk=walking,
+    )  # fmt: skip
+    assert walking.calls == [False, False]
+    assert learning.calls == [False, True]
+
+
+def test_under_autocast_every_gradient_arrives() -> None:
+    """A cast that is cached without gradient would be taken again by the pass that learns."""
+    gradients = []
+    for made in (rollout(reflexflow=False), None):
+        model = Model()
+        scaled = replace(stepper(model, made), scaler=torch.amp.GradScaler("cpu", init_scale=1.0))
+        scaled.backward(GROUPS[0])
+        assert model.mix.weight.grad is not None
+        gradients.append(model.mix.weight.grad.norm().item())
+    assert gradients[0] == pytest.approx(gradients[1], rel=0.2)
