@@ -132,14 +132,7 @@ class Stepper:
 
     def losses(self, batch: Batch, draws: Draws, step: int, slots: Sequence[int]) -> Float[Tensor, " b"]:
         """Loss of each sample of `batch`, with gradients. fp16 computes under autocast over bf16 weights."""
-        # Nothing is cached: a weight cast in a rollout's pass without gradient would be taken again by the pass that
-        # learns, and its gradient lost.
-        with torch.autocast(
-            self.device.type,
-            dtype=torch.float16,
-            enabled=self.scaler.is_enabled(),
-            cache_enabled=self.rollout is None,
-        ):
+        with torch.autocast(self.device.type, dtype=torch.float16, enabled=self.scaler.is_enabled()):
             denoise = self.denoise
             latents = batch.latents.to(self.device, non_blocking=True)
             context = batch.context.to(self.device, non_blocking=True)
