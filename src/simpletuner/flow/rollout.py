@@ -133,7 +133,7 @@ def compensation(
 ) -> Float[Tensor, "b c h w"]:
     """How much each element's error counts: 1 + α·|e|/mean|e|, where e = clean − rolled, the exposure bias.
 
-    The mean is taken over a sample. Why a mean and why |e|: docs/decisions/0005-reflexflow-weight.md.
+    The mean is taken over a sample. Why a mean and why |e|: docs/decisions/0006-reflexflow-weight.md.
     """
     bias = (clean - rolled).abs()
     typical = reduce(bias, "b c h w -> b 1 1 1", "mean")

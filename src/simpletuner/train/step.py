@@ -142,14 +142,7 @@ class Stepper:
         """
         height, width = batch.latents.shape[2:]
         denoise = self.denoise if self.route is None else self.route(step, slots, (height, width))
-        # Nothing is cached: a weight cast in a rollout's pass without gradient would be taken again by the pass that
-        # learns, and its gradient lost.
-        with torch.autocast(
-            self.device.type,
-            dtype=torch.float16,
-            enabled=self.scaler.is_enabled(),
-            cache_enabled=self.rollout is None,
-        ):
+        with torch.autocast(self.device.type, dtype=torch.float16, enabled=self.scaler.is_enabled()):
             latents = batch.latents.to(self.device, non_blocking=True)
             context = batch.context.to(self.device, non_blocking=True)
             drawn: dict[str, Any] = {

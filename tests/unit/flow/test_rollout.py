@@ -213,7 +213,7 @@ def test_the_weight_does_not_pull_a_right_prediction_away() -> None:
     """Gaussian data, exact velocity: the mean pull of the weighted loss on the prediction, in residual deviations.
 
     Weighted by |e| it vanishes (to the noise of 2 million draws), by e itself it does not, which is the reason for
-    |e|: docs/decisions/0005-reflexflow-weight.md.
+    |e|: docs/decisions/0006-reflexflow-weight.md.
     """
     n, sigma, length = 2_000_000, 0.5, 0.02
     data, noise = normal(1, n).double() * 0.5 + 0.3, normal(2, n).double()

@@ -206,7 +206,7 @@ def test_a_routed_model_learns_and_the_whole_one_walks() -> None:
 
 
 def test_under_autocast_every_gradient_arrives() -> None:
-    """A cast that is cached without gradient would be taken again by the pass that learns."""
+    """A weight cast in a pass without gradient must not be taken, from autocast's cache, by the pass that learns."""
     gradients = []
     for made in (rollout(reflexflow=False), None):
         model = Model()
