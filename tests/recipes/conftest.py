@@ -85,6 +85,10 @@ class Workplace:
         command = [sys.executable, "-m", "simpletuner", "train", *flags]
         if kill_at is not None:
             command = [sys.executable, str(HERE / "killed.py"), kill_at, *flags]
+        return self.apart(*command)
+
+    def apart(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """A command in this working folder."""
         return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=240, check=False)
 
     def run(self, name: str = "run") -> RunDirectory:

@@ -1,6 +1,7 @@
 """All options of a run: flat by inheritance, sliced by type."""
 
 from simpletuner.config.options.checkpoint import CheckpointOptions
+from simpletuner.config.options.compile import CompileOptions
 from simpletuner.config.options.data import DataOptions
 from simpletuner.config.options.guidance import GuidanceOptions
 from simpletuner.config.options.kinds import Slice
@@ -21,6 +22,7 @@ SLICES: tuple[type[Slice], ...] = (
     ScheduleOptions,
     GuidanceOptions,
     PrecisionOptions,
+    CompileOptions,
     ValidationOptions,
     CheckpointOptions,
     TrackingOptions,
@@ -41,6 +43,7 @@ class RunConfig(
     ScheduleOptions,
     GuidanceOptions,
     PrecisionOptions,
+    CompileOptions,
     ValidationOptions,
     CheckpointOptions,
     TrackingOptions,
