@@ -87,9 +87,9 @@ class Workplace:
             command = [sys.executable, str(HERE / "killed.py"), kill_at, *flags]
         return self.apart(*command)
 
-    def apart(self, *command: str) -> subprocess.CompletedProcess[str]:
+    def apart(self, *command: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
         """A command in this working folder."""
-        return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=240, check=False)
+        return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=timeout_s, check=False)
 
     def run(self, name: str = "run") -> RunDirectory:
         return RunDirectory(self.folder / "output" / name)

@@ -36,6 +36,7 @@ def test_a_compiler_that_fails_ends_the_run_and_names_the_way_out(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_compiled_losses_are_those_of_eager_over_twenty_steps_and_three_buckets(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,7 +54,9 @@ def test_compiled_losses_are_those_of_eager_over_twenty_steps_and_three_buckets(
     workplace.datasets[0] |= shapes
     workplace.datasets.insert(0, PICTURES | shapes | {"id": "held", "dataset_type": "eval", "cache_dir_vae": "cache/e"})
     for name, backend in (("eager", "no"), ("compiled", "inductor")):
-        done = workplace.train_apart(f"--dynamo_backend={backend}", f"--output_dir=output/{name}")
+        flags = (f"--dynamo_backend={backend}", f"--output_dir=output/{name}")
+        workplace.write()
+        done = workplace.apart(sys.executable, "-m", "simpletuner", "train", *flags, timeout_s=600)
         assert done.returncode == 0, done.stderr
     assert len(set(re.findall(r"(\d+x\d+) \(\d+\)", done.stdout))) == 3
     assert workplace.losses("compiled") == pytest.approx(workplace.losses("eager"), rel=1e-4)

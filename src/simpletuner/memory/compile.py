@@ -50,8 +50,8 @@ class Compiled:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             raise ConfigError.of(
                 f"dynamo_backend = {self.backend}: the blocks cannot be compiled: {' '.join(lines[:2])}",
-                remedy="Give --dynamo_backend=no to train uncompiled, with the same result. The compiler's own "
-                "account stands above with TORCH_LOGS=+dynamo in the environment.",
+                remedy="Give --dynamo_backend=no to train uncompiled: the losses are the same but for rounding. With "
+                "TORCH_LOGS=+dynamo in the environment the compiler says more.",
             ) from error
 
 

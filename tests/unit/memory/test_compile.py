@@ -105,6 +105,15 @@ def test_what_cannot_be_compiled_is_an_error_that_names_the_way_out() -> None:
         run(blocks, 2, 5)
 
 
+def test_more_artefacts_than_the_bound_are_an_error_and_no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "VARIANTS", 1)
+    blocks = stack()
+    compiled = compilation.install(list(blocks), backend="eager")
+    with pytest.raises(ConfigError, match="cannot be compiled: Hard failure"), compiled.failures_are_explained():
+        run(blocks, 2, 5)  # needs two: the first block's input wants no gradient
+    assert compiled.bound == 2
+
+
 def test_other_errors_are_left_alone() -> None:
     compiled = compilation.install(list(stack()), backend="eager")
     with pytest.raises(ZeroDivisionError), compiled.failures_are_explained():
