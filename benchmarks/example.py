@@ -31,9 +31,9 @@ def flags(name: str, steps: int) -> list[str]:
     return ["--output_dir", f"output/{name}", "--max_train_steps", str(steps)]
 
 
-def train(work: Path, name: str, *, steps: int) -> Path:
-    """Run `simpletuner train` in the folder `work`; returns the run directory."""
-    command = [sys.executable, "-P", "-m", "simpletuner", "train", *flags(name, steps)]
+def train(work: Path, name: str, *more: str, steps: int) -> Path:
+    """Run `simpletuner train` in the folder `work`, with `more` flags; returns the run directory."""
+    command = [sys.executable, "-P", "-m", "simpletuner", "train", *flags(name, steps), *more]
     subprocess.run(command, cwd=work, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return work / "output" / name
 

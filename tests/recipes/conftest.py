@@ -85,7 +85,11 @@ class Workplace:
         command = [sys.executable, "-m", "simpletuner", "train", *flags]
         if kill_at is not None:
             command = [sys.executable, str(HERE / "killed.py"), kill_at, *flags]
-        return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=240, check=False)
+        return self.apart(*command)
+
+    def apart(self, *command: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+        """A command in this working folder."""
+        return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=timeout_s, check=False)
 
     def run(self, name: str = "run") -> RunDirectory:
         return RunDirectory(self.folder / "output" / name)

@@ -6,6 +6,7 @@ from typing import Literal
 Purpose = Literal[
     "noise",
     "sigma",
+    "strata",
     "guidance",
     "caption",
     "dropout",

@@ -14,13 +14,13 @@ COMMANDS = {
     "sample": "make pictures with saved LoRAs",
     "dataset": "scan, show or cache the pictures before a run",
     "config": "check or show the configuration without training",
+    "plan": "show where on the path a configuration trains; the memory plan is not built yet",
     "env": "print versions and devices, for a bug report",
 }
 """Each is `simpletuner.cli.NAME.run(arguments) -> exit code`."""
 
 LATER = {
     "server": "the web page",
-    "plan": "the memory plan",
     "run": "looking after runs",
     "checkpoint": "looking after checkpoints",
     "queue": "runs one after the other",

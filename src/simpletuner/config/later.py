@@ -30,7 +30,7 @@ _QUANTISED = "quantised base weights"
 _OFFLOAD = "offloading"
 _HUB = "publishing to the Hub"
 _PROCESSES = "training on several GPUs"
-_COMPILED = "compiled blocks"
+_CUDA_GRAPHS = "compiled blocks in CUDA graphs"
 _CONDITIONS = "conditioning on other pictures"
 _SCHEDULED_SETS = "sets that are active for part of a run"
 _CACHING = "caches filled while training"
@@ -53,11 +53,7 @@ OPTIONS: dict[str, Later] = {
     "activation_offload": Later(_OFFLOAD, (False,)),
     "input_perturbation": Later("input perturbation", (0, 0.0)),
     "input_perturbation_steps": Later("input perturbation", (0,)),
-    "dynamo_backend": Later(_COMPILED, ("no",)),
-    "dynamo_mode": Later(_COMPILED, ("default",)),
     "attention_mechanism": Later("other attention kernels", ("native",)),
-    "flow_custom_timesteps": Later("custom lists of timesteps"),
-    "timestep_strata": Later("stratified noise levels", (False,)),
     "masked_loss_probability": Later(_CONDITIONS, (1, 1.0)),
     "base_model_cache_dir": Later(_QUANTISED),
     "quantize_via": Later(_QUANTISED, ("accelerator",)),
@@ -123,6 +119,7 @@ OPTION_VALUES: dict[str, dict[str, str]] = {
         ),
         _OPTIMISERS,
     ),
+    "dynamo_mode": dict.fromkeys(("reduce-overhead", "max-autotune"), _CUDA_GRAPHS),
     "base_model_precision": _PRECISIONS,
     "text_encoder_1_precision": _PRECISIONS,
 }

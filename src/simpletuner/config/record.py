@@ -17,6 +17,7 @@ RECORDED_TEXTS = frozenset(
         "custom_text_encoder_intermediary_layers",
         "disk_low_threshold",
         "eval_dataset_id",
+        "flow_custom_timesteps",
         "modelspec_comment",
         "optimizer_config",
         "peft_lora_target_modules",

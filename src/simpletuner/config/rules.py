@@ -47,9 +47,14 @@ def _length(config: RunConfig) -> Iterator[Finding]:
 
 
 def _densities(config: RunConfig) -> Iterator[Finding]:
-    if config.flow_use_uniform_schedule and config.flow_use_beta_schedule:
-        keys = ("flow_use_uniform_schedule", "flow_use_beta_schedule")
-        yield keys, Problem(f"{listed(keys, 'and')} are both on", "one of them at most")
+    densities = {
+        "flow_use_uniform_schedule": config.flow_use_uniform_schedule,
+        "flow_use_beta_schedule": config.flow_use_beta_schedule,
+        "flow_custom_timesteps": config.flow_custom_timesteps is not None,
+    }
+    chosen = tuple(key for key, is_on in densities.items() if is_on)
+    if len(chosen) > 1:
+        yield chosen, Problem(f"{listed(chosen, 'and')} are {'both' if len(chosen) == 2 else 'all'} on", "one at most")
     if config.flux_guidance_mode == "random-range" and config.flux_guidance_min > config.flux_guidance_max:
         keys = ("flux_guidance_min", "flux_guidance_max")
         found = f"flux_guidance_min = {config.flux_guidance_min:g}"
@@ -159,9 +164,12 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
 
     beta = ("flow_beta_schedule_alpha", "flow_beta_schedule_beta")
     yield beta, not config.flow_use_beta_schedule, "flow_use_beta_schedule is false"
-    has_other_density = config.flow_use_uniform_schedule or config.flow_use_beta_schedule
+    is_listed = config.flow_custom_timesteps is not None
+    has_other_density = config.flow_use_uniform_schedule or config.flow_use_beta_schedule or is_listed
     yield ("flow_sigmoid_scale",), has_other_density, "another density is chosen"
-    yield ("flow_schedule_shift",), config.flow_schedule_auto_shift, "flow_schedule_auto_shift is true"
+    yield ("flow_schedule_shift", "flow_schedule_auto_shift"), is_listed, "flow_custom_timesteps is given, and wins"
+    is_auto = config.flow_schedule_auto_shift and not is_listed
+    yield ("flow_schedule_shift",), is_auto, "flow_schedule_auto_shift is true"
     yield ("huber_c", "huber_schedule"), config.loss_type == "l2", "loss_type is l2"
 
     yield from _ignored_of_rollout(config)
@@ -176,6 +184,8 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
     yield ("grad_clip_method",), not config.max_grad_norm, "max_grad_norm is 0"
     interval = ("gradient_checkpointing_interval",)
     yield interval, not config.gradient_checkpointing, "gradient_checkpointing is false"
+
+    yield ("dynamo_mode",), config.dynamo_backend == "no", "dynamo_backend is no"
 
     place = config.pretrained_model_name_or_path
     is_local = config.model_flavour == "tiny" if place is None else Path(place).exists()

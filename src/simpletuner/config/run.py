@@ -1,6 +1,7 @@
 """All options of a run: flat by inheritance, sliced by type."""
 
 from simpletuner.config.options.checkpoint import CheckpointOptions
+from simpletuner.config.options.compile import CompileOptions
 from simpletuner.config.options.data import DataOptions
 from simpletuner.config.options.guidance import GuidanceOptions
 from simpletuner.config.options.kinds import Slice
@@ -25,6 +26,7 @@ SLICES: tuple[type[Slice], ...] = (
     GuidanceOptions,
     TreadOptions,
     PrecisionOptions,
+    CompileOptions,
     ValidationOptions,
     CheckpointOptions,
     TrackingOptions,
@@ -47,6 +49,7 @@ class RunConfig(
     GuidanceOptions,
     TreadOptions,
     PrecisionOptions,
+    CompileOptions,
     ValidationOptions,
     CheckpointOptions,
     TrackingOptions,

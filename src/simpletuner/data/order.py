@@ -70,9 +70,10 @@ class Order:
 
     def epoch(self, number: int) -> list[MicroBatch]:
         """All micro-batches of epoch `number`, counted from 0."""
-        if self._latest[0] != number:
-            self._latest = (number, self._drawn(number))
-        return self._latest[1]
+        latest = self._latest  # held here: a thread that reads ahead may replace it
+        if latest[0] != number:
+            latest = self._latest = (number, self._drawn(number))
+        return latest[1]
 
     def micro_batch(self, index: int) -> tuple[int, MicroBatch]:
         """The epoch and the micro-batch at `index`, counted from the start of the run."""

@@ -5,9 +5,12 @@ one sample, so draws can be keyed, stratified, and drawn as a curve.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 Density = Callable[[float], float]
+
+LARGEST_U = 1 - 2.0**-53
+"""The largest number below 1: a quantile is infinite at 1."""
 
 
 def normal_quantile(u: float) -> float:
@@ -31,6 +34,19 @@ def sigmoid_density(scale: float) -> Density:
 
 def uniform_density() -> Density:
     return lambda u: u
+
+
+def listed_density(sigmas: Sequence[float]) -> Density:
+    """Each of `sigmas` alike; one that is listed twice, twice as often."""
+    rising = sorted(sigmas)
+    return lambda u: rising[min(int(u * len(rising)), len(rising) - 1)]
+
+
+def in_stratum(u: float, stratum: int, strata: int) -> float:
+    """`u` in (0, 1) moved into the `stratum`-th of `strata` equal parts of (0, 1). With each stratum equally likely
+    the result is as uniform as `u`; with each taken once it covers (0, 1) evenly.
+    """
+    return min((stratum + u) / strata, LARGEST_U)
 
 
 def beta_density(alpha: float, beta: float) -> Density:
@@ -59,7 +75,8 @@ def beta_cdf(x: float, alpha: float, beta: float) -> float:
         math.lgamma(alpha + beta) - math.lgamma(alpha) - math.lgamma(beta) + alpha * math.log(x) + beta * math.log1p(-x)
     )
     fraction = 1.0
-    for m in range(200, 0, -1):  # evaluated from the far end: every term is positive enough not to vanish
+    # It converges in O(√max(alpha, beta)) terms; evaluated from the far end, where a term too many costs nothing.
+    for m in range(20 + math.ceil(5 * math.sqrt(max(alpha, beta))), 0, -1):
         odd = -(alpha + m - 1) * (alpha + beta + m - 1) * x / ((alpha + 2 * m - 2) * (alpha + 2 * m - 1))
         even = m * (beta - m) * x / ((alpha + 2 * m - 1) * (alpha + 2 * m))
         fraction = 1 + odd / (1 + even / fraction)

@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -33,6 +34,7 @@ from simpletuner.flux2.source import Source, locate
 from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.flux2.tread import draw_choices
+from simpletuner.memory import compile as compilation
 from simpletuner.memory import recompute
 from simpletuner.runs.events import CheckpointEvent, EndEvent, ErrorEvent, EventLog, RunEvent, read_events
 from simpletuner.runs.layout import LORA_NAME, RunDirectory
@@ -44,6 +46,7 @@ from simpletuner.train.report import Reporter
 from simpletuner.train.rollout import Rollout
 from simpletuner.train.state import TrainState
 from simpletuner.train.step import DenoiserOf, Group, Objective, Stepper
+from simpletuner.train.strata import Strata
 from simpletuner.train.validate import HeldOut, Painter
 
 MANY_VISITS = 400
@@ -83,6 +86,12 @@ def check_device(config: RunConfig, device: torch.device) -> None:
         raise ConfigError.of(
             "mixed_precision = fp16 on a machine without a GPU", "bf16 or no", "Give --mixed_precision=bf16."
         )
+    compiler = os.environ.get("CXX", "g++")
+    if config.dynamo_backend == "inductor" and device.type == "cpu" and shutil.which(compiler) is None:
+        raise ConfigError.of(
+            f"dynamo_backend = inductor without the C++ compiler {compiler}",
+            remedy="Install it, name another in CXX, or give --dynamo_backend=no to train uncompiled.",
+        )
 
 
 class Attempt:
@@ -98,6 +107,7 @@ class Attempt:
         self.reporter = reporter
         self.requests = requests
         self.state = TrainState()
+        self.compiled: compilation.Compiled | None = None
         self.began = time.monotonic()
 
     def __call__(self) -> None:
@@ -130,7 +140,7 @@ class Attempt:
 
         with self.reporter.phase("load"):
             transformer = load_transformer(source, DTYPES[self.config.base_dtype], self.device)
-            adapter = self.attach(transformer)
+            adapter = self.attach(transformer, order)
         optimiser = optim.build(adapter.parameters(), self.config)
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.mixed_precision == "fp16")
         if found is not None:
@@ -140,12 +150,14 @@ class Attempt:
             self.reporter.emit(CheckpointEvent(step=self.state.step, state="resumed", path=found.folder.name))
             self.reporter.say(f"Going on from step {self.state.step} of {plan.steps} ({place}).")
         denoiser = Denoiser(transformer)
+        per_step = self.config.gradient_accumulation_steps
+        strata = Strata(order, seed=self.config.seed, batches_per_step=per_step)
         stepper = Stepper(
             denoise=denoiser,
             parameters=adapter.parameters(),
             optimiser=optimiser,
             options=self.config,
-            objective=Objective.of(self.config, self.config, self.config.seed),
+            objective=Objective.of(self.config, self.config, self.config.seed, strata),
             scaler=scaler,
             device=self.device,
             route=self.route(denoiser, order),
@@ -167,7 +179,8 @@ class Attempt:
             )
 
         groups = self.groups(prepared, order)
-        self.try_out(stepper, order, prepared, plan)
+        with self.compiling():
+            self.try_out(stepper, order, prepared, plan)
         loop = Loop(
             plan=plan,
             run=self.run,
@@ -179,7 +192,7 @@ class Attempt:
             reporter=self.reporter,
             requests=self.requests,
         )
-        with self.reporter.phase("train"), self.requests.between_steps():
+        with self.reporter.phase("train"), self.requests.between_steps(), self.compiling():
             is_done = loop(self.state)
         if not is_done:
             raise stopped(f"stopped after step {self.state.step} of {plan.steps}; it is saved")
@@ -195,14 +208,22 @@ class Attempt:
         )
         return True
 
-    def attach(self, transformer: Flux2Transformer) -> Adapter:
-        """Freeze the base, put the adapter on it, say what learns; recompute blocks if asked to."""
+    def attach(self, transformer: Flux2Transformer, order: Order) -> Adapter:
+        """Freeze the base, put the adapter on it, say what learns; compile and recompute blocks if asked to."""
         transformer.requires_grad_(False)
         if self.config.init_lora is None:
             adapter = attach(transformer, self.config, seed=self.config.seed)
         else:
             saved = read_lora(Path(self.config.init_lora))
             adapter = attach_saved(transformer, saved, dropout=self.config.lora_dropout)
+        if self.config.dynamo_backend != "no":
+            shapes = {(micro_batch.bucket, len(micro_batch.visits)) for micro_batch in order.epoch(0)}
+            self.compiled = compilation.install(
+                transformer.blocks,
+                backend=self.config.dynamo_backend,
+                mode=self.config.dynamo_mode,
+                sizes_vary=len(shapes) > 1,
+            )
         if self.config.gradient_checkpointing:
             recompute.install(transformer.blocks, self.config.gradient_checkpointing_interval)
         transformer.train()
@@ -235,6 +256,18 @@ class Attempt:
             return denoiser.routed(draw_choices(routes, self.config.seed, step, slots, math.prod(grid)))
 
         return routed
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Where blocks may be compiled: says at the end how often they were, and why they could not be."""
+        if self.compiled is None:
+            yield
+            return
+        before = self.compiled.count
+        with self.compiled.failures_are_explained():
+            yield
+        if self.compiled.count > before:
+            self.reporter.say(f"Compiled: {self.compiled}.")
 
     def groups(self, prepared: Prepared, order: Order) -> Callable[[int], Group]:
         """The batches of a step: a function of the step, so that a resumed run reads what the first would have."""
@@ -350,7 +383,7 @@ class Attempt:
             stepper.backward(group)
             stepper.optimiser.zero_grad(set_to_none=True)
             seconds = min(seconds, time.monotonic() - began)
-            if seconds > WARM_UP_WORTH_S:
+            if seconds > WARM_UP_WORTH_S and self.compiled is None:
                 break
         hours = seconds * self.config.gradient_accumulation_steps * left
         width, height = batch.bucket

@@ -16,16 +16,11 @@ from simpletuner.config.options.optim import OptimOptions
 from simpletuner.config.options.schedule import ScheduleOptions
 from simpletuner.data.collate import Batch
 from simpletuner.flow.loss import Denoise, Penalty, flow_loss, huber, smooth_l1, squared
-from simpletuner.flow.sigma import (
-    Density,
-    beta_density,
-    mu_linear,
-    shifted,
-    sigmoid_density,
-    uniform_density,
-)
+from simpletuner.flow.sigma import in_stratum
 from simpletuner.train import optim
 from simpletuner.train.rollout import Rollout
+from simpletuner.train.strata import Strata
+from simpletuner.train.timesteps import Timesteps
 
 
 @dataclass(frozen=True)
@@ -42,22 +37,18 @@ class Objective:
     """What a sample is asked: at which sigmas and guidances, and how its error counts."""
 
     seed: int
-    density: Density
-    shift: float | None
-    """None takes it from the sample's size."""
+    timesteps: Timesteps
     guidance: tuple[float, float]
     """Lowest and highest; equal for a constant."""
     penalty: Penalty
+    strata: Strata | None = None
+    """Where given, it decides which part of the density each sample draws from."""
 
     @classmethod
-    def of(cls, schedule: ScheduleOptions, guidance: GuidanceOptions, seed: int) -> "Objective":
+    def of(
+        cls, schedule: ScheduleOptions, guidance: GuidanceOptions, seed: int, strata: Strata | None = None
+    ) -> "Objective":
         """The objective that the options describe."""
-        if schedule.flow_use_uniform_schedule:
-            density = uniform_density()
-        elif schedule.flow_use_beta_schedule:
-            density = beta_density(schedule.flow_beta_schedule_alpha, schedule.flow_beta_schedule_beta)
-        else:
-            density = sigmoid_density(schedule.flow_sigmoid_scale)
         penalties = {
             "l2": squared,
             "huber": huber(schedule.huber_c, schedule.huber_schedule),
@@ -69,23 +60,29 @@ class Objective:
             span = (guidance.flux_guidance_min, guidance.flux_guidance_max)
         return cls(
             seed=seed,
-            density=density,
-            shift=None if schedule.flow_schedule_auto_shift else schedule.flow_schedule_shift,
+            timesteps=Timesteps.of(schedule),
             guidance=span,
             penalty=penalties[schedule.loss_type],
+            strata=strata if schedule.timestep_strata else None,
         )
 
     def draw(self, step: int, slots: Sequence[int], shape: tuple[int, int, int]) -> Draws:
         """The draws of the samples in `slots` of `step`; `shape` is one sample's latent (channels, h, w)."""
         tokens = shape[1] * shape[2]
-        shift = math.exp(mu_linear(tokens)) if self.shift is None else self.shift
         low, high = self.guidance
-        sigma = [shifted(self.density(self._uniform("sigma", step, slot)), shift) for slot in slots]
+        sigma = [self.timesteps.sigma(self._level(step, slot), tokens) for slot in slots]
         guidance = [
             low if low == high else low + (high - low) * self._uniform("guidance", step, slot) for slot in slots
         ]
         noise = [torch.randn(shape, generator=self._generator("noise", step, slot)) for slot in slots]
         return Draws(torch.tensor(sigma), torch.tensor(guidance), torch.stack(noise))
+
+    def _level(self, step: int, slot: int) -> float:
+        """How far up its density a sample's sigma lies, in (0, 1)."""
+        u = self._uniform("sigma", step, slot)
+        if self.strata is None or step == 0:  # step 0 is a trial, outside every epoch
+            return u
+        return in_stratum(u, *self.strata(step, slot))
 
     def _generator(self, purpose: Purpose, step: int, slot: int) -> torch.Generator:
         return torch.Generator().manual_seed(draw_seed(self.seed, purpose, step, slot))

@@ -16,7 +16,12 @@ import pytest
         ),
         (
             {"flow_use_uniform_schedule": True, "flow_use_beta_schedule": True},
-            "flow_use_uniform_schedule and flow_use_beta_schedule are both on: expected one of them at most.",
+            "flow_use_uniform_schedule and flow_use_beta_schedule are both on: expected one at most.",
+        ),
+        (
+            {"flow_use_uniform_schedule": True, "flow_use_beta_schedule": True, "flow_custom_timesteps": "500"},
+            "flow_use_uniform_schedule, flow_use_beta_schedule and flow_custom_timesteps are all on: "
+            "expected one at most.",
         ),
         (
             {"flux_guidance_mode": "random-range", "flux_guidance_min": 5},
@@ -118,6 +123,11 @@ def test_other_trackers_are_refused(place: Any, value: str) -> None:
             {"flow_schedule_shift": 2, "flow_schedule_auto_shift": True},
             "flow_schedule_shift has no effect: flow_schedule_auto_shift is true.",
         ),
+        (
+            {"flow_custom_timesteps": [500], "flow_schedule_auto_shift": True},
+            "flow_schedule_auto_shift has no effect: flow_custom_timesteps is given, and wins.",
+        ),
+        ({"dynamo_mode": "max-autotune-no-cudagraphs"}, "dynamo_mode has no effect: dynamo_backend is no."),
         (
             {"flow_use_uniform_schedule": True, "flow_sigmoid_scale": 2},
             "flow_sigmoid_scale has no effect: another density is chosen.",

@@ -81,3 +81,15 @@ def test_beta_density_inverts_the_integral_of_the_beta_distribution(alpha: float
         x = sigma.beta_density(alpha, beta)(u)
         integral = density.log_prob(grid).exp()[grid < x].sum().item() / 200_000
         assert integral == pytest.approx(u, abs=2e-3)
+
+
+def test_listed_sigmas_are_drawn_alike_whatever_their_order() -> None:
+    density = sigma.listed_density([0.8, 0.2, 0.5, 0.2])
+    assert [density((index + 0.5) / 4) for index in range(4)] == [0.2, 0.2, 0.5, 0.8]
+    assert (density(2.0**-53), density(sigma.LARGEST_U)) == (0.2, 0.8)
+
+
+def test_strata_cover_the_unit_interval_and_never_reach_its_ends() -> None:
+    assert [sigma.in_stratum(0.5, stratum, 4) for stratum in range(4)] == [0.125, 0.375, 0.625, 0.875]
+    assert sigma.in_stratum(2.0**-53, 0, 10**6) > 0
+    assert sigma.in_stratum(sigma.LARGEST_U, 10**6 - 1, 10**6) < 1

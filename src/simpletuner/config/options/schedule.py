@@ -1,8 +1,34 @@
 """Flow matching: the density of noise levels, and the loss."""
 
-from typing import Literal
+import math
+from typing import Annotated, Literal
 
-from simpletuner.config.options.kinds import Positive, Slice
+from annotated_types import MinLen
+from pydantic import AfterValidator, BeforeValidator
+
+from simpletuner.config.options.kinds import Positive, Says, Slice
+
+TIMESTEPS = 1000.0
+"""The timestep of pure noise: sigma 1."""
+
+
+def _listed_timesteps(value: object) -> object:
+    """A comma list, a single number or a JSON list as a tuple of numbers; anything else for the type to refuse."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return (float(value),)
+    try:
+        parts = value.split(",") if isinstance(value, str) else value
+        return tuple(float(part) for part in parts) if isinstance(parts, list) else value
+    except (TypeError, ValueError):
+        return value
+
+
+def _in_range(values: tuple[float, ...]) -> tuple[float, ...]:
+    if not all(math.isfinite(value) and 0 <= value <= TIMESTEPS for value in values):
+        raise ValueError(f"{values} leaves 0 to {TIMESTEPS:g}")
+    if values and max(values) <= 1:
+        raise ValueError("these look like sigmas")
+    return values
 
 
 class ScheduleOptions(Slice):
@@ -19,16 +45,33 @@ class ScheduleOptions(Slice):
     """Spread of the default density, σ = sigmoid(scale·N(0,1))."""
 
     flow_use_uniform_schedule: bool = False
-    """Draw σ evenly instead."""
+    """Draw σ evenly instead, before the shift."""
 
     flow_use_beta_schedule: bool = False
-    """Draw σ from a beta distribution instead."""
+    """Draw σ from a beta distribution instead, before the shift."""
 
     flow_beta_schedule_alpha: Positive = 2.0
     """First parameter of the beta distribution."""
 
     flow_beta_schedule_beta: Positive = 2.0
     """Second parameter of the beta distribution."""
+
+    flow_custom_timesteps: (
+        Annotated[
+            tuple[float, ...],
+            MinLen(1),
+            BeforeValidator(_listed_timesteps),
+            AfterValidator(_in_range),
+            Says("timesteps from 0 (data) to 1000 (noise), such as 338,548,694,801"),
+        ]
+        | None
+    ) = None
+    """Train at these timesteps only (σ = timestep/1000), each as often as it is listed. They are taken as they
+    stand: no shift moves them."""
+
+    timestep_strata: bool = False
+    """Cover the density evenly: of an epoch's n samples each draws its σ from another n-th of it. What a sample
+    draws stays random, and the density stays the same."""
 
     loss_type: Literal["l2", "huber", "smooth_l1"] = "l2"
     """Squared error, or one that grows only linearly for large errors."""

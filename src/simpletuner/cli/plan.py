@@ -1,0 +1,148 @@
+"""`simpletuner plan --show-timesteps`: the density of noise levels that a configuration really gives."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simpletuner.base.errors import ConfigError
+from simpletuner.base.files import disk_full_is_reported
+from simpletuner.cli.loading import load_here
+from simpletuner.cli.spread import Resolution, Spread, picture, terminal
+from simpletuner.config.flags import help_text, wants_help
+from simpletuner.config.load import Loaded
+from simpletuner.config.options.schedule import ScheduleOptions
+from simpletuner.config.values import listed
+from simpletuner.data.manifest import scan
+from simpletuner.data.order import Order
+from simpletuner.train.timesteps import Timesteps
+
+USAGE = """simpletuner plan --show-timesteps [--json] [options of `simpletuner train`]
+
+  --show-timesteps   draw where between data (σ 0) and noise (σ 1) the run will train
+
+  --json             print one JSON object instead
+  --out FOLDER       where timesteps.png is put; by default output_dir"""
+
+PICTURE = "timesteps.png"
+EVERY_SIZE = "every size"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was typed after `simpletuner plan`."""
+
+    shows_timesteps: bool
+    as_json: bool
+    out: Path | None
+    rest: tuple[str, ...]
+    """For the configuration."""
+
+
+def run(arguments: list[str]) -> int:
+    """Draw the density in the terminal and as a picture.
+
+    Raises:
+        ConfigError: a mistake in the configuration, or no --show-timesteps.
+        DataError: where the density depends on the pictures' sizes: a set is missing or empty.
+        DiskError: no space for the picture.
+    """
+    if wants_help(arguments):
+        print(help_text(USAGE))
+        return 0
+    request = _parsed(arguments)
+    if not request.shows_timesteps:
+        raise ConfigError.of(
+            "simpletuner plan: not built yet: the memory plan",
+            remedy="`simpletuner plan --show-timesteps` draws where on the path a run trains.",
+        )
+    loaded = load_here(request.rest)
+    spread = _spread(loaded)
+    folder = Path(loaded.config.output_dir) if request.out is None else request.out
+    path = folder / PICTURE
+    with disk_full_is_reported(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        picture(spread).save(path)
+    if request.as_json:
+        found: dict[str, Any] = {"timesteps": spread.summary() | {"path": str(path)}, "notices": list(loaded.notices)}
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        print("\n".join((*loaded.notices, terminal(spread), "", f"Picture: {path}")))
+    return 0
+
+
+def _parsed(arguments: Sequence[str]) -> Request:
+    kept: list[str] = []
+    found = {"--show-timesteps": False, "--json": False}
+    out: Path | None = None
+    rest = list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        name, has_value, value = flag.partition("=")
+        if flag in found:
+            found[flag] = True
+        elif name == "--out":
+            if not has_value and (not rest or rest[0].startswith("--")):
+                raise ConfigError.of("--out: nothing follows it", "a folder")
+            out = Path(value if has_value else rest.pop(0))
+        else:
+            kept.append(flag)
+    return Request(found["--show-timesteps"], found["--json"], out, tuple(kept))
+
+
+def _spread(loaded: Loaded) -> Spread:
+    """The density, resolution by resolution. The pictures are looked at only where something depends on them."""
+    config = loaded.config
+    timesteps = Timesteps.of(config)
+    visits: dict[str, int] = {}
+    tokens: dict[str, int] = {}
+    if timesteps.shift is None or config.timestep_strata:
+        manifests = [
+            scan(image_set, seed=config.seed, workers=config.workers, report=_nothing)
+            for image_set in loaded.datasets.train_sets
+        ]
+        order = Order(manifests, seed=config.seed, batch_size=config.train_batch_size)
+        for micro_batch in order.epoch(0):
+            width, height = micro_batch.bucket
+            name = f"{width}x{height}"
+            visits[name] = visits.get(name, 0) + len(micro_batch.visits)
+            tokens[name] = width * height // 256
+    samples = sum(visits.values())
+    shares = (
+        {EVERY_SIZE: 1.0}
+        if timesteps.shift is not None
+        else {name: count / samples for name, count in sorted(visits.items(), key=lambda item: tokens[item[0]])}
+    )
+    resolutions = [
+        Resolution(
+            name, tokens.get(name) if timesteps.shift is None else None, share, timesteps.shift_of(tokens.get(name, 0))
+        )
+        for name, share in shares.items()
+    ]
+    values = config.flow_custom_timesteps
+    return Spread.of(
+        timesteps.density,
+        _named(config),
+        tuple(resolutions),
+        listed_values=None if values is None else len(values),
+        strata=samples if config.timestep_strata else None,
+    )
+
+
+def _nothing(_done: int, _total: int) -> None:
+    """No bar: what is drawn has standard output to itself, and a scan of known pictures takes no time."""
+
+
+def _named(config: ScheduleOptions) -> str:
+    """The density in words, and what moves it."""
+    if config.flow_custom_timesteps is not None:
+        return f"the listed timesteps {listed([f'{value:g}' for value in sorted(config.flow_custom_timesteps)], 'and')}"
+    if config.flow_use_uniform_schedule:
+        name = "uniform"
+    elif config.flow_use_beta_schedule:
+        name = f"Beta({config.flow_beta_schedule_alpha:g}, {config.flow_beta_schedule_beta:g})"
+    else:
+        name = f"sigmoid({config.flow_sigmoid_scale:g} × normal)"
+    shift = "each size's own shift" if config.flow_schedule_auto_shift else f"shift {config.flow_schedule_shift:g}"
+    return f"{name}, {shift}"

@@ -1,0 +1,126 @@
+"""Compiled blocks: one artefact for all blocks of a kind, counted, bounded, and never replaced in silence.
+
+Blocks of a class share one compiled function that is given the block itself, so its weights are inputs and not
+constants. What may vary between calls is few, and that bounds how often the compiler is asked.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from simpletuner.base.errors import ConfigError
+
+VARIANTS = 16
+"""How many artefacts a kind of block can come to need: inputs that want a gradient or not (the first block's do not) ×
+passes with or without gradients × batches of one or of more × one table of positions or one a sample. Sizes are
+symbols in the artefact, so resolutions and routes add none."""
+
+
+class Compiled:
+    """The blocks that `install` has compiled, or rather will: the first pass through each kind does it."""
+
+    def __init__(self, backend: str, kinds: int, bound: int) -> None:
+        self.backend = backend
+        self.kinds = kinds
+        """Classes of blocks, and within a class, differences in what they are made of."""
+        self.bound = bound
+        """The most artefacts there can be."""
+        self.count = 0
+        """Artefacts made so far."""
+        self.seconds = 0.0
+        """Time spent in making them."""
+
+    def __str__(self) -> str:
+        kinds = f"{self.kinds} {'kind' if self.kinds == 1 else 'kinds'} of block"
+        return f"{self.count} compilations of {kinds} (at most {self.bound}) by {self.backend}, {self.seconds:.0f} s"
+
+    @contextlib.contextmanager
+    def failures_are_explained(self) -> Iterator[None]:
+        """Turn what the compiler raises into a ConfigError that names the way out. Nothing goes on uncompiled."""
+        # Takes seconds to import; `install` has done so already.
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+        from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+        try:
+            yield
+        except (TorchDynamoException, FailOnRecompileLimitHit, CppCompileError, InvalidCxxCompiler) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            raise ConfigError.of(
+                f"dynamo_backend = {self.backend}: the blocks cannot be compiled: {' '.join(lines[:2])}",
+                remedy="Give --dynamo_backend=no to train uncompiled: the losses are the same but for rounding. With "
+                "TORCH_LOGS=+dynamo in the environment the compiler says more.",
+            ) from error
+
+
+def install(blocks: Sequence[nn.Module], *, backend: str, mode: str = "default", sizes_vary: bool = True) -> Compiled:
+    """Compile each block's forward wherever the block trains; in evaluation it stays as it is, to the bit.
+
+    Call it before `recompute.install`: what is recomputed is then the compiled block.
+
+    Args:
+        backend: a backend of `torch.compile`.
+        sizes_vary: whether more than one shape of input is expected. If not, artefacts are made for the one shape,
+            which can be faster, and once more should another come.
+
+    Raises:
+        ValueError: something has wrapped a block already, and would be left out.
+    """
+    # Takes seconds to import, which a run without compilation does not pay.
+    import torch._dynamo
+    import torch.fx.experimental._config as symbols
+    from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
+    from torch._inductor import config as inductor
+
+    by_class: dict[type[nn.Module], list[nn.Module]] = {}
+    for block in blocks:
+        by_class.setdefault(type(block), []).append(block)
+    layouts = {kind: len({_layout(block) for block in members}) for kind, members in by_class.items()}
+    variants = VARIANTS if sizes_vary else 2 * VARIANTS
+    compiled = Compiled(backend, sum(layouts.values()), variants * sum(layouts.values()))
+
+    # All of these hold for the process: it trains one model. Past the limit a full graph is an error, not a fallback.
+    torch._dynamo.config.recompile_limit = variants * max(layouts.values())
+    symbols.use_duck_shape = False  # two sizes that are equal by chance are no reason to compile again
+    inductor.fallback_random = True  # dropout draws what it draws without compilation
+
+    began = 0.0
+
+    def start(_: object) -> None:
+        nonlocal began
+        began = time.monotonic()
+
+    def end(what: CallbackArgs) -> None:
+        compiled.seconds += time.monotonic() - began
+        compiled.count += what.callback_trigger is CallbackTrigger.DYNAMO
+
+    callback_handler.register_start_callback(start)
+    callback_handler.register_end_callback(end)
+
+    for kind, members in by_class.items():
+        artefact = torch.compile(
+            kind.forward, backend=backend, mode=mode, fullgraph=True, dynamic=True if sizes_vary else None
+        )
+        for block in members:
+            if "forward" in vars(block):
+                raise ValueError(f"a {kind.__name__} is wrapped already: compile blocks before anything wraps them")
+            block.forward = _in_training(block, block.forward, artefact)
+    return compiled
+
+
+def _in_training(block: nn.Module, plain: Callable[..., Any], artefact: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*inputs: Any) -> Any:
+        return artefact(block, *inputs) if block.training else plain(*inputs)
+
+    return run
+
+
+def _layout(block: nn.Module) -> tuple[object, ...]:
+    """What a block is made of: modules by name, and the shapes of their parameters. Adapters that sit in some blocks
+    only make layouts that differ."""
+    return tuple(
+        (name, type(module), tuple((own, parameter.shape) for own, parameter in module.named_parameters(recurse=False)))
+        for name, module in block.named_modules()
+    )

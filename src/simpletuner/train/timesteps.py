@@ -1,0 +1,48 @@
+"""Where on the path a run trains: the density of sigma that its options describe, shift and resolution included.
+
+Without torch, so that `simpletuner plan` draws from the very function that training draws from.
+"""
+
+import math
+from dataclasses import dataclass
+
+from simpletuner.config.options.schedule import TIMESTEPS, ScheduleOptions
+from simpletuner.flow.sigma import (
+    Density,
+    beta_density,
+    listed_density,
+    mu_linear,
+    shifted,
+    sigmoid_density,
+    uniform_density,
+)
+
+
+@dataclass(frozen=True)
+class Timesteps:
+    """A density of sigma before the shift, and the shift."""
+
+    density: Density
+    shift: float | None
+    """None takes it from the sample's size."""
+
+    @classmethod
+    def of(cls, options: ScheduleOptions) -> "Timesteps":
+        """The density that the options describe. Listed timesteps stand for themselves: nothing shifts them."""
+        if options.flow_custom_timesteps is not None:
+            return cls(listed_density([timestep / TIMESTEPS for timestep in options.flow_custom_timesteps]), 1.0)
+        if options.flow_use_uniform_schedule:
+            density = uniform_density()
+        elif options.flow_use_beta_schedule:
+            density = beta_density(options.flow_beta_schedule_alpha, options.flow_beta_schedule_beta)
+        else:
+            density = sigmoid_density(options.flow_sigmoid_scale)
+        return cls(density, None if options.flow_schedule_auto_shift else options.flow_schedule_shift)
+
+    def shift_of(self, tokens: int) -> float:
+        """The shift of a sample of `tokens` image tokens."""
+        return math.exp(mu_linear(tokens)) if self.shift is None else self.shift
+
+    def sigma(self, u: float, tokens: int) -> float:
+        """The sigma that `u`, even in (0, 1), stands for: the quantile function of the shifted density."""
+        return shifted(self.density(u), self.shift_of(tokens))

@@ -1,0 +1,153 @@
+"""`simpletuner plan --show-timesteps`, as it is typed."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from simpletuner.base.errors import ConfigError
+from simpletuner.cli.plan import run
+from simpletuner.config.options.schedule import ScheduleOptions
+from simpletuner.flow.sigma import mu_linear
+from simpletuner.train.timesteps import Timesteps
+
+
+@pytest.fixture
+def project(own_folder: Path) -> Path:
+    """Pictures of two sizes: six small ones and two large ones."""
+    datasets: list[dict[str, Any]] = [{"id": "t", "dataset_type": "text_embeds", "default": True, "cache_dir": "c"}]
+    for name, size, count in (("small", 256, 6), ("large", 1024, 2)):
+        folder = own_folder / "datasets" / name
+        folder.mkdir(parents=True)
+        for index in range(count):
+            Image.new("RGB", (size, size), (index, 0, 0)).save(folder / f"{index}.png")
+        keys = {"instance_data_dir": f"datasets/{name}", "caption_strategy": "filename", "cache_dir_vae": f"vae/{name}"}
+        datasets.append({"id": name, "resolution": size, "resolution_type": "pixel_area"} | keys)
+    (own_folder / "config").mkdir()
+    config = {"model_flavour": "tiny", "max_train_steps": 5, "output_dir": "out"}
+    (own_folder / "config" / "config.json").write_text(json.dumps(config))
+    (own_folder / "config" / "multidatabackend.json").write_text(json.dumps(datasets))
+    return own_folder
+
+
+def answer(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
+    assert run(["--show-timesteps", "--json", *flags]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)["timesteps"]
+    return found
+
+
+DENSITIES = [
+    {},
+    {"flow_schedule_shift": 1.0, "flow_sigmoid_scale": 2.0},
+    {"flow_use_uniform_schedule": True},
+    {"flow_use_beta_schedule": True, "flow_beta_schedule_alpha": 4.0},
+]
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize("options", DENSITIES)
+def test_the_numbers_are_those_of_the_density_that_trains(
+    capsys: pytest.CaptureFixture[str], options: dict[str, Any]
+) -> None:
+    found = answer(capsys, *(f"--{key}={str(value).lower()}" for key, value in options.items()))
+    timesteps = Timesteps.of(ScheduleOptions(**options))
+    levels = [timesteps.sigma((index + 0.5) / 100, 1) for index in range(100)]
+    assert found["mean"] == pytest.approx(sum(levels) / 100, abs=3e-3)
+    assert found["percentiles"]["50"] == pytest.approx(timesteps.sigma(0.5, 1), abs=3e-3)
+    assert found["percentiles"]["95"] == pytest.approx(timesteps.sigma(0.95, 1), abs=3e-3)
+    shares = found["histogram"]["shares"]
+    assert sum(shares) == pytest.approx(1, abs=1e-3)
+    upper = sum(level >= 0.5 for level in levels) / 100
+    assert sum(shares[25:]) == pytest.approx(upper, abs=1e-2)
+    assert found["strata"] is None
+
+
+@pytest.mark.usefixtures("project")
+def test_an_automatic_shift_is_each_sizes_own(capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, "--flow_schedule_auto_shift", "--timestep_strata")
+    assert [(own["name"], own["tokens"], own["share"]) for own in found["resolutions"]] == [
+        ("256x256", 256, 0.75),
+        ("1024x1024", 4096, 0.25),
+    ]
+    assert [own["shift"] for own in found["resolutions"]] == pytest.approx(
+        [math.exp(mu_linear(tokens)) for tokens in (256, 4096)], abs=1e-4
+    )
+    small, large = (own["mean"] for own in found["resolutions"])
+    assert found["mean"] == pytest.approx(0.75 * small + 0.25 * large, abs=1e-4)
+    assert found["strata"] == 8
+
+
+@pytest.mark.usefixtures("project")
+def test_listed_timesteps_are_points(capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, "--flow_custom_timesteps=801,338,801,1000")
+    shares = {index: share for index, share in enumerate(found["histogram"]["shares"]) if share}
+    assert shares == {16: 0.25, 40: 0.5, 49: 0.25}
+    assert found["percentiles"] == {"1": 0.338, "5": 0.338, "25": 0.338, "50": 0.801, "75": 0.801, "95": 1.0, "99": 1.0}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--flow_schedule_auto_shift", "--timestep_strata"),
+        ("--flow_use_beta_schedule", "--flow_beta_schedule_alpha=0.2", "--flow_beta_schedule_beta=0.3"),
+        ("--flow_custom_timesteps=0,500,1000",),
+    ],
+)
+def test_the_drawing_fits_a_terminal_and_the_picture_is_there(
+    project: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
+) -> None:
+    assert run(["--show-timesteps", *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum("█" in line for line in lines) == 12
+    assert lines[-1] == "Picture: out/timesteps.png"
+    with Image.open(project / "out" / "timesteps.png") as image:
+        colours = image.convert("RGB").getcolors(1 << 16)
+    assert colours is not None
+    assert len(colours) > 3
+
+
+def test_the_picture_may_go_elsewhere(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert answer(capsys, "--out", "here")["path"] == "here/timesteps.png"
+    assert (project / "here" / "timesteps.png").exists()
+    assert not (project / "out").exists()
+
+
+@pytest.mark.usefixtures("project")
+def test_without_the_flag_the_plan_is_not_built_yet() -> None:
+    with pytest.raises(ConfigError, match=r"not built yet: the memory plan\. .*--show-timesteps"):
+        run([])
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--out"], "--out: nothing follows it"),
+        (["--flow_use_uniform_schedul"], "--flow_use_uniform_schedul: no such option"),
+        (["--flow_custom_timesteps=1001"], "--flow_custom_timesteps = '1001': expected timesteps from 0"),
+        (["--flow_custom_timesteps=0.3,0.7"], "expected timesteps from 0"),
+        (["--flow_custom_timesteps=a"], "expected timesteps from 0"),
+        (["--flow_custom_timesteps="], "expected timesteps from 0"),
+    ],
+)
+def test_mistakes_are_those_of_train(flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run(["--show-timesteps", *flags])
+    assert message in str(caught.value)
+
+
+@pytest.mark.usefixtures("project")
+def test_it_starts_without_torch() -> None:
+    code = (
+        "import sys; from simpletuner.cli.plan import run; run(['--show-timesteps', '--flow_schedule_auto_shift']); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
