@@ -14,6 +14,7 @@ Purpose = Literal[
     "order",
     "init",
     "eval",
+    "rounding",
     "validation",
 ]
 

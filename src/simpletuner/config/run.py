@@ -2,6 +2,7 @@
 
 from simpletuner.config.options.checkpoint import CheckpointOptions
 from simpletuner.config.options.data import DataOptions
+from simpletuner.config.options.ema import EmaOptions
 from simpletuner.config.options.guidance import GuidanceOptions
 from simpletuner.config.options.kinds import Slice
 from simpletuner.config.options.lora import LoraOptions
@@ -18,6 +19,7 @@ SLICES: tuple[type[Slice], ...] = (
     DataOptions,
     LoraOptions,
     OptimOptions,
+    EmaOptions,
     ScheduleOptions,
     GuidanceOptions,
     PrecisionOptions,
@@ -38,6 +40,7 @@ class RunConfig(
     DataOptions,
     LoraOptions,
     OptimOptions,
+    EmaOptions,
     ScheduleOptions,
     GuidanceOptions,
     PrecisionOptions,
