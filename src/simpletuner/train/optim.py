@@ -99,22 +99,25 @@ def build(
     make = AdamWBf16 if known.library == OURS else _found(known)
     arguments = _arguments(options, known, make, seed)
 
-    def construct(wanted: Any) -> torch.optim.Optimizer:
+    def construct(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        if known.arguments is None and known.library == "pytorch_optimizer":
+            groups = [{"use_muon": True, **group} for group in groups]  # its Muons ask each group; others do not look
         with contextlib.redirect_stdout(io.StringIO()):  # prodigy announces its weight decay
-            made: torch.optim.Optimizer = make(wanted, **arguments)
+            made: torch.optim.Optimizer = make(groups, **arguments)
+        for group in made.param_groups:
+            group.setdefault(RATIO, 1.0)
+            group["lr"] = arguments["lr"] * group[RATIO]
+        if isinstance(made, Averaging):
+            made.train()
         return made
 
+    groups = [each for each in parameters if isinstance(each, dict)] or [{"params": list(parameters)}]
     if known.arguments is None:
-        _rehearse(options.optimizer, construct)
+        _rehearse(options.optimizer, construct, [group.get(RATIO, 1.0) for group in groups])
     try:
-        built = construct(parameters)
+        return construct(groups)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise _refused(options, error) from None
-    for group in built.param_groups:
-        group.setdefault(RATIO, 1.0)
-    if isinstance(built, Averaging):
-        built.train()
-    return built
 
 
 def _refused(options: OptimOptions, error: Exception) -> ConfigError:
@@ -168,21 +171,25 @@ def _arguments(options: OptimOptions, known: Optimiser, make: type[torch.optim.O
 REHEARSED_STEPS = 3
 
 
-def _rehearse(name: str, construct: Callable[[Any], torch.optim.Optimizer]) -> None:
-    """Train two small matrices with it, save, restore into a fresh one, go on with both: the bits must agree.
+def _rehearse(
+    name: str, construct: Callable[[list[dict[str, Any]]], torch.optim.Optimizer], ratios: Sequence[float]
+) -> None:
+    """Train small matrices with it, two in a group of each of `ratios`; save, restore into a fresh one and go on with
+    both: the bits must agree.
 
     Raises:
         ConfigError: they do not, or it wants more than gradients.
     """
-    start = {"a": torch.linspace(-1, 1, 4 * 24).reshape(4, 24), "b": torch.zeros(24, 4)}
+    a, b = torch.linspace(-1, 1, 4 * 24).reshape(4, 24), torch.zeros(24, 4)
+    start = {f"{name}{group}": value for group in range(len(ratios)) for name, value in (("a", a), ("b", b))}
 
     def fresh(values: dict[str, torch.Tensor]) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
         made = {key: nn.Parameter(value.detach().clone()) for key, value in values.items()}
-        return made, construct(list(made.values()))
+        return made, construct(
+            [{"params": [made[f"a{group}"], made[f"b{group}"]], RATIO: ratio} for group, ratio in enumerate(ratios)]
+        )
 
     def train(parameters: dict[str, nn.Parameter], made: torch.optim.Optimizer, first: int) -> None:
-        if isinstance(made, Averaging):
-            made.train()
         for step in range(first, first + REHEARSED_STEPS):
             for parameter in parameters.values():
                 parameter.grad = torch.sin(torch.arange(parameter.numel()) * float(step)).view_as(parameter)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 def pack(
     optimiser: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors, as "<entry>/<parameter>", and all else as JSON: the state by parameter and by group.
+    """The tensors, as "<entry>/<parameter>", and all else as JSON: by parameter, common to all, and by group.
 
     Raises:
         TypeError: the state holds something that is neither.
@@ -23,9 +23,12 @@ def pack(
     tensors: dict[str, Tensor] = {}
     names = {id(parameter): name for name, parameter in parameters.items()}
     state: dict[str, Any] = {}
-    for key, values in optimiser.state.items():
-        if id(key) not in names:
-            raise TypeError(f"state that belongs to no parameter ({type(key).__name__})")
+    common: dict[str, Any] = {}
+    held: Mapping[Any, Any] = optimiser.state  # torch promises tensors for keys, and not everyone keeps to it
+    for key, values in held.items():
+        if isinstance(key, str):  # a few keep what belongs to no parameter there too
+            common[key] = _packed(values, f"{key}/common", torch.device("cpu"), tensors)
+            continue
         name = names[id(key)]
         state[name] = {entry: _packed(value, f"{entry}/{name}", key.device, tensors) for entry, value in values.items()}
     groups = []
@@ -33,7 +36,7 @@ def pack(
         device = group["params"][0].device
         own = {key: value for key, value in group.items() if key != "params"}
         groups.append({key: _packed(value, f"{key}/group.{index}", device, tensors) for key, value in own.items()})
-    return tensors, {"state": state, "groups": groups}
+    return tensors, {"state": state, "common": common, "groups": groups}
 
 
 def unpack(
@@ -54,6 +57,9 @@ def unpack(
         optimiser.state[parameter] = {
             entry: _unpacked(value, parameter.device, tensors) for entry, value in values.items()
         }
+    held: dict[Any, Any] = optimiser.state
+    for key, value in rest["common"].items():
+        held[key] = _unpacked(value, torch.device("cpu"), tensors)
     for group, saved in zip(optimiser.param_groups, rest["groups"], strict=True):
         missing = group.keys() - saved.keys() - {"params"}  # some add to a group at their first step
         if missing:
@@ -81,7 +87,7 @@ def _packed(value: Any, name: str, device: torch.device, tensors: dict[str, Tens
         return {"tuple": items} if isinstance(value, tuple) else items
     if isinstance(value, dict):
         pairs = [[key, _packed(item, _inside(name, key), device, tensors)] for key, item in value.items()]
-        if all(isinstance(key, str | int) for key in value):
+        if all(isinstance(key, str | int | float) for key in value):
             return {"dict": pairs}
     raise TypeError(f"{name} is a {type(value).__name__}")
 

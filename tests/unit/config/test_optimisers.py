@@ -49,7 +49,9 @@ def test_a_name_that_is_not_there_gets_the_nearest(place: Any, typed: str, near:
 def test_a_library_that_is_missing_is_named_with_the_remedy(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimisers, "find_spec", lambda name: None)
     place.config["optimizer"] = "lion"
-    assert place.problems() == ["optimizer = 'lion': pytorch_optimizer is not installed. pip install -e '.[optimizers]'"]
+    assert place.problems() == [
+        "optimizer = 'lion': pytorch_optimizer is not installed. pip install -e '.[optimizers]'"
+    ]
     place.config["optimizer"] = "torch:nadam"
     place.load()
 
@@ -58,7 +60,9 @@ def test_a_library_that_is_missing_is_named_with_the_remedy(place: Any, monkeypa
 def test_what_it_does_not_read_is_said(place: Any, name: str) -> None:
     place.config |= {"optimizer": name, "optimizer_beta2": 0.9, "adam_epsilon": 1e-7, "adam_weight_decay": 0.1}
     said = [text for text in place.load().notices if "has no effect" in text]
-    ignored = [key for key in ("optimizer_beta2", "adam_epsilon", "adam_weight_decay") if key not in OPTIMISERS[name].reads]
+    ignored = [
+        key for key in ("optimizer_beta2", "adam_epsilon", "adam_weight_decay") if key not in OPTIMISERS[name].reads
+    ]
     assert [text.split()[0] for text in said] == ignored
 
 

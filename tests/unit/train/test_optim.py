@@ -142,7 +142,7 @@ class Forgetful(torch.optim.SGD):
 
     count = 0
 
-    def step(self, closure: object = None) -> None:  # type: ignore[override]
+    def step(self, closure: object = None) -> None:  # type: ignore[override]  # noqa: ARG002
         self.count += 1
         for parameter in self.param_groups[0]["params"]:
             parameter.data -= 0.1 * self.count

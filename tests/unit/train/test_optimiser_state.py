@@ -21,7 +21,9 @@ OF_LIBRARIES = (
     "bitsandbytes:lion8bit",
     "schedulefree:sgdschedulefree",
     "pytorch_optimizer:schedulefreeadamw",
-    "pytorch_optimizer:soap",
+    "pytorch_optimizer:madgrad",
+    "pytorch_optimizer:aggmo",
+    "pytorch_optimizer:normuon",
     "pytorch_optimizer:stableadamw",
     "pytorch_optimizer:adan",
 )
@@ -102,7 +104,7 @@ def test_types_and_devices_survive() -> None:
 class Odd(torch.optim.SGD):
     """Keeps what an optimiser may keep."""
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ARG002
         for parameter in self.param_groups[0]["params"]:
             self.state[parameter] |= {
                 "list": [parameter.detach() + 1, None, 2],
