@@ -16,6 +16,7 @@ Purpose = Literal[
     "order",
     "init",
     "eval",
+    "rounding",
     "validation",
     "tread",
 ]

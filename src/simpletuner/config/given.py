@@ -169,7 +169,7 @@ def _not_expected(where: str, given: Given, kind: Kind) -> Problem:
         remedy = "Write it without quotes."
     elif isinstance(value, str) and is_quoted_number(value.replace(",", "."), kind):
         remedy = "Write a point, not a comma."
-    near = nearest(value, kind.choices) if isinstance(value, str) else None
-    if near is not None and len(kind.choices) > 4:  # a short list is its own suggestion
+    near = nearest(value, kind.near) if isinstance(value, str) else None
+    if near is not None and len(kind.near) > 4:  # a short list is its own suggestion
         remedy = f"Did you mean {near}?"
     return Problem(f"{where}{given.spelled} = {shown(value)}", kind.expects, remedy)

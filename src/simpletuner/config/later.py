@@ -4,7 +4,6 @@ They fail as "not built yet", never as a typo. A key set to what it means when i
 that a config carries over. Work that lands takes its lines out of here and into a slice.
 """
 
-import re
 from dataclasses import dataclass
 
 
@@ -24,8 +23,6 @@ _KLEIN = "the klein flavours"
 _OTHER_ADAPTERS = "DoRA, LoKr and LoHa adapters"
 _CONVERTED_STARTS = "initialisations that change the base"
 _FORMATS = "export for other programs"
-_OPTIMISERS = "more optimisers"
-_EMA = "a moving average of the weights"
 _QUANTISED = "quantised base weights"
 _OFFLOAD = "offloading"
 _HUB = "publishing to the Hub"
@@ -42,14 +39,6 @@ _PARQUET = "captions from tables"
 OPTIONS: dict[str, Later] = {
     "init_lora_step": Later("continuing the step count of a saved adapter"),
     "use_dora": Later(_OTHER_ADAPTERS, (False,)),
-    "lora_plus_ratio": Later("LoRA+", (1, 1.0)),
-    "lr_scale": Later("learning rates scaled by batch size", (False,)),
-    "lr_scale_sqrt": Later("learning rates scaled by batch size", (False,)),
-    "use_ema": Later(_EMA, (False,)),
-    "ema_decay": Later(_EMA, (0.995,)),
-    "ema_device": Later(_EMA, ("cpu",)),
-    "ema_update_interval": Later(_EMA, (1,)),
-    "ema_validation": Later(_EMA, ("comparison",)),
     "activation_offload": Later(_OFFLOAD, (False,)),
     "input_perturbation": Later("input perturbation", (0, 0.0)),
     "input_perturbation_steps": Later("input perturbation", (0,)),
@@ -106,26 +95,11 @@ OPTION_VALUES: dict[str, dict[str, str]] = {
     "lora_type": dict.fromkeys(("dora", "lokr", "loha"), _OTHER_ADAPTERS),
     "lora_init_type": dict.fromkeys(("pissa", "olora", "loftq"), _CONVERTED_STARTS),
     "lora_format": dict.fromkeys(("comfyui", "bfl", "kohya"), _FORMATS),
-    "optimizer": dict.fromkeys(
-        (
-            "adamw_bf16",
-            "adamw8bit",
-            "adafactor",
-            "lion",
-            "prodigy",
-            "adamw_schedulefree",
-            "came",
-            "muon",
-        ),
-        _OPTIMISERS,
-    ),
     "dynamo_mode": dict.fromkeys(("reduce-overhead", "max-autotune"), _CUDA_GRAPHS),
     "base_model_precision": _PRECISIONS,
     "text_encoder_1_precision": _PRECISIONS,
 }
 """Values of options that exist."""
-
-_OPTIMISER_OF_A_LIBRARY = re.compile(r"\w+:\w+|(torch|ao|bnb|optimi|quanto|apex|deepspeed)-[\w-]+")
 
 SET_KEYS: dict[str, Later] = {
     "start_step": Later(_SCHEDULED_SETS, (0,)),
@@ -195,6 +169,4 @@ def work_for(values: dict[str, dict[str, str]], key: str, value: object) -> str 
     """The work that brings `value` of `key`, or None where it is not a value to come."""
     if not isinstance(value, str):
         return None
-    if key == "optimizer" and values is OPTION_VALUES and _OPTIMISER_OF_A_LIBRARY.fullmatch(value):
-        return _OPTIMISERS
     return values.get(key, {}).get(value)

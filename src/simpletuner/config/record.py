@@ -19,6 +19,7 @@ RECORDED_TEXTS = frozenset(
         "eval_dataset_id",
         "flow_custom_timesteps",
         "modelspec_comment",
+        "optimizer",
         "optimizer_config",
         "peft_lora_target_modules",
         "report_to",
@@ -39,7 +40,7 @@ MAY_CHANGE = frozenset(
     name
     for group in (ValidationOptions, CheckpointOptions, TrackingOptions, ProcessOptions, DataOptions)
     for name in group.model_fields
-) | {"max_train_steps", "num_train_epochs", "write_batch_size"}
+) | {"ema_validation", "max_train_steps", "num_train_epochs", "write_batch_size"}
 """Options that a resumed run may change. The datasets themselves are compared by their fingerprint."""
 
 

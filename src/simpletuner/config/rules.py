@@ -7,14 +7,15 @@ from pathlib import Path
 from simpletuner.base.errors import Problem
 from simpletuner.config.datasets import Datasets
 from simpletuner.config.given import Checked, Given, Known, check
+from simpletuner.config.optimisers import ADAM, optimiser
 from simpletuner.config.options.checkpoint import LATEST
 from simpletuner.config.options.rollout import RolloutOptions
 from simpletuner.config.options.tread import TreadRoute
 from simpletuner.config.run import RunConfig
 from simpletuner.config.values import listed, shown
 
-OPTIMISER_ARGUMENTS = {"adamw": ("amsgrad", "foreach", "fused")}
-"""What `optimizer_config` may hold for each optimiser, beside the options that have a name of their own."""
+PRODIGY_RATE = 0.1
+"""Below this the rate that prodigy finds is scaled down to what is hardly ever meant."""
 
 ROUTE = Known(TreadRoute, {}, {}, noun="key of a route")
 """What a route of `tread_config` may hold."""
@@ -70,13 +71,25 @@ def _rollout(config: RunConfig) -> Iterator[Finding]:
 
 
 def _optimiser(config: RunConfig) -> Iterator[Finding]:
-    known = OPTIMISER_ARGUMENTS[config.optimizer]
-    for name in config.optimizer_config or {}:
-        if name not in known:
-            found = f"optimizer_config: {config.optimizer} takes no {shown(name)} here"
-            yield ("optimizer_config", "optimizer"), Problem(found, listed(known))
-    if config.learning_rate > 1:
+    name = config.optimizer
+    known = optimiser(name)
+    for argument in config.optimizer_config or {}:
+        if known.arguments is not None and argument not in known.arguments:
+            found = f"optimizer_config: {name} takes no {shown(argument)} here"
+            expected = listed(known.arguments) if known.arguments else "nothing"
+            yield ("optimizer_config", "optimizer"), Problem(found, expected)
+    if not known.is_installed:
+        found = f"optimizer = {shown(name)}: {known.library} is not installed"
+        yield ("optimizer",), Problem(found, remedy="pip install -e '.[optimizers]'")
+    if name == "prodigy" and config.lora_plus_ratio != 1:
+        keys = ("lora_plus_ratio", "optimizer")
+        found = f"lora_plus_ratio = {config.lora_plus_ratio:g} with prodigy, which finds one rate for all"
+        yield keys, Problem(found, "1, or another optimizer")
+    rate = config.learning_rate * config.rate_scale
+    if rate > 1:
         found = f"learning_rate = {config.learning_rate:g}"
+        if config.rate_scale != 1:
+            found += f", {rate:g} scaled by the effective batch"
         yield ("learning_rate",), Problem(found, "at most 1", "Usual are 1e-5 to 1e-3: is a minus missing?")
     if not config.lr_scheduler.startswith("constant") and config.lr_end > config.learning_rate:
         found = f"lr_end = {config.lr_end:g}"
@@ -149,6 +162,21 @@ def notices(config: RunConfig, datasets: Datasets | None, given: Collection[str]
                 f"selection_ratio = {route.selection_ratio:g} is the share of image tokens that is kept. Where others "
                 f"mean the share that is left out, this is {1 - route.selection_ratio:g}."
             )
+    if config.rate_scale != 1:
+        yield (
+            f"learning_rate {config.learning_rate:g} × {config.rate_scale:.4g} by the effective batch of "
+            f"{config.effective_batch}: {config.learning_rate * config.rate_scale:.4g}."
+        )
+    if config.optimizer == "prodigy" and config.learning_rate < PRODIGY_RATE:
+        yield (
+            f"learning_rate = {config.learning_rate:g} multiplies the rate that prodigy finds: 1 is usual, and with "
+            "this it learns next to nothing."
+        )
+    if config.optimizer == "adamw_schedulefree" and not config.lr_scheduler.startswith("constant"):
+        yield (
+            f"lr_scheduler = {config.lr_scheduler}: adamw_schedulefree averages in place of a falling rate, and is "
+            "meant for constant_with_warmup."
+        )
     if config.max_train_steps is not None and config.lr_warmup_steps >= config.max_train_steps:
         yield (
             f"lr_warmup_steps = {config.lr_warmup_steps} is the whole run of {config.max_train_steps} steps: "
@@ -180,6 +208,12 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
     yield ("lr_num_cycles",), not has_cycles, f"lr_scheduler is {shape}"
     yield ("lr_power",), shape != "polynomial", f"lr_scheduler is {shape}"
     yield ("lr_end",), shape.startswith("constant"), f"lr_scheduler is {shape}"
+    own = optimiser(config.optimizer)
+    where = "takes its own in optimizer_config" if own.arguments is None else "has no use for it"
+    yield tuple(key for key in ADAM if key not in own.reads), True, f"{config.optimizer} {where}"
+    yield ("lr_scale",), config.lr_scale and config.lr_scale_sqrt, "lr_scale_sqrt is true, and wins"
+    averages = ("ema_decay", "ema_device", "ema_update_interval", "ema_validation")
+    yield averages, not config.use_ema, "use_ema is false"
     yield ("num_train_epochs",), config.max_train_steps is not None, "max_train_steps is given, and wins"
     yield ("grad_clip_method",), not config.max_grad_norm, "max_grad_norm is 0"
     interval = ("gradient_checkpointing_interval",)

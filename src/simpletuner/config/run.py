@@ -3,6 +3,7 @@
 from simpletuner.config.options.checkpoint import CheckpointOptions
 from simpletuner.config.options.compile import CompileOptions
 from simpletuner.config.options.data import DataOptions
+from simpletuner.config.options.ema import EmaOptions
 from simpletuner.config.options.guidance import GuidanceOptions
 from simpletuner.config.options.kinds import Slice
 from simpletuner.config.options.lora import LoraOptions
@@ -21,6 +22,7 @@ SLICES: tuple[type[Slice], ...] = (
     DataOptions,
     LoraOptions,
     OptimOptions,
+    EmaOptions,
     ScheduleOptions,
     RolloutOptions,
     GuidanceOptions,
@@ -44,6 +46,7 @@ class RunConfig(
     DataOptions,
     LoraOptions,
     OptimOptions,
+    EmaOptions,
     ScheduleOptions,
     RolloutOptions,
     GuidanceOptions,

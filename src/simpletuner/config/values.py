@@ -36,6 +36,8 @@ class Kind:
     is_path: bool
     is_model: bool
     is_json: bool
+    near: tuple[str, ...] = ()
+    """Names of which the nearest is suggested for a value that is not accepted."""
 
 
 def listed(names: Iterable[str], word: str = "or") -> str:
@@ -87,13 +89,15 @@ def _in_words(base: Any, marks: Sequence[Any]) -> str:
 def _kind(field: FieldInfo) -> Kind:
     base, marks = _unwrapped(field.annotation, field.metadata)
     is_choice = get_origin(base) is Literal
+    choices = get_args(base) if is_choice else ()
     return Kind(
         base=str if is_choice else base,
-        choices=get_args(base) if is_choice else (),
+        choices=choices,
         expects=_in_words(base, marks),
         is_path=any(isinstance(mark, IsPath) for mark in marks),
         is_model=any(isinstance(mark, IsModel) for mark in marks),
         is_json=any(isinstance(mark, IsJson) for mark in marks),
+        near=next((mark.near for mark in marks if isinstance(mark, Says) and mark.near), choices),
     )
 
 

@@ -39,10 +39,16 @@ def building(final: Path) -> Iterator[Path]:
         part.mkdir(parents=True)
         try:
             yield part
-            files = sorted(path for path in part.iterdir() if path.is_file())
-            hashes = {path.name: {"sha256": sha256_file(path), "bytes": path.stat().st_size} for path in files}
+            files = sorted(path for path in part.rglob("*") if path.is_file())
+            hashes = {
+                str(path.relative_to(part)): {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+                for path in files
+            }
             write_json(part / MANIFEST, {"version": MANIFEST_VERSION, "files": hashes})
-            for path in part.iterdir():
+            for path in part.rglob("*"):
+                if path.is_dir():
+                    sync_directory(path)
+                    continue
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
             sync_directory(part)

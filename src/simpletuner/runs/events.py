@@ -110,6 +110,8 @@ class Picture(Event):
     """Pixels."""
     seed: int
     """Seed of the initial noise."""
+    is_ema: bool = False
+    """Drawn with the moving average in place of the live adapter."""
 
 
 class ValidationEvent(Event):
@@ -126,6 +128,8 @@ class ValidationEvent(Event):
     """Held-out loss at fixed sigmas and noise, mean over the pictures."""
     loss_by_sigma: dict[str, float] = {}
     """The same, at each sigma."""
+    ema_loss: float | None = None
+    """Held-out loss of the moving average."""
 
 
 class CheckpointEvent(Event):
@@ -176,6 +180,8 @@ class EndEvent(Event):
     """Wall time of this attempt."""
     lora: str | None = None
     """The finished LoRA, relative to the run directory."""
+    ema_lora: str | None = None
+    """That of the moving average."""
 
 
 EVENTS: dict[str, type[Event]] = {

@@ -7,6 +7,8 @@ from simpletuner.base.errors import ConfigError
 from simpletuner.base.files import DirectoryLock, disk_full_is_reported
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
+EMA_FOLDER = "ema"
+"""Below a run, a checkpoint or the pictures of a step: the same of the moving average."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ class RunDirectory:
     def lora(self) -> Path:
         """The finished LoRA."""
         return self.root / LORA_NAME
+
+    @property
+    def ema_lora(self) -> Path:
+        """The finished LoRA of the moving average."""
+        return self.root / EMA_FOLDER / LORA_NAME
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:06d}"

@@ -37,9 +37,10 @@ from simpletuner.flux2.tread import draw_choices
 from simpletuner.memory import compile as compilation
 from simpletuner.memory import recompute
 from simpletuner.runs.events import CheckpointEvent, EndEvent, ErrorEvent, EventLog, RunEvent, read_events
-from simpletuner.runs.layout import LORA_NAME, RunDirectory
+from simpletuner.runs.layout import EMA_FOLDER, LORA_NAME, RunDirectory
 from simpletuner.runs.process import Requests, stopped
 from simpletuner.train import checkpoint, optim, resume, trackers
+from simpletuner.train.ema import Ema
 from simpletuner.train.loop import Loop, Plan, best_step
 from simpletuner.train.prepare import DTYPES, EMPTY, Prepared, free_memory, prepare
 from simpletuner.train.report import Reporter
@@ -141,10 +142,12 @@ class Attempt:
         with self.reporter.phase("load"):
             transformer = load_transformer(source, DTYPES[self.config.base_dtype], self.device)
             adapter = self.attach(transformer, order)
-        optimiser = optim.build(adapter.parameters(), self.config)
+        groups_of_rates = optim.lora_plus(adapter.named_parameters(), self.config.lora_plus_ratio)
+        optimiser = optim.build(groups_of_rates, self.config, seed=self.config.seed)
+        ema = Ema(adapter, self.config, self.device) if self.config.use_ema else None
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.mixed_precision == "fp16")
         if found is not None:
-            checkpoint.restore(found.folder, found.state, adapter, optimiser)
+            checkpoint.restore(found.folder, found.state, adapter, optimiser, ema)
             scaler.load_state_dict(dict(found.state.scaler))
             place = str(found.folder)
             self.reporter.emit(CheckpointEvent(step=self.state.step, state="resumed", path=found.folder.name))
@@ -174,21 +177,22 @@ class Attempt:
                 state,
                 adapter,
                 optimiser,
+                ema,
                 metadata=self.header(prepared, source, state.step),
                 dtype=DTYPES[self.config.lora_save_dtype],
             )
 
-        groups = self.groups(prepared, order)
         with self.compiling():
             self.try_out(stepper, order, prepared, plan)
         loop = Loop(
             plan=plan,
             run=self.run,
-            groups=groups,
+            groups=self.groups(prepared, order),
             stepper=stepper,
             save=save,
+            ema=ema,
             held_out=self.held_out(prepared, stepper),
-            painter=self.painter(prepared, source, stepper, adapter),
+            painter=self.painter(prepared, source, stepper, adapter, ema),
             reporter=self.reporter,
             requests=self.requests,
         )
@@ -222,7 +226,7 @@ class Attempt:
                 transformer.blocks,
                 backend=self.config.dynamo_backend,
                 mode=self.config.dynamo_mode,
-                sizes_vary=len(shapes) > 1,
+                sizes_vary=len(shapes) > 1 or bool(self.config.tread_routes),
             )
         if self.config.gradient_checkpointing:
             recompute.install(transformer.blocks, self.config.gradient_checkpointing_interval)
@@ -316,7 +320,9 @@ class Attempt:
         assert isinstance(stepper.denoise, Denoiser)
         return HeldOut(stepper.denoise, len(chosen), load, (low + high) / 2, self.device)
 
-    def painter(self, prepared: Prepared, source: Source, stepper: Stepper, adapter: Adapter) -> Painter | None:
+    def painter(
+        self, prepared: Prepared, source: Source, stepper: Stepper, adapter: Adapter, ema: Ema | None
+    ) -> Painter | None:
         """The validation pictures, if there are prompts."""
         if self.config.validation_disable or not self.loaded.prompts:
             return None
@@ -338,6 +344,8 @@ class Attempt:
             seed=self.config.seed,
             denoise=stepper.denoise,
             adapter=adapter,
+            ema=None if self.config.ema_validation == "none" else ema,
+            has_live=ema is None or self.config.ema_validation != "ema_only",
             decode=lambda: autoencoder().decode,
             prompts=self.loaded.prompts,
             context=lambda prompt: prepared.context(prompt).full()[None],
@@ -422,6 +430,10 @@ class Attempt:
         with self.reporter.phase("export"):
             last = self.run.checkpoint(self.state.step) / LORA_NAME
             write_atomic(self.run.lora, last.read_bytes())
+            if self.config.use_ema:
+                self.run.ema_lora.parent.mkdir(exist_ok=True)
+                average = self.run.checkpoint(self.state.step) / EMA_FOLDER / LORA_NAME
+                write_atomic(self.run.ema_lora, average.read_bytes())
         self.reporter.say("")
         measured = self.state.held_out
         if 0 in measured and plan.steps in measured:
@@ -438,6 +450,8 @@ class Attempt:
         if sheet.exists():
             self.reporter.say(f"Pictures: {sheet}")
         self.reporter.say(f"LoRA: {self.run.lora} ({format_size(self.run.lora.stat().st_size)})")
+        if self.config.use_ema:
+            self.reporter.say(f"Its moving average: {self.run.ema_lora}")
         if source.flavour.repo is not None:
             self.reporter.say(f"Licence of the base, which binds this LoRA too: {source.flavour.licence}")
         self.reporter.say(f"Try it: simpletuner sample --run {self.run.root} --prompt '…'")
@@ -462,6 +476,7 @@ def told(reporter: Reporter, attempt: Attempt) -> Iterator[None]:
                 step=attempt.state.step,
                 seconds=round(time.monotonic() - attempt.began, 1),
                 lora=LORA_NAME if reason == "done" else None,
+                ema_lora=f"{EMA_FOLDER}/{LORA_NAME}" if reason == "done" and attempt.config.use_ema else None,
             )
         )
 

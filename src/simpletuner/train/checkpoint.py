@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -15,11 +14,15 @@ from simpletuner.base.files import read_json, write_atomic, write_json
 from simpletuner.flux2.export import save_lora
 from simpletuner.flux2.lora import Adapter
 from simpletuner.runs import checkpoints
-from simpletuner.runs.layout import LORA_NAME, RunDirectory
+from simpletuner.runs.layout import EMA_FOLDER, LORA_NAME, RunDirectory
+from simpletuner.train import optimiser_state
+from simpletuner.train.ema import Ema
+from simpletuner.train.optim import as_given
 from simpletuner.train.state import STATE_VERSION, TrainState
 
 OPTIMISER_NAME = "optimizer.safetensors"
 STATE_NAME = "state.json"
+PARAMETER, AVERAGE = "parameter/", "average/"
 
 
 def save_checkpoint(
@@ -27,6 +30,7 @@ def save_checkpoint(
     state: TrainState,
     adapter: Adapter,
     optimiser: torch.optim.Optimizer,
+    ema: Ema | None,
     *,
     metadata: Mapping[str, str],
     dtype: torch.dtype,
@@ -34,17 +38,26 @@ def save_checkpoint(
     """Write the checkpoint of `state.step`; it appears whole or not at all. Returns its folder.
 
     `pytorch_lora_weights.safetensors` is the export, for other tools. `optimizer.safetensors` holds what going on
-    needs: the live adapter tensors and the optimiser's, in full precision, by the parameter's name.
+    needs: the tensors that are trained, the optimiser's and the average's, each in its own precision, by the
+    parameter's name. The average is exported beside the live adapter.
 
     Raises:
         DiskError: no space. Earlier checkpoints are untouched.
     """
-    tensors, rest = _optimiser_state(adapter, optimiser)
-    tensors |= {f"parameter/{name}": tensor for name, tensor in adapter.state().items()}
+    tensors, rest = optimiser_state.pack(optimiser, dict(adapter.named_parameters()))
+    tensors |= {PARAMETER + name: tensor for name, tensor in adapter.state().items()}
+    if ema is not None:
+        tensors |= {AVERAGE + name: tensor for name, tensor in ema.state().items()}
     folder = run.checkpoint(state.step)
     with checkpoints.building(folder) as part:
-        save_lora(part / LORA_NAME, adapter, metadata=metadata, dtype=dtype)
-        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        with as_given(optimiser):
+            save_lora(part / LORA_NAME, adapter, metadata=metadata, dtype=dtype)
+            if ema is not None:
+                (part / EMA_FOLDER).mkdir()
+                with ema.applied():
+                    save_lora(part / EMA_FOLDER / LORA_NAME, adapter, metadata=metadata, dtype=dtype)
+        # Copies: what two parameters share, as 8-bit optimisers do, cannot stand in the file as one.
+        on_cpu = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
         write_atomic(part / OPTIMISER_NAME, save(on_cpu, {"format": "pt"}))
         write_json(part / STATE_NAME, state.model_copy(update={"optimiser": rest}).model_dump(mode="json"))
     return folder
@@ -72,8 +85,10 @@ def read_state(folder: Path) -> TrainState:
         raise CheckpointError.of(f"{path} cannot be read ({reason})", "a checkpoint of this program") from None
 
 
-def restore(folder: Path, state: TrainState, adapter: Adapter, optimiser: torch.optim.Optimizer) -> None:
-    """Put the adapter and the optimiser back to where `folder` left them.
+def restore(
+    folder: Path, state: TrainState, adapter: Adapter, optimiser: torch.optim.Optimizer, ema: Ema | None
+) -> None:
+    """Put the adapter, the freshly built optimiser and the average back to where `folder` left them.
 
     Raises:
         CheckpointError: the file is of another adapter or optimiser.
@@ -82,9 +97,10 @@ def restore(folder: Path, state: TrainState, adapter: Adapter, optimiser: torch.
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-        mark = "parameter/"
-        adapter.load({name[len(mark) :]: value for name, value in tensors.items() if name.startswith(mark)})
-        optimiser.load_state_dict(_optimiser_state_dict(adapter, optimiser, tensors, state.optimiser))
+        adapter.load(_below(PARAMETER, tensors))
+        optimiser_state.unpack(optimiser, dict(adapter.named_parameters()), tensors, state.optimiser)
+        if ema is not None:
+            ema.load(_below(AVERAGE, tensors))
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError.of(
             f"{path} does not fit this run ({error})",
@@ -93,37 +109,5 @@ def restore(folder: Path, state: TrainState, adapter: Adapter, optimiser: torch.
         ) from None
 
 
-def _optimiser_state(
-    adapter: Adapter, optimiser: torch.optim.Optimizer
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """The optimiser's state by parameter name: tensors as "<entry>/<parameter>", the rest as JSON."""
-    tensors: dict[str, Tensor] = {}
-    rest: dict[str, dict[str, Any]] = {}
-    for name, parameter in adapter.named_parameters():
-        for entry, value in optimiser.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"{entry}/{name}"] = value
-            else:
-                rest.setdefault(name, {})[entry] = value
-    return tensors, rest
-
-
-def _optimiser_state_dict(
-    adapter: Adapter,
-    optimiser: torch.optim.Optimizer,
-    tensors: Mapping[str, Tensor],
-    rest: Mapping[str, Mapping[str, Any]],
-) -> dict[str, Any]:
-    """What `load_state_dict` wants: the state by the parameter's place in the optimiser's groups."""
-    names = {id(parameter): name for name, parameter in adapter.named_parameters()}
-    by_name: dict[str, dict[str, Any]] = {}
-    for key, value in tensors.items():
-        entry, _, name = key.partition("/")
-        if entry != "parameter":
-            by_name.setdefault(name, {})[entry] = value
-    for name, values in rest.items():
-        by_name.setdefault(name, {}).update(values)
-    ordered = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-    places = {names[id(parameter)]: place for place, parameter in enumerate(ordered)}
-    state = {places[name]: values for name, values in by_name.items()}
-    return {"state": state, "param_groups": optimiser.state_dict()["param_groups"]}
+def _below(mark: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(mark): value for name, value in tensors.items() if name.startswith(mark)}

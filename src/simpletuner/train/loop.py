@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from simpletuner.runs.events import CheckpointEvent, StepEvent, ValidationEvent
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.runs.process import Requests
 from simpletuner.train import optim
+from simpletuner.train.ema import Ema
 from simpletuner.train.report import Reporter, TrainingBar, peak_memory_gib
 from simpletuner.train.state import TrainState
 from simpletuner.train.step import Group, Stepper
@@ -81,6 +82,7 @@ class Loop:
     """The batches of a step, read from the caches. A function of the step alone."""
     stepper: Stepper
     save: Callable[[TrainState], Path]
+    ema: Ema | None
     held_out: HeldOut | None
     painter: Painter | None
     reporter: Reporter
@@ -120,6 +122,9 @@ class Loop:
                 if state.step > 0:
                     self._save(state)
                 raise
+            if self.ema is not None:
+                with optim.as_given(self.stepper.optimiser):
+                    self.ema.update(group.step)
             state.step = group.step
             state.micro_batches += len(group.batches)
             now = time.monotonic()
@@ -171,24 +176,34 @@ class Loop:
     def _measure(self, state: TrainState) -> None:
         if self.held_out is None:
             return
-        with self.reporter.phase("validation", "measuring the held-out loss") as progress:
+        with (
+            self.reporter.phase("validation", "measuring the held-out loss") as progress,
+            optim.as_given(self.stepper.optimiser),
+        ):
             by_sigma = self.held_out(progress)
-        loss = math.fsum(by_sigma.values()) / len(by_sigma)
+            ema_loss = None
+            if self.ema is not None and self.plan.config.ema_validation != "none":
+                with self.ema.applied():
+                    ema_loss = mean(self.held_out(progress))
+        loss = mean(by_sigma)
         state.held_out[state.step] = loss
         self.reporter.emit(
             ValidationEvent(
                 step=state.step,
                 loss=loss,
                 loss_by_sigma={str(sigma): value for sigma, value in by_sigma.items()},
+                ema_loss=ema_loss,
             )
         )
         parts = ", ".join(f"σ {sigma}: {value:.4f}" for sigma, value in by_sigma.items())
         self.reporter.say(f"Held-out loss at step {state.step}: {loss:.4f} ({parts})")
+        if ema_loss is not None:
+            self.reporter.say(f"Held-out loss of the moving average: {ema_loss:.4f}")
 
     def _paint(self, step: int) -> None:
         if self.painter is None:
             return
-        with self.reporter.phase("validation") as progress:
+        with self.reporter.phase("validation") as progress, optim.as_given(self.stepper.optimiser):
             base = self.painter.base(progress)
             if base is not None:
                 self.reporter.emit(base)
@@ -198,7 +213,7 @@ class Loop:
 
     def _save(self, state: TrainState) -> None:
         folder = self.save(state)
-        size = sum(path.stat().st_size for path in folder.iterdir())
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         place = str(folder.relative_to(self.run.root))
         self.reporter.emit(CheckpointEvent(step=state.step, state="saved", path=place, bytes=size))
         self.reporter.say(f"Checkpoint at step {state.step}: {folder} ({format_size(size)})")
@@ -226,6 +241,10 @@ class Loop:
         self.reporter.notice(f"{found}: waiting for space.")
         waited = disk.wait_for_space(self.run.root, limit, until=lambda: self.requests.take("stop"))
         self.reporter.notice(f"Going on after {format_duration(waited)}.")
+
+
+def mean(by_sigma: Mapping[float, float]) -> float:
+    return math.fsum(by_sigma.values()) / len(by_sigma)
 
 
 def best_step(run: RunDirectory, state: TrainState) -> int | None:

@@ -1,14 +1,23 @@
 """Optimisers and learning-rate schedules."""
 
+import contextlib
+import importlib
+import inspect
+import io
+import logging
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from simpletuner.base.errors import ConfigError
+from simpletuner.config.optimisers import LIBRARIES, OURS, Optimiser, optimiser
 from simpletuner.config.options.optim import OptimOptions
+from simpletuner.config.values import nearest
+from simpletuner.train import optimiser_state
+from simpletuner.train.adamw_bf16 import AdamWBf16
 
 Shape = Callable[[float, OptimOptions], float]
 """Share of the learning rate at a progress in [0, 1): 0 is the end of the warm-up, 1 the end of the run."""
@@ -26,49 +35,212 @@ SCHEDULES: dict[str, Shape] = {
 }
 FLAT = ("constant", "constant_with_warmup")
 
+RATIO = "lr_ratio"
+"""Key of a parameter group: what it multiplies the step's learning rate by."""
+
+PRESET: dict[str, dict[str, Any]] = {
+    "adamw": {"fused": True},  # one kernel for all the small adapter tensors, on the CPU too
+    "muon": {"adjust_lr_fn": "match_rms_adamw"},  # so that rates which suit adamw suit it (arXiv 2502.16982)
+}
+"""Arguments that are ours and not the library's own; `optimizer_config` wins over them."""
+
 
 def learning_rate(options: OptimOptions, step: int, steps: int) -> float:
     """The rate of `step` (from 1) of `steps`: warm-up first, then the shape over what is left, down to `lr_end`.
 
     The first of n warm-up steps uses 1/n of the rate and the last all of it. `constant` has no warm-up.
     """
-    rate, warmup = options.learning_rate, options.lr_warmup_steps
+    rate, warmup = options.learning_rate * options.rate_scale, options.lr_warmup_steps
     if options.lr_scheduler != "constant" and step <= warmup:
         return rate * step / warmup
     if options.lr_scheduler in FLAT:
         return rate
     progress = (step - 1 - warmup) / max(1, steps - warmup)
     share = SCHEDULES[options.lr_scheduler](min(progress, 1.0), options)
-    return options.lr_end + (rate - options.lr_end) * share
+    end = options.lr_end * options.rate_scale
+    return end + (rate - end) * share
 
 
-def adamw(parameters: Sequence[nn.Parameter], options: OptimOptions) -> torch.optim.Optimizer:
-    arguments: dict[str, Any] = {
-        "lr": options.learning_rate,
-        "betas": (options.optimizer_beta1, options.optimizer_beta2),
-        "eps": options.adam_epsilon,
-        "weight_decay": options.adam_weight_decay,
-        "fused": True,  # one kernel for all the small adapter tensors, on the CPU too
-    }
-    return torch.optim.AdamW(parameters, **(arguments | (options.optimizer_config or {})))
+@runtime_checkable
+class Averaging(Protocol):
+    """An optimiser that trains other weights than it gives: schedule-free ones."""
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
 
 
-OPTIMISERS: dict[str, Callable[[Sequence[nn.Parameter], OptimOptions], torch.optim.Optimizer]] = {"adamw": adamw}
+def lora_plus(named: Iterable[tuple[str, nn.Parameter]], ratio: float) -> list[dict[str, Any]]:
+    """Parameter groups in which each "….b" learns `ratio` times as fast as the others (LoRA+, arXiv 2402.12354)."""
+    everything = list(named)
+    if ratio == 1:
+        return [{"params": [parameter for _, parameter in everything]}]
+    fast = [parameter for name, parameter in everything if name.endswith(".b")]
+    slow = [parameter for name, parameter in everything if not name.endswith(".b")]
+    return [{"params": slow, RATIO: 1.0}, {"params": fast, RATIO: ratio}]
 
 
-def build(parameters: Sequence[nn.Parameter], options: OptimOptions) -> torch.optim.Optimizer:
-    """The optimiser that `options` names, over `parameters`.
+def build(
+    parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]], options: OptimOptions, *, seed: int = 0
+) -> torch.optim.Optimizer:
+    """The optimiser that `options` names, over `parameters` or groups of them as `lora_plus` makes them.
+
+    One of `library:name` is first rehearsed on a small matrix, for not every optimiser can be driven by gradients alone
+    or goes on exactly where it was saved.
+
+    Args:
+        seed: of the draws of `adamw_bf16`.
 
     Raises:
-        ConfigError: `optimizer_config` has an argument that it does not take.
+        ConfigError: the library does not have that name, `optimizer_config` has an argument that it does not take, or
+            it cannot be used here.
     """
+    known = optimiser(options.optimizer)
+    make = AdamWBf16 if known.library == OURS else _found(known)
+    arguments = _arguments(options, known, make, seed)
+
+    def construct(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        if known.arguments is None and known.library == "pytorch_optimizer":
+            groups = [{"use_muon": True, **group} for group in groups]  # its Muons ask each group; others do not look
+        with contextlib.redirect_stdout(io.StringIO()):  # prodigy announces its weight decay
+            made: torch.optim.Optimizer = make(groups, **arguments)
+        for group in made.param_groups:
+            group.setdefault(RATIO, 1.0)
+            group["lr"] = arguments["lr"] * group[RATIO]
+        if isinstance(made, Averaging):
+            made.train()
+        return made
+
+    groups = [each for each in parameters if isinstance(each, dict)] or [{"params": list(parameters)}]
+    if known.arguments is None:
+        _rehearse(options.optimizer, construct, [group.get(RATIO, 1.0) for group in groups])
     try:
-        return OPTIMISERS[options.optimizer](parameters, options)
-    except (TypeError, ValueError, RuntimeError) as error:
+        return construct(groups)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise _refused(options, error) from None
+
+
+def _refused(options: OptimOptions, error: Exception) -> ConfigError:
+    return ConfigError.of(
+        f"optimizer_config = {options.optimizer_config}: {options.optimizer} refuses it ({error})",
+        "the optimiser's own arguments",
+    )
+
+
+def _found(known: Optimiser) -> type[torch.optim.Optimizer]:
+    """The class in its library, by its name in any case. Loads the library."""
+    # On some processors bitsandbytes warns that a kernel for quantised weights is missing, which no optimiser uses.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    module = importlib.import_module(LIBRARIES[known.library])
+    classes = {
+        name.lower(): value
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+    }
+    if known.name.lower() not in classes:
+        near = nearest(known.name, classes) or ", ".join(sorted(classes)[:8])
         raise ConfigError.of(
-            f"optimizer_config = {options.optimizer_config}: {options.optimizer} refuses it ({error})",
-            "the optimiser's own arguments",
+            f"optimizer = {known.library}:{known.name}: {known.library} has no such optimiser",
+            remedy=f"It has {len(classes)}, such as {known.library}:{near}.",
+        )
+    return classes[known.name.lower()]
+
+
+def _arguments(options: OptimOptions, known: Optimiser, make: type[torch.optim.Optimizer], seed: int) -> dict[str, Any]:
+    """What to make it with: the options that it reads, then `optimizer_config`, which wins."""
+    given = options.optimizer_config or {}
+    parameters = inspect.signature(make).parameters
+    takes = {name for name, value in parameters.items() if value.kind is not inspect.Parameter.VAR_KEYWORD}
+    takes -= {"params", "lr"}
+    unknown = given.keys() - takes
+    if unknown:  # many of pytorch_optimizer's take any argument and forget it
+        raise _refused(options, TypeError(f"no {', '.join(sorted(unknown))}; it takes {', '.join(sorted(takes))}"))
+    arguments: dict[str, Any] = {"lr": options.learning_rate * options.rate_scale}
+    if "optimizer_beta1" in known.reads:
+        first, second, *more = known.betas
+        chosen = options.optimizer_beta1, options.optimizer_beta2
+        first, second = (own if value is None else value for value, own in zip(chosen, (first, second), strict=True))
+        arguments["betas"] = (first, second, *more)
+    if "adam_weight_decay" in known.reads:
+        arguments["weight_decay"] = options.adam_weight_decay
+    if "adam_epsilon" in known.reads:
+        arguments["eps"] = options.adam_epsilon
+    return arguments | PRESET.get(options.optimizer, {}) | ({"seed": seed} if make is AdamWBf16 else {}) | given
+
+
+REHEARSED_STEPS = 3
+
+
+def _rehearse(
+    name: str, construct: Callable[[list[dict[str, Any]]], torch.optim.Optimizer], ratios: Sequence[float]
+) -> None:
+    """Train small matrices with it, two in a group of each of `ratios`; save, restore into a fresh one and go on with
+    both: the bits must agree.
+
+    Raises:
+        ConfigError: they do not, or it wants more than gradients.
+    """
+    a, b = torch.linspace(-1, 1, 4 * 24).reshape(4, 24), torch.zeros(24, 4)
+    start = {f"{name}{group}": value for group in range(len(ratios)) for name, value in (("a", a), ("b", b))}
+
+    def fresh(values: dict[str, torch.Tensor]) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
+        made = {key: nn.Parameter(value.detach().clone()) for key, value in values.items()}
+        return made, construct(
+            [{"params": [made[f"a{group}"], made[f"b{group}"]], RATIO: ratio} for group, ratio in enumerate(ratios)]
+        )
+
+    def train(parameters: dict[str, nn.Parameter], made: torch.optim.Optimizer, first: int) -> None:
+        for step in range(first, first + REHEARSED_STEPS):
+            for parameter in parameters.values():
+                parameter.grad = torch.sin(torch.arange(parameter.numel()) * float(step)).view_as(parameter)
+            made.step()
+
+    try:
+        straight, made = fresh(start)
+        train(straight, made, 1)
+        tensors, rest = optimiser_state.pack(made, straight)
+        resumed, again = fresh(dict(straight))
+        optimiser_state.unpack(again, resumed, {key: value.clone() for key, value in tensors.items()}, rest)
+        torch.manual_seed(0)
+        train(straight, made, 1 + REHEARSED_STEPS)
+        torch.manual_seed(0)
+        train(resumed, again, 1 + REHEARSED_STEPS)
+    except Exception as error:  # noqa: BLE001  whatever a stranger raises, it cannot be used
+        reason = str(error).splitlines()[0] if str(error) else "no reason given"
+        raise ConfigError.of(
+            f"optimizer = {name}: it cannot be used here ({type(error).__name__}: {reason})",
+            "one that is driven by gradients alone, with arguments that it takes",
+            "See optimizer_config, or take another.",
         ) from None
+    if not all(torch.equal(straight[key], resumed[key]) for key in straight):
+        raise ConfigError.of(
+            f"optimizer = {name}: saved and restored it does not go on where it was",
+            "one whose whole state can be saved",
+            "A killed run could not be resumed exactly: take another.",
+        )
+
+
+@contextlib.contextmanager
+def as_given(built: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, the parameters are those that the optimiser gives: looked at, measured, saved, exported. Afterwards
+    they are again, bit for bit, those that it trains. For most both are the same, and nothing happens.
+
+    Schedule-free optimisers take gradients at y and give the average x. Their own way back from x to y rounds, and
+    then how often a run is looked at would change its weights; so y is kept aside and put back.
+    """
+    if not isinstance(built, Averaging):
+        yield
+        return
+    trained = [parameter for group in built.param_groups for parameter in group["params"]]
+    kept = [parameter.detach().clone() for parameter in trained]
+    built.eval()
+    try:
+        yield
+    finally:
+        built.train()
+        with torch.no_grad():
+            for parameter, value in zip(trained, kept, strict=True):
+                parameter.copy_(value)
 
 
 def clip(parameters: Sequence[nn.Parameter], options: OptimOptions) -> torch.Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class TrainState(BaseModel):
@@ -29,8 +29,8 @@ class TrainState(BaseModel):
     """Fingerprint of the transformer, and of what made the caches."""
     scaler: dict[str, float] = Field(default_factory=dict)
     """The fp16 loss scaler's state; empty without fp16."""
-    optimiser: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """The optimiser's state that is not a tensor, by parameter."""
+    optimiser: dict[str, Any] = Field(default_factory=dict)
+    """The optimiser's state that is not a tensor, as `optimiser_state.pack` has it."""
 
 
 def changed(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -185,7 +185,7 @@ class Stepper:
             DataError: a loss or gradient is not finite. Nothing has been updated.
         """
         for parameters in self.optimiser.param_groups:
-            parameters["lr"] = lr
+            parameters["lr"] = lr * parameters[optim.RATIO]
         losses = self.backward(group)
         self.scaler.unscale_(self.optimiser)
         grad_norm = optim.clip(self.parameters, self.options).item()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from simpletuner.config.options.tracking import TrackingOptions
-from simpletuner.runs.events import Event, StepEvent, ValidationEvent
+from simpletuner.runs.events import Event, Picture, StepEvent, ValidationEvent
 
 
 @runtime_checkable
@@ -70,12 +70,14 @@ class TensorBoard:
 
         if event.loss is not None:
             self._writer.add_scalar("held_out/loss", event.loss, event.step)
+        if event.ema_loss is not None:
+            self._writer.add_scalar("held_out/ema_loss", event.ema_loss, event.step)
         for sigma, loss in event.loss_by_sigma.items():
             self._writer.add_scalar(f"held_out/sigma_{sigma}", loss, event.step)
         for picture in event.pictures:
             with Image.open(self._root / picture.path) as image:
                 pixels = numpy.asarray(image.convert("RGB"))
-            self._writer.add_image(Path(picture.path).stem, pixels, event.step, dataformats="HWC")
+            self._writer.add_image(_title(picture), pixels, event.step, dataformats="HWC")
         self._writer.flush()
 
     def close(self) -> None:
@@ -113,13 +115,19 @@ class Wandb:
         values: dict[str, Any] = {f"held_out/sigma_{sigma}": loss for sigma, loss in event.loss_by_sigma.items()}
         if event.loss is not None:
             values["held_out/loss"] = event.loss
+        if event.ema_loss is not None:
+            values["held_out/ema_loss"] = event.ema_loss
         for picture in event.pictures:
             image = self._wandb.Image(str(self._root / picture.path), caption=picture.prompt)
-            values[f"pictures/{Path(picture.path).stem}"] = image
+            values[f"pictures/{_title(picture)}"] = image
         self._run.log(values, step=event.step)
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _title(picture: Picture) -> str:
+    return Path(picture.path).stem + (" (average)" if picture.is_ema else "")
 
 
 def build(

@@ -1,5 +1,6 @@
 """Looking at a run while it trains: pictures of the prompts, and the loss on held-out pictures."""
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.generate import generate
 from simpletuner.flux2.lora import Adapter
 from simpletuner.runs.events import Picture, ValidationEvent
-from simpletuner.runs.layout import RunDirectory
+from simpletuner.runs.layout import EMA_FOLDER, RunDirectory
+from simpletuner.train.ema import Ema
 
 HELD_OUT_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Five even quantiles of (0, 1). Fixed, so that losses can be compared between steps and between runs."""
@@ -77,6 +79,10 @@ class Painter:
     seed: int
     denoise: Denoiser
     adapter: Adapter
+    ema: Ema | None
+    """The average, if pictures are made of it."""
+    has_live: bool
+    """Whether pictures are made of the live adapter; if not, only of the average."""
     decode: Callable[[], Callable[[Float[Tensor, "b 128 h w"]], Float[Tensor, "b 3 H W"]]]
     """Loads the VAE's decoder; called when the first picture is due."""
     prompts: Mapping[str, str]
@@ -86,7 +92,7 @@ class Painter:
 
     @property
     def count(self) -> int:
-        """Pictures of one validation."""
+        """Pictures of one view: the rows of the sheet."""
         return len(self.prompts) * len(self.options.sizes) * self.options.num_validation_images
 
     def base(self, report: Callable[[int, int], None]) -> ValidationEvent | None:
@@ -97,12 +103,15 @@ class Painter:
             return self.draw(0, report)
 
     def draw(self, step: int, report: Callable[[int, int], None]) -> ValidationEvent:
-        """Draw every prompt into the folder of `step`, and the sheet of all steps so far."""
+        """Draw every prompt into the folder of `step`, with the live adapter and its average as they are wanted, and
+        the sheet of all steps so far. Step 0 is drawn as the model is, without an average.
+        """
         self.denoise.transformer.eval()
         planned = self._planned(step)
         calls = self.options.validation_num_inference_steps
         for index, picture in enumerate(planned):
-            image = self._image(picture, partial(_overall, report, index * calls, len(planned) * calls))
+            with self.ema.applied() if picture.is_ema and self.ema else contextlib.nullcontext():
+                image = self._image(picture, partial(_overall, report, index * calls, len(planned) * calls))
             path = self.run.root / picture.path
             path.parent.mkdir(parents=True, exist_ok=True)
             _save(image, path, self._parameters(picture))
@@ -129,8 +138,14 @@ class Painter:
         return image
 
     def _planned(self, step: int) -> list[Picture]:
+        """The live adapter's pictures, then the average's."""
+        is_base = step == 0
+        views = [False] * (self.has_live or is_base) + [True] * (self.ema is not None and not is_base)
+        return [picture for is_ema in views for picture in self._view(step, is_ema)]
+
+    def _view(self, step: int, is_ema: bool) -> list[Picture]:
         first = self.seed if self.options.validation_seed is None else self.options.validation_seed
-        folder = self.run.validation(step).relative_to(self.run.root)
+        folder = self.run.validation(step).relative_to(self.run.root) / (EMA_FOLDER if is_ema else "")
         return [
             Picture(
                 name=name,
@@ -139,6 +154,7 @@ class Painter:
                 width=width,
                 height=height,
                 seed=first + index,
+                is_ema=is_ema,
             )
             for name, prompt in self.prompts.items()
             for width, height in self.options.sizes
@@ -169,16 +185,25 @@ class Painter:
             return bool(image.getexif().get(_EXIF_DESCRIPTION) == self._parameters(picture))
 
     def _sheet(self, step: int) -> str:
-        """Rows are prompts, columns are steps: the base first, then the latest, at most `SHEET_COLUMNS`."""
+        """Rows are prompts, columns are steps: the base first, then the latest, at most `SHEET_COLUMNS`. An average
+        stands to the right of its live adapter.
+        """
         folders = sorted(folder for folder in self.run.validations.glob("step-*") if folder.is_dir())
         steps = [int(folder.name.removeprefix("step-")) for folder in folders]
         steps = [past for past in steps if past <= step]
         if len(steps) > SHEET_COLUMNS:
             steps = [steps[0], *steps[1 - SHEET_COLUMNS :]]
-        columns = [self._planned(past) for past in steps]
+        columns: list[list[Picture]] = []
+        heads: list[str] = []
+        for past in steps:
+            planned = self._planned(past)
+            for start in range(0, len(planned), self.count):
+                columns.append(planned[start : start + self.count])
+                name = "base" if past == 0 else f"step {past}"
+                heads.append(f"{name}, average" if planned[start].is_ema else name)
         rows = [[_open(self.run.root / column[row].path) for column in columns] for row in range(self.count)]
-        labels = [picture.prompt for picture in self._planned(step)]
-        sheet = contact_sheet(rows, labels, ["base" if past == 0 else f"step {past}" for past in steps])
+        labels = [picture.prompt for picture in columns[0]]
+        sheet = contact_sheet(rows, labels, heads)
         path = self.run.validation(step) / "sheet.png"
         _save(sheet, path, "")
         return str(path.relative_to(self.run.root))

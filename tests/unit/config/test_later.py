@@ -64,17 +64,6 @@ def test_false_is_not_zero(place: Any) -> None:
     assert "not built yet" in place.problems()[0]
 
 
-@pytest.mark.parametrize("name", ["library:Name", "optimi-lion", "bnb-adamw8bit", "ao-adamw4bit"])
-def test_optimisers_of_libraries_are_to_come(place: Any, name: str) -> None:
-    place.config["optimizer"] = name
-    assert "not built yet: more optimisers" in place.problems()[0]
-
-
-def test_another_optimiser_is_a_mistake(place: Any) -> None:
-    place.config["optimizer"] = "sgdd"
-    assert place.problems() == ["optimizer = 'sgdd': expected adamw."]
-
-
 def test_nothing_is_built_and_to_come_at_once() -> None:
     assert not later.OPTIONS.keys() & RunConfig.model_fields.keys()
     assert not later.SET_KEYS.keys() & ImageSet.model_fields.keys()

@@ -52,7 +52,6 @@ def test_a_falling_schedule_ends_near_lr_end() -> None:
 def test_every_schedule_of_the_options_is_there() -> None:
     names = OptimOptions.model_fields["lr_scheduler"].annotation.__args__  # type: ignore[union-attr]
     assert set(optim.SCHEDULES) == set(names)
-    assert set(optim.OPTIMISERS) == set(OptimOptions.model_fields["optimizer"].annotation.__args__)  # type: ignore[union-attr]
 
 
 def test_an_argument_the_optimiser_does_not_know_is_the_users_error() -> None:
@@ -97,3 +96,101 @@ def test_zero_clips_nothing_and_value_clips_each() -> None:
     assert gradients_of(found) == [30.0, -40.0]
     optim.clip(found, OptimOptions(max_grad_norm=1.0, grad_clip_method="value"))
     assert gradients_of(found) == [1.0, -1.0]
+
+
+def test_a_scaled_rate_goes_by_the_effective_batch() -> None:
+    batch = {"train_batch_size": 2, "gradient_accumulation_steps": 8, "lr_scheduler": "linear", "lr_end": 0.1}
+    for options, scale in (({"lr_scale": True}, 16.0), ({"lr_scale_sqrt": True}, 4.0), ({}, 1.0)):
+        found = rates(**batch, **options)
+        assert found[0] == scale
+        assert found[-1] == pytest.approx(scale * (0.1 + 0.9 * 0.1))
+    both = OptimOptions(lr_scale=True, lr_scale_sqrt=True, train_batch_size=4)
+    assert both.rate_scale == 2.0
+
+
+def named() -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, torch.nn.Parameter(torch.ones(2, 2))) for name in ("one.a", "one.b", "two.a", "two.b")]
+
+
+def test_lora_plus_gives_b_a_rate_of_its_own() -> None:
+    everything = named()
+    (slow, fast) = optim.build(optim.lora_plus(everything, 16.0), OptimOptions()).param_groups
+    assert [id(p) for p in slow["params"]] == [id(p) for name, p in everything if name.endswith(".a")]
+    assert [id(p) for p in fast["params"]] == [id(p) for name, p in everything if name.endswith(".b")]
+    assert (slow[optim.RATIO], fast[optim.RATIO]) == (1.0, 16.0)
+
+
+def test_a_ratio_of_one_is_one_group_in_the_adapters_order() -> None:
+    everything = named()
+    (group,) = optim.build(optim.lora_plus(everything, 1.0), OptimOptions()).param_groups
+    assert [id(p) for p in group["params"]] == [id(p) for _, p in everything]
+
+
+def test_a_library_without_that_name_suggests_one() -> None:
+    with pytest.raises(ConfigError, match=r"torch:nadam"):
+        optim.build(named()[0][1:], OptimOptions(optimizer="torch:nadamm"))
+
+
+@pytest.mark.parametrize("name", ["torch:lbfgs", "torch:sparseadam"])
+def test_one_that_gradients_alone_cannot_drive_is_refused_before_the_first_step(name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be used here"):
+        optim.build(named()[0][1:], OptimOptions(optimizer=name))
+
+
+class Forgetful(torch.optim.SGD):
+    """Keeps a count where nobody saves it."""
+
+    count = 0
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]  # noqa: ARG002
+        self.count += 1
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data -= 0.1 * self.count
+
+
+def test_one_that_forgets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.optim, "Forgetful", Forgetful, raising=False)
+    with pytest.raises(ConfigError, match="does not go on where it was"):
+        optim.build(named()[0][1:], OptimOptions(optimizer="torch:forgetful"))
+
+
+def test_an_argument_that_a_library_would_swallow_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"no nestrov; it takes .*betas"):
+        optim.build(named()[0][1:], OptimOptions(optimizer="pytorch_optimizer:adan", optimizer_config={"nestrov": 1}))
+
+
+def test_an_optimisers_own_betas_stand_in_for_those_not_given() -> None:
+    def betas(**options: object) -> object:
+        return optim.build(named()[0][1:], OptimOptions(**options)).param_groups[0]["betas"]  # type: ignore[arg-type]
+
+    assert betas() == (0.9, 0.999)
+    assert betas(optimizer="lion") == (0.9, 0.99)
+    assert betas(optimizer="lion", optimizer_beta1=0.95) == (0.95, 0.99)
+    assert betas(optimizer="came", optimizer_beta2=0.99) == (0.9, 0.99, 0.9999)
+
+
+def test_muon_is_for_matrices() -> None:
+    with pytest.raises(ConfigError, match="muon refuses"):
+        optim.build([torch.nn.Parameter(torch.zeros(3))], OptimOptions(optimizer="muon"))
+
+
+def test_looking_at_a_schedule_free_run_changes_none_of_its_bits() -> None:
+    def trained(look: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        parameter = torch.nn.Parameter(torch.linspace(-1, 1, 64).view(8, 8))
+        optimiser = optim.build([parameter], OptimOptions(optimizer="adamw_schedulefree", learning_rate=0.1))
+        for step in range(6):
+            parameter.grad = torch.sin(torch.arange(64.0) * step).view(8, 8)
+            optimiser.step()
+            if look:
+                with optim.as_given(optimiser):
+                    pass
+        before = parameter.detach().clone()
+        with optim.as_given(optimiser):
+            given = parameter.detach().clone()
+        assert torch.equal(before, parameter)
+        return before, given
+
+    (plain, average), (looked, again) = trained(False), trained(True)
+    assert torch.equal(plain, looked)
+    assert torch.equal(average, again)
+    assert not torch.equal(plain, average)

@@ -49,6 +49,8 @@ class Says:
     """The words an error uses for what an option expects, where its type alone does not tell."""
 
     words: str
+    near: tuple[str, ...] = ()
+    """Names of which the nearest is suggested, where the values are more than a list."""
 
 
 @dataclass(frozen=True)

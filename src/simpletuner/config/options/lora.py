@@ -36,6 +36,9 @@ class LoraOptions(Slice):
     """How A starts: `default` is uniform by its width, `gaussian` has a standard deviation of 1/rank.
     B starts at zero in both, so training starts from the base model exactly."""
 
+    lora_plus_ratio: Positive = 1.0
+    """Learning rate of B over that of A (LoRA+, arXiv 2402.12354); 1 gives both the same."""
+
     lora_save_dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of the saved file. Training always keeps fp32."""
 

@@ -1,17 +1,29 @@
 """The optimiser, its schedule, the size of a step and the length of the run."""
 
+import math
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Lt
 from pydantic import AfterValidator, BeforeValidator
 
-from simpletuner.config.options.kinds import Count, IsJson, NotNegative, Positive, Says, Share, Slice, Whole
+from simpletuner.config.optimisers import ALIASES, LIBRARIES, OPTIMISERS, canonical
+from simpletuner.config.options.kinds import (
+    Count,
+    IsJson,
+    NotNegative,
+    Positive,
+    Says,
+    Share,
+    Slice,
+    Whole,
+    list_as_tuple,
+)
 
-Argument = bool | int | float | str
+Argument = Annotated[bool | int | float | str | tuple[int | float, ...] | None, BeforeValidator(list_as_tuple)]
 Beta = Annotated[float, Ge(0), Lt(1)]
 
 
-def _word(text: str) -> Argument:
+def _word(text: str) -> bool | int | float | str:
     """A value of `k=v`: a boolean, a number or the text itself."""
     if text in ("true", "false"):
         return text == "true"
@@ -33,8 +45,11 @@ def _arguments(value: object) -> object:
     return {name.strip(): _word(text.strip()) for name, _, text in pairs}
 
 
-def _torch_is_implied(value: object) -> object:
-    return "adamw" if value == "torch-adamw" else value
+def _known(name: str) -> str:
+    found = canonical(name)
+    if found is None:
+        raise ValueError("no such optimiser")
+    return found
 
 
 def _zero_is_unset(value: int) -> int | None:
@@ -44,11 +59,22 @@ def _zero_is_unset(value: int) -> int | None:
 class OptimOptions(Slice):
     """Optimisation."""
 
-    optimizer: Annotated[Literal["adamw"], BeforeValidator(_torch_is_implied)] = "adamw"
-    """The optimiser, PyTorch's own (also `torch-adamw`)."""
+    optimizer: Annotated[
+        str,
+        AfterValidator(_known),
+        Says(f"{', '.join(OPTIMISERS)} or library:name ({', '.join(LIBRARIES)})", near=(*OPTIMISERS, *ALIASES)),
+    ] = "adamw"
+    """The optimiser: see [optimisers](optimisers.md). `library:name` is any that the library has, such as
+    `pytorch_optimizer:adan`. SimpleTuner's names with a prefix (`bnb-adamw8bit`, `optimi-lion`) mean the same here."""
 
     learning_rate: Positive = 1e-4
-    """The highest learning rate of the schedule."""
+    """The highest learning rate of the schedule. `prodigy` finds the rate itself and wants 1 here."""
+
+    lr_scale: bool = False
+    """Multiply `learning_rate` and `lr_end` by the effective batch, train_batch_size × gradient_accumulation_steps."""
+
+    lr_scale_sqrt: bool = False
+    """Multiply them by the square root of the effective batch instead, whatever `lr_scale` says."""
 
     optimizer_config: (
         Annotated[
@@ -60,16 +86,16 @@ class OptimOptions(Slice):
         | None
     ) = None
     """More arguments of the optimiser: `k=v,k=v`, an object, or a path to a JSON file. adamw knows `amsgrad`,
-    `foreach` and `fused`."""
+    `foreach` and `fused`. One of a library, `library:name`, gets `learning_rate` and these and nothing else."""
 
-    optimizer_beta1: Beta = 0.9
-    """Adam's memory of the gradient."""
+    optimizer_beta1: Beta | None = None
+    """Memory of the gradient; by default the optimiser's own, 0.9 with adamw."""
 
-    optimizer_beta2: Beta = 0.999
-    """Adam's memory of the squared gradient."""
+    optimizer_beta2: Beta | None = None
+    """Memory of the squared gradient; by default the optimiser's own, 0.999 with adamw."""
 
     adam_weight_decay: NotNegative = 0.01
-    """Decoupled weight decay."""
+    """Decoupled weight decay, of every optimiser with a name of its own."""
 
     adam_epsilon: Positive = 1e-8
     """Added to Adam's denominator."""
@@ -113,3 +139,15 @@ class OptimOptions(Slice):
 
     caption_dropout_probability: Share = 0.1
     """Share of samples trained with an empty caption, through the full template."""
+
+    @property
+    def effective_batch(self) -> int:
+        """Pictures of one optimiser step, where no dataset has a batch size of its own."""
+        return self.train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def rate_scale(self) -> float:
+        """What `lr_scale` and `lr_scale_sqrt` multiply the learning rate by."""
+        if self.lr_scale_sqrt:
+            return math.sqrt(self.effective_batch)
+        return float(self.effective_batch) if self.lr_scale else 1.0

@@ -1,0 +1,144 @@
+"""The optimisers by name: where each comes from and which options it reads. Known before torch is imported."""
+
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+LIBRARIES: dict[str, str] = {
+    "torch": "torch.optim",
+    "bitsandbytes": "bitsandbytes.optim",
+    "schedulefree": "schedulefree",
+    "prodigyopt": "prodigyopt",
+    "pytorch_optimizer": "pytorch_optimizer",
+}
+"""The libraries of `library:name`, and the module of each that has its optimisers."""
+
+OURS = "simpletuner"
+"""The library of what is written here."""
+
+ADAM = ("optimizer_beta1", "optimizer_beta2", "adam_weight_decay", "adam_epsilon")
+
+"""Options that not every optimiser reads."""
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """An optimiser of ours, or one of a library."""
+
+    library: str
+    """A key of `LIBRARIES`, or `OURS`."""
+    name: str
+    """Its class there."""
+    reads: tuple[str, ...] = ()
+    """Those of `ADAM` that it reads."""
+    betas: tuple[float, ...] = (0.9, 0.999)
+    """Its betas where the options do not say."""
+    arguments: tuple[str, ...] | None = None
+    """What `optimizer_config` may hold; None for what is only known once the library is loaded."""
+
+    @property
+    def is_installed(self) -> bool:
+        return self.library in (OURS, "torch") or find_spec(self.library) is not None
+
+
+OPTIMISERS: dict[str, Optimiser] = {
+    "adamw": Optimiser("torch", "AdamW", ADAM, arguments=("amsgrad", "foreach", "fused")),
+    "adamw_bf16": Optimiser(OURS, "AdamWBf16", ADAM, arguments=()),
+    "adamw8bit": Optimiser("bitsandbytes", "AdamW8bit", ADAM, arguments=("min_8bit_size",)),
+    "adafactor": Optimiser(
+        "torch", "Adafactor", ("adam_weight_decay",), arguments=("beta2_decay", "d", "eps", "foreach")
+    ),
+    "lion": Optimiser(
+        "pytorch_optimizer",
+        "Lion",
+        ("optimizer_beta1", "optimizer_beta2", "adam_weight_decay"),
+        betas=(0.9, 0.99),
+        arguments=("foreach",),
+    ),
+    "prodigy": Optimiser(
+        "prodigyopt",
+        "Prodigy",
+        ADAM,
+        arguments=(
+            "beta3", "d0", "d_coef", "decouple", "growth_rate", "safeguard_warmup", "slice_p", "use_bias_correction",
+        ),
+    ),
+    "adamw_schedulefree": Optimiser(
+        "schedulefree", "AdamWScheduleFree", ADAM, arguments=("foreach", "r", "weight_lr_power")
+    ),
+    "came": Optimiser(
+        "pytorch_optimizer",
+        "CAME",
+        ("optimizer_beta1", "optimizer_beta2", "adam_weight_decay"),
+        betas=(0.9, 0.999, 0.9999),
+        arguments=("ams_bound", "clip_threshold", "eps1", "eps2", "foreach"),
+    ),
+    "muon": Optimiser(
+        "torch",
+        "Muon",
+        ("adam_weight_decay",),
+        arguments=("adjust_lr_fn", "eps", "momentum", "nesterov", "ns_coefficients", "ns_steps"),
+    ),
+}  # fmt: skip
+
+ALIASES: dict[str, str] = {
+    "torch-adamw": "adamw",
+    "torch-adafactor": "adafactor",
+    "torch-muon": "muon",
+    "ao-adamw8bit": "adamw8bit",
+    "bnb-adamw8bit": "adamw8bit",
+    "optimi-adamw": "adamw",
+    "optimi-lion": "lion",
+    "optimi-adam": "torch:adam",
+    "optimi-radam": "torch:radam",
+    "optimi-sgd": "torch:sgd",
+    "optimi-adan": "pytorch_optimizer:adan",
+    "optimi-ranger": "pytorch_optimizer:ranger",
+    "optimi-stableadamw": "pytorch_optimizer:stableadamw",
+    "soap": "pytorch_optimizer:soap",
+    **{
+        f"bnb-{name}": f"bitsandbytes:{name}"
+        for name in (
+            "adagrad",
+            "adagrad8bit",
+            "adam",
+            "adam8bit",
+            "adamw",
+            "ademamix",
+            "ademamix8bit",
+            "lion",
+            "lion8bit",
+        )
+    },
+    **{
+        f"bnb-{name}-paged": f"bitsandbytes:paged{name}"
+        for name in ("adam", "adam8bit", "adamw", "adamw8bit", "ademamix", "ademamix8bit", "lion", "lion8bit")
+    },
+}
+"""Names that SimpleTuner 4.x has for them."""
+
+_OF_A_LIBRARY = re.compile(rf"({'|'.join(LIBRARIES)}):(\w+)")
+_SHORT = {"bnb": "bitsandbytes", "pytorch-optimizer": "pytorch_optimizer"}
+
+
+def canonical(text: str) -> str | None:
+    """The one name of what `text` means: a key of `OPTIMISERS` or `library:name`. None where it means nothing."""
+    if text in OPTIMISERS:
+        return text
+    if text in ALIASES:
+        return ALIASES[text]
+    library, colon, name = text.lower().partition(":")
+    own = {(known.library, known.name.lower()): key for key, known in OPTIMISERS.items()}
+    found = f"{_SHORT.get(library, library)}{colon}{name}"
+    match = _OF_A_LIBRARY.fullmatch(found)
+    if match is None:
+        return None
+    return own.get((match[1], match[2]), found)
+
+
+def optimiser(name: str) -> Optimiser:
+    """What a canonical name stands for."""
+    if name in OPTIMISERS:
+        return OPTIMISERS[name]
+    library, _, inside = name.partition(":")
+    return Optimiser(library, inside)

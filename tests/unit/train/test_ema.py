@@ -1,0 +1,74 @@
+"""The moving average of an adapter."""
+
+import pytest
+import torch
+from torch import nn
+
+from simpletuner.config.options.ema import EmaOptions
+from simpletuner.flux2.lora import Adapter, LoraLinear
+from simpletuner.train.ema import Ema
+
+CPU = torch.device("cpu")
+
+
+def adapter() -> Adapter:
+    layer = LoraLinear(nn.Linear(3, 2, bias=False), torch.ones(1, 3), torch.zeros(2, 1), scale=1.0)
+    return Adapter({"x": layer}, target="custom", alpha=1.0)
+
+
+def average(live: Adapter, **options: object) -> Ema:
+    return Ema(live, EmaOptions(use_ema=True, **options), CPU)  # type: ignore[arg-type]
+
+
+def put(live: Adapter, value: float) -> None:
+    live.load({name: torch.full_like(tensor, value) for name, tensor in live.state().items()})
+
+
+def test_it_is_the_sum_of_the_past_with_falling_weights() -> None:
+    live = adapter()
+    ema = average(live, ema_decay=0.9)
+    expected = 0.0
+    for step in range(1, 11):
+        put(live, float(step))
+        ema.update(step)
+        expected = 0.9 * expected + 0.1 * step
+    assert ema.state()["x.b"].flatten().tolist() == pytest.approx([expected] * 2, rel=1e-6)
+
+
+def test_without_decay_it_is_the_live_adapter_to_the_sign_of_a_zero() -> None:
+    live = adapter()
+    ema = average(live, ema_decay=0.0)
+    for value in (0.3, -0.0, 1e-38):
+        put(live, value)
+        ema.update(1)
+        for name, tensor in live.state().items():
+            assert ema.state()[name].numpy().tobytes() == tensor.numpy().tobytes()
+
+
+def test_it_takes_every_nth_step() -> None:
+    live = adapter()
+    ema = average(live, ema_decay=0.0, ema_update_interval=3)
+    seen = []
+    for step in range(1, 8):
+        put(live, float(step))
+        ema.update(step)
+        seen.append(ema.state()["x.b"][0, 0].item())
+    assert seen == [0, 0, 3, 3, 3, 6, 6]
+
+
+def test_applied_and_taken_back_the_adapter_has_its_bits() -> None:
+    live = adapter()
+    ema = average(live)
+    put(live, 0.1)
+    with ema.applied():
+        assert torch.equal(live.state()["x.a"], torch.ones(1, 3))
+    assert torch.equal(live.state()["x.a"], torch.full((1, 3), 0.1))
+
+
+def test_it_owns_its_memory_and_refuses_anothers() -> None:
+    live = adapter()
+    ema = average(live)
+    put(live, 5.0)
+    assert torch.equal(ema.state()["x.b"], torch.zeros(2, 1))
+    with pytest.raises(ValueError, match="no moving average"):
+        ema.load({})

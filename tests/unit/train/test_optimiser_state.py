@@ -1,0 +1,146 @@
+"""Every optimiser, saved after two steps and put into new objects, goes on as if nothing had happened."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from simpletuner.config.optimisers import OPTIMISERS
+from simpletuner.config.options.optim import OptimOptions
+from simpletuner.train import optim, optimiser_state
+
+SHAPES = {"one.a": (4, 1536), "one.b": (64, 4), "two.a": (4, 64), "two.b": (1536, 4)}
+"""Above and below the 4096 numbers at which bitsandbytes begins to quantise."""
+
+OF_LIBRARIES = (
+    "torch:radam",
+    "bitsandbytes:lion8bit",
+    "schedulefree:sgdschedulefree",
+    "pytorch_optimizer:schedulefreeadamw",
+    "pytorch_optimizer:madgrad",
+    "pytorch_optimizer:aggmo",
+    "pytorch_optimizer:normuon",
+    "pytorch_optimizer:stableadamw",
+    "pytorch_optimizer:adan",
+)
+
+
+def start() -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    made = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    return {name: nn.Parameter(value if name.endswith("a") else value * 0) for name, value in made.items()}
+
+
+def build(parameters: Mapping[str, nn.Parameter], name: str, ratio: float = 1.0) -> torch.optim.Optimizer:
+    options = OptimOptions(optimizer=name, learning_rate=1.0 if name == "prodigy" else 1e-2)
+    return optim.build(optim.lora_plus(parameters.items(), ratio), options, seed=3)
+
+
+def train(parameters: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        for index, parameter in enumerate(parameters.values()):
+            generator = torch.Generator().manual_seed(100 * step + index)
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimiser.step()
+
+
+def written(tensors: Mapping[str, Tensor]) -> bytes:
+    return save({name: tensor.clone().contiguous() for name, tensor in tensors.items()})
+
+
+@pytest.mark.parametrize("name", [*OPTIMISERS, *OF_LIBRARIES])
+def test_four_steps_are_two_and_two(name: str) -> None:
+    ratio = 1.0 if name == "prodigy" else 4.0
+    straight, resumed = start(), start()
+    optimiser, before = build(straight, name, ratio), build(resumed, name, ratio)
+    train(straight, optimiser, range(4))
+
+    train(resumed, before, range(2))
+    tensors, rest = optimiser_state.pack(before, resumed)
+    file, text = written(tensors), json.dumps(rest, allow_nan=False)
+    fresh = {key: nn.Parameter(value.detach().clone()) for key, value in resumed.items()}
+    after = build(fresh, name, ratio)
+    optimiser_state.unpack(after, fresh, load(file), json.loads(text))
+    train(fresh, after, range(2, 4))
+
+    for key, expected in straight.items():
+        assert torch.equal(fresh[key], expected), key
+        assert not torch.equal(expected, start()[key]), key
+    ours, theirs = optimiser_state.pack(after, fresh), optimiser_state.pack(optimiser, straight)
+    assert written(ours[0]) == written(theirs[0])
+    assert ours[1] == theirs[1]
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_what_the_options_do_not_list_the_class_does_not_hide(name: str) -> None:
+    """What rules.py accepts for `optimizer_config`, the class takes."""
+    known = OPTIMISERS[name]
+    made = build(start(), name)
+    takes = type(made).__init__.__annotations__.keys() | set(type(made).__init__.__code__.co_varnames)
+    assert known.arguments is not None
+    assert set(known.arguments) <= takes
+
+
+def test_types_and_devices_survive() -> None:
+    parameters = start()
+    optimiser = build(parameters, "adamw8bit")
+    train(parameters, optimiser, range(1))
+    tensors, _ = optimiser_state.pack(optimiser, parameters)
+    assert tensors["state1/one.a"].dtype == torch.uint8
+    assert tensors["state1/one.b"].dtype == torch.float32
+    moments = start()
+    optimiser = build(moments, "adamw_bf16")
+    train(moments, optimiser, range(1))
+    tensors, rest = optimiser_state.pack(optimiser, moments)
+    fresh = build(moments, "adamw_bf16")
+    optimiser_state.unpack(fresh, moments, tensors, rest)
+    assert fresh.state[moments["one.a"]]["exp_avg"].dtype == torch.bfloat16
+
+
+class Odd(torch.optim.SGD):
+    """Keeps what an optimiser may keep."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ARG002
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter] |= {
+                "list": [parameter.detach() + 1, None, 2],
+                "pair": (1.5, float("inf")),
+                "table": {0: parameter.detach() * 2, "kind": torch.bfloat16},
+            }
+
+
+def test_nested_state_and_numbers_that_json_has_not() -> None:
+    parameters = {"x": nn.Parameter(torch.ones(3))}
+    optimiser = Odd(parameters.values(), lr=0.1)
+    optimiser.step()
+    tensors, rest = optimiser_state.pack(optimiser, parameters)
+    assert set(tensors) == {"list.0/x", "table.0/x"}
+    fresh = Odd(parameters.values(), lr=0.1)
+    optimiser_state.unpack(fresh, parameters, tensors, json.loads(json.dumps(rest, allow_nan=False)))
+    found = fresh.state[parameters["x"]]
+    assert torch.equal(found["list"][0], torch.full((3,), 2.0))
+    assert found["list"][1:] == [None, 2]
+    assert found["pair"] == (1.5, float("inf"))
+    assert torch.equal(found["table"][0], torch.full((3,), 2.0))
+    assert found["table"]["kind"] is torch.bfloat16
+
+
+def test_what_cannot_be_saved_is_not_left_out_in_silence() -> None:
+    parameters = {"x": nn.Parameter(torch.ones(3))}
+    optimiser = torch.optim.SGD(parameters.values(), lr=0.1)
+    optimiser.state[parameters["x"]]["odd"] = {1, 2}
+    with pytest.raises(TypeError, match="odd/x is a set"):
+        optimiser_state.pack(optimiser, parameters)
+
+
+def test_another_optimisers_state_is_refused() -> None:
+    parameters = start()
+    tensors, rest = optimiser_state.pack(build(parameters, "adamw"), parameters)
+    with pytest.raises(ValueError, match="other settings"):
+        optimiser_state.unpack(build(parameters, "adamw_schedulefree"), parameters, tensors, rest)
+    with pytest.raises(ValueError, match="2"):
+        optimiser_state.unpack(build(parameters, "adamw", 2.0), parameters, tensors, rest)
