@@ -37,7 +37,7 @@ def test_flags_and_defaults() -> None:
 
 def test_all_mistakes_come_in_one_report() -> None:
     with pytest.raises(ConfigError) as caught:
-        asked("stray", "--promt", "a", "--lora", "--width=100", "--steps", "0", "--ema_decay", "0.5", "--example", "x")
+        asked("stray", "--promt", "a", "--lora", "--width=100", "--steps", "0", "--input_perturbation", "0.5", "--example", "x")
     text = str(caught.value)
     assert text.startswith("8 problems")
     for part in (
@@ -46,7 +46,7 @@ def test_all_mistakes_come_in_one_report() -> None:
         "--lora",
         "--width = 100: expected a multiple of 16 pixels",
         "--steps = 0: expected a whole number of at least 1",
-        "--ema_decay: not built yet",
+        "--input_perturbation: not built yet",
         "--example: not for sample",
         "prompt is missing",
     ):
