@@ -37,7 +37,19 @@ def test_flags_and_defaults() -> None:
 
 def test_all_mistakes_come_in_one_report() -> None:
     with pytest.raises(ConfigError) as caught:
-        asked("stray", "--promt", "a", "--lora", "--width=100", "--steps", "0", "--input_perturbation", "0.5", "--example", "x")
+        asked(
+            "stray",
+            "--promt",
+            "a",
+            "--lora",
+            "--width=100",
+            "--steps",
+            "0",
+            "--input_perturbation",
+            "0.5",
+            "--example",
+            "x",
+        )
     text = str(caught.value)
     assert text.startswith("8 problems")
     for part in (
