@@ -37,7 +37,9 @@ def test_flags_and_defaults() -> None:
 
 def test_all_mistakes_come_in_one_report() -> None:
     with pytest.raises(ConfigError) as caught:
-        asked("stray", "--promt", "a", "--lora", "--width=100", "--steps", "0", "--push_to_hub", "true", "--example", "x")
+        asked(
+            "stray", "--promt", "a", "--lora", "--width=100", "--steps", "0", "--push_to_hub", "true", "--example", "x"
+        )
     text = str(caught.value)
     assert text.startswith("8 problems")
     for part in (
