@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -59,6 +60,24 @@ def write_atomic(path: Path, data: bytes, *, sync: bool = True) -> None:
             part.unlink(missing_ok=True)
         if sync:
             sync_directory(path.parent)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, or, where the disk has no hard links, a copy. Replaces what was there.
+
+    Raises:
+        DiskError: no space for a copy.
+    """
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    with disk_full_is_reported(target):
+        try:
+            try:
+                os.link(source, part)
+            except OSError:
+                shutil.copyfile(source, part)
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -20,7 +20,7 @@ from simpletuner.config.load import Loaded
 from simpletuner.data.manifest import Manifest, rejection_counts, scan
 from simpletuner.data.sheet import contact_sheet
 
-USAGE = """simpletuner dataset scan|show|cache [--json] [--set ID] [options of `simpletuner train`]
+USAGE = """simpletuner dataset scan|show|cache [--json] [--set ID] [--verify] [options of `simpletuner train`]
 
   scan    count the pictures, their sizes, and what is left out and why
   show    draw the crops that will be trained, with their captions, on one sheet a set
@@ -28,6 +28,7 @@ USAGE = """simpletuner dataset scan|show|cache [--json] [--set ID] [options of `
 
   --json          print one JSON object instead of a table
   --set ID        this set only (scan and show)
+  --verify        read every cached file, instead of only those that changed since they were last read (cache)
   --out FOLDER    where show puts its sheets; by default output_dir
   --count N       how many crops a sheet shows, 24 by default, spread evenly over the set"""
 
@@ -44,6 +45,7 @@ class Request:
     set_id: str | None
     out: Path | None
     count: int
+    verify: bool
     rest: tuple[str, ...]
     """For the configuration."""
 
@@ -74,7 +76,7 @@ def _parsed(arguments: Sequence[str]) -> Request:
     if word not in ("scan", "show", "cache"):
         raise ConfigError.of(f"simpletuner dataset {word}".rstrip() + ": nothing to do", "scan, show or cache")
     own = {"set": "", "out": "", "count": "24"}
-    as_json = False
+    as_json = verify = False
     kept: list[str] = []
     rest = list(arguments[1:])
     while rest:
@@ -82,6 +84,8 @@ def _parsed(arguments: Sequence[str]) -> Request:
         name, has_value, value = flag.removeprefix("--").partition("=")
         if flag == "--json":
             as_json = True
+        elif flag == "--verify":
+            verify = True
         elif flag.startswith("--") and name in own:
             if not has_value and (not rest or rest[0].startswith("--")):
                 raise ConfigError.of(f"--{name}: nothing follows it", "a value")
@@ -90,8 +94,10 @@ def _parsed(arguments: Sequence[str]) -> Request:
             kept.append(flag)
     if not own["count"].isdecimal() or int(own["count"]) == 0:
         raise ConfigError.of(f"--count = {own['count']!r}", "a whole number above 0")
+    if verify and word != "cache":
+        raise ConfigError.of(f"--verify with dataset {word}", "dataset cache")
     out = Path(own["out"]) if own["out"] else None
-    return Request(word, as_json, own["set"] or None, out, int(own["count"]), tuple(kept))
+    return Request(word, as_json, own["set"] or None, out, int(own["count"]), verify, tuple(kept))
 
 
 def _scan(loaded: Loaded, request: Request) -> tuple[dict[str, Any], str]:
@@ -128,7 +134,8 @@ def _cache(loaded: Loaded, request: Request) -> tuple[dict[str, Any], str]:
     # JSON has standard output to itself.
     with contextlib.redirect_stdout(sys.stderr) if request.as_json else contextlib.nullcontext():
         reporter = Reporter()
-        prepared = prepare(loaded, locate(loaded.config, report=reporter.say), device, reporter)
+        source = locate(loaded.config, report=reporter.say)
+        prepared = prepare(loaded, source, device, reporter, verify=request.verify)
     manifests = (*prepared.train, *prepared.held_out)
     return {"sets": [manifest.summary() for manifest in manifests]}, "The caches are filled."
 

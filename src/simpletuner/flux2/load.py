@@ -1,8 +1,13 @@
 """Weights from files into modules: built empty, filled tensor by tensor, each cast and moved as it lands."""
 
+import copy
+import math
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+from jaxtyping import Float, Int64
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -12,7 +17,8 @@ from simpletuner.flux2.autoencoder import Autoencoder
 from simpletuner.flux2.headers import TensorEntry, read_headers
 from simpletuner.flux2.names import Renamed, Renaming, text_encoder_name, transformer_renaming
 from simpletuner.flux2.source import Source, Weights
-from simpletuner.flux2.text import TextEncoder
+from simpletuner.flux2.text import ResidentTextEncoder
+from simpletuner.flux2.text_stream import StreamedTextEncoder
 from simpletuner.flux2.transformer import Flux2Transformer
 
 # Mistral's own pre-tokeniser, as in its tekken.json: case counts and every digit is a token.
@@ -65,29 +71,16 @@ def load_text_encoder(
     layers: tuple[int, ...],
     max_length: int,
     fix_regex: bool,
-) -> TextEncoder:
+) -> ResidentTextEncoder:
     """The text encoder, frozen, as `dtype` on `device`: only as many layers as `layers` asks for are loaded.
 
     Raises:
         AccessError: tensors are missing or of the wrong shape; they are named.
         ConfigError: it has fewer layers, or `max_length` is shorter than the template.
     """
-    # Takes seconds to import: only where text is encoded.
-    from transformers import AutoModel, Mistral3Config, MistralConfig, PreTrainedTokenizerFast
-
-    written = dict(source.text_encoder.config or {})
-    config = Mistral3Config(**written).text_config if written["model_type"] == "mistral3" else MistralConfig(**written)
-    depth = max(layers)
-    if depth > config.num_hidden_layers:
-        raise ConfigError.of(
-            f"custom_text_encoder_intermediary_layers = {','.join(map(str, layers))}",
-            f"at most {config.num_hidden_layers}, the layers of this text encoder",
-        )
-    config.num_hidden_layers = depth
-    with torch.device("meta"):
-        # The implementation decides what padding rows hold, hence what is cached.
-        model = AutoModel.from_config(config, attn_implementation="sdpa")
-    model.norm = nn.Identity()
+    config = _text_config(source, layers)
+    depth = config.num_hidden_layers
+    model = _language_model(config)
     # Its frequencies are in no file, and on the meta device they were never computed.
     with torch.device(device):
         model.rotary_emb = type(model.rotary_emb)(config=config)
@@ -97,7 +90,123 @@ def load_text_encoder(
         return None if known is None else Renamed((known,))
 
     _fill(model, source.text_encoder, renaming, dtype, device, unknown_allowed=True)
-    # The tokenizer's own files, whatever class they name: the processor of that class would need torchvision.
+    return ResidentTextEncoder(model.eval(), _tokenizer(source, fix_regex), layers=layers, max_length=max_length)
+
+
+def stream_text_encoder(
+    source: Source,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    layers: tuple[int, ...],
+    max_length: int,
+    fix_regex: bool,
+    folder: Path,
+) -> StreamedTextEncoder:
+    """The same text encoder, the same bits, with one layer at a time as `dtype` on `device`. Nothing is read yet but
+    the headers. States that do not stay in memory are put into a file in `folder` meanwhile.
+
+    Raises:
+        AccessError: tensors are missing or of the wrong shape; they are named.
+        ConfigError: it has fewer layers, or `max_length` is shorter than the template.
+    """
+    config = _text_config(source, layers)
+    depth = config.num_hidden_layers
+    entries = read_headers(source.text_encoder.files)
+    known = {name: text_encoder_name(name, depth) for name in entries}
+    renamed = {name: None if new is None else Renamed((new,)) for name, new in known.items()}
+    whole = _language_model(config)
+    _check(whole, entries, renamed, unknown_allowed=True)
+    (embedding,) = (name for name, new in known.items() if new == "embed_tokens.weight")
+    with torch.device(device):
+        rotary = type(whole.rotary_emb)(config=config)
+    single = copy.deepcopy(config)
+    single.num_hidden_layers = 1
+
+    def embed(ids: Int64[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+        # The table is mapped, not read: it is larger than a layer, and captions use few of its rows.
+        with safe_open(entries[embedding].file, framework="pt") as tensors:
+            rows: Tensor = tensors.get_tensor(embedding)[ids]
+            return rows.to(dtype)
+
+    def read_layer(index: int) -> nn.Module:
+        model = _language_model(single)
+        model.embed_tokens = nn.Identity()
+        model.rotary_emb = rotary
+        own, place = f"layers.{index}.", "layers.0."
+
+        def renaming(name: str) -> Renamed | None:
+            new = known[name]
+            return Renamed((place + new.removeprefix(own),)) if new is not None and new.startswith(own) else None
+
+        _fill(model, source.text_encoder, renaming, dtype, device, unknown_allowed=True)
+        layer: nn.Module = model.eval()
+        return layer
+
+    return StreamedTextEncoder(
+        embed,
+        read_layer,
+        _tokenizer(source, fix_regex),
+        layers=layers,
+        max_length=max_length,
+        width=config.hidden_size,
+        dtype=dtype,
+        device=device,
+        folder=folder,
+    )
+
+
+def resident_text_bytes(source: Source, dtype: torch.dtype, *, layers: tuple[int, ...], tokens: int) -> int:
+    """Bytes that `load_text_encoder` takes at most, from headers and config alone: weights, and the activations of a
+    batch of `tokens` at its widest place, the middle of an MLP (gate, its activation, up, their product; beside them
+    about six vectors of the stream's width).
+
+    Raises:
+        ConfigError: it has fewer layers.
+    """
+    config = _text_config(source, layers)
+    entries = read_headers(source.text_encoder.files)
+    used = [entry for name, entry in entries.items() if text_encoder_name(name, config.num_hidden_layers) is not None]
+    weights = sum(math.prod(entry.shape) for entry in used)
+    activations: int = tokens * (4 * config.intermediate_size + 6 * config.hidden_size)
+    return (weights + activations) * dtype.itemsize
+
+
+def _text_config(source: Source, layers: tuple[int, ...]) -> Any:
+    """transformers' MistralConfig of the text encoder, cut after the last of `layers`.
+
+    Raises:
+        ConfigError: it has fewer layers.
+    """
+    # Takes seconds to import: only where text is encoded.
+    from transformers import Mistral3Config, MistralConfig
+
+    written = dict(source.text_encoder.config or {})
+    config = Mistral3Config(**written).text_config if written["model_type"] == "mistral3" else MistralConfig(**written)
+    if max(layers) > config.num_hidden_layers:
+        raise ConfigError.of(
+            f"custom_text_encoder_intermediary_layers = {','.join(map(str, layers))}",
+            f"at most {config.num_hidden_layers}, the layers of this text encoder",
+        )
+    config.num_hidden_layers = max(layers)
+    return config
+
+
+def _language_model(config: Any) -> Any:
+    """transformers' MistralModel on the meta device, without its final norm."""
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        # The implementation decides what padding rows hold, hence what is cached.
+        model = AutoModel.from_config(config, attn_implementation="sdpa")
+    model.norm = nn.Identity()
+    return model
+
+
+def _tokenizer(source: Source, fix_regex: bool) -> Any:
+    """The tokenizer's own files, whatever class they name: the processor of that class would need torchvision."""
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = PreTrainedTokenizerFast.from_pretrained(
         source.tokenizer, local_files_only=True, fix_mistral_regex=False
     )
@@ -110,7 +219,7 @@ def load_text_encoder(
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
-    return TextEncoder(model.eval(), tokenizer, layers=layers, max_length=max_length)
+    return tokenizer
 
 
 def autoencoder_id(source: Source, dtype: torch.dtype, *, tiling: bool, slicing: bool) -> str:

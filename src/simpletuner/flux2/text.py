@@ -1,7 +1,8 @@
 """Prompts to context: the residual stream of a language model after three of its layers, side by side."""
 
+import abc
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from simpletuner.base.errors import AccessError, ConfigError
 from simpletuner.flux2.spec import SYSTEM_MESSAGE
+
+Report = Callable[[float], None]
+"""Told now and then which share of the work is done, from 0 to 1; may raise to stop it."""
 
 
 @dataclass(frozen=True)
@@ -29,23 +33,37 @@ class EncodedText:
         return torch.cat([padding, self.rows])
 
 
-class TextEncoder:
+@dataclass(frozen=True)
+class TokenBatch:
+    """Left-padded token ids as the language model takes them, on the CPU."""
+
+    ids: Int64[Tensor, "b n"]
+    seen: Int64[Tensor, "b n"]
+    """0 where there is padding, else 1."""
+    positions: Int64[Tensor, "1 n"]
+
+    @property
+    def tokens(self) -> int:
+        """Padding included."""
+        return self.ids.numel()
+
+
+class TextEncoder(abc.ABC):
     """Embeds prompts with the language part of Mistral-3, as the reference does.
 
-    `model` is transformers' MistralModel, cut after the last of `layers` and without its final norm (with it, the last
-    state would be another one). `layers` count from 1. Contexts come in the model's own type, on the CPU.
+    Contexts come in the model's own type, on the CPU. They are the same bits however the weights are held, as long as
+    a batch has the same prompts.
 
     Raises:
         ConfigError: `max_length` leaves no room for the template.
         AccessError: the tokenizer has no chat template or no padding token.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, layers: tuple[int, ...], max_length: int) -> None:
-        self._model = model
+    def __init__(self, tokenizer: Any, *, max_length: int) -> None:
         self._tokenizer = tokenizer
-        self._layers = layers
         self._max_length = max_length
         self._truncated: dict[str, None] = {}
+        self._pad: Tensor | None = None
         if tokenizer.chat_template is None or tokenizer.pad_token_id is None:
             raise AccessError.of(
                 f"{tokenizer.name_or_path} has no {'padding token' if tokenizer.chat_template else 'chat template'}",
@@ -56,12 +74,6 @@ class TextEncoder:
             raise ConfigError.of(
                 f"tokenizer_max_length = {max_length}", f"at least {template}, which the template alone takes"
             )
-        self._states: dict[int, Tensor] = {}
-        for layer in layers:
-            model.layers[layer - 1].register_forward_hook(self._keep(layer))
-        # Behind one token that sees itself, so that the mask is a real one: a row that sees nothing attends to
-        # nothing under SDPA (under other implementations, to everything).
-        self._pad: Tensor = self._forward([self._tokenize([""])[0][:1]])[0, 0].clone()
 
     @property
     def truncated(self) -> tuple[str, ...]:
@@ -74,12 +86,35 @@ class TextEncoder:
 
     def encode(self, prompts: Sequence[str]) -> list[EncodedText]:
         """The context of each prompt, computed as one batch."""
-        fitted = self._fitted(prompts)
-        states = self._forward(fitted)
-        return [
-            EncodedText(states[index, states.shape[1] - len(ids) :].clone(), self._pad, self._max_length)
-            for index, ids in enumerate(fitted)
-        ]
+        (contexts,) = self.encode_batches([prompts])
+        return contexts
+
+    def encode_batches(
+        self, batches: Sequence[Sequence[str]], report: Report = lambda _share: None
+    ) -> Generator[list[EncodedText], None, None]:
+        """The contexts of each batch, in order. Batches do not mix: each has the bits that `encode` would give it.
+
+        `report` is told of work that takes long and yields nothing yet.
+        """
+        fitted = [self._fitted(batch) for batch in batches]
+        padded = [self._padded(ids) for ids in fitted]
+        if self._pad is None:
+            # Behind one token that sees itself, so that the mask is a real one: a row that sees nothing attends to
+            # nothing under SDPA (under other implementations, to everything).
+            blank = self._padded([self._tokenize([""])[0][:1]])
+            found = self._states([blank, *padded], report)
+            self._pad = next(found)[0, 0].clone()
+        else:
+            found = self._states(padded, report)
+        for batch, states in zip(fitted, found, strict=True):
+            yield [
+                EncodedText(states[index, states.shape[1] - len(ids) :].clone(), self._pad, self._max_length)
+                for index, ids in enumerate(batch)
+            ]
+
+    @abc.abstractmethod
+    def _states(self, batches: Sequence[TokenBatch], report: Report, /) -> Iterator[Float[Tensor, "b n d"]]:
+        """The states of each batch after the chosen layers, side by side, on the CPU."""
 
     def _fitted(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids that fit. A prompt that is too long loses its end; the template around it stays whole."""
@@ -114,9 +149,8 @@ class TextEncoder:
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 
-    @torch.no_grad()
-    def _forward(self, batch: Sequence[Sequence[int]]) -> Float[Tensor, "b n d"]:
-        """States of left-padded `batch`. Padding goes one beyond the longest, not to `max_length`: rows of text do not
+    def _padded(self, batch: Sequence[Sequence[int]]) -> TokenBatch:
+        """`batch` padded on the left. Padding goes one beyond the longest, not to `max_length`: rows of text do not
         depend on it. One beyond, so that every batch has padding and takes the same way through attention."""
         width = min(max(map(len, batch)) + 1, self._max_length)
         ids: Int64[Tensor, "b n"] = torch.full((len(batch), width), self._tokenizer.pad_token_id)
@@ -126,19 +160,42 @@ class TextEncoder:
             seen[row, width - len(tokens) :] = 1
         # Where they would be with all the padding.
         positions = torch.arange(self._max_length - width, self._max_length)[None]
+        return TokenBatch(ids, seen, positions)
+
+
+class ResidentTextEncoder(TextEncoder):
+    """A text encoder that is in memory as a whole.
+
+    `model` is transformers' MistralModel, cut after the last of `layers` and without its final norm (with it, the last
+    state would be another one). `layers` count from 1.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, layers: tuple[int, ...], max_length: int) -> None:
+        super().__init__(tokenizer, max_length=max_length)
+        self._model = model
+        self._layers = layers
+        self._kept: dict[int, Tensor] = {}
+        for layer in layers:
+            model.layers[layer - 1].register_forward_hook(self._keep(layer))
+
+    def _states(self, batches: Sequence[TokenBatch], _report: Report, /) -> Iterator[Float[Tensor, "b n d"]]:
+        return map(self._forward, batches)
+
+    @torch.no_grad()
+    def _forward(self, batch: TokenBatch) -> Float[Tensor, "b n d"]:
         device = self._model.device
         self._model(
-            input_ids=ids.to(device),
-            attention_mask=seen.to(device),
-            position_ids=positions.to(device),
+            input_ids=batch.ids.to(device),
+            attention_mask=batch.seen.to(device),
+            position_ids=batch.positions.to(device),
             use_cache=False,
         )
-        states = torch.cat([self._states[layer] for layer in self._layers], dim=-1).cpu()
-        self._states.clear()
+        states = torch.cat([self._kept[layer] for layer in self._layers], dim=-1).cpu()
+        self._kept.clear()
         return states
 
     def _keep(self, layer: int) -> Any:
         def hook(_module: Any, _inputs: Any, output: Tensor) -> None:
-            self._states[layer] = output
+            self._kept[layer] = output
 
         return hook

@@ -1,16 +1,18 @@
 """Before training: look at the pictures, then fill the caches, one encoder in memory at a time."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from simpletuner.base.sizes import format_duration
+from simpletuner.base.sizes import format_duration, format_size
 from simpletuner.config.datasets import ImageSet, TextStore
 from simpletuner.config.load import Loaded
+from simpletuner.config.options.model import ModelOptions
+from simpletuner.config.options.precision import PrecisionOptions
 from simpletuner.config.run import RunConfig
 from simpletuner.data.cache.contexts import Context, fill_contexts, read_context
 from simpletuner.data.cache.latents import Encode, fill_latents
@@ -18,9 +20,17 @@ from simpletuner.data.cache.store import Store
 from simpletuner.data.collate import Batch, load_batch
 from simpletuner.data.manifest import Manifest, scan
 from simpletuner.data.sample import Sample
-from simpletuner.flux2.load import autoencoder_id, load_autoencoder, load_text_encoder, text_encoder_id
+from simpletuner.flux2.load import (
+    autoencoder_id,
+    load_autoencoder,
+    load_text_encoder,
+    resident_text_bytes,
+    stream_text_encoder,
+    text_encoder_id,
+)
 from simpletuner.flux2.source import Source
 from simpletuner.flux2.text import TextEncoder
+from simpletuner.memory.free import free_bytes
 from simpletuner.train.report import Reporter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -42,7 +52,7 @@ class Encoders:
             source,
             DTYPES[config.base_dtype],
             layers=source.text_layers,
-            max_length=config.tokenizer_max_length,
+            max_length=source.text_length,
             fix_regex=config.tokenizer_fix_regex,
         )
         latents = autoencoder_id(
@@ -97,8 +107,11 @@ class Prepared:
         )
 
 
-def prepare(loaded: Loaded, source: Source, device: torch.device, reporter: Reporter) -> Prepared:
-    """Scan every set and fill every cache that the run will read.
+def prepare(
+    loaded: Loaded, source: Source, device: torch.device, reporter: Reporter, *, verify: bool = False
+) -> Prepared:
+    """Scan every set and fill every cache that the run will read. With `verify` every cached file is read and hashed,
+    also those that an earlier check left as they are.
 
     Raises:
         DataError: a set is missing or ends up empty.
@@ -115,8 +128,8 @@ def prepare(loaded: Loaded, source: Source, device: torch.device, reporter: Repo
         tell_manifest(manifest, reporter)
     count = len(datasets.train_sets)
     prepared = Prepared(loaded, Encoders.of(config, source), tuple(manifests[:count]), tuple(manifests[count:]))
-    fill_text(prepared, source, device, reporter)
-    fill_pictures(prepared, source, device, reporter)
+    fill_text(prepared, source, device, reporter, verify=verify)
+    fill_pictures(prepared, source, device, reporter, verify=verify)
     return prepared
 
 
@@ -153,23 +166,49 @@ def wanted_prompts(prepared: Prepared) -> dict[TextStore, list[str]]:
     return found
 
 
-def fill_text(prepared: Prepared, source: Source, device: torch.device, reporter: Reporter) -> None:
+def open_text_encoder(
+    model: ModelOptions,
+    precision: PrecisionOptions,
+    source: Source,
+    device: torch.device,
+    *,
+    folder: Path,
+    say: Callable[[str], None],
+) -> TextEncoder:
+    """The text encoder in the mode that is asked for; what `auto` takes, and why, is said in a line.
+
+    `folder` is where a streamed encoder puts states that do not stay in memory.
+
+    Raises:
+        AccessError: it cannot be loaded.
+        ConfigError: it has fewer layers than are asked for, or the context has no room for the template.
+    """
+    dtype, layers = DTYPES[precision.base_dtype], source.text_layers
+    length, fix_regex = source.text_length, model.tokenizer_fix_regex
+    mode = precision.text_encoder_mode
+    if mode == "auto":
+        tokens = precision.text_encoder_batch_size * length
+        needed, free = resident_text_bytes(source, dtype, layers=layers, tokens=tokens), free_bytes(device)
+        mode = "resident" if needed <= free else "streamed"
+        memory = f"{format_size(free)} of memory {'on the GPU ' if device.type == 'cuda' else ''}are free"
+        how = "resident: it" if mode == "resident" else "streamed, one layer at a time: resident it"
+        say(f"Text encoder {how} takes up to {format_size(needed)}, {memory}.")
+    if mode == "streamed":
+        return stream_text_encoder(
+            source, dtype, device, layers=layers, max_length=length, fix_regex=fix_regex, folder=folder
+        )
+    return load_text_encoder(source, dtype, device, layers=layers, max_length=length, fix_regex=fix_regex)
+
+
+def fill_text(prepared: Prepared, source: Source, device: torch.device, reporter: Reporter, *, verify: bool) -> None:
     """Encode the prompts that no cache has; the encoder is loaded only if there are any, and let go after."""
     config = prepared.loaded.config
     held: list[TextEncoder] = []
 
     def load() -> TextEncoder:
         if not held:
-            held.append(
-                load_text_encoder(
-                    source,
-                    DTYPES[config.base_dtype],
-                    device,
-                    layers=source.text_layers,
-                    max_length=config.tokenizer_max_length,
-                    fix_regex=config.tokenizer_fix_regex,
-                )
-            )
+            folder = prepared.text_store(None).folder
+            held.append(open_text_encoder(config, config, source, device, folder=folder, say=reporter.say))
         return held[0]
 
     with reporter.phase("text") as progress:
@@ -181,6 +220,7 @@ def fill_text(prepared: Prepared, source: Source, device: torch.device, reporter
                 load,
                 batch_size=config.text_encoder_batch_size,
                 write_batch_size=store.write_batch_size or config.write_batch_size,
+                verify=verify,
                 report=progress,
             )
             for store, prompts in wanted_prompts(prepared).items()
@@ -191,7 +231,7 @@ def fill_text(prepared: Prepared, source: Source, device: torch.device, reporter
             shown = "; ".join(text[:60] + "…" for text in encoder.truncated[:3])
             reporter.notice(
                 f"{len(encoder.truncated)} captions are longer than tokenizer_max_length "
-                f"({config.tokenizer_max_length} tokens with the template) and were shortened: {shown}"
+                f"({source.text_length} tokens with the template) and were shortened: {shown}"
             )
     encoded, found = sum(r.encoded for r in reports), sum(r.found for r in reports)
     seconds = sum(r.seconds for r in reports)
@@ -200,7 +240,9 @@ def fill_text(prepared: Prepared, source: Source, device: torch.device, reporter
     free_memory(device)
 
 
-def fill_pictures(prepared: Prepared, source: Source, device: torch.device, reporter: Reporter) -> None:
+def fill_pictures(
+    prepared: Prepared, source: Source, device: torch.device, reporter: Reporter, *, verify: bool
+) -> None:
     """Encode the pictures that no cache has; the VAE is loaded only if there are any, and let go after."""
     config = prepared.loaded.config
 
@@ -221,6 +263,7 @@ def fill_pictures(prepared: Prepared, source: Source, device: torch.device, repo
             load,
             batch_size=config.vae_batch_size,
             workers=config.workers,
+            verify=verify,
             report=progress,
         )
     reporter.say(

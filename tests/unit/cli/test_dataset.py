@@ -76,6 +76,7 @@ def test_show_draws_the_crops(project: Path, capsys: pytest.CaptureFixture[str])
         (["show", "--out"], "--out: nothing follows it"),
         (["scan", "--set", "other"], "--set = 'other': no such set: expected one of my-dataset"),
         (["cache", "--set", "my-dataset"], "--set with dataset cache"),
+        (["scan", "--verify"], "--verify with dataset scan: expected dataset cache"),
         (["scan", "--lora_rnak", "4"], "lora_rnak"),
     ],
 )
@@ -105,6 +106,10 @@ def test_cache_fills_what_a_run_reads(project: Path, capsys: pytest.CaptureFixtu
     assert len(list((project / "cache" / "text").rglob("*.safetensors"))) >= 6
     assert run(["cache", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["sets"][0]["pictures"] == 6
+    assert run(["cache", "--verify"]) == 0
+    said = capsys.readouterr().out
+    assert "Captions: 0 encoded" in said
+    assert "Pictures: 0 encoded" in said
 
 
 def test_help_lists_the_words(capsys: pytest.CaptureFixture[str]) -> None:

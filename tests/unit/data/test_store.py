@@ -10,7 +10,9 @@ import torch
 from safetensors import safe_open
 
 from simpletuner.base.errors import DataError, DiskError
-from simpletuner.data.cache.store import Store, check_all
+from simpletuner.base.files import read_json
+from simpletuner.data.cache import store as store_module
+from simpletuner.data.cache.store import LEDGER, Store, check_all
 
 KEY = "ab" + "0" * 62
 TENSORS = {
@@ -90,3 +92,78 @@ def test_a_full_disk_says_so_and_leaves_nothing(store: Store, monkeypatch: pytes
     with pytest.raises(DiskError, match="No space left"):
         store.write("cd" + "0" * 62, TENSORS, {})
     assert [path for path in store.folder.rglob("*") if path.is_file()] == [store.path(KEY)]
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A minute from now, when no file is young any more."""
+    now = time.time() + 60
+    monkeypatch.setattr(time, "time", lambda: now)
+
+
+def unread(store: Store) -> None:
+    """What only reading would find: other bytes, of the same size, that the ledger has the stamp of."""
+    path = store.path(KEY)
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    ledger = store_module._Ledger(store.folder)
+    ledger.read[KEY] = store_module._stamp(path)
+    ledger.save()
+
+
+@pytest.mark.usefixtures("later")
+def test_a_file_that_did_not_change_is_read_once(store: Store) -> None:
+    assert check_all([(store, KEY)]) == ["sound"]
+    assert read_json(store.folder / LEDGER)["files"].keys() == {KEY}
+    unread(store)
+    assert check_all([(store, KEY)]) == ["sound"], "the disk's own faults show when the file is used"
+    with pytest.raises(DataError, match="is damaged, and was removed"):
+        store.read(KEY)
+    assert check_all([(store, KEY)]) == ["missing"]
+
+
+@pytest.mark.usefixtures("later")
+def test_verifying_reads_every_file(store: Store) -> None:
+    check_all([(store, KEY)])
+    unread(store)
+    assert check_all([(store, KEY)], verify=True) == ["damaged"]
+
+
+@pytest.mark.usefixtures("later")
+def test_a_file_that_changed_is_read_again(store: Store) -> None:
+    check_all([(store, KEY)])
+    before = store.path(KEY).stat()
+    data = store.path(KEY).read_bytes()
+    store.path(KEY).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    os.utime(store.path(KEY), ns=(before.st_atime_ns, before.st_mtime_ns))  # its status change tells
+    assert check_all([(store, KEY)]) == ["damaged"]
+
+
+def test_a_young_file_is_read_each_time(store: Store) -> None:
+    """It could change once more without another time on it."""
+    assert check_all([(store, KEY)]) == ["sound"]
+    assert not (store.folder / LEDGER).exists()
+
+
+@pytest.mark.usefixtures("later")
+@pytest.mark.parametrize("content", ["", "[]", '{"version": 0, "files": {}}', "\xff"])
+def test_a_list_that_cannot_be_read_is_none(store: Store, content: str) -> None:
+    (store.folder / LEDGER).write_bytes(content.encode("latin-1"))
+    assert check_all([(store, KEY)]) == ["sound"]
+    assert read_json(store.folder / LEDGER)["files"].keys() == {KEY}
+
+
+@pytest.mark.usefixtures("later")
+def test_two_runs_add_to_one_list(store: Store) -> None:
+    other = "cd" + "0" * 62
+    store.write(other, TENSORS, {})
+    check_all([(store, KEY)])
+    check_all([(store, other)])
+    assert read_json(store.folder / LEDGER)["files"].keys() == {KEY, other}
+
+
+@pytest.mark.usefixtures("later")
+def test_a_folder_that_must_not_be_written_to_has_no_list(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert check_all([(store, KEY)]) == ["sound"]
+    assert not (store.folder / LEDGER).exists()

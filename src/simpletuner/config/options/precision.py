@@ -12,7 +12,7 @@ class PrecisionOptions(Slice):
 
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
     """Format of the computation. `no` is fp32 throughout; `fp16` keeps bf16 weights, scales the loss, and
-    needs a GPU. Adapters are fp32 in all."""
+    needs a GPU. What is trained is fp32 in all: adapters themselves, of a full model its masters."""
 
     base_model_precision: Literal["no_change"] = "no_change"
     """Quantisation of the frozen transformer."""
@@ -21,7 +21,8 @@ class PrecisionOptions(Slice):
     """Quantisation of the text encoder."""
 
     base_model_default_dtype: Literal["bf16", "fp32"] | None = None
-    """Format of the frozen weights: by default bf16, or fp32 with `mixed_precision no`."""
+    """Format of the weights that the model computes with: by default bf16, or fp32 with `mixed_precision no`. With
+    `model_type full` and bf16 the optimiser steps on fp32 masters of them; `adamw_bf16` does without."""
 
     gradient_checkpointing: bool = True
     """Compute a block's activations again in the backward pass instead of keeping them: much less memory,
@@ -37,12 +38,17 @@ class PrecisionOptions(Slice):
     text_encoder_batch_size: Count = 8
     """Captions the text encoder encodes at once: this is what makes the caching of text faster."""
 
+    text_encoder_mode: Literal["auto", "resident", "streamed"] = "auto"
+    """How the text encoder is held while captions are cached: `resident`, all of it at once; `streamed`, one layer at
+    a time, through which all captions go before the next one is read. The contexts are the same bits. `auto` takes
+    `resident` if the encoder fits into the memory that is free, and says so."""
+
     write_batch_size: Count = 128
     """Cache files written per flush, and nothing else. A store's own value wins."""
 
     @property
     def base_dtype(self) -> Literal["bf16", "fp32"]:
-        """Format of the frozen weights."""
+        """Format of the weights that the model computes with."""
         if self.base_model_default_dtype is not None:
             return self.base_model_default_dtype
         return "fp32" if self.mixed_precision == "no" else "bf16"

@@ -2,7 +2,8 @@
 restored."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -52,8 +53,11 @@ class ContextEncoder(Protocol):
         """Tokens of each prompt, without padding."""
         ...
 
-    def encode(self, prompts: Sequence[str]) -> Sequence[EncodedPrompt]:
-        """The contexts of one batch of prompts."""
+    def encode_batches(
+        self, batches: Sequence[Sequence[str]], report: Callable[[float], None]
+    ) -> Generator[Sequence[EncodedPrompt], None, None]:
+        """The contexts of each batch, in order. `report` is told the share of the work that is done, in between, if
+        much of it comes before the first of them."""
         ...
 
 
@@ -81,6 +85,7 @@ def fill_contexts(
     *,
     batch_size: int,
     write_batch_size: int,
+    verify: bool = False,
     report: Callable[[int, int], None],
 ) -> FillReport:
     """Make every context that the store lacks.
@@ -93,6 +98,7 @@ def fill_contexts(
         load: called only if something is missing; brings the encoder in.
         batch_size: prompts encoded at once.
         write_batch_size: files written at once.
+        verify: read every file, also those that an earlier check left as they are.
         report: called with (prompts encoded, prompts to encode).
 
     Raises:
@@ -102,26 +108,42 @@ def fill_contexts(
     started = time.monotonic()
     unique = sorted(set(prompts))
     store.sweep()
-    states = check_all([(store, context_key(prompt, encoder)) for prompt in unique])
+    states = check_all([(store, context_key(prompt, encoder)) for prompt in unique], verify=verify)
     lacking = {prompt for prompt, state in zip(unique, states, strict=True) if state != "sound"}
     encoded = 0
     if lacking:
         text_encoder = load()
         batches = [b for b in _batches(unique, text_encoder, batch_size) if not lacking.isdisjoint(b)]
         total = sum(map(len, batches))
-        report(0, total)
+        told = 0
         unwritten: list[tuple[str, EncodedPrompt]] = []
-        for batch in batches:
-            for prompt, context in zip(batch, text_encoder.encode(batch), strict=True):
-                if not torch.isfinite(context.rows).all():
-                    raise DataError.of(f"the text encoder gave numbers that are not finite for {prompt!r}")
-                unwritten.append((prompt, context))
-            encoded += len(batch)
-            if len(unwritten) >= write_batch_size or encoded == total:
-                for prompt, context in unwritten:
-                    _write(store, prompt, context, encoder)
-                unwritten.clear()
-            report(encoded, total)
+
+        def tell(count: int) -> None:
+            nonlocal told
+            told = max(told, count)
+            report(told, total)
+
+        def write() -> None:
+            for prompt, context in unwritten:
+                _write(store, prompt, context, encoder)
+            unwritten.clear()
+
+        def go_on(share: float) -> None:
+            # What is finished must not wait in memory for what takes long.
+            write()
+            tell(min(int(share * total), total - 1))
+
+        tell(0)
+        with closing(text_encoder.encode_batches(batches, go_on)) as encoding:
+            for batch, contexts in zip(batches, encoding, strict=True):
+                for prompt, context in zip(batch, contexts, strict=True):
+                    if not torch.isfinite(context.rows).all():
+                        raise DataError.of(f"the text encoder gave numbers that are not finite for {prompt!r}")
+                    unwritten.append((prompt, context))
+                encoded += len(batch)
+                if len(unwritten) >= write_batch_size or encoded == total:
+                    write()
+                tell(encoded)
     return FillReport(encoded, states.count("sound"), states.count("damaged"), time.monotonic() - started)
 
 

@@ -80,6 +80,7 @@ def fill_latents(
     *,
     batch_size: int,
     workers: int,
+    verify: bool = False,
     report: Callable[[int, int], None],
 ) -> FillReport:
     """Make every latent that its store lacks.
@@ -92,6 +93,7 @@ def fill_latents(
         load: called only if something is missing; brings the encoder in.
         batch_size: pictures encoded at once.
         workers: threads that prepare pictures.
+        verify: read every file, also those that an earlier check left as they are.
         report: called with (pictures encoded, pictures to encode).
 
     Raises:
@@ -103,7 +105,7 @@ def fill_latents(
         Store(folder).sweep()
     batches = list(all_batches(manifests, batch_size))
     places = [(store_of(owner), latent_key(sample, encoder)) for owner, batch in batches for sample in batch]
-    states = check_all(places)
+    states = check_all(places, verify=verify)
     taken = iter(states)
     todo = [found for found in batches if {next(taken) for _ in found[1]} != {"sound"}]
     total, encoded = sum(len(batch) for _, batch in todo), 0

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from simpletuner.base.errors import DataError
-from simpletuner.base.files import write_atomic
+from simpletuner.base.files import read_json, write_atomic, write_json
 
 HEADER_KEY = "simpletuner"
 """Our one entry in the safetensors header, a JSON object. One, because the library does not keep their order,
@@ -25,6 +26,15 @@ ABANDONED_S = 3600
 
 CHECKING_THREADS = 4
 """Reading and hashing release Python's lock; more threads than this wait for the disk."""
+
+LEDGER = "verified.json"
+"""In a store's folder: size and times of the files that were read and found sound."""
+
+LEDGER_VERSION = 1
+
+SETTLED_S = 2.0
+"""A file younger than this is not entered: it could change once more within the same tick of the file system's
+clock."""
 
 State = Literal["sound", "missing", "damaged"]
 
@@ -90,10 +100,69 @@ class Store:
                 continue
 
 
-def check_all(places: Sequence[tuple[Store, str]]) -> list[State]:
-    """`store.check(key)` for each pair, several at a time."""
+def check_all(places: Sequence[tuple[Store, str]], *, verify: bool = False) -> list[State]:
+    """`store.check(key)` for each pair, several at a time.
+
+    A file whose size and times of modification and of status change are what they were when it was last read counts
+    as sound without being read, unless `verify`. What a disk changes without a trace is found by `Store.read`, which
+    always compares the checksum.
+
+    Raises:
+        DiskError: no space for the list of what was read.
+    """
+    ledgers = {folder: _Ledger(folder) for folder in {store.folder for store, _ in places}}
+
+    def state(place: tuple[Store, str]) -> State:
+        store, key = place
+        ledger = ledgers[store.folder]
+        stamp = _stamp(store.path(key))
+        if stamp is not None and ledger.known.get(key) == stamp and not verify:
+            return "sound"
+        found = store.check(key)
+        if found == "sound" and stamp is not None and time.time() - max(stamp[1:]) / 1e9 > SETTLED_S:
+            ledger.read[key] = stamp
+        return found
+
     with ThreadPoolExecutor(CHECKING_THREADS) as pool:
-        return list(pool.map(lambda place: place[0].check(place[1]), places))
+        states = list(pool.map(state, places))
+    for ledger in ledgers.values():
+        ledger.save()
+    return states
+
+
+class _Ledger:
+    """What was read and found sound in `folder`. Several runs may keep it: what one overwrites is read again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / LEDGER
+        self.known = self._load()
+        self.read: dict[str, list[int]] = {}
+        """Since then, by key; threads add to it."""
+
+    def _load(self) -> dict[str, list[int]]:
+        try:
+            stored = read_json(self._path)
+        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+            return {}
+        is_ours = isinstance(stored, dict) and stored.get("version") == LEDGER_VERSION
+        files: dict[str, list[int]] = stored["files"] if is_ours else {}
+        return files
+
+    def save(self) -> None:
+        # A cache that is shared and may only be read has no list, and is read at each start.
+        if os.access(self._path.parent, os.W_OK) and any(
+            self.known.get(key) != stamp for key, stamp in self.read.items()
+        ):
+            write_json(self._path, {"version": LEDGER_VERSION, "files": self._load() | self.read})
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """Size, and times of modification and of status change in nanoseconds; None if it is not there."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _lost(path: Path, how: str) -> DataError:

@@ -1,0 +1,277 @@
+"""The streamed text encoder: the bits of the resident one, with a layer in memory instead of all of them."""
+
+import dataclasses
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from simpletuner.base.errors import AccessError, ConfigError, DiskError
+from simpletuner.data.cache.contexts import fill_contexts
+from simpletuner.data.cache.store import LEDGER, Store
+from simpletuner.flux2.load import load_text_encoder, resident_text_bytes, stream_text_encoder
+from simpletuner.flux2.source import Source, Weights
+from simpletuner.flux2.text import EncodedText, TokenBatch
+from simpletuner.flux2.text_stream import StreamedTextEncoder, portions
+
+BATCHES = [
+    ["", "a cat"],
+    ["a red square on a white background", "[IMG] twice, in 2024"],
+    ["a painting of a small yellow house beside a river, soft morning light, " * 20],
+    ["a dog", "a blue circle", "a tree"],
+]
+
+
+def settings(layers: tuple[int, ...] = (10, 20, 30), max_length: int = 160):
+    return {"layers": layers, "max_length": max_length, "fix_regex": False}
+
+
+def streamed(
+    source: Source,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    portion_tokens: int = 10**6,
+    memory_bytes: int = 2**30,
+    **given,
+) -> StreamedTextEncoder:
+    encoder = stream_text_encoder(source, dtype, "cpu", **settings(**given), folder=folder)
+    encoder._portion_tokens, encoder._memory_bytes = portion_tokens, memory_bytes
+    return encoder
+
+
+def same(one: list[EncodedText], two: list[EncodedText]) -> bool:
+    pairs = list(zip(one, two, strict=True))
+    return all(torch.equal(a.rows, b.rows) and torch.equal(a.pad, b.pad) and a.length == b.length for a, b in pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layers", [(10, 20, 30), (1, 2), (3,)], ids=str)
+def test_contexts_are_the_bits_of_the_resident_encoder(tiny_source, tmp_path, dtype, layers):
+    resident = load_text_encoder(tiny_source, dtype, "cpu", **settings(layers))
+    encoder = streamed(tiny_source, tmp_path, dtype, layers=layers)
+    found = list(encoder.encode_batches(BATCHES))
+    for batch, contexts in zip(BATCHES, found, strict=True):
+        assert contexts[0].rows.dtype == dtype
+        assert same(contexts, resident.encode(batch))
+        assert same(contexts, encoder.encode(batch))
+    assert encoder.truncated == resident.truncated == tuple(BATCHES[2])
+    assert encoder.lengths(BATCHES[1]) == resident.lengths(BATCHES[1])
+
+
+@pytest.mark.parametrize("portion_tokens", [1, 300, 10**6])
+@pytest.mark.parametrize("memory_bytes", [0, 100_000, 2**30])
+def test_portions_and_the_file_change_no_bit_and_leave_nothing(tiny_source, tmp_path, portion_tokens, memory_bytes):
+    layers = (1, 2, 4)
+    expected = list(streamed(tiny_source, tmp_path, layers=layers).encode_batches(BATCHES))
+    encoder = streamed(tiny_source, tmp_path, layers=layers, portion_tokens=portion_tokens, memory_bytes=memory_bytes)
+    for contexts, reference in zip(encoder.encode_batches(BATCHES), expected, strict=True):
+        assert same(contexts, reference)
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_layer_is_read_once_for_all_and_none_that_is_not_used(tiny_source, tmp_path):
+    encoder = streamed(tiny_source, tmp_path, layers=(2, 4))
+    read_layer, read = encoder._read_layer, []
+    encoder._read_layer = lambda index: read.append(index) or read_layer(index)
+    list(encoder.encode_batches(BATCHES))
+    assert read == [0, 1, 2, 3]
+    model = read_layer(3)
+    stored = load_file(tiny_source.text_encoder.files[0])
+    own = {name.rpartition("layers.3.")[2]: tensor for name, tensor in stored.items() if ".layers.3." in name}
+    found = {name.removeprefix("layers.0."): tensor for name, tensor in model.state_dict().items()}
+    assert found.keys() == own.keys()
+    assert all(torch.equal(found[name], tensor.float()) for name, tensor in own.items())
+
+
+def batch_of(tokens: int) -> TokenBatch:
+    ids = torch.zeros(1, tokens, dtype=torch.int64)
+    return TokenBatch(ids, ids, ids)
+
+
+def test_a_portion_has_at_most_its_tokens_or_one_batch():
+    sizes = [
+        [batch.tokens for batch in portion] for portion in portions([batch_of(tokens) for tokens in (2, 3, 5, 9, 1)], 6)
+    ]
+    assert sizes == [[2, 3], [5], [9], [1]]
+    assert list(portions([], 6)) == []
+
+
+def test_shares_of_the_work_grow_to_all_of_it(tiny_source, tmp_path):
+    told = []
+    list(streamed(tiny_source, tmp_path, portion_tokens=300, layers=(1, 2)).encode_batches(BATCHES, told.append))
+    assert told == sorted(told)
+    assert len(told) == 2 * (1 + len(BATCHES)), "each layer, each batch, and the padding's own"
+    assert told[-1] == 1
+
+
+def test_an_interruption_keeps_the_portions_before_it(tiny_source, tmp_path):
+    """And the next start ends with the bytes of one that was left alone."""
+    prompts = [prompt for batch in BATCHES for prompt in batch]
+
+    def files(store: Store) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in store.folder.rglob("*.safetensors")}
+
+    def fill(store: Store, report: Callable[[int, int], None] = lambda *_: None) -> int:
+        encoder = streamed(tiny_source, store.folder, portion_tokens=200, memory_bytes=0, layers=(1, 3))
+        sizes = {"batch_size": 2, "write_batch_size": 100}
+        return fill_contexts(prompts, store, "text", lambda: encoder, **sizes, report=report).encoded
+
+    def stop(done: int, _total: int) -> None:
+        if done >= 5:
+            raise KeyboardInterrupt
+
+    whole, broken = Store(tmp_path / "whole"), Store(tmp_path / "broken")
+    assert fill(whole) == 8
+    with pytest.raises(KeyboardInterrupt):
+        fill(broken, stop)
+    kept = files(broken)
+    assert 0 < len(kept) < 8
+    assert len(kept) % 2 == 0
+    assert fill(broken) == 8 - len(kept)
+    assert files(broken) == files(whole)
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".safetensors"}
+    assert left <= {LEDGER}
+
+
+def test_a_missing_layer_shows_before_the_first_is_read(tiny_source, tmp_path):
+    stored = load_file(tiny_source.text_encoder.files[0])
+    del stored["language_model.model.layers.29.mlp.up_proj.weight"]
+    save_file(stored, tmp_path / "model.safetensors")
+    source = dataclasses.replace(
+        tiny_source, text_encoder=Weights((tmp_path / "model.safetensors",), tiny_source.text_encoder.config)
+    )
+    with pytest.raises(AccessError, match=r"missing \(1\): layers.29.mlp.up_proj.weight"):
+        streamed(source, tmp_path)
+
+
+def test_what_the_resident_encoder_refuses_is_refused(tiny_source, tmp_path):
+    with pytest.raises(ConfigError, match=r"intermediary_layers = 10,33: expected at most 32"):
+        streamed(tiny_source, tmp_path, layers=(10, 33))
+    with pytest.raises(ConfigError, match=r"tokenizer_max_length = 16: expected at least"):
+        streamed(tiny_source, tmp_path, max_length=16)
+
+
+def test_a_full_disk_is_named(tiny_source, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DiskError, match="No space left"):
+        streamed(tiny_source, tmp_path, memory_bytes=0).encode(["a cat"])
+
+
+def test_bytes_of_the_resident_encoder_are_its_weights_and_a_batch(tiny_source):
+    def needed(dtype: torch.dtype, tokens: int) -> int:
+        return resident_text_bytes(tiny_source, dtype, layers=(10, 20, 30), tokens=tokens)
+
+    model = load_text_encoder(tiny_source, torch.float32, "cpu", **settings())._model
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert needed(torch.float32, 0) == weights
+    assert needed(torch.bfloat16, 0) == weights // 2
+    assert needed(torch.float32, 7) - weights == 7 * (4 * 128 + 6 * 64) * 4
+
+
+LAYERS, HIDDEN, INNER, PER_FILE = 30, 512, 1024, 3
+ALLOWED = 40 * 2**20
+"""Bytes of private memory, mapped weights included, that a process may have besides what its imports took."""
+
+
+@pytest.fixture(scope="module")
+def large(tiny_source, tmp_path_factory) -> Source:
+    """A text encoder of thirty layers and about 130 MiB in bf16, in files of three layers each."""
+    folder = tmp_path_factory.mktemp("large")
+    text = {**tiny_source.text_encoder.config["text_config"]}
+    text |= {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": LAYERS, "head_dim": 128}
+    keys = text["num_key_value_heads"] * 128
+    shapes = {
+        "input_layernorm": (HIDDEN,),
+        "self_attn.q_proj": (4 * 128, HIDDEN),
+        "self_attn.k_proj": (keys, HIDDEN),
+        "self_attn.v_proj": (keys, HIDDEN),
+        "self_attn.o_proj": (HIDDEN, 4 * 128),
+        "post_attention_layernorm": (HIDDEN,),
+        "mlp.gate_proj": (INNER, HIDDEN),
+        "mlp.up_proj": (INNER, HIDDEN),
+        "mlp.down_proj": (HIDDEN, INNER),
+    }
+    draws = torch.Generator().manual_seed(0)
+
+    def drawn(shape: tuple[int, ...]) -> torch.Tensor:
+        return (torch.randn(shape, generator=draws) / HIDDEN**0.5 if len(shape) == 2 else torch.ones(shape)).bfloat16()
+
+    files = [folder / "embedding.safetensors"]
+    save_file({"model.embed_tokens.weight": drawn((text["vocab_size"], HIDDEN))}, files[0])
+    for first in range(0, LAYERS, PER_FILE):
+        files.append(folder / f"layers-{first}.safetensors")
+        numbers = range(first, first + PER_FILE)
+        tensors = {f"model.layers.{n}.{name}.weight": drawn(shape) for n in numbers for name, shape in shapes.items()}
+        save_file(tensors, files[-1])
+    return dataclasses.replace(tiny_source, text_encoder=Weights(tuple(files), text))
+
+
+BOUNDED = """
+import hashlib, json, resource, sys
+from pathlib import Path
+import torch
+from simpletuner.flux2.load import load_text_encoder, stream_text_encoder
+from simpletuner.flux2.source import Source, Weights
+from simpletuner.flux2.spec import FLAVOURS
+
+mode, allowed, folder, request = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
+none = Weights((), None)
+text = Weights(tuple(map(Path, request["files"])), request["config"])
+source = Source("large", FLAVOURS["tiny"], None, none, none, text, Path(request["tokenizer"]), (10, 20, 30), 512, None)
+given = dict(layers=(10, 20, 30), max_length=512, fix_regex=False)
+# Once with a single layer, so that every library has what it takes.
+list(stream_text_encoder(source, torch.bfloat16, "cpu", **given | {"layers": (1,)}, folder=folder).encode(["a"]))
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+if allowed:
+    resource.setrlimit(resource.RLIMIT_DATA, (status("VmData:") + allowed,) * 2)
+if mode == "streamed":
+    encoder = stream_text_encoder(source, torch.bfloat16, "cpu", **given, folder=folder)
+    encoder._memory_bytes = 0
+else:
+    encoder = load_text_encoder(source, torch.bfloat16, "cpu", **given)
+digest = hashlib.sha256()
+for batch in encoder.encode_batches(request["batches"]):
+    for context in batch:
+        digest.update(context.full().view(torch.int16).numpy().data)
+print(digest.hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_weights_several_times_larger_than_the_memory(large, tmp_path):
+    """The limit holds for all that a process writes to or maps privately, and so for the files' weights too."""
+    assert sum(file.stat().st_size for file in large.text_encoder.files) > 3 * ALLOWED
+    request = {
+        "files": [str(file) for file in large.text_encoder.files],
+        "config": large.text_encoder.config,
+        "tokenizer": str(large.tokenizer),
+        "batches": [["a cat", "a dog"], ["a red square on a white background"]],
+    }
+
+    def run(mode: str, allowed: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", BOUNDED, mode, str(allowed), str(tmp_path), json.dumps(request)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    bounded = run("streamed", ALLOWED)
+    assert bounded.returncode == 0, bounded.stderr
+    free = run("resident", 0)
+    assert free.returncode == 0, free.stderr
+    assert bounded.stdout == free.stdout
+    refused = run("resident", ALLOWED)
+    assert refused.returncode != 0
+    assert "memory" in refused.stderr.lower()

@@ -1,0 +1,62 @@
+"""Which way the text encoder is held."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from simpletuner.config.options.model import ModelOptions
+from simpletuner.config.options.precision import PrecisionOptions
+from simpletuner.flux2.source import Source, locate
+from simpletuner.flux2.text import ResidentTextEncoder, TextEncoder
+from simpletuner.flux2.text_stream import StreamedTextEncoder
+from simpletuner.memory import free
+from simpletuner.train.prepare import open_text_encoder
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def source(tiny_folder: Path) -> Source:
+    return locate(ModelOptions(model_flavour="tiny", pretrained_model_name_or_path=str(tiny_folder)), report=print)
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+def opened(source: Source, said: list[str], **given: object) -> TextEncoder:
+    precision = PrecisionOptions.model_validate({"mixed_precision": "no", **given})
+    model = ModelOptions(model_flavour="tiny", tokenizer_max_length=160)
+    return open_text_encoder(model, precision, source, CPU, folder=Path(), say=said.append)
+
+
+def available(monkeypatch: pytest.MonkeyPatch, kib: int) -> None:
+    Path("meminfo").write_text(f"MemAvailable: {kib} kB\n")
+    monkeypatch.setattr(free, "MEMINFO", Path("meminfo"))
+    monkeypatch.setattr(free, "OWN_CGROUP", Path("no groups"))
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("resident", ResidentTextEncoder), ("streamed", StreamedTextEncoder)])
+def test_what_is_asked_for_is_taken_without_a_word(source: Source, said: list[str], mode: str, kind: type) -> None:
+    assert type(opened(source, said, text_encoder_mode=mode)) is kind
+    assert said == []
+
+
+def test_auto_takes_what_fits_and_says_why(source: Source, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    available(monkeypatch, kib=2**20)
+    assert type(opened(source, said)) is ResidentTextEncoder
+    available(monkeypatch, kib=2**10)
+    assert type(opened(source, said)) is StreamedTextEncoder
+    resident, streamed = said
+    needed = resident.split(" up to ")[1].split(",")[0]
+    assert resident == f"Text encoder resident: it takes up to {needed}, 1.00 GiB of memory are free."
+    start = "Text encoder streamed, one layer at a time: resident it takes up to"
+    assert streamed == f"{start} {needed}, 1.0 MiB of memory are free."
+
+
+def test_a_larger_batch_needs_more(source: Source, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    available(monkeypatch, kib=30 * 2**10)
+    assert type(opened(source, said)) is ResidentTextEncoder
+    assert type(opened(source, said, text_encoder_batch_size=1000)) is StreamedTextEncoder
