@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from simpletuner.base.errors import AccessError
 from simpletuner.base.files import sha256_file
+from simpletuner.examples import world
 from simpletuner.flux2 import tiny
 from simpletuner.flux2.spec import FLAVOURS, SYSTEM_MESSAGE
 from simpletuner.flux2.tiny import vocabulary
-from simpletuner.flux2.tiny.make import TEXT, VERSION
+from simpletuner.flux2.tiny.make import TEXT, VERSION, make_start
 from simpletuner.flux2.tiny.weights import draw, drawn
 
 # The starts of their sha256.
@@ -111,17 +113,24 @@ def test_default_folder():
     assert tiny.default_folder(Path("/y"), {}) == Path(f"/y/tiny-{VERSION}")
 
 
-def test_learnt_weights_take_the_place_of_drawn_ones(tiny_folder, tmp_path, monkeypatch):
-    learnt = load_file(tiny_folder / "transformer/diffusion_pytorch_model.safetensors")
-    learnt["proj_out.weight"] *= 0
-    (tmp_path / "learnt").mkdir()
-    save_file(learnt, tmp_path / "learnt/transformer.safetensors")
-    monkeypatch.setattr(sys.modules["simpletuner.flux2.tiny.make"], "LEARNT", tmp_path / "learnt")
-    folder = tiny.make(tmp_path / "tiny")
-    made = load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
-    assert torch.equal(made["proj_out.weight"], learnt["proj_out.weight"])
+def test_a_model_to_train_starts_with_blocks_that_do_nothing_and_knows_the_worlds_words(tiny_folder, tmp_path):
     vae = "vae/diffusion_pytorch_model.safetensors"
+    (tmp_path / "learnt").mkdir()
+    shutil.copy(tiny_folder / vae, tmp_path / "learnt/vae.safetensors")
+    folder = make_start(tmp_path / "start", 3, tmp_path / "learnt")
     assert sha256_file(folder / vae) == sha256_file(tiny_folder / vae)
+    transformer = load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
+    assert not transformer["proj_out.weight"].any()
+    assert not transformer["single_stream_modulation.linear.weight"].any()
+    assert transformer["x_embedder.weight"].std() * 128**0.5 == pytest.approx(1, rel=0.02)
+    tokenizer = vocabulary.learn(vocabulary.WORLD_SIZE, vocabulary.WORLD)
+    words = (*world.SIZES, *world.COLOURS, *world.SHAPES, *world.PLACES)
+    assert {word: len(tokenizer.encode(f" {word}").ids) for word in words} == dict.fromkeys(words, 1)
+    # The transformer that came of it takes the start's place.
+    transformer["proj_out.weight"] += 1
+    save_file(transformer, tmp_path / "learnt/transformer.safetensors")
+    trained = load_file(make_start(folder, 3, tmp_path / "learnt") / "transformer/diffusion_pytorch_model.safetensors")
+    assert torch.equal(trained["proj_out.weight"], transformer["proj_out.weight"])
 
 
 MAKE = "import sys; from pathlib import Path; from simpletuner.flux2.tiny import make; make(Path(sys.argv[1]))"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from safetensors.torch import load_file, save
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from simpletuner.base.errors import AccessError
@@ -17,14 +18,11 @@ from simpletuner.base.files import disk_full_is_reported, read_json
 from simpletuner.flux2 import tokens
 from simpletuner.flux2.spec import TINY
 from simpletuner.flux2.tiny import vocabulary
-from simpletuner.flux2.tiny.weights import TEXT_GAINS, TRANSFORMER_GAINS, VAE_GAINS, Shapes, draw, drawn
+from simpletuner.flux2.tiny.weights import START_GAINS, TEXT_GAINS, TRANSFORMER_GAINS, VAE_GAINS, Shapes, draw, drawn
 from simpletuner.flux2.transformer import Flux2Transformer
 
 VERSION = 1
 """Raised when the same seed makes another model."""
-
-LEARNT = Path(__file__).parent / "learnt"
-"""`{component}.safetensors` in here, if the package has it, is used in place of drawn weights."""
 
 STAMP = "simpletuner.json"
 
@@ -143,7 +141,13 @@ def make(folder: Path, seed: int = 0) -> Path:
         shutil.rmtree(build, ignore_errors=True)  # of a process that was killed, long ago, with this number
         try:
             build.mkdir()
-            _fill(build, seed)
+            _fill(
+                build,
+                seed,
+                tokenizer=vocabulary.learn(),
+                transformer=_transformer_tensors(TRANSFORMER_GAINS, seed),
+                vae=_autoencoder_tensors(seed),
+            )
             try:
                 build.rename(folder)
             except OSError:
@@ -151,6 +155,24 @@ def make(folder: Path, seed: int = 0) -> Path:
                 _check(folder, seed)
         finally:
             shutil.rmtree(build, ignore_errors=True)
+    return folder
+
+
+def make_start(folder: Path, seed: int, learnt: Path) -> Path:
+    """Make in `folder` a model of the small world that is still to learn, whatever is there; returns `folder`.
+
+    Its tokenizer knows the world's words. `vae.safetensors` in `learnt` is its autoencoder, and
+    `transformer.safetensors`, if that is there already, its transformer.
+    """
+    tokenizer = vocabulary.learn(vocabulary.WORLD_SIZE, vocabulary.WORLD)
+    transformer = learnt / "transformer.safetensors"
+    _fill(
+        folder,
+        seed,
+        tokenizer=tokenizer,
+        transformer=load_file(transformer) if transformer.is_file() else _transformer_tensors(START_GAINS, seed),
+        vae=load_file(learnt / "vae.safetensors"),
+    )
     return folder
 
 
@@ -176,42 +198,41 @@ def _check(folder: Path, seed: int) -> None:
         )
 
 
-def _fill(folder: Path, seed: int) -> None:
+def _fill(
+    folder: Path, seed: int, *, tokenizer: Tokenizer, transformer: dict[str, Tensor], vae: dict[str, Tensor]
+) -> None:
+    """The folder of a whole model; its text encoder is drawn."""
     _write_json(folder / "model_index.json", INDEX)
     _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
-    (folder / "tokenizer").mkdir()
-    for name, text in vocabulary.files().items():
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    for name, text in vocabulary.files(tokenizer).items():
         (folder / "tokenizer" / name).write_text(text, encoding="utf-8")
 
-    with torch.device("meta"):
-        transformer = Flux2Transformer(TINY)
     _write_json(folder / "transformer" / "config.json", TINY.to_diffusers())
-    _write_tensors(
-        folder / "transformer" / "diffusion_pytorch_model.safetensors",
-        _learnt("transformer") or draw("transformer", _shapes(transformer), TRANSFORMER_GAINS, seed),
-    )
+    _write_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors", transformer)
 
-    _write_json(folder / "text_encoder" / "config.json", TEXT_ENCODER)
-    _write_tensors(
-        folder / "text_encoder" / "model.safetensors",
-        _learnt("text_encoder") or draw("text_encoder", _text_encoder_shapes(), TEXT_GAINS, seed),
-    )
+    entries = tokenizer.get_vocab_size()
+    config = {**TEXT_ENCODER, "text_config": {**TEXT, "vocab_size": entries}}
+    _write_json(folder / "text_encoder" / "config.json", config)
+    encoder = draw("text_encoder", _text_encoder_shapes(entries), TEXT_GAINS, seed)
+    _write_tensors(folder / "text_encoder" / "model.safetensors", encoder)
 
     _write_json(folder / "vae" / "config.json", VAE)
-    _write_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors", _learnt("vae") or _autoencoder_tensors(seed))
+    _write_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors", vae)
 
     made = sorted(path for path in folder.rglob("*") if path.is_file())
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in made}
     _write_json(folder / STAMP, {"version": VERSION, "seed": seed, "files": sizes})
 
 
-def _learnt(component: str) -> dict[str, Tensor] | None:
-    path = LEARNT / f"{component}.safetensors"
-    return load_file(path) if path.is_file() else None
+def _transformer_tensors(gains: Mapping[str, float], seed: int) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        transformer = Flux2Transformer(TINY)
+    return draw("transformer", _shapes(transformer), gains, seed)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
@@ -224,14 +245,14 @@ def _shapes(module: torch.nn.Module) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def _text_encoder_shapes() -> Shapes:
+def _text_encoder_shapes(entries: int) -> Shapes:
     """Mistral-3 with its vision part, which is never run but without which the folder is no pipeline."""
     hidden, inner = TEXT["hidden_size"], TEXT["intermediate_size"]
     keys = TEXT["num_key_value_heads"] * TEXT["head_dim"]
     shapes: dict[str, tuple[int, ...]] = {
-        "language_model.model.embed_tokens.weight": (TEXT["vocab_size"], hidden),
+        "language_model.model.embed_tokens.weight": (entries, hidden),
         "language_model.model.norm.weight": (hidden,),
-        "language_model.lm_head.weight": (TEXT["vocab_size"], hidden),
+        "language_model.lm_head.weight": (entries, hidden),
     }
     for index in range(TEXT["num_hidden_layers"]):
         layer = f"language_model.model.layers.{index}"

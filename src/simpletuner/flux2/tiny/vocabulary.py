@@ -1,10 +1,12 @@
 """The embedded model's tokenizer: byte-level BPE learnt on the text below, with Mistral's special tokens."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from simpletuner.examples import world
 from simpletuner.flux2.spec import SYSTEM_MESSAGE
 
 # Mistral-Small's ids: unknown 0, start 1, end 2, [IMG] 10, padding 11, system prompt 17 and 18.
@@ -86,8 +88,17 @@ there is nothing in this image but colour, shape, size, material and position
 """
 
 
-def learn() -> Tokenizer:
-    """The tokenizer, the same every time: counts decide, and ties go to the lower pair of ids."""
+WORLD_SIZE = 1024
+"""The same of a model of the small world."""
+
+# Every word of the small world becomes one token: a random text encoder does not put pieces together.
+WORLD = [f"a {word}, {word} background" for word in (*world.SIZES, *world.COLOURS, *world.SHAPES, *world.PLACES)]
+
+
+def learn(size: int = SIZE, texts: Sequence[str] = ()) -> Tokenizer:
+    """The tokenizer, the same every time: counts decide, and ties go to the lower pair of ids. `texts` weigh as much
+    as the system message.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -98,9 +109,9 @@ def learn() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     # The system message is before every prompt: said often, it becomes short.
     tokenizer.train_from_iterator(
-        [SYSTEM_MESSAGE] * 8 + TEXT.strip().splitlines(),
+        [SYSTEM_MESSAGE, *texts] * 8 + TEXT.strip().splitlines(),
         trainers.BpeTrainer(
-            vocab_size=SIZE,
+            vocab_size=size,
             special_tokens=list(SPECIAL),
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
@@ -109,7 +120,7 @@ def learn() -> Tokenizer:
     return tokenizer
 
 
-def files() -> dict[str, str]:
+def files(tokenizer: Tokenizer) -> dict[str, str]:
     """Name and content of each file of the `tokenizer` folder."""
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -122,7 +133,7 @@ def files() -> dict[str, str]:
         "clean_up_tokenization_spaces": False,
     }
     return {
-        "tokenizer.json": learn().to_str(),
+        "tokenizer.json": tokenizer.to_str(),
         "tokenizer_config.json": json.dumps(config, indent=2),
         "chat_template.jinja": CHAT_TEMPLATE,
     }

@@ -27,6 +27,15 @@ TRANSFORMER_GAINS = {
     "norm_added_q": 2.0,
     "norm_added_k": 2.0,
 }
+# What modulates, gates and ends is zero: a transformer starts to learn best where each block does nothing yet
+# (adaLN-Zero, arXiv 2212.09748).
+START_GAINS = {
+    "embedder.linear_1": math.sqrt(2),
+    "embedder.linear_2": 1.67,
+    "modulation": 0.0,
+    "norm_out": 0.0,
+    "proj_out": 0.0,
+}
 TEXT_GAINS = {"o_proj": 0.25, "down_proj": 0.25}
 VAE_GAINS = {"conv2": 0.5, "to_out": 0.5, "decoder.conv_out": 0.5}
 

@@ -1,0 +1,395 @@
+"""Says what a picture of the small world shows, and whether that is what its caption asks for. No network in it.
+
+Seeing knows nothing of the caption: the background is a smooth surface, the thing is what stands out from it, and
+only its names are compared with the wanted ones.
+
+    python -m simpletuner.flux2.tiny.judge FOLDER
+"""
+
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from PIL import Image, ImageFilter
+
+from simpletuner.base.errors import DataError, Problem, UserError
+from simpletuner.examples.world import COLOURS, PLACES, SHAPES, SIDE, SIZES, Rgb, Scene, silhouette
+
+GRAIN = 1.0
+"""Radius in pixels of the blur before looking: grain is no thing, and no shape here has parts this thin."""
+
+STANDS_OUT = 32.0
+"""Distance in RGB levels from the background's surface. Its texture reaches 20; the least contrast, yellow on the light
+end of orange, is 55."""
+
+NOISES = 4.0
+"""A thing stands out by this many deviations of what is left of the background, too."""
+
+LEAST_AREA = 0.015
+"""Share of the picture. The smallest shape, a small star, has 0.03."""
+
+STRAY = 0.08
+"""Of the thing's area, what else may stand out: the smallest shape beside the largest has 0.12."""
+
+OVERLAP = 0.85
+"""Intersection over union with the best template."""
+
+SAME_COLOUR = 30.0
+"""CIE76 distance at which a colour is still called by its name; the two nearest, red and orange, are 52 apart."""
+
+OF_ONE_COLOUR = 0.8
+"""Share of a thing, or of the background, that must be nearest to its colour's name."""
+
+SAME_PLACE = 11.0
+"""Pixels between the thing's middle and its place: about half the way from one place to the next."""
+
+SAME_SIZE = math.sqrt(SIZES["large"] / SIZES["small"])
+"""Ratio of diameters: half the way from one size to the other."""
+
+Mask = Bool[np.ndarray, "128 128"]
+Pixels = Float[np.ndarray, "128 128 3"]
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a picture shows, each as its name; None where it shows nothing that has one."""
+
+    colour: str | None = None
+    shape: str | None = None
+    size: str | None = None
+    place: str | None = None
+    background: str | None = None
+    overlap: float = 0.0
+    """Of the thing with the template that fits best, in [0, 1], whether that is enough for a name or not."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was wanted, and what was seen instead or indeed."""
+
+    wanted: Scene
+    seen: Sight
+
+    @property
+    def colour(self) -> bool:
+        return self.seen.colour == self.wanted.colour
+
+    @property
+    def shape(self) -> bool:
+        return self.seen.shape == self.wanted.shape
+
+    @property
+    def size(self) -> bool:
+        return self.seen.size == self.wanted.size
+
+    @property
+    def place(self) -> bool:
+        return self.seen.place == self.wanted.place
+
+    @property
+    def background(self) -> bool:
+        return self.seen.background == self.wanted.background
+
+    @property
+    def right(self) -> Mapping[str, bool]:
+        """Every aspect, and those that are counted together."""
+        return {
+            "colour and shape": self.colour and self.shape,
+            "colour": self.colour,
+            "shape": self.shape,
+            "size": self.size,
+            "place": self.place,
+            "background": self.background,
+            "everything": self.colour and self.shape and self.size and self.place and self.background,
+        }
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many of `count` were right."""
+
+    right: int
+    count: int
+
+    @property
+    def value(self) -> float:
+        return self.right / self.count
+
+    @property
+    def error(self) -> float:
+        """Standard error of the share: that of a binomial with this share."""
+        return math.sqrt(self.value * (1 - self.value) / self.count)
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f} ± {100 * self.error:.1f} %"
+
+
+@dataclass(frozen=True)
+class Score:
+    """The share of right pictures for each entry of `Verdict.right`."""
+
+    shares: Mapping[str, Share]
+
+    @classmethod
+    def of(cls, verdicts: Iterable[Verdict]) -> "Score":
+        """Raises ValueError if there are none."""
+        right = [verdict.right for verdict in verdicts]
+        if not right:
+            raise ValueError("a score needs at least one verdict")
+        return cls({name: Share(sum(each[name] for each in right), len(right)) for name in right[0]})
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<18}{share}" for name, share in self.shares.items())
+
+
+def judge(picture: Image.Image, scene: Scene) -> Verdict:
+    """Whether `picture` shows `scene`. Sizes other than 128x128 are scaled to it first."""
+    return Verdict(scene, see(picture))
+
+
+def see(picture: Image.Image) -> Sight:
+    """What `picture` shows, as far as it is one thing on one background."""
+    pixels = levels(picture)
+    surface, noise = _background(pixels)
+    lab = to_lab(pixels)
+    stands_out = _distance(pixels, surface) > max(STANDS_OUT, NOISES * noise)
+    parts = _parts(stands_out)
+    if not parts or parts[0].sum() < LEAST_AREA * SIDE**2:
+        return Sight(background=_colour(lab, ~_grown(stands_out)))
+    # The edge of a blurred thing lies halfway between its colour and the background's, wherever the threshold fell.
+    inside = np.median(pixels[_core(parts[0])], axis=0)
+    halfway = _distance(pixels, inside) < _distance(pixels, surface)
+    thing = _parts(halfway & _grown(parts[0]))[0]
+    background = _colour(lab, ~_grown(stands_out | thing))
+    if (stands_out & ~_grown(thing)).sum() > STRAY * thing.sum():
+        return Sight(background=background)
+    fit = _fit(thing)
+    return Sight(
+        colour=_colour(lab, _core(thing)),
+        shape=fit.shape if fit.overlap >= OVERLAP else None,
+        size=_nearest({name: abs(math.log(fit.diameter / size)) for name, size in SIZES.items()}, math.log(SAME_SIZE)),
+        place=_nearest(
+            {name: math.dist((fit.x, fit.y), (x * SIDE, y * SIDE)) for name, (x, y) in PLACES.items()}, SAME_PLACE
+        ),
+        background=background,
+        overlap=fit.overlap,
+    )
+
+
+def levels(picture: Image.Image) -> Pixels:
+    """Its levels in [0, 255], at 128x128 and without the grain."""
+    picture = picture.convert("RGB")
+    if picture.size != (SIDE, SIDE):
+        picture = picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return np.asarray(picture.filter(ImageFilter.GaussianBlur(GRAIN)), dtype=np.float64)
+
+
+def to_lab(rgb: Float[np.ndarray, "*any 3"]) -> Float[np.ndarray, "*any 3"]:
+    """sRGB levels in [0, 255] to CIE L*a*b* under D65 (IEC 61966-2-1 and CIE 15)."""
+    share = rgb / 255
+    light = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+    xyz = light @ _TO_XYZ.T / _TO_XYZ.sum(axis=1)
+    root = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz * (29 / 6) ** 2 / 3 + 4 / 29)
+    x, y, z = root[..., 0], root[..., 1], root[..., 2]
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
+
+
+_TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+
+def named_as(lab: Float[np.ndarray, "*any 3"], colours: Iterable[Rgb]) -> Int[np.ndarray, "*any"]:
+    """The index of the nearest of `colours`."""
+    known = to_lab(np.array(list(colours), dtype=np.float64))
+    nearest: Int[np.ndarray, "*any"] = np.argmin(np.stack([_distance(lab, one) for one in known], axis=-1), axis=-1)
+    return nearest
+
+
+def _distance(one: Float[np.ndarray, "*any 3"], other: Float[np.ndarray, "..."]) -> Float[np.ndarray, "*any"]:
+    distance: Float[np.ndarray, "*any"] = np.sqrt(np.square(one - other).sum(axis=-1))
+    return distance
+
+
+def _nearest(distances: Mapping[str, float], most: float) -> str | None:
+    name, distance = min(distances.items(), key=lambda entry: entry[1])
+    return name if distance <= most else None
+
+
+def _colour(lab: Pixels, mask: Mask) -> str | None:
+    """The one colour of the pixels in `mask`."""
+    if not mask.any():
+        return None
+    found = lab[mask]
+    middle = np.median(found, axis=0)
+    known = to_lab(np.array(list(COLOURS.values()), dtype=np.float64))
+    name = _nearest(dict(zip(COLOURS, _distance(known, middle).tolist(), strict=True)), SAME_COLOUR)
+    if name is None or (named_as(found, COLOURS.values()) == list(COLOURS).index(name)).mean() < OF_ONE_COLOUR:
+        return None
+    return name
+
+
+def _background(pixels: Pixels) -> tuple[Pixels, float]:
+    """A quadratic surface through the background, and the deviation in RGB levels of what it leaves.
+
+    It starts from the picture's rim, where there is little of a shape, and leaves out what stands out from it.
+    """
+    y, x = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j]
+    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)
+    rim = np.maximum(abs(x), abs(y)) > 0.92
+    surface, noise, kept = pixels, 0.0, rim
+    for among in (rim,) * 3 + (np.ones_like(rim),) * 3:
+        weights, *_ = np.linalg.lstsq(terms[kept], pixels[kept], rcond=None)
+        surface = terms @ weights
+        distance = _distance(pixels, surface)
+        noise = float(np.median(distance[among]))
+        kept = among & (distance < max(STANDS_OUT, NOISES * noise))
+    return surface, noise
+
+
+def _parts(mask: Mask) -> list[Mask]:
+    """What hangs together in `mask` by edges, largest first."""
+    # Every pixel takes the highest number in its part, by neighbours and by what those point to.
+    names = np.where(mask, np.arange(1, SIDE**2 + 1).reshape(SIDE, SIDE), 0)
+    while True:
+        spread = names.copy()
+        for here, there in _NEIGHBOURS:
+            spread[here] = np.maximum(spread[here], names[there])
+        spread = np.where(mask, np.concatenate([[0], spread.ravel()])[spread], 0)
+        if (spread == names).all():
+            break
+        names = spread
+    found, counts = np.unique(names[mask], return_counts=True)
+    return [names == found[index] for index in np.argsort(-counts, kind="stable")]
+
+
+_NEIGHBOURS = (
+    (np.s_[1:, :], np.s_[:-1, :]),
+    (np.s_[:-1, :], np.s_[1:, :]),
+    (np.s_[:, 1:], np.s_[:, :-1]),
+    (np.s_[:, :-1], np.s_[:, 1:]),
+)
+
+
+def _grown(mask: Mask, by: int = 3) -> Mask:
+    for _ in range(by):
+        grown = mask.copy()
+        for here, there in _NEIGHBOURS:
+            grown[here] |= mask[there]
+        mask = grown
+    return mask
+
+
+def _core(mask: Mask) -> Mask:
+    """Without its edge of two pixels, where colours mix; as it is where nothing else is left."""
+    core = ~_grown(~mask, 2)
+    return core if core.any() else mask
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """A template, its middle and diameter in pixels, and its intersection over union with the thing."""
+
+    shape: str
+    x: float
+    y: float
+    diameter: float
+    overlap: float
+
+
+def _fit(thing: Mask) -> _Fit:
+    """The best, near to the place and size that give a template the thing's middle and area."""
+    rows, columns = np.nonzero(thing)
+    x, y = float(columns.mean()) + 0.5, float(rows.mean()) + 0.5
+    start = [_fitted(thing, shape, x, y, math.sqrt(len(rows) / _template(shape).mean()) * _SHARE) for shape in SHAPES]
+    likely = sorted(start, key=lambda fit: fit.overlap)[-_LIKELY:]
+    return max((_refined(thing, fit) for fit in likely), key=lambda fit: fit.overlap)
+
+
+def _refined(thing: Mask, best: _Fit) -> _Fit:
+    for step in (2.0, 1.0, 0.5):
+        while True:
+            tried = [
+                _fitted(thing, best.shape, best.x + dx * step, best.y + dy * step, best.diameter + dd * step)
+                for dx, dy, dd in _STEPS
+            ]
+            better = max(tried, key=lambda fit: fit.overlap)
+            if better.overlap <= best.overlap:
+                break
+            best = better
+    return best
+
+
+_LIKELY = 3
+"""Of the templates, how many are moved about: the right one is never further behind at the start."""
+
+_STEPS = ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1), (0, 1, 1), (0, -1, 1))
+_DIAMETER = 120.0
+"""Of the templates, which are looked up, not drawn, at other sizes."""
+
+_SHARE = _DIAMETER / SIDE
+
+
+@lru_cache(maxsize=len(SHAPES))
+def _template(shape: str) -> Mask:
+    return np.asarray(silhouette(shape, (SIDE / 2, SIDE / 2), _DIAMETER)) > 127
+
+
+def _fitted(thing: Mask, shape: str, x: float, y: float, diameter: float) -> _Fit:
+    middles = np.arange(SIDE) + 0.5
+    scale = _DIAMETER / max(diameter, 1.0)
+    # Beyond the template's rim there is nothing, as on it.
+    rows = np.clip(np.floor((middles - y) * scale + SIDE / 2), 0, SIDE - 1).astype(np.intp)
+    columns = np.clip(np.floor((middles - x) * scale + SIDE / 2), 0, SIDE - 1).astype(np.intp)
+    there = _template(shape)[np.ix_(rows, columns)]
+    both = int((thing & there).sum())
+    return _Fit(shape, x, y, diameter, both / (int(thing.sum()) + int(there.sum()) - both))
+
+
+def judged(folder: Path) -> list[Verdict]:
+    """The verdicts on all pictures in `folder`, each by the caption in the .txt file beside it, in order of name.
+
+    Raises:
+        DataError: no pictures, or captions that are missing or name no scene; all of them together.
+    """
+    verdicts: list[Verdict] = []
+    problems: list[Problem] = []
+    paths = sorted(folder.glob("*.png"))
+    for path in paths:
+        beside = path.with_suffix(".txt")
+        if not beside.is_file():
+            problems.append(Problem(f"{path} has no caption", f"one in {beside.name}"))
+            continue
+        try:
+            scene = Scene.of(beside.read_text(encoding="utf-8"))
+        except ValueError as error:
+            problems.append(Problem(f"{beside}: {error}", "a caption of the small world"))
+            continue
+        with Image.open(path) as picture:
+            verdicts.append(judge(picture, scene))
+    if not paths:
+        problems.append(Problem(f"{folder} has no pictures", "PNG files with a caption in a .txt file each"))
+    DataError.raise_if(problems)
+    return verdicts
+
+
+def main(arguments: list[str]) -> int:
+    """Print the score of a folder. Returns the exit code."""
+    if len(arguments) != 1:
+        print("usage: python -m simpletuner.flux2.tiny.judge FOLDER", file=sys.stderr)
+        return 2
+    try:
+        verdicts = judged(Path(arguments[0]))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print(f"right, of {len(verdicts)} pictures:")
+    print(Score.of(verdicts))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,58 @@
+import random
+from dataclasses import replace
+
+import pytest
+from PIL import Image, ImageFilter
+
+from simpletuner.examples import world
+from simpletuner.flux2.tiny.judge import Score, judge
+
+CHANCE = random.Random(7)
+SCENES = CHANCE.sample(list(world.scenes()), 120)
+PICTURES = [world.draw(scene, CHANCE) for scene in SCENES]
+
+
+def score(pictures: list[Image.Image]) -> Score:
+    return Score.of(judge(picture, scene) for picture, scene in zip(pictures, SCENES, strict=True))
+
+
+def test_what_was_drawn_is_right_in_everything():
+    assert score(PICTURES).shares["everything"].value >= 0.99
+
+
+def test_what_was_drawn_is_still_right_when_it_is_blurred():
+    assert (
+        score([picture.filter(ImageFilter.GaussianBlur(1.5)) for picture in PICTURES]).shares["everything"].value
+        >= 0.97
+    )
+
+
+@pytest.mark.parametrize("aspect", ["colour", "shape", "size", "place"])
+def test_one_wrong_word_is_found_and_no_other(aspect):
+    others = {"colour": world.COLOURS, "shape": world.SHAPES, "size": world.SIZES, "place": world.PLACES}[aspect]
+    for scene, picture in list(zip(SCENES, PICTURES, strict=True))[:20]:
+        other = next(each for each in others if each not in (getattr(scene, aspect), scene.background))
+        right = judge(picture, replace(scene, **{aspect: other})).right
+        named = ("colour", "shape", "size", "place", "background")
+        assert {name for name in named if not right[name]} == {aspect}
+
+
+def test_no_thing_half_a_thing_and_two_things_are_not_right():
+    scene = world.Scene("large", "red", "circle", "blue", "middle")
+    chance = random.Random(1)
+    empty = world.background(world.COLOURS["blue"], chance)
+    assert not judge(empty, scene).right["colour and shape"]
+    drawn = world.draw(scene, chance)
+    half = drawn.copy()
+    half.paste(empty.crop((64, 0, 128, 128)), (64, 0))
+    assert not judge(half, scene).right["colour and shape"]
+    two = drawn.copy()
+    two.paste(Image.new("RGB", (24, 24), world.COLOURS["yellow"]), (4, 4))
+    assert not judge(two, scene).right["colour and shape"]
+
+
+def test_a_score_has_a_standard_error():
+    shares = score(PICTURES[:120]).shares
+    assert str(shares["colour"]).endswith("%")
+    with pytest.raises(ValueError, match="at least one"):
+        Score.of([])
