@@ -20,6 +20,9 @@ from simpletuner.flux2.tread import Choice, Routing
 
 _FP16_LIMIT = 65504.0
 
+PLAIN_TOKENS = 256
+"""Up to here attention on a CPU is two plain products: torch's flash kernel takes twice as long (docs/log.md)."""
+
 
 def sinusoid(value: Float[Tensor, " b"], width: int, max_period: float = 10_000.0) -> Float[Tensor, "b width"]:
     """Cosines, then sines, of `value` at `width / 2` frequencies from 1 down to 1/max_period. fp32."""
@@ -37,7 +40,18 @@ def attend(
     """Full attention among all tokens: the reference masks nothing, padding included."""
     query, key = rotate(query, angles), rotate(key, angles)
     query, key, value = (rearrange(x, "b n heads d -> b heads n d") for x in (query, key, value))
-    return rearrange(F.scaled_dot_product_attention(query, key, value), "b heads n d -> b n (heads d)")
+    is_short = query.device.type == "cpu" and query.shape[-2] <= PLAIN_TOKENS
+    attention = plain_attention if is_short else F.scaled_dot_product_attention
+    return rearrange(attention(query, key, value), "b heads n d -> b n (heads d)")
+
+
+def plain_attention(
+    query: Float[Tensor, "b heads n d"], key: Float[Tensor, "b heads n d"], value: Float[Tensor, "b heads n d"]
+) -> Float[Tensor, "b heads n d"]:
+    """Softmax attention, its table of n x n weights written out."""
+    scores = query @ (key * key.shape[-1] ** -0.5).transpose(-1, -2)
+    out: Tensor = scores.softmax(dim=-1) @ value
+    return out
 
 
 def modulated(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Tensor:
@@ -107,6 +121,16 @@ class FeedForward(nn.Module):
         return out
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMS norm of each head's queries or keys, its weight in the type of what it weighs: under autocast that is another
+    than the weight's own, and torch has no fused way for two types.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Tensor = self.weight
+        return F.rms_norm(x, list(self.normalized_shape), weight.to(x.dtype), self.eps)
+
+
 class JointAttention(nn.Module):
     """Text and image tokens attend to each other; each stream has projections of its own."""
 
@@ -122,10 +146,10 @@ class JointAttention(nn.Module):
         self.add_k_proj = nn.Linear(hidden, hidden, bias=False)
         self.add_v_proj = nn.Linear(hidden, hidden, bias=False)
         self.to_add_out = nn.Linear(hidden, hidden, bias=False)
-        self.norm_q = nn.RMSNorm(self.head_dim, eps=spec.eps)
-        self.norm_k = nn.RMSNorm(self.head_dim, eps=spec.eps)
-        self.norm_added_q = nn.RMSNorm(self.head_dim, eps=spec.eps)
-        self.norm_added_k = nn.RMSNorm(self.head_dim, eps=spec.eps)
+        self.norm_q = HeadNorm(self.head_dim, eps=spec.eps)
+        self.norm_k = HeadNorm(self.head_dim, eps=spec.eps)
+        self.norm_added_q = HeadNorm(self.head_dim, eps=spec.eps)
+        self.norm_added_k = HeadNorm(self.head_dim, eps=spec.eps)
 
     def forward(self, text: Tensor, image: Tensor, angles: Rotary) -> tuple[Tensor, Tensor]:
         def heads(x: Tensor) -> Tensor:
@@ -187,8 +211,8 @@ class ParallelAttention(nn.Module):
         self.widths = [3 * spec.hidden, 2 * spec.mlp_hidden]
         self.to_qkv_mlp_proj = nn.Linear(spec.hidden, sum(self.widths), bias=False)
         self.to_out = nn.Linear(spec.hidden + spec.mlp_hidden, spec.hidden, bias=False)
-        self.norm_q = nn.RMSNorm(self.head_dim, eps=spec.eps)
-        self.norm_k = nn.RMSNorm(self.head_dim, eps=spec.eps)
+        self.norm_q = HeadNorm(self.head_dim, eps=spec.eps)
+        self.norm_k = HeadNorm(self.head_dim, eps=spec.eps)
 
     def forward(self, x: Tensor, angles: Rotary) -> Tensor:
         qkv, mlp = self.to_qkv_mlp_proj(x).split(self.widths, dim=-1)
