@@ -29,6 +29,20 @@ def test_killed_at_any_moment_and_started_again_it_ends_the_same(
     assert not list(workplace.run().checkpoints.glob(".tmp-*"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["text:3", "text:6"])
+def test_a_streamed_text_encoder_ends_the_same_killed_or_not(
+    workplace: Workplace, same_bytes: Callable[[Workplace], None], moment: str
+) -> None:
+    """Also where the next start holds it otherwise: how it is held is no part of a run."""
+    killed = workplace.train_apart("--text_encoder_mode=streamed", kill_at=moment)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not list((workplace.folder / "cache" / "text").rglob("*.safetensors")), "one portion, not yet finished"
+    assert workplace.train("--text_encoder_mode=streamed", "--max_train_steps=1") == 0
+    assert workplace.train("--text_encoder_mode=resident") == 0
+    same_bytes(workplace)
+
+
 def test_more_steps_go_on_from_the_end(workplace: Workplace, same_bytes: Callable[[Workplace], None]) -> None:
     assert workplace.train("--max_train_steps=1") == 0
     assert workplace.train("--max_train_steps=3") == 0

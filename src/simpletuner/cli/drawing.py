@@ -4,6 +4,7 @@ import io
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -19,10 +20,10 @@ from simpletuner.cli.sample import SampleConfig, Wanted
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.export import LoadedLora, attach_saved, read_lora
 from simpletuner.flux2.generate import generate
-from simpletuner.flux2.load import load_autoencoder, load_text_encoder, load_transformer
+from simpletuner.flux2.load import load_autoencoder, load_transformer
 from simpletuner.flux2.source import Source, locate
 from simpletuner.flux2.transformer import Flux2Transformer
-from simpletuner.train.prepare import DTYPES, free_memory
+from simpletuner.train.prepare import DTYPES, free_memory, open_text_encoder
 
 _NAME_LENGTH = 40
 
@@ -118,18 +119,13 @@ class _Drawing:
     def contexts(self) -> list[Float[Tensor, "1 l d"]]:
         """The context of each prompt, then, where there is real guidance, of the negative one. Each is encoded by
         itself, so it does not depend on what else is asked for."""
-        encoder = load_text_encoder(
-            self.source,
-            self.dtype,
-            self.device,
-            layers=self.source.text_layers,
-            max_length=self.config.tokenizer_max_length,
-            fix_regex=self.config.tokenizer_fix_regex,
-        )
+        folder = Path(tempfile.gettempdir())
+        encoder = open_text_encoder(self.config, self.config, self.source, self.device, folder=folder, say=_say)
         prompts = [*self.config.prompt, *([self.config.negative] if self.config.guidance_real != 1.0 else [])]
-        contexts = [encoder.encode([prompt])[0].full()[None].to(self.device) for prompt in prompts]
+        encoded = encoder.encode_batches([[prompt] for prompt in prompts])
+        contexts = [context.full()[None].to(self.device) for batch in encoded for context in batch]
         for prompt in encoder.truncated:
-            _say(f"Longer than {self.config.tokenizer_max_length} tokens, and shortened: {prompt[:60]}…")
+            _say(f"Longer than {self.source.text_length} tokens, and shortened: {prompt[:60]}…")
         del encoder
         free_memory(self.device)
         return contexts

@@ -10,8 +10,8 @@ from simpletuner import __version__
 from simpletuner.base.errors import ConfigError, UserError
 
 COMMANDS = {
-    "train": "train a LoRA with the configuration found here, or the one that is named",
-    "sample": "make pictures with saved LoRAs",
+    "train": "train with the configuration found here, or the one that is named",
+    "sample": "make pictures with what was trained",
     "dataset": "scan, show or cache the pictures before a run",
     "config": "check or show the configuration without training",
     "plan": "show where on the path a configuration trains; the memory plan is not built yet",

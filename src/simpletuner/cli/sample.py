@@ -22,7 +22,8 @@ from simpletuner.config.values import kinds, shown
 from simpletuner.runs.layout import RunDirectory
 
 USAGE = """simpletuner sample --lora FILE[:STRENGTH] --prompt TEXT [--option value ...]
-       simpletuner sample --run FOLDER --prompt TEXT [--option value ...]"""
+       simpletuner sample --run FOLDER --prompt TEXT [--option value ...]
+       simpletuner sample --pretrained_model_name_or_path FOLDER --prompt TEXT [--option value ...]"""
 
 Side = Annotated[int, Ge(ALIGNMENT), MultipleOf(ALIGNMENT), Says(f"a multiple of {ALIGNMENT} pixels")]
 
@@ -38,8 +39,8 @@ class SampleOptions(Slice):
     other than 1. Given several times, they add up. Without any, the base model draws."""
 
     run: PathText | None = None
-    """The folder of a run: its model, its finished LoRA (unless `lora` names others) and the settings of its
-    validation pictures."""
+    """The folder of a run: its model and its finished LoRA (unless `lora` names others), or the model that it
+    finished, and the settings of its validation pictures."""
 
     width: Side = 1024
     """Width in pixels."""
@@ -142,6 +143,8 @@ def read_request(arguments: Sequence[str], environ: Mapping[str, str]) -> Sample
     for path, label in _config_files(given, flags.selectors, problems):
         try:
             files |= _from_config(path, label)
+            if path == _config_of_run(given):
+                files |= _finished_model(path.parent, files)
         except ConfigError as error:
             problems += error.problems
     if "model_flavour" in given:  # which wins over paths of lower precedence, as in `train`
@@ -176,16 +179,31 @@ def _config_files(
 ) -> list[tuple[Path, str]]:
     """The configs to read and what messages call them, the one that wins last."""
     found = []
-    if "run" in given and isinstance(given["run"].value, str):
-        folder = given["run"].value
-        path = RunDirectory(Path(folder).expanduser()).config
-        if path.is_file():
-            found.append((path, str(path)))
-        else:
-            problems.append(Problem(f"--run {folder}: no config.json there", "the folder of a run"))
+    path = _config_of_run(given)
+    if path is not None and path.is_file():
+        found.append((path, str(path)))
+    elif path is not None:
+        problems.append(Problem(f"--run {given['run'].value}: no config.json there", "the folder of a run"))
     if "config" in selectors:
         found.append((Path(selectors["config"]).expanduser(), f"--config {selectors['config']}"))
     return found
+
+
+def _config_of_run(given: Mapping[str, Given]) -> Path | None:
+    if "run" not in given or not isinstance(given["run"].value, str):
+        return None
+    return RunDirectory(Path(given["run"].value).expanduser()).config
+
+
+def _finished_model(folder: Path, config: Mapping[str, Given]) -> dict[str, Given]:
+    """Where a full run left its model: a whole pipeline, or, where that could not be made, the transformer alone."""
+    if "model_type" not in config or config["model_type"].value != "full":
+        return {}
+    model = RunDirectory(folder).model
+    key, place = "pretrained_model_name_or_path", model
+    if not (model / "model_index.json").is_file():
+        key, place = "pretrained_transformer_model_name_or_path", model / "transformer"
+    return {key: Given(str(place), "file", key)}
 
 
 def _from_config(path: Path, label: str) -> dict[str, Given]:
@@ -228,10 +246,10 @@ def _filled_paths(checked: Checked, environ: Mapping[str, str]) -> dict[str, Any
 
 
 def wanted_loras(config: SampleConfig) -> list[Wanted]:
-    """The files that `config` names, or its run's.
+    """The LoRAs that `config` names, or its run's.
 
     Raises:
-        ConfigError: a file that is not there.
+        ConfigError: a file that is not there, or a run that is not finished.
     """
     wanted = [_with_strength(text) for text in config.lora]
     problems = [
@@ -239,15 +257,27 @@ def wanted_loras(config: SampleConfig) -> list[Wanted]:
         for lora in wanted
         if not lora.path.exists()
     ]
-    if config.run is not None and not wanted:
+    if config.run is not None:
         directory = RunDirectory(Path(config.run))
-        wanted = [Wanted(directory.lora, 1.0)]
-        if not directory.lora.exists():
-            checkpoints = sorted(directory.checkpoints.glob("step-*"))
-            remedy = f"Give --lora {checkpoints[-1]}." if checkpoints else "It has no checkpoint either."
-            problems.append(Problem(f"--run {config.run} has no finished LoRA", remedy=remedy))
+        if config.model_type == "lora" and not wanted:
+            wanted = [Wanted(directory.lora, 1.0)]
+            problems += _unfinished(directory, directory.lora, "LoRA", "--lora {}")
+        if config.model_type == "full" and config.pretrained_transformer_model_name_or_path == str(
+            directory.model / "transformer"
+        ):
+            place = "--pretrained_transformer_model_name_or_path {}/transformer"
+            problems += _unfinished(directory, directory.model, "model", place)
     ConfigError.raise_if(problems)
     return wanted
+
+
+def _unfinished(directory: RunDirectory, result: Path, noun: str, remedy: str) -> list[Problem]:
+    """The problem of a run that has not got to its end; `remedy` names what a checkpoint is given as."""
+    if result.exists():
+        return []
+    checkpoints = sorted(directory.checkpoints.glob("step-*"))
+    text = f"Give {remedy.format(checkpoints[-1])}." if checkpoints else "It has no checkpoint either."
+    return [Problem(f"--run {directory.root} has no finished {noun}", remedy=text)]
 
 
 def _with_strength(text: str) -> Wanted:

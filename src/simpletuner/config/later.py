@@ -18,7 +18,6 @@ class Later:
     """Values that ask for nothing, and so are accepted."""
 
 
-_FULL = "full fine-tuning"
 _KLEIN = "the klein flavours"
 _OTHER_ADAPTERS = "DoRA, LoKr and LoHa adapters"
 _CONVERTED_STARTS = "initialisations that change the base"
@@ -54,7 +53,6 @@ OPTIONS: dict[str, Later] = {
     "group_offload_text_encoder": Later(_OFFLOAD, (False,)),
     "group_offload_vae": Later(_OFFLOAD, (False,)),
     "group_offload_to_disk_path": Later(_OFFLOAD),
-    "text_encoder_mode": Later("a text encoder streamed layer by layer", ("auto", "resident")),
     "push_to_hub": Later(_HUB, (False,)),
     "push_checkpoints_to_hub": Later(_HUB, (False,)),
     "hub_model_id": Later(_HUB),
@@ -91,7 +89,6 @@ _PRECISIONS = dict.fromkeys(
 
 OPTION_VALUES: dict[str, dict[str, str]] = {
     "model_flavour": {"klein-9b": _KLEIN, "klein-4b": _KLEIN},
-    "model_type": {"full": _FULL},
     "lora_type": dict.fromkeys(("dora", "lokr", "loha"), _OTHER_ADAPTERS),
     "lora_init_type": dict.fromkeys(("pissa", "olora", "loftq"), _CONVERTED_STARTS),
     "lora_format": dict.fromkeys(("comfyui", "bfl", "kohya"), _FORMATS),

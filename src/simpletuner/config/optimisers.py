@@ -35,6 +35,10 @@ class Optimiser:
     """Its betas where the options do not say."""
     arguments: tuple[str, ...] | None = None
     """What `optimizer_config` may hold; None for what is only known once the library is loaded."""
+    state_bytes: float = 8
+    """About what it keeps for each trained number."""
+    rounds_by_chance: bool = False
+    """Whether it can step on bf16 weights without losing the steps that are smaller than their spacing."""
 
     @property
     def is_installed(self) -> bool:
@@ -43,10 +47,14 @@ class Optimiser:
 
 OPTIMISERS: dict[str, Optimiser] = {
     "adamw": Optimiser("torch", "AdamW", ADAM, arguments=("amsgrad", "foreach", "fused")),
-    "adamw_bf16": Optimiser(OURS, "AdamWBf16", ADAM, arguments=()),
-    "adamw8bit": Optimiser("bitsandbytes", "AdamW8bit", ADAM, arguments=("min_8bit_size",)),
+    "adamw_bf16": Optimiser(OURS, "AdamWBf16", ADAM, arguments=(), state_bytes=4, rounds_by_chance=True),
+    "adamw8bit": Optimiser("bitsandbytes", "AdamW8bit", ADAM, arguments=("min_8bit_size",), state_bytes=2.1),
     "adafactor": Optimiser(
-        "torch", "Adafactor", ("adam_weight_decay",), arguments=("beta2_decay", "d", "eps", "foreach")
+        "torch",
+        "Adafactor",
+        ("adam_weight_decay",),
+        arguments=("beta2_decay", "d", "eps", "foreach"),
+        state_bytes=0.3,
     ),
     "lion": Optimiser(
         "pytorch_optimizer",
@@ -54,6 +62,7 @@ OPTIMISERS: dict[str, Optimiser] = {
         ("optimizer_beta1", "optimizer_beta2", "adam_weight_decay"),
         betas=(0.9, 0.99),
         arguments=("foreach",),
+        state_bytes=4,
     ),
     "prodigy": Optimiser(
         "prodigyopt",
@@ -62,6 +71,7 @@ OPTIMISERS: dict[str, Optimiser] = {
         arguments=(
             "beta3", "d0", "d_coef", "decouple", "growth_rate", "safeguard_warmup", "slice_p", "use_bias_correction",
         ),
+        state_bytes=14,
     ),
     "adamw_schedulefree": Optimiser(
         "schedulefree", "AdamWScheduleFree", ADAM, arguments=("foreach", "r", "weight_lr_power")
@@ -72,12 +82,14 @@ OPTIMISERS: dict[str, Optimiser] = {
         ("optimizer_beta1", "optimizer_beta2", "adam_weight_decay"),
         betas=(0.9, 0.999, 0.9999),
         arguments=("ams_bound", "clip_threshold", "eps1", "eps2", "foreach"),
+        state_bytes=4.5,
     ),
     "muon": Optimiser(
         "torch",
         "Muon",
         ("adam_weight_decay",),
         arguments=("adjust_lr_fn", "eps", "momentum", "nesterov", "ns_coefficients", "ns_steps"),
+        state_bytes=4,
     ),
 }  # fmt: skip
 

@@ -9,6 +9,7 @@ from simpletuner.config.datasets import Datasets
 from simpletuner.config.given import Checked, Given, Known, check
 from simpletuner.config.optimisers import ADAM, optimiser
 from simpletuner.config.options.checkpoint import LATEST
+from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.options.rollout import RolloutOptions
 from simpletuner.config.options.tread import TreadRoute
 from simpletuner.config.run import RunConfig
@@ -81,7 +82,7 @@ def _optimiser(config: RunConfig) -> Iterator[Finding]:
     if not known.is_installed:
         found = f"optimizer = {shown(name)}: {known.library} is not installed"
         yield ("optimizer",), Problem(found, remedy="pip install -e '.[optimizers]'")
-    if name == "prodigy" and config.lora_plus_ratio != 1:
+    if name == "prodigy" and config.lora_plus_ratio != 1 and config.model_type == "lora":
         keys = ("lora_plus_ratio", "optimizer")
         found = f"lora_plus_ratio = {config.lora_plus_ratio:g} with prodigy, which finds one rate for all"
         yield keys, Problem(found, "1, or another optimizer")
@@ -99,7 +100,10 @@ def _optimiser(config: RunConfig) -> Iterator[Finding]:
 def _paths(config: RunConfig) -> Iterator[Finding]:
     if Path(config.output_dir).is_file():
         yield ("output_dir",), Problem(f"output_dir = {shown(config.output_dir)}: this is a file", "a folder")
-    if config.init_lora is not None and not Path(config.init_lora).is_file():
+    if config.init_lora is not None and config.model_type == "full":
+        found = "init_lora with model_type = full, which trains no adapter"
+        yield ("init_lora", "model_type"), Problem(found, remedy="Take one of the two out.")
+    elif config.init_lora is not None and not Path(config.init_lora).is_file():
         yield ("init_lora",), Problem(f"init_lora = {shown(config.init_lora)}: no such file")
     resume = config.resume_from_checkpoint
     if resume not in ("", LATEST) and not Path(resume).is_dir():
@@ -151,7 +155,7 @@ def notices(config: RunConfig, datasets: Datasets | None, given: Collection[str]
             if has_no_effect and key in given:
                 yield f"{key} has no effect: {reason}."
     scale = config.alpha / config.lora_rank
-    if scale <= 1 / 8:
+    if scale <= 1 / 8 and config.model_type == "lora":
         yield (
             f"lora_alpha = {config.alpha:g} at rank {config.lora_rank} scales the adapter by {scale:.3g}: "
             "it may learn too little to see. Without lora_alpha the scale is 1."
@@ -162,6 +166,11 @@ def notices(config: RunConfig, datasets: Datasets | None, given: Collection[str]
                 f"selection_ratio = {route.selection_ratio:g} is the share of image tokens that is kept. Where others "
                 f"mean the share that is left out, this is {1 - route.selection_ratio:g}."
             )
+    if config.model_type == "full" and "learning_rate" not in given and config.optimizer != "prodigy":
+        yield (
+            f"learning_rate is {config.learning_rate:g}, which suits a LoRA: a whole model is mostly trained at "
+            "1e-6 to 5e-5."
+        )
     if config.rate_scale != 1:
         yield (
             f"learning_rate {config.learning_rate:g} × {config.rate_scale:.4g} by the effective batch of "
@@ -224,11 +233,15 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
     place = config.pretrained_model_name_or_path
     is_local = config.model_flavour == "tiny" if place is None else Path(place).exists()
     yield ("revision", "variant"), is_local, "the model does not come from the Hub"
-    has_targets = config.peft_lora_target_modules is not None
-    yield ("flux_lora_target",), has_targets, "peft_lora_target_modules is given, and wins"
-    starts_from_file = config.init_lora is not None
-    from_file = ("lora_rank", "lora_alpha", "lora_init_type")
-    yield from_file, starts_from_file, "init_lora is given, and its file decides"
+    if config.model_type == "full":
+        yield tuple(LoraOptions.model_fields), True, "model_type is full, and trains no adapter"
+    else:
+        yield ("model_save_dtype",), True, "model_type is lora; lora_save_dtype is its own"
+        has_targets = config.peft_lora_target_modules is not None
+        yield ("flux_lora_target",), has_targets, "peft_lora_target_modules is given, and wins"
+        starts_from_file = config.init_lora is not None
+        from_file = ("lora_rank", "lora_alpha", "lora_init_type")
+        yield from_file, starts_from_file, "init_lora is given, and its file decides"
 
     pictures = (
         "validation_prompt",

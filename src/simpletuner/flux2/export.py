@@ -63,16 +63,13 @@ def save_lora(path: Path, adapter: Adapter, *, metadata: Mapping[str, str], dtyp
     Raises:
         DiskError: no space, or the file reads back differently.
     """
-    unknown = metadata.keys() - HEADER_FIELDS
-    if unknown:
-        raise ValueError(f"not in HEADER_FIELDS: {', '.join(sorted(unknown))}")
+    own = header_of(metadata)
     tensors = {key: tensor.to(dtype) for key, tensor in adapter.expanded().items()}
     header = {
-        "format": "pt",
+        **own,
         _ADAPTER_METADATA: json.dumps(_adapter_metadata(adapter), sort_keys=True),
         "simpletuner.alpha": repr(adapter.alpha),
         "simpletuner.target": adapter.target,
-        **{f"simpletuner.{field}": value for field, value in metadata.items()},
     }
     write_atomic(path, with_sorted_metadata(save(tensors, header)))
     found = load_file(path)
@@ -82,6 +79,14 @@ def save_lora(path: Path, adapter: Adapter, *, metadata: Mapping[str, str], dtyp
             f"{path} reads back differently from what was written ({len(damaged)} tensors)",
             remedy="Check the disk, then save again.",
         )
+
+
+def header_of(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What every file of ours says about itself; `metadata` are fields of `HEADER_FIELDS`."""
+    unknown = metadata.keys() - HEADER_FIELDS
+    if unknown:
+        raise ValueError(f"not in HEADER_FIELDS: {', '.join(sorted(unknown))}")
+    return {"format": "pt", **{f"simpletuner.{field}": value for field, value in metadata.items()}}
 
 
 def _adapter_metadata(adapter: Adapter) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -37,16 +37,16 @@ def initial_noise(seed: int, *, width: int, height: int) -> Float[Tensor, "1 128
 @torch.no_grad()
 def sample_latents(
     denoise: Denoise,
-    noise: Float[Tensor, "1 128 h w"],
-    context: Float[Tensor, "1 l d"],
+    noise: Float[Tensor, "b 128 h w"],
+    context: Float[Tensor, "b l d"],
     *,
     steps: int,
     guidance: float,
     real_guidance: float = 1.0,
-    negative: Float[Tensor, "1 l d"] | None = None,
+    negative: Float[Tensor, "b l d"] | None = None,
     report: Callable[[int], None] = _silent,
-) -> Float[Tensor, "1 128 h w"]:
-    """Latents of one picture, by `steps` Euler steps along FLUX.2's schedule; the state stays fp32.
+) -> Float[Tensor, "b 128 h w"]:
+    """Latents of pictures, by `steps` Euler steps along FLUX.2's schedule; the state stays fp32.
 
     Args:
         guidance: fed to the model's guidance embedder.
@@ -56,7 +56,7 @@ def sample_latents(
     """
     if real_guidance != 1.0 and negative is None:
         raise ValueError("real_guidance needs a negative context")
-    scale = torch.tensor([guidance], device=noise.device)
+    scale = torch.full((len(noise),), guidance, device=noise.device)
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
         positive = denoise(x, sigma, context, scale)
@@ -66,7 +66,7 @@ def sample_latents(
         return without + real_guidance * (positive - without)
 
     sigmas = torch.tensor(schedule(steps, noise.shape[-2] * noise.shape[-1]), dtype=torch.float64, device=noise.device)
-    return euler(velocity, noise, rearrange(sigmas, "points -> points 1"), report)
+    return euler(velocity, noise, repeat(sigmas, "points -> points b", b=len(noise)), report)
 
 
 def picture(pixels: Float[Tensor, "3 H W"]) -> Image.Image:

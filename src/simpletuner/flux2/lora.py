@@ -179,6 +179,8 @@ class Adapter:
         """A key of `PRESETS`, or "custom"."""
         self.alpha = alpha
         """As the user gave it; each layer's `scale` is already alpha/rank."""
+        self.masters: None = None
+        """Adapters are fp32 themselves."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Each live tensor as ("<layer>.a" or "<layer>.b", parameter)."""
@@ -206,6 +208,16 @@ class Adapter:
         finally:
             for layer, was_enabled in zip(self.layers.values(), before, strict=True):
                 layer.is_enabled = was_enabled
+
+    @contextlib.contextmanager
+    def holding(self, state: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, the adapter has the values of `state`; afterwards its own, bit for bit."""
+        kept = {name: tensor.clone() for name, tensor in self.state().items()}
+        self.load(state)
+        try:
+            yield
+        finally:
+            self.load(kept)
 
     def state(self) -> dict[str, Tensor]:
         """The live tensors themselves (detached, not copied): what a checkpoint needs to go on exactly."""

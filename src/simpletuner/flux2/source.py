@@ -60,6 +60,10 @@ class Source:
     tokenizer: Path
     text_layers: tuple[int, ...]
     """Hidden states of the text encoder that are put side by side."""
+    text_length: int
+    """Tokens of a context, padding included."""
+    pipeline: Path | None
+    """The local folder that the model comes from, but for what was replaced; None where that is the Hub."""
 
     @property
     def spec(self) -> TransformerSpec:
@@ -183,6 +187,8 @@ class _Search:
             text_encoder=weights["text_encoder"],
             tokenizer=tokenizer.place.path(tokenizer.names[0]).parent,
             text_layers=self.layers,
+            text_length=self.options.tokenizer_max_length or self.flavour.text_length,
+            pipeline=base.root if isinstance(base, Folder) else None,
         )
         _check_width(source)
         return source

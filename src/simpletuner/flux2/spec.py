@@ -158,6 +158,8 @@ class Flavour:
     """What a user must know before using, or passing on, a LoRA of it."""
     text_layers: tuple[int, ...]
     """Hidden states of the text encoder that are put side by side; 0 would be the embeddings."""
+    text_length: int
+    """Tokens of a context, padding included: a model knows the positions that it was trained with, and no others."""
     guidance: float
     """Guidance for making pictures (training uses 1)."""
     steps: int
@@ -171,6 +173,7 @@ FLAVOURS: Mapping[str, Flavour] = {
         transformer=DEV,
         licence="FLUX.2-dev non-commercial licence, https://huggingface.co/black-forest-labs/FLUX.2-dev",
         text_layers=(10, 20, 30),
+        text_length=512,
         guidance=4.0,
         steps=50,
     ),
@@ -180,6 +183,7 @@ FLAVOURS: Mapping[str, Flavour] = {
         transformer=TINY,
         licence="Apache-2.0",
         text_layers=(10, 20, 30),
+        text_length=512,
         guidance=4.0,
         steps=20,
     ),

@@ -111,7 +111,7 @@ class Picture(Event):
     seed: int
     """Seed of the initial noise."""
     is_ema: bool = False
-    """Drawn with the moving average in place of the live adapter."""
+    """Drawn with the moving average in place of the live weights."""
 
 
 class ValidationEvent(Event):
@@ -119,7 +119,7 @@ class ValidationEvent(Event):
 
     type: Literal["validation"] = "validation"
     step: int
-    """0 is the base model, adapter off."""
+    """0 is the base model."""
     pictures: tuple[Picture, ...] = ()
     """What was drawn."""
     sheet: str | None = None
@@ -181,6 +181,10 @@ class EndEvent(Event):
     lora: str | None = None
     """The finished LoRA, relative to the run directory."""
     ema_lora: str | None = None
+    """That of the moving average."""
+    model: str | None = None
+    """The finished model of a full run: a diffusers folder, relative to the run directory."""
+    ema_model: str | None = None
     """That of the moving average."""
 
 

@@ -7,6 +7,12 @@ from simpletuner.base.errors import ConfigError
 from simpletuner.base.files import DirectoryLock, disk_full_is_reported
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
+MODEL_FOLDER = "model"
+"""What a full run ends with: a diffusers folder."""
+TRANSFORMER_NAME = "transformer.safetensors"
+"""Its transformer once more, as one file."""
+RESULTS = {"lora": LORA_NAME, "full": MODEL_FOLDER}
+"""What a run of each `model_type` ends with, below its directory."""
 EMA_FOLDER = "ema"
 """Below a run, a checkpoint or the pictures of a step: the same of the moving average."""
 
@@ -54,6 +60,15 @@ class RunDirectory:
     def ema_lora(self) -> Path:
         """The finished LoRA of the moving average."""
         return self.root / EMA_FOLDER / LORA_NAME
+
+    @property
+    def model(self) -> Path:
+        """The finished model of a full run."""
+        return self.root / MODEL_FOLDER
+
+    def result(self, model_type: str) -> Path:
+        """What a run of this `model_type` ends with."""
+        return self.root / RESULTS[model_type]
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:06d}"

@@ -1,4 +1,4 @@
-"""`simpletuner train`, from the checked configuration to the finished LoRA. The only place that builds everything."""
+"""`simpletuner train`, from the checked configuration to what comes of it. The only place that builds everything."""
 
 import contextlib
 import math
@@ -15,8 +15,8 @@ import torch
 
 import simpletuner
 from simpletuner.base.draws import draw_seed
-from simpletuner.base.errors import ConfigError, MemoryBudgetError, Stopped, UserError
-from simpletuner.base.files import sha256_json, write_atomic, write_json
+from simpletuner.base.errors import ConfigError, DiskError, MemoryBudgetError, Stopped, UserError
+from simpletuner.base.files import sha256_json, write_json
 from simpletuner.base.sizes import format_duration, format_size
 from simpletuner.config.load import Loaded
 from simpletuner.config.record import MAY_CHANGE, resolved
@@ -26,9 +26,7 @@ from simpletuner.data.order import MicroBatch, Order
 from simpletuner.flow.loss import Denoise
 from simpletuner.flux2.autoencoder import Autoencoder
 from simpletuner.flux2.denoiser import Denoiser
-from simpletuner.flux2.export import attach_saved, read_lora
-from simpletuner.flux2.load import load_autoencoder, load_transformer
-from simpletuner.flux2.lora import Adapter, attach
+from simpletuner.flux2.load import load_autoencoder
 from simpletuner.flux2.routes import resolve
 from simpletuner.flux2.source import Source, locate
 from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
@@ -36,13 +34,15 @@ from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.flux2.tread import draw_choices
 from simpletuner.memory import compile as compilation
 from simpletuner.memory import recompute
+from simpletuner.runs import checkpoints, disk
 from simpletuner.runs.events import CheckpointEvent, EndEvent, ErrorEvent, EventLog, RunEvent, read_events
-from simpletuner.runs.layout import EMA_FOLDER, LORA_NAME, RunDirectory
+from simpletuner.runs.layout import EMA_FOLDER, RESULTS, RunDirectory
 from simpletuner.runs.process import Requests, stopped
 from simpletuner.train import checkpoint, optim, resume, trackers
 from simpletuner.train.ema import Ema
 from simpletuner.train.loop import Loop, Plan, best_step
 from simpletuner.train.prepare import DTYPES, EMPTY, Prepared, free_memory, prepare
+from simpletuner.train.product import PRODUCTS, Product
 from simpletuner.train.report import Reporter
 from simpletuner.train.rollout import Rollout
 from simpletuner.train.state import TrainState
@@ -51,7 +51,7 @@ from simpletuner.train.strata import Strata
 from simpletuner.train.validate import HeldOut, Painter
 
 MANY_VISITS = 400
-"""Times that each picture is seen above which a LoRA usually copies its pictures instead of learning the subject."""
+"""Times that each picture is seen above which a LoRA or model usually copies its pictures and learns no subject."""
 
 WARM_UP_WORTH_S = 20.0
 """A first pass that takes longer is timed as it is: what it set up on the side no longer matters."""
@@ -140,24 +140,26 @@ class Attempt:
         self.state.model = model
 
         with self.reporter.phase("load"):
-            transformer = load_transformer(source, DTYPES[self.config.base_dtype], self.device)
-            adapter = self.attach(transformer, order)
-        groups_of_rates = optim.lora_plus(adapter.named_parameters(), self.config.lora_plus_ratio)
-        optimiser = optim.build(groups_of_rates, self.config, seed=self.config.seed)
-        ema = Ema(adapter, self.config, self.device) if self.config.use_ema else None
+            product = PRODUCTS[self.config.model_type](self.config, source, self.device)
+            self.install(product.transformer, order)
+            product.introduce(self.run, self.reporter)
+        self.check_room(product, plan)
+        trained = product.trained
+        optimiser = optim.build(product.groups(), self.config, seed=self.config.seed)
+        ema = Ema(trained, self.config, self.device) if self.config.use_ema else None
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.mixed_precision == "fp16")
         if found is not None:
-            checkpoint.restore(found.folder, found.state, adapter, optimiser, ema)
+            checkpoint.restore(found.folder, found.state, product, optimiser, ema)
             scaler.load_state_dict(dict(found.state.scaler))
             place = str(found.folder)
             self.reporter.emit(CheckpointEvent(step=self.state.step, state="resumed", path=found.folder.name))
             self.reporter.say(f"Going on from step {self.state.step} of {plan.steps} ({place}).")
-        denoiser = Denoiser(transformer)
+        denoiser = Denoiser(product.transformer)
         per_step = self.config.gradient_accumulation_steps
         strata = Strata(order, seed=self.config.seed, batches_per_step=per_step)
         stepper = Stepper(
             denoise=denoiser,
-            parameters=adapter.parameters(),
+            parameters=trained.parameters(),
             optimiser=optimiser,
             options=self.config,
             objective=Objective.of(self.config, self.config, self.config.seed, strata),
@@ -165,22 +167,16 @@ class Attempt:
             device=self.device,
             route=self.route(denoiser, order),
             rollout=Rollout.of(self.config, self.config.seed),
+            masters=trained.masters,
         )
-        self.introduce(prepared, plan, adapter, found)
+        self.introduce(prepared, plan, product, found)
         if stepper.rollout is not None:
             self.reporter.say(stepper.rollout.describe())
 
         def save(state: TrainState) -> Path:
             state.scaler = scaler.state_dict()
-            return checkpoint.save_checkpoint(
-                self.run,
-                state,
-                adapter,
-                optimiser,
-                ema,
-                metadata=self.header(prepared, source, state.step),
-                dtype=DTYPES[self.config.lora_save_dtype],
-            )
+            metadata = self.header(prepared, source, state.step)
+            return checkpoint.save_checkpoint(self.run, state, product, optimiser, ema, metadata=metadata)
 
         with self.compiling():
             self.try_out(stepper, order, prepared, plan)
@@ -192,7 +188,7 @@ class Attempt:
             save=save,
             ema=ema,
             held_out=self.held_out(prepared, stepper),
-            painter=self.painter(prepared, source, stepper, adapter, ema),
+            painter=self.painter(prepared, source, stepper, product, ema),
             reporter=self.reporter,
             requests=self.requests,
         )
@@ -200,26 +196,21 @@ class Attempt:
             is_done = loop(self.state)
         if not is_done:
             raise stopped(f"stopped after step {self.state.step} of {plan.steps}; it is saved")
-        self.finish(plan, source)
+        self.finish(plan, source, product)
 
     def is_finished(self, steps: int) -> bool:
         """Whether nothing is left to do; says so."""
-        if self.state.step < steps or not self.run.lora.exists():
+        result = self.run.result(self.config.model_type)
+        if self.state.step < steps or not result.exists():
             return False
         self.reporter.say(
-            f"This run is finished: {self.state.step} steps, {self.run.lora}. To go on give a higher "
+            f"This run is finished: {self.state.step} steps, {result}. To go on give a higher "
             "--max_train_steps; for another run give another --output_dir."
         )
         return True
 
-    def attach(self, transformer: Flux2Transformer, order: Order) -> Adapter:
-        """Freeze the base, put the adapter on it, say what learns; compile and recompute blocks if asked to."""
-        transformer.requires_grad_(False)
-        if self.config.init_lora is None:
-            adapter = attach(transformer, self.config, seed=self.config.seed)
-        else:
-            saved = read_lora(Path(self.config.init_lora))
-            adapter = attach_saved(transformer, saved, dropout=self.config.lora_dropout)
+    def install(self, transformer: Flux2Transformer, order: Order) -> None:
+        """Make a transformer ready to train: compile and recompute its blocks if asked to."""
         if self.config.dynamo_backend != "no":
             shapes = {(micro_batch.bucket, len(micro_batch.visits)) for micro_batch in order.epoch(0)}
             self.compiled = compilation.install(
@@ -231,19 +222,27 @@ class Attempt:
         if self.config.gradient_checkpointing:
             recompute.install(transformer.blocks, self.config.gradient_checkpointing_interval)
         transformer.train()
-        audit = adapter.audit()
-        self.reporter.say(
-            f"LoRA on {audit['layers']} layers ({audit['target']}): {audit['parameters']:,} trained parameters, "
-            f"{format_size(audit['bytes'])} in fp32"
-        )
-        for kind in audit["kinds"]:
-            rows, columns = kind["rows"], kind["columns"]
-            self.reporter.detail(
-                f"  {kind['layers']} × {kind['name']}: rank {kind['rank']}, rows {rows[0]}–{rows[1]}, "
-                f"columns {columns[0]}–{columns[1]}, {kind['parameters']:,} parameters"
+
+    def check_room(self, product: Product, plan: Plan) -> None:
+        """Raise a DiskError if not one more checkpoint fits on the disk; say so if not all of them will."""
+        if self.state.step >= plan.steps:
+            return
+        size, free = product.checkpoint_bytes, disk.free_bytes(self.run.root)
+        if size > free:
+            raise DiskError.of(
+                f"a checkpoint takes about {format_size(size)}, and {format_size(free)} are free for {self.run.root}",
+                remedy="Free some space, or give an --output_dir on another disk.",
             )
-        write_json(self.run.root / "adapter.json", audit)
-        return adapter
+        limit = self.config.checkpoints_total_limit
+        coming = sum(plan.saves(step) for step in range(self.state.step + 1, plan.steps + 1))
+        there = len(checkpoints.steps(self.run))
+        # One is written before the oldest goes.
+        more = min(coming, max(1, limit + 1 - there))
+        if more * size > free:
+            self.reporter.notice(
+                f"{more} more checkpoints of about {format_size(size)} will lie in {self.run.root} at once, and "
+                f"{format_size(free)} are free. A lower --checkpoints_total_limit, {limit} now, needs less."
+            )
 
     def route(self, denoiser: Denoiser, order: Order) -> DenoiserOf | None:
         """The denoiser that leaves out tokens in training, if routes are given; says what they keep."""
@@ -321,7 +320,7 @@ class Attempt:
         return HeldOut(stepper.denoise, len(chosen), load, (low + high) / 2, self.device)
 
     def painter(
-        self, prepared: Prepared, source: Source, stepper: Stepper, adapter: Adapter, ema: Ema | None
+        self, prepared: Prepared, source: Source, stepper: Stepper, product: Product, ema: Ema | None
     ) -> Painter | None:
         """The validation pictures, if there are prompts."""
         if self.config.validation_disable or not self.loaded.prompts:
@@ -343,7 +342,7 @@ class Attempt:
             options=self.config,
             seed=self.config.seed,
             denoise=stepper.denoise,
-            adapter=adapter,
+            trained=product.trained,
             ema=None if self.config.ema_validation == "none" else ema,
             has_live=ema is None or self.config.ema_validation != "ema_only",
             decode=lambda: autoencoder().decode,
@@ -352,7 +351,7 @@ class Attempt:
             device=self.device,
         )
 
-    def introduce(self, prepared: Prepared, plan: Plan, adapter: Adapter, found: resume.Resume | None) -> None:
+    def introduce(self, prepared: Prepared, plan: Plan, product: Product, found: resume.Resume | None) -> None:
         """Open the run in the events, start the trackers, and say what is about to happen."""
         self.reporter.emit(
             RunEvent(
@@ -361,7 +360,7 @@ class Attempt:
                 resumed_from=None if found is None else self.state.step,
                 steps=plan.steps,
                 pictures=prepared.pictures,
-                trainable=adapter.parameter_count,
+                trainable=product.trained.parameter_count,
             )
         )
         if self.config.trackers:
@@ -403,12 +402,12 @@ class Attempt:
         if visits > MANY_VISITS:
             self.reporter.notice(
                 f"{plan.steps} steps on {prepared.pictures} pictures show each of them about {visits:.0f} times. "
-                "A LoRA tends to copy its pictures long before: watch the validation pictures and the held-out "
-                "loss, or give a lower --max_train_steps."
+                "What is trained tends to copy its pictures long before: watch the validation pictures and the "
+                "held-out loss, or give a lower --max_train_steps."
             )
 
     def header(self, prepared: Prepared, source: Source, step: int) -> dict[str, str]:
-        """What a saved LoRA says about itself: no paths, nothing secret. Its fingerprints cover what decides the
+        """What a saved file says about itself: no paths, nothing secret. Its fingerprints cover what decides the
         weights, and not what a resumed run may change.
         """
         decisive = {name: value for name, value in resolved(self.config).items() if name not in MAY_CHANGE}
@@ -425,15 +424,10 @@ class Attempt:
             fields["comment"] = self.config.modelspec_comment
         return fields
 
-    def finish(self, plan: Plan, source: Source) -> None:
-        """Put the LoRA where other programs look for it, and tell what came out."""
+    def finish(self, plan: Plan, source: Source, product: Product) -> None:
+        """Put what was trained where other programs look for it, and tell what came out."""
         with self.reporter.phase("export"):
-            last = self.run.checkpoint(self.state.step) / LORA_NAME
-            write_atomic(self.run.lora, last.read_bytes())
-            if self.config.use_ema:
-                self.run.ema_lora.parent.mkdir(exist_ok=True)
-                average = self.run.checkpoint(self.state.step) / EMA_FOLDER / LORA_NAME
-                write_atomic(self.run.ema_lora, average.read_bytes())
+            lines = product.finish(self.run, self.run.checkpoint(self.state.step), source, self.reporter)
         self.reporter.say("")
         measured = self.state.held_out
         if 0 in measured and plan.steps in measured:
@@ -449,13 +443,11 @@ class Attempt:
         sheet = self.run.validation(plan.steps) / "sheet.png"
         if sheet.exists():
             self.reporter.say(f"Pictures: {sheet}")
-        self.reporter.say(f"LoRA: {self.run.lora} ({format_size(self.run.lora.stat().st_size)})")
-        if self.config.use_ema:
-            self.reporter.say(f"Its moving average: {self.run.ema_lora}")
+        for line in lines:
+            self.reporter.say(line)
         if source.flavour.repo is not None:
-            self.reporter.say(f"Licence of the base, which binds this LoRA too: {source.flavour.licence}")
+            self.reporter.say(f"Licence of the base, which binds this {product.noun} too: {source.flavour.licence}")
         self.reporter.say(f"Try it: simpletuner sample --run {self.run.root} --prompt '…'")
-        self.reporter.say(f"In diffusers: pipe.load_lora_weights({str(self.run.root)!r})")
         free_memory(self.device)
 
 
@@ -469,14 +461,22 @@ def told(reporter: Reporter, attempt: Attempt) -> Iterator[None]:
     """Whatever way the block ends, the run's events end with it."""
 
     def end(reason: Literal["done", "stopped", "error"], exit_code: int) -> None:
+        paths: dict[str, str] = {}
+        if reason == "done":
+            kind = attempt.config.model_type
+            paths[kind] = RESULTS[kind]
+            if attempt.config.use_ema:
+                paths[f"ema_{kind}"] = f"{EMA_FOLDER}/{RESULTS[kind]}"
         reporter.emit(
             EndEvent(
                 reason=reason,
                 exit_code=exit_code,
                 step=attempt.state.step,
                 seconds=round(time.monotonic() - attempt.began, 1),
-                lora=LORA_NAME if reason == "done" else None,
-                ema_lora=f"{EMA_FOLDER}/{LORA_NAME}" if reason == "done" and attempt.config.use_ema else None,
+                lora=paths.get("lora"),
+                ema_lora=paths.get("ema_lora"),
+                model=paths.get("full"),
+                ema_model=paths.get("ema_full"),
             )
         )
 
@@ -508,5 +508,5 @@ def memory_is_explained() -> Iterator[None]:
         raise MemoryBudgetError.of(
             first,
             remedy="Take gradient_checkpointing=true, a smaller train_batch_size, resolution, vae_batch_size or "
-            "text_encoder_batch_size. What was cached and saved is kept.",
+            "text_encoder_batch_size, or text_encoder_mode=streamed. What was cached and saved is kept.",
         ) from error

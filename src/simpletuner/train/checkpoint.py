@@ -6,18 +6,17 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from simpletuner.base.errors import CheckpointError
-from simpletuner.base.files import read_json, write_atomic, write_json
-from simpletuner.flux2.export import save_lora
-from simpletuner.flux2.lora import Adapter
+from simpletuner.base.files import read_json, write_json
+from simpletuner.flux2.modelfile import save_tensors
 from simpletuner.runs import checkpoints
-from simpletuner.runs.layout import EMA_FOLDER, LORA_NAME, RunDirectory
+from simpletuner.runs.layout import EMA_FOLDER, RunDirectory
 from simpletuner.train import optimiser_state
 from simpletuner.train.ema import Ema
-from simpletuner.train.optim import as_given
+from simpletuner.train.optim import Averaging, as_given
+from simpletuner.train.product import Product
 from simpletuner.train.state import STATE_VERSION, TrainState
 
 OPTIMISER_NAME = "optimizer.safetensors"
@@ -28,37 +27,34 @@ PARAMETER, AVERAGE = "parameter/", "average/"
 def save_checkpoint(
     run: RunDirectory,
     state: TrainState,
-    adapter: Adapter,
+    product: Product,
     optimiser: torch.optim.Optimizer,
     ema: Ema | None,
     *,
     metadata: Mapping[str, str],
-    dtype: torch.dtype,
 ) -> Path:
     """Write the checkpoint of `state.step`; it appears whole or not at all. Returns its folder.
 
-    `pytorch_lora_weights.safetensors` is the export, for other tools. `optimizer.safetensors` holds what going on
-    needs: the tensors that are trained, the optimiser's and the average's, each in its own precision, by the
-    parameter's name. The average is exported beside the live adapter.
+    What `product` saves is the export, for other tools; the average's lies in `ema` beside it. `optimizer.safetensors`
+    holds what going on needs: the tensors that are trained, the optimiser's and the average's, each in its own
+    precision, by the parameter's name; but not once more what the export holds to the bit.
 
     Raises:
         DiskError: no space. Earlier checkpoints are untouched.
     """
-    tensors, rest = optimiser_state.pack(optimiser, dict(adapter.named_parameters()))
-    tensors |= {PARAMETER + name: tensor for name, tensor in adapter.state().items()}
-    if ema is not None:
+    trained = product.trained
+    tensors, rest = optimiser_state.pack(optimiser, dict(trained.named_parameters()))
+    if isinstance(optimiser, Averaging) or not product.holds(trained.state()):
+        tensors |= {PARAMETER + name: tensor for name, tensor in trained.state().items()}
+    if ema is not None and not product.holds(ema.state()):
         tensors |= {AVERAGE + name: tensor for name, tensor in ema.state().items()}
     folder = run.checkpoint(state.step)
     with checkpoints.building(folder) as part:
         with as_given(optimiser):
-            save_lora(part / LORA_NAME, adapter, metadata=metadata, dtype=dtype)
-            if ema is not None:
-                (part / EMA_FOLDER).mkdir()
-                with ema.applied():
-                    save_lora(part / EMA_FOLDER / LORA_NAME, adapter, metadata=metadata, dtype=dtype)
-        # Copies: what two parameters share, as 8-bit optimisers do, cannot stand in the file as one.
-        on_cpu = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-        write_atomic(part / OPTIMISER_NAME, save(on_cpu, {"format": "pt"}))
+            product.save(part, trained.state(), metadata)
+        if ema is not None:
+            product.save(part / EMA_FOLDER, ema.state(), metadata)
+        save_tensors(part / OPTIMISER_NAME, tensors, {"format": "pt"})
         write_json(part / STATE_NAME, state.model_copy(update={"optimiser": rest}).model_dump(mode="json"))
     return folder
 
@@ -86,25 +82,26 @@ def read_state(folder: Path) -> TrainState:
 
 
 def restore(
-    folder: Path, state: TrainState, adapter: Adapter, optimiser: torch.optim.Optimizer, ema: Ema | None
+    folder: Path, state: TrainState, product: Product, optimiser: torch.optim.Optimizer, ema: Ema | None
 ) -> None:
-    """Put the adapter, the freshly built optimiser and the average back to where `folder` left them.
+    """Put what is trained, the freshly built optimiser and the average back to where `folder` left them.
 
     Raises:
-        CheckpointError: the file is of another adapter or optimiser.
+        CheckpointError: the files are of other weights or another optimiser.
     """
     path = folder / OPTIMISER_NAME
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-        adapter.load(_below(PARAMETER, tensors))
-        optimiser_state.unpack(optimiser, dict(adapter.named_parameters()), tensors, state.optimiser)
+        trained = product.trained
+        trained.load(_below(PARAMETER, tensors) or product.saved(folder))
+        optimiser_state.unpack(optimiser, dict(trained.named_parameters()), tensors, state.optimiser)
         if ema is not None:
-            ema.load(_below(AVERAGE, tensors))
+            ema.load(_below(AVERAGE, tensors) or product.saved(folder / EMA_FOLDER))
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError.of(
             f"{path} does not fit this run ({error})",
-            "the adapter and the optimiser it was saved with",
+            "the weights and the optimiser it was saved with",
             "Start over with --resume_from_checkpoint='' and another --output_dir.",
         ) from None
 

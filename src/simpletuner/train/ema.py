@@ -1,61 +1,56 @@
-"""A moving average of the adapter, kept beside it."""
+"""A moving average of what is trained, kept beside it."""
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from simpletuner.config.options.ema import EmaOptions
-from simpletuner.flux2.lora import Adapter
+from simpletuner.train.trained import Trained
 
 
 class Ema:
-    """The exponential moving average of an adapter's tensors, fp32: at each update `decay` of it stays and the rest
-    comes from the adapter. It starts as the adapter is. The adapter itself is only read.
+    """The exponential moving average of the trained tensors, fp32: at each update `decay` of it stays and the rest
+    comes from what is trained. It starts as that is. What is trained is only read.
     """
 
-    def __init__(self, adapter: Adapter, options: EmaOptions, device: torch.device) -> None:
+    def __init__(self, trained: Trained, options: EmaOptions, device: torch.device) -> None:
         """`device` is the run's; with `ema_device` cpu the average stays off it."""
-        self._adapter = adapter
+        self._trained = trained
         self._decay = options.ema_decay
         self._every_steps = options.ema_update_interval
         place = torch.device("cpu") if options.ema_device == "cpu" else device
-        self._average = {name: tensor.to(place, copy=True) for name, tensor in adapter.state().items()}
+        self._average = {name: tensor.to(place, torch.float32, copy=True) for name, tensor in trained.state().items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take `step` in, if it is one of those that count."""
         if step % self._every_steps:
             return
-        for name, live in self._adapter.state().items():
-            average = self._average[name]
-            if self._decay == 0:
-                average.copy_(live)  # lerp would lose the sign of a zero
-            else:
-                average.lerp_(live.to(average.device), 1 - self._decay)
+        averages = list(self._average.values())
+        state = self._trained.state()
+        lives = [state[name].to(average.device, torch.float32) for name, average in self._average.items()]
+        if self._decay == 0:
+            torch._foreach_copy_(averages, lives)  # lerp would lose the sign of a zero
+        else:
+            torch._foreach_lerp_(averages, lives, 1 - self._decay)
 
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """Inside, the adapter has the average's values; afterwards its own, bit for bit."""
-        kept = {name: tensor.clone() for name, tensor in self._adapter.state().items()}
-        self._adapter.load(self._average)
-        try:
-            yield
-        finally:
-            self._adapter.load(kept)
+    def applied(self) -> AbstractContextManager[None]:
+        """Inside, the model computes with the average; afterwards with its own values, bit for bit."""
+        return self._trained.holding(self._average)
 
     def state(self) -> dict[str, Tensor]:
-        """The average's tensors themselves, by the adapter's names."""
+        """The average's tensors themselves, by the trained ones' names."""
         return dict(self._average)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `state` gave.
 
         Raises:
-            ValueError: other names than this adapter's.
+            ValueError: other names than those of what is trained.
         """
         if state.keys() != self._average.keys():
-            raise ValueError("no moving average of this adapter")
+            raise ValueError("no moving average of what is trained")
         for name, tensor in self._average.items():
             tensor.copy_(state[name])

@@ -106,10 +106,21 @@ class Loop:
         """Where the run stands: at its start, or with what a killed attempt did not get to after its checkpoint."""
         if state.step == 0:
             self._measure(state)
-            if self.painter is not None and self.plan.config.validation_on_startup:
+            if self.painter is not None and (self.plan.config.validation_on_startup or self._is_last_chance):
                 self._paint(0)
-        elif self.plan.draws(state.step) and not (self.run.validation(state.step) / "sheet.png").exists():
+            return
+        if self._is_last_chance:
+            self.reporter.notice(
+                "The base model's pictures are not there, and training has changed its weights: the sheet goes on "
+                "without them."
+            )
+        if self.plan.draws(state.step) and not (self.run.validation(state.step) / "sheet.png").exists():
             self._paint(state.step)
+
+    @property
+    def _is_last_chance(self) -> bool:
+        """Whether the base model's pictures are missing and cannot be made up for after the first step."""
+        return self.painter is not None and not self.painter.keeps_base and self.painter.lacks_base
 
     def _steps(self, state: TrainState, bar: TrainingBar) -> bool:
         options = self.plan.config
@@ -178,7 +189,7 @@ class Loop:
             return
         with (
             self.reporter.phase("validation", "measuring the held-out loss") as progress,
-            optim.as_given(self.stepper.optimiser),
+            optim.as_given(self.stepper.optimiser, self.stepper.masters),
         ):
             by_sigma = self.held_out(progress)
             ema_loss = None
@@ -203,8 +214,11 @@ class Loop:
     def _paint(self, step: int) -> None:
         if self.painter is None:
             return
-        with self.reporter.phase("validation") as progress, optim.as_given(self.stepper.optimiser):
-            base = self.painter.base(progress)
+        with (
+            self.reporter.phase("validation") as progress,
+            optim.as_given(self.stepper.optimiser, self.stepper.masters),
+        ):
+            base = self.painter.base(step, progress)
             if base is not None:
                 self.reporter.emit(base)
             if step > 0 or base is None:

@@ -16,8 +16,10 @@ from simpletuner.base.errors import ConfigError
 from simpletuner.config.optimisers import LIBRARIES, OURS, Optimiser, optimiser
 from simpletuner.config.options.optim import OptimOptions
 from simpletuner.config.values import nearest
+from simpletuner.memory.masters import Masters
 from simpletuner.train import optimiser_state
 from simpletuner.train.adamw_bf16 import AdamWBf16
+from simpletuner.train.muon import MuonAndAdamW
 
 Shape = Callable[[float, OptimOptions], float]
 """Share of the learning rate at a progress in [0, 1): 0 is the end of the warm-up, 1 the end of the run."""
@@ -37,6 +39,10 @@ FLAT = ("constant", "constant_with_warmup")
 
 RATIO = "lr_ratio"
 """Key of a parameter group: what it multiplies the step's learning rate by."""
+
+HIDDEN = "use_muon"
+"""Key of a parameter group of a whole model: whether its matrices lie inside the blocks. The name is that of
+pytorch_optimizer's Muons, which look for it."""
 
 PRESET: dict[str, dict[str, Any]] = {
     "adamw": {"fused": True},  # one kernel for all the small adapter tensors, on the CPU too
@@ -80,10 +86,21 @@ def lora_plus(named: Iterable[tuple[str, nn.Parameter]], ratio: float) -> list[d
     return [{"params": slow, RATIO: 1.0}, {"params": fast, RATIO: ratio}]
 
 
+def by_role(inner: list[nn.Parameter], outer: list[nn.Parameter], scales: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """Parameter groups of a whole model: the matrices of its blocks, those around them, and its norms' scales. The last
+    are not decayed: at rest they are near one, not near zero.
+    """
+    return [
+        {"params": inner, RATIO: 1.0, HIDDEN: True},
+        {"params": outer, RATIO: 1.0, HIDDEN: False},
+        {"params": scales, RATIO: 1.0, HIDDEN: False, "weight_decay": 0.0},
+    ]
+
+
 def build(
     parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]], options: OptimOptions, *, seed: int = 0
 ) -> torch.optim.Optimizer:
-    """The optimiser that `options` names, over `parameters` or groups of them as `lora_plus` makes them.
+    """The optimiser that `options` names, over `parameters` or groups of them as `lora_plus` or `by_role` makes them.
 
     One of `library:name` is first rehearsed on a small matrix, for not every optimiser can be driven by gradients alone
     or goes on exactly where it was saved.
@@ -100,10 +117,9 @@ def build(
     arguments = _arguments(options, known, make, seed)
 
     def construct(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        if known.arguments is None and known.library == "pytorch_optimizer":
-            groups = [{"use_muon": True, **group} for group in groups]  # its Muons ask each group; others do not look
+        groups = [{HIDDEN: True, **group} for group in groups]
         with contextlib.redirect_stdout(io.StringIO()):  # prodigy announces its weight decay
-            made: torch.optim.Optimizer = make(groups, **arguments)
+            made = _made(known, make, groups, arguments)
         for group in made.param_groups:
             group.setdefault(RATIO, 1.0)
             group["lr"] = arguments["lr"] * group[RATIO]
@@ -113,11 +129,31 @@ def build(
 
     groups = [each for each in parameters if isinstance(each, dict)] or [{"params": list(parameters)}]
     if known.arguments is None:
-        _rehearse(options.optimizer, construct, [group.get(RATIO, 1.0) for group in groups])
+        _rehearse(options.optimizer, construct, groups)
     try:
         return construct(groups)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise _refused(options, error) from None
+
+
+def _made(
+    known: Optimiser, make: type[torch.optim.Optimizer], groups: list[dict[str, Any]], arguments: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """`make` over `groups`, each of which says whether it is `HIDDEN`."""
+    if known.arguments is None and known.library == "pytorch_optimizer":
+        return make(groups, **arguments)  # its Muons ask each group; others do not look
+    hidden, others = (
+        [
+            {key: value for key, value in group.items() if key != HIDDEN}
+            for group in groups
+            if group[HIDDEN] is is_hidden
+        ]
+        for is_hidden in (True, False)
+    )
+    if make is torch.optim.Muon and others:
+        shared = {key: arguments[key] for key in ("lr", "weight_decay")}
+        return MuonAndAdamW(hidden, others, muon=arguments, adamw=shared | PRESET["adamw"])
+    return make([*hidden, *others], **arguments)
 
 
 def _refused(options: OptimOptions, error: Exception) -> ConfigError:
@@ -172,21 +208,26 @@ REHEARSED_STEPS = 3
 
 
 def _rehearse(
-    name: str, construct: Callable[[list[dict[str, Any]]], torch.optim.Optimizer], ratios: Sequence[float]
+    name: str, construct: Callable[[list[dict[str, Any]]], torch.optim.Optimizer], groups: Sequence[dict[str, Any]]
 ) -> None:
-    """Train small matrices with it, two in a group of each of `ratios`; save, restore into a fresh one and go on with
-    both: the bits must agree.
+    """Train small tensors with it, in groups like `groups`: two matrices each, or a vector where those are vectors.
+    Save, restore into a fresh one and go on with both: the bits must agree.
 
     Raises:
         ConfigError: they do not, or it wants more than gradients.
     """
-    a, b = torch.linspace(-1, 1, 4 * 24).reshape(4, 24), torch.zeros(24, 4)
-    start = {f"{name}{group}": value for group in range(len(ratios)) for name, value in (("a", a), ("b", b))}
+    matrices = {"a": torch.linspace(-1, 1, 4 * 24).reshape(4, 24), "b": torch.zeros(24, 4)}
+    vector = {"c": torch.linspace(0.5, 1.5, 24)}
+    members = [matrices if group["params"][0].ndim > 1 else vector for group in groups]
+    start = {f"{key}{index}": value for index, own in enumerate(members) for key, value in own.items()}
 
     def fresh(values: dict[str, torch.Tensor]) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
         made = {key: nn.Parameter(value.detach().clone()) for key, value in values.items()}
         return made, construct(
-            [{"params": [made[f"a{group}"], made[f"b{group}"]], RATIO: ratio} for group, ratio in enumerate(ratios)]
+            [
+                {**group, "params": [made[f"{key}{index}"] for key in own]}
+                for index, (group, own) in enumerate(zip(groups, members, strict=True))
+            ]
         )
 
     def train(parameters: dict[str, nn.Parameter], made: torch.optim.Optimizer, first: int) -> None:
@@ -221,12 +262,13 @@ def _rehearse(
 
 
 @contextlib.contextmanager
-def as_given(built: torch.optim.Optimizer) -> Iterator[None]:
+def as_given(built: torch.optim.Optimizer, masters: Masters | None = None) -> Iterator[None]:
     """Inside, the parameters are those that the optimiser gives: looked at, measured, saved, exported. Afterwards
     they are again, bit for bit, those that it trains. For most both are the same, and nothing happens.
 
     Schedule-free optimisers take gradients at y and give the average x. Their own way back from x to y rounds, and
-    then how often a run is looked at would change its weights; so y is kept aside and put back.
+    then how often a run is looked at would change its weights; so y is kept aside and put back. Where it trains
+    `masters`, the model's weights follow.
     """
     if not isinstance(built, Averaging):
         yield
@@ -234,6 +276,8 @@ def as_given(built: torch.optim.Optimizer) -> Iterator[None]:
     trained = [parameter for group in built.param_groups for parameter in group["params"]]
     kept = [parameter.detach().clone() for parameter in trained]
     built.eval()
+    if masters is not None:
+        masters.settle()
     try:
         yield
     finally:
@@ -241,6 +285,8 @@ def as_given(built: torch.optim.Optimizer) -> Iterator[None]:
         with torch.no_grad():
             for parameter, value in zip(trained, kept, strict=True):
                 parameter.copy_(value)
+        if masters is not None:
+            masters.settle()
 
 
 def clip(parameters: Sequence[nn.Parameter], options: OptimOptions) -> torch.Tensor:

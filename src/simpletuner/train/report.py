@@ -29,7 +29,7 @@ TITLES: dict[Phase, str] = {
     "load": "loading the transformer",
     "train": "training",
     "validation": "drawing",
-    "export": "saving the LoRA",
+    "export": "saving what was trained",
 }
 
 

@@ -17,6 +17,7 @@ from simpletuner.config.options.schedule import ScheduleOptions
 from simpletuner.data.collate import Batch
 from simpletuner.flow.loss import Denoise, Penalty, flow_loss, huber, smooth_l1, squared
 from simpletuner.flow.sigma import in_stratum
+from simpletuner.memory.masters import Masters
 from simpletuner.train import optim
 from simpletuner.train.rollout import Rollout
 from simpletuner.train.strata import Strata
@@ -132,6 +133,8 @@ class Stepper:
     route: DenoiserOf | None = None
     """Takes the place of `denoise` where it learns; a rollout's walk is not routed."""
     rollout: Rollout | None = None
+    masters: Masters | None = None
+    """Where given, `parameters` are these, and the weights that compute follow them."""
 
     def losses(self, batch: Batch, draws: Draws, step: int, slots: Sequence[int]) -> Float[Tensor, " b"]:
         """Loss of each sample of `batch`, in `slots` of `step`, with gradients. fp16 computes under autocast over
@@ -168,6 +171,8 @@ class Stepper:
             torch.manual_seed(draw_seed(self.objective.seed, "lora_dropout", group.step, slots[0]))
             losses = self.losses(batch, draws, group.step, slots)
             self.scaler.scale(losses.sum() / group.size).backward()
+            if self.masters is not None:
+                self.masters.collect()
             found += losses.detach().tolist()
         bad = [
             name
@@ -194,6 +199,8 @@ class Stepper:
             raise not_finite("gradient", group.step, [name for batch in group.batches for name in batch.names])
         self.scaler.step(self.optimiser)
         self.scaler.update()
+        if self.masters is not None:
+            self.masters.settle()
         self.optimiser.zero_grad(set_to_none=True)
         return StepResult(math.fsum(losses) / group.size, grad_norm, self.rollout_calls(group))
 

@@ -19,10 +19,10 @@ from simpletuner.data.sheet import contact_sheet
 from simpletuner.flow.loss import flow_loss
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.generate import generate
-from simpletuner.flux2.lora import Adapter
 from simpletuner.runs.events import Picture, ValidationEvent
 from simpletuner.runs.layout import EMA_FOLDER, RunDirectory
 from simpletuner.train.ema import Ema
+from simpletuner.train.trained import Trained
 
 HELD_OUT_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Five even quantiles of (0, 1). Fixed, so that losses can be compared between steps and between runs."""
@@ -78,11 +78,11 @@ class Painter:
     options: ValidationOptions
     seed: int
     denoise: Denoiser
-    adapter: Adapter
+    trained: Trained
     ema: Ema | None
     """The average, if pictures are made of it."""
     has_live: bool
-    """Whether pictures are made of the live adapter; if not, only of the average."""
+    """Whether pictures are made of what is trained itself; if not, only of the average."""
     decode: Callable[[], Callable[[Float[Tensor, "b 128 h w"]], Float[Tensor, "b 3 H W"]]]
     """Loads the VAE's decoder; called when the first picture is due."""
     prompts: Mapping[str, str]
@@ -95,15 +95,29 @@ class Painter:
         """Pictures of one view: the rows of the sheet."""
         return len(self.prompts) * len(self.options.sizes) * self.options.num_validation_images
 
-    def base(self, report: Callable[[int, int], None]) -> ValidationEvent | None:
-        """The base model's pictures, adapter off, as step 0. None if they are there already."""
-        if self.options.disable_benchmark or all(self._is_drawn(picture) for picture in self._planned(0)):
+    @property
+    def keeps_base(self) -> bool:
+        """Whether the base model's pictures can be drawn at any time, and not only before the first step."""
+        return self.trained.disabled() is not None
+
+    @property
+    def lacks_base(self) -> bool:
+        """Whether the base model's pictures are wanted and not there yet."""
+        wanted = [] if self.options.disable_benchmark else self._planned(0)
+        return not all(self._is_drawn(picture) for picture in wanted)
+
+    def base(self, step: int, report: Callable[[int, int], None]) -> ValidationEvent | None:
+        """The base model's pictures, as step 0. None if they are there, or cannot be drawn any more at `step`."""
+        if not self.lacks_base:
             return None
-        with self.adapter.disabled():
+        disabled = self.trained.disabled()
+        if disabled is None and step > 0:
+            return None
+        with disabled or contextlib.nullcontext():
             return self.draw(0, report)
 
     def draw(self, step: int, report: Callable[[int, int], None]) -> ValidationEvent:
-        """Draw every prompt into the folder of `step`, with the live adapter and its average as they are wanted, and
+        """Draw every prompt into the folder of `step`, with what is trained and its average as they are wanted, and
         the sheet of all steps so far. Step 0 is drawn as the model is, without an average.
         """
         self.denoise.transformer.eval()
@@ -138,7 +152,7 @@ class Painter:
         return image
 
     def _planned(self, step: int) -> list[Picture]:
-        """The live adapter's pictures, then the average's."""
+        """The live pictures, then the average's."""
         is_base = step == 0
         views = [False] * (self.has_live or is_base) + [True] * (self.ema is not None and not is_base)
         return [picture for is_ema in views for picture in self._view(step, is_ema)]
@@ -186,7 +200,7 @@ class Painter:
 
     def _sheet(self, step: int) -> str:
         """Rows are prompts, columns are steps: the base first, then the latest, at most `SHEET_COLUMNS`. An average
-        stands to the right of its live adapter.
+        stands to the right of what it averages.
         """
         folders = sorted(folder for folder in self.run.validations.glob("step-*") if folder.is_dir())
         steps = [int(folder.name.removeprefix("step-")) for folder in folders]

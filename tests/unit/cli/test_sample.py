@@ -223,3 +223,25 @@ def test_a_lora_of_another_model_is_refused_before_anything_is_loaded(
     error = capsys.readouterr().err
     assert "does not fit this model" in error
     assert "Traceback" not in error
+
+
+def test_a_full_run_gives_the_model_it_finished_or_points_to_its_checkpoint(tmp_path: Path) -> None:
+    write_config(tmp_path / "config.json", model_flavour="tiny", model_type="full")
+    run = ["--prompt", "a", "--run", str(tmp_path)]
+    with pytest.raises(ConfigError, match=r"no finished model\. It has no checkpoint either"):
+        wanted_loras(read_request(run, {}))
+    (tmp_path / "checkpoints" / "step-000100").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"Give --pretrained_transformer.* .*checkpoints/step-000100/transformer\."):
+        wanted_loras(read_request(run, {}))
+    given = read_request([*run, "--pretrained_transformer_model_name_or_path", "elsewhere"], {})
+    assert given.pretrained_transformer_model_name_or_path == "elsewhere"
+    assert wanted_loras(given) == []
+    transformer = tmp_path / "model" / "transformer"
+    transformer.mkdir(parents=True)
+    config = read_request(run, {})
+    assert wanted_loras(config) == []
+    assert config.pretrained_transformer_model_name_or_path == str(transformer)
+    (tmp_path / "model" / "model_index.json").touch()
+    config = read_request(run, {})
+    assert config.pretrained_model_name_or_path == str(tmp_path / "model")
+    assert config.pretrained_transformer_model_name_or_path is None

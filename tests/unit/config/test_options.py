@@ -99,7 +99,7 @@ def test_workers_are_at_most_eight_unless_given() -> None:
         ("caption_dropout_probability", "a number from 0 to 1"),
         ("gradient_checkpointing", "true or false"),
         ("flux_lora_target", "all, attention, mlp or tiny"),
-        ("model_type", "lora"),
+        ("model_type", "lora or full"),
         ("output_dir", "a path"),
         ("pretrained_model_name_or_path", "a Hub id or a path"),
         ("validation_prompt", "text"),

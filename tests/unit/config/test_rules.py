@@ -265,3 +265,30 @@ def test_a_ratio_other_than_half_is_put_into_words(place: Any) -> None:
 def test_two_faults_of_one_option_are_both_told(place: Any) -> None:
     place.config["optimizer_config"] = {"one": 1, "two": 2}
     assert [problem.split(" takes")[0] for problem in place.problems()] == ["optimizer_config: adamw"] * 2
+
+
+def test_a_full_run_has_no_use_for_a_lora_option(place: Any) -> None:
+    place.config |= {"model_type": "full", "learning_rate": 1e-5}
+    assert place.load().notices == ()
+    place.config |= {
+        "lora_rank": 8,
+        "lora_alpha": 0.5,
+        "flux_lora_target": "tiny",
+        "peft_lora_target_modules": ["to_q"],
+    }
+    assert place.load().notices == tuple(
+        f"{key} has no effect: model_type is full, and trains no adapter."
+        for key in ("lora_rank", "lora_alpha", "flux_lora_target", "peft_lora_target_modules")
+    )
+    del place.config["learning_rate"]
+    assert place.load().notices[-1].startswith("learning_rate is 0.0001, which suits a LoRA")
+
+
+def test_a_full_run_does_not_start_from_a_lora(problem_of: Callable[..., str]) -> None:
+    expected = "init_lora with model_type = full, which trains no adapter. Take one of the two out."
+    assert problem_of(model_type="full", init_lora="some.safetensors") == expected
+
+
+def test_a_lora_run_has_a_precision_of_its_own_for_the_file(place: Any) -> None:
+    place.config["model_save_dtype"] = "bf16"
+    assert place.load().notices == ("model_save_dtype has no effect: model_type is lora; lora_save_dtype is its own.",)

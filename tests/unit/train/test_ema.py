@@ -5,10 +5,16 @@ import torch
 from torch import nn
 
 from simpletuner.config.options.ema import EmaOptions
+from simpletuner.flux2.full import unfreeze
 from simpletuner.flux2.lora import Adapter, LoraLinear
+from simpletuner.flux2.spec import TransformerSpec
+from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.train.ema import Ema
 
 CPU = torch.device("cpu")
+SPEC = TransformerSpec(
+    heads=1, head_dim=8, double_blocks=1, single_blocks=1, context_dim=8, guidance_embeds=True, axes=(2, 2, 2, 2)
+)
 
 
 def adapter() -> Adapter:
@@ -72,3 +78,20 @@ def test_it_owns_its_memory_and_refuses_anothers() -> None:
     assert torch.equal(ema.state()["x.b"], torch.zeros(2, 1))
     with pytest.raises(ValueError, match="no moving average"):
         ema.load({})
+
+
+def test_the_average_of_bf16_weights_is_fp32() -> None:
+    """Half of the way from 1 to bf16's next number has no place in bf16."""
+    with torch.device("meta"):
+        transformer = Flux2Transformer(SPEC)
+    transformer = transformer.to_empty(device="cpu").bfloat16()
+    full = unfreeze(transformer)
+    full.load({name: torch.ones_like(tensor) for name, tensor in full.state().items()})
+    ema = Ema(full, EmaOptions(use_ema=True, ema_decay=0.5), CPU)
+    full.load({name: torch.full_like(tensor, 1 + 2**-7) for name, tensor in full.state().items()})
+    ema.update(1)
+    assert {tensor.dtype for tensor in ema.state().values()} == {torch.float32}
+    assert all((tensor == 1 + 2**-8).all() for tensor in ema.state().values())
+    with ema.applied():
+        assert all((tensor == 1).all() for tensor in full.state().values())  # rounded to even
+    assert all((tensor == 1 + 2**-7).all() for tensor in full.state().values())

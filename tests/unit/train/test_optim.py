@@ -1,10 +1,12 @@
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from simpletuner.base.errors import ConfigError
 from simpletuner.config.options.optim import OptimOptions
+from simpletuner.memory.masters import Masters
 from simpletuner.train import optim
 
 
@@ -194,3 +196,74 @@ def test_looking_at_a_schedule_free_run_changes_none_of_its_bits() -> None:
     assert torch.equal(plain, looked)
     assert torch.equal(average, again)
     assert not torch.equal(plain, average)
+
+
+def model() -> list[dict[str, Any]]:
+    """Groups of a small whole model."""
+    inner, outer, scales = (torch.nn.Parameter(torch.ones(shape)) for shape in ((6, 4), (4, 8), (4,)))
+    return optim.by_role([inner], [outer], [scales])
+
+
+def stepped(gradient: float = 0.0, **options: object) -> list[torch.Tensor]:
+    groups = model()
+    optimiser = optim.build(groups, OptimOptions(learning_rate=0.1, **options))  # type: ignore[arg-type]
+    found = [group["params"][0] for group in groups]
+    for parameter in found:
+        parameter.grad = torch.full_like(parameter, gradient)
+    optimiser.step()
+    return [parameter.detach() for parameter in found]
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_bf16", "muon", "adafactor", "lion", "came"])
+def test_norms_are_not_decayed(name: str) -> None:
+    inner, outer, scales = stepped(optimizer=name, adam_weight_decay=0.5)
+    assert (inner < 1).all()
+    assert (outer < 1).all()
+    assert torch.equal(scales, torch.ones(4))
+
+
+def test_muon_takes_the_blocks_matrices_and_adamw_the_rest() -> None:
+    inner, outer, scales = stepped(1.0, optimizer="muon", adam_weight_decay=0.0)
+    alone = optim.build([torch.nn.Parameter(torch.ones(6, 4))], OptimOptions(optimizer="muon", learning_rate=0.1))
+    (parameter,) = alone.param_groups[0]["params"]
+    alone.param_groups[0]["weight_decay"] = 0.0
+    parameter.grad = torch.ones(6, 4)
+    alone.step()
+    assert torch.equal(inner, parameter)
+    torch.testing.assert_close(outer, torch.full((4, 8), 0.9))  # Adam's first step is the rate
+    torch.testing.assert_close(scales, torch.full((4,), 0.9))
+
+
+def test_both_parts_of_muon_obey_the_schedule_and_keep_one_state() -> None:
+    groups = model()
+    optimiser = optim.build(groups, OptimOptions(optimizer="muon"))
+    for group in optimiser.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    optimiser.step()
+    assert len(optimiser.state) == 3
+    assert all(torch.equal(group["params"][0], torch.ones_like(group["params"][0])) for group in groups)
+
+
+@pytest.mark.parametrize("name", ["pytorch_optimizer:muon", "pytorch_optimizer:adan", "torch:radam"])
+def test_one_of_a_library_is_rehearsed_with_vectors_too(name: str) -> None:
+    groups = model()
+    built = optim.build(groups, OptimOptions(optimizer=name))
+    assert sum(len(group["params"]) for group in built.param_groups) == 3
+
+
+def test_masters_follow_what_a_schedule_free_optimiser_gives() -> None:
+    layer = torch.nn.Linear(4, 4, bias=False)
+    masters = Masters(dict(layer.named_parameters()), torch.bfloat16)
+    (master,) = masters.parameters.values()
+    optimiser = optim.build([master], OptimOptions(optimizer="adamw_schedulefree", learning_rate=0.1))
+    for step in range(4):
+        master.grad = torch.sin(torch.arange(16.0) * step).view(4, 4)
+        optimiser.step()
+        masters.settle()
+    before = layer.weight.detach().clone()
+    with optim.as_given(optimiser, masters):
+        assert torch.equal(layer.weight, master.bfloat16())
+        assert not torch.equal(layer.weight, before)
+    assert torch.equal(layer.weight, before)

@@ -14,6 +14,7 @@ from simpletuner.config.options.schedule import ScheduleOptions
 from simpletuner.data.collate import Batch
 from simpletuner.flow.loss import Denoise
 from simpletuner.flow.sigma import mu_linear, shifted
+from simpletuner.memory.masters import Masters
 from simpletuner.train import optim
 from simpletuner.train.step import Group, Objective, Stepper
 
@@ -188,3 +189,38 @@ def test_fp16_scales_the_loss_and_skips_a_step_that_overflows() -> None:
     assert not math.isfinite(overflowing(Group(2, 0, (batch("aaaa"),)), 0.1).grad_norm)
     assert model.scale.item() == before
     assert scaler.get_scale() == 2.0**126
+
+
+def mastered(model: Model, scaler: torch.amp.GradScaler, **options: object) -> Stepper:
+    """The step of a model that computes in bf16."""
+    masters = Masters(dict(model.named_parameters()), torch.bfloat16)
+    chosen = OptimOptions(learning_rate=0.1, adam_weight_decay=0.0, **options)  # type: ignore[arg-type]
+    parameters = list(masters.parameters.values())
+    plain = vars(stepper(model)) | {"parameters": parameters, "optimiser": optim.build(parameters, chosen)}
+    return Stepper(**(plain | {"masters": masters, "scaler": scaler}))
+
+
+@pytest.mark.parametrize("has_fp16", [False, True], ids=["bf16", "fp16"])
+def test_masters_step_and_the_weights_follow(has_fp16: bool) -> None:
+    model = Model()
+    trained = mastered(model, torch.amp.GradScaler("cpu", enabled=has_fp16, init_scale=2.0**10))
+    group = Group(1, 0, (batch("a"), batch("bbb")))
+    for _ in range(20):
+        assert math.isfinite(trained(group, 1e-5).grad_norm)
+    assert trained.masters is not None
+    master = trained.masters.parameters["scale"]
+    assert model.scale.item() == 0.5  # a hundred steps away in bf16
+    assert abs(master.item() - 0.5) == pytest.approx(20e-5, rel=0.01)
+    assert master.grad is None
+    assert model.scale.grad is None
+    trained(group, 0.1)
+    assert model.scale.item() == master.bfloat16().item() != 0.5
+
+
+def test_a_step_that_is_not_taken_leaves_masters_and_weights() -> None:
+    model = Model()
+    trained = mastered(model, torch.amp.GradScaler("cpu", init_scale=2.0**127))
+    assert not math.isfinite(trained(Group(1, 0, (batch("aaaa"),)), 0.1).grad_norm)
+    assert model.scale.item() == 0.5
+    assert trained.masters is not None
+    assert trained.masters.parameters["scale"].item() == 0.5

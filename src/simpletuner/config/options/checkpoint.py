@@ -42,6 +42,10 @@ class CheckpointOptions(Slice):
     disk_low_action: Literal["stop", "wait"] = "stop"
     """`stop` saves and leaves, to be resumed; `wait` pauses until there is space."""
 
+    model_save_dtype: Literal["fp32", "bf16"] | None = None
+    """Precision of the transformer that a full run saves: by default the one it is trained in, fp32, or bf16 where
+    `adamw_bf16` trains bf16 weights. bf16 halves the finished model."""
+
     modelspec_comment: Text | None = None
     """A note in the saved file's header."""
 

@@ -11,12 +11,12 @@ class EmaOptions(Slice):
     """Moving average."""
 
     use_ema: bool = False
-    """Keep an exponential moving average of the adapter, in fp32, and export it beside the live one, as
-    `ema/pytorch_lora_weights.safetensors` in the run and in each checkpoint."""
+    """Keep an exponential moving average of what is trained, in fp32, and export it beside the live one, in `ema/` of
+    the run and of each checkpoint."""
 
     ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.995
-    """Share of the average that each update keeps: it looks back over about 1/(1 - decay) updates. 0 is the live
-    adapter itself."""
+    """Share of the average that each update keeps: it looks back over about 1/(1 - decay) updates. 0 is what
+    is trained itself."""
 
     ema_device: Literal["cpu", "accelerator"] = "cpu"
     """Where the average lies."""

@@ -33,8 +33,9 @@ class ModelOptions(Slice):
     dev's parts, made on the spot, that trains on two CPU cores without a network. A flavour given with higher
     precedence than a model path wins over that path, with a notice."""
 
-    model_type: Literal["lora"] = "lora"
-    """What is trained: `lora`, small matrices beside the frozen base."""
+    model_type: Literal["lora", "full"] = "lora"
+    """What is trained: `lora`, small matrices beside the frozen base; `full`, every weight of the transformer:
+    see [full training](full.md)."""
 
     pretrained_model_name_or_path: ModelText | None = None
     """Where the model lies: a Hub id, a local diffusers folder, or a single `.safetensors` file of the
@@ -71,9 +72,9 @@ class ModelOptions(Slice):
     ) = None
     """Text-encoder layers whose hidden states stand side by side; by default the flavour's, 10,20,30."""
 
-    tokenizer_max_length: Count = 512
-    """Length of the text context in tokens. A longer caption is shortened (never the template around it),
-    counted and named."""
+    tokenizer_max_length: Count | None = None
+    """Length of the text context in tokens; by default the flavour's, 512. A longer caption is
+    shortened (never the template around it), counted and named."""
 
     tokenizer_fix_regex: bool = False
     """Use Mistral's corrected pre-tokeniser. Part of the text cache's key."""

@@ -1,0 +1,140 @@
+"""The whole transformer as what is trained: every weight of it."""
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.memory.masters import Masters
+
+
+class WeightKind(TypedDict):
+    """The weights that share a place in their blocks."""
+
+    name: str
+    tensors: int
+    parameters: int
+
+
+class WeightAudit(TypedDict):
+    """What is trained, for people and for JSON. `weight_bytes` is what the model computes with, `master_bytes` what the
+    optimiser steps on where that is something else.
+    """
+
+    dtype: str
+    tensors: int
+    parameters: int
+    weight_bytes: int
+    master_bytes: int
+    kinds: list[WeightKind]
+
+
+class FullModel:
+    """Every weight of a transformer, by diffusers' names: itself, or its fp32 master where there is one."""
+
+    def __init__(self, transformer: Flux2Transformer, masters: Masters | None) -> None:
+        self.transformer = transformer
+        self.masters = masters
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What the optimiser steps on."""
+        if self.masters is None:
+            yield from self._weights.items()
+        else:
+            yield from self.masters.parameters.items()
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for _, parameter in self.named_parameters()]
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def disabled(self) -> None:
+        """None: the base model is gone with the first step."""
+
+    @contextlib.contextmanager
+    def holding(self, state: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, the model computes with `state`; afterwards with its own weights, bit for bit."""
+        if self.masters is not None:
+            self.masters.show(state)
+            try:
+                yield
+            finally:
+                self.masters.settle()
+            return
+        kept = {name: tensor.clone() for name, tensor in self.state().items()}
+        self.load(state)
+        try:
+            yield
+        finally:
+            self.load(kept)
+
+    def state(self) -> dict[str, Tensor]:
+        """The trained tensors themselves (detached, not copied): what a checkpoint needs to go on exactly."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` gave.
+
+        Raises:
+            ValueError: other names or shapes than this model's.
+        """
+        own = dict(self.named_parameters())
+        if own.keys() != state.keys():
+            odd = sorted(own.keys() ^ state.keys())
+            raise ValueError(f"weights of another model: {len(odd)} names differ, such as {odd[0]}")
+        for name, parameter in own.items():
+            if parameter.shape != state[name].shape:
+                raise ValueError(f"{name} is {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
+            parameter.copy_(state[name])
+        if self.masters is not None:
+            self.masters.settle()
+
+    def by_role(self) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+        """The matrices of the blocks; those around them (embedders, modulation, the last layers); the norms' scales."""
+        inner: list[nn.Parameter] = []
+        outer: list[nn.Parameter] = []
+        scales: list[nn.Parameter] = []
+        for name, parameter in self.named_parameters():
+            is_inner = name.startswith(("transformer_blocks.", "single_transformer_blocks."))
+            (scales if parameter.ndim < 2 else inner if is_inner else outer).append(parameter)
+        return inner, outer, scales
+
+    def audit(self) -> WeightAudit:
+        """What learns, counted from the weights themselves."""
+        groups: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self._weights.items():
+            groups.setdefault(re.sub(r"\.\d+\.", ".*.", name, count=1), []).append(parameter)
+        masters = [] if self.masters is None else self.masters.parameters.values()
+        return WeightAudit(
+            dtype=str(self.transformer.dtype).removeprefix("torch."),
+            tensors=len(self._weights),
+            parameters=self.parameter_count,
+            weight_bytes=sum(weight.nbytes for weight in self._weights.values()),
+            master_bytes=sum(master.nbytes for master in masters),
+            kinds=[
+                WeightKind(name=name, tensors=len(members), parameters=sum(member.numel() for member in members))
+                for name, members in groups.items()
+            ],
+        )
+
+    @property
+    def _weights(self) -> dict[str, nn.Parameter]:
+        return dict(self.transformer.named_parameters())
+
+
+def unfreeze(transformer: Flux2Transformer, masters: torch.dtype | None = None) -> FullModel:
+    """Make every weight of `transformer` learn, its norms and embedders too.
+
+    Args:
+        masters: where given, the weights compute as this type, and the fp32 ones they were become their masters.
+    """
+    transformer.requires_grad_(True)
+    kept = None if masters is None else Masters(dict(transformer.named_parameters()), masters)
+    return FullModel(transformer, kept)

@@ -1,0 +1,188 @@
+"""Transformers as files: what diffusers loads as it lies, and the whole pipeline around it.
+
+Tensors keep diffusers' names, so nothing is renamed on the way.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from simpletuner.base.errors import CheckpointError, DiskError
+from simpletuner.base.files import disk_full_is_reported, link_or_copy, read_json, sync_directory, write_json
+from simpletuner.base.tensorfile import Entry, write_tensors
+from simpletuner.flux2.export import header_of
+from simpletuner.flux2.source import Source
+from simpletuner.flux2.spec import TransformerSpec
+
+TRANSFORMER_FOLDER = "transformer"
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+PIPELINE_INDEX = "model_index.json"
+COPIED_BYTES = 2**20
+"""Files up to this size are copied into a model's folder, larger ones linked."""
+
+_TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None = None
+) -> None:
+    """Write `tensors`, each as it is or cast to `dtype`, one after the other: no second copy of them is held."""
+
+    def entry(tensor: Tensor) -> Entry:
+        kind = dtype or tensor.dtype
+        size = tensor.numel() * kind.itemsize
+        return Entry(_TYPES[kind], tuple(tensor.shape), size, lambda: _bytes(tensor, kind))
+
+    write_tensors(path, {name: entry(tensor) for name, tensor in tensors.items()}, metadata)
+
+
+def _bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:
+    flat = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def save_transformer(
+    folder: Path,
+    spec: TransformerSpec,
+    tensors: Mapping[str, Tensor],
+    *,
+    metadata: Mapping[str, str],
+    dtype: torch.dtype,
+) -> None:
+    """Write config and weights of a transformer into `folder` and compare what the disk gives back bit for bit.
+
+    Args:
+        metadata: fields of `export.HEADER_FIELDS`.
+        dtype: the type of the file's tensors.
+
+    Raises:
+        DiskError: no space, or the file reads back differently.
+    """
+    path = folder / WEIGHTS_NAME
+    with disk_full_is_reported(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", spec.to_diffusers())
+        save_tensors(path, tensors, header_of(metadata), dtype)
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            damaged = [
+                name
+                for name, tensor in tensors.items()
+                if name not in names or not torch.equal(file.get_tensor(name), tensor.to("cpu", dtype))
+            ]
+    if damaged or names != tensors.keys():
+        raise DiskError.of(
+            f"{path} reads back differently from what was written ({len(damaged)} tensors)",
+            remedy="Check the disk, then save again.",
+        )
+
+
+def read_transformer(folder: Path) -> dict[str, Tensor]:
+    """The tensors that `save_transformer` wrote.
+
+    Raises:
+        CheckpointError: no such file, or damaged.
+    """
+    path = folder / WEIGHTS_NAME
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError.of(f"{path} cannot be read ({error})", "a whole .safetensors file") from None
+
+
+def save_pipeline(folder: Path, transformer: Path, source: Source) -> str | None:
+    """Put a model around a saved transformer: `folder` then appears whole, in place of what was there.
+
+    It holds the transformer, the same bytes as in `transformer`, and of `source` all else that makes a diffusers
+    pipeline: small files as copies, large ones as hard links, or, from another disk, as symbolic links.
+
+    Returns:
+        Why it holds the transformer alone, or None where it is a whole pipeline.
+
+    Raises:
+        DiskError: no space.
+    """
+    part, old = folder.with_name(f".tmp-{folder.name}"), folder.with_name(f".tmp-old-{folder.name}")
+    with disk_full_is_reported(folder):
+        for left in (part, old):
+            shutil.rmtree(left, ignore_errors=True)
+        part.mkdir(parents=True)
+        for file in transformer.iterdir():
+            (part / TRANSFORMER_FOLDER).mkdir(exist_ok=True)
+            link_or_copy(file, part / TRANSFORMER_FOLDER / file.name)
+        reason = _lacking(source)
+        if reason is None:
+            _add_the_rest(part, source)
+        sync_directory(part)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(part, folder)
+        sync_directory(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    return reason
+
+
+def _lacking(source: Source) -> str | None:
+    """Why no whole pipeline can be made of what is on this disk."""
+    base = source.pipeline
+    if base is None:
+        return f"of {source.name} only what training needs was downloaded"
+    if not (base / PIPELINE_INDEX).is_file() or not (base / "scheduler").is_dir():
+        return f"{base} is no whole pipeline"
+    encoder = source.text_encoder.files[0].parent
+    index = encoder / "model.safetensors.index.json"
+    if index.is_file() and not all((encoder / shard).is_file() for shard in read_json(index)["weight_map"].values()):
+        return "the text encoder's last layers, which training does not need, are not here"
+    own = base / "text_encoder" / "config.json"
+    if not own.is_file() or read_json(own).get("architectures") != (source.text_encoder.config or {}).get(
+        "architectures"
+    ):
+        return f"its text encoder is of another kind than that of {base}"
+    return None
+
+
+def _add_the_rest(part: Path, source: Source) -> None:
+    """The pipeline's other components, each from where the run had it."""
+    assert source.pipeline is not None
+    shutil.copyfile(source.pipeline / PIPELINE_INDEX, part / PIPELINE_INDEX)
+    folders = {
+        "scheduler": source.pipeline / "scheduler",
+        "tokenizer": source.tokenizer,
+        "text_encoder": source.text_encoder.files[0].parent,
+        "vae": source.vae.files[0].parent,
+    }
+    for name, folder in folders.items():
+        (part / name).mkdir()
+        for file in sorted(folder.iterdir()):
+            if not file.is_file() or file.name.startswith("."):
+                continue
+            if file.stat().st_size <= COPIED_BYTES:
+                shutil.copyfile(file, part / name / file.name)
+            else:
+                _link(file.resolve(), part / name / file.name)
+
+
+def _link(file: Path, target: Path) -> None:
+    try:
+        os.link(file, target)
+    except OSError:  # another disk, a file of somebody else's, or a file system without hard links
+        target.symlink_to(file)

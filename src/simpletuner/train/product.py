@@ -1,0 +1,250 @@
+"""What each `model_type` trains, and the files that come of it: an adapter, or a whole model."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from simpletuner.base.files import link_or_copy, write_atomic, write_json
+from simpletuner.base.sizes import format_size
+from simpletuner.config.optimisers import optimiser
+from simpletuner.config.run import RunConfig
+from simpletuner.flux2.export import attach_saved, read_lora, save_lora
+from simpletuner.flux2.full import FullModel, unfreeze
+from simpletuner.flux2.load import load_transformer
+from simpletuner.flux2.lora import Adapter, attach
+from simpletuner.flux2.modelfile import (
+    TRANSFORMER_FOLDER,
+    WEIGHTS_NAME,
+    read_transformer,
+    save_pipeline,
+    save_transformer,
+)
+from simpletuner.flux2.source import Source
+from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.runs.layout import EMA_FOLDER, LORA_NAME, MODEL_FOLDER, TRANSFORMER_NAME, RunDirectory
+from simpletuner.train import optim
+from simpletuner.train.prepare import DTYPES
+from simpletuner.train.report import Reporter
+from simpletuner.train.trained import Trained
+
+
+@runtime_checkable
+class Product(Protocol):
+    """What a run trains, and what comes of it."""
+
+    @property
+    def transformer(self) -> Flux2Transformer:
+        """The model that computes."""
+
+    @property
+    def trained(self) -> Trained:
+        """What of it learns."""
+
+    @property
+    def noun(self) -> str:
+        """What people call it."""
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """About the size of a checkpoint."""
+
+    def groups(self) -> list[dict[str, Any]]:
+        """What the optimiser steps on, in groups."""
+
+    def introduce(self, run: RunDirectory, reporter: Reporter) -> None:
+        """Say what learns, and write it into the run."""
+
+    def save(self, folder: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Write an export of `state`, the trained tensors or their average, into `folder`, a checkpoint.
+
+        Raises:
+            DiskError: no space, or a file reads back differently.
+        """
+
+    def holds(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether that export has the very numbers of `state`, so that they can be read back from it."""
+
+    def saved(self, folder: Path) -> dict[str, Tensor]:
+        """What `save` wrote into `folder`, where it `holds` it.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+
+    def finish(self, run: RunDirectory, checkpoint: Path, source: Source, reporter: Reporter) -> list[str]:
+        """Put what `checkpoint` holds where people look for it. Returns what to tell them, line by line."""
+
+
+@dataclass(frozen=True)
+class LoraProduct:
+    """Small matrices beside a frozen transformer; a file of them."""
+
+    config: RunConfig
+    transformer: Flux2Transformer
+    trained: Adapter
+    noun: str = "LoRA"
+
+    @classmethod
+    def load(cls, config: RunConfig, source: Source, device: torch.device) -> "LoraProduct":
+        """The transformer, frozen, with a fresh adapter, or the one of `init_lora`."""
+        transformer = load_transformer(source, DTYPES[config.base_dtype], device)
+        transformer.requires_grad_(False)
+        if config.init_lora is None:
+            adapter = attach(transformer, config, seed=config.seed)
+        else:
+            saved = read_lora(Path(config.init_lora))
+            adapter = attach_saved(transformer, saved, dropout=config.lora_dropout)
+        return cls(config, transformer, adapter)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        saved = sum(layer.rank * (layer.in_features + layer.out_features) for layer in self.trained.layers.values())
+        saved *= DTYPES[self.config.lora_save_dtype].itemsize
+        return _checkpoint_bytes(self.config, saved, self.trained.parameter_count * 4, self.trained.parameter_count)
+
+    def groups(self) -> list[dict[str, Any]]:
+        return optim.lora_plus(self.trained.named_parameters(), self.config.lora_plus_ratio)
+
+    def introduce(self, run: RunDirectory, reporter: Reporter) -> None:
+        audit = self.trained.audit()
+        reporter.say(
+            f"LoRA on {audit['layers']} layers ({audit['target']}): {audit['parameters']:,} trained parameters, "
+            f"{format_size(audit['bytes'])} in fp32"
+        )
+        for kind in audit["kinds"]:
+            rows, columns = kind["rows"], kind["columns"]
+            reporter.detail(
+                f"  {kind['layers']} × {kind['name']}: rank {kind['rank']}, rows {rows[0]}–{rows[1]}, "
+                f"columns {columns[0]}–{columns[1]}, {kind['parameters']:,} parameters"
+            )
+        write_json(run.root / "adapter.json", audit)
+
+    def save(self, folder: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        folder.mkdir(exist_ok=True)
+        with self.trained.holding(state):
+            save_lora(folder / LORA_NAME, self.trained, metadata=metadata, dtype=DTYPES[self.config.lora_save_dtype])
+
+    def holds(self, state: Mapping[str, Tensor]) -> bool:  # noqa: ARG002  whatever it is
+        """Never: it is expanded to full matrices, with its scale folded in."""
+        return False
+
+    def saved(self, folder: Path) -> dict[str, Tensor]:  # noqa: ARG002  as above
+        return {}
+
+    def finish(self, run: RunDirectory, checkpoint: Path, source: Source, reporter: Reporter) -> list[str]:  # noqa: ARG002
+        write_atomic(run.lora, (checkpoint / LORA_NAME).read_bytes())
+        lines = [f"LoRA: {run.lora} ({format_size(run.lora.stat().st_size)})"]
+        if self.config.use_ema:
+            run.ema_lora.parent.mkdir(exist_ok=True)
+            write_atomic(run.ema_lora, (checkpoint / EMA_FOLDER / LORA_NAME).read_bytes())
+            lines.append(f"Its moving average: {run.ema_lora}")
+        return [*lines, f"In diffusers: pipe.load_lora_weights({str(run.root)!r})"]
+
+
+@dataclass(frozen=True)
+class FullProduct:
+    """Every weight of a transformer; a diffusers folder, and its transformer as one file."""
+
+    config: RunConfig
+    transformer: Flux2Transformer
+    trained: FullModel
+    noun: str = "model"
+
+    @classmethod
+    def load(cls, config: RunConfig, source: Source, device: torch.device) -> "FullProduct":
+        """The transformer with all of its weights learning: in fp32, or as bf16 with fp32 masters. An optimiser that
+        rounds by chance steps on the bf16 weights themselves.
+        """
+        computes_in = DTYPES[config.base_dtype]
+        has_masters = computes_in != torch.float32 and not optimiser(config.optimizer).rounds_by_chance
+        transformer = load_transformer(source, torch.float32 if has_masters else computes_in, device)
+        return cls(config, transformer, unfreeze(transformer, computes_in if has_masters else None))
+
+    @property
+    def save_dtype(self) -> torch.dtype:
+        """Of the exported transformer."""
+        if self.config.model_save_dtype is not None:
+            return DTYPES[self.config.model_save_dtype]
+        return self.trained.parameters()[0].dtype
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        count = self.trained.parameter_count
+        own = sum(parameter.nbytes for parameter in self.trained.parameters())
+        kept = 0 if self.holds(self.trained.state()) else own
+        return _checkpoint_bytes(self.config, count * self.save_dtype.itemsize, kept, count)
+
+    def groups(self) -> list[dict[str, Any]]:
+        return optim.by_role(*self.trained.by_role())
+
+    def introduce(self, run: RunDirectory, reporter: Reporter) -> None:
+        audit = self.trained.audit()
+        known = optimiser(self.config.optimizer)
+        masters = f", {format_size(audit['master_bytes'])} of fp32 masters" if audit["master_bytes"] else ""
+        gradients = audit["master_bytes"] or audit["weight_bytes"]
+        state = format_size(audit["parameters"] * known.state_bytes)
+        reporter.say(
+            f"The whole transformer: {audit['parameters']:,} trained parameters in {audit['tensors']} tensors; "
+            f"{format_size(audit['weight_bytes'])} of {audit['dtype']} weights{masters}, {format_size(gradients)} of "
+            f"gradients, about {state} of {self.config.optimizer}'s state"
+        )
+        for kind in audit["kinds"]:
+            reporter.detail(f"  {kind['tensors']} × {kind['name']}: {kind['parameters']:,} parameters")
+        write_json(run.root / "weights.json", audit)
+
+    def save(self, folder: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        save_transformer(
+            folder / TRANSFORMER_FOLDER, self.transformer.spec, state, metadata=metadata, dtype=self.save_dtype
+        )
+
+    def holds(self, state: Mapping[str, Tensor]) -> bool:
+        return all(self.save_dtype in (tensor.dtype, torch.float32) for tensor in state.values())
+
+    def saved(self, folder: Path) -> dict[str, Tensor]:
+        return read_transformer(folder / TRANSFORMER_FOLDER)
+
+    def finish(self, run: RunDirectory, checkpoint: Path, source: Source, reporter: Reporter) -> list[str]:
+        lines = []
+        why = None
+        for name in ("", EMA_FOLDER) if self.config.use_ema else ("",):
+            folder, transformer = run.root / name, checkpoint / name / TRANSFORMER_FOLDER
+            folder.mkdir(exist_ok=True)
+            link_or_copy(transformer / WEIGHTS_NAME, folder / TRANSFORMER_NAME)
+            why = save_pipeline(folder / MODEL_FOLDER, transformer, source)
+            size = format_size((folder / TRANSFORMER_NAME).stat().st_size)
+            title = "Its moving average" if name else "Model"
+            lines.append(
+                f"{title}: {folder / MODEL_FOLDER}, and its transformer as {folder / TRANSFORMER_NAME} ({size})"
+            )
+        if why is None:
+            outside = sorted({file.readlink() for file in run.model.rglob("*") if file.is_symlink()})
+            if outside:
+                reporter.notice(
+                    f"{run.model} links to {len(outside)} files on another disk, such as {outside[0]}: keep them."
+                )
+            return [*lines, f"In diffusers: Flux2Pipeline.from_pretrained({str(run.model)!r})"]
+        reporter.notice(f"{run.model} holds the transformer alone: {why}.")
+        base = source.flavour.repo or source.name
+        return [
+            *lines,
+            f"In diffusers: Flux2Pipeline.from_pretrained({base!r}, "
+            f"transformer=Flux2Transformer2DModel.from_pretrained({str(run.model / TRANSFORMER_FOLDER)!r}))",
+        ]
+
+
+def _checkpoint_bytes(config: RunConfig, exported: int, kept: int, count: int) -> int:
+    """Size of an export and of what else is kept of the `count` trained numbers, for them and their average, and of the
+    optimiser's state.
+    """
+    return (exported + kept) * (2 if config.use_ema else 1) + round(count * optimiser(config.optimizer).state_bytes)
+
+
+PRODUCTS: dict[str, Callable[[RunConfig, Source, torch.device], Product]] = {
+    "lora": LoraProduct.load,
+    "full": FullProduct.load,
+}
+"""By `model_type`: loads the transformer and makes of it what is to learn."""
