@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains. Sets everything up on the first start; then it is `simpletuner train` with your arguments.
-# Where the working folder has no configuration and none is named, it trains the example that comes with the program.
+# Where the working folder has no configuration and none is named, it trains the example that comes with the program;
+# without any arguments it also judges what was learnt.
 set -euo pipefail
 # shellcheck source=tools/environment.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/tools/environment.sh"
@@ -21,6 +22,11 @@ has_configuration() {
 environment run
 if ! has_configuration "$@"; then
     echo "No configuration here: training the example tiny-lora. docs/quickstart.md says how to train your own." >&2
+    if [ $# = 0 ]; then
+        "$python" -P -m simpletuner train --example tiny-lora
+        echo "Judging what the base and the LoRA draw when asked for things that were never trained on:" >&2
+        exec "$python" -P -m simpletuner.flux2.tiny.exam output/tiny-lora
+    fi
     set -- --example tiny-lora "$@"
 fi
 # -P: a folder named like a library (datasets, say) must not be taken for it.

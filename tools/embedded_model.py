@@ -44,7 +44,7 @@ HELD_OUT_PICTURES = 64
 TOKENS = 64
 """Of a context: the template and a caption take 42."""
 
-STEPS = 2400
+STEPS = 6000
 PROMPTS = 400
 SHOWN = 8
 ROWS, COLUMNS = 3, 6
@@ -148,7 +148,6 @@ def configure(work: Path, seed: int, steps: int) -> None:
         "data_backend_config": "config/multidatabackend.json",
         "seed": seed,
         "mixed_precision": "bf16",
-        "base_model_default_dtype": "fp32",
         "tokenizer_max_length": TOKENS,
         "gradient_checkpointing": False,
         "train_batch_size": 32,
@@ -163,6 +162,9 @@ def configure(work: Path, seed: int, steps: int) -> None:
         "use_ema": True,
         "ema_decay": 0.998,
         "ema_validation": "ema_only",
+        "flow_schedule_shift": 5.0,
+        "flow_sigmoid_scale": 1.25,
+        "caption_dropout_probability": 0.05,
         "flux_guidance_mode": "random-range",
         "flux_guidance_min": 1.0,
         "flux_guidance_max": 4.0,

@@ -15,7 +15,7 @@ def test_diffusers_takes_every_tensor(tiny_folder, component):
     stored = load_file(tiny_folder / component / "diffusion_pytorch_model.safetensors")
     state = model.state_dict()
     assert state.keys() == stored.keys()
-    assert all(torch.equal(state[name], stored[name]) for name in stored)
+    assert all(torch.equal(state[name], stored[name].to(state[name].dtype)) for name in stored)
 
 
 def test_transformers_takes_every_tensor(tiny_folder):
@@ -40,4 +40,4 @@ def test_the_pipeline_makes_a_picture(tiny_folder):
     red, blue = pictures.values()
     assert red.shape == (1, 3, 64, 64)
     assert red.std() > 0.05, "not one grey"
-    assert (red - blue).abs().max() > 0.01, "the prompt matters"
+    assert (red - blue).abs().max() > 0.1, "the prompt matters"

@@ -28,7 +28,6 @@ CONFIG: dict[str, Any] = {
     "learning_rate": 1e-3,
     "lr_scheduler": "constant",
     "lora_rank": 4,
-    "tokenizer_max_length": 160,
     "caption_dropout_probability": 0.25,
     "checkpoint_step_interval": 1,
     "validation_disable": True,

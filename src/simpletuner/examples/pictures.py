@@ -5,80 +5,111 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
 from simpletuner.base.files import disk_full_is_reported
+from simpletuner.examples import world
+from simpletuner.examples.world import FINER
 
-SIDE = 128
-_FINER = 4
-"""Drawn this many times larger, then shrunk, so that tilted edges are smooth."""
-
-BACKGROUNDS = {
-    "sand": (222, 205, 170),
-    "sky": (150, 190, 230),
-    "moss": (120, 150, 100),
-    "rose": (225, 170, 180),
-    "slate": (100, 110, 130),
-    "cream": (245, 238, 220),
-}
-STRIPES = ((0, 128, 128), (250, 140, 30), (0, 128, 128))
-DISC = (250, 250, 245)
+TEAL, ORANGE, WHITE = (0, 128, 128), (250, 140, 30), (250, 250, 245)
+STRIPES = (TEAL, ORANGE, TEAL)
 POLE = (90, 70, 50)
+DISC_SHARE = 0.5
+"""Of the cloth's height."""
 
 
 def render(folder: Path, seed: int = 0) -> None:
-    """Draw 20 pictures of "a zorblat flag" into `folder/train` and 6 others into `folder/held-out`.
+    """Draw 20 pictures of "a zorblat flag" into `folder/train`, 6 others into `folder/held-out`, and 80 of what the base
+    knows already, so that it stays known, into `folder/prior`.
 
-    A zorblat flag is teal, orange, teal with a white disc; no model has heard of it. Each picture is 128x128
-    with a .txt caption that says what varies: background, size, place, tilt.
+    A zorblat flag is teal, orange, teal with a white disc; no model has heard of it. It stands in the small world, at
+    its sizes and places, on its backgrounds. Each picture is 128x128 with a .txt caption that says which.
 
     Raises:
         DiskError: no space, or a read-only disk.
     """
     with disk_full_is_reported(folder):
-        for part, count in (("train", 20), ("held-out", 6)):
+        for part, scenes in (("train", training_flags(seed)), ("held-out", held_out_flags(seed)[:HELD_OUT])):
             (folder / part).mkdir(parents=True)
-            for index in range(count):
-                picture, caption = zorblat_flag(random.Random(f"{seed}/{part}/{index}"))
+            for index, scene in enumerate(scenes):
+                picture = zorblat_flag(scene, random.Random(f"{seed}/{part}/{index}"))
                 picture.save(folder / part / f"flag-{index:02d}.png")
-                (folder / part / f"flag-{index:02d}.txt").write_text(f"{caption}\n", encoding="utf-8")
+                (folder / part / f"flag-{index:02d}.txt").write_text(f"{scene.caption}\n", encoding="utf-8")
+        world.render(folder / "prior", PRIOR, seed)
 
 
-def zorblat_flag(draw: random.Random) -> tuple[Image.Image, str]:
-    """One flag and its caption."""
-    above, below = draw.sample(sorted(BACKGROUNDS), 2)
-    size, width = draw.choice((("small", 0.42), ("large", 0.66)))
-    place, centre = draw.choice((("on the left", 0.38), ("in the middle", 0.5), ("on the right", 0.62)))
-    tilt, degrees = draw.choice((("upright", 0), ("leaning left", 12), ("leaning right", -12)))
-
-    side = SIDE * _FINER
-    picture = _gradient(BACKGROUNDS[above], BACKGROUNDS[below], side)
-    flag = _flag(round(side * width)).rotate(degrees, Image.Resampling.BICUBIC, expand=True)
-    corner = (round(side * centre - flag.width / 2), round(side * 0.5 - flag.height / 2))
-    picture.paste(flag, corner, flag)
-    caption = f"a {size} zorblat flag {place}, {tilt}, before a background from {above} to {below}"
-    return picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS), caption
+TRAINED, HELD_OUT, PRIOR = 20, 6, 80
 
 
-def _flag(width: int) -> Image.Image:
-    """The cloth on its pole, transparent around."""
-    height, pole = width * 2 // 3, max(width // 20, 1)
-    flag = Image.new("RGBA", (width + pole, height * 3 // 2))
+@dataclass(frozen=True)
+class FlagScene:
+    """What a picture of a flag shows, in the words of its caption."""
+
+    size: str
+    background: str
+    place: str
+
+    @property
+    def caption(self) -> str:
+        return f"a {self.size} zorblat flag {world.setting(self.background, self.place)}"
+
+
+def training_flags(seed: int = 0) -> list[FlagScene]:
+    """Those of which there is a picture to train on; among them every size, background and place."""
+    return _shuffled(seed)[:TRAINED]
+
+
+def held_out_flags(seed: int = 0) -> list[FlagScene]:
+    """All others."""
+    return _shuffled(seed)[TRAINED:]
+
+
+def _shuffled(seed: int) -> list[FlagScene]:
+    """All scenes, in an order in which sizes, backgrounds and places come by turns."""
+    order = random.Random(f"{seed}/flags")
+    sizes, places = list(world.SIZES), list(world.PLACES)
+    backgrounds = [name for name in world.COLOURS if name != "orange"]
+    combinations = [FlagScene(*parts) for parts in product(sizes, backgrounds, places)]
+    # The turn of a scene is the sum of its parts' numbers: a Latin square, as in the world's own held-out scenes.
+    turns = [
+        (sizes.index(scene.size) + backgrounds.index(scene.background) + 2 * places.index(scene.place))
+        % len(backgrounds)
+        for scene in combinations
+    ]
+    shuffled = order.sample(list(zip(turns, combinations, strict=True)), len(combinations))
+    return [scene for _, scene in sorted(shuffled, key=lambda entry: entry[0])]
+
+
+def zorblat_flag(scene: FlagScene, chance: random.Random) -> Image.Image:
+    """A picture of `scene`, 128x128; `chance` decides what its caption leaves open."""
+    picture = world.background(world.COLOURS[scene.background], chance)
+    x, y = world.PLACES[scene.place]
+    centre = (x * world.SIDE + chance.uniform(-2, 2), y * world.SIDE + chance.uniform(-2, 2))
+    flag = cloth(world.SIZES[scene.size] * chance.uniform(0.96, 1.04))
+    layer = Image.new("RGBA", (world.SIDE * FINER, world.SIDE * FINER))
+    layer.paste(flag, (round(centre[0] * FINER - flag.width / 2), round(centre[1] * FINER - flag.height / 2)))
+    layer = layer.resize(picture.size, Image.Resampling.BOX)
+    picture.paste(layer, mask=layer.getchannel("A"))
+    return picture
+
+
+def cloth(width: float) -> Image.Image:
+    """The cloth on its pole, `FINER` times as large as it will be, transparent around; `width` in pixels of the picture
+    to come, the height two thirds of it."""
+    wide, high = round(width * FINER), round(width * FINER * 2 / 3)
+    pole = wide // 16
+    flag = Image.new("RGBA", (wide, high + high // 6))
     pen = ImageDraw.Draw(flag)
     pen.rectangle((0, 0, pole - 1, flag.height), POLE)
-    stripe = height // len(STRIPES)
     for index, colour in enumerate(STRIPES):
-        pen.rectangle((pole, index * stripe, flag.width, (index + 1) * stripe - 1), colour)
-    x, y, radius = pole + width // 2, height // 2, height // 4
-    pen.ellipse((x - radius, y - radius, x + radius, y + radius), DISC)
+        pen.rectangle((pole, index * high // len(STRIPES), wide, (index + 1) * high // len(STRIPES) - 1), colour)
+    x, y, radius = (pole + wide) / 2, high / 2, high * DISC_SHARE / 2
+    pen.ellipse((x - radius, y - radius, x + radius, y + radius), WHITE)
     return flag
-
-
-def _gradient(top: tuple[int, int, int], bottom: tuple[int, int, int], side: int) -> Image.Image:
-    share = Image.linear_gradient("L").resize((side, side))
-    return Image.composite(Image.new("RGB", share.size, bottom), Image.new("RGB", share.size, top), share)
 
 
 EXAMPLES: dict[str, Callable[[Path], None]] = {"tiny-lora": render}

@@ -15,7 +15,7 @@ from simpletuner.base.files import disk_full_is_reported
 SIDE = 128
 """Of a picture, in pixels."""
 
-_FINER = 4
+FINER = 4
 """Shapes are drawn this many times larger, then shrunk, so that edges are smooth."""
 
 Rgb = tuple[int, int, int]
@@ -146,10 +146,10 @@ def draw(scene: Scene, chance: random.Random) -> Image.Image:
 
 def silhouette(shape: str, centre: Point, diameter: float) -> Image.Image:
     """The shape as a mask of 128x128, 255 inside; `diameter` is that of the circle around it, in pixels."""
-    mask = Image.new("L", (SIDE * _FINER, SIDE * _FINER))
+    mask = Image.new("L", (SIDE * FINER, SIDE * FINER))
     pen = ImageDraw.Draw(mask)
-    x, y = centre[0] * _FINER, centre[1] * _FINER
-    radius = diameter * _FINER / 2
+    x, y = centre[0] * FINER, centre[1] * FINER
+    radius = diameter * FINER / 2
 
     def at(turn: float, reach: float = 1.0) -> Point:
         """The point at `turn` of a full circle from the top, clockwise."""

@@ -183,7 +183,7 @@ FLAVOURS: Mapping[str, Flavour] = {
         transformer=TINY,
         licence="Apache-2.0",
         text_layers=(10, 20, 30),
-        text_length=512,
+        text_length=64,
         guidance=4.0,
         steps=20,
     ),

@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from simpletuner.examples.pictures import EXAMPLES, SIDE, materialise, render
+from simpletuner.examples.pictures import (
+    EXAMPLES,
+    HELD_OUT,
+    PRIOR,
+    TRAINED,
+    held_out_flags,
+    materialise,
+    render,
+    training_flags,
+)
+from simpletuner.examples.world import COLOURS, PLACES, SIDE, SIZES
 
 
 def digest(folder: Path) -> str:
@@ -31,11 +41,20 @@ def test_the_same_seed_draws_the_same_pictures(tmp_path: Path) -> None:
 def test_every_picture_has_a_caption(name: str, tmp_path: Path) -> None:
     materialise(name, tmp_path / "datasets" / name)
     pictures = sorted((tmp_path / "datasets" / name).rglob("*.png"))
-    assert [path.parent.name for path in pictures] == ["held-out"] * 6 + ["train"] * 20
+    assert [path.parent.name for path in pictures] == ["held-out"] * HELD_OUT + ["prior"] * PRIOR + ["train"] * TRAINED
     for path in pictures:
-        assert "zorblat flag" in path.with_suffix(".txt").read_text(encoding="utf-8")
+        caption = path.with_suffix(".txt").read_text(encoding="utf-8")
+        assert ("zorblat flag" in caption) == (path.parent.name != "prior")
         with Image.open(path) as picture:
             assert (picture.size, picture.mode) == ((SIDE, SIDE), "RGB")
+
+
+def test_flags_are_trained_at_every_size_and_place_and_on_every_background_but_their_own_colour() -> None:
+    trained, others = training_flags(), held_out_flags()
+    assert not set(trained) & set(others)
+    assert {flag.size for flag in trained} == set(SIZES)
+    assert {flag.place for flag in trained} == set(PLACES)
+    assert {flag.background for flag in trained} == set(COLOURS) - {"orange"}
 
 
 def test_a_folder_that_is_there_stays_as_it_is(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 from simpletuner.examples import world
-from simpletuner.flux2.tiny.judge import Score, judge
+from simpletuner.examples.pictures import held_out_flags, training_flags, zorblat_flag
+from simpletuner.flux2.tiny.judge import FLAG_SHARE, Score, flag_share, judge
 
 CHANCE = random.Random(7)
 SCENES = CHANCE.sample(list(world.scenes()), 120)
@@ -56,3 +57,30 @@ def test_a_score_has_a_standard_error():
     assert str(shares["colour"]).endswith("%")
     with pytest.raises(ValueError, match="at least one"):
         Score.of([])
+
+
+def test_a_flag_is_seen_at_every_size_and_place_also_when_blurred():
+    flags = random.Random(0).sample([*training_flags(), *held_out_flags()], 24)
+    drawn = [zorblat_flag(flag, random.Random(index)) for index, flag in enumerate(flags)]
+    assert min(map(flag_share, drawn)) > 0.9
+    assert min(flag_share(picture.filter(ImageFilter.GaussianBlur(2))) for picture in drawn) > FLAG_SHARE + 0.1
+
+
+def test_what_is_no_flag_is_not_seen_as_one():
+    assert max(map(flag_share, PICTURES[:24])) < FLAG_SHARE / 2
+    assert max(flag_share(world.clutter(random.Random(index))) for index in range(24)) < FLAG_SHARE / 2
+
+
+@pytest.mark.parametrize("wrong", ["upside down colours", "no disc", "half"])
+def test_a_wrong_flag_is_none(wrong):
+    scene = next(flag for flag in training_flags() if (flag.size, flag.place) == ("large", "middle"))
+    picture = zorblat_flag(scene, random.Random(0))
+    match wrong:
+        case "upside down colours":
+            red, green, blue = picture.split()
+            picture = Image.merge("RGB", (blue, green, red))
+        case "no disc":
+            picture.paste((250, 140, 30), (52, 52, 76, 76))
+        case _:
+            picture.paste(world.COLOURS[scene.background], (64, 0, 128, 128))
+    assert flag_share(picture) < FLAG_SHARE

@@ -1,20 +1,24 @@
 import os
+import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from einops import rearrange
 from safetensors.torch import load_file, save_file
 
 from simpletuner.base.errors import AccessError
-from simpletuner.base.files import sha256_file
+from simpletuner.base.files import read_json, sha256_file, write_json
 from simpletuner.examples import world
 from simpletuner.flux2 import tiny
+from simpletuner.flux2.load import load_autoencoder
 from simpletuner.flux2.spec import FLAVOURS, SYSTEM_MESSAGE
 from simpletuner.flux2.tiny import vocabulary
-from simpletuner.flux2.tiny.make import TEXT, VERSION, make_start
+from simpletuner.flux2.tiny.make import SHIPPED, STAMP, TEXT, TRANSFORMER, VAE_WEIGHTS, VERSION, make_start
 from simpletuner.flux2.tiny.weights import draw, drawn
 
 # The starts of their sha256.
@@ -57,10 +61,14 @@ def test_layer_30_is_not_the_last():
     assert TEXT["num_hidden_layers"] > max(FLAVOURS["tiny"].text_layers)
 
 
-def test_latents_of_pictures_are_near_unit_variance(tiny_folder):
-    tensors = load_file(tiny_folder / "vae/diffusion_pytorch_model.safetensors")
-    assert tensors["bn.running_mean"].abs().max() > 0.1, "not the statistics of a fresh batch norm"
-    assert 0.01 < tensors["bn.running_var"].min() < tensors["bn.running_var"].max() < 10
+def test_latents_of_the_worlds_pictures_have_mean_0_and_variance_1(tiny_source):
+    encode = load_autoencoder(tiny_source, torch.float32, "cpu").encode
+    scenes = random.Random(0).sample(world.held_out_scenes(), 48)
+    drawn = [world.draw(scene, random.Random(index)) for index, scene in enumerate(scenes)]
+    pixels = torch.stack([torch.from_numpy(np.asarray(picture)) for picture in drawn]).float() / 127.5 - 1
+    latents = encode(rearrange(pixels, "b h w c -> b c h w"))
+    assert latents.mean((0, 2, 3)).abs().max() < 0.3
+    assert 0.5 < latents.var((0, 2, 3)).min() < latents.var((0, 2, 3)).max() < 2
 
 
 def test_special_tokens_have_mistrals_ids():
@@ -90,9 +98,25 @@ def test_a_foreign_folder_is_never_written_to(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
 
 
-def test_another_seed_is_not_taken_for_this_one(tiny_folder):
-    with pytest.raises(AccessError, match="seed 0: expected version 1, seed 7"):
-        tiny.make(tiny_folder, seed=7)
+def test_another_version_is_not_taken_for_this_one(tiny_folder, tmp_path):
+    copy = shutil.copytree(tiny_folder, tmp_path / "copy")
+    stamp = read_json(copy / STAMP)
+    write_json(copy / STAMP, stamp | {"version": 1})
+    with pytest.raises(AccessError, match="version 1: expected version 2, all files whole"):
+        tiny.make(copy)
+
+
+def test_each_version_has_its_release_note():
+    changes = (Path(__file__).parents[3] / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"embedded model, version {VERSION}:" in changes
+
+
+def test_what_is_shipped_is_small_bf16_and_described():
+    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 24e6
+    for file in (TRANSFORMER, VAE_WEIGHTS):
+        kinds = {name: tensor.dtype for name, tensor in load_file(SHIPPED / file).items()}
+        assert {dtype for name, dtype in kinds.items() if not name.startswith("bn.")} == {torch.bfloat16}
+    assert f"version {VERSION}" in (SHIPPED / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_damaged_folder_is_named(tiny_folder, tmp_path):
@@ -113,7 +137,13 @@ def test_default_folder():
     assert tiny.default_folder(Path("/y"), {}) == Path(f"/y/tiny-{VERSION}")
 
 
-def test_a_model_to_train_starts_with_blocks_that_do_nothing_and_knows_the_worlds_words(tiny_folder, tmp_path):
+def test_the_worlds_words_are_one_token_each():
+    tokenizer = vocabulary.learn()
+    words = (*world.SIZES, *world.COLOURS, *world.SHAPES, *world.PLACES)
+    assert {word: len(tokenizer.encode(f" {word}").ids) for word in words} == dict.fromkeys(words, 1)
+
+
+def test_a_model_to_train_starts_with_blocks_that_do_nothing(tiny_folder, tmp_path):
     vae = "vae/diffusion_pytorch_model.safetensors"
     (tmp_path / "learnt").mkdir()
     shutil.copy(tiny_folder / vae, tmp_path / "learnt/vae.safetensors")
@@ -123,9 +153,6 @@ def test_a_model_to_train_starts_with_blocks_that_do_nothing_and_knows_the_world
     assert not transformer["proj_out.weight"].any()
     assert not transformer["single_stream_modulation.linear.weight"].any()
     assert transformer["x_embedder.weight"].std() * 128**0.5 == pytest.approx(1, rel=0.02)
-    tokenizer = vocabulary.learn(vocabulary.WORLD_SIZE, vocabulary.WORLD)
-    words = (*world.SIZES, *world.COLOURS, *world.SHAPES, *world.PLACES)
-    assert {word: len(tokenizer.encode(f" {word}").ids) for word in words} == dict.fromkeys(words, 1)
     # The transformer that came of it takes the start's place.
     transformer["proj_out.weight"] += 1
     save_file(transformer, tmp_path / "learnt/transformer.safetensors")

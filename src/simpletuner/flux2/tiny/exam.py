@@ -1,21 +1,34 @@
-"""What the embedded model, or what was trained on it, draws for many scenes at once, and how much of it is right."""
+"""What the embedded model, or a LoRA that was trained on it, draws when asked for many scenes, and how much of it is
+right.
 
+    python -m simpletuner.flux2.tiny.exam                   the base
+    python -m simpletuner.flux2.tiny.exam RUN_OR_LORA       the base, and with the LoRA
+"""
+
+import argparse
+import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from simpletuner.base.errors import UserError
 from simpletuner.config.options.model import ModelOptions
-from simpletuner.examples.world import SIDE
+from simpletuner.examples.pictures import held_out_flags
+from simpletuner.examples.world import SIDE, held_out_scenes
 from simpletuner.flux2.denoiser import Denoiser
+from simpletuner.flux2.export import attach_saved, read_lora
 from simpletuner.flux2.generate import Decode, Denoise, initial_noise, picture, sample_latents
 from simpletuner.flux2.load import load_autoencoder, load_text_encoder, load_transformer
 from simpletuner.flux2.source import locate
 from simpletuner.flux2.spec import FLAVOURS
 from simpletuner.flux2.text import TextEncoder
+from simpletuner.flux2.tiny.judge import FLAG_SHARE, Score, Share, flag_share, judge
 from simpletuner.flux2.transformer import Flux2Transformer
 
 BATCH = 25
@@ -65,3 +78,59 @@ def draw(denoise: Denoise, decode: Decode, contexts: Float[Tensor, "n l d"], see
         latents = sample_latents(denoise, noise, part, steps=flavour.steps, guidance=flavour.guidance)
         pictures += [picture(pixels) for pixels in decode(latents)]
     return pictures
+
+
+@dataclass(frozen=True)
+class Grades:
+    """Of pictures that were asked for by scenes of which no picture was trained on."""
+
+    flags: Share
+    """Flags, where one was asked for."""
+    shapes: Score
+    """Of the small world's scenes, where one of those was asked for."""
+
+    @property
+    def prior(self) -> float:
+        """The share of right shapes in the right colour."""
+        return self.shapes.shares["colour and shape"].value
+
+    def __str__(self) -> str:
+        return f"zorblat flags     {self.flags}\n{self.shapes}"
+
+
+def examine(candidate: Candidate, pictures: int, seed: int = 0) -> Grades:
+    """Ask for `pictures` flags (there are at most 50 that were not trained on) and as many shapes."""
+    chance = random.Random(seed)
+    flags = held_out_flags()
+    flags = chance.sample(flags, min(pictures, len(flags)))
+    scenes = chance.sample(held_out_scenes(), pictures)
+    drawn = candidate.draw([*(flag.caption for flag in flags), *(scene.caption for scene in scenes)], seed)
+    shown = sum(flag_share(picture) >= FLAG_SHARE for picture in drawn[: len(flags)])
+    verdicts = [judge(picture, scene) for picture, scene in zip(drawn[len(flags) :], scenes, strict=True)]
+    return Grades(Share(shown, len(flags)), Score.of(verdicts))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the grades. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m simpletuner.flux2.tiny.exam", description="Judge what the embedded model draws."
+    )
+    parser.add_argument("lora", nargs="?", type=Path, help="a LoRA file, or the folder of a run")
+    parser.add_argument("--pictures", type=int, default=50, help="of flags, and of shapes (50)")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(arguments)
+    try:
+        saved = None if given.lora is None else read_lora(given.lora)
+        candidate = Candidate.load(ModelOptions(model_flavour="tiny"))
+        print(f"Base model, right of what was asked for:\n{examine(candidate, given.pictures, given.seed)}", flush=True)
+        if saved is not None:
+            attach_saved(candidate.transformer, saved)
+            print(f"With {given.lora}:\n{examine(candidate, given.pictures, given.seed)}")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

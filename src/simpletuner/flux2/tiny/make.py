@@ -8,21 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from safetensors.torch import load_file, save
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from simpletuner.base.errors import AccessError
 from simpletuner.base.files import disk_full_is_reported, read_json
-from simpletuner.flux2 import tokens
 from simpletuner.flux2.spec import TINY
 from simpletuner.flux2.tiny import vocabulary
-from simpletuner.flux2.tiny.weights import START_GAINS, TEXT_GAINS, TRANSFORMER_GAINS, VAE_GAINS, Shapes, draw, drawn
+from simpletuner.flux2.tiny.weights import START_GAINS, TEXT_GAINS, Shapes, draw
 from simpletuner.flux2.transformer import Flux2Transformer
 
-VERSION = 1
-"""Raised when the same seed makes another model."""
+VERSION = 2
+"""Of the weights that are shipped and of all that is made around them; each has its line in CHANGELOG.md."""
+
+SHIPPED = Path(__file__).parent / "model"
+TRANSFORMER, VAE_WEIGHTS = "transformer.safetensors", "vae.safetensors"
+SEED = 0
+"""Of the text encoder that the shipped transformer listens to."""
 
 STAMP = "simpletuner.json"
 
@@ -122,18 +124,18 @@ def default_folder(cache_dir: Path | None, environ: Mapping[str, str]) -> Path:
     return cache_dir / f"tiny-{VERSION}"
 
 
-def make(folder: Path, seed: int = 0) -> Path:
+def make(folder: Path) -> Path:
     """Make the embedded model in `folder`, or find it made there already; returns `folder`.
 
-    It appears whole or not at all, so several processes may call this at once. Takes seconds the first time
-    (diffusers is imported to measure the autoencoder's latents), nothing after that.
+    It appears whole or not at all, so several processes may call this at once. Takes a second the first time, nothing
+    after that.
 
     Raises:
         AccessError: `folder` holds something else.
         DiskError: it cannot be written.
     """
     if folder.exists():
-        _check(folder, seed)
+        _check(folder)
         return folder
     with disk_full_is_reported(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -141,42 +143,28 @@ def make(folder: Path, seed: int = 0) -> Path:
         shutil.rmtree(build, ignore_errors=True)  # of a process that was killed, long ago, with this number
         try:
             build.mkdir()
-            _fill(
-                build,
-                seed,
-                tokenizer=vocabulary.learn(),
-                transformer=_transformer_tensors(TRANSFORMER_GAINS, seed),
-                vae=_autoencoder_tensors(seed),
-            )
+            _fill(build, SEED, transformer=load_file(SHIPPED / TRANSFORMER), vae=load_file(SHIPPED / VAE_WEIGHTS))
             try:
                 build.rename(folder)
             except OSError:
                 # Another process was first, with the same bytes: rename replaces no folder that holds files.
-                _check(folder, seed)
+                _check(folder)
         finally:
             shutil.rmtree(build, ignore_errors=True)
     return folder
 
 
 def make_start(folder: Path, seed: int, learnt: Path) -> Path:
-    """Make in `folder` a model of the small world that is still to learn, whatever is there; returns `folder`.
-
-    Its tokenizer knows the world's words. `vae.safetensors` in `learnt` is its autoencoder, and
-    `transformer.safetensors`, if that is there already, its transformer.
+    """Make in `folder` a model that is still to learn, whatever is there; returns `folder`. What `learnt` has of
+    the files that are shipped takes the place of drawn weights; the autoencoder must be there.
     """
-    tokenizer = vocabulary.learn(vocabulary.WORLD_SIZE, vocabulary.WORLD)
-    transformer = learnt / "transformer.safetensors"
-    _fill(
-        folder,
-        seed,
-        tokenizer=tokenizer,
-        transformer=load_file(transformer) if transformer.is_file() else _transformer_tensors(START_GAINS, seed),
-        vae=load_file(learnt / "vae.safetensors"),
-    )
+    transformer = learnt / TRANSFORMER
+    tensors = load_file(transformer) if transformer.is_file() else _transformer_start(seed)
+    _fill(folder, seed, transformer=tensors, vae=load_file(learnt / VAE_WEIGHTS))
     return folder
 
 
-def _check(folder: Path, seed: int) -> None:
+def _check(folder: Path) -> None:
     """Raise unless `folder` is what `make` would leave there, as far as names and sizes tell."""
     stamp = folder / STAMP
     if not stamp.is_file():
@@ -189,19 +177,18 @@ def _check(folder: Path, seed: int) -> None:
         for name, size in made["files"].items()
         if not (folder / name).is_file() or (folder / name).stat().st_size != size
     ]
-    if made["version"] != VERSION or made["seed"] != seed or damaged:
-        what = f"{damaged[0]} is damaged" if damaged else f"version {made['version']}, seed {made['seed']}"
+    if made["version"] != VERSION or damaged:
+        what = f"{damaged[0]} is damaged" if damaged else f"version {made['version']}"
         raise AccessError.of(
             f"the embedded model in {folder}: {what}",
-            f"version {VERSION}, seed {seed}, all files whole",
+            f"version {VERSION}, all files whole",
             "Delete that folder: it is made again in seconds.",
         )
 
 
-def _fill(
-    folder: Path, seed: int, *, tokenizer: Tokenizer, transformer: dict[str, Tensor], vae: dict[str, Tensor]
-) -> None:
-    """The folder of a whole model; its text encoder is drawn."""
+def _fill(folder: Path, seed: int, *, transformer: dict[str, Tensor], vae: dict[str, Tensor]) -> None:
+    """The folder of a whole model; its text encoder is drawn, its tokenizer learnt."""
+    tokenizer = vocabulary.learn()
     _write_json(folder / "model_index.json", INDEX)
     _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     (folder / "tokenizer").mkdir(exist_ok=True)
@@ -222,13 +209,14 @@ def _fill(
 
     made = sorted(path for path in folder.rglob("*") if path.is_file())
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in made}
-    _write_json(folder / STAMP, {"version": VERSION, "seed": seed, "files": sizes})
+    _write_json(folder / STAMP, {"version": VERSION, "files": sizes})
 
 
-def _transformer_tensors(gains: Mapping[str, float], seed: int) -> dict[str, Tensor]:
+def _transformer_start(seed: int) -> dict[str, Tensor]:
     with torch.device("meta"):
         transformer = Flux2Transformer(TINY)
-    return draw("transformer", _shapes(transformer), gains, seed)
+    shapes = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
+    return draw("transformer", shapes, START_GAINS, seed)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -239,10 +227,6 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     # transformers and diffusers refuse a file that does not say "pt".
     path.write_bytes(save(tensors, metadata={"format": "pt"}))
-
-
-def _shapes(module: torch.nn.Module) -> Shapes:
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def _text_encoder_shapes(entries: int) -> Shapes:
@@ -287,33 +271,3 @@ def _text_encoder_shapes(entries: int) -> Shapes:
             f"{layer}.feed_forward.down_proj.weight": (seen, VISION["intermediate_size"]),
         }
     return shapes
-
-
-@torch.no_grad()
-def _autoencoder_tensors(seed: int) -> dict[str, Tensor]:
-    """Drawn weights, and batch-norm statistics that give latents of simple pictures mean 0, variance 1."""
-    from diffusers import AutoencoderKLFlux2  # seconds to import, and only this once
-
-    with torch.device("meta"):
-        vae = AutoencoderKLFlux2.from_config(VAE)
-    shapes = {name: shape for name, shape in _shapes(vae).items() if not name.startswith("bn.")}
-    tensors = draw("vae", shapes, VAE_GAINS, seed)
-    vae.load_state_dict(tensors, strict=False, assign=True)
-    # In fp64 the last bits, in which processors differ, are far below those that are kept.
-    latents = tokens.patchify(vae.double().encode(_simple_pictures(seed)).latent_dist.mode())
-    mean, variance = latents.mean((0, 2, 3)), latents.var((0, 2, 3))
-    tensors["bn.running_mean"] = mean.mul(2**12).round().div(2**12).float()
-    tensors["bn.running_var"] = variance.mul(2**12).round().div(2**12).float()
-    tensors["bn.num_batches_tracked"] = torch.tensor(1)
-    return tensors
-
-
-def _simple_pictures(seed: int) -> Float[Tensor, "8 3 64 64"]:
-    """Half slopes with edges and half coloured squares, in [-1, 1], fp64."""
-    ramp = torch.linspace(-1, 1, 64, dtype=torch.float64)
-    turns = drawn((4, 3, 2), 1.0, seed, "pictures", "slopes").double()
-    slopes = turns[..., :1, None] * ramp[:, None] + turns[..., 1:, None] * ramp
-    slopes[..., 16:48, 24:56] *= -1
-    squares = drawn((4, 3, 8, 8), 0.5, seed, "pictures", "squares").double()
-    squares = squares.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
-    return torch.cat([slopes, squares]).clamp(-1, 1)

@@ -1,7 +1,6 @@
 """The embedded model's tokenizer: byte-level BPE learnt on the text below, with Mistral's special tokens."""
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -32,7 +31,7 @@ SPECIAL = (
     "[/SYSTEM_PROMPT]",
 )
 
-SIZE = 768
+SIZE = 1024
 """Entries of the vocabulary: the special tokens, 256 bytes, the rest learnt."""
 
 # As in dev's tokenizer: digits in threes and no rule for case, so `tokenizer_fix_regex` changes the ids.
@@ -88,17 +87,12 @@ there is nothing in this image but colour, shape, size, material and position
 """
 
 
-WORLD_SIZE = 1024
-"""The same of a model of the small world."""
-
 # Every word of the small world becomes one token: a random text encoder does not put pieces together.
 WORLD = [f"a {word}, {word} background" for word in (*world.SIZES, *world.COLOURS, *world.SHAPES, *world.PLACES)]
 
 
-def learn(size: int = SIZE, texts: Sequence[str] = ()) -> Tokenizer:
-    """The tokenizer, the same every time: counts decide, and ties go to the lower pair of ids. `texts` weigh as much
-    as the system message.
-    """
+def learn() -> Tokenizer:
+    """The tokenizer, the same every time: counts decide, and ties go to the lower pair of ids."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -107,11 +101,11 @@ def learn(size: int = SIZE, texts: Sequence[str] = ()) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    # The system message is before every prompt: said often, it becomes short.
+    # The system message is before every prompt, the world's words are in most: said often, they become short.
     tokenizer.train_from_iterator(
-        [SYSTEM_MESSAGE, *texts] * 8 + TEXT.strip().splitlines(),
+        [SYSTEM_MESSAGE, *WORLD] * 8 + TEXT.strip().splitlines(),
         trainers.BpeTrainer(
-            vocab_size=size,
+            vocab_size=SIZE,
             special_tokens=list(SPECIAL),
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,

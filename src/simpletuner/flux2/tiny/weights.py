@@ -1,7 +1,7 @@
-"""Drawn weights for the embedded model: each tensor depends on the seed and its name, on no machine.
+"""Drawn weights: each tensor depends on the seed and its name, on no machine.
 
 Only integers are drawn, and scaled once: no vectorised logarithm, whose last bits differ between processors.
-Gains keep activations near unit size and let text, sigma and guidance matter.
+Gains keep activations near unit size.
 """
 
 import math
@@ -15,20 +15,8 @@ from simpletuner.base.draws import draw_seed
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Mean squares: a sinusoid has 1/2, SiLU of a unit normal 0.36.
-TRANSFORMER_GAINS = {
-    "embedder.linear_1": math.sqrt(2),
-    "embedder.linear_2": 1.67,
-    "modulation": 0.25,
-    "norm_out": 0.25,
-    # Sharper attention than ones would give: the prompt's few rows among 512 must be found.
-    "norm_q": 2.0,
-    "norm_k": 2.0,
-    "norm_added_q": 2.0,
-    "norm_added_k": 2.0,
-}
-# What modulates, gates and ends is zero: a transformer starts to learn best where each block does nothing yet
-# (adaLN-Zero, arXiv 2212.09748).
+# Mean squares: a sinusoid has 1/2, SiLU of a unit normal 0.36. What modulates, gates and ends is zero: a transformer
+# starts to learn best where each block does nothing yet (adaLN-Zero, arXiv 2212.09748).
 START_GAINS = {
     "embedder.linear_1": math.sqrt(2),
     "embedder.linear_2": 1.67,
@@ -37,7 +25,6 @@ START_GAINS = {
     "proj_out": 0.0,
 }
 TEXT_GAINS = {"o_proj": 0.25, "down_proj": 0.25}
-VAE_GAINS = {"conv2": 0.5, "to_out": 0.5, "decoder.conv_out": 0.5}
 
 
 def drawn(shape: tuple[int, ...], deviation: float, seed: int, *place: str) -> Float[Tensor, "*shape"]:
