@@ -1,33 +1,47 @@
 """Quantised weights of frozen Linears, whichever library makes them, behind one call."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from simpletuner.config.precisions import NO_CHANGE, PRECISIONS
 
-Library = Literal["quanto", "torchao", "bitsandbytes"]
+GROUPS = (128, 64, 32)
+"""Sizes of a group of weights that share a scale, the best for memory first."""
 
-
-@dataclass(frozen=True)
-class Precision:
-    """One format of weights."""
-
-    library: Library
-    bits: int
-    """Of a stored weight."""
-    group: int | None
-    """Weights of a row that share a scale; None where a whole row does."""
+_NESTED = 256
+"""Scales of nf4 that share a scale of their own."""
 
 
-PRECISIONS: Mapping[str, Precision] = {
-    "int8-quanto": Precision("quanto", 8, None),
-    "int4-quanto": Precision("quanto", 4, 128),
-    "int2-quanto": Precision("quanto", 2, 128),
-    "fp8-quanto": Precision("quanto", 8, None),
-    "int8-torchao": Precision("torchao", 8, None),
-    "int4-torchao": Precision("torchao", 4, 128),
-    "fp8-torchao": Precision("torchao", 8, None),
-    "fp8wo-torchao": Precision("torchao", 8, None),
-    "nf4-bnb": Precision("bitsandbytes", 4, 64),
-    "int8-bnb": Precision("bitsandbytes", 8, None),
-}
-"""By the name that options have for it; "no_change" is none of them."""
+def stored_bytes(shape: tuple[int, int], precision: str, itemsize: int) -> int:
+    """Bytes of a Linear's weight of `shape` (outputs, inputs) in `precision`, with all that is needed to read it; plain
+    ones are of `itemsize` bytes each. Exact: the tests hold it against the tensors themselves.
+
+    Raises:
+        ValueError: the shape cannot be held in groups.
+    """
+    rows, columns = shape
+    count = rows * columns
+    if precision == NO_CHANGE:
+        return count * itemsize
+    known = PRECISIONS[precision]
+    if precision == "nf4-bnb":
+        # Blocks run on over the ends of rows. Their scales are bytes themselves, with a scale for 256 and one offset.
+        blocks = _up(count, 64)
+        return _up(count, 2) + blocks + 4 * _up(blocks, _NESTED) + 4
+    if known.group is None:
+        scale = itemsize if known.library == "optimum.quanto" else 4
+        return count + rows * scale
+    group = group_size(columns)
+    if group is None:
+        raise ValueError(f"{columns} inputs are no multiple of {GROUPS[-1]}")
+    groups = count // group
+    per_byte = 8 // known.bits
+    # Scale and shift, or scale and a zero point of a byte.
+    each = 2 * itemsize if known.library == "optimum.quanto" else itemsize + 1
+    return _up(groups, per_byte) * group + groups * each
+
+
+def group_size(columns: int) -> int | None:
+    """Inputs of a Linear that share a scale, where groups do; None where no size divides them."""
+    return next((size for size in GROUPS if columns % size == 0), None)
+
+
+def _up(count: int, unit: int) -> int:
+    return -(-count // unit)
