@@ -1,11 +1,20 @@
 """The formats of quantised weights by name, and the library that makes each. Known before torch is imported."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 Library = Literal["optimum.quanto", "torchao", "bitsandbytes"]
+"""By the module that is imported."""
+
+DISTRIBUTIONS: Mapping[Library, tuple[str, str]] = {
+    "optimum.quanto": ("optimum-quanto", "0.2.7"),
+    "torchao": ("torchao", "0.18"),
+    "bitsandbytes": ("bitsandbytes", "0.50"),
+}
+"""What pip calls it, and the first version that will do."""
 
 
 @dataclass(frozen=True)
@@ -13,7 +22,7 @@ class Precision:
     """One format of weights."""
 
     library: Library
-    """The module that makes it."""
+    """Which makes it."""
     bits: int
     """Of a stored weight."""
     group: int | None = None
@@ -22,10 +31,22 @@ class Precision:
     """Whether its library computes with it on accelerators only."""
 
     @property
-    def is_installed(self) -> bool:
-        package, _, _ = self.library.partition(".")
-        # `optimum` is a folder that several distributions share.
-        return find_spec(package) is not None and find_spec(self.library) is not None
+    def distribution(self) -> str:
+        """Its library, as pip calls it."""
+        return DISTRIBUTIONS[self.library][0]
+
+    def lack(self) -> str | None:
+        """What is wrong with the library on this machine, in words; it is not imported."""
+        name, first = DISTRIBUTIONS[self.library]
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            return f"{name} is not installed"
+        return None if _numbers(found) >= _numbers(first) else f"{name} is {found}, and {first} or later is needed"
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
 
 
 PRECISIONS: Mapping[str, Precision] = {
