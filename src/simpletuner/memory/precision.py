@@ -115,18 +115,17 @@ class Layout:
             grouped.mul_(scale).sub_(rest[0])
         return weight.view(self.shape)
 
-    def product(self, x: Tensor, bias: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
+    def product(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """What a Linear with this weight makes of `x`, in the type of `x`."""
         if self.precision != "fp8-torchao":
-            return F.linear(x, self.unpacked(tensors, x.dtype), bias)
+            return F.linear(x, self.unpacked(tensors, x.dtype))
         # Each row of both sides has a scale; the kernel sums in fp32 and gives bf16.
         rows = x.reshape(-1, self.shape[1]).float()
         highest = torch.finfo(_FP8).max
         scale = rows.abs().amax(dim=1, keepdim=True).clamp_(min=1e-12) / highest
         data = (rows / scale).clamp_(-highest, highest).to(_FP8)
         out = torch._scaled_mm(data, tensors[0].t(), scale, tensors[1].t(), out_dtype=torch.bfloat16)
-        out = out.to(x.dtype).reshape(*x.shape[:-1], self.shape[0])
-        return out if bias is None else out + bias
+        return out.to(x.dtype).reshape(*x.shape[:-1], self.shape[0])
 
 
 def stored_bytes(shape: tuple[int, int], precision: str, itemsize: int) -> int:
@@ -146,16 +145,17 @@ class _Frozen(torch.autograd.Function):
     """A product with a packed weight, which alone is kept for the way back and unpacked again there."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layout: Layout, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layout: Layout, *tensors: Tensor) -> Tensor:
         ctx.layout = layout
         ctx.save_for_backward(*tensors)
-        return layout.product(x, bias, tensors)
+        return layout.product(x, tensors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        weight = ctx.layout.unpacked(ctx.saved_tensors, gradient.dtype)
-        return gradient @ weight, None, None, *(None for _ in ctx.saved_tensors)
+        tensors = ctx.saved_tensors  # once: recomputed blocks give them a single time
+        weight = ctx.layout.unpacked(tensors, gradient.dtype)
+        return gradient @ weight, None, *(None for _ in tensors)
 
 
 class QuantisedLinear(nn.Module):
@@ -163,15 +163,12 @@ class QuantisedLinear(nn.Module):
     under autocast, in autocast's. Made by `quantised`; by itself it has room for the tensors and not their values.
     """
 
-    def __init__(
-        self, shape: tuple[int, int], precision: str, dtype: torch.dtype, bias: nn.Parameter | None = None
-    ) -> None:
+    def __init__(self, shape: tuple[int, int], precision: str, dtype: torch.dtype) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
         self.layout = Layout(precision, shape)
         self.dtype = dtype
         """Of the weights before."""
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         fields = self.layout.fields()
         self.names = tuple(fields)
         for name, (own, kind) in fields.items():
@@ -197,8 +194,7 @@ class QuantisedLinear(nn.Module):
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        out: Tensor = _Frozen.apply(x, bias, self.layout, *self.tensors)  # type: ignore[no-untyped-call]
+        out: Tensor = _Frozen.apply(x, self.layout, *self.tensors)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -229,19 +225,19 @@ def make_room(module: nn.Module, linears: Mapping[str, nn.Linear], precision: st
     """Put quantised Linears without values, on torch's default device, in the place of `linears` of `module`."""
     for name, linear in linears.items():
         shape = linear.out_features, linear.in_features
-        module.set_submodule(name, QuantisedLinear(shape, precision, dtype, linear.bias))
+        module.set_submodule(name, QuantisedLinear(shape, precision, dtype))
 
 
 def quantised(linear: nn.Linear, precision: str, device: torch.device | str | None = None) -> QuantisedLinear:
     """`linear`, frozen, in `precision` on `device`, its own by default. It is quantised where its weight lies."""
-    weight, bias = linear.weight.detach(), linear.bias
+    if "bias" in dict(linear.named_parameters()):
+        raise ValueError("a Linear with a bias: no block of ours has one")
+    weight = linear.weight.detach()
     device = weight.device if device is None else device
     with torch.device("meta"):
-        made = QuantisedLinear((linear.out_features, linear.in_features), precision, weight.dtype, bias)
+        made = QuantisedLinear((linear.out_features, linear.in_features), precision, weight.dtype)
     for name, tensor in packed(weight, precision).items():
         made.register_buffer(name, tensor.to(device))
-    if made.bias is not None:
-        made.bias.data = made.bias.data.to(device)
     return made.train(linear.training)
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
-from simpletuner.config.options.kinds import Count, Slice
+from simpletuner.config.options.kinds import Count, PathText, Slice
 
 PrecisionName = Literal[
     "no_change",
@@ -19,7 +19,7 @@ PrecisionName = Literal[
     "nf4-bnb",
     "int8-bnb",
 ]
-"""Format and library of quantised weights; `simpletuner.memory.precision` says what each is."""
+"""Format and library of quantised weights; `simpletuner.config.precisions` says what each is."""
 
 
 class PrecisionOptions(Slice):
@@ -36,7 +36,7 @@ class PrecisionOptions(Slice):
     text_encoder_1_precision: PrecisionName = "no_change"
     """Quantisation of the text encoder: the Linears of its layers."""
 
-    base_model_cache_dir: str | None = None
+    base_model_cache_dir: PathText | None = None
     """Where a quantised base is kept between runs, keyed by its source and precision. By default nowhere."""
 
     quantize_via: Literal["accelerator", "cpu"] = "accelerator"
