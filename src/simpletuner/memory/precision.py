@@ -25,8 +25,8 @@ from simpletuner.config.values import listed
 GROUPS = (128, 64, 32)
 """Sizes of a group of weights that share a scale, the best for memory first."""
 
-SLICE = 2**24
-"""About as many weights are quantised at once: libraries make several fp32 copies of them."""
+SLICE = 2**21
+"""About as many weights are quantised at once: a library makes several copies of them, some in fp32."""
 
 _NF4_BLOCK = 64
 _NESTED_BLOCK = 256

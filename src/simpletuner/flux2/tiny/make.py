@@ -15,6 +15,7 @@ from torch import Tensor
 
 from simpletuner.base.errors import AccessError
 from simpletuner.base.files import disk_full_is_reported, read_json
+from simpletuner.base.quiet import quiet_import
 from simpletuner.flux2 import tokens
 from simpletuner.flux2.spec import TINY
 from simpletuner.flux2.tiny import vocabulary
@@ -292,7 +293,8 @@ def _text_encoder_shapes(entries: int) -> Shapes:
 @torch.no_grad()
 def _autoencoder_tensors(seed: int) -> dict[str, Tensor]:
     """Drawn weights, and batch-norm statistics that give latents of simple pictures mean 0, variance 1."""
-    from diffusers import AutoencoderKLFlux2  # seconds to import, and only this once
+    with quiet_import():
+        from diffusers import AutoencoderKLFlux2  # seconds to import, and only this once
 
     with torch.device("meta"):
         vae = AutoencoderKLFlux2.from_config(VAE)
