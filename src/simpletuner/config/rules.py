@@ -257,8 +257,8 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
 
     is_plain = config.base_model_precision == NO_CHANGE
     yield ("base_model_cache_dir",), is_plain, "base_model_precision is no_change"
-    is_all_plain = set(_precisions(config).values()) == {NO_CHANGE}
-    yield ("quantize_via",), is_all_plain, "nothing is quantised"
+    has_no_place = config.quantize_via == "cpu" and set(_precisions(config).values()) == {NO_CHANGE}
+    yield ("quantize_via",), has_no_place, "nothing is quantised"
 
     yield ("dynamo_mode",), config.dynamo_backend == "no", "dynamo_backend is no"
 
