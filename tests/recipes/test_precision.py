@@ -34,8 +34,7 @@ def test_no_change_changes_no_bit(workplace: Workplace, same_bytes: Any) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "bf16") for name in HERE), ("int4-quanto", "fp32")])
 def test_each_trains_resumes_bit_for_bit_and_exports(
     workplace: Workplace, tiny_folder: Path, name: str, dtype: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -84,8 +84,10 @@ def load_transformer(
         with torch.device("meta"):
             make_room(transformer, targets(transformer, _BLOCKS, precision), precision, dtype)
         with _opened(file, is_mapped=True) as read:
+            # What products read in place is copied: on a CPU their last bits depend on where a tensor begins.
+            plain = {name for name, _ in transformer.named_parameters()}
             for name in transformer.state_dict():
-                _assign(transformer, name, read(name).to(device))
+                _assign(transformer, name, read(name).to(device, copy=name in plain))
         return transformer.eval()
     renaming = transformer_renaming(read_headers(source.transformer.files))
     _fill(transformer, source.transformer, renaming, dtype, device, quantise=quantise)
