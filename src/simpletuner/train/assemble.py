@@ -508,6 +508,6 @@ def memory_is_explained() -> Iterator[None]:
             raise
         raise MemoryBudgetError.of(
             first,
-            remedy="Take base_model_precision=int4-quanto, gradient_checkpointing=true, a smaller train_batch_size, resolution, vae_batch_size or "
+            remedy="Take gradient_checkpointing=true, a smaller train_batch_size, resolution, vae_batch_size or "
             "text_encoder_batch_size, or text_encoder_mode=streamed. What was cached and saved is kept.",
         ) from error
