@@ -85,6 +85,8 @@ def measured(source: Source, precision: str, width: int, seed: int, device: torc
         began = time.monotonic()
         velocity = denoise(latents, sigma, context, guidance).float()
         (velocity - target).square().mean().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.monotonic() - began)
     gradients = torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])
     return Measured(velocity.detach(), gradients, bits, min(seconds))
