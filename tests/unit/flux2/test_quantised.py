@@ -44,7 +44,7 @@ MEASURED = {
     "int2": (0.5, 0.55),
 }
 """Of the velocity, the largest |found - bf16| / |bf16|; of an adapter's gradients, the smallest cosine. What
-benchmarks/precision.py measures (docs/precision.md) is up to 60 % of these errors, and as much of the distance from 1."""
+benchmarks/precision.py measures (docs/precision.md) is up to 60 % of these errors, and of these distances from 1."""
 
 
 def same(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> bool:
