@@ -127,10 +127,11 @@ def _cache(loaded: Loaded, request: Request) -> tuple[dict[str, Any], str]:
     import torch
 
     from simpletuner.flux2.source import locate
-    from simpletuner.train.prepare import prepare
+    from simpletuner.train.prepare import check_precisions, prepare
     from simpletuner.train.report import Reporter
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_precisions(loaded.config, device)
     # JSON has standard output to itself.
     with contextlib.redirect_stdout(sys.stderr) if request.as_json else contextlib.nullcontext():
         reporter = Reporter()

@@ -20,10 +20,10 @@ from simpletuner.cli.sample import SampleConfig, Wanted
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.export import LoadedLora, attach_saved, read_lora
 from simpletuner.flux2.generate import generate
-from simpletuner.flux2.load import load_autoencoder, load_transformer
+from simpletuner.flux2.load import load_autoencoder
 from simpletuner.flux2.source import Source, locate
 from simpletuner.flux2.transformer import Flux2Transformer
-from simpletuner.train.prepare import DTYPES, free_memory, open_text_encoder
+from simpletuner.train.prepare import DTYPES, check_precisions, free_memory, load_base, open_text_encoder
 
 _NAME_LENGTH = 40
 
@@ -34,12 +34,14 @@ def draw(config: SampleConfig, loras: Sequence[Wanted]) -> Iterator[Path]:
     One after the other, the text encoder and then the transformer are in memory. Progress goes to standard error.
 
     Raises:
+        ConfigError: this machine cannot run a precision.
         AccessError: the model cannot be reached.
         CheckpointError: a LoRA cannot be read or is of another model.
         MemoryBudgetError: something does not fit.
         DiskError: no space for a picture.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_precisions(config, device)
     source = locate(config, report=_say)
     saved = [read_lora(lora.path) for lora in loras]
     _check_fit(source, saved)
@@ -73,7 +75,6 @@ class _Drawing:
         self.config = config
         self.source = source
         self.device = device
-        self.dtype = DTYPES[config.base_dtype]
         self.steps = config.steps or source.flavour.steps
         self.guidance = source.flavour.guidance if config.guidance is None else config.guidance
 
@@ -83,7 +84,7 @@ class _Drawing:
 
         contexts = self.contexts()
         negative = contexts.pop() if self.config.guidance_real != 1.0 else None
-        transformer = load_transformer(self.source, self.dtype, self.device)
+        transformer = load_base(self.config, self.source, self.device, report=_say)
         for lora, content in zip(loras, saved, strict=True):
             attach_saved(transformer, content, strength=lora.strength)
         autoencoder = load_autoencoder(

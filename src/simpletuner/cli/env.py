@@ -20,6 +20,9 @@ PACKAGES = (
     "pillow",
     "einops",
     "jaxtyping",
+    "optimum-quanto",
+    "torchao",
+    "bitsandbytes",
     "tensorboard",
     "wandb",
 )

@@ -18,6 +18,7 @@ from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.options.precision import PrecisionOptions
 from simpletuner.config.options.validation import ALIGNMENT, ValidationOptions
 from simpletuner.config.paths import filled
+from simpletuner.config.rules import precision_findings
 from simpletuner.config.values import kinds, shown
 from simpletuner.runs.layout import RunDirectory
 
@@ -152,7 +153,9 @@ def read_request(arguments: Sequence[str], environ: Mapping[str, str]) -> Sample
     checked = check({**files, **given}, OPTIONS, Checked())
     paths = _filled_paths(checked, environ)
     ConfigError.raise_if([*problems, *checked.problems.values()])
-    return SampleConfig(**checked.valid, **paths)
+    config = SampleConfig(**checked.valid, **paths)
+    ConfigError.raise_if(problem for _, problem in precision_findings(config))
+    return config
 
 
 def _collected(arguments: Sequence[str]) -> tuple[list[str], dict[str, Given]]:

@@ -22,8 +22,6 @@ _KLEIN = "the klein flavours"
 _OTHER_ADAPTERS = "DoRA, LoKr and LoHa adapters"
 _CONVERTED_STARTS = "initialisations that change the base"
 _FORMATS = "export for other programs"
-_QUANTISED = "quantised base weights"
-_OFFLOAD = "offloading"
 _HUB = "publishing to the Hub"
 _PROCESSES = "training on several GPUs"
 _CUDA_GRAPHS = "compiled blocks in CUDA graphs"
@@ -38,21 +36,10 @@ _PARQUET = "captions from tables"
 OPTIONS: dict[str, Later] = {
     "init_lora_step": Later("continuing the step count of a saved adapter"),
     "use_dora": Later(_OTHER_ADAPTERS, (False,)),
-    "activation_offload": Later(_OFFLOAD, (False,)),
     "input_perturbation": Later("input perturbation", (0, 0.0)),
     "input_perturbation_steps": Later("input perturbation", (0,)),
     "attention_mechanism": Later("other attention kernels", ("native",)),
     "masked_loss_probability": Later(_CONDITIONS, (1, 1.0)),
-    "base_model_cache_dir": Later(_QUANTISED),
-    "quantize_via": Later(_QUANTISED, ("accelerator",)),
-    "offload_during_startup": Later(_OFFLOAD, (False,)),
-    "enable_group_offload": Later(_OFFLOAD, (False,)),
-    "group_offload_type": Later(_OFFLOAD, ("block_level",)),
-    "group_offload_blocks_per_group": Later(_OFFLOAD, (1,)),
-    "group_offload_use_stream": Later(_OFFLOAD, (False,)),
-    "group_offload_text_encoder": Later(_OFFLOAD, (False,)),
-    "group_offload_vae": Later(_OFFLOAD, (False,)),
-    "group_offload_to_disk_path": Later(_OFFLOAD),
     "push_to_hub": Later(_HUB, (False,)),
     "push_checkpoints_to_hub": Later(_HUB, (False,)),
     "hub_model_id": Later(_HUB),
@@ -71,30 +58,12 @@ OPTIONS: dict[str, Later] = {
 }
 """Keys of a run."""
 
-_PRECISIONS = dict.fromkeys(
-    (
-        "int8-quanto",
-        "int4-quanto",
-        "int2-quanto",
-        "fp8-quanto",
-        "int8-torchao",
-        "int4-torchao",
-        "fp8-torchao",
-        "fp8wo-torchao",
-        "nf4-bnb",
-        "int8-bnb",
-    ),
-    _QUANTISED,
-)
-
 OPTION_VALUES: dict[str, dict[str, str]] = {
     "model_flavour": {"klein-9b": _KLEIN, "klein-4b": _KLEIN},
     "lora_type": dict.fromkeys(("dora", "lokr", "loha"), _OTHER_ADAPTERS),
     "lora_init_type": dict.fromkeys(("pissa", "olora", "loftq"), _CONVERTED_STARTS),
     "lora_format": dict.fromkeys(("comfyui", "bfl", "kohya"), _FORMATS),
     "dynamo_mode": dict.fromkeys(("reduce-overhead", "max-autotune"), _CUDA_GRAPHS),
-    "base_model_precision": _PRECISIONS,
-    "text_encoder_1_precision": _PRECISIONS,
 }
 """Values of options that exist."""
 

@@ -10,8 +10,10 @@ from simpletuner.config.given import Checked, Given, Known, check
 from simpletuner.config.optimisers import ADAM, optimiser
 from simpletuner.config.options.checkpoint import LATEST
 from simpletuner.config.options.lora import LoraOptions
+from simpletuner.config.options.precision import PrecisionOptions
 from simpletuner.config.options.rollout import RolloutOptions
 from simpletuner.config.options.tread import TreadRoute
+from simpletuner.config.precisions import NO_CHANGE, PRECISIONS
 from simpletuner.config.run import RunConfig
 from simpletuner.config.values import listed, shown
 
@@ -31,6 +33,8 @@ def findings(config: RunConfig, datasets: Datasets | None) -> Iterator[Finding]:
     yield from _densities(config)
     yield from _rollout(config)
     yield from _optimiser(config)
+    yield from precision_findings(config)
+    yield from _precision(config)
     yield from _paths(config)
     yield from _trackers(config)
     yield from _routes(config)
@@ -95,6 +99,29 @@ def _optimiser(config: RunConfig) -> Iterator[Finding]:
     if not config.lr_scheduler.startswith("constant") and config.lr_end > config.learning_rate:
         found = f"lr_end = {config.lr_end:g}"
         yield ("lr_end", "learning_rate"), Problem(found, f"at most learning_rate, {config.learning_rate:g}")
+
+
+def precision_findings(options: PrecisionOptions) -> Iterator[Finding]:
+    """Quantised weights whose library is not here."""
+    for key, name in _precisions(options).items():
+        lack = None if name == NO_CHANGE else PRECISIONS[name].lack()
+        if lack is not None:
+            yield (key,), Problem(f"{key} = {shown(name)}: {lack}", remedy="pip install -e '.[quantisation]'")
+
+
+def _precisions(options: PrecisionOptions) -> dict[str, str]:
+    return {
+        "base_model_precision": options.base_model_precision,
+        "text_encoder_1_precision": options.text_encoder_1_precision,
+    }
+
+
+def _precision(config: RunConfig) -> Iterator[Finding]:
+    if config.model_type == "full" and config.base_model_precision != NO_CHANGE:
+        found = f"base_model_precision = {shown(config.base_model_precision)} with model_type = full"
+        expected = "no_change: quantised weights cannot be trained"
+        remedy = "Train a LoRA beside them, or give --base_model_precision=no_change."
+        yield ("base_model_precision", "model_type"), Problem(found, expected, remedy)
 
 
 def _paths(config: RunConfig) -> Iterator[Finding]:
@@ -227,6 +254,11 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
     yield ("grad_clip_method",), not config.max_grad_norm, "max_grad_norm is 0"
     interval = ("gradient_checkpointing_interval",)
     yield interval, not config.gradient_checkpointing, "gradient_checkpointing is false"
+
+    is_plain = config.base_model_precision == NO_CHANGE
+    yield ("base_model_cache_dir",), is_plain, "base_model_precision is no_change"
+    has_no_place = config.quantize_via == "cpu" and set(_precisions(config).values()) == {NO_CHANGE}
+    yield ("quantize_via",), has_no_place, "nothing is quantised"
 
     yield ("dynamo_mode",), config.dynamo_backend == "no", "dynamo_backend is no"
 

@@ -8,6 +8,7 @@ from simpletuner.config.options.guidance import GuidanceOptions
 from simpletuner.config.options.kinds import Slice
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.options.model import ModelOptions
+from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.optim import OptimOptions
 from simpletuner.config.options.precision import PrecisionOptions
 from simpletuner.config.options.process import ProcessOptions
@@ -28,6 +29,7 @@ SLICES: tuple[type[Slice], ...] = (
     GuidanceOptions,
     TreadOptions,
     PrecisionOptions,
+    OffloadOptions,
     CompileOptions,
     ValidationOptions,
     CheckpointOptions,
@@ -52,6 +54,7 @@ class RunConfig(
     GuidanceOptions,
     TreadOptions,
     PrecisionOptions,
+    OffloadOptions,
     CompileOptions,
     ValidationOptions,
     CheckpointOptions,

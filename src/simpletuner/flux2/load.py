@@ -1,8 +1,11 @@
 """Weights from files into modules: built empty, filled tensor by tensor, each cast and moved as it lands."""
 
+import contextlib
 import copy
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,17 @@ from torch import Tensor, nn
 
 from simpletuner.base.errors import AccessError, ConfigError, Problem
 from simpletuner.base.files import sha256_json
+from simpletuner.base.quiet import quiet_import
+from simpletuner.config.precisions import NO_CHANGE
 from simpletuner.flux2.autoencoder import Autoencoder
-from simpletuner.flux2.headers import TensorEntry, read_headers
+from simpletuner.flux2.headers import TensorEntry, read_header, read_headers
+from simpletuner.flux2.kept import KeptBase
 from simpletuner.flux2.names import Renamed, Renaming, text_encoder_name, transformer_renaming
 from simpletuner.flux2.source import Source, Weights
 from simpletuner.flux2.text import ResidentTextEncoder
 from simpletuner.flux2.text_stream import StreamedTextEncoder
 from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.memory.precision import make_room, quantised, stored_bytes, targets
 
 # Mistral's own pre-tokeniser, as in its tekken.json: case counts and every digit is a token.
 _TEKKEN_PATTERN = (
@@ -27,19 +34,65 @@ _TEKKEN_PATTERN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 
 
-def load_transformer(source: Source, dtype: torch.dtype, device: torch.device | str) -> Flux2Transformer:
-    """The transformer, frozen, all of it as `dtype` on `device`. BFL's and diffusers' names are both understood.
+@dataclass(frozen=True)
+class Quantise:
+    """Which Linears of a module are quantised as they land, and how."""
+
+    precision: str
+    within: tuple[str, ...]
+    """What their names begin with."""
+    via: torch.device | str
+    """Where it is done."""
+
+
+def load_transformer(
+    source: Source,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    precision: str = NO_CHANGE,
+    *,
+    via: torch.device | str | None = None,
+    cache_dir: Path | None = None,
+    report: Callable[[str], None] = print,
+) -> Flux2Transformer:
+    """The transformer, frozen, as `dtype` on `device`, the Linears of its blocks in `precision`. BFL's and diffusers'
+    names are both understood.
+
+    Tensors are quantised one by one, on `via`, by default `device`: besides the model, one is in memory at a time.
+
+    Args:
+        cache_dir: where the quantised model is kept, and found by the next one who asks for the same.
+        report: told in a sentence why one that was kept is not used.
 
     Raises:
         AccessError: tensors are missing, unknown or of the wrong shape; they are named.
+        ConfigError: `precision` cannot hold this model.
+        DiskError: no space in `cache_dir`.
     """
     with torch.device("meta"):
         transformer = Flux2Transformer(source.spec)
+    quantise = kept = None
+    if precision != NO_CHANGE:
+        quantise = Quantise(precision, _BLOCKS, device if via is None else via)
+        kept = None if cache_dir is None else KeptBase.of(cache_dir, source, precision, dtype)
+    file = None if kept is None else kept.verified(report)
+    if file is not None:
+        with torch.device("meta"):
+            make_room(transformer, targets(transformer, _BLOCKS, precision), precision, dtype)
+        with _opened(file, is_mapped=True) as read:
+            # What products read in place is copied: on a CPU their last bits depend on where a tensor begins.
+            plain = {name for name, _ in transformer.named_parameters()}
+            for name in transformer.state_dict():
+                _assign(transformer, name, read(name).to(device, copy=name in plain))
+        return transformer.eval()
     renaming = transformer_renaming(read_headers(source.transformer.files))
-    _fill(transformer, source.transformer, renaming, dtype, device)
+    _fill(transformer, source.transformer, renaming, dtype, device, quantise=quantise)
+    if kept is not None:
+        kept.keep(transformer.state_dict())
     return transformer.eval()
 
 
@@ -51,7 +104,8 @@ def load_autoencoder(
     Raises:
         AccessError: tensors are missing, unknown or of the wrong shape; they are named.
     """
-    from diffusers import AutoencoderKLFlux2  # takes seconds to import: only where latents are made or shown
+    with quiet_import():
+        from diffusers import AutoencoderKLFlux2  # takes seconds: only where latents are made or shown
 
     with torch.device("meta"):
         vae = AutoencoderKLFlux2.from_config(source.vae.config)
@@ -71,8 +125,11 @@ def load_text_encoder(
     layers: tuple[int, ...],
     max_length: int,
     fix_regex: bool,
+    precision: str = NO_CHANGE,
+    via: torch.device | str | None = None,
 ) -> ResidentTextEncoder:
-    """The text encoder, frozen, as `dtype` on `device`: only as many layers as `layers` asks for are loaded.
+    """The text encoder, frozen, as `dtype` on `device`: only as many layers as `layers` asks for are loaded. Their
+    Linears are in `precision`, quantised as they land, on `via`, by default `device`.
 
     Raises:
         AccessError: tensors are missing or of the wrong shape; they are named.
@@ -89,7 +146,8 @@ def load_text_encoder(
         known = text_encoder_name(name, depth)
         return None if known is None else Renamed((known,))
 
-    _fill(model, source.text_encoder, renaming, dtype, device, unknown_allowed=True)
+    quantise = _quantise_layers(precision, device if via is None else via)
+    _fill(model, source.text_encoder, renaming, dtype, device, unknown_allowed=True, quantise=quantise)
     return ResidentTextEncoder(model.eval(), _tokenizer(source, fix_regex), layers=layers, max_length=max_length)
 
 
@@ -102,6 +160,8 @@ def stream_text_encoder(
     max_length: int,
     fix_regex: bool,
     folder: Path,
+    precision: str = NO_CHANGE,
+    via: torch.device | str | None = None,
 ) -> StreamedTextEncoder:
     """The same text encoder, the same bits, with one layer at a time as `dtype` on `device`. Nothing is read yet but
     the headers. States that do not stay in memory are put into a file in `folder` meanwhile.
@@ -120,6 +180,7 @@ def stream_text_encoder(
     (embedding,) = (name for name, new in known.items() if new == "embed_tokens.weight")
     with torch.device(device):
         rotary = type(whole.rotary_emb)(config=config)
+    quantise = _quantise_layers(precision, device if via is None else via)
     single = copy.deepcopy(config)
     single.num_hidden_layers = 1
 
@@ -139,7 +200,7 @@ def stream_text_encoder(
             new = known[name]
             return Renamed((place + new.removeprefix(own),)) if new is not None and new.startswith(own) else None
 
-        _fill(model, source.text_encoder, renaming, dtype, device, unknown_allowed=True)
+        _fill(model, source.text_encoder, renaming, dtype, device, unknown_allowed=True, quantise=quantise)
         layer: nn.Module = model.eval()
         return layer
 
@@ -156,20 +217,35 @@ def stream_text_encoder(
     )
 
 
-def resident_text_bytes(source: Source, dtype: torch.dtype, *, layers: tuple[int, ...], tokens: int) -> int:
+def resident_text_bytes(
+    source: Source, dtype: torch.dtype, *, layers: tuple[int, ...], tokens: int, precision: str = NO_CHANGE
+) -> int:
     """Bytes that `load_text_encoder` takes at most, from headers and config alone: weights, and the activations of a
     batch of `tokens` at its widest place, the middle of an MLP (gate, its activation, up, their product; beside them
-    about six vectors of the stream's width).
+    about six vectors of the stream's width). Quantised, one Linear at a time has its plain weight too.
 
     Raises:
         ConfigError: it has fewer layers.
     """
     config = _text_config(source, layers)
     entries = read_headers(source.text_encoder.files)
-    used = [entry for name, entry in entries.items() if text_encoder_name(name, config.num_hidden_layers) is not None]
-    weights = sum(math.prod(entry.shape) for entry in used)
+    known = {text_encoder_name(name, config.num_hidden_layers): entry.shape for name, entry in entries.items()}
+    weights = widest = 0
+    for name, shape in known.items():
+        if name is None:
+            continue
+        if precision != NO_CHANGE and name.startswith("layers.") and len(shape) == 2:
+            rows, columns = shape
+            weights += stored_bytes((rows, columns), precision, dtype.itemsize)
+            widest = max(widest, rows * columns)
+        else:
+            weights += math.prod(shape) * dtype.itemsize
     activations: int = tokens * (4 * config.intermediate_size + 6 * config.hidden_size)
-    return (weights + activations) * dtype.itemsize
+    return weights + (widest + activations) * dtype.itemsize
+
+
+def _quantise_layers(precision: str, via: torch.device | str) -> Quantise | None:
+    return None if precision == NO_CHANGE else Quantise(precision, ("layers.",), via)
 
 
 def _text_config(source: Source, layers: tuple[int, ...]) -> Any:
@@ -228,11 +304,18 @@ def autoencoder_id(source: Source, dtype: torch.dtype, *, tiling: bool, slicing:
 
 
 def text_encoder_id(
-    source: Source, dtype: torch.dtype, *, layers: tuple[int, ...], max_length: int, fix_regex: bool
+    source: Source,
+    dtype: torch.dtype,
+    *,
+    layers: tuple[int, ...],
+    max_length: int,
+    fix_regex: bool,
+    precision: str = NO_CHANGE,
 ) -> str:
     """Names everything that decides a cached context, without loading the text encoder."""
     weights = [source.fingerprint("text_encoder"), source.fingerprint("tokenizer")]
-    return sha256_json(["contexts 1, sdpa", *weights, str(dtype), list(layers), max_length, fix_regex])
+    quantised_in = [] if precision == NO_CHANGE else [precision]
+    return sha256_json(["contexts 1, sdpa", *weights, str(dtype), list(layers), max_length, fix_regex, *quantised_in])
 
 
 def _fill(
@@ -244,24 +327,58 @@ def _fill(
     *,
     kept: tuple[str, ...] = (),
     unknown_allowed: bool = False,
+    quantise: Quantise | None = None,
 ) -> None:
     """Give every parameter and buffer of `module`, built on the meta device, its tensor from `weights`.
 
     Tensors whose names start with one of `kept` are moved but not cast. Headers alone decide whether everything fits,
     before any weight is read.
+
+    Where tensors are quantised, each is let go before the next one is read. Files are not mapped then: a tensor is read
+    once, and memory holds no more of it than that.
     """
     entries = read_headers(weights.files)
     renamed = {name: renaming(name) for name in entries}
     _check(module, entries, renamed, unknown_allowed)
+    linears = {} if quantise is None else targets(module, quantise.within, quantise.precision)
+
+    def land(new: Renamed, tensor: Tensor) -> None:
+        for target, part in zip(new.names, new.cut(tensor), strict=True):
+            cast = part if target.startswith(kept) else part.to(dtype)
+            owner = target.removesuffix(".weight")
+            if quantise is not None and owner in linears:
+                linear = linears.pop(owner)
+                linear.weight = nn.Parameter(cast.to(quantise.via), requires_grad=False)
+                module.set_submodule(owner, quantised(linear, quantise.precision, device))
+            else:
+                _assign(module, target, cast.to(device))
+
     for file in weights.files:
+        with _opened(file, is_mapped=quantise is None) as read:
+            for name, new in renamed.items():
+                if new is not None and entries[name].file == file:
+                    land(new, read(name))
+
+
+@contextlib.contextmanager
+def _opened(file: Path, *, is_mapped: bool) -> Iterator[Callable[[str], Tensor]]:
+    """The tensors of `file` by name: parts of a mapping of the whole file, or each in memory of its own."""
+    if is_mapped:
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  it is no mapping
-                new = renamed[name]
-                if new is None:
-                    continue
-                for target, part in zip(new.names, new.cut(tensors.get_tensor(name)), strict=True):
-                    cast = part if target.startswith(kept) else part.to(dtype)
-                    _assign(module, target, cast.to(device))
+            yield tensors.get_tensor
+        return
+    entries = read_header(file)
+    with file.open("rb", buffering=0) as stream:
+        yield lambda name: _read(stream.fileno(), entries[name])
+
+
+def _read(file: int, entry: TensorEntry) -> Tensor:
+    tensor = torch.empty(entry.shape, dtype=_FLOATS[entry.dtype])
+    left, at = tensor.reshape(-1).view(torch.uint8).numpy().data, entry.start
+    while left:
+        read = os.preadv(file, [left], at)
+        left, at = left[read:], at + read
+    return tensor
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -8,6 +8,7 @@ columns.
 
 import contextlib
 import difflib
+import itertools
 import json
 import math
 import re
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from simpletuner.base.draws import draw_seed
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.config.options.lora import LoraOptions
+from simpletuner.memory.precision import QuantisedLinear
 
 DOUBLE_QKV = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 DOUBLE_OUT = ("attn.to_out.0", "attn.to_add_out")
@@ -87,7 +89,7 @@ class LoraLinear(nn.Module):
 
     def __init__(
         self,
-        base: "nn.Linear | LoraLinear",
+        base: "Adaptable",
         a: Float[Tensor, "rank live_in"],
         b: Float[Tensor, "live_out rank"],
         *,
@@ -107,11 +109,6 @@ class LoraLinear(nn.Module):
         self.row_start, self.row_stop = row_start, row_start + b.shape[0]
         self.is_enabled = True
         self.train(base.training)
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's weight, for those who ask a Linear for its type or device."""
-        return self.base.weight
 
     @property
     def rank(self) -> int:
@@ -147,6 +144,10 @@ class LoraLinear(nn.Module):
         b = torch.zeros(self.out_features, self.rank)
         b[self.row_start : self.row_stop] = self.b * self.scale
         return a, b
+
+
+Adaptable = nn.Linear | QuantisedLinear | LoraLinear
+"""What an adapter can be put on."""
 
 
 class Kind(TypedDict):
@@ -281,17 +282,17 @@ class Range:
     columns: tuple[int, int]
 
 
-def linears(transformer: nn.Module) -> dict[str, "nn.Linear | LoraLinear"]:
+def linears(transformer: nn.Module) -> dict[str, Adaptable]:
     """Every Linear of `transformer` by name; one that wears an adapter is named once, as the adapter."""
-    found: dict[str, nn.Linear | LoraLinear] = {}
+    found: dict[str, Adaptable] = {}
     for name, module in transformer.named_modules():
         inside = isinstance(transformer.get_submodule(name.rpartition(".")[0]), LoraLinear)
-        if isinstance(module, nn.Linear | LoraLinear) and not inside:
+        if isinstance(module, Adaptable) and not inside:
             found[name] = module
     return found
 
 
-def whole(linear: "nn.Linear | LoraLinear") -> Range:
+def whole(linear: Adaptable) -> Range:
     return Range(rows=(0, linear.out_features), columns=(0, linear.in_features))
 
 
@@ -419,9 +420,9 @@ def wrap(
 ) -> LoraLinear:
     """Replace the Linear `name` of `transformer` by itself with an adapter, fp32, on the Linear's device."""
     base = transformer.get_submodule(name)
-    if not isinstance(base, nn.Linear | LoraLinear):
+    if not isinstance(base, Adaptable):
         raise TypeError(f"{name} is a {type(base).__name__}, not a Linear")
-    device = base.weight.device
+    device = next(itertools.chain(base.parameters(), base.buffers())).device
     layer = LoraLinear(
         base,
         a.to(device, torch.float32),

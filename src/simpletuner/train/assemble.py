@@ -41,7 +41,7 @@ from simpletuner.runs.process import Requests, stopped
 from simpletuner.train import checkpoint, optim, resume, trackers
 from simpletuner.train.ema import Ema
 from simpletuner.train.loop import Loop, Plan, best_step
-from simpletuner.train.prepare import DTYPES, EMPTY, Prepared, free_memory, prepare
+from simpletuner.train.prepare import DTYPES, EMPTY, Prepared, check_precisions, free_memory, prepare
 from simpletuner.train.product import PRODUCTS, Product
 from simpletuner.train.report import Reporter
 from simpletuner.train.rollout import Rollout
@@ -87,6 +87,7 @@ def check_device(config: RunConfig, device: torch.device) -> None:
         raise ConfigError.of(
             "mixed_precision = fp16 on a machine without a GPU", "bf16 or no", "Give --mixed_precision=bf16."
         )
+    check_precisions(config, device)
     compiler = os.environ.get("CXX", "g++")
     if config.dynamo_backend == "inductor" and device.type == "cpu" and shutil.which(compiler) is None:
         raise ConfigError.of(
@@ -140,7 +141,7 @@ class Attempt:
         self.state.model = model
 
         with self.reporter.phase("load"):
-            product = PRODUCTS[self.config.model_type](self.config, source, self.device)
+            product = PRODUCTS[self.config.model_type](self.config, source, self.device, self.reporter)
             self.install(product.transformer, order)
             product.introduce(self.run, self.reporter)
         self.check_room(product, plan)

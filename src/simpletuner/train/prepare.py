@@ -24,13 +24,16 @@ from simpletuner.flux2.load import (
     autoencoder_id,
     load_autoencoder,
     load_text_encoder,
+    load_transformer,
     resident_text_bytes,
     stream_text_encoder,
     text_encoder_id,
 )
 from simpletuner.flux2.source import Source
 from simpletuner.flux2.text import TextEncoder
+from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.free import free_bytes
+from simpletuner.memory.precision import check_precision
 from simpletuner.train.report import Reporter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -54,6 +57,7 @@ class Encoders:
             layers=source.text_layers,
             max_length=source.text_length,
             fix_regex=config.tokenizer_fix_regex,
+            precision=config.text_encoder_1_precision,
         )
         latents = autoencoder_id(
             source,
@@ -133,6 +137,17 @@ def prepare(
     return prepared
 
 
+def check_precisions(options: PrecisionOptions, device: torch.device) -> None:
+    """Raise a ConfigError where `device` cannot run a precision that `options` asks for."""
+    check_precision(options.base_model_precision, device, "base_model_precision")
+    check_precision(options.text_encoder_1_precision, device, "text_encoder_1_precision")
+
+
+def quantised_on(options: PrecisionOptions, device: torch.device) -> torch.device:
+    """Where weights are quantised for `device`."""
+    return device if options.quantize_via == "accelerator" else torch.device("cpu")
+
+
 def tell_manifest(manifest: Manifest, reporter: Reporter) -> None:
     """How many pictures a set has, how often each is seen, in which buckets, and what was left out and why."""
     image_set = manifest.image_set
@@ -185,19 +200,53 @@ def open_text_encoder(
     """
     dtype, layers = DTYPES[precision.base_dtype], source.text_layers
     length, fix_regex = source.text_length, model.tokenizer_fix_regex
-    mode = precision.text_encoder_mode
+    mode, name = precision.text_encoder_mode, precision.text_encoder_1_precision
     if mode == "auto":
         tokens = precision.text_encoder_batch_size * length
-        needed, free = resident_text_bytes(source, dtype, layers=layers, tokens=tokens), free_bytes(device)
+        needed = resident_text_bytes(source, dtype, layers=layers, tokens=tokens, precision=name)
+        free = free_bytes(device)
         mode = "resident" if needed <= free else "streamed"
         memory = f"{format_size(free)} of memory {'on the GPU ' if device.type == 'cuda' else ''}are free"
         how = "resident: it" if mode == "resident" else "streamed, one layer at a time: resident it"
         say(f"Text encoder {how} takes up to {format_size(needed)}, {memory}.")
+    via = quantised_on(precision, device)
     if mode == "streamed":
         return stream_text_encoder(
-            source, dtype, device, layers=layers, max_length=length, fix_regex=fix_regex, folder=folder
+            source,
+            dtype,
+            device,
+            layers=layers,
+            max_length=length,
+            fix_regex=fix_regex,
+            folder=folder,
+            precision=name,
+            via=via,
         )
-    return load_text_encoder(source, dtype, device, layers=layers, max_length=length, fix_regex=fix_regex)
+    return load_text_encoder(
+        source, dtype, device, layers=layers, max_length=length, fix_regex=fix_regex, precision=name, via=via
+    )
+
+
+def load_base(
+    options: PrecisionOptions, source: Source, device: torch.device, *, report: Callable[[str], None]
+) -> Flux2Transformer:
+    """The frozen transformer as `options` have it; `report` is told if a quantised one that was kept is of no use.
+
+    Raises:
+        AccessError: it cannot be loaded.
+        ConfigError: its shapes do not suit the precision.
+        DiskError: no space to keep it.
+    """
+    folder = options.base_model_cache_dir
+    return load_transformer(
+        source,
+        DTYPES[options.base_dtype],
+        device,
+        options.base_model_precision,
+        via=quantised_on(options, device),
+        cache_dir=None if folder is None else Path(folder),
+        report=report,
+    )
 
 
 def fill_text(prepared: Prepared, source: Source, device: torch.device, reporter: Reporter, *, verify: bool) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from simpletuner.base.files import link_or_copy, write_atomic, write_json
 from simpletuner.base.sizes import format_size
 from simpletuner.config.optimisers import optimiser
+from simpletuner.config.precisions import NO_CHANGE
 from simpletuner.config.run import RunConfig
 from simpletuner.flux2.export import attach_saved, read_lora, save_lora
 from simpletuner.flux2.full import FullModel, unfreeze
@@ -27,7 +28,7 @@ from simpletuner.flux2.source import Source
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.runs.layout import EMA_FOLDER, LORA_NAME, MODEL_FOLDER, TRANSFORMER_NAME, RunDirectory
 from simpletuner.train import optim
-from simpletuner.train.prepare import DTYPES
+from simpletuner.train.prepare import DTYPES, load_base
 from simpletuner.train.report import Reporter
 from simpletuner.train.trained import Trained
 
@@ -89,9 +90,12 @@ class LoraProduct:
     noun: str = "LoRA"
 
     @classmethod
-    def load(cls, config: RunConfig, source: Source, device: torch.device) -> "LoraProduct":
+    def load(cls, config: RunConfig, source: Source, device: torch.device, reporter: Reporter) -> "LoraProduct":
         """The transformer, frozen, with a fresh adapter, or the one of `init_lora`."""
-        transformer = load_transformer(source, DTYPES[config.base_dtype], device)
+        transformer = load_base(config, source, device, report=reporter.notice)
+        if config.base_model_precision != NO_CHANGE:
+            held = sum(tensor.nbytes for tensor in transformer.state_dict().values())
+            reporter.say(f"The base in {config.base_model_precision} takes {format_size(held)}.")
         transformer.requires_grad_(False)
         if config.init_lora is None:
             adapter = attach(transformer, config, seed=config.seed)
@@ -155,7 +159,7 @@ class FullProduct:
     noun: str = "model"
 
     @classmethod
-    def load(cls, config: RunConfig, source: Source, device: torch.device) -> "FullProduct":
+    def load(cls, config: RunConfig, source: Source, device: torch.device, _reporter: Reporter) -> "FullProduct":
         """The transformer with all of its weights learning: in fp32, or as bf16 with fp32 masters. An optimiser that
         rounds by chance steps on the bf16 weights themselves.
         """
@@ -243,7 +247,7 @@ def _checkpoint_bytes(config: RunConfig, exported: int, kept: int, count: int) -
     return (exported + kept) * (2 if config.use_ema else 1) + round(count * optimiser(config.optimizer).state_bytes)
 
 
-PRODUCTS: dict[str, Callable[[RunConfig, Source, torch.device], Product]] = {
+PRODUCTS: dict[str, Callable[[RunConfig, Source, torch.device, Reporter], Product]] = {
     "lora": LoraProduct.load,
     "full": FullProduct.load,
 }

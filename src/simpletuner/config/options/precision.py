@@ -4,7 +4,22 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
-from simpletuner.config.options.kinds import Count, Slice
+from simpletuner.config.options.kinds import Count, PathText, Slice
+
+PrecisionName = Literal[
+    "no_change",
+    "int8-quanto",
+    "int4-quanto",
+    "int2-quanto",
+    "fp8-quanto",
+    "int8-torchao",
+    "int4-torchao",
+    "fp8-torchao",
+    "fp8wo-torchao",
+    "nf4-bnb",
+    "int8-bnb",
+]
+"""Format and library of quantised weights; `simpletuner.config.precisions` says what each is."""
 
 
 class PrecisionOptions(Slice):
@@ -14,11 +29,18 @@ class PrecisionOptions(Slice):
     """Format of the computation. `no` is fp32 throughout; `fp16` keeps bf16 weights, scales the loss, and
     needs a GPU. What is trained is fp32 in all: adapters themselves, of a full model its masters."""
 
-    base_model_precision: Literal["no_change"] = "no_change"
-    """Quantisation of the frozen transformer."""
+    base_model_precision: PrecisionName = "no_change"
+    """Quantisation of the frozen transformer: the Linears of its blocks. Embedders, modulation, norms, the last layer
+    and adapters stay in `base_model_default_dtype`."""
 
-    text_encoder_1_precision: Literal["no_change"] = "no_change"
-    """Quantisation of the text encoder."""
+    text_encoder_1_precision: PrecisionName = "no_change"
+    """Quantisation of the text encoder: the Linears of its layers."""
+
+    base_model_cache_dir: PathText | None = None
+    """Where a quantised base is kept between runs, keyed by its source and precision. By default nowhere."""
+
+    quantize_via: Literal["accelerator", "cpu"] = "accelerator"
+    """Where a block is quantised as it lands. The whole model is never held unquantised."""
 
     base_model_default_dtype: Literal["bf16", "fp32"] | None = None
     """Format of the weights that the model computes with: by default bf16, or fp32 with `mixed_precision no`. With

@@ -1,0 +1,66 @@
+"""The formats of quantised weights by name, and the library that makes each. Known before torch is imported."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+Library = Literal["optimum.quanto", "torchao", "bitsandbytes"]
+"""By the module that is imported."""
+
+DISTRIBUTIONS: Mapping[Library, tuple[str, str]] = {
+    "optimum.quanto": ("optimum-quanto", "0.2.7"),
+    "torchao": ("torchao", "0.18"),
+    "bitsandbytes": ("bitsandbytes", "0.50"),
+}
+"""What pip calls it, and the first version that will do."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One format of weights."""
+
+    library: Library
+    """Which makes it."""
+    bits: int
+    """Of a stored weight."""
+    group: int | None = None
+    """Weights of a row that share a scale; None where a whole row does."""
+    needs_accelerator: bool = False
+    """Whether its library computes with it on accelerators only."""
+
+    @property
+    def distribution(self) -> str:
+        """Its library, as pip calls it."""
+        return DISTRIBUTIONS[self.library][0]
+
+    def lack(self) -> str | None:
+        """What is wrong with the library on this machine, in words; it is not imported."""
+        name, first = DISTRIBUTIONS[self.library]
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            return f"{name} is not installed"
+        return None if _numbers(found) >= _numbers(first) else f"{name} is {found}, and {first} or later is needed"
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
+PRECISIONS: Mapping[str, Precision] = {
+    "int8-quanto": Precision("optimum.quanto", 8),
+    "int4-quanto": Precision("optimum.quanto", 4, group=128),
+    "int2-quanto": Precision("optimum.quanto", 2, group=128),
+    "fp8-quanto": Precision("optimum.quanto", 8),
+    "int8-torchao": Precision("torchao", 8),
+    "int4-torchao": Precision("torchao", 4, group=128, needs_accelerator=True),
+    "fp8-torchao": Precision("torchao", 8, needs_accelerator=True),
+    "fp8wo-torchao": Precision("torchao", 8),
+    "nf4-bnb": Precision("bitsandbytes", 4, group=64),
+    "int8-bnb": Precision("bitsandbytes", 8),
+}
+"""By the name that options have for it; "no_change" is none of them."""
+
+NO_CHANGE = "no_change"
