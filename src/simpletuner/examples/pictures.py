@@ -23,8 +23,8 @@ DISC_SHARE = 0.5
 
 
 def render(folder: Path, seed: int = 0) -> None:
-    """Draw 20 pictures of "a zorblat flag" into `folder/train`, 6 others into `folder/held-out`, and into `folder/prior` 80
-    of what the base knows already, so that it stays known.
+    """Draw 20 pictures of "a zorblat flag" into `folder/train` and 6 others into `folder/held-out`; into `folder/prior`
+    80 of what the base knows already, so that it stays known.
 
     A zorblat flag is teal, orange, teal with a white disc; no model has heard of it. It stands in the small world, at
     its sizes and places, on its backgrounds. Each picture is 128x128 with a .txt caption that says which.
