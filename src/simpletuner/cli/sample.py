@@ -15,6 +15,7 @@ from simpletuner.config.flags import parse, wants_help
 from simpletuner.config.given import Checked, Given, Known, check
 from simpletuner.config.options.kinds import Count, NotNegative, PathText, Says, Slice, Text
 from simpletuner.config.options.model import ModelOptions
+from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.precision import PrecisionOptions
 from simpletuner.config.options.validation import ALIGNMENT, ValidationOptions
 from simpletuner.config.paths import filled
@@ -67,13 +68,13 @@ class SampleOptions(Slice):
     """The folder for the pictures. None that is there is overwritten."""
 
 
-class SampleConfig(ModelOptions, PrecisionOptions, SampleOptions):
+class SampleConfig(ModelOptions, PrecisionOptions, OffloadOptions, SampleOptions):
     """Every option of `sample`."""
 
 
 OPTIONS = Known(SampleConfig, later.OPTIONS, later.OPTION_VALUES)
 REPEATED = ("prompt", "lora")
-FROM_RUN = (*ModelOptions.model_fields, *PrecisionOptions.model_fields)
+FROM_RUN = (*ModelOptions.model_fields, *PrecisionOptions.model_fields, *OffloadOptions.model_fields)
 """What the model is, and how it is held: read from a config of `train` under the same names."""
 
 

@@ -12,6 +12,7 @@ from simpletuner.base.sizes import format_duration, format_size
 from simpletuner.config.datasets import ImageSet, TextStore
 from simpletuner.config.load import Loaded
 from simpletuner.config.options.model import ModelOptions
+from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.precision import PrecisionOptions
 from simpletuner.config.run import RunConfig
 from simpletuner.data.cache.contexts import Context, fill_contexts, read_context
@@ -20,6 +21,7 @@ from simpletuner.data.cache.store import Store
 from simpletuner.data.collate import Batch, load_batch
 from simpletuner.data.manifest import Manifest, scan
 from simpletuner.data.sample import Sample
+from simpletuner.flux2.autoencoder import Autoencoder
 from simpletuner.flux2.load import (
     autoencoder_id,
     load_autoencoder,
@@ -166,9 +168,27 @@ def wanted_prompts(prepared: Prepared) -> dict[TextStore, list[str]]:
     return found
 
 
+def open_autoencoder(model: ModelOptions, offload: OffloadOptions, source: Source, device: torch.device) -> Autoencoder:
+    """The autoencoder, on `device` or streamed to it.
+
+    Raises:
+        AccessError: it cannot be loaded.
+    """
+    return load_autoencoder(
+        source,
+        DTYPES[model.vae_dtype],
+        device,
+        tiling=model.vae_enable_tiling,
+        slicing=model.vae_enable_slicing,
+        is_streamed=offload.group_offload_vae,
+        ahead=offload.group_offload_use_stream and device.type != "cpu",
+    )
+
+
 def open_text_encoder(
     model: ModelOptions,
     precision: PrecisionOptions,
+    offload: OffloadOptions,
     source: Source,
     device: torch.device,
     *,
@@ -185,7 +205,7 @@ def open_text_encoder(
     """
     dtype, layers = DTYPES[precision.base_dtype], source.text_layers
     length, fix_regex = source.text_length, model.tokenizer_fix_regex
-    mode = precision.text_encoder_mode
+    mode = "streamed" if offload.group_offload_text_encoder else precision.text_encoder_mode
     if mode == "auto":
         tokens = precision.text_encoder_batch_size * length
         needed, free = resident_text_bytes(source, dtype, layers=layers, tokens=tokens), free_bytes(device)
@@ -208,7 +228,7 @@ def fill_text(prepared: Prepared, source: Source, device: torch.device, reporter
     def load() -> TextEncoder:
         if not held:
             folder = prepared.text_store(None).folder
-            held.append(open_text_encoder(config, config, source, device, folder=folder, say=reporter.say))
+            held.append(open_text_encoder(config, config, config, source, device, folder=folder, say=reporter.say))
         return held[0]
 
     with reporter.phase("text") as progress:
@@ -247,13 +267,7 @@ def fill_pictures(
     config = prepared.loaded.config
 
     def load() -> Encode:
-        return load_autoencoder(
-            source,
-            DTYPES[config.vae_dtype],
-            device,
-            tiling=config.vae_enable_tiling,
-            slicing=config.vae_enable_slicing,
-        ).encode
+        return open_autoencoder(config, config, source, device).encode
 
     with reporter.phase("latents") as progress:
         report = fill_latents(

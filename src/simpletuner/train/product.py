@@ -27,6 +27,7 @@ from simpletuner.flux2.source import Source
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.runs.layout import EMA_FOLDER, LORA_NAME, MODEL_FOLDER, TRANSFORMER_NAME, RunDirectory
 from simpletuner.train import optim
+from simpletuner.train.placement import landing
 from simpletuner.train.prepare import DTYPES
 from simpletuner.train.report import Reporter
 from simpletuner.train.trained import Trained
@@ -91,7 +92,7 @@ class LoraProduct:
     @classmethod
     def load(cls, config: RunConfig, source: Source, device: torch.device) -> "LoraProduct":
         """The transformer, frozen, with a fresh adapter, or the one of `init_lora`."""
-        transformer = load_transformer(source, DTYPES[config.base_dtype], device)
+        transformer = load_transformer(source, DTYPES[config.base_dtype], landing(config, device))
         transformer.requires_grad_(False)
         if config.init_lora is None:
             adapter = attach(transformer, config, seed=config.seed)

@@ -12,8 +12,8 @@ class OffloadOptions(Slice):
     """Keep off the accelerator what the current phase does not use."""
 
     enable_group_offload: bool = False
-    """Keep the transformer's frozen blocks in the machine's memory and bring each to the accelerator when its turn comes,
-    forwards and backwards. Adapters stay there. The results are the same bits."""
+    """Keep the transformer's frozen blocks in the machine's memory and bring each to the accelerator when its turn
+    comes, forwards and backwards. Adapters stay there. The results are the same bits."""
 
     group_offload_type: Literal["block_level", "leaf_level"] = "block_level"
     """What comes and goes at once: whole blocks, or single layers, which takes less memory and more time."""
