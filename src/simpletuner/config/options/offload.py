@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from simpletuner.config.options.kinds import Count, Slice
+from simpletuner.config.options.kinds import Count, PathText, Slice
 
 
 class OffloadOptions(Slice):
@@ -30,7 +30,7 @@ class OffloadOptions(Slice):
     group_offload_vae: bool = False
     """The same for the autoencoder, layer by layer."""
 
-    group_offload_to_disk_path: str | None = None
+    group_offload_to_disk_path: PathText | None = None
     """A folder from which blocks are read instead of from the machine's memory; they are written there first, where
     the model's own file cannot serve."""
 
