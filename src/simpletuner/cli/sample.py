@@ -19,6 +19,7 @@ from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.precision import PrecisionOptions
 from simpletuner.config.options.validation import ALIGNMENT, ValidationOptions
 from simpletuner.config.paths import filled
+from simpletuner.config.rules import encoder_findings
 from simpletuner.config.values import kinds, shown
 from simpletuner.runs.layout import RunDirectory
 
@@ -153,7 +154,9 @@ def read_request(arguments: Sequence[str], environ: Mapping[str, str]) -> Sample
     checked = check({**files, **given}, OPTIONS, Checked())
     paths = _filled_paths(checked, environ)
     ConfigError.raise_if([*problems, *checked.problems.values()])
-    return SampleConfig(**checked.valid, **paths)
+    config = SampleConfig(**checked.valid, **paths)
+    ConfigError.raise_if(problem for _, problem in encoder_findings(config, config))
+    return config
 
 
 def _collected(arguments: Sequence[str]) -> tuple[list[str], dict[str, Given]]:

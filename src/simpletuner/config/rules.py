@@ -10,6 +10,8 @@ from simpletuner.config.given import Checked, Given, Known, check
 from simpletuner.config.optimisers import ADAM, optimiser
 from simpletuner.config.options.checkpoint import LATEST
 from simpletuner.config.options.lora import LoraOptions
+from simpletuner.config.options.offload import OffloadOptions
+from simpletuner.config.options.precision import PrecisionOptions
 from simpletuner.config.options.rollout import RolloutOptions
 from simpletuner.config.options.tread import TreadRoute
 from simpletuner.config.run import RunConfig
@@ -109,13 +111,18 @@ def _offload(config: RunConfig) -> Iterator[Finding]:
             "streaming cannot follow them"
         )
         yield ("enable_group_offload", "dynamo_backend"), Problem(found, remedy="Take one of the two out.")
-    if config.group_offload_text_encoder and config.text_encoder_mode == "resident":
-        found = "group_offload_text_encoder with text_encoder_mode = resident, which holds all of it at once"
-        yield ("group_offload_text_encoder", "text_encoder_mode"), Problem(found, remedy="Take one of the two out.")
+    yield from encoder_findings(config, config)
     place = config.group_offload_to_disk_path
     if place is not None and Path(place).exists() and not Path(place).is_dir():
         found = f"group_offload_to_disk_path = {shown(place)}: this is a file"
         yield ("group_offload_to_disk_path",), Problem(found, "a folder")
+
+
+def encoder_findings(precision: PrecisionOptions, offload: OffloadOptions) -> Iterator[Finding]:
+    """Problems in how the text encoder is to be held."""
+    if offload.group_offload_text_encoder and precision.text_encoder_mode == "resident":
+        found = "group_offload_text_encoder with text_encoder_mode = resident, which holds all of it at once"
+        yield ("group_offload_text_encoder", "text_encoder_mode"), Problem(found, remedy="Take one of the two out.")
 
 
 def _paths(config: RunConfig) -> Iterator[Finding]:
