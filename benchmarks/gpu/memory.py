@@ -4,16 +4,16 @@
     python benchmarks/gpu/memory.py --tiny --device cpu          that the script itself works
 
 dev's shapes, all 8 + 48 blocks, random weights made on the device block by block, an adapter of rank 16 on every Linear
-of every block, AdamW, recomputed blocks, 1024² (4096 image and 512 text tokens), batch 1. Nothing is downloaded, and
-beside torch it needs einops, jaxtyping and pydantic only, which pip takes as wheels where there is no network.
-Quantised weights are random numbers in the formats of int8-quanto and int4-quanto, so their library is not needed. Streamed bf16
-takes 60 GiB of memory, 8 bits 30, 4 bits 15.
+of every block, AdamW, recomputed blocks, 1024² (4096 image and 512 text tokens), batch 1. Nothing is downloaded.
+Beside torch it needs einops, jaxtyping and pydantic only, which pip takes as wheels where there is no network.
+Quantised weights are random numbers in the formats of int8-quanto and int4-quanto: no library of theirs is needed.
+Streamed bf16 takes 60 GiB of memory, 8 bits 30, 4 bits 15.
 
 Each precision is held in a process of its own, in which the caps come one after the other, the largest first
 (`torch.cuda.set_per_process_memory_fraction`; the CUDA context is outside of it, hence 22.5 GiB for a card of 24).
-Where a cap is too small, the inputs of recomputed blocks go to the host as well, and then the ring is made one group shorter,
-without a stream. The share hidden is 1 − (step − step without copies) / copies alone; without copies the weights are of
-whichever group was there first, which changes no time.
+Where a cap is too small, the inputs of recomputed blocks go to the host as well, and then the ring is made one group
+shorter, without a stream. The share hidden is 1 − (step − step without copies) / copies alone; without copies the
+weights are of whichever group was there first, which changes no time.
 """
 
 import argparse

@@ -281,6 +281,24 @@ def test_no_more_weights_are_alive_than_the_ring_holds(ahead: bool, keep_every: 
     assert (1 + ahead) * group <= more < (2 + ahead) * group
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_weights_that_no_note_is_made_of_are_there_too(ahead: bool) -> None:
+    """Nothing but products that hide their weights: what brings these back is the gradient of what they gave."""
+    found = []
+    for is_streamed in (False, True):
+        torch.manual_seed(0)
+        layers = [HiddenLinear(WIDTH, WIDTH, bias=False).requires_grad_(False) for _ in range(5)]
+        if is_streamed:
+            model = nn.ModuleList(layers)
+            offload.install(model, offload.block_groups(layers), device=CPU, ahead=ahead)
+        x = first = batch(0).requires_grad_()
+        for layer in layers:
+            x = layer(x)
+        x.square().sum().backward()
+        found.append(first.grad)
+    assert torch.equal(*found)
+
+
 def test_passes_without_gradients_between_forward_and_backward_change_nothing() -> None:
     for keep_every in (False, None):
         found = []
