@@ -23,8 +23,8 @@ from simpletuner.flux2.generate import generate
 from simpletuner.flux2.load import load_transformer
 from simpletuner.flux2.source import Source, locate
 from simpletuner.flux2.transformer import Flux2Transformer
-from simpletuner.train.placement import landing, open_decoder, stream_blocks
-from simpletuner.train.prepare import DTYPES, free_memory, open_text_encoder
+from simpletuner.train.placement import open_decoder, stream_blocks
+from simpletuner.train.prepare import DTYPES, free_memory, landing, open_text_encoder
 
 _NAME_LENGTH = 40
 

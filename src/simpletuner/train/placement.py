@@ -19,11 +19,6 @@ from simpletuner.train.prepare import free_memory, open_autoencoder
 Decode = Callable[[Float[Tensor, "b 128 h w"]], Float[Tensor, "b 3 H W"]]
 
 
-def landing(options: OffloadOptions, device: torch.device) -> torch.device:
-    """Where a transformer is loaded that `stream_blocks` is to take: all of it need not fit on the accelerator."""
-    return torch.device("cpu") if options.enable_group_offload else device
-
-
 def stream_blocks(
     transformer: Flux2Transformer, options: OffloadOptions, device: torch.device
 ) -> offload.Streaming | None:

@@ -168,6 +168,11 @@ def wanted_prompts(prepared: Prepared) -> dict[TextStore, list[str]]:
     return found
 
 
+def landing(options: OffloadOptions, device: torch.device) -> torch.device:
+    """Where a transformer is loaded that is to be streamed: all of it need not fit on the accelerator."""
+    return torch.device("cpu") if options.enable_group_offload else device
+
+
 def open_autoencoder(model: ModelOptions, offload: OffloadOptions, source: Source, device: torch.device) -> Autoencoder:
     """The autoencoder, on `device` or streamed to it.
 

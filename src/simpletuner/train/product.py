@@ -27,8 +27,7 @@ from simpletuner.flux2.source import Source
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.runs.layout import EMA_FOLDER, LORA_NAME, MODEL_FOLDER, TRANSFORMER_NAME, RunDirectory
 from simpletuner.train import optim
-from simpletuner.train.placement import landing
-from simpletuner.train.prepare import DTYPES
+from simpletuner.train.prepare import DTYPES, landing
 from simpletuner.train.report import Reporter
 from simpletuner.train.trained import Trained
 

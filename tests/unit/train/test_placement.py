@@ -18,8 +18,8 @@ from simpletuner.flux2.source import Source, locate
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.flux2.tread import draw_choices
 from simpletuner.memory import recompute
-from simpletuner.train.placement import landing, open_decoder, stream_blocks
-from simpletuner.train.prepare import open_autoencoder
+from simpletuner.train.placement import open_decoder, stream_blocks
+from simpletuner.train.prepare import landing, open_autoencoder
 
 CPU = torch.device("cpu")
 
