@@ -227,7 +227,8 @@ class Attempt:
             ahead = self.config.group_offload_use_stream
             inputs = recompute.HostInputs(self.device, ahead=ahead) if self.config.activation_offload else None
             recompute.install(transformer.blocks, self.config.gradient_checkpointing_interval, inputs=inputs)
-        if self.device.type == "cpu" and (self.streaming is not None or self.config.activation_offload):
+        offloads = self.streaming is not None or self.config.activation_offload or self.config.group_offload_vae
+        if self.device.type == "cpu" and offloads:
             self.reporter.notice(
                 "On a CPU offloading copies within the same memory: the results are the same, nothing is saved, and "
                 "group_offload_use_stream has no effect."

@@ -11,12 +11,11 @@ from torch import Tensor
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.flux2.autoencoder import Autoencoder
+from simpletuner.flux2.generate import Decode
 from simpletuner.flux2.source import Source
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory import offload
 from simpletuner.train.prepare import free_memory, open_autoencoder
-
-Decode = Callable[[Float[Tensor, "b 128 h w"]], Float[Tensor, "b 3 H W"]]
 
 
 def stream_blocks(
