@@ -173,8 +173,8 @@ def together() -> Iterator[set[tuple[str, frozenset[str]]]]:
     "flags",
     [
         pytest.param({}, marks=pytest.mark.slow),
-        pytest.param({"offload_during_startup": True}, marks=pytest.mark.slow),
-        ALL,
+        {"offload_during_startup": True},
+        pytest.param(ALL, marks=pytest.mark.slow),
     ],
     ids=["off", "on", "all"],
 )

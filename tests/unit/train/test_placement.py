@@ -61,6 +61,11 @@ def same(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> boo
     return len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.fixture(scope="module")
+def resident(tiny: Source) -> list[torch.Tensor]:
+    return results(*adapted(tiny))
+
+
 def test_off_nothing_is_touched(tiny: Source) -> None:
     options = OffloadOptions(group_offload_type="leaf_level", group_offload_use_stream=True)
     transformer, _ = adapted(tiny)
@@ -83,9 +88,8 @@ def test_off_nothing_is_touched(tiny: Source) -> None:
     ids=str,
 )
 def test_streamed_it_gives_the_resident_ones_bits(
-    tiny: Source, changes: dict[str, Any], keep_every: int | bool | None
+    tiny: Source, resident: list[torch.Tensor], changes: dict[str, Any], keep_every: int | bool | None
 ) -> None:
-    expected = results(*adapted(tiny))
     options = OffloadOptions(enable_group_offload=True, **changes)
     assert landing(options, torch.device("meta")) == CPU
     transformer, adapter = adapted(tiny)
@@ -93,7 +97,7 @@ def test_streamed_it_gives_the_resident_ones_bits(
     if keep_every is not False:
         inputs = None if keep_every else recompute.HostInputs(CPU)
         recompute.install(transformer.blocks, keep_every, inputs=inputs)
-    assert same(results(transformer, adapter), expected)
+    assert same(results(transformer, adapter), resident)
     assert streaming is not None
     assert streaming.peak_resident == 1
 
