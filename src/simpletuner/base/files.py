@@ -38,7 +38,7 @@ def sync_directory(folder: Path) -> None:
         os.close(handle)
 
 
-def write_atomic(path: Path, data: bytes, *, sync: bool = True) -> None:
+def write_atomic(path: Path, data: bytes | memoryview, *, sync: bool = True) -> None:
     """Write `data` so that `path` holds either its old content or all of the new.
 
     `sync=False` leaves the flush to the system: right for caches, which are verified when read.

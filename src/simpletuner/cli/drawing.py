@@ -20,10 +20,10 @@ from simpletuner.cli.sample import SampleConfig, Wanted
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.export import LoadedLora, attach_saved, read_lora
 from simpletuner.flux2.generate import generate
-from simpletuner.flux2.load import load_autoencoder
 from simpletuner.flux2.source import Source, locate
 from simpletuner.flux2.transformer import Flux2Transformer
-from simpletuner.train.prepare import DTYPES, check_precisions, free_memory, load_base, open_text_encoder
+from simpletuner.train.placement import open_decoder, stream_blocks
+from simpletuner.train.prepare import check_precisions, free_memory, load_base, open_text_encoder
 
 _NAME_LENGTH = 40
 
@@ -84,16 +84,11 @@ class _Drawing:
 
         contexts = self.contexts()
         negative = contexts.pop() if self.config.guidance_real != 1.0 else None
-        transformer = load_base(self.config, self.source, self.device, report=_say)
+        transformer = load_base(self.config, self.config, self.source, self.device, report=_say)
         for lora, content in zip(loras, saved, strict=True):
             attach_saved(transformer, content, strength=lora.strength)
-        autoencoder = load_autoencoder(
-            self.source,
-            DTYPES[self.config.vae_dtype],
-            self.device,
-            tiling=self.config.vae_enable_tiling,
-            slicing=self.config.vae_enable_slicing,
-        )
+        stream_blocks(transformer, self.config, self.device)
+        decode = open_decoder(self.config, self.config, self.source, self.device)
         acting = [
             {"name": lora.path.name, "sha256": sha256_file(content.path), "strength": lora.strength}
             for lora, content in zip(loras, saved, strict=True)
@@ -104,7 +99,7 @@ class _Drawing:
                 for seed in range(self.config.seed, self.config.seed + self.config.num):
                     (image,) = generate(
                         Denoiser(transformer.eval()),
-                        autoencoder.decode,
+                        decode(),
                         context,
                         width=self.config.width,
                         height=self.config.height,
@@ -121,7 +116,9 @@ class _Drawing:
         """The context of each prompt, then, where there is real guidance, of the negative one. Each is encoded by
         itself, so it does not depend on what else is asked for."""
         folder = Path(tempfile.gettempdir())
-        encoder = open_text_encoder(self.config, self.config, self.source, self.device, folder=folder, say=_say)
+        encoder = open_text_encoder(
+            self.config, self.config, self.config, self.source, self.device, folder=folder, say=_say
+        )
         prompts = [*self.config.prompt, *([self.config.negative] if self.config.guidance_real != 1.0 else [])]
         encoded = encoder.encode_batches([[prompt] for prompt in prompts])
         contexts = [context.full()[None].to(self.device) for batch in encoded for context in batch]

@@ -15,10 +15,11 @@ from simpletuner.config.flags import parse, wants_help
 from simpletuner.config.given import Checked, Given, Known, check
 from simpletuner.config.options.kinds import Count, NotNegative, PathText, Says, Slice, Text
 from simpletuner.config.options.model import ModelOptions
+from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.precision import PrecisionOptions
 from simpletuner.config.options.validation import ALIGNMENT, ValidationOptions
 from simpletuner.config.paths import filled
-from simpletuner.config.rules import precision_findings
+from simpletuner.config.rules import encoder_findings, precision_findings
 from simpletuner.config.values import kinds, shown
 from simpletuner.runs.layout import RunDirectory
 
@@ -68,13 +69,13 @@ class SampleOptions(Slice):
     """The folder for the pictures. None that is there is overwritten."""
 
 
-class SampleConfig(ModelOptions, PrecisionOptions, SampleOptions):
+class SampleConfig(ModelOptions, PrecisionOptions, OffloadOptions, SampleOptions):
     """Every option of `sample`."""
 
 
 OPTIONS = Known(SampleConfig, later.OPTIONS, later.OPTION_VALUES)
 REPEATED = ("prompt", "lora")
-FROM_RUN = (*ModelOptions.model_fields, *PrecisionOptions.model_fields)
+FROM_RUN = (*ModelOptions.model_fields, *PrecisionOptions.model_fields, *OffloadOptions.model_fields)
 """What the model is, and how it is held: read from a config of `train` under the same names."""
 
 
@@ -154,7 +155,8 @@ def read_request(arguments: Sequence[str], environ: Mapping[str, str]) -> Sample
     paths = _filled_paths(checked, environ)
     ConfigError.raise_if([*problems, *checked.problems.values()])
     config = SampleConfig(**checked.valid, **paths)
-    ConfigError.raise_if(problem for _, problem in precision_findings(config))
+    findings = (*precision_findings(config), *encoder_findings(config, config))
+    ConfigError.raise_if(problem for _, problem in findings)
     return config
 
 

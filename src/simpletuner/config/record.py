@@ -6,6 +6,7 @@ from typing import Any
 
 from simpletuner.config.options.checkpoint import CheckpointOptions
 from simpletuner.config.options.data import DataOptions
+from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.process import ProcessOptions
 from simpletuner.config.options.tracking import TrackingOptions
 from simpletuner.config.options.validation import ValidationOptions
@@ -38,7 +39,7 @@ RECORDED_TEXTS = frozenset(
 
 MAY_CHANGE = frozenset(
     name
-    for group in (ValidationOptions, CheckpointOptions, TrackingOptions, ProcessOptions, DataOptions)
+    for group in (ValidationOptions, CheckpointOptions, TrackingOptions, ProcessOptions, DataOptions, OffloadOptions)
     for name in group.model_fields
 ) | {"ema_validation", "max_train_steps", "num_train_epochs", "text_encoder_mode", "write_batch_size"}
 """Options that a resumed run may change. The datasets themselves are compared by their fingerprint."""

@@ -10,6 +10,7 @@ from simpletuner.config.given import Checked, Given, Known, check
 from simpletuner.config.optimisers import ADAM, optimiser
 from simpletuner.config.options.checkpoint import LATEST
 from simpletuner.config.options.lora import LoraOptions
+from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.precision import PrecisionOptions
 from simpletuner.config.options.rollout import RolloutOptions
 from simpletuner.config.options.tread import TreadRoute
@@ -35,6 +36,7 @@ def findings(config: RunConfig, datasets: Datasets | None) -> Iterator[Finding]:
     yield from _optimiser(config)
     yield from precision_findings(config)
     yield from _precision(config)
+    yield from _offload(config)
     yield from _paths(config)
     yield from _trackers(config)
     yield from _routes(config)
@@ -122,6 +124,31 @@ def _precision(config: RunConfig) -> Iterator[Finding]:
         expected = "no_change: quantised weights cannot be trained"
         remedy = "Train a LoRA beside them, or give --base_model_precision=no_change."
         yield ("base_model_precision", "model_type"), Problem(found, expected, remedy)
+
+
+def _offload(config: RunConfig) -> Iterator[Finding]:
+    if config.enable_group_offload and config.model_type == "full":
+        found = "enable_group_offload with model_type = full, whose weights all change with each step"
+        remedy = "What is streamed is only read: take enable_group_offload out, or train a LoRA."
+        yield ("enable_group_offload", "model_type"), Problem(found, remedy=remedy)
+    if config.enable_group_offload and config.dynamo_backend != "no":
+        found = (
+            f"enable_group_offload with dynamo_backend = {config.dynamo_backend}: compiled blocks keep weights where "
+            "streaming cannot follow them"
+        )
+        yield ("enable_group_offload", "dynamo_backend"), Problem(found, remedy="Take one of the two out.")
+    yield from encoder_findings(config, config)
+    place = config.group_offload_to_disk_path
+    if place is not None and Path(place).exists() and not Path(place).is_dir():
+        found = f"group_offload_to_disk_path = {shown(place)}: this is a file"
+        yield ("group_offload_to_disk_path",), Problem(found, "a folder")
+
+
+def encoder_findings(precision: PrecisionOptions, offload: OffloadOptions) -> Iterator[Finding]:
+    """Problems in how the text encoder is to be held."""
+    if offload.group_offload_text_encoder and precision.text_encoder_mode == "resident":
+        found = "group_offload_text_encoder with text_encoder_mode = resident, which holds all of it at once"
+        yield ("group_offload_text_encoder", "text_encoder_mode"), Problem(found, remedy="Take one of the two out.")
 
 
 def _paths(config: RunConfig) -> Iterator[Finding]:
@@ -261,6 +288,7 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
     yield ("quantize_via",), has_no_place, "nothing is quantised"
 
     yield ("dynamo_mode",), config.dynamo_backend == "no", "dynamo_backend is no"
+    yield from _ignored_of_offload(config)
 
     place = config.pretrained_model_name_or_path
     is_local = config.model_flavour == "tiny" if place is None else Path(place).exists()
@@ -294,6 +322,21 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
     if datasets is not None:
         held_out = ("eval_steps_interval", "num_eval_images")
         yield held_out, not datasets.eval_sets, "no dataset has dataset_type eval"
+
+
+def _ignored_of_offload(config: RunConfig) -> Iterator[tuple[tuple[str, ...], bool, str]]:
+    of_groups = ("group_offload_type", "group_offload_blocks_per_group", "group_offload_to_disk_path")
+    yield of_groups, not config.enable_group_offload, "enable_group_offload is false"
+    is_by_leaf = config.enable_group_offload and config.group_offload_type == "leaf_level"
+    yield ("group_offload_blocks_per_group",), is_by_leaf, "group_offload_type is leaf_level"
+    is_used = config.enable_group_offload or config.group_offload_vae or config.activation_offload
+    yield ("group_offload_use_stream",), not is_used, "nothing is offloaded that it could copy"
+    is_streamed = config.text_encoder_mode == "streamed"
+    yield ("group_offload_text_encoder",), is_streamed, "text_encoder_mode is streamed already"
+    recomputes = config.gradient_checkpointing
+    yield ("activation_offload",), not recomputes, "gradient_checkpointing is false: no block is recomputed"
+    reason = "no pictures are drawn, and what prepares the data is always let go before the next phase"
+    yield ("offload_during_startup",), config.validation_disable, reason
 
 
 def _ignored_of_rollout(config: RunConfig) -> Iterator[tuple[tuple[str, ...], bool, str]]:

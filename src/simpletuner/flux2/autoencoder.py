@@ -11,19 +11,19 @@ from simpletuner.flux2 import tokens
 
 
 class Autoencoder:
-    """FLUX.2's autoencoder around diffusers' `AutoencoderKLFlux2`, which runs in its own type and on its device.
+    """FLUX.2's autoencoder around diffusers' `AutoencoderKLFlux2`, which runs in its own type, on `device`.
 
     The statistics of the batch norm are taken as they are in the file and applied in fp32: in bf16, as diffusers'
     pipeline has it with a bf16 model, they would move every latent.
     """
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, device: torch.device | str) -> None:
         self._vae = vae.eval()
         self.dtype: torch.dtype = vae.dtype
-        self.device: torch.device = vae.device
-        self._mean: Tensor = rearrange(vae.bn.running_mean.float(), "c -> c 1 1")
+        self.device = torch.device(device)
+        self._mean: Tensor = rearrange(vae.bn.running_mean.float(), "c -> c 1 1").to(device)
         # Not `vae.bn` itself: run in training mode it would overwrite what it normalises by.
-        self._deviation: Tensor = rearrange((vae.bn.running_var.float() + vae.bn.eps).sqrt(), "c -> c 1 1")
+        self._deviation: Tensor = rearrange((vae.bn.running_var.float() + vae.bn.eps).sqrt(), "c -> c 1 1").to(device)
 
     @torch.no_grad()
     def encode(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 128 h w"]:

@@ -26,6 +26,7 @@ from simpletuner.flux2.source import Source, Weights
 from simpletuner.flux2.text import ResidentTextEncoder
 from simpletuner.flux2.text_stream import StreamedTextEncoder
 from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.memory import offload
 from simpletuner.memory.precision import make_room, quantised, stored_bytes, targets
 
 # Mistral's own pre-tokeniser, as in its tekken.json: case counts and every digit is a token.
@@ -97,9 +98,17 @@ def load_transformer(
 
 
 def load_autoencoder(
-    source: Source, dtype: torch.dtype, device: torch.device | str, *, tiling: bool = False, slicing: bool = False
+    source: Source,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    tiling: bool = False,
+    slicing: bool = False,
+    is_streamed: bool = False,
+    ahead: bool = False,
 ) -> Autoencoder:
-    """The autoencoder, frozen, as `dtype` on `device`; its batch-norm statistics stay as they are in the file.
+    """The autoencoder, frozen, as `dtype` on `device`; its batch-norm statistics stay as they are in the file. Where it
+    `is_streamed`, its layers are in the machine's memory and come one by one, the next `ahead` of its turn or not.
 
     Raises:
         AccessError: tensors are missing, unknown or of the wrong shape; they are named.
@@ -109,12 +118,16 @@ def load_autoencoder(
 
     with torch.device("meta"):
         vae = AutoencoderKLFlux2.from_config(source.vae.config)
-    _fill(vae, source.vae, lambda name: Renamed((name,)), dtype, device, kept=("bn.",))
+    landing = "cpu" if is_streamed else device
+    _fill(vae, source.vae, lambda name: Renamed((name,)), dtype, landing, kept=("bn.",))
     if tiling:
         vae.enable_tiling()
     if slicing:
         vae.enable_slicing()
-    return Autoencoder(vae)
+    autoencoder = Autoencoder(vae, device)
+    if is_streamed:
+        offload.install(vae, offload.leaf_groups([vae]), device=torch.device(device), ahead=ahead)
+    return autoencoder
 
 
 def load_text_encoder(

@@ -7,7 +7,6 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -24,16 +23,14 @@ from simpletuner.config.run import RunConfig
 from simpletuner.data.collate import Batch, caption_of
 from simpletuner.data.order import MicroBatch, Order
 from simpletuner.flow.loss import Denoise
-from simpletuner.flux2.autoencoder import Autoencoder
 from simpletuner.flux2.denoiser import Denoiser
-from simpletuner.flux2.load import load_autoencoder
 from simpletuner.flux2.routes import resolve
 from simpletuner.flux2.source import Source, locate
 from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.flux2.tread import draw_choices
 from simpletuner.memory import compile as compilation
-from simpletuner.memory import recompute
+from simpletuner.memory import offload, recompute
 from simpletuner.runs import checkpoints, disk
 from simpletuner.runs.events import CheckpointEvent, EndEvent, ErrorEvent, EventLog, RunEvent, read_events
 from simpletuner.runs.layout import EMA_FOLDER, RESULTS, RunDirectory
@@ -41,7 +38,8 @@ from simpletuner.runs.process import Requests, stopped
 from simpletuner.train import checkpoint, optim, resume, trackers
 from simpletuner.train.ema import Ema
 from simpletuner.train.loop import Loop, Plan, best_step
-from simpletuner.train.prepare import DTYPES, EMPTY, Prepared, check_precisions, free_memory, prepare
+from simpletuner.train.placement import open_decoder, stream_blocks
+from simpletuner.train.prepare import EMPTY, Prepared, check_precisions, free_memory, prepare
 from simpletuner.train.product import PRODUCTS, Product
 from simpletuner.train.report import Reporter
 from simpletuner.train.rollout import Rollout
@@ -110,6 +108,7 @@ class Attempt:
         self.requests = requests
         self.state = TrainState()
         self.compiled: compilation.Compiled | None = None
+        self.streaming: offload.Streaming | None = None
         self.began = time.monotonic()
 
     def __call__(self) -> None:
@@ -195,6 +194,8 @@ class Attempt:
         )
         with self.reporter.phase("train"), self.requests.between_steps(), self.compiling():
             is_done = loop(self.state)
+        if self.streaming is not None:
+            self.reporter.detail(f"Streamed: {self.streaming.told()}.")
         if not is_done:
             raise stopped(f"stopped after step {self.state.step} of {plan.steps}; it is saved")
         self.finish(plan, source, product)
@@ -211,7 +212,7 @@ class Attempt:
         return True
 
     def install(self, transformer: Flux2Transformer, order: Order) -> None:
-        """Make a transformer ready to train: compile and recompute its blocks if asked to."""
+        """Make a transformer ready to train: compile, stream and recompute its blocks if asked to."""
         if self.config.dynamo_backend != "no":
             shapes = {(micro_batch.bucket, len(micro_batch.visits)) for micro_batch in order.epoch(0)}
             self.compiled = compilation.install(
@@ -220,8 +221,19 @@ class Attempt:
                 mode=self.config.dynamo_mode,
                 sizes_vary=len(shapes) > 1 or bool(self.config.tread_routes),
             )
+        self.streaming = stream_blocks(transformer, self.config, self.device)
+        if self.streaming is not None:
+            self.reporter.say(f"Streamed: {self.streaming}.")
         if self.config.gradient_checkpointing:
-            recompute.install(transformer.blocks, self.config.gradient_checkpointing_interval)
+            ahead = self.config.group_offload_use_stream
+            inputs = recompute.HostInputs(self.device, ahead=ahead) if self.config.activation_offload else None
+            recompute.install(transformer.blocks, self.config.gradient_checkpointing_interval, inputs=inputs)
+        offloads = self.streaming is not None or self.config.activation_offload or self.config.group_offload_vae
+        if self.device.type == "cpu" and offloads:
+            self.reporter.notice(
+                "On a CPU offloading copies within the same memory: the results are the same, nothing is saved, and "
+                "group_offload_use_stream has no effect."
+            )
         transformer.train()
 
     def check_room(self, product: Product, plan: Plan) -> None:
@@ -327,16 +339,6 @@ class Attempt:
         if self.config.validation_disable or not self.loaded.prompts:
             return None
 
-        @cache
-        def autoencoder() -> Autoencoder:
-            return load_autoencoder(
-                source,
-                DTYPES[self.config.vae_dtype],
-                self.device,
-                tiling=self.config.vae_enable_tiling,
-                slicing=self.config.vae_enable_slicing,
-            )
-
         assert isinstance(stepper.denoise, Denoiser)
         return Painter(
             run=self.run,
@@ -346,7 +348,7 @@ class Attempt:
             trained=product.trained,
             ema=None if self.config.ema_validation == "none" else ema,
             has_live=ema is None or self.config.ema_validation != "ema_only",
-            decode=lambda: autoencoder().decode,
+            decode=open_decoder(self.config, self.config, source, self.device),
             prompts=self.loaded.prompts,
             context=lambda prompt: prepared.context(prompt).full()[None],
             device=self.device,

@@ -12,6 +12,7 @@ from simpletuner.base.sizes import format_duration, format_size
 from simpletuner.config.datasets import ImageSet, TextStore
 from simpletuner.config.load import Loaded
 from simpletuner.config.options.model import ModelOptions
+from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.precision import PrecisionOptions
 from simpletuner.config.run import RunConfig
 from simpletuner.data.cache.contexts import Context, fill_contexts, read_context
@@ -20,6 +21,7 @@ from simpletuner.data.cache.store import Store
 from simpletuner.data.collate import Batch, load_batch
 from simpletuner.data.manifest import Manifest, scan
 from simpletuner.data.sample import Sample
+from simpletuner.flux2.autoencoder import Autoencoder
 from simpletuner.flux2.load import (
     autoencoder_id,
     load_autoencoder,
@@ -181,9 +183,32 @@ def wanted_prompts(prepared: Prepared) -> dict[TextStore, list[str]]:
     return found
 
 
+def landing(options: OffloadOptions, device: torch.device) -> torch.device:
+    """Where a transformer is loaded that is to be streamed: all of it need not fit on the accelerator."""
+    return torch.device("cpu") if options.enable_group_offload else device
+
+
+def open_autoencoder(model: ModelOptions, offload: OffloadOptions, source: Source, device: torch.device) -> Autoencoder:
+    """The autoencoder, on `device` or streamed to it.
+
+    Raises:
+        AccessError: it cannot be loaded.
+    """
+    return load_autoencoder(
+        source,
+        DTYPES[model.vae_dtype],
+        device,
+        tiling=model.vae_enable_tiling,
+        slicing=model.vae_enable_slicing,
+        is_streamed=offload.group_offload_vae,
+        ahead=offload.group_offload_use_stream and device.type != "cpu",
+    )
+
+
 def open_text_encoder(
     model: ModelOptions,
     precision: PrecisionOptions,
+    offload: OffloadOptions,
     source: Source,
     device: torch.device,
     *,
@@ -200,7 +225,8 @@ def open_text_encoder(
     """
     dtype, layers = DTYPES[precision.base_dtype], source.text_layers
     length, fix_regex = source.text_length, model.tokenizer_fix_regex
-    mode, name = precision.text_encoder_mode, precision.text_encoder_1_precision
+    name = precision.text_encoder_1_precision
+    mode = "streamed" if offload.group_offload_text_encoder else precision.text_encoder_mode
     if mode == "auto":
         tokens = precision.text_encoder_batch_size * length
         needed = resident_text_bytes(source, dtype, layers=layers, tokens=tokens, precision=name)
@@ -228,9 +254,15 @@ def open_text_encoder(
 
 
 def load_base(
-    options: PrecisionOptions, source: Source, device: torch.device, *, report: Callable[[str], None]
+    options: PrecisionOptions,
+    offload: OffloadOptions,
+    source: Source,
+    device: torch.device,
+    *,
+    report: Callable[[str], None],
 ) -> Flux2Transformer:
-    """The frozen transformer as `options` have it; `report` is told if a quantised one that was kept is of no use.
+    """The frozen transformer as `options` have it, where `offload` wants it first; `report` is told if a quantised one
+    that was kept is of no use.
 
     Raises:
         AccessError: it cannot be loaded.
@@ -241,7 +273,7 @@ def load_base(
     return load_transformer(
         source,
         DTYPES[options.base_dtype],
-        device,
+        landing(offload, device),
         options.base_model_precision,
         via=quantised_on(options, device),
         cache_dir=None if folder is None else Path(folder),
@@ -257,7 +289,7 @@ def fill_text(prepared: Prepared, source: Source, device: torch.device, reporter
     def load() -> TextEncoder:
         if not held:
             folder = prepared.text_store(None).folder
-            held.append(open_text_encoder(config, config, source, device, folder=folder, say=reporter.say))
+            held.append(open_text_encoder(config, config, config, source, device, folder=folder, say=reporter.say))
         return held[0]
 
     with reporter.phase("text") as progress:
@@ -275,13 +307,14 @@ def fill_text(prepared: Prepared, source: Source, device: torch.device, reporter
             for store, prompts in wanted_prompts(prepared).items()
             if prompts
         ]
-    for encoder in held:
-        if encoder.truncated:
-            shown = "; ".join(text[:60] + "…" for text in encoder.truncated[:3])
-            reporter.notice(
-                f"{len(encoder.truncated)} captions are longer than tokenizer_max_length "
-                f"({source.text_length} tokens with the template) and were shortened: {shown}"
-            )
+    # No name may hold the encoder when memory is freed: it holds itself, and would be found by the next phase.
+    truncated = [text for encoder in held for text in encoder.truncated]
+    if truncated:
+        shown = "; ".join(text[:60] + "…" for text in truncated[:3])
+        reporter.notice(
+            f"{len(truncated)} captions are longer than tokenizer_max_length "
+            f"({source.text_length} tokens with the template) and were shortened: {shown}"
+        )
     encoded, found = sum(r.encoded for r in reports), sum(r.found for r in reports)
     seconds = sum(r.seconds for r in reports)
     reporter.say(f"Captions: {encoded} encoded in {format_duration(seconds)}, {found} in the cache already.")
@@ -296,13 +329,7 @@ def fill_pictures(
     config = prepared.loaded.config
 
     def load() -> Encode:
-        return load_autoencoder(
-            source,
-            DTYPES[config.vae_dtype],
-            device,
-            tiling=config.vae_enable_tiling,
-            slicing=config.vae_enable_slicing,
-        ).encode
+        return open_autoencoder(config, config, source, device).encode
 
     with reporter.phase("latents") as progress:
         report = fill_latents(

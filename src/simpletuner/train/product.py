@@ -92,7 +92,7 @@ class LoraProduct:
     @classmethod
     def load(cls, config: RunConfig, source: Source, device: torch.device, reporter: Reporter) -> "LoraProduct":
         """The transformer, frozen, with a fresh adapter, or the one of `init_lora`."""
-        transformer = load_base(config, source, device, report=reporter.notice)
+        transformer = load_base(config, config, source, device, report=reporter.notice)
         if config.base_model_precision != NO_CHANGE:
             held = sum(tensor.nbytes for tensor in transformer.state_dict().values())
             reporter.say(f"The base in {config.base_model_precision} takes {format_size(held)}.")

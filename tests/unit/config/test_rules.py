@@ -48,6 +48,25 @@ import pytest
         ({"eval_dataset_id": "held"}, "eval_dataset_id = 'held': expected a set with dataset_type eval to be listed."),
         ({"output_dir": "config/config.json"}, "this is a file: expected a folder."),
         ({"init_lora": "nope.safetensors"}, "no such file."),
+        (
+            {"model_type": "full", "enable_group_offload": True},
+            "enable_group_offload with model_type = full, whose weights all change with each step. What is streamed is "
+            "only read: take enable_group_offload out, or train a LoRA.",
+        ),
+        (
+            {"enable_group_offload": True, "dynamo_backend": "inductor"},
+            "enable_group_offload with dynamo_backend = inductor: compiled blocks keep weights where streaming cannot "
+            "follow them. Take one of the two out.",
+        ),
+        (
+            {"group_offload_text_encoder": True, "text_encoder_mode": "resident"},
+            "group_offload_text_encoder with text_encoder_mode = resident, which holds all of it at once. Take one of "
+            "the two out.",
+        ),
+        (
+            {"enable_group_offload": True, "group_offload_to_disk_path": "config/config.json"},
+            "this is a file: expected a folder.",
+        ),
         ({"resume_from_checkpoint": "nope"}, "no such folder: expected latest, a checkpoint's folder, or nothing."),
     ],
     ids=lambda value: repr(value) if isinstance(value, dict) else "",
@@ -128,6 +147,35 @@ def test_other_trackers_are_refused(place: Any, value: str) -> None:
             "flow_schedule_auto_shift has no effect: flow_custom_timesteps is given, and wins.",
         ),
         ({"dynamo_mode": "max-autotune-no-cudagraphs"}, "dynamo_mode has no effect: dynamo_backend is no."),
+        (
+            {"group_offload_blocks_per_group": 2},
+            "group_offload_blocks_per_group has no effect: enable_group_offload is false.",
+        ),
+        (
+            {"group_offload_to_disk_path": "blocks"},
+            "group_offload_to_disk_path has no effect: enable_group_offload is false.",
+        ),
+        (
+            {"enable_group_offload": True, "group_offload_type": "leaf_level", "group_offload_blocks_per_group": 2},
+            "group_offload_blocks_per_group has no effect: group_offload_type is leaf_level.",
+        ),
+        (
+            {"group_offload_use_stream": True},
+            "group_offload_use_stream has no effect: nothing is offloaded that it could copy.",
+        ),
+        (
+            {"group_offload_text_encoder": True, "text_encoder_mode": "streamed"},
+            "group_offload_text_encoder has no effect: text_encoder_mode is streamed already.",
+        ),
+        (
+            {"activation_offload": True, "gradient_checkpointing": False},
+            "activation_offload has no effect: gradient_checkpointing is false: no block is recomputed.",
+        ),
+        (
+            {"offload_during_startup": True, "validation_disable": True},
+            "offload_during_startup has no effect: no pictures are drawn, and what prepares the data is always let go "
+            "before the next phase.",
+        ),
         (
             {"flow_use_uniform_schedule": True, "flow_sigmoid_scale": 2},
             "flow_sigmoid_scale has no effect: another density is chosen.",

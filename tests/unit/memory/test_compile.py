@@ -125,3 +125,15 @@ def test_a_block_that_is_wrapped_already_is_refused() -> None:
     recompute.install(blocks)
     with pytest.raises(ValueError, match="a Wide is wrapped already"):
         compilation.install(blocks, backend="eager")
+
+
+def test_inputs_on_the_host_go_with_compiled_blocks() -> None:
+    found = []
+    for inputs in (None, recompute.HostInputs(torch.device("cpu"))):
+        blocks = stack()
+        compilation.install(list(blocks), backend="aot_eager")
+        recompute.install(list(blocks), inputs=inputs)
+        result, gradients = run(blocks, 2, 5)
+        found.append([result, *gradients])
+        assert inputs is None or inputs.copied_bytes == 5 * result.nbytes
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))

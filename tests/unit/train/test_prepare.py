@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from simpletuner.config.options.model import ModelOptions
+from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.precision import PrecisionOptions
 from simpletuner.flux2.source import Source, locate
 from simpletuner.flux2.text import ResidentTextEncoder, TextEncoder
@@ -29,7 +30,7 @@ def said() -> list[str]:
 def opened(source: Source, said: list[str], **given: object) -> TextEncoder:
     precision = PrecisionOptions.model_validate({"mixed_precision": "no", **given})
     model = ModelOptions(model_flavour="tiny", tokenizer_max_length=160)
-    return open_text_encoder(model, precision, source, CPU, folder=Path(), say=said.append)
+    return open_text_encoder(model, precision, OffloadOptions(), source, CPU, folder=Path(), say=said.append)
 
 
 def available(monkeypatch: pytest.MonkeyPatch, kib: int) -> None:

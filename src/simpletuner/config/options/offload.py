@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from simpletuner.config.options.kinds import Count, Slice
+from simpletuner.config.options.kinds import Count, PathText, Slice
 
 
 class OffloadOptions(Slice):
@@ -12,8 +12,8 @@ class OffloadOptions(Slice):
     """Keep off the accelerator what the current phase does not use."""
 
     enable_group_offload: bool = False
-    """Keep the transformer's frozen blocks in the machine's memory and bring each to the accelerator when its turn comes,
-    forwards and backwards. Adapters stay there. The results are the same bits."""
+    """Keep the transformer's frozen blocks in the machine's memory and bring each to the accelerator when its turn
+    comes, forwards and backwards. Adapters stay there. The results are the same bits."""
 
     group_offload_type: Literal["block_level", "leaf_level"] = "block_level"
     """What comes and goes at once: whole blocks, or single layers, which takes less memory and more time."""
@@ -30,7 +30,7 @@ class OffloadOptions(Slice):
     group_offload_vae: bool = False
     """The same for the autoencoder, layer by layer."""
 
-    group_offload_to_disk_path: str | None = None
+    group_offload_to_disk_path: PathText | None = None
     """A folder from which blocks are read instead of from the machine's memory; they are written there first, where
     the model's own file cannot serve."""
 
