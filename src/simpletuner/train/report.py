@@ -135,6 +135,8 @@ class Reporter:
         """Called whenever progress is made; may raise `Stopped`."""
         self.is_terminal = sys.stderr.isatty()
         self.trackers = Trackers([], self.notice)
+        self.last_phase: Phase | None = None
+        """The phase that is going on, or was last."""
 
     def say(self, text: str) -> None:
         """One line for the user, kept in the log."""
@@ -168,6 +170,7 @@ class Reporter:
     @contextlib.contextmanager
     def phase(self, phase: Phase, title: str | None = None) -> Iterator[Progress]:
         """A phase: begins and ends in the events, shows its progress under `title`."""
+        self.last_phase = phase
         self.emit(PhaseEvent(phase=phase, state="begin"))
         began = time.monotonic()
         progress = Progress(self, phase, title or TITLES[phase])
