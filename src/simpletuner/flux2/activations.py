@@ -124,7 +124,9 @@ def training(at: Pass, *, offloaded: bool = False, accumulated: bool = False) ->
 
 def kept_bytes(at: Pass) -> int:
     """What autograd holds between the forward and the backward pass, for blocks and last layers."""
-    return sum(_cost(block).kept for block in _blocks(at)) + _tail(replace(at, adapted=(), recomputed=(), routes=())).kept
+    return (
+        sum(_cost(block).kept for block in _blocks(at)) + _tail(replace(at, adapted=(), recomputed=(), routes=())).kept
+    )
 
 
 def sampling(at: Pass) -> int:

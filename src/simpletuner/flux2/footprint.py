@@ -1,12 +1,11 @@
 """Bytes of a FLUX.2 in every phase of a run, from the shapes of its modules and the options. No weights are looked at.
 
-`python -m simpletuner.flux2.footprint --write` makes the table in docs/plan.md, `--check` fails where it is out of date.
+`python -m simpletuner.flux2.footprint --write` makes the table in docs/plan.md, `--check` fails where that is stale.
 """
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,17 @@ import torch
 from torch import nn
 
 from simpletuner.base.errors import AccessError
-from simpletuner.base.files import read_json, write_atomic
-from simpletuner.base.sizes import GIB
+from simpletuner.base.files import read_json
 from simpletuner.config.optimisers import optimiser
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.run import RunConfig
 from simpletuner.flux2.activations import Adapted, Pass, sampling, training
-from simpletuner.flux2.lora import Range, wanted_ranges
+from simpletuner.flux2.lora import Range, linears, wanted_ranges
 from simpletuner.flux2.routes import resolve
 from simpletuner.flux2.source import Weights, transformer_spec
 from simpletuner.flux2.spec import (
-    DEV,
     DEV_TEXT,
     FLAVOURS,
-    KLEIN_4B,
-    KLEIN_9B,
     AutoencoderSpec,
     TextSpec,
     TransformerSpec,
@@ -203,20 +198,17 @@ def adapted_blocks(spec: TransformerSpec, options: LoraOptions) -> tuple[Adapted
 
 
 def _adapter_parameters(ranges: Mapping[str, Range], rank: int) -> int:
-    return rank * sum(
-        place.rows[1] - place.rows[0] + place.columns[1] - place.columns[0] for place in ranges.values()
-    )
+    return rank * sum(place.rows[1] - place.rows[0] + place.columns[1] - place.columns[0] for place in ranges.values())
 
 
 def _saved_parameters(spec: TransformerSpec, ranges: Mapping[str, Range], rank: int) -> int:
     """Of the exported LoRA, which is expanded to whole matrices."""
-    transformer = empty_transformer(spec)
-    shapes = (transformer.get_submodule(name).weight.shape for name in ranges)  # type: ignore[union-attr]
-    return rank * sum(rows + columns for rows, columns in shapes)
+    found = linears(empty_transformer(spec))
+    return rank * sum(found[name].in_features + found[name].out_features for name in ranges)
 
 
-def text_bytes(text: TextSpec, layers: int, precision: str, dtype: torch.dtype) -> tuple[int, int]:
-    """Of the embedding, and of one of the `layers` that are used."""
+def text_bytes(text: TextSpec, precision: str, dtype: torch.dtype) -> tuple[int, int]:
+    """Of the embedding, and of a layer."""
     layer = sum(stored_bytes(shape, precision, dtype.itemsize) for shape in text.linears)
     return text.vocabulary * text.hidden * dtype.itemsize, layer + text.scales * dtype.itemsize
 
@@ -339,7 +331,7 @@ class Footprint:
         captions = self.work.captions or 0
         together = min(config.text_encoder_batch_size, captions or config.text_encoder_batch_size)
         batch = together * length
-        embedding, layer = text_bytes(text, depth, config.text_encoder_1_precision, self.dtype)
+        embedding, layer = text_bytes(text, config.text_encoder_1_precision, self.dtype)
         everything = embedding + depth * layer
         room = _Room(self.machine)
         read = everything
@@ -493,7 +485,9 @@ class Footprint:
         weights, largest = autoencoder_bytes(autoencoder, self.vae_dtype)
         self._hold_autoencoder(room, weights, largest)
         drawing = sampling(self.passing(size, 1)) + self._unpacked
-        room.device("activations", max(drawing, decoding_bytes(autoencoder, self._seen_pixels(size, 1), self.vae_dtype)))
+        room.device(
+            "activations", max(drawing, decoding_bytes(autoencoder, self._seen_pixels(size, 1), self.vae_dtype))
+        )
         # What is trained steps aside for its average, or for what a schedule-free optimiser gives.
         averaged = config.use_ema and config.ema_validation != "none" and not self.has_masters
         asides = int(averaged) + int(optimiser(config.optimizer).library == "schedulefree")

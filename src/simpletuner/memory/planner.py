@@ -203,7 +203,7 @@ def with_less(plan: MemoryPlan, phase: PlannedPhase, place: Place, there: int) -
 NAMES: Mapping[Place, str] = {"accelerator": "GPU", "ram": "RAM", "disk": "disk"}
 
 
-def line(phase: PhasePlan) -> str:
+def phase_line(phase: PhasePlan) -> str:
     """A phase in one line: "train (1024x1024 × 1): GPU 19.40 GiB (weights 16.91, activations 2.33, …)"."""
     told = []
     for place in PLACES:
@@ -225,8 +225,9 @@ def table(plan: MemoryPlan) -> list[str]:
             rows.append((f"  {name}", *(format_size(own[place]) if place in own else "" for place in PLACES), ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
-        .rstrip()
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        ).rstrip()
         for row in rows
     ]
 

@@ -25,14 +25,14 @@ class Ledger(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         """What is `known` from before counts nothing."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
         self._counted: set[int] = set()
         for tensor in known:
             self._note(tensor, counts=False)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -86,7 +86,7 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class _Fused(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             return _FusedAttention.apply(*args, **(kwargs or {}))  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))

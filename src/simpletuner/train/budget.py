@@ -5,26 +5,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from simpletuner.base.errors import MemoryBudgetError
+from simpletuner.base.errors import DataError, MemoryBudgetError
 from simpletuner.base.sizes import GIB, format_size
 from simpletuner.config.datasets import ImageSet
 from simpletuner.config.load import Loaded
 from simpletuner.config.run import RunConfig
-from simpletuner.data.geometry import aligned, aligned_square
-from simpletuner.data.manifest import Manifest
+from simpletuner.data.discover import discover
+from simpletuner.data.geometry import aligned_square
+from simpletuner.data.index import unknown
+from simpletuner.data.manifest import Manifest, scan
 from simpletuner.flux2.footprint import Architecture, Footprint, Workload
 from simpletuner.memory.free import free_bytes
 from simpletuner.memory.planner import (
     Change,
     Machine,
     MemoryPlan,
+    Place,
     PlannedPhase,
     Remedy,
-    line,
+    phase_line,
     smallest_change,
+    table,
     verdict,
     with_less,
 )
@@ -77,6 +82,27 @@ def _size(image_set: ImageSet) -> tuple[int, int]:
     return aligned_square(image_set)
 
 
+def looked_at(loaded: Loaded, most: int = 50) -> Workload:
+    """The work as the pictures tell it, if that takes no time: at most `most` of them are new since the last scan.
+    Else, or where a folder is missing or empty, as the configuration tells it.
+    """
+    manifests: list[list[Manifest]] = []
+    try:
+        for sets in (loaded.datasets.train_sets, loaded.datasets.eval_sets):
+            if sum(unknown(discover(Path(each.instance_data_dir)).pictures, each) for each in sets) > most:
+                return configured(loaded)
+            manifests.append(
+                [scan(each, seed=loaded.config.seed, workers=loaded.config.workers, report=_silent) for each in sets]
+            )
+    except (DataError, OSError):  # `train` and `dataset scan` say what is wrong with them
+        return configured(loaded)
+    return scanned(loaded, *manifests)
+
+
+def _silent(_done: int, _total: int) -> None:
+    """No bar."""
+
+
 def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manifest] = ()) -> Workload:
     """The work as the pictures tell it."""
     run_batch = loaded.config.train_batch_size
@@ -110,9 +136,10 @@ def ladder(config: RunConfig, work: Workload) -> Iterator[Change]:
         yield Change("gradient_checkpointing_interval", None)
     if config.text_encoder_mode != "streamed":
         yield Change("text_encoder_mode", "streamed")
-    for option in ("text_encoder_batch_size", "vae_batch_size"):
-        if getattr(config, option) > 1:
-            yield Change(option, 1)
+    if config.text_encoder_batch_size > 1:
+        yield Change("text_encoder_batch_size", 1)
+    if config.vae_batch_size > 1:
+        yield Change("vae_batch_size", 1)
     if not config.vae_enable_tiling:
         yield Change("vae_enable_tiling", True)
     if config.use_ema and config.ema_device != "cpu":
@@ -173,11 +200,47 @@ class Budget:
     def lines(self) -> list[str]:
         """The short form: a line a phase, the verdict, and the way out."""
         told = ["Memory plan, worst moment of each phase:"]
-        told += [f"  {line(phase)}" for phase in self.plan.phases]
+        told += [f"  {phase_line(phase)}" for phase in self.plan.phases]
         told.append(verdict(self.plan))
         if self.remedy is not None:
             told.append(f"It would fit with {self.remedy}.")
         return told
+
+    def table(self) -> list[str]:
+        """The long form: every part of every phase, the caches, the verdict, and the way out."""
+        work, foot = self.work, Footprint(self.config, self.architecture, self.work, self.machine)
+        seen = "as configured; no pictures looked at" if work.pictures is None else f"{work.pictures} pictures"
+        told = [f"Memory plan, worst moment of each phase ({seen}):", *table(self.plan), ""]
+        told.append(
+            f"Caches: up to {format_size(foot.context_bytes)} a caption, {format_size(foot.latent_bytes)} a picture of "
+            f"the largest size; a checkpoint is about {format_size(foot.checkpoint_bytes)}."
+        )
+        told.append(verdict(self.plan))
+        if self.remedy is not None:
+            told.append(f"It would fit with {self.remedy}.")
+        return told
+
+    def summary(self) -> dict[str, Any]:
+        """For a JSON reader, in bytes; docs/plan.md says what each key means."""
+        foot = Footprint(self.config, self.architecture, self.work, self.machine)
+        width, height = self.work.bucket
+        return {
+            "workload": {
+                "width": width,
+                "height": height,
+                "batch": self.work.batch,
+                "pictures": self.work.pictures,
+                "captions": self.work.captions,
+            },
+            "caches": {
+                "caption": foot.context_bytes,
+                "picture": foot.latent_bytes,
+                "checkpoint": foot.checkpoint_bytes,
+                "trained_parameters": foot.trained,
+            },
+            "plan": self.plan.summary(),
+            "remedy": None if self.remedy is None else self.remedy.summary(),
+        }
 
     def event(self) -> PlanEvent:
         """For the run's events."""
@@ -192,27 +255,26 @@ class Budget:
             needed = phase.total("accelerator")
             if there is not None and phase.phase in ("train", "validation") and needed > there:
                 raise MemoryBudgetError.of(
-                    f"{line(phase)}, and {format_size(there)} of the GPU are free",
+                    f"{phase_line(phase)}, and {format_size(there)} of the GPU are free",
                     remedy=f"It would fit with {self.remedy}." if self.remedy else "No option of this program helps.",
                 )
 
     def explain(self, failed: Phase | None, peak_gib: float) -> str:
         """For a run that ran out of memory in `failed`: the plan's line, what was measured, what would fit."""
-        name = PLANNED.get(failed) if failed is not None else None
-        phase = self.plan.phase(name) if name is not None else None
-        if phase is None or name is None:
+        name = None if failed is None else PLANNED.get(failed)
+        phase = None if name is None else self.plan.phase(name)
+        if phase is None:
             return ""
-        place = self.plan.worst("ram" if self.machine.accelerator is None else "accelerator")
-        where = "ram" if self.machine.accelerator is None else "accelerator"
-        planned, measured = phase.total(where), int(peak_gib * GIB)
-        del place
-        less = with_less(self.plan, name, where, int(WORTH * min(planned, measured or planned)))
+        place: Place = "ram" if self.machine.accelerator is None else "accelerator"
+        planned, measured = phase.total(place), int(peak_gib * GIB)
+        there = int(WORTH * min(planned, measured))
+        less = with_less(self.plan, phase.phase, place, there)
 
         def replan(changes: Mapping[str, object]) -> MemoryPlan:
-            return with_less(self.with_changes(changes), name, where, less.machine.has(where) or 0)
+            return with_less(self.with_changes(changes), phase.phase, place, there)
 
         remedy = smallest_change(less, tuple(ladder(self.config, self.work)), replan)
-        told = f"The plan was {line(phase)}; the measured peak is {format_size(measured)}."
+        told = f"The plan was {phase_line(phase)}; the measured peak is {format_size(measured)}."
         return f"{told} Less is taken with {remedy}." if remedy is not None else told
 
 
