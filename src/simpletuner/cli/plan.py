@@ -77,7 +77,9 @@ def _plan(loaded: Loaded, request: Request) -> int:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = this_machine(device, Path(loaded.config.output_dir))
-    other = Machine.of_size(None if request.vram_gib is None else request.vram_gib * GIB, (request.ram_gib or 0) * GIB)
+    other = Machine.of_size(
+        None if request.vram_gib is None else request.vram_gib * GIB, (request.ram_gib or 0.0) * GIB
+    )
     if request.vram_gib is not None:
         machine = replace(machine, accelerator=other.accelerator)
     if request.ram_gib is not None:

@@ -66,6 +66,12 @@ class _Block:
     is_routed: bool
     adapters: Adapted
 
+    @property
+    def stream_sizes(self) -> list[int]:
+        """Bytes of each tensor that goes in and is not shared."""
+        counts = [self.at.text, self.at.image] if self.is_double else [self.at.text + self.at.image]
+        return [self.at.batch * count * self.at.spec.hidden * self.at.dtype.itemsize for count in counts]
+
 
 @dataclass(frozen=True)
 class Activations:
@@ -74,7 +80,8 @@ class Activations:
     kept: int
     """By autograd, for the blocks that still wait for their gradient."""
     elsewhere: int
-    """Inputs of recomputed blocks that wait in the machine's memory, at most."""
+    """Inputs of recomputed blocks that wait in the machine's memory, at most. Memory that copies to an accelerator are
+    made from comes in powers of two."""
     workspace: int
     """Of the block at work."""
     gradients: int
@@ -99,7 +106,10 @@ def training(at: Pass, *, offloaded: bool = False, accumulated: bool = False) ->
     blocks = _blocks(at)
     costs = [_cost(block) for block in blocks]
     tail = _tail(replace(at, adapted=(), recomputed=(), routes=()))
-    away = [cost.kept if offloaded and block.is_recomputed else 0 for block, cost in zip(blocks, costs, strict=True)]
+    away = [
+        cost.kept if offloaded and block.is_recomputed and block.is_tracked else 0
+        for block, cost in zip(blocks, costs, strict=True)
+    ]
     every = tail.gradients + sum(cost.gradients for cost in costs)
 
     moments: list[Activations] = []
@@ -119,7 +129,8 @@ def training(at: Pass, *, offloaded: bool = False, accumulated: bool = False) ->
         kept -= costs[index].kept - away[index]
         gradients += 0 if accumulated else costs[index].gradients
     worst = max(moments, key=lambda moment: moment.total)
-    return replace(worst, elsewhere=sum(away))
+    waiting = (block.stream_sizes for block, size in zip(blocks, away, strict=True) if size)
+    return replace(worst, elsewhere=sum(1 << (size - 1).bit_length() for sizes in waiting for size in sizes))
 
 
 def kept_bytes(at: Pass) -> int:
@@ -131,11 +142,8 @@ def kept_bytes(at: Pass) -> int:
 
 def sampling(at: Pass) -> int:
     """Bytes that a pass without gradients takes at most."""
-    found = []
-    for is_double in (True, False):
-        block = _Block(replace(at, adapted=(), recomputed=(), routes=()), is_double, False, False, False, ())
-        found.append(_forward(block))
-    return max(found)
+    blocks = _blocks(replace(at, recomputed=(), routes=()))
+    return max(_forward(replace(block, is_tracked=False)) for block in blocks)
 
 
 def _blocks(at: Pass) -> list[_Block]:

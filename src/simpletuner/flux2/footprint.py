@@ -358,20 +358,20 @@ class Footprint:
     def latents(self) -> PhasePlan:
         """Pictures to latents."""
         config, autoencoder = self.config, self.architecture.autoencoder
-        weights, largest = autoencoder_bytes(autoencoder, self.vae_dtype)
         width, height = self.work.bucket
         batch = min(config.vae_batch_size, self.work.pictures or config.vae_batch_size)
         room = _Room(self.machine)
-        self._hold_autoencoder(room, weights, largest)
+        self._hold_autoencoder(room)
         pixels = self._seen_pixels(self.work.bucket, batch)
         room.device("activations", encoding_bytes(autoencoder, pixels, self.vae_dtype))
         # Of each pixel of a batch, fp32 and as the VAE wants it; of those that are opened ahead, bytes.
         room.device("pictures", batch * width * height * 3 * (4 + self.vae_dtype.itemsize))
         room.ram("pictures", (batch + 2 * config.workers) * width * height * 3)
         room.disk("cache", (self.work.pictures or 0) * self.latent_bytes)
-        return room.plan("latents", f"{width}x{height} × {batch}", weights)
+        return room.plan("latents", f"{width}x{height} × {batch}", autoencoder_bytes(autoencoder, self.vae_dtype)[0])
 
-    def _hold_autoencoder(self, room: _Room, weights: int, largest: int) -> None:
+    def _hold_autoencoder(self, room: _Room) -> None:
+        weights, largest = autoencoder_bytes(self.architecture.autoencoder, self.vae_dtype)
         if self.config.group_offload_vae:
             room.device("weights of the VAE", self._slots * largest)
             room.ram("weights of the VAE", weights)
@@ -389,7 +389,7 @@ class Footprint:
     @property
     def _slots(self) -> int:
         """Groups that are on the accelerator at a time when they come and go."""
-        return 2 if self.config.group_offload_use_stream else 1
+        return 2 if self.config.group_offload_use_stream and self.machine.accelerator is not None else 1
 
     @property
     def _ranges(self) -> dict[str, Range]:
@@ -470,7 +470,9 @@ class Footprint:
             room.device("workspace", worst.workspace + self._unpacked)
         else:
             room.device("gradients", gradients)
-        room.ram("activations", worst.elsewhere)
+        room.ram("activations that wait", worst.elsewhere)
+        if self.work.draws and not config.offload_during_startup:
+            self._hold_autoencoder(room)  # from the first picture on
         self._data(room, self.work.bucket, self.work.batch)
         room.disk("checkpoints", (config.checkpoints_total_limit + 1) * self.checkpoint_bytes)
         width, height = self.work.bucket
@@ -482,12 +484,14 @@ class Footprint:
         width, height = size
         room = _Room(self.machine)
         self._hold(room)
-        weights, largest = autoencoder_bytes(autoencoder, self.vae_dtype)
-        self._hold_autoencoder(room, weights, largest)
         drawing = sampling(self.passing(size, 1)) + self._unpacked
-        room.device(
-            "activations", max(drawing, decoding_bytes(autoencoder, self._seen_pixels(size, 1), self.vae_dtype))
-        )
+        decoding = decoding_bytes(autoencoder, self._seen_pixels(size, 1), self.vae_dtype)
+        weights, _ = autoencoder_bytes(autoencoder, self.vae_dtype)
+        if config.offload_during_startup and drawing >= weights + decoding:
+            room.device("activations", drawing)
+        else:
+            self._hold_autoencoder(room)
+            room.device("activations", decoding if config.offload_during_startup else max(drawing, decoding))
         # What is trained steps aside for its average, or for what a schedule-free optimiser gives.
         averaged = config.use_ema and config.ema_validation != "none" and not self.has_masters
         asides = int(averaged) + int(optimiser(config.optimizer).library == "schedulefree")
@@ -498,10 +502,10 @@ class Footprint:
 
     @property
     def _unpacked(self) -> int:
-        """Of the largest quantised matrix while it is multiplied with."""
+        """Of the largest quantised matrix while it is multiplied with; packed ones are taken apart in bytes first."""
         if self._precision == "no_change":
             return 0
-        return self._weights.largest_matrix * self.dtype.itemsize
+        return self._weights.largest_matrix * (self.dtype.itemsize + int(PRECISIONS[self._precision].bits < 8))
 
     @property
     def _precision(self) -> str:
@@ -527,7 +531,8 @@ class Footprint:
             if config.group_offload_to_disk_path is None:
                 room.ram("blocks that wait", sum(weights.blocks))
             else:
-                room.ram("blocks that wait", slots)
+                # Quantised ones are all in memory once, before they are written.
+                room.ram("blocks that wait", 0 if self._precision == "no_change" else sum(weights.blocks))
                 room.disk("blocks that wait", sum(weights.blocks))
         if self.is_full:
             room.device("masters", self.trained_bytes if self.has_masters else 0)

@@ -161,6 +161,8 @@ def ladder(config: RunConfig, work: Workload) -> Iterator[Change]:
     for edge in (768, 512):
         if math.prod(work.bucket) > edge * edge:
             yield Change(RESOLUTION, edge)
+    if is_lora and config.group_offload_to_disk_path is None:
+        yield Change("group_offload_to_disk_path", "cache/blocks")
 
 
 @dataclass(frozen=True)

@@ -226,13 +226,14 @@ def fill_text(prepared: Prepared, source: Source, device: torch.device, reporter
             for store, prompts in wanted_prompts(prepared).items()
             if prompts
         ]
-    for encoder in held:
-        if encoder.truncated:
-            shown = "; ".join(text[:60] + "…" for text in encoder.truncated[:3])
-            reporter.notice(
-                f"{len(encoder.truncated)} captions are longer than tokenizer_max_length "
-                f"({source.text_length} tokens with the template) and were shortened: {shown}"
-            )
+    # Nothing here may name the encoder itself: it would live on, through the phases that follow.
+    truncated = [text for encoder in held for text in encoder.truncated]
+    if truncated:
+        shown = "; ".join(text[:60] + "…" for text in truncated[:3])
+        reporter.notice(
+            f"{len(truncated)} captions are longer than tokenizer_max_length "
+            f"({source.text_length} tokens with the template) and were shortened: {shown}"
+        )
     encoded, found = sum(r.encoded for r in reports), sum(r.found for r in reports)
     seconds = sum(r.seconds for r in reports)
     reporter.say(f"Captions: {encoded} encoded in {format_duration(seconds)}, {found} in the cache already.")
