@@ -85,7 +85,7 @@ def compare(work: Path, scale: Scale, only: list[str] | None = None) -> list[tup
     return rows
 
 
-# Each has what it needs in its caches already: the order is that of a run. The second text phase has a cache of its own.
+# In the order of a run, so that each finds its caches full. The second text phase has other keys, and fills its own.
 PHASES: Mapping[str, tuple[str, ...]] = {
     "text, streamed": ("--text_encoder_mode=streamed", "--output_dir=output/streamed"),
     "text, resident": ("--text_encoder_mode=resident", "--tokenizer_fix_regex=true", "--output_dir=output/resident"),
@@ -153,11 +153,11 @@ def write(
         old.unlink()
     ones = torch.ones(2**20, dtype=torch.bfloat16)
 
-    def data(shape: tuple[int, ...], name: str) -> memoryview:
+    def data(shape: tuple[int, ...], name: str) -> bytes:
         count = math.prod(shape)
-        source = ones if len(shape) < 2 and "norm" in name or name.endswith(("running_var", "tracked")) else noise
+        source = ones if (len(shape) < 2 and "norm" in name) or name.endswith(("running_var", "tracked")) else noise
         repeated = torch.cat([*islice(cycle([source]), count // len(source)), source[: count % len(source)]])
-        return memoryview(repeated.view(torch.int16).numpy()).cast("B")
+        return repeated.view(torch.int16).numpy().tobytes()
 
     entries = {
         name: Entry("BF16", shape, 2 * math.prod(shape), lambda shape=shape, name=name: data(shape, name))  # type: ignore[misc]
