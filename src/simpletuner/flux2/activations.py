@@ -96,6 +96,7 @@ IN_FLIGHT = 2
 """Offloaded block inputs that are on the accelerator all the same: the one in use and the next."""
 
 
+@lru_cache(maxsize=256)
 def training(at: Pass, *, offloaded: bool = False, accumulated: bool = False) -> Activations:
     """The worst moment of a forward and backward pass.
 
@@ -140,6 +141,7 @@ def kept_bytes(at: Pass) -> int:
     )
 
 
+@lru_cache(maxsize=64)
 def sampling(at: Pass) -> int:
     """Bytes that a pass without gradients takes at most."""
     blocks = _blocks(replace(at, recomputed=(), routes=()))

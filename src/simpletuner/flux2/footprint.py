@@ -21,7 +21,7 @@ from simpletuner.config.optimisers import optimiser
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.run import RunConfig
 from simpletuner.flux2.activations import Adapted, Pass, sampling, training
-from simpletuner.flux2.lora import Range, linears, wanted_ranges
+from simpletuner.flux2.lora import wanted_ranges
 from simpletuner.flux2.routes import resolve
 from simpletuner.flux2.source import Weights, transformer_spec
 from simpletuner.flux2.spec import (
@@ -168,6 +168,7 @@ def empty_transformer(spec: TransformerSpec) -> Flux2Transformer:
         return Flux2Transformer(spec)
 
 
+@lru_cache(maxsize=64)
 def transformer_bytes(spec: TransformerSpec, precision: str, dtype: torch.dtype) -> TransformerBytes:
     """By walking the module: the blocks' matrices in `precision`, everything else in `dtype`."""
     transformer = empty_transformer(spec)
@@ -193,6 +194,12 @@ def adapted_blocks(spec: TransformerSpec, options: LoraOptions) -> tuple[Adapted
     Raises:
         ConfigError: a target that matches nothing.
     """
+    return _adapted(spec, options.flux_lora_target, options.peft_lora_target_modules)
+
+
+@lru_cache(maxsize=16)
+def _adapted(spec: TransformerSpec, target: str, modules: str | tuple[str, ...] | None) -> tuple[Adapted, ...]:
+    options = LoraOptions.model_validate({"flux_lora_target": target, "peft_lora_target_modules": modules})
     ranges = wanted_ranges(empty_transformer(spec), options)
     names = [f"transformer_blocks.{index}." for index in range(spec.double_blocks)]
     names += [f"single_transformer_blocks.{index}." for index in range(spec.single_blocks)]
@@ -202,14 +209,16 @@ def adapted_blocks(spec: TransformerSpec, options: LoraOptions) -> tuple[Adapted
     )
 
 
-def _adapter_parameters(ranges: Mapping[str, Range], rank: int) -> int:
-    return rank * sum(place.rows[1] - place.rows[0] + place.columns[1] - place.columns[0] for place in ranges.values())
+def _adapter_parameters(blocks: tuple[Adapted, ...], rank: int) -> int:
+    sides = (side for block in blocks for _, place in block for side in (place.rows, place.columns))
+    return rank * sum(stop - start for start, stop in sides)
 
 
-def _saved_parameters(spec: TransformerSpec, ranges: Mapping[str, Range], rank: int) -> int:
+def _saved_parameters(spec: TransformerSpec, blocks: tuple[Adapted, ...], rank: int) -> int:
     """Of the exported LoRA, which is expanded to whole matrices."""
-    found = linears(empty_transformer(spec))
-    return rank * sum(found[name].in_features + found[name].out_features for name in ranges)
+    modules = empty_transformer(spec).blocks
+    linears = (block.get_submodule(name) for block, own in zip(modules, blocks, strict=True) for name, _ in own)
+    return rank * sum(each.in_features + each.out_features for each in linears if isinstance(each, nn.Linear))
 
 
 def text_bytes(text: TextSpec, precision: str, dtype: torch.dtype) -> tuple[int, int]:
@@ -397,8 +406,8 @@ class Footprint:
         return 2 if self.config.group_offload_use_stream and self.machine.accelerator is not None else 1
 
     @property
-    def _ranges(self) -> dict[str, Range]:
-        return wanted_ranges(empty_transformer(self.architecture.transformer), self.config)
+    def _adapted(self) -> tuple[Adapted, ...]:
+        return adapted_blocks(self.architecture.transformer, self.config)
 
     @property
     def is_full(self) -> bool:
@@ -412,8 +421,8 @@ class Footprint:
     def trained(self) -> int:
         """Numbers that the optimiser steps on."""
         if self.is_full:
-            return sum(parameter.numel() for parameter in empty_transformer(self.architecture.transformer).parameters())
-        return _adapter_parameters(self._ranges, self.config.lora_rank)
+            return transformer_bytes(self.architecture.transformer, "no_change", torch.bfloat16).total // 2
+        return _adapter_parameters(self._adapted, self.config.lora_rank)
 
     @property
     def trained_bytes(self) -> int:
@@ -431,7 +440,7 @@ class Footprint:
             kept = 0 if itemsize * self.trained >= self.trained_bytes else self.trained_bytes
             return averages * (self.trained * itemsize + kept) + state
         spec = self.architecture.transformer
-        exported = _saved_parameters(spec, self._ranges, config.lora_rank) * DTYPES[config.lora_save_dtype].itemsize
+        exported = _saved_parameters(spec, self._adapted, config.lora_rank) * DTYPES[config.lora_save_dtype].itemsize
         return averages * (exported + self.trained_bytes) + state
 
     def passing(self, size: tuple[int, int], batch: int) -> Pass:
@@ -450,7 +459,7 @@ class Footprint:
             image=_tokens(size),
             is_autocast=config.mixed_precision == "fp16",
             is_full=self.is_full,
-            adapted=() if self.is_full else adapted_blocks(spec, config),
+            adapted=() if self.is_full else self._adapted,
             rank=config.lora_rank,
             dropout=config.lora_dropout,
             recomputed=recomputed,
@@ -574,7 +583,7 @@ PUBLISHED: Mapping[str, TransformerSpec] = {"dev": DEV, "klein-9b": KLEIN_9B, "k
 ANY_SIZE = Machine(1 << 62, 1 << 62, None)
 
 
-def _row(name: str, spec: TransformerSpec, precision: str, size: tuple[int, int]) -> str:
+def table_row(name: str, spec: TransformerSpec, precision: str, size: tuple[int, int]) -> str:
     """Training a LoRA of rank 16 on all Linears: resident, streamed, streamed with activations offloaded."""
     cells = [name, precision, f"{size[0]}x{size[1]}"]
     streamed = {"enable_group_offload": True, "group_offload_use_stream": True}
@@ -593,7 +602,7 @@ def doc_table() -> str:
         "|---|---|---|---:|---:|---:|---:|---:|---:|\n"
     )
     rows = [
-        _row(name, spec, precision, (side, side))
+        table_row(name, spec, precision, (side, side))
         for name, spec in PUBLISHED.items()
         for precision in ("no_change", "int8-quanto", "int4-quanto")
         for side in (512, 768, 1024)

@@ -181,6 +181,9 @@ def smallest_change(plan: MemoryPlan, ladder: Sequence[Change], replan: Replan) 
             for before, after in zip(plan.phases, other.phases, strict=True)
         )
 
+    def is_enough(other: MemoryPlan) -> bool:
+        return all(lack.place == "disk" for lack in other.lacks)
+
     helpful = [change for change in ladder if saves(change)]
     for count in range(1, MOST_CHANGES + 1):
         for changes in itertools.combinations(helpful, count):
@@ -188,7 +191,7 @@ def smallest_change(plan: MemoryPlan, ladder: Sequence[Change], replan: Replan) 
             if len(values) < count:
                 continue
             other = replan(values)
-            if all(lack.place == "disk" for lack in other.lacks):
+            if is_enough(other):
                 return Remedy(changes, first.place, first.needed, other.peak(first.place))
     return None
 

@@ -161,7 +161,7 @@ def ladder(config: RunConfig, work: Workload) -> Iterator[Change]:
     for edge in (768, 512):
         if math.prod(work.bucket) > edge * edge:
             yield Change(RESOLUTION, edge)
-    if is_lora and config.group_offload_to_disk_path is None:
+    if config.enable_group_offload and config.group_offload_to_disk_path is None:
         yield Change("group_offload_to_disk_path", "cache/blocks")
 
 
@@ -203,10 +203,15 @@ class Budget:
         """The short form: a line a phase, the verdict, and the way out."""
         told = ["Memory plan, worst moment of each phase:"]
         told += [f"  {phase_line(phase)}" for phase in self.plan.phases]
-        told.append(verdict(self.plan))
-        if self.remedy is not None:
-            told.append(f"It would fit with {self.remedy}.")
-        return told
+        return [*told, *self._verdict()]
+
+    def _verdict(self) -> list[str]:
+        lacks = any(lack.place != "disk" for lack in self.plan.lacks)
+        return [verdict(self.plan), *([self._way_out] if lacks else [])]
+
+    @property
+    def _way_out(self) -> str:
+        return f"It would fit with {self.remedy}." if self.remedy else "No option of this program would make it fit."
 
     def table(self) -> list[str]:
         """The long form: every part of every phase, the caches, the verdict, and the way out."""
@@ -217,10 +222,7 @@ class Budget:
             f"Caches: up to {format_size(foot.context_bytes)} a caption, {format_size(foot.latent_bytes)} a picture of "
             f"the largest size; a checkpoint is about {format_size(foot.checkpoint_bytes)}."
         )
-        told.append(verdict(self.plan))
-        if self.remedy is not None:
-            told.append(f"It would fit with {self.remedy}.")
-        return told
+        return [*told, *self._verdict()]
 
     def summary(self) -> dict[str, Any]:
         """For a JSON reader, in bytes; docs/plan.md says what each key means."""
@@ -258,7 +260,7 @@ class Budget:
             if there is not None and phase.phase in ("train", "validation") and needed > there:
                 raise MemoryBudgetError.of(
                     f"{phase_line(phase)}, and {format_size(there)} of the GPU are free",
-                    remedy=f"It would fit with {self.remedy}." if self.remedy else "No option of this program helps.",
+                    remedy=self._way_out,
                 )
 
     def explain(self, failed: Phase | None, peak_gib: float) -> str:

@@ -1,7 +1,6 @@
 """Bytes of FLUX.2, against the modules themselves, and against the options that decide them."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -284,7 +283,7 @@ def test_a_full_models_parts() -> None:
 def test_without_an_accelerator_everything_is_in_memory() -> None:
     there, here = plan(CARD), plan(CPU)
     assert here.peak("accelerator") == 0
-    assert there.peak("accelerator") < here.peak("ram")
+    assert there.peak("accelerator") <= here.peak("ram")
     both = phase("train", CPU, enable_group_offload=True), phase("train", CPU)
     assert part(both[0], "blocks that wait", "ram") + part(both[0], "weights", "ram") == part(both[1], "weights", "ram")
 
@@ -338,6 +337,13 @@ def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
         Architecture.of(config)
 
 
+@pytest.mark.slow  # and `.ci/run check` does it each time
 def test_the_table_is_the_one_in_the_docs() -> None:
     assert footprint.main(["--check"]) == 0
-    assert math.isclose(footprint.main(["--nonsense"]), 2)
+
+
+def test_a_row_of_the_table_and_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    row = footprint.table_row("klein-4b", KLEIN_4B, "int4-quanto", (512, 512))
+    assert row in footprint.PAGE.read_text(encoding="utf-8")
+    assert footprint.main(["--nonsense"]) == 2
+    assert "usage" in capsys.readouterr().err
