@@ -18,7 +18,6 @@ weights are of whichever group was there first, which changes no time.
 
 import argparse
 import gc
-import importlib
 import json
 import statistics
 import subprocess
@@ -39,6 +38,7 @@ from simpletuner.flux2.spec import DEV, TransformerSpec
 from simpletuner.flux2.tokens import context_ids, image_ids
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory import offload, recompute
+from simpletuner.memory.precision import make_room, targets
 
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 FORMATS = {"int8": "int8-quanto", "int4": "int4-quanto"}
@@ -210,10 +210,7 @@ def transformer(spec: TransformerSpec, precision: str, device: torch.device, *, 
     with torch.device("meta"):
         model = Flux2Transformer(spec).bfloat16().requires_grad_(False)
         if precision != "bf16":
-            # By name: quantised weights come with their own work.
-            precisions: Any = importlib.import_module("simpletuner.memory.precision")
-            linears = precisions.targets(model, BLOCKS, FORMATS[precision])
-            precisions.make_room(model, linears, FORMATS[precision], torch.bfloat16)
+            make_room(model, targets(model, BLOCKS, FORMATS[precision]), FORMATS[precision], torch.bfloat16)
     generator = torch.Generator(device).manual_seed(0)
     blocks = set(model.blocks)
     for part in [*model.blocks, *(child for child in model.children() if not isinstance(child, nn.ModuleList))]:

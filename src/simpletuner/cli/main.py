@@ -14,7 +14,7 @@ COMMANDS = {
     "sample": "make pictures with what was trained",
     "dataset": "scan, show or cache the pictures before a run",
     "config": "check or show the configuration without training",
-    "plan": "show where on the path a configuration trains; the memory plan is not built yet",
+    "plan": "what a configuration takes of memory, before anything is loaded; where on the path it trains",
     "env": "print versions and devices, for a bug report",
 }
 """Each is `simpletuner.cli.NAME.run(arguments) -> exit code`."""

@@ -1,13 +1,16 @@
-"""`simpletuner plan --show-timesteps`: the density of noise levels that a configuration really gives."""
+"""`simpletuner plan`: the memory that a configuration takes, and with --show-timesteps the density of noise levels that
+it really gives.
+"""
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from simpletuner.base.errors import ConfigError
+from simpletuner.base.errors import ConfigError, MemoryBudgetError
 from simpletuner.base.files import disk_full_is_reported
+from simpletuner.base.sizes import GIB, parse_size
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.spread import Resolution, Spread, picture, terminal
 from simpletuner.config.flags import help_text, wants_help
@@ -18,12 +21,17 @@ from simpletuner.data.manifest import scan
 from simpletuner.data.order import Order
 from simpletuner.train.timesteps import Timesteps
 
-USAGE = """simpletuner plan --show-timesteps [--json] [options of `simpletuner train`]
+USAGE = """simpletuner plan [--vram GIB] [--ram GIB] [--json] [options of `simpletuner train`]
+simpletuner plan --show-timesteps [--json] [--out FOLDER] [options of `simpletuner train`]
 
+  Without --show-timesteps: what each phase takes of GPU, RAM and disk, and whether that is there; if not, the smallest
+  change that would fit, and exit code 5. Nothing is loaded or downloaded.
+
+  --vram GIB         plan for a card of this size instead of this machine's; 0 is a machine without one
+  --ram GIB          plan for a machine with so much memory
   --show-timesteps   draw where between data (σ 0) and noise (σ 1) the run will train
-
-  --json             print one JSON object instead
-  --out FOLDER       where timesteps.png is put; by default output_dir"""
+  --out FOLDER       where timesteps.png is put; by default output_dir
+  --json             print one JSON object instead"""
 
 PICTURE = "timesteps.png"
 EVERY_SIZE = "every size"
@@ -36,15 +44,19 @@ class Request:
     shows_timesteps: bool
     as_json: bool
     out: Path | None
+    vram_gib: float | None
+    """None for what this machine has."""
+    ram_gib: float | None
     rest: tuple[str, ...]
     """For the configuration."""
 
 
 def run(arguments: list[str]) -> int:
-    """Draw the density in the terminal and as a picture.
+    """Print the memory plan, or draw the density in the terminal and as a picture. 5 where memory is too small.
 
     Raises:
-        ConfigError: a mistake in the configuration, or no --show-timesteps.
+        ConfigError: a mistake in the configuration, or in the flags.
+        AccessError: a local model is no FLUX.2.
         DataError: where the density depends on the pictures' sizes: a set is missing or empty.
         DiskError: no space for the picture.
     """
@@ -52,12 +64,37 @@ def run(arguments: list[str]) -> int:
         print(help_text(USAGE))
         return 0
     request = _parsed(arguments)
-    if not request.shows_timesteps:
-        raise ConfigError.of(
-            "simpletuner plan: not built yet: the memory plan",
-            remedy="`simpletuner plan --show-timesteps` draws where on the path a run trains.",
-        )
     loaded = load_here(request.rest)
+    return _draw(loaded, request) if request.shows_timesteps else _plan(loaded, request)
+
+
+def _plan(loaded: Loaded, request: Request) -> int:
+    # torch, which the other word and all mistakes do without.
+    import torch
+
+    from simpletuner.memory.planner import Machine
+    from simpletuner.train.budget import Budget, looked_at, this_machine
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine = this_machine(device, Path(loaded.config.output_dir))
+    other = Machine.of_size(
+        None if request.vram_gib is None else request.vram_gib * GIB, (request.ram_gib or 0.0) * GIB
+    )
+    if request.vram_gib is not None:
+        machine = replace(machine, accelerator=other.accelerator)
+    if request.ram_gib is not None:
+        machine = replace(machine, ram=other.ram)
+    if request.vram_gib is not None or request.ram_gib is not None:
+        machine = replace(machine, disk=None)
+    budget = Budget(loaded.config, looked_at(loaded), machine)
+    if request.as_json:
+        print(json.dumps(budget.summary() | {"notices": list(loaded.notices)}, indent=2, ensure_ascii=False))
+    else:
+        print("\n".join((*loaded.notices, *budget.table())))
+    return 0 if budget.plan.fits else MemoryBudgetError.exit_code
+
+
+def _draw(loaded: Loaded, request: Request) -> int:
     spread = _spread(loaded)
     folder = Path(loaded.config.output_dir) if request.out is None else request.out
     path = folder / PICTURE
@@ -75,20 +112,37 @@ def run(arguments: list[str]) -> int:
 def _parsed(arguments: Sequence[str]) -> Request:
     kept: list[str] = []
     found = {"--show-timesteps": False, "--json": False}
-    out: Path | None = None
+    values: dict[str, str | None] = {"--out": None, "--vram": None, "--ram": None}
     rest = list(arguments)
     while rest:
         flag = rest.pop(0)
         name, has_value, value = flag.partition("=")
         if flag in found:
             found[flag] = True
-        elif name == "--out":
+        elif name in values:
             if not has_value and (not rest or rest[0].startswith("--")):
-                raise ConfigError.of("--out: nothing follows it", "a folder")
-            out = Path(value if has_value else rest.pop(0))
+                raise ConfigError.of(f"{name}: nothing follows it", "a folder" if name == "--out" else "a size in GiB")
+            values[name] = value if has_value else rest.pop(0)
         else:
             kept.append(flag)
-    return Request(found["--show-timesteps"], found["--json"], out, tuple(kept))
+    out = values["--out"]
+    vram, ram = (_gib(name, values[name]) for name in ("--vram", "--ram"))
+    if ram == 0:
+        raise ConfigError.of("--ram = 0", "a size in GiB above 0")
+    return Request(
+        found["--show-timesteps"], found["--json"], None if out is None else Path(out), vram, ram, tuple(kept)
+    )
+
+
+def _gib(name: str, text: str | None) -> float | None:
+    """ "24", "24GB" or "24 GiB" in GiB."""
+    if text is None:
+        return None
+    try:
+        plain = text.replace(".", "", 1).isdecimal()
+        return float(text) if plain else parse_size(text) / GIB
+    except ValueError:
+        raise ConfigError.of(f"{name} = {text!r}", "a size in GiB such as 24") from None
 
 
 def _spread(loaded: Loaded) -> Spread:

@@ -78,6 +78,12 @@ def read_pictures(
     return found
 
 
+def unknown(names: Sequence[str], image_set: ImageSet) -> int:
+    """How many of the pictures `names` a scan would have to decode."""
+    folder, known = Path(image_set.instance_data_dir), _load(_path(image_set))
+    return sum(name not in known or known[name]["stamp"] != _stamp(folder / name) for name in names)
+
+
 Row = dict[str, Any]
 
 

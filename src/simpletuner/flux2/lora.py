@@ -367,6 +367,17 @@ def _suggestion(target: str, names: Mapping[str, object]) -> str:
     return f"{'Did you mean' if near else 'Names look like'} {' or '.join(examples)}{'?' if near else '.'}"
 
 
+def wanted_ranges(transformer: nn.Module, options: LoraOptions) -> dict[str, Range]:
+    """What `options` train in `transformer`, by Linear, in the transformer's order.
+
+    Raises:
+        ConfigError: a target that matches nothing.
+    """
+    if options.peft_lora_target_modules is not None:
+        return pattern_ranges(transformer, options.peft_lora_target_modules)
+    return preset_ranges(transformer, PRESETS[options.flux_lora_target])
+
+
 def attach(transformer: nn.Module, options: LoraOptions, *, seed: int) -> Adapter:
     """Freeze `transformer` and put fresh adapters where `options` says; its output keeps every bit.
 
@@ -377,12 +388,8 @@ def attach(transformer: nn.Module, options: LoraOptions, *, seed: int) -> Adapte
         ConfigError: a target that matches nothing.
     """
     rank = options.lora_rank
-    if options.peft_lora_target_modules is not None:
-        target = CUSTOM
-        ranges = pattern_ranges(transformer, options.peft_lora_target_modules)
-    else:
-        target = options.flux_lora_target
-        ranges = preset_ranges(transformer, PRESETS[target])
+    target = options.flux_lora_target if options.peft_lora_target_modules is None else CUSTOM
+    ranges = wanted_ranges(transformer, options)
 
     def initial(name: str, place: Range) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(draw_seed(seed, "init", name))

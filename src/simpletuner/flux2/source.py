@@ -72,21 +72,7 @@ class Source:
         Raises:
             AccessError: it is no FLUX.2 transformer.
         """
-        try:
-            if self.transformer.config is not None:
-                return TransformerSpec.from_diffusers(self.transformer.config)
-            entries = read_headers(self.transformer.files)
-            renaming = transformer_renaming(entries)
-            shapes: dict[str, tuple[int, ...]] = {}
-            for name, entry in entries.items():
-                renamed = renaming(name)
-                if renamed is not None:
-                    shapes.update(zip(renamed.names, renamed.shapes(entry.shape), strict=True))
-            return TransformerSpec.from_tensors(shapes)
-        except KeyError as error:
-            raise AccessError.of(f"{self.name} has no tensor {error}", "a FLUX.2 transformer") from None
-        except ValueError as error:
-            raise AccessError.of(f"{self.name}: {error}", "a FLUX.2 transformer") from None
+        return transformer_spec(self.transformer, self.name)
 
     def fingerprint(self, component: Component | Literal["tokenizer"]) -> str:
         """Names the content of `component`, wherever it lies: config; name, type, shape and first 4 KiB of each
@@ -107,6 +93,29 @@ class Source:
                 tensors[known] = [entry.dtype, list(entry.shape), hashlib.sha256(head).hexdigest()]
         config = {key: value for key, value in (weights.config or {}).items() if key not in _WRITTEN_BY}
         return sha256_json([config, tensors])
+
+
+def transformer_spec(transformer: Weights, name: str) -> TransformerSpec:
+    """What a transformer is made of, from its config or, of a single file, from its header. `name` is for people.
+
+    Raises:
+        AccessError: it is no FLUX.2 transformer.
+    """
+    try:
+        if transformer.config is not None:
+            return TransformerSpec.from_diffusers(transformer.config)
+        entries = read_headers(transformer.files)
+        renaming = transformer_renaming(entries)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for own, entry in entries.items():
+            renamed = renaming(own)
+            if renamed is not None:
+                shapes.update(zip(renamed.names, renamed.shapes(entry.shape), strict=True))
+        return TransformerSpec.from_tensors(shapes)
+    except KeyError as error:
+        raise AccessError.of(f"{name} has no tensor {error}", "a FLUX.2 transformer") from None
+    except ValueError as error:
+        raise AccessError.of(f"{name}: {error}", "a FLUX.2 transformer") from None
 
 
 def locate(options: ModelOptions, *, report: Report, environ: Mapping[str, str] = os.environ) -> Source:

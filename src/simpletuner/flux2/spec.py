@@ -126,6 +126,106 @@ def _count(names: Mapping[str, object], group: str) -> int:
     return len({name.split(".")[1] for name in names if name.startswith(group + ".")})
 
 
+@dataclass(frozen=True)
+class TextSpec:
+    """What decides the tensor shapes of a text encoder's language model."""
+
+    vocabulary: int
+    hidden: int
+    inner: int
+    """Width inside a feed-forward."""
+    heads: int
+    key_heads: int
+    head_dim: int
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "TextSpec":
+        """Of a `text_encoder/config.json`, with or without a vision part around it."""
+        text = config.get("text_config", config)
+        return cls(
+            vocabulary=text["vocab_size"],
+            hidden=text["hidden_size"],
+            inner=text["intermediate_size"],
+            heads=text["num_attention_heads"],
+            key_heads=text["num_key_value_heads"],
+            head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
+        )
+
+    @property
+    def linears(self) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of each Linear of a layer: query, key, value, output; gate, up, down."""
+        width, keys = self.heads * self.head_dim, self.key_heads * self.head_dim
+        attention = ((width, self.hidden), (keys, self.hidden), (keys, self.hidden), (self.hidden, width))
+        return (*attention, (self.inner, self.hidden), (self.inner, self.hidden), (self.hidden, self.inner))
+
+    @property
+    def scales(self) -> int:
+        """Numbers of a layer's two norms."""
+        return 2 * self.hidden
+
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AutoencoderSpec:
+    """What decides the tensor shapes of diffusers' `AutoencoderKLFlux2`."""
+
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    """At each level, the largest pictures first."""
+    blocks_per_level: int = 2
+    """Residual blocks; the decoder has one more."""
+    latent_channels: int = 32
+    tile: int = 1024
+    """Side in pixels of what is encoded or decoded at a time where tiling is on."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "AutoencoderSpec":
+        """Of a `vae/config.json`; a missing key has diffusers' default (dev)."""
+        return cls(
+            channels=tuple(config.get("block_out_channels", cls.channels)),
+            blocks_per_level=config.get("layers_per_block", cls.blocks_per_level),
+            latent_channels=config.get("latent_channels", cls.latent_channels),
+            tile=config.get("sample_size", cls.tile),
+        )
+
+    @property
+    def parameters(self) -> list[Shape]:
+        """The shape of each parameter, encoder and decoder. The batch norm has none."""
+        first, last, latent = self.channels[0], self.channels[-1], self.latent_channels
+        attention = [*_norm(last), *_linear(last, last) * 4]
+        middle = [*_residual(last, last), *attention, *_residual(last, last)]
+        found = [*_linear(2 * latent, 2 * latent, 1, 1), *_linear(latent, latent, 1, 1)]
+        # Channels before and behind the levels, those levels, residual blocks of each, the inner end.
+        for ends, levels, count, inner in (
+            ((3, first), self.channels, self.blocks_per_level, _linear(2 * latent, last, 3, 3)),
+            ((first, 3), self.channels[::-1], self.blocks_per_level + 1, _linear(last, latent, 3, 3)),
+        ):
+            found += [*_linear(ends[1], ends[0], 3, 3), *middle, *inner]
+            found += _norm(last if levels is self.channels else first)
+            before = levels[0]
+            for level, width in enumerate(levels):
+                found += [*_residual(before, width), *_residual(width, width) * (count - 1)]
+                found += _linear(width, width, 3, 3) if level < len(levels) - 1 else []
+                before = width
+        return found
+
+
+def _norm(width: int) -> list[Shape]:
+    return [(width,), (width,)]
+
+
+def _linear(*shape: int) -> list[Shape]:
+    """A matrix or convolution with its bias."""
+    return [shape, shape[:1]]
+
+
+def _residual(before: int, width: int) -> list[Shape]:
+    """A residual block; a change of width takes one more convolution."""
+    both = [*_norm(before), *_linear(width, before, 3, 3), *_norm(width), *_linear(width, width, 3, 3)]
+    return both if before == width else [*both, *_linear(width, before, 1, 1)]
+
+
 DEV = TransformerSpec(
     heads=48,
     head_dim=128,
@@ -134,6 +234,26 @@ DEV = TransformerSpec(
     context_dim=15360,
     guidance_embeds=True,
 )
+
+KLEIN_9B = TransformerSpec(
+    heads=32,
+    head_dim=128,
+    double_blocks=8,
+    single_blocks=24,
+    context_dim=12288,
+    guidance_embeds=False,
+)
+
+KLEIN_4B = TransformerSpec(
+    heads=24,
+    head_dim=128,
+    double_blocks=5,
+    single_blocks=20,
+    context_dim=7680,
+    guidance_embeds=False,
+)
+
+DEV_TEXT = TextSpec(vocabulary=131072, hidden=5120, inner=32768, heads=32, key_heads=8, head_dim=128)
 
 TINY = TransformerSpec(
     heads=6,

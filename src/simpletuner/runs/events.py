@@ -43,6 +43,16 @@ class RunEvent(Event):
     """Trained parameters."""
 
 
+class PlanEvent(Event):
+    """What the run will take of the machine, before anything is loaded; a second one once the pictures are known."""
+
+    type: Literal["plan"] = "plan"
+    plan: dict[str, Any]
+    """As `simpletuner plan --json` prints it; bytes. [plan.md](plan.md) says what each key means."""
+    remedy: dict[str, Any] | None
+    """The smallest change that would make it fit; null where it fits, or nothing helps."""
+
+
 class PhaseEvent(Event):
     """A phase began or ended."""
 
@@ -190,6 +200,7 @@ class EndEvent(Event):
 
 EVENTS: dict[str, type[Event]] = {
     "run": RunEvent,
+    "plan": PlanEvent,
     "phase": PhaseEvent,
     "progress": ProgressEvent,
     "step": StepEvent,

@@ -7,6 +7,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,17 +32,19 @@ from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.flux2.tread import draw_choices
 from simpletuner.memory import compile as compilation
 from simpletuner.memory import offload, recompute
+from simpletuner.memory.planner import phase_line
 from simpletuner.runs import checkpoints, disk
 from simpletuner.runs.events import CheckpointEvent, EndEvent, ErrorEvent, EventLog, RunEvent, read_events
 from simpletuner.runs.layout import EMA_FOLDER, RESULTS, RunDirectory
 from simpletuner.runs.process import Requests, stopped
 from simpletuner.train import checkpoint, optim, resume, trackers
+from simpletuner.train.budget import Budget, configured, scanned, this_machine
 from simpletuner.train.ema import Ema
 from simpletuner.train.loop import Loop, Plan, best_step
 from simpletuner.train.placement import open_decoder, stream_blocks
 from simpletuner.train.prepare import EMPTY, Prepared, check_precisions, free_memory, prepare
 from simpletuner.train.product import PRODUCTS, Product
-from simpletuner.train.report import Reporter
+from simpletuner.train.report import Reporter, peak_memory_gib
 from simpletuner.train.rollout import Rollout
 from simpletuner.train.state import TrainState
 from simpletuner.train.step import DenoiserOf, Group, Objective, Stepper
@@ -72,7 +75,7 @@ def train(loaded: Loaded) -> int:
             reporter.notice(text)
         attempt = Attempt(loaded, run, device, reporter, requests)
         try:
-            with told(reporter, attempt), memory_is_explained():
+            with told(reporter, attempt), memory_is_explained(attempt):
                 attempt()
         finally:
             reporter.trackers.close()
@@ -109,6 +112,7 @@ class Attempt:
         self.state = TrainState()
         self.compiled: compilation.Compiled | None = None
         self.streaming: offload.Streaming | None = None
+        self.budget = Budget(self.config, configured(loaded), this_machine(device, run.root))
         self.began = time.monotonic()
 
     def __call__(self) -> None:
@@ -118,6 +122,7 @@ class Attempt:
         if found is not None and self.config.max_train_steps and self.is_finished(self.config.max_train_steps):
             return
         write_json(self.run.config, resolved(self.config))
+        self.plan_memory()
         source = locate(self.config, report=self.reporter.say)
         resolve(self.config.tread_routes, source.spec.blocks)  # before the work that a mistake would waste
         prepared = prepare(self.loaded, source, self.device, self.reporter)
@@ -135,6 +140,7 @@ class Attempt:
         plan = Plan.of(self.config, order)
         if self.is_finished(plan.steps):
             return
+        self.look_again(prepared)
         self.state.config = resolved(self.config)
         self.state.data = prepared.fingerprints
         self.state.model = model
@@ -199,6 +205,32 @@ class Attempt:
         if not is_done:
             raise stopped(f"stopped after step {self.state.step} of {plan.steps}; it is saved")
         self.finish(plan, source, product)
+
+    def plan_memory(self) -> None:
+        """Say what the run will take, by the configuration alone, before anything is downloaded or loaded.
+
+        Raises:
+            MemoryBudgetError: the accelerator is too small to train.
+        """
+        for text in self.budget.lines():
+            self.reporter.say(text)
+        self.reporter.emit(self.budget.event())
+        self.budget.check()
+
+    def look_again(self, prepared: Prepared) -> None:
+        """Plan with the pictures as they are, now that they are known; said only if the sizes turned out others.
+
+        Raises:
+            MemoryBudgetError: the accelerator is too small to train.
+        """
+        before = self.budget.work
+        self.budget = replace(self.budget, work=scanned(self.loaded, prepared.train, prepared.held_out))
+        self.reporter.emit(self.budget.event())
+        if (before.bucket, before.batch) != (self.budget.work.bucket, self.budget.work.batch):
+            train = self.budget.plan.phase("train")
+            assert train is not None  # every plan has it
+            self.reporter.say(f"Planned with the largest pictures: {phase_line(train)}")
+        self.budget.check()
 
     def is_finished(self, steps: int) -> bool:
         """Whether nothing is left to do; says so."""
@@ -500,16 +532,16 @@ def told(reporter: Reporter, attempt: Attempt) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def memory_is_explained() -> Iterator[None]:
-    """Turn a failed allocation into a MemoryBudgetError that names what to change."""
+def memory_is_explained(attempt: Attempt) -> Iterator[None]:
+    """Turn a failed allocation into a MemoryBudgetError: the plan's line for that phase beside what was measured, and
+    the smallest change that takes less.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         first = str(error).splitlines()[0] if str(error) else "out of memory"
         if type(error) is RuntimeError and "can't allocate memory" not in first:  # how the CPU's allocator says it
             raise
-        raise MemoryBudgetError.of(
-            first,
-            remedy="Take gradient_checkpointing=true, a smaller train_batch_size, resolution, vae_batch_size or "
-            "text_encoder_batch_size, or text_encoder_mode=streamed. What was cached and saved is kept.",
-        ) from error
+        told = attempt.budget.explain(attempt.reporter.last_phase, peak_memory_gib())
+        kept = "What was cached and saved is kept."
+        raise MemoryBudgetError.of(first, remedy=f"{told} {kept}" if told else kept) from error

@@ -135,6 +135,9 @@ class Reporter:
         """Called whenever progress is made; may raise `Stopped`."""
         self.is_terminal = sys.stderr.isatty()
         self.trackers = Trackers([], self.notice)
+        self.last_phase: Phase | None = None
+        """The phase that is going on, or was last."""
+        self._phase: Phase | None = None
 
     def say(self, text: str) -> None:
         """One line for the user, kept in the log."""
@@ -168,6 +171,8 @@ class Reporter:
     @contextlib.contextmanager
     def phase(self, phase: Phase, title: str | None = None) -> Iterator[Progress]:
         """A phase: begins and ends in the events, shows its progress under `title`."""
+        outer = self._phase
+        self._phase = self.last_phase = phase
         self.emit(PhaseEvent(phase=phase, state="begin"))
         began = time.monotonic()
         progress = Progress(self, phase, title or TITLES[phase])
@@ -175,6 +180,7 @@ class Reporter:
             yield progress
         finally:
             progress.close()
+        self._phase, self.last_phase = outer, outer or phase
         seconds = time.monotonic() - began
         memory = round(peak_memory_gib(), 3)
         self.emit(PhaseEvent(phase=phase, state="end", seconds=round(seconds, 3), memory_gib=memory))

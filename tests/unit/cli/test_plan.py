@@ -1,4 +1,4 @@
-"""`simpletuner plan --show-timesteps`, as it is typed."""
+"""`simpletuner plan`, of memory and of timesteps, as it is typed."""
 
 import json
 import math
@@ -120,12 +120,6 @@ def test_the_picture_may_go_elsewhere(project: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.usefixtures("project")
-def test_without_the_flag_the_plan_is_not_built_yet() -> None:
-    with pytest.raises(ConfigError, match=r"not built yet: the memory plan\. .*--show-timesteps"):
-        run([])
-
-
-@pytest.mark.usefixtures("project")
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -151,3 +145,96 @@ def test_it_starts_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# Memory
+
+
+def planned(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, dict[str, Any]]:
+    code = run(["--json", *flags])
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return code, found
+
+
+def test_the_plan_knows_the_pictures_and_writes_nothing_but_the_index(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found = planned(capsys, "--vram=24", "--ram=32")
+    assert code == 0
+    assert found["workload"] == {"width": 1024, "height": 1024, "batch": 1, "pictures": 8, "captions": 7}
+    assert [phase["phase"] for phase in found["plan"]["phases"]] == ["text", "latents", "train"]
+    assert found["plan"]["machine"] == {"accelerator": int(22.5 * 2**30), "ram": 28 * 2**30, "disk": None}
+    assert found["remedy"] is None
+    assert not (project / "out").exists()
+    for phase in found["plan"]["phases"]:
+        for place in ("accelerator", "ram", "disk"):
+            assert phase[place] == sum(part["bytes"] for part in phase["parts"] if part["place"] == place)
+
+
+@pytest.mark.usefixtures("project")
+def test_without_pictures_the_resolution_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    for file in Path("datasets/large").iterdir():
+        file.unlink()
+    _, found = planned(capsys, "--vram=24", "--ram=32")
+    assert found["workload"] == {"width": 1024, "height": 1024, "batch": 1, "pictures": None, "captions": None}
+
+
+@pytest.mark.usefixtures("project")
+def test_dev_on_a_small_card_gets_the_smallest_change(capsys: pytest.CaptureFixture[str]) -> None:
+    dev = ("--model_flavour=dev", "--vram=12", "--ram=32")
+    code, found = planned(capsys, *dev)
+    assert code == 5
+    assert not found["plan"]["fits"]
+    (lack,) = found["plan"]["lacks"]
+    assert (lack["phase"], lack["place"], lack["there"]) == ("train", "accelerator", int(10.5 * 2**30))
+    changes = found["remedy"]["changes"]
+    assert found["remedy"]["after"] <= lack["there"] < found["remedy"]["before"] == lack["needed"]
+    code, found = planned(
+        capsys, *dev, *(f"--{key}={json.dumps(value).strip(chr(34))}" for key, value in changes.items())
+    )
+    assert code == 0
+    assert found["plan"]["fits"]
+    assert run(list(dev)) == 5
+    told = capsys.readouterr().out
+    assert "It does not fit, for want of GPU" in told
+    assert "It would fit with base_model_precision=" in told
+
+
+@pytest.mark.usefixtures("project")
+def test_a_machine_without_a_card_and_one_that_nothing_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = planned(capsys, "--vram=0", "--ram=8GB")
+    assert code == 0
+    assert found["plan"]["machine"]["accelerator"] is None
+    assert run(["--model_flavour=dev", "--vram=2", "--ram=2"]) == 5
+    assert "No option of this program would make it fit." in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("project")
+def test_this_machine_is_planned_for_by_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "Memory plan, worst moment of each phase (8 pictures):"
+    assert told[-1].startswith("It fits: ")
+    assert max(map(len, told)) <= 160
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--vram"], "--vram: nothing follows it: expected a size in GiB"),
+        (["--vram", "--ram=3"], "--vram: nothing follows it"),
+        (["--vram=big"], "--vram = 'big': expected a size in GiB such as 24"),
+        (["--ram=-3"], "--ram = '-3': expected a size in GiB such as 24"),
+        (["--ram=0"], "--ram = 0: expected a size in GiB above 0"),
+        (["--vram=24", "--lora_rnak=3"], "--lora_rnak: no such option"),
+    ],
+)
+def test_mistakes_are_answered_without_torch(flags: list[str], message: str) -> None:
+    code = (
+        "import sys\nfrom simpletuner.cli.main import main\n"
+        f"code = main(['plan', *{flags!r}])\nsys.exit(99 if 'torch' in sys.modules else code)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr

@@ -1,0 +1,637 @@
+"""Bytes of a FLUX.2 in every phase of a run, from the shapes of its modules and the options. No weights are looked at.
+
+`python -m simpletuner.flux2.footprint --write` makes the table in docs/plan.md, `--check` fails where that is stale.
+"""
+
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from simpletuner.base.errors import AccessError, ConfigError
+from simpletuner.base.files import read_json, write_atomic
+from simpletuner.base.sizes import GIB
+from simpletuner.config.optimisers import optimiser
+from simpletuner.config.options.lora import LoraOptions
+from simpletuner.config.precisions import NO_CHANGE, PRECISIONS
+from simpletuner.config.run import RunConfig
+from simpletuner.flux2.activations import Adapted, Pass, sampling, training
+from simpletuner.flux2.lora import wanted_ranges
+from simpletuner.flux2.routes import resolve
+from simpletuner.flux2.source import Weights, transformer_spec
+from simpletuner.flux2.spec import (
+    DEV,
+    DEV_TEXT,
+    FLAVOURS,
+    KLEIN_4B,
+    KLEIN_9B,
+    AutoencoderSpec,
+    TextSpec,
+    TransformerSpec,
+)
+from simpletuner.flux2.text_stream import MEMORY_BYTES, PORTION_TOKENS
+from simpletuner.flux2.tiny.make import TEXT, VAE
+from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
+from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.memory.planner import Machine, MemoryPlan, Part, PhasePlan, Place, PlannedPhase
+from simpletuner.memory.precision import stored_bytes
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+# What the model is
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shapes of a FLUX.2, and what is known of its files."""
+
+    transformer: TransformerSpec
+    text: TextSpec
+    autoencoder: AutoencoderSpec
+    text_layers: tuple[int, ...]
+    text_length: int
+    """Tokens of a context, padding included."""
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Architecture":
+        """Read from the configs of local files; what is not on this machine's disk is taken for the flavour's own.
+        Nothing is downloaded, nothing made.
+
+        Raises:
+            AccessError: a local config is no FLUX.2's.
+        """
+        flavour = FLAVOURS[config.model_flavour]
+        transformer, text, autoencoder = flavour.transformer, DEV_TEXT, AutoencoderSpec()
+        if config.model_flavour == "tiny":
+            text, autoencoder = TextSpec.from_config(TEXT), AutoencoderSpec.from_config(VAE)
+        asked = config.pretrained_transformer_model_name_or_path or config.pretrained_model_name_or_path or ""
+        single = Path(asked).expanduser()
+        if asked.endswith(".safetensors") and single.is_file():
+            transformer = transformer_spec(Weights((single,), None), single.name)
+        elif found := _local(config, "transformer", config.pretrained_transformer_model_name_or_path):
+            transformer = transformer_spec(Weights((), found), "transformer")
+        try:
+            if found := _local(config, "text_encoder", config.pretrained_text_encoder_model_name_or_path):
+                text = TextSpec.from_config(found)
+            if found := _local(config, "vae", config.pretrained_vae_model_name_or_path):
+                autoencoder = AutoencoderSpec.from_config(found)
+        except KeyError as error:
+            raise AccessError.of(f"a text encoder's config.json has no {error}", "that of a Mistral-3") from None
+        return cls(
+            transformer,
+            text,
+            autoencoder,
+            config.custom_text_encoder_intermediary_layers or flavour.text_layers,
+            config.tokenizer_max_length or flavour.text_length,
+        )
+
+
+def _local(config: RunConfig, component: str, override: str | None) -> dict[str, Any] | None:
+    """The config of a component that lies in a local folder."""
+    base = config.pretrained_model_name_or_path
+    places = [Path(override).expanduser() / component, Path(override).expanduser()] if override else []
+    places += [Path(base).expanduser() / component] if base and not override else []
+    for place in places:
+        if (place / "config.json").is_file():
+            config_json: dict[str, Any] = read_json(place / "config.json")
+            return config_json
+    return None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What goes through the model, and how much of it."""
+
+    bucket: tuple[int, int]
+    """(width, height) in pixels of the largest pictures that are trained."""
+    batch: int
+    """Pictures in one forward pass."""
+    pictures: int | None = None
+    """Latents to cache; None where nobody has looked."""
+    captions: int | None = None
+    """Contexts to cache."""
+    caption_tokens: int | None = None
+    """Tokens of the longest caption, template included; None for as many as a context has."""
+    draws: bool = True
+    """Whether pictures are made along the way."""
+
+    @property
+    def tokens(self) -> int:
+        return _tokens(self.bucket)
+
+
+def _tokens(size: tuple[int, int]) -> int:
+    return (size[0] // PIXELS_PER_TOKEN) * (size[1] // PIXELS_PER_TOKEN)
+
+
+# What its weights take
+
+
+def _stored(shape: tuple[int, int], precision: str, dtype: torch.dtype) -> int:
+    try:
+        return stored_bytes(shape, precision, dtype.itemsize)
+    except ValueError as error:
+        raise ConfigError.of(
+            f"{precision} cannot hold this model: {error}", remedy="int8-quanto holds every shape."
+        ) from None
+
+
+@dataclass(frozen=True)
+class TransformerBytes:
+    """Of a transformer's weights, as they are held."""
+
+    blocks: tuple[int, ...]
+    """Of each block, doubles first."""
+    rest: int
+    """Embedders, modulation, last layers."""
+    largest_layer: int
+    """Of the largest module of a block that has weights of its own."""
+    largest_matrix: int
+    """Numbers of the largest matrix of a block."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.blocks) + self.rest
+
+
+@lru_cache(maxsize=16)
+def empty_transformer(spec: TransformerSpec) -> Flux2Transformer:
+    """The module without memory. Read only."""
+    with torch.device("meta"):
+        return Flux2Transformer(spec)
+
+
+@lru_cache(maxsize=64)
+def transformer_bytes(spec: TransformerSpec, precision: str, dtype: torch.dtype) -> TransformerBytes:
+    """By walking the module: the blocks' matrices in `precision`, everything else in `dtype`.
+
+    Raises:
+        ConfigError: the precision cannot hold one of them.
+    """
+    transformer = empty_transformer(spec)
+
+    def held(parameter: nn.Parameter) -> int:
+        if parameter.ndim != 2:
+            return parameter.numel() * dtype.itemsize
+        rows, columns = parameter.shape
+        return _stored((rows, columns), precision, dtype)
+
+    inside = [[*block.parameters()] for block in transformer.blocks]
+    matrices = [parameter for block in inside for parameter in block if parameter.ndim == 2]
+    within = {id(parameter) for block in inside for parameter in block}
+    return TransformerBytes(
+        blocks=tuple(sum(map(held, block)) for block in inside),
+        rest=sum(p.numel() * dtype.itemsize for p in transformer.parameters() if id(p) not in within),
+        largest_layer=max(map(held, matrices)),
+        largest_matrix=max(parameter.numel() for parameter in matrices),
+    )
+
+
+def adapted_blocks(spec: TransformerSpec, options: LoraOptions) -> tuple[Adapted, ...]:
+    """What the options train in each block, doubles first; of `init_lora`, as if it had the options' target.
+
+    Raises:
+        ConfigError: a target that matches nothing.
+    """
+    return _adapted(spec, options.flux_lora_target, options.peft_lora_target_modules)
+
+
+@lru_cache(maxsize=16)
+def _adapted(spec: TransformerSpec, target: str, modules: str | tuple[str, ...] | None) -> tuple[Adapted, ...]:
+    options = LoraOptions.model_validate({"flux_lora_target": target, "peft_lora_target_modules": modules})
+    ranges = wanted_ranges(empty_transformer(spec), options)
+    names = [f"transformer_blocks.{index}." for index in range(spec.double_blocks)]
+    names += [f"single_transformer_blocks.{index}." for index in range(spec.single_blocks)]
+    return tuple(
+        tuple((name.removeprefix(block), place) for name, place in ranges.items() if name.startswith(block))
+        for block in names
+    )
+
+
+def _adapter_parameters(blocks: tuple[Adapted, ...], rank: int) -> int:
+    sides = (side for block in blocks for _, place in block for side in (place.rows, place.columns))
+    return rank * sum(stop - start for start, stop in sides)
+
+
+def _saved_parameters(spec: TransformerSpec, blocks: tuple[Adapted, ...], rank: int) -> int:
+    """Of the exported LoRA, which is expanded to whole matrices."""
+    modules = empty_transformer(spec).blocks
+    linears = (block.get_submodule(name) for block, own in zip(modules, blocks, strict=True) for name, _ in own)
+    return rank * sum(each.in_features + each.out_features for each in linears if isinstance(each, nn.Linear))
+
+
+def text_bytes(text: TextSpec, precision: str, dtype: torch.dtype) -> tuple[int, int]:
+    """Of the embedding, and of a layer."""
+    layer = sum(_stored(shape, precision, dtype) for shape in text.linears)
+    return text.vocabulary * text.hidden * dtype.itemsize, layer + text.scales * dtype.itemsize
+
+
+def text_activation_bytes(text: TextSpec, tokens: int, kept: int, dtype: torch.dtype) -> int:
+    """Of a batch of `tokens` in the middle of a feed-forward, its widest place: gate, value and their product; beside
+    them the stream, its norm, and `kept` states.
+    """
+    return tokens * (3 * text.inner + (2 + kept) * text.hidden) * dtype.itemsize
+
+
+def autoencoder_bytes(autoencoder: AutoencoderSpec, dtype: torch.dtype) -> tuple[int, int]:
+    """Of all weights, and of the largest layer."""
+    sizes = [math.prod(shape) * dtype.itemsize for shape in autoencoder.parameters]
+    return sum(sizes), max(sizes)
+
+
+def encoding_bytes(autoencoder: AutoencoderSpec, pixels: int, dtype: torch.dtype) -> int:
+    """Of a picture on its way in: five times what its first level has, where that level is halved."""
+    return 5 * autoencoder.channels[0] * pixels * dtype.itemsize
+
+
+def decoding_bytes(autoencoder: AutoencoderSpec, pixels: int, dtype: torch.dtype) -> int:
+    """Of a picture on its way out: three times what the second level has, after it is doubled."""
+    return 3 * autoencoder.channels[1] * pixels * dtype.itemsize
+
+
+# The phases
+
+
+class _Room:
+    """Collects the parts of a phase. On a machine without an accelerator, `device` is its memory."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._device: Place = "ram" if machine.accelerator is None else "accelerator"
+        self._sizes: dict[tuple[str, Place], int] = {}
+
+    def device(self, name: str, size: int) -> None:
+        self._add(name, self._device, size)
+
+    def ram(self, name: str, size: int) -> None:
+        self._add(name, "ram", size)
+
+    def disk(self, name: str, size: int) -> None:
+        self._add(name, "disk", size)
+
+    def _add(self, name: str, place: Place, size: int) -> None:
+        if size:
+            self._sizes[name, place] = self._sizes.get((name, place), 0) + size
+
+    def plan(self, phase: PlannedPhase, what: str, read: int) -> PhasePlan:
+        parts = (Part(name, place, size) for (name, place), size in self._sizes.items())
+        return PhasePlan(phase, what, tuple(parts), read)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """The phases of a run of `config`."""
+
+    config: RunConfig
+    architecture: Architecture
+    work: Workload
+    machine: Machine
+
+    def plan(self) -> MemoryPlan:
+        """All phases, in the order of the run."""
+        phases = [self.text(), self.latents(), self.train()]
+        if self.work.draws:
+            phases.append(max((self.validation(size) for size in self.config.sizes), key=_weight))
+        return MemoryPlan(self.machine, tuple(phases))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.config.base_dtype]
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        return DTYPES[self.config.vae_dtype]
+
+    @property
+    def context_bytes(self) -> int:
+        """Of one caption's cached context: its rows, and one of padding."""
+        tokens = self.work.caption_tokens or self.architecture.text_length
+        return (min(tokens, self.architecture.text_length) + 1) * self._context_row
+
+    @property
+    def latent_bytes(self) -> int:
+        """Of one picture's cached latent at the largest size, fp32."""
+        return self.work.tokens * self.architecture.transformer.in_channels * 4
+
+    @property
+    def _context_row(self) -> int:
+        return self.architecture.transformer.context_dim * self.dtype.itemsize
+
+    # Text
+
+    @property
+    def text_mode(self) -> str:
+        """resident or streamed. `auto` asks the machine, as the run does."""
+        config, mode = self.config, self.config.text_encoder_mode
+        if config.group_offload_text_encoder:
+            return "streamed"
+        if mode != "auto":
+            return mode
+        there = self.machine.ram if self.machine.accelerator is None else self.machine.accelerator
+        return "resident" if self._text("resident").total(self._device) <= there else "streamed"
+
+    @property
+    def _device(self) -> Place:
+        return "ram" if self.machine.accelerator is None else "accelerator"
+
+    def text(self) -> PhasePlan:
+        """Captions to contexts."""
+        return self._text(self.text_mode)
+
+    def _text(self, mode: str) -> PhasePlan:
+        config, text = self.config, self.architecture.text
+        depth, kept = max(self.architecture.text_layers), len(self.architecture.text_layers)
+        length = min(self.work.caption_tokens or self.architecture.text_length, self.architecture.text_length)
+        captions = self.work.captions or 0
+        together = min(config.text_encoder_batch_size, captions or config.text_encoder_batch_size)
+        batch = together * length
+        embedding, layer = text_bytes(text, config.text_encoder_1_precision, self.dtype)
+        everything = embedding + depth * layer
+        room = _Room(self.machine)
+        read = everything
+        if mode == "resident":
+            room.device("weights", everything)
+            room.device("activations", text_activation_bytes(text, batch, kept - 1, self.dtype))
+        else:
+            room.device("weights", layer)
+            room.device("activations", text_activation_bytes(text, batch, 0, self.dtype))
+            tokens = max(captions, together) * length
+            portion = min(tokens, max(PORTION_TOKENS, batch))
+            states = portion * text.hidden * kept * self.dtype.itemsize
+            room.ram("states", min(states, MEMORY_BYTES))
+            room.disk("states", max(0, states - MEMORY_BYTES))
+            read = depth * layer * math.ceil(tokens / portion)
+        # A batch is stacked and cut apart again; files are written some at a time.
+        waiting = min(config.write_batch_size + together, max(captions, together))
+        room.ram("contexts", waiting * length * self._context_row + batch * self._context_row)
+        room.disk("cache", captions * self.context_bytes)
+        return room.plan("text", f"{mode}, {together} × {length} tokens", read)
+
+    # Latents
+
+    def latents(self) -> PhasePlan:
+        """Pictures to latents."""
+        config, autoencoder = self.config, self.architecture.autoencoder
+        width, height = self.work.bucket
+        batch = min(config.vae_batch_size, self.work.pictures or config.vae_batch_size)
+        room = _Room(self.machine)
+        self._hold_autoencoder(room)
+        pixels = self._seen_pixels(self.work.bucket, batch)
+        room.device("activations", encoding_bytes(autoencoder, pixels, self.vae_dtype))
+        # Of each pixel of a batch, fp32 and as the VAE wants it; of those that are opened ahead, bytes.
+        room.device("pictures", batch * width * height * 3 * (4 + self.vae_dtype.itemsize))
+        room.ram("pictures", (batch + 2 * config.workers) * width * height * 3)
+        room.disk("cache", (self.work.pictures or 0) * self.latent_bytes)
+        return room.plan("latents", f"{width}x{height} × {batch}", autoencoder_bytes(autoencoder, self.vae_dtype)[0])
+
+    def _hold_autoencoder(self, room: _Room) -> None:
+        weights, largest = autoencoder_bytes(self.architecture.autoencoder, self.vae_dtype)
+        if self.config.group_offload_vae:
+            room.device("weights of the VAE", self._slots * largest)
+            room.ram("weights of the VAE", weights)
+        else:
+            room.device("weights of the VAE", weights)
+
+    def _seen_pixels(self, size: tuple[int, int], batch: int) -> int:
+        """That the autoencoder works on at a time."""
+        config, tile = self.config, self.architecture.autoencoder.tile
+        width, height = (min(side, tile) for side in size) if config.vae_enable_tiling else size
+        return width * height * (1 if config.vae_enable_slicing else batch)
+
+    # Training
+
+    @property
+    def _slots(self) -> int:
+        """Groups that are on the accelerator at a time when they come and go."""
+        return 2 if self.config.group_offload_use_stream and self.machine.accelerator is not None else 1
+
+    @property
+    def _adapted(self) -> tuple[Adapted, ...]:
+        return adapted_blocks(self.architecture.transformer, self.config)
+
+    @property
+    def is_full(self) -> bool:
+        return self.config.model_type == "full"
+
+    @property
+    def has_masters(self) -> bool:
+        return self.is_full and self.dtype != torch.float32 and not optimiser(self.config.optimizer).rounds_by_chance
+
+    @property
+    def trained(self) -> int:
+        """Numbers that the optimiser steps on."""
+        if self.is_full:
+            return transformer_bytes(self.architecture.transformer, NO_CHANGE, torch.bfloat16).total // 2
+        return _adapter_parameters(self._adapted, self.config.lora_rank)
+
+    @property
+    def trained_bytes(self) -> int:
+        """Of those numbers: adapters and masters are fp32."""
+        return self.trained * (self.dtype.itemsize if self.is_full and not self.has_masters else 4)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """About the size of one checkpoint."""
+        config, state = self.config, round(self.trained * optimiser(self.config.optimizer).state_bytes)
+        averages = 2 if config.use_ema else 1
+        if self.is_full:
+            name = config.model_save_dtype
+            itemsize = self.trained_bytes // self.trained if name is None else DTYPES[name].itemsize
+            kept = 0 if itemsize * self.trained >= self.trained_bytes else self.trained_bytes
+            return averages * (self.trained * itemsize + kept) + state
+        spec = self.architecture.transformer
+        exported = _saved_parameters(spec, self._adapted, config.lora_rank) * DTYPES[config.lora_save_dtype].itemsize
+        return averages * (exported + self.trained_bytes) + state
+
+    def passing(self, size: tuple[int, int], batch: int) -> Pass:
+        """What goes through the transformer in training."""
+        config, spec = self.config, self.architecture.transformer
+        every = config.gradient_checkpointing_interval
+        recomputed = tuple(
+            config.gradient_checkpointing and (every is None or (index + 1) % every != 0)
+            for index in range(spec.blocks)
+        )
+        return Pass(
+            spec=spec,
+            dtype=self.dtype,
+            batch=batch,
+            text=self.architecture.text_length,
+            image=_tokens(size),
+            is_autocast=config.mixed_precision == "fp16",
+            is_full=self.is_full,
+            adapted=() if self.is_full else self._adapted,
+            rank=config.lora_rank,
+            dropout=config.lora_dropout,
+            recomputed=recomputed,
+            routes=resolve(config.tread_routes, spec.blocks),
+        )
+
+    def train(self) -> PhasePlan:
+        """Steps at the largest bucket."""
+        config = self.config
+        room = _Room(self.machine)
+        read = self._hold(room)
+        passing = self.passing(self.work.bucket, self.work.batch)
+        accumulated = config.gradient_accumulation_steps > 1
+        worst = training(passing, offloaded=config.activation_offload, accumulated=accumulated and not self.has_masters)
+        # An optimiser's step has all gradients, and no activations any more. Masters collect theirs before it, and
+        # keep them through the passes of a step.
+        gradients = self.trained_bytes
+        collected = gradients if self.has_masters and accumulated else 0
+        if worst.total + collected >= gradients:
+            room.device("gradients", worst.gradients + collected)
+            room.device("activations", worst.kept)
+            room.device("workspace", worst.workspace + self._unpacked)
+        else:
+            room.device("gradients", gradients)
+        room.ram("activations that wait", worst.elsewhere)
+        if self.work.draws and not config.offload_during_startup:
+            self._hold_autoencoder(room)  # from the first picture on
+        self._data(room, self.work.bucket, self.work.batch)
+        room.disk("checkpoints", (config.checkpoints_total_limit + 1) * self.checkpoint_bytes)
+        width, height = self.work.bucket
+        return room.plan("train", f"{width}x{height} × {self.work.batch}", read)
+
+    def validation(self, size: tuple[int, int]) -> PhasePlan:
+        """A picture of `size` in the middle of training."""
+        config, autoencoder = self.config, self.architecture.autoencoder
+        width, height = size
+        room = _Room(self.machine)
+        self._hold(room)
+        drawing = sampling(self.passing(size, 1)) + self._unpacked
+        decoding = decoding_bytes(autoencoder, self._seen_pixels(size, 1), self.vae_dtype)
+        weights, _ = autoencoder_bytes(autoencoder, self.vae_dtype)
+        if config.offload_during_startup and drawing >= weights + decoding:
+            room.device("activations", drawing)
+        else:
+            self._hold_autoencoder(room)
+            room.device("activations", decoding if config.offload_during_startup else max(drawing, decoding))
+        # What is trained steps aside for its average, or for what a schedule-free optimiser gives.
+        averaged = config.use_ema and config.ema_validation != "none" and not self.has_masters
+        asides = int(averaged) + int(optimiser(config.optimizer).library == "schedulefree")
+        room.device("put aside", asides * self.trained_bytes)
+        self._data(room, size, 1)
+        steps = config.validation_num_inference_steps * (1 if config.validation_guidance_real == 1 else 2)
+        return room.plan("validation", f"{width}x{height}, {steps} passes", weights)
+
+    @property
+    def _unpacked(self) -> int:
+        """Of the largest quantised matrix while it is multiplied with; packed ones are taken apart in bytes first."""
+        if self._precision == NO_CHANGE:
+            return 0
+        return self._weights.largest_matrix * (self.dtype.itemsize + int(PRECISIONS[self._precision].bits < 8))
+
+    @property
+    def _precision(self) -> str:
+        """What learns is not quantised."""
+        return NO_CHANGE if self.is_full else self.config.base_model_precision
+
+    @property
+    def _weights(self) -> TransformerBytes:
+        return transformer_bytes(self.architecture.transformer, self._precision, self.dtype)
+
+    def _hold(self, room: _Room) -> int:
+        """All that stays from step to step. Returns what is read for it."""
+        config, weights = self.config, self._weights
+        if self.is_full or not config.enable_group_offload:
+            room.device("weights", weights.total)
+        else:
+            group = weights.largest_layer
+            if config.group_offload_type == "block_level":
+                group = config.group_offload_blocks_per_group * max(weights.blocks)
+            slots = min(self._slots * group, sum(weights.blocks))
+            room.device("weights", weights.rest)
+            room.device("slots for blocks", slots)
+            if config.group_offload_to_disk_path is None:
+                room.ram("blocks that wait", sum(weights.blocks))
+            else:
+                # Quantised ones are all in memory once, before they are written.
+                room.ram("blocks that wait", 0 if self._precision == NO_CHANGE else sum(weights.blocks))
+                room.disk("blocks that wait", sum(weights.blocks))
+        if self.is_full:
+            room.device("masters", self.trained_bytes if self.has_masters else 0)
+        else:
+            room.device("adapters", self.trained_bytes)
+        room.device("optimiser", round(self.trained * optimiser(config.optimizer).state_bytes))
+        if config.use_ema:
+            (room.ram if config.ema_device == "cpu" else room.device)("average", 4 * self.trained)
+        return transformer_bytes(self.architecture.transformer, NO_CHANGE, torch.bfloat16).total
+
+    def _data(self, room: _Room, size: tuple[int, int], batch: int) -> None:
+        """Latents, their noise, their mixture, the velocity and the answer, fp32; contexts; tables of positions. In the
+        machine's memory this batch and the next.
+        """
+        spec, length = self.architecture.transformer, self.architecture.text_length
+        latents = batch * _tokens(size) * spec.in_channels * 4
+        contexts = batch * length * self._context_row
+        tables = (length + _tokens(size)) * spec.head_dim * 4
+        room.device("batch", 5 * latents + contexts + tables)
+        if self.machine.accelerator is not None:
+            room.ram("batch", 2 * (latents + contexts))
+
+
+def _weight(phase: PhasePlan) -> int:
+    return phase.total("accelerator") or phase.total("ram")
+
+
+# The table in the docs
+
+PAGE = Path(__file__).parents[3] / "docs" / "plan.md"
+_BEGIN, _END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
+
+PUBLISHED: Mapping[str, TransformerSpec] = {"dev": DEV, "klein-9b": KLEIN_9B, "klein-4b": KLEIN_4B}
+ANY_SIZE = Machine(1 << 62, 1 << 62, None)
+
+
+def table_row(name: str, spec: TransformerSpec, precision: str, size: tuple[int, int]) -> str:
+    """Training a LoRA of rank 16 on all Linears: resident, streamed, streamed with activations offloaded."""
+    cells = [name, precision, f"{size[0]}x{size[1]}"]
+    streamed = {"enable_group_offload": True, "group_offload_use_stream": True}
+    for options in ({}, streamed, {**streamed, "activation_offload": True}):
+        config = RunConfig.model_validate({"base_model_precision": precision, **options})
+        architecture = replace(Architecture.of(config), transformer=spec)
+        found = Footprint(config, architecture, Workload(size, 1, draws=False), ANY_SIZE).train()
+        cells += [f"{found.total(place) / GIB:.1f}" for place in ("accelerator", "ram")]
+    return f"| {' | '.join(cells)} |"
+
+
+def doc_table() -> str:
+    """Peak GiB of training, by model, precision and resolution."""
+    head = (
+        "| model | precision | size | resident: GPU | RAM | streamed: GPU | RAM | activations too: GPU | RAM |\n"
+        "|---|---|---|---:|---:|---:|---:|---:|---:|\n"
+    )
+    rows = [
+        table_row(name, spec, precision, (side, side))
+        for name, spec in PUBLISHED.items()
+        for precision in (NO_CHANGE, "int8-quanto", "int4-quanto")
+        for side in (512, 768, 1024)
+    ]
+    return head + "\n".join(rows) + "\n"
+
+
+def main(arguments: list[str]) -> int:
+    """Write the table into the page, or say (exit 1) that the one on disk is stale."""
+    if arguments not in (["--write"], ["--check"]):
+        print("usage: python -m simpletuner.flux2.footprint --write | --check", file=sys.stderr)
+        return 2
+    page = PAGE.read_text(encoding="utf-8")
+    before, _, rest = page.partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    wanted = f"{before}{_BEGIN}{doc_table()}{_END}{after}"
+    if arguments == ["--write"]:
+        write_atomic(PAGE, wanted.encode())
+    elif page != wanted:
+        print(f"{PAGE.name} is stale: run `python -m simpletuner.flux2.footprint --write`.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

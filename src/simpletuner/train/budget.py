@@ -1,0 +1,286 @@
+"""What a run will take of this machine, before it is taken: the plan's first lines, its verdict, and what to change."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simpletuner.base.errors import DataError, MemoryBudgetError
+from simpletuner.base.sizes import GIB, format_size
+from simpletuner.config.datasets import ImageSet
+from simpletuner.config.load import Loaded
+from simpletuner.config.precisions import PRECISIONS
+from simpletuner.config.run import RunConfig
+from simpletuner.data.discover import discover
+from simpletuner.data.geometry import aligned_square
+from simpletuner.data.index import unknown
+from simpletuner.data.manifest import Manifest, scan
+from simpletuner.flux2.footprint import Architecture, Footprint, Workload
+from simpletuner.memory.free import free_bytes
+from simpletuner.memory.planner import (
+    Change,
+    Machine,
+    MemoryPlan,
+    Place,
+    PlannedPhase,
+    Remedy,
+    phase_line,
+    smallest_change,
+    table,
+    verdict,
+    with_less,
+)
+from simpletuner.runs import disk
+from simpletuner.runs.events import Phase, PlanEvent
+
+RESOLUTION = "resolution"
+"""An option of the picture sets and not of the run."""
+
+CHARACTERS_PER_TOKEN = 3
+"""Of a caption, at least: English has about four and a half."""
+TEMPLATE_TOKENS = 64
+"""At most, of the text around a caption."""
+
+WORTH = 0.9
+"""After a failed allocation a change is named only if it saves a tenth: the plan was off by something."""
+
+PLANNED: Mapping[Phase, PlannedPhase] = {
+    "text": "text",
+    "latents": "latents",
+    "load": "train",
+    "train": "train",
+    "validation": "validation",
+}
+"""The phase of the plan in which each of a run's is."""
+
+
+def this_machine(device: torch.device, folder: Path) -> Machine:
+    """What is free here: on `device`, in RAM, and on the disk of `folder`, which may not be there yet."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    card = free_bytes(device) if device.type == "cuda" else None
+    return Machine(card, free_bytes(torch.device("cpu")), disk.free_bytes(there))
+
+
+def configured(loaded: Loaded) -> Workload:
+    """The work as the configuration tells it: no picture is looked at."""
+    sets = loaded.datasets.train_sets
+    width, height, batch = max(
+        ((*_size(each), each.train_batch_size or loaded.config.train_batch_size) for each in sets), key=math.prod
+    )
+    return Workload((width, height), batch, draws=_draws(loaded))
+
+
+def _size(image_set: ImageSet) -> tuple[int, int]:
+    """A square of the resolution; where the shorter edge is given and shapes are kept, three by two."""
+    if image_set.resolution_type == "pixel" and not (image_set.crop and image_set.crop_aspect == "square"):
+        width, height = aligned_square(image_set)
+        return width * 3 // 2 // 16 * 16, height
+    return aligned_square(image_set)
+
+
+def looked_at(loaded: Loaded, most: int = 50) -> Workload:
+    """The work as the pictures tell it, if that takes no time: at most `most` of them are new since the last scan.
+    Else, or where a folder is missing or empty, as the configuration tells it.
+    """
+    manifests: list[list[Manifest]] = []
+    try:
+        for sets in (loaded.datasets.train_sets, loaded.datasets.eval_sets):
+            if sum(unknown(discover(Path(each.instance_data_dir)).pictures, each) for each in sets) > most:
+                return configured(loaded)
+            manifests.append(
+                [scan(each, seed=loaded.config.seed, workers=loaded.config.workers, report=_silent) for each in sets]
+            )
+    except (DataError, OSError):  # `train` and `dataset scan` say what is wrong with them
+        return configured(loaded)
+    return scanned(loaded, *manifests)
+
+
+def _silent(_done: int, _total: int) -> None:
+    """No bar."""
+
+
+def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manifest] = ()) -> Workload:
+    """The work as the pictures tell it."""
+    run_batch = loaded.config.train_batch_size
+    sizes = [
+        (*bucket, manifest.image_set.train_batch_size or run_batch) for manifest in train for bucket in manifest.buckets
+    ]
+    width, height, batch = max(sizes, key=math.prod)
+    samples = [sample for manifest in (*train, *held_out) for sample in manifest.samples]
+    captions = {caption for sample in samples for caption in sample.captions} | set(loaded.prompts.values())
+    longest = max(map(len, captions))
+    return Workload(
+        (width, height),
+        batch,
+        pictures=len(samples),
+        captions=len(captions) + 1,
+        caption_tokens=TEMPLATE_TOKENS + math.ceil(longest / CHARACTERS_PER_TOKEN),
+        draws=_draws(loaded),
+    )
+
+
+def _draws(loaded: Loaded) -> bool:
+    return bool(loaded.prompts) and not loaded.config.validation_disable
+
+
+def ladder(config: RunConfig, work: Workload) -> Iterator[Change]:
+    """What can be changed, from what costs least to what costs most: time first, then precision, then the result."""
+    is_lora = config.model_type == "lora"
+    if not config.gradient_checkpointing:
+        yield Change("gradient_checkpointing", True)
+    elif config.gradient_checkpointing_interval is not None:
+        yield Change("gradient_checkpointing_interval", None)
+    if config.text_encoder_mode != "streamed":
+        yield Change("text_encoder_mode", "streamed")
+    if config.text_encoder_batch_size > 1:
+        yield Change("text_encoder_batch_size", 1)
+    if config.vae_batch_size > 1:
+        yield Change("vae_batch_size", 1)
+    if not config.vae_enable_tiling:
+        yield Change("vae_enable_tiling", True)
+    if config.use_ema and config.ema_device != "cpu":
+        yield Change("ema_device", "cpu")
+    now = PRECISIONS[config.base_model_precision].bits if config.base_model_precision in PRECISIONS else 16
+    for precision in ("int8-quanto", "int4-quanto"):
+        if is_lora and PRECISIONS[precision].bits < now:
+            yield Change("base_model_precision", precision)
+    if config.gradient_checkpointing and not config.activation_offload:
+        yield Change("activation_offload", True)
+    if is_lora and not config.enable_group_offload:
+        yield Change("enable_group_offload", True)
+    if not is_lora and config.optimizer != "adamw_bf16":
+        yield Change("optimizer", "adamw_bf16")
+    if work.batch > 1:
+        yield Change("train_batch_size", 1)
+    if any(math.prod(size) > 512 * 512 for size in config.sizes):
+        yield Change("validation_resolution", "512x512")
+    for edge in (768, 512):
+        if math.prod(work.bucket) > edge * edge:
+            yield Change(RESOLUTION, edge)
+    if config.enable_group_offload and config.group_offload_to_disk_path is None:
+        yield Change("group_offload_to_disk_path", "cache/blocks")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A run's plan, and what would be of it with other options."""
+
+    config: RunConfig
+    work: Workload
+    machine: Machine
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        return Architecture.of(self.config)
+
+    @cached_property
+    def plan(self) -> MemoryPlan:
+        return self.with_changes({})
+
+    def with_changes(self, changes: Mapping[str, object]) -> MemoryPlan:
+        """The plan with other values of options."""
+        options = {option: value for option, value in changes.items() if option != RESOLUTION}
+        config = self.config.model_copy(update=options)
+        work = self.work
+        if "train_batch_size" in options:
+            work = replace(work, batch=config.train_batch_size)
+        if RESOLUTION in changes:
+            width, height = work.bucket
+            shrink = float(str(changes[RESOLUTION])) / math.sqrt(width * height)
+            work = replace(work, bucket=(_multiple(width * shrink), _multiple(height * shrink)))
+        return Footprint(config, self.architecture, work, self.machine).plan()
+
+    @cached_property
+    def remedy(self) -> Remedy | None:
+        """The smallest change with which everything fits."""
+        return smallest_change(self.plan, tuple(ladder(self.config, self.work)), self.with_changes)
+
+    def lines(self) -> list[str]:
+        """The short form: a line a phase, the verdict, and the way out."""
+        told = ["Memory plan, worst moment of each phase:"]
+        told += [f"  {phase_line(phase)}" for phase in self.plan.phases]
+        return [*told, *self._verdict()]
+
+    def _verdict(self) -> list[str]:
+        lacks = any(lack.place != "disk" for lack in self.plan.lacks)
+        return [verdict(self.plan), *([self._way_out] if lacks else [])]
+
+    @property
+    def _way_out(self) -> str:
+        return f"It would fit with {self.remedy}." if self.remedy else "No option of this program would make it fit."
+
+    def table(self) -> list[str]:
+        """The long form: every part of every phase, the caches, the verdict, and the way out."""
+        work, foot = self.work, Footprint(self.config, self.architecture, self.work, self.machine)
+        seen = "as configured; no pictures looked at" if work.pictures is None else f"{work.pictures} pictures"
+        told = [f"Memory plan, worst moment of each phase ({seen}):", *table(self.plan), ""]
+        told.append(
+            f"Caches: up to {format_size(foot.context_bytes)} a caption, {format_size(foot.latent_bytes)} a picture of "
+            f"the largest size; a checkpoint is about {format_size(foot.checkpoint_bytes)}."
+        )
+        return [*told, *self._verdict()]
+
+    def summary(self) -> dict[str, Any]:
+        """For a JSON reader, in bytes; docs/plan.md says what each key means."""
+        foot = Footprint(self.config, self.architecture, self.work, self.machine)
+        width, height = self.work.bucket
+        return {
+            "workload": {
+                "width": width,
+                "height": height,
+                "batch": self.work.batch,
+                "pictures": self.work.pictures,
+                "captions": self.work.captions,
+            },
+            "caches": {
+                "caption": foot.context_bytes,
+                "picture": foot.latent_bytes,
+                "checkpoint": foot.checkpoint_bytes,
+                "trained_parameters": foot.trained,
+            },
+            "plan": self.plan.summary(),
+            "remedy": None if self.remedy is None else self.remedy.summary(),
+        }
+
+    def event(self) -> PlanEvent:
+        """For the run's events."""
+        return PlanEvent(plan=self.plan.summary(), remedy=None if self.remedy is None else self.remedy.summary())
+
+    def check(self) -> None:
+        """Raise a MemoryBudgetError if the accelerator is too small to train. RAM is never refused: what is free of it
+        changes, and a system can swap. Nor is a phase that fills caches, which may be full already.
+        """
+        there = self.machine.accelerator
+        for phase in self.plan.phases:
+            needed = phase.total("accelerator")
+            if there is not None and phase.phase in ("train", "validation") and needed > there:
+                raise MemoryBudgetError.of(
+                    f"{phase_line(phase)}, and {format_size(there)} of the GPU are free",
+                    remedy=self._way_out,
+                )
+
+    def explain(self, failed: Phase | None, peak_gib: float) -> str:
+        """For a run that ran out of memory in `failed`: the plan's line, what was measured, what would fit."""
+        name = None if failed is None else PLANNED.get(failed)
+        phase = None if name is None else self.plan.phase(name)
+        if phase is None:
+            return ""
+        place: Place = "ram" if self.machine.accelerator is None else "accelerator"
+        planned, measured = phase.total(place), int(peak_gib * GIB)
+        there = int(WORTH * min(planned, measured))
+        less = with_less(self.plan, phase.phase, place, there)
+
+        def replan(changes: Mapping[str, object]) -> MemoryPlan:
+            return with_less(self.with_changes(changes), phase.phase, place, there)
+
+        remedy = smallest_change(less, tuple(ladder(self.config, self.work)), replan)
+        told = f"The plan was {phase_line(phase)}; the measured peak is {format_size(measured)}."
+        return f"{told} Less is taken with {remedy}." if remedy is not None else told
+
+
+def _multiple(side: float) -> int:
+    return max(1, round(side / 16)) * 16

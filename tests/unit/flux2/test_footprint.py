@@ -1,0 +1,349 @@
+"""Bytes of FLUX.2, against the modules themselves, and against the options that decide them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from simpletuner.base.errors import AccessError
+from simpletuner.base.sizes import GIB
+from simpletuner.config.optimisers import optimiser
+from simpletuner.config.options.lora import LoraOptions
+from simpletuner.config.run import RunConfig
+from simpletuner.flux2 import footprint
+from simpletuner.flux2.footprint import (
+    Architecture,
+    Footprint,
+    Workload,
+    autoencoder_bytes,
+    decoding_bytes,
+    empty_transformer,
+    encoding_bytes,
+    stored_bytes,
+    text_activation_bytes,
+    text_bytes,
+    transformer_bytes,
+)
+from simpletuner.flux2.lora import attach
+from simpletuner.flux2.spec import (
+    DEV,
+    DEV_TEXT,
+    KLEIN_4B,
+    KLEIN_9B,
+    TINY,
+    AutoencoderSpec,
+    TextSpec,
+    TransformerSpec,
+)
+from simpletuner.flux2.tiny.make import TEXT, VAE
+from simpletuner.memory.planner import Machine, MemoryPlan, PhasePlan, Place
+from simpletuner.memory.trace import pretending, trace_forward
+
+CARD = Machine(int(80.0 * GIB), int(64.0 * GIB), None)
+CPU = Machine(None, int(64.0 * GIB), None)
+
+
+def plan(machine: Machine = CARD, work: Workload | None = None, **options: object) -> MemoryPlan:
+    config = RunConfig.model_validate({"model_flavour": "tiny", **options})
+    work = work or Workload((512, 512), config.train_batch_size)
+    return Footprint(config, Architecture.of(config), work, machine).plan()
+
+
+def phase(name: str, machine: Machine = CARD, work: Workload | None = None, **options: object) -> PhasePlan:
+    found = plan(machine, work, **options).phase(name)  # type: ignore[arg-type]
+    assert found is not None
+    return found
+
+
+def part(where: PhasePlan, name: str, place: Place = "accelerator") -> int:
+    return sum(each.size for each in where.parts if each.name == name and each.place == place)
+
+
+# Weights
+
+
+@pytest.mark.parametrize(
+    ("spec", "count"), [(DEV, 32_223_281_152), (KLEIN_9B, 9_078_581_248), (KLEIN_4B, 3_875_544_576)]
+)
+def test_published_models_have_as_many_parameters_as_they_have(spec: TransformerSpec, count: int) -> None:
+    assert transformer_bytes(spec, "no_change", torch.bfloat16).total == 2 * count
+
+
+def test_the_text_encoder_has_the_parameters_of_transformers_own() -> None:
+    embedding, layer = text_bytes(DEV_TEXT, "no_change", torch.bfloat16)
+    assert embedding + 30 * layer == 2 * 17_343_754_240
+    from transformers import AutoModel, MistralConfig
+
+    with torch.device("meta"):
+        model = AutoModel.from_config(MistralConfig(**{**TEXT, "num_hidden_layers": 3}))
+    embedding, layer = text_bytes(TextSpec.from_config(TEXT), "no_change", torch.float32)
+    final_norm = TEXT["hidden_size"]
+    assert embedding + 3 * layer == 4 * (sum(p.numel() for p in model.parameters()) - final_norm)
+
+
+@pytest.mark.parametrize("config", [{}, VAE, {**VAE, "block_out_channels": [8, 16, 16], "layers_per_block": 3}])
+def test_the_autoencoder_has_the_parameters_of_diffusers_own(config: dict[str, object]) -> None:
+    from diffusers import AutoencoderKLFlux2
+
+    if config:
+        levels = len(config["block_out_channels"])  # type: ignore[arg-type]
+        config = {**config, "down_block_types": ["DownEncoderBlock2D"] * levels}
+        config["up_block_types"] = ["UpDecoderBlock2D"] * levels
+    with torch.device("meta"):
+        vae = AutoencoderKLFlux2.from_config(config)
+    whole, largest = autoencoder_bytes(AutoencoderSpec.from_config(config), torch.float32)
+    assert whole == 4 * sum(parameter.numel() for parameter in vae.parameters())
+    assert largest == 4 * max(parameter.numel() for parameter in vae.parameters())
+
+
+@pytest.mark.parametrize("target", ["all", "attention", "mlp", "tiny"])
+def test_adapters_take_what_attached_ones_do(target: str) -> None:
+    options = {"flux_lora_target": target, "lora_rank": 8}
+    with torch.device("meta"):
+        adapter = attach(type(empty_transformer(TINY))(TINY), LoraOptions(**options), seed=0)  # type: ignore[arg-type]
+    audit = adapter.audit()
+    assert part(phase("train", **options), "adapters") == audit["bytes"]
+    per_number = optimiser("adamw").state_bytes
+    assert part(phase("train", **options), "optimiser") == audit["parameters"] * per_number
+
+
+@pytest.mark.parametrize("precision", ["int8-quanto", "int4-quanto", "int2-quanto", "nf4-bnb"])
+def test_quantised_blocks_are_smaller_and_the_rest_is_not(precision: str) -> None:
+    plain = transformer_bytes(DEV, "no_change", torch.bfloat16)
+    packed = transformer_bytes(DEV, precision, torch.bfloat16)
+    assert packed.rest == plain.rest
+    bits = {"int8": 8, "int4": 4, "int2": 2, "nf4-": 4}[precision[:4]]
+    payload = sum(plain.blocks) * bits / 16
+    assert payload < sum(packed.blocks) < payload * 1.15
+
+
+def test_an_unquantised_matrix_is_its_numbers() -> None:
+    assert stored_bytes((6, 128), "no_change", 2) == 6 * 128 * 2
+    assert 6 * 128 < stored_bytes((6, 128), "int8-quanto", 2) <= 6 * 128 + 6 * 4
+
+
+# Activations beside the transformer's
+
+
+@pytest.mark.parametrize(("side", "batch"), [(256, 1), (512, 2)])
+def test_the_autoencoders_activations_are_those_of_its_code(side: int, batch: int) -> None:
+    from diffusers import AutoencoderKLFlux2
+
+    spec = AutoencoderSpec()
+    with pretending(torch.bfloat16):
+        vae = AutoencoderKLFlux2().eval()
+        weights = [*vae.parameters(), *vae.buffers()]
+        encoding = trace_forward(
+            lambda x: [vae.encode(x).latent_dist.mode()], lambda: [torch.empty(batch, 3, side, side)], weights
+        )
+        latents = [torch.empty(batch, 32, side // 8, side // 8)]
+        decoding = trace_forward(lambda x: [vae.decode(x).sample], lambda: latents, weights)
+    pixels = batch * side * side
+    assert encoding_bytes(spec, pixels, torch.bfloat16) == pytest.approx(encoding, rel=0.03)
+    # On the meta device the middle attends with a table of all pairs, smaller than what follows.
+    assert decoding_bytes(spec, pixels, torch.bfloat16) == pytest.approx(decoding, rel=0.03)
+
+
+def test_the_text_encoders_activations_are_those_of_its_code() -> None:
+    from transformers import AutoModel, MistralConfig
+
+    batch, tokens = 2, 300
+    with pretending(torch.float32):
+        config = MistralConfig(**{**TEXT, "num_hidden_layers": 2, "intermediate_size": 512})
+        model = AutoModel.from_config(config, attn_implementation="sdpa").eval()
+        x = torch.empty(batch, tokens, 64)
+
+        def run(stream: torch.Tensor) -> list[torch.Tensor]:
+            layer = model.layers[0]
+            return [layer.mlp(layer.post_attention_layernorm(stream)) + stream]
+
+        measured = trace_forward(run, lambda: [x], [*model.parameters(), *model.buffers()])
+    planned = text_activation_bytes(
+        TextSpec.from_config({**TEXT, "intermediate_size": 512}), batch * tokens, 0, x.dtype
+    )
+    assert planned == pytest.approx(measured + x.nbytes, rel=0.1)
+
+
+# Options
+
+SMALLER = [
+    ("train", {"gradient_checkpointing": False}, {"gradient_checkpointing": True}),
+    ("train", {"gradient_checkpointing_interval": 2}, {"gradient_checkpointing_interval": 4}),
+    ("train", {"gradient_checkpointing_interval": 2}, {}),
+    ("train", {}, {"activation_offload": True}),
+    ("train", {"train_batch_size": 2}, {"train_batch_size": 1}),
+    ("train", {"lora_rank": 32}, {"lora_rank": 16}),
+    ("train", {"flux_lora_target": "all"}, {"flux_lora_target": "tiny"}),
+    ("train", {"optimizer": "prodigy"}, {"optimizer": "adamw"}),
+    ("train", {"optimizer": "adamw"}, {"optimizer": "adamw_bf16"}),
+    ("train", {"mixed_precision": "no"}, {"mixed_precision": "bf16"}),
+    ("train", {"base_model_default_dtype": "fp32"}, {"base_model_default_dtype": "bf16"}),
+    ("train", {"mixed_precision": "fp16"}, {"mixed_precision": "bf16"}),
+    ("train", {}, {"enable_group_offload": True}),
+    ("train", {"enable_group_offload": True, "group_offload_use_stream": True}, {"enable_group_offload": True}),
+    (
+        "train",
+        {"enable_group_offload": True, "group_offload_blocks_per_group": 2},
+        {"enable_group_offload": True},
+    ),
+    (
+        "train",
+        {"enable_group_offload": True},
+        {"enable_group_offload": True, "group_offload_type": "leaf_level"},
+    ),
+    ("train", {"use_ema": True, "ema_device": "accelerator"}, {"use_ema": True}),
+    (
+        "train",
+        {},
+        {"tread_config": {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 0, "end_layer_idx": -1}]}},
+    ),
+    ("train", {"model_type": "full"}, {"model_type": "lora"}),
+    ("train", {"model_type": "full"}, {"model_type": "full", "optimizer": "adamw_bf16"}),
+    ("train", {"model_type": "full", "gradient_accumulation_steps": 2}, {"model_type": "full"}),
+    ("train", {}, {"offload_during_startup": True}),
+    ("validation", {"validation_resolution": "1024x1024"}, {"validation_resolution": "512x512"}),
+    (
+        "validation",
+        {"validation_resolution": "2048x2048"},
+        {"validation_resolution": "2048x2048", "vae_enable_tiling": True},
+    ),
+    (
+        "validation",
+        {"validation_resolution": "512x512"},
+        {"validation_resolution": "512x512", "group_offload_vae": True},
+    ),
+    ("validation", {"validation_resolution": "512,1024"}, {"validation_resolution": "512,768"}),
+    ("validation", {"use_ema": True}, {"use_ema": True, "ema_validation": "none"}),
+    ("validation", {"optimizer": "adamw_schedulefree"}, {"optimizer": "adamw"}),
+    ("latents", {"vae_batch_size": 4}, {"vae_batch_size": 1}),
+    ("latents", {"vae_batch_size": 4}, {"vae_batch_size": 4, "vae_enable_slicing": True}),
+    ("latents", {"vae_dtype": "fp32"}, {"vae_dtype": "bf16"}),
+    ("latents", {}, {"vae_enable_tiling": True}),
+    ("latents", {}, {"group_offload_vae": True}),
+    ("text", {"text_encoder_mode": "resident"}, {"text_encoder_mode": "streamed"}),
+    ("text", {"text_encoder_mode": "resident"}, {"group_offload_text_encoder": True}),
+    ("text", {"text_encoder_batch_size": 8}, {"text_encoder_batch_size": 1}),
+    ("text", {"tokenizer_max_length": 512}, {"tokenizer_max_length": 128}),
+]
+
+
+@pytest.mark.parametrize(("name", "more", "less"), SMALLER)
+def test_options_take_memory_off_the_accelerator(name: str, more: dict[str, object], less: dict[str, object]) -> None:
+    before, after = phase(name, **more), phase(name, **less)
+    assert after.total("accelerator") < before.total("accelerator")
+
+
+@pytest.mark.parametrize(
+    ("name", "less", "more"),
+    [
+        ("train", {}, {"enable_group_offload": True}),
+        ("train", {}, {"activation_offload": True}),
+        ("train", {}, {"use_ema": True}),
+        ("text", {"text_encoder_mode": "resident"}, {"text_encoder_mode": "streamed"}),
+        ("latents", {}, {"group_offload_vae": True}),
+        (
+            "train",
+            {"enable_group_offload": True, "group_offload_to_disk_path": "blocks"},
+            {"enable_group_offload": True},
+        ),
+    ],
+)
+def test_what_leaves_the_accelerator_is_in_memory(name: str, less: dict[str, object], more: dict[str, object]) -> None:
+    assert phase(name, **more).total("ram") > phase(name, **less).total("ram")
+
+
+@pytest.mark.parametrize("precision", ["int8-quanto", "int4-quanto"])
+def test_precisions_of_dev(precision: str) -> None:
+    dev = {"model_flavour": "dev"}
+    plain, packed = phase("train", **dev), phase("train", **dev, base_model_precision=precision)
+    assert packed.total("accelerator") < plain.total("accelerator")
+    assert part(packed, "workspace") > part(plain, "workspace")
+    key = {"text_encoder_mode": "resident"}
+    text = phase("text", **dev, **key), phase("text", **dev, **key, text_encoder_1_precision=precision)
+    assert text[1].total("accelerator") < text[0].total("accelerator")
+
+
+def test_a_resolution_costs_its_tokens() -> None:
+    small, large = (phase("train", work=Workload((side, side), 1)) for side in (512, 1024))
+    assert part(large, "activations") > 2 * part(small, "activations")
+    assert part(large, "weights") == part(small, "weights")
+
+
+def test_a_full_models_parts() -> None:
+    count = sum(parameter.numel() for parameter in empty_transformer(TINY).parameters())
+    found = phase("train", model_type="full")
+    assert part(found, "weights") == 2 * count
+    assert part(found, "masters") == part(found, "optimiser") / 2 == 4 * count
+    whole = phase("train", model_type="full", mixed_precision="no")
+    assert part(whole, "weights") == 4 * count
+    assert part(whole, "masters") == 0
+
+
+def test_without_an_accelerator_everything_is_in_memory() -> None:
+    there, here = plan(CARD), plan(CPU)
+    assert here.peak("accelerator") == 0
+    assert there.peak("accelerator") <= here.peak("ram")
+    both = phase("train", CPU, enable_group_offload=True), phase("train", CPU)
+    assert part(both[0], "blocks that wait", "ram") + part(both[0], "weights", "ram") == part(both[1], "weights", "ram")
+
+
+def test_auto_streams_the_text_encoder_where_it_does_not_fit() -> None:
+    dev = {"model_flavour": "dev"}
+    assert phase("text", **dev).what.startswith("resident")
+    assert phase("text", Machine.of_size(24.0 * GIB, 32.0 * GIB), **dev).what.startswith("streamed")
+    few = Workload((512, 512), 1, captions=1000, caption_tokens=120)
+    many = Workload((512, 512), 1, captions=10_000, caption_tokens=120)
+    key = {"text_encoder_mode": "streamed", **dev}
+    assert phase("text", work=many, **key).read > 5 * phase("text", work=few, **key).read
+    assert part(phase("text", work=many, **key), "states", "disk") > 0
+
+
+def test_caches_are_what_a_tensor_takes() -> None:
+    work = Workload((1024, 512), 1, pictures=10, captions=20, caption_tokens=100)
+    assert part(phase("latents", work=work), "cache", "disk") == 10 * 128 * 64 * 32 * 4
+    assert part(phase("text", work=work), "cache", "disk") == 20 * 101 * 192 * 2
+
+
+def test_nothing_is_drawn_without_prompts() -> None:
+    assert plan(work=Workload((512, 512), 1, draws=False)).phase("validation") is None
+
+
+# Where the numbers come from
+
+
+def test_local_configs_win_over_the_flavours_numbers(tiny_folder: Path) -> None:
+    config = RunConfig.model_validate({"pretrained_model_name_or_path": str(tiny_folder)})
+    found = Architecture.of(config)
+    assert found.transformer == TINY
+    assert found.text.hidden == TEXT["hidden_size"]
+    assert found.autoencoder == AutoencoderSpec.from_config(VAE)
+    weights = tiny_folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    single = RunConfig.model_validate({"pretrained_transformer_model_name_or_path": str(weights)})
+    assert Architecture.of(single).transformer == TINY
+    assert Architecture.of(single).text == DEV_TEXT
+
+
+def test_dev_is_planned_without_its_files() -> None:
+    found = Architecture.of(RunConfig.model_validate({}))
+    assert (found.transformer, found.text, found.autoencoder) == (DEV, DEV_TEXT, AutoencoderSpec())
+
+
+def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text_encoder").mkdir()
+    (tmp_path / "text_encoder" / "config.json").write_text(json.dumps({"hidden_size": 8}))
+    config = RunConfig.model_validate({"pretrained_model_name_or_path": str(tmp_path)})
+    with pytest.raises(AccessError, match=r"vocab_size"):
+        Architecture.of(config)
+
+
+@pytest.mark.slow  # and `.ci/run check` does it each time
+def test_the_table_is_the_one_in_the_docs() -> None:
+    assert footprint.main(["--check"]) == 0
+
+
+def test_a_row_of_the_table_and_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    row = footprint.table_row("klein-4b", KLEIN_4B, "int4-quanto", (512, 512))
+    assert row in footprint.PAGE.read_text(encoding="utf-8")
+    assert footprint.main(["--nonsense"]) == 2
+    assert "usage" in capsys.readouterr().err

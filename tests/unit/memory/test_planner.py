@@ -1,0 +1,137 @@
+"""Parts, places, verdicts, and what to change."""
+
+from collections.abc import Mapping
+
+import pytest
+
+from simpletuner.base.sizes import GIB
+from simpletuner.memory.planner import (
+    Change,
+    Machine,
+    MemoryPlan,
+    Part,
+    PhasePlan,
+    phase_line,
+    smallest_change,
+    table,
+    verdict,
+    with_less,
+)
+
+
+def plan(train: float, *, ram: float = 2.0, machine: Machine | None = None) -> MemoryPlan:
+    """A plan of two phases, in GiB."""
+    phases = (
+        PhasePlan("text", "8 × 512", (Part("weights", "accelerator", GIB), Part("cache", "disk", GIB)), 0),
+        PhasePlan(
+            "train",
+            "1024x1024 × 1",
+            (
+                Part("weights", "accelerator", int(train * GIB) - GIB),
+                Part("activations", "accelerator", GIB),
+                Part("average", "ram", int(ram * GIB)),
+                Part("checkpoints", "disk", 3 * GIB),
+            ),
+            64,
+        ),
+    )
+    return MemoryPlan(machine or Machine(22 * GIB, 28 * GIB, 100 * GIB), phases)
+
+
+def test_memory_is_the_worst_phase_and_the_disk_all_of_them() -> None:
+    own = plan(20)
+    assert [own.peak(place) for place in ("accelerator", "ram", "disk")] == [20 * GIB, 2 * GIB, 4 * GIB]
+    assert own.fits
+    assert own.lacks == ()
+
+
+def test_every_place_that_is_too_small_is_named() -> None:
+    own = plan(30, ram=40, machine=Machine(22 * GIB, 28 * GIB, 3 * GIB))
+    assert [(lack.place, lack.phase.phase, lack.needed, lack.there) for lack in own.lacks] == [
+        ("accelerator", "train", 30 * GIB, 22 * GIB),
+        ("ram", "train", 40 * GIB, 28 * GIB),
+        ("disk", "train", 4 * GIB, 3 * GIB),
+    ]
+    assert verdict(own) == (
+        "It does not fit, for want of GPU and RAM and disk: GPU 30.00 GiB (train) of 22.00 GiB, "
+        "RAM 40.00 GiB (train) of 28.00 GiB, disk 4.00 GiB of 3.00 GiB."
+    )
+
+
+@pytest.mark.parametrize(("vram", "left"), [(24.0, 22.5), (16.0, 14.5), (12.0, 10.5), (8.0, 7.0)])
+def test_a_card_leaves_less_than_it_has(vram: float, left: float) -> None:
+    machine = Machine.of_size(vram * GIB, 32.0 * GIB)
+    assert machine == Machine(int(left * GIB), 28 * GIB, None)
+
+
+def test_a_machine_without_a_card() -> None:
+    assert Machine.of_size(0.0, 8.0 * GIB) == Machine.of_size(None, 8.0 * GIB) == Machine(None, 7 * GIB, None)
+    own = MemoryPlan(Machine(None, 7 * GIB, None), (PhasePlan("train", "", (Part("weights", "ram", 8 * GIB),), 0),))
+    assert [lack.place for lack in own.lacks] == ["ram"]
+
+
+LADDER = (
+    Change("gradient_checkpointing", True),
+    Change("base_model_precision", "int8"),
+    Change("base_model_precision", "int4"),
+    Change("useless", 1),
+    Change("train_batch_size", 1),
+)
+SAVED = {"gradient_checkpointing": 4, "int8": 10, "int4": 15, "train_batch_size": 6, "useless": 0}
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        (25, "gradient_checkpointing=true: 25.00 GiB → 21.00 GiB"),
+        (30, "base_model_precision=int8: 30.00 GiB → 20.00 GiB"),
+        (35, "base_model_precision=int4: 35.00 GiB → 20.00 GiB"),
+        (40, "gradient_checkpointing=true base_model_precision=int4: 40.00 GiB → 21.00 GiB"),
+        (47, "gradient_checkpointing=true base_model_precision=int4 train_batch_size=1: 47.00 GiB → 22.00 GiB"),
+        (49, "None"),
+        (20, "None"),
+    ],
+)
+def test_the_first_rung_then_the_first_few_together(start: float, expected: str) -> None:
+    def replan(changes: Mapping[str, object]) -> MemoryPlan:
+        saved = sum(SAVED[str(value) if str(value) in SAVED else option] for option, value in changes.items())
+        return plan(start - saved)
+
+    assert str(smallest_change(plan(start), LADDER, replan)) == expected
+
+
+def test_the_disk_is_nobodys_to_mend() -> None:
+    own = plan(20, machine=Machine(22 * GIB, 28 * GIB, GIB))
+    assert not own.fits
+    assert smallest_change(own, LADDER, lambda changes: own) is None
+    short = plan(30, machine=Machine(22 * GIB, 28 * GIB, GIB))
+    remedy = smallest_change(short, LADDER, lambda changes: own if changes else short)
+    assert remedy is not None
+    assert remedy.summary() == {
+        "changes": {"gradient_checkpointing": True},
+        "place": "accelerator",
+        "before": 30 * GIB,
+        "after": 20 * GIB,
+    }
+
+
+def test_a_failed_allocation_corrects_the_phase_it_was_in() -> None:
+    less = with_less(plan(20), "train", "accelerator", 15 * GIB)
+    assert [phase.phase for phase in less.phases] == ["train"]
+    assert [(lack.place, lack.there) for lack in less.lacks] == [("accelerator", 15 * GIB)]
+
+
+def test_it_reads_as_one_line_as_a_table_and_as_json() -> None:
+    own = plan(20)
+    assert phase_line(own.phases[1]) == (
+        "train (1024x1024 × 1): GPU 20.00 GiB (weights 19.00 GiB, activations 1.00 GiB); RAM 2.00 GiB "
+        "(average 2.00 GiB); disk 3.00 GiB (checkpoints 3.00 GiB)"
+    )
+    lines = table(own)
+    assert lines[0].split() == ["GPU", "RAM", "disk", "read"]
+    assert lines[1].split("  ")[0] == "text: 8 × 512"
+    assert len({line.index(" GiB") for line in lines[1:] if line.count("GiB") >= 2}) == 1
+    summary = own.summary()
+    assert summary["peak"] == {"accelerator": 20 * GIB, "ram": 2 * GIB, "disk": 4 * GIB}
+    assert summary["phases"][1]["parts"][1] == {"name": "activations", "place": "accelerator", "bytes": GIB}
+    assert summary["fits"] is True

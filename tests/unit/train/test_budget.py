@@ -1,0 +1,211 @@
+"""What a run says before it takes memory, when it refuses, and what it says when memory ran out."""
+
+import gc
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from simpletuner.base.errors import MemoryBudgetError
+from simpletuner.base.sizes import GIB
+from simpletuner.cli.main import main
+from simpletuner.config.load import Loaded, load
+from simpletuner.data.manifest import scan
+from simpletuner.flux2.source import locate
+from simpletuner.flux2.text import TextEncoder
+from simpletuner.memory.planner import Machine
+from simpletuner.runs.events import read_events
+from simpletuner.train.assemble import Attempt, memory_is_explained
+from simpletuner.train.budget import RESOLUTION, Budget, configured, ladder, looked_at, scanned, this_machine
+from simpletuner.train.prepare import Encoders, Prepared, fill_text
+from simpletuner.train.report import Reporter
+
+CARD = Machine(int(22.5 * GIB), 28 * GIB, None)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def project(own_folder: Path) -> Path:
+    """Two pictures of 128 × 64, trained at their own shape."""
+    folder = own_folder / "datasets"
+    folder.mkdir()
+    for index in range(2):
+        Image.new("RGB", (128, 64), (90 * index, 0, 0)).save(folder / f"number {index}.png")
+    (own_folder / "config").mkdir()
+    config = {"model_flavour": "tiny", "output_dir": "out", "tokenizer_max_length": 160, "validation_disable": True}
+    config |= {"max_train_steps": 1, "text_encoder_mode": "resident", "mixed_precision": "no", "max_workers": 1}
+    (own_folder / "config" / "config.json").write_text(json.dumps(config))
+    datasets: list[dict[str, Any]] = [
+        {"id": "pictures", "type": "local", "instance_data_dir": "datasets", "resolution": 64, "crop": False}
+    ]
+    (own_folder / "config" / "multidatabackend.json").write_text(json.dumps(datasets))
+    return own_folder
+
+
+def loaded(*flags: str) -> Loaded:
+    return load(list(flags), folder=Path(), environ={})
+
+
+def budget(machine: Machine = CARD, *flags: str, **work: Any) -> Budget:
+    found = loaded(*flags)
+    return Budget(found.config, replace(configured(found), **work), machine)
+
+
+DEV = ("--model_flavour=dev", "--mixed_precision=bf16", "--text_encoder_mode=auto", "--tokenizer_max_length=512")
+
+
+@pytest.mark.usefixtures("project")
+def test_the_work_is_configured_then_seen() -> None:
+    found = loaded("--train_batch_size=2")
+    assert (configured(found).bucket, configured(found).batch, configured(found).pictures) == ((64, 64), 2, None)
+    seen = looked_at(found)
+    assert (seen.bucket, seen.batch, seen.pictures, seen.captions) == ((80, 48), 2, 2, 3)
+    manifests = [scan(each, seed=0, workers=1, report=lambda *_: None) for each in found.datasets.train_sets]
+    assert scanned(found, manifests) == seen
+
+
+@pytest.mark.usefixtures("project")
+def test_many_new_pictures_are_not_looked_at_and_known_ones_are() -> None:
+    assert looked_at(loaded(), most=1).pictures is None
+    assert looked_at(loaded()).pictures == 2
+    assert looked_at(loaded(), most=0).pictures == 2
+
+
+@pytest.mark.usefixtures("project")
+def test_it_refuses_where_training_does_not_fit_and_says_what_would() -> None:
+    with pytest.raises(MemoryBudgetError) as caught:
+        budget(CARD, *DEV, bucket=(1024, 1024)).check()
+    told = str(caught.value)
+    assert told.startswith("train (1024x1024 × 1): GPU 65.")
+    assert "and 22.50 GiB of the GPU are free. It would fit with base_model_precision=int4-quanto" in told
+    assert caught.value.exit_code == 5
+
+
+@pytest.mark.usefixtures("project")
+def test_it_refuses_neither_ram_nor_what_fills_caches_nor_a_cpu() -> None:
+    budget(Machine(80 * GIB, 1, 1), *DEV).check()
+    budget(Machine(None, 1, 1), *DEV).check()
+    small = budget(Machine(GIB // 8, GIB, None), "--validation_disable=false", bucket=(64, 64))
+    assert small.plan.lacks == ()
+    resident = budget(Machine(70 * GIB, 28 * GIB, None), *DEV)
+    wide = replace(resident, machine=Machine(resident.plan.phases[2].total("accelerator"), 28 * GIB, None))
+    assert wide.plan.phases[0].total("accelerator") < wide.plan.phases[2].total("accelerator")
+    wide.check()
+
+
+@pytest.mark.usefixtures("project")
+def test_every_rung_lowers_something_and_leads_where_it_says() -> None:
+    own = budget(
+        CARD,
+        *DEV,
+        "--text_encoder_mode=resident",
+        "--gradient_checkpointing_interval=2",
+        "--use_ema",
+        "--ema_device=accelerator",
+        "--vae_batch_size=2",
+        bucket=(1536, 1536),
+        batch=2,
+        draws=True,
+    )
+    before = own.plan
+    rungs = list(ladder(own.config, own.work))
+    assert RESOLUTION in [rung.option for rung in rungs]
+    for rung in rungs:
+        after = own.with_changes({rung.option: rung.value})
+        assert any(
+            new.total("accelerator") < old.total("accelerator")
+            for old, new in zip(before.phases, after.phases, strict=True)
+        ), rung
+    remedy = own.remedy
+    assert remedy is not None
+    other = own.with_changes({change.option: change.value for change in remedy.changes})
+    assert not [lack for lack in other.lacks if lack.place != "disk"]
+    assert other.peak("accelerator") == remedy.after
+
+
+@pytest.mark.usefixtures("project")
+def test_a_failed_allocation_is_explained() -> None:
+    own = budget(CARD, *DEV, "--base_model_precision=int4-quanto", bucket=(512, 512))
+    assert own.plan.fits
+    told = own.explain("train", 22.0)
+    assert told.startswith("The plan was train (512x512 × 1): GPU 20.")
+    assert "the measured peak is 22.00 GiB. Less is taken with enable_group_offload=true: " in told
+    assert own.explain("export", 22.0) == own.explain(None, 22.0) == ""
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+    ],
+)
+def test_out_of_memory_ends_with_the_plan_and_exit_code_5(error: Exception) -> None:
+    attempt = attempted()
+    attempt.reporter.last_phase = "train"
+    with pytest.raises(MemoryBudgetError) as caught, memory_is_explained(attempt):
+        raise error
+    told = str(caught.value)
+    assert told.startswith(str(error).splitlines()[0] if str(error) else "out of memory")
+    assert "The plan was train (64x64 × 1): RAM " in told
+    assert "the measured peak is " in told
+    assert told.endswith("What was cached and saved is kept.")
+
+
+@pytest.mark.usefixtures("project")
+def test_other_errors_pass() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), memory_is_explained(attempted()):
+        raise RuntimeError("shapes do not match")
+
+
+def attempted() -> Attempt:
+    from simpletuner.runs.layout import RunDirectory
+    from simpletuner.runs.process import Requests
+
+    run = RunDirectory(Path("out"))
+    run.create()
+    return Attempt(loaded(), run, CPU, Reporter(), Requests(run.control))
+
+
+@pytest.mark.usefixtures("project")
+def test_this_machine_has_what_is_free_here() -> None:
+    machine = this_machine(CPU, Path("nowhere/yet"))
+    assert machine.accelerator is None
+    assert machine.ram > 0
+    assert machine.disk is not None
+
+
+@pytest.mark.usefixtures("project")
+def test_a_run_begins_with_its_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("Memory plan, worst moment of each phase:")
+    assert [line.split()[0] for line in lines[start + 1 : start + 4]] == ["text", "latents", "train"]
+    assert lines[start + 4].startswith("It fits: RAM ")
+    assert any(line.startswith("Planned with the largest pictures: train (80x48 × 1)") for line in lines)
+    plans = [event for event in read_events(Path("out/events.jsonl")) if event["type"] == "plan"]
+    assert [len(event["plan"]["phases"]) for event in plans] == [3, 3]
+    assert plans[0]["remedy"] is None
+    peak = plans[1]["plan"]["peak"]["ram"]
+    assert 0 < peak < GIB
+
+
+@pytest.mark.usefixtures("project")
+def test_the_text_encoder_is_gone_when_pictures_are_encoded(tiny_folder: Path) -> None:
+    found = loaded(f"--pretrained_model_name_or_path={tiny_folder}")
+    source = locate(found.config, report=print)
+    manifests = tuple(scan(each, seed=0, workers=1, report=lambda *_: None) for each in found.datasets.train_sets)
+    prepared = Prepared(found, Encoders.of(found.config, source), manifests, ())
+    gc.collect()
+    gc.disable()  # so that only the function's own collection counts
+    try:
+        fill_text(prepared, source, CPU, Reporter(), verify=False)
+        assert not [each for each in gc.get_objects() if issubclass(type(each), TextEncoder)]
+    finally:
+        gc.enable()
