@@ -5,7 +5,8 @@
 
 dev's shapes, all 8 + 48 blocks, random weights made on the device block by block, an adapter of rank 16 on every Linear
 of every block, AdamW, recomputed blocks, 1024² (4096 image and 512 text tokens), batch 1. Nothing is downloaded.
-Beside torch it needs einops, jaxtyping and pydantic only, which pip takes as wheels where there is no network.
+Beside torch it needs einops, jaxtyping, pydantic, safetensors, tokenizers, pillow, numpy and tqdm only, which pip takes
+as wheels where there is no network. "planned" is what `simpletuner plan` expects of the GPU.
 Quantised weights are random numbers in the formats of int8-quanto and int4-quanto: no library of theirs is needed.
 Streamed bf16 takes 60 GiB of memory, 8 bits 30, 4 bits 15.
 
@@ -33,19 +34,36 @@ from torch import nn
 
 from simpletuner.base.sizes import GIB
 from simpletuner.config.options.lora import LoraOptions
+from simpletuner.config.options.precision import PrecisionName
+from simpletuner.config.run import RunConfig
+from simpletuner.flux2.footprint import Architecture, Footprint, Workload
 from simpletuner.flux2.lora import attach
 from simpletuner.flux2.spec import DEV, TransformerSpec
-from simpletuner.flux2.tokens import context_ids, image_ids
+from simpletuner.flux2.tokens import PIXELS_PER_TOKEN, context_ids, image_ids
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory import offload, recompute
+from simpletuner.memory.planner import Machine
 from simpletuner.memory.precision import make_room, targets
 
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
-FORMATS = {"int8": "int8-quanto", "int4": "int4-quanto"}
+FORMATS: dict[str, PrecisionName] = {"int8": "int8-quanto", "int4": "int4-quanto"}
 SPREAD = {"int8": 74.0, "int4": 4.6}
 """Standard deviation of an even draw of all numbers of a format."""
 TINY = replace(DEV, heads=4, head_dim=32, double_blocks=2, single_blocks=6, context_dim=64, axes=(8, 8, 8, 8))
-HEADS = ("precision", "weights", "cap", "inputs", "peak reserved", "s/step", "process RAM", "copied", "hidden")
+SIDE, TEXT = {True: 4, False: 64}, {True: 16, False: 512}
+"""Image tokens along an edge and text tokens, of the tiny model and of dev."""
+HEADS = (
+    "precision",
+    "weights",
+    "cap",
+    "inputs",
+    "planned",
+    "peak reserved",
+    "s/step",
+    "process RAM",
+    "copied",
+    "hidden",
+)
 
 
 def main() -> None:
@@ -108,16 +126,35 @@ def measure(arguments: argparse.Namespace, precision: str, ring: int, caps: Sequ
                 "weights": {0: "resident", 1: "streamed", 2: "streamed, ahead"}[ring],
                 "cap": "none" if cap is None or device.type == "cpu" else f"{cap:g} GiB",
                 "inputs": "on the host" if goes_to_host else "on the device",
+                "planned": f"{planned(arguments, precision, ring, goes_to_host) / GIB:.2f} GiB",
             }
             try:
                 row |= measured(model, streaming, cap, arguments, device)
             except torch.OutOfMemoryError:
-                row |= dict.fromkeys(HEADS[4:], "") | {"s/step": "does not fit"}
+                row |= dict.fromkeys(HEADS[5:], "") | {"s/step": "does not fit"}
             model.zero_grad(set_to_none=True)
             free()
             if row["s/step"] != "does not fit":
                 break
         print(json.dumps(row), flush=True)
+
+
+def planned(arguments: argparse.Namespace, precision: str, ring: int, goes_to_host: bool) -> int:
+    """Bytes of the accelerator that `simpletuner plan` expects of this, without an autoencoder beside it."""
+    config = RunConfig(
+        base_model_precision=FORMATS.get(precision, "no_change"),
+        enable_group_offload=ring > 0,
+        group_offload_use_stream=ring == 2,
+        activation_offload=goes_to_host,
+        tokenizer_max_length=TEXT[arguments.tiny],
+    )
+    architecture = Architecture.of(config)
+    if arguments.tiny:
+        architecture = replace(architecture, transformer=TINY)
+    edge = PIXELS_PER_TOKEN * SIDE[arguments.tiny]
+    work = Workload(bucket=(edge, edge), batch=1, draws=False)
+    roomy = Machine(accelerator=2**50, ram=2**50, disk=None)
+    return Footprint(config, architecture, work, roomy).train().total("accelerator")
 
 
 def measured(
@@ -132,7 +169,7 @@ def measured(
         whole = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(1.0 if cap is None else min(1.0, cap * GIB / whole), device)
         torch.cuda.reset_peak_memory_stats(device)
-    step = training(model, 4 if arguments.tiny else 64, 16 if arguments.tiny else 512, device)
+    step = training(model, SIDE[arguments.tiny], TEXT[arguments.tiny], device)
     for _ in range(2):
         step()
     before = 0 if streaming is None else streaming.copied_bytes

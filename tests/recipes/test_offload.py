@@ -113,6 +113,19 @@ def test_twenty_steps_have_the_resident_ones_losses_and_lora(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", ["all", "by leaf", "without recomputing"])
+@pytest.mark.parametrize("precision", ["int8-quanto", "int4-quanto", "fp8wo-torchao", "nf4-bnb"])
+def test_quantised_weights_stream_with_the_same_bits(workplace: Workplace, precision: str, way: str) -> None:
+    workplace.config |= {"max_train_steps": 20, "checkpoint_step_interval": 20, "mixed_precision": "bf16"}
+    workplace.config |= {"base_model_precision": precision, "gradient_checkpointing": way != "without recomputing"}
+    assert workplace.train("--output_dir=output/resident") == 0
+    workplace.config |= WAYS[way]
+    assert workplace.train() == 0
+    assert workplace.losses() == workplace.losses("resident")
+    assert workplace.run().lora.read_bytes() == workplace.run("resident").lora.read_bytes()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["text:4", "step:1", "checkpoint:2"])
 def test_killed_and_started_again_it_ends_the_same(workplace: Workplace, uninterrupted: Workplace, moment: str) -> None:
     """Also where the next start holds the weights otherwise: where they are is no part of a run."""

@@ -5,7 +5,7 @@
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -240,9 +240,9 @@ def text_activation_bytes(text: TextSpec, tokens: int, kept: int, dtype: torch.d
     return tokens * (3 * text.inner + (2 + kept) * text.hidden) * dtype.itemsize
 
 
-def autoencoder_bytes(autoencoder: AutoencoderSpec, dtype: torch.dtype) -> tuple[int, int]:
-    """Of all weights, and of the largest layer."""
-    sizes = [math.prod(shape) * dtype.itemsize for shape in autoencoder.parameters]
+def autoencoder_bytes(half: Sequence[Sequence[int]], dtype: torch.dtype) -> tuple[int, int]:
+    """Of all weights of the half that encodes or decodes, and of its largest layer."""
+    sizes = [math.prod(shape) * dtype.itemsize for shape in half]
     return sum(sizes), max(sizes)
 
 
@@ -381,22 +381,24 @@ class Footprint:
         width, height = self.work.bucket
         batch = min(config.vae_batch_size, self.work.pictures or config.vae_batch_size)
         room = _Room(self.machine)
-        self._hold_autoencoder(room)
+        read = self._hold_autoencoder(room, autoencoder.encoder)
         pixels = self._seen_pixels(self.work.bucket, batch)
         room.device("activations", encoding_bytes(autoencoder, pixels, self.vae_dtype))
         # Of each pixel of a batch, fp32 and as the VAE wants it; of those that are opened ahead, bytes.
         room.device("pictures", batch * width * height * 3 * (4 + self.vae_dtype.itemsize))
         room.ram("pictures", (batch + 2 * config.workers) * width * height * 3)
         room.disk("cache", (self.work.pictures or 0) * self.latent_bytes)
-        return room.plan("latents", f"{width}x{height} × {batch}", autoencoder_bytes(autoencoder, self.vae_dtype)[0])
+        return room.plan("latents", f"{width}x{height} × {batch}", read)
 
-    def _hold_autoencoder(self, room: _Room) -> None:
-        weights, largest = autoencoder_bytes(self.architecture.autoencoder, self.vae_dtype)
+    def _hold_autoencoder(self, room: _Room, half: Sequence[Sequence[int]]) -> int:
+        """Returns what is read for it."""
+        weights, largest = autoencoder_bytes(half, self.vae_dtype)
         if self.config.group_offload_vae:
             room.device("weights of the VAE", self._slots * largest)
             room.ram("weights of the VAE", weights)
         else:
             room.device("weights of the VAE", weights)
+        return weights
 
     def _seen_pixels(self, size: tuple[int, int], batch: int) -> int:
         """That the autoencoder works on at a time."""
@@ -492,7 +494,7 @@ class Footprint:
             room.device("gradients", gradients)
         room.ram("activations that wait", worst.elsewhere)
         if self.work.draws and not config.offload_during_startup:
-            self._hold_autoencoder(room)  # from the first picture on
+            self._hold_autoencoder(room, self.architecture.autoencoder.decoder)  # from the first picture on
         self._data(room, self.work.bucket, self.work.batch)
         room.disk("checkpoints", (config.checkpoints_total_limit + 1) * self.checkpoint_bytes)
         width, height = self.work.bucket
@@ -506,11 +508,11 @@ class Footprint:
         self._hold(room)
         drawing = sampling(self.passing(size, 1)) + self._unpacked
         decoding = decoding_bytes(autoencoder, self._seen_pixels(size, 1), self.vae_dtype)
-        weights, _ = autoencoder_bytes(autoencoder, self.vae_dtype)
+        weights, _ = autoencoder_bytes(autoencoder.decoder, self.vae_dtype)
         if config.offload_during_startup and drawing >= weights + decoding:
             room.device("activations", drawing)
         else:
-            self._hold_autoencoder(room)
+            self._hold_autoencoder(room, autoencoder.decoder)
             room.device("activations", decoding if config.offload_during_startup else max(drawing, decoding))
         # What is trained steps aside for its average, or for what a schedule-free optimiser gives.
         averaged = config.use_ema and config.ema_validation != "none" and not self.has_masters

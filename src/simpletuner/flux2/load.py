@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -48,6 +48,14 @@ class Quantise:
     """What their names begin with."""
     via: torch.device | str
     """Where it is done."""
+
+
+Half = Literal["encode", "decode"]
+OTHER_HALF: Mapping[Half, tuple[str, ...]] = {
+    "encode": ("decoder", "post_quant_conv"),
+    "decode": ("encoder", "quant_conv"),
+}
+"""What an autoencoder does not need that does one thing only."""
 
 
 def load_transformer(
@@ -106,9 +114,11 @@ def load_autoencoder(
     slicing: bool = False,
     is_streamed: bool = False,
     ahead: bool = False,
+    half: Half | None = None,
 ) -> Autoencoder:
     """The autoencoder, frozen, as `dtype` on `device`; its batch-norm statistics stay as they are in the file. Where it
-    `is_streamed`, its layers are in the machine's memory and come one by one, the next `ahead` of its turn or not.
+    `is_streamed`, its layers are in the machine's memory and come one by one, the next `ahead` of its turn or not. With
+    a `half` it can do that alone, and takes no memory for the other.
 
     Raises:
         AccessError: tensors are missing, unknown or of the wrong shape; they are named.
@@ -118,8 +128,16 @@ def load_autoencoder(
 
     with torch.device("meta"):
         vae = AutoencoderKLFlux2.from_config(source.vae.config)
+    _check(vae, entries := read_headers(source.vae.files), {name: Renamed((name,)) for name in entries}, False)
+    left_out = () if half is None else OTHER_HALF[half]
+    for name in left_out:
+        setattr(vae, name, None)
+
+    def renaming(name: str) -> Renamed | None:
+        return None if name.partition(".")[0] in left_out else Renamed((name,))
+
     landing = "cpu" if is_streamed else device
-    _fill(vae, source.vae, lambda name: Renamed((name,)), dtype, landing, kept=("bn.",))
+    _fill(vae, source.vae, renaming, dtype, landing, kept=("bn.",), unknown_allowed=True)
     if tiling:
         vae.enable_tiling()
     if slicing:

@@ -190,24 +190,29 @@ class AutoencoderSpec:
         )
 
     @property
-    def parameters(self) -> list[Shape]:
-        """The shape of each parameter, encoder and decoder. The batch norm has none."""
+    def encoder(self) -> list[Shape]:
+        """The shape of each parameter that encoding needs. The batch norm has none."""
+        first, last, latent = self.channels[0], self.channels[-1], 2 * self.latent_channels
+        ends = [*_linear(first, 3, 3, 3), *_norm(last), *_linear(latent, last, 3, 3), *_linear(latent, latent, 1, 1)]
+        return [*ends, *self._inside(self.channels, self.blocks_per_level)]
+
+    @property
+    def decoder(self) -> list[Shape]:
+        """The same of decoding."""
         first, last, latent = self.channels[0], self.channels[-1], self.latent_channels
+        ends = [*_linear(latent, latent, 1, 1), *_linear(last, latent, 3, 3), *_norm(first), *_linear(3, first, 3, 3)]
+        return [*ends, *self._inside(self.channels[::-1], self.blocks_per_level + 1)]
+
+    def _inside(self, levels: tuple[int, ...], blocks: int) -> list[Shape]:
+        """Of the middle, and of the levels in the order in which they run."""
+        last = self.channels[-1]
         attention = [*_norm(last), *_linear(last, last) * 4]
-        middle = [*_residual(last, last), *attention, *_residual(last, last)]
-        found = [*_linear(2 * latent, 2 * latent, 1, 1), *_linear(latent, latent, 1, 1)]
-        # Channels before and behind the levels, those levels, residual blocks of each, the inner end.
-        for ends, levels, count, inner in (
-            ((3, first), self.channels, self.blocks_per_level, _linear(2 * latent, last, 3, 3)),
-            ((first, 3), self.channels[::-1], self.blocks_per_level + 1, _linear(last, latent, 3, 3)),
-        ):
-            found += [*_linear(ends[1], ends[0], 3, 3), *middle, *inner]
-            found += _norm(last if levels is self.channels else first)
-            before = levels[0]
-            for level, width in enumerate(levels):
-                found += [*_residual(before, width), *_residual(width, width) * (count - 1)]
-                found += _linear(width, width, 3, 3) if level < len(levels) - 1 else []
-                before = width
+        found = [*_residual(last, last), *attention, *_residual(last, last)]
+        before = levels[0]
+        for level, width in enumerate(levels):
+            found += [*_residual(before, width), *_residual(width, width) * (blocks - 1)]
+            found += _linear(width, width, 3, 3) if level < len(levels) - 1 else []
+            before = width
         return found
 
 

@@ -53,10 +53,10 @@ def open_decoder(
 
     @cache
     def kept() -> Autoencoder:
-        return open_autoencoder(model, options, source, device)
+        return open_autoencoder(model, options, source, device, "decode")
 
     def once(latents: Float[Tensor, "b 128 h w"]) -> Float[Tensor, "b 3 H W"]:
-        pixels = open_autoencoder(model, options, source, device).decode(latents)
+        pixels = open_autoencoder(model, options, source, device, "decode").decode(latents)
         free_memory(device)
         return pixels
 

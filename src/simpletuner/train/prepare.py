@@ -23,6 +23,7 @@ from simpletuner.data.manifest import Manifest, scan
 from simpletuner.data.sample import Sample
 from simpletuner.flux2.autoencoder import Autoencoder
 from simpletuner.flux2.load import (
+    Half,
     autoencoder_id,
     load_autoencoder,
     load_text_encoder,
@@ -188,8 +189,10 @@ def landing(options: OffloadOptions, device: torch.device) -> torch.device:
     return torch.device("cpu") if options.enable_group_offload else device
 
 
-def open_autoencoder(model: ModelOptions, offload: OffloadOptions, source: Source, device: torch.device) -> Autoencoder:
-    """The autoencoder, on `device` or streamed to it.
+def open_autoencoder(
+    model: ModelOptions, offload: OffloadOptions, source: Source, device: torch.device, half: Half
+) -> Autoencoder:
+    """The `half` of the autoencoder that is wanted, on `device` or streamed to it.
 
     Raises:
         AccessError: it cannot be loaded.
@@ -202,6 +205,7 @@ def open_autoencoder(model: ModelOptions, offload: OffloadOptions, source: Sourc
         slicing=model.vae_enable_slicing,
         is_streamed=offload.group_offload_vae,
         ahead=offload.group_offload_use_stream and device.type != "cpu",
+        half=half,
     )
 
 
@@ -329,7 +333,7 @@ def fill_pictures(
     config = prepared.loaded.config
 
     def load() -> Encode:
-        return open_autoencoder(config, config, source, device).encode
+        return open_autoencoder(config, config, source, device, "encode").encode
 
     with reporter.phase("latents") as progress:
         report = fill_latents(

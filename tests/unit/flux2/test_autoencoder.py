@@ -72,3 +72,13 @@ def test_slicing_is_one_picture_at_a_time(autoencoder, tiny_source):
     pixels = pictures(2, 3, 64, 64)
     alone = torch.cat([autoencoder.encode(pixels[:1]), autoencoder.encode(pixels[1:])])
     assert torch.equal(sliced.encode(pixels), alone)
+
+
+@pytest.mark.parametrize(("half", "other"), [("encode", "decode"), ("decode", "encode")])
+def test_a_half_has_the_bits_of_the_whole_and_no_weights_of_the_other(tiny_source, autoencoder, half, other):
+    made = load_autoencoder(tiny_source, torch.float32, "cpu", half=half)
+    given = {"encode": torch.rand(1, 3, 32, 48) * 2 - 1, "decode": torch.randn(1, 128, 2, 3)}[half]
+    assert torch.equal(getattr(made, half)(given), getattr(autoencoder, half)(given))
+    whole = sum(parameter.numel() for parameter in autoencoder._vae.parameters())
+    halves = [load_autoencoder(tiny_source, torch.float32, "cpu", half=each) for each in (half, other)]
+    assert sum(parameter.numel() for each in halves for parameter in each._vae.parameters()) == whole
