@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from simpletuner.base.quiet import quiet_import
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.export import LORA_NAME, attach_saved, read_lora, save_lora
@@ -113,7 +114,11 @@ def test_gradients_equal_pefts(preset: str, alpha: float) -> None:
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """What diffusers' loader says: a missing or unexpected key is only a warning there."""
+    """What diffusers' loader says: a missing or unexpected key is only a warning there. What libraries say of this
+    machine while they are imported is said before.
+    """
+    with quiet_import():
+        import peft.tuners.lora  # noqa: F401
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     caplog.set_level(logging.WARNING, logger="diffusers")
     return caplog

@@ -31,7 +31,7 @@ DRAWN = {
 RATES = {"prodigy": 1.0, "adafactor": 1e-3, "lion": 3e-5}
 
 # Losses of CONFIG's three steps; tolerances as in test_train.py. The first is the base model's, as a LoRA's is.
-PINNED = {"no": [2.9755642, 2.8850150, 2.9184568], "bf16": [2.9924904, 2.8619523, 2.8793321]}
+PINNED = {"no": [1.3900223, 1.1761433, 1.3819169], "bf16": [1.3881238, 1.2093047, 1.4900421]}
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_the_model_draws_the_same_in_diffusers_in_sample_and_in_the_run(
     noise = torch.randn((1, 128, 3, 4), generator=torch.Generator().manual_seed(42))
     (theirs,) = pipe(
         prompt="a gradient", latents=noise, height=48, width=64, num_inference_steps=3, guidance_scale=4.0,
-        max_sequence_length=160, output_type="np",
+        max_sequence_length=64, output_type="np",
     ).images  # fmt: skip
     # A value just between two levels may round either way.
     assert np.abs(drawn[0].astype(np.int16) - (theirs * 255).round().astype(np.int16)).max() <= 1

@@ -21,7 +21,7 @@ from simpletuner.flux2.tread import Choice, Routing
 _FP16_LIMIT = 65504.0
 
 PLAIN_TOKENS = 256
-"""Up to here attention on a CPU is two plain products: torch's flash kernel takes twice as long (docs/log.md)."""
+"""Up to here attention in bf16 on a CPU is two plain products: torch's kernel takes twice as long (docs/log.md)."""
 
 
 def sinusoid(value: Float[Tensor, " b"], width: int, max_period: float = 10_000.0) -> Float[Tensor, "b width"]:
@@ -40,7 +40,7 @@ def attend(
     """Full attention among all tokens: the reference masks nothing, padding included."""
     query, key = rotate(query, angles), rotate(key, angles)
     query, key, value = (rearrange(x, "b n heads d -> b heads n d") for x in (query, key, value))
-    is_short = query.device.type == "cpu" and query.shape[-2] <= PLAIN_TOKENS
+    is_short = query.device.type == "cpu" and query.dtype.itemsize == 2 and query.shape[-2] <= PLAIN_TOKENS
     attention = plain_attention if is_short else F.scaled_dot_product_attention
     return rearrange(attention(query, key, value), "b heads n d -> b n (heads d)")
 
@@ -48,9 +48,11 @@ def attend(
 def plain_attention(
     query: Float[Tensor, "b heads n d"], key: Float[Tensor, "b heads n d"], value: Float[Tensor, "b heads n d"]
 ) -> Float[Tensor, "b heads n d"]:
-    """Softmax attention, its table of n x n weights written out."""
-    scores = query @ (key * key.shape[-1] ** -0.5).transpose(-1, -2)
-    out: Tensor = scores.softmax(dim=-1) @ value
+    """Softmax attention, its table of n x n weights written out. Its scores are fp32: in bf16 they would make nine
+    times the error of torch's kernels.
+    """
+    scores = query.float() @ (key.float() * key.shape[-1] ** -0.5).transpose(-1, -2)
+    out: Tensor = scores.softmax(dim=-1).to(value.dtype) @ value
     return out
 
 
@@ -273,7 +275,9 @@ class Flux2Transformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.proj_out.weight.dtype
+        """Of what computes: that of a norm, which no adapter wraps and nothing quantises."""
+        weight: Tensor = self.single_transformer_blocks[0].get_parameter("attn.norm_q.weight")
+        return weight.dtype
 
     def forward(
         self,
