@@ -314,7 +314,7 @@ def test_flags_alone_may_say_everything(place: Any) -> None:
 
 
 def test_the_example_is_right(tmp_path: Path) -> None:
-    for part in ("train", "held-out"):
+    for part in ("train", "prior", "held-out"):
         (tmp_path / "datasets" / "tiny-lora" / part).mkdir(parents=True)
     loaded = load(["--example", "tiny-lora"], folder=tmp_path, environ={})
     assert loaded.config.model_flavour == "tiny"

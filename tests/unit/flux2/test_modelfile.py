@@ -85,8 +85,8 @@ def source_of(**options: str) -> Source:
 
 def around(tmp_path: Path, source: Source) -> tuple[Path, str | None]:
     """The model's folder and why it is none."""
-    weights = load_transformer(source, torch.float32, "cpu").state_dict()
-    save_transformer(tmp_path / "saved", source.spec, weights, metadata={}, dtype=torch.float32)
+    weights = load_transformer(source, torch.bfloat16, "cpu").state_dict()
+    save_transformer(tmp_path / "saved", source.spec, weights, metadata={}, dtype=torch.bfloat16)
     return tmp_path / "model", save_pipeline(tmp_path / "model", tmp_path / "saved", source)
 
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from simpletuner.base.errors import AccessError, DiskError
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.flux2.source import locate
+from simpletuner.flux2.tiny.make import VERSION
 
 SECRET = "hf_thisIsNobodysToken"
 WEIGHTS = [
@@ -62,9 +63,9 @@ def test_a_local_folder_needs_no_network(tiny_folder):
 
 
 def test_the_embedded_model_is_made_where_it_was_asked_for(tiny_folder, tmp_path):
-    shutil.copytree(tiny_folder, tmp_path / "tiny-1")
+    shutil.copytree(tiny_folder, tmp_path / f"tiny-{VERSION}")
     source = locate(options(cache_dir=str(tmp_path)), report=pytest.fail, environ=NOBODY)
-    assert source.vae.files == (tmp_path / "tiny-1" / WEIGHTS[2],)
+    assert source.vae.files == (tmp_path / f"tiny-{VERSION}" / WEIGHTS[2],)
 
 
 def test_everything_that_is_missing_is_named_at_once(repository):
@@ -88,10 +89,13 @@ def test_a_shard_that_is_not_there_is_named(repository):
 
 def test_half_a_file_is_found_before_anything_is_loaded(repository):
     whole = repository / WEIGHTS[0]
-    half = whole.read_bytes()[: whole.stat().st_size // 2]
+    size = whole.stat().st_size
+    half = whole.read_bytes()[: size // 2]
     whole.unlink()
     whole.write_bytes(half)
-    with pytest.raises(AccessError, match=r"model\.safetensors is 2,6.* bytes long, 5,2.* by its own header"):
+    with pytest.raises(
+        AccessError, match=rf"model\.safetensors is {size // 2:,} bytes long, {size:,} by its own header"
+    ):
         locate(options(pretrained_model_name_or_path=str(repository)), report=print)
 
 
@@ -124,13 +128,13 @@ def test_one_component_may_come_from_elsewhere(tiny_folder, repository):
 
 @pytest.mark.parametrize("key", ["pretrained_model_name_or_path", "pretrained_transformer_model_name_or_path"])
 def test_a_single_file_is_the_transformer(key, tiny_folder, tmp_path):
-    shutil.copytree(tiny_folder, tmp_path / "tiny-1")
+    shutil.copytree(tiny_folder, tmp_path / f"tiny-{VERSION}")
     file = tmp_path / "flux2.safetensors"
     file.hardlink_to(tiny_folder / WEIGHTS[1])
     source = locate(options(cache_dir=str(tmp_path), **{key: str(file)}), report=pytest.fail, environ=NOBODY)
     assert source.transformer.files == (file,)
     assert source.transformer.config is None
-    assert source.vae.files == (tmp_path / "tiny-1" / WEIGHTS[2],)
+    assert source.vae.files == (tmp_path / f"tiny-{VERSION}" / WEIGHTS[2],)
     assert source.name == "flux2.safetensors"
     with pytest.raises(AccessError, match="no such file"):
         locate(options(**{key: "absent.safetensors"}), report=print)

@@ -23,10 +23,10 @@ from simpletuner.flux2.tiny.weights import draw, drawn
 
 # The starts of their sha256.
 SUMS = {
-    "text_encoder/model.safetensors": "46be903ce1805481",
-    "tokenizer/tokenizer.json": "33c4959ff58222de",
-    "transformer/diffusion_pytorch_model.safetensors": "4022d4380c16be97",
-    "vae/diffusion_pytorch_model.safetensors": "f1fd4a31c9742347",
+    "text_encoder/model.safetensors": "c145493560a9233a",
+    "tokenizer/tokenizer.json": "4cbe1e8019205483",
+    "transformer/diffusion_pytorch_model.safetensors": "d15e44385aa3821a",
+    "vae/diffusion_pytorch_model.safetensors": "fdfa36c401436c0b",
 }
 
 
@@ -65,7 +65,7 @@ def test_latents_of_the_worlds_pictures_have_mean_0_and_variance_1(tiny_source):
     encode = load_autoencoder(tiny_source, torch.float32, "cpu").encode
     scenes = random.Random(0).sample(world.held_out_scenes(), 48)
     drawn = [world.draw(scene, random.Random(index)) for index, scene in enumerate(scenes)]
-    pixels = torch.stack([torch.from_numpy(np.asarray(picture)) for picture in drawn]).float() / 127.5 - 1
+    pixels = torch.stack([torch.from_numpy(np.array(picture)) for picture in drawn]).float() / 127.5 - 1
     latents = encode(rearrange(pixels, "b h w c -> b c h w"))
     assert latents.mean((0, 2, 3)).abs().max() < 0.3
     assert 0.5 < latents.var((0, 2, 3)).min() < latents.var((0, 2, 3)).max() < 2

@@ -107,7 +107,7 @@ def test_every_rung_lowers_something_and_leads_where_it_says() -> None:
         "--use_ema",
         "--ema_device=accelerator",
         "--vae_batch_size=2",
-        bucket=(1536, 1536),
+        bucket=(1280, 1280),
         batch=2,
         draws=True,
     )

@@ -115,11 +115,13 @@ def test_a_streamed_autoencoder_gives_the_resident_ones_bits(tiny: Source) -> No
     for tiling in (False, True):
         model = ModelOptions(vae_dtype="fp32", vae_enable_tiling=tiling)
         plain = load_autoencoder(tiny, torch.float32, CPU, tiling=tiling)
-        streamed = open_autoencoder(model, OffloadOptions(group_offload_vae=True), tiny, CPU)
-        assert "forward" in vars(streamed._vae.decoder.conv_in)
-        latents = streamed.encode(pixels)
+        options = OffloadOptions(group_offload_vae=True)
+        encoder = open_autoencoder(model, options, tiny, CPU, "encode")
+        latents = encoder.encode(pixels)
         assert torch.equal(latents, plain.encode(pixels))
-        assert torch.equal(streamed.decode(latents), plain.decode(latents))
+        decoder = open_autoencoder(model, options, tiny, CPU, "decode")
+        assert "forward" in vars(decoder._vae.decoder.conv_in)
+        assert torch.equal(decoder.decode(latents), plain.decode(latents))
 
 
 @pytest.mark.parametrize("during_startup", [False, True])

@@ -31,7 +31,7 @@ SPECIAL = (
     "[/SYSTEM_PROMPT]",
 )
 
-SIZE = 1024
+SIZE = 952
 """Entries of the vocabulary: the special tokens, 256 bytes, the rest learnt."""
 
 # As in dev's tokenizer: digits in threes and no rule for case, so `tokenizer_fix_regex` changes the ids.
