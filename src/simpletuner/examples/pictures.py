@@ -24,7 +24,7 @@ DISC_SHARE = 0.5
 
 def render(folder: Path, seed: int = 0) -> None:
     """Draw 20 pictures of "a zorblat flag" into `folder/train` and 6 others into `folder/held-out`; into `folder/prior`
-    80 of what the base knows already, so that it stays known.
+    160 of what the base knows already, so that it stays known.
 
     A zorblat flag is teal, orange, teal with a white disc; no model has heard of it. It stands in the small world, at
     its sizes and places, on its backgrounds. Each picture is 128x128 with a .txt caption that says which.
@@ -42,7 +42,7 @@ def render(folder: Path, seed: int = 0) -> None:
         world.render(folder / "prior", PRIOR, seed)
 
 
-TRAINED, HELD_OUT, PRIOR = 20, 6, 80
+TRAINED, HELD_OUT, PRIOR = 20, 6, 160
 
 
 @dataclass(frozen=True)

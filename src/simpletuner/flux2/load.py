@@ -303,7 +303,8 @@ def _language_model(config: Any) -> Any:
     """transformers' MistralModel on the meta device, without its final norm."""
     from transformers import AutoModel
 
-    with torch.device("meta"):
+    # Not before it makes a model does transformers look at the libraries beside it.
+    with torch.device("meta"), quiet_import():
         # The implementation decides what padding rows hold, hence what is cached.
         model = AutoModel.from_config(config, attn_implementation="sdpa")
     model.norm = nn.Identity()

@@ -35,6 +35,10 @@ BATCH = 25
 """Pictures that are drawn at a time: on a CPU a batch takes a third of the time of its pictures one by one."""
 
 
+SHAPES = 3
+"""For each flag that is asked for: what training costs of them is small, and a share of few would not show it."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """The parts of a model that draws, resident on the CPU."""
@@ -99,11 +103,11 @@ class Grades:
 
 
 def examine(candidate: Candidate, pictures: int, seed: int = 0) -> Grades:
-    """Ask for `pictures` flags (there are at most 50 that were not trained on) and as many shapes."""
+    """Ask for `pictures` flags (there are at most 50 that were not trained on) and for `SHAPES` times as many shapes."""
     chance = random.Random(seed)
     flags = held_out_flags()
     flags = chance.sample(flags, min(pictures, len(flags)))
-    scenes = chance.sample(held_out_scenes(), pictures)
+    scenes = chance.sample(held_out_scenes(), SHAPES * pictures)
     drawn = candidate.draw([*(flag.caption for flag in flags), *(scene.caption for scene in scenes)], seed)
     shown = sum(flag_share(picture) >= FLAG_SHARE for picture in drawn[: len(flags)])
     verdicts = [judge(picture, scene) for picture, scene in zip(drawn[len(flags) :], scenes, strict=True)]
@@ -116,7 +120,7 @@ def main(arguments: Sequence[str]) -> int:
         prog="python -m simpletuner.flux2.tiny.exam", description="Judge what the embedded model draws."
     )
     parser.add_argument("lora", nargs="?", type=Path, help="a LoRA file, or the folder of a run")
-    parser.add_argument("--pictures", type=int, default=50, help="of flags, and of shapes (50)")
+    parser.add_argument("--pictures", type=int, default=50, help="of flags (50); of shapes three times as many")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     try:
