@@ -1,6 +1,5 @@
 """Training that works: a subject appears when asked for, and what was known is still drawn. Judged, not looked at."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -18,10 +17,8 @@ SUBJECT = 0.8
 PRIOR_LOSS = 0.05
 MARGIN = 0.1
 
-ROUTE = json.dumps({"routes": [{"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx": -2}]})
-WAYS = {
+WAYS: dict[str, list[str]] = {
     "plain": [],
-    "tread": [f"--tread_config={ROUTE}"],
     "int4": ["--base_model_precision=int4-quanto", "--enable_group_offload"],
 }
 
