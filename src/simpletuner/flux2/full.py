@@ -8,6 +8,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
+from simpletuner.flux2.learning import Learning
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.masters import Masters
 
@@ -33,8 +34,10 @@ class WeightAudit(TypedDict):
     kinds: list[WeightKind]
 
 
-class FullModel:
+class FullModel(Learning):
     """Every weight of a transformer, by diffusers' names: itself, or its fp32 master where there is one."""
+
+    foreign = "weights of another model"
 
     def __init__(self, transformer: Flux2Transformer, masters: Masters | None) -> None:
         self.transformer = transformer
@@ -47,52 +50,24 @@ class FullModel:
         else:
             yield from self.masters.parameters.items()
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [parameter for _, parameter in self.named_parameters()]
-
-    @property
-    def parameter_count(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
-
     def disabled(self) -> None:
         """None: the base model is gone with the first step."""
 
     @contextlib.contextmanager
     def holding(self, state: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside, the model computes with `state`; afterwards with its own weights, bit for bit."""
-        if self.masters is not None:
-            self.masters.show(state)
-            try:
+        if self.masters is None:
+            with super().holding(state):
                 yield
-            finally:
-                self.masters.settle()
             return
-        kept = {name: tensor.clone() for name, tensor in self.state().items()}
-        self.load(state)
+        # The masters stay as they are: only the weights show others.
+        self.masters.show(state)
         try:
             yield
         finally:
-            self.load(kept)
+            self.masters.settle()
 
-    def state(self) -> dict[str, Tensor]:
-        """The trained tensors themselves (detached, not copied): what a checkpoint needs to go on exactly."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
-
-    @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` gave.
-
-        Raises:
-            ValueError: other names or shapes than this model's.
-        """
-        own = dict(self.named_parameters())
-        if own.keys() != state.keys():
-            odd = sorted(own.keys() ^ state.keys())
-            raise ValueError(f"weights of another model: {len(odd)} names differ, such as {odd[0]}")
-        for name, parameter in own.items():
-            if parameter.shape != state[name].shape:
-                raise ValueError(f"{name} is {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
-            parameter.copy_(state[name])
+        super().load(state)
         if self.masters is not None:
             self.masters.settle()
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from simpletuner.base.draws import draw_seed
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.config.options.lora import LoraOptions
+from simpletuner.flux2.learning import Learning
 from simpletuner.memory.precision import QuantisedLinear
 
 DOUBLE_QKV = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
@@ -171,8 +172,10 @@ class Audit(TypedDict):
     kinds: list[Kind]
 
 
-class Adapter:
+class Adapter(Learning):
     """The attached layers by name, in the transformer's order. Nothing else is trained."""
+
+    foreign = "adapter state of other layers"
 
     def __init__(self, layers: Mapping[str, LoraLinear], *, target: str, alpha: float) -> None:
         self.layers = dict(layers)
@@ -189,13 +192,6 @@ class Adapter:
             yield f"{name}.a", layer.a
             yield f"{name}.b", layer.b
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [parameter for _, parameter in self.named_parameters()]
-
-    @property
-    def parameter_count(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
-
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside, the model is the base model bit for bit, at its cost. For use without gradients: what is
@@ -209,36 +205,6 @@ class Adapter:
         finally:
             for layer, was_enabled in zip(self.layers.values(), before, strict=True):
                 layer.is_enabled = was_enabled
-
-    @contextlib.contextmanager
-    def holding(self, state: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside, the adapter has the values of `state`; afterwards its own, bit for bit."""
-        kept = {name: tensor.clone() for name, tensor in self.state().items()}
-        self.load(state)
-        try:
-            yield
-        finally:
-            self.load(kept)
-
-    def state(self) -> dict[str, Tensor]:
-        """The live tensors themselves (detached, not copied): what a checkpoint needs to go on exactly."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
-
-    @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` gave.
-
-        Raises:
-            ValueError: other names or shapes than this adapter's.
-        """
-        own = dict(self.named_parameters())
-        if own.keys() != state.keys():
-            odd = sorted(own.keys() ^ state.keys())
-            raise ValueError(f"adapter state of other layers: {len(odd)} names differ, such as {odd[0]}")
-        for name, parameter in own.items():
-            if parameter.shape != state[name].shape:
-                raise ValueError(f"{name} is {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
-            parameter.copy_(state[name])
 
     def expanded(self) -> dict[str, Float[Tensor, "_ _"]]:
         """An ordinary LoRA in diffusers' names, full size, fp32, on the CPU, alpha/rank folded into B."""
