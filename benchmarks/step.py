@@ -79,10 +79,11 @@ def bare_loop(work: Path, steps: int) -> float:
     from simpletuner.flux2.load import load_transformer
     from simpletuner.flux2.lora import attach
     from simpletuner.flux2.source import locate
+    from simpletuner.memory.precision import DTYPES
     from simpletuner.runs.layout import RunDirectory
     from simpletuner.runs.process import Requests
     from simpletuner.train.assemble import Attempt
-    from simpletuner.train.prepare import DTYPES, prepare
+    from simpletuner.train.prepare import prepare
     from simpletuner.train.report import Reporter
     from simpletuner.train.step import Objective
 

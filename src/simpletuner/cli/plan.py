@@ -153,8 +153,7 @@ def _spread(loaded: Loaded) -> Spread:
     tokens: dict[str, int] = {}
     if timesteps.shift is None or config.timestep_strata:
         manifests = [
-            scan(image_set, seed=config.seed, workers=config.workers, report=_nothing)
-            for image_set in loaded.datasets.train_sets
+            scan(image_set, seed=config.seed, workers=config.workers) for image_set in loaded.datasets.train_sets
         ]
         order = Order(manifests, seed=config.seed, batch_size=config.train_batch_size)
         for micro_batch in order.epoch(0):
@@ -182,10 +181,6 @@ def _spread(loaded: Loaded) -> Spread:
         listed_values=None if values is None else len(values),
         strata=samples if config.timestep_strata else None,
     )
-
-
-def _nothing(_done: int, _total: int) -> None:
-    """No bar: what is drawn has standard output to itself, and a scan of known pictures takes no time."""
 
 
 def _named(config: ScheduleOptions) -> str:

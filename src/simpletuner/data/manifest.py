@@ -78,7 +78,9 @@ def rejection_counts(rejections: Iterable[Rejection]) -> dict[str, int]:
     return dict(Counter(rejection.reason for rejection in rejections).most_common())
 
 
-def scan(image_set: ImageSet, *, seed: int, workers: int, report: Callable[[int, int], None]) -> Manifest:
+def scan(
+    image_set: ImageSet, *, seed: int, workers: int, report: Callable[[int, int], None] = lambda _done, _total: None
+) -> Manifest:
     """Look at every file of the set's folder, decode the pictures that are new, and decide what is trained.
 
     What was learned about a file is kept beside the latents, so that a second scan reads only what changed;

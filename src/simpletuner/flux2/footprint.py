@@ -40,10 +40,7 @@ from simpletuner.flux2.tiny.make import TEXT, VAE
 from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.planner import Machine, MemoryPlan, Part, PhasePlan, Place, PlannedPhase
-from simpletuner.memory.precision import stored_bytes
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
+from simpletuner.memory.precision import DTYPES, stored_bytes
 
 # What the model is
 
@@ -256,6 +253,13 @@ def decoding_bytes(autoencoder: AutoencoderSpec, pixels: int, dtype: torch.dtype
     return 3 * autoencoder.channels[1] * pixels * dtype.itemsize
 
 
+def checkpoint_bytes(config: RunConfig, exported: int, kept: int, count: int) -> int:
+    """Size of an export and of what else is kept of the `count` trained numbers, for them and their average, and of the
+    optimiser's state.
+    """
+    return (exported + kept) * (2 if config.use_ema else 1) + round(count * optimiser(config.optimizer).state_bytes)
+
+
 # The phases
 
 
@@ -440,16 +444,16 @@ class Footprint:
     @property
     def checkpoint_bytes(self) -> int:
         """About the size of one checkpoint."""
-        config, state = self.config, round(self.trained * optimiser(self.config.optimizer).state_bytes)
-        averages = 2 if config.use_ema else 1
+        config = self.config
         if self.is_full:
             name = config.model_save_dtype
             itemsize = self.trained_bytes // self.trained if name is None else DTYPES[name].itemsize
-            kept = 0 if itemsize * self.trained >= self.trained_bytes else self.trained_bytes
-            return averages * (self.trained * itemsize + kept) + state
+            exported = self.trained * itemsize
+            kept = 0 if exported >= self.trained_bytes else self.trained_bytes
+            return checkpoint_bytes(config, exported, kept, self.trained)
         spec = self.architecture.transformer
         exported = _saved_parameters(spec, self._adapted, config.lora_rank) * DTYPES[config.lora_save_dtype].itemsize
-        return averages * (exported + self.trained_bytes) + state
+        return checkpoint_bytes(config, exported, self.trained_bytes, self.trained)
 
     def passing(self, size: tuple[int, int], batch: int) -> Pass:
         """What goes through the transformer in training."""

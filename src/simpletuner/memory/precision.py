@@ -22,6 +22,9 @@ from simpletuner.base.quiet import quiet_import
 from simpletuner.config.precisions import NO_CHANGE, PRECISIONS
 from simpletuner.config.values import listed
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Formats that compute, by the name that options have for them."""
+
 GROUPS = (128, 64, 32)
 """Sizes of a group of weights that share a scale, the best for memory first."""
 

@@ -91,16 +91,10 @@ def looked_at(loaded: Loaded, most: int = 50) -> Workload:
         for sets in (loaded.datasets.train_sets, loaded.datasets.eval_sets):
             if sum(unknown(discover(Path(each.instance_data_dir)).pictures, each) for each in sets) > most:
                 return configured(loaded)
-            manifests.append(
-                [scan(each, seed=loaded.config.seed, workers=loaded.config.workers, report=_silent) for each in sets]
-            )
+            manifests.append([scan(each, seed=loaded.config.seed, workers=loaded.config.workers) for each in sets])
     except (DataError, OSError):  # `train` and `dataset scan` say what is wrong with them
         return configured(loaded)
     return scanned(loaded, *manifests)
-
-
-def _silent(_done: int, _total: int) -> None:
-    """No bar."""
 
 
 def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manifest] = ()) -> Workload:

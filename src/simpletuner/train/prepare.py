@@ -36,10 +36,9 @@ from simpletuner.flux2.source import Source
 from simpletuner.flux2.text import TextEncoder
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.free import free_bytes
-from simpletuner.memory.precision import check_precision
+from simpletuner.memory.precision import DTYPES, check_precision
 from simpletuner.train.report import Reporter
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EMPTY = ""
 """The caption that caption dropout and real guidance fall back to: empty text through the full template."""
 

@@ -14,6 +14,7 @@ from simpletuner.config.optimisers import optimiser
 from simpletuner.config.precisions import NO_CHANGE
 from simpletuner.config.run import RunConfig
 from simpletuner.flux2.export import attach_saved, read_lora, save_lora
+from simpletuner.flux2.footprint import checkpoint_bytes
 from simpletuner.flux2.full import FullModel, unfreeze
 from simpletuner.flux2.load import load_transformer
 from simpletuner.flux2.lora import Adapter, attach
@@ -26,9 +27,10 @@ from simpletuner.flux2.modelfile import (
 )
 from simpletuner.flux2.source import Source
 from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.memory.precision import DTYPES
 from simpletuner.runs.layout import EMA_FOLDER, LORA_NAME, MODEL_FOLDER, TRANSFORMER_NAME, RunDirectory
 from simpletuner.train import optim
-from simpletuner.train.prepare import DTYPES, load_base
+from simpletuner.train.prepare import load_base
 from simpletuner.train.report import Reporter
 from simpletuner.train.trained import Trained
 
@@ -108,7 +110,7 @@ class LoraProduct:
     def checkpoint_bytes(self) -> int:
         saved = sum(layer.rank * (layer.in_features + layer.out_features) for layer in self.trained.layers.values())
         saved *= DTYPES[self.config.lora_save_dtype].itemsize
-        return _checkpoint_bytes(self.config, saved, self.trained.parameter_count * 4, self.trained.parameter_count)
+        return checkpoint_bytes(self.config, saved, self.trained.parameter_count * 4, self.trained.parameter_count)
 
     def groups(self) -> list[dict[str, Any]]:
         return optim.lora_plus(self.trained.named_parameters(), self.config.lora_plus_ratio)
@@ -180,7 +182,7 @@ class FullProduct:
         count = self.trained.parameter_count
         own = sum(parameter.nbytes for parameter in self.trained.parameters())
         kept = 0 if self.holds(self.trained.state()) else own
-        return _checkpoint_bytes(self.config, count * self.save_dtype.itemsize, kept, count)
+        return checkpoint_bytes(self.config, count * self.save_dtype.itemsize, kept, count)
 
     def groups(self) -> list[dict[str, Any]]:
         return optim.by_role(*self.trained.by_role())
@@ -238,13 +240,6 @@ class FullProduct:
             f"In diffusers: Flux2Pipeline.from_pretrained({base!r}, "
             f"transformer=Flux2Transformer2DModel.from_pretrained({str(run.model / TRANSFORMER_FOLDER)!r}))",
         ]
-
-
-def _checkpoint_bytes(config: RunConfig, exported: int, kept: int, count: int) -> int:
-    """Size of an export and of what else is kept of the `count` trained numbers, for them and their average, and of the
-    optimiser's state.
-    """
-    return (exported + kept) * (2 if config.use_ema else 1) + round(count * optimiser(config.optimizer).state_bytes)
 
 
 PRODUCTS: dict[str, Callable[[RunConfig, Source, torch.device, Reporter], Product]] = {
