@@ -4,7 +4,7 @@ Anything that is not a `UserError` is a bug in this program and keeps its traceb
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 
@@ -15,6 +15,8 @@ class Problem:
     found: str
     expected: str = ""
     remedy: str = ""
+    key: str = field(default="", compare=False)
+    """The option it is about, for who shows it beside that option."""
 
     def __str__(self) -> str:
         text = f"{self.found}: expected {self.expected}" if self.expected else self.found

@@ -15,17 +15,12 @@ COMMANDS = {
     "dataset": "scan, show or cache the pictures before a run",
     "config": "check or show the configuration without training",
     "plan": "what a configuration takes of memory, before anything is loaded; where on the path it trains",
+    "run": "start, stop, look after and queue runs",
+    "checkpoint": "list, verify or delete the checkpoints of a run",
+    "server": "the web page, on http://localhost:8001",
     "env": "print versions and devices, for a bug report",
 }
 """Each is `simpletuner.cli.NAME.run(arguments) -> exit code`."""
-
-LATER = {
-    "server": "the web page",
-    "run": "looking after runs",
-    "checkpoint": "looking after checkpoints",
-    "queue": "runs one after the other",
-}
-"""Words whose work has not landed."""
 
 INTERRUPTED = 130
 BUG = 1
@@ -91,8 +86,6 @@ def _no_such_word(word: str) -> ConfigError:
     # Its import is paid only by this mistake.
     from difflib import get_close_matches
 
-    if word in LATER:
-        return ConfigError.of(f"simpletuner {word}: not built yet: {LATER[word]}")
     near = get_close_matches(word, COMMANDS, n=1)
     hint = f"Did you mean simpletuner {near[0]}?" if near else "`simpletuner --help` lists the commands."
     return ConfigError.of(f"simpletuner {word}: no such command", remedy=hint)

@@ -111,11 +111,11 @@ def load(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str]) 
     config, names = _with_paths(config, givens, checked, folder, environ)
     listing = _datasets(config, config_file, checked, Surroundings(folder, names, environ), givens)
     prompts, prompt_notices = _prompts(config, listing, config_file, folder, problems)
-    found = {key: [problem] for key, problem in checked.problems.items()}
+    found = {key: [replace(problem, key=key)] for key, problem in checked.problems.items()}
     for keys, problem in findings(config, listing.datasets):
         # A rule about a value that is refused anyway would speak of the default.
         if not any(key in checked.problems for key in keys):
-            found.setdefault(keys[0], []).append(_as_typed(problem, keys[0], givens))
+            found.setdefault(keys[0], []).append(replace(_as_typed(problem, keys[0], givens), key=keys[0]))
 
     in_typed_order = [problem for key in dict.fromkeys([*givens, *found]) for problem in found.get(key, [])]
     ConfigError.raise_if([*problems, *in_typed_order, *listing.problems])

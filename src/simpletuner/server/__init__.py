@@ -1,0 +1,1 @@
+"""The page: a typed API over the shell's commands and the files of runs. No torch; it never trains."""

@@ -1,0 +1,33 @@
+"""What this server is and where it works."""
+
+import os
+
+from fastapi import APIRouter
+from pydantic import BaseModel
+
+import simpletuner
+from simpletuner.server.context import InContext
+
+router = APIRouter()
+
+
+class About(BaseModel):
+    """The program, the machine and the folders."""
+
+    version: str
+    workspace: str
+    roots: list[str]
+    cores: int
+    ram_bytes: int
+
+
+@router.get("/about")
+def about(here: InContext) -> About:
+    """The program, the machine and the folders."""
+    return About(
+        version=simpletuner.__version__,
+        workspace=str(here.workspace),
+        roots=[str(root) for root in here.roots.all],
+        cores=os.cpu_count() or 1,
+        ram_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    )

@@ -1,0 +1,79 @@
+"""What the API answers instead of a result: a status and the problems, as the shell would print them."""
+
+from typing import Self
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from simpletuner.base.errors import Problem, UserError
+
+
+class ProblemAnswer(BaseModel):
+    """One thing that is wrong."""
+
+    found: str
+    expected: str = ""
+    remedy: str = ""
+    key: str = ""
+    """The option it is about, where it is about one."""
+    document: str = ""
+    """config, datasets or prompts, where it is about one of an environment's files."""
+    text: str
+    """All of it in one breath."""
+
+
+class FaultAnswer(BaseModel):
+    """The body of every answer that is no success."""
+
+    problems: list[ProblemAnswer]
+
+
+class Fault(Exception):
+    """Ends a request with `status` and what is wrong."""
+
+    def __init__(self, status: int, *problems: Problem) -> None:
+        self.status = status
+        self.problems = problems
+        super().__init__(status, *map(str, problems))
+
+    @classmethod
+    def of(cls, status: int, found: str, expected: str = "", remedy: str = "") -> Self:
+        """The fault of a single problem."""
+        return cls(status, Problem(found, expected, remedy))
+
+
+def answered(problem: Problem) -> ProblemAnswer:
+    """A problem as the API gives it."""
+    return ProblemAnswer(
+        found=problem.found, expected=problem.expected, remedy=problem.remedy, key=problem.key, text=str(problem)
+    )
+
+
+def install(app: FastAPI) -> None:
+    """Answer faults, the shell's errors and requests of the wrong shape in one form."""
+
+    def response(status: int, *problems: Problem) -> JSONResponse:
+        body = FaultAnswer(problems=[answered(problem) for problem in problems])
+        return JSONResponse(body.model_dump(), status_code=status)
+
+    @app.exception_handler(Fault)
+    async def fault(_request: Request, error: Fault) -> JSONResponse:
+        return response(error.status, *error.problems)
+
+    @app.exception_handler(UserError)
+    async def user_error(_request: Request, error: UserError) -> JSONResponse:
+        return response(422, *error.problems)
+
+    @app.exception_handler(RequestValidationError)
+    async def wrong_shape(_request: Request, error: RequestValidationError) -> JSONResponse:
+        found = [
+            Problem(f"{'.'.join(map(str, fault['loc'][1:])) or 'request'}: {fault['msg']}") for fault in error.errors()
+        ]
+        return response(422, *found)
+
+    @app.exception_handler(HTTPException)
+    async def refused(_request: Request, error: HTTPException) -> JSONResponse:
+        return response(error.status_code, Problem(str(error.detail)))

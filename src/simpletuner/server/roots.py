@@ -1,0 +1,42 @@
+"""Which folders the page may see: a path counts only once it is resolved and lies below one of them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from simpletuner.server.faults import Fault
+
+
+@dataclass(frozen=True)
+class Roots:
+    """The workspace, where relative paths start, and other folders that were named when the server was started."""
+
+    workspace: Path
+    others: tuple[Path, ...] = ()
+
+    @property
+    def all(self) -> tuple[Path, ...]:
+        return (self.workspace, *self.others)
+
+    def resolve(self, text: str) -> Path:
+        """The real path that `text` stands for, symbolic links followed; it need not be there.
+
+        Raises:
+            Fault: 403, it lies outside, or 422, it is no path.
+        """
+        if not text or "\0" in text:
+            raise Fault.of(422, f"{text!r} is no path")
+        try:
+            path = (self.workspace / Path(text).expanduser()).resolve()
+        except (OSError, RuntimeError):
+            raise Fault.of(422, f"{text!r} cannot be followed") from None
+        if not any(path.is_relative_to(root) for root in self.all):
+            raise Fault.of(
+                403,
+                f"{text} lies outside the folders of this page",
+                remedy="Start the server with --root FOLDER to add one.",
+            )
+        return path
+
+    def shown(self, path: Path) -> str:
+        """`path` as the page names it, and as `resolve` takes it: relative where it lies in the workspace."""
+        return str(path.relative_to(self.workspace)) if path.is_relative_to(self.workspace) else str(path)
