@@ -1,0 +1,92 @@
+// The server's API. Every answer that is no success is thrown; nothing is swallowed.
+
+/**
+ * One thing that is wrong, as the server says it.
+ * @typedef {{found: string, expected: string, remedy: string, key: string, document: string, text: string}} Problem
+ */
+
+/** An answer that is no success: its status (0 where nothing answered) and what is wrong. */
+export class ApiFault extends Error {
+  /** @param {number} status @param {Problem[]} problems */
+  constructor(status, problems) {
+    super(problems.map((problem) => problem.text).join("\n"));
+    this.name = "ApiFault";
+    this.status = status;
+    this.problems = problems;
+  }
+}
+
+const UNREACHED = "The server does not answer.";
+
+/** @param {string} found @param {string} remedy @returns {Problem} */
+export const problem = (found, remedy = "") => ({
+  found, expected: "", remedy, key: "", document: "", text: remedy ? `${found} ${remedy}` : found,
+});
+
+/** The address of a route: `address("picture", {path, width})`. Parameters that are null are left out. */
+export function address(path, params = {}) {
+  const query = new URLSearchParams();
+  for (const [key, value] of Object.entries(params)) {
+    if (value !== null && value !== undefined) query.set(key, String(value));
+  }
+  const text = query.toString();
+  return `/api/${path}${text ? `?${text}` : ""}`;
+}
+
+/** The fault that an answer's body tells of. */
+function faultOf(status, text) {
+  try {
+    const { problems } = JSON.parse(text);
+    if (Array.isArray(problems) && problems.length) return new ApiFault(status, problems);
+  } catch (error) {
+    if (!(error instanceof SyntaxError)) throw error;
+  }
+  return new ApiFault(status, [problem(`The server answered ${status}.`, text.slice(0, 300))]);
+}
+
+async function call(method, path, params, body, signal) {
+  let answer;
+  try {
+    answer = await fetch(address(path, params), {
+      method,
+      signal,
+      headers: body === undefined ? {} : { "Content-Type": "application/json" },
+      body: body === undefined ? undefined : JSON.stringify(body),
+    });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiFault(0, [problem(UNREACHED, "Is it still running? Start it again with: simpletuner server")]);
+  }
+  const text = await answer.text();
+  if (!answer.ok) throw faultOf(answer.status, text);
+  return text === "" ? null : JSON.parse(text);
+}
+
+export const get = (path, params = {}, signal = undefined) => call("GET", path, params, undefined, signal);
+export const post = (path, body = {}, params = {}, signal = undefined) => call("POST", path, params, body, signal);
+export const put = (path, body = {}, params = {}) => call("PUT", path, params, body);
+export const del = (path, params = {}) => call("DELETE", path, params);
+
+/**
+ * Send a file as the raw body.
+ * @param {string} method @param {string} path @param {object} params @param {Blob} file
+ * @param {(share: number) => void} [progress] from 0 to 1
+ */
+export function upload(method, path, params, file, progress = () => {}) {
+  return new Promise((resolve, reject) => {
+    const request = new XMLHttpRequest();
+    request.open(method, address(path, params));
+    request.setRequestHeader("Content-Type", "application/octet-stream");
+    request.upload.addEventListener("progress", (event) => {
+      if (event.lengthComputable) progress(event.loaded / event.total);
+    });
+    request.addEventListener("load", () => {
+      if (request.status >= 200 && request.status < 300) resolve(JSON.parse(request.responseText || "null"));
+      else reject(faultOf(request.status, request.responseText));
+    });
+    request.addEventListener("error", () => {
+      reject(new ApiFault(0, [problem(UNREACHED, "It may have refused the size of the file.")]));
+    });
+    request.send(file);
+  });
+}

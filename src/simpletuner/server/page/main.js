@@ -1,0 +1,37 @@
+// The page starts here: the frame, and which file shows which screen.
+
+import { problemsOf, toast } from "./dom.js";
+import { follow } from "./router.js";
+
+const SCREENS = {
+  home: { title: "Runs", load: async () => (await import("./home.js")).home },
+  configure: { title: "Configure", load: async () => (await import("./configure.js")).configure },
+  datasets: { title: "Datasets", load: async () => (await import("./datasets.js")).datasets },
+  run: { title: "Run", load: async () => (await import("./run.js")).run },
+  compare: { title: "Compare", load: async () => (await import("./compare.js")).compare },
+};
+
+const main = document.getElementById("main");
+const menu = document.getElementById("menu");
+const nav = document.getElementById("nav");
+
+function unfold(open) {
+  menu.setAttribute("aria-expanded", String(open));
+  nav.classList.toggle("open", open);
+}
+
+menu.addEventListener("click", () => unfold(menu.getAttribute("aria-expanded") === "false"));
+window.addEventListener("hashchange", () => unfold(false));
+
+document.getElementById("skip").addEventListener("click", (event) => {
+  event.preventDefault();
+  main.focus();
+});
+
+// What no screen caught is shown all the same.
+window.addEventListener("unhandledrejection", (event) => {
+  if (event.reason?.name === "AbortError") return;
+  for (const problem of problemsOf(event.reason)) toast(problem.text, "bad");
+});
+
+await follow(main, SCREENS);
