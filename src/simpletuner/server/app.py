@@ -1,5 +1,7 @@
 """The application: routes, faults and the page's files, put together."""
 
+import contextlib
+from collections.abc import AsyncIterator
 from importlib import import_module
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from simpletuner.server import faults
 from simpletuner.server.context import Context
 from simpletuner.server.roots import Roots
 from simpletuner.server.shell import Shell
+from simpletuner.server.work import Jobs
 
 PAGE = Path(__file__).parent / "page"
 SUBJECTS = ("about",)
@@ -20,14 +23,25 @@ SUBJECTS = ("about",)
 
 def create_app(roots: Roots) -> FastAPI:
     """The application over the files below `roots`."""
+    shell = Shell(roots.workspace)
+    jobs = Jobs(shell)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await jobs.close()
+
     app = FastAPI(
         title="simpletuner",
         version=simpletuner.__version__,
         docs_url=None,
         redoc_url=None,
         openapi_url="/api/openapi.json",
+        lifespan=lifespan,
+        # Every operation may be refused, and always in the same form.
+        responses={"default": {"model": faults.FaultAnswer, "description": "What is wrong."}},
     )
-    app.state.context = Context(roots, Shell(roots.workspace))
+    app.state.context = Context(roots, shell, jobs)
     faults.install(app)
     for subject in SUBJECTS:
         app.include_router(import_module(f"simpletuner.server.api.{subject}").router, prefix="/api", tags=[subject])

@@ -1,6 +1,7 @@
 """What every route may ask for."""
 
-from dataclasses import dataclass
+import asyncio
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,9 @@ from fastapi import Depends, Request
 
 from simpletuner.server.roots import Roots
 from simpletuner.server.shell import Shell
+from simpletuner.server.work import Jobs
+
+CHECKS_AT_ONCE = 2
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,13 @@ class Context:
 
     roots: Roots
     shell: Shell
+    jobs: Jobs
+    checking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(CHECKS_AT_ONCE))
+    """Held by each check of a draft while it runs."""
+    planning: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+    """Held by a memory plan, which brings torch."""
+    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held between looking at a document's revision and replacing it."""
 
     @property
     def workspace(self) -> Path:

@@ -8,7 +8,11 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from simpletuner.base.errors import Problem, UserError
+from simpletuner.base.errors import DiskError, Problem, UserError
+
+CLIENT_CLOSED_REQUEST = 499
+STATUS_OF: dict[type[UserError], int] = {DiskError: 507}
+"""Of the shell's errors; 422 for others."""
 
 
 class ProblemAnswer(BaseModel):
@@ -45,6 +49,10 @@ class Fault(Exception):
         return cls(status, Problem(found, expected, remedy))
 
 
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
 def answered(problem: Problem) -> ProblemAnswer:
     """A problem as the API gives it."""
     return ProblemAnswer(
@@ -63,9 +71,18 @@ def install(app: FastAPI) -> None:
     async def fault(_request: Request, error: Fault) -> JSONResponse:
         return response(error.status, *error.problems)
 
+    @app.exception_handler(ClientGone)
+    async def gone(_request: Request, _error: ClientGone) -> JSONResponse:
+        return response(CLIENT_CLOSED_REQUEST, Problem("the client went away"))
+
     @app.exception_handler(UserError)
     async def user_error(_request: Request, error: UserError) -> JSONResponse:
-        return response(422, *error.problems)
+        return response(STATUS_OF.get(type(error), 422), *error.problems)
+
+    @app.exception_handler(Exception)
+    async def bug(_request: Request, _error: Exception) -> JSONResponse:
+        # It is raised again after this answer, so the terminal of the server has the traceback.
+        return response(500, Problem("the server failed", remedy="This is a bug: its terminal says more."))
 
     @app.exception_handler(RequestValidationError)
     async def wrong_shape(_request: Request, error: RequestValidationError) -> JSONResponse:
