@@ -73,6 +73,8 @@ def _plan(loaded: Loaded, request: Request) -> int:
     import torch
 
     from simpletuner.memory.planner import Machine
+    from simpletuner.memory.precision import DTYPES
+    from simpletuner.memory.rate import matmul_rate
     from simpletuner.train.budget import Budget, looked_at, this_machine
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,10 +89,12 @@ def _plan(loaded: Loaded, request: Request) -> int:
     if request.vram_gib is not None or request.ram_gib is not None:
         machine = replace(machine, disk=None)
     budget = Budget(loaded.config, looked_at(loaded), machine)
+    is_this_one = request.vram_gib is None
+    rate = matmul_rate(device, DTYPES[loaded.config.base_dtype]) if is_this_one else None
     if request.as_json:
-        print(json.dumps(budget.summary() | {"notices": list(loaded.notices)}, indent=2, ensure_ascii=False))
+        print(json.dumps(budget.summary(rate) | {"notices": list(loaded.notices)}, indent=2, ensure_ascii=False))
     else:
-        print("\n".join((*loaded.notices, *budget.table())))
+        print("\n".join((*loaded.notices, *budget.table(rate))))
     return 0 if budget.plan.fits else MemoryBudgetError.exit_code
 
 

@@ -118,6 +118,8 @@ class Workload:
     """Tokens of the longest caption, template included; None for as many as a context has."""
     draws: bool = True
     """Whether pictures are made along the way."""
+    steps: int | None = None
+    """Optimiser steps of the run; None where that depends on pictures that nobody has looked at."""
 
     @property
     def tokens(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from simpletuner.base.errors import DataError, MemoryBudgetError
-from simpletuner.base.sizes import GIB, format_size
+from simpletuner.base.sizes import GIB, format_duration, format_size
 from simpletuner.config.datasets import ImageSet
 from simpletuner.config.load import Loaded
 from simpletuner.config.precisions import PRECISIONS
@@ -19,6 +19,8 @@ from simpletuner.data.discover import discover
 from simpletuner.data.geometry import aligned_square
 from simpletuner.data.index import unknown
 from simpletuner.data.manifest import Manifest, scan
+from simpletuner.data.order import Order
+from simpletuner.flux2.arithmetic import training_flop
 from simpletuner.flux2.footprint import Architecture, Footprint, Workload
 from simpletuner.memory.free import free_bytes
 from simpletuner.memory.planner import (
@@ -36,6 +38,7 @@ from simpletuner.memory.planner import (
 )
 from simpletuner.runs import disk
 from simpletuner.runs.events import Phase, PlanEvent
+from simpletuner.train.loop import Plan
 
 RESOLUTION = "resolution"
 """An option of the picture sets and not of the run."""
@@ -107,6 +110,7 @@ def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manife
     samples = [sample for manifest in (*train, *held_out) for sample in manifest.samples]
     captions = {caption for sample in samples for caption in sample.captions} | set(loaded.prompts.values())
     longest = max(map(len, captions))
+    order = Order(train, seed=loaded.config.seed, batch_size=run_batch)
     return Workload(
         (width, height),
         batch,
@@ -114,6 +118,7 @@ def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manife
         captions=len(captions) + 1,
         caption_tokens=TEMPLATE_TOKENS + math.ceil(longest / CHARACTERS_PER_TOKEN),
         draws=_draws(loaded),
+        steps=Plan.of(loaded.config, order).steps,
     )
 
 
@@ -207,8 +212,8 @@ class Budget:
     def _way_out(self) -> str:
         return f"It would fit with {self.remedy}." if self.remedy else "No option of this program would make it fit."
 
-    def table(self) -> list[str]:
-        """The long form: every part of every phase, the caches, the verdict, and the way out."""
+    def table(self, flop_per_s: float | None = None) -> list[str]:
+        """The long form: every part of every phase, the caches, the least time, the verdict, and the way out."""
         work, foot = self.work, Footprint(self.config, self.architecture, self.work, self.machine)
         seen = "as configured; no pictures looked at" if work.pictures is None else f"{work.pictures} pictures"
         told = [f"Memory plan, worst moment of each phase ({seen}):", *table(self.plan), ""]
@@ -216,12 +221,37 @@ class Budget:
             f"Caches: up to {format_size(foot.context_bytes)} a caption, {format_size(foot.latent_bytes)} a picture of "
             f"the largest size; a checkpoint is about {format_size(foot.checkpoint_bytes)}."
         )
+        told.append(self._time(flop_per_s))
         return [*told, *self._verdict()]
 
-    def summary(self) -> dict[str, Any]:
-        """For a JSON reader, in bytes; docs/plan.md says what each key means."""
+    def _time(self, flop_per_s: float | None) -> str:
+        told = f"A step computes {self.step_flop / 1e12:.3g} TFLOP"
+        if flop_per_s is None:
+            return f"{told}."
+        step_s = self.step_flop / flop_per_s
+        told = f"{told}: at least {step_s:.3g} s, at the {flop_per_s / 1e12:.3g} TFLOP/s measured here"
+        return f"{told}; {self.steps} steps {format_duration(self.steps * step_s)}." if self.steps else f"{told}."
+
+    @property
+    def steps(self) -> int | None:
+        """Of the run; None where that depends on pictures that nobody has looked at."""
+        return self.config.max_train_steps or self.work.steps
+
+    @cached_property
+    def step_flop(self) -> int:
+        """What an optimiser step computes, at the largest bucket."""
+        foot = Footprint(self.config, self.architecture, self.work, self.machine)
+        return self.config.gradient_accumulation_steps * training_flop(foot.passing(self.work.bucket, self.work.batch))
+
+    def summary(self, flop_per_s: float | None = None) -> dict[str, Any]:
+        """For a JSON reader, in bytes and seconds; docs/plan.md says what each key means.
+
+        Args:
+            flop_per_s: of the machine; None where it is not this one.
+        """
         foot = Footprint(self.config, self.architecture, self.work, self.machine)
         width, height = self.work.bucket
+        step_s = None if flop_per_s is None else self.step_flop / flop_per_s
         return {
             "workload": {
                 "width": width,
@@ -235,6 +265,13 @@ class Budget:
                 "picture": foot.latent_bytes,
                 "checkpoint": foot.checkpoint_bytes,
                 "trained_parameters": foot.trained,
+            },
+            "time": {
+                "flop": self.step_flop,
+                "flop_per_s": flop_per_s,
+                "step_s": step_s,
+                "steps": self.steps,
+                "total_s": None if step_s is None or self.steps is None else self.steps * step_s,
             },
             "plan": self.plan.summary(),
             "remedy": None if self.remedy is None else self.remedy.summary(),
