@@ -39,7 +39,9 @@ from simpletuner.flux2.spec import AutoencoderSpec, TransformerSpec
 from simpletuner.flux2.tiny.make import TEXT, VAE
 from simpletuner.runs.events import read_events
 
-EVERY_S = 0.02
+EVERY_S = 0.002
+CAPTION = " ".join(["a soft gradient from dark to light"] * 40)
+"""As long as a context: of shorter ones the plan knows the characters only, and takes the most tokens they can be."""
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 LENGTH = 160
 LIMIT = 0.10
@@ -95,8 +97,8 @@ def compare(work: Path, scale: Scale, only: list[str] | None = None) -> list[tup
 
 # In the order of a run, so that each finds its caches full. The second text phase has other keys, and fills its own.
 PHASES: Mapping[str, tuple[str, ...]] = {
-    "text, streamed": ("--text_encoder_mode=streamed", "--output_dir=output/streamed"),
-    "text, resident": ("--text_encoder_mode=resident", "--tokenizer_fix_regex=true", "--output_dir=output/resident"),
+    "text streamed": ("--text_encoder_mode=streamed", "--output_dir=output/streamed"),
+    "text resident": ("--text_encoder_mode=resident", "--tokenizer_fix_regex=true", "--output_dir=output/resident"),
     "latents": ("--text_encoder_mode=streamed", "--output_dir=output/latents"),
     "train": ("--validation_disable", "--output_dir=output/train"),
     "validation": ("--validation_epoch_interval=1", "--output_dir=output/validation"),
@@ -125,15 +127,16 @@ def lay_out(work: Path, scale: Scale) -> None:
     for index in range(PICTURES):
         gradient = Image.linear_gradient("L").resize((scale.edge, scale.edge))
         Image.merge("RGB", (gradient, gradient.rotate(90), Image.new("L", gradient.size, 50 * index))).save(
-            pictures / f"a soft gradient with the number {index}.png"
+            pictures / f"{index}.png"
         )
+        (pictures / f"{index}.txt").write_text(f"number {index}: " + CAPTION, encoding="utf-8")
     settings = {
         "pretrained_model_name_or_path": str(model),
         "tokenizer_max_length": LENGTH,
         "max_train_steps": 1,
         "mixed_precision": "no" if scale.dtype == "fp32" else "bf16",
         "vae_dtype": scale.dtype,
-        "validation_prompt": "a soft gradient",
+        "validation_prompt": CAPTION,
         "validation_resolution": f"{scale.edge}x{scale.edge}",
         "validation_num_inference_steps": 1,
         "validation_step_interval": 0,
@@ -143,7 +146,14 @@ def lay_out(work: Path, scale: Scale) -> None:
         "max_workers": 1,
     }
     datasets: list[dict[str, Any]] = [
-        {"id": "pictures", "type": "local", "instance_data_dir": "pictures", "resolution": scale.edge, "crop": True},
+        {
+            "id": "pictures",
+            "type": "local",
+            "instance_data_dir": "pictures",
+            "caption_strategy": "textfile",
+            "resolution": scale.edge,
+            "crop": True,
+        },
         {"id": "text", "type": "local", "dataset_type": "text_embeds", "default": True, "cache_dir": "cache/text"},
     ]
     (work / "config").mkdir()
@@ -197,7 +207,7 @@ def plan(work: Path, name: str, flags: tuple[str, ...]) -> int:
     command = [sys.executable, "-P", "-m", "simpletuner", "plan", "--json", "--vram=0", "--ram=1000", *flags]
     done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=True)
     phases = json.loads(done.stdout)["plan"]["phases"]
-    (own,) = (phase for phase in phases if phase["phase"] == name.partition(",")[0])
+    (own,) = (phase for phase in phases if phase["phase"] == name.partition(" ")[0])
     return int(own["ram"])
 
 
@@ -215,7 +225,7 @@ sys.exit(main(["train", *sys.argv[1:]]))
 
 def measure(work: Path, name: str, flags: tuple[str, ...]) -> int:
     """The largest growth of a child's memory while the phase is going on."""
-    phase = name.partition(",")[0]
+    phase = name.partition(" ")[0]
     run = work / next(flag for flag in flags if flag.startswith("--output_dir")).partition("=")[2]
     with (work / "child.log").open("w") as log:
         child = subprocess.Popen([sys.executable, "-P", "-c", CHILD, *flags], cwd=work, stdout=log, stderr=log)
