@@ -6,9 +6,9 @@ from simpletuner.flux2.activations import Pass
 def training_flop(passing: Pass) -> int:
     """Floating point operations of one forward and backward pass, a multiply-add being two.
 
-    A block's matrices have 4·hidden² + 3·hidden·inner numbers for each of its tokens, in both kinds of block; attention
-    takes 4·tokens²·hidden. Backwards a matrix costs as much as forwards (twice that where it learns), attention twice as
-    much, and what is recomputed once more. Left out, together below a fiftieth of dev's: adapters, norms, modulation.
+    In both kinds of block the matrices have 4·hidden² + 3·hidden·inner numbers for each of its tokens; attention
+    takes 4·tokens²·hidden. Backwards a matrix costs as much as forwards (twice that where it learns), attention twice
+    that, and what is recomputed once more. Left out, together below a fiftieth of dev's: adapters, norms, modulation.
     """
     spec = passing.spec
     hidden, learning = spec.hidden, 2 if passing.is_full else 1
