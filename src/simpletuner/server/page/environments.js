@@ -1,0 +1,123 @@
+// Choosing an environment, and what can be done with the list of them.
+
+import { address, del, get, post, upload } from "./api.js";
+import { ask, button, confirmTyped, dialog, freshId, h, toast } from "./dom.js";
+import { askBeforeLeaving, go, to } from "./router.js";
+
+const NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$/;
+
+/** How an environment is called; the one without a name is what `simpletuner train` reads unasked. */
+export const called = (name) => (name === "" ? "(default) config/config.json" : name);
+
+const nameFault = (list) => (text) => {
+  if (!NAME.test(text)) return "Letters, digits, dots, dashes and underscores, at most 64; a letter or digit first.";
+  return list.some(({ name }) => name === text) ? "There is one of that name." : "";
+};
+
+/**
+ * The select of environments and the buttons beside it.
+ * @param {{list: object[], name: string|null, screen: string, verbs: boolean}} what
+ */
+export function environmentBar({ list, name, screen, verbs }) {
+  const id = freshId("environment");
+  const select = h("select", { id, onchange: () => { const wanted = select.value; select.value = name ?? ""; go(to(screen, wanted)); } },
+    list.map((one) => h("option", { value: one.name }, called(one.name))));
+  select.value = name ?? "";
+  const bar = h("div", { class: "row environment-bar" }, h("label", { for: id }, "Environment"), select);
+  if (!verbs) return bar;
+  bar.append(
+    button("New", () => make(list, "empty"), { icon: "plus" }),
+    button("Copy", () => make(list, "copy", name), { icon: "copy", kind: "quiet" }),
+    name === "" ? "" : button("Rename", () => rename(list, name), { icon: "edit", kind: "quiet" }),
+    h("a", { class: "button quiet", href: address("environment/export", { name }), download: `${name || "config"}.zip` }, "Export"),
+    importButton(list),
+    button("Delete", () => remove(name), { icon: "trash", kind: "quiet" }));
+  return bar;
+}
+
+/** The dialog for a new environment. */
+export async function make(list, kind, source = "") {
+  const { examples = [] } = await get("about");
+  const name = freshId("new");
+  const sources = {
+    empty: [["", "nothing"]],
+    example: examples.map((example) => [example, example]),
+    copy: list.map((one) => [one.name, called(one.name)]),
+  };
+  const input = h("input", { id: name, autocomplete: "off", spellcheck: "false", "aria-describedby": `${name}-fault` });
+  const kinds = [["empty", "An empty config"], ["example", "A built-in example"], ["copy", "A copy of another"]]
+    .filter(([one]) => sources[one].length > 0);
+  const starts = h("select", { id: `${name}-kind`, onchange: () => fillSources() }, kinds.map(([one, label]) => h("option", { value: one }, label)));
+  const from = h("select", { id: `${name}-from` });
+  const fromRow = h("div", {}, h("label", { for: from.id }, "Which"), from);
+  const fault = h("p", { class: "fault", id: `${name}-fault`, "aria-live": "polite" });
+  const fillSources = () => {
+    from.replaceChildren(...sources[starts.value].map(([value, label]) => h("option", { value }, label)));
+    fromRow.hidden = starts.value === "empty";
+  };
+  starts.value = kind;
+  fillSources();
+  if (kind === "copy") from.value = source ?? "";
+
+  const answer = await dialog({
+    title: "New environment",
+    body: [h("div", {}, h("label", { for: name }, "Name"), input, fault),
+      h("div", {}, h("label", { for: starts.id }, "Start from"), starts), fromRow],
+    actions: [{ label: "Cancel", value: null }, { label: "Make it", value: "yes", kind: "primary" }],
+    opened(box, close) {
+      const accept = box.querySelector('[data-action="yes"]');
+      const review = () => {
+        const wrong = nameFault(list)(input.value);
+        fault.textContent = input.value === "" ? "" : wrong;
+        accept.disabled = wrong !== "";
+      };
+      input.addEventListener("input", review);
+      input.addEventListener("keydown", (event) => {
+        if (event.key === "Enter" && !accept.disabled) close("yes");
+      });
+      review();
+      input.focus();
+    },
+  });
+  if (answer === null) return;
+  await post("environments", { name: input.value, kind: starts.value, source: from.value || "" });
+  go(to("configure", input.value));
+}
+
+async function rename(list, name) {
+  const wanted = await ask(`Rename ${name}`, { label: "New name", value: name, yes: "Rename", check: nameFault(list) });
+  if (wanted === null) return;
+  await post("environment/rename", { name, new_name: wanted });
+  askBeforeLeaving(null);
+  go(to("configure", wanted));
+}
+
+async function remove(name) {
+  const note = "Its files are deleted: config, dataset list and prompts. Pictures, caches and runs stay.";
+  if (name === "") {
+    if (!(await confirmTyped("Delete config/config.json", note, "config.json"))) return;
+  } else if (!(await confirmTyped(`Delete ${name}`, note, name))) return;
+  await del("environment", { name, confirm: name });
+  askBeforeLeaving(null);
+  toast(`${called(name)} was deleted.`);
+  go("#/configure/");
+}
+
+/** Import by choosing a file; see also `importFile` for a drop. */
+export function importButton(list) {
+  const input = h("input", { type: "file", accept: ".zip,.json,.toml", hidden: true, onchange: () => {
+    if (input.files.length) importFile(list, input.files[0]);
+    input.value = "";
+  } });
+  return h("span", {}, input, button("Import", () => input.click(), { icon: "upload", kind: "quiet", title: "A zip that was exported, or a config.json. It can be dropped here too." }));
+}
+
+/** Bring in an exported zip or a config.json under a name that is asked for. */
+export async function importFile(list, file) {
+  const stem = file.name.replace(/\.[^.]*$/, "").replace(/[^A-Za-z0-9._-]/g, "-").replace(/^[^A-Za-z0-9]+/, "");
+  const free = nameFault(list)(stem) === "" ? stem : "";
+  const name = await ask(`Import ${file.name}`, { label: "Name of the new environment", value: free, yes: "Import", check: nameFault(list) });
+  if (name === null) return;
+  await upload("POST", "environment/import", { name }, file);
+  go(to("configure", name));
+}

@@ -1,0 +1,202 @@
+// One option of a form: its label, help, input, default and what is wrong with it.
+
+import { button, fill, freshId, h, problemText } from "./dom.js";
+import { chooseFolder } from "./folders.js";
+import { JsonFault, read } from "./jsontext.js";
+
+const NUMBER = /^-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?$/;
+
+/** A value as the form shows it. */
+export function shown(value) {
+  if (value === null || value === undefined) return "none";
+  if (value === true) return "on";
+  if (value === false) return "off";
+  if (typeof value === "number") return plainNumber(value);
+  return typeof value === "string" ? value : JSON.stringify(value);
+}
+
+function plainNumber(value) {
+  if (value !== 0 && Math.abs(value) < 0.001) return value.toExponential();
+  return String(value);
+}
+
+/**
+ * What a row stands for in the text: the value and its JSON, or undefined where it is not given.
+ * @typedef {{value: any, raw: string} | undefined} Given
+ */
+
+/**
+ * A row of the form.
+ * @param {object} field as GET /api/form gives it
+ * @param {(raw: string|null) => void} change writes the JSON of a new value, or null for the default
+ */
+export function fieldRow(field, change) {
+  const id = freshId(`field-${field.name}`);
+  const fault = h("div", { class: "fault", id: `${id}-fault`, "aria-live": "polite" });
+  const origin = h("p", { class: "hint", hidden: true });
+  const mark = h("span", { class: "badge accent", hidden: true }, "changed");
+  const reset = button("", () => { change(null); control.focus(); }, {
+    icon: "reset", kind: "quiet tiny", label: `Set ${field.name} to its default`, hidden: true,
+  });
+  const describedBy = `${id}-help ${id}-default ${id}-fault`;
+  const control = controlFor(field, id, describedBy, change, (text) => { fault.textContent = text; });
+  const unit = field.unit ? h("span", { class: "unit" }, field.unit) : null;
+  const head = h(control.isGroup ? "span" : "label", control.isGroup ? { id: `${id}-label`, class: "label" } : { for: id }, field.name);
+
+  const node = h("div", { class: "field", dataset: { name: field.name } },
+    h("div", { class: "field-words" },
+      h("div", { class: "field-name" }, head, field.required ? h("span", { class: "badge" }, "needed") : null, mark, reset),
+      h("p", { class: "help", id: `${id}-help` }, field.meaning)),
+    h("div", { class: "field-input" },
+      h("div", { class: "row" }, control.node, unit),
+      h("p", { class: "hint", id: `${id}-default` }, defaultText(field)),
+      origin,
+      fault));
+
+  let differs = false;
+  return {
+    node,
+    field,
+    focus: () => control.focus(),
+    /** Whether the text gives another value than the default. */
+    get differs() { return differs; },
+    /** @param {Given} given @param {any} [effective] @param {string} [from] */
+    show(given, effective, from) {
+      control.show(given);
+      differs = given !== undefined && JSON.stringify(given.value) !== JSON.stringify(field.default);
+      mark.hidden = !differs;
+      reset.hidden = given === undefined;
+      node.classList.toggle("differs", differs);
+      origin.hidden = from === undefined || from === "default" || from === "file";
+      origin.textContent = origin.hidden ? "" : `Set by ${from === "environment" ? "an environment variable" : from}: ${shown(effective)}`;
+    },
+    /** @param {import("./api.js").Problem[]} problems */
+    blame(problems) {
+      fault.replaceChildren(...problems.map((one) => h("p", {}, problemText(one))));
+      control.invalid(problems.length > 0);
+    },
+    lock(locked) { control.lock(locked); reset.disabled = locked; },
+    matches: (words) => words.every((word) => `${field.name} ${field.meaning} ${control.text()}`.toLowerCase().includes(word)),
+  };
+}
+
+function defaultText(field) {
+  if (field.required) return capital(field.expects);
+  const ends = field.expects && field.kind !== "boolean" && field.kind !== "choice" ? ` · ${field.expects}` : "";
+  return `Default: ${shown(field.default)}${ends}`;
+}
+
+const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
+
+function controlFor(field, id, describedBy, change, complain) {
+  if (field.kind === "boolean") return threeStates(field, id, describedBy, change);
+  if (field.kind === "choice") return choices(field, id, describedBy, change);
+  if (field.kind === "json") return structure(field, id, describedBy, change, complain);
+  return line(field, id, describedBy, change);
+}
+
+function threeStates(field, id, describedBy, change) {
+  const states = [["", field.required ? "unset" : `Default (${shown(field.default)})`], ["true", "On"], ["false", "Off"]];
+  const inputs = states.map(([value]) => h("input", {
+    type: "radio", name: id, value, "aria-describedby": describedBy, onchange: () => change(value || null),
+  }));
+  const node = h("div", { class: "choices", role: "radiogroup", "aria-labelledby": `${id}-label` },
+    states.map(([, label], at) => h("label", {}, inputs[at], label)));
+  return {
+    node,
+    isGroup: true,
+    focus: () => (inputs.find((input) => input.checked) ?? inputs[0]).focus(),
+    show(given) {
+      const text = given === undefined ? "" : String(given.value).toLowerCase();
+      for (const input of inputs) input.checked = input.value === text;
+    },
+    text: () => inputs.find((input) => input.checked)?.value ?? "",
+    invalid(wrong) { node.classList.toggle("wrong", wrong); },
+    lock(locked) { for (const input of inputs) input.disabled = locked; },
+  };
+}
+
+function choices(field, id, describedBy, change) {
+  const select = h("select", { id, "aria-describedby": describedBy, onchange: () => change(select.value === "" ? null : JSON.stringify(select.value)) },
+    h("option", { value: "" }, field.required ? "Choose …" : `Default (${shown(field.default)})`),
+    field.choices.map((choice) => h("option", { value: choice }, choice)));
+  return simple(select, (given) => {
+    const text = given === undefined ? "" : String(given.value);
+    if (text !== "" && ![...select.options].some((option) => option.value === text)) select.append(h("option", { value: text }, text));
+    select.value = text;
+  });
+}
+
+function structure(field, id, describedBy, change, complain) {
+  const area = h("textarea", {
+    id, rows: "3", class: "mono", spellcheck: "false", "aria-describedby": describedBy,
+    placeholder: field.default === null ? "" : JSON.stringify(field.default),
+    oninput() {
+      try {
+        if (area.value.trim() !== "") read(area.value);
+      } catch (error) {
+        if (!(error instanceof JsonFault)) throw error;
+        complain(`Line ${error.line}, column ${error.column}: ${error.message}.`);
+        area.setAttribute("aria-invalid", "true");
+        return;
+      }
+      complain("");
+      area.removeAttribute("aria-invalid");
+      change(area.value.trim() === "" ? null : area.value.trim());
+    },
+  });
+  return simple(area, (given) => { area.value = given === undefined ? "" : given.raw; });
+}
+
+function line(field, id, describedBy, change) {
+  const numeric = field.kind === "integer" || field.kind === "number";
+  const input = h("input", {
+    id, type: "text", autocomplete: "off", spellcheck: "false", "aria-describedby": describedBy,
+    inputmode: field.kind === "integer" ? "numeric" : numeric ? "decimal" : null,
+    required: field.required,
+    placeholder: field.default === null || field.default === undefined ? "" : shown(field.default),
+    oninput() {
+      const text = numeric ? input.value.trim() : input.value;
+      if (text === "") change(null);
+      else change(numeric && NUMBER.test(text) ? text : JSON.stringify(text));
+    },
+  });
+  const control = simple(input, (given) => {
+    input.value = given === undefined ? "" : typeof given.value === "string" ? given.value : given.raw;
+  });
+  if (field.kind !== "path") return control;
+  const pick = button("", async () => {
+    const folder = await chooseFolder(input.value);
+    if (folder === null) return;
+    input.value = folder;
+    change(JSON.stringify(folder));
+  }, { icon: "folder", label: `Choose a folder for ${field.name}` });
+  return {
+    ...control,
+    node: fill(h("span", { class: "with-button" }), input, pick),
+    lock(locked) { control.lock(locked); pick.disabled = locked; },
+  };
+}
+
+/** A control of one input. What is being typed is not written over. */
+function simple(input, show) {
+  let last;
+  input.addEventListener("blur", () => {
+    if (input.tagName === "INPUT") show(last);
+  });
+  return {
+    node: input,
+    isGroup: false,
+    focus: () => input.focus(),
+    show(given) {
+      last = given;
+      if (document.activeElement !== input || input.tagName === "SELECT") show(given);
+    },
+    text: () => input.value,
+    invalid(wrong) {
+      if (wrong) input.setAttribute("aria-invalid", "true");
+      else input.removeAttribute("aria-invalid");
+    },
+    lock(locked) { input.disabled = locked; },
+  };
+}

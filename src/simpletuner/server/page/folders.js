@@ -1,0 +1,53 @@
+// Choosing a folder among those that the page may see.
+
+import { get, post } from "./api.js";
+import { ask, button, dialog, fill, h, icon, problemPanel } from "./dom.js";
+import { some } from "./format.js";
+
+/**
+ * Let a person choose a folder, starting at `path`; null where none was chosen.
+ * @param {string} path @returns {Promise<string|null>}
+ */
+export async function chooseFolder(path) {
+  const { roots } = await get("about");
+  let here = null;
+  const body = h("div", { class: "stack" });
+
+  async function open(where, fallback = null) {
+    try {
+      here = await get("folders", { path: where });
+    } catch (error) {
+      if (fallback !== null) return open(fallback);
+      body.replaceChildren(problemPanel(error), button("To the start", () => open("."), { icon: "left" }));
+      return undefined;
+    }
+    body.replaceChildren(
+      h("div", { class: "row" }, roots.map((root, at) =>
+        button(at === 0 ? "Workspace" : root, () => open(at === 0 ? "." : root), { icon: "folder", kind: "tiny" }))),
+      h("p", { class: "mono path", "aria-live": "polite" }, here.path),
+      h("p", { class: "hint" }, `${some(here.pictures, "picture")}, ${some(here.captions, "caption file")} in it`),
+      fill(h("ul", { class: "plain folders" }),
+        here.parent === null ? null : h("li", {}, button("Up", () => open(here.parent), { icon: "up", kind: "quiet" })),
+        here.folders.map((folder) => h("li", {},
+          h("button", { type: "button", class: "quiet", onclick: () => open(folder.path) }, icon("folder"), folder.name))),
+        here.folders.length === 0 ? h("li", { class: "dim small" }, "No folders in it") : null),
+      h("div", {}, button("Make a folder here", make, { icon: "plus" })),
+    );
+    return undefined;
+  }
+
+  async function make() {
+    const name = await ask("Make a folder", { label: `Name, in ${here.path}`, yes: "Make it", check: (text) => (text.trim() ? "" : "A name is missing.") });
+    if (name === null) return;
+    const made = await post("folder", { path: here.path, name: name.trim() });
+    await open(made.path);
+  }
+
+  await open(path === "" ? "." : path, ".");
+  const chosen = await dialog({
+    title: "Choose a folder",
+    body,
+    actions: [{ label: "Cancel", value: null }, { label: "Choose this folder", value: "chosen", kind: "primary" }],
+  });
+  return chosen === null || here === null ? null : here.path;
+}
