@@ -39,6 +39,11 @@ class Kind:
     near: tuple[str, ...] = ()
     """Names of which the nearest is suggested for a value that is not accepted."""
 
+    minimum: float | None = None
+    """The lower bound of a number; `expects` says whether it is allowed itself."""
+
+    maximum: float | None = None
+
 
 def listed(names: Iterable[str], word: str = "or") -> str:
     """ "a, b or c"."""
@@ -86,6 +91,10 @@ def _in_words(base: Any, marks: Sequence[Any]) -> str:
     return " ".join((noun, " and ".join(bounds))) if bounds else noun
 
 
+def _bound(bounds: Sequence[Any]) -> float | None:
+    return next((bound for bound in bounds if isinstance(bound, int | float)), None)
+
+
 def _kind(field: FieldInfo) -> Kind:
     base, marks = _unwrapped(field.annotation, field.metadata)
     is_choice = get_origin(base) is Literal
@@ -98,6 +107,8 @@ def _kind(field: FieldInfo) -> Kind:
         is_model=any(isinstance(mark, IsModel) for mark in marks),
         is_json=any(isinstance(mark, IsJson) for mark in marks),
         near=next((mark.near for mark in marks if isinstance(mark, Says) and mark.near), choices),
+        minimum=_bound([mark.ge if isinstance(mark, Ge) else mark.gt for mark in marks if isinstance(mark, Ge | Gt)]),
+        maximum=_bound([mark.le if isinstance(mark, Le) else mark.lt for mark in marks if isinstance(mark, Le | Lt)]),
     )
 
 

@@ -17,7 +17,7 @@ from simpletuner.server.shell import Shell
 from simpletuner.server.work import Jobs
 
 PAGE = Path(__file__).parent / "page"
-SUBJECTS = ("about",)
+SUBJECTS = ("about", "environments", "jobs")
 """Modules of `simpletuner.server.api`, each with a `router`."""
 
 

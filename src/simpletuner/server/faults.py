@@ -55,9 +55,12 @@ class ClientGone(Exception):
 
 def answered(problem: Problem) -> ProblemAnswer:
     """A problem as the API gives it."""
-    return ProblemAnswer(
-        found=problem.found, expected=problem.expected, remedy=problem.remedy, key=problem.key, text=str(problem)
+    found, expected, remedy, key, text = (
+        # What came in as half a character cannot go out as one.
+        part.encode(errors="backslashreplace").decode()
+        for part in (problem.found, problem.expected, problem.remedy, problem.key, str(problem))
     )
+    return ProblemAnswer(found=found, expected=expected, remedy=remedy, key=key, text=text)
 
 
 def install(app: FastAPI) -> None:

@@ -49,6 +49,11 @@ class Job(BaseModel):
     problems: list[ProblemAnswer] = []
 
 
+def from_json(text: str) -> Any:
+    """The JSON value in `text`; null stands for numbers that JSON does not know."""
+    return json.loads(text, parse_constant=lambda _: None)
+
+
 class Jobs:
     """All jobs of this server."""
 
@@ -57,7 +62,7 @@ class Jobs:
         self._jobs: dict[str, Job] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    def start(self, kind: Kind, arguments: Sequence[str], result: Callable[[str], Any] = json.loads) -> Job:
+    def start(self, kind: Kind, arguments: Sequence[str], result: Callable[[str], Any] = from_json) -> Job:
         """Start `simpletuner ARGUMENTS` and follow it. `result` makes the job's result of what a successful command
         printed; it may raise a UserError, which then fails the job. Called inside the event loop.
 

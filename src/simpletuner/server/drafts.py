@@ -1,0 +1,105 @@
+"""A draft that the shell is to judge: written to a temporary folder, of which no answer tells."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from simpletuner.base.errors import ConfigError
+from simpletuner.config.documents import read_document
+from simpletuner.server.environments import (
+    DOCUMENTS,
+    FILE_NAMES,
+    NAME_OR_NONE,
+    REFERENCES,
+    DocumentName,
+    Environment,
+    encoded,
+    named_by,
+    options_in,
+    read_text,
+)
+from simpletuner.server.faults import ProblemAnswer
+from simpletuner.server.shell import Finished
+
+
+class Draft(BaseModel):
+    """An environment's documents as they would be saved. One that is null is as it is on disk."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(pattern=NAME_OR_NONE)
+    config: str
+    datasets: str | None = None
+    prompts: str | None = None
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """A draft on disk."""
+
+    flags: tuple[str, ...]
+    """They make a command read it."""
+    folder: Path
+    shown: Mapping[DocumentName, str]
+    """How messages are to call each document."""
+    overridden: tuple[str, ...]
+    """Options that stand in the draft and were given as flags, to lead to it."""
+    names: Mapping[DocumentName, str]
+    """How each is called in the temporary folder."""
+
+    def document_of(self, problem: ProblemAnswer) -> DocumentName:
+        """Which document a message is about: the one that it names first, else the config."""
+        places = {name: problem.text.find(shown) for name, shown in self.shown.items()}
+        named = {name: place for name, place in places.items() if place >= 0}
+        if problem.key or not named:
+            return "config"
+        return min(named, key=lambda name: (named[name], -len(self.shown[name])))
+
+    def cleaned(self, text: str) -> str:
+        """`text` with the documents' own paths in place of the temporary ones."""
+        for document in DOCUMENTS:
+            text = text.replace(str(self.folder / self.names[document]), self.shown[document])
+        return text.replace(str(self.folder), str(Path(self.shown["config"]).parent))
+
+
+def without_traces(finished: Finished, written: Drafted) -> Finished:
+    """What a command printed, with the documents' own paths."""
+    return replace(finished, out=written.cleaned(finished.out), err=written.cleaned(finished.err))
+
+
+def drafted(draft: Draft, environment: Environment, folder: Path) -> Drafted:
+    """Write a draft to `folder`.
+
+    Raises:
+        Fault: a document is too large or cannot be read.
+    """
+    own = environment.config
+    names: dict[DocumentName, str] = {
+        "config": own.name,
+        **{name: FILE_NAMES[name] for name in ("datasets", "prompts")},
+    }
+    (folder / own.name).write_bytes(encoded(draft.config))
+    try:
+        named = named_by(options_in(read_document(folder / own.name, own.name)))
+    except (ConfigError, ValueError, RecursionError):
+        named = {}
+    shown: dict[DocumentName, str] = {"config": environment.roots.shown(own)}
+    flags, overridden = [f"--config={folder / own.name}"], []
+    texts: dict[DocumentName, str | None] = {"datasets": draft.datasets, "prompts": draft.prompts}
+    for document, text in texts.items():
+        beside = own.with_name(FILE_NAMES[document])
+        shown[document] = named.get(document, environment.roots.shown(beside))
+        path = folder / names[document]
+        if text is not None:
+            path.write_bytes(encoded(text))
+            if document in named:
+                flags.append(f"--{REFERENCES[document]}={path}")
+                overridden.append(REFERENCES[document])
+        elif document not in named:
+            environment.roots.resolve(str(beside))
+            there, _ = read_text(beside)
+            if there is not None:
+                path.write_text(there, encoding="utf-8")
+    return Drafted(tuple(flags), folder, shown, tuple(overridden), names)

@@ -1,0 +1,50 @@
+"""The form names every option once, in the words of the docs."""
+
+import json
+
+from simpletuner.config.datasets import ImageSet, TextStore
+from simpletuner.config.form import BASIC, BASIC_OF_SETS, UNITS, form
+from simpletuner.config.run import OPTION_NAMES, RunConfig
+
+
+def test_every_option_is_asked_for_once() -> None:
+    assert tuple(field.name for group in form().groups for field in group.fields) == OPTION_NAMES
+    assert [field.name for field in form().image_set] == list(ImageSet.model_fields)
+    assert [field.name for field in form().text_store] == list(TextStore.model_fields)
+
+
+def test_what_is_marked_is_an_option() -> None:
+    keys_of_sets = ImageSet.model_fields.keys() | TextStore.model_fields.keys()
+    assert set(OPTION_NAMES) >= BASIC
+    assert keys_of_sets >= BASIC_OF_SETS
+    assert keys_of_sets | set(OPTION_NAMES) >= UNITS.keys()
+    assert len(BASIC) <= 30
+
+
+def test_each_field_says_what_it_takes() -> None:
+    fields = {field.name: field for group in form().groups for field in group.fields}
+    assert all(field.meaning and field.expects for field in fields.values())
+    assert fields["gradient_checkpointing"].kind == "boolean"
+    assert fields["lora_rank"].kind == "integer"
+    assert (fields["lora_rank"].minimum, fields["lora_rank"].default, fields["lora_rank"].basic) == (1, 16, True)
+    assert (fields["learning_rate"].kind, fields["learning_rate"].minimum) == ("number", 0)
+    assert (fields["lora_dropout"].minimum, fields["lora_dropout"].maximum) == (0, 1)
+    assert (fields["flux_lora_target"].kind, fields["flux_lora_target"].choices[0]) == ("choice", "all")
+    assert fields["pretrained_model_name_or_path"].kind == "model"
+    assert fields["output_dir"].kind == "path"
+    assert fields["peft_lora_target_modules"].kind == "json"
+    assert fields["flow_custom_timesteps"].kind == "json"
+    assert "adamw" in fields["optimizer"].choices
+    assert fields["max_train_steps"].unit == "steps"
+    assert {field.name: field.required for field in form().image_set}["instance_data_dir"]
+
+
+def test_defaults_are_those_of_the_config() -> None:
+    defaults = RunConfig().model_dump(mode="json")
+    shown = json.loads(form().model_dump_json())
+    assert {field["name"]: field["default"] for group in shown["groups"] for field in group["fields"]} == defaults
+
+
+def test_no_link_of_the_docs_is_left() -> None:
+    every = [field for group in form().groups for field in group.fields] + form().image_set
+    assert not [field.name for field in every if "](" in field.meaning]
