@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -107,6 +108,9 @@ def sha256_json(value: Any) -> str:
 class DirectoryLock:
     """Holds `path` for this process; the file names the holder's pid. The system lets go when the process ends."""
 
+    TRIES, EVERY_S = 10, 0.02
+    """Whoever looks whether it is held (`is_held`) holds it for an instant: no reason to give up."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = -1
@@ -114,15 +118,20 @@ class DirectoryLock:
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(self._file, 64).decode(errors="replace").strip() or "unknown"
-            os.close(self._file)
-            raise CheckpointError.of(
-                f"{self.path.parent} is in use by process {holder}",
-                remedy="Wait for it, stop it, or give this run another --output_dir.",
-            ) from None
+        for left in reversed(range(self.TRIES)):
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if left:
+                    time.sleep(self.EVERY_S)
+                    continue
+                holder = os.read(self._file, 64).decode(errors="replace").strip() or "unknown"
+                os.close(self._file)
+                raise CheckpointError.of(
+                    f"{self.path.parent} is in use by process {holder}",
+                    remedy="Wait for it, stop it, or give this run another --output_dir.",
+                ) from None
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
         return self
@@ -130,3 +139,25 @@ class DirectoryLock:
     def __exit__(self, *_: object) -> None:
         os.ftruncate(self._file, 0)
         os.close(self._file)
+
+    def is_held(self) -> bool:
+        """Whether a process holds it now, this one included. Never by its pid: another may have that by now."""
+        try:
+            file = os.open(self.path, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(file)
+        return False
+
+    def pid(self) -> int | None:
+        """The process that the file names; the holder, where it `is_held`."""
+        try:
+            text = self.path.read_text(encoding="ascii", errors="replace").strip()
+        except FileNotFoundError:
+            return None
+        return int(text) if text.isdecimal() else None

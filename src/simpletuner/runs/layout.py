@@ -40,6 +40,11 @@ class RunDirectory:
         return self.root / "run.log"
 
     @property
+    def console(self) -> Path:
+        """What a run that was started without a terminal printed."""
+        return self.root / "console.log"
+
+    @property
     def control(self) -> Path:
         return self.root / "control"
 

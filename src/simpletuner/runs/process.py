@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from simpletuner.base.errors import Stopped
+from simpletuner.base.errors import CheckpointError, Stopped
+from simpletuner.base.files import disk_full_is_reported
+from simpletuner.runs.layout import RunDirectory
 
 Request = Literal["stop", "save", "validate"]
 
@@ -16,6 +18,20 @@ Request = Literal["stop", "save", "validate"]
 def stopped(found: str) -> Stopped:
     """The end of a run that was asked to stop."""
     return Stopped.of(found, remedy="Give the same command again to go on.")
+
+
+def ask(run: RunDirectory, request: Request) -> None:
+    """Ask the process that holds `run` for `request`. It obeys after the step, or before the training at once (a stop)
+    or not at all (the others).
+
+    Raises:
+        CheckpointError: no process holds the run.
+        DiskError: the disk is read-only or full.
+    """
+    if not run.lock().is_held():
+        raise CheckpointError.of(f"{run.root}: no process trains here", "a run that is going on")
+    with disk_full_is_reported(run.control / request):
+        (run.control / request).touch()
 
 
 class Requests:

@@ -1,0 +1,290 @@
+"""Where a run stands, read from its lock and the two ends of its events: quick, however long they are."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from simpletuner.runs.layout import RunDirectory
+
+State = Literal["new", "running", "done", "stopped", "failed", "killed"]
+
+BLOCK = 1 << 18
+"""Bytes read at once."""
+
+_REASONS: dict[str, State] = {"done": "done", "stopped": "stopped", "error": "failed"}
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run at a glance. What is not known (yet) is None."""
+
+    root: Path
+    """The run directory."""
+    state: State
+    """new: nothing has happened yet. running: a process holds it. killed: the last attempt just broke off."""
+    pid: int | None
+    """Process that holds it, while it is running."""
+    phase: str | None
+    """The phase that is going on, or that the last attempt broke off in."""
+    progress: tuple[int, int] | None
+    """Items done and in all, of a phase other than training."""
+    step: int
+    """Steps that are finished."""
+    steps: int | None
+    """Steps in all."""
+    loss: float | None
+    """Of the last step."""
+    seconds_per_step: float | None
+    """Wall time of the last step."""
+    held_out: tuple[float, float] | None
+    """The first and the last held-out loss."""
+    attempt: int
+    """1 at the first start, one more after each restart; 0 before it."""
+    started: str | None
+    """Time of the first event; UTC, ISO 8601, as in the events."""
+    updated: str | None
+    """Time of the last event."""
+    ended: str | None
+    """When the last attempt ended; None while it is running, and where it was killed."""
+    error: str | None
+    """What the last attempt ended with: found, expected, remedy."""
+    exit_code: int | None
+    """Of the last attempt, once it has ended."""
+    lora: Path | None
+    """The finished LoRA, if the run is done."""
+    model: Path | None
+    """The finished model of a full run, if the run is done."""
+    last_id: int
+    """Of the last event; 0 before the first."""
+
+
+def status_of(run: RunDirectory) -> RunStatus:
+    """Where `run` stands now. Takes milliseconds also where its events are many megabytes.
+
+    A run directory that is missing or empty is "new". Damaged lines are passed over.
+    """
+    # Before the events: a run that ends in between is then still running, and not killed.
+    is_held = run.lock().is_held()
+    pid = run.lock().pid() if is_held else None
+    try:
+        file = run.events.open("rb")
+    except (FileNotFoundError, NotADirectoryError):
+        return _assembled(run, _Tail(), is_held=is_held, pid=pid)
+    with file:
+        tail = _read_tail(file)
+        if tail.last is not None:
+            tail.first = next(_events_forward(file), None)
+            if tail.run is None:
+                tail.run = next(_backwards(file, "run", tail.looked_to), None)
+            if tail.step is None:
+                tail.step = next(_backwards(file, "step", tail.looked_to), None)
+            tail.held_out = _held_out(file)
+    return _assembled(run, tail, is_held=is_held, pid=pid)
+
+
+def find_runs(folder: Path, depth: int = 3) -> list[RunDirectory]:
+    """The run directories below `folder`, itself included, at most `depth` folders down; in the order of their paths.
+
+    A run is a folder with events.jsonl. Runs are not looked for inside runs, nor behind links.
+    """
+    if (folder / "events.jsonl").is_file():
+        return [RunDirectory(folder)]
+    if depth == 0 or not folder.is_dir():
+        return []
+    try:
+        below = sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
+    except PermissionError:
+        return []
+    return [run for path in below for run in find_runs(path, depth - 1)]
+
+
+@dataclass
+class _Tail:
+    """What the last lines told."""
+
+    first: dict[str, Any] | None = None
+    last: dict[str, Any] | None = None
+    end: dict[str, Any] | None = None
+    """That of the last attempt."""
+    error: dict[str, Any] | None = None
+    run: dict[str, Any] | None = None
+    step: dict[str, Any] | None = None
+    done: int | None = None
+    """Steps finished, by whichever event told last."""
+    phase: str | None = None
+    progress: tuple[int, int] | None = None
+    held_out: tuple[float, float] | None = None
+    looked_to: int = 0
+    """Byte of the file that all events after were looked at."""
+
+
+def _read_tail(file: BinaryIO) -> _Tail:
+    """The last events, back to where the current phase is known; never more than a few blocks."""
+    tail = _Tail()
+    ended: list[str] = []
+    knows_phase = False
+    for start, event in _events_backward(file):
+        if tail.last is None:
+            tail.last = event
+        tail.looked_to = start
+        kind, is_current = event["type"], event["attempt"] == tail.last["attempt"]
+        if not is_current:
+            knows_phase = True
+        if kind == "end" and is_current:
+            tail.end = tail.end or event
+        elif kind == "error" and is_current:
+            tail.error = tail.error or event
+        elif kind == "run":
+            tail.run = tail.run or event
+        elif kind == "step":
+            tail.step = tail.step or event
+        if tail.done is None:
+            tail.done = _finished(event)
+        if not knows_phase:
+            knows_phase = _look_for_phase(event, tail, ended)
+        if knows_phase and tail.done is not None:
+            break
+    return tail
+
+
+def _finished(event: dict[str, Any]) -> int | None:
+    """Steps that are finished, if `event` tells."""
+    if event["type"] == "step":
+        return int(event["step"])
+    if event["type"] == "run":
+        return int(event["resumed_from"] or 0)
+    # An attempt that was refused ends with step 0, whatever lies on the disk.
+    return int(event["step"]) or None if event["type"] == "end" else None
+
+
+def _look_for_phase(event: dict[str, Any], tail: _Tail, ended: list[str]) -> bool:
+    """Going backwards, whether `event` tells which phase the last one belongs to."""
+    kind = event["type"]
+    if kind == "step":
+        tail.phase = "train"
+        return True
+    if kind == "phase" and event["state"] == "end":
+        ended.append(event["phase"])
+    elif kind == "phase" and event["phase"] in ended:
+        ended.remove(event["phase"])
+    elif kind == "phase":
+        tail.phase = event["phase"]
+        return True
+    elif kind == "progress" and event["phase"] not in ended:
+        tail.phase, tail.progress = event["phase"], (event["done"], event["total"])
+        return True
+    return False
+
+
+def _assembled(run: RunDirectory, tail: _Tail, *, is_held: bool, pid: int | None) -> RunStatus:
+    end = None if is_held else tail.end
+    state: State = "new" if tail.last is None else "killed"
+    if is_held:
+        state = "running"
+    elif end is not None:
+        state = _REASONS[end["reason"]]
+    error = None if is_held or tail.error is None else tail.error["text"]
+    results = end if end is not None and state == "done" else {}
+    return RunStatus(
+        root=run.root,
+        state=state,
+        pid=pid,
+        phase=None if state == "done" else tail.phase,
+        progress=None if state == "done" else tail.progress,
+        step=tail.done or 0,
+        steps=None if tail.run is None else tail.run["steps"],
+        loss=None if tail.step is None else tail.step["loss"],
+        seconds_per_step=None if tail.step is None else tail.step["seconds"],
+        held_out=tail.held_out,
+        attempt=0 if tail.last is None else tail.last["attempt"],
+        started=None if tail.first is None else tail.first["time"],
+        updated=None if tail.last is None else tail.last["time"],
+        ended=None if end is None else end["time"],
+        error=error,
+        exit_code=None if end is None else end["exit_code"],
+        lora=_result(run, results.get("lora")),
+        model=_result(run, results.get("model")),
+        last_id=0 if tail.last is None else tail.last["id"],
+    )
+
+
+def _result(run: RunDirectory, name: str | None) -> Path | None:
+    return None if name is None else run.root / name
+
+
+def _held_out(file: BinaryIO) -> tuple[float, float] | None:
+    last = next((e["loss"] for e in _backwards(file, "validation", _size(file)) if e["loss"] is not None), None)
+    if last is None:
+        return None
+    first = next(e["loss"] for e in _events_forward(file, b'"type": "validation"') if e.get("loss") is not None)
+    return first, last
+
+
+def _size(file: BinaryIO) -> int:
+    return file.seek(0, 2)
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """The event in a line; None for one that is torn or damaged."""
+    try:
+        event = json.loads(line)
+        return event if isinstance(event, dict) and {"id", "type", "attempt", "time"} <= event.keys() else None
+    except ValueError:
+        return None
+
+
+def _lines_backward(file: BinaryIO, end: int, mark: bytes = b"") -> Iterator[tuple[int, bytes]]:
+    """The whole lines before byte `end`, the last one first, each with where it begins.
+
+    Blocks without `mark` are passed over whole.
+    """
+    rest = b""
+    is_torn = True  # what follows the last newline is still being written
+    while end > 0:
+        start = max(0, end - BLOCK)
+        file.seek(start)
+        block = file.read(end - start) + rest
+        if mark not in block:
+            first = block.find(b"\n")
+            is_torn = is_torn and first < 0
+            rest, end = (block if first < 0 else block[:first]), start
+            continue
+        lines = block.split(b"\n")
+        rest = lines.pop(0) if start > 0 else b""
+        place = start + len(block)
+        for line in reversed(lines):
+            place -= len(line)
+            if not is_torn:
+                yield place, line
+            is_torn = False
+            place -= 1
+        end = start
+
+
+def _events_backward(file: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    for start, line in _lines_backward(file, _size(file)):
+        event = _event(line)
+        if event is not None:
+            yield start, event
+
+
+def _backwards(file: BinaryIO, kind: str, end: int) -> Iterator[dict[str, Any]]:
+    """Events of one type before byte `end`, the last one first. Only those are parsed."""
+    mark = f'"type": "{kind}"'.encode()
+    for _, line in _lines_backward(file, end, mark):
+        if mark in line:
+            event = _event(line)
+            if event is not None and event["type"] == kind:
+                yield event
+
+
+def _events_forward(file: BinaryIO, mark: bytes = b"") -> Iterator[dict[str, Any]]:
+    """Events whose line holds `mark`, the first one first."""
+    file.seek(0)
+    for line in file:
+        if mark in line:
+            event = _event(line)
+            if event is not None:
+                yield event
