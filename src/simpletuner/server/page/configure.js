@@ -14,7 +14,7 @@ import { examined, rawEditor } from "./raw.js";
 import { go, to } from "./router.js";
 
 /** Show the environment `params.name`, or "" for config/config.json. */
-export async function configure(root, { name }) {
+export async function configure(root, { name, tab = "options" }) {
   const [list, schema] = await Promise.all([get("environments"), get("form")]);
   if (!list.some((one) => one.name === name)) {
     nothing(root, list, name);
@@ -90,7 +90,7 @@ export async function configure(root, { name }) {
       : form.node,
     h("div", { class: "beside" }, plan.node, form === null ? null : h("section", { class: "sheet", "aria-label": "The config as JSON" }, raw.node)));
   const panes = { options, prompts: promptsPane(environment) };
-  const { bar: tabs, select } = tabBar(panes, name);
+  const { bar: tabs, select } = tabBar(panes, name, tab);
 
   fill(root,
     h("div", { class: "head" }, h("h1", {}, "Configure"), actions),
@@ -112,7 +112,7 @@ export async function configure(root, { name }) {
   };
 }
 
-function tabBar(panes, name) {
+function tabBar(panes, name, first) {
   const tabs = new Map(Object.entries(panes).map(([key, pane]) => {
     pane.id = freshId("pane");
     pane.setAttribute("role", "tabpanel");
@@ -140,7 +140,7 @@ function tabBar(panes, name) {
     select(next);
     tabs.get(next).focus();
   } }, [...tabs.values()]);
-  select("options");
+  select(first in panes ? first : "options");
   return { bar: h("div", { class: "tabs" }, list, h("a", { href: to("datasets", name) }, "Datasets")), select };
 }
 

@@ -10,6 +10,7 @@ const NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$/;
 export const called = (name) => (name === "" ? "(default) config/config.json" : name);
 
 const nameFault = (list) => (text) => {
+  if (text === "" && !list.some(({ name }) => name === "")) return "";
   if (!NAME.test(text)) return "Letters, digits, dots, dashes and underscores, at most 64; a letter or digit first.";
   return list.some(({ name }) => name === text) ? "There is one of that name." : "";
 };
@@ -61,7 +62,8 @@ export async function make(list, kind, source = "") {
 
   const answer = await dialog({
     title: "New environment",
-    body: [h("div", {}, h("label", { for: name }, "Name"), input, fault),
+    body: [h("div", {}, h("label", { for: name }, "Name"), input, fault,
+      list.some((one) => one.name === "") ? null : h("p", { class: "hint" }, "Leave it empty for config/config.json, which simpletuner train reads unasked.")),
       h("div", {}, h("label", { for: starts.id }, "Start from"), starts), fromRow],
     actions: [{ label: "Cancel", value: null }, { label: "Make it", value: "yes", kind: "primary" }],
     opened(box, close) {

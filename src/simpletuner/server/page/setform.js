@@ -1,0 +1,57 @@
+// The options of one entry of the dataset list.
+
+import { freshId, h } from "./dom.js";
+import { fieldRow } from "./field.js";
+import { examined } from "./raw.js";
+import { set } from "./jsontext.js";
+
+/** What an entry of the list is. */
+export const KINDS = { image: "Image set", eval: "Held-out set", text_embeds: "Text store" };
+
+export const kindOf = (entry) => (entry?.dataset_type in KINDS ? entry.dataset_type : "image");
+
+/**
+ * @param {{image_set: object[], text_store: object[]}} schema @param {import("./environment.js").Environment} environment
+ * @param {number} index of the entry
+ */
+export function setForm(schema, environment, index) {
+  const { root } = examined(environment.text("datasets"), "array");
+  const kind = kindOf(root.items[index].value);
+  const fields = kind === "text_embeds" ? schema.text_store : schema.image_set;
+  const rows = fields.map((field) => fieldRow(field, (raw) =>
+    environment.edit("datasets", set(environment.text("datasets"), [index, field.name], raw), "form")));
+  const all = h("input", { type: "checkbox", id: freshId("all"), onchange: filter });
+  const node = h("div", { class: "stack" },
+    h("div", { class: "row" }, h("label", { class: "tick" }, all, "All options")),
+    h("div", {}, rows.map((row) => row.node)));
+
+  function filter() {
+    for (const row of rows) row.node.hidden = !(all.checked || row.field.basic || row.field.required || row.differs || row.wrong);
+  }
+
+  function show() {
+    const text = environment.text("datasets");
+    const found = examined(text, "array").root;
+    const entry = found?.items[index];
+    const members = entry?.kind === "object" ? entry.members : null;
+    for (const row of rows) {
+      const member = members?.find(({ key }) => key === row.field.name);
+      if (members !== null) row.show(member && { value: member.node.value, raw: text.slice(member.node.start, member.node.end) });
+      row.lock(members === null);
+    }
+    filter();
+  }
+
+  /** Show what is wrong beside its option. @param {import("./api.js").Problem[]} problems those of this entry */
+  function blame(problems) {
+    for (const row of rows) {
+      const own = problems.filter(({ key }) => key === row.field.name || key.endsWith(`.${row.field.name}`));
+      row.blame(own);
+      row.wrong = own.length > 0;
+    }
+    filter();
+  }
+
+  show();
+  return { node, kind, show, blame };
+}
