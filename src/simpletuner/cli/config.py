@@ -1,28 +1,62 @@
 """`simpletuner config check|show`: the configuration, held against the schema, without training."""
 
-from simpletuner.base.errors import ConfigError
-from simpletuner.cli.loading import load_here
+import json
+from typing import Any
+
+from simpletuner.base.errors import ConfigError, Problem
+from simpletuner.cli.loading import examine_here, load_here
 from simpletuner.config.flags import help_text, wants_help
-from simpletuner.config.load import Loaded
+from simpletuner.config.load import Examined, Loaded
 from simpletuner.config.values import shown
 
-USAGE = "simpletuner config check|show [--config PATH | --env NAME | --example NAME] [--option value ...]"
+USAGE = """simpletuner config check|show [--json] [--config PATH | --env NAME | --example NAME] [--option value ...]
+
+  check   say everything that is wrong with it, or that it is right
+  show    every option with its value and where that comes from
+
+  --json  print one JSON object instead, also where there are problems: each with the option it is about"""
 
 
 def run(arguments: list[str]) -> int:
     """Check the configuration, or show every option with its value and where that comes from.
 
     Raises:
-        ConfigError: every problem of the configuration.
+        ConfigError: every problem of the configuration; with --json they are printed, and the code is the same.
     """
     if wants_help(arguments):
         print(help_text(USAGE))
         return 0
     if not arguments or arguments[0] not in ("check", "show"):
         raise ConfigError.of("simpletuner config: nothing to do", "check or show after it")
-    loaded = load_here(arguments[1:])
+    options = [word for word in arguments[1:] if word != "--json"]
+    if len(options) < len(arguments) - 1:
+        examined = examine_here(options)
+        print(json.dumps(_as_json(examined), indent=2, ensure_ascii=False))
+        return ConfigError.exit_code if examined.problems else 0
+    loaded = load_here(options)
     print(_table(loaded) if arguments[0] == "show" else _summary(loaded))
     return 0
+
+
+def _as_json(examined: Examined) -> dict[str, Any]:
+    values = examined.config.model_dump(mode="json")
+    return {
+        "problems": [told(problem) for problem in examined.problems],
+        "notices": list(examined.notices),
+        "values": {name: values[name] for name in examined.origins},
+        "origins": examined.origins,
+    }
+
+
+def told(problem: Problem) -> dict[str, str]:
+    """A problem as JSON: its parts, and all of it in one breath."""
+    return {
+        "found": problem.found,
+        "expected": problem.expected,
+        "remedy": problem.remedy,
+        "key": problem.key,
+        "text": str(problem),
+    }
 
 
 def _table(loaded: Loaded) -> str:

@@ -2,10 +2,12 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from simpletuner.base.errors import ConfigError
 from simpletuner.config.flags import parse
-from simpletuner.config.load import Loaded, load
+from simpletuner.config.load import Examined, Loaded, examine
 from simpletuner.flux2 import routes
 
 
@@ -18,6 +20,15 @@ def load_here(arguments: Sequence[str]) -> Loaded:
         ConfigError: every problem.
         DiskError: no space for the example's pictures.
     """
+    return examine_here(arguments).loaded()
+
+
+def examine_here(arguments: Sequence[str]) -> Examined:
+    """The same, with the problems told and not raised.
+
+    Raises:
+        DiskError: no space for the example's pictures.
+    """
     example = parse(arguments).selectors.get("example")
     if example is not None:
         # Brings Pillow, which nothing else here needs.
@@ -25,6 +36,12 @@ def load_here(arguments: Sequence[str]) -> Loaded:
 
         if example in EXAMPLES:
             materialise(example, Path("datasets") / example)
-    loaded = load(arguments, folder=Path(), environ=os.environ)
-    routes.check(loaded.config)
-    return loaded
+    examined = examine(arguments, folder=Path(), environ=os.environ)
+    if examined.problems:
+        return examined
+    try:
+        routes.check(examined.config)
+    except ConfigError as error:
+        found = tuple(replace(problem, key="tread_config") for problem in error.problems)
+        return replace(examined, problems=found)
+    return examined

@@ -83,6 +83,31 @@ class Loaded:
     """The config that was read."""
 
 
+@dataclass(frozen=True)
+class Examined:
+    """A configuration that may have problems, and what of it is right."""
+
+    config: RunConfig
+    """Defaults where an option is missing or wrong."""
+    datasets: Datasets | None
+    """None where there are problems with them."""
+    prompts: dict[str, str]
+    notices: tuple[str, ...]
+    origins: dict[str, Origin]
+    config_file: Path | None
+    problems: tuple[Problem, ...]
+
+    def loaded(self) -> Loaded:
+        """What a run is told.
+
+        Raises:
+            ConfigError: every problem.
+        """
+        ConfigError.raise_if(self.problems)
+        assert self.datasets is not None  # there was no problem
+        return Loaded(self.config, self.datasets, self.prompts, self.notices, self.origins, self.config_file)
+
+
 def load(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str]) -> Loaded:
     """The configuration that `arguments` (what follows `simpletuner train`) ask for.
 
@@ -91,6 +116,11 @@ def load(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str]) 
     Raises:
         ConfigError: every problem of flags, environment, config, datasets and prompts together.
     """
+    return examine(arguments, folder=folder, environ=environ).loaded()
+
+
+def examine(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str]) -> Examined:
+    """The same, with the problems told and not raised."""
     flags = parse(arguments)
     problems = list(flags.problems)
     config_file = _found(flags, folder, environ, problems)
@@ -118,23 +148,25 @@ def load(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str]) 
             found.setdefault(keys[0], []).append(replace(_as_typed(problem, keys[0], givens), key=keys[0]))
 
     in_typed_order = [problem for key in dict.fromkeys([*givens, *found]) for problem in found.get(key, [])]
-    ConfigError.raise_if([*problems, *in_typed_order, *listing.problems])
-    assert listing.datasets is not None  # there was no problem
+    problems += [*in_typed_order, *listing.problems]
     origins: dict[str, Origin] = dict.fromkeys(OPTION_NAMES, "default")
     origins |= {key: givens[key].origin for key in checked.valid}
     typed = [key for key in checked.valid if key in givens]
-    return Loaded(
+    # Only said of options that fit together.
+    more = () if problems else notices(config, listing.datasets, typed)
+    return Examined(
         config=config,
         datasets=listing.datasets,
         prompts=prompts,
         notices=(
             *checked.notices,
-            *notices(config, listing.datasets, typed),
+            *more,
             *listing.notices,
             *prompt_notices,
         ),
         origins=origins,
         config_file=config_file,
+        problems=tuple(problems),
     )
 
 
