@@ -5,6 +5,7 @@ import contextlib
 import json
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,9 @@ from simpletuner.cli.loading import load_here
 from simpletuner.config.flags import help_text, wants_help
 from simpletuner.config.load import Loaded
 from simpletuner.data.manifest import Manifest, rejection_counts, scan
+from simpletuner.data.sample import Sample
 from simpletuner.data.sheet import contact_sheet
+from simpletuner.runs.events import Event, ProgressEvent
 
 USAGE = """simpletuner dataset scan|show|cache [--json] [--set ID] [--verify] [options of `simpletuner train`]
 
@@ -27,6 +30,8 @@ USAGE = """simpletuner dataset scan|show|cache [--json] [--set ID] [--verify] [o
   cache   encode the captions and pictures now, so that a run starts at once
 
   --json          print one JSON object instead of a table
+  --pictures      in it, each picture with its size, crop and captions (scan)
+  --progress      a JSON line on standard error as the work goes on: what, done and total (scan and cache)
   --set ID        this set only (scan and show)
   --verify        read every cached file, instead of only those that changed since they were last read (cache)
   --out FOLDER    where show puts its sheets; by default output_dir
@@ -34,6 +39,8 @@ USAGE = """simpletuner dataset scan|show|cache [--json] [--set ID] [--verify] [o
 
 COLUMNS = 6
 """Of a sheet."""
+TELL_EVERY_S = 0.1
+"""Progress of a scan."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,8 @@ class Request:
     out: Path | None
     count: int
     verify: bool
+    has_pictures: bool
+    tells_progress: bool
     rest: tuple[str, ...]
     """For the configuration."""
 
@@ -76,16 +85,14 @@ def _parsed(arguments: Sequence[str]) -> Request:
     if word not in ("scan", "show", "cache"):
         raise ConfigError.of(f"simpletuner dataset {word}".rstrip() + ": nothing to do", "scan, show or cache")
     own = {"set": "", "out": "", "count": "24"}
-    as_json = verify = False
+    switches = dict.fromkeys(("json", "verify", "pictures", "progress"), False)
     kept: list[str] = []
     rest = list(arguments[1:])
     while rest:
         flag = rest.pop(0)
         name, has_value, value = flag.removeprefix("--").partition("=")
-        if flag == "--json":
-            as_json = True
-        elif flag == "--verify":
-            verify = True
+        if flag.startswith("--") and flag[2:] in switches:
+            switches[flag[2:]] = True
         elif flag.startswith("--") and name in own:
             if not has_value and (not rest or rest[0].startswith("--")):
                 raise ConfigError.of(f"--{name}: nothing follows it", "a value")
@@ -94,21 +101,55 @@ def _parsed(arguments: Sequence[str]) -> Request:
             kept.append(flag)
     if not own["count"].isdecimal() or int(own["count"]) == 0:
         raise ConfigError.of(f"--count = {own['count']!r}", "a whole number above 0")
-    if verify and word != "cache":
-        raise ConfigError.of(f"--verify with dataset {word}", "dataset cache")
-    out = Path(own["out"]) if own["out"] else None
-    return Request(word, as_json, own["set"] or None, out, int(own["count"]), verify, tuple(kept))
+    for flag, words in {"verify": ("cache",), "pictures": ("scan",), "progress": ("scan", "cache")}.items():
+        if switches[flag] and word not in words:
+            raise ConfigError.of(f"--{flag} with dataset {word}", f"dataset {' or '.join(words)}")
+    if switches["pictures"] and not switches["json"]:
+        raise ConfigError.of("--pictures without --json", "both", "`simpletuner dataset show` draws the pictures.")
+    return Request(
+        word=word,
+        as_json=switches["json"],
+        set_id=own["set"] or None,
+        out=Path(own["out"]) if own["out"] else None,
+        count=int(own["count"]),
+        verify=switches["verify"],
+        has_pictures=switches["pictures"],
+        tells_progress=switches["progress"],
+        rest=tuple(kept),
+    )
 
 
 def _scan(loaded: Loaded, request: Request) -> tuple[dict[str, Any], str]:
-    manifests = _scanned(loaded, request.set_id)
-    return {"sets": [manifest.summary() for manifest in manifests]}, "\n\n".join(map(_described, manifests))
+    manifests = _scanned(loaded, request)
+    sets = [manifest.summary() for manifest in manifests]
+    if request.has_pictures:
+        for told, manifest in zip(sets, manifests, strict=True):
+            told["samples"] = [_as_json(sample) for sample in manifest.samples]
+    return {"sets": sets}, "\n\n".join(map(_described, manifests))
+
+
+def _as_json(sample: Sample) -> dict[str, Any]:
+    """A picture as it will be trained. Sizes in pixels; the crop is the left and top of `target` inside `resize`."""
+    return {
+        "name": sample.name,
+        "path": str(sample.path),
+        "width": sample.width,
+        "height": sample.height,
+        "target": list(sample.geometry.target),
+        "resize": list(sample.geometry.resize),
+        "crop": list(sample.geometry.crop),
+        "captions": list(sample.captions),
+    }
+
+
+def _tell_progress(what: str, done: int, total: int) -> None:
+    print(json.dumps({"what": what, "done": done, "total": total}), file=sys.stderr, flush=True)
 
 
 def _show(loaded: Loaded, request: Request) -> tuple[dict[str, Any], str]:
     folder = Path(loaded.config.output_dir) if request.out is None else request.out
     sheets = []
-    for manifest in _scanned(loaded, request.set_id):
+    for manifest in _scanned(loaded, request):
         safe_id = re.sub(r"[^\w.-]", "_", manifest.image_set.id)
         path = folder / f"dataset-{safe_id}.png"
         shown = _spread(len(manifest.samples), request.count)
@@ -135,14 +176,19 @@ def _cache(loaded: Loaded, request: Request) -> tuple[dict[str, Any], str]:
     # JSON has standard output to itself.
     with contextlib.redirect_stdout(sys.stderr) if request.as_json else contextlib.nullcontext():
         reporter = Reporter()
+        if request.tells_progress:
+            # Lines in place of the bar.
+            reporter.is_terminal = False
+            reporter.listeners.append(_tell_event)
         source = locate(loaded.config, report=reporter.say)
         prepared = prepare(loaded, source, device, reporter, verify=request.verify)
     manifests = (*prepared.train, *prepared.held_out)
     return {"sets": [manifest.summary() for manifest in manifests]}, "The caches are filled."
 
 
-def _scanned(loaded: Loaded, set_id: str | None) -> list[Manifest]:
+def _scanned(loaded: Loaded, request: Request) -> list[Manifest]:
     """Every set that is asked for; the problems of all of them together."""
+    set_id = request.set_id
     sets = (*loaded.datasets.train_sets, *loaded.datasets.eval_sets)
     asked = [image_set for image_set in sets if set_id in (None, image_set.id)]
     if not asked:
@@ -150,7 +196,7 @@ def _scanned(loaded: Loaded, set_id: str | None) -> list[Manifest]:
         raise ConfigError.of(f"--set = {set_id!r}: no such set", f"one of {known}")
     manifests, problems = [], list[Problem]()
     for image_set in asked:
-        with _progress(image_set.id) as report:
+        with _lines(image_set.id) if request.tells_progress else _bar(image_set.id) as report:
             try:
                 manifests.append(scan(image_set, seed=loaded.config.seed, workers=loaded.config.workers, report=report))
             except DataError as error:
@@ -159,8 +205,28 @@ def _scanned(loaded: Loaded, set_id: str | None) -> list[Manifest]:
     return manifests
 
 
+def _tell_event(event: Event) -> None:
+    if isinstance(event, ProgressEvent):
+        _tell_progress(event.phase, event.done, event.total)
+
+
 @contextlib.contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+def _lines(what: str) -> Iterator[Callable[[int, int], None]]:
+    """JSON lines on standard error, at most ten a second, and one at the end."""
+    told = -TELL_EVERY_S
+
+    def report(done: int, total: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told >= TELL_EVERY_S or done == total:
+            told = now
+            _tell_progress(what, done, total)
+
+    yield report
+
+
+@contextlib.contextmanager
+def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar with rate and time left on a terminal, silence elsewhere."""
     from tqdm import tqdm
 

@@ -135,6 +135,8 @@ class Reporter:
         """Called whenever progress is made; may raise `Stopped`."""
         self.is_terminal = sys.stderr.isatty()
         self.trackers = Trackers([], self.notice)
+        self.listeners: list[Callable[[Event], None]] = []
+        """Called with every event."""
         self.last_phase: Phase | None = None
         """The phase that is going on, or was last."""
         self._phase: Phase | None = None
@@ -166,6 +168,8 @@ class Reporter:
         """Into the run's events, and to the trackers."""
         if self._events is not None:
             self._events.emit(event)
+        for listener in self.listeners:
+            listener(event)
         self.trackers.emit(event)
 
     @contextlib.contextmanager

@@ -54,6 +54,33 @@ def test_scan_as_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"width": 96, "height": 176, "pictures": 1} in found["buckets"]
 
 
+@pytest.mark.usefixtures("project")
+def test_scan_lists_every_picture_as_it_will_be_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["scan", "--json", "--pictures", "--progress"]) == 0
+    out, err = capsys.readouterr()
+    (found,) = json.loads(out)["sets"]
+    samples = {sample["name"]: sample for sample in found["samples"]}
+    assert sorted(samples) == [f"picture-{number}.png" for number in range(6)]
+    assert samples["picture-2.png"] == {
+        "name": "picture-2.png",
+        "path": "datasets/my-dataset/picture-2.png",
+        "width": 96,
+        "height": 160,
+        "target": [96, 176],
+        "resize": [106, 176],
+        "crop": [5, 0],
+        "captions": ["a soft gradient, number 2"],
+    }
+    lines = [json.loads(line) for line in err.splitlines()]
+    assert lines[-1] == {"what": "my-dataset", "done": 7, "total": 7}
+
+
+@pytest.mark.usefixtures("project")
+def test_scan_without_pictures_has_no_list_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["scan", "--json"]) == 0
+    assert "samples" not in json.loads(capsys.readouterr().out)["sets"][0]
+
+
 def test_show_draws_the_crops(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["show"]) == 0
     assert "my-dataset: 6 crops in out/dataset-my-dataset.png" in capsys.readouterr().out
@@ -76,6 +103,9 @@ def test_show_draws_the_crops(project: Path, capsys: pytest.CaptureFixture[str])
         (["show", "--out"], "--out: nothing follows it"),
         (["scan", "--set", "other"], "--set = 'other': no such set: expected one of my-dataset"),
         (["cache", "--set", "my-dataset"], "--set with dataset cache"),
+        (["show", "--pictures"], "--pictures with dataset show: expected dataset scan"),
+        (["show", "--progress"], "--progress with dataset show: expected dataset scan or cache"),
+        (["scan", "--pictures"], "--pictures without --json"),
         (["scan", "--verify"], "--verify with dataset scan: expected dataset cache"),
         (["scan", "--lora_rnak", "4"], "lora_rnak"),
     ],
@@ -104,8 +134,10 @@ def test_cache_fills_what_a_run_reads(project: Path, capsys: pytest.CaptureFixtu
     assert "The caches are filled." in capsys.readouterr().out
     assert len(list((project / "cache" / "vae").rglob("*.safetensors"))) == 6
     assert len(list((project / "cache" / "text").rglob("*.safetensors"))) >= 6
-    assert run(["cache", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["sets"][0]["pictures"] == 6
+    assert run(["cache", "--json", "--progress"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["sets"][0]["pictures"] == 6
+    assert {"what": "scan", "done": 7, "total": 7} in [json.loads(x) for x in err.splitlines() if x[0] == "{"]
     assert run(["cache", "--verify"]) == 0
     said = capsys.readouterr().out
     assert "Captions: 0 encoded" in said
