@@ -12,6 +12,7 @@ from fastapi.staticfiles import StaticFiles
 import simpletuner
 from simpletuner.server import faults
 from simpletuner.server.context import Context
+from simpletuner.server.guard import Access, Guard
 from simpletuner.server.roots import Roots
 from simpletuner.server.shell import Shell
 from simpletuner.server.work import Jobs
@@ -21,8 +22,8 @@ SUBJECTS = ("about", "environments", "jobs")
 """Modules of `simpletuner.server.api`, each with a `router`."""
 
 
-def create_app(roots: Roots) -> FastAPI:
-    """The application over the files below `roots`."""
+def create_app(roots: Roots, access: Access | None = None) -> FastAPI:
+    """The application over the files below `roots`, for whom `access` lets in: by default this machine alone."""
     shell = Shell(roots.workspace)
     jobs = Jobs(shell)
 
@@ -42,6 +43,7 @@ def create_app(roots: Roots) -> FastAPI:
         responses={"default": {"model": faults.FaultAnswer, "description": "What is wrong."}},
     )
     app.state.context = Context(roots, shell, jobs)
+    app.add_middleware(Guard, access=access or Access())
     faults.install(app)
     for subject in SUBJECTS:
         app.include_router(import_module(f"simpletuner.server.api.{subject}").router, prefix="/api", tags=[subject])

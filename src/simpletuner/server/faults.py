@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from simpletuner.base.errors import DiskError, Problem, UserError
+from simpletuner.server.headers import SECURITY
 
 CLIENT_CLOSED_REQUEST = 499
 STATUS_OF: dict[type[UserError], int] = {DiskError: 507}
@@ -85,7 +86,10 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def bug(_request: Request, _error: Exception) -> JSONResponse:
         # It is raised again after this answer, so the terminal of the server has the traceback.
-        return response(500, Problem("the server failed", remedy="This is a bug: its terminal says more."))
+        answer = response(500, Problem("the server failed", remedy="This is a bug: its terminal says more."))
+        # It is made outside of the guard, which puts them on all others.
+        answer.headers.update(SECURITY)
+        return answer
 
     @app.exception_handler(RequestValidationError)
     async def wrong_shape(_request: Request, error: RequestValidationError) -> JSONResponse:
