@@ -8,7 +8,9 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from simpletuner.server.roots import Roots
+from simpletuner.server.series import Indexes
 from simpletuner.server.shell import Shell
+from simpletuner.server.stream import Streams
 from simpletuner.server.work import Jobs
 
 CHECKS_AT_ONCE = 2
@@ -27,6 +29,8 @@ class Context:
     """Held by a memory plan, which brings torch."""
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held between looking at a document's revision and replacing it."""
+    streams: Streams = field(default_factory=lambda: Streams(Indexes()))
+    """The runs that are followed; to be closed before the server waits for its clients."""
 
     @property
     def workspace(self) -> Path:

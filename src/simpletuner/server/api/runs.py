@@ -1,0 +1,341 @@
+"""Runs: the list, one of them, its curves, its events as they come, its log and files; start, stop, save, validate."""
+
+import codecs
+import contextlib
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Header, Query, Response
+from fastapi.responses import FileResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from simpletuner.config.run import RunConfig
+from simpletuner.config.values import kinds, nearest
+from simpletuner.runs.events import CheckpointEvent, ProgressEvent, ValidationEvent
+from simpletuner.runs.layout import RunDirectory
+from simpletuner.runs.process import Request as Wish
+from simpletuner.runs.process import ask
+from simpletuner.server.context import Context, InContext
+from simpletuner.server.environments import NAME_OR_NONE, existing, selecting
+from simpletuner.server.faults import Fault
+from simpletuner.server.runs import Run, found_runs, glance, output_folder, output_folders, part_of, run_at
+from simpletuner.server.series import Damaged, decoded
+from simpletuner.server.shell import Finished, problems_told
+from simpletuner.server.thumbnails import WIDTHS, picture_type, thumbnail
+
+router = APIRouter()
+
+LOG_BYTES = 64 * 1024
+LARGEST_DOCUMENT = 8 * 1024 * 1024
+LARGEST_ID = 2**53
+ATTACHMENTS = {".json": "application/json", ".zip": "application/zip"}
+
+RunName = Annotated[str, Query(max_length=4096)]
+Option = str | int | float | bool
+Options = dict[Annotated[str, Field(pattern=r"^[a-z0-9_]+$", max_length=64)], Option]
+
+
+class Phase(BaseModel):
+    """How far a phase of the last attempt is."""
+
+    phase: str
+    state: Literal["begin", "end"]
+    seconds: float | None
+    memory_gib: float | None
+    progress: ProgressEvent | None
+
+
+class RunDetail(Run):
+    """A run, with what its events say beside the steps."""
+
+    config: Any
+    """RUN/config.json."""
+    datasets: Any
+    """RUN/datasets.json."""
+    plan: dict[str, Any] | None
+    """As `simpletuner plan --json` prints it."""
+    remedy: dict[str, Any] | None
+    """The smallest change that would make it fit."""
+    attempts: int
+    phases: list[Phase]
+    validations: list[ValidationEvent]
+    checkpoints: list[CheckpointEvent]
+    notices: list[str]
+    last_id: int
+    damaged_lines: int
+    """Lines of events.jsonl that are no events; they are passed over."""
+
+
+class HeldOut(BaseModel):
+    """Held-out losses by step."""
+
+    step: list[int]
+    loss: list[float]
+    ema_loss: list[float | None]
+
+
+class RunSeries(BaseModel):
+    """The curves of a run: equally long columns, each step once, of its last attempt."""
+
+    last_id: int
+    step: list[int]
+    loss: list[float | None]
+    lr: list[float | None]
+    grad_norm: list[float | None]
+    seconds: list[float | None]
+    memory_gib: list[float | None]
+    held_out: HeldOut
+
+
+class Log(BaseModel):
+    """What a run printed."""
+
+    text: str
+    """Of run.log, what follows `after`; at most the last part."""
+    size: int
+    """Bytes of run.log up to the end of `text`: the next `after`. Smaller than the last where it began anew."""
+    console: str | None
+    """The end of console.log, where the run was started without a terminal."""
+
+
+class Body(BaseModel):
+    """A request: what it does not know is a mistake."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Start(Body):
+    """What to train: an environment or an example, and options that differ from it."""
+
+    environment: Annotated[str, Field(pattern=NAME_OR_NONE)] | None = None
+    example: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
+    options: Options = Field(default={}, max_length=200)
+
+
+class OfRun(Body):
+    """Which run."""
+
+    run: str = Field(max_length=4096)
+
+
+@router.get("/runs")
+def runs(here: InContext) -> list[Run]:
+    """The runs that are there, the one that was started last first."""
+    names = dict(output_folders(here.roots))
+    found = [glance(here.roots, run, names) for run in found_runs(here.roots)]
+    return sorted(found, key=lambda run: run.started or "", reverse=True)
+
+
+@router.get("/run")
+def run(here: InContext, run: RunName) -> RunDetail:
+    """One run."""
+    directory = run_at(here.roots, run)
+    told = here.streams.indexes.of(part_of(here.roots, directory, directory.events)).look()
+    return RunDetail(
+        **_glance(here, directory).model_dump(),
+        config=_document(here, directory, directory.config),
+        datasets=_document(here, directory, directory.datasets),
+        plan=None if told.plan is None else told.plan.plan,
+        remedy=None if told.plan is None else told.plan.remedy,
+        attempts=told.attempts,
+        phases=[Phase.model_validate(vars(phase)) for phase in told.phases.values()],
+        validations=list(told.validations.values()),
+        checkpoints=told.checkpoints,
+        notices=told.notices,
+        last_id=told.last_id,
+        damaged_lines=told.damaged,
+    )
+
+
+@router.get("/run/series", response_model=RunSeries)
+def series(here: InContext, run: RunName) -> Response:
+    """The curves of a run."""
+    directory = run_at(here.roots, run)
+    index = here.streams.indexes.of(part_of(here.roots, directory, directory.events))
+    # Already JSON: 100,000 steps are not read into models and written again.
+    return Response(index.series(), media_type="application/json")
+
+
+@router.get(
+    "/run/events",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"text/event-stream": {}}, "description": "Server-sent events."}},
+)
+async def events(
+    here: InContext,
+    run: RunName,
+    after: Annotated[int, Query(ge=0, le=LARGEST_ID)] = 0,
+    last_event_id: Annotated[int | None, Header(ge=0, le=LARGEST_ID)] = None,
+) -> StreamingResponse:
+    """The lines of events.jsonl with an id above `Last-Event-ID`, or else `after`; then those that are appended.
+
+    A message of the type "reset" says that the file began anew and all of it follows.
+    """
+    directory = RunDirectory(here.roots.resolve(run))
+    path = part_of(here.roots, directory, directory.events)
+    return StreamingResponse(
+        here.streams.follow(path, after if last_event_id is None else last_event_id),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+    )
+
+
+@router.get("/run/log")
+def log(here: InContext, run: RunName, after: Annotated[int, Query(ge=0, le=LARGEST_ID)] = 0) -> Log:
+    """What a run printed after byte `after` of run.log, and the end of its console.log."""
+    directory = run_at(here.roots, run)
+    text, size = _appended(part_of(here.roots, directory, directory.log), after)
+    console, _ = _appended(part_of(here.roots, directory, directory.console), 0)
+    return Log(text=text, size=size, console=console or None)
+
+
+@router.get(
+    "/run/file",
+    response_class=Response,
+    responses={200: {"content": {"application/octet-stream": {}}}, 304: {"description": "It is what the client has."}},
+)
+def file(
+    here: InContext,
+    run: RunName,
+    path: Annotated[str, Query(max_length=4096)],
+    width: Annotated[int | None, Query(ge=WIDTHS[0], le=WIDTHS[1])] = None,
+    if_none_match: Annotated[str, Header(max_length=4096)] = "",
+) -> Response:
+    """A file below a run: a picture as it is or, with `width`, as a JPEG at most so wide; others to be saved."""
+    directory = run_at(here.roots, run)
+    real = part_of(here.roots, directory, directory.root / path)
+    if not real.is_file():
+        raise Fault.of(404, f"{path}: no such file in this run")
+    found = real.stat()
+    seal = hashlib.sha256(f"{found.st_ino} {found.st_mtime_ns} {found.st_size} {width}".encode()).hexdigest()[:32]
+    # no-cache: the browser keeps it and asks whether it is still that; a run of the same folder draws anew.
+    headers = {"ETag": f'"{seal}"', "Cache-Control": "private, no-cache"}
+    if seal in if_none_match:
+        return Response(status_code=304, headers=headers)
+    try:
+        kind = picture_type(real)
+    except OSError as error:
+        raise Fault.of(403, f"{path} cannot be read ({error.strerror})") from None
+    if width is not None:
+        return Response(thumbnail(real, width), media_type="image/jpeg", headers=headers)
+    return FileResponse(
+        real,
+        media_type=kind or ATTACHMENTS.get(real.suffix, "application/octet-stream"),
+        filename=real.name if real.suffix != ".safetensors" else f"{directory.root.name}-{real.name}",
+        content_disposition_type="attachment" if kind is None else "inline",
+        headers=headers,
+    )
+
+
+@router.post("/run/start")
+async def start(here: InContext, wanted: Start) -> Run:
+    """Start a run, or go on with one, as `simpletuner run start` does. It goes on without the server."""
+    finished = await here.shell.run("run", "start", "--json", *train_arguments(here, wanted))
+    told = printed(finished)
+    return _glance(here, RunDirectory((here.workspace / str(told["run"])).resolve()))
+
+
+@router.post("/run/stop")
+def stop(here: InContext, of: OfRun) -> Run:
+    """Ask a run to finish its step, write a checkpoint and end."""
+    return _wish(here, of.run, "stop")
+
+
+@router.post("/run/save")
+def save(here: InContext, of: OfRun) -> Run:
+    """Ask a run for a checkpoint."""
+    return _wish(here, of.run, "save")
+
+
+@router.post("/run/validate")
+def validate(here: InContext, of: OfRun) -> Run:
+    """Ask a run for validation pictures."""
+    return _wish(here, of.run, "validate")
+
+
+def train_arguments(here: Context, wanted: Start) -> list[str]:
+    """What follows `simpletuner train`.
+
+    Raises:
+        Fault: 422, not exactly one of environment and example, an option that is none; 404, no such environment; 403,
+            a path outside the roots.
+    """
+    if (wanted.environment is None) == (wanted.example is None):
+        raise Fault.of(422, "what to train is not said", "an environment or an example")
+    known = kinds(RunConfig)
+    arguments = [f"--example={wanted.example}"]
+    output_dir: object = None
+    if wanted.environment is not None:
+        arguments = selecting(here.roots, wanted.environment)
+        output_dir = existing(here.roots, wanted.environment).values().get("output_dir")
+    for name, value in wanted.options.items():
+        if name not in known:
+            near = nearest(name, known)
+            raise Fault.of(422, f"{name}: no such option", remedy=f"Did you mean {near}?" if near else "")
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        if "\0" in text or len(text) > 4096:
+            raise Fault.of(422, f"{name} cannot be given to a command", "a text of at most 4096 characters")
+        if known[name].is_path or known[name].is_model:
+            _check_inside(here, text)
+        arguments.append(f"--{name}={text}")
+    if isinstance(output_dir, str) and "output_dir" not in wanted.options:
+        _check_inside(here, output_dir)
+    return arguments
+
+
+def _check_inside(here: Context, text: str) -> None:
+    """Refuse a path outside the roots. One that a variable of the environment completes is the user's own affair."""
+    if text and "{" not in text:
+        output_folder(here.roots, text)
+
+
+def printed(finished: Finished) -> dict[str, Any]:
+    """The JSON object that a command printed.
+
+    Raises:
+        Fault: 422, it failed: its problems.
+    """
+    if finished.exit_code:
+        raise Fault(422, *problems_told(finished))
+    told = json.loads(finished.out)
+    assert isinstance(told, dict)
+    return told
+
+
+def _glance(here: Context, directory: RunDirectory) -> Run:
+    return glance(here.roots, directory, dict(output_folders(here.roots)))
+
+
+def _wish(here: Context, run: str, wish: Wish) -> Run:
+    directory = run_at(here.roots, run)
+    ask(directory, wish)
+    return _glance(here, directory)
+
+
+def _document(here: Context, directory: RunDirectory, path: Path) -> Any:
+    """A JSON file of the run; None where it is missing or damaged."""
+    with contextlib.suppress(OSError, UnicodeDecodeError, Damaged):
+        real = part_of(here.roots, directory, path)
+        if real.stat().st_size <= LARGEST_DOCUMENT:
+            return decoded(real.read_text(encoding="utf-8-sig"))
+    return None
+
+
+def _appended(path: Path, after: int) -> tuple[str, int]:
+    """What follows byte `after`, the last `LOG_BYTES` of it at most, and the byte where that ends."""
+    if not path.is_file():
+        return "", 0
+    with path.open("rb") as opened:
+        size = opened.seek(0, 2)
+        place = after if after <= size else 0
+        begin = max(place, size - LOG_BYTES)
+        opened.seek(begin)
+        data = opened.read(size - begin)
+    if begin > place:  # no half lines
+        data = data[data.find(b"\n") + 1 :]
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    text = decoder.decode(data)
+    pending, _ = decoder.getstate()
+    return text, size - len(pending)

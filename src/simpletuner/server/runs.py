@@ -1,0 +1,140 @@
+"""Runs as the page knows them: where they are found, what one is called, where it stands."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from simpletuner.config.paths import filled
+from simpletuner.config.run import RunConfig
+from simpletuner.runs.layout import RunDirectory
+from simpletuner.runs.status import RunStatus, find_runs, status_of
+from simpletuner.server.environments import environments
+from simpletuner.server.faults import Fault
+from simpletuner.server.roots import Roots
+
+OUTPUT = "output"
+"""Where runs are looked for, besides what environments name."""
+DEPTH = 3
+
+State = Literal["waiting", "running", "done", "stopped", "failed", "killed"]
+
+
+class Run(BaseModel):
+    """A run at a glance. What is not known (yet) is null."""
+
+    run: str
+    """Its folder: what every route takes as `run`."""
+    name: str
+    state: State
+    """waiting: nothing has happened yet. killed: its last attempt broke off without a word."""
+    phase: str | None
+    step: int
+    """Steps that are finished."""
+    steps: int | None
+    """Steps in all."""
+    loss: float | None
+    """Of the last step."""
+    seconds_per_step: float | None
+    started: str | None
+    """UTC, ISO 8601, as the other times."""
+    updated: str | None
+    ended: str | None
+    error: str | None
+    """What the last attempt ended with."""
+    pid: int | None
+    """Process that holds it."""
+    lora: str | None
+    """The finished LoRA, from the run's folder."""
+    environment: str | None
+    """The environment whose output_dir it is; empty for the one without a name."""
+
+
+def run_at(roots: Roots, text: str) -> RunDirectory:
+    """The run in the folder that `text` names.
+
+    Raises:
+        Fault: 403, it lies outside the roots; 404, no run is there; 422, it is no path.
+    """
+    run = RunDirectory(roots.resolve(text))
+    if not (run.events.is_file() or run.control.is_dir()):
+        raise Fault.of(404, f"{text}: no run is there", "a folder with events.jsonl")
+    return run
+
+
+def part_of(roots: Roots, run: RunDirectory, path: Path) -> Path:
+    """The real path of a file of the run.
+
+    Raises:
+        Fault: 403, a link or .. leads out of the run; 422, it is no path.
+    """
+    fault = Fault.of(403, f"{path.name} lies outside the run")
+    try:
+        real = roots.resolve(str(path))
+    except Fault as refused:
+        raise fault if refused.status == fault.status else refused from None
+    if not real.is_relative_to(run.root):
+        raise fault
+    return real
+
+
+def found_runs(roots: Roots) -> list[RunDirectory]:
+    """The runs below `output` and those of the environments, each once."""
+    folders = [*(path for path, _ in output_folders(roots))]
+    with contextlib.suppress(Fault):
+        folders = [*(run.root for run in find_runs(roots.resolve(OUTPUT), DEPTH)), *folders]
+    runs = [RunDirectory(path) for path in dict.fromkeys(path.resolve() for path in folders)]
+    return [run for run in runs if run.events.is_file() and any(run.root.is_relative_to(root) for root in roots.all)]
+
+
+def output_folders(roots: Roots) -> Iterator[tuple[Path, str]]:
+    """The run directory of each environment, as far as it lies below the roots, and the environment's name."""
+    default = str(RunConfig.model_fields["output_dir"].default)
+    for environment in environments(roots):
+        text = environment.values().get("output_dir", default)
+        if isinstance(text, str):
+            with contextlib.suppress(Fault):
+                yield output_folder(roots, text), environment.name
+
+
+def output_folder(roots: Roots, text: str) -> Path:
+    """The folder that an output_dir stands for.
+
+    Raises:
+        Fault: it lies outside the roots, is no path, or takes a variable of the environment: those may be secret.
+    """
+    try:
+        return roots.resolve(filled(text, {"model_family": "flux2"}, {}))
+    except ValueError as error:
+        raise Fault.of(422, f"output_dir = {text!r}: {error}") from None
+
+
+def glance(roots: Roots, run: RunDirectory, names: dict[Path, str]) -> Run:
+    """Where `run` stands; `names` are the environments by their run directory (`output_folders`)."""
+    told: dict[str, Any] = {
+        "run": roots.shown(run.root),
+        "name": run.root.name,
+        "environment": names.get(run.root),
+    }
+    try:
+        return Run.model_validate(told | _standing(status_of(run)))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        # Its events say what no run of ours says. The list of runs must not end with it.
+        reason = f"events.jsonl cannot be understood ({type(error).__name__})"
+        empty = dict.fromkeys(Run.model_fields.keys() - told.keys())
+        return Run.model_validate(empty | told | {"state": "failed", "step": 0, "error": reason})
+
+
+def _standing(status: RunStatus) -> dict[str, Any]:
+    values = {name: value for name, value in vars(status).items() if name in Run.model_fields}
+    lora = None if status.lora is None else str(status.lora.relative_to(status.root))
+    state = "waiting" if status.state == "new" else status.state
+    numbers = {name: _finite(values[name]) for name in ("loss", "seconds_per_step")}
+    return values | numbers | {"state": state, "lora": lora}
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None

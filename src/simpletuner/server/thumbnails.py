@@ -1,0 +1,58 @@
+"""Small pictures, and what kind of picture a file is by its content."""
+
+import io
+import threading
+import warnings
+from pathlib import Path
+
+from simpletuner.server.faults import Fault
+
+LARGEST_PIXELS = 200_000_000
+QUALITY = 85
+WIDTHS = (16, 2048)
+"""The narrowest and the widest thumbnail that may be asked for."""
+
+_SIGNATURES = ((b"\x89PNG\r\n\x1a\n", "image/png"), (b"\xff\xd8\xff", "image/jpeg"))
+# Each holds a whole picture in memory.
+_AT_ONCE = threading.BoundedSemaphore(2)
+
+
+def picture_type(path: Path) -> str | None:
+    """The media type of a PNG, JPEG or WebP file, by its content; None for anything else.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        head = file.read(12)
+    if head[:4] == b"RIFF" and head[8:] == b"WEBP":
+        return "image/webp"
+    return next((kind for signature, kind in _SIGNATURES if head.startswith(signature)), None)
+
+
+def thumbnail(path: Path, width: int) -> bytes:
+    """A JPEG of the picture, upright, at most `width` pixels wide, on white where it is transparent.
+
+    Raises:
+        Fault: 422, it is no picture that can be read, or too large.
+    """
+    # Takes a moment to import: the first page needs none.
+    from PIL import Image, ImageOps
+
+    try:
+        with _AT_ONCE, warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as opened:
+                if opened.width * opened.height > LARGEST_PIXELS:
+                    raise Fault.of(422, f"{path.name} has {opened.width} × {opened.height} pixels", "fewer")
+                opened.draft("RGB", (width, width))
+                image = ImageOps.exif_transpose(opened)
+                image.thumbnail((width, image.height), Image.Resampling.LANCZOS)
+                if image.has_transparency_data:
+                    image = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                made = io.BytesIO()
+                image.convert("RGB").save(made, "JPEG", quality=QUALITY)
+                return made.getvalue()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise Fault.of(422, f"{path.name} cannot be read as a picture ({type(error).__name__})") from None
