@@ -222,33 +222,35 @@ export function reduced({ x, y, length }, { x0, x1, width }, isLogarithmic) {
     for (let index = from; index < to; index += 1) if (drawable(y[index], isLogarithmic)) push(kept, x[index], y[index]);
     return kept;
   }
-  const scale = width / (x1 - x0);
-  let column = NaN;
-  let [first, lowest, highest, last] = [-1, -1, -1, -1];
-  const flush = () => {
-    if (first < 0) return;
-    const [early, late] = lowest < highest ? [lowest, highest] : [highest, lowest];
-    push(kept, x[first], y[first]);
-    if (early !== first) push(kept, x[early], y[early]);
-    if (late !== early) push(kept, x[late], y[late]);
-    if (last !== late) push(kept, x[last], y[last]);
-  };
-  for (let index = from; index < to; index += 1) {
-    const value = y[index];
-    if (!drawable(value, isLogarithmic)) continue;
-    const here = Math.min(Math.max(Math.floor((x[index] - x0) * scale), -1), Math.ceil(width) + 1);
-    if (here !== column) {
-      flush();
-      column = here;
-      first = lowest = highest = last = index;
-      continue;
-    }
-    if (value < y[lowest]) lowest = index;
-    if (value > y[highest]) highest = index;
-    last = index;
+  // No closure in the loop: it runs once for each of 100,000 points, several charts at a time.
+  const least = isLogarithmic ? 0 : -Infinity;
+  const spacing = (x1 - x0) / width;
+  let index = from;
+  while (index < to) {
+    const edge = x0 + (Math.floor((x[index] - x0) / spacing) + 1) * spacing;
+    let [first, lowest, highest, last] = [-1, -1, -1, -1];
+    do {
+      const value = y[index];
+      if (value > least && value < Infinity) {
+        if (first < 0) first = lowest = highest = index;
+        else if (value < y[lowest]) lowest = index;
+        else if (value > y[highest]) highest = index;
+        last = index;
+      }
+      index += 1;
+    } while (index < to && x[index] < edge);
+    if (first >= 0) pushColumn(kept, x, y, [first, Math.min(lowest, highest), Math.max(lowest, highest), last]);
   }
-  flush();
   return kept;
+}
+
+/** The values at rising indices, each once. */
+function pushColumn(kept, x, y, indices) {
+  let before = -1;
+  for (const index of indices) {
+    if (index !== before) push(kept, x[index], y[index]);
+    before = index;
+  }
 }
 
 const drawable = (value, isLogarithmic) => Number.isFinite(value) && (!isLogarithmic || value > 0);
@@ -309,8 +311,8 @@ function readColours(canvas, lines) {
   const named = Object.fromEntries(lines.map(({ colour }) => [colour, style.getPropertyValue(colour)]));
   return {
     ...named,
-    text: style.getPropertyValue("--chart-text"),
-    grid: style.getPropertyValue("--chart-grid"),
-    accent: style.getPropertyValue("--chart-accent"),
+    text: style.getPropertyValue("--dim"),
+    grid: style.getPropertyValue("--line"),
+    accent: style.getPropertyValue("--accent"),
   };
 }

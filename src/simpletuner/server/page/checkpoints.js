@@ -1,0 +1,97 @@
+/** The checkpoints of a run: what there is, whether it is whole, and what can be done with it. */
+
+import { address, del, get, post } from "./api.js";
+import { button, confirmTyped, h, icon, problemPanel, toast } from "./dom.js";
+import { count, size, when } from "./format.js";
+
+const LORA = "pytorch_lora_weights.safetensors";
+
+const STATES = { unverified: ["", "not checked"], good: ["good", "whole"], damaged: ["bad", "damaged"] };
+
+/** The folder of a checkpoint below its run. */
+export const checkpointFolder = (step) => `checkpoints/step-${String(step).padStart(6, "0")}`;
+
+/** A link that downloads a file of a run. */
+export const downloadLink = (run, path, text, kind = "") =>
+  h("a", { class: `button ${kind}`, href: address("run/file", { run, path }), download: true }, icon("download"), text);
+
+export class Checkpoints {
+  /**
+   * @param {string} run
+   * @param {() => object} detail
+   * @param {(options: object) => Promise<void>} start starts the run with options
+   */
+  constructor(run, detail, start) {
+    this.run = run;
+    this.detail = detail;
+    this.start = start;
+    this.body = h("div", { class: "stack" });
+    this.node = h("section", { class: "sheet stack", "aria-label": "Checkpoints" }, h("h2", {}, "Checkpoints"), this.body);
+  }
+
+  /** Ask the server what there is. */
+  async update() {
+    try {
+      this.list = await get("run/checkpoints", { run: this.run });
+    } catch (error) {
+      this.body.replaceChildren(problemPanel(error));
+      return;
+    }
+    this.draw();
+  }
+
+  draw() {
+    const { lora, state, config } = this.detail();
+    const finished = lora ? h("div", { class: "row" }, h("p", { class: "grow" }, "The finished LoRA: ", h("code", {}, lora)),
+      downloadLink(this.run, lora, "Download the LoRA", "primary")) : null;
+    const table = this.list.length > 0
+      ? h("div", { class: "scroll" }, h("table", {},
+        h("thead", {}, h("tr", {}, ["Step", "Size", "Written", "State", "What to do"].map((text) => h("th", { scope: "col" }, text)))),
+        h("tbody", {}, this.list.map((one) => this.row(one, state, config)))))
+      : h("p", { class: "dim" }, "No checkpoints. They come at the steps of checkpoint_step_interval, when the run is stopped, and with “Save now”.");
+    const focused = document.activeElement?.dataset?.does;
+    this.body.replaceChildren(...[finished, table].filter(Boolean));
+    if (focused) this.body.querySelector(`[data-does="${CSS.escape(focused)}"]`)?.focus();
+  }
+
+  row(one, runState, config) {
+    const [kind, word] = STATES[one.state];
+    const act = (text, name, does, what, kindOf = "quiet") => button(text, what, {
+      icon: name, kind: `tiny ${kindOf}`, label: `${text}: checkpoint of step ${one.step}`, dataset: { does: `${does} ${one.step}` },
+    });
+    const isLora = config?.model_type !== "full";
+    return h("tr", {},
+      h("th", { scope: "row", class: "number" }, count(one.step)),
+      h("td", { class: "numbers" }, size(one.bytes)),
+      h("td", {}, when(one.time)),
+      h("td", {}, h("span", { class: `badge ${kind}` }, word), one.damage ? h("p", { class: "fault" }, one.damage) : null),
+      h("td", {}, h("div", { class: "row" },
+        act("Verify", "check", "verify", () => this.verify(one)),
+        runState === "running" || one.state === "damaged" ? null
+          : act("Resume from here", "play", "resume", () => this.start({ resume_from_checkpoint: `${this.run}/${checkpointFolder(one.step)}` })),
+        isLora ? downloadLink(this.run, `${checkpointFolder(one.step)}/${LORA}`, "LoRA", "quiet tiny") : null,
+        act("Delete", "trash", "delete", () => this.remove(one), "danger"))));
+  }
+
+  async verify(one) {
+    try {
+      const answer = await post("run/checkpoint/verify", { run: this.run, step: one.step });
+      toast(answer.damage ? `Step ${one.step}: ${answer.damage}.` : `The checkpoint of step ${one.step} is whole.`, answer.damage ? "bad" : "good");
+      Object.assign(this.list.find(({ step }) => step === one.step), { state: answer.state, damage: answer.damage });
+      this.draw();
+    } catch (error) {
+      toast(error.message, "bad");
+    }
+  }
+
+  async remove({ step, bytes }) {
+    if (!(await confirmTyped(`Delete the checkpoint of step ${step}?`, `It frees ${size(bytes)} and cannot be undone.`, String(step)))) return;
+    try {
+      await del("run/checkpoint", { run: this.run, step, confirm: step });
+      toast(`The checkpoint of step ${step} is deleted.`, "good");
+    } catch (error) {
+      toast(error.message, "bad");
+    }
+    await this.update();
+  }
+}

@@ -1,0 +1,161 @@
+/** Two or more runs beside each other: their curves, what differs in their configs, their pictures. */
+
+import { button, freshId, h } from "./dom.js";
+import { Curves } from "./curves.js";
+import { RunStore } from "./events.js";
+import { Grid, pictureUrl } from "./pictures.js";
+import { to } from "./router.js";
+import { short } from "./numbers.js";
+import { stateBadge } from "./states.js";
+import { csvOf, saveText } from "./values.js";
+
+const COLOURS = 8;
+
+/** @param {HTMLElement} root @param {{runs?: string}} params paths, a comma between them */
+export async function compare(root, params) {
+  const names = [...new Set((params.runs ?? "").split(",").filter(Boolean))];
+  if (names.length < 2) {
+    root.replaceChildren(h("h1", {}, "Compare"), h("div", { class: "sheet empty" },
+      h("h2", {}, "Choose two runs"), h("p", {}, "Tick two or more runs in the list, then press Compare."), h("a", { class: "button primary", href: "#/" }, "To the runs")));
+    return () => {};
+  }
+  const stores = names.map((name) => new RunStore(name));
+  try {
+    await Promise.all(stores.map((store) => store.open()));
+  } catch (error) {
+    for (const store of stores) store.close();
+    throw error;
+  }
+  const shown = stores.map((store, index) => ({
+    name: store.detail.name, colour: (index % COLOURS) + 1, steps: store.steps, heldOut: store.heldOut, hidden: false, store,
+  }));
+  tellApart(shown);
+  const curves = new Curves(shown);
+  const legend = h("div", { class: "row legend", role: "group", "aria-label": "Runs that are shown" });
+  const pictures = new SideBySide(shown);
+  const differences = h("section", { class: "sheet stack", "aria-label": "Configuration" });
+  const drawLegend = () => legend.replaceChildren(...shown.map((run) => legendItem(run, () => {
+    curves.update();
+    pictures.update();
+  })));
+  drawLegend();
+  pictures.update();
+  differences.replaceChildren(h("h2", {}, "What differs in the configuration"), configTable(shown));
+  root.replaceChildren(
+    h("div", { class: "head" }, h("h1", {}, "Compare"),
+      button("CSV of all", () => saveText("compare.csv", joined(shown)), { icon: "download", kind: "quiet" })),
+    legend, curves.node, pictures.node, differences,
+  );
+  for (const store of stores) {
+    store.subscribe((topics) => {
+      if (topics.has("steps") || topics.has("heldOut")) curves.update();
+      if (topics.has("validations")) pictures.update();
+    });
+  }
+  return () => {
+    curves.close();
+    for (const store of stores) store.close();
+  };
+}
+
+/** Two runs of one name are called by their paths. */
+function tellApart(shown) {
+  const names = shown.map(({ name }) => name);
+  shown.forEach((run, index) => {
+    if (names.filter((name) => name === names[index]).length > 1) run.name = run.store.run;
+  });
+}
+
+function legendItem(run, changed) {
+  const { detail } = run.store;
+  const left = run.store.heldOut.length ? `held-out ${short(run.store.heldOut.last("loss"))}` : `loss ${short(run.store.steps.last("loss"))}`;
+  return h("label", { class: "tick legend-item" },
+    h("input", {
+      type: "checkbox", checked: !run.hidden,
+      onchange: (event) => {
+        run.hidden = !event.target.checked;
+        changed();
+      },
+    }),
+    h("i", { class: "swatch", style: { background: `var(--part-${run.colour})` } }), run.name, stateBadge(detail.state),
+    h("span", { class: "dim small numbers" }, left),
+    h("a", { class: "small", href: to("run", "", { run: run.store.run }), "aria-label": `Open ${run.name}` }, "open"));
+}
+
+/** The options whose values are not the same in all runs. */
+export function differing(configs) {
+  const keys = [...new Set(configs.flatMap((config) => Object.keys(config ?? {})))].sort();
+  return keys.filter((key) => new Set(configs.map((config) => JSON.stringify(config?.[key]))).size > 1);
+}
+
+function configTable(shown) {
+  const configs = shown.map(({ store }) => store.detail.config);
+  const keys = differing(configs);
+  if (keys.length === 0) return h("p", { class: "dim" }, "Nothing: the configurations are the same.");
+  const told = (value) => (value === undefined ? "–" : typeof value === "string" ? value || "“”" : JSON.stringify(value));
+  return h("div", { class: "scroll" }, h("table", {},
+    h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Option"), shown.map(({ name }) => h("th", { scope: "col" }, name)))),
+    h("tbody", {}, keys.map((key) => h("tr", {}, h("th", { scope: "row" }, h("code", {}, key)),
+      configs.map((config) => h("td", { class: "mono" }, told(config?.[key]))))))));
+}
+
+/** The same prompt at the same step, a column for each run. */
+class SideBySide {
+  constructor(shown) {
+    this.runs = shown;
+    this.step = null;
+    this.mark = "";
+    const id = freshId("step");
+    this.choice = h("select", {
+      id,
+      onchange: () => {
+        this.step = Number(this.choice.value);
+        this.mark = "";
+        this.update();
+      },
+    });
+    this.body = h("div", { class: "scroll gallery", tabindex: 0, role: "region", "aria-label": "Pictures, prompts down and runs across" });
+    this.chooser = h("div", { class: "row" }, h("label", { for: id }, "Step"), h("div", {}, this.choice));
+    this.node = h("section", { class: "sheet stack", "aria-label": "Pictures" }, h("div", { class: "head" }, h("h2", {}, "Pictures"), this.chooser), this.body);
+  }
+
+  update() {
+    const runs = this.runs.filter((run) => !run.hidden);
+    const grids = runs.map(({ store }) => new Grid(store.detail.validations));
+    const steps = [...new Set(grids.flatMap((grid) => grid.steps))].sort((a, b) => a - b);
+    const mark = JSON.stringify([runs.map(({ name }) => name), grids.map((grid) => [grid.steps, grid.rows.length])]);
+    if (mark === this.mark) return;
+    this.mark = mark;
+    this.chooser.hidden = steps.length === 0;
+    if (steps.length === 0) {
+      this.body.replaceChildren(h("p", { class: "dim" }, "These runs drew no pictures."));
+      return;
+    }
+    const inAll = steps.filter((step) => grids.every((grid) => grid.steps.includes(step)));
+    const step = steps.includes(this.step) ? this.step : (inAll.at(-1) ?? steps.at(-1));
+    this.choice.replaceChildren(...steps.map((one) => h("option", { value: one, selected: one === step }, one === 0 ? "0 (base)" : String(one))));
+    const prompts = new Map(grids.flatMap((grid) => grid.rows.map((row) => [`${row.prompt} ${row.isEma}`, row])));
+    this.body.replaceChildren(h("table", {},
+      h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Prompt"), runs.map(({ name }) => h("th", { scope: "col" }, name)))),
+      h("tbody", {}, [...prompts.values()].map((row) => h("tr", {},
+        h("th", { scope: "row" }, h("span", { class: "name" }, row.name), row.isEma ? h("span", { class: "badge" }, "moving average") : null, h("span", { class: "prompt dim" }, row.prompt)),
+        grids.map((grid, index) => h("td", {}, picture(grid, row, step, runs[index]))))))));
+  }
+}
+
+function picture(grid, { prompt, isEma }, step, { name, store }) {
+  const row = grid.rows.findIndex((one) => one.prompt === prompt && one.isEma === isEma);
+  const found = grid.at(row, grid.steps.indexOf(step));
+  if (!found) return h("span", { class: "dim" }, "–");
+  return h("a", { class: "thumb", href: pictureUrl(store.run, found), target: "_blank", rel: "noopener" },
+    h("img", { src: pictureUrl(store.run, found, 320), alt: `${found.name} of ${name} at step ${step}`, width: found.width, height: found.height, loading: "lazy" }));
+}
+
+/** The values of all runs in one CSV, the run's name in the first column. */
+function joined(shown) {
+  return shown.map((run, index) => {
+    const [head, ...lines] = csvOf(run).trimEnd().split("\n");
+    const named = lines.map((line) => `"${run.name.replaceAll('"', '""')}",${line}`);
+    return [...(index === 0 ? [`run,${head}`] : []), ...named].join("\n");
+  }).join("\n");
+}

@@ -1,0 +1,284 @@
+/** The charts of one or several runs: one cursor and one zoom over all of them, values to read, a table, and CSV. */
+
+import { Chart, pointNear } from "./chart.js";
+import { button, freshId, h } from "./dom.js";
+import { short } from "./numbers.js";
+import { Smoothed } from "./series.js";
+import { csvOf, saveText, valueTable } from "./values.js";
+
+/**
+ * @typedef {object} Shown a run on the charts
+ * @property {string} name
+ * @property {number} colour from 1: which of the page's colours of parts
+ * @property {import("./series.js").Series} steps
+ * @property {import("./series.js").Series} heldOut
+ * @property {boolean} [hidden]
+ */
+
+const HALF_LIVES = [0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000];
+const DRAG_PX = 6;
+
+const CHARTS = [
+  { key: "loss", title: "Loss", canBeLogarithmic: true, big: true },
+  { key: "held_out", title: "Held-out loss", canBeLogarithmic: true, big: true },
+  { key: "lr", title: "Learning rate" },
+  { key: "grad_norm", title: "Gradient norm", canBeLogarithmic: true },
+  { key: "seconds", title: "Seconds a step", unit: " s", canBeLogarithmic: true },
+  { key: "memory_gib", title: "Peak memory", unit: " GiB" },
+];
+
+export class Curves {
+  /** @param {Shown[]} runs */
+  constructor(runs) {
+    this.runs = runs;
+    this.view = null;
+    this.cursor = null;
+    this.halfLife = null;
+    this.averages = new Map(runs.map((run) => [run, new Smoothed(run.steps, "loss")]));
+    this.panels = CHARTS.map((spec) => this.panel(spec));
+    this.position = h("span", { class: "numbers dim" });
+    this.table = h("div", { class: "scroll values" });
+    this.tableBox = h("details", { class: "sheet", ontoggle: () => this.fillTable() }, h("summary", {}, "Values as a table"), this.table);
+    this.node = h("div", { class: "stack" }, this.toolbar(), h("div", { class: "charts" }, this.panels.map(({ node }) => node)), this.tableBox);
+    this.recolour = () => this.panels.forEach(({ chart }) => chart.recolour());
+    this.scheme = matchMedia("(prefers-color-scheme: dark)");
+    this.scheme.addEventListener("change", this.recolour);
+    document.addEventListener("theme", this.recolour);
+    this.update();
+  }
+
+  close() {
+    this.scheme.removeEventListener("change", this.recolour);
+    document.removeEventListener("theme", this.recolour);
+    for (const { chart } of this.panels) chart.close();
+  }
+
+  /** Points came, or a run was shown or hidden. */
+  update() {
+    for (const panel of this.panels) {
+      for (const line of panel.chart.lines) line.hidden = line.run.hidden ?? false;
+    }
+    this.place();
+    if (this.tableBox.open) this.fillTable();
+  }
+
+  toolbar() {
+    const smoothing = freshId("smoothing");
+    const said = h("output", { class: "numbers dim", for: smoothing });
+    const slider = h("input", {
+      type: "range", id: smoothing, min: 0, max: HALF_LIVES.length - 1, step: 1, value: 4,
+      oninput: () => {
+        this.halfLife = HALF_LIVES[slider.value];
+        this.place();
+      },
+    });
+    this.showHalfLife = () => {
+      const halfLife = this.chosenHalfLife();
+      slider.value = HALF_LIVES.indexOf(halfLife);
+      said.value = halfLife === 0 ? "off" : `half-life ${halfLife} ${halfLife === 1 ? "step" : "steps"}`;
+      slider.setAttribute("aria-valuetext", said.value);
+    };
+    const tick = (text, act) => h("label", { class: "tick" }, h("input", { type: "checkbox", onchange: (event) => act(event.target.checked) }), text);
+    this.whole = button("Whole run", () => this.zoom(null), { icon: "reset", kind: "quiet", disabled: true });
+    return h(
+      "div",
+      { class: "row curves-tools" },
+      h("label", { for: smoothing }, "Smoothing"), slider, said,
+      tick("Logarithmic", (on) => {
+        for (const { chart, spec } of this.panels) chart.isLogarithmic = on && (spec.canBeLogarithmic ?? false);
+        this.place();
+      }),
+      tick("Leave out spikes", (on) => {
+        for (const { chart } of this.panels) chart.leavesOutSpikes = on;
+        this.place();
+      }),
+      this.position,
+      h("span", { class: "grow" }),
+      this.whole,
+      button("CSV", () => this.runs.forEach((run) => saveText(`${run.name.replaceAll("/", "-")}.csv`, csvOf(run))), {
+        icon: "download", kind: "quiet", title: "Download every value of every step",
+      }),
+    );
+  }
+
+  /** The half-life that was chosen, or a fiftieth of the run. */
+  chosenHalfLife() {
+    if (this.halfLife !== null) return this.halfLife;
+    const longest = Math.max(...this.runs.map(({ steps }) => steps.length));
+    return HALF_LIVES.findLast((one) => one <= Math.max(1, longest / 50));
+  }
+
+  linesOf(key, run) {
+    const isAlone = this.runs.length === 1;
+    const colour = `--part-${run.colour}`;
+    const column = (series, name) => () => ({ x: series.column.step, y: series.column[name], length: series.length });
+    const named = (text) => (isAlone ? text : run.name);
+    if (key === "loss") {
+      const smooth = () => ({
+        x: run.steps.column.step, y: this.averages.get(run).read(this.chosenHalfLife()), length: run.steps.length,
+      });
+      return [
+        ...(isAlone ? [{ run, name: "raw", colour, faint: true, read: column(run.steps, "loss") }] : []),
+        { run, name: named("smoothed"), colour, read: smooth },
+      ];
+    }
+    if (key === "held_out") {
+      return [
+        { run, name: named("live weights"), colour, dots: true, read: column(run.heldOut, "loss") },
+        { run, name: isAlone ? "moving average" : `${run.name}, moving average`, colour: isAlone ? "--part-2" : colour,
+          dots: true, dashed: true, optional: true, read: column(run.heldOut, "ema_loss") },
+      ];
+    }
+    return [{ run, name: named(""), colour, read: column(run.steps, key) }];
+  }
+
+  panel(spec) {
+    const ids = { title: freshId("chart"), text: freshId("chart") };
+    const canvas = h("canvas", {
+      tabindex: 0, role: "slider", "aria-labelledby": ids.title, "aria-describedby": ids.text, "aria-orientation": "horizontal",
+    });
+    const chart = new Chart(canvas, (value) => short(value) + (spec.unit ?? ""));
+    chart.lines = this.runs.flatMap((run) => this.linesOf(spec.key, run));
+    const readout = h("div", { class: "readout numbers" });
+    const summary = h("p", { class: "visually-hidden", id: ids.text });
+    const node = h("figure", { class: `chart sheet${spec.big ? " big" : ""}` },
+      h("figcaption", {}, h("h3", { id: ids.title }, spec.title), readout), canvas, summary);
+    const panel = { spec, node, canvas, chart, readout, summary };
+    canvas.addEventListener("keydown", (event) => this.onKey(event));
+    this.listen(panel);
+    return panel;
+  }
+
+  /** Pointing moves the cursor; dragging with a mouse or pen zooms. */
+  listen({ canvas, chart }) {
+    let from = null;
+    canvas.addEventListener("pointerdown", (event) => {
+      this.moveTo(chart.stepAt(event.offsetX));
+      if (event.pointerType === "touch" || event.button !== 0) return;
+      from = event.offsetX;
+      canvas.setPointerCapture(event.pointerId);
+    });
+    canvas.addEventListener("pointermove", (event) => {
+      this.moveTo(chart.stepAt(event.offsetX));
+      if (from === null) return;
+      chart.selection = Math.abs(event.offsetX - from) > DRAG_PX ? [chart.stepAt(from), chart.stepAt(event.offsetX)] : null;
+    });
+    canvas.addEventListener("pointerup", () => {
+      const selection = chart.selection?.sort((a, b) => a - b);
+      from = chart.selection = null;
+      if (selection && selection[1] - selection[0] >= 1) this.zoom(selection);
+      else chart.redraw();
+    });
+    canvas.addEventListener("pointercancel", () => {
+      from = chart.selection = null;
+      chart.redraw();
+    });
+    canvas.addEventListener("pointerleave", () => {
+      if (from === null && document.activeElement !== canvas) this.moveTo(null);
+    });
+    canvas.addEventListener("dblclick", () => this.zoom(null));
+  }
+
+  onKey(event) {
+    const [first, last] = this.range();
+    const stride = Math.max(1, Math.round((last - first) / 200)) * (event.shiftKey ? 10 : 1);
+    const here = this.cursor ?? last;
+    const moves = {
+      ArrowLeft: here - stride, ArrowDown: here - stride, ArrowRight: here + stride, ArrowUp: here + stride,
+      PageDown: here - stride * 20, PageUp: here + stride * 20, Home: first, End: last,
+    };
+    const width = last - first;
+    if (event.key in moves) this.moveTo(Math.min(Math.max(moves[event.key], first), last));
+    else if (event.key === "+") this.zoom([here - width / 4, here + width / 4]);
+    else if (event.key === "-") this.zoom([here - width, here + width]);
+    else if (event.key === "Escape") {
+      this.cursor = null;
+      this.zoom(null);
+    } else return;
+    event.preventDefault();
+  }
+
+  moveTo(step) {
+    this.cursor = step === null ? null : Math.round(step);
+    this.place();
+  }
+
+  zoom(view) {
+    const [first, last] = this.everything();
+    const within = view && [Math.max(first, view[0]), Math.min(last, view[1])];
+    this.view = within && within[1] - within[0] >= 1 && within[1] - within[0] < last - first ? within : null;
+    this.place();
+  }
+
+  /** First and last step of all runs. */
+  everything() {
+    const found = this.panels.map(({ chart }) => chart.extent()).filter((one) => one !== null);
+    return found.length ? [Math.min(...found.map(([low]) => low)), Math.max(...found.map(([, high]) => high))] : [0, 1];
+  }
+
+  range() {
+    return this.view ?? this.everything();
+  }
+
+  /** Bring charts and texts in line with points, cursor and zoom; at most once a frame. */
+  place() {
+    this.placing ||= requestAnimationFrame(() => {
+      this.placing = 0;
+      this.showHalfLife();
+      const view = this.range();
+      this.whole.disabled = this.view === null;
+      this.position.textContent = this.cursor === null ? "" : `Step ${this.cursor.toLocaleString("en-GB")}`;
+      for (const panel of this.panels) {
+        Object.assign(panel.chart, { view, cursor: this.cursor });
+        panel.chart.redraw();
+        this.read(panel, view);
+      }
+    });
+  }
+
+  /** The values under the cursor, or the last ones. */
+  read({ spec, chart, canvas, readout, summary }, view) {
+    const unit = spec.unit ?? "";
+    const lines = chart.lines.filter((line) => !line.hidden);
+    const points = lines
+      .map((line) => ({ line, point: pointNear(line, this.cursor ?? Infinity) }))
+      .filter(({ line, point }) => point && (Number.isFinite(point.y) || !line.optional));
+    readout.replaceChildren(
+      ...points.map(({ line, point }) => {
+        const elsewhere = this.cursor !== null && point.x !== this.cursor ? ` at ${point.x.toLocaleString("en-GB")}` : "";
+        return h("span", { class: "reading" },
+          h("i", { class: line.faint ? "swatch faint" : "swatch", style: { background: `var(${line.colour})` } }),
+          line.name ? `${line.name} ` : "", h("b", {}, short(point.y) + unit), h("span", { class: "dim" }, elsewhere));
+      }),
+      ...(spec.key === "held_out" && this.runs.length === 1 ? bestOf(this.runs[0].heldOut) : []),
+    );
+    if (points.length === 0) readout.append(h("span", { class: "dim" }, spec.key === "held_out" ? "none measured yet" : "no step yet"));
+    const text = points.map(({ line, point }) => `${line.name} ${short(point.y)}${unit}`.trim()).join(", ") || "no value yet";
+    canvas.setAttribute("aria-valuemin", Math.floor(view[0]));
+    canvas.setAttribute("aria-valuemax", Math.ceil(view[1]));
+    canvas.setAttribute("aria-valuenow", this.cursor ?? Math.ceil(view[1]));
+    canvas.setAttribute("aria-valuetext", `step ${this.cursor ?? Math.ceil(view[1])}: ${text}`);
+    summary.textContent = `Line chart over steps ${Math.floor(view[0])} to ${Math.ceil(view[1])}. ${lines.map((line) => told(line, unit)).join(" ")}
+      Arrow keys move the cursor, plus and minus zoom, Escape shows all.`;
+  }
+
+  fillTable() {
+    if (this.tableBox.open) this.table.replaceChildren(...this.runs.filter((run) => !run.hidden).map(valueTable));
+  }
+}
+
+/** A line in words: where it began and where it is. */
+function told(line, unit) {
+  const { x, y, length } = line.read();
+  if (length === 0) return "";
+  const last = length - 1;
+  return `${line.name || "Value"}: ${short(y[0])}${unit} at step ${x[0]}, ${short(y[last])}${unit} at step ${x[last]}.`;
+}
+
+function bestOf(heldOut) {
+  let best = -1;
+  const { step, loss } = heldOut.column;
+  for (let index = 0; index < heldOut.length; index += 1) if (best < 0 || loss[index] < loss[best]) best = index;
+  if (heldOut.length < 2) return [];
+  return [h("span", { class: "reading dim" }, `base ${short(loss[0])}, best ${short(loss[best])} at ${step[best].toLocaleString("en-GB")}`)];
+}

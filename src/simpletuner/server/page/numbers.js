@@ -1,0 +1,14 @@
+// Measured values for people: as few digits as tell them apart.
+
+/** A number with at most four digits that count: 0.2311, 12.3, 1.5e-5, 12,400; "–" where there is none. */
+export function short(value) {
+  if (value === null || value === undefined || !Number.isFinite(value)) return "–";
+  const size = Math.abs(value);
+  if (size === 0) return "0";
+  if (size >= 1000) return Math.round(value).toLocaleString("en-GB");
+  if (size < 0.001) return value.toExponential(2).replace(/\.?0+e/, "e");
+  return String(Number(value.toPrecision(4)));
+}
+
+/** The same as a share of a whole, in per cent. */
+export const percent = (share) => `${Math.round(share * 100)} %`;

@@ -1,0 +1,54 @@
+// The queue: runs that wait for their turn, one at a time for each set of devices.
+
+import { del, get } from "./api.js";
+import { button, confirm, h, toast } from "./dom.js";
+import { when } from "./format.js";
+import { to } from "./router.js";
+import { stateBadge } from "./states.js";
+
+export class QueueList {
+  constructor() {
+    this.shown = "";
+    this.node = h("section", { class: "stack", "aria-label": "Queue", hidden: true });
+  }
+
+  /** Ask the server. */
+  async update() {
+    const entries = await get("queue");
+    const text = JSON.stringify(entries);
+    if (text === this.shown) return;
+    this.shown = text;
+    const focused = document.activeElement?.dataset?.entry;
+    this.node.hidden = entries.length === 0;
+    let place = 0;
+    const rows = entries.map((entry) => this.row(entry, entry.state === "waiting" ? (place += 1) : null));
+    this.node.replaceChildren(h("h2", {}, "Queue"), h("div", { class: "sheet scroll" }, h("table", {},
+      h("thead", {}, h("tr", {}, ["Order", "Run", "Devices", "State", "Added", ""].map((title) => h("th", { scope: "col" }, title)))),
+      h("tbody", {}, rows))));
+    if (focused) this.node.querySelector(`[data-entry="${CSS.escape(focused)}"]`)?.focus();
+  }
+
+  row(entry, place) {
+    const { id, output_dir, environment, example, devices, state, added, exit_code } = entry;
+    const from = example ? `example ${example}` : environment ? `environment ${environment}` : "";
+    return h("tr", {},
+      h("td", { class: "number" }, place === null ? "" : String(place)),
+      h("td", {}, h("a", { href: to("run", "", { run: output_dir }) }, output_dir), from ? h("p", { class: "small dim" }, from) : null),
+      h("td", {}, devices || "all"),
+      h("td", {}, stateBadge(state), exit_code ? h("p", { class: "small dim" }, `exit code ${exit_code}`) : null),
+      h("td", { class: "numbers" }, when(added)),
+      h("td", {}, state === "running" ? null : button("Remove", () => this.remove(entry), {
+        icon: "trash", kind: "quiet tiny", label: `Remove ${output_dir} from the queue`, dataset: { entry: id },
+      })));
+  }
+
+  async remove({ id, output_dir, state }) {
+    if (state === "waiting" && !(await confirm("Remove from the queue?", `${output_dir} will not be trained. What it has trained before stays.`, "Remove", "danger"))) return;
+    try {
+      await del("queue", { id });
+    } catch (error) {
+      toast(error.message, "bad");
+    }
+    await this.update();
+  }
+}

@@ -1,0 +1,98 @@
+// What can be done with a run: each button is one command of the shell.
+
+import { get, post } from "./api.js";
+import { ask, button, h, toast } from "./dom.js";
+import { go, to } from "./router.js";
+
+/** What a run was started from, as `POST /api/run/start` takes it; null where the page cannot know. */
+async function originOf({ run, name, environment }) {
+  if (environment !== null) return { environment, example: null };
+  const { examples } = await get("about");
+  return examples.includes(name) && run === `output/${name}` ? { environment: null, example: name } : null;
+}
+
+/** Start a run and show it. @param {{environment?: string|null, example?: string|null, options?: object}} what */
+export async function startAndShow({ environment = null, example = null, options = {} }) {
+  const { run } = await post("run/start", { environment, example, options });
+  go(to("run", "", { run }));
+}
+
+/** The buttons that make sense in the run's state. */
+export class Verbs {
+  /** @param {() => object} detail @param {() => Promise<void>} refresh asks for the run's state anew */
+  constructor(detail, refresh) {
+    this.detail = detail;
+    this.refresh = refresh;
+    this.shown = "";
+    this.node = h("div", { class: "row verbs" });
+  }
+
+  update() {
+    const { state, phase } = this.detail();
+    const key = `${state} ${phase === "train" || phase === "validation"}`;
+    if (key === this.shown) return;
+    this.shown = key;
+    this.node.replaceChildren(...(state === "running" ? this.ofRunning() : this.ofEnded(state)));
+  }
+
+  ofRunning() {
+    const { phase } = this.detail();
+    const isTraining = phase === "train" || phase === "validation";
+    return [
+      isTraining ? this.asking("Validate now", "eye", "validate", "Pictures and the held-out loss come after this step.") : null,
+      isTraining ? this.asking("Save now", "save", "save", "A checkpoint is written after this step.") : null,
+      this.asking("Stop", "stop", "stop", "The run saves a checkpoint after this step and ends. It can be resumed.", "danger"),
+    ].filter(Boolean);
+  }
+
+  ofEnded(state) {
+    if (state === "waiting") return [];
+    const resume = button(state === "failed" || state === "killed" ? "Start again" : "Resume", () => this.start(), {
+      icon: "play", kind: "primary", title: "Goes on from the newest checkpoint that is whole",
+    });
+    return state === "done" ? [button("Train for longer", () => this.longer(), { icon: "play" })] : [resume];
+  }
+
+  /** A button for a request that the run obeys after its current step. */
+  asking(text, icon, verb, said, kind = "") {
+    const node = button(text, async () => {
+      node.disabled = true;
+      try {
+        await post(`run/${verb}`, { run: this.detail().run });
+        toast(said);
+      } catch (error) {
+        toast(error.message, "bad");
+      }
+      if (verb !== "stop") setTimeout(() => { node.disabled = false; }, 1500);
+    }, { icon, kind, title: said });
+    return node;
+  }
+
+  /** Start it again with other options; what is wrong is said in a toast. */
+  async start(options = {}) {
+    for (const node of this.node.querySelectorAll("button")) node.disabled = true;
+    try {
+      const origin = await originOf(this.detail());
+      if (origin === null) {
+        toast("No environment has this folder as its output_dir: give its command again in the shell to go on.", "bad");
+      } else {
+        await post("run/start", { ...origin, options });
+        toast("The run goes on.", "good");
+        await this.refresh();
+      }
+    } catch (error) {
+      toast(error.message, "bad");
+    }
+    this.shown = "";
+    this.update();
+  }
+
+  async longer() {
+    const { steps } = this.detail();
+    const answer = await ask("Train for longer", {
+      label: "Steps in all", value: String(steps * 2), yes: "Train", note: `The run has finished ${steps} steps.`,
+      check: (text) => (/^\d+$/.test(text) && Number(text) > steps ? "" : `A whole number above ${steps}.`),
+    });
+    if (answer !== null) await this.start({ max_train_steps: Number(answer) });
+  }
+}
