@@ -239,6 +239,18 @@ def text_activation_bytes(text: TextSpec, tokens: int, kept: int, dtype: torch.d
     return tokens * (3 * text.inner + (2 + kept) * text.hidden) * dtype.itemsize
 
 
+def resident_text_bytes(
+    text: TextSpec, layers: Sequence[int], *, tokens: int, precision: str, dtype: torch.dtype
+) -> tuple[int, int]:
+    """Of a text encoder that is read up to the last of `layers`: its weights, and what comes beside them, a batch of
+    `tokens` or, while it is quantised, the plain weight of one Linear at a time.
+    """
+    embedding, layer = text_bytes(text, precision, dtype)
+    plain = 0 if precision == NO_CHANGE else max(map(math.prod, text.linears)) * dtype.itemsize
+    activations = text_activation_bytes(text, tokens, len(layers) - 1, dtype)
+    return embedding + max(layers) * layer, max(activations, plain)
+
+
 def autoencoder_bytes(half: Sequence[Sequence[int]], dtype: torch.dtype) -> tuple[int, int]:
     """Of all weights of the half that encodes or decodes, and of its largest layer."""
     sizes = [math.prod(shape) * dtype.itemsize for shape in half]
@@ -352,19 +364,21 @@ class Footprint:
 
     def _text(self, mode: str) -> PhasePlan:
         config, text = self.config, self.architecture.text
-        depth, kept = max(self.architecture.text_layers), len(self.architecture.text_layers)
+        layers = self.architecture.text_layers
+        depth, kept = max(layers), len(layers)
         length = min(self.work.caption_tokens or self.architecture.text_length, self.architecture.text_length)
         captions = self.work.captions or 0
         together = min(config.text_encoder_batch_size, captions or config.text_encoder_batch_size)
         batch = together * length
-        embedding, layer = text_bytes(text, config.text_encoder_1_precision, self.dtype)
-        everything = embedding + depth * layer
+        precision = config.text_encoder_1_precision
         room = _Room(self.machine)
-        read = everything
         if mode == "resident":
-            room.device("weights", everything)
-            room.device("activations", text_activation_bytes(text, batch, kept - 1, self.dtype))
+            weights, beside = resident_text_bytes(text, layers, tokens=batch, precision=precision, dtype=self.dtype)
+            room.device("weights", weights)
+            room.device("activations", beside)
+            read = weights
         else:
+            _, layer = text_bytes(text, precision, self.dtype)
             room.device("weights", layer)
             room.device("activations", text_activation_bytes(text, batch, 0, self.dtype))
             tokens = max(captions, together) * length

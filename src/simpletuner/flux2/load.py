@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from simpletuner.flux2.text import ResidentTextEncoder
 from simpletuner.flux2.text_stream import StreamedTextEncoder
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory import offload
-from simpletuner.memory.precision import make_room, quantised, stored_bytes, targets
+from simpletuner.memory.precision import make_room, quantised, targets
 
 # Mistral's own pre-tokeniser, as in its tekken.json: case counts and every digit is a token.
 _TEKKEN_PATTERN = (
@@ -246,33 +245,6 @@ def stream_text_encoder(
         device=device,
         folder=folder,
     )
-
-
-def resident_text_bytes(
-    source: Source, dtype: torch.dtype, *, layers: tuple[int, ...], tokens: int, precision: str = NO_CHANGE
-) -> int:
-    """Bytes that `load_text_encoder` takes at most, from headers and config alone: weights, and the activations of a
-    batch of `tokens` at its widest place, the middle of an MLP (gate, its activation, up, their product; beside them
-    about six vectors of the stream's width). Quantised, one Linear at a time has its plain weight too.
-
-    Raises:
-        ConfigError: it has fewer layers.
-    """
-    config = _text_config(source, layers)
-    entries = read_headers(source.text_encoder.files)
-    known = {text_encoder_name(name, config.num_hidden_layers): entry.shape for name, entry in entries.items()}
-    weights = widest = 0
-    for name, shape in known.items():
-        if name is None:
-            continue
-        if precision != NO_CHANGE and name.startswith("layers.") and len(shape) == 2:
-            rows, columns = shape
-            weights += stored_bytes((rows, columns), precision, dtype.itemsize)
-            widest = max(widest, rows * columns)
-        else:
-            weights += math.prod(shape) * dtype.itemsize
-    activations: int = tokens * (4 * config.intermediate_size + 6 * config.hidden_size)
-    return weights + (widest + activations) * dtype.itemsize
 
 
 def _quantise_layers(precision: str, via: torch.device | str) -> Quantise | None:

@@ -22,17 +22,18 @@ from simpletuner.data.collate import Batch, load_batch
 from simpletuner.data.manifest import Manifest, scan
 from simpletuner.data.sample import Sample
 from simpletuner.flux2.autoencoder import Autoencoder
+from simpletuner.flux2.footprint import resident_text_bytes
 from simpletuner.flux2.load import (
     Half,
     autoencoder_id,
     load_autoencoder,
     load_text_encoder,
     load_transformer,
-    resident_text_bytes,
     stream_text_encoder,
     text_encoder_id,
 )
 from simpletuner.flux2.source import Source
+from simpletuner.flux2.spec import TextSpec
 from simpletuner.flux2.text import TextEncoder
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.free import free_bytes
@@ -232,7 +233,8 @@ def open_text_encoder(
     mode = "streamed" if offload.group_offload_text_encoder else precision.text_encoder_mode
     if mode == "auto":
         tokens = precision.text_encoder_batch_size * length
-        needed = resident_text_bytes(source, dtype, layers=layers, tokens=tokens, precision=name)
+        text = TextSpec.from_config(source.text_encoder.config or {})
+        needed = sum(resident_text_bytes(text, layers, tokens=tokens, precision=name, dtype=dtype))
         free = free_bytes(device)
         mode = "resident" if needed <= free else "streamed"
         memory = f"{format_size(free)} of memory {'on the GPU ' if device.type == 'cuda' else ''}are free"

@@ -19,16 +19,16 @@ from simpletuner.base.errors import ConfigError, DiskError
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.precisions import PRECISIONS
 from simpletuner.flux2.denoiser import Denoiser
+from simpletuner.flux2.footprint import resident_text_bytes
 from simpletuner.flux2.load import (
     load_text_encoder,
     load_transformer,
-    resident_text_bytes,
     stream_text_encoder,
     text_encoder_id,
 )
 from simpletuner.flux2.lora import PRESETS, attach
 from simpletuner.flux2.source import Source, Weights
-from simpletuner.flux2.spec import TINY, TransformerSpec
+from simpletuner.flux2.spec import TINY, TextSpec, TransformerSpec
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.precision import QuantisedLinear, packed
 
@@ -289,8 +289,9 @@ def test_bytes_of_a_quantised_text_encoder(name, tiny_source):
     model = load_text_encoder(tiny_source, BF16, "cpu", **TEXT, precision=name)._model
     held = sum(tensor.nbytes for tensor in model.parameters())
     held += sum(b.nbytes for m in model.modules() if isinstance(m, QuantisedLinear) for b in m.buffers())
-    needed = resident_text_bytes(tiny_source, BF16, layers=TEXT["layers"], tokens=0, precision=name)
-    assert needed == held + 64 * 128 * 2, "and one plain weight of the widest"
+    text = TextSpec.from_config(tiny_source.text_encoder.config)
+    weights, beside = resident_text_bytes(text, TEXT["layers"], tokens=0, precision=name, dtype=BF16)
+    assert (weights, beside) == (held, 64 * 128 * 2), "and one plain weight of the widest"
 
 
 # --- within memory ----------------------------------------------------------------------------------------------------

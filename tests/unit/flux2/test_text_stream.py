@@ -14,10 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from simpletuner.base.errors import AccessError, ConfigError, DiskError
+from simpletuner.config.precisions import NO_CHANGE
 from simpletuner.data.cache.contexts import fill_contexts
 from simpletuner.data.cache.store import LEDGER, Store
-from simpletuner.flux2.load import load_text_encoder, resident_text_bytes, stream_text_encoder
+from simpletuner.flux2.footprint import resident_text_bytes
+from simpletuner.flux2.load import load_text_encoder, stream_text_encoder
 from simpletuner.flux2.source import Source, Weights
+from simpletuner.flux2.spec import TextSpec
 from simpletuner.flux2.text import EncodedText, TokenBatch
 from simpletuner.flux2.text_stream import StreamedTextEncoder, portions
 
@@ -170,13 +173,14 @@ def test_a_full_disk_is_named(tiny_source, tmp_path, monkeypatch):
 
 def test_bytes_of_the_resident_encoder_are_its_weights_and_a_batch(tiny_source):
     def needed(dtype: torch.dtype, tokens: int) -> int:
-        return resident_text_bytes(tiny_source, dtype, layers=(10, 20, 30), tokens=tokens)
+        text = TextSpec.from_config(tiny_source.text_encoder.config)
+        return sum(resident_text_bytes(text, (10, 20, 30), tokens=tokens, precision=NO_CHANGE, dtype=dtype))
 
     model = load_text_encoder(tiny_source, torch.float32, "cpu", **settings())._model
     weights = sum(parameter.nbytes for parameter in model.parameters())
     assert needed(torch.float32, 0) == weights
     assert needed(torch.bfloat16, 0) == weights // 2
-    assert needed(torch.float32, 7) - weights == 7 * (4 * 128 + 6 * 64) * 4
+    assert needed(torch.float32, 7) - weights == 7 * (3 * 128 + 4 * 64) * 4
 
 
 LAYERS, HIDDEN, INNER, PER_FILE = 30, 512, 1024, 3
