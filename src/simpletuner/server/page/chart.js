@@ -5,8 +5,10 @@
 
 import { firstAtLeast } from "./series.js";
 
-const PADDING = { left: 58, right: 12, top: 8, bottom: 24 };
-const TICK_PX = { x: 90, y: 36 };
+const PADDING = { left: 56, right: 12, top: 8, bottom: 24 };
+const TICK_PX = { x: 90, y: 28 };
+const DOT_PX = 3.5;
+const FAR_OUT = 3;
 
 /**
  * @typedef {object} Line
@@ -117,7 +119,7 @@ export class Chart {
     this.drawGrid(pen, frame, range, place);
     pen.save();
     pen.beginPath();
-    pen.rect(frame.left, frame.top - 2, frame.width, frame.height + 4);
+    pen.rect(frame.left - DOT_PX, frame.top - DOT_PX, frame.width + 2 * DOT_PX, frame.height + 2 * DOT_PX);
     pen.clip();
     for (const { line, columns } of drawn) this.drawLine(pen, line, columns, place);
     if (this.selection) this.drawSelection(pen, frame, place);
@@ -167,7 +169,7 @@ export class Chart {
     if (line.dots || columns.length === 1) {
       for (let index = 0; index < columns.length; index += 1) {
         pen.beginPath();
-        pen.arc(place.x(columns.x[index]), place.y(columns.y[index]), 2.75, 0, 2 * Math.PI);
+        pen.arc(place.x(columns.x[index]), place.y(columns.y[index]), 0.8 * DOT_PX, 0, 2 * Math.PI);
         pen.fill();
       }
     }
@@ -198,7 +200,7 @@ export class Chart {
       if (y < frame.top || y > frame.top + frame.height) continue;
       pen.fillStyle = this.colours[line.colour];
       pen.beginPath();
-      pen.arc(place.x(point.x), y, 3.5, 0, 2 * Math.PI);
+      pen.arc(place.x(point.x), y, DOT_PX, 0, 2 * Math.PI);
       pen.fill();
     }
   }
@@ -265,8 +267,14 @@ function push(kept, x, y) {
 export function valueRange(drawn, isLogarithmic, leavesOutSpikes) {
   const values = Float64Array.from(drawn.flatMap(({ y, length }) => Array.from(y.subarray(0, length)))).sort();
   if (values.length === 0) return isLogarithmic ? [0.1, 1] : [0, 1];
-  const cut = leavesOutSpikes ? Math.floor(values.length / 50) : 0;
-  let [low, high] = [values[cut], values[values.length - 1 - cut]];
+  let [low, high] = [values[0], values.at(-1)];
+  if (leavesOutSpikes) {
+    // Far outside the middle half, as in a box plot.
+    const [lower, upper] = [values[values.length >> 2], values[(3 * values.length) >> 2]];
+    const reach = FAR_OUT * (upper - lower);
+    low = values[firstAtLeast(values, values.length, lower - reach)];
+    high = values[Math.min(firstAtLeast(values, values.length, upper + reach), values.length) - 1] ?? high;
+  }
   if (isLogarithmic) return low === high ? [low / 2, high * 2] : [low * (low / high) ** 0.05, high * (high / low) ** 0.05];
   if (low === high) [low, high] = low === 0 ? [-1, 1] : [low - Math.abs(low) * 0.1, high + Math.abs(high) * 0.1];
   const air = (high - low) * 0.06;

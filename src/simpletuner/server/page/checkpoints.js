@@ -9,7 +9,7 @@ const LORA = "pytorch_lora_weights.safetensors";
 const STATES = { unverified: ["", "not checked"], good: ["good", "whole"], damaged: ["bad", "damaged"] };
 
 /** The folder of a checkpoint below its run. */
-export const checkpointFolder = (step) => `checkpoints/step-${String(step).padStart(6, "0")}`;
+const checkpointFolder = (step) => `checkpoints/step-${String(step).padStart(6, "0")}`;
 
 /** A link that downloads a file of a run. */
 export const downloadLink = (run, path, text, kind = "") =>
@@ -32,7 +32,7 @@ export class Checkpoints {
   /** Ask the server what there is. */
   async update() {
     try {
-      this.list = await get("run/checkpoints", { run: this.run });
+      this.list = (await get("run/checkpoints", { run: this.run })).reverse();
     } catch (error) {
       this.body.replaceChildren(problemPanel(error));
       return;
@@ -68,7 +68,7 @@ export class Checkpoints {
       h("td", {}, h("div", { class: "row" },
         act("Verify", "check", "verify", () => this.verify(one)),
         runState === "running" || one.state === "damaged" ? null
-          : act("Resume from here", "play", "resume", () => this.start({ resume_from_checkpoint: `${this.run}/${checkpointFolder(one.step)}` })),
+          : act("Resume from here", "play", "resume", () => this.start({ resume_from_checkpoint: one.path })),
         isLora ? downloadLink(this.run, `${checkpointFolder(one.step)}/${LORA}`, "LoRA", "quiet tiny") : null,
         act("Delete", "trash", "delete", () => this.remove(one), "danger"))));
   }

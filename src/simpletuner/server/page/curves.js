@@ -105,7 +105,7 @@ export class Curves {
   chosenHalfLife() {
     if (this.halfLife !== null) return this.halfLife;
     const longest = Math.max(...this.runs.map(({ steps }) => steps.length));
-    return HALF_LIVES.findLast((one) => one <= Math.max(1, longest / 50));
+    return HALF_LIVES.findLast((one) => one <= Math.max(2, longest / 50));
   }
 
   linesOf(key, run) {
@@ -137,7 +137,7 @@ export class Curves {
     const canvas = h("canvas", {
       tabindex: 0, role: "slider", "aria-labelledby": ids.title, "aria-describedby": ids.text, "aria-orientation": "horizontal",
     });
-    const chart = new Chart(canvas, (value) => short(value) + (spec.unit ?? ""));
+    const chart = new Chart(canvas, short);
     chart.lines = this.runs.flatMap((run) => this.linesOf(spec.key, run));
     const readout = h("div", { class: "readout numbers" });
     const summary = h("p", { class: "visually-hidden", id: ids.text });

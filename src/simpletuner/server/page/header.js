@@ -18,7 +18,7 @@ export class Header {
     this.bar = h("progress", { "aria-label": "Progress of the run" });
     this.said = h("p", { class: "numbers", "aria-live": "off" });
     this.facts = h("dl", { class: "tiles" });
-    this.phases = h("ol", { class: "phases plain", "aria-label": "Phases" });
+    this.phases = h("ol", { class: "phases", "aria-label": "Phases" });
     this.spoken = h("p", { class: "visually-hidden", "aria-live": "polite" });
     this.node = h("div", { class: "stack" },
       h("div", { class: "head" }, h("h1", {}, store.detail.name), this.badge, h("span", { class: "grow" }), verbs),

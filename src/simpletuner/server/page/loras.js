@@ -1,7 +1,6 @@
 // Which LoRAs act, and how strongly.
 
 import { get } from "./api.js";
-import { checkpointFolder } from "./checkpoints.js";
 import { button, freshId, h, problemPanel } from "./dom.js";
 
 export class LoraChoice {
@@ -74,12 +73,10 @@ async function knownLoras(run, detail) {
   const [checkpoints, runs] = await Promise.all([get("run/checkpoints", { run }), get("runs")]);
   const own = detail.config?.model_type === "full" ? [] : checkpoints
     .filter(({ state }) => state !== "damaged")
-    .map(({ step }) => ({ path: `${run}/${checkpointFolder(step)}`, label: `this run, step ${step}` }))
+    .map(({ step, path }) => ({ path, label: `this run, step ${step}` }))
     .reverse();
   const finished = runs.filter(({ lora }) => lora).map((other) => ({
-    path: below(other.run, other.lora), label: other.run === run ? "this run, finished" : `${other.name}, finished`, isOwn: other.run === run,
+    path: `${other.run}/${other.lora}`, label: other.run === run ? "this run, finished" : `${other.name}, finished`, isOwn: other.run === run,
   }));
   return [...finished.filter(({ isOwn }) => isOwn), ...own, ...finished.filter(({ isOwn }) => !isOwn)];
 }
-
-const below = (run, path) => (path.startsWith(`${run}/`) || path.startsWith("/") ? path : `${run}/${path}`);

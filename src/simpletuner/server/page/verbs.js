@@ -4,6 +4,8 @@ import { get, post } from "./api.js";
 import { ask, button, h, toast } from "./dom.js";
 import { go, to } from "./router.js";
 
+const ASK_AGAIN_MS = 1500;
+
 /** What a run was started from, as `POST /api/run/start` takes it; null where the page cannot know. */
 async function originOf({ run, name, environment }) {
   if (environment !== null) return { environment, example: null };
@@ -62,8 +64,11 @@ export class Verbs {
         toast(said);
       } catch (error) {
         toast(error.message, "bad");
+        node.disabled = false;
+        return;
       }
-      if (verb !== "stop") setTimeout(() => { node.disabled = false; }, 1500);
+      if (verb === "stop") node.lastChild.textContent = "Stopping …";
+      else setTimeout(() => { node.disabled = false; }, ASK_AGAIN_MS);
     }, { icon, kind, title: said });
     return node;
   }

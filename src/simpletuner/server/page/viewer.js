@@ -50,6 +50,7 @@ export function openViewer(grid, row, column, { run, config }) {
     const arrow = (text, name, down, right) => h("button", {
       type: "button", class: "quiet square", "aria-label": text, title: text, onclick: () => move(down, right),
     }, icon(name));
+    body.style.setProperty("--aspect", picture.width / picture.height);
     body.replaceChildren(
       against
         ? beforeAfter({ src: pictureUrl(run, against.picture), label: label(against.step) }, { src: full, label: label(step) }, picture)
