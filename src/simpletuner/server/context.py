@@ -7,10 +7,12 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from simpletuner.server.pictures import Thumbnails
 from simpletuner.server.roots import Roots
 from simpletuner.server.series import Indexes
 from simpletuner.server.shell import Shell
 from simpletuner.server.stream import Streams
+from simpletuner.server.verdicts import Verdicts
 from simpletuner.server.work import Jobs
 
 CHECKS_AT_ONCE = 2
@@ -27,10 +29,14 @@ class Context:
     """Held by each check of a draft while it runs."""
     planning: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     """Held by a memory plan, which brings torch."""
+    thumbnails: Thumbnails = field(default_factory=Thumbnails)
+    """The last small pictures."""
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held between looking at a document's revision and replacing it."""
     streams: Streams = field(default_factory=lambda: Streams(Indexes()))
     """The runs that are followed; to be closed before the server waits for its clients."""
+    verdicts: Verdicts = field(default_factory=Verdicts)
+    """Of the checkpoints that were verified."""
 
     @property
     def workspace(self) -> Path:

@@ -210,7 +210,7 @@ class Told:
     phases: dict[str, PhaseState] = field(default_factory=dict)
     """Those of the last attempt, in the order they began."""
     validations: dict[tuple[int, bool], ValidationEvent] = field(default_factory=dict)
-    """By step, and whether it is about pictures: the last attempt's count."""
+    """By step, and whether it holds a loss: the last attempt's count."""
     checkpoints: list[CheckpointEvent] = field(default_factory=list)
     saved: dict[int, str] = field(default_factory=dict)
     """When the checkpoint of a step was written."""
@@ -266,7 +266,7 @@ class Told:
             case ProgressEvent():
                 self.phases.setdefault(event.phase, PhaseState(event.phase)).progress = event
             case ValidationEvent():
-                self.validations[event.step, bool(event.pictures)] = event
+                self.validations[event.step, event.loss is not None] = event
             case CheckpointEvent():
                 self.checkpoints.append(event)
                 if event.state == "saved":

@@ -3,7 +3,6 @@
 import codecs
 import contextlib
 import hashlib
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,18 +10,15 @@ from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from simpletuner.config.run import RunConfig
-from simpletuner.config.values import kinds, nearest
 from simpletuner.runs.events import CheckpointEvent, ProgressEvent, ValidationEvent
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.runs.process import Request as Wish
 from simpletuner.runs.process import ask
+from simpletuner.server.commands import ToTrain, printed, train_arguments
 from simpletuner.server.context import Context, InContext
-from simpletuner.server.environments import NAME_OR_NONE, existing, selecting
 from simpletuner.server.faults import Fault
-from simpletuner.server.runs import Run, found_runs, glance, output_folder, output_folders, part_of, run_at
+from simpletuner.server.runs import Run, found_runs, glance, output_folders, part_of, run_at
 from simpletuner.server.series import Damaged, decoded
-from simpletuner.server.shell import Finished, problems_told
 from simpletuner.server.thumbnails import WIDTHS, picture_type, thumbnail
 
 router = APIRouter()
@@ -33,8 +29,6 @@ LARGEST_ID = 2**53
 ATTACHMENTS = {".json": "application/json", ".zip": "application/zip"}
 
 RunName = Annotated[str, Query(max_length=4096)]
-Option = str | int | float | bool
-Options = dict[Annotated[str, Field(pattern=r"^[a-z0-9_]+$", max_length=64)], Option]
 
 
 class Phase(BaseModel):
@@ -100,22 +94,10 @@ class Log(BaseModel):
     """The end of console.log, where the run was started without a terminal."""
 
 
-class Body(BaseModel):
-    """A request: what it does not know is a mistake."""
+class OfRun(BaseModel):
+    """Which run."""
 
     model_config = ConfigDict(extra="forbid")
-
-
-class Start(Body):
-    """What to train: an environment or an example, and options that differ from it."""
-
-    environment: Annotated[str, Field(pattern=NAME_OR_NONE)] | None = None
-    example: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
-    options: Options = Field(default={}, max_length=200)
-
-
-class OfRun(Body):
-    """Which run."""
 
     run: str = Field(max_length=4096)
 
@@ -230,9 +212,9 @@ def file(
 
 
 @router.post("/run/start")
-async def start(here: InContext, wanted: Start) -> Run:
+async def start(here: InContext, wanted: ToTrain) -> Run:
     """Start a run, or go on with one, as `simpletuner run start` does. It goes on without the server."""
-    finished = await here.shell.run("run", "start", "--json", *train_arguments(here, wanted))
+    finished = await here.shell.run("run", "start", "--json", *train_arguments(here.roots, wanted))
     told = printed(finished)
     return _glance(here, RunDirectory((here.workspace / str(told["run"])).resolve()))
 
@@ -253,55 +235,6 @@ def save(here: InContext, of: OfRun) -> Run:
 def validate(here: InContext, of: OfRun) -> Run:
     """Ask a run for validation pictures."""
     return _wish(here, of.run, "validate")
-
-
-def train_arguments(here: Context, wanted: Start) -> list[str]:
-    """What follows `simpletuner train`.
-
-    Raises:
-        Fault: 422, not exactly one of environment and example, an option that is none; 404, no such environment; 403,
-            a path outside the roots.
-    """
-    if (wanted.environment is None) == (wanted.example is None):
-        raise Fault.of(422, "what to train is not said", "an environment or an example")
-    known = kinds(RunConfig)
-    arguments = [f"--example={wanted.example}"]
-    output_dir: object = None
-    if wanted.environment is not None:
-        arguments = selecting(here.roots, wanted.environment)
-        output_dir = existing(here.roots, wanted.environment).values().get("output_dir")
-    for name, value in wanted.options.items():
-        if name not in known:
-            near = nearest(name, known)
-            raise Fault.of(422, f"{name}: no such option", remedy=f"Did you mean {near}?" if near else "")
-        text = str(value).lower() if isinstance(value, bool) else str(value)
-        if "\0" in text or len(text) > 4096:
-            raise Fault.of(422, f"{name} cannot be given to a command", "a text of at most 4096 characters")
-        if known[name].is_path or known[name].is_model:
-            _check_inside(here, text)
-        arguments.append(f"--{name}={text}")
-    if isinstance(output_dir, str) and "output_dir" not in wanted.options:
-        _check_inside(here, output_dir)
-    return arguments
-
-
-def _check_inside(here: Context, text: str) -> None:
-    """Refuse a path outside the roots. One that a variable of the environment completes is the user's own affair."""
-    if text and "{" not in text:
-        output_folder(here.roots, text)
-
-
-def printed(finished: Finished) -> dict[str, Any]:
-    """The JSON object that a command printed.
-
-    Raises:
-        Fault: 422, it failed: its problems.
-    """
-    if finished.exit_code:
-        raise Fault(422, *problems_told(finished))
-    told = json.loads(finished.out)
-    assert isinstance(told, dict)
-    return told
 
 
 def _glance(here: Context, directory: RunDirectory) -> Run:

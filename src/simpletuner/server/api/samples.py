@@ -1,0 +1,157 @@
+"""Trying a LoRA: pictures of prompts, drawn by `simpletuner sample`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, ConfigDict, Field
+
+from simpletuner.runs.layout import LORA_NAME
+from simpletuner.server.context import Context, InContext
+from simpletuner.server.faults import Fault
+from simpletuner.server.roots import Roots
+from simpletuner.server.runs import part_of, run_at
+from simpletuner.server.series import Damaged, decoded
+from simpletuner.server.thumbnails import picture_type
+from simpletuner.server.work import Job
+
+router = APIRouter()
+
+FOLDER = "samples"
+"""Below a run: where its pictures go; without a run, below the workspace."""
+KEPT = 500
+"""Pictures that are listed, the newest first."""
+
+Prompt = Annotated[str, Field(min_length=1, max_length=4000, pattern=r"^[^\x00]*$")]
+Side = Annotated[int, Field(ge=16, le=2048, multiple_of=16)]
+
+
+class ActingLora(BaseModel):
+    """A LoRA and how strongly it acts."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str = Field(max_length=4096)
+    """A .safetensors file, or a folder that holds one such as a checkpoint's."""
+    strength: float = Field(default=1.0, ge=-10, le=10, allow_inf_nan=False)
+
+
+class ToDraw(BaseModel):
+    """What to draw."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    run: str | None = Field(default=None, max_length=4096)
+    """Whose model draws, and whose finished LoRA acts unless `loras` names others."""
+    prompts: list[Prompt] = Field(min_length=1, max_length=8)
+    seed: int = Field(default=42, ge=0, lt=2**32)
+    width: Side = 1024
+    height: Side = 1024
+    steps: int | None = Field(default=None, ge=1, le=500)
+    """By default what suits the model."""
+    guidance: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
+    """By default what suits the model."""
+    count: int = Field(default=1, ge=1, le=16)
+    """Pictures of each prompt, with the seeds `seed`, `seed` + 1 and so on."""
+    loras: list[ActingLora] = Field(default=[], max_length=8)
+
+
+class SampleResult(BaseModel):
+    """What a job of the kind "sample" gives."""
+
+    pictures: list[str]
+
+
+class Sample(BaseModel):
+    """A picture that was drawn before, and what it was drawn from as far as it tells."""
+
+    path: str
+    prompt: str | None = None
+    seed: int | None = None
+    width: int
+    height: int
+    steps: int | None = None
+    guidance: float | None = None
+    loras: list[dict[str, Any]] = []
+    """Name, sha256 and strength of each."""
+
+
+@router.post("/jobs/sample", status_code=202)
+async def sample(here: InContext, wanted: ToDraw) -> Job:
+    """Draw pictures. The result is {"pictures": [their paths]}, of each prompt `count`."""
+    return here.jobs.start("sample", arguments(here, wanted), _result(here.roots))
+
+
+@router.get("/run/samples")
+def samples(here: InContext, run: Annotated[str, Query(max_length=4096)]) -> list[Sample]:
+    """The pictures that were drawn with a run, newest first."""
+    directory = run_at(here.roots, run)
+    folder = part_of(here.roots, directory, directory.root / FOLDER)
+    found = [path for path in folder.glob("*.png") if path.is_file() and not path.is_symlink()]
+    found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    told = (_told(path, here.roots.shown(path)) for path in found[:KEPT])
+    return [one for one in told if one is not None]
+
+
+def arguments(here: Context, wanted: ToDraw) -> list[str]:
+    """The command that draws.
+
+    Raises:
+        Fault: 403, a path outside the roots; 404, no such run; 422, no LoRA is there.
+    """
+    out = here.workspace / FOLDER
+    words = ["sample"]
+    if wanted.run is not None:
+        directory = run_at(here.roots, wanted.run)
+        out = part_of(here.roots, directory, directory.root / FOLDER)
+        words.append(f"--run={here.roots.shown(directory.root)}")
+    words.append(f"--out={here.roots.shown(here.roots.resolve(str(out)))}")
+    words += [f"--prompt={prompt}" for prompt in wanted.prompts]
+    words += [f"--lora={_lora(here.roots, lora.path)}:{lora.strength}" for lora in wanted.loras]
+    named = {
+        "seed": wanted.seed,
+        "width": wanted.width,
+        "height": wanted.height,
+        "steps": wanted.steps,
+        "guidance": wanted.guidance,
+        "num": wanted.count,
+    }
+    return words + [f"--{name}={value}" for name, value in named.items() if value is not None]
+
+
+def _lora(roots: Roots, text: str) -> str:
+    path = roots.resolve(text)
+    file = path / LORA_NAME if path.is_dir() else path
+    if file.suffix != ".safetensors" or not roots.resolve(str(file)).is_file():
+        raise Fault.of(422, f"{text}: no LoRA is there", "a .safetensors file, or a folder with one")
+    return roots.shown(path)
+
+
+def _result(roots: Roots) -> Callable[[str], Any]:
+    def made(text: str) -> Any:
+        paths = [roots.shown((roots.workspace / line).resolve()) for line in text.splitlines() if line]
+        return SampleResult(pictures=paths).model_dump()
+
+    return made
+
+
+def _told(path: Path, shown: str) -> Sample | None:
+    """A picture with what it says of itself; None where it is none."""
+    # Takes a moment to import: the first page needs none.
+    from PIL import Image
+
+    try:
+        if picture_type(path) != "image/png":
+            return None
+        with Image.open(path, formats=("PNG",)) as image:
+            width, height = image.size
+            text = image.info.get("parameters", "{}")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+    try:
+        parameters = decoded(str(text))
+        known = {name: parameters.get(name) for name in ("prompt", "seed", "steps", "guidance")}
+        return Sample(path=shown, width=width, height=height, loras=parameters.get("loras", []), **known)
+    except (Damaged, ValueError, AttributeError):  # another program's parameters
+        return Sample(path=shown, width=width, height=height)
