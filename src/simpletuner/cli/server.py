@@ -111,7 +111,8 @@ def _serve(request: Request, listening: socket.socket) -> int:
                 asyncio.get_running_loop().run_in_executor(None, webbrowser.open, link)
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            # A stream of events has no end to wait for.
+            # A stream of events has no end to wait for, and a command's answer may take minutes.
+            app.state.context.streams.close()
             for task in self.server_state.tasks:
                 task.cancel()
             await super().shutdown(sockets)

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from simpletuner.base.errors import ConfigError
 from simpletuner.config.documents import read_document
+from simpletuner.server.documents import encoded, read_text
 from simpletuner.server.environments import (
     DOCUMENTS,
     FILE_NAMES,
@@ -15,10 +16,8 @@ from simpletuner.server.environments import (
     REFERENCES,
     DocumentName,
     Environment,
-    encoded,
     named_by,
     options_in,
-    read_text,
 )
 from simpletuner.server.faults import ProblemAnswer
 from simpletuner.server.shell import Finished

@@ -1,29 +1,25 @@
 """Environments: the three files that a run is told, each a plain file that people edit too."""
 
-import asyncio
-import contextlib
 import io
 import json
 import os
 import re
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from simpletuner.base.errors import ConfigError
-from simpletuner.base.files import disk_full_is_reported, sha256_bytes, write_atomic
 from simpletuner.config.documents import read_document
 from simpletuner.config.load import CONFIG_NAMES, DATASETS_NAME, EXAMPLES, PROMPTS_NAME
+from simpletuner.server.documents import LARGEST_DOCUMENT, permissions_are_reported, read_text, write_bytes
 from simpletuner.server.faults import Fault
 from simpletuner.server.roots import Roots
+from simpletuner.server.uploads import UNREADABLE
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 NAME_OR_NONE = rf"^(?:{NAME})?$"
 """The empty name is what `simpletuner train` reads unasked."""
-LARGEST_DOCUMENT = 1_000_000
-"""Bytes of a config, a list of datasets or of prompts."""
 
 DocumentName = Literal["config", "datasets", "prompts"]
 DOCUMENTS: tuple[DocumentName, ...] = get_args(DocumentName)
@@ -151,86 +147,6 @@ def selecting(roots: Roots, name: str) -> list[str]:
     return [f"--env={name}"] if name else [f"--config={environment.config.relative_to(roots.workspace)}"]
 
 
-def read_text(path: Path) -> tuple[str | None, str]:
-    """A document's text and its revision; (None, "") where it is absent.
-
-    Raises:
-        Fault: 422, it is too large, no file or not UTF-8.
-    """
-    try:
-        if path.stat().st_size > LARGEST_DOCUMENT:
-            raise Fault.of(
-                422, f"{path.name} has {path.stat().st_size:,} bytes", f"at most {LARGEST_DOCUMENT:,} of a document"
-            )
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None, ""
-    except OSError as error:
-        raise Fault.of(422, f"{path.name} cannot be read ({error.strerror})") from None
-    try:
-        return data.decode("utf-8-sig"), sha256_bytes(data)
-    except UnicodeDecodeError as error:
-        raise Fault.of(
-            422, f"{path.name}: byte {error.start} is not UTF-8", remedy="Save it as UTF-8 in an editor."
-        ) from None
-
-
-async def write_text(path: Path, text: str, revision: str, writing: asyncio.Lock) -> None:
-    """Replace a document that still is what `revision` says.
-
-    Raises:
-        Fault: 409, it was changed meanwhile; 413, it is too large; 422, it is not text.
-        DiskError: no space.
-    """
-    data = encoded(text)
-    async with writing:
-        _, there = await asyncio.to_thread(read_text, path)
-        if there != revision:
-            raise Fault.of(
-                409,
-                f"{path.name} was changed by someone else",
-                remedy="Load it again, then make your change once more.",
-            )
-        await asyncio.to_thread(_write, path, data)
-
-
-def encoded(text: str) -> bytes:
-    """A document's bytes.
-
-    Raises:
-        Fault: 413, too large; 422, half a surrogate pair, which is no text.
-    """
-    try:
-        data = text.encode()
-    except UnicodeEncodeError:
-        raise Fault.of(422, "the document holds half a character", "text that UTF-8 can hold") from None
-    if len(data) > LARGEST_DOCUMENT:
-        raise Fault.of(413, f"the document has {len(data):,} bytes", f"at most {LARGEST_DOCUMENT:,}")
-    return data
-
-
-def _write(path: Path, data: bytes) -> None:
-    with permissions_are_reported(path):
-        write_atomic(path.resolve(), data)
-
-
-@contextlib.contextmanager
-def permissions_are_reported(path: Path) -> Iterator[None]:
-    """Turn what the system refuses below this block into a fault about `path`.
-
-    Raises:
-        Fault: 403 or 422.
-        DiskError: no space, or a read-only disk.
-    """
-    with disk_full_is_reported(path):
-        try:
-            yield
-        except PermissionError:
-            raise Fault.of(403, f"{path.name}: the server may not write there") from None
-        except (FileExistsError, NotADirectoryError, IsADirectoryError):
-            raise Fault.of(422, f"{path.name}: a file of another kind is in its place") from None
-
-
 def make(environment: Environment, files: dict[str, bytes]) -> None:
     """Make a new environment of these files.
 
@@ -242,7 +158,7 @@ def make(environment: Environment, files: dict[str, bytes]) -> None:
     environment.roots.resolve(str(environment.folder))
     # The config last: with it the environment is there.
     for name in sorted(files, key=CONFIG_NAMES.__contains__):
-        _write(environment.folder / name, files[name])
+        write_bytes(environment.folder / name, files[name])
 
 
 def refuse_existing(environment: Environment) -> None:
@@ -367,7 +283,7 @@ def unzipped(data: bytes) -> dict[str, bytes]:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = {Path(entry.filename).name: entry for entry in archive.infolist() if not entry.is_dir()}
             found = {name: _unpacked(archive, entries[name]) for name in KNOWN_FILES if name in entries}
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError, ValueError) as error:
+    except UNREADABLE as error:
         raise Fault.of(422, f"the zip cannot be read ({error})") from None
     if not any(name in found for name in CONFIG_NAMES):
         raise Fault.of(422, "the zip holds no config", " or ".join(CONFIG_NAMES))

@@ -7,6 +7,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from simpletuner.base.errors import DiskError, Problem, UserError
 from simpletuner.server.headers import SECURITY
@@ -75,8 +76,9 @@ def install(app: FastAPI) -> None:
     async def fault(_request: Request, error: Fault) -> JSONResponse:
         return response(error.status, *error.problems)
 
+    @app.exception_handler(ClientDisconnect)
     @app.exception_handler(ClientGone)
-    async def gone(_request: Request, _error: ClientGone) -> JSONResponse:
+    async def gone(_request: Request, _error: Exception) -> JSONResponse:
         return response(CLIENT_CLOSED_REQUEST, Problem("the client went away"))
 
     @app.exception_handler(UserError)

@@ -39,4 +39,6 @@ class Roots:
 
     def shown(self, path: Path) -> str:
         """`path` as the page names it, and as `resolve` takes it: relative where it lies in the workspace."""
-        return str(path.relative_to(self.workspace)) if path.is_relative_to(self.workspace) else str(path)
+        text = str(path.relative_to(self.workspace)) if path.is_relative_to(self.workspace) else str(path)
+        # A name of bytes that are no text cannot be sent.
+        return text.encode(errors="backslashreplace").decode()

@@ -15,6 +15,7 @@ from simpletuner.config.form import Form, form
 from simpletuner.server import environments as files
 from simpletuner.server.body import read_body
 from simpletuner.server.context import Context, InContext
+from simpletuner.server.documents import read_text, write_text
 from simpletuner.server.drafts import Draft, drafted, without_traces
 from simpletuner.server.environments import NAME, NAME_OR_NONE, DocumentName, Environment, existing
 from simpletuner.server.faults import Fault, ProblemAnswer, answered
@@ -141,7 +142,7 @@ async def edit(name: Name, document: DocumentName, change: Edit, here: InContext
     """Replace a document, unless it was changed since `revision`: then 409."""
     environment = existing(here.roots, name)
     path = environment.document(document)
-    await files.write_text(path, change.text, change.revision, here.writing)
+    await write_text(path, change.text, change.revision, here.writing)
     return _document(environment, document)
 
 
@@ -309,5 +310,5 @@ def _document(environment: Environment, document: DocumentName) -> Document:
     except Fault:
         # The config names a file outside the roots: the rest can still be edited, and writing it says why not.
         return Document(path=environment.references()[document], text=None, revision="")
-    text, revision = files.read_text(path)
+    text, revision = read_text(path)
     return Document(path=environment.roots.shown(path), text=text, revision=revision)

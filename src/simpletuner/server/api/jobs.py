@@ -28,7 +28,7 @@ async def scan(request: JobRequest, here: InContext) -> Job:
 @router.post("/jobs/cache", status_code=202)
 async def cache(request: JobRequest, here: InContext) -> Job:
     """Encode the captions and pictures of an environment. The result is what `simpletuner dataset cache` prints."""
-    arguments = ["dataset", "cache", "--json", *selecting(here.roots, request.environment)]
+    arguments = ["dataset", "cache", "--json", "--progress", *selecting(here.roots, request.environment)]
     return here.jobs.start("cache", arguments)
 
 
