@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 import simpletuner
 from simpletuner.server.context import InContext
+from simpletuner.server.environments import example_names
 
 router = APIRouter()
 
@@ -19,6 +20,8 @@ class About(BaseModel):
     roots: list[str]
     cores: int
     ram_bytes: int
+    examples: list[str]
+    """Those that come with the program, to be trained or copied."""
 
 
 @router.get("/about")
@@ -30,4 +33,5 @@ def about(here: InContext) -> About:
         roots=[str(root) for root in here.roots.all],
         cores=os.cpu_count() or 1,
         ram_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        examples=example_names(),
     )

@@ -1,0 +1,199 @@
+"""`simpletuner server`: its flags, its address, its token, its start and its end."""
+
+import http.client
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from simpletuner.base.errors import ConfigError
+from simpletuner.cli import server
+
+SECRET = "a-secret-of-thirty-two-characters"
+
+
+@contextmanager
+def serving(folder: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server of its own, and the line that it printed."""
+    command = [sys.executable, "-P", "-m", "simpletuner", "server", *flags]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert process.stdout is not None
+        yield process, process.stdout.readline()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def port_of(line: str) -> int:
+    found = re.search(r":(\d+)/", line)
+    assert found is not None, line
+    return int(found[1])
+
+
+def get(port: int, path: str, **headers: str) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    try:
+        connection.request("GET", path, headers=headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def test_every_mistake_in_the_flags_is_told_at_once(tmp_path: Path) -> None:
+    arguments = [
+        "--prt",
+        "80",
+        "--port=http",
+        "--host",
+        "--root=none",
+        "--allowed-host=a:80",
+        "--ssl-cert=x.pem",
+        "--port=1",
+    ]
+    with pytest.raises(ConfigError) as told:
+        server.run(arguments)
+    text = str(told.value)
+    for part in (
+        "--prt: no such flag. Did you mean --port?",
+        "--host: nothing follows it",
+        "--port is given 2 times",
+        "--root none: no such folder",
+        "--allowed-host = 'a:80'",
+        "--ssl-cert alone: expected --ssl-cert and --ssl-key",
+    ):
+        assert part in text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["-1", "65536", "x", "", "٣"])
+def test_a_port_is_a_number(text: str) -> None:
+    with pytest.raises(ConfigError, match="--port = "):
+        server.run([f"--port={text}"])
+
+
+def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert server.run(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"--{name}" in shown for name in (*server.VALUED, "open"))
+
+
+def test_a_taken_port_is_said() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match="Give another --port") as told:
+            server.run([f"--port={port}"])
+    assert f"port {port}" in str(told.value)
+
+
+def test_an_address_of_another_machine_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cannot listen at"):
+        server.run(["--host=192.0.2.1", "--port=0"])
+    with pytest.raises(ConfigError, match="no such host"):
+        server.run(["--host=no host", "--port=0"])
+
+
+def test_a_certificate_needs_its_key(tmp_path: Path) -> None:
+    (tmp_path / "x.pem").write_text("no PEM")
+    with pytest.raises(ConfigError, match="do not go together"):
+        server.run(["--ssl-cert=x.pem", "--ssl-key=x.pem"])
+
+
+def test_a_token_file_is_made_once_and_for_its_owner(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    made = server._token_in(path)
+    assert len(made) >= 43
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert server._token_in(path) == made
+    path.chmod(0o644)
+    with pytest.raises(ConfigError, match="others may read it"):
+        server._token_in(path)
+    path.chmod(0o600)
+    path.write_text("short")
+    with pytest.raises(ConfigError, match="no token in it"):
+        server._token_in(path)
+
+
+def test_who_needs_a_token() -> None:
+    assert server._access(server.Request(), "127.0.0.1").token is None
+    assert server._access(server.Request(), "::1").token is None
+    assert server._access(server.Request(), "0.0.0.0").token is not None
+    assert server._access(server.Request(allowed_hosts=["trainer.example"]), "127.0.0.1").token is not None
+
+
+def test_it_answers_at_once_and_ends_in_good_order(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with serving(tmp_path, "--port=0") as (process, line):
+        assert get(port_of(line), "/")[0] == 200
+        assert time.monotonic() - began < 10  # half a second on an idle core
+        assert line.startswith("The page is at http://localhost:")
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        assert int(status.partition("VmRSS:")[2].split()[0]) < 80 * 1024
+        assert list(tmp_path.iterdir()) == []
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=10)
+    assert (process.returncode, out) == (0, "The page is closed. Runs go on.\n")
+
+
+def test_an_open_stream_does_not_keep_it(tmp_path: Path) -> None:
+    run = tmp_path / "output" / "mine"
+    run.mkdir(parents=True)
+    (run / "events.jsonl").write_text("")
+    with serving(tmp_path, "--port=0") as (process, line):
+        connection = http.client.HTTPConnection("127.0.0.1", port_of(line), timeout=20)
+        connection.request("GET", "/api/run/events?run=output/mine&after=0")
+        answer = connection.getresponse()
+        assert answer.status == 200
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=10)
+        connection.close()
+    assert (process.returncode, out) == (0, "The page is closed. Runs go on.\n")
+    assert time.monotonic() - began < 3
+
+
+def test_away_from_this_machine_the_link_carries_the_token(tmp_path: Path) -> None:
+    with serving(tmp_path, "--host=0.0.0.0", "--port=0") as (process, line):
+        port, token = port_of(line), line.strip().partition("?token=")[2]
+        assert len(token) >= 43
+        assert get(port, "/api/about")[0] == 401
+        assert get(port, "/api/about", Authorization=f"Bearer {token}")[0] == 200
+        assert get(port, f"/?token={token}")[0] == 303
+        environment = (
+            Path(f"/proc/{process.pid}/environ").read_bytes() + Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        )
+        assert token.encode() not in environment
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=10)
+    assert token not in out
+
+
+def test_raw_requests_that_no_browser_makes_are_refused(tmp_path: Path) -> None:
+    with serving(tmp_path, "--port=0") as (_, line):
+        port = port_of(line)
+        for request in (
+            "GET http://evil.example/api/about HTTP/1.1\r\nHost: localhost\r\n",
+            "GET http://localhost/api/about HTTP/1.1\r\nHost: evil.example\r\n",
+            "GET /api/about HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n",
+            "GET /api/about HTTP/1.0\r\n",
+            "GET /page/../../app.py HTTP/1.1\r\nHost: localhost\r\n",
+            "GET /page/%2e%2e/app.py HTTP/1.1\r\nHost: localhost\r\n",
+            "GET /page//etc/passwd HTTP/1.1\r\nHost: localhost\r\n",
+        ):
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+                connection.sendall(f"{request}Connection: close\r\n\r\n".encode())
+                answer = b""
+                while part := connection.recv(65536):
+                    answer += part
+            assert re.match(rb"HTTP/1\.1 40\d ", answer), request
+            assert b"create_app" not in answer
+            assert os.fsencode(tmp_path) not in answer
