@@ -27,6 +27,7 @@ class Roots:
             raise Fault.of(422, f"{text!r} is no path")
         try:
             path = (self.workspace / Path(text).expanduser()).resolve()
+            path.exists()  # raises where the system takes no such name
         except (OSError, RuntimeError, ValueError):
             raise Fault.of(422, f"{text!r} cannot be followed") from None
         if not any(path.is_relative_to(root) for root in self.all):

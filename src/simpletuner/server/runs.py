@@ -129,11 +129,16 @@ def glance(roots: Roots, run: RunDirectory, names: dict[Path, str]) -> Run:
 
 
 def _standing(status: RunStatus) -> dict[str, Any]:
-    values = {name: value for name, value in vars(status).items() if name in Run.model_fields}
+    values = {name: _sendable(value) for name, value in vars(status).items() if name in Run.model_fields}
     lora = None if status.lora is None else str(status.lora.relative_to(status.root))
     state = "waiting" if status.state == "new" else status.state
-    numbers = {name: _finite(values[name]) for name in ("loss", "seconds_per_step")}
+    numbers = {"loss": _finite(status.loss), "seconds_per_step": _finite(status.seconds_per_step)}
     return values | numbers | {"state": state, "lora": lora}
+
+
+def _sendable(value: object) -> object:
+    """A text without halves of surrogate pairs, which JSON may hold and UTF-8 may not; anything else as it is."""
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
 def _finite(number: float | None) -> float | None:

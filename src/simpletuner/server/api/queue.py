@@ -1,5 +1,6 @@
 """The queue of runs: those that wait for their turn, one at a time for each set of devices."""
 
+import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Query
@@ -55,6 +56,13 @@ async def add(here: InContext, wanted: ToQueue) -> QueueEntry:
     arguments = train_arguments(here.roots, wanted)
     told = printed(await here.shell.run("run", "queue", "add", "--json", *devices, *arguments))
     return _told(Entry.model_validate(told))
+
+
+@router.post("/queue/resume")
+async def resume(here: InContext) -> list[QueueEntry]:
+    """Go on with what waits after the machine was switched off or a disk was full: `simpletuner run queue resume`."""
+    printed(await here.shell.run("run", "queue", "resume", "--json"))
+    return await asyncio.to_thread(queue, here)
 
 
 @router.delete("/queue", status_code=204)

@@ -2,7 +2,6 @@
 
 import codecs
 import contextlib
-import hashlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,9 +16,10 @@ from simpletuner.runs.process import ask
 from simpletuner.server.commands import ToTrain, printed, train_arguments
 from simpletuner.server.context import Context, InContext
 from simpletuner.server.faults import Fault
+from simpletuner.server.pictures import Version
 from simpletuner.server.runs import Run, found_runs, glance, output_folders, part_of, run_at
 from simpletuner.server.series import Damaged, decoded
-from simpletuner.server.thumbnails import WIDTHS, picture_type, thumbnail
+from simpletuner.server.thumbnails import WIDTHS, picture_type
 
 router = APIRouter()
 
@@ -190,18 +190,17 @@ def file(
     real = part_of(here.roots, directory, directory.root / path)
     if not real.is_file():
         raise Fault.of(404, f"{path}: no such file in this run")
-    found = real.stat()
-    seal = hashlib.sha256(f"{found.st_ino} {found.st_mtime_ns} {found.st_size} {width}".encode()).hexdigest()[:32]
+    version = Version.of(real)
     # no-cache: the browser keeps it and asks whether it is still that; a run of the same folder draws anew.
-    headers = {"ETag": f'"{seal}"', "Cache-Control": "private, no-cache"}
-    if seal in if_none_match:
+    headers = {"ETag": version.tag(width), "Cache-Control": "private, no-cache"}
+    if headers["ETag"] in if_none_match:
         return Response(status_code=304, headers=headers)
     try:
         kind = picture_type(real)
     except OSError as error:
         raise Fault.of(403, f"{path} cannot be read ({error.strerror})") from None
     if width is not None:
-        return Response(thumbnail(real, width), media_type="image/jpeg", headers=headers)
+        return Response(here.thumbnails.of(version, width), media_type="image/jpeg", headers=headers)
     return FileResponse(
         real,
         media_type=kind or ATTACHMENTS.get(real.suffix, "application/octet-stream"),
