@@ -82,6 +82,12 @@ class Loaded:
     config_file: Path | None
     """The config that was read."""
 
+    datasets_file: Path
+    """The list of datasets that was read."""
+
+    prompts_file: Path | None
+    """The prompt library that was read."""
+
 
 @dataclass(frozen=True)
 class Examined:
@@ -95,6 +101,8 @@ class Examined:
     notices: tuple[str, ...]
     origins: dict[str, Origin]
     config_file: Path | None
+    datasets_file: Path | None
+    prompts_file: Path | None
     problems: tuple[Problem, ...]
 
     def loaded(self) -> Loaded:
@@ -105,7 +113,17 @@ class Examined:
         """
         ConfigError.raise_if(self.problems)
         assert self.datasets is not None  # there was no problem
-        return Loaded(self.config, self.datasets, self.prompts, self.notices, self.origins, self.config_file)
+        assert self.datasets_file is not None
+        return Loaded(
+            config=self.config,
+            datasets=self.datasets,
+            prompts=self.prompts,
+            notices=self.notices,
+            origins=self.origins,
+            config_file=self.config_file,
+            datasets_file=self.datasets_file,
+            prompts_file=self.prompts_file,
+        )
 
 
 def load(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str]) -> Loaded:
@@ -139,8 +157,10 @@ def examine(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str
 
     config = RunConfig(**checked.valid)
     config, names = _with_paths(config, givens, checked, folder, environ)
-    listing = _datasets(config, config_file, checked, Surroundings(folder, names, environ), givens)
-    prompts, prompt_notices = _prompts(config, listing, config_file, folder, problems)
+    datasets_file = _datasets_file(config, config_file)
+    listing = _datasets(config, datasets_file, checked, Surroundings(folder, names, environ), givens)
+    prompts_file = _prompts_file(config, config_file, folder)
+    prompts, prompt_notices = _prompts(config, listing, prompts_file, folder, problems)
     found = {key: [replace(problem, key=key)] for key, problem in checked.problems.items()}
     for keys, problem in findings(config, listing.datasets):
         # A rule about a value that is refused anyway would speak of the default.
@@ -166,6 +186,8 @@ def examine(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str
         ),
         origins=origins,
         config_file=config_file,
+        datasets_file=datasets_file,
+        prompts_file=prompts_file,
         problems=tuple(problems),
     )
 
@@ -312,28 +334,24 @@ def _with_paths(
     return config.model_copy(update=update), names
 
 
-def _datasets(
-    config: RunConfig,
-    config_file: Path | None,
-    checked: Checked,
-    around: Surroundings,
-    givens: Mapping[str, Given],
-) -> Listing:
-    if "data_backend_config" in checked.problems:
-        return Listing()
+def _datasets_file(config: RunConfig, config_file: Path | None) -> Path | None:
+    """The list of datasets to read; None where nothing tells, which is a problem of its own."""
     if config.data_backend_config is not None:
-        path = Path(config.data_backend_config)
-        label = _label(path, around.folder)
-        if path.is_file():
-            return read_datasets(path, label, around)
-        found = f"{givens['data_backend_config'].spelled} = {shown(givens['data_backend_config'].value)}"
-        return Listing(problems=[Problem(f"{found}: no such file")])
-    if config_file is None:  # which is a problem of its own
+        return Path(config.data_backend_config)
+    return None if config_file is None else config_file.with_name(DATASETS_NAME)
+
+
+def _datasets(
+    config: RunConfig, path: Path | None, checked: Checked, around: Surroundings, givens: Mapping[str, Given]
+) -> Listing:
+    if "data_backend_config" in checked.problems or path is None:
         return Listing()
-    path = config_file.with_name(DATASETS_NAME)
     label = _label(path, around.folder)
     if path.is_file():
         return read_datasets(path, label, around)
+    if config.data_backend_config is not None:
+        found = f"{givens['data_backend_config'].spelled} = {shown(givens['data_backend_config'].value)}"
+        return Listing(problems=[Problem(f"{found}: no such file")])
     missing = Problem(
         f"{label}: no such file",
         "the list of datasets",
@@ -342,15 +360,18 @@ def _datasets(
     return Listing(problems=[missing])
 
 
-def _prompts(
-    config: RunConfig, listing: Listing, config_file: Path | None, folder: Path, problems: list[Problem]
-) -> tuple[dict[str, str], list[str]]:
+def _prompts_file(config: RunConfig, config_file: Path | None, folder: Path) -> Path | None:
+    """The prompt library to read, if there is one."""
     if config.user_prompt_library is not None:
-        library: Path | None = Path(config.user_prompt_library)
-    else:
-        beside = [config_file.with_name(PROMPTS_NAME)] if config_file is not None else []
-        usual = [*beside, folder / "config" / PROMPTS_NAME]
-        library = next((path for path in usual if path.is_file()), None)
+        return Path(config.user_prompt_library)
+    beside = [config_file.with_name(PROMPTS_NAME)] if config_file is not None else []
+    usual = [*beside, folder / "config" / PROMPTS_NAME]
+    return next((path for path in usual if path.is_file()), None)
+
+
+def _prompts(
+    config: RunConfig, listing: Listing, library: Path | None, folder: Path, problems: list[Problem]
+) -> tuple[dict[str, str], list[str]]:
     label = "" if library is None else _label(library, folder)
     try:
         return load_prompts(config, listing.datasets, library, label)

@@ -81,6 +81,11 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def size(folder: Path) -> int:
+    """Bytes of a checkpoint's files."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def steps(run: RunDirectory) -> list[int]:
     """Steps of the checkpoints that are there, oldest first, damaged ones included."""
     if not run.checkpoints.is_dir():
@@ -109,12 +114,21 @@ def prune(run: RunDirectory, keep: int, protect: frozenset[int]) -> list[int]:
     for step in present[:-keep]:
         if step == newest_good or step in protect:
             continue
-        # Renamed first: a kill in the middle of the deletion must not leave half a checkpoint under its name.
-        doomed = run.checkpoints / f".tmp-pruned-{step}"
-        os.replace(run.checkpoint(step), doomed)
-        shutil.rmtree(doomed)
+        remove(run, step)
         gone.append(step)
     return gone
+
+
+def remove(run: RunDirectory, step: int) -> None:
+    """Delete a checkpoint. Only the holder of the run's lock may.
+
+    Raises:
+        FileNotFoundError: there is none of that step.
+    """
+    # Renamed first: a kill in the middle of the deletion must not leave half a checkpoint under its name.
+    doomed = run.checkpoints / f".tmp-pruned-{step}"
+    os.replace(run.checkpoint(step), doomed)
+    shutil.rmtree(doomed)
 
 
 def clear_unfinished(run: RunDirectory) -> None:

@@ -5,6 +5,7 @@ and `attempt` (1 for the first start, one more after each restart). After a resu
 the line of the last attempt.
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -19,6 +20,17 @@ from simpletuner.base.files import disk_full_is_reported
 SCHEMA_VERSION = 1
 
 Phase = Literal["scan", "text", "latents", "load", "train", "validation", "export"]
+
+TITLES: dict[Phase, str] = {
+    "scan": "looking at the pictures",
+    "text": "encoding captions",
+    "latents": "encoding pictures",
+    "load": "loading the transformer",
+    "train": "training",
+    "validation": "drawing",
+    "export": "saving what was trained",
+}
+"""What each phase does, for people."""
 
 
 class Event(BaseModel):
@@ -255,6 +267,21 @@ def read_events(path: Path, after: int = 0) -> Iterator[dict[str, Any]]:
             event = json.loads(line)
             if event["id"] > after:
                 yield event
+
+
+def read_appended(path: Path, place: int) -> tuple[list[dict[str, Any]], int]:
+    """The events that begin at byte `place` or after it, and the byte to go on from. Damaged lines are passed over."""
+    if not path.exists():
+        return [], place
+    with path.open("rb") as file:
+        file.seek(place)
+        text = file.read()
+    text = text[: text.rfind(b"\n") + 1]
+    events = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            events.append(json.loads(line))
+    return events, place + len(text)
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -68,8 +68,7 @@ def start(
     printed = printed_since(run.console, place)
     if process.returncode:
         status = status_of(run)
-        said = status.error if status.attempt > before else None
-        raise failure(process.returncode, said or printed)
+        raise failure(process.returncode, status.error if status.attempt > before else None, printed, run)
     return Started(process.pid, process.returncode, printed)
 
 
@@ -117,9 +116,15 @@ def printed_since(path: Path, place: int) -> str:
     return ""
 
 
-def failure(exit_code: int, printed: str) -> UserError:
-    """The error of a command that ended with `exit_code`: of the class that has this code, in the command's words."""
+def failure(exit_code: int, said: str | None, printed: str, run: RunDirectory) -> UserError:
+    """The error of a command that ended with `exit_code`: of the class that has this code, in the command's words.
+
+    Args:
+        said: the error of its events, if it came so far.
+    """
     kinds = {kind.exit_code: kind for kind in UserError.__subclasses__()}
+    if exit_code in kinds:
+        return kinds[exit_code].of(said or printed or "the run ended at once and said nothing")
     ending = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
-    text = printed or "it printed nothing"
-    return kinds.get(exit_code, UserError).of(f"the run ended at once with {ending}: {text}")
+    last = said or printed.rpartition("\n")[2] or "it said nothing"
+    return UserError.of(f"the run ended at once with {ending}: {last}", remedy=f"{run.console} has all of it.")

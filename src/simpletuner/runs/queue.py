@@ -302,7 +302,8 @@ class Queue:
         while True:
             try:
                 with self._changing():
-                    return self.write(entry)
+                    self.write(entry)
+                    return self.held(entry.id).path.unlink(missing_ok=True)
             except DiskError as error:
                 with contextlib.suppress(OSError):
                     say(f"{entry.id}: {error}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from simpletuner.runs.events import Phase
 from simpletuner.runs.layout import RunDirectory
 
 State = Literal["new", "running", "done", "stopped", "failed", "killed"]
@@ -26,7 +27,7 @@ class RunStatus:
     """new: nothing has happened yet. running: a process holds it. killed: the last attempt just broke off."""
     pid: int | None
     """Process that holds it, while it is running."""
-    phase: str | None
+    phase: Phase | None
     """The phase that is going on, or that the last attempt broke off in."""
     progress: tuple[int, int] | None
     """Items done and in all, of a phase other than training."""
@@ -113,7 +114,7 @@ class _Tail:
     step: dict[str, Any] | None = None
     done: int | None = None
     """Steps finished, by whichever event told last."""
-    phase: str | None = None
+    phase: Phase | None = None
     progress: tuple[int, int] | None = None
     held_out: tuple[float, float] | None = None
     looked_to: int = 0

@@ -227,7 +227,7 @@ class Loop:
 
     def _save(self, state: TrainState) -> None:
         folder = self.save(state)
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        size = checkpoints.size(folder)
         place = str(folder.relative_to(self.run.root))
         self.reporter.emit(CheckpointEvent(step=state.step, state="saved", path=place, bytes=size))
         self.reporter.say(f"Checkpoint at step {state.step}: {folder} ({format_size(size)})")

@@ -14,23 +14,22 @@ from tqdm import tqdm
 
 from simpletuner.base.files import disk_full_is_reported
 from simpletuner.base.sizes import GIB, format_duration
-from simpletuner.runs.events import Event, EventLog, NoticeEvent, Phase, PhaseEvent, ProgressEvent, StepEvent
+from simpletuner.runs.events import (
+    TITLES,
+    Event,
+    EventLog,
+    NoticeEvent,
+    Phase,
+    PhaseEvent,
+    ProgressEvent,
+    StepEvent,
+)
 from simpletuner.train.trackers import Trackers
 
 EVERY_S = 1.0
 """Progress events come at most this often."""
 LINE_EVERY_S = 15.0
 """Without a terminal (a log file, a cluster) progress is a line this often instead of a bar."""
-
-TITLES: dict[Phase, str] = {
-    "scan": "looking at the pictures",
-    "text": "encoding captions",
-    "latents": "encoding pictures",
-    "load": "loading the transformer",
-    "train": "training",
-    "validation": "drawing",
-    "export": "saving what was trained",
-}
 
 
 def peak_memory_gib() -> float:
@@ -64,7 +63,7 @@ class Progress:
             self._bar.update(done - self._bar.n)
         elif now - self._printed >= LINE_EVERY_S:
             self._printed = now
-            self.reporter.say(f"  {done}/{total}, {rate:.2f}/s, {format_duration(left)} left")
+            self.reporter.say(f"  {self.title}: {done}/{total}, {rate:.2f}/s, {format_duration(left)} left")
         if now - self._told >= EVERY_S or done == total:
             self._told = now
             self.reporter.emit(

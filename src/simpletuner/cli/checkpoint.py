@@ -1,0 +1,176 @@
+"""`simpletuner checkpoint list|verify|delete`: the checkpoints of a run."""
+
+import datetime
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from simpletuner.base.errors import CheckpointError, ConfigError, Problem
+from simpletuner.base.sizes import format_size
+from simpletuner.cli.queueing import table
+from simpletuner.cli.typed import Typed, run_of, typed
+from simpletuner.config.flags import wants_help
+from simpletuner.runs import checkpoints
+from simpletuner.runs.layout import RunDirectory
+
+USAGE = """usage: simpletuner checkpoint list [RUN] [--json]
+       simpletuner checkpoint verify [RUN] [--step N[,N…] | --all] [--json]
+       simpletuner checkpoint delete [RUN] --step N[,N…] | --all [--yes] [--json]
+
+  list      steps, sizes and times
+  verify    read every file and hold it against the hashes of its checkpoint; exit code 6 if one is damaged
+  delete    remove checkpoints. The newest one that verifies, from which the run goes on, is kept, unless its step is
+            named together with --yes. What the run ended with is no checkpoint: it stays
+
+  RUN is a run's directory. Left out, it is the output_dir of the configuration found here, or of that of --env NAME.
+
+  --step N  this one; several are divided by commas, or --step is given again
+  --all     all of them (verify does so by itself)
+  --yes     do not ask
+  --json    print one JSON object"""
+
+WORDS = ("list", "verify", "delete")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that lies on the disk."""
+
+    step: int
+    path: str
+    bytes: int
+    time: str
+    """UTC, ISO 8601."""
+
+
+def run(arguments: list[str]) -> int:
+    """List, verify or delete. Returns 6 where one that was verified is damaged.
+
+    Raises:
+        ConfigError: a mistake in what was typed.
+        CheckpointError: no such checkpoint, one that must stay, or the run is going on.
+    """
+    if wants_help(arguments):
+        print(USAGE)
+        return 0
+    word = arguments[0] if arguments else ""
+    if word not in WORDS:
+        raise ConfigError.of(f"simpletuner checkpoint {word}".rstrip() + ": nothing to do", "list, verify or delete")
+    switches = {"list": ("json",), "verify": ("json", "all"), "delete": ("json", "all", "yes")}[word]
+    found = typed(arguments[1:], switches=switches, values=() if word == "list" else ("step",))
+    directory = run_of(found, f"simpletuner checkpoint {word}")
+    return {"list": _list, "verify": _verify, "delete": _delete}[word](directory, found)
+
+
+def _list(directory: RunDirectory, found: Typed) -> int:
+    there = [_at(directory, step) for step in checkpoints.steps(directory)]
+    if "json" in found.switches:
+        print(_json(directory, "checkpoints", [one.__dict__ for one in there]))
+    elif not there:
+        print(f"{directory.root} has no checkpoints.")
+    else:
+        rows = [(str(one.step), format_size(one.bytes), _local(one.time), one.path) for one in there]
+        print(table([("step", "size", "time", "folder"), *rows]))
+        print(f"{len(there)} checkpoints, {format_size(sum(one.bytes for one in there))}")
+    return 0
+
+
+def _verify(directory: RunDirectory, found: Typed) -> int:
+    steps = _asked(directory, found) or checkpoints.steps(directory)
+    is_json = "json" in found.switches
+    told: list[dict[str, Any]] = []
+    for step in steps:
+        damage = checkpoints.damage(directory.checkpoint(step))
+        told.append(_at(directory, step).__dict__ | {"damage": damage})
+        if not is_json:
+            print(f"step {step}: {'good' if damage is None else f'damaged: {damage}'}", flush=True)
+    if is_json:
+        print(_json(directory, "checkpoints", told))
+    elif not steps:
+        print(f"{directory.root} has no checkpoints.")
+    return CheckpointError.exit_code if any(one["damage"] for one in told) else 0
+
+
+def _delete(directory: RunDirectory, found: Typed) -> int:
+    if ("step" in found.values) == ("all" in found.switches):
+        raise ConfigError.of("simpletuner checkpoint delete: which is not said", "either --step N or --all")
+    named = _asked(directory, found)
+    if directory.lock().is_held():
+        raise CheckpointError.of(
+            f"{directory.root} is being trained by process {directory.lock().pid() or 'unknown'}, which may need them",
+            "a run that is at rest",
+            f"`simpletuner run stop {directory.root} --wait` saves and ends it.",
+        )
+    with directory.lock():
+        good = next((one.step for one in checkpoints.newest_first(directory) if one.damage is None), None)
+        doomed = named or [step for step in checkpoints.steps(directory) if step != good]
+        if good in doomed and "yes" not in found.switches:
+            raise CheckpointError.of(
+                f"step {good} is the newest checkpoint of {directory.root} that verifies: the run goes on from it",
+                "another one",
+                "With --yes it is deleted all the same.",
+            )
+        gone = [_at(directory, step) for step in doomed]
+        if gone and "yes" not in found.switches:
+            _confirm(gone)
+        for step in doomed:
+            checkpoints.remove(directory, step)
+    kept = checkpoints.steps(directory)
+    if "json" in found.switches:
+        print(_json(directory, "deleted", [one.__dict__ for one in gone], kept=kept))
+    else:
+        print(f"{len(gone)} deleted, {format_size(sum(one.bytes for one in gone))}; {len(kept)} kept.")
+    return 0
+
+
+def _confirm(gone: Sequence[Checkpoint]) -> None:
+    """Ask on the terminal.
+
+    Raises:
+        ConfigError: there is no terminal, or the answer is no.
+    """
+    steps = ", ".join(str(one.step) for one in gone)
+    what = f"the checkpoints of steps {steps}" if len(gone) > 1 else f"the checkpoint of step {steps}"
+    if not sys.stdin.isatty():
+        raise ConfigError.of(
+            f"nobody can be asked whether to delete {what}", remedy="Give --yes to delete without being asked."
+        )
+    print(f"Delete {what} ({format_size(sum(one.bytes for one in gone))})? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise ConfigError.of("nothing is deleted")
+
+
+def _asked(directory: RunDirectory, found: Typed) -> list[int]:
+    """The steps that --step names, each once.
+
+    Raises:
+        ConfigError: not a step.
+        CheckpointError: there is no such checkpoint.
+    """
+    texts = [text for value in found.values.get("step", []) for text in value.split(",")]
+    wrong = [text for text in texts if not text.isdecimal()]
+    if wrong:
+        raise ConfigError.of(f"--step = {wrong[0]!r}", "a whole number, or several divided by commas")
+    there = checkpoints.steps(directory)
+    known = f"one of {', '.join(map(str, there))}" if there else ""
+    steps = list(dict.fromkeys(map(int, texts)))
+    CheckpointError.raise_if(
+        Problem(f"{directory.root} has no checkpoint of step {step}", known) for step in steps if step not in there
+    )
+    return steps
+
+
+def _at(directory: RunDirectory, step: int) -> Checkpoint:
+    folder = directory.checkpoint(step)
+    changed = datetime.datetime.fromtimestamp(folder.stat().st_mtime, datetime.UTC)
+    return Checkpoint(step, str(folder), checkpoints.size(folder), changed.isoformat(timespec="seconds"))
+
+
+def _local(time: str) -> str:
+    return datetime.datetime.fromisoformat(time).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def _json(directory: RunDirectory, key: str, told: list[dict[str, Any]], **more: object) -> str:
+    return json.dumps({"run": str(directory.root), key: told} | more, indent=2, ensure_ascii=False)

@@ -1,0 +1,203 @@
+"""`simpletuner run start|stop|save|validate|show|list|queue`: runs that go on by themselves, and how to look after
+them."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, get_args
+
+from simpletuner.base.errors import CheckpointError, ConfigError
+from simpletuner.cli import queueing
+from simpletuner.cli.loading import load_here
+from simpletuner.cli.telling import LOOK_EVERY_S, Narrator, as_json, described, followed, shown_time
+from simpletuner.cli.typed import RUNS, Typed, run_of, typed
+from simpletuner.config.flags import wants_help
+from simpletuner.runs.events import TITLES
+from simpletuner.runs.launch import start
+from simpletuner.runs.layout import RunDirectory
+from simpletuner.runs.process import Request, ask
+from simpletuner.runs.status import RunStatus, find_runs, status_of
+
+USAGE = """usage: simpletuner run start [--queue] [--devices LIST] [--json] [options of `simpletuner train`]
+       simpletuner run stop|save|validate [RUN] [--wait] [--json]
+       simpletuner run show [RUN] [--follow] [--json]
+       simpletuner run list [FOLDER] [--json]
+       simpletuner run queue [list | add | remove ID | resume] [--devices LIST] [--json] [options of `train`]
+
+  start      train, apart from this terminal: it goes on when you log out. What it prints is in RUN/console.log
+  stop       finish the step, save, and end; the same `start` goes on from there
+  save       write a checkpoint after this step
+  validate   make the validation pictures after this step
+  show       where a run stands; with --follow, what it does, until it ends. Ctrl-C leaves the run alone
+  list       the runs below FOLDER, by default output, the newest first
+  queue      runs that are trained one after the other. `add` puts one at the end, with the configuration as it is
+             now; `remove` takes one out; `resume` goes on after the machine was switched off or a disk was full
+
+  RUN is a run's directory. Left out, it is the output_dir of the configuration found here, or of that of --env NAME,
+  --config PATH or --example NAME.
+
+  --queue         as `queue add`
+  --devices LIST  accelerators to train on, such as 0 or 0,1; by default CUDA_VISIBLE_DEVICES, or what there is. In the
+                  queue, each list has its own turn
+  --wait          return when it is done, not when it is asked for
+  --json          print one JSON object (with --follow, one event a line)"""
+
+REQUESTS: tuple[Request, ...] = get_args(Request)
+WORDS = ("start", *REQUESTS, "show", "list", "queue")
+
+
+def run(arguments: list[str]) -> int:
+    """Do what the word says.
+
+    Raises:
+        ConfigError: a mistake in the configuration or in what was typed.
+        CheckpointError: a run is going on that must not be, or none where one must.
+        UserError: the run that was started ended at once, or the one that was waited for ended otherwise.
+        DiskError: the disk is full.
+    """
+    if wants_help(arguments):
+        print(USAGE)
+        return 0
+    word, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if word == "start":
+        return _start(typed(rest, switches=("json", "queue"), values=("devices",)))
+    if word == "list":
+        return _list(typed(rest, switches=("json",)))
+    if word == "show":
+        return _show(typed(rest, switches=("json", "follow")))
+    if word == "queue":
+        return queueing.run(rest)
+    for request in REQUESTS:
+        if word == request:
+            return _ask(request, typed(rest, switches=("json", "wait")))
+    raise ConfigError.of(f"simpletuner run {word}".rstrip() + ": nothing to do", f"one of {', '.join(WORDS)}")
+
+
+def _start(found: Typed) -> int:
+    if "queue" in found.switches:
+        return queueing.add(found)
+    arguments = [*found.words, *found.rest]
+    loaded = load_here(arguments)
+    directory = RunDirectory(Path(loaded.config.output_dir))
+    started = start(arguments, directory, Path.cwd(), queueing.devices_of(found))
+    if "json" in found.switches:
+        told = {"pid": started.pid, "exit_code": started.exit_code, "notices": list(loaded.notices)}
+        print(_json(as_json(status_of(directory)) | told))
+        return 0
+    for notice in loaded.notices:
+        print(f"Note: {notice}")
+    if started.exit_code is not None:
+        print(started.printed.rpartition("\n")[2])
+        return 0
+    print(f"{directory.root} is being trained by process {started.pid}.")
+    print(f"  simpletuner run show {directory.root} --follow   shows what it does")
+    print(f"  simpletuner run stop {directory.root}            saves it and ends it")
+    return 0
+
+
+def _list(found: Typed) -> int:
+    found.nothing_else("simpletuner run list", words=1)
+    folder = Path(found.words[0]) if found.words else RUNS
+    if found.words and not folder.is_dir():
+        raise ConfigError.of(f"{folder}: no such folder", "one with runs below it")
+    statuses = sorted(map(status_of, find_runs(folder)), key=lambda status: status.started or "", reverse=True)
+    if "json" in found.switches:
+        print(_json({"runs": [as_json(status) for status in statuses]}))
+    elif not statuses:
+        print(f"No runs below {folder}. `simpletuner run start` starts one.")
+    else:
+        rows = [("run", "state", "step", "loss", "began", "doing"), *map(_row, statuses)]
+        print(queueing.table(rows))
+    return 0
+
+
+def _row(status: RunStatus) -> tuple[str, ...]:
+    step = str(status.step) if status.steps is None else f"{status.step}/{status.steps}"
+    loss = "" if status.loss is None else f"{status.loss:.4f}"
+    doing = TITLES[status.phase] if status.state == "running" and status.phase else ""
+    return str(status.root), status.state, step, loss, shown_time(status.started) if status.started else "", doing
+
+
+def _show(found: Typed) -> int:
+    directory = run_of(found, "simpletuner run show")
+    is_json, is_following = "json" in found.switches, "follow" in found.switches
+    place = directory.events.stat().st_size if directory.events.exists() else 0
+    status = status_of(directory)
+    if not is_following:
+        print(_json(as_json(status)) if is_json else described(status))
+        return 0
+    if not is_json:
+        print(described(status), flush=True)
+    narrator = Narrator(status.steps)
+    try:
+        for event in followed(directory, place):
+            lines = (json.dumps(event, ensure_ascii=False),) if is_json else narrator.lines(event)
+            for line in lines:
+                print(line, flush=True)
+    except KeyboardInterrupt:
+        print(f"\n{directory.root} goes on.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _ask(request: Request, found: Typed) -> int:
+    directory = run_of(found, f"simpletuner run {request}")
+    place = directory.events.stat().st_size if directory.events.exists() else 0
+    before = status_of(directory)
+    ask(directory, request)
+    told: dict[str, Any] = {"request": request}
+    if "wait" in found.switches:
+        told |= _awaited(directory, request, place)
+    if "json" in found.switches:
+        print(_json(as_json(status_of(directory)) | told))
+    elif "wait" in found.switches:
+        print(f"{directory.root}: {told['done']}")
+    else:
+        print(f"{directory.root}: asked. {_when(request, before)}")
+    return 0
+
+
+def _when(request: Request, status: RunStatus) -> str:
+    if status.phase is None or status.phase in ("train", "validation", "export"):
+        after = {"stop": "saves and ends", "save": "saves", "validate": "draws"}[request]
+        return f"It {after} when this step is finished."
+    doing = f"it is {TITLES[status.phase]}"
+    if request == "stop":
+        return f"{doing[0].upper()}{doing[1:]}, and ends where it is; what is finished is kept."
+    return f"{doing[0].upper()}{doing[1:]}, and obeys after its first step."
+
+
+def _awaited(directory: RunDirectory, request: Request, place: int) -> dict[str, Any]:
+    """Wait until a request is obeyed; what came of it.
+
+    Raises:
+        CheckpointError: the run ended without it.
+    """
+    steps_after = 0
+    for event in followed(directory, place):
+        kind = event["type"]
+        if request == "stop" and kind == "end":
+            while directory.lock().is_held():
+                time.sleep(LOOK_EVERY_S)
+            if event["reason"] == "error":
+                break
+            return {"done": f"{event['reason']} at step {event['step']}"}
+        if request == "save" and kind == "checkpoint" and event["state"] == "saved":
+            return {"done": f"saved {directory.root / event['path']}"}
+        if request == "validate" and kind == "validation" and event["sheet"] and event["step"] > 0:
+            return {"done": f"drew {directory.root / event['sheet']}"}
+        # Taken, and no picture came of it two steps later: there are no prompts.
+        steps_after += kind == "step" and not (directory.control / request).exists()
+        if request == "validate" and steps_after > 1:
+            raise ConfigError.of(f"{directory.root} makes no pictures", remedy="It has no prompts, or no validation.")
+    raise CheckpointError.of(
+        f"{directory.root} ended before it obeyed", remedy=f"`simpletuner run show {directory.root}` says how."
+    )
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
