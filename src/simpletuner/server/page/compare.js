@@ -1,13 +1,12 @@
 /** Two or more runs beside each other: their curves, what differs in their configs, their pictures. */
 
-import { button, freshId, h } from "./dom.js";
+import { freshId, h } from "./dom.js";
 import { Curves } from "./curves.js";
 import { RunStore } from "./events.js";
 import { Grid, pictureUrl } from "./pictures.js";
 import { to } from "./router.js";
 import { short } from "./numbers.js";
 import { stateBadge } from "./states.js";
-import { csvOf, saveText } from "./values.js";
 
 const COLOURS = 8;
 
@@ -42,9 +41,7 @@ export async function compare(root, params) {
   pictures.update();
   differences.replaceChildren(h("h2", {}, "What differs in the configuration"), configTable(shown));
   root.replaceChildren(
-    h("div", { class: "head" }, h("h1", {}, "Compare"),
-      button("CSV of all", () => saveText("compare.csv", joined(shown)), { icon: "download", kind: "quiet" })),
-    legend, curves.node, pictures.node, differences,
+    h("h1", {}, "Compare"), legend, curves.node, pictures.node, differences,
   );
   for (const store of stores) {
     store.subscribe((topics) => {
@@ -93,7 +90,7 @@ function configTable(shown) {
   const keys = differing(configs);
   if (keys.length === 0) return h("p", { class: "dim" }, "Nothing: the configurations are the same.");
   const told = (value) => (value === undefined ? "–" : typeof value === "string" ? value || "“”" : JSON.stringify(value));
-  return h("div", { class: "scroll" }, h("table", {},
+  return h("div", { class: "scroll values", tabindex: 0, role: "region", "aria-label": "Options that differ" }, h("table", {},
     h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Option"), shown.map(({ name }) => h("th", { scope: "col" }, name)))),
     h("tbody", {}, keys.map((key) => h("tr", {}, h("th", { scope: "row" }, h("code", {}, key)),
       configs.map((config) => h("td", { class: "mono" }, told(config?.[key]))))))));
@@ -149,13 +146,4 @@ function picture(grid, { prompt, isEma }, step, { name, store }) {
   if (!found) return h("span", { class: "dim" }, "–");
   return h("a", { class: "thumb", href: pictureUrl(store.run, found), target: "_blank", rel: "noopener" },
     h("img", { src: pictureUrl(store.run, found, 320), alt: `${found.name} of ${name} at step ${step}`, width: found.width, height: found.height, loading: "lazy" }));
-}
-
-/** The values of all runs in one CSV, the run's name in the first column. */
-function joined(shown) {
-  return shown.map((run, index) => {
-    const [head, ...lines] = csvOf(run).trimEnd().split("\n");
-    const named = lines.map((line) => `"${run.name.replaceAll('"', '""')}",${line}`);
-    return [...(index === 0 ? [`run,${head}`] : []), ...named].join("\n");
-  }).join("\n");
 }

@@ -4,7 +4,7 @@ import { Chart, pointNear } from "./chart.js";
 import { button, freshId, h } from "./dom.js";
 import { short } from "./numbers.js";
 import { Smoothed } from "./series.js";
-import { csvOf, saveText, valueTable } from "./values.js";
+import { saveValues, valueTable } from "./values.js";
 
 /**
  * @typedef {object} Shown a run on the charts
@@ -95,9 +95,7 @@ export class Curves {
       this.position,
       h("span", { class: "grow" }),
       this.whole,
-      button("CSV", () => this.runs.forEach((run) => saveText(`${run.name.replaceAll("/", "-")}.csv`, csvOf(run))), {
-        icon: "download", kind: "quiet", title: "Download every value of every step",
-      }),
+      button("CSV", () => saveValues(this.runs), { icon: "download", kind: "quiet", title: "Download every value of every step" }),
     );
   }
 
@@ -142,7 +140,7 @@ export class Curves {
     const readout = h("div", { class: "readout numbers" });
     const summary = h("p", { class: "visually-hidden", id: ids.text });
     const node = h("figure", { class: `chart sheet${spec.big ? " big" : ""}` },
-      h("figcaption", {}, h("h3", { id: ids.title }, spec.title), readout), canvas, summary);
+      h("figcaption", {}, h("h2", { id: ids.title }, spec.title), readout), canvas, summary);
     const panel = { spec, node, canvas, chart, readout, summary };
     canvas.addEventListener("keydown", (event) => this.onKey(event));
     this.listen(panel);

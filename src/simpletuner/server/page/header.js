@@ -101,7 +101,10 @@ export class Header {
 function failure(error, link) {
   const lines = (error ?? "The run failed and did not say why; its log may tell.").split("\n").filter((line) => line.trim() !== "");
   const [first, ...rest] = lines;
-  return fill(h("div", { class: "panel bad", role: "alert" }), h("div", { class: "row" }, h("p", { class: "grow" }, h("strong", {}, first)), link("Log", "log")),
+  // Found and expected, then the remedy: the first sentence is what happened.
+  const end = first.search(/[.:] /) + 1 || first.length;
+  const said = h("p", { class: "grow" }, h("strong", {}, first.slice(0, end)), first.slice(end));
+  return fill(h("div", { class: "panel bad", role: "alert" }), h("div", { class: "row" }, said, link("Log", "log")),
     rest.length ? h("ul", {}, rest.map((line) => h("li", {}, line.replace(/^\s*-\s*/, "")))) : null);
 }
 

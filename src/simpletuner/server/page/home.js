@@ -8,11 +8,10 @@ import { QueueList } from "./queue.js";
 import { go, to } from "./router.js";
 import { phaseText, stateBadge, stepBar } from "./states.js";
 import { short } from "./numbers.js";
-import { startAndShow } from "./verbs.js";
+import { EXAMPLE, startAndShow } from "./verbs.js";
 
 const POLL_MS = 3000;
 const THUMBNAILS = 12;
-const EXAMPLE = "tiny-lora";
 
 /** @param {HTMLElement} root */
 export async function home(root) {

@@ -1,72 +1,79 @@
-// Pictures that were drawn to try something, newest first. What they were drawn from is remembered in this browser.
+// Pictures that were drawn to try a LoRA, newest first; each beside the base's where that was drawn from the same.
 
-import { address } from "./api.js";
-import { button, dialog, h, icon } from "./dom.js";
+import { address, get } from "./api.js";
+import { button, dialog, h, icon, problemPanel } from "./dom.js";
 import { beforeAfter } from "./slider.js";
 
-const KEPT = 40;
+const SHOWN_AT_FIRST = 24;
+
+/** What must be the same for two pictures to be compared. */
+const keyOf = ({ prompt, seed, width, height, steps, guidance }) => JSON.stringify([prompt, seed, width, height, steps, guidance]);
+
+const isBase = ({ loras }) => loras.every(({ strength }) => strength === 0);
 
 export class Samples {
   /** @param {string} run */
   constructor(run) {
-    this.key = `simpletuner.samples.${run}`;
-    this.list = remembered(this.key);
-    this.node = h("section", { class: "stack", "aria-label": "Samples", "aria-live": "polite" });
-    this.draw();
+    this.run = run;
+    this.limit = SHOWN_AT_FIRST;
+    this.list = [];
+    this.body = h("div", { class: "sample-grid" });
+    this.more = button("Show more", () => {
+      this.limit *= 2;
+      this.draw();
+    }, { kind: "quiet" });
+    this.news = h("p", { class: "visually-hidden", "aria-live": "polite" });
+    this.node = h("section", { class: "sheet stack", "aria-label": "Samples" }, h("h2", {}, "Samples"), this.body, this.more, this.news);
   }
 
-  /** Pictures came: of each prompt `count`, and the base's in the same order or none. */
-  add(asked, pictures, base) {
-    this.list.unshift({ asked, pictures, base });
-    this.list.length = Math.min(this.list.length, KEPT);
-    localStorage.setItem(this.key, JSON.stringify(this.list));
-    this.draw();
+  /** Ask the server what was drawn. */
+  async update() {
+    try {
+      const before = this.list.length;
+      this.list = await get("run/samples", { run: this.run });
+      if (before > 0 && this.list.length > before) this.news.textContent = "New pictures are there.";
+      this.draw();
+    } catch (error) {
+      this.body.replaceChildren(problemPanel(error));
+    }
   }
 
   draw() {
-    if (this.list.length === 0) {
-      this.node.replaceChildren(h("div", { class: "sheet empty" }, h("h3", {}, "No samples yet"), h("p", {}, "Write what the picture should show and press Draw. The pictures stay on the disk, in the folder that each of them names.")));
-      return;
+    const bases = new Map(this.list.filter(isBase).reverse().map((one) => [keyOf(one), one]));
+    const tried = this.list.filter((one) => !isBase(one));
+    const paired = new Set(tried.map(keyOf));
+    const shown = this.list.filter((one) => !isBase(one) || !paired.has(keyOf(one)));
+    this.more.hidden = shown.length <= this.limit;
+    this.body.replaceChildren(...shown.slice(0, this.limit).map((one) => sample(one, isBase(one) ? null : bases.get(keyOf(one)))));
+    if (shown.length === 0) {
+      this.body.replaceChildren(h("p", { class: "dim" }, "None yet. Write what the picture should show and press Draw; the pictures stay in the folder “samples” of the run."));
     }
-    this.node.replaceChildren(
-      h("div", { class: "head" }, h("h2", {}, "Samples"), button("Clear the list", () => {
-        this.list = [];
-        localStorage.removeItem(this.key);
-        this.draw();
-      }, { kind: "quiet", icon: "close", title: "The files stay" })),
-      ...this.list.map((one) => this.group(one)),
-    );
-  }
-
-  group({ asked, pictures, base }) {
-    const loras = asked.loras.map(({ path, strength }) => `${path.split("/").slice(-2).join("/")} at ${strength}`).join(", ") || "no LoRA named";
-    const about = [`seed ${asked.seed}`, `${asked.width} × ${asked.height}`, asked.steps && `${asked.steps} steps`,
-      asked.guidance !== null && `guidance ${asked.guidance}`, loras].filter(Boolean).join(" · ");
-    return h("article", { class: "sheet stack" },
-      h("p", { class: "small dim" }, about),
-      h("div", { class: "sample-grid" }, pictures.map((path, index) => this.sample(asked, path, base[index], index))));
-  }
-
-  sample(asked, path, base, index) {
-    const prompt = asked.prompts[Math.floor(index / asked.count)];
-    const url = address("picture", { path });
-    const name = path.split("/").at(-1);
-    const shown = (src, alt) => h("img", { src, alt, width: asked.width, height: asked.height, loading: "lazy" });
-    return h("figure", { class: "sample" },
-      h("div", { class: "row nowrap pair-of" },
-        base ? h("div", {}, shown(address("picture", { path: base }), `Base: ${prompt}`), h("p", { class: "small dim" }, "Base")) : null,
-        h("div", {}, shown(url, prompt), base ? h("p", { class: "small dim" }, "With the LoRA") : null)),
-      h("figcaption", { class: "stack tight" }, h("p", {}, prompt), h("p", { class: "small dim numbers" }, `seed ${asked.seed + (index % asked.count)} · ${path}`),
-        h("div", { class: "row" },
-          h("a", { class: "button quiet tiny", href: url, download: name }, icon("download"), "Download"),
-          base ? button("Compare", () => dialog({
-            title: prompt, wide: true, actions: [{ label: "Close", value: null }],
-            body: h("div", { class: "viewer" }, beforeAfter({ src: address("picture", { path: base }), label: "base" }, { src: url, label: "with the LoRA" }, asked)),
-          }), { icon: "eye", kind: "quiet tiny" }) : null)));
   }
 }
 
-function remembered(key) {
-  const text = localStorage.getItem(key);
-  return text === null ? [] : JSON.parse(text);
+/** One picture with what it was drawn from, and the base's beside it where there is one. */
+function sample(one, base) {
+  const { path, prompt, seed, width, height, steps, guidance, loras } = one;
+  const url = address("picture", { path });
+  const name = path.split("/").at(-1);
+  const acting = loras.map((lora) => `${lora.name.replace(/^pytorch_lora_weights\.safetensors$/, "LoRA")} at ${lora.strength}`).join(", ") || "the base model";
+  const about = [seed !== null && `seed ${seed}`, `${width} × ${height}`, steps && `${steps} steps`, guidance !== null && `guidance ${guidance}`, acting];
+  const image = (src, alt, caption) => h("div", {}, h("img", { src, alt, width, height, loading: "lazy" }), base ? h("p", { class: "small dim" }, caption) : null);
+  const compare = () => dialog({
+    title: prompt ?? name,
+    wide: true,
+    actions: [{ label: "Close", value: null }],
+    body: h("div", { class: "viewer" },
+      beforeAfter({ src: address("picture", { path: base.path }), label: "base" }, { src: url, label: "with the LoRA" }, one)),
+  });
+  return h("figure", { class: base ? "sample paired" : "sample" },
+    h("div", { class: "row nowrap pair-of" },
+      base ? image(address("picture", { path: base.path }), `Base: ${prompt ?? name}`, "Base") : null,
+      image(url, prompt ?? name, "With the LoRA")),
+    h("figcaption", { class: "stack tight" },
+      h("p", {}, prompt ?? name),
+      h("p", { class: "small dim numbers" }, about.filter(Boolean).join(" · ")),
+      h("div", { class: "row" },
+        base ? button("Compare", compare, { icon: "eye", kind: "quiet tiny" }) : null,
+        h("a", { class: "button quiet tiny", href: url, download: name }, icon("download"), "Download"))));
 }

@@ -7,6 +7,7 @@ import { Samples } from "./samples.js";
 import { JobView } from "./jobs.js";
 
 const SIDE_STEP = 16;
+const LONGEST_SIDE = 2048;
 
 export class TryIt {
   /** @param {string} run @param {() => object} detail */
@@ -31,7 +32,7 @@ export class TryIt {
       this.isBuilt = true;
       this.node.replaceChildren(this.form(), h("div", { class: "stack grow" }, this.job.node, this.faults, this.samples.node));
     }
-    await this.loras.update(this.detail());
+    await Promise.all([this.loras.update(this.detail()), this.samples.update()]);
   }
 
   form() {
@@ -47,8 +48,8 @@ export class TryIt {
     const number = (value, more) => h("input", { type: "number", value: value ?? "", ...more });
     this.prompts = h("textarea", { rows: 3, required: true, value: drawn?.prompt ?? "" });
     this.seed = number(config?.seed ?? 42, { min: 0, max: 2 ** 32 - 1, step: 1 });
-    this.width = number(width, { min: SIDE_STEP, max: 4096, step: SIDE_STEP });
-    this.height = number(height, { min: SIDE_STEP, max: 4096, step: SIDE_STEP });
+    this.width = number(width, { min: SIDE_STEP, max: LONGEST_SIDE, step: SIDE_STEP });
+    this.height = number(height, { min: SIDE_STEP, max: LONGEST_SIDE, step: SIDE_STEP });
     this.steps = number(config?.validation_num_inference_steps, { min: 1, max: 500, step: 1, placeholder: "what suits the model" });
     this.guidance = number(config?.validation_guidance, { min: 0, max: 50, step: 0.1, placeholder: "what suits the model" });
     this.count = number(1, { min: 1, max: 16, step: 1 });
@@ -94,12 +95,13 @@ export class TryIt {
     this.faults.replaceChildren();
     this.draw.disabled = true;
     try {
-      const done = await this.drawOnce(asked, "with the LoRA");
-      if (done === null) return;
+      if (!(await this.drawOnce(asked, "the pictures"))) return;
+      await this.samples.update();
       const { loras } = asked;
-      const base = this.withBase.checked && loras.some(({ strength }) => strength !== 0)
-        ? await this.drawOnce({ ...asked, loras: loras.map((one) => ({ ...one, strength: 0 })) }, "without it") : null;
-      this.samples.add(asked, done.pictures, base?.pictures ?? []);
+      if (this.withBase.checked && loras.some(({ strength }) => strength !== 0)) {
+        await this.drawOnce({ ...asked, loras: loras.map((one) => ({ ...one, strength: 0 })) }, "the base");
+        await this.samples.update();
+      }
     } catch (error) {
       this.faults.replaceChildren(problemPanel(error));
     } finally {
@@ -107,9 +109,8 @@ export class TryIt {
     }
   }
 
-  /** Draw once; null where it was cancelled. Throws what went wrong. */
+  /** Draw once; whether it was let finish. Throws what went wrong. */
   async drawOnce(asked, what) {
-    const job = await this.job.follow(await post("jobs/sample", asked), `Drawing ${what}`);
-    return job.state === "cancelled" ? null : job.result;
+    return (await this.job.follow(await post("jobs/sample", asked), `Drawing ${what}`)).state === "done";
   }
 }

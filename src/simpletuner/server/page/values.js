@@ -23,7 +23,7 @@ export function valueTable({ name, steps }) {
 }
 
 /** Every value of a run as CSV; held-out losses stand on the line of their step. */
-export function csvOf({ steps, heldOut }) {
+function csvOf({ steps, heldOut }) {
   const names = Object.keys(COLUMNS);
   const lines = [[...names, "held_out_loss", "held_out_ema_loss"].join(",")];
   const number = (value) => (Number.isFinite(value) ? String(value) : "");
@@ -46,8 +46,21 @@ export function csvOf({ steps, heldOut }) {
   return `${lines.join("\n")}\n`;
 }
 
+/** Save the values of runs as one file; of several, the name stands in the first column. */
+export function saveValues(runs) {
+  const [{ name }] = runs;
+  if (runs.length === 1) saveText(`${name.replaceAll("/", "-")}.csv`, csvOf(runs[0]));
+  else saveText("compare.csv", runs.map((run, index) => named(run, index === 0)).join(""));
+}
+
+function named(run, hasHead) {
+  const [head, ...lines] = csvOf(run).trimEnd().split("\n");
+  const cell = `"${run.name.replaceAll('"', '""')}"`;
+  return [...(hasHead ? [`run,${head}`] : []), ...lines.map((line) => `${cell},${line}`)].map((line) => `${line}\n`).join("");
+}
+
 /** Hand a text to the browser as a file. */
-export function saveText(name, text) {
+function saveText(name, text) {
   const url = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
   h("a", { href: url, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(url), 10_000);

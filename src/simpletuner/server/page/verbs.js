@@ -1,16 +1,19 @@
 // What can be done with a run: each button is one command of the shell.
 
-import { get, post } from "./api.js";
+import { post } from "./api.js";
 import { ask, button, h, toast } from "./dom.js";
 import { go, to } from "./router.js";
 
 const ASK_AGAIN_MS = 1500;
 
+/** The example that comes with the program, and where it trains. */
+export const EXAMPLE = "tiny-lora";
+const EXAMPLE_RUN = `output/${EXAMPLE}`;
+
 /** What a run was started from, as `POST /api/run/start` takes it; null where the page cannot know. */
-async function originOf({ run, name, environment }) {
+function originOf({ run, environment }) {
   if (environment !== null) return { environment, example: null };
-  const { examples } = await get("about");
-  return examples.includes(name) && run === `output/${name}` ? { environment: null, example: name } : null;
+  return run === EXAMPLE_RUN ? { environment: null, example: EXAMPLE } : null;
 }
 
 /** Start a run and show it. @param {{environment?: string|null, example?: string|null, options?: object}} what */
@@ -77,7 +80,7 @@ export class Verbs {
   async start(options = {}) {
     for (const node of this.node.querySelectorAll("button")) node.disabled = true;
     try {
-      const origin = await originOf(this.detail());
+      const origin = originOf(this.detail());
       if (origin === null) {
         toast("No environment has this folder as its output_dir: give its command again in the shell to go on.", "bad");
       } else {
