@@ -226,7 +226,7 @@ def test_files_of_a_run(client: TestClient, workspace: Path) -> None:
         ("nothing", 404),
         ("a\0b", 422),
         ("x" * 5000, 422),
-        ("x" * 300, 404),
+        ("x" * 300, 422),
     ],
 )
 def test_no_file_outside_a_run_is_given(client: TestClient, workspace: Path, path: str, status: int) -> None:

@@ -1,0 +1,47 @@
+"""The queue over the API: as the shell has it."""
+
+from pathlib import Path
+
+from fastapi.testclient import TestClient
+
+from simpletuner.runs.queue import Queue
+
+SAME = {"Origin": "http://localhost:8001"}
+
+
+def test_an_empty_queue(client: TestClient, workspace: Path) -> None:
+    assert client.get("/api/queue").json() == []
+    assert not (workspace / ".simpletuner").exists()
+
+
+def test_entries_say_what_they_train(client: TestClient, workspace: Path) -> None:
+    queue = Queue.of(workspace)
+    queue.add(["--env=mine", "--lora_rank=4"], "output/mine", "0,1")
+    queue.add(["--config=config/config.json"], "output/flux2")
+    queue.add(["--example=tiny-lora"], "output/tiny-lora")
+    queue.add(["--config=elsewhere.json"], "output/else")
+    found = client.get("/api/queue").json()
+    assert [(one["environment"], one["example"], one["devices"], one["state"]) for one in found] == [
+        ("mine", None, "0,1", "waiting"),
+        ("", None, "", "waiting"),
+        (None, "tiny-lora", "", "waiting"),
+        (None, None, "", "waiting"),
+    ]
+    assert found[0]["arguments"] == ["--env=mine", "--lora_rank=4"]
+    assert found[0]["output_dir"] == "output/mine"
+    assert found[0]["added"].endswith("+00:00")
+
+
+def test_an_entry_is_taken_out(client: TestClient, workspace: Path) -> None:
+    entry = Queue.of(workspace).add(["--env=mine"], "output/mine")
+    assert client.delete("/api/queue", params={"id": entry.id}, headers=SAME).status_code == 204
+    assert client.get("/api/queue").json() == []
+    gone = client.delete("/api/queue", params={"id": entry.id}, headers=SAME)
+    assert gone.status_code == 422
+    assert "there is none" in gone.text
+
+
+def test_devices_are_a_list(client: TestClient, environment: str) -> None:
+    body = {"environment": environment, "devices": "0; rm -r ."}
+    assert client.post("/api/queue", json=body, headers=SAME).status_code == 422
+    assert client.get("/api/queue").json() == []
