@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from simpletuner.base.files import disk_full_is_reported
-from simpletuner.config.flags import parse
+from simpletuner.config.flags import SELECTORS, parse
 from simpletuner.config.load import Loaded
 from simpletuner.config.run import RunConfig
 from simpletuner.config.values import kinds
@@ -18,20 +18,25 @@ def kept_aside(arguments: Sequence[str], loaded: Loaded) -> Callable[[Path], lis
 
     An example of the program has no files that change.
     """
-    flags = parse(arguments)
 
     def keep(folder: Path) -> list[str]:
         values = loaded.config.model_dump(mode="json")
-        options = [f"--{key}={_text(values[key])}" for key in _fixed(loaded)]
-        typed = [
-            f"--{key}" if given.value is True else f"--{key}={given.value}" for key, given in flags.options.items()
-        ]
-        if "example" in flags.selectors:
-            return [f"--example={flags.selectors['example']}", *typed, *options]
-        named = [f"--{flag}={_copied(source, folder / name)}" for flag, source, name in _files(loaded)]
-        return [*typed, *options, *named]
+        words = [*spelled(arguments), *(f"--{key}={_text(values[key])}" for key in _fixed(loaded))]
+        if "example" in parse(arguments).selectors:
+            return words
+        words = [word for word in words if word.partition("=")[0].removeprefix("--") not in SELECTORS]
+        return words + [f"--{flag}={_copied(source, folder / name)}" for flag, source, name in _files(loaded)]
 
     return keep
+
+
+def spelled(arguments: Sequence[str]) -> list[str]:
+    """The same flags, each in one word: `--name=value`, or `--name`."""
+    flags = parse(arguments)
+    selectors = [f"--{name}={value}" for name, value in flags.selectors.items()]
+    return selectors + [
+        f"--{name}" if given.value is True else f"--{name}={given.value}" for name, given in flags.options.items()
+    ]
 
 
 def _fixed(loaded: Loaded) -> list[str]:

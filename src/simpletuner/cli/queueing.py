@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from simpletuner.base.errors import ConfigError
-from simpletuner.cli.kept import kept_aside
+from simpletuner.cli.kept import kept_aside, spelled
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.telling import shown_time
 from simpletuner.cli.typed import Typed, typed
@@ -58,7 +58,7 @@ def add(found: Typed) -> int:
     loaded = load_here(arguments)
     output_dir, devices = loaded.config.output_dir, devices_of(found)
     queue = Queue.of(Path.cwd())
-    entry = queue.add(arguments, output_dir, devices, command=kept_aside(arguments, loaded))
+    entry = queue.add(spelled(arguments), output_dir, devices, command=kept_aside(arguments, loaded))
     queue.start_workers()
     now = next((other for other in queue.entries() if other.id == entry.id), entry)
     if "json" in found.switches:

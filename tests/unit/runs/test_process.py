@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from simpletuner.base.errors import Stopped
-from simpletuner.runs.process import Requests
+from simpletuner.base.errors import CheckpointError, Stopped
+from simpletuner.runs.layout import RunDirectory
+from simpletuner.runs.process import Requests, ask
 
 
 def test_a_request_is_taken_once_and_a_stop_stays(tmp_path: Path) -> None:
@@ -51,3 +52,13 @@ def test_the_handlers_of_before_are_put_back(tmp_path: Path) -> None:
     with Requests(tmp_path):
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_asking_needs_a_process_that_holds_the_run(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.create()
+    with pytest.raises(CheckpointError, match="no process trains here"):
+        ask(run, "save")
+    with run.lock(), Requests(run.control) as requests, requests.between_steps():
+        ask(run, "save")
+        assert requests.take("save")
