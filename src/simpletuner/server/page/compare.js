@@ -41,7 +41,7 @@ export async function compare(root, params) {
   pictures.update();
   differences.replaceChildren(h("h2", {}, "What differs in the configuration"), configTable(shown));
   root.replaceChildren(
-    h("h1", {}, "Compare"), legend, curves.node, pictures.node, differences,
+    h("h1", {}, "Compare"), legend, curves.losses, curves.rest, pictures.node, differences,
   );
   for (const store of stores) {
     store.subscribe((topics) => {

@@ -39,7 +39,11 @@ export class Curves {
     this.position = h("span", { class: "numbers dim" });
     this.table = h("div", { class: "scroll values" });
     this.tableBox = h("details", { class: "sheet", ontoggle: () => this.fillTable() }, h("summary", {}, "Values as a table"), this.table);
-    this.node = h("div", { class: "stack" }, this.toolbar(), h("div", { class: "charts" }, this.panels.map(({ node }) => node)), this.tableBox);
+    const charts = (big) => h("div", { class: "charts" }, this.panels.filter(({ spec }) => (spec.big ?? false) === big).map(({ node }) => node));
+    /** What is looked at all the time: the losses. */
+    this.losses = h("div", { class: "stack" }, this.toolbar(), charts(true));
+    /** The rest, and the values in writing. */
+    this.rest = h("div", { class: "stack" }, charts(false), this.tableBox);
     this.recolour = () => this.panels.forEach(({ chart }) => chart.recolour());
     this.scheme = matchMedia("(prefers-color-scheme: dark)");
     this.scheme.addEventListener("change", this.recolour);

@@ -64,7 +64,7 @@ export class Gallery {
 
 function emptyText(config, state) {
   if (config?.validation_disable) return "Pictures are switched off in this run (validation_disable).";
-  if (state !== "running") return "This run drew no pictures.";
+  if (!["running", "waiting"].includes(state)) return "This run drew no pictures.";
   const every = config?.validation_step_interval;
   return `No pictures yet.${every ? ` They come every ${every} steps;` : ""} “Validate now” draws them at once.`;
 }

@@ -23,7 +23,7 @@ export class Header {
     this.node = h("div", { class: "stack" },
       h("div", { class: "head" }, h("h1", {}, store.detail.name), this.badge, h("span", { class: "grow" }), verbs),
       this.lost, this.outcome,
-      h("section", { class: "sheet stack", "aria-label": "Where it stands" }, this.bar, this.said, this.facts, this.phases, this.spoken));
+      h("section", { class: "sheet stack", "aria-label": "Where it stands" }, this.bar, h("div", { class: "row standing" }, this.said, this.phases), this.facts, this.spoken));
   }
 
   update() {
@@ -54,9 +54,10 @@ export class Header {
       Object.assign(this.bar, { max: Math.max(1, current.total), value: current.done });
       return `${capital(phaseText(phase))}: ${count(current.done)} of ${count(current.total)}`;
     }
-    if (state === "running" && !steps) {
-      this.bar.removeAttribute("value");
-      return `${capital(phaseText(phase))} …`;
+    if (steps === null) {
+      if (state === "running") this.bar.removeAttribute("value");
+      else this.bar.value = 0;
+      return state === "running" ? `${capital(phaseText(phase))} …` : state === "waiting" ? "Nothing has happened yet." : "No step was made.";
     }
     Object.assign(this.bar, { max: Math.max(1, steps), value: step });
     const doing = state === "running" && phase !== "train" ? `, ${phaseText(phase)}${current ? ` ${current.done} of ${current.total}` : ""}` : "";

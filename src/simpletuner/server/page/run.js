@@ -11,10 +11,14 @@ import { rename, to } from "./router.js";
 import { TryIt } from "./tryit.js";
 import { Verbs } from "./verbs.js";
 
-const TABS = { overview: "Curves and pictures", checkpoints: "Checkpoints", try: "Try it", log: "Log" };
+const TABS = { overview: "Overview", checkpoints: "Checkpoints", try: "Try it", log: "Log" };
 
 /** @param {HTMLElement} root @param {{run: string, tab?: string}} params */
 export async function run(root, params) {
+  if (!params.run) {
+    root.replaceChildren(h("h1", {}, "Run"), h("p", {}, "No run is named. ", h("a", { href: "#/" }, "Choose one.")));
+    return () => {};
+  }
   const store = new RunStore(params.run);
   await store.open();
   const detail = () => store.detail;
@@ -24,7 +28,7 @@ export async function run(root, params) {
   const checkpoints = new Checkpoints(params.run, detail, (options) => verbs.start(options));
   const tryIt = new TryIt(params.run, detail);
   const log = new Log(params.run, detail);
-  const panels = { overview: [curves.node, gallery.node], checkpoints: [checkpoints.node], try: [tryIt.node], log: [log.node] };
+  const panels = { overview: [curves.losses, gallery.node, curves.rest], checkpoints: [checkpoints.node], try: [tryIt.node], log: [log.node] };
   const tabs = new Tabs(panels, (tab) => {
     rename(to("run", "", tab === "overview" ? { run: params.run } : { run: params.run, tab }));
     log.show(tab === "log");
@@ -84,6 +88,7 @@ class Tabs {
       node.tabIndex = other === name ? 0 : -1;
       this.panels.get(other).hidden = other !== name;
     }
+    this.buttons.get(name).scrollIntoView({ block: "nearest", inline: "nearest" });
     if (isFocused) this.buttons.get(name).focus();
     this.shown(name);
   }
