@@ -58,6 +58,10 @@ class Server:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
+            if self.process.stdout is not None:
+                self.process.stdout.close()
+            assert self.process.stdout is not None
+            self.process.stdout.close()
 
     def stop(self) -> int:
         """As Ctrl-C would; returns the exit code."""

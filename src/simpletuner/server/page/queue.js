@@ -29,13 +29,13 @@ export class QueueList {
   }
 
   row(entry, place) {
-    const { id, output_dir, environment, example, devices, state, added, exit_code } = entry;
+    const { id, output_dir, environment, example, devices, state, added, error } = entry;
     const from = example ? `example ${example}` : environment ? `environment ${environment}` : "";
     return h("tr", {},
-      h("td", { class: "number" }, place === null ? "" : String(place)),
-      h("td", {}, h("a", { href: to("run", "", { run: output_dir }) }, output_dir), from ? h("p", { class: "small dim" }, from) : null),
+      h("td", { class: "numbers" }, place === null ? "" : String(place)),
+      h("td", {}, state === "waiting" ? output_dir : h("a", { href: to("run", "", { run: output_dir }) }, output_dir), from ? h("p", { class: "small dim" }, from) : null),
       h("td", {}, devices || "all"),
-      h("td", {}, stateBadge(state), exit_code ? h("p", { class: "small dim" }, `exit code ${exit_code}`) : null),
+      h("td", {}, stateBadge(state), error ? h("p", { class: "fault" }, error.split("\n")[0]) : null),
       h("td", { class: "numbers" }, when(added)),
       h("td", {}, state === "running" ? null : button("Remove", () => this.remove(entry), {
         icon: "trash", kind: "quiet tiny", label: `Remove ${output_dir} from the queue`, dataset: { entry: id },
