@@ -144,7 +144,7 @@ class DirectoryLock:
         """Whether a process holds it now, this one included. Never by its pid: another may have that by now."""
         try:
             file = os.open(self.path, os.O_RDONLY)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -158,6 +158,6 @@ class DirectoryLock:
         """The process that the file names; the holder, where it `is_held`."""
         try:
             text = self.path.read_text(encoding="ascii", errors="replace").strip()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         return int(text) if text.isdecimal() else None

@@ -1,5 +1,6 @@
 """`simpletuner run queue list|add|remove|resume`: runs that wait for their turn."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -25,7 +26,6 @@ def run(arguments: Sequence[str]) -> int:
 
     Raises:
         ConfigError: a mistake in the configuration or in what was typed, or an entry that cannot be removed.
-        CheckpointError: a run is going on where the new one would go.
         DiskError: the disk is full.
     """
     has_word = bool(arguments) and not arguments[0].startswith("--")
@@ -127,7 +127,8 @@ def _row(entry: Entry) -> tuple[str, ...]:
 
 def _log(text: str) -> None:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    print(f"{now} {text}", flush=True)
+    with contextlib.suppress(OSError):  # a full disk must not end the work
+        print(f"{now} {text}", flush=True)
 
 
 def _json(value: object) -> str:

@@ -11,6 +11,7 @@ from typing import Any, get_args
 from simpletuner.base.errors import CheckpointError, ConfigError
 from simpletuner.cli import queueing
 from simpletuner.cli.loading import load_here
+from simpletuner.cli.main import INTERRUPTED
 from simpletuner.cli.telling import LOOK_EVERY_S, Narrator, as_json, described, followed, shown_time
 from simpletuner.cli.typed import RUNS, Typed, run_of, typed
 from simpletuner.config.flags import wants_help
@@ -81,7 +82,11 @@ def _start(found: Typed) -> int:
     arguments = [*found.words, *found.rest]
     loaded = load_here(arguments)
     directory = RunDirectory(Path(loaded.config.output_dir))
-    started = start(arguments, directory, Path.cwd(), queueing.devices_of(found))
+    try:
+        started = start(arguments, directory, Path.cwd(), queueing.devices_of(found))
+    except KeyboardInterrupt:
+        print(f"\nNot waited for. `simpletuner run show {directory.root}` says what became of it.", file=sys.stderr)
+        return INTERRUPTED
     if "json" in found.switches:
         told = {"pid": started.pid, "exit_code": started.exit_code, "notices": list(loaded.notices)}
         print(_json(as_json(status_of(directory)) | told))
@@ -138,7 +143,7 @@ def _show(found: Typed) -> int:
                 print(line, flush=True)
     except KeyboardInterrupt:
         print(f"\n{directory.root} goes on.", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # whoever reads has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

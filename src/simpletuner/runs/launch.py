@@ -88,7 +88,8 @@ def detached(
         devices: for CUDA_VISIBLE_DEVICES, which "" leaves out.
         handles: open files that it keeps.
     """
-    environment = {**environ, "CUDA_VISIBLE_DEVICES": devices}
+    # Whatever the terminal's encoding is: what is printed goes to a file, which is UTF-8.
+    environment = {**environ, "PYTHONIOENCODING": "utf-8", "CUDA_VISIBLE_DEVICES": devices}
     if not devices:
         del environment["CUDA_VISIBLE_DEVICES"]
     return subprocess.Popen(

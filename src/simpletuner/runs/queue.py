@@ -103,7 +103,7 @@ class Queue:
                 the arguments.
 
         Raises:
-            ConfigError: not a list of devices, or an entry that has not ended goes to the same directory.
+            ConfigError: not a list of devices, or the directory is being trained or waits to be.
             DiskError: the disk is full; then there is no entry.
         """
         if not _DEVICES.fullmatch(devices):
@@ -250,6 +250,13 @@ class Queue:
                     "a directory of its own",
                     "Give another --output_dir.",
                 )
+        run = RunDirectory(place)
+        if run.lock().is_held():
+            raise ConfigError.of(
+                f"output_dir = {output_dir} is being trained by process {run.lock().pid() or 'unknown'}",
+                "a directory of its own",
+                "Give another --output_dir, or wait.",
+            )
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.json"
@@ -366,7 +373,7 @@ class _Turn:
         held = os.open(queue.held(entry.id).path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(held, fcntl.LOCK_EX)
-            with self.run.console.open("ab") as console:
+            with disk_full_is_reported(self.run.console), self.run.console.open("ab") as console:
                 self._printed = console.tell()
                 environ = {key: value for key, value in os.environ.items() if not key.startswith(ENVIRONMENT_PREFIX)}
                 command = ["train", *(entry.command or entry.arguments)]

@@ -210,6 +210,7 @@ def test_following_tells_what_comes(capsys: pytest.CaptureFixture[str]) -> None:
         ([], "nothing to do: expected one of start, stop, save, validate, show, list, queue"),
         (["strat"], "run strat: nothing to do"),
         (["show", "output/nothing"], "output/nothing: no run is there. `simpletuner run start` starts one"),
+        (["show", "file"], "file: no run is there"),
         (["show"], "no run is named: expected its directory after `simpletuner run show`"),
         (["show", "output/a", "--queue"], "simpletuner run show: --queue is not understood"),
         (["list", "nowhere"], "nowhere: no such folder"),
@@ -223,6 +224,7 @@ def test_following_tells_what_comes(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_mistakes_are_named(arguments: list[str], message: str) -> None:
+    Path("file").touch()
     with pytest.raises(ConfigError, match=message):
         run(arguments)
 

@@ -99,6 +99,13 @@ def test_two_that_have_not_ended_may_not_share_a_directory(queue: Queue) -> None
     assert queue.add(DONE, "output/one").id == 2
 
 
+def test_nor_may_one_go_where_a_run_is_going_on(queue: Queue) -> None:
+    run = RunDirectory(queue.workspace / "output" / "one")
+    run.create()
+    with run.lock(), pytest.raises(ConfigError, match=f"is being trained by process {os.getpid()}"):
+        queue.add(DONE, "output/one")
+
+
 def test_files_kept_aside_go_with_the_entry(queue: Queue) -> None:
     def keep(folder: Path) -> list[str]:
         (queue.workspace / folder).mkdir(parents=True)

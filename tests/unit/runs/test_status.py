@@ -102,7 +102,9 @@ def test_the_phase_is_the_innermost_that_is_open(run: RunDirectory) -> None:
     drawing = PhaseEvent(phase="validation", state="begin")
     attempt(run, begun(), PhaseEvent(phase="train", state="begin"), step(1), drawing)
     assert status_of(run).phase == "validation"
-    attempt(run, begun(), PhaseEvent(phase="train", state="begin"), drawing, drawing.model_copy(update={"state": "end"}))
+    attempt(
+        run, begun(), PhaseEvent(phase="train", state="begin"), drawing, drawing.model_copy(update={"state": "end"})
+    )
     assert status_of(run).phase == "train"
 
 
