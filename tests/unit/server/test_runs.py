@@ -2,6 +2,8 @@
 
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,30 @@ def test_a_run_that_is_held_is_running_and_obeys(client: TestClient, workspace: 
     status, text = refusal(client.post("/api/run/stop", json={"run": "output/a"}, headers=CROSS))
     assert status == 422
     assert "no process trains here" in text
+
+
+def test_events_are_streamed_until_the_server_ends(client: TestClient, workspace: Path) -> None:
+    run = trained(workspace / "output" / "a")
+    assert client.portal is not None
+    portal, streams = client.portal, client.app.state.context.streams  # type: ignore[attr-defined]
+    with ThreadPoolExecutor() as pool:
+        asked: list[tuple[int, dict[str, str]]] = [(11, {}), (0, {"Last-Event-ID": "12"})]
+        answers = [
+            pool.submit(client.get, "/api/run/events", params={"run": "output/a", "after": after}, headers=headers)
+            for after, headers in asked
+        ]
+        time.sleep(0.5)
+        with EventLog(run.events) as log:
+            log.emit(run_event())
+        time.sleep(1.2)
+        portal.call(streams.close)
+        first, second = (answer.result(timeout=10) for answer in answers)
+    assert first.headers["content-type"].startswith("text/event-stream")
+    assert first.headers["cache-control"] == "no-store"
+    lines = run.events.read_text().splitlines()
+    assert "".join(f"id: {number}\ndata: {lines[number - 1]}\n\n" for number in (12, 13, 14)) in first.text
+    assert f"id: 15\ndata: {lines[14]}\n\n" in first.text
+    assert [line for line in second.text.splitlines() if line.startswith("id:")] == ["id: 13", "id: 14", "id: 15"]
 
 
 def test_an_error_is_told(client: TestClient, workspace: Path) -> None:

@@ -153,9 +153,10 @@ async def events(
 ) -> StreamingResponse:
     """The lines of events.jsonl with an id above `Last-Event-ID`, or else `after`; then those that are appended.
 
-    A message of the type "reset" says that the file began anew and all of it follows.
+    A run without events yet is waited for. A message of the type "reset" says that the file began anew and all of it
+    follows.
     """
-    directory = RunDirectory(here.roots.resolve(run))
+    directory = run_at(here.roots, run)
     path = part_of(here.roots, directory, directory.events)
     return StreamingResponse(
         here.streams.follow(path, after if last_event_id is None else last_event_id),
