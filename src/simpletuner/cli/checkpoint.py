@@ -65,7 +65,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _list(directory: RunDirectory, found: Typed) -> int:
-    there = [_at(directory, step) for step in checkpoints.steps(directory)]
+    there = [one for step in checkpoints.steps(directory) if (one := _at(directory, step)) is not None]
     if "json" in found.switches:
         print(_json(directory, "checkpoints", [one.__dict__ for one in there]))
     elif not there:
@@ -83,7 +83,10 @@ def _verify(directory: RunDirectory, found: Typed) -> int:
     told: list[dict[str, Any]] = []
     for step in steps:
         damage = checkpoints.damage(directory.checkpoint(step))
-        told.append(_at(directory, step).__dict__ | {"damage": damage})
+        one = _at(directory, step)
+        if one is None:
+            continue
+        told.append(one.__dict__ | {"damage": damage})
         if not is_json:
             print(f"step {step}: {'good' if damage is None else f'damaged: {damage}'}", flush=True)
     if is_json:
@@ -112,7 +115,7 @@ def _delete(directory: RunDirectory, found: Typed) -> int:
                 "another one",
                 "With --yes it is deleted all the same.",
             )
-        gone = [_at(directory, step) for step in doomed]
+        gone = [one for step in doomed if (one := _at(directory, step)) is not None]
         if gone and "yes" not in found.switches:
             _confirm(gone)
         for step in doomed:
@@ -162,10 +165,14 @@ def _asked(directory: RunDirectory, found: Typed) -> list[int]:
     return steps
 
 
-def _at(directory: RunDirectory, step: int) -> Checkpoint:
+def _at(directory: RunDirectory, step: int) -> Checkpoint | None:
+    """A checkpoint; None where the run has pruned it since it was looked for."""
     folder = directory.checkpoint(step)
-    changed = datetime.datetime.fromtimestamp(folder.stat().st_mtime, datetime.UTC)
-    return Checkpoint(step, str(folder), checkpoints.size(folder), changed.isoformat(timespec="seconds"))
+    try:
+        changed = datetime.datetime.fromtimestamp(folder.stat().st_mtime, datetime.UTC)
+        return Checkpoint(step, str(folder), checkpoints.size(folder), changed.isoformat(timespec="seconds"))
+    except FileNotFoundError:
+        return None
 
 
 def _local(time: str) -> str:

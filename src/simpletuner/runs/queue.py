@@ -6,6 +6,7 @@ import fcntl
 import os
 import re
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -389,8 +390,10 @@ class _Turn:
     def wait(self) -> Entry:
         """To its end; the entry with what came of it."""
         code = self._process.wait()
-        code = code if code >= 0 else 128 - code
         status = status_of(self.run)
         is_told = status.updated is not None and status.updated >= (self.entry.began or "")
         said = status.error if is_told else None
+        if code < 0:
+            why = "Put it in the queue again to go on from its last checkpoint."
+            return _ended(self.entry, 128 - code, f"ended by signal {-code} ({signal.strsignal(-code)}). {why}")
         return _ended(self.entry, code, said or printed_since(self.run.console, self._printed) or f"exit code {code}")

@@ -82,6 +82,10 @@ def status_of(run: RunDirectory) -> RunStatus:
             if tail.step is None:
                 tail.step = next(_backwards(file, "step", tail.looked_to), None)
             tail.held_out = _held_out(file)
+    if tail.last is not None and tail.end is None and not is_held:
+        # It may have been taken up meanwhile, which is not what broke off.
+        is_held = run.lock().is_held()
+        pid = run.lock().pid() if is_held else None
     return _assembled(run, tail, is_held=is_held, pid=pid)
 
 
