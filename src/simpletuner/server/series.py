@@ -23,14 +23,11 @@ from pydantic import ValidationError
 from simpletuner.runs.events import (
     SCHEMA_VERSION,
     CheckpointEvent,
-    EndEvent,
-    ErrorEvent,
     Event,
     NoticeEvent,
     PhaseEvent,
     PlanEvent,
     ProgressEvent,
-    RunEvent,
     StepEvent,
     ValidationEvent,
 )
@@ -205,19 +202,14 @@ class Told:
 
     last_id: int = 0
     attempts: int = 0
-    run: RunEvent | None = None
     plan: PlanEvent | None = None
     phases: dict[str, PhaseState] = field(default_factory=dict)
     """Those of the last attempt, in the order they began."""
     validations: dict[tuple[int, bool], ValidationEvent] = field(default_factory=dict)
     """By step, and whether it holds a loss: the last attempt's count."""
     checkpoints: list[CheckpointEvent] = field(default_factory=list)
-    saved: dict[int, str] = field(default_factory=dict)
-    """When the checkpoint of a step was written."""
     notices: list[str] = field(default_factory=list)
     """Those of the last attempt."""
-    error: ErrorEvent | None = None
-    end: EndEvent | None = None
     damaged: int = 0
     """Lines that are no events."""
 
@@ -228,7 +220,6 @@ class Told:
             phases={name: replace(phase) for name, phase in self.phases.items()},
             validations=dict(self.validations),
             checkpoints=list(self.checkpoints),
-            saved=dict(self.saved),
         )
 
     def take(self, line: dict[str, Any]) -> None:
@@ -239,21 +230,18 @@ class Told:
         """
         if line["attempt"] > self.attempts:
             self.attempts = line["attempt"]
-            self.run = self.error = self.end = None
             self.phases, self.notices = {}, []
         kind = _KINDS.get(str(line.get("type")))
-        if kind is None:  # of a later version of the program
+        if kind is None:  # told by the run's status, or of a later version of the program
             return
         try:
             event = kind.model_validate(line, extra="ignore")
         except ValidationError:
             raise Damaged from None
-        self._note(event, str(line.get("time", "")))
+        self._note(event)
 
-    def _note(self, event: Event, time: str) -> None:
+    def _note(self, event: Event) -> None:
         match event:
-            case RunEvent():
-                self.run = event
             case PlanEvent():
                 self.plan = event
             case PhaseEvent(state="begin"):
@@ -269,26 +257,17 @@ class Told:
                 self.validations[event.step, event.loss is not None] = event
             case CheckpointEvent():
                 self.checkpoints.append(event)
-                if event.state == "saved":
-                    self.saved[event.step] = time
             case NoticeEvent():
                 self.notices = [*self.notices[1 - NOTICES_KEPT :], event.text]
-            case ErrorEvent():
-                self.error = event
-            case EndEvent():
-                self.end = event
 
 
 _KINDS: dict[str, type[Event]] = {
-    "run": RunEvent,
     "plan": PlanEvent,
     "phase": PhaseEvent,
     "progress": ProgressEvent,
     "validation": ValidationEvent,
     "checkpoint": CheckpointEvent,
     "notice": NoticeEvent,
-    "error": ErrorEvent,
-    "end": EndEvent,
 }
 
 

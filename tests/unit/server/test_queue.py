@@ -1,7 +1,9 @@
 """The queue over the API: as the shell has it."""
 
+import time
 from pathlib import Path
 
+import pytest
 from fastapi.testclient import TestClient
 
 from simpletuner.runs.queue import Queue
@@ -45,3 +47,21 @@ def test_devices_are_a_list(client: TestClient, environment: str) -> None:
     body = {"environment": environment, "devices": "0; rm -r ."}
     assert client.post("/api/queue", json=body, headers=SAME).status_code == 422
     assert client.get("/api/queue").json() == []
+
+
+@pytest.mark.slow
+def test_what_is_queued_is_trained(client: TestClient, environment: str) -> None:
+    def put() -> int:
+        answer = client.post("/api/queue", json={"environment": environment}, headers=SAME)
+        assert answer.status_code in (201, 422), answer.text
+        return answer.status_code
+
+    assert (put(), put()) == (201, 422)  # two runs cannot have one directory
+    deadline = time.monotonic() + 120
+    while (entry := client.get("/api/queue").json()[0])["state"] in ("waiting", "running"):
+        assert time.monotonic() < deadline, entry
+        time.sleep(0.5)
+    assert (entry["state"], entry["exit_code"], entry["environment"]) == ("done", 0, environment)
+    run = client.get("/api/run", params={"run": entry["output_dir"]}).json()
+    assert (run["state"], run["step"], run["environment"]) == ("done", 3, environment)
+    assert client.post("/api/queue/resume", headers=SAME).json() == [entry]
