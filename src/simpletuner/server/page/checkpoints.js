@@ -45,7 +45,7 @@ export class Checkpoints {
     const finished = lora ? h("div", { class: "row" }, h("p", { class: "grow" }, "The finished LoRA: ", h("code", {}, lora)),
       downloadLink(this.run, lora, "Download the LoRA", "primary")) : null;
     const table = this.list.length > 0
-      ? h("div", { class: "scroll" }, h("table", {},
+      ? h("div", { class: "scroll checkpoints", tabindex: 0, role: "region", "aria-label": "List of checkpoints" }, h("table", {},
         h("thead", {}, h("tr", {}, ["Step", "Size", "Written", "State", "What to do"].map((text) => h("th", { scope: "col" }, text)))),
         h("tbody", {}, this.list.map((one) => this.row(one, state, config)))))
       : h("p", { class: "dim" }, "No checkpoints. They come at the steps of checkpoint_step_interval, when the run is stopped, and with “Save now”.");

@@ -11,7 +11,7 @@ import { short } from "./numbers.js";
 import { EXAMPLE, startAndShow } from "./verbs.js";
 
 const POLL_MS = 3000;
-const THUMBNAILS = 12;
+const THUMBNAILS = 6;
 
 /** @param {HTMLElement} root */
 export async function home(root) {

@@ -21,10 +21,10 @@ export function beforeAfter(before, after, size) {
   // The range lies over the pictures, so that pointers, touch and arrow keys need no code of their own.
   const range = h("input", { type: "range", id, min: 0, max: 100, step: 0.5, value: 50, oninput: place });
   place();
-  const pair = h("div", { class: "pair" }, right, left, edge, range);
-  pair.style.setProperty("--aspect", size.width / size.height);
-  return h("div", { class: "before-after" },
-    pair,
+  const node = h("div", { class: "before-after" },
+    h("div", { class: "pair" }, right, left, edge, range),
     h("div", { class: "row ends small" },
       h("span", {}, before.label), h("label", { class: "dim", for: id }, "Move the edge"), h("span", {}, after.label)));
+  node.style.setProperty("--aspect", size.width / size.height);
+  return node;
 }

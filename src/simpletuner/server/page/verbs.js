@@ -1,6 +1,6 @@
 // What can be done with a run: each button is one command of the shell.
 
-import { post } from "./api.js";
+import { get, post } from "./api.js";
 import { ask, button, h, toast } from "./dom.js";
 import { go, to } from "./router.js";
 
@@ -11,9 +11,18 @@ export const EXAMPLE = "tiny-lora";
 const EXAMPLE_RUN = `output/${EXAMPLE}`;
 
 /** What a run was started from, as `POST /api/run/start` takes it; null where the page cannot know. */
-function originOf({ run, environment }) {
-  if (environment !== null) return { environment, example: null };
-  return run === EXAMPLE_RUN ? { environment: null, example: EXAMPLE } : null;
+async function originOf({ run, environment }) {
+  if (environment !== null) return { environment, example: null, options: {} };
+  if (run === EXAMPLE_RUN) return { environment: null, example: EXAMPLE, options: {} };
+  const queued = (await get("queue")).findLast(({ output_dir }) => output_dir === run);
+  if (!queued || (queued.environment === null && queued.example === null)) return null;
+  return { environment: queued.environment, example: queued.example, options: optionsOf(queued.arguments) };
+}
+
+/** `--name=value` of a command, without what selects its configuration. */
+function optionsOf(words) {
+  const pairs = words.map((word) => /^--([a-z0-9_]+)=(.*)$/s.exec(word)).filter((found) => found !== null);
+  return Object.fromEntries(pairs.map(([, name, value]) => [name, value]).filter(([name]) => !["env", "config", "example"].includes(name)));
 }
 
 /** Start a run and show it. @param {{environment?: string|null, example?: string|null, options?: object}} what */
@@ -80,11 +89,11 @@ export class Verbs {
   async start(options = {}) {
     for (const node of this.node.querySelectorAll("button")) node.disabled = true;
     try {
-      const origin = originOf(this.detail());
+      const origin = await originOf(this.detail());
       if (origin === null) {
         toast("No environment has this folder as its output_dir: give its command again in the shell to go on.", "bad");
       } else {
-        await post("run/start", { ...origin, options });
+        await post("run/start", { ...origin, options: { ...origin.options, ...options } });
         toast("The run goes on.", "good");
         await this.refresh();
       }

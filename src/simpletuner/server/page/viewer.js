@@ -73,6 +73,7 @@ export function openViewer(grid, row, column, { run, config }) {
     actions: [{ label: "Close", value: null }],
     opened(opened) {
       box = opened;
+      const rest = () => box.querySelector(".actions button").focus({ preventScroll: true });
       show();
       box.addEventListener("keydown", (event) => {
         if (event.target.matches("input, select")) return;
@@ -80,9 +81,9 @@ export function openViewer(grid, row, column, { run, config }) {
         if (!(event.key in moves)) return;
         event.preventDefault();
         move(...moves[event.key]);
-        box.querySelector(".actions button").focus();
+        rest();
       });
-      box.querySelector(".actions button").focus();
+      rest();
     },
   });
 }
