@@ -138,7 +138,8 @@ def test_a_run_that_is_killed_is_told(page: Page, server: "Server", workspace: P
             steps(log, 1, 3)
             page.goto(f"{server.url}/#/run?run=output/killed")
             expect(page.get_by_role("button", name="Stop")).to_be_visible()
-        expect(page.get_by_text("The run broke off without a word")).to_be_visible()
+        # No event tells of it: the page asks every few seconds.
+        expect(page.get_by_text("The run broke off without a word")).to_be_visible(timeout=15_000)
         expect(page.get_by_role("button", name="Start again")).to_be_visible()
 
 

@@ -8,7 +8,7 @@ import { Series } from "./series.js";
 
 const PAUSES_MS = [500, 1000, 2000, 4000, 5000];
 const GATHER_MS = 80;
-const LOOK_AGAIN_MS = 5000;
+const LOOK_AGAIN_MS = 3000;
 
 /** What may change; listeners are given a set of these. */
 export const TOPICS = ["status", "steps", "heldOut", "validations", "checkpoints", "notices", "connection"];
