@@ -102,4 +102,6 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def refused(_request: Request, error: HTTPException) -> JSONResponse:
-        return response(error.status_code, Problem(str(error.detail)))
+        answer = response(error.status_code, Problem(str(error.detail)))
+        answer.headers.update(error.headers or {})  # which methods there are
+        return answer

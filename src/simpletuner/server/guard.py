@@ -38,6 +38,7 @@ RAW_BODIES: dict[tuple[str, str], frozenset[str] | None] = {
 """Routes that take other bodies than JSON, and which; None is any. They limit the size themselves."""
 
 _READING = frozenset({"GET", "HEAD"})
+_WRITING = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?")
 _NEEDS_TOKEN = """\
 This page asks for a token.
@@ -190,7 +191,7 @@ class Guard:
     async def _checked_body(self, scope: Scope, receive: Receive) -> Receive:
         """`receive`, with a JSON body that is not too large; refuse what a plain form could send."""
         headers = Headers(scope=scope)
-        if scope["method"] in _READING:
+        if scope["method"] not in _WRITING:
             return receive
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         route = (scope["method"], scope["path"])
