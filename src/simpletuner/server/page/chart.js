@@ -9,6 +9,7 @@ const PADDING = { left: 56, right: 12, top: 8, bottom: 24 };
 const TICK_PX = { x: 90, y: 28 };
 const DOT_PX = 3.5;
 const FAR_OUT = 3;
+const ALIKE = 1e-6;
 
 /**
  * @typedef {object} Line
@@ -275,8 +276,10 @@ export function valueRange(drawn, isLogarithmic, leavesOutSpikes) {
     low = values[firstAtLeast(values, values.length, lower - reach)];
     high = values[Math.min(firstAtLeast(values, values.length, upper + reach), values.length) - 1] ?? high;
   }
-  if (isLogarithmic) return low === high ? [low / 2, high * 2] : [low * (low / high) ** 0.05, high * (high / low) ** 0.05];
-  if (low === high) [low, high] = low === 0 ? [-1, 1] : [low - Math.abs(low) * 0.1, high + Math.abs(high) * 0.1];
+  // A moving average of equal values differs in its last bits.
+  const isFlat = high - low <= ALIKE * Math.max(Math.abs(low), Math.abs(high));
+  if (isLogarithmic) return isFlat ? [low / 2, high * 2] : [low * (low / high) ** 0.05, high * (high / low) ** 0.05];
+  if (isFlat) [low, high] = high === 0 ? [-1, 1] : [low - Math.abs(low) * 0.1, high + Math.abs(high) * 0.1];
   const air = (high - low) * 0.06;
   return [low >= 0 ? Math.max(0, low - air) : low - air, high + air];
 }

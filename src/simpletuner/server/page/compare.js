@@ -3,6 +3,7 @@
 import { freshId, h } from "./dom.js";
 import { Curves } from "./curves.js";
 import { RunStore } from "./events.js";
+import { THUMBNAIL_PX, promptHead } from "./gallery.js";
 import { Grid, pictureUrl } from "./pictures.js";
 import { to } from "./router.js";
 import { short } from "./numbers.js";
@@ -15,7 +16,8 @@ export async function compare(root, params) {
   const names = [...new Set((params.runs ?? "").split(",").filter(Boolean))];
   if (names.length < 2) {
     root.replaceChildren(h("h1", {}, "Compare"), h("div", { class: "sheet empty" },
-      h("h2", {}, "Choose two runs"), h("p", {}, "Tick two or more runs in the list, then press Compare."), h("a", { class: "button primary", href: "#/" }, "To the runs")));
+      h("h2", {}, "Choose two runs"), h("p", {}, "Tick two or more runs in the list, then press Compare."),
+      h("a", { class: "button primary", href: "#/" }, "To the runs")));
     return () => {};
   }
   const stores = names.map((name) => new RunStore(name));
@@ -135,7 +137,7 @@ class SideBySide {
     this.body.replaceChildren(h("table", {},
       h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Prompt"), runs.map(({ name }) => h("th", { scope: "col" }, name)))),
       h("tbody", {}, [...prompts.values()].map((row) => h("tr", {},
-        h("th", { scope: "row" }, h("span", { class: "name" }, row.name), row.isEma ? h("span", { class: "badge" }, "moving average") : null, h("span", { class: "prompt dim" }, row.prompt)),
+        promptHead(row),
         grids.map((grid, index) => h("td", {}, picture(grid, row, step, runs[index]))))))));
   }
 }
@@ -145,5 +147,8 @@ function picture(grid, { prompt, isEma }, step, { name, store }) {
   const found = grid.at(row, grid.steps.indexOf(step));
   if (!found) return h("span", { class: "dim" }, "–");
   return h("a", { class: "thumb", href: pictureUrl(store.run, found), target: "_blank", rel: "noopener" },
-    h("img", { src: pictureUrl(store.run, found, 320), alt: `${found.name} of ${name} at step ${step}`, width: found.width, height: found.height, loading: "lazy" }));
+    h("img", {
+      src: pictureUrl(store.run, found, THUMBNAIL_PX), loading: "lazy", alt: `${found.name} of ${name} at step ${step}`,
+      width: found.width, height: found.height,
+    }));
 }

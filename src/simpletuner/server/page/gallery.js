@@ -4,7 +4,7 @@ import { h } from "./dom.js";
 import { Grid, pictureUrl } from "./pictures.js";
 import { openViewer } from "./viewer.js";
 
-const THUMBNAIL_PX = 320;
+export const THUMBNAIL_PX = 320;
 
 export class Gallery {
   /** @param {string} run @param {() => object} detail the answer of `GET /api/run` */
@@ -41,8 +41,7 @@ export class Gallery {
       grid.steps.map((step) => h("th", { scope: "col" }, step === 0 ? "Base" : `Step ${step.toLocaleString("en-GB")}`)));
     const rows = grid.rows.map((row, index) =>
       h("tr", {},
-        h("th", { scope: "row", title: row.prompt }, h("span", { class: "name" }, row.name),
-          row.isEma ? h("span", { class: "badge" }, "moving average") : null, h("span", { class: "prompt dim" }, row.prompt)),
+        promptHead(row),
         grid.steps.map((step, column) => h("td", {}, this.cell(grid, index, column)))));
     return h("table", {}, h("thead", {}, head), h("tbody", {}, rows));
   }
@@ -60,6 +59,12 @@ export class Gallery {
       width: picture.width, height: picture.height,
     }));
   }
+}
+
+/** The head of a row of pictures. */
+export function promptHead({ name, prompt, isEma }) {
+  return h("th", { scope: "row", title: prompt }, h("span", { class: "name" }, name),
+    isEma ? h("span", { class: "badge" }, "moving average") : null, h("span", { class: "prompt dim" }, prompt));
 }
 
 function emptyText(config, state) {

@@ -62,11 +62,13 @@ export async function home(root) {
 function beginning(faults) {
   const start = button("Train the example", () => guided(faults, start), { icon: "play", kind: "primary" });
   return h("section", { class: "stack", "aria-label": "How to begin", hidden: true },
-    h("p", {}, "simpletuner teaches FLUX.2 what your pictures show. You give it pictures with captions; it gives you a LoRA, a small file that every FLUX.2 tool loads. Nothing has been trained here yet."),
+    h("p", {}, "simpletuner teaches FLUX.2 what your pictures show. You give it pictures with captions; it gives you a LoRA, ",
+      "a small file that every FLUX.2 tool loads. Nothing has been trained here yet."),
     h("div", { class: "ways" },
       h("article", { class: "card stack" },
         h("h2", {}, "Train the example"),
-        h("p", {}, "A small FLUX.2 that comes with the program learns what a “zorblat flag” is, from 20 drawn pictures. Nothing is downloaded, and no graphics card is needed."),
+        h("p", {}, "A small FLUX.2 that comes with the program learns what a “zorblat flag” is, from 20 drawn pictures. ",
+          "Nothing is downloaded, and no graphics card is needed."),
         h("ol", { class: "steps" },
           h("li", {}, "Press the button. The captions and pictures are prepared in a few seconds."),
           h("li", {}, "Watch the loss fall and the pictures change. On a processor it takes 2 to 3 minutes."),

@@ -10,7 +10,8 @@ export class JobView {
     this.title = h("p", {});
     this.bar = h("progress", { "aria-label": "Progress" });
     this.stop = button("Cancel", () => this.cancel(), { icon: "close", kind: "quiet" });
-    this.node = h("div", { class: "sheet stack", role: "status", hidden: true }, h("div", { class: "row" }, h("div", { class: "grow" }, this.title), this.stop), this.bar);
+    this.node = h("div", { class: "sheet stack", role: "status", hidden: true },
+      h("div", { class: "row" }, h("div", { class: "grow" }, this.title), this.stop), this.bar);
     this.id = null;
   }
 

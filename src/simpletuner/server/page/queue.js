@@ -33,7 +33,8 @@ export class QueueList {
     const from = example ? `example ${example}` : environment ? `environment ${environment}` : "";
     return h("tr", {},
       h("td", { class: "numbers" }, place === null ? "" : String(place)),
-      h("td", {}, state === "waiting" ? output_dir : h("a", { href: to("run", "", { run: output_dir }) }, output_dir), from ? h("p", { class: "small dim" }, from) : null),
+      h("td", {}, state === "waiting" ? output_dir : h("a", { href: to("run", "", { run: output_dir }) }, output_dir),
+        from ? h("p", { class: "small dim" }, from) : null),
       h("td", {}, devices || "all"),
       h("td", {}, stateBadge(state), error ? h("p", { class: "fault" }, error.split("\n")[0]) : null),
       h("td", { class: "numbers" }, when(added)),
@@ -43,7 +44,8 @@ export class QueueList {
   }
 
   async remove({ id, output_dir, state }) {
-    if (state === "waiting" && !(await confirm("Remove from the queue?", `${output_dir} will not be trained. What it has trained before stays.`, "Remove", "danger"))) return;
+    const text = `${output_dir} will not be trained. What it has trained before stays.`;
+    if (state === "waiting" && !(await confirm("Remove from the queue?", text, "Remove", "danger"))) return;
     try {
       await del("queue", { id });
     } catch (error) {

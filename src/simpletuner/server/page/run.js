@@ -78,7 +78,8 @@ class Tabs {
     this.panels = new Map(names.map((name) => [name, h("div", {
       role: "tabpanel", id: `panel-${name}`, "aria-labelledby": `tab-${name}`, class: "stack", hidden: true,
     }, panels[name])]));
-    this.node = h("div", { class: "stack" }, h("div", { class: "tabs", role: "tablist", "aria-label": "Parts of the run" }, [...this.buttons.values()]), [...this.panels.values()]);
+    this.node = h("div", { class: "stack" },
+      h("div", { class: "tabs", role: "tablist", "aria-label": "Parts of the run" }, [...this.buttons.values()]), [...this.panels.values()]);
   }
 
   show(name, isFocused = true) {

@@ -46,7 +46,8 @@ export class Samples {
     this.more.hidden = shown.length <= this.limit;
     this.body.replaceChildren(...shown.slice(0, this.limit).map((one) => sample(one, isBase(one) ? null : bases.get(keyOf(one)))));
     if (shown.length === 0) {
-      this.body.replaceChildren(h("p", { class: "dim" }, "None yet. Write what the picture should show and press Draw; the pictures stay in the folder “samples” of the run."));
+      this.body.replaceChildren(h("p", { class: "dim" },
+        "None yet. Write what the picture should show and press Draw; the pictures stay in the folder “samples” of the run."));
     }
   }
 }
@@ -58,7 +59,8 @@ function sample(one, base) {
   const name = path.split("/").at(-1);
   const acting = loras.map((lora) => `${lora.name.replace(/^pytorch_lora_weights\.safetensors$/, "LoRA")} at ${lora.strength}`).join(", ") || "the base model";
   const about = [seed !== null && `seed ${seed}`, `${width} × ${height}`, steps && `${steps} steps`, guidance !== null && `guidance ${guidance}`, acting];
-  const image = (src, alt, caption) => h("div", {}, h("img", { src, alt, width, height, loading: "lazy" }), base ? h("p", { class: "small dim" }, caption) : null);
+  const image = (src, alt, caption) => h("div", {},
+    h("img", { src, alt, width, height, loading: "lazy" }), base ? h("p", { class: "small dim" }, caption) : null);
   const compare = () => dialog({
     title: prompt ?? name,
     wide: true,
