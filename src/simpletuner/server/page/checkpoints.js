@@ -43,6 +43,7 @@ export class Checkpoints {
   draw() {
     const { lora, state, config } = this.detail();
     const finished = lora ? h("div", { class: "row" }, h("p", { class: "grow" }, "The finished LoRA: ", h("code", {}, lora)),
+      config?.use_ema ? downloadLink(this.run, `ema/${LORA}`, "That of the moving average") : null,
       downloadLink(this.run, lora, "Download the LoRA", "primary")) : null;
     const table = this.list.length > 0
       ? h("div", { class: "scroll checkpoints", tabindex: 0, role: "region", "aria-label": "List of checkpoints" }, h("table", {},

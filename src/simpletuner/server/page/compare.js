@@ -113,7 +113,7 @@ class SideBySide {
         this.update();
       },
     });
-    this.body = h("div", { class: "scroll gallery", tabindex: 0, role: "region", "aria-label": "Pictures, prompts down and runs across" });
+    this.body = h("div", { class: "scroll gallery", tabindex: 0, role: "region", "aria-label": "Pictures by prompt and run" });
     this.chooser = h("div", { class: "row" }, h("label", { for: id }, "Step"), h("div", {}, this.choice));
     this.node = h("section", { class: "sheet stack", "aria-label": "Pictures" }, h("div", { class: "head" }, h("h2", {}, "Pictures"), this.chooser), this.body);
   }

@@ -12,7 +12,7 @@ export class Gallery {
     this.run = run;
     this.detail = detail;
     this.shown = "";
-    this.box = h("div", { class: "scroll gallery", tabindex: 0, role: "region", "aria-label": "Pictures, prompts down and steps across" });
+    this.box = h("div", { class: "scroll gallery", tabindex: 0, role: "region", "aria-label": "Pictures by prompt and step" });
     this.note = h("p", { class: "dim" });
     this.news = h("p", { class: "visually-hidden", "aria-live": "polite" });
     this.node = h("section", { class: "sheet stack", "aria-label": "Pictures" }, h("h2", {}, "Pictures"), this.note, this.box, this.news);

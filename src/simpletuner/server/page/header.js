@@ -23,7 +23,8 @@ export class Header {
     this.node = h("div", { class: "stack" },
       h("div", { class: "head" }, h("h1", {}, store.detail.name), this.badge, h("span", { class: "grow" }), verbs),
       this.lost, this.outcome,
-      h("section", { class: "sheet stack", "aria-label": "Where it stands" }, this.bar, h("div", { class: "row standing" }, this.said, this.phases), this.facts, this.spoken));
+      h("section", { class: "sheet stack", "aria-label": "Where it stands" },
+        this.bar, h("div", { class: "row standing" }, this.said, this.phases), this.facts, this.spoken));
   }
 
   update() {
@@ -80,12 +81,16 @@ export class Header {
       .map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", { class: "numbers" }, String(value))));
   }
 
-  endings({ state, error, lora, run }) {
+  endings({ state, error, lora, run, config }) {
     const link = (text, tab) => h("button", { type: "button", onclick: () => this.show(tab) }, text);
     if (state === "done" && lora) {
       return [h("div", { class: "panel good row" },
         h("p", { class: "grow" }, h("strong", {}, "The LoRA is finished. "), "Every FLUX.2 tool loads it."),
         link("Try it", "try"), downloadLink(run, lora, "Download the LoRA", "primary"))];
+    }
+    if (state === "done" && config?.model_type === "full") {
+      return [h("div", { class: "panel good row" },
+        h("p", { class: "grow" }, h("strong", {}, "The model is finished: "), h("code", {}, `${run}/model`)), link("Try it", "try"))];
     }
     if (state === "failed" || error) return [failure(error, link)];
     if (state === "killed") {

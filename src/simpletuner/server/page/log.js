@@ -2,6 +2,7 @@
 
 import { get } from "./api.js";
 import { h } from "./dom.js";
+import { some } from "./format.js";
 
 const POLL_MS = 2000;
 const KEPT_CHARACTERS = 400_000;
@@ -38,8 +39,9 @@ export class Log {
 
   /** Notices came. */
   update() {
-    const { notices } = this.detail();
+    const { notices, damaged_lines: damaged } = this.detail();
     const found = [...new Set(notices)];
+    if (damaged > 0) found.push(`${some(damaged, "line")} of events.jsonl could not be read; the rest is shown.`);
     this.notices.replaceChildren(...(found.length === 0 ? [] : [
       h("div", { class: "panel warn" }, h("h2", {}, "Notices"), h("ul", {}, found.map((text) => h("li", {}, text)))),
     ]));
