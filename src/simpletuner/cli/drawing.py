@@ -1,11 +1,13 @@
 """What `simpletuner sample` does once its request is known to be good."""
 
+import contextlib
 import io
+import itertools
 import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -79,9 +81,6 @@ class _Drawing:
         self.guidance = source.flavour.guidance if config.guidance is None else config.guidance
 
     def pictures(self, loras: Sequence[Wanted], saved: Sequence[LoadedLora]) -> Iterator[Path]:
-        # Takes a moment to import: only where there is progress to show.
-        from tqdm import tqdm
-
         contexts = self.contexts()
         negative = contexts.pop() if self.config.guidance_real != 1.0 else None
         transformer = load_base(self.config, self.config, self.source, self.device, report=_say)
@@ -94,7 +93,7 @@ class _Drawing:
             for lora, content in zip(loras, saved, strict=True)
         ]
         total = len(contexts) * self.config.num * self.steps
-        with tqdm(total=total, desc="drawing", unit="step", disable=None) as bar:
+        with _lines(total) if self.config.progress else _bar(total) as report:
             for prompt, context in zip(self.config.prompt, contexts, strict=True):
                 for seed in range(self.config.seed, self.config.seed + self.config.num):
                     (image,) = generate(
@@ -108,7 +107,7 @@ class _Drawing:
                         seed=seed,
                         real_guidance=self.config.guidance_real,
                         negative=negative,
-                        report=lambda *_: bar.update(),
+                        report=report,
                     )
                     yield self.keep(image, prompt, seed, acting)
 
@@ -150,6 +149,29 @@ class _Drawing:
         path = _free(Path(self.config.out) / f"{stem}_{image.width}x{image.height}_{seed}.png")
         write_atomic(path, buffer.getvalue(), sync=False)
         return path
+
+
+@contextlib.contextmanager
+def _bar(total: int) -> Iterator[Callable[[int, int], None]]:
+    # Takes a moment to import: only where there is progress to show.
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc="drawing", unit="step", disable=None) as bar:
+
+        def report(*_: int) -> None:
+            bar.update()
+
+        yield report
+
+
+@contextlib.contextmanager
+def _lines(total: int) -> Iterator[Callable[[int, int], None]]:
+    done = itertools.count(1)
+
+    def report(*_: int) -> None:
+        _say(json.dumps({"what": "drawing", "done": next(done), "total": total}))
+
+    yield report
 
 
 def _free(path: Path) -> Path:

@@ -68,6 +68,9 @@ class SampleOptions(Slice):
     out: PathText = "samples"
     """The folder for the pictures. None that is there is overwritten."""
 
+    progress: bool = False
+    """In place of the bar, a JSON line on standard error after each sampler step: what, done and total."""
+
 
 class SampleConfig(ModelOptions, PrecisionOptions, OffloadOptions, SampleOptions):
     """Every option of `sample`."""

@@ -155,8 +155,13 @@ def drawn(capsys: pytest.CaptureFixture[str]) -> list[Path]:
 def test_pictures_with_their_parameters(tiny_folder: Path, lora: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = ["--pretrained_model_name_or_path", str(tiny_folder)]
     prompts = ["--prompt", "A Red – “fish”?", "--prompt", "two"]
-    assert main(["sample", *model, *SMALL, *prompts, "--lora", f"{lora}:0.5", "--num", "2", "--seed", "8"]) == 0
+    assert (
+        main(["sample", *model, *SMALL, *prompts, "--lora", f"{lora}:0.5", "--num", "2", "--seed", "8", "--progress"])
+        == 0
+    )
     captured = capsys.readouterr()
+    told = [json.loads(line) for line in captured.err.splitlines() if line.startswith("{")]
+    assert told == [{"what": "drawing", "done": done, "total": 8} for done in range(1, 9)]
     paths = [Path(line) for line in captured.out.splitlines()]
     assert [path.name for path in paths] == [
         "a-red-fish_32x48_8.png",

@@ -56,6 +56,7 @@ def test_a_wish_becomes_a_command(here: Context, run: RunDirectory) -> None:
     )
     assert arguments(here, wanted) == [
         "sample",
+        "--progress=true",
         "--run=output/a",
         "--out=output/a/samples",
         "--prompt=a flag",
@@ -68,7 +69,7 @@ def test_a_wish_becomes_a_command(here: Context, run: RunDirectory) -> None:
         "--steps=4",
         "--num=2",
     ]
-    assert arguments(here, ToDraw(prompts=["x"]))[:3] == ["sample", "--out=samples", "--prompt=x"]
+    assert arguments(here, ToDraw(prompts=["x"]))[:4] == ["sample", "--progress=true", "--out=samples", "--prompt=x"]
 
 
 @pytest.mark.parametrize(
@@ -180,6 +181,7 @@ def test_train_look_and_draw(client: TestClient, environment: str) -> None:
     job = client.post("/api/jobs/sample", json=wanted, headers=SAME).json()
     done = wait_for(lambda: (found := get(f"jobs/{job['id']}"))["state"] != "running" and found)
     assert done["state"] == "done", done
+    assert done["progress"] == {"what": "drawing", "done": 2, "total": 2}
     pictures = done["result"]["pictures"]
     assert len(pictures) == 2
     assert pictures[0].startswith("output/mine/samples/")

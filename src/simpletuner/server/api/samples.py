@@ -101,7 +101,7 @@ def arguments(here: Context, wanted: ToDraw) -> list[str]:
         Fault: 403, a path outside the roots; 404, no such run; 422, no LoRA is there.
     """
     out = here.workspace / FOLDER
-    words = ["sample"]
+    words = ["sample", "--progress=true"]
     if wanted.run is not None:
         directory = run_at(here.roots, wanted.run)
         out = part_of(here.roots, directory, directory.root / FOLDER)
