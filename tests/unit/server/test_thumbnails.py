@@ -1,0 +1,78 @@
+"""Small pictures: upright, on white, within bounds, of nothing but pictures."""
+
+import io
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from simpletuner.server import thumbnails
+from simpletuner.server.faults import Fault
+from simpletuner.server.thumbnails import picture_type, thumbnail
+
+
+def small(path: Path, width: int) -> Image.Image:
+    image = Image.open(io.BytesIO(thumbnail(path, width)))
+    assert (image.format, image.mode) == ("JPEG", "RGB")
+    return image
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [("png", "image/png"), ("jpg", "image/jpeg"), ("webp", "image/webp")])
+def test_a_picture_is_known_by_its_content(tmp_path: Path, suffix: str, kind: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    Image.new("RGB", (400, 200), "red").save(path)
+    other = path.rename(tmp_path / "a.txt")
+    assert picture_type(other) == kind
+    image = small(other, 100)
+    assert image.size == (100, 50)
+    red, green, blue = image.getpixel((50, 25))  # type: ignore[misc]
+    assert red > 240
+    assert max(green, blue) < 20
+    assert small(other, 1000).size == (400, 200)  # never larger than it is
+
+
+def test_it_is_upright(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    Image.new("RGB", (400, 200)).save(path, exif=exif)
+    assert small(path, 100).size == (100, 200)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGBA", (32, 32), (0, 0, 0, 0)).convert(mode).save(path, transparency=0 if mode == "P" else None)
+    assert small(path, 16).getpixel((8, 8)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "I;16", "CMYK"])
+def test_any_mode_will_do(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    Image.new(mode, (32, 32)).save(path)
+    assert small(path, 16).size == (16, 16)
+
+
+@pytest.mark.parametrize("content", [b"", b"<svg/>", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\xff\xd8\xff\xe0" + bytes(50)])
+def test_what_is_no_picture_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    with pytest.raises(Fault) as refused:
+        thumbnail(path, 16)
+    assert refused.value.status == 422
+
+
+def test_a_torn_picture_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.effect_noise((200, 200), 50).save(path)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(Fault):
+        thumbnail(path, 16)
+
+
+def test_one_that_is_too_large_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    Image.new("1", (300, 300)).save(path)
+    monkeypatch.setattr(thumbnails, "LARGEST_PIXELS", 300 * 300 - 1)
+    with pytest.raises(Fault, match="300 × 300 pixels"):
+        thumbnail(path, 16)
