@@ -32,6 +32,8 @@ def _toml(text: str, label: str) -> Any:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError.of(f"{label}: not valid TOML: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError.of(f"{label}: more than a config holds ({error})") from error
 
 
 def _json(text: str, label: str) -> Any:
@@ -49,6 +51,8 @@ def _json(text: str, label: str) -> Any:
     except json.JSONDecodeError as error:
         where = f"{label}, line {error.lineno}, column {error.colno}"
         raise ConfigError.of(f"{where}: not valid JSON", remedy=_hint(text, error)) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise ConfigError.of(f"{label}: more than a config holds ({error})") from error
     ConfigError.raise_if(Problem(f"{label}: {name} is given twice", remedy="Keep one of them.") for name in repeated)
     return value
 

@@ -1,5 +1,7 @@
 """What the API answers instead of a result: a status and the problems, as the shell would print them."""
 
+import errno
+import os
 from typing import Self
 
 from fastapi import FastAPI, Request
@@ -15,6 +17,12 @@ from simpletuner.server.headers import SECURITY
 CLIENT_CLOSED_REQUEST = 499
 STATUS_OF: dict[type[UserError], int] = {DiskError: 507}
 """Of the shell's errors; 422 for others."""
+STATUS_OF_SYSTEM = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), 403),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP, errno.EILSEQ), 422),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EROFS), 507),
+}
+"""Of what the system refuses, by its number; all else is a bug."""
 
 
 class ProblemAnswer(BaseModel):
@@ -84,6 +92,13 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(UserError)
     async def user_error(_request: Request, error: UserError) -> JSONResponse:
         return response(STATUS_OF.get(type(error), 422), *error.problems)
+
+    @app.exception_handler(OSError)
+    async def system(_request: Request, error: OSError) -> JSONResponse:
+        if error.errno not in STATUS_OF_SYSTEM:
+            raise error
+        # Without its path, which a request need not have named.
+        return response(STATUS_OF_SYSTEM[error.errno], Problem(f"the system refuses: {os.strerror(error.errno)}"))
 
     @app.exception_handler(Exception)
     async def bug(_request: Request, _error: Exception) -> JSONResponse:

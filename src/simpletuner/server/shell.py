@@ -56,6 +56,11 @@ class Shell:
             process_group=0,
         )
 
+    async def in_turn(self, turns: asyncio.Semaphore, *arguments: str) -> Finished:
+        """The same as `run`, once it is this command's turn."""
+        async with turns:
+            return await self.run(*arguments)
+
     async def run(self, *arguments: str) -> Finished:
         """Run a command to its end. Ends it where the caller is cancelled."""
         process = await self.start(*arguments)

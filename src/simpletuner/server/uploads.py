@@ -118,6 +118,15 @@ def check_content(path: Path, suffix: str) -> None:
         _check_picture(path)
 
 
+def known_formats() -> list[str]:
+    """Those of `FORMATS` that this machine's Pillow opens."""
+    # An idle server does without Pillow.
+    from PIL import Image
+
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
 def _check_text(path: Path) -> None:
     if path.stat().st_size > LARGEST_TEXT:
         raise Refused(f"a text of more than {LARGEST_TEXT:,} bytes")
@@ -131,14 +140,12 @@ def _check_text(path: Path) -> None:
 
 
 def _check_picture(path: Path) -> None:
-    # An idle server does without Pillow.
     from PIL import Image
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata; and of the size Pillow's error is the limit
-            Image.init()
-            with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+            with Image.open(path, formats=known_formats()) as image:
                 image.verify()
     except Image.DecompressionBombError:
         raise Refused("more pixels than a picture has") from None

@@ -15,8 +15,8 @@ from simpletuner.server.shell import Finished, Shell, end, problems_told
 
 LINES_KEPT = 50
 LONGEST_LINE = 2000
-JOBS_KEPT = 50
-"""Finished ones; the oldest are forgotten."""
+JOBS_KEPT = 10
+"""Finished ones, with their results; the oldest are forgotten."""
 RUNNING_AT_MOST = 8
 PATIENCE_S = 5.0
 """Between asking a cancelled command to stop and ending it."""

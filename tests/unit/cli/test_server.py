@@ -197,3 +197,24 @@ def test_raw_requests_that_no_browser_makes_are_refused(tmp_path: Path) -> None:
             assert re.match(rb"HTTP/1\.1 40\d ", answer), request
             assert b"create_app" not in answer
             assert os.fsencode(tmp_path) not in answer
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_check_ends_with_its_client(tmp_path: Path) -> None:
+    with serving(tmp_path, "--port=0") as (process, line):
+        connection = http.client.HTTPConnection("127.0.0.1", port_of(line), timeout=20)
+        body = '{"name": "", "config": "{}"}'
+        connection.request("POST", "/api/plan", body, {"Content-Type": "application/json"})
+        end = time.monotonic() + 10
+        while not children(process.pid):
+            assert time.monotonic() < end
+            time.sleep(0.001)
+        (child,) = children(process.pid)
+        os.kill(child, signal.SIGSTOP)  # it would be done before anyone sees
+        connection.close()
+        while children(process.pid):
+            assert time.monotonic() < end
+            time.sleep(0.02)

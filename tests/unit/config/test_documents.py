@@ -63,3 +63,12 @@ def test_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}')
     assert read_document(path, "a.json") == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.json", "9" * 5000), ("a.json", "[" * 100_000), ("a.toml", "a = " + "9" * 5000)]
+)
+def test_what_no_config_holds_is_a_problem_and_no_bug(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match="more than a config holds"):
+        read_document(tmp_path / name, name)

@@ -232,6 +232,8 @@ def test_no_path_leads_out(
         "output/mine/link",
         "one.png\0.txt",
         "\0",
+        "a" * 300,
+        "a/" * 2000,
         "a" * 5000,
     ):
         answer = operation.send(attacked, value=value, **place)

@@ -339,3 +339,15 @@ def test_an_encrypted_entry_is_refused(client: TestClient) -> None:
 def test_no_folder_to_upload_into(client: TestClient) -> None:
     answer = client.put("/api/upload", params={"folder": "none", "name": "a.png"}, content=png(), headers=RAW)
     assert answer.status_code == 404
+
+
+@pytest.mark.usefixtures("into")
+@pytest.mark.parametrize("kind", ["bmp", "gif", "tif", "webp", "avif", "jpg"])
+def test_every_picture_that_is_taken_can_be_shown_small(client: TestClient, kind: str) -> None:
+    made = io.BytesIO()
+    names = {"tif": "TIFF", "jpg": "JPEG"}
+    Image.new("RGB", (64, 32), (200, 10, 10)).save(made, names.get(kind, kind.upper()))
+    assert send(client, f"one.{kind}", made.getvalue())["saved"] == [f"uploads/one.{kind}"]
+    small = client.get("/api/picture", params={"path": f"uploads/one.{kind}", "width": 32})
+    with Image.open(io.BytesIO(small.content)) as image:
+        assert (image.format, image.size) == ("JPEG", (32, 16))

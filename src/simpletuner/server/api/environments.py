@@ -212,8 +212,8 @@ async def check(draft: Draft, request: Request, here: InContext) -> Check:
     environment = Environment(here.roots, draft.name)
     with tempfile.TemporaryDirectory(prefix="simpletuner-draft-", ignore_cleanup_errors=True) as folder:
         written = drafted(draft, environment, Path(folder).resolve())
-        async with here.checking:
-            finished = await while_there(request, here.shell.run("config", "check", "--json", *written.flags))
+        work = here.shell.in_turn(here.checking, "config", "check", "--json", *written.flags)
+        finished = await while_there(request, work)
     out = without_traces(finished, written)
     told = _object(out.out)
     if told is None:
@@ -244,8 +244,8 @@ async def plan(draft: PlanRequest, request: Request, here: InContext) -> dict[st
     ]
     with tempfile.TemporaryDirectory(prefix="simpletuner-draft-", ignore_cleanup_errors=True) as folder:
         written = drafted(draft, environment, Path(folder).resolve())
-        async with here.planning:
-            finished = await while_there(request, here.shell.run("plan", "--json", *sizes, *written.flags))
+        work = here.shell.in_turn(here.planning, "plan", "--json", *sizes, *written.flags)
+        finished = await while_there(request, work)
     out = without_traces(finished, written)
     told = _object(out.out)
     if out.exit_code in (0, MemoryBudgetError.exit_code) and told is not None:
