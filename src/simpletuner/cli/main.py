@@ -28,7 +28,7 @@ BUG = 1
 
 def usage() -> str:
     """What `simpletuner --help` prints."""
-    lines = [f"  {name:<10}{meaning}" for name, meaning in COMMANDS.items()]
+    lines = [f"  {name:<12}{meaning}" for name, meaning in COMMANDS.items()]
     return "\n".join(
         (
             "usage: simpletuner COMMAND [options]",

@@ -42,7 +42,6 @@ def test_the_version(answer: Callable[..., tuple[int, str, str]]) -> None:
     [
         ("trian", "simpletuner trian: no such command. Did you mean simpletuner train?\n"),
         ("zebra", "simpletuner zebra: no such command. `simpletuner --help` lists the commands.\n"),
-        ("server", "simpletuner server: not built yet: the web page.\n"),
     ],
 )
 def test_another_word_is_a_mistake(answer: Callable[..., tuple[int, str, str]], word: str, message: str) -> None:
