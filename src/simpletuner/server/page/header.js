@@ -74,7 +74,8 @@ export class Header {
       "Held-out loss": heldOut.length ? short(heldOut.last("loss")) : null,
       "Seconds a step": steps.length ? short(steps.recentMedian("seconds", 50)) : null,
       "Peak memory": steps.length ? `${short(steps.last("memory_gib"))} GiB` : null,
-      Took: detail.ended && detail.started ? duration((Date.parse(detail.ended) - Date.parse(detail.started)) / 1000) : null,
+      // Between attempts nothing was done.
+      Took: detail.ended && detail.attempts === 1 ? duration((Date.parse(detail.ended) - Date.parse(detail.started)) / 1000) : null,
       Attempt: detail.attempts > 1 ? detail.attempts : null,
     };
     return Object.entries(tiles).filter(([, value]) => value !== null)
