@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,9 +20,12 @@ def read_text(path: Path) -> tuple[str | None, str]:
         Fault: 422, it is too large, no file or not UTF-8.
     """
     try:
-        if path.stat().st_size > LARGEST_DOCUMENT:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            raise Fault.of(422, f"{path.name} is no file")
+        if status.st_size > LARGEST_DOCUMENT:
             raise Fault.of(
-                422, f"{path.name} has {path.stat().st_size:,} bytes", f"at most {LARGEST_DOCUMENT:,} of a document"
+                422, f"{path.name} has {status.st_size:,} bytes", f"at most {LARGEST_DOCUMENT:,} of a document"
             )
         data = path.read_bytes()
     except FileNotFoundError:

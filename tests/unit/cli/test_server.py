@@ -218,3 +218,17 @@ def test_a_check_ends_with_its_client(tmp_path: Path) -> None:
         while children(process.pid):
             assert time.monotonic() < end
             time.sleep(0.02)
+
+
+def test_the_browser_is_opened_at_the_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    browser = tmp_path / "browser"
+    browser.write_text('#!/bin/sh\necho "$1" > opened\n')
+    browser.chmod(0o755)
+    monkeypatch.setenv("BROWSER", f"{browser} %s")
+    with serving(tmp_path, "--port=0", "--host=::1", "--open") as (_, line):
+        assert line.startswith("The page is at http://[::1]:")
+        end = time.monotonic() + 10
+        while not (tmp_path / "opened").is_file() or not (tmp_path / "opened").read_text():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert line == f"The page is at {(tmp_path / 'opened').read_text()}"
