@@ -23,7 +23,7 @@ export class QueueList {
     let place = 0;
     const rows = entries.map((entry) => this.row(entry, entry.state === "waiting" ? (place += 1) : null));
     this.node.replaceChildren(h("h2", {}, "Queue"), h("div", { class: "sheet scroll" }, h("table", {},
-      h("thead", {}, h("tr", {}, ["Order", "Run", "Devices", "State", "Added", ""].map((title) => h("th", { scope: "col" }, title)))),
+      h("thead", {}, h("tr", {}, ["Order", "Run", "Devices", "State", "Added", "What to do"].map((title) => h("th", { scope: "col" }, title)))),
       h("tbody", {}, rows))));
     if (focused) this.node.querySelector(`[data-entry="${CSS.escape(focused)}"]`)?.focus();
   }
