@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from tests.recipes.conftest import Workplace
 
+from simpletuner.runs.checkpoints import steps
 from simpletuner.runs.queue import Queue
 from simpletuner.runs.status import status_of
 
@@ -96,3 +97,21 @@ def test_the_queue_survives_its_worker_and_keeps_the_configuration(workplace: Wo
     assert (status.state, status.step) == ("done", 1)
     assert json.loads(workplace.run("second").config.read_text())["lora_rank"] == 2
     until(lambda: not queue.worker("").is_held())
+
+
+def test_a_run_of_the_queue_that_is_killed_says_so_and_goes_on_when_it_is_put_there_again(workplace: Workplace) -> None:
+    queue = Queue.of(workplace.folder)
+    pid = typed(workplace, "run", "queue", "add", LONG)["pid"]
+    until(lambda: bool(workplace.events("checkpoint")))
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not queue.worker("").is_held())
+    (entry,) = queue.entries()
+    assert (entry.state, entry.exit_code) == ("failed", 137)
+    assert entry.error is not None
+    assert entry.error.startswith("ended by signal 9")
+    assert typed(workplace, "run", "list")["runs"][0]["state"] == "killed"
+    saved = steps(workplace.run())[-1]
+    typed(workplace, "run", "queue", "add", f"--max_train_steps={saved + 1}")
+    until(lambda: not queue.worker("").is_held())
+    assert [entry.state for entry in queue.entries()] == ["failed", "done"]
+    assert workplace.events("run")[-1]["resumed_from"] == saved

@@ -237,6 +237,28 @@ def test_no_entry_is_left_where_the_disk_is_full(queue: Queue, monkeypatch: pyte
     assert states(queue) == [(1, "waiting")]
 
 
+def test_how_a_run_ended_is_written_when_there_is_room_again(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue.add(DONE, "output/one")
+    queue.add(DONE, "output/two")
+    monkeypatch.setattr("simpletuner.runs.queue._DISK_FULL_EVERY_S", 0.01)
+    sync, said, is_full = os.fsync, list[str](), False
+
+    def fsync(file: int) -> None:
+        if is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(file)
+
+    def say(text: str) -> None:
+        nonlocal is_full
+        is_full = text == "1: output/one begins" or (is_full and len(said) < 3)
+        said.append(text)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    queue.work("", say)
+    assert states(queue) == [(1, "done"), (2, "done")]
+    assert "No space left on device" in said[1]
+
+
 def test_devices_are_a_list(queue: Queue) -> None:
     with pytest.raises(ConfigError, match=r"--devices = '0; rm'"):
         queue.add(DONE, "output/one", "0; rm")
