@@ -23,6 +23,8 @@ COMMANDS = {
 """Each is `simpletuner.cli.NAME.run(arguments) -> exit code`."""
 
 INTERRUPTED = 130
+NOT_READ = 141
+"""As of a command that SIGPIPE ended."""
 BUG = 1
 
 
@@ -49,13 +51,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(arguments)
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has seen enough (`… | head`). What is still in the buffer has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOT_READ
     except Exception:  # noqa: BLE001  the outermost line: what arrives here is a bug
         traceback.print_exc()
         print(

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -93,3 +94,18 @@ def test_python_dash_m_is_the_command() -> None:
         [sys.executable, "-P", "-m", "simpletuner", "--version"], capture_output=True, text=True, check=True
     )
     assert found.stdout == f"simpletuner {__version__}\n"
+
+
+def test_output_that_nobody_reads_is_no_bug() -> None:
+    """`simpletuner env | head -0`: no traceback, and the code of a command that SIGPIPE ended."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(
+        [sys.executable, "-P", "-m", "simpletuner", "config", "show", "--example", "tiny-lora"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, "")
