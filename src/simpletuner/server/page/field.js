@@ -6,6 +6,9 @@ import { JsonFault, read } from "./jsontext.js";
 
 const NUMBER = /^-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?$/;
 
+/** Text in which backquotes set off code. */
+const marked = (text) => text.split("`").map((part, at) => (at % 2 ? h("code", {}, part) : part));
+
 /** A value as the form shows it. */
 export function shown(value) {
   if (value === null || value === undefined) return "none";
@@ -44,14 +47,13 @@ export function fieldRow(field, change) {
   const head = h(control.isGroup ? "span" : "label", control.isGroup ? { id: `${id}-label`, class: "label" } : { for: id }, field.name);
 
   const node = h("div", { class: "field", dataset: { name: field.name } },
-    h("div", { class: "field-words" },
-      h("div", { class: "field-name" }, head, field.required ? h("span", { class: "badge" }, "needed") : null, mark, reset),
-      h("p", { class: "help", id: `${id}-help` }, field.meaning)),
+    h("div", { class: "field-name" }, head, field.required ? h("span", { class: "badge" }, "needed") : null, mark),
     h("div", { class: "field-input" },
-      h("div", { class: "row" }, control.node, unit),
+      h("div", { class: "row" }, control.node, unit, reset),
+      fault,
       h("p", { class: "hint", id: `${id}-default` }, defaultText(field)),
-      origin,
-      fault));
+      origin),
+    h("p", { class: "help", id: `${id}-help` }, marked(field.meaning)));
 
   let differs = false;
   return {
