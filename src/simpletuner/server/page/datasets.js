@@ -49,12 +49,12 @@ export async function datasets(root, { name }) {
   });
 
   function blame() {
-    const id = entries()?.[chosen]?.id;
-    form?.blame(answer.problems.filter((one) => one.document === "datasets" && (id === undefined || one.text.includes(id))));
+    const entry = entries()?.[chosen];
+    form?.blame(answer.problems.filter((one) => one.document === "datasets" && isAbout(one, entry)));
   }
 
   function jump(problem) {
-    const at = (entries() ?? []).findIndex((entry) => entry?.id && problem.text.includes(entry.id));
+    const at = (entries() ?? []).findIndex((entry) => isAbout(problem, entry));
     if (at >= 0) open(at);
     detail.scrollIntoView({ block: "start" });
   }
@@ -217,6 +217,9 @@ export async function datasets(root, { name }) {
     edit.close();
   };
 }
+
+/** Whether a problem names this entry of the list. */
+const isAbout = ({ found }, entry) => typeof entry?.id === "string" && (found.includes(`, ${entry.id}: `) || found.startsWith(`${entry.id}: `));
 
 function nothing(root, list) {
   fill(root, h("h1", {}, "Datasets"),

@@ -23,7 +23,8 @@ export function duration(seconds) {
     return `${Math.floor(minutes / 60)} h ${String(minutes % 60).padStart(2, "0")} min`;
   }
   if (seconds >= 60) return `${Math.floor(seconds / 60)} min ${String(Math.floor(seconds % 60)).padStart(2, "0")} s`;
-  return seconds >= 10 ? `${Math.round(seconds)} s` : `${seconds.toFixed(1)} s`;
+  if (seconds >= 10) return `${Math.round(seconds)} s`;
+  return seconds >= 0.1 || seconds === 0 ? `${seconds.toFixed(1)} s` : `${Math.max(1, Math.round(seconds * 1000))} ms`;
 }
 
 /** A whole number with thousands set apart. */

@@ -3,7 +3,7 @@
 import { ApiFault, post } from "./api.js";
 import { pausing } from "./check.js";
 import { button, freshId, h, problemPanel } from "./dom.js";
-import { duration, gib } from "./format.js";
+import { count, duration, gib } from "./format.js";
 
 /** Cards that people have, with the memory of the machine around them, in GiB. */
 const MACHINES = [[8, 32], [12, 32], [16, 32], [24, 64], [48, 128], [80, 256]];
@@ -98,12 +98,13 @@ function legend(names, colour) {
   return h("ul", { class: "plain legend small" }, names.map((name) => h("li", {}, h("i", { style: { background: colour(name) } }), name)));
 }
 
-/** Times of the plan: those in seconds, by their names. */
-function timeList(time) {
-  const rows = Object.entries(time).filter(([name, value]) => name.endsWith("_s") && typeof value === "number");
-  if (rows.length === 0) return h("p", { class: "hint" }, "The time is not known here.");
-  return h("dl", { class: "times" }, rows.map(([name, value]) =>
-    h("div", {}, h("dt", {}, { step_s: "A step", total_s: "In all" }[name] ?? name.slice(0, -2).replaceAll("_", " ")), h("dd", { class: "numbers" }, duration(value)))));
+/** The least time of a step and of the whole, where the machine's speed is known. */
+function timeList({ step_s: step, total_s: total, steps }) {
+  const rows = [["A step, at least", step], ["In all, at least", total]].filter(([, seconds]) => typeof seconds === "number");
+  if (rows.length === 0) return h("p", { class: "hint" }, "How long it takes is known only for this machine.");
+  return h("dl", { class: "times" },
+    rows.map(([title, seconds]) => h("div", {}, h("dt", {}, title), h("dd", { class: "numbers" }, duration(seconds)))),
+    typeof steps === "number" ? h("div", {}, h("dt", {}, "Steps"), h("dd", { class: "numbers" }, count(steps))) : null);
 }
 
 function workloadText({ width, height, batch, pictures, captions }) {

@@ -45,7 +45,9 @@ export function setForm(schema, environment, index) {
   /** Show what is wrong beside its option. @param {import("./api.js").Problem[]} problems those of this entry */
   function blame(problems) {
     for (const row of rows) {
-      const own = problems.filter(({ key }) => key === row.field.name || key.endsWith(`.${row.field.name}`));
+      // The rules name an entry's option as "…, ID: NAME = VALUE" or "…, ID: NAME: …".
+      const { name } = row.field;
+      const own = problems.filter(({ key, found }) => key === name || found.includes(`: ${name} = `) || found.includes(`: ${name}: `));
       row.blame(own);
       row.wrong = own.length > 0;
     }

@@ -50,7 +50,7 @@ export function setPictures({ folder, scan, textFiles }) {
     const samples = scan?.samples ?? null;
     const all = samples === null
       ? found.names.map((path) => ({ path, name: path.slice(path.lastIndexOf("/") + 1), sample: null }))
-      : samples.map((sample) => ({ path: `${folder.replace(/\/$/, "")}/${sample.name}`, name: sample.name, sample }));
+      : samples.map((sample) => ({ path: sample.path, name: sample.name, sample }));
     show(all, found);
   }
 
