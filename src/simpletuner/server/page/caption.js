@@ -8,7 +8,7 @@ import { dialog, freshId, h } from "./dom.js";
 export function captionBox(path, name) {
   const id = freshId("caption");
   const state = h("span", { class: "small dim", "aria-live": "polite" });
-  const area = h("textarea", { id, rows: "3", disabled: true, placeholder: "No caption file yet", onblur: save, oninput: () => {
+  const area = h("textarea", { id, rows: "3", disabled: true, placeholder: "…", onblur: save, oninput: () => {
     state.textContent = area.value === kept.text ? "" : "Not saved yet";
   } });
   let kept = { text: "", revision: "" };
@@ -17,6 +17,7 @@ export function captionBox(path, name) {
     kept = answer;
     area.value = answer.text;
     area.disabled = false;
+    area.placeholder = "No caption yet";
     state.textContent = "";
   }
 

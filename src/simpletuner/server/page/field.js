@@ -65,9 +65,9 @@ export function fieldRow(field, change) {
     /** @param {Given} given @param {any} [effective] @param {string} [from] */
     show(given, effective, from) {
       control.show(given);
-      differs = given !== undefined && JSON.stringify(given.value) !== JSON.stringify(field.default);
+      differs = given !== undefined && !field.required && JSON.stringify(given.value) !== JSON.stringify(field.default);
       mark.hidden = !differs;
-      reset.hidden = given === undefined;
+      reset.hidden = given === undefined || field.required;
       node.classList.toggle("differs", differs);
       origin.hidden = from === undefined || from === "default" || from === "file";
       origin.textContent = origin.hidden ? "" : `Set by ${from === "environment" ? "an environment variable" : from}: ${shown(effective)}`;

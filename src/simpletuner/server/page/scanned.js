@@ -20,7 +20,7 @@ export function scanSummary(scan) {
     rejections.length === 0
       ? h("p", { class: "hint" }, "Nothing was left out.")
       : h("details", { open: true }, h("summary", {}, `${some(rejections.length, "file")} left out: ${Object.entries(scan.rejected).map(([reason, number]) => `${number} ${reason}`).join(", ")}`),
-        h("div", { class: "scroll" }, h("table", {},
+        h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Files left out" }, h("table", { class: "left-out" },
           h("thead", {}, h("tr", {}, ["File", "Why", "What was found"].map((title) => h("th", { scope: "col" }, title)))),
           h("tbody", {}, rejections.slice(0, REJECTED_SHOWN).map((one) => h("tr", {}, h("td", { class: "path" }, one.name), h("td", {}, one.reason), h("td", {}, one.detail)))))),
         rejections.length > REJECTED_SHOWN ? h("p", { class: "hint" }, `The first ${REJECTED_SHOWN}.`) : null));

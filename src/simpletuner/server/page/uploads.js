@@ -51,7 +51,7 @@ export function uploads(folder, arrived) {
     try {
       const { saved, refused } = await upload("PUT", "upload", { folder: folder(), name: file.name }, file, (share) => { bar.value = share; });
       bar.remove();
-      words.textContent = saved.length === 1 && refused.length === 0 ? "saved" : `${some(saved.length, "file")} saved`;
+      words.textContent = saved.length === 0 ? "refused" : saved.length === 1 && refused.length === 0 ? "saved" : `${some(saved.length, "file")} saved`;
       if (refused.length) line.append(h("ul", { class: "fault" }, refused.map(({ name, reason }) => h("li", {}, `${name}: ${reason}`))));
       return refused.length === 0;
     } catch (error) {
@@ -75,7 +75,7 @@ export function uploads(folder, arrived) {
     const total = waiting.length;
     await Promise.all(Array.from({ length: AT_ONCE }, work));
     list.prepend(h("li", { class: good === total ? "hint" : "" },
-      good === total ? `${some(total, "file")} brought in.` : `${good} of ${some(total, "file")} brought in whole.`,
+      good === total ? `${some(total, "file")} brought in.` : good === 0 ? "Nothing was brought in whole." : `${good} of ${some(total, "file")} brought in whole.`,
       " ", button("Clear this list", () => list.replaceChildren(), { kind: "tiny" })));
     arrived();
   }
