@@ -12,6 +12,7 @@ import { planPanel } from "./plan.js";
 import { promptsPane } from "./prompts.js";
 import { examined, rawEditor } from "./raw.js";
 import { go, to } from "./router.js";
+import { kindOf } from "./setform.js";
 
 /** Show the environment `params.name`, or "" for config/config.json. */
 export async function configure(root, { name, tab = "options" }) {
@@ -48,11 +49,24 @@ export async function configure(root, { name, tab = "options" }) {
   function apply(changes) {
     let text = environment.text("config");
     for (const [option, value] of Object.entries(changes)) {
+      if (option === "resolution") {
+        setResolution(value);
+        continue;
+      }
       const given = givenOf(read(text), text).get(option);
       text = set(text, [given?.key ?? option], JSON.stringify(value));
     }
     environment.edit("config", text, "plan");
     toast(`Set ${Object.entries(changes).map(([option, value]) => `${option} = ${value}`).join(", ")}.`, "good");
+  }
+
+  /** The resolution is no option of the config: each picture set has its own. */
+  function setResolution(value) {
+    let text = environment.text("datasets");
+    read(text).value.forEach((entry, at) => {
+      if (kindOf(entry) !== "text_embeds") text = set(text, [at, "resolution"], JSON.stringify(value));
+    });
+    environment.edit("datasets", text, "plan");
   }
 
   function jump(problem) {

@@ -40,7 +40,8 @@ export function optionsForm(schema, environment) {
       rows.set(field.name, row);
       return row;
     });
-    const tally = h("span", { class: "tally" });
+    const tally = h("span", { class: "tally", "aria-hidden": "true" });
+    const tallyWords = h("span", { class: "visually-hidden" });
     const heading = h("h3", { id, tabindex: "-1" }, title);
     const link = h("button", {
       type: "button", class: "quiet",
@@ -48,9 +49,9 @@ export function optionsForm(schema, environment) {
         heading.scrollIntoView({ block: "start" });
         heading.focus({ preventScroll: true });
       },
-    }, h("span", { class: "grow" }, title), tally);
+    }, h("span", { class: "grow" }, title), tally, tallyWords);
     const node = h("section", { class: "sheet options", "aria-labelledby": id }, heading, own.map((row) => row.node));
-    return { title, rows: own, node, link, tally, faults: 0 };
+    return { title, rows: own, node, link, tally, tallyWords, faults: 0 };
   }
 
   function choice(label, options) {
@@ -86,9 +87,11 @@ export function optionsForm(schema, environment) {
       one.node.hidden = shown === 0;
       one.link.parentElement.hidden = shown === 0;
       const different = one.rows.filter((row) => row.differs).length;
-      one.tally.textContent = one.faults ? some(one.faults, "problem") : different ? String(different) : "";
+      one.tally.textContent = String(one.faults || different || "");
       one.tally.className = one.faults ? "tally badge bad" : different ? "tally badge accent" : "tally";
-      one.tally.title = one.faults || !different ? "" : `${some(different, "option")} differ from default`;
+      const meaning = one.faults ? some(one.faults, "problem") : `${some(different, "option")} not at default`;
+      one.tally.title = meaning;
+      one.tallyWords.textContent = one.faults || different ? `, ${meaning}` : "";
     }
     empty.hidden = count > 0;
     total.textContent = `${some(count, "option")} of ${rows.size}`;
