@@ -1,6 +1,6 @@
 // Choosing a folder among those that the page may see.
 
-import { get, post } from "./api.js";
+import { ApiFault, get, post } from "./api.js";
 import { ask, button, dialog, fill, h, icon, problemPanel } from "./dom.js";
 import { some } from "./format.js";
 
@@ -50,4 +50,18 @@ export async function chooseFolder(path) {
     actions: [{ label: "Cancel", value: null }, { label: "Choose this folder", value: "chosen", kind: "primary" }],
   });
   return chosen === null || here === null ? null : here.path;
+}
+
+/** Make `path` and the folders above it, where they are not there yet. @throws {ApiFault} it cannot be made */
+export async function ensureFolder(path) {
+  try {
+    await get("folders", { path });
+  } catch (error) {
+    const at = path.lastIndexOf("/");
+    const name = path.slice(at + 1);
+    if (!(error instanceof ApiFault) || error.status === 0 || error.status === 403 || name === "") throw error;
+    const above = at > 0 ? path.slice(0, at) : at === 0 ? "/" : ".";
+    if (above !== "." && above !== "/") await ensureFolder(above);
+    await post("folder", { path: above, name });
+  }
 }

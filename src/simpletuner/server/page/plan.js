@@ -20,22 +20,23 @@ export function planPanel(draft, apply) {
     MACHINES.map(([vram, ram]) => h("option", { value: `${vram},${ram}` }, `${vram} GB card, ${ram} GB RAM`)),
     h("option", { value: "0,32" }, "No card, 32 GB RAM"));
   const result = h("div", { class: "stack", "aria-live": "polite" }, h("p", { class: "dim" }, "Not planned yet."));
+  const busy = h("span", { class: "hint", hidden: true }, "Planning …");
   const again = button("Plan now", () => ask.now(), { icon: "refresh", kind: "tiny" });
   const node = h("section", { class: "sheet plan stack", "aria-labelledby": "plan-title" },
-    h("div", { class: "head" }, h("h2", { id: "plan-title" }, "Plan"), again),
+    h("div", { class: "head" }, h("h2", { id: "plan-title" }, "Plan"), busy, again),
     h("div", { class: "stack" }, h("label", { for: choose.id }, "Machine"), choose),
     result);
 
   const ask = pausing(1500, async (signal) => {
     const [vram, ram] = choose.value === "" ? [null, null] : choose.value.split(",").map(Number);
-    node.setAttribute("aria-busy", "true");
+    busy.hidden = false;
     try {
       show(await post("plan", { ...draft(), vram_gib: vram, ram_gib: ram }, {}, signal));
     } catch (error) {
       if (!(error instanceof ApiFault)) throw error;
       result.replaceChildren(problemPanel(error));
     }
-    node.removeAttribute("aria-busy");
+    busy.hidden = true;
   });
 
   function show(answer) {

@@ -2,6 +2,7 @@
 
 import { ApiFault, upload } from "./api.js";
 import { button, h } from "./dom.js";
+import { ensureFolder } from "./folders.js";
 import { size, some } from "./format.js";
 
 const AT_ONCE = 3;
@@ -65,6 +66,7 @@ export function uploads(folder, arrived) {
 
   async function take(files) {
     list.replaceChildren();
+    await ensureFolder(folder().replace(/\/+$/, ""));
     const waiting = [...files];
     let good = 0;
     const work = async () => {
