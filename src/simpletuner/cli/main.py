@@ -84,6 +84,9 @@ def _run(arguments: list[str]) -> int:
     if word in COMMANDS:
         # pydantic looks for plug-ins in every installed package, which takes longer than all our checks.
         os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+        # A thread that waits for another spins for a while. By default so long that a second program on a small
+        # machine (a browser with the page, say) halves our speed; so short costs nothing measurable (docs/log.md).
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
         # Imported here, so that help and mistakes are answered without loading what they do not need.
         run: Callable[[list[str]], int] = import_module(f"simpletuner.cli.{word}").run
         return run(arguments[1:])
