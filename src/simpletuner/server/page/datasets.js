@@ -55,7 +55,10 @@ export async function datasets(root, { name }) {
 
   function jump(problem) {
     const at = (entries() ?? []).findIndex((entry) => isAbout(problem, entry));
-    if (at >= 0) open(at);
+    if (at >= 0) {
+      open(at);
+      detail.querySelector("details").open = true;
+    }
     detail.scrollIntoView({ block: "start" });
   }
 
@@ -121,7 +124,10 @@ export async function datasets(root, { name }) {
     const folder = typeof entry.instance_data_dir === "string" ? entry.instance_data_dir : "";
     const scan = scans.get(entry.id) ?? null;
     pictures = setPictures({ folder, scan, textFiles: entry.caption_strategy === "textfile" });
-    const drop = uploads(() => folder, () => pictures.open());
+    const drop = uploads(() => folder, () => {
+      pictures?.open();
+      check.later();
+    });
     if (folder !== "") drop.node.append(pictures.node);
     const label = freshId("pictures");
     fill(detail,
