@@ -59,7 +59,7 @@ export async function ensureFolder(path) {
   } catch (error) {
     const at = path.lastIndexOf("/");
     const name = path.slice(at + 1);
-    if (!(error instanceof ApiFault) || error.status === 0 || error.status === 403 || name === "") throw error;
+    if (!(error instanceof ApiFault) || error.status !== 404 || name === "") throw error;
     const above = at > 0 ? path.slice(0, at) : at === 0 ? "/" : ".";
     if (above !== "." && above !== "/") await ensureFolder(above);
     await post("folder", { path: above, name });

@@ -1,6 +1,6 @@
 // The pictures of a set: small, with their captions and what training cuts out of them.
 
-import { address, get } from "./api.js";
+import { ApiFault, address, get } from "./api.js";
 import { captionBox } from "./caption.js";
 import { button, dialog, fill, h, problemPanel } from "./dom.js";
 import { count, some } from "./format.js";
@@ -44,7 +44,9 @@ export function setPictures({ folder, scan, textFiles }) {
     try {
       found = await get("folders", { path: folder });
     } catch (error) {
-      node.replaceChildren(problemPanel(error), h("p", { class: "dim" }, "Choose another folder, or make this one by adding files."));
+      node.replaceChildren(error instanceof ApiFault && error.status === 404
+        ? h("p", { class: "dim" }, `${folder} is not there yet. Adding files makes it.`)
+        : problemPanel(error));
       return;
     }
     const samples = scan?.samples ?? null;

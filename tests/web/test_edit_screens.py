@@ -1,0 +1,69 @@
+"""The configure and datasets screens by clicks, and what they write."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Page, expect
+from tests.web.conftest import Server, Watched
+
+pytestmark = pytest.mark.slow
+
+STORE = {"id": "text", "dataset_type": "text_embeds", "default": True}
+
+
+def test_form_and_text_stay_in_step(server: Server, page: Page, workspace: Path) -> None:
+    """The form changes one value of the text and no other byte; a text that is no JSON waits to be mended."""
+    folder = workspace / "config" / "mine"
+    folder.mkdir(parents=True)
+    text = '{"model_flavour": "tiny",\n\n      "lora_rank"  :  4, "output_dir": "output/mine"}\n'
+    (folder / "config.json").write_text(text)
+    page.goto(f"{server.url}/#/configure/mine")
+    raw = page.get_by_label("As JSON", exact=True)
+    rank = page.get_by_label("lora_rank", exact=True)
+    expect(rank).to_have_value("4")
+
+    rank.fill("8")
+    expect(raw).to_have_value(text.replace("4", "8"))
+    rank.fill("few")
+    expect(page.get_by_role("button", name="lora_rank = 'few'")).to_be_visible()
+
+    raw.fill(text[:-2])
+    expect(rank).to_be_disabled()
+    expect(page.get_by_text("it ends without }")).to_be_visible()
+    raw.fill(text.replace("4", "16"))
+    expect(rank).to_have_value("16")
+    page.keyboard.press("Control+s")
+    expect(page.get_by_text("Saved.")).to_be_visible()
+    assert (folder / "config.json").read_text() == text.replace("4", "16")
+
+
+def test_a_set_is_filled_scanned_and_captioned(server: Server, page: Page, workspace: Path, watched: Watched) -> None:
+    watched.allowed = lambda text: "404 (Not Found)" in text  # the set's folder, which the first file makes
+    folder = workspace / "config" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_flavour": "tiny", "output_dir": "output/mine"}')
+    image_set = {"id": "cats", "instance_data_dir": "datasets/cats", "caption_strategy": "textfile", "resolution": 64}
+    (folder / "multidatabackend.json").write_text(json.dumps([{**image_set, "crop": True}, STORE]))
+    (workspace / "one.txt").write_text("a cat")
+    (workspace / "fake.png").write_text("no picture")
+    Image.new("RGB", (96, 64), "red").save(workspace / "one.png")
+
+    page.goto(f"{server.url}/#/datasets/mine")
+    expect(page.get_by_text("datasets/cats is not there yet")).to_be_visible()
+    page.locator("input[type=file]").set_input_files([workspace / name for name in ("one.png", "one.txt", "fake.png")])
+    expect(page.get_by_text("2 of 3 files brought in whole.")).to_be_visible()
+    assert sorted(path.name for path in (workspace / "datasets" / "cats").iterdir()) == ["one.png", "one.txt"]
+
+    page.get_by_role("button", name="Scan").click()
+    expect(page.get_by_text("1 picture and 1 caption")).to_be_visible(timeout=60_000)
+    expect(page.get_by_text("resized to 96×64, 64×64 cut out")).to_be_visible()
+    expect(page.locator(".crop")).to_have_count(1)
+
+    caption = page.get_by_label("Caption of one.png")
+    expect(caption).to_have_value("a cat")
+    caption.fill("two cats")
+    caption.blur()
+    expect(page.get_by_text("Saved", exact=True)).to_be_visible()
+    assert (workspace / "datasets" / "cats" / "one.txt").read_text() == "two cats"
