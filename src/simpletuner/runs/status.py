@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from simpletuner.runs.events import Phase
+from simpletuner.runs.events import EVENTS, Phase
 from simpletuner.runs.layout import RunDirectory
 
 State = Literal["new", "running", "done", "stopped", "failed", "killed"]
@@ -220,7 +220,7 @@ def _result(run: RunDirectory, name: str | None) -> Path | None:
 
 
 def _held_out(file: BinaryIO) -> tuple[float, float] | None:
-    last = next((e["loss"] for e in _backwards(file, "validation", _size(file)) if e["loss"] is not None), None)
+    last = next((e["loss"] for e in _backwards(file, "validation", _size(file)) if e.get("loss") is not None), None)
     if last is None:
         return None
     first = next(e["loss"] for e in _events_forward(file, b'"type": "validation"') if e.get("loss") is not None)
@@ -235,9 +235,14 @@ def _event(line: bytes) -> dict[str, Any] | None:
     """The event in a line; None for one that is torn or damaged."""
     try:
         event = json.loads(line)
-        return event if isinstance(event, dict) and {"id", "type", "attempt", "time"} <= event.keys() else None
     except ValueError:
         return None
+    if not isinstance(event, dict) or not {"id", "type", "attempt", "time"} <= event.keys():
+        return None
+    known = EVENTS.get(str(event["type"]))
+    # What has no default is in every line that we wrote; a line without it is not ours.
+    is_whole = known is None or all(name in event for name, own in known.model_fields.items() if own.is_required())
+    return event if is_whole else None
 
 
 def _lines_backward(file: BinaryIO, end: int, mark: bytes = b"") -> Iterator[tuple[int, bytes]]:

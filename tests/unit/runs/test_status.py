@@ -122,6 +122,14 @@ def test_a_torn_or_damaged_line_is_passed_over(run: RunDirectory) -> None:
     assert (status_of(run).step, status_of(run).last_id) == (1, 2)
 
 
+def test_lines_that_are_no_events_of_ours_are_passed_over(run: RunDirectory) -> None:
+    attempt(run, begun(), step(1))
+    with run.events.open("a") as file:
+        for kind in ("run", "step", "phase", "progress", "end", "error", "validation"):
+            file.write(f'{{"id": 3, "type": "{kind}", "attempt": 1, "time": "then"}}\n')
+    assert (status_of(run).step, status_of(run).state) == (1, "killed")
+
+
 def test_it_does_not_matter_how_blocks_fall(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     attempt(run, begun(), ValidationEvent(step=0, loss=0.9), *(step(n) for n in range(1, 9)), ValidationEvent(step=8))
     with run.events.open("a") as file:

@@ -78,15 +78,30 @@ export function icon(name) {
   return svg;
 }
 
-/** A button. Options: `icon`, `kind` (primary, quiet, danger), `label` (where it shows no text), and properties of `h`. */
+/**
+ * A button. Options: `icon`, `kind` (primary, quiet, danger), `label` (where it shows no text), and properties of `h`.
+ * While what it does is going on it is busy, and a second press does nothing.
+ */
 export function button(text, onclick, { icon: name, kind = "", label, ...props } = {}) {
   const classes = [kind, text ? "" : "square", props.class ?? ""].filter(Boolean).join(" ");
-  return h(
+  const press = async (event) => {
+    if (node.ariaBusy === "true") return;
+    const work = onclick(event);
+    if (!(work instanceof Promise)) return;
+    node.ariaBusy = "true";
+    try {
+      await work;
+    } finally {
+      node.ariaBusy = null;
+    }
+  };
+  const node = h(
     "button",
-    { type: "button", "aria-label": label, title: label, ...props, class: classes, onclick },
+    { type: "button", "aria-label": label, title: label, ...props, class: classes, onclick: press },
     name ? icon(name) : null,
     text ? h("span", {}, text) : null,
   );
+  return node;
 }
 
 /** A message that goes by itself. Kinds: "" , good, bad; bad ones stay until they are closed. */

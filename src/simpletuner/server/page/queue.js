@@ -1,6 +1,6 @@
 // The queue: runs that wait for their turn, one at a time for each set of devices.
 
-import { del, get } from "./api.js";
+import { del, get, post } from "./api.js";
 import { button, confirm, h, toast } from "./dom.js";
 import { when } from "./format.js";
 import { to } from "./router.js";
@@ -22,10 +22,21 @@ export class QueueList {
     this.node.hidden = entries.length === 0;
     let place = 0;
     const rows = entries.map((entry) => this.row(entry, entry.state === "waiting" ? (place += 1) : null));
-    this.node.replaceChildren(h("h2", {}, "Queue"), h("div", { class: "sheet scroll" }, h("table", {},
+    this.node.replaceChildren(h("h2", {}, "Queue"), this.halted(entries), h("div", { class: "sheet scroll" }, h("table", {},
       h("thead", {}, h("tr", {}, ["Order", "Run", "Devices", "State", "Added", "What to do"].map((title) => h("th", { scope: "col" }, title)))),
       h("tbody", {}, rows))));
     if (focused) this.node.querySelector(`[data-entry="${CSS.escape(focused)}"]`)?.focus();
+  }
+
+  /** What to do where nothing works on what waits: after the machine was off, or a disk was full. */
+  halted(entries) {
+    const busy = new Set(entries.filter(({ state }) => state === "running").map(({ devices }) => devices));
+    if (!entries.some(({ state, devices }) => state === "waiting" && !busy.has(devices))) return "";
+    const goOn = button("Go on", async () => {
+      await post("queue/resume");
+      await this.update();
+    }, { icon: "play" });
+    return h("div", { class: "panel row" }, h("p", { class: "grow" }, "Runs wait and none is being trained."), goOn);
   }
 
   row(entry, place) {

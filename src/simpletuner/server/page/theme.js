@@ -21,8 +21,8 @@
   document.addEventListener("DOMContentLoaded", () => {
     const button = document.getElementById("theme");
     const name = () => {
-      button.textContent = { system: "Auto", light: "Light", dark: "Dark" }[kept()];
-      button.setAttribute("aria-label", `Theme: ${kept()}. Press to change.`);
+      button.textContent = { system: "Theme: auto", light: "Theme: light", dark: "Theme: dark" }[kept()];
+      button.title = "Press to change";
     };
     name();
     button.addEventListener("click", () => {

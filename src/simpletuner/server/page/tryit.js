@@ -1,10 +1,9 @@
 /** Try a LoRA: prompts in, pictures out, with as many LoRAs as wanted and the base beside them. */
 
-import { post } from "./api.js";
 import { button, freshId, h, icon, problemPanel } from "./dom.js";
+import { jobPanel } from "./job.js";
 import { LoraChoice } from "./loras.js";
 import { Samples } from "./samples.js";
-import { JobView } from "./jobs.js";
 
 const SIDE_STEP = 16;
 const LONGEST_SIDE = 2048;
@@ -16,7 +15,7 @@ export class TryIt {
     this.detail = detail;
     this.loras = new LoraChoice(run);
     this.samples = new Samples(run);
-    this.job = new JobView();
+    this.job = jobPanel();
     this.faults = h("div", { class: "stack" });
     this.node = h("section", { class: "tryit", "aria-label": "Try it" });
     this.isBuilt = false;
@@ -109,8 +108,8 @@ export class TryIt {
     }
   }
 
-  /** Draw once; whether it was let finish. Throws what went wrong. */
+  /** Draw once; whether it came to its end. What went wrong is shown. */
   async drawOnce(asked, what) {
-    return (await this.job.follow(await post("jobs/sample", asked), `Drawing ${what}`)).state === "done";
+    return (await this.job.run("sample", `Drawing ${what}`, asked)) !== null;
   }
 }
