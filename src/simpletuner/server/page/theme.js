@@ -21,8 +21,9 @@
   document.addEventListener("DOMContentLoaded", () => {
     const button = document.getElementById("theme");
     const name = () => {
-      button.textContent = { system: "Theme: auto", light: "Theme: light", dark: "Theme: dark" }[kept()];
-      button.title = "Press to change";
+      const word = { system: "auto", light: "light", dark: "dark" }[kept()];
+      button.querySelector("span").textContent = word;
+      button.setAttribute("aria-label", `Theme: ${word}. Press to change.`);
     };
     name();
     button.addEventListener("click", () => {

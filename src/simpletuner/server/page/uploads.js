@@ -54,13 +54,13 @@ export function uploads(folder, arrived) {
       bar.remove();
       words.textContent = saved.length === 0 ? "refused" : saved.length === 1 && refused.length === 0 ? "saved" : `${some(saved.length, "file")} saved`;
       if (refused.length) line.append(h("ul", { class: "fault" }, refused.map(({ name, reason }) => h("li", {}, `${name}: ${reason}`))));
-      return refused.length === 0;
+      return { saved: saved.length, refused: refused.length };
     } catch (error) {
       if (!(error instanceof ApiFault)) throw error;
       bar.remove();
       words.textContent = "refused";
       line.append(h("p", { class: "fault" }, error.problems.map((one) => one.text).join(" ")));
-      return false;
+      return { saved: 0, refused: 1 };
     }
   }
 
@@ -68,17 +68,17 @@ export function uploads(folder, arrived) {
     list.replaceChildren();
     await ensureFolder(folder().replace(/\/+$/, ""));
     const waiting = [...files];
-    let good = 0;
+    const counts = { saved: 0, refused: 0 };
     const work = async () => {
       for (let file = waiting.shift(); file !== undefined; file = waiting.shift()) {
-        if (await send(file)) good += 1;
+        const { saved, refused } = await send(file);
+        counts.saved += saved;
+        counts.refused += refused;
       }
     };
-    const total = waiting.length;
     await Promise.all(Array.from({ length: AT_ONCE }, work));
-    list.prepend(h("li", { class: good === total ? "hint" : "" },
-      good === total ? `${some(total, "file")} brought in.` : good === 0 ? "Nothing was brought in whole." : `${good} of ${some(total, "file")} brought in whole.`,
-      " ", button("Clear this list", () => list.replaceChildren(), { kind: "tiny" })));
+    list.prepend(h("li", { class: counts.refused ? "" : "hint" },
+      `${some(counts.saved, "file")} saved${counts.refused ? `, ${counts.refused} refused` : ""}. `, button("Clear this list", () => list.replaceChildren(), { kind: "tiny" })));
     arrived();
   }
 
