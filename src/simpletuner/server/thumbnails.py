@@ -5,10 +5,9 @@ import threading
 import warnings
 from pathlib import Path
 
-from simpletuner.server import uploads
 from simpletuner.server.faults import Fault
+from simpletuner.server.uploads import LARGEST_PIXELS, known_formats
 
-LARGEST_PIXELS = 200_000_000
 QUALITY = 85
 WIDTHS = (16, 2048)
 """The narrowest and the widest thumbnail that may be asked for."""
@@ -43,7 +42,7 @@ def thumbnail(path: Path, width: int) -> bytes:
     try:
         with _AT_ONCE, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=uploads.known_formats()) as opened:
+            with Image.open(path, formats=known_formats()) as opened:
                 if opened.width * opened.height > LARGEST_PIXELS:
                     raise Fault.of(422, f"{path.name} has {opened.width} × {opened.height} pixels", "fewer")
                 opened.draft("RGB", (width, width))

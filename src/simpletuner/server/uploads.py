@@ -26,6 +26,7 @@ LARGEST_FILE = 256 * MIB
 LARGEST_ZIP = 4 * GIB
 """As it comes, and unpacked."""
 LARGEST_TEXT = MIB
+LARGEST_PIXELS = 200_000_000
 MOST_ENTRIES = 10_000
 MOST_PACKED = 100
 """How many times its own size a zip may hold; what compresses better is no pictures."""
@@ -144,13 +145,18 @@ def _check_picture(path: Path) -> None:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about metadata; and of the size Pillow's error is the limit
+            warnings.simplefilter("ignore")  # about metadata, and of sizes below our limit
             with Image.open(path, formats=known_formats()) as image:
-                image.verify()
+                # Pillow's own limit is a global, which others in this process may have lifted.
+                too_large = image.width * image.height > LARGEST_PIXELS
+                if not too_large:
+                    image.verify()
     except Image.DecompressionBombError:
-        raise Refused("more pixels than a picture has") from None
+        too_large = True
     except (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, OverflowError, struct.error):
         raise Refused("no picture that can be read") from None
+    if too_large:
+        raise Refused("more pixels than a picture has")
 
 
 @contextlib.contextmanager
