@@ -26,7 +26,7 @@ LARGEST_FILE = 256 * MIB
 LARGEST_ZIP = 4 * GIB
 """As it comes, and unpacked."""
 LARGEST_TEXT = MIB
-LARGEST_PIXELS = 200_000_000
+LARGEST_PIXELS = 150_000_000
 MOST_ENTRIES = 10_000
 MOST_PACKED = 100
 """How many times its own size a zip may hold; what compresses better is no pictures."""
