@@ -66,7 +66,8 @@ def look(page: Page, server: Server, screen: str) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_screen_fits_and_axe_finds_nothing_serious(browser: Browser, furnished: Server, scheme: str) -> None:
     found: dict[str, list[str]] = {}
-    for width in WIDTHS:
+    # Widths do not depend on the theme: the one between is looked at once.
+    for width in WIDTHS if scheme == "light" else (WIDTHS[0], WIDTHS[-1]):
         context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
         for screen in SCREENS:
             page = context.new_page()

@@ -6,21 +6,13 @@ import torch
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.examples.world import held_out_scenes
 from simpletuner.flux2.tiny import exam
-from simpletuner.flux2.tiny.exam import Candidate, examine
+from simpletuner.flux2.tiny.exam import Candidate
 from simpletuner.flux2.tiny.judge import Score, judge
 
 
 @pytest.fixture(scope="module")
 def candidate(tiny_folder):
     return Candidate.load(ModelOptions(model_flavour="tiny", pretrained_model_name_or_path=str(tiny_folder)))
-
-
-@pytest.mark.slow
-def test_the_shipped_model_draws_what_it_is_asked_for_and_no_flag(candidate):
-    grades = examine(candidate, 40)
-    # 96.5 % of 400 (docs/log.md), and of 120 no less than four standard errors below that.
-    assert grades.prior >= 0.9
-    assert grades.flags.value < 0.1
 
 
 def test_without_the_words_nothing_is_right(candidate):
