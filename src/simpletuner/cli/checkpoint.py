@@ -1,7 +1,6 @@
 """`simpletuner checkpoint list|verify|delete`: the checkpoints of a run."""
 
 import datetime
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any
 
 from simpletuner.base.errors import CheckpointError, ConfigError, Problem
 from simpletuner.base.sizes import format_size
-from simpletuner.cli.queueing import table
+from simpletuner.cli.printing import json_text, table
 from simpletuner.cli.typed import Typed, run_of, typed
 from simpletuner.config.flags import wants_help
 from simpletuner.runs import checkpoints
@@ -180,4 +179,4 @@ def _local(time: str) -> str:
 
 
 def _json(directory: RunDirectory, key: str, told: list[dict[str, Any]], **more: object) -> str:
-    return json.dumps({"run": str(directory.root), key: told} | more, indent=2, ensure_ascii=False)
+    return json_text({"run": str(directory.root), key: told} | more)

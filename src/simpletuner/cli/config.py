@@ -1,10 +1,10 @@
 """`simpletuner config check|show`: the configuration, held against the schema, without training."""
 
-import json
 from typing import Any
 
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.cli.loading import examine_here, load_here
+from simpletuner.cli.printing import json_text
 from simpletuner.config.flags import help_text, wants_help
 from simpletuner.config.load import Examined, Loaded
 from simpletuner.config.values import shown
@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> int:
     options = [word for word in arguments[1:] if word != "--json"]
     if len(options) < len(arguments) - 1:
         examined = examine_here(options)
-        print(json.dumps(_as_json(examined), indent=2, ensure_ascii=False))
+        print(json_text(_as_json(examined)))
         return ConfigError.exit_code if examined.problems else 0
     loaded = load_here(options)
     print(_table(loaded) if arguments[0] == "show" else _summary(loaded))

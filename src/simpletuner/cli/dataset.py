@@ -16,6 +16,7 @@ from PIL import Image
 from simpletuner.base.errors import ConfigError, DataError, Problem
 from simpletuner.base.files import disk_full_is_reported
 from simpletuner.cli.loading import load_here
+from simpletuner.cli.printing import json_text, table
 from simpletuner.config.flags import help_text, wants_help
 from simpletuner.config.load import Loaded
 from simpletuner.data.manifest import Manifest, rejection_counts, scan
@@ -74,7 +75,7 @@ def run(arguments: list[str]) -> int:
     work = {"scan": _scan, "show": _show, "cache": _cache}[request.word]
     result, text = work(loaded, request)
     if request.as_json:
-        print(json.dumps(result | {"notices": list(loaded.notices)}, indent=2, ensure_ascii=False))
+        print(json_text(result | {"notices": list(loaded.notices)}))
     else:
         print("\n".join((*loaded.notices, text)))
     return 0
@@ -248,24 +249,15 @@ def _described(manifest: Manifest) -> str:
     lines.append(f"  {count} pictures, each seen {times}: {manifest.visits_per_epoch} visits an epoch")
     if own.probability < 1:
         lines.append(f"  of which an epoch sees {own.probability:.0%}, chosen anew each time")
-    lines += _table(
-        ("size", "pictures"), [(f"{w}x{h}", str(len(members))) for (w, h), members in manifest.buckets.items()]
-    )
+    sizes = [(f"{w}x{h}", str(len(members))) for (w, h), members in manifest.buckets.items()]
+    lines.append(table([("size", "pictures"), *sizes], indent="    "))
     if manifest.rejections:
         counts = ", ".join(f"{n} {reason}" for reason, n in rejection_counts(manifest.rejections).items())
         lines.append(f"  left out: {counts}")
         rows = [(rejected.name, rejected.reason, rejected.detail) for rejected in manifest.rejections]
-        lines += _table(("file", "why", "what was found"), rows)
+        lines.append(table([("file", "why", "what was found"), *rows], indent="    "))
     lines += [f"  {notice}" for notice in manifest.notices]
     return "\n".join(lines)
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return [
-        "    " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-        for row in (head, *rows)
-    ]
 
 
 def _spread(total: int, most: int) -> list[int]:

@@ -2,7 +2,6 @@
 it really gives.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from simpletuner.base.errors import ConfigError, MemoryBudgetError
 from simpletuner.base.files import disk_full_is_reported
 from simpletuner.base.sizes import GIB, parse_size
 from simpletuner.cli.loading import load_here
+from simpletuner.cli.printing import json_text
 from simpletuner.cli.spread import Resolution, Spread, picture, terminal
 from simpletuner.config.flags import help_text, wants_help
 from simpletuner.config.load import Loaded
@@ -92,7 +92,7 @@ def _plan(loaded: Loaded, request: Request) -> int:
     is_this_one = request.vram_gib is None
     rate = matmul_rate(device, DTYPES[loaded.config.base_dtype]) if is_this_one else None
     if request.as_json:
-        print(json.dumps(budget.summary(rate) | {"notices": list(loaded.notices)}, indent=2, ensure_ascii=False))
+        print(json_text(budget.summary(rate) | {"notices": list(loaded.notices)}))
     else:
         print("\n".join((*loaded.notices, *budget.table(rate))))
     return 0 if budget.plan.fits else MemoryBudgetError.exit_code
@@ -107,7 +107,7 @@ def _draw(loaded: Loaded, request: Request) -> int:
         picture(spread).save(path)
     if request.as_json:
         found: dict[str, Any] = {"timesteps": spread.summary() | {"path": str(path)}, "notices": list(loaded.notices)}
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        print(json_text(found))
     else:
         print("\n".join((*loaded.notices, terminal(spread), "", f"Picture: {path}")))
     return 0

@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from simpletuner.base.errors import ConfigError
 from simpletuner.cli.kept import kept_aside, spelled
 from simpletuner.cli.loading import load_here
+from simpletuner.cli.printing import json_text, table
 from simpletuner.cli.telling import shown_time
 from simpletuner.cli.typed import Typed, typed
 from simpletuner.runs.layout import RunDirectory
@@ -62,7 +62,7 @@ def add(found: Typed) -> int:
     queue.start_workers()
     now = next((other for other in queue.entries() if other.id == entry.id), entry)
     if "json" in found.switches:
-        print(_json(now.model_dump(mode="json") | {"notices": list(loaded.notices)}))
+        print(json_text(now.model_dump(mode="json") | {"notices": list(loaded.notices)}))
         return 0
     for notice in loaded.notices:
         print(f"Note: {notice}")
@@ -82,19 +82,12 @@ def devices_of(found: Typed) -> str:
     return "" if visible is None else visible or NO_DEVICE
 
 
-def table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows in columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
-
-
 def _remove(queue: Queue, found: Typed) -> int:
     if not found.words or not found.words[0].isdecimal():
         raise ConfigError.of("simpletuner run queue remove: no entry is named", "its number, from `run queue list`")
     entry = queue.remove(int(found.words[0]))
     if "json" in found.switches:
-        print(_json(entry.model_dump(mode="json")))
+        print(json_text(entry.model_dump(mode="json")))
     else:
         print(f"Queue entry {entry.id}, {entry.output_dir or 'damaged'}, is taken out.")
     return 0
@@ -104,7 +97,7 @@ def _list(queue: Queue, found: Typed) -> int:
     entries, idle = queue.entries(), queue.work_is_needed() if queue.folder.is_dir() else []
     if "json" in found.switches:
         told = [entry.model_dump(mode="json") for entry in entries]
-        print(_json({"entries": told, "devices_without_a_worker": idle}))
+        print(json_text({"entries": told, "devices_without_a_worker": idle}))
         return 0
     if not entries:
         print("Nothing is in the queue. `simpletuner run queue add` puts a run there.")
@@ -129,7 +122,3 @@ def _log(text: str) -> None:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with contextlib.suppress(OSError):  # a full disk must not end the work
         print(f"{now} {text}", flush=True)
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False)

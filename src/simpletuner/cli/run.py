@@ -12,6 +12,7 @@ from simpletuner.base.errors import CheckpointError, ConfigError
 from simpletuner.cli import queueing
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.main import INTERRUPTED
+from simpletuner.cli.printing import json_text, table
 from simpletuner.cli.telling import LOOK_EVERY_S, Narrator, as_json, described, followed, shown_time
 from simpletuner.cli.typed import RUNS, Typed, run_of, typed
 from simpletuner.config.flags import wants_help
@@ -89,7 +90,7 @@ def _start(found: Typed) -> int:
         return INTERRUPTED
     if "json" in found.switches:
         told = {"pid": started.pid, "exit_code": started.exit_code, "notices": list(loaded.notices)}
-        print(_json(as_json(status_of(directory)) | told))
+        print(json_text(as_json(status_of(directory)) | told))
         return 0
     for notice in loaded.notices:
         print(f"Note: {notice}")
@@ -109,12 +110,12 @@ def _list(found: Typed) -> int:
         raise ConfigError.of(f"{folder}: no such folder", "one with runs below it")
     statuses = sorted(map(status_of, find_runs(folder)), key=lambda status: status.started or "", reverse=True)
     if "json" in found.switches:
-        print(_json({"runs": [as_json(status) for status in statuses]}))
+        print(json_text({"runs": [as_json(status) for status in statuses]}))
     elif not statuses:
         print(f"No runs below {folder}. `simpletuner run start` starts one.")
     else:
         rows = [("run", "state", "step", "loss", "began", "doing"), *map(_row, statuses)]
-        print(queueing.table(rows))
+        print(table(rows))
     return 0
 
 
@@ -131,7 +132,7 @@ def _show(found: Typed) -> int:
     place = directory.events.stat().st_size if directory.events.exists() else 0
     status = status_of(directory)
     if not is_following:
-        print(_json(as_json(status)) if is_json else described(status))
+        print(json_text(as_json(status)) if is_json else described(status))
         return 0
     if not is_json:
         print(described(status), flush=True)
@@ -158,7 +159,7 @@ def _ask(request: Request, found: Typed) -> int:
     if "wait" in found.switches:
         told |= _awaited(directory, request, place)
     if "json" in found.switches:
-        print(_json(as_json(status_of(directory)) | told))
+        print(json_text(as_json(status_of(directory)) | told))
     elif "wait" in found.switches:
         print(f"{directory.root}: {told['done']}")
     else:
@@ -202,7 +203,3 @@ def _awaited(directory: RunDirectory, request: Request, place: int) -> dict[str,
     raise CheckpointError.of(
         f"{directory.root} ended before it obeyed", remedy=f"`simpletuner run show {directory.root}` says how."
     )
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False)

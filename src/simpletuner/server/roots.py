@@ -17,6 +17,10 @@ class Roots:
     def all(self) -> tuple[Path, ...]:
         return (self.workspace, *self.others)
 
+    def holds(self, path: Path) -> bool:
+        """Whether a real path, its links followed, lies below one of them."""
+        return any(path.is_relative_to(root) for root in self.all)
+
     def resolve(self, text: str) -> Path:
         """The real path that `text` stands for, symbolic links followed; it need not be there.
 
@@ -30,7 +34,7 @@ class Roots:
             path.exists()  # raises where the system takes no such name
         except (OSError, RuntimeError, ValueError):
             raise Fault.of(422, f"{text!r} cannot be followed") from None
-        if not any(path.is_relative_to(root) for root in self.all):
+        if not self.holds(path):
             raise Fault.of(
                 403,
                 f"{text} lies outside the folders of this page",

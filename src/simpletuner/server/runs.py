@@ -87,7 +87,7 @@ def found_runs(roots: Roots) -> list[RunDirectory]:
     with contextlib.suppress(Fault):
         folders = [*(run.root for run in find_runs(roots.resolve(OUTPUT), DEPTH)), *folders]
     runs = [RunDirectory(path) for path in dict.fromkeys(path.resolve() for path in folders)]
-    return [run for run in runs if run.events.is_file() and any(run.root.is_relative_to(root) for root in roots.all)]
+    return [run for run in runs if run.events.is_file() and roots.holds(run.root)]
 
 
 def output_folders(roots: Roots) -> Iterator[tuple[Path, str]]:

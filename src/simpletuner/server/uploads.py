@@ -241,7 +241,7 @@ def _take(opened: zipfile.ZipFile, entry: zipfile.ZipInfo, folder: Path, roots: 
     if entry.file_size > LARGEST_FILE:
         raise Refused(f"more than {LARGEST_FILE:,} bytes")
     place_in = folder.joinpath(*folders).resolve()
-    if not any(place_in.is_relative_to(root) for root in roots.all):
+    if not roots.holds(place_in):
         raise Refused("a link leads out of the folders of this page")
     with disk_full_is_reported(place_in):
         try:

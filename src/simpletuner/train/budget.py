@@ -177,6 +177,10 @@ class Budget:
         return Architecture.of(self.config)
 
     @cached_property
+    def footprint(self) -> Footprint:
+        return Footprint(self.config, self.architecture, self.work, self.machine)
+
+    @cached_property
     def plan(self) -> MemoryPlan:
         return self.with_changes({})
 
@@ -214,7 +218,7 @@ class Budget:
 
     def table(self, flop_per_s: float | None = None) -> list[str]:
         """The long form: every part of every phase, the caches, the least time, the verdict, and the way out."""
-        work, foot = self.work, Footprint(self.config, self.architecture, self.work, self.machine)
+        work, foot = self.work, self.footprint
         seen = "as configured; no pictures looked at" if work.pictures is None else f"{work.pictures} pictures"
         told = [f"Memory plan, worst moment of each phase ({seen}):", *table(self.plan), ""]
         told.append(
@@ -240,8 +244,8 @@ class Budget:
     @cached_property
     def step_flop(self) -> int:
         """What an optimiser step computes, at the largest bucket."""
-        foot = Footprint(self.config, self.architecture, self.work, self.machine)
-        return self.config.gradient_accumulation_steps * training_flop(foot.passing(self.work.bucket, self.work.batch))
+        passing = self.footprint.passing(self.work.bucket, self.work.batch)
+        return self.config.gradient_accumulation_steps * training_flop(passing)
 
     def summary(self, flop_per_s: float | None = None) -> dict[str, Any]:
         """For a JSON reader, in bytes and seconds; docs/plan.md says what each key means.
@@ -249,7 +253,7 @@ class Budget:
         Args:
             flop_per_s: of the machine; None where it is not this one.
         """
-        foot = Footprint(self.config, self.architecture, self.work, self.machine)
+        foot = self.footprint
         width, height = self.work.bucket
         step_s = None if flop_per_s is None else self.step_flop / flop_per_s
         return {

@@ -199,7 +199,7 @@ def _view(folder: Path, roots: Roots) -> FolderView:
         if entry.name.startswith(".") or not _is_text(entry.name):
             continue
         if entry.is_dir():
-            if not entry.is_symlink() or _is_inside(Path(entry.path), roots):
+            if not entry.is_symlink() or roots.holds(Path(entry.path).resolve()):
                 inside.append(Folder(name=entry.name, path=roots.shown(Path(entry.path))))
             continue
         suffix = Path(entry.name).suffix.lower()
@@ -209,7 +209,7 @@ def _view(folder: Path, roots: Roots) -> FolderView:
     parent = folder.parent
     return FolderView(
         path=roots.shown(folder),
-        parent=roots.shown(parent) if folder not in roots.all and _is_inside(parent, roots) else None,
+        parent=roots.shown(parent) if folder not in roots.all and roots.holds(parent.resolve()) else None,
         folders=inside,
         pictures=len(pictures),
         captions=captions,
@@ -224,11 +224,6 @@ def _is_text(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _is_inside(path: Path, roots: Roots) -> bool:
-    real = path.resolve()
-    return any(real.is_relative_to(root) for root in roots.all)
 
 
 def _version(roots: Roots, text: str) -> Version:
