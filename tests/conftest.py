@@ -10,6 +10,8 @@ from pathlib import Path
 # Two workers on two cores: more threads than cores only make them wait. Read by torch when it is imported.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
+# As `cli/main.py` sets it: products whose last bits do not depend on where their inputs lie in memory.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 # The options and caches of whoever runs the tests must not reach them, nor theirs reach a home folder.
 for variable in [name for name in os.environ if name.startswith("SIMPLETUNER_")]:
