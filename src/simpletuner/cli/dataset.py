@@ -168,8 +168,9 @@ def _cache(loaded: Loaded, request: Request) -> tuple[dict[str, Any], str]:
     # torch, which the other words do without.
     import torch
 
+    from simpletuner.flux2.components import check_precisions
     from simpletuner.flux2.source import locate
-    from simpletuner.train.prepare import check_precisions, prepare
+    from simpletuner.train.caches import prepare
     from simpletuner.train.report import Reporter
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,21 +11,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
 from simpletuner.base.errors import MemoryBudgetError
 from simpletuner.base.files import sha256_file, write_atomic
 from simpletuner.cli.sample import SampleConfig, Wanted
+from simpletuner.flow.condition import Condition
+from simpletuner.flux2.components import check_precisions, load_base, open_text_encoder
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.export import LoadedLora, attach_saved, read_lora
 from simpletuner.flux2.generate import generate
 from simpletuner.flux2.source import Source, locate
 from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.memory.free import release_memory
 from simpletuner.train.placement import open_decoder, stream_blocks
-from simpletuner.train.prepare import check_precisions, free_memory, load_base, open_text_encoder
 
 _NAME_LENGTH = 40
 
@@ -81,8 +81,8 @@ class _Drawing:
         self.guidance = source.flavour.guidance if config.guidance is None else config.guidance
 
     def pictures(self, loras: Sequence[Wanted], saved: Sequence[LoadedLora]) -> Iterator[Path]:
-        contexts = self.contexts()
-        negative = contexts.pop() if self.config.guidance_real != 1.0 else None
+        conditions = self.conditions()
+        negative = conditions.pop() if self.config.guidance_real != 1.0 else None
         transformer = load_base(self.config, self.config, self.source, self.device, report=_say)
         for lora, content in zip(loras, saved, strict=True):
             attach_saved(transformer, content, strength=lora.strength)
@@ -92,18 +92,17 @@ class _Drawing:
             {"name": lora.path.name, "sha256": sha256_file(content.path), "strength": lora.strength}
             for lora, content in zip(loras, saved, strict=True)
         ]
-        total = len(contexts) * self.config.num * self.steps
+        total = len(conditions) * self.config.num * self.steps
         with _lines(total) if self.config.progress else _bar(total) as report:
-            for prompt, context in zip(self.config.prompt, contexts, strict=True):
+            for prompt, condition in zip(self.config.prompt, conditions, strict=True):
                 for seed in range(self.config.seed, self.config.seed + self.config.num):
                     (image,) = generate(
                         Denoiser(transformer.eval()),
                         decode(),
-                        context,
+                        condition,
                         width=self.config.width,
                         height=self.config.height,
                         steps=self.steps,
-                        guidance=self.guidance,
                         seed=seed,
                         real_guidance=self.config.guidance_real,
                         negative=negative,
@@ -111,8 +110,8 @@ class _Drawing:
                     )
                     yield self.keep(image, prompt, seed, acting)
 
-    def contexts(self) -> list[Float[Tensor, "1 l d"]]:
-        """The context of each prompt, then, where there is real guidance, of the negative one. Each is encoded by
+    def conditions(self) -> list[Condition]:
+        """The condition of each prompt, then, where there is real guidance, of the negative one. Each is encoded by
         itself, so it does not depend on what else is asked for."""
         folder = Path(tempfile.gettempdir())
         encoder = open_text_encoder(
@@ -120,12 +119,12 @@ class _Drawing:
         )
         prompts = [*self.config.prompt, *([self.config.negative] if self.config.guidance_real != 1.0 else [])]
         encoded = encoder.encode_batches([[prompt] for prompt in prompts])
-        contexts = [context.full()[None].to(self.device) for batch in encoded for context in batch]
+        conditions = [Condition.at(context.to(self.device), self.guidance) for batch in encoded for context in batch]
         for prompt in encoder.truncated:
             _say(f"Longer than {self.source.text_length} tokens, and shortened: {prompt[:60]}…")
         del encoder
-        free_memory(self.device)
-        return contexts
+        release_memory(self.device)
+        return conditions
 
     def keep(self, image: Image.Image, prompt: str, seed: int, acting: Sequence[Mapping[str, object]]) -> Path:
         """Write `image` as PNG with what it was made from inside: no path of this machine."""

@@ -16,6 +16,8 @@ def run(arguments: list[str]) -> int:
         print(help_text(USAGE))
         return 0
     loaded = load_here(arguments)
-    from simpletuner.train.assemble import train  # torch: only once the configuration is known to be good
+    # torch: only once the configuration is known to be good
+    from simpletuner.train import job
+    from simpletuner.train.world import World
 
-    return train(loaded)
+    return job.run(job.build(loaded, World.single()))

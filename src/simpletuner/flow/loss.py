@@ -1,4 +1,4 @@
-"""The error of a predicted velocity, one number a sample. The caller averages."""
+"""The error of a predicted velocity, one number a sample. The caller averages over samples."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -8,13 +8,8 @@ from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
+from simpletuner.flow.condition import Condition, Denoise
 from simpletuner.flow.path import noised, velocity
-
-Denoise = Callable[
-    [Float[Tensor, "b c h w"], Float[Tensor, " b"], Float[Tensor, "b l d"], Float[Tensor, " b"]],
-    Float[Tensor, "b c h w"],
-]
-"""(noised latents, sigma, context, guidance) → velocity."""
 
 Penalty = Callable[[Float[Tensor, "b c h w"], Float[Tensor, " b"]], Float[Tensor, "b c h w"]]
 """(velocity error, sigma) → penalty of each element."""
@@ -65,17 +60,27 @@ def smooth_l1(c: float, schedule: HuberSchedule) -> Penalty:
     return penalty
 
 
+def averaged(penalties: Float[Tensor, "b c h w"], weight: Float[Tensor, "b h w"] | None = None) -> Float[Tensor, " b"]:
+    """The loss of each sample: the mean of its penalties, or Σw·p/Σw with a `weight` of each place of its latent.
+
+    A weight of ones gives the plain mean. One that is zero everywhere gives a loss that is not a number.
+    """
+    if weight is None:
+        return reduce(penalties, "b c h w -> b", "mean")
+    weighted = reduce(rearrange(weight, "b h w -> b 1 h w") * penalties, "b c h w -> b", "sum")
+    return weighted / (reduce(weight, "b h w -> b", "sum") * penalties.shape[1])
+
+
 def flow_loss(
     denoise: Denoise,
-    latents: Float[Tensor, "b c h w"],
-    context: Float[Tensor, "b l d"],
+    clean: Float[Tensor, "b c h w"],
+    condition: Condition,
     *,
     sigma: Float[Tensor, " b"],
-    guidance: Float[Tensor, " b"],
     noise: Float[Tensor, "b c h w"],
     penalty: Penalty = squared,
+    weight: Float[Tensor, "b h w"] | None = None,
 ) -> Float[Tensor, " b"]:
-    """Error of the predicted velocity of each sample, averaged over its latent, in fp32. Randomness is the caller's."""
-    prediction = denoise(noised(latents, noise, sigma), sigma, context, guidance)
-    error = prediction.float() - velocity(latents, noise)
-    return reduce(penalty(error, sigma), "b c h w -> b", "mean")
+    """Loss of each sample, fp32: `penalty` of the velocity error, averaged over its latent (by `weight` if given)."""
+    prediction = denoise(noised(clean, noise, sigma), sigma, condition)
+    return averaged(penalty(prediction.float() - velocity(clean, noise), sigma), weight)

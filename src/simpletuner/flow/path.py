@@ -6,13 +6,13 @@ from torch import Tensor
 
 
 def noised(
-    latents: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"]
+    clean: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"]
 ) -> Float[Tensor, "b c h w"]:
-    """The point at `sigma` on the way: (1 − σ)·latents + σ·noise. 0 is data, 1 is noise."""
+    """Latents at `sigma` on the path from data (0) to noise (1): (1 − σ)·clean + σ·noise."""
     share = rearrange(sigma, "b -> b 1 1 1")
-    return (1 - share) * latents + share * noise
+    return (1 - share) * clean + share * noise
 
 
-def velocity(latents: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    """What the model learns to predict: d(noised)/dσ = noise − latents."""
-    return noise - latents
+def velocity(clean: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """The model's target: d(noised)/dσ = noise − clean."""
+    return noise - clean

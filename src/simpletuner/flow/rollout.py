@@ -1,7 +1,7 @@
 """Scheduled sampling: train on inputs that the model itself has made.
 
 Between σ_s, a little noisier than the sigma to train at, and that sigma the current model is integrated as in sampling.
-What it makes there carries the model's own errors; its target is still the velocity of the path, noise − latents.
+What it makes there carries the model's own errors; its target is still the velocity of the path, noise − clean.
 """
 
 import math
@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from simpletuner.flow.loss import Denoise, Penalty, squared
+from simpletuner.flow.condition import Condition, Denoise
+from simpletuner.flow.loss import Penalty, averaged, squared
 from simpletuner.flow.path import noised, velocity
 from simpletuner.flow.sampler import Velocity, dpm, euler, heun, unipc
 
@@ -63,79 +64,75 @@ class Reflex:
 @torch.no_grad()
 def rolled_out(
     denoise: Denoise,
-    latents: Float[Tensor, "b c h w"],
-    context: Float[Tensor, "b l d"],
+    clean: Float[Tensor, "b c h w"],
+    condition: Condition,
     *,
     sigma: Float[Tensor, " b"],
-    guidance: Float[Tensor, " b"],
     noise: Float[Tensor, "b c h w"],
     source: Float[Tensor, " b"],
     solver: Solver,
     steps: int,
 ) -> Float[Tensor, "b c h w"]:
-    """What the model makes at `sigma` of the plainly noised latents at `source`, in `steps` even steps a sample.
+    """Integrate the model from the noised latents at `source` to `sigma`, in `steps` even steps a sample.
 
     A sample whose source is its sigma is the plainly noised one, bit for bit, and takes no part in the model calls;
     there are none at all if every sample is such. No gradient is kept.
     """
-    x = noised(latents, noise, sigma)
+    x = noised(clean, noise, sigma)
     (moving,) = torch.nonzero(source > sigma, as_tuple=True)
     if not len(moving):
         return x
-    latents, context, noise, sigma, guidance, source = (
-        each[moving] for each in (latents, context, noise, sigma, guidance, source)
-    )
+    clean, noise, sigma, source = (each[moving] for each in (clean, noise, sigma, source))
+    condition = condition.select(moving)
     share = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=sigma.device)
     sigmas = torch.lerp(source.double(), sigma.double(), rearrange(share, "points -> points 1"))
-    x[moving] = solver.integrate(
-        lambda state, at: denoise(state, at, context, guidance), noised(latents, noise, source), sigmas
-    )
+    x[moving] = solver.integrate(lambda state, at: denoise(state, at, condition), noised(clean, noise, source), sigmas)
     return x
 
 
 def rollout_loss(
     denoise: Denoise,
     x: Float[Tensor, "b c h w"],
-    latents: Float[Tensor, "b c h w"],
-    context: Float[Tensor, "b l d"],
+    clean: Float[Tensor, "b c h w"],
+    condition: Condition,
     *,
     sigma: Float[Tensor, " b"],
-    guidance: Float[Tensor, " b"],
     noise: Float[Tensor, "b c h w"],
     is_rolled: Bool[Tensor, " b"],
-    clean: Float[Tensor, "b c h w"] | None = None,
+    unrolled: Float[Tensor, "b c h w"] | None = None,
     reflex: Reflex = Reflex(),
     penalty: Penalty = squared,
+    weight: Float[Tensor, "b h w"] | None = None,
 ) -> Float[Tensor, " b"]:
     """`flow_loss` at x instead of the plainly noised latents, with ReflexFlow's terms where `is_rolled`.
 
     Args:
-        clean: the model's answer to the plainly noised latents, without gradient. Needed where alpha is not 0.
+        unrolled: the prediction at the plainly noised latents, without gradient. Needed where alpha is not 0.
     """
-    prediction = denoise(x, sigma, context, guidance).float()
-    penalties = penalty(prediction - velocity(latents, noise), sigma)
-    losses = reduce(penalties, "b c h w -> b", "mean")
+    prediction = denoise(x, sigma, condition).float()
+    penalties = penalty(prediction - velocity(clean, noise), sigma)
+    losses = averaged(penalties, weight)
     if reflex.alpha:
-        if clean is None:
+        if unrolled is None:
             raise ValueError("frequency compensation needs the prediction at the plainly noised latents")
-        weights = compensation(clean.float(), prediction.detach(), reflex.alpha)
+        factor = compensation(unrolled.float(), prediction.detach(), reflex.alpha)
         # Chosen between after the mean: a mean's last bit depends on how its elements lie in memory.
-        losses = torch.where(is_rolled, reduce(weights * penalties, "b c h w -> b", "mean"), losses)
+        losses = torch.where(is_rolled, averaged(factor * penalties, weight), losses)
     if reflex.beta2 != 1:
         losses = torch.where(is_rolled, reflex.beta2, 1) * losses
     if reflex.beta1:
-        losses = losses + torch.where(is_rolled, reflex.beta1 * drift(prediction, x - latents), 0)
+        losses = losses + torch.where(is_rolled, reflex.beta1 * drift(prediction, x - clean), 0)
     return losses
 
 
 def compensation(
-    clean: Float[Tensor, "b c h w"], rolled: Float[Tensor, "b c h w"], alpha: float
+    unrolled: Float[Tensor, "b c h w"], rolled: Float[Tensor, "b c h w"], alpha: float
 ) -> Float[Tensor, "b c h w"]:
-    """How much each element's error counts: 1 + α·|e|/mean|e|, where e = clean − rolled, the exposure bias.
+    """How much each element's error counts: 1 + α·|e|/mean|e|, where e = unrolled − rolled, the exposure bias.
 
     The mean is taken over a sample. Why a mean and why |e|: docs/decisions/0006-reflexflow-weight.md.
     """
-    bias = (clean - rolled).abs()
+    bias = (unrolled - rolled).abs()
     typical = reduce(bias, "b c h w -> b 1 1 1", "mean")
     # Where rolling out changed nothing at all there is nothing to compensate.
     return 1 + alpha * bias / torch.where(typical > 0, typical, 1)
@@ -144,7 +141,7 @@ def compensation(
 def drift(prediction: Float[Tensor, "b c h w"], away: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
     """Squared distance of the unit vectors of `prediction` and of `away`, the way from the data to x: 0 to 4.
 
-    On the path the two are one direction, x − latents = σ·(noise − latents).
+    On the path the two are one direction, x − clean = σ·(noise − clean).
     """
     one, other = (F.normalize(rearrange(each, "b c h w -> b (c h w)"), dim=1) for each in (prediction, away))
     return reduce((one - other).square(), "b n -> b", "sum")

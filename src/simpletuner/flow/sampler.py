@@ -15,15 +15,15 @@ from torch import Tensor
 Velocity = Callable[[Float[Tensor, "b c h w"], Float[Tensor, " b"]], Float[Tensor, "b c h w"]]
 """(x, sigma of each sample) → velocity."""
 
-Report = Callable[[int], None]
-"""Is told how many steps are done."""
+StepsDone = Callable[[int], None]
+"""Called with the number of steps done."""
 
 
 def euler(
     velocity: Velocity,
     x: Float[Tensor, "b c h w"],
     sigmas: Float[Tensor, "points b"],
-    report: Report = lambda step: None,
+    report: StepsDone = lambda step: None,
 ) -> Float[Tensor, "b c h w"]:
     """Straight along the velocity. Order 1, one model call a step."""
     for step, (here, there) in enumerate(pairwise(sigmas), start=1):
@@ -36,7 +36,7 @@ def heun(
     velocity: Velocity,
     x: Float[Tensor, "b c h w"],
     sigmas: Float[Tensor, "points b"],
-    report: Report = lambda step: None,
+    report: StepsDone = lambda step: None,
 ) -> Float[Tensor, "b c h w"]:
     """Along the mean of the velocities at a step's start and at its Euler end. Order 2, two model calls a step.
 
@@ -55,7 +55,7 @@ def dpm(
     velocity: Velocity,
     x: Float[Tensor, "b c h w"],
     sigmas: Float[Tensor, "points b"],
-    report: Report = lambda step: None,
+    report: StepsDone = lambda step: None,
 ) -> Float[Tensor, "b c h w"]:
     """DPM-Solver++ (2M): the data prediction, extrapolated in log-SNR. Order 2, one model call a step.
 
@@ -75,7 +75,7 @@ def unipc(
     velocity: Velocity,
     x: Float[Tensor, "b c h w"],
     sigmas: Float[Tensor, "points b"],
-    report: Report = lambda step: None,
+    report: StepsDone = lambda step: None,
 ) -> Float[Tensor, "b c h w"]:
     """UniPC of order 2: predicts as `dpm` does, then corrects with the prediction made there. One model call a step.
 

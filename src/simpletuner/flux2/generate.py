@@ -8,15 +8,10 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from simpletuner.flow.condition import Condition, Denoise
 from simpletuner.flow.sampler import euler
 from simpletuner.flow.sigma import schedule
 from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
-
-Denoise = Callable[
-    [Float[Tensor, "b 128 h w"], Float[Tensor, " b"], Float[Tensor, "b l d"], Float[Tensor, " b"]],
-    Float[Tensor, "b 128 h w"],
-]
-"""(latents, sigma, context, guidance) -> velocity: a `Denoiser`, or anything that wraps one."""
 
 Decode = Callable[[Float[Tensor, "b 128 h w"]], Float[Tensor, "b 3 H W"]]
 """Latents -> pixels in [-1, 1]."""
@@ -38,31 +33,28 @@ def initial_noise(seed: int, *, width: int, height: int) -> Float[Tensor, "1 128
 def sample_latents(
     denoise: Denoise,
     noise: Float[Tensor, "b 128 h w"],
-    context: Float[Tensor, "b l d"],
+    condition: Condition,
     *,
     steps: int,
-    guidance: float,
     real_guidance: float = 1.0,
-    negative: Float[Tensor, "b l d"] | None = None,
+    negative: Condition | None = None,
     report: Callable[[int], None] = _silent,
 ) -> Float[Tensor, "b 128 h w"]:
     """Latents of pictures, by `steps` Euler steps along FLUX.2's schedule; the state stays fp32.
 
     Args:
-        guidance: fed to the model's guidance embedder.
-        real_guidance: with any value but 1 each step asks the model twice, and the answer is
+        real_guidance: with any value but 1 each step calls the model twice, and the velocity is
             negative + real_guidance · (positive − negative).
-        report: is told how many steps are done.
+        report: called with the number of steps done.
     """
     if real_guidance != 1.0 and negative is None:
-        raise ValueError("real_guidance needs a negative context")
-    scale = torch.full((len(noise),), guidance, device=noise.device)
+        raise ValueError("real_guidance needs a negative condition")
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-        positive = denoise(x, sigma, context, scale)
+        positive = denoise(x, sigma, condition)
         if real_guidance == 1.0 or negative is None:
             return positive
-        without = denoise(x, sigma, negative, scale)
+        without = denoise(x, sigma, negative)
         return without + real_guidance * (positive - without)
 
     sigmas = torch.tensor(schedule(steps, noise.shape[-2] * noise.shape[-1]), dtype=torch.float64, device=noise.device)
@@ -79,38 +71,39 @@ def picture(pixels: Float[Tensor, "3 H W"]) -> Image.Image:
 def generate(
     denoise: Denoise,
     decode: Decode,
-    contexts: Float[Tensor, "b l d"],
+    condition: Condition,
     *,
     width: int,
     height: int,
     steps: int,
-    guidance: float,
     seed: int,
     real_guidance: float = 1.0,
-    negative: Float[Tensor, "1 l d"] | None = None,
+    negative: Condition | None = None,
     report: Callable[[int, int], None] = _silent,
 ) -> list[Image.Image]:
-    """One picture for each of `contexts`, each from the same noise.
+    """One picture for each sample of `condition`, each from the same noise.
 
-    They are made one after the other, so a picture depends on its own context and `seed` only, and the memory
-    on its size only. Runs on the device of `contexts`. The caller has put the transformer into eval mode.
+    They are made one after the other, so a picture depends on its own condition and `seed` only, and the memory
+    on its size only. Runs on the device of `condition`. The caller has put the transformer into eval mode.
 
     Args:
         width, height: pixels, multiples of 16.
-        report: is told (steps done, steps in all), over all pictures.
+        negative: of one sample, with the guidance of `condition`.
+        report: called with (steps done, steps in all), over all pictures.
     """
-    noise = initial_noise(seed, width=width, height=height).to(contexts.device)
+    device = condition.guidance.device
+    noise = initial_noise(seed, width=width, height=height).to(device)
+    count = len(condition.guidance)
     pictures = []
-    for index in range(len(contexts)):
+    for index in range(count):
         latents = sample_latents(
             denoise,
             noise,
-            contexts[index : index + 1],
+            condition.select(torch.tensor([index], device=device)),
             steps=steps,
-            guidance=guidance,
             real_guidance=real_guidance,
             negative=negative,
-            report=lambda step, before=index * steps: report(before + step, len(contexts) * steps),  # type: ignore[misc]
+            report=lambda step, before=index * steps: report(before + step, count * steps),  # type: ignore[misc]
         )
         pictures.append(picture(decode(latents)[0]))
     return pictures

@@ -2,7 +2,7 @@
 
 import abc
 import bisect
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,26 +11,39 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from simpletuner.base.errors import AccessError, ConfigError
+from simpletuner.flow.condition import TextContext
 from simpletuner.flux2.spec import SYSTEM_MESSAGE
 
-Report = Callable[[float], None]
-"""Told now and then which share of the work is done, from 0 to 1; may raise to stop it."""
+ShareDone = Callable[[float], None]
+"""Called now and then with the share of the work that is done, from 0 to 1; may raise to stop it."""
 
 
 @dataclass(frozen=True)
-class EncodedText:
-    """The context of one prompt without its repetitions: `length - n` times `pad`, then `rows`."""
+class LeftPaddedCodec:
+    """Stores contexts that are padded on the left with copies of one row as that row, the other rows and the length.
 
-    rows: Float[Tensor, "n d"]
-    """Of the prompt's tokens, template included."""
-    pad: Float[Tensor, " d"]
-    """Of every padding token: they attend to nothing, so they are all alike."""
-    length: int
+    `key` names everything that decides a context: weights, precision, template, layers, length, tokenizer settings.
+    """
 
-    def full(self) -> Float[Tensor, "l d"]:
-        """What the transformer is given."""
-        padding = self.pad.expand(self.length - len(self.rows), -1)
-        return torch.cat([padding, self.rows])
+    key: str
+
+    def pack(self, context: TextContext) -> Mapping[str, Tensor]:
+        """The tensors to store of a context of one sample, made by `left_padded`."""
+        return {
+            "rows": context.rows[1:],
+            "pad": context.rows[0],
+            "length": torch.tensor(context.index.shape[1]),
+        }
+
+    def unpack(self, stored: Mapping[str, Tensor]) -> TextContext:
+        """The context that `pack` stored."""
+        return left_padded(stored["rows"], stored["pad"], int(stored["length"]))
+
+
+def left_padded(rows: Float[Tensor, "n d"], pad: Float[Tensor, " d"], length: int) -> TextContext:
+    """A context of one sample: `pad` as often as it takes to fill `length`, then `rows`."""
+    index = (torch.arange(length) - (length - len(rows) - 1)).clamp(min=0)
+    return TextContext(torch.cat([pad[None], rows]), index[None])
 
 
 @dataclass(frozen=True)
@@ -84,14 +97,14 @@ class TextEncoder(abc.ABC):
         """Tokens of each prompt, template included, at most `max_length`."""
         return [len(ids) for ids in self._fitted(prompts)]
 
-    def encode(self, prompts: Sequence[str]) -> list[EncodedText]:
+    def encode(self, prompts: Sequence[str]) -> list[TextContext]:
         """The context of each prompt, computed as one batch."""
         (contexts,) = self.encode_batches([prompts])
         return contexts
 
     def encode_batches(
-        self, batches: Sequence[Sequence[str]], report: Report = lambda _share: None
-    ) -> Generator[list[EncodedText], None, None]:
+        self, batches: Sequence[Sequence[str]], report: ShareDone = lambda _share: None
+    ) -> Generator[list[TextContext], None, None]:
         """The contexts of each batch, in order. Batches do not mix: each has the bits that `encode` would give it.
 
         `report` is told of work that takes long and yields nothing yet.
@@ -108,12 +121,12 @@ class TextEncoder(abc.ABC):
             found = self._states(padded, report)
         for batch, states in zip(fitted, found, strict=True):
             yield [
-                EncodedText(states[index, states.shape[1] - len(ids) :].clone(), self._pad, self._max_length)
+                left_padded(states[index, states.shape[1] - len(ids) :], self._pad, self._max_length)
                 for index, ids in enumerate(batch)
             ]
 
     @abc.abstractmethod
-    def _states(self, batches: Sequence[TokenBatch], report: Report, /) -> Iterator[Float[Tensor, "b n d"]]:
+    def _states(self, batches: Sequence[TokenBatch], report: ShareDone, /) -> Iterator[Float[Tensor, "b n d"]]:
         """The states of each batch after the chosen layers, side by side, on the CPU."""
 
     def _fitted(self, prompts: Sequence[str]) -> list[list[int]]:
@@ -178,7 +191,7 @@ class ResidentTextEncoder(TextEncoder):
         for layer in layers:
             model.layers[layer - 1].register_forward_hook(self._keep(layer))
 
-    def _states(self, batches: Sequence[TokenBatch], _report: Report, /) -> Iterator[Float[Tensor, "b n d"]]:
+    def _states(self, batches: Sequence[TokenBatch], _report: ShareDone, /) -> Iterator[Float[Tensor, "b n d"]]:
         return map(self._forward, batches)
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from simpletuner.flux2.text import Report, TextEncoder, TokenBatch
+from simpletuner.flux2.text import ShareDone, TextEncoder, TokenBatch
 from simpletuner.memory.scratch import Scratch
 
 PORTION_TOKENS = 2**17
@@ -69,7 +69,7 @@ class StreamedTextEncoder(TextEncoder):
         self._portion_tokens = portion_tokens
         self._memory_bytes = memory_bytes
 
-    def _states(self, batches: Sequence[TokenBatch], report: Report, /) -> Iterator[Float[Tensor, "b n d"]]:
+    def _states(self, batches: Sequence[TokenBatch], report: ShareDone, /) -> Iterator[Float[Tensor, "b n d"]]:
         work = sum(batch.tokens for batch in batches) * max(self._layers)
         done = 0
 

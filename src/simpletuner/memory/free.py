@@ -1,5 +1,6 @@
-"""How much memory a device has left."""
+"""How much memory a device has left, and how to give it back."""
 
+import gc
 from pathlib import Path
 
 import torch
@@ -16,6 +17,13 @@ def free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min([_available(), *_left_in_groups()])
+
+
+def release_memory(device: torch.device) -> None:
+    """Free what is not referenced any more, so that the next phase finds it available."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _available() -> int:

@@ -118,7 +118,7 @@ def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manife
         captions=len(captions) + 1,
         caption_tokens=TEMPLATE_TOKENS + math.ceil(longest / CHARACTERS_PER_TOKEN),
         draws=_draws(loaded),
-        steps=Plan.of(loaded.config, order).steps,
+        steps=Plan.of(loaded.config, order, loaded.config.gradient_accumulation_steps).steps,
     )
 
 

@@ -3,13 +3,14 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from simpletuner.base.errors import DataError, DiskError, Problem
 from simpletuner.base.sizes import format_duration, format_size
 from simpletuner.config.run import RunConfig
+from simpletuner.data.ahead import map_ahead
+from simpletuner.data.batch import GlobalBatch
 from simpletuner.data.order import Order
 from simpletuner.runs import checkpoints, disk
 from simpletuner.runs.events import CheckpointEvent, StepEvent, ValidationEvent
@@ -19,7 +20,7 @@ from simpletuner.train import optim
 from simpletuner.train.ema import Ema
 from simpletuner.train.report import Reporter, TrainingBar, peak_memory_gib
 from simpletuner.train.state import TrainState
-from simpletuner.train.step import Group, Stepper
+from simpletuner.train.step import Stepper
 from simpletuner.train.validate import HeldOut, Painter
 
 
@@ -29,19 +30,20 @@ class Plan:
 
     config: RunConfig
     steps: int
+    batches_per_step: int
+    """Micro-batches of a global batch, over all processes."""
     batches_per_epoch: int
 
     @classmethod
-    def of(cls, config: RunConfig, order: Order) -> "Plan":
+    def of(cls, config: RunConfig, order: Order, batches_per_step: int) -> "Plan":
         """`max_train_steps`, or else as many steps as `num_train_epochs` take, rounded up."""
-        batches = order.batches_per_epoch
-        whole = math.ceil(config.num_train_epochs * batches / config.gradient_accumulation_steps)
-        return cls(config, config.max_train_steps or max(1, whole), batches)
+        whole = math.ceil(config.num_train_epochs * order.batches_per_epoch / batches_per_step)
+        return cls(config, config.max_train_steps or max(1, whole), batches_per_step, order.batches_per_epoch)
 
     @property
     def epochs(self) -> float:
         """Passes over the data in the whole run."""
-        return self.steps * self.config.gradient_accumulation_steps / self.batches_per_epoch
+        return self.steps * self.batches_per_step / self.batches_per_epoch
 
     def is_due(self, step: int, every_steps: int | None, every_epochs: int | None) -> bool:
         """Whether something with these intervals happens after `step`. An epoch that ends inside a step counts."""
@@ -50,8 +52,8 @@ class Plan:
         if not every_epochs:
             return False
         span = self.batches_per_epoch * every_epochs
-        seen = step * self.config.gradient_accumulation_steps
-        return seen // span > (seen - self.config.gradient_accumulation_steps) // span
+        seen = step * self.batches_per_step
+        return seen // span > (seen - self.batches_per_step) // span
 
     def saves(self, step: int) -> bool:
         options = self.config
@@ -78,8 +80,8 @@ class Loop:
 
     plan: Plan
     run: RunDirectory
-    groups: Callable[[int], Group]
-    """The batches of a step, read from the caches. A function of the step alone."""
+    batches: Callable[[int], GlobalBatch]
+    """Builds the global batch of a step from the caches. A function of the step alone."""
     stepper: Stepper
     save: Callable[[TrainState], Path]
     ema: Ema | None
@@ -125,23 +127,23 @@ class Loop:
     def _steps(self, state: TrainState, bar: TrainingBar) -> bool:
         options = self.plan.config
         looked_at_disk = began = time.monotonic()
-        for group in self._read_ahead(state.step + 1):
-            lr = optim.learning_rate(options, group.step, self.plan.steps)
+        for batch in self._read_ahead(state.step + 1):
+            lr = optim.learning_rate(options, batch.step, self.plan.steps)
             try:
-                result = self.stepper(group, lr)
+                result = self.stepper(batch, lr)
             except DataError:
                 if state.step > 0:
                     self._save(state)
                 raise
             if self.ema is not None:
                 with optim.as_given(self.stepper.optimiser):
-                    self.ema.update(group.step)
-            state.step = group.step
-            state.micro_batches += len(group.batches)
+                    self.ema.update(batch.step)
+            state.step = batch.step
+            state.micro_batches += len(batch.batches)
             now = time.monotonic()
             event = StepEvent(
-                step=group.step,
-                epoch=group.epoch,
+                step=batch.step,
+                epoch=batch.epoch,
                 loss=result.loss,
                 lr=lr,
                 grad_norm=result.grad_norm,
@@ -152,16 +154,16 @@ class Loop:
             self.reporter.emit(event)
             bar.step(event)
 
-            is_last = group.step == self.plan.steps
+            is_last = batch.step == self.plan.steps
             is_stopping = not is_last and self.requests.take("stop")
-            if self.plan.measures(group.step):
+            if self.plan.measures(batch.step):
                 self._measure(state)
-            if self.plan.saves(group.step) or is_stopping or self.requests.take("save"):
+            if self.plan.saves(batch.step) or is_stopping or self.requests.take("save"):
                 self._save(state)
             if is_stopping:
                 return False
-            if self.plan.draws(group.step) or self.requests.take("validate"):
-                self._paint(group.step)
+            if self.plan.draws(batch.step) or self.requests.take("validate"):
+                self._paint(batch.step)
             if time.monotonic() - looked_at_disk > disk.LOOK_EVERY_S:
                 looked_at_disk = time.monotonic()
                 self._mind_the_disk(state)
@@ -169,20 +171,15 @@ class Loop:
             bar.go_on()
         return True
 
-    def _read_ahead(self, first: int) -> Iterator[Group]:
-        """The groups from step `first` on; the next one is read while an accelerator trains on this one. On a CPU the
-        two would fight for the same cores: OpenMP's threads spin, and a step took a third longer (docs/log.md).
+    def _read_ahead(self, first: int) -> Iterator[GlobalBatch]:
+        """The global batches from step `first` on. For an accelerator the next one is built and pinned while this one
+        trains. On a CPU the two would compete for the same cores: OpenMP's threads spin, and a step took a third
+        longer (docs/log.md).
         """
+        steps = range(first, self.plan.steps + 1)
         if not self.plan.config.dataloader_prefetch or self.stepper.device.type == "cpu":
-            yield from map(self.groups, range(first, self.plan.steps + 1))
-            return
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
-            coming = pool.submit(self.groups, first)
-            for step in range(first, self.plan.steps + 1):
-                group = coming.result()
-                if step < self.plan.steps:
-                    coming = pool.submit(self.groups, step + 1)
-                yield group
+            return map(self.batches, steps)
+        return map_ahead(lambda step: self.batches(step).pin_memory(), steps, workers=1, ahead=2)
 
     def _measure(self, state: TrainState) -> None:
         if self.held_out is None:

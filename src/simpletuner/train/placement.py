@@ -11,11 +11,12 @@ from torch import Tensor
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.flux2.autoencoder import Autoencoder
+from simpletuner.flux2.components import open_autoencoder
 from simpletuner.flux2.generate import Decode
 from simpletuner.flux2.source import Source
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory import offload
-from simpletuner.train.prepare import free_memory, open_autoencoder
+from simpletuner.memory.free import release_memory
 
 
 def stream_blocks(
@@ -57,7 +58,7 @@ def open_decoder(
 
     def once(latents: Float[Tensor, "b 128 h w"]) -> Float[Tensor, "b 3 H W"]:
         pixels = open_autoencoder(model, options, source, device, "decode").decode(latents)
-        free_memory(device)
+        release_memory(device)
         return pixels
 
     return (lambda: once) if options.offload_during_startup else (lambda: kept().decode)

@@ -13,6 +13,7 @@ from simpletuner.base.sizes import format_size
 from simpletuner.config.optimisers import optimiser
 from simpletuner.config.precisions import NO_CHANGE
 from simpletuner.config.run import RunConfig
+from simpletuner.flux2.components import load_base
 from simpletuner.flux2.export import attach_saved, read_lora, save_lora
 from simpletuner.flux2.footprint import checkpoint_bytes
 from simpletuner.flux2.full import FullModel, unfreeze
@@ -30,7 +31,6 @@ from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.precision import DTYPES
 from simpletuner.runs.layout import EMA_FOLDER, LORA_NAME, MODEL_FOLDER, TRANSFORMER_NAME, RunDirectory
 from simpletuner.train import optim
-from simpletuner.train.prepare import load_base
 from simpletuner.train.report import Reporter
 from simpletuner.train.trained import Trained
 

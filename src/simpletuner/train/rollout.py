@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,7 +10,9 @@ from torch import Tensor
 
 from simpletuner.base.draws import draw_seed
 from simpletuner.config.options.rollout import RolloutOptions
-from simpletuner.flow.loss import Denoise, Penalty, flow_loss
+from simpletuner.data.batch import Batch
+from simpletuner.flow.condition import Denoise
+from simpletuner.flow.loss import Penalty, flow_loss
 from simpletuner.flow.path import noised
 from simpletuner.flow.rollout import SOLVERS, Reflex, Solver, rolled_out, rollout_loss
 
@@ -68,9 +69,9 @@ class Rollout:
         first, last = options.scheduled_sampling_prob_start, options.scheduled_sampling_prob_end
         return first + (last - first) * done
 
-    def lengths(self, step: int, slots: Sequence[int]) -> list[int]:
+    def lengths(self, step: int, slots: Sequence[int]) -> tuple[int, ...]:
         """How far the samples in `slots` of `step` are rolled out, in thousandths of the path."""
-        return [self._length(step, slot) for slot in slots]
+        return tuple(self._length(step, slot) for slot in slots)
 
     def _length(self, step: int, slot: int) -> int:
         generator = torch.Generator().manual_seed(draw_seed(self.seed, "rollout", step, slot))
@@ -87,47 +88,47 @@ class Rollout:
         """Model calls without gradient for a batch with these lengths."""
         return self.calls if any(lengths) else 0
 
-    def losses(
-        self,
-        denoise: Denoise,
-        latents: Float[Tensor, "b c h w"],
-        context: Float[Tensor, "b l d"],
-        *,
-        sigma: Float[Tensor, " b"],
-        guidance: Float[Tensor, " b"],
-        noise: Float[Tensor, "b c h w"],
-        penalty: Penalty,
-        lengths: Sequence[int],
-        walk: Denoise,
-    ) -> Float[Tensor, " b"]:
+    def losses(self, denoise: Denoise, batch: Batch, *, penalty: Penalty, sample: Denoise) -> Float[Tensor, " b"]:
         """`flow_loss`, with the samples whose length is not 0 rolled out. The others keep their bits.
 
         Args:
-            walk: what is integrated: the model as pictures are drawn with it, where `denoise` is routed for training.
+            sample: the denoiser that is integrated: as validation samples with it, where `denoise` is routed.
         """
-        inputs: dict[str, Any] = {"sigma": sigma, "guidance": guidance, "noise": noise}
-        if not any(lengths):
-            return flow_loss(denoise, latents, context, **inputs, penalty=penalty)
-        source = (sigma + torch.tensor(lengths, device=sigma.device) / PARTS).clamp(max=1)
-        clean = None
-        # The adapter's dropout draws from torch's own generator. Left as it was found, it gives the pass that learns
-        # the masks that it has without rollouts, and the clean prediction the same ones, so that they can be compared.
+        latents, condition, sigma, noise = batch.latents, batch.condition, batch.sigma, batch.noise
+        if not any(batch.rollout_lengths):
+            return flow_loss(denoise, latents, condition, sigma=sigma, noise=noise, penalty=penalty, weight=batch.masks)
+        source = (sigma + torch.tensor(batch.rollout_lengths, device=sigma.device) / PARTS).clamp(max=1)
+        unrolled = None
+        # The adapter's dropout draws from torch's global generator. Restored afterwards, it gives the pass with
+        # gradients the masks that it has without rollouts, and the unrolled prediction the same ones, so that the two
+        # can be compared.
         accelerators = [latents.device] if latents.device.type != "cpu" else []
         with torch.random.fork_rng(accelerators), torch.no_grad():
-            x = rolled_out(walk, latents, context, **inputs, source=source, solver=self.solver, steps=self.steps)
+            x = rolled_out(
+                sample,
+                latents,
+                condition,
+                sigma=sigma,
+                noise=noise,
+                source=source,
+                solver=self.solver,
+                steps=self.steps,
+            )
         if self.reflex.alpha:
             with torch.random.fork_rng(accelerators), torch.no_grad():
-                clean = denoise(noised(latents, noise, sigma), sigma, context, guidance)
+                unrolled = denoise(noised(latents, noise, sigma), sigma, condition)
         return rollout_loss(
             denoise,
             x,
             latents,
-            context,
-            **inputs,
+            condition,
+            sigma=sigma,
+            noise=noise,
             is_rolled=source > sigma,
-            clean=clean,
+            unrolled=unrolled,
             reflex=self.reflex,
             penalty=penalty,
+            weight=batch.masks,
         )
 
     def describe(self) -> str:

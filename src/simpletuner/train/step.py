@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,8 +13,9 @@ from simpletuner.base.errors import DataError
 from simpletuner.config.options.guidance import GuidanceOptions
 from simpletuner.config.options.optim import OptimOptions
 from simpletuner.config.options.schedule import ScheduleOptions
-from simpletuner.data.collate import Batch
-from simpletuner.flow.loss import Denoise, Penalty, flow_loss, huber, smooth_l1, squared
+from simpletuner.data.batch import Batch, GlobalBatch
+from simpletuner.flow.condition import Denoise
+from simpletuner.flow.loss import Penalty, flow_loss, huber, smooth_l1, squared
 from simpletuner.flow.sigma import in_stratum
 from simpletuner.memory.masters import Masters
 from simpletuner.train import optim
@@ -26,7 +26,7 @@ from simpletuner.train.timesteps import Timesteps
 
 @dataclass(frozen=True)
 class Draws:
-    """What chance decides for the samples of one batch. On the CPU, fp32."""
+    """Random draws of the samples of one batch. On the CPU, fp32."""
 
     sigma: Float[Tensor, " b"]
     guidance: Float[Tensor, " b"]
@@ -35,7 +35,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class Objective:
-    """What a sample is asked: at which sigmas and guidances, and how its error counts."""
+    """Training objective: sigma and guidance distributions, and the loss."""
 
     seed: int
     timesteps: Timesteps
@@ -95,19 +95,6 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class Group:
-    """The batches that share one optimiser step, and the epoch of the first."""
-
-    step: int
-    epoch: int
-    batches: tuple[Batch, ...]
-
-    @property
-    def size(self) -> int:
-        return sum(len(batch.names) for batch in self.batches)
-
-
-@dataclass(frozen=True)
 class StepResult:
     loss: float
     grad_norm: float
@@ -116,12 +103,12 @@ class StepResult:
 
 
 DenoiserOf = Callable[[int, Sequence[int], tuple[int, int]], Denoise]
-"""(step, slots, height and width of the latents) → what predicts the velocity of those samples."""
+"""(step, slots, height and width of the latents) → the denoiser of those samples."""
 
 
 @dataclass(frozen=True)
 class Stepper:
-    """Everything a step works on. `denoise` runs on `device`; `parameters` are what learns."""
+    """Everything a step works on. `denoise` runs on `device`; `parameters` are the trainable ones."""
 
     denoise: Denoise
     parameters: Sequence[torch.nn.Parameter]
@@ -131,89 +118,76 @@ class Stepper:
     scaler: torch.amp.GradScaler
     device: torch.device
     route: DenoiserOf | None = None
-    """Takes the place of `denoise` where it learns; a rollout's walk is not routed."""
+    """Replaces `denoise` in the pass with gradients; a rollout is not routed."""
     rollout: Rollout | None = None
     masters: Masters | None = None
     """Where given, `parameters` are these, and the weights that compute follow them."""
 
-    def losses(self, batch: Batch, draws: Draws, step: int, slots: Sequence[int]) -> Float[Tensor, " b"]:
-        """Loss of each sample of `batch`, in `slots` of `step`, with gradients. fp16 computes under autocast over
-        bf16 weights.
-        """
+    def losses(self, batch: Batch, step: int) -> Float[Tensor, " b"]:
+        """Weighted loss of each sample of `batch`, with gradients. fp16 computes under autocast over bf16 weights."""
         height, width = batch.latents.shape[2:]
-        denoise = self.denoise if self.route is None else self.route(step, slots, (height, width))
+        denoise = self.denoise if self.route is None else self.route(step, batch.slots, (height, width))
+        batch = batch.to(self.device, non_blocking=True)
+        penalty = self.objective.penalty
         with torch.autocast(self.device.type, dtype=torch.float16, enabled=self.scaler.is_enabled()):
-            latents = batch.latents.to(self.device, non_blocking=True)
-            context = batch.context.to(self.device, non_blocking=True)
-            drawn: dict[str, Any] = {
-                "sigma": draws.sigma.to(self.device),
-                "guidance": draws.guidance.to(self.device),
-                "noise": draws.noise.to(self.device),
-                "penalty": self.objective.penalty,
-            }
-            if self.rollout is None:
-                return flow_loss(denoise, latents, context, **drawn)
-            lengths = self.rollout.lengths(step, slots)
-            return self.rollout.losses(denoise, latents, context, **drawn, lengths=lengths, walk=self.denoise)
+            if self.rollout is not None:
+                losses = self.rollout.losses(denoise, batch, penalty=penalty, sample=self.denoise)
+            else:
+                losses = flow_loss(
+                    denoise,
+                    batch.latents,
+                    batch.condition,
+                    sigma=batch.sigma,
+                    noise=batch.noise,
+                    penalty=penalty,
+                    weight=batch.masks,
+                )
+            return losses * batch.weights
 
-    def backward(self, group: Group) -> list[float]:
-        """Add the gradients of the group's mean loss; returns the loss of each sample, in order.
+    def backward(self, whole: GlobalBatch) -> list[float]:
+        """Add the gradients of the global batch's mean loss; returns the weighted loss of each sample, in order.
 
         Raises:
             DataError: a loss is not finite. Nothing has been updated.
         """
-        found: list[float] = []
-        for batch in group.batches:
-            slots = range(len(found), len(found) + len(batch.names))
-            channels, height, width = batch.latents.shape[1:]
-            draws = self.objective.draw(group.step, slots, (channels, height, width))
-            # The adapter's dropout is the one draw made inside the model, from torch's own generator.
-            torch.manual_seed(draw_seed(self.objective.seed, "lora_dropout", group.step, slots[0]))
-            losses = self.losses(batch, draws, group.step, slots)
-            self.scaler.scale(losses.sum() / group.size).backward()
+        values: list[float] = []
+        for batch in whole.batches:
+            # The adapter's dropout is the one draw made inside the model, from torch's global generator.
+            torch.manual_seed(draw_seed(self.objective.seed, "lora_dropout", whole.step, batch.slots[0]))
+            losses = self.losses(batch, whole.step)
+            self.scaler.scale(losses.sum() / whole.size).backward()
             if self.masters is not None:
                 self.masters.collect()
-            found += losses.detach().tolist()
-        bad = [
-            name
-            for name, loss in zip((n for b in group.batches for n in b.names), found, strict=True)
-            if not math.isfinite(loss)
-        ]
+            values += losses.detach().tolist()
+        names = [name for batch in whole.batches for name in batch.names]
+        bad = [name for name, loss in zip(names, values, strict=True) if not math.isfinite(loss)]
         if bad:
-            raise not_finite("loss", group.step, bad)
-        return found
+            raise not_finite("loss", whole.step, bad)
+        return values
 
-    def __call__(self, group: Group, lr: float) -> StepResult:
-        """Train on `group`.
+    def __call__(self, whole: GlobalBatch, lr: float) -> StepResult:
+        """Train on one global batch.
 
         Raises:
             DataError: a loss or gradient is not finite. Nothing has been updated.
         """
         for parameters in self.optimiser.param_groups:
             parameters["lr"] = lr * parameters[optim.RATIO]
-        losses = self.backward(group)
+        losses = self.backward(whole)
         self.scaler.unscale_(self.optimiser)
         grad_norm = optim.clip(self.parameters, self.options).item()
         if not math.isfinite(grad_norm) and not self.scaler.is_enabled():
             # With fp16 an overflow is part of the method: the scaler skips the step and lowers its scale.
-            raise not_finite("gradient", group.step, [name for batch in group.batches for name in batch.names])
+            raise not_finite("gradient", whole.step, [name for batch in whole.batches for name in batch.names])
         self.scaler.step(self.optimiser)
         self.scaler.update()
         if self.masters is not None:
             self.masters.settle()
         self.optimiser.zero_grad(set_to_none=True)
-        return StepResult(math.fsum(losses) / group.size, grad_norm, self.rollout_calls(group))
-
-    def rollout_calls(self, group: Group) -> int:
-        """Model calls without gradient that scheduled sampling adds to the step of `group`."""
-        if self.rollout is None:
-            return 0
-        calls = first = 0
-        for batch in group.batches:
-            slots = range(first, first + len(batch.names))
-            calls += self.rollout.calls_of(self.rollout.lengths(group.step, slots))
-            first = slots.stop
-        return calls
+        calls = 0
+        if self.rollout is not None:
+            calls = sum(self.rollout.calls_of(batch.rollout_lengths) for batch in whole.batches)
+        return StepResult(math.fsum(losses) / whole.size, grad_norm, calls)
 
 
 def not_finite(what: str, step: int, names: Sequence[str]) -> DataError:

@@ -12,10 +12,10 @@ from jaxtyping import Float
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from simpletuner.base.draws import draw_seed
 from simpletuner.config.options.validation import ValidationOptions
-from simpletuner.data.collate import Batch
+from simpletuner.data.batch import Batch
 from simpletuner.data.sheet import contact_sheet
+from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flow.loss import flow_loss
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.generate import generate
@@ -24,49 +24,34 @@ from simpletuner.runs.layout import EMA_FOLDER, RunDirectory
 from simpletuner.train.ema import Ema
 from simpletuner.train.trained import Trained
 
-HELD_OUT_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Five even quantiles of (0, 1). Fixed, so that losses can be compared between steps and between runs."""
-HELD_OUT_SEED = 0
-"""Not the run's: two runs with different seeds measure the same thing."""
 SHEET_COLUMNS = 8
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The loss on pictures that are not trained, at fixed sigmas and fixed noise."""
+    """The loss on samples that are not trained on, at fixed sigmas and fixed noise."""
 
     denoise: Denoiser
     count: int
-    """Held-out pictures."""
-    load: Callable[[int], Batch]
-    """One of them, as a batch of one."""
-    guidance: float
+    """Held-out samples."""
+    load: Callable[[int], Mapping[float, Batch]]
+    """One of them, as a batch of one for each sigma."""
     device: torch.device
 
     @torch.no_grad()
     def __call__(self, report: Callable[[int, int], None]) -> dict[float, float]:
-        """Mean squared velocity error over the pictures, at each of `HELD_OUT_SIGMAS`."""
-        sums = dict.fromkeys(HELD_OUT_SIGMAS, 0.0)
+        """Mean squared velocity error over the samples, at each sigma."""
+        sums: dict[float, float] = {}
         self.denoise.transformer.eval()
         for index in range(self.count):
-            batch = self.load(index)
-            for sigma in HELD_OUT_SIGMAS:
-                sums[sigma] += self._loss(batch, sigma)
+            for sigma, batch in self.load(index).items():
+                sums[sigma] = sums.get(sigma, 0.0) + self._loss(batch.to(self.device))
             report(index + 1, self.count)
         self.denoise.transformer.train()
         return {sigma: total / self.count for sigma, total in sums.items()}
 
-    def _loss(self, batch: Batch, sigma: float) -> float:
-        key = draw_seed(HELD_OUT_SEED, "eval", batch.names[0], str(sigma))
-        noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(key))
-        loss = flow_loss(
-            self.denoise,
-            batch.latents.to(self.device),
-            batch.context.to(self.device),
-            sigma=torch.tensor([sigma], device=self.device),
-            guidance=torch.tensor([self.guidance], device=self.device),
-            noise=noise.to(self.device),
-        )
+    def _loss(self, batch: Batch) -> float:
+        loss = flow_loss(self.denoise, batch.latents, batch.condition, sigma=batch.sigma, noise=batch.noise)
         return loss.item()
 
 
@@ -86,7 +71,7 @@ class Painter:
     decode: Callable[[], Callable[[Float[Tensor, "b 128 h w"]], Float[Tensor, "b 3 H W"]]]
     """Loads the VAE's decoder; called when the first picture is due."""
     prompts: Mapping[str, str]
-    context: Callable[[str], Float[Tensor, "1 l d"]]
+    context: Callable[[str], TextContext]
     """A prompt's context, from the cache."""
     device: torch.device
 
@@ -135,21 +120,22 @@ class Painter:
 
     def _image(self, picture: Picture, report: Callable[[int, int], None]) -> Image.Image:
         real = self.options.validation_guidance_real
-        negative = None if real == 1.0 else self.context(self.options.validation_negative_prompt).to(self.device)
         (image,) = generate(
             self.denoise,
             self.decode(),
-            self.context(picture.prompt).to(self.device),
+            self._condition(picture.prompt),
             width=picture.width,
             height=picture.height,
             steps=self.options.validation_num_inference_steps,
-            guidance=self.options.validation_guidance,
             seed=picture.seed,
             real_guidance=real,
-            negative=negative,
+            negative=None if real == 1.0 else self._condition(self.options.validation_negative_prompt),
             report=report,
         )
         return image
+
+    def _condition(self, prompt: str) -> Condition:
+        return Condition.at(self.context(prompt).to(self.device), self.options.validation_guidance)
 
     def _planned(self, step: int) -> list[Picture]:
         """The live pictures, then the average's."""

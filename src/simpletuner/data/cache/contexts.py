@@ -1,48 +1,36 @@
-"""The cache of text contexts. Their padding rows are all alike, so one of them is kept and the others are
-restored."""
+"""The cache of text contexts. What is stored of one is the text encoder's business: its codec packs and unpacks it."""
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from einops import repeat
-from jaxtyping import Float
 from torch import Tensor
 
 from simpletuner.base.errors import DataError
 from simpletuner.base.files import sha256_json
 from simpletuner.data.cache.report import FillReport
 from simpletuner.data.cache.store import Store, check_all
-
-
-@dataclass(frozen=True)
-class Context:
-    """A prompt's context without its padding: `length` − n times `pad`, then `rows`."""
-
-    rows: Float[Tensor, "n d"]
-    pad: Float[Tensor, " d"]
-    length: int
-    """Rows of the full context."""
-
-    def full(self) -> Float[Tensor, "length d"]:
-        """The context exactly as the encoder gives it, padding on the left."""
-        padding = repeat(self.pad, "d -> n d", n=self.length - self.rows.shape[0])
-        return torch.cat((padding, self.rows))
+from simpletuner.flow.condition import TextContext
 
 
 @runtime_checkable  # the tests check signatures as they run
-class EncodedPrompt(Protocol):
-    """What an encoder gives for one prompt; a `Context` is one."""
+class ContextCodec(Protocol):
+    """How a text encoder's contexts are stored. Needs no encoder: cached contexts are read without one."""
 
     @property
-    def rows(self) -> Float[Tensor, "n d"]: ...
-    @property
-    def pad(self) -> Float[Tensor, " d"]: ...
-    @property
-    def length(self) -> int: ...
+    def key(self) -> str:
+        """Fingerprint of everything that turns text into a context."""
+        ...
+
+    def pack(self, context: TextContext) -> Mapping[str, Tensor]:
+        """The tensors to store of a context of one sample."""
+        ...
+
+    def unpack(self, stored: Mapping[str, Tensor]) -> TextContext:
+        """The context that `pack` stored, bit for bit."""
+        ...
 
 
 @runtime_checkable
@@ -55,32 +43,30 @@ class ContextEncoder(Protocol):
 
     def encode_batches(
         self, batches: Sequence[Sequence[str]], report: Callable[[float], None]
-    ) -> Generator[Sequence[EncodedPrompt], None, None]:
-        """The contexts of each batch, in order. `report` is told the share of the work that is done, in between, if
-        much of it comes before the first of them."""
+    ) -> Generator[Sequence[TextContext], None, None]:
+        """The contexts of each batch, in order, each of one sample. `report` is called with the share of the work that
+        is done, in between, if much of it comes before the first of them."""
         ...
 
 
-def context_key(prompt: str, encoder: str) -> str:
-    """The cache key of a prompt; `encoder` is the fingerprint of all that turns text into a context: weights,
-    precision, template, layers, length, tokenizer settings."""
-    return sha256_json({"kind": "context", "version": 1, "prompt": prompt, "encoder": encoder})
+def context_key(prompt: str, codec: ContextCodec) -> str:
+    """The cache key of a prompt."""
+    return sha256_json({"kind": "context", "version": 1, "prompt": prompt, "encoder": codec.key})
 
 
-def read_context(store: Store, prompt: str, encoder: str) -> Context:
-    """The cached context of a prompt.
+def read_context(store: Store, prompt: str, codec: ContextCodec) -> TextContext:
+    """The cached context of a prompt, of one sample, on the CPU.
 
     Raises:
         DataError: it is not there, or was damaged.
     """
-    tensors = store.read(context_key(prompt, encoder))
-    return Context(tensors["rows"], tensors["pad"], int(tensors["length"]))
+    return codec.unpack(store.read(context_key(prompt, codec)))
 
 
 def fill_contexts(
     prompts: Sequence[str],
     store: Store,
-    encoder: str,
+    codec: ContextCodec,
     load: Callable[[], ContextEncoder],
     *,
     batch_size: int,
@@ -108,7 +94,7 @@ def fill_contexts(
     started = time.monotonic()
     unique = sorted(set(prompts))
     store.sweep()
-    states = check_all([(store, context_key(prompt, encoder)) for prompt in unique], verify=verify)
+    states = check_all([(store, context_key(prompt, codec)) for prompt in unique], verify=verify)
     lacking = {prompt for prompt, state in zip(unique, states, strict=True) if state != "sound"}
     encoded = 0
     if lacking:
@@ -116,7 +102,7 @@ def fill_contexts(
         batches = [b for b in _batches(unique, text_encoder, batch_size) if not lacking.isdisjoint(b)]
         total = sum(map(len, batches))
         told = 0
-        unwritten: list[tuple[str, EncodedPrompt]] = []
+        unwritten: list[tuple[str, TextContext]] = []
 
         def tell(count: int) -> None:
             nonlocal told
@@ -125,7 +111,7 @@ def fill_contexts(
 
         def write() -> None:
             for prompt, context in unwritten:
-                _write(store, prompt, context, encoder)
+                store.write(context_key(prompt, codec), codec.pack(context), {"kind": "context", "prompt": prompt})
             unwritten.clear()
 
         def go_on(share: float) -> None:
@@ -151,8 +137,3 @@ def _batches(prompts: Sequence[str], text_encoder: ContextEncoder, batch_size: i
     lengths = dict(zip(prompts, text_encoder.lengths(prompts), strict=True))
     ordered = sorted(prompts, key=lambda prompt: (lengths[prompt], prompt))
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-
-
-def _write(store: Store, prompt: str, context: EncodedPrompt, encoder: str) -> None:
-    tensors = {"rows": context.rows, "pad": context.pad, "length": torch.tensor(context.length)}
-    store.write(context_key(prompt, encoder), tensors, {"kind": "context", "prompt": prompt})

@@ -13,17 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from PIL import Image
-from torch import Tensor
 
 from simpletuner.base.errors import UserError
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.examples.pictures import held_out_flags
 from simpletuner.examples.world import SIDE, held_out_scenes
+from simpletuner.flow.condition import Condition, Denoise, TextContext
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.export import attach_saved, read_lora
-from simpletuner.flux2.generate import Decode, Denoise, initial_noise, picture, sample_latents
+from simpletuner.flux2.generate import Decode, initial_noise, picture, sample_latents
 from simpletuner.flux2.load import load_autoencoder, load_text_encoder, load_transformer
 from simpletuner.flux2.source import locate
 from simpletuner.flux2.spec import FLAVOURS
@@ -67,19 +66,18 @@ class Candidate:
         """
         batches = [prompts[start : start + BATCH] for start in range(0, len(prompts), BATCH)]
         encoded = [context for batch in self.text_encoder.encode_batches(batches) for context in batch]
-        contexts = torch.stack([context.full() for context in encoded])
-        return draw(Denoiser(self.transformer), self.decode, contexts, seed)
+        return draw(Denoiser(self.transformer), self.decode, TextContext.stacked(encoded), seed)
 
 
 @torch.no_grad()
-def draw(denoise: Denoise, decode: Decode, contexts: Float[Tensor, "n l d"], seed: int) -> list[Image.Image]:
+def draw(denoise: Denoise, decode: Decode, contexts: TextContext, seed: int) -> list[Image.Image]:
     """A picture of each context, the i-th from the noise of `seed` + i. The transformer is in eval mode."""
     flavour = FLAVOURS["tiny"]
     pictures = []
-    for start in range(0, len(contexts), BATCH):
-        part = contexts[start : start + BATCH]
-        noise = torch.cat([initial_noise(seed + start + i, width=SIDE, height=SIDE) for i in range(len(part))])
-        latents = sample_latents(denoise, noise, part, steps=flavour.steps, guidance=flavour.guidance)
+    condition = Condition.at(contexts, flavour.guidance)
+    for part in torch.arange(len(contexts.index)).split(BATCH):
+        noise = torch.cat([initial_noise(seed + int(i), width=SIDE, height=SIDE) for i in part])
+        latents = sample_latents(denoise, noise, condition.select(part), steps=flavour.steps)
         pictures += [picture(pixels) for pixels in decode(latents)]
     return pictures
 

@@ -1,43 +1,31 @@
-"""Before training: look at the pictures, then fill the caches, one encoder in memory at a time."""
+"""Before training: scan the sets, then fill the caches, one encoder in memory at a time."""
 
-import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from simpletuner.base.sizes import format_duration, format_size
+from simpletuner.base.sizes import format_duration
 from simpletuner.config.datasets import ImageSet, TextStore
 from simpletuner.config.load import Loaded
-from simpletuner.config.options.model import ModelOptions
-from simpletuner.config.options.offload import OffloadOptions
-from simpletuner.config.options.precision import PrecisionOptions
 from simpletuner.config.run import RunConfig
-from simpletuner.data.cache.contexts import Context, fill_contexts, read_context
+from simpletuner.data.batch import read_contexts, read_latents
+from simpletuner.data.cache.contexts import ContextCodec, fill_contexts
 from simpletuner.data.cache.latents import Encode, fill_latents
 from simpletuner.data.cache.store import Store
-from simpletuner.data.collate import Batch, load_batch
 from simpletuner.data.manifest import Manifest, scan
 from simpletuner.data.sample import Sample
-from simpletuner.flux2.autoencoder import Autoencoder
-from simpletuner.flux2.footprint import resident_text_bytes
-from simpletuner.flux2.load import (
-    Half,
-    autoencoder_id,
-    load_autoencoder,
-    load_text_encoder,
-    load_transformer,
-    stream_text_encoder,
-    text_encoder_id,
-)
+from simpletuner.flow.condition import TextContext
+from simpletuner.flux2.components import open_autoencoder, open_text_encoder, text_codec
+from simpletuner.flux2.load import autoencoder_id
 from simpletuner.flux2.source import Source
-from simpletuner.flux2.spec import TextSpec
 from simpletuner.flux2.text import TextEncoder
-from simpletuner.flux2.transformer import Flux2Transformer
-from simpletuner.memory.free import free_bytes
-from simpletuner.memory.precision import DTYPES, check_precision
+from simpletuner.memory.free import release_memory
+from simpletuner.memory.precision import DTYPES
 from simpletuner.train.report import Reporter
 
 EMPTY = ""
@@ -46,34 +34,26 @@ EMPTY = ""
 
 @dataclass(frozen=True)
 class Encoders:
-    """The identity of what fills the caches: whatever changes a cached tensor changes one of these strings."""
+    """What fills the caches: whatever changes a cached tensor changes the codec's key, or `latents`."""
 
-    text: str
+    text: ContextCodec
     latents: str
 
     @classmethod
     def of(cls, config: RunConfig, source: Source) -> "Encoders":
         """Weights, precision and every setting that the encoders see."""
-        text = text_encoder_id(
-            source,
-            DTYPES[config.base_dtype],
-            layers=source.text_layers,
-            max_length=source.text_length,
-            fix_regex=config.tokenizer_fix_regex,
-            precision=config.text_encoder_1_precision,
-        )
         latents = autoencoder_id(
             source,
             DTYPES[config.vae_dtype],
             tiling=config.vae_enable_tiling,
             slicing=config.vae_enable_slicing,
         )
-        return cls(text, latents)
+        return cls(text_codec(config, config, source), latents)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The data, looked at and encoded."""
+    """The data, scanned and encoded."""
 
     loaded: Loaded
     encoders: Encoders
@@ -82,7 +62,7 @@ class Prepared:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Of each training set's pictures, captions and crops."""
+        """Fingerprint of each training set: its pictures, captions and crops."""
         return {manifest.image_set.id: manifest.fingerprint for manifest in self.train}
 
     @property
@@ -98,20 +78,21 @@ class Prepared:
         store = datasets.default_text_store if image_set is None else datasets.text_store_of(image_set)
         return Store(Path(store.cache_dir))
 
-    def context(self, prompt: str, image_set: ImageSet | None = None) -> Context:
-        """A prompt's context, from the cache."""
-        return read_context(self.text_store(image_set), prompt, self.encoders.text)
+    def latents(self, image_set: ImageSet, samples: Sequence[Sample]) -> Float[Tensor, "b 128 h w"]:
+        """The latents of samples of one set and one bucket, from the cache.
 
-    def batch(self, image_set: ImageSet, samples: Sequence[Sample], prompts: Sequence[str]) -> Batch:
-        """Samples of one set and one bucket with their prompts, from the caches."""
-        return load_batch(
-            samples,
-            prompts,
-            latent_store=self.latent_store(image_set),
-            latent_encoder=self.encoders.latents,
-            context_store=self.text_store(image_set),
-            context_encoder=self.encoders.text,
-        )
+        Raises:
+            DataError: a cache file is missing or damaged.
+        """
+        return read_latents(self.latent_store(image_set), samples, self.encoders.latents)
+
+    def contexts(self, prompts: Sequence[str], image_set: ImageSet | None = None) -> TextContext:
+        """The contexts of prompts, from the cache.
+
+        Raises:
+            DataError: a cache file is missing or damaged.
+        """
+        return read_contexts(self.text_store(image_set), prompts, self.encoders.text)
 
 
 def prepare(
@@ -138,17 +119,6 @@ def prepare(
     fill_text(prepared, source, device, reporter, verify=verify)
     fill_pictures(prepared, source, device, reporter, verify=verify)
     return prepared
-
-
-def check_precisions(options: PrecisionOptions, device: torch.device) -> None:
-    """Raise a ConfigError where `device` cannot run a precision that `options` asks for."""
-    check_precision(options.base_model_precision, device, "base_model_precision")
-    check_precision(options.text_encoder_1_precision, device, "text_encoder_1_precision")
-
-
-def quantised_on(options: PrecisionOptions, device: torch.device) -> torch.device:
-    """Where weights are quantised for `device`."""
-    return device if options.quantize_via == "accelerator" else torch.device("cpu")
 
 
 def tell_manifest(manifest: Manifest, reporter: Reporter) -> None:
@@ -182,108 +152,6 @@ def wanted_prompts(prepared: Prepared) -> dict[TextStore, list[str]]:
     if config.validation_guidance_real != 1.0:
         general.append(config.validation_negative_prompt)
     return found
-
-
-def landing(options: OffloadOptions, device: torch.device) -> torch.device:
-    """Where a transformer is loaded that is to be streamed: all of it need not fit on the accelerator."""
-    return torch.device("cpu") if options.enable_group_offload else device
-
-
-def open_autoencoder(
-    model: ModelOptions, offload: OffloadOptions, source: Source, device: torch.device, half: Half
-) -> Autoencoder:
-    """The `half` of the autoencoder that is wanted, on `device` or streamed to it.
-
-    Raises:
-        AccessError: it cannot be loaded.
-    """
-    return load_autoencoder(
-        source,
-        DTYPES[model.vae_dtype],
-        device,
-        tiling=model.vae_enable_tiling,
-        slicing=model.vae_enable_slicing,
-        is_streamed=offload.group_offload_vae,
-        ahead=offload.group_offload_use_stream and device.type != "cpu",
-        half=half,
-    )
-
-
-def open_text_encoder(
-    model: ModelOptions,
-    precision: PrecisionOptions,
-    offload: OffloadOptions,
-    source: Source,
-    device: torch.device,
-    *,
-    folder: Path,
-    say: Callable[[str], None],
-) -> TextEncoder:
-    """The text encoder in the mode that is asked for; what `auto` takes, and why, is said in a line.
-
-    `folder` is where a streamed encoder puts states that do not stay in memory.
-
-    Raises:
-        AccessError: it cannot be loaded.
-        ConfigError: it has fewer layers than are asked for, or the context has no room for the template.
-    """
-    dtype, layers = DTYPES[precision.base_dtype], source.text_layers
-    length, fix_regex = source.text_length, model.tokenizer_fix_regex
-    name = precision.text_encoder_1_precision
-    mode = "streamed" if offload.group_offload_text_encoder else precision.text_encoder_mode
-    if mode == "auto":
-        tokens = precision.text_encoder_batch_size * length
-        text = TextSpec.from_config(source.text_encoder.config or {})
-        needed = sum(resident_text_bytes(text, layers, tokens=tokens, precision=name, dtype=dtype))
-        free = free_bytes(device)
-        mode = "resident" if needed <= free else "streamed"
-        memory = f"{format_size(free)} of memory {'on the GPU ' if device.type == 'cuda' else ''}are free"
-        how = "resident: it" if mode == "resident" else "streamed, one layer at a time: resident it"
-        say(f"Text encoder {how} takes up to {format_size(needed)}, {memory}.")
-    via = quantised_on(precision, device)
-    if mode == "streamed":
-        return stream_text_encoder(
-            source,
-            dtype,
-            device,
-            layers=layers,
-            max_length=length,
-            fix_regex=fix_regex,
-            folder=folder,
-            precision=name,
-            via=via,
-        )
-    return load_text_encoder(
-        source, dtype, device, layers=layers, max_length=length, fix_regex=fix_regex, precision=name, via=via
-    )
-
-
-def load_base(
-    options: PrecisionOptions,
-    offload: OffloadOptions,
-    source: Source,
-    device: torch.device,
-    *,
-    report: Callable[[str], None],
-) -> Flux2Transformer:
-    """The frozen transformer as `options` have it, where `offload` wants it first; `report` is told if a quantised one
-    that was kept is of no use.
-
-    Raises:
-        AccessError: it cannot be loaded.
-        ConfigError: its shapes do not suit the precision.
-        DiskError: no space to keep it.
-    """
-    folder = options.base_model_cache_dir
-    return load_transformer(
-        source,
-        DTYPES[options.base_dtype],
-        landing(offload, device),
-        options.base_model_precision,
-        via=quantised_on(options, device),
-        cache_dir=None if folder is None else Path(folder),
-        report=report,
-    )
 
 
 def fill_text(prepared: Prepared, source: Source, device: torch.device, reporter: Reporter, *, verify: bool) -> None:
@@ -324,7 +192,7 @@ def fill_text(prepared: Prepared, source: Source, device: torch.device, reporter
     seconds = sum(r.seconds for r in reports)
     reporter.say(f"Captions: {encoded} encoded in {format_duration(seconds)}, {found} in the cache already.")
     held.clear()
-    free_memory(device)
+    release_memory(device)
 
 
 def fill_pictures(
@@ -350,11 +218,4 @@ def fill_pictures(
     reporter.say(
         f"Pictures: {report.encoded} encoded in {format_duration(report.seconds)}, {report.found} in the cache already."
     )
-    free_memory(device)
-
-
-def free_memory(device: torch.device) -> None:
-    """Give back what is not referenced any more, so that the next phase finds it free."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    release_memory(device)

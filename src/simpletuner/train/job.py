@@ -1,29 +1,27 @@
-"""`simpletuner train`, from the checked configuration to what comes of it. The only place that builds everything."""
+"""`simpletuner train`, from the checked configuration to the exported weights: `build` a job, then `run` it."""
 
 import contextlib
 import math
 import os
-import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 import simpletuner
-from simpletuner.base.draws import draw_seed
 from simpletuner.base.errors import ConfigError, DiskError, MemoryBudgetError, Stopped, UserError
 from simpletuner.base.files import sha256_json, write_json
 from simpletuner.base.sizes import format_duration, format_size
 from simpletuner.config.load import Loaded
 from simpletuner.config.record import MAY_CHANGE, resolved
 from simpletuner.config.run import RunConfig
-from simpletuner.data.collate import Batch, caption_of
 from simpletuner.data.order import MicroBatch, Order
-from simpletuner.flow.loss import Denoise
+from simpletuner.flow.condition import Denoise
+from simpletuner.flux2.components import check_precisions
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.routes import resolve
 from simpletuner.flux2.source import Source, locate
@@ -32,24 +30,27 @@ from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.flux2.tread import draw_choices
 from simpletuner.memory import compile as compilation
 from simpletuner.memory import offload, recompute
+from simpletuner.memory.free import release_memory
 from simpletuner.memory.planner import phase_line
 from simpletuner.runs import checkpoints, disk
 from simpletuner.runs.events import CheckpointEvent, EndEvent, ErrorEvent, EventLog, RunEvent, read_events
 from simpletuner.runs.layout import EMA_FOLDER, RESULTS, RunDirectory
 from simpletuner.runs.process import Requests, stopped
 from simpletuner.train import checkpoint, optim, resume, trackers
+from simpletuner.train.batches import BatchBuilder
 from simpletuner.train.budget import Budget, configured, scanned, this_machine
+from simpletuner.train.caches import Prepared, prepare
 from simpletuner.train.ema import Ema
 from simpletuner.train.loop import Loop, Plan, best_step
 from simpletuner.train.placement import open_decoder, stream_blocks
-from simpletuner.train.prepare import EMPTY, Prepared, check_precisions, free_memory, prepare
 from simpletuner.train.product import PRODUCTS, Product
 from simpletuner.train.report import Reporter, peak_memory_gib
 from simpletuner.train.rollout import Rollout
 from simpletuner.train.state import TrainState
-from simpletuner.train.step import DenoiserOf, Group, Objective, Stepper
+from simpletuner.train.step import DenoiserOf, Objective, Stepper
 from simpletuner.train.strata import Strata
 from simpletuner.train.validate import HeldOut, Painter
+from simpletuner.train.world import World
 
 MANY_VISITS = 400
 """Times that each picture is seen above which a LoRA or model usually copies its pictures and learns no subject."""
@@ -58,22 +59,41 @@ WARM_UP_WORTH_S = 20.0
 """A first pass that takes longer is timed as it is: what it set up on the side no longer matters."""
 
 
-def train(loaded: Loaded) -> int:
-    """Run the whole of it; returns the exit code, 0.
+@dataclass(frozen=True)
+class Job:
+    """A run before it starts: what to train, on what, where to, and the memory plan. No file has been touched."""
+
+    loaded: Loaded
+    world: World
+    run: RunDirectory
+    budget: Budget
+
+
+def build(loaded: Loaded, world: World) -> Job:
+    """Construct the job of a checked configuration. Reads the machine's facts, writes nothing.
+
+    Raises:
+        ConfigError: the device cannot train with these options.
+    """
+    check_device(loaded.config, world.device)
+    directory = RunDirectory(Path(loaded.config.output_dir))
+    return Job(
+        loaded, world, directory, Budget(loaded.config, configured(loaded), this_machine(world.device, directory.root))
+    )
+
+
+def run(job: Job) -> int:
+    """Train to the end; returns the exit code, 0.
 
     Raises:
         UserError: what the user can mend, with its own exit code. The run's events hold it too.
     """
-    config = loaded.config
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(config, device)
-    run = RunDirectory(Path(config.output_dir))
-    run.create()
-    with run.lock(), EventLog(run.events) as events, Requests(run.control) as requests:
-        reporter = Reporter(events=events, log=run.log, poll=requests.poll)
-        for text in loaded.notices:
+    job.run.create()
+    with job.run.lock(), EventLog(job.run.events) as events, Requests(job.run.control) as requests:
+        reporter = Reporter(events=events, log=job.run.log, poll=requests.poll)
+        for text in job.loaded.notices:
             reporter.notice(text)
-        attempt = Attempt(loaded, run, device, reporter, requests)
+        attempt = Attempt(job, reporter, requests)
         try:
             with told(reporter, attempt), memory_is_explained(attempt):
                 attempt()
@@ -98,22 +118,26 @@ def check_device(config: RunConfig, device: torch.device) -> None:
 
 
 class Attempt:
-    """One start of a run, to its end or to where it is stopped."""
+    """One start of a job, to its end or to where it is stopped."""
 
-    def __init__(
-        self, loaded: Loaded, run: RunDirectory, device: torch.device, reporter: Reporter, requests: Requests
-    ) -> None:
-        self.loaded = loaded
-        self.config = loaded.config
-        self.run = run
-        self.device = device
+    def __init__(self, job: Job, reporter: Reporter, requests: Requests) -> None:
+        self.loaded = job.loaded
+        self.config = job.loaded.config
+        self.world = job.world
+        self.run = job.run
+        self.device = job.world.device
+        self.budget = job.budget
         self.reporter = reporter
         self.requests = requests
         self.state = TrainState()
         self.compiled: compilation.Compiled | None = None
         self.streaming: offload.Streaming | None = None
-        self.budget = Budget(self.config, configured(loaded), this_machine(device, run.root))
         self.began = time.monotonic()
+
+    @property
+    def batches_per_step(self) -> int:
+        """Micro-batches of a global batch, over all processes."""
+        return self.config.gradient_accumulation_steps * self.world.size
 
     def __call__(self) -> None:
         found = resume.find(self.run, self.loaded, self.reporter)
@@ -129,7 +153,7 @@ class Attempt:
         write_json(self.run.datasets, [m.summary() for m in (*prepared.train, *prepared.held_out)])
         model = {
             "transformer": source.fingerprint("transformer"),
-            "text encoder": prepared.encoders.text,
+            "text encoder": prepared.encoders.text.key,
             "VAE": prepared.encoders.latents,
         }
         if found is not None:
@@ -137,14 +161,17 @@ class Attempt:
         order = Order(prepared.train, seed=self.config.seed, batch_size=self.config.train_batch_size)
         for text in order.notices:
             self.reporter.notice(text)
-        plan = Plan.of(self.config, order)
+        plan = Plan.of(self.config, order, self.batches_per_step)
         if self.is_finished(plan.steps):
             return
         self.look_again(prepared)
         self.state.config = resolved(self.config)
         self.state.data = prepared.fingerprints
         self.state.model = model
+        self.train(prepared, source, order, plan, found)
 
+    def train(self, prepared: Prepared, source: Source, order: Order, plan: Plan, found: resume.Resume | None) -> None:
+        """Load the model, train it and export it."""
         with self.reporter.phase("load"):
             product = PRODUCTS[self.config.model_type](self.config, source, self.device, self.reporter)
             self.install(product.transformer, order)
@@ -161,23 +188,27 @@ class Attempt:
             self.reporter.emit(CheckpointEvent(step=self.state.step, state="resumed", path=found.folder.name))
             self.reporter.say(f"Going on from step {self.state.step} of {plan.steps} ({place}).")
         denoiser = Denoiser(product.transformer)
-        per_step = self.config.gradient_accumulation_steps
-        strata = Strata(order, seed=self.config.seed, batches_per_step=per_step)
+        strata = Strata(order, seed=self.config.seed, batches_per_step=self.batches_per_step)
+        objective = Objective.of(self.config, self.config, self.config.seed, strata)
+        rollout = Rollout.of(self.config, self.config.seed)
         stepper = Stepper(
             denoise=denoiser,
             parameters=trained.parameters(),
             optimiser=optimiser,
             options=self.config,
-            objective=Objective.of(self.config, self.config, self.config.seed, strata),
+            objective=objective,
             scaler=scaler,
             device=self.device,
             route=self.route(denoiser, order),
-            rollout=Rollout.of(self.config, self.config.seed),
+            rollout=rollout,
             masters=trained.masters,
         )
+        builder = BatchBuilder(
+            self.config, prepared, order, objective, rollout, batches_per_step=self.batches_per_step, world=self.world
+        )
         self.introduce(prepared, plan, product, found)
-        if stepper.rollout is not None:
-            self.reporter.say(stepper.rollout.describe())
+        if rollout is not None:
+            self.reporter.say(rollout.describe())
 
         def save(state: TrainState) -> Path:
             state.scaler = scaler.state_dict()
@@ -185,16 +216,16 @@ class Attempt:
             return checkpoint.save_checkpoint(self.run, state, product, optimiser, ema, metadata=metadata)
 
         with self.compiling():
-            self.try_out(stepper, order, prepared, plan)
+            self.try_out(stepper, builder, plan)
         loop = Loop(
             plan=plan,
             run=self.run,
-            groups=self.groups(prepared, order),
+            batches=builder,
             stepper=stepper,
             save=save,
             ema=ema,
-            held_out=self.held_out(prepared, stepper),
-            painter=self.painter(prepared, source, stepper, product, ema),
+            held_out=self.held_out(prepared, denoiser, builder),
+            painter=self.painter(prepared, source, denoiser, product, ema),
             reporter=self.reporter,
             requests=self.requests,
         )
@@ -317,36 +348,8 @@ class Attempt:
         if self.compiled.count > before:
             self.reporter.say(f"Compiled: {self.compiled}.")
 
-    def groups(self, prepared: Prepared, order: Order) -> Callable[[int], Group]:
-        """The batches of a step: a function of the step, so that a resumed run reads what the first would have."""
-        per_step = self.config.gradient_accumulation_steps
-
-        def group(step: int) -> Group:
-            batches: list[Batch] = []
-            epochs: list[int] = []
-            slot = 0
-            for index in range((step - 1) * per_step, step * per_step):
-                epoch, micro_batch = order.micro_batch(index)
-                batches.append(self.batch(prepared, micro_batch, step, slot))
-                epochs.append(epoch)
-                slot += len(micro_batch.visits)
-            return Group(step, epochs[0], tuple(batches))
-
-        return group
-
-    def batch(self, prepared: Prepared, micro_batch: MicroBatch, step: int, first_slot: int) -> Batch:
-        """A micro-batch from the caches, its captions drawn for `step` and its place in the effective batch."""
-        manifest = prepared.train[micro_batch.visits[0].set_index]
-        samples = [manifest.samples[visit.sample_index] for visit in micro_batch.visits]
-        prompts = []
-        for slot, sample in enumerate(samples, start=first_slot):
-            draw = random.Random(draw_seed(self.config.seed, "dropout", step, slot)).random()
-            is_dropped = draw < self.config.caption_dropout_probability
-            prompts.append(EMPTY if is_dropped else caption_of(sample, self.config.seed, step, slot))
-        return prepared.batch(manifest.image_set, samples, prompts)
-
-    def held_out(self, prepared: Prepared, stepper: Stepper) -> HeldOut | None:
-        """The held-out loss, if there are eval sets. Every picture with its first caption."""
+    def held_out(self, prepared: Prepared, denoiser: Denoiser, builder: BatchBuilder) -> HeldOut | None:
+        """The held-out loss, if there are eval sets. Every sample with its first caption."""
         chosen = [
             (manifest.image_set, sample)
             for manifest in prepared.held_out
@@ -355,34 +358,25 @@ class Attempt:
         ]
         if not chosen:
             return None
-
-        def load(index: int) -> Batch:
-            image_set, sample = chosen[index]
-            return prepared.batch(image_set, [sample], [sample.captions[0]])
-
-        low, high = stepper.objective.guidance
-        assert isinstance(stepper.denoise, Denoiser)
-        return HeldOut(stepper.denoise, len(chosen), load, (low + high) / 2, self.device)
+        return HeldOut(denoiser, len(chosen), lambda index: builder.held_out(*chosen[index]), self.device)
 
     def painter(
-        self, prepared: Prepared, source: Source, stepper: Stepper, product: Product, ema: Ema | None
+        self, prepared: Prepared, source: Source, denoiser: Denoiser, product: Product, ema: Ema | None
     ) -> Painter | None:
-        """The validation pictures, if there are prompts."""
+        """The validation images, if there are prompts."""
         if self.config.validation_disable or not self.loaded.prompts:
             return None
-
-        assert isinstance(stepper.denoise, Denoiser)
         return Painter(
             run=self.run,
             options=self.config,
             seed=self.config.seed,
-            denoise=stepper.denoise,
+            denoise=denoiser,
             trained=product.trained,
             ema=None if self.config.ema_validation == "none" else ema,
             has_live=ema is None or self.config.ema_validation != "ema_only",
             decode=open_decoder(self.config, self.config, source, self.device),
             prompts=self.loaded.prompts,
-            context=lambda prompt: prepared.context(prompt).full()[None],
+            context=lambda prompt: prepared.contexts([prompt]),
             device=self.device,
         )
 
@@ -410,33 +404,34 @@ class Attempt:
             )
         self.reporter.say(f"{prepared.pictures} pictures, {plan.steps} steps: {plan.epochs:.1f} epochs.")
 
-    def try_out(self, stepper: Stepper, order: Order, prepared: Prepared, plan: Plan) -> None:
-        """One forward and backward pass at the largest bucket: out of memory shows now, not in an hour, and the run's
-        length can be told. Nothing learns from it.
+    def try_out(self, stepper: Stepper, builder: BatchBuilder, plan: Plan) -> None:
+        """Run one forward and backward pass at the largest bucket, without an update: running out of memory shows now,
+        not in an hour, and the duration of the run can be estimated.
         """
         left = plan.steps - self.state.step
         if left <= 0:
             return
-        batch = largest(order)
-        group = Group(0, 0, (self.batch(prepared, batch, 0, 0),))
+        largest_batch = largest(builder.order)
+        trial = builder.trial(largest_batch)
         seconds = math.inf
         for _ in range(2):  # the first pass also warms up what a library sets up once
             began = time.monotonic()
-            stepper.backward(group)
+            stepper.backward(trial)
             stepper.optimiser.zero_grad(set_to_none=True)
             seconds = min(seconds, time.monotonic() - began)
             if seconds > WARM_UP_WORTH_S and self.compiled is None:
                 break
         hours = seconds * self.config.gradient_accumulation_steps * left
-        width, height = batch.bucket
+        width, height = largest_batch.bucket
         self.reporter.say(
-            f"A pass over {len(batch.visits)} × {width}x{height} takes {format_duration(seconds)}: "
+            f"A pass over {trial.size} × {width}x{height} takes {format_duration(seconds)}: "
             f"about {format_duration(hours)} for {left} steps, pictures and saving not counted."
         )
-        visits = plan.steps * self.config.gradient_accumulation_steps * len(batch.visits) / prepared.pictures
+        pictures = builder.prepared.pictures
+        visits = plan.steps * plan.batches_per_step * trial.size / pictures
         if visits > MANY_VISITS:
             self.reporter.notice(
-                f"{plan.steps} steps on {prepared.pictures} pictures show each of them about {visits:.0f} times. "
+                f"{plan.steps} steps on {pictures} pictures show each of them about {visits:.0f} times. "
                 "What is trained tends to copy its pictures long before: watch the validation pictures and the "
                 "held-out loss, or give a lower --max_train_steps."
             )
@@ -483,7 +478,7 @@ class Attempt:
         if source.flavour.repo is not None:
             self.reporter.say(f"Licence of the base, which binds this {product.noun} too: {source.flavour.licence}")
         self.reporter.say(f"Try it: simpletuner sample --run {self.run.root} --prompt '…'")
-        free_memory(self.device)
+        release_memory(self.device)
 
 
 def largest(order: Order) -> MicroBatch:

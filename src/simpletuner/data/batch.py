@@ -1,0 +1,97 @@
+"""Batches: everything that a step needs to know of its samples, and the random draws made for them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from simpletuner.base.draws import draw_seed
+from simpletuner.data.cache.contexts import ContextCodec, read_context
+from simpletuner.data.cache.latents import read_latent
+from simpletuner.data.cache.store import Store
+from simpletuner.data.sample import Sample
+from simpletuner.flow.condition import Condition, TextContext
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch: samples of one bucket that go through the model together. It is built on the CPU, in fp32."""
+
+    latents: Float[Tensor, "b 128 h w"]
+    condition: Condition
+    sigma: Float[Tensor, " b"]
+    noise: Float[Tensor, "b 128 h w"]
+    names: tuple[str, ...]
+    """`set/name` of each sample, for messages."""
+    weights: Float[Tensor, " b"]
+    """Factor of each sample's loss, outside of its average."""
+    slots: range
+    """Places of the samples in the global batch; with the step they key the draws made inside the model."""
+    rollout_lengths: tuple[int, ...] = ()
+    """How far each sample is rolled out, in thousandths of the path; empty without scheduled sampling."""
+    masks: Float[Tensor, "b h w"] | None = None
+    """Weight of each place of the latents in its sample's loss; None weighs all alike."""
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in pinned memory, from which an accelerator copies without blocking."""
+        return replace(
+            self,
+            latents=self.latents.pin_memory(),
+            condition=self.condition.pin_memory(),
+            sigma=self.sigma.pin_memory(),
+            noise=self.noise.pin_memory(),
+            weights=self.weights.pin_memory(),
+            masks=None if self.masks is None else self.masks.pin_memory(),
+        )
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> "Batch":
+        """The same batch on `device`. Padding rows of the contexts are copied once and expanded there."""
+        return replace(
+            self,
+            latents=self.latents.to(device, non_blocking=non_blocking),
+            condition=self.condition.to(device, non_blocking=non_blocking),
+            sigma=self.sigma.to(device, non_blocking=non_blocking),
+            noise=self.noise.to(device, non_blocking=non_blocking),
+            weights=self.weights.to(device, non_blocking=non_blocking),
+            masks=None if self.masks is None else self.masks.to(device, non_blocking=non_blocking),
+        )
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The micro-batches that share one optimizer step, and the epoch of the first."""
+
+    step: int
+    epoch: int
+    batches: tuple[Batch, ...]
+    """Those of this process."""
+    size: int
+    """Samples, over all processes."""
+
+    def pin_memory(self) -> "GlobalBatch":
+        return replace(self, batches=tuple(batch.pin_memory() for batch in self.batches))
+
+
+def caption_of(sample: Sample, seed: int, step: int, slot: int) -> str:
+    """The prompt of this visit, drawn among the sample's captions by (seed, "caption", step, slot)."""
+    return sample.captions[draw_seed(seed, "caption", step, slot) % len(sample.captions)]
+
+
+def read_latents(store: Store, samples: Sequence[Sample], encoder: str) -> Float[Tensor, "b 128 h w"]:
+    """The cached latents of samples of one set and one bucket.
+
+    Raises:
+        DataError: a cache file is missing or damaged.
+    """
+    return torch.stack([read_latent(store, sample, encoder) for sample in samples])
+
+
+def read_contexts(store: Store, prompts: Sequence[str], codec: ContextCodec) -> TextContext:
+    """The cached contexts of `prompts`, "" where the caption is dropped.
+
+    Raises:
+        DataError: a cache file is missing or damaged.
+    """
+    return TextContext.stacked([read_context(store, prompt, codec) for prompt in prompts])

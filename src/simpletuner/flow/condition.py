@@ -1,0 +1,90 @@
+"""What a denoiser is conditioned on besides the noise level. `data` fills it, `flux2` reads it, `flow` passes it on."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TextContext:
+    """Text contexts of equal length, each distinct row held once: row i of sample b is `rows[index[b, i]]`.
+
+    Padding rows that are alike are so held, cached and copied to the accelerator once, and expanded there. Which rows
+    are padding, and on which side, is known to the text encoder's codec alone.
+    """
+
+    rows: Float[Tensor, "n d"]
+    index: Int64[Tensor, "b l"]
+
+    @classmethod
+    def dense(cls, context: Float[Tensor, "b l d"]) -> "TextContext":
+        """Contexts whose rows all differ."""
+        index = torch.arange(context.shape[0] * context.shape[1], device=context.device)
+        return cls(rearrange(context, "b l d -> (b l) d"), index.view(context.shape[:2]))
+
+    @classmethod
+    def stacked(cls, contexts: Sequence["TextContext"]) -> "TextContext":
+        """The samples of `contexts`, one after the other.
+
+        Raises:
+            ValueError: their lengths differ.
+        """
+        lengths = {context.index.shape[1] for context in contexts}
+        if len(lengths) != 1:
+            raise ValueError(f"contexts of different lengths: {sorted(lengths)}")
+        before = 0
+        indices = []
+        for context in contexts:
+            indices.append(context.index + before)
+            before += len(context.rows)
+        return cls(torch.cat([context.rows for context in contexts]), torch.cat(indices))
+
+    def expanded(self, dtype: torch.dtype | None = None) -> Float[Tensor, "b l d"]:
+        """The contexts themselves, in `dtype`, by default that of the rows."""
+        return (self.rows if dtype is None else self.rows.to(dtype))[self.index]
+
+    def select(self, samples: Int64[Tensor, " k"]) -> "TextContext":
+        """The contexts of some samples."""
+        return TextContext(self.rows, self.index[samples])
+
+    def pin_memory(self) -> "TextContext":
+        return TextContext(self.rows.pin_memory(), self.index.pin_memory())
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> "TextContext":
+        return TextContext(
+            self.rows.to(device, non_blocking=non_blocking), self.index.to(device, non_blocking=non_blocking)
+        )
+
+
+@dataclass(frozen=True)
+class Condition:
+    """The condition of each sample of a batch."""
+
+    context: TextContext
+    guidance: Float[Tensor, " b"]
+    """Scale for the guidance embedder, as a user writes it (1.0, 4.0); models without the embedder ignore it."""
+
+    @classmethod
+    def at(cls, context: TextContext, guidance: float) -> "Condition":
+        """`context` with the same guidance for each sample, on the context's device."""
+        return cls(context, torch.full((len(context.index),), guidance, device=context.index.device))
+
+    def select(self, samples: Int64[Tensor, " k"]) -> "Condition":
+        """The condition of some samples."""
+        return Condition(self.context.select(samples), self.guidance[samples])
+
+    def pin_memory(self) -> "Condition":
+        return Condition(self.context.pin_memory(), self.guidance.pin_memory())
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> "Condition":
+        return Condition(
+            self.context.to(device, non_blocking=non_blocking), self.guidance.to(device, non_blocking=non_blocking)
+        )
+
+
+Denoise = Callable[[Float[Tensor, "b c h w"], Float[Tensor, " b"], Condition], Float[Tensor, "b c h w"]]
+"""(noised latents, sigma, condition) → velocity."""

@@ -1,0 +1,154 @@
+"""FLUX.2's parts as the options ask for them: which precision, on which device, resident or streamed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from simpletuner.base.sizes import format_size
+from simpletuner.config.options.model import ModelOptions
+from simpletuner.config.options.offload import OffloadOptions
+from simpletuner.config.options.precision import PrecisionOptions
+from simpletuner.flux2.autoencoder import Autoencoder
+from simpletuner.flux2.footprint import resident_text_bytes
+from simpletuner.flux2.load import (
+    Half,
+    load_autoencoder,
+    load_text_encoder,
+    load_transformer,
+    stream_text_encoder,
+    text_encoder_id,
+)
+from simpletuner.flux2.source import Source
+from simpletuner.flux2.spec import TextSpec
+from simpletuner.flux2.text import LeftPaddedCodec, TextEncoder
+from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.memory.free import free_bytes
+from simpletuner.memory.precision import DTYPES, check_precision
+
+
+def check_precisions(options: PrecisionOptions, device: torch.device) -> None:
+    """Raise a ConfigError where `device` cannot run a precision that `options` asks for."""
+    check_precision(options.base_model_precision, device, "base_model_precision")
+    check_precision(options.text_encoder_1_precision, device, "text_encoder_1_precision")
+
+
+def quantised_on(options: PrecisionOptions, device: torch.device) -> torch.device:
+    """Where weights are quantised for `device`."""
+    return device if options.quantize_via == "accelerator" else torch.device("cpu")
+
+
+def text_codec(model: ModelOptions, precision: PrecisionOptions, source: Source) -> LeftPaddedCodec:
+    """How the contexts of this text encoder are stored; its key names all options that change one of them."""
+    return LeftPaddedCodec(
+        text_encoder_id(
+            source,
+            DTYPES[precision.base_dtype],
+            layers=source.text_layers,
+            max_length=source.text_length,
+            fix_regex=model.tokenizer_fix_regex,
+            precision=precision.text_encoder_1_precision,
+        )
+    )
+
+
+def landing(options: OffloadOptions, device: torch.device) -> torch.device:
+    """Where a transformer is loaded that is to be streamed: all of it need not fit on the accelerator."""
+    return torch.device("cpu") if options.enable_group_offload else device
+
+
+def open_autoencoder(
+    model: ModelOptions, offload: OffloadOptions, source: Source, device: torch.device, half: Half
+) -> Autoencoder:
+    """The `half` of the autoencoder that is wanted, on `device` or streamed to it.
+
+    Raises:
+        AccessError: it cannot be loaded.
+    """
+    return load_autoencoder(
+        source,
+        DTYPES[model.vae_dtype],
+        device,
+        tiling=model.vae_enable_tiling,
+        slicing=model.vae_enable_slicing,
+        is_streamed=offload.group_offload_vae,
+        ahead=offload.group_offload_use_stream and device.type != "cpu",
+        half=half,
+    )
+
+
+def open_text_encoder(
+    model: ModelOptions,
+    precision: PrecisionOptions,
+    offload: OffloadOptions,
+    source: Source,
+    device: torch.device,
+    *,
+    folder: Path,
+    say: Callable[[str], None],
+) -> TextEncoder:
+    """The text encoder in the mode that is asked for; what `auto` takes, and why, is said in a line.
+
+    `folder` is where a streamed encoder puts states that do not stay in memory.
+
+    Raises:
+        AccessError: it cannot be loaded.
+        ConfigError: it has fewer layers than are asked for, or the context has no room for the template.
+    """
+    dtype, layers = DTYPES[precision.base_dtype], source.text_layers
+    length, fix_regex = source.text_length, model.tokenizer_fix_regex
+    name = precision.text_encoder_1_precision
+    mode = "streamed" if offload.group_offload_text_encoder else precision.text_encoder_mode
+    if mode == "auto":
+        tokens = precision.text_encoder_batch_size * length
+        text = TextSpec.from_config(source.text_encoder.config or {})
+        needed = sum(resident_text_bytes(text, layers, tokens=tokens, precision=name, dtype=dtype))
+        free = free_bytes(device)
+        mode = "resident" if needed <= free else "streamed"
+        memory = f"{format_size(free)} of memory {'on the GPU ' if device.type == 'cuda' else ''}are free"
+        how = "resident: it" if mode == "resident" else "streamed, one layer at a time: resident it"
+        say(f"Text encoder {how} takes up to {format_size(needed)}, {memory}.")
+    via = quantised_on(precision, device)
+    if mode == "streamed":
+        return stream_text_encoder(
+            source,
+            dtype,
+            device,
+            layers=layers,
+            max_length=length,
+            fix_regex=fix_regex,
+            folder=folder,
+            precision=name,
+            via=via,
+        )
+    return load_text_encoder(
+        source, dtype, device, layers=layers, max_length=length, fix_regex=fix_regex, precision=name, via=via
+    )
+
+
+def load_base(
+    options: PrecisionOptions,
+    offload: OffloadOptions,
+    source: Source,
+    device: torch.device,
+    *,
+    report: Callable[[str], None],
+) -> Flux2Transformer:
+    """The frozen transformer as `options` have it, where `offload` wants it first; `report` is told if a quantised one
+    that was kept is of no use.
+
+    Raises:
+        AccessError: it cannot be loaded.
+        ConfigError: its shapes do not suit the precision.
+        DiskError: no space to keep it.
+    """
+    folder = options.base_model_cache_dir
+    return load_transformer(
+        source,
+        DTYPES[options.base_dtype],
+        landing(offload, device),
+        options.base_model_precision,
+        via=quantised_on(options, device),
+        cache_dir=None if folder is None else Path(folder),
+        report=report,
+    )

@@ -1,0 +1,112 @@
+"""From a step to its global batch: which samples, which captions, which random draws."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from simpletuner.base.draws import draw_seed
+from simpletuner.config.datasets import ImageSet
+from simpletuner.config.run import RunConfig
+from simpletuner.data.batch import Batch, GlobalBatch, caption_of
+from simpletuner.data.order import MicroBatch, Order
+from simpletuner.data.sample import Sample
+from simpletuner.flow.condition import Condition
+from simpletuner.train.caches import EMPTY, Prepared
+from simpletuner.train.rollout import Rollout
+from simpletuner.train.step import Objective
+from simpletuner.train.world import World
+
+HELD_OUT_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Five even quantiles of (0, 1). Fixed, so that losses can be compared between steps and between runs."""
+HELD_OUT_SEED = 0
+"""Not the run's: two runs with different seeds measure the same thing."""
+
+
+@dataclass(frozen=True)
+class BatchBuilder:
+    """Builds batches whole, from the caches. A function of the step, so that a resumed run reads what the first would
+    have read.
+    """
+
+    config: RunConfig
+    prepared: Prepared
+    order: Order
+    objective: Objective
+    rollout: Rollout | None
+    batches_per_step: int
+    """Micro-batches of a global batch, over all processes."""
+    world: World
+
+    def __call__(self, step: int) -> GlobalBatch:
+        """The micro-batches of `step` that this process trains on, counted from 1.
+
+        Raises:
+            DataError: a cache file is missing or damaged.
+        """
+        batches: list[Batch] = []
+        first = (step - 1) * self.batches_per_step
+        size = 0
+        for place in range(self.batches_per_step):
+            _, micro_batch = self.order.micro_batch(first + place)
+            if place % self.world.size == self.world.rank:
+                batches.append(self.batch(micro_batch, step, size))
+            size += len(micro_batch.visits)
+        epoch, _ = self.order.micro_batch(first)
+        return GlobalBatch(step, epoch, tuple(batches), size)
+
+    def trial(self, micro_batch: MicroBatch) -> GlobalBatch:
+        """A micro-batch by itself as step 0, which is outside every epoch."""
+        return GlobalBatch(0, 0, (self.batch(micro_batch, 0, 0),), len(micro_batch.visits))
+
+    def batch(self, micro_batch: MicroBatch, step: int, first_slot: int) -> Batch:
+        """One micro-batch, its captions and draws keyed by `step` and its samples' slots in the global batch."""
+        manifest = self.prepared.train[micro_batch.visits[0].set_index]
+        samples = [manifest.samples[visit.sample_index] for visit in micro_batch.visits]
+        slots = range(first_slot, first_slot + len(samples))
+        prompts = [self._prompt(sample, step, slot) for sample, slot in zip(samples, slots, strict=True)]
+        latents = self.prepared.latents(manifest.image_set, samples)
+        channels, height, width = latents.shape[1:]
+        draws = self.objective.draw(step, slots, (channels, height, width))
+        return Batch(
+            latents=latents,
+            condition=Condition(self.prepared.contexts(prompts, manifest.image_set), draws.guidance),
+            sigma=draws.sigma,
+            noise=draws.noise,
+            names=names_of(samples),
+            weights=torch.ones(len(samples)),
+            slots=slots,
+            rollout_lengths=() if self.rollout is None else self.rollout.lengths(step, slots),
+        )
+
+    def held_out(self, image_set: ImageSet, sample: Sample) -> dict[float, Batch]:
+        """A held-out sample with its first caption and fixed noise, at each of `HELD_OUT_SIGMAS`."""
+        latents = self.prepared.latents(image_set, [sample])
+        names = names_of([sample])
+        low, high = self.objective.guidance
+        condition = Condition.at(self.prepared.contexts([sample.captions[0]], image_set), (low + high) / 2)
+        batches = {}
+        for sigma in HELD_OUT_SIGMAS:
+            key = draw_seed(HELD_OUT_SEED, "eval", names[0], str(sigma))
+            batches[sigma] = Batch(
+                latents=latents,
+                condition=condition,
+                sigma=torch.tensor([sigma]),
+                noise=torch.randn(latents.shape, generator=torch.Generator().manual_seed(key)),
+                names=names,
+                weights=torch.ones(1),
+                slots=range(1),
+            )
+        return batches
+
+    def _prompt(self, sample: Sample, step: int, slot: int) -> str:
+        draw = random.Random(draw_seed(self.config.seed, "dropout", step, slot)).random()
+        if draw < self.config.caption_dropout_probability:
+            return EMPTY
+        return caption_of(sample, self.config.seed, step, slot)
+
+
+def names_of(samples: Sequence[Sample]) -> tuple[str, ...]:
+    """`set/name` of each sample."""
+    return tuple(f"{sample.dataset}/{sample.name}" for sample in samples)
