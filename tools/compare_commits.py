@@ -63,7 +63,7 @@ DATASETS: list[dict[str, Any]] = [
     {"id": "text", "type": "local", "dataset_type": "text_embeds", "default": True, "cache_dir": "cache/text"},
 ]
 PROMPTS = {"one": "a gradient", "two": "a soft gradient, number 1"}
-SIZES = ((64, 64), (96, 64), (64, 64), (96, 64))
+SIZES = ((64, 64), (160, 96), (64, 64), (160, 96))
 """Width and height of the training images: two buckets."""
 
 ROUTES = json.dumps({"routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": -2}]})
