@@ -1,6 +1,7 @@
 """What every test may ask for: shapes checked at run time, one thread, a tiny model, a few pictures."""
 
 import fcntl
+import gc
 import os
 import shutil
 import sys
@@ -28,6 +29,10 @@ os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
+# Workers, and commands in processes of their own, import the same modules: compile each once.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 from jaxtyping import install_import_hook  # noqa: E402  after the environment is set
 
 # Every tensor signature of these rooms is checked on every call. Outside the tests the shapes cost nothing.
@@ -38,6 +43,23 @@ install_import_hook(CHECKED, "beartype.beartype")
 
 import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
+
+MODULES_PER_FREEZE = 50
+frozen_modules = 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """After a test that imported many modules, take their objects out of later garbage collections.
+
+    A run collects garbage after each phase. With the test libraries and all model libraries loaded, that takes 0.3 s
+    each time; without them a tenth of it. Between two tests nothing else lives but fixtures of a wider scope.
+    """
+    global frozen_modules  # noqa: PLW0603  once per process
+    if len(sys.modules) > frozen_modules + MODULES_PER_FREEZE:
+        gc.collect()
+        gc.freeze()
+        frozen_modules = len(sys.modules)
 
 
 def pytest_unconfigure() -> None:

@@ -1,5 +1,6 @@
 """Whole runs through the real command, on the embedded model."""
 
+import fcntl
 import json
 import shutil
 import subprocess
@@ -110,14 +111,23 @@ def workplace(own_folder: Path, pictures: Path) -> Workplace:
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Workplace:
-    """The same run, left alone: what every interrupted one must end like."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    shutil.copytree(pictures, folder / "datasets" / "pictures")
-    place = Workplace(folder)
-    done = place.train_apart()
-    assert done.returncode == 0, done.stderr
+def uninterrupted(shared_folder: Path, pictures: Path) -> Workplace:
+    """The same run, left alone: what every interrupted one must end like. One for all workers."""
+    place = Workplace(shared_folder / "uninterrupted")
+    with (shared_folder / "uninterrupted.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not place.run().lora.exists():
+            shutil.copytree(pictures, place.folder / "datasets" / "pictures")
+            done = place.train_apart()
+            assert done.returncode == 0, done.stderr
     return place
+
+
+@pytest.fixture
+def cached_workplace(workplace: Workplace, uninterrupted: Workplace) -> Workplace:
+    """A working folder whose caches a run in fp32 has filled: for tests of what comes after them."""
+    shutil.copytree(uninterrupted.folder / "cache", workplace.folder / "cache")
+    return workplace
 
 
 @pytest.fixture

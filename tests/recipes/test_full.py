@@ -35,12 +35,12 @@ PINNED = {"no": [1.3900223, 1.1761433, 1.3819169], "bf16": [1.3881238, 1.2093047
 
 
 @pytest.fixture
-def workplace(workplace: Workplace) -> Workplace:
+def workplace(cached_workplace: Workplace) -> Workplace:
     """One whose runs train the whole model."""
     for name in ("lora_rank", "lora_alpha"):
-        workplace.config.pop(name, None)
-    workplace.config |= FULL
-    return workplace
+        cached_workplace.config.pop(name, None)
+    cached_workplace.config |= FULL
+    return cached_workplace
 
 
 def weights(place: Workplace, name: str = "run", folder: str = "") -> dict[str, torch.Tensor]:

@@ -17,8 +17,13 @@ def score(pictures: list[Image.Image]) -> Score:
     return Score.of(judge(picture, scene) for picture, scene in zip(pictures, SCENES, strict=True))
 
 
-def test_what_was_drawn_is_right_in_everything():
-    assert score(PICTURES).shares["everything"].value >= 0.99
+@pytest.fixture(scope="module")
+def drawn_score() -> Score:
+    return score(PICTURES)
+
+
+def test_what_was_drawn_is_right_in_everything(drawn_score: Score):
+    assert drawn_score.shares["everything"].value >= 0.99
 
 
 def test_what_was_drawn_is_still_right_when_it_is_blurred():
@@ -52,9 +57,8 @@ def test_no_thing_half_a_thing_and_two_things_are_not_right():
     assert not judge(two, scene).right["colour and shape"]
 
 
-def test_a_score_has_a_standard_error():
-    shares = score(PICTURES[:120]).shares
-    assert str(shares["colour"]).endswith("%")
+def test_a_score_has_a_standard_error(drawn_score: Score):
+    assert str(drawn_score.shares["colour"]).endswith("%")
     with pytest.raises(ValueError, match="at least one"):
         Score.of([])
 
