@@ -89,11 +89,11 @@ def load_transformer(
         kept = None if cache_dir is None else KeptBase.of(cache_dir, source, precision, dtype)
     file = None if kept is None else kept.verified(report)
     if file is not None:
+        # What products read in place is copied: on a CPU their last bits depend on where a tensor begins.
+        plain = {name for name, _ in transformer.named_parameters()}
         with torch.device("meta"):
             make_room(transformer, targets(transformer, _BLOCKS, precision), precision, dtype)
         with _opened(file, is_mapped=True) as read:
-            # What products read in place is copied: on a CPU their last bits depend on where a tensor begins.
-            plain = {name for name, _ in transformer.named_parameters()}
             for name in transformer.state_dict():
                 _assign(transformer, name, read(name).to(device, copy=name in plain))
         return transformer.eval()

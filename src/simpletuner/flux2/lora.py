@@ -8,7 +8,6 @@ columns.
 
 import contextlib
 import difflib
-import itertools
 import json
 import math
 import re
@@ -395,7 +394,7 @@ def wrap(
     base = transformer.get_submodule(name)
     if not isinstance(base, Adaptable):
         raise TypeError(f"{name} is a {type(base).__name__}, not a Linear")
-    device = next(itertools.chain(base.parameters(), base.buffers())).device
+    device = next(base.parameters()).device
     layer = LoraLinear(
         base,
         a.to(device, torch.float32),
