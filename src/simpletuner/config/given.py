@@ -102,7 +102,7 @@ def check(givens: Mapping[str, Given], known: Known, checked: Checked, *, where:
                     f"{label} = {shown(value)}: not built yet: {work}",
                     remedy=f"Until then it takes {kind.expects}.",
                 )
-    for key in _refused(known.model, values):
+    for key in refused(known.model, values):
         if key in givens:
             faulty[key] = _not_expected(where, givens[key], all_kinds[key])
         else:
@@ -128,7 +128,7 @@ def _plain(value: object) -> object:
     return value
 
 
-def _refused(model: type[Slice], values: dict[str, Any]) -> list[str]:
+def refused(model: type[Slice], values: dict[str, Any]) -> list[str]:
     """The keys of `values` that `model` does not accept, and the required ones that are missing."""
     try:
         model.model_validate(values)

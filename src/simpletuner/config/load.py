@@ -19,7 +19,7 @@ from simpletuner.config.rules import findings, notices
 from simpletuner.config.run import OPTION_NAMES, RunConfig
 from simpletuner.config.values import kinds, listed, nearest, shown
 
-ALIASES = {
+OPTION_ALIASES = {
     "validation_steps": "validation_step_interval",
     "checkpointing_steps": "checkpoint_step_interval",
     "save_total_limit": "checkpoints_total_limit",
@@ -44,7 +44,7 @@ RUN = Known(
     RunConfig,
     later.OPTIONS,
     later.OPTION_VALUES,
-    ALIASES,
+    OPTION_ALIASES,
     nicknames=NICKNAMES,
     elsewhere=ImageSet.model_fields,
     other_place="multidatabackend.json, with each set of pictures",

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Lt
 from pydantic import AfterValidator, BeforeValidator
 
-from simpletuner.config.optimisers import ALIASES, LIBRARIES, OPTIMISERS, canonical
+from simpletuner.config.optimisers import LIBRARIES, OPTIMISERS, OPTIMIZER_ALIASES, canonical
 from simpletuner.config.options.kinds import (
     Count,
     IsJson,
@@ -62,7 +62,9 @@ class OptimOptions(Slice):
     optimizer: Annotated[
         str,
         AfterValidator(_known),
-        Says(f"{', '.join(OPTIMISERS)} or library:name ({', '.join(LIBRARIES)})", near=(*OPTIMISERS, *ALIASES)),
+        Says(
+            f"{', '.join(OPTIMISERS)} or library:name ({', '.join(LIBRARIES)})", near=(*OPTIMISERS, *OPTIMIZER_ALIASES)
+        ),
     ] = "adamw"
     """The optimiser: see [optimisers](optimisers.md). `library:name` is any that the library has, such as
     `pytorch_optimizer:adan`. SimpleTuner's names with a prefix (`bnb-adamw8bit`, `optimi-lion`) mean the same here."""
