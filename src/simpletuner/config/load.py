@@ -10,6 +10,7 @@ from simpletuner.config import later
 from simpletuner.config.datasets import Datasets, ImageSet
 from simpletuner.config.documents import read_document
 from simpletuner.config.flags import Flags, parse
+from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS
 from simpletuner.config.given import ORIGINS, Checked, Given, Known, Origin, check, unaliased
 from simpletuner.config.listing import Listing, Surroundings, read_datasets
 from simpletuner.config.options.checkpoint import LATEST
@@ -155,7 +156,8 @@ def examine(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str
     givens = _with_json_files(givens, folder, checked)
     check(givens, RUN, checked)
 
-    config = RunConfig(**checked.valid)
+    flavour = FLAVOURS[checked.valid.get("model_flavour", DEFAULT_FLAVOUR)]
+    config = RunConfig(**flavour.option_defaults | checked.valid)
     config, names = _with_paths(config, givens, checked, folder, environ)
     datasets_file = _datasets_file(config, config_file)
     listing = _datasets(config, datasets_file, checked, Surroundings(folder, names, environ), givens)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from simpletuner.base.errors import Problem
 from simpletuner.config.datasets import Datasets
+from simpletuner.config.flavours import FLAVOURS
 from simpletuner.config.given import Checked, Given, Known, check
 from simpletuner.config.optimisers import ADAM, optimiser
 from simpletuner.config.options.checkpoint import LATEST
@@ -199,11 +200,9 @@ def _routes(config: RunConfig) -> Iterator[Finding]:
 
 def notices(config: RunConfig, datasets: Datasets | None, given: Collection[str]) -> Iterator[str]:
     """What to say before the run: the licence, options in `given` that have no effect, odd combinations."""
-    if config.model_flavour == "dev":
-        yield (
-            "FLUX.2-dev's weights are under Black Forest Labs' non-commercial licence: "
-            "read it before you use or share what you train."
-        )
+    flavour = FLAVOURS[config.model_flavour]
+    if flavour.licence_notice is not None:
+        yield flavour.licence_notice
     for keys, has_no_effect, reason in _ignored(config, datasets):
         for key in keys:
             if has_no_effect and key in given:
@@ -291,7 +290,7 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
     yield from _ignored_of_offload(config)
 
     place = config.pretrained_model_name_or_path
-    is_local = config.model_flavour == "tiny" if place is None else Path(place).exists()
+    is_local = FLAVOURS[config.model_flavour].repo is None if place is None else Path(place).exists()
     yield ("revision", "variant"), is_local, "the model does not come from the Hub"
     if config.model_type == "full":
         yield tuple(LoraOptions.model_fields), True, "model_type is full, and trains no adapter"

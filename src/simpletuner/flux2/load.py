@@ -288,7 +288,10 @@ def _tokenizer(source: Source, fix_regex: bool) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(
-        source.tokenizer, local_files_only=True, fix_mistral_regex=False
+        source.tokenizer,
+        local_files_only=True,
+        fix_mistral_regex=False,
+        padding_side=source.flavour.text.padding_side,
     )
     if fix_regex:
         from tokenizers import Regex, pre_tokenizers

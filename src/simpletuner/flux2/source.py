@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from simpletuner.base.errors import AccessError, Problem
 from simpletuner.base.files import read_json, sha256_json
+from simpletuner.config.flavours import FLAVOURS, Flavour, TextEncoderKind, TransformerSpec
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.flux2 import tiny
 from simpletuner.flux2.headers import read_header, read_headers
 from simpletuner.flux2.names import text_encoder_name, transformer_renaming
 from simpletuner.flux2.places import Folder, Hub, Place, Report, fetch
-from simpletuner.flux2.spec import FLAVOURS, Flavour, TransformerSpec
+from simpletuner.flux2.spec import transformer_from_diffusers, transformer_from_tensors
 
 Component = Literal["transformer", "vae", "text_encoder"]
 Config = dict[str, Any]
@@ -24,12 +25,12 @@ _STEMS: Mapping[Component, str] = {
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
 }
-# The key of a component's config that says what it is, and what it must say.
-_KINDS: Mapping[Component, tuple[str, tuple[str, ...]]] = {
-    "transformer": ("_class_name", ("Flux2Transformer2DModel",)),
-    "vae": ("_class_name", ("AutoencoderKLFlux2",)),
-    "text_encoder": ("model_type", ("mistral3", "mistral")),
+# What a component's config says it is: diffusers' `_class_name`, or of a text encoder transformers' `model_type`.
+_CLASSES: Mapping[Component, str] = {
+    "transformer": "Flux2Transformer2DModel",
+    "vae": "AutoencoderKLFlux2",
 }
+_TEXT_ENCODERS: Mapping[TextEncoderKind, tuple[str, ...]] = {"mistral3": ("mistral3", "mistral")}
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 _TOKENIZER_EXTRA = ("chat_template.jinja", "special_tokens_map.json")
 # Who wrote a config, and with what, changes nothing about what it says.
@@ -103,7 +104,7 @@ def transformer_spec(transformer: Weights, name: str) -> TransformerSpec:
     """
     try:
         if transformer.config is not None:
-            return TransformerSpec.from_diffusers(transformer.config)
+            return transformer_from_diffusers(transformer.config)
         entries = read_headers(transformer.files)
         renaming = transformer_renaming(entries)
         shapes: dict[str, tuple[int, ...]] = {}
@@ -111,7 +112,7 @@ def transformer_spec(transformer: Weights, name: str) -> TransformerSpec:
             renamed = renaming(own)
             if renamed is not None:
                 shapes.update(zip(renamed.names, renamed.shapes(entry.shape), strict=True))
-        return TransformerSpec.from_tensors(shapes)
+        return transformer_from_tensors(shapes)
     except KeyError as error:
         raise AccessError.of(f"{name} has no tensor {error}", "a FLUX.2 transformer") from None
     except ValueError as error:
@@ -148,7 +149,7 @@ class _Search:
         self.report = report
         self.environ = environ
         self.flavour = FLAVOURS[options.model_flavour]
-        self.layers = options.custom_text_encoder_intermediary_layers or self.flavour.text_layers
+        self.layers = options.custom_text_encoder_intermediary_layers or self.flavour.text.layers
         self.repos: dict[str, Hub] = {}
         self.missing: dict[str, list[str]] = {}
         self.problems: list[Problem] = []
@@ -196,7 +197,7 @@ class _Search:
             text_encoder=weights["text_encoder"],
             tokenizer=tokenizer.place.path(tokenizer.names[0]).parent,
             text_layers=self.layers,
-            text_length=self.options.tokenizer_max_length or self.flavour.text_length,
+            text_length=self.options.tokenizer_max_length or self.flavour.text.length,
             pipeline=base.root if isinstance(base, Folder) else None,
         )
         _check_width(source)
@@ -233,7 +234,10 @@ class _Search:
             self._lacks(place, f"{folders[0]}config.json")
             return _Part(place, [], None)
         config: Config = read_json(place.path(f"{folder}config.json"))
-        key, kinds = _KINDS[component]
+        if component == "text_encoder":
+            key, kinds = "model_type", _TEXT_ENCODERS[self.flavour.text.kind]
+        else:
+            key, kinds = "_class_name", (_CLASSES[component],)
         kind = config.get(key)
         if kind not in kinds:
             self.problems.append(

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from simpletuner.base.errors import AccessError, ConfigError
-from simpletuner.flux2.spec import SYSTEM_MESSAGE
+from simpletuner.config.flavours import SYSTEM_MESSAGE
 
 Report = Callable[[float], None]
 """Told now and then which share of the work is done, from 0 to 1; may raise to stop it."""

@@ -33,7 +33,7 @@ from simpletuner.flux2.load import (
     text_encoder_id,
 )
 from simpletuner.flux2.source import Source
-from simpletuner.flux2.spec import TextSpec
+from simpletuner.flux2.spec import text_from_config
 from simpletuner.flux2.text import TextEncoder
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.free import free_bytes
@@ -233,7 +233,7 @@ def open_text_encoder(
     mode = "streamed" if offload.group_offload_text_encoder else precision.text_encoder_mode
     if mode == "auto":
         tokens = precision.text_encoder_batch_size * length
-        text = TextSpec.from_config(source.text_encoder.config or {})
+        text = text_from_config(source.text_encoder.config or {})
         needed = sum(resident_text_bytes(text, layers, tokens=tokens, precision=name, dtype=dtype))
         free = free_bytes(device)
         mode = "resident" if needed <= free else "streamed"

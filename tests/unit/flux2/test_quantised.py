@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests.unit.flux2.test_load import bfl_tensors
 
 from simpletuner.base.errors import ConfigError, DiskError
+from simpletuner.config.flavours import TINY, TransformerSpec
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.precisions import PRECISIONS
 from simpletuner.flux2.denoiser import Denoiser
@@ -28,7 +29,7 @@ from simpletuner.flux2.load import (
 )
 from simpletuner.flux2.lora import PRESETS, attach
 from simpletuner.flux2.source import Source, Weights
-from simpletuner.flux2.spec import TINY, TextSpec, TransformerSpec
+from simpletuner.flux2.spec import text_from_config
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.precision import QuantisedLinear, packed
 
@@ -289,7 +290,7 @@ def test_contexts_of_another_precision_are_others(tiny_source):
 def test_bytes_of_a_quantised_text_encoder(name, tiny_source):
     model = load_text_encoder(tiny_source, BF16, "cpu", **TEXT, precision=name)._model
     held = sum(tensor.nbytes for tensor in model.parameters())
-    text = TextSpec.from_config(tiny_source.text_encoder.config)
+    text = text_from_config(tiny_source.text_encoder.config)
     weights, beside = resident_text_bytes(text, TEXT["layers"], tokens=0, precision=name, dtype=BF16)
     assert (weights, beside) == (held, 64 * 128 * 2), "and one plain weight of the widest"
 
@@ -307,7 +308,8 @@ import torch
 from safetensors import safe_open
 from simpletuner.flux2.load import load_transformer
 from simpletuner.flux2.source import Source, Weights
-from simpletuner.flux2.spec import FLAVOURS
+from simpletuner.config.flavours import FLAVOURS
+from simpletuner.flux2.spec import text_from_config
 from simpletuner.memory.precision import quantised
 
 mode, allowed, precision, files = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4:]

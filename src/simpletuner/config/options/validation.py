@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge
 from pydantic import AfterValidator, BeforeValidator
 
+from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS
 from simpletuner.config.options.kinds import Count, NotNegative, PathText, Says, Seed, Slice, Text, Whole, whole_as_text
 
 _SIZE = re.compile(r"\s*(\d+)\s*(?:[xX×]\s*(\d+)\s*)?")
@@ -68,10 +69,10 @@ class ValidationOptions(Slice):
     ] = "1024x1024"
     """Sizes of the pictures in pixels: `1024`, `1024x768` (width x height), or a comma list."""
 
-    validation_num_inference_steps: Count = 20
+    validation_num_inference_steps: Count = FLAVOURS[DEFAULT_FLAVOUR].validation_steps
     """Sampler steps of a picture."""
 
-    validation_guidance: NotNegative = 4.0
+    validation_guidance: NotNegative = FLAVOURS[DEFAULT_FLAVOUR].guidance
     """Guidance fed to dev's embedder when a picture is made."""
 
     validation_guidance_real: Annotated[float, Ge(1)] = 1.0
