@@ -11,14 +11,14 @@ from simpletuner.config.datasets import Datasets, ImageSet
 from simpletuner.config.documents import read_document
 from simpletuner.config.flags import Flags, parse
 from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS
-from simpletuner.config.given import ORIGINS, Checked, Given, Known, Origin, check, unaliased
+from simpletuner.config.given import ORIGINS, Checked, Given, Known, Origin, check_givens, unaliased
 from simpletuner.config.listing import Listing, Surroundings, read_datasets
 from simpletuner.config.options.checkpoint import LATEST
 from simpletuner.config.paths import filled, is_local_model, joined
 from simpletuner.config.prompts import load_prompts
 from simpletuner.config.rules import findings, notices
 from simpletuner.config.run import OPTION_NAMES, RunConfig
-from simpletuner.config.values import kinds, listed, nearest, shown
+from simpletuner.config.values import join_names, kinds, nearest, shown
 
 OPTION_ALIASES = {
     "validation_steps": "validation_step_interval",
@@ -43,7 +43,7 @@ NICKNAMES = {
 }
 RUN = Known(
     RunConfig,
-    later.OPTIONS,
+    later.LATER_OPTIONS,
     later.OPTION_VALUES,
     OPTION_ALIASES,
     nicknames=NICKNAMES,
@@ -154,7 +154,7 @@ def examine(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str
         givens |= unaliased(source, RUN, checked)
     _let_the_flavour_win(givens, checked)
     givens = _with_json_files(givens, folder, checked)
-    check(givens, RUN, checked)
+    check_givens(givens, RUN, checked)
 
     flavour = FLAVOURS[checked.valid.get("model_flavour", DEFAULT_FLAVOUR)]
     config = RunConfig(**flavour.option_defaults | checked.valid)
@@ -207,7 +207,7 @@ def _found(flags: Flags, folder: Path, environ: Mapping[str, str], problems: lis
 def _chosen(flags: Flags, folder: Path, environ: Mapping[str, str]) -> Path | None:
     named = flags.selectors
     if len(named) > 1:
-        both = listed([f"--{name}" for name in named], "and")
+        both = join_names([f"--{name}" for name in named], "and")
         raise ConfigError.of(f"{both} are given", "one of them, since each says which config is read")
     if "config" in named:
         path = Path(joined(folder, named["config"]))
@@ -226,7 +226,7 @@ def _chosen(flags: Flags, folder: Path, environ: Mapping[str, str]) -> Path | No
     if found is None and not lists_datasets:
         raise ConfigError.of(
             "no configuration here",
-            f"{listed(['config.json', 'config.toml', 'config/config.json', 'config/config.toml'])}",
+            f"{join_names(['config.json', 'config.toml', 'config/config.json', 'config/config.toml'])}",
             "Name one with --config or --env, or try the program with --example tiny-lora.",
         )
     return found
@@ -240,7 +240,7 @@ def _in_folder(folder: Path, flag: str) -> Path:
     near = nearest(folder.name, others)
     raise ConfigError.of(
         f"{flag}: there is no {folder.name}",
-        listed(others) if others else f"a config in {folder}",
+        join_names(others) if others else f"a config in {folder}",
         f"Did you mean {near}?" if near and len(others) > 1 else "",
     )
 
@@ -305,7 +305,7 @@ def _let_the_flavour_win(givens: dict[str, Given], checked: Checked) -> None:
         del givens[key]
     if beaten:
         checked.notices.append(
-            f"{flavour.spelled} {flavour.value} wins over {listed(beaten, 'and')}, which comes before it."
+            f"{flavour.spelled} {flavour.value} wins over {join_names(beaten, 'and')}, which comes before it."
         )
 
 

@@ -38,7 +38,7 @@ from simpletuner.flux2.spec import autoencoder_from_config, decoder_shapes, enco
 from simpletuner.flux2.text_stream import MEMORY_BYTES, PORTION_TOKENS
 from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
 from simpletuner.flux2.transformer import Flux2Transformer
-from simpletuner.memory.planner import Machine, MemoryPlan, Part, PhasePlan, Place, PlannedPhase
+from simpletuner.memory.planner import Machine, MemoryPart, MemoryPlan, MemoryTier, PhasePlan, PlannedPhase
 from simpletuner.memory.precision import DTYPES, stored_bytes
 
 # What the model is
@@ -278,8 +278,8 @@ class _Room:
     """Collects the parts of a phase. On a machine without an accelerator, `device` is its memory."""
 
     def __init__(self, machine: Machine) -> None:
-        self._device: Place = "ram" if machine.accelerator is None else "accelerator"
-        self._sizes: dict[tuple[str, Place], int] = {}
+        self._device: MemoryTier = "ram" if machine.accelerator is None else "accelerator"
+        self._sizes: dict[tuple[str, MemoryTier], int] = {}
 
     def device(self, name: str, size: int) -> None:
         self._add(name, self._device, size)
@@ -290,12 +290,12 @@ class _Room:
     def disk(self, name: str, size: int) -> None:
         self._add(name, "disk", size)
 
-    def _add(self, name: str, place: Place, size: int) -> None:
+    def _add(self, name: str, place: MemoryTier, size: int) -> None:
         if size:
             self._sizes[name, place] = self._sizes.get((name, place), 0) + size
 
     def plan(self, phase: PlannedPhase, what: str, read: int) -> PhasePlan:
-        parts = (Part(name, place, size) for (name, place), size in self._sizes.items())
+        parts = (MemoryPart(name, place, size) for (name, place), size in self._sizes.items())
         return PhasePlan(phase, what, tuple(parts), read)
 
 
@@ -352,7 +352,7 @@ class Footprint:
         return "resident" if self._text("resident").total(self._device) <= there else "streamed"
 
     @property
-    def _device(self) -> Place:
+    def _device(self) -> MemoryTier:
         return "ram" if self.machine.accelerator is None else "accelerator"
 
     def text(self) -> PhasePlan:

@@ -20,7 +20,7 @@ from simpletuner.config.precisions import NO_CHANGE
 from simpletuner.flux2.autoencoder import Autoencoder
 from simpletuner.flux2.headers import TensorEntry, read_header, read_headers
 from simpletuner.flux2.kept import KeptBase
-from simpletuner.flux2.names import Renamed, Renaming, text_encoder_name, transformer_renaming
+from simpletuner.flux2.names import Renamed, TensorRenaming, text_encoder_name, transformer_renaming
 from simpletuner.flux2.source import Source, Weights
 from simpletuner.flux2.text import ResidentTextEncoder
 from simpletuner.flux2.text_stream import StreamedTextEncoder
@@ -328,7 +328,7 @@ def text_encoder_id(
 def _fill(
     module: nn.Module,
     weights: Weights,
-    renaming: Renaming,
+    renaming: TensorRenaming,
     dtype: torch.dtype,
     device: torch.device | str,
     *,

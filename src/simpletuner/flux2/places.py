@@ -13,7 +13,7 @@ from simpletuner.base.files import disk_full_is_reported
 from simpletuner.base.sizes import format_size
 from simpletuner.config.options.model import ModelOptions
 
-Report = Callable[[str], None]
+ReportLine = Callable[[str], None]
 
 
 class Folder:
@@ -48,7 +48,7 @@ class Hub:
 
     _ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-    def __init__(self, repo: str, options: ModelOptions, report: Report, environ: Mapping[str, str]) -> None:
+    def __init__(self, repo: str, options: ModelOptions, report: ReportLine, environ: Mapping[str, str]) -> None:
         self.name = self.label = repo
         self._revision = options.revision
         self._cache_dir = None if options.cache_dir is None else Path(options.cache_dir).expanduser()
@@ -201,10 +201,10 @@ class _Unreachable(AccessError):
     """The Hub gave no answer at all."""
 
 
-Place = Folder | Hub
+ModelLocation = Folder | Hub
 
 
-def fetch(wanted: Sequence[tuple[Place, str]], report: Report) -> None:
+def fetch(wanted: Sequence[tuple[ModelLocation, str]], report: ReportLine) -> None:
     """Download those files of `wanted` that are on the Hub and not here yet, after saying how large they are.
 
     Raises:

@@ -14,7 +14,7 @@ from simpletuner.config.options.model import ModelOptions
 from simpletuner.flux2 import tiny
 from simpletuner.flux2.headers import read_header, read_headers
 from simpletuner.flux2.names import text_encoder_name, transformer_renaming
-from simpletuner.flux2.places import Folder, Hub, Place, Report, fetch
+from simpletuner.flux2.places import Folder, Hub, ModelLocation, ReportLine, fetch
 from simpletuner.flux2.spec import transformer_from_diffusers, transformer_from_tensors
 
 Component = Literal["transformer", "vae", "text_encoder"]
@@ -119,7 +119,7 @@ def transformer_spec(transformer: Weights, name: str) -> TransformerSpec:
         raise AccessError.of(f"{name}: {error}", "a FLUX.2 transformer") from None
 
 
-def locate(options: ModelOptions, *, report: Report, environ: Mapping[str, str] = os.environ) -> Source:
+def locate(options: ModelOptions, *, report: ReportLine, environ: Mapping[str, str] = os.environ) -> Source:
     """Find every file of the model that `options` name, after downloading or making what is not here.
 
     `report` is told, in sentences, what is about to be made or downloaded, its size, and how much disk is
@@ -136,7 +136,7 @@ def locate(options: ModelOptions, *, report: Report, environ: Mapping[str, str] 
 class _Part:
     """What one component needs of a place."""
 
-    place: Place
+    place: ModelLocation
     names: list[str]
     config: Config | None
 
@@ -144,7 +144,7 @@ class _Part:
 class _Search:
     """One call of `locate`: collects what is missing as it goes, and raises it together."""
 
-    def __init__(self, options: ModelOptions, report: Report, environ: Mapping[str, str]) -> None:
+    def __init__(self, options: ModelOptions, report: ReportLine, environ: Mapping[str, str]) -> None:
         self.options = options
         self.report = report
         self.environ = environ
@@ -203,7 +203,7 @@ class _Search:
         _check_width(source)
         return source
 
-    def _base(self, asked: str | None) -> Place:
+    def _base(self, asked: str | None) -> ModelLocation:
         """The whole model: what was asked for, else the flavour's own."""
         name = asked or self.flavour.repo
         if name is not None:
@@ -214,7 +214,7 @@ class _Search:
             self.report(f"Making the embedded model in {folder}.")
         return Folder(tiny.make(folder))
 
-    def _place(self, text: str) -> Place:
+    def _place(self, text: str) -> ModelLocation:
         folder = Path(text).expanduser()
         if folder.is_dir():
             return Folder(folder)
@@ -227,7 +227,7 @@ class _Search:
             "a folder, a Hub id such as black-forest-labs/FLUX.2-dev, or a .safetensors file",
         )
 
-    def _part(self, component: Component, place: Place, folders: tuple[str, ...]) -> _Part:
+    def _part(self, component: Component, place: ModelLocation, folders: tuple[str, ...]) -> _Part:
         """Config and weights of `component`, in the first of `folders` that has a config."""
         folder = next((folder for folder in folders if place.has(f"{folder}config.json")), None)
         if folder is None:
@@ -254,7 +254,7 @@ class _Search:
                 self._lacks(place, name)
         return _Part(place, names, config)
 
-    def _weights(self, component: Component, place: Place, folder: str) -> list[str]:
+    def _weights(self, component: Component, place: ModelLocation, folder: str) -> list[str]:
         """The files with the tensors that are used: not a text encoder's shards of its last layers alone."""
         stem = folder + _STEMS[component]
         variants = ["", f".{self.options.variant}"] if self.options.variant else [""]
@@ -276,7 +276,7 @@ class _Search:
                 )
         return [f"{stem}.safetensors"]
 
-    def _tokenizer(self, text_encoder: Place, base: Place) -> _Part:
+    def _tokenizer(self, text_encoder: ModelLocation, base: ModelLocation) -> _Part:
         """A replaced text encoder brings its own tokenizer if it has one."""
         candidates = [(text_encoder, "tokenizer/"), (text_encoder, ""), (base, "tokenizer/")]
         for place, folder in candidates if text_encoder is not base else candidates[-1:]:
@@ -288,7 +288,7 @@ class _Search:
                 self._lacks(base, f"tokenizer/{name}")
         return _Part(base, [], None)
 
-    def _lacks(self, place: Place, name: str) -> None:
+    def _lacks(self, place: ModelLocation, name: str) -> None:
         self.missing.setdefault(place.label, []).append(name)
 
     def _raise_problems(self) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from simpletuner.base.errors import ConfigError
 from simpletuner.base.quiet import quiet_import
 from simpletuner.config.precisions import NO_CHANGE, PRECISIONS
-from simpletuner.config.values import listed
+from simpletuner.config.values import join_names
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Formats that compute, by the name that options have for them."""
@@ -356,7 +356,7 @@ def check_precision(precision: str, device: torch.device, option: str) -> None:
         able = [name for name, known in PRECISIONS.items() if not known.needs_accelerator]
         raise ConfigError.of(
             f"{option} = {precision} on a machine without a GPU, where torchao does not compute with it",
-            listed(able),
+            join_names(able),
             f"Nearest is {'int4-quanto' if PRECISIONS[precision].bits == 4 else 'fp8wo-torchao'}.",
         )
     if precision == "fp8-torchao" and torch.version.hip is None:

@@ -36,7 +36,7 @@ from simpletuner.flux2.source import Source
 from simpletuner.flux2.spec import text_from_config
 from simpletuner.flux2.text import TextEncoder
 from simpletuner.flux2.transformer import Flux2Transformer
-from simpletuner.memory.free import free_bytes
+from simpletuner.memory.free import free_memory_bytes
 from simpletuner.memory.precision import DTYPES, check_precision
 from simpletuner.train.report import Reporter
 
@@ -235,7 +235,7 @@ def open_text_encoder(
         tokens = precision.text_encoder_batch_size * length
         text = text_from_config(source.text_encoder.config or {})
         needed = sum(resident_text_bytes(text, layers, tokens=tokens, precision=name, dtype=dtype))
-        free = free_bytes(device)
+        free = free_memory_bytes(device)
         mode = "resident" if needed <= free else "streamed"
         memory = f"{format_size(free)} of memory {'on the GPU ' if device.type == 'cuda' else ''}are free"
         how = "resident: it" if mode == "resident" else "streamed, one layer at a time: resident it"

@@ -27,9 +27,9 @@ from simpletuner.flux2.footprint import (
     transformer_bytes,
 )
 from simpletuner.flux2.lora import attach
-from simpletuner.flux2.spec import autoencoder_from_config, text_from_config
+from simpletuner.flux2.spec import autoencoder_from_config, decoder_shapes, encoder_shapes, text_from_config
 from simpletuner.flux2.tiny.make import TEXT, VAE
-from simpletuner.memory.planner import Machine, MemoryPlan, PhasePlan, Place
+from simpletuner.memory.planner import Machine, MemoryPlan, MemoryTier, PhasePlan
 from simpletuner.memory.trace import pretending, trace_forward
 
 CARD = Machine(int(80.0 * GIB), int(64.0 * GIB), None)
@@ -48,7 +48,7 @@ def phase(name: str, machine: Machine = CARD, work: Workload | None = None, **op
     return found
 
 
-def part(where: PhasePlan, name: str, place: Place = "accelerator") -> int:
+def part(where: PhasePlan, name: str, place: MemoryTier = "accelerator") -> int:
     return sum(each.size for each in where.parts if each.name == name and each.place == place)
 
 
@@ -85,7 +85,10 @@ def test_the_autoencoder_has_the_parameters_of_diffusers_own(config: dict[str, o
     with torch.device("meta"):
         vae = AutoencoderKLFlux2.from_config(config)
     spec = autoencoder_from_config(config)
-    halves = ((spec.encoder, (vae.encoder, vae.quant_conv)), (spec.decoder, (vae.decoder, vae.post_quant_conv)))
+    halves = (
+        (encoder_shapes(spec), (vae.encoder, vae.quant_conv)),
+        (decoder_shapes(spec), (vae.decoder, vae.post_quant_conv)),
+    )
     for shapes, parts in halves:
         counts = [parameter.numel() for part in parts for parameter in part.parameters()]
         assert autoencoder_bytes(shapes, torch.float32) == (4 * sum(counts), 4 * max(counts))

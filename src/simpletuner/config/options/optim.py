@@ -13,8 +13,8 @@ from simpletuner.config.options.kinds import (
     NotNegative,
     Positive,
     Says,
-    Share,
     Slice,
+    UnitInterval,
     Whole,
     list_as_tuple,
 )
@@ -139,7 +139,7 @@ class OptimOptions(Slice):
     num_train_epochs: Whole = 1
     """Passes over the data, where `max_train_steps` is not given."""
 
-    caption_dropout_probability: Share = 0.1
+    caption_dropout_probability: UnitInterval = 0.1
     """Share of samples trained with an empty caption, through the full template."""
 
     @property

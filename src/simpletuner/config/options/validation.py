@@ -10,7 +10,7 @@ from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS
 from simpletuner.config.options.kinds import Count, NotNegative, PathText, Says, Seed, Slice, Text, Whole, whole_as_text
 
 _SIZE = re.compile(r"\s*(\d+)\s*(?:[xX×]\s*(\d+)\s*)?")
-ALIGNMENT = 16
+SIDE_MULTIPLE_PX = 16
 """A picture's sides are multiples of this many pixels: one latent each."""
 
 
@@ -21,8 +21,8 @@ def _sizes(text: str) -> tuple[tuple[int, int], ...]:
         if match is None:
             raise ValueError(f"{part!r} is not a size")
         width, height = int(match[1]), int(match[2] or match[1])
-        if not width or not height or width % ALIGNMENT or height % ALIGNMENT:
-            raise ValueError(f"{width}x{height} does not divide by {ALIGNMENT}")
+        if not width or not height or width % SIDE_MULTIPLE_PX or height % SIDE_MULTIPLE_PX:
+            raise ValueError(f"{width}x{height} does not divide by {SIDE_MULTIPLE_PX}")
         found.append((width, height))
     return tuple(found)
 
