@@ -55,7 +55,7 @@ ENVIRONMENT_PREFIX = "SIMPLETUNER_"
 CONFIG_NAMES = ("config.json", "config.toml")
 DATASETS_NAME = "multidatabackend.json"
 PROMPTS_NAME = "user_prompt_library.json"
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES_FOLDER = Path(__file__).parents[1] / "examples"
 
 _MODEL_PLACES = (
     "pretrained_model_name_or_path",
@@ -219,7 +219,7 @@ def _chosen(flags: Flags, folder: Path, environ: Mapping[str, str]) -> Path | No
     if "env" in named:
         return _in_folder(folder / "config" / named["env"], f"--env {named['env']}")
     if "example" in named:
-        return _in_folder(EXAMPLES / named["example"], f"--example {named['example']}")
+        return _in_folder(EXAMPLES_FOLDER / named["example"], f"--example {named['example']}")
     usual = [folder / place / name for place in ("", "config") for name in CONFIG_NAMES]
     found = next((path for path in usual if path.is_file()), None)
     lists_datasets = "data_backend_config" in flags.options or f"{ENVIRONMENT_PREFIX}DATA_BACKEND_CONFIG" in environ
@@ -269,7 +269,7 @@ def _from_environment(environ: Mapping[str, str]) -> list[tuple[str, Given]]:
 
 def _label(path: Path, folder: Path) -> str:
     """A path as messages name it: from the working folder where it lies in there."""
-    for start, prefix in ((folder, Path()), (EXAMPLES, Path("examples"))):
+    for start, prefix in ((folder, Path()), (EXAMPLES_FOLDER, Path("examples"))):
         if path.is_relative_to(start):
             return str(prefix / path.relative_to(start))
     return str(path)

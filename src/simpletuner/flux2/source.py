@@ -14,7 +14,7 @@ from simpletuner.config.options.model import ModelOptions
 from simpletuner.flux2 import tiny
 from simpletuner.flux2.headers import read_header, read_headers
 from simpletuner.flux2.names import text_encoder_name, transformer_renaming
-from simpletuner.flux2.places import Folder, Hub, ModelLocation, ReportLine, fetch
+from simpletuner.flux2.places import Hub, ModelFolder, ModelLocation, ReportLine, fetch
 from simpletuner.flux2.spec import transformer_from_diffusers, transformer_from_tensors
 
 Component = Literal["transformer", "vae", "text_encoder"]
@@ -173,7 +173,7 @@ class _Search:
         parts: dict[Component, _Part] = {}
         for component, path in overrides.items():
             if component == "transformer" and single is not None:
-                parts[component] = _Part(Folder(single.parent), [single.name], None)
+                parts[component] = _Part(ModelFolder(single.parent), [single.name], None)
             elif path is not None:
                 parts[component] = self._part(component, self._place(path), folders=(f"{component}/", ""))
             else:
@@ -198,7 +198,7 @@ class _Search:
             tokenizer=tokenizer.place.path(tokenizer.names[0]).parent,
             text_layers=self.layers,
             text_length=self.options.tokenizer_max_length or self.flavour.text.length,
-            pipeline=base.root if isinstance(base, Folder) else None,
+            pipeline=base.root if isinstance(base, ModelFolder) else None,
         )
         _check_width(source)
         return source
@@ -212,12 +212,12 @@ class _Search:
         folder = tiny.default_folder(None if cache_dir is None else Path(cache_dir).expanduser(), self.environ)
         if not folder.exists():
             self.report(f"Making the embedded model in {folder}.")
-        return Folder(tiny.make(folder))
+        return ModelFolder(tiny.make(folder))
 
     def _place(self, text: str) -> ModelLocation:
         folder = Path(text).expanduser()
         if folder.is_dir():
-            return Folder(folder)
+            return ModelFolder(folder)
         if Hub.is_id(text):
             if text not in self.repos:
                 self.repos[text] = Hub(text, self.options, self.report, self.environ)
