@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from simpletuner.base.sizes import format_size
+from simpletuner.config.flavours import DEV
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.flux2.lora import attach
-from simpletuner.flux2.spec import DEV
 from simpletuner.flux2.tokens import context_ids, image_ids
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory import recompute

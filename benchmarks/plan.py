@@ -33,9 +33,10 @@ from PIL import Image
 
 from simpletuner.base.sizes import format_size
 from simpletuner.base.tensorfile import Entry, write_tensors
+from simpletuner.config.flavours import AutoencoderSpec, TransformerSpec
 from simpletuner.flux2 import tiny
 from simpletuner.flux2.footprint import empty_transformer
-from simpletuner.flux2.spec import AutoencoderSpec, TransformerSpec
+from simpletuner.flux2.spec import transformer_to_diffusers
 from simpletuner.flux2.tiny.make import TEXT, VAE
 from simpletuner.runs.events import read_events
 
@@ -112,7 +113,7 @@ def lay_out(work: Path, scale: Scale) -> None:
     noise = torch.randn(2**20).mul_(0.02).to(torch.bfloat16)
     with torch.device("meta"):
         transformer = {name: tuple(p.shape) for name, p in empty_transformer(scale.spec).named_parameters()}
-    write(model / "transformer", "diffusion_pytorch_model", scale.spec.to_diffusers(), transformer, noise)
+    write(model / "transformer", "diffusion_pytorch_model", transformer_to_diffusers(scale.spec), transformer, noise)
     hidden = scale.text_hidden
     tokens = json.loads((model / "text_encoder" / "config.json").read_text())["text_config"]["vocab_size"]
     text = {**TEXT, "vocab_size": tokens, "hidden_size": hidden, "intermediate_size": 4 * hidden}

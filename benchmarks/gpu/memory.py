@@ -33,12 +33,12 @@ import torch
 from torch import nn
 
 from simpletuner.base.sizes import GIB
+from simpletuner.config.flavours import DEV, TransformerSpec
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.options.precision import PrecisionName
 from simpletuner.config.run import RunConfig
 from simpletuner.flux2.footprint import Architecture, Footprint, Workload
 from simpletuner.flux2.lora import attach
-from simpletuner.flux2.spec import DEV, TransformerSpec
 from simpletuner.flux2.tokens import PIXELS_PER_TOKEN, context_ids, image_ids
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory import offload, recompute

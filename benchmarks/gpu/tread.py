@@ -15,10 +15,10 @@ from dataclasses import replace
 
 import torch
 
+from simpletuner.config.flavours import DEV, TransformerSpec
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.flux2.lora import attach
 from simpletuner.flux2.routes import Route
-from simpletuner.flux2.spec import DEV, TransformerSpec
 from simpletuner.flux2.tokens import PIXELS_PER_TOKEN, context_ids, image_ids
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.flux2.tread import draw_choices

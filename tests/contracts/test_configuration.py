@@ -170,8 +170,8 @@ def test_every_option_is_read(model: type[Slice]) -> None:
 
 
 def test_every_option_of_later_work_is_known_and_none_is_read() -> None:
-    assert not later.OPTIONS.keys() & RunConfig.model_fields.keys()
-    assert not later.OPTIONS.keys() & READ
+    assert not later.LATER_OPTIONS.keys() & RunConfig.model_fields.keys()
+    assert not later.LATER_OPTIONS.keys() & READ
 
 
 def options_named(inside: str) -> set[str]:
@@ -187,7 +187,7 @@ def options_named(inside: str) -> set[str]:
 
 
 def test_no_remedy_names_an_option_that_is_not_there() -> None:
-    known = {*RunConfig.model_fields, *later.OPTIONS, *SELECTORS} | options_named("cli")
+    known = {*RunConfig.model_fields, *later.LATER_OPTIONS, *SELECTORS} | options_named("cli")
     known |= {
         "write",
         "check",

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from simpletuner.base.quiet import quiet_import
+from simpletuner.config.flavours import TINY
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.export import LORA_NAME, attach_saved, read_lora, save_lora
 from simpletuner.flux2.lora import PRESETS, Adapter, attach
-from simpletuner.flux2.spec import TINY
+from simpletuner.flux2.spec import transformer_to_diffusers
 from simpletuner.flux2.tokens import context_ids, image_ids, pack
 from simpletuner.flux2.transformer import Flux2Transformer
 
@@ -27,7 +28,7 @@ def model() -> Flux2Transformer:
 def reference() -> Any:
     from diffusers import Flux2Transformer2DModel
 
-    config = {key: value for key, value in TINY.to_diffusers().items() if key != "_class_name"}
+    config = {key: value for key, value in transformer_to_diffusers(TINY).items() if key != "_class_name"}
     theirs = Flux2Transformer2DModel(**config)
     theirs.load_state_dict(model().state_dict())
     return theirs.eval()

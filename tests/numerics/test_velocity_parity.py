@@ -5,8 +5,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from simpletuner.config.flavours import TINY, TransformerSpec
 from simpletuner.flux2.denoiser import Denoiser
-from simpletuner.flux2.spec import TINY, TransformerSpec
+from simpletuner.flux2.spec import transformer_to_diffusers
 from simpletuner.flux2.tokens import context_ids, image_ids, pack
 from simpletuner.flux2.transformer import Flux2Transformer
 
@@ -23,7 +24,7 @@ def pair(spec: TransformerSpec, dtype: torch.dtype = torch.float32) -> tuple[Flu
         for parameter in ours.parameters():
             if parameter.ndim == 1:
                 torch.nn.init.normal_(parameter, mean=1, std=0.2)
-    config = {key: value for key, value in spec.to_diffusers().items() if key != "_class_name"}
+    config = {key: value for key, value in transformer_to_diffusers(spec).items() if key != "_class_name"}
     theirs = Flux2Transformer2DModel(**config)
     theirs.load_state_dict(ours.state_dict())
     return ours.to(dtype).eval(), theirs.to(dtype).eval()

@@ -1,5 +1,6 @@
 """Killed, stopped, damaged, repeated: a run ends with the bits of one that was left alone."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tests.recipes.conftest import Workplace
 
+from simpletuner.base.files import sha256_file
+from simpletuner.config.record import REMOVED
 from simpletuner.flux2.tiny import make
+from simpletuner.runs.checkpoints import MANIFEST
+from simpletuner.train.checkpoint import STATE_NAME
 
 
 @pytest.mark.slow
@@ -87,6 +92,70 @@ def test_another_setting_is_refused_by_name(workplace: Workplace, capsys: pytest
     assert "learning_rate, lora_rank" in error
     assert "checkpoint_step_interval" not in error
     assert "resume_from_checkpoint=''" in error
+
+
+def test_another_default_does_not_change_a_run(
+    workplace: Workplace, same_bytes: Callable[[Workplace], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is not given stays as the checkpoint has it, also at the start after the next."""
+    assert workplace.train("--max_train_steps=1") == 0
+    for key in ("learning_rate", "lora_rank", "mixed_precision", "gradient_accumulation_steps"):
+        del workplace.config[key]
+    for steps in (2, 3):
+        assert workplace.train(f"--max_train_steps={steps}") == 0
+        kept = "gradient_accumulation_steps = 2, learning_rate = 0.001, lora_rank = 4, mixed_precision = 'no'."
+        assert f"Not given, and kept as output/run/checkpoints/step-{steps - 1:06}" in (out := capsys.readouterr().out)
+        assert kept in out
+        assert json.loads(workplace.run().config.read_text())["lora_rank"] == 4
+    same_bytes(workplace)
+
+
+def test_another_default_is_checked_against_what_is_given(
+    workplace: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert workplace.train("--max_train_steps=1") == 0
+    rewrite_record(workplace, 1, dynamo_backend="inductor")
+    assert workplace.train("--enable_group_offload") == 2
+    assert "enable_group_offload with dynamo_backend = inductor" in capsys.readouterr().err
+
+
+def test_an_option_that_the_checkpoint_does_not_know_is_no_difference(
+    workplace: Workplace, same_bytes: Callable[[Workplace], None]
+) -> None:
+    assert workplace.train("--max_train_steps=1") == 0
+    rewrite_record(workplace, 1, lora_dropout=None, tread_config=None, flow_sigmoid_scale=None)
+    assert workplace.train() == 0
+    same_bytes(workplace)
+
+
+def test_an_option_that_is_gone_is_refused_unless_it_changed_nothing(
+    workplace: Workplace,
+    same_bytes: Callable[[Workplace], None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert workplace.train("--max_train_steps=1") == 0
+    rewrite_record(workplace, 1, a_lost_option=0)
+    assert workplace.train() == 6
+    error = capsys.readouterr().err
+    assert "was trained with a_lost_option = 0, which this release does not have" in error
+    assert "Go on with the release that wrote it." in error
+    monkeypatch.setitem(REMOVED, "a_lost_option", (0,))
+    assert workplace.train() == 0
+    same_bytes(workplace)
+
+
+def rewrite_record(workplace: Workplace, step: int, **options: object) -> None:
+    """Make a checkpoint's recorded configuration that of another release; None leaves the option out."""
+    folder = workplace.run().checkpoint(step)
+    state = json.loads((folder / STATE_NAME).read_text())
+    config = state["config"] | options
+    state["config"] = {name: value for name, value in config.items() if options.get(name, value) is not None}
+    (folder / STATE_NAME).write_text(json.dumps(state))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    size, digest = (folder / STATE_NAME).stat().st_size, sha256_file(folder / STATE_NAME)
+    manifest["files"][STATE_NAME] = {"sha256": digest, "bytes": size}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 def test_another_caption_is_refused(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:

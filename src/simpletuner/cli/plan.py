@@ -16,7 +16,7 @@ from simpletuner.cli.spread import Resolution, Spread, picture, terminal
 from simpletuner.config.flags import help_text, wants_help
 from simpletuner.config.load import Loaded
 from simpletuner.config.options.schedule import ScheduleOptions
-from simpletuner.config.values import listed
+from simpletuner.config.values import join_names
 from simpletuner.data.manifest import scan
 from simpletuner.data.order import Order
 from simpletuner.train.timesteps import Timesteps
@@ -190,7 +190,8 @@ def _spread(loaded: Loaded) -> Spread:
 def _named(config: ScheduleOptions) -> str:
     """The density in words, and what moves it."""
     if config.flow_custom_timesteps is not None:
-        return f"the listed timesteps {listed([f'{value:g}' for value in sorted(config.flow_custom_timesteps)], 'and')}"
+        timesteps = [f"{value:g}" for value in sorted(config.flow_custom_timesteps)]
+        return f"the listed timesteps {join_names(timesteps, 'and')}"
     if config.flow_use_uniform_schedule:
         name = "uniform"
     elif config.flow_use_beta_schedule:

@@ -12,12 +12,12 @@ from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.config import later
 from simpletuner.config.documents import read_document
 from simpletuner.config.flags import parse, wants_help
-from simpletuner.config.given import Checked, Given, Known, check
+from simpletuner.config.given import Checked, Given, Known, check_givens
 from simpletuner.config.options.kinds import Count, NotNegative, PathText, Says, Slice, Text
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.precision import PrecisionOptions
-from simpletuner.config.options.validation import ALIGNMENT, ValidationOptions
+from simpletuner.config.options.validation import SIDE_MULTIPLE_PX, ValidationOptions
 from simpletuner.config.paths import filled
 from simpletuner.config.rules import encoder_findings, precision_findings
 from simpletuner.config.values import kinds, shown
@@ -27,7 +27,9 @@ USAGE = """simpletuner sample --lora FILE[:STRENGTH] --prompt TEXT [--option val
        simpletuner sample --run FOLDER --prompt TEXT [--option value ...]
        simpletuner sample --pretrained_model_name_or_path FOLDER --prompt TEXT [--option value ...]"""
 
-Side = Annotated[int, Ge(ALIGNMENT), MultipleOf(ALIGNMENT), Says(f"a multiple of {ALIGNMENT} pixels")]
+Side = Annotated[
+    int, Ge(SIDE_MULTIPLE_PX), MultipleOf(SIDE_MULTIPLE_PX), Says(f"a multiple of {SIDE_MULTIPLE_PX} pixels")
+]
 
 
 class SampleOptions(Slice):
@@ -76,7 +78,7 @@ class SampleConfig(ModelOptions, PrecisionOptions, OffloadOptions, SampleOptions
     """Every option of `sample`."""
 
 
-OPTIONS = Known(SampleConfig, later.OPTIONS, later.OPTION_VALUES)
+OPTIONS = Known(SampleConfig, later.LATER_OPTIONS, later.OPTION_VALUES)
 REPEATED = ("prompt", "lora")
 FROM_RUN = (*ModelOptions.model_fields, *PrecisionOptions.model_fields, *OffloadOptions.model_fields)
 """What the model is, and how it is held: read from a config of `train` under the same names."""
@@ -154,7 +156,7 @@ def read_request(arguments: Sequence[str], environ: Mapping[str, str]) -> Sample
             problems += error.problems
     if "model_flavour" in given:  # which wins over paths of lower precedence, as in `train`
         files = {name: value for name, value in files.items() if not kinds(SampleConfig)[name].is_model}
-    checked = check({**files, **given}, OPTIONS, Checked())
+    checked = check_givens({**files, **given}, OPTIONS, Checked())
     paths = _filled_paths(checked, environ)
     ConfigError.raise_if([*problems, *checked.problems.values()])
     config = SampleConfig(**checked.valid, **paths)
@@ -221,7 +223,7 @@ def _from_config(path: Path, label: str) -> dict[str, Given]:
         raise ConfigError.of(f"{label}: {shown(document)}", 'an object {"option": value}')
     values: dict[str, Any] = {key.lstrip("-"): value for key, value in document.items()}
     givens = {key: Given(value, "file", key) for key, value in values.items() if key in ValidationOptions.model_fields}
-    checked = check(givens, Known(ValidationOptions, {}, {}), Checked(), where=f"{label}: ")
+    checked = check_givens(givens, Known(ValidationOptions, {}, {}), Checked(), where=f"{label}: ")
     ConfigError.raise_if(checked.problems.values())
     validation = ValidationOptions(**checked.valid)
     width, height = validation.sizes[0]

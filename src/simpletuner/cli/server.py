@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.base.files import disk_full_is_reported
-from simpletuner.config.values import listed, nearest
+from simpletuner.config.values import join_names, nearest
 
 if TYPE_CHECKING:
     from simpletuner.server.guard import Access
@@ -314,7 +314,7 @@ def _tls(request: Request, last: dict[str, str]) -> list[Problem]:
     if not names:
         return []
     if len(names) == 1:
-        return [Problem(f"--{names[0]} alone", listed(("--ssl-cert", "--ssl-key"), "and"))]
+        return [Problem(f"--{names[0]} alone", join_names(("--ssl-cert", "--ssl-key"), "and"))]
     certificate, key = (Path(last[name]).expanduser() for name in names)
     named = {"ssl-cert": certificate, "ssl-key": key}
     missing = [Problem(f"--{name} {path}: no such file") for name, path in named.items() if not path.is_file()]

@@ -11,9 +11,9 @@ from simpletuner.config.options.kinds import (
     PathText,
     Positive,
     Says,
-    Share,
     Slice,
     Text,
+    UnitInterval,
     Whole,
     list_as_tuple,
 )
@@ -45,7 +45,7 @@ class ImageSet(Slice):
     repeats: Whole = 0
     """EXTRA passes: an epoch sees each picture repeats+1 times."""
 
-    probability: Share = 1.0
+    probability: UnitInterval = 1.0
     """Share of the set's visits that an epoch includes, a fresh choice each epoch."""
 
     disabled: bool = False

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from simpletuner.config.datasets import ImageSet, TextStore
 from simpletuner.config.options.kinds import Slice
 from simpletuner.config.run import SLICES
-from simpletuner.config.values import Kind, kinds
+from simpletuner.config.values import OptionType, kinds
 
 BASIC = frozenset(
     {
@@ -113,7 +113,7 @@ class Field(BaseModel):
     """What a number counts; empty where that is plain."""
 
 
-class Group(BaseModel):
+class OptionGroup(BaseModel):
     """Options that stand together."""
 
     title: str
@@ -123,7 +123,7 @@ class Group(BaseModel):
 class Form(BaseModel):
     """Every option of a config, and the keys of an entry in its list of datasets."""
 
-    groups: list[Group]
+    groups: list[OptionGroup]
     image_set: list[Field]
     text_store: list[Field]
 
@@ -132,7 +132,7 @@ class Form(BaseModel):
 def form() -> Form:
     """The form of this version of the program."""
     return Form(
-        groups=[Group(title=str(group.__doc__).rstrip("."), fields=_fields(group, BASIC)) for group in SLICES],
+        groups=[OptionGroup(title=str(group.__doc__).rstrip("."), fields=_fields(group, BASIC)) for group in SLICES],
         image_set=_fields(ImageSet, BASIC_OF_SETS),
         text_store=_fields(TextStore, BASIC_OF_SETS),
     )
@@ -161,7 +161,7 @@ def _fields(model: type[Slice], basic: frozenset[str]) -> list[Field]:
     return found
 
 
-def _kind(kind: Kind) -> FieldKind:
+def _kind(kind: OptionType) -> FieldKind:
     if kind.choices:
         return "choice"
     if kind.is_model:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from simpletuner.base.errors import Problem
 from simpletuner.config.later import Later, is_off, work_for
 from simpletuner.config.options.kinds import Slice
-from simpletuner.config.values import Kind, from_file, from_text, is_quoted_number, kinds, nearest, shown
+from simpletuner.config.values import OptionType, from_file, from_text, is_quoted_number, kinds, nearest, shown
 
 Origin = Literal["default", "file", "environment", "flag"]
 ORIGINS: tuple[Origin, ...] = ("default", "file", "environment", "flag")
@@ -75,7 +75,7 @@ def unaliased(source: Iterable[tuple[str, Given]], known: Known, checked: Checke
     return found
 
 
-def check(givens: Mapping[str, Given], known: Known, checked: Checked, *, where: str = "") -> Checked:
+def check_givens(givens: Mapping[str, Given], known: Known, checked: Checked, *, where: str = "") -> Checked:
     """Add to `checked` the valid values among `givens`, and a problem for each other key or missing one.
 
     `where` comes before each message: the file and the entry, where the key alone does not tell.
@@ -102,7 +102,7 @@ def check(givens: Mapping[str, Given], known: Known, checked: Checked, *, where:
                     f"{label} = {shown(value)}: not built yet: {work}",
                     remedy=f"Until then it takes {kind.expects}.",
                 )
-    for key in _refused(known.model, values):
+    for key in refused(known.model, values):
         if key in givens:
             faulty[key] = _not_expected(where, givens[key], all_kinds[key])
         else:
@@ -128,7 +128,7 @@ def _plain(value: object) -> object:
     return value
 
 
-def _refused(model: type[Slice], values: dict[str, Any]) -> list[str]:
+def refused(model: type[Slice], values: dict[str, Any]) -> list[str]:
     """The keys of `values` that `model` does not accept, and the required ones that are missing."""
     try:
         model.model_validate(values)
@@ -154,13 +154,13 @@ def _spelled_like(given: Given, name: str) -> str:
     return f"--{name}" if given.spelled.startswith("--") else name
 
 
-def _read(given: Given, kind: Kind) -> object:
+def _read(given: Given, kind: OptionType) -> object:
     if isinstance(given.value, str) and given.origin in ("environment", "flag"):
         return from_text(given.value, kind)
     return from_file(given.value, kind)
 
 
-def _not_expected(where: str, given: Given, kind: Kind) -> Problem:
+def _not_expected(where: str, given: Given, kind: OptionType) -> Problem:
     if given.value is True and given.origin == "flag":
         return Problem(f"{given.spelled} has no value", kind.expects)
     value = _read(given, kind)

@@ -33,7 +33,7 @@ _CSV = "CSV lists of addresses"
 _HF_DATASETS = "Hub datasets"
 _PARQUET = "captions from tables"
 
-OPTIONS: dict[str, Later] = {
+LATER_OPTIONS: dict[str, Later] = {
     "init_lora_step": Later("continuing the step count of a saved adapter"),
     "use_dora": Later(_OTHER_ADAPTERS, (False,)),
     "input_perturbation": Later("input perturbation", (0, 0.0)),
@@ -113,7 +113,7 @@ SET_VALUES: dict[str, dict[str, str]] = {
 }
 """Values of the keys of an image set."""
 
-DATASET_TYPES: dict[str, str] = {"conditioning": _CONDITIONS, "image_embeds": "stores for latents"}
+LATER_DATASET_TYPES: dict[str, str] = {"conditioning": _CONDITIONS, "image_embeds": "stores for latents"}
 """Values of `dataset_type`."""
 
 STORE_KEYS: dict[str, Later] = {

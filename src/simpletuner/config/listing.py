@@ -9,11 +9,11 @@ from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.config import later
 from simpletuner.config.datasets import Datasets, ImageSet, TextStore
 from simpletuner.config.documents import read_document
-from simpletuner.config.given import Checked, Given, Known, check
+from simpletuner.config.given import Checked, Given, Known, check_givens
 from simpletuner.config.options.kinds import Slice
 from simpletuner.config.paths import filled, joined
 from simpletuner.config.run import OPTION_NAMES
-from simpletuner.config.values import kinds, listed, nearest, shown
+from simpletuner.config.values import join_names, kinds, nearest, shown
 
 IMAGE_SET = Known(
     ImageSet,
@@ -97,14 +97,14 @@ def read_datasets(path: Path, label: str, around: Surroundings) -> Listing:
 def _entry(entry: dict[str, Any], where: str, listing: Listing, around: Surroundings) -> Slice | None:
     """One entry as what it is, or None with its problems added to `listing`."""
     dataset_type = entry.get("dataset_type") or "image"
-    work = later.DATASET_TYPES.get(dataset_type) if isinstance(dataset_type, str) else None
+    work = later.LATER_DATASET_TYPES.get(dataset_type) if isinstance(dataset_type, str) else None
     if work is not None:
         found = f"{where}dataset_type = {shown(dataset_type)}: not built yet: {work}"
         listing.problems.append(Problem(found, remedy="Leave the entry out until then."))
         return None
     if dataset_type not in DATASET_TYPES:
         found = f"{where}dataset_type = {shown(dataset_type)}"
-        listing.problems.append(Problem(found, listed(DATASET_TYPES)))
+        listing.problems.append(Problem(found, join_names(DATASET_TYPES)))
         return None
     known = TEXT_STORE if dataset_type == "text_embeds" else IMAGE_SET
     if later.work_for(known.later_values, "type", entry.get("type")) is not None:
@@ -112,7 +112,7 @@ def _entry(entry: dict[str, Any], where: str, listing: Listing, around: Surround
         entry = {key: entry[key] for key in ("id", "type", "instance_data_dir") if key in entry}
         entry.setdefault("instance_data_dir", ".")
     givens = {key: Given(value, "file", key) for key, value in entry.items()}
-    checked = check(givens, known, Checked(), where=where)
+    checked = check_givens(givens, known, Checked(), where=where)
     if not checked.problems:
         checked.valid = _with_paths(checked, known.model, where, around)
     listing.problems.extend(checked.problems.values())
@@ -239,13 +239,13 @@ def _assemble(
         stores = [stores[0].model_copy(update={"default": True})]
     defaults = [store.id for store in stores if store.default]
     if len(defaults) != 1:
-        found = f"{label}: {listed(defaults, 'and')} are" if defaults else f"{label}: no text store is"
+        found = f"{label}: {join_names(defaults, 'and')} are" if defaults else f"{label}: no text store is"
         listing.problems.append(Problem(f"{found} marked as default", "default = true for exactly one"))
     ids = [store.id for store in stores]
     for image_set in enabled:
         if image_set.text_embeds is not None and image_set.text_embeds not in ids:
             found = f"{label}, {image_set.id}: text_embeds = {shown(image_set.text_embeds)}"
-            listing.problems.append(Problem(found, f"the id of a text store: {listed(ids)}"))
+            listing.problems.append(Problem(found, f"the id of a text store: {join_names(ids)}"))
     eval_sets = tuple(image_set for image_set in enabled if image_set.dataset_type == "eval")
     trained = {image_set.instance_data_dir: image_set.id for image_set in train_sets}
     listing.notices += [

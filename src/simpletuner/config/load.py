@@ -10,16 +10,17 @@ from simpletuner.config import later
 from simpletuner.config.datasets import Datasets, ImageSet
 from simpletuner.config.documents import read_document
 from simpletuner.config.flags import Flags, parse
-from simpletuner.config.given import ORIGINS, Checked, Given, Known, Origin, check, unaliased
+from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS
+from simpletuner.config.given import ORIGINS, Checked, Given, Known, Origin, check_givens, unaliased
 from simpletuner.config.listing import Listing, Surroundings, read_datasets
 from simpletuner.config.options.checkpoint import LATEST
 from simpletuner.config.paths import filled, is_local_model, joined
 from simpletuner.config.prompts import load_prompts
 from simpletuner.config.rules import findings, notices
 from simpletuner.config.run import OPTION_NAMES, RunConfig
-from simpletuner.config.values import kinds, listed, nearest, shown
+from simpletuner.config.values import join_names, kinds, nearest, shown
 
-ALIASES = {
+OPTION_ALIASES = {
     "validation_steps": "validation_step_interval",
     "checkpointing_steps": "checkpoint_step_interval",
     "save_total_limit": "checkpoints_total_limit",
@@ -42,9 +43,9 @@ NICKNAMES = {
 }
 RUN = Known(
     RunConfig,
-    later.OPTIONS,
+    later.LATER_OPTIONS,
     later.OPTION_VALUES,
-    ALIASES,
+    OPTION_ALIASES,
     nicknames=NICKNAMES,
     elsewhere=ImageSet.model_fields,
     other_place="multidatabackend.json, with each set of pictures",
@@ -54,7 +55,7 @@ ENVIRONMENT_PREFIX = "SIMPLETUNER_"
 CONFIG_NAMES = ("config.json", "config.toml")
 DATASETS_NAME = "multidatabackend.json"
 PROMPTS_NAME = "user_prompt_library.json"
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES_FOLDER = Path(__file__).parents[1] / "examples"
 
 _MODEL_PLACES = (
     "pretrained_model_name_or_path",
@@ -153,9 +154,10 @@ def examine(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str
         givens |= unaliased(source, RUN, checked)
     _let_the_flavour_win(givens, checked)
     givens = _with_json_files(givens, folder, checked)
-    check(givens, RUN, checked)
+    check_givens(givens, RUN, checked)
 
-    config = RunConfig(**checked.valid)
+    flavour = FLAVOURS[checked.valid.get("model_flavour", DEFAULT_FLAVOUR)]
+    config = RunConfig(**flavour.option_defaults | checked.valid)
     config, names = _with_paths(config, givens, checked, folder, environ)
     datasets_file = _datasets_file(config, config_file)
     listing = _datasets(config, datasets_file, checked, Surroundings(folder, names, environ), givens)
@@ -205,7 +207,7 @@ def _found(flags: Flags, folder: Path, environ: Mapping[str, str], problems: lis
 def _chosen(flags: Flags, folder: Path, environ: Mapping[str, str]) -> Path | None:
     named = flags.selectors
     if len(named) > 1:
-        both = listed([f"--{name}" for name in named], "and")
+        both = join_names([f"--{name}" for name in named], "and")
         raise ConfigError.of(f"{both} are given", "one of them, since each says which config is read")
     if "config" in named:
         path = Path(joined(folder, named["config"]))
@@ -217,14 +219,14 @@ def _chosen(flags: Flags, folder: Path, environ: Mapping[str, str]) -> Path | No
     if "env" in named:
         return _in_folder(folder / "config" / named["env"], f"--env {named['env']}")
     if "example" in named:
-        return _in_folder(EXAMPLES / named["example"], f"--example {named['example']}")
+        return _in_folder(EXAMPLES_FOLDER / named["example"], f"--example {named['example']}")
     usual = [folder / place / name for place in ("", "config") for name in CONFIG_NAMES]
     found = next((path for path in usual if path.is_file()), None)
     lists_datasets = "data_backend_config" in flags.options or f"{ENVIRONMENT_PREFIX}DATA_BACKEND_CONFIG" in environ
     if found is None and not lists_datasets:
         raise ConfigError.of(
             "no configuration here",
-            f"{listed(['config.json', 'config.toml', 'config/config.json', 'config/config.toml'])}",
+            f"{join_names(['config.json', 'config.toml', 'config/config.json', 'config/config.toml'])}",
             "Name one with --config or --env, or try the program with --example tiny-lora.",
         )
     return found
@@ -238,7 +240,7 @@ def _in_folder(folder: Path, flag: str) -> Path:
     near = nearest(folder.name, others)
     raise ConfigError.of(
         f"{flag}: there is no {folder.name}",
-        listed(others) if others else f"a config in {folder}",
+        join_names(others) if others else f"a config in {folder}",
         f"Did you mean {near}?" if near and len(others) > 1 else "",
     )
 
@@ -267,7 +269,7 @@ def _from_environment(environ: Mapping[str, str]) -> list[tuple[str, Given]]:
 
 def _label(path: Path, folder: Path) -> str:
     """A path as messages name it: from the working folder where it lies in there."""
-    for start, prefix in ((folder, Path()), (EXAMPLES, Path("examples"))):
+    for start, prefix in ((folder, Path()), (EXAMPLES_FOLDER, Path("examples"))):
         if path.is_relative_to(start):
             return str(prefix / path.relative_to(start))
     return str(path)
@@ -303,7 +305,7 @@ def _let_the_flavour_win(givens: dict[str, Given], checked: Checked) -> None:
         del givens[key]
     if beaten:
         checked.notices.append(
-            f"{flavour.spelled} {flavour.value} wins over {listed(beaten, 'and')}, which comes before it."
+            f"{flavour.spelled} {flavour.value} wins over {join_names(beaten, 'and')}, which comes before it."
         )
 
 

@@ -93,7 +93,7 @@ OPTIMISERS: dict[str, Optimiser] = {
     ),
 }  # fmt: skip
 
-ALIASES: dict[str, str] = {
+OPTIMIZER_ALIASES: dict[str, str] = {
     "torch-adamw": "adamw",
     "torch-adafactor": "adafactor",
     "torch-muon": "muon",
@@ -137,8 +137,8 @@ def canonical(text: str) -> str | None:
     """The one name of what `text` means: a key of `OPTIMISERS` or `library:name`. None where it means nothing."""
     if text in OPTIMISERS:
         return text
-    if text in ALIASES:
-        return ALIASES[text]
+    if text in OPTIMIZER_ALIASES:
+        return OPTIMIZER_ALIASES[text]
     library, colon, name = text.lower().partition(":")
     own = {(known.library, known.name.lower()): key for key, known in OPTIMISERS.items()}
     found = f"{_SHORT.get(library, library)}{colon}{name}"

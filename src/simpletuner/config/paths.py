@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from simpletuner.config.values import listed
+from simpletuner.config.values import join_names
 
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
@@ -23,7 +23,7 @@ def filled(text: str, names: Mapping[str, str], environ: Mapping[str, str]) -> s
             return names[name]
         if not name.startswith("env:"):
             known = [f"{{{known}}}" for known in (*names, "env:NAME")]
-            raise ValueError(f"placeholder {match[0]} is not one of {listed(known)}")
+            raise ValueError(f"placeholder {match[0]} is not one of {join_names(known)}")
         variable = name.removeprefix("env:")
         if variable not in environ:
             raise ValueError(f"the environment variable {variable} is not set")

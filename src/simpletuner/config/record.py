@@ -1,9 +1,13 @@
 """What a run keeps of its configuration (no secrets, no private paths), and what a resumed run may change."""
 
 import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from simpletuner.config.given import refused
+from simpletuner.config.load import OPTION_ALIASES
 from simpletuner.config.options.checkpoint import CheckpointOptions
 from simpletuner.config.options.data import DataOptions
 from simpletuner.config.options.offload import OffloadOptions
@@ -44,6 +48,14 @@ MAY_CHANGE = frozenset(
 ) | {"ema_validation", "max_train_steps", "num_train_epochs", "text_encoder_mode", "write_batch_size"}
 """Options that a resumed run may change. The datasets themselves are compared by their fingerprint."""
 
+INTRODUCED: dict[str, Any] = {}
+"""What it means, in JSON, that a record lacks an option: the value at which the option changes nothing. Only for
+options whose default is another value."""
+
+REMOVED: dict[str, tuple[object, ...]] = {}
+"""Options that are gone, with the values, besides null, at which each of them changed nothing. One that a resumed run
+might change goes into `MAY_CHANGE`."""
+
 
 def resolved(config: RunConfig) -> dict[str, Any]:
     """Every option that may be kept, as JSON: an allow-list. Of models only Hub ids are kept."""
@@ -59,8 +71,44 @@ def _is_recorded(config: RunConfig, name: str, value: object) -> bool:
     return bool(kind.choices) or kind.base in (bool, int, float) or name in RECORDED_TEXTS
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Options that differ between two results of `resolved` although a resumed run must keep them."""
-    new = json.loads(json.dumps(new))
-    keys = sorted({*old, *new} - MAY_CHANGE)
-    return [key for key in keys if old.get(key) != new.get(key)]
+@dataclass(frozen=True)
+class RecordComparison:
+    """How a configuration compares with the record of a checkpoint, for the options that a resumed run must keep."""
+
+    kept: dict[str, Any]
+    """Options that the user did not give and whose default differs from the record: with the record's value."""
+    changed: list[str]
+    """Options that were given with another value than the record's."""
+    unavailable: dict[str, Any]
+    """Options of the record that are gone, or no longer take its value: with that value."""
+
+
+def compare(record: Mapping[str, Any], config: RunConfig, given: Collection[str]) -> RecordComparison:
+    """Compare `config`, of which the options in `given` were given by the user, with a `record` made by `resolved`,
+    perhaps by an older release: neither a new option nor another default is a change.
+    """
+    old = {OPTION_ALIASES.get(name, name): value for name, value in record.items()}
+    new, defaults = (json.loads(json.dumps(resolved(each))) for each in (config, RunConfig()))
+    changed: list[str] = []
+    kept: dict[str, Any] = {}
+    unavailable: dict[str, Any] = {}
+    for name in sorted({*old, *new} - MAY_CHANGE):
+        if name not in RunConfig.model_fields:
+            if old[name] is not None and old[name] not in REMOVED.get(name, ()):
+                unavailable[name] = old[name]
+            continue
+        # Of a model only a Hub id is recorded: it has no default here, and null stands for all else.
+        before = old.get(name, INTRODUCED.get(name, defaults.get(name)))
+        if before != new.get(name):
+            if name in given:
+                changed.append(name)
+            else:
+                kept[name] = before
+    unavailable |= {name: kept.pop(name) for name in refused(RunConfig, kept)}
+    return RecordComparison(kept, changed, unavailable)
+
+
+def with_recorded(config: RunConfig, kept: Mapping[str, Any]) -> RunConfig:
+    """`config` with the values of `RecordComparison.kept`."""
+    values = RunConfig.model_validate(kept)
+    return config.model_copy(update={name: getattr(values, name) for name in kept})

@@ -14,7 +14,7 @@ from simpletuner.base.files import write_atomic
 from simpletuner.config import later
 from simpletuner.config.datasets import ImageSet, TextStore
 from simpletuner.config.later import Later
-from simpletuner.config.load import ALIASES, ENVIRONMENT_PREFIX
+from simpletuner.config.load import ENVIRONMENT_PREFIX, OPTION_ALIASES
 from simpletuner.config.options.kinds import Slice
 from simpletuner.config.run import OPTION_NAMES, SLICES, RunConfig
 from simpletuner.config.values import kinds
@@ -61,16 +61,16 @@ def _lines() -> Iterator[str]:
         yield f"## {_title(group)}\n"
         yield from _table(group, "")
     yield "## Other names\n\nAccepted, with a notice.\n\n| key | read as |\n|---|---|"
-    yield from (f"| `{alias}` | [`{name}`](#{name}) |" for alias, name in ALIASES.items())
+    yield from (f"| `{alias}` | [`{name}`](#{name}) |" for alias, name in OPTION_ALIASES.items())
     yield "\n## Not built yet\n\nKnown, and refused as such until the work lands.\n"
-    yield from _later(later.OPTIONS, later.OPTION_VALUES)
+    yield from _later(later.LATER_OPTIONS, later.OPTION_VALUES)
     yield _DATASETS
     yield "## An image set\n"
     yield from _table(ImageSet, "set-")
     yield "## A text store\n"
     yield from _table(TextStore, "store-")
     yield "## Not built yet in datasets\n"
-    types = {"dataset_type": later.DATASET_TYPES}
+    types = {"dataset_type": later.LATER_DATASET_TYPES}
     yield from _later({**later.SET_KEYS, **later.STORE_KEYS}, types | later.SET_VALUES)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from simpletuner.base.errors import Problem
 from simpletuner.config.datasets import Datasets
-from simpletuner.config.given import Checked, Given, Known, check
+from simpletuner.config.flavours import FLAVOURS
+from simpletuner.config.given import Checked, Given, Known, check_givens
 from simpletuner.config.optimisers import ADAM, optimiser
 from simpletuner.config.options.checkpoint import LATEST
 from simpletuner.config.options.lora import LoraOptions
@@ -16,7 +17,7 @@ from simpletuner.config.options.rollout import RolloutOptions
 from simpletuner.config.options.tread import TreadRoute
 from simpletuner.config.precisions import NO_CHANGE, PRECISIONS
 from simpletuner.config.run import RunConfig
-from simpletuner.config.values import listed, shown
+from simpletuner.config.values import join_names, shown
 
 PRODIGY_RATE = 0.1
 """Below this the rate that prodigy finds is scaled down to what is hardly ever meant."""
@@ -44,7 +45,7 @@ def findings(config: RunConfig, datasets: Datasets | None) -> Iterator[Finding]:
         ids = [held.id for held in datasets.eval_sets]
         if config.eval_dataset_id not in ids:
             found = f"eval_dataset_id = {shown(config.eval_dataset_id)}"
-            expected = f"an enabled eval set: {listed(ids)}" if ids else "a set with dataset_type eval to be listed"
+            expected = f"an enabled eval set: {join_names(ids)}" if ids else "a set with dataset_type eval to be listed"
             yield ("eval_dataset_id",), Problem(found, expected)
 
 
@@ -62,7 +63,10 @@ def _densities(config: RunConfig) -> Iterator[Finding]:
     }
     chosen = tuple(key for key, is_on in densities.items() if is_on)
     if len(chosen) > 1:
-        yield chosen, Problem(f"{listed(chosen, 'and')} are {'both' if len(chosen) == 2 else 'all'} on", "one at most")
+        yield (
+            chosen,
+            Problem(f"{join_names(chosen, 'and')} are {'both' if len(chosen) == 2 else 'all'} on", "one at most"),
+        )
     if config.flux_guidance_mode == "random-range" and config.flux_guidance_min > config.flux_guidance_max:
         keys = ("flux_guidance_min", "flux_guidance_max")
         found = f"flux_guidance_min = {config.flux_guidance_min:g}"
@@ -73,7 +77,7 @@ def _rollout(config: RunConfig) -> Iterator[Finding]:
     beta1, beta2 = config.scheduled_sampling_reflexflow_beta1, config.scheduled_sampling_reflexflow_beta2
     if config.has_reflexflow and not beta1 and not beta2:
         keys = ("scheduled_sampling_reflexflow_beta1", "scheduled_sampling_reflexflow_beta2")
-        found = f"{listed(keys, 'and')} are both 0: nothing would be learned from what is rolled out"
+        found = f"{join_names(keys, 'and')} are both 0: nothing would be learned from what is rolled out"
         yield keys, Problem(found, "one of them above 0", "Without ReflexFlow: scheduled_sampling_reflexflow=false.")
 
 
@@ -83,7 +87,7 @@ def _optimiser(config: RunConfig) -> Iterator[Finding]:
     for argument in config.optimizer_config or {}:
         if known.arguments is not None and argument not in known.arguments:
             found = f"optimizer_config: {name} takes no {shown(argument)} here"
-            expected = listed(known.arguments) if known.arguments else "nothing"
+            expected = join_names(known.arguments) if known.arguments else "nothing"
             yield ("optimizer_config", "optimizer"), Problem(found, expected)
     if not known.is_installed:
         found = f"optimizer = {shown(name)}: {known.library} is not installed"
@@ -193,17 +197,15 @@ def _routes(config: RunConfig) -> Iterator[Finding]:
             yield key, Problem(f"{where}{shown(route)}", "an object, in { }")
             continue
         givens = {name: Given(value, "file", name) for name, value in route.items()}
-        for problem in check(givens, ROUTE, Checked(), where=where).problems.values():
+        for problem in check_givens(givens, ROUTE, Checked(), where=where).problems.values():
             yield key, problem
 
 
 def notices(config: RunConfig, datasets: Datasets | None, given: Collection[str]) -> Iterator[str]:
     """What to say before the run: the licence, options in `given` that have no effect, odd combinations."""
-    if config.model_flavour == "dev":
-        yield (
-            "FLUX.2-dev's weights are under Black Forest Labs' non-commercial licence: "
-            "read it before you use or share what you train."
-        )
+    flavour = FLAVOURS[config.model_flavour]
+    if flavour.licence_notice is not None:
+        yield flavour.licence_notice
     for keys, has_no_effect, reason in _ignored(config, datasets):
         for key in keys:
             if has_no_effect and key in given:
@@ -291,7 +293,7 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
     yield from _ignored_of_offload(config)
 
     place = config.pretrained_model_name_or_path
-    is_local = config.model_flavour == "tiny" if place is None else Path(place).exists()
+    is_local = FLAVOURS[config.model_flavour].repo is None if place is None else Path(place).exists()
     yield ("revision", "variant"), is_local, "the model does not come from the Hub"
     if config.model_type == "full":
         yield tuple(LoraOptions.model_fields), True, "model_type is full, and trains no adapter"

@@ -21,7 +21,7 @@ _TOO_SHORT_TO_CONTINUE = 4
 
 
 @dataclass(frozen=True)
-class Kind:
+class OptionType:
     """The kind of value an option takes."""
 
     base: Any
@@ -45,7 +45,7 @@ class Kind:
     maximum: float | None = None
 
 
-def listed(names: Iterable[str], word: str = "or") -> str:
+def join_names(names: Iterable[str], word: str = "or") -> str:
     """ "a, b or c"."""
     *first, last = names
     return f"{', '.join(first)} {word} {last}" if first else last
@@ -70,7 +70,7 @@ def _in_words(base: Any, marks: Sequence[Any]) -> str:
     if base is bool:
         return "true or false"
     if get_origin(base) is Literal:
-        return listed(get_args(base))
+        return join_names(get_args(base))
     if base is str:
         is_model = any(isinstance(mark, IsModel) for mark in marks)
         is_path = any(isinstance(mark, IsPath) for mark in marks)
@@ -95,11 +95,11 @@ def _bound(bounds: Sequence[Any]) -> float | None:
     return next((bound for bound in bounds if isinstance(bound, int | float)), None)
 
 
-def _kind(field: FieldInfo) -> Kind:
+def _kind(field: FieldInfo) -> OptionType:
     base, marks = _unwrapped(field.annotation, field.metadata)
     is_choice = get_origin(base) is Literal
     choices = get_args(base) if is_choice else ()
-    return Kind(
+    return OptionType(
         base=str if is_choice else base,
         choices=choices,
         expects=_in_words(base, marks),
@@ -113,12 +113,12 @@ def _kind(field: FieldInfo) -> Kind:
 
 
 @cache
-def kinds(model: type[Slice]) -> dict[str, Kind]:
+def kinds(model: type[Slice]) -> dict[str, OptionType]:
     """The kind of every field of `model`, in the order of its declaration."""
     return {name: _kind(field) for name, field in model.model_fields.items()}
 
 
-def from_text(text: str, kind: Kind) -> object:
+def from_text(text: str, kind: OptionType) -> object:
     """The value that `text`, from a flag or the environment, stands for. Text that is no such value comes
     back as it is, for the check to refuse."""
     if kind.base is int and _INTEGER.fullmatch(text):
@@ -128,7 +128,7 @@ def from_text(text: str, kind: Kind) -> object:
     return from_file(text, kind)
 
 
-def from_file(value: object, kind: Kind) -> object:
+def from_file(value: object, kind: OptionType) -> object:
     """What `value`, from a file, stands for: "true" and "false" are booleans where one is expected."""
     if kind.base is bool and value in ("true", "false"):
         return value == "true"
@@ -140,7 +140,7 @@ def from_file(value: object, kind: Kind) -> object:
     return value
 
 
-def is_quoted_number(value: object, kind: Kind) -> bool:
+def is_quoted_number(value: object, kind: OptionType) -> bool:
     """Whether `value` would be right if it stood without quotes."""
     return isinstance(value, str) and kind.base in (int, float) and from_text(value, kind) is not value
 

@@ -11,10 +11,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from simpletuner.config.flavours import TransformerSpec
 from simpletuner.flux2.lora import Range, wrap
 from simpletuner.flux2.rotary import Rotary
 from simpletuner.flux2.routes import Route
-from simpletuner.flux2.spec import TransformerSpec
 from simpletuner.flux2.transformer import DoubleBlock, OutputNorm, SingleBlock
 from simpletuner.memory import recompute
 from simpletuner.memory.trace import Cost, fuse_attention, pretending, trace, trace_forward

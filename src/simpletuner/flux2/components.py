@@ -20,10 +20,10 @@ from simpletuner.flux2.load import (
     text_encoder_id,
 )
 from simpletuner.flux2.source import Source
-from simpletuner.flux2.spec import TextSpec
+from simpletuner.flux2.spec import text_from_config
 from simpletuner.flux2.text import LeftPaddedCodec, TextEncoder
 from simpletuner.flux2.transformer import Flux2Transformer
-from simpletuner.memory.free import free_bytes
+from simpletuner.memory.free import free_memory_bytes
 from simpletuner.memory.precision import DTYPES, check_precision
 
 
@@ -101,9 +101,9 @@ def open_text_encoder(
     mode = "streamed" if offload.group_offload_text_encoder else precision.text_encoder_mode
     if mode == "auto":
         tokens = precision.text_encoder_batch_size * length
-        text = TextSpec.from_config(source.text_encoder.config or {})
+        text = text_from_config(source.text_encoder.config or {})
         needed = sum(resident_text_bytes(text, layers, tokens=tokens, precision=name, dtype=dtype))
-        free = free_bytes(device)
+        free = free_memory_bytes(device)
         mode = "resident" if needed <= free else "streamed"
         memory = f"{format_size(free)} of memory {'on the GPU ' if device.type == 'cuda' else ''}are free"
         how = "resident: it" if mode == "resident" else "streamed, one layer at a time: resident it"

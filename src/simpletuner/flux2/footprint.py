@@ -17,6 +17,15 @@ from torch import nn
 from simpletuner.base.errors import AccessError, ConfigError
 from simpletuner.base.files import read_json, write_atomic
 from simpletuner.base.sizes import GIB
+from simpletuner.config.flavours import (
+    DEV,
+    FLAVOURS,
+    KLEIN_4B,
+    KLEIN_9B,
+    AutoencoderSpec,
+    TextSpec,
+    TransformerSpec,
+)
 from simpletuner.config.optimisers import optimiser
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.precisions import NO_CHANGE, PRECISIONS
@@ -25,21 +34,11 @@ from simpletuner.flux2.activations import Adapted, Pass, sampling, training
 from simpletuner.flux2.lora import wanted_ranges
 from simpletuner.flux2.routes import resolve
 from simpletuner.flux2.source import Weights, transformer_spec
-from simpletuner.flux2.spec import (
-    DEV,
-    DEV_TEXT,
-    FLAVOURS,
-    KLEIN_4B,
-    KLEIN_9B,
-    AutoencoderSpec,
-    TextSpec,
-    TransformerSpec,
-)
+from simpletuner.flux2.spec import autoencoder_from_config, decoder_shapes, encoder_shapes, text_from_config
 from simpletuner.flux2.text_stream import MEMORY_BYTES, PORTION_TOKENS
-from simpletuner.flux2.tiny.make import TEXT, VAE
 from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
 from simpletuner.flux2.transformer import Flux2Transformer
-from simpletuner.memory.planner import Machine, MemoryPlan, Part, PhasePlan, Place, PlannedPhase
+from simpletuner.memory.planner import Machine, MemoryPart, MemoryPlan, MemoryTier, PhasePlan, PlannedPhase
 from simpletuner.memory.precision import DTYPES, stored_bytes
 
 # What the model is
@@ -65,9 +64,7 @@ class Architecture:
             AccessError: a local config is no FLUX.2's.
         """
         flavour = FLAVOURS[config.model_flavour]
-        transformer, text, autoencoder = flavour.transformer, DEV_TEXT, AutoencoderSpec()
-        if config.model_flavour == "tiny":
-            text, autoencoder = TextSpec.from_config(TEXT), AutoencoderSpec.from_config(VAE)
+        transformer, text, autoencoder = flavour.transformer, flavour.text.encoder, flavour.autoencoder
         asked = config.pretrained_transformer_model_name_or_path or config.pretrained_model_name_or_path or ""
         single = Path(asked).expanduser()
         if asked.endswith(".safetensors") and single.is_file():
@@ -76,17 +73,17 @@ class Architecture:
             transformer = transformer_spec(Weights((), found), "transformer")
         try:
             if found := _local(config, "text_encoder", config.pretrained_text_encoder_model_name_or_path):
-                text = TextSpec.from_config(found)
+                text = text_from_config(found)
             if found := _local(config, "vae", config.pretrained_vae_model_name_or_path):
-                autoencoder = AutoencoderSpec.from_config(found)
+                autoencoder = autoencoder_from_config(found)
         except KeyError as error:
             raise AccessError.of(f"a text encoder's config.json has no {error}", "that of a Mistral-3") from None
         return cls(
             transformer,
             text,
             autoencoder,
-            config.custom_text_encoder_intermediary_layers or flavour.text_layers,
-            config.tokenizer_max_length or flavour.text_length,
+            config.custom_text_encoder_intermediary_layers or flavour.text.layers,
+            config.tokenizer_max_length or flavour.text.length,
         )
 
 
@@ -281,8 +278,8 @@ class _Room:
     """Collects the parts of a phase. On a machine without an accelerator, `device` is its memory."""
 
     def __init__(self, machine: Machine) -> None:
-        self._device: Place = "ram" if machine.accelerator is None else "accelerator"
-        self._sizes: dict[tuple[str, Place], int] = {}
+        self._device: MemoryTier = "ram" if machine.accelerator is None else "accelerator"
+        self._sizes: dict[tuple[str, MemoryTier], int] = {}
 
     def device(self, name: str, size: int) -> None:
         self._add(name, self._device, size)
@@ -293,12 +290,12 @@ class _Room:
     def disk(self, name: str, size: int) -> None:
         self._add(name, "disk", size)
 
-    def _add(self, name: str, place: Place, size: int) -> None:
+    def _add(self, name: str, place: MemoryTier, size: int) -> None:
         if size:
             self._sizes[name, place] = self._sizes.get((name, place), 0) + size
 
     def plan(self, phase: PlannedPhase, what: str, read: int) -> PhasePlan:
-        parts = (Part(name, place, size) for (name, place), size in self._sizes.items())
+        parts = (MemoryPart(name, place, size) for (name, place), size in self._sizes.items())
         return PhasePlan(phase, what, tuple(parts), read)
 
 
@@ -355,7 +352,7 @@ class Footprint:
         return "resident" if self._text("resident").total(self._device) <= there else "streamed"
 
     @property
-    def _device(self) -> Place:
+    def _device(self) -> MemoryTier:
         return "ram" if self.machine.accelerator is None else "accelerator"
 
     def text(self) -> PhasePlan:
@@ -401,7 +398,7 @@ class Footprint:
         width, height = self.work.bucket
         batch = min(config.vae_batch_size, self.work.pictures or config.vae_batch_size)
         room = _Room(self.machine)
-        read = self._hold_autoencoder(room, autoencoder.encoder)
+        read = self._hold_autoencoder(room, encoder_shapes(autoencoder))
         pixels = self._seen_pixels(self.work.bucket, batch)
         room.device("activations", encoding_bytes(autoencoder, pixels, self.vae_dtype))
         # Of each pixel of a batch, fp32 and as the VAE wants it; of those that are opened ahead, bytes.
@@ -514,7 +511,7 @@ class Footprint:
             room.device("gradients", gradients)
         room.ram("activations that wait", worst.elsewhere)
         if self.work.draws and not config.offload_during_startup:
-            self._hold_autoencoder(room, self.architecture.autoencoder.decoder)  # from the first picture on
+            self._hold_autoencoder(room, decoder_shapes(self.architecture.autoencoder))  # from the first picture on
         self._data(room, self.work.bucket, self.work.batch)
         room.disk("checkpoints", (config.checkpoints_total_limit + 1) * self.checkpoint_bytes)
         width, height = self.work.bucket
@@ -528,11 +525,11 @@ class Footprint:
         self._hold(room)
         drawing = sampling(self.passing(size, 1)) + self._unpacked
         decoding = decoding_bytes(autoencoder, self._seen_pixels(size, 1), self.vae_dtype)
-        weights, _ = autoencoder_bytes(autoencoder.decoder, self.vae_dtype)
+        weights, _ = autoencoder_bytes(decoder_shapes(autoencoder), self.vae_dtype)
         if config.offload_during_startup and drawing >= weights + decoding:
             room.device("activations", drawing)
         else:
-            self._hold_autoencoder(room, autoencoder.decoder)
+            self._hold_autoencoder(room, decoder_shapes(autoencoder))
             room.device("activations", decoding if config.offload_during_startup else max(drawing, decoding))
         # What is trained steps aside for its average, or for what a schedule-free optimiser gives.
         averaged = config.use_ema and config.ema_validation != "none" and not self.has_masters

@@ -20,7 +20,7 @@ from simpletuner.config.precisions import NO_CHANGE
 from simpletuner.flux2.autoencoder import Autoencoder
 from simpletuner.flux2.headers import TensorEntry, read_header, read_headers
 from simpletuner.flux2.kept import KeptBase
-from simpletuner.flux2.names import Renamed, Renaming, text_encoder_name, transformer_renaming
+from simpletuner.flux2.names import Renamed, TensorRenaming, text_encoder_name, transformer_renaming
 from simpletuner.flux2.source import Source, Weights
 from simpletuner.flux2.text import ResidentTextEncoder
 from simpletuner.flux2.text_stream import StreamedTextEncoder
@@ -89,11 +89,11 @@ def load_transformer(
         kept = None if cache_dir is None else KeptBase.of(cache_dir, source, precision, dtype)
     file = None if kept is None else kept.verified(report)
     if file is not None:
+        # What products read in place is copied: on a CPU their last bits depend on where a tensor begins.
+        plain = {name for name, _ in transformer.named_parameters()}
         with torch.device("meta"):
             make_room(transformer, targets(transformer, _BLOCKS, precision), precision, dtype)
         with _opened(file, is_mapped=True) as read:
-            # What products read in place is copied: on a CPU their last bits depend on where a tensor begins.
-            plain = {name for name, _ in transformer.named_parameters()}
             for name in transformer.state_dict():
                 _assign(transformer, name, read(name).to(device, copy=name in plain))
         return transformer.eval()
@@ -288,7 +288,10 @@ def _tokenizer(source: Source, fix_regex: bool) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(
-        source.tokenizer, local_files_only=True, fix_mistral_regex=False
+        source.tokenizer,
+        local_files_only=True,
+        fix_mistral_regex=False,
+        padding_side=source.flavour.text.padding_side,
     )
     if fix_regex:
         from tokenizers import Regex, pre_tokenizers
@@ -325,7 +328,7 @@ def text_encoder_id(
 def _fill(
     module: nn.Module,
     weights: Weights,
-    renaming: Renaming,
+    renaming: TensorRenaming,
     dtype: torch.dtype,
     device: torch.device | str,
     *,

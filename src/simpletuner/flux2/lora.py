@@ -8,7 +8,6 @@ columns.
 
 import contextlib
 import difflib
-import itertools
 import json
 import math
 import re
@@ -33,7 +32,7 @@ DOUBLE_MLP = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_conte
 FUSED_IN = "attn.to_qkv_mlp_proj"
 FUSED_OUT = "attn.to_out"
 
-Part = Literal["whole", "attention", "mlp"]
+FusedPart = Literal["whole", "attention", "mlp"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,8 @@ class Preset:
     """Linears by their place in a block: a double block's, and the live part of a single block's two."""
 
     double: tuple[str, ...]
-    fused_in: Part | None
-    fused_out: Part | None
+    fused_in: FusedPart | None
+    fused_out: FusedPart | None
 
 
 PRESETS: dict[str, Preset] = {
@@ -151,7 +150,7 @@ Adaptable = nn.Linear | QuantisedLinear | LoraLinear
 """What an adapter can be put on."""
 
 
-class Kind(TypedDict):
+class AdapterKind(TypedDict):
     """The adapted Linears that share a place in their blocks."""
 
     name: str
@@ -169,7 +168,7 @@ class Audit(TypedDict):
     layers: int
     parameters: int
     bytes: int
-    kinds: list[Kind]
+    kinds: list[AdapterKind]
 
 
 class Adapter(Learning):
@@ -221,7 +220,7 @@ class Adapter(Learning):
         for name, layer in self.layers.items():
             groups.setdefault(re.sub(r"\.\d+\.", ".*.", name, count=1), []).append(layer)
         kinds = [
-            Kind(
+            AdapterKind(
                 name=name,
                 layers=len(layers),
                 rank=layers[0].rank,
@@ -294,7 +293,7 @@ def preset_ranges(transformer: nn.Module, preset: Preset) -> dict[str, Range]:
     return ranges
 
 
-def _cut(part: Part, *, at: int, end: int) -> tuple[int, int]:
+def _cut(part: FusedPart, *, at: int, end: int) -> tuple[int, int]:
     """Attention comes first in both fused matrices, the feed-forward after it."""
     return {"whole": (0, end), "attention": (0, at), "mlp": (at, end)}[part]
 
@@ -395,7 +394,7 @@ def wrap(
     base = transformer.get_submodule(name)
     if not isinstance(base, Adaptable):
         raise TypeError(f"{name} is a {type(base).__name__}, not a Linear")
-    device = next(itertools.chain(base.parameters(), base.buffers())).device
+    device = next(base.parameters()).device
     layer = LoraLinear(
         base,
         a.to(device, torch.float32),

@@ -15,9 +15,10 @@ from torch import Tensor
 from simpletuner.base.errors import CheckpointError, DiskError
 from simpletuner.base.files import disk_full_is_reported, link_or_copy, read_json, sync_directory, write_json
 from simpletuner.base.tensorfile import Entry, write_tensors
+from simpletuner.config.flavours import TransformerSpec
 from simpletuner.flux2.export import header_of
 from simpletuner.flux2.source import Source
-from simpletuner.flux2.spec import TransformerSpec
+from simpletuner.flux2.spec import transformer_to_diffusers
 
 TRANSFORMER_FOLDER = "transformer"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -79,7 +80,7 @@ def save_transformer(
     path = folder / WEIGHTS_NAME
     with disk_full_is_reported(path):
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", spec.to_diffusers())
+        write_json(folder / "config.json", transformer_to_diffusers(spec))
         save_tensors(path, tensors, header_of(metadata), dtype)
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())

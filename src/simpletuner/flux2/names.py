@@ -104,11 +104,11 @@ def with_prefix(name: str) -> Renamed:
     return Renamed((name.removeprefix(_PREFIX),))
 
 
-Renaming = Callable[[str], Renamed | None]
+TensorRenaming = Callable[[str], Renamed | None]
 """What a file's name for a tensor means; None for a tensor that is not known."""
 
 
-def transformer_renaming(names: Iterable[str]) -> Renaming:
+def transformer_renaming(names: Iterable[str]) -> TensorRenaming:
     """How to read a transformer's file with tensors `names`: BFL's or diffusers'."""
     blocks = ("double_blocks.", "single_blocks.")
     return from_bfl if any(name.removeprefix(_PREFIX).startswith(blocks) for name in names) else with_prefix

@@ -13,10 +13,10 @@ from simpletuner.base.files import disk_full_is_reported
 from simpletuner.base.sizes import format_size
 from simpletuner.config.options.model import ModelOptions
 
-Report = Callable[[str], None]
+ReportLine = Callable[[str], None]
 
 
-class Folder:
+class ModelFolder:
     """A folder on this disk. Never touches the network."""
 
     commit: str | None = None
@@ -38,7 +38,7 @@ class Folder:
 
 
 class Hub:
-    """A model repository at one commit; like a `Folder`, but `path` downloads what is not here yet.
+    """A model repository at one commit; like a `ModelFolder`, but `path` downloads what is not here yet.
 
     Without an answer from the Hub, what was downloaded before serves, and the user is told.
 
@@ -48,14 +48,14 @@ class Hub:
 
     _ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-    def __init__(self, repo: str, options: ModelOptions, report: Report, environ: Mapping[str, str]) -> None:
+    def __init__(self, repo: str, options: ModelOptions, report: ReportLine, environ: Mapping[str, str]) -> None:
         self.name = self.label = repo
         self._revision = options.revision
         self._cache_dir = None if options.cache_dir is None else Path(options.cache_dir).expanduser()
         self._endpoint = environ.get("HF_ENDPOINT")
         self._report = report
         self._ref_is_kept = False
-        self._offline: Folder | None = None
+        self._offline: ModelFolder | None = None
 
     @classmethod
     def is_id(cls, text: str) -> bool:
@@ -119,7 +119,7 @@ class Hub:
             except LocalEntryNotFoundError:
                 raise error from None
             self._report(f"The Hub does not answer: going on with what was downloaded of {self.name} before.")
-            self._offline = Folder(Path(kept))
+            self._offline = ModelFolder(Path(kept))
             self._offline.label = f"the download of {self.name} in {kept}"
             self.label = self._offline.label
             return self._offline.name, {}
@@ -201,10 +201,10 @@ class _Unreachable(AccessError):
     """The Hub gave no answer at all."""
 
 
-Place = Folder | Hub
+ModelLocation = ModelFolder | Hub
 
 
-def fetch(wanted: Sequence[tuple[Place, str]], report: Report) -> None:
+def fetch(wanted: Sequence[tuple[ModelLocation, str]], report: ReportLine) -> None:
     """Download those files of `wanted` that are on the Hub and not here yet, after saying how large they are.
 
     Raises:

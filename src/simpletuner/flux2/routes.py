@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from simpletuner.base.errors import ConfigError, Problem
+from simpletuner.config.flavours import FLAVOURS
 from simpletuner.config.options.tread import TreadRoute
 from simpletuner.config.run import RunConfig
-from simpletuner.flux2.spec import FLAVOURS
 
 
 @dataclass(frozen=True)

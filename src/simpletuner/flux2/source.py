@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from simpletuner.base.errors import AccessError, Problem
 from simpletuner.base.files import read_json, sha256_json
+from simpletuner.config.flavours import FLAVOURS, Flavour, TextEncoderKind, TransformerSpec
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.flux2 import tiny
 from simpletuner.flux2.headers import read_header, read_headers
 from simpletuner.flux2.names import text_encoder_name, transformer_renaming
-from simpletuner.flux2.places import Folder, Hub, Place, Report, fetch
-from simpletuner.flux2.spec import FLAVOURS, Flavour, TransformerSpec
+from simpletuner.flux2.places import Hub, ModelFolder, ModelLocation, ReportLine, fetch
+from simpletuner.flux2.spec import transformer_from_diffusers, transformer_from_tensors
 
 Component = Literal["transformer", "vae", "text_encoder"]
 Config = dict[str, Any]
@@ -24,12 +25,12 @@ _STEMS: Mapping[Component, str] = {
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
 }
-# The key of a component's config that says what it is, and what it must say.
-_KINDS: Mapping[Component, tuple[str, tuple[str, ...]]] = {
-    "transformer": ("_class_name", ("Flux2Transformer2DModel",)),
-    "vae": ("_class_name", ("AutoencoderKLFlux2",)),
-    "text_encoder": ("model_type", ("mistral3", "mistral")),
+# What a component's config says it is: diffusers' `_class_name`, or of a text encoder transformers' `model_type`.
+_CLASSES: Mapping[Component, str] = {
+    "transformer": "Flux2Transformer2DModel",
+    "vae": "AutoencoderKLFlux2",
 }
+_TEXT_ENCODERS: Mapping[TextEncoderKind, tuple[str, ...]] = {"mistral3": ("mistral3", "mistral")}
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 _TOKENIZER_EXTRA = ("chat_template.jinja", "special_tokens_map.json")
 # Who wrote a config, and with what, changes nothing about what it says.
@@ -103,7 +104,7 @@ def transformer_spec(transformer: Weights, name: str) -> TransformerSpec:
     """
     try:
         if transformer.config is not None:
-            return TransformerSpec.from_diffusers(transformer.config)
+            return transformer_from_diffusers(transformer.config)
         entries = read_headers(transformer.files)
         renaming = transformer_renaming(entries)
         shapes: dict[str, tuple[int, ...]] = {}
@@ -111,14 +112,14 @@ def transformer_spec(transformer: Weights, name: str) -> TransformerSpec:
             renamed = renaming(own)
             if renamed is not None:
                 shapes.update(zip(renamed.names, renamed.shapes(entry.shape), strict=True))
-        return TransformerSpec.from_tensors(shapes)
+        return transformer_from_tensors(shapes)
     except KeyError as error:
         raise AccessError.of(f"{name} has no tensor {error}", "a FLUX.2 transformer") from None
     except ValueError as error:
         raise AccessError.of(f"{name}: {error}", "a FLUX.2 transformer") from None
 
 
-def locate(options: ModelOptions, *, report: Report, environ: Mapping[str, str] = os.environ) -> Source:
+def locate(options: ModelOptions, *, report: ReportLine, environ: Mapping[str, str] = os.environ) -> Source:
     """Find every file of the model that `options` name, after downloading or making what is not here.
 
     `report` is told, in sentences, what is about to be made or downloaded, its size, and how much disk is
@@ -135,7 +136,7 @@ def locate(options: ModelOptions, *, report: Report, environ: Mapping[str, str] 
 class _Part:
     """What one component needs of a place."""
 
-    place: Place
+    place: ModelLocation
     names: list[str]
     config: Config | None
 
@@ -143,12 +144,12 @@ class _Part:
 class _Search:
     """One call of `locate`: collects what is missing as it goes, and raises it together."""
 
-    def __init__(self, options: ModelOptions, report: Report, environ: Mapping[str, str]) -> None:
+    def __init__(self, options: ModelOptions, report: ReportLine, environ: Mapping[str, str]) -> None:
         self.options = options
         self.report = report
         self.environ = environ
         self.flavour = FLAVOURS[options.model_flavour]
-        self.layers = options.custom_text_encoder_intermediary_layers or self.flavour.text_layers
+        self.layers = options.custom_text_encoder_intermediary_layers or self.flavour.text.layers
         self.repos: dict[str, Hub] = {}
         self.missing: dict[str, list[str]] = {}
         self.problems: list[Problem] = []
@@ -172,7 +173,7 @@ class _Search:
         parts: dict[Component, _Part] = {}
         for component, path in overrides.items():
             if component == "transformer" and single is not None:
-                parts[component] = _Part(Folder(single.parent), [single.name], None)
+                parts[component] = _Part(ModelFolder(single.parent), [single.name], None)
             elif path is not None:
                 parts[component] = self._part(component, self._place(path), folders=(f"{component}/", ""))
             else:
@@ -196,13 +197,13 @@ class _Search:
             text_encoder=weights["text_encoder"],
             tokenizer=tokenizer.place.path(tokenizer.names[0]).parent,
             text_layers=self.layers,
-            text_length=self.options.tokenizer_max_length or self.flavour.text_length,
-            pipeline=base.root if isinstance(base, Folder) else None,
+            text_length=self.options.tokenizer_max_length or self.flavour.text.length,
+            pipeline=base.root if isinstance(base, ModelFolder) else None,
         )
         _check_width(source)
         return source
 
-    def _base(self, asked: str | None) -> Place:
+    def _base(self, asked: str | None) -> ModelLocation:
         """The whole model: what was asked for, else the flavour's own."""
         name = asked or self.flavour.repo
         if name is not None:
@@ -211,12 +212,12 @@ class _Search:
         folder = tiny.default_folder(None if cache_dir is None else Path(cache_dir).expanduser(), self.environ)
         if not folder.exists():
             self.report(f"Making the embedded model in {folder}.")
-        return Folder(tiny.make(folder))
+        return ModelFolder(tiny.make(folder))
 
-    def _place(self, text: str) -> Place:
+    def _place(self, text: str) -> ModelLocation:
         folder = Path(text).expanduser()
         if folder.is_dir():
-            return Folder(folder)
+            return ModelFolder(folder)
         if Hub.is_id(text):
             if text not in self.repos:
                 self.repos[text] = Hub(text, self.options, self.report, self.environ)
@@ -226,14 +227,17 @@ class _Search:
             "a folder, a Hub id such as black-forest-labs/FLUX.2-dev, or a .safetensors file",
         )
 
-    def _part(self, component: Component, place: Place, folders: tuple[str, ...]) -> _Part:
+    def _part(self, component: Component, place: ModelLocation, folders: tuple[str, ...]) -> _Part:
         """Config and weights of `component`, in the first of `folders` that has a config."""
         folder = next((folder for folder in folders if place.has(f"{folder}config.json")), None)
         if folder is None:
             self._lacks(place, f"{folders[0]}config.json")
             return _Part(place, [], None)
         config: Config = read_json(place.path(f"{folder}config.json"))
-        key, kinds = _KINDS[component]
+        if component == "text_encoder":
+            key, kinds = "model_type", _TEXT_ENCODERS[self.flavour.text.kind]
+        else:
+            key, kinds = "_class_name", (_CLASSES[component],)
         kind = config.get(key)
         if kind not in kinds:
             self.problems.append(
@@ -250,7 +254,7 @@ class _Search:
                 self._lacks(place, name)
         return _Part(place, names, config)
 
-    def _weights(self, component: Component, place: Place, folder: str) -> list[str]:
+    def _weights(self, component: Component, place: ModelLocation, folder: str) -> list[str]:
         """The files with the tensors that are used: not a text encoder's shards of its last layers alone."""
         stem = folder + _STEMS[component]
         variants = ["", f".{self.options.variant}"] if self.options.variant else [""]
@@ -272,7 +276,7 @@ class _Search:
                 )
         return [f"{stem}.safetensors"]
 
-    def _tokenizer(self, text_encoder: Place, base: Place) -> _Part:
+    def _tokenizer(self, text_encoder: ModelLocation, base: ModelLocation) -> _Part:
         """A replaced text encoder brings its own tokenizer if it has one."""
         candidates = [(text_encoder, "tokenizer/"), (text_encoder, ""), (base, "tokenizer/")]
         for place, folder in candidates if text_encoder is not base else candidates[-1:]:
@@ -284,7 +288,7 @@ class _Search:
                 self._lacks(base, f"tokenizer/{name}")
         return _Part(base, [], None)
 
-    def _lacks(self, place: Place, name: str) -> None:
+    def _lacks(self, place: ModelLocation, name: str) -> None:
         self.missing.setdefault(place.label, []).append(name)
 
     def _raise_problems(self) -> None:

@@ -11,8 +11,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from simpletuner.base.errors import AccessError, ConfigError
+from simpletuner.config.flavours import SYSTEM_MESSAGE
 from simpletuner.flow.condition import TextContext
-from simpletuner.flux2.spec import SYSTEM_MESSAGE
 
 ShareDone = Callable[[float], None]
 """Called now and then with the share of the work that is done, from 0 to 1; may raise to stop it."""

@@ -14,8 +14,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from simpletuner.config.flavours import TransformerSpec
 from simpletuner.flux2.rotary import Rotary, rotary, rotate
-from simpletuner.flux2.spec import TransformerSpec
 from simpletuner.flux2.tread import Choice, Routing
 
 _FP16_LIMIT = 65504.0

@@ -10,7 +10,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
 
 
-def free_bytes(device: torch.device) -> int:
+def free_memory_bytes(device: torch.device) -> int:
     """Bytes that can still be taken on `device`: what the driver has and what torch holds unused; on the CPU what the
     system could free, within the limits of this process's control groups (version 2)."""
     if device.type == "cuda":

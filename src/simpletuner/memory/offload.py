@@ -31,7 +31,7 @@ from simpletuner.base.errors import MemoryBudgetError
 from simpletuner.base.files import write_atomic
 from simpletuner.base.sizes import format_size
 
-ALIGNMENT = 256
+_ALIGNMENT_BYTES = 256
 """Bytes; what the kernels of every library are content with."""
 
 
@@ -129,7 +129,7 @@ def _extent(leaf: Tensor) -> int:
 
 
 def _room(leaf: Tensor) -> int:
-    return math.ceil(_extent(leaf) / ALIGNMENT) * ALIGNMENT
+    return math.ceil(_extent(leaf) / _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
 def _view(memory: Tensor, at: int, like: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from simpletuner.base.sizes import GIB, format_size
 
-Place = Literal["accelerator", "ram", "disk"]
+MemoryTier = Literal["accelerator", "ram", "disk"]
 PlannedPhase = Literal["text", "latents", "train", "validation"]
-PLACES: tuple[Place, ...] = ("accelerator", "ram", "disk")
+MEMORY_TIERS: tuple[MemoryTier, ...] = ("accelerator", "ram", "disk")
 
 LEFT_BY_A_CARD = 1.5 * GIB
 LEFT_BY_A_SYSTEM = 4 * GIB
@@ -21,11 +21,11 @@ small ones. A card of 24, 16, 12 or 8 GiB has 22.5, 14.5, 10.5 or 7 for a model.
 
 
 @dataclass(frozen=True)
-class Part:
+class MemoryPart:
     """What takes memory, where, and how much of it, in bytes."""
 
     name: str
-    place: Place
+    place: MemoryTier
     size: int
 
 
@@ -36,11 +36,11 @@ class PhasePlan:
     phase: PlannedPhase
     what: str
     """What the phase does, in a few words."""
-    parts: tuple[Part, ...]
+    parts: tuple[MemoryPart, ...]
     read: int
     """Bytes of weights that it reads from the disk."""
 
-    def total(self, place: Place) -> int:
+    def total(self, place: MemoryTier) -> int:
         return sum(part.size for part in self.parts if part.place == place)
 
 
@@ -60,7 +60,7 @@ class Machine:
         card = int(vram - min(LEFT_BY_A_CARD, vram / 8)) if vram else None
         return cls(card, int(ram - min(LEFT_BY_A_SYSTEM, ram / 8)), None)
 
-    def has(self, place: Place) -> int | None:
+    def has(self, place: MemoryTier) -> int | None:
         return {"accelerator": self.accelerator, "ram": self.ram, "disk": self.disk}[place]
 
 
@@ -69,7 +69,7 @@ class Lack:
     """A place that is too small for a phase."""
 
     phase: PhasePlan
-    place: Place
+    place: MemoryTier
     needed: int
     there: int
 
@@ -81,12 +81,12 @@ class MemoryPlan:
     machine: Machine
     phases: tuple[PhasePlan, ...]
 
-    def peak(self, place: Place) -> int:
+    def peak(self, place: MemoryTier) -> int:
         """Of memory, what the hungriest phase takes; of the disk, what all leave there together."""
         totals = [phase.total(place) for phase in self.phases]
         return sum(totals) if place == "disk" else max(totals)
 
-    def worst(self, place: Place) -> PhasePlan:
+    def worst(self, place: MemoryTier) -> PhasePlan:
         return max(self.phases, key=lambda phase: phase.total(place))
 
     def phase(self, name: PlannedPhase) -> PhasePlan | None:
@@ -96,7 +96,7 @@ class MemoryPlan:
     def lacks(self) -> tuple[Lack, ...]:
         """Each place that is too small, with the phase that takes most of it."""
         found = []
-        for place in PLACES:
+        for place in MEMORY_TIERS:
             there = self.machine.has(place)
             if there is not None and self.peak(place) > there:
                 found.append(Lack(self.worst(place), place, self.peak(place), there))
@@ -109,18 +109,18 @@ class MemoryPlan:
     def summary(self) -> dict[str, Any]:
         """For a JSON reader, in bytes; docs/plan.md says what each key means."""
         return {
-            "machine": {place: self.machine.has(place) for place in PLACES},
+            "machine": {place: self.machine.has(place) for place in MEMORY_TIERS},
             "phases": [
                 {
                     "phase": phase.phase,
                     "what": phase.what,
-                    **{place: phase.total(place) for place in PLACES},
+                    **{place: phase.total(place) for place in MEMORY_TIERS},
                     "read": phase.read,
                     "parts": [{"name": part.name, "place": part.place, "bytes": part.size} for part in phase.parts],
                 }
                 for phase in self.phases
             ],
-            "peak": {place: self.peak(place) for place in PLACES},
+            "peak": {place: self.peak(place) for place in MEMORY_TIERS},
             "fits": self.fits,
             "lacks": [
                 {"phase": lack.phase.phase, "place": lack.place, "needed": lack.needed, "there": lack.there}
@@ -145,7 +145,7 @@ class Remedy:
     """Changes that make a plan fit, and what they do to the place that was too small."""
 
     changes: tuple[Change, ...]
-    place: Place
+    place: MemoryTier
     before: int
     after: int
 
@@ -196,20 +196,20 @@ def smallest_change(plan: MemoryPlan, ladder: Sequence[Change], replan: Replan) 
     return None
 
 
-def with_less(plan: MemoryPlan, phase: PlannedPhase, place: Place, there: int) -> MemoryPlan:
+def with_less(plan: MemoryPlan, phase: PlannedPhase, place: MemoryTier, there: int) -> MemoryPlan:
     """`plan` as a failed allocation has corrected it: `phase` alone, on a machine with `there` bytes in `place`."""
     only = tuple(each for each in plan.phases if each.phase == phase)
     limits = {"accelerator": plan.machine.accelerator, "ram": plan.machine.ram, place: there}
     return replace(plan, phases=only, machine=Machine(limits["accelerator"], limits["ram"] or 0, None))
 
 
-NAMES: Mapping[Place, str] = {"accelerator": "GPU", "ram": "RAM", "disk": "disk"}
+NAMES: Mapping[MemoryTier, str] = {"accelerator": "GPU", "ram": "RAM", "disk": "disk"}
 
 
 def phase_line(phase: PhasePlan) -> str:
     """A phase in one line: "train (1024x1024 × 1): GPU 19.40 GiB (weights 16.91, activations 2.33, …)"."""
     told = []
-    for place in PLACES:
+    for place in MEMORY_TIERS:
         parts = sorted((part for part in phase.parts if part.place == place), key=lambda part: -part.size)
         if phase.total(place):
             shown = ", ".join(f"{part.name} {format_size(part.size)}" for part in parts[:4] if part.size)
@@ -217,15 +217,15 @@ def phase_line(phase: PhasePlan) -> str:
     return f"{phase.phase} ({phase.what}): {'; '.join(told)}"
 
 
-def table(plan: MemoryPlan) -> list[str]:
+def plan_table(plan: MemoryPlan) -> list[str]:
     """Every part of every phase, for a terminal."""
-    rows = [("", *(NAMES[place] for place in PLACES), "read")]
+    rows = [("", *(NAMES[place] for place in MEMORY_TIERS), "read")]
     for phase in plan.phases:
-        totals = (format_size(phase.total(place)) for place in PLACES)
+        totals = (format_size(phase.total(place)) for place in MEMORY_TIERS)
         rows.append((f"{phase.phase}: {phase.what}", *totals, format_size(phase.read)))
         for name in dict.fromkeys(part.name for part in phase.parts):
             own = {part.place: part.size for part in phase.parts if part.name == name}
-            rows.append((f"  {name}", *(format_size(own[place]) if place in own else "" for place in PLACES), ""))
+            rows.append((f"  {name}", *(format_size(own[place]) if place in own else "" for place in MEMORY_TIERS), ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -238,7 +238,7 @@ def table(plan: MemoryPlan) -> list[str]:
 def verdict(plan: MemoryPlan) -> str:
     """Whether it fits, in a sentence."""
     said = []
-    for place in PLACES:
+    for place in MEMORY_TIERS:
         there = plan.machine.has(place)
         if there is not None and (plan.peak(place) or place != "disk"):
             at = "" if place == "disk" else f" ({plan.worst(place).phase})"

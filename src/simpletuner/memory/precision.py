@@ -1,7 +1,7 @@
 """Quantised weights of frozen Linears, whichever library makes them, behind one call.
 
-A library decides the numbers: scales, zero points, rounding. They are kept as plain tensors, all of them buffers, and
-read back by a line or two of torch, on any device, under autograd, compiled or not; only nf4 is read by its library.
+A library decides the numbers: scales, zero points, rounding. They are kept as parameters without gradient, and read
+back by a line or two of torch, on any device, under autograd, compiled or not; only nf4 is read by its library.
 But for fp8-torchao, products are computed with plain weights, made anew for each pass: what is saved is memory, not
 work. Why: docs/decisions/0008-quantised-weights.md.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from simpletuner.base.errors import ConfigError
 from simpletuner.base.quiet import quiet_import
 from simpletuner.config.precisions import NO_CHANGE, PRECISIONS
-from simpletuner.config.values import listed
+from simpletuner.config.values import join_names
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Formats that compute, by the name that options have for them."""
@@ -175,10 +175,14 @@ class QuantisedLinear(nn.Module):
         fields = self.layout.fields()
         self.names = tuple(fields)
         for name, (own, kind) in fields.items():
-            self.register_buffer(name, torch.empty(own, dtype=kind or dtype))
+            self._hold(name, torch.empty(own, dtype=kind or dtype))
         if precision == "nf4-bnb":
             with quiet_import():
                 import bitsandbytes  # noqa: F401  its operators, of which torch knows only then
+
+    def _hold(self, name: str, tensor: Tensor) -> None:
+        # Not a buffer: what shards a model, or counts it, looks at parameters.
+        self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.layout.precision}"
@@ -186,7 +190,7 @@ class QuantisedLinear(nn.Module):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All that the weight is held in."""
-        return tuple(self.get_buffer(name) for name in self.names)
+        return tuple(self.get_parameter(name) for name in self.names)
 
     @property
     def weight(self) -> Float[Tensor, "rows columns"]:
@@ -240,7 +244,7 @@ def quantised(linear: nn.Linear, precision: str, device: torch.device | str | No
     with torch.device("meta"):
         made = QuantisedLinear((linear.out_features, linear.in_features), precision, weight.dtype)
     for name, tensor in packed(weight, precision).items():
-        made.register_buffer(name, tensor.to(device))
+        made._hold(name, tensor.to(device))
     return made.train(linear.training)
 
 
@@ -352,7 +356,7 @@ def check_precision(precision: str, device: torch.device, option: str) -> None:
         able = [name for name, known in PRECISIONS.items() if not known.needs_accelerator]
         raise ConfigError.of(
             f"{option} = {precision} on a machine without a GPU, where torchao does not compute with it",
-            listed(able),
+            join_names(able),
             f"Nearest is {'int4-quanto' if PRECISIONS[precision].bits == 4 else 'fp8wo-torchao'}.",
         )
     if precision == "fp8-torchao" and torch.version.hip is None:

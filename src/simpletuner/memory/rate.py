@@ -4,14 +4,14 @@ import time
 
 import torch
 
-SIDE = {"cuda": 8192, "cpu": 1024}
+MATRIX_SIDE = {"cuda": 8192, "cpu": 1024}
 """Of the square matrices: large enough that nothing but the product counts."""
 LONG_ENOUGH_S = 0.2
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating point operations a second of products of `dtype` on `device`, measured; takes about half a second."""
-    side = SIDE[device.type]
+    side = MATRIX_SIDE[device.type]
     matrix = torch.randn(side, side, device=device, dtype=torch.float32).to(dtype)
 
     def seconds(times: int) -> float:

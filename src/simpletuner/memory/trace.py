@@ -103,7 +103,7 @@ def fuse_attention(module: nn.Module) -> None:
     module.forward = run
 
 
-Run = Callable[..., Sequence[Tensor]]
+TracedForward = Callable[..., Sequence[Tensor]]
 """Streams in, streams out."""
 
 
@@ -120,7 +120,7 @@ def pretending(dtype: torch.dtype) -> Iterator[None]:
 
 
 def trace(
-    run: Run, streams: Callable[[], list[Tensor]], weights: Sequence[Tensor], shared: Sequence[Tensor] = ()
+    run: TracedForward, streams: Callable[[], list[Tensor]], weights: Sequence[Tensor], shared: Sequence[Tensor] = ()
 ) -> Cost:
     """What `run(*streams())` costs with its backward pass, all of it made inside `pretending`."""
     ledger = Ledger([*weights, *shared])
@@ -140,7 +140,7 @@ def trace(
     return Cost(kept, forward, backward, left)
 
 
-def trace_forward(run: Run, streams: Callable[[], list[Tensor]], weights: Sequence[Tensor]) -> int:
+def trace_forward(run: TracedForward, streams: Callable[[], list[Tensor]], weights: Sequence[Tensor]) -> int:
     """Bytes that `run(*streams())` takes at most without gradients, inputs and outputs counted."""
     ledger = Ledger(weights)
     with torch.no_grad(), ledger:

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from simpletuner.base.errors import ConfigError
 from simpletuner.config.documents import read_document
-from simpletuner.config.load import CONFIG_NAMES, DATASETS_NAME, EXAMPLES, PROMPTS_NAME
+from simpletuner.config.load import CONFIG_NAMES, DATASETS_NAME, EXAMPLES_FOLDER, PROMPTS_NAME
 from simpletuner.server.documents import LARGEST_DOCUMENT, permissions_are_reported, read_text, write_bytes
 from simpletuner.server.faults import Fault
 from simpletuner.server.roots import Roots
@@ -195,13 +195,13 @@ def example_files(name: str) -> dict[str, bytes]:
     """
     if name not in example_names():
         raise Fault.of(404, f"there is no example {name!r}", " or ".join(example_names()))
-    folder = EXAMPLES / name
+    folder = EXAMPLES_FOLDER / name
     return {file: (folder / file).read_bytes() for file in KNOWN_FILES if (folder / file).is_file()}
 
 
 def example_names() -> list[str]:
     """The examples that come with the program."""
-    return sorted(path.parent.name for path in EXAMPLES.glob("*/config.json"))
+    return sorted(path.parent.name for path in EXAMPLES_FOLDER.glob("*/config.json"))
 
 
 def on_its_own(files: dict[str, bytes], name: str) -> dict[str, bytes]:

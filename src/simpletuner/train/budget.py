@@ -22,17 +22,17 @@ from simpletuner.data.manifest import Manifest, scan
 from simpletuner.data.order import Order
 from simpletuner.flux2.arithmetic import training_flop
 from simpletuner.flux2.footprint import Architecture, Footprint, Workload
-from simpletuner.memory.free import free_bytes
+from simpletuner.memory.free import free_memory_bytes
 from simpletuner.memory.planner import (
     Change,
     Machine,
     MemoryPlan,
-    Place,
+    MemoryTier,
     PlannedPhase,
     Remedy,
     phase_line,
+    plan_table,
     smallest_change,
-    table,
     verdict,
     with_less,
 )
@@ -64,8 +64,8 @@ PLANNED: Mapping[Phase, PlannedPhase] = {
 def this_machine(device: torch.device, folder: Path) -> Machine:
     """What is free here: on `device`, in RAM, and on the disk of `folder`, which may not be there yet."""
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    card = free_bytes(device) if device.type == "cuda" else None
-    return Machine(card, free_bytes(torch.device("cpu")), disk.free_bytes(there))
+    card = free_memory_bytes(device) if device.type == "cuda" else None
+    return Machine(card, free_memory_bytes(torch.device("cpu")), disk.free_bytes(there))
 
 
 def configured(loaded: Loaded) -> Workload:
@@ -220,7 +220,7 @@ class Budget:
         """The long form: every part of every phase, the caches, the least time, the verdict, and the way out."""
         work, foot = self.work, self.footprint
         seen = "as configured; no pictures looked at" if work.pictures is None else f"{work.pictures} pictures"
-        told = [f"Memory plan, worst moment of each phase ({seen}):", *table(self.plan), ""]
+        told = [f"Memory plan, worst moment of each phase ({seen}):", *plan_table(self.plan), ""]
         told.append(
             f"Caches: up to {format_size(foot.context_bytes)} a caption, {format_size(foot.latent_bytes)} a picture of "
             f"the largest size; a checkpoint is about {format_size(foot.checkpoint_bytes)}."
@@ -304,7 +304,7 @@ class Budget:
         phase = None if name is None else self.plan.phase(name)
         if phase is None:
             return ""
-        place: Place = "ram" if self.machine.accelerator is None else "accelerator"
+        place: MemoryTier = "ram" if self.machine.accelerator is None else "accelerator"
         planned, measured = phase.total(place), int(peak_gib * GIB)
         there = int(WORTH * min(planned, measured))
         less = with_less(self.plan, phase.phase, place, there)

@@ -140,7 +140,11 @@ class Attempt:
         return self.config.gradient_accumulation_steps * self.world.size
 
     def __call__(self) -> None:
-        found = resume.find(self.run, self.loaded, self.reporter)
+        found, loaded = resume.find(self.run, self.loaded, self.reporter)
+        if loaded is not self.loaded:
+            self.loaded, self.config = loaded, loaded.config
+            check_device(self.config, self.device)
+            self.budget = Budget(self.config, configured(loaded), self.budget.machine)
         if found is not None:
             self.state = found.state
         if found is not None and self.config.max_train_steps and self.is_finished(self.config.max_train_steps):

@@ -21,10 +21,10 @@ from simpletuner.train import optimiser_state
 from simpletuner.train.adamw_bf16 import AdamWBf16
 from simpletuner.train.muon import MuonAndAdamW
 
-Shape = Callable[[float, OptimOptions], float]
+ScheduleShape = Callable[[float, OptimOptions], float]
 """Share of the learning rate at a progress in [0, 1): 0 is the end of the warm-up, 1 the end of the run."""
 
-SCHEDULES: dict[str, Shape] = {
+SCHEDULES: dict[str, ScheduleShape] = {
     "constant": lambda progress, options: 1.0,
     "constant_with_warmup": lambda progress, options: 1.0,
     "linear": lambda progress, options: 1 - progress,

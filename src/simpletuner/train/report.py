@@ -28,7 +28,7 @@ from simpletuner.train.trackers import Trackers
 
 EVERY_S = 1.0
 """Progress events come at most this often."""
-LINE_EVERY_S = 15.0
+STEP_LINE_EVERY_S = 15.0
 """Without a terminal (a log file, a cluster) progress is a line this often instead of a bar."""
 
 
@@ -61,7 +61,7 @@ class Progress:
             if self._bar is None:
                 self._bar = tqdm(total=total, initial=done, desc=self.title, leave=False, file=sys.stderr)
             self._bar.update(done - self._bar.n)
-        elif now - self._printed >= LINE_EVERY_S:
+        elif now - self._printed >= STEP_LINE_EVERY_S:
             self._printed = now
             self.reporter.say(f"  {self.title}: {done}/{total}, {rate:.2f}/s, {format_duration(left)} left")
         if now - self._told >= EVERY_S or done == total:
@@ -98,7 +98,7 @@ class TrainingBar:
             self._bar.update(1)
             return
         now = time.monotonic()
-        if now - self._printed >= LINE_EVERY_S or event.step == self.total:
+        if now - self._printed >= STEP_LINE_EVERY_S or event.step == self.total:
             self._printed = now
             left = format_duration((self.total - event.step) * event.seconds)
             self.reporter.say(

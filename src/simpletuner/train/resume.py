@@ -1,12 +1,14 @@
 """Which checkpoint a run goes on from, and whether it may."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from simpletuner.base.errors import CheckpointError, Problem
+from simpletuner.base.errors import CheckpointError, ConfigError, Problem
 from simpletuner.config.load import Loaded
-from simpletuner.config.record import differences, resolved
+from simpletuner.config.record import compare, with_recorded
+from simpletuner.config.rules import findings
+from simpletuner.config.values import shown
 from simpletuner.runs import checkpoints
 from simpletuner.runs.events import CheckpointEvent
 from simpletuner.runs.layout import RunDirectory
@@ -25,11 +27,15 @@ class Resume:
     state: TrainState
 
 
-def find(run: RunDirectory, loaded: Loaded, reporter: Reporter) -> Resume | None:
-    """The checkpoint that `resume_from_checkpoint` names; None for a fresh start.
+def find(run: RunDirectory, loaded: Loaded, reporter: Reporter) -> tuple[Resume | None, Loaded]:
+    """The checkpoint that `resume_from_checkpoint` names, None for a fresh start; and the configuration to train with.
+
+    That is `loaded`, with the checkpoint's values of options that are not given: another default is no reason to train
+    otherwise from here on. A notice names them.
 
     Raises:
-        CheckpointError: it is damaged or missing, or the configuration is not the one it was trained with.
+        CheckpointError: it is damaged or missing, or was trained with other values than those that are given.
+        ConfigError: the checkpoint's values do not fit to the options that may change.
     """
     checkpoints.clear_unfinished(run)
     choice = loaded.config.resume_from_checkpoint
@@ -40,19 +46,41 @@ def find(run: RunDirectory, loaded: Loaded, reporter: Reporter) -> Resume | None
                 "an empty --output_dir with resume_from_checkpoint=''",
                 "Give another --output_dir, or remove that one.",
             )
-        return None
+        return None, loaded
     folder = newest(run, reporter) if choice == "latest" else named(Path(choice))
     if folder is None:
-        return None
+        return None, loaded
     state = read_state(folder)
-    other = differences(state.config, resolved(loaded.config))
-    if other:
-        raise CheckpointError.of(
-            f"{folder} was trained with other settings: {', '.join(other)}",
-            "the same, but for steps, validation, checkpoints and tracking",
-            f"Put them back to go on. {START_OVER}",
+    return Resume(folder, state), continued(folder, state, loaded, reporter)
+
+
+def continued(folder: Path, state: TrainState, loaded: Loaded, reporter: Reporter) -> Loaded:
+    """`loaded` with the values of the checkpoint in `folder` where no other is given."""
+    given = [name for name, origin in loaded.origins.items() if origin != "default"]
+    comparison = compare(state.config, loaded.config, given)
+    problems = [
+        Problem(
+            f"{folder} was trained with {name} = {shown(value)}, which this release does not have",
+            remedy=f"Go on with the release that wrote it. {START_OVER}",
         )
-    return Resume(folder, state)
+        for name, value in comparison.unavailable.items()
+    ]
+    if comparison.changed:
+        problems.append(
+            Problem(
+                f"{folder} was trained with other settings: {', '.join(comparison.changed)}",
+                "the same, but for steps, validation, checkpoints and tracking",
+                f"Put them back to go on. {START_OVER}",
+            )
+        )
+    CheckpointError.raise_if(problems)
+    if not comparison.kept:
+        return loaded
+    config = with_recorded(loaded.config, comparison.kept)
+    ConfigError.raise_if(problem for _, problem in findings(config, loaded.datasets))
+    values = ", ".join(f"{name} = {shown(value)}" for name, value in comparison.kept.items())
+    reporter.notice(f"Not given, and kept as {folder} was trained with: {values}.")
+    return replace(loaded, config=config)
 
 
 def newest(run: RunDirectory, reporter: Reporter) -> Path | None:

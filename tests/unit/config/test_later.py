@@ -8,11 +8,11 @@ from simpletuner.config.run import RunConfig
 from simpletuner.config.values import kinds
 
 
-@pytest.mark.parametrize("key", later.OPTIONS)
+@pytest.mark.parametrize("key", later.LATER_OPTIONS)
 def test_each_key_says_that_it_is_not_built_yet(place: Any, key: str) -> None:
     place.config[key] = "something else"
     (problem,) = place.problems()
-    assert problem == f"{key}: not built yet: {later.OPTIONS[key].work}. Leave it out until then."
+    assert problem == f"{key}: not built yet: {later.LATER_OPTIONS[key].work}. Leave it out until then."
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_each_value_says_that_it_is_not_built_yet(place: Any, key: str, value: s
 
 
 @pytest.mark.parametrize(
-    ("key", "off"), [(key, off) for key, option in later.OPTIONS.items() for off in option.off], ids=repr
+    ("key", "off"), [(key, off) for key, option in later.LATER_OPTIONS.items() for off in option.off], ids=repr
 )
 def test_a_key_that_asks_for_nothing_passes(place: Any, key: str, off: object) -> None:
     place.config[key] = off
@@ -62,7 +62,7 @@ def test_false_is_not_zero(place: Any) -> None:
 
 
 def test_nothing_is_built_and_to_come_at_once() -> None:
-    assert not later.OPTIONS.keys() & RunConfig.model_fields.keys()
+    assert not later.LATER_OPTIONS.keys() & RunConfig.model_fields.keys()
     assert not later.SET_KEYS.keys() & ImageSet.model_fields.keys()
     assert not later.STORE_KEYS.keys() & TextStore.model_fields.keys()
     for model, values in (

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from simpletuner.base.errors import ConfigError
-from simpletuner.config.load import ALIASES, NICKNAMES, RUN, load
+from simpletuner.config.load import NICKNAMES, OPTION_ALIASES, RUN, load
 from simpletuner.config.run import OPTION_NAMES
 
 # `place` is a working folder whose configuration is right: see conftest.py.
@@ -134,7 +134,7 @@ def test_what_other_programs_say_is_understood_but_not_accepted(
 
 
 def test_every_nickname_means_something_real() -> None:
-    assert set(NICKNAMES.values()) | set(ALIASES.values()) <= set(OPTION_NAMES)
+    assert set(NICKNAMES.values()) | set(OPTION_ALIASES.values()) <= set(OPTION_NAMES)
     assert not set(NICKNAMES) & set(RUN.names)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from simpletuner.config import optimisers
-from simpletuner.config.optimisers import ALIASES, OPTIMISERS, canonical
+from simpletuner.config.optimisers import OPTIMISERS, OPTIMIZER_ALIASES, canonical
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_one_name_for_what_is_meant(typed: str, meant: str | None) -> None:
 
 
 def test_every_alias_leads_somewhere() -> None:
-    for name in ALIASES.values():
+    for name in OPTIMIZER_ALIASES.values():
         assert canonical(name) == name
 
 

@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from simpletuner.config.datasets import ImageSet, TextStore
 from simpletuner.config.run import OPTION_NAMES, SLICES, RunConfig
-from simpletuner.config.values import Kind, from_text, is_quoted_number, kinds, listed, nearest, shown
+from simpletuner.config.values import OptionType, from_text, is_quoted_number, join_names, kinds, nearest, shown
 
 
 def test_slices_are_disjoint_and_complete() -> None:
@@ -110,8 +110,8 @@ def test_what_is_expected_in_words(key: str, words: str) -> None:
     assert kinds(RunConfig)[key].expects == words
 
 
-def kind(base: Any) -> Kind:
-    return Kind(base, (), "", is_path=False, is_model=False, is_json=False)
+def kind(base: Any) -> OptionType:
+    return OptionType(base, (), "", is_path=False, is_model=False, is_json=False)
 
 
 @pytest.mark.parametrize(
@@ -142,9 +142,9 @@ def test_a_quoted_number_is_seen() -> None:
 
 
 def test_lists_in_words() -> None:
-    assert listed(["a"]) == "a"
-    assert listed(["a", "b", "c"]) == "a, b or c"
-    assert listed(["a", "b"], "and") == "a and b"
+    assert join_names(["a"]) == "a"
+    assert join_names(["a", "b", "c"]) == "a, b or c"
+    assert join_names(["a", "b"], "and") == "a and b"
 
 
 def test_values_are_shown_as_typed_and_cut() -> None:

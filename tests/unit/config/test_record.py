@@ -3,10 +3,20 @@ from typing import Any
 
 import pytest
 
+from simpletuner.config import record
 from simpletuner.config.options.kinds import Slice
-from simpletuner.config.record import MAY_CHANGE, RECORDED_TEXTS, differences, resolved
+from simpletuner.config.record import (
+    MAY_CHANGE,
+    RECORDED_TEXTS,
+    RecordComparison,
+    compare,
+    resolved,
+    with_recorded,
+)
 from simpletuner.config.run import OPTION_NAMES, RunConfig
 from simpletuner.config.values import kinds
+
+EQUAL = RecordComparison({}, [], {})
 
 
 def test_paths_stay_out(place: Any) -> None:
@@ -54,7 +64,7 @@ def test_every_free_text_was_thought_about() -> None:
 
 def test_equal_configs_differ_in_nothing() -> None:
     old = json.loads(json.dumps(resolved(RunConfig(peft_lora_target_modules=("to_q",)))))
-    assert differences(old, resolved(RunConfig(peft_lora_target_modules=("to_q",)))) == []
+    assert compare(old, RunConfig(peft_lora_target_modules=("to_q",)), OPTION_NAMES) == EQUAL
 
 
 @pytest.mark.parametrize(
@@ -76,26 +86,73 @@ def test_equal_configs_differ_in_nothing() -> None:
     ids=lambda change: next(iter(change)),
 )
 def test_a_resumed_run_may_change_this(change: dict[str, object]) -> None:
-    assert differences(resolved(RunConfig()), resolved(RunConfig.model_validate(change))) == []
+    assert compare(resolved(RunConfig()), RunConfig.model_validate(change), OPTION_NAMES) == EQUAL
 
 
 def test_a_resumed_run_must_keep_the_rest() -> None:
     changed = RunConfig(seed=1, lora_rank=8, train_batch_size=2, max_train_steps=9)
-    assert differences(resolved(RunConfig()), resolved(changed)) == ["lora_rank", "seed", "train_batch_size"]
+    found = compare(resolved(RunConfig()), changed, OPTION_NAMES)
+    assert found == RecordComparison({}, ["lora_rank", "seed", "train_batch_size"], {})
     assert "learning_rate" not in MAY_CHANGE
 
 
 def test_a_resumed_run_must_keep_its_routes() -> None:
     first, other = ({"routes": [{"selection_ratio": share}]} for share in (0.5, 0.25))
     old = json.loads(json.dumps(resolved(RunConfig(tread_config=first))))
-    assert differences(old, resolved(RunConfig(tread_config=first))) == []
-    assert differences(old, resolved(RunConfig(tread_config=other))) == ["tread_config"]
+    assert compare(old, RunConfig(tread_config=first), OPTION_NAMES) == EQUAL
+    assert compare(old, RunConfig(tread_config=other), OPTION_NAMES) == RecordComparison({}, ["tread_config"], {})
 
 
-def test_an_option_that_came_or_went_is_a_difference() -> None:
-    kept = resolved(RunConfig())
-    assert differences({**kept, "old": 1}, kept) == ["old"]
-    assert differences({name: kept[name] for name in kept if name != "seed"}, kept) == ["seed"]
+def test_a_record_counts_where_nothing_is_given() -> None:
+    """Whether the default is another by now, or was given when the run began."""
+    config = RunConfig(lora_rank=8)
+    first = RunConfig(seed=3, lora_rank=8, flow_custom_timesteps=(100.0, 200.0), mixed_precision="no")
+    old = json.loads(json.dumps(resolved(first)))
+    found = compare(old, config, ["lora_rank"])
+    assert found.kept == {"flow_custom_timesteps": [100.0, 200.0], "mixed_precision": "no", "seed": 3}
+    assert (found.changed, found.unavailable) == ([], {})
+    assert with_recorded(config, found.kept) == first
+    assert compare(old, config, ["lora_rank", "seed"]).changed == ["seed"]
+
+
+def test_a_hub_id_counts_where_none_is_given() -> None:
+    old = resolved(RunConfig(pretrained_model_name_or_path="some/model"))
+    assert compare(old, RunConfig(), []).kept == {"pretrained_model_name_or_path": "some/model"}
+    here = RunConfig(pretrained_model_name_or_path="/a/folder")
+    assert compare(old, here, ["pretrained_model_name_or_path"]).changed == ["pretrained_model_name_or_path"]
+    # Of a folder nothing is recorded: its weights are compared by their fingerprint.
+    assert compare(resolved(here), RunConfig(), []) == EQUAL
+
+
+def test_a_new_option_is_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = resolved(RunConfig())
+    del old["seed"]
+    assert compare(old, RunConfig(), OPTION_NAMES) == EQUAL
+    assert compare(old, RunConfig(seed=1), ["seed"]) == RecordComparison({}, ["seed"], {})
+    monkeypatch.setitem(record.INTRODUCED, "seed", 7)
+    assert compare(old, RunConfig(), []) == RecordComparison({"seed": 7}, [], {})
+    assert compare(old, RunConfig(seed=7), ["seed"]) == EQUAL
+    assert compare(old, RunConfig(), ["seed"]) == RecordComparison({}, ["seed"], {})
+
+
+def test_an_option_that_is_gone_is_no_difference_where_it_changed_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = resolved(RunConfig())
+    assert compare({**old, "gone": None}, RunConfig(), []) == EQUAL
+    assert compare({**old, "gone": False}, RunConfig(), []) == RecordComparison({}, [], {"gone": False})
+    monkeypatch.setitem(record.REMOVED, "gone", (False,))
+    assert compare({**old, "gone": False}, RunConfig(), []) == EQUAL
+    assert compare({**old, "gone": True}, RunConfig(), []) == RecordComparison({}, [], {"gone": True})
+
+
+def test_a_renamed_option_is_read_under_its_new_name() -> None:
+    old = resolved(RunConfig())
+    old["flow_use_beta_schedule_alpha"] = old.pop("flow_beta_schedule_alpha") + 1
+    assert compare(old, RunConfig(), []).kept == {"flow_beta_schedule_alpha": old["flow_use_beta_schedule_alpha"]}
+
+
+def test_a_value_that_is_gone_is_named() -> None:
+    old = {**resolved(RunConfig()), "lr_scheduler": "staircase", "seed": 5}
+    assert compare(old, RunConfig(), []) == RecordComparison({"seed": 5}, [], {"lr_scheduler": "staircase"})
 
 
 def test_a_slice_is_frozen_and_exact() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from simpletuner.config.flavours import TransformerSpec
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.flux2.activations import Pass, kept_bytes, sampling, training
 from simpletuner.flux2.denoiser import Denoiser
@@ -14,7 +15,6 @@ from simpletuner.flux2.footprint import adapted_blocks
 from simpletuner.flux2.full import unfreeze
 from simpletuner.flux2.lora import attach
 from simpletuner.flux2.routes import Route
-from simpletuner.flux2.spec import TransformerSpec
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.flux2.tread import draw_choices
 from simpletuner.memory import recompute

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from simpletuner.config.flavours import FLAVOURS, TransformerSpec
 from simpletuner.flux2.activations import Pass
 from simpletuner.flux2.arithmetic import training_flop
 from simpletuner.flux2.routes import Route
-from simpletuner.flux2.spec import FLAVOURS, TransformerSpec
 from simpletuner.flux2.transformer import Flux2Transformer
 
 SPEC = TransformerSpec(4, 128, 2, 3, 768, guidance_embeds=True)

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from simpletuner.base.errors import CheckpointError
+from simpletuner.config.flavours import TransformerSpec
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.flux2.export import LORA_NAME, attach_saved, read_lora, save_lora
 from simpletuner.flux2.lora import PRESETS, Adapter, attach
-from simpletuner.flux2.spec import TransformerSpec
 from simpletuner.flux2.tokens import context_ids, image_ids
 from simpletuner.flux2.transformer import Flux2Transformer
 

@@ -8,6 +8,7 @@ import torch
 
 from simpletuner.base.errors import AccessError
 from simpletuner.base.sizes import GIB
+from simpletuner.config.flavours import DEV, DEV_TEXT, KLEIN_4B, KLEIN_9B, TINY, AutoencoderSpec, TransformerSpec
 from simpletuner.config.optimisers import optimiser
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.run import RunConfig
@@ -26,18 +27,9 @@ from simpletuner.flux2.footprint import (
     transformer_bytes,
 )
 from simpletuner.flux2.lora import attach
-from simpletuner.flux2.spec import (
-    DEV,
-    DEV_TEXT,
-    KLEIN_4B,
-    KLEIN_9B,
-    TINY,
-    AutoencoderSpec,
-    TextSpec,
-    TransformerSpec,
-)
+from simpletuner.flux2.spec import autoencoder_from_config, decoder_shapes, encoder_shapes, text_from_config
 from simpletuner.flux2.tiny.make import TEXT, VAE
-from simpletuner.memory.planner import Machine, MemoryPlan, PhasePlan, Place
+from simpletuner.memory.planner import Machine, MemoryPlan, MemoryTier, PhasePlan
 from simpletuner.memory.trace import pretending, trace_forward
 
 CARD = Machine(int(80.0 * GIB), int(64.0 * GIB), None)
@@ -56,7 +48,7 @@ def phase(name: str, machine: Machine = CARD, work: Workload | None = None, **op
     return found
 
 
-def part(where: PhasePlan, name: str, place: Place = "accelerator") -> int:
+def part(where: PhasePlan, name: str, place: MemoryTier = "accelerator") -> int:
     return sum(each.size for each in where.parts if each.name == name and each.place == place)
 
 
@@ -77,7 +69,7 @@ def test_the_text_encoder_has_the_parameters_of_transformers_own() -> None:
 
     with torch.device("meta"):
         model = AutoModel.from_config(MistralConfig(**{**TEXT, "num_hidden_layers": 3}))
-    embedding, layer = text_bytes(TextSpec.from_config(TEXT), "no_change", torch.float32)
+    embedding, layer = text_bytes(text_from_config(TEXT), "no_change", torch.float32)
     final_norm = TEXT["hidden_size"]
     assert embedding + 3 * layer == 4 * (sum(p.numel() for p in model.parameters()) - final_norm)
 
@@ -92,8 +84,11 @@ def test_the_autoencoder_has_the_parameters_of_diffusers_own(config: dict[str, o
         config["up_block_types"] = ["UpDecoderBlock2D"] * levels
     with torch.device("meta"):
         vae = AutoencoderKLFlux2.from_config(config)
-    spec = AutoencoderSpec.from_config(config)
-    halves = ((spec.encoder, (vae.encoder, vae.quant_conv)), (spec.decoder, (vae.decoder, vae.post_quant_conv)))
+    spec = autoencoder_from_config(config)
+    halves = (
+        (encoder_shapes(spec), (vae.encoder, vae.quant_conv)),
+        (decoder_shapes(spec), (vae.decoder, vae.post_quant_conv)),
+    )
     for shapes, parts in halves:
         counts = [parameter.numel() for part in parts for parameter in part.parameters()]
         assert autoencoder_bytes(shapes, torch.float32) == (4 * sum(counts), 4 * max(counts))
@@ -161,9 +156,7 @@ def test_the_text_encoders_activations_are_those_of_its_code() -> None:
             return [layer.mlp(layer.post_attention_layernorm(stream)) + stream]
 
         measured = trace_forward(run, lambda: [x], [*model.parameters(), *model.buffers()])
-    planned = text_activation_bytes(
-        TextSpec.from_config({**TEXT, "intermediate_size": 512}), batch * tokens, 0, x.dtype
-    )
+    planned = text_activation_bytes(text_from_config({**TEXT, "intermediate_size": 512}), batch * tokens, 0, x.dtype)
     assert planned == pytest.approx(measured + x.nbytes, rel=0.1)
 
 
@@ -319,7 +312,7 @@ def test_local_configs_win_over_the_flavours_numbers(tiny_folder: Path) -> None:
     found = Architecture.of(config)
     assert found.transformer == TINY
     assert found.text.hidden == TEXT["hidden_size"]
-    assert found.autoencoder == AutoencoderSpec.from_config(VAE)
+    assert found.autoencoder == autoencoder_from_config(VAE)
     weights = tiny_folder / "transformer" / "diffusion_pytorch_model.safetensors"
     single = RunConfig.model_validate({"pretrained_transformer_model_name_or_path": str(weights)})
     assert Architecture.of(single).transformer == TINY

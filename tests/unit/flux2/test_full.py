@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from simpletuner.config.flavours import TransformerSpec
 from simpletuner.flux2.full import FullModel, unfreeze
-from simpletuner.flux2.spec import TransformerSpec
 from simpletuner.flux2.transformer import Flux2Transformer
 
 SPEC = TransformerSpec(

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from simpletuner.base.errors import AccessError, ConfigError
+from simpletuner.config.flavours import TINY
 from simpletuner.flux2.load import (
     autoencoder_id,
     load_autoencoder,
@@ -15,7 +16,6 @@ from simpletuner.flux2.load import (
     text_encoder_id,
 )
 from simpletuner.flux2.source import Source, Weights
-from simpletuner.flux2.spec import TINY
 
 TEXT = {"layers": (10, 20, 30), "max_length": 512, "fix_regex": False}
 

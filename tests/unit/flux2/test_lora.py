@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from simpletuner.base.errors import ConfigError
+from simpletuner.config.flavours import DEV, TransformerSpec
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.flux2.lora import PRESETS, Adapter, LoraLinear, attach, linears
-from simpletuner.flux2.spec import DEV, TransformerSpec
 from simpletuner.flux2.tokens import context_ids, image_ids
 from simpletuner.flux2.transformer import Flux2Transformer
 

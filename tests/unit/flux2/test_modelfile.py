@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from simpletuner.base.errors import CheckpointError, DiskError
+from simpletuner.config.flavours import TINY
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.flux2 import modelfile
 from simpletuner.flux2.load import load_transformer
 from simpletuner.flux2.modelfile import WEIGHTS_NAME, read_transformer, save_pipeline, save_tensors, save_transformer
 from simpletuner.flux2.source import Source, locate
-from simpletuner.flux2.spec import TINY
+from simpletuner.flux2.spec import transformer_to_diffusers
 
 TENSORS = {"b.weight": torch.tensor([[1 / 3, -0.0]]), "a.weight": torch.tensor([2.0])}
 
@@ -36,7 +37,7 @@ def test_it_comes_back_as_it_was_and_the_same_content_is_the_same_bytes(tmp_path
     assert all(torch.equal(found[name], tensor.to(dtype)) for name, tensor in TENSORS.items())
     assert found["b.weight"].signbit().tolist() == [[False, True]]
     assert (tmp_path / "one" / WEIGHTS_NAME).read_bytes() == (tmp_path / "two" / WEIGHTS_NAME).read_bytes()
-    assert json.loads((tmp_path / "one" / "config.json").read_text()) == TINY.to_diffusers()
+    assert json.loads((tmp_path / "one" / "config.json").read_text()) == transformer_to_diffusers(TINY)
 
 
 def test_the_header_takes_no_other_fields(tmp_path: Path) -> None:
@@ -120,7 +121,7 @@ def test_components_come_from_where_the_run_had_them(tmp_path: Path, base: Path,
     folder, reason = around(tmp_path, source)
     assert reason is None
     assert (folder / "vae" / "README").read_text() == "another"
-    assert json.loads((folder / "transformer" / "config.json").read_text()) == TINY.to_diffusers()
+    assert json.loads((folder / "transformer" / "config.json").read_text()) == transformer_to_diffusers(TINY)
 
 
 def test_from_another_disk_large_files_are_linked_by_name(

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from simpletuner.config.flavours import DEV
 from simpletuner.flux2.names import from_bfl, text_encoder_name, transformer_renaming
-from simpletuner.flux2.spec import DEV
 from simpletuner.flux2.transformer import Flux2Transformer
 
 D = DEV.hidden

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from simpletuner.base.errors import ConfigError
+from simpletuner.config.flavours import SYSTEM_MESSAGE
 from simpletuner.flux2.load import load_text_encoder
 from simpletuner.flux2.source import Source
-from simpletuner.flux2.spec import SYSTEM_MESSAGE
 from simpletuner.flux2.text import EncodedText, TextEncoder
 
 END_OF_PROMPT = 4  # [/INST]

@@ -20,7 +20,7 @@ from simpletuner.data.cache.store import LEDGER, Store
 from simpletuner.flux2.footprint import resident_text_bytes
 from simpletuner.flux2.load import load_text_encoder, stream_text_encoder
 from simpletuner.flux2.source import Source, Weights
-from simpletuner.flux2.spec import TextSpec
+from simpletuner.flux2.spec import text_from_config
 from simpletuner.flux2.text import EncodedText, TokenBatch
 from simpletuner.flux2.text_stream import StreamedTextEncoder, portions
 
@@ -173,7 +173,7 @@ def test_a_full_disk_is_named(tiny_source, tmp_path, monkeypatch):
 
 def test_bytes_of_the_resident_encoder_are_its_weights_and_a_batch(tiny_source):
     def needed(dtype: torch.dtype, tokens: int) -> int:
-        text = TextSpec.from_config(tiny_source.text_encoder.config)
+        text = text_from_config(tiny_source.text_encoder.config)
         return sum(resident_text_bytes(text, (10, 20, 30), tokens=tokens, precision=NO_CHANGE, dtype=dtype))
 
     model = load_text_encoder(tiny_source, torch.float32, "cpu", **settings())._model
@@ -227,7 +227,8 @@ from pathlib import Path
 import torch
 from simpletuner.flux2.load import load_text_encoder, stream_text_encoder
 from simpletuner.flux2.source import Source, Weights
-from simpletuner.flux2.spec import FLAVOURS
+from simpletuner.config.flavours import FLAVOURS
+from simpletuner.flux2.spec import text_from_config
 
 mode, allowed, folder, request = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
 none = Weights((), None)

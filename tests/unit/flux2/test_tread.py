@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from simpletuner.config.flavours import TINY
 from simpletuner.config.run import RunConfig
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.routes import Route, resolve
-from simpletuner.flux2.spec import TINY
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.flux2.tread import draw_choice, draw_choices
 

@@ -30,18 +30,18 @@ def limit(group: Path, *, most: str, used: int, pages: int) -> None:
 
 
 def test_without_groups_it_is_what_the_system_has(machine: Path) -> None:
-    assert free.free_bytes(CPU) == 100 * MIB
+    assert free.free_memory_bytes(CPU) == 100 * MIB
     (machine / "own").unlink()
-    assert free.free_bytes(CPU) == 100 * MIB
+    assert free.free_memory_bytes(CPU) == 100 * MIB
 
 
 @pytest.mark.parametrize("group", ["groups/jobs/one", "groups/jobs", "groups"])
 def test_the_tightest_group_decides_and_file_pages_are_free(machine: Path, group: str) -> None:
     limit(machine / "groups/jobs/one", most="max", used=MIB, pages=0)
     limit(machine / group, most=str(60 * MIB), used=30 * MIB, pages=MIB)
-    assert free.free_bytes(CPU) == 32 * MIB
+    assert free.free_memory_bytes(CPU) == 32 * MIB
 
 
 def test_this_machine_has_some() -> None:
     assert free._available() > 0
-    assert 0 < free.free_bytes(CPU) <= free._available()
+    assert 0 < free.free_memory_bytes(CPU) <= free._available()

@@ -8,12 +8,12 @@ from simpletuner.base.sizes import GIB
 from simpletuner.memory.planner import (
     Change,
     Machine,
+    MemoryPart,
     MemoryPlan,
-    Part,
     PhasePlan,
     phase_line,
+    plan_table,
     smallest_change,
-    table,
     verdict,
     with_less,
 )
@@ -22,15 +22,15 @@ from simpletuner.memory.planner import (
 def plan(train: float, *, ram: float = 2.0, machine: Machine | None = None) -> MemoryPlan:
     """A plan of two phases, in GiB."""
     phases = (
-        PhasePlan("text", "8 × 512", (Part("weights", "accelerator", GIB), Part("cache", "disk", GIB)), 0),
+        PhasePlan("text", "8 × 512", (MemoryPart("weights", "accelerator", GIB), MemoryPart("cache", "disk", GIB)), 0),
         PhasePlan(
             "train",
             "1024x1024 × 1",
             (
-                Part("weights", "accelerator", int(train * GIB) - GIB),
-                Part("activations", "accelerator", GIB),
-                Part("average", "ram", int(ram * GIB)),
-                Part("checkpoints", "disk", 3 * GIB),
+                MemoryPart("weights", "accelerator", int(train * GIB) - GIB),
+                MemoryPart("activations", "accelerator", GIB),
+                MemoryPart("average", "ram", int(ram * GIB)),
+                MemoryPart("checkpoints", "disk", 3 * GIB),
             ),
             64,
         ),
@@ -66,7 +66,9 @@ def test_a_card_leaves_less_than_it_has(vram: float, left: float) -> None:
 
 def test_a_machine_without_a_card() -> None:
     assert Machine.of_size(0.0, 8.0 * GIB) == Machine.of_size(None, 8.0 * GIB) == Machine(None, 7 * GIB, None)
-    own = MemoryPlan(Machine(None, 7 * GIB, None), (PhasePlan("train", "", (Part("weights", "ram", 8 * GIB),), 0),))
+    own = MemoryPlan(
+        Machine(None, 7 * GIB, None), (PhasePlan("train", "", (MemoryPart("weights", "ram", 8 * GIB),), 0),)
+    )
     assert [lack.place for lack in own.lacks] == ["ram"]
 
 
@@ -127,7 +129,7 @@ def test_it_reads_as_one_line_as_a_table_and_as_json() -> None:
         "train (1024x1024 × 1): GPU 20.00 GiB (weights 19.00 GiB, activations 1.00 GiB); RAM 2.00 GiB "
         "(average 2.00 GiB); disk 3.00 GiB (checkpoints 3.00 GiB)"
     )
-    lines = table(own)
+    lines = plan_table(own)
     assert lines[0].split() == ["GPU", "RAM", "disk", "read"]
     assert lines[1].split("  ")[0] == "text: 8 × 512"
     assert len({line.index(" GiB") for line in lines[1:] if line.count("GiB") >= 2}) == 1

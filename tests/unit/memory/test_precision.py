@@ -46,8 +46,9 @@ def drawn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def test_stored_bytes_are_those_of_the_tensors(name: str, dtype: torch.dtype) -> None:
     for shape in SHAPES:
         made = quantised(linear(shape, dtype), name)
-        assert stored_bytes(shape, name, dtype.itemsize) == sum(buffer.nbytes for buffer in made.buffers())
-        assert not list(made.parameters())
+        assert stored_bytes(shape, name, dtype.itemsize) == sum(tensor.nbytes for tensor in made.parameters())
+        assert not any(tensor.requires_grad for tensor in made.parameters())
+        assert not list(made.buffers())
         module = nn.Sequential(linear(shape, dtype))
         with torch.device("meta"):
             make_room(module, targets(module, ("",), name), name, dtype)
@@ -199,7 +200,7 @@ def test_a_single_row(name: str) -> None:
     plain = linear((1, 33))
     made = quantised(plain, name)
     assert (made.weight - plain.weight).norm() <= 0.05 * plain.weight.norm()
-    assert stored_bytes((1, 33), name, 2) == sum(buffer.nbytes for buffer in made.buffers())
+    assert stored_bytes((1, 33), name, 2) == sum(tensor.nbytes for tensor in made.parameters())
 
 
 COMPILED = """
@@ -243,7 +244,7 @@ def test_what_a_precision_cannot_hold_is_named() -> None:
 @pytest.mark.parametrize(("columns", "group"), [(256, 128), (192, 64), (96, 32)])
 def test_groups_get_smaller_where_128_does_not_divide(columns: int, group: int) -> None:
     made = quantised(linear((64, columns)), "int4-quanto")
-    assert made.get_buffer("scale").shape == (64, columns // group, 1)
+    assert made.get_parameter("scale").shape == (64, columns // group, 1)
 
 
 def test_a_bias_is_refused() -> None:

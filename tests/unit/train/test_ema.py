@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from simpletuner.config.flavours import TransformerSpec
 from simpletuner.config.options.ema import EmaOptions
 from simpletuner.flux2.full import unfreeze
 from simpletuner.flux2.lora import Adapter, LoraLinear
-from simpletuner.flux2.spec import TransformerSpec
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.train.ema import Ema
 

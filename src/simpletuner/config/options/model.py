@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, MinLen
 from pydantic import AfterValidator, BeforeValidator
 
+from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS, FlavourName
 from simpletuner.config.options.kinds import Count, ModelText, PathText, Says, Seed, Slice, Text, list_as_tuple
 
 
@@ -28,10 +29,8 @@ class ModelOptions(Slice):
     model_family: Literal["flux2"] = "flux2"
     """The family of models. This program trains FLUX.2."""
 
-    model_flavour: Literal["dev", "tiny"] = "dev"
-    """`dev` is FLUX.2-dev (32.2 B parameters, non-commercial licence); `tiny` is a small FLUX.2 with all of
-    dev's parts, made on the spot, that trains on two CPU cores without a network. A flavour given with higher
-    precedence than a model path wins over that path, with a notice."""
+    model_flavour: FlavourName = DEFAULT_FLAVOUR
+    """A flavour given with higher precedence than a model path wins over that path, with a notice."""
 
     model_type: Literal["lora", "full"] = "lora"
     """What is trained: `lora`, small matrices beside the frozen base; `full`, every weight of the transformer:
@@ -90,3 +89,10 @@ class ModelOptions(Slice):
 
     vae_enable_slicing: bool = False
     """Encode and decode a batch one picture at a time: less memory."""
+
+    @classmethod
+    def documentation(cls) -> dict[str, str]:
+        """The text under each field, and what each flavour is."""
+        texts = super().documentation()
+        flavours = "; ".join(f"`{name}` is {flavour.summary}" for name, flavour in FLAVOURS.items())
+        return texts | {"model_flavour": f"{flavours}. {texts['model_flavour']}"}

@@ -6,15 +6,15 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Lt
 from pydantic import AfterValidator, BeforeValidator
 
-from simpletuner.config.optimisers import ALIASES, LIBRARIES, OPTIMISERS, canonical
+from simpletuner.config.optimisers import LIBRARIES, OPTIMISERS, OPTIMIZER_ALIASES, canonical
 from simpletuner.config.options.kinds import (
     Count,
     IsJson,
     NotNegative,
     Positive,
     Says,
-    Share,
     Slice,
+    UnitInterval,
     Whole,
     list_as_tuple,
 )
@@ -62,7 +62,9 @@ class OptimOptions(Slice):
     optimizer: Annotated[
         str,
         AfterValidator(_known),
-        Says(f"{', '.join(OPTIMISERS)} or library:name ({', '.join(LIBRARIES)})", near=(*OPTIMISERS, *ALIASES)),
+        Says(
+            f"{', '.join(OPTIMISERS)} or library:name ({', '.join(LIBRARIES)})", near=(*OPTIMISERS, *OPTIMIZER_ALIASES)
+        ),
     ] = "adamw"
     """The optimiser: see [optimisers](optimisers.md). `library:name` is any that the library has, such as
     `pytorch_optimizer:adan`. SimpleTuner's names with a prefix (`bnb-adamw8bit`, `optimi-lion`) mean the same here."""
@@ -137,7 +139,7 @@ class OptimOptions(Slice):
     num_train_epochs: Whole = 1
     """Passes over the data, where `max_train_steps` is not given."""
 
-    caption_dropout_probability: Share = 0.1
+    caption_dropout_probability: UnitInterval = 0.1
     """Share of samples trained with an empty caption, through the full template."""
 
     @property

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
-from simpletuner.config.options.kinds import NotNegative, Share, Slice, Whole
+from simpletuner.config.options.kinds import NotNegative, Slice, UnitInterval, Whole
 
 
 class RolloutOptions(Slice):
@@ -14,16 +14,16 @@ class RolloutOptions(Slice):
     """The longest rollout, in steps of 1/1000 of σ; each sample draws a length from 0 to this. 0 is off, and a
     sample that draws 0 is trained as without rollouts."""
 
-    scheduled_sampling_probability: Share = 1.0
+    scheduled_sampling_probability: UnitInterval = 1.0
     """Share of samples that draw a length."""
 
     scheduled_sampling_strategy: Literal["uniform", "biased_early", "biased_late"] = "uniform"
     """How lengths are drawn: evenly, with short ones more often (`biased_early`) or with long ones."""
 
-    scheduled_sampling_prob_start: Share = 0.0
+    scheduled_sampling_prob_start: UnitInterval = 0.0
     """The probability before the ramp."""
 
-    scheduled_sampling_prob_end: Share = 0.5
+    scheduled_sampling_prob_end: UnitInterval = 0.5
     """The probability after the ramp."""
 
     scheduled_sampling_ramp_steps: Whole = 0

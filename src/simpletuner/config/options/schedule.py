@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from annotated_types import MinLen
 from pydantic import AfterValidator, BeforeValidator
 
+from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS
 from simpletuner.config.options.kinds import Positive, Says, Slice
 
 TIMESTEPS = 1000.0
@@ -34,7 +35,7 @@ def _in_range(values: tuple[float, ...]) -> tuple[float, ...]:
 class ScheduleOptions(Slice):
     """Flow matching."""
 
-    flow_schedule_shift: Positive = 3.0
+    flow_schedule_shift: Positive = FLAVOURS[DEFAULT_FLAVOUR].shift
     """The s in σ' = sσ/(1+(s-1)σ): above 1 trains more on noisy inputs; 1 changes nothing."""
 
     flow_schedule_auto_shift: bool = False

@@ -6,10 +6,11 @@ from typing import Annotated, Literal
 from annotated_types import Ge
 from pydantic import AfterValidator, BeforeValidator
 
+from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS
 from simpletuner.config.options.kinds import Count, NotNegative, PathText, Says, Seed, Slice, Text, Whole, whole_as_text
 
 _SIZE = re.compile(r"\s*(\d+)\s*(?:[xX×]\s*(\d+)\s*)?")
-ALIGNMENT = 16
+SIDE_MULTIPLE_PX = 16
 """A picture's sides are multiples of this many pixels: one latent each."""
 
 
@@ -20,8 +21,8 @@ def _sizes(text: str) -> tuple[tuple[int, int], ...]:
         if match is None:
             raise ValueError(f"{part!r} is not a size")
         width, height = int(match[1]), int(match[2] or match[1])
-        if not width or not height or width % ALIGNMENT or height % ALIGNMENT:
-            raise ValueError(f"{width}x{height} does not divide by {ALIGNMENT}")
+        if not width or not height or width % SIDE_MULTIPLE_PX or height % SIDE_MULTIPLE_PX:
+            raise ValueError(f"{width}x{height} does not divide by {SIDE_MULTIPLE_PX}")
         found.append((width, height))
     return tuple(found)
 
@@ -68,10 +69,10 @@ class ValidationOptions(Slice):
     ] = "1024x1024"
     """Sizes of the pictures in pixels: `1024`, `1024x768` (width x height), or a comma list."""
 
-    validation_num_inference_steps: Count = 20
+    validation_num_inference_steps: Count = FLAVOURS[DEFAULT_FLAVOUR].validation_steps
     """Sampler steps of a picture."""
 
-    validation_guidance: NotNegative = 4.0
+    validation_guidance: NotNegative = FLAVOURS[DEFAULT_FLAVOUR].guidance
     """Guidance fed to dev's embedder when a picture is made."""
 
     validation_guidance_real: Annotated[float, Ge(1)] = 1.0

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from simpletuner.base.errors import UserError
+from simpletuner.config.flavours import FLAVOURS
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.examples.pictures import held_out_flags
 from simpletuner.examples.world import SIDE, held_out_scenes
@@ -25,7 +26,6 @@ from simpletuner.flux2.export import attach_saved, read_lora
 from simpletuner.flux2.generate import Decode, initial_noise, picture, sample_latents
 from simpletuner.flux2.load import load_autoencoder, load_text_encoder, load_transformer
 from simpletuner.flux2.source import locate
-from simpletuner.flux2.spec import FLAVOURS
 from simpletuner.flux2.text import TextEncoder
 from simpletuner.flux2.tiny.judge import FLAG_SHARE, Score, Share, flag_share, judge
 from simpletuner.flux2.transformer import Flux2Transformer

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from simpletuner.base.errors import AccessError
 from simpletuner.base.files import disk_full_is_reported, read_json
-from simpletuner.flux2.spec import TINY
+from simpletuner.config.flavours import TINY
+from simpletuner.flux2.spec import transformer_to_diffusers
 from simpletuner.flux2.tiny import vocabulary
 from simpletuner.flux2.tiny.weights import START_GAINS, TEXT_GAINS, Shapes, draw
 from simpletuner.flux2.transformer import Flux2Transformer
@@ -195,7 +196,7 @@ def _fill(folder: Path, seed: int, *, transformer: dict[str, Tensor], vae: dict[
     for name, text in vocabulary.files(tokenizer).items():
         (folder / "tokenizer" / name).write_text(text, encoding="utf-8")
 
-    _write_json(folder / "transformer" / "config.json", TINY.to_diffusers())
+    _write_json(folder / "transformer" / "config.json", transformer_to_diffusers(TINY))
     _write_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors", transformer)
 
     entries = tokenizer.get_vocab_size()

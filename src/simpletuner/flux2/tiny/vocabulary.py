@@ -5,8 +5,8 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from simpletuner.config.flavours import FLAVOURS
 from simpletuner.examples import world
-from simpletuner.flux2.spec import SYSTEM_MESSAGE
 
 # Mistral-Small's ids: unknown 0, start 1, end 2, [IMG] 10, padding 11, system prompt 17 and 18.
 SPECIAL = (
@@ -103,7 +103,7 @@ def learn() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     # The system message is before every prompt, the world's words are in most: said often, they become short.
     tokenizer.train_from_iterator(
-        [SYSTEM_MESSAGE, *WORLD] * 8 + TEXT.strip().splitlines(),
+        [FLAVOURS["tiny"].text.system_message, *WORLD] * 8 + TEXT.strip().splitlines(),
         trainers.BpeTrainer(
             vocab_size=SIZE,
             special_tokens=list(SPECIAL),

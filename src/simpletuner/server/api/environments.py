@@ -11,6 +11,7 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from simpletuner.base.errors import MemoryBudgetError
+from simpletuner.config.flavours import DEFAULT_FLAVOUR
 from simpletuner.config.form import Form, form
 from simpletuner.server import environments as files
 from simpletuner.server.body import read_body
@@ -277,7 +278,7 @@ def _make(environment: Environment, new: New, here: Context) -> None:
         options = {
             "model_type": "lora",
             "model_family": "flux2",
-            "model_flavour": "dev",
+            "model_flavour": DEFAULT_FLAVOUR,
             "output_dir": f"output/{name}",
         }
         made = {"config.json": (json.dumps(options, indent=2) + "\n").encode()}

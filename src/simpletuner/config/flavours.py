@@ -1,0 +1,240 @@
+"""Every FLUX.2 that can be named: its shapes, how its text is encoded, its licence and its defaults. Plain data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+# The reference wording, with its one newline: a space there changes the tokens of every prompt.
+SYSTEM_MESSAGE = (
+    "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
+    "relationships, object\nattribution and actions without speculation."
+)
+
+
+@dataclass(frozen=True)
+class TransformerSpec:
+    """What decides every tensor shape of the transformer. Channels are counts, `eps` is that of all norms."""
+
+    heads: int
+    head_dim: int
+    double_blocks: int
+    single_blocks: int
+    context_dim: int
+    guidance_embeds: bool
+    in_channels: int = 128
+    mlp_ratio: float = 3.0
+    axes: tuple[int, int, int, int] = (32, 32, 32, 32)
+    theta: float = 2000.0
+    timestep_channels: int = 256
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if sum(self.axes) != self.head_dim:
+            raise ValueError(f"rotary axes {self.axes} add up to {sum(self.axes)}, not to head_dim {self.head_dim}")
+
+    @property
+    def hidden(self) -> int:
+        """Width of a token inside the transformer."""
+        return self.heads * self.head_dim
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Width inside a feed-forward, after the gate."""
+        return int(self.hidden * self.mlp_ratio)
+
+    @property
+    def blocks(self) -> int:
+        """Double and single blocks together."""
+        return self.double_blocks + self.single_blocks
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """What decides the tensor shapes of a text encoder's language model."""
+
+    vocabulary: int
+    hidden: int
+    inner: int
+    """Width inside a feed-forward."""
+    heads: int
+    key_heads: int
+    head_dim: int
+
+    @property
+    def linears(self) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of each Linear of a layer: query, key, value, output; gate, up, down."""
+        width, keys = self.heads * self.head_dim, self.key_heads * self.head_dim
+        attention = ((width, self.hidden), (keys, self.hidden), (keys, self.hidden), (self.hidden, width))
+        return (*attention, (self.inner, self.hidden), (self.inner, self.hidden), (self.hidden, self.inner))
+
+    @property
+    def scales(self) -> int:
+        """Numbers of a layer's two norms."""
+        return 2 * self.hidden
+
+
+@dataclass(frozen=True)
+class AutoencoderSpec:
+    """What decides the tensor shapes of diffusers' `AutoencoderKLFlux2`."""
+
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    """At each level, the largest pictures first."""
+    blocks_per_level: int = 2
+    """Residual blocks; the decoder has one more."""
+    latent_channels: int = 32
+    tile: int = 1024
+    """Side in pixels of what is encoded or decoded at a time where tiling is on."""
+
+
+DEV = TransformerSpec(
+    heads=48,
+    head_dim=128,
+    double_blocks=8,
+    single_blocks=48,
+    context_dim=15360,
+    guidance_embeds=True,
+)
+
+KLEIN_9B = TransformerSpec(
+    heads=32,
+    head_dim=128,
+    double_blocks=8,
+    single_blocks=24,
+    context_dim=12288,
+    guidance_embeds=False,
+)
+
+KLEIN_4B = TransformerSpec(
+    heads=24,
+    head_dim=128,
+    double_blocks=5,
+    single_blocks=20,
+    context_dim=7680,
+    guidance_embeds=False,
+)
+
+DEV_TEXT = TextSpec(vocabulary=131072, hidden=5120, inner=32768, heads=32, key_heads=8, head_dim=128)
+
+TINY = TransformerSpec(
+    heads=6,
+    head_dim=32,
+    double_blocks=2,
+    single_blocks=6,
+    context_dim=3 * 64,
+    guidance_embeds=True,
+    axes=(8, 8, 8, 8),
+)
+
+TINY_TEXT = TextSpec(vocabulary=952, hidden=64, inner=128, heads=4, key_heads=2, head_dim=16)
+
+TINY_AUTOENCODER = AutoencoderSpec(channels=(16, 32, 64, 64), blocks_per_level=1, tile=256)
+
+
+TextEncoderKind = Literal["mistral3"]
+"""The language model that encodes prompts."""
+
+
+@dataclass(frozen=True)
+class TextContextSpec:
+    """How prompts become the transformer's context."""
+
+    kind: TextEncoderKind
+    encoder: TextSpec
+    system_message: str
+    """Stands before each prompt, in the tokenizer's chat template."""
+    layers: tuple[int, ...]
+    """Hidden states of the text encoder that are put side by side; 0 would be the embeddings."""
+    length: int
+    """Tokens of a context, padding included: a model knows the positions that it was trained with, and no others."""
+    padding_side: Literal["left", "right"]
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One FLUX.2: what it is made of, where it is, under which licence, and how its pictures are made."""
+
+    name: str
+    summary: str
+    """Completes "`name` is ..." in the docs."""
+    repo: str | None
+    """Hub id; None for the embedded model, which is made on the spot."""
+    transformer: TransformerSpec
+    text: TextContextSpec
+    autoencoder: AutoencoderSpec
+    licence: str
+    """What a user must know before using, or passing on, a LoRA of it."""
+    licence_notice: str | None
+    """A sentence at the start of each run, where the licence restricts what a user may do."""
+    guidance: float
+    """Guidance for making pictures (training uses 1)."""
+    steps: int
+    """Denoising steps for making pictures."""
+    shift: float
+    """Default of `flow_schedule_shift`."""
+    validation_steps: int
+    """Default of `validation_num_inference_steps`: fewer than `steps`, since pictures are made again and again."""
+
+    @property
+    def option_defaults(self) -> dict[str, Any]:
+        """Defaults of options that belong to the flavour."""
+        return {
+            "flow_schedule_shift": self.shift,
+            "validation_guidance": self.guidance,
+            "validation_num_inference_steps": self.validation_steps,
+        }
+
+
+FlavourName = Literal["dev", "tiny"]
+"""The keys of `FLAVOURS`, for types: a test compares the two."""
+
+DEFAULT_FLAVOUR: FlavourName = "dev"
+
+FLAVOURS: Mapping[str, Flavour] = {
+    "dev": Flavour(
+        name="dev",
+        summary="FLUX.2-dev (32.2 B parameters, non-commercial licence)",
+        repo="black-forest-labs/FLUX.2-dev",
+        transformer=DEV,
+        text=TextContextSpec(
+            kind="mistral3",
+            encoder=DEV_TEXT,
+            system_message=SYSTEM_MESSAGE,
+            layers=(10, 20, 30),
+            length=512,
+            padding_side="left",
+        ),
+        autoencoder=AutoencoderSpec(),
+        licence="FLUX.2-dev non-commercial licence, https://huggingface.co/black-forest-labs/FLUX.2-dev",
+        licence_notice=(
+            "FLUX.2-dev's weights are under Black Forest Labs' non-commercial licence: "
+            "read it before you use or share what you train."
+        ),
+        guidance=4.0,
+        steps=50,
+        shift=3.0,
+        validation_steps=20,
+    ),
+    "tiny": Flavour(
+        name="tiny",
+        summary=(
+            "a small FLUX.2 with all of dev's parts, made on the spot, that trains on two CPU cores without a network"
+        ),
+        repo=None,
+        transformer=TINY,
+        text=TextContextSpec(
+            kind="mistral3",
+            encoder=TINY_TEXT,
+            system_message=SYSTEM_MESSAGE,
+            layers=(10, 20, 30),
+            length=64,
+            padding_side="left",
+        ),
+        autoencoder=TINY_AUTOENCODER,
+        licence="Apache-2.0",
+        licence_notice=None,
+        guidance=4.0,
+        steps=20,
+        shift=3.0,
+        validation_steps=20,
+    ),
+}
