@@ -219,7 +219,7 @@ import torch, torch._dynamo, diffusers, transformers
 from diffusers import AutoencoderKLFlux2, AutoencoderKL
 from transformers import AutoModel, Mistral3Config, MistralModel, PreTrainedTokenizerFast
 from simpletuner.cli.main import main
-import simpletuner.cli.train, simpletuner.train.assemble
+import simpletuner.cli.train, simpletuner.train.job
 sys.exit(main(["train", *sys.argv[1:]]))
 """
 

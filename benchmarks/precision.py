@@ -20,6 +20,7 @@ from simpletuner.base.errors import ConfigError
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.precisions import NO_CHANGE, PRECISIONS
+from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.load import load_transformer
 from simpletuner.flux2.lora import attach
@@ -75,7 +76,7 @@ def measured(source: Source, precision: str, width: int, seed: int, device: torc
     side = width // 16
     latents, context = drawn(1, 128, side, side), drawn(1, 64, source.spec.context_dim).bfloat16()
     target = drawn(1, 128, side, side)
-    sigma, guidance = torch.full((1,), 0.6, device=device), torch.ones(1, device=device)
+    sigma, condition = torch.full((1,), 0.6, device=device), Condition.at(TextContext.dense(context), 1.0)
     denoise = Denoiser(transformer.train())
     seconds = []
     velocity = latents
@@ -83,7 +84,7 @@ def measured(source: Source, precision: str, width: int, seed: int, device: torc
         for parameter in adapter.parameters():
             parameter.grad = None
         began = time.monotonic()
-        velocity = denoise(latents, sigma, context, guidance).float()
+        velocity = denoise(latents, sigma, condition).float()
         (velocity - target).square().mean().backward()
         if device.type == "cuda":
             torch.cuda.synchronize()

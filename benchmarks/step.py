@@ -80,49 +80,36 @@ def bare_loop(work: Path, steps: int) -> float:
     from simpletuner.flux2.lora import attach
     from simpletuner.flux2.source import locate
     from simpletuner.memory.precision import DTYPES
-    from simpletuner.runs.layout import RunDirectory
-    from simpletuner.runs.process import Requests
-    from simpletuner.train.assemble import Attempt
-    from simpletuner.train.prepare import prepare
+    from simpletuner.train.batches import BatchBuilder
+    from simpletuner.train.caches import prepare
     from simpletuner.train.report import Reporter
     from simpletuner.train.step import Objective
+    from simpletuner.train.world import World
 
     os.chdir(work)
     loaded = load(flags("bare", steps), folder=Path(), environ={})
     config, device = loaded.config, torch.device("cpu")
-    reporter = Reporter()
-    run = RunDirectory(Path(config.output_dir))
-    run.create()
-    with Requests(run.control) as requests:
-        attempt = Attempt(loaded, run, device, reporter, requests)
-        source = locate(config, report=print)
-        prepared = prepare(loaded, source, device, reporter)
-        order = Order(prepared.train, seed=config.seed, batch_size=config.train_batch_size)
-        groups = [attempt.groups(prepared, order)(step) for step in range(1, steps + 1)]
+    source = locate(config, report=print)
+    prepared = prepare(loaded, source, device, Reporter())
+    order = Order(prepared.train, seed=config.seed, batch_size=config.train_batch_size)
+    objective = Objective.of(config, config, config.seed)
+    per_step = config.gradient_accumulation_steps
+    build = BatchBuilder(config, prepared, order, objective, None, batches_per_step=per_step, world=World.single())
+    global_batches = [build(step) for step in range(1, steps + 1)]
 
     transformer = load_transformer(source, DTYPES[config.base_dtype], device).requires_grad_(False).train()
     parameters = attach(transformer, config, seed=config.seed).parameters()
     optimiser = torch.optim.AdamW(parameters, lr=config.learning_rate, fused=True)
-    objective = Objective.of(config, config, config.seed)
     denoise = Denoiser(transformer)
 
     seconds = []
-    for group in groups:
+    for whole in global_batches:
         began = time.monotonic()
-        for batch in group.batches:
-            channels, height, width = batch.latents.shape[1:]
-            slots = range(len(batch.names))
-            draws = objective.draw(group.step, slots, (channels, height, width))
+        for batch in whole.batches:
             losses = flow_loss(
-                denoise,
-                batch.latents,
-                batch.context,
-                sigma=draws.sigma,
-                guidance=draws.guidance,
-                noise=draws.noise,
-                penalty=squared,
+                denoise, batch.latents, batch.condition, sigma=batch.sigma, noise=batch.noise, penalty=squared
             )
-            (losses.sum() / group.size).backward()
+            (losses.sum() / whole.size).backward()
             losses.tolist()
         torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimiser.step()

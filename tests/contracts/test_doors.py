@@ -62,7 +62,7 @@ def test_what_answers_at_once_imports_nothing_heavy(code: str) -> None:
 
 def test_a_warm_start_imports_no_model_library() -> None:
     """diffusers alone takes seconds, and a run whose caches are filled uses none of them."""
-    rooms = "train.loop", "train.assemble", "train.validate", "flux2.load", "data.collate", "cli.train"
+    rooms = "train.loop", "train.job", "train.validate", "flux2.load", "data.batch", "cli.train"
     assert imported_by(f"import {', '.join(f'simpletuner.{room}' for room in rooms)}", MODEL_LIBRARIES) == []
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from simpletuner.base.quiet import quiet_import
 from simpletuner.config.flavours import TINY
 from simpletuner.config.options.lora import LoraOptions
+from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.export import LORA_NAME, attach_saved, read_lora, save_lora
 from simpletuner.flux2.lora import PRESETS, Adapter, attach
@@ -61,7 +62,8 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def velocity(transformer: Flux2Transformer) -> Tensor:
     """As tokens."""
-    return pack(Denoiser(transformer)(*inputs()))
+    latents, sigma, context, guidance = inputs()
+    return pack(Denoiser(transformer)(latents, sigma, Condition(TextContext.dense(context), guidance)))
 
 
 def reference_velocity(theirs: Any) -> Tensor:

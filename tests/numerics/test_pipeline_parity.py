@@ -10,6 +10,7 @@ from torch import Tensor
 
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.options.model import ModelOptions
+from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.export import LORA_NAME, attach_saved, read_lora, save_lora
 from simpletuner.flux2.generate import generate, initial_noise, sample_latents
@@ -70,7 +71,7 @@ def test_latents(
 ) -> None:
     noise = initial_noise(7, width=width, height=height)
     expected = asked_of_diffusers(pipe, noise, context, steps, "latent", guidance_scale=guidance)
-    found = sample_latents(denoise, noise, context, steps=steps, guidance=guidance)
+    found = sample_latents(denoise, noise, Condition.at(TextContext.dense(context), guidance), steps=steps)
     assert_near(pack(found), expected)
 
 
@@ -87,7 +88,8 @@ def test_pictures(
         shown.append(autoencoder.decode(latents))
         return shown[0]
 
-    (image,) = generate(denoise, decode, context, width=width, height=height, steps=steps, guidance=4.0, seed=7)
+    condition = Condition.at(TextContext.dense(context), 4.0)
+    (image,) = generate(denoise, decode, condition, width=width, height=height, steps=steps, seed=7)
     assert_near((shown[0][0] / 2 + 0.5).permute(1, 2, 0), torch.from_numpy(expected))
     assert image.size == (width, height)
     # A value just between two levels may round either way.
@@ -105,11 +107,11 @@ def test_from_the_words_on_with_a_lora(tmp_path: Path, pipe: Any, source: Source
     encoder = load_text_encoder(
         source, torch.float32, "cpu", layers=source.text_layers, max_length=512, fix_regex=False
     )
-    context = encoder.encode([PROMPT])[0].full()[None]
+    condition = Condition.at(encoder.encode([PROMPT])[0], 4.0)
     fresh = load_transformer(source, torch.float32, "cpu")
     attach_saved(fresh, read_lora(tmp_path))
     noise = initial_noise(7, width=64, height=48)
-    found = pack(sample_latents(Denoiser(fresh), noise, context, steps=4, guidance=4.0))
+    found = pack(sample_latents(Denoiser(fresh), noise, condition, steps=4))
 
     plain = pipe(prompt=PROMPT, latents=noise, height=48, width=64, num_inference_steps=4, output_type="latent")
     pipe.load_lora_weights(tmp_path)

@@ -9,16 +9,20 @@ import torch
 from tests.recipes.conftest import CONFIG, Workplace
 
 from simpletuner.config.load import load
+from simpletuner.data.batch import GlobalBatch
 from simpletuner.data.cache.latents import read_latent
+from simpletuner.data.order import MicroBatch, Order, Visit
 from simpletuner.data.pixels import render
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.load import load_autoencoder, load_text_encoder, load_transformer
 from simpletuner.flux2.lora import attach
 from simpletuner.flux2.source import Source, locate
 from simpletuner.train import optim
-from simpletuner.train.prepare import Prepared, prepare
+from simpletuner.train.batches import BatchBuilder
+from simpletuner.train.caches import Prepared, prepare
 from simpletuner.train.report import Reporter
-from simpletuner.train.step import Group, Objective, Stepper
+from simpletuner.train.step import Objective, Stepper
+from simpletuner.train.world import World
 
 CPU = torch.device("cpu")
 
@@ -79,7 +83,7 @@ def test_what_is_cached_is_what_the_encoders_give(prepared: tuple[Prepared, Sour
     for start in range(0, len(prompts), 2):
         batch_of_prompts = prompts[start : start + 2]
         for prompt, live_context in zip(batch_of_prompts, encoder.encode(batch_of_prompts), strict=True):
-            assert torch.equal(found.context(prompt).full(), live_context.full())
+            assert torch.equal(found.contexts([prompt]).expanded(), live_context.expanded())
 
 
 def test_loss_and_gradients_are_those_of_diffusers_and_peft(prepared: tuple[Prepared, Source], pipeline: Any) -> None:
@@ -88,7 +92,8 @@ def test_loss_and_gradients_are_those_of_diffusers_and_peft(prepared: tuple[Prep
     found, source = prepared
     (manifest,) = found.train
     config = found.loaded.config
-    samples = [manifest.samples[index] for index in max(manifest.buckets.values(), key=len)[:2]]
+    indices = max(manifest.buckets.values(), key=len)[:2]
+    samples = [manifest.samples[index] for index in indices]
     prompts = [sample.captions[0] for sample in samples]
 
     ours = load_transformer(source, torch.float32, CPU)
@@ -104,7 +109,17 @@ def test_loss_and_gradients_are_those_of_diffusers_and_peft(prepared: tuple[Prep
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         device=CPU,
     )
-    losses = stepper.backward(Group(5, 0, (found.batch(manifest.image_set, samples, prompts),)))
+    builder = BatchBuilder(
+        config,
+        found,
+        Order(found.train, seed=config.seed, batch_size=2),
+        stepper.objective,
+        None,
+        batches_per_step=1,
+        world=World.single(),
+    )
+    micro_batch = MicroBatch(tuple(Visit(0, index) for index in indices), samples[0].geometry.target)
+    losses = stepper.backward(GlobalBatch(5, 0, (builder.batch(micro_batch, 5, 0),), 2))
 
     theirs = pipeline.transformer.requires_grad_(False)
     theirs.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.alpha, target_modules=list(adapter.layers)))

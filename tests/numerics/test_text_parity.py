@@ -38,7 +38,7 @@ def test_context_is_the_pipelines(encoder, pipeline, batched):
     with torch.no_grad():
         expected, _ = pipeline.encode_prompt(PROMPTS)
     batches = [PROMPTS] if batched else [[prompt] for prompt in PROMPTS]
-    found = torch.stack([encoded.full() for batch in batches for encoded in encoder.encode(batch)])
+    found = torch.cat([encoded.expanded() for batch in batches for encoded in encoder.encode(batch)])
     assert found.shape == expected.shape == (len(PROMPTS), 512, 192)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
@@ -47,9 +47,10 @@ def test_every_padding_row_of_the_pipeline_is_ours(encoder, pipeline):
     with torch.no_grad():
         expected, _ = pipeline.encode_prompt([PROMPTS[1]])
     (encoded,) = encoder.encode([PROMPTS[1]])
-    padding = expected[0, : 512 - len(encoded.rows)]
-    assert (padding - encoded.pad).abs().max() <= 1e-5 * expected.abs().max()
-    assert encoded.pad.abs().max() > 0, "an embedding of zeros would hide a mistake here"
+    pad = encoded.rows[0]
+    padding = expected[0, : 512 - len(encoded.rows) + 1]
+    assert (padding - pad).abs().max() <= 1e-5 * expected.abs().max()
+    assert pad.abs().max() > 0, "an embedding of zeros would hide a mistake here"
 
 
 def test_a_full_context_has_no_padding_and_is_the_pipelines(encoder, pipeline):
@@ -59,8 +60,8 @@ def test_a_full_context_has_no_padding_and_is_the_pipelines(encoder, pipeline):
     (encoded,) = encoder.encode([longest])
     with torch.no_grad():
         expected, _ = pipeline.encode_prompt([longest])
-    assert len(encoded.rows) == 512
-    assert (encoded.full() - expected[0]).abs().max() <= 1e-5 * expected.abs().max()
+    assert len(encoded.rows) == 1 + 512
+    assert (encoded.expanded() - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_position_ids_of_the_text_are_the_pipelines(pipeline):

@@ -6,6 +6,7 @@ from einops import rearrange
 from torch import Tensor
 
 from simpletuner.config.flavours import TINY, TransformerSpec
+from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.spec import transformer_to_diffusers
 from simpletuner.flux2.tokens import context_ids, image_ids, pack
@@ -69,7 +70,9 @@ def test_velocity_in_fp32(spec: TransformerSpec, height: int, width: int, length
     ):
         sigma, guidance = torch.tensor(sigmas), torch.tensor(scales)
         expected = asked_of_diffusers(theirs, latents, sigma, context, guidance if spec.guidance_embeds else None)
-        assert relative(Denoiser(ours)(latents, sigma, context, guidance), expected) <= 1e-5
+        assert (
+            relative(Denoiser(ours)(latents, sigma, Condition(TextContext.dense(context), guidance)), expected) <= 1e-5
+        )
 
 
 @torch.no_grad()
@@ -80,11 +83,11 @@ def test_velocity_in_bf16() -> None:
     latents, context = draw(4, 6, 32, batch=2)
     # Numbers that bf16 holds, so that sigma · 1000 is the same on both sides.
     sigma, guidance = torch.tensor([0.25, 0.75]), torch.tensor([1.0, 4.0])
-    found = Denoiser(ours)(latents, sigma, context, guidance)
+    found = Denoiser(ours)(latents, sigma, Condition(TextContext.dense(context), guidance))
     assert found.dtype == torch.bfloat16
     half = [tensor.bfloat16() for tensor in (latents, sigma, context, guidance)]
     expected = asked_of_diffusers(theirs, *half)
-    reference = Denoiser(exact)(latents, sigma, context, guidance)
+    reference = Denoiser(exact)(latents, sigma, Condition(TextContext.dense(context), guidance))
     assert relative(found, expected) <= 4e-3
     assert relative(found, reference) <= 5e-2  # what bf16 costs over eight blocks, in both
 
@@ -95,8 +98,8 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
     ours, _ = pair(TINY)
     latents, context = draw(3, 5, 12, batch=2)
     sigma, guidance = torch.tensor([0.2, 0.8]), torch.tensor([1.0, 4.0])
-    both = Denoiser(ours)(latents, sigma, context, guidance)
+    both = Denoiser(ours)(latents, sigma, Condition(TextContext.dense(context), guidance))
     for index in range(2):
         one = slice(index, index + 1)
-        alone = Denoiser(ours)(latents[one], sigma[one], context[one], guidance[one])
+        alone = Denoiser(ours)(latents[one], sigma[one], Condition(TextContext.dense(context[one]), guidance[one]))
         assert relative(alone, both[one]) <= 1e-5

@@ -18,7 +18,7 @@ from simpletuner.data.order import Order
 from simpletuner.flux2.source import locate
 from simpletuner.runs import disk
 from simpletuner.runs.events import EVENTS
-from simpletuner.train.prepare import Encoders
+from simpletuner.train.caches import Encoders
 
 # Losses of CONFIG's three steps. In fp32 they hold to 1e-5, in bf16 to 1e-3: instruction sets round differently.
 PINNED = {"no": [1.3900223, 1.2224635, 1.6412856], "bf16": [1.3881238, 1.2261445, 1.6526977]}

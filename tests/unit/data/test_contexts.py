@@ -9,7 +9,6 @@ from torch import Tensor
 
 from simpletuner.base.errors import DataError
 from simpletuner.data.cache.contexts import (
-    Context,
     ContextEncoder,
     context_key,
     fill_contexts,
@@ -17,8 +16,11 @@ from simpletuner.data.cache.contexts import (
 )
 from simpletuner.data.cache.report import FillReport
 from simpletuner.data.cache.store import Store
+from simpletuner.flow.condition import TextContext
+from simpletuner.flux2.text import LeftPaddedCodec, left_padded
 
 LENGTH, WIDTH = 16, 8
+CODEC = LeftPaddedCodec("text")
 PAD = torch.linspace(-1, 1, WIDTH, dtype=torch.bfloat16)
 
 
@@ -33,14 +35,14 @@ class BatchEncoder:
 
     def encode_batches(
         self, batches: Sequence[Sequence[str]], _report: Callable[[float], None]
-    ) -> Iterator[list[Context]]:
+    ) -> Iterator[list[TextContext]]:
         for batch in batches:
             yield self.encode(batch)
 
-    def encode(self, prompts: Sequence[str]) -> list[Context]:
+    def encode(self, prompts: Sequence[str]) -> list[TextContext]:
         self.batches.append(list(prompts))
         together = sum(map(ord, "".join(prompts)))
-        return [Context(self.rows(prompt) + 0.001 * together, PAD, LENGTH) for prompt in prompts]
+        return [left_padded(self.rows(prompt) + 0.001 * together, PAD, LENGTH) for prompt in prompts]
 
     @staticmethod
     def rows(prompt: str) -> Tensor:
@@ -50,7 +52,7 @@ class BatchEncoder:
 
 def fill(prompts: Sequence[str], store: Store, encoder: ContextEncoder, **sizes: int) -> FillReport:
     sizes = {"batch_size": 2, "write_batch_size": 3} | sizes
-    return fill_contexts(prompts, store, "text", lambda: encoder, report=lambda *_: None, **sizes)
+    return fill_contexts(prompts, store, CODEC, lambda: encoder, report=lambda *_: None, **sizes)
 
 
 def files(store: Store) -> dict[str, bytes]:
@@ -64,19 +66,19 @@ def store(tmp_path: Path) -> Store:
 
 def test_the_padding_is_restored_exactly(store: Store) -> None:
     fill(["abc", ""], store, BatchEncoder())
-    context = read_context(store, "abc", "text")
-    assert context.rows.shape == (3, WIDTH)
-    full = context.full()
+    context = read_context(store, "abc", CODEC)
+    assert context.rows.shape == (1 + 3, WIDTH)
+    (full,) = context.expanded()
     assert full.shape == (LENGTH, WIDTH)
     assert full.dtype == torch.bfloat16
-    assert torch.equal(full[-3:], BatchEncoder().encode(["", "abc"])[1].rows)
+    assert torch.equal(full[-3:], BatchEncoder().encode(["", "abc"])[1].rows[1:])
     assert (full[:-3] == PAD).all()
-    assert torch.equal(read_context(store, "", "text").full(), PAD.expand(LENGTH, WIDTH))
+    assert torch.equal(read_context(store, "", CODEC).expanded()[0], PAD.expand(LENGTH, WIDTH))
 
 
 def test_a_context_as_long_as_the_window_has_no_padding() -> None:
     rows = torch.randn(LENGTH, WIDTH)
-    assert torch.equal(Context(rows, torch.zeros(WIDTH), LENGTH).full(), rows)
+    assert torch.equal(left_padded(rows, torch.zeros(WIDTH), LENGTH).expanded()[0], rows)
 
 
 def test_batches_are_sorted_by_length_then_text_and_each_prompt_is_encoded_once(store: Store) -> None:
@@ -90,8 +92,8 @@ def test_what_is_missing_is_made_again_with_its_batch_and_is_the_same_bytes(stor
     prompts = ["a", "bb", "ccc", "dddd", "eeeee"]
     fill(prompts, store, BatchEncoder())
     whole = files(store)
-    store.path(context_key("bb", "text")).unlink()
-    store.path(context_key("eeeee", "text")).write_bytes(b"damaged")
+    store.path(context_key("bb", CODEC)).unlink()
+    store.path(context_key("eeeee", CODEC)).write_bytes(b"damaged")
     encoder = BatchEncoder()
     report = fill(prompts[::-1], store, encoder, write_batch_size=64)
     assert encoder.batches == [["a", "bb"], ["eeeee"]]
@@ -101,7 +103,7 @@ def test_what_is_missing_is_made_again_with_its_batch_and_is_the_same_bytes(stor
 
 def test_an_interruption_leaves_no_trace(store: Store, tmp_path: Path) -> None:
     class Interrupted(BatchEncoder):
-        def encode(self, prompts: Sequence[str]) -> list[Context]:
+        def encode(self, prompts: Sequence[str]) -> list[TextContext]:
             if len(self.batches) == 3:
                 raise KeyboardInterrupt
             return super().encode(prompts)
@@ -122,14 +124,14 @@ def test_a_full_cache_needs_no_encoder(store: Store) -> None:
     def no_encoder() -> ContextEncoder:
         raise AssertionError("loaded")
 
-    report = fill_contexts(["b"], store, "text", no_encoder, batch_size=2, write_batch_size=2, report=lambda *_: None)
+    report = fill_contexts(["b"], store, CODEC, no_encoder, batch_size=2, write_batch_size=2, report=lambda *_: None)
     assert report == FillReport(0, 1, 0, report.seconds)
 
 
 def test_a_context_that_is_not_finite_is_named(store: Store) -> None:
     class Broken(BatchEncoder):
-        def encode(self, prompts: Sequence[str]) -> list[Context]:
-            return [Context(torch.full((1, WIDTH), torch.inf), PAD, LENGTH) for _ in prompts]
+        def encode(self, prompts: Sequence[str]) -> list[TextContext]:
+            return [left_padded(torch.full((1, WIDTH), torch.inf), PAD, LENGTH) for _ in prompts]
 
     with pytest.raises(DataError, match="not finite for 'a'"):
         fill(["a"], store, Broken())
@@ -138,8 +140,8 @@ def test_a_context_that_is_not_finite_is_named(store: Store) -> None:
 def test_another_encoder_is_another_key(store: Store) -> None:
     fill(["a"], store, BatchEncoder())
     with pytest.raises(DataError, match="is missing"):
-        read_context(store, "a", "text in fp32")
-    assert context_key("a", "text") != context_key("a ", "text")
+        read_context(store, "a", LeftPaddedCodec("text in fp32"))
+    assert context_key("a", CODEC) != context_key("a ", CODEC)
 
 
 def test_progress_counts_what_is_encoded(store: Store) -> None:
@@ -147,7 +149,7 @@ def test_progress_counts_what_is_encoded(store: Store) -> None:
     fill_contexts(
         ["a", "b", "c"],
         store,
-        "text",
+        CODEC,
         BatchEncoder,
         batch_size=2,
         write_batch_size=8,
@@ -162,7 +164,7 @@ def test_what_is_finished_is_written_before_more_work_begins(store: Store) -> No
     class InPortions(BatchEncoder):
         def encode_batches(
             self, batches: Sequence[Sequence[str]], report: Callable[[float], None]
-        ) -> Iterator[list[Context]]:
+        ) -> Iterator[list[TextContext]]:
             report(0.25)
             yield self.encode(batches[0])
             report(0.99)
@@ -173,7 +175,7 @@ def test_what_is_finished_is_written_before_more_work_begins(store: Store) -> No
         fill_contexts(
             ["a", "b", "c", "d"],
             store,
-            "text",
+            CODEC,
             InPortions,
             batch_size=2,
             write_batch_size=100,
@@ -192,9 +194,9 @@ def test_a_thousand_captions_of_dev_take_less_than_a_third_of_the_plain_tensors_
     draws = torch.Generator().manual_seed(0)
     texts = torch.randint(20, 121, (count,), generator=draws)
 
-    def plain(number: int) -> Context:
+    def plain(number: int) -> TextContext:
         rows = torch.randn(template + int(texts[number]), width, generator=torch.Generator().manual_seed(number))
-        return Context(rows.bfloat16(), torch.linspace(-1, 1, width).bfloat16(), length)
+        return left_padded(rows.bfloat16(), torch.linspace(-1, 1, width).bfloat16(), length)
 
     class Prompts:
         def lengths(self, prompts: Sequence[str]) -> list[int]:
@@ -202,7 +204,7 @@ def test_a_thousand_captions_of_dev_take_less_than_a_third_of_the_plain_tensors_
 
         def encode_batches(
             self, batches: Sequence[Sequence[str]], _report: Callable[[float], None]
-        ) -> Iterator[list[Context]]:
+        ) -> Iterator[list[TextContext]]:
             return ([plain(int(prompt)) for prompt in batch] for batch in batches)
 
     prompts = [f"{number:04d}" for number in range(count)]
@@ -211,8 +213,8 @@ def test_a_thousand_captions_of_dev_take_less_than_a_third_of_the_plain_tensors_
     assert taken < count * length * width * 2 / 3
     assert taken < 0.24 * count * length * width * 2, "what the mean of 116 rows of 512 comes to"
     for number in range(0, count, 97):
-        found = read_context(store, prompts[number], "text").full()
-        assert torch.equal(found.view(torch.int16), plain(number).full().view(torch.int16))
+        found = read_context(store, prompts[number], CODEC).expanded()
+        assert torch.equal(found.view(torch.int16), plain(number).expanded().view(torch.int16))
 
 
 def test_a_file_of_dev_is_its_rows_one_row_of_padding_and_less_than_a_kilobyte(store: Store) -> None:

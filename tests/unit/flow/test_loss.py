@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from simpletuner.flow.loss import flow_loss, huber, huber_scale, smooth_l1, squared
+from simpletuner.flow.condition import Condition, TextContext
+from simpletuner.flow.loss import averaged, flow_loss, huber, huber_scale, smooth_l1, squared
 from simpletuner.flow.path import noised, velocity
 
 
@@ -10,8 +11,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 LATENTS, NOISE = normal(2, 8, 4, 6), normal(2, 8, 4, 6, seed=1)
-CONTEXT = normal(2, 5, 3, seed=2)
-GUIDANCE = torch.ones(2)
+CONDITION = Condition.at(TextContext.dense(normal(2, 5, 3, seed=2)), 1.0)
 
 
 def test_the_path_starts_at_the_data_and_ends_at_the_noise() -> None:
@@ -32,26 +32,50 @@ def test_the_velocity_is_the_derivative_of_the_path() -> None:
 
 def test_a_perfect_prediction_costs_nothing() -> None:
     loss = flow_loss(
-        lambda x, sigma, context, guidance: NOISE - LATENTS,
-        LATENTS, CONTEXT, sigma=torch.tensor([0.2, 0.9]), guidance=GUIDANCE, noise=NOISE,
+        lambda x, sigma, condition: NOISE - LATENTS,
+        LATENTS, CONDITION, sigma=torch.tensor([0.2, 0.9]), noise=NOISE,
     )  # fmt: skip
     assert torch.equal(loss, torch.zeros(2))
 
 
 def test_a_zero_prediction_costs_the_mean_square_of_the_velocity_of_each_sample() -> None:
     loss = flow_loss(
-        lambda x, sigma, context, guidance: torch.zeros_like(x),
-        LATENTS, CONTEXT, sigma=torch.tensor([0.2, 0.9]), guidance=GUIDANCE, noise=NOISE,
+        lambda x, sigma, condition: torch.zeros_like(x),
+        LATENTS, CONDITION, sigma=torch.tensor([0.2, 0.9]), noise=NOISE,
     )  # fmt: skip
     torch.testing.assert_close(loss, (NOISE - LATENTS).square().flatten(1).mean(1))
 
 
 def test_the_loss_is_fp32_over_a_bf16_model() -> None:
     loss = flow_loss(
-        lambda x, sigma, context, guidance: x.bfloat16(),
-        LATENTS, CONTEXT, sigma=torch.tensor([0.2, 0.9]), guidance=GUIDANCE, noise=NOISE,
+        lambda x, sigma, condition: x.bfloat16(),
+        LATENTS, CONDITION, sigma=torch.tensor([0.2, 0.9]), noise=NOISE,
     )  # fmt: skip
     assert loss.dtype == torch.float32
+
+
+def test_a_weight_of_ones_changes_no_bit_of_loss_and_gradient() -> None:
+    found = []
+    for weight in (None, torch.ones(2, 4, 6)):
+        penalties = (NOISE - LATENTS).square().requires_grad_()
+        losses = averaged(penalties, weight)
+        losses.sum().backward()
+        assert penalties.grad is not None
+        found.append((losses.detach(), penalties.grad))
+    (plain, gradient), (ones, ones_gradient) = found
+    assert torch.equal(plain, ones)
+    assert torch.equal(gradient, ones_gradient)
+
+
+def test_a_weight_averages_over_what_it_marks() -> None:
+    penalties = (NOISE - LATENTS).square()
+    weight = torch.zeros(2, 4, 6)
+    weight[0, 1:3, 2:5] = 1
+    weight[1, 0, 0], weight[1, 3, 5] = 1, 3
+    found = averaged(penalties, weight)
+    torch.testing.assert_close(found[0], penalties[0, :, 1:3, 2:5].mean())
+    torch.testing.assert_close(found[1], (penalties[1, :, 0, 0].mean() + 3 * penalties[1, :, 3, 5].mean()) / 4)
+    torch.testing.assert_close(averaged(penalties, 7 * weight), found)
 
 
 @pytest.mark.parametrize("schedule", ["snr", "exponential", "constant"])

@@ -8,6 +8,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
+from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flow.loss import flow_loss, huber, smooth_l1, squared
 from simpletuner.flow.path import noised, velocity
 from simpletuner.flow.rollout import (
@@ -31,6 +32,7 @@ LATENTS, NOISE, CONTEXT = normal(0), normal(1), normal(2, B, 2, 3)
 SIGMA, GUIDANCE = torch.tensor([0.2, 0.5, 0.97, 0.7]), torch.tensor([1.0, 2.0, 3.0, 4.0])
 LENGTHS = torch.tensor([0.05, 0.0, 0.05, 0.013])
 SOURCE = (SIGMA + LENGTHS).clamp(max=1)
+CONDITION = Condition(TextContext.dense(CONTEXT), GUIDANCE)
 
 
 class Model(torch.nn.Module):
@@ -42,7 +44,8 @@ class Model(torch.nn.Module):
         torch.nn.init.normal_(self.mix.weight, generator=torch.Generator().manual_seed(5))
         self.calls: list[tuple[int, bool]] = []
 
-    def forward(self, x: Tensor, sigma: Tensor, context: Tensor, guidance: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        context, guidance = condition.context.expanded(), condition.guidance
         self.calls.append((len(x), torch.is_grad_enabled()))
         with_context = x + (sigma + guidance / 4 + context.mean((1, 2)).to(x.dtype)).reshape(-1, 1, 1, 1)
         return torch.sin(self.mix(with_context.movedim(1, -1))).movedim(-1, 1)
@@ -50,7 +53,7 @@ class Model(torch.nn.Module):
 
 def walked(model: Any, solver: str = "euler", steps: int = 3, source: Tensor = SOURCE) -> Tensor:
     return rolled_out(
-        model, LATENTS, CONTEXT, sigma=SIGMA, guidance=GUIDANCE, noise=NOISE, source=source,
+        model, LATENTS, CONDITION, sigma=SIGMA, noise=NOISE, source=source,
         solver=SOLVERS[solver], steps=steps,
     )  # fmt: skip
 
@@ -66,14 +69,14 @@ def test_the_euler_path_is_a_plain_loop_over_samples_in_float64() -> None:
         step = (here - target) / 7
         for count in range(7):
             at = torch.tensor([here - count * step], dtype=torch.float64)
-            x = x - step * reference(x, at, context, GUIDANCE[index : index + 1])
+            x = x - step * reference(x, at, Condition(TextContext.dense(context), GUIDANCE[index : index + 1]))
         assert (found[index] - x[0]).abs().max() <= 1e-6 * x.abs().max()
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_with_the_field_of_a_point_mass_the_rolled_out_latent_lies_on_the_path(solver: str, steps: int) -> None:
-    def to_the_data(x: Tensor, sigma: Tensor, *_: Tensor) -> Tensor:
+    def to_the_data(x: Tensor, sigma: Tensor, _condition: Condition) -> Tensor:
         moving = LENGTHS > 0
         return (x - LATENTS[moving]) / sigma.reshape(-1, 1, 1, 1)
 
@@ -102,7 +105,7 @@ def test_without_a_length_there_is_no_call() -> None:
 def test_a_rollout_begins_at_most_at_the_noise() -> None:
     asked = []
 
-    def still(x: Tensor, sigma: Tensor, *_: Tensor) -> Tensor:
+    def still(x: Tensor, sigma: Tensor, _condition: Condition) -> Tensor:
         asked.append((x, sigma))
         return torch.zeros_like(x)
 
@@ -121,7 +124,7 @@ def test_steps_are_no_longer_than_the_longest_and_as_many_as_the_solver_needs() 
     assert steps("dpm") == steps("unipc") == [2, 2, 2, 3, 50]
 
 
-INPUTS: dict[str, Any] = {"sigma": SIGMA, "guidance": GUIDANCE, "noise": NOISE}
+INPUTS: dict[str, Any] = {"sigma": SIGMA, "noise": NOISE}
 PENALTIES = {"l2": squared, "huber": huber(0.1, "snr"), "smooth_l1": smooth_l1(0.1, "constant")}
 
 
@@ -134,7 +137,7 @@ def backward(model: Model, losses: Tensor) -> tuple[Tensor, Tensor]:
 
 def loss_and_gradient(x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     model = Model()
-    return backward(model, rollout_loss(model, x, LATENTS, CONTEXT, **INPUTS, **options))
+    return backward(model, rollout_loss(model, x, LATENTS, CONDITION, **INPUTS, **options))
 
 
 @pytest.mark.parametrize("reflex", [Reflex(), Reflex(1.0, 10.0, 0.5)], ids=["plain", "reflexflow"])
@@ -142,26 +145,28 @@ def loss_and_gradient(x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
 def test_without_rollouts_it_is_the_plain_loss_bit_for_bit(loss_type: str, reflex: Reflex) -> None:
     penalty = PENALTIES[loss_type]
     model = Model()
-    plain, gradient = backward(model, flow_loss(model, LATENTS, CONTEXT, **INPUTS, penalty=penalty))
+    plain, gradient = backward(model, flow_loss(model, LATENTS, CONDITION, **INPUTS, penalty=penalty))
     none = torch.zeros(B, dtype=torch.bool)
     x = noised(LATENTS, NOISE, SIGMA)
-    found = loss_and_gradient(x, is_rolled=none, clean=torch.zeros_like(x), reflex=reflex, penalty=penalty)
+    found = loss_and_gradient(x, is_rolled=none, unrolled=torch.zeros_like(x), reflex=reflex, penalty=penalty)
     assert torch.equal(found[0], plain)
     assert torch.equal(found[1], gradient)
 
 
 def test_a_sample_that_is_not_rolled_keeps_its_loss_beside_one_that_is() -> None:
-    plain = flow_loss(Model(), LATENTS, CONTEXT, **INPUTS)
-    found, _ = loss_and_gradient(walked(Model()), is_rolled=SOURCE > SIGMA, clean=NOISE, reflex=Reflex(1.0, 10.0, 0.5))
+    plain = flow_loss(Model(), LATENTS, CONDITION, **INPUTS)
+    found, _ = loss_and_gradient(
+        walked(Model()), is_rolled=SOURCE > SIGMA, unrolled=NOISE, reflex=Reflex(1.0, 10.0, 0.5)
+    )
     assert torch.equal(found[1], plain[1])
     assert not torch.isclose(found, plain)[[0, 2, 3]].any()
 
 
 def test_neutral_reflexflow_is_the_plain_rollout_loss_bit_for_bit() -> None:
     x = walked(Model())
-    found = loss_and_gradient(x, is_rolled=SOURCE > SIGMA, clean=NOISE, reflex=Reflex(0.0, 0.0, 1.0))
+    found = loss_and_gradient(x, is_rolled=SOURCE > SIGMA, unrolled=NOISE, reflex=Reflex(0.0, 0.0, 1.0))
     model = Model()
-    error = model(x, SIGMA, CONTEXT, GUIDANCE).float() - velocity(LATENTS, NOISE)
+    error = model(x, SIGMA, CONDITION).float() - velocity(LATENTS, NOISE)
     losses, gradient = backward(model, reduce(error.square(), "b c h w -> b", "mean"))
     assert torch.equal(found[0], losses)
     assert torch.equal(found[1], gradient)
@@ -171,7 +176,7 @@ def test_the_terms_of_reflexflow_are_those_of_its_formula() -> None:
     """In float64, element by element, against the sum of its parts."""
     x, clean = walked(Model()), normal(9)
     reflex = Reflex(alpha=0.7, beta1=3.0, beta2=0.25)
-    found, _ = loss_and_gradient(x, is_rolled=torch.ones(B, dtype=torch.bool), clean=clean, reflex=reflex)
+    found, _ = loss_and_gradient(x, is_rolled=torch.ones(B, dtype=torch.bool), unrolled=clean, reflex=reflex)
     for index in range(B):
         v_b = Model()(x, SIGMA, CONTEXT, GUIDANCE).detach()[index].double().flatten()
         e = (clean[index].double().flatten() - v_b).abs()
@@ -185,7 +190,7 @@ def test_the_terms_of_reflexflow_are_those_of_its_formula() -> None:
 
 def test_the_weight_holds_for_whatever_the_loss_is() -> None:
     found, _ = loss_and_gradient(
-        walked(Model()), is_rolled=torch.ones(B, dtype=torch.bool), clean=normal(9),
+        walked(Model()), is_rolled=torch.ones(B, dtype=torch.bool), unrolled=normal(9),
         reflex=Reflex(alpha=1.0), penalty=huber(0.1, "snr"),
     )  # fmt: skip
     v_b = Model()(walked(Model()), SIGMA, CONTEXT, GUIDANCE).detach()

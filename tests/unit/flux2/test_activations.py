@@ -9,6 +9,7 @@ from torch import Tensor
 
 from simpletuner.config.flavours import TransformerSpec
 from simpletuner.config.options.lora import LoraOptions
+from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flux2.activations import Pass, kept_bytes, sampling, training
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.footprint import adapted_blocks
@@ -42,12 +43,12 @@ def step(transformer: Flux2Transformer, at: Pass, side: tuple[int, int]) -> tupl
     """(kept between the passes, most at a time) of a real forward and backward pass, weights and inputs left out."""
     latents = torch.randn(at.batch, 128, *side)
     context = torch.randn(at.batch, at.text, at.spec.context_dim, dtype=at.dtype)
-    sigma, guidance = torch.rand(at.batch), torch.ones(at.batch)
+    sigma, condition = torch.rand(at.batch), Condition.at(TextContext.dense(context), 1.0)
     denoise = Denoiser(transformer)
     routes = draw_choices(at.routes, 0, 1, range(at.batch), at.image)
     ledger = Ledger([*transformer.parameters(), latents, context])
     with ledger:
-        loss = (denoise(latents, sigma, context, guidance, routes).float() - latents).square().mean()
+        loss = (denoise(latents, sigma, condition, routes).float() - latents).square().mean()
         kept = ledger.live - loss.nbytes
         loss.backward()
     return kept, ledger.peak
@@ -200,7 +201,7 @@ def test_a_pass_without_gradients(batch: int) -> None:
     latents, context = torch.randn(batch, 128, 12, 12), torch.randn(batch, TEXT, WIDE.context_dim)
     ledger = Ledger([*transformer.parameters(), latents, context])
     with torch.no_grad(), ledger:
-        Denoiser(transformer)(latents, torch.rand(batch), context, torch.ones(batch))
+        Denoiser(transformer)(latents, torch.rand(batch), Condition.at(TextContext.dense(context), 1.0))
     adapters: Sequence[Tensor] = [p for p in transformer.parameters() if p.requires_grad]
     casts = max(adapter.nbytes for adapter in adapters)
     assert sampling(at) <= ledger.peak <= sampling(at) + shared_bytes(at) + 3 * at.batch * 274 * 128 * 4 + casts

@@ -8,11 +8,11 @@ import torch
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.precision import PrecisionOptions
+from simpletuner.flux2.components import open_text_encoder
 from simpletuner.flux2.source import Source, locate
 from simpletuner.flux2.text import ResidentTextEncoder, TextEncoder
 from simpletuner.flux2.text_stream import StreamedTextEncoder
 from simpletuner.memory import free
-from simpletuner.train.prepare import open_text_encoder
 
 CPU = torch.device("cpu")
 

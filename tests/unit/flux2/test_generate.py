@@ -4,14 +4,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from simpletuner.flow.condition import Condition, Denoise, TextContext
 from simpletuner.flow.sigma import schedule
-from simpletuner.flux2.generate import Denoise, generate, initial_noise, picture, sample_latents
+from simpletuner.flux2.generate import generate, initial_noise, picture, sample_latents
+
+
+def conditions(*contexts: float, guidance: float = 4.0) -> Condition:
+    """One sample for each number, whose context is that number."""
+    return Condition.at(TextContext.dense(torch.tensor(contexts).reshape(-1, 1, 1)), guidance)
 
 
 def towards(target: float) -> Denoise:
     """The exact velocity field of a data set with one point: Euler reaches it in any number of steps."""
 
-    def denoise(latents: Tensor, sigma: Tensor, *_: Tensor) -> Tensor:
+    def denoise(latents: Tensor, sigma: Tensor, _condition: Condition) -> Tensor:
         return (latents - target) / sigma
 
     return denoise
@@ -31,23 +37,23 @@ def test_noise_belongs_to_the_seed_and_size() -> None:
 
 @pytest.mark.parametrize("steps", [1, 4, 20])
 def test_it_follows_the_field_to_its_end(steps: int) -> None:
-    latents = sample_latents(
-        towards(0.25), initial_noise(0, width=32, height=48), torch.zeros(1, 2, 3), steps=steps, guidance=4.0
-    )
+    latents = sample_latents(towards(0.25), initial_noise(0, width=32, height=48), conditions(0.0), steps=steps)
     torch.testing.assert_close(latents, torch.full((1, 128, 3, 2), 0.25), rtol=0, atol=1e-5)
 
 
 def test_what_the_model_is_asked() -> None:
     asked = []
 
-    def denoise(latents: Tensor, sigma: Tensor, context: Tensor, guidance: Tensor) -> Tensor:
-        asked.append((latents.dtype, sigma, context, guidance))
+    def denoise(latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        asked.append((latents.dtype, sigma, condition.context.expanded(), condition.guidance))
         return torch.zeros_like(latents, dtype=torch.bfloat16)
 
     context = torch.arange(6.0).reshape(1, 2, 3)
     steps: list[int] = []
     noise = initial_noise(0, width=32, height=32)
-    latents = sample_latents(denoise, noise, context, steps=4, guidance=2.5, report=steps.append)
+    latents = sample_latents(
+        denoise, noise, Condition.at(TextContext.dense(context), 2.5), steps=4, report=steps.append
+    )
     assert torch.equal(latents, noise)
     assert latents.dtype == torch.float32
     assert [float(sigma) for _, sigma, _, _ in asked] == pytest.approx(schedule(4, 4)[:-1])
@@ -57,14 +63,14 @@ def test_what_the_model_is_asked() -> None:
 
 
 def test_real_guidance_goes_past_the_negative() -> None:
-    def denoise(latents: Tensor, _sigma: Tensor, context: Tensor, _guidance: Tensor) -> Tensor:
-        return context.mean() * torch.ones_like(latents)
+    def denoise(latents: Tensor, _sigma: Tensor, condition: Condition) -> Tensor:
+        return condition.context.expanded().mean() * torch.ones_like(latents)
 
     noise = initial_noise(0, width=16, height=16)
-    positive, negative = torch.full((1, 1, 1), 2.0), torch.full((1, 1, 1), 0.5)
+    positive, negative = conditions(2.0), conditions(0.5)
 
-    def drawn(real: float, negative: Tensor | None) -> Tensor:
-        return sample_latents(denoise, noise, positive, steps=2, guidance=1.0, real_guidance=real, negative=negative)
+    def drawn(real: float, negative: Condition | None) -> Tensor:
+        return sample_latents(denoise, noise, positive, steps=2, real_guidance=real, negative=negative)
 
     # From sigma 1 to 0 a constant velocity is subtracted once.
     torch.testing.assert_close(drawn(3.0, negative), noise - (0.5 + 3 * (2.0 - 0.5)))
@@ -74,20 +80,20 @@ def test_real_guidance_goes_past_the_negative() -> None:
 
 
 def test_a_picture_depends_on_its_own_context_only() -> None:
-    def denoise(latents: Tensor, _sigma: Tensor, context: Tensor, _guidance: Tensor) -> Tensor:
-        return latents * context.mean()
+    def denoise(latents: Tensor, _sigma: Tensor, condition: Condition) -> Tensor:
+        return latents * condition.context.expanded().mean()
 
     def decode(latents: Tensor) -> Tensor:
         return latents[:, :3].repeat_interleave(16, 2).repeat_interleave(16, 3).clamp(-1, 1)
 
-    contexts = torch.tensor([0.1, 0.7, 0.4]).reshape(3, 1, 1)
+    contexts = (0.1, 0.7, 0.4)
     told: list[tuple[int, int]] = []
-    size = {"width": 32, "height": 16, "steps": 3, "guidance": 4.0, "seed": 9}
-    all_three = generate(denoise, decode, contexts, **size, report=lambda *done: told.append(done))
+    size = {"width": 32, "height": 16, "steps": 3, "seed": 9}
+    all_three = generate(denoise, decode, conditions(*contexts), **size, report=lambda *done: told.append(done))
     assert [image.size for image in all_three] == [(32, 16)] * 3
     assert told == [(step, 9) for step in range(1, 10)]
-    for index, image in enumerate(all_three):
-        (alone,) = generate(denoise, decode, contexts[index : index + 1], **size)
+    for context, image in zip(contexts, all_three, strict=True):
+        (alone,) = generate(denoise, decode, conditions(context), **size)
         assert alone.tobytes() == image.tobytes()
     assert all_three[0].tobytes() != all_three[1].tobytes()
 
@@ -97,9 +103,8 @@ def test_no_gradient_is_kept() -> None:
     latents = sample_latents(
         lambda x, *_: x * weight,
         initial_noise(0, width=16, height=16),
-        torch.zeros(1, 1, 1),
+        conditions(0.0),
         steps=2,
-        guidance=1.0,
     )
     assert not latents.requires_grad
 

@@ -19,6 +19,7 @@ from simpletuner.base.errors import ConfigError, DiskError
 from simpletuner.config.flavours import TINY, TransformerSpec
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.precisions import PRECISIONS
+from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.footprint import resident_text_bytes
 from simpletuner.flux2.load import (
@@ -98,7 +99,8 @@ def passed(transformer: Flux2Transformer) -> tuple[torch.Tensor, torch.Tensor]:
             layer.b.normal_(std=0.02, generator=draws)
     latents, context = torch.randn(1, 128, 24, 24, generator=draws), torch.randn(1, 64, 192, generator=draws)
     target = torch.randn(latents.shape, generator=draws)
-    velocity = Denoiser(transformer.train())(latents, torch.tensor([0.6]), context, torch.ones(1)).float()
+    condition = Condition.at(TextContext.dense(context), 1.0)
+    velocity = Denoiser(transformer.train())(latents, torch.tensor([0.6]), condition).float()
     (velocity - target).square().mean().backward()
     return velocity.detach(), torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])
 
@@ -110,11 +112,11 @@ def test_every_preset_attaches_where_it_does_on_plain_linears(preset, tiny_sourc
     transformer = load_transformer(tiny_source, BF16, "cpu", "int8-quanto")
     draws = torch.Generator().manual_seed(0)
     latents, context = torch.randn(1, 128, 4, 4, generator=draws), torch.randn(1, 8, 192, generator=draws)
-    denoise = Denoiser(transformer)
+    condition, denoise = Condition.at(TextContext.dense(context), 1.0), Denoiser(transformer)
     with torch.no_grad():
-        before = denoise(latents, torch.tensor([0.6]), context, torch.ones(1))
+        before = denoise(latents, torch.tensor([0.6]), condition)
         adapter = attach(transformer, LoraOptions(flux_lora_target=preset), seed=3)
-        assert torch.equal(denoise(latents, torch.tensor([0.6]), context, torch.ones(1)), before)
+        assert torch.equal(denoise(latents, torch.tensor([0.6]), condition), before)
     assert adapter.audit() == plain.audit()
     assert same(adapter.state(), plain.state())
 

@@ -5,7 +5,7 @@ from simpletuner.base.errors import ConfigError
 from simpletuner.config.flavours import SYSTEM_MESSAGE
 from simpletuner.flux2.load import load_text_encoder
 from simpletuner.flux2.source import Source
-from simpletuner.flux2.text import EncodedText, TextEncoder
+from simpletuner.flux2.text import LeftPaddedCodec, TextEncoder, left_padded
 
 END_OF_PROMPT = 4  # [/INST]
 
@@ -21,9 +21,21 @@ def encoder(tiny_source) -> TextEncoder:
 
 
 def test_padding_is_on_the_left_and_all_alike():
-    encoded = EncodedText(rows=torch.ones(2, 3), pad=torch.full((3,), 7.0), length=5)
-    assert encoded.full().tolist() == [[7] * 3] * 3 + [[1] * 3] * 2
-    assert torch.equal(EncodedText(torch.ones(5, 3), torch.zeros(3), 5).full(), torch.ones(5, 3))
+    encoded = left_padded(torch.ones(2, 3), torch.full((3,), 7.0), 5)
+    assert encoded.expanded().tolist() == [[[7] * 3] * 3 + [[1] * 3] * 2]
+    assert torch.equal(left_padded(torch.ones(5, 3), torch.zeros(3), 5).expanded(), torch.ones(1, 5, 3))
+
+
+def test_what_is_stored_is_the_padding_once_and_comes_back_bit_for_bit(encoder):
+    codec = LeftPaddedCodec("key")
+    for encoded in encoder.encode(["a cat", "a red square on a white background"]):
+        stored = codec.pack(encoded)
+        assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == {
+            "rows": (len(encoded.rows) - 1, 192),
+            "pad": (192,),
+            "length": (),
+        }
+        assert torch.equal(codec.unpack(stored).expanded(), encoded.expanded())
 
 
 def test_the_prompt_goes_through_the_chat_template(encoder):
@@ -33,8 +45,8 @@ def test_the_prompt_goes_through_the_chat_template(encoder):
 
 def test_context_has_three_layers_side_by_side(encoder, tiny_source):
     (encoded,) = encoder.encode(["a cat"])
-    assert encoded.rows.shape == (encoder.lengths(["a cat"])[0], 3 * 64)
-    assert encoded.full().shape == (512, 3 * 64)
+    assert encoded.rows.shape == (1 + encoder.lengths(["a cat"])[0], 3 * 64)
+    assert encoded.expanded().shape == (1, 512, 3 * 64)
     (first,) = load(tiny_source, layers=(10,)).encode(["a cat"])
     assert torch.equal(encoded.rows[:, :64], first.rows)
 
@@ -66,7 +78,7 @@ def test_a_prompt_that_just_fits_is_whole(tiny_source):
     assert encoder.lengths(["a photo of a cat"]) == [needed]
     assert encoder.truncated == ()
     (encoded,) = encoder.encode(["a photo of a cat"])
-    assert torch.equal(encoded.full(), encoded.rows)
+    assert torch.equal(encoded.expanded()[0], encoded.rows[1:])
 
 
 def test_a_longer_prompt_loses_its_end_and_not_the_template(tiny_source):
@@ -83,7 +95,7 @@ def test_a_longer_prompt_loses_its_end_and_not_the_template(tiny_source):
     # One more character would not have fitted.
     assert len(encoder._tokenize([prompt[: len(kept) + 1]])[0]) > 64
     assert encoder.lengths([prompt]) == [len(ids)]
-    assert len(encoder.encode([prompt])[0].full()) == 64
+    assert encoder.encode([prompt])[0].index.shape == (1, 64)
 
 
 def test_shortened_prompts_are_named_once(tiny_source):

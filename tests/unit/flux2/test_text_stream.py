@@ -17,11 +17,12 @@ from simpletuner.base.errors import AccessError, ConfigError, DiskError
 from simpletuner.config.precisions import NO_CHANGE
 from simpletuner.data.cache.contexts import fill_contexts
 from simpletuner.data.cache.store import LEDGER, Store
+from simpletuner.flow.condition import TextContext
 from simpletuner.flux2.footprint import resident_text_bytes
 from simpletuner.flux2.load import load_text_encoder, stream_text_encoder
 from simpletuner.flux2.source import Source, Weights
 from simpletuner.flux2.spec import text_from_config
-from simpletuner.flux2.text import EncodedText, TokenBatch
+from simpletuner.flux2.text import LeftPaddedCodec, TokenBatch
 from simpletuner.flux2.text_stream import StreamedTextEncoder, portions
 
 BATCHES = [
@@ -50,9 +51,9 @@ def streamed(
     return encoder
 
 
-def same(one: list[EncodedText], two: list[EncodedText]) -> bool:
+def same(one: list[TextContext], two: list[TextContext]) -> bool:
     pairs = list(zip(one, two, strict=True))
-    return all(torch.equal(a.rows, b.rows) and torch.equal(a.pad, b.pad) and a.length == b.length for a, b in pairs)
+    return all(torch.equal(a.rows, b.rows) and torch.equal(a.index, b.index) for a, b in pairs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -125,7 +126,7 @@ def test_an_interruption_keeps_the_portions_before_it(tiny_source, tmp_path):
     def fill(store: Store, report: Callable[[int, int], None] = lambda *_: None) -> int:
         encoder = streamed(tiny_source, store.folder, portion_tokens=200, memory_bytes=0, layers=(1, 3))
         sizes = {"batch_size": 2, "write_batch_size": 100}
-        return fill_contexts(prompts, store, "text", lambda: encoder, **sizes, report=report).encoded
+        return fill_contexts(prompts, store, LeftPaddedCodec("text"), lambda: encoder, **sizes, report=report).encoded
 
     def stop(done: int, _total: int) -> None:
         if done >= 5:
@@ -252,7 +253,7 @@ else:
 digest = hashlib.sha256()
 for batch in encoder.encode_batches(request["batches"]):
     for context in batch:
-        digest.update(context.full().view(torch.int16).numpy().data)
+        digest.update(context.expanded().view(torch.int16).numpy().data)
 print(digest.hexdigest())
 """
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from simpletuner.config.flavours import TINY
 from simpletuner.config.run import RunConfig
+from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.routes import Route, resolve
 from simpletuner.flux2.transformer import Flux2Transformer
@@ -103,8 +104,8 @@ def ask(denoiser: Denoiser, routes: tuple[Route, ...]) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, 128, 4, 6, generator=generator)
     context = torch.randn(2, 5, TINY.context_dim, generator=generator)
-    ones = torch.ones(2)
-    return denoiser.routed(draw_choices(routes, 0, 1, [0, 1], 24))(latents, ones * 0.4, context, ones)
+    condition = Condition.at(TextContext.dense(context), 1.0)
+    return denoiser.routed(draw_choices(routes, 0, 1, [0, 1], 24))(latents, torch.full((2,), 0.4), condition)
 
 
 @pytest.mark.parametrize(

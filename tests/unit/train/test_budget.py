@@ -19,10 +19,11 @@ from simpletuner.flux2.source import locate
 from simpletuner.flux2.text import TextEncoder
 from simpletuner.memory.planner import Machine
 from simpletuner.runs.events import read_events
-from simpletuner.train.assemble import Attempt, memory_is_explained
 from simpletuner.train.budget import RESOLUTION, Budget, configured, ladder, looked_at, scanned, this_machine
-from simpletuner.train.prepare import Encoders, Prepared, fill_text
+from simpletuner.train.caches import Encoders, Prepared, fill_text
+from simpletuner.train.job import Attempt, build, memory_is_explained
 from simpletuner.train.report import Reporter
+from simpletuner.train.world import World
 
 CARD = Machine(int(22.5 * GIB), 28 * GIB, None)
 CPU = torch.device("cpu")
@@ -165,12 +166,11 @@ def test_other_errors_pass() -> None:
 
 
 def attempted() -> Attempt:
-    from simpletuner.runs.layout import RunDirectory
     from simpletuner.runs.process import Requests
 
-    run = RunDirectory(Path("out"))
-    run.create()
-    return Attempt(loaded(), run, CPU, Reporter(), Requests(run.control))
+    job = build(loaded(), World.single())
+    job.run.create()
+    return Attempt(job, Reporter(), Requests(job.run.control))
 
 
 @pytest.mark.usefixtures("project")

@@ -10,6 +10,8 @@ import torch
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.options.offload import OffloadOptions
+from simpletuner.flow.condition import Condition, TextContext
+from simpletuner.flux2.components import landing, open_autoencoder
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.load import load_autoencoder, load_transformer
 from simpletuner.flux2.lora import Adapter, attach
@@ -19,7 +21,6 @@ from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.flux2.tread import draw_choices
 from simpletuner.memory import recompute
 from simpletuner.train.placement import open_decoder, stream_blocks
-from simpletuner.train.prepare import landing, open_autoencoder
 
 CPU = torch.device("cpu")
 
@@ -43,7 +44,7 @@ def results(transformer: Flux2Transformer, adapter: Adapter) -> list[torch.Tenso
     """Velocities and gradients of a few passes, one of them routed, with one without gradients in between."""
     torch.manual_seed(0)
     latents, context = torch.randn(2, 128, 4, 6), torch.randn(2, 7, transformer.spec.context_dim)
-    given = latents, torch.tensor([0.3, 0.8]), context, torch.ones(2)
+    given = latents, torch.tensor([0.3, 0.8]), Condition.at(TextContext.dense(context), 1.0)
     denoiser = Denoiser(transformer)
     choices = draw_choices([Route(1, transformer.spec.blocks - 2, 0.5)], 0, 1, [0, 1], 24)
     found = []

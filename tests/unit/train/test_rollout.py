@@ -11,10 +11,11 @@ from simpletuner.config.options.guidance import GuidanceOptions
 from simpletuner.config.options.optim import OptimOptions
 from simpletuner.config.options.rollout import RolloutOptions
 from simpletuner.config.options.schedule import ScheduleOptions
-from simpletuner.data.collate import Batch
+from simpletuner.data.batch import Batch, GlobalBatch
+from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.train import optim
 from simpletuner.train.rollout import Rollout
-from simpletuner.train.step import Group, Objective, Stepper
+from simpletuner.train.step import Objective, Stepper
 
 SHAPE = (128, 2, 3)
 
@@ -67,7 +68,7 @@ def test_the_ramp_goes_from_start_to_end(shape: str, first_third: float) -> None
 
 
 def test_the_ramp_decides_and_not_the_probability() -> None:
-    assert rollout(ramp_steps=5, prob_end=0.0).lengths(1000, range(50)) == [0] * 50
+    assert rollout(ramp_steps=5, prob_end=0.0).lengths(1000, range(50)) == (0,) * 50
     assert rollout(probability=0.25, prob_start=0.9).probability(1) == 0.25
 
 
@@ -93,7 +94,7 @@ def test_the_calls_are_those_of_the_plan(options: dict[str, Any], steps: int, ca
     trained = stepper(model, made)
     lengths = made.lengths(7, range(4))
     assert any(lengths)
-    result = trained(Group(7, 0, (batch(4),)), 0.0)
+    result = trained(whole(7, 4, made), 0.0)
     assert result.rollout_calls == calls
     assert model.calls == [False] * calls + [True]
 
@@ -107,15 +108,37 @@ class Model(torch.nn.Module):
         self.dropout = torch.nn.Dropout(dropout)
         self.calls: list[bool] = []
 
-    def forward(self, x: Tensor, sigma: Tensor, context: Tensor, guidance: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        context, guidance = condition.context.expanded(), condition.guidance
         self.calls.append(torch.is_grad_enabled())
         known = x + (sigma + guidance + context.mean((1, 2))).reshape(-1, 1, 1, 1)
         return torch.tanh(self.mix(self.dropout(known).movedim(1, -1))).movedim(-1, 1)
 
 
-def batch(count: int, seed: int = 0) -> Batch:
+OBJECTIVE = Objective.of(ScheduleOptions(), GuidanceOptions(), 0)
+
+
+def whole(step: int, count: int, made: Rollout | None, *, seed: int = 0, parts: int = 1) -> GlobalBatch:
+    """A global batch of `count` samples in `parts` equal micro-batches, with the draws of `step`."""
     latents = torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
-    return Batch(latents, torch.zeros(count, 4, 6), tuple(f"{index}" for index in range(count)))
+    size = count // parts
+    batches = []
+    for first in range(0, count, size):
+        slots = range(first, first + size)
+        draws = OBJECTIVE.draw(step, slots, SHAPE)
+        batches.append(
+            Batch(
+                latents=latents[first : first + size],
+                condition=Condition(TextContext.dense(torch.zeros(size, 4, 6)), draws.guidance),
+                sigma=draws.sigma,
+                noise=draws.noise,
+                names=tuple(map(str, slots)),
+                weights=torch.ones(size),
+                slots=slots,
+                rollout_lengths=() if made is None else made.lengths(step, slots),
+            )
+        )
+    return GlobalBatch(step, 0, tuple(batches), count)
 
 
 def stepper(model: Model, made: Rollout | None) -> Stepper:
@@ -126,32 +149,33 @@ def stepper(model: Model, made: Rollout | None) -> Stepper:
         parameters=parameters,
         optimiser=optim.build(parameters, chosen),
         options=chosen,
-        objective=Objective.of(ScheduleOptions(), GuidanceOptions(), 0),
+        objective=OBJECTIVE,
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         device=torch.device("cpu"),
         rollout=made,
     )
 
 
-def trained(made: Rollout | None, *groups: Group, dropout: float = 0.0) -> tuple[list[list[float]], list[Tensor]]:
+def trained(made: Rollout | None, *steps: int, dropout: float = 0.0) -> tuple[list[list[float]], list[Tensor]]:
     """The loss of each sample in each step, and what has been learned at the end."""
     model = Model(dropout)
     step = stepper(model, made)
     losses = []
-    for group in groups:
-        losses.append(step.backward(group))
+    for number in steps:
+        batch = whole(number, 3, made, seed=number)
+        losses.append(step.backward(batch))
         step.optimiser.zero_grad()
-        step(group, 0.1)
+        step(batch, 0.1)
     return losses, [parameter.detach() for parameter in model.parameters()]
 
 
-GROUPS = [Group(step, 0, (batch(3, step),)) for step in range(1, 5)]
+STEPS = range(1, 5)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_a_probability_of_0_changes_no_bit(dropout: float) -> None:
-    off_losses, off = trained(None, *GROUPS, dropout=dropout)
-    losses, found = trained(rollout(probability=0.0), *GROUPS, dropout=dropout)
+    off_losses, off = trained(None, *STEPS, dropout=dropout)
+    losses, found = trained(rollout(probability=0.0), *STEPS, dropout=dropout)
     assert losses == off_losses
     assert all(torch.equal(one, other) for one, other in zip(off, found, strict=True))
 
@@ -162,33 +186,28 @@ def test_a_sample_that_draws_0_keeps_its_loss_bit_for_bit(dropout: float) -> Non
     made = rollout(probability=0.5)
     step = next(step for step in range(1, 50) if made.lengths(step, range(3)).count(0) == 1)
     lengths = made.lengths(step, range(3))
-    group = Group(step, 0, (batch(3),))
-    (plain,), _ = trained(None, group, dropout=dropout)
-    (found,), _ = trained(made, group, dropout=dropout)
+    (plain,), _ = trained(None, step, dropout=dropout)
+    (found,), _ = trained(made, step, dropout=dropout)
     for length, one, other in zip(lengths, plain, found, strict=True):
         assert (one == other) == (length == 0)
 
 
 def test_neutral_reflexflow_is_none_bit_for_bit() -> None:
-    off = trained(rollout(reflexflow=False), *GROUPS)
+    off = trained(rollout(reflexflow=False), *STEPS)
     neutral = {"reflexflow_alpha": 0.0, "reflexflow_beta1": 0.0, "reflexflow_beta2": 1.0}
-    found = trained(rollout(**neutral), *GROUPS)
+    found = trained(rollout(**neutral), *STEPS)
     assert found[0] == off[0]
     assert all(torch.equal(one, other) for one, other in zip(off[1], found[1], strict=True))
-    assert trained(rollout(), *GROUPS)[0] != off[0]
+    assert trained(rollout(), *STEPS)[0] != off[0]
 
 
 def test_two_batches_draw_what_one_would() -> None:
     """To 1e-6: sums of fp32 are taken in another order."""
-    whole = batch(4)
-    halves = tuple(
-        Batch(whole.latents[part], whole.context[part], whole.names[part]) for part in (slice(2), slice(2, 4))
-    )
     made = rollout(probability=0.7)
     losses, gradients = [], []
-    for batches in ((whole,), halves):
+    for parts in (1, 2):
         model = Model()
-        losses.append(stepper(model, made).backward(Group(2, 0, batches)))
+        losses.append(stepper(model, made).backward(whole(2, 4, made, parts=parts)))
         gradients.append(model.mix.weight.grad)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert (gradients[0] - gradients[1]).abs().max() <= 1e-6 * gradients[0].abs().max()
@@ -196,11 +215,9 @@ def test_two_batches_draw_what_one_would() -> None:
 
 def test_a_routed_model_learns_and_the_whole_one_walks() -> None:
     walking, learning = Model(), Model()
-    data, noise = batch(2).latents, batch(2, 1).latents
-    rollout(sampler="heun").losses(
-        learning, data, torch.zeros(2, 4, 6), sigma=torch.tensor([0.3, 0.5]), guidance=torch.ones(2), noise=noise,
-        penalty=stepper(walking, None).objective.penalty, lengths=[4, 0], walk=walking,
-    )  # fmt: skip
+    (batch,) = whole(1, 2, None).batches
+    batch = replace(batch, sigma=torch.tensor([0.3, 0.5]), rollout_lengths=(4, 0))
+    rollout(sampler="heun").losses(learning, batch, penalty=OBJECTIVE.penalty, sample=walking)
     assert walking.calls == [False, False]
     assert learning.calls == [False, True]
 
@@ -211,7 +228,7 @@ def test_under_autocast_every_gradient_arrives() -> None:
     for made in (rollout(reflexflow=False), None):
         model = Model()
         scaled = replace(stepper(model, made), scaler=torch.amp.GradScaler("cpu", init_scale=1.0))
-        scaled.backward(GROUPS[0])
+        scaled.backward(whole(1, 3, made, seed=1))
         assert model.mix.weight.grad is not None
         gradients.append(model.mix.weight.grad.norm().item())
     assert gradients[0] == pytest.approx(gradients[1], rel=0.2)

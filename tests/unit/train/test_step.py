@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,12 +12,12 @@ from simpletuner.base.errors import DataError
 from simpletuner.config.options.guidance import GuidanceOptions
 from simpletuner.config.options.optim import OptimOptions
 from simpletuner.config.options.schedule import ScheduleOptions
-from simpletuner.data.collate import Batch
-from simpletuner.flow.loss import Denoise
+from simpletuner.data.batch import Batch, GlobalBatch
+from simpletuner.flow.condition import Condition, Denoise, TextContext
 from simpletuner.flow.sigma import mu_linear, shifted
 from simpletuner.memory.masters import Masters
 from simpletuner.train import optim
-from simpletuner.train.step import Group, Objective, Stepper
+from simpletuner.train.step import Objective, Stepper
 
 CPU = torch.device("cpu")
 
@@ -33,8 +34,8 @@ class Model(torch.nn.Module):
         self.scale = torch.nn.Parameter(torch.tensor(0.5))
         self.offset = torch.nn.Parameter(torch.tensor(0.1))
 
-    def forward(self, x: Tensor, sigma: Tensor, _context: Tensor, guidance: Tensor) -> Tensor:
-        return x * self.scale + self.offset * (sigma + guidance).reshape(-1, 1, 1, 1)
+    def forward(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        return x * self.scale + self.offset * (sigma + condition.guidance).reshape(-1, 1, 1, 1)
 
 
 def stepper(model: Model, **options: object) -> Stepper:
@@ -51,9 +52,19 @@ def stepper(model: Model, **options: object) -> Stepper:
     )
 
 
-def batch(*names: str) -> Batch:
-    latents = torch.stack([torch.full((128, 2, 3), float(len(name))) for name in names])
-    return Batch(latents, torch.zeros(len(names), 4, 6), names)
+def whole(step: int, *batches: Sequence[str]) -> GlobalBatch:
+    """A global batch of micro-batches that are given by the names of their samples, with the draws of `step`."""
+    made: list[Batch] = []
+    first = 0
+    for names in batches:
+        latents = torch.stack([torch.full((128, 2, 3), float(len(name))) for name in names])
+        slots = range(first, first + len(names))
+        draws = objective().draw(step, slots, (128, 2, 3))
+        condition = Condition(TextContext.dense(torch.zeros(len(names), 4, 6)), draws.guidance)
+        weights = torch.ones(len(names))
+        made.append(Batch(latents, condition, draws.sigma, draws.noise, tuple(names), weights, slots))
+        first = slots.stop
+    return GlobalBatch(step, 0, tuple(made), first)
 
 
 def test_a_draw_depends_on_seed_step_and_slot_and_on_nothing_else() -> None:
@@ -109,30 +120,56 @@ def test_guidance_is_constant_or_even_over_its_range() -> None:
 def test_accumulating_two_batches_of_one_is_one_batch_of_two() -> None:
     """To 1e-6: sums of fp32 are taken in another order."""
     together, apart = Model(), Model()
-    whole = stepper(together)(Group(1, 0, (batch("a", "bbb"),)), 0.1)
-    parts = stepper(apart)(Group(1, 0, (batch("a"), batch("bbb"))), 0.1)
-    assert whole.loss == pytest.approx(parts.loss, rel=1e-6)
-    assert whole.grad_norm == pytest.approx(parts.grad_norm, rel=1e-6)
+    one = stepper(together)(whole(1, ["a", "bbb"]), 0.1)
+    two = stepper(apart)(whole(1, ["a"], ["bbb"]), 0.1)
+    assert one.loss == pytest.approx(two.loss, rel=1e-6)
+    assert one.grad_norm == pytest.approx(two.grad_norm, rel=1e-6)
     for a, b in zip(together.parameters(), apart.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_every_sample_of_a_group_weighs_the_same_whatever_its_batch() -> None:
-    whole, apart = Model(), Model()
-    stepper(whole).backward(Group(1, 0, (batch("a", "b", "ccc"),)))
-    stepper(apart).backward(Group(1, 0, (batch("a", "b"), batch("ccc"))))
-    assert whole.scale.grad is not None
+    together, apart = Model(), Model()
+    stepper(together).backward(whole(1, ["a", "b", "ccc"]))
+    stepper(apart).backward(whole(1, ["a", "b"], ["ccc"]))
+    assert together.scale.grad is not None
     assert apart.scale.grad is not None
-    torch.testing.assert_close(whole.scale.grad, apart.scale.grad, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(together.scale.grad, apart.scale.grad, rtol=1e-6, atol=1e-6)
 
 
 def test_the_step_uses_the_rate_it_is_given_and_leaves_no_gradient() -> None:
     model = Model()
-    stepper(model, adam_weight_decay=0.0)(Group(1, 0, (batch("a"),)), 0.0)
+    stepper(model, adam_weight_decay=0.0)(whole(1, ["a"]), 0.0)
     assert model.scale.item() == 0.5
     assert model.scale.grad is None
-    stepper(model, adam_weight_decay=0.0)(Group(1, 0, (batch("a"),)), 0.01)
+    stepper(model, adam_weight_decay=0.0)(whole(1, ["a"]), 0.01)
     assert abs(model.scale.item() - 0.5) == pytest.approx(0.01, rel=1e-3)  # Adam's first step is the rate
+
+
+def test_weights_of_one_change_no_bit_and_others_multiply_the_loss() -> None:
+    batch = whole(1, ["a", "bbb"])
+    (micro,) = batch.batches
+    losses, gradients = [], []
+    for weights in (micro.weights, torch.tensor([2.0, 0.0])):
+        model = Model()
+        weighted = replace(batch, batches=(replace(micro, weights=weights),))
+        losses.append(stepper(model).backward(weighted))
+        gradients.append(model.scale.grad)
+    alone, first = Model(), replace(whole(1, ["a"]), size=2)
+    assert losses[1] == [2 * losses[0][0], 0.0]
+    assert stepper(alone).backward(first) == losses[0][:1]
+    assert alone.scale.grad is not None
+    torch.testing.assert_close(gradients[1], 2 * alone.scale.grad)
+
+
+def test_a_mask_of_ones_changes_no_bit() -> None:
+    batch = whole(1, ["a", "bbb"])
+    found = []
+    for masks in (None, torch.ones(2, 2, 3)):
+        model = Model()
+        masked = replace(batch, batches=tuple(replace(micro, masks=masks) for micro in batch.batches))
+        found.append((stepper(model).backward(masked), model.scale.grad))
+    assert found[0] == found[1]
 
 
 def test_a_route_takes_the_place_of_the_denoiser_for_each_batch() -> None:
@@ -144,16 +181,17 @@ def test_a_route_takes_the_place_of_the_denoiser_for_each_batch() -> None:
 
     plain = stepper(model)
     routed = Stepper(**(vars(plain) | {"route": route}))
-    group = Group(7, 0, (batch("a", "b"), batch("ccc")))
+    group = whole(7, ["a", "b"], ["ccc"])
     assert routed.backward(group) != plain.backward(group)
     assert asked == [(7, [0, 1], (2, 3)), (7, [2], (2, 3))]
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_names_of_its_samples_before_anything_is_updated() -> None:
     model = Model()
-    bad = Batch(torch.full((1, 128, 2, 3), math.inf), torch.zeros(1, 4, 6), ("set/broken.png",))
+    good, bad = whole(4, ["fine"], ["set/broken.png"]).batches
+    bad = replace(bad, latents=torch.full((1, 128, 2, 3), math.inf))
     with pytest.raises(DataError, match=r"loss of step 4 .*set/broken\.png") as caught:
-        stepper(model)(Group(4, 0, (batch("fine"), bad)), 0.1)
+        stepper(model)(GlobalBatch(4, 0, (good, bad), 2), 0.1)
     assert "fine" not in str(caught.value)
     assert model.scale.item() == 0.5
 
@@ -173,7 +211,7 @@ def test_a_gradient_that_is_not_finite_stops_too() -> None:
     trained = stepper(model)
     exploding = Stepper(**(vars(trained) | {"denoise": lambda *inputs: Exploding.apply(model(*inputs))}))
     with pytest.raises(DataError, match="gradient of step 4 is not finite"):
-        exploding(Group(4, 0, (batch("a", "b"),)), 0.1)
+        exploding(whole(4, ["a", "b"]), 0.1)
     assert model.scale.item() == 0.5
 
 
@@ -181,12 +219,12 @@ def test_fp16_scales_the_loss_and_skips_a_step_that_overflows() -> None:
     model = Model()
     trained = stepper(model)
     scaled = Stepper(**(vars(trained) | {"scaler": torch.amp.GradScaler("cpu", init_scale=2.0**10)}))
-    assert math.isfinite(scaled(Group(1, 0, (batch("a"),)), 0.1).grad_norm)
+    assert math.isfinite(scaled(whole(1, ["a"]), 0.1).grad_norm)
     before = model.scale.item()
     assert before != 0.5
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     overflowing = Stepper(**(vars(trained) | {"scaler": scaler}))
-    assert not math.isfinite(overflowing(Group(2, 0, (batch("aaaa"),)), 0.1).grad_norm)
+    assert not math.isfinite(overflowing(whole(2, ["aaaa"]), 0.1).grad_norm)
     assert model.scale.item() == before
     assert scaler.get_scale() == 2.0**126
 
@@ -204,7 +242,7 @@ def mastered(model: Model, scaler: torch.amp.GradScaler, **options: object) -> S
 def test_masters_step_and_the_weights_follow(has_fp16: bool) -> None:
     model = Model()
     trained = mastered(model, torch.amp.GradScaler("cpu", enabled=has_fp16, init_scale=2.0**10))
-    group = Group(1, 0, (batch("a"), batch("bbb")))
+    group = whole(1, ["a"], ["bbb"])
     for _ in range(20):
         assert math.isfinite(trained(group, 1e-5).grad_norm)
     assert trained.masters is not None
@@ -220,7 +258,7 @@ def test_masters_step_and_the_weights_follow(has_fp16: bool) -> None:
 def test_a_step_that_is_not_taken_leaves_masters_and_weights() -> None:
     model = Model()
     trained = mastered(model, torch.amp.GradScaler("cpu", init_scale=2.0**127))
-    assert not math.isfinite(trained(Group(1, 0, (batch("aaaa"),)), 0.1).grad_norm)
+    assert not math.isfinite(trained(whole(1, ["aaaa"]), 0.1).grad_norm)
     assert model.scale.item() == 0.5
     assert trained.masters is not None
     assert trained.masters.parameters["scale"].item() == 0.5

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from simpletuner.base.errors import DataError
+from simpletuner.data.batch import caption_of, read_contexts, read_latents
 from simpletuner.data.cache.contexts import context_key
 from simpletuner.data.cache.latents import latent_key
 from simpletuner.data.cache.store import Store
-from simpletuner.data.collate import Batch, caption_of, load_batch
 from simpletuner.data.manifest import Manifest
-from simpletuner.data.sample import Sample
+from simpletuner.flux2.text import LeftPaddedCodec
 
 
 def test_a_batch_is_stacked_from_the_caches(
@@ -23,30 +23,22 @@ def test_a_batch_is_stacked_from_the_caches(
     save("b.png", colour="red")
     manifest = scanned()
     latents, contexts = Store(tmp_path / "l"), Store(tmp_path / "c")
+    codec = LeftPaddedCodec("text")
     for number, sample in enumerate(manifest.samples):
         latents.write(latent_key(sample, "vae"), {"latent": torch.full((128, 4, 5), float(number))}, {})
     for number, prompt in enumerate(("a", "")):
         rows = torch.full((1 + number, 6), 1.0 + number)
         tensors = {"rows": rows, "pad": torch.zeros(6), "length": torch.tensor(4)}
-        contexts.write(context_key(prompt, "text"), tensors, {})
+        contexts.write(context_key(prompt, codec), tensors, {})
 
-    def load(samples: tuple[Sample, ...], prompts: list[str]) -> Batch:
-        return load_batch(
-            samples,
-            prompts,
-            latent_store=latents,
-            latent_encoder="vae",
-            context_store=contexts,
-            context_encoder="text",
-        )
-
-    batch = load(manifest.samples, ["a", ""])
-    assert batch.latents.shape == (2, 128, 4, 5)
-    assert batch.latents[:, 0, 0, 0].tolist() == [0, 1]
-    assert batch.context[:, :, 0].tolist() == [[0, 0, 0, 1], [0, 0, 2, 2]]
-    assert batch.names == ("photos/a.png", "photos/b.png")
+    stacked = read_latents(latents, manifest.samples, "vae")
+    assert stacked.shape == (2, 128, 4, 5)
+    assert stacked[:, 0, 0, 0].tolist() == [0, 1]
+    both = read_contexts(contexts, ["a", ""], codec)
+    assert both.expanded()[:, :, 0].tolist() == [[0, 0, 0, 1], [0, 0, 2, 2]]
+    assert len(both.rows) == 2 + 3, "each sample's padding once"
     with pytest.raises(DataError, match="is missing"):
-        load(manifest.samples[:1], ["never encoded"])
+        read_contexts(contexts, ["never encoded"], codec)
 
 
 def test_a_caption_is_drawn_by_step_and_slot(
