@@ -178,7 +178,7 @@ def test_the_terms_of_reflexflow_are_those_of_its_formula() -> None:
     reflex = Reflex(alpha=0.7, beta1=3.0, beta2=0.25)
     found, _ = loss_and_gradient(x, is_rolled=torch.ones(B, dtype=torch.bool), unrolled=clean, reflex=reflex)
     for index in range(B):
-        v_b = Model()(x, SIGMA, CONTEXT, GUIDANCE).detach()[index].double().flatten()
+        v_b = Model()(x, SIGMA, CONDITION).detach()[index].double().flatten()
         e = (clean[index].double().flatten() - v_b).abs()
         weight = 1 + 0.7 * e / e.mean()
         error = v_b - (NOISE - LATENTS)[index].double().flatten()
@@ -193,7 +193,7 @@ def test_the_weight_holds_for_whatever_the_loss_is() -> None:
         walked(Model()), is_rolled=torch.ones(B, dtype=torch.bool), unrolled=normal(9),
         reflex=Reflex(alpha=1.0), penalty=huber(0.1, "snr"),
     )  # fmt: skip
-    v_b = Model()(walked(Model()), SIGMA, CONTEXT, GUIDANCE).detach()
+    v_b = Model()(walked(Model()), SIGMA, CONDITION).detach()
     penalties = huber(0.1, "snr")(v_b - (NOISE - LATENTS), SIGMA)
     expected = (compensation(normal(9), v_b, 1.0) * penalties).mean((1, 2, 3))
     torch.testing.assert_close(found, expected)
