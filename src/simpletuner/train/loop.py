@@ -76,7 +76,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Loop:
-    """Everything that training needs, built by `assemble`."""
+    """Everything that a training loop needs."""
 
     plan: Plan
     run: RunDirectory
