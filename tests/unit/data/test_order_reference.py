@@ -3,7 +3,9 @@
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from simpletuner.base.draws import draw_seed
 from simpletuner.config.datasets import ImageSet
 from simpletuner.data.geometry import Geometry, Size
 from simpletuner.data.manifest import Manifest
-from simpletuner.data.order import MicroBatch, Order, Visit
+from simpletuner.data.order import MicroBatch, Order, Visit, permutation
 from simpletuner.data.sample import Sample
 
 SIZES: tuple[Size, ...] = ((64, 64), (48, 80), (80, 48), (96, 32), (32, 96))
@@ -93,6 +95,30 @@ def test_every_epoch_is_the_one_that_pure_python_draws(case: int) -> None:
         expected = reference_epoch(manifests, seed, batch_size, epoch)
         assert micro_batches(order, epoch) == expected
         assert len(expected) == order.batches_per_epoch
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**32, 2**63 - 1])
+def test_a_permutation_sorts_the_numbers_of_pythons_generator(seed: int) -> None:
+    assert permutation(2000, seed).tolist() == reference_shuffled(range(2000), seed)
+
+
+@pytest.mark.parametrize("case", range(20))
+def test_what_an_epoch_says_of_its_buckets_is_counted_from_its_micro_batches(case: int) -> None:
+    draw = random.Random(case)
+    order = Order(list(random_manifests(draw)), seed=case, batch_size=draw.randint(1, 5))
+    listed = micro_batches(order, 1)
+    buckets = [(batch.visits[0].set_index, batch.bucket) for batch in listed]
+    expected = [(listed[buckets.index(bucket)], count) for bucket, count in Counter(buckets).items()]
+    assert order.epoch(1).by_bucket() == expected
+    assert order.epoch(1).batch_sizes().tolist() == [len(batch.visits) for batch in listed]
+
+
+def test_threads_may_walk_through_different_epochs_of_one_order() -> None:
+    manifests = [manifest("a", SIZES * 10, repeats=1)]
+    order = Order(manifests, seed=1, batch_size=2)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda epoch: micro_batches(order, epoch), range(12)))
+    assert found == [reference_epoch(manifests, 1, 2, epoch) for epoch in range(12)]
 
 
 @pytest.mark.parametrize(
