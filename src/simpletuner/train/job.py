@@ -281,7 +281,7 @@ class Attempt:
     def install(self, transformer: Flux2Transformer, order: Order) -> None:
         """Make a transformer ready to train: compile, stream and recompute its blocks if asked to."""
         if self.config.dynamo_backend != "no":
-            shapes = {(micro_batch.bucket, len(micro_batch.visits)) for micro_batch in order.epoch(0)}
+            shapes = {(micro_batch.bucket, len(micro_batch.visits)) for micro_batch, _ in order.epoch(0).by_bucket()}
             self.compiled = compilation.install(
                 transformer.blocks,
                 backend=self.config.dynamo_backend,
@@ -487,7 +487,8 @@ class Attempt:
 
 def largest(order: Order) -> MicroBatch:
     """The batch with the most pixels."""
-    return max(order.epoch(0), key=lambda micro: math.prod(micro.bucket) * len(micro.visits))
+    candidates = [micro_batch for micro_batch, _ in order.epoch(0).by_bucket()]
+    return max(candidates, key=lambda micro: math.prod(micro.bucket) * len(micro.visits))
 
 
 @contextlib.contextmanager

@@ -1,9 +1,12 @@
 """Noise levels spread evenly over an epoch: each of its samples gets a stratum of the density to itself."""
 
-from itertools import accumulate
+import functools
+
+import numpy as np
+from jaxtyping import Int64
 
 from simpletuner.base.draws import draw_seed
-from simpletuner.data.order import Order, shuffled
+from simpletuner.data.order import Order, permutation
 
 
 class Strata:
@@ -18,25 +21,20 @@ class Strata:
         self.order = order
         self.seed = seed
         self.batches_per_step = batches_per_step
-        self._latest: tuple[int, list[int], list[int]] | None = None
+        self._drawn = functools.lru_cache(maxsize=2)(self._draw)  # a step may end one epoch and begin the next
 
     def __call__(self, step: int, slot: int) -> tuple[int, int]:
         """(stratum, number of strata) of the sample in `slot` of `step`, counted from 1."""
-        index = (step - 1) * self.batches_per_step
+        epoch, micro_batch = divmod((step - 1) * self.batches_per_step, self.order.batches_per_epoch)
         while True:
-            epoch, place = divmod(index, self.order.batches_per_epoch)
-            starts, strata = self._epoch(epoch)
-            size = starts[place + 1] - starts[place]
-            if slot < size:
-                return strata[starts[place] + slot], len(strata)
-            slot -= size
-            index += 1
+            starts, strata = self._drawn(epoch)
+            place = int(starts[micro_batch]) + slot
+            if place < len(strata):
+                return int(strata[place]), len(strata)
+            epoch, micro_batch, slot = epoch + 1, 0, place - len(strata)
 
-    def _epoch(self, number: int) -> tuple[list[int], list[int]]:
+    def _draw(self, epoch: int) -> tuple[Int64[np.ndarray, " micro_batches"], Int64[np.ndarray, " samples"]]:
         """How many samples of the epoch come before each of its micro-batches, and the stratum of each sample."""
-        if self._latest is None or self._latest[0] != number:
-            sizes = [len(micro_batch.visits) for micro_batch in self.order.epoch(number)]
-            starts = list(accumulate(sizes, initial=0))
-            strata = shuffled(range(starts[-1]), draw_seed(self.seed, "strata", number))
-            self._latest = (number, starts, strata)
-        return self._latest[1:]
+        sizes = self.order.epoch(epoch).batch_sizes()
+        ends = sizes.cumsum(dtype=np.int64)
+        return ends - sizes, permutation(int(ends[-1]), draw_seed(self.seed, "strata", epoch))

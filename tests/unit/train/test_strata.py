@@ -1,5 +1,6 @@
 """Strata: an epoch covers the density evenly, and what a sample draws is still a function of (seed, step, slot)."""
 
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from simpletuner.base.draws import draw_seed
 from simpletuner.config.datasets import ImageSet
 from simpletuner.config.options.guidance import GuidanceOptions
 from simpletuner.config.options.schedule import ScheduleOptions
@@ -62,6 +64,21 @@ def test_an_epoch_takes_every_stratum_exactly_once_in_an_order_of_its_own(order:
     epochs = [[stratum for stratum, _ in drawn[start : start + 13]] for start in (0, 13, 26)]
     assert all(Counter(epoch) == Counter(range(13)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_strata_are_those_that_pythons_generator_draws(order: Order) -> None:
+    for epoch in range(3):
+        draw = random.Random(draw_seed(5, "strata", epoch))
+        keys = [draw.random() for _ in range(13)]
+        expected = sorted(range(13), key=keys.__getitem__)
+        of = Strata(order, seed=5, batches_per_step=8)  # a step is an epoch
+        assert [of(epoch + 1, slot) for slot in range(13)] == [(stratum, 13) for stratum in expected]
+
+
+def test_a_step_may_span_several_epochs(order: Order) -> None:
+    apart, together = (Strata(order, seed=5, batches_per_step=count) for count in (8, 24))
+    expected = [apart(step, slot) for step in (1, 2, 3) for slot in range(13)]
+    assert [together(1, slot) for slot in range(39)] == expected
 
 
 def test_a_stratum_depends_on_seed_step_and_slot_alone(order: Order) -> None:
