@@ -51,7 +51,7 @@ def test_the_list_of_rooms_is_exhaustive() -> None:
     "code",
     [
         "import simpletuner.base.errors, simpletuner.base.files, simpletuner.base.draws",
-        "import simpletuner.config.load, simpletuner.config.reference",
+        "import simpletuner.config.load, simpletuner.config.form",
         "import simpletuner.runs.layout, simpletuner.runs.events",
         "import simpletuner.cli.main",
     ],

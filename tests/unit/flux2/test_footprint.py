@@ -12,7 +12,6 @@ from simpletuner.config.flavours import DEV, DEV_TEXT, KLEIN_4B, KLEIN_9B, TINY,
 from simpletuner.config.optimisers import optimiser
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.run import RunConfig
-from simpletuner.flux2 import footprint
 from simpletuner.flux2.footprint import (
     Architecture,
     Footprint,
@@ -330,15 +329,3 @@ def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
     config = RunConfig.model_validate({"pretrained_model_name_or_path": str(tmp_path)})
     with pytest.raises(AccessError, match=r"vocab_size"):
         Architecture.of(config)
-
-
-@pytest.mark.slow  # and `.ci/run check` does it each time
-def test_the_table_is_the_one_in_the_docs() -> None:
-    assert footprint.main(["--check"]) == 0
-
-
-def test_a_row_of_the_table_and_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
-    row = footprint.table_row("klein-4b", KLEIN_4B, "int4-quanto", (512, 512))
-    assert row in footprint.PAGE.read_text(encoding="utf-8")
-    assert footprint.main(["--nonsense"]) == 2
-    assert "usage" in capsys.readouterr().err
