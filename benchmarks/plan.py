@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 
 from simpletuner.base.sizes import format_size
-from simpletuner.base.tensorfile import Entry, write_tensors
+from simpletuner.base.tensorfile import TensorData, write_tensors
 from simpletuner.config.flavours import AutoencoderSpec, TransformerSpec
 from simpletuner.flux2 import tiny
 from simpletuner.flux2.footprint import empty_transformer
@@ -179,7 +179,7 @@ def write(
         return repeated.view(torch.int16).numpy().tobytes()
 
     entries = {
-        name: Entry("BF16", shape, 2 * math.prod(shape), lambda shape=shape, name=name: data(shape, name))  # type: ignore[misc]
+        name: TensorData("BF16", shape, 2 * math.prod(shape), lambda shape=shape, name=name: data(shape, name))  # type: ignore[misc]
         for name, shape in shapes.items()
     }
     write_tensors(folder / f"{stem}.safetensors", entries, {"format": "pt"})

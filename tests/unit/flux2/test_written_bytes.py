@@ -12,8 +12,9 @@ from simpletuner.config.flavours import TINY, TransformerSpec
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.flux2.export import save_lora
 from simpletuner.flux2.lora import attach
-from simpletuner.flux2.modelfile import WEIGHTS_NAME, save_tensors, save_transformer
+from simpletuner.flux2.modelfile import WEIGHTS_NAME, save_transformer
 from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.memory.tensors import save_tensors
 
 SPEC = TransformerSpec(
     heads=2,
