@@ -176,7 +176,13 @@ def load_text_encoder(
 
     quantise = _quantise_layers(precision, device if via is None else via)
     _fill(model, source.text_encoder, renaming, dtype, device, unknown_allowed=True, quantise=quantise)
-    return ResidentTextEncoder(model.eval(), _tokenizer(source, fix_regex), layers=layers, max_length=max_length)
+    return ResidentTextEncoder(
+        model.eval(),
+        _tokenizer(source, fix_regex),
+        system_message=source.flavour.text.system_message,
+        layers=layers,
+        max_length=max_length,
+    )
 
 
 def stream_text_encoder(
@@ -235,6 +241,7 @@ def stream_text_encoder(
         embed,
         read_layer,
         _tokenizer(source, fix_regex),
+        system_message=source.flavour.text.system_message,
         layers=layers,
         max_length=max_length,
         width=config.hidden_size,
