@@ -53,7 +53,7 @@ VAE: dict[str, Any] = {
 }
 
 # More layers than are read, as in dev: layer 30 must not be the last.
-TEXT: dict[str, Any] = {
+TEXT_CONFIG: dict[str, Any] = {
     "model_type": "mistral",
     "vocab_size": vocabulary.SIZE,
     "hidden_size": 64,
@@ -73,7 +73,7 @@ TEXT: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 11,
 }
-VISION: dict[str, Any] = {
+VISION_CONFIG: dict[str, Any] = {
     "model_type": "pixtral",
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -88,8 +88,8 @@ TEXT_ENCODER: dict[str, Any] = {
     "architectures": ["Mistral3ForConditionalGeneration"],
     "model_type": "mistral3",
     "dtype": "float32",
-    "text_config": TEXT,
-    "vision_config": VISION,
+    "text_config": TEXT_CONFIG,
+    "vision_config": VISION_CONFIG,
     "image_token_index": 10,
     "projector_hidden_act": "gelu",
     "multimodal_projector_bias": False,
@@ -204,7 +204,7 @@ def _fill(folder: Path, seed: int, *, transformer: dict[str, Tensor], vae: dict[
     save_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors", transformer, METADATA)
 
     entries = tokenizer.get_vocab_size()
-    config = {**TEXT_ENCODER, "text_config": {**TEXT, "vocab_size": entries}}
+    config = {**TEXT_ENCODER, "text_config": {**TEXT_CONFIG, "vocab_size": entries}}
     _write_json(folder / "text_encoder" / "config.json", config)
     encoder = draw("text_encoder", _text_encoder_shapes(entries), TEXT_GAINS, seed)
     save_tensors(folder / "text_encoder" / "model.safetensors", encoder, METADATA)
@@ -231,14 +231,14 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _text_encoder_shapes(entries: int) -> Shapes:
     """Mistral-3 with its vision part, which is never run but without which the folder is no pipeline."""
-    hidden, inner = TEXT["hidden_size"], TEXT["intermediate_size"]
-    keys = TEXT["num_key_value_heads"] * TEXT["head_dim"]
+    hidden, inner = TEXT_CONFIG["hidden_size"], TEXT_CONFIG["intermediate_size"]
+    keys = TEXT_CONFIG["num_key_value_heads"] * TEXT_CONFIG["head_dim"]
     shapes: dict[str, tuple[int, ...]] = {
         "language_model.model.embed_tokens.weight": (entries, hidden),
         "language_model.model.norm.weight": (hidden,),
         "language_model.lm_head.weight": (entries, hidden),
     }
-    for index in range(TEXT["num_hidden_layers"]):
+    for index in range(TEXT_CONFIG["num_hidden_layers"]):
         layer = f"language_model.model.layers.{index}"
         shapes |= {
             f"{layer}.input_layernorm.weight": (hidden,),
@@ -251,7 +251,7 @@ def _text_encoder_shapes(entries: int) -> Shapes:
             f"{layer}.mlp.up_proj.weight": (inner, hidden),
             f"{layer}.mlp.down_proj.weight": (hidden, inner),
         }
-    seen, patch = VISION["hidden_size"], VISION["patch_size"]
+    seen, patch = VISION_CONFIG["hidden_size"], VISION_CONFIG["patch_size"]
     shapes |= {
         "vision_tower.patch_conv.weight": (seen, 3, patch, patch),
         "vision_tower.ln_pre.weight": (seen,),
@@ -260,14 +260,14 @@ def _text_encoder_shapes(entries: int) -> Shapes:
         "multi_modal_projector.linear_1.weight": (hidden, seen),
         "multi_modal_projector.linear_2.weight": (hidden, hidden),
     }
-    for index in range(VISION["num_hidden_layers"]):
+    for index in range(VISION_CONFIG["num_hidden_layers"]):
         layer = f"vision_tower.transformer.layers.{index}"
         shapes |= {f"{layer}.attention.{name}_proj.weight": (seen, seen) for name in "qkvo"}
         shapes |= {
             f"{layer}.attention_norm.weight": (seen,),
             f"{layer}.ffn_norm.weight": (seen,),
-            f"{layer}.feed_forward.gate_proj.weight": (VISION["intermediate_size"], seen),
-            f"{layer}.feed_forward.up_proj.weight": (VISION["intermediate_size"], seen),
-            f"{layer}.feed_forward.down_proj.weight": (seen, VISION["intermediate_size"]),
+            f"{layer}.feed_forward.gate_proj.weight": (VISION_CONFIG["intermediate_size"], seen),
+            f"{layer}.feed_forward.up_proj.weight": (VISION_CONFIG["intermediate_size"], seen),
+            f"{layer}.feed_forward.down_proj.weight": (seen, VISION_CONFIG["intermediate_size"]),
         }
     return shapes
