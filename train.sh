@@ -25,7 +25,7 @@ if ! has_configuration "$@"; then
     if [ $# = 0 ]; then
         "$python" -P -m simpletuner train --example tiny-lora
         echo "Judging what the base and the LoRA draw when asked for things that were never trained on:" >&2
-        exec "$python" -P -m simpletuner.flux2.tiny.exam output/tiny-lora
+        exec "$python" "$root/tools/embedded_exam.py" output/tiny-lora
     fi
     set -- --example tiny-lora "$@"
 fi

@@ -32,12 +32,12 @@ import torch
 from PIL import Image
 
 from simpletuner.base.sizes import format_size
-from simpletuner.base.tensorfile import Entry, write_tensors
+from simpletuner.base.tensorfile import TensorData, write_tensors
 from simpletuner.config.flavours import AutoencoderSpec, TransformerSpec
 from simpletuner.flux2 import tiny
 from simpletuner.flux2.footprint import empty_transformer
 from simpletuner.flux2.spec import transformer_to_diffusers
-from simpletuner.flux2.tiny.make import TEXT, VAE
+from simpletuner.flux2.tiny.make import TEXT_CONFIG, VAE
 from simpletuner.runs.events import read_events
 
 EVERY_S = 0.002
@@ -116,7 +116,7 @@ def lay_out(work: Path, scale: Scale) -> None:
     write(model / "transformer", "diffusion_pytorch_model", transformer_to_diffusers(scale.spec), transformer, noise)
     hidden = scale.text_hidden
     tokens = json.loads((model / "text_encoder" / "config.json").read_text())["text_config"]["vocab_size"]
-    text = {**TEXT, "vocab_size": tokens, "hidden_size": hidden, "intermediate_size": 4 * hidden}
+    text = {**TEXT_CONFIG, "vocab_size": tokens, "hidden_size": hidden, "intermediate_size": 4 * hidden}
     text |= {"num_hidden_layers": 31, "head_dim": 128, "num_attention_heads": hidden // 128}
     write(model / "text_encoder", "model", {**text, "model_type": "mistral"}, text_shapes(text), noise)
     vae = AutoencoderSpec()
@@ -179,7 +179,7 @@ def write(
         return repeated.view(torch.int16).numpy().tobytes()
 
     entries = {
-        name: Entry("BF16", shape, 2 * math.prod(shape), lambda shape=shape, name=name: data(shape, name))  # type: ignore[misc]
+        name: TensorData("BF16", shape, 2 * math.prod(shape), lambda shape=shape, name=name: data(shape, name))  # type: ignore[misc]
         for name, shape in shapes.items()
     }
     write_tensors(folder / f"{stem}.safetensors", entries, {"format": "pt"})

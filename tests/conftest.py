@@ -36,7 +36,11 @@ sys.dont_write_bytecode = False
 from jaxtyping import install_import_hook  # noqa: E402  after the environment is set
 
 # Every tensor signature of these rooms is checked on every call. Outside the tests the shapes cost nothing.
-CHECKED = tuple(f"simpletuner.{room}" for room in ("flow", "memory", "flux2", "data", "train"))
+CHECKED = (
+    *(f"simpletuner.{room}" for room in ("flow", "memory", "flux2", "data", "train")),
+    "embedded_exam",
+    "embedded_judge",
+)
 if loaded := [name for name in CHECKED if name in sys.modules]:
     raise RuntimeError(f"imported before their shapes could be checked: {', '.join(loaded)}")
 install_import_hook(CHECKED, "beartype.beartype")

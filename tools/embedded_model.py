@@ -28,12 +28,12 @@ import torch
 from safetensors.torch import load_file, save
 
 import embedded_autoencoder
+from embedded_exam import Candidate
+from embedded_judge import Score, judge
 from simpletuner.base.files import write_atomic, write_json
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.data.sheet import contact_sheet
 from simpletuner.examples import world
-from simpletuner.flux2.tiny.exam import Candidate
-from simpletuner.flux2.tiny.judge import Score, judge
 from simpletuner.flux2.tiny.make import make_start
 from simpletuner.runs.layout import EMA_FOLDER, TRANSFORMER_NAME
 

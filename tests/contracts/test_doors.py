@@ -51,7 +51,7 @@ def test_the_list_of_rooms_is_exhaustive() -> None:
     "code",
     [
         "import simpletuner.base.errors, simpletuner.base.files, simpletuner.base.draws",
-        "import simpletuner.config.load, simpletuner.config.reference",
+        "import simpletuner.config.load, simpletuner.config.form",
         "import simpletuner.runs.layout, simpletuner.runs.events",
         "import simpletuner.cli.main",
     ],
@@ -97,3 +97,14 @@ def test_every_file_says_what_is_in_it() -> None:
 def test_there_is_no_attic() -> None:
     parts = {part.removesuffix(".py") for path in SOURCE.rglob("*") for part in path.relative_to(SOURCE).parts}
     assert not parts & ATTICS
+
+
+def test_weight_files_are_written_and_read_in_one_place() -> None:
+    """`memory/tensors.py`. The caches still read and write bytes in memory through the library itself."""
+    importers = {
+        name
+        for name, node in nodes()
+        if (isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "safetensors")
+        or (isinstance(node, ast.Import) and any(alias.name.partition(".")[0] == "safetensors" for alias in node.names))
+    }
+    assert importers <= {"memory/tensors.py", "data/cache/store.py"}

@@ -55,10 +55,10 @@ def test_layout_and_positions_are_the_pipelines(pipeline):
     latents = tokens.patchify(moments)
     assert torch.equal(latents, pipeline._patchify_latents(moments))
     assert torch.equal(tokens.unpatchify(latents), pipeline._unpatchify_latents(latents))
-    assert torch.equal(tokens.pack(latents), pipeline._pack_latents(latents))
+    assert torch.equal(tokens.pack_latents(latents), pipeline._pack_latents(latents))
     positions = pipeline._prepare_latent_ids(latents)
     assert torch.equal(tokens.image_ids(3, 5), positions[0])
     assert torch.equal(
-        tokens.unpack(tokens.pack(latents), 3, 5),
-        pipeline._unpack_latents_with_ids(tokens.pack(latents), positions),
+        tokens.unpack_latents(tokens.pack_latents(latents), 3, 5),
+        pipeline._unpack_latents_with_ids(tokens.pack_latents(latents), positions),
     )

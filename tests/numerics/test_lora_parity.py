@@ -16,7 +16,7 @@ from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.export import LORA_NAME, attach_saved, read_lora, save_lora
 from simpletuner.flux2.lora import PRESETS, Adapter, attach
 from simpletuner.flux2.spec import transformer_to_diffusers
-from simpletuner.flux2.tokens import context_ids, image_ids, pack
+from simpletuner.flux2.tokens import context_ids, image_ids, pack_latents
 from simpletuner.flux2.transformer import Flux2Transformer
 
 
@@ -63,13 +63,13 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def velocity(transformer: Flux2Transformer) -> Tensor:
     """As tokens."""
     latents, sigma, context, guidance = inputs()
-    return pack(Denoiser(transformer)(latents, sigma, Condition(TextContext.dense(context), guidance)))
+    return pack_latents(Denoiser(transformer)(latents, sigma, Condition(TextContext.dense(context), guidance)))
 
 
 def reference_velocity(theirs: Any) -> Tensor:
     latents, sigma, context, guidance = inputs()
     out: Tensor = theirs(
-        hidden_states=pack(latents),
+        hidden_states=pack_latents(latents),
         encoder_hidden_states=context,
         timestep=sigma,
         guidance=guidance,

@@ -17,7 +17,7 @@ from simpletuner.flux2.generate import generate, initial_noise, sample_latents
 from simpletuner.flux2.load import load_autoencoder, load_text_encoder, load_transformer
 from simpletuner.flux2.lora import attach
 from simpletuner.flux2.source import Source, locate
-from simpletuner.flux2.tokens import pack
+from simpletuner.flux2.tokens import pack_latents
 
 PROMPT = "a red square on a blue ground"
 SIZES = [(64, 64, 1), (96, 48, 4), (32, 160, 7), (128, 128, 20)]
@@ -72,7 +72,7 @@ def test_latents(
     noise = initial_noise(7, width=width, height=height)
     expected = asked_of_diffusers(pipe, noise, context, steps, "latent", guidance_scale=guidance)
     found = sample_latents(denoise, noise, Condition.at(TextContext.dense(context), guidance), steps=steps)
-    assert_near(pack(found), expected)
+    assert_near(pack_latents(found), expected)
 
 
 @pytest.mark.parametrize(("width", "height", "steps"), SIZES)
@@ -111,7 +111,7 @@ def test_from_the_words_on_with_a_lora(tmp_path: Path, pipe: Any, source: Source
     fresh = load_transformer(source, torch.float32, "cpu")
     attach_saved(fresh, read_lora(tmp_path))
     noise = initial_noise(7, width=64, height=48)
-    found = pack(sample_latents(Denoiser(fresh), noise, condition, steps=4))
+    found = pack_latents(sample_latents(Denoiser(fresh), noise, condition, steps=4))
 
     plain = pipe(prompt=PROMPT, latents=noise, height=48, width=64, num_inference_steps=4, output_type="latent")
     pipe.load_lora_weights(tmp_path)

@@ -9,7 +9,7 @@ from simpletuner.config.flavours import TINY, TransformerSpec
 from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.spec import transformer_to_diffusers
-from simpletuner.flux2.tokens import context_ids, image_ids, pack
+from simpletuner.flux2.tokens import context_ids, image_ids, pack_latents
 from simpletuner.flux2.transformer import Flux2Transformer
 
 WITHOUT_GUIDANCE = TransformerSpec(**{**vars(TINY), "guidance_embeds": False})
@@ -42,7 +42,7 @@ def asked_of_diffusers(
 ) -> Tensor:
     height, width = latents.shape[-2:]
     tokens: Tensor = theirs(
-        hidden_states=pack(latents),
+        hidden_states=pack_latents(latents),
         encoder_hidden_states=context,
         timestep=sigma,
         guidance=guidance,

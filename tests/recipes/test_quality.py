@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from tests.recipes.conftest import Workplace
 
+from embedded_exam import Candidate, examine
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.flux2.export import attach_saved, read_lora
-from simpletuner.flux2.tiny.exam import Candidate, examine
 
 PICTURES = 50
 

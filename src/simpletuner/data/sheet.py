@@ -14,7 +14,7 @@ MAX_LINES = 6
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-PAPER, INK, EMPTY = "white", "#222222", "#eeeeee"
+PAPER, INK, EMPTY_FRAME_COLOR = "white", "#222222", "#eeeeee"
 
 
 def contact_sheet(
@@ -68,7 +68,7 @@ def contact_sheet(
                 sheet.paste(thumb, (x, y))
                 write(x, y + picture_heights[row] + GAP_PX // 3, texts[row][column])
             else:
-                draw.rectangle((x, y, x + cell_px - 1, y + picture_heights[row] - 1), fill=EMPTY)
+                draw.rectangle((x, y, x + cell_px - 1, y + picture_heights[row] - 1), fill=EMPTY_FRAME_COLOR)
     return sheet
 
 

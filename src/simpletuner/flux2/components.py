@@ -21,7 +21,7 @@ from simpletuner.flux2.load import (
 )
 from simpletuner.flux2.source import Source
 from simpletuner.flux2.spec import text_from_config
-from simpletuner.flux2.text import LeftPaddedCodec, TextEncoder
+from simpletuner.flux2.text import CODECS, LeftPaddedCodec, TextEncoder
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.free import free_memory_bytes
 from simpletuner.memory.precision import DTYPES, check_precision
@@ -40,7 +40,7 @@ def quantised_on(options: PrecisionOptions, device: torch.device) -> torch.devic
 
 def text_codec(model: ModelOptions, precision: PrecisionOptions, source: Source) -> LeftPaddedCodec:
     """How the contexts of this text encoder are stored; its key names all options that change one of them."""
-    return LeftPaddedCodec(
+    return CODECS[source.flavour.text.padding_side](
         text_encoder_id(
             source,
             DTYPES[precision.base_dtype],

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from simpletuner.flow.condition import Condition, Denoise
-from simpletuner.flux2.tokens import context_ids, image_ids, pack, unpack
+from simpletuner.flux2.tokens import context_ids, image_ids, pack_latents, unpack_latents
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.flux2.tread import Choice
 
@@ -34,7 +34,7 @@ class Denoiser:
         dtype = self.transformer.dtype
         context = condition.context.expanded(dtype)
         tokens = self.transformer(
-            pack(latents).to(dtype),
+            pack_latents(latents).to(dtype),
             context,
             sigma,
             condition.guidance if self.transformer.spec.guidance_embeds else None,
@@ -42,7 +42,7 @@ class Denoiser:
             context_ids(context.shape[1]).to(device),
             [choice.to(device) for choice in choices],
         )
-        return unpack(tokens, height, width)
+        return unpack_latents(tokens, height, width)
 
     def routed(self, choices: Sequence[Choice]) -> Denoise:
         """This denoiser with TREAD routing; active only while gradients are enabled, since sampling routes nothing."""

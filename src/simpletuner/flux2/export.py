@@ -13,14 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from simpletuner.base.errors import CheckpointError, DiskError
-from simpletuner.base.files import write_atomic
-from simpletuner.base.tensorfile import with_sorted_metadata
+from simpletuner.base.errors import CheckpointError
 from simpletuner.flux2.lora import CUSTOM, PRESETS, Adapter, Range, linears, preset_ranges, whole, wrap
+from simpletuner.memory.tensors import open_tensors, save_verified
 from simpletuner.runs.layout import LORA_NAME
 
 HEADER_FIELDS = frozenset({"base_model", "comment", "config", "datasets", "licence", "run", "step", "version"})
@@ -54,7 +51,7 @@ class LoadedLora:
 
 
 def save_lora(path: Path, adapter: Adapter, *, metadata: Mapping[str, str], dtype: torch.dtype = torch.float32) -> None:
-    """Write `adapter` to `path`, atomically, and compare what the disk gives back bit for bit.
+    """Write `adapter` to `path`, and compare what the disk gives back.
 
     Args:
         metadata: fields of `HEADER_FIELDS`.
@@ -63,22 +60,13 @@ def save_lora(path: Path, adapter: Adapter, *, metadata: Mapping[str, str], dtyp
     Raises:
         DiskError: no space, or the file reads back differently.
     """
-    own = header_of(metadata)
-    tensors = {key: tensor.to(dtype) for key, tensor in adapter.expanded().items()}
     header = {
-        **own,
+        **header_of(metadata),
         _ADAPTER_METADATA: json.dumps(_adapter_metadata(adapter), sort_keys=True),
         "simpletuner.alpha": repr(adapter.alpha),
         "simpletuner.target": adapter.target,
     }
-    write_atomic(path, with_sorted_metadata(save(tensors, header)))
-    found = load_file(path)
-    damaged = [key for key in tensors if key not in found or not torch.equal(tensors[key], found[key])]
-    if damaged or found.keys() != tensors.keys():
-        raise DiskError.of(
-            f"{path} reads back differently from what was written ({len(damaged)} tensors)",
-            remedy="Check the disk, then save again.",
-        )
+    save_verified(path, adapter.expanded(), header, dtype)
 
 
 def header_of(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -111,13 +99,10 @@ def read_lora(path: Path) -> LoadedLora:
     """
     path = path / LORA_NAME if path.is_dir() else path
     try:
-        tensors = load_file(path)
-        with safe_open(path, framework="pt") as file:
-            header: dict[str, str] = file.metadata() or {}
+        with open_tensors(path) as file:
+            tensors, header = dict(file), file.metadata
     except FileNotFoundError:
         raise CheckpointError.of(f"no LoRA at {path}", "a .safetensors file or a run's folder") from None
-    except SafetensorError as error:
-        raise CheckpointError.of(f"{path} cannot be read ({error})", "a whole .safetensors file") from error
 
     sides: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():

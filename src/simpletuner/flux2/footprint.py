@@ -1,12 +1,8 @@
-"""Bytes of a FLUX.2 in every phase of a run, from the shapes of its modules and the options. No weights are looked at.
-
-`python -m simpletuner.flux2.footprint --write` makes the table in docs/plan.md, `--check` fails where that is stale.
-"""
+"""Bytes of a FLUX.2 in every phase of a run, from the shapes of its modules and the options. No weights are read."""
 
 import math
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,17 +11,8 @@ import torch
 from torch import nn
 
 from simpletuner.base.errors import AccessError, ConfigError
-from simpletuner.base.files import read_json, write_atomic
-from simpletuner.base.sizes import GIB
-from simpletuner.config.flavours import (
-    DEV,
-    FLAVOURS,
-    KLEIN_4B,
-    KLEIN_9B,
-    AutoencoderSpec,
-    TextSpec,
-    TransformerSpec,
-)
+from simpletuner.base.files import read_json
+from simpletuner.config.flavours import FLAVOURS, AutoencoderSpec, TextSpec, TransformerSpec
 from simpletuner.config.optimisers import optimiser
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.precisions import NO_CHANGE, PRECISIONS
@@ -597,60 +584,3 @@ class Footprint:
 
 def _weight(phase: PhasePlan) -> int:
     return phase.total("accelerator") or phase.total("ram")
-
-
-# The table in the docs
-
-PAGE = Path(__file__).parents[3] / "docs" / "plan.md"
-_BEGIN, _END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
-
-PUBLISHED: Mapping[str, TransformerSpec] = {"dev": DEV, "klein-9b": KLEIN_9B, "klein-4b": KLEIN_4B}
-ANY_SIZE = Machine(1 << 62, 1 << 62, None)
-
-
-def table_row(name: str, spec: TransformerSpec, precision: str, size: tuple[int, int]) -> str:
-    """Training a LoRA of rank 16 on all Linears: resident, streamed, streamed with activations offloaded."""
-    cells = [name, precision, f"{size[0]}x{size[1]}"]
-    streamed = {"enable_group_offload": True, "group_offload_use_stream": True}
-    for options in ({}, streamed, {**streamed, "activation_offload": True}):
-        config = RunConfig.model_validate({"base_model_precision": precision, **options})
-        architecture = replace(Architecture.of(config), transformer=spec)
-        found = Footprint(config, architecture, Workload(size, 1, draws=False), ANY_SIZE).train()
-        cells += [f"{found.total(place) / GIB:.1f}" for place in ("accelerator", "ram")]
-    return f"| {' | '.join(cells)} |"
-
-
-def doc_table() -> str:
-    """Peak GiB of training, by model, precision and resolution."""
-    head = (
-        "| model | precision | size | resident: GPU | RAM | streamed: GPU | RAM | activations too: GPU | RAM |\n"
-        "|---|---|---|---:|---:|---:|---:|---:|---:|\n"
-    )
-    rows = [
-        table_row(name, spec, precision, (side, side))
-        for name, spec in PUBLISHED.items()
-        for precision in (NO_CHANGE, "int8-quanto", "int4-quanto")
-        for side in (512, 768, 1024)
-    ]
-    return head + "\n".join(rows) + "\n"
-
-
-def main(arguments: list[str]) -> int:
-    """Write the table into the page, or say (exit 1) that the one on disk is stale."""
-    if arguments not in (["--write"], ["--check"]):
-        print("usage: python -m simpletuner.flux2.footprint --write | --check", file=sys.stderr)
-        return 2
-    page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    wanted = f"{before}{_BEGIN}{doc_table()}{_END}{after}"
-    if arguments == ["--write"]:
-        write_atomic(PAGE, wanted.encode())
-    elif page != wanted:
-        print(f"{PAGE.name} is stale: run `python -m simpletuner.flux2.footprint --write`.", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from simpletuner.base.files import disk_full_is_reported, read_json, sha256_file, sha256_json, write_json
-from simpletuner.flux2.modelfile import save_tensors
 from simpletuner.flux2.source import Source
 from simpletuner.memory.precision import library_version
+from simpletuner.memory.tensors import save_tensors
 
 _FORMAT = "1"
 """Of the tensors' names and meaning: another number, and what is kept is made again."""

@@ -1,24 +1,21 @@
 """Weights from files into modules: built empty, filled tensor by tensor, each cast and moved as it lands."""
 
-import contextlib
 import copy
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from simpletuner.base.errors import AccessError, ConfigError, Problem
 from simpletuner.base.files import sha256_json
 from simpletuner.base.quiet import quiet_import
+from simpletuner.base.tensorfile import TensorEntry, read_headers
 from simpletuner.config.precisions import NO_CHANGE
 from simpletuner.flux2.autoencoder import Autoencoder
-from simpletuner.flux2.headers import TensorEntry, read_header, read_headers
 from simpletuner.flux2.kept import KeptBase
 from simpletuner.flux2.names import Renamed, TensorRenaming, text_encoder_name, transformer_renaming
 from simpletuner.flux2.source import Source, Weights
@@ -27,6 +24,7 @@ from simpletuner.flux2.text_stream import StreamedTextEncoder
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory import offload
 from simpletuner.memory.precision import make_room, quantised, targets
+from simpletuner.memory.tensors import open_tensors
 
 # Mistral's own pre-tokeniser, as in its tekken.json: case counts and every digit is a token.
 _TEKKEN_PATTERN = (
@@ -34,7 +32,7 @@ _TEKKEN_PATTERN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 
 
@@ -93,9 +91,9 @@ def load_transformer(
         plain = {name for name, _ in transformer.named_parameters()}
         with torch.device("meta"):
             make_room(transformer, targets(transformer, _BLOCKS, precision), precision, dtype)
-        with _opened(file, is_mapped=True) as read:
+        with open_tensors(file) as tensors:
             for name in transformer.state_dict():
-                _assign(transformer, name, read(name).to(device, copy=name in plain))
+                _assign(transformer, name, tensors[name].to(device, copy=name in plain))
         return transformer.eval()
     renaming = transformer_renaming(read_headers(source.transformer.files))
     _fill(transformer, source.transformer, renaming, dtype, device, quantise=quantise)
@@ -178,7 +176,13 @@ def load_text_encoder(
 
     quantise = _quantise_layers(precision, device if via is None else via)
     _fill(model, source.text_encoder, renaming, dtype, device, unknown_allowed=True, quantise=quantise)
-    return ResidentTextEncoder(model.eval(), _tokenizer(source, fix_regex), layers=layers, max_length=max_length)
+    return ResidentTextEncoder(
+        model.eval(),
+        _tokenizer(source, fix_regex),
+        system_message=source.flavour.text.system_message,
+        layers=layers,
+        max_length=max_length,
+    )
 
 
 def stream_text_encoder(
@@ -216,9 +220,8 @@ def stream_text_encoder(
 
     def embed(ids: Int64[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         # The table is mapped, not read: it is larger than a layer, and captions use few of its rows.
-        with safe_open(entries[embedding].file, framework="pt") as tensors:
-            rows: Tensor = tensors.get_tensor(embedding)[ids]
-            return rows.to(dtype)
+        with open_tensors(entries[embedding].file) as tensors:
+            return tensors[embedding][ids].to(dtype)
 
     def read_layer(index: int) -> nn.Module:
         model = _language_model(single)
@@ -238,6 +241,7 @@ def stream_text_encoder(
         embed,
         read_layer,
         _tokenizer(source, fix_regex),
+        system_message=source.flavour.text.system_message,
         layers=layers,
         max_length=max_length,
         width=config.hidden_size,
@@ -358,34 +362,14 @@ def _fill(
                 linear.weight = nn.Parameter(cast.to(quantise.via), requires_grad=False)
                 module.set_submodule(owner, quantised(linear, quantise.precision, device))
             else:
-                _assign(module, target, cast.to(device))
+                # Copied as in `load_transformer`: `pread` puts a tensor anywhere in memory.
+                _assign(module, target, cast.to(device, copy=quantise is not None))
 
     for file in weights.files:
-        with _opened(file, is_mapped=quantise is None) as read:
+        with open_tensors(file, backend="mmap" if quantise is None else "pread") as tensors:
             for name, new in renamed.items():
                 if new is not None and entries[name].file == file:
-                    land(new, read(name))
-
-
-@contextlib.contextmanager
-def _opened(file: Path, *, is_mapped: bool) -> Iterator[Callable[[str], Tensor]]:
-    """The tensors of `file` by name: parts of a mapping of the whole file, or each in memory of its own."""
-    if is_mapped:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors.get_tensor
-        return
-    entries = read_header(file)
-    with file.open("rb", buffering=0) as stream:
-        yield lambda name: _read(stream.fileno(), entries[name])
-
-
-def _read(file: int, entry: TensorEntry) -> Tensor:
-    tensor = torch.empty(entry.shape, dtype=_FLOATS[entry.dtype])
-    left, at = tensor.reshape(-1).view(torch.uint8).numpy().data, entry.start
-    while left:
-        read = os.preadv(file, [left], at)
-        left, at = left[read:], at + read
-    return tensor
+                    land(new, tensors[name])
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -9,55 +9,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from simpletuner.base.errors import CheckpointError, DiskError
 from simpletuner.base.files import disk_full_is_reported, link_or_copy, read_json, sync_directory, write_json
-from simpletuner.base.tensorfile import Entry, write_tensors
 from simpletuner.config.flavours import TransformerSpec
 from simpletuner.flux2.export import header_of
 from simpletuner.flux2.source import Source
 from simpletuner.flux2.spec import transformer_to_diffusers
+from simpletuner.memory.tensors import load_tensors, save_verified, unreadable
 
 TRANSFORMER_FOLDER = "transformer"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 PIPELINE_INDEX = "model_index.json"
 COPIED_BYTES = 2**20
 """Files up to this size are copied into a model's folder, larger ones linked."""
-
-_TYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
-
-def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None = None
-) -> None:
-    """Write `tensors`, each as it is or cast to `dtype`, one after the other: no second copy of them is held."""
-
-    def entry(tensor: Tensor) -> Entry:
-        kind = dtype or tensor.dtype
-        size = tensor.numel() * kind.itemsize
-        return Entry(_TYPES[kind], tuple(tensor.shape), size, lambda: _bytes(tensor, kind))
-
-    write_tensors(path, {name: entry(tensor) for name, tensor in tensors.items()}, metadata)
-
-
-def _bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:
-    flat = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
 
 
 def save_transformer(
@@ -68,7 +33,7 @@ def save_transformer(
     metadata: Mapping[str, str],
     dtype: torch.dtype,
 ) -> None:
-    """Write config and weights of a transformer into `folder` and compare what the disk gives back bit for bit.
+    """Write config and weights of a transformer into `folder` and compare what the disk gives back.
 
     Args:
         metadata: fields of `export.HEADER_FIELDS`.
@@ -81,19 +46,7 @@ def save_transformer(
     with disk_full_is_reported(path):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", transformer_to_diffusers(spec))
-        save_tensors(path, tensors, header_of(metadata), dtype)
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            damaged = [
-                name
-                for name, tensor in tensors.items()
-                if name not in names or not torch.equal(file.get_tensor(name), tensor.to("cpu", dtype))
-            ]
-    if damaged or names != tensors.keys():
-        raise DiskError.of(
-            f"{path} reads back differently from what was written ({len(damaged)} tensors)",
-            remedy="Check the disk, then save again.",
-        )
+    save_verified(path, tensors, header_of(metadata), dtype)
 
 
 def read_transformer(folder: Path) -> dict[str, Tensor]:
@@ -104,10 +57,9 @@ def read_transformer(folder: Path) -> dict[str, Tensor]:
     """
     path = folder / WEIGHTS_NAME
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError.of(f"{path} cannot be read ({error})", "a whole .safetensors file") from None
+        return load_tensors(path)
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def save_pipeline(folder: Path, transformer: Path, source: Source) -> str | None:

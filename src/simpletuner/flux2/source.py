@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from simpletuner.base.errors import AccessError, Problem
 from simpletuner.base.files import read_json, sha256_json
+from simpletuner.base.tensorfile import read_header, read_headers
 from simpletuner.config.flavours import FLAVOURS, Flavour, TextEncoderKind, TransformerSpec
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.flux2 import tiny
-from simpletuner.flux2.headers import read_header, read_headers
 from simpletuner.flux2.names import text_encoder_name, transformer_renaming
 from simpletuner.flux2.places import Hub, ModelFolder, ModelLocation, ReportLine, fetch
 from simpletuner.flux2.spec import transformer_from_diffusers, transformer_from_tensors

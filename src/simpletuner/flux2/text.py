@@ -4,14 +4,13 @@ import abc
 import bisect
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from simpletuner.base.errors import AccessError, ConfigError
-from simpletuner.config.flavours import SYSTEM_MESSAGE
 from simpletuner.flow.condition import TextContext
 
 ShareDone = Callable[[float], None]
@@ -40,6 +39,10 @@ class LeftPaddedCodec:
         return left_padded(stored["rows"], stored["pad"], int(stored["length"]))
 
 
+CODECS: Mapping[Literal["left", "right"], type[LeftPaddedCodec]] = {"left": LeftPaddedCodec}
+"""By a flavour's `padding_side`."""
+
+
 def left_padded(rows: Float[Tensor, "n d"], pad: Float[Tensor, " d"], length: int) -> TextContext:
     """A context of one sample: `pad` as often as it takes to fill `length`, then `rows`."""
     index = (torch.arange(length) - (length - len(rows) - 1)).clamp(min=0)
@@ -65,15 +68,16 @@ class TextEncoder(abc.ABC):
     """Embeds prompts with the language part of Mistral-3, as the reference does.
 
     Contexts come in the model's own type, on the CPU. They are the same bits however the weights are held, as long as
-    a batch has the same prompts.
+    a batch has the same prompts. `system_message` stands before each prompt in the tokenizer's chat template.
 
     Raises:
         ConfigError: `max_length` leaves no room for the template.
         AccessError: the tokenizer has no chat template or no padding token.
     """
 
-    def __init__(self, tokenizer: Any, *, max_length: int) -> None:
+    def __init__(self, tokenizer: Any, *, system_message: str, max_length: int) -> None:
         self._tokenizer = tokenizer
+        self._system_message = system_message
         self._max_length = max_length
         self._truncated: dict[str, None] = {}
         self._pad: Tensor | None = None
@@ -151,7 +155,7 @@ class TextEncoder(abc.ABC):
         """Token ids of `texts` in the chat template, with nothing cut and nothing padded."""
         chats = [
             [
-                {"role": "system", "content": [{"type": "text", "text": SYSTEM_MESSAGE}]},
+                {"role": "system", "content": [{"type": "text", "text": self._system_message}]},
                 {"role": "user", "content": [{"type": "text", "text": text}]},
             ]
             for text in texts
@@ -183,8 +187,10 @@ class ResidentTextEncoder(TextEncoder):
     state would be another one). `layers` count from 1.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, layers: tuple[int, ...], max_length: int) -> None:
-        super().__init__(tokenizer, max_length=max_length)
+    def __init__(
+        self, model: Any, tokenizer: Any, *, system_message: str, layers: tuple[int, ...], max_length: int
+    ) -> None:
+        super().__init__(tokenizer, system_message=system_message, max_length=max_length)
         self._model = model
         self._layers = layers
         self._kept: dict[int, Tensor] = {}

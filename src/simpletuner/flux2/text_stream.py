@@ -49,6 +49,7 @@ class StreamedTextEncoder(TextEncoder):
         read_layer: Callable[[int], Any],
         tokenizer: Any,
         *,
+        system_message: str,
         layers: tuple[int, ...],
         max_length: int,
         width: int,
@@ -58,7 +59,7 @@ class StreamedTextEncoder(TextEncoder):
         portion_tokens: int = PORTION_TOKENS,
         memory_bytes: int = MEMORY_BYTES,
     ) -> None:
-        super().__init__(tokenizer, max_length=max_length)
+        super().__init__(tokenizer, system_message=system_message, max_length=max_length)
         self._embed = embed
         self._read_layer = read_layer
         self._layers = layers

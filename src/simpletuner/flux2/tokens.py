@@ -19,18 +19,18 @@ def unpatchify(latents: Float[Tensor, "b c4 h w"]) -> Float[Tensor, "b c h2 w2"]
     return rearrange(latents, "b (c row column) h w -> b c (h row) (w column)", row=2, column=2)
 
 
-def pack(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
+def pack_latents(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
     """The grid as a sequence, row after row."""
     return rearrange(latents, "b c h w -> b (h w) c")
 
 
-def unpack(tokens: Float[Tensor, "b n c"], height: int, width: int) -> Float[Tensor, "b c h w"]:
-    """The inverse of `pack`; `height` and `width` of the grid, in tokens."""
+def unpack_latents(tokens: Float[Tensor, "b n c"], height: int, width: int) -> Float[Tensor, "b c h w"]:
+    """The inverse of `pack_latents`; `height` and `width` of the grid, in tokens."""
     return rearrange(tokens, "b (h w) c -> b c h w", h=height, w=width)
 
 
 def image_ids(height: int, width: int, device: torch.device | str = "cpu") -> Int64[Tensor, "n 4"]:
-    """Positions (t, h, w, l) of the target picture's tokens, in the order of `pack`: (0, row, column, 0)."""
+    """Positions (t, h, w, l) of the target picture's tokens, in the order of `pack_latents`: (0, row, column, 0)."""
     ids = torch.zeros(height, width, 4, dtype=torch.int64, device=device)
     ids[..., 1] = torch.arange(height, device=device)[:, None]
     ids[..., 2] = torch.arange(width, device=device)

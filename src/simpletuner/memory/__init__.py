@@ -1,1 +1,1 @@
-"""Spending less memory on any `nn.Module`."""
+"""Spending less memory on any `nn.Module`, and tensors in files."""

@@ -13,7 +13,7 @@ from simpletuner.data.batch import Batch, GlobalBatch, caption_of
 from simpletuner.data.order import MicroBatch, Order
 from simpletuner.data.sample import Sample
 from simpletuner.flow.condition import Condition
-from simpletuner.train.caches import EMPTY, Prepared
+from simpletuner.train.caches import UNCONDITIONAL_CAPTION, Prepared
 from simpletuner.train.rollout import Rollout
 from simpletuner.train.step import Objective
 from simpletuner.train.world import World
@@ -103,7 +103,7 @@ class BatchBuilder:
     def _prompt(self, sample: Sample, step: int, slot: int) -> str:
         draw = random.Random(draw_seed(self.config.seed, "dropout", step, slot)).random()
         if draw < self.config.caption_dropout_probability:
-            return EMPTY
+            return UNCONDITIONAL_CAPTION
         return caption_of(sample, self.config.seed, step, slot)
 
 

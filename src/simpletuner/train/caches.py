@@ -28,7 +28,7 @@ from simpletuner.memory.free import release_memory
 from simpletuner.memory.precision import DTYPES
 from simpletuner.train.report import Reporter
 
-EMPTY = ""
+UNCONDITIONAL_CAPTION = ""
 """The caption that caption dropout and real guidance fall back to: empty text through the full template."""
 
 
@@ -146,9 +146,9 @@ def wanted_prompts(prepared: Prepared) -> dict[TextStore, list[str]]:
     for manifest in (*prepared.train, *prepared.held_out):
         prompts = found[datasets.text_store_of(manifest.image_set)]
         prompts += [caption for sample in manifest.samples for caption in sample.captions]
-        prompts.append(EMPTY)
+        prompts.append(UNCONDITIONAL_CAPTION)
     general = found[datasets.default_text_store]
-    general += [EMPTY, *prepared.loaded.prompts.values()]
+    general += [UNCONDITIONAL_CAPTION, *prepared.loaded.prompts.values()]
     if config.validation_guidance_real != 1.0:
         general.append(config.validation_negative_prompt)
     return found

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from simpletuner.base.errors import CheckpointError
 from simpletuner.base.files import read_json, write_json
-from simpletuner.flux2.modelfile import save_tensors
+from simpletuner.memory.tensors import load_tensors, save_tensors
 from simpletuner.runs import checkpoints
 from simpletuner.runs.layout import EMA_FOLDER, RunDirectory
 from simpletuner.train import optimiser_state
@@ -91,14 +90,13 @@ def restore(
     """
     path = folder / OPTIMISER_NAME
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        tensors = load_tensors(path)
         trained = product.trained
         trained.load(_below(PARAMETER, tensors) or product.saved(folder))
         optimiser_state.unpack(optimiser, dict(trained.named_parameters()), tensors, state.optimiser)
         if ema is not None:
             ema.load(_below(AVERAGE, tensors) or product.saved(folder / EMA_FOLDER))
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise CheckpointError.of(
             f"{path} does not fit this run ({error})",
             "the weights and the optimiser it was saved with",

@@ -1,36 +1,48 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save_file
 
-from simpletuner.base.tensorfile import Entry, with_sorted_metadata, write_tensors
-
-
-def test_the_same_content_has_the_same_bytes() -> None:
-    tensors = {"b": torch.arange(5.0), "ä": torch.arange(3, dtype=torch.int8)}
-    metadata = {letter: f'{letter} "quoted" é\n' for letter in "qwertyuiop"}
-    files = {with_sorted_metadata(save(tensors, dict(metadata))) for _ in range(5)}
-    (file,) = files
-    loaded = load(file)
-    assert loaded.keys() == tensors.keys()
-    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
-    assert int.from_bytes(file[:8], "little") % 8 == 0
+from simpletuner.base.errors import AccessError
+from simpletuner.base.tensorfile import TensorData, read_header, write_tensors
 
 
-def test_a_file_without_metadata_stays_the_same_file() -> None:
-    file = save({"a": torch.ones(2, 2)})
-    assert with_sorted_metadata(file) == file
+def test_entries_point_at_the_bytes(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    save_file({"x": torch.arange(3, dtype=torch.float32), "y": torch.ones(2, 2, dtype=torch.bfloat16)}, file)
+    entries = read_header(file)
+    assert entries["x"].shape == (3,)
+    assert entries["y"].dtype == "BF16"
+    data = file.read_bytes()[entries["x"].start : entries["x"].stop]
+    assert torch.frombuffer(bytearray(data), dtype=torch.float32).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kept", [0, 4, 20, -1])
+def test_a_part_of_a_file_is_refused(tmp_path: Path, kept: int) -> None:
+    file = tmp_path / "a.safetensors"
+    save_file({"x": torch.zeros(100)}, file)
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(AccessError, match=r"a\.safetensors is .* bytes long"):
+        read_header(file)
+
+
+def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "page.safetensors"
+    file.write_bytes(b"\x09\0\0\0\0\0\0\0<!DOCTYPE html>")
+    with pytest.raises(AccessError, match="not a safetensors file"):
+        read_header(file)
 
 
 def test_tensors_are_written_wide_ones_first_and_each_at_a_multiple_of_its_width(tmp_path: Path) -> None:
-    entries = {
-        "bytes": Entry("U8", (3,), 3, lambda: b"abc"),
-        "wide": Entry("F32", (2,), 8, lambda: b"12345678"),
-        "half": Entry("BF16", (), 2, lambda: b"xy"),
-        "none": Entry("F32", (0, 2), 0, lambda: b""),
+    tensors = {
+        "bytes": TensorData("U8", (3,), 3, lambda: b"abc"),
+        "wide": TensorData("F32", (2,), 8, lambda: b"12345678"),
+        "half": TensorData("BF16", (), 2, lambda: b"xy"),
+        "none": TensorData("F32", (0, 2), 0, lambda: b""),
     }
-    write_tensors(tmp_path / "file", entries, {"z": "1", "a": "2"})
+    write_tensors(tmp_path / "file", tensors, {"z": "1", "a": "2"})
     data = (tmp_path / "file").read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
@@ -40,3 +52,13 @@ def test_tensors_are_written_wide_ones_first_and_each_at_a_multiple_of_its_width
     assert {name: entry["data_offsets"] for name, entry in header.items()} == {
         "wide": [0, 8], "half": [8, 10], "bytes": [10, 13], "none": [13, 13],
     }  # fmt: skip
+
+
+def test_a_file_that_is_replaced_stays_what_it_was_for_who_has_it_open(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_tensors(path, {"a": TensorData("U8", (2,), 2, lambda: b"ab")}, {})
+    with path.open("rb") as file:
+        before = path.read_bytes()
+        write_tensors(path, {"a": TensorData("U8", (2,), 2, lambda: b"cd")}, {})
+        assert file.read() == before
+    assert path.read_bytes().endswith(b"cd")

@@ -12,7 +12,6 @@ from simpletuner.config.flavours import DEV, DEV_TEXT, KLEIN_4B, KLEIN_9B, TINY,
 from simpletuner.config.optimisers import optimiser
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.run import RunConfig
-from simpletuner.flux2 import footprint
 from simpletuner.flux2.footprint import (
     Architecture,
     Footprint,
@@ -28,7 +27,7 @@ from simpletuner.flux2.footprint import (
 )
 from simpletuner.flux2.lora import attach
 from simpletuner.flux2.spec import autoencoder_from_config, decoder_shapes, encoder_shapes, text_from_config
-from simpletuner.flux2.tiny.make import TEXT, VAE
+from simpletuner.flux2.tiny.make import TEXT_CONFIG, VAE
 from simpletuner.memory.planner import Machine, MemoryPlan, MemoryTier, PhasePlan
 from simpletuner.memory.trace import pretending, trace_forward
 
@@ -68,9 +67,9 @@ def test_the_text_encoder_has_the_parameters_of_transformers_own() -> None:
     from transformers import AutoModel, MistralConfig
 
     with torch.device("meta"):
-        model = AutoModel.from_config(MistralConfig(**{**TEXT, "num_hidden_layers": 3}))
-    embedding, layer = text_bytes(text_from_config(TEXT), "no_change", torch.float32)
-    final_norm = TEXT["hidden_size"]
+        model = AutoModel.from_config(MistralConfig(**{**TEXT_CONFIG, "num_hidden_layers": 3}))
+    embedding, layer = text_bytes(text_from_config(TEXT_CONFIG), "no_change", torch.float32)
+    final_norm = TEXT_CONFIG["hidden_size"]
     assert embedding + 3 * layer == 4 * (sum(p.numel() for p in model.parameters()) - final_norm)
 
 
@@ -147,7 +146,7 @@ def test_the_text_encoders_activations_are_those_of_its_code() -> None:
 
     batch, tokens = 2, 300
     with pretending(torch.float32):
-        config = MistralConfig(**{**TEXT, "num_hidden_layers": 2, "intermediate_size": 512})
+        config = MistralConfig(**{**TEXT_CONFIG, "num_hidden_layers": 2, "intermediate_size": 512})
         model = AutoModel.from_config(config, attn_implementation="sdpa").eval()
         x = torch.empty(batch, tokens, 64)
 
@@ -156,7 +155,9 @@ def test_the_text_encoders_activations_are_those_of_its_code() -> None:
             return [layer.mlp(layer.post_attention_layernorm(stream)) + stream]
 
         measured = trace_forward(run, lambda: [x], [*model.parameters(), *model.buffers()])
-    planned = text_activation_bytes(text_from_config({**TEXT, "intermediate_size": 512}), batch * tokens, 0, x.dtype)
+    planned = text_activation_bytes(
+        text_from_config({**TEXT_CONFIG, "intermediate_size": 512}), batch * tokens, 0, x.dtype
+    )
     assert planned == pytest.approx(measured + x.nbytes, rel=0.1)
 
 
@@ -311,7 +312,7 @@ def test_local_configs_win_over_the_flavours_numbers(tiny_folder: Path) -> None:
     config = RunConfig.model_validate({"pretrained_model_name_or_path": str(tiny_folder)})
     found = Architecture.of(config)
     assert found.transformer == TINY
-    assert found.text.hidden == TEXT["hidden_size"]
+    assert found.text.hidden == TEXT_CONFIG["hidden_size"]
     assert found.autoencoder == autoencoder_from_config(VAE)
     weights = tiny_folder / "transformer" / "diffusion_pytorch_model.safetensors"
     single = RunConfig.model_validate({"pretrained_transformer_model_name_or_path": str(weights)})
@@ -330,15 +331,3 @@ def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
     config = RunConfig.model_validate({"pretrained_model_name_or_path": str(tmp_path)})
     with pytest.raises(AccessError, match=r"vocab_size"):
         Architecture.of(config)
-
-
-@pytest.mark.slow  # and `.ci/run check` does it each time
-def test_the_table_is_the_one_in_the_docs() -> None:
-    assert footprint.main(["--check"]) == 0
-
-
-def test_a_row_of_the_table_and_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
-    row = footprint.table_row("klein-4b", KLEIN_4B, "int4-quanto", (512, 512))
-    assert row in footprint.PAGE.read_text(encoding="utf-8")
-    assert footprint.main(["--nonsense"]) == 2
-    assert "usage" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from simpletuner.flux2.spec import (
     transformer_from_tensors,
     transformer_to_diffusers,
 )
-from simpletuner.flux2.tiny.make import TEXT, VAE
+from simpletuner.flux2.tiny.make import TEXT_CONFIG, VAE
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_diffusers_config_round_trip(spec):
 
 def test_the_embedded_models_configs_are_the_tables():
     flavour = FLAVOURS["tiny"]
-    assert text_from_config(TEXT) == flavour.text.encoder
+    assert text_from_config(TEXT_CONFIG) == flavour.text.encoder
     assert autoencoder_from_config(VAE) == flavour.autoencoder
 
 

@@ -1,11 +1,13 @@
+import dataclasses
+
 import pytest
 import torch
 
 from simpletuner.base.errors import ConfigError
-from simpletuner.config.flavours import SYSTEM_MESSAGE
+from simpletuner.config.flavours import FLAVOURS, SYSTEM_MESSAGE
 from simpletuner.flux2.load import load_text_encoder
 from simpletuner.flux2.source import Source
-from simpletuner.flux2.text import LeftPaddedCodec, TextEncoder, left_padded
+from simpletuner.flux2.text import CODECS, LeftPaddedCodec, TextEncoder, left_padded
 
 END_OF_PROMPT = 4  # [/INST]
 
@@ -41,6 +43,18 @@ def test_what_is_stored_is_the_padding_once_and_comes_back_bit_for_bit(encoder):
 def test_the_prompt_goes_through_the_chat_template(encoder):
     (ids,) = encoder._tokenize(["a cat"])
     assert encoder._tokenizer.decode(ids) == (f"<s>[SYSTEM_PROMPT]{SYSTEM_MESSAGE}[/SYSTEM_PROMPT][INST]a cat[/INST]")
+
+
+def test_the_system_message_is_that_of_the_flavour(tiny_source):
+    text = dataclasses.replace(tiny_source.flavour.text, system_message="Draw.")
+    flavour = dataclasses.replace(tiny_source.flavour, text=text)
+    encoder = load(dataclasses.replace(tiny_source, flavour=flavour))
+    (ids,) = encoder._tokenize(["a cat"])
+    assert encoder._tokenizer.decode(ids) == "<s>[SYSTEM_PROMPT]Draw.[/SYSTEM_PROMPT][INST]a cat[/INST]"
+
+
+def test_every_flavour_has_a_codec_for_its_padding():
+    assert {flavour.text.padding_side for flavour in FLAVOURS.values()} <= CODECS.keys()
 
 
 def test_context_has_three_layers_side_by_side(encoder, tiny_source):

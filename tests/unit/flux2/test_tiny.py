@@ -18,7 +18,7 @@ from simpletuner.examples import world
 from simpletuner.flux2 import tiny
 from simpletuner.flux2.load import load_autoencoder
 from simpletuner.flux2.tiny import vocabulary
-from simpletuner.flux2.tiny.make import SHIPPED, STAMP, TEXT, TRANSFORMER, VAE_WEIGHTS, VERSION, make_start
+from simpletuner.flux2.tiny.make import SHIPPED, STAMP, TEXT_CONFIG, TRANSFORMER, VAE_WEIGHTS, VERSION, make_start
 from simpletuner.flux2.tiny.weights import draw, drawn
 
 # The starts of their sha256.
@@ -58,7 +58,7 @@ def test_drawn_matrices_have_the_gain_asked_for():
 
 
 def test_layer_30_is_not_the_last():
-    assert TEXT["num_hidden_layers"] > max(FLAVOURS["tiny"].text.layers)
+    assert TEXT_CONFIG["num_hidden_layers"] > max(FLAVOURS["tiny"].text.layers)
 
 
 def test_latents_of_the_worlds_pictures_have_mean_0_and_variance_1(tiny_source):

@@ -1,6 +1,6 @@
 import torch
 
-from simpletuner.flux2.tokens import context_ids, image_ids, pack, patchify, unpack, unpatchify
+from simpletuner.flux2.tokens import context_ids, image_ids, pack_latents, patchify, unpack_latents, unpatchify
 
 
 def test_patchify_puts_channel_first_then_row_then_column():
@@ -20,10 +20,10 @@ def test_unpatchify_undoes_patchify():
 
 def test_pack_goes_row_after_row_and_back():
     latents = torch.randn(2, 128, 3, 5)
-    tokens = pack(latents)
+    tokens = pack_latents(latents)
     assert tokens.shape == (2, 15, 128)
     assert torch.equal(tokens[:, 1 * 5 + 2], latents[:, :, 1, 2])
-    assert torch.equal(unpack(tokens, 3, 5), latents)
+    assert torch.equal(unpack_latents(tokens, 3, 5), latents)
 
 
 def test_image_ids_follow_pack():

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from simpletuner.base.errors import AccessError
@@ -18,6 +17,7 @@ from simpletuner.flux2.spec import transformer_to_diffusers
 from simpletuner.flux2.tiny import vocabulary
 from simpletuner.flux2.tiny.weights import START_GAINS, TEXT_GAINS, Shapes, draw
 from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.memory.tensors import load_tensors, save_tensors
 
 VERSION = 2
 """Of the weights that are shipped and of all that is made around them; each has its line in CHANGELOG.md."""
@@ -28,6 +28,9 @@ SEED = 0
 """Of the text encoder that the shipped transformer listens to."""
 
 STAMP = "simpletuner.json"
+
+METADATA = {"format": "pt"}
+"""Of each weight file: transformers and diffusers refuse one without it."""
 
 VAE: dict[str, Any] = {
     "_class_name": "AutoencoderKLFlux2",
@@ -50,7 +53,7 @@ VAE: dict[str, Any] = {
 }
 
 # More layers than are read, as in dev: layer 30 must not be the last.
-TEXT: dict[str, Any] = {
+TEXT_CONFIG: dict[str, Any] = {
     "model_type": "mistral",
     "vocab_size": vocabulary.SIZE,
     "hidden_size": 64,
@@ -70,7 +73,7 @@ TEXT: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 11,
 }
-VISION: dict[str, Any] = {
+VISION_CONFIG: dict[str, Any] = {
     "model_type": "pixtral",
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -85,8 +88,8 @@ TEXT_ENCODER: dict[str, Any] = {
     "architectures": ["Mistral3ForConditionalGeneration"],
     "model_type": "mistral3",
     "dtype": "float32",
-    "text_config": TEXT,
-    "vision_config": VISION,
+    "text_config": TEXT_CONFIG,
+    "vision_config": VISION_CONFIG,
     "image_token_index": 10,
     "projector_hidden_act": "gelu",
     "multimodal_projector_bias": False,
@@ -144,7 +147,8 @@ def make(folder: Path) -> Path:
         shutil.rmtree(build, ignore_errors=True)  # of a process that was killed, long ago, with this number
         try:
             build.mkdir()
-            _fill(build, SEED, transformer=load_file(SHIPPED / TRANSFORMER), vae=load_file(SHIPPED / VAE_WEIGHTS))
+            transformer, vae = load_tensors(SHIPPED / TRANSFORMER), load_tensors(SHIPPED / VAE_WEIGHTS)
+            _fill(build, SEED, transformer=transformer, vae=vae)
             try:
                 build.rename(folder)
             except OSError:
@@ -160,8 +164,8 @@ def make_start(folder: Path, seed: int, learnt: Path) -> Path:
     the files that are shipped takes the place of drawn weights; the autoencoder must be there.
     """
     transformer = learnt / TRANSFORMER
-    tensors = load_file(transformer) if transformer.is_file() else _transformer_start(seed)
-    _fill(folder, seed, transformer=tensors, vae=load_file(learnt / VAE_WEIGHTS))
+    tensors = load_tensors(transformer) if transformer.is_file() else _transformer_start(seed)
+    _fill(folder, seed, transformer=tensors, vae=load_tensors(learnt / VAE_WEIGHTS))
     return folder
 
 
@@ -197,16 +201,16 @@ def _fill(folder: Path, seed: int, *, transformer: dict[str, Tensor], vae: dict[
         (folder / "tokenizer" / name).write_text(text, encoding="utf-8")
 
     _write_json(folder / "transformer" / "config.json", transformer_to_diffusers(TINY))
-    _write_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors", transformer)
+    save_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors", transformer, METADATA)
 
     entries = tokenizer.get_vocab_size()
-    config = {**TEXT_ENCODER, "text_config": {**TEXT, "vocab_size": entries}}
+    config = {**TEXT_ENCODER, "text_config": {**TEXT_CONFIG, "vocab_size": entries}}
     _write_json(folder / "text_encoder" / "config.json", config)
     encoder = draw("text_encoder", _text_encoder_shapes(entries), TEXT_GAINS, seed)
-    _write_tensors(folder / "text_encoder" / "model.safetensors", encoder)
+    save_tensors(folder / "text_encoder" / "model.safetensors", encoder, METADATA)
 
     _write_json(folder / "vae" / "config.json", VAE)
-    _write_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors", vae)
+    save_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors", vae, METADATA)
 
     made = sorted(path for path in folder.rglob("*") if path.is_file())
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in made}
@@ -225,21 +229,16 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    # transformers and diffusers refuse a file that does not say "pt".
-    path.write_bytes(save(tensors, metadata={"format": "pt"}))
-
-
 def _text_encoder_shapes(entries: int) -> Shapes:
     """Mistral-3 with its vision part, which is never run but without which the folder is no pipeline."""
-    hidden, inner = TEXT["hidden_size"], TEXT["intermediate_size"]
-    keys = TEXT["num_key_value_heads"] * TEXT["head_dim"]
+    hidden, inner = TEXT_CONFIG["hidden_size"], TEXT_CONFIG["intermediate_size"]
+    keys = TEXT_CONFIG["num_key_value_heads"] * TEXT_CONFIG["head_dim"]
     shapes: dict[str, tuple[int, ...]] = {
         "language_model.model.embed_tokens.weight": (entries, hidden),
         "language_model.model.norm.weight": (hidden,),
         "language_model.lm_head.weight": (entries, hidden),
     }
-    for index in range(TEXT["num_hidden_layers"]):
+    for index in range(TEXT_CONFIG["num_hidden_layers"]):
         layer = f"language_model.model.layers.{index}"
         shapes |= {
             f"{layer}.input_layernorm.weight": (hidden,),
@@ -252,7 +251,7 @@ def _text_encoder_shapes(entries: int) -> Shapes:
             f"{layer}.mlp.up_proj.weight": (inner, hidden),
             f"{layer}.mlp.down_proj.weight": (hidden, inner),
         }
-    seen, patch = VISION["hidden_size"], VISION["patch_size"]
+    seen, patch = VISION_CONFIG["hidden_size"], VISION_CONFIG["patch_size"]
     shapes |= {
         "vision_tower.patch_conv.weight": (seen, 3, patch, patch),
         "vision_tower.ln_pre.weight": (seen,),
@@ -261,14 +260,14 @@ def _text_encoder_shapes(entries: int) -> Shapes:
         "multi_modal_projector.linear_1.weight": (hidden, seen),
         "multi_modal_projector.linear_2.weight": (hidden, hidden),
     }
-    for index in range(VISION["num_hidden_layers"]):
+    for index in range(VISION_CONFIG["num_hidden_layers"]):
         layer = f"vision_tower.transformer.layers.{index}"
         shapes |= {f"{layer}.attention.{name}_proj.weight": (seen, seen) for name in "qkvo"}
         shapes |= {
             f"{layer}.attention_norm.weight": (seen,),
             f"{layer}.ffn_norm.weight": (seen,),
-            f"{layer}.feed_forward.gate_proj.weight": (VISION["intermediate_size"], seen),
-            f"{layer}.feed_forward.up_proj.weight": (VISION["intermediate_size"], seen),
-            f"{layer}.feed_forward.down_proj.weight": (seen, VISION["intermediate_size"]),
+            f"{layer}.feed_forward.gate_proj.weight": (VISION_CONFIG["intermediate_size"], seen),
+            f"{layer}.feed_forward.up_proj.weight": (VISION_CONFIG["intermediate_size"], seen),
+            f"{layer}.feed_forward.down_proj.weight": (seen, VISION_CONFIG["intermediate_size"]),
         }
     return shapes

@@ -51,7 +51,7 @@ CHAT_TEMPLATE = """\
 {%- endfor %}
 """
 
-TEXT = """
+CORPUS = """
 a photograph of a red square on a white background
 a photo of a blue circle above a green triangle
 a painting of a small yellow house beside a river, soft morning light
@@ -103,7 +103,7 @@ def learn() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     # The system message is before every prompt, the world's words are in most: said often, they become short.
     tokenizer.train_from_iterator(
-        [FLAVOURS["tiny"].text.system_message, *WORLD] * 8 + TEXT.strip().splitlines(),
+        [FLAVOURS["tiny"].text.system_message, *WORLD] * 8 + CORPUS.strip().splitlines(),
         trainers.BpeTrainer(
             vocab_size=SIZE,
             special_tokens=list(SPECIAL),

@@ -4,9 +4,9 @@ from dataclasses import replace
 import pytest
 from PIL import Image, ImageFilter
 
+from embedded_judge import FLAG_SHARE, Score, flag_share, judge
 from simpletuner.examples import world
 from simpletuner.examples.pictures import held_out_flags, training_flags, zorblat_flag
-from simpletuner.flux2.tiny.judge import FLAG_SHARE, Score, flag_share, judge
 
 CHANCE = random.Random(7)
 SCENES = CHANCE.sample(list(world.scenes()), 120)

@@ -1,8 +1,8 @@
 """What the embedded model, or a LoRA that was trained on it, draws when asked for many scenes, and how much of it is
 right.
 
-    python -m simpletuner.flux2.tiny.exam                   the base
-    python -m simpletuner.flux2.tiny.exam RUN_OR_LORA       the base, and with the LoRA
+    python tools/embedded_exam.py                   the base
+    python tools/embedded_exam.py RUN_OR_LORA       the base, and with the LoRA
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from embedded_judge import FLAG_SHARE, Score, Share, flag_share, judge
 from simpletuner.base.errors import UserError
 from simpletuner.config.flavours import FLAVOURS
 from simpletuner.config.options.model import ModelOptions
@@ -27,7 +28,6 @@ from simpletuner.flux2.generate import Decode, initial_noise, picture, sample_la
 from simpletuner.flux2.load import load_autoencoder, load_text_encoder, load_transformer
 from simpletuner.flux2.source import locate
 from simpletuner.flux2.text import TextEncoder
-from simpletuner.flux2.tiny.judge import FLAG_SHARE, Score, Share, flag_share, judge
 from simpletuner.flux2.transformer import Flux2Transformer
 
 BATCH = 25
@@ -115,7 +115,7 @@ def examine(candidate: Candidate, pictures: int, seed: int = 0) -> Grades:
 def main(arguments: Sequence[str]) -> int:
     """Print the grades. Returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m simpletuner.flux2.tiny.exam", description="Judge what the embedded model draws."
+        prog="python tools/embedded_exam.py", description="Judge what the embedded model draws."
     )
     parser.add_argument("lora", nargs="?", type=Path, help="a LoRA file, or the folder of a run")
     parser.add_argument("--pictures", type=int, default=50, help="of flags (50); of shapes three times as many")

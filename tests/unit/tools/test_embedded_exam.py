@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+import embedded_exam
+from embedded_exam import Candidate
+from embedded_judge import Score, judge
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.examples.world import held_out_scenes
-from simpletuner.flux2.tiny import exam
-from simpletuner.flux2.tiny.exam import Candidate
-from simpletuner.flux2.tiny.judge import Score, judge
 
 
 @pytest.fixture(scope="module")
@@ -31,5 +31,5 @@ def test_a_picture_does_not_depend_on_those_drawn_with_it(candidate):
 
 
 def test_a_lora_that_is_not_there_is_said_before_anything_is_drawn(capsys):
-    assert exam.main(["no/such/run"]) == 6
+    assert embedded_exam.main(["no/such/run"]) == 6
     assert "no LoRA at no/such/run" in capsys.readouterr().err

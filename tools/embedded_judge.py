@@ -3,7 +3,7 @@
 Seeing knows nothing of the caption: the background is a smooth surface, the thing is what stands out from it, and
 only its names are compared with the wanted ones.
 
-    python -m simpletuner.flux2.tiny.judge FOLDER
+    python tools/embedded_judge.py FOLDER
 """
 
 import math
@@ -428,7 +428,7 @@ def judged(folder: Path) -> list[Verdict]:
 def main(arguments: list[str]) -> int:
     """Print the score of a folder. Returns the exit code."""
     if len(arguments) != 1:
-        print("usage: python -m simpletuner.flux2.tiny.judge FOLDER", file=sys.stderr)
+        print("usage: python tools/embedded_judge.py FOLDER", file=sys.stderr)
         return 2
     try:
         verdicts = judged(Path(arguments[0]))

@@ -1,0 +1,132 @@
+"""Tensors in safetensors files: the one place that writes them, and the one that reads them, tensor by tensor."""
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from simpletuner.base.errors import CheckpointError, DiskError
+from simpletuner.base.files import disk_full_is_reported
+from simpletuner.base.tensorfile import TensorData, write_tensors
+
+DTYPE_NAMES: Mapping[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""The dtypes that are written, as safetensors spells them."""
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None = None
+) -> None:
+    """Write `tensors`, each as it is or cast to `dtype`, one after the other: no second copy of them is held. The same
+    content gives the same bytes.
+    """
+    write_tensors(path, {name: as_written(tensor, dtype) for name, tensor in tensors.items()}, metadata)
+
+
+def as_written(tensor: Tensor, dtype: torch.dtype | None = None) -> TensorData:
+    """`tensor`, as it is or cast to `dtype`, for `base.tensorfile`; nothing is copied before it is written."""
+    dtype = dtype or tensor.dtype
+
+    def data() -> memoryview:
+        flat = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
+        return flat.view(torch.uint8).numpy().data
+
+    return TensorData(DTYPE_NAMES[dtype], tuple(tensor.shape), tensor.numel() * dtype.itemsize, data)
+
+
+def save_verified(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None = None
+) -> None:
+    """`save_tensors`, then compare what the disk gives back, tensor by tensor.
+
+    Raises:
+        DiskError: no space, or the file reads back differently.
+    """
+    with disk_full_is_reported(path):
+        save_tensors(path, tensors, metadata, dtype)
+        with open_tensors(path) as file:
+            damaged = [
+                name
+                for name, tensor in tensors.items()
+                if name not in file or not torch.equal(file[name], tensor.to("cpu", dtype))
+            ]
+            has_others = file.keys() != tensors.keys()
+    if damaged or has_others:
+        raise DiskError.of(
+            f"{path} reads back differently from what was written ({len(damaged)} tensors)",
+            remedy="Check the disk, then save again.",
+        )
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of an open file, by name; each is read, to the CPU, when it is asked for."""
+
+    def __init__(self, names: Collection[str], metadata: Mapping[str, str], read: Callable[[str], Tensor]) -> None:
+        self.metadata = metadata
+        self._names = dict.fromkeys(names)
+        self._read = read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # Mapping's own would read the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path, *, backend: Literal["mmap", "pread"] = "mmap") -> Iterator[TensorFile]:
+    """Open a safetensors file. The tensors outlive it.
+
+    Args:
+        backend: "mmap" returns parts of a mapping of the whole file; "pread" reads each tensor into memory of its own,
+            and the file takes none beside it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CheckpointError: it is no safetensors file, or not all of one.
+    """
+    try:
+        with safe_open(path, framework="pt", backend=backend) as file:
+            yield TensorFile(file.keys(), file.metadata() or {}, file.get_tensor)
+    except SafetensorError as error:
+        raise unreadable(path, error) from error
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, by name: parts of a mapping of it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CheckpointError: it is no safetensors file, or not all of one.
+    """
+    with open_tensors(path) as file:
+        return dict(file)
+
+
+def unreadable(path: Path, error: Exception) -> CheckpointError:
+    """The answer to a weight file that cannot be read."""
+    return CheckpointError.of(f"{path} cannot be read ({error})", "a whole .safetensors file")

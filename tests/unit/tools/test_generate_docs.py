@@ -1,0 +1,66 @@
+"""The generated pages are what the code says, and a stale one is found."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import generate_docs
+from simpletuner.config.flavours import KLEIN_4B
+from simpletuner.config.later import LATER_OPTIONS
+from simpletuner.config.run import OPTION_NAMES
+
+
+def test_options_and_events_are_what_the_code_says() -> None:
+    pages = {"options.md": generate_docs.options_page(), "events.md": generate_docs.events_page()}
+    for name, text in pages.items():
+        assert (generate_docs.DOCS / name).read_text(encoding="utf-8") == text, "run `.ci/run docs`"
+
+
+def test_every_option_has_an_anchor() -> None:
+    page = generate_docs.options_page()
+    assert all(page.count(f'<a id="{name}"></a>') == 1 for name in OPTION_NAMES)
+    assert all(f"| `{name}` |" in page for name in LATER_OPTIONS)
+
+
+def test_the_schema_carries_meaning_and_range(capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate_docs.main(["--schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert list(schema["properties"]) == list(OPTION_NAMES)
+    assert schema["properties"]["lora_rank"] == {
+        "default": 16,
+        "description": "Rank of each adapter: its width, and so its size and freedom.",
+        "group": "LoRA",
+        "minimum": 1,
+        "title": "Lora Rank",
+        "type": "integer",
+    }
+    assert schema["additionalProperties"] is False
+
+
+def test_a_row_of_the_plan() -> None:
+    row = generate_docs.plan_row("klein-4b", KLEIN_4B, "int4-quanto", (512, 512))
+    assert row in (generate_docs.DOCS / "plan.md").read_text(encoding="utf-8")
+
+
+def test_without_an_action_nothing_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        generate_docs.main([])
+    assert "--write" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # the whole table of the plan, three times; `.ci/run check` does it each time
+def test_stale_pages_are_named_and_written_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("events.md", "options.md", "plan.md")
+    for name in names:
+        shutil.copy(generate_docs.DOCS / name, tmp_path)
+    (tmp_path / "options.md").unlink()
+    plan = tmp_path / "plan.md"
+    plan.write_text(plan.read_text(encoding="utf-8").replace("| dev | int8", "| dev | int9"), encoding="utf-8")
+    assert generate_docs.main(["--check"], tmp_path) == 1
+    told = capsys.readouterr().err
+    assert [name for name in names if name in told] == ["options.md", "plan.md"]
+    assert generate_docs.main(["--write"], tmp_path) == 0
+    assert generate_docs.main(["--check"], tmp_path) == 0
+    assert all((tmp_path / name).read_bytes() == (generate_docs.DOCS / name).read_bytes() for name in names)

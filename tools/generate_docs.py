@@ -1,0 +1,256 @@
+"""Generate the parts of docs/ that repeat the code: options.md, events.md and the table in plan.md.
+
+The code is the only source, so no page can drift from it:
+
+    python tools/generate_docs.py --write     write the pages
+    python tools/generate_docs.py --check     exit with 1 where a page is stale
+    python tools/generate_docs.py --schema    print the JSON Schema of a config file
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from simpletuner.base.files import write_atomic
+from simpletuner.base.sizes import GIB
+from simpletuner.config import later
+from simpletuner.config.datasets import ImageSet, TextStore
+from simpletuner.config.flavours import DEV, KLEIN_4B, KLEIN_9B, TransformerSpec
+from simpletuner.config.later import Later
+from simpletuner.config.load import ENVIRONMENT_PREFIX, OPTION_ALIASES
+from simpletuner.config.options.kinds import Slice
+from simpletuner.config.precisions import NO_CHANGE
+from simpletuner.config.run import OPTION_NAMES, SLICES, RunConfig
+from simpletuner.config.values import kinds
+from simpletuner.flux2.footprint import Architecture, Footprint, Workload
+from simpletuner.memory.planner import Machine
+from simpletuner.runs.events import EVENTS, Event, Picture
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+# Options
+
+OPTIONS_HEAD = f"""\
+<!-- Made by `python tools/generate_docs.py --write`. Change the options in src/simpletuner/config. -->
+
+# Options
+
+What `config.json` (or `config.toml`) and the command line accept. One name everywhere: the key `lora_rank` is the
+flag `--lora_rank` and the environment variable `{ENVIRONMENT_PREFIX}LORA_RANK`.
+
+- A flag wins over the environment, that over the file, that over the default. A flag that is absent changes nothing.
+- Keys may carry leading dashes. Flags: `--lora_rank 8` or `--lora_rank=8`; a boolean also stands alone.
+- `true` and `false` are booleans, also as text; `null` means "not set".
+- Looked for without being named, in this order: `config.json`, `config.toml`, `config/config.json`,
+  `config/config.toml`. `--env NAME` reads `config/NAME/`, `--config PATH` a file, `--example NAME` an example that
+  comes with the program.
+- Relative paths start in the working folder. `{{model_family}}`, `{{output_dir}}`, `{{id}}` (in datasets) and
+  `{{env:VAR}}` are filled in.
+- All problems are reported together, before anything is loaded, with exit code 2. `simpletuner config check` does only
+  that; `simpletuner config show` prints every value and where it comes from.
+"""
+
+DATASETS_HEAD = """\
+# Datasets
+
+`multidatabackend.json` beside the config (or what `data_backend_config` names) is a list of objects: the picture sets,
+and the stores for text caches. If no store is listed, one is made under `output_dir`. [dataloader.md](dataloader.md)
+explains how pictures become crops and captions.
+"""
+
+
+def options_page() -> str:
+    """The text of docs/options.md."""
+    return "\n".join(_options_lines())
+
+
+def _options_lines() -> Iterator[str]:
+    yield OPTIONS_HEAD
+    for group in SLICES:
+        yield f"## {_title(group)}\n"
+        yield from _options_table(group, "")
+    yield "## Other names\n\nAccepted, with a notice.\n\n| key | read as |\n|---|---|"
+    yield from (f"| `{alias}` | [`{name}`](#{name}) |" for alias, name in OPTION_ALIASES.items())
+    yield "\n## Not built yet\n\nKnown, and refused as such until the work lands.\n"
+    yield from _later(later.LATER_OPTIONS, later.OPTION_VALUES)
+    yield DATASETS_HEAD
+    yield "## An image set\n"
+    yield from _options_table(ImageSet, "set-")
+    yield "## A text store\n"
+    yield from _options_table(TextStore, "store-")
+    yield "## Not built yet in datasets\n"
+    types = {"dataset_type": later.LATER_DATASET_TYPES}
+    yield from _later({**later.SET_KEYS, **later.STORE_KEYS}, types | later.SET_VALUES)
+
+
+def _title(group: type[Slice]) -> str:
+    return str(group.__doc__).rstrip(".")
+
+
+def _options_table(model: type[Slice], prefix: str) -> Iterator[str]:
+    """One row for each field. `prefix` keeps the anchors of tables with equal names apart."""
+    texts = model.documentation()
+    yield "| key | default | expects | meaning |\n|---|---|---|---|"
+    for name, kind in kinds(model).items():
+        field = model.model_fields[name]
+        default = "required" if field.is_required() else _default(field.default)
+        meaning = " ".join(texts[name].split())
+        yield f'| <a id="{prefix}{name}"></a>`{name}` | {default} | {kind.expects} | {meaning} |'
+    yield ""
+
+
+def _default(value: object) -> str:
+    if value is None:
+        return ""
+    return f"`{value}`" if isinstance(value, str) and value else f"`{json.dumps(value)}`"
+
+
+def _later(options: Mapping[str, Later], values: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+    yield "| key or value | comes with |\n|---|---|"
+    yield from (f"| `{name}` | {option.work} |" for name, option in options.items())
+    for name, works in values.items():
+        for work in dict.fromkeys(works.values()):
+            listed_values = ", ".join(f"`{value}`" for value, its_work in works.items() if its_work == work)
+            yield f"| `{name}`: {listed_values} | {work} |"
+    yield ""
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a config file, with the meaning of each option."""
+    found = RunConfig.model_json_schema()
+    found["properties"] = {name: found["properties"][name] for name in OPTION_NAMES}
+    for group in SLICES:
+        for name, text in group.documentation().items():
+            found["properties"][name] |= {"description": " ".join(text.split()), "group": _title(group)}
+    return found
+
+
+# Events
+
+EVENTS_HEAD = """# Events of a run
+
+<!-- Made from src/simpletuner/runs/events.py by `python tools/generate_docs.py --write`. -->
+
+`RUN/events.jsonl` is append-only: one JSON object a line, UTF-8. Every line carries
+
+| key | type | meaning |
+|---|---|---|
+| v | integer | version of this schema, 1 |
+| id | integer | counts from 1 without gaps, over restarts too |
+| time | string | UTC, ISO 8601, to the millisecond |
+| attempt | integer | 1 at the first start, one more after each restart |
+| type | string | one of the sections below |
+
+After a resume some steps come twice: keep the line of the last attempt. A line without its newline is still being
+written. New keys may be added under the same `v`; readers ignore what they do not know.
+"""
+
+
+def type_name(schema: dict[str, Any]) -> str:
+    """A JSON Schema's type in words."""
+    if "anyOf" in schema:
+        return " or ".join(map(type_name, schema["anyOf"]))
+    if "const" in schema:
+        return f'"{schema["const"]}"'
+    if "enum" in schema:
+        return "string"
+    if "$ref" in schema:
+        return f"[{str(schema['$ref']).rpartition('/')[2].lower()}](#picture)"
+    if schema.get("type") == "array":
+        return f"list of {type_name(schema['items'])}"
+    if schema.get("type") == "object":
+        return "object"
+    return str(schema["type"])
+
+
+def event_section(event: type[Event]) -> str:
+    """The section of one event."""
+    rows = ["| key | type | meaning |", "|---|---|---|"]
+    for name, field in event.model_json_schema()["properties"].items():
+        if name != "type":
+            rows.append(f"| {name} | {type_name(field)} | {field['description']} |")
+    return f"{event.__doc__}\n\n" + "\n".join(rows) + "\n"
+
+
+def events_page() -> str:
+    """The text of docs/events.md."""
+    sections = [f"## {name}\n\n{event_section(event)}" for name, event in EVENTS.items()]
+    return "\n".join([EVENTS_HEAD, *sections, f"## picture\n\n{event_section(Picture)}"])
+
+
+# Plan
+
+TABLE_BEGIN, TABLE_END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
+PUBLISHED: Mapping[str, TransformerSpec] = {"dev": DEV, "klein-9b": KLEIN_9B, "klein-4b": KLEIN_4B}
+ANY_SIZE = Machine(1 << 62, 1 << 62, None)
+
+
+def plan_row(name: str, spec: TransformerSpec, precision: str, size: tuple[int, int]) -> str:
+    """Training a LoRA of rank 16 on all Linears: resident, streamed, streamed with activations offloaded."""
+    cells = [name, precision, f"{size[0]}x{size[1]}"]
+    streamed = {"enable_group_offload": True, "group_offload_use_stream": True}
+    for options in ({}, streamed, {**streamed, "activation_offload": True}):
+        config = RunConfig.model_validate({"base_model_precision": precision, **options})
+        architecture = replace(Architecture.of(config), transformer=spec)
+        found = Footprint(config, architecture, Workload(size, 1, draws=False), ANY_SIZE).train()
+        cells += [f"{found.total(place) / GIB:.1f}" for place in ("accelerator", "ram")]
+    return f"| {' | '.join(cells)} |"
+
+
+def plan_table() -> str:
+    """Peak GiB of training, by model, precision and resolution."""
+    head = (
+        "| model | precision | size | resident: GPU | RAM | streamed: GPU | RAM | activations too: GPU | RAM |\n"
+        "|---|---|---|---:|---:|---:|---:|---:|---:|\n"
+    )
+    rows = [
+        plan_row(name, spec, precision, (side, side))
+        for name, spec in PUBLISHED.items()
+        for precision in (NO_CHANGE, "int8-quanto", "int4-quanto")
+        for side in (512, 768, 1024)
+    ]
+    return head + "\n".join(rows) + "\n"
+
+
+def plan_page(folder: Path) -> str:
+    """The text of plan.md in `folder` with the table of today's code."""
+    before, _, rest = (folder / "plan.md").read_text(encoding="utf-8").partition(TABLE_BEGIN)
+    _, _, after = rest.partition(TABLE_END)
+    return f"{before}{TABLE_BEGIN}{plan_table()}{TABLE_END}{after}"
+
+
+def stale_pages(folder: Path) -> dict[Path, str]:
+    """Each page in `folder` that is missing or not what the code says, with the text that belongs there."""
+    pages = {"options.md": options_page(), "events.md": events_page(), "plan.md": plan_page(folder)}
+    return {
+        path: text
+        for path, text in ((folder / name, text) for name, text in pages.items())
+        if not path.is_file() or path.read_text(encoding="utf-8") != text
+    }
+
+
+def main(arguments: Sequence[str], folder: Path = DOCS) -> int:
+    """Write or check the pages in `folder`, or print the schema. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    action = parser.add_mutually_exclusive_group(required=True)
+    for name in ("write", "check", "schema"):
+        action.add_argument(f"--{name}", action="store_true")
+    given = parser.parse_args(arguments)
+    if given.schema:
+        print(json.dumps(schema(), indent=2))
+        return 0
+    stale = stale_pages(folder)
+    for path, text in stale.items():
+        if given.write:
+            write_atomic(path, text.encode())
+        else:
+            print(f"{path} is stale: run `python tools/generate_docs.py --write`.", file=sys.stderr)
+    return int(given.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
