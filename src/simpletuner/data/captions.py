@@ -60,7 +60,7 @@ def _from_file(name: str, image_set: ImageSet, images: Storage, text_files: dict
     if text_file is None:
         wanted = PurePosixPath(name).with_suffix(CAPTION_SUFFIX).name
         raise Rejected(NO_CAPTION, f"expected {wanted} beside it, for caption_strategy textfile")
-    text = decoded(images.read(text_file), text_file)
+    text = caption_text(images.read(text_file), text_file)
     if image_set.disable_multiline_split:
         candidates = [LINE_END.sub("\n", text).strip()]
     else:
@@ -71,7 +71,7 @@ def _from_file(name: str, image_set: ImageSet, images: Storage, text_files: dict
     return captions
 
 
-def decoded(data: bytes, name: str) -> str:
+def caption_text(data: bytes, name: str) -> str:
     """The text of a caption file: UTF-8 with or without a byte-order mark, or UTF-16 with one (Windows'
     "Unicode").
 

@@ -8,7 +8,7 @@ import pytest
 from simpletuner.base.errors import DataError
 from simpletuner.base.storage import LocalStorage
 from simpletuner.config.datasets import ImageSet
-from simpletuner.data.captions import captions_of, decoded
+from simpletuner.data.captions import caption_text, captions_of
 from simpletuner.data.rejected import Rejected
 
 MakeSet = Callable[..., ImageSet]
@@ -47,7 +47,7 @@ def test_encodings_that_say_what_they_are(of_text: Callable[..., tuple[str, ...]
 )
 def test_other_encodings_are_refused_with_the_place(data: bytes, found: str) -> None:
     with pytest.raises(Rejected, match=found) as caught:
-        decoded(data, "a.txt")
+        caption_text(data, "a.txt")
     assert caught.value.reason == "caption is not UTF-8"
 
 

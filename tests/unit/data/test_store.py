@@ -3,6 +3,8 @@
 import errno
 import os
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,9 @@ from safetensors import safe_open
 
 from simpletuner.base.errors import DataError, DiskError
 from simpletuner.base.files import read_json
-from simpletuner.base.storage import LocalStorage
+from simpletuner.base.storage import LocalStorage, StoredFile
 from simpletuner.data.cache import store as store_module
-from simpletuner.data.cache.store import LEDGER, Store, check_all
+from simpletuner.data.cache.store import CHECKING_THREADS, CHUNK, LEDGER, Store, check_all
 
 KEY = "ab" + "0" * 62
 TENSORS = {
@@ -178,3 +180,29 @@ def test_a_folder_that_must_not_be_written_to_has_no_list(store: Store, monkeypa
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert check_all([(store, KEY)]) == ["sound"]
     assert not (folder_of(store) / LEDGER).exists()
+
+
+@dataclass(frozen=True)
+class CountedStorage(LocalStorage):
+    """Counts the files that were looked at."""
+
+    looked_at: list[str] = field(default_factory=list, compare=False)
+
+    def stat(self, name: str) -> StoredFile:
+        self.looked_at.append(name)
+        return super().stat(name)
+
+
+def test_keys_are_drawn_a_bounded_distance_ahead(tmp_path: Path) -> None:
+    """So a million of them take no more memory than their states."""
+    storage = CountedStorage(tmp_path / "empty")
+    distances = []
+
+    def keys() -> Iterator[tuple[Store, str]]:
+        for number in range(5000):
+            yield Store(storage), f"{number:064x}"
+            distances.append(number + 1 - len(storage.looked_at))
+
+    assert check_all(keys()) == ["missing"] * 5000
+    assert len(storage.looked_at) == 5000
+    assert max(distances) <= CHUNK * (4 * CHECKING_THREADS + 1)
