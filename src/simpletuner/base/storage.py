@@ -122,7 +122,7 @@ class LocalStorage:
             name = folders.popleft() if folders else links.popleft()
             path = self.folder / name
             try:
-                is_link, status = path.is_symlink(), path.stat()
+                is_link, status = name != prefix and path.is_symlink(), path.stat()
             except OSError as error:  # a broken link, or a loop of links
                 yield UnlistedFile(name, "broken link", str(error.strerror))
                 continue

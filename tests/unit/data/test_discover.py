@@ -54,6 +54,15 @@ def test_links_are_followed_once(folder: Path, tmp_path: Path, save: Callable[..
     }
 
 
+def test_a_folder_that_is_itself_a_link_is_entered(folder: Path, tmp_path: Path, save: Callable[..., Path]) -> None:
+    save("a.png")
+    (folder / "loop").symlink_to(folder)
+    (tmp_path / "link").symlink_to(folder)
+    found = discover(LocalStorage(tmp_path / "link"))
+    assert tuple(found.pictures) == ("a.png",)
+    assert [(r.name, r.reason) for r in found.rejections] == [("loop", "link followed already")]
+
+
 def test_a_name_that_is_not_text_is_rejected(folder: Path) -> None:
     (Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png"))).touch()
     assert discover(LocalStorage(folder)).rejections == (Rejection("caf�.png", "name is not UTF-8", "rename the file"),)
