@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "simpletuner"
 ATTICS = {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
-HEAVY = ("torch", "numpy", "diffusers", "transformers", "safetensors", "huggingface_hub", "peft", "PIL")
+HEAVY = ("torch", "numpy", "diffusers", "transformers", "safetensors", "huggingface_hub", "fsspec", "peft", "PIL")
 EVERYTHING = ("Exception", "BaseException")
 MODEL_LIBRARIES = ("diffusers", "transformers", "peft", "wandb", "tensorboard")
 
@@ -50,7 +50,7 @@ def test_the_list_of_rooms_is_exhaustive() -> None:
 @pytest.mark.parametrize(
     "code",
     [
-        "import simpletuner.base.errors, simpletuner.base.files, simpletuner.base.draws",
+        "import simpletuner.base.errors, simpletuner.base.files, simpletuner.base.draws, simpletuner.base.storage",
         "import simpletuner.config.load, simpletuner.config.form",
         "import simpletuner.runs.layout, simpletuner.runs.events",
         "import simpletuner.cli.main",

@@ -18,7 +18,7 @@ CACHE_TO_LOSS = (
 """Every file that a sample passes on its way from the cache to the loss. A pattern may match nothing."""
 
 JSON_DOCUMENTS = {
-    ("data/index.py", "Row"),
+    ("data/index.py", "IndexRow"),
     ("data/manifest.py", "summary"),
 }
 """File and end of the name of each definition that holds a JSON document: a row of the scan index on disk, and what

@@ -61,7 +61,7 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def pixels_of(sample: Any) -> torch.Tensor:
-    return torch.from_numpy(render(sample.path, sample.geometry)).permute(2, 0, 1)[None] / 127.5 - 1
+    return torch.from_numpy(render(sample.read(), sample.geometry)).permute(2, 0, 1)[None] / 127.5 - 1
 
 
 def test_what_is_cached_is_what_the_encoders_give(prepared: tuple[Prepared, Source]) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tests.recipes.conftest import Workplace
 
+from simpletuner.base.storage import LocalStorage
 from simpletuner.config.load import load
 from simpletuner.data.cache.latents import latent_key
 from simpletuner.data.cache.store import Store
@@ -159,7 +160,7 @@ def test_a_loss_that_is_not_finite_saves_what_is_good_and_names_the_samples(
     seen = [manifest.samples[order.micro_batch(index)[1].visits[0].sample_index] for index in range(4)]
     victim = next(sample for sample in seen[2:] if sample not in seen[:2])
     key = latent_key(victim, Encoders.of(loaded.config, locate(loaded.config, report=print)).latents)
-    store = Store(workplace.folder / "cache" / "vae")
+    store = Store(LocalStorage(workplace.folder / "cache" / "vae"))
     store.write(key, {"latent": store.read(key)["latent"] * math.inf}, {"kind": "latent"})
     assert workplace.train() == 3
     error = capsys.readouterr().err

@@ -81,9 +81,14 @@ def link_or_copy(source: Path, target: Path) -> None:
             part.unlink(missing_ok=True)
 
 
+def json_bytes(value: Any) -> bytes:
+    """`value` as indented JSON, in UTF-8."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
-    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomic(path, json_bytes(value))
 
 
 def read_json(path: Path) -> Any:

@@ -133,7 +133,7 @@ def _as_json(sample: Sample) -> dict[str, Any]:
     """A picture as it will be trained. Sizes in pixels; the crop is the left and top of `target` inside `resize`."""
     return {
         "name": sample.name,
-        "path": str(sample.path),
+        "path": sample.shown,
         "width": sample.width,
         "height": sample.height,
         "target": list(sample.geometry.target),
@@ -274,7 +274,7 @@ def _sheet(manifest: Manifest, shown: Sequence[int]) -> Image.Image:
     cells = []
     captions = []
     for sample in (manifest.samples[index] for index in shown):
-        cells.append(Image.fromarray(render(sample.path, sample.geometry)))
+        cells.append(Image.fromarray(render(sample.read(), sample.geometry)))
         width, height = sample.geometry.target
         more = f" (and {len(sample.captions) - 1} more)" if len(sample.captions) > 1 else ""
         captions.append(f"{sample.name}, {width}x{height}\n{sample.captions[0]}{more}")

@@ -2,9 +2,10 @@
 
 import codecs
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from simpletuner.base.errors import DataError
+from simpletuner.base.storage import Storage
 from simpletuner.config.datasets import ImageSet
 from simpletuner.data.discover import CAPTION_SUFFIX, caption_key
 from simpletuner.data.rejected import Rejected
@@ -14,9 +15,9 @@ LINE_END = re.compile(r"\r\n|\r|\n")
 NO_CAPTION, EMPTY_CAPTION = "no caption", "empty caption"
 
 
-def captions_of(name: str, image_set: ImageSet, text_files: dict[str, str]) -> tuple[str, ...]:
+def captions_of(name: str, image_set: ImageSet, images: Storage, text_files: dict[str, str]) -> tuple[str, ...]:
     """All candidate prompts of the picture `name`, exactly as they will be encoded; one is drawn at each
-    visit.
+    visit. `text_files` are the caption files in `images`, by `caption_key`.
 
     `textfile`: the lines of the .txt beside the picture (`a.jpg` and `a.png` share `a.txt`), or the whole
     text with `disable_multiline_split`. `filename`: the name without suffix, underscores read as spaces.
@@ -35,7 +36,7 @@ def captions_of(name: str, image_set: ImageSet, text_files: dict[str, str]) -> t
         candidates: tuple[str, ...] = (PurePosixPath(name).stem.replace("_", " ").strip(),)
     else:
         try:
-            candidates = _from_file(name, image_set, text_files)
+            candidates = _from_file(name, image_set, images, text_files)
         except Rejected as rejected:
             if prompt is None or rejected.reason not in (NO_CAPTION, EMPTY_CAPTION):
                 raise
@@ -54,12 +55,12 @@ def _required_prompt(image_set: ImageSet) -> str:
     return image_set.instance_prompt
 
 
-def _from_file(name: str, image_set: ImageSet, text_files: dict[str, str]) -> tuple[str, ...]:
+def _from_file(name: str, image_set: ImageSet, images: Storage, text_files: dict[str, str]) -> tuple[str, ...]:
     text_file = text_files.get(caption_key(name))
     if text_file is None:
         wanted = PurePosixPath(name).with_suffix(CAPTION_SUFFIX).name
         raise Rejected(NO_CAPTION, f"expected {wanted} beside it, for caption_strategy textfile")
-    text = decoded((Path(image_set.instance_data_dir) / text_file).read_bytes(), text_file)
+    text = caption_text(images.read(text_file), text_file)
     if image_set.disable_multiline_split:
         candidates = [LINE_END.sub("\n", text).strip()]
     else:
@@ -70,7 +71,7 @@ def _from_file(name: str, image_set: ImageSet, text_files: dict[str, str]) -> tu
     return captions
 
 
-def decoded(data: bytes, name: str) -> str:
+def caption_text(data: bytes, name: str) -> str:
     """The text of a caption file: UTF-8 with or without a byte-order mark, or UTF-16 with one (Windows'
     "Unicode").
 

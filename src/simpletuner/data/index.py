@@ -5,15 +5,14 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import PIL
 
-from simpletuner.base.files import read_json, sha256_bytes, write_json
-from simpletuner.config.datasets import ImageSet
+from simpletuner.base.files import json_bytes, sha256_bytes
+from simpletuner.base.storage import Stamp, Storage
 from simpletuner.data.ahead import map_ahead
 from simpletuner.data.pixels import PIXELS_VERSION, Remark, inspect, require_plugin
 from simpletuner.data.rejected import Rejected
@@ -22,8 +21,8 @@ SAVE_EVERY_S = 20.0
 """A scan of many pictures that is killed loses at most this much work."""
 
 
-@dataclass(frozen=True)
-class Entry:
+@dataclass(frozen=True, slots=True)
+class IndexEntry:
     """A picture that decodes."""
 
     content: str
@@ -35,107 +34,108 @@ class Entry:
 
 
 def read_pictures(
-    names: Sequence[str], image_set: ImageSet, *, workers: int, report: Callable[[int, int], None]
-) -> dict[str, Entry | Rejected]:
-    """What is known of each picture, by name; those that are new or changed are decoded by `workers` threads.
+    pictures: Mapping[str, Stamp],
+    images: Storage,
+    cache: Storage,
+    *,
+    workers: int,
+    report: Callable[[int, int], None],
+) -> dict[str, IndexEntry | Rejected]:
+    """What is known of each of `pictures`, by name; those that are new or changed are decoded by `workers` threads.
 
-    A file counts as unchanged while its size and its times of modification and of status change are the same.
+    A file counts as unchanged while its stamp is the same. The index is kept in `cache`.
 
     Raises:
         DiskError: the index cannot be written.
     """
-    folder = Path(image_set.instance_data_dir)
-    path = _path(image_set)
-    known = _load(path)
-    kept: dict[str, Row] = {}
-    found: dict[str, Entry | Rejected] = {}
-    unread: dict[str, list[int]] = {}
-    for name in names:
+    index = _index_name(images)
+    known = _load(cache, index)
+    kept: dict[str, IndexRow] = {}
+    found: dict[str, IndexEntry | Rejected] = {}
+    unread: list[str] = []
+    for name, stamp in pictures.items():
         try:
             require_plugin(name)
-            stamp = _stamp(folder / name)
         except Rejected as rejected:  # not kept: the plug-in may be there next time
             found[name] = rejected
-        except OSError as error:
-            found[name] = Rejected("unreadable", str(error.strerror))
         else:
-            if name in known and known[name]["stamp"] == stamp:
+            if _is_known(name, stamp, known):
                 kept[name], found[name] = known[name], _entry_of(known[name])
             else:
-                unread[name] = stamp
-    report(len(found), len(names))
-    results = map_ahead(lambda name: _read(folder / name), unread, workers=workers, ahead=2 * workers)
+                unread.append(name)
+    report(len(found), len(pictures))
+    results = map_ahead(lambda name: _read(images, name), unread, workers=workers, ahead=2 * workers)
     saved_at = time.monotonic()
     with contextlib.closing(results):
-        for (name, stamp), entry in zip(unread.items(), results, strict=True):
-            kept[name], found[name] = _row_of(stamp, entry), entry
-            report(len(found), len(names))
+        for name, entry in zip(unread, results, strict=True):
+            kept[name], found[name] = _row_of(pictures[name], entry), entry
+            report(len(found), len(pictures))
             if time.monotonic() - saved_at > SAVE_EVERY_S:
-                _save(path, kept)
+                _save(cache, index, kept)
                 saved_at = time.monotonic()
     if kept != known:
-        _save(path, kept)
+        _save(cache, index, kept)
     return found
 
 
-def unknown(names: Sequence[str], image_set: ImageSet) -> int:
-    """How many of the pictures `names` a scan would have to decode."""
-    folder, known = Path(image_set.instance_data_dir), _load(_path(image_set))
-    return sum(name not in known or known[name]["stamp"] != _stamp(folder / name) for name in names)
+def count_unknown(pictures: Mapping[str, Stamp], images: Storage, cache: Storage) -> int:
+    """How many of `pictures` `read_pictures` would have to decode."""
+    known = _load(cache, _index_name(images))
+    return sum(not _is_known(name, stamp, known) for name, stamp in pictures.items())
 
 
-Row = dict[str, Any]
+IndexRow = dict[str, Any]
 
 
-def _path(image_set: ImageSet) -> Path:
+def _index_name(images: Storage) -> str:
     """One file a folder of pictures, since several sets may share their cache."""
-    folder = str(Path(image_set.instance_data_dir).resolve())
-    return Path(image_set.cache_dir_vae) / f"scan-{sha256_bytes(os.fsencode(folder))[:16]}.json"
+    path = images.local_path()
+    place = images.shown() if path is None else str(path.resolve())
+    return f"scan-{sha256_bytes(os.fsencode(place))[:16]}.json"
 
 
-def _header() -> Row:
+def _header() -> IndexRow:
     """What a verdict depends on besides the file."""
     return {"version": 1, "pixels": PIXELS_VERSION, "pillow": PIL.__version__}
 
 
-def _load(path: Path) -> dict[str, Row]:
+def _load(cache: Storage, index: str) -> dict[str, IndexRow]:
     try:
-        stored = read_json(path)
+        stored = json.loads(cache.read(index))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
         return {}
-    rows: dict[str, Row] = stored.pop("files") if isinstance(stored, dict) and "files" in stored else {}
+    rows: dict[str, IndexRow] = stored.pop("files") if isinstance(stored, dict) and "files" in stored else {}
     return rows if stored == _header() else {}
 
 
-def _save(path: Path, rows: dict[str, Row]) -> None:
-    write_json(path, _header() | {"files": rows})
+def _save(cache: Storage, index: str, rows: dict[str, IndexRow]) -> None:
+    cache.write(index, json_bytes(_header() | {"files": rows}))
 
 
-def _stamp(path: Path) -> list[int]:
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+def _is_known(name: str, stamp: Stamp, known: Mapping[str, IndexRow]) -> bool:
+    return name in known and known[name]["stamp"] == list(stamp)
 
 
-def _entry_of(row: Row) -> Entry | Rejected:
+def _entry_of(row: IndexRow) -> IndexEntry | Rejected:
     if "reason" in row:
         return Rejected(row["reason"], row["detail"])
-    return Entry(row["content"], row["width"], row["height"], tuple(row["remarks"]))
+    return IndexEntry(row["content"], row["width"], row["height"], tuple(row["remarks"]))
 
 
-def _row_of(stamp: list[int], entry: Entry | Rejected) -> Row:
+def _row_of(stamp: Stamp, entry: IndexEntry | Rejected) -> IndexRow:
     if isinstance(entry, Rejected):
-        return {"stamp": stamp, "reason": entry.reason, "detail": entry.detail}
+        return {"stamp": list(stamp), "reason": entry.reason, "detail": entry.detail}
     size = {"width": entry.width, "height": entry.height}
-    return {"stamp": stamp, "content": entry.content, **size, "remarks": list(entry.remarks)}
+    return {"stamp": list(stamp), "content": entry.content, **size, "remarks": list(entry.remarks)}
 
 
-def _read(path: Path) -> Entry | Rejected:
+def _read(images: Storage, name: str) -> IndexEntry | Rejected:
     """Read once, so that the hash is that of the bytes that were decoded."""
     try:
-        data = path.read_bytes()
+        data = images.read(name)
         facts = inspect(data)
     except Rejected as rejected:
         return rejected
     except OSError as error:
         return Rejected("unreadable", str(error.strerror))
-    return Entry(sha256_bytes(data), facts.width, facts.height, facts.remarks)
+    return IndexEntry(sha256_bytes(data), facts.width, facts.height, facts.remarks)

@@ -5,20 +5,21 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from simpletuner.base.draws import draw_seed
 from simpletuner.base.errors import DataError
 from simpletuner.base.files import sha256_json
+from simpletuner.base.storage import Storage
 from simpletuner.config.datasets import ImageSet
 from simpletuner.data.captions import captions_of
-from simpletuner.data.discover import Found, caption_key, discover
+from simpletuner.data.discover import FoundFiles, caption_key, discover
 from simpletuner.data.geometry import Size, describe, downsample_is_idle, enlargement, place
-from simpletuner.data.index import Entry, read_pictures
+from simpletuner.data.index import IndexEntry, count_unknown, read_pictures
 from simpletuner.data.pixels import Remark
 from simpletuner.data.rejected import Rejected
 from simpletuner.data.sample import Rejection, Sample
+from simpletuner.data.storages import image_storage, latent_storage
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,9 @@ def scan(
     Raises:
         DataError: no such folder, or nothing in it can be trained; then with the counts of what was rejected.
     """
-    found = discover(Path(image_set.instance_data_dir))
-    entries = read_pictures(found.pictures, image_set, workers=workers, report=report)
+    images = image_storage(image_set)
+    found = discover(images)
+    entries = read_pictures(found.pictures, images, latent_storage(image_set), workers=workers, report=report)
     samples: list[Sample] = []
     rejections = list(found.rejections)
     for name in found.pictures:
@@ -104,7 +106,7 @@ def scan(
         try:
             if isinstance(entry, Rejected):
                 raise entry
-            samples.append(_sample(name, entry, image_set, found.captions, seed))
+            samples.append(_sample(name, entry, image_set, images, found.captions, seed))
         except Rejected as rejected:
             rejections.append(Rejection(name, rejected.reason, rejected.detail))
     samples, surplus = _limited(samples, image_set.max_num_samples, seed)
@@ -115,11 +117,22 @@ def scan(
     return Manifest(image_set, tuple(samples), tuple(rejections), notices)
 
 
-def _sample(name: str, entry: Entry, image_set: ImageSet, text_files: dict[str, str], seed: int) -> Sample:
-    captions = captions_of(name, image_set, text_files)
+def count_new(image_set: ImageSet) -> int:
+    """How many pictures of the set `scan` would have to decode.
+
+    Raises:
+        DataError: no such folder.
+    """
+    images = image_storage(image_set)
+    return count_unknown(discover(images).pictures, images, latent_storage(image_set))
+
+
+def _sample(
+    name: str, entry: IndexEntry, image_set: ImageSet, images: Storage, text_files: dict[str, str], seed: int
+) -> Sample:
+    captions = captions_of(name, image_set, images, text_files)
     geometry = place((entry.width, entry.height), image_set, seed=seed, content=entry.content)
-    path = Path(image_set.instance_data_dir) / name
-    return Sample(image_set.id, path, name, entry.content, entry.width, entry.height, geometry, captions)
+    return Sample(image_set.id, images, name, entry.content, entry.width, entry.height, geometry, captions)
 
 
 def _limited(samples: list[Sample], most: int | None, seed: int) -> tuple[list[Sample], list[Rejection]]:
@@ -150,7 +163,7 @@ def _named(names: Sequence[str], most: int = 5) -> str:
 
 
 def _notices(
-    image_set: ImageSet, samples: Sequence[Sample], entries: dict[str, Entry | Rejected], found: Found
+    image_set: ImageSet, samples: Sequence[Sample], entries: dict[str, IndexEntry | Rejected], found: FoundFiles
 ) -> tuple[str, ...]:
     notices = []
 
@@ -160,7 +173,7 @@ def _notices(
 
     def remarks_of(sample: Sample) -> tuple[Remark, ...]:
         entry = entries[sample.name]
-        return entry.remarks if isinstance(entry, Entry) else ()
+        return entry.remarks if isinstance(entry, IndexEntry) else ()
 
     remarks: tuple[tuple[Remark, str], ...] = (
         ("transparent", "have transparency, which is laid on white"),

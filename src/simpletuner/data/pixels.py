@@ -11,7 +11,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Literal
 
 import numpy as np
@@ -123,14 +123,14 @@ def _plugin_is_loaded(module: str) -> bool:
     return True
 
 
-def inspect(source: Path | bytes) -> Facts:
+def inspect(data: bytes) -> Facts:
     """Decode the picture once, in full, so that damage is found before training.
 
     Raises:
         Rejected: "empty file", "not an image", "truncated", "damaged", "too large" or "unknown sample
         format".
     """
-    with _opened(source) as image:
+    with _opened(data) as image:
         width, height = image.size
         if _orientation(image) >= 5:
             width, height = height, width
@@ -145,7 +145,7 @@ def inspect(source: Path | bytes) -> Facts:
         return Facts(width, height, tuple(remarks))
 
 
-def render(source: Path | bytes, geometry: Geometry) -> UInt8[np.ndarray, "h w 3"]:
+def render(data: bytes, geometry: Geometry) -> UInt8[np.ndarray, "h w 3"]:
     """The pixels that are trained: upright sRGB, one Lanczos resample from the original, one crop.
 
     Raises:
@@ -153,7 +153,7 @@ def render(source: Path | bytes, geometry: Geometry) -> UInt8[np.ndarray, "h w 3
     """
     left, top = geometry.crop
     width, height = geometry.target
-    with _opened(source) as image:
+    with _opened(data) as image:
         picture = upright_rgb(image).resize(geometry.resize, Image.Resampling.LANCZOS)
     return np.array(picture.crop((left, top, left + width, top + height)))
 
@@ -184,9 +184,8 @@ def upright_rgb(image: ImageFile.ImageFile) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _opened(source: Path | bytes) -> Iterator[ImageFile.ImageFile]:
+def _opened(data: bytes) -> Iterator[ImageFile.ImageFile]:
     """The first frame of a picture, decoded. Large ones wait for each other, so memory stays bounded."""
-    data = source.read_bytes() if isinstance(source, Path) else source
     if not data:
         raise Rejected("empty file", "0 bytes")
     Image.init()

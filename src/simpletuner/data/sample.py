@@ -2,8 +2,8 @@
 not."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
+from simpletuner.base.storage import Storage
 from simpletuner.data.geometry import Geometry
 
 
@@ -13,7 +13,8 @@ class Sample:
 
     dataset: str
     """`id` of its set."""
-    path: Path
+    images: Storage
+    """Where the set's files lie."""
     name: str
     """Path relative to the set's folder, with forward slashes."""
     content: str
@@ -24,6 +25,19 @@ class Sample:
     geometry: Geometry
     captions: tuple[str, ...]
     """The exact prompts; one is drawn at each visit."""
+
+    @property
+    def shown(self) -> str:
+        """The file as a person would type it: its path, or its URL."""
+        return self.images.shown(self.name)
+
+    def read(self) -> bytes:
+        """The file's bytes, as they are now.
+
+        Raises:
+            OSError: it is gone, or cannot be read.
+        """
+        return self.images.read(self.name)
 
 
 @dataclass(frozen=True)

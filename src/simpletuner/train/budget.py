@@ -15,10 +15,8 @@ from simpletuner.config.datasets import ImageSet
 from simpletuner.config.load import Loaded
 from simpletuner.config.precisions import PRECISIONS
 from simpletuner.config.run import RunConfig
-from simpletuner.data.discover import discover
 from simpletuner.data.geometry import aligned_square
-from simpletuner.data.index import unknown
-from simpletuner.data.manifest import Manifest, scan
+from simpletuner.data.manifest import Manifest, count_new, scan
 from simpletuner.data.order import Order
 from simpletuner.flux2.arithmetic import training_flop
 from simpletuner.flux2.footprint import Architecture, Footprint, Workload
@@ -92,7 +90,7 @@ def looked_at(loaded: Loaded, most: int = 50) -> Workload:
     manifests: list[list[Manifest]] = []
     try:
         for sets in (loaded.datasets.train_sets, loaded.datasets.eval_sets):
-            if sum(unknown(discover(Path(each.instance_data_dir)).pictures, each) for each in sets) > most:
+            if sum(map(count_new, sets)) > most:
                 return configured(loaded)
             manifests.append([scan(each, seed=loaded.config.seed, workers=loaded.config.workers) for each in sets])
     except (DataError, OSError):  # `train` and `dataset scan` say what is wrong with them

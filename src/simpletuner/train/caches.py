@@ -19,6 +19,7 @@ from simpletuner.data.cache.latents import Encode, fill_latents
 from simpletuner.data.cache.store import Store
 from simpletuner.data.manifest import Manifest, scan
 from simpletuner.data.sample import Sample
+from simpletuner.data.storages import latent_storage, text_storage
 from simpletuner.flow.condition import TextContext
 from simpletuner.flux2.components import open_autoencoder, open_text_encoder, text_codec
 from simpletuner.flux2.load import autoencoder_id
@@ -70,13 +71,13 @@ class Prepared:
         return sum(len(manifest.samples) for manifest in self.train)
 
     def latent_store(self, image_set: ImageSet) -> Store:
-        return Store(Path(image_set.cache_dir_vae))
+        return Store(latent_storage(image_set))
 
     def text_store(self, image_set: ImageSet | None) -> Store:
         """The store of a set's captions; None asks for that of the prompts that belong to no set."""
         datasets = self.loaded.datasets
         store = datasets.default_text_store if image_set is None else datasets.text_store_of(image_set)
-        return Store(Path(store.cache_dir))
+        return Store(text_storage(store))
 
     def latents(self, image_set: ImageSet, samples: Sequence[Sample]) -> Float[Tensor, "b 128 h w"]:
         """The latents of samples of one set and one bucket, from the cache.
@@ -161,7 +162,7 @@ def fill_text(prepared: Prepared, source: Source, device: torch.device, reporter
 
     def load() -> TextEncoder:
         if not held:
-            folder = prepared.text_store(None).folder
+            folder = prepared.text_store(None).storage.local_path() or Path(config.output_dir)
             held.append(open_text_encoder(config, config, config, source, device, folder=folder, say=reporter.say))
         return held[0]
 
@@ -169,7 +170,7 @@ def fill_text(prepared: Prepared, source: Source, device: torch.device, reporter
         reports = [
             fill_contexts(
                 prompts,
-                Store(Path(store.cache_dir)),
+                Store(text_storage(store)),
                 prepared.encoders.text,
                 load,
                 batch_size=config.text_encoder_batch_size,

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from simpletuner.base.errors import DataError
+from simpletuner.base.storage import LocalStorage
 from simpletuner.data.batch import caption_of, read_contexts, read_latents
 from simpletuner.data.cache.contexts import context_key
 from simpletuner.data.cache.latents import latent_key
@@ -22,7 +23,7 @@ def test_a_batch_is_stacked_from_the_caches(
     save("a.png")
     save("b.png", colour="red")
     manifest = scanned()
-    latents, contexts = Store(tmp_path / "l"), Store(tmp_path / "c")
+    latents, contexts = Store(LocalStorage(tmp_path / "l")), Store(LocalStorage(tmp_path / "c"))
     codec = LeftPaddedCodec("text")
     for number, sample in enumerate(manifest.samples):
         latents.write(latent_key(sample, "vae"), {"latent": torch.full((128, 4, 5), float(number))}, {})

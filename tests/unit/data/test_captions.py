@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 from simpletuner.base.errors import DataError
+from simpletuner.base.storage import LocalStorage
 from simpletuner.config.datasets import ImageSet
-from simpletuner.data.captions import captions_of, decoded
+from simpletuner.data.captions import caption_text, captions_of
 from simpletuner.data.rejected import Rejected
 
 MakeSet = Callable[..., ImageSet]
+NO_FILES = LocalStorage(Path("nowhere"))
 
 
 @pytest.fixture
@@ -19,7 +21,7 @@ def of_text(folder: Path, make_set: MakeSet) -> Callable[..., tuple[str, ...]]:
 
     def captions(data: bytes, **keys: object) -> tuple[str, ...]:
         (folder / "a.txt").write_bytes(data)
-        return captions_of("a.png", make_set(caption_strategy="textfile", **keys), {"a": "a.txt"})
+        return captions_of("a.png", make_set(caption_strategy="textfile", **keys), LocalStorage(folder), {"a": "a.txt"})
 
     return captions
 
@@ -45,7 +47,7 @@ def test_encodings_that_say_what_they_are(of_text: Callable[..., tuple[str, ...]
 )
 def test_other_encodings_are_refused_with_the_place(data: bytes, found: str) -> None:
     with pytest.raises(Rejected, match=found) as caught:
-        decoded(data, "a.txt")
+        caption_text(data, "a.txt")
     assert caught.value.reason == "caption is not UTF-8"
 
 
@@ -53,24 +55,26 @@ def test_a_missing_or_empty_caption_is_rejected_unless_there_is_an_instance_prom
     of_text: Callable[..., tuple[str, ...]], make_set: MakeSet
 ) -> None:
     with pytest.raises(Rejected, match=r"expected a\.txt beside it") as missing:
-        captions_of("sub/a.png", make_set(caption_strategy="textfile"), {})
+        captions_of("sub/a.png", make_set(caption_strategy="textfile"), NO_FILES, {})
     with pytest.raises(Rejected, match=r"a\.txt holds no text") as empty:
         of_text(b"\xef\xbb\xbf \n\n")
     assert (missing.value.reason, empty.value.reason) == ("no caption", "empty caption")
     assert of_text(b"", instance_prompt="a zorblat") == ("a zorblat",)
-    assert captions_of("a.png", make_set(caption_strategy="textfile", instance_prompt="x"), {}) == ("x",)
+    assert captions_of("a.png", make_set(caption_strategy="textfile", instance_prompt="x"), NO_FILES, {}) == ("x",)
     with pytest.raises(Rejected, match="0xff"):
         of_text(b"\xff", instance_prompt="a zorblat")
 
 
 def test_the_file_name_is_a_caption(make_set: MakeSet) -> None:
-    assert captions_of("sub/a_red-barn_2.0.jpg", make_set(caption_strategy="filename"), {}) == ("a red-barn 2.0",)
+    assert captions_of("sub/a_red-barn_2.0.jpg", make_set(caption_strategy="filename"), NO_FILES, {}) == (
+        "a red-barn 2.0",
+    )
 
 
 def test_the_instance_prompt(of_text: Callable[..., tuple[str, ...]], make_set: MakeSet) -> None:
     keys = {"instance_prompt": "a zorblat"}
-    assert captions_of("a.png", make_set(caption_strategy="instanceprompt", **keys), {}) == ("a zorblat",)
+    assert captions_of("a.png", make_set(caption_strategy="instanceprompt", **keys), NO_FILES, {}) == ("a zorblat",)
     assert of_text(b"one\ntwo", only_instance_prompt=True, **keys) == ("a zorblat",)
     assert of_text(b"one\ntwo", prepend_instance_prompt=True, **keys) == ("a zorblat one", "a zorblat two")
     with pytest.raises(DataError, match="no instance_prompt"):
-        captions_of("a.png", make_set(caption_strategy="instanceprompt"), {})
+        captions_of("a.png", make_set(caption_strategy="instanceprompt"), NO_FILES, {})

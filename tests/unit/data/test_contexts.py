@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from simpletuner.base.errors import DataError
+from simpletuner.base.storage import LocalStorage
 from simpletuner.data.cache.contexts import (
     ContextEncoder,
     context_key,
@@ -56,12 +57,12 @@ def fill(prompts: Sequence[str], store: Store, encoder: ContextEncoder, **sizes:
 
 
 def files(store: Store) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in store.folder.rglob("*.safetensors")}
+    return {path.name: path.read_bytes() for path in store.storage.folder.rglob("*.safetensors")}
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "text")
+    return Store(LocalStorage(tmp_path / "text"))
 
 
 def test_the_padding_is_restored_exactly(store: Store) -> None:
@@ -92,8 +93,8 @@ def test_what_is_missing_is_made_again_with_its_batch_and_is_the_same_bytes(stor
     prompts = ["a", "bb", "ccc", "dddd", "eeeee"]
     fill(prompts, store, BatchEncoder())
     whole = files(store)
-    store.path(context_key("bb", CODEC)).unlink()
-    store.path(context_key("eeeee", CODEC)).write_bytes(b"damaged")
+    store.storage.local_path(store.name(context_key("bb", CODEC))).unlink()
+    store.storage.local_path(store.name(context_key("eeeee", CODEC))).write_bytes(b"damaged")
     encoder = BatchEncoder()
     report = fill(prompts[::-1], store, encoder, write_batch_size=64)
     assert encoder.batches == [["a", "bb"], ["eeeee"]]
@@ -113,7 +114,7 @@ def test_an_interruption_leaves_no_trace(store: Store, tmp_path: Path) -> None:
         fill(prompts, store, Interrupted(), write_batch_size=3)
     assert len(files(store)) == 4, "flushed at four, the first multiple of a batch that is three or more"
     fill(prompts, store, BatchEncoder())
-    other = Store(tmp_path / "other")
+    other = Store(LocalStorage(tmp_path / "other"))
     fill(prompts, other, BatchEncoder())
     assert files(store) == files(other)
 
@@ -209,7 +210,7 @@ def test_a_thousand_captions_of_dev_take_less_than_a_third_of_the_plain_tensors_
 
     prompts = [f"{number:04d}" for number in range(count)]
     fill(prompts, store, Prompts(), batch_size=8, write_batch_size=128)
-    taken = sum(path.stat().st_size for path in store.folder.rglob("*.safetensors"))
+    taken = sum(path.stat().st_size for path in store.storage.folder.rglob("*.safetensors"))
     assert taken < count * length * width * 2 / 3
     assert taken < 0.24 * count * length * width * 2, "what the mean of 116 rows of 512 comes to"
     for number in range(0, count, 97):
@@ -219,4 +220,4 @@ def test_a_thousand_captions_of_dev_take_less_than_a_third_of_the_plain_tensors_
 
 def test_a_file_of_dev_is_its_rows_one_row_of_padding_and_less_than_a_kilobyte(store: Store) -> None:
     store.write("00", {"rows": torch.zeros(105, 15360).bfloat16(), "pad": torch.zeros(15360).bfloat16()}, {})
-    assert 0 < store.path("00").stat().st_size - 106 * 15360 * 2 < 1000
+    assert 0 < store.storage.local_path(store.name("00")).stat().st_size - 106 * 15360 * 2 < 1000

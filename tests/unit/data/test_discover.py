@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from simpletuner.base.errors import DataError
+from simpletuner.base.storage import LocalStorage
 from simpletuner.data.discover import caption_key, discover
 from simpletuner.data.sample import Rejection
 
@@ -16,8 +17,8 @@ def test_files_are_sorted_into_pictures_captions_and_the_rest(folder: Path) -> N
     for name in ("b.JPG", "a.png", "sub/deep/c.webp", "a.txt", "sub/notes.txt", "clip.mp4", "README"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
-    found = discover(folder)
-    assert found.pictures == ("a.png", "b.JPG", "sub/deep/c.webp")
+    found = discover(LocalStorage(folder))
+    assert tuple(found.pictures) == ("a.png", "b.JPG", "sub/deep/c.webp")
     assert found.captions == {"a": "a.txt", "sub/notes": "sub/notes.txt"}
     assert [(r.name, r.reason) for r in found.rejections] == [("README", "not an image"), ("clip.mp4", "not an image")]
 
@@ -26,8 +27,8 @@ def test_hidden_files_and_folders_are_passed_over(folder: Path) -> None:
     for name in (".DS_Store", "._a.jpg", ".git/x.png", "__MACOSX/._a.jpg"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
-    found = discover(folder)
-    assert found.pictures == ()
+    found = discover(LocalStorage(folder))
+    assert tuple(found.pictures) == ()
     assert found.rejections == ()
 
 
@@ -42,8 +43,8 @@ def test_links_are_followed_once(folder: Path, tmp_path: Path, save: Callable[..
     (folder / "real" / "loop").symlink_to(folder)
     (folder / "broken.png").symlink_to(tmp_path / "nothing")
     (folder / "self").symlink_to(folder / "self")
-    found = discover(folder)
-    assert found.pictures == ("0-outside/b.png", "real/a.png")
+    found = discover(LocalStorage(folder))
+    assert tuple(found.pictures) == ("0-outside/b.png", "real/a.png")
     assert {(r.name, r.reason) for r in found.rejections} == {
         ("1-outside-again", "link followed already"),
         ("2-copy.png", "link followed already"),
@@ -53,9 +54,18 @@ def test_links_are_followed_once(folder: Path, tmp_path: Path, save: Callable[..
     }
 
 
+def test_a_folder_that_is_itself_a_link_is_entered(folder: Path, tmp_path: Path, save: Callable[..., Path]) -> None:
+    save("a.png")
+    (folder / "loop").symlink_to(folder)
+    (tmp_path / "link").symlink_to(folder)
+    found = discover(LocalStorage(tmp_path / "link"))
+    assert tuple(found.pictures) == ("a.png",)
+    assert [(r.name, r.reason) for r in found.rejections] == [("loop", "link followed already")]
+
+
 def test_a_name_that_is_not_text_is_rejected(folder: Path) -> None:
     (Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png"))).touch()
-    assert discover(folder).rejections == (Rejection("caf�.png", "name is not UTF-8", "rename the file"),)
+    assert discover(LocalStorage(folder)).rejections == (Rejection("caf�.png", "name is not UTF-8", "rename the file"),)
 
 
 def test_accents_composed_differently_are_the_same_name() -> None:
@@ -65,7 +75,7 @@ def test_accents_composed_differently_are_the_same_name() -> None:
 
 def test_a_missing_folder_says_where_it_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
-        discover(Path("nowhere"))
+        discover(LocalStorage(Path("nowhere")))
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="not a folder"):
-        discover(tmp_path / "file")
+        discover(LocalStorage(tmp_path / "file"))

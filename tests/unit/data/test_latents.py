@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from simpletuner.base.errors import DataError
+from simpletuner.base.storage import LocalStorage
 from simpletuner.config.datasets import ImageSet
 from simpletuner.data.cache.latents import Encode, all_batches, fill_latents, latent_key, read_latent
 from simpletuner.data.cache.report import FillReport
@@ -46,7 +47,7 @@ class BatchVae:
 def fill(manifests: list[Manifest], encode: Encode, *, batch_size: int = 3) -> FillReport:
     return fill_latents(
         manifests,
-        lambda image_set: Store(Path(image_set.cache_dir_vae)),
+        lambda image_set: Store(LocalStorage(Path(image_set.cache_dir_vae))),
         "vae",
         lambda: encode,
         batch_size=batch_size,
@@ -74,9 +75,9 @@ def test_a_latent_is_the_encoders_of_the_crop(manifest: Manifest) -> None:
     report = fill([manifest], vae)
     assert (report.encoded, report.found, report.damaged) == (8, 0, 0)
     assert [len(batch) for batch in vae.batches] == [3, 3, 2]
-    store = Store(Path(manifest.image_set.cache_dir_vae))
+    store = Store(LocalStorage(Path(manifest.image_set.cache_dir_vae)))
     sample = manifest.samples[0]
-    crop = torch.from_numpy(render(sample.path, sample.geometry))
+    crop = torch.from_numpy(render(sample.read(), sample.geometry))
     assert torch.equal(vae.batches[0][0], crop.permute(2, 0, 1) / 127.5 - 1)
     assert torch.equal(read_latent(store, sample, "vae"), vae(vae.batches[0])[0])
     assert read_latent(store, sample, "vae").shape == (128, 5, 3)
@@ -97,7 +98,7 @@ def test_a_full_cache_needs_no_encoder(manifest: Manifest) -> None:
     def no_encoder() -> Encode:
         raise AssertionError("loaded")
 
-    store = Store(Path(manifest.image_set.cache_dir_vae))
+    store = Store(LocalStorage(Path(manifest.image_set.cache_dir_vae)))
     report = fill_latents(
         [manifest], lambda _: store, "vae", no_encoder, batch_size=3, workers=2, report=lambda *_: None
     )
@@ -108,9 +109,9 @@ def test_a_batch_that_lacks_one_is_made_again_whole(manifest: Manifest) -> None:
     folder = Path(manifest.image_set.cache_dir_vae)
     fill([manifest], BatchVae())
     whole = files(folder)
-    store = Store(folder)
-    store.path(latent_key(manifest.samples[4], "vae")).unlink()
-    damaged = store.path(latent_key(manifest.samples[0], "vae"))
+    store = Store(LocalStorage(folder))
+    store.storage.local_path(store.name(latent_key(manifest.samples[4], "vae"))).unlink()
+    damaged = store.storage.local_path(store.name(latent_key(manifest.samples[0], "vae")))
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x7f")
     report = fill([manifest], BatchVae())
     assert (report.encoded, report.found, report.damaged) == (6, 6, 1)
@@ -183,6 +184,7 @@ KILLED = """
     from simpletuner.data.cache.latents import fill_latents
     from simpletuner.data.cache.store import Store
     from simpletuner.data.manifest import scan
+    from simpletuner.data.storages import latent_storage
 
     image_set = ImageSet.model_validate_json(sys.argv[1])
     def encode(images):
@@ -191,7 +193,7 @@ KILLED = """
         return small.expand(-1, 128, -1, -1) + 0.01 * images.mean()
     manifest = scan(image_set, seed=42, workers=2, report=lambda *_: None)
     print("scanned", flush=True)
-    fill_latents([manifest], lambda s: Store(Path(s.cache_dir_vae)), "vae", lambda: encode,
+    fill_latents([manifest], lambda s: Store(latent_storage(s)), "vae", lambda: encode,
                  batch_size=3, workers=2, report=lambda done, total: print(done, flush=True))
 """
 

@@ -239,7 +239,7 @@ def test_one_resample_then_the_crop(folder: Path) -> None:
     noise = np.random.default_rng(1).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
     image.save(folder / "a.png")
-    found = render(folder / "a.png", Geometry((48, 32), (64, 48), (5, 7)))
+    found = render((folder / "a.png").read_bytes(), Geometry((48, 32), (64, 48), (5, 7)))
     expected = image.resize((64, 48), Image.Resampling.LANCZOS).crop((5, 7, 53, 39))
     assert found.shape == (32, 48, 3)
     assert np.array_equal(found, np.asarray(expected))

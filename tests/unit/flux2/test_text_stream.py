@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from simpletuner.base.errors import AccessError, ConfigError, DiskError
+from simpletuner.base.storage import LocalStorage
 from simpletuner.config.precisions import NO_CHANGE
 from simpletuner.data.cache.contexts import fill_contexts
 from simpletuner.data.cache.store import LEDGER, Store
@@ -121,10 +122,10 @@ def test_an_interruption_keeps_the_portions_before_it(tiny_source, tmp_path):
     prompts = [prompt for batch in BATCHES for prompt in batch]
 
     def files(store: Store) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in store.folder.rglob("*.safetensors")}
+        return {path.name: path.read_bytes() for path in store.storage.folder.rglob("*.safetensors")}
 
     def fill(store: Store, report: Callable[[int, int], None] = lambda *_: None) -> int:
-        encoder = streamed(tiny_source, store.folder, portion_tokens=200, memory_bytes=0, layers=(1, 3))
+        encoder = streamed(tiny_source, store.storage.folder, portion_tokens=200, memory_bytes=0, layers=(1, 3))
         sizes = {"batch_size": 2, "write_batch_size": 100}
         return fill_contexts(prompts, store, LeftPaddedCodec("text"), lambda: encoder, **sizes, report=report).encoded
 
@@ -132,7 +133,7 @@ def test_an_interruption_keeps_the_portions_before_it(tiny_source, tmp_path):
         if done >= 5:
             raise KeyboardInterrupt
 
-    whole, broken = Store(tmp_path / "whole"), Store(tmp_path / "broken")
+    whole, broken = Store(LocalStorage(tmp_path / "whole")), Store(LocalStorage(tmp_path / "broken"))
     assert fill(whole) == 8
     with pytest.raises(KeyboardInterrupt):
         fill(broken, stop)

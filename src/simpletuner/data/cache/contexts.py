@@ -94,7 +94,7 @@ def fill_contexts(
     started = time.monotonic()
     unique = sorted(set(prompts))
     store.sweep()
-    states = check_all([(store, context_key(prompt, codec)) for prompt in unique], verify=verify)
+    states = check_all(((store, context_key(prompt, codec)) for prompt in unique), verify=verify)
     lacking = {prompt for prompt, state in zip(unique, states, strict=True) if state != "sound"}
     encoded = 0
     if lacking:

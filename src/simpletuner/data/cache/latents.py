@@ -101,11 +101,11 @@ def fill_latents(
         DiskError: no space.
     """
     started = time.monotonic()
-    for folder in {store_of(manifest.image_set).folder for manifest in manifests}:
-        Store(folder).sweep()
+    for store in {store_of(manifest.image_set) for manifest in manifests}:
+        store.sweep()
     batches = list(all_batches(manifests, batch_size))
-    places = [(store_of(owner), latent_key(sample, encoder)) for owner, batch in batches for sample in batch]
-    states = check_all(places, verify=verify)
+    keys = ((store_of(owner), latent_key(sample, encoder)) for owner, batch in batches for sample in batch)
+    states = check_all(keys, verify=verify)
     taken = iter(states)
     todo = [found for found in batches if {next(taken) for _ in found[1]} != {"sound"}]
     total, encoded = sum(len(batch) for _, batch in todo), 0
@@ -123,7 +123,7 @@ def fill_latents(
                 latents = encode(_tensor([next(pictures) for _ in batch]))
                 for sample, latent in zip(batch, latents.float().cpu(), strict=True):
                     if not torch.isfinite(latent).all():
-                        raise DataError.of(f"{sample.path}: the VAE gave numbers that are not finite")
+                        raise DataError.of(f"{sample.shown}: the VAE gave numbers that are not finite")
                     metadata = {"kind": "latent", "content": sample.content}
                     store_of(image_set).write(latent_key(sample, encoder), {"latent": latent}, metadata)
                 encoded += len(batch)
@@ -134,7 +134,7 @@ def fill_latents(
 def _pixels(sample: Sample) -> UInt8[np.ndarray, "H W 3"]:
     """The crop of a picture. In a thread, so every error names the file."""
     try:
-        data = sample.path.read_bytes()
+        data = sample.read()
         if sha256_bytes(data) != sample.content:
             raise _changed(sample, "it is another file now")
         return render(data, sample.geometry)
@@ -144,7 +144,7 @@ def _pixels(sample: Sample) -> UInt8[np.ndarray, "H W 3"]:
 
 def _changed(sample: Sample, how: str) -> DataError:
     return DataError.of(
-        f"{sample.path} changed while this was running: {how}", remedy="Leave the set alone and start again."
+        f"{sample.shown} changed while this was running: {how}", remedy="Leave the set alone and start again."
     )
 
 

@@ -1,12 +1,12 @@
-"""A folder of tensors under content-derived keys: whole or absent, checked when read, never a pickle."""
+"""A storage of tensors under content-derived keys: whole or absent, checked when read, never a pickle."""
 
 import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import safetensors.torch
@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from simpletuner.base.errors import DataError
-from simpletuner.base.files import read_json, write_atomic, write_json
+from simpletuner.base.files import json_bytes
+from simpletuner.base.storage import Stamp, Storage
+from simpletuner.data.ahead import map_ahead
 
 HEADER_KEY = "simpletuner"
 """Our one entry in the safetensors header, a JSON object. One, because the library does not keep their order,
@@ -28,7 +30,7 @@ CHECKING_THREADS = 4
 """Reading and hashing release Python's lock; more threads than this wait for the disk."""
 
 LEDGER = "verified.json"
-"""In a store's folder: size and times of the files that were read and found sound."""
+"""Beside a store's files: the stamps of those that were read and found sound."""
 
 LEDGER_VERSION = 1
 
@@ -36,28 +38,31 @@ SETTLED_S = 2.0
 """A file younger than this is not entered: it could change once more within the same tick of the file system's
 clock."""
 
-State = Literal["sound", "missing", "damaged"]
+CHUNK = 16
+"""Keys that a thread checks at a time."""
+
+CacheState = Literal["sound", "missing", "damaged"]
 
 
+@dataclass(frozen=True)
 class Store:
-    """Tensors by key below `folder`, one safetensors file each. Several runs may share it."""
+    """Tensors by key in `storage`, one safetensors file each. Several runs may share it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    storage: Storage
 
-    def path(self, key: str) -> Path:
+    def name(self, key: str) -> str:
         """Where `key` is kept; a level of folders keeps each of them small."""
-        return self.folder / key[:2] / f"{key}.safetensors"
+        return f"{key[:2]}/{key}.safetensors"
 
-    def check(self, key: str) -> State:
+    def check(self, key: str) -> CacheState:
         """Read and verify `key`. What is damaged is removed, so that it is made again."""
-        path = self.path(key)
+        name = self.name(key)
         try:
-            data = path.read_bytes()
+            data = self.storage.read(name)
         except FileNotFoundError:
             return "missing"
         if _verified(data) is None:
-            path.unlink(missing_ok=True)
+            self.storage.remove(name)
             return "damaged"
         return "sound"
 
@@ -67,15 +72,15 @@ class Store:
         Raises:
             DataError: missing, or damaged (then removed): the next fill makes it again.
         """
-        path = self.path(key)
+        name = self.name(key)
         try:
-            data = path.read_bytes()
+            data = self.storage.read(name)
         except FileNotFoundError:
-            raise _lost(path, "missing") from None
+            raise _lost(self.storage.shown(name), "missing") from None
         tensors = _verified(data)
         if tensors is None:
-            path.unlink(missing_ok=True)
-            raise _lost(path, "damaged, and was removed")
+            self.storage.remove(name)
+            raise _lost(self.storage.shown(name), "damaged, and was removed")
         return tensors
 
     def write(self, key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -88,11 +93,12 @@ class Store:
         header = json.dumps({**metadata, "sha256": _checksum(own, metadata)}, sort_keys=True)
         # Not flushed to the disk file by file: that is slow, and what a power cut tears is found by the
         # checksum.
-        write_atomic(self.path(key), safetensors.torch.save(own, {HEADER_KEY: header}), sync=False)
+        self.storage.write(self.name(key), safetensors.torch.save(own, {HEADER_KEY: header}), sync=False)
 
     def sweep(self) -> None:
         """Remove what interrupted processes left half-written."""
-        for part in self.folder.glob("*/.*.part"):
+        folder = self.storage.local_path()
+        for part in () if folder is None else folder.glob("*/.*.part"):
             try:
                 if time.time() - part.stat().st_mtime > ABANDONED_S:
                     part.unlink()
@@ -100,74 +106,78 @@ class Store:
                 continue
 
 
-def check_all(places: Sequence[tuple[Store, str]], *, verify: bool = False) -> list[State]:
-    """`store.check(key)` for each pair, several at a time.
+def check_all(keys: Iterable[tuple[Store, str]], *, verify: bool = False) -> list[CacheState]:
+    """`store.check(key)` for each pair, several at a time. Holds a bounded number of the pairs, and of each the state.
 
-    A file whose size and times of modification and of status change are what they were when it was last read counts
-    as sound without being read, unless `verify`. What a disk changes without a trace is found by `Store.read`, which
-    always compares the checksum.
+    A file whose stamp is what it was when it was last read counts as sound without being read, unless `verify`. What
+    a disk changes without a trace is found by `Store.read`, which always compares the checksum.
 
     Raises:
         DiskError: no space for the list of what was read.
     """
-    ledgers = {folder: _Ledger(folder) for folder in {store.folder for store, _ in places}}
+    ledgers: dict[Store, _Ledger] = {}
 
-    def state(place: tuple[Store, str]) -> State:
-        store, key = place
-        ledger = ledgers[store.folder]
-        stamp = _stamp(store.path(key))
-        if stamp is not None and ledger.known.get(key) == stamp and not verify:
-            return "sound"
-        found = store.check(key)
-        if found == "sound" and stamp is not None and time.time() - max(stamp[1:]) / 1e9 > SETTLED_S:
-            ledger.read[key] = stamp
-        return found
+    def chunks() -> Iterator[list[tuple[_Ledger, str]]]:
+        remaining = iter(keys)
+        while chunk := list(islice(remaining, CHUNK)):
+            for store in {store for store, _ in chunk} - ledgers.keys():
+                ledgers[store] = _Ledger(store)
+            yield [(ledgers[store], key) for store, key in chunk]
 
-    with ThreadPoolExecutor(CHECKING_THREADS) as pool:
-        states = list(pool.map(state, places))
+    def check(chunk: list[tuple[_Ledger, str]]) -> list[CacheState]:
+        return [ledger.check(key, verify=verify) for ledger, key in chunk]
+
+    checked = map_ahead(check, chunks(), workers=CHECKING_THREADS, ahead=4 * CHECKING_THREADS)
+    states = [state for chunk in checked for state in chunk]
     for ledger in ledgers.values():
         ledger.save()
     return states
 
 
 class _Ledger:
-    """What was read and found sound in `folder`. Several runs may keep it: what one overwrites is read again."""
+    """What was read and found sound in a store. Several runs may keep it: what one overwrites is read again."""
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / LEDGER
-        self.known = self._load()
-        self.read: dict[str, list[int]] = {}
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._known = self._load()
+        self._read: dict[str, Stamp] = {}
         """Since then, by key; threads add to it."""
 
-    def _load(self) -> dict[str, list[int]]:
+    def check(self, key: str, *, verify: bool) -> CacheState:
+        """The state of `key`, which is read if it is not known as it is now, or with `verify`."""
         try:
-            stored = read_json(self._path)
+            file = self._store.storage.stat(self._store.name(key))
+        except FileNotFoundError:
+            return self._store.check(key)
+        if self._known.get(key) == list(file.stamp) and not verify:
+            return "sound"
+        state = self._store.check(key)
+        if state == "sound" and time.time() - file.changed_at > SETTLED_S:
+            self._read[key] = file.stamp
+        return state
+
+    def _load(self) -> dict[str, list[int | str]]:
+        try:
+            stored = json.loads(self._store.storage.read(LEDGER))
         except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
             return {}
         is_ours = isinstance(stored, dict) and stored.get("version") == LEDGER_VERSION
-        files: dict[str, list[int]] = stored["files"] if is_ours else {}
+        files: dict[str, list[int | str]] = stored["files"] if is_ours else {}
         return files
 
     def save(self) -> None:
+        """Add what was read to the list of the store."""
+        read = {key: list(stamp) for key, stamp in self._read.items()}
+        folder = self._store.storage.local_path()
         # A cache that is shared and may only be read has no list, and is read at each start.
-        if os.access(self._path.parent, os.W_OK) and any(
-            self.known.get(key) != stamp for key, stamp in self.read.items()
-        ):
-            write_json(self._path, {"version": LEDGER_VERSION, "files": self._load() | self.read})
+        is_writable = folder is None or os.access(folder, os.W_OK)
+        if is_writable and any(self._known.get(key) != stamp for key, stamp in read.items()):
+            self._store.storage.write(LEDGER, json_bytes({"version": LEDGER_VERSION, "files": self._load() | read}))
 
 
-def _stamp(path: Path) -> list[int] | None:
-    """Size, and times of modification and of status change in nanoseconds; None if it is not there."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-
-
-def _lost(path: Path, how: str) -> DataError:
+def _lost(shown: str, how: str) -> DataError:
     return DataError.of(
-        f"cache file {path} is {how}", remedy="Run the same command again: what is missing is made first."
+        f"cache file {shown} is {how}", remedy="Run the same command again: what is missing is made first."
     )
 
 

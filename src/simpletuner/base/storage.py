@@ -1,0 +1,285 @@
+"""Files by name, wherever they lie: in a folder on this machine, or where fsspec reaches, behind one interface."""
+
+import errno
+import os
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from simpletuner.base.files import write_atomic
+
+Stamp = tuple[int | str, ...]
+"""What a file's listing says of its content: size in bytes first, then times or a hash. While it is the same, so is
+the content."""
+
+FSSPEC_STAMPS = ("ETag", "etag", "LastModified", "mtime", "created")
+"""What fsspec's file systems call the parts of a stamp."""
+
+
+class StoredFile(NamedTuple):
+    """A file of a storage."""
+
+    name: str
+    """Path below the storage, with forward slashes."""
+    size: int
+    """Bytes."""
+    stamp: Stamp
+    changed_at: float
+    """Seconds since the epoch; 0 where the stamp is a hash of the content."""
+
+
+class UnlistedFile(NamedTuple):
+    """A file or folder that `Storage.list` cannot or need not enter."""
+
+    name: str
+    reason: str
+    """Its class, such as "broken link"."""
+    detail: str
+
+
+@runtime_checkable  # the tests check signatures as they run
+class Storage(Protocol):
+    """A tree of files. Names are relative paths with forward slashes. Storages of the same place are equal."""
+
+    def list(self, prefix: str = "") -> Iterator[StoredFile | UnlistedFile]:
+        """Every file below the folder `prefix`, one folder at a time. Hidden files and folders, whose names start with
+        a dot, are left out.
+
+        Raises:
+            FileNotFoundError, NotADirectoryError: `prefix` is no folder; at the call, before anything is yielded.
+        """
+        ...
+
+    def stat(self, name: str) -> StoredFile:
+        """Size and stamp of a file, as `list` yields them.
+
+        Raises:
+            FileNotFoundError: no such file.
+        """
+        ...
+
+    def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        """The bytes of a file, or `length` of them from `start`, fewer where it ends before.
+
+        Raises:
+            FileNotFoundError: no such file.
+        """
+        ...
+
+    def write(self, name: str, data: bytes, *, sync: bool = True) -> None:
+        """Write a file so that it holds either its old content or all of `data`; its folders are made.
+
+        `sync=False` leaves the flush to the disk to the system.
+
+        Raises:
+            DiskError: no space, no quota, or a read-only disk.
+        """
+        ...
+
+    def remove(self, name: str) -> None:
+        """Remove a file; nothing happens if it is not there."""
+        ...
+
+    def local_path(self, name: str = "") -> Path | None:
+        """The path of `name` on this machine, where it has one."""
+        ...
+
+    def shown(self, name: str = "") -> str:
+        """`name` as a person would type it, for messages."""
+        ...
+
+
+def storage_of(text: str) -> Storage:
+    """The storage that `text` names: a URL such as `memory://images`, or a path on this machine."""
+    return FsspecStorage(text) if "://" in text else LocalStorage(Path(text))
+
+
+@dataclass(frozen=True)
+class LocalStorage:
+    """The files of a folder on this machine."""
+
+    folder: Path
+
+    def list(self, prefix: str = "") -> Iterator[StoredFile | UnlistedFile]:
+        """As `Storage.list`. A link to a folder or file is followed once: one that leads to something already listed
+        is an `UnlistedFile`, so a loop ends. Real files and folders go before links. An `UnlistedFile` too is what
+        cannot be entered, and a name that is not UTF-8.
+        """
+        folder = self.folder / prefix
+        if not folder.is_dir():
+            raise _no_folder(str(folder), folder.exists())
+        return self._walk(prefix)
+
+    def _walk(self, prefix: str) -> Iterator[StoredFile | UnlistedFile]:
+        seen = {_identity((self.folder / prefix).stat())}
+        folders, links = deque([prefix]), deque[str]()
+        while folders or links:
+            name = folders.popleft() if folders else links.popleft()
+            path = self.folder / name
+            try:
+                is_link, status = name != prefix and path.is_symlink(), path.stat()
+            except OSError as error:  # a broken link, or a loop of links
+                yield UnlistedFile(name, "broken link", str(error.strerror))
+                continue
+            if is_link:
+                if _identity(status) in seen:
+                    yield UnlistedFile(name, "link followed already", f"it leads to {path.resolve()}")
+                    continue
+                seen.add(_identity(status))
+            if not path.is_dir():
+                yield _local_file(name, status)
+                continue
+            try:
+                entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+            except OSError as error:
+                yield UnlistedFile(name, "unreadable folder", str(error.strerror))
+                continue
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                inner = f"{name}/{entry.name}" if name else entry.name
+                if not _is_text(inner):
+                    shown = os.fsencode(inner).decode(errors="replace")
+                    yield UnlistedFile(shown, "name is not UTF-8", "rename the file")
+                elif entry.is_symlink():
+                    links.append(inner)
+                else:
+                    status = entry.stat()
+                    seen.add(_identity(status))
+                    if entry.is_dir():
+                        folders.append(inner)
+                    else:
+                        yield _local_file(inner, status)
+
+    def stat(self, name: str) -> StoredFile:
+        return _local_file(name, (self.folder / name).stat())
+
+    def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        path = self.folder / name
+        if start == 0 and length is None:
+            return path.read_bytes()
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read(length)
+
+    def write(self, name: str, data: bytes, *, sync: bool = True) -> None:
+        write_atomic(self.folder / name, data, sync=sync)
+
+    def remove(self, name: str) -> None:
+        (self.folder / name).unlink(missing_ok=True)
+
+    def local_path(self, name: str = "") -> Path:
+        return self.folder / name
+
+    def shown(self, name: str = "") -> str:
+        return str(self.folder / name)
+
+
+@dataclass(frozen=True)
+class FsspecStorage:
+    """The files below a URL that fsspec knows. A write is as atomic as the file system's uploads: object stores
+    replace an object whole."""
+
+    url: str
+
+    @cached_property
+    def _opened(self) -> tuple[Any, str]:
+        from fsspec.core import url_to_fs  # imported here, since most runs do without
+
+        filesystem, root = url_to_fs(self.url)
+        return filesystem, root
+
+    @property
+    def _filesystem(self) -> Any:
+        return self._opened[0]
+
+    def _path(self, name: str) -> str:
+        root = self._opened[1]
+        return f"{root}/{name}" if name else root
+
+    def list(self, prefix: str = "") -> Iterator[StoredFile | UnlistedFile]:
+        path = self._path(prefix)
+        if not self._filesystem.isdir(path):
+            raise _no_folder(self.shown(prefix), self._filesystem.exists(path))
+        return self._walk(prefix)
+
+    def _walk(self, prefix: str) -> Iterator[StoredFile | UnlistedFile]:
+        folders = deque([prefix])
+        while folders:
+            folder = folders.popleft()
+            try:
+                infos = self._filesystem.ls(self._path(folder), detail=True)
+            except OSError as error:
+                yield UnlistedFile(folder, "unreadable folder", str(error.strerror))
+                continue
+            for info in sorted(infos, key=lambda info: info["name"]):
+                own = info["name"].rstrip("/").rpartition("/")[2]
+                if own.startswith("."):
+                    continue
+                name = f"{folder}/{own}" if folder else own
+                if info["type"] == "directory":
+                    folders.append(name)
+                else:
+                    yield _fsspec_file(name, info)
+
+    def stat(self, name: str) -> StoredFile:
+        return _fsspec_file(name, self._filesystem.info(self._path(name)))
+
+    def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        end = None if length is None else start + length
+        return bytes(self._filesystem.cat_file(self._path(name), start=start or None, end=end))
+
+    def write(self, name: str, data: bytes, *, sync: bool = True) -> None:
+        path = self.local_path(name)
+        if path is None:
+            self._filesystem.pipe_file(self._path(name), data)
+        else:
+            write_atomic(path, data, sync=sync)
+
+    def remove(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            self._filesystem.rm_file(self._path(name))
+
+    def local_path(self, name: str = "") -> Path | None:
+        from fsspec.implementations.local import LocalFileSystem
+
+        return Path(self._path(name)) if isinstance(self._filesystem, LocalFileSystem) else None
+
+    def shown(self, name: str = "") -> str:
+        return f"{self.url.rstrip('/')}/{name}" if name else self.url
+
+
+def _no_folder(shown: str, exists: bool) -> OSError:
+    code = errno.ENOTDIR if exists else errno.ENOENT
+    return OSError(code, os.strerror(code), shown)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _local_file(name: str, status: os.stat_result) -> StoredFile:
+    """Also the time of status change is in the stamp: a program can set the time of modification."""
+    modified_ns, changed_ns = status.st_mtime_ns, status.st_ctime_ns
+    stamp = (status.st_size, modified_ns, changed_ns)
+    return StoredFile(name, status.st_size, stamp, max(modified_ns, changed_ns) / 1e9)
+
+
+def _fsspec_file(name: str, info: dict[str, Any]) -> StoredFile:
+    values = [info[key] for key in FSSPEC_STAMPS if key in info]
+    marks = [value.timestamp() if isinstance(value, datetime) else value for value in values]
+    times = [mark for mark in marks if not isinstance(mark, str)]
+    return StoredFile(name, info["size"], (info["size"], *map(str, marks)), max(times, default=0.0))
