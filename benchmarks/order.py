@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from simpletuner.base.draws import draw_seed
+from simpletuner.base.storage import LocalStorage
 from simpletuner.config.datasets import ImageSet
 from simpletuner.data.geometry import Geometry
 from simpletuner.data.manifest import Manifest
@@ -67,7 +68,8 @@ def measured(work: Callable[[], T]) -> tuple[T, float, float]:
 def manifest_of(visits: int) -> Manifest:
     geometries = [Geometry(target, target, (0, 0)) for target in TARGETS]
     samples = tuple(
-        Sample("set", Path(), "", "", 0, 0, geometries[index**3 % 11 % len(TARGETS)], ("",)) for index in range(visits)
+        Sample("set", LocalStorage(Path()), "", "", 0, 0, geometries[index**3 % 11 % len(TARGETS)], ("",))
+        for index in range(visits)
     )
     manifest = Manifest(ImageSet.model_validate({"id": "set", "instance_data_dir": "."}), samples, (), ())
     assert len(manifest.buckets) == len(TARGETS)  # computed here, and kept by the manifest

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from simpletuner.base.draws import draw_seed
+from simpletuner.base.storage import LocalStorage
 from simpletuner.config.datasets import ImageSet
 from simpletuner.data.geometry import Geometry, Size
 from simpletuner.data.manifest import Manifest
@@ -24,7 +25,7 @@ SIZES: tuple[Size, ...] = ((64, 64), (48, 80), (80, 48), (96, 32), (32, 96))
 def manifest(name: str, targets: Sequence[Size], **keys: Any) -> Manifest:
     """A set whose samples have the sizes `targets`, in this order."""
     samples = tuple(
-        Sample(name, Path(), f"{index}.png", "", *target, Geometry(target, target, (0, 0)), ("",))
+        Sample(name, LocalStorage(Path()), f"{index}.png", "", *target, Geometry(target, target, (0, 0)), ("",))
         for index, target in enumerate(targets)
     )
     image_set = ImageSet.model_validate({"id": name, "instance_data_dir": "."} | keys)
