@@ -9,9 +9,10 @@ from typing import Annotated, Any
 from annotated_types import Ge, MinLen, MultipleOf
 
 from simpletuner.base.errors import ConfigError, Problem
+from simpletuner.cli.arguments import wants_help
 from simpletuner.config import later
 from simpletuner.config.documents import read_document
-from simpletuner.config.flags import parse, wants_help
+from simpletuner.config.flags import parse
 from simpletuner.config.given import Checked, Given, Known, check_givens
 from simpletuner.config.options.kinds import Count, NotNegative, PathText, Says, Slice, Text
 from simpletuner.config.options.model import ModelOptions
@@ -23,7 +24,7 @@ from simpletuner.config.rules import encoder_findings, precision_findings
 from simpletuner.config.values import kinds, shown
 from simpletuner.runs.layout import RunDirectory
 
-USAGE = """simpletuner sample --lora FILE[:STRENGTH] --prompt TEXT [--option value ...]
+_USAGE = """simpletuner sample --lora FILE[:STRENGTH] --prompt TEXT [--option value ...]
        simpletuner sample --run FOLDER --prompt TEXT [--option value ...]
        simpletuner sample --pretrained_model_name_or_path FOLDER --prompt TEXT [--option value ...]"""
 
@@ -113,7 +114,7 @@ def run(arguments: list[str]) -> int:
 
 def help_text() -> str:
     """Help for the options that `sample` has of its own."""
-    lines = [f"usage: {USAGE}", "", str(SampleOptions.__doc__).rstrip(".")]
+    lines = [f"usage: {_USAGE}", "", str(SampleOptions.__doc__).rstrip(".")]
     for name, text in SampleOptions.documentation().items():
         field = SampleOptions.model_fields[name]
         is_telling = not field.is_required() and field.default not in (None, "", ())
@@ -137,9 +138,8 @@ def read_request(arguments: Sequence[str], environ: Mapping[str, str]) -> Sample
     Raises:
         ConfigError: every problem at once.
     """
-    rest, repeated = _collected(arguments)
-    flags = parse(rest)
-    given = {**flags.options, **repeated}
+    flags = parse(arguments, REPEATED)
+    given = flags.options
     problems = list(flags.problems)
     problems += [
         Problem(f"--{name}: not for sample", remedy="Give --config PATH.")
@@ -163,25 +163,6 @@ def read_request(arguments: Sequence[str], environ: Mapping[str, str]) -> Sample
     findings = (*precision_findings(config), *encoder_findings(config, config))
     ConfigError.raise_if(problem for _, problem in findings)
     return config
-
-
-def _collected(arguments: Sequence[str]) -> tuple[list[str], dict[str, Given]]:
-    """`arguments` without the flags that may be given several times, and all the values of those."""
-    rest: list[str] = []
-    values: dict[str, list[str]] = {}
-    words = list(arguments)
-    while words:
-        word = words.pop(0)
-        name, has_value, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in REPEATED:
-            rest.append(word)
-        elif has_value:
-            values.setdefault(name, []).append(value)
-        elif words and not words[0].startswith("--"):
-            values.setdefault(name, []).append(words.pop(0))
-        else:
-            values.setdefault(name, []).append("")
-    return rest, {name: Given(tuple(texts), "flag", f"--{name}") for name, texts in values.items()}
 
 
 def _config_files(
