@@ -57,7 +57,7 @@ class CheckpointCommand(NamedRun):
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class ListedCheckpoint:
     """One that lies on the disk."""
 
     step: int
@@ -146,7 +146,7 @@ def _delete(directory: RunDirectory, command: CheckpointCommand) -> int:
     return 0
 
 
-def _confirm(gone: Sequence[Checkpoint]) -> None:
+def _confirm(gone: Sequence[ListedCheckpoint]) -> None:
     """Ask on the terminal.
 
     Raises:
@@ -178,12 +178,12 @@ def _asked(directory: RunDirectory, typed: tuple[tuple[int, ...], ...]) -> list[
     return steps
 
 
-def _at(directory: RunDirectory, step: int) -> Checkpoint | None:
+def _at(directory: RunDirectory, step: int) -> ListedCheckpoint | None:
     """A checkpoint; None where the run has pruned it since it was looked for."""
     folder = directory.checkpoint(step)
     try:
         changed = datetime.datetime.fromtimestamp(folder.stat().st_mtime, datetime.UTC)
-        return Checkpoint(step, str(folder), checkpoints.size(folder), changed.isoformat(timespec="seconds"))
+        return ListedCheckpoint(step, str(folder), checkpoints.size(folder), changed.isoformat(timespec="seconds"))
     except FileNotFoundError:
         return None
 

@@ -13,7 +13,7 @@ from simpletuner.base.sizes import GIB, parse_size
 from simpletuner.cli.arguments import Flag, flag_help, parse_command, wants_help
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.printing import json_text
-from simpletuner.cli.spread import Resolution, Spread, picture, terminal
+from simpletuner.cli.spread import Resolution, Spread, spread_picture, terminal
 from simpletuner.config.flags import help_text
 from simpletuner.config.load import Loaded
 from simpletuner.config.options.schedule import ScheduleOptions
@@ -115,7 +115,7 @@ def _draw(loaded: Loaded, command: PlanCommand) -> int:
     path = folder / PICTURE
     with disk_full_is_reported(path):
         folder.mkdir(parents=True, exist_ok=True)
-        picture(spread).save(path)
+        spread_picture(spread).save(path)
     if command.json:
         found: dict[str, Any] = {"timesteps": spread.summary() | {"path": str(path)}, "notices": list(loaded.notices)}
         print(json_text(found))

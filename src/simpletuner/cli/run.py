@@ -16,7 +16,7 @@ from simpletuner.cli.loading import load_here
 from simpletuner.cli.main import INTERRUPTED
 from simpletuner.cli.named_run import RUNS, NamedRun
 from simpletuner.cli.printing import json_text, table
-from simpletuner.cli.telling import LOOK_EVERY_S, Narrator, as_json, described, followed, shown_time
+from simpletuner.cli.telling import POLL_EVENTS_EVERY_S, Narrator, as_json, described, followed, shown_time
 from simpletuner.runs.events import TITLES
 from simpletuner.runs.launch import start
 from simpletuner.runs.layout import RunDirectory
@@ -211,7 +211,7 @@ def _awaited(directory: RunDirectory, request: Request, place: int) -> dict[str,
         kind = event["type"]
         if request == "stop" and kind == "end":
             while directory.lock().is_held():
-                time.sleep(LOOK_EVERY_S)
+                time.sleep(POLL_EVENTS_EVERY_S)
             if event["reason"] == "error":
                 break
             return {"done": f"{event['reason']} at step {event['step']}"}

@@ -28,7 +28,7 @@ _USAGE = """simpletuner sample --lora FILE[:STRENGTH] --prompt TEXT [--option va
        simpletuner sample --run FOLDER --prompt TEXT [--option value ...]
        simpletuner sample --pretrained_model_name_or_path FOLDER --prompt TEXT [--option value ...]"""
 
-Side = Annotated[
+PictureSide = Annotated[
     int, Ge(SIDE_MULTIPLE_PX), MultipleOf(SIDE_MULTIPLE_PX), Says(f"a multiple of {SIDE_MULTIPLE_PX} pixels")
 ]
 
@@ -47,10 +47,10 @@ class SampleOptions(Slice):
     """The folder of a run: its model and its finished LoRA (unless `lora` names others), or the model that it
     finished, and the settings of its validation pictures."""
 
-    width: Side = 1024
+    width: PictureSide = 1024
     """Width in pixels."""
 
-    height: Side = 1024
+    height: PictureSide = 1024
     """Height in pixels."""
 
     steps: Count | None = None
@@ -100,19 +100,19 @@ def run(arguments: list[str]) -> int:
         UserError: a problem the user can mend.
     """
     if wants_help(arguments):
-        print(help_text())
+        print(sample_help())
         return 0
     config = read_request(arguments, os.environ)
     loras = wanted_loras(config)
     # Brings torch: only once the request is known to be good.
-    from simpletuner.cli.drawing import draw
+    from simpletuner.cli.drawing import draw_samples
 
-    for path in draw(config, loras):
+    for path in draw_samples(config, loras):
         print(path, flush=True)
     return 0
 
 
-def help_text() -> str:
+def sample_help() -> str:
     """Help for the options that `sample` has of its own."""
     lines = [f"usage: {_USAGE}", "", str(SampleOptions.__doc__).rstrip(".")]
     for name, text in SampleOptions.documentation().items():
