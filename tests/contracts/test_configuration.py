@@ -174,6 +174,18 @@ def test_every_option_of_later_work_is_known_and_none_is_read() -> None:
     assert not later.LATER_OPTIONS.keys() & READ
 
 
+def declared_flags() -> set[str]:
+    """Every flag that a command declares: a field whose value is `Flag(...).default(...)`."""
+    return {
+        node.target.id.replace("_", "-")
+        for path, tree in trees()
+        if "cli" in path.parts
+        for node in ast.walk(tree)
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        if isinstance(node.value, ast.Call) and ast.unparse(node.value.func).endswith(".default")
+    }
+
+
 def options_named(inside: str) -> set[str]:
     """Every `--option` in a text of the sources, inside the command's folder or outside of it."""
     texts = (
@@ -187,5 +199,5 @@ def options_named(inside: str) -> set[str]:
 
 
 def test_no_remedy_names_an_option_that_is_not_there() -> None:
-    known = {*RunConfig.model_fields, *later.LATER_OPTIONS, *SELECTORS} | options_named("cli")
+    known = {*RunConfig.model_fields, *later.LATER_OPTIONS, *SELECTORS} | options_named("cli") | declared_flags()
     assert options_named("elsewhere") - known == set()

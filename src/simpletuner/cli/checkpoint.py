@@ -8,13 +8,13 @@ from typing import Any
 
 from simpletuner.base.errors import CheckpointError, ConfigError, Problem
 from simpletuner.base.sizes import format_size
+from simpletuner.cli.arguments import Flag, flag_help, parse_command, verb_of, wants_help
+from simpletuner.cli.named_run import NamedRun
 from simpletuner.cli.printing import json_text, table
-from simpletuner.cli.typed import Typed, run_of, typed
-from simpletuner.config.flags import wants_help
 from simpletuner.runs import checkpoints
 from simpletuner.runs.layout import RunDirectory
 
-USAGE = """usage: simpletuner checkpoint list [RUN] [--json]
+_USAGE = """usage: simpletuner checkpoint list [RUN] [--json]
        simpletuner checkpoint verify [RUN] [--step N[,N…] | --all] [--json]
        simpletuner checkpoint delete [RUN] --step N[,N…] | --all [--yes] [--json]
 
@@ -24,17 +24,40 @@ USAGE = """usage: simpletuner checkpoint list [RUN] [--json]
             named together with --yes. What the run ended with is no checkpoint: it stays
 
   RUN is a run's directory. Left out, it is the output_dir of the configuration found here, or of that of --env NAME.
+"""
 
-  --step N  this one; several are divided by commas, or --step is given again
-  --all     all of them (verify does so by itself)
-  --yes     do not ask
-  --json    print one JSON object"""
 
-WORDS = ("list", "verify", "delete")
+def _steps(text: str) -> tuple[int, ...]:
+    """Steps divided by commas.
+
+    Raises:
+        ConfigError: something else.
+    """
+    words = text.split(",")
+    wrong = [word for word in words if not word.isdecimal()]
+    if wrong:
+        raise ConfigError.of(f"--step = {wrong[0]!r}", "a whole number, or several divided by commas")
+    return tuple(map(int, words))
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckpointCommand(NamedRun):
+    """What is typed after `simpletuner checkpoint` and its verb."""
+
+    step: tuple[tuple[int, ...], ...] = Flag(
+        "this one; several are divided by commas, or --step is given again",
+        "N",
+        convert=_steps,
+        is_repeatable=True,
+        verbs=("verify", "delete"),
+    ).default(())
+    all: bool = Flag("all of them (verify does so by itself)", verbs=("verify", "delete")).default(False)
+    yes: bool = Flag("do not ask", verbs=("delete",)).default(False)
+    json: bool = Flag("print one JSON object").default(False)
+
+
+@dataclass(frozen=True)
+class ListedCheckpoint:
     """One that lies on the disk."""
 
     step: int
@@ -52,20 +75,17 @@ def run(arguments: list[str]) -> int:
         CheckpointError: no such checkpoint, one that must stay, or the run is going on.
     """
     if wants_help(arguments):
-        print(USAGE)
+        print(f"{_USAGE}\n{flag_help(CheckpointCommand)}")
         return 0
-    word = arguments[0] if arguments else ""
-    if word not in WORDS:
-        raise ConfigError.of(f"simpletuner checkpoint {word}".rstrip() + ": nothing to do", "list, verify or delete")
-    switches = {"list": ("json",), "verify": ("json", "all"), "delete": ("json", "all", "yes")}[word]
-    found = typed(arguments[1:], switches=switches, values=() if word == "list" else ("step",))
-    directory = run_of(found, f"simpletuner checkpoint {word}")
-    return {"list": _list, "verify": _verify, "delete": _delete}[word](directory, found)
+    works = {"list": _list, "verify": _verify, "delete": _delete}
+    verb = verb_of("checkpoint", arguments, works)
+    command = parse_command(CheckpointCommand, arguments[1:], verb)
+    return works[verb](command.directory(f"simpletuner checkpoint {verb}"), command)
 
 
-def _list(directory: RunDirectory, found: Typed) -> int:
+def _list(directory: RunDirectory, command: CheckpointCommand) -> int:
     there = [one for step in checkpoints.steps(directory) if (one := _at(directory, step)) is not None]
-    if "json" in found.switches:
+    if command.json:
         print(_json(directory, "checkpoints", [one.__dict__ for one in there]))
     elif not there:
         print(f"{directory.root} has no checkpoints.")
@@ -76,9 +96,8 @@ def _list(directory: RunDirectory, found: Typed) -> int:
     return 0
 
 
-def _verify(directory: RunDirectory, found: Typed) -> int:
-    steps = _asked(directory, found) or checkpoints.steps(directory)
-    is_json = "json" in found.switches
+def _verify(directory: RunDirectory, command: CheckpointCommand) -> int:
+    steps = _asked(directory, command.step) or checkpoints.steps(directory)
     told: list[dict[str, Any]] = []
     for step in steps:
         damage = checkpoints.damage(directory.checkpoint(step))
@@ -86,19 +105,19 @@ def _verify(directory: RunDirectory, found: Typed) -> int:
         if one is None:
             continue
         told.append(one.__dict__ | {"damage": damage})
-        if not is_json:
+        if not command.json:
             print(f"step {step}: {'good' if damage is None else f'damaged: {damage}'}", flush=True)
-    if is_json:
+    if command.json:
         print(_json(directory, "checkpoints", told))
     elif not steps:
         print(f"{directory.root} has no checkpoints.")
     return CheckpointError.exit_code if any(one["damage"] for one in told) else 0
 
 
-def _delete(directory: RunDirectory, found: Typed) -> int:
-    if ("step" in found.values) == ("all" in found.switches):
+def _delete(directory: RunDirectory, command: CheckpointCommand) -> int:
+    if bool(command.step) == command.all:
         raise ConfigError.of("simpletuner checkpoint delete: which is not said", "either --step N or --all")
-    named = _asked(directory, found)
+    named = _asked(directory, command.step)
     if directory.lock().is_held():
         raise CheckpointError.of(
             f"{directory.root} is being trained by process {directory.lock().pid() or 'unknown'}, which may need them",
@@ -108,26 +127,26 @@ def _delete(directory: RunDirectory, found: Typed) -> int:
     with directory.lock():
         good = next((one.step for one in checkpoints.newest_first(directory) if one.damage is None), None)
         doomed = named or [step for step in checkpoints.steps(directory) if step != good]
-        if good in doomed and "yes" not in found.switches:
+        if good in doomed and not command.yes:
             raise CheckpointError.of(
                 f"step {good} is the newest checkpoint of {directory.root} that verifies: the run goes on from it",
                 "another one",
                 "With --yes it is deleted all the same.",
             )
         gone = [one for step in doomed if (one := _at(directory, step)) is not None]
-        if gone and "yes" not in found.switches:
+        if gone and not command.yes:
             _confirm(gone)
         for step in doomed:
             checkpoints.remove(directory, step)
     kept = checkpoints.steps(directory)
-    if "json" in found.switches:
+    if command.json:
         print(_json(directory, "deleted", [one.__dict__ for one in gone], kept=kept))
     else:
         print(f"{len(gone)} deleted, {format_size(sum(one.bytes for one in gone))}; {len(kept)} kept.")
     return 0
 
 
-def _confirm(gone: Sequence[Checkpoint]) -> None:
+def _confirm(gone: Sequence[ListedCheckpoint]) -> None:
     """Ask on the terminal.
 
     Raises:
@@ -144,32 +163,27 @@ def _confirm(gone: Sequence[Checkpoint]) -> None:
         raise ConfigError.of("nothing is deleted")
 
 
-def _asked(directory: RunDirectory, found: Typed) -> list[int]:
-    """The steps that --step names, each once.
+def _asked(directory: RunDirectory, typed: tuple[tuple[int, ...], ...]) -> list[int]:
+    """The steps of each --step, each once.
 
     Raises:
-        ConfigError: not a step.
         CheckpointError: there is no such checkpoint.
     """
-    texts = [text for value in found.values.get("step", []) for text in value.split(",")]
-    wrong = [text for text in texts if not text.isdecimal()]
-    if wrong:
-        raise ConfigError.of(f"--step = {wrong[0]!r}", "a whole number, or several divided by commas")
     there = checkpoints.steps(directory)
     known = f"one of {', '.join(map(str, there))}" if there else ""
-    steps = list(dict.fromkeys(map(int, texts)))
+    steps = list(dict.fromkeys(step for steps in typed for step in steps))
     CheckpointError.raise_if(
         Problem(f"{directory.root} has no checkpoint of step {step}", known) for step in steps if step not in there
     )
     return steps
 
 
-def _at(directory: RunDirectory, step: int) -> Checkpoint | None:
+def _at(directory: RunDirectory, step: int) -> ListedCheckpoint | None:
     """A checkpoint; None where the run has pruned it since it was looked for."""
     folder = directory.checkpoint(step)
     try:
         changed = datetime.datetime.fromtimestamp(folder.stat().st_mtime, datetime.UTC)
-        return Checkpoint(step, str(folder), checkpoints.size(folder), changed.isoformat(timespec="seconds"))
+        return ListedCheckpoint(step, str(folder), checkpoints.size(folder), changed.isoformat(timespec="seconds"))
     except FileNotFoundError:
         return None
 

@@ -1,20 +1,31 @@
 """`simpletuner config check|show`: the configuration, held against the schema, without training."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from simpletuner.base.errors import ConfigError, Problem
+from simpletuner.cli.arguments import Flag, flag_help, parse_command, wants_help
 from simpletuner.cli.loading import examine_here, load_here
 from simpletuner.cli.printing import json_text
-from simpletuner.config.flags import help_text, wants_help
+from simpletuner.config.flags import help_text
 from simpletuner.config.load import Examined, Loaded
 from simpletuner.config.values import shown
 
-USAGE = """simpletuner config check|show [--json] [--config PATH | --env NAME | --example NAME] [--option value ...]
+_USAGE = """simpletuner config check|show [--json] [--config PATH | --env NAME | --example NAME] [--option value ...]
 
   check   say everything that is wrong with it, or that it is right
   show    every option with its value and where that comes from
+"""
 
-  --json  print one JSON object instead, also where there are problems: each with the option it is about"""
+
+@dataclass(frozen=True)
+class ConfigCommand:
+    """What is typed after `simpletuner config check` and `show`."""
+
+    json: bool = Flag(
+        "print one JSON object instead, also where there are problems: each with the option it is about"
+    ).default(False)
+    rest: tuple[str, ...] = ()
 
 
 def run(arguments: list[str]) -> int:
@@ -24,16 +35,16 @@ def run(arguments: list[str]) -> int:
         ConfigError: every problem of the configuration; with --json they are printed, and the code is the same.
     """
     if wants_help(arguments):
-        print(help_text(USAGE))
+        print(help_text(f"{_USAGE}\n{flag_help(ConfigCommand)}"))
         return 0
     if not arguments or arguments[0] not in ("check", "show"):
         raise ConfigError.of("simpletuner config: nothing to do", "check or show after it")
-    options = [word for word in arguments[1:] if word != "--json"]
-    if len(options) < len(arguments) - 1:
-        examined = examine_here(options)
+    command = parse_command(ConfigCommand, arguments[1:])
+    if command.json:
+        examined = examine_here(command.rest)
         print(json_text(_as_json(examined)))
         return ConfigError.exit_code if examined.problems else 0
-    loaded = load_here(options)
+    loaded = load_here(command.rest)
     print(_table(loaded) if arguments[0] == "show" else _summary(loaded))
     return 0
 

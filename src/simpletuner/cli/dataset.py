@@ -15,49 +15,57 @@ from PIL import Image
 
 from simpletuner.base.errors import ConfigError, DataError, Problem
 from simpletuner.base.files import disk_full_is_reported
+from simpletuner.cli.arguments import Flag, flag_help, parse_command, verb_of, wants_help
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.printing import json_text, table
-from simpletuner.config.flags import help_text, wants_help
+from simpletuner.config.flags import help_text
 from simpletuner.config.load import Loaded
 from simpletuner.data.manifest import Manifest, rejection_counts, scan
 from simpletuner.data.sample import Sample
 from simpletuner.data.sheet import contact_sheet
 from simpletuner.runs.events import Event, ProgressEvent
 
-USAGE = """simpletuner dataset scan|show|cache [--json] [--set ID] [--verify] [options of `simpletuner train`]
+_USAGE = """simpletuner dataset scan|show|cache [--json] [--set ID] [--verify] [options of `simpletuner train`]
 
   scan    count the pictures, their sizes, and what is left out and why
   show    draw the crops that will be trained, with their captions, on one sheet a set
   cache   encode the captions and pictures now, so that a run starts at once
+"""
 
-  --json          print one JSON object instead of a table
-  --pictures      in it, each picture with its size, crop and captions (scan)
-  --progress      a JSON line on standard error as the work goes on: what, done and total (scan and cache)
-  --set ID        this set only (scan and show)
-  --verify        read every cached file, instead of only those that changed since they were last read (cache)
-  --out FOLDER    where show puts its sheets; by default output_dir
-  --count N       how many crops a sheet shows, 24 by default, spread evenly over the set"""
-
-COLUMNS = 6
+SHEET_COLUMNS = 6
 """Of a sheet."""
 TELL_EVERY_S = 0.1
 """Progress of a scan."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """What was typed after `simpletuner dataset`."""
+def _count(text: str) -> int:
+    count = int(text) if text.isdecimal() else 0
+    if count == 0:
+        raise ValueError(text)
+    return count
 
-    word: str
-    as_json: bool
-    set_id: str | None
-    out: Path | None
-    count: int
-    verify: bool
-    has_pictures: bool
-    tells_progress: bool
-    rest: tuple[str, ...]
-    """For the configuration."""
+
+@dataclass(frozen=True)
+class DatasetCommand:
+    """What is typed after `simpletuner dataset` and its verb."""
+
+    json: bool = Flag("print one JSON object instead of a table").default(False)
+    pictures: bool = Flag("in it, each picture with its size, crop and captions (scan)").default(False)
+    progress: bool = Flag(
+        "a JSON line on standard error as the work goes on: what, done and total (scan and cache)"
+    ).default(False)
+    set: str = Flag("this set only (scan and show)", "ID").default("")
+    verify: bool = Flag(
+        "read every cached file, instead of only those that changed since they were last read (cache)"
+    ).default(False)
+    out: str = Flag("where show puts its sheets; by default output_dir", "FOLDER").default("")
+    count: int = Flag(
+        "how many crops a sheet shows, 24 by default, spread evenly over the set",
+        "N",
+        convert=_count,
+        expects="a whole number above 0",
+    ).default(24)
+    rest: tuple[str, ...] = ()
 
 
 def run(arguments: list[str]) -> int:
@@ -68,62 +76,37 @@ def run(arguments: list[str]) -> int:
         DataError: a set is missing or nothing in it can be trained.
     """
     if wants_help(arguments):
-        print(help_text(USAGE))
+        print(help_text(f"{_USAGE}\n{flag_help(DatasetCommand, column=18)}"))
         return 0
-    request = _parsed(arguments)
-    loaded = load_here(request.rest)
-    work = {"scan": _scan, "show": _show, "cache": _cache}[request.word]
-    result, text = work(loaded, request)
-    if request.as_json:
+    works = {"scan": _scan, "show": _show, "cache": _cache}
+    verb = verb_of("dataset", arguments, works)
+    command = parse_command(DatasetCommand, arguments[1:], check=lambda command: _misplaced(command, verb))
+    loaded = load_here(command.rest)
+    result, text = works[verb](loaded, command)
+    if command.json:
         print(json_text(result | {"notices": list(loaded.notices)}))
     else:
         print("\n".join((*loaded.notices, text)))
     return 0
 
 
-def _parsed(arguments: Sequence[str]) -> Request:
-    word = arguments[0] if arguments else ""
-    if word not in ("scan", "show", "cache"):
-        raise ConfigError.of(f"simpletuner dataset {word}".rstrip() + ": nothing to do", "scan, show or cache")
-    own = {"set": "", "out": "", "count": "24"}
-    switches = dict.fromkeys(("json", "verify", "pictures", "progress"), False)
-    kept: list[str] = []
-    rest = list(arguments[1:])
-    while rest:
-        flag = rest.pop(0)
-        name, has_value, value = flag.removeprefix("--").partition("=")
-        if flag.startswith("--") and flag[2:] in switches:
-            switches[flag[2:]] = True
-        elif flag.startswith("--") and name in own:
-            if not has_value and (not rest or rest[0].startswith("--")):
-                raise ConfigError.of(f"--{name}: nothing follows it", "a value")
-            own[name] = value if has_value else rest.pop(0)
-        else:
-            kept.append(flag)
-    if not own["count"].isdecimal() or int(own["count"]) == 0:
-        raise ConfigError.of(f"--count = {own['count']!r}", "a whole number above 0")
-    for flag, words in {"verify": ("cache",), "pictures": ("scan",), "progress": ("scan", "cache")}.items():
-        if switches[flag] and word not in words:
-            raise ConfigError.of(f"--{flag} with dataset {word}", f"dataset {' or '.join(words)}")
-    if switches["pictures"] and not switches["json"]:
-        raise ConfigError.of("--pictures without --json", "both", "`simpletuner dataset show` draws the pictures.")
-    return Request(
-        word=word,
-        as_json=switches["json"],
-        set_id=own["set"] or None,
-        out=Path(own["out"]) if own["out"] else None,
-        count=int(own["count"]),
-        verify=switches["verify"],
-        has_pictures=switches["pictures"],
-        tells_progress=switches["progress"],
-        rest=tuple(kept),
-    )
+def _misplaced(command: DatasetCommand, verb: str) -> Iterator[Problem]:
+    """The problems of flags that do not go with `verb`, or with each other."""
+    for flag, is_given, verbs in (
+        ("verify", command.verify, ("cache",)),
+        ("pictures", command.pictures, ("scan",)),
+        ("progress", command.progress, ("scan", "cache")),
+    ):
+        if is_given and verb not in verbs:
+            yield Problem(f"--{flag} with dataset {verb}", f"dataset {' or '.join(verbs)}")
+    if command.pictures and verb == "scan" and not command.json:
+        yield Problem("--pictures without --json", "both", "`simpletuner dataset show` draws the pictures.")
 
 
-def _scan(loaded: Loaded, request: Request) -> tuple[dict[str, Any], str]:
-    manifests = _scanned(loaded, request)
+def _scan(loaded: Loaded, command: DatasetCommand) -> tuple[dict[str, Any], str]:
+    manifests = _scanned(loaded, command)
     sets = [manifest.summary() for manifest in manifests]
-    if request.has_pictures:
+    if command.pictures:
         for told, manifest in zip(sets, manifests, strict=True):
             told["samples"] = [_as_json(sample) for sample in manifest.samples]
     return {"sets": sets}, "\n\n".join(map(_described, manifests))
@@ -147,13 +130,13 @@ def _tell_progress(what: str, done: int, total: int) -> None:
     print(json.dumps({"what": what, "done": done, "total": total}), file=sys.stderr, flush=True)
 
 
-def _show(loaded: Loaded, request: Request) -> tuple[dict[str, Any], str]:
-    folder = Path(loaded.config.output_dir) if request.out is None else request.out
+def _show(loaded: Loaded, command: DatasetCommand) -> tuple[dict[str, Any], str]:
+    folder = Path(command.out or loaded.config.output_dir)
     sheets = []
-    for manifest in _scanned(loaded, request):
+    for manifest in _scanned(loaded, command):
         safe_id = re.sub(r"[^\w.-]", "_", manifest.image_set.id)
         path = folder / f"dataset-{safe_id}.png"
-        shown = _spread(len(manifest.samples), request.count)
+        shown = _spread(len(manifest.samples), command.count)
         with disk_full_is_reported(path):
             folder.mkdir(parents=True, exist_ok=True)
             _sheet(manifest, shown).save(path)
@@ -162,8 +145,8 @@ def _show(loaded: Loaded, request: Request) -> tuple[dict[str, Any], str]:
     return {"sheets": sheets}, text
 
 
-def _cache(loaded: Loaded, request: Request) -> tuple[dict[str, Any], str]:
-    if request.set_id is not None:
+def _cache(loaded: Loaded, command: DatasetCommand) -> tuple[dict[str, Any], str]:
+    if command.set:
         raise ConfigError.of("--set with dataset cache", "scan or show", "A run needs the caches of all its sets.")
     # torch, which the other words do without.
     import torch
@@ -176,29 +159,28 @@ def _cache(loaded: Loaded, request: Request) -> tuple[dict[str, Any], str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_precisions(loaded.config, device)
     # JSON has standard output to itself.
-    with contextlib.redirect_stdout(sys.stderr) if request.as_json else contextlib.nullcontext():
+    with contextlib.redirect_stdout(sys.stderr) if command.json else contextlib.nullcontext():
         reporter = Reporter()
-        if request.tells_progress:
+        if command.progress:
             # Lines in place of the bar.
             reporter.is_terminal = False
             reporter.listeners.append(_tell_event)
         source = locate(loaded.config, report=reporter.say)
-        prepared = prepare(loaded, source, device, reporter, verify=request.verify)
+        prepared = prepare(loaded, source, device, reporter, verify=command.verify)
     manifests = (*prepared.train, *prepared.held_out)
     return {"sets": [manifest.summary() for manifest in manifests]}, "The caches are filled."
 
 
-def _scanned(loaded: Loaded, request: Request) -> list[Manifest]:
+def _scanned(loaded: Loaded, command: DatasetCommand) -> list[Manifest]:
     """Every set that is asked for; the problems of all of them together."""
-    set_id = request.set_id
     sets = (*loaded.datasets.train_sets, *loaded.datasets.eval_sets)
-    asked = [image_set for image_set in sets if set_id in (None, image_set.id)]
+    asked = [image_set for image_set in sets if command.set in ("", image_set.id)]
     if not asked:
         known = ", ".join(image_set.id for image_set in sets)
-        raise ConfigError.of(f"--set = {set_id!r}: no such set", f"one of {known}")
+        raise ConfigError.of(f"--set = {command.set!r}: no such set", f"one of {known}")
     manifests, problems = [], list[Problem]()
     for image_set in asked:
-        with _lines(image_set.id) if request.tells_progress else _bar(image_set.id) as report:
+        with _lines(image_set.id) if command.progress else _bar(image_set.id) as report:
             try:
                 manifests.append(scan(image_set, seed=loaded.config.seed, workers=loaded.config.workers, report=report))
             except DataError as error:
@@ -278,7 +260,7 @@ def _sheet(manifest: Manifest, shown: Sequence[int]) -> Image.Image:
         width, height = sample.geometry.target
         more = f" (and {len(sample.captions) - 1} more)" if len(sample.captions) > 1 else ""
         captions.append(f"{sample.name}, {width}x{height}\n{sample.captions[0]}{more}")
-    columns = min(COLUMNS, len(cells))
+    columns = min(SHEET_COLUMNS, len(cells))
     starts = range(0, len(cells), columns)
     rows = [cells[start : start + columns] for start in starts]
     texts = [captions[start : start + columns] for start in starts]

@@ -30,7 +30,7 @@ from simpletuner.train.placement import open_decoder, stream_blocks
 _NAME_LENGTH = 40
 
 
-def draw(config: SampleConfig, loras: Sequence[Wanted]) -> Iterator[Path]:
+def draw_samples(config: SampleConfig, loras: Sequence[Wanted]) -> Iterator[Path]:
     """Draw every picture of `config` and give the path of each as soon as it is written.
 
     One after the other, the text encoder and then the transformer are in memory. Progress goes to standard error.

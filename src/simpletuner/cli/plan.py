@@ -2,18 +2,19 @@
 it really gives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from simpletuner.base.errors import ConfigError, MemoryBudgetError
+from simpletuner.base.errors import MemoryBudgetError, Problem
 from simpletuner.base.files import disk_full_is_reported
 from simpletuner.base.sizes import GIB, parse_size
+from simpletuner.cli.arguments import Flag, flag_help, parse_command, wants_help
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.printing import json_text
-from simpletuner.cli.spread import Resolution, Spread, picture, terminal
-from simpletuner.config.flags import help_text, wants_help
+from simpletuner.cli.spread import Resolution, Spread, spread_picture, terminal
+from simpletuner.config.flags import help_text
 from simpletuner.config.load import Loaded
 from simpletuner.config.options.schedule import ScheduleOptions
 from simpletuner.config.values import join_names
@@ -21,34 +22,46 @@ from simpletuner.data.manifest import scan
 from simpletuner.data.order import Order
 from simpletuner.train.timesteps import Timesteps
 
-USAGE = """simpletuner plan [--vram GIB] [--ram GIB] [--json] [options of `simpletuner train`]
+_USAGE = """simpletuner plan [--vram GIB] [--ram GIB] [--json] [options of `simpletuner train`]
 simpletuner plan --show-timesteps [--json] [--out FOLDER] [options of `simpletuner train`]
 
   Without --show-timesteps: what each phase takes of GPU, RAM and disk, and whether that is there; if not, the smallest
   change that would fit, and exit code 5. Nothing is loaded or downloaded.
-
-  --vram GIB         plan for a card of this size instead of this machine's; 0 is a machine without one
-  --ram GIB          plan for a machine with so much memory
-  --show-timesteps   draw where between data (σ 0) and noise (σ 1) the run will train
-  --out FOLDER       where timesteps.png is put; by default output_dir
-  --json             print one JSON object instead"""
+"""
 
 PICTURE = "timesteps.png"
 EVERY_SIZE = "every size"
 
 
-@dataclass(frozen=True)
-class Request:
-    """What was typed after `simpletuner plan`."""
+def _gib(text: str) -> float:
+    """ "24", "24GB" or "24 GiB" in GiB."""
+    plain = text.replace(".", "", 1).isdecimal()
+    return float(text) if plain else parse_size(text) / GIB
 
-    shows_timesteps: bool
-    as_json: bool
-    out: Path | None
-    vram_gib: float | None
-    """None for what this machine has."""
-    ram_gib: float | None
-    rest: tuple[str, ...]
-    """For the configuration."""
+
+def _gib_flag(meaning: str) -> Flag:
+    return Flag(meaning, "GIB", convert=_gib, expects="a size in GiB such as 24", follows="a size in GiB")
+
+
+@dataclass(frozen=True)
+class PlanCommand:
+    """What is typed after `simpletuner plan`. A size is None for what this machine has."""
+
+    vram: float | None = _gib_flag(
+        "plan for a card of this size instead of this machine's; 0 is a machine without one"
+    ).default(None)
+    ram: float | None = _gib_flag("plan for a machine with so much memory").default(None)
+    show_timesteps: bool = Flag("draw where between data (σ 0) and noise (σ 1) the run will train").default(False)
+    out: Path | None = Flag(
+        "where timesteps.png is put; by default output_dir", "FOLDER", convert=Path, follows="a folder"
+    ).default(None)
+    json: bool = Flag("print one JSON object instead").default(False)
+    rest: tuple[str, ...] = ()
+
+    def problems(self) -> Iterator[Problem]:
+        """What parsing alone does not find."""
+        if self.ram == 0:
+            yield Problem("--ram = 0", "a size in GiB above 0")
 
 
 def run(arguments: list[str]) -> int:
@@ -61,14 +74,14 @@ def run(arguments: list[str]) -> int:
         DiskError: no space for the picture.
     """
     if wants_help(arguments):
-        print(help_text(USAGE))
+        print(help_text(f"{_USAGE}\n{flag_help(PlanCommand, column=21)}"))
         return 0
-    request = _parsed(arguments)
-    loaded = load_here(request.rest)
-    return _draw(loaded, request) if request.shows_timesteps else _plan(loaded, request)
+    command = parse_command(PlanCommand, arguments, check=PlanCommand.problems)
+    loaded = load_here(command.rest)
+    return _draw(loaded, command) if command.show_timesteps else _plan(loaded, command)
 
 
-def _plan(loaded: Loaded, request: Request) -> int:
+def _plan(loaded: Loaded, command: PlanCommand) -> int:
     # torch, which the other word and all mistakes do without.
     import torch
 
@@ -79,74 +92,36 @@ def _plan(loaded: Loaded, request: Request) -> int:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = this_machine(device, Path(loaded.config.output_dir))
-    other = Machine.of_size(
-        None if request.vram_gib is None else request.vram_gib * GIB, (request.ram_gib or 0.0) * GIB
-    )
-    if request.vram_gib is not None:
+    other = Machine.of_size(None if command.vram is None else command.vram * GIB, (command.ram or 0.0) * GIB)
+    if command.vram is not None:
         machine = replace(machine, accelerator=other.accelerator)
-    if request.ram_gib is not None:
+    if command.ram is not None:
         machine = replace(machine, ram=other.ram)
-    if request.vram_gib is not None or request.ram_gib is not None:
+    if command.vram is not None or command.ram is not None:
         machine = replace(machine, disk=None)
     budget = Budget(loaded.config, looked_at(loaded), machine)
-    is_this_one = request.vram_gib is None
+    is_this_one = command.vram is None
     rate = matmul_rate(device, DTYPES[loaded.config.base_dtype]) if is_this_one else None
-    if request.as_json:
+    if command.json:
         print(json_text(budget.summary(rate) | {"notices": list(loaded.notices)}))
     else:
         print("\n".join((*loaded.notices, *budget.table(rate))))
     return 0 if budget.plan.fits else MemoryBudgetError.exit_code
 
 
-def _draw(loaded: Loaded, request: Request) -> int:
+def _draw(loaded: Loaded, command: PlanCommand) -> int:
     spread = _spread(loaded)
-    folder = Path(loaded.config.output_dir) if request.out is None else request.out
+    folder = Path(loaded.config.output_dir) if command.out is None else command.out
     path = folder / PICTURE
     with disk_full_is_reported(path):
         folder.mkdir(parents=True, exist_ok=True)
-        picture(spread).save(path)
-    if request.as_json:
+        spread_picture(spread).save(path)
+    if command.json:
         found: dict[str, Any] = {"timesteps": spread.summary() | {"path": str(path)}, "notices": list(loaded.notices)}
         print(json_text(found))
     else:
         print("\n".join((*loaded.notices, terminal(spread), "", f"Picture: {path}")))
     return 0
-
-
-def _parsed(arguments: Sequence[str]) -> Request:
-    kept: list[str] = []
-    found = {"--show-timesteps": False, "--json": False}
-    values: dict[str, str | None] = {"--out": None, "--vram": None, "--ram": None}
-    rest = list(arguments)
-    while rest:
-        flag = rest.pop(0)
-        name, has_value, value = flag.partition("=")
-        if flag in found:
-            found[flag] = True
-        elif name in values:
-            if not has_value and (not rest or rest[0].startswith("--")):
-                raise ConfigError.of(f"{name}: nothing follows it", "a folder" if name == "--out" else "a size in GiB")
-            values[name] = value if has_value else rest.pop(0)
-        else:
-            kept.append(flag)
-    out = values["--out"]
-    vram, ram = (_gib(name, values[name]) for name in ("--vram", "--ram"))
-    if ram == 0:
-        raise ConfigError.of("--ram = 0", "a size in GiB above 0")
-    return Request(
-        found["--show-timesteps"], found["--json"], None if out is None else Path(out), vram, ram, tuple(kept)
-    )
-
-
-def _gib(name: str, text: str | None) -> float | None:
-    """ "24", "24GB" or "24 GiB" in GiB."""
-    if text is None:
-        return None
-    try:
-        plain = text.replace(".", "", 1).isdecimal()
-        return float(text) if plain else parse_size(text) / GIB
-    except ValueError:
-        raise ConfigError.of(f"{name} = {text!r}", "a size in GiB such as 24") from None
 
 
 def _spread(loaded: Loaded) -> Spread:

@@ -4,21 +4,33 @@ import contextlib
 import datetime
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from simpletuner.base.errors import ConfigError
+from simpletuner.cli.arguments import Flag, Positional, parse_command, refuse_rest, verb_of
 from simpletuner.cli.kept import kept_aside, spelled
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.printing import json_text, table
 from simpletuner.cli.telling import shown_time
-from simpletuner.cli.typed import Typed, typed
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.runs.queue import Entry, Queue
 from simpletuner.runs.status import status_of
 
-WORDS = ("list", "add", "remove", "resume", "work")
+DEVICES_HELP = """accelerators to train on, such as 0 or 0,1; by default CUDA_VISIBLE_DEVICES, or what there is. In the
+queue, each list has its own turn"""
 NO_DEVICE = "-1"
 """For CUDA_VISIBLE_DEVICES: none of them."""
+
+
+@dataclass(frozen=True)
+class QueueCommand:
+    """What is typed after `simpletuner run queue` and its verb."""
+
+    id: str = Positional(verbs=("remove",)).default("")
+    devices: str | None = Flag(DEVICES_HELP, "LIST", verbs=("add", "work")).default(None)
+    json: bool = Flag("print one JSON object").default(False)
+    rest: tuple[str, ...] = ()
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -28,40 +40,34 @@ def run(arguments: Sequence[str]) -> int:
         ConfigError: a mistake in the configuration or in what was typed, or an entry that cannot be removed.
         DiskError: the disk is full.
     """
-    has_word = bool(arguments) and not arguments[0].startswith("--")
-    word = arguments[0] if has_word else "list"
-    if word not in WORDS:
-        raise ConfigError.of(f"simpletuner run queue {word}: nothing to do", "list, add, remove or resume")
-    found = typed(
-        arguments[1:] if has_word else arguments,
-        switches=("json",),
-        values=("devices",) if word in ("add", "work") else (),
-    )
-    if word == "add":
-        return add(found)
-    what = f"simpletuner run queue {word}"
-    found.nothing_else(what, words=1 if word == "remove" else 0)
+    has_verb = bool(arguments) and not arguments[0].startswith("--")
+    verb, *typed = arguments if has_verb else ("list", *arguments)
+    verb_of("run queue", [verb], ("list", "add", "remove", "resume", "work"), "list, add, remove or resume")
+    command = parse_command(QueueCommand, typed, verb)
+    if verb == "add":
+        return add(command.rest, command.devices, as_json=command.json)
+    refuse_rest(command.rest, f"simpletuner run queue {verb}")
     queue = Queue.of(Path.cwd())
-    if word == "work":
-        queue.work(devices_of(found), say=_log)
+    if verb == "work":
+        queue.work(devices_of(command.devices), say=_log)
         return 0
-    if word == "remove":
-        return _remove(queue, found)
-    if word == "resume":
+    if verb == "remove":
+        return _remove(queue, command)
+    if verb == "resume":
         queue.start_workers()
-    return _list(queue, found)
+    return _list(queue, command)
 
 
-def add(found: Typed) -> int:
-    """Put the run that was typed at the end of the queue, and see to it that someone works on it."""
-    arguments = [*found.words, *found.rest]
+def add(arguments: Sequence[str], typed_devices: str | None, *, as_json: bool) -> int:
+    """Put the run that `arguments` of `train` describe at the end of the queue, and see to it that someone works on
+    it."""
     loaded = load_here(arguments)
-    output_dir, devices = loaded.config.output_dir, devices_of(found)
+    output_dir, devices = loaded.config.output_dir, devices_of(typed_devices)
     queue = Queue.of(Path.cwd())
     entry = queue.add(spelled(arguments), output_dir, devices, command=kept_aside(arguments, loaded))
     queue.start_workers()
     now = next((other for other in queue.entries() if other.id == entry.id), entry)
-    if "json" in found.switches:
+    if as_json:
         print(json_text(now.model_dump(mode="json") | {"notices": list(loaded.notices)}))
         return 0
     for notice in loaded.notices:
@@ -74,28 +80,28 @@ def add(found: Typed) -> int:
     return 0
 
 
-def devices_of(found: Typed) -> str:
+def devices_of(typed: str | None) -> str:
     """The devices that were typed, or those that the environment leaves; "" for what the machine has."""
-    if "devices" in found.values:
-        return found.values["devices"][-1]
+    if typed is not None:
+        return typed
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return "" if visible is None else visible or NO_DEVICE
 
 
-def _remove(queue: Queue, found: Typed) -> int:
-    if not found.words or not found.words[0].isdecimal():
+def _remove(queue: Queue, command: QueueCommand) -> int:
+    if not command.id.isdecimal():
         raise ConfigError.of("simpletuner run queue remove: no entry is named", "its number, from `run queue list`")
-    entry = queue.remove(int(found.words[0]))
-    if "json" in found.switches:
+    entry = queue.remove(int(command.id))
+    if command.json:
         print(json_text(entry.model_dump(mode="json")))
     else:
         print(f"Queue entry {entry.id}, {entry.output_dir or 'damaged'}, is taken out.")
     return 0
 
 
-def _list(queue: Queue, found: Typed) -> int:
+def _list(queue: Queue, command: QueueCommand) -> int:
     entries, idle = queue.entries(), queue.work_is_needed() if queue.folder.is_dir() else []
-    if "json" in found.switches:
+    if command.json:
         told = [entry.model_dump(mode="json") for entry in entries]
         print(json_text({"entries": told, "devices_without_a_worker": idle}))
         return 0

@@ -5,24 +5,25 @@ import json
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from simpletuner.base.errors import CheckpointError, ConfigError
 from simpletuner.cli import queueing
+from simpletuner.cli.arguments import Flag, Positional, flag_help, parse_command, refuse_rest, verb_of, wants_help
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.main import INTERRUPTED
+from simpletuner.cli.named_run import RUNS, NamedRun
 from simpletuner.cli.printing import json_text, table
-from simpletuner.cli.telling import LOOK_EVERY_S, Narrator, as_json, described, followed, shown_time
-from simpletuner.cli.typed import RUNS, Typed, run_of, typed
-from simpletuner.config.flags import wants_help
+from simpletuner.cli.telling import POLL_EVENTS_EVERY_S, Narrator, as_json, described, followed, shown_time
 from simpletuner.runs.events import TITLES
 from simpletuner.runs.launch import start
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.runs.process import Request, ask
 from simpletuner.runs.status import RunStatus, find_runs, status_of
 
-USAGE = """usage: simpletuner run start [--queue] [--devices LIST] [--json] [options of `simpletuner train`]
+_USAGE = """usage: simpletuner run start [--queue] [--devices LIST] [--json] [options of `simpletuner train`]
        simpletuner run stop|save|validate [RUN] [--wait] [--json]
        simpletuner run show [RUN] [--follow] [--json]
        simpletuner run list [FOLDER] [--json]
@@ -39,15 +40,40 @@ USAGE = """usage: simpletuner run start [--queue] [--devices LIST] [--json] [opt
 
   RUN is a run's directory. Left out, it is the output_dir of the configuration found here, or of that of --env NAME,
   --config PATH or --example NAME.
-
-  --queue         as `queue add`
-  --devices LIST  accelerators to train on, such as 0 or 0,1; by default CUDA_VISIBLE_DEVICES, or what there is. In the
-                  queue, each list has its own turn
-  --wait          return when it is done, not when it is asked for
-  --json          print one JSON object (with --follow, one event a line)"""
+"""
 
 REQUESTS: tuple[Request, ...] = get_args(Request)
-WORDS = ("start", *REQUESTS, "show", "list", "queue")
+VERBS = ("start", *REQUESTS, "show", "list", "queue")
+
+_JSON_HELP = "print one JSON object (with --follow, one event a line)"
+
+
+@dataclass(frozen=True)
+class StartCommand:
+    """What is typed after `simpletuner run start`."""
+
+    queue: bool = Flag("as `queue add`").default(False)
+    devices: str | None = Flag(queueing.DEVICES_HELP, "LIST").default(None)
+    json: bool = Flag(_JSON_HELP).default(False)
+    rest: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ListCommand:
+    """What is typed after `simpletuner run list`."""
+
+    folder: Path | None = Positional(convert=Path).default(None)
+    json: bool = Flag(_JSON_HELP).default(False)
+    rest: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunCommand(NamedRun):
+    """What is typed after the other verbs of `simpletuner run`."""
+
+    follow: bool = Flag(verbs=("show",)).default(False)
+    wait: bool = Flag("return when it is done, not when it is asked for", verbs=REQUESTS).default(False)
+    json: bool = Flag(_JSON_HELP).default(False)
 
 
 def run(arguments: list[str]) -> int:
@@ -60,35 +86,33 @@ def run(arguments: list[str]) -> int:
         DiskError: the disk is full.
     """
     if wants_help(arguments):
-        print(USAGE)
+        print(f"{_USAGE}\n{flag_help(StartCommand, RunCommand)}")
         return 0
-    word, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    if word == "start":
-        return _start(typed(rest, switches=("json", "queue"), values=("devices",)))
-    if word == "list":
-        return _list(typed(rest, switches=("json",)))
-    if word == "show":
-        return _show(typed(rest, switches=("json", "follow")))
-    if word == "queue":
-        return queueing.run(rest)
-    for request in REQUESTS:
-        if word == request:
-            return _ask(request, typed(rest, switches=("json", "wait")))
-    raise ConfigError.of(f"simpletuner run {word}".rstrip() + ": nothing to do", f"one of {', '.join(WORDS)}")
+    verb = verb_of("run", arguments, VERBS, f"one of {', '.join(VERBS)}")
+    typed = arguments[1:]
+    if verb == "start":
+        return _start(parse_command(StartCommand, typed))
+    if verb == "list":
+        return _list(parse_command(ListCommand, typed))
+    if verb == "show":
+        return _show(parse_command(RunCommand, typed, verb))
+    if verb == "queue":
+        return queueing.run(typed)
+    request = next(request for request in REQUESTS if request == verb)
+    return _ask(request, parse_command(RunCommand, typed, verb))
 
 
-def _start(found: Typed) -> int:
-    if "queue" in found.switches:
-        return queueing.add(found)
-    arguments = [*found.words, *found.rest]
-    loaded = load_here(arguments)
+def _start(command: StartCommand) -> int:
+    if command.queue:
+        return queueing.add(command.rest, command.devices, as_json=command.json)
+    loaded = load_here(command.rest)
     directory = RunDirectory(Path(loaded.config.output_dir))
     try:
-        started = start(arguments, directory, Path.cwd(), queueing.devices_of(found))
+        started = start(command.rest, directory, Path.cwd(), queueing.devices_of(command.devices))
     except KeyboardInterrupt:
         print(f"\nNot waited for. `simpletuner run show {directory.root}` says what became of it.", file=sys.stderr)
         return INTERRUPTED
-    if "json" in found.switches:
+    if command.json:
         told = {"pid": started.pid, "exit_code": started.exit_code, "notices": list(loaded.notices)}
         print(json_text(as_json(status_of(directory)) | told))
         return 0
@@ -103,13 +127,13 @@ def _start(found: Typed) -> int:
     return 0
 
 
-def _list(found: Typed) -> int:
-    found.nothing_else("simpletuner run list", words=1)
-    folder = Path(found.words[0]) if found.words else RUNS
-    if found.words and not folder.is_dir():
+def _list(command: ListCommand) -> int:
+    refuse_rest(command.rest, "simpletuner run list")
+    folder = RUNS if command.folder is None else command.folder
+    if command.folder is not None and not folder.is_dir():
         raise ConfigError.of(f"{folder}: no such folder", "one with runs below it")
     statuses = sorted(map(status_of, find_runs(folder)), key=lambda status: status.started or "", reverse=True)
-    if "json" in found.switches:
+    if command.json:
         print(json_text({"runs": [as_json(status) for status in statuses]}))
     elif not statuses:
         print(f"No runs below {folder}. `simpletuner run start` starts one.")
@@ -126,20 +150,19 @@ def _row(status: RunStatus) -> tuple[str, ...]:
     return str(status.root), status.state, step, loss, shown_time(status.started) if status.started else "", doing
 
 
-def _show(found: Typed) -> int:
-    directory = run_of(found, "simpletuner run show")
-    is_json, is_following = "json" in found.switches, "follow" in found.switches
+def _show(command: RunCommand) -> int:
+    directory = command.directory("simpletuner run show")
     place = directory.events.stat().st_size if directory.events.exists() else 0
     status = status_of(directory)
-    if not is_following:
-        print(json_text(as_json(status)) if is_json else described(status))
+    if not command.follow:
+        print(json_text(as_json(status)) if command.json else described(status))
         return 0
-    if not is_json:
+    if not command.json:
         print(described(status), flush=True)
     narrator = Narrator(status.steps)
     try:
         for event in followed(directory, place):
-            lines = (json.dumps(event, ensure_ascii=False),) if is_json else narrator.lines(event)
+            lines = (json.dumps(event, ensure_ascii=False),) if command.json else narrator.lines(event)
             for line in lines:
                 print(line, flush=True)
     except KeyboardInterrupt:
@@ -150,17 +173,17 @@ def _show(found: Typed) -> int:
     return 0
 
 
-def _ask(request: Request, found: Typed) -> int:
-    directory = run_of(found, f"simpletuner run {request}")
+def _ask(request: Request, command: RunCommand) -> int:
+    directory = command.directory(f"simpletuner run {request}")
     place = directory.events.stat().st_size if directory.events.exists() else 0
     before = status_of(directory)
     ask(directory, request)
     told: dict[str, Any] = {"request": request}
-    if "wait" in found.switches:
+    if command.wait:
         told |= _awaited(directory, request, place)
-    if "json" in found.switches:
+    if command.json:
         print(json_text(as_json(status_of(directory)) | told))
-    elif "wait" in found.switches:
+    elif command.wait:
         print(f"{directory.root}: {told['done']}")
     else:
         print(f"{directory.root}: asked. {_when(request, before)}")
@@ -188,7 +211,7 @@ def _awaited(directory: RunDirectory, request: Request, place: int) -> dict[str,
         kind = event["type"]
         if request == "stop" and kind == "end":
             while directory.lock().is_held():
-                time.sleep(LOOK_EVERY_S)
+                time.sleep(POLL_EVENTS_EVERY_S)
             if event["reason"] == "error":
                 break
             return {"done": f"{event['reason']} at step {event['step']}"}

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 from annotated_types import Ge, MinLen, MultipleOf
 
 from simpletuner.base.errors import ConfigError, Problem
+from simpletuner.cli.arguments import wants_help
 from simpletuner.config import later
 from simpletuner.config.documents import read_document
-from simpletuner.config.flags import parse, wants_help
+from simpletuner.config.flags import parse
 from simpletuner.config.given import Checked, Given, Known, check_givens
 from simpletuner.config.options.kinds import Count, NotNegative, PathText, Says, Slice, Text
 from simpletuner.config.options.model import ModelOptions
@@ -23,11 +24,11 @@ from simpletuner.config.rules import encoder_findings, precision_findings
 from simpletuner.config.values import kinds, shown
 from simpletuner.runs.layout import RunDirectory
 
-USAGE = """simpletuner sample --lora FILE[:STRENGTH] --prompt TEXT [--option value ...]
+_USAGE = """simpletuner sample --lora FILE[:STRENGTH] --prompt TEXT [--option value ...]
        simpletuner sample --run FOLDER --prompt TEXT [--option value ...]
        simpletuner sample --pretrained_model_name_or_path FOLDER --prompt TEXT [--option value ...]"""
 
-Side = Annotated[
+PictureSide = Annotated[
     int, Ge(SIDE_MULTIPLE_PX), MultipleOf(SIDE_MULTIPLE_PX), Says(f"a multiple of {SIDE_MULTIPLE_PX} pixels")
 ]
 
@@ -46,10 +47,10 @@ class SampleOptions(Slice):
     """The folder of a run: its model and its finished LoRA (unless `lora` names others), or the model that it
     finished, and the settings of its validation pictures."""
 
-    width: Side = 1024
+    width: PictureSide = 1024
     """Width in pixels."""
 
-    height: Side = 1024
+    height: PictureSide = 1024
     """Height in pixels."""
 
     steps: Count | None = None
@@ -99,21 +100,21 @@ def run(arguments: list[str]) -> int:
         UserError: a problem the user can mend.
     """
     if wants_help(arguments):
-        print(help_text())
+        print(sample_help())
         return 0
     config = read_request(arguments, os.environ)
     loras = wanted_loras(config)
     # Brings torch: only once the request is known to be good.
-    from simpletuner.cli.drawing import draw
+    from simpletuner.cli.drawing import draw_samples
 
-    for path in draw(config, loras):
+    for path in draw_samples(config, loras):
         print(path, flush=True)
     return 0
 
 
-def help_text() -> str:
+def sample_help() -> str:
     """Help for the options that `sample` has of its own."""
-    lines = [f"usage: {USAGE}", "", str(SampleOptions.__doc__).rstrip(".")]
+    lines = [f"usage: {_USAGE}", "", str(SampleOptions.__doc__).rstrip(".")]
     for name, text in SampleOptions.documentation().items():
         field = SampleOptions.model_fields[name]
         is_telling = not field.is_required() and field.default not in (None, "", ())
@@ -137,9 +138,8 @@ def read_request(arguments: Sequence[str], environ: Mapping[str, str]) -> Sample
     Raises:
         ConfigError: every problem at once.
     """
-    rest, repeated = _collected(arguments)
-    flags = parse(rest)
-    given = {**flags.options, **repeated}
+    flags = parse(arguments, REPEATED)
+    given = flags.options
     problems = list(flags.problems)
     problems += [
         Problem(f"--{name}: not for sample", remedy="Give --config PATH.")
@@ -163,25 +163,6 @@ def read_request(arguments: Sequence[str], environ: Mapping[str, str]) -> Sample
     findings = (*precision_findings(config), *encoder_findings(config, config))
     ConfigError.raise_if(problem for _, problem in findings)
     return config
-
-
-def _collected(arguments: Sequence[str]) -> tuple[list[str], dict[str, Given]]:
-    """`arguments` without the flags that may be given several times, and all the values of those."""
-    rest: list[str] = []
-    values: dict[str, list[str]] = {}
-    words = list(arguments)
-    while words:
-        word = words.pop(0)
-        name, has_value, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in REPEATED:
-            rest.append(word)
-        elif has_value:
-            values.setdefault(name, []).append(value)
-        elif words and not words[0].startswith("--"):
-            values.setdefault(name, []).append(words.pop(0))
-        else:
-            values.setdefault(name, []).append("")
-    return rest, {name: Given(tuple(texts), "flag", f"--{name}") for name, texts in values.items()}
 
 
 def _config_files(

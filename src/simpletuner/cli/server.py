@@ -11,37 +11,26 @@ import signal
 import socket
 import ssl
 import webbrowser
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.base.files import disk_full_is_reported
-from simpletuner.config.values import join_names, nearest
+from simpletuner.cli.arguments import Flag, flag_help, parse_command, wants_help
+from simpletuner.config.values import join_names
 
 if TYPE_CHECKING:
     from simpletuner.server.guard import Access
 
-USAGE = """usage: simpletuner server [--host ADDRESS] [--port 8001] [--root FOLDER ...] [--allowed-host NAME ...]
+_USAGE = """usage: simpletuner server [--host ADDRESS] [--port 8001] [--root FOLDER ...] [--allowed-host NAME ...]
                           [--token-file PATH] [--ssl-cert PEM --ssl-key PEM] [--open]
 
   Serves the page over this folder: its configurations, pictures and runs. Runs do not depend on it.
+"""
 
-  --host ADDRESS       listen here instead of on this machine alone; a token is then asked for, and the link with it
-                       is printed
-  --port PORT          8001 by default; 0 takes a free one
-  --root FOLDER        also show this folder; may be given more than once
-  --allowed-host NAME  also answer to this name, besides localhost and IP addresses; asks for a token too
-  --token-file PATH    ask for the token in this file, and keep it over restarts; it is made if it is not there
-  --ssl-cert PEM       serve HTTPS with this certificate
-  --ssl-key PEM        and this key
-  --open               open the page in the browser"""
-
-VALUED = ("host", "port", "root", "allowed-host", "token-file", "ssl-cert", "ssl-key")
-REPEATED = ("root", "allowed-host")
 LOOPBACK = "127.0.0.1"
-PORT = 8001
 LAST_WORDS_S = 2
 """How long an answer may take to end once the server is told to."""
 
@@ -49,18 +38,65 @@ _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{16,128}")
 
 
-@dataclass
-class Request:
-    """What was typed after `simpletuner server`."""
+def _host(text: str) -> str:
+    if not text:
+        raise ConfigError.of("--host: nothing is named", "an address of this machine")
+    return text
 
-    host: str = LOOPBACK
-    port: int = PORT
-    roots: list[Path] = field(default_factory=list)
-    allowed_hosts: list[str] = field(default_factory=list)
-    token_file: Path | None = None
-    ssl_cert: Path | None = None
-    ssl_key: Path | None = None
-    opens: bool = False
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text[:6]) <= 65535):
+        raise ValueError(text)
+    return int(text)
+
+
+def _root(text: str) -> Path:
+    folder = Path(text).expanduser()
+    if not folder.is_dir():
+        raise ConfigError.of(f"--root {text}: no such folder")
+    return folder.resolve()
+
+
+def _host_name(text: str) -> str:
+    if _NAME.fullmatch(text) is None:
+        raise ValueError(text)
+    return text
+
+
+def _file(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+@dataclass(frozen=True)
+class ServerCommand:
+    """What is typed after `simpletuner server`."""
+
+    host: str = Flag(
+        "listen here instead of on this machine alone; a token is then asked for, and the link with it\nis printed",
+        "ADDRESS",
+        convert=_host,
+    ).default(LOOPBACK)
+    port: int = Flag(
+        "8001 by default; 0 takes a free one", "PORT", convert=_port, expects="a number from 0 to 65535"
+    ).default(8001)
+    root: tuple[Path, ...] = Flag(
+        "also show this folder; may be given more than once", "FOLDER", convert=_root, is_repeatable=True
+    ).default(())
+    allowed_host: tuple[str, ...] = Flag(
+        "also answer to this name, besides localhost and IP addresses; asks for a token too",
+        "NAME",
+        convert=_host_name,
+        expects="a name such as trainer.example, without a port",
+        is_repeatable=True,
+    ).default(())
+    token_file: Path | None = Flag(
+        "ask for the token in this file, and keep it over restarts; it is made if it is not there",
+        "PATH",
+        convert=_file,
+    ).default(None)
+    ssl_cert: Path | None = Flag("serve HTTPS with this certificate", "PEM", convert=_file).default(None)
+    ssl_key: Path | None = Flag("and this key", "PEM", convert=_file).default(None)
+    open: bool = Flag("open the page in the browser").default(False)
 
 
 def run(arguments: list[str]) -> int:
@@ -70,15 +106,15 @@ def run(arguments: list[str]) -> int:
         ConfigError: a mistake in the flags, or an address that cannot be listened at.
         DiskError: no space for the token.
     """
-    if "--help" in arguments or "-h" in arguments:
-        print(USAGE)
+    if wants_help(arguments):
+        print(f"{_USAGE}\n{flag_help(ServerCommand)}")
         return 0
-    request = _parsed(arguments)
-    with contextlib.closing(_listening(request)) as listening:
-        return _serve(request, listening)
+    command = parse_command(ServerCommand, arguments, check=_tls_problems)
+    with contextlib.closing(_listening(command)) as listening:
+        return _serve(command, listening)
 
 
-def _serve(request: Request, listening: socket.socket) -> int:
+def _serve(command: ServerCommand, listening: socket.socket) -> int:
     # FastAPI and all that it brings: once the flags are known to be good.
     import uvicorn
 
@@ -86,10 +122,10 @@ def _serve(request: Request, listening: socket.socket) -> int:
     from simpletuner.server.roots import Roots
 
     address, port = listening.getsockname()[:2]
-    access = _access(request, address)
-    url = f"{'https' if access.is_tls else 'http'}://{_shown_host(request, address)}:{port}/"
+    access = _access(command, address)
+    url = f"{'https' if access.is_tls else 'http'}://{_shown_host(command, address)}:{port}/"
     link = url if access.token is None else f"{url}?token={access.token}"
-    app = create_app(Roots(Path.cwd().resolve(), tuple(request.roots)), access)
+    app = create_app(Roots(Path.cwd().resolve(), command.root), access)
     logging.getLogger("uvicorn.error").addFilter(_is_no_farewell)
     config = uvicorn.Config(
         app,
@@ -99,15 +135,15 @@ def _serve(request: Request, listening: socket.socket) -> int:
         server_header=False,
         proxy_headers=False,
         timeout_graceful_shutdown=LAST_WORDS_S,
-        ssl_certfile=None if request.ssl_cert is None else str(request.ssl_cert),
-        ssl_keyfile=None if request.ssl_key is None else str(request.ssl_key),
+        ssl_certfile=None if command.ssl_cert is None else str(command.ssl_cert),
+        ssl_keyfile=None if command.ssl_key is None else str(command.ssl_key),
     )
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             print(f"The page is at {link}", flush=True)
-            if request.opens:
+            if command.open:
                 asyncio.get_running_loop().run_in_executor(None, webbrowser.open, link)
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -144,17 +180,17 @@ def _is_no_farewell(record: logging.LogRecord) -> bool:
     return not isinstance(raised, asyncio.CancelledError)
 
 
-def _access(request: Request, address: str) -> "Access":
+def _access(command: ServerCommand, address: str) -> "Access":
     from simpletuner.server.guard import Access
 
     is_loopback = ipaddress.ip_address(address).is_loopback
     token = None
-    if request.token_file is not None:
-        token = _token_in(request.token_file)
-    elif not is_loopback or request.allowed_hosts:
+    if command.token_file is not None:
+        token = _token_in(command.token_file)
+    elif not is_loopback or command.allowed_host:
         token = _new_token()
-    names = frozenset(name.lower() for name in request.allowed_hosts)
-    return Access(is_loopback, names, token, is_tls=request.ssl_cert is not None)
+    names = frozenset(name.lower() for name in command.allowed_host)
+    return Access(is_loopback, names, token, is_tls=command.ssl_cert is not None)
 
 
 def _new_token() -> str:
@@ -197,7 +233,7 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _listening(request: Request) -> socket.socket:
+def _listening(command: ServerCommand) -> socket.socket:
     """A socket at the address, from which on nobody else can take it.
 
     Raises:
@@ -205,10 +241,10 @@ def _listening(request: Request) -> socket.socket:
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
-            request.host, request.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            command.host, command.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except (socket.gaierror, UnicodeError):
-        raise ConfigError.of(f"--host {request.host}: no such host", "an address of this machine") from None
+        raise ConfigError.of(f"--host {command.host}: no such host", "an address of this machine") from None
     listening = socket.socket(family, kind, protocol)
     try:
         # Right after a restart, connections of the last server still hold the port for a minute.
@@ -218,16 +254,16 @@ def _listening(request: Request) -> socket.socket:
     except OSError as error:
         listening.close()
         raise ConfigError.of(
-            f"cannot listen at {request.host}, port {request.port} ({error.strerror})",
+            f"cannot listen at {command.host}, port {command.port} ({error.strerror})",
             remedy="Give another --port, or --port 0 for a free one; if it is this server, its page is there already.",
         ) from None
     return listening
 
 
-def _shown_host(request: Request, address: str) -> str:
+def _shown_host(command: ServerCommand, address: str) -> str:
     """The host of the link: where a browser finds this server."""
-    if request.allowed_hosts:
-        return request.allowed_hosts[0]
+    if command.allowed_host:
+        return command.allowed_host[0]
     found = ipaddress.ip_address(address)
     if found.is_loopback:
         return "localhost" if address == LOOPBACK else _bracketed(address)
@@ -251,76 +287,15 @@ def _own_address(version: int) -> str:
         return str(probe.getsockname()[0])
 
 
-def _parsed(arguments: Sequence[str]) -> Request:
-    """What was typed.
-
-    Raises:
-        ConfigError: every mistake.
-    """
-    given: dict[str, list[str]] = {}
-    problems = []
-    request = Request()
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        name, has_value, value = word.removeprefix("--").partition("=")
-        if word == "--open":
-            request.opens = True
-        elif not word.startswith("--") or name not in VALUED:
-            near = nearest(name, (*VALUED, "open"))
-            problems.append(
-                Problem(f"{word}: no such flag", remedy=f"Did you mean --{near}?" if near else "See --help.")
-            )
-        elif not has_value and (not rest or rest[0].startswith("--")):
-            problems.append(Problem(f"--{name}: nothing follows it", "a value"))
-        else:
-            given.setdefault(name, []).append(value if has_value else rest.pop(0))
-    problems += [
-        Problem(f"--{name} is given {len(values)} times", "once")
-        for name, values in given.items()
-        if len(values) > 1 and name not in REPEATED
-    ]
-    last = {name: values[-1] for name, values in given.items()}
-    request.host = last.get("host", LOOPBACK)
-    if not request.host:
-        problems.append(Problem("--host: nothing is named", "an address of this machine"))
-    if "port" in last:
-        text = last["port"]
-        if text.isascii() and text.isdecimal() and int(text[:6]) <= 65535:
-            request.port = int(text)
-        else:
-            problems.append(Problem(f"--port = {text!r}", "a number from 0 to 65535"))
-    for text in given.get("root", []):
-        folder = Path(text).expanduser()
-        if folder.is_dir():
-            request.roots.append(folder.resolve())
-        else:
-            problems.append(Problem(f"--root {text}: no such folder"))
-    for text in given.get("allowed-host", []):
-        if _NAME.fullmatch(text):
-            request.allowed_hosts.append(text)
-        else:
-            problems.append(Problem(f"--allowed-host = {text!r}", "a name such as trainer.example, without a port"))
-    if "token-file" in last:
-        request.token_file = Path(last["token-file"]).expanduser()
-    problems += _tls(request, last)
-    ConfigError.raise_if(problems)
-    return request
-
-
-def _tls(request: Request, last: dict[str, str]) -> list[Problem]:
-    """Take over certificate and key; the problems with them."""
-    names = [name for name in ("ssl-cert", "ssl-key") if name in last]
-    if not names:
-        return []
-    if len(names) == 1:
-        return [Problem(f"--{names[0]} alone", join_names(("--ssl-cert", "--ssl-key"), "and"))]
-    certificate, key = (Path(last[name]).expanduser() for name in names)
-    named = {"ssl-cert": certificate, "ssl-key": key}
+def _tls_problems(command: ServerCommand) -> list[Problem]:
+    """The problems with certificate and key."""
+    certificate, key = command.ssl_cert, command.ssl_key
+    named = {name: path for name, path in (("ssl-cert", certificate), ("ssl-key", key)) if path is not None}
+    if len(named) == 1:
+        return [Problem(f"--{name} alone", join_names(("--ssl-cert", "--ssl-key"), "and")) for name in named]
     missing = [Problem(f"--{name} {path}: no such file") for name, path in named.items() if not path.is_file()]
-    if missing:
+    if certificate is None or missing:
         return missing
-    request.ssl_cert, request.ssl_key = certificate, key
     try:
         # A key with a password would be asked for at the terminal: an empty one makes it an error.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")

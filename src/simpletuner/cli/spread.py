@@ -217,14 +217,14 @@ def _broken(lines: Sequence[str]) -> list[str]:
 WIDTH_PX, HEIGHT_PX = 1000, 620
 PLOT = (90, 70, 970, 430)
 """Left, top, right and bottom of the axes."""
-PAPER, INK, GRID, BAR = "white", "#222222", "#dddddd", "#b9cbe4"
+CHART_PAPER, CHART_INK, CHART_GRID, CHART_BAR = "white", "#222222", "#dddddd", "#b9cbe4"
 LINES = ("#1f4e9c", "#c0392b", "#1e8449", "#8e44ad", "#b9770e", "#117a8b")
 """One for each curve; as many curves are drawn as there are colours, spread over the resolutions."""
 
 
-def picture(spread: Spread) -> Image.Image:
+def spread_picture(spread: Spread) -> Image.Image:
     """The histogram of all samples in bars, and a curve for each resolution."""
-    image = Image.new("RGB", (WIDTH_PX, HEIGHT_PX), PAPER)
+    image = Image.new("RGB", (WIDTH_PX, HEIGHT_PX), CHART_PAPER)
     draw = ImageDraw.Draw(image)
     small, large = ImageFont.load_default(15), ImageFont.load_default(19)
     left, top, right, bottom = PLOT
@@ -240,28 +240,28 @@ def picture(spread: Spread) -> Image.Image:
     def place(sigma: float, density: float) -> tuple[float, float]:
         return left + sigma * (right - left), bottom - min(density / ceiling, 1) * (bottom - top)
 
-    draw.text((left, 16), _spelled(f"Where the run trains: {spread.title}"), fill=INK, font=large)
+    draw.text((left, 16), _spelled(f"Where the run trains: {spread.title}"), fill=CHART_INK, font=large)
     for tick in range(int(ceiling / unit) + 1):
         x, y = place(0, tick * unit)
-        draw.line((x, y, right, y), fill=GRID)
-        draw.text((x - 10, y), f"{tick * unit:g}", fill=INK, font=small, anchor="rm")
-    draw.text((left, top - 14), "density (1 is even)", fill=INK, font=small, anchor="lm")
+        draw.line((x, y, right, y), fill=CHART_GRID)
+        draw.text((x - 10, y), f"{tick * unit:g}", fill=CHART_INK, font=small, anchor="rm")
+    draw.text((left, top - 14), "density (1 is even)", fill=CHART_INK, font=small, anchor="lm")
     for index, height in enumerate(heights):
         if height > 0:
             x0, y0 = place(index / BINS, height)
             x1, y1 = place((index + 1) / BINS, 0)
-            draw.rectangle((x0 + 1, y0, x1 - 1, y1), fill=BAR)
+            draw.rectangle((x0 + 1, y0, x1 - 1, y1), fill=CHART_BAR)
     for curve, colour in zip(curves, LINES, strict=False):
         if curve:
             draw.line([place(*point) for point in curve], fill=colour, width=3, joint="curve")
     for tick in range(11):
         x, y = place(tick / 10, 0)
-        draw.line((x, y, x, y + 6), fill=INK)
-        draw.text((x, y + 10), f"{tick / 10:g}", fill=INK, font=small, anchor="mt")
-    draw.line((left, bottom, right, bottom), fill=INK, width=2)
-    draw.text((left, bottom + 32), "data", fill=INK, font=small, anchor="lt")
-    draw.text(((left + right) / 2, bottom + 32), "sigma (timestep / 1000)", fill=INK, font=small, anchor="mt")
-    draw.text((right, bottom + 32), "noise", fill=INK, font=small, anchor="rt")
+        draw.line((x, y, x, y + 6), fill=CHART_INK)
+        draw.text((x, y + 10), f"{tick / 10:g}", fill=CHART_INK, font=small, anchor="mt")
+    draw.line((left, bottom, right, bottom), fill=CHART_INK, width=2)
+    draw.text((left, bottom + 32), "data", fill=CHART_INK, font=small, anchor="lt")
+    draw.text(((left + right) / 2, bottom + 32), "sigma (timestep / 1000)", fill=CHART_INK, font=small, anchor="mt")
+    draw.text((right, bottom + 32), "noise", fill=CHART_INK, font=small, anchor="rt")
     _legend(draw, shown, spread, small)
     return image
 
@@ -272,7 +272,7 @@ def _legend(
     left, _, _, bottom = PLOT
     y = bottom + 66
     for line in spread.notes():
-        draw.text((left, y), _spelled(line), fill=INK, font=font)
+        draw.text((left, y), _spelled(line), fill=CHART_INK, font=font)
         y += 22
     if spread.parts[0].resolution.tokens is None:
         return
@@ -282,7 +282,7 @@ def _legend(
         own = part.resolution
         draw.line((x, row + 9, x + 22, row + 9), fill=colour, width=3)
         text = f"{own.name} ({own.share:.0%}): shift {own.shift:.2f}, mean {part.mean:.3f}"
-        draw.text((x + 28, row), text, fill=INK, font=font)
+        draw.text((x + 28, row), text, fill=CHART_INK, font=font)
 
 
 def _spelled(text: str) -> str:

@@ -10,7 +10,7 @@ from simpletuner.runs.events import TITLES, read_appended
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.runs.status import RunStatus
 
-LOOK_EVERY_S = 0.25
+POLL_EVENTS_EVERY_S = 0.25
 LINE_EVERY_S = 10.0
 """Progress of a phase other than training comes at most this often."""
 
@@ -89,7 +89,7 @@ def followed(run: RunDirectory, place: int) -> Iterator[dict[str, Any]]:
         if not is_held:
             return
         if not events:
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(POLL_EVENTS_EVERY_S)
 
 
 class Narrator:

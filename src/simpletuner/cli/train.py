@@ -1,9 +1,10 @@
 """`simpletuner train`: check the configuration without torch, then hand over."""
 
+from simpletuner.cli.arguments import wants_help
 from simpletuner.cli.loading import load_here
-from simpletuner.config.flags import help_text, wants_help
+from simpletuner.config.flags import help_text
 
-USAGE = "simpletuner train [--config PATH | --env NAME | --example NAME] [--option value ...]"
+_USAGE = "simpletuner train [--config PATH | --env NAME | --example NAME] [--option value ...]"
 
 
 def run(arguments: list[str]) -> int:
@@ -13,7 +14,7 @@ def run(arguments: list[str]) -> int:
         UserError: a problem the user can mend.
     """
     if wants_help(arguments):
-        print(help_text(USAGE))
+        print(help_text(_USAGE))
         return 0
     loaded = load_here(arguments)
     # torch: only once the configuration is known to be good

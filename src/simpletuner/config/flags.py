@@ -1,13 +1,14 @@
-"""The command line of `simpletuner train` and its like: one flag for each option, and which files to read.
+"""The options of `simpletuner train` as flags: one for each option, and those that say which files to read.
 
-Parsed here and not by argparse, because a boolean takes `--flag`, `--flag true` and `--flag=false` alike, and
-because every mistake is to be reported together with those of the files.
+A boolean takes `--flag`, `--flag true` and `--flag=false` alike. Every mistake is reported together with those of the
+files.
 """
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from simpletuner.base.commandline import split_arguments
 from simpletuner.base.errors import Problem
 from simpletuner.config.given import Given
 from simpletuner.config.run import OPTION_NAMES, SLICES
@@ -30,31 +31,25 @@ class Flags:
     problems: list[Problem] = field(default_factory=list)
 
 
-def wants_help(arguments: Sequence[str]) -> bool:
-    """Whether help is asked for."""
-    return "--help" in arguments or "-h" in arguments
-
-
-def parse(arguments: Sequence[str]) -> Flags:
+def parse(arguments: Sequence[str], repeatable: Collection[str] = ()) -> Flags:
     """The flags in `arguments`. Values are checked later, with those of the other sources; where a flag is
-    given twice, the last one counts."""
+    given twice, the last one counts. A `repeatable` one has a tuple of all its values, and comes after the others.
+    """
     flags = Flags()
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--") or word == "--":
-            flags.problems.append(_stray(word))
-            continue
-        name, has_value, text = word.removeprefix("--").partition("=")
-        value: str | bool = text if has_value else True
-        if not has_value and rest and not rest[0].startswith("--"):
-            value = rest.pop(0)
-        if name not in SELECTORS:
-            flags.options[name] = Given(value, "flag", f"--{name}")
-        elif isinstance(value, str) and value:
+    repeated: dict[str, list[str]] = {}
+    for argument in split_arguments(arguments):
+        name, value = argument.name, argument.value
+        if name is None or argument.typed[0] == "--":
+            flags.problems += map(_stray, argument.typed)
+        elif name in repeatable:
+            repeated.setdefault(name, []).append(value or "")
+        elif name not in SELECTORS:
+            flags.options[name] = Given(True if value is None else value, "flag", f"--{name}")
+        elif value:
             flags.selectors[name] = value
         else:
             flags.problems.append(Problem(f"--{name}: nothing is named", "a name or path after it"))
+    flags.options |= {name: Given(tuple(values), "flag", f"--{name}") for name, values in repeated.items()}
     return flags
 
 

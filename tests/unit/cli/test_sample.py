@@ -9,7 +9,7 @@ from PIL import Image
 
 from simpletuner.base.errors import ConfigError
 from simpletuner.cli.main import main
-from simpletuner.cli.sample import Wanted, help_text, read_request, wanted_loras
+from simpletuner.cli.sample import Wanted, read_request, sample_help, wanted_loras
 
 SMALL = ["--width", "32", "--height", "48", "--steps", "2", "--mixed_precision", "no", "--vae_dtype", "fp32"]
 
@@ -121,7 +121,7 @@ def test_a_run_without_a_finished_lora_points_to_its_checkpoint(tmp_path: Path) 
 
 
 def test_help_names_every_option_of_its_own() -> None:
-    text = help_text()
+    text = sample_help()
     assert "--lora" in text
     assert "--guidance_real" in text
     assert "(default 1024)" in text

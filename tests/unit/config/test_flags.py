@@ -1,6 +1,6 @@
 import pytest
 
-from simpletuner.config.flags import help_text, parse, wants_help
+from simpletuner.config.flags import help_text, parse
 from simpletuner.config.run import OPTION_NAMES
 
 
@@ -25,6 +25,11 @@ def values(*arguments: str) -> dict[str, object]:
 )
 def test_a_flag_takes_its_value_in_every_usual_form(arguments: tuple[str, ...], expected: dict[str, object]) -> None:
     assert values(*arguments) == expected
+
+
+def test_a_repeatable_flag_has_all_its_values() -> None:
+    given = parse(["--prompt", "a", "--steps=2", "--prompt=", "--prompt"], repeatable=["prompt"]).options
+    assert {name: one.value for name, one in given.items()} == {"steps": "2", "prompt": ("a", "", "")}
 
 
 def test_selectors_are_no_options() -> None:
@@ -53,8 +58,3 @@ def test_help_names_every_option_in_its_group() -> None:
     assert text.index("\nLoRA\n") < text.index("--lora_rank") < text.index("\nOptimisation\n")
     assert "--flux_lora_target: all, attention, mlp or tiny (default 'all')" in text
     assert max(map(len, text.splitlines())) <= 100
-
-
-@pytest.mark.parametrize(("arguments", "wanted"), [(["--help"], True), (["--a", "-h"], True), (["--a"], False)])
-def test_help_is_asked_for(arguments: list[str], wanted: bool) -> None:
-    assert wants_help(arguments) is wanted
