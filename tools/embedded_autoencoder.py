@@ -56,7 +56,7 @@ def pictures(recipe: Recipe) -> UInt8[Tensor, "n 3 side side"]:
     drawn = []
     for index in range(recipe.pictures):
         chance = random.Random(f"{recipe.seed}/autoencoder/{index}")
-        picture = world.clutter(chance) if index % 2 else world.draw(chance.choice(scenes), chance)
+        picture = world.clutter(chance) if index % 2 else world.draw_scene(chance.choice(scenes), chance)
         drawn.append(torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8))
     return rearrange(torch.stack(drawn), "n (h w c) -> n c h w", h=world.SIDE, w=world.SIDE)
 

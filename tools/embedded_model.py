@@ -100,7 +100,7 @@ def draw_world(work: Path, seed: int, pictures: int, say: Say) -> None:
     for name, count, is_held_out in (("train", pictures, False), ("held-out", HELD_OUT_PICTURES, True)):
         folder = work / "world" / name
         if len(list(folder.glob("*.txt"))) < count:
-            world.render(folder, count, seed, held_out=is_held_out)
+            world.render_scenes(folder, count, seed, held_out=is_held_out)
             say(f"world: {count} pictures in {folder.relative_to(work)}")
 
 

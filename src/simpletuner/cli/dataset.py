@@ -32,7 +32,7 @@ _USAGE = """simpletuner dataset scan|show|cache [--json] [--set ID] [--verify] [
   cache   encode the captions and pictures now, so that a run starts at once
 """
 
-SHEET_COLUMNS = 6
+CROP_COLUMNS = 6
 """Of a sheet."""
 TELL_EVERY_S = 0.1
 """Progress of a scan."""
@@ -260,7 +260,7 @@ def _sheet(manifest: Manifest, shown: Sequence[int]) -> Image.Image:
         width, height = sample.geometry.target
         more = f" (and {len(sample.captions) - 1} more)" if len(sample.captions) > 1 else ""
         captions.append(f"{sample.name}, {width}x{height}\n{sample.captions[0]}{more}")
-    columns = min(SHEET_COLUMNS, len(cells))
+    columns = min(CROP_COLUMNS, len(cells))
     starts = range(0, len(cells), columns)
     rows = [cells[start : start + columns] for start in starts]
     texts = [captions[start : start + columns] for start in starts]

@@ -14,7 +14,7 @@ from simpletuner.cli.loading import load_here
 from simpletuner.cli.printing import json_text, table
 from simpletuner.cli.telling import shown_time
 from simpletuner.runs.layout import RunDirectory
-from simpletuner.runs.queue import Entry, Queue
+from simpletuner.runs.queue import Queue, QueueEntry
 from simpletuner.runs.status import status_of
 
 DEVICES_HELP = """accelerators to train on, such as 0 or 0,1; by default CUDA_VISIBLE_DEVICES, or what there is. In the
@@ -114,7 +114,7 @@ def _list(queue: Queue, command: QueueCommand) -> int:
     return 0
 
 
-def _row(entry: Entry) -> tuple[str, ...]:
+def _row(entry: QueueEntry) -> tuple[str, ...]:
     since = entry.ended or entry.began or entry.added
     remark = (entry.error or "").partition("\n")[0]
     if entry.state == "running":

@@ -18,9 +18,9 @@ from simpletuner.cli.named_run import RUNS, NamedRun
 from simpletuner.cli.printing import json_text, table
 from simpletuner.cli.telling import POLL_EVENTS_EVERY_S, Narrator, as_json, described, followed, shown_time
 from simpletuner.runs.events import TITLES
-from simpletuner.runs.launch import start
+from simpletuner.runs.launch import launch_run
 from simpletuner.runs.layout import RunDirectory
-from simpletuner.runs.process import Request, ask
+from simpletuner.runs.process import ControlRequest, ask
 from simpletuner.runs.status import RunStatus, find_runs, status_of
 
 _USAGE = """usage: simpletuner run start [--queue] [--devices LIST] [--json] [options of `simpletuner train`]
@@ -42,7 +42,7 @@ _USAGE = """usage: simpletuner run start [--queue] [--devices LIST] [--json] [op
   --config PATH or --example NAME.
 """
 
-REQUESTS: tuple[Request, ...] = get_args(Request)
+REQUESTS: tuple[ControlRequest, ...] = get_args(ControlRequest)
 VERBS = ("start", *REQUESTS, "show", "list", "queue")
 
 _JSON_HELP = "print one JSON object (with --follow, one event a line)"
@@ -108,7 +108,7 @@ def _start(command: StartCommand) -> int:
     loaded = load_here(command.rest)
     directory = RunDirectory(Path(loaded.config.output_dir))
     try:
-        started = start(command.rest, directory, Path.cwd(), queueing.devices_of(command.devices))
+        started = launch_run(command.rest, directory, Path.cwd(), queueing.devices_of(command.devices))
     except KeyboardInterrupt:
         print(f"\nNot waited for. `simpletuner run show {directory.root}` says what became of it.", file=sys.stderr)
         return INTERRUPTED
@@ -173,7 +173,7 @@ def _show(command: RunCommand) -> int:
     return 0
 
 
-def _ask(request: Request, command: RunCommand) -> int:
+def _ask(request: ControlRequest, command: RunCommand) -> int:
     directory = command.directory(f"simpletuner run {request}")
     place = directory.events.stat().st_size if directory.events.exists() else 0
     before = status_of(directory)
@@ -190,7 +190,7 @@ def _ask(request: Request, command: RunCommand) -> int:
     return 0
 
 
-def _when(request: Request, status: RunStatus) -> str:
+def _when(request: ControlRequest, status: RunStatus) -> str:
     if status.phase is None or status.phase in ("train", "validation", "export"):
         after = {"stop": "saves and ends", "save": "saves", "validate": "draws"}[request]
         return f"It {after} when this step is finished."
@@ -200,7 +200,7 @@ def _when(request: Request, status: RunStatus) -> str:
     return f"{doing[0].upper()}{doing[1:]}, and obeys after its first step."
 
 
-def _awaited(directory: RunDirectory, request: Request, place: int) -> dict[str, Any]:
+def _awaited(directory: RunDirectory, request: ControlRequest, place: int) -> dict[str, Any]:
     """Wait until a request is obeyed; what came of it.
 
     Raises:

@@ -22,7 +22,7 @@ DISC_SHARE = 0.5
 """Of the cloth's height."""
 
 
-def render(folder: Path, seed: int = 0) -> None:
+def render_flags(folder: Path, seed: int = 0) -> None:
     """Draw 20 pictures of "a zorblat flag" into `folder/train` and 6 others into `folder/held-out`; into `folder/prior`
     160 of what the base knows already, so that it stays known.
 
@@ -39,7 +39,7 @@ def render(folder: Path, seed: int = 0) -> None:
                 picture = zorblat_flag(scene, random.Random(f"{seed}/{part}/{index}"))
                 picture.save(folder / part / f"flag-{index:02d}.png")
                 (folder / part / f"flag-{index:02d}.txt").write_text(f"{scene.caption}\n", encoding="utf-8")
-        world.render(folder / "prior", PRIOR, seed)
+        world.render_scenes(folder / "prior", PRIOR, seed)
 
 
 TRAINED, HELD_OUT, PRIOR = 20, 6, 160
@@ -112,7 +112,7 @@ def cloth(width: float) -> Image.Image:
     return flag
 
 
-EXAMPLES: dict[str, Callable[[Path], None]] = {"tiny-lora": render}
+EXAMPLES: dict[str, Callable[[Path], None]] = {"tiny-lora": render_flags}
 """Every example, and what draws its pictures."""
 
 

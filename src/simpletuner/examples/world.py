@@ -113,7 +113,7 @@ def held_out_scenes() -> list[Scene]:
     return [scene for scene in scenes() if scene.is_held_out]
 
 
-def render(folder: Path, count: int, seed: int = 0, *, held_out: bool = False) -> None:
+def render_scenes(folder: Path, count: int, seed: int = 0, *, held_out: bool = False) -> None:
     """Draw `count` pictures into `folder`, each with its caption in a .txt file; every scene comes equally often.
 
     Raises:
@@ -128,12 +128,12 @@ def render(folder: Path, count: int, seed: int = 0, *, held_out: bool = False) -
             if not deck:
                 deck = order.sample(chosen, len(chosen))
             scene = deck.pop()
-            picture = draw(scene, random.Random(f"{seed}/{'held-out' if held_out else 'train'}/{index}"))
+            picture = draw_scene(scene, random.Random(f"{seed}/{'held-out' if held_out else 'train'}/{index}"))
             picture.save(folder / f"{index:05d}.png")
             (folder / f"{index:05d}.txt").write_text(f"{scene.caption}\n", encoding="utf-8")
 
 
-def draw(scene: Scene, chance: random.Random) -> Image.Image:
+def draw_scene(scene: Scene, chance: random.Random) -> Image.Image:
     """A picture of `scene`, 128x128; `chance` decides what its caption leaves open."""
     picture = background(COLOURS[scene.background], chance)
     x, y = PLACES[scene.place]

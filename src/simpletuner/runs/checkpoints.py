@@ -18,7 +18,7 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundCheckpoint:
     """A checkpoint folder and what is wrong with it (nothing, if it can be used)."""
 
     step: int
@@ -94,11 +94,11 @@ def steps(run: RunDirectory) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def newest_first(run: RunDirectory) -> Iterator[Found]:
+def newest_first(run: RunDirectory) -> Iterator[FoundCheckpoint]:
     """Each checkpoint with its verdict, newest first; verified lazily, since hashing takes time."""
     for step in reversed(steps(run)):
         folder = run.checkpoint(step)
-        yield Found(step, folder, damage(folder))
+        yield FoundCheckpoint(step, folder, damage(folder))
 
 
 def prune(run: RunDirectory, keep: int, protect: frozenset[int]) -> list[int]:

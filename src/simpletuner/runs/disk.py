@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-LOOK_EVERY_S = 30.0
+CHECK_SPACE_EVERY_S = 30.0
 
 
 def free_bytes(path: Path) -> int:

@@ -31,7 +31,7 @@ class Started:
     """What it printed so far."""
 
 
-def start(
+def launch_run(
     arguments: Sequence[str], run: RunDirectory, workspace: Path, devices: str = "", *, wait_s: float = 30.0
 ) -> Started:
     """Start `simpletuner train ARGUMENTS` in `workspace`, on its own: it goes on when this process ends.

@@ -12,7 +12,7 @@ from simpletuner.base.errors import CheckpointError, Stopped
 from simpletuner.base.files import disk_full_is_reported
 from simpletuner.runs.layout import RunDirectory
 
-Request = Literal["stop", "save", "validate"]
+ControlRequest = Literal["stop", "save", "validate"]
 
 
 def stopped(found: str) -> Stopped:
@@ -20,7 +20,7 @@ def stopped(found: str) -> Stopped:
     return Stopped.of(found, remedy="Give the same command again to go on.")
 
 
-def ask(run: RunDirectory, request: Request) -> None:
+def ask(run: RunDirectory, request: ControlRequest) -> None:
     """Ask the process that holds `run` for `request`. It obeys after the step, or before the training at once (a stop)
     or not at all (the others).
 
@@ -77,7 +77,7 @@ class Requests:
         # os.write: printing from a handler may interrupt another print.
         os.write(sys.stderr.fileno(), b"\nStopping after this step; once more to leave at once.\n")
 
-    def take(self, request: Request) -> bool:
+    def take(self, request: ControlRequest) -> bool:
         """Whether `request` was made. Asking clears it, except a stop, which stays."""
         path = self.control / request
         if path.exists():

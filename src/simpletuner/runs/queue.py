@@ -21,7 +21,7 @@ from simpletuner.runs.launch import detached, let_go, printed_since
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.runs.status import status_of
 
-FOLDER = Path(".simpletuner") / "queue"
+QUEUE_FOLDER = Path(".simpletuner") / "queue"
 """Of a queue, below its workspace."""
 
 EntryState = Literal["waiting", "running", "done", "stopped", "failed"]
@@ -32,7 +32,7 @@ _LOOK_EVERY_S = 1.0
 _DISK_FULL_EVERY_S = 30.0
 
 
-class Entry(BaseModel):
+class QueueEntry(BaseModel):
     """One run of the queue."""
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
@@ -73,14 +73,14 @@ class Queue:
     @classmethod
     def of(cls, workspace: Path) -> Self:
         """The queue of a workspace."""
-        return cls(workspace / FOLDER)
+        return cls(workspace / QUEUE_FOLDER)
 
     @property
     def workspace(self) -> Path:
         """Where its commands run."""
         return self.folder.parent.parent
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[QueueEntry]:
         """Every entry, in the order they are taken.
 
         One whose file is damaged is there as failed. One that was running when the machine or its worker ended, and
@@ -95,7 +95,7 @@ class Queue:
         devices: str = "",
         *,
         command: Callable[[Path], Sequence[str]] | None = None,
-    ) -> Entry:
+    ) -> QueueEntry:
         """Put a run at the end. Nothing starts by that: see `work_is_needed`.
 
         Args:
@@ -116,7 +116,7 @@ class Queue:
             try:
                 own = aside.relative_to(self.workspace)
                 run = tuple(arguments) if command is None else tuple(command(own))
-                entry = Entry(
+                entry = QueueEntry(
                     id=number,
                     arguments=tuple(arguments),
                     devices=devices,
@@ -130,7 +130,7 @@ class Queue:
                 raise
         return entry
 
-    def remove(self, number: int) -> Entry:
+    def remove(self, number: int) -> QueueEntry:
         """Take an entry out, whether it waits or has ended; returns it. What it trained stays.
 
         Raises:
@@ -152,7 +152,7 @@ class Queue:
             shutil.rmtree(self._aside(number), ignore_errors=True)
         return entry
 
-    def next(self, devices: str) -> Entry | None:
+    def next(self, devices: str) -> QueueEntry | None:
         """The entry whose turn it is on these devices."""
         return next((e for e in self.entries() if e.state == "waiting" and e.devices == devices), None)
 
@@ -274,30 +274,30 @@ class Queue:
         numbers = [str(entry.id) for entry in self.entries()]
         return f"one of {', '.join(numbers)}" if numbers else ""
 
-    def _raw(self) -> list[Entry]:
+    def _raw(self) -> list[QueueEntry]:
         """As the files have them."""
         names = (_NAME.fullmatch(path.name) for path in self.folder.glob("*.json"))
         numbers = sorted(int(name[1]) for name in names if name)
         return [entry for entry in map(self._parsed, numbers) if entry is not None]
 
-    def _live(self, entry: Entry) -> Entry:
+    def _live(self, entry: QueueEntry) -> QueueEntry:
         """The entry as it stands now, whatever its file remembers."""
         if entry.state != "running" or self.held(entry.id).is_held() or self.worker(entry.devices).is_held():
             return entry
         return _waiting(entry)
 
-    def _parsed(self, number: int) -> Entry | None:
+    def _parsed(self, number: int) -> QueueEntry | None:
         """The entry, one that says what is wrong with its file, or None where there is none."""
         path = self._path(number)
         try:
-            return Entry.model_validate(read_json(path) | {"id": number})
+            return QueueEntry.model_validate(read_json(path) | {"id": number})
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, OSError) as error:
             why = f"{path.name} cannot be read ({type(error).__name__}). Remove the entry and add it again."
-            return Entry(id=number, arguments=(), devices="", output_dir="", state="failed", error=why)
+            return QueueEntry(id=number, arguments=(), devices="", output_dir="", state="failed", error=why)
 
-    def write(self, entry: Entry) -> None:
+    def write(self, entry: QueueEntry) -> None:
         """Replace an entry's file.
 
         Raises:
@@ -305,7 +305,7 @@ class Queue:
         """
         write_json(self._path(entry.id), entry.model_dump(mode="json"))
 
-    def _write_patiently(self, entry: Entry, say: Callable[[str], None]) -> None:
+    def _write_patiently(self, entry: QueueEntry, say: Callable[[str], None]) -> None:
         """Write where a full disk must not lose what happened: again and again, until there is room."""
         while True:
             try:
@@ -350,11 +350,11 @@ def _file_name(devices: str) -> str:
     return re.sub(r"[^A-Za-z0-9,-]", "_", devices) or "all"
 
 
-def _waiting(entry: Entry) -> Entry:
+def _waiting(entry: QueueEntry) -> QueueEntry:
     return entry.model_copy(update={"state": "waiting", "pid": None, "began": None})
 
 
-def _ended(entry: Entry, exit_code: int, error: str | None) -> Entry:
+def _ended(entry: QueueEntry, exit_code: int, error: str | None) -> QueueEntry:
     states: dict[int, EntryState] = {0: "done", Stopped.exit_code: "stopped"}
     state = states.get(exit_code, "failed")
     update = {"state": state, "exit_code": exit_code, "pid": None, "ended": _now()}
@@ -364,7 +364,7 @@ def _ended(entry: Entry, exit_code: int, error: str | None) -> Entry:
 class _Turn:
     """An entry whose turn it is, and the process that trains it."""
 
-    def __init__(self, queue: Queue, entry: Entry) -> None:
+    def __init__(self, queue: Queue, entry: QueueEntry) -> None:
         self.queue = queue
         self.run = RunDirectory(queue.workspace / entry.output_dir)
         self.run.create()
@@ -387,7 +387,7 @@ class _Turn:
         with contextlib.suppress(DiskError):  # it trains, with or without its number there
             queue.write(self.entry)
 
-    def wait(self) -> Entry:
+    def wait(self) -> QueueEntry:
         """To its end; the entry with what came of it."""
         code = self._process.wait()
         status = status_of(self.run)

@@ -9,12 +9,12 @@ from typing import Any, BinaryIO, Literal
 from simpletuner.runs.events import EVENTS, Phase
 from simpletuner.runs.layout import RunDirectory
 
-State = Literal["new", "running", "done", "stopped", "failed", "killed"]
+RunState = Literal["new", "running", "done", "stopped", "failed", "killed"]
 
 BLOCK = 1 << 18
 """Bytes read at once."""
 
-_REASONS: dict[str, State] = {"done": "done", "stopped": "stopped", "error": "failed"}
+_REASONS: dict[str, RunState] = {"done": "done", "stopped": "stopped", "error": "failed"}
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class RunStatus:
 
     root: Path
     """The run directory."""
-    state: State
+    state: RunState
     """new: nothing has happened yet. running: a process holds it. killed: the last attempt just broke off."""
     pid: int | None
     """Process that holds it, while it is running."""
@@ -185,7 +185,7 @@ def _look_for_phase(event: dict[str, Any], tail: _Tail, ended: list[str]) -> boo
 
 def _assembled(run: RunDirectory, tail: _Tail, *, is_held: bool, pid: int | None) -> RunStatus:
     end = None if is_held else tail.end
-    state: State = "new" if tail.last is None else "killed"
+    state: RunState = "new" if tail.last is None else "killed"
     if is_held:
         state = "running"
     elif end is not None:

@@ -147,7 +147,7 @@ def selecting(roots: Roots, name: str) -> list[str]:
     return [f"--env={name}"] if name else [f"--config={environment.config.relative_to(roots.workspace)}"]
 
 
-def make(environment: Environment, files: dict[str, bytes]) -> None:
+def make_environment(environment: Environment, files: dict[str, bytes]) -> None:
     """Make a new environment of these files.
 
     Raises:

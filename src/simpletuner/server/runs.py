@@ -4,8 +4,9 @@ import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from fastapi import Query
 from pydantic import BaseModel
 
 from simpletuner.config.paths import filled
@@ -20,7 +21,10 @@ OUTPUT = "output"
 """Where runs are looked for, besides what environments name."""
 DEPTH = 3
 
-State = Literal["waiting", "running", "done", "stopped", "failed", "killed"]
+RunName = Annotated[str, Query(max_length=4096)]
+"""A run's folder, as `Run.run` has it."""
+
+GlanceState = Literal["waiting", "running", "done", "stopped", "failed", "killed"]
 
 
 class Run(BaseModel):
@@ -29,7 +33,7 @@ class Run(BaseModel):
     run: str
     """Its folder: what every route takes as `run`."""
     name: str
-    state: State
+    state: GlanceState
     """waiting: nothing has happened yet. killed: its last attempt broke off without a word."""
     phase: str | None
     step: int

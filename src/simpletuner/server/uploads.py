@@ -36,7 +36,7 @@ LONGEST_NAME = 200
 """Bytes, which leaves room for what is written beside it."""
 
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif"})
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")
+UPLOAD_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")
 """What Pillow calls them, where it has been built with them."""
 TEXT, ZIP = ".txt", ".zip"
 
@@ -120,12 +120,12 @@ def check_content(path: Path, suffix: str) -> None:
 
 
 def known_formats() -> list[str]:
-    """Those of `FORMATS` that this machine's Pillow opens."""
+    """Those of `UPLOAD_FORMATS` that this machine's Pillow opens."""
     # An idle server does without Pillow.
     from PIL import Image
 
     Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
+    return [name for name in UPLOAD_FORMATS if name in Image.OPEN]
 
 
 def _check_text(path: Path) -> None:
@@ -169,7 +169,7 @@ def part_beside(folder: Path) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def place(part: Path, target: Path) -> None:
+def name_part(part: Path, target: Path) -> None:
     """Give a whole file its name.
 
     Raises:
@@ -252,7 +252,7 @@ def _take(opened: zipfile.ZipFile, entry: zipfile.ZipInfo, folder: Path, roots: 
             with opened.open(entry) as source, part.open("xb") as target:
                 _copy(source, target)
             check_content(part, suffix)
-            place(part, place_in / name)
+            name_part(part, place_in / name)
     return place_in / name
 
 

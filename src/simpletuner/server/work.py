@@ -23,7 +23,7 @@ PATIENCE_S = 5.0
 _CHUNK = 65536
 
 Kind = Literal["scan", "cache", "sample"]
-State = Literal["running", "done", "failed", "cancelled"]
+JobState = Literal["running", "done", "failed", "cancelled"]
 
 
 class JobProgress(BaseModel):
@@ -34,12 +34,12 @@ class JobProgress(BaseModel):
     total: int
 
 
-class Job(BaseModel):
+class CommandJob(BaseModel):
     """A command and what came of it. Kept up to date while the command runs."""
 
     id: str
     kind: Kind
-    state: State = "running"
+    state: JobState = "running"
     exit_code: int | None = None
     progress: JobProgress | None = None
     lines: list[str] = []
@@ -59,10 +59,10 @@ class Jobs:
 
     def __init__(self, shell: Shell) -> None:
         self._shell = shell
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[str, CommandJob] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    def start(self, kind: Kind, arguments: Sequence[str], result: Callable[[str], Any] = from_json) -> Job:
+    def start(self, kind: Kind, arguments: Sequence[str], result: Callable[[str], Any] = from_json) -> CommandJob:
         """Start `simpletuner ARGUMENTS` and follow it. `result` makes the job's result of what a successful command
         printed; it may raise a UserError, which then fails the job. Called inside the event loop.
 
@@ -71,7 +71,7 @@ class Jobs:
         """
         if len(self._tasks) >= RUNNING_AT_MOST:
             raise Fault.of(429, f"{len(self._tasks)} jobs are running", remedy="Wait for one of them, or cancel it.")
-        job = Job(id=secrets.token_hex(8), kind=kind)
+        job = CommandJob(id=secrets.token_hex(8), kind=kind)
         self._jobs[job.id] = job
         finished = [known.id for known in self._jobs.values() if known.state != "running"]
         for forgotten in finished[:-JOBS_KEPT]:
@@ -81,7 +81,7 @@ class Jobs:
         task.add_done_callback(lambda _: self._tasks.pop(job.id, None))
         return job
 
-    def job(self, job_id: str) -> Job:
+    def job(self, job_id: str) -> CommandJob:
         """The job of that id.
 
         Raises:
@@ -91,7 +91,7 @@ class Jobs:
             raise Fault.of(404, "no such job", remedy="Jobs end with the server: start it again.")
         return self._jobs[job_id]
 
-    async def cancel(self, job_id: str) -> Job:
+    async def cancel(self, job_id: str) -> CommandJob:
         """Stop a job and wait until its command is gone. One that ended stays as it is.
 
         Raises:
@@ -110,7 +110,7 @@ class Jobs:
         """Cancel all that still run."""
         await asyncio.gather(*(self.cancel(job_id) for job_id in list(self._tasks)))
 
-    async def _follow(self, job: Job, arguments: Sequence[str], result: Callable[[str], Any]) -> None:
+    async def _follow(self, job: CommandJob, arguments: Sequence[str], result: Callable[[str], Any]) -> None:
         try:
             process = await self._shell.start(*arguments)
         except OSError as error:
@@ -140,7 +140,7 @@ class Jobs:
         job.state = "failed"
 
 
-async def _lines(stream: asyncio.StreamReader, job: Job) -> str:
+async def _lines(stream: asyncio.StreamReader, job: CommandJob) -> str:
     """Note lines and progress in `job` as they come; gives the last part of the whole."""
     whole = rest = ""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -155,7 +155,7 @@ async def _lines(stream: asyncio.StreamReader, job: Job) -> str:
     return whole
 
 
-def _note(line: str, job: Job) -> None:
+def _note(line: str, job: CommandJob) -> None:
     if line.startswith("{"):
         progress = _progress(line)
         if progress is not None:

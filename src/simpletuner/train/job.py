@@ -49,7 +49,7 @@ from simpletuner.train.rollout import Rollout
 from simpletuner.train.state import TrainState
 from simpletuner.train.step import DenoiserOf, Objective, Stepper
 from simpletuner.train.strata import Strata
-from simpletuner.train.validate import HeldOut, Painter
+from simpletuner.train.validate import HeldOutLoss, Painter
 from simpletuner.train.world import World
 
 MANY_VISITS = 400
@@ -352,7 +352,7 @@ class Attempt:
         if self.compiled.count > before:
             self.reporter.say(f"Compiled: {self.compiled}.")
 
-    def held_out(self, prepared: Prepared, denoiser: Denoiser, builder: BatchBuilder) -> HeldOut | None:
+    def held_out(self, prepared: Prepared, denoiser: Denoiser, builder: BatchBuilder) -> HeldOutLoss | None:
         """The held-out loss, if there are eval sets. Every sample with its first caption."""
         chosen = [
             (manifest.image_set, sample)
@@ -362,7 +362,7 @@ class Attempt:
         ]
         if not chosen:
             return None
-        return HeldOut(denoiser, len(chosen), lambda index: builder.held_out(*chosen[index]), self.device)
+        return HeldOutLoss(denoiser, len(chosen), lambda index: builder.held_out(*chosen[index]), self.device)
 
     def painter(
         self, prepared: Prepared, source: Source, denoiser: Denoiser, product: Product, ema: Ema | None

@@ -21,7 +21,7 @@ from simpletuner.train.ema import Ema
 from simpletuner.train.report import Reporter, TrainingBar, peak_memory_gib
 from simpletuner.train.state import TrainState
 from simpletuner.train.step import Stepper
-from simpletuner.train.validate import HeldOut, Painter
+from simpletuner.train.validate import HeldOutLoss, Painter
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Loop:
     stepper: Stepper
     save: Callable[[TrainState], Path]
     ema: Ema | None
-    held_out: HeldOut | None
+    held_out: HeldOutLoss | None
     painter: Painter | None
     reporter: Reporter
     requests: Requests
@@ -164,7 +164,7 @@ class Loop:
                 return False
             if self.plan.draws(batch.step) or self.requests.take("validate"):
                 self._paint(batch.step)
-            if time.monotonic() - looked_at_disk > disk.LOOK_EVERY_S:
+            if time.monotonic() - looked_at_disk > disk.CHECK_SPACE_EVERY_S:
                 looked_at_disk = time.monotonic()
                 self._mind_the_disk(state)
             began = time.monotonic()  # what happens between steps is not the step's time

@@ -28,7 +28,7 @@ SHEET_COLUMNS = 8
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutLoss:
     """The loss on samples that are not trained on, at fixed sigmas and fixed noise."""
 
     denoise: Denoiser

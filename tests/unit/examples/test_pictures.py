@@ -13,7 +13,7 @@ from simpletuner.examples.pictures import (
     TRAINED,
     held_out_flags,
     materialise,
-    render,
+    render_flags,
     training_flags,
 )
 from simpletuner.examples.world import COLOURS, PLACES, SIDE, SIZES
@@ -32,7 +32,7 @@ def digest(folder: Path) -> str:
 
 def test_the_same_seed_draws_the_same_pictures(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        render(tmp_path / name, seed)
+        render_flags(tmp_path / name, seed)
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
     assert digest(tmp_path / "a") != digest(tmp_path / "c")
 

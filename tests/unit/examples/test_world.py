@@ -27,7 +27,7 @@ def test_every_pair_is_seen_in_training_and_no_held_out_triple():
 
 def test_render_is_decided_by_the_seed(tmp_path: Path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        world.render(tmp_path / name, 6, seed)
+        world.render_scenes(tmp_path / name, 6, seed)
 
     def content(name: str) -> list[str]:
         return [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((tmp_path / name).iterdir())]
@@ -38,4 +38,4 @@ def test_render_is_decided_by_the_seed(tmp_path: Path):
 
 def test_clutter_and_scenes_are_pictures_of_one_size():
     chance = random.Random(0)
-    assert world.clutter(chance).size == world.draw(world.training_scenes()[0], chance).size == (128, 128)
+    assert world.clutter(chance).size == world.draw_scene(world.training_scenes()[0], chance).size == (128, 128)

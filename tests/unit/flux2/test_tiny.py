@@ -64,7 +64,7 @@ def test_layer_30_is_not_the_last():
 def test_latents_of_the_worlds_pictures_have_mean_0_and_variance_1(tiny_source):
     encode = load_autoencoder(tiny_source, torch.float32, "cpu").encode
     scenes = random.Random(0).sample(world.held_out_scenes(), 48)
-    drawn = [world.draw(scene, random.Random(index)) for index, scene in enumerate(scenes)]
+    drawn = [world.draw_scene(scene, random.Random(index)) for index, scene in enumerate(scenes)]
     pixels = torch.stack([torch.from_numpy(np.array(picture)) for picture in drawn]).float() / 127.5 - 1
     latents = encode(rearrange(pixels, "b h w c -> b c h w"))
     assert latents.mean((0, 2, 3)).abs().max() < 0.3

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from simpletuner.base.errors import CheckpointError, ConfigError, UserError
-from simpletuner.runs.launch import failure, start
+from simpletuner.runs.launch import failure, launch_run
 from simpletuner.runs.layout import RunDirectory
 
 
@@ -16,7 +16,7 @@ def run(tmp_path: Path) -> RunDirectory:
 def test_what_ends_at_once_without_an_error_says_so(run: RunDirectory, tmp_path: Path) -> None:
     run.create()
     run.console.write_text("of an earlier start\n")
-    started = start(["--help"], run, tmp_path)
+    started = launch_run(["--help"], run, tmp_path)
     assert started.exit_code == 0
     assert "options; docs/options.md" in started.printed
     assert "earlier" not in started.printed
@@ -25,13 +25,13 @@ def test_what_ends_at_once_without_an_error_says_so(run: RunDirectory, tmp_path:
 
 def test_a_mistake_is_raised_as_the_command_told_it(run: RunDirectory, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--no_such_option: no such option"):
-        start(["--no_such_option"], run, tmp_path)
+        launch_run(["--no_such_option"], run, tmp_path)
 
 
 def test_a_run_that_is_going_on_is_refused_with_its_process(run: RunDirectory, tmp_path: Path) -> None:
     run.create()
     with run.lock(), pytest.raises(CheckpointError, match=rf"in use by process {os.getpid()}.*simpletuner run stop"):
-        start(["--help"], run, tmp_path)
+        launch_run(["--help"], run, tmp_path)
     assert not run.console.exists()
 
 

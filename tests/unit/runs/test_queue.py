@@ -14,7 +14,7 @@ import pytest
 from simpletuner.base.errors import ConfigError, DiskError
 from simpletuner.runs.events import EndEvent, ErrorEvent, EventLog
 from simpletuner.runs.layout import RunDirectory
-from simpletuner.runs.queue import Entry, Queue
+from simpletuner.runs.queue import Queue, QueueEntry
 
 DONE = ("--help",)
 FAILS = ("--no_such_option",)
@@ -40,7 +40,7 @@ def states(queue: Queue) -> list[tuple[int, str]]:
     return [(entry.id, entry.state) for entry in queue.entries()]
 
 
-def pretend_running(queue: Queue, entry: Entry) -> None:
+def pretend_running(queue: Queue, entry: QueueEntry) -> None:
     """As the file is while a worker waits for the entry's process."""
     began = "2026-01-01T00:00:00.000+00:00"
     queue.write(entry.model_copy(update={"state": "running", "pid": 1, "began": began}))

@@ -10,7 +10,7 @@ from simpletuner.examples.pictures import held_out_flags, training_flags, zorbla
 
 CHANCE = random.Random(7)
 SCENES = CHANCE.sample(list(world.scenes()), 120)
-PICTURES = [world.draw(scene, CHANCE) for scene in SCENES]
+PICTURES = [world.draw_scene(scene, CHANCE) for scene in SCENES]
 
 
 def score(pictures: list[Image.Image]) -> Score:
@@ -48,7 +48,7 @@ def test_no_thing_half_a_thing_and_two_things_are_not_right():
     chance = random.Random(1)
     empty = world.background(world.COLOURS["blue"], chance)
     assert not judge(empty, scene).right["colour and shape"]
-    drawn = world.draw(scene, chance)
+    drawn = world.draw_scene(scene, chance)
     half = drawn.copy()
     half.paste(empty.crop((64, 0, 128, 128)), (64, 0))
     assert not judge(half, scene).right["colour and shape"]

@@ -12,14 +12,13 @@ from simpletuner.runs.layout import RunDirectory
 from simpletuner.server.commands import printed
 from simpletuner.server.context import Context, InContext
 from simpletuner.server.faults import Fault
-from simpletuner.server.runs import part_of, run_at
+from simpletuner.server.runs import RunName, part_of, run_at
 from simpletuner.server.verdicts import size_of
 
 router = APIRouter()
 
 LATEST_STEP = 10**12
 
-RunName = Annotated[str, Query(max_length=4096)]
 Step = Annotated[int, Query(ge=0, le=LATEST_STEP)]
 
 

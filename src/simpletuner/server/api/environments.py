@@ -203,7 +203,7 @@ async def imported(name: Name, request: Request, here: InContext) -> Environment
     environment = Environment(here.roots, name)
     sent = files.unzipped(await read_body(request, LARGEST_IMPORT))
     async with here.writing:
-        await asyncio.to_thread(files.make, environment, sent)
+        await asyncio.to_thread(files.make_environment, environment, sent)
     return _detail(environment)
 
 
@@ -282,7 +282,7 @@ def _make(environment: Environment, new: New, here: Context) -> None:
             "output_dir": f"output/{name}",
         }
         made = {"config.json": (json.dumps(options, indent=2) + "\n").encode()}
-    files.make(environment, made)
+    files.make_environment(environment, made)
 
 
 def _summary(environment: Environment) -> EnvironmentSummary:

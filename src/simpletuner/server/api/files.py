@@ -26,7 +26,7 @@ NAMED_AT_MOST = 200
 """Pictures that a folder's answer names."""
 LONGEST_PATH = 4096
 
-PathText = Annotated[str, Query(max_length=LONGEST_PATH)]
+PathQuery = Annotated[str, Query(max_length=LONGEST_PATH)]
 
 
 class Folder(BaseModel):
@@ -91,7 +91,7 @@ class CaptionEdit(BaseModel):
 
 
 @router.get("/folders")
-def folders(here: InContext, path: PathText = ".") -> FolderView:
+def folders(here: InContext, path: PathQuery = ".") -> FolderView:
     """A folder; `.` is the workspace. Hidden ones are left out, and links that lead out of the page's folders."""
     return _view(_folder(here.roots, path), here.roots)
 
@@ -122,7 +122,7 @@ def make_folder(new: NewFolder, here: InContext) -> FolderView:
     },
 )
 async def upload(
-    folder: PathText, name: Annotated[str, Query(max_length=LONGEST_PATH)], request: Request, here: InContext
+    folder: PathQuery, name: Annotated[str, Query(max_length=LONGEST_PATH)], request: Request, here: InContext
 ) -> Upload:
     """Take a picture, a text or a zip of them into a folder. Nothing that is there is overwritten."""
     into = _folder(here.roots, folder)
@@ -143,7 +143,7 @@ async def upload(
     responses={200: {"content": {"image/*": {}}}, 304: {"description": "As it was."}},
 )
 def picture(
-    path: PathText,
+    path: PathQuery,
     request: Request,
     here: InContext,
     width: Annotated[int | None, Query(ge=WIDTHS[0], le=WIDTHS[1])] = None,
@@ -162,14 +162,14 @@ def picture(
 
 
 @router.get("/caption")
-def caption(path: PathText, here: InContext) -> Caption:
+def caption(path: PathQuery, here: InContext) -> Caption:
     """The caption beside the picture at `path`."""
     text, revision = read_text(_caption_of(here.roots, path))
     return Caption(text=text, revision=revision)
 
 
 @router.put("/caption")
-async def write_caption(path: PathText, change: CaptionEdit, here: InContext) -> Caption:
+async def write_caption(path: PathQuery, change: CaptionEdit, here: InContext) -> Caption:
     """Write the caption beside a picture, unless it was changed since `revision`: then 409."""
     beside = _caption_of(here.roots, path)
     await write_text(beside, change.text, change.revision, here.writing)
@@ -260,7 +260,7 @@ async def _taken(request: Request, folder: Path, name: str, roots: Roots) -> Out
         if suffix == ZIP:
             return await asyncio.to_thread(uploads.unpack, part, name, folder, roots)
         await asyncio.to_thread(uploads.check_content, part, suffix)
-        uploads.place(part, folder / name)
+        uploads.name_part(part, folder / name)
     return Outcome(saved=[folder / name])
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
-from simpletuner.runs.queue import Entry, EntryState, Queue
+from simpletuner.runs.queue import EntryState, Queue, QueueEntry
 from simpletuner.server.commands import ToTrain, printed, train_arguments
 from simpletuner.server.context import InContext
 
@@ -15,7 +15,7 @@ router = APIRouter()
 DEVICES = r"^[A-Za-z0-9,:_./-]*$"
 
 
-class QueueEntry(BaseModel):
+class QueuedRun(BaseModel):
     """A run of the queue."""
 
     id: int
@@ -44,22 +44,22 @@ class ToQueue(ToTrain):
 
 
 @router.get("/queue")
-def queue(here: InContext) -> list[QueueEntry]:
+def queue(here: InContext) -> list[QueuedRun]:
     """Every entry, in the order they are taken; those that ended first."""
     return [_told(entry) for entry in Queue.of(here.workspace).entries()]
 
 
 @router.post("/queue", status_code=201)
-async def add(here: InContext, wanted: ToQueue) -> QueueEntry:
+async def add(here: InContext, wanted: ToQueue) -> QueuedRun:
     """Put a run at the end of the queue, as `simpletuner run queue add` does; it starts when its turn comes."""
     devices = [f"--devices={wanted.devices}"] if wanted.devices else []
     arguments = train_arguments(here.roots, wanted)
     told = printed(await here.shell.run("run", "queue", "add", "--json", *devices, *arguments))
-    return _told(Entry.model_validate(told))
+    return _told(QueueEntry.model_validate(told))
 
 
 @router.post("/queue/resume")
-async def resume(here: InContext) -> list[QueueEntry]:
+async def resume(here: InContext) -> list[QueuedRun]:
     """Go on with what waits after the machine was switched off or a disk was full: `simpletuner run queue resume`."""
     printed(await here.shell.run("run", "queue", "resume", "--json"))
     return await asyncio.to_thread(queue, here)
@@ -71,7 +71,7 @@ def remove(here: InContext, id: Annotated[int, Query(ge=1, le=10**12)]) -> None:
     Queue.of(here.workspace).remove(id)
 
 
-def _told(entry: Entry) -> QueueEntry:
+def _told(entry: QueueEntry) -> QueuedRun:
     named = {
         word.removeprefix("--").partition("=")[0]: word.partition("=")[2]
         for word in entry.arguments
@@ -80,6 +80,6 @@ def _told(entry: Entry) -> QueueEntry:
     environment = named.get("env")
     if environment is None and named.get("config", "").startswith("config/config."):
         environment = ""
-    return QueueEntry(
+    return QueuedRun(
         **entry.model_dump(include=set(QueueEntry.model_fields)), environment=environment, example=named.get("example")
     )

@@ -11,27 +11,25 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from simpletuner.runs.events import CheckpointEvent, ProgressEvent, ValidationEvent
 from simpletuner.runs.layout import RunDirectory
-from simpletuner.runs.process import Request as Wish
+from simpletuner.runs.process import ControlRequest as Wish
 from simpletuner.runs.process import ask
 from simpletuner.server.commands import ToTrain, printed, train_arguments
 from simpletuner.server.context import Context, InContext
 from simpletuner.server.faults import Fault
 from simpletuner.server.pictures import Version
-from simpletuner.server.runs import Run, found_runs, glance, output_folders, part_of, run_at
+from simpletuner.server.runs import Run, RunName, found_runs, glance, output_folders, part_of, run_at
 from simpletuner.server.series import Damaged, decoded
 from simpletuner.server.thumbnails import WIDTHS, picture_type
 
 router = APIRouter()
 
 LOG_BYTES = 64 * 1024
-LARGEST_DOCUMENT = 8 * 1024 * 1024
+LARGEST_RUN_DOCUMENT = 8 * 1024 * 1024
 LARGEST_ID = 2**53
 ATTACHMENTS = {".json": "application/json", ".zip": "application/zip"}
 
-RunName = Annotated[str, Query(max_length=4096)]
 
-
-class Phase(BaseModel):
+class RunPhase(BaseModel):
     """How far a phase of the last attempt is."""
 
     phase: str
@@ -53,7 +51,7 @@ class RunDetail(Run):
     remedy: dict[str, Any] | None
     """The smallest change that would make it fit."""
     attempts: int
-    phases: list[Phase]
+    phases: list[RunPhase]
     validations: list[ValidationEvent]
     checkpoints: list[CheckpointEvent]
     notices: list[str]
@@ -122,7 +120,7 @@ def run(here: InContext, run: RunName) -> RunDetail:
         plan=None if told.plan is None else told.plan.plan,
         remedy=None if told.plan is None else told.plan.remedy,
         attempts=told.attempts,
-        phases=[Phase.model_validate(vars(phase)) for phase in told.phases.values()],
+        phases=[RunPhase.model_validate(vars(phase)) for phase in told.phases.values()],
         validations=list(told.validations.values()),
         checkpoints=told.checkpoints,
         notices=told.notices,
@@ -251,7 +249,7 @@ def _document(here: Context, directory: RunDirectory, path: Path) -> Any:
     """A JSON file of the run; None where it is missing or damaged."""
     with contextlib.suppress(OSError, UnicodeDecodeError, Damaged):
         real = part_of(here.roots, directory, path)
-        if real.stat().st_size <= LARGEST_DOCUMENT:
+        if real.stat().st_size <= LARGEST_RUN_DOCUMENT:
             return decoded(real.read_text(encoding="utf-8-sig"))
     return None
 

@@ -4,17 +4,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
 from simpletuner.runs.layout import LORA_NAME
 from simpletuner.server.context import Context, InContext
 from simpletuner.server.faults import Fault
 from simpletuner.server.roots import Roots
-from simpletuner.server.runs import part_of, run_at
+from simpletuner.server.runs import RunName, part_of, run_at
 from simpletuner.server.series import Damaged, decoded
 from simpletuner.server.thumbnails import picture_type
-from simpletuner.server.work import Job
+from simpletuner.server.work import CommandJob
 
 router = APIRouter()
 
@@ -63,7 +63,7 @@ class SampleResult(BaseModel):
     pictures: list[str]
 
 
-class Sample(BaseModel):
+class DrawnPicture(BaseModel):
     """A picture that was drawn before, and what it was drawn from as far as it tells."""
 
     path: str
@@ -78,13 +78,13 @@ class Sample(BaseModel):
 
 
 @router.post("/jobs/sample", status_code=202)
-async def sample(here: InContext, wanted: ToDraw) -> Job:
+async def sample(here: InContext, wanted: ToDraw) -> CommandJob:
     """Draw pictures. The result is {"pictures": [their paths]}, of each prompt `count`."""
     return here.jobs.start("sample", arguments(here, wanted), _result(here.roots))
 
 
 @router.get("/run/samples")
-def samples(here: InContext, run: Annotated[str, Query(max_length=4096)]) -> list[Sample]:
+def samples(here: InContext, run: RunName) -> list[DrawnPicture]:
     """The pictures that were drawn with a run, newest first."""
     directory = run_at(here.roots, run)
     folder = part_of(here.roots, directory, directory.root / FOLDER)
@@ -136,7 +136,7 @@ def _result(roots: Roots) -> Callable[[str], Any]:
     return made
 
 
-def _told(path: Path, shown: str) -> Sample | None:
+def _told(path: Path, shown: str) -> DrawnPicture | None:
     """A picture with what it says of itself; None where it is none."""
     # Takes a moment to import: the first page needs none.
     from PIL import Image
@@ -152,6 +152,6 @@ def _told(path: Path, shown: str) -> Sample | None:
     try:
         parameters = decoded(str(text))
         known = {name: parameters.get(name) for name in ("prompt", "seed", "steps", "guidance")}
-        return Sample(path=shown, width=width, height=height, loras=parameters.get("loras", []), **known)
+        return DrawnPicture(path=shown, width=width, height=height, loras=parameters.get("loras", []), **known)
     except (Damaged, ValueError, AttributeError):  # another program's parameters
-        return Sample(path=shown, width=width, height=height)
+        return DrawnPicture(path=shown, width=width, height=height)
