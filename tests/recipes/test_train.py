@@ -174,7 +174,7 @@ def test_a_loss_that_is_not_finite_saves_what_is_good_and_names_the_samples(
 def test_a_disk_that_fills_up_saves_and_stops(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(disk, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(disk, "CHECK_SPACE_EVERY_S", 0.0)
     workplace.config |= {"checkpoint_step_interval": 100, "disk_low_threshold": "900000GB"}
     assert workplace.train() == 7
     assert "saved at step 1" in capsys.readouterr().err
@@ -253,7 +253,7 @@ def test_a_set_that_ends_up_empty_shows_why(workplace: Workplace, capsys: pytest
 def test_few_pictures_and_many_steps_get_a_word(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(disk, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(disk, "CHECK_SPACE_EVERY_S", 0.0)
     workplace.config |= {"max_train_steps": 10_000, "disk_low_threshold": "900000GB"}
     assert workplace.train() == 7
     assert "10000 steps on 6 pictures show each of them about 3333 times" in capsys.readouterr().out

@@ -20,7 +20,7 @@ from simpletuner.data.order import Order
 from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flux2.text import LeftPaddedCodec
 from simpletuner.train.batches import BatchBuilder
-from simpletuner.train.caches import EMPTY, Encoders, Prepared
+from simpletuner.train.caches import UNCONDITIONAL_CAPTION, Encoders, Prepared
 from simpletuner.train.rollout import Rollout
 from simpletuner.train.step import Objective
 from simpletuner.train.strata import Strata
@@ -68,7 +68,8 @@ def prepared(own_folder: Path) -> Prepared:
             width, height = (side // 16 for side in sample.geometry.target)
             latent = torch.randn(128, height, width, generator=generator)
             found.latent_store(manifest.image_set).write(latent_key(sample, "vae"), {"latent": latent}, {})
-        for caption in {EMPTY, *(caption for sample in manifest.samples for caption in sample.captions)}:
+        captions = {caption for sample in manifest.samples for caption in sample.captions}
+        for caption in sorted(captions | {UNCONDITIONAL_CAPTION}):
             rows, pad = torch.randn(2, WIDTH, generator=generator), torch.zeros(WIDTH)
             tensors = {"rows": rows, "pad": pad, "length": torch.tensor(4)}
             texts.write(context_key(caption, found.encoders.text), tensors, {})
