@@ -14,6 +14,7 @@ from simpletuner.base.errors import AccessError, ConfigError, Problem
 from simpletuner.base.files import sha256_json
 from simpletuner.base.quiet import quiet_import
 from simpletuner.base.tensorfile import TensorEntry, read_headers
+from simpletuner.config.flavours import FLAVOURS
 from simpletuner.config.precisions import NO_CHANGE
 from simpletuner.flux2.autoencoder import Autoencoder
 from simpletuner.flux2.kept import KeptBase
@@ -326,7 +327,23 @@ def text_encoder_id(
     """Names everything that decides a cached context, without loading the text encoder."""
     weights = [source.fingerprint("text_encoder"), source.fingerprint("tokenizer")]
     quantised_in = [] if precision == NO_CHANGE else [precision]
-    return sha256_json(["contexts 1, sdpa", *weights, str(dtype), list(layers), max_length, fix_regex, *quantised_in])
+    own, usual = source.flavour.text, FLAVOURS["dev"].text
+    # Named only where they are not dev's: caches are older than the choice.
+    template = [own.system_message] if own.system_message != usual.system_message else []
+    padding = [own.padding_side] if own.padding_side != usual.padding_side else []
+    return sha256_json(
+        [
+            "contexts 1, sdpa",
+            *weights,
+            str(dtype),
+            list(layers),
+            max_length,
+            fix_regex,
+            *quantised_in,
+            *template,
+            *padding,
+        ]
+    )
 
 
 def _fill(

@@ -196,6 +196,9 @@ def test_ids_name_every_setting_that_matters(tiny_source, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<unk>"}))
     contexts.append(text_encoder_id(dataclasses.replace(tiny_source, tokenizer=tmp_path), torch.float32, **TEXT))
+    for change in ({"system_message": "another"}, {"padding_side": "right"}):
+        flavour = dataclasses.replace(tiny_source.flavour, text=dataclasses.replace(tiny_source.flavour.text, **change))
+        contexts.append(text_encoder_id(dataclasses.replace(tiny_source, flavour=flavour), torch.float32, **TEXT))
     latents = [
         autoencoder_id(tiny_source, dtype, tiling=tiling, slicing=slicing)
         for dtype in (torch.float32, torch.bfloat16)
