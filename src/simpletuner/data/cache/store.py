@@ -17,11 +17,12 @@ from torch import Tensor
 from simpletuner.base.errors import DataError
 from simpletuner.base.files import json_bytes
 from simpletuner.base.storage import Stamp, Storage
+from simpletuner.base.tensorfile import file_pieces
 from simpletuner.data.ahead import map_ahead
+from simpletuner.memory.tensors import as_written
 
 HEADER_KEY = "simpletuner"
-"""Our one entry in the safetensors header, a JSON object. One, because the library does not keep their order,
-and the same content must give the same bytes."""
+"""Our one entry in the safetensors header, a JSON object."""
 
 ABANDONED_S = 3600
 """A half-written file this old belongs to a process that is gone."""
@@ -91,9 +92,10 @@ class Store:
         """
         own = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
         header = json.dumps({**metadata, "sha256": _checksum(own, metadata)}, sort_keys=True)
+        pieces = file_pieces({name: as_written(tensor) for name, tensor in own.items()}, {HEADER_KEY: header})
         # Not flushed to the disk file by file: that is slow, and what a power cut tears is found by the
         # checksum.
-        self.storage.write(self.name(key), safetensors.torch.save(own, {HEADER_KEY: header}), sync=False)
+        self.storage.write(self.name(key), b"".join(pieces), sync=False)
 
     def sweep(self) -> None:
         """Remove what interrupted processes left half-written."""
