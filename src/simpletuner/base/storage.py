@@ -143,7 +143,7 @@ class LocalStorage:
                 if entry.name.startswith("."):
                     continue
                 inner = f"{name}/{entry.name}" if name else entry.name
-                if not _is_text(inner):
+                if not is_utf8_name(inner):
                     shown = os.fsencode(inner).decode(errors="replace")
                     yield UnlistedFile(shown, "name is not UTF-8", "rename the file")
                 elif entry.is_symlink():
@@ -263,7 +263,8 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _is_text(name: str) -> bool:
+def is_utf8_name(name: str) -> bool:
+    """Whether a file's name can be written down and asked for again."""
     try:
         name.encode()
     except UnicodeEncodeError:

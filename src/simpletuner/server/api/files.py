@@ -11,6 +11,7 @@ from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from simpletuner.base.files import disk_full_is_reported
+from simpletuner.base.storage import is_utf8_name
 from simpletuner.server import uploads
 from simpletuner.server.context import InContext
 from simpletuner.server.documents import permissions_are_reported, read_text, write_text
@@ -196,7 +197,7 @@ def _view(folder: Path, roots: Roots) -> FolderView:
     with permissions_are_reported(folder):
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     for entry in entries:
-        if entry.name.startswith(".") or not _is_text(entry.name):
+        if entry.name.startswith(".") or not is_utf8_name(entry.name):
             continue
         if entry.is_dir():
             if not entry.is_symlink() or roots.holds(Path(entry.path).resolve()):
@@ -215,15 +216,6 @@ def _view(folder: Path, roots: Roots) -> FolderView:
         captions=captions,
         names=[roots.shown(folder / name) for name in pictures[:NAMED_AT_MOST]],
     )
-
-
-def _is_text(name: str) -> bool:
-    """Whether a file's name can be sent, and so asked for again."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _version(roots: Roots, text: str) -> Version:
