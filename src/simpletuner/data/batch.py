@@ -1,6 +1,6 @@
 """Batches: everything that a step needs to know of its samples, and the random draws made for them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,29 +34,25 @@ class Batch:
     masks: Float[Tensor, "b h w"] | None = None
     """Weight of each place of the latents in its sample's loss; None weighs all alike."""
 
-    def pin_memory(self) -> "Batch":
-        """The same batch in pinned memory, from which an accelerator copies without blocking."""
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same batch with `change` applied to each tensor."""
         return replace(
             self,
-            latents=self.latents.pin_memory(),
-            condition=self.condition.pin_memory(),
-            sigma=self.sigma.pin_memory(),
-            noise=self.noise.pin_memory(),
-            weights=self.weights.pin_memory(),
-            masks=None if self.masks is None else self.masks.pin_memory(),
+            latents=change(self.latents),
+            condition=self.condition.mapped(change),
+            sigma=change(self.sigma),
+            noise=change(self.noise),
+            weights=change(self.weights),
+            masks=None if self.masks is None else change(self.masks),
         )
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in pinned memory, from which an accelerator copies without blocking."""
+        return self.mapped(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> "Batch":
         """The same batch on `device`. Padding rows of the contexts are copied once and expanded there."""
-        return replace(
-            self,
-            latents=self.latents.to(device, non_blocking=non_blocking),
-            condition=self.condition.to(device, non_blocking=non_blocking),
-            sigma=self.sigma.to(device, non_blocking=non_blocking),
-            noise=self.noise.to(device, non_blocking=non_blocking),
-            weights=self.weights.to(device, non_blocking=non_blocking),
-            masks=None if self.masks is None else self.masks.to(device, non_blocking=non_blocking),
-        )
+        return self.mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
 
 @dataclass(frozen=True)

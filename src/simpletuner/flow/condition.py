@@ -51,13 +51,12 @@ class TextContext:
         """The contexts of some samples."""
         return TextContext(self.rows, self.index[samples])
 
-    def pin_memory(self) -> "TextContext":
-        return TextContext(self.rows.pin_memory(), self.index.pin_memory())
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "TextContext":
+        """The same contexts with `change` applied to each tensor, such as a copy to a device."""
+        return TextContext(change(self.rows), change(self.index))
 
-    def to(self, device: torch.device, *, non_blocking: bool = False) -> "TextContext":
-        return TextContext(
-            self.rows.to(device, non_blocking=non_blocking), self.index.to(device, non_blocking=non_blocking)
-        )
+    def to(self, device: torch.device) -> "TextContext":
+        return self.mapped(lambda tensor: tensor.to(device))
 
 
 @dataclass(frozen=True)
@@ -77,13 +76,9 @@ class Condition:
         """The condition of some samples."""
         return Condition(self.context.select(samples), self.guidance[samples])
 
-    def pin_memory(self) -> "Condition":
-        return Condition(self.context.pin_memory(), self.guidance.pin_memory())
-
-    def to(self, device: torch.device, *, non_blocking: bool = False) -> "Condition":
-        return Condition(
-            self.context.to(device, non_blocking=non_blocking), self.guidance.to(device, non_blocking=non_blocking)
-        )
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Condition":
+        """The same condition with `change` applied to each tensor."""
+        return Condition(self.context.mapped(change), change(self.guidance))
 
 
 Denoise = Callable[[Float[Tensor, "b c h w"], Float[Tensor, " b"], Condition], Float[Tensor, "b c h w"]]

@@ -6,8 +6,6 @@ from torch import Tensor
 
 from simpletuner.flow.condition import Condition, TextContext
 
-CPU = torch.device("cpu")
-
 
 def rows(seed: int, count: int) -> Tensor:
     return torch.randn(count, 6, generator=torch.Generator().manual_seed(seed))
@@ -57,9 +55,9 @@ def test_contexts_of_different_lengths_are_refused() -> None:
 def test_a_condition_takes_every_field_along() -> None:
     context, full = padded_left(0, 2)
     condition = Condition(TextContext.stacked([context, context]), torch.tensor([1.0, 4.0]))
-    moved = condition.to(torch.device("meta"), non_blocking=True)
+    moved = condition.mapped(lambda tensor: tensor.to("meta"))
     assert {moved.context.rows.device, moved.context.index.device, moved.guidance.device} == {torch.device("meta")}
-    chosen = condition.to(CPU).select(torch.tensor([1]))
+    chosen = condition.mapped(Tensor.clone).select(torch.tensor([1]))
     assert torch.equal(chosen.context.expanded(), full)
     assert torch.equal(chosen.guidance, torch.tensor([4.0]))
 
