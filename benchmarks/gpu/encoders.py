@@ -1,0 +1,143 @@
+"""Captions a second through dev's text encoder, and images a second through its VAE, at full size.
+
+    python benchmarks/gpu/encoders.py [--device cpu --tiny]
+
+Random weights made on the device; the tokenizer is the embedded model's. Captions have about 60 tokens beside the
+template. The text encoder needs transformers, the VAE diffusers: what is missing is left out, and said.
+"""
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from models import Clock, free, parser, wait
+from results import report
+
+from simpletuner.config.flavours import FLAVOURS
+from simpletuner.config.options.model import ModelOptions
+
+CAPTION = "a small yellow house beside the river in soft morning light and trees " * 4
+TEXT_BATCH, VAE_BATCH = 8, 1
+EDGE = {True: 64, False: 1024}
+ROUNDS = 3
+
+
+def main() -> None:
+    arguments = parser(__doc__).parse_args()
+    clock = Clock(arguments.seconds)
+    for library, measure in (("transformers", text), ("diffusers", vae)):
+        if importlib.util.find_spec(library) is None:
+            report("encoder", what=measure.__name__, note=f"left out: {library} is missing")
+        elif clock.left > 5:
+            measure(arguments.device, arguments.tiny)
+            free()
+
+
+def text(device: torch.device, tiny: bool) -> None:
+    """Captions a second of the resident text encoder in bf16."""
+    from transformers import MistralConfig
+
+    from simpletuner.flux2.load import _language_model, _tokenizer
+    from simpletuner.flux2.source import locate
+    from simpletuner.flux2.text import ResidentTextEncoder
+
+    flavour = FLAVOURS["tiny" if tiny else "dev"].text
+    spec = flavour.encoder
+    config = MistralConfig(
+        vocab_size=spec.vocabulary,
+        hidden_size=spec.hidden,
+        intermediate_size=spec.inner,
+        num_hidden_layers=max(flavour.layers),
+        num_attention_heads=spec.heads,
+        num_key_value_heads=spec.key_heads,
+        head_dim=spec.head_dim,
+        max_position_embeddings=4096,
+        sliding_window=None,
+    )
+    model = _language_model(config).to(torch.bfloat16).to_empty(device=device)
+    with torch.device(device):
+        model.rotary_emb = type(model.rotary_emb)(config=config)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+        if "norm" in name:
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(std=0.02, generator=generator)
+    tokenizer = _tokenizer(locate(ModelOptions(model_flavour="tiny"), report=lambda _: None), False)
+    encoder = ResidentTextEncoder(
+        model.eval(),
+        tokenizer,
+        system_message=flavour.system_message,
+        layers=flavour.layers,
+        max_length=64 if tiny else flavour.length,
+    )
+    captions = [CAPTION[: 120 + index] for index in range(TEXT_BATCH)]
+    rate = TEXT_BATCH / seconds_of(lambda: encoder.encode(captions), device)
+    tokens = statistics.mean(encoder.lengths(captions))
+    report(
+        "encoder",
+        what="text encoder, bf16",
+        batch=TEXT_BATCH,
+        rate=rate,
+        unit="captions/s",
+        note=f"{tokens:.0f} tokens a caption, template included",
+        **peak(device),
+    )
+
+
+def vae(device: torch.device, tiny: bool) -> None:
+    """Images a second of the VAE in bf16, both ways."""
+    from diffusers import AutoencoderKLFlux2
+
+    from simpletuner.flux2.autoencoder import Autoencoder
+
+    spec = FLAVOURS["tiny" if tiny else "dev"].autoencoder
+    torch.manual_seed(0)
+    with torch.device(device):
+        made: Any = AutoencoderKLFlux2(
+            block_out_channels=spec.channels,
+            layers_per_block=spec.blocks_per_level,
+            latent_channels=spec.latent_channels,
+            down_block_types=("DownEncoderBlock2D",) * len(spec.channels),
+            up_block_types=("UpDecoderBlock2D",) * len(spec.channels),
+            norm_num_groups=min(32, spec.channels[0]),
+        )
+    autoencoder = Autoencoder(made.to(torch.bfloat16).requires_grad_(False), device)
+    edge = EDGE[tiny]
+    pixels = torch.rand(VAE_BATCH, 3, edge, edge) * 2 - 1
+    latents = autoencoder.encode(pixels)
+    ways: Sequence[tuple[str, Callable[[], object]]] = (
+        ("encoded", lambda: autoencoder.encode(pixels)),
+        ("decoded", lambda: autoencoder.decode(latents)),
+    )
+    for way, work in ways:
+        free()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        rate = VAE_BATCH / seconds_of(work, device)
+        report("encoder", what=f"VAE, bf16, {edge}² {way}", batch=VAE_BATCH, rate=rate, unit="images/s", **peak(device))
+
+
+def peak(device: torch.device) -> dict[str, int]:
+    """The allocator's, where there is one."""
+    return {"allocated_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """The median over a few rounds, after one that does not count."""
+    seconds = []
+    for _ in range(1 + ROUNDS):
+        wait(device)
+        began = time.perf_counter()
+        work()
+        wait(device)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""FLUX.2 transformers of random weights, made on the device block by block: nothing is read and nothing downloaded."""
+
+import argparse
+import gc
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.config.flavours import DEV, KLEIN_4B, KLEIN_9B, TransformerSpec
+from simpletuner.config.options.precision import PrecisionName
+from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.memory.precision import make_room, targets
+
+SPECS = {"dev": DEV, "klein-9b": KLEIN_9B, "klein-4b": KLEIN_4B}
+BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
+FORMATS: dict[str, PrecisionName] = {"int8": "int8-quanto", "int4": "int4-quanto"}
+"""Formats of quantized weights that are read without the library that makes them."""
+SPREAD = {"int8": 74.0, "int4": 4.6}
+"""Standard deviation of an even draw of all numbers of a format."""
+TINY_EDGE, TINY_TEXT = 64, 16
+"""Pixels and text tokens of the rehearsal."""
+TEXT = 512
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The arguments that every measurement takes."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    made.add_argument("--tiny", action="store_true", help="small models: that the script works")
+    made.add_argument("--seconds", type=float, default=600.0, help="after which nothing new is begun")
+    made.add_argument("--out", type=Path, default=Path("gpu-results"))
+    return made
+
+
+def spec_of(name: str, *, tiny: bool) -> TransformerSpec:
+    """The shapes of a flavour, or those of a small model with the same parts."""
+    spec = SPECS[name]
+    if not tiny:
+        return spec
+    return replace(spec, heads=4, head_dim=32, double_blocks=1, single_blocks=3, context_dim=64, axes=(8, 8, 8, 8))
+
+
+def transformer(
+    spec: TransformerSpec, precision: str, device: torch.device, *, is_resident: bool = True
+) -> Flux2Transformer:
+    """A frozen transformer of small random weights: bf16, or its blocks in int8 or int4. Where it is not resident, its
+    blocks are in host memory; each is drawn on `device` first, which is faster.
+    """
+    with torch.device("meta"):
+        model = Flux2Transformer(spec).bfloat16().requires_grad_(False)
+        if precision != "bf16":
+            make_room(model, targets(model, BLOCKS, FORMATS[precision]), FORMATS[precision], torch.bfloat16)
+    generator = torch.Generator(device).manual_seed(0)
+    blocks = set(model.blocks)
+    for part in [*model.blocks, *(child for child in model.children() if not isinstance(child, nn.ModuleList))]:
+        part.to_empty(device=device)
+        for name, tensor in part.named_parameters():
+            draw(name.rpartition(".")[2], tensor, precision, generator)
+        if part in blocks and not is_resident:
+            part.to("cpu")
+    return model
+
+
+def draw(name: str, tensor: Tensor, precision: str, generator: torch.Generator) -> None:
+    """Fill a weight, or a part of a quantized one, so that weights are about 0.02."""
+    if name == "weight":
+        tensor.normal_(std=0.02, generator=generator)
+    elif name == "data":
+        tensor.random_(generator=generator)
+    else:
+        scale = 0.02 / SPREAD[precision]
+        tensor.fill_({"scale": scale, "shift": 7.5 * scale}[name])
+
+
+def free() -> None:
+    """Give unreachable memory of the device back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def wait(device: torch.device) -> None:
+    """Until all launched work is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Clock:
+    """Time left of a measurement."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        return self._end - time.monotonic()

@@ -1,0 +1,58 @@
+"""The tests of tests/gpu, the long ones too, each reported as it ends.
+
+    python benchmarks/gpu/soak.py [--quick] [--device cpu --tiny]
+
+With `--device cpu` the tests run as their rehearsal (tests/gpu/conftest.py).
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from models import Clock, parser
+from results import report
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Reports:
+    """Reports each test, and stops once there is no time left."""
+
+    def __init__(self, seconds: float) -> None:
+        self._clock = Clock(seconds)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """A test's call, or what stopped it before."""
+        if report.when == "call" or report.outcome != "passed":
+            report_test(report)
+
+    def pytest_runtest_protocol(self, item: pytest.Item) -> None:
+        """Ends the session between two tests."""
+        if self._clock.left <= 0:
+            item.session.shouldstop = "no time was left"
+
+
+def report_test(test: pytest.TestReport) -> None:
+    """One row of the table."""
+    note = "" if test.passed else test.longreprtext.strip().splitlines()[-1][:300]
+    report("test", name=test.nodeid, outcome=test.outcome, seconds=test.duration, passed=not test.failed, note=note)
+
+
+def main() -> int:
+    arguments = parser(__doc__)
+    arguments.add_argument("--quick", action="store_true", help="without the long ones")
+    given = arguments.parse_args()
+    if given.device.type == "cpu":
+        os.environ["PYTEST_SIMPLETUNER_DEVICE"] = "cpu"
+    os.chdir(ROOT)
+    chosen = ["-m", "not slow" if given.quick else "", "--tb=short", "tests/gpu"]
+    # stdout is for results.
+    with open(os.dup(1), "w", encoding="utf-8") as results:
+        os.dup2(2, 1)
+        sys.stdout = results
+        return int(pytest.main(chosen, plugins=[Reports(given.seconds)]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
