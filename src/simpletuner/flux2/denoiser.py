@@ -38,8 +38,8 @@ class Denoiser:
             context,
             sigma,
             condition.guidance if self.transformer.spec.guidance_embeds else None,
-            image_ids(height, width).to(device),
-            context_ids(context.shape[1]).to(device),
+            image_ids(height, width, device),
+            context_ids(context.shape[1], device),
             [choice.to(device) for choice in choices],
         )
         return unpack_latents(tokens, height, width)

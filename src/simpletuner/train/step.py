@@ -1,5 +1,6 @@
 """One optimiser step: draw, noise, predict, compare, backward, clip, update."""
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -129,7 +130,8 @@ class Stepper:
         denoise = self.denoise if self.route is None else self.route(step, batch.slots, (height, width))
         batch = batch.to(self.device, non_blocking=True)
         penalty = self.objective.penalty
-        with torch.autocast(self.device.type, dtype=torch.float16, enabled=self.scaler.is_enabled()):
+        is_fp16 = self.scaler.is_enabled()
+        with torch.autocast(self.device.type, dtype=torch.float16) if is_fp16 else contextlib.nullcontext():
             if self.rollout is not None:
                 losses = self.rollout.losses(denoise, batch, penalty=penalty, sample=self.denoise)
             else:
@@ -150,20 +152,31 @@ class Stepper:
         Raises:
             DataError: a loss is not finite. Nothing has been updated.
         """
-        values: list[float] = []
+        losses = self.read(self._accumulate(whole))
+        _check_losses(whole, losses)
+        return losses
+
+    def read(self, values: Float[Tensor, " n"]) -> list[float]:
+        """The numbers in `values`, once the device has computed them.
+
+        The host waits for the device here and nowhere else in a step. Exceptions: fp16's GradScaler asks the device
+        whether gradients overflowed; an optimizer of another library may read its state.
+        """
+        numbers: list[float] = values.tolist()
+        return numbers
+
+    def _accumulate(self, whole: GlobalBatch) -> Float[Tensor, " n"]:
+        """Add the gradients of the global batch's mean loss; returns the samples' weighted losses, on the device."""
+        losses: list[Tensor] = []
         for batch in whole.batches:
             # The adapter's dropout is the one draw made inside the model, from torch's global generator.
             torch.manual_seed(draw_seed(self.objective.seed, "lora_dropout", whole.step, batch.slots[0]))
-            losses = self.losses(batch, whole.step)
-            self.scaler.scale(losses.sum() / whole.size).backward()
+            of_batch = self.losses(batch, whole.step)
+            self.scaler.scale(of_batch.sum() / whole.size).backward()
             if self.masters is not None:
                 self.masters.collect()
-            values += losses.detach().tolist()
-        names = [name for batch in whole.batches for name in batch.names]
-        bad = [name for name, loss in zip(names, values, strict=True) if not math.isfinite(loss)]
-        if bad:
-            raise not_finite("loss", whole.step, bad)
-        return values
+            losses.append(of_batch.detach())
+        return torch.cat(losses)
 
     def __call__(self, whole: GlobalBatch, lr: float) -> StepResult:
         """Train on one global batch.
@@ -173,12 +186,15 @@ class Stepper:
         """
         for parameters in self.optimiser.param_groups:
             parameters["lr"] = lr * parameters[optim.RATIO]
-        losses = self.backward(whole)
+        on_device = self._accumulate(whole)
         self.scaler.unscale_(self.optimiser)
-        grad_norm = optim.clip(self.parameters, self.options).item()
+        norm = optim.clip(self.parameters, self.options)
+        # One tensor, so that the host waits once. `cat` takes the wider of the two dtypes: no number is rounded.
+        *losses, grad_norm = self.read(torch.cat([on_device, norm[None]]))
+        _check_losses(whole, losses)
         if not math.isfinite(grad_norm) and not self.scaler.is_enabled():
             # With fp16 an overflow is part of the method: the scaler skips the step and lowers its scale.
-            raise not_finite("gradient", whole.step, [name for batch in whole.batches for name in batch.names])
+            raise not_finite("gradient", whole.step, names_in(whole))
         self.scaler.step(self.optimiser)
         self.scaler.update()
         if self.masters is not None:
@@ -188,6 +204,17 @@ class Stepper:
         if self.rollout is not None:
             calls = sum(self.rollout.calls_of(batch.rollout_lengths) for batch in whole.batches)
         return StepResult(math.fsum(losses) / whole.size, grad_norm, calls)
+
+
+def names_in(whole: GlobalBatch) -> list[str]:
+    """`set/name` of each sample of a global batch, in order."""
+    return [name for batch in whole.batches for name in batch.names]
+
+
+def _check_losses(whole: GlobalBatch, losses: Sequence[float]) -> None:
+    bad = [name for name, loss in zip(names_in(whole), losses, strict=True) if not math.isfinite(loss)]
+    if bad:
+        raise not_finite("loss", whole.step, bad)
 
 
 def not_finite(what: str, step: int, names: Sequence[str]) -> DataError:

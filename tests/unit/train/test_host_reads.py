@@ -1,0 +1,171 @@
+"""A step reads the device once: losses and gradient norm together, before the optimizer steps."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tests.host_reads import MetaStepper, describe, host_reads
+from torch import Tensor
+
+from simpletuner.config.flavours import TransformerSpec
+from simpletuner.config.options.ema import EmaOptions
+from simpletuner.config.options.guidance import GuidanceOptions
+from simpletuner.config.options.lora import LoraOptions
+from simpletuner.config.options.optim import OptimOptions
+from simpletuner.config.options.schedule import ScheduleOptions
+from simpletuner.data.batch import Batch, GlobalBatch
+from simpletuner.flow.condition import Condition, TextContext
+from simpletuner.flux2.denoiser import Denoiser
+from simpletuner.flux2.full import unfreeze
+from simpletuner.flux2.lora import attach
+from simpletuner.flux2.routes import Route
+from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.flux2.tread import draw_choices
+from simpletuner.memory import recompute
+from simpletuner.train import optim
+from simpletuner.train.ema import Ema
+from simpletuner.train.step import Objective, Stepper
+from simpletuner.train.trained import Trained
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+SPEC = TransformerSpec(
+    heads=1, head_dim=8, double_blocks=1, single_blocks=2, context_dim=8, guidance_embeds=True, axes=(2, 2, 2, 2)
+)
+OBJECTIVE = Objective.of(ScheduleOptions(), GuidanceOptions(), 0)
+ROUTES = (Route(0, 1, 0.5),)
+
+
+READS: dict[str, Callable[[Tensor], object]] = {
+    "item": lambda x: x.sum().item(),
+    "tolist": lambda x: x.tolist(),
+    "cpu": lambda x: x.cpu(),
+    "numpy": lambda x: x.numpy(),
+    "bool": lambda x: bool(x.sum() > 0),
+    "int": lambda x: int(x.sum()),
+    "float": lambda x: float(x.sum()),
+    "in": lambda x: 1.0 in x,
+    "nonzero": lambda x: x.nonzero(),
+    "mask": lambda x: x[x > 0],
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "masked write": lambda x: x.index_put_((x > 0,), torch.ones(())),
+    "unique": lambda x: x.unique(),
+    "equal": lambda x: torch.equal(x, x),
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_a_read_is_seen(read: Callable[[Tensor], object]) -> None:
+    with host_reads(CPU) as found:
+        read(torch.ones(3))
+    assert found
+
+
+def test_a_copy_that_waits_is_seen_and_one_that_does_not_is_not() -> None:
+    x = torch.ones(3)
+    with host_reads(META) as found:
+        x.to(META, non_blocking=True)
+        torch.empty(3, device=META).copy_(x, non_blocking=True)
+        x.tolist()
+        assert not found
+        x.to(META)
+        torch.empty(3, device=META).copy_(x)
+        torch.tensor([1.0], device=META)
+        assert len(found) == 3
+
+
+def adapter(dtype: torch.dtype, device: torch.device, dropout: float = 0.0) -> tuple[Flux2Transformer, Trained]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformer = Flux2Transformer(SPEC).to(device, dtype)
+    return transformer, attach(transformer, LoraOptions(lora_rank=2, lora_dropout=dropout), seed=0)
+
+
+def whole_model(dtype: torch.dtype, device: torch.device) -> tuple[Flux2Transformer, Trained]:
+    transformer = Flux2Transformer(SPEC).to(device)
+    return transformer, unfreeze(transformer, None if dtype == torch.float32 else dtype)
+
+
+def global_batch(step: int) -> GlobalBatch:
+    """Two micro-batches of two samples of 4 × 6 tokens."""
+    batches = []
+    for first in (0, 2):
+        slots = range(first, first + 2)
+        draws = OBJECTIVE.draw(step, slots, (128, 4, 6))
+        context = TextContext.dense(torch.ones(2, 5, SPEC.context_dim))
+        batches.append(
+            Batch(
+                latents=torch.ones(2, 128, 4, 6),
+                condition=Condition(context, draws.guidance),
+                sigma=draws.sigma,
+                noise=draws.noise,
+                names=("a", "b"),
+                weights=torch.ones(2),
+                slots=slots,
+            )
+        )
+    return GlobalBatch(step, 0, tuple(batches), 4)
+
+
+def stepper(
+    kind: type[Stepper], made: tuple[Flux2Transformer, Trained], device: torch.device, **options: object
+) -> Stepper:
+    transformer, trained = made
+    chosen = OptimOptions(learning_rate=0.01, max_grad_norm=1.0, **options)  # type: ignore[arg-type]
+    recompute.install(transformer.blocks)
+    transformer.train()
+    denoiser = Denoiser(transformer)
+    return kind(
+        denoise=denoiser,
+        parameters=trained.parameters(),
+        optimiser=optim.build(trained.parameters(), chosen),
+        options=chosen,
+        objective=OBJECTIVE,
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        device=device,
+        route=lambda step, slots, grid: denoiser.routed(draw_choices(ROUTES, 0, step, slots, grid[0] * grid[1])),
+        masters=trained.masters,
+    )
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+MODELS = pytest.mark.parametrize(
+    "make",
+    [adapter, lambda dtype, device: adapter(dtype, device, dropout=0.1), whole_model],
+    ids=["lora", "dropout", "full"],
+)
+
+
+@DTYPES
+@MODELS
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_bf16"])
+def test_a_step_reads_once(
+    make: Callable[..., tuple[Flux2Transformer, Trained]], dtype: torch.dtype, optimizer: str
+) -> None:
+    made = make(dtype, CPU)
+    step = stepper(Stepper, made, CPU, optimizer=optimizer)
+    average = Ema(made[1], EmaOptions(use_ema=True, ema_device="accelerator"), CPU)
+    before = [parameter.detach().clone() for parameter in step.parameters]
+    for number in (1, 2):
+        batch = global_batch(number)
+        with host_reads(CPU) as found:
+            step(batch, 0.01)
+            average.update(number)
+        assert len(found) == 1, describe(found)
+        assert "tolist in " in found[0]
+    assert any(not torch.equal(old, new) for old, new in zip(before, step.parameters, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=["bf16"])
+@MODELS
+def test_on_a_device_a_step_waits_for_nothing_but_that_read(
+    make: Callable[..., tuple[Flux2Transformer, Trained]], dtype: torch.dtype
+) -> None:
+    made = make(dtype, META)
+    step = stepper(MetaStepper, made, META, optimizer="adamw_bf16")
+    average = Ema(made[1], EmaOptions(use_ema=True, ema_device="accelerator"), META)
+    for number in (1, 2):
+        batch = global_batch(number)
+        with host_reads(META) as found:
+            step(batch, 0.01)
+            average.update(number)
+        assert not found, describe(found)
