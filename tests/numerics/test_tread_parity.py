@@ -6,12 +6,13 @@ from torch import Tensor
 
 from simpletuner.config.flavours import TransformerSpec
 from simpletuner.config.options.lora import LoraOptions
+from simpletuner.flow.choice import Choice
 from simpletuner.flux2.lora import Adapter, attach
 from simpletuner.flux2.rotary import rotary
 from simpletuner.flux2.routes import Route
 from simpletuner.flux2.tokens import context_ids, image_ids
 from simpletuner.flux2.transformer import Flux2Transformer
-from simpletuner.flux2.tread import Choice, draw_choices
+from simpletuner.flux2.tread import draw_choices
 from simpletuner.memory import recompute
 
 SPEC = TransformerSpec(

@@ -12,7 +12,9 @@ from simpletuner.data.cache.contexts import ContextCodec, read_context
 from simpletuner.data.cache.latents import read_latent
 from simpletuner.data.cache.store import Store
 from simpletuner.data.sample import Sample
+from simpletuner.flow.choice import Choice
 from simpletuner.flow.condition import Condition, TextContext
+from simpletuner.flow.rollout import RolloutStarts
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,10 @@ class Batch:
     """Factor of each sample's loss, outside of its average."""
     slots: range
     """Places of the samples in the global batch; with the step they key the draws made inside the model."""
-    rollout_lengths: tuple[int, ...] = ()
-    """How far each sample is rolled out, in thousandths of the path; empty without scheduled sampling."""
+    rollout: RolloutStarts | None = None
+    """Where the samples are rolled out from; None where none is."""
+    choices: tuple[Choice, ...] = ()
+    """What TREAD's routes keep of the image tokens in the pass with gradients."""
     masks: Float[Tensor, "b h w"] | None = None
     """Weight of each place of the latents in its sample's loss; None weighs all alike."""
 
@@ -43,6 +47,8 @@ class Batch:
             sigma=change(self.sigma),
             noise=change(self.noise),
             weights=change(self.weights),
+            rollout=None if self.rollout is None else self.rollout.mapped(change),
+            choices=tuple(choice.mapped(change) for choice in self.choices),
             masks=None if self.masks is None else change(self.masks),
         )
 

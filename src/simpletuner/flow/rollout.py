@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange, reduce
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -61,6 +61,29 @@ class Reflex:
     """Of the compensated error."""
 
 
+@dataclass(frozen=True)
+class RolloutStarts:
+    """Where the samples of a batch are rolled out from."""
+
+    sigma: Float[Tensor, " b"]
+    """Of each sample; its own sigma where it is not rolled out."""
+    rolled: Int64[Tensor, " k"]
+    """Places in the batch of the samples that are rolled out, rising."""
+
+    @classmethod
+    def at(cls, source: Float[Tensor, " b"], sigma: Float[Tensor, " b"]) -> "RolloutStarts":
+        """Rolled out from `source` to `sigma`: the samples whose source is higher.
+
+        Call it on the CPU: the number of such samples is a host value, and a device would be waited for.
+        """
+        (rolled,) = torch.nonzero(source > sigma, as_tuple=True)
+        return cls(source, rolled)
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "RolloutStarts":
+        """The same starts with `change` applied to each tensor."""
+        return RolloutStarts(change(self.sigma), change(self.rolled))
+
+
 @torch.no_grad()
 def rolled_out(
     denoise: Denoise,
@@ -69,20 +92,20 @@ def rolled_out(
     *,
     sigma: Float[Tensor, " b"],
     noise: Float[Tensor, "b c h w"],
-    source: Float[Tensor, " b"],
+    starts: RolloutStarts,
     solver: Solver,
     steps: int,
 ) -> Float[Tensor, "b c h w"]:
-    """Integrate the model from the noised latents at `source` to `sigma`, in `steps` even steps a sample.
+    """Integrate the model from the noised latents at `starts` to `sigma`, in `steps` even steps a sample.
 
-    A sample whose source is its sigma is the plainly noised one, bit for bit, and takes no part in the model calls;
+    A sample that starts at its sigma is the plainly noised one, bit for bit, and takes no part in the model calls;
     there are none at all if every sample is such. No gradient is kept.
     """
     x = noised(clean, noise, sigma)
-    (moving,) = torch.nonzero(source > sigma, as_tuple=True)
+    moving = starts.rolled
     if not len(moving):
         return x
-    clean, noise, sigma, source = (each[moving] for each in (clean, noise, sigma, source))
+    clean, noise, sigma, source = (each[moving] for each in (clean, noise, sigma, starts.sigma))
     condition = condition.select(moving)
     share = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=sigma.device)
     sigmas = torch.lerp(source.double(), sigma.double(), rearrange(share, "points -> points 1"))

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from simpletuner.flow.choice import Choice
 from simpletuner.flow.condition import Condition, Denoise
 from simpletuner.flux2.tokens import context_ids, image_ids, pack_latents, unpack_latents
 from simpletuner.flux2.transformer import Flux2Transformer
-from simpletuner.flux2.tread import Choice
 
 
 class Denoiser:

@@ -15,8 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from simpletuner.config.flavours import TransformerSpec
+from simpletuner.flow.choice import Choice
 from simpletuner.flux2.rotary import Rotary, rotary, rotate
-from simpletuner.flux2.tread import Choice, Routing
+from simpletuner.flux2.tread import Routing
 
 _FP16_LIMIT = 65504.0
 

@@ -5,28 +5,15 @@ tokens. Text tokens always stay. Which image tokens stay is drawn outside of the
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from simpletuner.base.draws import draw_seed
+from simpletuner.flow.choice import Choice
 from simpletuner.flux2.rotary import Rotary
 from simpletuner.flux2.routes import Route
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The image tokens that blocks `start` to `end` process, of each sample of a batch."""
-
-    start: int
-    end: int
-    kept: Int64[Tensor, "b kept"]
-    """Places of the tokens in the picture, rising."""
-
-    def to(self, device: torch.device) -> "Choice":
-        return replace(self, kept=self.kept.to(device, non_blocking=True))
 
 
 def draw_choice(

@@ -13,6 +13,8 @@ from simpletuner.data.batch import Batch, GlobalBatch, caption_of
 from simpletuner.data.order import MicroBatch, Order
 from simpletuner.data.sample import Sample
 from simpletuner.flow.condition import Condition
+from simpletuner.flux2.routes import Route
+from simpletuner.flux2.tread import draw_choices
 from simpletuner.train.caches import UNCONDITIONAL_CAPTION, Prepared
 from simpletuner.train.rollout import Rollout
 from simpletuner.train.step import Objective
@@ -38,6 +40,8 @@ class BatchBuilder:
     batches_per_step: int
     """Micro-batches of a global batch, over all processes."""
     world: World
+    routes: Sequence[Route] = ()
+    """TREAD's routes."""
 
     def __call__(self, step: int) -> GlobalBatch:
         """The micro-batches of `step` that this process trains on, counted from 1.
@@ -77,7 +81,8 @@ class BatchBuilder:
             names=names_of(samples),
             weights=torch.ones(len(samples)),
             slots=slots,
-            rollout_lengths=() if self.rollout is None else self.rollout.lengths(step, slots),
+            rollout=None if self.rollout is None else self.rollout.starts(step, slots, draws.sigma),
+            choices=draw_choices(self.routes, self.config.seed, step, slots, height * width),
         )
 
     def held_out(self, image_set: ImageSet, sample: Sample) -> dict[float, Batch]:

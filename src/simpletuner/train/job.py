@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -20,14 +20,12 @@ from simpletuner.config.load import Loaded
 from simpletuner.config.record import MAY_CHANGE, resolved
 from simpletuner.config.run import RunConfig
 from simpletuner.data.order import MicroBatch, Order
-from simpletuner.flow.condition import Denoise
 from simpletuner.flux2.components import check_precisions
 from simpletuner.flux2.denoiser import Denoiser
-from simpletuner.flux2.routes import resolve
+from simpletuner.flux2.routes import Route, resolve
 from simpletuner.flux2.source import Source, locate
 from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
 from simpletuner.flux2.transformer import Flux2Transformer
-from simpletuner.flux2.tread import draw_choices
 from simpletuner.memory import compile as compilation
 from simpletuner.memory import offload, recompute
 from simpletuner.memory.free import release_memory
@@ -47,7 +45,7 @@ from simpletuner.train.product import PRODUCTS, Product
 from simpletuner.train.report import Reporter, peak_memory_gib
 from simpletuner.train.rollout import Rollout
 from simpletuner.train.state import TrainState
-from simpletuner.train.step import DenoiserOf, Objective, Stepper
+from simpletuner.train.step import Objective, Stepper
 from simpletuner.train.strata import Strata
 from simpletuner.train.validate import HeldOutLoss, Painter
 from simpletuner.train.world import World
@@ -192,6 +190,7 @@ class Attempt:
             self.reporter.emit(CheckpointEvent(step=self.state.step, state="resumed", path=found.folder.name))
             self.reporter.say(f"Going on from step {self.state.step} of {plan.steps} ({place}).")
         denoiser = Denoiser(product.transformer)
+        routes = self.routes(product.transformer.spec.blocks, order)
         strata = Strata(order, seed=self.config.seed, batches_per_step=self.batches_per_step)
         objective = Objective.of(self.config, self.config, self.config.seed, strata)
         rollout = Rollout.of(self.config, self.config.seed)
@@ -203,12 +202,19 @@ class Attempt:
             objective=objective,
             scaler=scaler,
             device=self.device,
-            route=self.route(denoiser, order),
+            route=denoiser.routed if routes else None,
             rollout=rollout,
             masters=trained.masters,
         )
         builder = BatchBuilder(
-            self.config, prepared, order, objective, rollout, batches_per_step=self.batches_per_step, world=self.world
+            self.config,
+            prepared,
+            order,
+            objective,
+            rollout,
+            batches_per_step=self.batches_per_step,
+            world=self.world,
+            routes=routes,
         )
         self.introduce(prepared, plan, product, found)
         if rollout is not None:
@@ -324,21 +330,14 @@ class Attempt:
                 f"{format_size(free)} are free. A lower --checkpoints_total_limit, {limit} now, needs less."
             )
 
-    def route(self, denoiser: Denoiser, order: Order) -> DenoiserOf | None:
-        """The denoiser that leaves out tokens in training, if routes are given; says what they keep."""
-        blocks = denoiser.transformer.spec.blocks
+    def routes(self, blocks: int, order: Order) -> tuple[Route, ...]:
+        """TREAD's routes in a model of `blocks`; says what they keep."""
         routes = resolve(self.config.tread_routes, blocks)
-        if not routes:
-            return None
         width, height = largest(order).bucket
         for route in routes:
             tokens = (width // PIXELS_PER_TOKEN) * (height // PIXELS_PER_TOKEN)
             self.reporter.say(f"{route.told(tokens, blocks)}, at {width}x{height}.")
-
-        def routed(step: int, slots: Sequence[int], grid: tuple[int, int]) -> Denoise:
-            return denoiser.routed(draw_choices(routes, self.config.seed, step, slots, math.prod(grid)))
-
-        return routed
+        return routes
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from simpletuner.base.errors import DataError, DiskError, Problem
 from simpletuner.base.sizes import format_duration, format_size
 from simpletuner.config.run import RunConfig
@@ -127,7 +129,8 @@ class Loop:
     def _steps(self, state: TrainState, bar: TrainingBar) -> bool:
         options = self.plan.config
         looked_at_disk = began = time.monotonic()
-        for batch in self._read_ahead(state.step + 1):
+        steps = range(state.step + 1, self.plan.steps + 1)
+        for batch in batches_of(steps, self.batches, self.stepper.device, prefetch=options.dataloader_prefetch):
             lr = optim.learning_rate(options, batch.step, self.plan.steps)
             try:
                 result = self.stepper(batch, lr)
@@ -170,16 +173,6 @@ class Loop:
             began = time.monotonic()  # what happens between steps is not the step's time
             bar.go_on()
         return True
-
-    def _read_ahead(self, first: int) -> Iterator[GlobalBatch]:
-        """The global batches from step `first` on. For an accelerator the next one is built and pinned while this one
-        trains. On a CPU the two would compete for the same cores: OpenMP's threads spin, and a step took a third
-        longer (docs/log.md).
-        """
-        steps = range(first, self.plan.steps + 1)
-        if not self.plan.config.dataloader_prefetch or self.stepper.device.type == "cpu":
-            return map(self.batches, steps)
-        return map_ahead(lambda step: self.batches(step).pin_memory(), steps, workers=1, ahead=2)
 
     def _measure(self, state: TrainState) -> None:
         if self.held_out is None:
@@ -252,6 +245,22 @@ class Loop:
         self.reporter.notice(f"{found}: waiting for space.")
         waited = disk.wait_for_space(self.run.root, limit, until=lambda: self.requests.take("stop"))
         self.reporter.notice(f"Going on after {format_duration(waited)}.")
+
+
+def batches_of(
+    steps: range, build: Callable[[int], GlobalBatch], device: torch.device, *, prefetch: bool
+) -> Iterator[GlobalBatch]:
+    """The global batches of `steps`. For an accelerator they are pinned, so that copying them does not block, and with
+    `prefetch` a thread reads, draws and pins the next one while this one trains. On a CPU the two would compete for
+    the same cores: OpenMP's threads spin, and a step took a third longer (docs/log.md).
+    """
+    if device.type == "cpu":
+        return map(build, steps)
+
+    def build_pinned(step: int) -> GlobalBatch:
+        return build(step).pin_memory()
+
+    return map_ahead(build_pinned, steps, workers=1, ahead=2) if prefetch else map(build_pinned, steps)
 
 
 def mean(by_sigma: Mapping[float, float]) -> float:

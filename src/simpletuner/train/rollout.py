@@ -14,7 +14,7 @@ from simpletuner.data.batch import Batch
 from simpletuner.flow.condition import Denoise
 from simpletuner.flow.loss import Penalty, flow_loss
 from simpletuner.flow.path import noised
-from simpletuner.flow.rollout import SOLVERS, Reflex, Solver, rolled_out, rollout_loss
+from simpletuner.flow.rollout import SOLVERS, Reflex, RolloutStarts, Solver, rolled_out, rollout_loss
 
 PARTS = 1000
 """A length of 1 is this part of the path."""
@@ -84,9 +84,15 @@ class Rollout:
         length = int((far if strategy == "uniform" else far**2) * (longest + 1))
         return longest - length if strategy == "biased_late" else length
 
-    def calls_of(self, lengths: Sequence[int]) -> int:
-        """Model calls without gradient for a batch with these lengths."""
-        return self.calls if any(lengths) else 0
+    def starts(self, step: int, slots: Sequence[int], sigma: Float[Tensor, " b"]) -> RolloutStarts | None:
+        """Where the samples in `slots` of `step`, to be trained at `sigma`, are rolled out from. None where all have
+        the length 0. On the CPU.
+        """
+        return starts_of(self.lengths(step, slots), sigma)
+
+    def calls_of(self, batch: Batch) -> int:
+        """Model calls without gradient for `batch`."""
+        return 0 if batch.rollout is None else self.calls
 
     def losses(self, denoise: Denoise, batch: Batch, *, penalty: Penalty, sample: Denoise) -> Float[Tensor, " b"]:
         """`flow_loss`, with the samples whose length is not 0 rolled out. The others keep their bits.
@@ -95,14 +101,13 @@ class Rollout:
             sample: the denoiser that is integrated: as validation samples with it, where `denoise` is routed.
         """
         latents, condition, sigma, noise = batch.latents, batch.condition, batch.sigma, batch.noise
-        if not any(batch.rollout_lengths):
+        if batch.rollout is None:
             return flow_loss(denoise, latents, condition, sigma=sigma, noise=noise, penalty=penalty, weight=batch.masks)
-        source = (sigma + torch.tensor(batch.rollout_lengths, device=sigma.device) / PARTS).clamp(max=1)
         unrolled = None
         # The adapter's dropout draws from torch's global generator. Restored afterwards, it gives the pass with
         # gradients the masks that it has without rollouts, and the unrolled prediction the same ones, so that the two
         # can be compared.
-        accelerators = [latents.device] if latents.device.type != "cpu" else []
+        accelerators = [latents.device] if latents.device.type == "cuda" else []
         with torch.random.fork_rng(accelerators), torch.no_grad():
             x = rolled_out(
                 sample,
@@ -110,7 +115,7 @@ class Rollout:
                 condition,
                 sigma=sigma,
                 noise=noise,
-                source=source,
+                starts=batch.rollout,
                 solver=self.solver,
                 steps=self.steps,
             )
@@ -124,7 +129,7 @@ class Rollout:
             condition,
             sigma=sigma,
             noise=noise,
-            is_rolled=source > sigma,
+            is_rolled=batch.rollout.sigma > sigma,
             unrolled=unrolled,
             reflex=self.reflex,
             penalty=penalty,
@@ -149,3 +154,10 @@ class Rollout:
             f"({options.scheduled_sampling_strategy}), probability {share}; {steps} of "
             f"{options.scheduled_sampling_sampler}, model calls without gradient for a batch with rollouts: {calls}."
         )
+
+
+def starts_of(lengths: Sequence[int], sigma: Float[Tensor, " b"]) -> RolloutStarts | None:
+    """Where samples of these lengths (in thousandths of the path) start; None where all lengths are 0."""
+    if not any(lengths):
+        return None
+    return RolloutStarts.at((sigma + torch.tensor(lengths) / PARTS).clamp(max=1), sigma)

@@ -15,6 +15,7 @@ from simpletuner.config.options.guidance import GuidanceOptions
 from simpletuner.config.options.optim import OptimOptions
 from simpletuner.config.options.schedule import ScheduleOptions
 from simpletuner.data.batch import Batch, GlobalBatch
+from simpletuner.flow.choice import Choice
 from simpletuner.flow.condition import Denoise
 from simpletuner.flow.loss import Penalty, flow_loss, huber, smooth_l1, squared
 from simpletuner.flow.sigma import in_stratum
@@ -103,10 +104,6 @@ class StepResult:
     """Model calls without gradient that scheduled sampling added."""
 
 
-DenoiserOf = Callable[[int, Sequence[int], tuple[int, int]], Denoise]
-"""(step, slots, height and width of the latents) → the denoiser of those samples."""
-
-
 @dataclass(frozen=True)
 class Stepper:
     """Everything a step works on. `denoise` runs on `device`; `parameters` are the trainable ones."""
@@ -118,17 +115,16 @@ class Stepper:
     objective: Objective
     scaler: torch.amp.GradScaler
     device: torch.device
-    route: DenoiserOf | None = None
-    """Replaces `denoise` in the pass with gradients; a rollout is not routed."""
+    route: Callable[[Sequence[Choice]], Denoise] | None = None
+    """Makes of a batch's choices the denoiser of the pass with gradients; a rollout is not routed."""
     rollout: Rollout | None = None
     masters: Masters | None = None
     """Where given, `parameters` are these, and the weights that compute follow them."""
 
-    def losses(self, batch: Batch, step: int) -> Float[Tensor, " b"]:
+    def losses(self, batch: Batch) -> Float[Tensor, " b"]:
         """Weighted loss of each sample of `batch`, with gradients. fp16 computes under autocast over bf16 weights."""
-        height, width = batch.latents.shape[2:]
-        denoise = self.denoise if self.route is None else self.route(step, batch.slots, (height, width))
         batch = batch.to(self.device, non_blocking=True)
+        denoise = self.denoise if self.route is None else self.route(batch.choices)
         penalty = self.objective.penalty
         is_fp16 = self.scaler.is_enabled()
         with torch.autocast(self.device.type, dtype=torch.float16) if is_fp16 else contextlib.nullcontext():
@@ -171,7 +167,7 @@ class Stepper:
         for batch in whole.batches:
             # The adapter's dropout is the one draw made inside the model, from torch's global generator.
             torch.manual_seed(draw_seed(self.objective.seed, "lora_dropout", whole.step, batch.slots[0]))
-            of_batch = self.losses(batch, whole.step)
+            of_batch = self.losses(batch)
             self.scaler.scale(of_batch.sum() / whole.size).backward()
             if self.masters is not None:
                 self.masters.collect()
@@ -202,7 +198,7 @@ class Stepper:
         self.optimiser.zero_grad(set_to_none=True)
         calls = 0
         if self.rollout is not None:
-            calls = sum(self.rollout.calls_of(batch.rollout_lengths) for batch in whole.batches)
+            calls = sum(self.rollout.calls_of(batch) for batch in whole.batches)
         return StepResult(math.fsum(losses) / whole.size, grad_norm, calls)
 
 

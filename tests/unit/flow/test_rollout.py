@@ -15,6 +15,7 @@ from simpletuner.flow.rollout import (
     LONGEST_STEP,
     SOLVERS,
     Reflex,
+    RolloutStarts,
     compensation,
     drift,
     rolled_out,
@@ -53,7 +54,7 @@ class Model(torch.nn.Module):
 
 def walked(model: Any, solver: str = "euler", steps: int = 3, source: Tensor = SOURCE) -> Tensor:
     return rolled_out(
-        model, LATENTS, CONDITION, sigma=SIGMA, noise=NOISE, source=source,
+        model, LATENTS, CONDITION, sigma=SIGMA, noise=NOISE, starts=RolloutStarts.at(source, SIGMA),
         solver=SOLVERS[solver], steps=steps,
     )  # fmt: skip
 

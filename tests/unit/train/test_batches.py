@@ -1,6 +1,7 @@
 """Global batches: two ranks together see what one process with twice the accumulation steps sees."""
 
 import dataclasses
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,14 @@ from simpletuner.data.cache.contexts import context_key
 from simpletuner.data.cache.latents import latent_key
 from simpletuner.data.manifest import scan
 from simpletuner.data.order import Order
+from simpletuner.flow.choice import Choice
 from simpletuner.flow.condition import Condition, TextContext
+from simpletuner.flow.rollout import RolloutStarts
+from simpletuner.flux2.routes import Route
 from simpletuner.flux2.text import LeftPaddedCodec
 from simpletuner.train.batches import BatchBuilder
 from simpletuner.train.caches import UNCONDITIONAL_CAPTION, Encoders, Prepared
+from simpletuner.train.loop import batches_of
 from simpletuner.train.rollout import Rollout
 from simpletuner.train.step import Objective
 from simpletuner.train.strata import Strata
@@ -88,17 +93,20 @@ def builder(prepared: Prepared, batches_per_step: int, rank: int, size: int) -> 
         Rollout.of(config, config.seed),
         batches_per_step=batches_per_step,
         world=World(rank, size, torch.device("cpu")),
+        routes=(Route(0, 1, 0.5), Route(3, 4, 0.25)),
     )
 
 
 def tensors_of(value: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in a dataclass, those inside of its fields too, by its path."""
-    for field in dataclasses.fields(value):  # type: ignore[arg-type]
-        inner, path = getattr(value, field.name), f"{name}.{field.name}"
-        if isinstance(inner, Tensor):
-            yield path, inner
-        elif dataclasses.is_dataclass(inner):
-            yield from tensors_of(inner, path)
+    """Every tensor in a dataclass or tuple, those inside of its fields too, by its path."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, tuple):
+        for index, inner in enumerate(value):
+            yield from tensors_of(inner, f"{name}[{index}]")
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from tensors_of(getattr(value, field.name), f"{name}.{field.name}")
 
 
 def assert_same(found: Batch, expected: Batch) -> None:
@@ -107,8 +115,9 @@ def assert_same(found: Batch, expected: Batch) -> None:
         assert name == other_name
         assert mine.dtype == other.dtype
         assert torch.equal(mine, other), name
-    for name in ("names", "slots", "rollout_lengths"):
-        assert getattr(found, name) == getattr(expected, name)
+    assert (found.names, found.slots) == (expected.names, expected.slots)
+    places = [[(choice.start, choice.end) for choice in batch.choices] for batch in (found, expected)]
+    assert places[0] == places[1]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
@@ -137,10 +146,13 @@ def test_the_draws_of_a_global_batch_all_differ(prepared: Prepared) -> None:
     for draws in ("sigma", "noise"):
         drawn = [tuple(value.flatten().tolist()) for batch in whole.batches for value in getattr(batch, draws)]
         assert len(set(drawn)) == whole.size
+    kept = [tuple(row.tolist()) for batch in whole.batches for choice in batch.choices for row in choice.kept]
+    assert len(set(kept)) == 2 * whole.size
     guidance = torch.cat([batch.condition.guidance for batch in whole.batches])
     assert len(guidance.unique()) == whole.size
     assert {len(batch.names) for batch in whole.batches} == {2, 3}
-    assert len({length for batch in whole.batches for length in batch.rollout_lengths}) > 2
+    spans = [batch.rollout.sigma - batch.sigma for batch in whole.batches if batch.rollout is not None]
+    assert len(torch.cat(spans).unique()) > 2
 
 
 @pytest.fixture
@@ -155,7 +167,8 @@ def batch() -> Batch:
         names=("a/1.png", "a/2.png"),
         weights=torch.tensor([1.0, 0.5]),
         slots=range(4, 6),
-        rollout_lengths=(0, 20),
+        rollout=RolloutStarts.at(torch.tensor([0.3, 0.52]), torch.tensor([0.3, 0.5])),
+        choices=(Choice(0, 1, torch.tensor([[0, 2], [1, 4]])), Choice(2, 2, torch.tensor([[5], [3]]))),
         masks=torch.rand(2, 3, 4),
     )
 
@@ -168,6 +181,10 @@ TENSORS = {
     ".sigma",
     ".noise",
     ".weights",
+    ".rollout.sigma",
+    ".rollout.rolled",
+    ".choices[0].kept",
+    ".choices[1].kept",
     ".masks",
 }
 
@@ -178,22 +195,51 @@ def test_a_batch_moves_with_all_of_its_fields(batch: Batch) -> None:
     assert {name for name, tensor in tensors_of(moved) if tensor.is_meta} == TENSORS
     for (_, found), (_, expected) in zip(tensors_of(moved), tensors_of(batch), strict=True):
         assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
-    assert (moved.names, moved.slots, moved.rollout_lengths) == (batch.names, batch.slots, batch.rollout_lengths)
-    unmasked = dataclasses.replace(batch, masks=None)
-    assert unmasked.to(torch.device("meta")).masks is None
+    assert (moved.names, moved.slots) == (batch.names, batch.slots)
+    bare = dataclasses.replace(batch, masks=None, rollout=None, choices=()).to(torch.device("meta"))
+    assert (bare.masks, bare.rollout, bare.choices) == (None, None, ())
 
 
-def test_a_batch_is_pinned_with_all_of_its_fields(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch pins nothing without an accelerator, so a copy stands for the pinned tensor."""
+@pytest.fixture
+def pinned(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The tensors that were pinned. torch pins nothing without an accelerator, so a copy stands for each."""
     copies: list[Tensor] = []
 
-    def pinned(tensor: Tensor) -> Tensor:
+    def pin(tensor: Tensor) -> Tensor:
         copies.append(tensor.clone())
         return copies[-1]
 
-    monkeypatch.setattr(Tensor, "pin_memory", pinned)
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    return copies
+
+
+def test_a_batch_is_pinned_with_all_of_its_fields(batch: Batch, pinned: list[Tensor]) -> None:
     whole = GlobalBatch(3, 1, (batch,), 2).pin_memory()
     assert (whole.step, whole.epoch, whole.size) == (3, 1, 2)
     assert_same(whole.batches[0], batch)
-    is_copy = {name: any(tensor is copy for copy in copies) for name, tensor in tensors_of(whole.batches[0])}
+    is_copy = {name: any(tensor is copy for copy in pinned) for name, tensor in tensors_of(whole.batches[0])}
     assert is_copy == dict.fromkeys(TENSORS, True)
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_an_accelerators_batches_are_drawn_and_pinned_in_another_thread(
+    prepared: Prepared, pinned: list[Tensor], device: str, prefetch: bool
+) -> None:
+    build = builder(prepared, 2, rank=0, size=1)
+    threads = []
+
+    def watched(step: int) -> GlobalBatch:
+        threads.append(threading.get_ident())
+        return build(step)
+
+    found = list(batches_of(range(3, 6), watched, torch.device(device), prefetch=prefetch))
+    is_ahead = device == "meta" and prefetch
+    assert [thread != threading.get_ident() for thread in threads] == [is_ahead] * 3
+    assert [whole.step for whole in found] == [3, 4, 5]
+    for whole in found:
+        for batch, expected in zip(whole.batches, build(whole.step).batches, strict=True):
+            assert_same(batch, expected)
+            assert batch.choices
+            is_pinned = {any(tensor is copy for copy in pinned) for _, tensor in tensors_of(batch)}
+            assert is_pinned == {device == "meta"}

@@ -14,7 +14,7 @@ from simpletuner.config.options.schedule import ScheduleOptions
 from simpletuner.data.batch import Batch, GlobalBatch
 from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.train import optim
-from simpletuner.train.rollout import Rollout
+from simpletuner.train.rollout import Rollout, starts_of
 from simpletuner.train.step import Objective, Stepper
 
 SHAPE = (128, 2, 3)
@@ -135,7 +135,7 @@ def whole(step: int, count: int, made: Rollout | None, *, seed: int = 0, parts: 
                 names=tuple(map(str, slots)),
                 weights=torch.ones(size),
                 slots=slots,
-                rollout_lengths=() if made is None else made.lengths(step, slots),
+                rollout=None if made is None else made.starts(step, slots, draws.sigma),
             )
         )
     return GlobalBatch(step, 0, tuple(batches), count)
@@ -216,7 +216,8 @@ def test_two_batches_draw_what_one_would() -> None:
 def test_a_routed_model_learns_and_the_whole_one_walks() -> None:
     walking, learning = Model(), Model()
     (batch,) = whole(1, 2, None).batches
-    batch = replace(batch, sigma=torch.tensor([0.3, 0.5]), rollout_lengths=(4, 0))
+    sigma = torch.tensor([0.3, 0.5])
+    batch = replace(batch, sigma=sigma, rollout=starts_of((4, 0), sigma))
     rollout(sampler="heun").losses(learning, batch, penalty=OBJECTIVE.penalty, sample=walking)
     assert walking.calls == [False, False]
     assert learning.calls == [False, True]
