@@ -289,6 +289,7 @@ class Flux2Transformer(nn.Module):
         position_ids: Int[Tensor, "*b n 4"],
         context_ids: Int[Tensor, "*b l 4"],
         choices: Sequence[Choice] = (),
+        angles: Rotary | None = None,
     ) -> Float[Tensor, "b n channels"]:
         """One pass in the weights' own type.
 
@@ -298,13 +299,15 @@ class Flux2Transformer(nn.Module):
             position_ids: (t, h, w, l) of each image token, one table for the batch or one a sample.
             context_ids: the same for each text token.
             choices: the image tokens that stretches of blocks process; the others go around the stretch.
+            angles: the rotary tables of text and image tokens, where the caller keeps them; else made from the ids.
         """
         dtype = tokens.dtype
         vector = self.time_guidance_embed(sigma.to(dtype), None if guidance is None else guidance.to(dtype))
         image_modulation = self.double_stream_modulation_img(vector)
         text_modulation = self.double_stream_modulation_txt(vector)
         single_modulation = self.single_stream_modulation(vector)
-        angles = rotary(torch.cat([context_ids, position_ids], dim=-2), self.spec.axes, self.spec.theta)
+        if angles is None:
+            angles = rotary(torch.cat([context_ids, position_ids], dim=-2), self.spec.axes, self.spec.theta)
 
         length = context.shape[1]
         routing = Routing(choices, angles, length)
