@@ -45,7 +45,7 @@ MAY_CHANGE = frozenset(
     name
     for group in (ValidationOptions, CheckpointOptions, TrackingOptions, ProcessOptions, DataOptions, OffloadOptions)
     for name in group.model_fields
-) | {"ema_validation", "max_train_steps", "num_train_epochs", "text_encoder_mode", "write_batch_size"}
+) | {"ema_device", "ema_validation", "max_train_steps", "num_train_epochs", "text_encoder_mode", "write_batch_size"}
 """Options that a resumed run may change. The datasets themselves are compared by their fingerprint."""
 
 INTRODUCED: dict[str, Any] = {}

@@ -62,3 +62,8 @@ class RunConfig(
     ProcessOptions,
 ):
     """Every option of a run. Made by `simpletuner.config.load.load`, which checks across options as well."""
+
+    @property
+    def is_average_on_cpu(self) -> bool:
+        """Whether the moving average lies in host memory, off an accelerator."""
+        return self.ema_device == "cpu" or (self.ema_device == "auto" and self.model_type == "full")

@@ -566,7 +566,7 @@ class Footprint:
             room.device("adapters", self.trained_bytes)
         room.device("optimiser", round(self.trained * optimiser(config.optimizer).state_bytes))
         if config.use_ema:
-            (room.ram if config.ema_device == "cpu" else room.device)("average", 4 * self.trained)
+            (room.ram if config.is_average_on_cpu else room.device)("average", 4 * self.trained)
         return transformer_bytes(self.architecture.transformer, NO_CHANGE, torch.bfloat16).total
 
     def _data(self, room: _Room, size: tuple[int, int], batch: int) -> None:

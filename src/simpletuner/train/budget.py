@@ -139,7 +139,7 @@ def ladder(config: RunConfig, work: Workload) -> Iterator[Change]:
         yield Change("vae_batch_size", 1)
     if not config.vae_enable_tiling:
         yield Change("vae_enable_tiling", True)
-    if config.use_ema and config.ema_device != "cpu":
+    if config.use_ema and not config.is_average_on_cpu:
         yield Change("ema_device", "cpu")
     now = PRECISIONS[config.base_model_precision].bits if config.base_model_precision in PRECISIONS else 16
     for precision in ("int8-quanto", "int4-quanto"):

@@ -16,12 +16,11 @@ class Ema:
     """
 
     def __init__(self, trained: Trained, options: EmaOptions, device: torch.device) -> None:
-        """`device` is the run's; with `ema_device` cpu the average stays off it."""
+        """`device` is where the average lies. On another one than what is trained, each update waits for a copy."""
         self._trained = trained
         self._decay = options.ema_decay
         self._every_steps = options.ema_update_interval
-        place = torch.device("cpu") if options.ema_device == "cpu" else device
-        self._average = {name: tensor.to(place, torch.float32, copy=True) for name, tensor in trained.state().items()}
+        self._average = {name: tensor.to(device, torch.float32, copy=True) for name, tensor in trained.state().items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:

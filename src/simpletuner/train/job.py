@@ -181,7 +181,8 @@ class Attempt:
         self.check_room(product, plan)
         trained = product.trained
         optimiser = optim.build(product.groups(), self.config, seed=self.config.seed)
-        ema = Ema(trained, self.config, self.device) if self.config.use_ema else None
+        average_device = torch.device("cpu") if self.config.is_average_on_cpu else self.device
+        ema = Ema(trained, self.config, average_device) if self.config.use_ema else None
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.mixed_precision == "fp16")
         if found is not None:
             checkpoint.restore(found.folder, found.state, product, optimiser, ema)

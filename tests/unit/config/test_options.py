@@ -32,6 +32,16 @@ def test_alpha_is_the_rank_unless_given() -> None:
     assert RunConfig(lora_rank=8, lora_alpha=4).alpha == 4.0
 
 
+def test_the_average_of_a_full_model_lies_on_the_cpu_unless_asked_for() -> None:
+    places = {
+        (model_type, device): RunConfig.model_validate({"model_type": model_type, "ema_device": device})
+        for model_type in ("lora", "full")
+        for device in ("auto", "cpu", "accelerator")
+    }
+    on_cpu = {place for place, config in places.items() if config.is_average_on_cpu}
+    assert on_cpu == {("lora", "cpu"), ("full", "auto"), ("full", "cpu")}
+
+
 def test_the_base_is_bf16_unless_fp32_is_computed_or_asked_for() -> None:
     assert RunConfig().base_dtype == "bf16"
     assert RunConfig(mixed_precision="fp16").base_dtype == "bf16"

@@ -80,6 +80,7 @@ def test_equal_configs_differ_in_nothing() -> None:
         {"max_workers": 1},
         {"dataloader_prefetch": False},
         {"write_batch_size": 1},
+        {"ema_device": "cpu"},
         {"disable_benchmark": True},
         {"resume_from_checkpoint": "x"},
     ],

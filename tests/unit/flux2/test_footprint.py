@@ -188,7 +188,12 @@ SMALLER = [
         {"enable_group_offload": True},
         {"enable_group_offload": True, "group_offload_type": "leaf_level"},
     ),
-    ("train", {"use_ema": True, "ema_device": "accelerator"}, {"use_ema": True}),
+    ("train", {"use_ema": True}, {"use_ema": True, "ema_device": "cpu"}),
+    (
+        "train",
+        {"model_type": "full", "use_ema": True, "ema_device": "accelerator"},
+        {"model_type": "full", "use_ema": True},
+    ),
     (
         "train",
         {},
@@ -235,7 +240,8 @@ def test_options_take_memory_off_the_accelerator(name: str, more: dict[str, obje
     [
         ("train", {}, {"enable_group_offload": True}),
         ("train", {}, {"activation_offload": True}),
-        ("train", {}, {"use_ema": True}),
+        ("train", {"use_ema": True}, {"use_ema": True, "ema_device": "cpu"}),
+        ("train", {"model_type": "full"}, {"model_type": "full", "use_ema": True}),
         ("text", {"text_encoder_mode": "resident"}, {"text_encoder_mode": "streamed"}),
         ("latents", {}, {"group_offload_vae": True}),
         (

@@ -80,6 +80,11 @@ def test_it_owns_its_memory_and_refuses_anothers() -> None:
         ema.load({})
 
 
+def test_it_lies_where_it_is_told_and_not_where_the_weights_are() -> None:
+    ema = Ema(adapter(), EmaOptions(use_ema=True), torch.device("meta"))
+    assert all(tensor.is_meta and tensor.dtype == torch.float32 for tensor in ema.state().values())
+
+
 def test_the_average_of_bf16_weights_is_fp32() -> None:
     """Half of the way from 1 to bf16's next number has no place in bf16."""
     with torch.device("meta"):

@@ -157,7 +157,7 @@ MODELS = pytest.mark.parametrize(
 def test_a_step_reads_once(make: Callable[..., tuple[Flux2Transformer, Trained]], dtype: torch.dtype) -> None:
     made = make(dtype, CPU)
     step = stepper(Stepper, made, CPU, optimizer="adamw" if dtype == torch.float32 else "adamw_bf16")
-    average = Ema(made[1], EmaOptions(use_ema=True, ema_device="accelerator"), CPU)
+    average = Ema(made[1], EmaOptions(use_ema=True), CPU)
     before = [parameter.detach().clone() for parameter in step.parameters]
     for number in (1, 2):
         batch = global_batch(number)
@@ -176,7 +176,7 @@ def test_on_a_device_a_step_waits_for_nothing_but_that_read(
 ) -> None:
     made = make(dtype, META)
     step = stepper(MetaStepper, made, META, optimizer="adamw_bf16")
-    average = Ema(made[1], EmaOptions(use_ema=True, ema_device="accelerator"), META)
+    average = Ema(made[1], EmaOptions(use_ema=True), META)
     for number in (1, 2):
         batch = global_batch(number)
         with host_reads(META) as found:

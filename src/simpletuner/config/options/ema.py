@@ -18,8 +18,9 @@ class EmaOptions(Slice):
     """Share of the average that each update keeps: it looks back over about 1/(1 - decay) updates. 0 is what
     is trained itself."""
 
-    ema_device: Literal["cpu", "accelerator"] = "cpu"
-    """Where the average lies."""
+    ema_device: Literal["auto", "cpu", "accelerator"] = "auto"
+    """Where the average lies. On the CPU each update copies all that is trained there, and the step waits for it.
+    `auto` takes the accelerator for a LoRA and the CPU for a full model."""
 
     ema_update_interval: Count = 1
     """Update the average every so many steps."""
