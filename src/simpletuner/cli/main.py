@@ -22,6 +22,9 @@ COMMANDS = {
 }
 """Each is `simpletuner.cli.NAME.run(arguments) -> exit code`."""
 
+ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Where torch's CUDA allocator looks for its settings: the first that is set counts (torch 2.11 to 2.13)."""
+
 INTERRUPTED = 130
 NOT_READ = 141
 """As of a command that SIGPIPE ended."""
@@ -90,6 +93,10 @@ def _run(arguments: list[str]) -> int:
         # By default the last bits of MKL's fp32 products depend, on some processors, on the addresses of their inputs.
         # In this mode they do not, and a resumed run has the bits of an uninterrupted one (docs/log.md).
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+        # Buckets of many sizes leave gaps in segments of fixed size that no other bucket fills; these ones grow. Read
+        # when torch first takes memory of a GPU; on a CPU without effect.
+        if not any(name in os.environ for name in ALLOCATOR_SETTINGS):
+            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
         # Imported here, so that help and mistakes are answered without loading what they do not need.
         run: Callable[[list[str]], int] = import_module(f"simpletuner.cli.{word}").run
         return run(arguments[1:])

@@ -55,6 +55,20 @@ def test_every_command_is_there(word: str) -> None:
     assert "\ndef run(arguments: list[str]) -> int:" in path.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("given", [None, *main.ALLOCATOR_SETTINGS])
+def test_segments_grow_unless_the_user_has_set_the_allocator(
+    answer: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, given: str | None
+) -> None:
+    for name in main.ALLOCATOR_SETTINGS:
+        monkeypatch.setenv(name, "")  # so that it is as before afterwards
+        monkeypatch.delenv(name)
+    if given is not None:
+        monkeypatch.setenv(given, "max_split_size_mb:512")
+    assert answer("train", "--help")[0] == 0
+    expected = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if given is None else {given: "max_split_size_mb:512"}
+    assert {name: os.environ[name] for name in main.ALLOCATOR_SETTINGS if name in os.environ} == expected
+
+
 def test_a_users_error_gives_its_code_and_no_traceback(
     answer: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
