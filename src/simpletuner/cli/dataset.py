@@ -149,14 +149,13 @@ def _cache(loaded: Loaded, command: DatasetCommand) -> tuple[dict[str, Any], str
     if command.set:
         raise ConfigError.of("--set with dataset cache", "scan or show", "A run needs the caches of all its sets.")
     # torch, which the other words do without.
-    import torch
-
     from simpletuner.flux2.components import check_precisions
     from simpletuner.flux2.source import locate
+    from simpletuner.memory.device import choose_device
     from simpletuner.train.caches import prepare
     from simpletuner.train.report import Reporter
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device()
     check_precisions(loaded.config, device)
     # JSON has standard output to itself.
     with contextlib.redirect_stdout(sys.stderr) if command.json else contextlib.nullcontext():

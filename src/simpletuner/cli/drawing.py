@@ -24,6 +24,7 @@ from simpletuner.flux2.export import LoadedLora, attach_saved, read_lora
 from simpletuner.flux2.generate import generate
 from simpletuner.flux2.source import Source, locate
 from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.memory.device import choose_device
 from simpletuner.memory.free import release_memory
 from simpletuner.train.placement import open_decoder, stream_blocks
 
@@ -42,7 +43,7 @@ def draw_samples(config: SampleConfig, loras: Sequence[Wanted]) -> Iterator[Path
         MemoryBudgetError: something does not fit.
         DiskError: no space for a picture.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device()
     check_precisions(config, device)
     source = locate(config, report=_say)
     saved = [read_lora(lora.path) for lora in loras]

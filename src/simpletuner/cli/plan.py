@@ -83,14 +83,13 @@ def run(arguments: list[str]) -> int:
 
 def _plan(loaded: Loaded, command: PlanCommand) -> int:
     # torch, which the other word and all mistakes do without.
-    import torch
-
+    from simpletuner.memory.device import choose_device
     from simpletuner.memory.planner import Machine
     from simpletuner.memory.precision import DTYPES
     from simpletuner.memory.rate import matmul_rate
     from simpletuner.train.budget import Budget, looked_at, this_machine
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device()
     machine = this_machine(device, Path(loaded.config.output_dir))
     other = Machine.of_size(None if command.vram is None else command.vram * GIB, (command.ram or 0.0) * GIB)
     if command.vram is not None:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from simpletuner.memory.device import choose_device
+
 
 @dataclass(frozen=True)
 class World:
@@ -16,7 +18,7 @@ class World:
     @classmethod
     def single(cls) -> "World":
         """One process, on the GPU if there is one."""
-        return cls(rank=0, size=1, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(rank=0, size=1, device=choose_device())
 
     @property
     def is_main(self) -> bool:

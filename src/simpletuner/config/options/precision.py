@@ -27,7 +27,8 @@ class PrecisionOptions(Slice):
 
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
     """Format of the computation. `no` is fp32 throughout; `fp16` keeps bf16 weights, scales the loss, and
-    needs a GPU. What is trained is fp32 in all: adapters themselves, of a full model its masters."""
+    needs a GPU. What is trained is fp32 in all: adapters themselves, of a full model its masters. fp32
+    is never TF32."""
 
     base_model_precision: PrecisionName = "no_change"
     """Quantisation of the frozen transformer: the Linears of its blocks. Embedders, modulation, norms, the last layer
