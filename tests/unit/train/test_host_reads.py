@@ -14,6 +14,7 @@ from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.options.optim import OptimOptions
 from simpletuner.config.options.rollout import RolloutOptions
 from simpletuner.config.options.schedule import ScheduleOptions
+from simpletuner.config.precisions import PRECISIONS
 from simpletuner.data.batch import Batch, GlobalBatch
 from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flow.rollout import SOLVERS
@@ -24,6 +25,7 @@ from simpletuner.flux2.routes import Route
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.flux2.tread import draw_choices
 from simpletuner.memory import recompute
+from simpletuner.memory.precision import QuantisedLinear, make_room, quantised, targets
 from simpletuner.train import optim
 from simpletuner.train.ema import Ema
 from simpletuner.train.rollout import Rollout
@@ -191,4 +193,21 @@ def test_a_rollout_waits_for_nothing_on_a_device(sampler: str) -> None:
     batch = global_batch(1)
     with host_reads(META) as found:
         step.backward(batch)
+    assert not found, describe(found)
+
+
+@pytest.mark.parametrize("precision", [name for name, known in PRECISIONS.items() if not known.needs_accelerator])
+def test_a_quantised_weight_waits_for_nothing(precision: str) -> None:
+    layer = quantised(torch.nn.Linear(128, 16, bias=False).bfloat16(), precision)
+    room = torch.nn.Sequential(torch.nn.Linear(128, 16, bias=False).bfloat16())
+    with torch.device("meta"):
+        make_room(room, targets(room, ("",), precision), precision, torch.bfloat16)
+    x = torch.ones(2, 128, dtype=torch.bfloat16, requires_grad=True)
+    with host_reads(CPU) as found:
+        layer(x).sum().backward()
+    assert not found, describe(found)
+    on_device = room[0]
+    assert isinstance(on_device, QuantisedLinear)
+    with host_reads(META) as found:
+        assert on_device.layout.unpacked(on_device.tensors, torch.bfloat16).is_meta
     assert not found, describe(found)
