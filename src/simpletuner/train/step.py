@@ -167,11 +167,11 @@ class Stepper:
         for batch in whole.batches:
             # The adapter's dropout is the one draw made inside the model, from torch's global generator.
             torch.manual_seed(draw_seed(self.objective.seed, "lora_dropout", whole.step, batch.slots[0]))
-            of_batch = self.losses(batch)
-            self.scaler.scale(of_batch.sum() / whole.size).backward()
+            batch_losses = self.losses(batch)
+            self.scaler.scale(batch_losses.sum() / whole.size).backward()
             if self.masters is not None:
                 self.masters.collect()
-            losses.append(of_batch.detach())
+            losses.append(batch_losses.detach())
         return torch.cat(losses)
 
     def __call__(self, whole: GlobalBatch, lr: float) -> StepResult:
@@ -182,11 +182,11 @@ class Stepper:
         """
         for parameters in self.optimiser.param_groups:
             parameters["lr"] = lr * parameters[optim.RATIO]
-        on_device = self._accumulate(whole)
+        device_losses = self._accumulate(whole)
         self.scaler.unscale_(self.optimiser)
         norm = optim.clip(self.parameters, self.options)
         # One tensor, so that the host waits once. `cat` takes the wider of the two dtypes: no number is rounded.
-        *losses, grad_norm = self.read(torch.cat([on_device, norm[None]]))
+        *losses, grad_norm = self.read(torch.cat([device_losses, norm[None]]))
         _check_losses(whole, losses)
         if not math.isfinite(grad_norm) and not self.scaler.is_enabled():
             # With fp16 an overflow is part of the method: the scaler skips the step and lowers its scale.
