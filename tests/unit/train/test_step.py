@@ -147,6 +147,19 @@ def test_the_step_uses_the_rate_it_is_given_and_leaves_no_gradient() -> None:
     assert abs(model.scale.item() - 0.5) == pytest.approx(0.01, rel=1e-3)  # Adam's first step is the rate
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=["bf16", "fp32", "fp64"])
+def test_losses_and_gradient_norm_are_read_together_without_rounding(dtype: torch.dtype) -> None:
+    """Losses are fp32; the norm has the dtype of the gradients."""
+    model, reference = Model().to(dtype), Model().to(dtype)
+    group = whole(1, ["a"], ["bbb", "cc"])
+    losses = stepper(reference).backward(group)
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in reference.parameters()])
+    assert norm.dtype == dtype
+    found = stepper(model)(group, 0.1)
+    assert found.loss == math.fsum(losses) / 3
+    assert found.grad_norm == norm.item()
+
+
 def test_weights_of_one_change_no_bit_and_others_multiply_the_loss() -> None:
     batch = whole(1, ["a", "bbb"])
     (micro,) = batch.batches
