@@ -20,7 +20,7 @@ from simpletuner.flux2.autoencoder import Autoencoder
 from simpletuner.flux2.kept import KeptBase
 from simpletuner.flux2.names import Renamed, TensorRenaming, text_encoder_name, transformer_renaming
 from simpletuner.flux2.source import Source, Weights
-from simpletuner.flux2.text import ResidentTextEncoder
+from simpletuner.flux2.text import ResidentTextEncoder, zero_fully_masked_rows
 from simpletuner.flux2.text_stream import StreamedTextEncoder
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory import offload
@@ -277,14 +277,15 @@ def _text_config(source: Source, layers: tuple[int, ...]) -> Any:
 
 
 def _language_model(config: Any) -> Any:
-    """transformers' MistralModel on the meta device, without its final norm."""
+    """transformers' MistralModel on the meta device, without its final norm; rows that attend to nothing get 0."""
     from transformers import AutoModel
 
     # Not before it makes a model does transformers look at the libraries beside it.
     with torch.device("meta"), quiet_import():
-        # The implementation decides what padding rows hold, hence what is cached.
+        # Named in the cache's key: another implementation has other last digits.
         model = AutoModel.from_config(config, attn_implementation="sdpa")
     model.norm = nn.Identity()
+    zero_fully_masked_rows(model)
     return model
 
 

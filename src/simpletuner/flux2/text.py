@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from simpletuner.base.errors import AccessError, ConfigError
+from simpletuner.base.errors import AccessError, ConfigError, DataError
 from simpletuner.flow.condition import TextContext
 
 ShareDone = Callable[[float], None]
@@ -49,6 +49,25 @@ def left_padded(rows: Float[Tensor, "n d"], pad: Float[Tensor, " d"], length: in
     return TextContext(torch.cat([pad[None], rows]), index[None])
 
 
+def zero_fully_masked_rows(model: Any) -> None:
+    """Make every attention layer of `model`, transformers' MistralModel, give 0 in rows that attend to nothing.
+
+    Which rows are padding before the first token. Torch's kernels give 0, NaN or a mean of all values there, and a NaN
+    spreads: in the next layer it is a value of every row, and a weight of 0 times NaN is NaN. So such a row depends on
+    its token alone: each layer adds its MLP to it. Padding behind the text attends to the text and stays as it is.
+    """
+    for layer in model.layers:
+        layer.self_attn.register_forward_hook(_zero_fully_masked, with_kwargs=True)
+
+
+def _zero_fully_masked(_attention: Any, _inputs: Any, given: Any, output: tuple[Tensor, Any]) -> None:
+    # Behind the output projection, which has no bias: 0 stays 0. SDPA's mask is True where a row may look; there is
+    # none where all rows see something.
+    mask: Bool[Tensor, "b 1 n n"] | None = given["attention_mask"]
+    if mask is not None:
+        output[0].masked_fill_(~mask[:, 0].any(-1, keepdim=True), 0)
+
+
 @dataclass(frozen=True)
 class TokenBatch:
     """Left-padded token ids as the language model takes them, on the CPU."""
@@ -75,9 +94,10 @@ class TextEncoder(abc.ABC):
         AccessError: the tokenizer has no chat template or no padding token.
     """
 
-    def __init__(self, tokenizer: Any, *, system_message: str, max_length: int) -> None:
+    def __init__(self, tokenizer: Any, *, system_message: str, layers: tuple[int, ...], max_length: int) -> None:
         self._tokenizer = tokenizer
         self._system_message = system_message
+        self._layers = layers
         self._max_length = max_length
         self._truncated: dict[str, None] = {}
         self._pad: Tensor | None = None
@@ -112,15 +132,17 @@ class TextEncoder(abc.ABC):
         """The contexts of each batch, in order. Batches do not mix: each has the bits that `encode` would give it.
 
         `report` is told of work that takes long and yields nothing yet.
+
+        Raises:
+            DataError: the padding row is not finite; the layer is named.
         """
         fitted = [self._fitted(batch) for batch in batches]
         padded = [self._padded(ids) for ids in fitted]
         if self._pad is None:
-            # Behind one token that sees itself, so that the mask is a real one: a row that sees nothing attends to
-            # nothing under SDPA (under other implementations, to everything).
+            # Before one token that sees itself, so that there is a mask.
             blank = self._padded([self._tokenize([""])[0][:1]])
             found = self._states([blank, *padded], report)
-            self._pad = next(found)[0, 0].clone()
+            self._pad = self._finite(next(found)[0, 0].clone())
         else:
             found = self._states(padded, report)
         for batch, states in zip(fitted, found, strict=True):
@@ -128,6 +150,17 @@ class TextEncoder(abc.ABC):
                 left_padded(states[index, states.shape[1] - len(ids) :], self._pad, self._max_length)
                 for index, ids in enumerate(batch)
             ]
+
+    def _finite(self, pad: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+        """`pad`, the padding row of every context, if all of it is finite."""
+        for layer, state in zip(self._layers, pad.chunk(len(self._layers)), strict=True):
+            if not torch.isfinite(state).all():
+                raise DataError.of(
+                    f"the text encoder gave numbers that are not finite for padding, after layer {layer}",
+                    remedy="Its weights are damaged, or too large for fp16: download them again, or give "
+                    "--mixed_precision=bf16.",
+                )
+        return pad
 
     @abc.abstractmethod
     def _states(self, batches: Sequence[TokenBatch], report: ShareDone, /) -> Iterator[Float[Tensor, "b n d"]]:
@@ -190,9 +223,8 @@ class ResidentTextEncoder(TextEncoder):
     def __init__(
         self, model: Any, tokenizer: Any, *, system_message: str, layers: tuple[int, ...], max_length: int
     ) -> None:
-        super().__init__(tokenizer, system_message=system_message, max_length=max_length)
+        super().__init__(tokenizer, system_message=system_message, layers=layers, max_length=max_length)
         self._model = model
-        self._layers = layers
         self._kept: dict[int, Tensor] = {}
         for layer in layers:
             model.layers[layer - 1].register_forward_hook(self._keep(layer))

@@ -59,10 +59,9 @@ class StreamedTextEncoder(TextEncoder):
         portion_tokens: int = PORTION_TOKENS,
         memory_bytes: int = MEMORY_BYTES,
     ) -> None:
-        super().__init__(tokenizer, system_message=system_message, max_length=max_length)
+        super().__init__(tokenizer, system_message=system_message, layers=layers, max_length=max_length)
         self._embed = embed
         self._read_layer = read_layer
-        self._layers = layers
         self._width = width
         self._dtype = dtype
         self._device = device

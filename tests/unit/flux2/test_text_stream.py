@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from simpletuner.base.errors import AccessError, ConfigError, DiskError
+from simpletuner.base.errors import AccessError, ConfigError, DataError, DiskError
 from simpletuner.base.storage import LocalStorage
 from simpletuner.config.precisions import NO_CHANGE
 from simpletuner.data.cache.contexts import fill_contexts
@@ -69,6 +69,77 @@ def test_contexts_are_the_bits_of_the_resident_encoder(tiny_source, tmp_path, dt
         assert same(contexts, encoder.encode(batch))
     assert encoder.truncated == resident.truncated == tuple(BATCHES[2])
     assert encoder.lengths(BATCHES[1]) == resident.lengths(BATCHES[1])
+
+
+def mean_of_values(value: torch.Tensor) -> torch.Tensor:
+    return value.mean(dim=-2, keepdim=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fill", [lambda value: value[..., :1, :] * float("nan"), mean_of_values], ids=["nan", "mean"])
+def test_contexts_do_not_depend_on_what_a_kernel_gives_in_fully_masked_rows(
+    tiny_source, tmp_path, monkeypatch, dtype, fill
+):
+    expected = load_text_encoder(tiny_source, dtype, "cpu", **settings()).encode(BATCHES[0])
+    attention, filled = torch.nn.functional.scaled_dot_product_attention, []
+
+    def other_kernel(query, key, value, attn_mask=None, **given):
+        output = attention(query, key, value, attn_mask=attn_mask, **given)
+        blank = ~attn_mask.any(dim=-1, keepdim=True)
+        filled.append(int(blank.sum()))
+        return torch.where(blank, fill(value), output)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", other_kernel)
+    assert same(load_text_encoder(tiny_source, dtype, "cpu", **settings()).encode(BATCHES[0]), expected)
+    assert same(streamed(tiny_source, tmp_path, dtype).encode(BATCHES[0]), expected)
+    assert min(filled) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_padding_row_is_the_token_and_what_each_mlp_adds_to_it(tiny_source, dtype):
+    encoder = load_text_encoder(tiny_source, dtype, "cpu", **settings())
+    (context,) = encoder.encode(["a cat"])
+    model = encoder._model
+    # Twice the same row: on the CPU a product with one row may take another kernel, with other last digits.
+    state = model.embed_tokens(torch.tensor([[encoder._tokenizer.pad_token_id] * 2]))
+    states = {}
+    with torch.no_grad():
+        for number, layer in enumerate(model.layers, 1):
+            state = states[number] = state + layer.mlp(layer.post_attention_layernorm(state))
+    assert torch.equal(context.rows[0], torch.cat([states[layer][0, 0] for layer in (10, 20, 30)]))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_behind_the_text_attends_to_it_and_is_left_alone(tiny_source, side):
+    batch = load_text_encoder(tiny_source, torch.float32, "cpu", **settings((1,)))._padded([[1, 5, 6], [1]])
+    seen = batch.seen if side == "left" else batch.seen.flip(1)
+    with_zeros, plain = (load_text_encoder(tiny_source, torch.float32, "cpu", **settings((1,)))._model for _ in "ab")
+    plain.layers[0].self_attn._forward_hooks.clear()
+    found = []
+    for model in (with_zeros, plain):
+        model.layers[0].self_attn.register_forward_hook(lambda _module, _inputs, output: found.append(output[0]))
+        model(batch.ids, attention_mask=seen, position_ids=batch.positions, use_cache=False)
+    assert torch.equal(*found)
+    assert bool((found[0][seen == 0] == 0).all()) is (side == "left")
+
+
+def test_a_padding_row_that_is_not_finite_names_the_layer(tiny_source, tmp_path):
+    resident = load_text_encoder(tiny_source, torch.float32, "cpu", **settings())
+    with torch.no_grad():
+        resident._model.layers[14].mlp.down_proj.weight[0] = torch.inf
+    stream = streamed(tiny_source, tmp_path)
+    read_layer = stream._read_layer
+
+    def damaged(index: int):
+        model = read_layer(index)
+        if index == 14:
+            model.layers[0].mlp.down_proj.weight.data[0] = torch.inf
+        return model
+
+    stream._read_layer = damaged
+    for encoder in (resident, stream):
+        with pytest.raises(DataError, match="not finite for padding, after layer 20"):
+            encoder.encode(["a cat"])
 
 
 @pytest.mark.parametrize("portion_tokens", [1, 300, 10**6])
