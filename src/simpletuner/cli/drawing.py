@@ -25,6 +25,7 @@ from simpletuner.flux2.generate import generate
 from simpletuner.flux2.source import Source, locate
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.device import choose_device
+from simpletuner.memory.exhausted import exhausted_memory, first_line
 from simpletuner.memory.free import release_memory
 from simpletuner.train.placement import open_decoder, stream_blocks
 
@@ -50,9 +51,11 @@ def draw_samples(config: SampleConfig, loras: Sequence[Wanted]) -> Iterator[Path
     _check_fit(source, saved)
     try:
         yield from _Drawing(config, source, device).pictures(loras, saved)
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        if exhausted_memory(error) is None:
+            raise
         raise MemoryBudgetError.of(
-            str(error).splitlines()[0], remedy="Take a smaller --width and --height, or a machine with more memory."
+            first_line(error), remedy="Take a smaller --width and --height, or a machine with more memory."
         ) from error
 
 

@@ -135,9 +135,15 @@ class Change:
 
     option: str
     value: str | int | bool | None
+    where: str = ""
+    """Where it is written, if not on the command line."""
 
     def __str__(self) -> str:
-        return f"{self.option}={self.value if isinstance(self.value, str) else json.dumps(self.value)}"
+        """As it is typed."""
+        if self.value is None:
+            return f"no --{self.option}"
+        told = f"{self.option}={self.value if isinstance(self.value, str) else json.dumps(self.value)}"
+        return f"{told} {self.where}" if self.where else f"--{told}"
 
 
 @dataclass(frozen=True)

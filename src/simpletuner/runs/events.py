@@ -76,7 +76,10 @@ class PhaseEvent(Event):
     seconds: float | None = None
     """How long it took, at its end."""
     memory_gib: float | None = None
-    """Peak memory of the accelerator (or, on a CPU, of the process) so far, in GiB, at its end."""
+    """Peak memory of the phase, without phases inside it, in GiB, at its end: what the allocator reserved of the
+    accelerator or, on a CPU, what was resident of the process."""
+    memory_allocated_gib: float | None = None
+    """What tensors took of it at their peak, in GiB; null on a CPU."""
 
 
 class ProgressEvent(Event):
@@ -114,7 +117,10 @@ class StepEvent(Event):
     rollout_calls: int = 0
     """Model calls without gradient that scheduled sampling added to the step."""
     memory_gib: float
-    """Peak memory of the accelerator (or, on a CPU, of the process) so far, in GiB."""
+    """Peak memory of the training phase so far, in GiB: what the allocator reserved of the accelerator or, on a CPU,
+    what was resident of the process."""
+    memory_allocated_gib: float | None = None
+    """What tensors took of it at their peak, in GiB; null on a CPU."""
 
 
 class Picture(Event):

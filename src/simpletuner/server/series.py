@@ -51,14 +51,20 @@ _NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
 
 def _line_pattern() -> re.Pattern[str]:
     """Matches a whole line: one of a step as `EventLog` writes it, into its columns and id, or any other, as it is."""
-    parts = [f'"v": {SCHEMA_VERSION}', f'"id": (?P<id>{_INTEGER})', r'"time": "[0-9T:.+-]*"', f'"attempt": {_INTEGER}']
+    head = [f'"v": {SCHEMA_VERSION}', f'"id": (?P<id>{_INTEGER})', r'"time": "[0-9T:.+-]*"', f'"attempt": {_INTEGER}']
+    pattern = r"\{" + ", ".join(head)
     for name, described in StepEvent.model_fields.items():
         if name == "type":
-            parts.append('"type": "step"')
+            pattern += ', "type": "step"'
             continue
         number = _COUNT if name == "step" else _INTEGER if described.annotation is int else _NUMBER
-        parts.append(f'"{name}": (?P<{name}>{number})' if name in COLUMNS else f'"{name}": {number}')
-    return re.compile(r"\{" + ", ".join(parts) + r"\}\n|(?P<other>[^\n]*)\n")
+        if name in COLUMNS:
+            pattern += f', "{name}": (?P<{name}>{number})'
+        elif described.is_required():
+            pattern += f', "{name}": {number}'
+        else:  # files of older releases lack it
+            pattern += f'(?:, "{name}": (?:{number}|null))?'
+    return re.compile(pattern + r"\}\n|(?P<other>[^\n]*)\n")
 
 
 _LINE = _line_pattern()

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from simpletuner.base.errors import DataError, MemoryBudgetError
-from simpletuner.base.sizes import GIB, format_duration, format_size
+from simpletuner.base.sizes import format_duration, format_size
 from simpletuner.config.datasets import ImageSet
 from simpletuner.config.load import Loaded
 from simpletuner.config.precisions import PRECISIONS
+from simpletuner.config.record import MAY_CHANGE
+from simpletuner.config.rules import findings
 from simpletuner.config.run import RunConfig
 from simpletuner.data.geometry import aligned_square
 from simpletuner.data.manifest import Manifest, count_new, scan
@@ -21,6 +23,7 @@ from simpletuner.data.order import Order
 from simpletuner.flux2.arithmetic import training_flop
 from simpletuner.flux2.footprint import Architecture, Footprint, Workload
 from simpletuner.memory.free import free_memory_bytes
+from simpletuner.memory.peak import PeakMemory
 from simpletuner.memory.planner import (
     Change,
     Machine,
@@ -40,6 +43,8 @@ from simpletuner.train.loop import Plan
 
 RESOLUTION = "resolution"
 """An option of the picture sets and not of the run."""
+IN_SETS = "in each image set"
+"""Where such an option is written."""
 
 CHARACTERS_PER_TOKEN = 3
 """Of a caption, at least: English has about four and a half."""
@@ -152,12 +157,13 @@ def ladder(config: RunConfig, work: Workload) -> Iterator[Change]:
     if not is_lora and config.optimizer != "adamw_bf16":
         yield Change("optimizer", "adamw_bf16")
     if work.batch > 1:
-        yield Change("train_batch_size", 1)
+        is_own = work.batch != config.train_batch_size
+        yield Change("train_batch_size", 1, IN_SETS if is_own else "")
     if any(math.prod(size) > 512 * 512 for size in config.sizes):
         yield Change("validation_resolution", "512x512")
     for edge in (768, 512):
         if math.prod(work.bucket) > edge * edge:
-            yield Change(RESOLUTION, edge)
+            yield Change(RESOLUTION, edge, IN_SETS)
     if config.enable_group_offload and config.group_offload_to_disk_path is None:
         yield Change("group_offload_to_disk_path", "cache/blocks")
 
@@ -198,7 +204,17 @@ class Budget:
     @cached_property
     def remedy(self) -> Remedy | None:
         """The smallest change with which everything fits."""
-        return smallest_change(self.plan, tuple(ladder(self.config, self.work)), self.with_changes)
+        return smallest_change(self.plan, self.rungs, self.with_changes)
+
+    @property
+    def rungs(self) -> list[Change]:
+        """Those of `ladder` that the other options allow."""
+
+        def is_allowed(change: Change) -> bool:
+            options = {} if change.where else {change.option: change.value}
+            return not any(findings(self.config.model_copy(update=options), None))
+
+        return [change for change in ladder(self.config, self.work) if is_allowed(change)]
 
     def lines(self) -> list[str]:
         """The short form: a line a phase, the verdict, and the way out."""
@@ -296,23 +312,38 @@ class Budget:
                     remedy=self._way_out,
                 )
 
-    def explain(self, failed: Phase | None, peak_gib: float) -> str:
-        """For a run that ran out of memory in `failed`: the plan's line, what was measured, what would fit."""
+    def explain(self, failed: Phase | None, place: MemoryTier, peak: PeakMemory, *, saved: bool) -> list[str]:
+        """For a run that ran out of `place` in `failed`: the plan's line, what was measured, and what would fit.
+
+        Args:
+            saved: whether there is a checkpoint. What a resumed run may change comes first then.
+        """
         name = None if failed is None else PLANNED.get(failed)
         phase = None if name is None else self.plan.phase(name)
         if phase is None:
-            return ""
-        place: MemoryTier = "ram" if self.machine.accelerator is None else "accelerator"
-        planned, measured = phase.total(place), int(peak_gib * GIB)
-        there = int(WORTH * min(planned, measured))
+            return []
+        if self.machine.accelerator is None or peak.reserved is None or peak.allocated is None:
+            place, measured, shown = "ram", peak.resident, format_size(peak.resident)
+        elif place == "ram":
+            measured, shown = peak.resident, f"{format_size(peak.resident)} of RAM"
+        else:  # the plan counts tensors, not what the allocator holds beside them
+            measured, shown = peak.allocated, f"{format_size(peak.allocated)}, {format_size(peak.reserved)} reserved"
+        there = int(WORTH * min(phase.total(place), measured))
         less = with_less(self.plan, phase.phase, place, there)
 
         def replan(changes: Mapping[str, object]) -> MemoryPlan:
             return with_less(self.with_changes(changes), phase.phase, place, there)
 
-        remedy = smallest_change(less, tuple(ladder(self.config, self.work)), replan)
-        told = f"The plan was {phase_line(phase)}; the measured peak is {format_size(measured)}."
-        return f"{told} Less is taken with {remedy}." if remedy is not None else told
+        told = [f"The plan was {phase_line(phase)}; the measured peak is {shown}."]
+        if saved:
+            remedy = smallest_change(less, [rung for rung in self.rungs if rung.option in MAY_CHANGE], replan)
+            if remedy is not None:
+                return [*told, f"Less is taken with {remedy}."]
+        remedy = smallest_change(less, self.rungs, replan)
+        if remedy is not None:
+            anew = ", in a new run: give another --output_dir too" if saved else ""
+            told.append(f"Less is taken with {remedy}{anew}.")
+        return told
 
 
 def _multiple(side: float) -> int:

@@ -28,6 +28,7 @@ from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory import compile as compilation
 from simpletuner.memory import offload, recompute
+from simpletuner.memory.exhausted import exhausted_memory, first_line
 from simpletuner.memory.free import release_memory
 from simpletuner.memory.planner import phase_line
 from simpletuner.runs import checkpoints, disk
@@ -39,10 +40,10 @@ from simpletuner.train.batches import BatchBuilder
 from simpletuner.train.budget import Budget, configured, scanned, this_machine
 from simpletuner.train.caches import Prepared, prepare
 from simpletuner.train.ema import Ema
-from simpletuner.train.loop import Loop, Plan, best_step
+from simpletuner.train.loop import Loop, Plan, best_step, shapes_of
 from simpletuner.train.placement import open_decoder, stream_blocks
 from simpletuner.train.product import PRODUCTS, Product
-from simpletuner.train.report import Reporter, peak_memory_gib
+from simpletuner.train.report import Reporter
 from simpletuner.train.rollout import Rollout
 from simpletuner.train.state import TrainState
 from simpletuner.train.step import Objective, Stepper
@@ -417,6 +418,7 @@ class Attempt:
             return
         largest_batch = largest(builder.order)
         trial = builder.trial(largest_batch)
+        self.reporter.activity = f"trying a pass over {shapes_of(trial)}"
         seconds = math.inf
         for _ in range(2):  # the first pass also warms up what a library sets up once
             began = time.monotonic()
@@ -533,15 +535,19 @@ def told(reporter: Reporter, attempt: Attempt) -> Iterator[None]:
 
 @contextlib.contextmanager
 def memory_is_explained(attempt: Attempt) -> Iterator[None]:
-    """Turn a failed allocation into a MemoryBudgetError: the plan's line for that phase beside what was measured, and
-    the smallest change that takes less.
+    """Turn a failed allocation into a MemoryBudgetError: what was being done, the plan's line for that phase beside
+    what was measured, and the smallest change that takes less.
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        first = str(error).splitlines()[0] if str(error) else "out of memory"
-        if type(error) is RuntimeError and "can't allocate memory" not in first:  # how the CPU's allocator says it
+    except (MemoryError, RuntimeError) as error:
+        place = exhausted_memory(error)
+        if place is None:
             raise
-        told = attempt.budget.explain(attempt.reporter.last_phase, peak_memory_gib())
-        kept = "What was cached and saved is kept."
-        raise MemoryBudgetError.of(first, remedy=f"{told} {kept}" if told else kept) from error
+        reporter = attempt.reporter
+        told = [f"It happened while {reporter.activity}."] if reporter.activity else []
+        told += attempt.budget.explain(
+            reporter.last_phase, place, reporter.peak_memory(), saved=checkpoints.steps(attempt.run) != []
+        )
+        told.append("What was cached and saved is kept.")
+        raise MemoryBudgetError.of(first_line(error), remedy=" ".join(told)) from error

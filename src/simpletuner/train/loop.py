@@ -14,13 +14,14 @@ from simpletuner.config.run import RunConfig
 from simpletuner.data.ahead import map_ahead
 from simpletuner.data.batch import GlobalBatch
 from simpletuner.data.order import Order
+from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
 from simpletuner.runs import checkpoints, disk
 from simpletuner.runs.events import CheckpointEvent, StepEvent, ValidationEvent
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.runs.process import Requests
 from simpletuner.train import optim
 from simpletuner.train.ema import Ema
-from simpletuner.train.report import Reporter, TrainingBar, peak_memory_gib
+from simpletuner.train.report import Reporter, TrainingBar
 from simpletuner.train.state import TrainState
 from simpletuner.train.step import Stepper
 from simpletuner.train.validate import HeldOutLoss, Painter
@@ -132,6 +133,7 @@ class Loop:
         steps = range(state.step + 1, self.plan.steps + 1)
         for batch in batches_of(steps, self.batches, self.stepper.device, prefetch=options.dataloader_prefetch):
             lr = optim.learning_rate(options, batch.step, self.plan.steps)
+            self.reporter.activity = f"training step {batch.step} ({shapes_of(batch)})"
             try:
                 result = self.stepper(batch, lr)
             except DataError:
@@ -144,6 +146,7 @@ class Loop:
             state.step = batch.step
             state.micro_batches += len(batch.batches)
             now = time.monotonic()
+            peak = self.reporter.peak_memory()
             event = StepEvent(
                 step=batch.step,
                 epoch=batch.epoch,
@@ -152,7 +155,8 @@ class Loop:
                 grad_norm=result.grad_norm,
                 seconds=round(now - began, 4),
                 rollout_calls=result.rollout_calls,
-                memory_gib=round(peak_memory_gib(), 3),
+                memory_gib=peak.used_gib,
+                memory_allocated_gib=peak.allocated_gib,
             )
             self.reporter.emit(event)
             bar.step(event)
@@ -261,6 +265,15 @@ def batches_of(
         return build(step).pin_memory()
 
     return map_ahead(build_pinned, steps, workers=1, ahead=2) if prefetch else map(build_pinned, steps)
+
+
+def shapes_of(batch: GlobalBatch) -> str:
+    """Batch sizes and pixels of the micro-batches, each once: "2 × 1024x768, 2 × 768x1024"."""
+    shapes = []
+    for each in batch.batches:
+        count, _, height, width = each.latents.shape
+        shapes.append(f"{count} × {width * PIXELS_PER_TOKEN}x{height * PIXELS_PER_TOKEN}")
+    return ", ".join(dict.fromkeys(shapes))
 
 
 def mean(by_sigma: Mapping[float, float]) -> float:

@@ -2,18 +2,17 @@
 
 import contextlib
 import datetime
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-import torch
 from tqdm import tqdm
 
 from simpletuner.base.files import disk_full_is_reported
-from simpletuner.base.sizes import GIB, format_duration
+from simpletuner.base.sizes import format_duration
+from simpletuner.memory.peak import PeakMemory, read_peak_memory, reset_peak_memory
 from simpletuner.runs.events import (
     TITLES,
     Event,
@@ -32,13 +31,6 @@ STEP_LINE_EVERY_S = 15.0
 """Without a terminal (a log file, a cluster) progress is a line this often instead of a bar."""
 
 
-def peak_memory_gib() -> float:
-    """Peak memory so far, in GiB: the accelerator's where there is one, else this process's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved() / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
-
-
 class Progress:
     """How far a phase is: call it with (done, total). A bar on a terminal, now and then a line elsewhere."""
 
@@ -52,6 +44,7 @@ class Progress:
 
     def __call__(self, done: int, total: int) -> None:
         self.reporter.poll()
+        self.reporter.activity = f"{self.title}, {done} of {total} done"
         if self._first is None:  # what was there before counts as done, not as speed
             self._first = done
         now = time.monotonic()
@@ -138,7 +131,11 @@ class Reporter:
         """Called with every event."""
         self.last_phase: Phase | None = None
         """The phase that is going on, or was last."""
+        self.activity = ""
+        """What is being done, for the message of a run that runs out of memory."""
         self._phase: Phase | None = None
+        self._peak_before = PeakMemory()
+        """Of the phase that is going on, before the phases inside it."""
 
     def say(self, text: str) -> None:
         """One line for the user, kept in the log."""
@@ -173,17 +170,37 @@ class Reporter:
 
     @contextlib.contextmanager
     def phase(self, phase: Phase, title: str | None = None) -> Iterator[Progress]:
-        """A phase: begins and ends in the events, shows its progress under `title`."""
-        outer = self._phase
+        """A phase: begins and ends in the events, shows its progress under `title`.
+
+        Its peak memory is its own: phases inside it are left out, and it is not theirs. A phase that ends with an error
+        stays the last one, and `peak_memory` stays that phase's.
+        """
+        outer, outer_peak, outer_activity = self._phase, self.peak_memory(), self.activity
         self._phase = self.last_phase = phase
         self.emit(PhaseEvent(phase=phase, state="begin"))
         began = time.monotonic()
         progress = Progress(self, phase, title or TITLES[phase])
+        self.activity = progress.title
+        self._peak_before = PeakMemory()
+        reset_peak_memory()
         try:
             yield progress
         finally:
             progress.close()
-        self._phase, self.last_phase = outer, outer or phase
-        seconds = time.monotonic() - began
-        memory = round(peak_memory_gib(), 3)
-        self.emit(PhaseEvent(phase=phase, state="end", seconds=round(seconds, 3), memory_gib=memory))
+        peak = self.peak_memory()
+        reset_peak_memory()
+        self._phase, self.last_phase, self.activity = outer, outer or phase, outer_activity
+        self._peak_before = PeakMemory() if outer is None else outer_peak
+        self.emit(
+            PhaseEvent(
+                phase=phase,
+                state="end",
+                seconds=round(time.monotonic() - began, 3),
+                memory_gib=peak.used_gib,
+                memory_allocated_gib=peak.allocated_gib,
+            )
+        )
+
+    def peak_memory(self) -> PeakMemory:
+        """Peak memory of the phase that is going on, so far; between phases, since the last one."""
+        return self._peak_before.combined(read_peak_memory())

@@ -85,11 +85,11 @@ SAVED = {"gradient_checkpointing": 4, "int8": 10, "int4": 15, "train_batch_size"
 @pytest.mark.parametrize(
     ("start", "expected"),
     [
-        (25, "gradient_checkpointing=true: 25.00 GiB → 21.00 GiB"),
-        (30, "base_model_precision=int8: 30.00 GiB → 20.00 GiB"),
-        (35, "base_model_precision=int4: 35.00 GiB → 20.00 GiB"),
-        (40, "gradient_checkpointing=true base_model_precision=int4: 40.00 GiB → 21.00 GiB"),
-        (47, "gradient_checkpointing=true base_model_precision=int4 train_batch_size=1: 47.00 GiB → 22.00 GiB"),
+        (25, "--gradient_checkpointing=true: 25.00 GiB → 21.00 GiB"),
+        (30, "--base_model_precision=int8: 30.00 GiB → 20.00 GiB"),
+        (35, "--base_model_precision=int4: 35.00 GiB → 20.00 GiB"),
+        (40, "--gradient_checkpointing=true --base_model_precision=int4: 40.00 GiB → 21.00 GiB"),
+        (47, "--gradient_checkpointing=true --base_model_precision=int4 --train_batch_size=1: 47.00 GiB → 22.00 GiB"),
         (49, "None"),
         (20, "None"),
     ],
@@ -100,6 +100,12 @@ def test_the_first_rung_then_the_first_few_together(start: float, expected: str)
         return plan(start - saved)
 
     assert str(smallest_change(plan(start), LADDER, replan)) == expected
+
+
+def test_a_change_is_told_as_it_is_typed() -> None:
+    assert str(Change("enable_group_offload", True)) == "--enable_group_offload=true"
+    assert str(Change("gradient_checkpointing_interval", None)) == "no --gradient_checkpointing_interval"
+    assert str(Change("resolution", 768, "in each image set")) == "resolution=768 in each image set"
 
 
 def test_the_disk_is_nobodys_to_mend() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch.optim import Optimizer
 
 from simpletuner.base.errors import MemoryBudgetError
 from simpletuner.base.sizes import GIB
@@ -17,11 +18,12 @@ from simpletuner.config.load import Loaded, load
 from simpletuner.data.manifest import scan
 from simpletuner.flux2.source import locate
 from simpletuner.flux2.text import TextEncoder
+from simpletuner.memory.peak import PeakMemory
 from simpletuner.memory.planner import Machine
 from simpletuner.runs.events import read_events
 from simpletuner.train.budget import RESOLUTION, Budget, configured, ladder, looked_at, scanned, this_machine
 from simpletuner.train.caches import Encoders, Prepared, fill_text
-from simpletuner.train.job import Attempt, build, memory_is_explained
+from simpletuner.train.job import Attempt, build, memory_is_explained, run
 from simpletuner.train.report import Reporter
 from simpletuner.train.world import World
 
@@ -82,7 +84,7 @@ def test_it_refuses_where_training_does_not_fit_and_says_what_would() -> None:
         budget(CARD, *DEV, bucket=(1024, 1024)).check()
     told = str(caught.value)
     assert told.startswith("train (1024x1024 × 1): GPU 65.")
-    assert "and 22.50 GiB of the GPU are free. It would fit with base_model_precision=int4-quanto" in told
+    assert "and 22.50 GiB of the GPU are free. It would fit with --base_model_precision=int4-quanto" in told
     assert caught.value.exit_code == 5
 
 
@@ -128,14 +130,77 @@ def test_every_rung_lowers_something_and_leads_where_it_says() -> None:
     assert other.peak("accelerator") == remedy.after
 
 
+RUNS = [
+    (),
+    ("--gradient_checkpointing=false",),
+    ("--gradient_checkpointing_interval=2", "--use_ema", "--ema_device=accelerator", "--vae_batch_size=2"),
+    ("--base_model_precision=int8-quanto", "--train_batch_size=2"),
+    ("--enable_group_offload",),
+    ("--dynamo_backend=inductor",),
+    ("--model_type=full", "--optimizer=muon"),
+]
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize("flags", RUNS, ids=" ".join)
+def test_every_rung_works_as_it_is_typed(flags: tuple[str, ...]) -> None:
+    work = {"bucket": (1280, 1280), "draws": True}
+    own = budget(CARD, *DEV, *flags, **work)
+    for rung in own.rungs:
+        typed = str(rung)
+        if typed.startswith("--"):
+            there = budget(CARD, *DEV, *flags, typed, **work)
+        elif typed.startswith("no --"):
+            there = budget(CARD, *DEV, *(flag for flag in flags if not flag.startswith(typed[3:])), **work)
+        else:
+            assert typed == f"{rung.option}={rung.value} in each image set"
+            continue
+        assert there.plan.summary() == own.with_changes({rung.option: rung.value}).summary(), typed
+
+
+@pytest.mark.usefixtures("project")
+def test_a_batch_of_an_image_set_is_changed_there() -> None:
+    rungs = [str(rung) for rung in budget(CARD, *DEV, "--train_batch_size=2", batch=4).rungs]
+    assert "train_batch_size=1 in each image set" in rungs
+    assert "--train_batch_size=1" not in rungs
+
+
+GPU_PEAK = PeakMemory(4 * GIB, int(22.4 * GIB), 22 * GIB)
+
+
 @pytest.mark.usefixtures("project")
 def test_a_failed_allocation_is_explained() -> None:
     own = budget(CARD, *DEV, "--base_model_precision=int4-quanto", bucket=(512, 512))
     assert own.plan.fits
-    told = own.explain("train", 22.0)
+    told = " ".join(own.explain("train", "accelerator", GPU_PEAK, saved=False))
     assert told.startswith("The plan was train (512x512 × 1): GPU 20.")
-    assert "the measured peak is 22.00 GiB. Less is taken with enable_group_offload=true: " in told
-    assert own.explain("export", 22.0) == own.explain(None, 22.0) == ""
+    assert (
+        "; the measured peak is 22.00 GiB, 22.40 GiB reserved. Less is taken with --enable_group_offload=true: " in told
+    )
+    assert own.explain("export", "accelerator", GPU_PEAK, saved=False) == []
+    assert own.explain(None, "accelerator", GPU_PEAK, saved=False) == []
+
+
+@pytest.mark.usefixtures("project")
+def test_full_host_memory_beside_a_gpu_is_explained_by_the_plan_for_ram() -> None:
+    own = budget(CARD, *DEV, "--enable_group_offload", bucket=(512, 512))
+    told = " ".join(own.explain("train", "ram", PeakMemory(60 * GIB, GIB, GIB), saved=False))
+    assert "the measured peak is 60.00 GiB of RAM. Less is taken with --base_model_precision=int8-quanto: 58." in told
+
+
+@pytest.mark.usefixtures("project")
+def test_a_run_with_checkpoints_is_told_what_a_resumed_run_may_change() -> None:
+    own = budget(Machine(90 * GIB, 128 * GIB, None), *DEV, "--gradient_checkpointing=false", bucket=(1024, 1024))
+    peak = PeakMemory(GIB, 90 * GIB, 90 * GIB)
+    fresh, resumed = (own.explain("train", "accelerator", peak, saved=saved)[1] for saved in (False, True))
+    assert fresh.startswith("Less is taken with --gradient_checkpointing=true: ")
+    assert resumed.startswith("Less is taken with --enable_group_offload=true: ")
+    offloaded = budget(
+        own.machine, *DEV, "--gradient_checkpointing=false", "--enable_group_offload", bucket=(2048, 2048)
+    )
+    resumed = offloaded.explain("train", "accelerator", peak, saved=True)[1]
+    assert resumed.startswith("Less is taken with --gradient_checkpointing=true: ")
+    assert resumed.endswith(", in a new run: give another --output_dir too.")
 
 
 @pytest.mark.usefixtures("project")
@@ -145,24 +210,53 @@ def test_a_failed_allocation_is_explained() -> None:
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
         MemoryError(),
         RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
 def test_out_of_memory_ends_with_the_plan_and_exit_code_5(error: Exception) -> None:
     attempt = attempted()
     attempt.reporter.last_phase = "train"
+    attempt.reporter.activity = "training step 3 (2 × 64x64)"
     with pytest.raises(MemoryBudgetError) as caught, memory_is_explained(attempt):
         raise error
     told = str(caught.value)
     assert told.startswith(str(error).splitlines()[0] if str(error) else "out of memory")
-    assert "The plan was train (64x64 × 1): RAM " in told
+    assert "It happened while training step 3 (2 × 64x64). The plan was train (64x64 × 1): RAM " in told
     assert "the measured peak is " in told
     assert told.endswith("What was cached and saved is kept.")
+
+
+class Exhausting(Optimizer):
+    """Runs out of memory at its second step."""
+
+    def __init__(self, params: Any, lr: float, **_given: Any) -> None:
+        super().__init__(params, {"lr": lr})
+        self.steps = 0
+
+    def step(self) -> None:  # type: ignore[override]
+        self.steps += 1
+        if self.steps == 2:
+            torch.empty(2**50)
+
+
+@pytest.mark.usefixtures("project")
+def test_memory_that_runs_out_in_mid_run_names_the_step_and_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.optim, "AdamW", Exhausting)
+    with pytest.raises(MemoryBudgetError) as caught:
+        run(build(loaded("--max_train_steps=3", "--checkpoint_step_interval=1"), World.single()))
+    told = str(caught.value)
+    assert "DefaultCPUAllocator: can't allocate memory" in told
+    assert "It happened while training step 2 (1 × 80x48). The plan was train (80x48 × 1): RAM " in told
+    (error,) = [event for event in read_events(Path("out/events.jsonl")) if event["type"] == "error"]
+    assert (error["exit_code"], error["text"]) == (5, told)
 
 
 @pytest.mark.usefixtures("project")
 def test_other_errors_pass() -> None:
     with pytest.raises(RuntimeError, match="shapes"), memory_is_explained(attempted()):
         raise RuntimeError("shapes do not match")
+    with pytest.raises(RuntimeError, match="illegal memory access"), memory_is_explained(attempted()):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
 
 def attempted() -> Attempt:
