@@ -6,7 +6,7 @@ import inspect
 import io
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -102,7 +102,7 @@ def build(
 ) -> torch.optim.Optimizer:
     """The optimiser that `options` names, over `parameters` or groups of them as `lora_plus` or `by_role` makes them.
 
-    One of `library:name` is first rehearsed on a small matrix, for not every optimiser can be driven by gradients alone
+    One of `library:name` is first rehearsed on a few tensors, for not every optimiser can be driven by gradients alone
     or goes on exactly where it was saved.
 
     Args:
@@ -205,60 +205,98 @@ def _arguments(options: OptimOptions, known: Optimiser, make: type[torch.optim.O
 
 
 REHEARSED_STEPS = 3
+REHEARSED_SIDE = 320
+"""Of the largest tensor of a rehearsal, a square: bitsandbytes pages states from 100,000 numbers on, and quantizes them
+from 4096."""
+
+Construct = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
 def _rehearse(
-    name: str, construct: Callable[[list[dict[str, Any]]], torch.optim.Optimizer], groups: Sequence[dict[str, Any]]
+    name: str, construct: Construct, groups: Sequence[dict[str, Any]], *, side: int | None = REHEARSED_SIDE
 ) -> None:
-    """Train small tensors with it, in groups like `groups`: two matrices each, or a vector where those are vectors.
-    Save, restore into a fresh one and go on with both: the bits must agree.
+    """Try the optimizer where `groups` are: train, save, restore into a fresh one and go on with both. The bits must
+    agree, or, where the device's own sums vary from run to run, those of the same on the CPU.
+
+    Args:
+        side: of a large matrix beside the small ones; None for none.
 
     Raises:
         ConfigError: they do not, or it wants more than gradients.
     """
-    matrices = {"a": torch.linspace(-1, 1, 4 * 24).reshape(4, 24), "b": torch.zeros(24, 4)}
-    vector = {"c": torch.linspace(0.5, 1.5, 24)}
-    members = [matrices if group["params"][0].ndim > 1 else vector for group in groups]
-    start = {f"{key}{index}": value for index, own in enumerate(members) for key, value in own.items()}
-
-    def fresh(values: dict[str, torch.Tensor]) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
-        made = {key: nn.Parameter(value.detach().clone()) for key, value in values.items()}
-        return made, construct(
-            [
-                {**group, "params": [made[f"{key}{index}"] for key in own]}
-                for index, (group, own) in enumerate(zip(groups, members, strict=True))
-            ]
-        )
-
-    def train(parameters: dict[str, nn.Parameter], made: torch.optim.Optimizer, first: int) -> None:
-        for step in range(first, first + REHEARSED_STEPS):
-            for parameter in parameters.values():
-                parameter.grad = torch.sin(torch.arange(parameter.numel()) * float(step)).view_as(parameter)
-            made.step()
-
     try:
-        straight, made = fresh(start)
-        train(straight, made, 1)
-        tensors, rest = optimiser_state.pack(made, straight)
-        resumed, again = fresh(dict(straight))
-        optimiser_state.unpack(again, resumed, {key: value.clone() for key, value in tensors.items()}, rest)
-        torch.manual_seed(0)
-        train(straight, made, 1 + REHEARSED_STEPS)
-        torch.manual_seed(0)
-        train(resumed, again, 1 + REHEARSED_STEPS)
+        device = groups[0]["params"][0].device
+        straight, resumed = _rehearsed(construct, groups, device, side)
+        if device.type != "cpu" and not _are_equal(straight, resumed):
+            repeated, _ = _rehearsed(construct, groups, device, side)
+            if not _are_equal(straight, repeated):
+                straight, resumed = _rehearsed(construct, groups, torch.device("cpu"), side)
     except Exception as error:  # noqa: BLE001  whatever a stranger raises, it cannot be used
+        if side is not None and all(parameter.numel() < side**2 for group in groups for parameter in group["params"]):
+            # It may need the square of a tensor's size, or fail with large ones only, and the run has none.
+            _rehearse(name, construct, groups, side=None)
+            return
         reason = str(error).splitlines()[0] if str(error) else "no reason given"
         raise ConfigError.of(
             f"optimizer = {name}: it cannot be used here ({type(error).__name__}: {reason})",
             "one that is driven by gradients alone, with arguments that it takes",
             "See optimizer_config, or take another.",
         ) from None
-    if not all(torch.equal(straight[key], resumed[key]) for key in straight):
+    if not _are_equal(straight, resumed):
         raise ConfigError.of(
             f"optimizer = {name}: saved and restored it does not go on where it was",
             "one whose whole state can be saved",
             "A killed run could not be resumed exactly: take another.",
         )
+
+
+def _rehearsed(
+    construct: Construct, groups: Sequence[dict[str, Any]], device: torch.device, side: int | None
+) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """What twice `REHEARSED_STEPS` steps make of a few tensors, in one go and with a restart between.
+
+    They are in groups like `groups`: two small matrices each, or a vector where those are vectors; and a square of
+    `side` in the first group of matrices.
+    """
+    start: dict[str, torch.Tensor] = {}
+    members: list[list[str]] = []
+    for index, group in enumerate(groups):
+        own = {f"c{index}": torch.linspace(0.5, 1.5, 24)}
+        if group["params"][0].ndim > 1:
+            own = {f"a{index}": torch.linspace(-1, 1, 4 * 24).reshape(4, 24), f"b{index}": torch.zeros(24, 4)}
+            if side is not None and "large" not in start:
+                own["large"] = torch.linspace(-1, 1, side**2).reshape(side, side)
+        start |= own
+        members.append(list(own))
+
+    def fresh(values: Mapping[str, torch.Tensor]) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
+        made = {key: nn.Parameter(value.detach().to(device, copy=True)) for key, value in values.items()}
+        return made, construct(
+            [{**group, "params": [made[key] for key in own]} for group, own in zip(groups, members, strict=True)]
+        )
+
+    def train(parameters: Mapping[str, nn.Parameter], made: torch.optim.Optimizer, first: int) -> None:
+        for step in range(first, first + REHEARSED_STEPS):
+            for parameter in parameters.values():
+                gradient = torch.sin(torch.arange(parameter.numel()) * float(step)).view_as(parameter)
+                parameter.grad = gradient.to(device)
+            made.step()
+
+    torch.manual_seed(0)
+    straight, made = fresh(start)
+    train(straight, made, 1)
+    tensors, rest = optimiser_state.pack(made, straight)
+    resumed, again = fresh(straight)
+    optimiser_state.unpack(again, resumed, {key: value.clone() for key, value in tensors.items()}, rest)
+    torch.manual_seed(0)
+    train(straight, made, 1 + REHEARSED_STEPS)
+    torch.manual_seed(0)
+    train(resumed, again, 1 + REHEARSED_STEPS)
+    return straight, resumed
+
+
+def _are_equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[key], other[key]) for key in one)
 
 
 @contextlib.contextmanager

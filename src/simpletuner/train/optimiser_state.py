@@ -6,10 +6,24 @@ moments and what 8-bit optimisers keep.
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+PAGED_ENTRIES = ("state1", "state2")
+"""Moments of bitsandbytes' optimizers: what a paged one keeps in memory that moves between GPU and host."""
+
+
+@runtime_checkable
+class PagedOptimizer(Protocol):
+    """An optimizer of bitsandbytes, which is paged or not."""
+
+    is_paged: bool
+
+    def get_state_buffer(self, p: Tensor, dtype: torch.dtype) -> Tensor:
+        """Zeros of the shape of `p`, on its device; paged if the optimizer is and `p` is large and on a GPU."""
+        ...
 
 
 def pack(
@@ -45,7 +59,8 @@ def unpack(
     tensors: Mapping[str, Tensor],
     rest: Mapping[str, Any],
 ) -> None:
-    """Give a freshly built `optimiser` the state that `pack` took from its like.
+    """Give a freshly built `optimiser` the state that `pack` took from its like. A paged optimizer's moments are paged
+    again where it would page them, wherever they were saved.
 
     Raises:
         KeyError, ValueError: of another optimiser, or over other parameters.
@@ -54,9 +69,10 @@ def unpack(
         raise ValueError(f"{len(rest['groups'])} groups of parameters, not {len(optimiser.param_groups)}")
     for name, values in rest["state"].items():
         parameter = parameters[name]
-        optimiser.state[parameter] = {
-            entry: _unpacked(value, parameter.device, tensors) for entry, value in values.items()
-        }
+        state = {entry: _unpacked(value, parameter.device, tensors) for entry, value in values.items()}
+        if isinstance(optimiser, PagedOptimizer) and optimiser.is_paged:
+            state |= {entry: _paged(optimiser, parameter, state[entry]) for entry in PAGED_ENTRIES if entry in state}
+        optimiser.state[parameter] = state
     held: dict[Any, Any] = optimiser.state
     for key, value in rest["common"].items():
         held[key] = _unpacked(value, torch.device("cpu"), tensors)
@@ -66,6 +82,13 @@ def unpack(
             raise ValueError(f"other settings of the optimiser: {', '.join(sorted(missing))}")
         device = group["params"][0].device
         group.update({key: _unpacked(value, device, tensors) for key, value in saved.items()})
+
+
+def _paged(optimizer: PagedOptimizer, parameter: nn.Parameter, moment: Tensor) -> Tensor:
+    """`moment` in a buffer of the optimizer's own making."""
+    # Of the moment's shape, which may be two of the parameter's, without its memory.
+    like = parameter.detach().flatten()[:1].expand(moment.shape)
+    return optimizer.get_state_buffer(like, dtype=moment.dtype).copy_(moment)
 
 
 _PLAIN = (str, bool, int, type(None))

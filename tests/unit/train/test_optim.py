@@ -1,5 +1,5 @@
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -251,6 +251,79 @@ def test_one_of_a_library_is_rehearsed_with_vectors_too(name: str) -> None:
     groups = model()
     built = optim.build(groups, OptimOptions(optimizer=name))
     assert sum(len(group["params"]) for group in built.param_groups) == 3
+
+
+class Recording(torch.optim.SGD):
+    """Notes the sizes that it was tried on."""
+
+    sizes: ClassVar[list[list[int]]] = []
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        self.sizes.append([parameter.numel() for group in self.param_groups for parameter in group["params"]])
+
+
+class ForgettingLarge(Recording):
+    """Keeps what it has of a large tensor outside of its state."""
+
+    def step(self) -> None:  # type: ignore[override]
+        for parameter in (each for group in self.param_groups for each in group["params"]):
+            count = self.__dict__.setdefault(f"count{parameter.numel()}", 0) + 1
+            if parameter.numel() >= 100_000:
+                self.__dict__[f"count{parameter.numel()}"] = count
+            parameter.data.add_(parameter.grad, alpha=-0.1 * count)
+
+
+class FailingLarge(Recording):
+    """Fails on a large tensor."""
+
+    def step(self) -> None:  # type: ignore[override]
+        if max(self.sizes[-1]) >= 100_000:
+            raise RuntimeError("too large")
+        super().step()
+
+
+@pytest.fixture
+def offered(monkeypatch: pytest.MonkeyPatch) -> type[Recording]:
+    """`torch:recording` and its like are optimizers of a library."""
+    for kind in (Recording, ForgettingLarge, FailingLarge):
+        monkeypatch.setattr(torch.optim, kind.__name__, kind, raising=False)
+    monkeypatch.setattr(Recording, "sizes", [])
+    return Recording
+
+
+def test_a_rehearsal_has_one_tensor_that_is_large_enough_to_be_paged(offered: type[Recording]) -> None:
+    optim.build(model(), OptimOptions(optimizer="torch:recording"))
+    *rehearsed, used = offered.sizes
+    assert len(rehearsed) == 2, "the one that goes on, and the one that is restored"
+    for sizes in rehearsed:
+        assert len([size for size in sizes if size >= 100_000]) == 1
+    assert max(used) < 100_000
+
+
+@pytest.mark.usefixtures("offered")
+def test_state_of_large_tensors_that_is_not_saved_is_found() -> None:
+    with pytest.raises(ConfigError, match="torch:forgettinglarge: saved and restored it does not go on"):
+        optim.build(model(), OptimOptions(optimizer="torch:forgettinglarge"))
+
+
+def test_what_fails_on_large_tensors_is_refused_where_the_run_has_one(offered: type[Recording]) -> None:
+    optim.build(model(), OptimOptions(optimizer="torch:failinglarge"))
+    assert max(offered.sizes[-1]) < 100_000
+    large = torch.nn.Parameter(torch.zeros(1000, 200))
+    with pytest.raises(ConfigError, match=r"torch:failinglarge: it cannot be used here \(RuntimeError: too large\)"):
+        optim.build([*model(), {"params": [large], optim.RATIO: 1.0}], OptimOptions(optimizer="torch:failinglarge"))
+
+
+def test_a_default_optimizer_is_not_rehearsed(offered: type[Recording], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "PRESET", {})
+    monkeypatch.setattr(torch.optim, "AdamW", type("AdamW", (Recording,), {"__init__": noting}))
+    optim.build(model(), OptimOptions())
+    assert len(offered.sizes) == 1
+
+
+def noting(self: Recording, params: Any, lr: float = 0.1, **_given: Any) -> None:
+    Recording.__init__(self, params, lr)
 
 
 def test_masters_follow_what_a_schedule_free_optimiser_gives() -> None:

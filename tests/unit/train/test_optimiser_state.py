@@ -101,6 +101,50 @@ def test_types_and_devices_survive() -> None:
     assert fresh.state[moments["one.a"]]["exp_avg"].dtype == torch.bfloat16
 
 
+PAGED = ["pagedadamw", "pagedadamw8bit", "pagedlion8bit", "pagedademamix8bit"]
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", PAGED)
+def test_a_paged_optimizer_goes_on_where_nothing_is_paged(name: str) -> None:
+    test_four_steps_are_two_and_two(f"bitsandbytes:{name}")
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", ["pagedadamw8bit", "pagedlion", "pagedademamix8bit"])
+def test_paged_moments_are_in_the_optimizers_own_buffers_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the optimizer's making: on a GPU they are paged. `tests/gpu` has the rest."""
+    before, after = (nn.Parameter(torch.linspace(-1, 1, 8000).reshape(80, 100)) for _ in range(2))
+    saved, resumed = (build({"x": parameter}, f"bitsandbytes:{name}") for parameter in (before, after))
+    assert isinstance(resumed, optimiser_state.PagedOptimizer)
+    train({"x": before}, saved, range(2))
+    tensors, rest = optimiser_state.pack(saved, {"x": before})
+    make, made = resumed.get_state_buffer, []
+
+    def noted(p: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        made.append(make(p, dtype))
+        return made[-1]
+
+    monkeypatch.setattr(resumed, "get_state_buffer", noted)
+    optimiser_state.unpack(resumed, {"x": after}, tensors, rest)
+    moments = {key: value for key, value in resumed.state[after].items() if key in ("state1", "state2")}
+    assert len(moments) == len(made) == (1 if "lion" in name else 2)
+    for key, value in moments.items():
+        expected = saved.state[before][key]
+        assert torch.equal(value, expected)
+        assert value.is_contiguous()
+        assert any(value is buffer for buffer in made)
+
+
+def test_an_optimizer_that_is_not_paged_makes_no_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = start()
+    optimiser = build(parameters, "adamw8bit")
+    train(parameters, optimiser, range(1))
+    fresh = build(parameters, "adamw8bit")
+    monkeypatch.setattr(fresh, "get_state_buffer", pytest.fail)
+    optimiser_state.unpack(fresh, parameters, *optimiser_state.pack(optimiser, parameters))
+
+
 class Odd(torch.optim.SGD):
     """Keeps what an optimiser may keep."""
 
