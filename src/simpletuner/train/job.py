@@ -427,6 +427,7 @@ class Attempt:
             seconds = min(seconds, time.monotonic() - began)
             if seconds > WARM_UP_WORTH_S and self.compiled is None:
                 break
+        self.reporter.activity = ""
         hours = seconds * self.config.gradient_accumulation_steps * left
         width, height = largest_batch.bucket
         self.reporter.say(
