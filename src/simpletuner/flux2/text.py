@@ -134,7 +134,7 @@ class TextEncoder(abc.ABC):
         `report` is told of work that takes long and yields nothing yet.
 
         Raises:
-            DataError: the padding row is not finite; the layer is named.
+            DataError: a row is not finite; its layer and its prompt, or padding, are named.
         """
         fitted = [self._fitted(batch) for batch in batches]
         padded = [self._padded(ids) for ids in fitted]
@@ -142,25 +142,28 @@ class TextEncoder(abc.ABC):
             # Before one token that sees itself, so that there is a mask.
             blank = self._padded([self._tokenize([""])[0][:1]])
             found = self._states([blank, *padded], report)
-            self._pad = self._finite(next(found)[0, 0].clone())
+            pad = next(found)[:, :1].clone()
+            self._check_finite(pad, ["padding"])
+            self._pad = pad[0, 0]
         else:
             found = self._states(padded, report)
-        for batch, states in zip(fitted, found, strict=True):
+        for prompts, batch, states in zip(batches, fitted, found, strict=True):
+            self._check_finite(states, [repr(prompt) for prompt in prompts])
             yield [
                 left_padded(states[index, states.shape[1] - len(ids) :], self._pad, self._max_length)
                 for index, ids in enumerate(batch)
             ]
 
-    def _finite(self, pad: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
-        """`pad`, the padding row of every context, if all of it is finite."""
-        for layer, state in zip(self._layers, pad.chunk(len(self._layers)), strict=True):
+    def _check_finite(self, states: Float[Tensor, "b n d"], of: Sequence[str]) -> None:
+        """Raise a DataError if a row of `states` is not finite: padding too. `of` says of what each sample is."""
+        for layer, state in zip(self._layers, states.chunk(len(self._layers), dim=-1), strict=True):
             if not torch.isfinite(state).all():
+                shown = ", ".join(name for name, own in zip(of, state, strict=True) if not torch.isfinite(own).all())
                 raise DataError.of(
-                    f"the text encoder gave numbers that are not finite for padding, after layer {layer}",
+                    f"the text encoder gave numbers that are not finite after layer {layer}, for {shown}",
                     remedy="Its weights are damaged, or too large for fp16: download them again, or give "
                     "--mixed_precision=bf16.",
                 )
-        return pad
 
     @abc.abstractmethod
     def _states(self, batches: Sequence[TokenBatch], report: ShareDone, /) -> Iterator[Float[Tensor, "b n d"]]:

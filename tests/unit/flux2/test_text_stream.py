@@ -138,8 +138,18 @@ def test_a_padding_row_that_is_not_finite_names_the_layer(tiny_source, tmp_path)
 
     stream._read_layer = damaged
     for encoder in (resident, stream):
-        with pytest.raises(DataError, match="not finite for padding, after layer 20"):
+        with pytest.raises(DataError, match="not finite after layer 20, for padding"):
             encoder.encode(["a cat"])
+
+
+def test_a_row_that_is_not_finite_names_the_layer_and_the_prompt(tiny_source):
+    encoder = load_text_encoder(tiny_source, torch.float32, "cpu", **settings())
+    dog, cat = (set(ids) for ids in encoder._tokenize(["a dog", "a cat"]))
+    with torch.no_grad():
+        encoder._model.embed_tokens.weight[list(cat - dog)] = torch.nan
+    with pytest.raises(DataError, match="not finite after layer 10, for 'a cat'") as caught:
+        encoder.encode(["a dog", "a cat"])
+    assert "dog" not in str(caught.value)
 
 
 @pytest.mark.parametrize("portion_tokens", [1, 300, 10**6])

@@ -20,7 +20,7 @@ from simpletuner.flux2.source import locate
 from simpletuner.flux2.text import TextEncoder
 from simpletuner.memory.peak import PeakMemory
 from simpletuner.memory.planner import Machine
-from simpletuner.runs.events import read_events
+from simpletuner.runs.events import Phase, read_events
 from simpletuner.train.budget import RESOLUTION, Budget, configured, ladder, looked_at, scanned, this_machine
 from simpletuner.train.caches import Encoders, Prepared, fill_text
 from simpletuner.train.job import Attempt, build, memory_is_explained, run
@@ -179,6 +179,24 @@ def test_a_failed_allocation_is_explained() -> None:
     )
     assert own.explain("export", "accelerator", GPU_PEAK, saved=False) == []
     assert own.explain(None, "accelerator", GPU_PEAK, saved=False) == []
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize(
+    ("phase", "line", "change"),
+    [
+        ("text", "text (resident, 8 × 512 tokens): GPU 33", "--text_encoder_mode=streamed: 33"),
+        ("latents", "latents (1024x1024 × 4): GPU 5", "--vae_batch_size=1: 5"),
+        ("load", "train (1024x1024 × 1): GPU 2", "--enable_group_offload=true: 2"),
+        ("validation", "validation (1024x1024, 20 passes): GPU 2", "--enable_group_offload=true: 2"),
+    ],
+)
+def test_each_phase_is_explained_by_its_own_plan(phase: Phase, line: str, change: str) -> None:
+    flags = ("--text_encoder_mode=resident", "--vae_batch_size=4", "--base_model_precision=int4-quanto")
+    own = budget(CARD, *DEV, *flags, "--validation_resolution=1024x1024", bucket=(1024, 1024), draws=True)
+    planned, remedy = own.explain(phase, "accelerator", GPU_PEAK, saved=False)
+    assert planned.startswith(f"The plan was {line}")
+    assert remedy.startswith(f"Less is taken with {change}")
 
 
 @pytest.mark.usefixtures("project")
