@@ -52,20 +52,25 @@ def left_padded(rows: Float[Tensor, "n d"], pad: Float[Tensor, " d"], length: in
 def zero_fully_masked_rows(model: Any) -> None:
     """Make every attention layer of `model`, transformers' MistralModel, give 0 in rows that attend to nothing.
 
-    Which rows are padding before the first token. Torch's kernels give 0, NaN or a mean of all values there, and a NaN
-    spreads: in the next layer it is a value of every row, and a weight of 0 times NaN is NaN. So such a row depends on
+    Such rows are padding before the first token. Torch's kernels give 0, NaN or a mean of all values there, and a NaN
+    spreads: in the next layer it is a value of every row, and a weight of 0 times NaN is NaN. With 0, a row depends on
     its token alone: each layer adds its MLP to it. Padding behind the text attends to the text and stays as it is.
     """
+    latest: tuple[Bool[Tensor, "b 1 n n"], Bool[Tensor, "b n 1"]] | None = None
+
+    def zero(_attention: Any, _inputs: Any, given: Any, output: tuple[Tensor, Any]) -> None:
+        # Behind the output projection, which has no bias: 0 stays 0. SDPA's mask is True where a row may look; there is
+        # none where all rows see something, and else one for all layers.
+        nonlocal latest
+        mask = given["attention_mask"]
+        if mask is None:
+            return
+        if latest is None or mask is not latest[0]:
+            latest = mask, ~mask[:, 0].any(-1, keepdim=True)
+        output[0].masked_fill_(latest[1], 0)
+
     for layer in model.layers:
-        layer.self_attn.register_forward_hook(_zero_fully_masked, with_kwargs=True)
-
-
-def _zero_fully_masked(_attention: Any, _inputs: Any, given: Any, output: tuple[Tensor, Any]) -> None:
-    # Behind the output projection, which has no bias: 0 stays 0. SDPA's mask is True where a row may look; there is
-    # none where all rows see something.
-    mask: Bool[Tensor, "b 1 n n"] | None = given["attention_mask"]
-    if mask is not None:
-        output[0].masked_fill_(~mask[:, 0].any(-1, keepdim=True), 0)
+        layer.self_attn.register_forward_hook(zero, with_kwargs=True)
 
 
 @dataclass(frozen=True)
