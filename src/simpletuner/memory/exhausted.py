@@ -19,6 +19,7 @@ CUBLAS_STATUS_NOT_INITIALIZED, may come of full memory and may not."""
 
 HOST_FAILURES = (
     "DefaultCPUAllocator: can't allocate memory",
+    "Cannot allocate memory (12)",  # a file that cannot be mapped
     "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
 )
 

@@ -25,6 +25,7 @@ LINES = [
         "accelerator",
     ),
     (RuntimeError("Triton Error [CUDA]: out of memory"), "accelerator"),
+    (RuntimeError("unable to mmap 14164848 bytes from file <a.safetensors>: Cannot allocate memory (12)"), "ram"),
     (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), None),
     (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), None),
     (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm( handle, ...)`"), None),
