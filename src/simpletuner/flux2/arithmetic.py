@@ -1,27 +1,207 @@
-"""How much a training step computes: the multiplications of matrices, which are nearly all of it."""
+"""How much a pass through the transformer computes: its matrix products and its attention, from shapes alone.
 
+Counted in floating point operations (FLOP), a multiply-add being two. Two numbers are in use. Model FLOP is what the
+forward and the backward pass need, once: MFU (Chowdhery et al., PaLM, 2022, appendix B) divides it by time. Hardware
+FLOP also has what is computed a second time: HFU (Korthikanti et al., 2022) divides that. Elementwise work, norms and
+softmax are in neither. docs/performance.md has the formula and an example.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from simpletuner.config.flavours import TransformerSpec
 from simpletuner.flux2.activations import Pass
+from simpletuner.flux2.lora import LoraLinear
+from simpletuner.flux2.transformer import Flux2Transformer
 
 
-def training_flop(passing: Pass) -> int:
-    """Floating point operations of one forward and backward pass, a multiply-add being two.
+@dataclass(frozen=True)
+class PassFlop:
+    """FLOP of one or more passes."""
 
-    In both kinds of block the matrices have 4·hidden² + 3·hidden·inner numbers for each of its tokens; attention
-    takes 4·tokens²·hidden. Backwards a matrix costs as much as forwards (twice that where it learns), attention twice
-    that, and what is recomputed once more. Left out, together below a fiftieth of dev's: adapters, norms, modulation.
+    model: int
+    """Forward and backward once, recompute not counted."""
+    hardware: int
+    """With what is computed again: recomputed blocks, and attention's scores in the backward pass."""
+
+    def __add__(self, other: "PassFlop") -> "PassFlop":
+        return PassFlop(self.model + other.model, self.hardware + other.hardware)
+
+    def __mul__(self, count: int) -> "PassFlop":
+        return PassFlop(self.model * count, self.hardware * count)
+
+
+@dataclass(frozen=True)
+class AdapterSize:
+    """A low-rank pair beside a Linear: `columns` to `rank`, `rank` to `rows`."""
+
+    rank: int
+    columns: int
+    rows: int
+
+
+AdapterSizes = Mapping[str, AdapterSize]
+"""By the Linear's name in the transformer."""
+
+
+def attached_adapters(transformer: Flux2Transformer) -> dict[str, AdapterSize]:
+    """The adapters that `transformer` wears."""
+    layers = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, LoraLinear)}
+    return {name: AdapterSize(layer.rank, layer.a.shape[1], layer.b.shape[0]) for name, layer in layers.items()}
+
+
+def planned_adapters(passing: Pass) -> dict[str, AdapterSize]:
+    """The adapters that `passing` says the blocks wear."""
+    sizes = {}
+    for index, adapted in enumerate(passing.adapted):
+        for name, place in adapted:
+            columns, rows = (stop - start for start, stop in (place.columns, place.rows))
+            sizes[f"{_block_name(passing, index)}.{name}"] = AdapterSize(passing.rank, columns, rows)
+    return sizes
+
+
+def training_flop(passing: Pass, adapters: AdapterSizes | None = None) -> PassFlop:
+    """FLOP of one forward and backward pass.
+
+    Model FLOP is what `torch.utils.flop_counter` counts of a pass that recomputes nothing and has plain attention,
+    whose backward pass is four products. Hardware FLOP adds the forward products of recomputed blocks, and one product
+    for each attention: fused kernels do not keep its scores and make them again.
+
+    Args:
+        adapters: in place of those of `passing`, such as the ones that are attached.
     """
-    spec = passing.spec
-    hidden, learning = spec.hidden, 2 if passing.is_full else 1
-    block_numbers = 4 * hidden**2 + 3 * hidden * spec.mlp_hidden
-    total = 0
+    count = _Count(planned_adapters(passing) if adapters is None else adapters, passing.is_full)
+    _walk(count, passing)
+    return PassFlop(count.forward + count.backward, count.forward + count.backward + count.again) * passing.batch
+
+
+def sampling_flop(passing: Pass, adapters: AdapterSizes | None = None) -> PassFlop:
+    """FLOP of one pass without gradients, which routes no tokens and recomputes nothing. Arguments as above."""
+    count = _Count(planned_adapters(passing) if adapters is None else adapters, passing.is_full)
+    _walk(count, passing, is_routed=False)
+    return PassFlop(count.forward, count.forward) * passing.batch
+
+
+class _Count:
+    """Adds up the products of one sample in the order in which they run. Each method returns whether its result wants
+    a gradient, given whether its input does.
+    """
+
+    def __init__(self, adapters: AdapterSizes, is_full: bool) -> None:
+        self._adapters = adapters
+        self._is_full = is_full
+        self.forward = 0
+        self.backward = 0
+        self.again = 0
+        """What is computed a second time."""
+        self._block_start = self._last_tracked = 0
+        """Of `forward`, at the start of the block and after its last product whose result wants a gradient."""
+
+    def linear(self, name: str, tokens: int, columns: int, rows: int, *, tracked: bool) -> bool:
+        """A Linear and its adapter. Weight gradients and input gradients cost as much as the product itself."""
+        product = 2 * tokens * columns * rows
+        self.forward += product
+        self.backward += product * (tracked + self._is_full)
+        adapter = self._adapters.get(name)
+        if adapter is not None:
+            down, up = 2 * tokens * adapter.columns * adapter.rank, 2 * tokens * adapter.rank * adapter.rows
+            self.forward += down + up
+            self.backward += down * (1 + tracked) + 2 * up
+        return self._note(tracked or self._is_full or adapter is not None)
+
+    def attention(self, tokens: int, hidden: int, *, tracked: bool) -> bool:
+        """Scores and their product with the values. The backward pass counts whole where any input wants a gradient,
+        as fused kernels compute it.
+        """
+        product = 2 * tokens**2 * hidden
+        self.forward += 2 * product
+        self.backward += 4 * product * tracked
+        self.again += product * tracked
+        return self._note(tracked)
+
+    def begin_block(self) -> None:
+        self._block_start = self._last_tracked = self.forward
+
+    def recompute_block(self) -> None:
+        """Count what the backward pass computes again of the block that ends here: all up to the last tensor that
+        autograd saves. That is the gate behind the last product that wants a gradient, so that this product is made
+        again although nobody reads it.
+        """
+        self.again += self._last_tracked - self._block_start
+
+    def _note(self, tracked: bool) -> bool:
+        if tracked:
+            self._last_tracked = self.forward
+        return tracked
+
+
+def _walk(count: _Count, passing: Pass, *, is_routed: bool = True) -> None:
+    """Count one sample's way through the transformer, as `Flux2Transformer.forward` goes."""
+    spec, hidden, text = passing.spec, passing.spec.hidden, passing.text
+    vector = False
+    for embedder in ("timestep_embedder", "guidance_embedder") if spec.guidance_embeds else ("timestep_embedder",):
+        name = f"time_guidance_embed.{embedder}"
+        widened = count.linear(f"{name}.linear_1", 1, spec.timestep_channels, hidden, tracked=False)
+        vector |= count.linear(f"{name}.linear_2", 1, hidden, hidden, tracked=widened)
+    image_gates = count.linear("double_stream_modulation_img.linear", 1, hidden, 6 * hidden, tracked=vector)
+    text_gates = count.linear("double_stream_modulation_txt.linear", 1, hidden, 6 * hidden, tracked=vector)
+    single_gates = count.linear("single_stream_modulation.linear", 1, hidden, 3 * hidden, tracked=vector)
+    image_tracked = count.linear("x_embedder", passing.image, spec.in_channels, hidden, tracked=False)
+    text_tracked = count.linear("context_embedder", text, spec.context_dim, hidden, tracked=False)
+    image_tracked, text_tracked = image_tracked or image_gates, text_tracked or text_gates
     for index in range(spec.blocks):
-        image = passing.image
-        for route in passing.routes:
-            if route.start <= index <= route.end:
-                image = route.keeps(image)
-        tokens = passing.text + image
-        matrices, attention = 2 * tokens * block_numbers, 4 * tokens**2 * hidden
-        again = 1 if passing.recomputed and passing.recomputed[index] else 0
-        total += matrices * (1 + learning + again) + attention * (1 + 2 + again)
-    ends = 2 * hidden * (2 * passing.image * spec.in_channels + passing.text * spec.context_dim)
-    return passing.batch * (total + ends * (1 + learning))
+        name = _block_name(passing, index)
+        route = next((route for route in passing.routes if is_routed and route.start <= index <= route.end), None)
+        image = passing.image if route is None else route.keeps(passing.image)
+        count.begin_block()
+        if index < spec.double_blocks:
+            text_tracked, image_tracked = _double(count, spec, name, (text, text_tracked), (image, image_tracked))
+        else:
+            tracked = _single(count, spec, name, text + image, tracked=text_tracked or image_tracked or single_gates)
+            text_tracked = image_tracked = tracked
+        if passing.recomputed and passing.recomputed[index]:
+            count.recompute_block()
+    gates = count.linear("norm_out.linear", 1, hidden, 2 * hidden, tracked=vector)
+    # Text and image are one sequence by now, of which the image is cut out.
+    tracked = text_tracked or image_tracked or gates
+    count.linear("proj_out", passing.image, hidden, spec.in_channels, tracked=tracked)
+
+
+def _double(
+    count: _Count, spec: TransformerSpec, name: str, text: tuple[int, bool], image: tuple[int, bool]
+) -> tuple[bool, bool]:
+    """Count a double block, given the tokens of text and image and whether they want a gradient. Returns whether what
+    comes out wants one.
+    """
+    hidden, inner = spec.hidden, spec.mlp_hidden
+    (text_tokens, text_tracked), (image_tokens, image_tracked) = text, image
+
+    def project(part: str, tokens: int, tracked: bool) -> bool:
+        return count.linear(f"{name}.attn.{part}", tokens, hidden, hidden, tracked=tracked)
+
+    def feed_forward(part: str, tokens: int, tracked: bool) -> bool:
+        widened = count.linear(f"{name}.{part}.linear_in", tokens, hidden, 2 * inner, tracked=tracked)
+        return count.linear(f"{name}.{part}.linear_out", tokens, inner, hidden, tracked=widened) or tracked
+
+    inputs = [project(part, text_tokens, text_tracked) for part in ("add_q_proj", "add_k_proj", "add_v_proj")]
+    inputs += [project(part, image_tokens, image_tracked) for part in ("to_q", "to_k", "to_v")]
+    attended = count.attention(text_tokens + image_tokens, hidden, tracked=any(inputs))
+    text_tracked |= project("to_add_out", text_tokens, attended)
+    image_tracked |= project("to_out.0", image_tokens, attended)
+    image_tracked = feed_forward("ff", image_tokens, image_tracked)
+    text_tracked = feed_forward("ff_context", text_tokens, text_tracked)
+    return text_tracked, image_tracked
+
+
+def _single(count: _Count, spec: TransformerSpec, name: str, tokens: int, *, tracked: bool) -> bool:
+    """Count a single block. Returns whether its result wants a gradient."""
+    hidden, inner = spec.hidden, spec.mlp_hidden
+    fused = count.linear(f"{name}.attn.to_qkv_mlp_proj", tokens, hidden, 3 * hidden + 2 * inner, tracked=tracked)
+    count.attention(tokens, hidden, tracked=fused)
+    return count.linear(f"{name}.attn.to_out", tokens, hidden + inner, hidden, tracked=fused) or tracked
+
+
+def _block_name(passing: Pass, index: int) -> str:
+    """Of the block that is `index`-th to run, in the transformer."""
+    doubles = passing.spec.double_blocks
+    return f"transformer_blocks.{index}" if index < doubles else f"single_transformer_blocks.{index - doubles}"

@@ -257,9 +257,9 @@ class Budget:
 
     @cached_property
     def step_flop(self) -> int:
-        """What an optimiser step computes, at the largest bucket."""
+        """What an optimiser step computes, at the largest bucket, recompute counted."""
         passing = self.footprint.passing(self.work.bucket, self.work.batch)
-        return self.config.gradient_accumulation_steps * training_flop(passing)
+        return self.config.gradient_accumulation_steps * training_flop(passing).hardware
 
     def summary(self, flop_per_s: float | None = None) -> dict[str, Any]:
         """For a JSON reader, in bytes and seconds; docs/plan.md says what each key means.
