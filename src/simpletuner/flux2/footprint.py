@@ -210,6 +210,14 @@ def _saved_parameters(spec: TransformerSpec, blocks: tuple[Adapted, ...], rank: 
     return rank * sum(each.in_features + each.out_features for each in linears if isinstance(each, nn.Linear))
 
 
+def recomputed_blocks(config: RunConfig, blocks: int) -> tuple[bool, ...]:
+    """Of each block, whether the backward pass computes it again."""
+    every = config.gradient_checkpointing_interval
+    return tuple(
+        config.gradient_checkpointing and (every is None or (index + 1) % every != 0) for index in range(blocks)
+    )
+
+
 def text_bytes(text: TextSpec, precision: str, dtype: torch.dtype) -> tuple[int, int]:
     """Of the embedding, and of a layer."""
     layer = sum(_stored(shape, precision, dtype) for shape in text.linears)
@@ -458,11 +466,6 @@ class Footprint:
     def passing(self, size: tuple[int, int], batch: int) -> Pass:
         """What goes through the transformer in training."""
         config, spec = self.config, self.architecture.transformer
-        every = config.gradient_checkpointing_interval
-        recomputed = tuple(
-            config.gradient_checkpointing and (every is None or (index + 1) % every != 0)
-            for index in range(spec.blocks)
-        )
         return Pass(
             spec=spec,
             dtype=self.dtype,
@@ -474,7 +477,7 @@ class Footprint:
             adapted=() if self.is_full else self._adapted,
             rank=config.lora_rank,
             dropout=config.lora_dropout,
-            recomputed=recomputed,
+            recomputed=recomputed_blocks(config, spec.blocks),
             routes=resolve(config.tread_routes, spec.blocks),
         )
 

@@ -121,6 +121,14 @@ class StepEvent(Event):
     what was resident of the process."""
     memory_allocated_gib: float | None = None
     """What tensors took of it at their peak, in GiB; null on a CPU."""
+    images_per_s: float | None = None
+    """Images trained a second, over all processes. [performance.md](performance.md) explains this and what follows."""
+    tflop_per_s: float | None = None
+    """TFLOP/s of this process's device: products and attention of forward and backward, recompute not counted."""
+    mfu: float | None = None
+    """`tflop_per_s` over the device's data-sheet rate for dense bf16, 0 to 1; null where that is unknown."""
+    hfu: float | None = None
+    """The same with recompute counted."""
 
 
 class Picture(Event):

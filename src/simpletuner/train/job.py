@@ -48,6 +48,7 @@ from simpletuner.train.rollout import Rollout
 from simpletuner.train.state import TrainState
 from simpletuner.train.step import Objective, Stepper
 from simpletuner.train.strata import Strata
+from simpletuner.train.throughput import FlopMeter, data_sheet_rate
 from simpletuner.train.validate import HeldOutLoss, Painter
 from simpletuner.train.world import World
 
@@ -234,6 +235,7 @@ class Attempt:
             run=self.run,
             batches=builder,
             stepper=stepper,
+            meter=FlopMeter(self.config, product.transformer, rollout, data_sheet_rate(self.device)),
             save=save,
             ema=ema,
             held_out=self.held_out(prepared, denoiser, builder),

@@ -24,6 +24,7 @@ from simpletuner.train.ema import Ema
 from simpletuner.train.report import Reporter, TrainingBar
 from simpletuner.train.state import TrainState
 from simpletuner.train.step import Stepper
+from simpletuner.train.throughput import FlopMeter
 from simpletuner.train.validate import HeldOutLoss, Painter
 
 
@@ -86,6 +87,7 @@ class Loop:
     batches: Callable[[int], GlobalBatch]
     """Builds the global batch of a step from the caches. A function of the step alone."""
     stepper: Stepper
+    meter: FlopMeter
     save: Callable[[TrainState], Path]
     ema: Ema | None
     held_out: HeldOutLoss | None
@@ -145,18 +147,23 @@ class Loop:
                     self.ema.update(batch.step)
             state.step = batch.step
             state.micro_batches += len(batch.batches)
-            now = time.monotonic()
+            seconds = time.monotonic() - began
             peak = self.reporter.peak_memory()
+            rates = self.meter.throughput(batch, seconds)
             event = StepEvent(
                 step=batch.step,
                 epoch=batch.epoch,
                 loss=result.loss,
                 lr=lr,
                 grad_norm=result.grad_norm,
-                seconds=round(now - began, 4),
+                seconds=round(seconds, 4),
                 rollout_calls=result.rollout_calls,
                 memory_gib=peak.used_gib,
                 memory_allocated_gib=peak.allocated_gib,
+                images_per_s=four_digits(rates.images_per_s),
+                tflop_per_s=four_digits(rates.tflop_per_s),
+                mfu=None if rates.mfu is None else round(rates.mfu, 4),
+                hfu=None if rates.hfu is None else round(rates.hfu, 4),
             )
             self.reporter.emit(event)
             bar.step(event)
@@ -274,6 +281,11 @@ def shapes_of(batch: GlobalBatch) -> str:
         count, _, height, width = each.latents.shape
         shapes.append(f"{count} × {width * PIXELS_PER_TOKEN}x{height * PIXELS_PER_TOKEN}")
     return ", ".join(dict.fromkeys(shapes))
+
+
+def four_digits(value: float) -> float:
+    """`value`, rounded to its first four digits: rates are from a thousandth to a thousand."""
+    return float(f"{value:.4g}")
 
 
 def mean(by_sigma: Mapping[float, float]) -> float:

@@ -68,26 +68,54 @@ class Progress:
             self._bar.close()
 
 
+class Smoothed:
+    """The exponential moving average of what it is called with; the newest value weighs `share`."""
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._value: float | None = None
+
+    def __call__(self, value: float) -> float:
+        before = value if self._value is None else self._value
+        self._value = (1 - self._share) * before + self._share * value
+        return self._value
+
+
 class TrainingBar:
-    """Steps done, loss, rate and time left, on the terminal."""
+    """Steps done, time left, loss and rates, on the terminal."""
+
+    FORMAT = "{n_fmt}/{total_fmt}, {remaining} left{postfix}, {rate_fmt}, {elapsed} so far |{bar}|"
+    """What matters most comes first: tqdm cuts the end off where the terminal is too narrow."""
 
     def __init__(self, reporter: "Reporter", *, done: int, total: int) -> None:
         self.reporter = reporter
         self.total = total
         self._printed = time.monotonic()
-        self._smooth: float | None = None
+        self._loss = Smoothed(0.05)
+        self._images_per_s, self._tflop_per_s, self._mfu = (Smoothed(0.2) for _ in range(3))
         self._bar = (
-            tqdm(total=total, initial=done, desc="training", unit="step", file=sys.stderr, smoothing=0.1)
+            tqdm(
+                total=total,
+                initial=done,
+                unit="step",
+                file=sys.stderr,
+                smoothing=0.1,
+                bar_format=self.FORMAT,
+                dynamic_ncols=True,
+            )
             if reporter.is_terminal
             else None
         )
 
     def step(self, event: StepEvent) -> None:
-        """Show one more step. The loss shown is smoothed over about 20 steps: a single one is mostly its sigma."""
-        self._smooth = event.loss if self._smooth is None else 0.95 * self._smooth + 0.05 * event.loss
+        """Show one more step. The loss shown is smoothed over about 20 steps: a single one is mostly its sigma. Rates
+        are smoothed over about five, which differ where images of several sizes are trained.
+        """
+        loss = self._loss(event.loss)
         extra = f", {event.rollout_calls} rollout calls" if event.rollout_calls else ""
+        rates = self._rates(event)
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {self._smooth:.4f}, lr {event.lr:.2e}{extra}", refresh=False)
+            self._bar.set_postfix_str(f"loss {loss:.4f}, lr {event.lr:.2e}{rates}{extra}", refresh=False)
             self._bar.update(1)
             return
         now = time.monotonic()
@@ -95,9 +123,18 @@ class TrainingBar:
             self._printed = now
             left = format_duration((self.total - event.step) * event.seconds)
             self.reporter.say(
-                f"  step {event.step}/{self.total}, loss {self._smooth:.4f}, {event.seconds:.2f} s/step{extra}, "
+                f"  step {event.step}/{self.total}, loss {loss:.4f}, {event.seconds:.2f} s/step{extra}{rates}, "
                 f"{left} left"
             )
+
+    def _rates(self, event: StepEvent) -> str:
+        """Images a second, TFLOP/s, and MFU where it is known."""
+        if event.images_per_s is None or event.tflop_per_s is None:
+            return ""
+        told = (
+            f", {self._images_per_s(event.images_per_s):.3g} img/s, {self._tflop_per_s(event.tflop_per_s):.3g} TFLOP/s"
+        )
+        return told if event.mfu is None else f"{told} ({self._mfu(event.mfu):.0%})"
 
     def go_on(self) -> None:
         """Leave the time since the last step out of the rate: pictures and saving are not steps."""

@@ -7,6 +7,25 @@ from typing import Any, Protocol, runtime_checkable
 from simpletuner.config.options.tracking import TrackingOptions
 from simpletuner.runs.events import Event, Picture, StepEvent, ValidationEvent
 
+STEP_SCALARS = (
+    "loss",
+    "lr",
+    "grad_norm",
+    "seconds",
+    "memory_gib",
+    "images_per_s",
+    "tflop_per_s",
+    "mfu",
+    "hfu",
+)
+"""Keys of a `step` event that trackers show."""
+
+
+def step_scalars(event: StepEvent) -> dict[str, float]:
+    """What trackers show of a step, by their names for it. A value that is unknown is left out."""
+    values = event.model_dump()
+    return {f"train/{key}": values[key] for key in STEP_SCALARS if values[key] is not None}
+
 
 @runtime_checkable
 class Tracker(Protocol):
@@ -61,8 +80,8 @@ class TensorBoard:
         self._root = root
 
     def step(self, event: StepEvent) -> None:
-        for key in ("loss", "lr", "grad_norm", "seconds", "memory_gib"):
-            self._writer.add_scalar(f"train/{key}", event.model_dump()[key], event.step)
+        for key, value in step_scalars(event).items():
+            self._writer.add_scalar(key, value, event.step)
 
     def validation(self, event: ValidationEvent) -> None:
         import numpy
@@ -108,8 +127,7 @@ class Wandb:
         )
 
     def step(self, event: StepEvent) -> None:
-        keys = ("loss", "lr", "grad_norm", "seconds", "memory_gib")
-        self._run.log({f"train/{key}": event.model_dump()[key] for key in keys}, step=event.step)
+        self._run.log(step_scalars(event), step=event.step)
 
     def validation(self, event: ValidationEvent) -> None:
         values: dict[str, Any] = {f"held_out/sigma_{sigma}": loss for sigma, loss in event.loss_by_sigma.items()}

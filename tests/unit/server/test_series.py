@@ -100,6 +100,20 @@ def test_the_lines_of_the_log_take_the_quick_way_and_keep_every_digit(path: Path
     assert json.loads(index.series())["step"] == list(range(1, 3000))
 
 
+RATES = ("images_per_s", "tflop_per_s", "mfu", "hfu")
+
+
+@pytest.mark.parametrize("rates", [{}, dict.fromkeys(RATES), dict.fromkeys(RATES, 0.25)])
+def test_steps_with_and_without_rates_take_the_quick_way(path: Path, rates: dict[str, Any]) -> None:
+    """Files from before there were rates lack them; on a CPU some are null."""
+    event = {key: value for key, value in step(1).model_dump().items() if key not in RATES} | rates
+    head = {"v": 1, "id": 1, "time": "2026-01-01T00:00:00.000+00:00", "attempt": 1}
+    path.write_text(json.dumps(head | {"type": "step"} | event) + "\n")
+    index = Index(path)
+    index._take_other = pytest.fail  # type: ignore[method-assign, assignment]
+    assert json.loads(index.series())["loss"] == [0.5]
+
+
 def test_bytes_are_read_once_and_a_torn_line_waits(path: Path) -> None:
     index = Index(path)
     assert index.look().last_id == 0

@@ -1,0 +1,44 @@
+"""What a run says of its steps, on a terminal and off one."""
+
+import os
+import pty
+import sys
+import termios
+
+import pytest
+
+from simpletuner.runs.events import StepEvent
+from simpletuner.train.report import Reporter, TrainingBar
+
+STEP = StepEvent(
+    step=999, epoch=0, loss=0.5123, lr=1e-4, grad_norm=1.0, seconds=1.64, memory_gib=2.0,
+    images_per_s=0.6098, tflop_per_s=212.3, mfu=0.2146, hfu=0.31,
+)  # fmt: skip
+
+
+def test_the_rates_fit_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    with os.fdopen(theirs, "w") as terminal, os.fdopen(ours, "rb", buffering=0) as screen:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        bar = TrainingBar(Reporter(), done=998, total=2000)
+        bar.step(STEP)
+        bar.close()
+        last = screen.read(4096).decode().rstrip().rsplit("\r", 1)[-1]
+    assert len(last) <= 80
+    assert ", loss 0.5123, lr 1.00e-04, 0.61 img/s, 212 TFLOP/s (21%)" in last
+
+
+@pytest.mark.parametrize(
+    ("step", "rates"),
+    [
+        (STEP, "1.64 s/step, 0.61 img/s, 212 TFLOP/s (21%), "),
+        (STEP.model_copy(update={"mfu": None}), "1.64 s/step, 0.61 img/s, 212 TFLOP/s, "),
+    ],
+    ids=["known card", "unknown card"],
+)
+def test_without_a_terminal_a_line_tells_the_rates(
+    step: StepEvent, rates: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    TrainingBar(Reporter(), done=998, total=999).step(step)
+    assert rates in capsys.readouterr().out
