@@ -27,6 +27,7 @@ RECORDED_TEXTS = frozenset(
         "optimizer",
         "optimizer_config",
         "peft_lora_target_modules",
+        "profile_steps",
         "report_to",
         "revision",
         "tracker_project_name",

@@ -13,6 +13,7 @@ from simpletuner.config.options.checkpoint import LATEST
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.precision import PrecisionOptions
+from simpletuner.config.options.process import ProcessOptions
 from simpletuner.config.options.rollout import RolloutOptions
 from simpletuner.config.options.tread import TreadRoute
 from simpletuner.config.precisions import NO_CHANGE, PRECISIONS
@@ -32,6 +33,8 @@ Finding = tuple[tuple[str, ...], Problem]
 def findings(config: RunConfig, datasets: Datasets | None) -> Iterator[Finding]:
     """Problems between options. `datasets` is None where they are faulty themselves."""
     yield from _length(config)
+    if config.max_train_steps is not None:
+        yield from profile_findings(config, config.max_train_steps)
     yield from _densities(config)
     yield from _rollout(config)
     yield from _optimiser(config)
@@ -53,6 +56,13 @@ def _length(config: RunConfig) -> Iterator[Finding]:
     if config.max_train_steps is None and not config.num_train_epochs:
         found = "num_train_epochs = 0 without max_train_steps: nothing would be trained"
         yield ("num_train_epochs", "max_train_steps"), Problem(found, "one of them to be at least 1")
+
+
+def profile_findings(options: ProcessOptions, steps: int) -> Iterator[Finding]:
+    """Profiled steps that a run of `steps` does not have."""
+    if options.profiled.stop - 1 > steps:
+        found = f"profile_steps = {options.profile_steps} in a run of {steps} steps"
+        yield ("profile_steps", "max_train_steps"), Problem(found, f"steps from 1 to {steps}")
 
 
 def _densities(config: RunConfig) -> Iterator[Finding]:

@@ -57,6 +57,11 @@ class RunDirectory:
         return self.root / "validation"
 
     @property
+    def profiles(self) -> Path:
+        """Traces of steps."""
+        return self.root / "profile"
+
+    @property
     def lora(self) -> Path:
         """The finished LoRA."""
         return self.root / LORA_NAME

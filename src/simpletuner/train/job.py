@@ -18,6 +18,7 @@ from simpletuner.base.files import sha256_json, write_json
 from simpletuner.base.sizes import format_duration, format_size
 from simpletuner.config.load import Loaded
 from simpletuner.config.record import MAY_CHANGE, resolved
+from simpletuner.config.rules import profile_findings
 from simpletuner.config.run import RunConfig
 from simpletuner.data.order import MicroBatch, Order
 from simpletuner.flux2.components import check_precisions
@@ -43,6 +44,7 @@ from simpletuner.train.ema import Ema
 from simpletuner.train.loop import Loop, Plan, best_step, shapes_of
 from simpletuner.train.placement import open_decoder, stream_blocks
 from simpletuner.train.product import PRODUCTS, Product
+from simpletuner.train.profile import StepProfiler
 from simpletuner.train.report import Reporter
 from simpletuner.train.rollout import Rollout
 from simpletuner.train.state import TrainState
@@ -168,6 +170,7 @@ class Attempt:
         plan = Plan.of(self.config, order, self.batches_per_step)
         if self.is_finished(plan.steps):
             return
+        ConfigError.raise_if(problem for _, problem in profile_findings(self.config, plan.steps))
         self.look_again(prepared)
         self.state.config = resolved(self.config)
         self.state.data = prepared.fingerprints
@@ -222,6 +225,10 @@ class Attempt:
         self.introduce(prepared, plan, product, found)
         if rollout is not None:
             self.reporter.say(rollout.describe())
+        if self.config.profiled and self.config.profiled.stop - 1 <= self.state.step:
+            self.reporter.notice(
+                f"profile_steps = {self.config.profile_steps}: these steps are done, none is recorded."
+            )
 
         def save(state: TrainState) -> Path:
             state.scaler = scaler.state_dict()
@@ -236,6 +243,7 @@ class Attempt:
             batches=builder,
             stepper=stepper,
             meter=FlopMeter(self.config, product.transformer, rollout, data_sheet_rate(self.device)),
+            profiler=StepProfiler(self.run.profiles, self.config.profiled, self.device, self.reporter),
             save=save,
             ema=ema,
             held_out=self.held_out(prepared, denoiser, builder),

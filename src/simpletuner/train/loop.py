@@ -21,6 +21,7 @@ from simpletuner.runs.layout import RunDirectory
 from simpletuner.runs.process import Requests
 from simpletuner.train import optim
 from simpletuner.train.ema import Ema
+from simpletuner.train.profile import StepProfiler
 from simpletuner.train.report import Reporter, TrainingBar
 from simpletuner.train.state import TrainState
 from simpletuner.train.step import Stepper
@@ -88,6 +89,7 @@ class Loop:
     """Builds the global batch of a step from the caches. A function of the step alone."""
     stepper: Stepper
     meter: FlopMeter
+    profiler: StepProfiler
     save: Callable[[TrainState], Path]
     ema: Ema | None
     held_out: HeldOutLoss | None
@@ -105,7 +107,8 @@ class Loop:
         self._before_the_first(state)
         bar = TrainingBar(self.reporter, done=state.step, total=self.plan.steps)
         try:
-            return self._steps(state, bar)
+            with self.profiler:
+                return self._steps(state, bar)
         finally:
             bar.close()
 
@@ -135,6 +138,7 @@ class Loop:
         steps = range(state.step + 1, self.plan.steps + 1)
         for batch in batches_of(steps, self.batches, self.stepper.device, prefetch=options.dataloader_prefetch):
             lr = optim.learning_rate(options, batch.step, self.plan.steps)
+            self.profiler.begin(batch.step)
             self.reporter.activity = f"training step {batch.step} ({shapes_of(batch)})"
             try:
                 result = self.stepper(batch, lr)
@@ -167,6 +171,7 @@ class Loop:
             )
             self.reporter.emit(event)
             bar.step(event)
+            self.profiler.end(batch.step)
 
             is_last = batch.step == self.plan.steps
             is_stopping = not is_last and self.requests.take("stop")

@@ -94,11 +94,12 @@ class Rollout:
         """Model calls without gradient for `batch`."""
         return 0 if batch.rollout is None else self.calls
 
-    def sampled(self, lengths: Sequence[int]) -> int:
+    def sampled(self, batch: Batch) -> int:
         """Samples in all of those calls, one that is in several counted several times."""
-        rolled = sum(length > 0 for length in lengths)
-        unrolled = len(lengths) if rolled and self.reflex.alpha else 0
-        return rolled * self.steps * self.solver.calls_a_step + unrolled
+        if batch.rollout is None:
+            return 0
+        unrolled = len(batch.latents) if self.reflex.alpha else 0
+        return len(batch.rollout.rolled) * self.steps * self.solver.calls_a_step + unrolled
 
     def losses(self, denoise: Denoise, batch: Batch, *, penalty: Penalty, sample: Denoise) -> Float[Tensor, " b"]:
         """`flow_loss`, with the samples whose length is not 0 rolled out. The others keep their bits.

@@ -73,7 +73,7 @@ class FlopMeter:
             passing = replace(self._passing, text=batch.condition.context.index.shape[1], image=height * width)
             total += self._training(passing) * count
             if self._rollout is not None:
-                total += self._sampling(passing) * self._rollout.sampled(batch.rollout_lengths)
+                total += self._sampling(passing) * self._rollout.sampled(batch)
         return total
 
     def throughput(self, whole: GlobalBatch, seconds: float) -> Throughput:

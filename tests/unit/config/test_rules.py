@@ -123,6 +123,19 @@ def test_trackers_are_a_comma_list(place: Any, value: str, installed: Callable[.
     assert place.load().config.trackers == expected
 
 
+@pytest.mark.parametrize("value", ["", "3", "0:2", "3:2", "-1:2", "1:2:3", "a:b"], ids=repr)
+def test_what_are_no_two_steps_is_refused(place: Any, value: str) -> None:
+    place.config["profile_steps"] = value
+    assert "expected FIRST:LAST, two steps counted from 1" in place.problems()[0]
+
+
+def test_profiled_steps_lie_in_the_run(place: Any) -> None:
+    place.config |= {"profile_steps": "2:4", "max_train_steps": 4}
+    assert place.load().config.profiled == range(2, 5)
+    place.config["max_train_steps"] = 3
+    assert place.problems() == ["profile_steps = 2:4 in a run of 3 steps: expected steps from 1 to 3."]
+
+
 @pytest.mark.parametrize("value", ["", "mlflow", "none,wandb", "wandb,wandb"], ids=repr)
 def test_other_trackers_are_refused(place: Any, value: str) -> None:
     place.config["report_to"] = value
