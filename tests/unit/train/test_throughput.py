@@ -1,6 +1,6 @@
 """How fast a step was: what is counted of a step is what the step computes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -14,12 +14,12 @@ from simpletuner.data.batch import Batch, GlobalBatch
 from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.lora import attach
-from simpletuner.flux2.routes import resolve
+from simpletuner.flux2.routes import Route, resolve
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.flux2.tread import draw_choices
 from simpletuner.memory import recompute
 from simpletuner.train import optim
-from simpletuner.train.rollout import Rollout
+from simpletuner.train.rollout import Rollout, starts_of
 from simpletuner.train.step import Objective, Stepper
 from simpletuner.train.throughput import FlopMeter, data_sheet_rate
 
@@ -28,7 +28,7 @@ LENGTHS = ((0, 30, 5), (0, 0), (7,))
 SIZES = ((4, 6), (6, 4), (8, 4))
 
 
-def micro_batches(objective: Objective) -> Iterator[Batch]:
+def micro_batches(objective: Objective, routes: Sequence[Route] = (), *, is_rolled: bool = False) -> Iterator[Batch]:
     slot = 0
     for lengths, (height, width) in zip(LENGTHS, SIZES, strict=True):
         slots = range(slot, slot + len(lengths))
@@ -42,7 +42,8 @@ def micro_batches(objective: Objective) -> Iterator[Batch]:
             names=tuple(map(str, slots)),
             weights=torch.ones(len(lengths)),
             slots=slots,
-            rollout_lengths=lengths,
+            rollout=starts_of(lengths, draws.sigma) if is_rolled else None,
+            choices=draw_choices(routes, 0, 1, slots, height * width),
         )
 
 
@@ -76,10 +77,11 @@ def test_it_counts_what_a_step_computes(options: dict[str, Any]) -> None:
         objective=objective,
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         device=torch.device("cpu"),
-        route=lambda at, slots, grid: denoiser.routed(draw_choices(routes, 0, at, slots, grid[0] * grid[1])),
+        route=denoiser.routed,
         rollout=rollout,
     )
-    whole = GlobalBatch(1, 0, tuple(micro_batches(objective)), sum(map(len, LENGTHS)))
+    batches = tuple(micro_batches(objective, routes, is_rolled=rollout is not None))
+    whole = GlobalBatch(1, 0, batches, sum(map(len, LENGTHS)))
     meter = FlopMeter(config, transformer, rollout, rate=1e12)
     with FlopCounterMode(display=False, custom_mapping=FUSED) as counter:
         step(whole, 0.0)
