@@ -192,7 +192,11 @@ ANY_SIZE = Machine(1 << 62, 1 << 62, None)
 def plan_row(name: str, spec: TransformerSpec, precision: str, size: tuple[int, int]) -> str:
     """Training a LoRA of rank 16 on all Linears: resident, streamed, streamed with activations offloaded."""
     cells = [name, precision, f"{size[0]}x{size[1]}"]
-    streamed = {"enable_group_offload": True, "group_offload_use_stream": True}
+    streamed = {
+        "enable_group_offload": True,
+        "group_offload_use_stream": True,
+        "group_offload_resident_blocks": 0,
+    }
     for options in ({}, streamed, {**streamed, "activation_offload": True}):
         config = RunConfig.model_validate({"base_model_precision": precision, **options})
         architecture = replace(Architecture.of(config), transformer=spec)

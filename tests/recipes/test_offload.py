@@ -25,6 +25,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "by leaf": STREAMED | {"group_offload_type": "leaf_level"},
     "by three": STREAMED | {"group_offload_blocks_per_group": 3, "gradient_checkpointing_interval": 2},
     "from disk": STREAMED | {"group_offload_to_disk_path": "blocks"},
+    "three resident": STREAMED | {"group_offload_resident_blocks": 3, "group_offload_to_disk_path": "blocks"},
     "without recomputing": STREAMED | {"gradient_checkpointing": False},
 }
 
@@ -152,7 +153,12 @@ def test_sample_draws_the_same_picture(tiny_folder: Path, capsys: pytest.Capture
     ways = [
         [],
         ["--enable_group_offload", "--group_offload_vae", "--group_offload_text_encoder", "--offload_during_startup"],
-        ["--enable_group_offload", "--group_offload_type=leaf_level", "--group_offload_to_disk_path=blocks"],
+        [
+            "--enable_group_offload",
+            "--group_offload_type=leaf_level",
+            "--group_offload_resident_blocks=3",
+            "--group_offload_to_disk_path=blocks",
+        ],
     ]
     pictures = []
     for flags in ways:

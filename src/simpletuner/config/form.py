@@ -82,6 +82,7 @@ UNITS = {
     "text_encoder_batch_size": "captions",
     "write_batch_size": "files",
     "group_offload_blocks_per_group": "blocks",
+    "group_offload_resident_blocks": "blocks",
     "max_workers": "threads",
 }
 """What a number counts, where its name leaves that open."""

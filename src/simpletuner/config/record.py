@@ -23,6 +23,7 @@ RECORDED_TEXTS = frozenset(
         "disk_low_threshold",
         "eval_dataset_id",
         "flow_custom_timesteps",
+        "group_offload_resident_blocks",
         "modelspec_comment",
         "optimizer",
         "optimizer_config",

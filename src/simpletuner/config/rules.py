@@ -337,7 +337,12 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
 
 
 def _ignored_of_offload(config: RunConfig) -> Iterator[tuple[tuple[str, ...], bool, str]]:
-    of_groups = ("group_offload_type", "group_offload_blocks_per_group", "group_offload_to_disk_path")
+    of_groups = (
+        "group_offload_type",
+        "group_offload_blocks_per_group",
+        "group_offload_resident_blocks",
+        "group_offload_to_disk_path",
+    )
     yield of_groups, not config.enable_group_offload, "enable_group_offload is false"
     is_by_leaf = config.enable_group_offload and config.group_offload_type == "leaf_level"
     yield ("group_offload_blocks_per_group",), is_by_leaf, "group_offload_type is leaf_level"

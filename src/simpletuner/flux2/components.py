@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from simpletuner.base.sizes import format_size
+from simpletuner.config.flavours import TransformerSpec
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.precision import PrecisionOptions
@@ -19,6 +20,7 @@ from simpletuner.flux2.load import (
     stream_text_encoder,
     text_encoder_id,
 )
+from simpletuner.flux2.residency import block_index, resident_indices
 from simpletuner.flux2.source import Source
 from simpletuner.flux2.spec import text_from_config
 from simpletuner.flux2.text import CODECS, LeftPaddedCodec, TextEncoder
@@ -52,9 +54,18 @@ def text_codec(model: ModelOptions, precision: PrecisionOptions, source: Source)
     )
 
 
-def landing(options: OffloadOptions, device: torch.device) -> torch.device:
-    """Where a transformer is loaded that is to be streamed: all of it need not fit on the accelerator."""
-    return torch.device("cpu") if options.enable_group_offload else device
+def landing(options: OffloadOptions, spec: TransformerSpec, device: torch.device) -> Callable[[str], torch.device]:
+    """Where the tensor of a name is loaded to: on `device`, or in host memory where its block is streamed, since all
+    blocks together need not fit on the accelerator.
+    """
+    resident = resident_indices(spec, options.resident_blocks or 0)
+
+    def device_of(name: str) -> torch.device:
+        index = block_index(spec, name)
+        is_streamed = options.enable_group_offload and index is not None and index not in resident
+        return torch.device("cpu") if is_streamed else device
+
+    return device_of
 
 
 def open_autoencoder(
@@ -72,7 +83,7 @@ def open_autoencoder(
         tiling=model.vae_enable_tiling,
         slicing=model.vae_enable_slicing,
         is_streamed=offload.group_offload_vae,
-        ahead=offload.group_offload_use_stream and device.type != "cpu",
+        ahead=offload.copies_ahead(device.type),
         half=half,
     )
 
@@ -146,8 +157,9 @@ def load_base(
     return load_transformer(
         source,
         DTYPES[options.base_dtype],
-        landing(offload, device),
+        device,
         options.base_model_precision,
+        land_on=landing(offload, source.spec, device),
         via=quantised_on(options, device),
         cache_dir=None if folder is None else Path(folder),
         report=report,

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,27 @@ from simpletuner.base.files import read_json
 from simpletuner.config.flavours import FLAVOURS, AutoencoderSpec, TextSpec, TransformerSpec
 from simpletuner.config.optimisers import optimiser
 from simpletuner.config.options.lora import LoraOptions
+from simpletuner.config.options.offload import AUTO
 from simpletuner.config.precisions import NO_CHANGE, PRECISIONS
 from simpletuner.config.run import RunConfig
 from simpletuner.flux2.activations import Adapted, Pass, sampling, training
 from simpletuner.flux2.lora import wanted_ranges
+from simpletuner.flux2.residency import resident_indices
 from simpletuner.flux2.routes import resolve
 from simpletuner.flux2.source import Weights, transformer_spec
 from simpletuner.flux2.spec import autoencoder_from_config, decoder_shapes, encoder_shapes, text_from_config
 from simpletuner.flux2.text_stream import MEMORY_BYTES, PORTION_TOKENS
 from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
 from simpletuner.flux2.transformer import Flux2Transformer
-from simpletuner.memory.planner import Machine, MemoryPart, MemoryPlan, MemoryTier, PhasePlan, PlannedPhase
+from simpletuner.memory.planner import (
+    Machine,
+    MemoryPart,
+    MemoryPlan,
+    MemoryTier,
+    PhasePlan,
+    PlannedPhase,
+    bytes_to_fill,
+)
 from simpletuner.memory.precision import DTYPES, stored_bytes
 
 # What the model is
@@ -134,8 +144,8 @@ class TransformerBytes:
     """Of each block, doubles first."""
     rest: int
     """Embedders, modulation, last layers."""
-    largest_layer: int
-    """Of the largest module of a block that has weights of its own."""
+    largest_layers: tuple[int, ...]
+    """Of each block's largest module that has weights of its own."""
     largest_matrix: int
     """Numbers of the largest matrix of a block."""
 
@@ -172,7 +182,7 @@ def transformer_bytes(spec: TransformerSpec, precision: str, dtype: torch.dtype)
     return TransformerBytes(
         blocks=tuple(sum(map(held, block)) for block in inside),
         rest=sum(p.numel() * dtype.itemsize for p in transformer.parameters() if id(p) not in within),
-        largest_layer=max(map(held, matrices)),
+        largest_layers=tuple(max(map(held, block)) for block in inside),
         largest_matrix=max(parameter.numel() for parameter in matrices),
     )
 
@@ -295,6 +305,22 @@ class _Room:
 
 
 @dataclass(frozen=True)
+class StreamedBlocks:
+    """Bytes of a transformer's blocks of which some are resident and the others are streamed."""
+
+    resident: int
+    slots: int
+    """Of all slots together."""
+    streamed: int
+    """Of the packed copies."""
+    largest_group: int
+
+    @property
+    def on_device(self) -> int:
+        return self.resident + self.slots
+
+
+@dataclass(frozen=True)
 class Footprint:
     """The phases of a run of `config`."""
 
@@ -406,7 +432,8 @@ class Footprint:
         """Returns what is read for it."""
         weights, largest = autoencoder_bytes(half, self.vae_dtype)
         if self.config.group_offload_vae:
-            room.device("weights of the VAE", self._slots * largest)
+            slots = 2 if self._device == "accelerator" and self.config.copies_ahead("cuda") else 1
+            room.device("weights of the VAE", slots * largest)
             room.ram("weights of the VAE", weights)
         else:
             room.device("weights of the VAE", weights)
@@ -421,9 +448,67 @@ class Footprint:
     # Training
 
     @property
-    def _slots(self) -> int:
-        """Groups that are on the accelerator at a time when they come and go."""
-        return 2 if self.config.group_offload_use_stream and self.machine.accelerator is not None else 1
+    def streams_blocks(self) -> bool:
+        return self.config.enable_group_offload and not self.is_full
+
+    @cached_property
+    def settled(self) -> RunConfig:
+        """`config` with a number of resident blocks and a choice of the stream in place of each `auto` of the group
+        offload: as many blocks as `bytes_to_fill` has room for in training and validation, beside two slots where both
+        fit. On a machine without an accelerator no block and one slot.
+        """
+        config, there = self.config, self.machine.accelerator
+        count, stream = config.resident_blocks, config.group_offload_use_stream
+        if not self.streams_blocks or (count is not None and stream != AUTO):
+            return config
+        if there is None:
+            return _settled(config, count or 0, ahead=False)
+        beside, ahead = self._beside_blocks, stream == "true"
+        if stream == AUTO:
+            ahead = beside + self.streamed_blocks(count or 0, ahead=True).on_device <= there
+        if count is None:
+            count = self.architecture.transformer.blocks
+            while count and beside + self.streamed_blocks(count, ahead=ahead).on_device > bytes_to_fill(there):
+                count -= 1
+        return _settled(config, count, ahead=ahead)
+
+    @property
+    def _beside_blocks(self) -> int:
+        """Bytes on the accelerator that training or validation takes beside the blocks, where that is more."""
+        bare = replace(self, config=_settled(self.config, 0, ahead=False))
+        phases = [bare.train(), *(bare.validation(size) for size in self.config.sizes if self.work.draws)]
+        return max(phase.total("accelerator") for phase in phases) - bare.streamed_blocks(0, ahead=False).on_device
+
+    def streamed_blocks(self, resident: int, *, ahead: bool) -> StreamedBlocks:
+        """The blocks' bytes with `resident` blocks on the accelerator, the others streamed through one slot, or two
+        where the next group is copied `ahead`."""
+        weights, config = self._weights, self.config
+        stay = resident_indices(self.architecture.transformer, resident)
+        going = [index for index in range(len(weights.blocks)) if index not in stay]
+        if config.group_offload_type == "leaf_level":
+            largest = max((weights.largest_layers[index] for index in going), default=0)
+            groups = 2 * len(going)  # at least
+        else:
+            sizes = [weights.blocks[index] for index in going]
+            every = config.group_offload_blocks_per_group
+            together = [sum(sizes[start : start + every]) for start in range(0, len(sizes), every)]
+            largest, groups = max(together, default=0), len(together)
+        streamed = sum(weights.blocks[index] for index in going)
+        return StreamedBlocks(sum(weights.blocks) - streamed, min(1 + ahead, groups) * largest, streamed, largest)
+
+    @property
+    def _streaming(self) -> StreamedBlocks:
+        config = self.settled
+        ahead = config.copies_ahead("cpu" if self.machine.accelerator is None else "cuda")
+        return self.streamed_blocks(config.resident_blocks or 0, ahead=ahead)
+
+    @property
+    def _residency(self) -> str:
+        """In words, where blocks are streamed."""
+        count, blocks = self.settled.resident_blocks or 0, self.architecture.transformer.blocks
+        if not self.streams_blocks or (self.machine.accelerator is None and not count):
+            return ""
+        return f", {min(count, blocks)} of {blocks} blocks resident"
 
     @property
     def _adapted(self) -> tuple[Adapted, ...]:
@@ -505,7 +590,7 @@ class Footprint:
         self._data(room, self.work.bucket, self.work.batch)
         room.disk("checkpoints", (config.checkpoints_total_limit + 1) * self.checkpoint_bytes)
         width, height = self.work.bucket
-        return room.plan("train", f"{width}x{height} × {self.work.batch}", read)
+        return room.plan("train", f"{width}x{height} × {self.work.batch}{self._residency}", read)
 
     def validation(self, size: tuple[int, int]) -> PhasePlan:
         """A picture of `size` in the middle of training."""
@@ -551,18 +636,16 @@ class Footprint:
         if self.is_full or not config.enable_group_offload:
             room.device("weights", weights.total)
         else:
-            group = weights.largest_layer
-            if config.group_offload_type == "block_level":
-                group = config.group_offload_blocks_per_group * max(weights.blocks)
-            slots = min(self._slots * group, sum(weights.blocks))
+            blocks = self._streaming
             room.device("weights", weights.rest)
-            room.device("slots for blocks", slots)
+            room.device("resident blocks", blocks.resident)
+            room.device("slots for blocks", blocks.slots)
             if config.group_offload_to_disk_path is None:
-                room.ram("blocks that wait", sum(weights.blocks))
+                room.ram("blocks that wait", blocks.streamed)
             else:
                 # Quantised ones are all in memory once, before they are written.
-                room.ram("blocks that wait", 0 if self._precision == NO_CHANGE else sum(weights.blocks))
-                room.disk("blocks that wait", sum(weights.blocks))
+                room.ram("blocks that wait", 0 if self._precision == NO_CHANGE else blocks.streamed)
+                room.disk("blocks that wait", blocks.streamed)
         if self.is_full:
             room.device("masters", self.trained_bytes if self.has_masters else 0)
         else:
@@ -583,6 +666,11 @@ class Footprint:
         room.device("batch", 5 * latents + contexts + tables)
         if self.machine.accelerator is not None:
             room.ram("batch", 2 * (latents + contexts))
+
+
+def _settled(config: RunConfig, resident: int, *, ahead: bool) -> RunConfig:
+    choices = {"group_offload_resident_blocks": str(resident), "group_offload_use_stream": str(ahead).lower()}
+    return config.model_copy(update=choices)
 
 
 def _weight(phase: PhasePlan) -> int:

@@ -62,6 +62,7 @@ def load_transformer(
     device: torch.device | str,
     precision: str = NO_CHANGE,
     *,
+    land_on: Callable[[str], torch.device] | None = None,
     via: torch.device | str | None = None,
     cache_dir: Path | None = None,
     report: Callable[[str], None] = print,
@@ -72,6 +73,7 @@ def load_transformer(
     Tensors are quantised one by one, on `via`, by default `device`: besides the model, one is in memory at a time.
 
     Args:
+        land_on: the device of the tensor of each name, where they differ; by default all are on `device`.
         cache_dir: where the quantised model is kept, and found by the next one who asks for the same.
         report: told in a sentence why one that was kept is not used.
 
@@ -94,10 +96,11 @@ def load_transformer(
             make_room(transformer, targets(transformer, _BLOCKS, precision), precision, dtype)
         with open_tensors(file) as tensors:
             for name in transformer.state_dict():
-                _assign(transformer, name, tensors[name].to(device, copy=name in plain))
+                place = device if land_on is None else land_on(name)
+                _assign(transformer, name, tensors[name].to(place, copy=name in plain))
         return transformer.eval()
     renaming = transformer_renaming(read_headers(source.transformer.files))
-    _fill(transformer, source.transformer, renaming, dtype, device, quantise=quantise)
+    _fill(transformer, source.transformer, renaming, dtype, device, quantise=quantise, land_on=land_on)
     if kept is not None:
         kept.keep(transformer.state_dict())
     return transformer.eval()
@@ -357,6 +360,7 @@ def _fill(
     kept: tuple[str, ...] = (),
     unknown_allowed: bool = False,
     quantise: Quantise | None = None,
+    land_on: Callable[[str], torch.device] | None = None,
 ) -> None:
     """Give every parameter and buffer of `module`, built on the meta device, its tensor from `weights`.
 
@@ -374,14 +378,15 @@ def _fill(
     def land(new: Renamed, tensor: Tensor) -> None:
         for target, part in zip(new.names, new.cut(tensor), strict=True):
             cast = part if target.startswith(kept) else part.to(dtype)
+            place = device if land_on is None else land_on(target)
             owner = target.removesuffix(".weight")
             if quantise is not None and owner in linears:
                 linear = linears.pop(owner)
                 linear.weight = nn.Parameter(cast.to(quantise.via), requires_grad=False)
-                module.set_submodule(owner, quantised(linear, quantise.precision, device))
+                module.set_submodule(owner, quantised(linear, quantise.precision, place))
             else:
                 # Copied as in `load_transformer`: `pread` puts a tensor anywhere in memory.
-                _assign(module, target, cast.to(device, copy=quantise is not None))
+                _assign(module, target, cast.to(place, copy=quantise is not None))
 
     for file in weights.files:
         with open_tensors(file, backend="mmap" if quantise is None else "pread") as tensors:

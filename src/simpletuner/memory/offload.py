@@ -293,6 +293,11 @@ class Streaming:
         room = f"{len(self._slots)} of up to {format_size(self.slot_bytes)} on the device at once"
         return f"{len(self._groups)} groups of weights, {format_size(self.packed_bytes)}, {room}"
 
+    @property
+    def ring_bytes(self) -> int:
+        """Of all slots on the device."""
+        return len(self._slots) * self.slot_bytes
+
     def told(self) -> str:
         """What has been copied so far, for people."""
         return (

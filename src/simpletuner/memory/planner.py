@@ -20,6 +20,17 @@ LEFT_BY_A_SYSTEM = 4 * GIB
 small ones. A card of 24, 16, 12 or 8 GiB has 22.5, 14.5, 10.5 or 7 for a model."""
 
 
+KEPT_FREE = 1 / 20
+"""Share of the accelerator that choices made to fill it leave free: measured peaks lie within it of the plan."""
+
+
+def bytes_to_fill(accelerator: int) -> int:
+    """Bytes that a choice made to fill the accelerator may plan for. Of what is free of a whole card of 24, 16, 12 or
+    8 GiB that is less than the 22.5, 14.5, 10.5 or 7 GiB above.
+    """
+    return int(accelerator - max(KEPT_FREE * accelerator, min(LEFT_BY_A_CARD, accelerator / 8)))
+
+
 @dataclass(frozen=True)
 class MemoryPart:
     """What takes memory, where, and how much of it, in bytes."""

@@ -13,6 +13,7 @@ from simpletuner.base.errors import DataError, MemoryBudgetError
 from simpletuner.base.sizes import format_duration, format_size
 from simpletuner.config.datasets import ImageSet
 from simpletuner.config.load import Loaded
+from simpletuner.config.options.offload import AUTO
 from simpletuner.config.precisions import PRECISIONS
 from simpletuner.config.record import MAY_CHANGE
 from simpletuner.config.rules import findings
@@ -129,9 +130,17 @@ def _draws(loaded: Loaded) -> bool:
     return bool(loaded.prompts) and not loaded.config.validation_disable
 
 
-def ladder(config: RunConfig, work: Workload) -> Iterator[Change]:
-    """What can be changed, from what costs least to what costs most: time first, then precision, then the result."""
+def ladder(config: RunConfig, work: Workload, fitting_blocks: int | None = None) -> Iterator[Change]:
+    """What can be changed, from what costs least to what costs most: time first, then precision, then the result.
+
+    Args:
+        fitting_blocks: resident blocks for which there is room, where more are asked for.
+    """
     is_lora = config.model_type == "lora"
+    if fitting_blocks is not None:
+        yield Change("group_offload_resident_blocks", str(fitting_blocks))
+    if config.enable_group_offload and config.group_offload_use_stream == "true":
+        yield Change("group_offload_use_stream", "false")
     if not config.gradient_checkpointing:
         yield Change("gradient_checkpointing", True)
     elif config.gradient_checkpointing_interval is not None:
@@ -214,7 +223,17 @@ class Budget:
             options = {} if change.where else {change.option: change.value}
             return not any(findings(self.config.model_copy(update=options), None))
 
-        return [change for change in ladder(self.config, self.work) if is_allowed(change)]
+        return [change for change in ladder(self.config, self.work, self._fitting_blocks) if is_allowed(change)]
+
+    @property
+    def _fitting_blocks(self) -> int | None:
+        """Resident blocks for which the accelerator has room; None where no more are asked for."""
+        asked = self.config.resident_blocks
+        if not asked or not self.footprint.streams_blocks or self.machine.accelerator is None:
+            return None
+        config = self.config.model_copy(update={"group_offload_resident_blocks": AUTO})
+        fitting = Footprint(config, self.architecture, self.work, self.machine).settled.resident_blocks or 0
+        return fitting if fitting < asked else None
 
     def lines(self) -> list[str]:
         """The short form: a line a phase, the verdict, and the way out."""
@@ -330,16 +349,18 @@ class Budget:
             measured, shown = peak.allocated, f"{format_size(peak.allocated)}, {format_size(peak.reserved)} reserved"
         there = int(WORTH * min(phase.total(place), measured))
         less = with_less(self.plan, phase.phase, place, there)
+        # What `auto` took is what ran out; what it would take of less memory is what is looked for.
+        smaller = replace(self, config=self.footprint.settled, machine=less.machine)
 
         def replan(changes: Mapping[str, object]) -> MemoryPlan:
-            return with_less(self.with_changes(changes), phase.phase, place, there)
+            return with_less(smaller.with_changes(changes), phase.phase, place, there)
 
         told = [f"The plan was {phase_line(phase)}; the measured peak is {shown}."]
         if saved:
-            remedy = smallest_change(less, [rung for rung in self.rungs if rung.option in MAY_CHANGE], replan)
+            remedy = smallest_change(less, [rung for rung in smaller.rungs if rung.option in MAY_CHANGE], replan)
             if remedy is not None:
                 return [*told, f"Less is taken with {remedy}."]
-        remedy = smallest_change(less, self.rungs, replan)
+        remedy = smallest_change(less, smaller.rungs, replan)
         if remedy is not None:
             anew = ", in a new run: give another --output_dir too" if saved else ""
             told.append(f"Less is taken with {remedy}{anew}.")

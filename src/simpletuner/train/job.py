@@ -42,7 +42,7 @@ from simpletuner.train.budget import Budget, configured, scanned, this_machine
 from simpletuner.train.caches import Prepared, prepare
 from simpletuner.train.ema import Ema
 from simpletuner.train.loop import Loop, Plan, best_step, shapes_of
-from simpletuner.train.placement import open_decoder, stream_blocks
+from simpletuner.train.placement import open_decoder, residency_text, stream_blocks
 from simpletuner.train.product import PRODUCTS, Product
 from simpletuner.train.profile import StepProfiler
 from simpletuner.train.report import Reporter
@@ -180,7 +180,8 @@ class Attempt:
     def train(self, prepared: Prepared, source: Source, order: Order, plan: Plan, found: resume.Resume | None) -> None:
         """Load the model, train it and export it."""
         with self.reporter.phase("load"):
-            product = PRODUCTS[self.config.model_type](self.config, source, self.device, self.reporter)
+            placed = self.budget.footprint.settled
+            product = PRODUCTS[self.config.model_type](placed, source, self.device, self.reporter)
             self.install(product.transformer, order)
             product.introduce(self.run, self.reporter)
         self.check_room(product, plan)
@@ -306,11 +307,12 @@ class Attempt:
                 mode=self.config.dynamo_mode,
                 sizes_vary=len(shapes) > 1 or bool(self.config.tread_routes),
             )
-        self.streaming = stream_blocks(transformer, self.config, self.device)
+        placed = self.budget.footprint.settled
+        self.streaming = stream_blocks(transformer, placed, self.device)
         if self.streaming is not None:
-            self.reporter.say(f"Streamed: {self.streaming}.")
+            self.reporter.say(f"Streamed: {self.streaming}{residency_text(placed, transformer.spec)}.")
         if self.config.gradient_checkpointing:
-            ahead = self.config.group_offload_use_stream
+            ahead = self.config.copies_ahead(self.device.type)
             inputs = recompute.HostInputs(self.device, ahead=ahead) if self.config.activation_offload else None
             recompute.install(transformer.blocks, self.config.gradient_checkpointing_interval, inputs=inputs)
         offloads = self.streaming is not None or self.config.activation_offload or self.config.group_offload_vae

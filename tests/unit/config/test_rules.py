@@ -165,6 +165,10 @@ def test_other_trackers_are_refused(place: Any, value: str) -> None:
             "group_offload_blocks_per_group has no effect: enable_group_offload is false.",
         ),
         (
+            {"group_offload_resident_blocks": 3},
+            "group_offload_resident_blocks has no effect: enable_group_offload is false.",
+        ),
+        (
             {"group_offload_to_disk_path": "blocks"},
             "group_offload_to_disk_path has no effect: enable_group_offload is false.",
         ),

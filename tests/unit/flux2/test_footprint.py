@@ -26,13 +26,19 @@ from simpletuner.flux2.footprint import (
     transformer_bytes,
 )
 from simpletuner.flux2.lora import attach
+from simpletuner.flux2.residency import resident_indices
 from simpletuner.flux2.spec import autoencoder_from_config, decoder_shapes, encoder_shapes, text_from_config
 from simpletuner.flux2.tiny.make import TEXT_CONFIG, VAE
-from simpletuner.memory.planner import Machine, MemoryPlan, MemoryTier, PhasePlan
+from simpletuner.memory.planner import Machine, MemoryPlan, MemoryTier, PhasePlan, bytes_to_fill
 from simpletuner.memory.trace import pretending, trace_forward
 
 CARD = Machine(int(80.0 * GIB), int(64.0 * GIB), None)
 CPU = Machine(None, int(64.0 * GIB), None)
+STREAMED: dict[str, object] = {
+    "enable_group_offload": True,
+    "group_offload_resident_blocks": 0,
+    "group_offload_use_stream": False,
+}
 
 
 def plan(machine: Machine = CARD, work: Workload | None = None, **options: object) -> MemoryPlan:
@@ -176,18 +182,12 @@ SMALLER = [
     ("train", {"mixed_precision": "no"}, {"mixed_precision": "bf16"}),
     ("train", {"base_model_default_dtype": "fp32"}, {"base_model_default_dtype": "bf16"}),
     ("train", {"mixed_precision": "fp16"}, {"mixed_precision": "bf16"}),
-    ("train", {}, {"enable_group_offload": True}),
-    ("train", {"enable_group_offload": True, "group_offload_use_stream": True}, {"enable_group_offload": True}),
-    (
-        "train",
-        {"enable_group_offload": True, "group_offload_blocks_per_group": 2},
-        {"enable_group_offload": True},
-    ),
-    (
-        "train",
-        {"enable_group_offload": True},
-        {"enable_group_offload": True, "group_offload_type": "leaf_level"},
-    ),
+    ("train", {}, STREAMED),
+    ("train", STREAMED | {"group_offload_resident_blocks": 3}, STREAMED),
+    ("train", STREAMED | {"group_offload_use_stream": True}, STREAMED),
+    ("train", STREAMED | {"group_offload_use_stream": "auto"}, STREAMED),
+    ("train", STREAMED | {"group_offload_blocks_per_group": 2}, STREAMED),
+    ("train", STREAMED, STREAMED | {"group_offload_type": "leaf_level"}),
     ("train", {"use_ema": True}, {"use_ema": True, "ema_device": "cpu"}),
     (
         "train",
@@ -238,17 +238,13 @@ def test_options_take_memory_off_the_accelerator(name: str, more: dict[str, obje
 @pytest.mark.parametrize(
     ("name", "less", "more"),
     [
-        ("train", {}, {"enable_group_offload": True}),
+        ("train", {}, STREAMED),
         ("train", {}, {"activation_offload": True}),
         ("train", {"use_ema": True}, {"use_ema": True, "ema_device": "cpu"}),
         ("train", {"model_type": "full"}, {"model_type": "full", "use_ema": True}),
         ("text", {"text_encoder_mode": "resident"}, {"text_encoder_mode": "streamed"}),
         ("latents", {}, {"group_offload_vae": True}),
-        (
-            "train",
-            {"enable_group_offload": True, "group_offload_to_disk_path": "blocks"},
-            {"enable_group_offload": True},
-        ),
+        ("train", STREAMED | {"group_offload_to_disk_path": "blocks"}, STREAMED),
     ],
 )
 def test_what_leaves_the_accelerator_is_in_memory(name: str, less: dict[str, object], more: dict[str, object]) -> None:
@@ -288,6 +284,88 @@ def test_without_an_accelerator_everything_is_in_memory() -> None:
     assert there.peak("accelerator") <= here.peak("ram")
     both = phase("train", CPU, enable_group_offload=True), phase("train", CPU)
     assert part(both[0], "blocks that wait", "ram") + part(both[0], "weights", "ram") == part(both[1], "weights", "ram")
+
+
+@pytest.mark.parametrize("resident", [0, 3, 8, 99])
+def test_resident_blocks_are_counted_as_weights_and_wait_nowhere(resident: int) -> None:
+    whole, streamed = phase("train"), phase("train", **STREAMED | {"group_offload_resident_blocks": resident})
+    weights = transformer_bytes(TINY, "no_change", torch.bfloat16)
+    stay = [weights.blocks[index] for index in resident_indices(TINY, resident)]
+    assert part(streamed, "resident blocks") == sum(stay)
+    assert part(streamed, "blocks that wait", "ram") == sum(weights.blocks) - sum(stay)
+    assert part(streamed, "weights") + part(streamed, "resident blocks") <= part(whole, "weights")
+    assert streamed.what.endswith(f", {min(resident, 8)} of 8 blocks resident")
+    assert (streamed.total("accelerator") == whole.total("accelerator")) == (resident >= 8)
+
+
+def test_groups_are_as_large_as_the_streamed_blocks_in_them() -> None:
+    blocks = transformer_bytes(TINY, "no_change", torch.bfloat16).blocks
+    by_three = STREAMED | {"group_offload_blocks_per_group": 3}
+    assert part(phase("train", **by_three), "slots for blocks") == sum(blocks[:3])
+    # The double blocks stay, and what is left is one group of three single blocks, then one of one.
+    left = by_three | {"group_offload_resident_blocks": 4, "group_offload_use_stream": True}
+    assert len(blocks) == 8
+    assert part(phase("train", **left), "slots for blocks") == 2 * 3 * blocks[-1]
+
+
+def test_auto_keeps_as_many_blocks_as_there_is_room_for() -> None:
+    auto = {"model_flavour": "dev", "base_model_precision": "int8-quanto", "enable_group_offload": True}
+    work = Workload((1024, 1024), 1, draws=False)
+    counts = []
+    for card in (8.0, 12.0, 16.0, 24.0, 32.0, 80.0):
+        machine = Machine.of_size(card * GIB, 64.0 * GIB)
+        assert machine.accelerator is not None
+        train = phase("train", machine, work, **auto)
+        foot = Footprint(
+            config := RunConfig.model_validate(auto), architecture := Architecture.of(config), work, machine
+        )
+        count = foot.settled.resident_blocks
+        assert count is not None
+        assert f"{count} of 56 blocks resident" in train.what
+        counts.append(count)
+        if count > 0:
+            assert train.total("accelerator") <= bytes_to_fill(machine.accelerator)
+        if count < 56:
+            one_more = foot.settled.model_copy(update={"group_offload_resident_blocks": str(count + 1)})
+            more = Footprint(one_more, architecture, work, machine).train()
+            assert more.total("accelerator") > bytes_to_fill(machine.accelerator)
+    assert counts == sorted(counts)
+    assert counts[0] == 0
+    assert 0 < counts[3] < counts[4] < counts[5] == 56
+
+
+def test_auto_has_pictures_in_mind_too() -> None:
+    auto = {"model_flavour": "dev", "base_model_precision": "int8-quanto", "enable_group_offload": True}
+    machine = Machine.of_size(24.0 * GIB, 64.0 * GIB)
+    drawn = plan(machine, Workload((512, 512), 1), **auto, validation_resolution="2048x2048")
+    plain = plan(machine, Workload((512, 512), 1, draws=False), **auto)
+    assert bytes_to_fill(int(22.5 * GIB)) >= drawn.peak("accelerator")
+    train, alone = drawn.phase("train"), plain.phase("train")
+    assert train is not None
+    assert alone is not None
+    assert part(train, "resident blocks") < part(alone, "resident blocks")
+
+
+def test_auto_takes_one_slot_where_two_do_not_fit() -> None:
+    work = Workload((512, 512), 1, draws=False)
+    auto = {"model_flavour": "dev", "base_model_precision": "int4-quanto", "enable_group_offload": True}
+    one, two = (
+        phase("train", CARD, work, **auto, group_offload_resident_blocks=0, group_offload_use_stream=stream)
+        for stream in (False, True)
+    )
+    assert part(two, "slots for blocks") == 2 * part(one, "slots for blocks")
+    between = Machine((one.total("accelerator") + two.total("accelerator")) // 2, int(64.0 * GIB), None)
+    assert phase("train", between, work, **auto).parts == one.parts
+    enough = Machine(two.total("accelerator"), int(64.0 * GIB), None)
+    assert phase("train", enough, work, **auto).parts == two.parts
+
+
+def test_auto_streams_all_blocks_through_one_slot_on_a_cpu() -> None:
+    explicit, auto = phase("train", CPU, **STREAMED), phase("train", CPU, enable_group_offload=True)
+    assert auto == explicit
+    assert "resident" not in auto.what
+    three = phase("train", CPU, **STREAMED | {"group_offload_resident_blocks": 3})
+    assert three.what.endswith(", 3 of 8 blocks resident")
 
 
 def test_auto_streams_the_text_encoder_where_it_does_not_fit() -> None:

@@ -221,6 +221,37 @@ def test_a_run_with_checkpoints_is_told_what_a_resumed_run_may_change() -> None:
     assert resumed.endswith(", in a new run: give another --output_dir too.")
 
 
+STREAMED = ("--base_model_precision=int8-quanto", "--enable_group_offload")
+
+
+@pytest.mark.usefixtures("project")
+def test_fewer_resident_blocks_are_the_first_remedy() -> None:
+    own = budget(replace(CARD, ram=64 * GIB), *DEV, *STREAMED, "--group_offload_resident_blocks=40", bucket=(512, 512))
+    with pytest.raises(
+        MemoryBudgetError, match=r"40 of 56 blocks resident.*It would fit with group_offload_res"
+    ) as told:
+        own.check()
+    assert own.remedy is not None
+    (change,) = own.remedy.changes
+    assert f"{change}: " in str(told.value)
+    # What is named works when it is typed, and is what `auto` takes.
+    typed = budget(own.machine, *DEV, *STREAMED, f"--{change}", bucket=(512, 512))
+    typed.check()
+    auto = budget(own.machine, *DEV, *STREAMED, bucket=(512, 512))
+    assert auto.plan.peak("accelerator") == typed.plan.peak("accelerator") == own.remedy.after
+    assert auto.remedy is None
+
+
+@pytest.mark.usefixtures("project")
+def test_after_a_failed_allocation_auto_is_told_to_keep_fewer() -> None:
+    own = budget(replace(CARD, ram=64 * GIB), *DEV, *STREAMED, bucket=(512, 512))
+    count = own.footprint.settled.resident_blocks
+    told = own.explain("train", 21.0)
+    fewer = int(told.partition("Less is taken with group_offload_resident_blocks=")[2].partition(":")[0])
+    assert count is not None
+    assert 0 < fewer < count
+
+
 @pytest.mark.usefixtures("project")
 @pytest.mark.parametrize(
     "error",

@@ -10,19 +10,25 @@ import torch
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.options.offload import OffloadOptions
+from simpletuner.config.options.precision import PrecisionOptions
+from simpletuner.config.run import RunConfig
 from simpletuner.flow.condition import Condition, TextContext
-from simpletuner.flux2.components import landing, open_autoencoder
+from simpletuner.flux2.components import landing, load_base, open_autoencoder
 from simpletuner.flux2.denoiser import Denoiser
+from simpletuner.flux2.footprint import Architecture, Footprint, Workload
 from simpletuner.flux2.load import load_autoencoder, load_transformer
 from simpletuner.flux2.lora import Adapter, attach
+from simpletuner.flux2.residency import resident_indices
 from simpletuner.flux2.routes import Route
 from simpletuner.flux2.source import Source, locate
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.flux2.tread import draw_choices
 from simpletuner.memory import recompute
+from simpletuner.memory.planner import Machine
 from simpletuner.train.placement import open_decoder, stream_blocks
 
 CPU = torch.device("cpu")
+BLOCK = "transformer_blocks.0.attn.to_q.weight"
 
 
 @pytest.fixture(scope="session")
@@ -68,11 +74,11 @@ def resident(tiny: Source) -> list[torch.Tensor]:
 
 
 def test_off_nothing_is_touched(tiny: Source) -> None:
-    options = OffloadOptions(group_offload_type="leaf_level", group_offload_use_stream=True)
+    options = OffloadOptions(group_offload_type="leaf_level", group_offload_use_stream="true")
     transformer, _ = adapted(tiny)
     before = dict(transformer.named_parameters())
     assert stream_blocks(transformer, options, torch.device("meta")) is None
-    assert landing(options, torch.device("meta")) == torch.device("meta")
+    assert landing(options, tiny.spec, torch.device("meta"))(BLOCK) == torch.device("meta")
     assert not any("forward" in vars(module) for module in transformer.modules())
     assert all(parameter is before[name] for name, parameter in transformer.named_parameters())
 
@@ -92,7 +98,7 @@ def test_streamed_it_gives_the_resident_ones_bits(
     tiny: Source, resident: list[torch.Tensor], changes: dict[str, Any], keep_every: int | bool | None
 ) -> None:
     options = OffloadOptions(enable_group_offload=True, **changes)
-    assert landing(options, torch.device("meta")) == CPU
+    assert landing(options, tiny.spec, torch.device("meta"))(BLOCK) == CPU
     transformer, adapter = adapted(tiny)
     streaming = stream_blocks(transformer, options, CPU)
     if keep_every is not False:
@@ -101,6 +107,92 @@ def test_streamed_it_gives_the_resident_ones_bits(
     assert same(results(transformer, adapter), resident)
     assert streaming is not None
     assert streaming.peak_resident == 1
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "block": {},
+    "three blocks": {"group_offload_blocks_per_group": 3},
+    "leaf": {"group_offload_type": "leaf_level"},
+    "disk": {"group_offload_to_disk_path": "blocks"},
+}
+
+
+@pytest.mark.parametrize("count", [0, 3, 8, 99])
+@pytest.mark.parametrize("way", WAYS)
+def test_with_resident_blocks_it_gives_the_resident_ones_bits(
+    tiny: Source, resident: list[torch.Tensor], way: str, count: int
+) -> None:
+    options = OffloadOptions.model_validate(
+        {"enable_group_offload": True, "group_offload_resident_blocks": count, **WAYS[way]}
+    )
+    transformer, adapter = adapted(tiny)
+    streaming = stream_blocks(transformer, options, CPU)
+    touched = [
+        any("forward" in vars(module) for module in block.modules()) for block in transformer.blocks
+    ]  # resident blocks are not
+    assert touched.count(True) == max(0, 8 - count)
+    assert [index for index, is_touched in enumerate(touched) if not is_touched] == sorted(
+        resident_indices(tiny.spec, count)
+    )
+    recompute.install(transformer.blocks)
+    assert same(results(transformer, adapter), resident)
+    assert streaming is not None
+    assert streaming.peak_resident == min(1, max(0, 8 - count))
+
+
+@pytest.mark.parametrize("count", [0, 3, 8])
+@pytest.mark.parametrize("way", WAYS)
+def test_residency_takes_what_is_planned(tiny: Source, way: str, count: int) -> None:
+    config = RunConfig.model_validate(
+        {
+            "model_flavour": "tiny",
+            "mixed_precision": "no",
+            "enable_group_offload": True,
+            "group_offload_resident_blocks": count,
+            **WAYS[way],
+        }
+    )
+    transformer = load_transformer(tiny, torch.float32, CPU).requires_grad_(False)
+    streaming = stream_blocks(transformer, config, CPU)
+    assert streaming is not None
+    foot = Footprint(config, Architecture.of(config), Workload((64, 64), 1), Machine(None, 2**40, None))
+    planned = foot.streamed_blocks(count, ahead=False)
+    blocks = [transformer.blocks[index] for index in resident_indices(tiny.spec, count)]
+    assert planned.resident == sum(parameter.nbytes for block in blocks for parameter in block.parameters())
+    # Each packed tensor is filled up to 256 bytes.
+    tensors = sum(1 for _ in transformer.parameters())
+    assert planned.streamed <= streaming.packed_bytes <= planned.streamed + 255 * tensors
+    assert planned.slots <= streaming.ring_bytes <= planned.slots + 255 * tensors
+
+
+def test_quantised_with_resident_blocks_and_parts_on_two_devices(tiny: Source) -> None:
+    found = []
+    for count in (None, 0, 3, 8):
+        torch.manual_seed(0)
+        offload = OffloadOptions.model_validate(
+            {"enable_group_offload": count is not None, "group_offload_resident_blocks": count or 0}
+        )
+        options = PrecisionOptions(mixed_precision="no", base_model_precision="int8-quanto")
+        transformer = load_base(options, offload, tiny, CPU, report=print).requires_grad_(False)
+        adapter = attach(transformer, LoraOptions(lora_rank=4, flux_lora_target="all"), seed=0)
+        for parameter in adapter.parameters():
+            parameter.data.add_(0.05)
+        stream_blocks(transformer, offload, CPU)
+        recompute.install(transformer.blocks)
+        found.append(results(transformer.train(), adapter))
+    for other in found[1:]:
+        assert same(other, found[0])
+
+
+def test_only_streamed_blocks_land_in_host_memory(tiny: Source) -> None:
+    there = torch.device("meta")
+    for count in (0, 3, 8):
+        options = OffloadOptions.model_validate({"enable_group_offload": True, "group_offload_resident_blocks": count})
+        transformer = load_base(PrecisionOptions(mixed_precision="no"), options, tiny, there, report=print)
+        devices = [{parameter.device for parameter in block.parameters()} for block in transformer.blocks]
+        stay = resident_indices(tiny.spec, count)
+        assert devices == [{there if index in stay else CPU} for index in range(8)]
+        assert transformer.proj_out.weight.device == there
 
 
 def test_in_bf16_too(tiny: Source) -> None:

@@ -73,6 +73,11 @@ def whole_as_text(value: object) -> object:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def boolean_as_text(value: object) -> object:
+    """A boolean as its text, where `true` and `"true"` are to mean the same; anything else as it is."""
+    return str(value).lower() if isinstance(value, bool) else value
+
+
 def list_as_tuple(value: object) -> object:
     """A list, as JSON has it, as a tuple, as a frozen slice has it; anything else as it is."""
     return tuple(value) if isinstance(value, list) else value
