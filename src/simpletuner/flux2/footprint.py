@@ -313,7 +313,8 @@ class StreamedBlocks:
     """Of all slots together."""
     streamed: int
     """Of the packed copies."""
-    largest_group: int
+    read_buffers: int
+    """Of those into which groups are read from a disk."""
 
     @property
     def on_device(self) -> int:
@@ -494,7 +495,12 @@ class Footprint:
             together = [sum(sizes[start : start + every]) for start in range(0, len(sizes), every)]
             largest, groups = max(together, default=0), len(together)
         streamed = sum(weights.blocks[index] for index in going)
-        return StreamedBlocks(sum(weights.blocks) - streamed, min(1 + ahead, groups) * largest, streamed, largest)
+        return StreamedBlocks(
+            resident=sum(weights.blocks) - streamed,
+            slots=min(1 + ahead, groups) * largest,
+            streamed=streamed,
+            read_buffers=0 if config.group_offload_to_disk_path is None else min(2, groups) * largest,
+        )
 
     @property
     def _streaming(self) -> StreamedBlocks:
@@ -645,6 +651,7 @@ class Footprint:
             else:
                 # Quantised ones are all in memory once, before they are written.
                 room.ram("blocks that wait", 0 if self._precision == NO_CHANGE else blocks.streamed)
+                room.ram("read buffers", blocks.read_buffers)
                 room.disk("blocks that wait", blocks.streamed)
         if self.is_full:
             room.device("masters", self.trained_bytes if self.has_masters else 0)

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from simpletuner.base.errors import MemoryBudgetError
 from simpletuner.base.files import write_atomic
 from simpletuner.base.sizes import format_size
+from simpletuner.memory.reader import FileReader
 
 _ALIGNMENT_BYTES = 256
 """Bytes; what the kernels of every library are content with."""
@@ -170,7 +171,9 @@ class _Slot:
 
 
 class _Group:
-    """Modules that come and go together: their packed copy, and their tensors as views into `slot`."""
+    """Modules that come and go together: their packed copy, in memory or in a file, and their tensors as views into
+    `slot`.
+    """
 
     def __init__(self, units: Sequence[nn.Module], index: int, slot: _Slot, folder: Path | None) -> None:
         self.index = index
@@ -196,11 +199,11 @@ class _Group:
                 place.put(away)  # which lets the tensor itself go, before the next group is packed
                 tensors.append((place, view, away))
             self.units.append((unit, tensors))
-        if folder is not None:
-            packed = _on_disk(packed, folder)
-        elif slot.memory.device.type == "cuda":
-            _pin(packed)
-        self.packed = packed
+        self.size = packed.nbytes
+        self.file = None if folder is None else _on_disk(packed, folder)
+        self.packed = packed if folder is None else None
+        if self.packed is not None and slot.memory.device.type == "cuda":
+            _pin(self.packed)
 
 
 def _pin(memory: Tensor) -> None:
@@ -218,9 +221,18 @@ def _pin(memory: Tensor) -> None:
     weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False
 
 
-def _on_disk(packed: Tensor, folder: Path) -> Tensor:
-    """The same bytes in a file of `folder`, mapped for reading. It is named by them: what is there under that name and
-    holds them is kept, whatever wrote it.
+def _buffers(size: int, count: int, device: torch.device) -> list[Tensor]:
+    """In host memory, for copies to `device`."""
+    buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(count)]
+    if device.type == "cuda":
+        for buffer in buffers:
+            _pin(buffer)
+    return buffers
+
+
+def _on_disk(packed: Tensor, folder: Path) -> Path:
+    """A file of `folder` with the same bytes. It is named by them: what is there under that name and holds them is
+    kept, whatever wrote it.
 
     Raises:
         DiskError: no space.
@@ -230,7 +242,7 @@ def _on_disk(packed: Tensor, folder: Path) -> Tensor:
     if not (path.exists() and path.stat().st_size == packed.nbytes and torch.equal(_mapped(path), packed)):
         # Not flushed: a start that finds it damaged writes it again.
         write_atomic(path, content, sync=False)
-    return _mapped(path)
+    return path
 
 
 def _mapped(path: Path) -> Tensor:
@@ -271,13 +283,15 @@ class Streaming:
         self._is_backward = False
         self._now: tuple[_Mode, _Group] | None = None
         """The group that was brought last, and the mode in which it was."""
-        self._next: dict[tuple[_Mode, int], _Group] = {}
-        """Which group came after a group that was brought in a mode: learnt in the first step."""
+        self._next: dict[tuple[_Mode, int], tuple[_Mode, _Group]] = {}
+        """Which group came after a group that was brought in a mode, and in which mode: learnt in the first step."""
         self._entered: torch.cuda.Event | None = None
         """When all work on other groups than the present one will be done."""
 
+        self._reader = None if folder is None else FileReader(_buffers(size, min(2, len(self._groups)), device))
+
         self.slot_bytes = size
-        self.packed_bytes = sum(group.packed.nbytes for group in self._groups)
+        self.packed_bytes = sum(group.size for group in self._groups)
         self.peak_resident = 0
         """The most groups that were ever on the device at once."""
         self.copies = 0
@@ -300,9 +314,10 @@ class Streaming:
 
     def told(self) -> str:
         """What has been copied so far, for people."""
+        read = "" if self._reader is None else f"{self._reader.reads_ahead} of {self._reader.reads} files read ahead, "
         return (
             f"{self.copies} copies, {format_size(self.copied_bytes)}, {self.copies_ahead} of them ahead of time, "
-            f"at most {self.peak_resident} groups on the device"
+            f"{read}at most {self.peak_resident} groups on the device"
         )
 
     def _streamed(
@@ -377,11 +392,11 @@ class Streaming:
     def _bring(self, group: _Group) -> None:
         """Have `group` in its slot for what is launched from here on."""
         if self._now is None or self._now[1] is not group:
-            mode = self._is_backward, torch.is_grad_enabled()
+            now = (self._is_backward, torch.is_grad_enabled()), group
             if self._now is not None:
                 before, last = self._now
-                self._next[before, last.index] = group
-            self._now = mode, group
+                self._next[before, last.index] = now
+            self._now = now
             if self._copier is not None:
                 self._entered = torch.cuda.current_stream(self._device).record_event()
         slot = group.slot
@@ -390,6 +405,7 @@ class Streaming:
             slot.ready = None
         if slot.holds is not group:
             self._fill(group)
+            self._read_ahead(*self._now)
 
     def _look_ahead(self) -> None:
         """Begin to copy what will be wanted next. Called once the present group's work is launched: from a disk the
@@ -398,26 +414,52 @@ class Streaming:
         if len(self._slots) < 2 or self._now is None:
             return
         mode, now = self._now
-        group = self._next.get((mode, now.index))
-        if group is None or group.slot.holds is group or group.slot is now.slot:
+        following = self._next.get((mode, now.index))
+        if following is None:
+            return
+        _, group = following
+        if group.slot.holds is group or group.slot is now.slot:
             return
         self.copies_ahead += 1
         if self._copier is None or self._entered is None:
             self._fill(group)
+        else:
+            self._copier.wait_event(self._entered)
+            with torch.cuda.stream(self._copier):
+                self._fill(group)
+            group.slot.ready = self._copier.record_event()
+        self._read_ahead(*following)
+
+    def _read_ahead(self, mode: _Mode, group: _Group) -> None:
+        """Begin to read the file of the group that will have to be copied next after `group`."""
+        if self._reader is None:
             return
-        self._copier.wait_event(self._entered)
-        with torch.cuda.stream(self._copier):
-            self._fill(group)
-        group.slot.ready = self._copier.record_event()
+        for _ in range(len(self._slots) + 1):  # those in slots are not copied
+            following = self._next.get((mode, group.index))
+            if following is None:
+                return
+            mode, group = following
+            if group.slot.holds is not group and group.file is not None:
+                self._reader.begin(group.file, group.size)
+                return
 
     @torch.no_grad()
     def _fill(self, group: _Group) -> None:
         slot = group.slot
         slot.holds = None  # should the copy fail
-        slot.memory[: group.packed.nbytes].copy_(group.packed, non_blocking=True)
+        room = slot.memory[: group.size]
+        if group.packed is not None:
+            room.copy_(group.packed, non_blocking=True)
+        else:
+            assert self._reader is not None
+            assert group.file is not None
+            is_cuda = self._device.type == "cuda"
+            room.copy_(self._reader.content(group.file, group.size), non_blocking=is_cuda)
+            if is_cuda:
+                self._reader.copy_ends(torch.cuda.current_stream(self._device).record_event())
         slot.holds = group
         self.copies += 1
-        self.copied_bytes += group.packed.nbytes
+        self.copied_bytes += group.size
         self.peak_resident = max(self.peak_resident, sum(slot.holds is not None for slot in self._slots))
 
 

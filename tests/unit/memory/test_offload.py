@@ -2,7 +2,11 @@
 
 import gc
 import itertools
+import random
+import re
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simpletuner.memory import offload, recompute
+from simpletuner.base.errors import DiskError
+from simpletuner.memory import offload, reader, recompute
+from simpletuner.memory.reader import read_file
 
 CPU = torch.device("cpu")
 WIDTH = 24
@@ -449,6 +455,52 @@ def test_from_a_disk_the_bits_are_the_same_and_files_are_used_again(
     model, _ = prepared("quantised", "two blocks", None, folder=tmp_path, ahead=True)
     assert_same(train(model), resident["quantised"])
     assert files_of(tmp_path) == files
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("level", ["block", "all blocks", "leaf"])
+def test_from_a_slow_disk_the_bits_are_the_same_and_files_are_read_ahead(
+    tmp_path: Path, resident: dict[str, list[Tensor]], monkeypatch: pytest.MonkeyPatch, level: str, ahead: bool
+) -> None:
+    delays = random.Random(0)
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(delays.choice((0, 0, 1e-3, 3e-3)))
+        read_file(*arguments)
+
+    monkeypatch.setattr(reader, "read_file", slowly)
+    model, streaming = prepared("plain", level, None, folder=tmp_path, ahead=ahead)
+    with torch.no_grad():
+        model(batch(0))  # another order
+    assert_same(train(model), resident["plain"])
+    assert streaming is not None
+    counts = re.search(r"(\d+) of (\d+) files read ahead", streaming.told())
+    assert counts is not None
+    reads_ahead, reads = map(int, counts.groups())
+    assert reads == streaming.copies
+    # The first passes teach the order. Of leaves it is learnt in part: recomputed, one follows on another's way back.
+    assert reads_ahead >= {"block": reads - 20, "all blocks": 0, "leaf": reads // 2}[level]
+
+
+@pytest.mark.parametrize("moment", ["forward", "backward"])
+def test_a_file_that_vanishes_ends_the_step_and_the_next_is_right(
+    tmp_path: Path, resident: dict[str, list[Tensor]], moment: str
+) -> None:
+    model, streaming = prepared("plain", "block", None, folder=tmp_path)
+    assert streaming is not None
+    for _ in range(2):
+        model(batch(0)).square().mean().backward()
+    loss = model(batch(0)).square().mean()
+    file = streaming._groups[2].file
+    assert file is not None
+    moved = file.rename(tmp_path / "elsewhere")
+    step = loss.backward if moment == "backward" else partial(model, batch(0))
+    with pytest.raises(DiskError, match=f"{file.name} cannot be read: No such file"):
+        step()
+    moved.rename(file)
+    for parameter in model.trained:
+        parameter.grad = None
+    assert_same(train(model), resident["plain"])
 
 
 def test_files_of_other_weights_or_damaged_ones_are_never_used(
