@@ -84,7 +84,8 @@ def test_it_refuses_where_training_does_not_fit_and_says_what_would() -> None:
         budget(CARD, *DEV, bucket=(1024, 1024)).check()
     told = str(caught.value)
     assert told.startswith("train (1024x1024 × 1): GPU 65.")
-    assert "and 22.50 GiB of the GPU are free. It would fit with --base_model_precision=int4-quanto" in told
+    fitting = "--base_model_precision=int8-quanto --enable_group_offload=true"
+    assert f"and 22.50 GiB of the GPU are free. It would fit with {fitting}" in told
     assert caught.value.exit_code == 5
 
 
@@ -203,7 +204,7 @@ def test_each_phase_is_explained_by_its_own_plan(phase: Phase, line: str, change
 def test_full_host_memory_beside_a_gpu_is_explained_by_the_plan_for_ram() -> None:
     own = budget(CARD, *DEV, "--enable_group_offload", bucket=(512, 512))
     told = " ".join(own.explain("train", "ram", PeakMemory(60 * GIB, GIB, GIB), saved=False))
-    assert "the measured peak is 60.00 GiB of RAM. Less is taken with --base_model_precision=int8-quanto: 58." in told
+    assert "the measured peak is 60.00 GiB of RAM. Less is taken with --base_model_precision=int8-quanto: 4" in told
 
 
 @pytest.mark.usefixtures("project")
@@ -228,14 +229,14 @@ STREAMED = ("--base_model_precision=int8-quanto", "--enable_group_offload")
 def test_fewer_resident_blocks_are_the_first_remedy() -> None:
     own = budget(replace(CARD, ram=64 * GIB), *DEV, *STREAMED, "--group_offload_resident_blocks=40", bucket=(512, 512))
     with pytest.raises(
-        MemoryBudgetError, match=r"40 of 56 blocks resident.*It would fit with group_offload_res"
+        MemoryBudgetError, match=r"40 of 56 blocks resident.*It would fit with --group_offload_res"
     ) as told:
         own.check()
     assert own.remedy is not None
     (change,) = own.remedy.changes
     assert f"{change}: " in str(told.value)
     # What is named works when it is typed, and is what `auto` takes.
-    typed = budget(own.machine, *DEV, *STREAMED, f"--{change}", bucket=(512, 512))
+    typed = budget(own.machine, *DEV, *STREAMED, str(change), bucket=(512, 512))
     typed.check()
     auto = budget(own.machine, *DEV, *STREAMED, bucket=(512, 512))
     assert auto.plan.peak("accelerator") == typed.plan.peak("accelerator") == own.remedy.after
@@ -246,8 +247,8 @@ def test_fewer_resident_blocks_are_the_first_remedy() -> None:
 def test_after_a_failed_allocation_auto_is_told_to_keep_fewer() -> None:
     own = budget(replace(CARD, ram=64 * GIB), *DEV, *STREAMED, bucket=(512, 512))
     count = own.footprint.settled.resident_blocks
-    told = own.explain("train", 21.0)
-    fewer = int(told.partition("Less is taken with group_offload_resident_blocks=")[2].partition(":")[0])
+    told = own.explain("train", "accelerator", PeakMemory(GIB, 21 * GIB, 21 * GIB), saved=False)[-1]
+    fewer = int(told.partition("Less is taken with --group_offload_resident_blocks=")[2].partition(":")[0])
     assert count is not None
     assert 0 < fewer < count
 
