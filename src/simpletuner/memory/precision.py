@@ -147,8 +147,11 @@ def stored_bytes(shape: tuple[int, int], precision: str, itemsize: int) -> int:
 class _Frozen(torch.autograd.Function):
     """A product with a packed weight, which alone is kept for the way back and unpacked again there."""
 
+    # The first two tensors by name: dynamo takes `ctx` away from a forward without gradients that has as many names as
+    # it is given values, and with `*tensors` alone these were as many in 8 bits.
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layout: Layout, data: Tensor, scale: Tensor, *rest: Tensor) -> Tensor:
+        tensors = (data, scale, *rest)
         ctx.layout = layout
         ctx.save_for_backward(*tensors)
         return layout.product(x, tensors)
