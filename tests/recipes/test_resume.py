@@ -115,7 +115,7 @@ def test_another_default_is_checked_against_what_is_given(
 ) -> None:
     assert workplace.train("--max_train_steps=1") == 0
     rewrite_record(workplace, 1, dynamo_backend="inductor")
-    assert workplace.train("--enable_group_offload") == 2
+    assert workplace.train("--enable_group_offload", "--group_offload_type=leaf_level") == 2
     assert "enable_group_offload with dynamo_backend = inductor" in capsys.readouterr().err
 
 

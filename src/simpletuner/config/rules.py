@@ -145,17 +145,34 @@ def _offload(config: RunConfig) -> Iterator[Finding]:
         found = "enable_group_offload with model_type = full, whose weights all change with each step"
         remedy = "What is streamed is only read: take enable_group_offload out, or train a LoRA."
         yield ("enable_group_offload", "model_type"), Problem(found, remedy=remedy)
-    if config.enable_group_offload and config.dynamo_backend != "no":
-        found = (
-            f"enable_group_offload with dynamo_backend = {config.dynamo_backend}: compiled blocks keep weights where "
-            "streaming cannot follow them"
-        )
-        yield ("enable_group_offload", "dynamo_backend"), Problem(found, remedy="Take one of the two out.")
+    conflict = streaming_conflict(config)
+    if config.dynamo_backend == "inductor" and conflict is not None:
+        key, reason, remedy = conflict
+        found = f"enable_group_offload with dynamo_backend = inductor and {key} = {shown(vars(config)[key])}: {reason}"
+        remedy = f"{remedy}, or give --dynamo_backend=no to train uncompiled."
+        yield ("enable_group_offload", "dynamo_backend", key), Problem(found, remedy=remedy)
     yield from encoder_findings(config, config)
     place = config.group_offload_to_disk_path
     if place is not None and Path(place).exists() and not Path(place).is_dir():
         found = f"group_offload_to_disk_path = {shown(place)}: this is a file"
         yield ("group_offload_to_disk_path",), Problem(found, "a folder")
+
+
+def streaming_conflict(config: RunConfig) -> tuple[str, str, str] | None:
+    """The option because of which streamed blocks cannot be compiled, why, and what would help; None where they can be,
+    or nothing is streamed. See docs/decisions/0020-compiled-blocks.md.
+    """
+    if not config.enable_group_offload:
+        return None
+    if config.group_offload_type == "leaf_level":
+        reason = "a compiled block is one graph, and layers cannot come and go inside it"
+        return "group_offload_type", reason, "Give --group_offload_type=block_level"
+    reason = "a compiled block that is not recomputed may keep copies of its weights on the accelerator"
+    if not config.gradient_checkpointing:
+        return "gradient_checkpointing", reason, "Give --gradient_checkpointing=true"
+    if config.gradient_checkpointing_interval is not None:
+        return "gradient_checkpointing_interval", reason, "Take gradient_checkpointing_interval out"
+    return None
 
 
 def encoder_findings(precision: PrecisionOptions, offload: OffloadOptions) -> Iterator[Finding]:

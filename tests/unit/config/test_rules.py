@@ -54,9 +54,20 @@ import pytest
             "only read: take enable_group_offload out, or train a LoRA.",
         ),
         (
-            {"enable_group_offload": True, "dynamo_backend": "inductor"},
-            "enable_group_offload with dynamo_backend = inductor: compiled blocks keep weights where streaming cannot "
-            "follow them. Take one of the two out.",
+            {"enable_group_offload": True, "dynamo_backend": "inductor", "group_offload_type": "leaf_level"},
+            "enable_group_offload with dynamo_backend = inductor and group_offload_type = 'leaf_level': a compiled "
+            "block is one graph, and layers cannot come and go inside it. Give --group_offload_type=block_level, or give "
+            "--dynamo_backend=no to train uncompiled.",
+        ),
+        (
+            {"enable_group_offload": True, "dynamo_backend": "inductor", "gradient_checkpointing": False},
+            "enable_group_offload with dynamo_backend = inductor and gradient_checkpointing = false: a compiled block "
+            "that is not recomputed may keep copies of its weights on the accelerator. Give "
+            "--gradient_checkpointing=true, or give --dynamo_backend=no to train uncompiled.",
+        ),
+        (
+            {"enable_group_offload": True, "dynamo_backend": "inductor", "gradient_checkpointing_interval": 2},
+            "Take gradient_checkpointing_interval out, or give --dynamo_backend=no to train uncompiled.",
         ),
         (
             {"group_offload_text_encoder": True, "text_encoder_mode": "resident"},

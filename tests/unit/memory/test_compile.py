@@ -1,17 +1,24 @@
 """Compiled blocks, with the backends of torch.compile that need no compiler."""
 
+import gc
+import random
 from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import nn
+from tests.unit.memory.test_offload import CPU, WIDTH, HiddenLinear, Model, assert_same, batch, train, weights_alive
+from torch import Tensor, nn
 
 from simpletuner.base.errors import ConfigError
 from simpletuner.memory import compile as compilation
-from simpletuner.memory import recompute
+from simpletuner.memory import offload, recompute
 
-# Dynamo asks an input for its gradient, and silences this itself wherever warnings are not errors.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+# Dynamo asks an input for its gradient, and makes an object of a product's class; it silences both itself wherever
+# warnings are not errors.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning"),
+]
 
 
 class Wide(nn.Module):
@@ -137,3 +144,134 @@ def test_inputs_on_the_host_go_with_compiled_blocks() -> None:
         found.append([result, *gradients])
         assert inputs is None or inputs.copied_bytes == 5 * result.nbytes
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+
+
+def compiled_model(
+    kind: str, per_group: int | None = None, *, ahead: bool = False, backend: str = "aot_eager"
+) -> Model:
+    """A model of compiled blocks that are recomputed whole; streamed where a group has a number of blocks."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    model = Model(kind)
+    blocks = list(model.blocks)
+    compilation.install(blocks, backend=backend)
+    if per_group is not None:
+        offload.install(model, offload.block_groups(blocks, per_group), device=CPU, ahead=ahead)
+    recompute.install(blocks)
+    return model
+
+
+def passes_in_any_order(model: Model, seed: int) -> list[Tensor]:
+    """Training passes, passes without gradients, in evaluation too, single blocks, gradients much later than their pass
+    and in another order: as many of each as `seed` draws.
+    """
+    draw = random.Random(seed)
+    found: list[Tensor] = []
+    waiting: list[Tensor] = []
+    for number in range(24):
+        x = batch(number)[: 2 + number % 2]
+        action = draw.choice(("forward", "forward", "backward", "evaluation", "no gradients", "one block"))
+        if action == "forward":
+            waiting.append(model(x).square().mean())
+        elif action == "backward" and waiting:
+            waiting.pop(draw.randrange(len(waiting))).backward()
+            found += [parameter.grad.clone() for parameter in model.trained if parameter.grad is not None]
+        elif action == "evaluation":
+            model.eval()
+            with torch.no_grad():
+                found.append(model(x))
+            model.train()
+        elif action == "no gradients":
+            with torch.no_grad():
+                found.append(model(x))
+        elif action == "one block":
+            found.append(model.blocks[draw.randrange(5)](x, torch.zeros(WIDTH)).detach())
+    return found
+
+
+WAYS = ((1, False), (1, True), (2, False), (2, True))
+"""Blocks of a group, and whether the next one is copied ahead, into a second slot."""
+
+
+@pytest.mark.parametrize("kind", ["plain", "hidden"])
+def test_compiled_streamed_steps_are_the_compiled_resident_ones_bit_for_bit(kind: str) -> None:
+    expected = train(compiled_model(kind), 2)
+    for per_group, ahead in WAYS:
+        assert_same(train(compiled_model(kind, per_group, ahead=ahead), 2), expected)
+
+
+def test_compiled_streamed_passes_in_any_order_are_the_resident_ones_bit_for_bit() -> None:
+    resident = compiled_model("plain")
+    expected = [passes_in_any_order(resident, seed) for seed in range(3)]
+    for per_group, ahead in ((1, False), (1, True)):
+        streamed = compiled_model("plain", per_group, ahead=ahead)
+        for seed, each in enumerate(expected):
+            assert_same(passes_in_any_order(streamed, seed), each)
+
+
+def test_streaming_adds_no_compilation() -> None:
+    """Weights come and go as other tensors each time: of the same shapes, in another place."""
+    counts = []
+    for ahead in (None, False, True):
+        blocks = list((model := Model()).blocks)
+        torch._dynamo.reset()
+        compiled = compilation.install(blocks, backend="aot_eager")
+        if ahead is not None:
+            offload.install(model, offload.block_groups(blocks, 2), device=CPU, ahead=ahead)
+        recompute.install(blocks)
+        train(model, 2)
+        counts.append(compiled.count)
+    assert counts == [2, 2, 2]  # the first block's input wants no gradient
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_compiled_gradient_finds_weights_that_passed_no_hook(ahead: bool) -> None:
+    """What a library's product puts aside, a compiled graph puts aside too, past autograd's hooks and the recompute.
+    Here it is all there is to save: only the gradient of a block's result can bring the block's group.
+    """
+    found = []
+    for is_streamed in (False, True):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        layers = [HiddenLinear(WIDTH, WIDTH, bias=False).requires_grad_(False) for _ in range(5)]
+        compilation.install(layers, backend="aot_eager")
+        if is_streamed:
+            offload.install(nn.ModuleList(layers), offload.block_groups(layers), device=CPU, ahead=ahead)
+        recompute.install(layers)
+        x = first = batch(0).requires_grad_()
+        for layer in layers:
+            x = layer(x)
+        x.square().sum().backward()
+        found.append(first.grad)
+    assert torch.equal(*found)
+
+
+def test_between_its_passes_a_compiled_streamed_block_keeps_what_an_uncompiled_one_keeps() -> None:
+    kept = []
+    for is_compiled in (False, True):
+        torch._dynamo.reset()
+        blocks = list((model := Model()).blocks)
+        if is_compiled:
+            compilation.install(blocks, backend="aot_eager")
+        offload.install(model, offload.block_groups(blocks), device=CPU, ahead=True)
+        recompute.install(blocks)
+        model(batch(0)).square().mean().backward()
+        gc.collect()
+        before = weights_alive()
+        loss = model(batch(0)).square().mean()
+        kept.append(weights_alive() - before)
+        loss.backward()
+    assert abs(kept[1] - kept[0]) < batch(0).nbytes  # less than one activation
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ["plain", "transposed", "hidden"])
+def test_by_inductor_streamed_passes_are_the_resident_ones_bit_for_bit(kind: str) -> None:
+    expected = train(compiled_model(kind, backend="inductor"), 2)
+    shuffled = passes_in_any_order(compiled_model(kind, backend="inductor"), 0)
+    for per_group, ahead in ((1, False), (1, True), (2, True)):
+        assert_same(train(compiled_model(kind, per_group, ahead=ahead, backend="inductor"), 2), expected)
+        found = passes_in_any_order(compiled_model(kind, per_group, ahead=ahead, backend="inductor"), 0)
+        assert_same(found, shuffled)
