@@ -1,11 +1,20 @@
 """Compiled blocks in whole runs, each in a process of its own: the shapes that tests check cannot be compiled."""
 
+import json
 import re
 import sys
+from collections.abc import Callable
 
 import pytest
 from safetensors.torch import load_file
 from tests.recipes.conftest import CONFIG, PICTURES, Workplace
+
+from simpletuner.config.load import load
+from simpletuner.runs.events import EventLog
+from simpletuner.runs.process import Requests
+from simpletuner.train import job
+from simpletuner.train.report import Reporter
+from simpletuner.train.world import World
 
 
 def test_without_it_no_compiler_is_imported(uninterrupted: Workplace) -> None:
@@ -30,9 +39,47 @@ def test_a_compiler_that_fails_ends_the_run_and_names_the_way_out(
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert workplace.train("--dynamo_backend=inductor") == 2
     assert capsys.readouterr().err == (
-        "dynamo_backend = inductor without the C++ compiler no-such-compiler. Install it, name another in CXX, or "
-        "give --dynamo_backend=no to train uncompiled.\n"
+        "dynamo_backend = inductor on a machine that cannot compile: there is no C++ compiler no-such-compiler (CXX "
+        "names another). Mend that, or give --dynamo_backend=no to train uncompiled.\n"
     )
+
+
+def test_by_default_a_cpu_trains_uncompiled_and_the_record_says_so(uninterrupted: Workplace) -> None:
+    assert "dynamo_backend" not in uninterrupted.config
+    run = uninterrupted.run()
+    assert json.loads(run.config.read_text())["dynamo_backend"] == "no"
+    assert json.loads((run.checkpoint(3) / "state.json").read_text())["config"]["dynamo_backend"] == "no"
+    assert "dynamo_backend" not in run.log.read_text()
+
+
+def test_what_auto_cannot_compile_is_trained_uncompiled_from_the_first_step(
+    workplace: Workplace, same_bytes: Callable[[Workplace], None]
+) -> None:
+    """In this process nothing compiles, since shapes are checked."""
+    workplace.write()
+    loaded = load(["--dynamo_backend=inductor"], folder=workplace.folder, environ={})
+    task = job.build(loaded, World.single())
+    task.run.create()
+    with EventLog(task.run.events) as events, Requests(task.run.control) as requests:
+        attempt = job.Attempt(task, Reporter(events=events, log=task.run.log), requests)
+        attempt.may_drop_compiled = True  # as after `auto` on a GPU that compiles
+        attempt()
+    told = re.findall(r"The blocks are not compiled \(dynamo_backend = auto\): .*", task.run.log.read_text())
+    assert len(told) == 1
+    assert "cannot be compiled" in told[0]
+    assert json.loads(task.run.config.read_text())["dynamo_backend"] == "no"
+    same_bytes(workplace)
+
+
+def test_a_resumed_run_keeps_what_it_began_with(
+    workplace: Workplace, same_bytes: Callable[[Workplace], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert workplace.train("--max_train_steps=1", "--dynamo_backend=no") == 0
+    assert workplace.train("--max_train_steps=2", "--dynamo_backend=auto") == 0
+    assert workplace.train() == 0
+    assert "dynamo_backend" not in capsys.readouterr().out
+    assert json.loads(workplace.run().config.read_text())["dynamo_backend"] == "no"
+    same_bytes(workplace)
 
 
 @pytest.mark.slow

@@ -50,7 +50,11 @@ MAY_CHANGE = frozenset(
 ) | {"ema_device", "ema_validation", "max_train_steps", "num_train_epochs", "text_encoder_mode", "write_batch_size"}
 """Options that a resumed run may change. The datasets themselves are compared by their fingerprint."""
 
-INTRODUCED: dict[str, Any] = {}
+LEFT_TO_THE_RUN: dict[str, Any] = {"dynamo_backend": "auto"}
+"""Values that leave the choice to the run, whose record says what it chose. On resume they ask for that again; another
+value that is given replaces it."""
+
+INTRODUCED: dict[str, Any] = {"dynamo_backend": "no"}
 """What it means, in JSON, that a record lacks an option: the value at which the option changes nothing. Only for
 options whose default is another value."""
 
@@ -73,12 +77,17 @@ def _is_recorded(config: RunConfig, name: str, value: object) -> bool:
     return bool(kind.choices) or kind.base in (bool, int, float) or name in RECORDED_TEXTS
 
 
+def is_left_to_the_run(name: str, value: object) -> bool:
+    return name in LEFT_TO_THE_RUN and value == LEFT_TO_THE_RUN[name]
+
+
 @dataclass(frozen=True)
 class RecordComparison:
     """How a configuration compares with the record of a checkpoint, for the options that a resumed run must keep."""
 
     kept: dict[str, Any]
-    """Options that the user did not give and whose default differs from the record: with the record's value."""
+    """Options that the user did not give, or left to the run, and whose value differs from the record: with the
+    record's value."""
     changed: list[str]
     """Options that were given with another value than the record's."""
     unavailable: dict[str, Any]
@@ -102,10 +111,10 @@ def compare(record: Mapping[str, Any], config: RunConfig, given: Collection[str]
         # Of a model only a Hub id is recorded: it has no default here, and null stands for all else.
         before = old.get(name, INTRODUCED.get(name, defaults.get(name)))
         if before != new.get(name):
-            if name in given:
-                changed.append(name)
-            else:
+            if name not in given or is_left_to_the_run(name, new.get(name)):
                 kept[name] = before
+            elif name not in LEFT_TO_THE_RUN:
+                changed.append(name)
     unavailable |= {name: kept.pop(name) for name in refused(RunConfig, kept)}
     return RecordComparison(kept, changed, unavailable)
 

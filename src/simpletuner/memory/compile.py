@@ -5,6 +5,11 @@ constants. What may vary between calls is few, and that bounds how often the com
 """
 
 import contextlib
+import functools
+import os
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,6 +22,47 @@ VARIANTS = 16
 """How many artefacts a kind of block can come to need: inputs that want a gradient or not (the first block's do not) ×
 passes with or without gradients × batches of one or of more × one table of positions or one a sample. Sizes are
 symbols in the artefact, so resolutions and routes add none."""
+
+PROBE_LIMIT_S = 120.0
+"""Longer than a first start of Triton and its compiler takes on a slow disk."""
+
+_PROBE = """
+import sys
+import torch
+
+
+def first_line(kind, error, _trace):
+    print(f"{kind.__name__}: {str(error).strip().partition(chr(10))[0]}", file=sys.stderr)
+
+
+sys.excepthook = first_line
+x = torch.ones(256, device=sys.argv[1], requires_grad=True)
+torch.compile(lambda x: torch.tanh(2 * x).sum(), backend="inductor", fullgraph=True)(x).backward()
+"""
+
+
+def compiler_lack(device_type: str) -> str | None:
+    """Why inductor cannot compile for a type of device on this machine, in a line; None if it can.
+
+    For a GPU, a tiny function is compiled and differentiated in a process of its own, which may crash or hang: that
+    takes Triton, a C compiler and the CUDA assembler. For a CPU, only its C++ compiler is looked for.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if device_type == "cpu":
+        return None if shutil.which(compiler) else f"there is no C++ compiler {compiler} (CXX names another)"
+    return probe_lack(device_type, PROBE_LIMIT_S)
+
+
+@functools.cache
+def probe_lack(device_type: str, limit_s: float) -> str | None:
+    """The same by trying, for any type of device."""
+    command = [sys.executable, "-W", "ignore", "-c", _PROBE, device_type]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
+    except subprocess.TimeoutExpired:
+        return f"a test compilation took more than {limit_s:g} s"
+    lines = done.stderr.strip().splitlines()
+    return None if done.returncode == 0 else lines[-1] if lines else f"a test compilation died ({done.returncode})"
 
 
 class Compiled:
@@ -32,6 +78,8 @@ class Compiled:
         """Artefacts made so far."""
         self.seconds = 0.0
         """Time spent in making them."""
+        self.is_on = True
+        """Off, blocks that train run as they are, too."""
 
     def __str__(self) -> str:
         kinds = f"{self.kinds} {'kind' if self.kinds == 1 else 'kinds'} of block"
@@ -83,6 +131,7 @@ def install(blocks: Sequence[nn.Module], *, backend: str, mode: str = "default",
 
     # All of these hold for the process: it trains one model. Past the limit a full graph is an error, not a fallback.
     torch._dynamo.config.recompile_limit = variants * max(layouts.values())
+    torch._dynamo.config.issue_3_13_0_warning = False  # of slower guards, for a few blocks a step
     symbols.use_duck_shape = False  # two sizes that are equal by chance are no reason to compile again
     inductor.fallback_random = True  # dropout draws what it draws without compilation
 
@@ -106,13 +155,15 @@ def install(blocks: Sequence[nn.Module], *, backend: str, mode: str = "default",
         for block in members:
             if "forward" in vars(block):
                 raise ValueError(f"a {kind.__name__} is wrapped already: compile blocks before anything wraps them")
-            block.forward = _in_training(block, block.forward, artefact)
+            block.forward = _in_training(block, block.forward, artefact, compiled)
     return compiled
 
 
-def _in_training(block: nn.Module, plain: Callable[..., Any], artefact: Callable[..., Any]) -> Callable[..., Any]:
+def _in_training(
+    block: nn.Module, plain: Callable[..., Any], artefact: Callable[..., Any], compiled: Compiled
+) -> Callable[..., Any]:
     def run(*inputs: Any) -> Any:
-        return artefact(block, *inputs) if block.training else plain(*inputs)
+        return artefact(block, *inputs) if block.training and compiled.is_on else plain(*inputs)
 
     return run
 

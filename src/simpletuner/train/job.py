@@ -3,7 +3,6 @@
 import contextlib
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -37,6 +36,7 @@ from simpletuner.runs.events import CheckpointEvent, EndEvent, ErrorEvent, Event
 from simpletuner.runs.layout import EMA_FOLDER, RESULTS, RunDirectory
 from simpletuner.runs.process import Requests, stopped
 from simpletuner.train import checkpoint, optim, resume, trackers
+from simpletuner.train.backend import BackendChoice, check_backend, choose_backend, uncompiled
 from simpletuner.train.batches import BatchBuilder
 from simpletuner.train.budget import Budget, configured, scanned, this_machine
 from simpletuner.train.caches import Prepared, prepare
@@ -111,12 +111,7 @@ def check_device(config: RunConfig, device: torch.device) -> None:
             "mixed_precision = fp16 on a machine without a GPU", "bf16 or no", "Give --mixed_precision=bf16."
         )
     check_precisions(config, device)
-    compiler = os.environ.get("CXX", "g++")
-    if config.dynamo_backend == "inductor" and device.type == "cpu" and shutil.which(compiler) is None:
-        raise ConfigError.of(
-            f"dynamo_backend = inductor without the C++ compiler {compiler}",
-            remedy="Install it, name another in CXX, or give --dynamo_backend=no to train uncompiled.",
-        )
+    check_backend(config, device, compilation.compiler_lack)
 
 
 class Attempt:
@@ -133,6 +128,8 @@ class Attempt:
         self.requests = requests
         self.state = TrainState()
         self.compiled: compilation.Compiled | None = None
+        self.may_drop_compiled = False
+        """Whether `dynamo_backend` auto chose to compile at this start, and may still do without."""
         self.streaming: offload.Streaming | None = None
         self.began = time.monotonic()
 
@@ -144,6 +141,8 @@ class Attempt:
     def __call__(self) -> None:
         found, loaded = resume.find(self.run, self.loaded, self.reporter)
         if loaded is not self.loaded:
+            if self.config.dynamo_backend != loaded.config.dynamo_backend and self.device.type != "cpu":
+                self.reporter.say(f"dynamo_backend = {loaded.config.dynamo_backend}, as this run began.")
             self.loaded, self.config = loaded, loaded.config
             check_device(self.config, self.device)
             self.budget = Budget(self.config, configured(loaded), self.budget.machine)
@@ -171,6 +170,10 @@ class Attempt:
         if self.is_finished(plan.steps):
             return
         ConfigError.raise_if(problem for _, problem in profile_findings(self.config, plan.steps))
+        if self.config.dynamo_backend == "auto":
+            choice = choose_backend(self.config, self.device, plan.steps, compilation.compiler_lack)
+            self.may_drop_compiled = choice.backend != "no"
+            self.record_backend(choice)
         self.look_again(prepared)
         self.state.config = resolved(self.config)
         self.state.data = prepared.fingerprints
@@ -236,8 +239,7 @@ class Attempt:
             metadata = self.header(prepared, source, state.step)
             return checkpoint.save_checkpoint(self.run, state, product, optimiser, ema, metadata=metadata)
 
-        with self.compiling():
-            self.try_out(stepper, builder, plan)
+        self.try_out_compiled(stepper, builder, plan)
         loop = Loop(
             plan=plan,
             run=self.run,
@@ -259,6 +261,15 @@ class Attempt:
         if not is_done:
             raise stopped(f"stopped after step {self.state.step} of {plan.steps}; it is saved")
         self.finish(plan, source, product)
+
+    def record_backend(self, choice: BackendChoice) -> None:
+        """Replace `dynamo_backend` auto by what this run does, in its record too, and say why."""
+        if choice.reason:
+            self.reporter.say(choice.reason)
+        self.config = self.config.model_copy(update={"dynamo_backend": choice.backend})
+        self.loaded = replace(self.loaded, config=self.config)
+        self.state.config = resolved(self.config)
+        write_json(self.run.config, self.state.config)
 
     def plan_memory(self) -> None:
         """Say what the run will take, by the configuration alone, before anything is downloaded or loaded.
@@ -420,6 +431,22 @@ class Attempt:
                 notice=self.reporter.notice,
             )
         self.reporter.say(f"{prepared.pictures} pictures, {plan.steps} steps: {plan.epochs:.1f} epochs.")
+
+    def try_out_compiled(self, stepper: Stepper, builder: BatchBuilder, plan: Plan) -> None:
+        """`try_out`, which may compile blocks for the first time. If they cannot be compiled and `dynamo_backend` is
+        auto, the run trains uncompiled from its first step.
+        """
+        try:
+            with self.compiling():
+                self.try_out(stepper, builder, plan)
+        except ConfigError as error:
+            if self.compiled is None or not self.may_drop_compiled:
+                raise
+            self.compiled.is_on = False
+            self.compiled = None
+            stepper.optimiser.zero_grad(set_to_none=True)
+            self.record_backend(uncompiled(error.problems[0].found))
+            self.try_out(stepper, builder, plan)
 
     def try_out(self, stepper: Stepper, builder: BatchBuilder, plan: Plan) -> None:
         """Run one forward and backward pass at the largest bucket, without an update: running out of memory shows now,

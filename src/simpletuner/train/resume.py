@@ -6,7 +6,7 @@ from pathlib import Path
 
 from simpletuner.base.errors import CheckpointError, ConfigError, Problem
 from simpletuner.config.load import Loaded
-from simpletuner.config.record import compare, with_recorded
+from simpletuner.config.record import compare, is_left_to_the_run, with_recorded
 from simpletuner.config.rules import findings
 from simpletuner.config.values import shown
 from simpletuner.runs import checkpoints
@@ -78,8 +78,13 @@ def continued(folder: Path, state: TrainState, loaded: Loaded, reporter: Reporte
         return loaded
     config = with_recorded(loaded.config, comparison.kept)
     ConfigError.raise_if(problem for _, problem in findings(config, loaded.datasets))
-    values = ", ".join(f"{name} = {shown(value)}" for name, value in comparison.kept.items())
-    reporter.notice(f"Not given, and kept as {folder} was trained with: {values}.")
+    values = ", ".join(
+        f"{name} = {shown(value)}"
+        for name, value in comparison.kept.items()
+        if not is_left_to_the_run(name, vars(loaded.config)[name])
+    )
+    if values:
+        reporter.notice(f"Not given, and kept as {folder} was trained with: {values}.")
     return replace(loaded, config=config)
 
 

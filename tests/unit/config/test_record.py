@@ -125,6 +125,18 @@ def test_a_hub_id_counts_where_none_is_given() -> None:
     assert compare(resolved(here), RunConfig(), []) == EQUAL
 
 
+def test_what_was_left_to_the_run_stays_as_it_chose_unless_another_value_is_given() -> None:
+    for before, other in (("no", "inductor"), ("inductor", "no")):
+        old = resolved(RunConfig(dynamo_backend=before))
+        kept = RecordComparison({"dynamo_backend": before}, [], {})
+        assert compare(old, RunConfig(), []) == kept
+        assert compare(old, RunConfig(dynamo_backend="auto"), ["dynamo_backend"]) == kept
+        # Such as `no`, where a compiled run no longer compiles.
+        assert compare(old, RunConfig(dynamo_backend=other), ["dynamo_backend"]) == EQUAL
+    del old["dynamo_backend"]  # a record from before there was the option
+    assert compare(old, RunConfig(), []).kept == {"dynamo_backend": "no"}
+
+
 def test_a_new_option_is_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     old = resolved(RunConfig())
     del old["seed"]

@@ -56,8 +56,8 @@ import pytest
         (
             {"enable_group_offload": True, "dynamo_backend": "inductor", "group_offload_type": "leaf_level"},
             "enable_group_offload with dynamo_backend = inductor and group_offload_type = 'leaf_level': a compiled "
-            "block is one graph, and layers cannot come and go inside it. Give --group_offload_type=block_level, or give "
-            "--dynamo_backend=no to train uncompiled.",
+            "block is one graph, and layers cannot come and go inside it. Give --group_offload_type=block_level, or "
+            "give --dynamo_backend=no to train uncompiled.",
         ),
         (
             {"enable_group_offload": True, "dynamo_backend": "inductor", "gradient_checkpointing": False},
@@ -170,7 +170,10 @@ def test_other_trackers_are_refused(place: Any, value: str) -> None:
             {"flow_custom_timesteps": [500], "flow_schedule_auto_shift": True},
             "flow_schedule_auto_shift has no effect: flow_custom_timesteps is given, and wins.",
         ),
-        ({"dynamo_mode": "max-autotune-no-cudagraphs"}, "dynamo_mode has no effect: dynamo_backend is no."),
+        (
+            {"dynamo_mode": "max-autotune-no-cudagraphs", "dynamo_backend": "no"},
+            "dynamo_mode has no effect: dynamo_backend is no.",
+        ),
         (
             {"group_offload_blocks_per_group": 2},
             "group_offload_blocks_per_group has no effect: enable_group_offload is false.",
