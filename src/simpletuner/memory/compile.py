@@ -56,7 +56,7 @@ def compiler_lack(device_type: str) -> str | None:
 @functools.cache
 def probe_lack(device_type: str, limit_s: float) -> str | None:
     """The same by trying, for any type of device."""
-    command = [sys.executable, "-W", "ignore", "-c", _PROBE, device_type]
+    command = [sys.executable, "-P", "-W", "ignore", "-c", _PROBE, device_type]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
     except subprocess.TimeoutExpired:
