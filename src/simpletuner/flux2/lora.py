@@ -11,7 +11,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
@@ -31,6 +31,8 @@ DOUBLE_OUT = ("attn.to_out.0", "attn.to_add_out")
 DOUBLE_MLP = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
 FUSED_IN = "attn.to_qkv_mlp_proj"
 FUSED_OUT = "attn.to_out"
+BLOCK_ENDS = ("ff.linear_out", FUSED_OUT)
+"""The last Linear of each kind of block. Nothing else reads its input."""
 
 FusedPart = Literal["whole", "attention", "mlp"]
 
@@ -97,6 +99,7 @@ class LoraLinear(nn.Module):
         dropout: float = 0.0,
         column_start: int = 0,
         row_start: int = 0,
+        base_last: bool = False,
     ) -> None:
         super().__init__()
         self.base = base
@@ -108,6 +111,10 @@ class LoraLinear(nn.Module):
         self.column_start, self.column_stop = column_start, column_start + a.shape[1]
         self.row_start, self.row_stop = row_start, row_start + b.shape[0]
         self.is_enabled = True
+        self.base_last = base_last
+        """Whether the base product comes after the adapter's products. The order decides in which order autograd sums
+        the gradients of the input, hence last bits where more than one Linear reads it.
+        """
         self.train(base.training)
 
     @property
@@ -123,14 +130,26 @@ class LoraLinear(nn.Module):
         return self.row_stop - self.row_start == self.out_features
 
     def forward(self, x: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
-        out: Tensor = self.base(x)
+        return self.deferred(x)()
+
+    def deferred(self, x: Float[Tensor, "*batch columns"]) -> Callable[[], Float[Tensor, "*batch rows"]]:
+        """Return a function that computes `self(x)`. What comes before the base product is computed now."""
         if not self.is_enabled:
-            return out
+            return lambda: self.base(x)
+        if self.base_last:
+            delta = self._delta(x)
+            return lambda: self._sum(self.base(x), delta)
+        out = self._sum(self.base(x), self._delta(x))
+        return lambda: out
+
+    def _delta(self, x: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch live_out"]:
         if not self.has_all_columns:
             x = x[..., self.column_start : self.column_stop]
         if self.training and self.dropout > 0:
             x = F.dropout(x, self.dropout)
-        delta = F.linear(F.linear(x, self.a.to(x.dtype)) * self.scale, self.b.to(x.dtype))
+        return F.linear(F.linear(x, self.a.to(x.dtype)) * self.scale, self.b.to(x.dtype))
+
+    def _sum(self, out: Float[Tensor, "*batch rows"], delta: Float[Tensor, "*batch live_out"]) -> Tensor:
         if self.has_all_rows:
             return out + delta
         added: Tensor = _AddToRows.apply(out, delta, self.row_start)  # type: ignore[no-untyped-call]
@@ -403,6 +422,7 @@ def wrap(
         dropout=dropout,
         column_start=place.columns[0],
         row_start=place.rows[0],
+        base_last=name.endswith(BLOCK_ENDS) and not isinstance(base, LoraLinear),
     )
     transformer.set_submodule(name, layer)
     return layer

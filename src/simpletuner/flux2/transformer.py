@@ -6,7 +6,9 @@ Source of the architecture: black-forest-labs/flux2, `src/flux2/model.py`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from simpletuner.config.flavours import TransformerSpec
 from simpletuner.flow.choice import Choice
+from simpletuner.flux2.lora import LoraLinear
 from simpletuner.flux2.rotary import Rotary, rotary, rotate
 from simpletuner.flux2.tread import Routing
 
@@ -65,6 +68,39 @@ def modulated(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Te
 def clipped(x: Tensor) -> Tensor:
     """The residual stream leaves fp16's range in places; other types pass untouched."""
     return x.clip(-_FP16_LIMIT, _FP16_LIMIT) if x.dtype == torch.float16 else x
+
+
+class _GatedResidual(torch.autograd.Function):
+    """`x + gate * out` of a gate that wants no gradient.
+
+    The gate is a plain attribute and not a saved tensor: recompute stops at a block's last saved tensor, and the gate
+    would be saved after the block's last product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, out: Tensor) -> Tensor:
+        ctx.gate = gate
+        return x + gate * out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, Tensor]:
+        (gradient,) = gradients
+        return gradient, None, gradient * ctx.gate
+
+
+def gated(
+    x: Float[Tensor, "b n hidden"], gate: Float[Tensor, "b 1 hidden"], out: Float[Tensor, "b n hidden"]
+) -> Float[Tensor, "b n hidden"]:
+    """`x + gate * out`. The gradient of a gate that is trained needs `out`, which autograd then saves."""
+    if gate.requires_grad:
+        return x + gate * out
+    added: Tensor = _GatedResidual.apply(x, gate, out)  # type: ignore[no-untyped-call]
+    return added
+
+
+def deferred(linear: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    """Return a function that computes `linear(x)`. What an adapter of `linear` adds is computed now."""
+    return linear.deferred(x) if isinstance(linear, LoraLinear) else partial(linear, x)
 
 
 class Embedder(nn.Module):
@@ -118,9 +154,14 @@ class FeedForward(nn.Module):
         self.linear_in = nn.Linear(hidden, 2 * inner, bias=False)
         self.linear_out = nn.Linear(inner, hidden, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def hidden(self, x: Tensor) -> Tensor:
+        """The input of the last product."""
         gate, value = self.linear_in(x).chunk(2, dim=-1)
-        out: Tensor = self.linear_out(F.silu(gate) * value)
+        hidden: Tensor = F.silu(gate) * value
+        return hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear_out(self.hidden(x))
         return out
 
 
@@ -194,11 +235,15 @@ class DoubleBlock(nn.Module):
             modulated(image, self.norm1, shift, scale),
             angles,
         )
-        image = image + gate * image_out
-        image = image + ff_gate * self.ff(modulated(image, self.norm2, ff_shift, ff_scale))
-        text = text + t_gate * text_out
-        text = text + t_ff_gate * self.ff_context(modulated(text, self.norm2_context, t_ff_shift, t_ff_scale))
-        return clipped(text), image
+        image = gated(image, gate, image_out)
+        hidden = self.ff.hidden(modulated(image, self.norm2, ff_shift, ff_scale))
+        # The image's last product is the last of the block: recompute stops before it. The adapter's part is computed
+        # here so that dropout draws in this order.
+        image_ff = deferred(self.ff.linear_out, hidden)
+        text = gated(text, t_gate, text_out)
+        text_ff = self.ff_context(modulated(text, self.norm2_context, t_ff_shift, t_ff_scale))
+        text = clipped(gated(text, t_ff_gate, text_ff))
+        return text, gated(image, ff_gate, image_ff())
 
 
 class ParallelAttention(nn.Module):
@@ -236,7 +281,7 @@ class SingleBlock(nn.Module):
         self, x: Float[Tensor, "b n hidden"], modulation: Float[Tensor, "b 1 3*hidden"], angles: Rotary
     ) -> Float[Tensor, "b n hidden"]:
         shift, scale, gate = modulation.chunk(3, dim=-1)
-        return clipped(x + gate * self.attn(modulated(x, self.norm, shift, scale), angles))
+        return clipped(gated(x, gate, self.attn(modulated(x, self.norm, shift, scale), angles)))
 
 
 class OutputNorm(nn.Module):
