@@ -11,24 +11,34 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-def install(blocks: Sequence[nn.Module], keep_every: int | None = None, *, inputs: "HostInputs | None" = None) -> None:
+def install(
+    blocks: Sequence[nn.Module],
+    keep_every: int | None = None,
+    *,
+    inputs: "HostInputs | None" = None,
+    draws: bool = True,
+) -> None:
     """Make each block recompute itself whenever gradients are wanted; results and gradients stay the same bits.
 
     `keep_every` = n leaves every n-th block as it is: more memory, less recomputing. What a block is computed from
     again goes where `inputs` says; by default it stays where it is.
+
+    Args:
+        draws: whether blocks draw random numbers, as dropout does. If so, the generators' states are saved before a
+            block and set again for its recompute. If not, a block that draws all the same gets wrong gradients.
     """
     for index, block in enumerate(blocks):
         if keep_every is None or (index + 1) % keep_every:
-            block.forward = _recomputed(block.forward, inputs)
+            block.forward = _recomputed(block.forward, inputs, draws)
 
 
-def _recomputed(forward: Callable[..., Any], kept: "HostInputs | None") -> Callable[..., Any]:
+def _recomputed(forward: Callable[..., Any], kept: "HostInputs | None", draws: bool) -> Callable[..., Any]:
     def run(*inputs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*inputs)
         with contextlib.nullcontext() if kept is None else kept.of_a_block():
             # Non-reentrant: gradients reach adapters inside a block none of whose inputs requires one.
-            return checkpoint(forward, *inputs, use_reentrant=False)
+            return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=draws)
 
     return run
 

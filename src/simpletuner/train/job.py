@@ -325,7 +325,12 @@ class Attempt:
         if self.config.gradient_checkpointing:
             ahead = self.config.copies_ahead(self.device.type)
             inputs = recompute.HostInputs(self.device, ahead=ahead) if self.config.activation_offload else None
-            recompute.install(transformer.blocks, self.config.gradient_checkpointing_interval, inputs=inputs)
+            recompute.install(
+                transformer.blocks,
+                self.config.gradient_checkpointing_interval,
+                inputs=inputs,
+                draws=self.config.lora_dropout > 0,
+            )
         offloads = self.streaming is not None or self.config.activation_offload or self.config.group_offload_vae
         if self.device.type == "cpu" and offloads:
             self.reporter.notice(

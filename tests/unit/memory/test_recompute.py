@@ -31,6 +31,32 @@ def test_recomputing_changes_no_bit_of_result_or_gradient() -> None:
         assert all(torch.equal(a, b) for a, b in zip(plain[1], again[1], strict=True))
 
 
+def test_without_draws_no_state_of_a_generator_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = 0
+    plainly = torch.get_rng_state
+
+    def counted() -> torch.Tensor:
+        nonlocal read
+        read += 1
+        return plainly()
+
+    def dry() -> nn.ModuleList:
+        blocks = stack()
+        for block in blocks:
+            block[1].p = 0.0
+        return blocks
+
+    expected = run(dry())
+    monkeypatch.setattr(torch, "get_rng_state", counted)
+    for draws in (True, False):
+        blocks, read = dry(), 0
+        recompute.install(list(blocks), draws=draws)
+        found = run(blocks)
+        assert (read > 0) is draws
+        assert torch.equal(found[0], expected[0])
+        assert all(torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
+
+
 def test_every_nth_block_keeps_its_activations() -> None:
     for keep_every, expected in ((None, 8), (2, 6), (3, 7)):
         blocks = stack()
