@@ -1,28 +1,129 @@
 """AdamW with bf16 memory: unbiased where rounding to the nearest stands still."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from simpletuner.train.adamw_bf16 import AdamWBf16, noise_bits, rounded
+from simpletuner.base.draws import draw_seed
+from simpletuner.memory.trace import Ledger
+from simpletuner.train.adamw_bf16 import CPU_CHUNK, ELEMENT_BYTES, AdamWBf16, noise_bits, rounded
+
+CPU = torch.device("cpu")
+
+
+def one_tensor(
+    parameter: Tensor, first: Tensor, second: Tensor, gradient: Tensor, *, step: int, place: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A step at torch's defaults, one tensor at a time and as the formulas are written."""
+    lr, beta1, beta2, eps, decay = 1e-3, 0.9, 0.999, 1e-8, 0.01
+    gradient = gradient.float()
+    first = first.float().lerp(gradient, 1 - beta1)
+    second = second.float().mul(beta2).addcmul(gradient, gradient, value=1 - beta2)
+    root = second.sqrt().div(math.sqrt(1 - beta2**step)).add(eps)
+    updated = parameter.float().mul(1 - lr * decay).addcdiv(first, root, value=-lr / (1 - beta1**step))
+    bits = noise_bits([(draw_seed(seed, "rounding", step, place), 0, parameter.numel())], CPU).view_as(parameter)
+    exact = parameter.dtype == torch.float32
+    return updated if exact else rounded(updated, bits >> 32), rounded(first, bits), rounded(second, bits >> 16)
+
+
+SHAPES = [(3, 5), (1,), (0,), (), (CPU_CHUNK + 17,), (7, 13, 3), (300, 700), (64, 64)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_change_no_bit(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
+    parameters.append(nn.Parameter(torch.randn(40, 30).to(dtype)[:, 3:25]))  # not contiguous
+    parameters.append(nn.Parameter(torch.randn(40, 30).to(dtype).t()))
+    expected = [
+        (each.detach().clone(), *(torch.zeros(each.shape, dtype=torch.bfloat16) for _ in range(2)))
+        for each in parameters
+    ]
+    taken = [0] * len(parameters)
+    optimiser = AdamWBf16([{"params": parameters[:4]}, {"params": parameters[4:]}], seed=7)
+    for step in range(4):
+        for place, parameter in enumerate(parameters):
+            parameter.grad = None
+            if (step, place) != (2, 5):  # left out once: from then on its steps are others
+                parameter.grad = torch.randn(parameter.shape).to(dtype)
+                taken[place] += 1
+                expected[place] = one_tensor(*expected[place], parameter.grad, step=taken[place], place=place, seed=7)
+        optimiser.step()
+    for count, parameter, (value, first, second) in zip(taken, parameters, expected, strict=True):
+        state = optimiser.state[parameter]
+        assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
+        assert state["step"] == count
+        assert torch.equal(parameter, value)
+        assert torch.equal(state["exp_avg"], first)
+        assert torch.equal(state["exp_avg_sq"], second)
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that are no views."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def stepped(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> AdamWBf16:
+    """An optimizer after its first step, which makes the state."""
+    parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
+    optimiser = AdamWBf16(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimiser.step()
+    return optimiser
+
+
+def test_operators_do_not_grow_with_tensors() -> None:
+    counts = []
+    for tensors in (1, 200):
+        optimiser = stepped([(8, 16)] * tensors)
+        with Launches() as launches:
+            optimiser.step()
+        counts.append(launches.count)
+    assert counts[0] == counts[1] <= 45
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_temporary_memory_does_not_grow_with_tensors(dtype: torch.dtype) -> None:
+    for shapes in ([(5 * CPU_CHUNK,)], [(CPU_CHUNK // 8,)] * 40):
+        optimiser = stepped(shapes, dtype)
+        known = []
+        for parameter, state in optimiser.state.items():
+            known += [parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]]
+        with Ledger(known) as ledger:
+            optimiser.step()
+        assert 0.75 * ELEMENT_BYTES * CPU_CHUNK < ledger.peak <= ELEMENT_BYTES * CPU_CHUNK
 
 
 def test_what_bf16_holds_stays() -> None:
     exact = torch.tensor([0.0, -0.0, 1.0, -1.5, 2.0**-126, 3.0e38, float("inf")]).to(torch.bfloat16)
-    assert torch.equal(rounded(exact.float(), noise_bits(exact, 5)).view(torch.int16), exact.view(torch.int16))
+    assert torch.equal(
+        rounded(exact.float(), noise_bits([(5, 0, len(exact))], CPU)).view(torch.int16), exact.view(torch.int16)
+    )
 
 
 def test_rounding_is_up_or_down_in_proportion() -> None:
     value = torch.full((200_000,), 1 + 2**-7 * 0.25)  # a quarter of the way from 1 to the next number
     for values in (value, -value):
-        found = rounded(values, noise_bits(values, 1)).float()
+        found = rounded(values, noise_bits([(1, 0, len(values))], CPU)).float()
         assert set(found.abs().tolist()) == {1.0, 1 + 2**-7}
         assert found.mean().item() == pytest.approx(values[0].item(), abs=2**-7 * 0.004)
 
 
 def test_the_draw_is_splitmix64s() -> None:
     """The first outputs of the published generator for the seed 1234567."""
-    found = noise_bits(torch.empty(3), 1234567).tolist()
+    found = noise_bits([(1234567, 0, 3)], CPU).tolist()
     assert [value % 2**64 for value in found] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
