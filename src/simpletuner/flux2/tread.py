@@ -5,6 +5,7 @@ tokens. Text tokens always stay. Which image tokens stay is drawn outside of the
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -62,6 +63,32 @@ def draw_choices(
     return tuple(choices)
 
 
+class _Taken(torch.autograd.Function):
+    """Gather whose gradient is written to its places and not added: no place is taken twice. Autograd's own adds, which
+    on a GPU is atomic, slow in bf16 and not deterministic.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.tokens = x.shape[1]
+        return x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        (places,) = ctx.saved_tensors
+        batch, _, width = gradient.shape
+        whole = gradient.new_zeros(batch, ctx.tokens, width)
+        return whole.scatter_(1, places[..., None].expand(-1, -1, width), gradient), None
+
+
+def taken(x: Float[Tensor, "b n width"], places: Int64[Tensor, "b kept"]) -> Float[Tensor, "b kept width"]:
+    """The tokens of `x` at `places`; those of a sample must differ from each other."""
+    tokens: Tensor = _Taken.apply(x, places)  # type: ignore[no-untyped-call]
+    return tokens
+
+
 class Routing:
     """One forward pass's way through `choices`: call `enter` before each block and `leave` after it.
 
@@ -83,7 +110,7 @@ class Routing:
             return x
         self._all_image = x[:, text:]
         self.angles = self._kept_angles(choice)
-        return behind(x[:, :text], self._all_image.take_along_dim(choice.kept[..., None], dim=1))
+        return behind(x[:, :text], taken(self._all_image, choice.kept))
 
     def leave(self, block: int, x: Float[Tensor, "b m hidden"], text: int = 0) -> Float[Tensor, "b n hidden"]:
         """`x`, with the image tokens that went around back in their places if a route ends at `block`."""
@@ -102,7 +129,7 @@ class Routing:
             torch.cat(
                 [
                     table[:, : self._text_length].expand(len(choice.kept), -1, -1),
-                    table[:, self._text_length :].take_along_dim(choice.kept[..., None], dim=1),
+                    taken(table[:, self._text_length :].expand(len(choice.kept), -1, -1), choice.kept),
                 ],
                 dim=1,
             )

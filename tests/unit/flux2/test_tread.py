@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.routes import Route, resolve
 from simpletuner.flux2.transformer import Flux2Transformer
-from simpletuner.flux2.tread import draw_choice, draw_choices
+from simpletuner.flux2.tread import draw_choice, draw_choices, taken
 
 SNIPPETS = Path(__file__).parents[2] / "fixtures" / "quickstart"
 HALF = Route(1, 2, 0.5)
@@ -135,3 +137,58 @@ def test_no_route_and_one_that_keeps_all_change_no_bit(denoiser: Denoiser) -> No
     plain = ask(denoiser, ())
     assert torch.equal(plain, ask(denoiser, (Route(0, 7, 1.0),)))
     assert not torch.equal(plain, ask(denoiser, (HALF,)))
+
+
+def some(dtype: torch.dtype, tokens: int = 24, keep: int = 9) -> tuple[Tensor, Tensor]:
+    """Tokens of three samples, the last ones of a longer sequence, and places."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, tokens + 5, 8, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    return x, torch.stack([torch.randperm(tokens, generator=generator)[:keep].sort().values for _ in range(3)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_taken_tokens_and_their_gradients_are_those_of_torchs_gather(dtype: torch.dtype) -> None:
+    x, places = some(dtype)
+    ours, theirs = taken(x[:, 5:], places), x[:, 5:].take_along_dim(places[..., None], dim=1)
+    assert torch.equal(ours, theirs)
+    weight = torch.randn(ours.shape).to(dtype)
+    found, expected = (torch.autograd.grad((out * weight).sum(), x)[0] for out in (ours, theirs))
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, torch.zeros_like(found))
+
+
+def test_the_gradient_of_taken_tokens_adds_nothing() -> None:
+    x, places = some(torch.bfloat16)
+    with torch.profiler.profile() as profile:
+        taken(x, places).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert "aten::scatter_" in names
+    assert not {name for name in names if "scatter_add" in name or "index_add" in name}
+
+
+def test_gradcheck_of_taken_tokens() -> None:
+    x, places = some(torch.float64, tokens=5, keep=3)
+    assert torch.autograd.gradcheck(lambda x: taken(x, places), x)
+
+
+COMPILED = """
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from simpletuner.flux2.tread import taken
+
+counter = CompileCounterWithBackend("aot_eager")
+compiled = torch.compile(taken, backend=counter, fullgraph=True, dynamic=True)
+for tokens, keep in ((24, 9), (30, 12), (17, 16)):
+    x, places = torch.randn(3, tokens, 8, requires_grad=True), torch.stack([torch.randperm(tokens)[:keep]] * 3)
+    found, expected = compiled(x, places), taken(x, places)
+    assert torch.equal(found, expected)
+    assert torch.equal(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (found, expected)))
+assert counter.frame_count == 1, counter.frame_count
+"""
+
+
+@pytest.mark.slow
+def test_taken_tokens_compile_once_for_all_sizes() -> None:
+    """In a process of its own: the shapes that tests check cannot be compiled."""
+    done = subprocess.run([sys.executable, "-P", "-c", COMPILED], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
