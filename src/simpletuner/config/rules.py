@@ -102,6 +102,10 @@ def _optimiser(config: RunConfig) -> Iterator[Finding]:
     if not known.is_installed:
         found = f"optimizer = {shown(name)}: {known.library} is not installed"
         yield ("optimizer",), Problem(found, remedy="pip install -e '.[optimizers]'")
+    if known.rounds_by_chance and config.model_type == "full" and config.base_dtype == "fp16":
+        keys = ("optimizer", "mixed_precision")
+        found = f"optimizer = {shown(name)} with model_type = full and fp16 weights, which it cannot step on"
+        yield keys, Problem(found, remedy="Give --base_model_default_dtype=bf16, or take adamw.")
     if name == "prodigy" and config.lora_plus_ratio != 1 and config.model_type == "lora":
         keys = ("lora_plus_ratio", "optimizer")
         found = f"lora_plus_ratio = {config.lora_plus_ratio:g} with prodigy, which finds one rate for all"

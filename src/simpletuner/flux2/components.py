@@ -45,7 +45,7 @@ def text_codec(model: ModelOptions, precision: PrecisionOptions, source: Source)
     return CODECS[source.flavour.text.padding_side](
         text_encoder_id(
             source,
-            DTYPES[precision.base_dtype],
+            DTYPES[precision.text_dtype],
             layers=source.text_layers,
             max_length=source.text_length,
             fix_regex=model.tokenizer_fix_regex,
@@ -106,7 +106,7 @@ def open_text_encoder(
         AccessError: it cannot be loaded.
         ConfigError: it has fewer layers than are asked for, or the context has no room for the template.
     """
-    dtype, layers = DTYPES[precision.base_dtype], source.text_layers
+    dtype, layers = DTYPES[precision.text_dtype], source.text_layers
     length, fix_regex = source.text_length, model.tokenizer_fix_regex
     name = precision.text_encoder_1_precision
     mode = "streamed" if offload.group_offload_text_encoder else precision.text_encoder_mode

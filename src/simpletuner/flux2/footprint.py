@@ -563,7 +563,7 @@ class Footprint:
             batch=batch,
             text=self.architecture.text_length,
             image=_tokens(size),
-            is_autocast=config.mixed_precision == "fp16",
+            is_autocast=config.is_autocast,
             is_full=self.is_full,
             adapted=() if self.is_full else self._adapted,
             rank=config.lora_rank,

@@ -24,7 +24,7 @@ from simpletuner.flux2.text import ResidentTextEncoder, zero_fully_masked_rows
 from simpletuner.flux2.text_stream import StreamedTextEncoder
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory import offload
-from simpletuner.memory.precision import make_room, quantised, targets
+from simpletuner.memory.precision import check_range, make_room, quantised, quantised_from, targets
 from simpletuner.memory.tensors import open_tensors
 
 # Mistral's own pre-tokeniser, as in its tekken.json: case counts and every digit is a token.
@@ -79,7 +79,7 @@ def load_transformer(
 
     Raises:
         AccessError: tensors are missing, unknown or of the wrong shape; they are named.
-        ConfigError: `precision` cannot hold this model.
+        ConfigError: `precision`, or fp16 as `dtype`, cannot hold this model.
         DiskError: no space in `cache_dir`.
     """
     with torch.device("meta"):
@@ -93,7 +93,7 @@ def load_transformer(
         # What products read in place is copied: on a CPU their last bits depend on where a tensor begins.
         plain = {name for name, _ in transformer.named_parameters()}
         with torch.device("meta"):
-            make_room(transformer, targets(transformer, _BLOCKS, precision), precision, dtype)
+            make_room(transformer, targets(transformer, _BLOCKS, precision), precision, quantised_from(dtype))
         with open_tensors(file) as tensors:
             for name in transformer.state_dict():
                 place = device if land_on is None else land_on(name)
@@ -377,9 +377,13 @@ def _fill(
 
     def land(new: Renamed, tensor: Tensor) -> None:
         for target, part in zip(new.names, new.cut(tensor), strict=True):
-            cast = part if target.startswith(kept) else part.to(dtype)
             place = device if land_on is None else land_on(target)
             owner = target.removesuffix(".weight")
+            if target.startswith(kept):
+                cast = part
+            else:
+                check_range(part, dtype, target)
+                cast = part.to(quantised_from(dtype) if owner in linears else dtype)
             if quantise is not None and owner in linears:
                 linear = linears.pop(owner)
                 linear.weight = nn.Parameter(cast.to(quantise.via), requires_grad=False)

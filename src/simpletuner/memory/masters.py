@@ -1,4 +1,4 @@
-"""fp32 masters of weights that compute in bf16.
+"""fp32 masters of weights that compute in bf16 or fp16.
 
 bf16 tells numbers apart from one in 256 on: beside a weight of 1 a step of 1e-4 rounds away, and so would every step
 after it. Masters collect such steps until the weights can show them (Micikevicius et al., arXiv 1710.03740).
@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from simpletuner.memory.precision import check_range
+
 
 class Masters:
     """What an optimiser steps on in place of a model's weights. The model computes with the same numbers, rounded to
@@ -16,12 +18,17 @@ class Masters:
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
-        """Takes the memory of `weights`, fp32, over for the masters and leaves their values as `dtype` in its place."""
+        """Takes the memory of `weights`, fp32, over for the masters and leaves their values as `dtype` in its place.
+
+        Raises:
+            ConfigError: fp16 is the `dtype` and cannot hold a weight.
+        """
         if any(weight.dtype != torch.float32 for weight in weights.values()):
             raise TypeError("masters are made of fp32 weights")
         self._weights: list[Tensor] = list(weights.values())
         self.parameters = {name: nn.Parameter(weight.detach()) for name, weight in weights.items()}
-        for weight in self._weights:
+        for name, weight in weights.items():
+            check_range(weight.data, dtype, name)
             weight.data = weight.data.to(dtype)
 
     def collect(self) -> None:

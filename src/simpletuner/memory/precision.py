@@ -22,7 +22,7 @@ from simpletuner.base.quiet import quiet_import
 from simpletuner.config.precisions import NO_CHANGE, PRECISIONS
 from simpletuner.config.values import join_names
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Formats that compute, by the name that options have for them."""
 
 GROUPS = (128, 64, 32)
@@ -39,6 +39,28 @@ _TILE = 16
 """What both sides of a product in 8 bits are multiples of, as the kernels want it."""
 _ROWS = 64
 """Rows of a slice come in multiples of this, so that no block of nf4 is cut."""
+
+
+def check_range(weight: Tensor, dtype: torch.dtype, name: str) -> None:
+    """Raise a ConfigError where fp16 is the `dtype` and cannot hold `weight`. The other formats hold every weight."""
+    if dtype != torch.float16:
+        return
+    low, high = weight.aminmax()
+    limit = torch.finfo(dtype).max
+    largest = max(-low.item(), high.item())
+    if largest > limit:
+        raise ConfigError.of(
+            f"mixed_precision = fp16: the weight {name} has a value of {largest:g}",
+            f"at most {limit:g}",
+            "Give --mixed_precision=bf16.",
+        )
+
+
+def quantised_from(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the weights that are quantized where the model computes in `dtype`, and of their scales: bf16 under
+    fp16, whose numbers lose bits below 6e-5, where scales can be.
+    """
+    return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
 @dataclass(frozen=True)

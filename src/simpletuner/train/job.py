@@ -215,6 +215,7 @@ class Attempt:
             route=denoiser.routed if routes else None,
             rollout=rollout,
             masters=trained.masters,
+            is_autocast=self.config.is_autocast,
         )
         builder = BatchBuilder(
             self.config,

@@ -120,14 +120,15 @@ class Stepper:
     rollout: Rollout | None = None
     masters: Masters | None = None
     """Where given, `parameters` are these, and the weights that compute follow them."""
+    is_autocast: bool = False
+    """Whether products are computed in fp16 over weights of another format."""
 
     def losses(self, batch: Batch) -> Float[Tensor, " b"]:
-        """Weighted loss of each sample of `batch`, with gradients. fp16 computes under autocast over bf16 weights."""
+        """Weighted loss of each sample of `batch`, with gradients."""
         batch = batch.to(self.device, non_blocking=True)
         denoise = self.denoise if self.route is None else self.route(batch.choices)
         penalty = self.objective.penalty
-        is_fp16 = self.scaler.is_enabled()
-        with torch.autocast(self.device.type, dtype=torch.float16) if is_fp16 else contextlib.nullcontext():
+        with torch.autocast(self.device.type, dtype=torch.float16) if self.is_autocast else contextlib.nullcontext():
             if self.rollout is not None:
                 losses = self.rollout.losses(denoise, batch, penalty=penalty, sample=self.denoise)
             else:

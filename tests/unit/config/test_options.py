@@ -42,11 +42,28 @@ def test_the_average_of_a_full_model_lies_on_the_cpu_unless_asked_for() -> None:
     assert on_cpu == {("lora", "cpu"), ("full", "auto"), ("full", "cpu")}
 
 
-def test_the_base_is_bf16_unless_fp32_is_computed_or_asked_for() -> None:
+def test_the_base_has_the_format_of_the_computation_unless_another_is_asked_for() -> None:
     assert RunConfig().base_dtype == "bf16"
-    assert RunConfig(mixed_precision="fp16").base_dtype == "bf16"
+    assert RunConfig(mixed_precision="fp16").base_dtype == "fp16"
     assert RunConfig(mixed_precision="no").base_dtype == "fp32"
     assert RunConfig(mixed_precision="no", base_model_default_dtype="bf16").base_dtype == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("given", "text", "is_autocast"),
+    [
+        ({}, "bf16", False),
+        ({"mixed_precision": "no"}, "fp32", False),
+        ({"mixed_precision": "fp16"}, "bf16", False),
+        ({"mixed_precision": "fp16", "base_model_default_dtype": "bf16"}, "bf16", True),
+        ({"mixed_precision": "fp16", "base_model_default_dtype": "fp32"}, "fp32", True),
+    ],
+)
+def test_fp16_is_cast_to_only_from_another_format_and_never_encodes_text(
+    given: dict[str, object], text: str, is_autocast: bool
+) -> None:
+    config = RunConfig.model_validate(given)
+    assert (config.text_dtype, config.is_autocast) == (text, is_autocast)
 
 
 @pytest.mark.parametrize(

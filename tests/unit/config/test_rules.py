@@ -54,6 +54,11 @@ import pytest
             "only read: take enable_group_offload out, or train a LoRA.",
         ),
         (
+            {"model_type": "full", "optimizer": "adamw_bf16", "mixed_precision": "fp16"},
+            "optimizer = 'adamw_bf16' with model_type = full and fp16 weights, which it cannot step on. Give "
+            "--base_model_default_dtype=bf16, or take adamw.",
+        ),
+        (
             {"enable_group_offload": True, "dynamo_backend": "inductor", "group_offload_type": "leaf_level"},
             "enable_group_offload with dynamo_backend = inductor and group_offload_type = 'leaf_level': a compiled "
             "block is one graph, and layers cannot come and go inside it. Give --group_offload_type=block_level, or "

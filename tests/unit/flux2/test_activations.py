@@ -87,6 +87,8 @@ CASES = [
     (WIDE, (12, 12), {"options": LORA, "recomputes": True, "every": 2}),
     (WIDE, (12, 12), {"options": LORA, "recomputes": True, "every": 3, "dtype": torch.bfloat16}),
     (WIDE, (12, 12), {"options": LORA, "dtype": torch.bfloat16}),
+    (WIDE, (12, 12), {"options": LORA, "dtype": torch.float16}),
+    (WIDE, (12, 12), {"options": LORA, "dtype": torch.float16, "recomputes": True}),
     (SMALL, (12, 12), {"options": LoraOptions(lora_rank=8, flux_lora_target="attention")}),
     (SMALL, (12, 12), {"options": LoraOptions(lora_rank=8, flux_lora_target="mlp", lora_dropout=0.1)}),
     (SMALL, (12, 12), {"options": LoraOptions(lora_rank=8, flux_lora_target="tiny"), "recomputes": True}),
@@ -120,7 +122,9 @@ def test_the_sum_of_blocks_is_what_a_real_step_holds(
     kept, peak = step(transformer, at, side)
     assert kept_bytes(at) <= kept <= kept_bytes(at) + shared_bytes(at)
     worst = training(at)
-    assert worst.total - worst.gradients // 50 <= peak <= worst.total + shared_bytes(at)
+    # A trace holds the gradient that comes into a block to the end; in fp16 `clipped` replaces it.
+    held = at.batch * (at.text + at.image) * spec.hidden * 2 if at.dtype == torch.float16 else 0
+    assert worst.total - worst.gradients // 50 - held <= peak <= worst.total + shared_bytes(at)
 
 
 @pytest.mark.parametrize(("spec", "side", "keys"), [case for case in CASES if "recomputes" not in case[2]])
@@ -153,8 +157,8 @@ def test_the_blocks_keep_exactly_what_autograd_saves_in_them(
             joint = block(joint, shared[2], tuple(shared[3:]))
     known = {tensor.untyped_storage().data_ptr() for tensor in (*transformer.parameters(), *shared)}
     counted = sum(t.untyped_storage().nbytes() for at_, t in saved.items() if at_ not in known)
-    # Of each normed token, mean and deviation: in bf16 a CPU keeps them in two bytes each, an accelerator in four.
-    norms = 2 * spec.double_blocks + spec.single_blocks if at.dtype == torch.bfloat16 else 0
+    # Of each normed token, mean and deviation: in 16 bits a CPU keeps them in two bytes each, an accelerator in four.
+    norms = 2 * spec.double_blocks + spec.single_blocks if at.dtype.itemsize == 2 else 0
     assert 0 <= blocks_keep(at) - counted <= 4 * norms * at.batch * (at.text + at.image)
 
 

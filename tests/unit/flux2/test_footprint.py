@@ -182,6 +182,7 @@ SMALLER = [
     ("train", {"mixed_precision": "no"}, {"mixed_precision": "bf16"}),
     ("train", {"base_model_default_dtype": "fp32"}, {"base_model_default_dtype": "bf16"}),
     ("train", {"mixed_precision": "fp16"}, {"mixed_precision": "bf16"}),
+    ("train", {"mixed_precision": "fp16", "base_model_default_dtype": "bf16"}, {"mixed_precision": "fp16"}),
     ("train", {}, STREAMED),
     ("train", STREAMED | {"group_offload_resident_blocks": 3}, STREAMED),
     ("train", STREAMED | {"group_offload_use_stream": True}, STREAMED),

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,30 @@ def test_every_tensor_is_cast(tiny_source, tensors):
     transformer = load_transformer(tiny_source, torch.bfloat16, "cpu")
     state = transformer.state_dict()
     assert all(torch.equal(state[name], tensors[name].bfloat16()) for name in tensors)
+
+
+def test_an_fp16_base_is_the_file_rounded_to_fp16(tiny_source, tensors):
+    transformer = load_transformer(tiny_source, torch.float16, "cpu")
+    assert transformer.dtype == torch.float16
+    state = transformer.state_dict()
+    assert all(torch.equal(state[name], tensors[name].half()) for name in tensors)
+
+
+@pytest.mark.parametrize("value", [65_536.0, -(2.0**20), math.inf])
+@pytest.mark.parametrize("precision", ["no_change", "int8-quanto"])
+def test_a_weight_beyond_fp16_is_named(value, precision, tiny_source, tensors, tmp_path):
+    name = "single_transformer_blocks.1.attn.to_out.weight"
+    tensors[name][3, 5] = value
+    source = single_file(tiny_source, tmp_path, tensors)
+    expected = (
+        f"mixed_precision = fp16: the weight {name} has a value of {abs(value):g}: expected at most 65504. "
+        "Give --mixed_precision=bf16."
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_transformer(source, torch.float16, "cpu", precision)
+    assert str(caught.value) == expected
+    if math.isfinite(value):
+        load_transformer(source, torch.bfloat16, "cpu", precision)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])

@@ -105,6 +105,21 @@ def passed(transformer: Flux2Transformer) -> tuple[torch.Tensor, torch.Tensor]:
     return velocity.detach(), torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])
 
 
+@pytest.mark.parametrize("name", ["int8-quanto", "int4-quanto", "fp8wo-torchao", "nf4-bnb"])
+def test_under_fp16_the_same_numbers_compute_in_fp16(name, tiny_source):
+    base, plain = (load_transformer(tiny_source, dtype, "cpu", name) for dtype in (torch.float16, torch.bfloat16))
+    ours, theirs = ({n: m for n, m in it.named_modules() if isinstance(m, QuantisedLinear)} for it in (base, plain))
+    assert ours.keys() == theirs.keys() != set()
+    for place, layer in ours.items():
+        assert all(torch.equal(a, b) for a, b in zip(layer.tensors, theirs[place].tensors, strict=True))
+        x = torch.randn(3, layer.in_features, dtype=torch.float16, requires_grad=True)
+        out = layer(x)
+        assert out.dtype == torch.float16
+        out.sum().backward()
+        assert x.grad.dtype == torch.float16
+    assert base.proj_out.weight.dtype == torch.float16
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_attaches_where_it_does_on_plain_linears(preset, tiny_source):
     """And changes no bit of the output before it has learnt something."""

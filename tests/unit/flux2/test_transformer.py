@@ -85,8 +85,8 @@ def built(options: LoraOptions | None, dtype: torch.dtype = torch.float32, *, is
     return transformer
 
 
-def step(transformer: Flux2Transformer) -> list[Tensor]:
-    """The answer, then all gradients."""
+def step(transformer: Flux2Transformer, scale: float = 1.0) -> list[Tensor]:
+    """The answer, then all gradients, of a loss times `scale`."""
     dtype = transformer.dtype
     generator = torch.Generator().manual_seed(1)
     image = torch.randn(2, IMAGE, SPEC.in_channels, generator=generator).to(dtype)
@@ -94,7 +94,7 @@ def step(transformer: Flux2Transformer) -> list[Tensor]:
     sigma, ids = torch.tensor([0.3, 0.8], dtype=dtype), torch.arange(4 * IMAGE).view(IMAGE, 4)
     torch.manual_seed(2)
     velocity = transformer(image, text, sigma, sigma, ids, ids[:TEXT])
-    velocity.float().square().mean().backward()
+    (scale * velocity.float().square().mean()).backward()
     return [velocity.detach(), *(each.grad for each in transformer.parameters() if each.grad is not None)]
 
 
@@ -131,6 +131,22 @@ def test_streamed_and_recomputed_it_is_the_same() -> None:
         for _ in range(2):
             ours.zero_grad(set_to_none=True)
             assert all(torch.equal(a, b) for a, b in zip(expected, step(ours), strict=True))
+
+
+def test_in_fp16_answer_and_gradients_are_nearer_than_in_bf16() -> None:
+    scale = 2.0**12
+    exact = step(built(ALL, is_plain=False), scale)
+
+    def errors(dtype: torch.dtype) -> list[float]:
+        found = step(built(ALL, dtype, is_plain=False), scale)
+        assert found[0].dtype == dtype
+        assert all(gradient.dtype == torch.float32 for gradient in found[1:])
+        return [((a.float() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
+
+    half, brain = errors(torch.float16), errors(torch.bfloat16)
+    assert half[0] < brain[0] / 3
+    assert sum(half) < sum(brain) / 3
+    assert max(half) < 0.02
 
 
 def test_the_residual_stream_stays_in_the_range_of_fp16() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from simpletuner.base.errors import ConfigError
 from simpletuner.memory.masters import Masters
 
 
@@ -63,3 +64,11 @@ def test_the_masters_are_the_fp32_weights_and_other_values_are_shown_for_a_while
 def test_masters_of_anything_but_fp32_would_have_lost_already() -> None:
     with pytest.raises(TypeError, match="fp32"):
         masters_of(linear().bfloat16())
+
+
+def test_a_weight_beyond_fp16_is_named() -> None:
+    layer = linear()
+    with torch.no_grad():
+        layer.weight[1, 2] = -70_000.0
+    with pytest.raises(ConfigError, match=r"the weight weight has a value of 70000: expected at most 65504\."):
+        Masters(dict(layer.named_parameters()), torch.float16)

@@ -228,7 +228,7 @@ def test_under_autocast_every_gradient_arrives() -> None:
     gradients = []
     for made in (rollout(reflexflow=False), None):
         model = Model()
-        scaled = replace(stepper(model, made), scaler=torch.amp.GradScaler("cpu", init_scale=1.0))
+        scaled = replace(stepper(model, made), scaler=torch.amp.GradScaler("cpu", init_scale=1.0), is_autocast=True)
         scaled.backward(whole(1, 3, made, seed=1))
         assert model.mix.weight.grad is not None
         gradients.append(model.mix.weight.grad.norm().item())

@@ -247,6 +247,22 @@ def test_fp16_scales_the_loss_and_skips_a_step_that_overflows() -> None:
     assert scaler.get_scale() == 2.0**126
 
 
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_autocast_is_apart_from_the_scaled_loss(is_autocast: bool) -> None:
+    """Over fp16 weights nothing is cast."""
+    model, seen = Model(), []
+
+    def denoise(*inputs: object) -> torch.Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return model(*inputs)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    Stepper(**(vars(stepper(model)) | {"scaler": scaler, "denoise": denoise, "is_autocast": is_autocast}))(
+        whole(1, ["a"]), 0.1
+    )
+    assert seen == [is_autocast]
+
+
 def mastered(model: Model, scaler: torch.amp.GradScaler, **options: object) -> Stepper:
     """The step of a model that computes in bf16."""
     masters = Masters(dict(model.named_parameters()), torch.bfloat16)

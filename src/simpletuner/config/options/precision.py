@@ -26,9 +26,9 @@ class PrecisionOptions(Slice):
     """Precision and memory."""
 
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
-    """Format of the computation. `no` is fp32 throughout; `fp16` keeps bf16 weights, scales the loss, and
-    needs a GPU. What is trained is fp32 in all: adapters themselves, of a full model its masters. fp32
-    is never TF32."""
+    """Format of the computation and of the base weights. `no` is fp32 throughout; `fp16` scales the loss and needs a
+    GPU, and a weight beyond 65504 is an error. What is trained is fp32 in all: adapters themselves, of a full model its
+    masters. fp32 is never TF32."""
 
     base_model_precision: PrecisionName = "no_change"
     """Quantisation of the frozen transformer: the Linears of its blocks. Embedders, modulation, norms, the last layer
@@ -44,8 +44,9 @@ class PrecisionOptions(Slice):
     """Where a block is quantised as it lands. The whole model is never held unquantised."""
 
     base_model_default_dtype: Literal["bf16", "fp32"] | None = None
-    """Format of the weights that the model computes with: by default bf16, or fp32 with `mixed_precision no`. With
-    `model_type full` and bf16 the optimiser steps on fp32 masters of them; `adamw_bf16` does without."""
+    """Format of the weights that the model computes with: by default that of `mixed_precision`, fp32 with `no`. Under
+    fp16 weights of another format are cast for each product (autocast). With `model_type full` and 16 bits the
+    optimiser steps on fp32 masters of them; `adamw_bf16` does without, on bf16."""
 
     gradient_checkpointing: bool = True
     """Compute a block's activations again in the backward pass instead of keeping them: much less memory,
@@ -70,8 +71,18 @@ class PrecisionOptions(Slice):
     """Cache files written per flush, and nothing else. A store's own value wins."""
 
     @property
-    def base_dtype(self) -> Literal["bf16", "fp32"]:
+    def base_dtype(self) -> Literal["bf16", "fp16", "fp32"]:
         """Format of the weights that the model computes with."""
         if self.base_model_default_dtype is not None:
             return self.base_model_default_dtype
-        return "fp32" if self.mixed_precision == "no" else "bf16"
+        return "fp32" if self.mixed_precision == "no" else self.mixed_precision
+
+    @property
+    def text_dtype(self) -> Literal["bf16", "fp32"]:
+        """Format of the text encoder and of cached contexts: bf16 under fp16, whose range its states can leave."""
+        return "bf16" if self.base_dtype == "fp16" else self.base_dtype
+
+    @property
+    def is_autocast(self) -> bool:
+        """Whether weights of another format are cast to fp16 for each product."""
+        return self.mixed_precision == "fp16" and self.base_dtype != "fp16"
