@@ -46,13 +46,14 @@ from simpletuner.memory import offload, recompute
 from simpletuner.memory.planner import Machine
 from simpletuner.train import optim
 from simpletuner.train.step import Objective, Stepper
+from simpletuner.train.throughput import data_sheet_rate
 
 WARM_UP = 2
 """Steps before the timed ones: what is set up once, and the ring learns what comes next."""
 MOST_STEPS, FEWEST_STEPS = 10, 3
 KERNELS_SHOWN = 15
 PROFILE_BYTES = 16 * 2**20
-ROUTE = (2, -3)
+ROUTE = (2, -2)
 """First and last block of the TREAD route."""
 
 
@@ -231,7 +232,7 @@ class Model:
         times = timed(step, device, clock)
         seconds = statistics.median(times)
         plan = planned(self.config, case, goes_to_host, self.bench.tiny)
-        passing = self.passing(plan, case)
+        flop, rate = training_flop(self.passing(plan, case)), data_sheet_rate(device)
         fields: dict[str, Any] = {
             "seconds": seconds,
             "fastest_s": min(times),
@@ -239,8 +240,11 @@ class Model:
             "steps": len(times),
             "first_s": first_s,
             "images_per_s": case.batch / seconds,
-            "flop": training_flop(passing),
-            "flop_per_s": training_flop(passing) / seconds,
+            "flop": flop.model,
+            "hardware_flop": flop.hardware,
+            "flop_per_s": flop.model / seconds,
+            "mfu": None if rate is None else flop.model / seconds / rate,
+            "hfu": None if rate is None else flop.hardware / seconds / rate,
             "planned_bytes": plan.train().total("accelerator"),
             "ram_bytes": resident_bytes(),
         }
@@ -275,7 +279,7 @@ class Model:
             objective=Objective.of(self.config, self.config, 0),
             scaler=torch.amp.GradScaler(device.type, enabled=False),
             device=device,
-            route=None if case.kept == 1 else routed(denoiser, case.kept),
+            route=None if case.kept == 1 else denoiser.routed,
         )
         batch = random_batch(case, self.transformer, tiny)
         numbers = itertools.count(1)
@@ -296,7 +300,8 @@ def configured(case: Case, ring: int, tiny: bool) -> RunConfig:
         flux_lora_target="all",
         peft_lora_target_modules=("transformer_blocks.0.attn.to_q",) if case.target == ONE_LINEAR else None,
         enable_group_offload=ring > 0,
-        group_offload_use_stream=ring == 2,
+        group_offload_use_stream="true" if ring == 2 else "false",
+        group_offload_resident_blocks="0",
         tokenizer_max_length=TINY_TEXT if tiny else TEXT,
     )
 
@@ -319,6 +324,7 @@ def random_batch(case: Case, model: Flux2Transformer, tiny: bool) -> Batch:
     latents, noise = (torch.randn(case.batch, 128, side, side, generator=generator) for _ in range(2))
     rows = torch.randn(text, model.spec.context_dim, generator=generator).bfloat16()
     context = TextContext(rows, torch.arange(text).expand(case.batch, -1))
+    routes = [route(model, case.kept)] if case.kept < 1 else []
     return Batch(
         latents=latents,
         condition=Condition.at(context, 1.0),
@@ -327,6 +333,7 @@ def random_batch(case: Case, model: Flux2Transformer, tiny: bool) -> Batch:
         names=tuple(f"random/{index}" for index in range(case.batch)),
         weights=torch.ones(case.batch),
         slots=range(case.batch),
+        choices=draw_choices(routes, 0, 0, range(case.batch), side**2),
     )
 
 
@@ -334,16 +341,6 @@ def route(model: Flux2Transformer, kept: float) -> Route:
     """The blocks that see a share of the image tokens."""
     start, end = (index % model.spec.blocks for index in ROUTE)
     return Route(start, end, kept)
-
-
-def routed(denoiser: Denoiser, kept: float) -> Any:
-    """The denoiser with TREAD, its choices drawn for each step as in training."""
-    way = route(denoiser.transformer, kept)
-
-    def denoise(step: int, slots: Sequence[int], grid: tuple[int, int]) -> Any:
-        return denoiser.routed(draw_choices([way], 0, step, slots, grid[0] * grid[1]))
-
-    return denoise
 
 
 def timed(step: Callable[[], None], device: torch.device, clock: Clock) -> list[float]:
