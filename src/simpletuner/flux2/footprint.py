@@ -208,11 +208,13 @@ def _adapted(spec: TransformerSpec, target: str, modules: str | tuple[str, ...] 
     )
 
 
+@lru_cache(maxsize=64)
 def _adapter_parameters(blocks: tuple[Adapted, ...], rank: int) -> int:
     sides = (side for block in blocks for _, place in block for side in (place.rows, place.columns))
     return rank * sum(stop - start for start, stop in sides)
 
 
+@lru_cache(maxsize=64)
 def _saved_parameters(spec: TransformerSpec, blocks: tuple[Adapted, ...], rank: int) -> int:
     """Of the exported LoRA, which is expanded to whole matrices."""
     modules = empty_transformer(spec).blocks

@@ -1,6 +1,7 @@
 """Which blocks of a transformer stay on the accelerator while the others are streamed."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 from simpletuner.config.flavours import TransformerSpec
 
@@ -8,6 +9,7 @@ BLOCK_LISTS: Mapping[str, bool] = {"transformer_blocks": True, "single_transform
 """The module lists of the blocks, and whether their blocks are double blocks."""
 
 
+@lru_cache(maxsize=256)
 def resident_indices(spec: TransformerSpec, count: int) -> frozenset[int]:
     """Indices of `count` blocks, double blocks first; of all, where there are fewer.
 
