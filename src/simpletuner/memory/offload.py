@@ -456,7 +456,9 @@ class Streaming:
             is_cuda = self._device.type == "cuda"
             room.copy_(self._reader.content(group.file, group.size), non_blocking=is_cuda)
             if is_cuda:
-                self._reader.copy_ends(torch.cuda.current_stream(self._device).record_event())
+                end = torch.cuda.Event(blocking=True)  # the thread sleeps until then
+                end.record(torch.cuda.current_stream(self._device))
+                self._reader.copy_ends(end)
         slot.holds = group
         self.copies += 1
         self.copied_bytes += group.size

@@ -25,7 +25,7 @@ from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.flux2.tread import draw_choices
 from simpletuner.memory import recompute
 from simpletuner.memory.planner import Machine
-from simpletuner.train.placement import open_decoder, stream_blocks
+from simpletuner.train.placement import open_decoder, residency_text, stream_blocks
 
 CPU = torch.device("cpu")
 BLOCK = "transformer_blocks.0.attn.to_q.weight"
@@ -138,6 +138,20 @@ def test_with_resident_blocks_it_gives_the_resident_ones_bits(
     assert same(results(transformer, adapter), resident)
     assert streaming is not None
     assert streaming.peak_resident == min(1, max(0, 8 - count))
+
+
+def test_what_stays_is_said_and_also_where_there_are_fewer_blocks(tiny: Source) -> None:
+    said = [
+        residency_text(OffloadOptions.model_validate({"group_offload_resident_blocks": count}), tiny.spec)
+        for count in ("auto", 0, 3, 8, 99)
+    ]
+    assert said == [
+        "",
+        "",
+        "; 3 of 8 blocks stay resident",
+        "; 8 of 8 blocks stay resident",
+        "; 8 of 8 blocks stay resident, fewer than group_offload_resident_blocks = 99",
+    ]
 
 
 @pytest.mark.parametrize("count", [0, 3, 8])
