@@ -3,16 +3,16 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Literal
 
 import pytest
 import torch
 from accuracy import assert_as_exact
-from tiny_training import RATE, blocks_of, global_batch, random_model, stepper, training_results
+from tiny_training import GRID, RATE, global_batch, groups_of, random_model, stepper, training_results
 
 from simpletuner.config.options.tread import TreadRoute
-from simpletuner.flow.condition import Denoise
+from simpletuner.data.batch import GlobalBatch
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.routes import resolve
 from simpletuner.flux2.transformer import Flux2Transformer
@@ -58,16 +58,17 @@ def test_a_step_waits_for_the_device_once(device: torch.device, reads: list[int]
     """
     model, adapter = random_model(torch.bfloat16)
     if way == "streamed":
-        offload.install(model, blocks_of(model, "block"), device=device, ahead=True)
+        offload.install(model, groups_of(model.blocks, "block"), device=device, ahead=True)
     else:
         model.to(device)
     if way not in ("resident", "routed"):
         inputs = recompute.HostInputs(device, ahead=True) if way == "host inputs" else None
         recompute.install(model.blocks, inputs=inputs)
     trained = stepper(model, adapter, device)
-    if way == "routed":
-        trained = dataclasses.replace(trained, route=half_of_the_tokens(model))
     batches = [global_batch(step, batches=2) for step in range(1, 5)]
+    if way == "routed":
+        trained = dataclasses.replace(trained, route=Denoiser(model).routed)
+        batches = [half_of_the_tokens(batch, model.spec.blocks) for batch in batches]
     if device.type == "cuda":
         batches = [batch.pin_memory() for batch in batches]
     for batch in batches[:2]:
@@ -79,15 +80,15 @@ def test_a_step_waits_for_the_device_once(device: torch.device, reads: list[int]
     assert reads == [batches[0].size + 1] * 2, "the losses and the gradient norm, at once"
 
 
-def half_of_the_tokens(model: Flux2Transformer):  # type: ignore[no-untyped-def]
+def half_of_the_tokens(whole: GlobalBatch, blocks: int) -> GlobalBatch:
     """TREAD: from the second block to the last but one, half of the image tokens."""
-    routes = resolve((TreadRoute(selection_ratio=0.5, start_layer_idx=1, end_layer_idx=-2),), len(model.blocks))
-    denoiser = Denoiser(model)
-
-    def route(step: int, slots: Sequence[int], grid: tuple[int, int]) -> Denoise:
-        return denoiser.routed(draw_choices(routes, 0, step, slots, math.prod(grid)))
-
-    return route
+    routes = resolve((TreadRoute(selection_ratio=0.5, start_layer_idx=1, end_layer_idx=-2),), blocks)
+    tokens = math.prod(GRID)
+    batches = (
+        dataclasses.replace(batch, choices=draw_choices(routes, 0, whole.step, batch.slots, tokens))
+        for batch in whole.batches
+    )
+    return dataclasses.replace(whole, batches=tuple(batches))
 
 
 @pytest.mark.parametrize(

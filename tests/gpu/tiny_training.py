@@ -20,6 +20,7 @@ from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.lora import Adapter, attach
 from simpletuner.flux2.tiny.make import SHIPPED, TRANSFORMER
 from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.memory import offload
 from simpletuner.memory.precision import make_room, targets
 from simpletuner.memory.tensors import load_tensors
 from simpletuner.train import optim
@@ -183,8 +184,6 @@ def assert_same_bits(found: Trained, expected: Trained) -> None:
 Level = Literal["block", "leaf"]
 
 
-def blocks_of(model: Flux2Transformer, level: Level) -> Sequence[Sequence[nn.Module]]:
-    """The groups in which a model's blocks are streamed."""
-    from simpletuner.memory import offload
-
-    return offload.block_groups(model.blocks) if level == "block" else offload.leaf_groups(model.blocks)
+def groups_of(blocks: Sequence[nn.Module], level: Level) -> list[list[nn.Module]]:
+    """The modules that are streamed together."""
+    return offload.block_groups(blocks) if level == "block" else offload.leaf_groups(blocks)

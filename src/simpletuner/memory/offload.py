@@ -487,7 +487,8 @@ def install(
     """Keep the frozen tensors of `groups` off `device` but for the one that computes; move all else of `model` there.
 
     What is trained must have `requires_grad` by now. Call it before `recompute.install`: what is recomputed then brings
-    its group back. Results and gradients are the same bits.
+    its group back. Results and gradients are the same bits. On CUDA that takes kernels that always add in the
+    same order; the backward passes of fused attention do not.
 
     Args:
         groups: modules of `model` that come and go together, none inside another; see `block_groups`, `leaf_groups`.

@@ -20,6 +20,8 @@ def install(
 ) -> None:
     """Make each block recompute itself whenever gradients are wanted; results and gradients stay the same bits.
 
+    On CUDA that takes kernels that always add in the same order; the backward passes of fused attention do not.
+
     `keep_every` = n leaves every n-th block as it is: more memory, less recomputing. What a block is computed from
     again goes where `inputs` says; by default it stays where it is.
 

@@ -24,7 +24,8 @@ class OffloadOptions(Slice):
 
     enable_group_offload: bool = False
     """Keep the transformer's frozen blocks in the machine's memory and bring each to the accelerator when its turn
-    comes, forwards and backwards. Adapters stay there. The results are the same bits."""
+    comes, forwards and backwards. Adapters stay there. The results are the same bits, as far as
+    [kernels are deterministic](runs.md#equal-bits)."""
 
     group_offload_type: Literal["block_level", "leaf_level"] = "block_level"
     """What comes and goes at once: whole blocks, or single layers, which takes less memory and more time."""
