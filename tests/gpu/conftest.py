@@ -1,13 +1,13 @@
 """Tests of what only a CUDA GPU shows.
 
-    pytest tests/gpu                    the quick ones: under three minutes on an H100
+    pytest tests/gpu                    the quick ones: about three minutes on an H100, by estimate
     pytest tests/gpu -m slow            500 steps of each way of offloading, whole runs, peak memory of each phase
     PYTEST_SIMPLETUNER_DEVICE=cpu pytest tests/gpu      a rehearsal: the same tests on the CPU, as far as they mean
                                         something there. What is asked of streams, kernels and memory is skipped.
 
-Without a GPU all are skipped. They need pytest, torch, einops, jaxtyping, pydantic, safetensors, numpy, pillow and
-tqdm. Those of the text encoder and of whole runs want transformers, those of the autoencoder and of whole runs want
-diffusers, those of an optimizer want its library: each is skipped where that is missing.
+Without a GPU all are skipped. They need pytest, torch, einops, jaxtyping, pydantic, safetensors, tokenizers, numpy,
+pillow and tqdm. Those of the text encoder and of whole runs want transformers, those of the autoencoder and of whole
+runs want diffusers, those of an optimizer want its library: each is skipped where that is missing.
 """
 
 import gc
@@ -15,8 +15,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-DEVICE_VARIABLE = "PYTEST_SIMPLETUNER_DEVICE"
-IS_REHEARSAL = os.environ.get(DEVICE_VARIABLE) == "cpu"
+from rehearsal import IS_REHEARSAL
 
 # Read by CUDA's and the CPU's libraries when they start. Without the first, `use_deterministic_algorithms` is refused.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -24,8 +23,8 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 if IS_REHEARSAL:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402  after the environment is set
-import torch  # noqa: E402
+import pytest
+import torch
 
 
 @pytest.hookimpl(tryfirst=True)
