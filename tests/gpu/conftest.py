@@ -36,8 +36,10 @@ def pytest_runtest_setup() -> None:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """The GPU, or, in a rehearsal, the CPU."""
-    return torch.device("cpu" if IS_REHEARSAL else "cuda")
+    """The GPU as a run chooses it, without TF32; in a rehearsal the CPU."""
+    from simpletuner.memory.device import choose_device
+
+    return torch.device("cpu") if IS_REHEARSAL else choose_device()
 
 
 @pytest.fixture
@@ -50,11 +52,8 @@ def cuda(device: torch.device) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _clean_device(device: torch.device) -> Iterator[None]:
-    """Products of fp32 in fp32, not TF32; the next test finds the memory empty."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    """After each test its tensors are gone."""
     yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
 from delays import Delays, ignore_all_waits
 from rehearsal import IS_REHEARSAL
 from tiny_training import (
@@ -23,6 +24,7 @@ from tiny_training import (
 
 from simpletuner.base.errors import DataError
 from simpletuner.config.options.precision import PrecisionName
+from simpletuner.memory import compile as compilation
 from simpletuner.memory import offload, recompute
 from simpletuner.train.step import Stepper
 
@@ -59,11 +61,20 @@ PRECISIONS: tuple[PrecisionName, ...] = ("no_change", *WITHOUT_LIBRARY)
 
 
 def prepared(
-    precision: PrecisionName, device: torch.device, way: Residency | None, folder: Path, delays: Delays | None = None
+    precision: PrecisionName,
+    device: torch.device,
+    way: Residency | None,
+    folder: Path,
+    delays: Delays | None = None,
+    backend: str | None = None,
 ) -> tuple[Stepper, offload.Streaming | None]:
-    """The step of a bf16 model on `device`: held as `way` says and recomputed, or, without one, just there."""
+    """The step of a bf16 model on `device`: held as `way` says and recomputed, or, without one, just there. Blocks are
+    compiled if a `backend` is given; compiled code has no room for delays between kernels.
+    """
     model, adapter = random_model(torch.bfloat16, precision)
-    if delays is not None:
+    if backend is not None:
+        compilation.install(model.blocks, backend=backend, sizes_vary=False)
+    elif delays is not None:
         delays.between_kernels(model)
     streaming = None
     if way is not None and way.level is not None:
@@ -127,6 +138,21 @@ def test_a_run_has_the_resident_ones_bits(
     if streaming is not None:
         assert streaming.copies > steps
         assert (streaming.copies_ahead > 0) == WAYS[way].ahead
+
+
+@pytest.mark.slow
+def test_compiled_and_streamed_it_has_the_compiled_resident_ones_bits(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = "aot_eager" if device.type == "cpu" else "inductor"
+    found = []
+    for way in (Residency(), WAYS["all"]):
+        torch._dynamo.reset()
+        with monkeypatch.context() as patch:
+            trained, _ = prepared("no_change", device, way, tmp_path, Delays(patch, device), backend)
+            found.append(train(trained, SOAK_STEPS))
+    torch._dynamo.reset()
+    assert_same_bits(*found)
 
 
 @pytest.mark.parametrize("way", ["blocks, stream", "leaves, stream", "host inputs, stream"])
