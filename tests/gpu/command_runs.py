@@ -19,5 +19,5 @@ def run_command(
     elif kill_at is not None:
         command = [sys.executable, str(HERE.parent / "recipes" / "killed.py"), kill_at, *arguments[1:]]
     return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
     )

@@ -82,3 +82,13 @@ def embedded_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from simpletuner.flux2.tiny import make
 
     return make(tmp_path_factory.mktemp("embedded") / "tiny-flux2")
+
+
+@pytest.fixture(scope="session")
+def source(embedded_model: Path) -> "Source":
+    """Every file of the embedded model."""
+    from simpletuner.config.options.model import ModelOptions
+    from simpletuner.flux2.source import locate
+
+    options = ModelOptions(model_flavour="tiny", pretrained_model_name_or_path=str(embedded_model))
+    return locate(options, report=print)

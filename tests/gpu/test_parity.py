@@ -1,7 +1,5 @@
 """The device computes what the CPU computes: velocity, loss and gradients, latents and pixels, contexts, kernels."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from accuracy import FACTORS, assert_as_exact, distance
@@ -9,9 +7,8 @@ from tiny_training import training_results
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from simpletuner.config.options.model import ModelOptions
 from simpletuner.flux2.rotary import rotary
-from simpletuner.flux2.source import Source, locate
+from simpletuner.flux2.source import Source
 from simpletuner.flux2.tokens import context_ids, image_ids
 from simpletuner.flux2.transformer import attend
 from simpletuner.memory.precision import Layout
@@ -28,12 +25,6 @@ def test_velocity_loss_and_every_gradient(device: torch.device, dtype: torch.dty
     assert len(exact[1]) == 2 * (2 * 12 + 6 * 2)
     for index in range(2):
         assert_as_exact(found[index], on_cpu[index], exact[index], dtype)
-
-
-@pytest.fixture(scope="module")
-def source(embedded_model: Path) -> Source:
-    options = ModelOptions(model_flavour="tiny", pretrained_model_name_or_path=str(embedded_model))
-    return locate(options, report=print)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

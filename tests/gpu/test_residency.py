@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from tiny_training import (
 
 from simpletuner.base.errors import DataError
 from simpletuner.config.options.precision import PrecisionName
+from simpletuner.flux2.source import Source
 from simpletuner.memory import compile as compilation
 from simpletuner.memory import offload, recompute
 from simpletuner.train.step import Stepper
@@ -176,6 +178,42 @@ def test_the_delays_find_a_missing_wait(
         torch.cuda.synchronize()
     with pytest.raises(AssertionError):
         assert_same_bits(found, expected)
+
+
+def test_a_streamed_text_encoder_gives_the_resident_ones_bits(
+    device: torch.device, source: Source, tmp_path: Path
+) -> None:
+    from simpletuner.flux2.load import load_text_encoder, stream_text_encoder
+
+    settings: dict[str, Any] = {
+        "layers": source.text_layers,
+        "max_length": source.text_length,
+        "fix_regex": True,
+    }
+    prompts = ["a red square on a blue ground", "a flag", ""]
+    resident = load_text_encoder(source, torch.bfloat16, device, **settings).encode(prompts)
+    streamed = stream_text_encoder(source, torch.bfloat16, device, folder=tmp_path, **settings).encode(prompts)
+    for ours, theirs in zip(streamed, resident, strict=True):
+        assert torch.equal(ours.rows, theirs.rows)
+        assert torch.equal(ours.index, theirs.index)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_streamed_autoencoder_gives_the_resident_ones_bits(
+    device: torch.device, source: Source, monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    pytest.importorskip("diffusers", reason="the autoencoder is diffusers'")
+    from simpletuner.flux2.load import load_autoencoder
+
+    pixels = torch.rand(1, 3, 96, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    resident = load_autoencoder(source, torch.bfloat16, device)
+    delays = Delays(monkeypatch, device)
+    streamed = load_autoencoder(source, torch.bfloat16, device, is_streamed=True, ahead=ahead)
+    for _ in range(3):  # the order of copies is learned in the first
+        latents = resident.encode(pixels)
+        assert torch.equal(streamed.encode(pixels), latents)
+        assert torch.equal(streamed.decode(latents), resident.decode(latents))
+    assert delays.count > 0
 
 
 def sanitized(way: str, *flags: str, device: torch.device) -> subprocess.CompletedProcess[str]:
