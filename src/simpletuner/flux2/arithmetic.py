@@ -9,6 +9,8 @@ softmax are in neither. docs/performance.md has the formula and an example.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from simpletuner.config.flavours import TransformerSpec
 from simpletuner.flux2.activations import Pass
 from simpletuner.flux2.lora import LoraLinear
@@ -94,20 +96,33 @@ class _Count:
         self.backward = 0
         self.again = 0
         """What is computed a second time."""
-        self._block_start = self._last_tracked = 0
-        """Of `forward`, at the start of the block and after its last product whose result wants a gradient."""
+        self._block_start = self._last_save = 0
+        """Of `forward`, at the start of the block and where autograd last saved a tensor."""
 
     def linear(self, name: str, tokens: int, columns: int, rows: int, *, tracked: bool) -> bool:
-        """A Linear and its adapter. Weight gradients and input gradients cost as much as the product itself."""
+        """A Linear and its adapter, whose result is the input of something that saves it."""
+        wants = self.base(tokens, columns, rows, tracked=tracked) | self.adapter(name, tokens, tracked=tracked)
+        return self.save(wants)
+
+    def base(self, tokens: int, columns: int, rows: int, *, tracked: bool) -> bool:
+        """A Linear. Its weight's gradient and its input's cost as much as the product itself."""
         product = 2 * tokens * columns * rows
+        self.save(tracked or self._is_full)
         self.forward += product
         self.backward += product * (tracked + self._is_full)
+        return tracked or self._is_full
+
+    def adapter(self, name: str, tokens: int, *, tracked: bool) -> bool:
+        """The adapter of a Linear, if it has one."""
         adapter = self._adapters.get(name)
-        if adapter is not None:
-            down, up = 2 * tokens * adapter.columns * adapter.rank, 2 * tokens * adapter.rank * adapter.rows
-            self.forward += down + up
-            self.backward += down * (1 + tracked) + 2 * up
-        return self._note(tracked or self._is_full or adapter is not None)
+        if adapter is None:
+            return False
+        down, up = 2 * tokens * adapter.columns * adapter.rank, 2 * tokens * adapter.rank * adapter.rows
+        self.forward += down
+        self.save(True)
+        self.forward += up
+        self.backward += down * (1 + tracked) + 2 * up
+        return True
 
     def attention(self, tokens: int, hidden: int, *, tracked: bool) -> bool:
         """Scores and their product with the values. The backward pass counts whole where any input wants a gradient,
@@ -117,22 +132,20 @@ class _Count:
         self.forward += 2 * product
         self.backward += 4 * product * tracked
         self.again += product * tracked
-        return self._note(tracked)
+        return self.save(tracked)
+
+    def save(self, tracked: bool) -> bool:
+        """Autograd saves a tensor here, if `tracked`."""
+        if tracked:
+            self._last_save = self.forward
+        return tracked
 
     def begin_block(self) -> None:
-        self._block_start = self._last_tracked = self.forward
+        self._block_start = self._last_save = self.forward
 
     def recompute_block(self) -> None:
-        """Count what the backward pass computes again of the block that ends here: all up to the last tensor that
-        autograd saves. That is the gate behind the last product that wants a gradient, so that this product is made
-        again although nobody reads it.
-        """
-        self.again += self._last_tracked - self._block_start
-
-    def _note(self, tracked: bool) -> bool:
-        if tracked:
-            self._last_tracked = self.forward
-        return tracked
+        """Count what the backward pass computes again of the block that ends here: all up to the last save."""
+        self.again += self._last_save - self._block_start
 
 
 def _walk(count: _Count, passing: Pass, *, is_routed: bool = True) -> None:
@@ -148,17 +161,18 @@ def _walk(count: _Count, passing: Pass, *, is_routed: bool = True) -> None:
     single_gates = count.linear("single_stream_modulation.linear", 1, hidden, 3 * hidden, tracked=vector)
     image_tracked = count.linear("x_embedder", passing.image, spec.in_channels, hidden, tracked=False)
     text_tracked = count.linear("context_embedder", text, spec.context_dim, hidden, tracked=False)
-    image_tracked, text_tracked = image_tracked or image_gates, text_tracked or text_gates
+    is_clipped = passing.is_autocast or passing.dtype == torch.float16
     for index in range(spec.blocks):
         name = _block_name(passing, index)
         route = next((route for route in passing.routes if is_routed and route.start <= index <= route.end), None)
         image = passing.image if route is None else route.keeps(passing.image)
         count.begin_block()
         if index < spec.double_blocks:
-            text_tracked, image_tracked = _double(count, spec, name, (text, text_tracked), (image, image_tracked))
+            streams = _Stream(text, text_tracked, text_gates), _Stream(image, image_tracked, image_gates)
+            text_tracked, image_tracked = _double(count, spec, name, *streams, is_clipped=is_clipped)
         else:
-            tracked = _single(count, spec, name, text + image, tracked=text_tracked or image_tracked or single_gates)
-            text_tracked = image_tracked = tracked
+            stream = _Stream(text + image, text_tracked or image_tracked, single_gates)
+            text_tracked = image_tracked = _single(count, spec, name, stream, is_clipped=is_clipped)
         if passing.recomputed and passing.recomputed[index]:
             count.recompute_block()
     gates = count.linear("norm_out.linear", 1, hidden, 2 * hidden, tracked=vector)
@@ -167,38 +181,57 @@ def _walk(count: _Count, passing: Pass, *, is_routed: bool = True) -> None:
     count.linear("proj_out", passing.image, hidden, spec.in_channels, tracked=tracked)
 
 
+@dataclass(frozen=True)
+class _Stream:
+    """Tokens that go into a block, and whether they and the block's gates want a gradient."""
+
+    tokens: int
+    is_tracked: bool
+    has_tracked_gates: bool
+
+    @property
+    def modulated_is_tracked(self) -> bool:
+        return self.is_tracked or self.has_tracked_gates
+
+
 def _double(
-    count: _Count, spec: TransformerSpec, name: str, text: tuple[int, bool], image: tuple[int, bool]
+    count: _Count, spec: TransformerSpec, name: str, text: _Stream, image: _Stream, *, is_clipped: bool
 ) -> tuple[bool, bool]:
-    """Count a double block, given the tokens of text and image and whether they want a gradient. Returns whether what
-    comes out wants one.
-    """
+    """Count a double block. Returns whether its text and its image want a gradient."""
     hidden, inner = spec.hidden, spec.mlp_hidden
-    (text_tokens, text_tracked), (image_tokens, image_tracked) = text, image
 
-    def project(part: str, tokens: int, tracked: bool) -> bool:
-        return count.linear(f"{name}.attn.{part}", tokens, hidden, hidden, tracked=tracked)
+    def project(part: str, stream: _Stream, tracked: bool) -> bool:
+        return count.linear(f"{name}.attn.{part}", stream.tokens, hidden, hidden, tracked=tracked)
 
-    def feed_forward(part: str, tokens: int, tracked: bool) -> bool:
-        widened = count.linear(f"{name}.{part}.linear_in", tokens, hidden, 2 * inner, tracked=tracked)
-        return count.linear(f"{name}.{part}.linear_out", tokens, inner, hidden, tracked=widened) or tracked
+    text_tracked, image_tracked = text.modulated_is_tracked, image.modulated_is_tracked
+    inputs = [project(part, text, text_tracked) for part in ("add_q_proj", "add_k_proj", "add_v_proj")]
+    inputs += [project(part, image, image_tracked) for part in ("to_q", "to_k", "to_v")]
+    attended = count.attention(text.tokens + image.tokens, hidden, tracked=any(inputs))
+    text_tracked |= project("to_add_out", text, attended)
+    image_tracked |= project("to_out.0", image, attended)
 
-    inputs = [project(part, text_tokens, text_tracked) for part in ("add_q_proj", "add_k_proj", "add_v_proj")]
-    inputs += [project(part, image_tokens, image_tracked) for part in ("to_q", "to_k", "to_v")]
-    attended = count.attention(text_tokens + image_tokens, hidden, tracked=any(inputs))
-    text_tracked |= project("to_add_out", text_tokens, attended)
-    image_tracked |= project("to_out.0", image_tokens, attended)
-    image_tracked = feed_forward("ff", image_tokens, image_tracked)
-    text_tracked = feed_forward("ff_context", text_tokens, text_tracked)
+    # The image's last product is the last of the block, and the adapter's come before it.
+    fed = count.linear(f"{name}.ff.linear_in", image.tokens, hidden, 2 * inner, tracked=image_tracked)
+    image_adapted = count.adapter(f"{name}.ff.linear_out", image.tokens, tracked=fed)
+    text_fed = count.linear(f"{name}.ff_context.linear_in", text.tokens, hidden, 2 * inner, tracked=text_tracked)
+    text_tracked |= count.base(text.tokens, inner, hidden, tracked=text_fed)
+    text_tracked |= count.adapter(f"{name}.ff_context.linear_out", text.tokens, tracked=text_fed)
+    count.save(text.has_tracked_gates or (is_clipped and text_tracked))
+    image_tracked |= image_adapted | count.base(image.tokens, inner, hidden, tracked=fed)
+    count.save(image.has_tracked_gates)
     return text_tracked, image_tracked
 
 
-def _single(count: _Count, spec: TransformerSpec, name: str, tokens: int, *, tracked: bool) -> bool:
+def _single(count: _Count, spec: TransformerSpec, name: str, stream: _Stream, *, is_clipped: bool) -> bool:
     """Count a single block. Returns whether its result wants a gradient."""
-    hidden, inner = spec.hidden, spec.mlp_hidden
-    fused = count.linear(f"{name}.attn.to_qkv_mlp_proj", tokens, hidden, 3 * hidden + 2 * inner, tracked=tracked)
+    hidden, inner, tokens = spec.hidden, spec.mlp_hidden, stream.tokens
+    tracked, widened = stream.modulated_is_tracked, 3 * hidden + 2 * inner
+    fused = count.linear(f"{name}.attn.to_qkv_mlp_proj", tokens, hidden, widened, tracked=tracked)
     count.attention(tokens, hidden, tracked=fused)
-    return count.linear(f"{name}.attn.to_out", tokens, hidden + inner, hidden, tracked=fused) or tracked
+    tracked |= count.adapter(f"{name}.attn.to_out", tokens, tracked=fused)
+    tracked |= count.base(tokens, hidden + inner, hidden, tracked=fused)
+    count.save(stream.has_tracked_gates or (is_clipped and tracked))
+    return tracked
 
 
 def _block_name(passing: Pass, index: int) -> str:

@@ -53,6 +53,7 @@ class FlopMeter:
             batch=1,
             text=0,
             image=0,
+            is_autocast=config.mixed_precision == "fp16",
             is_full=config.model_type == "full",
             recomputed=recomputed_blocks(config, blocks),
             routes=resolve(config.tread_routes, blocks),
