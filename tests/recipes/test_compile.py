@@ -113,3 +113,58 @@ def test_compiled_losses_are_those_of_eager_over_twenty_steps_and_three_buckets(
     assert before[0] == before[len(before) // 2]  # what is only looked at is not compiled
     a, b = (load_file(workplace.run(name).lora) for name in ("eager", "compiled"))
     assert max((a[key] - b[key]).abs().max().item() for key in a) < 1e-2 * max(t.abs().max().item() for t in a.values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiled_streamed_runs_are_the_compiled_resident_one_bit_for_bit(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(workplace.folder / "inductor"))
+    workplace.config |= {
+        "dynamo_backend": "inductor",
+        "max_train_steps": 2,
+        "mixed_precision": "bf16",
+        "base_model_precision": "int8-quanto",
+        "activation_offload": True,
+    }
+    workplace.write()
+    for name, flags in (
+        ("resident", ()),
+        ("streamed", ("--enable_group_offload",)),
+        ("by three", ("--enable_group_offload", "--group_offload_blocks_per_group=3")),
+    ):
+        command = (sys.executable, "-m", "simpletuner", "train", f"--output_dir=output/{name}", *flags)
+        done = workplace.apart(*command, timeout_s=600)
+        assert done.returncode == 0, done.stderr
+        assert "Compiled: 3 compilations of 2 kinds of block" in done.stdout
+        assert ("Streamed: " in done.stdout) == bool(flags)
+        assert workplace.losses(name) == workplace.losses("resident")
+        assert workplace.run(name).lora.read_bytes() == workplace.run("resident").lora.read_bytes()
+
+
+SHORT_ATTENTION = """
+import torch
+import torch.fx.experimental._config as symbols
+from simpletuner.flux2.rotary import rotary
+from simpletuner.flux2.transformer import attend
+
+
+def joint(text, image, cos, sin):
+    tokens = torch.cat([text, image], dim=1)
+    return attend(tokens, tokens, tokens, (cos, sin))
+
+
+symbols.use_duck_shape = False
+text, image = (torch.randn(1, n, 2, 32, dtype=torch.bfloat16, requires_grad=True) for n in (7, 25))
+angles = rotary(torch.arange(32)[:, None].expand(-1, 4), (8, 8, 8, 8), 2000.0)
+torch.compile(joint, backend="inductor", fullgraph=True, dynamic=True)(text, image, *angles).sum().backward()
+assert text.grad.isfinite().all() and image.grad.isfinite().all()
+"""
+
+
+@pytest.mark.slow
+def test_attention_of_few_tokens_in_bf16_compiles(workplace: Workplace) -> None:
+    """Its table of weights, as wide as text and image together, is one that inductor cannot take."""
+    done = workplace.apart(sys.executable, "-c", SHORT_ATTENTION)
+    assert done.returncode == 0, done.stderr

@@ -45,7 +45,9 @@ def attend(
     query, key = rotate(query, angles), rotate(key, angles)
     query, key, value = (rearrange(x, "b n heads d -> b heads n d") for x in (query, key, value))
     is_short = query.device.type == "cpu" and query.dtype.itemsize == 2 and query.shape[-2] <= PLAIN_TOKENS
-    attention = plain_attention if is_short else F.scaled_dot_product_attention
+    # Inductor cannot order the table's strides where its size is a sum of symbols, as text and image tokens are.
+    has_table = is_short and not torch.compiler.is_compiling()
+    attention = plain_attention if has_table else F.scaled_dot_product_attention
     return rearrange(attention(query, key, value), "b heads n d -> b n (heads d)")
 
 
