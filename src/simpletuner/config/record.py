@@ -78,6 +78,7 @@ def _is_recorded(config: RunConfig, name: str, value: object) -> bool:
 
 
 def is_left_to_the_run(name: str, value: object) -> bool:
+    """Whether `value` of an option asks for what the run's record has, if there is one."""
     return name in LEFT_TO_THE_RUN and value == LEFT_TO_THE_RUN[name]
 
 
