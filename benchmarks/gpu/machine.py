@@ -10,6 +10,7 @@ import re
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 import tomllib
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 from models import parser, wait
-from results import GIB, report
+from results import EXPANDABLE_SEGMENTS, GIB, WORK, report
 
 from simpletuner.memory.rate import matmul_rate
 
@@ -73,6 +74,7 @@ def facts(device: torch.device) -> dict[str, str]:
         found["cuDNN"] = str(torch.backends.cudnn.version())
         found["driver"] = driver()
         found["default attention kernel"] = default_attention(device)
+        found[EXPANDABLE_SEGMENTS] = WORK if segments_expand() else "do not work here"
     return found
 
 
@@ -122,6 +124,13 @@ def default_attention(device: torch.device) -> str:
     query = torch.empty(1, 48, 4608, 128, device=device, dtype=torch.bfloat16)
     chosen = torch._fused_sdp_choice(query, query, query)
     return torch.nn.attention.SDPBackend(chosen).name
+
+
+def segments_expand() -> bool:
+    """Whether torch's allocator can let its segments grow, as the program asks it to: tried in another process."""
+    tried = "import torch; torch.ones(2**20, device='cuda').sum().item()"
+    environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    return subprocess.run([sys.executable, "-c", tried], env=environment, check=False).returncode == 0
 
 
 def small_rate(device: torch.device, side: int) -> float:

@@ -3,6 +3,7 @@
 import argparse
 import gc
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,22 +45,22 @@ def spec_of(name: str, *, tiny: bool) -> TransformerSpec:
 
 
 def transformer(
-    spec: TransformerSpec, precision: str, device: torch.device, *, is_resident: bool = True
+    spec: TransformerSpec, precision: str, device: torch.device, resident: Collection[int] | None = None
 ) -> Flux2Transformer:
-    """A frozen transformer of small random weights: bf16, or its blocks in int8 or int4. Where it is not resident, its
-    blocks are in host memory; each is drawn on `device` first, which is faster.
+    """A frozen transformer of small random weights: bf16, or its blocks in int8 or int4. Blocks whose index is not in
+    `resident`, if that is given, are in host memory; each is drawn on `device` first, which is faster.
     """
     with torch.device("meta"):
         model = Flux2Transformer(spec).bfloat16().requires_grad_(False)
         if precision != "bf16":
             make_room(model, targets(model, BLOCKS, FORMATS[precision]), FORMATS[precision], torch.bfloat16)
     generator = torch.Generator(device).manual_seed(0)
-    blocks = set(model.blocks)
+    blocks = {block: index for index, block in enumerate(model.blocks)}
     for part in [*model.blocks, *(child for child in model.children() if not isinstance(child, nn.ModuleList))]:
         part.to_empty(device=device)
         for name, tensor in part.named_parameters():
             draw(name.rpartition(".")[2], tensor, precision, generator)
-        if part in blocks and not is_resident:
+        if part in blocks and resident is not None and blocks[part] not in resident:
             part.to("cpu")
     return model
 

@@ -9,6 +9,8 @@ Row = Mapping[str, Any]
 Column = tuple[str, Callable[[Row], str]]
 
 GIB = 2**30
+EXPANDABLE_SEGMENTS, WORK = "expandable segments", "work"
+"""Name and value of the fact by which `all.py` decides whether measurements ask for them, as the program does."""
 
 
 def report(kind: str, **fields: Any) -> None:

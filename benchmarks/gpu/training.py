@@ -37,6 +37,7 @@ from simpletuner.flux2.arithmetic import training_flop
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.footprint import Architecture, Footprint, Workload
 from simpletuner.flux2.lora import Adapter, attach
+from simpletuner.flux2.residency import resident_indices
 from simpletuner.flux2.routes import Route
 from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
 from simpletuner.flux2.transformer import Flux2Transformer
@@ -45,6 +46,7 @@ from simpletuner.memory import compile as compilation
 from simpletuner.memory import offload, recompute
 from simpletuner.memory.planner import Machine
 from simpletuner.train import optim
+from simpletuner.train.placement import stream_blocks
 from simpletuner.train.step import Objective, Stepper
 from simpletuner.train.throughput import data_sheet_rate
 
@@ -72,6 +74,8 @@ class Case:
     kept: float = 1.0
     """Share of the image tokens that TREAD keeps."""
     target: str = "every Linear"
+    keeps_blocks: bool = False
+    """Whether as many blocks stay resident as `group_offload_resident_blocks` auto would keep under the cap."""
     is_profiled: bool = False
 
     @property
@@ -81,7 +85,7 @@ class Case:
     @property
     def made_of(self) -> tuple[object, ...]:
         """What needs a model of its own."""
-        return self.model, self.precision, self.is_resident, self.is_compiled, self.target
+        return self.model, self.precision, self.is_resident, self.is_compiled, self.target, self.keeps_blocks
 
     @property
     def variant(self) -> str:
@@ -115,6 +119,7 @@ PLANS: dict[str, tuple[Case, ...]] = {
         Case(is_compiled=True),
     ),
     "small": (Case(edge=512, batch=2),),
+    "resident-blocks": (Case(precision="int8", cap_gib=22.5, keeps_blocks=True),),
 }
 
 
@@ -171,18 +176,16 @@ class Model:
         self.bench = bench
         self.ring = ring
         """Groups of streamed blocks on the device at once; 0 where all are resident."""
-        device, self.config = bench.device, configured(case, ring, bench.tiny)
-        spec = spec_of(case.model, tiny=bench.tiny)
+        device, spec = bench.device, spec_of(case.model, tiny=bench.tiny)
+        self.config = planned(configured(case, ring, bench.tiny), case, tiny=bench.tiny).settled
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0, device)
-        self.transformer: Flux2Transformer = transformer(spec, case.precision, device, is_resident=case.is_resident)
+        resident = range(spec.blocks) if case.is_resident else resident_indices(spec, self.config.resident_blocks or 0)
+        self.transformer: Flux2Transformer = transformer(spec, case.precision, device, resident)
         self.adapter: Adapter = attach(self.transformer, self.config, seed=0)
         if case.is_compiled:
             compilation.install(self.transformer.blocks, backend="inductor", sizes_vary=False)
-        self.streaming = None
-        if ring > 0:
-            groups = offload.block_groups(self.transformer.blocks)
-            self.streaming = offload.install(self.transformer, groups, device=device, ahead=ring == 2)
+        self.streaming = stream_blocks(self.transformer, self.config, device)
         self.plain = [block.forward for block in self.transformer.blocks]
         self.transformer.train()
         free()
@@ -231,7 +234,7 @@ class Model:
         copied = None if self.streaming is None else self.streaming.copied_bytes
         times = timed(step, device, clock)
         seconds = statistics.median(times)
-        plan = planned(self.config, case, goes_to_host, self.bench.tiny)
+        plan = planned(self.config, case, goes_to_host=goes_to_host, tiny=self.bench.tiny)
         flop, rate = training_flop(self.passing(plan, case)), data_sheet_rate(device)
         fields: dict[str, Any] = {
             "seconds": seconds,
@@ -253,6 +256,7 @@ class Model:
             fields["reserved_bytes"] = torch.cuda.max_memory_reserved(device)
         residency = {0: "resident", 1: "streamed", 2: "streamed, ahead"}[self.ring]
         residency += ", inputs on the host" if goes_to_host else ""
+        residency += f", {self.config.group_offload_resident_blocks} blocks resident" if case.keeps_blocks else ""
         if self.streaming is not None and copied is not None:
             fields["copied_bytes"] = (self.streaming.copied_bytes - copied) / len(times)
             if clock.left > 5 * seconds:
@@ -301,19 +305,21 @@ def configured(case: Case, ring: int, tiny: bool) -> RunConfig:
         peft_lora_target_modules=("transformer_blocks.0.attn.to_q",) if case.target == ONE_LINEAR else None,
         enable_group_offload=ring > 0,
         group_offload_use_stream="true" if ring == 2 else "false",
-        group_offload_resident_blocks="0",
+        group_offload_resident_blocks="0" if not case.keeps_blocks else "2" if tiny else "auto",
         tokenizer_max_length=TINY_TEXT if tiny else TEXT,
     )
 
 
-def planned(config: RunConfig, case: Case, goes_to_host: bool, tiny: bool) -> Footprint:
+def planned(config: RunConfig, case: Case, *, goes_to_host: bool = False, tiny: bool) -> Footprint:
     """What `simpletuner plan` expects of the case, without a VAE beside it."""
     spec = spec_of(case.model, tiny=tiny)
     config = config.model_copy(update={"activation_offload": goes_to_host})
     architecture = replace(Architecture.of(config), transformer=spec, text_length=TINY_TEXT if tiny else TEXT)
     edge = TINY_EDGE if tiny else case.edge
     work = Workload(bucket=(edge, edge), batch=case.batch, draws=False)
-    return Footprint(config, architecture, work, Machine(accelerator=2**50, ram=2**50, disk=None))
+    # Only where blocks stay resident does the plan depend on the room that there is.
+    room = int(case.cap_gib * GIB) if case.keeps_blocks and case.cap_gib is not None else 2**50
+    return Footprint(config, architecture, work, Machine(accelerator=room, ram=2**50, disk=None))
 
 
 def random_batch(case: Case, model: Flux2Transformer, tiny: bool) -> Batch:
