@@ -166,6 +166,40 @@ def stored_bytes(shape: tuple[int, int], precision: str, itemsize: int) -> int:
     return sum(math.prod(own) * (dtype.itemsize if dtype else itemsize) for own, dtype in fields)
 
 
+class _Saved(torch.autograd.Function):
+    """`x` itself; saves `tensors` for the gradient of what is computed from it, which finds them in `saved`.
+
+    A Function's tensors are saved after its forward. Recompute stops at a block's last saved tensor: saved by the
+    product itself, they would make recompute compute the block's last product, which nothing reads.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, saved: list[Any], *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        saved.append(ctx)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        return gradients[0], None, *(None for _ in ctx.needs_input_grad[2:])
+
+
+class _Product(torch.autograd.Function):
+    """As `_Frozen`, with the weight that a `_Saved` keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: Layout, saved: list[Any], *tensors: Tensor) -> Tensor:
+        ctx.layout, ctx.saved = layout, saved
+        return layout.product(x, tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        tensors = ctx.saved[0].saved_tensors  # once, as below
+        weight = ctx.layout.unpacked(tensors, gradient.dtype)
+        return gradient @ weight, None, None, *(None for _ in tensors)
+
+
 class _Frozen(torch.autograd.Function):
     """A product with a packed weight, which alone is kept for the way back and unpacked again there."""
 
@@ -226,7 +260,17 @@ class QuantisedLinear(nn.Module):
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        out: Tensor = _Frozen.apply(x, self.layout, *self.tensors)  # type: ignore[no-untyped-call]
+        tensors = self.tensors
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return self.layout.product(x, tensors)  # the compiler takes no Function here
+        out: Tensor
+        if torch.compiler.is_compiling():
+            # A compiled graph saves what it saves after all of its products.
+            out = _Frozen.apply(x, self.layout, *tensors)  # type: ignore[no-untyped-call]
+        else:
+            saved: list[Any] = []
+            x = _Saved.apply(x, saved, *tensors)  # type: ignore[no-untyped-call]
+            out = _Product.apply(x, self.layout, saved, *tensors)  # type: ignore[no-untyped-call]
         return out
 
 

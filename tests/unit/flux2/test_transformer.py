@@ -20,6 +20,7 @@ from simpletuner.flux2.transformer import (
     modulated,
 )
 from simpletuner.memory import offload, recompute
+from simpletuner.memory.precision import quantised, targets
 from simpletuner.memory.trace import fuse_attention, pretending
 
 SPEC = TransformerSpec(4, 16, 2, 2, 48, guidance_embeds=True, axes=(4, 4, 4, 4))
@@ -209,3 +210,39 @@ def test_recompute_stops_before_the_last_product(
 ) -> None:
     again = flop(kind, options, recomputed=True) - flop(kind, options, recomputed=False)
     assert again / 1e12 == pytest.approx(expected, abs=0.003)
+
+
+def quantised_base(precision: str) -> Flux2Transformer:
+    torch.manual_seed(0)
+    transformer = Flux2Transformer(SPEC).train()
+    for name, linear in targets(transformer, ("transformer_blocks.", "single_"), precision).items():
+        transformer.set_submodule(name, quantised(linear, precision))
+    for name, parameter in attach(transformer, ALL, seed=0).named_parameters():
+        if name.endswith(".b"):
+            nn.init.normal_(parameter, std=0.1)
+    return transformer
+
+
+@pytest.mark.parametrize("precision", ["int8-quanto", "int4-quanto", "nf4-bnb"])
+def test_over_a_quantised_base_it_stops_there_too(precision: str) -> None:
+    gradients, counts = [], []
+    for recomputed in (False, True):
+        transformer = quantised_base(precision)
+        if recomputed:
+            recompute.install(transformer.blocks)
+        with FlopCounterMode(display=False) as counter:
+            gradients.append(step(transformer))
+        counts.append(counter.get_total_flops())
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    forward = 0
+    for block in transformer.blocks:
+        is_single = isinstance(block, SingleBlock)
+        streams = [torch.randn(2, n, SPEC.hidden) for n in ([TEXT + IMAGE] if is_single else [TEXT, IMAGE])]
+        modulations = [torch.randn(2, 1, n * SPEC.hidden) for n in ([3] if is_single else [6, 6])]
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            block(*streams, *modulations, tuple(torch.randn(2, TEXT + IMAGE, SPEC.head_dim // 2)))
+        forward += counter.get_total_flops()
+        # Of all tokens, from attention and feed-forward; of the image's, from the feed-forward.
+        inputs = SPEC.mlp_hidden + (SPEC.hidden if is_single else 0)
+        forward -= 2 * 2 * streams[-1].shape[1] * inputs * SPEC.hidden
+    assert counts[1] - counts[0] == forward
