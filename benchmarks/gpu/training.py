@@ -235,7 +235,7 @@ class Model:
         times = timed(step, device, clock)
         seconds = statistics.median(times)
         plan = planned(self.config, case, goes_to_host=goes_to_host, tiny=self.bench.tiny)
-        flop, rate = training_flop(self.passing(plan, case)), data_sheet_rate(device)
+        flop, rate = training_flop(self.passing(plan, case), is_compiled=case.is_compiled), data_sheet_rate(device)
         fields: dict[str, Any] = {
             "seconds": seconds,
             "fastest_s": min(times),

@@ -62,7 +62,7 @@ def planned_adapters(passing: Pass) -> dict[str, AdapterSize]:
     return sizes
 
 
-def training_flop(passing: Pass, adapters: AdapterSizes | None = None) -> PassFlop:
+def training_flop(passing: Pass, adapters: AdapterSizes | None = None, *, is_compiled: bool = False) -> PassFlop:
     """FLOP of one forward and backward pass.
 
     Model FLOP is what `torch.utils.flop_counter` counts of a pass that recomputes nothing and has plain attention,
@@ -71,9 +71,11 @@ def training_flop(passing: Pass, adapters: AdapterSizes | None = None) -> PassFl
 
     Args:
         adapters: in place of those of `passing`, such as the ones that are attached.
+        is_compiled: whether blocks are compiled. A compiled graph saves its tensors after all of its products, so
+            recompute makes each of them again; uncompiled, it stops before a block's last one where it can.
     """
     count = _Count(planned_adapters(passing) if adapters is None else adapters, passing.is_full)
-    _walk(count, passing)
+    _walk(count, passing, is_compiled=is_compiled)
     return PassFlop(count.forward + count.backward, count.forward + count.backward + count.again) * passing.batch
 
 
@@ -148,7 +150,7 @@ class _Count:
         self.again += self._last_save - self._block_start
 
 
-def _walk(count: _Count, passing: Pass, *, is_routed: bool = True) -> None:
+def _walk(count: _Count, passing: Pass, *, is_routed: bool = True, is_compiled: bool = False) -> None:
     """Count one sample's way through the transformer, as `Flux2Transformer.forward` goes."""
     spec, hidden, text = passing.spec, passing.spec.hidden, passing.text
     vector = False
@@ -174,6 +176,7 @@ def _walk(count: _Count, passing: Pass, *, is_routed: bool = True) -> None:
             stream = _Stream(text + image, text_tracked or image_tracked, single_gates)
             text_tracked = image_tracked = _single(count, spec, name, stream, is_clipped=is_clipped)
         if passing.recomputed and passing.recomputed[index]:
+            count.save(is_compiled)
             count.recompute_block()
     gates = count.linear("norm_out.linear", 1, hidden, 2 * hidden, tracked=vector)
     # Text and image are one sequence by now, of which the image is cut out.

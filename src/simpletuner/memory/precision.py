@@ -203,11 +203,8 @@ class _Product(torch.autograd.Function):
 class _Frozen(torch.autograd.Function):
     """A product with a packed weight, which alone is kept for the way back and unpacked again there."""
 
-    # The first two tensors by name: dynamo takes `ctx` away from a forward without gradients that has as many names as
-    # it is given values, and with `*tensors` alone these were as many in 8 bits.
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout, data: Tensor, scale: Tensor, *rest: Tensor) -> Tensor:
-        tensors = (data, scale, *rest)
+    def forward(ctx: Any, x: Tensor, layout: Layout, *tensors: Tensor) -> Tensor:
         ctx.layout = layout
         ctx.save_for_backward(*tensors)
         return layout.product(x, tensors)
@@ -262,7 +259,9 @@ class QuantisedLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(kind))
         tensors = self.tensors
         if not (x.requires_grad and torch.is_grad_enabled()):
-            return self.layout.product(x, tensors)  # the compiler takes no Function here
+            # Without a gradient the compiler traces a Function's forward itself, and drops `ctx` where there are as
+            # many values as names.
+            return self.layout.product(x, tensors)
         out: Tensor
         if torch.compiler.is_compiling():
             # A compiled graph saves what it saves after all of its products.

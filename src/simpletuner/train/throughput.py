@@ -41,10 +41,17 @@ class FlopMeter:
     Args:
         transformer: with its adapters attached.
         rate: FLOP/s that utilization is measured against; None where unknown.
+        is_compiled: whether the blocks are.
     """
 
     def __init__(
-        self, config: RunConfig, transformer: Flux2Transformer, rollout: Rollout | None, rate: float | None
+        self,
+        config: RunConfig,
+        transformer: Flux2Transformer,
+        rollout: Rollout | None,
+        rate: float | None,
+        *,
+        is_compiled: bool = False,
     ) -> None:
         blocks = transformer.spec.blocks
         self._passing = Pass(
@@ -53,13 +60,13 @@ class FlopMeter:
             batch=1,
             text=0,
             image=0,
-            is_autocast=config.mixed_precision == "fp16",
+            is_autocast=config.is_autocast,
             is_full=config.model_type == "full",
             recomputed=recomputed_blocks(config, blocks),
             routes=resolve(config.tread_routes, blocks),
         )
         adapters = attached_adapters(transformer)
-        self._training = cache(partial(training_flop, adapters=adapters))
+        self._training = cache(partial(training_flop, adapters=adapters, is_compiled=is_compiled))
         self._sampling = cache(partial(sampling_flop, adapters=adapters))
         self._rollout = rollout
         self._rate = rate

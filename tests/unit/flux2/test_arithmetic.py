@@ -173,5 +173,8 @@ def test_a_step_of_dev_at_1024() -> None:
     spec = FLAVOURS["dev"].transformer
     adapted = adapted_blocks(spec, LoraOptions())
     step = Pass(spec, torch.bfloat16, batch=1, text=512, image=4096, adapted=adapted, rank=16)
-    flop = training_flop(replace(step, recomputed=(True,) * spec.blocks))
+    recomputed = replace(step, recomputed=(True,) * spec.blocks)
+    flop, compiled = training_flop(recomputed), training_flop(recomputed, is_compiled=True)
     assert (flop.model / 1e12, flop.hardware / 1e12) == pytest.approx((595.6, 819.3), abs=0.1)
+    # Of a compiled block the last product is made again too.
+    assert (compiled.model / 1e12, compiled.hardware / 1e12) == pytest.approx((595.6, 893.5), abs=0.1)
