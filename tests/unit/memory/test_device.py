@@ -56,6 +56,6 @@ def test_no_command_chooses_its_device_by_itself() -> None:
     choices = [
         path.relative_to(SOURCE).as_posix()
         for path in sorted(SOURCE.rglob("*.py"))
-        if '"cuda" if' in path.read_text(encoding="utf-8")
+        if 'torch.device("cuda" if' in path.read_text(encoding="utf-8")
     ]
     assert choices == ["simpletuner/memory/device.py"]
