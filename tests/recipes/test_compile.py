@@ -52,6 +52,7 @@ def test_by_default_a_cpu_trains_uncompiled_and_the_record_says_so(uninterrupted
     assert "dynamo_backend" not in run.log.read_text()
 
 
+@pytest.mark.slow
 def test_what_auto_cannot_compile_is_trained_uncompiled_from_the_first_step(
     workplace: Workplace, same_bytes: Callable[[Workplace], None]
 ) -> None:

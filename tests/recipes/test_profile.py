@@ -6,6 +6,7 @@ import pytest
 from tests.recipes.conftest import Workplace
 
 
+@pytest.mark.slow
 def test_a_profiled_run_ends_with_the_same_bits(
     cached_workplace: Workplace, same_bytes: Callable[[Workplace], None], capsys: pytest.CaptureFixture[str]
 ) -> None:

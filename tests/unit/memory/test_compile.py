@@ -233,6 +233,7 @@ def test_compiled_streamed_steps_are_the_compiled_resident_ones_bit_for_bit(kind
         assert_same(train(compiled_model(kind, per_group, ahead=ahead), 2), expected)
 
 
+@pytest.mark.slow
 def test_compiled_streamed_passes_in_any_order_are_the_resident_ones_bit_for_bit() -> None:
     resident = compiled_model("plain")
     expected = [passes_in_any_order(resident, seed) for seed in range(3)]

@@ -458,7 +458,9 @@ def test_from_a_disk_the_bits_are_the_same_and_files_are_used_again(
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("level", ["block", "all blocks", "leaf"])
+@pytest.mark.parametrize(
+    "level", ["block", *(pytest.param(level, marks=pytest.mark.slow) for level in ("all blocks", "leaf"))]
+)
 def test_from_a_slow_disk_the_bits_are_the_same_and_files_are_read_ahead(
     tmp_path: Path, resident: dict[str, list[Tensor]], monkeypatch: pytest.MonkeyPatch, level: str, ahead: bool
 ) -> None:
