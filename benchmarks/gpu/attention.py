@@ -7,20 +7,18 @@ is not counted, so kernels compare by time. The first row of a shape is what tor
 """
 
 import contextlib
-import statistics
-import time
-from collections.abc import Callable
+import functools
 
 import torch
 import torch.nn.functional as F
-from models import Clock, parser, wait
+from measuring import Clock, parser, seconds_of
 from results import report
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SHAPES = {"dev": (1, 48, 4608, 128), "klein-9b": (1, 32, 4608, 128), "klein-4b": (1, 24, 4608, 128)}
 TINY = {"dev": (1, 4, 80, 32)}
 KERNELS = (None, SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-ROUNDS = 10
+ROUNDS, CALLS = 10, 5
 
 
 def main() -> None:
@@ -49,7 +47,8 @@ def measured(shape: tuple[int, int, int, int], kernel: SDPBackend | None, device
 
     try:
         with contextlib.nullcontext() if kernel is None else sdpa_kernel(kernel):
-            forward_s, both_s = seconds_of(forward, device), seconds_of(both, device)
+            time_of = functools.partial(seconds_of, device=device, rounds=ROUNDS, calls=CALLS)
+            forward_s, both_s = time_of(forward), time_of(both)
     except RuntimeError as error:
         return {"kernel": name, "note": str(error).splitlines()[0][:120]}
     batch, heads, tokens, width = shape
@@ -61,20 +60,6 @@ def measured(shape: tuple[int, int, int, int], kernel: SDPBackend | None, device
         "forward_flop_per_s": flop / forward_s,
         "both_flop_per_s": 3 * flop / both_s,
     }
-
-
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Of one call: the median of a few rounds of several calls each, after one round that does not count."""
-    calls = 5
-    rounds = []
-    for _ in range(1 + ROUNDS):
-        wait(device)
-        began = time.perf_counter()
-        for _ in range(calls):
-            work()
-        wait(device)
-        rounds.append((time.perf_counter() - began) / calls)
-    return statistics.median(rounds[1:])
 
 
 if __name__ == "__main__":

@@ -7,12 +7,11 @@ template. The text encoder needs transformers, the VAE diffusers: what is missin
 """
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from models import Clock, free, parser, wait
+from measuring import Clock, free, parser, seconds_of
 from results import report
 
 from simpletuner.config.flavours import FLAVOURS
@@ -76,7 +75,7 @@ def text(device: torch.device, tiny: bool) -> None:
         max_length=64 if tiny else flavour.length,
     )
     captions = [CAPTION[: 120 + index] for index in range(TEXT_BATCH)]
-    rate = TEXT_BATCH / seconds_of(lambda: encoder.encode(captions), device)
+    rate = TEXT_BATCH / seconds_of(lambda: encoder.encode(captions), device, rounds=ROUNDS)
     tokens = statistics.mean(encoder.lengths(captions))
     report(
         "encoder",
@@ -118,25 +117,13 @@ def vae(device: torch.device, tiny: bool) -> None:
         free()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        rate = VAE_BATCH / seconds_of(work, device)
+        rate = VAE_BATCH / seconds_of(work, device, rounds=ROUNDS)
         report("encoder", what=f"VAE, bf16, {edge}² {way}", batch=VAE_BATCH, rate=rate, unit="images/s", **peak(device))
 
 
 def peak(device: torch.device) -> dict[str, int]:
     """The allocator's, where there is one."""
     return {"allocated_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
-
-
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """The median over a few rounds, after one that does not count."""
-    seconds = []
-    for _ in range(1 + ROUNDS):
-        wait(device)
-        began = time.perf_counter()
-        work()
-        wait(device)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[1:])
 
 
 if __name__ == "__main__":

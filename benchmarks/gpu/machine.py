@@ -8,17 +8,15 @@ import os
 import platform
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from models import parser, wait
+from measuring import parser, seconds_of
 from results import EXPANDABLE_SEGMENTS, GIB, WORK, report
 
 from simpletuner.memory.rate import matmul_rate
@@ -27,7 +25,6 @@ PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 ALSO = ("tokenizers", "triton", "bitsandbytes", "peft", "pytest", "beartype")
 """What is used where it is installed."""
 COPY_BYTES = {True: 2**24, False: 2**32}
-ROUNDS = 5
 
 
 def main() -> None:
@@ -137,18 +134,6 @@ def small_rate(device: torch.device, side: int) -> float:
     """Floating point operations a second of a small product."""
     matrix = torch.randn(side, side, device=device).bfloat16()
     return 2 * side**3 / seconds_of(lambda: matrix @ matrix, device)
-
-
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """The median over a few rounds, after one that does not count."""
-    seconds = []
-    for _ in range(1 + ROUNDS):
-        wait(device)
-        began = time.perf_counter()
-        work()
-        wait(device)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[1:])
 
 
 if __name__ == "__main__":

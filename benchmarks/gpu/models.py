@@ -1,11 +1,7 @@
 """FLUX.2 transformers of random weights, made on the device block by block: nothing is read and nothing downloaded."""
 
-import argparse
-import gc
-import time
 from collections.abc import Collection
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +20,6 @@ SPREAD = {"int8": 74.0, "int4": 4.6}
 TINY_EDGE, TINY_TEXT = 64, 16
 """Pixels and text tokens of the rehearsal."""
 TEXT = 512
-
-
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """The arguments that every measurement takes."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    made.add_argument("--tiny", action="store_true", help="small models: that the script works")
-    made.add_argument("--seconds", type=float, default=600.0, help="after which nothing new is begun")
-    made.add_argument("--out", type=Path, default=Path("gpu-results"))
-    return made
 
 
 def spec_of(name: str, *, tiny: bool) -> TransformerSpec:
@@ -74,27 +60,3 @@ def draw(name: str, tensor: Tensor, precision: str, generator: torch.Generator) 
     else:
         scale = 0.02 / SPREAD[precision]
         tensor.fill_({"scale": scale, "shift": 7.5 * scale}[name])
-
-
-def free() -> None:
-    """Give unreachable memory of the device back."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def wait(device: torch.device) -> None:
-    """Until all launched work is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-class Clock:
-    """Time left of a measurement."""
-
-    def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
-
-    @property
-    def left(self) -> float:
-        return self._end - time.monotonic()

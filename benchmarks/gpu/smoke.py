@@ -18,7 +18,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from models import Clock, parser, spec_of, transformer
+from measuring import Clock, parser
+from models import spec_of, transformer
 from results import report
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel

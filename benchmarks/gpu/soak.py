@@ -5,27 +5,35 @@
 With `--device cpu` the tests run as their rehearsal (tests/gpu/conftest.py).
 """
 
+import contextlib
 import os
 import sys
 from pathlib import Path
+from typing import TextIO
 
 import pytest
-from models import Clock, parser
+from measuring import Clock, parser
 from results import report
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 class Reports:
-    """Reports each test, and stops once there is no time left."""
+    """Reports each test to `results`, past what pytest captures, and stops once there is no time left."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, results: TextIO) -> None:
         self._clock = Clock(seconds)
+        self._results = results
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """The quick ones first, whole runs of the command last among them."""
+        items.sort(key=lambda item: ("slow" in item.keywords, item.path.name == "test_command.py"))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """A test's call, or what stopped it before."""
         if report.when == "call" or report.outcome != "passed":
-            report_test(report)
+            with contextlib.redirect_stdout(self._results):
+                report_test(report)
 
     def pytest_runtest_protocol(self, item: pytest.Item) -> None:
         """Ends the session between two tests."""
@@ -50,8 +58,9 @@ def main() -> int:
     # stdout is for results.
     with open(os.dup(1), "w", encoding="utf-8") as results:
         os.dup2(2, 1)
-        sys.stdout = results
-        return int(pytest.main(chosen, plugins=[Reports(given.seconds)]))
+        code = pytest.main(chosen, plugins=[Reports(given.seconds, results)])
+    # What there was no time for has not failed; a test that has is told by its row.
+    return 0 if code == pytest.ExitCode.INTERRUPTED else int(code)
 
 
 if __name__ == "__main__":

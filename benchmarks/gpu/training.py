@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import FORMATS, TEXT, TINY_EDGE, TINY_TEXT, Clock, free, parser, spec_of, transformer, wait
+from measuring import Clock, free, parser, wait
+from models import FORMATS, TEXT, TINY_EDGE, TINY_TEXT, spec_of, transformer
 from results import GIB, report
 
 from simpletuner.config.run import RunConfig
