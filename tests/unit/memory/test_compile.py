@@ -298,6 +298,8 @@ def test_between_its_passes_a_compiled_streamed_block_keeps_what_an_uncompiled_o
     assert abs(kept[1] - kept[0]) < batch(0).nbytes  # less than one activation
 
 
+# Of torch itself, when inductor is first imported in a process.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", ["plain", "transposed", "hidden"])
