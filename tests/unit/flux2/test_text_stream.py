@@ -266,14 +266,14 @@ def test_bytes_of_the_resident_encoder_are_its_weights_and_a_batch(tiny_source):
     assert needed(torch.float32, 7) - weights == 7 * (3 * 128 + 4 * 64) * 4
 
 
-LAYERS, HIDDEN, INNER, PER_FILE = 30, 512, 1024, 3
+LAYERS, HIDDEN, INNER, PER_FILE = 30, 512, 1024, 2
 ALLOWED = 40 * 2**20
 """Bytes of private memory, mapped weights included, that a process may have besides what its imports took."""
 
 
 @pytest.fixture(scope="module")
 def large(tiny_source, tmp_path_factory) -> Source:
-    """A text encoder of thirty layers and about 130 MiB in bf16, in files of three layers each."""
+    """A text encoder of thirty layers and about 130 MiB in bf16, in files of two layers each."""
     folder = tmp_path_factory.mktemp("large")
     text = {**tiny_source.text_encoder.config["text_config"]}
     text |= {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": LAYERS, "head_dim": 128}
