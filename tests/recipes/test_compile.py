@@ -72,6 +72,7 @@ def test_what_auto_cannot_compile_is_trained_uncompiled_from_the_first_step(
     same_bytes(workplace)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_what_it_began_with(
     workplace: Workplace, same_bytes: Callable[[Workplace], None], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,6 +60,7 @@ def seen(place: Workplace, name: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_run_with_all_of_it_is_the_run_without(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     looked_at(workplace)
     workplace.config |= {"max_train_steps": 2, "num_eval_images": 1}

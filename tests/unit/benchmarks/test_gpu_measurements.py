@@ -109,6 +109,7 @@ def test_the_list_and_an_unknown_name() -> None:
     assert "--only kline: known are machine, smoke" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_rehearsal_ends_with_its_table(tmp_path: Path) -> None:
     """Two measurements of the real ones, as a machine without a GPU can make them."""
     flags = ["--tiny", "--device", "cpu", "--out", tmp_path / "out", "--only", "machine,attention"]
