@@ -59,7 +59,7 @@ def main() -> int:
     with open(os.dup(1), "w", encoding="utf-8") as results:
         os.dup2(2, 1)
         code = pytest.main(chosen, plugins=[Reports(given.seconds, results)])
-    # What there was no time for has not failed; a test that has is told by its row.
+    # A test that did not run has not failed. Each failed test has a row of its own.
     return 0 if code == pytest.ExitCode.INTERRUPTED else int(code)
 
 

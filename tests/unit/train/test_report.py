@@ -79,7 +79,7 @@ def test_what_was_done_before_a_phase_is_done_again_after_it(reporter: Reporter)
         assert reporter.activity == "training step 7 (1 × 64x64)"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here the accelerator's memory is what is told")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU its memory is reported instead")
 def test_on_a_cpu_no_allocated_memory_is_told(reporter: Reporter, events: list[Event]) -> None:
     with reporter.phase("scan"):
         pass
