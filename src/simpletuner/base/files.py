@@ -12,22 +12,61 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from simpletuner.base.errors import CheckpointError, DiskError
+from simpletuner.base.errors import CheckpointError, DiskError, Problem, UserError
+
+KIND_OF_FILE = frozenset({errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENXIO, errno.ENODEV})
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+DISK = NO_SPACE | {errno.EROFS, errno.EIO, errno.ESTALE}
+"""The disk is at fault, whatever is done there: always a `DiskError`."""
+PERMISSION = frozenset({errno.EACCES, errno.EPERM})
+FILE_FAULTS = (
+    DISK
+    | PERMISSION
+    | KIND_OF_FILE
+    | {errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE, errno.ETXTBSY, errno.EBUSY}
+    | {errno.EXDEV, errno.EMLINK, errno.EINVAL}
+)
+"""What the user's file system answers, rather than a bug of ours."""
+
+
+def file_problem(error: OSError, path: Path | None = None, *, doing: str = "access") -> Problem | None:
+    """What a failed access to a file says: found and remedy. None if it is no answer of a file system.
+
+    `path` is named where the error itself names no file; `doing` is the verb: write, read, list.
+    """
+    if error.errno not in FILE_FAULTS:
+        return None
+    named = error.filename if isinstance(error.filename, str | bytes | os.PathLike) else None
+    place = os.fsdecode(named) if named else str(path) if path is not None else "a file"
+    if error.errno in NO_SPACE:
+        remedy = (
+            "Free some space or point the option to another disk, then run the same command again: what is finished "
+            "is kept."
+        )
+    elif error.errno in PERMISSION:
+        remedy = f"Give the user that runs this command the right to {doing} it, or name another path."
+    elif error.errno in KIND_OF_FILE:
+        remedy = "Move away what lies there, or name another path."
+    else:
+        remedy = "Correct the path or make it accessible, then run the same command again."
+    return Problem(f"cannot {doing} {place}: {os.strerror(error.errno)}", remedy=remedy)
 
 
 @contextlib.contextmanager
-def disk_full_is_reported(path: Path) -> Iterator[None]:
-    """Turn "no space left", quota and read-only failures below this block into a `DiskError` about `path`."""
+def file_errors_reported(path: Path, stage: type[UserError] = DiskError, *, doing: str = "write") -> Iterator[None]:
+    """Turn what the file system answers below this block into the `UserError` of a stage, about `path`.
+
+    Raises:
+        DiskError: no space, no quota, a read-only or failing disk.
+        UserError: of the class `stage`: not permitted, no such file, a folder where a file belongs.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise DiskError.of(
-                f"cannot write {path}: {os.strerror(error.errno)}",
-                remedy="Free some space or point the option to another disk, then run the same command again: "
-                "what is finished is kept.",
-            ) from error
-        raise
+        problem = file_problem(error, path, doing=doing)
+        if problem is None:
+            raise
+        raise (DiskError if error.errno in DISK else stage)(problem) from error
 
 
 def sync_directory(folder: Path) -> None:
@@ -45,10 +84,10 @@ def write_atomic(path: Path, data: bytes | memoryview, *, sync: bool = True) -> 
     `sync=False` leaves the flush to the system: right for caches, which are verified when read.
 
     Raises:
-        DiskError: no space, no quota, or a read-only disk.
+        DiskError: the file cannot be written: no space, no permission, a folder of that name.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with disk_full_is_reported(path):
+    with file_errors_reported(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with part.open("wb") as file:
@@ -70,7 +109,7 @@ def link_or_copy(source: Path, target: Path) -> None:
         DiskError: no space for a copy.
     """
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    with disk_full_is_reported(target):
+    with file_errors_reported(target):
         try:
             try:
                 os.link(source, part)

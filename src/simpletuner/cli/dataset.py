@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from simpletuner.base.errors import ConfigError, DataError, Problem
-from simpletuner.base.files import disk_full_is_reported
+from simpletuner.base.files import file_errors_reported
 from simpletuner.cli.arguments import Flag, flag_help, parse_command, verb_of, wants_help
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.printing import json_text, table
@@ -137,7 +137,7 @@ def _show(loaded: Loaded, command: DatasetCommand) -> tuple[dict[str, Any], str]
         safe_id = re.sub(r"[^\w.-]", "_", manifest.image_set.id)
         path = folder / f"dataset-{safe_id}.png"
         shown = _spread(len(manifest.samples), command.count)
-        with disk_full_is_reported(path):
+        with file_errors_reported(path):
             folder.mkdir(parents=True, exist_ok=True)
             _sheet(manifest, shown).save(path)
         sheets.append({"id": manifest.image_set.id, "path": str(path), "pictures": len(shown)})

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from simpletuner.base.files import disk_full_is_reported
+from simpletuner.base.files import file_errors_reported
 from simpletuner.config.flags import SELECTORS, parse
 from simpletuner.config.load import Loaded
 from simpletuner.config.run import RunConfig
@@ -66,7 +66,7 @@ def _files(loaded: Loaded) -> list[tuple[str, Path, str]]:
 
 
 def _copied(source: Path, target: Path) -> Path:
-    with disk_full_is_reported(target):
+    with file_errors_reported(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
     return target

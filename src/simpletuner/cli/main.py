@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from simpletuner import __version__
-from simpletuner.base.errors import ConfigError, UserError
+from simpletuner.base.errors import ConfigError, DiskError, UserError
+from simpletuner.base.files import file_problem
 
 COMMANDS = {
     "train": "train with the configuration found here, or the one that is named",
@@ -67,13 +68,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read the output has seen enough (`… | head`). What is still in the buffer has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NOT_READ
+    except OSError as error:
+        # What the file system of the user answers is no bug of ours, wherever it was asked.
+        problem = file_problem(error)
+        if problem is None:
+            return _bug()
+        print(problem, file=sys.stderr)
+        return DiskError.exit_code
     except Exception:  # noqa: BLE001  the outermost line: what arrives here is a bug
-        traceback.print_exc()
-        print(
-            "This is a bug in simpletuner. Please report the lines above and what `simpletuner env` prints.",
-            file=sys.stderr,
-        )
-        return BUG
+        return _bug()
+
+
+def _bug() -> int:
+    """Print the exception that is being handled, and whom to tell."""
+    traceback.print_exc()
+    print(
+        "This is a bug in simpletuner. Please report the lines above and what `simpletuner env` prints.",
+        file=sys.stderr,
+    )
+    return BUG
 
 
 def _run(arguments: list[str]) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.base.errors import MemoryBudgetError, Problem
-from simpletuner.base.files import disk_full_is_reported
+from simpletuner.base.files import file_errors_reported
 from simpletuner.base.sizes import GIB, parse_size
 from simpletuner.cli.arguments import Flag, flag_help, parse_command, wants_help
 from simpletuner.cli.loading import load_here
@@ -112,7 +112,7 @@ def _draw(loaded: Loaded, command: PlanCommand) -> int:
     spread = _spread(loaded)
     folder = Path(loaded.config.output_dir) if command.out is None else command.out
     path = folder / PICTURE
-    with disk_full_is_reported(path):
+    with file_errors_reported(path):
         folder.mkdir(parents=True, exist_ok=True)
         spread_picture(spread).save(path)
     if command.json:

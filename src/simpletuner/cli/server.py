@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simpletuner.base.errors import ConfigError, Problem
-from simpletuner.base.files import disk_full_is_reported
+from simpletuner.base.files import file_errors_reported
 from simpletuner.cli.arguments import Flag, flag_help, parse_command, wants_help
 from simpletuner.config.values import join_names
 
@@ -204,15 +204,14 @@ def _token_in(path: Path) -> str:
         ConfigError: it cannot be read, others can read it, or it holds no token.
         DiskError: no space for it.
     """
-    try:
-        with disk_full_is_reported(path), open(path, "x", encoding="ascii", opener=_private) as file:
-            made = _new_token()
-            file.write(f"{made}\n")
-            return made
-    except FileExistsError:
-        pass
-    except OSError as error:
-        raise ConfigError.of(f"--token-file {path}: cannot be made ({error.strerror})") from None
+    with (
+        file_errors_reported(path, ConfigError),
+        contextlib.suppress(FileExistsError),
+        open(path, "x", encoding="ascii", opener=_private) as file,
+    ):
+        made = _new_token()
+        file.write(f"{made}\n")
+        return made
     try:
         others_may = path.stat().st_mode & 0o077
         token = path.read_bytes()[:1000].decode("ascii", errors="replace").strip()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from simpletuner.base.files import disk_full_is_reported
+from simpletuner.base.files import file_errors_reported
 from simpletuner.examples import world
 from simpletuner.examples.world import FINER
 
@@ -32,7 +32,7 @@ def render_flags(folder: Path, seed: int = 0) -> None:
     Raises:
         DiskError: no space, or a read-only disk.
     """
-    with disk_full_is_reported(folder):
+    with file_errors_reported(folder):
         for part, scenes in (("train", training_flags(seed)), ("held-out", held_out_flags(seed)[:HELD_OUT])):
             (folder / part).mkdir(parents=True)
             for index, scene in enumerate(scenes):
@@ -126,7 +126,7 @@ def materialise(name: str, folder: Path) -> None:
     draw = EXAMPLES[name]
     if folder.exists():
         return
-    with disk_full_is_reported(folder):
+    with file_errors_reported(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image, ImageChops, ImageDraw
 
-from simpletuner.base.files import disk_full_is_reported
+from simpletuner.base.files import file_errors_reported
 
 SIDE = 128
 """Of a picture, in pixels."""
@@ -122,7 +122,7 @@ def render_scenes(folder: Path, count: int, seed: int = 0, *, held_out: bool = F
     chosen = held_out_scenes() if held_out else training_scenes()
     order = random.Random(f"{seed}/order")
     deck: list[Scene] = []
-    with disk_full_is_reported(folder):
+    with file_errors_reported(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for index in range(count):
             if not deck:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simpletuner.base.files import disk_full_is_reported, read_json, sha256_file, sha256_json, write_json
+from simpletuner.base.files import file_errors_reported, read_json, sha256_file, sha256_json, write_json
 from simpletuner.flux2.source import Source
 from simpletuner.memory.precision import library_version
 from simpletuner.memory.tensors import save_tensors
@@ -76,7 +76,7 @@ class KeptBase:
             DiskError: no space; nothing is left behind.
         """
         part = self.weights.with_name(f".{self.weights.name}.{os.getpid()}.part")
-        with disk_full_is_reported(self.weights):
+        with file_errors_reported(self.weights):
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
                 save_tensors(part, tensors, {})

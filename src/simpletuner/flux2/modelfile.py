@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simpletuner.base.files import disk_full_is_reported, link_or_copy, read_json, sync_directory, write_json
+from simpletuner.base.files import file_errors_reported, link_or_copy, read_json, sync_directory, write_json
 from simpletuner.config.flavours import TransformerSpec
 from simpletuner.flux2.export import header_of
 from simpletuner.flux2.source import Source
@@ -43,7 +43,7 @@ def save_transformer(
         DiskError: no space, or the file reads back differently.
     """
     path = folder / WEIGHTS_NAME
-    with disk_full_is_reported(path):
+    with file_errors_reported(path):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", transformer_to_diffusers(spec))
     save_verified(path, tensors, header_of(metadata), dtype)
@@ -75,7 +75,7 @@ def save_pipeline(folder: Path, transformer: Path, source: Source) -> str | None
         DiskError: no space.
     """
     part, old = folder.with_name(f".tmp-{folder.name}"), folder.with_name(f".tmp-old-{folder.name}")
-    with disk_full_is_reported(folder):
+    with file_errors_reported(folder):
         for left in (part, old):
             shutil.rmtree(left, ignore_errors=True)
         part.mkdir(parents=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from simpletuner.base.errors import AccessError, DiskError
-from simpletuner.base.files import disk_full_is_reported
+from simpletuner.base.files import file_errors_reported
 from simpletuner.base.sizes import format_size
 from simpletuner.config.options.model import ModelOptions
 
@@ -129,7 +129,7 @@ class Hub:
     def _download(self, name: str, revision: str | None) -> Path:
         from huggingface_hub import hf_hub_download
 
-        with disk_full_is_reported(self.cache), self._explained():
+        with file_errors_reported(self.cache), self._explained():
             return Path(
                 hf_hub_download(self.name, name, revision=revision, cache_dir=self.cache, endpoint=self._endpoint)
             )

@@ -9,7 +9,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from simpletuner.base.files import disk_full_is_reported
+from simpletuner.base.files import file_errors_reported
 
 
 class Scratch:
@@ -43,7 +43,7 @@ class Scratch:
         self.file_bytes = in_file
         """Size of the file; 0 without one."""
         if in_file:
-            with disk_full_is_reported(folder):
+            with file_errors_reported(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  closed by __exit__
                 try:
@@ -73,7 +73,7 @@ class Scratch:
             self._held[place] = tensor
             return
         left, at = _bytes_of(tensor.contiguous()), self._offsets[place]
-        with disk_full_is_reported(self._folder):
+        with file_errors_reported(self._folder):
             while left:
                 written = os.pwrite(self._file.fileno(), left, at)
                 left, at = left[written:], at + written

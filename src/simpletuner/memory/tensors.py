@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from simpletuner.base.errors import CheckpointError, DiskError
-from simpletuner.base.files import disk_full_is_reported
+from simpletuner.base.files import file_errors_reported
 from simpletuner.base.tensorfile import TensorData, write_tensors
 
 DTYPE_NAMES: Mapping[torch.dtype, str] = {
@@ -58,7 +58,7 @@ def save_verified(
     Raises:
         DiskError: no space, or the file reads back differently.
     """
-    with disk_full_is_reported(path):
+    with file_errors_reported(path):
         save_tensors(path, tensors, metadata, dtype)
         with open_tensors(path) as file:
             damaged = [

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from simpletuner.base.files import disk_full_is_reported, read_json, sha256_file, sync_directory, write_json
+from simpletuner.base.files import file_errors_reported, read_json, sha256_file, sync_directory, write_json
 from simpletuner.runs.layout import RunDirectory
 
 MANIFEST = "manifest.json"
@@ -34,7 +34,7 @@ def building(final: Path) -> Iterator[Path]:
         DiskError: the disk is full; what was there before is untouched.
     """
     part = final.with_name(f".tmp-{final.name}")
-    with disk_full_is_reported(final):
+    with file_errors_reported(final):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         try:

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from simpletuner.base.files import disk_full_is_reported
+from simpletuner.base.files import file_errors_reported
 
 SCHEMA_VERSION = 1
 
@@ -264,7 +264,7 @@ class EventLog:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         line = {"v": SCHEMA_VERSION, "id": self._next_id, "time": now, "attempt": self.attempt}
         line |= event.model_dump(mode="json")
-        with disk_full_is_reported(self.path):
+        with file_errors_reported(self.path):
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
             self._file.flush()
         self._next_id += 1

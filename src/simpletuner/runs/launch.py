@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from simpletuner.base.errors import CheckpointError, UserError
-from simpletuner.base.files import disk_full_is_reported
+from simpletuner.base.files import file_errors_reported
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.runs.status import status_of
 
@@ -55,7 +55,7 @@ def launch_run(
         )
     run.create()
     before = status_of(run).attempt
-    with disk_full_is_reported(run.console), run.console.open("ab") as console:
+    with file_errors_reported(run.console), run.console.open("ab") as console:
         place = console.tell()
         process = detached(["train", *arguments], workspace, console, devices)
     let_go(process)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simpletuner.base.errors import ConfigError
-from simpletuner.base.files import DirectoryLock, disk_full_is_reported
+from simpletuner.base.files import DirectoryLock, file_errors_reported
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
 MODEL_FOLDER = "model"
@@ -97,13 +97,6 @@ class RunDirectory:
             ConfigError: `output_dir` is a file or cannot be made.
             DiskError: the disk is full or read-only.
         """
-        try:
-            with disk_full_is_reported(self.root):
-                for folder in (self.root, self.control, self.checkpoints, self.validations):
-                    folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise ConfigError.of(
-                f"output_dir = {self.root} cannot be made ({error.strerror})",
-                "a folder that this user may write to",
-                "Give another --output_dir.",
-            ) from None
+        with file_errors_reported(self.root, ConfigError, doing="make"):
+            for folder in (self.root, self.control, self.checkpoints, self.validations):
+                folder.mkdir(parents=True, exist_ok=True)

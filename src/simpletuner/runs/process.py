@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from simpletuner.base.errors import CheckpointError, Stopped
-from simpletuner.base.files import disk_full_is_reported
+from simpletuner.base.files import file_errors_reported
 from simpletuner.runs.layout import RunDirectory
 
 ControlRequest = Literal["stop", "save", "validate"]
@@ -30,7 +30,7 @@ def ask(run: RunDirectory, request: ControlRequest) -> None:
     """
     if not run.lock().is_held():
         raise CheckpointError.of(f"{run.root}: no process trains here", "a run that is going on")
-    with disk_full_is_reported(run.control / request):
+    with file_errors_reported(run.control / request):
         (run.control / request).touch()
 
 

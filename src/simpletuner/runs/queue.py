@@ -15,7 +15,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict
 
 from simpletuner.base.errors import CheckpointError, ConfigError, DiskError, Stopped
-from simpletuner.base.files import DirectoryLock, disk_full_is_reported, read_json, write_json
+from simpletuner.base.files import DirectoryLock, file_errors_reported, read_json, write_json
 from simpletuner.config.load import ENVIRONMENT_PREFIX
 from simpletuner.runs.launch import detached, let_go, printed_since
 from simpletuner.runs.layout import RunDirectory
@@ -175,7 +175,7 @@ class Queue:
         needed = self.work_is_needed()
         for devices in needed:
             log = self.worker_log(devices)
-            with disk_full_is_reported(log), log.open("ab") as output:
+            with file_errors_reported(log), log.open("ab") as output:
                 let_go(detached(["run", "queue", "work", f"--devices={devices}"], self.workspace, output, devices))
         deadline = time.monotonic() + wait_s
         while time.monotonic() < deadline and not all(self._is_taken_up(devices) for devices in needed):
@@ -332,7 +332,7 @@ class Queue:
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
         """One process at a time changes entries, for an instant each."""
-        with disk_full_is_reported(self.folder):
+        with file_errors_reported(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             file = os.open(self.folder / "changing.lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -374,7 +374,7 @@ class _Turn:
         held = os.open(queue.held(entry.id).path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(held, fcntl.LOCK_EX)
-            with disk_full_is_reported(self.run.console), self.run.console.open("ab") as console:
+            with file_errors_reported(self.run.console), self.run.console.open("ab") as console:
                 self._printed = console.tell()
                 environ = {key: value for key, value in os.environ.items() if not key.startswith(ENVIRONMENT_PREFIX)}
                 command = ["train", *(entry.command or entry.arguments)]

@@ -6,7 +6,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from simpletuner.base.files import disk_full_is_reported, sha256_bytes, write_atomic
+from simpletuner.base.files import file_errors_reported, sha256_bytes, write_atomic
 from simpletuner.server.faults import Fault
 
 LARGEST_DOCUMENT = 1_000_000
@@ -93,7 +93,7 @@ def permissions_are_reported(path: Path) -> Iterator[None]:
         Fault: 403 or 422.
         DiskError: no space, or a read-only disk.
     """
-    with disk_full_is_reported(path):
+    with file_errors_reported(path):
         try:
             yield
         except PermissionError:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from simpletuner.base.files import disk_full_is_reported
+from simpletuner.base.files import file_errors_reported
 from simpletuner.base.sizes import GIB
 from simpletuner.server.roots import Roots
 
@@ -243,7 +243,7 @@ def _take(opened: zipfile.ZipFile, entry: zipfile.ZipInfo, folder: Path, roots: 
     place_in = folder.joinpath(*folders).resolve()
     if not roots.holds(place_in):
         raise Refused("a link leads out of the folders of this page")
-    with disk_full_is_reported(place_in):
+    with file_errors_reported(place_in):
         try:
             _make_folders(place_in, made)
         except (FileExistsError, NotADirectoryError):

@@ -7,7 +7,7 @@ from types import TracebackType
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from simpletuner.base.files import disk_full_is_reported, write_atomic
+from simpletuner.base.files import file_errors_reported, write_atomic
 from simpletuner.base.sizes import format_size
 from simpletuner.train.report import Reporter
 
@@ -67,7 +67,7 @@ class StepProfiler:
     def _write(self, recorded: profile, name: str) -> None:
         trace = self._folder / f"{name}.json.gz"
         part = self._folder / f".{name}.{os.getpid()}.part.json.gz"
-        with disk_full_is_reported(trace):
+        with file_errors_reported(trace):
             self._folder.mkdir(exist_ok=True)
             try:
                 recorded.export_chrome_trace(str(part))

@@ -10,7 +10,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from simpletuner.base.files import disk_full_is_reported
+from simpletuner.base.files import file_errors_reported
 from simpletuner.base.sizes import format_duration
 from simpletuner.memory.peak import PeakMemory, read_peak_memory, reset_peak_memory
 from simpletuner.runs.events import (
@@ -185,7 +185,7 @@ class Reporter:
     def _keep(self, text: str) -> None:
         if self._log is not None:
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            with disk_full_is_reported(self._log), self._log.open("a", encoding="utf-8") as file:
+            with file_errors_reported(self._log), self._log.open("a", encoding="utf-8") as file:
                 file.write(f"{now} {text}\n")
 
     def detail(self, text: str) -> None:

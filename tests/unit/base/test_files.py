@@ -1,11 +1,12 @@
+import errno
 import os
 import threading
 from pathlib import Path
 
 import pytest
 
-from simpletuner.base.errors import CheckpointError
-from simpletuner.base.files import DirectoryLock
+from simpletuner.base.errors import CheckpointError, DataError, DiskError
+from simpletuner.base.files import DISK, FILE_FAULTS, DirectoryLock, file_errors_reported
 
 
 def test_a_lock_is_held_or_it_is_free_whatever_its_file_says(tmp_path: Path) -> None:
@@ -47,3 +48,18 @@ def test_who_looks_keeps_nobody_from_holding(tmp_path: Path) -> None:
         is_over.set()
         for thread in threads:
             thread.join()
+
+
+@pytest.mark.parametrize("number", sorted(FILE_FAULTS))
+def test_what_the_file_system_answers_is_no_bug(tmp_path: Path, number: int) -> None:
+    path = tmp_path / "a file"
+    with pytest.raises(DiskError if number in DISK else DataError) as caught, file_errors_reported(path, DataError):
+        raise OSError(number, os.strerror(number), str(path))
+    problem = caught.value.problems[0]
+    assert problem.found == f"cannot write {path}: {os.strerror(number)}"
+    assert problem.remedy
+
+
+def test_a_connection_that_breaks_is_no_answer_of_a_file_system(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionResetError), file_errors_reported(tmp_path):
+        raise ConnectionResetError(errno.ECONNRESET, "reset")

@@ -167,7 +167,7 @@ def test_a_directory_that_cannot_be_made_fails_and_the_next_is_taken(queue: Queu
     queue.add(DONE, "output/two")
     queue.work("", say_nothing)
     assert states(queue) == [(1, "failed"), (2, "done")]
-    assert "cannot be made" in (queue.entries()[0].error or "")
+    assert "cannot make" in (queue.entries()[0].error or "")
 
 
 def test_a_damaged_entry_says_so_and_is_passed_over(queue: Queue) -> None:

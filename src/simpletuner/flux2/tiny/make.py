@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from simpletuner.base.errors import AccessError
-from simpletuner.base.files import disk_full_is_reported, read_json
+from simpletuner.base.files import file_errors_reported, read_json
 from simpletuner.config.flavours import TINY
 from simpletuner.flux2.spec import transformer_to_diffusers
 from simpletuner.flux2.tiny import vocabulary
@@ -141,7 +141,7 @@ def make(folder: Path) -> Path:
     if folder.exists():
         _check(folder)
         return folder
-    with disk_full_is_reported(folder):
+    with file_errors_reported(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         build = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         shutil.rmtree(build, ignore_errors=True)  # of a process that was killed, long ago, with this number

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from simpletuner.base.files import disk_full_is_reported
+from simpletuner.base.files import file_errors_reported
 from simpletuner.base.storage import is_utf8_name
 from simpletuner.server import uploads
 from simpletuner.server.context import InContext
@@ -246,7 +246,7 @@ def _caption_of(roots: Roots, text: str) -> Path:
 
 async def _taken(request: Request, folder: Path, name: str, roots: Roots) -> Outcome:
     suffix = uploads.kind_of(name)
-    with disk_full_is_reported(folder / name), permissions_are_reported(folder), uploads.part_beside(folder) as part:
+    with file_errors_reported(folder / name), permissions_are_reported(folder), uploads.part_beside(folder) as part:
         with part.open("xb") as file:
             await _stream(request.stream(), file, LARGEST_ZIP if suffix == ZIP else LARGEST_FILE)
         if suffix == ZIP:
