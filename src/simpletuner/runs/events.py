@@ -5,19 +5,21 @@ and `attempt` (1 for the first start, one more after each restart). After a resu
 the line of the last attempt.
 """
 
-import contextlib
 import datetime
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, BinaryIO, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
 from simpletuner.base.files import file_errors_reported
 
 SCHEMA_VERSION = 1
+
+BLOCK = 1 << 18
+"""Bytes read at once, from the end of the file backwards."""
 
 Phase = Literal["scan", "text", "latents", "load", "train", "validation", "export"]
 
@@ -239,15 +241,28 @@ EVENTS: dict[str, type[Event]] = {
 
 
 class EventLog:
-    """Appends events to `path`. Only the holder of the run's lock opens one."""
+    """Appends events to `path`. Only the holder of the run's lock opens one.
+
+    A torn last line, which a killed process or a power cut left, is cut. Damaged lines stay where they are: ids and
+    attempts follow the last line that can be read.
+
+    Raises:
+        DiskError: the file cannot be read or written.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        _cut_torn_line(path)
-        last = _last_line(path)
+        with file_errors_reported(path):
+            self._file = path.open("ab", buffering=0)
+            try:
+                cut_torn_line(path)
+                with path.open("rb") as file:
+                    last = next((event for _, line in lines_backward(file) if (event := parse_event(line))), None)
+            except OSError:
+                self._file.close()
+                raise
         self._next_id = 1 if last is None else last["id"] + 1
         self.attempt: int = 1 if last is None else last["attempt"] + 1
-        self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> Self:
         return self
@@ -259,28 +274,52 @@ class EventLog:
         """Write one line; it is in the system's hands when this returns.
 
         Raises:
-            DiskError: the disk is full.
+            DiskError: the disk is full; nothing of the line stays in the file.
         """
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         line = {"v": SCHEMA_VERSION, "id": self._next_id, "time": now, "attempt": self.attempt}
         line |= event.model_dump(mode="json")
+        # Half of a surrogate pair, from a file name that is no UTF-8, becomes a question mark.
+        left = memoryview((json.dumps(line, ensure_ascii=False) + "\n").encode(errors="replace"))
         with file_errors_reported(self.path):
-            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            self._file.flush()
+            end = os.fstat(self._file.fileno()).st_size
+            try:
+                while left:
+                    left = left[self._file.write(left) :]
+            except OSError:
+                self._file.truncate(end)
+                raise
         self._next_id += 1
 
 
-def read_events(path: Path, after: int = 0) -> Iterator[dict[str, Any]]:
-    """The events with an id above `after`, oldest first. A torn last line is left for the next read."""
+def parse_event(line: bytes | str) -> dict[str, Any] | None:
+    """The event in a line; None for one that is blank, torn or damaged, or is no event."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(event, dict):
+        return None
+    numbers, texts = (event.get("id"), event.get("attempt")), (event.get("type"), event.get("time"))
+    is_ours = all(type(number) is int and number > 0 for number in numbers) and all(isinstance(t, str) for t in texts)
+    return event if is_ours else None
+
+
+def read_events(path: Path, after: int = 0, kinds: Collection[str] = EVENTS) -> Iterator[dict[str, Any]]:
+    """The events of the types `kinds` with an id above `after`, oldest first. Damaged lines are passed over; a torn
+    last line is left for the next read.
+    """
     if not path.exists():
         return
-    with path.open(encoding="utf-8", errors="replace") as file:
+    marks = [f'"type": "{kind}"'.encode() for kind in kinds]
+    with path.open("rb") as file:
         for line in file:
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 return
-            event = json.loads(line)
-            if event["id"] > after:
-                yield event
+            if any(mark in line for mark in marks):  # parsing takes most of the time
+                event = parse_event(line)
+                if event is not None and event["id"] > after and event["type"] in kinds:
+                    yield event
 
 
 def read_appended(path: Path, place: int) -> tuple[list[dict[str, Any]], int]:
@@ -291,22 +330,17 @@ def read_appended(path: Path, place: int) -> tuple[list[dict[str, Any]], int]:
         file.seek(place)
         text = file.read()
     text = text[: text.rfind(b"\n") + 1]
-    events = []
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError):
-            events.append(json.loads(line))
+    events = [event for line in text.splitlines() if (event := parse_event(line))]
     return events, place + len(text)
 
 
-def _cut_torn_line(path: Path) -> None:
-    """Drop what follows the last newline: the line a killed process was writing."""
-    if not path.exists():
-        return
+def cut_torn_line(path: Path) -> None:
+    """Drop what follows the last newline: the line that a killed process was writing."""
     with path.open("rb+") as file:
         size = file.seek(0, os.SEEK_END)
         keep = size
         while keep > 0:
-            start = max(0, keep - 65536)
+            start = max(0, keep - BLOCK)
             file.seek(start)
             newline = file.read(keep - start).rfind(b"\n")
             if newline >= 0:
@@ -317,19 +351,30 @@ def _cut_torn_line(path: Path) -> None:
             file.truncate(keep)
 
 
-def _last_line(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        tail = b""
-        while size > 0 and tail.count(b"\n") < 2:
-            start = max(0, size - 65536)
-            file.seek(start)
-            tail = file.read(size - start) + tail
-            size = start
-        lines = tail.splitlines()
-    if not lines:
-        return None
-    last: dict[str, Any] = json.loads(lines[-1])
-    return last
+def lines_backward(file: BinaryIO, end: int | None = None, mark: bytes = b"") -> Iterator[tuple[int, bytes]]:
+    """The whole lines before byte `end`, by default of the whole file; the last one first, each with where it begins.
+
+    Blocks without `mark` are passed over whole.
+    """
+    end = file.seek(0, os.SEEK_END) if end is None else end
+    rest = b""
+    is_torn = True  # what follows the last newline is still being written
+    while end > 0:
+        start = max(0, end - BLOCK)
+        file.seek(start)
+        block = file.read(end - start) + rest
+        if mark not in block:
+            first = block.find(b"\n")
+            is_torn = is_torn and first < 0
+            rest, end = (block if first < 0 else block[:first]), start
+            continue
+        lines = block.split(b"\n")
+        rest = lines.pop(0) if start > 0 else b""
+        place = start + len(block)
+        for line in reversed(lines):
+            place -= len(line)
+            if not is_torn:
+                yield place, line
+            is_torn = False
+            place -= 1
+        end = start

@@ -1,18 +1,14 @@
 """Where a run stands, read from its lock and the two ends of its events: quick, however long they are."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from simpletuner.runs.events import EVENTS, Phase
+from simpletuner.runs.events import EVENTS, Phase, lines_backward, parse_event
 from simpletuner.runs.layout import RunDirectory
 
 RunState = Literal["new", "running", "done", "stopped", "failed", "killed"]
-
-BLOCK = 1 << 18
-"""Bytes read at once."""
 
 _REASONS: dict[str, RunState] = {"done": "done", "stopped": "stopped", "error": "failed"}
 
@@ -71,7 +67,7 @@ def status_of(run: RunDirectory) -> RunStatus:
     pid = run.lock().pid() if is_held else None
     try:
         file = run.events.open("rb")
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return _assembled(run, _Tail(), is_held=is_held, pid=pid)
     with file:
         tail = _read_tail(file)
@@ -232,49 +228,18 @@ def _size(file: BinaryIO) -> int:
 
 
 def _event(line: bytes) -> dict[str, Any] | None:
-    """The event in a line; None for one that is torn or damaged."""
-    try:
-        event = json.loads(line)
-    except ValueError:
+    """The event in a line; None for one that is torn or damaged, or lacks a field."""
+    event = parse_event(line)
+    if event is None:
         return None
-    if not isinstance(event, dict) or not {"id", "type", "attempt", "time"} <= event.keys():
-        return None
-    known = EVENTS.get(str(event["type"]))
+    known = EVENTS.get(event["type"])
     # What has no default is in every line that we wrote; a line without it is not ours.
     is_whole = known is None or all(name in event for name, own in known.model_fields.items() if own.is_required())
     return event if is_whole else None
 
 
-def _lines_backward(file: BinaryIO, end: int, mark: bytes = b"") -> Iterator[tuple[int, bytes]]:
-    """The whole lines before byte `end`, the last one first, each with where it begins.
-
-    Blocks without `mark` are passed over whole.
-    """
-    rest = b""
-    is_torn = True  # what follows the last newline is still being written
-    while end > 0:
-        start = max(0, end - BLOCK)
-        file.seek(start)
-        block = file.read(end - start) + rest
-        if mark not in block:
-            first = block.find(b"\n")
-            is_torn = is_torn and first < 0
-            rest, end = (block if first < 0 else block[:first]), start
-            continue
-        lines = block.split(b"\n")
-        rest = lines.pop(0) if start > 0 else b""
-        place = start + len(block)
-        for line in reversed(lines):
-            place -= len(line)
-            if not is_torn:
-                yield place, line
-            is_torn = False
-            place -= 1
-        end = start
-
-
 def _events_backward(file: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    for start, line in _lines_backward(file, _size(file)):
+    for start, line in lines_backward(file):
         event = _event(line)
         if event is not None:
             yield start, event
@@ -283,7 +248,7 @@ def _events_backward(file: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
 def _backwards(file: BinaryIO, kind: str, end: int) -> Iterator[dict[str, Any]]:
     """Events of one type before byte `end`, the last one first. Only those are parsed."""
     mark = f'"type": "{kind}"'.encode()
-    for _, line in _lines_backward(file, end, mark):
+    for _, line in lines_backward(file, end, mark):
         if mark in line:
             event = _event(line)
             if event is not None and event["type"] == kind:

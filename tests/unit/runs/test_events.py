@@ -1,9 +1,12 @@
 import json
+import resource
+import signal
 from pathlib import Path
 
 import pytest
 
-from simpletuner.runs.events import EventLog, NoticeEvent, read_events
+from simpletuner.base.errors import DiskError
+from simpletuner.runs.events import EventLog, NoticeEvent, read_appended, read_events
 
 
 def notice(log: EventLog, text: str) -> None:
@@ -72,3 +75,83 @@ def test_every_line_is_json_with_the_users_own_letters(tmp_path: Path) -> None:
         notice(log, "größer\nzweite Zeile")
     (line,) = path.read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["text"] == "größer\nzweite Zeile"
+
+
+DAMAGED_LINES = {
+    "blank": b"\n",
+    "spaces": b"   \n\n",
+    "no JSON": b'{"v": 1, "id": 3, "ti\n',
+    "a list": b"[1, 2]\n",
+    "a number": b"7\n",
+    "no id": b'{"v": 1, "type": "notice"}\n',
+    "an id that is no number": b'{"id": "3", "attempt": 1, "type": "notice", "time": ""}\n',
+    "NULs": b"\0" * 5000 + b"\n",
+    "NULs without an end": b"\0" * 5000,
+    "no UTF-8": b'{"id": 3, \xff\xfe}\n',
+    "deep": b"[" * 100_000 + b"\n",
+    "a long one": b"x" * 600_000 + b"\n",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_LINES.values(), ids=DAMAGED_LINES.keys())
+def test_a_damaged_last_line_is_left_and_ids_go_on(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "events.jsonl"
+    with EventLog(path) as log:
+        notice(log, "one")
+        notice(log, "two")
+    whole = path.read_bytes()
+    path.write_bytes(whole + damage)
+    with EventLog(path) as log:
+        assert log.attempt == 2
+        notice(log, "three")
+    kept = whole + (damage if damage.endswith(b"\n") else b"")
+    assert path.read_bytes().startswith(kept)
+    assert [event["id"] for event in read_events(path)] == [1, 2, 3]
+    assert [event["id"] for event in read_appended(path, 0)[0]] == [1, 2, 3]
+
+
+def test_a_file_of_damaged_lines_alone_starts_anew(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b"".join(damage for damage in DAMAGED_LINES.values() if damage.endswith(b"\n")))
+    with EventLog(path) as log:
+        notice(log, "one")
+    assert [(event["id"], event["attempt"]) for event in read_events(path)] == [(1, 1)]
+
+
+def test_only_the_types_asked_for_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    with EventLog(path) as log:
+        notice(log, 'of "type": "step"')
+    assert list(read_events(path, kinds=("step",))) == []
+    assert len(list(read_events(path, kinds=("notice",)))) == 1
+
+
+def test_events_that_cannot_be_opened_are_an_error_of_the_disk(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").mkdir()
+    with pytest.raises(DiskError, match=r"events\.jsonl: Is a directory"):
+        EventLog(tmp_path / "events.jsonl")
+
+
+def test_a_line_that_the_disk_refuses_leaves_nothing_and_its_id_is_used_again(tmp_path: Path) -> None:
+    """The limit of a file's size stands for a full disk: the kernel writes what fits, then refuses."""
+    path = tmp_path / "events.jsonl"
+    with EventLog(path) as log:
+        notice(log, "one")
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 50, before[1]))
+        try:
+            with pytest.raises(DiskError, match="File too large"):
+                notice(log, "two" * 100)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+        notice(log, "three")
+    assert [(event["id"], event["text"]) for event in read_events(path)] == [(1, "one"), (2, "three")]
+
+
+def test_a_name_that_is_no_utf_8_can_be_told(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    with EventLog(path) as log:
+        notice(log, "a\udcff.png")
+    assert [event["text"] for event in read_events(path)] == ["a?.png"]

@@ -136,7 +136,7 @@ def test_it_does_not_matter_how_blocks_fall(run: RunDirectory, monkeypatch: pyte
         file.write('{"v": 1, "id": 30, "ty')
     whole = dataclasses.astuple(status_of(run))
     for size in (1, 7, 100, 150, 1000):
-        monkeypatch.setattr("simpletuner.runs.status.BLOCK", size)
+        monkeypatch.setattr("simpletuner.runs.events.BLOCK", size)
         assert dataclasses.astuple(status_of(run)) == whole
 
 
