@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from simpletuner.base.errors import CheckpointError
 from simpletuner.base.files import file_errors_reported, read_json, sha256_file, sync_directory, write_json
 from simpletuner.runs.layout import RunDirectory
 
@@ -15,6 +16,8 @@ MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
 
 _NAME = re.compile(r"step-(\d{6,})")
+_REPLACED = ".tmp-replaced-"
+"""Before the name of a checkpoint that another one replaces."""
 
 
 @dataclass(frozen=True)
@@ -30,34 +33,48 @@ class FoundCheckpoint:
 def building(final: Path) -> Iterator[Path]:
     """A folder to write a checkpoint into; when the block ends it is sealed and appears at `final` whole.
 
+    What was at `final` is set aside, and deleted once the new one is there. If the process is killed in between,
+    `clear_unfinished` puts it back.
+
     Raises:
         DiskError: the disk is full; what was there before is untouched.
     """
-    part = final.with_name(f".tmp-{final.name}")
+    part, replaced = final.with_name(f".tmp-{final.name}"), final.with_name(f"{_REPLACED}{final.name}")
     with file_errors_reported(final):
-        shutil.rmtree(part, ignore_errors=True)
+        _discard(part)
         part.mkdir(parents=True)
         try:
             yield part
-            files = sorted(path for path in part.rglob("*") if path.is_file())
-            hashes = {
-                str(path.relative_to(part)): {"sha256": sha256_file(path), "bytes": path.stat().st_size}
-                for path in files
-            }
-            write_json(part / MANIFEST, {"version": MANIFEST_VERSION, "files": hashes})
-            for path in part.rglob("*"):
-                if path.is_dir():
-                    sync_directory(path)
-                    continue
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-            sync_directory(part)
-            if final.exists():  # a later attempt reaches the same step again
-                shutil.rmtree(final)
-            os.replace(part, final)
+            _seal(part)
+            if os.path.lexists(final):  # a later attempt reaches the same step again
+                _discard(replaced)
+                os.replace(final, replaced)
+            try:
+                os.replace(part, final)
+            except OSError:
+                if os.path.lexists(replaced):
+                    os.replace(replaced, final)
+                raise
             sync_directory(final.parent)
+            _discard(replaced)
         finally:
-            shutil.rmtree(part, ignore_errors=True)
+            _discard(part)
+
+
+def _seal(folder: Path) -> None:
+    """Write the manifest, and flush everything to the disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    hashes = {
+        str(path.relative_to(folder)): {"sha256": sha256_file(path), "bytes": path.stat().st_size} for path in files
+    }
+    write_json(folder / MANIFEST, {"version": MANIFEST_VERSION, "files": hashes})
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            sync_directory(path)
+            continue
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_directory(folder)
 
 
 def damage(folder: Path) -> str | None:
@@ -132,7 +149,26 @@ def remove(run: RunDirectory, step: int) -> None:
 
 
 def clear_unfinished(run: RunDirectory) -> None:
-    """Remove what a killed process left half built."""
-    if run.checkpoints.is_dir():
-        for path in run.checkpoints.glob(".tmp-*"):
-            shutil.rmtree(path, ignore_errors=True)
+    """Remove what a killed process left half built, and put back what it was about to replace. Only the holder of the
+    run's lock may.
+
+    Raises:
+        CheckpointError: the folder of the checkpoints cannot be read or changed.
+    """
+    with file_errors_reported(run.checkpoints, CheckpointError, doing="list"):
+        names = sorted(os.listdir(run.checkpoints)) if run.checkpoints.is_dir() else []
+        for name in names:
+            final = run.checkpoints / name.removeprefix(_REPLACED)
+            if name.startswith(_REPLACED) and not os.path.lexists(final):
+                os.replace(run.checkpoints / name, final)
+            elif name.startswith(".tmp-"):
+                _discard(run.checkpoints / name)
+
+
+def _discard(path: Path) -> None:
+    """Delete a folder or file, if there is one; what cannot be deleted stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        path.unlink()

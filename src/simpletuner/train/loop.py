@@ -175,13 +175,16 @@ class Loop:
 
             is_last = batch.step == self.plan.steps
             is_stopping = not is_last and self.requests.take("stop")
+            # Requests are taken at every step: one that asks for what is due anyway is met by that.
+            is_saving = self.requests.take("save") or self.plan.saves(batch.step) or is_stopping
+            is_drawing = self.requests.take("validate") or self.plan.draws(batch.step)
             if self.plan.measures(batch.step):
                 self._measure(state)
-            if self.plan.saves(batch.step) or is_stopping or self.requests.take("save"):
+            if is_saving:
                 self._save(state)
             if is_stopping:
                 return False
-            if self.plan.draws(batch.step) or self.requests.take("validate"):
+            if is_drawing:
                 self._paint(batch.step)
             if time.monotonic() - looked_at_disk > disk.CHECK_SPACE_EVERY_S:
                 looked_at_disk = time.monotonic()

@@ -1,3 +1,6 @@
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,6 +101,37 @@ def test_what_a_killed_process_left_is_cleared(run: RunDirectory) -> None:
     (run.checkpoints / ".tmp-step-000007" / "weights").write_bytes(b"half")
     checkpoints.clear_unfinished(run)
     assert list(run.checkpoints.iterdir()) == []
+
+
+def test_a_kill_while_a_checkpoint_is_replaced_keeps_the_one_before(run: RunDirectory) -> None:
+    """Between the two renames the old one lies aside and the new one is not in place yet."""
+    save(run, 1, b"first")
+    killed = f"""
+import os, signal
+from pathlib import Path
+from simpletuner.runs import checkpoints
+replace = os.replace
+def replace_and_die(source, target):
+    replace(source, target)
+    if ".tmp-replaced-" in str(target):
+        os.kill(os.getpid(), signal.SIGKILL)
+os.replace = replace_and_die
+with checkpoints.building(Path({str(run.checkpoint(1))!r})) as folder:
+    (folder / "weights").write_bytes(b"second")
+"""
+    assert subprocess.run([sys.executable, "-P", "-c", killed], check=False).returncode == -signal.SIGKILL
+    assert checkpoints.steps(run) == []
+    checkpoints.clear_unfinished(run)
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-000001"]
+    assert checkpoints.damage(run.checkpoint(1)) is None
+    assert (run.checkpoint(1) / "weights").read_bytes() == b"first"
+
+
+def test_a_file_in_place_of_a_checkpoint_is_replaced(run: RunDirectory) -> None:
+    run.checkpoint(1).write_text("no folder")
+    save(run, 1)
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-000001"]
+    assert checkpoints.damage(run.checkpoint(1)) is None
 
 
 def test_a_second_holder_is_refused_with_the_first_ones_pid(run: RunDirectory) -> None:
