@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from simpletuner.base.errors import CheckpointError, DiskError, Problem, UserError
+from simpletuner.base.parts import locked_part
 
 KIND_OF_FILE = frozenset({errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENXIO, errno.ENODEV})
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -86,18 +87,15 @@ def write_atomic(path: Path, data: bytes | memoryview, *, sync: bool = True) -> 
     Raises:
         DiskError: the file cannot be written: no space, no permission, a folder of that name.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with file_errors_reported(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with locked_part(path) as part:
             with part.open("wb") as file:
                 file.write(data)
                 if sync:
                     file.flush()
                     os.fsync(file.fileno())
             os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
         if sync:
             sync_directory(path.parent)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from simpletuner.base.files import file_errors_reported, read_json, sha256_file, sha256_json, write_json
+from simpletuner.base.parts import locked_part, sweep_parts
 from simpletuner.flux2.source import Source
 from simpletuner.memory.precision import library_version
 from simpletuner.memory.tensors import save_tensors
@@ -46,7 +47,11 @@ class KeptBase:
         return self.weights.with_suffix(".json")
 
     def verified(self, report: Callable[[str], None]) -> Path | None:
-        """The file of tensors, if it is what its manifest says and the manifest is ours; `report` is told if not."""
+        """The file of tensors, if it is what its manifest says and the manifest is ours; `report` is told if not.
+
+        What a killed process left half-written is removed.
+        """
+        sweep_parts(self.folder, ".*.safetensors.*.part")
         if not self.manifest.exists():
             return None
         damage = self._damage()
@@ -75,13 +80,10 @@ class KeptBase:
         Raises:
             DiskError: no space; nothing is left behind.
         """
-        part = self.weights.with_name(f".{self.weights.name}.{os.getpid()}.part")
         with file_errors_reported(self.weights):
             self.folder.mkdir(parents=True, exist_ok=True)
-            try:
+            with locked_part(self.weights) as part:
                 save_tensors(part, tensors, {})
                 size, digest = part.stat().st_size, sha256_file(part)
                 os.replace(part, self.weights)
-            finally:
-                part.unlink(missing_ok=True)
         write_json(self.manifest, {"about": dict(self.about), "bytes": size, "sha256": digest})

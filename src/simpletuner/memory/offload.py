@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from simpletuner.base.errors import MemoryBudgetError
 from simpletuner.base.files import write_atomic
+from simpletuner.base.parts import sweep_parts
 from simpletuner.base.sizes import format_size
 from simpletuner.memory.reader import FileReader
 
@@ -274,6 +275,8 @@ class Streaming:
     ) -> None:
         groups = [units for units in groups if group_bytes(units)]
         ring = min(1 + ahead, len(groups))
+        if folder is not None:
+            sweep_parts(folder, ".*.weights.*.part")
         size = max(map(group_bytes, groups), default=0)
         self._device = device
         self._slots = [_Slot(size, device) for _ in range(ring)]

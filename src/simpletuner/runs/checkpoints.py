@@ -10,6 +10,7 @@ from pathlib import Path
 
 from simpletuner.base.errors import CheckpointError
 from simpletuner.base.files import file_errors_reported, read_json, sha256_file, sync_directory, write_json
+from simpletuner.base.parts import discard
 from simpletuner.runs.layout import RunDirectory
 
 MANIFEST = "manifest.json"
@@ -41,13 +42,13 @@ def building(final: Path) -> Iterator[Path]:
     """
     part, replaced = final.with_name(f".tmp-{final.name}"), final.with_name(f"{_REPLACED}{final.name}")
     with file_errors_reported(final):
-        _discard(part)
+        discard(part)
         part.mkdir(parents=True)
         try:
             yield part
             _seal(part)
             if os.path.lexists(final):  # a later attempt reaches the same step again
-                _discard(replaced)
+                discard(replaced)
                 os.replace(final, replaced)
             try:
                 os.replace(part, final)
@@ -56,9 +57,9 @@ def building(final: Path) -> Iterator[Path]:
                     os.replace(replaced, final)
                 raise
             sync_directory(final.parent)
-            _discard(replaced)
+            discard(replaced)
         finally:
-            _discard(part)
+            discard(part)
 
 
 def _seal(folder: Path) -> None:
@@ -162,13 +163,4 @@ def clear_unfinished(run: RunDirectory) -> None:
             if name.startswith(_REPLACED) and not os.path.lexists(final):
                 os.replace(run.checkpoints / name, final)
             elif name.startswith(".tmp-"):
-                _discard(run.checkpoints / name)
-
-
-def _discard(path: Path) -> None:
-    """Delete a folder or file, if there is one; what cannot be deleted stays."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-        return
-    with contextlib.suppress(OSError):
-        path.unlink()
+                discard(run.checkpoints / name)

@@ -1,10 +1,12 @@
 """Where things lie in a run directory."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from simpletuner.base.errors import ConfigError
 from simpletuner.base.files import DirectoryLock, file_errors_reported
+from simpletuner.base.parts import discard
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
 MODEL_FOLDER = "model"
@@ -15,6 +17,9 @@ RESULTS = {"lora": LORA_NAME, "full": MODEL_FOLDER}
 """What a run of each `model_type` ends with, below its directory."""
 EMA_FOLDER = "ema"
 """Below a run, a checkpoint or the pictures of a step: the same of the moving average."""
+
+_UNFINISHED = re.compile(rf"\..+\.\d+\.part(\..+)?|\..+\.part\.(png|jpg)|\.tmp-(old-)?{MODEL_FOLDER}")
+"""Names of what is not yet whole: of `base.parts`, of an image, of a model's folder."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,11 @@ class RunDirectory:
         return self.root / "profile"
 
     @property
+    def finished(self) -> Path:
+        """Lists what the run offers. Written last: a run that has it is complete."""
+        return self.root / "finished.json"
+
+    @property
     def lora(self) -> Path:
         """The finished LoRA."""
         return self.root / LORA_NAME
@@ -90,6 +100,14 @@ class RunDirectory:
         """Holds the directory for this process. Entering it raises CheckpointError with the holder's pid."""
         return DirectoryLock(self.root / "lock")
 
+    def sweep(self) -> None:
+        """Remove what killed processes left half-written outside of `checkpoints`. Only the holder of the lock may."""
+        images = [self.validations, *self.validations.glob("step-*"), *self.validations.glob(f"step-*/{EMA_FOLDER}")]
+        for folder in (self.root, self.root / EMA_FOLDER, self.profiles, *images):
+            for path in folder.glob(".*"):
+                if _UNFINISHED.fullmatch(path.name):
+                    discard(path)
+
     def create(self) -> None:
         """Make the directory.
 
@@ -98,5 +116,5 @@ class RunDirectory:
             DiskError: the disk is full or read-only.
         """
         with file_errors_reported(self.root, ConfigError, doing="make"):
-            for folder in (self.root, self.control, self.checkpoints, self.validations):
+            for folder in (self.root, self.control, self.checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)

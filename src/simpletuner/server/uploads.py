@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from simpletuner.base.files import file_errors_reported
+from simpletuner.base.parts import locked_part, sweep_parts
 from simpletuner.base.sizes import GIB
 from simpletuner.server.roots import Roots
 
@@ -161,12 +162,10 @@ def _check_picture(path: Path) -> None:
 
 @contextlib.contextmanager
 def part_beside(folder: Path) -> Iterator[Path]:
-    """A name in `folder` for what is not yet whole; what stands there is removed at the end."""
-    path = folder / f".{secrets.token_hex(8)}.part"
-    try:
+    """An empty file in `folder`, removed at the end. Those that a killed server left there are removed first."""
+    sweep_parts(folder, f".{'[0-9a-f]' * 16}.*.part")
+    with locked_part(folder / secrets.token_hex(8)) as path:
         yield path
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def name_part(part: Path, target: Path) -> None:
@@ -249,7 +248,7 @@ def _take(opened: zipfile.ZipFile, entry: zipfile.ZipInfo, folder: Path, roots: 
         except (FileExistsError, NotADirectoryError):
             raise Refused("a file is in the place of its folder") from None
         with part_beside(place_in) as part:
-            with opened.open(entry) as source, part.open("xb") as target:
+            with opened.open(entry) as source, part.open("wb") as target:
                 _copy(source, target)
             check_content(part, suffix)
             name_part(part, place_in / name)

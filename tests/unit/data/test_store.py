@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from simpletuner.base.errors import DataError, DiskError
 from simpletuner.base.files import read_json
+from simpletuner.base.parts import locked_part
 from simpletuner.base.storage import LocalStorage, StoredFile
 from simpletuner.data.cache import store as store_module
 from simpletuner.data.cache.store import CHECKING_THREADS, CHUNK, LEDGER, Store, check_all
@@ -87,13 +88,12 @@ def test_reading_what_is_not_there_names_the_file(store: Store) -> None:
 
 
 def test_half_written_files_of_the_dead_are_swept(store: Store) -> None:
-    fresh, old = (path_of(store).with_name(f".{name}.part") for name in ("fresh", "old"))
-    fresh.touch()
-    old.touch()
-    os.utime(old, (time.time() - 7200,) * 2)
-    store.sweep()
-    assert fresh.exists()
-    assert not old.exists()
+    names = (path_of(store).with_name("living.safetensors"), path_of(store).with_name(".dead.safetensors.7.part"))
+    with locked_part(names[0]) as living:
+        names[1].touch()
+        store.sweep()
+        assert living.exists()
+    assert not names[1].exists()
     assert path_of(store).exists()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from simpletuner.base.errors import DataError
 from simpletuner.base.files import json_bytes
+from simpletuner.base.parts import sweep_parts
 from simpletuner.base.storage import Stamp, Storage
 from simpletuner.base.tensorfile import file_pieces
 from simpletuner.data.ahead import map_ahead
@@ -23,9 +24,6 @@ from simpletuner.memory.tensors import as_written
 
 HEADER_KEY = "simpletuner"
 """Our one entry in the safetensors header, a JSON object."""
-
-ABANDONED_S = 3600
-"""A half-written file this old belongs to a process that is gone."""
 
 CHECKING_THREADS = 4
 """Reading and hashing release Python's lock; more threads than this wait for the disk."""
@@ -98,14 +96,11 @@ class Store:
         self.storage.write(self.name(key), b"".join(pieces), sync=False)
 
     def sweep(self) -> None:
-        """Remove what interrupted processes left half-written."""
+        """Remove what killed processes left half-written."""
         folder = self.storage.local_path()
-        for part in () if folder is None else folder.glob("*/.*.part"):
-            try:
-                if time.time() - part.stat().st_mtime > ABANDONED_S:
-                    part.unlink()
-            except FileNotFoundError:  # another process was quicker
-                continue
+        if folder is not None:
+            sweep_parts(folder, "*/.*.safetensors.*.part")
+            sweep_parts(folder, f".{LEDGER}.*.part")
 
 
 def check_all(keys: Iterable[tuple[Store, str]], *, verify: bool = False) -> list[CacheState]:

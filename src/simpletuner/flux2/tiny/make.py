@@ -1,8 +1,6 @@
 """Makes the embedded model's folder, in the layout of a diffusers pipeline, once per machine."""
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from simpletuner.base.errors import AccessError
 from simpletuner.base.files import file_errors_reported, read_json
+from simpletuner.base.parts import locked_part, sweep_parts
 from simpletuner.config.flavours import TINY
 from simpletuner.flux2.spec import transformer_to_diffusers
 from simpletuner.flux2.tiny import vocabulary
@@ -143,10 +142,8 @@ def make(folder: Path) -> Path:
         return folder
     with file_errors_reported(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        build = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        shutil.rmtree(build, ignore_errors=True)  # of a process that was killed, long ago, with this number
-        try:
-            build.mkdir()
+        sweep_parts(folder.parent, f".{folder.name}.*.part")
+        with locked_part(folder, is_folder=True) as build:
             transformer, vae = load_tensors(SHIPPED / TRANSFORMER), load_tensors(SHIPPED / VAE_WEIGHTS)
             _fill(build, SEED, transformer=transformer, vae=vae)
             try:
@@ -154,8 +151,6 @@ def make(folder: Path) -> Path:
             except OSError:
                 # Another process was first, with the same bytes: rename replaces no folder that holds files.
                 _check(folder)
-        finally:
-            shutil.rmtree(build, ignore_errors=True)
     return folder
 
 

@@ -247,7 +247,7 @@ def _caption_of(roots: Roots, text: str) -> Path:
 async def _taken(request: Request, folder: Path, name: str, roots: Roots) -> Outcome:
     suffix = uploads.kind_of(name)
     with file_errors_reported(folder / name), permissions_are_reported(folder), uploads.part_beside(folder) as part:
-        with part.open("xb") as file:
+        with part.open("wb") as file:
             await _stream(request.stream(), file, LARGEST_ZIP if suffix == ZIP else LARGEST_FILE)
         if suffix == ZIP:
             return await asyncio.to_thread(uploads.unpack, part, name, folder, roots)
