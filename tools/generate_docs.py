@@ -146,7 +146,8 @@ EVENTS_HEAD = """# Events of a run
 | type | string | one of the sections below |
 
 After a resume some steps come twice: keep the line of the last attempt. A line without its newline is still being
-written. New keys may be added under the same `v`; readers ignore what they do not know.
+written; pass over one that is no JSON, or no event, as a power cut may leave it. New keys may be added under the
+same `v`; readers ignore what they do not know.
 """
 
 

@@ -152,8 +152,8 @@ def test_a_full_run_is_a_directory_that_anyone_can_read(
     assert workplace.train() == 0
     root = workplace.run().root
     assert {path.name for path in root.iterdir()} == {
-        "checkpoints", "config.json", "control", "datasets.json", "ema", "events.jsonl", "lock", "model", "run.log",
-        "transformer.safetensors", "validation", "weights.json",
+        "checkpoints", "config.json", "control", "datasets.json", "ema", "events.jsonl", "finished.json", "lock",
+        "model", "run.log", "transformer.safetensors", "validation", "weights.json",
     }  # fmt: skip
     checkpoint = workplace.run().checkpoint(1)
     assert {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()} == {

@@ -79,8 +79,8 @@ def test_a_run_is_a_directory_that_anyone_can_read(workplace: Workplace, capsys:
     assert workplace.train() == 0
     root = workplace.run().root
     assert {path.name for path in root.iterdir()} == {
-        "adapter.json", "checkpoints", "config.json", "control", "datasets.json", "events.jsonl", "lock",
-        "pytorch_lora_weights.safetensors", "run.log", "validation",
+        "adapter.json", "checkpoints", "config.json", "control", "datasets.json", "events.jsonl", "finished.json",
+        "lock", "pytorch_lora_weights.safetensors", "run.log", "validation",
     }  # fmt: skip
     assert {path.name for path in (root / "checkpoints" / "step-000003").iterdir()} == {
         "manifest.json", "optimizer.safetensors", "pytorch_lora_weights.safetensors", "state.json",

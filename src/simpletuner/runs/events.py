@@ -159,9 +159,9 @@ class ValidationEvent(Event):
     step: int
     """0 is the base model."""
     pictures: tuple[Picture, ...] = ()
-    """What was drawn."""
+    """What was drawn. A notice names each that could not be."""
     sheet: str | None = None
-    """Contact sheet, relative to the run directory."""
+    """Contact sheet, relative to the run directory; null where it could not be made, or only the loss was measured."""
     loss: float | None = None
     """Held-out loss at fixed sigmas and noise, mean over the pictures."""
     loss_by_sigma: dict[str, float] = {}

@@ -186,14 +186,16 @@ def _assembled(run: RunDirectory, tail: _Tail, *, is_held: bool, pid: int | None
         state = "running"
     elif end is not None:
         state = _REASONS[end["reason"]]
+    elif tail.last is not None and run.finished.is_file():
+        state = "done"  # a start of a finished run was killed while it looked
     error = None if is_held or tail.error is None else tail.error["text"]
-    results = end if end is not None and state == "done" else {}
+    is_done = state == "done"
     return RunStatus(
         root=run.root,
         state=state,
         pid=pid,
-        phase=None if state == "done" else tail.phase,
-        progress=None if state == "done" else tail.progress,
+        phase=None if is_done else tail.phase,
+        progress=None if is_done else tail.progress,
         step=tail.done or 0,
         steps=None if tail.run is None else tail.run["steps"],
         loss=None if tail.step is None else tail.step["loss"],
@@ -205,14 +207,16 @@ def _assembled(run: RunDirectory, tail: _Tail, *, is_held: bool, pid: int | None
         ended=None if end is None else end["time"],
         error=error,
         exit_code=None if end is None else end["exit_code"],
-        lora=_result(run, results.get("lora")),
-        model=_result(run, results.get("model")),
+        lora=_result(run.lora, end, "lora") if is_done else None,
+        model=_result(run.model, end, "model") if is_done else None,
         last_id=0 if tail.last is None else tail.last["id"],
     )
 
 
-def _result(run: RunDirectory, name: str | None) -> Path | None:
-    return None if name is None else run.root / name
+def _result(path: Path, end: dict[str, Any] | None, name: str) -> Path | None:
+    """The result at `path`, if the run's end names it, or it is there where that is not told."""
+    has_it = path.exists() if end is None else end.get(name) is not None
+    return path if has_it else None
 
 
 def _held_out(file: BinaryIO) -> tuple[float, float] | None:

@@ -33,6 +33,7 @@ from simpletuner.memory.free import release_memory
 from simpletuner.memory.planner import phase_line
 from simpletuner.runs import checkpoints, disk
 from simpletuner.runs.events import CheckpointEvent, EndEvent, ErrorEvent, EventLog, RunEvent, read_events
+from simpletuner.runs.finished import lacking, write_finished
 from simpletuner.runs.layout import EMA_FOLDER, RESULTS, RunDirectory
 from simpletuner.runs.process import Requests, stopped
 from simpletuner.train import checkpoint, optim, resume, trackers
@@ -41,6 +42,7 @@ from simpletuner.train.batches import BatchBuilder
 from simpletuner.train.budget import Budget, configured, scanned, this_machine
 from simpletuner.train.caches import Prepared, prepare
 from simpletuner.train.ema import Ema
+from simpletuner.train.export import EXPORTS
 from simpletuner.train.loop import Loop, Plan, best_step, shapes_of
 from simpletuner.train.placement import open_decoder, residency_text, stream_blocks
 from simpletuner.train.product import PRODUCTS, Product
@@ -51,7 +53,7 @@ from simpletuner.train.state import TrainState
 from simpletuner.train.step import Objective, Stepper
 from simpletuner.train.strata import Strata
 from simpletuner.train.throughput import FlopMeter, data_sheet_rate
-from simpletuner.train.validate import HeldOutLoss, Painter
+from simpletuner.train.validate import HeldOutLoss, Painter, drawn_steps, sheet_of
 from simpletuner.train.world import World
 
 MANY_VISITS = 400
@@ -92,6 +94,7 @@ def run(job: Job) -> int:
     """
     job.run.create()
     with job.run.lock(), EventLog(job.run.events) as events, Requests(job.run.control) as requests:
+        job.run.sweep()
         reporter = Reporter(events=events, log=job.run.log, poll=requests.poll)
         for text in job.loaded.notices:
             reporter.notice(text)
@@ -261,13 +264,15 @@ class Attempt:
             reporter=self.reporter,
             requests=self.requests,
         )
+        if self.state.step < plan.steps:
+            self.run.finished.unlink(missing_ok=True)  # it is no longer
         with self.reporter.phase("train"), self.requests.between_steps(), self.compiling():
             is_done = loop(self.state)
         if self.streaming is not None:
             self.reporter.detail(f"Streamed: {self.streaming.told()}.")
         if not is_done:
             raise stopped(f"stopped after step {self.state.step} of {plan.steps}; it is saved")
-        self.finish(plan, source, product)
+        self.finish(plan, source, product.noun)
 
     def record_backend(self, choice: BackendChoice) -> None:
         """Replace `dynamo_backend` auto by what this run does, in its record too, and say why."""
@@ -305,15 +310,30 @@ class Attempt:
         self.budget.check()
 
     def is_finished(self, steps: int) -> bool:
-        """Whether nothing is left to do; says so."""
-        result = self.run.result(self.config.model_type)
-        if self.state.step < steps or not result.exists():
+        """Whether nothing is left to train or draw; says so. What is missing or damaged of the results is made again
+        from the checkpoint.
+        """
+        step = self.state.step
+        if step < steps:
             return False
+        reason = lacking(self.run, step)
+        if reason is not None:
+            if self.lacks_sheet(step):
+                return False
+            self.reporter.say(f"{reason}: the results are made from {self.run.checkpoint(step)}.")
+            for line in self.export(locate(self.config, report=self.reporter.say)):
+                self.reporter.say(line)
         self.reporter.say(
-            f"This run is finished: {self.state.step} steps, {result}. To go on give a higher "
+            f"This run is finished: {step} steps, {self.run.result(self.config.model_type)}. To go on give a higher "
             "--max_train_steps; for another run give another --output_dir."
         )
         return True
+
+    def lacks_sheet(self, step: int) -> bool:
+        """Whether the validation images of `step`, the last one, are wanted and not there or not in the events."""
+        if self.config.validation_disable or not self.loaded.prompts:
+            return False
+        return step not in drawn_steps(self.run) or not sheet_of(self.run, step).is_file()
 
     def install(self, transformer: Flux2Transformer, order: Order) -> None:
         """Make a transformer ready to train: compile, stream and recompute its blocks if asked to."""
@@ -418,6 +438,8 @@ class Attempt:
             prompts=self.loaded.prompts,
             context=lambda prompt: prepared.contexts([prompt]),
             device=self.device,
+            notice=self.reporter.notice,
+            drawn=drawn_steps(self.run),
         )
 
     def introduce(self, prepared: Prepared, plan: Plan, product: Product, found: resume.Resume | None) -> None:
@@ -512,10 +534,18 @@ class Attempt:
             fields["comment"] = self.config.modelspec_comment
         return fields
 
-    def finish(self, plan: Plan, source: Source, product: Product) -> None:
-        """Put what was trained where other programs look for it, and tell what came out."""
+    def export(self, source: Source) -> tuple[str, ...]:
+        """Put what was trained where other programs look for it. Returns what to tell people about it."""
+        step = self.state.step
         with self.reporter.phase("export"):
-            lines = product.finish(self.run, self.run.checkpoint(self.state.step), source, self.reporter)
+            export = EXPORTS[self.config.model_type]
+            made = export(self.config, self.run, self.run.checkpoint(step), source, self.reporter)
+            write_finished(self.run, step, made.products)
+        return made.lines
+
+    def finish(self, plan: Plan, source: Source, noun: str) -> None:
+        """Export, and tell what came out."""
+        lines = self.export(source)
         self.reporter.say("")
         measured = self.state.held_out
         if 0 in measured and plan.steps in measured:
@@ -525,16 +555,16 @@ class Attempt:
             )
         best = best_step(self.run, self.state)
         if best is not None:
-            sheet = self.run.validation(best) / "sheet.png"
-            seen = f", pictures {sheet}" if sheet.exists() else ""
+            sheet = sheet_of(self.run, best)
+            seen = f", pictures {sheet}" if sheet.is_file() else ""
             self.reporter.say(f"Lowest held-out loss: {measured[best]:.4f}, {self.run.checkpoint(best)}{seen}")
-        sheet = self.run.validation(plan.steps) / "sheet.png"
-        if sheet.exists():
+        sheet = sheet_of(self.run, plan.steps)
+        if sheet.is_file():
             self.reporter.say(f"Pictures: {sheet}")
         for line in lines:
             self.reporter.say(line)
         if source.flavour.repo is not None:
-            self.reporter.say(f"Licence of the base, which binds this {product.noun} too: {source.flavour.licence}")
+            self.reporter.say(f"Licence of the base, which binds this {noun} too: {source.flavour.licence}")
         self.reporter.say(f"Try it: simpletuner sample --run {self.run.root} --prompt '…'")
         release_memory(self.device)
 

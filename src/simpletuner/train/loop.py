@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from simpletuner.base.errors import DataError, DiskError, Problem
+from simpletuner.base.errors import DataError, DiskError, Problem, UserError
 from simpletuner.base.sizes import format_duration, format_size
 from simpletuner.config.run import RunConfig
 from simpletuner.data.ahead import map_ahead
@@ -124,7 +124,9 @@ class Loop:
                 "The base model's pictures are not there, and training has changed its weights: the sheet goes on "
                 "without them."
             )
-        if self.plan.draws(state.step) and not (self.run.validation(state.step) / "sheet.png").exists():
+        if self.plan.measures(state.step) and state.step not in state.held_out:
+            self._measure(state)
+        if self.plan.draws(state.step) and self.painter is not None and not self.painter.is_complete(state.step):
             self._paint(state.step)
 
     @property
@@ -179,7 +181,11 @@ class Loop:
             is_saving = self.requests.take("save") or self.plan.saves(batch.step) or is_stopping
             is_drawing = self.requests.take("validate") or self.plan.draws(batch.step)
             if self.plan.measures(batch.step):
-                self._measure(state)
+                try:
+                    self._measure(state)
+                except (UserError, OSError, MemoryError, RuntimeError):
+                    self._save(state)  # the step is trained, and the next start measures again
+                    raise
             if is_saving:
                 self._save(state)
             if is_stopping:
@@ -227,12 +233,15 @@ class Loop:
             self.reporter.phase("validation") as progress,
             optim.as_given(self.stepper.optimiser, self.stepper.masters),
         ):
-            base = self.painter.base(step, progress)
-            if base is not None:
-                self.reporter.emit(base)
-            if step > 0 or base is None:
-                self.reporter.emit(self.painter.draw(step, progress))
-        self.reporter.say(f"Pictures at step {step}: {self.run.validation(step) / 'sheet.png'}")
+            event = self.painter.base(step, progress)
+            if event is not None:
+                self.reporter.emit(event)
+            if step > 0:
+                event = self.painter.draw(step, progress)
+                if event is not None:
+                    self.reporter.emit(event)
+        if event is not None and event.sheet is not None:
+            self.reporter.say(f"Pictures at step {step}: {self.run.root / event.sheet}")
 
     def _save(self, state: TrainState) -> None:
         folder = self.save(state)

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from simpletuner.base.files import link_or_copy, write_atomic, write_json
+from simpletuner.base.files import write_json
 from simpletuner.base.sizes import format_size
 from simpletuner.config.optimisers import optimiser
 from simpletuner.config.precisions import NO_CHANGE
@@ -21,15 +21,13 @@ from simpletuner.flux2.load import load_transformer
 from simpletuner.flux2.lora import Adapter, attach
 from simpletuner.flux2.modelfile import (
     TRANSFORMER_FOLDER,
-    WEIGHTS_NAME,
     read_transformer,
-    save_pipeline,
     save_transformer,
 )
 from simpletuner.flux2.source import Source
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.precision import DTYPES
-from simpletuner.runs.layout import EMA_FOLDER, LORA_NAME, MODEL_FOLDER, TRANSFORMER_NAME, RunDirectory
+from simpletuner.runs.layout import LORA_NAME, RunDirectory
 from simpletuner.train import optim
 from simpletuner.train.report import Reporter
 from simpletuner.train.trained import Trained
@@ -77,9 +75,6 @@ class Product(Protocol):
         Raises:
             CheckpointError: it cannot be read.
         """
-
-    def finish(self, run: RunDirectory, checkpoint: Path, source: Source, reporter: Reporter) -> list[str]:
-        """Put what `checkpoint` holds where people look for it. Returns what to tell them, line by line."""
 
 
 @dataclass(frozen=True)
@@ -140,15 +135,6 @@ class LoraProduct:
 
     def saved(self, folder: Path) -> dict[str, Tensor]:  # noqa: ARG002  as above
         return {}
-
-    def finish(self, run: RunDirectory, checkpoint: Path, source: Source, reporter: Reporter) -> list[str]:  # noqa: ARG002
-        write_atomic(run.lora, (checkpoint / LORA_NAME).read_bytes())
-        lines = [f"LoRA: {run.lora} ({format_size(run.lora.stat().st_size)})"]
-        if self.config.use_ema:
-            run.ema_lora.parent.mkdir(exist_ok=True)
-            write_atomic(run.ema_lora, (checkpoint / EMA_FOLDER / LORA_NAME).read_bytes())
-            lines.append(f"Its moving average: {run.ema_lora}")
-        return [*lines, f"In diffusers: pipe.load_lora_weights({str(run.root)!r})"]
 
 
 @dataclass(frozen=True)
@@ -212,34 +198,6 @@ class FullProduct:
 
     def saved(self, folder: Path) -> dict[str, Tensor]:
         return read_transformer(folder / TRANSFORMER_FOLDER)
-
-    def finish(self, run: RunDirectory, checkpoint: Path, source: Source, reporter: Reporter) -> list[str]:
-        lines = []
-        why = None
-        for name in ("", EMA_FOLDER) if self.config.use_ema else ("",):
-            folder, transformer = run.root / name, checkpoint / name / TRANSFORMER_FOLDER
-            folder.mkdir(exist_ok=True)
-            link_or_copy(transformer / WEIGHTS_NAME, folder / TRANSFORMER_NAME)
-            why = save_pipeline(folder / MODEL_FOLDER, transformer, source)
-            size = format_size((folder / TRANSFORMER_NAME).stat().st_size)
-            title = "Its moving average" if name else "Model"
-            lines.append(
-                f"{title}: {folder / MODEL_FOLDER}, and its transformer as {folder / TRANSFORMER_NAME} ({size})"
-            )
-        if why is None:
-            outside = sorted({file.readlink() for file in run.model.rglob("*") if file.is_symlink()})
-            if outside:
-                reporter.notice(
-                    f"{run.model} links to {len(outside)} files on another disk, such as {outside[0]}: keep them."
-                )
-            return [*lines, f"In diffusers: Flux2Pipeline.from_pretrained({str(run.model)!r})"]
-        reporter.notice(f"{run.model} holds the transformer alone: {why}.")
-        base = source.flavour.repo or source.name
-        return [
-            *lines,
-            f"In diffusers: Flux2Pipeline.from_pretrained({base!r}, "
-            f"transformer=Flux2Transformer2DModel.from_pretrained({str(run.model / TRANSFORMER_FOLDER)!r}))",
-        ]
 
 
 PRODUCTS: dict[str, Callable[[RunConfig, Source, torch.device, Reporter], Product]] = {

@@ -1,8 +1,13 @@
 """Looking at a run while it trains: pictures of the prompts, and the loss on held-out pictures."""
 
 import contextlib
+import errno
 import json
-from collections.abc import Callable, Mapping
+import os
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +17,8 @@ from jaxtyping import Float
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from simpletuner.base.errors import Stopped, UserError
+from simpletuner.base.files import file_problem
 from simpletuner.config.options.validation import ValidationOptions
 from simpletuner.data.batch import Batch
 from simpletuner.data.sheet import contact_sheet
@@ -19,12 +26,16 @@ from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flow.loss import flow_loss
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.generate import generate
-from simpletuner.runs.events import Picture, ValidationEvent
+from simpletuner.memory.exhausted import exhausted_memory, first_line
+from simpletuner.memory.free import release_memory
+from simpletuner.runs.events import Picture, ValidationEvent, read_events
 from simpletuner.runs.layout import EMA_FOLDER, RunDirectory
 from simpletuner.train.ema import Ema
 from simpletuner.train.trained import Trained
 
 SHEET_COLUMNS = 8
+MAX_FAILURES = 3
+"""Images in a row that cannot be made before no more are tried."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +53,11 @@ class HeldOutLoss:
     def __call__(self, report: Callable[[int, int], None]) -> dict[float, float]:
         """Mean squared velocity error over the samples, at each sigma."""
         sums: dict[float, float] = {}
-        self.denoise.transformer.eval()
-        for index in range(self.count):
-            for sigma, batch in self.load(index).items():
-                sums[sigma] = sums.get(sigma, 0.0) + self._loss(batch.to(self.device))
-            report(index + 1, self.count)
-        self.denoise.transformer.train()
+        with evaluating(self.denoise):
+            for index in range(self.count):
+                for sigma, batch in self.load(index).items():
+                    sums[sigma] = sums.get(sigma, 0.0) + self._loss(batch.to(self.device))
+                report(index + 1, self.count)
         return {sigma: total / self.count for sigma, total in sums.items()}
 
     def _loss(self, batch: Batch) -> float:
@@ -55,9 +65,13 @@ class HeldOutLoss:
         return loss.item()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Painter:
-    """Draws the validation prompts with the model as it is."""
+    """Draws the validation prompts with the model as it is.
+
+    An image that cannot be made, or a sheet, costs that one: a notice says why. After `MAX_FAILURES` in a row no more
+    are drawn. What is trained, and its optimizer, are as they were.
+    """
 
     run: RunDirectory
     options: ValidationOptions
@@ -74,6 +88,12 @@ class Painter:
     context: Callable[[str], TextContext]
     """A prompt's context, from the cache."""
     device: torch.device
+    notice: Callable[[str], None]
+    """Tells the user what could not be drawn."""
+    drawn: set[int]
+    """Steps whose sheet the events name (`drawn_steps`)."""
+    failures: int = 0
+    """Images in a row, up to now, that could not be made."""
 
     @property
     def count(self) -> int:
@@ -88,35 +108,81 @@ class Painter:
     @property
     def lacks_base(self) -> bool:
         """Whether the base model's pictures are wanted and not there yet."""
-        wanted = [] if self.options.disable_benchmark else self._planned(0)
-        return not all(self._is_drawn(picture) for picture in wanted)
+        return bool(self._missing_of_base())
+
+    def is_complete(self, step: int) -> bool:
+        """Whether the sheet of `step` is there and the events name it."""
+        return step in self.drawn and sheet_of(self.run, step).is_file()
 
     def base(self, step: int, report: Callable[[int, int], None]) -> ValidationEvent | None:
-        """The base model's pictures, as step 0. None if they are there, or cannot be drawn any more at `step`."""
-        if not self.lacks_base:
-            return None
+        """Draw the base model's pictures and their sheet, as step 0: all before the first step, what is missing later.
+        None if nothing is missing, or it cannot be drawn any more at `step`.
+        """
+        if step == 0 and self.options.disable_benchmark:
+            return self.draw(0, report)
+        missing = self._missing_of_base() if step > 0 else self._planned(0)
+        if not missing:
+            is_wanted = not self.options.disable_benchmark and not self.is_complete(0)
+            return self._drawn(0, [], report) if is_wanted else None
         disabled = self.trained.disabled()
         if disabled is None and step > 0:
             return None
         with disabled or contextlib.nullcontext():
-            return self.draw(0, report)
+            return self._drawn(0, missing, report)
 
-    def draw(self, step: int, report: Callable[[int, int], None]) -> ValidationEvent:
+    def draw(self, step: int, report: Callable[[int, int], None]) -> ValidationEvent | None:
         """Draw every prompt into the folder of `step`, with what is trained and its average as they are wanted, and
-        the sheet of all steps so far. Step 0 is drawn as the model is, without an average.
+        the sheet of all steps so far. Step 0 is drawn as the model is, without an average. None if no picture could be
+        made.
         """
-        self.denoise.transformer.eval()
-        planned = self._planned(step)
+        return self._drawn(step, self._planned(step), report)
+
+    def _drawn(self, step: int, wanted: list[Picture], report: Callable[[int, int], None]) -> ValidationEvent | None:
+        """Draw `wanted`, then the sheet of `step`. The event lists every picture of that step that is there."""
         calls = self.options.validation_num_inference_steps
-        for index, picture in enumerate(planned):
-            with self.ema.applied() if picture.is_ema and self.ema else contextlib.nullcontext():
-                image = self._image(picture, partial(_overall, report, index * calls, len(planned) * calls))
-            path = self.run.root / picture.path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _save(image, path, self._parameters(picture))
-        self.denoise.transformer.train()
-        sheet = self._sheet(step)
-        return ValidationEvent(step=step, pictures=tuple(planned), sheet=sheet)
+        made = []
+        with evaluating(self.denoise):
+            for index, picture in enumerate(wanted):
+                progress = partial(_overall, report, index * calls, len(wanted) * calls)
+                if self._attempt(partial(self._make, picture, progress), self.run.root / picture.path):
+                    made.append(picture)
+        sheet = sheet_of(self.run, step)
+        has_sheet = (made or not wanted) and self._attempt(partial(self._make_sheet, step), sheet)
+        if has_sheet:
+            self.drawn.add(step)
+        elif not made:
+            return None
+        return ValidationEvent(
+            step=step,
+            pictures=tuple(each for each in self._planned(step) if each in made or each not in wanted),
+            sheet=str(sheet.relative_to(self.run.root)) if has_sheet else None,
+        )
+
+    def _attempt(self, make: Callable[[], None], path: Path) -> bool:
+        """Make an image, unless too many failed. Returns whether it is made; if not, a notice says why."""
+        if self.failures >= MAX_FAILURES:
+            return False
+        reason = _failure(make)
+        if reason is None:
+            self.failures = 0
+            return True
+        release_memory(self.device)  # outside of the handler, whose traceback holds what was computed
+        self.failures += 1
+        text = f"{path} could not be made: {reason} Training goes on without it."
+        if self.failures == MAX_FAILURES:
+            text += (
+                f" {MAX_FAILURES} images in a row failed: none are drawn until the next start of this run. Before it, "
+                "mend what is said above, or give --validation_disable."
+            )
+        self.notice(text)
+        return False
+
+    def _make(self, picture: Picture, report: Callable[[int, int], None]) -> None:
+        path = self.run.root / picture.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self.ema.applied() if picture.is_ema and self.ema else contextlib.nullcontext():
+            image = self._image(picture, report)
+        _save(image, path, self._parameters(picture))
 
     def _image(self, picture: Picture, report: Callable[[int, int], None]) -> Image.Image:
         real = self.options.validation_guidance_real
@@ -175,22 +241,26 @@ class Painter:
             ensure_ascii=False,
         )
 
-    def _is_drawn(self, picture: Picture) -> bool:
-        path = self.run.root / picture.path
-        if not path.exists():
-            return False
-        with Image.open(path) as image:
-            if path.suffix == ".png":
-                return image.info.get("parameters") == self._parameters(picture)
-            return bool(image.getexif().get(_EXIF_DESCRIPTION) == self._parameters(picture))
+    def _missing_of_base(self) -> list[Picture]:
+        """The base model's pictures that are wanted, and are not there as they would be drawn now."""
+        wanted = [] if self.options.disable_benchmark else self._planned(0)
+        return [picture for picture in wanted if not self._is_drawn(picture)]
 
-    def _sheet(self, step: int) -> str:
+    def _is_drawn(self, picture: Picture) -> bool:
+        """Whether the picture is there, whole, and was made with the parameters of now."""
+        image = _read(self.run.root / picture.path, picture)
+        if image is None:
+            return False
+        said = image.info.get("parameters") if image.format == "PNG" else image.getexif().get(_EXIF_DESCRIPTION)
+        return bool(said == self._parameters(picture))
+
+    def _make_sheet(self, step: int) -> None:
         """Rows are prompts, columns are steps: the base first, then the latest, at most `SHEET_COLUMNS`. An average
-        stands to the right of what it averages.
+        stands to the right of what it averages. What is no readable picture leaves an empty cell.
         """
-        folders = sorted(folder for folder in self.run.validations.glob("step-*") if folder.is_dir())
-        steps = [int(folder.name.removeprefix("step-")) for folder in folders]
-        steps = [past for past in steps if past <= step]
+        folders = (folder for folder in self.run.validations.iterdir() if folder.is_dir())
+        matches = (_STEP_FOLDER.fullmatch(folder.name) for folder in folders)
+        steps = sorted(past for match in matches if match and (past := int(match[1])) <= step)
         if len(steps) > SHEET_COLUMNS:
             steps = [steps[0], *steps[1 - SHEET_COLUMNS :]]
         columns: list[list[Picture]] = []
@@ -201,14 +271,14 @@ class Painter:
                 columns.append(planned[start : start + self.count])
                 name = "base" if past == 0 else f"step {past}"
                 heads.append(f"{name}, average" if planned[start].is_ema else name)
-        rows = [[_open(self.run.root / column[row].path) for column in columns] for row in range(self.count)]
+        rows = [
+            [_read(self.run.root / column[row].path, column[row]) for column in columns] for row in range(self.count)
+        ]
         labels = [picture.prompt for picture in columns[0]]
-        sheet = contact_sheet(rows, labels, heads)
-        path = self.run.validation(step) / "sheet.png"
-        _save(sheet, path, "")
-        return str(path.relative_to(self.run.root))
+        _save(contact_sheet(rows, labels, heads), sheet_of(self.run, step), "")
 
 
+_STEP_FOLDER = re.compile(r"step-(\d{6,})")
 _EXIF_DESCRIPTION = 0x010E
 
 
@@ -217,22 +287,97 @@ def _overall(report: Callable[[int, int], None], before: int, total: int, done: 
     report(before + done, total)
 
 
-def _open(path: Path) -> Image.Image | None:
-    if not path.exists():
+def drawn_steps(run: RunDirectory) -> set[int]:
+    """Steps whose sheet the events name; not those of which a checkpoint was saved again since, by other weights."""
+    steps: set[int] = set()
+    for event in read_events(run.events, kinds=("checkpoint", "validation")):
+        step = event.get("step")
+        if event.get("sheet") and isinstance(step, int):
+            steps.add(step)
+        elif event.get("state") == "saved":
+            steps -= {step}
+    return steps
+
+
+def sheet_of(run: RunDirectory, step: int) -> Path:
+    """The contact sheet of the pictures of `step`."""
+    return run.validation(step) / "sheet.png"
+
+
+@contextlib.contextmanager
+def evaluating(denoise: Denoiser) -> Iterator[None]:
+    """Inside, the transformer is in eval mode; afterwards in training mode, also after an error."""
+    denoise.transformer.eval()
+    try:
+        yield
+    finally:
+        denoise.transformer.train()
+
+
+def _failure(make: Callable[[], None]) -> str | None:
+    """Why `make` failed: a user's error, the file system or memory. None if it did not. A bug is raised."""
+    try:
+        make()
+    except Stopped:
+        raise
+    except UserError as error:
+        return str(error)
+    except (OSError, MemoryError, RuntimeError) as error:
+        problem = file_problem(error, doing="write") if isinstance(error, OSError) else None
+        if problem is not None:
+            return str(problem)
+        if exhausted_memory(error) is not None:
+            return f"{first_line(error).rstrip('.')}. A lower --validation_resolution takes less memory."
+        if isinstance(error, OSError):  # an encoder's of Pillow
+            return f"{error}."
+        raise
+    return None
+
+
+_UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    LookupError,
+    TypeError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow raises for a damaged file."""
+
+
+def _read(path: Path, picture: Picture) -> Image.Image | None:
+    """The whole image in a file of the size of `picture`; None where that is missing, damaged or of another size."""
+    try:
+        if not path.is_file():
+            return None
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
+            if image.size != (picture.width, picture.height):
+                return None
+            image.load()
+            return image
+    except _UNREADABLE:
         return None
-    with Image.open(path) as image:
-        return image.convert("RGB")
 
 
 def _save(image: Image.Image, path: Path, parameters: str) -> None:
     """Write through a temporary name, so that a page never shows half a picture."""
     part = path.with_name(f".{path.stem}.part{path.suffix}")
-    if path.suffix == ".png":
-        info = PngImagePlugin.PngInfo()
-        info.add_itxt("parameters", parameters)
-        image.save(part, pnginfo=info)
-    else:
-        exif = Image.Exif()
-        exif[_EXIF_DESCRIPTION] = parameters
-        image.save(part, quality=95, exif=exif)
-    part.replace(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    try:
+        if path.suffix == ".png":
+            info = PngImagePlugin.PngInfo()
+            info.add_itxt("parameters", parameters)
+            image.save(part, pnginfo=info)
+        else:
+            exif = Image.Exif()
+            exif[_EXIF_DESCRIPTION] = parameters
+            image.save(part, quality=95, exif=exif)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

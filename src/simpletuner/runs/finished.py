@@ -1,0 +1,80 @@
+"""What a finished run offers, listed with hashes in `finished.json`: written last, so a run that has it is complete."""
+
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from simpletuner.base.errors import DiskError
+from simpletuner.base.files import file_errors_reported, read_json, sha256_file, write_json
+from simpletuner.runs.checkpoints import MANIFEST
+from simpletuner.runs.layout import RunDirectory
+
+FINISHED_VERSION = 1
+
+HASHED_BYTES = 4 * 2**30
+"""A larger file that has the size and time of its entry is not read again at each start."""
+
+
+def write_finished(run: RunDirectory, step: int, products: Mapping[Path, Path | None]) -> None:
+    """Write `finished.json` for `products`: files, each with the checkpoint's file that it must equal, if any.
+
+    Every file is read back, unless it is a hard link to the checkpoint's, whose hash is known.
+
+    Raises:
+        DiskError: a file reads back differently, or the disk is full.
+    """
+    folder = run.checkpoint(step)
+    hashes = {folder / name: str(entry["sha256"]) for name, entry in read_json(folder / MANIFEST)["files"].items()}
+    entries: dict[str, Any] = {}
+    for path, source in sorted(products.items()):
+        with file_errors_reported(path, doing="read"):
+            found = path.stat()
+            is_link = source is not None and path.samefile(source)
+            digest = hashes[source] if source is not None and is_link else sha256_file(path)
+        if source is not None and digest != hashes[source]:
+            raise DiskError.of(
+                f"{path} reads back differently from {source}",
+                remedy="Check the disk, then run the same command again.",
+            )
+        name = path.relative_to(run.root).as_posix()
+        entries[name] = {"sha256": digest, "bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
+    write_json(run.finished, {"version": FINISHED_VERSION, "step": step, "products": entries})
+
+
+def lacking(run: RunDirectory, step: int) -> str | None:
+    """What is missing or damaged of the products of a run that is trained to `step`; None where all are as listed."""
+    try:
+        value = read_json(run.finished)
+        version, listed = value["version"], value["step"]
+        products = {
+            str(name): (str(entry["sha256"]), int(entry["bytes"]), int(entry["mtime_ns"]))
+            for name, entry in value["products"].items()
+        }
+    except FileNotFoundError:
+        return f"{run.finished.name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{run.finished.name} cannot be read"
+    if version != FINISHED_VERSION:
+        return f"{run.finished.name} is of version {version}, this program reads version {FINISHED_VERSION}"
+    if listed != step:
+        return f"{run.finished.name} is of step {listed}, the last checkpoint of step {step}"
+    for name, expected in products.items():
+        reason = _damage(run.root / name, *expected) if _is_inside(name) else "does not lie in the run"
+        if reason is not None:
+            return f"{name} {reason}"
+    return None
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
+def _damage(path: Path, digest: str, size: int, mtime_ns: int) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    with file_errors_reported(path, doing="read"):
+        found = path.stat()
+        if found.st_size == size and size > HASHED_BYTES and found.st_mtime_ns == mtime_ns:
+            return None
+        return None if found.st_size == size and sha256_file(path) == digest else "is not what was exported"

@@ -1,0 +1,81 @@
+"""What a run ends with, made from its last checkpoint alone: no model is loaded for it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from simpletuner.base.files import file_errors_reported, link_or_copy, write_atomic
+from simpletuner.base.sizes import format_size
+from simpletuner.config.run import RunConfig
+from simpletuner.flux2.modelfile import TRANSFORMER_FOLDER, WEIGHTS_NAME, save_pipeline
+from simpletuner.flux2.source import Source
+from simpletuner.runs.layout import EMA_FOLDER, LORA_NAME, MODEL_FOLDER, TRANSFORMER_NAME, RunDirectory
+from simpletuner.train.report import Reporter
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was put into the run's directory."""
+
+    products: Mapping[Path, Path | None]
+    """Each file, with the checkpoint's file that it must equal; None for what comes of the base model."""
+    lines: tuple[str, ...]
+    """What to tell people about it."""
+
+
+def export_lora(config: RunConfig, run: RunDirectory, checkpoint: Path, _source: Source, _reporter: Reporter) -> Export:
+    """Copy the LoRA of `checkpoint`, and that of its average, to where people look for them."""
+    products: dict[Path, Path | None] = {}
+    for name in ("", EMA_FOLDER) if config.use_ema else ("",):
+        target, source = run.root / name / LORA_NAME, checkpoint / name / LORA_NAME
+        with file_errors_reported(source, doing="read"):
+            content = source.read_bytes()
+        write_atomic(target, content)
+        products[target] = source
+    lines = [f"LoRA: {run.lora} ({format_size(run.lora.stat().st_size)})"]
+    if config.use_ema:
+        lines.append(f"Its moving average: {run.ema_lora}")
+    return Export(products, (*lines, f"In diffusers: pipe.load_lora_weights({str(run.root)!r})"))
+
+
+def export_full(config: RunConfig, run: RunDirectory, checkpoint: Path, source: Source, reporter: Reporter) -> Export:
+    """Make of the transformer in `checkpoint`, and of its average, a diffusers folder and one file."""
+    products: dict[Path, Path | None] = {}
+    lines = []
+    why = None
+    for name in ("", EMA_FOLDER) if config.use_ema else ("",):
+        folder, transformer = run.root / name, checkpoint / name / TRANSFORMER_FOLDER
+        with file_errors_reported(folder, doing="make"):
+            folder.mkdir(exist_ok=True)
+        single, model = folder / TRANSFORMER_NAME, folder / MODEL_FOLDER
+        link_or_copy(transformer / WEIGHTS_NAME, single)
+        why = save_pipeline(model, transformer, source)
+        products[single] = transformer / WEIGHTS_NAME
+        for file in sorted(path for path in model.rglob("*") if path.is_file()):
+            is_ours = file.parent.name == TRANSFORMER_FOLDER
+            products[file] = transformer / file.name if is_ours else None
+        title = "Its moving average" if name else "Model"
+        size = format_size(single.stat().st_size)
+        lines.append(f"{title}: {model}, and its transformer as {single} ({size})")
+    if why is None:
+        outside = sorted({file.readlink() for file in run.model.rglob("*") if file.is_symlink()})
+        if outside:
+            reporter.notice(
+                f"{run.model} links to {len(outside)} files on another disk, such as {outside[0]}: keep them."
+            )
+        return Export(products, (*lines, f"In diffusers: Flux2Pipeline.from_pretrained({str(run.model)!r})"))
+    reporter.notice(f"{run.model} holds the transformer alone: {why}.")
+    base = source.flavour.repo or source.name
+    transformer_only = str(run.model / TRANSFORMER_FOLDER)
+    how = (
+        f"In diffusers: Flux2Pipeline.from_pretrained({base!r}, "
+        f"transformer=Flux2Transformer2DModel.from_pretrained({transformer_only!r}))"
+    )
+    return Export(products, (*lines, how))
+
+
+EXPORTS: dict[str, Callable[[RunConfig, RunDirectory, Path, Source, Reporter], Export]] = {
+    "lora": export_lora,
+    "full": export_full,
+}
+"""By `model_type`: makes what a run ends with of a checkpoint."""

@@ -1,0 +1,128 @@
+"""A finished run is complete: what a kill, a user or a disk took of its results is made from its last checkpoint."""
+
+import json
+import signal
+
+import pytest
+from tests.recipes.conftest import Workplace
+
+from simpletuner.runs import checkpoints
+from simpletuner.runs.events import StepEvent, read_events
+from simpletuner.runs.layout import EMA_FOLDER, LORA_NAME, RunDirectory
+from simpletuner.train.report import TrainingBar
+
+DRAWN = {
+    "validation_disable": False,
+    "validation_resolution": "32x32",
+    "validation_num_inference_steps": 1,
+    "validation_step_interval": 2,
+    "use_ema": True,
+    "ema_decay": 0.5,
+}
+
+
+def content(run: RunDirectory) -> dict[str, bytes]:
+    """What a run offers and shows: every result, checkpoint and image. JSON that holds times is left out."""
+    kinds = ("*.safetensors", "*.png", "state.json", ".*")
+    return {
+        str(path.relative_to(run.root)): path.read_bytes()
+        for kind in kinds
+        for path in run.root.rglob(kind)
+        if path.is_file()
+    }
+
+
+def sheets_told(run: RunDirectory) -> set[int]:
+    return {event["step"] for event in read_events(run.events, kinds=("validation",)) if event["sheet"]}
+
+
+@pytest.mark.slow
+def test_killed_while_it_draws_or_exports_it_is_complete_at_the_next_start(cached_workplace: Workplace) -> None:
+    place = cached_workplace
+    place.prompts = {"one": "a gradient", "two": "a line"}
+    place.config |= DRAWN
+    assert place.train("--output_dir=output/whole") == 0
+    whole = place.run("whole")
+    assert sheets_told(whole) == {0, 2, 3}
+    listed = set(json.loads(whole.finished.read_text())["products"])
+    assert listed == {LORA_NAME, f"{EMA_FOLDER}/{LORA_NAME}"}
+    for moment in ("validation:1", "sheet:0", "told:0", "sheet:3", "told:3", "export:1", "export:2"):
+        name = moment.replace(":", "-")
+        killed = place.train_apart(f"--output_dir=output/{name}", kill_at=moment)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        run = place.run(name)
+        assert not run.finished.exists()
+        assert place.train(f"--output_dir=output/{name}") == 0
+        assert content(run) == content(whole), moment
+        assert sheets_told(run) == {0, 2, 3}
+        assert set(json.loads(run.finished.read_text())["products"]) == listed
+        assert place.events("end", name)[-1]["ema_lora"] == f"{EMA_FOLDER}/{LORA_NAME}"
+        before = run.finished.stat().st_mtime_ns
+        assert place.train(f"--output_dir=output/{name}") == 0
+        assert run.finished.stat().st_mtime_ns == before
+
+
+def test_what_is_missing_or_damaged_of_a_finished_run_is_made_again_without_loading_a_model(
+    cached_workplace: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, run = cached_workplace, cached_workplace.run()
+    place.config |= {"use_ema": True, "max_train_steps": 1}
+    assert place.train() == 0
+    whole = content(run)
+    run.ema_lora.unlink()
+    run.lora.write_bytes(run.lora.read_bytes()[:-1] + b"x")
+    assert place.train() == 0
+    told = capsys.readouterr().out
+    assert f"{EMA_FOLDER}/{LORA_NAME} is missing: the results are made from output/run/checkpoints/step-000001." in told
+    assert content(run) == whole
+    run.finished.unlink()  # as a release left it that wrote none
+    assert place.train() == 0
+    assert "finished.json is missing: the results are made from" in capsys.readouterr().out
+    assert content(run) == whole
+    assert [event["phase"] for event in place.events("phase")].count("load") == 2  # begin and end, of the first start
+    assert place.train("--max_train_steps=2") == 0
+    assert json.loads(run.finished.read_text())["step"] == 2
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_is_finished_no_longer(cached_workplace: Workplace) -> None:
+    place = cached_workplace
+    assert place.train("--max_train_steps=1") == 0
+    killed = place.train_apart(kill_at="step:2")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not place.run().finished.exists()
+
+
+@pytest.mark.slow
+def test_killed_while_a_checkpoint_is_replaced_it_is_there_at_the_next_start(cached_workplace: Workplace) -> None:
+    place = cached_workplace
+    assert place.train() == 0
+    before = content(place.run())
+    first = place.run().checkpoint(1)
+    killed = place.train_apart(f"--resume_from_checkpoint={first}", kill_at="replace:2")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert checkpoints.steps(place.run()) == [1, 3]
+    assert place.train() == 0
+    assert [found.damage for found in checkpoints.newest_first(place.run())] == [None, None, None]
+    assert content(place.run()) == before
+
+
+@pytest.mark.slow
+def test_a_request_for_what_is_due_anyway_is_met_by_it(
+    cached_workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = cached_workplace
+    place.prompts = {"one": "a gradient"}
+    place.config |= DRAWN | {"use_ema": False, "checkpoint_step_interval": 2, "max_train_steps": 4}
+    shown = TrainingBar.step
+
+    def ask_at_step_2(self: TrainingBar, event: StepEvent) -> None:
+        shown(self, event)
+        if event.step == 2:
+            (place.run().control / "save").touch()
+            (place.run().control / "validate").touch()
+
+    monkeypatch.setattr(TrainingBar, "step", ask_at_step_2)
+    assert place.train() == 0
+    assert [event["step"] for event in place.events("checkpoint") if event["state"] == "saved"] == [2, 4]
+    assert [event["step"] for event in place.events("validation")] == [0, 2, 4]

@@ -1,0 +1,128 @@
+"""Validation images of whole runs: what cannot be made costs that image, and training ends with the same bits."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tests.recipes.conftest import Workplace
+
+from simpletuner.runs.events import read_events
+from simpletuner.runs.layout import RunDirectory
+
+DRAWN = {
+    "validation_disable": False,
+    "validation_resolution": "32x32",
+    "validation_num_inference_steps": 1,
+    "validation_step_interval": 1,
+}
+
+
+@pytest.fixture
+def drawing(cached_workplace: Workplace) -> Workplace:
+    """A run that draws one image after each step."""
+    cached_workplace.prompts = {"one": "a gradient"}
+    cached_workplace.config |= DRAWN
+    return cached_workplace
+
+
+def put_a_file_in_place_of_the_folder(_: Workplace, run: RunDirectory) -> None:
+    run.validations.write_text("no folder")
+
+
+def put_folders_in_place_of_the_images(_: Workplace, run: RunDirectory) -> None:
+    for step in range(4):
+        (run.validation(step) / "one_32x32_0.png").mkdir(parents=True)
+
+
+def ask_for_more_than_memory(place: Workplace, _: RunDirectory) -> None:
+    place.config["validation_resolution"] = "1048576x1048576"
+
+
+FAULTS: dict[str, tuple[Callable[[Workplace, RunDirectory], None], str]] = {
+    "file": (put_a_file_in_place_of_the_folder, "Not a directory. Move away what lies there"),
+    "folders": (put_folders_in_place_of_the_images, "one_32x32_0.png: Is a directory. Move away what lies there"),
+    "memory": (ask_for_more_than_memory, "A lower --validation_resolution takes less memory."),
+}
+
+
+@pytest.mark.slow
+def test_images_that_cannot_be_made_cost_themselves_and_no_bit_and_stop_after_three(drawing: Workplace) -> None:
+    assert drawing.train("--output_dir=output/sound") == 0
+    assert len(drawing.events("validation", "sound")) == 4
+    for name, (fault, reason) in FAULTS.items():
+        drawing.config["output_dir"] = f"output/{name}"
+        run = drawing.run(name)
+        run.root.mkdir()
+        fault(drawing, run)
+        assert drawing.train() == 0
+        assert run.lora.read_bytes() == drawing.run("sound").lora.read_bytes()
+        assert drawing.losses(name) == drawing.losses("sound")
+        texts = [event["text"] for event in drawing.events("notice", name)]
+        texts = [text for text in texts if "could not be made" in text]
+        assert len(texts) == 3
+        assert all(reason in text and "Training goes on without it." in text for text in texts)
+        assert ["3 images in a row failed" in text for text in texts] == [False, False, True]
+        assert "--validation_disable" in texts[-1]
+        assert drawing.events("validation", name) == []
+        assert not list(run.root.rglob("*.part*"))
+
+
+@pytest.mark.slow
+def test_one_image_that_cannot_be_made_is_left_out_and_the_others_are_there(drawing: Workplace) -> None:
+    drawing.prompts = {"one": "a gradient", "two": "a line"}
+    (drawing.run().validation(1) / "one_32x32_0.png").mkdir(parents=True)
+    assert drawing.train("--max_train_steps=2") == 0
+    listed = {event["step"]: [each["name"] for each in event["pictures"]] for event in drawing.events("validation")}
+    assert listed == {0: ["one", "two"], 1: ["two"], 2: ["one", "two"]}
+    assert [event["sheet"] is not None for event in drawing.events("validation")] == [True] * 3
+
+
+@pytest.mark.slow
+def test_odd_files_among_the_images_are_passed_over_and_a_damaged_one_is_drawn_again(drawing: Workplace) -> None:
+    drawing.prompts = {"one": "a gradient", "two": "a line", "three": "a dot"}
+    assert drawing.train("--max_train_steps=1") == 0
+    run = drawing.run()
+    one, two, three = (run.validation(0) / f"{name}_32x32_0.png" for name in ("one", "two", "three"))
+    whole, kept = one.read_bytes(), two.stat().st_mtime_ns
+    one.write_bytes(whole[: len(whole) - 60])  # its header and parameters are whole
+    three.unlink()
+    os.mkfifo(three)
+    for name in ("step-old", "step-", "step-000000.bak", "other"):
+        (run.validations / name).mkdir()
+    (run.validations / "step-000007").write_text("no folder")
+    last = run.validation(1)
+    (last / "one_32x32_0.png").write_bytes(b"\0" * 100)
+    (last / "two_32x32_0.png").unlink()
+    (last / "two_32x32_0.png").mkdir()
+    assert drawing.train("--max_train_steps=2") == 0
+    assert one.read_bytes() == whole
+    assert two.stat().st_mtime_ns == kept
+    assert three.is_file()
+    with Image.open(run.validation(2) / "sheet.png") as sheet:
+        sheet.load()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lacking", ["sheet", "event"])
+def test_what_is_missing_beside_the_base_images_is_made_up_for(drawing: Workplace, lacking: str) -> None:
+    assert drawing.train("--max_train_steps=1") == 0
+    run = drawing.run()
+    base = run.validation(0) / "one_32x32_0.png"
+    drawn = base.stat().st_mtime_ns
+    if lacking == "sheet":
+        (run.validation(0) / "sheet.png").unlink()
+    else:
+        drop_events(run.events, lambda line: '"type": "validation"' in line and '"step": 0' in line)
+    assert drawing.train("--max_train_steps=2") == 0
+    assert base.stat().st_mtime_ns == drawn
+    assert (run.validation(0) / "sheet.png").is_file()
+    told = [event for event in read_events(run.events, kinds=("validation",)) if event["step"] == 0]
+    assert [each["name"] for each in told[-1]["pictures"]] == ["one"]
+    assert told[-1]["attempt"] == 2
+
+
+def drop_events(path: Path, is_dropped: Callable[[str], bool]) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if not is_dropped(line)), encoding="utf-8")
