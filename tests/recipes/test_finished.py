@@ -1,7 +1,10 @@
 """A finished run is complete: what a kill, a user or a disk took of its results is made from its last checkpoint."""
 
+import fcntl
 import json
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 from tests.recipes.conftest import Workplace
@@ -19,6 +22,7 @@ DRAWN = {
     "use_ema": True,
     "ema_decay": 0.5,
 }
+PROMPTS = {"one": "a gradient", "two": "a line"}
 
 
 def content(run: RunDirectory) -> dict[str, bytes]:
@@ -36,30 +40,40 @@ def sheets_told(run: RunDirectory) -> set[int]:
     return {event["step"] for event in read_events(run.events, kinds=("validation",)) if event["sheet"]}
 
 
+@pytest.fixture(scope="session")
+def whole(shared_folder: Path, uninterrupted: Workplace) -> Workplace:
+    """A run that draws and averages, left alone. One for all workers."""
+    place = Workplace(shared_folder / "drawn", uninterrupted.config | DRAWN, prompts=PROMPTS)
+    with (shared_folder / "drawn.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not place.run().finished.exists():
+            shutil.copytree(uninterrupted.folder / "datasets", place.folder / "datasets")
+            done = place.train_apart()
+            assert done.returncode == 0, done.stderr
+    return place
+
+
 @pytest.mark.slow
-def test_killed_while_it_draws_or_exports_it_is_complete_at_the_next_start(cached_workplace: Workplace) -> None:
-    place = cached_workplace
-    place.prompts = {"one": "a gradient", "two": "a line"}
-    place.config |= DRAWN
-    assert place.train("--output_dir=output/whole") == 0
-    whole = place.run("whole")
-    assert sheets_told(whole) == {0, 2, 3}
-    listed = set(json.loads(whole.finished.read_text())["products"])
-    assert listed == {LORA_NAME, f"{EMA_FOLDER}/{LORA_NAME}"}
-    for moment in ("validation:1", "sheet:0", "told:0", "sheet:3", "told:3", "export:1", "export:2"):
-        name = moment.replace(":", "-")
-        killed = place.train_apart(f"--output_dir=output/{name}", kill_at=moment)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-        run = place.run(name)
-        assert not run.finished.exists()
-        assert place.train(f"--output_dir=output/{name}") == 0
-        assert content(run) == content(whole), moment
-        assert sheets_told(run) == {0, 2, 3}
-        assert set(json.loads(run.finished.read_text())["products"]) == listed
-        assert place.events("end", name)[-1]["ema_lora"] == f"{EMA_FOLDER}/{LORA_NAME}"
-        before = run.finished.stat().st_mtime_ns
-        assert place.train(f"--output_dir=output/{name}") == 0
-        assert run.finished.stat().st_mtime_ns == before
+@pytest.mark.parametrize("moment", ["validation:1", "sheet:0", "told:0", "sheet:3", "told:3", "export:1", "export:2"])
+def test_killed_while_it_draws_or_exports_it_is_complete_at_the_next_start(
+    workplace: Workplace, whole: Workplace, moment: str
+) -> None:
+    shutil.copytree(whole.folder / "cache", workplace.folder / "cache")
+    workplace.prompts = PROMPTS
+    workplace.config |= DRAWN
+    killed = workplace.train_apart(kill_at=moment)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run = workplace.run()
+    assert not run.finished.exists()
+    assert workplace.train() == 0
+    assert content(run) == content(whole.run())
+    assert sheets_told(run) == {0, 2, 3}
+    listed = json.loads(run.finished.read_text())["products"]
+    assert set(listed) == {LORA_NAME, f"{EMA_FOLDER}/{LORA_NAME}"}
+    assert workplace.events("end")[-1]["ema_lora"] == f"{EMA_FOLDER}/{LORA_NAME}"
+    before = run.finished.stat().st_mtime_ns
+    assert workplace.train() == 0
+    assert run.finished.stat().st_mtime_ns == before
 
 
 def test_what_is_missing_or_damaged_of_a_finished_run_is_made_again_without_loading_a_model(

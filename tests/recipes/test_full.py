@@ -153,7 +153,7 @@ def test_a_full_run_is_a_directory_that_anyone_can_read(
     root = workplace.run().root
     assert {path.name for path in root.iterdir()} == {
         "checkpoints", "config.json", "control", "datasets.json", "ema", "events.jsonl", "finished.json", "lock",
-        "model", "run.log", "transformer.safetensors", "validation", "weights.json",
+        "model", "run.log", "transformer.safetensors", "weights.json",
     }  # fmt: skip
     checkpoint = workplace.run().checkpoint(1)
     assert {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()} == {

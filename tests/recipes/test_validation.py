@@ -41,32 +41,38 @@ def ask_for_more_than_memory(place: Workplace, _: RunDirectory) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Workplace, RunDirectory], None], str]] = {
-    "file": (put_a_file_in_place_of_the_folder, "Not a directory. Move away what lies there"),
+    "file": (
+        put_a_file_in_place_of_the_folder,
+        "cannot write output/file/validation: File exists. Move away",
+    ),
     "folders": (put_folders_in_place_of_the_images, "one_32x32_0.png: Is a directory. Move away what lies there"),
     "memory": (ask_for_more_than_memory, "A lower --validation_resolution takes less memory."),
 }
 
 
 @pytest.mark.slow
-def test_images_that_cannot_be_made_cost_themselves_and_no_bit_and_stop_after_three(drawing: Workplace) -> None:
+@pytest.mark.parametrize("name", FAULTS)
+def test_images_that_cannot_be_made_cost_themselves_and_no_bit_and_stop_after_three(
+    drawing: Workplace, name: str
+) -> None:
     assert drawing.train("--output_dir=output/sound") == 0
     assert len(drawing.events("validation", "sound")) == 4
-    for name, (fault, reason) in FAULTS.items():
-        drawing.config["output_dir"] = f"output/{name}"
-        run = drawing.run(name)
-        run.root.mkdir()
-        fault(drawing, run)
-        assert drawing.train() == 0
-        assert run.lora.read_bytes() == drawing.run("sound").lora.read_bytes()
-        assert drawing.losses(name) == drawing.losses("sound")
-        texts = [event["text"] for event in drawing.events("notice", name)]
-        texts = [text for text in texts if "could not be made" in text]
-        assert len(texts) == 3
-        assert all(reason in text and "Training goes on without it." in text for text in texts)
-        assert ["3 images in a row failed" in text for text in texts] == [False, False, True]
-        assert "--validation_disable" in texts[-1]
-        assert drawing.events("validation", name) == []
-        assert not list(run.root.rglob("*.part*"))
+    fault, reason = FAULTS[name]
+    drawing.config["output_dir"] = f"output/{name}"
+    run = drawing.run(name)
+    run.root.mkdir()
+    fault(drawing, run)
+    assert drawing.train() == 0
+    assert run.lora.read_bytes() == drawing.run("sound").lora.read_bytes()
+    assert drawing.losses(name) == drawing.losses("sound")
+    texts = [event["text"] for event in drawing.events("notice", name)]
+    texts = [text for text in texts if "could not be made" in text]
+    assert len(texts) == 3
+    assert all(reason in text and "Training goes on without it." in text for text in texts)
+    assert ["3 images in a row failed" in text for text in texts] == [False, False, True]
+    assert "--validation_disable" in texts[-1]
+    assert drawing.events("validation", name) == []
+    assert not list(run.root.rglob("*.part*"))
 
 
 @pytest.mark.slow

@@ -15,16 +15,16 @@ HASHED_BYTES = 4 * 2**30
 """A larger file that has the size and time of its entry is not read again at each start."""
 
 
-def write_finished(run: RunDirectory, step: int, products: Mapping[Path, Path | None]) -> None:
-    """Write `finished.json` for `products`: files, each with the checkpoint's file that it must equal, if any.
+def write_finished(run: RunDirectory, step: int, checkpoint: Path, products: Mapping[Path, Path | None]) -> None:
+    """Write `finished.json` for `products`: files, each with the file of `checkpoint` that it must equal, if any.
 
     Every file is read back, unless it is a hard link to the checkpoint's, whose hash is known.
 
     Raises:
         DiskError: a file reads back differently, or the disk is full.
     """
-    folder = run.checkpoint(step)
-    hashes = {folder / name: str(entry["sha256"]) for name, entry in read_json(folder / MANIFEST)["files"].items()}
+    manifest = read_json(checkpoint / MANIFEST)
+    hashes = {checkpoint / name: str(entry["sha256"]) for name, entry in manifest["files"].items()}
     entries: dict[str, Any] = {}
     for path, source in sorted(products.items()):
         with file_errors_reported(path, doing="read"):

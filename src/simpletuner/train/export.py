@@ -23,7 +23,9 @@ class Export:
     """What to tell people about it."""
 
 
-def export_lora(config: RunConfig, run: RunDirectory, checkpoint: Path, _source: Source, _reporter: Reporter) -> Export:
+def export_lora(
+    config: RunConfig, run: RunDirectory, checkpoint: Path, _source: Callable[[], Source], _reporter: Reporter
+) -> Export:
     """Copy the LoRA of `checkpoint`, and that of its average, to where people look for them."""
     products: dict[Path, Path | None] = {}
     for name in ("", EMA_FOLDER) if config.use_ema else ("",):
@@ -38,8 +40,11 @@ def export_lora(config: RunConfig, run: RunDirectory, checkpoint: Path, _source:
     return Export(products, (*lines, f"In diffusers: pipe.load_lora_weights({str(run.root)!r})"))
 
 
-def export_full(config: RunConfig, run: RunDirectory, checkpoint: Path, source: Source, reporter: Reporter) -> Export:
-    """Make of the transformer in `checkpoint`, and of its average, a diffusers folder and one file."""
+def export_full(
+    config: RunConfig, run: RunDirectory, checkpoint: Path, find: Callable[[], Source], reporter: Reporter
+) -> Export:
+    """Make a diffusers folder and a single file of the transformer in `checkpoint`, and of its average."""
+    source = find()
     products: dict[Path, Path | None] = {}
     lines = []
     why = None
@@ -74,8 +79,8 @@ def export_full(config: RunConfig, run: RunDirectory, checkpoint: Path, source: 
     return Export(products, (*lines, how))
 
 
-EXPORTS: dict[str, Callable[[RunConfig, RunDirectory, Path, Source, Reporter], Export]] = {
+EXPORTS: dict[str, Callable[[RunConfig, RunDirectory, Path, Callable[[], Source], Reporter], Export]] = {
     "lora": export_lora,
     "full": export_full,
 }
-"""By `model_type`: makes what a run ends with of a checkpoint."""
+"""By `model_type`: makes what a run ends with of a checkpoint. The base model is looked for only if it is needed."""

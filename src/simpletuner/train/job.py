@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -130,6 +130,8 @@ class Attempt:
         self.reporter = reporter
         self.requests = requests
         self.state = TrainState()
+        self.checkpoint: Path | None = None
+        """That was saved or resumed last."""
         self.compiled: compilation.Compiled | None = None
         self.may_drop_compiled = False
         """Whether `dynamo_backend` auto chose to compile at this start, and may still do without."""
@@ -150,7 +152,7 @@ class Attempt:
             check_device(self.config, self.device)
             self.budget = Budget(self.config, configured(loaded), self.budget.machine)
         if found is not None:
-            self.state = found.state
+            self.state, self.checkpoint = found.state, found.folder
         if found is not None and self.config.max_train_steps and self.is_finished(self.config.max_train_steps):
             return
         write_json(self.run.config, resolved(self.config))
@@ -241,7 +243,8 @@ class Attempt:
         def save(state: TrainState) -> Path:
             state.scaler = scaler.state_dict()
             metadata = self.header(prepared, source, state.step)
-            return checkpoint.save_checkpoint(self.run, state, product, optimiser, ema, metadata=metadata)
+            self.checkpoint = checkpoint.save_checkpoint(self.run, state, product, optimiser, ema, metadata=metadata)
+            return self.checkpoint
 
         self.try_out_compiled(stepper, builder, plan)
         loop = Loop(
@@ -320,8 +323,8 @@ class Attempt:
         if reason is not None:
             if self.lacks_sheet(step):
                 return False
-            self.reporter.say(f"{reason}: the results are made from {self.run.checkpoint(step)}.")
-            for line in self.export(locate(self.config, report=self.reporter.say)):
+            self.reporter.say(f"{reason}: the results are made from {self.checkpoint}.")
+            for line in self.export(lambda: locate(self.config, report=self.reporter.say)):
                 self.reporter.say(line)
         self.reporter.say(
             f"This run is finished: {step} steps, {self.run.result(self.config.model_type)}. To go on give a higher "
@@ -534,18 +537,20 @@ class Attempt:
             fields["comment"] = self.config.modelspec_comment
         return fields
 
-    def export(self, source: Source) -> tuple[str, ...]:
-        """Put what was trained where other programs look for it. Returns what to tell people about it."""
-        step = self.state.step
+    def export(self, find: Callable[[], Source]) -> tuple[str, ...]:
+        """Put what was trained where other programs look for it; `find` returns the base model. Returns what to tell
+        people about it.
+        """
+        assert self.checkpoint is not None  # the last step is always saved
         with self.reporter.phase("export"):
             export = EXPORTS[self.config.model_type]
-            made = export(self.config, self.run, self.run.checkpoint(step), source, self.reporter)
-            write_finished(self.run, step, made.products)
+            made = export(self.config, self.run, self.checkpoint, find, self.reporter)
+            write_finished(self.run, self.state.step, self.checkpoint, made.products)
         return made.lines
 
     def finish(self, plan: Plan, source: Source, noun: str) -> None:
         """Export, and tell what came out."""
-        lines = self.export(source)
+        lines = self.export(lambda: source)
         self.reporter.say("")
         measured = self.state.held_out
         if 0 in measured and plan.steps in measured:

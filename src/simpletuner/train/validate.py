@@ -179,7 +179,9 @@ class Painter:
 
     def _make(self, picture: Picture, report: Callable[[int, int], None]) -> None:
         path = self.run.root / picture.path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in reversed(path.parents):
+            if folder.is_relative_to(self.run.validations):
+                folder.mkdir(exist_ok=True)  # one by one: an error then names what lies in the way
         with self.ema.applied() if picture.is_ema and self.ema else contextlib.nullcontext():
             image = self._image(picture, report)
         _save(image, path, self._parameters(picture))

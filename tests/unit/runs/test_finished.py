@@ -26,6 +26,7 @@ def run(tmp_path: Path) -> RunDirectory:
     write_finished(
         run,
         3,
+        run.checkpoint(3),
         {
             run.lora: run.checkpoint(3) / LORA_NAME,
             run.model / "weights": run.checkpoint(3) / "weights",
@@ -94,7 +95,7 @@ def test_a_product_that_is_not_the_checkpoints_is_an_error_and_the_run_is_not_fi
     run.finished.unlink()
     run.lora.write_bytes(b"lorA")
     with pytest.raises(DiskError, match="reads back differently"):
-        write_finished(run, 3, {run.lora: run.checkpoint(3) / LORA_NAME})
+        write_finished(run, 3, run.checkpoint(3), {run.lora: run.checkpoint(3) / LORA_NAME})
     assert not run.finished.exists()
 
 
