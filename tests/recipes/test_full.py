@@ -19,6 +19,7 @@ from simpletuner.config.options.model import ModelOptions
 from simpletuner.flux2.load import load_transformer
 from simpletuner.flux2.source import locate
 from simpletuner.runs import disk
+from simpletuner.runs.finished import lacking
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FULL = {"model_type": "full", "learning_rate": 1e-4}
@@ -143,6 +144,29 @@ def test_killed_and_started_again_it_ends_the_same(workplace: Workplace, name: s
     assert workplace.losses() == workplace.losses("straight")
     assert all(tensor.isfinite().all() for tensor in weights(workplace).values())
     assert not all(tensor.equal(base_weights()[key].to(tensor.dtype)) for key, tensor in weights(workplace).items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["export:1", "export:2", "export:4"])
+def test_killed_while_it_exports_it_is_complete_at_the_next_start(workplace: Workplace, moment: str) -> None:
+    """Between the single file and the folder; between the model and its average; before finished.json."""
+    workplace.config |= {"max_train_steps": 1, "use_ema": True, "ema_decay": 0.5}
+    killed = workplace.train_apart(kill_at=moment)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run = workplace.run()
+    assert not run.finished.exists()
+    assert workplace.train() == 0
+    assert lacking(run, 1) is None
+    products = json.loads(run.finished.read_text())["products"]
+    for folder in ("", "ema/"):
+        assert {f"{folder}transformer.safetensors", f"{folder}model/model_index.json"} <= products.keys()
+        saved = run.checkpoint(1) / folder / "transformer" / WEIGHTS
+        for name in ("transformer.safetensors", f"model/transformer/{WEIGHTS}"):
+            assert (run.root / folder / name).samefile(saved)
+    assert [event["phase"] for event in workplace.events("phase")].count("load") == 2, "loaded by the first start alone"
+    assert not list(run.root.rglob(".*"))
+    end = workplace.events("end")[-1]
+    assert (end["model"], end["ema_model"]) == ("model", "ema/model")
 
 
 def test_a_full_run_is_a_directory_that_anyone_can_read(

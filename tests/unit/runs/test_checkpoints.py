@@ -134,6 +134,21 @@ def test_a_file_in_place_of_a_checkpoint_is_replaced(run: RunDirectory) -> None:
     assert checkpoints.damage(run.checkpoint(1)) is None
 
 
+def test_what_a_killed_process_left_half_written_in_a_run_is_swept(run: RunDirectory) -> None:
+    swept = (
+        ".config.json.41.part", "ema/.pytorch_lora_weights.safetensors.41.part", ".tmp-model/tokenizer/vocabulary",
+        "ema/.tmp-old-model/model_index.json", "validation/step-000002/.sheet.part.png",
+        "validation/step-000002/ema/.one_32x32_0.part.jpg", "profile/.steps-1-2.41.part.json.gz",
+    )  # fmt: skip
+    kept = ("film.part", ".hidden", ".tmp-other/file", "validation/step-000002/one.png", "model/model_index.json")
+    for name in (*swept, *kept):
+        (run.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.root / name).touch()
+    run.sweep()
+    files = {str(path.relative_to(run.root)) for path in run.root.rglob("*") if path.is_file()}
+    assert files == set(kept)
+
+
 def test_a_second_holder_is_refused_with_the_first_ones_pid(run: RunDirectory) -> None:
     import os
 
