@@ -9,8 +9,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from simpletuner.base.errors import AccessError
+from simpletuner.base.files import file_errors_reported
 
 
 @dataclass(frozen=True)
@@ -24,37 +26,138 @@ class TensorEntry:
     stop: int
 
 
+DTYPE_BITS: Mapping[str, int] = {
+    "F64": 64,
+    "F32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F4": 4,
+    "I64": 64,
+    "I32": 32,
+    "I16": 16,
+    "I8": 8,
+    "U64": 64,
+    "U32": 32,
+    "U16": 16,
+    "U8": 8,
+    "BOOL": 8,
+}
+"""Bits of one number, by the dtype's name in safetensors."""
+
+HEADER_LIMIT = 100_000_000
+"""Bytes of a header above which safetensors refuses a file."""
+
+_OTHER_CONTAINERS = {
+    b"GGUF": "a GGUF file",
+    b"PK\x03\x04": "a pickle of PyTorch's (.pt, .pth, .ckpt, .bin)",
+    b"\x80\x02": "a pickle of PyTorch's (.pt, .pth, .ckpt, .bin)",
+    b"version https://git-lfs": "a Git LFS pointer, not the file that it stands for",
+}
+"""What a file is that starts with these bytes."""
+
+
 def read_header(file: Path) -> dict[str, TensorEntry]:
     """The tensors of `file`, by name. No tensor is read.
 
     Raises:
-        AccessError: it is no safetensors file, or not all of one.
+        AccessError: it is no safetensors file, or not all of one, or cannot be read.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 2 <= length <= size - 8:
-            raise _broken(file, f"{size:,} bytes long")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError:
-            raise _broken(file, "not a safetensors file") from None
+    header, data_start = _parsed_header(file)
     header.pop("__metadata__", None)
-    entries = {
-        name: TensorEntry(
-            file, entry["dtype"], tuple(entry["shape"]), *(8 + length + at for at in entry["data_offsets"])
-        )
-        for name, entry in header.items()
-    }
-    whole = max((entry.stop for entry in entries.values()), default=8 + length)
+    entries = {name: _entry(file, name, value, data_start) for name, value in header.items()}
+    size = file.stat().st_size
+    whole = max((entry.stop for entry in entries.values()), default=data_start)
     if whole != size:
         raise _broken(file, f"{size:,} bytes long, {whole:,} by its own header")
     return entries
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """The text fields of a safetensors file's header; those that are no text are left out.
+
+    Raises:
+        AccessError: as `read_header`.
+    """
+    metadata = _parsed_header(file)[0].get("__metadata__")
+    fields = metadata.items() if isinstance(metadata, dict) else ()
+    return {key: value for key, value in fields if isinstance(value, str)}
+
+
 def read_headers(files: tuple[Path, ...]) -> dict[str, TensorEntry]:
-    """The tensors of all `files`, by name."""
-    return {name: entry for file in files for name, entry in read_header(file).items()}
+    """The tensors of all `files`, by name.
+
+    Raises:
+        AccessError: as `read_header`, or two files hold a tensor of one name.
+    """
+    entries: dict[str, TensorEntry] = {}
+    for file in files:
+        for name, entry in read_header(file).items():
+            if name in entries:
+                raise AccessError.of(
+                    f"{file} and {entries[name].file.name} both hold the tensor {name}",
+                    "each tensor in one file",
+                    "Files of two downloads may lie in one folder: get the folder again.",
+                )
+            entries[name] = entry
+    return entries
+
+
+def _parsed_header(file: Path) -> tuple[dict[str, object], int]:
+    """The header's JSON object, and the position at which the tensors begin."""
+    with file_errors_reported(file, AccessError, doing="read"):
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            first = stream.read(32)
+            for magic, container in _OTHER_CONTAINERS.items():
+                if first.startswith(magic):
+                    raise AccessError.of(
+                        f"{file} is {container}",
+                        "a .safetensors file in bf16, fp16 or fp32",
+                        "Take the model's .safetensors file instead.",
+                    )
+            length = int.from_bytes(first[:8], "little")
+            if not 2 <= length <= min(size - 8, HEADER_LIMIT):
+                raise _broken(file, f"{size:,} bytes long and begins with no safetensors header")
+            stream.seek(8)
+            text = stream.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError):
+        raise _broken(file, "not a safetensors file") from None
+    if not isinstance(header, dict):
+        raise _broken(file, "not a safetensors file")
+    return header, 8 + length
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def _entry(file: Path, name: str, value: object, data_start: int) -> TensorEntry:
+    """The header's `value` for the tensor `name`, checked."""
+    fields = value if isinstance(value, dict) else {}
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if (
+        isinstance(dtype, str)
+        and _are_counts(shape)
+        and _are_counts(offsets)
+        and len(offsets) == 2
+        and offsets[0] <= offsets[1]
+        and (dtype not in DTYPE_BITS or math.prod(shape) * DTYPE_BITS[dtype] == 8 * (offsets[1] - offsets[0]))
+    ):
+        return TensorEntry(file, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+    raise _broken(file, f"damaged: its header says of {name} {str(value)[:120]}")
+
+
+def _are_counts(value: object) -> TypeGuard[list[int]]:
+    """Whether `value` is a list of whole numbers from 0."""
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
 def _broken(file: Path, what: str) -> AccessError:

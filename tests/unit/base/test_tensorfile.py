@@ -6,7 +6,14 @@ import torch
 from safetensors.torch import save_file
 
 from simpletuner.base.errors import AccessError
-from simpletuner.base.tensorfile import TensorData, read_header, write_tensors
+from simpletuner.base.tensorfile import (
+    HEADER_LIMIT,
+    TensorData,
+    read_header,
+    read_headers,
+    read_metadata,
+    write_tensors,
+)
 
 
 def test_entries_point_at_the_bytes(tmp_path: Path) -> None:
@@ -62,3 +69,49 @@ def test_a_file_that_is_replaced_stays_what_it_was_for_who_has_it_open(tmp_path:
         write_tensors(path, {"a": TensorData("U8", (2,), 2, lambda: b"cd")}, {})
         assert file.read() == before
     assert path.read_bytes().endswith(b"cd")
+
+
+def with_header(path: Path, header: object, data: bytes = b"") -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+TENSOR = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [], 7, None, {"x": 7}, {"x": []}, {"x": {}},
+        *({"x": TENSOR | {"dtype": dtype}} for dtype in (3, None, ["F32"], "F64", "F16")),
+        *({"x": TENSOR | {"shape": shape}} for shape in (1, None, [-1], [1.0], ["1"], [True], [10**30], [2], {})),
+        *({"x": TENSOR | {"data_offsets": at}} for at in (4, None, [], [0], [0, 4, 4], [4, 0], [-4, 0], [0, 10**30])),
+        b'{"x": ' + json.dumps(TENSOR).encode() + b', "x": ' + json.dumps(TENSOR).encode() + b"}",
+        b"[" * 100_000, b"\xff\xff", b"{} {}",
+    ],
+)  # fmt: skip
+def test_a_header_that_is_wrong_is_refused_with_the_files_name(tmp_path: Path, header: object) -> None:
+    with pytest.raises(AccessError, match=r"a\.safetensors is .*expected a whole"):
+        read_header(with_header(tmp_path / "a.safetensors", header, bytes(4)))
+
+
+def test_a_header_that_claims_to_be_huge_is_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    with file.open("wb") as stream:
+        stream.write((2 * HEADER_LIMIT).to_bytes(8, "little"))
+        stream.truncate(3 * HEADER_LIMIT)
+    with pytest.raises(AccessError, match="begins with no safetensors header"):
+        read_header(file)
+
+
+def test_text_fields_of_a_header_are_read_and_others_left_out(tmp_path: Path) -> None:
+    header = {"__metadata__": {"format": "pt", "odd": 7}, "x": TENSOR}
+    assert read_metadata(with_header(tmp_path / "a", header, bytes(4))) == {"format": "pt"}
+    assert read_metadata(with_header(tmp_path / "b", {"__metadata__": 3, "x": TENSOR}, bytes(4))) == {}
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    files = tuple(with_header(tmp_path / name, {"x": TENSOR}, bytes(4)) for name in ("a", "b"))
+    with pytest.raises(AccessError, match="b and a both hold the tensor x"):
+        read_headers(files)
