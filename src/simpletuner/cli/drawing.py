@@ -22,8 +22,8 @@ from simpletuner.flux2.components import check_precisions, load_base, open_text_
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.export import LoadedLora, attach_saved, read_lora
 from simpletuner.flux2.generate import generate
+from simpletuner.flux2.load import checked_skeleton
 from simpletuner.flux2.source import Source, locate
-from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.device import choose_device
 from simpletuner.memory.exhausted import exhausted_memory, first_line
 from simpletuner.memory.free import release_memory
@@ -65,8 +65,7 @@ def _say(text: str) -> None:
 
 def _check_fit(source: Source, saved: Sequence[LoadedLora]) -> None:
     """Find a LoRA of another model out before gigabytes are read: on a transformer without weights."""
-    with torch.device("meta"):
-        skeleton = Flux2Transformer(source.spec)
+    skeleton = checked_skeleton(source)
     for lora in saved:
         attach_saved(skeleton, lora)
         trained_on = lora.metadata.get("base_model")

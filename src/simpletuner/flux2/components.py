@@ -7,19 +7,23 @@ import torch
 
 from simpletuner.base.sizes import format_size
 from simpletuner.config.flavours import TransformerSpec
+from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.precision import PrecisionOptions
 from simpletuner.flux2.autoencoder import Autoencoder
+from simpletuner.flux2.export import attach_saved, read_lora
 from simpletuner.flux2.footprint import resident_text_bytes
 from simpletuner.flux2.load import (
     Half,
+    checked_skeleton,
     load_autoencoder,
     load_text_encoder,
     load_transformer,
     stream_text_encoder,
     text_encoder_id,
 )
+from simpletuner.flux2.lora import wanted_ranges
 from simpletuner.flux2.residency import block_index, resident_indices
 from simpletuner.flux2.source import Source
 from simpletuner.flux2.spec import text_from_config
@@ -52,6 +56,24 @@ def text_codec(model: ModelOptions, precision: PrecisionOptions, source: Source)
             precision=precision.text_encoder_1_precision,
         )
     )
+
+
+def check_trainable(model: ModelOptions, lora: LoraOptions, source: Source) -> None:
+    """Raise what loading what is trained would raise, as far as headers and `init_lora` tell: no weight of the base is
+    read.
+
+    Raises:
+        AccessError: the transformer's tensors are not those of a FLUX.2.
+        ConfigError: the target matches no layer.
+        CheckpointError: `init_lora` cannot be read or does not fit.
+    """
+    skeleton = checked_skeleton(source)
+    if model.model_type == "full":
+        return
+    if lora.init_lora is None:
+        wanted_ranges(skeleton, lora)
+    else:
+        attach_saved(skeleton, read_lora(Path(lora.init_lora)))
 
 
 def landing(options: OffloadOptions, spec: TransformerSpec, device: torch.device) -> Callable[[str], torch.device]:

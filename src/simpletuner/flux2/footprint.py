@@ -5,13 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from simpletuner.base.errors import AccessError, ConfigError
-from simpletuner.base.files import read_json
 from simpletuner.config.flavours import FLAVOURS, AutoencoderSpec, TextSpec, TransformerSpec
 from simpletuner.config.optimisers import optimiser
 from simpletuner.config.options.lora import LoraOptions
@@ -19,6 +17,7 @@ from simpletuner.config.options.offload import AUTO
 from simpletuner.config.precisions import NO_CHANGE, PRECISIONS
 from simpletuner.config.run import RunConfig
 from simpletuner.flux2.activations import Adapted, Pass, sampling, training
+from simpletuner.flux2.configs import Component, Config, read_component_config
 from simpletuner.flux2.lora import wanted_ranges
 from simpletuner.flux2.residency import resident_indices
 from simpletuner.flux2.routes import resolve
@@ -84,15 +83,14 @@ class Architecture:
         )
 
 
-def _local(config: RunConfig, component: str, override: str | None) -> dict[str, Any] | None:
+def _local(config: RunConfig, component: Component, override: str | None) -> Config | None:
     """The config of a component that lies in a local folder."""
     base = config.pretrained_model_name_or_path
     places = [Path(override).expanduser() / component, Path(override).expanduser()] if override else []
     places += [Path(base).expanduser() / component] if base and not override else []
     for place in places:
         if (place / "config.json").is_file():
-            config_json: dict[str, Any] = read_json(place / "config.json")
-            return config_json
+            return read_component_config(component, place / "config.json")
     return None
 
 

@@ -1,7 +1,8 @@
 """Weights from files into modules: built empty, filled tensor by tensor, each cast and moved as it lands."""
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from simpletuner.base.tensorfile import TensorEntry, read_headers
 from simpletuner.config.flavours import FLAVOURS
 from simpletuner.config.precisions import NO_CHANGE
 from simpletuner.flux2.autoencoder import Autoencoder
+from simpletuner.flux2.formats import LOADABLE_DTYPES
 from simpletuner.flux2.kept import KeptBase
 from simpletuner.flux2.names import Renamed, TensorRenaming, text_encoder_name, transformer_renaming
 from simpletuner.flux2.source import Source, Weights
@@ -25,7 +27,7 @@ from simpletuner.flux2.text_stream import StreamedTextEncoder
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory import offload
 from simpletuner.memory.precision import check_range, make_room, quantised, quantised_from, targets
-from simpletuner.memory.tensors import open_tensors
+from simpletuner.memory.tensors import non_finite_count, open_tensors
 
 # Mistral's own pre-tokeniser, as in its tekken.json: case counts and every digit is a token.
 _TEKKEN_PATTERN = (
@@ -33,7 +35,6 @@ _TEKKEN_PATTERN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 
 
@@ -54,6 +55,36 @@ OTHER_HALF: Mapping[Half, tuple[str, ...]] = {
     "decode": ("encoder", "quant_conv"),
 }
 """What an autoencoder does not need that does one thing only."""
+
+
+def checked_skeleton(source: Source) -> Flux2Transformer:
+    """The transformer on the meta device. No weight is read.
+
+    Raises:
+        AccessError: by the headers, tensors are missing, unknown or of the wrong shape; they are named.
+    """
+    with torch.device("meta"):
+        transformer = Flux2Transformer(source.spec)
+    entries = read_headers(source.transformer.files)
+    renaming = transformer_renaming(entries)
+    _check(transformer, entries, {name: renaming(name) for name in entries}, unknown_allowed=False)
+    return transformer
+
+
+@contextlib.contextmanager
+def _config_errors_reported(component: str, weights: Weights) -> Iterator[None]:
+    """Turn what a library raises below this block about values of a component's config.json into an AccessError."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+        raise AccessError.of(
+            f"no {component} can be built from the config.json beside {weights.files[0]} "
+            f"({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason'})",
+            "the one that belongs to these weights",
+            "It may be damaged or of another program: get the file again.",
+        ) from error
 
 
 def load_transformer(
@@ -127,7 +158,7 @@ def load_autoencoder(
     with quiet_import():
         from diffusers import AutoencoderKLFlux2  # takes seconds: only where latents are made or shown
 
-    with torch.device("meta"):
+    with torch.device("meta"), _config_errors_reported("VAE", source.vae):
         vae = AutoencoderKLFlux2.from_config(source.vae.config)
     _check(vae, entries := read_headers(source.vae.files), {name: Renamed((name,)) for name in entries}, False)
     left_out = () if half is None else OTHER_HALF[half]
@@ -169,7 +200,8 @@ def load_text_encoder(
     """
     config = _text_config(source, layers)
     depth = config.num_hidden_layers
-    model = _language_model(config)
+    with _config_errors_reported("text encoder", source.text_encoder):
+        model = _language_model(config)
     # Its frequencies are in no file, and on the meta device they were never computed.
     with torch.device(device):
         model.rotary_emb = type(model.rotary_emb)(config=config)
@@ -213,7 +245,8 @@ def stream_text_encoder(
     entries = read_headers(source.text_encoder.files)
     known = {name: text_encoder_name(name, depth) for name in entries}
     renamed = {name: None if new is None else Renamed((new,)) for name, new in known.items()}
-    whole = _language_model(config)
+    with _config_errors_reported("text encoder", source.text_encoder):
+        whole = _language_model(config)
     _check(whole, entries, renamed, unknown_allowed=True)
     (embedding,) = (name for name, new in known.items() if new == "embed_tokens.weight")
     with torch.device(device):
@@ -225,7 +258,9 @@ def stream_text_encoder(
     def embed(ids: Int64[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         # The table is mapped, not read: it is larger than a layer, and captions use few of its rows.
         with open_tensors(entries[embedding].file) as tensors:
-            return tensors[embedding][ids].to(dtype)
+            rows = tensors[embedding][ids].to(dtype)
+        _check_finite(rows, embedding, entries[embedding].file)
+        return rows
 
     def read_layer(index: int) -> nn.Module:
         model = _language_model(single)
@@ -269,7 +304,9 @@ def _text_config(source: Source, layers: tuple[int, ...]) -> Any:
     from transformers import Mistral3Config, MistralConfig
 
     written = dict(source.text_encoder.config or {})
-    config = Mistral3Config(**written).text_config if written["model_type"] == "mistral3" else MistralConfig(**written)
+    with _config_errors_reported("text encoder", source.text_encoder):
+        is_nested = written["model_type"] == "mistral3"
+        config = Mistral3Config(**written).text_config if is_nested else MistralConfig(**written)
     if max(layers) > config.num_hidden_layers:
         raise ConfigError.of(
             f"custom_text_encoder_intermediary_layers = {','.join(map(str, layers))}",
@@ -375,7 +412,7 @@ def _fill(
     _check(module, entries, renamed, unknown_allowed)
     linears = {} if quantise is None else targets(module, quantise.within, quantise.precision)
 
-    def land(new: Renamed, tensor: Tensor) -> None:
+    def land(new: Renamed, tensor: Tensor, origin: TensorEntry) -> None:
         for target, part in zip(new.names, new.cut(tensor), strict=True):
             place = device if land_on is None else land_on(target)
             owner = target.removesuffix(".weight")
@@ -387,16 +424,30 @@ def _fill(
             if quantise is not None and owner in linears:
                 linear = linears.pop(owner)
                 linear.weight = nn.Parameter(cast.to(quantise.via), requires_grad=False)
+                _check_finite(linear.weight, target, origin.file)
                 module.set_submodule(owner, quantised(linear, quantise.precision, place))
             else:
                 # Copied as in `load_transformer`: `pread` puts a tensor anywhere in memory.
-                _assign(module, target, cast.to(place, copy=quantise is not None))
+                landed = cast.to(place, copy=quantise is not None)
+                _check_finite(landed, target, origin.file)
+                _assign(module, target, landed)
 
     for file in weights.files:
         with open_tensors(file, backend="mmap" if quantise is None else "pread") as tensors:
             for name, new in renamed.items():
                 if new is not None and entries[name].file == file:
-                    land(new, tensors[name])
+                    land(new, tensors[name], entries[name])
+
+
+def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
+    """Raise an AccessError if `tensor`, loaded from `file`, holds a number that is NaN or infinite."""
+    count = non_finite_count(tensor)
+    if count:
+        raise AccessError.of(
+            f"{file}: {count:,} of {tensor.numel():,} numbers of {name} are NaN or infinite as {tensor.dtype}",
+            "finite weights",
+            "The file is damaged or was saved from a run that diverged: get it again.",
+        )
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
@@ -427,7 +478,7 @@ def _check(
                 unknown.append(name)
             elif shape != expected[target]:
                 wrong.append(f"{target} {list(shape)}, not {list(expected[target])}")
-            elif entries[name].dtype not in _FLOATS and not target.endswith("num_batches_tracked"):
+            elif entries[name].dtype not in LOADABLE_DTYPES and not target.endswith("num_batches_tracked"):
                 wrong.append(f"{target} as {entries[name].dtype}, not in floating point")
     missing = [name for name in expected if name not in found]
     where = ", ".join(sorted({entry.file.name for entry in entries.values()}))

@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simpletuner.base.files import file_errors_reported, link_or_copy, read_json, sync_directory, write_json
+from simpletuner.base.errors import AccessError
+from simpletuner.base.files import file_errors_reported, link_or_copy, sync_directory, write_json
 from simpletuner.config.flavours import TransformerSpec
+from simpletuner.flux2.configs import read_index, read_object
 from simpletuner.flux2.export import header_of
 from simpletuner.flux2.source import Source
 from simpletuner.flux2.spec import transformer_to_diffusers
@@ -103,12 +105,15 @@ def _lacking(source: Source) -> str | None:
         return f"{base} is no whole pipeline"
     encoder = source.text_encoder.files[0].parent
     index = encoder / "model.safetensors.index.json"
-    if index.is_file() and not all((encoder / shard).is_file() for shard in read_json(index)["weight_map"].values()):
-        return "the text encoder's last layers, which training does not need, are not here"
     own = base / "text_encoder" / "config.json"
-    if not own.is_file() or read_json(own).get("architectures") != (source.text_encoder.config or {}).get(
-        "architectures"
-    ):
+    try:
+        shards = read_index(index).values() if index.is_file() else ()
+        architectures = read_object(own).get("architectures") if own.is_file() else None
+    except AccessError as error:  # of a file that training does not need
+        return error.problems[0].found
+    if not all((encoder / shard).is_file() for shard in shards):
+        return "the text encoder's last layers, which training does not need, are not here"
+    if not own.is_file() or architectures != (source.text_encoder.config or {}).get("architectures"):
         return f"its text encoder is of another kind than that of {base}"
     return None
 

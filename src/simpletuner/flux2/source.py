@@ -5,20 +5,19 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from simpletuner.base.errors import AccessError, Problem
-from simpletuner.base.files import read_json, sha256_json
-from simpletuner.base.tensorfile import read_header, read_headers
+from simpletuner.base.files import sha256_json
+from simpletuner.base.tensorfile import read_headers
 from simpletuner.config.flavours import FLAVOURS, Flavour, TextEncoderKind, TransformerSpec
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.flux2 import tiny
+from simpletuner.flux2.configs import Component, Config, check_tokenizer, read_component_config, read_index
+from simpletuner.flux2.formats import check_format
 from simpletuner.flux2.names import text_encoder_name, transformer_renaming
 from simpletuner.flux2.places import Hub, ModelFolder, ModelLocation, ReportLine, fetch
 from simpletuner.flux2.spec import transformer_from_diffusers, transformer_from_tensors
-
-Component = Literal["transformer", "vae", "text_encoder"]
-Config = dict[str, Any]
 
 _STEMS: Mapping[Component, str] = {
     "transformer": "diffusion_pytorch_model",
@@ -115,7 +114,7 @@ def transformer_spec(transformer: Weights, name: str) -> TransformerSpec:
         return transformer_from_tensors(shapes)
     except KeyError as error:
         raise AccessError.of(f"{name} has no tensor {error}", "a FLUX.2 transformer") from None
-    except ValueError as error:
+    except (ValueError, IndexError, ZeroDivisionError) as error:
         raise AccessError.of(f"{name}: {error}", "a FLUX.2 transformer") from None
 
 
@@ -186,8 +185,10 @@ class _Search:
             component: Weights(tuple(part.place.path(name) for name in part.names), part.config)
             for component, part in parts.items()
         }
-        for file in (file for found in weights.values() for file in found.files):
-            read_header(file)  # half a file is found now, not after an hour of encoding
+        for found in weights.values():
+            check_format(found.files)  # found now, not after an hour of encoding
+        folder = tokenizer.place.path(tokenizer.names[0]).parent
+        check_tokenizer(folder, tuple(Path(name).name for name in tokenizer.names))
         source = Source(
             name=single.name if single is not None else base.name,
             flavour=self.flavour,
@@ -195,7 +196,7 @@ class _Search:
             transformer=weights["transformer"],
             vae=weights["vae"],
             text_encoder=weights["text_encoder"],
-            tokenizer=tokenizer.place.path(tokenizer.names[0]).parent,
+            tokenizer=folder,
             text_layers=self.layers,
             text_length=self.options.tokenizer_max_length or self.flavour.text.length,
             pipeline=base.root if isinstance(base, ModelFolder) else None,
@@ -218,6 +219,9 @@ class _Search:
         folder = Path(text).expanduser()
         if folder.is_dir():
             return ModelFolder(folder)
+        if folder.is_file():
+            check_format((folder,))  # names another container
+            raise AccessError.of(f"{text} is a file", "a folder, a Hub id, or a file whose name ends in .safetensors")
         if Hub.is_id(text):
             if text not in self.repos:
                 self.repos[text] = Hub(text, self.options, self.report, self.environ)
@@ -233,7 +237,11 @@ class _Search:
         if folder is None:
             self._lacks(place, f"{folders[0]}config.json")
             return _Part(place, [], None)
-        config: Config = read_json(place.path(f"{folder}config.json"))
+        try:
+            config = read_component_config(component, place.path(f"{folder}config.json"))
+        except AccessError as error:
+            self.problems += error.problems
+            return _Part(place, [], None)
         if component == "text_encoder":
             key, kinds = "model_type", _TEXT_ENCODERS[self.flavour.text.kind]
         else:
@@ -248,7 +256,11 @@ class _Search:
                 )
             )
             return _Part(place, [], config)
-        names = self._weights(component, place, folder)
+        try:
+            names = self._weights(component, place, folder)
+        except AccessError as error:
+            self.problems += error.problems
+            return _Part(place, [], config)
         for name in names:
             if not place.has(name):
                 self._lacks(place, name)
@@ -265,7 +277,7 @@ class _Search:
                     self.plain.append(component)
                 if place.has(single):
                     return [single]
-                shards: dict[str, str] = read_json(place.path(index))["weight_map"]
+                shards = read_index(place.path(index))
                 depth = max(self.layers)
                 return sorted(
                     {

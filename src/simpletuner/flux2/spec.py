@@ -19,10 +19,14 @@ def transformer_from_diffusers(config: Mapping[str, Any]) -> TransformerSpec:
         config.get("in_channels", 128),
     ):
         raise ValueError("patch_size must be 1 and out_channels the same as in_channels")
-    first, second, third, fourth = config.get("axes_dims_rope", (32, 32, 32, 32))
+    head_dim = config.get("attention_head_dim", 128)
+    axes = tuple(config.get("axes_dims_rope", (32, 32, 32, 32)))
+    if len(axes) != 4 or sum(axes) != head_dim or any(axis % 2 for axis in axes):
+        raise ValueError(f"axes_dims_rope must be four even numbers with the sum {head_dim}, the attention_head_dim")
+    first, second, third, fourth = axes
     return TransformerSpec(
         heads=config.get("num_attention_heads", 48),
-        head_dim=config.get("attention_head_dim", 128),
+        head_dim=head_dim,
         double_blocks=config.get("num_layers", 8),
         single_blocks=config.get("num_single_layers", 48),
         context_dim=config.get("joint_attention_dim", 15360),

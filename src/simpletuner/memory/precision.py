@@ -48,7 +48,7 @@ def check_range(weight: Tensor, dtype: torch.dtype, name: str) -> None:
     low, high = weight.aminmax()
     limit = torch.finfo(dtype).max
     largest = max(-low.item(), high.item())
-    if largest > limit:
+    if limit < largest < math.inf:
         raise ConfigError.of(
             f"mixed_precision = fp16: the weight {name} has a value of {largest:g}",
             f"at most {limit:g}",

@@ -116,6 +116,14 @@ def open_tensors(path: Path, *, backend: Literal["mmap", "pread"] = "mmap") -> I
         raise unreadable(path, error) from error
 
 
+def non_finite_count(tensor: Tensor) -> int:
+    """How many numbers of `tensor` are NaN or infinite. One pass over it if there are none."""
+    # Nothing finite comes of a sum with one of them; a sum of finite numbers may overflow.
+    if not tensor.is_floating_point() or bool(tensor.sum().isfinite()):
+        return 0
+    return int(tensor.isfinite().logical_not().sum())
+
+
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, by name: parts of a mapping of it.
 

@@ -20,7 +20,7 @@ from simpletuner.config.record import MAY_CHANGE, resolved
 from simpletuner.config.rules import profile_findings
 from simpletuner.config.run import RunConfig
 from simpletuner.data.order import MicroBatch, Order
-from simpletuner.flux2.components import check_precisions
+from simpletuner.flux2.components import check_precisions, check_trainable
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.routes import Route, resolve
 from simpletuner.flux2.source import Source, locate
@@ -158,7 +158,9 @@ class Attempt:
         write_json(self.run.config, resolved(self.config))
         self.plan_memory()
         source = locate(self.config, report=self.reporter.say)
-        resolve(self.config.tread_routes, source.spec.blocks)  # before the work that a mistake would waste
+        # Before the work that a mistake would waste.
+        resolve(self.config.tread_routes, source.spec.blocks)
+        check_trainable(self.config, self.config, source)
         prepared = prepare(self.loaded, source, self.device, self.reporter)
         write_json(self.run.datasets, [m.summary() for m in (*prepared.train, *prepared.held_out)])
         model = {
