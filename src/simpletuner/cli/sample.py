@@ -1,5 +1,6 @@
 """`simpletuner sample`: pictures of prompts, with one or several LoRAs."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -246,7 +247,14 @@ def wanted_loras(config: SampleConfig) -> list[Wanted]:
     problems = [
         Problem(f"--lora {lora.path}: no such file", "a .safetensors file, or a folder with one")
         for lora in wanted
-        if not lora.path.exists()
+        if not (os.path.isfile(lora.path) or os.path.isdir(lora.path))
+    ]
+    problems += [
+        Problem(
+            f"--lora {text}: a strength of {lora.strength}", "a finite number, such as 0.8; below 0 it is subtracted"
+        )
+        for text, lora in zip(config.lora, wanted, strict=True)
+        if not math.isfinite(lora.strength)
     ]
     if config.run is not None:
         directory = RunDirectory(Path(config.run))
@@ -272,9 +280,9 @@ def _unfinished(directory: RunDirectory, result: Path, noun: str, remedy: str) -
 
 
 def _with_strength(text: str) -> Wanted:
-    """`FILE` or `FILE:STRENGTH`; a colon that no number follows belongs to the path."""
+    """`FILE` or `FILE:STRENGTH`. What exists is the path; a colon that no number follows belongs to it too."""
     path, colon, number = text.rpartition(":")
-    if colon:
+    if colon and not os.path.exists(os.path.expanduser(text)):
         try:
             return Wanted(Path(path).expanduser(), float(number))
         except ValueError:

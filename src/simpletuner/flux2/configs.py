@@ -1,7 +1,6 @@
 """The JSON files of a model folder, read and checked: a damaged or foreign one is named before anything is loaded."""
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -22,7 +21,7 @@ def _whole(least: int, most: int) -> Callable[[object], bool]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e30
 
 
 def _are_sizes(value: object) -> bool:

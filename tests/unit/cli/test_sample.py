@@ -1,6 +1,7 @@
 """`simpletuner sample`: what it is asked, what it refuses, what it draws."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,31 @@ def test_loras_and_strengths(tmp_path: Path) -> None:
     assert wanted_loras(config) == [Wanted(Path(first), 1.0), Wanted(tmp_path / "c.safetensors", -0.5)]
     with pytest.raises(ConfigError, match=r"--lora nothing\.safetensors: no such file"):
         wanted_loras(read_request(["--prompt", "a", "--lora", "nothing.safetensors:1"], {}))
+
+
+def test_a_lora_that_exists_is_the_path_whatever_follows_its_colon(tmp_path: Path) -> None:
+    (tmp_path / "exp:2").mkdir()
+    (tmp_path / "exp").mkdir()
+    for text, wanted in {
+        "exp:2": Wanted(Path("exp:2"), 1.0),
+        "exp:2:0.5": Wanted(Path("exp:2"), 0.5),
+        "exp:3": Wanted(Path("exp"), 3.0),
+    }.items():
+        assert wanted_loras(read_request(["--prompt", "a", "--lora", text], {})) == [wanted]
+
+
+@pytest.mark.parametrize("strength", ["nan", "inf", "-inf", "1e999"])
+def test_a_strength_that_is_not_finite_is_refused(tmp_path: Path, strength: str) -> None:
+    (tmp_path / "c.safetensors").touch()
+    with pytest.raises(ConfigError, match=rf"--lora c\.safetensors:{strength}: a strength of .*a finite number"):
+        wanted_loras(read_request(["--prompt", "a", "--lora", f"c.safetensors:{strength}"], {}))
+
+
+def test_a_lora_that_is_neither_file_nor_folder_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for text in ("pipe.safetensors", "x" * 5000):
+        with pytest.raises(ConfigError, match="no such file"):
+            wanted_loras(read_request(["--prompt", "a", "--lora", text], {}))
 
 
 def test_a_run_without_a_finished_lora_points_to_its_checkpoint(tmp_path: Path) -> None:

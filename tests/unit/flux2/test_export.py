@@ -1,6 +1,7 @@
 """A saved LoRA explains itself, comes back as it was, and is refused where it does not fit."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,8 @@ SPEC = TransformerSpec(
     axes=(4, 4, 4, 4),
 )
 Q = "transformer.transformer_blocks.0.attn.to_q"
+WRONG_ALPHAS: list[object] = ["8", [8], {}, True, 0, -1, float("nan"), float("inf"), 10**400]
+WRONG_RANKS: list[object] = ["8", None, [8], True, 0, -1, 1.5, 10**400]
 
 
 def model() -> Flux2Transformer:
@@ -263,3 +266,89 @@ def test_weights_outside_a_presets_slice_are_not_lost_silently(tmp_path: Path) -
     save_file(tensors, path, header)
     with pytest.raises(CheckpointError, match="outside the rows and columns"):
         attach_saved(model(), read_lora(path))
+
+
+# --- headers and tensors of other programs, damaged in every way: an error with the file's name, in bounded time
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        *(({"transformer.lora_alpha": alpha}, "lora_alpha = ") for alpha in WRONG_ALPHAS),
+        *(({"transformer.alpha_pattern": {"proj_out": alpha}}, "alpha_pattern proj_out = ") for alpha in WRONG_ALPHAS),
+        ({"transformer.alpha_pattern": {"proj_out": None}}, "alpha_pattern proj_out = None"),
+        *(({"transformer.r": rank}, "the rank of r is ") for rank in WRONG_RANKS),
+        *(({"transformer.rank_pattern": {"proj_out": rank}}, "the rank of proj_out is ") for rank in WRONG_RANKS),
+        *(({f"transformer.{key}": 7}, f"{key} = 7 in its header") for key in ("alpha_pattern", "rank_pattern")),
+        *(
+            ({"transformer.alpha_pattern": {pattern: 1}}, "has the regular expression")
+            for pattern in ("((a+)+)+$", "(.*a){30}", "proj_out|to_q", "blocks.[0-9].attn", "", "(")
+        ),
+    ],
+)
+def test_a_wrong_value_in_a_header_is_refused_by_name(
+    tmp_path: Path, settings: dict[str, object], message: str
+) -> None:
+    foreign(tmp_path / "odd.safetensors", settings)
+    with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
+        read_lora(tmp_path / "odd.safetensors")
+    assert "odd.safetensors" in str(caught.value)
+    assert "expected" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", "null", "[" * 100_000, "NaN"])
+def test_metadata_that_is_no_object_is_refused(tmp_path: Path, text: str) -> None:
+    tensors = foreign(tmp_path / "odd.safetensors", None)
+    save_file(tensors, tmp_path / "odd.safetensors", {"lora_adapter_metadata": text})
+    with pytest.raises(CheckpointError, match=r"lora_adapter_metadata = .*expected a JSON object"):
+        read_lora(tmp_path / "odd.safetensors")
+
+
+@pytest.mark.parametrize("alpha", ["0", "-1", "nan", "inf", "", "four", "1e999"])
+def test_an_alpha_of_ours_that_makes_no_lora_is_refused(tmp_path: Path, alpha: str) -> None:
+    tensors = foreign(tmp_path / "odd.safetensors", None)
+    save_file(tensors, tmp_path / "odd.safetensors", {"simpletuner.alpha": alpha})
+    with pytest.raises(CheckpointError, match=r"simpletuner\.alpha = .*expected a number above 0"):
+        read_lora(tmp_path / "odd.safetensors")
+
+
+@pytest.mark.parametrize("pattern", ["proj_out", "^proj_out", "^proj_out$", "proj_out$"])
+def test_names_in_alpha_pattern_match_as_in_peft(tmp_path: Path, pattern: str) -> None:
+    settings = {"transformer.lora_alpha": 8, "transformer.alpha_pattern": {pattern: 1, "out": 3}}
+    foreign(tmp_path / "other.safetensors", settings)
+    layers = read_lora(tmp_path / "other.safetensors").layers
+    assert [layers[name].scale for name in ("transformer_blocks.0.attn.to_q", "proj_out")] == [2.0, 0.5]
+
+
+def test_the_first_matching_pattern_decides_as_in_peft(tmp_path: Path) -> None:
+    patterns = {"to_q": 4, "attn.to_q": 12, r"transformer_blocks\.0\.attn\.to_q": 20, "proj_out": 2}
+    foreign(tmp_path / "other.safetensors", {"transformer.alpha_pattern": patterns})
+    assert read_lora(tmp_path / "other.safetensors").layers["transformer_blocks.0.attn.to_q"].scale == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {f"{Q}.lora_A.weight": torch.full((4, 32), torch.nan)},
+            "NaN or infinite numbers in 1 of 2 layers",
+        ),
+        ({f"{Q}.lora_B.weight": torch.full((32, 4), -torch.inf)}, "NaN or infinite numbers in 1 of 2 layers"),
+        ({f"{Q}.lora_A.weight": torch.ones(0, 32), f"{Q}.lora_B.weight": torch.ones(32, 0)}, "1 empty layers.*rank of"),
+        ({f"{Q}.lora_A.weight": torch.ones(4, 0)}, "1 empty layers"),
+        ({f"{Q}.lora_A.weight": torch.ones(3, 32)}, "to_q without a matching lora_A and lora_B"),
+        ({f"{Q}.lora_A.weight": torch.ones(4)}, "to_q without a matching"),
+        ({f"{Q}.lora_B.weight": torch.ones(32, 4, dtype=torch.int8)}, "as torch.int8: expected floating-point"),
+    ],
+)
+def test_tensors_that_make_no_lora_are_refused(tmp_path: Path, changed: dict[str, Tensor], message: str) -> None:
+    tensors = foreign(tmp_path / "odd.safetensors", None) | changed
+    save_file(tensors, tmp_path / "odd.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        read_lora(tmp_path / "odd.safetensors")
+
+
+def test_an_unknown_target_in_a_header_is_a_custom_one(tmp_path: Path) -> None:
+    tensors = foreign(tmp_path / "odd.safetensors", None)
+    save_file(tensors, tmp_path / "odd.safetensors", {"simpletuner.alpha": "4", "simpletuner.target": "of tomorrow"})
+    assert read_lora(tmp_path / "odd.safetensors").target == "custom"
