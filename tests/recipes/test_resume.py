@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tests.recipes.conftest import Workplace
+from tests.recipes.conftest import Workplace, tensors_below
 
 from simpletuner.base.files import sha256_file
+from simpletuner.cli.main import main
 from simpletuner.config.record import REMOVED
 from simpletuner.flux2.tiny import make
 from simpletuner.runs.checkpoints import MANIFEST
@@ -230,13 +232,45 @@ def test_a_stop_saves_and_says_how_to_go_on(
         same_bytes(workplace)
 
 
+def change_past_the_heads(model: Path) -> None:
+    """Add 1 to 4,000 numbers of each tensor of `model`, after its first 4 KiB."""
+    for file in model.rglob("*.safetensors"):
+        tensors = load_file(file)
+        for tensor in tensors.values():
+            tensor.view(-1)[4096 // tensor.element_size() :][:4000] += 1
+        save_file(tensors, file)
+
+
 def test_another_base_model_is_refused(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
-    """A folder keeps its name when its weights change: the fingerprint tells."""
+    """A folder keeps its name when its weights change: the fingerprint tells, wherever in a tensor they change."""
     make(workplace.folder / "model")
     workplace.config |= {"pretrained_model_name_or_path": "model"}
     assert workplace.train("--max_train_steps=1") == 0
-    for file in (workplace.folder / "model").rglob("*.safetensors"):
-        tensors = load_file(file)
-        save_file({name: tensor + 1 for name, tensor in tensors.items()}, file)
+    change_past_the_heads(workplace.folder / "model")
     assert workplace.train() == 6
     assert "VAE, text encoder, transformer: not the weights or settings" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_caches_of_another_base_model_are_not_used_and_not_lost(
+    workplace: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(workplace.folder / "model")
+    make(workplace.folder / "other")
+    change_past_the_heads(workplace.folder / "other")
+
+    def cached(model: str) -> str:
+        workplace.config |= {"pretrained_model_name_or_path": model}
+        workplace.write()
+        assert main(["dataset", "cache"]) == 0
+        return capsys.readouterr().out
+
+    assert " 0 in the cache already" in cached("model")
+    of_model = tensors_below(workplace.folder / "cache")
+    assert cached("other").count(" 0 in the cache already") == 2
+    assert tensors_below(workplace.folder / "cache").items() > of_model.items()
+    assert cached("model").count(": 0 encoded") == 2
+    (workplace.folder / "moved").mkdir()
+    for model in ("model", "other"):
+        (workplace.folder / model).rename(workplace.folder / "moved" / model)
+        assert cached(f"moved/{model}").count(": 0 encoded") == 2

@@ -47,7 +47,15 @@ MAY_CHANGE = frozenset(
     name
     for group in (ValidationOptions, CheckpointOptions, TrackingOptions, ProcessOptions, DataOptions, OffloadOptions)
     for name in group.model_fields
-) | {"ema_device", "ema_validation", "max_train_steps", "num_train_epochs", "text_encoder_mode", "write_batch_size"}
+) | {
+    "ema_device",
+    "ema_validation",
+    "max_train_steps",
+    "num_train_epochs",
+    "text_encoder_mode",
+    "verify_base",
+    "write_batch_size",
+}
 """Options that a resumed run may change. The datasets themselves are compared by their fingerprint."""
 
 LEFT_TO_THE_RUN: dict[str, Any] = {"dynamo_backend": "auto"}

@@ -44,8 +44,12 @@ def quantised_on(options: PrecisionOptions, device: torch.device) -> torch.devic
     return device if options.quantize_via == "accelerator" else torch.device("cpu")
 
 
-def text_codec(model: ModelOptions, precision: PrecisionOptions, source: Source) -> LeftPaddedCodec:
-    """How the contexts of this text encoder are stored; its key names all options that change one of them."""
+def text_codec(
+    model: ModelOptions, precision: PrecisionOptions, source: Source, *, whole: bool = False
+) -> LeftPaddedCodec:
+    """How the contexts of this text encoder are stored; its key names all options that change one of them, and its
+    weights, `whole` or not (`Source.fingerprint`).
+    """
     return CODECS[source.flavour.text.padding_side](
         text_encoder_id(
             source,
@@ -54,6 +58,7 @@ def text_codec(model: ModelOptions, precision: PrecisionOptions, source: Source)
             max_length=source.text_length,
             fix_regex=model.tokenizer_fix_regex,
             precision=precision.text_encoder_1_precision,
+            whole=whole,
         )
     )
 

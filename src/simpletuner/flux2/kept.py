@@ -1,6 +1,5 @@
 """A quantised base model on disk, so that the next start need not quantise it again."""
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,6 +25,8 @@ class KeptBase:
 
     folder: Path
     about: Mapping[str, str]
+    content: str
+    """The fingerprint of all bytes of the transformer that it was made from."""
 
     @classmethod
     def of(cls, folder: Path, source: Source, precision: str, dtype: torch.dtype) -> "KeptBase":
@@ -36,7 +37,7 @@ class KeptBase:
             "dtype": str(dtype).removeprefix("torch."),
             "library": library_version(precision),
         }
-        return cls(folder, about)
+        return cls(folder, about, source.fingerprint("transformer", whole=True))
 
     @property
     def weights(self) -> Path:
@@ -64,10 +65,14 @@ class KeptBase:
         try:
             manifest = read_json(self.manifest)
             about, size, digest = manifest["about"], manifest["bytes"], manifest["sha256"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+            # A release that wrote none knew the first 4 KiB of each tensor, which `about` names.
+            content = manifest.get("content", self.content)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return f"{self.manifest.name} cannot be read"
         if about != self.about:
             return f"{self.manifest.name} is of another model or precision"
+        if content != self.content:
+            return f"the transformer's weights are not those that {self.weights.name} was made from"
         if not self.weights.is_file():
             return f"{self.weights.name} is missing"
         if self.weights.stat().st_size != size or sha256_file(self.weights) != digest:
@@ -86,4 +91,4 @@ class KeptBase:
                 save_tensors(part, tensors, {})
                 size, digest = part.stat().st_size, sha256_file(part)
                 os.replace(part, self.weights)
-        write_json(self.manifest, {"about": dict(self.about), "bytes": size, "sha256": digest})
+        write_json(self.manifest, {"about": dict(self.about), "content": self.content, "bytes": size, "sha256": digest})

@@ -351,9 +351,10 @@ def _tokenizer(source: Source, fix_regex: bool) -> Any:
     return tokenizer
 
 
-def autoencoder_id(source: Source, dtype: torch.dtype, *, tiling: bool, slicing: bool) -> str:
-    """Names everything that decides a cached latent, without loading the autoencoder."""
-    return sha256_json(["latents 1", source.fingerprint("vae"), str(dtype), tiling, slicing])
+def autoencoder_id(source: Source, dtype: torch.dtype, *, tiling: bool, slicing: bool, whole: bool = False) -> str:
+    """Names everything that decides a cached latent, without loading the autoencoder; `whole` as `Source.fingerprint`
+    has it."""
+    return sha256_json(["latents 1", source.fingerprint("vae", whole=whole), str(dtype), tiling, slicing])
 
 
 def text_encoder_id(
@@ -364,9 +365,11 @@ def text_encoder_id(
     max_length: int,
     fix_regex: bool,
     precision: str = NO_CHANGE,
+    whole: bool = False,
 ) -> str:
-    """Names everything that decides a cached context, without loading the text encoder."""
-    weights = [source.fingerprint("text_encoder"), source.fingerprint("tokenizer")]
+    """Names everything that decides a cached context, without loading the text encoder; `whole` as
+    `Source.fingerprint` has it."""
+    weights = [source.fingerprint("text_encoder", whole=whole), source.fingerprint("tokenizer")]
     quantised_in = [] if precision == NO_CHANGE else [precision]
     own, usual = source.flavour.text, FLAVOURS["dev"].text
     # Named only where they are not dev's: caches are older than the choice.

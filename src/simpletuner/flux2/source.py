@@ -1,19 +1,19 @@
 """Which files make up the model that was asked for, and everything that can be wrong with them."""
 
-import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from simpletuner.base.errors import AccessError, Problem
-from simpletuner.base.files import sha256_json
-from simpletuner.base.tensorfile import read_headers
+from simpletuner.base.files import file_errors_reported, sha256_bytes, sha256_json
+from simpletuner.base.tensorfile import TensorEntry, read_headers
 from simpletuner.config.flavours import FLAVOURS, Flavour, TextEncoderKind, TransformerSpec
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.flux2 import tiny
 from simpletuner.flux2.configs import Component, Config, check_tokenizer, read_component_config, read_index
+from simpletuner.flux2.content import LEDGER_NAME, ContentHashes
 from simpletuner.flux2.formats import check_format
 from simpletuner.flux2.names import text_encoder_name, transformer_renaming
 from simpletuner.flux2.places import Hub, ModelFolder, ModelLocation, ReportLine, fetch
@@ -64,6 +64,8 @@ class Source:
     """Tokens of a context, padding included."""
     pipeline: Path | None
     """The local folder that the model comes from, but for what was replaced; None where that is the Hub."""
+    hashes: ContentHashes = field(default_factory=ContentHashes, compare=False)
+    """Of the files' tensors."""
 
     @property
     def spec(self) -> TransformerSpec:
@@ -74,25 +76,36 @@ class Source:
         """
         return transformer_spec(self.transformer, self.name)
 
-    def fingerprint(self, component: Component | Literal["tokenizer"]) -> str:
+    def fingerprint(self, component: Component | Literal["tokenizer"], *, whole: bool = False) -> str:
         """Names the content of `component`, wherever it lies: config; name, type, shape and first 4 KiB of each
-        tensor that is used. Caches are keyed by it. Reads a few megabytes, also of dev."""
+        tensor that is used, or, if `whole`, all bytes of it. Reads a few megabytes, also of dev; for `whole`, a file
+        that was not seen before is read once.
+
+        Raises:
+            AccessError: a file cannot be read.
+        """
         if component == "tokenizer":
             present = (self.tokenizer / name for name in (*_TOKENIZER, *_TOKENIZER_EXTRA))
             return sha256_json({path.name: path.read_text(encoding="utf-8") for path in present if path.is_file()})
         weights = {"transformer": self.transformer, "vae": self.vae, "text_encoder": self.text_encoder}[component]
-        tensors = {}
+        used: dict[str, TensorEntry] = {}
         for name, entry in read_headers(weights.files).items():
             known: str | None = name
             if component == "text_encoder":
                 known = text_encoder_name(name, max(self.text_layers))
             if known is not None:
-                with entry.file.open("rb") as stream:
-                    stream.seek(entry.start)
-                    head = stream.read(min(_HEAD_BYTES, entry.stop - entry.start))
-                tensors[known] = [entry.dtype, list(entry.shape), hashlib.sha256(head).hexdigest()]
+                used[known] = entry
+        digests = self.hashes.of(used) if whole else {name: _head_digest(entry) for name, entry in used.items()}
+        tensors = {name: [entry.dtype, list(entry.shape), digests[name]] for name, entry in used.items()}
         config = {key: value for key, value in (weights.config or {}).items() if key not in _WRITTEN_BY}
         return sha256_json([config, tensors])
+
+
+def _head_digest(entry: TensorEntry) -> str:
+    """The sha256 of the first 4 KiB of a tensor."""
+    with file_errors_reported(entry.file, AccessError, doing="read"), entry.file.open("rb") as stream:
+        stream.seek(entry.start)
+        return sha256_bytes(stream.read(min(_HEAD_BYTES, entry.stop - entry.start)))
 
 
 def transformer_spec(transformer: Weights, name: str) -> TransformerSpec:
@@ -200,9 +213,19 @@ class _Search:
             text_layers=self.layers,
             text_length=self.options.tokenizer_max_length or self.flavour.text.length,
             pipeline=base.root if isinstance(base, ModelFolder) else None,
+            hashes=ContentHashes(self._ledger(), self.report, self.options.verify_base),
         )
         _check_width(source)
         return source
+
+    def _ledger(self) -> Path | None:
+        """Where hashes of files are kept: beside the embedded model. None for a user without a home folder."""
+        cache_dir = self.options.cache_dir
+        try:
+            folder = tiny.default_folder(None if cache_dir is None else Path(cache_dir).expanduser(), self.environ)
+        except RuntimeError:
+            return None
+        return folder.with_name(LEDGER_NAME)
 
     def _base(self, asked: str | None) -> ModelLocation:
         """The whole model: what was asked for, else the flavour's own."""

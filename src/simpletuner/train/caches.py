@@ -1,6 +1,6 @@
 """Before training: scan the sets, then fill the caches, one encoder in memory at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from simpletuner.flux2.source import Source
 from simpletuner.flux2.text import TextEncoder
 from simpletuner.memory.free import release_memory
 from simpletuner.memory.precision import DTYPES
+from simpletuner.train.claims import claim
 from simpletuner.train.report import Reporter
 
 UNCONDITIONAL_CAPTION = ""
@@ -41,15 +42,48 @@ class Encoders:
     latents: str
 
     @classmethod
-    def of(cls, config: RunConfig, source: Source) -> "Encoders":
-        """Weights, precision and every setting that the encoders see."""
+    def of(cls, config: RunConfig, source: Source, *, whole: bool = False) -> "Encoders":
+        """Weights, `whole` or their heads, precision and every setting that the encoders see."""
         latents = autoencoder_id(
             source,
             DTYPES[config.vae_dtype],
             tiling=config.vae_enable_tiling,
             slicing=config.vae_enable_slicing,
+            whole=whole,
         )
-        return cls(text_codec(config, config, source), latents)
+        return cls(text_codec(config, config, source, whole=whole), latents)
+
+    @classmethod
+    def claimed(cls, loaded: Loaded, source: Source) -> "Encoders":
+        """The keys of this run's caches: those of the weights' heads, unless other weights had them there first."""
+        datasets = loaded.datasets
+        heads, whole = (cls.of(loaded.config, source, whole=all_bytes) for all_bytes in (False, True))
+        texts = [text_storage(store) for store in datasets.text_stores]
+        latents = [latent_storage(image_set) for image_set in (*datasets.train_sets, *datasets.eval_sets)]
+        return cls(
+            heads.text if claim(texts, heads.text.key, whole.text.key) else whole.text,
+            heads.latents if claim(latents, heads.latents, whole.latents) else whole.latents,
+        )
+
+
+WHOLE = "whole:"
+"""What fingerprints of all bytes of a base model begin with. Earlier releases recorded those of the heads."""
+
+
+def base_fingerprints(config: RunConfig, source: Source, *, whole: bool = True) -> dict[str, str]:
+    """What a checkpoint remembers of the base model: the transformer, and what fills the caches."""
+    encoders = Encoders.of(config, source, whole=whole)
+    found = {
+        "transformer": source.fingerprint("transformer", whole=whole),
+        "text encoder": encoders.text.key,
+        "VAE": encoders.latents,
+    }
+    return {name: f"{WHOLE if whole else ''}{value}" for name, value in found.items()}
+
+
+def knows_whole_base(record: Mapping[str, str]) -> bool:
+    """Whether the fingerprints that a checkpoint remembers are of all bytes of the base model."""
+    return all(value.startswith(WHOLE) for value in record.values())
 
 
 @dataclass(frozen=True)
@@ -116,7 +150,7 @@ def prepare(
     for manifest in manifests:
         tell_manifest(manifest, reporter)
     count = len(datasets.train_sets)
-    prepared = Prepared(loaded, Encoders.of(config, source), tuple(manifests[:count]), tuple(manifests[count:]))
+    prepared = Prepared(loaded, Encoders.claimed(loaded, source), tuple(manifests[:count]), tuple(manifests[count:]))
     fill_text(prepared, source, device, reporter, verify=verify)
     fill_pictures(prepared, source, device, reporter, verify=verify)
     return prepared

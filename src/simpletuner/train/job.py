@@ -40,7 +40,7 @@ from simpletuner.train import checkpoint, optim, resume, trackers
 from simpletuner.train.backend import BackendChoice, check_backend, choose_backend, uncompiled
 from simpletuner.train.batches import BatchBuilder
 from simpletuner.train.budget import Budget, configured, scanned, this_machine
-from simpletuner.train.caches import Prepared, prepare
+from simpletuner.train.caches import Prepared, base_fingerprints, knows_whole_base, prepare
 from simpletuner.train.ema import Ema
 from simpletuner.train.export import EXPORTS
 from simpletuner.train.loop import Loop, Plan, best_step, shapes_of
@@ -161,15 +161,17 @@ class Attempt:
         # Before the work that a mistake would waste.
         resolve(self.config.tread_routes, source.spec.blocks)
         check_trainable(self.config, self.config, source)
+        model = known = base_fingerprints(self.config, source)
+        if found is not None and not knows_whole_base(found.state.model):
+            known = base_fingerprints(self.config, source, whole=False)
+            self.reporter.notice(
+                f"{found.folder} knows the first 4 KiB of each tensor of the base model: only these are compared. What "
+                "is saved from here on knows all of it."
+            )
         prepared = prepare(self.loaded, source, self.device, self.reporter)
         write_json(self.run.datasets, [m.summary() for m in (*prepared.train, *prepared.held_out)])
-        model = {
-            "transformer": source.fingerprint("transformer"),
-            "text encoder": prepared.encoders.text.key,
-            "VAE": prepared.encoders.latents,
-        }
         if found is not None:
-            resume.check_content(found, data=prepared.fingerprints, model=model)
+            resume.check_content(found, data=prepared.fingerprints, model=known)
         order = Order(prepared.train, seed=self.config.seed, batch_size=self.config.train_batch_size)
         for text in order.notices:
             self.reporter.notice(text)

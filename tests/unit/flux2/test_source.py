@@ -176,11 +176,26 @@ def test_fingerprints_see_a_changed_weight(tiny_source, repository):
     assert changed.fingerprint("transformer") == tiny_source.fingerprint("transformer")
 
 
+def test_whole_fingerprints_see_a_weight_wherever_it_changes(tiny_source, repository):
+    file = repository / WEIGHTS[1]
+    tensors = load_file(file)
+    tensors["transformer_blocks.1.attn.to_q.weight"].view(-1)[20_000:24_000] += 1
+    file.unlink()
+    save_file(tensors, file)
+    changed = locate(options(pretrained_model_name_or_path=str(repository)), report=print)
+    assert changed.fingerprint("transformer") == tiny_source.fingerprint("transformer"), "only heads are read"
+    assert changed.fingerprint("transformer", whole=True) != tiny_source.fingerprint("transformer", whole=True)
+    for component in ("vae", "text_encoder", "tokenizer"):
+        assert changed.fingerprint(component, whole=True) == tiny_source.fingerprint(component, whole=True)
+
+
 def test_unused_shards_change_no_fingerprint(tiny_source, repository):
     split_text_encoder(repository)
     split = locate(options(pretrained_model_name_or_path=str(repository)), report=print)
     assert [file.name for file in split.text_encoder.files] == ["model-00001-of-00002.safetensors"]
-    assert split.fingerprint("text_encoder") == tiny_source.fingerprint("text_encoder")
+    for whole in (False, True):
+        found = split.fingerprint("text_encoder", whole=whole)
+        assert found == tiny_source.fingerprint("text_encoder", whole=whole)
 
 
 # --- the Hub

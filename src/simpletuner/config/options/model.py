@@ -59,6 +59,10 @@ class ModelOptions(Slice):
     cache_dir: PathText | None = None
     """Where downloads from the Hub and the made `tiny` model are kept; by default the usual cache folders."""
 
+    verify_base: bool = False
+    """Read and hash every weight of the base model at this start. Without it a file is hashed once, and again when its
+    size, time or inode changes, or one of 64 pieces of it: see [resuming](runs.md#the-base-model)."""
+
     custom_text_encoder_intermediary_layers: (
         Annotated[
             tuple[Annotated[int, Ge(1)], ...],
