@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from simpletuner.base.commandline import split_arguments
 from simpletuner.base.errors import ConfigError, Problem
+from simpletuner.config.paths import stray_text
 from simpletuner.config.values import join_names, nearest
 
 if TYPE_CHECKING:
@@ -174,6 +175,10 @@ def _flags(form: type["DataclassInstance"], verb: str = "") -> dict[str, Flag]:
 def _converted(name: str, flag: Flag, texts: Sequence[str], problems: list[Problem]) -> list[object]:
     converted = []
     for text in texts:
+        stray = stray_text(f"--{name}", text, is_path=False)
+        if stray is not None:
+            problems.append(stray)
+            continue
         try:
             converted.append(flag.convert(text))
         except ValueError:

@@ -31,7 +31,7 @@ class ImageSet(Slice):
     """A set of pictures."""
 
     id: Text
-    """A unique, stable name."""
+    """A unique, stable name that can be a folder's."""
 
     type: Literal["local"] = "local"
     """Where the pictures lie: `local` is a folder on this machine."""
@@ -110,7 +110,7 @@ class ImageSet(Slice):
     caption_strategy: Annotated[Literal["textfile", "filename", "instanceprompt"], BeforeValidator(_instanceprompt)] = (
         "filename"
     )
-    """Where captions come from: a `.txt` file beside each picture, the picture's own name, or
+    """Where captions come from: a `.txt` file beside each picture (else a `.caption`), the picture's own name, or
     `instance_prompt` for all (also written `instance_prompt`)."""
 
     instance_prompt: Text | None = None
@@ -136,7 +136,7 @@ class TextStore(Slice):
     """A store for text caches."""
 
     id: Text
-    """A unique, stable name."""
+    """A unique, stable name that can be a folder's."""
 
     type: Literal["local"] = "local"
     """Where the store lies: `local` is a folder on this machine."""

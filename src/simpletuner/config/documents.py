@@ -14,6 +14,8 @@ def read_document(path: Path, label: str) -> Any:
     Raises:
         ConfigError: no such file, not UTF-8, a syntax error (with line and column), or a key given twice.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ConfigError.of(f"{label}: this is a pipe, a socket or a device", "a file")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from simpletuner.base.commandline import split_arguments
 from simpletuner.base.errors import Problem
 from simpletuner.config.given import Given
+from simpletuner.config.paths import stray_text
 from simpletuner.config.run import OPTION_NAMES, SLICES
 from simpletuner.config.values import kinds, shown
 
@@ -47,6 +48,8 @@ def parse(arguments: Sequence[str], repeatable: Collection[str] = ()) -> Flags:
             flags.options[name] = Given(True if value is None else value, "flag", f"--{name}")
         elif value:
             flags.selectors[name] = value
+            stray = stray_text(f"--{name}", value, is_path=True)
+            flags.problems += [] if stray is None else [stray]
         else:
             flags.problems.append(Problem(f"--{name}: nothing is named", "a name or path after it"))
     flags.options |= {name: Given(tuple(values), "flag", f"--{name}") for name, values in repeated.items()}

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from simpletuner.base.errors import Problem
 from simpletuner.config.later import Later, is_off, work_for
 from simpletuner.config.options.kinds import Slice
+from simpletuner.config.paths import stray_text
 from simpletuner.config.values import OptionType, from_file, from_text, is_quoted_number, kinds, nearest, shown
 
 Origin = Literal["default", "file", "environment", "flag"]
@@ -94,6 +95,10 @@ def check_givens(givens: Mapping[str, Given], known: Known, checked: Checked, *,
         elif given.value is not None:
             kind = all_kinds[key]
             value = _read(given, kind)
+            stray = stray_text(label, value, is_path=kind.is_path or kind.is_model)
+            if stray is not None:
+                faulty[key] = stray
+                continue
             work = work_for(known.later_values, key, value)
             if work is None:
                 values[key] = value
@@ -103,6 +108,8 @@ def check_givens(givens: Mapping[str, Given], known: Known, checked: Checked, *,
                     remedy=f"Until then it takes {kind.expects}.",
                 )
     for key in refused(known.model, values):
+        if key in faulty:
+            continue
         if key in givens:
             faulty[key] = _not_expected(where, givens[key], all_kinds[key])
         else:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.base.errors import ConfigError, Problem
+from simpletuner.base.text import CAPTION_BYTES, FILE_NAME, does_as_file_name, is_visible, size_in_bytes
 from simpletuner.config import later
 from simpletuner.config.datasets import Datasets, ImageSet, TextStore
 from simpletuner.config.documents import read_document
@@ -119,15 +120,16 @@ def _entry(entry: dict[str, Any], where: str, listing: Listing, around: Surround
     if checked.problems:
         return None
     made = known.model(**checked.valid)
+    name = checked.valid["id"]
+    faults = [] if does_as_file_name(name) else [Problem(f"id = {shown(name)}", f"{FILE_NAME}: it becomes a folder's")]
     if isinstance(made, ImageSet):
-        faults = [replace(fault, found=where + fault.found) for fault in _faults(made)]
-        if not made.disabled and not Path(made.instance_data_dir).is_dir():
-            faults.append(_no_folder(where, entry["instance_data_dir"], made.instance_data_dir))
-        listing.problems += faults
+        faults += _faults(made)
         listing.notices += [where + notice for notice in _notices(made, entry.keys())]
-        if faults:
-            return None
-    return made
+    faults = [replace(fault, found=where + fault.found) for fault in faults]
+    if isinstance(made, ImageSet) and not made.disabled and not Path(made.instance_data_dir).is_dir():
+        faults.append(_no_folder(where, entry["instance_data_dir"], made.instance_data_dir))
+    listing.problems += faults
+    return None if faults else made
 
 
 def _with_paths(checked: Checked, model: type[Slice], where: str, around: Surroundings) -> dict[str, Any]:
@@ -159,6 +161,11 @@ def _no_folder(where: str, typed: str, path: str) -> Problem:
 
 def _faults(image_set: ImageSet) -> Iterator[Problem]:
     """What is wrong between the keys of one set."""
+    prompt = image_set.instance_prompt
+    if prompt is not None and not is_visible(prompt):
+        yield Problem(f"instance_prompt = {shown(prompt)}", "a caption, as text")
+    if prompt is not None and size_in_bytes(prompt) > CAPTION_BYTES:
+        yield Problem(f"instance_prompt has {size_in_bytes(prompt)} bytes", f"at most {CAPTION_BYTES}")
     for key in _SIZE_KEYS:
         size: float | None = getattr(image_set, key)
         if size is not None:
@@ -246,6 +253,20 @@ def _assemble(
         if image_set.text_embeds is not None and image_set.text_embeds not in ids:
             found = f"{label}, {image_set.id}: text_embeds = {shown(image_set.text_embeds)}"
             listing.problems.append(Problem(found, f"the id of a text store: {join_names(ids)}"))
+    places = {
+        "output_dir": joined(around.folder, around.names["output_dir"]),
+        **{f"cache_dir_vae of {image_set.id}": image_set.cache_dir_vae for image_set in enabled},
+        **{f"cache_dir of {store.id}": store.cache_dir for store in stores},
+    }
+    listing.problems += [
+        Problem(
+            f"{label}, {image_set.id}: instance_data_dir is also {place}",
+            "a folder for each: what is written there would be read as pictures",
+        )
+        for image_set in enabled
+        for place, path in places.items()
+        if Path(path).absolute() == Path(image_set.instance_data_dir).absolute()
+    ]
     eval_sets = tuple(image_set for image_set in enabled if image_set.dataset_type == "eval")
     trained = {image_set.instance_data_dir: image_set.id for image_set in train_sets}
     listing.notices += [

@@ -5,9 +5,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from simpletuner.config.values import join_names
+from simpletuner.base.errors import Problem
+from simpletuner.base.text import is_visible, stray_characters
+from simpletuner.config.values import join_names, shown
 
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
+_SHELL_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))")
 
 
 def filled(text: str, names: Mapping[str, str], environ: Mapping[str, str]) -> str:
@@ -41,3 +44,26 @@ def is_local_model(folder: Path, text: str) -> bool:
     """Whether a model's name is a path and not a Hub id: it looks like a path, or something is there."""
     looks_like_a_path = text.startswith(("/", "./", "../", "~")) or text.endswith(".safetensors")
     return looks_like_a_path or (folder / text).exists()
+
+
+def stray_text(label: str, value: object, *, is_path: bool) -> Problem | None:
+    """What is wrong with the characters of an option's value: those that no keyboard types, such as the carriage return
+    that a script with Windows line ends leaves at the end of each line, and in a path what a shell would have replaced.
+    """
+    if not isinstance(value, str):
+        return None
+    found = f"{label} = {shown(value)}"
+    stray = [char for char in stray_characters(value) if is_path or char != "\r" or value.endswith("\r")]
+    if is_path:
+        stray += [char for char in value if char in "\t\n"]
+    if stray:
+        ends = "Save the script or file it comes from with Unix line ends." if "\r" in stray else "Remove them."
+        return Problem(found, "text without control characters", ends)
+    if is_path and value and not is_visible(value):
+        return Problem(found, "a path")
+    variable = _SHELL_VARIABLE.search(value) if is_path else None
+    if variable is not None:
+        name = variable[1] or variable[2]
+        written = value.replace(variable[0], f"{{env:{name}}}")
+        return Problem(f"{found}: {variable[0]} is not replaced here", f"a path such as {shown(written)}")
+    return None

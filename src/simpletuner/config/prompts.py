@@ -1,10 +1,11 @@
 """The prompts that pictures are made of during training."""
 
-import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 from simpletuner.base.errors import ConfigError, Problem
+from simpletuner.base.text import FILE_NAME, does_as_file_name, is_visible
 from simpletuner.config.datasets import Datasets
 from simpletuner.config.documents import read_document
 from simpletuner.config.options.validation import ValidationOptions
@@ -22,8 +23,6 @@ BUILT_IN = {
     "lettering": 'a shop window with the words "open late" and <subject> behind the glass, at night',
 }
 """`validation_prompt_library`."""
-
-_NAME = re.compile(r"\w[\w .-]{0,79}")
 
 
 def load_prompts(
@@ -58,24 +57,23 @@ def _library(value: Any, label: str, taken: tuple[str, ...]) -> dict[str, str]:
     if not isinstance(value, dict):
         raise ConfigError.of(f"{label}: {shown(value)}", 'an object {"name": "prompt"}')
     problems = []
-    seen = {name.casefold(): name for name in taken}
-    for name, prompt in value.items():
-        if _NAME.fullmatch(name) is None or name.endswith((" ", ".")):
-            problems.append(
-                Problem(
-                    f"{label}: the name {shown(name)}",
-                    "at most 80 letters, digits, spaces, dots, - and _: it becomes a file's name",
-                )
-            )
-        elif name.casefold() in seen:
-            problems.append(
-                Problem(
-                    f"{label}: the name {shown(name)} is taken by {shown(seen[name.casefold()])}",
-                    remedy="Rename one of them.",
-                )
-            )
-        seen.setdefault(name.casefold(), name)
-        if not isinstance(prompt, str) or not prompt.strip():
+    prompts: dict[str, Any] = {}
+    seen = {_as_read(name): name for name in taken}
+    for typed, prompt in value.items():
+        name = unicodedata.normalize("NFC", typed)
+        same = seen.setdefault(_as_read(name), typed)
+        if not does_as_file_name(name):
+            problems.append(Problem(f"{label}: the name {shown(typed)}", f"{FILE_NAME}: it becomes a file's name"))
+        elif same is not typed:
+            found = f"{label}: the name {shown(typed)} is taken by {shown(same)}"
+            problems.append(Problem(found, remedy="Rename one of them."))
+        if not isinstance(prompt, str) or not is_visible(prompt):
             problems.append(Problem(f"{label}: {name} = {shown(prompt)}", "a prompt, as text"))
+        prompts[name] = prompt
     ConfigError.raise_if(problems)
-    return value
+    return prompts
+
+
+def _as_read(name: str) -> str:
+    """Equal for names that a file system may take for one: other case, accents composed differently."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())

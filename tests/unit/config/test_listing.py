@@ -132,6 +132,23 @@ def test_paths_know_the_run_and_the_set(place: Any) -> None:
             {"cache_dir_vae": "{di}"},
             "cache_dir_vae = '{di}': placeholder {di} is not one of {model_family}, {output_dir}, {id} or {env:NAME}.",
         ),
+        (
+            {"cache_dir_vae": "$SCRATCH/vae"},
+            "cache_dir_vae = '$SCRATCH/vae': $SCRATCH is not replaced here: expected a path such as "
+            "'{env:SCRATCH}/vae'.",
+        ),
+        (
+            {"instance_data_dir": "datasets/cats\r"},
+            "instance_data_dir = 'datasets/cats\\r': expected text without control characters. "
+            "Save the script or file it comes from with Unix line ends.",
+        ),
+        ({"instance_prompt": "\u200b"}, "instance_prompt = '\\u200b': expected a caption, as text."),
+        ({"instance_prompt": "ab" * 40_000}, "instance_prompt has 80000 bytes: expected at most 65536."),
+        (
+            {"cache_dir_vae": "datasets/cats"},
+            "instance_data_dir is also cache_dir_vae of cats: expected a folder for each: "
+            "what is written there would be read as pictures.",
+        ),
     ],
     ids=lambda value: repr(value) if isinstance(value, dict) else "",
 )
@@ -207,6 +224,20 @@ def test_required_keys_are_asked_for(place: Any) -> None:
 def test_the_file_is_a_list_of_objects(place: Any, datasets: object, message: str) -> None:
     place.datasets = datasets
     assert place.problems() == [message]
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "cats\n", "x" * 201])
+def test_an_id_must_do_as_a_folders_name(place: Any, name: str) -> None:
+    place.datasets[0]["id"] = name
+    assert any("it becomes a folder's" in problem or "control characters" in problem for problem in place.problems())
+    place.datasets[0]["id"], place.datasets[1]["id"] = "चित्र (512)", name
+    assert any("it becomes a folder's" in problem or "control characters" in problem for problem in place.problems())
+
+
+def test_the_run_does_not_lie_among_its_pictures(place: Any) -> None:
+    place.config["output_dir"] = "datasets/cats"
+    (problem,) = place.problems()
+    assert "is also output_dir: expected a folder for each" in problem
 
 
 def test_an_id_is_given_once(place: Any) -> None:

@@ -246,6 +246,47 @@ def test_an_unknown_placeholder_is_a_problem(problem_of: Callable[..., str], pat
     assert problem_of(output_dir=path) == message
 
 
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("$HOME/x", "--output_dir = '$HOME/x': $HOME is not replaced here: expected a path such as '{env:HOME}/x'."),
+        ("a/${USER}",
+         "--output_dir = 'a/${USER}': ${USER} is not replaced here: expected a path such as 'a/{env:USER}'."),
+        ("x\r", "--output_dir = 'x\\r': expected text without control characters. "
+         "Save the script or file it comes from with Unix line ends."),
+        ("a\nb", "--output_dir = 'a\\nb': expected text without control characters. Remove them."),
+        ("  ", "--output_dir = '  ': expected a path."),
+    ],
+)  # fmt: skip
+def test_a_path_is_one_that_a_person_means(place: Any, typed: str, found: str) -> None:
+    assert place.problems("--output_dir", typed) == [found]
+    assert place.problems(environ={"SIMPLETUNER_OUTPUT_DIR": typed}) == [
+        found.replace("--output_dir", "SIMPLETUNER_OUTPUT_DIR")
+    ]
+    written = found.partition("such as '")[2].partition("'")[0]
+    if written:
+        expected = place.folder / written.replace("{env:HOME}", "/home/me").replace("{env:USER}", "me")
+        loaded = place.load("--output_dir", written, environ={"HOME": "/home/me", "USER": "me"})
+        assert loaded.config.output_dir == str(expected)
+
+
+def test_dollars_that_no_shell_would_replace_stay(place: Any) -> None:
+    assert place.load("--output_dir", "C$/x").config.output_dir == str(place.folder / "C$/x")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("max_train_steps", "10\r"), ("mixed_precision", "bf16\r"), ("validation_prompt", "a cat\r"), ("config", "x\r")],
+)
+def test_a_carriage_return_at_the_end_of_any_value_is_seen(place: Any, flag: str, value: str) -> None:
+    problem = place.problems(f"--{flag}", value)[0]
+    assert problem.startswith(f"--{flag} = {value!r}: expected text without control characters.")
+
+
+def test_lines_and_tabs_inside_a_prompt_are_text(place: Any) -> None:
+    assert place.load("--validation_prompt", "a cat,\n\ta dog").config.validation_prompt == "a cat,\n\ta dog"
+
+
 def test_a_model_is_a_path_only_where_it_looks_like_one_or_is_there(place: Any) -> None:
     place.write("models/mine/model_index.json", {})
     options = {"models/mine": True, "some/model": False, "./x": True, "a.safetensors": True}

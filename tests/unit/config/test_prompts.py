@@ -47,17 +47,31 @@ def test_the_subject_comes_from_the_option_else_from_the_dataset_else_stays(plac
     assert place.load("--validation_subject=Kitty").prompts == {"one": "a photo of Kitty"}
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", "", ".hidden", "a:b", "x" * 81, "dot.", "line\nbreak"], ids=repr)
+@pytest.mark.parametrize(
+    "name",
+    ["a/b", "..", "", ".hidden", "a:b", "x" * 201, "ก" * 67, "dot.", "line\nbreak", "\u200b", "\ud800"],
+    ids=repr,
+)
 def test_a_name_must_do_as_a_file_name(place: Any, name: str) -> None:
     place.write("config/user_prompt_library.json", {name: "a cat"})
     (problem,) = place.problems()
     assert "it becomes a file's name" in problem
 
 
-@pytest.mark.parametrize("name", ["portrait_subject", "Größe 2", "a-b.c", "x" * 80])
+@pytest.mark.parametrize(
+    "name", ["portrait_subject", "Größe 2", "a-b.c", "x" * 200, "चित्र दीवार", "ภาพสวย ๑", "祭り", "a (1)"]
+)
 def test_usual_names_pass(place: Any, name: str) -> None:
     place.write("config/user_prompt_library.json", {name: "a cat"})
     assert name in place.load().prompts
+
+
+def test_decomposed_accents_are_composed_and_collide(place: Any) -> None:
+    place.write("config/user_prompt_library.json", {"e\u0301te\u0301": "a cat"})
+    assert place.load().prompts == {"\u00e9t\u00e9": "a cat"}
+    place.write("config/user_prompt_library.json", {"e\u0301te\u0301": "a cat", "\u00c9t\u00e9": "a dog"})
+    (problem,) = place.problems()
+    assert "is taken by" in problem
 
 
 def test_names_that_differ_only_in_case_collide(place: Any) -> None:
