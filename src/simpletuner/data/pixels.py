@@ -19,7 +19,8 @@ from jaxtyping import UInt8
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
 from simpletuner.data.geometry import Geometry
-from simpletuner.data.rejected import Rejected
+from simpletuner.data.png import MOST_INFLATED, SIGNATURE, split_profile
+from simpletuner.data.rejected import OUT_OF_MEMORY, Rejected
 
 PIXELS_VERSION = 1
 """Raised when the same file would give other pixels, so that cached latents are made again."""
@@ -29,6 +30,12 @@ PIXEL_LIMIT = 180_000_000
 
 LARGE_PIXELS = 48_000_000
 """Pictures above this are decoded one at a time, whatever the number of workers."""
+
+FILE_LIMIT = 8 * PIXEL_LIMIT
+"""Larger files are rejected unread: `PIXEL_LIMIT` pixels of four 16-bit samples take no more bytes."""
+
+LARGE_FILE = 4 * LARGE_PIXELS
+"""Files above this are read one at a time, too."""
 
 FORMATS = (
     "JPEG",
@@ -58,10 +65,10 @@ PLUGINS = {
 
 DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
-    NotImplementedError, struct.error, zlib.error,
+    RuntimeError, struct.error, zlib.error,
 )  # fmt: skip
-"""What Pillow's decoders raise on damaged files, by reading their sources; it has no common class for
-them."""
+"""What Pillow's decoders raise on damaged files, by reading their sources; it has no common class for them. Only calls
+of Pillow stand below an `except` of these: the same from our own code is a bug."""
 
 TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -87,7 +94,7 @@ Image.MAX_IMAGE_PIXELS = None
 # Odd metadata beside sound pixels (a corrupt EXIF block, say) is no concern of training.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
-_one_large_picture = threading.Lock()
+_one_large_picture = threading.RLock()
 _srgb = ImageCms.createProfile("sRGB")
 
 
@@ -123,22 +130,33 @@ def _plugin_is_loaded(module: str) -> bool:
     return True
 
 
+def one_at_a_time(size: int) -> contextlib.AbstractContextManager[object]:
+    """Held while a file of `size` bytes is in memory: large ones wait for each other, so memory stays bounded."""
+    return _one_large_picture if size > LARGE_FILE else contextlib.nullcontext()
+
+
+def check_size(size: int) -> None:
+    """Raise Rejected if a file of `size` bytes is too large to be read."""
+    if size > FILE_LIMIT:
+        raise Rejected("too large", f"{size / 1e9:.1f} GB; the limit is {FILE_LIMIT / 1e9:.1f} GB; shrink it")
+
+
 def inspect(data: bytes) -> Facts:
     """Decode the picture once, in full, so that damage is found before training.
 
     Raises:
-        Rejected: "empty file", "not an image", "truncated", "damaged", "too large" or "unknown sample
-        format".
+        Rejected: "empty file", "not an image", "truncated", "damaged", "too large", "unknown sample format" or
+        "out of memory".
     """
     with _opened(data) as image:
         width, height = image.size
-        if _orientation(image) >= 5:
+        shown = _appearance(image)
+        if shown.orientation >= 5:
             width, height = height, width
-        colour, alpha = _colour_and_alpha(image)
         remarks: list[Remark] = []
-        if alpha is not None and alpha.getextrema()[0] != 255:
+        if shown.alpha is not None and shown.alpha.getextrema()[0] != 255:
             remarks.append("transparent")
-        if _profile_use(image, colour) == "odd":
+        if shown.profile == "odd":
             remarks.append("odd profile")
         if _is_animated(image):
             remarks.append("animated")
@@ -168,8 +186,8 @@ def upright_rgb(image: ImageFile.ImageFile) -> Image.Image:
     Raises:
         Rejected: samples without an agreed white.
     """
-    colour, alpha = _colour_and_alpha(image)
-    use = _profile_use(image, colour)
+    shown = _appearance(image)
+    colour, use = shown.colour, shown.profile
     if isinstance(use, ImageCms.ImageCmsTransform):
         in_profile_mode = colour if colour.mode == use.input_mode else colour.convert(use.input_mode)
         rgb = ImageCms.applyTransform(in_profile_mode, use)
@@ -177,10 +195,9 @@ def upright_rgb(image: ImageFile.ImageFile) -> Image.Image:
             raise TypeError("a transform that is not in place returns a picture")
     else:
         rgb = colour if colour.mode == "RGB" else colour.convert("RGB")
-    if alpha is not None:
-        rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
-    orientation = _orientation(image)
-    return rgb.transpose(TRANSPOSITIONS[orientation]) if orientation in TRANSPOSITIONS else rgb
+    if shown.alpha is not None:
+        rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), shown.alpha)
+    return rgb.transpose(TRANSPOSITIONS[shown.orientation]) if shown.orientation in TRANSPOSITIONS else rgb
 
 
 @contextlib.contextmanager
@@ -189,23 +206,37 @@ def _opened(data: bytes) -> Iterator[ImageFile.ImageFile]:
     if not data:
         raise Rejected("empty file", "0 bytes")
     Image.init()
+    pixel_data, profile = split_profile(data) if data.startswith(SIGNATURE) else (data, None)
     try:
-        image = Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+        image = Image.open(io.BytesIO(pixel_data), formats=[name for name in FORMATS if name in Image.OPEN])
     except UnidentifiedImageError as error:
         raise Rejected("not an image", "no picture format that is read here") from error
+    except MemoryError as error:
+        raise Rejected(OUT_OF_MEMORY, "its header asks for more than there is") from error
     except DECODE_ERRORS as error:
         raise _damage(error) from error
     with image:
+        if profile is not None:
+            image.info["icc_profile"] = profile
         pixels = image.width * image.height
         if pixels > PIXEL_LIMIT:
             limit = f"the limit is {PIXEL_LIMIT // 1_000_000} megapixels; shrink it"
             raise Rejected("too large", f"{image.width}x{image.height}: {limit}")
+        if image.format == "PNG" and pixels > 8 * MOST_INFLATED * len(data):  # a pixel takes a bit or more
+            raise Rejected("truncated", f"{len(data)} bytes cannot hold {image.width}x{image.height} pixels")
         with _one_large_picture if pixels > LARGE_PIXELS else contextlib.nullcontext():
             try:
-                image.load()
-            except DECODE_ERRORS as error:
-                raise _damage(error) from error
-            yield image
+                _load(image)
+                yield image
+            except MemoryError as error:
+                raise Rejected(OUT_OF_MEMORY, f"{image.width}x{image.height} pixels do not fit") from error
+
+
+def _load(image: ImageFile.ImageFile) -> None:
+    try:
+        image.load()
+    except DECODE_ERRORS as error:
+        raise _damage(error) from error
 
 
 def _damage(error: Exception) -> Rejected:
@@ -213,12 +244,35 @@ def _damage(error: Exception) -> Rejected:
     return Rejected("truncated" if isinstance(error, EOFError) or "truncat" in text.lower() else "damaged", text)
 
 
+@dataclass(frozen=True)
+class _Appearance:
+    """A decoded picture, and what its metadata says about showing it: one judgement for planning and rendering."""
+
+    colour: Image.Image
+    """In 8 bits, as L, RGB or CMYK."""
+    alpha: Image.Image | None
+    profile: "ImageCms.ImageCmsTransform | Literal['none', 'odd']"
+    """How the colours come to sRGB: by a transform, as they are, or as they are because the profile is no use."""
+    orientation: int
+    """1…8; 1 is upright."""
+
+
+def _appearance(image: ImageFile.ImageFile) -> _Appearance:
+    colour, alpha = _colour_and_alpha(image)
+    profile = image.info.get("icc_profile")
+    use: ImageCms.ImageCmsTransform | Literal["none", "odd"]
+    use = _profile_use_of(profile, colour.mode) if profile else "none"
+    return _Appearance(colour, alpha, use, _orientation(image))
+
+
 def _orientation(image: ImageFile.ImageFile) -> int:
-    """1…8; 1, upright, where nothing says otherwise. Read after decoding: Pillow turns a TIFF by itself."""
+    """1…8; 1, upright, where nothing else that has a meaning is said. Read after decoding: Pillow turns a TIFF by
+    itself."""
     try:
-        return int(image.getexif().get(ORIENTATION_TAG, 1))
-    except DECODE_ERRORS:  # metadata, not pixels
+        orientation = int(image.getexif().get(ORIENTATION_TAG, 1))
+    except (MemoryError, *DECODE_ERRORS):  # metadata, not pixels
         return 1
+    return orientation if orientation in TRANSPOSITIONS else 1
 
 
 def _colour_and_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
@@ -242,14 +296,7 @@ def _colour_and_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | No
     raise Rejected("unknown sample format", f"Pillow's mode {mode}; save it with 8 or 16 bits as RGB or grey")
 
 
-def _profile_use(image: Image.Image, colour: Image.Image) -> ImageCms.ImageCmsTransform | Literal["none", "odd"]:
-    """How the colours come to sRGB: by a transform, as they are, or as they are because the profile is no
-    use."""
-    profile = image.info.get("icc_profile")
-    return _profile_use_of(profile, colour.mode) if profile else "none"
-
-
-@functools.lru_cache(maxsize=64)  # a camera's pictures share one profile
+@functools.lru_cache(maxsize=16)  # a camera's pictures share one profile
 def _profile_use_of(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | Literal["none", "odd"]:
     try:
         parsed = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -276,6 +323,6 @@ def _is_animated(image: ImageFile.ImageFile) -> bool:
         return False
     try:
         image.seek(1)
-    except DECODE_ERRORS:
+    except (MemoryError, *DECODE_ERRORS):
         return False
     return True

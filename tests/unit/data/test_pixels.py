@@ -32,16 +32,22 @@ def whole(data: bytes) -> np.ndarray:
     return render(data, Geometry(size, size, (0, 0)))
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def png16(samples: np.ndarray, colour_type: int) -> bytes:
     """A PNG with 16 bits a sample, which Pillow itself writes for grey only."""
     height, width = samples.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def png(width: int, height: int, body: bytes) -> bytes:
+    """An RGB PNG whose one IDAT is `body`, whether or not it fits."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize(("colour_type", "channels"), [(0, ()), (2, (3,))])
@@ -205,16 +211,131 @@ def test_damage_is_found(data: bytes, reason: str) -> None:
     assert caught.value.reason == reason
 
 
+def test_what_a_decoder_raises_costs_its_picture() -> None:
+    """libavif's failure is a RuntimeError; Pillow's own refusal of a long row is a MemoryError."""
+    damaged = bytearray(saved(Image.effect_noise((64, 64), 50), "AVIF"))
+    start = damaged.index(b"mdat") + 4
+    damaged[start : start + 40] = bytes(byte ^ 0xFF for byte in damaged[start : start + 40])
+    with pytest.raises(Rejected, match="Failed to decode") as caught:
+        inspect(bytes(damaged))
+    assert caught.value.reason == "damaged"
+    with pytest.raises(Rejected, match="do not fit") as caught:
+        inspect(b"P6 179999999 1 255 ")
+    assert caught.value.reason == "out of memory"
+
+
+def test_a_png_cannot_claim_more_pixels_than_its_bytes_inflate_to() -> None:
+    with pytest.raises(Rejected, match="74 bytes cannot hold 179999999x1 pixels") as caught:
+        inspect(png(179_999_999, 1, zlib.compress(bytes(9)) + bytes(6)))
+    assert caught.value.reason == "truncated"
+    blank = zlib.compress(bytes(1 + 2_000 * 3) * 2_000)
+    assert inspect(png(2_000, 2_000, blank)).width == 2_000, "the most that deflate can do"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff\xd8\xff\xc0\0\x11\x08\xff\xff\xff\xff\3\1\x22\0\2\x11\1\3\x11\1",
+        b"GIF89a\xff\xff\xff\xff\0\0\0,\0\0\0\0\xff\xff\xff\xff\0\x08\0;",
+        b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, 65_535, 65_535, 1, 24, 0, 0, 0, 0, 0, 0),
+        b"II*\0\x08\0\0\0"
+        + struct.pack("<H", 6)
+        + b"".join(
+            struct.pack("<HHII", tag, 4, 1, value)
+            for tag, value in ((256, 65_535), (257, 65_535), (258, 8), (262, 1), (273, 8), (279, 4_000_000_000))
+        )
+        + bytes(4),
+        b"P6 65535 65535 255 ",
+    ],
+    ids=["jpeg", "gif", "bmp", "tiff", "ppm"],
+)
+def test_a_header_alone_takes_no_memory(data: bytes) -> None:
+    with pytest.raises(Rejected, match=r"65535x65535: the limit is 180 megapixels"):
+        inspect(data)
+
+
+def test_many_frames_cost_no_more_than_two() -> None:
+    frames = [Image.new("L", (8, 8), shade) for shade in range(200)]
+    data = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert inspect(data).remarks == ("animated",)
+
+
+NOISE = Image.effect_noise((16, 16), 50).convert("RGB")
+LONG = zlib.compress(b"workflow " * 200_000)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        chunk(b"zTXt", b"prompt\0\0" + LONG),
+        chunk(b"iTXt", b"workflow\0\1\0\0\0" + LONG),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(bytes(20_000_000))),
+        chunk(b"zTXt", b"prompt\0\x09" + LONG),
+        chunk(b"tEXt", b"prompt\0hello")[:-1] + b"?",
+        chunk(b"eXIf", b"no EXIF"),
+        chunk(b"pHYs", b"short"),
+        chunk(b"prVt", b"a private one")[:-1] + b"?",
+        chunk(b"zTXt", b"prompt\0\0" + LONG) * 70,
+    ],
+    ids=["zTXt", "iTXt", "a bomb", "unknown method", "checksum", "EXIF", "resolution", "private", "64 MiB in all"],
+)
+def test_metadata_of_a_png_never_costs_its_pixels(metadata: bytes) -> None:
+    data = saved(NOISE)
+    for place in (33, len(data) - 12):  # behind the header, and behind the pixels
+        odd = data[:place] + metadata + data[place:]
+        assert inspect(odd).remarks == ()
+        assert np.array_equal(whole(odd), np.asarray(NOISE))
+
+
+def test_a_large_profile_of_a_png_is_read_and_an_odd_one_is_told() -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    color, p3 = Image.new("RGB", (8, 8), (200, 100, 60)), display_p3()
+    large = p3 + bytes(2_000_000)
+    large = struct.pack(">I", len(large)) + large[4:]
+    assert np.array_equal(whole(saved(color, icc_profile=large)), whole(saved(color, icc_profile=p3)))
+    sound = saved(color, icc_profile=srgb)
+    start = sound.index(b"iCCP")
+    wrong_sum = bytearray(sound)
+    wrong_sum[start + 60] ^= 1
+    for odd in (
+        bytes(wrong_sum),
+        saved(color, icc_profile=b"no profile" * 200_000),
+        saved(color, icc_profile=bytes(20_000_000)),
+        sound[: start - 4] + chunk(b"iCCP", b"icc\0\0not deflated") + sound[sound.index(b"IDAT") - 4 :],
+    ):
+        assert inspect(odd).remarks == ("odd profile",)
+        assert np.array_equal(whole(odd), np.asarray(color))
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["before the pixels", "behind them"])
+def test_xmp_of_a_png_turns_it_however_long_it_is(behind: bool) -> None:
+    xmp = b'<x tiff:Orientation="6"/>' + b" " * 2_000_000
+    metadata = chunk(b"zTXt", b"prompt\0\0" + LONG) + chunk(
+        b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(xmp)
+    )
+    data = saved(NOISE.crop((0, 0, 16, 8)))
+    place = len(data) - 12 if behind else 33
+    facts = inspect(data[:place] + metadata + data[place:])
+    assert (facts.width, facts.height) == (8, 16)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 255])
+def test_an_orientation_without_a_meaning_turns_neither_the_plan_nor_the_pixels(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = NOISE.crop((0, 0, 16, 8))
+    data = saved(image, exif=exif)
+    facts = inspect(data)
+    assert (facts.width, facts.height) == (16, 8)
+    assert np.array_equal(whole(data), np.asarray(image))
+
+
 def test_a_bomb_is_rejected_before_it_is_decoded() -> None:
     """400 megapixels in a few hundred kilobytes; decoding would take 1.2 GB."""
     rows = zlib.compressobj(1)
     width = height = 20_000
     blank = b"\0" + bytes(width // 8)
     body = b"".join(rows.compress(blank) for _ in range(height)) + rows.flush()
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
     data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", body) + chunk(b"IEND", b"")
     with pytest.raises(Rejected, match="20000x20000: the limit is 180 megapixels") as caught:
