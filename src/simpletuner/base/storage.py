@@ -2,8 +2,9 @@
 
 import errno
 import os
+import stat
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,6 +17,11 @@ from simpletuner.base.files import write_atomic
 Stamp = tuple[int | str, ...]
 """What a file's listing says of its content: size in bytes first, then times or a hash. While it is the same, so is
 the content."""
+
+NO_FILE = "not a regular file"
+"""Reason of an `UnlistedFile` that could block a reader, or never end."""
+PASSED_OVER = "passed over with all it holds"
+"""Detail of a folder that is not entered."""
 
 FSSPEC_STAMPS = ("ETag", "etag", "LastModified", "mtime", "created")
 """What fsspec's file systems call the parts of a stamp."""
@@ -42,13 +48,23 @@ class UnlistedFile(NamedTuple):
     detail: str
 
 
+PassOver = Callable[[Collection[str]], str | None]
+"""Why a folder that holds these names is not entered; None where it is."""
+
+
+def enter_all(_names: Collection[str]) -> str | None:
+    """Enter every folder."""
+    return None
+
+
 @runtime_checkable  # the tests check signatures as they run
 class Storage(Protocol):
     """A tree of files. Names are relative paths with forward slashes. Storages of the same place are equal."""
 
-    def list(self, prefix: str = "") -> Iterator[StoredFile | UnlistedFile]:
+    def list(self, prefix: str = "", *, pass_over: PassOver = enter_all) -> Iterator[StoredFile | UnlistedFile]:
         """Every file below the folder `prefix`, one folder at a time. Hidden files and folders, whose names start with
-        a dot, are left out.
+        a dot, are left out. A folder that `pass_over` has a reason for is an `UnlistedFile`, `prefix` itself included.
+        So is what is no file: a pipe, a socket, a device.
 
         Raises:
             FileNotFoundError, NotADirectoryError: `prefix` is no folder; at the call, before anything is yielded.
@@ -68,6 +84,7 @@ class Storage(Protocol):
 
         Raises:
             FileNotFoundError: no such file.
+            OSError: it cannot be read, or is a pipe, a socket or a device, which might never end.
         """
         ...
 
@@ -105,7 +122,7 @@ class LocalStorage:
 
     folder: Path
 
-    def list(self, prefix: str = "") -> Iterator[StoredFile | UnlistedFile]:
+    def list(self, prefix: str = "", *, pass_over: PassOver = enter_all) -> Iterator[StoredFile | UnlistedFile]:
         """As `Storage.list`. A link to a folder or file is followed once: one that leads to something already listed
         is an `UnlistedFile`, so a loop ends. Real files and folders go before links. An `UnlistedFile` too is what
         cannot be entered, and a name that is not UTF-8.
@@ -113,9 +130,9 @@ class LocalStorage:
         folder = self.folder / prefix
         if not folder.is_dir():
             raise _no_folder(str(folder), folder.exists())
-        return self._walk(prefix)
+        return self._walk(prefix, pass_over)
 
-    def _walk(self, prefix: str) -> Iterator[StoredFile | UnlistedFile]:
+    def _walk(self, prefix: str, pass_over: PassOver) -> Iterator[StoredFile | UnlistedFile]:
         seen = {_identity((self.folder / prefix).stat())}
         folders, links = deque([prefix]), deque[str]()
         while folders or links:
@@ -131,13 +148,17 @@ class LocalStorage:
                     yield UnlistedFile(name, "link followed already", f"it leads to {path.resolve()}")
                     continue
                 seen.add(_identity(status))
-            if not path.is_dir():
+            if not stat.S_ISDIR(status.st_mode):
                 yield _local_file(name, status)
                 continue
             try:
                 entries = sorted(os.scandir(path), key=lambda entry: entry.name)
             except OSError as error:
                 yield UnlistedFile(name, "unreadable folder", str(error.strerror))
+                continue
+            reason = pass_over([entry.name for entry in entries])
+            if reason is not None:
+                yield UnlistedFile(name, reason, PASSED_OVER)
                 continue
             for entry in entries:
                 if entry.name.startswith("."):
@@ -146,26 +167,43 @@ class LocalStorage:
                 if not is_utf8_name(inner):
                     shown = os.fsencode(inner).decode(errors="replace")
                     yield UnlistedFile(shown, "name is not UTF-8", "rename the file")
-                elif entry.is_symlink():
+                    continue
+                if entry.is_symlink():
                     links.append(inner)
-                else:
+                    continue
+                try:
                     status = entry.stat()
-                    seen.add(_identity(status))
-                    if entry.is_dir():
-                        folders.append(inner)
-                    else:
-                        yield _local_file(inner, status)
+                except OSError as error:  # gone meanwhile, or the folder may be listed and not entered
+                    yield UnlistedFile(inner, "unreadable", str(error.strerror))
+                    continue
+                seen.add(_identity(status))
+                if entry.is_dir():
+                    folders.append(inner)
+                else:
+                    yield _local_file(inner, status)
 
     def stat(self, name: str) -> StoredFile:
-        return _local_file(name, (self.folder / name).stat())
+        return _stored_file(name, (self.folder / name).stat())
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        """As `Storage.read`; of a file that grows meanwhile, what it held when it was opened."""
         path = self.folder / name
-        if start == 0 and length is None:
-            return path.read_bytes()
-        with path.open("rb") as file:
-            file.seek(start)
-            return file.read(length)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe's other end is not waited for
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.ENODEV, "neither a file nor a link to one", str(path))
+            if start:
+                os.lseek(descriptor, start, os.SEEK_SET)
+            rest = status.st_size - start
+            left = rest if length is None else min(rest, length)
+            pieces = []
+            while left > 0 and (piece := os.read(descriptor, left)):
+                pieces.append(piece)
+                left -= len(piece)
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        finally:
+            os.close(descriptor)
 
     def write(self, name: str, data: bytes, *, sync: bool = True) -> None:
         write_atomic(self.folder / name, data, sync=sync)
@@ -202,13 +240,13 @@ class FsspecStorage:
         root = self._opened[1]
         return f"{root}/{name}" if name else root
 
-    def list(self, prefix: str = "") -> Iterator[StoredFile | UnlistedFile]:
+    def list(self, prefix: str = "", *, pass_over: PassOver = enter_all) -> Iterator[StoredFile | UnlistedFile]:
         path = self._path(prefix)
         if not self._filesystem.isdir(path):
             raise _no_folder(self.shown(prefix), self._filesystem.exists(path))
-        return self._walk(prefix)
+        return self._walk(prefix, pass_over)
 
-    def _walk(self, prefix: str) -> Iterator[StoredFile | UnlistedFile]:
+    def _walk(self, prefix: str, pass_over: PassOver) -> Iterator[StoredFile | UnlistedFile]:
         folders = deque([prefix])
         while folders:
             folder = folders.popleft()
@@ -217,15 +255,21 @@ class FsspecStorage:
             except OSError as error:
                 yield UnlistedFile(folder, "unreadable folder", str(error.strerror))
                 continue
-            for info in sorted(infos, key=lambda info: info["name"]):
-                own = info["name"].rstrip("/").rpartition("/")[2]
+            own_names = [info["name"].rstrip("/").rpartition("/")[2] for info in infos]
+            reason = pass_over(own_names)
+            if reason is not None:
+                yield UnlistedFile(folder, reason, PASSED_OVER)
+                continue
+            for own, info in sorted(zip(own_names, infos, strict=True), key=lambda pair: pair[0]):
                 if own.startswith("."):
                     continue
                 name = f"{folder}/{own}" if folder else own
                 if info["type"] == "directory":
                     folders.append(name)
-                else:
+                elif info["type"] == "file" or self._filesystem.isfile(self._path(name)):  # a link to a file
                     yield _fsspec_file(name, info)
+                else:
+                    yield UnlistedFile(name, NO_FILE, "a link to a folder, a pipe or a device")
 
     def stat(self, name: str) -> StoredFile:
         return _fsspec_file(name, self._filesystem.info(self._path(name)))
@@ -272,7 +316,19 @@ def is_utf8_name(name: str) -> bool:
     return True
 
 
-def _local_file(name: str, status: os.stat_result) -> StoredFile:
+def _local_file(name: str, status: os.stat_result) -> StoredFile | UnlistedFile:
+    if not stat.S_ISREG(status.st_mode):
+        return UnlistedFile(name, NO_FILE, _kind(status.st_mode))
+    return _stored_file(name, status)
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISFIFO(mode):
+        return "a named pipe"
+    return "a socket" if stat.S_ISSOCK(mode) else "a device"
+
+
+def _stored_file(name: str, status: os.stat_result) -> StoredFile:
     """Also the time of status change is in the stamp: a program can set the time of modification."""
     modified_ns, changed_ns = status.st_mtime_ns, status.st_ctime_ns
     stamp = (status.st_size, modified_ns, changed_ns)

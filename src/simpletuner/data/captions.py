@@ -6,41 +6,49 @@ from pathlib import PurePosixPath
 
 from simpletuner.base.errors import DataError
 from simpletuner.base.storage import Storage
+from simpletuner.base.text import CAPTION_BYTES, is_visible, size_in_bytes
 from simpletuner.config.datasets import ImageSet
-from simpletuner.data.discover import CAPTION_SUFFIX, caption_key
+from simpletuner.data.discover import CAPTION_SUFFIXES, caption_key
 from simpletuner.data.rejected import Rejected
 
 LINE_END = re.compile(r"\r\n|\r|\n")
 
-NO_CAPTION, EMPTY_CAPTION = "no caption", "empty caption"
+NO_CAPTION, EMPTY_CAPTION, LONG_CAPTION, NOT_TEXT = (
+    "no caption", "empty caption", "caption is too long", "caption is not UTF-8"
+)  # fmt: skip
+
+LINES_BYTES = 1024 * 1024
+"""Largest file of captions, one a line: ten thousand of a hundred characters."""
+
+UTF32_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 
 
 def captions_of(name: str, image_set: ImageSet, images: Storage, text_files: dict[str, str]) -> tuple[str, ...]:
     """All candidate prompts of the picture `name`, exactly as they will be encoded; one is drawn at each
     visit. `text_files` are the caption files in `images`, by `caption_key`.
 
-    `textfile`: the lines of the .txt beside the picture (`a.jpg` and `a.png` share `a.txt`), or the whole
-    text with `disable_multiline_split`. `filename`: the name without suffix, underscores read as spaces.
+    `textfile`: the lines of the .txt, else the .caption, beside the picture (`a.jpg` and `a.png` share `a.txt`), or
+    the whole text with `disable_multiline_split`. `filename`: the name without suffix, underscores read as spaces.
     `instanceprompt`: `instance_prompt`. `prepend_instance_prompt` puts that and a space before each
-    candidate; `only_instance_prompt` replaces them. A caption that is missing or empty is `instance_prompt`
-    where the set has one.
+    candidate; `only_instance_prompt` replaces them. A caption that is missing or empty (no visible character) is
+    `instance_prompt` where the set has one.
 
     Raises:
-        Rejected: no caption, an empty one, or one that is not text.
+        Rejected: no caption, an empty one, one of more than `CAPTION_BYTES`, or one that is not text.
         DataError: the set needs an `instance_prompt` and has none.
     """
     prompt = image_set.instance_prompt
     if image_set.only_instance_prompt or image_set.caption_strategy == "instanceprompt":
         return (_required_prompt(image_set),)
-    if image_set.caption_strategy == "filename":
-        candidates: tuple[str, ...] = (PurePosixPath(name).stem.replace("_", " ").strip(),)
-    else:
-        try:
+    try:
+        if image_set.caption_strategy == "filename":
+            candidates = _visible([PurePosixPath(name).stem.replace("_", " ").strip()], "its name")
+        else:
             candidates = _from_file(name, image_set, images, text_files)
-        except Rejected as rejected:
-            if prompt is None or rejected.reason not in (NO_CAPTION, EMPTY_CAPTION):
-                raise
-            return (prompt,)
+    except Rejected as rejected:
+        if prompt is None or rejected.reason not in (NO_CAPTION, EMPTY_CAPTION):
+            raise
+        return (prompt,)
     if image_set.prepend_instance_prompt:
         return tuple(f"{_required_prompt(image_set)} {candidate}" for candidate in candidates)
     return candidates
@@ -58,16 +66,30 @@ def _required_prompt(image_set: ImageSet) -> str:
 def _from_file(name: str, image_set: ImageSet, images: Storage, text_files: dict[str, str]) -> tuple[str, ...]:
     text_file = text_files.get(caption_key(name))
     if text_file is None:
-        wanted = PurePosixPath(name).with_suffix(CAPTION_SUFFIX).name
+        wanted = " or ".join(PurePosixPath(name).with_suffix(suffix).name for suffix in CAPTION_SUFFIXES)
         raise Rejected(NO_CAPTION, f"expected {wanted} beside it, for caption_strategy textfile")
-    text = caption_text(images.read(text_file), text_file)
+    most = CAPTION_BYTES if image_set.disable_multiline_split else LINES_BYTES
+    try:
+        data = images.read(text_file, 0, most + 1)
+    except OSError as error:
+        raise Rejected("caption cannot be read", f"{text_file}: {error.strerror}") from error
+    if len(data) > most:
+        raise Rejected(LONG_CAPTION, f"{text_file} is larger than {most // 1024} KiB")
+    text = caption_text(data, text_file)
     if image_set.disable_multiline_split:
-        candidates = [LINE_END.sub("\n", text).strip()]
-    else:
-        candidates = [line.strip() for line in LINE_END.split(text)]
-    captions = tuple(filter(None, candidates))
+        return _visible([LINE_END.sub("\n", text).strip()], text_file)
+    return _visible([line.strip() for line in LINE_END.split(text)], text_file)
+
+
+def _visible(candidates: list[str], source: str) -> tuple[str, ...]:
+    """Those of `candidates` that say something."""
+    captions = tuple(filter(is_visible, candidates))
     if not captions:
-        raise Rejected(EMPTY_CAPTION, f"{text_file} holds no text")
+        raise Rejected(EMPTY_CAPTION, f"{source} holds no visible text")
+    longest = max(map(size_in_bytes, captions))
+    if longest > CAPTION_BYTES:
+        limit = f"the limit is {CAPTION_BYTES // 1024} KiB"
+        raise Rejected(LONG_CAPTION, f"{source}: a caption of {longest // 1024} KiB; {limit}")
     return captions
 
 
@@ -80,10 +102,15 @@ def caption_text(data: bytes, name: str) -> str:
     Raises:
         Rejected: not such text, with the byte and its position.
     """
+    if data.startswith(UTF32_MARKS):
+        raise Rejected(NOT_TEXT, f"{name}: UTF-32; save it as UTF-8")
     is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        return data.decode("utf-16" if is_utf16 else "utf-8-sig")
+        text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
         position = error.start + (len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0)
         found = f"byte 0x{data[position]:02x} at position {position}"
-        raise Rejected("caption is not UTF-8", f"{name}: {found}; save it as UTF-8") from error
+        raise Rejected(NOT_TEXT, f"{name}: {found}; save it as UTF-8") from error
+    if "\0" in text:
+        raise Rejected(NOT_TEXT, f"{name}: NUL, as UTF-16 or UTF-32 without a byte-order mark has; save it as UTF-8")
+    return text

@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from simpletuner.base.errors import DataError
-from simpletuner.base.storage import Stamp, Storage, UnlistedFile
+from simpletuner.base.storage import PASSED_OVER, Stamp, Storage, UnlistedFile
 from simpletuner.data.sample import Rejection
+from simpletuner.data.storages import ours
 
 PICTURE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".heic", ".heif", ".hif"}
     | {".jxl", ".jp2", ".j2k", ".tif", ".tiff", ".bmp", ".dib", ".gif", ".tga", ".ppm", ".pgm", ".pnm"}
 )
-CAPTION_SUFFIX = ".txt"
+CAPTION_SUFFIXES = (".txt", ".caption")
+"""The first that is there is read."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class FoundFiles:
     """Sorted by name."""
     captions: dict[str, str]
     """Text files by `caption_key`."""
+    unused_captions: tuple[str, ...]
+    """`.caption` files beside a `.txt` of the same name."""
     rejections: tuple[Rejection, ...]
 
 
@@ -36,14 +40,14 @@ def discover(images: Storage) -> FoundFiles:
     """All files of a storage, subfolders included.
 
     Hidden files and folders (a leading dot: `.DS_Store`, `._x.jpg`, `.git`) are passed over in silence, and
-    text files are captions; every other file that is not a picture is rejected by name, as is what the storage
-    cannot list.
+    `.txt` and `.caption` files are captions; every other file that is not a picture is rejected by name, as is what
+    the storage cannot list, and a folder that is a run or a cache of ours.
 
     Raises:
-        DataError: no such folder.
+        DataError: no such folder, one that cannot be read, or one that is itself a run or a cache.
     """
     try:
-        files = images.list()
+        files = images.list(pass_over=ours)
     except (FileNotFoundError, NotADirectoryError) as error:
         reason = "not a folder" if isinstance(error, NotADirectoryError) else "no such folder"
         raise DataError.of(
@@ -53,16 +57,30 @@ def discover(images: Storage) -> FoundFiles:
         ) from error
     pictures: dict[str, Stamp] = {}
     captions: dict[str, str] = {}
+    second_captions: dict[str, str] = {}
     rejections: list[Rejection] = []
     for file in files:
         if isinstance(file, UnlistedFile):
+            if not file.name:
+                raise _not_a_dataset(images, file)
             rejections.append(Rejection(file.name, file.reason, file.detail))
             continue
         suffix = PurePosixPath(file.name).suffix.lower()
         if suffix in PICTURE_SUFFIXES:
             pictures[file.name] = file.stamp
-        elif suffix == CAPTION_SUFFIX:
-            captions.setdefault(caption_key(file.name), file.name)
+        elif suffix in CAPTION_SUFFIXES:
+            found = captions if suffix == CAPTION_SUFFIXES[0] else second_captions
+            found.setdefault(caption_key(file.name), file.name)
         else:
             rejections.append(Rejection(file.name, "not an image", f"{suffix or 'no suffix'} is not a picture's"))
-    return FoundFiles(dict(sorted(pictures.items())), captions, tuple(rejections))
+    unused = tuple(second_captions[key] for key in sorted(second_captions.keys() & captions.keys()))
+    return FoundFiles(dict(sorted(pictures.items())), second_captions | captions, unused, tuple(rejections))
+
+
+def _not_a_dataset(images: Storage, folder: UnlistedFile) -> DataError:
+    """The set's own folder cannot be listed, or is one of ours."""
+    found = f"instance_data_dir = {images.shown()!r}: "
+    if folder.detail != PASSED_OVER:
+        return DataError.of(f"{found}{folder.reason} ({folder.detail})")
+    remedy = "Name the folder in it that holds the pictures, or move them to a folder of their own."
+    return DataError.of(f"{found}this is {folder.reason} of this program", "a folder of pictures", remedy)

@@ -14,11 +14,15 @@ import PIL
 from simpletuner.base.files import json_bytes, sha256_bytes
 from simpletuner.base.storage import Stamp, Storage
 from simpletuner.data.ahead import map_ahead
-from simpletuner.data.pixels import PIXELS_VERSION, Remark, inspect, require_plugin
-from simpletuner.data.rejected import Rejected
+from simpletuner.data.pixels import PIXELS_VERSION, Remark, check_size, inspect, one_at_a_time, require_plugin
+from simpletuner.data.rejected import OUT_OF_MEMORY, PASSING, UNREADABLE_FILE, Rejected
+from simpletuner.data.storages import SCAN_INDEX
 
 SAVE_EVERY_S = 20.0
 """A scan of many pictures that is killed loses at most this much work."""
+
+INDEX_VERSION = 2
+"""Raised when the same file would have another size, remark or rejection, so that all are looked at again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +68,13 @@ def read_pictures(
             else:
                 unread.append(name)
     report(len(found), len(pictures))
-    results = map_ahead(lambda name: _read(images, name), unread, workers=workers, ahead=2 * workers)
+    results = map_ahead(lambda name: _read(images, name, pictures[name]), unread, workers=workers, ahead=2 * workers)
     saved_at = time.monotonic()
     with contextlib.closing(results):
         for name, entry in zip(unread, results, strict=True):
-            kept[name], found[name] = _row_of(pictures[name], entry), entry
+            found[name] = entry
+            if not (isinstance(entry, Rejected) and entry.reason in PASSING):
+                kept[name] = _row_of(pictures[name], entry)
             report(len(found), len(pictures))
             if time.monotonic() - saved_at > SAVE_EVERY_S:
                 _save(cache, index, kept)
@@ -91,12 +97,12 @@ def _index_name(images: Storage) -> str:
     """One file a folder of pictures, since several sets may share their cache."""
     path = images.local_path()
     place = images.shown() if path is None else str(path.resolve())
-    return f"scan-{sha256_bytes(os.fsencode(place))[:16]}.json"
+    return SCAN_INDEX.format(sha256_bytes(os.fsencode(place))[:16])
 
 
 def _header() -> IndexRow:
     """What a verdict depends on besides the file."""
-    return {"version": 1, "pixels": PIXELS_VERSION, "pillow": PIL.__version__}
+    return {"version": INDEX_VERSION, "pixels": PIXELS_VERSION, "pillow": PIL.__version__}
 
 
 def _load(cache: Storage, index: str) -> dict[str, IndexRow]:
@@ -129,13 +135,18 @@ def _row_of(stamp: Stamp, entry: IndexEntry | Rejected) -> IndexRow:
     return {"stamp": list(stamp), "content": entry.content, **size, "remarks": list(entry.remarks)}
 
 
-def _read(images: Storage, name: str) -> IndexEntry | Rejected:
-    """Read once, so that the hash is that of the bytes that were decoded."""
+def _read(images: Storage, name: str, stamp: Stamp) -> IndexEntry | Rejected:
+    """Read once, so that the hash is that of the bytes that were decoded, and no more bytes than were listed."""
+    size = int(stamp[0])
     try:
-        data = images.read(name)
-        facts = inspect(data)
+        check_size(size)
+        with one_at_a_time(size):
+            data = images.read(name, 0, size)
+            facts = inspect(data)
+            return IndexEntry(sha256_bytes(data), facts.width, facts.height, facts.remarks)
     except Rejected as rejected:
         return rejected
+    except MemoryError:
+        return Rejected(OUT_OF_MEMORY, f"{size} bytes do not fit")
     except OSError as error:
-        return Rejected("unreadable", str(error.strerror))
-    return IndexEntry(sha256_bytes(data), facts.width, facts.height, facts.remarks)
+        return Rejected(UNREADABLE_FILE, str(error.strerror))

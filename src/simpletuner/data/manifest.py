@@ -202,6 +202,10 @@ def _notices(
             uncaptioned,
             f"have no caption of their own and use instance_prompt, {image_set.instance_prompt!r}",
         )
+        if found.unused_captions:
+            count = len(found.unused_captions)
+            named = _named(found.unused_captions)
+            notices.append(f"{image_set.id}: {count} .caption files are not read, for the .txt beside them ({named}).")
         orphans = sorted(set(found.captions) - {caption_key(name) for name in found.pictures})
         if orphans:
             files = [found.captions[key] for key in orphans]

@@ -31,13 +31,13 @@ class Sample:
         """The file as a person would type it: its path, or its URL."""
         return self.images.shown(self.name)
 
-    def read(self) -> bytes:
-        """The file's bytes, as they are now.
+    def read(self, most: int | None = None) -> bytes:
+        """The file's bytes, as they are now, or the first `most` of them.
 
         Raises:
             OSError: it is gone, or cannot be read.
         """
-        return self.images.read(self.name)
+        return self.images.read(self.name, 0, most)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,32 @@
 """Which storage holds the images of a set, and which ones its caches."""
 
+import re
+from collections.abc import Collection
+from pathlib import Path
+
 from simpletuner.base.storage import Storage, storage_of
 from simpletuner.config.datasets import ImageSet, TextStore
+from simpletuner.runs.layout import RunDirectory
+
+LEDGER = "verified.json"
+"""Beside a cache's files: the stamps of those that were read and found sound."""
+
+SCAN_INDEX = "scan-{}.json"
+"""Beside latents: what was learned about the images of a folder, by 16 digits of the hash of its path."""
+
+_CACHE_FILE = re.compile(r"scan-[0-9a-f]{16}\.json|[0-9a-f]{64}\.safetensors")
+_SHARD = re.compile(r"[0-9a-f]{2}")
+
+
+def ours(names: Collection[str]) -> str | None:
+    """What a folder that holds these names is to us and not to be trained on: a run, or a cache."""
+    run = RunDirectory(Path())
+    if run.events.name in names and run.checkpoints.name in names:
+        return "a run directory"
+    is_cache = any(name.endswith((".json", ".safetensors")) and _CACHE_FILE.fullmatch(name) for name in names)
+    if is_cache or (LEDGER in names and any(map(_SHARD.fullmatch, names))):
+        return "a cache of latents or text"
+    return None
 
 
 def image_storage(image_set: ImageSet) -> Storage:

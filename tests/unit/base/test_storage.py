@@ -3,6 +3,7 @@
 import os
 import resource
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -168,3 +169,41 @@ def test_a_folder_that_cannot_be_read_is_named(storage: Storage, monkeypatch: py
     listed = list(storage.list())
     assert listed[0] == unlisted
     assert [file.name for file in listed[1:]] == ["open/b.png"]
+
+
+def test_a_folder_is_passed_over_for_the_names_in_it(storage: Storage) -> None:
+    for name in ("a.png", "sub/marked", "sub/b.png", "sub/deeper/c.png", "other/d.png"):
+        storage.write(name, b"")
+
+    def pass_over(names: Collection[str]) -> str | None:
+        return "a marked folder" if "marked" in names else None
+
+    passed = "passed over with all it holds"
+    listed = sorted(storage.list(pass_over=pass_over), key=lambda file: file.name)
+    assert [file.name for file in listed] == ["a.png", "other/d.png", "sub"]
+    assert listed[-1] == UnlistedFile("sub", "a marked folder", passed)
+    assert list(storage.list("sub", pass_over=pass_over)) == [UnlistedFile("sub", "a marked folder", passed)]
+
+
+@pytest.mark.parametrize("storage", ["local", "file"], indirect=True)
+def test_what_never_ends_is_neither_listed_nor_read(storage: Storage, tmp_path: Path) -> None:
+    folder = tmp_path / "images of #1"
+    storage.write("a.png", b"bytes")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "zero.png").symlink_to("/dev/zero")
+    (folder / "link.png").symlink_to(folder.parent / "elsewhere.png")
+    (folder.parent / "elsewhere.png").write_bytes(b"more")
+    kinds = {file.name: "" if isinstance(file, StoredFile) else file.reason for file in storage.list()}
+    no_file = "not a regular file"
+    assert kinds == {"a.png": "", "link.png": "", "pipe.png": no_file, "zero.png": no_file}
+    assert storage.read("link.png") == b"more"
+
+
+def test_a_pipe_and_a_device_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("pipe", "zero"):
+        with pytest.raises(OSError, match="neither a file nor a link to one"):
+            LocalStorage(tmp_path).read(name)
+        with pytest.raises(OSError, match="neither a file nor a link to one"):
+            LocalStorage(tmp_path).read(name, 0, 10)

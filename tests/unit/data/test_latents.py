@@ -149,6 +149,9 @@ def test_a_file_that_changed_after_the_scan_is_named(manifest: Manifest, save: S
     save("wide-3.png").unlink()
     with pytest.raises(DataError, match=r"wide-3\.png changed while .* No such file"):
         fill([manifest], BatchVae())
+    os.mkfifo(Path(manifest.samples[-1].images.shown("wide-3.png")))
+    with pytest.raises(DataError, match=r"wide-3\.png changed while .* neither a file nor a link to one"):
+        fill([manifest], BatchVae())
 
 
 def test_a_latent_that_is_not_finite_is_named_and_not_kept(manifest: Manifest) -> None:

@@ -2,15 +2,19 @@
 
 import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from simpletuner.base import storage
 from simpletuner.base.errors import DataError
 from simpletuner.config.datasets import ImageSet
-from simpletuner.data.manifest import Manifest, rejection_counts, scan
+from simpletuner.data.manifest import Manifest, count_new, rejection_counts, scan
+from simpletuner.data.storages import LEDGER
+from simpletuner.runs.layout import RunDirectory
 
 Scanned = Callable[..., Manifest]
 Save = Callable[..., Path]
@@ -132,6 +136,19 @@ def test_an_index_that_is_no_use_is_made_again(
     assert path.read_bytes() == whole
 
 
+def test_what_an_older_version_found_is_looked_at_again(
+    folder: Path, save: Save, make_set: Callable[..., ImageSet]
+) -> None:
+    (folder / "b.png").write_bytes(b"no image")
+    save("a.png")
+    image_set = make_set()
+    scan(image_set, seed=1, workers=2)
+    (index,) = Path(image_set.cache_dir_vae).glob("scan-*.json")
+    assert count_new(image_set) == 0
+    index.write_text(index.read_text().replace('"version": 2', '"version": 1'))
+    assert count_new(image_set) == 2
+
+
 def test_a_changed_caption_is_noticed(folder: Path, save: Save, scanned: Scanned) -> None:
     save("a.png")
     (folder / "a.txt").write_text("before", encoding="utf-8")
@@ -198,12 +215,71 @@ def test_a_picture_that_cannot_be_read_is_rejected(
 ) -> None:
     save("a.png")
     locked = save("locked.png")
-    really = Path.read_bytes
+    really = os.open
 
-    def read_bytes(path: Path) -> bytes:  # root reads everything, so the refusal is made here
+    def open_(path: Path, flags: int) -> int:  # root reads everything, so the refusal is made here
         if path == locked:
             raise PermissionError(13, "Permission denied")
-        return really(path)
+        return really(path, flags)
 
-    monkeypatch.setattr(Path, "read_bytes", read_bytes)
-    assert rejection_counts(scanned().rejections) == {"unreadable": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.os, "open", open_)
+        assert rejection_counts(scanned().rejections) == {"unreadable": 1}
+    assert scanned().rejections == (), "tried again at the next scan"
+
+
+def test_a_caption_beside_a_txt_is_told_and_not_read(folder: Path, save: Save, scanned: Scanned) -> None:
+    for name, texts in {"a": (".txt", ".caption"), "b": (".caption",)}.items():
+        save(f"{name}.png", colour="teal" if name == "a" else "navy")
+        for suffix in texts:
+            (folder / f"{name}{suffix}").write_text(f"{name} from {suffix}")
+    manifest = scanned(caption_strategy="textfile")
+    assert [sample.captions for sample in manifest.samples] == [("a from .txt",), ("b from .caption",)]
+    assert manifest.rejections == ()
+    assert manifest.notices == ("photos: 1 .caption files are not read, for the .txt beside them (a.caption).",)
+
+
+def test_what_is_no_regular_file_is_left_out_by_name(folder: Path, save: Save, scanned: Scanned) -> None:
+    """A reader of the pipe would wait for ever, one of the device would never end, and the sparse file is 5 GB."""
+    save("a.png")
+    os.mkfifo(folder / "pipe.png")
+    os.mkfifo(folder / "a.txt")
+    (folder / "zero.png").symlink_to("/dev/zero")
+    os.mknod(folder / "socket.png", stat.S_IFSOCK | 0o600)
+    with (folder / "sparse.png").open("wb") as file:
+        file.truncate(5_000_000_000)
+    manifest = scanned(caption_strategy="filename")
+    assert [sample.name for sample in manifest.samples] == ["a.png"]
+    assert [(each.name, each.reason, each.detail) for each in manifest.rejections] == [
+        ("a.txt", "not a regular file", "a named pipe"),
+        ("pipe.png", "not a regular file", "a named pipe"),
+        ("socket.png", "not a regular file", "a socket"),
+        ("sparse.png", "too large", "5.0 GB; the limit is 1.4 GB; shrink it"),
+        ("zero.png", "not a regular file", "a device"),
+    ]
+
+
+def test_runs_and_caches_of_ours_are_passed_over_by_name(folder: Path, save: Save, scanned: Scanned) -> None:
+    save("a.png")
+    run = RunDirectory(folder / "out")
+    run.create()
+    run.events.touch()
+    save("out/validation/step-000001/x.png")
+    cache = folder / "vae"
+    assert scanned(cache_dir_vae=str(cache)).samples
+    text = folder / "text"
+    for name in (LEDGER, f"ab/{'ab' * 32}.safetensors"):
+        (text / name).parent.mkdir(parents=True, exist_ok=True)
+        (text / name).touch()
+    manifest = scanned(cache_dir_vae=str(cache))
+    assert [sample.name for sample in manifest.samples] == ["a.png"]
+    assert {(each.name, each.reason) for each in manifest.rejections} == {
+        ("out", "a run directory"),
+        ("text", "a cache of latents or text"),
+        ("vae", "a cache of latents or text"),
+    }
+    for ours in (run.root, cache, text):
+        with pytest.raises(DataError, match="of this program: expected a folder of pictures") as caught:
+            scanned(instance_data_dir=str(ours))
+        assert caught.value.exit_code == 3
+    assert scanned(instance_data_dir=str(run.validations)).samples, "a folder that is named is meant"

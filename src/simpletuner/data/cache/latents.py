@@ -17,7 +17,7 @@ from simpletuner.data.ahead import map_ahead
 from simpletuner.data.cache.report import FillReport
 from simpletuner.data.cache.store import Store, check_all
 from simpletuner.data.manifest import Manifest
-from simpletuner.data.pixels import PIXELS_VERSION, render
+from simpletuner.data.pixels import FILE_LIMIT, PIXELS_VERSION, render
 from simpletuner.data.rejected import Rejected
 from simpletuner.data.sample import Sample
 
@@ -134,12 +134,15 @@ def fill_latents(
 def _pixels(sample: Sample) -> UInt8[np.ndarray, "H W 3"]:
     """The crop of a picture. In a thread, so every error names the file."""
     try:
-        data = sample.read()
+        data = sample.read(FILE_LIMIT)
         if sha256_bytes(data) != sample.content:
             raise _changed(sample, "it is another file now")
         return render(data, sample.geometry)
-    except (OSError, Rejected) as error:
+    except OSError as error:
         raise _changed(sample, str(error)) from error
+    except Rejected as rejected:  # of the same bytes: it was decoded once
+        remedy = "Free some memory or shrink the picture, then start again."
+        raise DataError.of(f"{sample.shown}: {rejected}", remedy=remedy) from rejected
 
 
 def _changed(sample: Sample, how: str) -> DataError:

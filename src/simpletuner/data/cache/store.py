@@ -20,6 +20,7 @@ from simpletuner.base.parts import sweep_parts
 from simpletuner.base.storage import Stamp, Storage
 from simpletuner.base.tensorfile import file_pieces
 from simpletuner.data.ahead import map_ahead
+from simpletuner.data.storages import LEDGER
 from simpletuner.memory.tensors import as_written
 
 HEADER_KEY = "simpletuner"
@@ -27,9 +28,6 @@ HEADER_KEY = "simpletuner"
 
 CHECKING_THREADS = 4
 """Reading and hashing release Python's lock; more threads than this wait for the disk."""
-
-LEDGER = "verified.json"
-"""Beside a store's files: the stamps of those that were read and found sound."""
 
 LEDGER_VERSION = 1
 
