@@ -1,14 +1,27 @@
-"""`python -m simpletuner`: the same as the command `simpletuner`."""
+"""The command `simpletuner`, also as `python -m simpletuner`."""
 
-import os
-import sys
+from simpletuner.base.signals import STOPPED, deferred_signals
+
+deferred_signals.__enter__()  # before anything that takes long enough to be interrupted
+
+import os  # noqa: E402
+import sys  # noqa: E402
 
 # Python puts the working folder first on its path here. A user's `datasets/` would be found where libraries look for
 # the package of that name.
-if sys.path[:1] in ([""], [os.getcwd()]):
+if __name__ == "__main__" and sys.path[:1] in ([""], [os.getcwd()]):
     del sys.path[0]
 
-from simpletuner.cli.main import main
+from simpletuner.cli.main import main  # noqa: E402
+
+
+def command() -> None:
+    """Run the process's own command line and end the process with its exit code."""
+    code = main()
+    if code == STOPPED:
+        os._exit(code)  # without waiting for a download that was left behind
+    sys.exit(code)
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

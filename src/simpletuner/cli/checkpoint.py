@@ -1,11 +1,11 @@
 """`simpletuner checkpoint list|verify|delete`: the checkpoints of a run."""
 
 import datetime
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from simpletuner.base.console import answer_to, say
 from simpletuner.base.errors import CheckpointError, ConfigError, Problem
 from simpletuner.base.sizes import format_size
 from simpletuner.cli.arguments import Flag, flag_help, parse_command, verb_of, wants_help
@@ -75,7 +75,7 @@ def run(arguments: list[str]) -> int:
         CheckpointError: no such checkpoint, one that must stay, or the run is going on.
     """
     if wants_help(arguments):
-        print(f"{_USAGE}\n{flag_help(CheckpointCommand)}")
+        say(f"{_USAGE}\n{flag_help(CheckpointCommand)}")
         return 0
     works = {"list": _list, "verify": _verify, "delete": _delete}
     verb = verb_of("checkpoint", arguments, works)
@@ -86,13 +86,13 @@ def run(arguments: list[str]) -> int:
 def _list(directory: RunDirectory, command: CheckpointCommand) -> int:
     there = [one for step in checkpoints.steps(directory) if (one := _at(directory, step)) is not None]
     if command.json:
-        print(_json(directory, "checkpoints", [one.__dict__ for one in there]))
+        say(_json(directory, "checkpoints", [one.__dict__ for one in there]))
     elif not there:
-        print(f"{directory.root} has no checkpoints.")
+        say(f"{directory.root} has no checkpoints.")
     else:
         rows = [(str(one.step), format_size(one.bytes), _local(one.time), one.path) for one in there]
-        print(table([("step", "size", "time", "folder"), *rows]))
-        print(f"{len(there)} checkpoints, {format_size(sum(one.bytes for one in there))}")
+        say(table([("step", "size", "time", "folder"), *rows]))
+        say(f"{len(there)} checkpoints, {format_size(sum(one.bytes for one in there))}")
     return 0
 
 
@@ -106,11 +106,11 @@ def _verify(directory: RunDirectory, command: CheckpointCommand) -> int:
             continue
         told.append(one.__dict__ | {"damage": damage})
         if not command.json:
-            print(f"step {step}: {'good' if damage is None else f'damaged: {damage}'}", flush=True)
+            say(f"step {step}: {'good' if damage is None else f'damaged: {damage}'}")
     if command.json:
-        print(_json(directory, "checkpoints", told))
+        say(_json(directory, "checkpoints", told))
     elif not steps:
-        print(f"{directory.root} has no checkpoints.")
+        say(f"{directory.root} has no checkpoints.")
     return CheckpointError.exit_code if any(one["damage"] for one in told) else 0
 
 
@@ -140,9 +140,9 @@ def _delete(directory: RunDirectory, command: CheckpointCommand) -> int:
             checkpoints.remove(directory, step)
     kept = checkpoints.steps(directory)
     if command.json:
-        print(_json(directory, "deleted", [one.__dict__ for one in gone], kept=kept))
+        say(_json(directory, "deleted", [one.__dict__ for one in gone], kept=kept))
     else:
-        print(f"{len(gone)} deleted, {format_size(sum(one.bytes for one in gone))}; {len(kept)} kept.")
+        say(f"{len(gone)} deleted, {format_size(sum(one.bytes for one in gone))}; {len(kept)} kept.")
     return 0
 
 
@@ -154,12 +154,12 @@ def _confirm(gone: Sequence[ListedCheckpoint]) -> None:
     """
     steps = ", ".join(str(one.step) for one in gone)
     what = f"the checkpoints of steps {steps}" if len(gone) > 1 else f"the checkpoint of step {steps}"
-    if not sys.stdin.isatty():
+    answer = answer_to(f"Delete {what} ({format_size(sum(one.bytes for one in gone))})? [y/N] ")
+    if answer is None:
         raise ConfigError.of(
             f"nobody can be asked whether to delete {what}", remedy="Give --yes to delete without being asked."
         )
-    print(f"Delete {what} ({format_size(sum(one.bytes for one in gone))})? [y/N] ", end="", file=sys.stderr, flush=True)
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+    if answer.lower() not in ("y", "yes"):
         raise ConfigError.of("nothing is deleted")
 
 

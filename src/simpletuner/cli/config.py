@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from simpletuner.base.console import say
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.cli.arguments import Flag, flag_help, parse_command, wants_help
 from simpletuner.cli.loading import examine_here, load_here
@@ -35,17 +36,17 @@ def run(arguments: list[str]) -> int:
         ConfigError: every problem of the configuration; with --json they are printed, and the code is the same.
     """
     if wants_help(arguments):
-        print(help_text(f"{_USAGE}\n{flag_help(ConfigCommand)}"))
+        say(help_text(f"{_USAGE}\n{flag_help(ConfigCommand)}"))
         return 0
     if not arguments or arguments[0] not in ("check", "show"):
         raise ConfigError.of("simpletuner config: nothing to do", "check or show after it")
     command = parse_command(ConfigCommand, arguments[1:])
     if command.json:
         examined = examine_here(command.rest)
-        print(json_text(_as_json(examined)))
+        say(json_text(_as_json(examined)))
         return ConfigError.exit_code if examined.problems else 0
     loaded = load_here(command.rest)
-    print(_table(loaded) if arguments[0] == "show" else _summary(loaded))
+    say(_table(loaded) if arguments[0] == "show" else _summary(loaded))
     return 0
 
 

@@ -4,7 +4,6 @@ and its caches."""
 import contextlib
 import json
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from simpletuner.base.console import complain, is_terminal, say, say_on_standard_error, work_goes_on
 from simpletuner.base.errors import ConfigError, DataError, Problem
 from simpletuner.base.files import file_errors_reported
 from simpletuner.cli.arguments import Flag, flag_help, parse_command, verb_of, wants_help
@@ -76,7 +76,7 @@ def run(arguments: list[str]) -> int:
         DataError: a set is missing or nothing in it can be trained.
     """
     if wants_help(arguments):
-        print(help_text(f"{_USAGE}\n{flag_help(DatasetCommand, column=18)}"))
+        say(help_text(f"{_USAGE}\n{flag_help(DatasetCommand, column=18)}"))
         return 0
     works = {"scan": _scan, "show": _show, "cache": _cache}
     verb = verb_of("dataset", arguments, works)
@@ -84,9 +84,9 @@ def run(arguments: list[str]) -> int:
     loaded = load_here(command.rest)
     result, text = works[verb](loaded, command)
     if command.json:
-        print(json_text(result | {"notices": list(loaded.notices)}))
+        say(json_text(result | {"notices": list(loaded.notices)}))
     else:
-        print("\n".join((*loaded.notices, text)))
+        say("\n".join((*loaded.notices, text)))
     return 0
 
 
@@ -127,7 +127,7 @@ def _as_json(sample: Sample) -> dict[str, Any]:
 
 
 def _tell_progress(what: str, done: int, total: int) -> None:
-    print(json.dumps({"what": what, "done": done, "total": total}), file=sys.stderr, flush=True)
+    complain(json.dumps({"what": what, "done": done, "total": total}))
 
 
 def _show(loaded: Loaded, command: DatasetCommand) -> tuple[dict[str, Any], str]:
@@ -158,7 +158,7 @@ def _cache(loaded: Loaded, command: DatasetCommand) -> tuple[dict[str, Any], str
     device = choose_device()
     check_precisions(loaded.config, device)
     # JSON has standard output to itself.
-    with contextlib.redirect_stdout(sys.stderr) if command.json else contextlib.nullcontext():
+    with work_goes_on(), say_on_standard_error() if command.json else contextlib.nullcontext():
         reporter = Reporter()
         if command.progress:
             # Lines in place of the bar.
@@ -213,7 +213,7 @@ def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar with rate and time left on a terminal, silence elsewhere."""
     from tqdm import tqdm
 
-    with tqdm(desc=title, unit=" pictures", leave=False, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(desc=title, unit=" pictures", leave=False, disable=not is_terminal()) as bar:
 
         def report(done: int, total: int) -> None:
             bar.total = total

@@ -5,7 +5,6 @@ import io
 import itertools
 import json
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from simpletuner.base.console import complain
 from simpletuner.base.errors import MemoryBudgetError
 from simpletuner.base.files import sha256_file, write_atomic
 from simpletuner.cli.sample import SampleConfig, Wanted
@@ -60,7 +60,7 @@ def draw_samples(config: SampleConfig, loras: Sequence[Wanted]) -> Iterator[Path
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    complain(text)
 
 
 def _check_fit(source: Source, saved: Sequence[LoadedLora]) -> None:

@@ -6,6 +6,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 from simpletuner import __version__
+from simpletuner.base.console import say
 from simpletuner.base.errors import ConfigError
 from simpletuner.base.sizes import format_size
 
@@ -35,16 +36,16 @@ def run(arguments: list[str]) -> int:
         ConfigError: any other argument.
     """
     if arguments in (["-h"], ["--help"]):
-        print("usage: simpletuner env [--json]")
+        say("usage: simpletuner env [--json]")
         return 0
     if arguments not in ([], ["--json"]):
         raise ConfigError.of(f"simpletuner env {' '.join(arguments)}", "--json or nothing")
     found = report()
     if arguments:
-        print(json.dumps(found, indent=2))
+        say(json.dumps(found, indent=2))
     else:
         width = max(map(len, found))
-        print("\n".join(f"{name:<{width}}  {value}" for name, value in found.items()))
+        say("\n".join(f"{name:<{width}}  {value}" for name, value in found.items()))
     return 0
 
 

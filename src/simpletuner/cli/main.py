@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from simpletuner import __version__
+from simpletuner.base.console import complain, guarded, say
 from simpletuner.base.errors import ConfigError, DiskError, UserError
 from simpletuner.base.files import file_problem
+from simpletuner.base.signals import deferred_signals
 
 COMMANDS = {
     "train": "train with the configuration found here, or the one that is named",
@@ -54,48 +56,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     and keeps its traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        code = _run(arguments)
-        sys.stdout.flush()
-        return code
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read the output has seen enough (`… | head`). What is still in the buffer has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return NOT_READ
-    except OSError as error:
-        # What the file system of the user answers is no bug of ours, wherever it was asked.
-        problem = file_problem(error)
-        if problem is None:
-            return _bug()
-        print(problem, file=sys.stderr)
-        return DiskError.exit_code
-    except Exception:  # noqa: BLE001  the outermost line: what arrives here is a bug
-        return _bug()
+    with guarded():
+        try:
+            if arguments[:1] != ["train"]:
+                deferred_signals.give_up()
+            return _run(arguments)
+        except UserError as error:
+            complain(str(error))
+            return error.exit_code
+        except KeyboardInterrupt:
+            return _interrupted()
+        except BrokenPipeError:
+            return NOT_READ  # whoever read the output has seen enough (`… | head`)
+        except OSError as error:
+            # What the file system of the user answers is no bug of ours, wherever it was asked.
+            problem = file_problem(error)
+            if problem is None:
+                return _bug()
+            complain(str(problem))
+            return DiskError.exit_code
+        except Exception as error:  # noqa: BLE001  the outermost line: what arrives here is a bug
+            return _interrupted() if _is_interrupt(error) else _bug()
+
+
+def _interrupted() -> int:
+    complain("Interrupted.")
+    return INTERRUPTED
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether a KeyboardInterrupt began it: numpy, interrupted while it is imported, raises an ImportError."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _bug() -> int:
     """Print the exception that is being handled, and whom to tell."""
-    traceback.print_exc()
-    print(
-        "This is a bug in simpletuner. Please report the lines above and what `simpletuner env` prints.",
-        file=sys.stderr,
-    )
+    complain(traceback.format_exc(), end="")
+    complain("This is a bug in simpletuner. Please report the lines above and what `simpletuner env` prints.")
     return BUG
 
 
 def _run(arguments: list[str]) -> int:
     word = arguments[0] if arguments else ""
     if word in ("", "-h", "--help", "help"):
-        print(usage())
+        say(usage())
         return 0 if word else ConfigError.exit_code
     if word in ("--version", "-V"):
-        print(f"simpletuner {__version__}")
+        say(f"simpletuner {__version__}")
         return 0
     if word in COMMANDS:
         # pydantic looks for plug-ins in every installed package, which takes longer than all our checks.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from simpletuner.base.console import say
 from simpletuner.base.errors import MemoryBudgetError, Problem
 from simpletuner.base.files import file_errors_reported
 from simpletuner.base.sizes import GIB, parse_size
@@ -74,7 +75,7 @@ def run(arguments: list[str]) -> int:
         DiskError: no space for the picture.
     """
     if wants_help(arguments):
-        print(help_text(f"{_USAGE}\n{flag_help(PlanCommand, column=21)}"))
+        say(help_text(f"{_USAGE}\n{flag_help(PlanCommand, column=21)}"))
         return 0
     command = parse_command(PlanCommand, arguments, check=PlanCommand.problems)
     loaded = load_here(command.rest)
@@ -102,9 +103,9 @@ def _plan(loaded: Loaded, command: PlanCommand) -> int:
     is_this_one = command.vram is None
     rate = matmul_rate(device, DTYPES[loaded.config.base_dtype]) if is_this_one else None
     if command.json:
-        print(json_text(budget.summary(rate) | {"notices": list(loaded.notices)}))
+        say(json_text(budget.summary(rate) | {"notices": list(loaded.notices)}))
     else:
-        print("\n".join((*loaded.notices, *budget.table(rate))))
+        say("\n".join((*loaded.notices, *budget.table(rate))))
     return 0 if budget.plan.fits else MemoryBudgetError.exit_code
 
 
@@ -117,9 +118,9 @@ def _draw(loaded: Loaded, command: PlanCommand) -> int:
         spread_picture(spread).save(path)
     if command.json:
         found: dict[str, Any] = {"timesteps": spread.summary() | {"path": str(path)}, "notices": list(loaded.notices)}
-        print(json_text(found))
+        say(json_text(found))
     else:
-        print("\n".join((*loaded.notices, terminal(spread), "", f"Picture: {path}")))
+        say("\n".join((*loaded.notices, terminal(spread), "", f"Picture: {path}")))
     return 0
 
 

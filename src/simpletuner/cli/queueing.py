@@ -1,12 +1,12 @@
 """`simpletuner run queue list|add|remove|resume`: runs that wait for their turn."""
 
-import contextlib
 import datetime
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from simpletuner.base.console import say, work_goes_on
 from simpletuner.base.errors import ConfigError
 from simpletuner.cli.arguments import Flag, Positional, parse_command, refuse_rest, verb_of
 from simpletuner.cli.kept import kept_aside, spelled
@@ -49,7 +49,8 @@ def run(arguments: Sequence[str]) -> int:
     refuse_rest(command.rest, f"simpletuner run queue {verb}")
     queue = Queue.of(Path.cwd())
     if verb == "work":
-        queue.work(devices_of(command.devices), say=_log)
+        with work_goes_on():
+            queue.work(devices_of(command.devices), say=_log)
         return 0
     if verb == "remove":
         return _remove(queue, command)
@@ -68,15 +69,15 @@ def add(arguments: Sequence[str], typed_devices: str | None, *, as_json: bool) -
     queue.start_workers()
     now = next((other for other in queue.entries() if other.id == entry.id), entry)
     if as_json:
-        print(json_text(now.model_dump(mode="json") | {"notices": list(loaded.notices)}))
+        say(json_text(now.model_dump(mode="json") | {"notices": list(loaded.notices)}))
         return 0
     for notice in loaded.notices:
-        print(f"Note: {notice}")
+        say(f"Note: {notice}")
     others = [
         e for e in queue.entries() if e.state in ("waiting", "running") and e.devices == devices and e.id < now.id
     ]
     turn = f"when {len(others)} before it have ended" if others else "now"
-    print(f"Queue entry {now.id}: {output_dir} is trained {turn}, with the configuration as it is.")
+    say(f"Queue entry {now.id}: {output_dir} is trained {turn}, with the configuration as it is.")
     return 0
 
 
@@ -93,9 +94,9 @@ def _remove(queue: Queue, command: QueueCommand) -> int:
         raise ConfigError.of("simpletuner run queue remove: no entry is named", "its number, from `run queue list`")
     entry = queue.remove(int(command.id))
     if command.json:
-        print(json_text(entry.model_dump(mode="json")))
+        say(json_text(entry.model_dump(mode="json")))
     else:
-        print(f"Queue entry {entry.id}, {entry.output_dir or 'damaged'}, is taken out.")
+        say(f"Queue entry {entry.id}, {entry.output_dir or 'damaged'}, is taken out.")
     return 0
 
 
@@ -103,14 +104,14 @@ def _list(queue: Queue, command: QueueCommand) -> int:
     entries, idle = queue.entries(), queue.work_is_needed() if queue.folder.is_dir() else []
     if command.json:
         told = [entry.model_dump(mode="json") for entry in entries]
-        print(json_text({"entries": told, "devices_without_a_worker": idle}))
+        say(json_text({"entries": told, "devices_without_a_worker": idle}))
         return 0
     if not entries:
-        print("Nothing is in the queue. `simpletuner run queue add` puts a run there.")
+        say("Nothing is in the queue. `simpletuner run queue add` puts a run there.")
         return 0
-    print(table([("id", "state", "run", "devices", "since", ""), *map(_row, entries)]))
+    say(table([("id", "state", "run", "devices", "since", ""), *map(_row, entries)]))
     if idle:
-        print("Nothing works on what waits: `simpletuner run queue resume` goes on.")
+        say("Nothing works on what waits: `simpletuner run queue resume` goes on.")
     return 0
 
 
@@ -126,5 +127,4 @@ def _row(entry: QueueEntry) -> tuple[str, ...]:
 
 def _log(text: str) -> None:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    with contextlib.suppress(OSError):  # a full disk must not end the work
-        print(f"{now} {text}", flush=True)
+    say(f"{now} {text}")

@@ -2,13 +2,12 @@
 them."""
 
 import json
-import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from simpletuner.base.console import complain, say
 from simpletuner.base.errors import CheckpointError, ConfigError
 from simpletuner.cli import queueing
 from simpletuner.cli.arguments import Flag, Positional, flag_help, parse_command, refuse_rest, verb_of, wants_help
@@ -86,7 +85,7 @@ def run(arguments: list[str]) -> int:
         DiskError: the disk is full.
     """
     if wants_help(arguments):
-        print(f"{_USAGE}\n{flag_help(StartCommand, RunCommand)}")
+        say(f"{_USAGE}\n{flag_help(StartCommand, RunCommand)}")
         return 0
     verb = verb_of("run", arguments, VERBS, f"one of {', '.join(VERBS)}")
     typed = arguments[1:]
@@ -110,20 +109,20 @@ def _start(command: StartCommand) -> int:
     try:
         started = launch_run(command.rest, directory, Path.cwd(), queueing.devices_of(command.devices))
     except KeyboardInterrupt:
-        print(f"\nNot waited for. `simpletuner run show {directory.root}` says what became of it.", file=sys.stderr)
+        complain(f"\nNot waited for. `simpletuner run show {directory.root}` says what became of it.")
         return INTERRUPTED
     if command.json:
         told = {"pid": started.pid, "exit_code": started.exit_code, "notices": list(loaded.notices)}
-        print(json_text(as_json(status_of(directory)) | told))
+        say(json_text(as_json(status_of(directory)) | told))
         return 0
     for notice in loaded.notices:
-        print(f"Note: {notice}")
+        say(f"Note: {notice}")
     if started.exit_code is not None:
-        print(started.printed.rpartition("\n")[2])
+        say(started.printed.rpartition("\n")[2])
         return 0
-    print(f"{directory.root} is being trained by process {started.pid}.")
-    print(f"  simpletuner run show {directory.root} --follow   shows what it does")
-    print(f"  simpletuner run stop {directory.root}            saves it and ends it")
+    say(f"{directory.root} is being trained by process {started.pid}.")
+    say(f"  simpletuner run show {directory.root} --follow   shows what it does")
+    say(f"  simpletuner run stop {directory.root}            saves it and ends it")
     return 0
 
 
@@ -134,12 +133,12 @@ def _list(command: ListCommand) -> int:
         raise ConfigError.of(f"{folder}: no such folder", "one with runs below it")
     statuses = sorted(map(status_of, find_runs(folder)), key=lambda status: status.started or "", reverse=True)
     if command.json:
-        print(json_text({"runs": [as_json(status) for status in statuses]}))
+        say(json_text({"runs": [as_json(status) for status in statuses]}))
     elif not statuses:
-        print(f"No runs below {folder}. `simpletuner run start` starts one.")
+        say(f"No runs below {folder}. `simpletuner run start` starts one.")
     else:
         rows = [("run", "state", "step", "loss", "began", "doing"), *map(_row, statuses)]
-        print(table(rows))
+        say(table(rows))
     return 0
 
 
@@ -155,21 +154,19 @@ def _show(command: RunCommand) -> int:
     place = directory.events.stat().st_size if directory.events.exists() else 0
     status = status_of(directory)
     if not command.follow:
-        print(json_text(as_json(status)) if command.json else described(status))
+        say(json_text(as_json(status)) if command.json else described(status))
         return 0
     if not command.json:
-        print(described(status), flush=True)
+        say(described(status))
     narrator = Narrator(status.steps)
     try:
         for event in followed(directory, place):
             lines = (json.dumps(event, ensure_ascii=False),) if command.json else narrator.lines(event)
             for line in lines:
-                print(line, flush=True)
+                say(line)
     except KeyboardInterrupt:
-        print(f"\n{directory.root} goes on.", file=sys.stderr)
+        complain(f"\n{directory.root} goes on.")
         return INTERRUPTED
-    except BrokenPipeError:  # whoever reads has seen enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -182,11 +179,11 @@ def _ask(request: ControlRequest, command: RunCommand) -> int:
     if command.wait:
         told |= _awaited(directory, request, place)
     if command.json:
-        print(json_text(as_json(status_of(directory)) | told))
+        say(json_text(as_json(status_of(directory)) | told))
     elif command.wait:
-        print(f"{directory.root}: {told['done']}")
+        say(f"{directory.root}: {told['done']}")
     else:
-        print(f"{directory.root}: asked. {_when(request, before)}")
+        say(f"{directory.root}: asked. {_when(request, before)}")
     return 0
 
 

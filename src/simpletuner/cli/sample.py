@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, MinLen, MultipleOf
 
+from simpletuner.base.console import say, work_goes_on
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.cli.arguments import wants_help
 from simpletuner.config import later
@@ -101,15 +102,16 @@ def run(arguments: list[str]) -> int:
         UserError: a problem the user can mend.
     """
     if wants_help(arguments):
-        print(sample_help())
+        say(sample_help())
         return 0
     config = read_request(arguments, os.environ)
     loras = wanted_loras(config)
     # Brings torch: only once the request is known to be good.
     from simpletuner.cli.drawing import draw_samples
 
-    for path in draw_samples(config, loras):
-        print(path, flush=True)
+    with work_goes_on():
+        for path in draw_samples(config, loras):
+            say(str(path))
     return 0
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from simpletuner.base.console import say, work_goes_on
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.base.files import file_errors_reported
 from simpletuner.cli.arguments import Flag, flag_help, parse_command, wants_help
@@ -107,10 +108,10 @@ def run(arguments: list[str]) -> int:
         DiskError: no space for the token.
     """
     if wants_help(arguments):
-        print(f"{_USAGE}\n{flag_help(ServerCommand)}")
+        say(f"{_USAGE}\n{flag_help(ServerCommand)}")
         return 0
     command = parse_command(ServerCommand, arguments, check=_tls_problems)
-    with contextlib.closing(_listening(command)) as listening:
+    with contextlib.closing(_listening(command)) as listening, work_goes_on():
         return _serve(command, listening)
 
 
@@ -142,7 +143,7 @@ def _serve(command: ServerCommand, listening: socket.socket) -> int:
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            print(f"The page is at {link}", flush=True)
+            say(f"The page is at {link}")
             if command.open:
                 asyncio.get_running_loop().run_in_executor(None, webbrowser.open, link)
 
@@ -158,7 +159,7 @@ def _serve(command: ServerCommand, listening: socket.socket) -> int:
         server.run([listening])
     if not server.started:
         return 1
-    print("The page is closed. Runs go on.", flush=True)
+    say("The page is closed. Runs go on.")
     return 0
 
 

@@ -1,8 +1,11 @@
 """`simpletuner train`: check the configuration without torch, then hand over."""
 
+from simpletuner.base.console import say, work_goes_on
+from simpletuner.base.signals import deferred_signals
 from simpletuner.cli.arguments import wants_help
 from simpletuner.cli.loading import load_here
 from simpletuner.config.flags import help_text
+from simpletuner.runs.process import stop_if_asked
 
 _USAGE = "simpletuner train [--config PATH | --env NAME | --example NAME] [--option value ...]"
 
@@ -14,11 +17,13 @@ def run(arguments: list[str]) -> int:
         UserError: a problem the user can mend.
     """
     if wants_help(arguments):
-        print(help_text(_USAGE))
+        say(help_text(_USAGE))
         return 0
-    loaded = load_here(arguments)
-    # torch: only once the configuration is known to be good
-    from simpletuner.train import job
-    from simpletuner.train.world import World
+    with deferred_signals, work_goes_on():
+        loaded = load_here(arguments)
+        # torch: only once the configuration is known to be good
+        from simpletuner.train import job
+        from simpletuner.train.world import World
 
-    return job.run(job.build(loaded, World.single()))
+        stop_if_asked()
+        return job.run(job.build(loaded, World.single()))

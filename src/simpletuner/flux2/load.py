@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from simpletuner.base.console import say
 from simpletuner.base.errors import AccessError, ConfigError, Problem
 from simpletuner.base.files import sha256_json
 from simpletuner.base.quiet import quiet_import
@@ -28,6 +29,7 @@ from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory import offload
 from simpletuner.memory.precision import check_range, make_room, quantised, quantised_from, targets
 from simpletuner.memory.tensors import non_finite_count, open_tensors
+from simpletuner.runs.process import stop_if_asked
 
 # Mistral's own pre-tokeniser, as in its tekken.json: case counts and every digit is a token.
 _TEKKEN_PATTERN = (
@@ -96,7 +98,7 @@ def load_transformer(
     land_on: Callable[[str], torch.device] | None = None,
     via: torch.device | str | None = None,
     cache_dir: Path | None = None,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = say,
 ) -> Flux2Transformer:
     """The transformer, frozen, as `dtype` on `device`, the Linears of its blocks in `precision`. BFL's and diffusers'
     names are both understood.
@@ -439,6 +441,7 @@ def _fill(
         with open_tensors(file, backend="mmap" if quantise is None else "pread") as tensors:
             for name, new in renamed.items():
                 if new is not None and entries[name].file == file:
+                    stop_if_asked()
                     land(new, tensors[name], entries[name])
 
 

@@ -12,6 +12,7 @@ from simpletuner.base.errors import AccessError, DiskError
 from simpletuner.base.files import file_errors_reported
 from simpletuner.base.sizes import format_size
 from simpletuner.config.options.model import ModelOptions
+from simpletuner.runs.process import interruptible
 
 ReportLine = Callable[[str], None]
 
@@ -131,7 +132,11 @@ class Hub:
 
         with file_errors_reported(self.cache), self._explained():
             return Path(
-                hf_hub_download(self.name, name, revision=revision, cache_dir=self.cache, endpoint=self._endpoint)
+                interruptible(
+                    lambda: hf_hub_download(
+                        self.name, name, revision=revision, cache_dir=self.cache, endpoint=self._endpoint
+                    )
+                )
             )
 
     @contextlib.contextmanager

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from simpletuner.base.console import ESCAPED
 from simpletuner.base.files import file_errors_reported
 
 SCHEMA_VERSION = 1
@@ -279,8 +280,7 @@ class EventLog:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         line = {"v": SCHEMA_VERSION, "id": self._next_id, "time": now, "attempt": self.attempt}
         line |= event.model_dump(mode="json")
-        # Half of a surrogate pair, from a file name that is no UTF-8, becomes a question mark.
-        left = memoryview((json.dumps(line, ensure_ascii=False) + "\n").encode(errors="replace"))
+        left = memoryview((json.dumps(line, ensure_ascii=False) + "\n").encode(errors=ESCAPED))
         with file_errors_reported(self.path):
             end = os.fstat(self._file.fileno()).st_size
             try:

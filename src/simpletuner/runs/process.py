@@ -1,23 +1,54 @@
 """What a running command obeys: files in `control/`, and signals."""
 
 import contextlib
-import os
-import signal
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self, TypeVar
 
 from simpletuner.base.errors import CheckpointError, Stopped
 from simpletuner.base.files import file_errors_reported
+from simpletuner.base.signals import deferred_signals
 from simpletuner.runs.layout import RunDirectory
 
 ControlRequest = Literal["stop", "save", "validate"]
+
+SIGNAL_LOOK_EVERY_S = 0.2
+"""How often `interruptible` looks whether a signal arrived."""
+
+Answer = TypeVar("Answer")
 
 
 def stopped(found: str) -> Stopped:
     """The end of a run that was asked to stop."""
     return Stopped.of(found, remedy="Give the same command again to go on.")
+
+
+def stop_if_asked() -> None:
+    """A safe point of the work before the training. Inside `Requests.between_steps` it is none.
+
+    Raises:
+        Stopped: a signal asked for it.
+    """
+    if deferred_signals.first is not None and not deferred_signals.is_training:
+        raise stopped("stopped before the training began")
+
+
+def interruptible(work: Callable[[], Answer]) -> Answer:
+    """The result of `work`, which runs in a thread. If a signal arrives, the thread is left behind: for what cannot
+    look for signals itself and keeps what is finished, such as a download.
+
+    Raises:
+        Stopped: a signal asked for it.
+    """
+    pool = ThreadPoolExecutor(1)
+    try:
+        result = pool.submit(work)
+        while not wait((result,), SIGNAL_LOOK_EVERY_S).done:
+            stop_if_asked()
+        return result.result()
+    finally:
+        pool.shutdown(wait=False)
 
 
 def ask(run: RunDirectory, request: ControlRequest) -> None:
@@ -37,45 +68,32 @@ def ask(run: RunDirectory, request: ControlRequest) -> None:
 class Requests:
     """Requests to this run.
 
-    `touch RUN/control/stop` (or save, validate) asks; the file is removed when it is obeyed. The first INT or TERM is a
-    request to stop, the second leaves at once. While caches are filled a stop takes effect there and then (what is
-    finished is kept); while training, inside `between_steps`, the step is finished and saved first.
+    `touch RUN/control/stop` (or save, validate) asks; the file is removed when it is obeyed. A signal asks for a stop.
+    Before the training a stop takes effect at the next `poll` (what is finished is kept); inside `between_steps`, the
+    step is finished and saved first.
     """
 
     def __init__(self, control: Path) -> None:
         self.control = control
         self._is_stopping = False
-        self._is_training = False
-        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         for name in ("stop", "save", "validate"):  # left over from an attempt that ended before it looked
             (self.control / name).unlink(missing_ok=True)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._on_signal)
+        deferred_signals.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        deferred_signals.__exit__()
 
     @contextlib.contextmanager
     def between_steps(self) -> Iterator[None]:
         """Inside, a stop waits until someone takes it."""
-        self._is_training = True
+        deferred_signals.is_training = True
         try:
             yield
         finally:
-            self._is_training = False
-
-    def _on_signal(self, *_: object) -> None:
-        if self._is_stopping:
-            os._exit(Stopped.exit_code)
-        self._is_stopping = True
-        if not self._is_training:
-            raise stopped("stopped before the training began")
-        # os.write: printing from a handler may interrupt another print.
-        os.write(sys.stderr.fileno(), b"\nStopping after this step; once more to leave at once.\n")
+            deferred_signals.is_training = False
 
     def take(self, request: ControlRequest) -> bool:
         """Whether `request` was made. Asking clears it, except a stop, which stays."""
@@ -84,7 +102,7 @@ class Requests:
             path.unlink(missing_ok=True)
             self._is_stopping = self._is_stopping or request == "stop"
             return True
-        return request == "stop" and self._is_stopping
+        return request == "stop" and (self._is_stopping or deferred_signals.first is not None)
 
     def poll(self) -> None:
         """For work outside the training loop.
@@ -92,5 +110,5 @@ class Requests:
         Raises:
             Stopped: a stop was asked for.
         """
-        if not self._is_training and self.take("stop"):
+        if not deferred_signals.is_training and self.take("stop"):
             raise stopped("stopped before the training began")

@@ -186,7 +186,7 @@ class Queue:
         """What that worker says."""
         return self.folder / f"worker-{_file_name(devices)}.log"
 
-    def work(self, devices: str, say: Callable[[str], None] = print) -> None:
+    def work(self, devices: str, say: Callable[[str], None]) -> None:
         """Run what waits for these devices, one after the other, until nothing does. Returns at once where another
         worker does so.
 

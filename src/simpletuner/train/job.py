@@ -250,7 +250,9 @@ class Attempt:
             self.checkpoint = checkpoint.save_checkpoint(self.run, state, product, optimiser, ema, metadata=metadata)
             return self.checkpoint
 
+        self.reporter.poll()
         self.try_out_compiled(stepper, builder, plan)
+        self.reporter.poll()
         loop = Loop(
             plan=plan,
             run=self.run,
@@ -273,13 +275,14 @@ class Attempt:
         )
         if self.state.step < plan.steps:
             self.run.finished.unlink(missing_ok=True)  # it is no longer
-        with self.reporter.phase("train"), self.requests.between_steps(), self.compiling():
-            is_done = loop(self.state)
-        if self.streaming is not None:
-            self.reporter.detail(f"Streamed: {self.streaming.told()}.")
-        if not is_done:
-            raise stopped(f"stopped after step {self.state.step} of {plan.steps}; it is saved")
-        self.finish(plan, source, product.noun)
+        with self.requests.between_steps():
+            with self.reporter.phase("train"), self.compiling():
+                is_done = loop(self.state)
+            if self.streaming is not None:
+                self.reporter.detail(f"Streamed: {self.streaming.told()}.")
+            if not is_done:
+                raise stopped(f"stopped after step {self.state.step} of {plan.steps}; it is saved")
+            self.finish(plan, source, product.noun)
 
     def record_backend(self, choice: BackendChoice) -> None:
         """Replace `dynamo_backend` auto by what this run does, in its record too, and say why."""

@@ -2,15 +2,13 @@
 
 import contextlib
 import datetime
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
 
 from tqdm import tqdm
 
-from simpletuner.base.files import file_errors_reported
+from simpletuner.base.console import ESCAPED, is_terminal, say
 from simpletuner.base.sizes import format_duration
 from simpletuner.memory.peak import PeakMemory, read_peak_memory, reset_peak_memory
 from simpletuner.runs.events import (
@@ -52,7 +50,7 @@ class Progress:
         left = (total - done) / rate if rate > 0 else 0.0
         if self.reporter.is_terminal:
             if self._bar is None:
-                self._bar = tqdm(total=total, initial=done, desc=self.title, leave=False, file=sys.stderr)
+                self._bar = tqdm(total=total, initial=done, desc=self.title, leave=False)
             self._bar.update(done - self._bar.n)
         elif now - self._printed >= STEP_LINE_EVERY_S:
             self._printed = now
@@ -98,7 +96,6 @@ class TrainingBar:
                 total=total,
                 initial=done,
                 unit="step",
-                file=sys.stderr,
                 smoothing=0.1,
                 bar_format=self.FORMAT,
                 dynamic_ncols=True,
@@ -154,15 +151,13 @@ class Reporter:
         *,
         events: EventLog | None = None,
         log: Path | None = None,
-        out: TextIO | None = None,
         poll: Callable[[], None] = lambda: None,
     ) -> None:
         self._events = events
         self._log = log
-        self._out = sys.stdout if out is None else out
         self.poll = poll
         """Called whenever progress is made; may raise `Stopped`."""
-        self.is_terminal = sys.stderr.isatty()
+        self.is_terminal = is_terminal()
         self.trackers = Trackers([], self.notice)
         self.listeners: list[Callable[[Event], None]] = []
         """Called with every event."""
@@ -176,17 +171,21 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """One line for the user, kept in the log."""
-        if self.is_terminal:
-            tqdm.write(text, file=self._out)
-        else:
-            print(text, file=self._out, flush=True)
+        with tqdm.external_write_mode():  # above the bars, if there are any
+            say(text)
         self._keep(text)
 
     def _keep(self, text: str) -> None:
-        if self._log is not None:
-            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            with file_errors_reported(self._log), self._log.open("a", encoding="utf-8") as file:
+        log = self._log
+        if log is None:
+            return
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        try:
+            with log.open("a", encoding="utf-8", errors=ESCAPED) as file:
                 file.write(f"{now} {text}\n")
+        except OSError as error:
+            self._log = None
+            self.notice(f"{log} cannot be written ({error.strerror}): it ends here. The events go on.")
 
     def detail(self, text: str) -> None:
         """One line for the log only."""
@@ -212,6 +211,7 @@ class Reporter:
         Its peak memory is its own: phases inside it are left out, and it is not theirs. A phase that ends with an error
         stays the last one, and `peak_memory` stays that phase's.
         """
+        self.poll()
         outer, outer_peak, outer_activity = self._phase, self.peak_memory(), self.activity
         self._phase = self.last_phase = phase
         self.emit(PhaseEvent(phase=phase, state="begin"))

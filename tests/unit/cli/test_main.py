@@ -110,16 +110,39 @@ def test_python_dash_m_is_the_command() -> None:
     assert found.stdout == f"simpletuner {__version__}\n"
 
 
+def test_an_interruption_that_a_library_hid_is_no_bug(
+    answer: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """numpy does so while it is imported."""
+
+    def stop(_: list[str]) -> int:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ImportError("a long message") from error
+
+    monkeypatch.setattr(env, "run", stop)
+    assert answer("env") == (130, "", "Interrupted.\n")
+
+
+def ended_writing_to(stdout: int, *arguments: str) -> tuple[int, str]:
+    """Exit code and complaints of a command."""
+    command = [sys.executable, "-P", "-m", "simpletuner", *arguments]
+    ended = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    return ended.returncode, ended.stderr
+
+
 def test_output_that_nobody_reads_is_no_bug() -> None:
-    """`simpletuner env | head -0`: no traceback, and the code of a command that SIGPIPE ended."""
+    """`simpletuner --help | head -0`: no traceback, and the code of a command that SIGPIPE ended."""
     reader, writer = os.pipe()
     os.close(reader)
-    ended = subprocess.run(
-        [sys.executable, "-P", "-m", "simpletuner", "config", "show", "--example", "tiny-lora"],
-        stdout=writer,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
+    assert ended_writing_to(writer, "--help") == (141, "")
     os.close(writer)
-    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+def test_output_that_cannot_be_written_is_told() -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    code, complaint = ended_writing_to(full, "--help")
+    os.close(full)
+    assert code == 7
+    assert complaint == "cannot write to standard output: No space left on device. Send it to another place.\n"

@@ -1,11 +1,13 @@
-"""Peak memory of phases and what a run was doing, as a reporter tells them."""
+"""What a reporter tells: peak memory of phases, what a run was doing; and what becomes of what it cannot keep."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
 from simpletuner.base.sizes import GIB
 from simpletuner.memory import peak
-from simpletuner.runs.events import Event, PhaseEvent
+from simpletuner.runs.events import Event, EventLog, PhaseEvent, read_events
 from simpletuner.train.report import Reporter
 
 MIB = 2**20
@@ -86,3 +88,33 @@ def test_on_a_cpu_no_allocated_memory_is_told(reporter: Reporter, events: list[E
     begun, ended = (event for event in events if isinstance(event, PhaseEvent))
     assert (begun.memory_gib, begun.memory_allocated_gib, ended.memory_allocated_gib) == (None, None, None)
     assert ended.memory_gib == pytest.approx(reporter.peak_memory().resident / GIB, abs=0.05)
+
+
+def test_a_log_that_cannot_be_written_is_given_up_with_one_notice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.log").symlink_to("/dev/full")
+    heard: list[Event] = []
+    with EventLog(tmp_path / "events.jsonl") as events:
+        reporter = Reporter(events=events, log=tmp_path / "run.log")
+        reporter.listeners.append(heard.append)
+        for line in ("one", "two"):
+            reporter.say(line)
+        reporter.detail("three")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(" (")[0] for line in lines] == [
+        "one",
+        f"Note: {tmp_path / 'run.log'} cannot be written",
+        "two",
+    ]
+    assert "No space left on device" in lines[1]
+    assert [event["type"] for event in read_events(tmp_path / "events.jsonl")] == ["notice"] == [heard[0].type]
+    assert len(heard) == 1
+
+
+def test_a_name_that_is_no_utf_8_is_kept(tmp_path: Path) -> None:
+    name = "picture-\udcff.png"
+    with EventLog(tmp_path / "events.jsonl") as events:
+        Reporter(events=events, log=tmp_path / "run.log").notice(name)
+    assert (tmp_path / "run.log").read_text().endswith("Note: picture-\\udcff.png\n")
+    assert [event["text"] for event in read_events(tmp_path / "events.jsonl")] == [name]
