@@ -1,7 +1,10 @@
-"""A command line split into its flags and other words: the one place that knows how a flag takes its value."""
+"""Command lines, read and printed: the one place that knows how a flag takes its value and how a word is quoted."""
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 
 @dataclass(frozen=True)
@@ -38,3 +41,26 @@ def split_arguments(
             yield CommandArgument((word, following), name, following)
         else:
             yield CommandArgument((word,), name, None)
+
+
+def command_text(*words: object) -> str:
+    """A command as a user types it: `words` joined, each quoted for the shell where it needs to be."""
+    return shlex.join(map(str, words))
+
+
+def flag(name: str, value: object) -> str:
+    """`--name=value`, not quoted, for a value of JSON: numbers with commas between, objects and other lists as JSON,
+    booleans as true and false.
+    """
+    if isinstance(value, list) and all(isinstance(item, int | float) for item in value):
+        value = ",".join(map(str, value))
+    return f"--{name}={value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
+
+
+def with_flags(
+    arguments: Sequence[str], values: Mapping[str, object], aliases: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
+    """`arguments` with a flag for each of `values` at the end, in place of those of the same name or an alias of it."""
+    replaced = {*values, *(alias for alias, name in aliases.items() if name in values)}
+    kept = [word for argument in split_arguments(arguments) if argument.name not in replaced for word in argument.typed]
+    return [*kept, *(flag(name, value) for name, value in values.items())]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from simpletuner.base.commandline import command_text
 from simpletuner.base.console import answer_to, say
 from simpletuner.base.errors import CheckpointError, ConfigError, Problem
 from simpletuner.base.sizes import format_size
@@ -122,7 +123,7 @@ def _delete(directory: RunDirectory, command: CheckpointCommand) -> int:
         raise CheckpointError.of(
             f"{directory.root} is being trained by process {directory.lock().pid() or 'unknown'}, which may need them",
             "a run that is at rest",
-            f"`simpletuner run stop {directory.root} --wait` saves and ends it.",
+            f"`{command_text('simpletuner', 'run', 'stop', directory.root, '--wait')}` saves and ends it.",
         )
     with directory.lock():
         good = next((one.step for one in checkpoints.newest_first(directory) if one.damage is None), None)

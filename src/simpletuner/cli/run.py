@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from simpletuner.base.commandline import command_text
 from simpletuner.base.console import complain, say
 from simpletuner.base.errors import CheckpointError, ConfigError
 from simpletuner.cli import queueing
@@ -44,6 +45,7 @@ _USAGE = """usage: simpletuner run start [--queue] [--devices LIST] [--json] [op
 REQUESTS: tuple[ControlRequest, ...] = get_args(ControlRequest)
 VERBS = ("start", *REQUESTS, "show", "list", "queue")
 
+_SHOW = ("simpletuner", "run", "show")
 _JSON_HELP = "print one JSON object (with --follow, one event a line)"
 
 
@@ -109,7 +111,7 @@ def _start(command: StartCommand) -> int:
     try:
         started = launch_run(command.rest, directory, Path.cwd(), queueing.devices_of(command.devices))
     except KeyboardInterrupt:
-        complain(f"\nNot waited for. `simpletuner run show {directory.root}` says what became of it.")
+        complain(f"\nNot waited for. `{command_text(*_SHOW, directory.root)}` says what became of it.")
         return INTERRUPTED
     if command.json:
         told = {"pid": started.pid, "exit_code": started.exit_code, "notices": list(loaded.notices)}
@@ -121,8 +123,12 @@ def _start(command: StartCommand) -> int:
         say(started.printed.rpartition("\n")[2])
         return 0
     say(f"{directory.root} is being trained by process {started.pid}.")
-    say(f"  simpletuner run show {directory.root} --follow   shows what it does")
-    say(f"  simpletuner run stop {directory.root}            saves it and ends it")
+    show, stop = (
+        command_text(*_SHOW, directory.root, "--follow"),
+        command_text("simpletuner", "run", "stop", directory.root),
+    )
+    say(f"  {show}   shows what it does")
+    say(f"  {stop:<{len(show)}}   saves it and ends it")
     return 0
 
 
@@ -221,5 +227,5 @@ def _awaited(directory: RunDirectory, request: ControlRequest, place: int) -> di
         if request == "validate" and steps_after > 1:
             raise ConfigError.of(f"{directory.root} makes no pictures", remedy="It has no prompts, or no validation.")
     raise CheckpointError.of(
-        f"{directory.root} ended before it obeyed", remedy=f"`simpletuner run show {directory.root}` says how."
+        f"{directory.root} ended before it obeyed", remedy=f"`{command_text(*_SHOW, directory.root)}` says how."
     )

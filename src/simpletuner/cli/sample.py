@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, MinLen, MultipleOf
 
+from simpletuner.base.commandline import command_text
 from simpletuner.base.console import say, work_goes_on
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.cli.arguments import wants_help
@@ -262,22 +263,24 @@ def wanted_loras(config: SampleConfig) -> list[Wanted]:
         directory = RunDirectory(Path(config.run))
         if config.model_type == "lora" and not wanted:
             wanted = [Wanted(directory.lora, 1.0)]
-            problems += _unfinished(directory, directory.lora, "LoRA", "--lora {}")
+            problems += _unfinished(directory, directory.lora, "LoRA", "lora", "")
         if config.model_type == "full" and config.pretrained_transformer_model_name_or_path == str(
             directory.model / "transformer"
         ):
-            place = "--pretrained_transformer_model_name_or_path {}/transformer"
-            problems += _unfinished(directory, directory.model, "model", place)
+            option = "pretrained_transformer_model_name_or_path"
+            problems += _unfinished(directory, directory.model, "model", option, "transformer")
     ConfigError.raise_if(problems)
     return wanted
 
 
-def _unfinished(directory: RunDirectory, result: Path, noun: str, remedy: str) -> list[Problem]:
-    """The problem of a run that has not got to its end; `remedy` names what a checkpoint is given as."""
+def _unfinished(directory: RunDirectory, result: Path, noun: str, option: str, below: str) -> list[Problem]:
+    """The problem of a run that has not got to its end; `option` takes what lies `below` a checkpoint instead."""
     if result.exists():
         return []
     checkpoints = sorted(directory.checkpoints.glob("step-*"))
-    text = f"Give {remedy.format(checkpoints[-1])}." if checkpoints else "It has no checkpoint either."
+    text = "It has no checkpoint either."
+    if checkpoints:
+        text = f"Give {command_text(f'--{option}', checkpoints[-1] / below)}."
     return [Problem(f"--run {directory.root} has no finished {noun}", remedy=text)]
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from simpletuner.base.commandline import command_text
 from simpletuner.base.console import say, work_goes_on
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.base.files import file_errors_reported
@@ -219,7 +220,7 @@ def _token_in(path: Path) -> str:
     except OSError as error:
         raise ConfigError.of(f"--token-file {path}: cannot be read ({error.strerror})") from None
     if others_may:
-        raise ConfigError.of(f"--token-file {path}: others may read it", remedy=f"chmod 600 {path}")
+        raise ConfigError.of(f"--token-file {path}: others may read it", remedy=command_text("chmod", "600", path))
     if _TOKEN.fullmatch(token) is None:
         raise ConfigError.of(
             f"--token-file {path}: no token in it",

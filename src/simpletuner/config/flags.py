@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from simpletuner.base.commandline import split_arguments
+from simpletuner.base.commandline import command_text, split_arguments
 from simpletuner.base.errors import Problem
 from simpletuner.config.given import Given
 from simpletuner.config.paths import stray_text
@@ -59,7 +59,7 @@ def parse(arguments: Sequence[str], repeatable: Collection[str] = ()) -> Flags:
 def _stray(word: str) -> Problem:
     key, equals, value = word.lstrip("-").partition("=")
     if equals and key in SELECTORS:
-        return Problem(shown(word), "a flag that begins with --", f"Did you mean --{key} {value}?")
+        return Problem(shown(word), "a flag that begins with --", f"Did you mean {command_text(f'--{key}', value)}?")
     return Problem(shown(word), "a flag that begins with --")
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from simpletuner.base.commandline import command_text, with_flags
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.config import later
 from simpletuner.config.datasets import Datasets, ImageSet
@@ -89,6 +90,13 @@ class Loaded:
     prompts_file: Path | None
     """The prompt library that was read."""
 
+    arguments: tuple[str, ...]
+    """What was typed after `simpletuner train`."""
+
+    def command(self, **changes: object) -> str:
+        """The command that was typed, with other values of some options: to be printed, and typed again."""
+        return command_text("simpletuner", "train", *with_flags(self.arguments, changes, OPTION_ALIASES))
+
 
 @dataclass(frozen=True)
 class Examined:
@@ -104,6 +112,7 @@ class Examined:
     config_file: Path | None
     datasets_file: Path | None
     prompts_file: Path | None
+    arguments: tuple[str, ...]
     problems: tuple[Problem, ...]
 
     def loaded(self) -> Loaded:
@@ -124,6 +133,7 @@ class Examined:
             config_file=self.config_file,
             datasets_file=self.datasets_file,
             prompts_file=self.prompts_file,
+            arguments=self.arguments,
         )
 
 
@@ -190,6 +200,7 @@ def examine(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str
         config_file=config_file,
         datasets_file=datasets_file,
         prompts_file=prompts_file,
+        arguments=tuple(arguments),
         problems=tuple(problems),
     )
 

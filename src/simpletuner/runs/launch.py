@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from simpletuner.base.commandline import command_text
 from simpletuner.base.errors import CheckpointError, UserError
 from simpletuner.base.files import file_errors_reported
 from simpletuner.runs.layout import RunDirectory
@@ -49,9 +50,10 @@ def launch_run(
         DiskError: the disk is full.
     """
     if run.lock().is_held():
+        stop = command_text("simpletuner", "run", "stop", run.root)
         raise CheckpointError.of(
             f"{run.root} is in use by process {run.lock().pid() or 'unknown'}",
-            remedy="Wait for it, stop it with `simpletuner run stop`, or give this run another --output_dir.",
+            remedy=f"Wait for it, stop it with `{stop}`, or give this run another --output_dir.",
         )
     run.create()
     before = status_of(run).attempt

@@ -14,6 +14,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from simpletuner.base.commandline import command_text
 from simpletuner.base.errors import CheckpointError, ConfigError, DiskError, Stopped
 from simpletuner.base.files import DirectoryLock, file_errors_reported, read_json, write_json
 from simpletuner.config.load import ENVIRONMENT_PREFIX
@@ -145,7 +146,7 @@ class Queue:
                 raise ConfigError.of(
                     f"queue entry {number} is running",
                     "one that waits or has ended",
-                    f"`simpletuner run stop {entry.output_dir}` saves and ends it.",
+                    f"`{command_text('simpletuner', 'run', 'stop', entry.output_dir)}` saves and ends it.",
                 )
             self._path(number).unlink(missing_ok=True)
             self.held(number).path.unlink(missing_ok=True)
