@@ -2,6 +2,8 @@
 
 import fcntl
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -148,6 +150,11 @@ def same_bytes(uninterrupted: Workplace) -> Callable[[Workplace], None]:
             assert found == tensors_below(uninterrupted.folder / "cache" / cache)
 
     return check
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """What follows `simpletuner` in each command between backticks, as a shell takes it apart."""
+    return [shlex.split(command)[1:] for command in re.findall(r"`(simpletuner [^`]*)`", text)]
 
 
 def tensors_below(folder: Path) -> dict[str, bytes]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tests.recipes.conftest import Workplace, tensors_below
+from tests.recipes.conftest import Workplace, commands_in, tensors_below
 
 from simpletuner.base.files import sha256_file
 from simpletuner.cli.main import main
@@ -87,13 +87,25 @@ def test_all_damaged_is_an_error_and_not_a_fresh_start(
     assert "all 1 checkpoints" in capsys.readouterr().err
 
 
-def test_another_setting_is_refused_by_name(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
-    assert workplace.train("--max_train_steps=1") == 0
-    assert workplace.train("--learning_rate=1e-4", "--lora_rank=8", "--checkpoint_step_interval=7") == 6
+def test_a_refused_change_shows_both_values_and_the_command_that_puts_it_back(
+    workplace: Workplace, same_bytes: Callable[[Workplace], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    workplace.config["output_dir"] = "output/a run"
+    workplace.write()
+    assert main(["train", "--max_train_steps=1"]) == 0
+    typed = ["--lora_rank=8", "--checkpoint_step_interval=7", "--seed", "3"]
+    assert workplace.train(*typed) == 6
     error = capsys.readouterr().err
-    assert "learning_rate, lora_rank" in error
-    assert "checkpoint_step_interval" not in error
-    assert "resume_from_checkpoint=''" in error
+    assert "lora_rank = 8 (was 4), seed = 3 (was 42)" in error
+    back, anew = commands_in(error)
+    assert back == ["train", "--checkpoint_step_interval=7", "--lora_rank=4", "--seed=42"]
+    assert anew == ["train", *typed, "--output_dir=output/a run-2"]
+    assert main(back) == 0
+    # "output/a run" is moved to where the fixture looks for it.
+    (workplace.folder / "output" / "a run").rename(workplace.run().root)
+    same_bytes(workplace)
+    assert main([*anew, "--max_train_steps=1"]) == 0
+    assert workplace.run("a run-2").lora.exists()
 
 
 def test_another_default_does_not_change_a_run(
@@ -164,7 +176,7 @@ def test_another_caption_is_refused(workplace: Workplace, capsys: pytest.Capture
     assert workplace.train("--max_train_steps=1") == 0
     (workplace.folder / "datasets" / "pictures" / "picture-0.txt").write_text("something else")
     assert workplace.train() == 6
-    assert "pictures: pictures, captions, crops or repeats have changed" in capsys.readouterr().err
+    assert "pictures: images, captions, crops or repeats have changed" in capsys.readouterr().err
 
 
 def test_starting_over_needs_another_folder(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:

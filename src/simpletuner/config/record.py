@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,27 @@ MAY_CHANGE = frozenset(
     "ema_validation",
     "max_train_steps",
     "num_train_epochs",
+    "skip_bad_batches",
     "text_encoder_mode",
     "verify_base",
     "write_batch_size",
 }
-"""Options that a resumed run may change. The datasets themselves are compared by their fingerprint."""
+"""Options that a resumed run may change without a notice: what it looks at, saves and skips, how long it is, where
+things lie. The datasets themselves are compared by their fingerprint."""
+
+CHANGE_THE_CURVE = frozenset(
+    {
+        "caption_dropout_probability",
+        "ema_decay",
+        "grad_clip_method",
+        "learning_rate",
+        "lr_end",
+        "lr_scheduler",
+        "lr_warmup_steps",
+        "max_grad_norm",
+    }
+)
+"""Options that a resumed run may change with a notice: from there on it is trained otherwise."""
 
 LEFT_TO_THE_RUN: dict[str, Any] = {"dynamo_backend": "auto"}
 """Values that leave the choice to the run, whose record says what it chose. On resume they ask for that again; another
@@ -91,16 +107,28 @@ def is_left_to_the_run(name: str, value: object) -> bool:
 
 
 @dataclass(frozen=True)
+class OptionChange:
+    """An option's value in a record and in a configuration, as JSON."""
+
+    before: Any
+    now: Any
+
+
+@dataclass(frozen=True)
 class RecordComparison:
-    """How a configuration compares with the record of a checkpoint, for the options that a resumed run must keep."""
+    """How a configuration compares with the record of a checkpoint."""
 
     kept: dict[str, Any]
     """Options that the user did not give, or left to the run, and whose value differs from the record: with the
     record's value."""
-    changed: list[str]
-    """Options that were given with another value than the record's."""
+    refused: dict[str, OptionChange]
+    """Options that were given with another value than the record's, and must keep it."""
     unavailable: dict[str, Any]
     """Options of the record that are gone, or no longer take its value: with that value."""
+    steering: dict[str, OptionChange] = field(default_factory=dict)
+    """Changed options of `CHANGE_THE_CURVE`."""
+    quiet: dict[str, OptionChange] = field(default_factory=dict)
+    """Changed options of `MAY_CHANGE`."""
 
 
 def compare(record: Mapping[str, Any], config: RunConfig, given: Collection[str]) -> RecordComparison:
@@ -109,7 +137,8 @@ def compare(record: Mapping[str, Any], config: RunConfig, given: Collection[str]
     """
     old = {OPTION_ALIASES.get(name, name): value for name, value in record.items()}
     new, defaults = (json.loads(json.dumps(resolved(each))) for each in (config, RunConfig()))
-    changed: list[str] = []
+    refused_changes: dict[str, OptionChange] = {}
+    steering: dict[str, OptionChange] = {}
     kept: dict[str, Any] = {}
     unavailable: dict[str, Any] = {}
     for name in sorted({*old, *new} - MAY_CHANGE):
@@ -123,9 +152,15 @@ def compare(record: Mapping[str, Any], config: RunConfig, given: Collection[str]
             if name not in given or is_left_to_the_run(name, new.get(name)):
                 kept[name] = before
             elif name not in LEFT_TO_THE_RUN:
-                changed.append(name)
+                changes = steering if name in CHANGE_THE_CURVE else refused_changes
+                changes[name] = OptionChange(before, new.get(name))
     unavailable |= {name: kept.pop(name) for name in refused(RunConfig, kept)}
-    return RecordComparison(kept, changed, unavailable)
+    quiet = {
+        name: OptionChange(old[name], new[name])
+        for name in sorted(MAY_CHANGE & old.keys() & new.keys())
+        if old[name] != new[name]
+    }
+    return RecordComparison(kept, refused_changes, unavailable, steering, quiet)
 
 
 def with_recorded(config: RunConfig, kept: Mapping[str, Any]) -> RunConfig:

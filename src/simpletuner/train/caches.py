@@ -133,13 +133,17 @@ class Prepared:
 def prepare(
     loaded: Loaded, source: Source, device: torch.device, reporter: Reporter, *, verify: bool = False
 ) -> Prepared:
-    """Scan every set and fill every cache that the run will read. With `verify` every cached file is read and hashed,
-    also those that an earlier check left as they are.
+    """Scan every set and fill every cache, as `scan_sets` and `fill_caches` do."""
+    prepared = scan_sets(loaded, source, reporter)
+    fill_caches(prepared, source, device, reporter, verify=verify)
+    return prepared
+
+
+def scan_sets(loaded: Loaded, source: Source, reporter: Reporter) -> Prepared:
+    """The data of a run, scanned but not encoded: what is known before an encoder loads.
 
     Raises:
         DataError: a set is missing or ends up empty.
-        AccessError: an encoder cannot be loaded.
-        DiskError: a cache's disk is full. What is finished is kept.
     """
     config, datasets = loaded.config, loaded.datasets
     with reporter.phase("scan") as progress:
@@ -150,10 +154,21 @@ def prepare(
     for manifest in manifests:
         tell_manifest(manifest, reporter)
     count = len(datasets.train_sets)
-    prepared = Prepared(loaded, Encoders.claimed(loaded, source), tuple(manifests[:count]), tuple(manifests[count:]))
+    return Prepared(loaded, Encoders.claimed(loaded, source), tuple(manifests[:count]), tuple(manifests[count:]))
+
+
+def fill_caches(
+    prepared: Prepared, source: Source, device: torch.device, reporter: Reporter, *, verify: bool = False
+) -> None:
+    """Fill every cache that the run will read. With `verify` every cached file is read and hashed, also those that an
+    earlier check left as they are.
+
+    Raises:
+        AccessError: an encoder cannot be loaded.
+        DiskError: a cache's disk is full. What is finished is kept.
+    """
     fill_text(prepared, source, device, reporter, verify=verify)
     fill_pictures(prepared, source, device, reporter, verify=verify)
-    return prepared
 
 
 def tell_manifest(manifest: Manifest, reporter: Reporter) -> None:

@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 
 import simpletuner
-from simpletuner.base.errors import ConfigError, DiskError, MemoryBudgetError, Stopped, UserError
+from simpletuner.base.commandline import command_text
+from simpletuner.base.errors import ConfigError, DataError, DiskError, MemoryBudgetError, Stopped, UserError
 from simpletuner.base.files import sha256_json, write_json
 from simpletuner.base.sizes import format_duration, format_size
 from simpletuner.config.load import Loaded
@@ -40,7 +41,7 @@ from simpletuner.train import checkpoint, optim, resume, trackers
 from simpletuner.train.backend import BackendChoice, check_backend, choose_backend, uncompiled
 from simpletuner.train.batches import BatchBuilder
 from simpletuner.train.budget import Budget, configured, scanned, this_machine
-from simpletuner.train.caches import Prepared, base_fingerprints, knows_whole_base, prepare
+from simpletuner.train.caches import Prepared, base_fingerprints, fill_caches, knows_whole_base, scan_sets
 from simpletuner.train.ema import Ema
 from simpletuner.train.export import EXPORTS
 from simpletuner.train.loop import Loop, Plan, best_step, shapes_of
@@ -50,10 +51,11 @@ from simpletuner.train.profile import StepProfiler
 from simpletuner.train.report import Reporter
 from simpletuner.train.rollout import Rollout
 from simpletuner.train.state import TrainState
-from simpletuner.train.step import Objective, Stepper
+from simpletuner.train.step import NotFiniteError, Objective, Stepper
 from simpletuner.train.strata import Strata
 from simpletuner.train.throughput import FlopMeter, data_sheet_rate
 from simpletuner.train.validate import HeldOutLoss, Painter, drawn_steps, sheet_of
+from simpletuner.train.watch import Watch
 from simpletuner.train.world import World
 
 MANY_VISITS = 400
@@ -143,6 +145,11 @@ class Attempt:
         """Micro-batches of a global batch, over all processes."""
         return self.config.gradient_accumulation_steps * self.world.size
 
+    @property
+    def ways(self) -> resume.Ways:
+        """Commands that lead on from here."""
+        return resume.Ways(self.run, self.loaded)
+
     def __call__(self) -> None:
         found, loaded = resume.find(self.run, self.loaded, self.reporter)
         if loaded is not self.loaded:
@@ -168,10 +175,10 @@ class Attempt:
                 f"{found.folder} knows the first 4 KiB of each tensor of the base model: only these are compared. What "
                 "is saved from here on knows all of it."
             )
-        prepared = prepare(self.loaded, source, self.device, self.reporter)
-        write_json(self.run.datasets, [m.summary() for m in (*prepared.train, *prepared.held_out)])
+        prepared = scan_sets(self.loaded, source, self.reporter)
         if found is not None:
-            resume.check_content(found, data=prepared.fingerprints, model=known)
+            resume.check_content(found, self.ways, data=prepared.fingerprints, model=known)
+        write_json(self.run.datasets, [m.summary() for m in (*prepared.train, *prepared.held_out)])
         order = Order(prepared.train, seed=self.config.seed, batch_size=self.config.train_batch_size)
         for text in order.notices:
             self.reporter.notice(text)
@@ -179,6 +186,7 @@ class Attempt:
         if self.is_finished(plan.steps):
             return
         ConfigError.raise_if(problem for _, problem in profile_findings(self.config, plan.steps))
+        fill_caches(prepared, source, self.device, self.reporter)
         if self.config.dynamo_backend == "auto":
             choice = choose_backend(self.config, self.device, plan.steps, compilation.compiler_lack)
             self.may_drop_compiled = choice.backend != "no"
@@ -272,6 +280,8 @@ class Attempt:
             painter=self.painter(prepared, source, denoiser, product, ema),
             reporter=self.reporter,
             requests=self.requests,
+            watch=Watch(trained, self.run, self.reporter.notice, start=self.state.step),
+            ways=self.ways,
         )
         if self.state.step < plan.steps:
             self.run.finished.unlink(missing_ok=True)  # it is no longer
@@ -333,10 +343,10 @@ class Attempt:
             self.reporter.say(f"{reason}: the results are made from {self.checkpoint}.")
             for line in self.export(lambda: locate(self.config, report=self.reporter.say)):
                 self.reporter.say(line)
-        self.reporter.say(
-            f"This run is finished: {step} steps, {self.run.result(self.config.model_type)}. To go on give a higher "
-            "--max_train_steps; for another run give another --output_dir."
-        )
+        self.reporter.say(f"This run is finished: {step} steps, {self.run.result(self.config.model_type)}.")
+        self.reporter.say(f"  To train it longer: {self.ways.on(max_train_steps=2 * step)}")
+        self.reporter.say(f"  To train on with other images: {self.ways.from_weights(None)}")
+        self.reporter.say(f"  For another run: {self.ways.anew()}")
         return True
 
     def lacks_sheet(self, step: int) -> bool:
@@ -505,7 +515,12 @@ class Attempt:
         seconds = math.inf
         for _ in range(2):  # the first pass also warms up what a library sets up once
             began = time.monotonic()
-            stepper.backward(trial)
+            try:
+                stepper.backward(trial)
+            except NotFiniteError as error:
+                # What may be skipped is named when its step comes.
+                if self.config.skip_bad_batches == 0:
+                    raise DataError.of(error.problems[0].found, remedy=self.ways.past_bad_batch(self.state)) from None
             stepper.optimiser.zero_grad(set_to_none=True)
             seconds = min(seconds, time.monotonic() - began)
             if seconds > WARM_UP_WORTH_S and self.compiled is None:
@@ -577,7 +592,7 @@ class Attempt:
             self.reporter.say(line)
         if source.flavour.repo is not None:
             self.reporter.say(f"Licence of the base, which binds this {noun} too: {source.flavour.licence}")
-        self.reporter.say(f"Try it: simpletuner sample --run {self.run.root} --prompt '…'")
+        self.reporter.say(f"Try it: {command_text('simpletuner', 'sample', '--run', self.run.root, '--prompt', '…')}")
         release_memory(self.device)
 
 

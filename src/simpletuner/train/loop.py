@@ -23,10 +23,12 @@ from simpletuner.train import optim
 from simpletuner.train.ema import Ema
 from simpletuner.train.profile import StepProfiler
 from simpletuner.train.report import Reporter, TrainingBar
+from simpletuner.train.resume import Ways
 from simpletuner.train.state import TrainState
-from simpletuner.train.step import Stepper
+from simpletuner.train.step import NotFiniteError, Stepper, StepResult
 from simpletuner.train.throughput import FlopMeter
 from simpletuner.train.validate import HeldOutLoss, Painter
+from simpletuner.train.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ class Loop:
     painter: Painter | None
     reporter: Reporter
     requests: Requests
+    watch: Watch
+    ways: Ways
 
     def __call__(self, state: TrainState) -> bool:
         """Train from `state` to the end. Returns whether the end was reached; if not, a stop was asked for and obeyed.
@@ -142,37 +146,14 @@ class Loop:
             lr = optim.learning_rate(options, batch.step, self.plan.steps)
             self.profiler.begin(batch.step)
             self.reporter.activity = f"training step {batch.step} ({shapes_of(batch)})"
-            try:
-                result = self.stepper(batch, lr)
-            except DataError:
-                if state.step > 0:
-                    self._save(state)
-                raise
-            if self.ema is not None:
-                with optim.as_given(self.stepper.optimiser):
-                    self.ema.update(batch.step)
+            waited = time.monotonic() - began
+            result = self._step(batch, lr, state)
             state.step = batch.step
             state.micro_batches += len(batch.batches)
-            seconds = time.monotonic() - began
-            peak = self.reporter.peak_memory()
-            rates = self.meter.throughput(batch, seconds)
-            event = StepEvent(
-                step=batch.step,
-                epoch=batch.epoch,
-                loss=result.loss,
-                lr=lr,
-                grad_norm=result.grad_norm,
-                seconds=round(seconds, 4),
-                rollout_calls=result.rollout_calls,
-                memory_gib=peak.used_gib,
-                memory_allocated_gib=peak.allocated_gib,
-                images_per_s=four_digits(rates.images_per_s),
-                tflop_per_s=four_digits(rates.tflop_per_s),
-                mfu=None if rates.mfu is None else round(rates.mfu, 4),
-                hfu=None if rates.hfu is None else round(rates.hfu, 4),
-            )
-            self.reporter.emit(event)
-            bar.step(event)
+            if result is None:
+                bar.skip()
+            else:
+                self._tell(batch, lr, result, bar, waited=waited, seconds=time.monotonic() - began)
             self.profiler.end(batch.step)
 
             is_last = batch.step == self.plan.steps
@@ -198,6 +179,60 @@ class Loop:
             began = time.monotonic()  # what happens between steps is not the step's time
             bar.go_on()
         return True
+
+    def _step(self, batch: GlobalBatch, lr: float, state: TrainState) -> StepResult | None:
+        """Train on `batch`. None: a loss or gradient is not finite, and the step is skipped as `skip_bad_batches`
+        allows. `state` is that of the step before.
+        """
+        allowed = self.plan.config.skip_bad_batches
+        try:
+            result = self.stepper(batch, lr)
+        except NotFiniteError as error:
+            found = error.problems[0].found
+            if len(state.skipped_steps) >= allowed:
+                if state.step > 0:
+                    self._save(state)
+                raise DataError.of(found, remedy=self.ways.past_bad_batch(state)) from None
+            self.stepper.discard()
+            state.skipped_steps.append(batch.step)
+            self.reporter.notice(
+                f"{found}. The step is skipped, {len(state.skipped_steps)} of {allowed} (skip_bad_batches)."
+            )
+            return None
+        if self.ema is not None:
+            with optim.as_given(self.stepper.optimiser):
+                self.ema.update(batch.step)
+        return result
+
+    def _tell(
+        self, batch: GlobalBatch, lr: float, result: StepResult, bar: TrainingBar, *, waited: float, seconds: float
+    ) -> None:
+        """Tell of a step that was taken, and look whether it was in vain."""
+        peak = self.reporter.peak_memory()
+        rates = self.meter.throughput(batch, seconds)
+        event = StepEvent(
+            step=batch.step,
+            epoch=batch.epoch,
+            loss=result.loss,
+            lr=lr,
+            grad_norm=result.grad_norm,
+            seconds=round(seconds, 4),
+            rollout_calls=result.rollout_calls,
+            memory_gib=peak.used_gib,
+            memory_allocated_gib=peak.allocated_gib,
+            images_per_s=four_digits(rates.images_per_s),
+            tflop_per_s=four_digits(rates.tflop_per_s),
+            mfu=None if rates.mfu is None else round(rates.mfu, 4),
+            hfu=None if rates.hfu is None else round(rates.hfu, 4),
+        )
+        self.reporter.emit(event)
+        bar.step(event)
+        if math.isfinite(result.grad_norm):  # fp16's scaler skips the others
+            self.watch.trained_step(lr)
+        if batch.step not in self.plan.config.profiled:
+            self.watch.timed_step(
+                batch.step, shapes_of(batch), seconds=seconds, waited=waited, tflop_per_s=rates.tflop_per_s
+            )
 
     def _measure(self, state: TrainState) -> None:
         if self.held_out is None:
@@ -249,6 +284,7 @@ class Loop:
         place = str(folder.relative_to(self.run.root))
         self.reporter.emit(CheckpointEvent(step=state.step, state="saved", path=place, bytes=size))
         self.reporter.say(f"Checkpoint at step {state.step}: {folder} ({format_size(size)})")
+        self.watch.saved(state.step)
         best = best_step(self.run, state)
         protect = frozenset() if best is None else frozenset({best})
         for step in checkpoints.prune(self.run, self.plan.config.checkpoints_total_limit, protect):

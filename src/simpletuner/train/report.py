@@ -124,6 +124,11 @@ class TrainingBar:
                 f"{left} left"
             )
 
+    def skip(self) -> None:
+        """Show one more step that was not taken."""
+        if self._bar is not None:
+            self._bar.update(1)
+
     def _rates(self, event: StepEvent) -> str:
         """Images a second, TFLOP/s, and MFU where it is known."""
         if event.images_per_s is None or event.tflop_per_s is None:

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it may."""
+"""Which checkpoint a run goes on from, whether it may, and the commands that lead on where it may not."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -6,17 +6,23 @@ from pathlib import Path
 
 from simpletuner.base.errors import CheckpointError, ConfigError, Problem
 from simpletuner.config.load import Loaded
-from simpletuner.config.record import compare, is_left_to_the_run, with_recorded
+from simpletuner.config.options.checkpoint import LATEST
+from simpletuner.config.record import OptionChange, compare, is_left_to_the_run, with_recorded
 from simpletuner.config.rules import findings
 from simpletuner.config.values import shown
 from simpletuner.runs import checkpoints
 from simpletuner.runs.events import CheckpointEvent
-from simpletuner.runs.layout import RunDirectory
+from simpletuner.runs.layout import LORA_NAME, RunDirectory
 from simpletuner.train.checkpoint import read_state
 from simpletuner.train.report import Reporter
 from simpletuner.train.state import TrainState, changed
 
-START_OVER = "To start over give --resume_from_checkpoint='' and another --output_dir."
+LOWER_RATE = 0.1
+"""Factor of the learning rate in the command that is suggested where training diverges."""
+USUAL_MAX_GRAD_NORM = 1.0
+"""The clipping that is suggested there."""
+SKIPPED_MORE = 10
+"""Bad batches that the suggested command skips: the image comes again in each epoch."""
 
 
 @dataclass(frozen=True)
@@ -27,70 +33,137 @@ class Resume:
     state: TrainState
 
 
+@dataclass(frozen=True)
+class Ways:
+    """Commands that lead on from where a run stands, each as it is typed."""
+
+    run: RunDirectory
+    loaded: Loaded
+
+    def on(self, **changes: object) -> str:
+        """Go on from the newest checkpoint, with other values of some options."""
+        if self.loaded.config.resume_from_checkpoint != LATEST:
+            changes = {"resume_from_checkpoint": LATEST, **changes}
+        return f"`{self.loaded.command(**changes)}`"
+
+    def anew(self, **changes: object) -> str:
+        """Start another run, in a folder that is not there yet."""
+        number = 2
+        while (folder := self.run.root.with_name(f"{self.run.root.name}-{number}")).exists():
+            number += 1
+        return self.on(output_dir=str(folder), **changes)
+
+    def from_weights(self, checkpoint: Path | None) -> str:
+        """Start another run from what this one trained: from `checkpoint`, or from what a finished run ended with."""
+        if self.loaded.config.model_type == "lora":
+            return self.anew(init_lora=str(self.run.lora if checkpoint is None else checkpoint / LORA_NAME))
+        folder = self.run.model if checkpoint is None else checkpoint
+        return self.anew(pretrained_transformer_model_name_or_path=str(folder / "transformer"))
+
+    def past_bad_batch(self, state: TrainState) -> str:
+        """Remedy of a loss or gradient that is not finite, in the step after `state`."""
+        config = self.loaded.config
+        slower: dict[str, object] = {"learning_rate": float(f"{config.learning_rate * LOWER_RATE:.3g}")}
+        if not 0 < config.max_grad_norm <= USUAL_MAX_GRAD_NORM:
+            slower["max_grad_norm"] = USUAL_MAX_GRAD_NORM
+        earlier = [step for step in checkpoints.steps(self.run) if step < state.step]
+        if earlier:
+            folder = self.run.checkpoint(earlier[-1])
+            lower = f"`{self.loaded.command(resume_from_checkpoint=str(folder), **slower)}`"
+        else:
+            lower = self.on(**slower) if state.step == 0 else self.anew(**slower)
+        saved = f", and the run is saved at step {state.step}" if state.step > 0 else ""
+        return (
+            f"The step was not taken{saved}. If these images alone are bad, go on past them: "
+            f"{self.on(skip_bad_batches=len(state.skipped_steps) + SKIPPED_MORE)}. If the loss rose before, train "
+            f"{'from an earlier step' if state.step > 0 else 'again'} at a lower rate: {lower}."
+        )
+
+
 def find(run: RunDirectory, loaded: Loaded, reporter: Reporter) -> tuple[Resume | None, Loaded]:
     """The checkpoint that `resume_from_checkpoint` names, None for a fresh start; and the configuration to train with.
 
     That is `loaded`, with the checkpoint's values of options that are not given: another default is no reason to train
-    otherwise from here on. A notice names them.
+    otherwise from here on. Notices name those, and options that are changed.
 
     Raises:
         CheckpointError: it is damaged or missing, or was trained with other values than those that are given.
         ConfigError: the checkpoint's values do not fit to the options that may change.
     """
     checkpoints.clear_unfinished(run)
+    ways = Ways(run, loaded)
     choice = loaded.config.resume_from_checkpoint
     if choice == "":
         if checkpoints.steps(run):
             raise CheckpointError.of(
                 f"{run.root} already holds a run ({len(checkpoints.steps(run))} checkpoints)",
-                "an empty --output_dir with resume_from_checkpoint=''",
-                "Give another --output_dir, or remove that one.",
+                "an empty output_dir with resume_from_checkpoint = ''",
+                f"To go on: {ways.on()}. To start over: {ways.anew()}.",
             )
         return None, loaded
-    folder = newest(run, reporter) if choice == "latest" else named(Path(choice))
+    folder = newest(ways, reporter) if choice == LATEST else named(Path(choice))
     if folder is None:
         return None, loaded
     state = read_state(folder)
-    return Resume(folder, state), continued(folder, state, loaded, reporter)
+    return Resume(folder, state), continued(folder, state, ways, reporter)
 
 
-def continued(folder: Path, state: TrainState, loaded: Loaded, reporter: Reporter) -> Loaded:
-    """`loaded` with the values of the checkpoint in `folder` where no other is given."""
+def continued(folder: Path, state: TrainState, ways: Ways, reporter: Reporter) -> Loaded:
+    """The configuration with the values of the checkpoint in `folder` where no other is given."""
+    loaded = ways.loaded
     given = [name for name, origin in loaded.origins.items() if origin != "default"]
     comparison = compare(state.config, loaded.config, given)
     problems = [
         Problem(
             f"{folder} was trained with {name} = {shown(value)}, which this release does not have",
-            remedy=f"Go on with the release that wrote it. {START_OVER}",
+            remedy=f"Go on with the release that wrote it. To start over: {ways.anew()}.",
         )
         for name, value in comparison.unavailable.items()
     ]
-    if comparison.changed:
-        problems.append(
-            Problem(
-                f"{folder} was trained with other settings: {', '.join(comparison.changed)}",
-                "the same, but for steps, validation, checkpoints and tracking",
-                f"Put them back to go on. {START_OVER}",
-            )
-        )
+    if comparison.refused:
+        problems.append(_refused(folder, comparison.refused, ways))
     CheckpointError.raise_if(problems)
-    if not comparison.kept:
-        return loaded
-    config = with_recorded(loaded.config, comparison.kept)
-    ConfigError.raise_if(problem for _, problem in findings(config, loaded.datasets))
-    values = ", ".join(
-        f"{name} = {shown(value)}"
-        for name, value in comparison.kept.items()
-        if not is_left_to_the_run(name, vars(loaded.config)[name])
+    if comparison.kept:
+        config = with_recorded(loaded.config, comparison.kept)
+        ConfigError.raise_if(problem for _, problem in findings(config, loaded.datasets))
+        values = ", ".join(
+            f"{name} = {shown(value)}"
+            for name, value in comparison.kept.items()
+            if not is_left_to_the_run(name, vars(loaded.config)[name])
+        )
+        if values:
+            reporter.notice(f"Not given, and kept as {folder} was trained with: {values}.")
+        loaded = replace(loaded, config=config)
+    if comparison.quiet:
+        reporter.say(f"Changed since step {state.step}: {_in_words(comparison.quiet)}.")
+    if comparison.steering:
+        reporter.notice(
+            f"From step {state.step + 1} on this run is trained with {_in_words(comparison.steering)}: its loss is no "
+            "longer that of a run without the change."
+        )
+    return loaded
+
+
+def _refused(folder: Path, changes: Mapping[str, OptionChange], ways: Ways) -> Problem:
+    # A flag cannot say null; an option that is not given keeps the checkpoint's value.
+    back = {name: change.before for name, change in changes.items() if change.before is not None}
+    unset = [f"leave out {name}" for name in changes if name not in back]
+    steps = [*unset, *([f"type {ways.on(**back)}"] if back else [])]
+    return Problem(
+        f"{folder} was trained with other settings: {_in_words(changes)}",
+        "values that a resumed run may change (docs/runs.md)",
+        f"To go on with the settings of the checkpoint, {' and '.join(steps)}. To start over: {ways.anew()}.",
     )
-    if values:
-        reporter.notice(f"Not given, and kept as {folder} was trained with: {values}.")
-    return replace(loaded, config=config)
 
 
-def newest(run: RunDirectory, reporter: Reporter) -> Path | None:
+def _in_words(changes: Mapping[str, OptionChange]) -> str:
+    return ", ".join(f"{name} = {shown(change.now)} (was {shown(change.before)})" for name, change in changes.items())
+
+
+def newest(ways: Ways, reporter: Reporter) -> Path | None:
     """The newest checkpoint that verifies; the damaged ones that are passed over are named."""
     passed = 0
+    run = ways.run
     for found in checkpoints.newest_first(run):
         if found.damage is None:
             return found.path
@@ -102,7 +175,7 @@ def newest(run: RunDirectory, reporter: Reporter) -> Path | None:
         raise CheckpointError.of(
             f"all {passed} checkpoints in {run.checkpoints} are damaged",
             "one that verifies",
-            START_OVER,
+            f"To start over: {ways.anew()}.",
         )
     return None
 
@@ -117,22 +190,26 @@ def named(folder: Path) -> Path:
     return folder
 
 
-def check_content(resume: Resume, *, data: Mapping[str, str], model: Mapping[str, str]) -> None:
-    """Raise a CheckpointError if the pictures, the captions or the base model are not those of the checkpoint."""
-    problems = [
-        Problem(
-            f"{name}: pictures, captions, crops or repeats have changed since {resume.folder}",
-            "the same data",
-            f"Put them back to go on. {START_OVER}",
+def check_content(resume: Resume, ways: Ways, *, data: Mapping[str, str], model: Mapping[str, str]) -> None:
+    """Raise a CheckpointError if the images, the captions or the base model are not those of the checkpoint."""
+    problems = []
+    if sets := changed(resume.state.data, data):
+        finished = ways.run.result(ways.loaded.config.model_type).exists()
+        weights = ways.from_weights(None if finished else resume.folder)
+        problems.append(
+            Problem(
+                f"{', '.join(sets)}: images, captions, crops or repeats have changed since {resume.folder}",
+                "the same data",
+                f"Put them back to go on. To train what is there now, from the weights of this run: {weights}. "
+                f"To start over: {ways.anew()}.",
+            )
         )
-        for name in changed(resume.state.data, data)
-    ]
     if other := changed(resume.state.model, model):
         problems.append(
             Problem(
                 f"{', '.join(other)}: not the weights or settings that {resume.folder} was trained with",
                 "the same base model",
-                f"Name that one to go on. {START_OVER}",
+                f"Name that one to go on. To start over: {ways.anew()}.",
             )
         )
     CheckpointError.raise_if(problems)

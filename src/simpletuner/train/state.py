@@ -19,6 +19,8 @@ class TrainState(BaseModel):
     """Optimiser steps that are finished."""
     micro_batches: int = 0
     """Micro-batches seen: where the data goes on."""
+    skipped_steps: list[int] = Field(default_factory=list)
+    """Steps among these that were not taken, since a loss or gradient was not finite."""
     held_out: dict[int, float] = Field(default_factory=dict)
     """Held-out loss by step, as far as it was measured."""
     config: dict[str, Any] = Field(default_factory=dict)

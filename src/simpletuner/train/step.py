@@ -96,6 +96,17 @@ class Objective:
         return max(draw, 2.0**-53)
 
 
+class NotFiniteError(DataError):
+    """A loss or gradient is infinite or not a number."""
+
+    @classmethod
+    def at(cls, what: str, step: int, names: Sequence[str]) -> "NotFiniteError":
+        """`what`, the loss or the gradient, of the samples `names`."""
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        place = f"step {step}" if step > 0 else "the trial pass"
+        return cls.of(f"the {what} of {place} is not finite; it came from {shown}")
+
+
 @dataclass(frozen=True)
 class StepResult:
     loss: float
@@ -147,7 +158,7 @@ class Stepper:
         """Add the gradients of the global batch's mean loss; returns the weighted loss of each sample, in order.
 
         Raises:
-            DataError: a loss is not finite. Nothing has been updated.
+            NotFiniteError: a loss is not finite. Nothing has been updated.
         """
         losses = self.read(self._accumulate(whole))
         _check_losses(whole, losses)
@@ -179,7 +190,7 @@ class Stepper:
         """Train on one global batch.
 
         Raises:
-            DataError: a loss or gradient is not finite. Nothing has been updated.
+            NotFiniteError: a loss or gradient is not finite. Nothing has been updated; `discard` before the next step.
         """
         for parameters in self.optimiser.param_groups:
             parameters["lr"] = lr * parameters[optim.RATIO]
@@ -191,7 +202,7 @@ class Stepper:
         _check_losses(whole, losses)
         if not math.isfinite(grad_norm) and not self.scaler.is_enabled():
             # With fp16 an overflow is part of the method: the scaler skips the step and lowers its scale.
-            raise not_finite("gradient", whole.step, names_in(whole))
+            raise NotFiniteError.at("gradient", whole.step, names_in(whole))
         self.scaler.step(self.optimiser)
         self.scaler.update()
         if self.masters is not None:
@@ -202,6 +213,11 @@ class Stepper:
             calls = sum(self.rollout.calls_of(batch) for batch in whole.batches)
         return StepResult(math.fsum(losses) / whole.size, grad_norm, calls)
 
+    def discard(self) -> None:
+        """Forget the gradients of a step that is not taken."""
+        self.scaler.update()
+        self.optimiser.zero_grad(set_to_none=True)
+
 
 def names_in(whole: GlobalBatch) -> list[str]:
     """`set/name` of each sample of a global batch, in order."""
@@ -211,14 +227,4 @@ def names_in(whole: GlobalBatch) -> list[str]:
 def _check_losses(whole: GlobalBatch, losses: Sequence[float]) -> None:
     bad = [name for name, loss in zip(names_in(whole), losses, strict=True) if not math.isfinite(loss)]
     if bad:
-        raise not_finite("loss", whole.step, bad)
-
-
-def not_finite(what: str, step: int, names: Sequence[str]) -> DataError:
-    """The error of a `what` that is infinite or not a number."""
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return DataError.of(
-        f"the {what} of step {step} is not finite; it came from {shown}",
-        remedy="The step was not taken and the last good state is saved. Look at these pictures and captions, "
-        "lower learning_rate, or set max_grad_norm=1.0; then start again to go on.",
-    )
+        raise NotFiniteError.at("loss", whole.step, bad)

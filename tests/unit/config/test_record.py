@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -6,8 +7,10 @@ import pytest
 from simpletuner.config import record
 from simpletuner.config.options.kinds import Slice
 from simpletuner.config.record import (
+    CHANGE_THE_CURVE,
     MAY_CHANGE,
     RECORDED_TEXTS,
+    OptionChange,
     RecordComparison,
     compare,
     resolved,
@@ -16,7 +19,7 @@ from simpletuner.config.record import (
 from simpletuner.config.run import OPTION_NAMES, RunConfig
 from simpletuner.config.values import kinds
 
-EQUAL = RecordComparison({}, [], {})
+EQUAL = RecordComparison({}, {}, {})
 
 
 def test_paths_stay_out(place: Any) -> None:
@@ -87,21 +90,45 @@ def test_equal_configs_differ_in_nothing() -> None:
     ids=lambda change: next(iter(change)),
 )
 def test_a_resumed_run_may_change_this(change: dict[str, object]) -> None:
-    assert compare(resolved(RunConfig()), RunConfig.model_validate(change), OPTION_NAMES) == EQUAL
+    found = compare(resolved(RunConfig()), RunConfig.model_validate(change), OPTION_NAMES)
+    assert replace(found, quiet={}) == EQUAL
+    recorded = {name for name in change if name in resolved(RunConfig())}
+    assert set(found.quiet) == recorded
 
 
 def test_a_resumed_run_must_keep_the_rest() -> None:
     changed = RunConfig(seed=1, lora_rank=8, train_batch_size=2, max_train_steps=9)
     found = compare(resolved(RunConfig()), changed, OPTION_NAMES)
-    assert found == RecordComparison({}, ["lora_rank", "seed", "train_batch_size"], {})
-    assert "learning_rate" not in MAY_CHANGE
+    assert found.refused == {
+        "lora_rank": OptionChange(16, 8),
+        "seed": OptionChange(42, 1),
+        "train_batch_size": OptionChange(1, 2),
+    }
+    assert found.quiet == {"max_train_steps": OptionChange(None, 9)}
+
+
+def test_a_resumed_run_may_change_the_curve_and_that_is_told_apart() -> None:
+    changed = RunConfig(learning_rate=1e-3, max_grad_norm=0.5, seed=1)
+    found = compare(resolved(RunConfig()), changed, ["learning_rate", "seed"])
+    assert found.steering == {"learning_rate": OptionChange(1e-4, 1e-3)}
+    assert found.kept == {"max_grad_norm": 2.0}, "what is not given stays"
+    assert found.refused == {"seed": OptionChange(42, 1)}
+    assert not CHANGE_THE_CURVE & MAY_CHANGE
+    assert {*OPTION_NAMES} >= CHANGE_THE_CURVE | MAY_CHANGE
+
+
+def test_a_micro_batch_is_cut_from_one_bucket_so_its_size_may_not_change_for_accumulation() -> None:
+    """2 × 2 and 4 × 1 see other images in other steps."""
+    old = resolved(RunConfig(train_batch_size=2, gradient_accumulation_steps=2))
+    found = compare(old, RunConfig(train_batch_size=4, gradient_accumulation_steps=1), OPTION_NAMES)
+    assert set(found.refused) == {"gradient_accumulation_steps", "train_batch_size"}
 
 
 def test_a_resumed_run_must_keep_its_routes() -> None:
     first, other = ({"routes": [{"selection_ratio": share}]} for share in (0.5, 0.25))
     old = json.loads(json.dumps(resolved(RunConfig(tread_config=first))))
     assert compare(old, RunConfig(tread_config=first), OPTION_NAMES) == EQUAL
-    assert compare(old, RunConfig(tread_config=other), OPTION_NAMES) == RecordComparison({}, ["tread_config"], {})
+    assert compare(old, RunConfig(tread_config=other), OPTION_NAMES).refused.keys() == {"tread_config"}
 
 
 def test_a_record_counts_where_nothing_is_given() -> None:
@@ -111,7 +138,7 @@ def test_a_record_counts_where_nothing_is_given() -> None:
     old = json.loads(json.dumps(resolved(first)))
     found = compare(old, config, ["lora_rank"])
     assert found.kept == {"flow_custom_timesteps": [100.0, 200.0], "mixed_precision": "no", "seed": 3}
-    assert (found.changed, found.unavailable) == ([], {})
+    assert (found.refused, found.unavailable) == ({}, {})
     assert with_recorded(config, found.kept) == first
     assert compare(old, config, ["lora_rank", "seed"]).changed == ["seed"]
 
@@ -120,7 +147,7 @@ def test_a_hub_id_counts_where_none_is_given() -> None:
     old = resolved(RunConfig(pretrained_model_name_or_path="some/model"))
     assert compare(old, RunConfig(), []).kept == {"pretrained_model_name_or_path": "some/model"}
     here = RunConfig(pretrained_model_name_or_path="/a/folder")
-    assert compare(old, here, ["pretrained_model_name_or_path"]).changed == ["pretrained_model_name_or_path"]
+    assert compare(old, here, ["pretrained_model_name_or_path"]).refused.keys() == {"pretrained_model_name_or_path"}
     # Of a folder nothing is recorded: its weights are compared by their fingerprint.
     assert compare(resolved(here), RunConfig(), []) == EQUAL
 
@@ -128,7 +155,7 @@ def test_a_hub_id_counts_where_none_is_given() -> None:
 def test_what_was_left_to_the_run_stays_as_it_chose_unless_another_value_is_given() -> None:
     for before, other in (("no", "inductor"), ("inductor", "no")):
         old = resolved(RunConfig(dynamo_backend=before))
-        kept = RecordComparison({"dynamo_backend": before}, [], {})
+        kept = RecordComparison({"dynamo_backend": before}, {}, {})
         assert compare(old, RunConfig(), []) == kept
         assert compare(old, RunConfig(dynamo_backend="auto"), ["dynamo_backend"]) == kept
         # Such as `no`, where a compiled run no longer compiles.
@@ -141,20 +168,20 @@ def test_a_new_option_is_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     old = resolved(RunConfig())
     del old["seed"]
     assert compare(old, RunConfig(), OPTION_NAMES) == EQUAL
-    assert compare(old, RunConfig(seed=1), ["seed"]) == RecordComparison({}, ["seed"], {})
+    assert compare(old, RunConfig(seed=1), ["seed"]).refused == {"seed": OptionChange(42, 1)}
     monkeypatch.setitem(record.INTRODUCED, "seed", 7)
-    assert compare(old, RunConfig(), []) == RecordComparison({"seed": 7}, [], {})
+    assert compare(old, RunConfig(), []) == RecordComparison({"seed": 7}, {}, {})
     assert compare(old, RunConfig(seed=7), ["seed"]) == EQUAL
-    assert compare(old, RunConfig(), ["seed"]) == RecordComparison({}, ["seed"], {})
+    assert compare(old, RunConfig(), ["seed"]).refused == {"seed": OptionChange(7, 42)}
 
 
 def test_an_option_that_is_gone_is_no_difference_where_it_changed_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     old = resolved(RunConfig())
     assert compare({**old, "gone": None}, RunConfig(), []) == EQUAL
-    assert compare({**old, "gone": False}, RunConfig(), []) == RecordComparison({}, [], {"gone": False})
+    assert compare({**old, "gone": False}, RunConfig(), []) == RecordComparison({}, {}, {"gone": False})
     monkeypatch.setitem(record.REMOVED, "gone", (False,))
     assert compare({**old, "gone": False}, RunConfig(), []) == EQUAL
-    assert compare({**old, "gone": True}, RunConfig(), []) == RecordComparison({}, [], {"gone": True})
+    assert compare({**old, "gone": True}, RunConfig(), []) == RecordComparison({}, {}, {"gone": True})
 
 
 def test_a_renamed_option_is_read_under_its_new_name() -> None:
@@ -165,7 +192,7 @@ def test_a_renamed_option_is_read_under_its_new_name() -> None:
 
 def test_a_value_that_is_gone_is_named() -> None:
     old = {**resolved(RunConfig()), "lr_scheduler": "staircase", "seed": 5}
-    assert compare(old, RunConfig(), []) == RecordComparison({"seed": 5}, [], {"lr_scheduler": "staircase"})
+    assert compare(old, RunConfig(), []) == RecordComparison({"seed": 5}, {}, {"lr_scheduler": "staircase"})
 
 
 def test_a_slice_is_frozen_and_exact() -> None:

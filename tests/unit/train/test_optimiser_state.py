@@ -35,8 +35,10 @@ def start() -> dict[str, nn.Parameter]:
     return {name: nn.Parameter(value if name.endswith("a") else value * 0) for name, value in made.items()}
 
 
-def build(parameters: Mapping[str, nn.Parameter], name: str, ratio: float = 1.0) -> torch.optim.Optimizer:
-    options = OptimOptions(optimizer=name, learning_rate=1.0 if name == "prodigy" else 1e-2)
+def build(
+    parameters: Mapping[str, nn.Parameter], name: str, ratio: float = 1.0, factor: float = 1.0
+) -> torch.optim.Optimizer:
+    options = OptimOptions(optimizer=name, learning_rate=factor * (1.0 if name == "prodigy" else 1e-2))
     return optim.build(optim.lora_plus(parameters.items(), ratio), options, seed=3)
 
 
@@ -73,6 +75,28 @@ def test_four_steps_are_two_and_two(name: str) -> None:
     ours, theirs = optimiser_state.pack(after, fresh), optimiser_state.pack(optimiser, straight)
     assert written(ours[0]) == written(theirs[0])
     assert ours[1] == theirs[1]
+
+
+@pytest.mark.parametrize("name", [*OPTIMISERS, "schedulefree:sgdschedulefree"])
+def test_a_resumed_run_with_another_rate_goes_on_as_if_the_rate_had_changed_in_its_course(name: str) -> None:
+    """The stepper gives each step's rate to the groups."""
+    ratio = 1.0 if name == "prodigy" else 4.0
+    straight, resumed = start(), start()
+    optimiser, before = build(straight, name, ratio), build(resumed, name, ratio)
+    train(straight, optimiser, range(2))
+    train(resumed, before, range(2))
+    tensors, rest = optimiser_state.pack(before, resumed)
+    fresh = {key: nn.Parameter(value.detach().clone()) for key, value in resumed.items()}
+    after = build(fresh, name, ratio, factor=0.25)
+    optimiser_state.unpack(after, fresh, load(written(tensors)), rest)
+    for parameters, each in ((straight, optimiser), (fresh, after)):
+        for group in each.param_groups:
+            group["lr"] = group[optim.RATIO] * (0.25 if name == "prodigy" else 0.25e-2)
+        train(parameters, each, range(2, 4))
+    train(resumed, before, range(2, 4))
+    for key, expected in straight.items():
+        assert torch.equal(fresh[key], expected), key
+        assert not torch.equal(resumed[key], expected), key
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)

@@ -18,7 +18,7 @@ from simpletuner.flow.condition import Condition, Denoise, TextContext
 from simpletuner.flow.sigma import mu_linear, shifted
 from simpletuner.memory.masters import Masters
 from simpletuner.train import optim
-from simpletuner.train.step import Objective, Stepper
+from simpletuner.train.step import NotFiniteError, Objective, Stepper
 
 CPU = torch.device("cpu")
 
@@ -212,6 +212,29 @@ def test_a_loss_that_is_not_finite_stops_with_the_names_of_its_samples_before_an
         stepper(model)(GlobalBatch(4, 0, (good, bad), 2), 0.1)
     assert "fine" not in str(caught.value)
     assert model.scale.item() == 0.5
+
+
+@pytest.mark.parametrize("has_masters", [False, True], ids=["fp32", "masters"])
+@pytest.mark.parametrize("has_fp16", [False, True], ids=["unscaled", "scaled"])
+def test_a_step_that_is_not_finite_and_discarded_leaves_no_trace(has_fp16: bool, has_masters: bool) -> None:
+    found = []
+    for is_spoiled in (False, True):
+        model = Model()
+        scaler = torch.amp.GradScaler("cpu", enabled=has_fp16, init_scale=2.0**10)
+        trained = mastered(model, scaler) if has_masters else replace(stepper(model), scaler=scaler)
+        trained(whole(1, ["a"], ["bbb"]), 0.1)
+        if is_spoiled:
+            good, bad = whole(2, ["fine"], ["broken"]).batches
+            bad = replace(bad, latents=torch.full((1, 128, 2, 3), math.inf))
+            with pytest.raises(NotFiniteError):
+                trained(GlobalBatch(2, 0, (good, bad), 2), 0.1)
+            trained.discard()
+        result = trained(whole(3, ["cc"], ["d"]), 0.1)
+        state = [value for held in trained.optimiser.state.values() for value in held.values()]
+        found.append((result, [*(parameter.detach() for parameter in model.parameters()), *state]))
+    assert found[0][0] == found[1][0]
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_gradient_that_is_not_finite_stops_too() -> None:

@@ -125,6 +125,11 @@ class OptimOptions(Slice):
     grad_clip_method: Literal["norm", "value"] = "norm"
     """What `max_grad_norm` bounds: the norm over all parameters, or each value."""
 
+    skip_bad_batches: Whole = 0
+    """How many optimizer steps of the run may be skipped because a loss or gradient is not finite. Each is named in a
+    notice; it counts as a step and changes neither weights, optimizer state nor moving average. 0 ends the run, saved,
+    at the first. fp16's overflows do not count."""
+
     train_batch_size: Count = 1
     """Pictures in one forward pass. A dataset's own value wins."""
 
