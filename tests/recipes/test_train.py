@@ -175,11 +175,23 @@ def test_a_disk_that_fills_up_saves_and_stops(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(disk, "CHECK_SPACE_EVERY_S", 0.0)
-    workplace.config |= {"checkpoint_step_interval": 100, "disk_low_threshold": "900000GB"}
+    workplace.config |= {"checkpoint_step_interval": 100}
+    free_bytes = disk.free_bytes
+    monkeypatch.setattr(disk, "free_bytes", lambda path: 0 if workplace.events("step") else free_bytes(path))
     assert workplace.train() == 7
     assert "saved at step 1" in capsys.readouterr().err
     assert workplace.run().checkpoint(1).is_dir()
-    assert workplace.train("--disk_low_threshold=1MB") == 0
+    monkeypatch.setattr(disk, "free_bytes", free_bytes)
+    assert workplace.train() == 0
+
+
+def test_too_little_space_is_told_before_any_work(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert workplace.train("--disk_low_threshold=900000GB") == 7
+    error = capsys.readouterr().err
+    assert "free for output/run, below disk_low_threshold" in error
+    assert "free some space, or lower --disk_low_threshold, and give the same command again" in error
+    assert not workplace.events("phase")
+    assert workplace.events("end")[-1]["exit_code"] == 7
 
 
 def test_trackers_get_curves_and_pictures(workplace: Workplace) -> None:
@@ -254,7 +266,9 @@ def test_few_pictures_and_many_steps_get_a_word(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(disk, "CHECK_SPACE_EVERY_S", 0.0)
-    workplace.config |= {"max_train_steps": 10_000, "disk_low_threshold": "900000GB"}
+    workplace.config |= {"max_train_steps": 10_000}
+    free_bytes = disk.free_bytes
+    monkeypatch.setattr(disk, "free_bytes", lambda path: 0 if workplace.events("step") else free_bytes(path))
     assert workplace.train() == 7
     assert "10000 steps on 6 pictures show each of them about 3333 times" in capsys.readouterr().out
 

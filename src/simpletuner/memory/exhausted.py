@@ -30,7 +30,8 @@ def exhausted_memory(error: BaseException) -> Literal["accelerator", "ram"] | No
         return "accelerator"
     if isinstance(error, MemoryError):
         return "ram"
-    if isinstance(error, RuntimeError):
+    # Not their subclasses: a NotImplementedError may quote any text, and is none of memory.
+    if type(error) in (RuntimeError, torch.AcceleratorError):
         told = first_line(error)
         if any(text in told for text in DEVICE_FAILURES):
             return "accelerator"

@@ -14,7 +14,7 @@ import torch
 import simpletuner
 from simpletuner.base.commandline import command_text
 from simpletuner.base.errors import ConfigError, DataError, DiskError, MemoryBudgetError, Stopped, UserError
-from simpletuner.base.files import sha256_json, write_json
+from simpletuner.base.files import file_errors_reported, sha256_json, write_json
 from simpletuner.base.sizes import format_duration, format_size
 from simpletuner.config.load import Loaded
 from simpletuner.config.record import MAY_CHANGE, resolved
@@ -44,7 +44,7 @@ from simpletuner.train.budget import Budget, configured, scanned, this_machine
 from simpletuner.train.caches import Prepared, base_fingerprints, fill_caches, knows_whole_base, scan_sets
 from simpletuner.train.ema import Ema
 from simpletuner.train.export import EXPORTS
-from simpletuner.train.loop import Loop, Plan, best_step, shapes_of
+from simpletuner.train.loop import Loop, Plan, best_step, mind_the_disk, shapes_of
 from simpletuner.train.placement import open_decoder, residency_text, stream_blocks
 from simpletuner.train.product import PRODUCTS, Product
 from simpletuner.train.profile import StepProfiler
@@ -102,7 +102,7 @@ def run(job: Job) -> int:
             reporter.notice(text)
         attempt = Attempt(job, reporter, requests)
         try:
-            with told(reporter, attempt), memory_is_explained(attempt):
+            with told(reporter, attempt), memory_is_explained(attempt), file_errors_reported(job.run.root, doing="use"):
                 attempt()
         finally:
             reporter.trackers.close()
@@ -164,6 +164,7 @@ class Attempt:
             return
         write_json(self.run.config, resolved(self.config))
         self.plan_memory()
+        mind_the_disk(self.run, self.config, self.reporter, self.requests)
         source = locate(self.config, report=self.reporter.say)
         # Before the work that a mistake would waste.
         resolve(self.config.tread_routes, source.spec.blocks)
@@ -604,7 +605,7 @@ def largest(order: Order) -> MicroBatch:
 
 @contextlib.contextmanager
 def told(reporter: Reporter, attempt: Attempt) -> Iterator[None]:
-    """Whatever way the block ends, the run's events end with it."""
+    """Whatever way the block ends, the run's events end with it. A disk that has no room for them changes no error."""
 
     def end(reason: Literal["done", "stopped", "error"], exit_code: int) -> None:
         paths: dict[str, str] = {}
@@ -629,15 +630,18 @@ def told(reporter: Reporter, attempt: Attempt) -> Iterator[None]:
     try:
         yield
     except Stopped as error:
-        end("stopped", error.exit_code)
+        with contextlib.suppress(DiskError):
+            end("stopped", error.exit_code)
         raise
     except UserError as error:
-        reporter.emit(ErrorEvent(exit_code=error.exit_code, text=str(error)))
-        end("error", error.exit_code)
+        with contextlib.suppress(DiskError):
+            reporter.emit(ErrorEvent(exit_code=error.exit_code, text=str(error)))
+            end("error", error.exit_code)
         raise
     except BaseException as error:
-        reporter.emit(ErrorEvent(exit_code=1, text=f"{type(error).__name__}: {error}"))
-        end("error", 1)
+        with contextlib.suppress(DiskError):
+            reporter.emit(ErrorEvent(exit_code=1, text=f"{type(error).__name__}: {error}"))
+            end("error", 1)
         raise
     end("done", 0)
 

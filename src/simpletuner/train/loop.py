@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from simpletuner.base.errors import DataError, DiskError, Problem, UserError
+from simpletuner.base.errors import DataError, DiskError, UserError
 from simpletuner.base.sizes import format_duration, format_size
+from simpletuner.config.options.checkpoint import CheckpointOptions
 from simpletuner.config.run import RunConfig
 from simpletuner.data.ahead import map_ahead
 from simpletuner.data.batch import GlobalBatch
@@ -108,6 +109,7 @@ class Loop:
             DataError: a loss or gradient is not finite. The last good state is saved.
             DiskError: the disk fills up. The last good state is saved if there is room.
         """
+        mind_the_disk(self.run, self.plan.config, self.reporter, self.requests)
         self._before_the_first(state)
         bar = TrainingBar(self.reporter, done=state.step, total=self.plan.steps)
         try:
@@ -292,23 +294,38 @@ class Loop:
             self.reporter.emit(CheckpointEvent(step=step, state="pruned", path=gone))
 
     def _mind_the_disk(self, state: TrainState) -> None:
-        """Act on `disk_low_threshold` before a write fails."""
-        limit = self.plan.config.disk_low_bytes
-        free = disk.free_bytes(self.run.root)
-        if free >= limit:
-            return
-        found = f"{format_size(free)} free for {self.run.root}, below disk_low_threshold ({format_size(limit)})"
-        if self.plan.config.disk_low_action == "stop":
+        def save() -> str:
             self._save(state)
-            raise DiskError(
-                Problem(
-                    found,
-                    remedy=f"The run is saved at step {state.step}: free some space and give the same command again.",
-                )
-            )
-        self.reporter.notice(f"{found}: waiting for space.")
-        waited = disk.wait_for_space(self.run.root, limit, until=lambda: self.requests.take("stop"))
-        self.reporter.notice(f"Going on after {format_duration(waited)}.")
+            return f"The run is saved at step {state.step}"
+
+        mind_the_disk(self.run, self.plan.config, self.reporter, self.requests, save)
+
+
+def mind_the_disk(
+    run: RunDirectory,
+    options: CheckpointOptions,
+    reporter: Reporter,
+    requests: Requests,
+    save: Callable[[], str] | None = None,
+) -> None:
+    """Act on `disk_low_threshold` before a write fails. `save` saves what is trained, where something is, and says so.
+
+    Raises:
+        DiskError: there is less space, and `disk_low_action` is stop.
+    """
+    limit = options.disk_low_bytes
+    free = disk.free_bytes(run.root)
+    if free >= limit:
+        return
+    found = f"{format_size(free)} free for {run.root}, below disk_low_threshold ({format_size(limit)})"
+    if options.disk_low_action == "stop":
+        now = "What was cached and saved before is kept" if save is None else save()
+        raise DiskError.of(
+            found, remedy=f"{now}: free some space, or lower --disk_low_threshold, and give the same command again."
+        )
+    reporter.notice(f"{found}: waiting for space.")
+    waited = disk.wait_for_space(run.root, limit, until=lambda: requests.take("stop"))
+    reporter.notice(f"Going on after {format_duration(waited)}.")
 
 
 def batches_of(

@@ -36,6 +36,8 @@ LINES = [
     (RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"), None),
     (RuntimeError(), None),
     (NotImplementedError("not for this shape"), None),
+    (NotImplementedError("CUDA error: out of memory is not handled here"), None),
+    (RecursionError("CUDA driver error: out of memory, quoted"), None),
     (ValueError("CUDA error: out of memory"), None),
     (OSError(28, "No space left on device"), None),
 ]

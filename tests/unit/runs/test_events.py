@@ -4,6 +4,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from tests.file_faults import files_of_at_most
 
 from simpletuner.base.errors import DiskError
 from simpletuner.runs.events import EventLog, NoticeEvent, read_appended, read_events
@@ -40,6 +41,26 @@ def test_a_torn_last_line_is_cut_and_its_id_used_again(tmp_path: Path, torn: str
         notice(log, "three")
     assert path.read_bytes().startswith(whole)
     assert [event["id"] for event in read_events(path)] == [1, 2, 3]
+
+
+def test_an_event_that_does_not_fit_on_the_disk_leaves_no_half_line(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    with EventLog(path) as log:
+        notice(log, "one")
+        with (
+            files_of_at_most(path.stat().st_size + 40),
+            pytest.raises(DiskError, match=r"cannot write .*events\.jsonl"),
+        ):
+            notice(log, "two")
+        notice(log, "three")
+    assert [(event["id"], event["text"]) for event in read_events(path)] == [(1, "one"), (2, "three")]
+
+
+def test_an_event_that_did_not_fit_is_not_written_again_when_the_log_is_closed(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    with pytest.raises(DiskError, match="File too large"), files_of_at_most(40), EventLog(path) as log:
+        notice(log, "one")
+    assert path.read_bytes() == b""
 
 
 def test_a_file_that_is_nothing_but_a_torn_line_starts_anew(tmp_path: Path) -> None:
