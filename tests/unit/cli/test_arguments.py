@@ -124,6 +124,11 @@ def test_what_no_option_of_train_may_follow() -> None:
         refuse_rest(("a", "--b"), "simpletuner run list")
 
 
+def test_a_carriage_return_behind_a_value_makes_no_folder() -> None:
+    expected = "expected text without control characters. Save the script or file it comes from with Unix line ends."
+    assert problems(Open, "show", "--out", "here\r") == [f"--out = 'here\\r': {expected}"]
+
+
 def test_help_has_a_row_for_each_flag() -> None:
     assert flag_help(Closed) == "\n".join(
         (
