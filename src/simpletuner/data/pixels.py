@@ -208,7 +208,7 @@ def _opened(data: bytes) -> Iterator[ImageFile.ImageFile]:
     Image.init()
     pixel_data, profile = split_profile(data) if data.startswith(SIGNATURE) else (data, None)
     try:
-        image = Image.open(io.BytesIO(pixel_data), formats=[name for name in FORMATS if name in Image.OPEN])
+        image = _open(pixel_data)
     except UnidentifiedImageError as error:
         raise Rejected("not an image", "no picture format that is read here") from error
     except MemoryError as error:
@@ -230,6 +230,17 @@ def _opened(data: bytes) -> Iterator[ImageFile.ImageFile]:
                 yield image
             except MemoryError as error:
                 raise Rejected(OUT_OF_MEMORY, f"{image.width}x{image.height} pixels do not fit") from error
+
+
+def _open(data: bytes) -> ImageFile.ImageFile:
+    formats = [name for name in FORMATS if name in Image.OPEN]
+    try:
+        return Image.open(io.BytesIO(data), formats=formats)
+    except ValueError as error:
+        if "Exif payload" not in str(error):
+            raise
+        # libavif refuses an AVIF for damaged EXIF; it passes over items of a type that it does not know.
+        return Image.open(io.BytesIO(data.replace(b"Exif", b"skip")), formats=formats)
 
 
 def _load(image: ImageFile.ImageFile) -> None:

@@ -287,6 +287,15 @@ def test_metadata_of_a_png_never_costs_its_pixels(metadata: bytes) -> None:
         assert np.array_equal(whole(odd), np.asarray(NOISE))
 
 
+def test_damaged_exif_of_an_avif_does_not_cost_its_pixels() -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "a description"
+    data = saved(NOISE, "AVIF", exif=exif)
+    assert data.count(b"MM\0*") == 1
+    odd = data.replace(b"MM\0*", b"XXXX")
+    assert np.array_equal(whole(odd), whole(data))
+
+
 def test_a_large_profile_of_a_png_is_read_and_an_odd_one_is_told() -> None:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     color, p3 = Image.new("RGB", (8, 8), (200, 100, 60)), display_p3()
