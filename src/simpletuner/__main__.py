@@ -12,13 +12,13 @@ import sys  # noqa: E402
 if __name__ == "__main__" and sys.path[:1] in ([""], [os.getcwd()]):
     del sys.path[0]
 
-from simpletuner.cli.main import main  # noqa: E402
+from simpletuner.cli.main import INTERRUPTED, main  # noqa: E402
 
 
 def command() -> None:
     """Run the process's own command line and end the process with its exit code."""
     code = main()
-    if code == STOPPED:
+    if code in (STOPPED, INTERRUPTED):
         os._exit(code)  # without waiting for a download that was left behind
     sys.exit(code)
 

@@ -41,6 +41,7 @@ class GuardedStream(io.TextIOBase):
         self._fault: Exception | None = OSError(errno.EBADF, os.strerror(errno.EBADF)) if self._is_own else None
         self.is_output = is_output
         """Whether what is written is what the command was called for, so that a failed write ends it."""
+        self._wait_when_full()
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
@@ -97,7 +98,15 @@ class GuardedStream(io.TextIOBase):
             return text.encode(self.encoding, ESCAPED).decode(self.encoding)
         return text
 
+    def _wait_when_full(self) -> None:
+        """Other programs that share a terminal or pipe may have made it non-blocking, and text would be lost."""
+        with contextlib.suppress(OSError, ValueError):
+            os.set_blocking(self._stream.fileno(), True)
+
     def _lose(self, error: Exception) -> None:
+        if isinstance(error, BlockingIOError):
+            self._wait_when_full()
+            return
         self._fault = error
         with contextlib.suppress(OSError, ValueError):
             # What waits in the buffer has nowhere to go either, now or when the interpreter ends.

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
+from simpletuner.base.signals import STOPPED
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -88,5 +90,5 @@ class DiskError(UserError):
 class Stopped(UserError):
     """The run was asked to stop and can be resumed."""
 
-    exit_code = 75
+    exit_code = STOPPED
     where = "with the run"

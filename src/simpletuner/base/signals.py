@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any, Self
 
 STOPPED = 75
-"""Exit code of a command that was asked to end; `base.errors.Stopped` has the same."""
+"""Exit code of a run that was asked to stop and can be resumed."""
 AT_ONCE = (signal.SIGINT, signal.SIGTERM)
 """The second time one of these ends the process."""
 WARNINGS = (signal.SIGHUP, signal.SIGUSR1)
@@ -50,17 +50,18 @@ class DeferredSignals:
     def __exit__(self, *_: object) -> None:
         self._depth -= 1
         if self._depth == 0:
-            self._put_back()
+            self.forget()
 
     def give_up(self) -> None:
-        """Put the handlers of before back, and let them have the signal that was recorded meanwhile."""
+        """Put the handlers of before back, which get the signal that was recorded meanwhile."""
         first = self.first
-        self._depth = 0
-        self._put_back()
+        self.forget()
         if first is not None:
             signal.raise_signal(first)
 
-    def _put_back(self) -> None:
+    def forget(self) -> None:
+        """Put the handlers of before back."""
+        self._depth = 0
         while self._previous:
             signal.signal(*self._previous.popitem())
         self.first = None
@@ -78,3 +79,4 @@ class DeferredSignals:
 
 deferred_signals = DeferredSignals()
 """Of this process, as signal handlers are."""
+os.register_at_fork(after_in_child=deferred_signals.forget)  # a library's worker ends when it is told to

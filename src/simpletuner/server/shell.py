@@ -49,7 +49,7 @@ class Shell:
         return await asyncio.create_subprocess_exec(
             *self.command(arguments),
             cwd=self.workspace,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

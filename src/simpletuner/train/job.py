@@ -495,6 +495,7 @@ class Attempt:
             with self.compiling():
                 self.try_out(stepper, builder, plan)
         except ConfigError as error:
+            self.reporter.poll()  # a terminal's Ctrl-C has ended the compiler too
             if self.compiled is None or not self.may_drop_compiled:
                 raise
             self.compiled.is_on = False

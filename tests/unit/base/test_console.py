@@ -107,6 +107,22 @@ def test_a_terminal_that_is_gone_ends_nothing(monkeypatch: pytest.MonkeyPatch) -
             assert not is_terminal()
 
 
+def test_a_pipe_that_another_program_made_non_blocking_is_written_to() -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with os.fdopen(reader) as end, os.fdopen(writer, "w") as stream:
+        with contextlib.redirect_stdout(stream), guarded():
+            assert os.get_blocking(writer)
+            os.set_blocking(writer, False)
+            size = os.write(writer, b"x" * 2**20)  # as much as the pipe takes
+            say("one")
+            assert os.get_blocking(writer)
+            os.read(reader, size)
+            say("two")
+        stream.close()
+        assert end.read() == "one\ntwo\n"
+
+
 def test_streams_are_as_before_afterwards(capsys: pytest.CaptureFixture[str]) -> None:
     before = sys.stdout, sys.stderr
     with guarded():
