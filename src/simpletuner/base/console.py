@@ -190,16 +190,15 @@ deferred_signals.tell = interject
 
 def answer_to(question: str) -> str | None:
     """What is typed after `question`; None if nobody can be asked."""
-    if not is_terminal(sys.stdin):
+    if sys.stdin is None or not sys.stdin.isatty():
         return None
     complain(question, end="")
     return sys.stdin.readline().strip()
 
 
-def is_terminal(stream: TextIO | None = None) -> bool:
-    """Whether a person sees standard error, or uses `stream`."""
-    shown = sys.stderr if stream is None else stream
-    return shown is not None and not shown.closed and shown.isatty()
+def is_terminal() -> bool:
+    """Whether a person sees standard error."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def say_on_standard_error() -> contextlib.AbstractContextManager[object]:

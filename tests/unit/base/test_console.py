@@ -14,7 +14,16 @@ from typing import TextIO
 
 import pytest
 
-from simpletuner.base.console import GuardedStream, complain, guarded, interject, is_terminal, say, work_goes_on
+from simpletuner.base.console import (
+    GuardedStream,
+    answer_to,
+    complain,
+    guarded,
+    interject,
+    is_terminal,
+    say,
+    work_goes_on,
+)
 from simpletuner.base.errors import DiskError
 
 OUR_SIGNS = "σ × 2, …"
@@ -130,6 +139,12 @@ def test_streams_are_as_before_afterwards(capsys: pytest.CaptureFixture[str]) ->
         complain("another")
     assert (sys.stdout, sys.stderr) == before
     assert capsys.readouterr() == ("a line\n", "another\n")
+
+
+def test_without_a_terminal_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stream in (None, io.StringIO("yes")):
+        monkeypatch.setattr(sys, "stdin", stream)
+        assert answer_to("Delete it?") is None
 
 
 def test_closed_streams_take_no_file_that_is_opened_later(tmp_path: Path) -> None:
