@@ -48,6 +48,7 @@ def test_a_signal_while_a_library_is_imported_stops_the_run(workplace: Workplace
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_signalled_again_and_again_a_run_ends_the_same(
     workplace: Workplace, same_bytes: Callable[[Workplace], None]
 ) -> None:
