@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,6 +109,14 @@ def test_python_dash_m_is_the_command() -> None:
         [sys.executable, "-P", "-m", "simpletuner", "--version"], capture_output=True, text=True, check=True
     )
     assert found.stdout == f"simpletuner {__version__}\n"
+
+
+def test_the_installed_command_is_the_same() -> None:
+    settings = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8"))
+    module, _, function = settings["project"]["scripts"]["simpletuner"].partition(":")
+    code = f"import sys; from {module} import {function}; sys.argv[1:] = ['trian']; sys.exit({function}())"
+    found = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr.partition(":")[0]) == (2, "simpletuner trian")
 
 
 def test_an_interruption_that_a_library_hid_is_no_bug(
