@@ -76,13 +76,16 @@ def test_killed_while_it_draws_or_exports_it_is_complete_at_the_next_start(
     assert run.finished.stat().st_mtime_ns == before
 
 
-def test_what_is_missing_or_damaged_of_a_finished_run_is_made_again_without_loading_a_model(
+def test_a_finished_run_says_so_and_what_is_missing_or_damaged_of_it_is_made_again_without_loading_a_model(
     cached_workplace: Workplace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place, run = cached_workplace, cached_workplace.run()
     place.config |= {"use_ema": True, "max_train_steps": 1}
     assert place.train() == 0
-    whole = content(run)
+    whole, written = content(run), run.lora.stat().st_mtime_ns
+    assert place.train() == 0
+    assert "This run is finished: 1 steps" in capsys.readouterr().out
+    assert run.lora.stat().st_mtime_ns == written
     run.ema_lora.unlink()
     run.lora.write_bytes(run.lora.read_bytes()[:-1] + b"x")
     assert place.train() == 0

@@ -57,14 +57,6 @@ def test_more_steps_go_on_from_the_end(workplace: Workplace, same_bytes: Callabl
     same_bytes(workplace)
 
 
-def test_a_finished_run_says_so(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
-    assert workplace.train("--max_train_steps=1") == 0
-    before = workplace.run().lora.stat().st_mtime_ns
-    assert workplace.train("--max_train_steps=1") == 0
-    assert "This run is finished: 1 steps" in capsys.readouterr().out
-    assert workplace.run().lora.stat().st_mtime_ns == before
-
-
 def test_a_damaged_checkpoint_is_passed_over_with_a_notice(
     workplace: Workplace, same_bytes: Callable[[Workplace], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
