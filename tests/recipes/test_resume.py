@@ -96,8 +96,6 @@ def test_a_refused_change_shows_both_values_and_the_command_that_puts_it_back(
     # "output/a run" is moved to where the fixture looks for it.
     (workplace.folder / "output" / "a run").rename(workplace.run().root)
     same_bytes(workplace)
-    assert main([*anew, "--max_train_steps=1"]) == 0
-    assert workplace.run("a run-2").lora.exists()
 
 
 def test_another_default_does_not_change_a_run(
