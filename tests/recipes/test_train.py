@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.recipes.conftest import Workplace
 
 from simpletuner.base.storage import LocalStorage
@@ -301,3 +302,27 @@ def test_the_quickstart_runs_as_it_stands(own_folder: Path, extras: tuple[str, .
     assert main(["train", "--model_flavour", "tiny", "--output_dir", "output/run", *fewer]) == 0
     assert place.run().lora.exists()
     assert place.losses()[0] > 0
+
+
+def test_a_mistake_that_a_header_tells_ends_the_run_before_anything_is_encoded(
+    workplace: Workplace, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = load_file(tiny_folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in base.items()}, "fp8.safetensors")
+    del base["transformer_blocks.1.attn.to_q.weight"]
+    save_file(base, "part.safetensors")
+    key = "transformer.transformer_blocks.0.attn.to_q"
+    lora = {f"{key}.lora_A.weight": torch.full((4, 192), torch.nan), f"{key}.lora_B.weight": torch.ones(192, 4)}
+    save_file(lora, "nan.safetensors")
+    save_file({name: torch.ones(2, 2) for name in lora}, "other.safetensors")
+    model = f"--pretrained_model_name_or_path={tiny_folder}"
+    for flag, code, message in (
+        ('--peft_lora_target_modules=["nothing"]', 2, '"nothing" matches no Linear of the transformer'),
+        ("--pretrained_transformer_model_name_or_path=fp8.safetensors", 4, "fp8.safetensors holds fp8 weights"),
+        ("--pretrained_transformer_model_name_or_path=part.safetensors", 4, "part.safetensors: missing (1)"),
+        ("--init_lora=nan.safetensors", 6, "nan.safetensors: NaN or infinite numbers in 1 of 1 layers"),
+        ("--init_lora=other.safetensors", 6, "other.safetensors does not fit this model: 1 of 1 layers"),
+    ):
+        assert workplace.train(model, flag) == code
+        assert message in capsys.readouterr().err
+    assert not (workplace.folder / "cache").exists()

@@ -85,7 +85,8 @@ class ContentHashes:
         read = dict.fromkeys(entry.file for entry in entries)
         if size >= _TOLD_BYTES:
             why = "as --verify_base asks" if self.verify else "once, until a file changes"
-            self.report(f"Hashing {format_size(size)} of the base model in {len(read)} files, {why}.")
+            files_read = f"{len(read)} file{'s' if len(read) > 1 else ''}"
+            self.report(f"Hashing {format_size(size)} of the base model in {files_read}, {why}.")
         executor = ThreadPoolExecutor(min(_THREADS, len(entries)))
         try:
             for entry, digest in zip(entries, executor.map(_digest, entries), strict=True):

@@ -188,8 +188,8 @@ def _checked_alpha(path: Path, key: str, value: object) -> float:
     raise CheckpointError.of(
         f"{path}: {key} = {str(value)[:60]} in its header",
         f"a number above 0, up to {_ALPHA_LIMIT:g}",
-        "At an alpha of 0 a LoRA does nothing; its strength is given as FILE:STRENGTH to `simpletuner sample --lora`. "
-        f"{_SAVE_AGAIN}",
+        "At an alpha of 0 a LoRA does nothing: save it again with another one. How strongly it acts is chosen where it "
+        "is used, as in `simpletuner sample --lora FILE:0.5`.",
     )
 
 
