@@ -113,7 +113,7 @@ def read_component_config(component: Component, path: Path) -> Config:
             Problem(
                 f"{path} describes quantized weights (quantization_config)",
                 "weights in bf16, fp16 or fp32",
-                "Name the model that is not quantized: --base_model_precision and --text_encoder_1_precision quantize "
+                "Name the model that is not quantized: base_model_precision and text_encoder_1_precision quantize "
                 "it as it is loaded.",
             )
         )

@@ -23,7 +23,7 @@ def check_format(files: tuple[Path, ...]) -> None:
                 f"{file} holds {found}",
                 "weights in bf16, fp16 or fp32",
                 "Name the file that is not quantized, such as flux2-dev.safetensors of black-forest-labs/FLUX.2-dev: "
-                "--base_model_precision and --text_encoder_1_precision quantize it as it is loaded.",
+                "base_model_precision and text_encoder_1_precision quantize it as it is loaded.",
             )
 
 
