@@ -124,6 +124,7 @@ class ContentHashes:
             write_atomic(self.ledger, json_bytes({"version": _LEDGER_VERSION, "files": rows}), sync=False)
         except DiskError as error:
             self.report(f"The base model's hashes are not kept, and are made again at the next start: {error}")
+            self.ledger = None  # said once
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,8 @@ def locate(options: ModelOptions, *, report: ReportLine, environ: Mapping[str, s
         AccessError: something is missing, forbidden, unreachable or not FLUX.2; all that is missing, at once.
         DiskError: a download would not fit.
     """
-    return _Search(options, report, environ).run()
+    with file_errors_reported(Path(options.pretrained_model_name_or_path or "."), AccessError, doing="read"):
+        return _Search(options, report, environ).run()
 
 
 @dataclass
