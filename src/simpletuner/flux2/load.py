@@ -205,7 +205,7 @@ def load_text_encoder(
     with _config_errors_reported("text encoder", source.text_encoder):
         model = _language_model(config)
     # Its frequencies are in no file, and on the meta device they were never computed.
-    with torch.device(device):
+    with torch.device(device), _config_errors_reported("text encoder", source.text_encoder):
         model.rotary_emb = type(model.rotary_emb)(config=config)
 
     def renaming(name: str) -> Renamed | None:
@@ -251,7 +251,7 @@ def stream_text_encoder(
         whole = _language_model(config)
     _check(whole, entries, renamed, unknown_allowed=True)
     (embedding,) = (name for name, new in known.items() if new == "embed_tokens.weight")
-    with torch.device(device):
+    with torch.device(device), _config_errors_reported("text encoder", source.text_encoder):
         rotary = type(whole.rotary_emb)(config=config)
     quantise = _quantise_layers(precision, device if via is None else via)
     single = copy.deepcopy(config)

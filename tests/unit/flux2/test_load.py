@@ -257,3 +257,21 @@ def test_missing_tensors_are_known_before_a_weight_is_read(tiny_source, tmp_path
     part = dataclasses.replace(tiny_source, transformer=Weights((file,), tiny_source.transformer.config))
     with pytest.raises(AccessError, match=r"part\.safetensors: missing \(1\): transformer_blocks\.1\.attn\.to_q"):
         checked_skeleton(part)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": "x"}},
+        {"rope_parameters": {"rope_type": "of tomorrow"}},
+        {"hidden_act": "of tomorrow"},
+        {"num_key_value_heads": 3},
+        {"sliding_window": "x"},
+    ],
+)
+def test_values_of_a_text_encoders_config_that_no_model_is_built_from_are_an_error(tiny_source, wrong):
+    config = tiny_source.text_encoder.config
+    config = config | {"text_config": config["text_config"] | wrong}
+    source = dataclasses.replace(tiny_source, text_encoder=Weights(tiny_source.text_encoder.files, config))
+    with pytest.raises(AccessError):
+        load_text_encoder(source, torch.float32, "cpu", **TEXT)
