@@ -4,13 +4,15 @@ from simpletuner.base.signals import STOPPED, deferred_signals
 
 deferred_signals.__enter__()  # before anything that takes long enough to be interrupted
 
+import contextlib  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
 
 # Python puts the working folder first on its path here. A user's `datasets/` would be found where libraries look for
 # the package of that name.
-if __name__ == "__main__" and sys.path[:1] in ([""], [os.getcwd()]):
-    del sys.path[0]
+with contextlib.suppress(FileNotFoundError):  # the working folder has been removed
+    if __name__ == "__main__" and sys.path[:1] in ([""], [os.getcwd()]):
+        del sys.path[0]
 
 from simpletuner.cli.main import INTERRUPTED, main  # noqa: E402
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from simpletuner.base.errors import CheckpointError, DiskError, Problem, UserError
+from simpletuner.base.errors import CheckpointError, ConfigError, DiskError, Problem, UserError
 from simpletuner.base.parts import locked_part
 
 KIND_OF_FILE = frozenset({errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENXIO, errno.ENODEV})
@@ -37,8 +37,11 @@ def file_problem(error: OSError, path: Path | None = None, *, doing: str = "acce
     """
     if error.errno not in FILE_FAULTS:
         return None
-    named = error.filename if isinstance(error.filename, str | bytes | os.PathLike) else None
-    place = os.fsdecode(named) if named else str(path) if path is not None else "a file"
+    # A rename is about its target.
+    named = error.filename2 or error.filename
+    place = os.fsdecode(named) if isinstance(named, str | bytes | os.PathLike) else "a file"
+    if path is not None and (named is None or _is_temporary(Path(place), path)):
+        place = str(path)
     if error.errno in NO_SPACE:
         remedy = (
             "Free some space or point the option to another disk, then run the same command again: what is finished "
@@ -51,6 +54,11 @@ def file_problem(error: OSError, path: Path | None = None, *, doing: str = "acce
     else:
         remedy = "Correct the path or make it accessible, then run the same command again."
     return Problem(f"cannot {doing} {place}: {os.strerror(error.errno)}", remedy=remedy)
+
+
+def _is_temporary(name: Path, path: Path) -> bool:
+    """Whether `name` is a hidden one beside `path` under which that is built before it is renamed."""
+    return name.parent == path.parent and name.name.startswith(".") and path.name in name.name
 
 
 @contextlib.contextmanager
@@ -68,6 +76,18 @@ def file_errors_reported(path: Path, stage: type[UserError] = DiskError, *, doin
         if problem is None:
             raise
         raise (DiskError if error.errno in DISK else stage)(problem) from error
+
+
+def with_home(text: str) -> str:
+    """`text` with a leading `~` or `~user` replaced by the home folder; a `~` that names no user stays.
+
+    Raises:
+        ConfigError: `text` begins with `~/`, and nothing says where this user's home is.
+    """
+    path = os.path.expanduser(text)
+    if path == "~" or path.startswith("~/"):
+        raise ConfigError.of(f"{text}: no home folder is known", remedy="Set HOME, or write the path without ~.")
+    return path
 
 
 def sync_directory(folder: Path) -> None:

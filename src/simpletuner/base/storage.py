@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from simpletuner.base.files import write_atomic
+from simpletuner.base.files import file_errors_reported, write_atomic
 
 Stamp = tuple[int | str, ...]
 """What a file's listing says of its content: size in bytes first, then times or a hash. While it is the same, so is
@@ -99,7 +99,11 @@ class Storage(Protocol):
         ...
 
     def remove(self, name: str) -> None:
-        """Remove a file; nothing happens if it is not there."""
+        """Remove a file; nothing happens if it is not there.
+
+        Raises:
+            DiskError: not permitted, or a read-only disk.
+        """
         ...
 
     def local_path(self, name: str = "") -> Path | None:
@@ -209,7 +213,9 @@ class LocalStorage:
         write_atomic(self.folder / name, data, sync=sync)
 
     def remove(self, name: str) -> None:
-        (self.folder / name).unlink(missing_ok=True)
+        path = self.folder / name
+        with file_errors_reported(path, doing="remove"):
+            path.unlink(missing_ok=True)
 
     def local_path(self, name: str = "") -> Path:
         return self.folder / name

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from simpletuner.base.errors import ConfigError
+from simpletuner.base.files import file_errors_reported
 from simpletuner.config.flags import parse
 from simpletuner.config.load import Examined, Loaded, examine
 from simpletuner.flux2 import routes
@@ -36,7 +37,8 @@ def examine_here(arguments: Sequence[str]) -> Examined:
 
         if example in EXAMPLES:
             materialise(example, Path("datasets") / example)
-    examined = examine(arguments, folder=Path(), environ=os.environ)
+    with file_errors_reported(Path(), ConfigError, doing="read"):
+        examined = examine(arguments, folder=Path(), environ=os.environ)
     if examined.problems:
         return examined
     try:

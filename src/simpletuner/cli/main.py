@@ -91,6 +91,16 @@ def _is_interrupt(error: BaseException | None) -> bool:
     return error is not None
 
 
+def _check_working_folder() -> None:
+    """Raise a DiskError where the working folder is gone: MKL, for one, ends the process there without a word."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise DiskError.of(
+            "the working folder has been removed", remedy="Change to one that is there: cd FOLDER."
+        ) from None
+
+
 def _bug() -> int:
     """Print the exception that is being handled, and whom to tell."""
     complain(traceback.format_exc(), end="")
@@ -107,6 +117,7 @@ def _run(arguments: list[str]) -> int:
         say(f"simpletuner {__version__}")
         return 0
     if word in COMMANDS:
+        _check_working_folder()
         # pydantic looks for plug-ins in every installed package, which takes longer than all our checks.
         os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
         # A thread that waits for another spins for a while. By default so long that a second program on a small

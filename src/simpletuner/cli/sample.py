@@ -12,6 +12,7 @@ from annotated_types import Ge, MinLen, MultipleOf
 from simpletuner.base.commandline import command_text
 from simpletuner.base.console import say, work_goes_on
 from simpletuner.base.errors import ConfigError, Problem
+from simpletuner.base.files import with_home
 from simpletuner.cli.arguments import wants_help
 from simpletuner.config import later
 from simpletuner.config.documents import read_document
@@ -180,14 +181,14 @@ def _config_files(
     elif path is not None:
         problems.append(Problem(f"--run {given['run'].value}: no config.json there", "the folder of a run"))
     if "config" in selectors:
-        found.append((Path(selectors["config"]).expanduser(), f"--config {selectors['config']}"))
+        found.append((Path(with_home(selectors["config"])), f"--config {selectors['config']}"))
     return found
 
 
 def _config_of_run(given: Mapping[str, Given]) -> Path | None:
     if "run" not in given or not isinstance(given["run"].value, str):
         return None
-    return RunDirectory(Path(given["run"].value).expanduser()).config
+    return RunDirectory(Path(with_home(given["run"].value))).config
 
 
 def _finished_model(folder: Path, config: Mapping[str, Given]) -> dict[str, Given]:
@@ -234,7 +235,7 @@ def _filled_paths(checked: Checked, environ: Mapping[str, str]) -> dict[str, Any
             continue
         text = checked.valid.pop(name)
         try:
-            paths[name] = os.path.expanduser(filled(text, {"model_family": "flux2"}, environ))
+            paths[name] = with_home(filled(text, {"model_family": "flux2"}, environ))
         except ValueError as error:
             checked.problems[name] = Problem(f"{name} = {shown(text)}: {error}")
     return paths
@@ -289,7 +290,7 @@ def _with_strength(text: str) -> Wanted:
     path, colon, number = text.rpartition(":")
     if colon and not os.path.exists(os.path.expanduser(text)):
         try:
-            return Wanted(Path(path).expanduser(), float(number))
+            return Wanted(Path(with_home(path)), float(number))
         except ValueError:
             pass
-    return Wanted(Path(text).expanduser(), 1.0)
+    return Wanted(Path(with_home(text)), 1.0)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from simpletuner.base.commandline import command_text
 from simpletuner.base.console import say, work_goes_on
 from simpletuner.base.errors import ConfigError, Problem
-from simpletuner.base.files import file_errors_reported
+from simpletuner.base.files import file_errors_reported, with_home
 from simpletuner.cli.arguments import Flag, flag_help, parse_command, wants_help
 from simpletuner.config.values import join_names
 
@@ -53,7 +53,7 @@ def _port(text: str) -> int:
 
 
 def _root(text: str) -> Path:
-    folder = Path(text).expanduser()
+    folder = Path(with_home(text))
     if not folder.is_dir():
         raise ConfigError.of(f"--root {text}: no such folder")
     return folder.resolve()
@@ -66,7 +66,7 @@ def _host_name(text: str) -> str:
 
 
 def _file(text: str) -> Path:
-    return Path(text).expanduser()
+    return Path(with_home(text))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """JSON and TOML as people write them: every fault comes back as a problem that says where it stands."""
 
 import json
+import stat
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,24 @@ def read_document(path: Path, label: str) -> Any:
     Raises:
         ConfigError: no such file, not UTF-8, a syntax error (with line and column), or a key given twice.
     """
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise ConfigError.of(f"{label}: this is a pipe, a socket or a device", "a file")
     try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise ConfigError.of(f"{label}: this is a folder", "a file")
+        if not stat.S_ISREG(mode):  # reading might never end
+            raise ConfigError.of(f"{label}: this is a pipe, a socket or a device", "a file")
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
+        if path.is_symlink():
+            raise ConfigError.of(
+                f"{label}: a link to {path.readlink()}, which is not there", remedy="Correct the link."
+            ) from None
         raise ConfigError.of(f"{label}: no such file") from None
-    except IsADirectoryError:
-        raise ConfigError.of(f"{label}: this is a folder", "a file") from None
     except OSError as error:
-        raise ConfigError.of(f"{label}: cannot be read ({error.strerror})") from error
+        raise ConfigError.of(
+            f"{label}: cannot be read ({error.strerror})",
+            remedy="Give the user that runs this command the right to read it, or name another file.",
+        ) from error
     except UnicodeDecodeError as error:
         raise ConfigError.of(f"{label}: byte {error.start} is not UTF-8", remedy="Save it as UTF-8.") from error
     return _toml(text, label) if path.suffix == ".toml" else _json(text, label)

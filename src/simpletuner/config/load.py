@@ -224,7 +224,7 @@ def _chosen(flags: Flags, folder: Path, environ: Mapping[str, str]) -> Path | No
         path = Path(joined(folder, named["config"]))
         if path.is_dir():
             raise ConfigError.of(f"--config {named['config']}: this is a folder", "the config file in it")
-        if not path.is_file():
+        if not _is_there(path):
             raise ConfigError.of(f"--config {named['config']}: no such file")
         return path
     if "env" in named:
@@ -232,7 +232,8 @@ def _chosen(flags: Flags, folder: Path, environ: Mapping[str, str]) -> Path | No
     if "example" in named:
         return _in_folder(EXAMPLES_FOLDER / named["example"], f"--example {named['example']}")
     usual = [folder / place / name for place in ("", "config") for name in CONFIG_NAMES]
-    found = next((path for path in usual if path.is_file()), None)
+    # Whatever has the name is the config: what is wrong with it is told when it is read.
+    found = next((path for path in usual if _is_there(path)), None)
     lists_datasets = "data_backend_config" in flags.options or f"{ENVIRONMENT_PREFIX}DATA_BACKEND_CONFIG" in environ
     if found is None and not lists_datasets:
         raise ConfigError.of(
@@ -243,9 +244,22 @@ def _chosen(flags: Flags, folder: Path, environ: Mapping[str, str]) -> Path | No
     return found
 
 
+def _is_there(path: Path) -> bool:
+    """Whether anything has this name, a link to nothing included.
+
+    Raises:
+        OSError: a folder on the way to it may not be entered.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def _in_folder(folder: Path, flag: str) -> Path:
     for name in CONFIG_NAMES:
-        if (folder / name).is_file():
+        if _is_there(folder / name):
             return folder / name
     others = sorted({path.parent.name for name in CONFIG_NAMES for path in folder.parent.glob(f"*/{name}")})
     near = nearest(folder.name, others)
@@ -360,7 +374,7 @@ def _datasets(
     if "data_backend_config" in checked.problems or path is None:
         return Listing()
     label = _label(path, around.folder)
-    if path.is_file():
+    if _is_there(path):
         return read_datasets(path, label, around)
     if config.data_backend_config is not None:
         found = f"{givens['data_backend_config'].spelled} = {shown(givens['data_backend_config'].value)}"
@@ -379,7 +393,7 @@ def _prompts_file(config: RunConfig, config_file: Path | None, folder: Path) -> 
         return Path(config.user_prompt_library)
     beside = [config_file.with_name(PROMPTS_NAME)] if config_file is not None else []
     usual = [*beside, folder / "config" / PROMPTS_NAME]
-    return next((path for path in usual if path.is_file()), None)
+    return next((path for path in usual if _is_there(path)), None)
 
 
 def _prompts(

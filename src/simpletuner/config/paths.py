@@ -1,11 +1,11 @@
 """Paths as they are typed: placeholders, `~`, and where a relative one starts."""
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from simpletuner.base.errors import Problem
+from simpletuner.base.files import with_home
 from simpletuner.base.text import is_visible, stray_characters
 from simpletuner.config.values import join_names, shown
 
@@ -36,8 +36,12 @@ def filled(text: str, names: Mapping[str, str], environ: Mapping[str, str]) -> s
 
 
 def joined(folder: Path, text: str) -> str:
-    """The path that `text` means in `folder`."""
-    return str(folder / os.path.expanduser(text))
+    """The path that `text` means in `folder`.
+
+    Raises:
+        ConfigError: it begins with `~/` and no home folder is known.
+    """
+    return str(folder / with_home(text))
 
 
 def is_local_model(folder: Path, text: str) -> bool:

@@ -193,7 +193,8 @@ def _paths(config: RunConfig) -> Iterator[Finding]:
         found = "init_lora with model_type = full, which trains no adapter"
         yield ("init_lora", "model_type"), Problem(found, remedy="Take one of the two out.")
     elif config.init_lora is not None and not Path(config.init_lora).is_file():
-        yield ("init_lora",), Problem(f"init_lora = {shown(config.init_lora)}: no such file")
+        expected = "a .safetensors file or a run's folder"
+        yield ("init_lora",), Problem(f"init_lora = {shown(config.init_lora)}: no such file", expected)
     resume = config.resume_from_checkpoint
     if resume not in ("", LATEST) and not Path(resume).is_dir():
         found = f"resume_from_checkpoint = {shown(resume)}: no such folder"

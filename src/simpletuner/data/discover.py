@@ -81,6 +81,7 @@ def _not_a_dataset(images: Storage, folder: UnlistedFile) -> DataError:
     """The set's own folder cannot be listed, or is one of ours."""
     found = f"instance_data_dir = {images.shown()!r}: "
     if folder.detail != PASSED_OVER:
-        return DataError.of(f"{found}{folder.reason} ({folder.detail})")
+        remedy = "Give the user that runs this command the right to list it, or name another folder."
+        return DataError.of(f"{found}{folder.reason} ({folder.detail})", remedy=remedy)
     remedy = "Name the folder in it that holds the pictures, or move them to a folder of their own."
     return DataError.of(f"{found}this is {folder.reason} of this program", "a folder of pictures", remedy)

@@ -2,7 +2,6 @@
 not at every start."""
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -11,12 +10,12 @@ from typing import Any
 
 import PIL
 
-from simpletuner.base.files import json_bytes, sha256_bytes
+from simpletuner.base.files import sha256_bytes
 from simpletuner.base.storage import Stamp, Storage
 from simpletuner.data.ahead import map_ahead
 from simpletuner.data.pixels import PIXELS_VERSION, Remark, check_size, inspect, one_at_a_time, require_plugin
 from simpletuner.data.rejected import OUT_OF_MEMORY, PASSING, UNREADABLE_FILE, Rejected
-from simpletuner.data.storages import SCAN_INDEX
+from simpletuner.data.storages import SCAN_INDEX, read_memo, write_memo
 
 SAVE_EVERY_S = 20.0
 """A scan of many pictures that is killed loses at most this much work."""
@@ -47,10 +46,7 @@ def read_pictures(
 ) -> dict[str, IndexEntry | Rejected]:
     """What is known of each of `pictures`, by name; those that are new or changed are decoded by `workers` threads.
 
-    A file counts as unchanged while its stamp is the same. The index is kept in `cache`.
-
-    Raises:
-        DiskError: the index cannot be written.
+    A file counts as unchanged while its stamp is the same. The index is kept in `cache`, where that can be written.
     """
     index = _index_name(images)
     known = _load(cache, index)
@@ -106,16 +102,13 @@ def _header() -> IndexRow:
 
 
 def _load(cache: Storage, index: str) -> dict[str, IndexRow]:
-    try:
-        stored = json.loads(cache.read(index))
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
-        return {}
+    stored = read_memo(cache, index)
     rows: dict[str, IndexRow] = stored.pop("files") if isinstance(stored, dict) and "files" in stored else {}
     return rows if stored == _header() else {}
 
 
 def _save(cache: Storage, index: str, rows: dict[str, IndexRow]) -> None:
-    cache.write(index, json_bytes(_header() | {"files": rows}))
+    write_memo(cache, index, _header() | {"files": rows})
 
 
 def _is_known(name: str, stamp: Stamp, known: Mapping[str, IndexRow]) -> bool:

@@ -1,9 +1,14 @@
-"""Which storage holds the images of a set, and which ones its caches."""
+"""Which storage holds the images of a set, and which ones its caches; memos that spare work at the next start."""
 
+import json
 import re
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from simpletuner.base.errors import DiskError
+from simpletuner.base.files import json_bytes
 from simpletuner.base.storage import Storage, storage_of
 from simpletuner.config.datasets import ImageSet, TextStore
 from simpletuner.runs.layout import RunDirectory
@@ -42,3 +47,19 @@ def latent_storage(image_set: ImageSet) -> Storage:
 def text_storage(store: TextStore) -> Storage:
     """The storage of text contexts."""
     return storage_of(store.cache_dir)
+
+
+def read_memo(storage: Storage, name: str) -> Any:
+    """The JSON value of the file `name`, which spares work and nothing else; None where it cannot be read."""
+    try:
+        return json.loads(storage.read(name))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def write_memo(storage: Storage, name: str, value: Any) -> None:
+    """Keep a JSON value that spares work at the next start. Where it cannot be written (a cache that is shared and may
+    only be read), that work is done again.
+    """
+    with suppress(DiskError):
+        storage.write(name, json_bytes(value))

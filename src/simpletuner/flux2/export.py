@@ -108,7 +108,6 @@ def read_lora(path: Path) -> LoadedLora:
         path = path / LORA_NAME if path.is_dir() else path
         if not path.is_file():
             raise CheckpointError.of(f"no LoRA at {path}", "a .safetensors file or a run's folder")
-        path.open("rb").close()  # safetensors names no reason
         with open_tensors(path) as file:
             tensors, header = dict(file), file.metadata
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from simpletuner.base.errors import AccessError, ConfigError
+from simpletuner.base.files import file_errors_reported, with_home
 from simpletuner.config.flavours import FLAVOURS, AutoencoderSpec, TextSpec, TransformerSpec
 from simpletuner.config.optimisers import optimiser
 from simpletuner.config.options.lora import LoraOptions
@@ -62,7 +63,7 @@ class Architecture:
         flavour = FLAVOURS[config.model_flavour]
         transformer, text, autoencoder = flavour.transformer, flavour.text.encoder, flavour.autoencoder
         asked = config.pretrained_transformer_model_name_or_path or config.pretrained_model_name_or_path or ""
-        single = Path(asked).expanduser()
+        single = Path(with_home(asked))
         if asked.endswith(".safetensors") and single.is_file():
             transformer = transformer_spec(Weights((single,), None), single.name)
         elif found := _local(config, "transformer", config.pretrained_transformer_model_name_or_path):
@@ -86,11 +87,12 @@ class Architecture:
 def _local(config: RunConfig, component: Component, override: str | None) -> Config | None:
     """The config of a component that lies in a local folder."""
     base = config.pretrained_model_name_or_path
-    places = [Path(override).expanduser() / component, Path(override).expanduser()] if override else []
-    places += [Path(base).expanduser() / component] if base and not override else []
+    places = [Path(with_home(override)) / component, Path(with_home(override))] if override else []
+    places += [Path(with_home(base)) / component] if base and not override else []
     for place in places:
-        if (place / "config.json").is_file():
-            return read_component_config(component, place / "config.json")
+        with file_errors_reported(place, AccessError, doing="read"):
+            if (place / "config.json").is_file():
+                return read_component_config(component, place / "config.json")
     return None
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from simpletuner.base.errors import AccessError, DiskError
-from simpletuner.base.files import file_errors_reported
+from simpletuner.base.files import file_errors_reported, with_home
 from simpletuner.base.sizes import format_size
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.runs.process import interruptible
@@ -52,7 +52,7 @@ class Hub:
     def __init__(self, repo: str, options: ModelOptions, report: ReportLine, environ: Mapping[str, str]) -> None:
         self.name = self.label = repo
         self._revision = options.revision
-        self._cache_dir = None if options.cache_dir is None else Path(options.cache_dir).expanduser()
+        self._cache_dir = None if options.cache_dir is None else Path(with_home(options.cache_dir))
         self._endpoint = environ.get("HF_ENDPOINT")
         self._report = report
         self._ref_is_kept = False
@@ -68,7 +68,7 @@ class Hub:
         """Where downloads go."""
         from huggingface_hub import constants
 
-        return self._cache_dir or Path(constants.HF_HUB_CACHE)
+        return self._cache_dir or Path(with_home(constants.HF_HUB_CACHE))
 
     @property
     def commit(self) -> str | None:

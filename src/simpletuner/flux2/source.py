@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from simpletuner.base.errors import AccessError, Problem
-from simpletuner.base.files import file_errors_reported, sha256_bytes, sha256_json
+from simpletuner.base.files import file_errors_reported, sha256_bytes, sha256_json, with_home
 from simpletuner.base.tensorfile import TensorEntry, read_headers
 from simpletuner.config.flavours import FLAVOURS, Flavour, TextEncoderKind, TransformerSpec
 from simpletuner.config.options.model import ModelOptions
@@ -86,7 +86,8 @@ class Source:
         """
         if component == "tokenizer":
             present = (self.tokenizer / name for name in (*_TOKENIZER, *_TOKENIZER_EXTRA))
-            return sha256_json({path.name: path.read_text(encoding="utf-8") for path in present if path.is_file()})
+            with file_errors_reported(self.tokenizer, AccessError, doing="read"):
+                return sha256_json({path.name: path.read_text(encoding="utf-8") for path in present if path.is_file()})
         weights = {"transformer": self.transformer, "vae": self.vae, "text_encoder": self.text_encoder}[component]
         used: dict[str, TensorEntry] = {}
         for name, entry in read_headers(weights.files).items():
@@ -234,13 +235,13 @@ class _Search:
         if name is not None:
             return self._place(name)
         cache_dir = self.options.cache_dir
-        folder = tiny.default_folder(None if cache_dir is None else Path(cache_dir).expanduser(), self.environ)
+        folder = tiny.default_folder(None if cache_dir is None else Path(with_home(cache_dir)), self.environ)
         if not folder.exists():
             self.report(f"Making the embedded model in {folder}.")
         return ModelFolder(tiny.make(folder))
 
     def _place(self, text: str) -> ModelLocation:
-        folder = Path(text).expanduser()
+        folder = Path(with_home(text))
         if folder.is_dir():
             return ModelFolder(folder)
         if folder.is_file():
@@ -358,7 +359,7 @@ def _check_width(source: Source) -> None:
 
 
 def _single_file(text: str) -> Path:
-    file = Path(text).expanduser()
+    file = Path(with_home(text))
     if not file.is_file():
         raise AccessError.of(f"{text}: no such file", "a .safetensors file of the transformer")
     return file

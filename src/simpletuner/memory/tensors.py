@@ -109,6 +109,9 @@ def open_tensors(path: Path, *, backend: Literal["mmap", "pread"] = "mmap") -> I
         FileNotFoundError: there is none.
         CheckpointError: it is no safetensors file, or not all of one.
     """
+    # safetensors says of every file that it cannot open that it is not there.
+    with path.open("rb"):
+        pass
     try:
         with safe_open(path, framework="pt", backend=backend) as file:
             yield TensorFile(file.keys(), file.metadata() or {}, file.get_tensor)

@@ -1,5 +1,6 @@
 """Where a run stands, read from its lock and the two ends of its events: quick, however long they are."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,14 +89,15 @@ def status_of(run: RunDirectory) -> RunStatus:
 def find_runs(folder: Path, depth: int = 3) -> list[RunDirectory]:
     """The run directories below `folder`, itself included, at most `depth` folders down; in the order of their paths.
 
-    A run is a folder with events.jsonl. Runs are not looked for inside runs, nor behind links.
+    A run is a folder with events.jsonl. Runs are not looked for inside runs, nor behind links, nor in folders that this
+    user may not enter.
     """
-    if (folder / "events.jsonl").is_file():
+    if os.path.isfile(folder / "events.jsonl"):
         return [RunDirectory(folder)]
-    if depth == 0 or not folder.is_dir():
+    if depth == 0 or not os.path.isdir(folder):
         return []
     try:
-        below = sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
+        below = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
     except PermissionError:
         return []
     return [run for path in below for run in find_runs(path, depth - 1)]

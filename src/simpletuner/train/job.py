@@ -13,7 +13,15 @@ import torch
 
 import simpletuner
 from simpletuner.base.commandline import command_text
-from simpletuner.base.errors import ConfigError, DataError, DiskError, MemoryBudgetError, Stopped, UserError
+from simpletuner.base.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DiskError,
+    MemoryBudgetError,
+    Stopped,
+    UserError,
+)
 from simpletuner.base.files import file_errors_reported, sha256_json, write_json
 from simpletuner.base.sizes import format_duration, format_size
 from simpletuner.config.load import Loaded
@@ -83,9 +91,9 @@ def build(loaded: Loaded, world: World) -> Job:
     """
     check_device(loaded.config, world.device)
     directory = RunDirectory(Path(loaded.config.output_dir))
-    return Job(
-        loaded, world, directory, Budget(loaded.config, configured(loaded), this_machine(world.device, directory.root))
-    )
+    with file_errors_reported(directory.root, ConfigError):
+        machine = this_machine(world.device, directory.root)
+    return Job(loaded, world, directory, Budget(loaded.config, configured(loaded), machine))
 
 
 def run(job: Job) -> int:
@@ -151,7 +159,8 @@ class Attempt:
         return resume.Ways(self.run, self.loaded)
 
     def __call__(self) -> None:
-        found, loaded = resume.find(self.run, self.loaded, self.reporter)
+        with file_errors_reported(self.run.checkpoints, CheckpointError, doing="read"):
+            found, loaded = resume.find(self.run, self.loaded, self.reporter)
         if loaded is not self.loaded:
             if self.config.dynamo_backend != loaded.config.dynamo_backend and self.device.type != "cpu":
                 self.reporter.say(f"dynamo_backend = {loaded.config.dynamo_backend}, as this run began.")

@@ -217,10 +217,10 @@ def test_a_picture_that_cannot_be_read_is_rejected(
     locked = save("locked.png")
     really = os.open
 
-    def open_(path: Path, flags: int) -> int:  # root reads everything, so the refusal is made here
+    def open_(path: Path, flags: int, mode: int = 0o777) -> int:  # root reads everything, so the refusal is made here
         if path == locked:
             raise PermissionError(13, "Permission denied")
-        return really(path, flags)
+        return really(path, flags, mode)
 
     with monkeypatch.context() as patch:
         patch.setattr(storage.os, "open", open_)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from tests.file_faults import Fault, a_folder, forbidden, link_loop, rights_of_a_user
 
 from simpletuner.base.errors import DataError, DiskError
 from simpletuner.base.files import read_json
@@ -176,10 +177,31 @@ def test_two_runs_add_to_one_list(store: Store) -> None:
 
 
 @pytest.mark.usefixtures("later")
-def test_a_folder_that_must_not_be_written_to_has_no_list(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert check_all([(store, KEY)]) == ["sound"]
+def test_a_cache_that_may_only_be_read_serves_and_has_no_list(store: Store) -> None:
+    folder_of(store).chmod(0o555)
+    with rights_of_a_user():
+        assert check_all([(store, KEY)]) == ["sound"]
+        assert store.read(KEY).keys() == TENSORS.keys()
     assert not (folder_of(store) / LEDGER).exists()
+
+
+@pytest.mark.usefixtures("later")
+@pytest.mark.parametrize("fault", [forbidden, a_folder, link_loop])
+def test_a_list_that_cannot_be_read_costs_reading_the_files(store: Store, fault: Fault) -> None:
+    check_all([(store, KEY)])
+    fault(folder_of(store) / LEDGER)
+    with rights_of_a_user():
+        assert check_all([(store, KEY)]) == ["sound"]
+
+
+@pytest.mark.parametrize("fault", [forbidden, a_folder, link_loop])
+def test_a_cached_file_that_cannot_be_read_is_named(store: Store, fault: Fault) -> None:
+    fault(path_of(store))
+    with rights_of_a_user():
+        for ask in (store.check, store.read):
+            with pytest.raises(DiskError, match=rf"cannot read .*{KEY}") as caught:
+                ask(KEY)
+            assert caught.value.problems[0].remedy
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,18 @@ def test_default_folder():
     assert tiny.default_folder(None, {}) == home
     assert tiny.default_folder(None, {"XDG_CACHE_HOME": "/x"}) == Path(f"/x/simpletuner/tiny-{VERSION}")
     assert tiny.default_folder(Path("/y"), {}) == Path(f"/y/tiny-{VERSION}")
+    assert tiny.default_folder(None, {"XDG_CACHE_HOME": "relative"}) == home
+
+
+def test_without_a_home_folder_the_way_out_is_told(monkeypatch: pytest.MonkeyPatch):
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    with pytest.raises(AccessError, match="Set HOME or XDG_CACHE_HOME, or give a folder as --cache_dir"):
+        tiny.default_folder(None, {"XDG_CACHE_HOME": ""})
+    assert tiny.default_folder(None, {"XDG_CACHE_HOME": "/x"}) == Path(f"/x/simpletuner/tiny-{VERSION}")
 
 
 def test_the_worlds_words_are_one_token_each():

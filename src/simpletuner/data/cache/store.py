@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,13 +13,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from simpletuner.base.errors import DataError
-from simpletuner.base.files import json_bytes
+from simpletuner.base.errors import DataError, DiskError
+from simpletuner.base.files import file_problem
 from simpletuner.base.parts import sweep_parts
 from simpletuner.base.storage import Stamp, Storage
 from simpletuner.base.tensorfile import file_pieces
 from simpletuner.data.ahead import map_ahead
-from simpletuner.data.storages import LEDGER
+from simpletuner.data.storages import LEDGER, read_memo, write_memo
 from simpletuner.memory.tensors import as_written
 
 HEADER_KEY = "simpletuner"
@@ -55,7 +54,7 @@ class Store:
         """Read and verify `key`. What is damaged is removed, so that it is made again."""
         name = self.name(key)
         try:
-            data = self.storage.read(name)
+            data = self._content(name)
         except FileNotFoundError:
             return "missing"
         if _verified(data) is None:
@@ -71,7 +70,7 @@ class Store:
         """
         name = self.name(key)
         try:
-            data = self.storage.read(name)
+            data = self._content(name)
         except FileNotFoundError:
             raise _lost(self.storage.shown(name), "missing") from None
         tensors = _verified(data)
@@ -79,6 +78,23 @@ class Store:
             self.storage.remove(name)
             raise _lost(self.storage.shown(name), "damaged, and was removed")
         return tensors
+
+    def _content(self, name: str) -> bytes:
+        """The bytes of a file.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            DiskError: it is there, and cannot be read.
+        """
+        try:
+            return self.storage.read(name)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            problem = file_problem(error, doing="read")
+            if problem is None:
+                raise
+            raise DiskError(problem) from error
 
     def write(self, key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Keep `tensors` under `key`, atomically. The same tensors and metadata give the same bytes.
@@ -108,7 +124,7 @@ def check_all(keys: Iterable[tuple[Store, str]], *, verify: bool = False) -> lis
     a disk changes without a trace is found by `Store.read`, which always compares the checksum.
 
     Raises:
-        DiskError: no space for the list of what was read.
+        DiskError: a file cannot be read, or a damaged one not removed.
     """
     ledgers: dict[Store, _Ledger] = {}
 
@@ -142,7 +158,7 @@ class _Ledger:
         """The state of `key`, which is read if it is not known as it is now, or with `verify`."""
         try:
             file = self._store.storage.stat(self._store.name(key))
-        except FileNotFoundError:
+        except OSError:
             return self._store.check(key)
         if self._known.get(key) == list(file.stamp) and not verify:
             return "sound"
@@ -152,10 +168,7 @@ class _Ledger:
         return state
 
     def _load(self) -> dict[str, list[int | str]]:
-        try:
-            stored = json.loads(self._store.storage.read(LEDGER))
-        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
-            return {}
+        stored = read_memo(self._store.storage, LEDGER)
         is_ours = isinstance(stored, dict) and stored.get("version") == LEDGER_VERSION
         files: dict[str, list[int | str]] = stored["files"] if is_ours else {}
         return files
@@ -163,11 +176,8 @@ class _Ledger:
     def save(self) -> None:
         """Add what was read to the list of the store."""
         read = {key: list(stamp) for key, stamp in self._read.items()}
-        folder = self._store.storage.local_path()
-        # A cache that is shared and may only be read has no list, and is read at each start.
-        is_writable = folder is None or os.access(folder, os.W_OK)
-        if is_writable and any(self._known.get(key) != stamp for key, stamp in read.items()):
-            self._store.storage.write(LEDGER, json_bytes({"version": LEDGER_VERSION, "files": self._load() | read}))
+        if any(self._known.get(key) != stamp for key, stamp in read.items()):
+            write_memo(self._store.storage, LEDGER, {"version": LEDGER_VERSION, "files": self._load() | read})
 
 
 def _lost(shown: str, how: str) -> DataError:

@@ -1,6 +1,7 @@
 """Makes the embedded model's folder, in the layout of a diffusers pipeline, once per machine."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -121,9 +122,21 @@ INDEX: dict[str, Any] = {
 
 
 def default_folder(cache_dir: Path | None, environ: Mapping[str, str]) -> Path:
-    """Where the embedded model lives: below `cache_dir`, else below the user's cache folder."""
+    """Where the embedded model lives: below `cache_dir`, else below the user's cache folder. A relative XDG_CACHE_HOME
+    counts for nothing, as its specification wants it.
+
+    Raises:
+        AccessError: nothing says where the user's home is.
+    """
     if cache_dir is None:
-        cache_dir = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "simpletuner"
+        named = environ.get("XDG_CACHE_HOME", "")
+        home = os.path.expanduser("~")
+        if not os.path.isabs(named) and not os.path.isabs(home):
+            raise AccessError.of(
+                "no home folder is known, which would keep the embedded model",
+                remedy="Set HOME or XDG_CACHE_HOME, or give a folder as --cache_dir.",
+            )
+        cache_dir = (Path(named) if os.path.isabs(named) else Path(home) / ".cache") / "simpletuner"
     return cache_dir / f"tiny-{VERSION}"
 
 
