@@ -207,9 +207,10 @@ def file_pieces(tensors: Mapping[str, TensorData], metadata: Mapping[str, str]) 
 
 
 def write_tensors(path: Path, tensors: Mapping[str, TensorData], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, tensor by tensor. It is always a new file: what was there may be in use, as a mapped
-    file or under another name.
+    """Write a safetensors file, tensor by tensor. It is a new file: what was there may be in use, as a mapped file or
+    under another name. Only an empty one is filled, since `locked_part` makes it and holds its lock.
     """
-    path.unlink(missing_ok=True)
+    if path.exists() and path.stat().st_size:
+        path.unlink()
     with path.open("wb") as file:
         file.writelines(file_pieces(tensors, metadata))

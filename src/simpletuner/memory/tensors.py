@@ -120,9 +120,10 @@ def open_tensors(path: Path, *, backend: Literal["mmap", "pread"] = "mmap") -> I
 
 
 def non_finite_count(tensor: Tensor) -> int:
-    """How many numbers of `tensor` are NaN or infinite. One pass over it if there are none."""
+    """How many numbers of `tensor` are NaN or infinite. One pass over it if there are none; a tensor on the meta device
+    has no numbers."""
     # Nothing finite comes of a sum with one of them; a sum of finite numbers may overflow.
-    if not tensor.is_floating_point() or bool(tensor.sum().isfinite()):
+    if tensor.is_meta or not tensor.is_floating_point() or bool(tensor.sum().isfinite()):
         return 0
     return int(tensor.isfinite().logical_not().sum())
 

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from simpletuner.base.errors import AccessError
+from simpletuner.base.parts import locked_part, sweep_parts
 from simpletuner.base.tensorfile import (
     HEADER_LIMIT,
     TensorData,
@@ -115,3 +116,19 @@ def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
     files = tuple(with_header(tmp_path / name, {"x": TENSOR}, bytes(4)) for name in ("a", "b"))
     with pytest.raises(AccessError, match="b and a both hold the tensor x"):
         read_headers(files)
+
+
+def test_a_locked_part_stays_locked_while_it_is_filled(tmp_path: Path) -> None:
+    with locked_part(tmp_path / "a.safetensors") as part:
+        write_tensors(part, {"x": TensorData("U8", (3,), 3, lambda: memoryview(b"abc"))}, {})
+        sweep_parts(tmp_path, ".*.part")
+        assert part.stat().st_size > 3
+    assert not part.exists()
+
+
+def test_a_file_that_is_in_use_keeps_its_content(tmp_path: Path) -> None:
+    path, other_name = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    path.write_bytes(b"in use")
+    other_name.hardlink_to(path)
+    write_tensors(path, {}, {})
+    assert other_name.read_bytes() == b"in use"
