@@ -47,7 +47,7 @@ import pytest
         ({"lr_scheduler": "cosine", "lr_end": 0.1}, "lr_end = 0.1: expected at most learning_rate, 0.0001."),
         ({"eval_dataset_id": "held"}, "eval_dataset_id = 'held': expected a set with dataset_type eval to be listed."),
         ({"output_dir": "config/config.json"}, "this is a file: expected a folder."),
-        ({"init_lora": "nope.safetensors"}, "no such file."),
+        ({"init_lora": "nope.safetensors"}, "no such file: expected a .safetensors file or a run's folder."),
         (
             {"model_type": "full", "enable_group_offload": True},
             "enable_group_offload with model_type = full, whose weights all change with each step. What is streamed is "
