@@ -112,7 +112,7 @@ WAYS: dict[str, tuple[dict[str, Any], set[str]]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [way if way == "fp32" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
 def test_a_run_that_goes_on_ends_the_same_and_keeps_nothing_twice(workplace: Workplace, way: str) -> None:
     options, kept = WAYS[way]
     workplace.config |= options | {"use_ema": True, "ema_decay": 0.5, "checkpoint_step_interval": 2}
@@ -218,6 +218,7 @@ def test_a_full_run_is_a_directory_that_anyone_can_read(
     assert os.path.samefile(single, root / "model" / "transformer" / WEIGHTS)
 
 
+@pytest.mark.slow
 def test_the_model_draws_the_same_in_diffusers_in_sample_and_in_the_run(
     workplace: Workplace, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -253,6 +254,7 @@ def test_the_model_draws_the_same_in_diffusers_in_sample_and_in_the_run(
     assert np.abs(drawn[0].astype(np.int16) - (theirs * 255).round().astype(np.int16)).max() <= 1
 
 
+@pytest.mark.slow
 def test_the_base_pictures_are_drawn_before_the_first_step_and_missed_afterwards(
     workplace: Workplace, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,6 +274,7 @@ def test_the_base_pictures_are_drawn_before_the_first_step_and_missed_afterwards
     assert (validations / "step-000002" / "sheet.png").is_file()
 
 
+@pytest.mark.slow
 def test_the_average_is_measured_beside_the_model(workplace: Workplace) -> None:
     workplace.datasets.append(PICTURES | {"id": "held", "dataset_type": "eval", "cache_dir_vae": "cache/held"})
     workplace.config |= {"mixed_precision": "bf16", "use_ema": True, "ema_decay": 0.9, "num_eval_images": 1}
@@ -284,6 +287,7 @@ def test_the_average_is_measured_beside_the_model(workplace: Workplace) -> None:
     assert all(tensor.equal(again[name]) for name, tensor in found.items())
 
 
+@pytest.mark.slow
 def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -320,6 +324,7 @@ def test_a_lora_run_does_not_go_on_as_a_full_one(workplace: Workplace, capsys: p
     assert "trained with other settings: model_type" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_damaged_weights_are_passed_over(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     assert workplace.train("--max_train_steps=2") == 0
     victim = workplace.run().checkpoint(2) / "transformer" / WEIGHTS

@@ -148,6 +148,7 @@ def test_killed_and_started_again_it_ends_the_same(workplace: Workplace, uninter
     assert workplace.losses() == uninterrupted.losses()
 
 
+@pytest.mark.slow
 def test_sample_draws_the_same_picture(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--width=32", "--height=48", "--steps=2", "--mixed_precision=no", "--vae_dtype=fp32"]
     common = ["sample", f"--pretrained_model_name_or_path={tiny_folder}", *small, "--prompt", "a fish"]

@@ -66,6 +66,7 @@ def loads_in_diffusers(lora: Path, model: Path) -> None:
     assert pipe.get_active_adapters() == ["default_0"]
 
 
+@pytest.mark.slow
 def test_recomputed_or_not_quantised_losses_are_the_same_bits(workplace: Workplace) -> None:
     given = {"base_model_precision": "int8-quanto", "max_train_steps": 2}
     for name, choice in (("on", "true"), ("off", "false")):
@@ -100,6 +101,7 @@ def test_what_a_cpu_does_not_run_is_refused_before_anything_is_made(
     assert not (workplace.folder / "cache").exists()
 
 
+@pytest.mark.slow
 def test_a_run_is_drawn_from_as_it_was_trained(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     workplace.prompts = {"cat": "a cat"}
     given = {"base_model_precision": "int8-quanto", "text_encoder_1_precision": "int8-quanto", "max_train_steps": 1}

@@ -98,6 +98,7 @@ def test_a_refused_change_shows_both_values_and_the_command_that_puts_it_back(
     same_bytes(workplace)
 
 
+@pytest.mark.slow
 def test_another_default_does_not_change_a_run(
     workplace: Workplace, same_bytes: Callable[[Workplace], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,6 +115,7 @@ def test_another_default_does_not_change_a_run(
     same_bytes(workplace)
 
 
+@pytest.mark.slow
 def test_another_default_is_checked_against_what_is_given(
     workplace: Workplace, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,6 +125,7 @@ def test_another_default_is_checked_against_what_is_given(
     assert "enable_group_offload with dynamo_backend = inductor" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_option_that_the_checkpoint_does_not_know_is_no_difference(
     workplace: Workplace, same_bytes: Callable[[Workplace], None]
 ) -> None:
@@ -132,6 +135,7 @@ def test_an_option_that_the_checkpoint_does_not_know_is_no_difference(
     same_bytes(workplace)
 
 
+@pytest.mark.slow
 def test_an_option_that_is_gone_is_refused_unless_it_changed_nothing(
     workplace: Workplace,
     same_bytes: Callable[[Workplace], None],
@@ -176,6 +180,7 @@ def test_starting_over_needs_another_folder(workplace: Workplace, capsys: pytest
     assert workplace.train("--max_train_steps=1", "--resume_from_checkpoint=", "--output_dir=output/other") == 0
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_named_checkpoint(workplace: Workplace, same_bytes: Callable[[Workplace], None]) -> None:
     assert workplace.train("--max_train_steps=2") == 0
     workplace.run().lora.unlink()

@@ -4,6 +4,7 @@ import pytest
 from tests.recipes.conftest import Workplace
 
 
+@pytest.mark.slow
 def test_strata_off_changes_no_bit_and_on_moves_the_noise_levels_only(workplace: Workplace) -> None:
     workplace.config |= {"max_train_steps": 1}
     for name, flags in {"plain": (), "off": ("--timestep_strata=false",), "on": ("--timestep_strata",)}.items():

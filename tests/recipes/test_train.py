@@ -51,12 +51,14 @@ def test_recomputing_changes_no_bit(workplace: Workplace) -> None:
         assert workplace.losses(name) == workplace.losses("off")
 
 
+@pytest.mark.slow
 def test_reading_ahead_changes_no_bit(workplace: Workplace) -> None:
     for value in ("true", "false"):
         assert workplace.train(f"--dataloader_prefetch={value}", f"--output_dir=output/{value}") == 0
     assert workplace.run("true").lora.read_bytes() == workplace.run("false").lora.read_bytes()
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(workplace: Workplace) -> None:
     assert workplace.train("--max_train_steps=1") == 0
     assert workplace.train("--max_train_steps=1", "--seed=7", "--output_dir=output/other") == 0
@@ -138,6 +140,7 @@ def test_the_base_pictures_are_drawn_once_and_are_the_base_models(workplace: Wor
         assert before.tobytes() != after.tobytes()
 
 
+@pytest.mark.slow
 def test_init_lora_goes_on_from_a_saved_adapter(workplace: Workplace) -> None:
     workplace.config |= {"caption_dropout_probability": 0.0}
     assert workplace.train("--flux_lora_target=attention") == 0
@@ -195,6 +198,7 @@ def test_too_little_space_is_told_before_any_work(workplace: Workplace, capsys: 
     assert workplace.events("end")[-1]["exit_code"] == 7
 
 
+@pytest.mark.slow
 def test_trackers_get_curves_and_pictures(workplace: Workplace) -> None:
     workplace.prompts = {"one": "a gradient"}
     workplace.config |= {
@@ -215,6 +219,7 @@ def test_trackers_get_curves_and_pictures(workplace: Workplace) -> None:
     assert list(workplace.run().root.rglob("run-*.wandb"))
 
 
+@pytest.mark.slow
 def test_a_tracker_that_fails_is_reported_once_and_stops_nothing(workplace: Workplace) -> None:
     workplace.config |= {"report_to": "tensorboard", "max_train_steps": 2}
     workplace.run().create()
@@ -263,6 +268,7 @@ def test_a_set_that_ends_up_empty_shows_why(workplace: Workplace, capsys: pytest
     assert "minimum_image_size" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_few_pictures_and_many_steps_get_a_word(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,6 +39,7 @@ def test_an_interrupted_run_ends_the_same(workplace: Workplace, gradient_checkpo
     assert workplace.losses() == workplace.losses("whole")
 
 
+@pytest.mark.slow
 def test_what_is_looked_at_is_not_routed(workplace: Workplace) -> None:
     """With a rate of nothing the model stays what it is: routed or not, losses differ, looks do not."""
     held_out = {"id": "held-out", "dataset_type": "eval", "cache_dir_vae": "cache/eval"}

@@ -1,10 +1,10 @@
 import json
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tests.file_faults import rights_of_a_user
 
 from simpletuner.base.errors import AccessError, DiskError
 from simpletuner.config.options.model import ModelOptions
@@ -141,23 +141,19 @@ def test_a_single_file_is_the_transformer(key, tiny_folder, tmp_path):
         locate(options(**{key: "absent.safetensors"}), report=print)
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become a user without rights")
 @pytest.mark.parametrize("name", ["vae", "vae/config.json", WEIGHTS[1], "tokenizer/tokenizer.json"])
-def test_a_file_that_may_not_be_read_is_named(name, repository, tmp_path):
+def test_a_file_that_may_not_be_read_is_named(name, repository):
     asked = options(pretrained_model_name_or_path=str(repository))
-    locate(asked, report=print)  # imports what it needs while it may
-    for folder in (tmp_path, *list(tmp_path.parents)[:2]):
-        folder.chmod(0o755)
     path = repository / name
     kept = path.rename(path.with_name("kept"))  # other tests have the same file
     shutil.copytree(kept, path) if kept.is_dir() else shutil.copyfile(kept, path)
     path.chmod(0)
-    os.seteuid(65534)
-    try:
-        with pytest.raises(AccessError, match=rf"cannot read .*/{name}.*: Permission denied\. Give the user"):
-            locate(asked, report=print)
-    finally:
-        os.seteuid(0)
+    with (
+        rights_of_a_user(),
+        pytest.raises(AccessError, match=rf"cannot read .*/{name}.*: Permission denied\. Give the"),
+    ):
+        locate(asked, report=print)
+    path.chmod(0o700)
 
 
 def test_parts_that_do_not_belong_together(tiny_folder):

@@ -157,4 +157,4 @@ def test_problems_are_read_from_what_people_see() -> None:
 
 def test_a_command_gets_no_more_environment_than_the_server(tmp_path: Path) -> None:
     job = followed(tmp_path, "import json, os; print(json.dumps(sorted(os.environ)))")
-    assert set(job.result) - set(os.environ) <= {"PYTHONUNBUFFERED", "LC_CTYPE"}
+    assert set(job.result) - set(os.environ) <= {"PYTHONUNBUFFERED", "PYTHONIOENCODING", "LC_CTYPE"}

@@ -15,6 +15,7 @@ def candidate(tiny_folder):
     return Candidate.load(ModelOptions(model_flavour="tiny", pretrained_model_name_or_path=str(tiny_folder)))
 
 
+@pytest.mark.slow
 def test_without_the_words_nothing_is_right(candidate):
     scenes = held_out_scenes()[::70]
     pictures = candidate.draw([""] * len(scenes))

@@ -26,6 +26,7 @@ def test_what_was_drawn_is_right_in_everything(drawn_score: Score):
     assert drawn_score.shares["everything"].value >= 0.99
 
 
+@pytest.mark.slow
 def test_what_was_drawn_is_still_right_when_it_is_blurred():
     assert (
         score([picture.filter(ImageFilter.GaussianBlur(1.5)) for picture in PICTURES]).shares["everything"].value

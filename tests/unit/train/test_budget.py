@@ -101,6 +101,7 @@ def test_it_refuses_neither_ram_nor_what_fills_caches_nor_a_cpu() -> None:
     wide.check()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("project")
 def test_every_rung_lowers_something_and_leads_where_it_says() -> None:
     own = budget(
