@@ -69,7 +69,7 @@ def test_the_losses_are_what_they_were(workplace: Workplace, precision: str) -> 
     assert workplace.losses() == pytest.approx(PINNED[precision], rel=1e-5 if precision == "no" else 1e-3)
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("no", marks=pytest.mark.slow), "bf16"])
 def test_a_rate_of_nothing_leaves_every_bit_of_the_base(workplace: Workplace, precision: str) -> None:
     workplace.config |= {"learning_rate": 1e-37, "mixed_precision": precision, "max_train_steps": 2}
     assert workplace.train() == 0

@@ -173,6 +173,7 @@ def test_another_caption_is_refused(workplace: Workplace, capsys: pytest.Capture
     assert "pictures: images, captions, crops or repeats have changed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_starting_over_needs_another_folder(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     assert workplace.train("--max_train_steps=1") == 0
     assert workplace.train("--resume_from_checkpoint=") == 6

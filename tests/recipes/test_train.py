@@ -35,6 +35,7 @@ def test_the_losses_are_what_they_were(workplace: Workplace, precision: str, gra
     assert workplace.losses() == pytest.approx(PINNED[precision], rel=tolerance)
 
 
+@pytest.mark.slow
 def test_recomputing_changes_no_bit(workplace: Workplace) -> None:
     flags = {
         "off": ["--gradient_checkpointing=false"],

@@ -186,6 +186,7 @@ def test_what_is_finished_is_written_before_more_work_begins(store: Store) -> No
     assert len(files(store)) == 2
 
 
+@pytest.mark.slow
 def test_a_thousand_captions_of_dev_take_less_than_a_third_of_the_plain_tensors_and_come_back_exactly(
     store: Store,
 ) -> None:

@@ -58,7 +58,9 @@ def same(one: list[TextContext], two: list[TextContext]) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layers", [(10, 20, 30), (1, 2), (3,)], ids=str)
+@pytest.mark.parametrize(
+    "layers", [(10, 20, 30), *(pytest.param(each, marks=pytest.mark.slow) for each in ((1, 2), (3,)))], ids=str
+)
 def test_contexts_are_the_bits_of_the_resident_encoder(tiny_source, tmp_path, dtype, layers):
     resident = load_text_encoder(tiny_source, dtype, "cpu", **settings(layers))
     encoder = streamed(tiny_source, tmp_path, dtype, layers=layers)

@@ -187,6 +187,7 @@ def test_on_a_device_a_step_waits_for_nothing_but_that_read(
         assert not found, describe(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SOLVERS)
 def test_a_rollout_waits_for_nothing_on_a_device(sampler: str) -> None:
     step = stepper(MetaStepper, adapter(torch.bfloat16, META), META, sampler=sampler, optimizer="adamw_bf16")

@@ -83,7 +83,7 @@ def test_off_nothing_is_touched(tiny: Source) -> None:
     assert all(parameter is before[name] for name, parameter in transformer.named_parameters())
 
 
-@pytest.mark.parametrize("keep_every", [False, None, 3])
+@pytest.mark.parametrize("keep_every", [None, *(pytest.param(each, marks=pytest.mark.slow) for each in (False, 3))])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -117,7 +117,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("count", [0, 3, 8, 99])
+@pytest.mark.parametrize("count", [0, 3, *(pytest.param(each, marks=pytest.mark.slow) for each in (8, 99))])
 @pytest.mark.parametrize("way", WAYS)
 def test_with_resident_blocks_it_gives_the_resident_ones_bits(
     tiny: Source, resident: list[torch.Tensor], way: str, count: int

@@ -52,9 +52,11 @@ def micro_batches(objective: Objective, routes: Sequence[Route] = (), *, is_roll
     [
         {},
         {"gradient_checkpointing": False},
-        {"gradient_checkpointing_interval": 2},
+        pytest.param({"gradient_checkpointing_interval": 2}, marks=pytest.mark.slow),
         {"scheduled_sampling_max_step_offset": 50, "scheduled_sampling_sampler": "heun"},
-        {"scheduled_sampling_max_step_offset": 50, "scheduled_sampling_reflexflow": False},
+        pytest.param(
+            {"scheduled_sampling_max_step_offset": 50, "scheduled_sampling_reflexflow": False}, marks=pytest.mark.slow
+        ),
         {"tread_config": {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": -2}]}},
     ],
     ids=["recomputed", "kept", "partly", "rollout", "rollout without ReflexFlow", "routed"],
