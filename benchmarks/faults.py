@@ -242,7 +242,8 @@ def kill(work: Path, moment: float, record: Path) -> str | None:
     """Train in `work` until `moment`; what was happening, or None if the run ended before."""
     if isinstance(moment, int):
         code, told = train(work, "kill", str(record), str(moment))
-        happening = record.read_text(encoding="utf-8").strip().splitlines()[-1] if record.exists() else None
+        recorded = record.read_text(encoding="utf-8").splitlines() if record.exists() else []
+        happening = recorded[-1] if recorded else None
     else:
         code, told = train(work, kill_after_s=moment)
         happening = f"after {moment:.1f} s, in {last_phase(work)}"
