@@ -2,6 +2,7 @@
 its stage, its name and a remedy, or does not matter. Never with a traceback.
 """
 
+import fcntl
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,14 +76,18 @@ def cases(rows: Sequence[tuple[Sequence[Fault], Sequence[str]]]) -> list[tuple[s
 
 @pytest.fixture(scope="module")
 def trained(shared_folder: Path, uninterrupted: Workplace, tiny_folder: Path) -> Path:
-    """A working folder with a run of three steps, full caches, its LoRA, and the folder of a model."""
+    """A working folder with a run of three steps, full caches, its LoRA, and the folder of a model. One for all
+    workers.
+    """
     folder = shared_folder / "trained"
-    if not folder.exists():
-        shutil.copytree(uninterrupted.folder, folder)
-        shutil.copy(Workplace(folder).run().lora, folder / "start.safetensors")
-        shutil.copytree(tiny_folder, folder / "model")
-        for cache in ("vae", "text"):
-            (folder / "cache" / cache / "verified.json").write_text("{}")
+    with (shared_folder / "trained.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            shutil.copytree(uninterrupted.folder, folder)
+            shutil.copy(Workplace(folder).run().lora, folder / "start.safetensors")
+            shutil.copytree(tiny_folder, folder / "model")
+            for cache in ("vae", "text"):
+                (folder / "cache" / cache / "verified.json").write_text("{}")
     return folder
 
 
