@@ -232,7 +232,7 @@ def _chosen(flags: Flags, folder: Path, environ: Mapping[str, str]) -> Path | No
     if "example" in named:
         return _in_folder(EXAMPLES_FOLDER / named["example"], f"--example {named['example']}")
     usual = [folder / place / name for place in ("", "config") for name in CONFIG_NAMES]
-    # Whatever has the name is the config: what is wrong with it is told when it is read.
+    # A folder or a pipe of that name counts too: reading it says what is wrong.
     found = next((path for path in usual if _is_there(path)), None)
     lists_datasets = "data_backend_config" in flags.options or f"{ENVIRONMENT_PREFIX}DATA_BACKEND_CONFIG" in environ
     if found is None and not lists_datasets:

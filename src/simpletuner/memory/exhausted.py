@@ -30,7 +30,7 @@ def exhausted_memory(error: BaseException) -> Literal["accelerator", "ram"] | No
         return "accelerator"
     if isinstance(error, MemoryError):
         return "ram"
-    # Not their subclasses: a NotImplementedError may quote any text, and is none of memory.
+    # Subclasses say something else, whatever they quote: a NotImplementedError is not about memory.
     if type(error) in (RuntimeError, torch.AcceleratorError):
         told = first_line(error)
         if any(text in told for text in DEVICE_FAILURES):

@@ -25,7 +25,7 @@ COMPARED_STEPS = 50
 ENOUGH_STEPS = 20
 """With fewer there is no median to speak of."""
 SLOW_STEP_EVERY = 100
-"""Slow steps are told at most once in so many steps."""
+"""At most one notice about a slow step in so many steps."""
 MANY_PAGES = 1000
 """Pages read from disk in a step (4 MB) that say that memory is swapped."""
 SAMPLED_NUMBERS = 2**18
