@@ -4,6 +4,7 @@ import fcntl
 import gc
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -28,6 +29,9 @@ for variable in ("HF_HOME", "XDG_CACHE_HOME", "WANDB_DIR", "WANDB_CACHE_DIR", "W
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+
+# Under `nohup` or a service HUP is ignored, and tests of what a command does with it would see that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Workers, and commands in processes of their own, import the same modules: compile each once.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
