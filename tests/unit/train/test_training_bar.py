@@ -24,7 +24,10 @@ def test_the_rates_fit_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch)
         bar = TrainingBar(Reporter(), done=998, total=2000)
         bar.step(STEP)
         bar.close()
-        last = screen.read(4096).decode().rstrip().rsplit("\r", 1)[-1]
+        shown = b""
+        while not shown.endswith(b"\n"):  # what is written arrives in pieces
+            shown += screen.read(4096)
+    last = shown.decode().rstrip().rsplit("\r", 1)[-1]
     assert len(last) <= 80
     assert ", loss 0.5123, lr 1.00e-04, 0.61 img/s, 212 TFLOP/s (21%)" in last
 
