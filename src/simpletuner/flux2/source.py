@@ -66,6 +66,8 @@ class Source:
     """The local folder that the model comes from, but for what was replaced; None where that is the Hub."""
     hashes: ContentHashes = field(default_factory=ContentHashes, compare=False)
     """Of the files' tensors."""
+    _fingerprints: dict[tuple[str, bool], str] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Those that were asked for: a start asks for each several times, and a checkpoint for the transformer's."""
 
     @property
     def spec(self) -> TransformerSpec:
@@ -84,6 +86,12 @@ class Source:
         Raises:
             AccessError: a file cannot be read.
         """
+        found = self._fingerprints.get((component, whole))
+        if found is None:
+            found = self._fingerprints[component, whole] = self._fingerprint(component, whole)
+        return found
+
+    def _fingerprint(self, component: Component | Literal["tokenizer"], whole: bool) -> str:
         if component == "tokenizer":
             present = (self.tokenizer / name for name in (*_TOKENIZER, *_TOKENIZER_EXTRA))
             with file_errors_reported(self.tokenizer, AccessError, doing="read"):
