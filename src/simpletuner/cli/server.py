@@ -121,16 +121,20 @@ def _serve(command: ServerCommand, listening: socket.socket) -> int:
     import uvicorn
 
     from simpletuner.server.app import create_app
+    from simpletuner.server.connections import MOST_CONNECTIONS, TimedProtocol
     from simpletuner.server.roots import Roots
 
     address, port = listening.getsockname()[:2]
     access = _access(command, address)
     url = f"{'https' if access.is_tls else 'http'}://{_shown_host(command, address)}:{port}/"
-    link = url if access.token is None else f"{url}?token={access.token}"
+    with_token = f"{url}?token={access.token}"
+    link = url if access.knows_owner else with_token
     app = create_app(Roots(Path.cwd().resolve(), command.root), access)
     logging.getLogger("uvicorn.error").addFilter(_is_no_farewell)
     config = uvicorn.Config(
         app,
+        http=TimedProtocol,
+        limit_concurrency=MOST_CONNECTIONS,
         ws="none",
         log_level="warning",
         access_log=False,  # the link with the token would stand in it
@@ -145,6 +149,8 @@ def _serve(command: ServerCommand, listening: socket.socket) -> int:
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             say(f"The page is at {link}")
+            if access.knows_owner:
+                say(f"Other users of this machine, and their proxies, need the token: {with_token}")
             if command.open:
                 asyncio.get_running_loop().run_in_executor(None, webbrowser.open, link)
 
@@ -184,15 +190,19 @@ def _is_no_farewell(record: logging.LogRecord) -> bool:
 
 def _access(command: ServerCommand, address: str) -> "Access":
     from simpletuner.server.guard import Access
+    from simpletuner.server.peer import knows_users
 
     is_loopback = ipaddress.ip_address(address).is_loopback
-    token = None
-    if command.token_file is not None:
-        token = _token_in(command.token_file)
-    elif not is_loopback or command.allowed_host:
-        token = _new_token()
+    asks_owner = not is_loopback or bool(command.allowed_host) or command.token_file is not None
+    token = _new_token() if command.token_file is None else _token_in(command.token_file)
     names = frozenset(name.lower() for name in command.allowed_host)
-    return Access(is_loopback, names, token, is_tls=command.ssl_cert is not None)
+    return Access(
+        is_loopback,
+        names,
+        token,
+        knows_owner=not asks_owner and knows_users(),
+        is_tls=command.ssl_cert is not None,
+    )
 
 
 def _new_token() -> str:

@@ -1,10 +1,11 @@
-"""Who may ask: the host that was meant, pages of our own, and, from elsewhere, whoever holds the token.
+"""Who may ask: the host that was meant, pages of our own, and this user, or whoever holds the token.
 
 A browser carries other pages' requests to this machine too. So a request counts only if its Host is a name of this
 server (a page elsewhere can point its own name at this machine), if no other page made it, and if its body is of a
 kind that no plain form can send. It is checked here, before any route, for all of them.
 """
 
+import asyncio
 import hmac
 import ipaddress
 import re
@@ -23,9 +24,14 @@ from simpletuner.base.errors import Problem
 from simpletuner.base.files import sha256_bytes
 from simpletuner.server.faults import FaultAnswer, answered
 from simpletuner.server.headers import ASKED_AGAIN, NOT_KEPT, SECURITY
+from simpletuner.server.peer import is_own
 
 LARGEST_JSON = 2_000_000
 """Bytes of a request's JSON."""
+BODY_WITHIN_S = 30.0
+"""How long a request's body may take, and"""
+SLOWEST_BODY = 10_000
+"""one second more for so many bytes that have arrived."""
 GUESSES = 10
 """Different wrong tokens within `GUESSES_WITHIN_S`; then nobody without the right one is answered for as long."""
 GUESSES_WITHIN_S = 60.0
@@ -58,6 +64,8 @@ class Access:
     """Names, in small letters, that count beside localhost and IP addresses."""
     token: str | None = field(default=None, repr=False)
     """What everyone must show; None is nothing."""
+    knows_owner: bool = False
+    """Connections that this user, or root, makes from this machine need no token."""
     is_tls: bool = False
 
     def knows(self, host: str) -> bool:
@@ -158,7 +166,7 @@ class Guard:
         right = {way for way, guess in shown if hmac.compare_digest(guess.encode(errors="replace"), token.encode())}
         if "link" in right:
             raise Refusal(self._with_cookie(scope, token))
-        if right:
+        if right or (self._access.knows_owner and _is_own(scope)):
             return
         now = self._clock()
         for _, guess in shown:
@@ -195,6 +203,7 @@ class Guard:
             return receive
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         route = (scope["method"], scope["path"])
+        receive = _timed(receive)
         if route in RAW_BODIES:
             kinds = RAW_BODIES[route]
             if kinds is not None and kind not in kinds:
@@ -217,6 +226,32 @@ class Guard:
         if size and kind != "application/json":
             raise refusal(415, f"a body of type {kind or 'nothing'!r}", "application/json")
         return _replayed(parts, receive)
+
+
+def _is_own(scope: Scope) -> bool:
+    client, server = scope.get("client"), scope.get("server")
+    return client is not None and server is not None and server[1] is not None and is_own(tuple(client), tuple(server))
+
+
+def _timed(receive: Receive) -> Receive:
+    """`receive`, but a body that comes too slowly breaks off as if its client had gone away."""
+    began, size, is_more = time.monotonic(), 0, True
+
+    async def timed() -> Message:
+        nonlocal size, is_more
+        if not is_more:
+            return await receive()
+        try:
+            async with asyncio.timeout(began + BODY_WITHIN_S + size / SLOWEST_BODY - time.monotonic()):
+                message = await receive()
+        except TimeoutError:
+            is_more = False
+            return {"type": "http.disconnect"}
+        size += len(message.get("body", b""))
+        is_more = message.get("more_body", False)
+        return message
+
+    return timed
 
 
 def _replayed(messages: list[Message], receive: Receive) -> Receive:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +15,13 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import uvicorn
 
 from simpletuner.base.errors import ConfigError
 from simpletuner.cli import server
+from simpletuner.server.app import create_app
+from simpletuner.server.connections import TimedProtocol
+from simpletuner.server.roots import Roots
 
 SECRET = "a-secret-of-thirty-two-characters"
 
@@ -125,10 +130,15 @@ def test_a_token_file_is_made_once_and_for_its_owner(tmp_path: Path) -> None:
 
 
 def test_who_needs_a_token() -> None:
-    assert server._access(server.ServerCommand(), "127.0.0.1").token is None
-    assert server._access(server.ServerCommand(), "::1").token is None
-    assert server._access(server.ServerCommand(), "0.0.0.0").token is not None
-    assert server._access(server.ServerCommand(allowed_host=("trainer.example",)), "127.0.0.1").token is not None
+    def knows_owner(address: str, **flags: object) -> bool:
+        access = server._access(server.ServerCommand(**flags), address)  # type: ignore[arg-type]
+        assert access.token is not None
+        return access.knows_owner
+
+    assert knows_owner("127.0.0.1")
+    assert knows_owner("::1")
+    assert not knows_owner("0.0.0.0")
+    assert not knows_owner("127.0.0.1", allowed_host=("trainer.example",))
 
 
 def test_it_answers_at_once_and_ends_in_good_order(tmp_path: Path) -> None:
@@ -137,12 +147,15 @@ def test_it_answers_at_once_and_ends_in_good_order(tmp_path: Path) -> None:
         assert get(port_of(line), "/")[0] == 200
         assert time.monotonic() - began < 10  # half a second on an idle core
         assert line.startswith("The page is at http://localhost:")
+        assert process.stdout is not None
+        others = process.stdout.readline()
         status = Path(f"/proc/{process.pid}/status").read_text()
         assert int(status.partition("VmRSS:")[2].split()[0]) < 80 * 1024
         assert list(tmp_path.iterdir()) == []
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=10)
     assert (process.returncode, out) == (0, "The page is closed. Runs go on.\n")
+    assert re.fullmatch(r"Other users of this machine, .*: http://localhost:\d+/\?token=[\w-]{43}\n", others)
 
 
 def test_an_open_stream_does_not_keep_it(tmp_path: Path) -> None:
@@ -158,7 +171,7 @@ def test_an_open_stream_does_not_keep_it(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=10)
         connection.close()
-    assert (process.returncode, out) == (0, "The page is closed. Runs go on.\n")
+    assert (process.returncode, out.splitlines()[-1]) == (0, "The page is closed. Runs go on.")
     assert time.monotonic() - began < 3
 
 
@@ -198,6 +211,76 @@ def test_raw_requests_that_no_browser_makes_are_refused(tmp_path: Path) -> None:
             assert re.match(rb"HTTP/1\.1 40\d ", answer), request
             assert b"create_app" not in answer
             assert os.fsencode(tmp_path) not in answer
+
+
+OTHER_USER = 12_345
+AS_ANOTHER_USER = pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a process of another user")
+ASKING = r"""
+exec 3<>/dev/tcp/127.0.0.1/$0
+printf 'GET %s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n' "$1" >&3
+head -c 12 <&3
+"""
+LEAVING = r"""
+for number in {10..29}; do
+    exec 3<>/dev/tcp/127.0.0.1/$0
+    printf 'POST /api/folder HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n' >&3
+    printf 'Content-Length: 31\r\n\r\n{"path": ".", "name": "left%d"}' $number >&3
+    eval "$1"
+    exec 3>&-
+done
+"""
+
+
+@AS_ANOTHER_USER
+def test_another_user_of_the_machine_needs_the_token(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+
+    def as_user(uid: int, script: str, *arguments: object) -> str:
+        command = ["bash", "-c", script, *map(str, arguments)]
+        return subprocess.run(command, user=uid, group=uid, cwd="/", capture_output=True, text=True, check=True).stdout
+
+    with serving(tmp_path, "--port=0") as (process, line):
+        port = port_of(line)
+        assert process.stdout is not None
+        token = process.stdout.readline().strip().partition("?token=")[2]
+        assert get(port, "/api/about")[0] == 200
+        assert as_user(OTHER_USER, ASKING, port, "/api/about") == "HTTP/1.1 401"
+        assert as_user(OTHER_USER, ASKING, port, "/") == "HTTP/1.1 401"
+        assert as_user(OTHER_USER, ASKING, port, f"/?token={token}") == "HTTP/1.1 303"
+        # The kernel's table shows a socket that is closed already as user 0's.
+        as_user(OTHER_USER, LEAVING, port, "")
+        as_user(OTHER_USER, LEAVING, port, "head -c 1 <&3")
+        assert get(port, "/api/folders")[0] == 200
+        assert list(tmp_path.iterdir()) == []
+        as_user(os.geteuid(), LEAVING, port, "head -c 1 <&3")
+        assert len(list(tmp_path.iterdir())) == 20
+
+
+def test_a_slow_request_is_closed_and_one_that_pauses_between_requests_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simpletuner.server.connections.HEADERS_WITHIN_S", 0.3)
+    app = create_app(Roots(tmp_path))
+    config = uvicorn.Config(app, http=TimedProtocol, ws="none", log_level="warning", lifespan="off")
+    listening = socket.create_server(("127.0.0.1", 0))
+    uvicorn_server = uvicorn.Server(config)
+    thread = threading.Thread(target=uvicorn_server.run, args=([listening],))
+    thread.start()
+    head = b"GET /api/about HTTP/1.1\r\nHost: localhost\r\n"
+    try:
+        with socket.create_connection(listening.getsockname(), timeout=20) as connection:
+            for _ in range(2):  # of one connection; longer together than a request may take
+                connection.sendall(head + b"\r\n")
+                assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+                time.sleep(0.15)
+            connection.sendall(head)
+            assert connection.recv(65536) == b""
+        with socket.create_connection(listening.getsockname(), timeout=20) as silent:
+            assert silent.recv(65536) == b""
+    finally:
+        uvicorn_server.should_exit = True
+        thread.join()
+        listening.close()
 
 
 def children(pid: int) -> list[int]:

@@ -1,5 +1,6 @@
 """Who is let in, and what every answer says of itself."""
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,11 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from starlette.types import Message
 
+from simpletuner.runs.events import EventLog, StepEvent
+from simpletuner.runs.layout import RunDirectory
+from simpletuner.server import guard
 from simpletuner.server.app import create_app
 from simpletuner.server.guard import GUESSES, GUESSES_WITHIN_S, Access, Guard
 from simpletuner.server.headers import SECURITY
@@ -108,6 +113,22 @@ def test_a_body_that_a_form_can_send_is_refused(kind: str) -> None:
     assert client.post("/api/thing", content="{}", headers={"Content-Type": kind}).status_code == 415
 
 
+def test_a_body_that_comes_too_slowly_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "BODY_WITHIN_S", 0.05)
+
+    async def receive() -> Message:
+        if pieces:
+            return {"type": "http.request", "body": pieces.pop(), "more_body": True}
+        return await asyncio.Event().wait() or {}
+
+    async def types() -> list[str]:
+        timed = guard._timed(receive)
+        return [(await timed())["type"] for _ in range(2)]
+
+    pieces = [b"x" * 100]
+    assert asyncio.run(types()) == ["http.request", "http.disconnect"]
+
+
 def test_a_body_is_read_up_to_its_limit() -> None:
     client = guarded(Access(), Clock())
     json = {"Content-Type": "application/json; charset=utf-8"}
@@ -206,3 +227,29 @@ def test_slow_guesses_are_let_be() -> None:
 
 def test_the_token_is_in_no_representation() -> None:
     assert TOKEN not in repr(Access(token=TOKEN))
+
+
+def test_text_is_compressed_and_pictures_and_curves_of_this_machine_are_not(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "output" / "mine")
+    run.create()
+    run.lora.write_bytes(bytes(2000))
+    (run.root / "sheet.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(2000))
+    with EventLog(run.events) as log:
+        for number in range(100):
+            log.emit(StepEvent(step=number, epoch=0, loss=0.5, lr=1e-4, grad_norm=1.0, seconds=0.25, memory_gib=2.5))
+    app = create_app(Roots(tmp_path), Access(is_loopback=False))
+    near = TestClient(app, base_url=ORIGIN, client=("127.0.0.1", 50_000))
+    far = TestClient(app, base_url=ORIGIN, client=("192.0.2.7", 50_000))
+    plain = {"Accept-Encoding": "identity"}
+    for client, path, encoding in [
+        (near, "/page/style.css", "gzip"),
+        (near, "/api/openapi.json", "gzip"),
+        (near, "/api/run/file?run=output/mine&path=sheet.png", None),
+        (far, f"/api/run/file?run=output/mine&path={run.lora.name}", None),
+        (near, "/api/run/series?run=output/mine", None),
+        (far, "/api/run/series?run=output/mine", "gzip"),
+    ]:
+        answer = client.get(path)
+        assert answer.status_code == 200
+        assert answer.headers.get("Content-Encoding") == encoding, path
+        assert answer.content == client.get(path, headers=plain).content
