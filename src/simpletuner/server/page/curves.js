@@ -16,7 +16,6 @@ import { saveValues, valueTable } from "./values.js";
  */
 
 const HALF_LIVES = [0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000];
-const DRAG_PX = 6;
 
 const CHARTS = [
   { key: "loss", title: "Loss", canBeLogarithmic: true, big: true },
@@ -44,6 +43,7 @@ export class Curves {
     this.losses = h("div", { class: "stack" }, this.toolbar(), charts(true));
     /** The rest, and the values in writing. */
     this.rest = h("div", { class: "stack" }, charts(false), this.tableBox);
+    this.isStale = true;
     this.recolour = () => this.panels.forEach(({ chart }) => chart.recolour());
     this.scheme = matchMedia("(prefers-color-scheme: dark)");
     this.scheme.addEventListener("change", this.recolour);
@@ -62,7 +62,7 @@ export class Curves {
     for (const panel of this.panels) {
       for (const line of panel.chart.lines) line.hidden = line.run.hidden ?? false;
     }
-    this.place();
+    this.placeAnew();
     if (this.tableBox.open) this.fillTable();
   }
 
@@ -73,7 +73,7 @@ export class Curves {
       type: "range", id: smoothing, min: 0, max: HALF_LIVES.length - 1, step: 1, value: 4,
       oninput: () => {
         this.halfLife = HALF_LIVES[slider.value];
-        this.place();
+        this.placeAnew();
       },
     });
     this.showHalfLife = () => {
@@ -90,11 +90,11 @@ export class Curves {
       h("label", { for: smoothing }, "Smoothing"), slider, said,
       tick("Logarithmic", (on) => {
         for (const { chart, spec } of this.panels) chart.isLogarithmic = on && (spec.canBeLogarithmic ?? false);
-        this.place();
+        this.placeAnew();
       }),
       tick("Leave out spikes", (on) => {
         for (const { chart } of this.panels) chart.leavesOutSpikes = on;
-        this.place();
+        this.placeAnew();
       }),
       this.position,
       h("span", { class: "grow" }),
@@ -136,49 +136,21 @@ export class Curves {
 
   panel(spec) {
     const ids = { title: freshId("chart"), text: freshId("chart") };
-    const canvas = h("canvas", {
-      tabindex: 0, role: "slider", "aria-labelledby": ids.title, "aria-describedby": ids.text, "aria-orientation": "horizontal",
+    const plot = h("div", {
+      class: "plot", tabindex: 0, role: "slider", "aria-labelledby": ids.title, "aria-describedby": ids.text,
+      "aria-orientation": "horizontal", onkeydown: (event) => this.onKey(event),
     });
-    const chart = new Chart(canvas, short);
-    chart.lines = this.runs.flatMap((run) => this.linesOf(spec.key, run));
+    const chart = new Chart(plot, this.runs.flatMap((run) => this.linesOf(spec.key, run)), short, {
+      cursor: (step) => {
+        if (step !== null || document.activeElement !== plot) this.moveTo(step);
+      },
+      zoom: (view) => this.zoom(view),
+    });
     const readout = h("div", { class: "readout numbers" });
     const summary = h("p", { class: "visually-hidden", id: ids.text });
     const node = h("figure", { class: `chart sheet${spec.big ? " big" : ""}` },
-      h("figcaption", {}, h("h2", { id: ids.title }, spec.title), readout), canvas, summary);
-    const panel = { spec, node, canvas, chart, readout, summary };
-    canvas.addEventListener("keydown", (event) => this.onKey(event));
-    this.listen(panel);
-    return panel;
-  }
-
-  /** Pointing moves the cursor; dragging with a mouse or pen zooms. */
-  listen({ canvas, chart }) {
-    let from = null;
-    canvas.addEventListener("pointerdown", (event) => {
-      this.moveTo(chart.stepAt(event.offsetX));
-      if (event.pointerType === "touch" || event.button !== 0) return;
-      from = event.offsetX;
-      canvas.setPointerCapture(event.pointerId);
-    });
-    canvas.addEventListener("pointermove", (event) => {
-      this.moveTo(chart.stepAt(event.offsetX));
-      if (from === null) return;
-      chart.selection = Math.abs(event.offsetX - from) > DRAG_PX ? [chart.stepAt(from), chart.stepAt(event.offsetX)] : null;
-    });
-    canvas.addEventListener("pointerup", () => {
-      const selection = chart.selection?.sort((a, b) => a - b);
-      from = chart.selection = null;
-      if (selection && selection[1] - selection[0] >= 1) this.zoom(selection);
-      else chart.redraw();
-    });
-    canvas.addEventListener("pointercancel", () => {
-      from = chart.selection = null;
-      chart.redraw();
-    });
-    canvas.addEventListener("pointerleave", () => {
-      if (from === null && document.activeElement !== canvas) this.moveTo(null);
-    });
-    canvas.addEventListener("dblclick", () => this.zoom(null));
+      h("figcaption", {}, h("h2", { id: ids.title }, spec.title), readout), plot, summary);
+    return { spec, node, plot, chart, readout, summary };
   }
 
   onKey(event) {
@@ -209,7 +181,7 @@ export class Curves {
     const [first, last] = this.everything();
     const within = view && [Math.max(first, view[0]), Math.min(last, view[1])];
     this.view = within && within[1] - within[0] >= 1 && within[1] - within[0] < last - first ? within : null;
-    this.place();
+    this.placeAnew();
   }
 
   /** First and last step of all runs. */
@@ -222,24 +194,33 @@ export class Curves {
     return this.view ?? this.everything();
   }
 
-  /** Bring charts and texts in line with points, cursor and zoom; at most once a frame. */
+  /** The same, with points, lines or zoom changed too. */
+  placeAnew() {
+    this.isStale = true;
+    this.place();
+  }
+
+  /** Bring charts and texts in line with the cursor; at most once a frame. */
   place() {
     this.placing ||= requestAnimationFrame(() => {
       this.placing = 0;
-      this.showHalfLife();
       const view = this.range();
-      this.whole.disabled = this.view === null;
+      if (this.isStale) {
+        this.showHalfLife();
+        this.whole.disabled = this.view === null;
+        for (const { chart } of this.panels) chart.draw(view);
+        this.isStale = false;
+      }
       this.position.textContent = this.cursor === null ? "" : `Step ${this.cursor.toLocaleString("en-GB")}`;
       for (const panel of this.panels) {
-        Object.assign(panel.chart, { view, cursor: this.cursor });
-        panel.chart.redraw();
+        panel.chart.point(this.cursor);
         this.read(panel, view);
       }
     });
   }
 
   /** The values under the cursor, or the last ones. */
-  read({ spec, chart, canvas, readout, summary }, view) {
+  read({ spec, chart, plot, readout, summary }, view) {
     const unit = spec.unit ?? "";
     const lines = chart.lines.filter((line) => !line.hidden);
     const points = lines
@@ -256,10 +237,10 @@ export class Curves {
     );
     if (points.length === 0) readout.append(h("span", { class: "dim" }, spec.key === "held_out" ? "none measured yet" : "no step yet"));
     const text = points.map(({ line, point }) => `${line.name} ${short(point.y)}${unit}`.trim()).join(", ") || "no value yet";
-    canvas.setAttribute("aria-valuemin", Math.floor(view[0]));
-    canvas.setAttribute("aria-valuemax", Math.ceil(view[1]));
-    canvas.setAttribute("aria-valuenow", this.cursor ?? Math.ceil(view[1]));
-    canvas.setAttribute("aria-valuetext", `step ${this.cursor ?? Math.ceil(view[1])}: ${text}`);
+    plot.setAttribute("aria-valuemin", Math.floor(view[0]));
+    plot.setAttribute("aria-valuemax", Math.ceil(view[1]));
+    plot.setAttribute("aria-valuenow", this.cursor ?? Math.ceil(view[1]));
+    plot.setAttribute("aria-valuetext", `step ${this.cursor ?? Math.ceil(view[1])}: ${text}`);
     summary.textContent = `Line chart over steps ${Math.floor(view[0])} to ${Math.ceil(view[1])}. ${lines.map((line) => told(line, unit)).join(" ")}
       Arrow keys move the cursor, plus and minus zoom, Escape shows all.`;
   }

@@ -11,6 +11,8 @@ const SCREENS = {
   compare: { title: "Compare", load: async () => (await import("./compare.js")).compare },
 };
 
+const PREPARE_AFTER_MS = 500;
+
 const main = document.getElementById("main");
 const menu = document.getElementById("menu");
 const nav = document.getElementById("nav");
@@ -35,3 +37,6 @@ window.addEventListener("unhandledrejection", (event) => {
 });
 
 await follow(main, SCREENS);
+
+// The other screens are loaded before they are asked for. One that cannot be says so when it is.
+setTimeout(() => Promise.allSettled(Object.values(SCREENS).map(({ load }) => load())), PREPARE_AFTER_MS);
