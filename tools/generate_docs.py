@@ -10,19 +10,26 @@ The code is the only source, so no page can drift from it:
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from simpletuner.base.files import write_atomic
 from simpletuner.base.sizes import GIB
-from simpletuner.config import later
 from simpletuner.config.datasets import ImageSet, TextStore
 from simpletuner.config.flavours import DEV, KLEIN_4B, KLEIN_9B, TransformerSpec
-from simpletuner.config.later import Later
-from simpletuner.config.load import ENVIRONMENT_PREFIX, OPTION_ALIASES
+from simpletuner.config.load import ENVIRONMENT_PREFIX
 from simpletuner.config.options.kinds import Slice
+from simpletuner.config.other_keys import (
+    NOT_YET,
+    OPTION_ALIASES,
+    OTHER_OPTIONS,
+    OTHER_SET_KEYS,
+    OTHER_STORE_KEYS,
+    OtherKey,
+    OtherKeys,
+)
 from simpletuner.config.precisions import NO_CHANGE
 from simpletuner.config.run import OPTION_NAMES, SLICES, RunConfig
 from simpletuner.config.values import kinds
@@ -76,15 +83,14 @@ def _options_lines() -> Iterator[str]:
     yield "## Other names\n\nAccepted, with a notice.\n\n| key | read as |\n|---|---|"
     yield from (f"| `{alias}` | [`{name}`](#{name}) |" for alias, name in OPTION_ALIASES.items())
     yield "\n## Not built yet\n\nKnown, and refused as such until the work lands.\n"
-    yield from _later(later.LATER_OPTIONS, later.OPTION_VALUES)
+    yield from _later(OTHER_OPTIONS)
     yield DATASETS_HEAD
     yield "## An image set\n"
     yield from _options_table(ImageSet, "set-")
     yield "## A text store\n"
     yield from _options_table(TextStore, "store-")
     yield "## Not built yet in datasets\n"
-    types = {"dataset_type": later.LATER_DATASET_TYPES}
-    yield from _later({**later.SET_KEYS, **later.STORE_KEYS}, types | later.SET_VALUES)
+    yield from _later(OtherKeys({**OTHER_SET_KEYS.keys, **OTHER_STORE_KEYS.keys}, values=OTHER_SET_KEYS.values))
 
 
 def _title(group: type[Slice]) -> str:
@@ -109,14 +115,23 @@ def _default(value: object) -> str:
     return f"`{value}`" if isinstance(value, str) and value else f"`{json.dumps(value)}`"
 
 
-def _later(options: Mapping[str, Later], values: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+def _later(others: OtherKeys) -> Iterator[str]:
     yield "| key or value | comes with |\n|---|---|"
-    yield from (f"| `{name}` | {option.work} |" for name, option in options.items())
-    for name, works in values.items():
-        for work in dict.fromkeys(works.values()):
-            listed_values = ", ".join(f"`{value}`" for value, its_work in works.items() if its_work == work)
-            yield f"| `{name}`: {listed_values} | {work} |"
+    rows = _by_meaning(others.keys, lambda key: key.meaning.startswith(NOT_YET))
+    yield from (f"| {', '.join(names)} | {work.removeprefix(NOT_YET)} |" for work, names in rows.items())
+    for name, values in others.values.items():
+        rows = _by_meaning(values, lambda value: value.meaning.startswith(NOT_YET))
+        yield from (f"| `{name}`: {', '.join(named)} | {work.removeprefix(NOT_YET)} |" for work, named in rows.items())
     yield ""
+
+
+def _by_meaning(others: Mapping[str, OtherKey], is_wanted: Callable[[OtherKey], bool]) -> dict[str, list[str]]:
+    """The wanted names, as code, by what is said of them."""
+    rows: dict[str, list[str]] = {}
+    for name, other in others.items():
+        if is_wanted(other):
+            rows.setdefault(other.meaning, []).append(f"`{name}`")
+    return rows
 
 
 def schema() -> dict[str, Any]:

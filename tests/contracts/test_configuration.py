@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from simpletuner.config import later
 from simpletuner.config.datasets import Datasets, ImageSet, TextStore
 from simpletuner.config.flags import SELECTORS
 from simpletuner.config.load import Loaded, load
 from simpletuner.config.options.kinds import Slice
+from simpletuner.config.other_keys import LATER_OPTIONS, OTHER_OPTIONS
 from simpletuner.config.run import SLICES, RunConfig
 from simpletuner.config.values import kinds
 
@@ -169,9 +169,9 @@ def test_every_option_is_read(model: type[Slice]) -> None:
     assert unread == []
 
 
-def test_every_option_of_later_work_is_known_and_none_is_read() -> None:
-    assert not later.LATER_OPTIONS.keys() & RunConfig.model_fields.keys()
-    assert not later.LATER_OPTIONS.keys() & READ
+def test_no_key_of_the_table_of_other_keys_is_an_option_or_read() -> None:
+    assert not OTHER_OPTIONS.keys.keys() & RunConfig.model_fields.keys()
+    assert not LATER_OPTIONS.keys() & READ
 
 
 def declared_flags() -> set[str]:
@@ -199,5 +199,5 @@ def options_named(inside: str) -> set[str]:
 
 
 def test_no_remedy_names_an_option_that_is_not_there() -> None:
-    known = {*RunConfig.model_fields, *later.LATER_OPTIONS, *SELECTORS} | options_named("cli") | declared_flags()
+    known = {*RunConfig.model_fields, *OTHER_OPTIONS.keys, *SELECTORS} | options_named("cli") | declared_flags()
     assert options_named("elsewhere") - known == set()

@@ -18,13 +18,14 @@ from simpletuner.cli.main import COMMANDS, main
 from simpletuner.config.datasets import ImageSet, TextStore
 from simpletuner.config.flags import SELECTORS
 from simpletuner.config.given import Checked, Given, check_givens
-from simpletuner.config.load import OPTION_ALIASES, RUN
+from simpletuner.config.load import RUN
 from simpletuner.config.options.checkpoint import CheckpointOptions
 from simpletuner.config.options.data import DataOptions
 from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.process import ProcessOptions
 from simpletuner.config.options.tracking import TrackingOptions
 from simpletuner.config.options.validation import ValidationOptions
+from simpletuner.config.other_keys import OPTION_ALIASES
 from simpletuner.config.record import CHANGE_THE_CURVE, LEFT_TO_THE_RUN, MAY_CHANGE, resolved
 from simpletuner.config.run import RunConfig
 from simpletuner.config.values import kinds

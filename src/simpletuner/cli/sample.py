@@ -14,7 +14,6 @@ from simpletuner.base.console import say, work_goes_on
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.base.files import with_home
 from simpletuner.cli.arguments import wants_help
-from simpletuner.config import later
 from simpletuner.config.documents import read_document
 from simpletuner.config.flags import parse
 from simpletuner.config.given import Checked, Given, Known, check_givens
@@ -23,6 +22,7 @@ from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.precision import PrecisionOptions
 from simpletuner.config.options.validation import SIDE_MULTIPLE_PX, ValidationOptions
+from simpletuner.config.other_keys import OTHER_OPTIONS
 from simpletuner.config.paths import filled
 from simpletuner.config.rules import encoder_findings, precision_findings
 from simpletuner.config.values import kinds, shown
@@ -83,7 +83,7 @@ class SampleConfig(ModelOptions, PrecisionOptions, OffloadOptions, SampleOptions
     """Every option of `sample`."""
 
 
-OPTIONS = Known(SampleConfig, later.LATER_OPTIONS, later.OPTION_VALUES)
+OPTIONS = Known(SampleConfig, OTHER_OPTIONS)
 REPEATED = ("prompt", "lora")
 FROM_RUN = (*ModelOptions.model_fields, *PrecisionOptions.model_fields, *OffloadOptions.model_fields)
 """What the model is, and how it is held: read from a config of `train` under the same names."""
@@ -209,7 +209,7 @@ def _from_config(path: Path, label: str) -> dict[str, Given]:
         raise ConfigError.of(f"{label}: {shown(document)}", 'an object {"option": value}')
     values: dict[str, Any] = {key.lstrip("-"): value for key, value in document.items()}
     givens = {key: Given(value, "file", key) for key, value in values.items() if key in ValidationOptions.model_fields}
-    checked = check_givens(givens, Known(ValidationOptions, {}, {}), Checked(), where=f"{label}: ")
+    checked = check_givens(givens, Known(ValidationOptions), Checked(), where=f"{label}: ")
     ConfigError.raise_if(checked.problems.values())
     validation = ValidationOptions(**checked.valid)
     width, height = validation.sizes[0]

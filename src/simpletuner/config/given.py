@@ -7,10 +7,20 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from simpletuner.base.errors import Problem
-from simpletuner.config.later import Later, is_off, work_for
 from simpletuner.config.options.kinds import Slice
+from simpletuner.config.other_keys import NO_OTHER_KEYS, NOT_YET, OtherKey, OtherKeys
 from simpletuner.config.paths import stray_text
-from simpletuner.config.values import OptionType, from_file, from_text, is_quoted_number, kinds, nearest, shown
+from simpletuner.config.values import (
+    OptionType,
+    from_file,
+    from_text,
+    is_quoted_number,
+    kinds,
+    nearest,
+    no_effect,
+    shown,
+    similar,
+)
 
 Origin = Literal["default", "file", "environment", "flag"]
 ORIGINS: tuple[Origin, ...] = ("default", "file", "environment", "flag")
@@ -32,13 +42,8 @@ class Known:
     """What a mapping of keys may hold."""
 
     model: type[Slice]
-    later: Mapping[str, Later]
-    later_values: dict[str, dict[str, str]]
-    aliases: Mapping[str, str] = field(default_factory=dict)
+    others: OtherKeys = NO_OTHER_KEYS
     noun: str = "option"
-    nicknames: Mapping[str, str] = field(default_factory=dict)
-    """What people say elsewhere for a key, to be suggested and not accepted."""
-
     elsewhere: Collection[str] = ()
     """Keys that belong into another place, which is `other_place`."""
 
@@ -47,7 +52,7 @@ class Known:
     @property
     def names(self) -> tuple[str, ...]:
         """Every key that is not a typo."""
-        return (*self.model.model_fields, *self.aliases, *self.later)
+        return (*self.model.model_fields, *self.others.aliases, *self.others.keys)
 
 
 @dataclass
@@ -59,19 +64,21 @@ class Checked:
     notices: list[str] = field(default_factory=list)
 
 
-def unaliased(source: Iterable[tuple[str, Given]], known: Known, checked: Checked) -> dict[str, Given]:
+def unaliased(
+    source: Iterable[tuple[str, Given]], known: Known, checked: Checked, *, where: str = ""
+) -> dict[str, Given]:
     """One source's keys under their real names. A key that stands there twice is a problem."""
     found: dict[str, Given] = {}
     for key, given in source:
-        name = known.aliases.get(key, key)
+        name = known.others.aliases.get(key, key)
         if name in found:
             checked.problems[name] = Problem(
-                f"{found[name].spelled} and {given.spelled} are both given, and mean the same",
+                f"{where}{found[name].spelled} and {given.spelled} are both given, and mean the same",
                 remedy="Keep one of them.",
             )
             continue
         if name != key:
-            checked.notices.append(f"{given.spelled} is read as {name}.")
+            checked.notices.append(f"{where}{given.spelled} is read as {name}.")
         found[name] = given
     return found
 
@@ -84,29 +91,30 @@ def check_givens(givens: Mapping[str, Given], known: Known, checked: Checked, *,
     all_kinds = kinds(known.model)
     values: dict[str, Any] = {}
     faulty: dict[str, Problem] = {}
+    ignored: dict[str, list[str]] = {}
     for key, given in givens.items():
         label = where + given.spelled
-        if key in known.later:
-            later = known.later[key]
-            if given.value is not None and not is_off(_plain(given.value), later):
-                faulty[key] = Problem(f"{label}: not built yet: {later.work}", remedy="Leave it out until then.")
-        elif key not in all_kinds:
-            faulty[key] = _unknown(label, key, given, known)
+        if key not in all_kinds:
+            other = known.others.of(key)
+            if other is None:
+                faulty[key] = _unknown(label, key, given, known)
+            elif other.is_ignored and not other.passes(_plain(given.value)):
+                ignored.setdefault(other.meaning, []).append(given.spelled)
+            elif not other.passes(_plain(given.value)):
+                faulty[key] = _not_here(label, given, other)
         elif given.value is not None:
             kind = all_kinds[key]
             value = _read(given, kind)
             stray = stray_text(label, value, is_path=kind.is_path or kind.is_model)
+            other = known.others.of_value(key, value)
             if stray is not None:
                 faulty[key] = stray
-                continue
-            work = work_for(known.later_values, key, value)
-            if work is None:
-                values[key] = value
+            elif other is not None:
+                remedy = f"Until then it takes {kind.expects}." if other.meaning.startswith(NOT_YET) else other.remedy
+                faulty[key] = Problem(f"{label} = {shown(value)}: {other.meaning}", remedy=remedy)
             else:
-                faulty[key] = Problem(
-                    f"{label} = {shown(value)}: not built yet: {work}",
-                    remedy=f"Until then it takes {kind.expects}.",
-                )
+                values[key] = value
+    checked.notices += [where + no_effect(keys, reason) for reason, keys in ignored.items()]
     for key in refused(known.model, values):
         if key in faulty:
             continue
@@ -144,10 +152,16 @@ def refused(model: type[Slice], values: dict[str, Any]) -> list[str]:
     return []
 
 
+def _not_here(label: str, given: Given, other: OtherKey) -> Problem:
+    # The value is named where another one would pass; of the others it may be a secret.
+    value = f" = {shown(_plain(given.value))}" if other.off else ""
+    return Problem(f"{label}{value}: {other.meaning}", remedy=other.remedy)
+
+
 def _unknown(label: str, key: str, given: Given, known: Known) -> Problem:
-    if key in known.elsewhere and key not in known.nicknames:
+    if key in known.elsewhere and key not in known.others.nicknames:
         return Problem(f"{label}: no such {known.noun}", remedy=f"It belongs into {known.other_place}.")
-    near = known.nicknames.get(key) or nearest(key, known.names)
+    near = known.others.nicknames.get(key) or nearest(key, known.names)
     if near is None:
         return Problem(f"{label}: no such {known.noun}")
     spelled = _spelled_like(given, near)
@@ -176,7 +190,7 @@ def _not_expected(where: str, given: Given, kind: OptionType) -> Problem:
         remedy = "Write it without quotes."
     elif isinstance(value, str) and is_quoted_number(value.replace(",", "."), kind):
         remedy = "Write a point, not a comma."
-    near = nearest(value, kind.near) if isinstance(value, str) else None
-    if near is not None and len(kind.near) > 4:  # a short list is its own suggestion
-        remedy = f"Did you mean {near}?"
+    if isinstance(value, str) and len(kind.near) > 4:  # a short list is its own suggestion
+        meant, alike = nearest(value, kind.near), similar(value, kind.near)
+        remedy = f"Did you mean {meant}?" if meant else f"The nearest is {alike}." if alike else remedy
     return Problem(f"{where}{given.spelled} = {shown(value)}", kind.expects, remedy)

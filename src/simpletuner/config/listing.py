@@ -7,28 +7,21 @@ from typing import Any
 
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.base.text import CAPTION_BYTES, FILE_NAME, does_as_file_name, is_visible, size_in_bytes
-from simpletuner.config import later
 from simpletuner.config.datasets import Datasets, ImageSet, TextStore
 from simpletuner.config.documents import read_document
-from simpletuner.config.given import Checked, Given, Known, check_givens
+from simpletuner.config.given import Checked, Given, Known, check_givens, unaliased
 from simpletuner.config.options.kinds import Slice
+from simpletuner.config.other_keys import OTHER_SET_KEYS, OTHER_STORE_KEYS
 from simpletuner.config.paths import filled, joined
 from simpletuner.config.run import OPTION_NAMES
-from simpletuner.config.values import join_names, kinds, nearest, shown
+from simpletuner.config.values import join_names, kinds, nearest, no_effect, shown
 
 IMAGE_SET = Known(
-    ImageSet,
-    later.SET_KEYS,
-    later.SET_VALUES,
-    noun="key of an image set",
-    nicknames={"cache_dir": "cache_dir_vae"},
-    elsewhere=OPTION_NAMES,
-    other_place="the config",
+    ImageSet, OTHER_SET_KEYS, noun="key of an image set", elsewhere=OPTION_NAMES, other_place="the config"
 )
 TEXT_STORE = Known(
     TextStore,
-    later.STORE_KEYS,
-    later.STORE_VALUES,
+    OTHER_STORE_KEYS,
     noun="key of a text store",
     elsewhere=ImageSet.model_fields,
     other_place="an image set",
@@ -98,22 +91,24 @@ def read_datasets(path: Path, label: str, around: Surroundings) -> Listing:
 def _entry(entry: dict[str, Any], where: str, listing: Listing, around: Surroundings) -> Slice | None:
     """One entry as what it is, or None with its problems added to `listing`."""
     dataset_type = entry.get("dataset_type") or "image"
-    work = later.LATER_DATASET_TYPES.get(dataset_type) if isinstance(dataset_type, str) else None
-    if work is not None:
-        found = f"{where}dataset_type = {shown(dataset_type)}: not built yet: {work}"
-        listing.problems.append(Problem(found, remedy="Leave the entry out until then."))
+    other = OTHER_SET_KEYS.of_value("dataset_type", dataset_type)
+    if other is not None:
+        found = f"{where}dataset_type = {shown(dataset_type)}: {other.meaning}"
+        listing.problems.append(Problem(found, remedy=other.remedy))
         return None
     if dataset_type not in DATASET_TYPES:
         found = f"{where}dataset_type = {shown(dataset_type)}"
         listing.problems.append(Problem(found, join_names(DATASET_TYPES)))
         return None
     known = TEXT_STORE if dataset_type == "text_embeds" else IMAGE_SET
-    if later.work_for(known.later_values, "type", entry.get("type")) is not None:
+    if known.others.of_value("type", entry.get("type")) is not None:
         # The keys that go with another place come with the work that reads it: one message is enough.
         entry = {key: entry[key] for key in ("id", "type", "instance_data_dir") if key in entry}
         entry.setdefault("instance_data_dir", ".")
-    givens = {key: Given(value, "file", key) for key, value in entry.items()}
-    checked = check_givens(givens, known, Checked(), where=where)
+    checked = Checked()
+    givens = unaliased([(key, Given(value, "file", key)) for key, value in entry.items()], known, checked, where=where)
+    check_givens(givens, known, checked, where=where)
+    listing.notices += checked.notices
     if not checked.problems:
         checked.valid = _with_paths(checked, known.model, where, around)
     listing.problems.extend(checked.problems.values())
@@ -222,9 +217,9 @@ def _notices(image_set: ImageSet, typed: Any) -> Iterator[str]:
         (("repeats", "probability"), image_set.dataset_type == "eval", "an eval set is never trained"),
     ]
     for keys, has_no_effect, reason in ignored:
-        for key in keys:
-            if has_no_effect and key in typed:
-                yield f"{key} has no effect: {reason}."
+        named = [key for key in keys if has_no_effect and key in typed]
+        if named:
+            yield no_effect(named, reason)
     edge = image_set.resolution
     if image_set.resolution_type != "area" and edge % 16:
         yield f"resolution = {edge:g} does not divide by 16: sides are rounded to {round(edge / 16) * 16}."

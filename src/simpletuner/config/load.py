@@ -1,13 +1,12 @@
 """Default < file < environment < flag, held against the schema: a frozen config, or every problem at once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from simpletuner.base.commandline import command_text, with_flags
 from simpletuner.base.errors import ConfigError, Problem
-from simpletuner.config import later
 from simpletuner.config.datasets import Datasets, ImageSet
 from simpletuner.config.documents import read_document
 from simpletuner.config.flags import Flags, parse
@@ -15,39 +14,16 @@ from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS
 from simpletuner.config.given import ORIGINS, Checked, Given, Known, Origin, check_givens, unaliased
 from simpletuner.config.listing import Listing, Surroundings, read_datasets
 from simpletuner.config.options.checkpoint import LATEST
+from simpletuner.config.other_keys import OPTION_ALIASES, OTHER_OPTIONS
 from simpletuner.config.paths import filled, is_local_model, joined
 from simpletuner.config.prompts import load_prompts
 from simpletuner.config.rules import findings, notices
 from simpletuner.config.run import OPTION_NAMES, RunConfig
 from simpletuner.config.values import join_names, kinds, nearest, shown
 
-OPTION_ALIASES = {
-    "validation_steps": "validation_step_interval",
-    "checkpointing_steps": "checkpoint_step_interval",
-    "save_total_limit": "checkpoints_total_limit",
-    "flow_use_beta_schedule_alpha": "flow_beta_schedule_alpha",
-    "flow_use_beta_schedule_beta": "flow_beta_schedule_beta",
-}
-NICKNAMES = {
-    "alpha": "lora_alpha",
-    "batch_size": "train_batch_size",
-    "dim": "lora_rank",
-    "epochs": "num_train_epochs",
-    "lr": "learning_rate",
-    "max_steps": "max_train_steps",
-    "model": "pretrained_model_name_or_path",
-    "network_alpha": "lora_alpha",
-    "network_dim": "lora_rank",
-    "rank": "lora_rank",
-    "steps": "max_train_steps",
-    "target": "flux_lora_target",
-}
 RUN = Known(
     RunConfig,
-    later.LATER_OPTIONS,
-    later.OPTION_VALUES,
-    OPTION_ALIASES,
-    nicknames=NICKNAMES,
+    OTHER_OPTIONS,
     elsewhere=ImageSet.model_fields,
     other_place="multidatabackend.json, with each set of pictures",
 )
@@ -191,6 +167,7 @@ def examine(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str
         datasets=listing.datasets,
         prompts=prompts,
         notices=(
+            *_flavour_notice(givens),
             *checked.notices,
             *more,
             *listing.notices,
@@ -331,6 +308,17 @@ def _let_the_flavour_win(givens: dict[str, Given], checked: Checked) -> None:
     if beaten:
         checked.notices.append(
             f"{flavour.spelled} {flavour.value} wins over {join_names(beaten, 'and')}, which comes before it."
+        )
+
+
+def _flavour_notice(givens: Mapping[str, Given]) -> Iterator[str]:
+    """What to say of a file that names the family, as SimpleTuner's do, and leaves the rest to defaults."""
+    family = givens.get("model_family")
+    says_which = any(givens[key].value is not None for key in ("model_flavour", *_MODEL_PLACES) if key in givens)
+    if family is not None and family.origin == "file" and not says_which:
+        yield (
+            f"model_flavour is not given, so {DEFAULT_FLAVOUR} is trained. SimpleTuner trains klein-9b where it is not "
+            "given: write down which of them is meant."
         )
 
 

@@ -64,3 +64,19 @@ PRECISIONS: Mapping[str, Precision] = {
 """By the name that options have for it; "no_change" is none of them."""
 
 NO_CHANGE = "no_change"
+
+_INT8 = ("int8-quanto", "int8-torchao", "int8-bnb")
+_FP8 = ("fp8-quanto", "fp8wo-torchao")
+_INT4 = ("int4-quanto", "nf4-bnb")
+
+PRECISIONS_ELSEWHERE: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("int8", "int8-sdnq", "uint8-sdnq", "int8dq-torchao", "uint8"), _INT8),
+    **dict.fromkeys(("int7-sdnq", "int6-sdnq", "uint6-sdnq", "int5-sdnq", "uint5-sdnq"), _INT8),
+    **dict.fromkeys(("int4", "int4-sdnq", "uint4-sdnq", "int3-sdnq", "uint3-sdnq", "uint4", "uint3"), _INT4),
+    **dict.fromkeys(("nf4", "fp4-bnb", "int4-bnb"), ("nf4-bnb",)),
+    **dict.fromkeys(("int2", "int2-sdnq", "uint2-sdnq", "uint2"), ("int2-quanto",)),
+    **dict.fromkeys(("fp8", "fp8-sdnq", "fp8uz-quanto", "float8", "qfloat8"), _FP8),
+    **dict.fromkeys(("bf16", "fp16-sdnq", "int16-sdnq", "uint16-sdnq", "none"), (NO_CHANGE,)),
+}
+"""Names of formats that other programs have, with those of ours that are nearest: as many bits a weight, or the next
+more."""

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.config.given import refused
-from simpletuner.config.load import OPTION_ALIASES
 from simpletuner.config.options.checkpoint import CheckpointOptions
 from simpletuner.config.options.data import DataOptions
 from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.process import ProcessOptions
 from simpletuner.config.options.tracking import TrackingOptions
 from simpletuner.config.options.validation import ValidationOptions
+from simpletuner.config.other_keys import OPTION_ALIASES
 from simpletuner.config.run import OPTION_NAMES, RunConfig
 from simpletuner.config.values import kinds
 

@@ -18,12 +18,12 @@ from simpletuner.config.options.rollout import RolloutOptions
 from simpletuner.config.options.tread import TreadRoute
 from simpletuner.config.precisions import NO_CHANGE, PRECISIONS
 from simpletuner.config.run import RunConfig
-from simpletuner.config.values import join_names, shown
+from simpletuner.config.values import join_names, no_effect, shown
 
 PRODIGY_RATE = 0.1
 """Below this the rate that prodigy finds is scaled down to what is hardly ever meant."""
 
-ROUTE = Known(TreadRoute, {}, {}, noun="key of a route")
+ROUTE = Known(TreadRoute, noun="key of a route")
 """What a route of `tread_config` may hold."""
 
 Finding = tuple[tuple[str, ...], Problem]
@@ -239,9 +239,9 @@ def notices(config: RunConfig, datasets: Datasets | None, given: Collection[str]
     if flavour.licence_notice is not None:
         yield flavour.licence_notice
     for keys, has_no_effect, reason in _ignored(config, datasets):
-        for key in keys:
-            if has_no_effect and key in given:
-                yield f"{key} has no effect: {reason}."
+        typed = [key for key in keys if has_no_effect and key in given]
+        if typed:
+            yield no_effect(typed, reason)
     scale = config.alpha / config.lora_rank
     if scale <= 1 / 8 and config.model_type == "lora":
         yield (
@@ -311,7 +311,8 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
     yield ("lr_scale",), config.lr_scale and config.lr_scale_sqrt, "lr_scale_sqrt is true, and wins"
     averages = ("ema_decay", "ema_device", "ema_update_interval", "ema_validation")
     yield averages, not config.use_ema, "use_ema is false"
-    yield ("num_train_epochs",), config.max_train_steps is not None, "max_train_steps is given, and wins"
+    has_both = config.max_train_steps is not None and config.num_train_epochs > 0
+    yield ("num_train_epochs",), has_both, "max_train_steps is given, and wins"
     yield ("grad_clip_method",), not config.max_grad_norm, "max_grad_norm is 0"
     interval = ("gradient_checkpointing_interval",)
     yield interval, not config.gradient_checkpointing, "gradient_checkpointing is false"

@@ -17,7 +17,6 @@ from simpletuner.config.options.kinds import IsJson, IsModel, IsPath, Says, Slic
 _INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _LONGEST_SHOWN = 80
-_TOO_SHORT_TO_CONTINUE = 4
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,11 @@ def join_names(names: Iterable[str], word: str = "or") -> str:
     """ "a, b or c"."""
     *first, last = names
     return f"{', '.join(first)} {word} {last}" if first else last
+
+
+def no_effect(keys: Sequence[str], reason: str) -> str:
+    """The notice that `keys` were typed for nothing."""
+    return f"{join_names(keys, 'and')} {'has' if len(keys) == 1 else 'have'} no effect: {reason}."
 
 
 def _unwrapped(annotation: Any, marks: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
@@ -151,10 +155,46 @@ def shown(value: object) -> str:
     return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 1] + "…"
 
 
+_FILLERS = frozenset({"a", "as", "by", "for", "from", "in", "of", "on", "or", "the", "to", "with"})
+"""Words of a name that its meaning does not depend on."""
+
+
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The one of `names` that `name` was probably meant to be."""
-    plain = {other.lower().replace("-", "_"): other for other in names}
-    typed = name.lower().replace("-", "_")
-    longer = [other for other in plain if other.startswith(typed)] if len(typed) > _TOO_SHORT_TO_CONTINUE else []
-    found = sorted(longer, key=len) or difflib.get_close_matches(typed, plain, n=1, cutoff=0.7)
-    return plain[found[0]] if found else None
+    """The one of `names` that means the same as `name`, which differs from it by a slip of the fingers.
+
+    Digits and short words are never slips: `ema` is not `eta`, and `adamw4bit` not `adamw8bit`.
+    """
+    typed = _words_joined(name)
+    slips = {other: _slips(typed, _words_joined(other)) for other in names}
+    close = [other for other, count in slips.items() if count <= min(2, len(typed) // 3)]
+    same_digits = [other for other in close if _digits(other) == _digits(name)]
+    return min(same_digits, key=lambda other: slips[other], default=None)
+
+
+def similar(name: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that looks most like `name`; what it means may be another thing."""
+    return next(iter(difflib.get_close_matches(name.lower(), list(names), n=1, cutoff=0.7)), None)
+
+
+def _words_joined(name: str) -> str:
+    words = re.split(r"[_\-\s]+", name.lower())
+    return "_".join(word for word in words if word not in _FILLERS) or name
+
+
+def _digits(name: str) -> list[str]:
+    return re.findall(r"\d+", name)
+
+
+def _slips(typed: str, meant: str) -> int:
+    """Letters left out, added, replaced, or exchanged with their neighbor between two names; 3 stands for more."""
+    if abs(len(typed) - len(meant)) > 2 or len(set(typed) ^ set(meant)) > 4:
+        return 3
+    above: list[int] = []
+    row = list(range(len(meant) + 1))
+    for i, left in enumerate(typed, start=1):
+        two_above, above, row = above, row, [i]
+        for j, right in enumerate(meant, start=1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (left != right)))
+            if i > 1 and j > 1 and left == meant[j - 2] and right == typed[i - 2]:
+                row[-1] = min(row[-1], two_above[j - 2] + 1)
+    return min(row[-1], 3)

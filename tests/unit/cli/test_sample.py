@@ -49,7 +49,7 @@ def test_all_mistakes_come_in_one_report() -> None:
         "--lora",
         "--width = 100: expected a multiple of 16 pixels",
         "--steps = 0: expected a whole number of at least 1",
-        "--push_to_hub: not built yet",
+        "--push_to_hub = true: not built yet",
         "--example: not for sample",
         "prompt is missing",
     ):

@@ -6,16 +6,16 @@ from typing import Any, get_args
 
 import pytest
 
-from simpletuner.config import later
 from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS, SYSTEM_MESSAGE, FlavourName, TransformerSpec
 from simpletuner.config.options.model import ModelOptions
+from simpletuner.config.other_keys import OTHER_OPTIONS
 from simpletuner.config.run import RunConfig
 
 
 def test_flavours_are_keyed_by_their_names() -> None:
     assert tuple(FLAVOURS) == get_args(FlavourName) == ("dev", "tiny")
     assert all(flavour.name == name for name, flavour in FLAVOURS.items())
-    assert not set(FLAVOURS) & set(later.OPTION_VALUES["model_flavour"])
+    assert not set(FLAVOURS) & set(OTHER_OPTIONS.values["model_flavour"])
 
 
 def test_system_message_is_the_reference_one() -> None:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from simpletuner.base.errors import ConfigError
-from simpletuner.config.load import NICKNAMES, OPTION_ALIASES, RUN, load
+from simpletuner.config.load import RUN, load
+from simpletuner.config.other_keys import OPTION_ALIASES, OPTION_NICKNAMES
 from simpletuner.config.run import OPTION_NAMES
 
 # `place` is a working folder whose configuration is right: see conftest.py.
@@ -134,8 +135,8 @@ def test_what_other_programs_say_is_understood_but_not_accepted(
 
 
 def test_every_nickname_means_something_real() -> None:
-    assert set(NICKNAMES.values()) | set(OPTION_ALIASES.values()) <= set(OPTION_NAMES)
-    assert not set(NICKNAMES) & set(RUN.names)
+    assert set(OPTION_NICKNAMES.values()) | set(OPTION_ALIASES.values()) <= set(OPTION_NAMES)
+    assert not set(OPTION_NICKNAMES) & set(RUN.names)
 
 
 def test_a_key_of_the_other_file_is_sent_there(place: Any) -> None:

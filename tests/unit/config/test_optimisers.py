@@ -6,6 +6,7 @@ import pytest
 
 from simpletuner.config import optimisers
 from simpletuner.config.optimisers import OPTIMISERS, OPTIMIZER_ALIASES, canonical
+from simpletuner.config.values import join_names
 
 
 @pytest.mark.parametrize(
@@ -37,13 +38,17 @@ def test_every_alias_leads_somewhere() -> None:
 
 @pytest.mark.parametrize(
     ("typed", "near"),
-    [("ao-adamw4bit", "ao-adamw8bit"), ("adamw_schedulefree+aggressive", "adamw_schedulefree"), ("prodgy", "prodigy")],
+    [
+        ("ao-adamw4bit", "The nearest is ao-adamw8bit."),
+        ("adamw_schedulefree+aggressive", "The nearest is adamw_schedulefree."),
+        ("prodgy", "Did you mean prodigy?"),
+    ],
 )
 def test_a_name_that_is_not_there_gets_the_nearest(place: Any, typed: str, near: str) -> None:
     place.config["optimizer"] = typed
     (problem,) = place.problems()
     assert problem.startswith(f"optimizer = {typed!r}: expected adamw, adamw_bf16, ")
-    assert problem.endswith(f"Did you mean {near}?")
+    assert problem.endswith(near)
 
 
 def test_a_library_that_is_missing_is_named_with_the_remedy(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,11 +64,11 @@ def test_a_library_that_is_missing_is_named_with_the_remedy(place: Any, monkeypa
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_what_it_does_not_read_is_said(place: Any, name: str) -> None:
     place.config |= {"optimizer": name, "optimizer_beta2": 0.9, "adam_epsilon": 1e-7, "adam_weight_decay": 0.1}
-    said = [text for text in place.load().notices if "has no effect" in text]
+    said = [text for text in place.load().notices if "no effect" in text]
     ignored = [
         key for key in ("optimizer_beta2", "adam_epsilon", "adam_weight_decay") if key not in OPTIMISERS[name].reads
     ]
-    assert [text.split()[0] for text in said] == ignored
+    assert [text.split(" ha")[0] for text in said] == ([join_names(ignored, "and")] if ignored else [])
 
 
 def test_one_of_a_library_has_its_arguments_in_optimizer_config_alone(place: Any) -> None:

@@ -360,9 +360,9 @@ def test_a_full_run_has_no_use_for_a_lora_option(place: Any) -> None:
         "flux_lora_target": "tiny",
         "peft_lora_target_modules": ["to_q"],
     }
-    assert place.load().notices == tuple(
-        f"{key} has no effect: model_type is full, and trains no adapter."
-        for key in ("lora_rank", "lora_alpha", "flux_lora_target", "peft_lora_target_modules")
+    assert place.load().notices == (
+        "lora_rank, lora_alpha, flux_lora_target and peft_lora_target_modules have no effect: "
+        "model_type is full, and trains no adapter.",
     )
     del place.config["learning_rate"]
     assert place.load().notices[-1].startswith("learning_rate is 0.0001, which suits a LoRA")

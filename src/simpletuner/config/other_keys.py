@@ -1,0 +1,621 @@
+"""Keys and values that are known and are no options here, each with what it means in a config that has them.
+
+One table for the run's options and one for each kind of dataset entry. Most names are SimpleTuner's (4.x), grouped by
+the feature they belong to, so that its configs carry over: a value that asks for nothing passes, a key that cannot
+change the result is said to have no effect, and everything else is refused with what to do instead. Work that lands
+takes its names out of here and into a slice.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from simpletuner.config.precisions import PRECISIONS_ELSEWHERE
+from simpletuner.config.values import join_names
+
+
+@dataclass(frozen=True)
+class OtherKey:
+    """A known key that is no option, or a known value that an option does not take."""
+
+    meaning: str
+    """Why it is refused; of a key that is ignored, why it has no effect."""
+
+    remedy: str = ""
+
+    off: tuple[object, ...] = ()
+    """Values that ask for nothing: they pass in silence. Unset always does."""
+
+    is_ignored: bool = False
+    """Whether all other values pass as well, with a notice."""
+
+    def passes(self, value: object) -> bool:
+        """Whether `value` asks for nothing. false is not 0 here."""
+        return any(value == off and isinstance(value, bool) == isinstance(off, bool) for off in (None, *self.off))
+
+
+@dataclass(frozen=True)
+class OtherKeys:
+    """All that are known in one place: a config, or a kind of dataset entry."""
+
+    keys: Mapping[str, OtherKey] = field(default_factory=dict)
+    prefixes: Mapping[str, OtherKey] = field(default_factory=dict)
+    """Of names that begin alike because one feature has them."""
+
+    values: Mapping[str, Mapping[str, OtherKey]] = field(default_factory=dict)
+    """Values of keys that are options."""
+
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names of options, accepted with a notice: the meaning is the same."""
+
+    nicknames: Mapping[str, str] = field(default_factory=dict)
+    """What people say elsewhere for an option: suggested, not accepted."""
+
+    def of(self, name: str) -> OtherKey | None:
+        """What is known of a key."""
+        if name in self.keys:
+            return self.keys[name]
+        return next((key for prefix, key in self.prefixes.items() if name.startswith(prefix)), None)
+
+    def of_value(self, name: str, value: object) -> OtherKey | None:
+        """What is known of a value of an option."""
+        return self.values.get(name, {}).get(value) if isinstance(value, str) else None
+
+
+NO_OTHER_KEYS = OtherKeys()
+
+NOT_YET = "not built yet: "
+
+
+def _later(work: str, *off: object) -> OtherKey:
+    return OtherKey(NOT_YET + work, "Leave it out until then.", off)
+
+
+def _refused(why: str, *off: object, remedy: str = "") -> OtherKey:
+    return OtherKey(why, f"Take it out{remedy}.", off)
+
+
+def _ignored(why: str, *off: object) -> OtherKey:
+    return OtherKey(why, off=off, is_ignored=True)
+
+
+def _value(why: str, *instead: str) -> OtherKey:
+    return OtherKey(why, f"Take {join_names(instead)}.")
+
+
+def _named(*rows: tuple[OtherKey, str]) -> dict[str, OtherKey]:
+    """One entry for each name of each row."""
+    return {name: key for key, names in rows for name in names.split()}
+
+
+_ADAPTERS = "DoRA, LoKr, LoHa and OFT adapters"
+_CACHING = "caches filled while training"
+_CONDITIONS = "conditioning on other pictures"
+_CSV = "CSV lists of addresses"
+_HF_DATASETS = "Hub datasets"
+_HUB = "publishing to the Hub"
+_KLEIN = "the klein flavours"
+_PARQUET = "captions from tables"
+_PRESERVATION = "preservation of what the base model knows"
+_PROCESSES = "training on several GPUs"
+_S3 = "S3 stores"
+_SCHEDULED_SETS = "sets that are active for part of a run"
+
+LATER_OPTIONS: Mapping[str, OtherKey] = _named(
+    (_later("continuing the step count of a saved adapter"), "init_lora_step"),
+    (_later(_ADAPTERS, False), "use_dora lokr_full_matrix"),
+    (_later(_ADAPTERS, -1), "lokr_factor"),
+    (_later(_ADAPTERS, 32), "oft_block_size"),
+    (_later(_ADAPTERS, 5), "oft_neumann_terms"),
+    (_later(_ADAPTERS), "init_lokr_norm"),
+    (_later("rank-stabilized scaling", "standard"), "lora_scaling"),
+    (_later("other ranks for some layers"), "lora_rank_pattern"),
+    (_later("input perturbation", 0, 0.0), "input_perturbation"),
+    (_later("input perturbation", 0), "input_perturbation_steps"),
+    (_later("other attention kernels", "auto", "native", "diffusers"), "attention_mechanism"),
+    (_later("other ways of activation checkpointing", "auto", "full"), "gradient_checkpointing_mode"),
+    (_later("stepping each parameter in the backward pass", False), "optimizer_release_gradients"),
+    (_later(_CONDITIONS, 1, 1.0), "masked_loss_probability"),
+    (_later(_CONDITIONS, 0, 0.0), "masked_loss_floor masked_loss_prior reference_dropout_probability"),
+    (_later(_CONDITIONS, False), "masked_loss_invert"),
+    (_later(_CONDITIONS, "full"), "reference_attention"),
+    (_later(_PRESERVATION, "none"), "preservation"),
+    (_later(_PRESERVATION, 1, 1.0), "preservation_weight"),
+    (_later(_PRESERVATION), "preservation_trigger preservation_class"),
+    (_later("validation images of another model"), "validation_preview_model"),
+    (_later("prompts whose images should not move"), "validation_drift_prompts"),
+    (_later(_HUB, False), "push_to_hub push_checkpoints_to_hub"),
+    (_later(_HUB), "publishing_config"),
+    (_later("posts to Discord and other addresses"), "webhook_config"),
+    (_later(_PROCESSES, 1), "num_processes num_machines context_parallel_size"),
+    (_later(_PROCESSES, False), "fsdp_enable"),
+    (_later(_PROCESSES, ""), "deepspeed_config accelerate_config accelerate_extra_args"),
+    (_later(_CACHING, False), "vae_cache_ondemand vae_cache_disable text_cache_ondemand text_cache_disable"),
+    (_later(_PARQUET), "parquet_caption_column parquet_filename_column"),
+)
+"""Options whose work has not landed."""
+
+_NOISE_MODELS = "FLUX.2 is trained by flow matching, and this is for models that predict noise"
+_NO_LOSS = "this auxiliary loss is not here"
+_NO_RAM_TORCH = "weights are not kept in RAM this way here"
+_STREAM = ", or stream the blocks with enable_group_offload"
+_NO_DELETING = "files of a dataset are never deleted here"
+_UNUSABLE = ": images that cannot be used are left out, counted and named"
+_NO_JUDGING = "what an image shows is not judged here"
+_NO_SCRIPTS = "a run starts no scripts here"
+_FOLLOW = ": a script of yours can follow events.jsonl in the run directory"
+_PER_SET = "each dataset has its own here"
+_TO_SETS = " here, and write it into each set of pictures in multidatabackend.json"
+_NO_EVALUATION = "images are not scored here"
+_TO_EVAL = ": the loss on a set with dataset_type eval is measured instead"
+
+_REFUSED_OPTIONS: Mapping[str, OtherKey] = _named(
+    # What is trained
+    (_refused("ControlNets are not trained here", False, remedy=" to train a LoRA or the whole model"), "controlnet"),
+    (_refused("LoRAs that widen the model's input are not trained here", False), "control"),
+    (_refused("the text encoder is not trained here", False), "train_text_encoder"),
+    (_refused("lora_type and flux_lora_target choose what is trained here", "none", ""), "layer_freeze_strategy"),
+    (_refused("SingLoRA is not here", "standard", ""), "peft_lora_mode"),
+    (_refused("slider LoRAs are not trained here", False), "slider_lora_target"),
+    (_refused("no LoRA is added to the base model while training here", ""), "assistant_lora_path"),
+    (_refused("nothing is distilled here", "none", ""), "distillation_method"),
+    (_refused("the moving average starts from init_lora here", ""), "init_lora_ema"),
+    # The loss
+    (
+        _refused(_NO_LOSS, False),
+        "crepa_enabled irepa_enabled urepa_enabled layersync_enabled nextlat_enabled mixflow_enabled twinflow_enabled "
+        "internal_guidance_enabled xm_enabled",
+    ),
+    (_refused("this is not here"), "diffusion_blocks_config sla_config"),
+    (_refused(_NOISE_MODELS, False), "diff2flow_enabled offset_noise refiner_training rescale_betas_zero_snr"),
+    (_refused(_NOISE_MODELS, False), "use_soft_min_snr"),
+    (_refused(_NOISE_MODELS, 0, 0.0), "snr_gamma"),
+    (
+        _refused(_NOISE_MODELS, "none", "", remedy=": flow_schedule_shift and flow_custom_timesteps choose timesteps"),
+        "timestep_bias_strategy",
+    ),
+    (_refused("FLUX.2 predicts the velocity", "flow_matching", ""), "prediction_type"),
+    (
+        _refused("timesteps have no such density here", "", remedy=", or list them in flow_custom_timesteps"),
+        "flow_timesteps_mode flow_cubic_schedule_weights",
+    ),
+    # The optimizer
+    (_refused("the average takes part from the first step here", 0), "ema_warmup_steps"),
+    (_refused("prodigy estimates its rate to the end here", 0), "prodigy_steps"),
+    (_refused("optimizer states stay on the accelerator here", "none", ""), "optimizer_cpu_offload_method"),
+    (_refused("gradients stay on the accelerator here", False), "optimizer_offload_gradients"),
+    (
+        _refused("it is an argument of the optimizer here", False, remedy=", or give --optimizer_config fused=true"),
+        "fuse_optimizer",
+    ),
+    # Memory
+    (
+        _refused(_NO_RAM_TORCH, False, remedy=_STREAM),
+        "ramtorch ramtorch_controlnet ramtorch_text_encoder ramtorch_vae",
+    ),
+    (_refused("blocks are not swapped by number here", 0, remedy=_STREAM), "musubi_blocks_to_swap"),
+    (_refused("activations are not quantized here", False), "quantize_activations"),
+    (_refused("base_model_precision names a whole format here", "", {}), "quantization_config"),
+    (
+        _refused("checkpointing is torch's own here", "torch", remedy=", or give --activation_offload=true"),
+        "gradient_checkpointing_backend",
+    ),
+    (
+        _refused("a block is offloaded as a whole here", False, remedy=", or give --activation_offload=true"),
+        "gradient_checkpointing_offload_attention",
+    ),
+    (
+        _refused("each block is recomputed by itself here", 0, 1, remedy=", or take gradient_checkpointing_interval"),
+        "gradient_checkpointing_segment_stride",
+    ),
+    # Validation
+    (_refused("guidance is not rescaled here", 0, 0.0), "validation_guidance_rescale"),
+    (_refused("guidance skips no layers here", "", []), "validation_guidance_skip_layers"),
+    (_refused("the adapter has its full strength in validation images here", 1, 1.0), "validation_lycoris_strength"),
+    (_refused("validation images show the trained adapter alone here", ""), "validation_adapter_path"),
+    (_refused("validation images show the trained adapter alone here", "", {}), "validation_adapter_config"),
+    (_refused("a run draws its validation images itself here", "simpletuner-local", ""), "validation_method"),
+    (
+        _refused("the solver of validation images is Euler's here", "euler", "flow_matching", ""),
+        "validation_noise_scheduler",
+    ),
+    (_refused("only whole validation images are shown here", False), "validation_preview"),
+    (_refused("validation images keep their seed, so that they compare", False), "validation_randomize"),
+    (_refused("validation images are compiled by nothing here", False), "validation_torch_compile"),
+    (
+        _refused("validation images are made of prompts here", False, remedy=", and give --validation_prompt"),
+        "validation_using_datasets",
+    ),
+    (
+        _refused("validation images are made of prompts here", "", remedy=", and give --validation_prompt"),
+        "validation_input",
+    ),
+    (
+        _refused("validation images are made from the first interval on here", 0),
+        "validate_after_step validate_after_epoch",
+    ),
+    (_refused(_NO_EVALUATION, "none", "", remedy=_TO_EVAL), "evaluation_type"),
+    (
+        _refused("the held-out loss is due by steps here", 0, remedy=", or give eval_steps_interval"),
+        "eval_epoch_interval",
+    ),
+    (
+        _refused("eval sets are there to be measured", False, remedy=", and the sets with dataset_type eval"),
+        "eval_loss_disable",
+    ),
+    # Data
+    (
+        _refused(
+            "an epoch has each picture of each set here", "auto-weighting", remedy=": repeats of a set give it weight"
+        ),
+        "data_backend_sampling",
+    ),
+    (_refused(_PER_SET, 1024, 1024.0, remedy=_TO_SETS), "resolution"),
+    (_refused(_PER_SET, "pixel_area", remedy=_TO_SETS), "resolution_type"),
+    (_refused(_PER_SET, "filename", remedy=_TO_SETS), "caption_strategy"),
+    (_refused(_PER_SET, "", remedy=_TO_SETS), "instance_prompt cache_dir_vae"),
+    (
+        _refused(_PER_SET, "", remedy=" here, and give the text store a cache_dir in multidatabackend.json"),
+        "cache_dir_text",
+    ),
+    (
+        _refused(_PER_SET, 0, 0.0, remedy=_TO_SETS),
+        "minimum_image_size maximum_image_size target_downsample_size max_upscale_threshold",
+    ),
+    (
+        _refused(_PER_SET, False, remedy=_TO_SETS),
+        "prepend_instance_prompt only_instance_prompt disable_multiline_split",
+    ),
+    (_refused(_NO_DELETING, False, remedy=_UNUSABLE), "delete_unwanted_images delete_problematic_images"),
+    (_refused(_NO_JUDGING, False), "delete_nsfw_images enable_nsfw_check"),
+    (_refused("a picture that goes missing is an error here", False), "ignore_missing_files"),
+    # Files and services
+    (
+        _refused("there is one kind of checkpoint here", 0, remedy=", or give checkpoint_step_interval"),
+        "checkpointing_rolling_steps",
+    ),
+    (
+        _refused(_NO_SCRIPTS, "", remedy=_FOLLOW),
+        "post_checkpoint_script post_upload_script validation_external_script disk_low_script",
+    ),
+    (_refused("report_to knows tensorboard and wandb", "", remedy=_FOLLOW), "custom_tracker"),
+    (_refused("no code of a model's repository is run here", False), "trust_remote_code"),
+    (
+        _refused("the folder of the transformer is named itself here", "transformer", ""),
+        "pretrained_transformer_subfolder",
+    ),
+    (_refused("images get no watermark here", False), "enable_watermark"),
+)
+"""Options that ask for something that is not here."""
+
+_ALWAYS_FOUND = "folders are read at each start"
+_BY_CONTENT = "caches are checked by content, and kept"
+_OTHER_MODEL = "it is for other models"
+_NO_HUB = "push_to_hub is false"
+_NO_FSDP = "fsdp_enable is false"
+_THREADS = "max_workers counts the threads that prepare pictures"
+_NO_VIDEO = "it is for video and sound"
+
+_IGNORED_OPTIONS: Mapping[str, OtherKey] = _named(
+    # Data
+    (_ignored("no bucket is pruned", True), "disable_bucket_pruning"),
+    (_ignored("pictures of a bucket smaller than a batch are repeated", True), "allow_dataset_oversubscription"),
+    (_ignored("sides are rounded to 16 pixels", 16), "aspect_bucket_alignment"),
+    (_ignored("shapes are computed in whole pixels"), "aspect_bucket_rounding"),
+    (_ignored(_ALWAYS_FOUND, ""), "skip_file_discovery aspect_bucket_disable_rebuild metadata_update_interval"),
+    (
+        _ignored(_BY_CONTENT),
+        "vae_cache_scan_behaviour preserve_data_backend_cache override_dataset_config compress_disk_cache",
+    ),
+    (_ignored("all captions are encoded before the first step"), "text_embed_full_cache"),
+    (
+        _ignored(_THREADS),
+        "aspect_bucket_worker_count enable_multiprocessing image_processing_batch_size read_batch_size",
+    ),
+    (_ignored("how many batches are read ahead is fixed"), "dataloader_prefetch_qlen"),
+    (_ignored("simpletuner dataset scan shows what is found"), "debug_aspect_buckets debug_dataset_loader"),
+    (_ignored("simpletuner dataset scan shows what is found"), "print_filenames print_sampler_statistics"),
+    (_ignored("no set has conditioning_data"), "conditioning_multidataset_sampling"),
+    (_ignored("no dataset lies in S3"), "aws_max_pool_connections"),
+    # Training
+    (
+        _ignored("each sample draws its timestep by itself; see timestep_strata", True),
+        "disable_segmented_timestep_sampling",
+    ),
+    (_ignored("max_train_steps, else num_train_epochs, is the end of a run"), "strict_epoch_limit"),
+    (_ignored("the order of each solver is fixed", 2), "scheduled_sampling_order"),
+    (_ignored("every draw of a run comes from seed"), "seed_for_each_device"),
+    (_ignored("FLUX.2's timesteps follow flow_schedule_shift"), "training_scheduler_timestep_spacing"),
+    (_ignored("FLUX.2's timesteps follow flow_schedule_shift"), "inference_scheduler_timestep_spacing"),
+    (_ignored("offset_noise is false"), "noise_offset noise_offset_probability"),
+    (_ignored("use_soft_min_snr is false"), "soft_min_snr_sigma_data snr_weight"),
+    (_ignored("diff2flow_enabled is false"), "diff2flow_loss"),
+    (_ignored("nothing is distilled"), "distillation_config"),
+    (_ignored("lora_type is not lycoris"), "lycoris_config"),
+    (_ignored("peft_lora_mode is standard"), "singlora_ramp_up_steps"),
+    (_ignored("no assistant LoRA is loaded"), "assistant_lora_strength assistant_lora_inference_strength"),
+    (_ignored("no assistant LoRA is loaded"), "disable_assistant_lora"),
+    (_ignored("no ControlNet is trained"), "controlnet_custom_config controlnet_model_name_or_path"),
+    (
+        _ignored("the text encoder is not trained"),
+        "text_encoder_limit text_encoder_lr save_text_encoder freeze_encoder_after freeze_encoder_before "
+        "freeze_encoder_strategy",
+    ),
+    (_ignored("gradients have the precision of what is trained, fp32 of adapters", "unmodified"), "gradient_precision"),
+    (_ignored("ema_device says where the average lies"), "ema_cpu_only ema_foreach_disable"),
+    (_ignored("every check is made"), "i_know_what_i_am_doing"),
+    # Memory and speed, at the same result
+    (_ignored("fp32 is never TF32", True), "disable_tf32"),
+    (_ignored("it would be the same result", False), "fuse_qkv_projections set_grads_to_none offload_during_save"),
+    (_ignored("memory is released where a phase ends"), "accelerator_cache_clear_interval keep_vae_loaded"),
+    (_ignored("the text encoder goes when the captions are cached"), "fully_unload_text_encoder"),
+    (_ignored("each kind of block is compiled as one graph"), "dynamo_dynamic dynamo_fullgraph"),
+    (_ignored("each kind of block is compiled as one graph"), "dynamo_use_regional_compilation"),
+    (_ignored("attention_mechanism is not sage"), "sageattention_usage"),
+    (
+        _ignored("gradient_checkpointing_offload_attention is false"),
+        "gradient_checkpointing_offload_pin_memory_max_buckets gradient_checkpointing_offload_prefetch",
+    ),
+    (_ignored("musubi_blocks_to_swap is not set"), "musubi_block_swap_device"),
+    (_ignored("OMP_NUM_THREADS in the environment sets it"), "torch_num_threads"),
+    # Processes
+    (
+        _ignored(_NO_FSDP),
+        "fsdp_activation_checkpointing fsdp_auto_wrap_policy fsdp_cpu_offload fsdp_cpu_ram_efficient_loading "
+        "fsdp_limit_all_gathers fsdp_reshard_after_forward fsdp_state_dict_type fsdp_transformer_layer_cls_to_wrap "
+        "fsdp_version",
+    ),
+    (
+        _ignored("one process trains"),
+        "machine_rank main_process_ip main_process_port local_rank same_network find_unused_parameters "
+        "context_parallel_comm_strategy distributed_timeout_s",
+    ),
+    (_ignored("deepspeed_config is not set"), "offload_param_path"),
+    # Validation
+    (_ignored("no image of the empty prompt is drawn", True), "validation_disable_unconditional"),
+    (_ignored("one GPU draws", "single-gpu"), "validation_multigpu"),
+    (_ignored("the noise of validation images is drawn on the CPU", "cpu"), "validation_seed_source"),
+    (_ignored("a jpg has a fixed quality"), "validation_image_quality"),
+    (_ignored("validation_preview is false"), "validation_preview_steps"),
+    (_ignored("validation images are made of prompts alone"), "validation_stitch_input_location"),
+    (_ignored("no script draws validation images"), "validation_external_background"),
+    (_ignored("internal guidance is not trained"), "validation_internal_guidance_scale"),
+    (
+        _ignored("validation_adapter_path is not set"),
+        "validation_adapter_mode validation_adapter_name validation_adapter_strength",
+    ),
+    (_ignored("the held-out loss is measured at fixed timesteps"), "eval_timesteps"),
+    (_ignored("each eval set has a curve of its own", False), "eval_dataset_pooling"),
+    (_ignored(_NO_EVALUATION), "pretrained_evaluation_model_name_or_path"),
+    # Files and services
+    (
+        _ignored(_NO_HUB),
+        "hub_model_id model_card_private model_card_note model_card_safe_for_work push_to_hub_background",
+    ),
+    (_ignored("webhook_config is not set"), "webhook_reporting_interval"),
+    (_ignored("checkpointing_rolling_steps is not set"), "checkpoints_rolling_total_limit"),
+    (_ignored("a checkpoint is always written aside, then renamed"), "checkpointing_use_tempdir"),
+    (_ignored("a checkpoint that does not verify is passed over", False), "delete_invalid_checkpoints"),
+    (_ignored("what is downloaded stays in the Hub's cache", False), "delete_model_after_load"),
+    (_ignored("logs lie in the run directory"), "logging_dir"),
+    (_ignored("the layout of logged images is fixed"), "tracker_image_layout"),
+    (_ignored("--config and --env say which config is read"), "configs_dir merge_environment_config"),
+    # Other models
+    (_ignored(_NO_VIDEO), "framerate validation_num_video_frames vae_enable_temporal_roll"),
+    (
+        _ignored(_OTHER_MODEL),
+        "data_aesthetic_score max_grounding_entities pretrained_gemma_model_name_or_path "
+        "pretrained_grounding_model_name_or_path pretrained_t5_model_name_or_path pretrained_unet_model_name_or_path "
+        "pretrained_unet_subfolder qwen_text_encoder_model_name_or_path t5_padding unet_attention_slice "
+        "vae_enable_patch_conv flux_attention_masked_training flux_fast_schedule",
+    ),
+)
+"""Options that change nothing here, whatever their value."""
+
+_PREFIXES: Mapping[str, OtherKey] = {
+    # Settings of what is off, since its switch is refused.
+    **dict.fromkeys(
+        ("crepa_", "irepa_", "urepa_", "layersync_", "nextlat_", "mixflow_", "twinflow_", "internal_guidance_", "xm_"),
+        _ignored("its auxiliary loss is off"),
+    ),
+    "nsfw_check_": _ignored("enable_nsfw_check is false"),
+    "ramtorch_": _ignored("ramtorch is false"),
+    "refiner_training_": _ignored("refiner_training is false"),
+    "timestep_bias_": _ignored("timestep_bias_strategy is none"),
+    "validation_guidance_skip_": _ignored("guidance skips no layers"),
+    "sdnq_": _ignored("they are settings of SDNQ's precisions, and none is used"),
+    # Other models
+    "audio_": _ignored(_NO_VIDEO),
+    **dict.fromkeys(
+        (
+            "cosmos3_",
+            "deepfloyd_",
+            "krea2_",
+            "minimax_",
+            "pixart_",
+            "sdxl_",
+            "wan_",
+            "text_encoder_2_",
+            "text_encoder_3_",
+            "text_encoder_4_",
+        ),
+        _ignored(_OTHER_MODEL),
+    ),
+}
+
+_PRECISIONS: Mapping[str, OtherKey] = {
+    "int8-w8a8": _later("products in 8 bits"),
+    "fp8-w8a8": _later("products in 8 bits"),
+    **{name: _value("this format is not here", *ours) for name, ours in PRECISIONS_ELSEWHERE.items()},
+}
+
+OPTION_NICKNAMES: Mapping[str, str] = {
+    "alpha": "lora_alpha",
+    "batch_size": "train_batch_size",
+    "dim": "lora_rank",
+    "dropout": "lora_dropout",
+    "epochs": "num_train_epochs",
+    "gradient_accumulation": "gradient_accumulation_steps",
+    "linear": "lora_rank",
+    "linear_alpha": "lora_alpha",
+    "lr": "learning_rate",
+    "lr_warmup": "lr_warmup_steps",
+    "max_steps": "max_train_steps",
+    "max_train_epochs": "num_train_epochs",
+    "micro_batch_size_per_gpu": "train_batch_size",
+    "model": "pretrained_model_name_or_path",
+    "name_or_path": "pretrained_model_name_or_path",
+    "network_alpha": "lora_alpha",
+    "network_dim": "lora_rank",
+    "network_dropout": "lora_dropout",
+    "optimizer_args": "optimizer_config",
+    "optimizer_type": "optimizer",
+    "rank": "lora_rank",
+    "resume": "resume_from_checkpoint",
+    "sample_every_n_steps": "validation_step_interval",
+    "save_every_n_epochs": "checkpoint_epoch_interval",
+    "save_every_n_steps": "checkpoint_step_interval",
+    "steps": "max_train_steps",
+    "target": "flux_lora_target",
+    "target_modules": "peft_lora_target_modules",
+    "validation_guidance_scale": "validation_guidance",
+    "validation_prompts": "user_prompt_library",
+    "warmup_steps": "lr_warmup_steps",
+}
+
+OPTION_ALIASES: Mapping[str, str] = {
+    "validation_steps": "validation_step_interval",
+    "checkpointing_steps": "checkpoint_step_interval",
+    "save_total_limit": "checkpoints_total_limit",
+    "flow_use_beta_schedule_alpha": "flow_beta_schedule_alpha",
+    "flow_use_beta_schedule_beta": "flow_beta_schedule_beta",
+    "adam_beta1": "optimizer_beta1",
+    "adam_beta2": "optimizer_beta2",
+    "flux_schedule_shift": "flow_schedule_shift",
+    "flux_schedule_auto_shift": "flow_schedule_auto_shift",
+    "flux_use_uniform_schedule": "flow_use_uniform_schedule",
+    "flux_use_beta_schedule": "flow_use_beta_schedule",
+    "flux_beta_schedule_alpha": "flow_beta_schedule_alpha",
+    "flux_beta_schedule_beta": "flow_beta_schedule_beta",
+    "lora_initialisation_style": "lora_init_type",
+}
+
+OTHER_OPTIONS = OtherKeys(
+    keys={**LATER_OPTIONS, **_REFUSED_OPTIONS, **_IGNORED_OPTIONS},
+    prefixes=_PREFIXES,
+    values={
+        "model_flavour": dict.fromkeys(
+            ("klein-9b", "klein-4b", "klein-9b-distilled", "klein-4b-distilled"), _later(_KLEIN)
+        ),
+        "model_type": {"controlnet": _value("ControlNets are not trained here", "lora", "full")},
+        "lora_type": dict.fromkeys(("dora", "lokr", "loha", "oft", "lycoris"), _later(_ADAPTERS)),
+        "lora_init_type": dict.fromkeys(("pissa", "olora", "loftq"), _later("initialisations that change the base")),
+        "lora_format": dict.fromkeys(("comfyui", "bfl", "kohya"), _later("export for other programs")),
+        "flux_lora_target": {
+            "controlnet": _value("ControlNets are not trained here", "all", "attention", "mlp", "tiny"),
+            "all+ffs": _value("all has the feed-forward layers already", "all"),
+        },
+        "dynamo_mode": dict.fromkeys(("reduce-overhead", "max-autotune"), _later("compiled blocks in CUDA graphs")),
+        "disk_low_action": {"script": _value(_NO_SCRIPTS, "stop", "wait")},
+        "base_model_precision": _PRECISIONS,
+        "text_encoder_1_precision": _PRECISIONS,
+    },
+    aliases=OPTION_ALIASES,
+    nicknames=OPTION_NICKNAMES,
+)
+"""What a config may hold beside options."""
+
+# Datasets
+
+_NO_GENERATING = "conditioning pictures are not generated here"
+_LEAVE_OUT = "Leave the entry out."
+_RUN_DECIDES = "the run's own option decides"
+
+_OF_BOTH: Mapping[str, OtherKey] = _named(
+    (_later(_S3), "aws_bucket_name aws_data_prefix aws_endpoint_url aws_region_name aws_access_key_id"),
+    (_later(_S3), "aws_secret_access_key"),
+    (_ignored(_BY_CONTENT), "hash_filenames preserve_data_backend_cache cache_file_suffix"),
+    (_ignored(_ALWAYS_FOUND, ""), "skip_file_discovery metadata_update_interval scan_for_errors"),
+    (_ignored(_RUN_DECIDES), "text_encoder_batch_size"),
+)
+"""Keys of sets and of text stores."""
+
+_TYPES = {"aws": _later(_S3), "csv": _later(_CSV), "huggingface": _later(_HF_DATASETS)}
+
+OTHER_SET_KEYS = OtherKeys(
+    keys={
+        **_OF_BOTH,
+        **_named(
+            (_later(_SCHEDULED_SETS, 0, 1), "start_step start_epoch"),
+            (_later(_SCHEDULED_SETS), "end_step end_epoch"),
+            (_later("shuffled captions", False, {}, {"enable": False}), "caption_shuffle"),
+            (_later(_CONDITIONS, []), "conditioning_data conditioning_type source_dataset_id"),
+            (_later(_CONDITIONS, False), "conditioning_required"),
+            (_later(_CONDITIONS, "set"), "mask_source"),
+            (_later("regularisation sets", False), "is_regularisation_data"),
+            (_later("weights of sets", 1, 1.0), "loss_weight"),
+            (_later(_PRESERVATION), "class_prompt"),
+            (_later("a noise level offset of a set", 0, 0.0), "timestep_sampling_offset"),
+            (_later("stores for latents"), "image_embeds"),
+            (
+                _later(_CACHING, False),
+                "vae_cache_clear_each_epoch vae_cache_ondemand vae_cache_disable text_cache_ondemand "
+                "text_cache_disable",
+            ),
+            (_later(_PARQUET, {}), "parquet"),
+            (_later(_CSV), "csv_file csv_url_column csv_caption_column csv_cache_dir"),
+            (
+                _later(_HF_DATASETS, {}),
+                "huggingface dataset_name split revision image_column caption_column streaming",
+            ),
+            (_refused(_NO_DELETING, False, remedy=_UNUSABLE), "delete_unwanted_images delete_problematic_images"),
+            (_refused(_NO_JUDGING, False), "delete_nsfw_images"),
+            (_refused("slider LoRAs are not trained here", 0, 0.0), "slider_strength"),
+            (
+                _refused(_NO_GENERATING, False, [], {}, remedy=", and make them with another program"),
+                "conditioning canny depth jpeg_artifacts random_masks sdr superresolution",
+            ),
+            (_refused("pictures are trained here, not films or sound", {}), "video audio"),
+            (
+                _ignored("references are read through the VAE", False),
+                "cache_dir_conditioning_image_embeds conditioning_image_embeds conditioning_image_embed_batch_size",
+            ),
+        ),
+    },
+    values={
+        "type": _TYPES,
+        "dataset_type": {
+            "conditioning": OtherKey(NOT_YET + _CONDITIONS, _LEAVE_OUT),
+            "conditioning_image_embeds": OtherKey("references are read through the VAE", _LEAVE_OUT),
+            "image_embeds": OtherKey(NOT_YET + "stores for latents", _LEAVE_OUT),
+        },
+        "crop_style": {"face": _later("crops that follow a face")},
+        "caption_strategy": {
+            "parquet": _later(_PARQUET),
+            "csv": _later(_CSV),
+            "huggingface": _later(_HF_DATASETS),
+        },
+        "metadata_backend": {"parquet": _later(_PARQUET), "huggingface": _later(_HF_DATASETS)},
+    },
+    aliases={"instance_data_root": "instance_data_dir"},
+    nicknames={
+        "cache_dir": "cache_dir_vae",
+        "folder_path": "instance_data_dir",
+        "image_directory": "instance_data_dir",
+        "image_dir": "instance_data_dir",
+        "class_tokens": "instance_prompt",
+        "trigger_word": "instance_prompt",
+    },
+)
+"""What an image set may hold beside its keys."""
+
+OTHER_STORE_KEYS = OtherKeys(
+    keys={
+        **_OF_BOTH,
+        **_named(
+            (_later("filtered captions"), "caption_filter_list"),
+            (_refused("a text store is used by the sets that name it", False), "disabled"),
+        ),
+    },
+    values={"type": _TYPES},
+)
+"""What a text store may hold beside its keys."""
