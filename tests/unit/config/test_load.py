@@ -412,7 +412,8 @@ def test_a_json_valued_option_takes_a_value_inline_text_or_a_file(place: Any) ->
         "--peft_lora_target_modules = 'nope.json': no such file."
     ]
     assert place.problems("--peft_lora_target_modules=(") == [
-        "--peft_lora_target_modules = '(': expected a list of module names or a regular expression."
+        "--peft_lora_target_modules = '(': expected a list of module names, as to_q,to_k or "
+        '["to_q", "to_k"], or a regular expression.'
     ]
 
 
@@ -427,3 +428,35 @@ def test_optimiser_arguments_are_pairs_or_an_object(place: Any) -> None:
     assert place.problems() == ["optimizer_config: adamw takes no 'amsgard' here: expected amsgrad, foreach or fused."]
     place.config["optimizer_config"] = "amsgrad"
     assert "expected k=v,k=v or an object" in place.problems()[0]
+
+
+@pytest.mark.parametrize("text", ["to_q,to_k", "to_q, to_k", '["to_q", "to_k"]'])
+def test_a_list_in_a_flag_is_a_list(place: Any, text: str) -> None:
+    expected = ("to_q", "to_k")
+    assert place.load("--peft_lora_target_modules", text).config.peft_lora_target_modules == expected
+    environ = {"SIMPLETUNER_PEFT_LORA_TARGET_MODULES": text}
+    assert place.load(environ=environ).config.peft_lora_target_modules == expected
+    place.config["peft_lora_target_modules"] = text
+    assert place.load().config.peft_lora_target_modules == expected
+
+
+def test_a_single_name_is_a_list_of_one_and_a_pattern_stays_one(place: Any) -> None:
+    assert place.load("--peft_lora_target_modules=to_q").config.peft_lora_target_modules == ("to_q",)
+    assert place.load("--peft_lora_target_modules=attn.to_q").config.peft_lora_target_modules == ("attn.to_q",)
+    pattern = r".*attn\.(to_q|to_k){1,2}"
+    assert place.load("--peft_lora_target_modules", pattern).config.peft_lora_target_modules == pattern
+
+
+@pytest.mark.parametrize("text", ["to_q,,to_k", "[to_q,to_k]", "", "("])
+def test_a_broken_list_of_modules_names_both_forms(place: Any, text: str) -> None:
+    (problem,) = place.problems(f"--peft_lora_target_modules={text}")
+    assert problem.endswith(
+        'expected a list of module names, as to_q,to_k or ["to_q", "to_k"], or a regular expression.'
+    )
+
+
+@pytest.mark.parametrize("text", ["338,548", "[338, 548]"])
+def test_numbers_in_a_flag_are_a_list_too(place: Any, text: str) -> None:
+    assert place.load(f"--flow_custom_timesteps={text}").config.flow_custom_timesteps == (338.0, 548.0)
+    layers = place.load(f"--custom_text_encoder_intermediary_layers={text}").config
+    assert layers.custom_text_encoder_intermediary_layers == (338, 548)

@@ -8,11 +8,25 @@ from pydantic import AfterValidator, BeforeValidator
 
 from simpletuner.config.options.kinds import Count, IsJson, PathText, Positive, Says, Slice, list_as_tuple
 
+_PATTERN = re.compile(r"[\\^$*+?{}()|\[\]]")
+"""A character that no module's name has, and a regular expression mostly does."""
+_CUT_LIST = re.compile(r"\[.*,.*\]")
+"""A list with names that are not quoted."""
+
+
+def _listed(value: object) -> object:
+    """Names with commas between as a list, of one where there is none; a regular expression as it is."""
+    if isinstance(value, str) and not _PATTERN.search(value):
+        return tuple(part.strip() for part in value.split(","))
+    return list_as_tuple(value)
+
 
 def _targets(value: tuple[str, ...] | str) -> tuple[str, ...] | str:
     if not value or not all(value):
         raise ValueError("empty")
     if isinstance(value, str):
+        if _CUT_LIST.fullmatch(value):
+            raise ValueError("a list that is no JSON")
         try:
             re.compile(value)
         except re.error as error:
@@ -54,15 +68,15 @@ class LoraOptions(Slice):
         Annotated[
             tuple[str, ...] | str,
             IsJson(),
-            BeforeValidator(list_as_tuple),
+            BeforeValidator(_listed),
             AfterValidator(_targets),
-            Says("a list of module names or a regular expression"),
+            Says('a list of module names, as to_q,to_k or ["to_q", "to_k"], or a regular expression'),
         ]
         | None
     ) = None
-    """Replaces `flux_lora_target`: a list of module names (each matches a module of that name or one whose
-    path ends in it), or one regular expression that a module's whole path must match. One that matches
-    nothing is an error."""
+    """Replaces `flux_lora_target`: a list of module names (`to_q,to_k` or `["to_q", "to_k"]`; each matches a module of
+    that name or one whose path ends in it), or one regular expression that a module's whole path must match. One that
+    matches nothing is an error."""
 
     init_lora: PathText | None = None
     """Start from this saved adapter. Rank and alpha then come from the file."""

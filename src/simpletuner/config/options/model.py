@@ -7,7 +7,7 @@ from annotated_types import Ge, MinLen
 from pydantic import AfterValidator, BeforeValidator
 
 from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS, FlavourName
-from simpletuner.config.options.kinds import Count, ModelText, PathText, Says, Seed, Slice, Text, list_as_tuple
+from simpletuner.config.options.kinds import Count, IsJson, ModelText, PathText, Says, Seed, Slice, Text, list_as_tuple
 
 
 def _layer_numbers(value: object) -> object:
@@ -67,9 +67,10 @@ class ModelOptions(Slice):
         Annotated[
             tuple[Annotated[int, Ge(1)], ...],
             MinLen(1),
+            IsJson(),
             BeforeValidator(_layer_numbers),
             AfterValidator(_increase),
-            Says("rising layer numbers such as 10,20,30"),
+            Says("rising layer numbers, as 10,20,30 or [10, 20, 30]"),
         ]
         | None
     ) = None

@@ -7,7 +7,7 @@ from annotated_types import MinLen
 from pydantic import AfterValidator, BeforeValidator
 
 from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS
-from simpletuner.config.options.kinds import Positive, Says, Slice
+from simpletuner.config.options.kinds import IsJson, Positive, Says, Slice
 
 TIMESTEPS = 1000.0
 """The timestep of pure noise: sigma 1."""
@@ -61,9 +61,10 @@ class ScheduleOptions(Slice):
         Annotated[
             tuple[float, ...],
             MinLen(1),
+            IsJson(),
             BeforeValidator(_listed_timesteps),
             AfterValidator(_in_range),
-            Says("timesteps from 0 (data) to 1000 (noise), such as 338,548,694,801"),
+            Says("timesteps from 0 (data) to 1000 (noise), as 338,548,694 or [338, 548, 694]"),
         ]
         | None
     ) = None
