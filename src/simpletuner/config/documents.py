@@ -15,13 +15,25 @@ def read_document(path: Path, label: str) -> Any:
     Raises:
         ConfigError: no such file, not UTF-8, a syntax error (with line and column), or a key given twice.
     """
+    text = read_text(path, label)
+    if path.suffix in (".yaml", ".yml"):
+        raise ConfigError.of(f"{label}: this is YAML", "JSON or TOML")
+    return _toml(text, label) if path.suffix == ".toml" else _json(text, label)
+
+
+def read_text(path: Path, label: str) -> str:
+    """The text in the file at `path`, which messages call `label`.
+
+    Raises:
+        ConfigError: no such file, not a file, not readable, not UTF-8.
+    """
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
             raise ConfigError.of(f"{label}: this is a folder", "a file")
         if not stat.S_ISREG(mode):  # reading might never end
             raise ConfigError.of(f"{label}: this is a pipe, a socket or a device", "a file")
-        text = path.read_bytes().decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         if path.is_symlink():
             raise ConfigError.of(
@@ -35,7 +47,6 @@ def read_document(path: Path, label: str) -> Any:
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError.of(f"{label}: byte {error.start} is not UTF-8", remedy="Save it as UTF-8.") from error
-    return _toml(text, label) if path.suffix == ".toml" else _json(text, label)
 
 
 def _toml(text: str, label: str) -> Any:

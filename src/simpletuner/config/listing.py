@@ -12,6 +12,7 @@ from simpletuner.config.documents import read_document
 from simpletuner.config.given import Checked, Given, Known, check_givens, unaliased
 from simpletuner.config.options.kinds import Slice
 from simpletuner.config.other_keys import OTHER_SET_KEYS, OTHER_STORE_KEYS
+from simpletuner.config.other_trainers import OUR_DATASETS, of_other_trainer, other_format
 from simpletuner.config.paths import filled, joined
 from simpletuner.config.run import OPTION_NAMES
 from simpletuner.config.values import join_names, kinds, nearest, no_effect, shown
@@ -61,6 +62,10 @@ def read_datasets(path: Path, label: str, around: Surroundings) -> Listing:
         entries = read_document(path, label)
     except ConfigError as error:
         listing.problems.extend(error.problems)
+        return listing
+    name = other_format(entries) if isinstance(entries, dict) else None
+    if name is not None:
+        listing.problems.append(of_other_trainer(label, name, entries, OUR_DATASETS))
         return listing
     if not isinstance(entries, list):
         listing.problems.append(Problem(f"{label}: {shown(entries)}", "a list of objects, in [ ]"))

@@ -8,13 +8,20 @@ from typing import Any
 from simpletuner.base.commandline import command_text, with_flags
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.config.datasets import Datasets, ImageSet
-from simpletuner.config.documents import read_document
+from simpletuner.config.documents import read_document, read_text
 from simpletuner.config.flags import Flags, parse
 from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS
 from simpletuner.config.given import ORIGINS, Checked, Given, Known, Origin, check_givens, unaliased
 from simpletuner.config.listing import Listing, Surroundings, read_datasets
 from simpletuner.config.options.checkpoint import LATEST
 from simpletuner.config.other_keys import OPTION_ALIASES, OTHER_OPTIONS
+from simpletuner.config.other_trainers import (
+    TEXT_FORMATS,
+    is_text_format,
+    of_other_text,
+    of_other_trainer,
+    other_format,
+)
 from simpletuner.config.paths import filled, is_local_model, joined
 from simpletuner.config.prompts import load_prompts
 from simpletuner.config.rules import findings, notices
@@ -30,6 +37,8 @@ RUN = Known(
 
 ENVIRONMENT_PREFIX = "SIMPLETUNER_"
 CONFIG_NAMES = ("config.json", "config.toml")
+TEXT_NAMES = tuple(f"config{suffix}" for suffix in TEXT_FORMATS)
+"""Configs that are recognized and not read, where there are no others."""
 DATASETS_NAME = "multidatabackend.json"
 PROMPTS_NAME = "user_prompt_library.json"
 EXAMPLES_FOLDER = Path(__file__).parents[1] / "examples"
@@ -130,8 +139,11 @@ def examine(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str
     problems = list(flags.problems)
     config_file = _found(flags, folder, environ, problems)
     checked = Checked()
+    from_file = _from_file(config_file, folder, problems)
+    if from_file is None:  # of another trainer: there is nothing beside it to be read
+        config_file = None
     sources = [
-        _from_file(config_file, folder, problems),
+        from_file or [],
         _from_environment(environ),
         list(flags.options.items()),
     ]
@@ -195,8 +207,8 @@ def _found(flags: Flags, folder: Path, environ: Mapping[str, str], problems: lis
 def _chosen(flags: Flags, folder: Path, environ: Mapping[str, str]) -> Path | None:
     named = flags.selectors
     if len(named) > 1:
-        both = join_names([f"--{name}" for name in named], "and")
-        raise ConfigError.of(f"{both} are given", "one of them, since each says which config is read")
+        given = join_names([f"--{name}" for name in named], "and")
+        raise ConfigError.of(f"{given} are given", "one of them, since each says which config is read")
     if "config" in named:
         path = Path(joined(folder, named["config"]))
         if path.is_dir():
@@ -208,17 +220,24 @@ def _chosen(flags: Flags, folder: Path, environ: Mapping[str, str]) -> Path | No
         return _in_folder(folder / "config" / named["env"], f"--env {named['env']}")
     if "example" in named:
         return _in_folder(EXAMPLES_FOLDER / named["example"], f"--example {named['example']}")
-    usual = [folder / place / name for place in ("", "config") for name in CONFIG_NAMES]
-    # A folder or a pipe of that name counts too: reading it says what is wrong.
-    found = next((path for path in usual if _is_there(path)), None)
+    found = _in_usual_places(folder, CONFIG_NAMES)
     lists_datasets = "data_backend_config" in flags.options or f"{ENVIRONMENT_PREFIX}DATA_BACKEND_CONFIG" in environ
     if found is None and not lists_datasets:
+        found = _in_usual_places(folder, TEXT_NAMES)
+        if found is not None:
+            return found
         raise ConfigError.of(
             "no configuration here",
             f"{join_names(['config.json', 'config.toml', 'config/config.json', 'config/config.toml'])}",
             "Name one with --config or --env, or try the program with --example tiny-lora.",
         )
     return found
+
+
+def _in_usual_places(folder: Path, names: Sequence[str]) -> Path | None:
+    usual = [folder / place / name for place in ("", "config") for name in names]
+    # A folder or a pipe of that name counts too: reading it says what is wrong.
+    return next((path for path in usual if _is_there(path)), None)
 
 
 def _is_there(path: Path) -> bool:
@@ -235,7 +254,7 @@ def _is_there(path: Path) -> bool:
 
 
 def _in_folder(folder: Path, flag: str) -> Path:
-    for name in CONFIG_NAMES:
+    for name in (*CONFIG_NAMES, *TEXT_NAMES):
         if _is_there(folder / name):
             return folder / name
     others = sorted({path.parent.name for name in CONFIG_NAMES for path in folder.parent.glob(f"*/{name}")})
@@ -247,11 +266,15 @@ def _in_folder(folder: Path, flag: str) -> Path:
     )
 
 
-def _from_file(path: Path | None, folder: Path, problems: list[Problem]) -> list[tuple[str, Given]]:
+def _from_file(path: Path | None, folder: Path, problems: list[Problem]) -> list[tuple[str, Given]] | None:
+    """What the config says; None where it is one of another trainer, which is then a problem."""
     if path is None:
         return []
     label = _label(path, folder)
     try:
+        if is_text_format(path):
+            problems.append(of_other_text(label, path.suffix, read_text(path, label)))
+            return None
         values = read_document(path, label)
     except ConfigError as error:
         problems.extend(error.problems)
@@ -259,6 +282,10 @@ def _from_file(path: Path | None, folder: Path, problems: list[Problem]) -> list
     if not isinstance(values, dict):
         problems.append(Problem(f"{label}: {shown(values)}", 'an object {"option": value}'))
         return []
+    name = other_format(values)
+    if name is not None:
+        problems.append(of_other_trainer(label, name, values))
+        return None
     return [(key.lstrip("-"), Given(value, "file", key)) for key, value in values.items()]
 
 

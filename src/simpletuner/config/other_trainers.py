@@ -1,0 +1,134 @@
+"""Files of other trainers: whose they are, and what their settings are called here."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simpletuner.base.commandline import command_text
+from simpletuner.base.errors import Problem
+from simpletuner.config.datasets import ImageSet
+from simpletuner.config.given import refused
+from simpletuner.config.options.kinds import Slice
+from simpletuner.config.other_keys import OPTION_NICKNAMES, OTHER_SET_KEYS
+from simpletuner.config.run import RunConfig
+from simpletuner.config.values import from_text, kinds
+
+
+@dataclass(frozen=True)
+class OtherFormat:
+    """A kind of file that another trainer reads."""
+
+    name: str
+    marks: frozenset[str]
+    """Keys, at any depth, that such a file has."""
+
+
+OTHER_FORMATS = (
+    OtherFormat("an ai-toolkit job file", frozenset({"job", "config", "process"})),
+    OtherFormat("a OneTrainer config", frozenset({"training_method", "concept_file_name"})),
+    OtherFormat("a diffusion-pipe config", frozenset({"micro_batch_size_per_gpu"})),
+    OtherFormat("a diffusion-pipe config", frozenset({"pipeline_stages"})),
+    OtherFormat("a diffusion-pipe dataset config", frozenset({"directory", "path"})),
+    OtherFormat("a musubi-tuner dataset config", frozenset({"datasets", "image_directory"})),
+    OtherFormat("a musubi-tuner dataset config", frozenset({"datasets", "image_jsonl_file"})),
+    OtherFormat("a kohya dataset config", frozenset({"datasets", "subsets"})),
+    OtherFormat("a kohya config", frozenset({"network_module"})),
+    OtherFormat("a kohya config", frozenset({"train_data_dir"})),
+)
+"""The first whose marks are all there is the one."""
+
+TEXT_FORMATS = {".yaml": "YAML", ".yml": "YAML", ".env": "a file of shell variables"}
+"""Suffixes of configs that no one reads here."""
+
+OUR_CONFIG = "simpletuner's config.json or config.toml"
+OUR_DATASETS = "simpletuner's multidatabackend.json"
+
+_CARRIED = (
+    "learning_rate",
+    "lora_rank",
+    "lora_alpha",
+    "max_train_steps",
+    "num_train_epochs",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "checkpoint_step_interval",
+    "seed",
+)
+"""Options whose number means the same elsewhere."""
+_CARRIED_OF_SETS = ("instance_data_dir", "resolution")
+_TO_SETS = {**OTHER_SET_KEYS.nicknames, "train_data_dir": "instance_data_dir"}
+
+_LINE = re.compile(
+    r"^[ \t]*(?:-[ \t]+)?(?:export[ \t]+)?[\"']?([A-Za-z_]\w*)[\"']?[ \t]*[:=][ \t]*([^\n#]*)", re.MULTILINE
+)
+"""A key of YAML or of a shell, and what follows it on its line."""
+
+
+def other_format(document: Any) -> str | None:
+    """Whose file `document` was read from; None where it may be our own."""
+    return _format_of({key for key, _ in _settings(document)})
+
+
+def of_other_trainer(label: str, name: str, document: Any, expected: str = OUR_CONFIG) -> Problem:
+    """The problem that a file, which messages call `label`, is `name`, with those of its settings that carry over."""
+    return _problem(label, name, list(_settings(document)), expected)
+
+
+def of_other_text(label: str, suffix: str, text: str) -> Problem:
+    """The same of a file with a suffix of `TEXT_FORMATS`, which is known by its lines."""
+    settings = [(key.lower(), value.strip().strip("\"'")) for key, value in _LINE.findall(text)]
+    name = _format_of({key for key, _ in settings})
+    return _problem(label, name or TEXT_FORMATS[suffix], settings, OUR_CONFIG)
+
+
+def _format_of(keys: set[str]) -> str | None:
+    return next((known.name for known in OTHER_FORMATS if known.marks <= keys), None)
+
+
+def _settings(document: Any) -> Iterator[tuple[str, Any]]:
+    """Every key at any depth, with its value."""
+    if isinstance(document, list):
+        for item in document:
+            yield from _settings(item)
+    elif isinstance(document, dict):
+        for key, value in document.items():
+            yield str(key), value
+            yield from _settings(value)
+
+
+def _problem(label: str, name: str, settings: list[tuple[str, Any]], expected: str) -> Problem:
+    options: dict[str, Any] = {}
+    of_set: dict[str, Any] = {}
+    for key, value in settings:
+        _carry(RunConfig, OPTION_NICKNAMES.get(key, key), value, _CARRIED, options)
+        _carry(ImageSet, _TO_SETS.get(key, key), value, _CARRIED_OF_SETS, of_set)
+    parts = []
+    if options:
+        flags = command_text(
+            *(
+                f"--{key}={value:g}" if isinstance(value, float) else f"--{key}={value}"
+                for key, value in options.items()
+            )
+        )
+        parts.append(f"Its numbers as flags here: {flags}")
+    if of_set:
+        pairs = ", ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in of_set.items())
+        parts.append(f"Of its pictures in multidatabackend.json: {pairs}")
+    remedy = "".join(f"{part}. " for part in parts) + "Begin with simpletuner init."
+    return Problem(f"{label}: this is {name}", expected, remedy)
+
+
+def _carry(model: type[Slice], name: str, value: Any, names: tuple[str, ...], carried: dict[str, Any]) -> None:
+    """Add `value` to `carried` where `model` takes it. The first value of a name counts."""
+    if name in names and name not in carried:
+        read = from_text(str(value), kinds(model)[name])
+        if name not in refused(model, {name: read}):
+            carried[name] = read
+
+
+def is_text_format(path: Path) -> bool:
+    """Whether a config of this name is of a kind that is not read here."""
+    return path.suffix in TEXT_FORMATS
