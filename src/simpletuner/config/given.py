@@ -164,7 +164,7 @@ def _unknown(label: str, key: str, given: Given, known: Known) -> Problem:
     near = known.others.nicknames.get(key) or nearest(key, known.names)
     if near is None:
         return Problem(f"{label}: no such {known.noun}")
-    spelled = _spelled_like(given, near)
+    spelled = _spelled_like(given, known.others.aliases.get(near, near))
     return Problem(f"{label}: no such {known.noun}", remedy=f"Did you mean {spelled}?")
 
 

@@ -342,7 +342,7 @@ def _flavour_notice(givens: Mapping[str, Given]) -> Iterator[str]:
     """What to say of a file that names the family, as SimpleTuner's do, and leaves the rest to defaults."""
     family = givens.get("model_family")
     says_which = any(givens[key].value is not None for key in ("model_flavour", *_MODEL_PLACES) if key in givens)
-    if family is not None and family.origin == "file" and not says_which:
+    if family is not None and family.value is not None and family.origin == "file" and not says_which:
         yield (
             f"model_flavour is not given, so {DEFAULT_FLAVOUR} is trained. SimpleTuner trains klein-9b where it is not "
             "given: write down which of them is meant."

@@ -445,7 +445,7 @@ _PREFIXES: Mapping[str, OtherKey] = {
 _PRECISIONS: Mapping[str, OtherKey] = {
     "int8-w8a8": _later("products in 8 bits"),
     "fp8-w8a8": _later("products in 8 bits"),
-    **{name: _value("this format is not here", *ours) for name, ours in PRECISIONS_ELSEWHERE.items()},
+    **{name: _value("there is no such format here", *ours) for name, ours in PRECISIONS_ELSEWHERE.items()},
 }
 
 OPTION_NICKNAMES: Mapping[str, str] = {
@@ -570,6 +570,11 @@ OTHER_SET_KEYS = OtherKeys(
             (_refused(_NO_DELETING, False, remedy=_UNUSABLE), "delete_unwanted_images delete_problematic_images"),
             (_refused(_NO_JUDGING, False), "delete_nsfw_images"),
             (_refused("slider LoRAs are not trained here", 0, 0.0), "slider_strength"),
+            (_refused("repeats counts EXTRA passes here", remedy=", and give one less as repeats"), "num_repeats"),
+            (
+                _refused("captions are .txt files, else .caption", remedy=", and give caption_strategy textfile"),
+                "caption_ext caption_extension",
+            ),
             (
                 _refused(_NO_GENERATING, False, [], {}, remedy=", and make them with another program"),
                 "conditioning canny depth jpeg_artifacts random_masks sdr superresolution",
@@ -613,7 +618,10 @@ OTHER_STORE_KEYS = OtherKeys(
         **_OF_BOTH,
         **_named(
             (_later("filtered captions"), "caption_filter_list"),
-            (_refused("a text store is used by the sets that name it", False), "disabled"),
+            (
+                _refused("sets name the store they use", False, remedy=", or the whole entry"),
+                "disabled",
+            ),
         ),
     },
     values={"type": _TYPES},

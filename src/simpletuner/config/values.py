@@ -162,11 +162,13 @@ _FILLERS = frozenset({"a", "as", "by", "for", "from", "in", "of", "on", "or", "t
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The one of `names` that means the same as `name`, which differs from it by a slip of the fingers.
 
-    Digits and short words are never slips: `ema` is not `eta`, and `adamw4bit` not `adamw8bit`.
+    Digits are never a slip: `adamw4bit` is not `adamw8bit`. Long names have room for two, others for one:
+    `precision` is not `revision`.
     """
     typed = _words_joined(name)
     slips = {other: _slips(typed, _words_joined(other)) for other in names}
-    close = [other for other, count in slips.items() if count <= min(2, len(typed) // 3)]
+    most = 0 if len(typed) < 3 else 1 if len(typed) <= 10 else 2
+    close = [other for other, count in slips.items() if count <= most]
     same_digits = [other for other in close if _digits(other) == _digits(name)]
     return min(same_digits, key=lambda other: slips[other], default=None)
 
