@@ -1,4 +1,4 @@
-"""Generate the parts of docs/ that repeat the code: options.md, events.md and the table in plan.md.
+"""Generate the parts of docs/ that repeat the code: options.md, events.md and the tables in plan.md and coming-from.md.
 
 The code is the only source, so no page can drift from it:
 
@@ -57,6 +57,7 @@ flag `--lora_rank` and the environment variable `{ENVIRONMENT_PREFIX}LORA_RANK`.
   comes with the program.
 - Relative paths start in the working folder. `{{model_family}}`, `{{output_dir}}`, `{{id}}` (in datasets) and
   `{{env:VAR}}` are filled in.
+- Keys of SimpleTuner and other trainers that are none here: [coming-from.md](coming-from.md).
 - All problems are reported together, before anything is loaded, with exit code 2. `simpletuner config check` does only
   that; `simpletuner config show` prints every value and where it comes from.
 """
@@ -117,21 +118,33 @@ def _default(value: object) -> str:
 
 def _later(others: OtherKeys) -> Iterator[str]:
     yield "| key or value | comes with |\n|---|---|"
-    rows = _by_meaning(others.keys, lambda key: key.meaning.startswith(NOT_YET))
-    yield from (f"| {', '.join(names)} | {work.removeprefix(NOT_YET)} |" for work, names in rows.items())
-    for name, values in others.values.items():
-        rows = _by_meaning(values, lambda value: value.meaning.startswith(NOT_YET))
-        yield from (f"| `{name}`: {', '.join(named)} | {work.removeprefix(NOT_YET)} |" for work, named in rows.items())
+    for names, other in _grouped(others.keys, _is_later):
+        yield f"| {names} | {other.meaning.removeprefix(NOT_YET)} |"
+    for key, values in others.values.items():
+        for names, other in _grouped(values, _is_later):
+            yield f"| `{key}`: {names} | {other.meaning.removeprefix(NOT_YET)} |"
     yield ""
 
 
-def _by_meaning(others: Mapping[str, OtherKey], is_wanted: Callable[[OtherKey], bool]) -> dict[str, list[str]]:
-    """The wanted names, as code, by what is said of them."""
+def _grouped(others: Mapping[str, OtherKey], is_wanted: Callable[[OtherKey], bool]) -> Iterator[tuple[str, OtherKey]]:
+    """The wanted names of which the same is known, as code, and what that is."""
     rows: dict[str, list[str]] = {}
     for name, other in others.items():
         if is_wanted(other):
-            rows.setdefault(other.meaning, []).append(f"`{name}`")
-    return rows
+            rows.setdefault(repr(other), []).append(name)
+    yield from ((", ".join(f"`{name}`" for name in names), others[names[0]]) for names in rows.values())
+
+
+def _is_later(other: OtherKey) -> bool:
+    return other.meaning.startswith(NOT_YET)
+
+
+def _is_refused(other: OtherKey) -> bool:
+    return not other.is_ignored and not _is_later(other)
+
+
+def _is_ignored(other: OtherKey) -> bool:
+    return other.is_ignored
 
 
 def schema() -> dict[str, Any]:
@@ -142,6 +155,44 @@ def schema() -> dict[str, Any]:
         for name, text in group.documentation().items():
             found["properties"][name] |= {"description": " ".join(text.split()), "group": _title(group)}
     return found
+
+
+# Coming from
+
+
+def other_keys_tables() -> str:
+    """What the tables of other keys say, for who has a config with them."""
+    return "\n".join(_other_keys_lines())
+
+
+def _other_keys_lines() -> Iterator[str]:
+    yield "\n## Options that are refused\n"
+    yield "Unless their value asks for nothing; so are those [to come](options.md#not-built-yet)."
+    yield from _refused_table(OTHER_OPTIONS.keys)
+    yield "\n## Options without effect\n\n| key | why |\n|---|---|"
+    prefixes = {f"{prefix}…": other for prefix, other in OTHER_OPTIONS.prefixes.items()}
+    for names, other in _grouped({**OTHER_OPTIONS.keys, **prefixes}, _is_ignored):
+        yield f"| {names} | {other.meaning} |"
+    yield "\n## Values that have another name here\n\n| key | value | instead |\n|---|---|---|"
+    for key, values in OTHER_OPTIONS.values.items():
+        for names, other in _grouped(values, _is_refused):
+            yield f"| `{key}` | {names} | {other.remedy} |"
+    of_datasets = {**OTHER_SET_KEYS.keys, **OTHER_STORE_KEYS.keys}
+    yield "\n## Dataset keys that are refused"
+    yield from _refused_table(of_datasets)
+    yield "\n## Dataset keys without effect\n\n| key | why |\n|---|---|"
+    yield from (f"| {names} | {other.meaning} |" for names, other in _grouped(of_datasets, _is_ignored))
+    yield "\n## Words of other trainers\n\n| there | here |\n|---|---|"
+    yield from (f"| `{word}` | [`{name}`](options.md#{name}) |" for word, name in OTHER_OPTIONS.nicknames.items())
+    yield from (f"| `{word}` | [`{name}`](options.md#set-{name}) |" for word, name in OTHER_SET_KEYS.nicknames.items())
+    yield ""
+
+
+def _refused_table(others: Mapping[str, OtherKey]) -> Iterator[str]:
+    yield "\n| key | passes at | why | instead |\n|---|---|---|---|"
+    for names, other in _grouped(others, _is_refused):
+        off = ", ".join(f"`{json.dumps(value)}`" for value in other.off)
+        yield f"| {names} | {off} | {other.meaning} | {other.remedy} |"
 
 
 # Events
@@ -236,16 +287,21 @@ def plan_table() -> str:
     return head + "\n".join(rows) + "\n"
 
 
-def plan_page(folder: Path) -> str:
-    """The text of plan.md in `folder` with the table of today's code."""
-    before, _, rest = (folder / "plan.md").read_text(encoding="utf-8").partition(TABLE_BEGIN)
+def with_table(page: Path, table: str) -> str:
+    """The text of `page` with `table` between its marks."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(TABLE_BEGIN)
     _, _, after = rest.partition(TABLE_END)
-    return f"{before}{TABLE_BEGIN}{plan_table()}{TABLE_END}{after}"
+    return f"{before}{TABLE_BEGIN}{table}{TABLE_END}{after}"
 
 
 def stale_pages(folder: Path) -> dict[Path, str]:
     """Each page in `folder` that is missing or not what the code says, with the text that belongs there."""
-    pages = {"options.md": options_page(), "events.md": events_page(), "plan.md": plan_page(folder)}
+    pages = {
+        "options.md": options_page(),
+        "events.md": events_page(),
+        "plan.md": with_table(folder / "plan.md", plan_table()),
+        "coming-from.md": with_table(folder / "coming-from.md", other_keys_tables()),
+    }
     return {
         path: text
         for path, text in ((folder / name, text) for name, text in pages.items())

@@ -259,8 +259,9 @@ _REFUSED_OPTIONS: Mapping[str, OtherKey] = _named(
     ),
     (
         _refused(_PER_SET, 0, 0.0, remedy=_TO_SETS),
-        "minimum_image_size maximum_image_size target_downsample_size max_upscale_threshold",
+        "minimum_image_size maximum_image_size target_downsample_size",
     ),
+    (_refused(_PER_SET, remedy=_TO_SETS), "max_upscale_threshold"),
     (
         _refused(_PER_SET, False, remedy=_TO_SETS),
         "prepend_instance_prompt only_instance_prompt disable_multiline_split",

@@ -8,7 +8,7 @@ import pytest
 
 import generate_docs
 from simpletuner.config.flavours import KLEIN_4B
-from simpletuner.config.later import LATER_OPTIONS
+from simpletuner.config.other_keys import LATER_OPTIONS, OTHER_OPTIONS
 from simpletuner.config.run import OPTION_NAMES
 
 
@@ -21,7 +21,14 @@ def test_options_and_events_are_what_the_code_says() -> None:
 def test_every_option_has_an_anchor() -> None:
     page = generate_docs.options_page()
     assert all(page.count(f'<a id="{name}"></a>') == 1 for name in OPTION_NAMES)
-    assert all(f"| `{name}` |" in page for name in LATER_OPTIONS)
+    assert all(f"`{name}`" in page for name in LATER_OPTIONS)
+
+
+def test_every_other_key_is_on_the_page_for_those_who_come_from_elsewhere() -> None:
+    page = (generate_docs.DOCS / "coming-from.md").read_text(encoding="utf-8")
+    assert generate_docs.other_keys_tables() in page, "run `.ci/run docs`"
+    named = [*OTHER_OPTIONS.keys, *OTHER_OPTIONS.nicknames, *(f"{prefix}…" for prefix in OTHER_OPTIONS.prefixes)]
+    assert [name for name in named if f"`{name}`" not in page and name not in LATER_OPTIONS] == []
 
 
 def test_the_schema_carries_meaning_and_range(capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,7 +59,7 @@ def test_without_an_action_nothing_is_written(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.slow  # the whole table of the plan, three times; `.ci/run check` does it each time
 def test_stale_pages_are_named_and_written_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = ("events.md", "options.md", "plan.md")
+    names = ("events.md", "options.md", "plan.md", "coming-from.md")
     for name in names:
         shutil.copy(generate_docs.DOCS / name, tmp_path)
     (tmp_path / "options.md").unlink()
