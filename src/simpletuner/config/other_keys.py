@@ -23,14 +23,14 @@ class OtherKey:
     remedy: str = ""
 
     off: tuple[object, ...] = ()
-    """Values that ask for nothing: they pass in silence. Unset always does."""
+    """Values that ask for nothing: they pass in silence. null and empty text always do."""
 
     is_ignored: bool = False
     """Whether all other values pass as well, with a notice."""
 
     def passes(self, value: object) -> bool:
         """Whether `value` asks for nothing. false is not 0 here."""
-        return any(value == off and isinstance(value, bool) == isinstance(off, bool) for off in (None, *self.off))
+        return any(value == off and isinstance(value, bool) == isinstance(off, bool) for off in (None, "", *self.off))
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ LATER_OPTIONS: Mapping[str, OtherKey] = _named(
     (_later("posts to Discord and other addresses"), "webhook_config"),
     (_later(_PROCESSES, 1), "num_processes num_machines context_parallel_size"),
     (_later(_PROCESSES, False), "fsdp_enable"),
-    (_later(_PROCESSES, ""), "deepspeed_config accelerate_config accelerate_extra_args"),
+    (_later(_PROCESSES), "deepspeed_config accelerate_config accelerate_extra_args"),
     (_later(_CACHING, False), "vae_cache_ondemand vae_cache_disable text_cache_ondemand text_cache_disable"),
     (_later(_PARQUET), "parquet_caption_column parquet_filename_column"),
 )
@@ -153,12 +153,12 @@ _REFUSED_OPTIONS: Mapping[str, OtherKey] = _named(
     (_refused("ControlNets are not trained here", False, remedy=" to train a LoRA or the whole model"), "controlnet"),
     (_refused("LoRAs that widen the model's input are not trained here", False), "control"),
     (_refused("the text encoder is not trained here", False), "train_text_encoder"),
-    (_refused("lora_type and flux_lora_target choose what is trained here", "none", ""), "layer_freeze_strategy"),
-    (_refused("SingLoRA is not here", "standard", ""), "peft_lora_mode"),
+    (_refused("lora_type and flux_lora_target choose what is trained here", "none"), "layer_freeze_strategy"),
+    (_refused("SingLoRA is not here", "standard"), "peft_lora_mode"),
     (_refused("slider LoRAs are not trained here", False), "slider_lora_target"),
-    (_refused("no LoRA is added to the base model while training here", ""), "assistant_lora_path"),
-    (_refused("nothing is distilled here", "none", ""), "distillation_method"),
-    (_refused("the moving average starts from init_lora here", ""), "init_lora_ema"),
+    (_refused("no LoRA is added to the base model while training here"), "assistant_lora_path"),
+    (_refused("nothing is distilled here", "none"), "distillation_method"),
+    (_refused("the moving average starts from init_lora here"), "init_lora_ema"),
     # The loss
     (
         _refused(_NO_LOSS, False),
@@ -170,18 +170,18 @@ _REFUSED_OPTIONS: Mapping[str, OtherKey] = _named(
     (_refused(_NOISE_MODELS, False), "use_soft_min_snr"),
     (_refused(_NOISE_MODELS, 0, 0.0), "snr_gamma"),
     (
-        _refused(_NOISE_MODELS, "none", "", remedy=": flow_schedule_shift and flow_custom_timesteps choose timesteps"),
+        _refused(_NOISE_MODELS, "none", remedy=": flow_schedule_shift and flow_custom_timesteps choose timesteps"),
         "timestep_bias_strategy",
     ),
-    (_refused("FLUX.2 predicts the velocity", "flow_matching", ""), "prediction_type"),
+    (_refused("FLUX.2 predicts the velocity", "flow_matching"), "prediction_type"),
     (
-        _refused("timesteps have no such density here", "", remedy=", or list them in flow_custom_timesteps"),
+        _refused("timesteps have no such density here", remedy=", or list them in flow_custom_timesteps"),
         "flow_timesteps_mode flow_cubic_schedule_weights",
     ),
     # The optimizer
     (_refused("the average takes part from the first step here", 0), "ema_warmup_steps"),
     (_refused("prodigy estimates its rate to the end here", 0), "prodigy_steps"),
-    (_refused("optimizer states stay on the accelerator here", "none", ""), "optimizer_cpu_offload_method"),
+    (_refused("optimizer states stay on the accelerator here", "none"), "optimizer_cpu_offload_method"),
     (_refused("gradients stay on the accelerator here", False), "optimizer_offload_gradients"),
     (
         _refused("it is an argument of the optimizer here", False, remedy=", or give --optimizer_config fused=true"),
@@ -194,7 +194,7 @@ _REFUSED_OPTIONS: Mapping[str, OtherKey] = _named(
     ),
     (_refused("blocks are not swapped by number here", 0, remedy=_STREAM), "musubi_blocks_to_swap"),
     (_refused("activations are not quantized here", False), "quantize_activations"),
-    (_refused("base_model_precision names a whole format here", "", {}), "quantization_config"),
+    (_refused("base_model_precision names a whole format here", {}), "quantization_config"),
     (
         _refused("checkpointing is torch's own here", "torch", remedy=", or give --activation_offload=true"),
         "gradient_checkpointing_backend",
@@ -209,13 +209,13 @@ _REFUSED_OPTIONS: Mapping[str, OtherKey] = _named(
     ),
     # Validation
     (_refused("guidance is not rescaled here", 0, 0.0), "validation_guidance_rescale"),
-    (_refused("guidance skips no layers here", "", []), "validation_guidance_skip_layers"),
+    (_refused("guidance skips no layers here", []), "validation_guidance_skip_layers"),
     (_refused("the adapter has its full strength in validation images here", 1, 1.0), "validation_lycoris_strength"),
-    (_refused("validation images show the trained adapter alone here", ""), "validation_adapter_path"),
-    (_refused("validation images show the trained adapter alone here", "", {}), "validation_adapter_config"),
-    (_refused("a run draws its validation images itself here", "simpletuner-local", ""), "validation_method"),
+    (_refused("validation images show the trained adapter alone here"), "validation_adapter_path"),
+    (_refused("validation images show the trained adapter alone here", {}), "validation_adapter_config"),
+    (_refused("a run draws its validation images itself here", "simpletuner-local"), "validation_method"),
     (
-        _refused("the solver of validation images is Euler's here", "euler", "flow_matching", ""),
+        _refused("the solver of validation images is Euler's here", "euler", "flow_matching"),
         "validation_noise_scheduler",
     ),
     (_refused("only whole validation images are shown here", False), "validation_preview"),
@@ -226,14 +226,14 @@ _REFUSED_OPTIONS: Mapping[str, OtherKey] = _named(
         "validation_using_datasets",
     ),
     (
-        _refused("validation images are made of prompts here", "", remedy=", and give --validation_prompt"),
+        _refused("validation images are made of prompts here", remedy=", and give --validation_prompt"),
         "validation_input",
     ),
     (
         _refused("validation images are made from the first interval on here", 0),
         "validate_after_step validate_after_epoch",
     ),
-    (_refused(_NO_EVALUATION, "none", "", remedy=_TO_EVAL), "evaluation_type"),
+    (_refused(_NO_EVALUATION, "none", remedy=_TO_EVAL), "evaluation_type"),
     (
         _refused("the held-out loss is due by steps here", 0, remedy=", or give eval_steps_interval"),
         "eval_epoch_interval",
@@ -252,9 +252,9 @@ _REFUSED_OPTIONS: Mapping[str, OtherKey] = _named(
     (_refused(_PER_SET, 1024, 1024.0, remedy=_TO_SETS), "resolution"),
     (_refused(_PER_SET, "pixel_area", remedy=_TO_SETS), "resolution_type"),
     (_refused(_PER_SET, "filename", remedy=_TO_SETS), "caption_strategy"),
-    (_refused(_PER_SET, "", remedy=_TO_SETS), "instance_prompt cache_dir_vae"),
+    (_refused(_PER_SET, remedy=_TO_SETS), "instance_prompt cache_dir_vae"),
     (
-        _refused(_PER_SET, "", remedy=" here, and give the text store a cache_dir in multidatabackend.json"),
+        _refused(_PER_SET, remedy=" here, and give the text store a cache_dir in multidatabackend.json"),
         "cache_dir_text",
     ),
     (
@@ -275,13 +275,13 @@ _REFUSED_OPTIONS: Mapping[str, OtherKey] = _named(
         "checkpointing_rolling_steps",
     ),
     (
-        _refused(_NO_SCRIPTS, "", remedy=_FOLLOW),
+        _refused(_NO_SCRIPTS, remedy=_FOLLOW),
         "post_checkpoint_script post_upload_script validation_external_script disk_low_script",
     ),
-    (_refused("report_to knows tensorboard and wandb", "", remedy=_FOLLOW), "custom_tracker"),
+    (_refused("report_to knows tensorboard and wandb", remedy=_FOLLOW), "custom_tracker"),
     (_refused("no code of a model's repository is run here", False), "trust_remote_code"),
     (
-        _refused("the folder of the transformer is named itself here", "transformer", ""),
+        _refused("the folder of the transformer is named itself here", "transformer"),
         "pretrained_transformer_subfolder",
     ),
     (_refused("images get no watermark here", False), "enable_watermark"),
@@ -302,7 +302,7 @@ _IGNORED_OPTIONS: Mapping[str, OtherKey] = _named(
     (_ignored("pictures of a bucket smaller than a batch are repeated", True), "allow_dataset_oversubscription"),
     (_ignored("sides are rounded to 16 pixels", 16), "aspect_bucket_alignment"),
     (_ignored("shapes are computed in whole pixels"), "aspect_bucket_rounding"),
-    (_ignored(_ALWAYS_FOUND, ""), "skip_file_discovery aspect_bucket_disable_rebuild metadata_update_interval"),
+    (_ignored(_ALWAYS_FOUND), "skip_file_discovery aspect_bucket_disable_rebuild metadata_update_interval"),
     (
         _ignored(_BY_CONTENT),
         "vae_cache_scan_behaviour preserve_data_backend_cache override_dataset_config compress_disk_cache",
@@ -535,7 +535,7 @@ _OF_BOTH: Mapping[str, OtherKey] = _named(
     (_later(_S3), "aws_bucket_name aws_data_prefix aws_endpoint_url aws_region_name aws_access_key_id"),
     (_later(_S3), "aws_secret_access_key"),
     (_ignored(_BY_CONTENT), "hash_filenames preserve_data_backend_cache cache_file_suffix"),
-    (_ignored(_ALWAYS_FOUND, ""), "skip_file_discovery metadata_update_interval scan_for_errors"),
+    (_ignored(_ALWAYS_FOUND), "skip_file_discovery metadata_update_interval scan_for_errors"),
     (_ignored(_RUN_DECIDES), "text_encoder_batch_size"),
 )
 """Keys of sets and of text stores."""

@@ -117,7 +117,7 @@ def test_a_forgotten_minus_is_guessed(problem_of: Callable[..., str]) -> None:
         ("learning-rate", "learning_rate"),
         ("Lora_Rank", "lora_rank"),
         ("max_train_step", "max_train_steps"),
-        ("validation_step", "validation_steps"),
+        ("validation_step", "validation_step_interval"),
         ("enable_group_ofload", "enable_group_offload"),
     ],
 )
