@@ -15,13 +15,13 @@ def read_document(path: Path, label: str) -> Any:
     Raises:
         ConfigError: no such file, not UTF-8, a syntax error (with line and column), or a key given twice.
     """
-    text = read_text(path, label)
+    text = document_text(path, label)
     if path.suffix in (".yaml", ".yml"):
         raise ConfigError.of(f"{label}: this is YAML", "JSON or TOML")
     return _toml(text, label) if path.suffix == ".toml" else _json(text, label)
 
 
-def read_text(path: Path, label: str) -> str:
+def document_text(path: Path, label: str) -> str:
     """The text in the file at `path`, which messages call `label`.
 
     Raises:

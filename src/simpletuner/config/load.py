@@ -8,7 +8,7 @@ from typing import Any
 from simpletuner.base.commandline import command_text, with_flags
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.config.datasets import Datasets, ImageSet
-from simpletuner.config.documents import read_document, read_text
+from simpletuner.config.documents import document_text, read_document
 from simpletuner.config.flags import Flags, parse
 from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS
 from simpletuner.config.given import ORIGINS, Checked, Given, Known, Origin, check_givens, unaliased
@@ -273,7 +273,7 @@ def _from_file(path: Path | None, folder: Path, problems: list[Problem]) -> list
     label = _label(path, folder)
     try:
         if is_text_format(path):
-            problems.append(of_other_text(label, path.suffix, read_text(path, label)))
+            problems.append(of_other_text(label, path.suffix, document_text(path, label)))
             return None
         values = read_document(path, label)
     except ConfigError as error:

@@ -15,7 +15,7 @@ from torch import nn
 from simpletuner.base.errors import ConfigError
 from simpletuner.config.optimisers import LIBRARIES, OURS, Optimiser, optimiser
 from simpletuner.config.options.optim import OptimOptions
-from simpletuner.config.values import nearest
+from simpletuner.config.values import similar
 from simpletuner.memory.masters import Masters
 from simpletuner.train import optimiser_state
 from simpletuner.train.adamw_bf16 import AdamWBf16
@@ -174,7 +174,7 @@ def _found(known: Optimiser) -> type[torch.optim.Optimizer]:
         if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
     }
     if known.name.lower() not in classes:
-        near = nearest(known.name, classes) or ", ".join(sorted(classes)[:8])
+        near = similar(known.name, classes) or ", ".join(sorted(classes)[:8])
         raise ConfigError.of(
             f"optimizer = {known.library}:{known.name}: {known.library} has no such optimiser",
             remedy=f"It has {len(classes)}, such as {known.library}:{near}.",
