@@ -346,7 +346,10 @@ _IGNORED_OPTIONS: Mapping[str, OtherKey] = _named(
     (_ignored("every check is made"), "i_know_what_i_am_doing"),
     # Memory and speed, at the same result
     (_ignored("fp32 is never TF32", True), "disable_tf32"),
-    (_ignored("it would be the same result", False), "fuse_qkv_projections set_grads_to_none offload_during_save"),
+    (
+        _ignored("it would be the same result", False),
+        "fuse_qkv_projections fused_qkv_projections set_grads_to_none offload_during_save",
+    ),
     (_ignored("memory is released where a phase ends"), "accelerator_cache_clear_interval keep_vae_loaded"),
     (_ignored("the text encoder goes when the captions are cached"), "fully_unload_text_encoder"),
     (_ignored("each kind of block is compiled as one graph"), "dynamo_dynamic dynamo_fullgraph"),
@@ -398,6 +401,10 @@ _IGNORED_OPTIONS: Mapping[str, OtherKey] = _named(
     (_ignored("a checkpoint that does not verify is passed over", False), "delete_invalid_checkpoints"),
     (_ignored("what is downloaded stays in the Hub's cache", False), "delete_model_after_load"),
     (_ignored("logs lie in the run directory"), "logging_dir"),
+    (
+        _ignored("a run tells all that happens in events.jsonl"),
+        "log_level training_loop_log_level image_prep_log_level dataset_plan_path",
+    ),
     (_ignored("the layout of logged images is fixed"), "tracker_image_layout"),
     (_ignored("--config and --env say which config is read"), "configs_dir merge_environment_config"),
     # Other models

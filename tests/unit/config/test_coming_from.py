@@ -123,6 +123,18 @@ def test_a_config_loads_or_loads_after_what_one_report_says(place: Any, name: st
     assert text.count("sdnq_") == (4 if name == "sdnq" else 0)
 
 
+def test_variables_of_simpletuner_do_not_stop_a_start(place: Any) -> None:
+    environ = {"SIMPLETUNER_LOG_LEVEL": "DEBUG", "SIMPLETUNER_TRAINING_LOOP_LOG_LEVEL": "INFO"}
+    assert place.load(environ=environ).notices == (
+        "SIMPLETUNER_LOG_LEVEL and SIMPLETUNER_TRAINING_LOOP_LOG_LEVEL have no effect: a run tells all that happens in "
+        "events.jsonl.",
+    )
+    assert place.problems(environ={"SIMPLETUNER_CONTROLNET": "true"}) == [
+        "SIMPLETUNER_CONTROLNET = true: ControlNets are not trained here. "
+        "Take it out to train a LoRA or the whole model."
+    ]
+
+
 def test_it_is_said_once_which_flavour_a_config_without_one_trains(place: Any) -> None:
     place.config = dict(USUAL)
     notices = place.load().notices
