@@ -89,7 +89,7 @@ def _named(*rows: tuple[OtherKey, str]) -> dict[str, OtherKey]:
 
 _ADAPTERS = "DoRA, LoKr, LoHa and OFT adapters"
 _CACHING = "caches filled while training"
-_CONDITIONS = "conditioning on other pictures"
+_CONDITIONS = "masks and reference images"
 _CSV = "CSV lists of addresses"
 _HF_DATASETS = "Hub datasets"
 _HUB = "publishing to the Hub"
@@ -144,7 +144,7 @@ _NO_JUDGING = "what an image shows is not judged here"
 _NO_SCRIPTS = "a run starts no scripts here"
 _FOLLOW = ": a script of yours can follow events.jsonl in the run directory"
 _PER_SET = "each dataset has its own here"
-_TO_SETS = " here, and write it into each set of pictures in multidatabackend.json"
+_TO_SETS = " here, and write it into each set of images in multidatabackend.json"
 _NO_EVALUATION = "images are not scored here"
 _TO_EVAL = ": the loss on a set with dataset_type eval is measured instead"
 
@@ -245,7 +245,7 @@ _REFUSED_OPTIONS: Mapping[str, OtherKey] = _named(
     # Data
     (
         _refused(
-            "an epoch has each picture of each set here", "auto-weighting", remedy=": repeats of a set give it weight"
+            "an epoch has each image of each set here", "auto-weighting", remedy=": repeats of a set give it weight"
         ),
         "data_backend_sampling",
     ),
@@ -268,7 +268,7 @@ _REFUSED_OPTIONS: Mapping[str, OtherKey] = _named(
     ),
     (_refused(_NO_DELETING, False, remedy=_UNUSABLE), "delete_unwanted_images delete_problematic_images"),
     (_refused(_NO_JUDGING, False), "delete_nsfw_images enable_nsfw_check"),
-    (_refused("a picture that goes missing is an error here", False), "ignore_missing_files"),
+    (_refused("a image that goes missing is an error here", False), "ignore_missing_files"),
     # Files and services
     (
         _refused("there is one kind of checkpoint here", 0, remedy=", or give checkpoint_step_interval"),
@@ -281,7 +281,11 @@ _REFUSED_OPTIONS: Mapping[str, OtherKey] = _named(
     (_refused("report_to knows tensorboard and wandb", remedy=_FOLLOW), "custom_tracker"),
     (_refused("no code of a model's repository is run here", False), "trust_remote_code"),
     (
-        _refused("the folder of the transformer is named itself here", "transformer"),
+        _refused(
+            "the folder of the transformer is named itself here",
+            "transformer",
+            remedy=", and name it in pretrained_transformer_model_name_or_path",
+        ),
         "pretrained_transformer_subfolder",
     ),
     (_refused("images get no watermark here", False), "enable_watermark"),
@@ -293,13 +297,13 @@ _BY_CONTENT = "caches are checked by content, and kept"
 _OTHER_MODEL = "it is for other models"
 _NO_HUB = "push_to_hub is false"
 _NO_FSDP = "fsdp_enable is false"
-_THREADS = "max_workers counts the threads that prepare pictures"
+_THREADS = "max_workers counts the threads that prepare images"
 _NO_VIDEO = "it is for video and sound"
 
 _IGNORED_OPTIONS: Mapping[str, OtherKey] = _named(
     # Data
     (_ignored("no bucket is pruned", True), "disable_bucket_pruning"),
-    (_ignored("pictures of a bucket smaller than a batch are repeated", True), "allow_dataset_oversubscription"),
+    (_ignored("images of a bucket smaller than a batch are repeated", True), "allow_dataset_oversubscription"),
     (_ignored("sides are rounded to 16 pixels", 16), "aspect_bucket_alignment"),
     (_ignored("shapes are computed in whole pixels"), "aspect_bucket_rounding"),
     (_ignored(_ALWAYS_FOUND), "skip_file_discovery aspect_bucket_disable_rebuild metadata_update_interval"),
@@ -534,7 +538,7 @@ OTHER_OPTIONS = OtherKeys(
 
 # Datasets
 
-_NO_GENERATING = "conditioning pictures are not generated here"
+_NO_GENERATING = "conditioning images are not generated here"
 _LEAVE_OUT = "Leave the entry out."
 _RUN_DECIDES = "the run's own option decides"
 
@@ -587,7 +591,7 @@ OTHER_SET_KEYS = OtherKeys(
                 _refused(_NO_GENERATING, False, [], {}, remedy=", and make them with another program"),
                 "conditioning canny depth jpeg_artifacts random_masks sdr superresolution",
             ),
-            (_refused("pictures are trained here, not films or sound", {}), "video audio"),
+            (_refused("images are trained here, not films or sound", {}), "video audio"),
             (
                 _ignored("references are read through the VAE", False),
                 "cache_dir_conditioning_image_embeds conditioning_image_embeds conditioning_image_embed_batch_size",

@@ -116,7 +116,7 @@ def _problem(label: str, name: str, settings: list[tuple[str, Any]], expected: s
         parts.append(f"Its numbers as flags here: {flags}")
     if of_set:
         pairs = ", ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in of_set.items())
-        parts.append(f"Of its pictures in multidatabackend.json: {pairs}")
+        parts.append(f"For an image set in multidatabackend.json: {pairs}")
     remedy = "".join(f"{part}. " for part in parts) + "Begin with simpletuner init."
     return Problem(f"{label}: this is {name}", expected, remedy)
 

@@ -207,7 +207,7 @@ def test_dataset_keys_that_ask_for_what_is_not_here_are_refused_with_what_to_do(
     assert problems == [
         "delete_problematic_images = true: files of a dataset are never deleted here. Take it out: images that cannot "
         "be used are left out, counted and named.",
-        'conditioning = [{"type": "canny"}]: conditioning pictures are not generated here. Take it out, and make '
+        'conditioning = [{"type": "canny"}]: conditioning images are not generated here. Take it out, and make '
         "them with another program.",
         "is_regularisation_data = true: not built yet: regularisation sets. Leave it out until then.",
         "num_repeats: repeats counts EXTRA passes here. Take it out, and give one less as repeats.",

@@ -163,11 +163,11 @@ def test_each_mistake_has_its_answer(
     [
         ({"type": "aws", "aws_bucket_name": "x"}, "S3 stores"),
         ({"type": "huggingface", "dataset_name": "x"}, "Hub datasets"),
-        ({"dataset_type": "conditioning"}, "conditioning on other pictures"),
+        ({"dataset_type": "conditioning"}, "masks and reference images"),
         ({"caption_strategy": "parquet"}, "captions from tables"),
         ({"crop": True, "crop_style": "face"}, "crops that follow a face"),
         ({"is_regularisation_data": True}, "regularisation sets"),
-        ({"conditioning_data": ["x"]}, "conditioning on other pictures"),
+        ({"conditioning_data": ["x"]}, "masks and reference images"),
         ({"vae_cache_ondemand": True}, "caches filled while training"),
         ({"start_step": 100}, "sets that are active for part of a run"),
     ],

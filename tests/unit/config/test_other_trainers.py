@@ -46,14 +46,14 @@ ONE_TRAINER = {
             AI_TOOLKIT,
             "job.yaml: this is an ai-toolkit job file: expected simpletuner's config.json or config.toml. Its numbers "
             "as flags here: --lora_rank=32 --lora_alpha=16 --train_batch_size=2 --max_train_steps=2000 "
-            '--learning_rate=0.0001. Of its pictures in multidatabackend.json: "instance_data_dir": '
+            '--learning_rate=0.0001. For an image set in multidatabackend.json: "instance_data_dir": '
             '"/pictures of cats". Begin with simpletuner init.',
         ),
         (
             "kohya.toml",
             KOHYA,
             "kohya.toml: this is a kohya config: expected simpletuner's config.json or config.toml. Its numbers as "
-            "flags here: --lora_rank=16 --learning_rate=0.0002. Of its pictures in multidatabackend.json: "
+            "flags here: --lora_rank=16 --learning_rate=0.0002. For an image set in multidatabackend.json: "
             '"instance_data_dir": "/cats". Begin with simpletuner init.',
         ),
         (
@@ -66,7 +66,7 @@ ONE_TRAINER = {
             "ot.json",
             ONE_TRAINER,
             "ot.json: this is a OneTrainer config: expected simpletuner's config.json or config.toml. Its numbers as "
-            'flags here: --learning_rate=0.0003. Of its pictures in multidatabackend.json: "resolution": 512.0. Begin '
+            'flags here: --learning_rate=0.0003. For an image set in multidatabackend.json: "resolution": 512.0. Begin '
             "with simpletuner init.",
         ),
         (
@@ -86,7 +86,7 @@ def test_a_file_of_another_trainer_is_named_as_such(place: Any, name: str, conte
 def test_the_numbers_that_are_named_can_be_typed(place: Any) -> None:
     place.write("job.yaml", AI_TOOLKIT)
     (problem,) = place.problems("--config=job.yaml")
-    flags = shlex.split(problem.partition("flags here: ")[2].partition(". Of its")[0])
+    flags = shlex.split(problem.partition("flags here: ")[2].partition(". For an")[0])
     config = place.load(*flags).config
     assert (config.lora_rank, config.lora_alpha, config.max_train_steps, config.learning_rate) == (32, 16, 2000, 1e-4)
 
@@ -109,8 +109,8 @@ def test_a_dataset_file_of_another_trainer_is_named_as_such(place: Any) -> None:
     place.write("musubi.toml", MUSUBI)
     place.config["data_backend_config"] = "musubi.toml"
     assert place.problems() == [
-        "musubi.toml: this is a musubi-tuner dataset config: expected simpletuner's multidatabackend.json. Of its "
-        'pictures in multidatabackend.json: "instance_data_dir": "/cats". Begin with simpletuner init.'
+        "musubi.toml: this is a musubi-tuner dataset config: expected simpletuner's multidatabackend.json. For an "
+        'image set in multidatabackend.json: "instance_data_dir": "/cats". Begin with simpletuner init.'
     ]
     place.write("sets.yaml", "- id: cats\n")
     place.config["data_backend_config"] = "sets.yaml"
