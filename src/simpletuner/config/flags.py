@@ -60,6 +60,8 @@ def _stray(word: str) -> Problem:
     key, equals, value = word.lstrip("-").partition("=")
     if equals and key in SELECTORS:
         return Problem(shown(word), "a flag that begins with --", f"Did you mean {command_text(f'--{key}', value)}?")
+    if word.endswith((".json", ".toml", ".yaml", ".yml")):
+        return Problem(shown(word), "a flag that begins with --", f"Did you mean {command_text('--config', word)}?")
     return Problem(shown(word), "a flag that begins with --")
 
 

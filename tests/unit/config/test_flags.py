@@ -44,6 +44,7 @@ def test_selectors_are_no_options() -> None:
         ("lora_rank=8", "'lora_rank=8': expected a flag that begins with --."),
         ("-lora_rank", "'-lora_rank': expected a flag that begins with --."),
         ("env=cats", "'env=cats': expected a flag that begins with --. Did you mean --env cats?"),
+        ("my job.yaml", "'my job.yaml': expected a flag that begins with --. Did you mean --config 'my job.yaml'?"),
         ("--env", "--env: nothing is named: expected a name or path after it."),
         ("--config=", "--config: nothing is named: expected a name or path after it."),
     ],
