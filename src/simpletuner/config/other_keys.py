@@ -215,7 +215,7 @@ _REFUSED_OPTIONS: Mapping[str, OtherKey] = _named(
     (_refused("validation images show the trained adapter alone here", {}), "validation_adapter_config"),
     (_refused("a run draws its validation images itself here", "simpletuner-local"), "validation_method"),
     (
-        _refused("the solver of validation images is Euler's here", "euler", "flow_matching"),
+        _refused("the solver of validation images is Euler's here", "euler", "flow_matching", "same"),
         "validation_noise_scheduler",
     ),
     (_refused("only whole validation images are shown here", False), "validation_preview"),
@@ -409,7 +409,7 @@ _IGNORED_OPTIONS: Mapping[str, OtherKey] = _named(
         _ignored("a run tells all that happens in events.jsonl"),
         "log_level training_loop_log_level image_prep_log_level dataset_plan_path",
     ),
-    (_ignored("the layout of logged images is fixed"), "tracker_image_layout"),
+    (_ignored("the layout of logged images is fixed", "gallery"), "tracker_image_layout"),
     (_ignored("--config and --env say which config is read"), "configs_dir merge_environment_config"),
     # Other models
     (_ignored(_NO_VIDEO), "framerate validation_num_video_frames vae_enable_temporal_roll"),
