@@ -231,12 +231,11 @@ def test_dataset_keys_that_ask_for_what_is_not_here_are_refused_with_what_to_do(
         "sample",
         "guidance_scale",
         "text_encoder_lr2",
-        "lr_scheduler_type",
-        "base_model_name",
-        "ema",
         "rolling_backup",
         "clip_skip",
-        "width",
+        "quantize",
+        "dtype",
+        "output_dtype",
     ],
 )
 def test_a_name_of_another_meaning_is_never_suggested(place: Any, name: str) -> None:
