@@ -22,7 +22,7 @@ from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.precision import PrecisionOptions
 from simpletuner.config.options.validation import SIDE_MULTIPLE_PX, ValidationOptions
-from simpletuner.config.other_keys import OTHER_OPTIONS
+from simpletuner.config.other_keys import LATER_OPTIONS, OTHER_OPTIONS, OtherKeys
 from simpletuner.config.paths import filled
 from simpletuner.config.rules import encoder_findings, precision_findings
 from simpletuner.config.values import kinds, shown
@@ -83,7 +83,7 @@ class SampleConfig(ModelOptions, PrecisionOptions, OffloadOptions, SampleOptions
     """Every option of `sample`."""
 
 
-OPTIONS = Known(SampleConfig, OTHER_OPTIONS)
+OPTIONS = Known(SampleConfig, OtherKeys(LATER_OPTIONS, values=OTHER_OPTIONS.values))
 REPEATED = ("prompt", "lora")
 FROM_RUN = (*ModelOptions.model_fields, *PrecisionOptions.model_fields, *OffloadOptions.model_fields)
 """What the model is, and how it is held: read from a config of `train` under the same names."""

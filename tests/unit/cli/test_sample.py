@@ -36,6 +36,12 @@ def test_flags_and_defaults() -> None:
     assert (config.model_flavour, config.base_dtype, config.out) == ("tiny", "bf16", "samples")
 
 
+def test_options_of_training_alone_are_not_suggested() -> None:
+    for name in ("rank", "validation_steps", "hub_model_id"):
+        with pytest.raises(ConfigError, match=f"--{name}: no such option.$"):
+            asked("--prompt", "a", f"--{name}", "1")
+
+
 def test_all_mistakes_come_in_one_report() -> None:
     with pytest.raises(ConfigError) as caught:
         asked(
