@@ -13,12 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tests.recipes.conftest import PICTURES, Workplace
 
+from simpletuner.base import machine
 from simpletuner.cli.main import main
 from simpletuner.config.optimisers import OPTIMISERS
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.flux2.load import load_transformer
 from simpletuner.flux2.source import locate
-from simpletuner.runs import disk
 from simpletuner.runs.finished import lacking
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -292,7 +292,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     free = 20 * 2**20
-    monkeypatch.setattr(disk, "free_bytes", lambda path: free)
+    monkeypatch.setattr(machine, "disk_room", lambda path: free)
     assert workplace.train("--disk_low_threshold=1MB") == 7
     assert "a checkpoint takes about 65.0 MiB, and 20.0 MiB are free for output/run" in capsys.readouterr().err
     assert workplace.events("step") == []

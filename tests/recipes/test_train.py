@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tests.recipes.conftest import Workplace
 
+from simpletuner.base import machine
 from simpletuner.base.storage import LocalStorage
 from simpletuner.config.load import load
 from simpletuner.data.cache.latents import latent_key
@@ -181,12 +182,12 @@ def test_a_disk_that_fills_up_saves_and_stops(
 ) -> None:
     monkeypatch.setattr(disk, "CHECK_SPACE_EVERY_S", 0.0)
     workplace.config |= {"checkpoint_step_interval": 100}
-    free_bytes = disk.free_bytes
-    monkeypatch.setattr(disk, "free_bytes", lambda path: 0 if workplace.events("step") else free_bytes(path))
+    disk_room = machine.disk_room
+    monkeypatch.setattr(machine, "disk_room", lambda path: 0 if workplace.events("step") else disk_room(path))
     assert workplace.train() == 7
     assert "saved at step 1" in capsys.readouterr().err
     assert workplace.run().checkpoint(1).is_dir()
-    monkeypatch.setattr(disk, "free_bytes", free_bytes)
+    monkeypatch.setattr(machine, "disk_room", disk_room)
     assert workplace.train() == 0
 
 
@@ -275,8 +276,8 @@ def test_few_pictures_and_many_steps_get_a_word(
 ) -> None:
     monkeypatch.setattr(disk, "CHECK_SPACE_EVERY_S", 0.0)
     workplace.config |= {"max_train_steps": 10_000}
-    free_bytes = disk.free_bytes
-    monkeypatch.setattr(disk, "free_bytes", lambda path: 0 if workplace.events("step") else free_bytes(path))
+    disk_room = machine.disk_room
+    monkeypatch.setattr(machine, "disk_room", lambda path: 0 if workplace.events("step") else disk_room(path))
     assert workplace.train() == 7
     assert "10000 steps on 6 pictures show each of them about 3333 times" in capsys.readouterr().out
 

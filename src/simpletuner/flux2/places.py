@@ -2,14 +2,13 @@
 
 import contextlib
 import functools
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from simpletuner.base.errors import AccessError, DiskError
 from simpletuner.base.files import file_errors_reported, with_home
+from simpletuner.base.machine import disk_room
 from simpletuner.base.sizes import format_size
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.runs.process import interruptible
@@ -222,7 +221,7 @@ def fetch(wanted: Sequence[tuple[ModelLocation, str]], report: ReportLine) -> No
     for repo, sizes in absent.items():
         if not sizes:
             continue
-        free = shutil.disk_usage(_existing(repo.cache)).free
+        free = disk_room(repo.cache)
         report(
             f"To download from {repo.name}: {format_size(sum(sizes.values()))} in {len(sizes)} files, "
             f"to {repo.cache} ({format_size(free)} free)."
@@ -235,8 +234,3 @@ def fetch(wanted: Sequence[tuple[ModelLocation, str]], report: ReportLine) -> No
     for repo, sizes in absent.items():
         for name in sizes:
             repo.path(name)
-
-
-def _existing(path: Path) -> Path:
-    """`path`, or the nearest folder above it that exists."""
-    return next(folder for folder in (path, *path.parents) if os.path.isdir(folder))

@@ -1,21 +1,17 @@
 """Room on the disk that a run writes to."""
 
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from simpletuner.base import machine
+
 CHECK_SPACE_EVERY_S = 30.0
-
-
-def free_bytes(path: Path) -> int:
-    """Bytes that can still be written below `path`, which exists."""
-    return shutil.disk_usage(path).free
 
 
 def wait_for_space(path: Path, limit: int, until: Callable[[], bool], every_s: float = 5.0) -> float:
     """Wait until `limit` bytes are free or `until` says to give up; returns the seconds it took."""
     began = time.monotonic()
-    while free_bytes(path) < limit and not until():
+    while machine.disk_room(path) < limit and not until():
         time.sleep(every_s)
     return time.monotonic() - began

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from simpletuner.base import machine
 from simpletuner.base.errors import DataError, MemoryBudgetError
 from simpletuner.base.sizes import format_duration, format_size
 from simpletuner.config.datasets import ImageSet
@@ -38,7 +39,6 @@ from simpletuner.memory.planner import (
     verdict,
     with_less,
 )
-from simpletuner.runs import disk
 from simpletuner.runs.events import Phase, PlanEvent
 from simpletuner.train.loop import Plan
 
@@ -67,9 +67,8 @@ PLANNED: Mapping[Phase, PlannedPhase] = {
 
 def this_machine(device: torch.device, folder: Path) -> Machine:
     """What is free here: on `device`, in RAM, and on the disk of `folder`, which may not be there yet."""
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     card = free_memory_bytes(device) if device.type == "cuda" else None
-    return Machine(card, free_memory_bytes(torch.device("cpu")), disk.free_bytes(there))
+    return Machine(card, free_memory_bytes(torch.device("cpu")), machine.disk_room(folder))
 
 
 def configured(loaded: Loaded) -> Workload:

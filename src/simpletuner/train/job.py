@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 import simpletuner
+from simpletuner.base import machine
 from simpletuner.base.commandline import command_text
 from simpletuner.base.errors import (
     CheckpointError,
@@ -40,7 +41,7 @@ from simpletuner.memory import offload, recompute
 from simpletuner.memory.exhausted import exhausted_memory, first_line
 from simpletuner.memory.free import release_memory
 from simpletuner.memory.planner import phase_line
-from simpletuner.runs import checkpoints, disk
+from simpletuner.runs import checkpoints
 from simpletuner.runs.events import CheckpointEvent, EndEvent, ErrorEvent, EventLog, RunEvent, read_events
 from simpletuner.runs.finished import lacking, write_finished
 from simpletuner.runs.layout import EMA_FOLDER, RESULTS, RunDirectory
@@ -400,7 +401,7 @@ class Attempt:
         """Raise a DiskError if not one more checkpoint fits on the disk; say so if not all of them will."""
         if self.state.step >= plan.steps:
             return
-        size, free = product.checkpoint_bytes, disk.free_bytes(self.run.root)
+        size, free = product.checkpoint_bytes, machine.disk_room(self.run.root)
         if size > free:
             raise DiskError.of(
                 f"a checkpoint takes about {format_size(size)}, and {format_size(free)} are free for {self.run.root}",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from simpletuner.base import machine
 from simpletuner.base.errors import DataError, DiskError, UserError
 from simpletuner.base.sizes import format_duration, format_size
 from simpletuner.config.options.checkpoint import CheckpointOptions
@@ -314,7 +315,7 @@ def mind_the_disk(
         DiskError: there is less space, and `disk_low_action` is stop.
     """
     limit = options.disk_low_bytes
-    free = disk.free_bytes(run.root)
+    free = machine.disk_room(run.root)
     if free >= limit:
         return
     found = f"{format_size(free)} free for {run.root}, below disk_low_threshold ({format_size(limit)})"

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from simpletuner.base import machine
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.precision import PrecisionOptions
@@ -12,7 +13,6 @@ from simpletuner.flux2.components import open_text_encoder
 from simpletuner.flux2.source import Source, locate
 from simpletuner.flux2.text import ResidentTextEncoder, TextEncoder
 from simpletuner.flux2.text_stream import StreamedTextEncoder
-from simpletuner.memory import free
 
 CPU = torch.device("cpu")
 
@@ -34,9 +34,9 @@ def opened(source: Source, said: list[str], **given: object) -> TextEncoder:
 
 
 def available(monkeypatch: pytest.MonkeyPatch, kib: int) -> None:
-    Path("meminfo").write_text(f"MemAvailable: {kib} kB\n")
-    monkeypatch.setattr(free, "MEMINFO", Path("meminfo"))
-    monkeypatch.setattr(free, "OWN_CGROUP", Path("no groups"))
+    Path("meminfo").write_text(f"MemTotal: {kib} kB\nMemAvailable: {kib} kB\n")
+    monkeypatch.setattr(machine, "MEMINFO", Path("meminfo"))
+    monkeypatch.setattr(machine, "OWN_CGROUP", Path("no groups"))
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("resident", ResidentTextEncoder), ("streamed", StreamedTextEncoder)])

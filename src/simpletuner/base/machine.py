@@ -1,0 +1,107 @@
+"""What this machine has and has left: host memory, disk space and GPUs. Without torch."""
+
+import csv
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+MEMINFO = Path("/proc/meminfo")
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUP = Path("/proc/self/cgroup")
+
+GPU_QUERY_TIMEOUT_S = 2.0
+
+_GPU_FIELDS = "index,name,driver_version,memory.total,memory.used,utilization.gpu"
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """RAM for this process, within the limits of its control groups (version 2)."""
+
+    total_bytes: int
+    available_bytes: int
+    """What the system can hand out, after dropping cached file pages."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One NVIDIA GPU as its driver sees it. None is what the driver does not say."""
+
+    index: int
+    name: str
+    driver: str
+    """Version of the driver."""
+    total_bytes: int | None
+    used_bytes: int | None
+    """By all processes of the machine."""
+    utilization_percent: int | None
+    """Share of the last moments in which a kernel ran."""
+
+
+def host_memory() -> HostMemory | None:
+    """RAM in all and available; None on a system without /proc/meminfo."""
+    if not MEMINFO.exists():
+        return None
+    lines = dict(line.split(":") for line in MEMINFO.read_text(encoding="ascii").splitlines())
+    total, available = (int(lines[key].removesuffix("kB")) * 1024 for key in ("MemTotal", "MemAvailable"))
+    for limit, left in _group_limits():
+        total, available = min(total, limit), min(available, left)
+    return HostMemory(total, max(available, 0))
+
+
+def disk_room(path: Path) -> int:
+    """Bytes that can still be written at `path`, or at the nearest folder above it that exists."""
+    return shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if os.path.isdir(folder))).free
+
+
+def gpus() -> tuple[Gpu, ...]:
+    """The NVIDIA GPUs of this machine, from `nvidia-smi`; none where it is missing, fails or takes over 2 s."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return ()
+    try:
+        printed = subprocess.run(
+            [command, f"--query-gpu={_GPU_FIELDS}", "--format=csv,noheader,nounits"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=GPU_QUERY_TIMEOUT_S,
+            check=True,
+        ).stdout.decode(errors="replace")
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    rows = csv.reader(printed.splitlines(), skipinitialspace=True)
+    return tuple(_gpu(row) for row in rows if len(row) == _GPU_FIELDS.count(",") + 1 and row[0].isdecimal())
+
+
+def _gpu(row: list[str]) -> Gpu:
+    # A GPU that shares the host's memory, or a part of a divided one, says "[N/A]".
+    total, used, utilization = (int(text) if text.strip().isdecimal() else None for text in row[3:])
+    return Gpu(
+        index=int(row[0]),
+        name=row[1].strip(),
+        driver=row[2].strip(),
+        total_bytes=None if total is None else total * _MIB,
+        used_bytes=None if used is None else used * _MIB,
+        utilization_percent=utilization,
+    )
+
+
+def _group_limits() -> list[tuple[int, int]]:
+    """Limit and bytes left of each group around this process. File pages count as left: the system can drop them."""
+    if not OWN_CGROUP.exists():
+        return []
+    names = [line.removeprefix("0::/") for line in OWN_CGROUP.read_text().splitlines() if line.startswith("0::/")]
+    limits = []
+    for folder in [CGROUPS / name for name in names]:
+        for group in (folder, *folder.parents):
+            if group.is_relative_to(CGROUPS) and (group / "memory.max").exists():
+                limit = (group / "memory.max").read_text().strip()
+                if limit != "max":
+                    used = int((group / "memory.current").read_text())
+                    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                    left = int(limit) - used + int(stat["inactive_file"]) + int(stat["active_file"])
+                    limits.append((int(limit), left))
+    return limits
