@@ -7,10 +7,11 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from simpletuner.base.errors import CheckpointError, ConfigError, DiskError, Problem, UserError
 from simpletuner.base.parts import locked_part
@@ -153,6 +154,19 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
+def open_unlinked(path: Path) -> BinaryIO:
+    """The regular file at `path`, open for reading. A symbolic link in its place is not followed.
+
+    Raises:
+        OSError: a link, a pipe or a folder has that name, or nothing.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(path))
+    return os.fdopen(handle, "rb")
+
+
 def sha256_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
@@ -177,27 +191,41 @@ class DirectoryLock:
         self.path = path
         self._file = -1
 
-    def __enter__(self) -> Self:
+    def take(self) -> int:
+        """A handle that holds it until it is closed, in every process that inherits it.
+
+        Raises:
+            CheckpointError: another process holds it.
+            DiskError: the file cannot be made.
+        """
         with file_errors_reported(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         for left in reversed(range(self.TRIES)):
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if left:
                     time.sleep(self.EVERY_S)
                     continue
-                holder = os.read(self._file, 64).decode(errors="replace").strip() or "unknown"
-                os.close(self._file)
+                holder = os.read(file, 64).decode(errors="replace").strip() or "unknown"
+                os.close(file)
                 raise CheckpointError.of(
                     f"{self.path.parent} is in use by process {holder}",
                     remedy="Wait for it, stop it, or give this run another --output_dir.",
                 ) from None
+        return file
+
+    def name_holder(self, file: int, pid: int | None) -> None:
+        """Write who holds it into the file that `take` opened; None empties it."""
         with file_errors_reported(self.path):
-            os.ftruncate(self._file, 0)
-            os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+            os.ftruncate(file, 0)
+            os.pwrite(file, b"" if pid is None else f"{pid}\n".encode(), 0)
+
+    def __enter__(self) -> Self:
+        self._file = self.take()
+        self.name_holder(self._file, os.getpid())
         return self
 
     def __exit__(self, *_: object) -> None:

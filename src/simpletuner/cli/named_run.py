@@ -8,7 +8,7 @@ from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.cli.arguments import Positional, refuse_rest
 from simpletuner.cli.loading import load_here
 from simpletuner.runs.layout import RunDirectory
-from simpletuner.runs.status import find_runs
+from simpletuner.runs.status import find_runs, is_run
 
 RUNS = Path("output")
 """Where runs lie unless they are sent elsewhere."""
@@ -39,7 +39,7 @@ class NamedRun:
                     "no run is named", f"its directory after `{command}`, or a configuration that tells it"
                 )
                 raise ConfigError(no_run, *error.problems) from None
-        if run.events.is_file() or run.lock().is_held():
+        if is_run(run) or run.lock().is_held():
             return run
         others = {str(other.root): other for other in find_runs(RUNS)}
         near = get_close_matches(str(run.root), others, n=1) or [

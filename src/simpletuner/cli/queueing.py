@@ -1,33 +1,33 @@
-"""`simpletuner run queue list|add|remove|resume`: runs that wait for their turn."""
+"""`simpletuner run queue list|add|remove|move|resume`: runs that wait for their turn."""
 
 import datetime
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from simpletuner.base.console import say, work_goes_on
-from simpletuner.base.errors import ConfigError
+from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.cli.arguments import Flag, Positional, parse_command, refuse_rest, verb_of
 from simpletuner.cli.kept import kept_aside, spelled
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.printing import json_text, table
 from simpletuner.cli.telling import shown_time
+from simpletuner.runs.launch import devices_of
 from simpletuner.runs.layout import RunDirectory
-from simpletuner.runs.queue import Queue, QueueEntry
+from simpletuner.runs.queue import Queue, QueueEntry, QueueMove
 from simpletuner.runs.status import status_of
 
 DEVICES_HELP = """accelerators to train on, such as 0 or 0,1; by default CUDA_VISIBLE_DEVICES, or what there is. In the
 queue, each list has its own turn"""
-NO_DEVICE = "-1"
-"""For CUDA_VISIBLE_DEVICES: none of them."""
 
 
 @dataclass(frozen=True)
 class QueueCommand:
     """What is typed after `simpletuner run queue` and its verb."""
 
-    id: str = Positional(verbs=("remove",)).default("")
+    id: str = Positional(verbs=("remove", "move")).default("")
+    to: str = Positional(verbs=("move",)).default("")
     devices: str | None = Flag(DEVICES_HELP, "LIST", verbs=("add", "work")).default(None)
     json: bool = Flag("print one JSON object").default(False)
     rest: tuple[str, ...] = ()
@@ -42,7 +42,8 @@ def run(arguments: Sequence[str]) -> int:
     """
     has_verb = bool(arguments) and not arguments[0].startswith("--")
     verb, *typed = arguments if has_verb else ("list", *arguments)
-    verb_of("run queue", [verb], ("list", "add", "remove", "resume", "work"), "list, add, remove or resume")
+    verbs = ("list", "add", "remove", "move", "resume", "work")
+    verb_of("run queue", [verb], verbs, "list, add, remove, move or resume")
     command = parse_command(QueueCommand, typed, verb)
     if verb == "add":
         return add(command.rest, command.devices, as_json=command.json)
@@ -54,6 +55,8 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     if verb == "remove":
         return _remove(queue, command)
+    if verb == "move":
+        return _move(queue, command)
     if verb == "resume":
         queue.start_workers()
     return _list(queue, command)
@@ -73,20 +76,11 @@ def add(arguments: Sequence[str], typed_devices: str | None, *, as_json: bool) -
         return 0
     for notice in loaded.notices:
         say(f"Note: {notice}")
-    others = [
-        e for e in queue.entries() if e.state in ("waiting", "running") and e.devices == devices and e.id < now.id
-    ]
+    turns = [e.id for e in queue.entries() if e.state in ("waiting", "running") and e.devices == devices]
+    others = turns[: turns.index(now.id)] if now.id in turns else []
     turn = f"when {len(others)} before it have ended" if others else "now"
     say(f"Queue entry {now.id}: {output_dir} is trained {turn}, with the configuration as it is.")
     return 0
-
-
-def devices_of(typed: str | None) -> str:
-    """The devices that were typed, or those that the environment leaves; "" for what the machine has."""
-    if typed is not None:
-        return typed
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return "" if visible is None else visible or NO_DEVICE
 
 
 def _remove(queue: Queue, command: QueueCommand) -> int:
@@ -98,6 +92,23 @@ def _remove(queue: Queue, command: QueueCommand) -> int:
     else:
         say(f"Queue entry {entry.id}, {entry.output_dir or 'damaged'}, is taken out.")
     return 0
+
+
+def _move(queue: Queue, command: QueueCommand) -> int:
+    word = command.to
+    to: QueueMove | int | None = next((way for way in get_args(QueueMove) if way == word), None)
+    if to is None and word.isdecimal() and int(word) > 0:
+        to = int(word)
+    problems = []
+    if not command.id.isdecimal():
+        problems.append(Problem("simpletuner run queue move: no entry is named", "its number, from `run queue list`"))
+    if to is None:
+        found = f"simpletuner run queue move: {word} is not understood" if word else "where to is not said"
+        problems.append(Problem(found, "up, down, top, or a place counted from 1"))
+    ConfigError.raise_if(problems)
+    assert to is not None
+    queue.move(int(command.id), to)
+    return _list(queue, command)
 
 
 def _list(queue: Queue, command: QueueCommand) -> int:

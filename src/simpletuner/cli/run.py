@@ -1,15 +1,18 @@
-"""`simpletuner run start|stop|save|validate|show|list|queue`: runs that go on by themselves, and how to look after
-them."""
+"""`simpletuner run start|stop|save|validate|show|list|note|delete|queue`: runs that go on by themselves,
+and how to look after them."""
 
 import json
+import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from simpletuner.base.commandline import command_text
-from simpletuner.base.console import complain, say
+from simpletuner.base.console import answer_to, complain, say
 from simpletuner.base.errors import CheckpointError, ConfigError
+from simpletuner.base.sizes import format_size
 from simpletuner.cli import queueing
 from simpletuner.cli.arguments import Flag, Positional, flag_help, parse_command, refuse_rest, verb_of, wants_help
 from simpletuner.cli.loading import load_here
@@ -17,17 +20,23 @@ from simpletuner.cli.main import INTERRUPTED
 from simpletuner.cli.named_run import RUNS, NamedRun
 from simpletuner.cli.printing import json_text, table
 from simpletuner.cli.telling import POLL_EVENTS_EVERY_S, Narrator, as_json, described, followed, shown_time
+from simpletuner.config.values import join_names
 from simpletuner.runs.events import TITLES
-from simpletuner.runs.launch import launch_run
+from simpletuner.runs.launch import devices_of, launch_run
 from simpletuner.runs.layout import RunDirectory
+from simpletuner.runs.note import read_note, write_note
 from simpletuner.runs.process import ControlRequest, ask
-from simpletuner.runs.status import RunStatus, find_runs, status_of
+from simpletuner.runs.removal import check_deletable, contents_of, delete_run, finish_deletions
+from simpletuner.runs.status import RunState, RunStatus, find_runs, status_of
 
-_USAGE = """usage: simpletuner run start [--queue] [--devices LIST] [--json] [options of `simpletuner train`]
+_USAGE = """usage: simpletuner run start [--queue] [--no-wait] [--devices LIST] [--json] [options of `train`]
        simpletuner run stop|save|validate [RUN] [--wait] [--json]
        simpletuner run show [RUN] [--follow] [--json]
-       simpletuner run list [FOLDER] [--json]
-       simpletuner run queue [list | add | remove ID | resume] [--devices LIST] [--json] [options of `train`]
+       simpletuner run list [FOLDER] [--find TEXT] [--state STATE] [--sort KEY] [--json]
+       simpletuner run note RUN [TEXT] [--json]
+       simpletuner run delete RUN [--yes] [--json]
+       simpletuner run queue [list | remove ID | move ID up|down|top|N | resume] [--json]
+       simpletuner run queue add [--devices LIST] [--json] [options of `train`]
 
   start      train, apart from this terminal: it goes on when you log out. What it prints is in RUN/console.log
   stop       finish the step, save, and end; the same `start` goes on from there
@@ -35,15 +44,21 @@ _USAGE = """usage: simpletuner run start [--queue] [--devices LIST] [--json] [op
   validate   make the validation pictures after this step
   show       where a run stands; with --follow, what it does, until it ends. Ctrl-C leaves the run alone
   list       the runs below FOLDER, by default output, the newest first
+  note       what you noted about a run; with TEXT, note that ("" removes the note)
+  delete     remove a run's directory with all that is in it, after asking. Never a run that is going on or waits
   queue      runs that are trained one after the other. `add` puts one at the end, with the configuration as it is
-             now; `remove` takes one out; `resume` goes on after the machine was switched off or a disk was full
+             now; `remove` takes one out; `move` changes its turn; `resume` goes on after the machine was switched
+             off or a disk was full
 
   RUN is a run's directory. Left out, it is the output_dir of the configuration found here, or of that of --env NAME,
   --config PATH or --example NAME.
 """
 
 REQUESTS: tuple[ControlRequest, ...] = get_args(ControlRequest)
-VERBS = ("start", *REQUESTS, "show", "list", "queue")
+VERBS = ("start", *REQUESTS, "show", "list", "note", "delete", "queue")
+
+START_WAIT_S = 30.0
+Word = TypeVar("Word", bound=str)
 
 _SHOW = ("simpletuner", "run", "show")
 _JSON_HELP = "print one JSON object (with --follow, one event a line)"
@@ -54,9 +69,45 @@ class StartCommand:
     """What is typed after `simpletuner run start`."""
 
     queue: bool = Flag("as `queue add`").default(False)
+    no_wait: bool = Flag("return once the process is started, not when its work has begun").default(False)
     devices: str | None = Flag(queueing.DEVICES_HELP, "LIST").default(None)
     json: bool = Flag(_JSON_HELP).default(False)
     rest: tuple[str, ...] = ()
+
+
+RunOrder = Literal["started", "name", "loss", "state"]
+ORDERS: tuple[RunOrder, ...] = get_args(RunOrder)
+
+
+def _state(text: str) -> RunState:
+    return _one_of(text, get_args(RunState))
+
+
+def _order(text: str) -> RunOrder:
+    return _one_of(text, ORDERS)
+
+
+def _one_of(text: str, words: tuple[Word, ...]) -> Word:
+    """Raises ValueError where `text` is none of `words`."""
+    return words[words.index(text)]
+
+
+@dataclass(frozen=True)
+class NoteCommand:
+    """What is typed after `simpletuner run note`."""
+
+    run: Path | None = Positional(convert=Path).default(None)
+    text: str | None = Positional().default(None)
+    json: bool = Flag(_JSON_HELP).default(False)
+
+
+@dataclass(frozen=True)
+class DeleteCommand:
+    """What is typed after `simpletuner run delete`."""
+
+    run: Path | None = Positional(convert=Path).default(None)
+    yes: bool = Flag("do not ask").default(False)
+    json: bool = Flag(_JSON_HELP).default(False)
 
 
 @dataclass(frozen=True)
@@ -64,6 +115,13 @@ class ListCommand:
     """What is typed after `simpletuner run list`."""
 
     folder: Path | None = Positional(convert=Path).default(None)
+    find: str = Flag("only runs with this text in their name, folder or note", "TEXT").default("")
+    state: RunState | None = Flag(
+        "only runs in this state", "STATE", convert=_state, expects=join_names(get_args(RunState), "or")
+    ).default(None)
+    sort: RunOrder = Flag(
+        "started (the newest first), name, loss or state", "KEY", convert=_order, expects=join_names(ORDERS, "or")
+    ).default("started")
     json: bool = Flag(_JSON_HELP).default(False)
     rest: tuple[str, ...] = ()
 
@@ -87,7 +145,7 @@ def run(arguments: list[str]) -> int:
         DiskError: the disk is full.
     """
     if wants_help(arguments):
-        say(f"{_USAGE}\n{flag_help(StartCommand, RunCommand)}")
+        say(f"{_USAGE}\n{flag_help(StartCommand, ListCommand, DeleteCommand, RunCommand)}")
         return 0
     verb = verb_of("run", arguments, VERBS, f"one of {', '.join(VERBS)}")
     typed = arguments[1:]
@@ -95,6 +153,10 @@ def run(arguments: list[str]) -> int:
         return _start(parse_command(StartCommand, typed))
     if verb == "list":
         return _list(parse_command(ListCommand, typed))
+    if verb == "note":
+        return _note(parse_command(NoteCommand, typed))
+    if verb == "delete":
+        return _delete(parse_command(DeleteCommand, typed))
     if verb == "show":
         return _show(parse_command(RunCommand, typed, verb))
     if verb == "queue":
@@ -109,7 +171,8 @@ def _start(command: StartCommand) -> int:
     loaded = load_here(command.rest)
     directory = RunDirectory(Path(loaded.config.output_dir))
     try:
-        started = launch_run(command.rest, directory, Path.cwd(), queueing.devices_of(command.devices))
+        wait_s = 0.0 if command.no_wait else START_WAIT_S
+        started = launch_run(command.rest, directory, Path.cwd(), devices_of(command.devices), wait_s=wait_s)
     except KeyboardInterrupt:
         complain(f"\nNot waited for. `{command_text(*_SHOW, directory.root)}` says what became of it.")
         return INTERRUPTED
@@ -122,7 +185,8 @@ def _start(command: StartCommand) -> int:
     if started.exit_code is not None:
         say(started.printed.rpartition("\n")[2])
         return 0
-    say(f"{directory.root} is being trained by process {started.pid}.")
+    doing = "starting in" if command.no_wait else "being trained by"
+    say(f"{directory.root} is {doing} process {started.pid}.")
     show, stop = (
         command_text(*_SHOW, directory.root, "--follow"),
         command_text("simpletuner", "run", "stop", directory.root),
@@ -137,14 +201,73 @@ def _list(command: ListCommand) -> int:
     folder = RUNS if command.folder is None else command.folder
     if command.folder is not None and not folder.is_dir():
         raise ConfigError.of(f"{folder}: no such folder", "one with runs below it")
-    statuses = sorted(map(status_of, find_runs(folder)), key=lambda status: status.started or "", reverse=True)
+    finish_deletions(folder)
+    wanted = [status for status in map(status_of, find_runs(folder)) if _is_wanted(status, command)]
+    statuses = _sorted(wanted, command.sort)
     if command.json:
         say(json_text({"runs": [as_json(status) for status in statuses]}))
+    elif not statuses and (command.find or command.state):
+        say(f"No such runs below {folder}.")
     elif not statuses:
         say(f"No runs below {folder}. `simpletuner run start` starts one.")
     else:
-        rows = [("run", "state", "step", "loss", "began", "doing"), *map(_row, statuses)]
-        say(table(rows))
+        rows = [("run", "state", "step", "loss", "began", "doing", "note"), *map(_row, statuses)]
+        has_notes = any(row[-1] for row in rows[1:])
+        say(table(rows if has_notes else [row[:-1] for row in rows]))
+    return 0
+
+
+def _is_wanted(status: RunStatus, command: ListCommand) -> bool:
+    text = f"{status.root} {status.note}".casefold()
+    return command.find.casefold() in text and command.state in (None, status.state)
+
+
+def _sorted(statuses: Sequence[RunStatus], order: RunOrder) -> list[RunStatus]:
+    """Newest first; by name, loss or state, ascending and then newest first."""
+    newest = sorted(statuses, key=lambda status: status.started or "", reverse=True)
+    keys: dict[RunOrder, Callable[[RunStatus], Any]] = {
+        "started": lambda _: 0,
+        "name": lambda status: status.root.name,
+        "loss": lambda status: math.inf if status.loss is None or math.isnan(status.loss) else status.loss,
+        "state": lambda status: status.state,
+    }
+    return sorted(newest, key=keys[order])
+
+
+def _note(command: NoteCommand) -> int:
+    directory = NamedRun(command.run).directory("simpletuner run note")
+    if command.text is not None:
+        write_note(directory, command.text)
+    note = read_note(directory)
+    if command.json:
+        say(json_text({"run": str(directory.root), "note": note}))
+    elif note or command.text is None:
+        say(note or f"{directory.root} has no note.")
+    else:
+        say(f"The note of {directory.root} is removed.")
+    return 0
+
+
+def _delete(command: DeleteCommand) -> int:
+    if command.run is None:
+        raise ConfigError.of("simpletuner run delete: no run is named", "its directory")
+    directory = RunDirectory(command.run)
+    check_deletable(directory, Path.cwd())
+    if not command.yes:
+        found = contents_of(directory)
+        answer = answer_to(f"Delete {directory.root} ({format_size(found.bytes)}: {found.text})? [y/N] ")
+        if answer is None:
+            raise ConfigError.of(
+                f"nobody can be asked whether to delete {directory.root}",
+                remedy="Give --yes to delete without being asked.",
+            )
+        if answer.lower() not in ("y", "yes"):
+            raise ConfigError.of("nothing is deleted")
+    deleted = delete_run(directory, Path.cwd())
+    if command.json:
+        say(json_text({"run": str(directory.root), "bytes": deleted.bytes, "files": deleted.files}))
+    else:
+        say(f"{directory.root} is deleted: {format_size(deleted.bytes)}, {deleted.text}.")
     return 0
 
 
@@ -152,7 +275,8 @@ def _row(status: RunStatus) -> tuple[str, ...]:
     step = str(status.step) if status.steps is None else f"{status.step}/{status.steps}"
     loss = "" if status.loss is None else f"{status.loss:.4f}"
     doing = TITLES[status.phase] if status.state == "running" and status.phase else ""
-    return str(status.root), status.state, step, loss, shown_time(status.started) if status.started else "", doing
+    began = shown_time(status.started) if status.started else ""
+    return str(status.root), status.state, step, loss, began, doing, " ".join(status.note.split())[:40]
 
 
 def _show(command: RunCommand) -> int:
@@ -194,6 +318,8 @@ def _ask(request: ControlRequest, command: RunCommand) -> int:
 
 
 def _when(request: ControlRequest, status: RunStatus) -> str:
+    if status.state == "starting":
+        return "It ends before its work begins."
     if status.phase is None or status.phase in ("train", "validation", "export"):
         after = {"stop": "saves and ends", "save": "saves", "validate": "draws"}[request]
         return f"It {after} when this step is finished."
@@ -226,6 +352,8 @@ def _awaited(directory: RunDirectory, request: ControlRequest, place: int) -> di
         steps_after += kind == "step" and not (directory.control / request).exists()
         if request == "validate" and steps_after > 1:
             raise ConfigError.of(f"{directory.root} makes no pictures", remedy="It has no prompts, or no validation.")
+    if request == "stop" and status_of(directory).state == "stopped":
+        return {"done": "stopped before it began"}
     raise CheckpointError.of(
         f"{directory.root} ended before it obeyed", remedy=f"`{command_text(*_SHOW, directory.root)}` says how."
     )

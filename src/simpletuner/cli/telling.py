@@ -29,6 +29,7 @@ def as_json(status: RunStatus) -> dict[str, Any]:
         "loss": status.loss,
         "seconds_per_step": status.seconds_per_step,
         "held_out": None if held_out is None else {"first": held_out[0], "last": held_out[1]},
+        "saved": status.saved,
         "attempt": status.attempt,
         "started": status.started,
         "updated": status.updated,
@@ -38,6 +39,7 @@ def as_json(status: RunStatus) -> dict[str, Any]:
         "lora": None if status.lora is None else str(status.lora),
         "model": None if status.model is None else str(status.model),
         "last_id": status.last_id,
+        "note": status.note,
     }
 
 
@@ -58,12 +60,22 @@ def described(status: RunStatus) -> str:
     if status.started is not None and status.updated is not None:
         lines.append(f"  began {shown_time(status.started)}, last heard of {shown_time(status.updated)}")
     lines += [f"  {line}" for line in (status.error or "").splitlines()]
+    lines += [f"  note: {line}" for line in status.note.splitlines()]
     if status.state == "killed":
         lines.append("  it broke off without an end: the same command goes on from its last checkpoint")
     if status.state == "stopped":
-        lines.append("  the same command goes on from there")
+        lines.append(f"  {_left_at(status)}")
     lines += [f"  {result}" for result in (status.lora, status.model) if result is not None]
     return "\n".join(lines)
+
+
+def _left_at(status: RunStatus) -> str:
+    """Where the same command goes on after a stop."""
+    if status.saved is None:
+        return "nothing was saved: the same command begins anew"
+    if status.saved < status.step:
+        return f"step {status.step} was not saved: the same command goes on from step {status.saved}"
+    return f"saved at step {status.saved}: the same command goes on from there"
 
 
 def _pace(status: RunStatus) -> str:
@@ -83,7 +95,8 @@ def shown_time(time_text: str) -> str:
 def followed(run: RunDirectory, place: int) -> Iterator[dict[str, Any]]:
     """The events after byte `place`, as they come, until no process holds the run any more."""
     while True:
-        is_held = run.lock().is_held()  # before the events: the last ones must not be missed
+        # Before the events: the last ones must not be missed.
+        is_held = run.lock().is_held() or run.starting_lock().is_held()
         events, place = read_appended(run.events, place)
         yield from events
         if not is_held:

@@ -1,6 +1,6 @@
 """Starting a command that outlives whoever starts it."""
 
-import contextlib
+import datetime
 import os
 import subprocess
 import sys
@@ -15,10 +15,11 @@ from simpletuner.base.commandline import command_text
 from simpletuner.base.errors import CheckpointError, UserError
 from simpletuner.base.files import file_errors_reported
 from simpletuner.runs.layout import RunDirectory
+from simpletuner.runs.starting import StartRecord, printed_since
 from simpletuner.runs.status import status_of
 
-TAIL_BYTES = 4096
-"""Of what a command printed last, shown where it fails."""
+NO_DEVICE = "-1"
+"""For CUDA_VISIBLE_DEVICES: none of them."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,14 @@ def launch_run(
     """Start `simpletuner train ARGUMENTS` in `workspace`, on its own: it goes on when this process ends.
 
     What it prints is appended to `RUN/console.log`. Returns when the run has begun its work, has ended, or after
-    `wait_s` seconds, when it is still being loaded.
+    `wait_s` seconds, when it is still starting: then its status tells what becomes of it.
 
     Args:
         run: what the arguments have as output_dir.
         devices: for CUDA_VISIBLE_DEVICES; "" is what the machine has.
 
     Raises:
-        CheckpointError: a process holds the run.
+        CheckpointError: a process holds the run, or is being started for it.
         UserError: the command ended at once with an error; its class is that of the exit code.
         DiskError: the disk is full.
     """
@@ -57,9 +58,18 @@ def launch_run(
         )
     run.create()
     before = status_of(run).attempt
-    with file_errors_reported(run.console), run.console.open("ab") as console:
-        place = console.tell()
-        process = detached(["train", *arguments], workspace, console, devices)
+    lock = run.starting_lock()
+    held = lock.take()  # a second start finds it taken
+    try:
+        lock.name_holder(held, None)
+        with file_errors_reported(run.console), run.console.open("ab") as console:
+            place = console.tell()
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+            StartRecord(time=now, arguments=tuple(arguments), attempts=before, console_bytes=place).write(run)
+            process = detached(["train", *arguments], workspace, console, devices, handles=(held,))
+        lock.name_holder(held, process.pid)
+    finally:
+        os.close(held)
     let_go(process)
     deadline = time.monotonic() + wait_s
     while process.returncode is None and time.monotonic() < deadline:
@@ -106,17 +116,17 @@ def detached(
     )
 
 
+def devices_of(typed: str | None) -> str:
+    """The devices that were typed, or those that the environment leaves; "" for what the machine has."""
+    if typed is not None:
+        return typed
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "" if visible is None else visible or NO_DEVICE
+
+
 def let_go(process: subprocess.Popen[bytes]) -> None:
     """Let a detached process be; where this one lives on, the other leaves no zombie."""
     threading.Thread(target=process.wait, daemon=True).start()
-
-
-def printed_since(path: Path, place: int) -> str:
-    """The end of what was written to `path` after byte `place`."""
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        file.seek(max(place, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-        return file.read().decode(errors="replace").strip()
-    return ""
 
 
 def failure(exit_code: int, said: str | None, printed: str, run: RunDirectory) -> UserError:

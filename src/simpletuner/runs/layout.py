@@ -8,6 +8,8 @@ from simpletuner.base.errors import ConfigError
 from simpletuner.base.files import DirectoryLock, file_errors_reported
 from simpletuner.base.parts import discard
 
+EVENTS_NAME = "events.jsonl"
+STARTING_NAME = "starting.json"
 LORA_NAME = "pytorch_lora_weights.safetensors"
 MODEL_FOLDER = "model"
 """What a full run ends with: a diffusers folder."""
@@ -38,7 +40,7 @@ class RunDirectory:
 
     @property
     def events(self) -> Path:
-        return self.root / "events.jsonl"
+        return self.root / EVENTS_NAME
 
     @property
     def log(self) -> Path:
@@ -48,6 +50,16 @@ class RunDirectory:
     def console(self) -> Path:
         """What a run that was started without a terminal printed."""
         return self.root / "console.log"
+
+    @property
+    def starting(self) -> Path:
+        """The last start that was asked for."""
+        return self.root / STARTING_NAME
+
+    @property
+    def note(self) -> Path:
+        """The user's own words about the run."""
+        return self.root / "note.txt"
 
     @property
     def control(self) -> Path:
@@ -99,6 +111,10 @@ class RunDirectory:
     def lock(self) -> DirectoryLock:
         """Holds the directory for this process. Entering it raises CheckpointError with the holder's pid."""
         return DirectoryLock(self.root / "lock")
+
+    def starting_lock(self) -> DirectoryLock:
+        """Held by a process that was started without a terminal, from before its first line to its end."""
+        return DirectoryLock(self.root / "starting.lock")
 
     def sweep(self) -> None:
         """Remove what killed processes left half-written outside of `checkpoints`. Only the holder of the lock may."""

@@ -10,6 +10,7 @@ from simpletuner.base.errors import CheckpointError, Stopped
 from simpletuner.base.files import file_errors_reported
 from simpletuner.base.signals import deferred_signals
 from simpletuner.runs.layout import RunDirectory
+from simpletuner.runs.starting import stop_start
 
 ControlRequest = Literal["stop", "save", "validate"]
 
@@ -60,6 +61,8 @@ def ask(run: RunDirectory, request: ControlRequest) -> None:
         DiskError: the disk is read-only or full.
     """
     if not run.lock().is_held():
+        if request == "stop" and stop_start(run):
+            return
         raise CheckpointError.of(f"{run.root}: no process trains here", "a run that is going on")
     with file_errors_reported(run.control / request):
         (run.control / request).touch()

@@ -18,12 +18,15 @@ from simpletuner.base.commandline import command_text
 from simpletuner.base.errors import CheckpointError, ConfigError, DiskError, Stopped
 from simpletuner.base.files import DirectoryLock, file_errors_reported, read_json, write_json
 from simpletuner.config.load import ENVIRONMENT_PREFIX
-from simpletuner.runs.launch import detached, let_go, printed_since
+from simpletuner.runs.launch import detached, let_go
 from simpletuner.runs.layout import RunDirectory
+from simpletuner.runs.starting import printed_since
 from simpletuner.runs.status import status_of
 
 QUEUE_FOLDER = Path(".simpletuner") / "queue"
 """Of a queue, below its workspace."""
+
+QueueMove = Literal["up", "down", "top"]
 
 EntryState = Literal["waiting", "running", "done", "stopped", "failed"]
 
@@ -82,12 +85,23 @@ class Queue:
         return self.folder.parent.parent
 
     def entries(self) -> list[QueueEntry]:
-        """Every entry, in the order they are taken.
+        """Every entry, in the order they are taken; those that began or ended first.
 
         One whose file is damaged is there as failed. One that was running when the machine or its worker ended, and
         does not run on, is waiting again.
         """
-        return [self._live(entry) for entry in self._raw()]
+        entries = [self._live(entry) for entry in self._raw()]
+        order = self._order()
+
+        def turn(entry: QueueEntry) -> int:
+            if entry.state != "waiting":
+                return -2
+            if entry.id in order:
+                return order.index(entry.id)
+            # One that was running when they were ordered, and waits again; or one that was added since.
+            return -1 if entry.id < max(order, default=0) else len(order)
+
+        return sorted(entries, key=turn)
 
     def add(
         self,
@@ -152,6 +166,28 @@ class Queue:
             self.held(number).path.unlink(missing_ok=True)
             shutil.rmtree(self._aside(number), ignore_errors=True)
         return entry
+
+    def move(self, number: int, to: QueueMove | int) -> QueueEntry:
+        """Change the turn of an entry that waits: one place up or down, to the top, or to a place counted from 1.
+
+        Raises:
+            ConfigError: no such entry, or it does not wait.
+        """
+        with self._changing():
+            waiting = [entry.id for entry in self.entries() if entry.state == "waiting"]
+            if number not in waiting:
+                entry = self._parsed(number)
+                found = "there is none" if entry is None else f"it is {self._live(entry).state}"
+                expected = f"one that waits: {', '.join(map(str, waiting))}" if waiting else "one that waits"
+                raise ConfigError.of(f"queue entry {number}: {found}", expected)
+            place = waiting.index(number)
+            steps = {"up": place - 1, "down": place + 1, "top": 0}
+            wanted = steps[to] if isinstance(to, str) else to - 1
+            waiting.insert(max(0, wanted), waiting.pop(place))
+            write_json(self._order_file, waiting)
+            found_entry = self._parsed(number)
+            assert found_entry is not None
+        return found_entry
 
     def next(self, devices: str) -> QueueEntry | None:
         """The entry whose turn it is on these devices."""
@@ -259,6 +295,17 @@ class Queue:
                 "a directory of its own",
                 "Give another --output_dir, or wait.",
             )
+
+    @property
+    def _order_file(self) -> Path:
+        """The entries that waited when they were last ordered by hand."""
+        return self.folder / "order"
+
+    def _order(self) -> list[int]:
+        try:
+            return [number for number in read_json(self._order_file) if isinstance(number, int)]
+        except (OSError, ValueError, TypeError):
+            return []
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.json"

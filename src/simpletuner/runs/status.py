@@ -2,14 +2,17 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from simpletuner.runs.checkpoints import steps
 from simpletuner.runs.events import EVENTS, Phase, lines_backward, parse_event
-from simpletuner.runs.layout import RunDirectory
+from simpletuner.runs.layout import EVENTS_NAME, STARTING_NAME, RunDirectory
+from simpletuner.runs.note import read_note
+from simpletuner.runs.starting import StartRecord, start_record, start_refusal
 
-RunState = Literal["new", "running", "done", "stopped", "failed", "killed"]
+RunState = Literal["new", "starting", "running", "done", "stopped", "failed", "killed"]
 
 _REASONS: dict[str, RunState] = {"done": "done", "stopped": "stopped", "error": "failed"}
 
@@ -21,9 +24,10 @@ class RunStatus:
     root: Path
     """The run directory."""
     state: RunState
-    """new: nothing has happened yet. running: a process holds it. killed: the last attempt just broke off."""
+    """new: nothing has happened yet. starting: its process is being loaded, checks the configuration and has written
+    nothing yet. running: a process holds it. killed: the last attempt just broke off."""
     pid: int | None
-    """Process that holds it, while it is running."""
+    """Process that holds it, while it is starting or running."""
     phase: Phase | None
     """The phase that is going on, or that the last attempt broke off in."""
     progress: tuple[int, int] | None
@@ -40,14 +44,16 @@ class RunStatus:
     """The first and the last held-out loss."""
     attempt: int
     """1 at the first start, one more after each restart; 0 before it."""
+    saved: int | None
+    """Step of the newest checkpoint on the disk."""
     started: str | None
-    """Time of the first event; UTC, ISO 8601, as in the events."""
+    """Time of the first event, or of the start that was asked for; UTC, ISO 8601, as in the events."""
     updated: str | None
     """Time of the last event."""
     ended: str | None
     """When the last attempt ended; None while it is running, and where it was killed."""
     error: str | None
-    """What the last attempt ended with: found, expected, remedy."""
+    """What the last attempt ended with, or a later start that was refused before it became an attempt."""
     exit_code: int | None
     """Of the last attempt, once it has ended."""
     lora: Path | None
@@ -56,6 +62,8 @@ class RunStatus:
     """The finished model of a full run, if the run is done."""
     last_id: int
     """Of the last event; 0 before the first."""
+    note: str
+    """The user's own words about it."""
 
 
 def status_of(run: RunDirectory) -> RunStatus:
@@ -64,12 +72,14 @@ def status_of(run: RunDirectory) -> RunStatus:
     A run directory that is missing or empty is "new". Damaged lines are passed over.
     """
     # Before the events: a run that ends in between is then still running, and not killed.
+    start = start_record(run)
+    starting_pid = run.starting_lock().pid() if start is not None and run.starting_lock().is_held() else None
     is_held = run.lock().is_held()
     pid = run.lock().pid() if is_held else None
     try:
         file = run.events.open("rb")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        return _assembled(run, _Tail(), is_held=is_held, pid=pid)
+        return _with_start(_assembled(run, _Tail(), is_held=is_held, pid=pid), start, starting_pid)
     with file:
         tail = _read_tail(file)
         if tail.last is not None:
@@ -83,24 +93,44 @@ def status_of(run: RunDirectory) -> RunStatus:
         # It may have been taken up meanwhile, which is not what broke off.
         is_held = run.lock().is_held()
         pid = run.lock().pid() if is_held else None
-    return _assembled(run, tail, is_held=is_held, pid=pid)
+    return _with_start(_assembled(run, tail, is_held=is_held, pid=pid), start, starting_pid)
+
+
+def _with_start(status: RunStatus, start: StartRecord | None, starting_pid: int | None) -> RunStatus:
+    """The status, with a start that has not become an attempt: one that goes on, was stopped, or was refused."""
+    if start is None or status.state == "running" or status.attempt != start.attempts:
+        return status
+    began = status.started or start.time
+    if starting_pid is not None:
+        return replace(status, state="starting", pid=starting_pid, phase=None, progress=None, started=began, error=None)
+    if start.is_stopped:
+        return replace(status, state="stopped" if status.state == "new" else status.state, started=began)
+    # What an earlier attempt came to stays true.
+    state: RunState = "failed" if status.state == "new" else status.state
+    return replace(status, state=state, started=began, error=start_refusal(RunDirectory(status.root), start))
 
 
 def find_runs(folder: Path, depth: int = 3) -> list[RunDirectory]:
     """The run directories below `folder`, itself included, at most `depth` folders down; in the order of their paths.
 
-    A run is a folder with events.jsonl. Runs are not looked for inside runs, nor behind links, nor in folders that this
-    user may not enter.
+    A run is a folder with events.jsonl, or with the record of a start. Runs are not looked for inside runs, nor behind
+    links, nor in folders that this user may not enter.
     """
-    if os.path.isfile(folder / "events.jsonl"):
+    if is_run(RunDirectory(folder)):
         return [RunDirectory(folder)]
     if depth == 0 or not os.path.isdir(folder):
         return []
     try:
-        below = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
+        below = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
     except PermissionError:
         return []
-    return [run for path in below for run in find_runs(path, depth - 1)]
+    return [run for path in below for run in find_runs(Path(path), depth - 1)]
+
+
+def is_run(run: RunDirectory) -> bool:
+    """Whether something was trained in this folder, or was to be."""
+    root = str(run.root)
+    return os.path.isfile(f"{root}/{EVENTS_NAME}") or os.path.isfile(f"{root}/{STARTING_NAME}")
 
 
 @dataclass
@@ -203,6 +233,7 @@ def _assembled(run: RunDirectory, tail: _Tail, *, is_held: bool, pid: int | None
         loss=None if tail.step is None else tail.step["loss"],
         seconds_per_step=None if tail.step is None else tail.step["seconds"],
         held_out=tail.held_out,
+        saved=max(steps(run), default=None),
         attempt=0 if tail.last is None else tail.last["attempt"],
         started=None if tail.first is None else tail.first["time"],
         updated=None if tail.last is None else tail.last["time"],
@@ -212,6 +243,7 @@ def _assembled(run: RunDirectory, tail: _Tail, *, is_held: bool, pid: int | None
         lora=_result(run.lora, end, "lora") if is_done else None,
         model=_result(run.model, end, "model") if is_done else None,
         last_id=0 if tail.last is None else tail.last["id"],
+        note=read_note(run),
     )
 
 

@@ -7,8 +7,10 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from simpletuner.server.meter import Meter
 from simpletuner.server.pictures import Thumbnails
 from simpletuner.server.roots import Roots
+from simpletuner.server.runs import Glances
 from simpletuner.server.series import Indexes
 from simpletuner.server.shell import Shell
 from simpletuner.server.stream import Streams
@@ -35,6 +37,9 @@ class Context:
     """Held between looking at a document's revision and replacing it."""
     streams: Streams = field(default_factory=lambda: Streams(Indexes()))
     """The runs that are followed; to be closed before the server waits for its clients."""
+    glances: Glances = field(default_factory=Glances)
+    """The runs of the list, as they were read last."""
+    meter: Meter = field(default_factory=Meter)
     verdicts: Verdicts = field(default_factory=Verdicts)
     """Of the checkpoints that were verified."""
 

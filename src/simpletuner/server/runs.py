@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +13,8 @@ from pydantic import BaseModel
 from simpletuner.config.paths import filled
 from simpletuner.config.run import RunConfig
 from simpletuner.runs.layout import RunDirectory
-from simpletuner.runs.status import RunStatus, find_runs, status_of
+from simpletuner.runs.removal import finish_deletions
+from simpletuner.runs.status import RunStatus, find_runs, is_run, status_of
 from simpletuner.server.environments import environments
 from simpletuner.server.faults import Fault
 from simpletuner.server.roots import Roots
@@ -24,7 +26,7 @@ DEPTH = 3
 RunName = Annotated[str, Query(max_length=4096)]
 """A run's folder, as `Run.run` has it."""
 
-GlanceState = Literal["waiting", "running", "done", "stopped", "failed", "killed"]
+GlanceState = Literal["waiting", "starting", "running", "done", "stopped", "failed", "killed"]
 
 
 class Run(BaseModel):
@@ -34,12 +36,15 @@ class Run(BaseModel):
     """Its folder: what every route takes as `run`."""
     name: str
     state: GlanceState
-    """waiting: nothing has happened yet. killed: its last attempt broke off without a word."""
+    """waiting: nothing has happened yet. starting: its process is being loaded. killed: its last attempt broke off
+    without a word."""
     phase: str | None
     step: int
     """Steps that are finished."""
     steps: int | None
     """Steps in all."""
+    saved: int | None
+    """Step of its newest checkpoint."""
     loss: float | None
     """Of the last step."""
     seconds_per_step: float | None
@@ -48,13 +53,15 @@ class Run(BaseModel):
     updated: str | None
     ended: str | None
     error: str | None
-    """What the last attempt ended with."""
+    """What the last attempt ended with, or a later start that was refused."""
     pid: int | None
     """Process that holds it."""
     lora: str | None
     """The finished LoRA, from the run's folder."""
     environment: str | None
     """The environment whose output_dir it is; empty for the one without a name."""
+    note: str
+    """The user's own words about it."""
 
 
 def run_at(roots: Roots, text: str) -> RunDirectory:
@@ -64,7 +71,7 @@ def run_at(roots: Roots, text: str) -> RunDirectory:
         Fault: 403, it lies outside the roots; 404, no run is there; 422, it is no path.
     """
     run = RunDirectory(roots.resolve(text))
-    if not (run.events.is_file() or run.control.is_dir()):
+    if not (is_run(run) or run.control.is_dir()):
         raise Fault.of(404, f"{text}: no run is there", "a folder with events.jsonl")
     return run
 
@@ -87,11 +94,12 @@ def part_of(roots: Roots, run: RunDirectory, path: Path) -> Path:
 
 def found_runs(roots: Roots) -> list[RunDirectory]:
     """The runs below `output` and those of the environments, each once."""
-    folders = [*(path for path, _ in output_folders(roots))]
+    below: list[RunDirectory] = []
     with contextlib.suppress(Fault):
-        folders = [*(run.root for run in find_runs(roots.resolve(OUTPUT), DEPTH)), *folders]
-    runs = [RunDirectory(path) for path in dict.fromkeys(path.resolve() for path in folders)]
-    return [run for run in runs if run.events.is_file() and roots.holds(run.root)]
+        below = [run for run in find_runs(roots.resolve(OUTPUT), DEPTH) if roots.holds(run.root)]
+    named = [RunDirectory(path) for path, _ in output_folders(roots)]
+    # No link leads to those below a real folder; the others are resolved.
+    return list(dict.fromkeys([*below, *(run for run in named if is_run(run))]))
 
 
 def output_folders(roots: Roots) -> Iterator[tuple[Path, str]]:
@@ -129,7 +137,58 @@ def glance(roots: Roots, run: RunDirectory, names: dict[Path, str]) -> Run:
         # Its events say what no run of ours says. The list of runs must not end with it.
         reason = f"events.jsonl cannot be understood ({type(error).__name__})"
         empty = dict.fromkeys(Run.model_fields.keys() - told.keys())
-        return Run.model_validate(empty | told | {"state": "failed", "step": 0, "error": reason})
+        return Run.model_validate(empty | told | {"state": "failed", "step": 0, "error": reason, "note": ""})
+
+
+class _Known:
+    """A run of the list, as it was read last."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._locks = (run.lock(), run.starting_lock())
+        self._files = (run.events, run.starting, run.note, run.finished, run.checkpoints)
+        self.mark: object = None
+        """What changes whenever `status_of` may say something else."""
+        self.started = ""
+        self.json = b""
+
+    def look(self, environment: str | None) -> object:
+        """The mark as it is now."""
+        holders = [lock.pid() or "unknown" if lock.is_held() else None for lock in self._locks]
+        return holders, [_stamp(path) for path in self._files], environment
+
+
+class Glances:
+    """The runs of the list as JSON. A run is read again only where a file or a lock of it changed."""
+
+    def __init__(self) -> None:
+        self._known: dict[RunDirectory, _Known] = {}
+        self._is_swept = False
+
+    def listed(self, roots: Roots) -> bytes:
+        """All runs, the one that was started last first: a JSON list of `Run`."""
+        if not self._is_swept:
+            self._is_swept = True
+            with contextlib.suppress(Fault):
+                finish_deletions(roots.resolve(OUTPUT), DEPTH)
+        names = dict(output_folders(roots))
+        before = self._known
+        known = {run: before.get(run) or _Known(run) for run in found_runs(roots)}
+        for run, one in known.items():
+            mark = one.look(names.get(run.root))
+            if mark != one.mark:
+                found = glance(roots, run, names)
+                one.mark, one.started, one.json = mark, found.started or "", found.model_dump_json().encode()
+        self._known = known
+        newest = sorted(known.values(), key=lambda one: one.started, reverse=True)
+        return b"[" + b",".join(one.json for one in newest) + b"]"
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _standing(status: RunStatus) -> dict[str, Any]:

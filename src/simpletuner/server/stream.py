@@ -78,7 +78,8 @@ class _Tail:
         try:
             file = self.path.open("rb")
         except OSError:
-            return place, b""
+            # Nothing yet, or not any more: a client that has read from it must look for the run anew.
+            return (place, b"") if place == _Place() else (_Place(), RESET)
         with file:
             found = os.fstat(file.fileno())
             identity = (found.st_dev, found.st_ino)

@@ -207,7 +207,7 @@ def test_following_tells_what_comes(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to do: expected one of start, stop, save, validate, show, list, queue"),
+        ([], "nothing to do: expected one of start, stop, save, validate, show, list, note, delete, queue"),
         (["strat"], "run strat: nothing to do"),
         (["show", "output/nothing"], "output/nothing: no run is there. `simpletuner run start` starts one"),
         (["show", "file"], "file: no run is there"),

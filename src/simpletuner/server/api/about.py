@@ -8,6 +8,8 @@ from pydantic import BaseModel
 import simpletuner
 from simpletuner.server.context import InContext
 from simpletuner.server.environments import example_names
+from simpletuner.server.meter import MachineMeter
+from simpletuner.server.runs import OUTPUT
 
 router = APIRouter()
 
@@ -22,6 +24,12 @@ class About(BaseModel):
     ram_bytes: int
     examples: list[str]
     """Those that come with the program, to be trained or copied."""
+
+
+@router.get("/machine")
+def machine(here: InContext) -> MachineMeter:
+    """GPUs, RAM and disk: what is in use and what is left."""
+    return here.meter.read(here.workspace / OUTPUT)
 
 
 @router.get("/about")

@@ -4,9 +4,9 @@ import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from simpletuner.runs.queue import EntryState, Queue, QueueEntry
+from simpletuner.runs.queue import EntryState, Queue, QueueEntry, QueueMove
 from simpletuner.server.commands import ToTrain, printed, train_arguments
 from simpletuner.server.context import InContext
 
@@ -43,6 +43,16 @@ class ToQueue(ToTrain):
     devices: str = Field(default="", pattern=DEVICES, max_length=256)
 
 
+class ToMove(BaseModel):
+    """Which entry, and where to."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: Annotated[int, Field(ge=1, le=10**12)]
+    to: QueueMove | Annotated[int, Field(ge=1, le=10**6)]
+    """One place up or down, to the top, or a place counted from 1."""
+
+
 @router.get("/queue")
 def queue(here: InContext) -> list[QueuedRun]:
     """Every entry, in the order they are taken; those that ended first."""
@@ -56,6 +66,13 @@ async def add(here: InContext, wanted: ToQueue) -> QueuedRun:
     arguments = train_arguments(here.roots, wanted)
     told = printed(await here.shell.run("run", "queue", "add", "--json", *devices, *arguments))
     return _told(QueueEntry.model_validate(told))
+
+
+@router.post("/queue/move")
+def move(here: InContext, wanted: ToMove) -> list[QueuedRun]:
+    """Change the turn of an entry that waits: `simpletuner run queue move`."""
+    Queue.of(here.workspace).move(wanted.id, wanted.to)
+    return queue(here)
 
 
 @router.post("/queue/resume")

@@ -1,7 +1,9 @@
-"""Runs: the list, one of them, its curves, its events as they come, its log and files; start, stop, save, validate."""
+"""Runs: the list, one of them, its curves, its events as they come, its log and files; start, stop, save, validate,
+note, delete."""
 
 import codecs
 import contextlib
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,15 +11,23 @@ from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from simpletuner.base.errors import CheckpointError, ConfigError
+from simpletuner.base.files import sha256_bytes
+from simpletuner.config.load import examine
 from simpletuner.runs.events import CheckpointEvent, ProgressEvent, ValidationEvent
+from simpletuner.runs.launch import devices_of, launch_run
 from simpletuner.runs.layout import RunDirectory
+from simpletuner.runs.note import LONGEST_NOTE, NoteChanged, write_note
 from simpletuner.runs.process import ControlRequest as Wish
 from simpletuner.runs.process import ask
-from simpletuner.server.commands import ToTrain, printed, train_arguments
+from simpletuner.runs.removal import contents_of, delete_run
+from simpletuner.runs.starting import start_record
+from simpletuner.runs.status import status_of
+from simpletuner.server.commands import ToTrain, train_arguments
 from simpletuner.server.context import Context, InContext
 from simpletuner.server.faults import Fault
 from simpletuner.server.pictures import Version
-from simpletuner.server.runs import Run, RunName, found_runs, glance, output_folders, part_of, run_at
+from simpletuner.server.runs import Run, RunName, glance, output_folders, part_of, run_at
 from simpletuner.server.series import Damaged, decoded
 from simpletuner.server.thumbnails import WIDTHS, picture_type
 
@@ -100,12 +110,34 @@ class OfRun(BaseModel):
     run: str = Field(max_length=4096)
 
 
-@router.get("/runs")
-def runs(here: InContext) -> list[Run]:
+class ToNote(OfRun):
+    """A note."""
+
+    text: str = Field(max_length=LONGEST_NOTE)
+    seen: str | None = Field(default=None, max_length=2 * LONGEST_NOTE)
+    """The note that the writer saw before; null overwrites any."""
+
+
+class Contents(BaseModel):
+    """What lies in a run's directory."""
+
+    bytes: int
+    files: int
+    checkpoints: int
+    images: int
+    has_result: bool
+    text: str
+    """All of it in words."""
+
+
+@router.get("/runs", response_model=list[Run], responses={304: {"description": "The list is what the client has."}})
+def runs(here: InContext, if_none_match: Annotated[str, Header(max_length=4096)] = "") -> Response:
     """The runs that are there, the one that was started last first."""
-    names = dict(output_folders(here.roots))
-    found = [glance(here.roots, run, names) for run in found_runs(here.roots)]
-    return sorted(found, key=lambda run: run.started or "", reverse=True)
+    body = here.glances.listed(here.roots)
+    headers = {"ETag": f'"{sha256_bytes(body)[:32]}"', "Cache-Control": "private, no-cache"}
+    if headers["ETag"] in if_none_match:
+        return Response(status_code=304, headers=headers)
+    return Response(body, media_type="application/json", headers=headers)
 
 
 @router.get("/run")
@@ -210,11 +242,32 @@ def file(
 
 
 @router.post("/run/start")
-async def start(here: InContext, wanted: ToTrain) -> Run:
-    """Start a run, or go on with one, as `simpletuner run start` does. It goes on without the server."""
-    finished = await here.shell.run("run", "start", "--json", *train_arguments(here.roots, wanted))
-    told = printed(finished)
-    return _glance(here, RunDirectory((here.workspace / str(told["run"])).resolve()))
+def start(here: InContext, wanted: ToTrain) -> Run:
+    """Start a run, or go on with one, as `simpletuner run start --no-wait` does. It goes on without the server.
+
+    The answer comes at once; the run is starting. A second start with the same words, while it is, is the same start.
+    """
+    arguments = train_arguments(here.roots, wanted)
+    directory = RunDirectory(_checked_output(here, arguments, is_example=wanted.example is not None))
+    try:
+        launch_run(arguments, directory, here.workspace, devices_of(None), wait_s=0)
+    except CheckpointError:
+        record = start_record(directory)
+        if record is None or record.arguments != tuple(arguments) or status_of(directory).state != "starting":
+            raise
+    return _glance(here, directory)
+
+
+def _checked_output(here: Context, arguments: list[str], *, is_example: bool) -> Path:
+    """The run directory of a configuration that has no problems.
+
+    Raises:
+        ConfigError: every problem, except those that the command itself finds: an example's images are drawn first.
+        Fault: 403, the directory lies outside the roots.
+    """
+    examined = examine(arguments, folder=here.workspace, environ=os.environ)
+    ConfigError.raise_if(problem for problem in examined.problems if problem.key or not is_example)
+    return here.roots.resolve(examined.config.output_dir)
 
 
 @router.post("/run/stop")
@@ -233,6 +286,30 @@ def save(here: InContext, of: OfRun) -> Run:
 def validate(here: InContext, of: OfRun) -> Run:
     """Ask a run for validation pictures."""
     return _wish(here, of.run, "validate")
+
+
+@router.put("/run/note")
+def note(here: InContext, wanted: ToNote) -> Run:
+    """Write the note of a run: `simpletuner run note`. 409 where it is no longer what the writer saw."""
+    directory = run_at(here.roots, wanted.run)
+    try:
+        write_note(directory, wanted.text, wanted.seen)
+    except NoteChanged as error:
+        raise Fault(409, *error.problems) from None
+    return _glance(here, directory)
+
+
+@router.get("/run/contents")
+def contents(here: InContext, run: RunName) -> Contents:
+    """What would be deleted with a run."""
+    found = contents_of(run_at(here.roots, run))
+    return Contents(**vars(found), text=found.text)
+
+
+@router.delete("/run", status_code=204)
+def delete(here: InContext, run: RunName) -> None:
+    """Delete a run's directory with all that is in it: `simpletuner run delete --yes`."""
+    delete_run(run_at(here.roots, run), here.workspace)
 
 
 def _glance(here: Context, directory: RunDirectory) -> Run:

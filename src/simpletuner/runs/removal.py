@@ -1,0 +1,128 @@
+"""Deleting a run: its directory is renamed in one step, then emptied. What a kill leaves is deleted the next time."""
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from simpletuner.base.commandline import command_text
+from simpletuner.base.errors import CheckpointError, ConfigError
+from simpletuner.base.files import file_errors_reported
+from simpletuner.base.parts import discard
+from simpletuner.runs.checkpoints import steps
+from simpletuner.runs.layout import RunDirectory
+from simpletuner.runs.queue import Queue
+from simpletuner.runs.status import find_runs, is_run
+
+_DELETED = re.compile(r"\..+\.[0-9a-f]{8}\.deleted")
+_IMAGES = frozenset((".png", ".jpg", ".jpeg", ".webp"))
+
+
+@dataclass(frozen=True)
+class RunContents:
+    """What goes with a run."""
+
+    bytes: int
+    """On the disk; what hard links share is counted once."""
+    files: int
+    checkpoints: int
+    images: int
+    has_result: bool
+    """Whether the finished LoRA or model is in it."""
+
+    @property
+    def text(self) -> str:
+        """The contents in words: "the finished LoRA, 3 checkpoints, 12 images and 40 other files"."""
+        counted = [(self.checkpoints, "checkpoint"), (self.images, "image"), (self.files, "file in all")]
+        plural = {"file in all": "files in all"}
+        words = ["the finished result"] if self.has_result else []
+        words += [f"{n} {one if n == 1 else plural.get(one, one + 's')}" for n, one in counted if n]
+        return ", ".join(words) or "no files"
+
+
+def contents_of(run: RunDirectory) -> RunContents:
+    """What lies in a run's directory. Links are not followed."""
+    sizes: dict[tuple[int, int], int] = {}
+    kinds: Counter[str] = Counter()
+    for entry in _files_below(run.root):
+        with contextlib.suppress(FileNotFoundError):  # a checkpoint that is pruned meanwhile
+            found = entry.stat(follow_symlinks=False)
+            sizes[found.st_dev, found.st_ino] = found.st_blocks * 512
+            kinds["image" if Path(entry.name).suffix.lower() in _IMAGES else "other"] += 1
+    has_result = run.lora.is_file() or run.model.is_dir()
+    return RunContents(sum(sizes.values()), kinds.total(), len(steps(run)), kinds["image"], has_result)
+
+
+def delete_run(run: RunDirectory, workspace: Path) -> RunContents:
+    """Delete a run's directory with all that is in it; returns what it was.
+
+    Links in it are removed, not followed; nothing outside is touched.
+
+    Raises:
+        CheckpointError: the run is going on, is starting, or waits in the queue of `workspace`.
+        ConfigError: the folder is no run, is a link, or holds another run or `workspace`.
+        DiskError: the directory or something in it cannot be removed. What remains is hidden, and is tried again when
+            a run beside it is deleted or the runs are listed.
+    """
+    check_deletable(run, workspace)
+    found = contents_of(run)
+    root = run.root.absolute()
+    doomed = root.with_name(f".{root.name}.{secrets.token_hex(4)}.deleted")
+    with run.starting_lock(), run.lock(), file_errors_reported(root, doing="delete"):
+        os.rename(root, doomed)
+        shutil.rmtree(doomed)
+    finish_deletions(root.parent, depth=0)
+    return found
+
+
+def check_deletable(run: RunDirectory, workspace: Path) -> None:
+    """Raise what `delete_run` raises where it would refuse."""
+    root = run.root
+    if root.is_symlink():
+        raise ConfigError.of(f"{root} is a link", "the folder itself", f"Name {root.resolve()}.")
+    if not (is_run(run) or (run.control.is_dir() and run.checkpoints.is_dir())):
+        raise ConfigError.of(f"{root}: no run is there", remedy="`simpletuner run list` lists the runs.")
+    if workspace.resolve().is_relative_to(root.resolve()):
+        raise ConfigError.of(f"{root} holds the folder that you work in", "a folder with nothing but a run")
+    nested = [other.root for below in root.iterdir() if below.is_dir() for other in find_runs(below)]
+    if nested:
+        raise ConfigError.of(f"{root} holds another run, {nested[0]}", "a folder with nothing but a run")
+    if run.lock().is_held() or run.starting_lock().is_held():
+        pid = run.lock().pid() or run.starting_lock().pid() or "unknown"
+        stop = command_text("simpletuner", "run", "stop", root, "--wait")
+        raise CheckpointError.of(f"{root} is in use by process {pid}", "a run that is at rest", f"`{stop}` ends it.")
+    queue = Queue.of(workspace)
+    for entry in queue.entries():
+        place = (queue.workspace / entry.output_dir).resolve()
+        if entry.state in ("waiting", "running") and entry.output_dir and place == root.resolve():
+            raise CheckpointError.of(
+                f"{root} is that of queue entry {entry.id}, which is {entry.state}",
+                remedy=f"`simpletuner run queue remove {entry.id}` takes it out.",
+            )
+
+
+def finish_deletions(folder: Path, depth: int = 3) -> None:
+    """Delete what killed deletions left in `folder` and at most `depth` folders down. What cannot be deleted stays."""
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            if not entry.is_dir(follow_symlinks=False):
+                continue
+            if _DELETED.fullmatch(entry.name):
+                discard(Path(entry.path))
+            elif depth and not is_run(RunDirectory(Path(entry.path))):
+                finish_deletions(Path(entry.path), depth - 1)
+
+
+def _files_below(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """All that is no folder below `folder`: files, links, pipes."""
+    with contextlib.suppress(FileNotFoundError):
+        for entry in list(os.scandir(folder)):
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files_below(Path(entry.path))
+            else:
+                yield entry
