@@ -21,14 +21,16 @@ ABANDONED_S = 3600
 
 
 @contextlib.contextmanager
-def locked_part(path: Path, *, is_folder: bool = False) -> Iterator[Path]:
+def locked_part(path: Path, *, is_folder: bool = False, mode: int = 0o777) -> Iterator[Path]:
     """An empty file or folder beside `path`, to be filled and renamed to it. Removed at the end if it was not renamed.
+
+    `mode` is a folder's, less what the process's mask takes away.
 
     Raises:
         OSError: it cannot be made.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    handle = _made_and_locked(part, is_folder)
+    handle = _made_and_locked(part, is_folder, mode)
     try:
         yield part
     finally:
@@ -56,10 +58,10 @@ def discard(path: Path) -> None:
         path.unlink()
 
 
-def _made_and_locked(part: Path, is_folder: bool) -> int:
+def _made_and_locked(part: Path, is_folder: bool, mode: int) -> int:
     while True:
         if is_folder:
-            part.mkdir(exist_ok=True)
+            part.mkdir(mode, exist_ok=True)
             handle = os.open(part, os.O_RDONLY | os.O_DIRECTORY)
         else:
             handle = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)

@@ -10,6 +10,7 @@ from simpletuner.base.files import file_errors_reported
 from simpletuner.config.flags import parse
 from simpletuner.config.load import Examined, Loaded, examine
 from simpletuner.flux2 import routes
+from simpletuner.server.reach import of_the_page
 
 
 def load_here(arguments: Sequence[str]) -> Loaded:
@@ -37,8 +38,9 @@ def examine_here(arguments: Sequence[str]) -> Examined:
 
         if example in EXAMPLES:
             materialise(example, Path("datasets") / example)
+    reach = of_the_page(os.environ)
     with file_errors_reported(Path(), ConfigError, doing="read"):
-        examined = examine(arguments, folder=Path(), environ=os.environ)
+        examined = examine(arguments, folder=Path(), environ=os.environ, rule=None if reach is None else reach.refusal)
     if examined.problems:
         return examined
     try:

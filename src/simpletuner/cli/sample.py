@@ -23,10 +23,11 @@ from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.precision import PrecisionOptions
 from simpletuner.config.options.validation import SIDE_MULTIPLE_PX, ValidationOptions
 from simpletuner.config.other_keys import LATER_OPTIONS, OTHER_OPTIONS, OtherKeys
-from simpletuner.config.paths import filled
+from simpletuner.config.paths import filled, is_local_model
 from simpletuner.config.rules import encoder_findings, precision_findings
 from simpletuner.config.values import kinds, shown
 from simpletuner.runs.layout import RunDirectory
+from simpletuner.server.reach import of_the_page
 
 _USAGE = """simpletuner sample --lora FILE[:STRENGTH] --prompt TEXT [--option value ...]
        simpletuner sample --run FOLDER --prompt TEXT [--option value ...]
@@ -230,14 +231,19 @@ def _from_config(path: Path, label: str) -> dict[str, Given]:
 def _filled_paths(checked: Checked, environ: Mapping[str, str]) -> dict[str, Any]:
     """Takes the paths out of `checked.valid` and gives them back with placeholders and `~` filled in."""
     paths: dict[str, Any] = {}
+    reach = of_the_page(environ)
     for name, kind in kinds(SampleConfig).items():
         if not (kind.is_path or kind.is_model) or name not in checked.valid:
             continue
         text = checked.valid.pop(name)
         try:
-            paths[name] = with_home(filled(text, {"model_family": "flux2"}, environ))
+            paths[name] = with_home(filled(text, {"model_family": "flux2"}, environ if reach is None else None))
         except ValueError as error:
             checked.problems[name] = Problem(f"{name} = {shown(text)}: {error}")
+            continue
+        if reach is not None and (kind.is_path or is_local_model(Path(), paths[name])):
+            refused = reach.refusal(name, paths[name])
+            checked.problems |= {} if refused is None else {name: refused}
     return paths
 
 

@@ -13,7 +13,7 @@ from simpletuner.config.given import Checked, Given, Known, check_givens, unalia
 from simpletuner.config.options.kinds import Slice
 from simpletuner.config.other_keys import OTHER_SET_KEYS, OTHER_STORE_KEYS
 from simpletuner.config.other_trainers import OUR_DATASETS, of_other_trainer, other_format
-from simpletuner.config.paths import filled, joined
+from simpletuner.config.paths import PathRule, filled, joined
 from simpletuner.config.run import OPTION_NAMES
 from simpletuner.config.values import join_names, kinds, nearest, no_effect, shown
 
@@ -43,7 +43,10 @@ class Surroundings:
     names: Mapping[str, str]
     """Placeholders: `model_family` and `output_dir`."""
 
-    environ: Mapping[str, str]
+    environ: Mapping[str, str] | None
+    """For `{env:NAME}`; None refuses those."""
+
+    rule: PathRule | None = None
 
 
 @dataclass
@@ -143,6 +146,11 @@ def _with_paths(checked: Checked, model: type[Slice], where: str, around: Surrou
                 values[key] = joined(around.folder, filled(text, names, around.environ))
             except ValueError as error:
                 checked.problems[key] = Problem(f"{where}{key} = {shown(text)}: {error}")
+                continue
+            refused = None if around.rule is None else around.rule(key, values[key])
+            if refused is not None:
+                # Its key stands in another file than the config.
+                checked.problems[key] = replace(refused, found=where + refused.found, key="")
     return values
 
 

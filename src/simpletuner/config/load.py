@@ -22,7 +22,7 @@ from simpletuner.config.other_trainers import (
     of_other_trainer,
     other_format,
 )
-from simpletuner.config.paths import filled, is_local_model, joined
+from simpletuner.config.paths import PathRule, filled, is_local_model, joined
 from simpletuner.config.prompts import load_prompts
 from simpletuner.config.rules import findings, notices
 from simpletuner.config.run import OPTION_NAMES, RunConfig
@@ -36,6 +36,8 @@ RUN = Known(
 )
 
 ENVIRONMENT_PREFIX = "SIMPLETUNER_"
+PAGE_ROOTS_VARIABLE = f"{ENVIRONMENT_PREFIX}PAGE_ROOTS"
+"""Set for the commands that the page starts, and no option: the folders that their configuration is held to."""
 CONFIG_NAMES = ("config.json", "config.toml")
 TEXT_NAMES = tuple(f"config{suffix}" for suffix in TEXT_FORMATS)
 """Configs that are recognized and not read, where there are no others."""
@@ -133,11 +135,19 @@ def load(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str]) 
     return examine(arguments, folder=folder, environ=environ).loaded()
 
 
-def examine(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str]) -> Examined:
-    """The same, with the problems told and not raised."""
+def examine(
+    arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str], rule: PathRule | None = None
+) -> Examined:
+    """The same, with the problems told and not raised.
+
+    `rule` is asked about every path before anything is read there; with one, `{env:NAME}` is refused.
+    """
     flags = parse(arguments)
     problems = list(flags.problems)
     config_file = _found(flags, folder, environ, problems)
+    if refused := _refusal(rule, "config", config_file):
+        problems.append(refused)
+        config_file = None
     checked = Checked()
     from_file = _from_file(config_file, folder, problems)
     if from_file is None:  # of another trainer: there is nothing beside it to be read
@@ -151,15 +161,19 @@ def examine(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str
     for source in sources:
         givens |= unaliased(source, RUN, checked)
     _let_the_flavour_win(givens, checked)
-    givens = _with_json_files(givens, folder, checked)
+    givens = _with_json_files(givens, folder, checked, rule)
     check_givens(givens, RUN, checked)
 
     flavour = FLAVOURS[checked.valid.get("model_flavour", DEFAULT_FLAVOUR)]
     config = RunConfig(**flavour.option_defaults | checked.valid)
-    config, names = _with_paths(config, givens, checked, folder, environ)
+    variables = environ if rule is None else None
+    config, names = _with_paths(config, givens, checked, Surroundings(folder, {}, variables, rule))
     datasets_file = _datasets_file(config, config_file)
-    listing = _datasets(config, datasets_file, checked, Surroundings(folder, names, environ), givens)
+    listing = _datasets(config, datasets_file, checked, Surroundings(folder, names, variables, rule), givens)
     prompts_file = _prompts_file(config, config_file, folder)
+    if refused := _refusal(rule, "user_prompt_library", prompts_file):
+        problems.append(refused)
+        prompts_file = None
     prompts, prompt_notices = _prompts(config, listing, prompts_file, folder, problems)
     found = {key: [replace(problem, key=key)] for key, problem in checked.problems.items()}
     for keys, problem in findings(config, listing.datasets):
@@ -290,7 +304,7 @@ def _from_file(path: Path | None, folder: Path, problems: list[Problem]) -> list
 
 
 def _from_environment(environ: Mapping[str, str]) -> list[tuple[str, Given]]:
-    names = sorted(name for name in environ if name.startswith(ENVIRONMENT_PREFIX))
+    names = sorted(name for name in environ if name.startswith(ENVIRONMENT_PREFIX) and name != PAGE_ROOTS_VARIABLE)
     return [
         (name.removeprefix(ENVIRONMENT_PREFIX).lower(), Given(environ[name], "environment", name)) for name in names
     ]
@@ -304,12 +318,25 @@ def _label(path: Path, folder: Path) -> str:
     return str(path)
 
 
-def _with_json_files(givens: dict[str, Given], folder: Path, checked: Checked) -> dict[str, Given]:
+def _refusal(rule: PathRule | None, key: str, path: Path | None) -> Problem | None:
+    """What `rule` says against reading `path`. The program's own examples may always be read."""
+    if rule is None or path is None or path.is_relative_to(EXAMPLES_FOLDER):
+        return None
+    return rule(key, str(path))
+
+
+def _with_json_files(
+    givens: dict[str, Given], folder: Path, checked: Checked, rule: PathRule | None
+) -> dict[str, Given]:
     """`givens`, with what a JSON-valued option's file holds in place of the file's name."""
     found = dict(givens)
     for key, kind in kinds(RunConfig).items():
         value = givens[key].value if key in givens else None
         if kind.is_json and isinstance(value, str) and value.endswith(".json"):
+            if refused := None if rule is None else rule(key, joined(folder, value)):
+                checked.problems[key] = _as_typed(refused, key, givens)
+                del found[key]
+                continue
             try:
                 content = read_document(Path(joined(folder, value)), f"{givens[key].spelled} = {shown(value)}")
                 found[key] = replace(givens[key], value=content)
@@ -350,9 +377,9 @@ def _flavour_notice(givens: Mapping[str, Given]) -> Iterator[str]:
 
 
 def _with_paths(
-    config: RunConfig, givens: Mapping[str, Given], checked: Checked, folder: Path, environ: Mapping[str, str]
+    config: RunConfig, givens: Mapping[str, Given], checked: Checked, around: Surroundings
 ) -> tuple[RunConfig, dict[str, str]]:
-    """The config with its paths filled in and joined to `folder`, and the datasets' placeholders."""
+    """The config with its paths filled in and joined to the folder, and the datasets' placeholders."""
     names: dict[str, str] = {"model_family": config.model_family}
     update: dict[str, Any] = {}
     # output_dir first: the others may refer to it.
@@ -363,15 +390,19 @@ def _with_paths(
         if not (kind.is_path or kind.is_model) or not text or (key, text) == ("resume_from_checkpoint", LATEST):
             continue
         try:
-            text = filled(text, names, environ)
+            text = filled(text, names, around.environ)
         except ValueError as error:
             spelled = givens[key].spelled if key in givens else key
             checked.problems[key] = Problem(f"{spelled} = {shown(text)}: {error}")
             continue
         if key == "output_dir":
             names["output_dir"] = text
-        if kind.is_path or is_local_model(folder, text):
-            update[key] = joined(folder, text)
+        if kind.is_path or is_local_model(around.folder, text):
+            update[key] = joined(around.folder, text)
+            refused = None if around.rule is None else around.rule(key, update[key])
+            if refused is not None:
+                checked.problems[key] = _as_typed(refused, key, givens)
+                update[key] = RunConfig.model_fields[key].default
     names.setdefault("output_dir", "output")
     return config.model_copy(update=update), names
 
@@ -389,6 +420,8 @@ def _datasets(
     if "data_backend_config" in checked.problems or path is None:
         return Listing()
     label = _label(path, around.folder)
+    if refused := _refusal(around.rule, "data_backend_config", path):
+        return Listing(problems=[refused])
     if _is_there(path):
         return read_datasets(path, label, around)
     if config.data_backend_config is not None:
@@ -426,4 +459,4 @@ def _as_typed(problem: Problem, key: str, givens: Mapping[str, Given]) -> Proble
     """`problem` with the option spelled as it was typed."""
     if key not in givens or not problem.found.startswith(key):
         return problem
-    return Problem(givens[key].spelled + problem.found.removeprefix(key), problem.expected, problem.remedy)
+    return replace(problem, found=givens[key].spelled + problem.found.removeprefix(key))

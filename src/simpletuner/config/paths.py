@@ -1,7 +1,7 @@
 """Paths as they are typed: placeholders, `~`, and where a relative one starts."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from simpletuner.base.errors import Problem
@@ -9,15 +9,18 @@ from simpletuner.base.files import with_home
 from simpletuner.base.text import is_visible, stray_characters
 from simpletuner.config.values import join_names, shown
 
+PathRule = Callable[[str, str], Problem | None]
+"""Says what is wrong with a path, placeholders and `~` resolved, as the value of an option or dataset key."""
+
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _SHELL_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))")
 
 
-def filled(text: str, names: Mapping[str, str], environ: Mapping[str, str]) -> str:
-    """`text` with `{name}` replaced from `names` and `{env:VAR}` from `environ`.
+def filled(text: str, names: Mapping[str, str], environ: Mapping[str, str] | None) -> str:
+    """`text` with `{name}` replaced from `names` and `{env:VAR}` from `environ`, or refused where that is None.
 
     Raises:
-        ValueError: a placeholder that is not known here, or a variable that is not set.
+        ValueError: a placeholder that is not known here, or a variable that is not set or may not be read.
     """
 
     def value(match: re.Match[str]) -> str:
@@ -27,6 +30,8 @@ def filled(text: str, names: Mapping[str, str], environ: Mapping[str, str]) -> s
         if not name.startswith("env:"):
             known = [f"{{{known}}}" for known in (*names, "env:NAME")]
             raise ValueError(f"placeholder {match[0]} is not one of {join_names(known)}")
+        if environ is None:
+            raise ValueError(f"{match[0]} is not filled in for the page: write the path itself")
         variable = name.removeprefix("env:")
         if variable not in environ:
             raise ValueError(f"the environment variable {variable} is not set")
@@ -46,7 +51,7 @@ def joined(folder: Path, text: str) -> str:
 
 def is_local_model(folder: Path, text: str) -> bool:
     """Whether a model's name is a path and not a Hub id: it looks like a path, or something is there."""
-    looks_like_a_path = text.startswith(("/", "./", "../", "~")) or text.endswith(".safetensors")
+    looks_like_a_path = text.startswith(("/", "./", "~")) or text.endswith(".safetensors") or ".." in text.split("/")
     return looks_like_a_path or (folder / text).exists()
 
 

@@ -44,7 +44,7 @@ class Compression(GZipMiddleware):
 
 def create_app(roots: Roots, access: Access | None = None) -> FastAPI:
     """The application over the files below `roots`, for whom `access` lets in: by default this machine alone."""
-    shell = Shell(roots.workspace)
+    shell = Shell(roots.workspace, roots.others)
     jobs = Jobs(shell)
 
     @contextlib.asynccontextmanager

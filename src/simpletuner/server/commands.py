@@ -7,10 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from simpletuner.config.run import RunConfig
 from simpletuner.config.values import kinds, nearest
-from simpletuner.server.environments import NAME_OR_NONE, existing, selecting
+from simpletuner.server.environments import NAME_OR_NONE, selecting
 from simpletuner.server.faults import Fault
 from simpletuner.server.roots import Roots
-from simpletuner.server.runs import output_folder
 from simpletuner.server.shell import Finished, problems_told
 
 LONGEST_TEXT = 4096
@@ -33,17 +32,15 @@ def train_arguments(roots: Roots, wanted: ToTrain) -> list[str]:
     """What follows `simpletuner train`.
 
     Raises:
-        Fault: 422, not exactly one of environment and example, an option that is none; 404, no such environment; 403,
-            a path outside the roots.
+        Fault: 422, not exactly one of environment and example, an option that is none; 404, no such environment. What
+            the paths among the options may be is for the command to say, which resolves them: see `reach`.
     """
     if (wanted.environment is None) == (wanted.example is None):
         raise Fault.of(422, "what to train is not said", "an environment or an example")
     known = kinds(RunConfig)
     arguments = [f"--example={wanted.example}"]
-    output_dir: object = None
     if wanted.environment is not None:
         arguments = selecting(roots, wanted.environment)
-        output_dir = existing(roots, wanted.environment).values().get("output_dir")
     for name, value in wanted.options.items():
         if name not in known:
             near = nearest(name, known)
@@ -51,18 +48,8 @@ def train_arguments(roots: Roots, wanted: ToTrain) -> list[str]:
         text = str(value).lower() if isinstance(value, bool) else str(value)
         if "\0" in text or len(text) > LONGEST_TEXT:
             raise Fault.of(422, f"{name} cannot be given to a command", f"a text of at most {LONGEST_TEXT} characters")
-        if known[name].is_path or known[name].is_model:
-            _check_inside(roots, text)
         arguments.append(f"--{name}={text}")
-    if isinstance(output_dir, str) and "output_dir" not in wanted.options:
-        _check_inside(roots, output_dir)
     return arguments
-
-
-def _check_inside(roots: Roots, text: str) -> None:
-    """Refuse a path outside the roots. One that a variable of the environment completes is the user's own affair."""
-    if text and "{" not in text:
-        output_folder(roots, text)
 
 
 def printed(finished: Finished) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from simpletuner.server.pictures import Thumbnails
 from simpletuner.server.roots import Roots
 from simpletuner.server.runs import Glances
 from simpletuner.server.series import Indexes
-from simpletuner.server.shell import Shell
+from simpletuner.server.shell import SharedWork, Shell
 from simpletuner.server.stream import Streams
 from simpletuner.server.verdicts import Verdicts
 from simpletuner.server.work import Jobs
@@ -31,6 +31,8 @@ class Context:
     """Held by each check of a draft while it runs."""
     planning: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     """Held by a memory plan, which brings torch."""
+    drafts: SharedWork = field(default_factory=SharedWork)
+    """The checks and plans of drafts: the same one that is asked for twice at a time is made once."""
     thumbnails: Thumbnails = field(default_factory=Thumbnails)
     """The last small pictures."""
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)

@@ -1,12 +1,17 @@
 """A draft that the shell is to judge: written to a temporary folder, of which no answer tells."""
 
-from collections.abc import Mapping
+import contextlib
+import secrets
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from simpletuner.base.errors import ConfigError
+from simpletuner.base.errors import ConfigError, Problem
+from simpletuner.base.parts import locked_part, sweep_parts
 from simpletuner.config.documents import read_document
 from simpletuner.server.documents import encoded, read_text
 from simpletuner.server.environments import (
@@ -16,11 +21,14 @@ from simpletuner.server.environments import (
     REFERENCES,
     DocumentName,
     Environment,
+    document_place,
     named_by,
     options_in,
 )
-from simpletuner.server.faults import ProblemAnswer
+from simpletuner.server.faults import Fault, ProblemAnswer
 from simpletuner.server.shell import Finished
+
+_FOLDER_NAME = "simpletuner-draft-"
 
 
 class Draft(BaseModel):
@@ -47,6 +55,8 @@ class Drafted:
     """Options that stand in the draft and were given as flags, to lead to it."""
     names: Mapping[DocumentName, str]
     """How each is called in the temporary folder."""
+    problems: tuple[Problem, ...]
+    """What is wrong with the paths that the flags replace."""
 
     def document_of(self, problem: ProblemAnswer) -> DocumentName:
         """Which document a message is about: the one that it names first, else the config."""
@@ -68,6 +78,16 @@ def without_traces(finished: Finished, written: Drafted) -> Finished:
     return replace(finished, out=written.cleaned(finished.out), err=written.cleaned(finished.err))
 
 
+@contextlib.contextmanager
+def draft_folder() -> Iterator[Path]:
+    """A folder for a draft that others may not enter, removed at the end. Those that a killed server left are removed
+    first."""
+    folder = Path(tempfile.gettempdir()).resolve()
+    sweep_parts(folder, f".{_FOLDER_NAME}{'[0-9a-f]' * 16}.*.part")
+    with locked_part(folder / f"{_FOLDER_NAME}{secrets.token_hex(8)}", is_folder=True, mode=0o700) as made:
+        yield made
+
+
 def drafted(draft: Draft, environment: Environment, folder: Path) -> Drafted:
     """Write a draft to `folder`.
 
@@ -81,11 +101,13 @@ def drafted(draft: Draft, environment: Environment, folder: Path) -> Drafted:
     }
     (folder / own.name).write_bytes(encoded(draft.config))
     try:
-        named = named_by(options_in(read_document(folder / own.name, own.name)))
+        values = options_in(read_document(folder / own.name, own.name))
     except (ConfigError, ValueError, RecursionError):
-        named = {}
+        values = {}
+    named = named_by(values)
     shown: dict[DocumentName, str] = {"config": environment.roots.shown(own)}
     flags, overridden = [f"--config={folder / own.name}"], []
+    problems: list[Problem] = []
     texts: dict[DocumentName, str | None] = {"datasets": draft.datasets, "prompts": draft.prompts}
     for document, text in texts.items():
         beside = own.with_name(FILE_NAMES[document])
@@ -96,9 +118,22 @@ def drafted(draft: Draft, environment: Environment, folder: Path) -> Drafted:
             if document in named:
                 flags.append(f"--{REFERENCES[document]}={path}")
                 overridden.append(REFERENCES[document])
+                problems += _refusals(environment, values, document)
         elif document not in named:
-            environment.roots.resolve(str(beside))
+            environment.roots.resolve_named(REFERENCES[document], str(beside))
             there, _ = read_text(beside)
             if there is not None:
                 path.write_text(there, encoding="utf-8")
-    return Drafted(tuple(flags), folder, shown, tuple(overridden), names)
+    return Drafted(tuple(flags), folder, shown, tuple(overridden), names, tuple(problems))
+
+
+def _refusals(environment: Environment, values: dict[str, Any], document: DocumentName) -> list[Problem]:
+    """What is wrong with the path that a draft's config names for a document."""
+    key = REFERENCES[document]
+    try:
+        refused = environment.roots.refusal(
+            key, str(document_place(environment.roots, values, document, environment.config))
+        )
+    except Fault as fault:
+        return [replace(problem, key=key) for problem in fault.problems]
+    return [] if refused is None else [refused]

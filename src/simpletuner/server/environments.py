@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args
 from simpletuner.base.errors import ConfigError
 from simpletuner.config.documents import read_document
 from simpletuner.config.load import CONFIG_NAMES, DATASETS_NAME, EXAMPLES_FOLDER, PROMPTS_NAME
+from simpletuner.config.paths import filled, joined
+from simpletuner.config.run import RunConfig
 from simpletuner.server.documents import LARGEST_DOCUMENT, permissions_are_reported, read_text, write_bytes
 from simpletuner.server.faults import Fault
 from simpletuner.server.roots import Roots
@@ -25,6 +27,8 @@ DocumentName = Literal["config", "datasets", "prompts"]
 DOCUMENTS: tuple[DocumentName, ...] = get_args(DocumentName)
 REFERENCES = {"datasets": "data_backend_config", "prompts": "user_prompt_library"}
 """The option that names another file for a document."""
+PATH_KEYS = {"config": "config", **REFERENCES}
+"""The option, or flag, whose paths a document's are."""
 FILE_NAMES = {"datasets": DATASETS_NAME, "prompts": PROMPTS_NAME}
 KNOWN_FILES = (*CONFIG_NAMES, DATASETS_NAME, PROMPTS_NAME)
 """What an environment's folder holds of it."""
@@ -71,18 +75,13 @@ class Environment:
         """Where a document lies as the shell would look for it, links not followed.
 
         Raises:
-            Fault: 403, the config names a place outside the roots.
+            Fault: 403 or 422, the config names a place that the page may not write: see `reach`.
         """
         path = self.config
         if document != "config":
-            named = self.references().get(document)
-            path = path.with_name(FILE_NAMES[document]) if named is None else self.roots.workspace / named
-        self.roots.resolve(str(path))
+            path = document_place(self.roots, self.values(), document, path)
+        self.roots.resolve_named(PATH_KEYS[document], str(path))
         return path
-
-    def references(self) -> dict[DocumentName, str]:
-        """What the config names for datasets and prompts, where it does."""
-        return named_by(self.values())
 
     def values(self) -> dict[str, Any]:
         """The config's keys without their dashes; none where it cannot be read."""
@@ -98,13 +97,33 @@ def options_in(value: object) -> dict[str, Any]:
 
 
 def named_by(values: dict[str, Any]) -> dict[DocumentName, str]:
-    """Which of `datasets` and `prompts` these options name a file for. Placeholders are the shell's to fill in."""
+    """Which of `datasets` and `prompts` these options name a file for, as typed."""
     found: dict[DocumentName, str] = {}
     for document in ("datasets", "prompts"):
         named = values.get(REFERENCES[document])
-        if isinstance(named, str) and named and "{" not in named and "\0" not in named:
-            found[document] = os.path.expanduser(named)
+        if isinstance(named, str) and named:
+            found[document] = named
     return found
+
+
+def document_place(roots: Roots, values: dict[str, Any], document: DocumentName, config: Path) -> Path:
+    """Where the datasets or prompts lie that a config with these options names, or else has beside it.
+
+    Raises:
+        Fault: 422, a placeholder that cannot be filled in here.
+    """
+    named = named_by(values).get(document)
+    if named is None:
+        return config.with_name(FILE_NAMES[document])
+    family = str(values.get("model_family", RunConfig.model_fields["model_family"].default))
+    names = {"model_family": family}
+    try:
+        output_dir = values.get("output_dir", RunConfig.model_fields["output_dir"].default)
+        if "{output_dir}" in named:
+            names["output_dir"] = filled(str(output_dir), names, None)
+        return Path(joined(roots.workspace, filled(named, names, None)))
+    except (ValueError, ConfigError) as error:
+        raise Fault.of(422, f"{REFERENCES[document]} = {named!r}: {error}") from None
 
 
 def environments(roots: Roots) -> list[Environment]:

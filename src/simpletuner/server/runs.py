@@ -71,7 +71,9 @@ def run_at(roots: Roots, text: str) -> RunDirectory:
         Fault: 403, it lies outside the roots; 404, no run is there; 422, it is no path.
     """
     run = RunDirectory(roots.resolve(text))
-    if not (is_run(run) or run.control.is_dir()):
+    # Reading a pipe would wait for whoever writes to it.
+    is_pipe = run.events.exists() and not run.events.is_file()
+    if is_pipe or not (is_run(run) or run.control.is_dir()):
         raise Fault.of(404, f"{text}: no run is there", "a folder with events.jsonl")
     return run
 
@@ -80,9 +82,9 @@ def part_of(roots: Roots, run: RunDirectory, path: Path) -> Path:
     """The real path of a file of the run.
 
     Raises:
-        Fault: 403, a link or .. leads out of the run; 422, it is no path.
+        Fault: 403, a link or .. leads out of the run, or it is hidden; 422, it is no path.
     """
-    fault = Fault.of(403, f"{path.name} lies outside the run")
+    fault = Fault.of(403, f"{path.name} lies outside the run, or is hidden")
     try:
         real = roots.resolve(str(path))
     except Fault as refused:
@@ -96,10 +98,15 @@ def found_runs(roots: Roots) -> list[RunDirectory]:
     """The runs below `output` and those of the environments, each once."""
     below: list[RunDirectory] = []
     with contextlib.suppress(Fault):
-        below = [run for run in find_runs(roots.resolve(OUTPUT), DEPTH) if roots.holds(run.root)]
+        output = roots.resolve(OUTPUT)
+        below = [run for run in find_runs(output, DEPTH) if not _is_hidden(run.root.relative_to(output))]
     named = [RunDirectory(path) for path, _ in output_folders(roots)]
     # No link leads to those below a real folder; the others are resolved.
     return list(dict.fromkeys([*below, *(run for run in named if is_run(run))]))
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(name.startswith(".") for name in path.parts)
 
 
 def output_folders(roots: Roots) -> Iterator[tuple[Path, str]]:
@@ -119,7 +126,7 @@ def output_folder(roots: Roots, text: str) -> Path:
         Fault: it lies outside the roots, is no path, or takes a variable of the environment: those may be secret.
     """
     try:
-        return roots.resolve(filled(text, {"model_family": "flux2"}, {}))
+        return roots.resolve(filled(text, {"model_family": "flux2"}, None))
     except ValueError as error:
         raise Fault.of(422, f"output_dir = {text!r}: {error}") from None
 

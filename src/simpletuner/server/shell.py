@@ -6,16 +6,19 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 
 from simpletuner.base.errors import Problem
 from simpletuner.server.faults import ClientGone
+from simpletuner.server.reach import Reach
 
+COMMANDS_AT_ONCE = 4
+"""Short commands, besides checks, plans and jobs, which have turns of their own."""
 GONE_EVERY_S = 0.25
 """How often a waiting request looks whether its client is still there."""
 
@@ -35,41 +38,96 @@ class Finished:
 
 @dataclass(frozen=True)
 class Shell:
-    """Runs `simpletuner WORD …` in the workspace."""
+    """Runs `simpletuner WORD …` in the workspace; the configuration it reads is held to the page's folders."""
 
     workspace: Path
+    others: tuple[Path, ...] = ()
+    """The other roots."""
+    turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(COMMANDS_AT_ONCE))
+    """Of commands that have none of their own."""
 
     def command(self, arguments: Sequence[str]) -> list[str]:
         """The whole command line."""
         return [sys.executable, "-P", "-m", "simpletuner", *arguments]
 
-    async def start(self, *arguments: str) -> asyncio.subprocess.Process:
+    async def start(self, *arguments: str, also: Sequence[Path] = ()) -> asyncio.subprocess.Process:
         """Start a command; its output comes through pipes. It leads a process group of its own, so that what it
-        starts can be ended with it, and a Ctrl-C in the server's terminal reaches the server alone."""
+        starts can be ended with it, and a Ctrl-C in the server's terminal reaches the server alone.
+
+        It has the server's environment, for the tokens and settings of the libraries that train; of these its
+        configuration sees the options `SIMPLETUNER_*` alone. That may name paths in the folders `also` too.
+        """
+        reach = Reach(self.workspace, self.others)
         return await asyncio.create_subprocess_exec(
             *self.command(arguments),
             cwd=self.workspace,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
+            env={**os.environ, **reach.variable(*also), "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             process_group=0,
         )
 
-    async def in_turn(self, turns: asyncio.Semaphore, *arguments: str) -> Finished:
-        """The same as `run`, once it is this command's turn."""
-        async with turns:
-            return await self.run(*arguments)
+    async def run(
+        self,
+        *arguments: str,
+        also: Sequence[Path] = (),
+        turns: asyncio.Semaphore | None = None,
+        request: Request | None = None,
+    ) -> Finished:
+        """Run a command to its end, once it is its turn. Ends it where the caller is cancelled.
 
-    async def run(self, *arguments: str) -> Finished:
-        """Run a command to its end. Ends it where the caller is cancelled."""
-        process = await self.start(*arguments)
-        try:
-            out, err = await process.communicate()
-        finally:
-            await end(process)
+        Raises:
+            ClientGone: the client of `request` went away before its turn came.
+        """
+        async with _turn(turns or self.turns, request):
+            process = await self.start(*arguments, also=also)
+            try:
+                out, err = await process.communicate()
+            finally:
+                await end(process)
         assert process.returncode is not None
         return Finished(process.returncode, out.decode(errors="replace"), err.decode(errors="replace"))
+
+
+@contextlib.asynccontextmanager
+async def _turn(turns: asyncio.Semaphore, request: Request | None) -> AsyncIterator[None]:
+    """One of `turns`, in the order in which they are asked for.
+
+    Raises:
+        ClientGone: the client of `request` went away while it waited.
+    """
+    waiting = asyncio.ensure_future(turns.acquire())
+    try:
+        while not (await asyncio.wait({waiting}, timeout=GONE_EVERY_S))[0]:
+            if request is not None and await request.is_disconnected():
+                raise ClientGone
+        yield
+    finally:
+        if not waiting.cancel():
+            turns.release()
+
+
+class SharedWork:
+    """Work that is done once for all who ask for it while it is done; it ends when the last of them goes away."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, asyncio.Task[Any]] = {}
+        self._askers: dict[str, int] = {}
+
+    async def of(self, key: str, begin: Callable[[], Coroutine[Any, Any, Answer]]) -> Answer:
+        """What `begin` gives, or the work of this key that is being done."""
+        task: asyncio.Task[Answer] = self._tasks.get(key) or asyncio.ensure_future(begin())
+        self._tasks[key] = task
+        self._askers[key] = self._askers.get(key, 0) + 1
+        try:
+            return await asyncio.shield(task)
+        finally:
+            self._askers[key] -= 1
+            if not self._askers[key]:
+                del self._askers[key], self._tasks[key]
+                task.cancel()
+                await asyncio.wait({task})
 
 
 async def end(process: asyncio.subprocess.Process, patience_s: float = 0.0) -> None:

@@ -1,6 +1,7 @@
 """A server over a workspace of its own."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,15 +31,14 @@ def client(workspace: Path) -> Iterator[TestClient]:
 
 @pytest.fixture
 def environment(workspace: Path, pictures: Path) -> str:
-    """An environment that the shell accepts, with the six pictures of every test."""
+    """An environment that the shell accepts, with the six pictures of every test in `pictures`."""
+    shutil.copytree(pictures, workspace / "pictures")
     folder = workspace / "config" / "mine"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(
         json.dumps({"model_flavour": "tiny", "output_dir": "output/mine", "max_train_steps": 3, "lora_rank": 4})
     )
     (folder / "multidatabackend.json").write_text(
-        json.dumps(
-            [{"id": "set", "instance_data_dir": str(pictures), "resolution": 128, "caption_strategy": "textfile"}]
-        )
+        json.dumps([{"id": "set", "instance_data_dir": "pictures", "resolution": 128, "caption_strategy": "textfile"}])
     )
     return "mine"

@@ -194,6 +194,15 @@ def attacked(client: TestClient, workspace: Path, outside: Path) -> TestClient:
     (run / "config.json").write_text("{}")
     (workspace / "link").symlink_to(outside)
     (workspace / "link.png").symlink_to(outside / "one.png")
+    for hidden in (".git", ".simpletuner/queue", "inner/.hidden", "output/mine/.hidden"):
+        (workspace / hidden).mkdir(parents=True)
+        for name in ("one.png", "one.txt", "config.json", "events.jsonl"):
+            (workspace / hidden / name).write_text(SECRET)
+    (workspace / "visible").symlink_to(".git")
+    for pipe in ("pipe.png", "pipe.safetensors", "output/mine/pipe.json"):
+        os.mkfifo(workspace / pipe)
+    (workspace / "piped" / "control").mkdir(parents=True)
+    os.mkfifo(workspace / "piped" / "events.jsonl")
     (run / "link").symlink_to(outside)
     return client
 
@@ -230,6 +239,21 @@ def test_no_path_leads_out(
         "link/one.png",
         "link.png",
         "output/mine/link",
+        ".git",
+        ".git/one.png",
+        ".simpletuner/queue",
+        ".simpletuner/queue/config.json",
+        "inner/.hidden",
+        "inner/.hidden/one.png",
+        "inner/../.git/one.png",
+        "output/mine/.hidden",
+        "output/mine/.hidden/config.json",
+        "visible",
+        "visible/one.png",
+        "pipe.png",
+        "pipe.safetensors",
+        "output/mine/pipe.json",
+        "pipe.json",
         "one.png\0.txt",
         "\0",
         "a" * 300,
@@ -366,3 +390,8 @@ def test_a_link_made_after_the_start_is_not_followed(attacked: TestClient, works
     os.symlink(outside, workspace / "inner" / "late")
     assert attacked.get("/api/folders", params={"path": "inner/late"}).status_code == 403
     assert attacked.get("/api/folders", params={"path": "inner"}).json()["folders"] == []
+
+
+@pytest.mark.parametrize("operation", [one for one in OPERATIONS if ("run", "query") in one.parameters], ids=str)
+def test_a_pipe_in_the_place_of_a_runs_events_is_no_run(attacked: TestClient, operation: Operation) -> None:
+    assert operation.send(attacked, at="run", value="piped").status_code in (404, 422)

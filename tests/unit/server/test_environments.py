@@ -229,13 +229,13 @@ def test_problems_say_where_they_belong(client: TestClient, environment: str) ->
 
 
 def test_a_draft_of_datasets_elsewhere_is_checked_in_its_place(
-    client: TestClient, environment: str, workspace: Path, pictures: Path
+    client: TestClient, environment: str, workspace: Path
 ) -> None:
     (workspace / "sets.json").write_text("no JSON")
     config = json.dumps(CONFIG | {"data_backend_config": "sets.json"})
     as_it_is = client.post("/api/check", json={"name": environment, "config": config}).json()
     assert [problem["document"] for problem in as_it_is["problems"]] == ["datasets"]
-    sets = json.dumps([{"id": "set", "instance_data_dir": str(pictures), "resolution": 128}])
+    sets = json.dumps([{"id": "set", "instance_data_dir": "pictures", "resolution": 128}])
     found = client.post("/api/check", json={"name": environment, "config": config, "datasets": sets}).json()
     assert found["problems"] == []
     assert found["values"]["data_backend_config"] == "sets.json"

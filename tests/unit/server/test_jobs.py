@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from simpletuner.config.load import PAGE_ROOTS_VARIABLE
 from simpletuner.server.faults import Fault
 from simpletuner.server.shell import Finished, Shell, problems_told
 from simpletuner.server.work import LINES_KEPT, RUNNING_AT_MOST, Jobs
@@ -157,4 +158,5 @@ def test_problems_are_read_from_what_people_see() -> None:
 
 def test_a_command_gets_no_more_environment_than_the_server(tmp_path: Path) -> None:
     job = followed(tmp_path, "import json, os; print(json.dumps(sorted(os.environ)))")
-    assert set(job.result) - set(os.environ) <= {"PYTHONUNBUFFERED", "PYTHONIOENCODING", "LC_CTYPE"}
+    told = {PAGE_ROOTS_VARIABLE, "PYTHONUNBUFFERED", "PYTHONIOENCODING", "LC_CTYPE"}
+    assert set(job.result) - set(os.environ) <= told

@@ -3,8 +3,6 @@
 import asyncio
 import datetime
 import json
-import tempfile
-from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 from fastapi import APIRouter, Query, Request, Response
@@ -17,7 +15,7 @@ from simpletuner.server import environments as files
 from simpletuner.server.body import read_body
 from simpletuner.server.context import Context, InContext
 from simpletuner.server.documents import read_text, write_text
-from simpletuner.server.drafts import Draft, drafted, without_traces
+from simpletuner.server.drafts import Draft, draft_folder, drafted, without_traces
 from simpletuner.server.environments import NAME, NAME_OR_NONE, DocumentName, Environment, existing
 from simpletuner.server.faults import Fault, ProblemAnswer, answered
 from simpletuner.server.shell import problems_told, while_there
@@ -210,11 +208,16 @@ async def imported(name: Name, request: Request, here: InContext) -> Environment
 @router.post("/check")
 async def check(draft: Draft, request: Request, here: InContext) -> Check:
     """Every problem of a draft, by the same rules as the shell."""
+    return await while_there(request, here.drafts.of(f"check {draft!r}", lambda: _checked(draft, here)))
+
+
+async def _checked(draft: Draft, here: Context) -> Check:
     environment = Environment(here.roots, draft.name)
-    with tempfile.TemporaryDirectory(prefix="simpletuner-draft-", ignore_cleanup_errors=True) as folder:
-        written = drafted(draft, environment, Path(folder).resolve())
-        work = here.shell.in_turn(here.checking, "config", "check", "--json", *written.flags)
-        finished = await while_there(request, work)
+    with draft_folder() as folder:
+        written = drafted(draft, environment, folder)
+        finished = await here.shell.run(
+            "config", "check", "--json", *written.flags, also=(folder,), turns=here.checking
+        )
     out = without_traces(finished, written)
     told = _object(out.out)
     if told is None:
@@ -222,7 +225,10 @@ async def check(draft: Draft, request: Request, here: InContext) -> Check:
             raise Fault.of(500, "the check gave no answer that can be read")
         told = {"problems": [answered(problem).model_dump() for problem in problems_told(out)]}
     found = Check(
-        problems=[ProblemAnswer.model_validate(problem) for problem in told.get("problems", [])],
+        problems=[
+            *map(answered, written.problems),
+            *(ProblemAnswer.model_validate(problem) for problem in told.get("problems", [])),
+        ],
         notices=told.get("notices", []),
         values=told.get("values", {}),
         origins=told.get("origins", {}),
@@ -238,15 +244,20 @@ async def check(draft: Draft, request: Request, here: InContext) -> Check:
 @router.post("/plan")
 async def plan(draft: PlanRequest, request: Request, here: InContext) -> dict[str, Any]:
     """What `simpletuner plan --json` says of a draft; 422 where it cannot be planned."""
+    return await while_there(request, here.drafts.of(f"plan {draft!r}", lambda: _planned(draft, here)))
+
+
+async def _planned(draft: PlanRequest, here: Context) -> dict[str, Any]:
     environment = Environment(here.roots, draft.name)
     sizes = [
         *([] if draft.vram_gib is None else [f"--vram={draft.vram_gib:.10f}"]),
         *([] if draft.ram_gib is None else [f"--ram={draft.ram_gib:.10f}"]),
     ]
-    with tempfile.TemporaryDirectory(prefix="simpletuner-draft-", ignore_cleanup_errors=True) as folder:
-        written = drafted(draft, environment, Path(folder).resolve())
-        work = here.shell.in_turn(here.planning, "plan", "--json", *sizes, *written.flags)
-        finished = await while_there(request, work)
+    with draft_folder() as folder:
+        written = drafted(draft, environment, folder)
+        if written.problems:
+            raise Fault(422, *written.problems)
+        finished = await here.shell.run("plan", "--json", *sizes, *written.flags, also=(folder,), turns=here.planning)
     out = without_traces(finished, written)
     told = _object(out.out)
     if out.exit_code in (0, MemoryBudgetError.exit_code) and told is not None:
@@ -309,7 +320,10 @@ def _document(environment: Environment, document: DocumentName) -> Document:
     try:
         path = environment.document(document)
     except Fault:
-        # The config names a file outside the roots: the rest can still be edited, and writing it says why not.
-        return Document(path=environment.references()[document], text=None, revision="")
+        # The config names a file that the page may not read: the rest can still be edited, and writing it says why not.
+        named = files.named_by(environment.values()).get(document) or environment.roots.shown(
+            environment.config.with_name(files.FILE_NAMES[document])
+        )
+        return Document(path=named, text=None, revision="")
     text, revision = read_text(path)
     return Document(path=environment.roots.shown(path), text=text, revision=revision)

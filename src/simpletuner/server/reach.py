@@ -1,0 +1,170 @@
+"""Which paths the page may read, write, show or start: one rule for requests, configurations and lists of datasets.
+
+A path is resolved first, placeholders and links included. Then it lies in the workspace or in a root, no name below
+that root begins with a dot, and it is of the kind that its key takes. A configuration that the page hands to a command
+is held against the rule by that command, where its paths are resolved: see `of_the_page`.
+"""
+
+import json
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from simpletuner.base.errors import ConfigError, Problem
+from simpletuner.config.load import CONFIG_NAMES, PAGE_ROOTS_VARIABLE
+from simpletuner.config.values import shown
+from simpletuner.runs.layout import RunDirectory
+from simpletuner.runs.queue import QUEUE_FOLDER
+
+
+class PathKind(Enum):
+    """What lies at a path, in the words of a message."""
+
+    DOCUMENT = "a .json or .toml file that is no record of a run"
+    FOLDER = "a folder"
+    RUN = "a run's folder, or one without a configuration in it"
+    ADAPTER = "a .safetensors file, or a folder with one"
+    MODEL = "a folder with a model, or a .safetensors file"
+
+
+class PathUse(NamedTuple):
+    """What a path is, and what is done there."""
+
+    kind: PathKind
+    use: Literal["read", "write", "start"]
+
+
+PATHS = {
+    # Of a configuration.
+    "config": PathUse(PathKind.DOCUMENT, "write"),
+    "data_backend_config": PathUse(PathKind.DOCUMENT, "write"),
+    "user_prompt_library": PathUse(PathKind.DOCUMENT, "write"),
+    "optimizer_config": PathUse(PathKind.DOCUMENT, "read"),
+    "peft_lora_target_modules": PathUse(PathKind.DOCUMENT, "read"),
+    "tread_config": PathUse(PathKind.DOCUMENT, "read"),
+    "output_dir": PathUse(PathKind.RUN, "start"),
+    "resume_from_checkpoint": PathUse(PathKind.FOLDER, "read"),
+    "init_lora": PathUse(PathKind.ADAPTER, "read"),
+    "pretrained_model_name_or_path": PathUse(PathKind.MODEL, "read"),
+    "pretrained_transformer_model_name_or_path": PathUse(PathKind.MODEL, "read"),
+    "pretrained_vae_model_name_or_path": PathUse(PathKind.MODEL, "read"),
+    "pretrained_text_encoder_model_name_or_path": PathUse(PathKind.MODEL, "read"),
+    "base_model_cache_dir": PathUse(PathKind.FOLDER, "write"),
+    "cache_dir": PathUse(PathKind.FOLDER, "write"),  # also a text store's
+    "group_offload_to_disk_path": PathUse(PathKind.FOLDER, "write"),
+    # Of an entry in a list of datasets.
+    "instance_data_dir": PathUse(PathKind.FOLDER, "read"),
+    "cache_dir_vae": PathUse(PathKind.FOLDER, "write"),
+    # Of `simpletuner sample`.
+    "run": PathUse(PathKind.FOLDER, "read"),
+    "out": PathUse(PathKind.FOLDER, "write"),
+    "lora": PathUse(PathKind.ADAPTER, "read"),
+}
+"""Every option, dataset key and flag that names a path. A JSON value may stand in a file, which is then such a path."""
+
+
+class OutOfReach(ConfigError):
+    """A path outside the folders of the page, or a hidden one."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The workspace, where relative paths start, and the other roots: real paths."""
+
+    workspace: Path
+    others: tuple[Path, ...] = ()
+
+    @property
+    def all(self) -> tuple[Path, ...]:
+        return (self.workspace, *self.others)
+
+    def holds(self, path: Path) -> bool:
+        """Whether a real path, its links followed, lies below a root."""
+        return any(path.is_relative_to(root) for root in self.all)
+
+    def real(self, text: str, label: str = "") -> Path:
+        """The real path that `text` stands for; it need not be there. A message calls it `label`, or what it is.
+
+        Raises:
+            OutOfReach: it lies outside, is hidden, or belongs to the queue.
+            ConfigError: it is no path.
+        """
+        label = label or text
+        if not text or "\0" in text:
+            raise ConfigError.of(f"{text!r} is no path")
+        try:
+            path = (self.workspace / Path(text).expanduser()).resolve()
+            path.exists()  # raises where the system takes no such name
+        except (OSError, RuntimeError, ValueError):
+            raise ConfigError.of(f"{text!r} cannot be followed") from None
+        below = [path.relative_to(root).parts for root in self.all if path.is_relative_to(root)]
+        if not below:
+            raise OutOfReach.of(
+                f"{label} lies outside the folders of this page",
+                remedy="Start the server with --root FOLDER to add one.",
+            )
+        is_state = path.is_relative_to(self.workspace / QUEUE_FOLDER.parent)
+        if is_state or all(any(name.startswith(".") for name in names) for names in below):
+            raise OutOfReach.of(f"{label} is hidden", "a path without a name that begins with a dot")
+        return path
+
+    def named(self, key: str, text: str, label: str = "") -> Path:
+        """The real path that the option or dataset key `key` names, of the kind that the key takes where it is there.
+
+        Raises:
+            OutOfReach: as `real`.
+            ConfigError: it is no path, or something of another kind.
+        """
+        path = self.real(text, label)
+        if not self._is_a(PATHS[key].kind, path):
+            raise ConfigError.of(label or text, PATHS[key].kind.value)
+        return path
+
+    def refusal(self, key: str, text: str) -> Problem | None:
+        """What is wrong with `text` as the value of `key`, for `simpletuner.config.load.examine`."""
+        try:
+            self.named(key, text, f"{key} = {shown(text)}")
+        except ConfigError as error:
+            return replace(error.problems[0], key=key)
+        return None
+
+    def variable(self, *more: Path) -> dict[str, str]:
+        """The environment variable that holds a command's configuration to these roots and to `more`."""
+        return {PAGE_ROOTS_VARIABLE: json.dumps([str(root) for root in (*self.all, *more)])}
+
+    def _is_a(self, kind: PathKind, path: Path) -> bool:
+        try:
+            mode = path.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            is_file = is_folder = True  # it may become either
+        else:
+            is_file, is_folder = stat.S_ISREG(mode), stat.S_ISDIR(mode)
+        if kind is PathKind.DOCUMENT:
+            return is_file and path.suffix.lower() in (".json", ".toml") and not self._is_in_a_run(path)
+        if kind is PathKind.RUN:
+            return is_folder and path not in self.all and not _holds_a_config(path)
+        if kind is PathKind.FOLDER:
+            return is_folder
+        return is_folder or (is_file and path.suffix.lower() == ".safetensors")
+
+    def _is_in_a_run(self, path: Path) -> bool:
+        folders = [folder for folder in path.parents if self.holds(folder) and folder not in self.all]
+        return any(RunDirectory(folder).events.exists() for folder in folders)
+
+
+def _holds_a_config(folder: Path) -> bool:
+    """Whether a configuration lies in a folder that is no run's: a run would write its record over it."""
+    return not RunDirectory(folder).events.exists() and any((folder / name).exists() for name in CONFIG_NAMES)
+
+
+def of_the_page(environ: Mapping[str, str]) -> Reach | None:
+    """The reach of a command that the page started; None where a person did."""
+    text = environ.get(PAGE_ROOTS_VARIABLE)
+    if text is None:
+        return None
+    roots: Sequence[str] = json.loads(text)
+    workspace, *others = map(Path, roots)
+    return Reach(workspace, tuple(others))
