@@ -13,8 +13,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from simpletuner.base.errors import ConfigError
+
 NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF})
 """What a file system without locks answers."""
+
+_LOOK_EVERY_S = 0.005
 
 ABANDONED_S = 3600
 """On a file system without locks, a part that nobody has written to for this long belongs to a process that is gone."""
@@ -36,6 +40,35 @@ def locked_part(path: Path, *, is_folder: bool = False, mode: int = 0o777) -> It
     finally:
         if _is_same(handle, part):
             discard(part)
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def editing(path: Path, wait_s: float = 10.0) -> Iterator[None]:
+    """Keep every other process that edits a file in the folder of `path` waiting: look, decide and replace below this.
+
+    The folder itself is locked (the first above that is there), so nothing is left beside the file, and the lock ends
+    with the process. Not for two files of one folder, one inside the other. A file system without locks has none.
+
+    Raises:
+        ConfigError: another process held it for `wait_s` seconds.
+        OSError: the folder cannot be opened.
+    """
+    folder = next(above for above in path.absolute().parents if above.is_dir())
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    deadline = time.monotonic() + wait_s
+    try:
+        while True:
+            try:
+                _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    found = f"{path.name} is being changed by another process"
+                    raise ConfigError.of(found, remedy="Try again.") from None
+                time.sleep(_LOOK_EVERY_S)
+        yield
+    finally:
         os.close(handle)
 
 

@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import glob
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from simpletuner.base.files import file_errors_reported, sha256_bytes, write_atomic
+from simpletuner.base.parts import editing, sweep_parts
 from simpletuner.server.faults import Fault
 
 LARGEST_DOCUMENT = 1_000_000
@@ -41,7 +43,8 @@ def read_text(path: Path) -> tuple[str | None, str]:
 
 
 async def write_text(path: Path, text: str, revision: str, writing: asyncio.Lock) -> None:
-    """Replace a document that still is what `revision` says.
+    """Replace a document that still is what `revision` says, whichever process edits it: other servers wait, and the
+    tasks of this one for `writing`, so that one thread at most does.
 
     Raises:
         Fault: 409, it was changed meanwhile; 413, it is too large; 422, it is not text.
@@ -49,14 +52,21 @@ async def write_text(path: Path, text: str, revision: str, writing: asyncio.Lock
     """
     data = encoded(text)
     async with writing:
-        _, there = await asyncio.to_thread(read_text, path)
+        await asyncio.to_thread(_replace, path, data, revision)
+
+
+def _replace(path: Path, data: bytes, revision: str) -> None:
+    real = path.resolve()
+    with permissions_are_reported(path), editing(real):
+        _, there = read_text(path)
         if there != revision:
             raise Fault.of(
                 409,
                 f"{path.name} was changed by someone else",
                 remedy="Load it again, then make your change once more.",
             )
-        await asyncio.to_thread(write_bytes, path, data)
+        sweep_parts(real.parent, f".{glob.escape(real.name)}.*.part")
+        write_bytes(path, data)
 
 
 def encoded(text: str) -> bytes:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from simpletuner.base.errors import ConfigError
+from simpletuner.base.parts import editing, locked_part, sweep_parts
 from simpletuner.config.documents import read_document
 from simpletuner.config.load import CONFIG_NAMES, DATASETS_NAME, EXAMPLES_FOLDER, PROMPTS_NAME
 from simpletuner.config.paths import filled, joined
@@ -173,11 +174,22 @@ def make_environment(environment: Environment, files: dict[str, bytes]) -> None:
         Fault: 409, there is one of that name.
         DiskError: no space.
     """
-    refuse_existing(environment)
-    environment.roots.resolve(str(environment.folder))
-    # The config last: with it the environment is there.
-    for name in sorted(files, key=CONFIG_NAMES.__contains__):
-        write_bytes(environment.folder / name, files[name])
+    folder = environment.folder
+    environment.roots.resolve(str(folder))
+    with permissions_are_reported(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with editing(folder):
+            refuse_existing(environment)
+            sweep_parts(folder.parent, f".{folder.name}.*.part")
+            if folder.exists():
+                # The config last: with it the environment is there.
+                for name in sorted(files, key=CONFIG_NAMES.__contains__):
+                    write_bytes(folder / name, files[name])
+                return
+            with locked_part(folder, is_folder=True) as part:
+                for name, data in files.items():
+                    write_bytes(part / name, data)
+                os.rename(part, folder)
 
 
 def refuse_existing(environment: Environment) -> None:
@@ -249,9 +261,9 @@ def rename(environment: Environment, new: Environment) -> None:
     """
     if not environment.name or not new.name:
         raise Fault.of(422, "the environment without a name cannot be renamed", remedy="Copy it under a name.")
-    if os.path.lexists(new.folder):
-        raise Fault.of(409, f"there is an environment {new.title}", remedy="Choose another name.")
-    with permissions_are_reported(environment.folder):
+    with permissions_are_reported(environment.folder), editing(environment.folder), editing(environment.config):
+        if os.path.lexists(new.folder):
+            raise Fault.of(409, f"there is an environment {new.title}", remedy="Choose another name.")
         os.rename(environment.folder, new.folder)
 
 
@@ -264,7 +276,7 @@ def delete(environment: Environment) -> tuple[list[Path], list[Path]]:
     """
     folder = environment.config.parent
     removed = []
-    with permissions_are_reported(folder):
+    with permissions_are_reported(folder), editing(environment.config):
         for name in KNOWN_FILES:
             path = folder / name
             if path.is_file():

@@ -1,6 +1,7 @@
 """What comes in from outside: names made safe, kinds told by content, archives unpacked within bounds."""
 
 import contextlib
+import fnmatch
 import lzma
 import os
 import re
@@ -12,7 +13,7 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -53,6 +54,8 @@ UNREADABLE = (
 )
 """What reading a damaged or hostile zip raises."""
 
+_PARTS = f".{'[0-9a-f]' * 16}.*.part"
+"""Names of uploads that are not yet whole."""
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 _TURNS_TEXT = re.compile("[\u202a-\u202e\u2066-\u2069\u200e\u200f]")
 
@@ -160,10 +163,16 @@ def _check_picture(path: Path) -> None:
         raise Refused("more pixels than a picture has")
 
 
+def sweep_uploads(folder: Path, names: Iterable[str]) -> None:
+    """Remove what a killed server left of uploads in a folder with files of these names."""
+    if fnmatch.filter(names, _PARTS):
+        sweep_parts(folder, _PARTS)
+
+
 @contextlib.contextmanager
 def part_beside(folder: Path) -> Iterator[Path]:
     """An empty file in `folder`, removed at the end. Those that a killed server left there are removed first."""
-    sweep_parts(folder, f".{'[0-9a-f]' * 16}.*.part")
+    sweep_parts(folder, _PARTS)
     with locked_part(folder / secrets.token_hex(8)) as path:
         yield path
 

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from simpletuner.base.errors import ConfigError
 from simpletuner.cli.sample import SampleConfig, read_request
 from simpletuner.config.datasets import ImageSet, TextStore
 from simpletuner.config.load import PAGE_ROOTS_VARIABLE, Examined, examine
@@ -43,8 +43,6 @@ OTHER_KINDS = {
     PathKind.MODEL: "notes.txt",
 }
 """Something in the workspace that is none."""
-PIPES = {PathKind.DOCUMENT: "pipe.json"}
-
 ATTACKS = {
     "outside": "{outside}/NAME",
     "parent": "../outside/NAME",
@@ -63,6 +61,7 @@ ATTACKS = {
     "server's state": ".simpletuner/NAME",
     "process": "/proc/self/cwd/../outside/NAME",
 }
+WAYS = [*ATTACKS, "another kind", "pipe"]
 
 
 @pytest.fixture
@@ -114,17 +113,14 @@ def attacked(workspace: Path, outside: Path, monkeypatch: pytest.MonkeyPatch) ->
     return workspace
 
 
-def attacks(key: str, outside: Path) -> Iterator[tuple[str, str]]:
-    """Each attack by the option or dataset key, and its value."""
+def attack_value(attack: str, key: str, outside: Path) -> str:
+    """What an attack gives an option or dataset key."""
     kind = PATHS[key].kind
-    for name, value in ATTACKS.items():
-        yield name, value.format(outside=outside).replace("NAME", NAMES[kind])
-    yield "another kind", OTHER_KINDS[kind]
-    yield "pipe", PIPES.get(kind, "pipe")
-    if kind is PathKind.DOCUMENT:
-        yield "record of a run", "output/run/config.json"
-    if kind is PathKind.RUN:
-        yield "workspace", "."
+    if attack == "another kind":
+        return OTHER_KINDS[kind]
+    if attack == "pipe":
+        return "pipe.json" if kind is PathKind.DOCUMENT else "pipe"
+    return ATTACKS[attack].format(outside=outside).replace("NAME", NAMES[kind])
 
 
 def examined(workspace: Path, config: dict[str, Any], datasets: Any = ()) -> Examined:
@@ -134,7 +130,7 @@ def examined(workspace: Path, config: dict[str, Any], datasets: Any = ()) -> Exa
     return examine(["--env=mine"], folder=Path(), environ=os.environ, rule=Reach(workspace).refusal)
 
 
-def is_refused(key: str, found: Examined) -> bool:
+def is_refused(key: str, found: Examined | ConfigError) -> bool:
     """Whether a problem says that `key` is against the rule."""
     reasons = ("lies outside the folders", "is hidden", "is not filled in for the page", PATHS[key].kind.value)
     said = [str(problem) for problem in found.problems if f"{key} = " in problem.found]
@@ -160,31 +156,29 @@ def test_every_key_that_sounds_like_a_path_is_marked_as_one() -> None:
     assert {key for key in texts if sounds_like_one.search(key)} <= set(PATHS)
 
 
-@pytest.mark.parametrize("key", sorted(set(kinds(RunConfig)) & set(PATHS)))
-def test_no_option_goes_round_the_guards(attacked: Path, outside: Path, key: str) -> None:
-    for attack, value in attacks(key, outside):
-        if kinds(RunConfig)[key].is_json and not value.endswith(".json"):
-            continue  # a value, and no file's name
-        found = examined(attacked, {key: value})
-        # In the name of a file with JSON, no placeholder is filled in.
-        is_as_typed = kinds(RunConfig)[key].is_json and "{env:" in value
-        assert is_refused(key, found) or (is_as_typed and key in {problem.key for problem in found.problems}), attack
-        assert SECRET not in text_of(found), attack
-        assert not getattr(found.config, key) or getattr(found.config, key) in (value, RunConfig().model_dump()[key])
+@pytest.mark.parametrize("attack", WAYS)
+def test_no_option_goes_round_the_guards(attacked: Path, outside: Path, attack: str) -> None:
+    config = {}
+    for key in sorted(set(kinds(RunConfig)) & set(PATHS)):
+        value = attack_value(attack, key, outside)
+        # What is no name of a .json file is a JSON value itself, and in such a name no placeholder is filled in.
+        if not kinds(RunConfig)[key].is_json or (value.endswith(".json") and "{" not in value):
+            config[key] = value
+    found = examined(attacked, config)
+    assert [key for key in config if not is_refused(key, found)] == []
+    assert SECRET not in text_of(found)
+    assert not [key for key in config if str(outside) in str(getattr(found.config, key))]
 
 
-@pytest.mark.parametrize(
-    ("model", "key"),
-    [(model, key) for model in (ImageSet, TextStore) for key in sorted(set(kinds(model)) & set(PATHS))],
-)
-def test_no_dataset_key_goes_round_the_guards(attacked: Path, outside: Path, model: type[Slice], key: str) -> None:
-    kind = {"id": "set", "dataset_type": "image" if model is ImageSet else "text_embeds"}
-    entry = kind | ({"instance_data_dir": "inner"} if model is ImageSet else {})
-    for attack, value in attacks(key, outside):
-        found = examined(attacked, {}, [entry | {key: value}])
-        assert is_refused(key, found), attack
-        assert SECRET not in text_of(found), attack
-        assert found.datasets is None
+@pytest.mark.parametrize("attack", WAYS)
+@pytest.mark.parametrize("model", [ImageSet, TextStore])
+def test_no_dataset_key_goes_round_the_guards(attacked: Path, outside: Path, model: type[Slice], attack: str) -> None:
+    paths = {key: attack_value(attack, key, outside) for key in sorted(set(kinds(model)) & set(PATHS))}
+    entry = {"id": "set", "dataset_type": "image" if model is ImageSet else "text_embeds"}
+    found = examined(attacked, {}, [entry | paths])
+    assert [key for key in paths if not is_refused(key, found)] == []
+    assert SECRET not in text_of(found)
+    assert found.datasets is None
 
 
 def test_a_set_named_like_a_way_out_has_no_cache_there(attacked: Path) -> None:
@@ -194,15 +188,14 @@ def test_a_set_named_like_a_way_out_has_no_cache_there(attacked: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("key", sorted(set(kinds(SampleConfig)) & set(PATHS) - {"lora"}))
-def test_no_option_of_sample_goes_round_the_guards(attacked: Path, outside: Path, key: str) -> None:
-    environ = os.environ | Reach(attacked).variable()
-    for attack, value in attacks(key, outside):
-        if kinds(SampleConfig)[key].is_json:
-            continue
-        with pytest.raises(Exception, match=re.escape(key)) as told:
-            read_request([f"--{key}={value}", "--prompt=x"], environ)
-        assert SECRET not in str(told.value).replace(value, ""), attack
+@pytest.mark.parametrize("attack", WAYS)
+def test_no_option_of_sample_goes_round_the_guards(attacked: Path, outside: Path, attack: str) -> None:
+    keys = [key for key, kind in kinds(SampleConfig).items() if key in PATHS and (kind.is_path or kind.is_model)]
+    flags = [f"--{key}={attack_value(attack, key, outside)}" for key in keys]
+    with pytest.raises(ConfigError) as told:
+        read_request([*flags, "--prompt=x"], os.environ | Reach(attacked).variable())
+    assert [key for key in keys if not is_refused(key, told.value)] == []
+    assert SECRET not in str(told.value)
 
 
 @pytest.mark.parametrize("name", ["config.json", "multidatabackend.json", "user_prompt_library.json"])
@@ -213,6 +206,13 @@ def test_no_document_beside_the_config_is_a_link_that_leads_out(attacked: Path, 
     found = examine(["--env=mine"], folder=Path(), environ=os.environ, rule=Reach(attacked).refusal)
     assert any("lies outside the folders of this page" in problem.found for problem in found.problems)
     assert SECRET not in text_of(found)
+
+
+def test_a_run_writes_over_no_configuration_and_not_into_the_workspace_itself(attacked: Path) -> None:
+    for place in ("config/mine", ".", "{model_family}/.."):
+        assert is_refused("output_dir", examined(attacked, {"output_dir": place})), place
+    for place in ("output/run", "output/new", "folder"):
+        assert not is_refused("output_dir", examined(attacked, {"output_dir": place})), place
 
 
 def test_what_the_rule_allows_is_as_without_it(attacked: Path) -> None:
@@ -262,7 +262,8 @@ def test_the_page_neither_reads_nor_writes_what_a_config_must_not_name(
     before = {path: path.read_bytes() for path in attacked.parent.rglob("*") if path.is_file()}
     config = attacked / "config" / "mine" / "config.json"
     with TestClient(create_app(Roots(attacked)), base_url="http://localhost:8001") as client:
-        for attack, value in attacks(DOCUMENT_OPTIONS[document], outside):
+        values = {attack: attack_value(attack, DOCUMENT_OPTIONS[document], outside) for attack in WAYS}
+        for attack, value in (values | {"record of a run": "output/run/config.json"}).items():
             config.write_text(json.dumps({DOCUMENT_OPTIONS[document]: value}))
             told = client.get("/api/environment", params={"name": "mine"})
             assert told.json()["documents"][document] == {"path": value, "text": None, "revision": ""}, attack

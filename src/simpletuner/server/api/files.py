@@ -196,6 +196,7 @@ def _view(folder: Path, roots: Roots) -> FolderView:
     captions = 0
     with permissions_are_reported(folder):
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    uploads.sweep_uploads(folder, (entry.name for entry in entries if entry.name.startswith(".")))
     for entry in entries:
         if entry.name.startswith(".") or not is_utf8_name(entry.name):
             continue
