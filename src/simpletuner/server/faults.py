@@ -12,15 +12,18 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from simpletuner.base.errors import DiskError, Problem, UserError
+from simpletuner.base.files import DISK, FILE_FAULTS, PERMISSION
 from simpletuner.server.headers import SECURITY
 
 CLIENT_CLOSED_REQUEST = 499
 STATUS_OF: dict[type[UserError], int] = {DiskError: 507}
 """Of the shell's errors; 422 for others."""
 STATUS_OF_SYSTEM = {
-    **dict.fromkeys((errno.EACCES, errno.EPERM), 403),
-    **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP, errno.EILSEQ), 422),
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EROFS), 507),
+    **dict.fromkeys(FILE_FAULTS | {errno.EILSEQ}, 422),
+    **dict.fromkeys(PERMISSION, 403),
+    **dict.fromkeys(DISK, 507),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN), 503),
+    errno.ENOENT: 404,
 }
 """Of what the system refuses, by its number; all else is a bug."""
 

@@ -1,12 +1,16 @@
 """Small pictures, and what kind of picture a file is by its content."""
 
+import errno
 import io
+import os
+import stat
 import threading
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 from simpletuner.server.faults import Fault
-from simpletuner.server.uploads import LARGEST_PIXELS, known_formats
+from simpletuner.server.uploads import DAMAGED_PICTURE, LARGEST_PIXELS, known_formats
 
 QUALITY = 85
 WIDTHS = (16, 2048)
@@ -23,7 +27,7 @@ def picture_type(path: Path) -> str | None:
     Raises:
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
+    with _opened(path) as file:
         head = file.read(12)
     if head[:4] == b"RIFF" and head[8:] == b"WEBP":
         return "image/webp"
@@ -42,7 +46,7 @@ def thumbnail(path: Path, width: int) -> bytes:
     try:
         with _AT_ONCE, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=known_formats()) as opened:
+            with _opened(path) as file, Image.open(file, formats=known_formats()) as opened:
                 if opened.width * opened.height > LARGEST_PIXELS:
                     raise Fault.of(422, f"{path.name} has {opened.width} × {opened.height} pixels", "fewer")
                 opened.draft("RGB", (width, width))
@@ -54,5 +58,18 @@ def thumbnail(path: Path, width: int) -> bytes:
                 made = io.BytesIO()
                 image.convert("RGB").save(made, "JPEG", quality=QUALITY)
                 return made.getvalue()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (*DAMAGED_PICTURE, Image.DecompressionBombError) as error:
         raise Fault.of(422, f"{path.name} cannot be read as a picture ({type(error).__name__})") from None
+
+
+def _opened(path: Path) -> BinaryIO:
+    """A file, and no pipe or device, which would be waited for.
+
+    Raises:
+        OSError: it cannot be opened, or is none.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "a pipe or a device", str(path))
+    return os.fdopen(handle, "rb")

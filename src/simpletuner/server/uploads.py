@@ -54,6 +54,19 @@ UNREADABLE = (
 )
 """What reading a damaged or hostile zip raises."""
 
+DAMAGED_PICTURE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    LookupError,
+    TypeError,
+    EOFError,
+    ArithmeticError,
+    RuntimeError,
+    struct.error,
+)
+"""What Pillow and its libraries raise for a damaged or hostile picture, besides its `DecompressionBombError`."""
+
 _PARTS = f".{'[0-9a-f]' * 16}.*.part"
 """Names of uploads that are not yet whole."""
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
@@ -157,7 +170,7 @@ def _check_picture(path: Path) -> None:
                     image.verify()
     except Image.DecompressionBombError:
         too_large = True
-    except (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, OverflowError, struct.error):
+    except DAMAGED_PICTURE:
         raise Refused("no picture that can be read") from None
     if too_large:
         raise Refused("more pixels than a picture has")

@@ -1,10 +1,11 @@
 """Small pictures: upright, on white, within bounds, of nothing but pictures."""
 
 import io
+import os
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from simpletuner.server import thumbnails
 from simpletuner.server.faults import Fault
@@ -68,6 +69,27 @@ def test_a_torn_picture_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(Fault):
         thumbnail(path, 16)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_a_damaged_avif_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.avif"
+    Image.effect_noise((64, 64), 50).convert("RGB").save(path)
+    head, mark, content = path.read_bytes().partition(b"mdat")
+    path.write_bytes(head + mark + bytes(len(content)))  # libavif raises a RuntimeError
+    with pytest.raises(Fault) as refused:
+        thumbnail(path, 16)
+    assert refused.value.status == 422
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    os.mkfifo(path)
+    with pytest.raises(Fault) as refused:
+        thumbnail(path, 16)
+    assert refused.value.status == 422
+    with pytest.raises(OSError, match="a pipe or a device"):
+        picture_type(path)
 
 
 def test_one_that_is_too_large_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
