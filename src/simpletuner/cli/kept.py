@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from simpletuner.base.files import file_errors_reported
+from simpletuner.cli.loading import examine_here
 from simpletuner.config.flags import SELECTORS, parse
 from simpletuner.config.load import Loaded
 from simpletuner.config.run import RunConfig
@@ -14,7 +15,8 @@ from simpletuner.config.values import kinds
 
 def kept_aside(arguments: Sequence[str], loaded: Loaded) -> Callable[[Path], list[str]]:
     """Makes the arguments that train what `arguments` mean now, whatever becomes of the files they name: it copies
-    config, datasets and prompts into the folder it is given. What the environment sets becomes flags.
+    config, datasets and prompts into the folder it is given. What the environment sets becomes flags. What it copied is
+    checked once more, since the files may have changed since they were loaded.
 
     An example of the program has no files that change.
     """
@@ -25,7 +27,9 @@ def kept_aside(arguments: Sequence[str], loaded: Loaded) -> Callable[[Path], lis
         if "example" in parse(arguments).selectors:
             return words
         words = [word for word in words if word.partition("=")[0].removeprefix("--") not in SELECTORS]
-        return words + [f"--{flag}={_copied(source, folder / name)}" for flag, source, name in _files(loaded)]
+        words += [f"--{flag}={_copied(source, folder / name)}" for flag, source, name in _files(loaded)]
+        examine_here(words, also=(folder.absolute(),)).loaded()
+        return words
 
     return keep
 

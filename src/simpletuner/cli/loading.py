@@ -25,8 +25,8 @@ def load_here(arguments: Sequence[str]) -> Loaded:
     return examine_here(arguments).loaded()
 
 
-def examine_here(arguments: Sequence[str]) -> Examined:
-    """The same, with the problems told and not raised.
+def examine_here(arguments: Sequence[str], *, also: Sequence[Path] = ()) -> Examined:
+    """The same, with the problems told and not raised. What the page started may name paths in the folders `also` too.
 
     Raises:
         DiskError: no space for the example's pictures.
@@ -40,7 +40,8 @@ def examine_here(arguments: Sequence[str]) -> Examined:
             materialise(example, Path("datasets") / example)
     reach = of_the_page(os.environ)
     with file_errors_reported(Path(), ConfigError, doing="read"):
-        examined = examine(arguments, folder=Path(), environ=os.environ, rule=None if reach is None else reach.refusal)
+        rule = None if reach is None else replace(reach, others=(*reach.others, *also)).refusal
+        examined = examine(arguments, folder=Path(), environ=os.environ, rule=rule)
     if examined.problems:
         return examined
     try:

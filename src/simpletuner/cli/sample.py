@@ -27,7 +27,7 @@ from simpletuner.config.paths import filled, is_local_model
 from simpletuner.config.rules import encoder_findings, precision_findings
 from simpletuner.config.values import kinds, shown
 from simpletuner.runs.layout import RunDirectory
-from simpletuner.server.reach import of_the_page
+from simpletuner.server.reach import Reach, of_the_page
 
 _USAGE = """simpletuner sample --lora FILE[:STRENGTH] --prompt TEXT [--option value ...]
        simpletuner sample --run FOLDER --prompt TEXT [--option value ...]
@@ -153,8 +153,11 @@ def read_request(arguments: Sequence[str], environ: Mapping[str, str]) -> Sample
         if name != "config"
     ]
     files: dict[str, Given] = {}
+    reach = of_the_page(environ)
     for path, label in _config_files(given, flags.selectors, problems):
         try:
+            if reach is not None:
+                reach.real(str(path))
             files |= _from_config(path, label)
             if path == _config_of_run(given):
                 files |= _finished_model(path.parent, files)
@@ -163,7 +166,7 @@ def read_request(arguments: Sequence[str], environ: Mapping[str, str]) -> Sample
     if "model_flavour" in given:  # which wins over paths of lower precedence, as in `train`
         files = {name: value for name, value in files.items() if not kinds(SampleConfig)[name].is_model}
     checked = check_givens({**files, **given}, OPTIONS, Checked())
-    paths = _filled_paths(checked, environ)
+    paths = _filled_paths(checked, environ, reach)
     ConfigError.raise_if([*problems, *checked.problems.values()])
     config = SampleConfig(**checked.valid, **paths)
     findings = (*precision_findings(config), *encoder_findings(config, config))
@@ -228,10 +231,9 @@ def _from_config(path: Path, label: str) -> dict[str, Given]:
     return {name: Given(value, "file", name) for name, value in found.items()}
 
 
-def _filled_paths(checked: Checked, environ: Mapping[str, str]) -> dict[str, Any]:
+def _filled_paths(checked: Checked, environ: Mapping[str, str], reach: Reach | None) -> dict[str, Any]:
     """Takes the paths out of `checked.valid` and gives them back with placeholders and `~` filled in."""
     paths: dict[str, Any] = {}
-    reach = of_the_page(environ)
     for name, kind in kinds(SampleConfig).items():
         if not (kind.is_path or kind.is_model) or name not in checked.valid:
             continue

@@ -34,7 +34,13 @@ class Started:
 
 
 def launch_run(
-    arguments: Sequence[str], run: RunDirectory, workspace: Path, devices: str = "", *, wait_s: float = 30.0
+    arguments: Sequence[str],
+    run: RunDirectory,
+    workspace: Path,
+    devices: str = "",
+    *,
+    wait_s: float = 30.0,
+    environ: Mapping[str, str] = os.environ,
 ) -> Started:
     """Start `simpletuner train ARGUMENTS` in `workspace`, on its own: it goes on when this process ends.
 
@@ -66,7 +72,7 @@ def launch_run(
             place = console.tell()
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
             StartRecord(time=now, arguments=tuple(arguments), attempts=before, console_bytes=place).write(run)
-            process = detached(["train", *arguments], workspace, console, devices, handles=(held,))
+            process = detached(["train", *arguments], workspace, console, devices, environ=environ, handles=(held,))
         lock.name_holder(held, process.pid)
     finally:
         os.close(held)

@@ -17,7 +17,6 @@ from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.config.load import CONFIG_NAMES, PAGE_ROOTS_VARIABLE
 from simpletuner.config.values import shown
 from simpletuner.runs.layout import RunDirectory
-from simpletuner.runs.queue import QUEUE_FOLDER
 
 
 class PathKind(Enum):
@@ -89,7 +88,7 @@ class Reach:
         """The real path that `text` stands for; it need not be there. A message calls it `label`, or what it is.
 
         Raises:
-            OutOfReach: it lies outside, is hidden, or belongs to the queue.
+            OutOfReach: it lies outside or is hidden, as the queue is.
             ConfigError: it is no path.
         """
         label = label or text
@@ -106,8 +105,7 @@ class Reach:
                 f"{label} lies outside the folders of this page",
                 remedy="Start the server with --root FOLDER to add one.",
             )
-        is_state = path.is_relative_to(self.workspace / QUEUE_FOLDER.parent)
-        if is_state or all(any(name.startswith(".") for name in names) for names in below):
+        if all(any(name.startswith(".") for name in names) for names in below):
             raise OutOfReach.of(f"{label} is hidden", "a path without a name that begins with a dot")
         return path
 

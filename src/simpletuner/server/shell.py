@@ -50,18 +50,21 @@ class Shell:
         """The whole command line."""
         return [sys.executable, "-P", "-m", "simpletuner", *arguments]
 
+    def environment(self, *also: Path) -> dict[str, str]:
+        """A command's environment: the server's, for the tokens and settings of the libraries that train. Of these a
+        configuration sees the options `SIMPLETUNER_*` alone, and paths in the page's folders and in `also`."""
+        return {**os.environ, **Reach(self.workspace, self.others).variable(*also)}
+
     async def start(self, *arguments: str, also: Sequence[Path] = ()) -> asyncio.subprocess.Process:
         """Start a command; its output comes through pipes. It leads a process group of its own, so that what it
         starts can be ended with it, and a Ctrl-C in the server's terminal reaches the server alone.
 
-        It has the server's environment, for the tokens and settings of the libraries that train; of these its
-        configuration sees the options `SIMPLETUNER_*` alone. That may name paths in the folders `also` too.
+        Its configuration may name paths in the folders `also` too.
         """
-        reach = Reach(self.workspace, self.others)
         return await asyncio.create_subprocess_exec(
             *self.command(arguments),
             cwd=self.workspace,
-            env={**os.environ, **reach.variable(*also), "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
+            env={**self.environment(*also), "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

@@ -30,6 +30,8 @@ PATHS = {"path", "folder", "run"}
 NAMES = {"name", "new_name", "source", "environment", "example", "confirm", "job_id"}
 """Parameters that name something of ours, and become part of a path or a command."""
 NEITHER = {"document", "kind", "text", "revision", "config", "datasets", "prompts", "devices", "options"} | {
+    "seen",
+    "to",
     "if-none-match",
     "last-event-id",
 }
@@ -55,6 +57,8 @@ HARMLESS: dict[str, Any] = {
     "devices": "",
     "text": "",
     "revision": "",
+    "seen": None,
+    "to": "top",
     "if-none-match": "",
     "last-event-id": "0",
 }

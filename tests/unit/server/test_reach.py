@@ -198,6 +198,14 @@ def test_no_option_of_sample_goes_round_the_guards(attacked: Path, outside: Path
     assert SECRET not in str(told.value)
 
 
+def test_sample_does_not_read_a_runs_config_through_a_link_that_leads_out(attacked: Path, outside: Path) -> None:
+    (attacked / "output" / "run" / "config.json").unlink()
+    (attacked / "output" / "run" / "config.json").symlink_to(outside / "secret.json")
+    with pytest.raises(ConfigError, match="lies outside the folders") as told:
+        read_request(["--run=output/run", "--prompt=x"], os.environ | Reach(attacked).variable())
+    assert SECRET not in str(told.value)
+
+
 @pytest.mark.parametrize("name", ["config.json", "multidatabackend.json", "user_prompt_library.json"])
 def test_no_document_beside_the_config_is_a_link_that_leads_out(attacked: Path, outside: Path, name: str) -> None:
     path = attacked / "config" / "mine" / name

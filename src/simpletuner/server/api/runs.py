@@ -250,7 +250,7 @@ def start(here: InContext, wanted: ToTrain) -> Run:
     arguments = train_arguments(here.roots, wanted)
     directory = RunDirectory(_checked_output(here, arguments, is_example=wanted.example is not None))
     try:
-        launch_run(arguments, directory, here.workspace, devices_of(None), wait_s=0)
+        launch_run(arguments, directory, here.workspace, devices_of(None), wait_s=0, environ=here.shell.environment())
     except CheckpointError:
         record = start_record(directory)
         if record is None or record.arguments != tuple(arguments) or status_of(directory).state != "starting":
@@ -265,7 +265,7 @@ def _checked_output(here: Context, arguments: list[str], *, is_example: bool) ->
         ConfigError: every problem, except those that the command itself finds: an example's images are drawn first.
         Fault: 403, the directory lies outside the roots.
     """
-    examined = examine(arguments, folder=here.workspace, environ=os.environ)
+    examined = examine(arguments, folder=here.workspace, environ=os.environ, rule=here.roots.refusal)
     ConfigError.raise_if(problem for problem in examined.problems if problem.key or not is_example)
     return here.roots.resolve(examined.config.output_dir)
 
