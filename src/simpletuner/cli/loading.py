@@ -31,14 +31,15 @@ def examine_here(arguments: Sequence[str], *, also: Sequence[Path] = ()) -> Exam
     Raises:
         DiskError: no space for the example's pictures.
     """
+    reach = of_the_page(os.environ)
     example = parse(arguments).selectors.get("example")
     if example is not None:
         # Brings Pillow, which nothing else here needs.
         from simpletuner.examples.pictures import EXAMPLES, materialise
 
         if example in EXAMPLES:
-            materialise(example, Path("datasets") / example)
-    reach = of_the_page(os.environ)
+            folder = Path("datasets") / example
+            materialise(example, folder if reach is None else reach.real(str(folder)))
     with file_errors_reported(Path(), ConfigError, doing="read"):
         rule = None if reach is None else replace(reach, others=(*reach.others, *also)).refusal
         examined = examine(arguments, folder=Path(), environ=os.environ, rule=rule)

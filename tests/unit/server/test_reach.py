@@ -287,6 +287,22 @@ def test_the_page_neither_reads_nor_writes_what_a_config_must_not_name(
     assert before | {config: b""} == after | {config: b""}
 
 
+def test_an_example_is_not_drawn_through_a_link_that_leads_out(attacked: Path, outside: Path) -> None:
+    (attacked / "datasets").symlink_to(outside)
+    with TestClient(create_app(Roots(attacked)), base_url="http://localhost:8001") as client:
+        answer = client.post("/api/environments", json={"name": "new", "kind": "example", "source": "tiny-lora"})
+    assert answer.status_code == 403
+    assert not (outside / "tiny-lora").exists()
+
+
+def test_nothing_is_asked_of_a_run_through_a_link_that_leads_out(attacked: Path, outside: Path) -> None:
+    (attacked / "output" / "run" / "control").symlink_to(outside / "folder")
+    with TestClient(create_app(Roots(attacked)), base_url="http://localhost:8001") as client:
+        for wish in ("stop", "save", "validate"):
+            assert client.post(f"/api/run/{wish}", json={"run": "output/run"}).status_code == 403
+    assert [path.name for path in (outside / "folder").iterdir()] == ["one.png"]
+
+
 def test_a_document_is_edited_where_a_placeholder_leads(attacked: Path) -> None:
     config = attacked / "config" / "mine" / "config.json"
     config.write_text(json.dumps({"data_backend_config": "inner/{model_family}.json"}))

@@ -282,7 +282,7 @@ def _make(environment: Environment, new: New, here: Context) -> None:
 
         made = files.on_its_own(files.example_files(new.source), name)
         if new.source in EXAMPLES:
-            materialise(new.source, here.workspace / "datasets" / new.source)
+            materialise(new.source, here.roots.resolve(f"datasets/{new.source}"))
     elif new.kind == "copy":
         made = files.on_its_own(files.files_of(existing(here.roots, new.source)), name)
     else:

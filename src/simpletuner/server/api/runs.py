@@ -318,6 +318,7 @@ def _glance(here: Context, directory: RunDirectory) -> Run:
 
 def _wish(here: Context, run: str, wish: Wish) -> Run:
     directory = run_at(here.roots, run)
+    part_of(here.roots, directory, directory.control)
     ask(directory, wish)
     return _glance(here, directory)
 
