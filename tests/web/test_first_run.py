@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def test_the_example_by_clicks_alone(server: Server, page: Page, workspace: Path
     )
 
     page.get_by_role("tab", name="Checkpoints").click()
-    expect(page.get_by_role("row", name="12", exact=False)).to_be_visible()
+    expect(page.get_by_role("row", name=re.compile(r"^12\b"))).to_be_visible()
 
     page.get_by_role("tab", name="Try it").click()
     page.get_by_label("Prompts").fill("a large zorblat flag on a red background, left")
