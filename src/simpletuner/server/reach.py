@@ -106,7 +106,11 @@ class Reach:
                 remedy="Start the server with --root FOLDER to add one.",
             )
         if all(any(name.startswith(".") for name in names) for names in below):
-            raise OutOfReach.of(f"{label} is hidden", "a path without a name that begins with a dot")
+            raise OutOfReach.of(
+                f"{label} is hidden",
+                "a path without a name that begins with a dot",
+                "Name another, or start the server with --root FOLDER for that folder.",
+            )
         return path
 
     def named(self, key: str, text: str, label: str = "") -> Path:

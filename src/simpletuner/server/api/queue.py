@@ -3,7 +3,7 @@
 import asyncio
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from simpletuner.runs.queue import EntryState, Queue, QueueEntry, QueueMove
@@ -60,11 +60,11 @@ def queue(here: InContext) -> list[QueuedRun]:
 
 
 @router.post("/queue", status_code=201)
-async def add(here: InContext, wanted: ToQueue) -> QueuedRun:
+async def add(here: InContext, wanted: ToQueue, request: Request) -> QueuedRun:
     """Put a run at the end of the queue, as `simpletuner run queue add` does; it starts when its turn comes."""
     devices = [f"--devices={wanted.devices}"] if wanted.devices else []
     arguments = train_arguments(here.roots, wanted)
-    told = printed(await here.shell.run("run", "queue", "add", "--json", *devices, *arguments))
+    told = printed(await here.shell.run("run", "queue", "add", "--json", *devices, *arguments, request=request))
     return _told(QueueEntry.model_validate(told))
 
 
