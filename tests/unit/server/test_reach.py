@@ -353,3 +353,25 @@ def test_nothing_starts_with_what_a_config_must_not_name(
     assert SECRET not in answer.text
     assert not (outside / "run").exists()
     assert not list((attacked / ".simpletuner" / "queue").glob("00000[2-9]*"))
+
+
+@pytest.mark.slow
+def test_a_run_that_the_page_starts_holds_its_own_configuration_to_the_rule(attacked: Path, outside: Path) -> None:
+    environment = attacked / "config" / "mine"
+    sets = [{"id": "set", "instance_data_dir": "inner", "resolution": 128}]
+    (environment / "multidatabackend.json").write_text(json.dumps(sets))
+    for attempt in range(10):  # on a machine so busy that the process has read it before, once more
+        config = {"model_flavour": "tiny", "output_dir": f"output/new-{attempt}"}
+        (environment / "config.json").write_text(json.dumps(config))
+        with TestClient(create_app(Roots(attacked)), base_url="http://localhost:8001") as client:
+            started = client.post("/api/run/start", json={"environment": "mine"}).raise_for_status().json()
+            config["init_lora"] = str(outside / NAMES[PathKind.ADAPTER])
+            (environment / "config.json").write_text(json.dumps(config))
+            while started["state"] in ("starting", "running"):
+                time.sleep(0.05)
+                started = client.get("/api/run", params={"run": started["run"]}).json()
+        assert started["state"] == "failed"  # there is no image in its set either
+        if "lies outside the folders of this page" in started["error"]:
+            break
+    else:
+        raise AssertionError(started["error"])
