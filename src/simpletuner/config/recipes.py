@@ -1,0 +1,185 @@
+"""Recipes: starting values for a subject, a style or an edit LoRA, with the source of every number; and the options
+with which FLUX.2-dev fits on a card. Plain data.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+RecipeName = Literal["subject", "style", "edit"]
+"""What a LoRA learns: one subject, a style, or how to edit an image."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options to start from. `docs/recipes.md` shows them all."""
+
+    name: RecipeName
+    flavour: str
+    title: str
+    summary: str
+    """One sentence."""
+    options: Mapping[str, Any]
+    """Option to value, as JSON has it."""
+    sources: Mapping[str, str]
+    """Option to where its value comes from."""
+    is_tested: bool
+    """Whether a run with real weights has been judged."""
+    needs: str = ""
+    """What this program lacks for it; empty where the recipe can be trained."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether this program can train it."""
+        return not self.needs
+
+    def epochs(self, images: int) -> int:
+        """`num_train_epochs` for so many images: the recipe's, or more where that would be under `LEAST_STEPS`."""
+        batch = int(self.options["train_batch_size"])
+        return max(int(self.options["num_train_epochs"]), math.ceil(LEAST_STEPS * batch / max(images, 1)))
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU size, and the options with which a recipe for dev fits on it at 1024x1024."""
+
+    name: str
+    vram_gib: float
+    options: Mapping[str, Any]
+    ram_gib: float
+    """Host memory that the machine should have beside it."""
+    summary: str
+    """What the options do, in a few words."""
+
+
+LEAST_STEPS = 500
+"""Optimizer steps under which a LoRA has hardly learned anything: the fewest that any of the sources reports."""
+
+_QUICKSTART = "SimpleTuner's FLUX.2 quickstart"
+_ALL_LINEARS = "unsloth PR #8267: klein LoRAs were weak until the single blocks' output projections were targets too"
+_BFL_SHIFT = "OneTrainer PR #1516: Black Forest Labs trained with the shift that follows the image's size"
+_NO_ALPHA_TRAP = "ComfyUI #6909: alpha far below the rank gives a weak LoRA; equal to it, the scale is 1"
+_AI_TOOLKIT = "ai-toolkit's FLUX.2 form"
+_STYLE_STUDY = "happyin.space, 56 jobs over 16 style sets on klein-9b: 30 steps an image, at least 500"
+_VISITS = "unsloth PR #8267: 500 steps on 5 images; RunComfy's klein-9b guide: 50 to 120 visits an image"
+_EXAMPLE = "the example tiny-lora, measured in docs/log.md"
+
+_Numbers = Mapping[str, tuple[Any, str]]
+"""Option to value and source."""
+
+_COMMON: _Numbers = {
+    "flux_lora_target": ("all", _ALL_LINEARS),
+    "learning_rate": (1e-4, f"{_QUICKSTART}; {_AI_TOOLKIT} has the same"),
+    "lr_scheduler": ("constant", _QUICKSTART),
+    "optimizer": ("adamw", f"{_AI_TOOLKIT} has adamw8bit; adapters are small, so plain AdamW costs little more"),
+    "max_grad_norm": (1.0, f"{_QUICKSTART}, on unstable training"),
+    "train_batch_size": (1, _QUICKSTART),
+    "gradient_accumulation_steps": (1, _QUICKSTART),
+    "flow_schedule_auto_shift": (True, _BFL_SHIFT),
+    "caption_dropout_probability": (0.05, f"{_AI_TOOLKIT}; happyin.space has the same"),
+    "mixed_precision": ("bf16", _QUICKSTART),
+    "gradient_checkpointing": (True, _QUICKSTART),
+}
+
+_DEV: _Numbers = {
+    "lora_rank": (16, f"{_QUICKSTART}: 101 M parameters on dev, more than rank 32 on klein-9b"),
+    "lora_alpha": (16, _NO_ALPHA_TRAP),
+    "flux_guidance_mode": ("constant", _QUICKSTART),
+    "flux_guidance_value": (1.0, f"{_QUICKSTART}; ai-toolkit, musubi-tuner and OneTrainer train at 1 too"),
+}
+
+_KLEIN: _Numbers = {
+    "lora_rank": (32, "Black Forest Labs' klein workshop (stephen37/workshops) for a character; ai-toolkit's form"),
+    "lora_alpha": (32, _NO_ALPHA_TRAP),
+}
+
+_TINY: _Numbers = {
+    "lora_rank": (32, _EXAMPLE),
+    "lora_alpha": (32, _NO_ALPHA_TRAP),
+    "flux_lora_target": ("all", _EXAMPLE),
+    "learning_rate": (2e-3, _EXAMPLE),
+    "lr_scheduler": ("cosine", _EXAMPLE),
+    "lr_warmup_steps": (20, _EXAMPLE),
+    "optimizer": ("adamw", _EXAMPLE),
+    "train_batch_size": (8, _EXAMPLE),
+    "gradient_accumulation_steps": (1, _EXAMPLE),
+    "flow_schedule_shift": (5.0, _EXAMPLE),
+    "caption_dropout_probability": (0.0, _EXAMPLE),
+    "mixed_precision": ("bf16", _EXAMPLE),
+    "gradient_checkpointing": (False, _EXAMPLE),
+    "num_train_epochs": (100, "as on dev"),
+}
+
+_EPOCHS: Mapping[RecipeName, tuple[int, str]] = {
+    "subject": (100, _VISITS),
+    "style": (30, _STYLE_STUDY),
+    "edit": (30, "as for a style: no number for edits was found"),
+}
+
+_WORDS: Mapping[RecipeName, tuple[str, str]] = {
+    "subject": ("A subject", "A person, an animal or a thing, from 5 to 30 images of it in different places."),
+    "style": ("A style", "How images look, whatever they show, from 15 to 100 images in that style."),
+    "edit": ("An edit", "What to do to an image, from pairs of images before and after."),
+}
+
+_KLEIN_IS_MISSING = "the klein flavours, which are not built yet"
+_REFERENCES_ARE_MISSING = "reference images, which are not built yet"
+
+
+def _recipes() -> Iterator[Recipe]:
+    for flavour, own in (("dev", _DEV), ("klein-9b", _KLEIN), ("klein-4b", _KLEIN), ("tiny", {})):
+        for name, (title, summary) in _WORDS.items():
+            numbers = _TINY if flavour == "tiny" else {**own, **_COMMON, "num_train_epochs": _EPOCHS[name]}
+            lacks = (
+                _KLEIN_IS_MISSING if flavour.startswith("klein") else "",
+                _REFERENCES_ARE_MISSING if name == "edit" else "",
+            )
+            yield Recipe(
+                name=name,
+                flavour=flavour,
+                title=title,
+                summary=summary,
+                options={option: value for option, (value, _) in numbers.items()},
+                sources={option: source for option, (_, source) in numbers.items()},
+                is_tested=flavour == "tiny" and name == "subject",
+                needs=" and ".join(lack for lack in lacks if lack),
+            )
+
+
+RECIPES: tuple[Recipe, ...] = tuple(_recipes())
+
+_STREAMED = {"enable_group_offload": True}
+_INT8 = {"base_model_precision": "int8-quanto"}
+_INT4 = {"base_model_precision": "int4-quanto"}
+
+CARDS: tuple[Card, ...] = (
+    Card("8 GB", 8.0, {**_INT4, **_STREAMED, "activation_offload": True}, 32.0, "4 bits, all but one block in RAM"),
+    Card("12 GB", 12.0, {**_INT4, **_STREAMED}, 32.0, "4 bits, weights in RAM"),
+    Card("16 GB", 16.0, {**_INT8, **_STREAMED}, 32.0, "8 bits, most weights in RAM"),
+    Card("24 GB", 24.0, {**_INT8, **_STREAMED}, 32.0, "8 bits, half of the weights in RAM"),
+    Card("32 GB", 32.0, {**_INT8, **_STREAMED}, 32.0, "8 bits, some weights in RAM"),
+    Card("48 GB", 48.0, _INT8, 32.0, "8 bits"),
+    Card("80 GB", 80.0, {}, 32.0, "bf16, everything on the GPU"),
+)
+"""From the smallest. The memory plan says that each fits; none has been measured with real weights."""
+
+
+def recipe(name: str, flavour: str) -> Recipe:
+    """The recipe of that name for a flavour.
+
+    Raises:
+        KeyError: there is none.
+    """
+    for each in RECIPES:
+        if (each.name, each.flavour) == (name, flavour):
+            return each
+    raise KeyError((name, flavour))
+
+
+def card_of(vram_gib: float) -> Card | None:
+    """The largest card of `CARDS` that is no larger than `vram_gib`; None under the smallest.
+
+    A driver reports some hundred MiB less than a card's name says, so half a GiB is allowed for.
+    """
+    return next((card for card in reversed(CARDS) if card.vram_gib <= vram_gib + 0.5), None)
