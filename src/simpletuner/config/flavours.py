@@ -156,8 +156,12 @@ class Flavour:
     name: str
     summary: str
     """Completes "`name` is ..." in the docs."""
+    title: str
+    """As a sentence names it."""
     repo: str | None
     """Hub id; None for the embedded model, which is made on the spot."""
+    downloads: Mapping[str, int]
+    """Bytes of each component's files on the Hub, as far as they are used."""
     transformer: TransformerSpec
     text: TextContextSpec
     autoencoder: AutoencoderSpec
@@ -193,7 +197,9 @@ FLAVOURS: Mapping[str, Flavour] = {
     "dev": Flavour(
         name="dev",
         summary="FLUX.2-dev (32.2 B parameters, non-commercial licence)",
+        title="FLUX.2-dev",
         repo="black-forest-labs/FLUX.2-dev",
+        downloads={"transformer": 64_400_000_000, "text_encoder": 34_700_000_000, "vae": 170_000_000},
         transformer=DEV,
         text=TextContextSpec(
             kind="mistral3",
@@ -219,7 +225,9 @@ FLAVOURS: Mapping[str, Flavour] = {
         summary=(
             "a small FLUX.2 with all of dev's parts, made on the spot, that trains on two CPU cores without a network"
         ),
+        title="the embedded model",
         repo=None,
+        downloads={},
         transformer=TINY,
         text=TextContextSpec(
             kind="mistral3",

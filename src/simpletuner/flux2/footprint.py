@@ -114,6 +114,10 @@ class Workload:
     """Whether pictures are made along the way."""
     steps: int | None = None
     """Optimiser steps of the run; None where that depends on pictures that nobody has looked at."""
+    train_images: int | None = None
+    """Images that are trained, held-out ones left out; None where nobody has looked."""
+    visits: float | None = None
+    """How often the run sees each of them, on average."""
 
     @property
     def tokens(self) -> int:

@@ -10,6 +10,7 @@ from simpletuner.base.errors import AccessError, DiskError
 from simpletuner.base.files import file_errors_reported, with_home
 from simpletuner.base.machine import disk_room
 from simpletuner.base.sizes import format_size
+from simpletuner.config.flavours import FLAVOURS
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.runs.process import interruptible
 
@@ -51,7 +52,7 @@ class Hub:
     def __init__(self, repo: str, options: ModelOptions, report: ReportLine, environ: Mapping[str, str]) -> None:
         self.name = self.label = repo
         self._revision = options.revision
-        self._cache_dir = None if options.cache_dir is None else Path(with_home(options.cache_dir))
+        self._options = options
         self._endpoint = environ.get("HF_ENDPOINT")
         self._report = report
         self._ref_is_kept = False
@@ -65,9 +66,7 @@ class Hub:
     @property
     def cache(self) -> Path:
         """Where downloads go."""
-        from huggingface_hub import constants
-
-        return self._cache_dir or Path(with_home(constants.HF_HUB_CACHE))
+        return hub_cache(self._options)
 
     @property
     def commit(self) -> str | None:
@@ -206,6 +205,49 @@ class _Unreachable(AccessError):
 
 
 ModelLocation = ModelFolder | Hub
+
+
+def base_name(options: ModelOptions) -> str:
+    """The base model as a sentence names it: the flavour's title, or the folder, file or Hub id that was given."""
+    given = options.pretrained_model_name_or_path
+    flavour = FLAVOURS[options.model_flavour]
+    if given in (None, flavour.repo):
+        return flavour.title
+    return given if Hub.is_id(given) and not Path(given).exists() else Path(given).name
+
+
+def missing_download(options: ModelOptions) -> int:
+    """About how many bytes of weights a start still has to download. Looks into the cache, asks nobody."""
+    flavour = FLAVOURS[options.model_flavour]
+    base = options.pretrained_model_name_or_path or flavour.repo
+    single = base is not None and base.endswith(".safetensors")
+    places = {
+        "transformer": options.pretrained_transformer_model_name_or_path or base,
+        "vae": options.pretrained_vae_model_name_or_path or (flavour.repo if single else base),
+        "text_encoder": options.pretrained_text_encoder_model_name_or_path or (flavour.repo if single else base),
+    }
+    missing = 0
+    for component, needed in flavour.downloads.items():
+        place = places[component]
+        if place is not None and Hub.is_id(place) and not Path(with_home(place)).exists():
+            missing += max(0, needed - _cached_bytes(options, place, component))
+    return missing
+
+
+def _cached_bytes(options: ModelOptions, repo: str, component: str) -> int:
+    """Size of the component's complete weight files in the Hub's cache."""
+    root = hub_cache(options) / f"models--{repo.replace('/', '--')}"
+    ref = root / "refs" / (options.revision or "main")
+    commit = ref.read_text(encoding="ascii").strip() if ref.is_file() else options.revision or "none"
+    files = (root / "snapshots" / commit / component).glob("*.safetensors")
+    return sum(file.stat().st_size for file in files if file.exists())
+
+
+def hub_cache(options: ModelOptions) -> Path:
+    """The folder that downloads from the Hub go to."""
+    from huggingface_hub import constants
+
+    return Path(with_home(options.cache_dir or constants.HF_HUB_CACHE))
 
 
 def fetch(wanted: Sequence[tuple[ModelLocation, str]], report: ReportLine) -> None:

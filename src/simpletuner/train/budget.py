@@ -24,6 +24,7 @@ from simpletuner.data.manifest import Manifest, count_new, scan
 from simpletuner.data.order import Order
 from simpletuner.flux2.arithmetic import training_flop
 from simpletuner.flux2.footprint import Architecture, Footprint, Workload
+from simpletuner.flux2.places import base_name, missing_download
 from simpletuner.memory.free import free_memory_bytes
 from simpletuner.memory.peak import PeakMemory
 from simpletuner.memory.planner import (
@@ -46,6 +47,9 @@ RESOLUTION = "resolution"
 """An option of the picture sets and not of the run."""
 IN_SETS = "in each image set"
 """Where such an option is written."""
+
+MEMORY_WORDS: Mapping[MemoryTier, str] = {"accelerator": "VRAM", "ram": "RAM"}
+"""What the sentence calls them."""
 
 CHARACTERS_PER_TOKEN = 3
 """Of a caption, at least: English has about four and a half."""
@@ -114,6 +118,8 @@ def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manife
     captions = {caption for sample in samples for caption in sample.captions} | set(loaded.prompts.values())
     longest = max(map(len, captions))
     order = Order(train, seed=loaded.config.seed, batch_size=run_batch)
+    plan = Plan.of(loaded.config, order, loaded.config.gradient_accumulation_steps)
+    train_images = sum(len(manifest.samples) for manifest in train)
     return Workload(
         (width, height),
         batch,
@@ -121,7 +127,9 @@ def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manife
         captions=len(captions) + 1,
         caption_tokens=TEMPLATE_TOKENS + math.ceil(longest / CHARACTERS_PER_TOKEN),
         draws=_draws(loaded),
-        steps=Plan.of(loaded.config, order, loaded.config.gradient_accumulation_steps).steps,
+        steps=plan.steps,
+        train_images=train_images,
+        visits=plan.epochs * int(order.epoch(0).batch_sizes().sum()) / train_images,
     )
 
 
@@ -240,6 +248,40 @@ class Budget:
         told += [f"  {phase_line(phase)}" for phase in self.plan.phases]
         return [*told, *self._verdict()]
 
+    def sentence(self) -> str:
+        """What the run does and what it takes, for somebody who has not started it yet."""
+        return f"Trains {self._task}; {self._price}."
+
+    @property
+    def _task(self) -> str:
+        config, images, visits = self.config, self.work.train_images, self.work.visits
+        model = base_name(config)
+        if config.model_type == "full":
+            told = f"all weights of {model}"
+        elif config.init_lora is not None:
+            told = f"the LoRA {Path(config.init_lora).name} of {model} further"
+        else:
+            told = f"a rank-{config.lora_rank} LoRA of {model}"
+        if images is None or visits is None:
+            length = f"{self.steps:,} steps" if self.steps else _counted(config.num_train_epochs, "epoch")
+            return f"{told} on images that are not scanned yet, {length}"
+        times = f"{visits:,.0f}" if visits >= 10 else f"{visits:.2g}"
+        seen = "once" if times == "1" else f"{times} times"
+        return f"{told} on {_counted(images, 'image')}, {_counted(self.steps or 0, 'step')} (each image seen {seen})"
+
+    @property
+    def _price(self) -> str:
+        """Peak memory against what is usable, and the download."""
+        told = []
+        for place, name in MEMORY_WORDS.items():
+            there, needed = self.machine.has(place), self.plan.peak(place)
+            if there is not None and needed:
+                told.append(f"{format_size(needed)} of {format_size(there)} usable {name}")
+        lacks = ", which is not enough" if any(lack.place != "disk" for lack in self.plan.lacks) else ""
+        download = missing_download(self.config)
+        fetched = f", downloads {download / 1e9:.0f} GB" if download else ""
+        return f"needs {' and '.join(told)}{lacks}{fetched}"
+
     def _verdict(self) -> list[str]:
         lacks = any(lack.place != "disk" for lack in self.plan.lacks)
         return [verdict(self.plan), *([self._way_out] if lacks else [])]
@@ -252,7 +294,7 @@ class Budget:
         """The long form: every part of every phase, the caches, the least time, the verdict, and the way out."""
         work, foot = self.work, self.footprint
         seen = "as configured; no pictures looked at" if work.pictures is None else f"{work.pictures} pictures"
-        told = [f"Memory plan, worst moment of each phase ({seen}):", *plan_table(self.plan), ""]
+        told = [self.sentence(), "", f"Memory plan, worst moment of each phase ({seen}):", *plan_table(self.plan), ""]
         told.append(
             f"Caches: up to {format_size(foot.context_bytes)} a caption, {format_size(foot.latent_bytes)} a picture of "
             f"the largest size; a checkpoint is about {format_size(foot.checkpoint_bytes)}."
@@ -289,6 +331,7 @@ class Budget:
         width, height = self.work.bucket
         step_s = None if flop_per_s is None else self.step_flop / flop_per_s
         return {
+            "summary": self.sentence(),
             "workload": {
                 "width": width,
                 "height": height,
@@ -364,6 +407,10 @@ class Budget:
             anew = ", in a new run: give another --output_dir too" if saved else ""
             told.append(f"Less is taken with {remedy}{anew}.")
         return told
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _multiple(side: float) -> int:

@@ -213,9 +213,52 @@ def test_a_machine_without_a_card_and_one_that_nothing_helps(capsys: pytest.Capt
 def test_this_machine_is_planned_for_by_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert told[0] == "Memory plan, worst moment of each phase (8 pictures):"
+    assert told[2] == "Memory plan, worst moment of each phase (8 pictures):"
     assert told[-1].startswith("It fits: ")
     assert max(map(len, told)) <= 160
+
+
+@pytest.mark.usefixtures("project")
+def test_a_sentence_says_what_the_run_does_and_what_it_takes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    _, found = planned(capsys, "--vram=24", "--ram=32", "--max_train_steps=2000")
+    start = "Trains a rank-16 LoRA of the embedded model on 8 images, 2,000 steps (each image seen 250 times); needs "
+    assert found["summary"].startswith(start)
+    assert found["summary"].endswith(" of 28.00 GiB usable RAM.")
+    assert run(["--vram=24", "--ram=32", "--max_train_steps=2000"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == found["summary"]
+
+    dev = ("--model_flavour=dev", "--vram=8", "--ram=64", "--lora_rank=4", "--max_train_steps=1")
+    _, found = planned(capsys, *dev)
+    assert "a rank-4 LoRA of FLUX.2-dev on 8 images, 1 step (each image seen 0.12 times); needs " in found["summary"]
+    assert " of 7.00 GiB usable VRAM and " in found["summary"]
+    assert found["summary"].endswith(" usable RAM, which is not enough, downloads 99 GB.")
+
+
+@pytest.mark.usefixtures("project")
+def test_weights_in_the_hubs_cache_are_not_downloaded_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "models--black-forest-labs--FLUX.2-dev"
+    folder = kept / "snapshots" / "abc" / "transformer"
+    folder.mkdir(parents=True)
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("abc")
+    with (folder / "diffusion_pytorch_model-00001-of-00001.safetensors").open("wb") as file:
+        file.truncate(64_450_000_000)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    _, found = planned(capsys, "--model_flavour=dev", "--vram=80", "--ram=64")
+    assert found["summary"].endswith(", downloads 35 GB.")
+
+
+@pytest.mark.usefixtures("project")
+def test_images_that_nobody_has_looked_at_are_not_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    for file in Path("datasets/large").iterdir():
+        file.unlink()
+    _, found = planned(capsys, "--vram=24", "--ram=32")
+    assert "LoRA of the embedded model on images that are not scanned yet, 5 steps; needs " in found["summary"]
 
 
 @pytest.mark.usefixtures("project")

@@ -8,7 +8,16 @@ import torch
 
 from simpletuner.base.errors import AccessError
 from simpletuner.base.sizes import GIB
-from simpletuner.config.flavours import DEV, DEV_TEXT, KLEIN_4B, KLEIN_9B, TINY, AutoencoderSpec, TransformerSpec
+from simpletuner.config.flavours import (
+    DEV,
+    DEV_TEXT,
+    FLAVOURS,
+    KLEIN_4B,
+    KLEIN_9B,
+    TINY,
+    AutoencoderSpec,
+    TransformerSpec,
+)
 from simpletuner.config.optimisers import optimiser
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.run import RunConfig
@@ -416,3 +425,15 @@ def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
     config = RunConfig.model_validate({"pretrained_model_name_or_path": str(tmp_path)})
     with pytest.raises(AccessError, match=r"vocab_size"):
         Architecture.of(config)
+
+
+def test_the_download_of_a_flavour_is_what_its_phases_read() -> None:
+    for flavour in FLAVOURS.values():
+        if flavour.repo is None:
+            assert not flavour.downloads
+            continue
+        found = plan(model_flavour=flavour.name)
+        read = {each.phase: each.read for each in found.phases}
+        assert flavour.downloads["text_encoder"] == pytest.approx(read["text"], rel=0.01)
+        assert flavour.downloads["transformer"] == pytest.approx(read["train"], rel=0.01)
+        assert flavour.downloads["vae"] == pytest.approx(read["latents"] + read["validation"], rel=0.1)
