@@ -1,4 +1,7 @@
-"""JSON and TOML as people write them: every fault comes back as a problem that says where it stands."""
+"""JSON and TOML as people write them: every fault comes back as a problem that says where it stands.
+
+JSON has no comments; a key that begins with `//` is one here, so that a program can write why a value is what it is.
+"""
 
 import json
 import stat
@@ -7,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.base.errors import ConfigError, Problem
+
+COMMENT = "//"
+"""Begins a key that is read by people only."""
 
 
 def read_document(path: Path, label: str) -> Any:
@@ -62,6 +68,7 @@ def _json(text: str, label: str) -> Any:
     repeated: list[str] = []
 
     def note_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        pairs = [(name, value) for name, value in pairs if not name.startswith(COMMENT)]
         found = dict(pairs)
         if len(found) < len(pairs):
             names = [name for name, _ in pairs]
@@ -93,7 +100,7 @@ def _hint(text: str, error: json.JSONDecodeError) -> str:
     if after[0] == "'":
         return "Use double quotes."
     if after.startswith(("//", "#", "/*")):
-        return "JSON has no comments: remove this one."
+        return 'JSON has no comments: remove this one, or write it as a key, "//": "…".'
     if after.startswith(("True", "False", "None")):
         return "JSON writes true, false and null in small letters."
     if "',' delimiter" in error.msg:

@@ -5,6 +5,8 @@ import pytest
 from simpletuner.base.errors import ConfigError
 from simpletuner.config.documents import read_document
 
+COMMENT_HINT = 'JSON has no comments: remove this one, or write it as a key, "//": "…".'
+
 
 @pytest.fixture
 def problem_in(tmp_path: Path):
@@ -24,8 +26,16 @@ def problem_in(tmp_path: Path):
         ('{\n  "a": 1,\n}', None, "comma"),
         ("[1, 2,]", None, "comma"),
         ("{'a': 1}", "line 1, column 2", "Use double quotes."),
-        ('{\n  // note\n  "a": 1}', "line 2, column 3", "JSON has no comments: remove this one."),
-        ('{"a": 1 # note\n}', "line 1, column 9", "JSON has no comments: remove this one."),
+        (
+            '{\n  // note\n  "a": 1}',
+            "line 2, column 3",
+            COMMENT_HINT,
+        ),
+        (
+            '{"a": 1 # note\n}',
+            "line 1, column 9",
+            COMMENT_HINT,
+        ),
         ('{"a": True}', "line 1, column 7", "JSON writes true, false and null in small letters."),
         ('{"a": 1\n "b": 2}', "line 2, column 2", "A comma is missing before this."),
         ('{"a": 1', "line 1, column 8", "It ends too early: a closing bracket is missing."),
@@ -49,6 +59,12 @@ def test_toml_says_where_too(problem_in) -> None:
 def test_a_key_given_twice_is_no_last_word(problem_in) -> None:
     assert problem_in('{"a": 1, "b": 2, "a": 3}') == "a.json: a is given twice. Keep one of them."
     assert problem_in('[{"a": {"x": 1, "x": 2}}]') == "a.json: x is given twice. Keep one of them."
+
+
+def test_a_key_that_begins_with_slashes_is_a_comment(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"//": "why", "//a": "because", "a": 1, "//": "twice", "b": [{"//": 2, "c": 3}]}')
+    assert read_document(path, "a.json") == {"a": 1, "b": [{"c": 3}]}
 
 
 def test_other_faults_of_a_file(problem_in, tmp_path: Path) -> None:
