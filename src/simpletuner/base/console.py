@@ -189,11 +189,12 @@ deferred_signals.tell = interject
 
 
 def answer_to(question: str) -> str | None:
-    """What is typed after `question`; None if nobody can be asked."""
+    """What is typed after `question`; None if nobody can be asked, or the input ends (Ctrl-D)."""
     if sys.stdin is None or not sys.stdin.isatty():
         return None
     complain(question, end="")
-    return sys.stdin.readline().strip()
+    line = sys.stdin.readline()
+    return line.strip() if line else None
 
 
 def is_terminal() -> bool:

@@ -34,10 +34,13 @@ class Recipe:
         """Whether this program can train it."""
         return not self.needs
 
+    def batches(self, images: int) -> int:
+        """Optimizer steps of an epoch over so many images, about."""
+        return max(1, math.ceil(images / int(self.options["train_batch_size"])))
+
     def epochs(self, images: int) -> int:
         """`num_train_epochs` for so many images: the recipe's, or more where that would be under `LEAST_STEPS`."""
-        batch = int(self.options["train_batch_size"])
-        return max(int(self.options["num_train_epochs"]), math.ceil(LEAST_STEPS * batch / max(images, 1)))
+        return max(int(self.options["num_train_epochs"]), math.ceil(LEAST_STEPS / self.batches(images)))
 
 
 @dataclass(frozen=True)
