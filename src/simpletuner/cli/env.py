@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from simpletuner import __version__
 from simpletuner.base.console import say
 from simpletuner.base.errors import ConfigError
+from simpletuner.base.machine import host_memory
 from simpletuner.base.sizes import format_size
 
 PACKAGES = (
@@ -51,28 +52,23 @@ def run(arguments: list[str]) -> int:
 
 def report() -> dict[str, str]:
     """Versions of what takes part in a run, and the devices that torch sees."""
+    memory = host_memory()
     found = {
         "simpletuner": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cores": str(os.cpu_count()),
-        "memory": _memory(),
+        "memory": "unknown" if memory is None else format_size(memory.total_bytes),
     }
-    return found | {name: _version(name) for name in PACKAGES} | _devices()
+    return found | {name: installed_version(name) or "not installed" for name in PACKAGES} | _devices()
 
 
-def _memory() -> str:
-    try:
-        return format_size(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, ValueError, OSError):  # not on every system
-        return "unknown"
-
-
-def _version(package: str) -> str:
+def installed_version(package: str) -> str | None:
+    """The version of a distribution; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return None
 
 
 def _devices() -> dict[str, str]:

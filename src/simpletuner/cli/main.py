@@ -14,6 +14,7 @@ from simpletuner.base.signals import deferred_signals
 
 COMMANDS = {
     "init": "three questions, and the files of a first project",
+    "doctor": "what training needs and this machine lacks, before anything is downloaded",
     "train": "train with the configuration found here, or the one that is named",
     "sample": "make pictures with what was trained",
     "dataset": "scan, show or cache the pictures before a run",

@@ -43,6 +43,8 @@ TEXT_NAMES = tuple(f"config{suffix}" for suffix in TEXT_FORMATS)
 """Configs that are recognized and not read, where there are no others."""
 DATASETS_NAME = "multidatabackend.json"
 PROMPTS_NAME = "user_prompt_library.json"
+NO_CONFIGURATION = "no configuration here"
+"""What is found where no config is named and none lies in the usual places."""
 EXAMPLES_FOLDER = Path(__file__).parents[1] / "examples"
 
 _MODEL_PLACES = (
@@ -241,9 +243,10 @@ def _chosen(flags: Flags, folder: Path, environ: Mapping[str, str]) -> Path | No
         if found is not None:
             return found
         raise ConfigError.of(
-            "no configuration here",
+            NO_CONFIGURATION,
             f"{join_names(['config.json', 'config.toml', 'config/config.json', 'config/config.toml'])}",
-            "Name one with --config or --env, or try the program with --example tiny-lora.",
+            "Write one with `simpletuner init`, name one with --config or --env, or try the program with --example "
+            "tiny-lora.",
         )
     return found
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -213,7 +214,7 @@ def base_name(options: ModelOptions) -> str:
     flavour = FLAVOURS[options.model_flavour]
     if given in (None, flavour.repo):
         return flavour.title
-    return given if Hub.is_id(given) and not Path(given).exists() else Path(given).name
+    return given if Hub.is_id(given) and not os.path.exists(given) else Path(given).name
 
 
 def missing_download(options: ModelOptions) -> int:
@@ -229,7 +230,7 @@ def missing_download(options: ModelOptions) -> int:
     missing = 0
     for component, needed in flavour.downloads.items():
         place = places[component]
-        if place is not None and Hub.is_id(place) and not Path(with_home(place)).exists():
+        if place is not None and Hub.is_id(place) and not os.path.exists(with_home(place)):
             missing += max(0, needed - _cached_bytes(options, place, component))
     return missing
 
@@ -238,9 +239,11 @@ def _cached_bytes(options: ModelOptions, repo: str, component: str) -> int:
     """Size of the component's complete weight files in the Hub's cache."""
     root = hub_cache(options) / f"models--{repo.replace('/', '--')}"
     ref = root / "refs" / (options.revision or "main")
-    commit = ref.read_text(encoding="ascii").strip() if ref.is_file() else options.revision or "none"
-    files = (root / "snapshots" / commit / component).glob("*.safetensors")
-    return sum(file.stat().st_size for file in files if file.exists())
+    commit = ref.read_text(encoding="ascii").strip() if os.path.isfile(ref) else options.revision or "none"
+    folder = root / "snapshots" / commit / component
+    if not os.path.isdir(folder):
+        return 0
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.exists())
 
 
 def hub_cache(options: ModelOptions) -> Path:

@@ -1,0 +1,171 @@
+"""`simpletuner doctor` on machines that lack something. A GPU is what a program named nvidia-smi says."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from simpletuner.base.errors import ConfigError
+from simpletuner.cli.doctor import _disk, run
+from simpletuner.cli.init import run as init
+from simpletuner.config.run import RunConfig
+
+TOKEN = "hf_secretsecretsecret"
+
+
+@pytest.fixture(autouse=True)
+def bare(own_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty folder, no token, and an empty Hub cache."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return own_folder
+
+
+@pytest.fixture
+def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    def install(name: str = "NVIDIA RTX 4090", driver: str = "580.65", mib: int = 24564) -> None:
+        command = tmp_path / "bin" / "nvidia-smi"
+        command.parent.mkdir()
+        command.write_text(f"#!/bin/sh\necho '0, {name}, {driver}, {mib}, 300, 0'\n")
+        command.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{command.parent}{os.pathsep}{os.environ['PATH']}")
+
+    return install
+
+
+def examined(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, dict[str, dict[str, Any]]]:
+    code = run(["--json", *flags])
+    text = capsys.readouterr().out
+    assert TOKEN not in text
+    found = json.loads(text)
+    assert (found["exit_code"], found["ready"]) == (code, code == 0)
+    for check in found["checks"]:
+        assert (check["remedy"] != "") == (check["state"] != "ok"), check
+    return code, {check["name"]: check for check in found["checks"]}
+
+
+def tiny_project(**changes: object) -> None:
+    Path("images").mkdir()
+    Image.new("RGB", (128, 128)).save("images/a.png")
+    init(["--images=images", "--card=none", "--yes"])
+    path = Path("config/config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_without_a_configuration_it_says_what_dev_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    code, checks = examined(capsys)
+    assert code == 4
+    assert (checks["config"]["state"], checks["config"]["remedy"]) == ("warning", "simpletuner init")
+    assert checks["GPU"]["found"] == "no NVIDIA GPU was found"
+    assert checks["GPU"]["exit_code"] == 5
+    assert checks["download"]["found"].startswith("92.45 GiB of ")
+    assert "hf auth login" in checks["Hub"]["remedy"]
+
+
+def test_a_configuration_of_the_embedded_model_can_start(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_project()
+    capsys.readouterr()
+    code, checks = examined(capsys)
+    assert code == 0
+    assert {check["state"] for check in checks.values()} == {"ok"}
+    assert checks["images"]["found"] == "1 in images"
+    assert run([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "Training can start."
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 160
+
+
+def test_each_missing_thing_has_its_stages_code(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_project()
+    capsys.readouterr()
+    Path("images/a.png").unlink()
+    code, checks = examined(capsys)
+    assert (code, checks["images"]["state"]) == (3, "missing")
+    code, checks = examined(capsys, "--lora_rank=0")
+    assert (code, checks["config"]["remedy"]) == (2, "simpletuner config check --lora_rank=0")
+    assert checks["config"]["found"] == "config/config.json: 1 problem"
+
+
+def test_torch_for_the_cpu_beside_a_gpu_is_named(gpu: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.version.cuda is not None:
+        pytest.skip("torch is built for CUDA")
+    gpu()
+    code, checks = examined(capsys)
+    assert code == 2
+    assert checks["torch"]["state"] == "missing"
+    assert "built for the CPU, beside a GPU" in checks["torch"]["found"]
+    assert checks["GPU"]["found"] == "NVIDIA RTX 4090, 23.99 GiB, driver 580.65"
+    assert checks["VRAM"]["state"] == "ok", "int8 and streaming, as for a card of 24 GB"
+
+
+@pytest.mark.parametrize(("driver", "cuda", "needed"), [("520.1", "12.8", "525"), ("570.0", "13.0", "580")])
+def test_a_driver_that_is_too_old_for_torch_is_named(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], driver: str, cuda: str, needed: str
+) -> None:
+    gpu(driver=driver)
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    code, checks = examined(capsys)
+    assert code == 2
+    assert checks["GPU"]["remedy"] == f"Install an NVIDIA driver of {needed} or newer: CUDA {cuda} needs it."
+
+
+def test_a_card_that_is_too_small_has_the_code_of_memory(gpu: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu(mib=8188)
+    _, checks = examined(capsys)
+    assert checks["VRAM"]["state"] == "ok", "the options of a card of 8 GB"
+    tiny_project(model_flavour="dev", base_model_precision="int8-quanto")
+    capsys.readouterr()
+    _, checks = examined(capsys)
+    assert (checks["VRAM"]["state"], checks["VRAM"]["exit_code"]) == ("missing", 5)
+    assert checks["VRAM"]["remedy"] == "simpletuner plan"
+
+
+def test_a_token_is_found_and_never_shown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    _, checks = examined(capsys)
+    assert checks["Hub"]["state"] == "ok"
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    code, checks = examined(capsys, "--online")
+    assert checks["Hub"]["state"] == "missing"
+    assert "cannot reach the Hub" in checks["Hub"]["found"]
+    assert code == 4
+
+
+def test_compilers_are_asked_for_where_the_options_need_them(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu()
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    _, checks = examined(capsys)
+    assert checks["compiler"]["state"] == "warning"
+    assert checks["compiler"]["found"].startswith("no C compiler")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_a_folder_that_may_not_be_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:
+        Path(place).chmod(0o755)
+        os.seteuid(65534)
+        try:
+            output = list(_disk(RunConfig(output_dir=f"{place}/out")))[-1]
+        finally:
+            os.seteuid(0)
+    assert (output.state, output.found, output.exit_code) == ("missing", f"{place} may not be written", 7)
+
+
+def test_mistakes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--jsn: no such option"):
+        run(["--jsn"])
