@@ -1,4 +1,4 @@
-"""Generate the parts of docs/ that repeat the code: options.md, events.md and the tables in plan.md and coming-from.md.
+"""Generate what of docs/ repeats the code: options.md, events.md, recipes.md and the tables in plan.md, coming-from.md.
 
 The code is the only source, so no page can drift from it:
 
@@ -31,6 +31,7 @@ from simpletuner.config.other_keys import (
     OtherKeys,
 )
 from simpletuner.config.precisions import NO_CHANGE
+from simpletuner.config.recipes import CARDS, LEAST_STEPS, RECIPES, Card
 from simpletuner.config.run import OPTION_NAMES, SLICES, RunConfig
 from simpletuner.config.values import kinds
 from simpletuner.flux2.footprint import Architecture, Footprint, Workload
@@ -294,11 +295,86 @@ def with_table(page: Path, table: str) -> str:
     return f"{before}{TABLE_BEGIN}{table}{TABLE_END}{after}"
 
 
+# Recipes
+
+RECIPES_HEAD = f"""\
+<!-- Made from src/simpletuner/config/recipes.py by `python tools/generate_docs.py --write`. -->
+
+# Recipes
+
+Numbers to start from, with where each comes from. `simpletuner init` writes them into a configuration, with the source
+as a comment beside each value, and the page offers them under Configure. Watch the validation images, and take the
+checkpoint that you like best.
+
+**Untested on real weights.** Nobody has judged a LoRA of FLUX.2-dev that this program trained. The numbers for dev and
+klein come from the quickstart and from others' published runs, most of them on klein. Only the recipe for the embedded
+model is measured here ([log.md](log.md)).
+
+`num_train_epochs` says how often each image is seen. Where that would be fewer than {LEAST_STEPS} steps, `simpletuner
+init` raises it.
+
+| recipe | what it is for |
+|---|---|
+"""
+
+CARDS_HEAD = """\
+## Cards
+
+Options with which each recipe for dev fits at 1024x1024, by the [memory plan](plan.md), which a test computes; nothing
+is measured on a card. GPU and RAM are the plan's peaks. Quantized weights need `pip install -e '.[quantisation]'`.
+32 GB of RAM are enough for each. Other choices: [precision.md](precision.md), [offload.md](offload.md).
+
+| card | options | what they do | GPU | RAM |
+|---|---|---|---:|---:|
+"""
+
+
+def recipes_page() -> str:
+    """The text of docs/recipes.md."""
+    flavours = list(dict.fromkeys(each.flavour for each in RECIPES))
+    titles = {each.title: each.summary for each in RECIPES}
+    purposes = "\n".join(f"| {title.lower()} | {summary} |" for title, summary in titles.items()) + "\n"
+    cards = CARDS_HEAD + "\n".join(map(_card_row, CARDS)) + "\n"
+    return "\n".join([RECIPES_HEAD + purposes, *map(_flavour_section, flavours), cards])
+
+
+def _flavour_section(flavour: str) -> str:
+    """The recipes of a flavour in one table: a row an option, or a row a recipe where they differ."""
+    recipes = [each for each in RECIPES if each.flavour == flavour]
+    lacking: dict[str, list[str]] = {}
+    for each in recipes:
+        if not each.is_ready:
+            lacking.setdefault(each.needs, []).append(each.title.lower())
+    needs = [f"Not ready: {', '.join(titles)}, for want of {lacks}." for lacks, titles in lacking.items()]
+    rows = ["| option | value | source |", "|---|---|---|"]
+    for option in recipes[0].options:
+        choices: dict[str, list[str]] = {}
+        for each in recipes:
+            text = f"`{json.dumps(each.options[option])}` | {each.sources[option]}"
+            choices.setdefault(text, []).append(each.title.lower())
+        for text, titles in choices.items():
+            rows.append(f"| `{option}`{'' if len(choices) == 1 else ', ' + ', '.join(titles)} | {text} |")
+    return "\n".join([f"## {flavour}\n", *([" ".join(needs), ""] if needs else []), *rows, ""])
+
+
+def _card_row(card: Card) -> str:
+    options = dict(next(each for each in RECIPES if each.flavour == "dev").options)
+    config = RunConfig.model_validate(options | dict(card.options))
+    machine = Machine.of_size(card.vram_gib * GIB, card.ram_gib * GIB)
+    plan = Footprint(config, Architecture.of(config), Workload((1024, 1024), 1), machine).plan()
+    typed = ", ".join(
+        f"`{key}` `{value if isinstance(value, str) else json.dumps(value)}`" for key, value in card.options.items()
+    )
+    peaks = (f"{plan.peak(place) / GIB:.1f} GiB" for place in ("accelerator", "ram"))
+    return f"| {' | '.join((card.name, typed or 'none', card.summary, *peaks))} |"
+
+
 def stale_pages(folder: Path) -> dict[Path, str]:
     """Each page in `folder` that is missing or not what the code says, with the text that belongs there."""
     pages = {
         "options.md": options_page(),
         "events.md": events_page(),
+        "recipes.md": recipes_page(),
         "plan.md": with_table(folder / "plan.md", plan_table()),
         "coming-from.md": with_table(folder / "coming-from.md", other_keys_tables()),
     }

@@ -93,7 +93,7 @@ _DEV: _Numbers = {
 }
 
 _KLEIN: _Numbers = {
-    "lora_rank": (32, "Black Forest Labs' klein workshop (stephen37/workshops) for a character; ai-toolkit's form"),
+    "lora_rank": (32, "the klein workshop of stephen37/workshops for a character; ai-toolkit's form"),
     "lora_alpha": (32, _NO_ALPHA_TRAP),
 }
 
@@ -126,18 +126,15 @@ _WORDS: Mapping[RecipeName, tuple[str, str]] = {
     "edit": ("An edit", "What to do to an image, from pairs of images before and after."),
 }
 
-_KLEIN_IS_MISSING = "the klein flavours, which are not built yet"
-_REFERENCES_ARE_MISSING = "reference images, which are not built yet"
+_NOT_BUILT = "which are not built yet"
 
 
 def _recipes() -> Iterator[Recipe]:
     for flavour, own in (("dev", _DEV), ("klein-9b", _KLEIN), ("klein-4b", _KLEIN), ("tiny", {})):
         for name, (title, summary) in _WORDS.items():
             numbers = _TINY if flavour == "tiny" else {**own, **_COMMON, "num_train_epochs": _EPOCHS[name]}
-            lacks = (
-                _KLEIN_IS_MISSING if flavour.startswith("klein") else "",
-                _REFERENCES_ARE_MISSING if name == "edit" else "",
-            )
+            lacks = ["the klein flavours"] if flavour.startswith("klein") else []
+            lacks += ["reference images"] if name == "edit" else []
             yield Recipe(
                 name=name,
                 flavour=flavour,
@@ -146,7 +143,7 @@ def _recipes() -> Iterator[Recipe]:
                 options={option: value for option, (value, _) in numbers.items()},
                 sources={option: source for option, (_, source) in numbers.items()},
                 is_tested=flavour == "tiny" and name == "subject",
-                needs=" and ".join(lack for lack in lacks if lack),
+                needs=f"{' and '.join(lacks)}, {_NOT_BUILT}" if lacks else "",
             )
 
 

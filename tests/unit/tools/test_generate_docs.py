@@ -13,7 +13,11 @@ from simpletuner.config.run import OPTION_NAMES
 
 
 def test_options_and_events_are_what_the_code_says() -> None:
-    pages = {"options.md": generate_docs.options_page(), "events.md": generate_docs.events_page()}
+    pages = {
+        "options.md": generate_docs.options_page(),
+        "events.md": generate_docs.events_page(),
+        "recipes.md": generate_docs.recipes_page(),
+    }
     for name, text in pages.items():
         assert (generate_docs.DOCS / name).read_text(encoding="utf-8") == text, "run `.ci/run docs`"
 
@@ -59,7 +63,7 @@ def test_without_an_action_nothing_is_written(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.slow  # the whole table of the plan, three times; `.ci/run check` does it each time
 def test_stale_pages_are_named_and_written_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = ("events.md", "options.md", "plan.md", "coming-from.md")
+    names = ("events.md", "options.md", "plan.md", "recipes.md", "coming-from.md")
     for name in names:
         shutil.copy(generate_docs.DOCS / name, tmp_path)
     (tmp_path / "options.md").unlink()
