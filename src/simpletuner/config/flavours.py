@@ -175,6 +175,8 @@ class Flavour:
     """Denoising steps for making pictures."""
     shift: float
     """Default of `flow_schedule_shift`."""
+    only_side: int | None
+    """Side in pixels of the only images that it can make; None where any usual size will do."""
     validation_steps: int
     """Default of `validation_num_inference_steps`: fewer than `steps`, since pictures are made again and again."""
 
@@ -218,6 +220,7 @@ FLAVOURS: Mapping[str, Flavour] = {
         guidance=4.0,
         steps=50,
         shift=3.0,
+        only_side=None,
         validation_steps=20,
     ),
     "tiny": Flavour(
@@ -243,6 +246,7 @@ FLAVOURS: Mapping[str, Flavour] = {
         guidance=4.0,
         steps=20,
         shift=3.0,
+        only_side=128,
         validation_steps=20,
     ),
 }

@@ -24,7 +24,7 @@ from simpletuner.config.other_trainers import (
 )
 from simpletuner.config.paths import PathRule, filled, is_local_model, joined
 from simpletuner.config.prompts import load_prompts
-from simpletuner.config.rules import findings, notices
+from simpletuner.config.rules import drawing_notices, findings, notices
 from simpletuner.config.run import OPTION_NAMES, RunConfig
 from simpletuner.config.values import join_names, kinds, nearest, shown
 
@@ -200,6 +200,7 @@ def examine(
             *more,
             *listing.notices,
             *prompt_notices,
+            *(() if problems else drawing_notices(config, prompts)),
         ),
         origins=origins,
         config_file=config_file,

@@ -281,6 +281,22 @@ def notices(config: RunConfig, datasets: Datasets | None, given: Collection[str]
         )
 
 
+def drawing_notices(config: RunConfig, prompts: Collection[str]) -> Iterator[str]:
+    """What to say of the validation images that will be made of `prompts`."""
+    flavour = FLAVOURS[config.model_flavour]
+    side = flavour.only_side
+    if side is None or config.pretrained_model_name_or_path is not None or config.validation_disable or not prompts:
+        return
+    far = [size for size in config.sizes if not all(2 / 3 <= edge / side <= 3 / 2 for edge in size)]
+    if far:
+        size = f"{side}x{side}"
+        yield (
+            f"validation_resolution = {config.validation_resolution}: {flavour.title} was trained at {size}, and at "
+            f"other sizes it draws flat areas. Give --validation_resolution={size}, and resolution {side} in the "
+            "image sets."
+        )
+
+
 def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tuple[str, ...], bool, str]]:
     """(options, whether they have no effect, the reason)."""
     is_constant = config.flux_guidance_mode == "constant"

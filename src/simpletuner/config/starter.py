@@ -16,9 +16,6 @@ VALIDATIONS = 8
 """About how often a run makes images and saves, beside its end."""
 RESOLUTIONS = (1024, 768, 512)
 """To choose from by the images' sizes, in pixels."""
-TINY_RESOLUTION = 128
-"""What the embedded model was trained at, and so the only size at which it draws."""
-
 _SUBJECT_PROMPTS = {
     "portrait": f"a photograph of {SUBJECT} by a window, soft daylight",
     "outdoors": f"{SUBJECT} on a hillside at golden hour, seen from afar",
@@ -82,8 +79,9 @@ class Starter:
     @property
     def resolution(self) -> int:
         """Pixels of a side: the largest to which the image in the middle need not be enlarged."""
-        if self.card is None:
-            return TINY_RESOLUTION
+        only_side = FLAVOURS[self.flavour].only_side
+        if only_side is not None:
+            return only_side
         return next((side for side in RESOLUTIONS if side <= self.found.median_side), RESOLUTIONS[-1])
 
     @property

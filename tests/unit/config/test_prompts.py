@@ -39,6 +39,7 @@ def test_the_sources_add_up(place: Any) -> None:
 
 def test_the_subject_comes_from_the_option_else_from_the_dataset_else_stays(place: Any) -> None:
     place.write("config/user_prompt_library.json", {"one": "a photo of <subject>"})
+    place.config["validation_resolution"] = "128x128"
     loaded = place.load()
     assert loaded.prompts == {"one": "a photo of <subject>"}
     assert loaded.notices == ("<subject> stays in the prompts as typed: validation_subject says what it stands for.",)
@@ -91,3 +92,14 @@ def test_a_prompt_is_text(place: Any, prompt: object) -> None:
 def test_the_library_is_an_object(place: Any) -> None:
     place.write("config/user_prompt_library.json", ["a cat"])
     assert place.problems()[0].startswith('config/user_prompt_library.json: ["a cat"]: expected an object')
+
+
+@pytest.mark.parametrize(("resolution", "is_said"), [("128x128", False), ("128x192", False), ("512", True)])
+def test_the_embedded_model_says_at_which_size_it_draws(place: Any, resolution: str, is_said: bool) -> None:
+    place.config |= {"validation_resolution": resolution}
+    assert place.load().notices == (), "nothing is drawn without a prompt"
+    place.config["validation_prompt"] = "a star"
+    said = [notice for notice in place.load().notices if "was trained at 128x128" in notice]
+    assert bool(said) is is_said
+    assert not is_said or "Give --validation_resolution=128x128, and resolution 128 in the image sets." in said[0]
+    assert not [notice for notice in place.load("--validation_disable").notices if "was trained at" in notice]
