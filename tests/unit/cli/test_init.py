@@ -11,6 +11,7 @@ from PIL import Image
 
 from simpletuner.base.errors import ConfigError, DataError
 from simpletuner.cli.init import run
+from simpletuner.cli.main import INTERRUPTED, main
 from simpletuner.config.load import Loaded, load
 
 FILES = ("config.json", "multidatabackend.json", "user_prompt_library.json")
@@ -109,6 +110,26 @@ def test_an_end_of_input_or_a_no_writes_nothing(project: Path, typed: Any, lines
     else:
         with pytest.raises(ConfigError, match="Nothing was written"):
             run([])
+    assert written(project) == []
+
+
+@pytest.mark.parametrize("answered", range(5))
+def test_ctrl_c_at_any_question_writes_nothing(
+    project: Path, monkeypatch: pytest.MonkeyPatch, answered: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Impatient(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+        def readline(self, _size: int | None = -1) -> str:
+            line = super().readline()
+            if not line:
+                raise KeyboardInterrupt
+            return line
+
+    monkeypatch.setattr(sys, "stdin", Impatient("".join(["\n", "none\n", "\n", "\n"][:answered])))
+    assert main(["init"]) == INTERRUPTED
+    assert "Interrupted." in capsys.readouterr().err
     assert written(project) == []
 
 
