@@ -19,15 +19,25 @@ has_configuration() {
     return 1
 }
 
+# The environment's command, for what is typed next.
+say_where_the_command_is() {
+    local activate=$venv/bin/activate
+    [ "$(command -v simpletuner)" = "$venv/bin/simpletuner" ] && return
+    [ "$activate" = "$PWD/.venv/bin/activate" ] && activate=.venv/bin/activate
+    say "To type simpletuner in this terminal: source $activate"
+}
+
 environment run
 if ! has_configuration "$@"; then
-    echo "No configuration here: training the example tiny-lora. docs/quickstart.md says how to train your own." >&2
+    say "No configuration here: training the example tiny-lora. \`simpletuner init\` writes one for your own images."
+    "$python" -P -m simpletuner train --example tiny-lora "$@"
     if [ $# = 0 ]; then
-        "$python" -P -m simpletuner train --example tiny-lora
-        echo "Judging what the base and the LoRA draw when asked for things that were never trained on:" >&2
-        exec "$python" "$root/tools/embedded_exam.py" output/tiny-lora
+        say "Judging what the base and the LoRA draw when asked for things that were never trained on:"
+        "$python" "$root/tools/embedded_exam.py" output/tiny-lora
     fi
-    set -- --example tiny-lora "$@"
+    say_where_the_command_is
+    exit
 fi
+say_where_the_command_is
 # -P: a folder named like a library (datasets, say) must not be taken for it.
 exec "$python" -P -m simpletuner train "$@"
