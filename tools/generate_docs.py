@@ -52,6 +52,7 @@ flag `--lora_rank` and the environment variable `{ENVIRONMENT_PREFIX}LORA_RANK`.
 
 - A flag wins over the environment, that over the file, that over the default. A flag that is absent changes nothing.
 - Keys may carry leading dashes. Flags: `--lora_rank 8` or `--lora_rank=8`; a boolean also stands alone.
+- A key that begins with `//` is a comment, in `config.json` and in the other JSON files.
 - `true` and `false` are booleans, also as text; `null` means "not set".
 - Looked for without being named, in this order: `config.json`, `config.toml`, `config/config.json`,
   `config/config.toml`. `--env NAME` reads `config/NAME/`, `--config PATH` a file, `--example NAME` an example that
