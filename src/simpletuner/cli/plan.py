@@ -105,7 +105,7 @@ def _plan(loaded: Loaded, command: PlanCommand) -> int:
     if command.json:
         say(json_text(budget.summary(rate) | {"notices": list(loaded.notices)}))
     else:
-        say("\n".join((*loaded.notices, *budget.table(rate))))
+        say("\n".join((budget.sentence(), *loaded.notices, "", *budget.table(rate))))
     return 0 if budget.plan.fits else MemoryBudgetError.exit_code
 
 

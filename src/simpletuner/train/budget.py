@@ -294,7 +294,7 @@ class Budget:
         """The long form: every part of every phase, the caches, the least time, the verdict, and the way out."""
         work, foot = self.work, self.footprint
         seen = "as configured; no pictures looked at" if work.pictures is None else f"{work.pictures} pictures"
-        told = [self.sentence(), "", f"Memory plan, worst moment of each phase ({seen}):", *plan_table(self.plan), ""]
+        told = [f"Memory plan, worst moment of each phase ({seen}):", *plan_table(self.plan), ""]
         told.append(
             f"Caches: up to {format_size(foot.context_bytes)} a caption, {format_size(foot.latent_bytes)} a picture of "
             f"the largest size; a checkpoint is about {format_size(foot.checkpoint_bytes)}."
