@@ -46,7 +46,7 @@ export function promptsPane(environment) {
 
   function show() {
     const { root } = examined(text(), "object");
-    const members = root?.members ?? [];
+    const members = (root?.members ?? []).filter(({ key }) => !key.startsWith("//"));  // a comment
     const list = members.length
       ? h("ul", { class: "plain stack" }, members.map((member) => row(member, false)))
       : h("p", { class: "dim" }, root === null ? "The file is no JSON yet: mend it below." : "No prompts yet. Each one you add is drawn at every validation, beside validation_prompt.");
