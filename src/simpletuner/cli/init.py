@@ -284,7 +284,12 @@ def _say_found(starter: Starter, notices: tuple[str, ...]) -> None:
         say(f"Most captions do not say “{starter.trigger}”: it is put before each.")
     for notice in notices:
         say(f"Note: {notice}")
-    if not starter.recipe.is_tested:
+    if starter.card is None:
+        say(
+            "Note: the embedded model draws colored shapes at 128x128 and nothing else. It shows whether the files are "
+            "right, not what a LoRA of dev will look like."
+        )
+    elif not starter.recipe.is_tested:
         say("Note: this recipe's numbers come from others' runs (docs/recipes.md); nobody has judged one here.")
 
 

@@ -118,6 +118,8 @@ class Starter:
             "checkpoint_step_interval": (every, "a checkpoint for each set of images, to go back to"),
         }
         head = f"Made by `simpletuner init`: {self.recipe.title.lower()} with {words}."
+        if not self.recipe.is_tested:
+            head += " Untested on real weights; docs/recipes.md has the sources."
         return {COMMENT: head, **dict(_commented(said))}
 
     @property

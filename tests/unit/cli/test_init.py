@@ -79,6 +79,9 @@ def test_every_value_says_why(project: Path) -> None:
     text = json.loads((project / "config" / "config.json").read_text())
     unsaid = {key for key in text if not key.startswith("//") and f"// {key}" not in text}
     assert unsaid == {"model_family", "model_flavour"}
+    assert "Untested" not in text["//"]
+    assert run(["--card=8", "--recipe=subject", "--yes"]) == 0
+    assert "Untested on real weights" in json.loads((project / "config" / "config.json").read_text())["//"]
 
 
 def test_three_questions_and_the_word(project: Path, typed: Any, capsys: pytest.CaptureFixture[str]) -> None:
