@@ -323,7 +323,8 @@ CARDS_HEAD = """\
 
 Options with which each recipe for dev fits at 1024x1024, by the [memory plan](plan.md), which a test computes; nothing
 is measured on a card. GPU and RAM are the plan's peaks. Quantized weights need `pip install -e '.[quantisation]'`.
-32 GB of RAM are enough for each. Other choices: [precision.md](precision.md), [offload.md](offload.md).
+32 GB of RAM are enough for each. Other choices: [precision.md](precision.md), [offload.md](offload.md). For klein:
+[plan.md](plan.md#training-a-lora-gib).
 
 | card | options | what they do | GPU | RAM |
 |---|---|---|---:|---:|

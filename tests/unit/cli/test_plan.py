@@ -235,6 +235,10 @@ def test_a_sentence_says_what_the_run_does_and_what_it_takes(
     assert "a rank-4 LoRA of FLUX.2-dev on 8 images, 1 step (each image seen 0.12 times); needs " in found["summary"]
     assert " of 7.00 GiB usable VRAM and " in found["summary"]
     assert found["summary"].endswith(" usable RAM, which is not enough, downloads 99 GB.")
+    _, found = planned(capsys, "--vram=24", "--ram=32", "--model_type=full")
+    assert found["summary"].startswith(
+        "Trains all weights of the embedded model on 8 images, 5 steps (each image seen 0.6"
+    )
 
 
 @pytest.mark.usefixtures("project")
