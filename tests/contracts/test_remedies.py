@@ -38,14 +38,14 @@ UNKNOWN = "\N{OBJECT REPLACEMENT CHARACTER}"
 VERBS = {
     "dataset": ("scan", "show", "cache"),
     "config": ("check", "show"),
-    "run": ("start", "stop", "save", "validate", "show", "list", "queue"),
+    "run": ("start", "stop", "save", "validate", "show", "list", "note", "delete", "queue"),
     "checkpoint": ("list", "verify", "delete"),
 }
 """Of commands that have some."""
 OF_THE_PROGRAM = {"version"}
 """Flags that stand without a command."""
 OF_OTHERS = {"query-gpu", "format"}
-"""Flags of nvidia-smi."""
+"""Flags of commands that the program calls: nvidia-smi."""
 
 COMMAND = re.compile(r"\bsimpletuner ([a-z]+)((?: [a-z]+)*)((?: --[a-z][\w-]*(?:[= ][^\s`.,;]+)?| [A-Z]+)*)")
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w-]*)(?:=((?:[^\s`;,)]|,(?=\S))*))?")

@@ -89,7 +89,7 @@ def server(workspace: Path) -> Iterator[Server]:
 
 def end_runs(workspace: Path) -> None:
     """End what goes on in the background below `workspace`: it was started to outlive the server."""
-    for lock in workspace.rglob("lock"):
+    for lock in (*workspace.rglob("lock"), *workspace.rglob("starting.lock")):
         text = lock.read_text().strip() if lock.is_file() else ""
         if text.isdecimal() and Path(f"/proc/{text}/cwd").exists():
             os.kill(int(text), signal.SIGKILL)

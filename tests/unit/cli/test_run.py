@@ -102,6 +102,71 @@ def test_list_has_the_newest_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert told["run"] == "output/old"
 
 
+def test_the_list_is_filtered_and_sorted(capsys: pytest.CaptureFixture[str]) -> None:
+    made("b-cats", BEGUN, STEP, EndEvent(reason="done", exit_code=0, step=4, seconds=1))
+    made("a-dogs", BEGUN, StepEvent(step=1, epoch=0, loss=0.25, lr=1, grad_norm=1, seconds=1, memory_gib=1))
+    made("c-birds", PhaseEvent(phase="text", state="begin"))
+    assert run(["note", "output/a-dogs", "Rate too high"]) == 0
+    assert run(["note", "output/a-dogs"]) == 0
+    assert capsys.readouterr().out == "Rate too high\nRate too high\n"
+
+    def listed(*typed: str) -> list[str]:
+        run(["list", "--json", *typed])
+        return [Path(one["run"]).name for one in json.loads(capsys.readouterr().out)["runs"]]
+
+    assert sorted(listed()) == ["a-dogs", "b-cats", "c-birds"]
+    assert listed("--sort=name") == ["a-dogs", "b-cats", "c-birds"]
+    assert listed("--sort=loss") == ["a-dogs", "b-cats", "c-birds"]
+    assert listed("--sort=state")[0] == "b-cats"  # the others were killed
+    assert listed("--find=too HIGH") == ["a-dogs"]
+    assert listed("--find=cats", "--state=done") == ["b-cats"]
+    assert run(["list", "--state", "failed"]) == 0
+    assert capsys.readouterr().out == "No such runs below output.\n"
+    assert run(["list", "--find", "dogs"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].endswith("Rate too high")
+    with pytest.raises(ConfigError, match=r"--sort = 'size': expected started, name, loss or state"):
+        run(["list", "--sort", "size"])
+
+
+def test_a_stop_says_what_was_saved(capsys: pytest.CaptureFixture[str]) -> None:
+    stopped = EndEvent(reason="stopped", exit_code=75, step=4, seconds=1)
+    directory = made("cats", BEGUN, STEP, stopped)
+    for saved, said in (
+        (None, "nothing was saved: the same command begins anew"),
+        (2, "step 4 was not saved: the same command goes on from step 2"),
+        (4, "saved at step 4: the same command goes on from there"),
+    ):
+        if saved is not None:
+            directory.checkpoint(saved).mkdir()
+        run(["show", "output/cats"])
+        assert f"  {said}\n" in capsys.readouterr().out
+
+
+def test_a_run_is_deleted_after_asking(capsys: pytest.CaptureFixture[str]) -> None:
+    directory = made("cats", BEGUN)
+    with pytest.raises(ConfigError, match=r"nobody can be asked whether to delete output/cats\. Give --yes"):
+        run(["delete", "output/cats"])
+    with directory.lock(), pytest.raises(CheckpointError, match="is in use by process"):
+        run(["delete", "output/cats", "--yes"])
+    assert run(["delete", "output/cats", "--yes"]) == 0
+    assert capsys.readouterr().out.startswith("output/cats is deleted: ")
+    assert not directory.root.exists()
+    with pytest.raises(ConfigError, match="output/cats: no run is there"):
+        run(["delete", "output/cats", "--yes"])
+
+
+def test_the_queue_is_reordered(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    queue = Queue.of(own_folder)
+    for name in "abc":
+        queue.add(["--help"], f"output/{name}")
+    assert run(["queue", "move", "3", "top", "--json"]) == 0
+    assert [entry["id"] for entry in json.loads(capsys.readouterr().out)["entries"]] == [3, 1, 2]
+    assert run(["queue", "move", "1", "3"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:4]] == ["3", "2", "1"]
+    with pytest.raises(ConfigError, match=r"no entry is named.*\n.*where to is not said: expected up, down, top"):
+        run(["queue", "move"])
+
+
 def test_a_request_is_left_for_who_holds_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     directory = made("cats", BEGUN, STEP)
     with directory.lock():

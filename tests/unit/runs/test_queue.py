@@ -67,6 +67,62 @@ def test_entries_wait_in_the_order_they_came(queue: Queue) -> None:
     assert queue.work_is_needed() == ["", "0,1"]
 
 
+def test_entries_are_reordered_by_hand(queue: Queue) -> None:
+    for name in "abcd":
+        queue.add(DONE, f"output/{name}")
+    queue.move(4, "top")
+    assert states(queue) == [(4, "waiting"), (1, "waiting"), (2, "waiting"), (3, "waiting")]
+    queue.move(1, "down")
+    queue.move(3, "up")
+    assert [number for number, _ in states(queue)] == [4, 2, 3, 1]
+    queue.move(4, 99)
+    queue.move(4, "down")  # it is the last
+    queue.move(2, "up")  # it is the first
+    assert [number for number, _ in states(queue)] == [2, 3, 1, 4]
+    assert queue.next("") == queue.entries()[0]
+    # What is added comes last, whatever was ordered before.
+    queue.add(DONE, "output/e")
+    assert [number for number, _ in states(queue)] == [2, 3, 1, 4, 5]
+
+
+def test_what_runs_or_ended_has_no_turn(queue: Queue) -> None:
+    first = queue.add(DONE, "output/a")
+    queue.add(DONE, "output/b")
+    queue.move(2, "top")
+    with queue.held(1):
+        pretend_running(queue, first)
+        assert states(queue) == [(1, "running"), (2, "waiting")]
+        with pytest.raises(ConfigError, match="queue entry 1: it is running: expected one that waits: 2"):
+            queue.move(1, "down")
+        queue.add(DONE, "output/c")
+        queue.move(3, "top")
+    # It broke off: it was taken before those that were ordered meanwhile.
+    assert states(queue) == [(1, "waiting"), (3, "waiting"), (2, "waiting")]
+    with pytest.raises(ConfigError, match="queue entry 7: there is none"):
+        queue.move(7, "up")
+    (queue.folder / "order").write_text("damaged")
+    assert [number for number, _ in states(queue)] == [1, 2, 3]
+
+
+def test_two_processes_that_reorder_lose_nothing(queue: Queue) -> None:
+    for number in range(6):
+        queue.add(DONE, f"output/{number}")
+
+    def shuffle(own: int) -> None:
+        for _ in range(10):
+            Queue(queue.folder).move(own, "top")
+
+    threads = [threading.Thread(target=shuffle, args=(own,)) for own in (2, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    order = [number for number, _ in states(queue)]
+    assert sorted(order) == [1, 2, 3, 4, 5, 6]
+    assert {*order[:2]} == {2, 5}
+    assert order[2:] == [1, 3, 4, 6]
+
+
 def test_a_number_is_never_given_twice(queue: Queue) -> None:
     queue.add(DONE, "output/one")
     two = queue.add(DONE, "output/two")

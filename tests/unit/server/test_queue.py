@@ -43,6 +43,23 @@ def test_an_entry_is_taken_out(client: TestClient, workspace: Path) -> None:
     assert "there is none" in gone.text
 
 
+def test_an_entry_is_moved(client: TestClient, workspace: Path) -> None:
+    queue = Queue.of(workspace)
+    for name in "abc":
+        queue.add(["--help"], f"output/{name}")
+
+    def moved(**wanted: object) -> list[int]:
+        answer = client.post("/api/queue/move", json=wanted, headers=SAME)
+        assert answer.status_code == 200, answer.text
+        return [entry["id"] for entry in answer.json()]
+
+    assert moved(id=3, to="top") == [3, 1, 2]
+    assert moved(id=3, to="down") == [1, 3, 2]
+    assert moved(id=2, to=1) == [2, 1, 3]
+    for wrong in ({"id": 9, "to": "up"}, {"id": 1, "to": "away"}, {"id": 1, "to": 0}):
+        assert client.post("/api/queue/move", json=wrong, headers=SAME).status_code == 422
+
+
 def test_devices_are_a_list(client: TestClient, environment: str) -> None:
     body = {"environment": environment, "devices": "0; rm -r ."}
     assert client.post("/api/queue", json=body, headers=SAME).status_code == 422

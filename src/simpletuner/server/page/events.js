@@ -9,6 +9,9 @@ import { Series } from "./series.js";
 const PAUSES_MS = [500, 1000, 2000, 4000, 5000];
 const GATHER_MS = 80;
 const LOOK_AGAIN_MS = 3000;
+/** While a run is starting: a start that is refused writes no event. */
+const LOOK_AT_START_MS = 1000;
+const GONE = 404;
 
 /** What may change; listeners are given a set of these. */
 export const TOPICS = ["status", "steps", "heldOut", "validations", "checkpoints", "notices", "connection"];
@@ -22,7 +25,7 @@ export class RunStore {
     this.steps = new Series(["loss", "lr", "grad_norm", "seconds", "memory_gib"]);
     this.heldOut = new Series(["loss", "ema_loss"]);
     this.lastId = 0;
-    /** "open", or "lost" while the server does not answer. */
+    /** "open", "lost" while the server does not answer, or "gone" where the run is not there any more. */
     this.connection = "open";
     this.listeners = new Set();
     this.changed = new Set();
@@ -35,7 +38,8 @@ export class RunStore {
   async open() {
     await this.load();
     this.follow();
-    this.watch = setInterval(() => this.lookAgain(), LOOK_AGAIN_MS);
+    this.watch = setInterval(() => this.lookAgain(), LOOK_AT_START_MS);
+    this.lookedAt = Date.now();
   }
 
   close() {
@@ -88,6 +92,7 @@ export class RunStore {
         this.follow();
       } catch (error) {
         if (!(error instanceof ApiFault)) throw error;
+        if (this.isGone(error)) return;
         this.connected(error.status !== 0);
         if (!this.isClosed) this.again();
       }
@@ -102,14 +107,28 @@ export class RunStore {
     this.report("connection");
   }
 
+  /** Whether an error says that the run was deleted; then all that follows it ends. */
+  isGone(error) {
+    if (error.status !== GONE) return false;
+    this.source?.close();
+    clearInterval(this.watch);
+    this.connection = "gone";
+    this.report("connection");
+    return true;
+  }
+
   /** The state of a run can change without an event: a process that is killed writes none. */
   async lookAgain() {
-    const isQuiet = Date.now() - this.lastEventAt > LOOK_AGAIN_MS;
-    if (this.connection === "lost" || !isQuiet || document.hidden || !["running", "waiting"].includes(this.detail.state)) return;
+    const { state } = this.detail;
+    const pause = state === "starting" ? LOOK_AT_START_MS : LOOK_AGAIN_MS;
+    const isQuiet = Date.now() - Math.max(this.lastEventAt, this.lookedAt) >= pause - LOOK_AT_START_MS / 2;
+    if (this.connection !== "open" || !isQuiet || document.hidden || !["starting", "running", "waiting"].includes(state)) return;
+    this.lookedAt = Date.now();
     try {
       await this.refresh();
     } catch (error) {
       if (!(error instanceof ApiFault)) throw error;
+      this.isGone(error);
     }
   }
 
@@ -122,7 +141,7 @@ export class RunStore {
       return;
     }
     if (detail.last_id > this.lastId) {
-      for (const key of ["state", "pid", "ended", "error"]) this.detail[key] = detail[key];
+      for (const key of ["state", "pid", "ended", "error", "saved", "note"]) this.detail[key] = detail[key];
     } else {
       this.detail = detail;
     }
@@ -137,7 +156,7 @@ export class RunStore {
       this.follow();
     } catch (error) {
       if (!(error instanceof ApiFault)) throw error;
-      this.again();
+      if (!this.isGone(error)) this.again();
     }
   }
 
@@ -216,6 +235,7 @@ const APPLY = {
   },
   checkpoint({ detail }, event) {
     detail.checkpoints.push(event);
+    if (event.state === "saved") detail.saved = event.step;
     return ["checkpoints"];
   },
   notice({ detail }, { text }) {

@@ -1,17 +1,24 @@
 /** The head of a run's screen: where it stands, what it takes, what went wrong, and what came of it. */
 
 import { secondsLeft } from "./events.js";
-import { fill, h } from "./dom.js";
+import { button, fill, h } from "./dom.js";
 import { count, duration } from "./format.js";
 import { short } from "./numbers.js";
 import { downloadLink } from "./checkpoints.js";
-import { phaseText, stateBadge } from "./states.js";
+import { MachineLine } from "./meter.js";
+import { editNote } from "./note.js";
+import { isGoingOn, phaseText, stateBadge } from "./states.js";
+import { ownInTitle } from "./title.js";
+
+/** The flavour whose LoRAs no other tool loads. */
+const EMBEDDED = "tiny";
 
 export class Header {
   /** @param {import("./events.js").RunStore} store @param {HTMLElement} verbs @param {(tab: string) => void} show */
   constructor(store, verbs, show) {
     this.store = store;
     this.show = show;
+    this.verbs = verbs;
     this.badge = h("span");
     this.lost = h("div", { class: "panel warn", role: "status", hidden: true });
     this.outcome = h("div", { class: "stack" });
@@ -19,20 +26,37 @@ export class Header {
     this.said = h("p", { class: "numbers", "aria-live": "off" });
     this.facts = h("dl", { class: "tiles" });
     this.phases = h("ol", { class: "phases", "aria-label": "Phases" });
+    this.note = h("p", { class: "run-note grow" });
+    this.noting = button("Note", async () => {
+      if (await editNote(store.detail)) await store.refresh();
+    }, { icon: "edit", kind: "quiet tiny", label: "Note on this run" });
+    this.machine = new MachineLine();
     this.spoken = h("p", { class: "visually-hidden", "aria-live": "polite" });
     this.node = h("div", { class: "stack" },
-      h("div", { class: "head" }, h("h1", {}, store.detail.name), this.badge, h("span", { class: "grow" }), verbs),
+      h("div", { class: "head" }, h("h1", {}, store.detail.name), this.badge, h("span", { class: "grow" }), this.noting, verbs),
+      h("div", { class: "row" }, this.note, this.machine.node),
       this.lost, this.outcome,
       h("section", { class: "sheet stack", "aria-label": "Where it stands" },
         this.bar, h("div", { class: "row standing" }, this.said, this.phases), this.facts, this.spoken));
+  }
+
+  close() {
+    this.machine.close();
   }
 
   update() {
     const { detail, connection } = this.store;
     this.lost.hidden = connection === "open";
     if (connection === "lost") {
-      this.lost.textContent = "The page lost the server; the run goes on. It catches up as soon as the server answers: simpletuner server";
+      const goesOn = isGoingOn(detail.state) ? "; the run goes on without it" : "";
+      this.lost.textContent = `The page lost the server${goesOn}. It catches up as soon as the server answers: simpletuner server`;
     }
+    if (connection === "gone") {
+      this.lost.replaceChildren(...goneText(this.store.run));
+      this.verbs.hidden = this.noting.hidden = true;
+    }
+    ownInTitle(connection === "gone" ? null : detail);
+    this.note.textContent = detail.note;
     this.badge.replaceChildren(stateBadge(detail.state));
     const text = this.progress(detail);
     this.said.textContent = text;
@@ -40,7 +64,7 @@ export class Header {
     this.phases.replaceChildren(...detail.phases.map((one) => phaseItem(one, detail)));
     const spoken = `${detail.state}${detail.state === "running" ? `, ${phaseText(detail.phase)}` : ""}`;
     if (this.spoken.textContent !== spoken) this.spoken.textContent = spoken;
-    const outcome = `${detail.state} ${detail.error} ${detail.lora}`;
+    const outcome = `${detail.state} ${detail.error} ${detail.lora} ${detail.saved}`;
     if (outcome !== this.shownOutcome) {
       this.shownOutcome = outcome;
       this.outcome.replaceChildren(...this.endings(detail));
@@ -56,9 +80,9 @@ export class Header {
       return `${capital(phaseText(phase))}: ${count(current.done)} of ${count(current.total)}`;
     }
     if (steps === null) {
-      if (state === "running") this.bar.removeAttribute("value");
+      if (isGoingOn(state)) this.bar.removeAttribute("value");
       else this.bar.value = 0;
-      return state === "running" ? `${capital(phaseText(phase))} …` : state === "waiting" ? "Nothing has happened yet." : "No step was made.";
+      return isGoingOn(state) ? `${capital(phaseText(phase))} …` : state === "waiting" ? "Nothing has happened yet." : "No step was made.";
     }
     Object.assign(this.bar, { max: Math.max(1, steps), value: step });
     const doing = state === "running" && phase !== "train" ? `, ${phaseText(phase)}${current ? ` ${current.done} of ${current.total}` : ""}` : "";
@@ -82,27 +106,46 @@ export class Header {
       .map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", { class: "numbers" }, String(value))));
   }
 
-  endings({ state, error, lora, run, config }) {
+  endings(detail) {
     const link = (text, tab) => h("button", { type: "button", onclick: () => this.show(tab) }, text);
+    const ending = this.ending(detail, link);
+    const isRefused = detail.error && ["done", "stopped", "killed"].includes(detail.state);
+    return isRefused ? [failure(`The last start was refused. ${detail.error}`, link), ...ending] : ending;
+  }
+
+  ending({ state, error, lora, run, config, step, saved }, link) {
     if (state === "done" && lora) {
       return [h("div", { class: "panel good row" },
-        h("p", { class: "grow" }, h("strong", {}, "The LoRA is finished. "), "Every FLUX.2 tool loads it."),
+        h("p", { class: "grow" }, h("strong", {}, "The LoRA is finished. "),
+          config?.model_flavour === EMBEDDED ? "It loads with the small FLUX.2 that comes with the program, and with no other." : "Every FLUX.2 tool loads it."),
         link("Try it", "try"), downloadLink(run, lora, "Download the LoRA", "primary"))];
     }
     if (state === "done" && config?.model_type === "full") {
       return [h("div", { class: "panel good row" },
         h("p", { class: "grow" }, h("strong", {}, "The model is finished: "), h("code", {}, `${run}/model`)), link("Try it", "try"))];
     }
-    if (state === "failed" || error) return [failure(error, link)];
+    if (state === "failed") return [failure(error, link)];
     if (state === "killed") {
       return [h("div", { class: "panel bad row", role: "alert" },
         h("p", { class: "grow" }, h("strong", {}, "The run broke off without a word: "),
           "its process was killed, or the machine went down. “Start again” goes on from the newest whole checkpoint."), link("Log", "log"))];
     }
-    if (state === "stopped") return [h("div", { class: "panel warn" }, "The run was stopped and saved. “Resume” goes on from there.")];
-    return [];
+    return state === "stopped" ? [h("div", { class: "panel warn" }, stoppedText(step, saved))] : [];
   }
 }
+
+/** What a stop left: it is called saved only where the last step is. */
+function stoppedText(step, saved) {
+  if (saved === null) return step > 0 ? `The run was stopped after step ${count(step)}, and no checkpoint was saved: “Resume” begins anew.`
+    : "The run was stopped before its first step: there was nothing to save. “Resume” begins its training.";
+  if (saved < step) return `The run was stopped after step ${count(step)}, which was not saved. “Resume” goes on from the checkpoint of step ${count(saved)}.`;
+  return `The run was stopped and saved at step ${count(saved)}. “Resume” goes on from there.`;
+}
+
+/** What a screen says of a run that is not there any more. */
+export const goneText = (run) => [
+  h("p", {}, h("strong", {}, "This run is not there any more. "), "Its folder, ", h("code", {}, run), ", was deleted or moved. ", h("a", { href: "#/" }, "Back to the runs")),
+];
 
 /** The text of a failed run: its first line is what happened, each further one a problem of its own. */
 function failure(error, link) {

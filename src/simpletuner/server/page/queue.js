@@ -21,11 +21,19 @@ export class QueueList {
     const focused = document.activeElement?.dataset?.entry;
     this.node.hidden = entries.length === 0;
     let place = 0;
-    const rows = entries.map((entry) => this.row(entry, entry.state === "waiting" ? (place += 1) : null));
+    const waiting = entries.filter(({ state }) => state === "waiting").length;
+    const rows = entries.map((entry) => this.row(entry, entry.state === "waiting" ? (place += 1) : null, waiting));
     this.node.replaceChildren(h("h2", {}, "Queue"), this.halted(entries), h("div", { class: "sheet scroll" }, h("table", {},
       h("thead", {}, h("tr", {}, ["Order", "Run", "Devices", "State", "Added", "What to do"].map((title) => h("th", { scope: "col" }, title)))),
       h("tbody", {}, rows))));
-    if (focused) this.node.querySelector(`[data-entry="${CSS.escape(focused)}"]`)?.focus();
+    if (focused) this.focus(focused);
+  }
+
+  /** Back to the button that was pressed, or to the one beside it where that cannot be pressed any more. */
+  focus(entry) {
+    const [id] = entry.split(" ");
+    const again = this.node.querySelector(`[data-entry="${CSS.escape(entry)}"]:not([disabled])`);
+    (again ?? this.node.querySelector(`[data-entry^="${CSS.escape(id)} "]:not([disabled])`))?.focus();
   }
 
   /** What to do where nothing works on what waits: after the machine was off, or a disk was full. */
@@ -39,7 +47,7 @@ export class QueueList {
     return h("div", { class: "panel row" }, h("p", { class: "grow" }, "Runs wait and none is being trained."), goOn);
   }
 
-  row(entry, place) {
+  row(entry, place, waiting) {
     const { id, output_dir, environment, example, devices, state, added, error } = entry;
     const from = example ? `example ${example}` : environment ? `environment ${environment}` : "";
     return h("tr", {},
@@ -49,9 +57,22 @@ export class QueueList {
       h("td", {}, devices || "all"),
       h("td", {}, stateBadge(state), error ? h("p", { class: "fault" }, error.split("\n")[0]) : null),
       h("td", { class: "numbers" }, when(added)),
-      h("td", {}, state === "running" ? null : button("Remove", () => this.remove(entry), {
-        icon: "trash", kind: "quiet tiny", label: `Remove ${output_dir} from the queue`, dataset: { entry: id },
-      })));
+      h("td", {}, h("div", { class: "row nowrap" },
+        place === null ? null : this.mover(entry, "up", place === 1), place === null ? null : this.mover(entry, "down", place === waiting),
+        state === "running" ? null : button("Remove", () => this.remove(entry), {
+          icon: "trash", kind: "quiet tiny", label: `Remove ${output_dir} from the queue`, dataset: { entry: `${id} remove` },
+        }))));
+  }
+
+  mover({ id, output_dir }, to, isAtEnd) {
+    return button("", async () => {
+      try {
+        await post("queue/move", { id, to });
+      } catch (error) {
+        toast(error.message, "bad");
+      }
+      await this.update();
+    }, { icon: to, kind: "quiet tiny", label: `Move ${output_dir} ${to}`, disabled: isAtEnd, dataset: { entry: `${id} ${to}` } });
   }
 
   async remove({ id, output_dir, state }) {

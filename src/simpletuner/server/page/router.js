@@ -1,6 +1,7 @@
 // Which screen the address after # shows, and leaving it with consent.
 
 import { h, problemPanel } from "./dom.js";
+import { screenTitle } from "./title.js";
 
 /** @type {(() => Promise<boolean>) | null} */
 let guard = null;
@@ -61,11 +62,11 @@ export function follow(main, screens) {
     const root = h("div", { class: `screen ${screen}` });
     main.replaceChildren(root);
     if (known === undefined) {
-      document.title = "Not found – simpletuner";
+      screenTitle("Not found – simpletuner");
       root.append(h("h1", {}, "There is no such screen"), h("p", {}, h("a", { href: "#/" }, "Back to the runs")));
       return;
     }
-    document.title = `${params.name || params.run || known.title} – simpletuner`;
+    screenTitle(`${params.name || params.run || known.title} – simpletuner`);
     root.append(h("p", { class: "loading" }, "Loading …"));
     try {
       const open = await known.load();

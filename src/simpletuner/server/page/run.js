@@ -5,7 +5,7 @@ import { Curves } from "./curves.js";
 import { h } from "./dom.js";
 import { RunStore } from "./events.js";
 import { Gallery } from "./gallery.js";
-import { Header } from "./header.js";
+import { Header, goneText } from "./header.js";
 import { Log } from "./log.js";
 import { rename, to } from "./router.js";
 import { TryIt } from "./tryit.js";
@@ -20,7 +20,13 @@ export async function run(root, params) {
     return () => {};
   }
   const store = new RunStore(params.run);
-  await store.open();
+  try {
+    await store.open();
+  } catch (error) {
+    if (error.status !== 404) throw error;
+    root.replaceChildren(h("h1", {}, "Run"), ...goneText(params.run));
+    return () => {};
+  }
   const detail = () => store.detail;
   const verbs = new Verbs(detail, () => store.refresh());
   const curves = new Curves([{ name: store.detail.name, colour: 1, steps: store.steps, heldOut: store.heldOut }]);
@@ -54,6 +60,7 @@ export async function run(root, params) {
   tabs.show(params.tab in TABS ? params.tab : "overview", false);
   return () => {
     store.close();
+    header.close();
     curves.close();
     log.close();
     tryIt.close();

@@ -3,7 +3,10 @@
 import { h } from "./dom.js";
 import { count } from "./format.js";
 
-const KINDS = { waiting: "", running: "accent", done: "good", stopped: "warn", failed: "bad", killed: "bad", cancelled: "warn" };
+/** Of a run, those that go on first. */
+export const STATES = ["starting", "running", "waiting", "failed", "killed", "stopped", "done"];
+
+const KINDS = { waiting: "", starting: "accent", running: "accent", done: "good", stopped: "warn", failed: "bad", killed: "bad", cancelled: "warn" };
 
 const PHASES = {
   scan: "looking through the pictures",
@@ -17,6 +20,9 @@ const PHASES = {
 
 /** A phase in words. */
 export const phaseText = (phase) => (phase === null ? "starting" : (PHASES[phase] ?? phase));
+
+/** Whether a process works on a run in this state. */
+export const isGoingOn = (state) => state === "starting" || state === "running";
 
 /** A state as a badge. */
 export const stateBadge = (state) => h("span", { class: `badge ${KINDS[state] ?? ""}` }, state);

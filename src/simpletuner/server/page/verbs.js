@@ -2,7 +2,9 @@
 
 import { get, post } from "./api.js";
 import { ask, button, h, toast } from "./dom.js";
+import { deleteRun } from "./note.js";
 import { go, to } from "./router.js";
+import { isGoingOn } from "./states.js";
 
 const ASK_AGAIN_MS = 1500;
 
@@ -46,7 +48,7 @@ export class Verbs {
     const key = `${state} ${phase === "train" || phase === "validation"}`;
     if (key === this.shown) return;
     this.shown = key;
-    this.node.replaceChildren(...(state === "running" ? this.ofRunning() : this.ofEnded(state)));
+    this.node.replaceChildren(...(isGoingOn(state) ? this.ofRunning() : this.ofEnded(state)));
   }
 
   ofRunning() {
@@ -55,16 +57,23 @@ export class Verbs {
     return [
       isTraining ? this.asking("Validate now", "eye", "validate", "Pictures and the held-out loss come after this step.") : null,
       isTraining ? this.asking("Save now", "save", "save", "A checkpoint is written after this step.") : null,
-      this.asking("Stop", "stop", "stop", "The run saves a checkpoint after this step and ends. It can be resumed.", "danger"),
+      this.asking("Stop", "stop", "stop", isTraining ? "The run saves a checkpoint after this step and ends. It can be resumed."
+        : "The run ends where it is. No step has been made since it was started; what is prepared is kept.", "danger"),
     ].filter(Boolean);
   }
 
   ofEnded(state) {
-    if (state === "waiting") return [];
+    if (state === "waiting") return [this.deleting()];
     const resume = button(state === "failed" || state === "killed" ? "Start again" : "Resume", () => this.start(), {
       icon: "play", kind: "primary", title: "Goes on from the newest checkpoint that is whole",
     });
-    return state === "done" ? [button("Train for longer", () => this.longer(), { icon: "play" })] : [resume];
+    return [this.deleting(), state === "done" ? button("Train for longer", () => this.longer(), { icon: "play" }) : resume];
+  }
+
+  deleting() {
+    return button("Delete", async () => {
+      if (await deleteRun(this.detail())) go("#/");
+    }, { icon: "trash", kind: "quiet" });
   }
 
   /** A button for a request that the run obeys after its current step. */
@@ -94,7 +103,7 @@ export class Verbs {
         toast("No environment has this folder as its output_dir: give its command again in the shell to go on.", "bad");
       } else {
         await post("run/start", { ...origin, options: { ...origin.options, ...options } });
-        toast("The run goes on.", "good");
+        toast("The run is starting.", "good");
         await this.refresh();
       }
     } catch (error) {

@@ -1,0 +1,55 @@
+/** Writing the note of a run, and deleting a run: what the list and the run's own screen both do. */
+
+import { ApiFault, del, get, put } from "./api.js";
+import { confirm, dialog, freshId, h, toast } from "./dom.js";
+import { size } from "./format.js";
+
+const LONGEST = 2000;
+const CONFLICT = 409;
+
+/** Let the user write the note of a run. Returns the run as it is then, or null where nothing was written. */
+export async function editNote({ run, name, note }) {
+  let text = note;
+  let seen = note;
+  let clash = null;
+  for (;;) {
+    const id = freshId("note");
+    const field = h("textarea", { id, rows: 4, maxlength: LONGEST, value: text });
+    const answer = await dialog({
+      title: `Note on ${name}`,
+      body: [
+        clash === null ? null : h("div", { class: "panel warn", role: "alert" },
+          h("p", {}, "The note was changed elsewhere meanwhile. It now says:"), h("p", {}, clash || "(nothing)"),
+          h("p", {}, "“Save” replaces it with yours below.")),
+        h("label", { for: id }, "Your own words; they are kept in the run's folder and found by Find"), field,
+      ],
+      actions: [{ label: "Cancel", value: null }, { label: "Save", value: "save", kind: "primary" }],
+      opened: () => field.focus(),
+    });
+    if (answer === null) return null;
+    text = field.value;
+    try {
+      return await put("run/note", { run, text, seen });
+    } catch (error) {
+      if (!(error instanceof ApiFault)) throw error;
+      if (error.status === CONFLICT) clash = seen = (await get("run", { run })).note;
+      else toast(error.message, "bad");
+    }
+  }
+}
+
+/** Delete a run after asking. Returns whether it is gone. */
+export async function deleteRun({ run, name }) {
+  try {
+    const { bytes, text } = await get("run/contents", { run });
+    const what = `${size(bytes)} in ${run}: ${text}. They cannot be brought back.`;
+    if (!(await confirm(`Delete ${name}?`, what, "Delete", "danger"))) return false;
+    await del("run", { run });
+  } catch (error) {
+    if (!(error instanceof ApiFault)) throw error;
+    toast(error.message, "bad");
+    return false;
+  }
+  toast(`${name} is deleted.`, "good");
+  return true;
+}

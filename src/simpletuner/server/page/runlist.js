@@ -1,0 +1,162 @@
+/** The list of runs: a line each, found by text, filtered by state, sorted; as many as were asked for. */
+
+import { get } from "./api.js";
+import { button, freshId, h } from "./dom.js";
+import { count, some, when } from "./format.js";
+import { deleteRun, editNote } from "./note.js";
+import { short } from "./numbers.js";
+import { Grid, pictureUrl } from "./pictures.js";
+import { to } from "./router.js";
+import { STATES, isGoingOn, phaseText, stateBadge, stepBar } from "./states.js";
+
+const ROWS = 40;
+const THUMBNAILS = 6;
+const THUMBNAIL_PX = 96;
+
+const ORDERS = {
+  started: ["newest first", () => 0],
+  name: ["by name", (a, b) => a.name.localeCompare(b.name, undefined, { numeric: true })],
+  loss: ["lowest loss first", (a, b) => (a.loss ?? Infinity) - (b.loss ?? Infinity) || 0],
+  state: ["by state", (a, b) => STATES.indexOf(a.state) - STATES.indexOf(b.state)],
+};
+
+/** What was asked for last; the screen may be left and come back. */
+const wanted = { text: "", state: "", order: "started" };
+
+export class RunList {
+  /** @param {() => Promise<any>} refresh asks for the runs anew */
+  constructor(refresh) {
+    this.refresh = refresh;
+    this.runs = [];
+    this.room = ROWS;
+    this.rows = new Map();
+    this.selected = new Set();
+    this.pictures = new Map();
+    this.onSelect = () => {};
+    this.list = h("ul", { class: "plain runs" });
+    this.count = h("p", { class: "small dim", "aria-live": "polite" });
+    this.more = button("Show more", () => {
+      const first = this.list.children.length;
+      this.room += ROWS;
+      this.draw();
+      this.list.children[first]?.querySelector("a")?.focus();
+    });
+    this.tools = h("div", { class: "row run-tools", hidden: true },
+      labelled("Find", h("input", { type: "search", value: wanted.text, placeholder: "name or note", oninput: ({ target }) => this.want({ text: target.value }) })),
+      labelled("State", this.select(wanted.state, { "": "all", ...Object.fromEntries(STATES.map((state) => [state, state])) }, (state) => this.want({ state }))),
+      labelled("Sort", this.select(wanted.order, Object.fromEntries(Object.entries(ORDERS).map(([key, [text]]) => [key, text])), (order) => this.want({ order }))),
+      this.count);
+    this.node = h("section", { class: "stack", "aria-label": "List of runs" }, this.tools, this.list, h("div", {}, this.more));
+  }
+
+  select(value, options, onchange) {
+    return h("select", { onchange: ({ target }) => onchange(target.value) },
+      Object.entries(options).map(([key, text]) => h("option", { value: key, selected: key === value }, text)));
+  }
+
+  want(change) {
+    Object.assign(wanted, change);
+    this.room = ROWS;
+    this.draw();
+  }
+
+  update(runs) {
+    this.runs = runs;
+    for (const run of this.selected) if (!runs.some((one) => one.run === run)) this.selected.delete(run);
+    this.tools.hidden = runs.length < 2;
+    this.draw();
+  }
+
+  draw() {
+    const text = wanted.text.trim().toLocaleLowerCase();
+    const found = this.runs
+      .filter(({ run, name, note, state }) => (wanted.state === "" || state === wanted.state)
+        && `${name}\n${run}\n${note}`.toLocaleLowerCase().includes(text))
+      .sort(ORDERS[wanted.order][1]);
+    const said = found.length === this.runs.length ? some(found.length, "run") : `${count(found.length)} of ${some(this.runs.length, "run")}`;
+    if (this.count.textContent !== said) this.count.textContent = said;
+    const left = found.length - this.room;
+    this.more.hidden = left <= 0;
+    this.more.lastChild.textContent = `Show ${Math.min(ROWS, left)} more of ${count(left)}`;
+    const nodes = found.slice(0, this.room).map((one, index) => this.rowOf(one, index));
+    if (nodes.length !== this.list.children.length || nodes.some((node, index) => node !== this.list.children[index])) {
+      const focused = document.activeElement;
+      this.list.replaceChildren(...nodes);
+      if (focused?.isConnected) focused.focus(); // a row that moved lets go of the focus
+    }
+  }
+
+  /** The row of a run, drawn again only where the run changed. */
+  rowOf(one, index) {
+    const hasPicture = index < THUMBNAILS;
+    const text = `${hasPicture} ${JSON.stringify(one)}`;
+    const known = this.rows.get(one.run);
+    if (known?.text === text) return known.node;
+    const node = this.row(one);
+    if (hasPicture) this.addPicture(one, node);
+    if (known?.node.contains(document.activeElement)) {
+      const { does } = document.activeElement.dataset;
+      requestAnimationFrame(() => node.querySelector(`[data-does="${does}"]`)?.focus());
+    }
+    this.rows.set(one.run, { text, node });
+    return node;
+  }
+
+  row(one) {
+    const { run, name, state, phase, step, steps, loss, started, error, lora, note } = one;
+    const doing = state === "running" ? phaseText(phase) : "";
+    const tool = (label, icon, does, what) => button("", what, { icon, kind: "quiet tiny", label: `${label} ${name}`, dataset: { does } });
+    return h("li", { class: "run-row" },
+      h("input", {
+        type: "checkbox", checked: this.selected.has(run), "aria-label": `Choose ${name} to compare`, dataset: { does: "choose" },
+        onchange: (event) => {
+          if (event.target.checked) this.selected.add(run);
+          else this.selected.delete(run);
+          this.onSelect();
+        },
+      }),
+      h("div", { class: "shot" }),
+      h("p", { class: "line about" },
+        h("a", { href: to("run", "", { run }), dataset: { does: "open" }, title: run }, name),
+        error ? h("span", { class: "small fault", title: error }, error.split("\n")[0]) : null,
+        note ? h("span", { class: "small dim", title: note }, note) : null),
+      h("p", { class: "row nowrap states" }, stateBadge(state), doing ? h("span", { class: "small dim line" }, doing) : null,
+        lora ? h("span", { class: "badge good" }, "LoRA") : null),
+      stepBar({ name, step, steps: steps ?? 0 }),
+      h("p", { class: "small numbers loss" }, h("span", { class: "visually-hidden" }, "Loss "), short(loss)),
+      h("p", { class: "small dim numbers started" }, h("span", { class: "visually-hidden" }, "Started "), started ? when(started) : "–"),
+      h("div", { class: "row nowrap tools" },
+        tool("Note on", "edit", "note", async () => {
+          if (await editNote(one)) await this.refresh();
+        }),
+        isGoingOn(state) ? null : tool("Delete", "trash", "delete", async () => {
+          if (!(await deleteRun(one))) return;
+          await this.refresh();
+          (this.list.querySelector("a") ?? document.getElementById("main")).focus();
+        })));
+  }
+
+  /** The newest picture of a run, asked for once a stage. */
+  async addPicture({ run, name, state, phase, step }, node) {
+    const stage = state === "running" ? `${phase === "validation"} ${Math.floor(step / 100)}` : state;
+    const known = this.pictures.get(run);
+    const picture = known?.stage === stage ? known.picture : await newestPicture(run);
+    this.pictures.set(run, { stage, picture });
+    if (picture) {
+      node.querySelector(".shot").replaceChildren(h("img", {
+        src: pictureUrl(run, picture, THUMBNAIL_PX), alt: `Newest picture of ${name}`, width: picture.width, height: picture.height, loading: "lazy",
+      }));
+    }
+  }
+}
+
+function labelled(text, field) {
+  field.id = freshId("runs");
+  return h("div", { class: "row nowrap" }, h("label", { class: "small", for: field.id }, text), field);
+}
+
+async function newestPicture(run) {
+  const { validations } = await get("run", { run });
+  const grid = new Grid(validations);
+  return grid.isEmpty ? null : (grid.at(0, grid.steps.length - 1) ?? null);
+}
