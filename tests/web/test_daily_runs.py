@@ -127,7 +127,7 @@ def test_the_title_tells_how_a_run_goes_and_the_queue_is_reordered(
             log.emit(StepEvent(step=5, epoch=0, loss=0.5, lr=1, grad_norm=1, seconds=1, memory_gib=1))
             expect(page).to_have_title("62 % · live")
             server.kill()
-            expect(page.get_by_text("The page lost the server; the run goes on without it.")).to_be_visible()
+            expect(page.get_by_text("The page lost the server; the run goes on.")).to_be_visible()
             server.start()
             expect(page.get_by_text("The page lost the server")).to_be_hidden()
             log.emit(EndEvent(reason="error", exit_code=7, step=5, seconds=1))

@@ -14,6 +14,7 @@ OWN_CGROUP = Path("/proc/self/cgroup")
 GPU_QUERY_TIMEOUT_S = 2.0
 
 _GPU_FIELDS = "index,name,driver_version,memory.total,memory.used,utilization.gpu"
+_GPU_FLAGS = {"query-gpu": _GPU_FIELDS, "format": "csv,noheader,nounits"}
 _MIB = 2**20
 
 
@@ -64,7 +65,7 @@ def gpus() -> tuple[Gpu, ...]:
         return ()
     try:
         printed = subprocess.run(
-            [command, f"--query-gpu={_GPU_FIELDS}", "--format=csv,noheader,nounits"],
+            [command, *(f"--{flag}={value}" for flag, value in _GPU_FLAGS.items())],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=GPU_QUERY_TIMEOUT_S,

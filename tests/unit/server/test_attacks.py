@@ -29,9 +29,19 @@ PATHS = {"path", "folder", "run"}
 """Parameters that name a file or folder."""
 NAMES = {"name", "new_name", "source", "environment", "example", "confirm", "job_id"}
 """Parameters that name something of ours, and become part of a path or a command."""
-NEITHER = {"document", "kind", "text", "revision", "config", "datasets", "prompts", "devices", "options"} | {
+NEITHER = {
+    "document",
+    "kind",
+    "text",
     "seen",
     "to",
+    "revision",
+    "config",
+    "datasets",
+    "prompts",
+    "devices",
+    "options",
+} | {
     "if-none-match",
     "last-event-id",
 }

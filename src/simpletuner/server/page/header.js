@@ -48,7 +48,7 @@ export class Header {
     const { detail, connection } = this.store;
     this.lost.hidden = connection === "open";
     if (connection === "lost") {
-      const goesOn = isGoingOn(detail.state) ? "; the run goes on without it" : "";
+      const goesOn = isGoingOn(detail.state) ? "; the run goes on" : "";
       this.lost.textContent = `The page lost the server${goesOn}. It catches up as soon as the server answers: simpletuner server`;
     }
     if (connection === "gone") {
