@@ -26,6 +26,7 @@ from simpletuner.runs.events import (
     ValidationEvent,
 )
 from simpletuner.runs.layout import RunDirectory
+from simpletuner.server import meter
 
 CROSS = {"Origin": "http://localhost:8001"}
 
@@ -410,8 +411,23 @@ def test_a_killed_deletion_is_finished_by_the_first_list(client: TestClient, wor
     assert not half.root.exists()
 
 
-def test_the_machine_is_told(client: TestClient) -> None:
+def test_the_machine_is_told(
+    client: TestClient, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho '0, NVIDIA GeForce RTX 4090, 570.86.15, 24564, 18123, 97'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(meter, "ASKED_EVERY_S", 3600.0)
     told = get(client, "machine")
     assert told["disk_free_bytes"] > 0
     assert 0 < told["ram_available_bytes"] <= told["ram_total_bytes"]
-    assert isinstance(told["gpus"], list)
+    (gpu,) = told["gpus"]
+    assert (gpu["name"], gpu["utilization_percent"], gpu["used_bytes"]) == (
+        "NVIDIA GeForce RTX 4090",
+        97,
+        18123 * 2**20,
+    )
+    # Asked of the system once a while, however many look.
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    assert get(client, "machine") == told
+    assert not (workspace / "output").exists()

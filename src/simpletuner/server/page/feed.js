@@ -7,6 +7,9 @@ const SHOWN_MS = 3000;
 /** Where no list is shown, or the tab is in the background: only the title changes. */
 const UNSEEN_MS = 10_000;
 
+/** The first time, once the screen has what it needs. */
+export const SOON_MS = 1000;
+
 const listeners = new Set();
 let timer;
 
@@ -25,8 +28,8 @@ export async function updateRuns() {
   return runs;
 }
 
-/** Keep asking from now on. */
-export function plan() {
+/** Keep asking, for the first time after a while. */
+export function plan(pause = document.hidden || listeners.size === 0 ? UNSEEN_MS : SHOWN_MS) {
   clearTimeout(timer);
   timer = setTimeout(async () => {
     try {
@@ -35,7 +38,7 @@ export function plan() {
       for (const listener of [...listeners]) listener(null, error);
     }
     plan();
-  }, document.hidden || listeners.size === 0 ? UNSEEN_MS : SHOWN_MS);
+  }, pause);
 }
 
-document.addEventListener("visibilitychange", plan);
+document.addEventListener("visibilitychange", () => plan());

@@ -1,7 +1,7 @@
 // The page starts here: the frame, and which file shows which screen.
 
 import { problemsOf, toast } from "./dom.js";
-import { plan } from "./feed.js";
+import { SOON_MS, plan } from "./feed.js";
 import { follow } from "./router.js";
 
 const SCREENS = {
@@ -37,7 +37,7 @@ window.addEventListener("unhandledrejection", (event) => {
   for (const problem of problemsOf(event.reason)) toast(problem.text, "bad");
 });
 
-plan();
+plan(SOON_MS);
 await follow(main, SCREENS);
 
 // The other screens are loaded before they are asked for. One that cannot be says so when it is.

@@ -42,7 +42,7 @@ export async function editNote({ run, name, note }) {
 export async function deleteRun({ run, name }) {
   try {
     const { bytes, text } = await get("run/contents", { run });
-    const what = `${size(bytes)} in ${run}: ${text}. They cannot be brought back.`;
+    const what = `${size(bytes)} in ${run}: ${text}. This cannot be undone.`;
     if (!(await confirm(`Delete ${name}?`, what, "Delete", "danger"))) return false;
     await del("run", { run });
   } catch (error) {

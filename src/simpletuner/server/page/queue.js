@@ -9,7 +9,7 @@ import { stateBadge } from "./states.js";
 export class QueueList {
   constructor() {
     this.shown = "";
-    this.node = h("section", { class: "stack", "aria-label": "Queue", hidden: true });
+    this.node = h("section", { class: "stack queue", "aria-label": "Queue", hidden: true });
   }
 
   /** Ask the server. */
