@@ -20,6 +20,36 @@ from simpletuner.runs.queue import Queue
 from simpletuner.runs.status import find_runs, is_run
 
 _DELETED = re.compile(r"\..+\.[0-9a-f]{8}\.deleted")
+_OWN = frozenset(
+    [
+        "adapter.json",
+        "checkpoints",
+        "config.json",
+        "console.log",
+        "control",
+        "datasets.json",
+        "ema",
+        "events.jsonl",
+        "finished.json",
+        "lock",
+        "model",
+        "note.txt",
+        "profile",
+        "pytorch_lora_weights.safetensors",
+        "run.log",
+        "samples",
+        "starting.json",
+        "starting.lock",
+        "tensorboard",
+        "transformer.safetensors",
+        "validation",
+        "wandb",
+        "weights.json",
+    ]
+)
+"""What runs, trackers and the page write into a run's directory."""
+_NAMED = 5
+"""At most so many names of other things."""
 _IMAGES = frozenset((".png", ".jpg", ".jpeg", ".webp"))
 
 
@@ -34,14 +64,20 @@ class RunContents:
     images: int
     has_result: bool
     """Whether the finished LoRA or model is in it."""
+    others: tuple[str, ...]
+    """Names in the directory of what no run writes."""
 
     @property
     def text(self) -> str:
-        """The contents in words: "the finished LoRA, 3 checkpoints, 12 images and 40 other files"."""
+        """The contents in words: "the finished result, 3 checkpoints, 12 images, 40 files in all"."""
         counted = [(self.checkpoints, "checkpoint"), (self.images, "image"), (self.files, "file in all")]
         plural = {"file in all": "files in all"}
         words = ["the finished result"] if self.has_result else []
         words += [f"{n} {one if n == 1 else plural.get(one, one + 's')}" for n, one in counted if n]
+        if self.others:
+            more = len(self.others) - _NAMED
+            names = ", ".join(self.others[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+            words.append(f"also what is not of the run: {names}")
         return ", ".join(words) or "no files"
 
 
@@ -55,7 +91,9 @@ def contents_of(run: RunDirectory) -> RunContents:
             sizes[found.st_dev, found.st_ino] = found.st_blocks * 512
             kinds["image" if Path(entry.name).suffix.lower() in _IMAGES else "other"] += 1
     has_result = run.lora.is_file() or run.model.is_dir()
-    return RunContents(sum(sizes.values()), kinds.total(), len(steps(run)), kinds["image"], has_result)
+    names = sorted(entry.name for entry in os.scandir(run.root))
+    others = tuple(name for name in names if name not in _OWN and not name.startswith("."))
+    return RunContents(sum(sizes.values()), kinds.total(), len(steps(run)), kinds["image"], has_result, others)
 
 
 def delete_run(run: RunDirectory, workspace: Path) -> RunContents:

@@ -33,6 +33,15 @@ def test_what_a_run_holds_is_counted_and_hard_links_once(run: RunDirectory) -> N
     assert found.text == "the finished result, 1 checkpoint, 1 image, 4 files in all"
 
 
+def test_what_is_not_of_the_run_is_named(run: RunDirectory) -> None:
+    (run.root / "cats").mkdir()
+    (run.root / "mine.txt").write_text("mine")
+    assert contents_of(run).text.endswith("5 files in all, also what is not of the run: cats, mine.txt")
+    for number in range(7):
+        (run.root / f"more-{number}").touch()
+    assert contents_of(run).text.endswith("cats, mine.txt, more-0, more-1, more-2 and 4 more")
+
+
 def test_a_run_is_deleted_and_what_links_lead_to_is_not(run: RunDirectory, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()

@@ -126,6 +126,8 @@ class Contents(BaseModel):
     checkpoints: int
     images: int
     has_result: bool
+    others: list[str]
+    """Names in the directory of what no run writes."""
     text: str
     """All of it in words."""
 
