@@ -31,7 +31,9 @@ def ran(workspace: Path, name: str, steps: int = 4, reason: str | None = "done",
         for step in range(1, steps + 1):
             log.emit(StepEvent(step=step, epoch=0, loss=loss, lr=1, grad_norm=1, seconds=1, memory_gib=1))
         if reason is not None:
-            log.emit(EndEvent.model_validate({"reason": reason, "exit_code": 0, "step": steps, "seconds": 1}))
+            lora = run.lora.name if reason == "done" else None
+            end = {"reason": reason, "exit_code": 0, "step": steps, "seconds": 1, "lora": lora}
+            log.emit(EndEvent.model_validate(end))
     return run
 
 
@@ -118,6 +120,7 @@ def test_the_title_tells_how_a_run_goes_and_the_queue_is_reordered(
 
         page.goto(f"{server.url}/#/run?run=output/old")
         expect(page.get_by_role("heading", name="old")).to_be_visible()
+        expect(page.get_by_text("It loads with the small FLUX.2 that comes with the program")).to_be_visible()
         expect(page).to_have_title("50 % · live")  # another run's screen
         page.goto(f"{server.url}/#/run?run=output/live")
         expect(page.get_by_role("heading", name="live")).to_be_visible()

@@ -418,8 +418,10 @@ def test_the_machine_is_told(
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(meter, "ASKED_EVERY_S", 3600.0)
+    monkeypatch.setattr(meter, "LOW_DISK_BYTES", 2**60)
     told = get(client, "machine")
     assert told["disk_free_bytes"] > 0
+    assert told["disk_is_low"] is True
     assert 0 < told["ram_available_bytes"] <= told["ram_total_bytes"]
     (gpu,) = told["gpus"]
     assert (gpu["name"], gpu["utilization_percent"], gpu["used_bytes"]) == (
