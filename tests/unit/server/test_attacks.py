@@ -29,19 +29,9 @@ PATHS = {"path", "folder", "run"}
 """Parameters that name a file or folder."""
 NAMES = {"name", "new_name", "source", "environment", "example", "confirm", "job_id"}
 """Parameters that name something of ours, and become part of a path or a command."""
-NEITHER = {
-    "document",
-    "kind",
-    "text",
+NEITHER = {"document", "kind", "text", "revision", "config", "datasets", "prompts", "devices", "options"} | {
     "seen",
     "to",
-    "revision",
-    "config",
-    "datasets",
-    "prompts",
-    "devices",
-    "options",
-} | {
     "if-none-match",
     "last-event-id",
 }
