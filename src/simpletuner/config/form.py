@@ -1,12 +1,14 @@
 """The form of a config, made from the options themselves: what a page needs to ask for each of them."""
 
 import re
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
 from simpletuner.config.datasets import ImageSet, TextStore
+from simpletuner.config.labels import LABELS, LABELS_OF_SETS
 from simpletuner.config.options.kinds import Slice
 from simpletuner.config.run import SLICES
 from simpletuner.config.values import OptionType, kinds
@@ -59,7 +61,7 @@ BASIC_OF_SETS = frozenset(
         "cache_dir",
     }
 )
-"""The same of a set of pictures and of a text store."""
+"""The same of a set of images and of a text store."""
 
 UNITS = {
     "max_train_steps": "steps",
@@ -74,11 +76,11 @@ UNITS = {
     "validation_num_inference_steps": "steps",
     "validation_resolution": "pixels",
     "tokenizer_max_length": "tokens",
-    "train_batch_size": "pictures",
-    "vae_batch_size": "pictures",
-    "num_eval_images": "pictures",
-    "num_validation_images": "pictures",
-    "max_num_samples": "pictures",
+    "train_batch_size": "images",
+    "vae_batch_size": "images",
+    "num_eval_images": "images",
+    "num_validation_images": "images",
+    "max_num_samples": "images",
     "text_encoder_batch_size": "captions",
     "write_batch_size": "files",
     "group_offload_blocks_per_group": "blocks",
@@ -96,6 +98,8 @@ class Field(BaseModel):
     """One option as a form asks for it."""
 
     name: str
+    label: str
+    """The name in words."""
     meaning: str
     """From the docs, without their links."""
     expects: str
@@ -133,13 +137,15 @@ class Form(BaseModel):
 def form() -> Form:
     """The form of this version of the program."""
     return Form(
-        groups=[OptionGroup(title=str(group.__doc__).rstrip("."), fields=_fields(group, BASIC)) for group in SLICES],
-        image_set=_fields(ImageSet, BASIC_OF_SETS),
-        text_store=_fields(TextStore, BASIC_OF_SETS),
+        groups=[
+            OptionGroup(title=str(group.__doc__).rstrip("."), fields=_fields(group, BASIC, LABELS)) for group in SLICES
+        ],
+        image_set=_fields(ImageSet, BASIC_OF_SETS, LABELS_OF_SETS),
+        text_store=_fields(TextStore, BASIC_OF_SETS, LABELS_OF_SETS),
     )
 
 
-def _fields(model: type[Slice], basic: frozenset[str]) -> list[Field]:
+def _fields(model: type[Slice], basic: frozenset[str], labels: Mapping[str, str]) -> list[Field]:
     texts = model.documentation()
     found = []
     for name, kind in kinds(model).items():
@@ -147,6 +153,7 @@ def _fields(model: type[Slice], basic: frozenset[str]) -> list[Field]:
         found.append(
             Field(
                 name=name,
+                label=labels[name],
                 meaning=_LINK.sub(r"\1", " ".join(texts[name].split())),
                 expects=kind.expects,
                 kind=_kind(kind),

@@ -4,6 +4,7 @@ import json
 
 from simpletuner.config.datasets import ImageSet, TextStore
 from simpletuner.config.form import BASIC, BASIC_OF_SETS, UNITS, form
+from simpletuner.config.labels import LABELS, LABELS_OF_SETS
 from simpletuner.config.run import OPTION_NAMES, RunConfig
 
 
@@ -19,6 +20,15 @@ def test_what_is_marked_is_an_option() -> None:
     assert keys_of_sets >= BASIC_OF_SETS
     assert keys_of_sets | set(OPTION_NAMES) >= UNITS.keys()
     assert len(BASIC) <= 30
+
+
+def test_every_option_has_a_label_in_words_and_no_two_are_equal() -> None:
+    keys_of_sets = ImageSet.model_fields.keys() | TextStore.model_fields.keys()
+    for labels, names in ((LABELS, set(OPTION_NAMES)), (LABELS_OF_SETS, keys_of_sets)):
+        assert labels.keys() == names
+        assert len({label.lower() for label in labels.values()}) == len(labels)
+        assert [label for label in labels.values() if "_" in label or not label[0].isupper() or len(label) > 30] == []
+    assert {field.name: field.label for group in form().groups for field in group.fields} == LABELS
 
 
 def test_each_field_says_what_it_takes() -> None:
