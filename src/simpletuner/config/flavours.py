@@ -250,3 +250,17 @@ FLAVOURS: Mapping[str, Flavour] = {
         validation_steps=20,
     ),
 }
+
+
+@dataclass(frozen=True)
+class PlannedFlavour:
+    """A FLUX.2 that this program does not train yet."""
+
+    summary: str
+    licence: str
+
+
+PLANNED_FLAVOURS: Mapping[str, PlannedFlavour] = {
+    "klein-9b": PlannedFlavour("FLUX.2-klein-base-9B (9 B parameters)", "FLUX non-commercial licence"),
+    "klein-4b": PlannedFlavour("FLUX.2-klein-base-4B (4 B parameters)", "Apache-2.0"),
+}

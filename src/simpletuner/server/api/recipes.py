@@ -1,0 +1,166 @@
+"""What a configuration begins with: a model, a card and a recipe."""
+
+from typing import Any
+
+from fastapi import APIRouter
+from pydantic import BaseModel
+
+from simpletuner.base.machine import gpus
+from simpletuner.base.sizes import GIB
+from simpletuner.config.flavours import FLAVOURS, PLANNED_FLAVOURS, Flavour
+from simpletuner.config.later import OPTION_VALUES
+from simpletuner.config.recipes import CARDS, LEAST_STEPS, RECIPES, card_of
+
+router = APIRouter()
+
+
+class ModelChoice(BaseModel):
+    """A flavour."""
+
+    name: str
+    summary: str
+    licence: str
+    download_bytes: int | None
+    """Weights that a first run downloads; null where this program does not train it yet."""
+    is_embedded: bool
+    """Whether it is made on the spot and trains without a GPU."""
+    options: dict[str, Any]
+    """What every run of it needs."""
+    sources: dict[str, str]
+    """Option to where its value comes from."""
+    needs: str
+    """What this program lacks for it; empty where it can be trained."""
+
+
+class CardChoice(BaseModel):
+    """A GPU size, and the options with which FLUX.2-dev fits on it."""
+
+    name: str
+    summary: str
+    vram_gib: float
+    ram_gib: float
+    """Host memory that the machine should have beside it."""
+    options: dict[str, Any]
+
+
+class RecipeChoice(BaseModel):
+    """A recipe for a flavour."""
+
+    name: str
+    flavour: str
+    title: str
+    summary: str
+    options: dict[str, Any]
+    """Option to value; null means left out."""
+    sources: dict[str, str]
+    """Option to where its value comes from."""
+    is_tested: bool
+    needs: str
+    """What this program lacks for it; empty where it can be trained."""
+
+
+class FoundGpu(BaseModel):
+    """A GPU of this machine."""
+
+    name: str
+    vram_gib: float
+    card: str | None
+    """The card whose options suit it; null where it is smaller than all of them."""
+
+
+class Choices(BaseModel):
+    """What a configuration begins with."""
+
+    models: list[ModelChoice]
+    cards: list[CardChoice]
+    gpus: list[FoundGpu]
+    """Empty where there is none."""
+    recipes: list[RecipeChoice]
+    least_steps: int
+    """Optimizer steps under which a LoRA has hardly learned anything."""
+
+
+@router.get("/recipes")
+def recipes() -> Choices:
+    """Models, cards and recipes to choose from, and the GPUs of this machine."""
+    return Choices(models=_models(), cards=_cards(), gpus=_gpus(), recipes=_recipes(), least_steps=LEAST_STEPS)
+
+
+def _models() -> list[ModelChoice]:
+    built = [
+        ModelChoice(
+            name=name,
+            summary=flavour.summary,
+            licence=flavour.licence,
+            download_bytes=sum(flavour.downloads.values()),
+            is_embedded=flavour.repo is None,
+            options=_sizes(flavour),
+            sources=dict.fromkeys(_sizes(flavour), "the only size that this model can make"),
+            needs="",
+        )
+        for name, flavour in FLAVOURS.items()
+    ]
+    planned = [
+        ModelChoice(
+            name=name,
+            summary=flavour.summary,
+            licence=flavour.licence,
+            download_bytes=None,
+            is_embedded=False,
+            options={},
+            sources={},
+            needs=f"{OPTION_VALUES['model_flavour'][name]}, which are not built yet",
+        )
+        for name, flavour in PLANNED_FLAVOURS.items()
+        if name not in FLAVOURS
+    ]
+    return sorted([*built, *planned], key=lambda model: model.is_embedded)
+
+
+def _sizes(flavour: Flavour) -> dict[str, Any]:
+    side = flavour.only_side
+    return {} if side is None else {"validation_resolution": f"{side}x{side}"}
+
+
+def _cards() -> list[CardChoice]:
+    return [
+        CardChoice(
+            name=card.name,
+            summary=card.summary,
+            vram_gib=card.vram_gib,
+            ram_gib=card.ram_gib,
+            options=dict(card.options),
+        )
+        for card in CARDS
+    ]
+
+
+def _gpus() -> list[FoundGpu]:
+    found = []
+    for gpu in gpus():
+        if gpu.total_bytes is not None:
+            card = card_of(gpu.total_bytes / GIB)
+            found.append(
+                FoundGpu(name=gpu.name, vram_gib=gpu.total_bytes / GIB, card=None if card is None else card.name)
+            )
+    return found
+
+
+def _recipes() -> list[RecipeChoice]:
+    return [
+        RecipeChoice(
+            name=recipe.name,
+            flavour=recipe.flavour,
+            title=recipe.title,
+            summary=recipe.summary,
+            # A number of steps wins over a number of epochs, so a recipe that counts epochs has no steps.
+            options={"max_train_steps": None, **recipe.options},
+            sources={
+                "max_train_steps": "the recipe counts epochs: a number of steps wins",
+                **recipe.sources,
+            },
+            is_tested=recipe.is_tested,
+            needs=recipe.needs,
+        )
+        for recipe in RECIPES
+    ]
