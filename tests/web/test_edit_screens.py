@@ -21,7 +21,7 @@ def test_form_and_text_stay_in_step(server: Server, page: Page, workspace: Path)
     (folder / "config.json").write_text(text)
     page.goto(f"{server.url}/#/configure/mine")
     raw = page.get_by_label("As JSON", exact=True)
-    rank = page.get_by_label("lora_rank", exact=True)
+    rank = page.get_by_label("LoRA rank", exact=True)
     expect(rank).to_have_value("4")
 
     rank.fill("8")

@@ -11,6 +11,8 @@ import pytest
 from playwright.sync_api import Page, expect
 from tests.web.conftest import Server, Watched
 
+from simpletuner.config.labels import LABELS
+
 pytestmark = pytest.mark.slow
 expect.set_options(timeout=30_000)  # a start waits until the run holds its folder
 
@@ -127,12 +129,12 @@ def test_a_config_of_the_page_and_one_by_hand_give_the_same_run(server: Server, 
     page.get_by_role("button", name="From an example").click()
     page.get_by_role("dialog").get_by_label("Name").fill("clicked")
     page.get_by_role("button", name="Make it").click()
-    expect(page.get_by_label("lora_rank", exact=True)).to_have_value("32")
+    expect(page.get_by_label("LoRA rank", exact=True)).to_have_value("32")
     changes = {"lora_rank": 4, "max_train_steps": 3, "lr_warmup_steps": 0, "eval_steps_interval": 400}
     for name, value in changes.items():
-        page.get_by_label(name, exact=True).fill(str(value))
+        page.get_by_label(LABELS[name], exact=True).fill(str(value))
     page.get_by_role("button", name="Save", exact=True).click()
-    expect(page.get_by_role("button", name="Save", exact=True)).to_be_disabled()
+    expect(page.get_by_text("Saved.")).to_be_visible()
 
     made = workspace / "config/clicked"
     by_hand = workspace / "config/by-hand"
@@ -172,7 +174,7 @@ def test_the_quickstarts_files_load_without_a_complaint(server: Server, page: Pa
         (folder / name).write_bytes((snippets / name).read_bytes())
     (workspace / "datasets/my-dataset").mkdir(parents=True)
     page.goto(f"{server.url}/#/configure")
-    expect(page.get_by_label("lora_rank", exact=True)).to_have_value("16")
+    expect(page.get_by_label("LoRA rank", exact=True)).to_have_value("16")
     page.wait_for_timeout(2500)  # the check, and then the plan
     expect(page.get_by_text("problem", exact=False)).to_have_count(0)
     assert {path.name for path in folder.iterdir()} == names
@@ -188,7 +190,7 @@ def test_an_edit_outside_is_noticed_and_not_overwritten(
     page.get_by_role("button", name="From an example").click()
     page.get_by_role("dialog").get_by_label("Name").fill("mine")
     page.get_by_role("button", name="Make it").click()
-    page.get_by_label("lora_rank", exact=True).fill("8")
+    page.get_by_label("LoRA rank", exact=True).fill("8")
     config = workspace / "config/mine/config.json"
     text = config.read_text().replace('"learning_rate": 0.002', '"learning_rate": 0.001')
     assert "0.001" in text

@@ -1,12 +1,13 @@
 // The screen on which an environment's options are set.
 
 import { get, post } from "./api.js";
+import { choicesPanel } from "./choices.js";
 import { checked, pausing, summary } from "./check.js";
 import { button, fill, freshId, h, toast } from "./dom.js";
 import { environmentBar, importButton, importFile, make } from "./environments.js";
 import { editing } from "./editing.js";
 import { Environment } from "./environment.js";
-import { givenOf, optionsForm } from "./form.js";
+import { optionsForm, withOption } from "./form.js";
 import { read, set } from "./jsontext.js";
 import { planPanel } from "./plan.js";
 import { promptsPane } from "./prompts.js";
@@ -16,7 +17,7 @@ import { kindOf } from "./setform.js";
 
 /** Show the environment `params.name`, or "" for config/config.json. */
 export async function configure(root, { name, tab = "options" }) {
-  const [list, schema] = await Promise.all([get("environments"), get("form")]);
+  const [list, schema, offer] = await Promise.all([get("environments"), get("form"), get("recipes")]);
   if (!list.some((one) => one.name === name)) {
     nothing(root, list, name);
     return dropping(root, list);
@@ -29,7 +30,10 @@ export async function configure(root, { name, tab = "options" }) {
   const problems = summary(jump);
   const form = toml ? null : optionsForm(schema, environment);
   const raw = rawEditor(environment, "config", { kind: toml ? null : "object", label: toml ? "The file" : "As JSON", rows: toml ? 34 : 20 });
-  const plan = planPanel(() => environment.draft(), apply);
+  const fields = new Map(schema.groups.flatMap((group) => group.fields.map((field) => [field.name, field])));
+  const choices = toml ? null : choicesPanel(offer, fields, environment, () => check.later());
+  const plan = planPanel(() => environment.draft(), () => choices?.machine() ?? { vram_gib: null, ram_gib: null }, apply,
+    (steps) => choices?.longer(steps) ?? null);
   let answer = null;
 
   const check = pausing(400, async (signal) => {
@@ -38,12 +42,15 @@ export async function configure(root, { name, tab = "options" }) {
     form?.blame(answer.problems);
     showForm();
     if (answer.problems.length === 0) plan.later();
+    else plan.wait("Nothing can start until the things above are mended.");
   });
 
   function showForm() {
     if (form === null) return;
     const text = environment.text("config");
-    form.show(examined(text, "object").root, text, answer);
+    const { root: parsed } = examined(text, "object");
+    choices.show(parsed, text);
+    form.show(parsed, text, answer);
   }
 
   function apply(changes) {
@@ -53,8 +60,7 @@ export async function configure(root, { name, tab = "options" }) {
         setResolution(value);
         continue;
       }
-      const given = givenOf(read(text), text).get(option);
-      text = set(text, [given?.key ?? option], JSON.stringify(value));
+      text = withOption(text, option, JSON.stringify(value));
     }
     environment.edit("config", text, "plan");
     toast(`Set ${Object.entries(changes).map(([option, value]) => `${option} = ${value}`).join(", ")}.`, "good");
@@ -96,13 +102,13 @@ export async function configure(root, { name, tab = "options" }) {
       go(to("run", "", { run }));
     }), { icon: "play", kind: "primary" }));
 
-  const options = h("div", { class: toml ? "configure-panes no-form" : "configure-panes" },
-    form === null ? null : form.list,
-    form === null
+  const options = h("div", { class: "stack options-pane" },
+    choices?.node, plan.node, choices?.result,
+    toml
       ? h("section", { class: "sheet stack", "aria-label": "The config" },
         h("p", { class: "panel" }, "This config is TOML: it is edited as text. The form is for JSON."), raw.node)
-      : form.node,
-    h("div", { class: "beside" }, plan.node, form === null ? null : h("section", { class: "sheet", "aria-label": "The config as JSON" }, raw.node)));
+      : h("div", { class: "configure-panes" }, form.node,
+        h("section", { class: "sheet beside", "aria-label": "The config as JSON" }, raw.node)));
   const panes = { options, prompts: promptsPane(environment) };
   const { bar: tabs, select } = tabBar(panes, name, tab);
 
@@ -112,10 +118,16 @@ export async function configure(root, { name, tab = "options" }) {
     edit.banner, problems.node, tabs, Object.values(panes));
 
   environment.addEventListener("edit", ({ detail }) => {
-    if (detail.document === "config") showForm();
+    if (detail.document === "config") {
+      showForm();
+      if (detail.source !== "form" && detail.source !== "raw") form?.arrange();
+    }
     check.later();
   });
+  const { root: parsed } = examined(environment.text("config"), "object");
+  if (parsed !== null) choices?.adopt(parsed, environment.text("config"));
   showForm();
+  form?.arrange();
   check.now();
 
   return () => {

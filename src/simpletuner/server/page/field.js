@@ -1,4 +1,4 @@
-// One option of a form: its label, help, input, default and what is wrong with it.
+// One option of a form: its name in words and its key, its input, help on demand, and what is wrong with it.
 
 import { button, fill, freshId, h, problemText } from "./dom.js";
 import { chooseFolder } from "./folders.js";
@@ -37,23 +37,32 @@ export function fieldRow(field, change) {
   const id = freshId(`field-${field.name}`);
   const fault = h("div", { class: "fault", id: `${id}-fault`, "aria-live": "polite" });
   const origin = h("p", { class: "hint", hidden: true });
-  const mark = h("span", { class: "badge accent", hidden: true }, "changed");
+  const mark = h("span", { class: "visually-hidden", hidden: true }, "changed");
   const reset = button("", () => { change(null); control.focus(); }, {
-    icon: "reset", kind: "quiet tiny", label: `Set ${field.name} to its default`, hidden: true,
+    icon: "reset", kind: "quiet tiny", label: `Set ${field.label} to its default`, hidden: true,
   });
-  const describedBy = `${id}-help ${id}-default ${id}-fault`;
+  const help = h("div", { class: "help", id: `${id}-help`, hidden: true },
+    h("p", {}, marked(field.meaning)), h("p", { class: "hint", id: `${id}-default` }, defaultText(field)));
+  const ask = h("button", {
+    type: "button", class: "quiet tiny square", "aria-label": `Help on ${field.label}`, title: "Help", "aria-expanded": "false", "aria-controls": help.id,
+    onclick() { openHelp(help.hidden); },
+  }, "?");
+  const describedBy = `${id}-key ${id}-default ${id}-fault`;
   const control = controlFor(field, id, describedBy, change, (text) => { fault.textContent = text; });
   const unit = field.unit ? h("span", { class: "unit" }, field.unit) : null;
-  const head = h(control.isGroup ? "span" : "label", control.isGroup ? { id: `${id}-label`, class: "label" } : { for: id }, field.name);
+  const head = h(control.isGroup ? "span" : "label", control.isGroup ? { id: `${id}-label`, class: "label" } : { for: id }, field.label);
 
   const node = h("div", { class: "field", dataset: { name: field.name } },
-    h("div", { class: "field-name" }, head, field.required ? h("span", { class: "badge" }, "needed") : null, mark),
-    h("div", { class: "field-input" },
-      h("div", { class: "row" }, control.node, unit, reset),
-      fault,
-      h("p", { class: "hint", id: `${id}-default` }, defaultText(field)),
-      origin),
-    h("p", { class: "help", id: `${id}-help` }, marked(field.meaning)));
+    h("div", { class: "field-name" }, head, h("code", { class: "key", id: `${id}-key` }, field.name),
+      field.required ? h("span", { class: "badge" }, "needed") : null, mark),
+    h("div", { class: "field-input" }, h("div", { class: "row" }, control.node, unit), fault, origin),
+    h("div", { class: "field-verbs" }, reset, ask),
+    help);
+
+  function openHelp(open) {
+    help.hidden = !open;
+    ask.setAttribute("aria-expanded", String(open));
+  }
 
   let differs = false;
   return {
@@ -78,7 +87,7 @@ export function fieldRow(field, change) {
       control.invalid(problems.length > 0);
     },
     lock(locked) { control.lock(locked); reset.disabled = locked; },
-    matches: (words) => words.every((word) => `${field.name} ${field.meaning} ${control.text()}`.toLowerCase().includes(word)),
+    matches: (words) => words.every((word) => `${field.label} ${field.name} ${field.meaning} ${control.text()}`.toLowerCase().includes(word)),
   };
 }
 
@@ -131,7 +140,7 @@ function choices(field, id, describedBy, change) {
 
 function structure(field, id, describedBy, change, complain) {
   const area = h("textarea", {
-    id, rows: "3", class: "mono", spellcheck: "false", "aria-describedby": describedBy,
+    id, rows: "1", class: "mono", spellcheck: "false", "aria-describedby": describedBy,
     placeholder: field.default === null ? "" : JSON.stringify(field.default),
     oninput() {
       try {
@@ -172,7 +181,7 @@ function line(field, id, describedBy, change) {
     if (folder === null) return;
     input.value = folder;
     change(JSON.stringify(folder));
-  }, { icon: "folder", label: `Choose a folder for ${field.name}` });
+  }, { icon: "folder", label: `Choose a folder for ${field.label}` });
   return {
     ...control,
     node: fill(h("span", { class: "with-button" }), input, pick),

@@ -1,4 +1,4 @@
-// The form of all options: sections, search, and which rows are shown.
+// The form of all options: the essentials open, the other sections folded, and a search over all of them.
 
 import { freshId, h } from "./dom.js";
 import { fieldRow } from "./field.js";
@@ -11,90 +11,77 @@ export function givenOf(root, text) {
     [key.replace(/^-+/, ""), { key, value: node.value, raw: text.slice(node.start, node.end) }]));
 }
 
+/** The text with option `name` set to the JSON `raw`, or left out where that is null. */
+export function withOption(text, name, raw) {
+  const key = givenOf(read(text), text).get(name)?.key ?? name;
+  return set(text, [key], raw);
+}
+
 /**
  * @param {{groups: {title: string, fields: object[]}[]}} schema
  * @param {import("./environment.js").Environment} environment
  */
 export function optionsForm(schema, environment) {
+  const essentials = section("Essentials", true);
   const rows = new Map();
-  const sections = schema.groups.map((group) => section(group));
-  const empty = h("p", { class: "empty sheet", hidden: true }, "No option is like that.");
+  const sections = schema.groups.map((group) => {
+    const home = section(group.title, false);
+    for (const field of group.fields) {
+      const row = fieldRow(field, (raw) => environment.edit("config", withOption(environment.text("config"), field.name, raw), "form"));
+      rows.set(field.name, Object.assign(row, { home, section: null, faults: 0 }));
+    }
+    return home;
+  });
+  const all = [essentials, ...sections];
+  const empty = h("p", { class: "empty sheet", hidden: true }, "No option matches.");
   const total = h("p", { class: "hint", "aria-live": "polite" });
-  const search = h("input", { id: freshId("search"), type: "search", placeholder: "Name, meaning or value", oninput: filter });
-  const level = choice("Options shown", [["basic", "Basic"], ["all", "All"]]);
+  const search = h("input", { id: freshId("search"), type: "search", placeholder: "Search names, keys and help", oninput: filter });
   const changed = h("input", { type: "checkbox", onchange: filter });
-  const list = h("nav", { class: "sections", "aria-label": "Sections" }, h("ul", { class: "plain" }, sections.map((one) => h("li", {}, one.link))));
+  let isFiltered = false;
 
-  const body = h("div", { class: "form" },
+  const node = h("section", { class: "form", "aria-label": "Options" },
     h("div", { class: "form-bar sheet" },
       h("div", { class: "grow" }, h("label", { for: search.id, class: "visually-hidden" }, "Search the options"), search),
-      level.node,
-      h("label", { class: "tick" }, changed, "Only what differs from default"),
+      h("label", { class: "tick" }, changed, "Only what is changed"),
       total),
-    sections.map((one) => one.node), empty);
+    all.map((one) => one.node), empty);
 
-  function section({ title, fields }) {
-    const id = freshId("section");
-    const own = fields.map((field) => {
-      const row = fieldRow(field, (raw) => write(field.name, raw));
-      rows.set(field.name, row);
-      return row;
-    });
-    const tally = h("span", { class: "tally", "aria-hidden": "true" });
-    const tallyWords = h("span", { class: "visually-hidden" });
-    const heading = h("h3", { id, tabindex: "-1" }, title);
-    const link = h("button", {
-      type: "button", class: "quiet",
-      onclick() {
-        heading.scrollIntoView({ block: "start" });
-        heading.focus({ preventScroll: true });
-      },
-    }, h("span", { class: "grow" }, title), tally, tallyWords);
-    const node = h("section", { class: "sheet options", "aria-labelledby": id }, heading, own.map((row) => row.node));
-    return { title, rows: own, node, link, tally, tallyWords, faults: 0 };
+  function section(title, open) {
+    const tally = h("span", { class: "hint" });
+    const list = h("div", { class: "rows" });
+    return { node: h("details", { class: "sheet options", open }, h("summary", {}, h("h3", {}, title), tally), list), list, tally, wasOpen: open };
   }
 
-  function choice(label, options) {
-    const name = freshId("choice");
-    const inputs = options.map(([value], at) => h("input", { type: "radio", name, value, checked: at === 0, onchange: filter }));
-    return {
-      node: h("div", { class: "choices", role: "radiogroup", "aria-label": label }, options.map(([, text], at) => h("label", {}, inputs[at], text))),
-      get value() { return inputs.find((input) => input.checked).value; },
-      set value(value) { for (const input of inputs) input.checked = input.value === value; },
-    };
+  /** Put what differs from its default among the essentials. Not while a person types: rows would move away. */
+  function arrange() {
+    for (const row of rows.values()) row.section = row.field.basic || row.differs ? essentials : row.home;
+    for (const one of all) one.list.replaceChildren(...rowsOf(one).map((row) => row.node));
+    filter();
   }
 
-  function write(name, raw) {
-    const text = environment.text("config");
-    const root = read(text);
-    const key = givenOf(root, text).get(name)?.key ?? name;
-    environment.edit("config", set(text, [key], raw), "form");
-  }
+  const rowsOf = (one) => [...rows.values()].filter((row) => row.section === one);
 
   function filter() {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const wasFiltered = isFiltered;
+    isFiltered = words.length > 0 || changed.checked;
     let count = 0;
-    for (const one of sections) {
-      let shown = 0;
-      for (const row of one.rows) {
-        // A search looks at all options, and what differs or is wrong is never hidden by the basic view.
-        const wanted = words.length > 0 || level.value === "all" || row.field.basic || row.differs || row.wrong;
-        const visible = wanted && (!changed.checked || row.differs) && row.matches(words);
-        row.node.hidden = !visible;
-        if (visible) shown += 1;
-      }
+    for (const one of all) {
+      const own = rowsOf(one);
+      for (const row of own) row.node.hidden = !((!changed.checked || row.differs) && row.matches(words));
+      const shown = own.filter((row) => !row.node.hidden).length;
       count += shown;
       one.node.hidden = shown === 0;
-      one.link.parentElement.hidden = shown === 0;
-      const different = one.rows.filter((row) => row.differs).length;
-      one.tally.textContent = String(one.faults || different || "");
-      one.tally.className = one.faults ? "tally badge bad" : different ? "tally badge accent" : "tally";
-      const meaning = one.faults ? some(one.faults, "problem") : `${some(different, "option")} not at default`;
-      one.tally.title = meaning;
-      one.tallyWords.textContent = one.faults || different ? `, ${meaning}` : "";
+      if (isFiltered && !wasFiltered) one.wasOpen = one.node.open;
+      if (isFiltered) one.node.open = true;
+      else if (wasFiltered) one.node.open = one.wasOpen;
+      const faults = own.reduce((sum, row) => sum + row.faults, 0);
+      const different = own.filter((row) => row.differs).length;
+      one.tally.textContent = [some(shown, "option"), different ? `${different} changed` : "", faults ? some(faults, "problem") : ""].filter(Boolean).join(", ");
+      one.tally.classList.toggle("fault", faults > 0);
     }
     empty.hidden = count > 0;
-    total.textContent = `${some(count, "option")} of ${rows.size}`;
+    total.textContent = isFiltered ? `${some(count, "option")} of ${rows.size}` : some(rows.size, "option");
   }
 
   /** Show what the text gives. Locked where it is no JSON object. */
@@ -109,14 +96,11 @@ export function optionsForm(schema, environment) {
 
   /** @param {import("./api.js").Problem[]} problems those about options stand beside them */
   function blame(problems) {
-    for (const one of sections) {
-      one.faults = 0;
-      for (const row of one.rows) {
-        const own = problems.filter(({ key, document }) => key === row.field.name && (document === "" || document === "config"));
-        row.blame(own);
-        row.wrong = own.length > 0;
-        one.faults += own.length;
-      }
+    for (const row of rows.values()) {
+      const own = problems.filter(({ key, document }) => key === row.field.name && (document === "" || document === "config"));
+      row.blame(own);
+      if (own.length > row.faults) row.section.node.open = true;
+      row.faults = own.length;
     }
     filter();
   }
@@ -129,13 +113,12 @@ export function optionsForm(schema, environment) {
       search.value = "";
       changed.checked = false;
       filter();
-      if (row.node.hidden) level.value = "all";
-      filter();
     }
+    row.section.node.open = true;
     row.node.scrollIntoView({ block: "center" });
     row.focus();
     return true;
   }
 
-  return { node: body, list, show, blame, jump, names: () => [...rows.keys()] };
+  return { node, show, arrange, blame, jump };
 }

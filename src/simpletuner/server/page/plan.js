@@ -1,78 +1,105 @@
-// The memory plan at a glance: what each phase takes, against what the machine has.
+// What will happen and what it takes, in one sentence; the memory of each phase is folded below.
 
 import { ApiFault, post } from "./api.js";
 import { pausing } from "./check.js";
-import { button, freshId, h, problemPanel } from "./dom.js";
+import { button, fill, freshId, h, problemPanel } from "./dom.js";
 import { count, duration, gib } from "./format.js";
 
-/** Cards that people have, with the memory of the machine around them, in GiB. */
-const MACHINES = [[8, 32], [12, 32], [16, 32], [24, 64], [48, 128], [80, 256]];
+const RAM_GIB = [16, 32, 64, 96, 128, 256];
 
-const PHASES = { text: "Captions", latents: "Pictures", train: "Training", validation: "Validation" };
+const PHASES = { text: "Captions", latents: "Images", train: "Training", validation: "Validation" };
 
 /**
  * @param {() => object} draft what is planned, now
+ * @param {() => {vram_gib: number|null, ram_gib: number|null}} machine that it is planned for; null is this one's
  * @param {(changes: Record<string, any>) => void} apply sets options
+ * @param {(steps: number|null) => Record<string, any>|null} longer changes that a run of so few steps needs
  */
-export function planPanel(draft, apply) {
-  const choose = h("select", { id: freshId("machine"), onchange: () => ask.now() },
-    h("option", { value: "" }, "This machine"),
-    MACHINES.map(([vram, ram]) => h("option", { value: `${vram},${ram}` }, `${vram} GB card, ${ram} GB RAM`)),
-    h("option", { value: "0,32" }, "No card, 32 GB RAM"));
-  const result = h("div", { class: "stack", "aria-live": "polite" }, h("p", { class: "dim" }, "Not planned yet."));
+export function planPanel(draft, machine, apply, longer) {
+  const ram = h("select", { id: freshId("ram"), onchange: () => later() },
+    h("option", { value: "" }, "Automatic"), RAM_GIB.map((size) => h("option", { value: String(size) }, `${size} GB`)));
+  const sentence = h("div", { class: "stack", "aria-live": "polite" }, h("p", { class: "panel" }, "Not planned yet."));
+  const phases = h("div", { class: "stack" });
+  const details = h("details", { hidden: true }, h("summary", {}, "Memory of each phase"), h("div", { class: "stack" },
+    h("div", { class: "row" }, h("label", { for: ram.id }, "Planned for RAM"), h("span", {}, ram)), phases));
   const busy = h("span", { class: "hint", hidden: true }, "Planning …");
-  const again = button("Plan now", () => ask.now(), { icon: "refresh", kind: "tiny" });
+  const again = button("Plan now", () => { stale(true); ask.now(); }, { icon: "refresh", kind: "tiny" });
   const node = h("section", { class: "sheet plan stack", "aria-labelledby": "plan-title" },
-    h("div", { class: "head" }, h("h2", { id: "plan-title" }, "Plan"), busy, again),
-    h("div", { class: "stack" }, h("label", { for: choose.id }, "Machine"), choose),
-    result);
+    h("div", { class: "head" }, h("h2", { id: "plan-title" }, "What will happen"), busy, again),
+    sentence,
+    details);
 
-  const ask = pausing(1500, async (signal) => {
-    const [vram, ram] = choose.value === "" ? [null, null] : choose.value.split(",").map(Number);
-    busy.hidden = false;
+  const ask = pausing(1000, async (signal) => {
+    const { vram_gib, ram_gib } = machine();
     try {
-      show(await post("plan", { ...draft(), vram_gib: vram, ram_gib: ram }, {}, signal));
+      show(await post("plan", { ...draft(), vram_gib, ram_gib: ram.value === "" ? ram_gib : Number(ram.value) }, {}, signal));
     } catch (error) {
       if (!(error instanceof ApiFault)) throw error;
-      result.replaceChildren(problemPanel(error));
+      sentence.replaceChildren(problemPanel(error));
+      details.hidden = true;
     }
-    busy.hidden = true;
+    stale(false);
   });
 
-  function show(answer) {
-    const { plan, remedy, workload } = answer;
+  function show({ summary, plan, remedy, workload, time }) {
     const names = [...new Set(plan.phases.flatMap((phase) => phase.parts.map((part) => part.name)))];
-    const colour = (name) => `var(--part-${(names.indexOf(name) % 8) + 1})`;
-    result.replaceChildren(
-      verdict(plan),
-      ...(remedy ? [remedyPanel(remedy)] : []),
-      ...(answer.time ? [timeList(answer.time)] : []),
-      ...plan.phases.map((phase) => phaseBars(phase, plan, colour)),
+    const color = (name) => `var(--part-${(names.indexOf(name) % 8) + 1})`;
+    sentence.replaceChildren(h("div", { class: `panel stack ${plan.fits ? "good" : "bad"}` },
+      h("p", { class: "sentence" }, summary),
+      plan.fits ? "" : h("ul", {}, plan.lacks.map((lack) => h("li", {},
+        `${PHASES[lack.phase] ?? lack.phase}: ${gib(lack.needed)} of ${place(lack.place)} needed, ${gib(lack.there)} there.`))),
+      remedy ? remedyRow(remedy) : "",
+      stepsRow(time?.steps ?? null)));
+    details.hidden = false;
+    phases.replaceChildren();
+    fill(phases,
+      time ? timeList(time) : null,
+      plan.phases.map((phase) => phaseBars(phase, plan, color)),
       legend(names.filter((name) => plan.phases.some((phase) =>
-        phase.parts.some((part) => part.name === name && part.place !== "disk" && part.bytes > 0))), colour),
+        phase.parts.some((part) => part.name === name && part.place !== "disk" && part.bytes > 0))), color),
       h("p", { class: "hint" }, workloadText(workload), plan.machine.disk === undefined ? "" : ` Disk: ${gib(plan.peak.disk)} of ${gib(plan.machine.disk)} free.`));
   }
 
-  function remedyPanel(remedy) {
+  function remedyRow(remedy) {
     const changes = Object.entries(remedy.changes);
-    return h("div", { class: "panel stack" },
-      h("p", {}, h("strong", {}, "What would fit: "), changes.map(([name, value], at) => [at ? ", " : "", h("code", {}, `${name} = ${value}`)]),
-        `. ${gib(remedy.before)} becomes ${gib(remedy.after)}.`),
-      h("div", {}, button("Apply", () => apply(remedy.changes), { icon: "check" })));
+    return h("div", { class: "row" },
+      h("p", { class: "grow" }, "It fits with ", changes.map(([name, value], at) => [at ? ", " : "", h("code", {}, `${name} = ${value}`)]),
+        `: ${gib(remedy.before)} becomes ${gib(remedy.after)}.`),
+      button("Make it fit", () => apply(remedy.changes), { icon: "check", kind: "primary" }));
   }
 
-  return { node, later: ask.later, now: ask.now, stop: ask.stop };
-}
+  function stepsRow(steps) {
+    const changes = longer(steps);
+    if (changes === null) return "";
+    return h("div", { class: "row" },
+      h("p", { class: "grow" }, `After ${count(steps)} steps a LoRA has hardly learned anything.`),
+      button(`Train ${count(changes.num_train_epochs)} epochs`, () => apply(changes), { kind: "primary" }));
+  }
 
-function verdict(plan) {
-  if (plan.fits) return h("p", { class: "panel good" }, "It fits.");
-  return h("div", { class: "panel bad" }, h("ul", {}, plan.lacks.map((lack) => h("li", {},
-    `${PHASES[lack.phase] ?? lack.phase}: ${gib(lack.needed)} of ${place(lack.place)} needed, ${gib(lack.there)} there.`))));
-}
+  /** Whether the sentence is of an earlier draft. */
+  function stale(is) {
+    busy.hidden = !is;
+    sentence.classList.toggle("stale", is);
+  }
 
+  function later() {
+    stale(true);
+    ask.later();
+  }
+
+  /** Say that there is nothing to plan yet. */
+  function wait(why) {
+    ask.stop();
+    stale(false);
+    sentence.replaceChildren(h("p", { class: "panel" }, why));
+    details.hidden = true;
+  }
+
+  return { node, wait, later, stop: ask.stop };
+}
 const place = (name) => ({ accelerator: "GPU memory", ram: "RAM", disk: "disk" })[name] ?? name;
 
-function phaseBars(phase, plan, colour) {
+function phaseBars(phase, plan, color) {
   const { machine, peak } = plan;
   const bars = ["accelerator", "ram"].filter((where) => where !== "accelerator" || machine.accelerator !== null || phase.accelerator > 0);
   return h("div", { class: "phase" },
@@ -88,15 +115,15 @@ function phaseBars(phase, plan, colour) {
         h("span", { class: "small dim" }, where === "ram" ? "RAM" : "GPU"),
         h("div", { class: "meter", role: "img", "aria-label": `${place(where)}: ${words}. ${parts.map((part) => `${part.name} ${gib(part.bytes)}`).join(", ")}` },
           parts.map((part) => h("span", {
-            title: `${part.name}: ${gib(part.bytes)}`, style: { width: `${(part.bytes / whole) * 100}%`, background: colour(part.name) },
+            title: `${part.name}: ${gib(part.bytes)}`, style: { width: `${(part.bytes / whole) * 100}%`, background: color(part.name) },
           })),
           there !== null && there < whole ? h("i", { class: "limit", style: { left: `${(there / whole) * 100}%` } }) : null),
         h("span", { class: `small numbers ${over ? "over" : ""}` }, words));
     }));
 }
 
-function legend(names, colour) {
-  return h("ul", { class: "plain legend small" }, names.map((name) => h("li", {}, h("i", { style: { background: colour(name) } }), name)));
+function legend(names, color) {
+  return h("ul", { class: "plain legend small" }, names.map((name) => h("li", {}, h("i", { style: { background: color(name) } }), name)));
 }
 
 /** The least time of a step and of the whole, where the machine's speed is known. */
@@ -109,6 +136,6 @@ function timeList({ step_s: step, total_s: total, steps }) {
 }
 
 function workloadText({ width, height, batch, pictures, captions }) {
-  const seen = pictures === null || pictures === undefined ? "The pictures were not scanned yet." : `${pictures} pictures, ${captions} captions.`;
+  const seen = pictures === null || pictures === undefined ? "The images were not scanned yet." : `${pictures} images, ${captions} captions.`;
   return `Planned for ${width}×${height}, ${batch} at a time. ${seen}`;
 }
