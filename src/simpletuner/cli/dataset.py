@@ -1,266 +1,38 @@
-"""`simpletuner dataset scan|show|cache`: the pictures before a run. What will be trained, what it looks like,
-and its caches."""
+"""`simpletuner dataset VERB`: the images and captions before a run."""
 
-import contextlib
-import json
-import re
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from importlib import import_module
 
-from PIL import Image
+from simpletuner.base.console import say
+from simpletuner.cli.arguments import verb_of, wants_help
 
-from simpletuner.base.console import complain, is_terminal, say, say_on_standard_error, work_goes_on
-from simpletuner.base.errors import ConfigError, DataError, Problem
-from simpletuner.base.files import file_errors_reported
-from simpletuner.cli.arguments import Flag, flag_help, parse_command, verb_of, wants_help
-from simpletuner.cli.loading import load_here
-from simpletuner.cli.printing import json_text, table
-from simpletuner.config.flags import help_text
-from simpletuner.config.load import Loaded
-from simpletuner.data.manifest import Manifest, rejection_counts, scan
-from simpletuner.data.sample import Sample
-from simpletuner.data.sheet import contact_sheet
-from simpletuner.runs.events import Event, ProgressEvent
-
-_USAGE = """simpletuner dataset scan|show|cache [--json] [--set ID] [--verify] [options of `simpletuner train`]
-
-  scan    count the pictures, their sizes, and what is left out and why
-  show    draw the crops that will be trained, with their captions, on one sheet a set
-  cache   encode the captions and pictures now, so that a run starts at once
-"""
-
-CROP_COLUMNS = 6
-"""Of a sheet."""
-TELL_EVERY_S = 0.1
-"""Progress of a scan."""
-
-
-def _count(text: str) -> int:
-    count = int(text) if text.isdecimal() else 0
-    if count == 0:
-        raise ValueError(text)
-    return count
-
-
-@dataclass(frozen=True)
-class DatasetCommand:
-    """What is typed after `simpletuner dataset` and its verb."""
-
-    json: bool = Flag("print one JSON object instead of a table").default(False)
-    pictures: bool = Flag("in it, each picture with its size, crop and captions (scan)").default(False)
-    progress: bool = Flag(
-        "a JSON line on standard error as the work goes on: what, done and total (scan and cache)"
-    ).default(False)
-    set: str = Flag("this set only (scan and show)", "ID").default("")
-    verify: bool = Flag(
-        "read every cached file, instead of only those that changed since they were last read (cache)"
-    ).default(False)
-    out: str = Flag("where show puts its sheets; by default output_dir", "FOLDER").default("")
-    count: int = Flag(
-        "how many crops a sheet shows, 24 by default, spread evenly over the set",
-        "N",
-        convert=_count,
-        expects="a whole number above 0",
-    ).default(24)
-    rest: tuple[str, ...] = ()
+DATASET_VERBS = {
+    "scan": "scanning",
+    "show": "scanning",
+    "cache": "scanning",
+    "captions": "imagefolder",
+    "duplicates": "imagefolder",
+    "delete": "imagefolder",
+}
+"""And the module of `simpletuner.cli` that knows each. Imported when it is asked for: decoding images takes half a
+second to import, which changing captions does without."""
 
 
 def run(arguments: list[str]) -> int:
-    """Scan, show or cache the sets of the configuration.
+    """Do what the verb says.
 
     Raises:
-        ConfigError: a mistake in the configuration, or nothing to do.
-        DataError: a set is missing or nothing in it can be trained.
+        ConfigError: a mistake in what was typed, or in the configuration.
+        DataError: a folder or set is missing, or nothing in it can be trained.
+        DiskError: a file cannot be written.
     """
     if wants_help(arguments):
-        say(help_text(f"{_USAGE}\n{flag_help(DatasetCommand, column=18)}"))
+        modules = (
+            dict.fromkeys(DATASET_VERBS.values())
+            if arguments[0] not in DATASET_VERBS
+            else (DATASET_VERBS[arguments[0]],)
+        )
+        say("\n".join(import_module(f"simpletuner.cli.{module}").usage() for module in modules))
         return 0
-    works = {"scan": _scan, "show": _show, "cache": _cache}
-    verb = verb_of("dataset", arguments, works)
-    command = parse_command(DatasetCommand, arguments[1:], check=lambda command: _misplaced(command, verb))
-    loaded = load_here(command.rest)
-    result, text = works[verb](loaded, command)
-    if command.json:
-        say(json_text(result | {"notices": list(loaded.notices)}))
-    else:
-        say("\n".join((*loaded.notices, text)))
-    return 0
-
-
-def _misplaced(command: DatasetCommand, verb: str) -> Iterator[Problem]:
-    """The problems of flags that do not go with `verb`, or with each other."""
-    for flag, is_given, verbs in (
-        ("verify", command.verify, ("cache",)),
-        ("pictures", command.pictures, ("scan",)),
-        ("progress", command.progress, ("scan", "cache")),
-    ):
-        if is_given and verb not in verbs:
-            yield Problem(f"--{flag} with dataset {verb}", f"dataset {' or '.join(verbs)}")
-    if command.pictures and verb == "scan" and not command.json:
-        yield Problem("--pictures without --json", "both", "`simpletuner dataset show` draws the pictures.")
-
-
-def _scan(loaded: Loaded, command: DatasetCommand) -> tuple[dict[str, Any], str]:
-    manifests = _scanned(loaded, command)
-    sets = [manifest.summary() for manifest in manifests]
-    if command.pictures:
-        for told, manifest in zip(sets, manifests, strict=True):
-            told["samples"] = [_as_json(sample) for sample in manifest.samples]
-    return {"sets": sets}, "\n\n".join(map(_described, manifests))
-
-
-def _as_json(sample: Sample) -> dict[str, Any]:
-    """A picture as it will be trained. Sizes in pixels; the crop is the left and top of `target` inside `resize`."""
-    return {
-        "name": sample.name,
-        "path": sample.shown,
-        "width": sample.width,
-        "height": sample.height,
-        "target": list(sample.geometry.target),
-        "resize": list(sample.geometry.resize),
-        "crop": list(sample.geometry.crop),
-        "captions": list(sample.captions),
-    }
-
-
-def _tell_progress(what: str, done: int, total: int) -> None:
-    complain(json.dumps({"what": what, "done": done, "total": total}))
-
-
-def _show(loaded: Loaded, command: DatasetCommand) -> tuple[dict[str, Any], str]:
-    folder = Path(command.out or loaded.config.output_dir)
-    sheets = []
-    for manifest in _scanned(loaded, command):
-        safe_id = re.sub(r"[^\w.-]", "_", manifest.image_set.id)
-        path = folder / f"dataset-{safe_id}.png"
-        shown = _spread(len(manifest.samples), command.count)
-        with file_errors_reported(path):
-            folder.mkdir(parents=True, exist_ok=True)
-            _sheet(manifest, shown).save(path)
-        sheets.append({"id": manifest.image_set.id, "path": str(path), "pictures": len(shown)})
-    text = "\n".join(f"{sheet['id']}: {sheet['pictures']} crops in {sheet['path']}" for sheet in sheets)
-    return {"sheets": sheets}, text
-
-
-def _cache(loaded: Loaded, command: DatasetCommand) -> tuple[dict[str, Any], str]:
-    if command.set:
-        raise ConfigError.of("--set with dataset cache", "scan or show", "A run needs the caches of all its sets.")
-    # torch, which the other words do without.
-    from simpletuner.flux2.components import check_precisions
-    from simpletuner.flux2.source import locate
-    from simpletuner.memory.device import choose_device
-    from simpletuner.train.caches import prepare
-    from simpletuner.train.report import Reporter
-
-    device = choose_device()
-    check_precisions(loaded.config, device)
-    # JSON has standard output to itself.
-    with work_goes_on(), say_on_standard_error() if command.json else contextlib.nullcontext():
-        reporter = Reporter()
-        if command.progress:
-            # Lines in place of the bar.
-            reporter.is_terminal = False
-            reporter.listeners.append(_tell_event)
-        source = locate(loaded.config, report=reporter.say)
-        prepared = prepare(loaded, source, device, reporter, verify=command.verify)
-    manifests = (*prepared.train, *prepared.held_out)
-    return {"sets": [manifest.summary() for manifest in manifests]}, "The caches are filled."
-
-
-def _scanned(loaded: Loaded, command: DatasetCommand) -> list[Manifest]:
-    """Every set that is asked for; the problems of all of them together."""
-    sets = (*loaded.datasets.train_sets, *loaded.datasets.eval_sets)
-    asked = [image_set for image_set in sets if command.set in ("", image_set.id)]
-    if not asked:
-        known = ", ".join(image_set.id for image_set in sets)
-        raise ConfigError.of(f"--set = {command.set!r}: no such set", f"one of {known}")
-    manifests, problems = [], list[Problem]()
-    for image_set in asked:
-        with _lines(image_set.id) if command.progress else _bar(image_set.id) as report:
-            try:
-                manifests.append(scan(image_set, seed=loaded.config.seed, workers=loaded.config.workers, report=report))
-            except DataError as error:
-                problems += error.problems
-    DataError.raise_if(problems)
-    return manifests
-
-
-def _tell_event(event: Event) -> None:
-    if isinstance(event, ProgressEvent):
-        _tell_progress(event.phase, event.done, event.total)
-
-
-@contextlib.contextmanager
-def _lines(what: str) -> Iterator[Callable[[int, int], None]]:
-    """JSON lines on standard error, at most ten a second, and one at the end."""
-    told = -TELL_EVERY_S
-
-    def report(done: int, total: int) -> None:
-        nonlocal told
-        now = time.monotonic()
-        if now - told >= TELL_EVERY_S or done == total:
-            told = now
-            _tell_progress(what, done, total)
-
-    yield report
-
-
-@contextlib.contextmanager
-def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with rate and time left on a terminal, silence elsewhere."""
-    from tqdm import tqdm
-
-    with tqdm(desc=title, unit=" pictures", leave=False, disable=not is_terminal()) as bar:
-
-        def report(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield report
-
-
-def _described(manifest: Manifest) -> str:
-    """A set for people: one line of counts, its sizes, what was left out, what to know."""
-    own = manifest.image_set
-    count = len(manifest.samples)
-    lines = [f"{own.id} ({own.dataset_type}, {own.instance_data_dir})"]
-    times = "once" if own.repeats == 0 else f"{own.repeats + 1} times (repeats = {own.repeats})"
-    lines.append(f"  {count} pictures, each seen {times}: {manifest.visits_per_epoch} visits an epoch")
-    if own.probability < 1:
-        lines.append(f"  of which an epoch sees {own.probability:.0%}, chosen anew each time")
-    sizes = [(f"{w}x{h}", str(len(members))) for (w, h), members in manifest.buckets.items()]
-    lines.append(table([("size", "pictures"), *sizes], indent="    "))
-    if manifest.rejections:
-        counts = ", ".join(f"{n} {reason}" for reason, n in rejection_counts(manifest.rejections).items())
-        lines.append(f"  left out: {counts}")
-        rows = [(rejected.name, rejected.reason, rejected.detail) for rejected in manifest.rejections]
-        lines.append(table([("file", "why", "what was found"), *rows], indent="    "))
-    lines += [f"  {notice}" for notice in manifest.notices]
-    return "\n".join(lines)
-
-
-def _spread(total: int, most: int) -> list[int]:
-    """At most `most` of `total` places, evenly apart."""
-    shown = min(total, most)
-    return [turn * total // shown for turn in range(shown)]
-
-
-def _sheet(manifest: Manifest, shown: Sequence[int]) -> Image.Image:
-    # numpy, which scan does without when nothing is new.
-    from simpletuner.data.pixels import render
-
-    cells = []
-    captions = []
-    for sample in (manifest.samples[index] for index in shown):
-        cells.append(Image.fromarray(render(sample.read(), sample.geometry)))
-        width, height = sample.geometry.target
-        more = f" (and {len(sample.captions) - 1} more)" if len(sample.captions) > 1 else ""
-        captions.append(f"{sample.name}, {width}x{height}\n{sample.captions[0]}{more}")
-    columns = min(CROP_COLUMNS, len(cells))
-    starts = range(0, len(cells), columns)
-    rows = [cells[start : start + columns] for start in starts]
-    texts = [captions[start : start + columns] for start in starts]
-    return contact_sheet(rows, [""] * len(rows), [""] * columns, captions=texts)
+    module = DATASET_VERBS[verb_of("dataset", arguments, DATASET_VERBS)]
+    exit_code: int = import_module(f"simpletuner.cli.{module}").run(arguments)
+    return exit_code

@@ -17,7 +17,7 @@ COMMANDS = {
     "doctor": "what training needs and this machine lacks, before anything is downloaded",
     "train": "train with the configuration found here, or the one that is named",
     "sample": "make pictures with what was trained",
-    "dataset": "scan, show or cache the pictures before a run",
+    "dataset": "scan, show or cache the images before a run; change their captions, find duplicates, delete",
     "config": "check or show the configuration without training",
     "plan": "what a configuration takes of memory, before anything is loaded; where on the path it trains",
     "run": "start, stop, look after and queue runs",

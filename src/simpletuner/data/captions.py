@@ -5,10 +5,10 @@ import re
 from pathlib import PurePosixPath
 
 from simpletuner.base.errors import DataError
+from simpletuner.base.imagefiles import CAPTION_SUFFIXES, caption_key
 from simpletuner.base.storage import Storage
 from simpletuner.base.text import CAPTION_BYTES, is_visible, size_in_bytes
 from simpletuner.config.datasets import ImageSet
-from simpletuner.data.discover import CAPTION_SUFFIXES, caption_key
 from simpletuner.data.rejected import Rejected
 
 LINE_END = re.compile(r"\r\n|\r|\n")

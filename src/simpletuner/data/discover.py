@@ -1,20 +1,13 @@
 """Which files a storage holds, sorted into pictures, captions and the rest."""
 
-import unicodedata
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from simpletuner.base.errors import DataError
+from simpletuner.base.imagefiles import CAPTION_SUFFIXES, PICTURE_SUFFIXES, caption_key
 from simpletuner.base.storage import PASSED_OVER, Stamp, Storage, UnlistedFile
 from simpletuner.data.sample import Rejection
 from simpletuner.data.storages import ours
-
-PICTURE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".heic", ".heif", ".hif"}
-    | {".jxl", ".jp2", ".j2k", ".tif", ".tiff", ".bmp", ".dib", ".gif", ".tga", ".ppm", ".pgm", ".pnm"}
-)
-CAPTION_SUFFIXES = (".txt", ".caption")
-"""The first that is there is read."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +21,6 @@ class FoundFiles:
     unused_captions: tuple[str, ...]
     """`.caption` files beside a `.txt` of the same name."""
     rejections: tuple[Rejection, ...]
-
-
-def caption_key(name: str) -> str:
-    """What a picture and its caption have in common: the name without suffix. Systems that compose accents
-    differently mean the same name."""
-    return unicodedata.normalize("NFC", str(PurePosixPath(name).with_suffix("")))
 
 
 def discover(images: Storage) -> FoundFiles:

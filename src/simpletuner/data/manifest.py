@@ -10,10 +10,11 @@ from typing import Any
 from simpletuner.base.draws import draw_seed
 from simpletuner.base.errors import DataError
 from simpletuner.base.files import sha256_json
+from simpletuner.base.imagefiles import caption_key
 from simpletuner.base.storage import Storage
 from simpletuner.config.datasets import ImageSet
 from simpletuner.data.captions import captions_of
-from simpletuner.data.discover import FoundFiles, caption_key, discover
+from simpletuner.data.discover import FoundFiles, discover
 from simpletuner.data.geometry import Size, describe, downsample_is_idle, enlargement, place
 from simpletuner.data.index import IndexEntry, count_unknown, read_pictures
 from simpletuner.data.pixels import Remark

@@ -176,6 +176,16 @@ def render(data: bytes, geometry: Geometry) -> UInt8[np.ndarray, "h w 3"]:
     return np.array(picture.crop((left, top, left + width, top + height)))
 
 
+def small_image(data: bytes, side: int) -> Image.Image:
+    """The whole picture as a square of `side` pixels, upright in sRGB: to compare it with others.
+
+    Raises:
+        Rejected: as `inspect`.
+    """
+    with _opened(data, draft_px=side) as image:
+        return upright_rgb(image).resize((side, side), Image.Resampling.BOX)
+
+
 def upright_rgb(image: ImageFile.ImageFile) -> Image.Image:
     """A loaded picture as RGB in sRGB, turned upright by its EXIF orientation.
 
@@ -201,8 +211,9 @@ def upright_rgb(image: ImageFile.ImageFile) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _opened(data: bytes) -> Iterator[ImageFile.ImageFile]:
-    """The first frame of a picture, decoded. Large ones wait for each other, so memory stays bounded."""
+def _opened(data: bytes, draft_px: int | None = None) -> Iterator[ImageFile.ImageFile]:
+    """The first frame of a picture, decoded. Large ones wait for each other, so memory stays bounded. With `draft_px`
+    a JPEG may be decoded smaller, with sides that are not below it."""
     if not data:
         raise Rejected("empty file", "0 bytes")
     Image.init()
@@ -226,6 +237,8 @@ def _opened(data: bytes) -> Iterator[ImageFile.ImageFile]:
             raise Rejected("truncated", f"{len(data)} bytes cannot hold {image.width}x{image.height} pixels")
         with _one_large_picture if pixels > LARGE_PIXELS else contextlib.nullcontext():
             try:
+                if draft_px is not None:
+                    image.draft("RGB", (draft_px, draft_px))
                 _load(image)
                 yield image
             except MemoryError as error:

@@ -96,7 +96,7 @@ def test_show_draws_the_crops(project: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to do: expected scan, show or cache"),
+        ([], "nothing to do: expected scan, show, cache, captions, duplicates or delete"),
         (["scna"], "dataset scna: nothing to do"),
         (["show", "--count", "none"], "--count = 'none'"),
         (["show", "--count=0"], "--count = '0'"),

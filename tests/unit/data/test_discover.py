@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from simpletuner.base.errors import DataError
+from simpletuner.base.imagefiles import caption_key
 from simpletuner.base.storage import LocalStorage
-from simpletuner.data.discover import caption_key, discover
+from simpletuner.data.discover import discover
 from simpletuner.data.sample import Rejection
 
 

@@ -1,0 +1,104 @@
+"""`simpletuner dataset captions|duplicates|delete`, as they are typed."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simpletuner.base.errors import ConfigError, DataError
+from simpletuner.cli.dataset import run
+
+
+@pytest.fixture
+def folder(own_folder: Path, pictures: Path) -> Path:
+    """Six images with captions `a soft gradient, number N`."""
+    return Path(shutil.copytree(pictures, own_folder / "images"))
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    assert run([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_captions_are_found_replaced_and_taken_back(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit = ("captions", "images", "--find", "soft", "--replace", "hard")
+    dry = answer(capsys, *edit, "--dry-run")
+    assert (dry["images"], dry["changed"]) == (6, 6)
+    assert dry["changes"][0]["after"] == "a hard gradient, number 0\n"
+    assert "soft" in (folder / "picture-0.txt").read_text()
+    (folder / "picture-1.txt").write_text("a soft thing")
+    with pytest.raises(ConfigError, match="--revision: the captions are not what they were"):
+        run([*edit, "--revision", dry["revision"]])
+    assert run(list(edit)) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(
+        "6 captions of 6 images changed.\n  picture-0.txt\n    - a soft gradient, number 0\n    + a hard"
+    )
+    assert "`simpletuner dataset captions images --undo` takes it back." in text
+    assert (folder / "picture-1.txt").read_text() == "a hard thing"
+    assert answer(capsys, "captions", "images", "--undo")["undone"] == 6
+    assert (folder / "picture-1.txt").read_text() == "a soft thing"
+
+
+def test_missing_captions_are_listed_and_given(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "picture-4.txt").unlink()
+    assert run(["captions", "images", "--missing"]) == 0
+    assert capsys.readouterr().out == "1 images, 1 without a caption\n  picture-4.png\n"
+    assert answer(capsys, "captions", "images")["missing"] == 1
+    assert answer(capsys, "captions", "images", "--missing", "--append", "a thing")["changed"] == 1
+    assert (folder / "picture-4.txt").read_text() == "a thing"
+
+
+def test_images_are_deleted_once_asked_and_come_back(
+    folder: Path, own_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (own_folder / "names.txt").write_text("picture-0.png\npicture-3.png\n")
+    delete = ("delete", "images", "--names", "names.txt")
+    with pytest.raises(ConfigError, match="not deleted"):
+        run(list(delete))  # nobody can be asked
+    assert answer(capsys, *delete, "--dry-run")["captions"] == 2
+    assert (folder / "picture-0.png").exists()
+    assert answer(capsys, *delete, "--yes")["trash"] == "images/.simpletuner/trash/1"
+    assert not (folder / "picture-0.png").exists()
+    assert answer(capsys, "delete", "images", "--undo")["undone"] == 4
+    run([*delete, "--yes"])
+    capsys.readouterr()
+    assert answer(capsys, "delete", "images", "--empty-trash", "--yes")["deleted"] == 4
+    (own_folder / "names.txt").write_text("picture-0.png\n")
+    with pytest.raises(DataError, match="no such image"):
+        run([*delete, "--yes"])
+
+
+def test_duplicates_are_printed_with_their_kind(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["duplicates", "images"]) == 0
+    assert capsys.readouterr().out == "No image is there twice.\n"
+    shutil.copy(folder / "picture-1.png", folder / "twin.png")
+    assert run(["duplicates", "images", "--progress"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "the same bytes  picture-1.png\n                twin.png\n"
+    assert json.loads(err.splitlines()[-1]) == {"what": "images", "done": 7, "total": 7}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["captions"], "no folder"),
+        (["captions", "images", "--regex"], "without --find"),
+        (["captions", "images", "--undo", "--append", "x"], "--undo with other flags"),
+        (["delete", "images"], "one of --names FILE, --undo and --empty-trash"),
+        (["duplicates", "images", "--find", "x"], "no such flag"),
+        (["captions", "images", "--names", "none.txt"], "none.txt"),
+    ],
+)
+@pytest.mark.usefixtures("folder")
+def test_flags_that_do_not_go_together_are_told(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(arguments)
+
+
+@pytest.mark.usefixtures("own_folder")
+def test_a_folder_that_is_none_is_told() -> None:
+    with pytest.raises(DataError, match="nowhere"):
+        run(["captions", "nowhere"])
