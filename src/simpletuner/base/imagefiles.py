@@ -2,7 +2,7 @@
 
 import unicodedata
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from simpletuner.base.storage import LocalStorage, Stamp, StoredFile
 
@@ -23,7 +23,7 @@ TRASH_FOLDER = "trash"
 def caption_key(name: str) -> str:
     """What a picture and its caption have in common: the name without suffix. Systems that compose accents
     differently mean the same name."""
-    return unicodedata.normalize("NFC", str(PurePosixPath(name).with_suffix("")))
+    return unicodedata.normalize("NFC", name[: len(name) - len(_suffix(name))])
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ def list_images(folder: Path) -> ImageFolder:
             images[file.name] = file.stamp
         elif suffix in CAPTION_SUFFIXES:
             key = caption_key(file.name)
-            beside = (*captions.get(key, ()), file)
-            captions[key] = tuple(sorted(beside, key=lambda each: CAPTION_SUFFIXES.index(_suffix(each.name))))
+            others = captions.get(key, ())
+            captions[key] = (file, *others) if suffix == CAPTION_SUFFIXES[0] else (*others, file)
     return ImageFolder(dict(sorted(images.items())), captions)
 
 
 def _suffix(name: str) -> str:
     dot = name.rfind(".")
-    return name[dot:].lower() if dot > name.rfind("/") + 1 else ""
+    return name[dot:].lower() if name.rfind("/") + 1 < dot < len(name) - 1 else ""

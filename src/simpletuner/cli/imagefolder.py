@@ -181,7 +181,9 @@ def _counted(folder: Path, names: Sequence[str] | None) -> Result:
     chosen = list(listed.images) if names is None else [name for name in names if name in listed.images]
     without = [name for name in chosen if name in missing]
     result = {"images": len(chosen), "missing": len(without), "names": without}
-    return result, "\n".join([f"{len(chosen)} images, {len(without)} without a caption", *(f"  {n}" for n in without)])
+    return result, "\n".join(
+        [f"images: {len(chosen)}, without a caption: {len(without)}", *(f"  {n}" for n in without)]
+    )
 
 
 def _duplicates(folder: Path, command: FolderCommand) -> Result:

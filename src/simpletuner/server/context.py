@@ -7,6 +7,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from simpletuner.server.imagelists import ImageLists
 from simpletuner.server.meter import Meter
 from simpletuner.server.pictures import Thumbnails
 from simpletuner.server.roots import Roots
@@ -35,6 +36,8 @@ class Context:
     """The checks and plans of drafts: the same one that is asked for twice at a time is made once."""
     thumbnails: Thumbnails = field(default_factory=Thumbnails)
     """The last small pictures."""
+    image_lists: ImageLists = field(default_factory=ImageLists)
+    """The captions of the last folders that were listed."""
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held between looking at a document's revision and replacing it."""
     streams: Streams = field(default_factory=lambda: Streams(Indexes()))

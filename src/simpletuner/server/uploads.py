@@ -41,6 +41,7 @@ PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".tiff"
 UPLOAD_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")
 """What Pillow calls them, where it has been built with them."""
 TEXT, ZIP = ".txt", ".zip"
+TEXTS = frozenset({TEXT, ".caption"})
 
 UNREADABLE = (
     zipfile.BadZipFile,
@@ -119,9 +120,9 @@ def kind_of(name: str) -> str:
         Refused: neither a picture, a text nor a zip.
     """
     suffix = Path(name).suffix.lower()
-    if suffix in PICTURES or suffix in (TEXT, ZIP):
+    if suffix in PICTURES | TEXTS or suffix == ZIP:
         return suffix
-    raise Refused("neither a picture nor a .txt")
+    raise Refused("neither an image nor a caption file (.txt, .caption)")
 
 
 def check_content(path: Path, suffix: str) -> None:
@@ -130,7 +131,7 @@ def check_content(path: Path, suffix: str) -> None:
     Raises:
         Refused: it does not.
     """
-    if suffix == TEXT:
+    if suffix in TEXTS:
         _check_text(path)
     elif suffix in PICTURES:
         _check_picture(path)

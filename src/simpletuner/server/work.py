@@ -22,7 +22,7 @@ PATIENCE_S = 5.0
 """Between asking a cancelled command to stop and ending it."""
 _CHUNK = 65536
 
-Kind = Literal["scan", "cache", "sample"]
+Kind = Literal["scan", "cache", "duplicates", "sample"]
 JobState = Literal["running", "done", "failed", "cancelled"]
 
 

@@ -45,7 +45,7 @@ def test_captions_are_found_replaced_and_taken_back(folder: Path, capsys: pytest
 def test_missing_captions_are_listed_and_given(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "picture-4.txt").unlink()
     assert run(["captions", "images", "--missing"]) == 0
-    assert capsys.readouterr().out == "1 images, 1 without a caption\n  picture-4.png\n"
+    assert capsys.readouterr().out == "images: 1, without a caption: 1\n  picture-4.png\n"
     assert answer(capsys, "captions", "images")["missing"] == 1
     assert answer(capsys, "captions", "images", "--missing", "--append", "a thing")["changed"] == 1
     assert (folder / "picture-4.txt").read_text() == "a thing"

@@ -262,7 +262,9 @@ def test_a_zip_brings_pictures_texts_and_their_folders(client: TestClient, into:
     entries = {"set/one.png": png(), "set/one.txt": b"green", "two.png": png(), "set/notes.pdf": b"%PDF"}
     told = send(client, "set.zip", zipped(entries))
     assert told["saved"] == ["uploads/set/one.png", "uploads/set/one.txt", "uploads/two.png"]
-    assert told["refused"] == [{"name": "set/notes.pdf", "reason": "neither a picture nor a .txt"}]
+    assert told["refused"] == [
+        {"name": "set/notes.pdf", "reason": "neither an image nor a caption file (.txt, .caption)"}
+    ]
     assert listed(into) == ["set/one.png", "set/one.txt", "two.png"]
 
 

@@ -11,6 +11,7 @@ from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from simpletuner.base.files import file_errors_reported
+from simpletuner.base.imagefiles import CAPTION_SUFFIXES, PICTURE_SUFFIXES
 from simpletuner.base.storage import is_utf8_name
 from simpletuner.server import uploads
 from simpletuner.server.context import InContext
@@ -19,7 +20,17 @@ from simpletuner.server.faults import Fault
 from simpletuner.server.pictures import Version
 from simpletuner.server.roots import Roots
 from simpletuner.server.thumbnails import WIDTHS, picture_type
-from simpletuner.server.uploads import LARGEST_FILE, LARGEST_ZIP, MIB, PICTURES, TEXT, ZIP, Outcome, Refused
+from simpletuner.server.uploads import (
+    LARGEST_FILE,
+    LARGEST_TEXT,
+    LARGEST_ZIP,
+    MIB,
+    PICTURES,
+    TEXTS,
+    ZIP,
+    Outcome,
+    Refused,
+)
 
 router = APIRouter()
 
@@ -73,6 +84,14 @@ class Upload(BaseModel):
     refused: list[RefusedFile]
 
 
+class UploadRules(BaseModel):
+    """What an upload takes, so that nothing else is sent. Sizes in bytes."""
+
+    suffixes: list[str]
+    largest: dict[str, int]
+    """By suffix; "" is of all others."""
+
+
 class Caption(BaseModel):
     """The text beside a picture."""
 
@@ -111,6 +130,13 @@ def make_folder(new: NewFolder, here: InContext) -> FolderView:
     with permissions_are_reported(made):
         made.mkdir()
     return _view(made, here.roots)
+
+
+@router.get("/upload")
+def upload_rules() -> UploadRules:
+    """Which files an upload takes."""
+    largest = {"": LARGEST_FILE, ZIP: LARGEST_ZIP, **dict.fromkeys(TEXTS, LARGEST_TEXT)}
+    return UploadRules(suffixes=sorted(PICTURES | TEXTS | {ZIP}), largest=largest)
 
 
 @router.put(
@@ -205,7 +231,7 @@ def _view(folder: Path, roots: Roots) -> FolderView:
                 inside.append(Folder(name=entry.name, path=roots.shown(Path(entry.path))))
             continue
         suffix = Path(entry.name).suffix.lower()
-        captions += suffix == TEXT
+        captions += suffix in TEXTS
         if suffix in PICTURES:
             pictures.append(entry.name)
     parent = folder.parent
@@ -225,24 +251,29 @@ def _version(roots: Roots, text: str) -> Version:
     Raises:
         Fault: 403, outside; 404, none; 422, no picture by its name.
     """
+    return Version.of(_image(roots, text, PICTURES))
+
+
+def _image(roots: Roots, text: str, suffixes: frozenset[str]) -> Path:
     path = roots.resolve(text)
-    if path.suffix.lower() not in PICTURES:
+    if path.suffix.lower() not in suffixes:
         raise Fault.of(422, f"{text} is no picture")
     if not path.is_file():
         raise Fault.of(404, f"there is no picture {text}")
-    return Version.of(path)
+    return path
 
 
 def _caption_of(roots: Roots, text: str) -> Path:
     """Where the caption of a picture lies, or would.
 
     Raises:
-        Fault: as `_version`; 403, the caption's own link leads outside.
+        Fault: 403, it or its picture lies outside; 404, no picture; 422, no picture by its name.
     """
-    _version(roots, text)
+    _image(roots, text, PICTURE_SUFFIXES)
     # Beside the picture as it is named: a link to a picture has a caption of its own.
     named = Path(os.path.normpath(roots.workspace / Path(text).expanduser()))
-    return roots.resolve(str(named.with_suffix(TEXT)))
+    beside = [named.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
+    return roots.resolve(str(next(filter(os.path.lexists, beside), beside[0])))
 
 
 async def _taken(request: Request, folder: Path, name: str, roots: Roots) -> Outcome:
