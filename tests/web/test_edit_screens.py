@@ -52,8 +52,8 @@ def test_a_set_is_filled_scanned_and_captioned(server: Server, page: Page, works
 
     page.goto(f"{server.url}/#/datasets/mine")
     expect(page.get_by_text("datasets/cats is not there yet")).to_be_visible()
-    page.locator("input[type=file]").set_input_files([workspace / name for name in ("one.png", "one.txt", "fake.png")])
-    expect(page.get_by_text("2 files saved, 1 refused.")).to_be_visible()
+    page.get_by_label("Files to add").set_input_files([workspace / name for name in ("one.png", "one.txt", "fake.png")])
+    expect(page.get_by_text("1 image and 1 caption added, 1 refused")).to_be_visible()
     assert sorted(path.name for path in (workspace / "datasets" / "cats").iterdir()) == ["one.png", "one.txt"]
 
     page.get_by_role("button", name="Scan").click()

@@ -70,9 +70,9 @@ export const del = (path, params = {}) => call("DELETE", path, params);
 /**
  * Send a file as the raw body.
  * @param {string} method @param {string} path @param {object} params @param {Blob} file
- * @param {(share: number) => void} [progress] from 0 to 1
+ * @param {(share: number) => void} [progress] from 0 to 1 @param {AbortSignal} [signal]
  */
-export function upload(method, path, params, file, progress = () => {}) {
+export function upload(method, path, params, file, progress = () => {}, signal = undefined) {
   return new Promise((resolve, reject) => {
     const request = new XMLHttpRequest();
     request.open(method, address(path, params));
@@ -87,6 +87,8 @@ export function upload(method, path, params, file, progress = () => {}) {
     request.addEventListener("error", () => {
       reject(new ApiFault(0, [problem(UNREACHED, "It may have refused the size of the file.")]));
     });
+    request.addEventListener("abort", () => reject(new DOMException("cancelled", "AbortError")));
+    signal?.addEventListener("abort", () => request.abort());
     request.send(file);
   });
 }

@@ -1,68 +1,108 @@
-// The caption of a picture, edited in place and written when it is left.
+// The caption of an image, edited in place; saved after a pause and when it is left.
 
-import { ApiFault, get, put } from "./api.js";
-import { diffBlock } from "./diff.js";
-import { dialog, freshId, h } from "./dom.js";
+import { ApiFault, get } from "./api.js";
+import { drafts } from "./captiondrafts.js";
+import { button, fill, freshId, h } from "./dom.js";
+import { some } from "./format.js";
 
-/** @param {string} path of the picture @param {string} name to call it by */
+/** @param {string} path of the image @param {string} name to call it by */
 export function captionBox(path, name) {
   const id = freshId("caption");
-  const state = h("span", { class: "small dim", "aria-live": "polite" });
-  const area = h("textarea", { id, rows: "3", disabled: true, placeholder: "…", onblur: save, oninput: () => {
-    state.textContent = area.value === kept.text ? "" : "Not saved yet";
-  } });
+  const state = h("div", { class: "small dim", "aria-live": "polite" });
+  const area = h("textarea", {
+    id, rows: "3", disabled: true, placeholder: "…", onblur: () => drafts.send(path),
+    oninput() {
+      drafts.type(path, area.value, kept.revision);
+      state.textContent = "Not saved yet";
+    },
+  });
   let kept = { text: "", revision: "" };
+  let isClosed = false;
 
   function take(answer) {
     kept = answer;
-    area.value = answer.text;
-    area.disabled = false;
-    area.placeholder = "No caption yet";
-    state.textContent = "";
+    area.value = answer.text ?? "";
+    state.replaceChildren();
   }
 
-  function complain(error) {
-    if (!(error instanceof ApiFault)) throw error;
-    state.textContent = error.problems.map((one) => one.text).join(" ");
-    state.className = "fault small";
+  function show({ detail: { path: about, saved } }) {
+    if (about !== path) return;
+    const draft = drafts.of(path);
+    if (saved !== null) {
+      kept = saved;
+      state.textContent = draft ? "Not saved yet" : "Saved";
+    }
+    if (draft?.theirs || draft?.fault) state.replaceChildren(unsaved(path, draft, take));
   }
 
   async function load() {
+    drafts.addEventListener("state", show);
     try {
-      take(await get("caption", { path }));
+      await drafts.open();
+      const answer = await get("caption", { path });
+      if (isClosed) return;
+      take(answer);
     } catch (error) {
-      complain(error);
+      if (!(error instanceof ApiFault)) throw error;
+      state.replaceChildren(h("p", { class: "fault" }, error.problems.map((one) => one.text).join(" ")), button("Try again", load, { kind: "tiny" }));
+      return;
     }
-  }
-
-  async function save() {
-    if (area.value === kept.text) return;
-    const text = area.value;
-    try {
-      const answer = await put("caption", { text, revision: kept.revision }, { path });
-      kept = { text, revision: answer.revision };
-      state.className = "small dim";
-      state.textContent = area.value === text ? "Saved" : "Not saved yet";
-    } catch (error) {
-      if (error instanceof ApiFault && error.status === 409) await settle(text);
-      else complain(error);
-    }
-  }
-
-  async function settle(text) {
-    const theirs = await get("caption", { path });
-    const choice = await dialog({
-      title: `The caption of ${name} was changed outside`,
-      body: diffBlock(theirs.text, text),
-      actions: [{ label: "Take theirs", value: "theirs" }, { label: "Keep mine", value: "mine", kind: "primary" }],
-    });
-    kept = theirs;
-    if (choice === "mine") await save();
-    else if (choice === "theirs") take(theirs);
+    area.disabled = false;
+    area.placeholder = "No caption yet";
+    const draft = drafts.of(path);
+    if (draft === undefined) return;
+    area.value = draft.text;
+    state.textContent = "You typed this before. It is being saved.";
+    show({ detail: { path, saved: null } });
+    await drafts.send(path);
   }
 
   return {
     node: h("div", { class: "caption" }, h("label", { for: id, class: "visually-hidden" }, `Caption of ${name}`), area, state),
     load,
+    close() {
+      isClosed = true;
+      drafts.removeEventListener("state", show);
+      drafts.send(path);
+    },
   };
+}
+
+/** Why a draft is not saved, both texts where somebody else wrote another one, and what can be done. */
+function unsaved(path, draft, take = () => {}) {
+  if (!draft.theirs) {
+    return h("div", { class: "stack tight" }, h("p", { class: "fault" }, `Not saved: ${draft.fault}`),
+      draft.refused
+        ? h("div", { class: "row" }, button("Try again", () => drafts.send(path), { kind: "tiny" }), button("Discard it", () => drafts.discard(path), { kind: "tiny" }))
+        : h("p", {}, "It is kept in this browser and saved once the server answers."));
+  }
+  return h("div", { class: "panel warn stack tight", role: "alert" },
+    h("p", {}, "Somebody else changed this caption. Theirs:"), h("blockquote", {}, draft.theirs.text ?? "(none)"),
+    h("p", {}, "Yours:"), h("blockquote", {}, draft.text),
+    h("div", { class: "row" },
+      button("Keep mine", () => drafts.overwrite(path), { kind: "tiny" }),
+      button("Take theirs", () => {
+        const { theirs } = drafts.of(path);
+        drafts.discard(path);
+        take(theirs);
+      }, { kind: "tiny" })));
+}
+
+/**
+ * What was typed and is not saved, of images that are not shown. @param {() => Set<string>} shown paths that have a box of their own
+ * @returns {{node: HTMLElement, show: () => void, close: () => void}}
+ */
+export function unsavedCaptions(shown) {
+  const node = h("div", { class: "stack", "aria-live": "polite" });
+  const show = () => {
+    const boxed = shown();
+    const open = drafts.all.filter(([path, draft]) => !boxed.has(path) && (draft.theirs || draft.fault));
+    node.replaceChildren();
+    if (open.length === 0) return;
+    fill(node, h("details", { class: "panel warn", open: true }, h("summary", {}, `${some(open.length, "caption")} that you typed ${open.length === 1 ? "is" : "are"} not saved yet`),
+      open.map(([path, draft]) => h("div", { class: "stack tight" }, h("p", { class: "small path" }, path),
+        draft.theirs ? null : h("blockquote", {}, draft.text), unsaved(path, draft)))));
+  };
+  drafts.addEventListener("state", show);
+  return { node, show, close: () => drafts.removeEventListener("state", show) };
 }

@@ -1,6 +1,8 @@
 // The screen on which the list of datasets is built and its pictures are looked at.
 
-import { get } from "./api.js";
+import { ApiFault, get, post } from "./api.js";
+import { unsavedCaptions } from "./caption.js";
+import { drafts } from "./captiondrafts.js";
 import { checked, pausing, summary } from "./check.js";
 import { ask, button, confirm, fill, freshId, h } from "./dom.js";
 import { editing } from "./editing.js";
@@ -15,13 +17,16 @@ import { go, to } from "./router.js";
 import { scanSummary } from "./scanned.js";
 import { KINDS, kindOf, setForm } from "./setform.js";
 import { setPictures } from "./setpictures.js";
-import { uploads } from "./uploads.js";
+import { droppable, folderButton, uploads } from "./uploads.js";
+
+/** A folder that was brought in before there was an environment for it. */
+let awaited = null;
 
 /** Show the dataset list of environment `params.name`. */
 export async function datasets(root, { name }) {
   const [list, schema] = await Promise.all([get("environments"), get("form")]);
   if (!list.some((one) => one.name === name)) {
-    nothing(root, list);
+    nothing(root, list, name);
     return () => {};
   }
   const environment = await Environment.open(name);
@@ -35,6 +40,9 @@ export async function datasets(root, { name }) {
   let chosen = 0;
   let form = null;
   let pictures = null;
+  /** What brings files in, by folder: an upload goes on while another set is looked at. */
+  const incomings = new Map();
+  const unsaved = unsavedCaptions(() => pictures?.shown ?? new Set());
 
   const side = h("nav", { class: "stack sets", "aria-label": "Entries of the list" });
   const detail = h("div", { class: "stack detail" });
@@ -76,6 +84,7 @@ export async function datasets(root, { name }) {
       all?.length ? h("ul", { class: "plain stack" }, all.map(item)) : null,
       h("div", { class: "stack" },
         button("Add a set", () => add("image"), { icon: "plus", disabled: all === null }),
+        folderButton("Add a folder", bring, { disabled: all === null, title: "Its images and captions are copied into datasets/ and become a set. A folder can be dropped here too." }),
         button("Add a held-out set", () => add("eval"), { icon: "plus", disabled: all === null }),
         button("Add a text store", () => add("text_embeds"), { icon: "plus", disabled: all === null })));
   }
@@ -97,8 +106,8 @@ export async function datasets(root, { name }) {
     }
     if (all.length === 0) {
       detail.append(h("section", { class: "sheet empty" }, h("h2", {}, "No datasets yet"),
-        h("p", {}, "A set is a folder of pictures, each with a .txt file of the same name that holds its caption. Add one and bring your pictures in."),
-        button("Add a set", () => add("image"), { icon: "plus", kind: "primary" })));
+        h("p", {}, "A set is a folder of images, each with a .txt file of the same name that holds its caption. Drop a folder here to make a set of it."),
+        h("div", { class: "row" }, folderButton("Add a folder", bring, { kind: "primary" }), button("Add an empty set", () => add("image"), { icon: "plus" }))));
       return;
     }
     chosen = Math.min(chosen, all.length - 1);
@@ -123,17 +132,44 @@ export async function datasets(root, { name }) {
   function showPictures(entry) {
     const folder = typeof entry.instance_data_dir === "string" ? entry.instance_data_dir : "";
     const scan = scans.get(entry.id) ?? null;
-    pictures = setPictures({ folder, scan, textFiles: entry.caption_strategy === "textfile" });
-    const drop = uploads(() => folder, () => {
-      pictures?.open();
-      check.later();
-    });
-    if (folder !== "") drop.node.append(pictures.node);
-    const label = freshId("pictures");
-    fill(detail,
-      scan ? scanSummary(scan) : null,
-      h("section", { class: "sheet stack", "aria-labelledby": label },
-        h("h2", { id: label }, "Pictures"), folder === "" ? pictures.node : drop.node));
+    pictures = setPictures({ folder, scan, textFiles: entry.caption_strategy === "textfile", whole: entry.disable_multiline_split === true });
+    const label = freshId("images");
+    const sheet = h("section", { class: "sheet stack", "aria-labelledby": label }, h("h2", { id: label }, "Images"));
+    fill(detail, scan ? scanSummary(scan) : null, sheet);
+    if (folder === "") {
+      sheet.append(pictures.node);
+      return;
+    }
+    const incoming = incomingTo(folder);
+    const area = h("div", { class: "drop stack" }, incoming.node, pictures.node);
+    droppable(area, (what) => incoming.take(what.incoming));
+    sheet.append(area);
+  }
+
+  function incomingTo(folder) {
+    if (!incomings.has(folder)) {
+      incomings.set(folder, uploads(folder, () => {
+        if (entries()?.[chosen]?.instance_data_dir !== folder) return;
+        pictures?.open();
+        check.later();
+      }));
+    }
+    return incomings.get(folder);
+  }
+
+  /** Make a set of a folder that was dropped or chosen, or put files into the set that is shown. */
+  async function bring({ name: folderName, incoming }) {
+    const shown = entries()?.[chosen];
+    if (folderName === "" && kindOf(shown) !== "text_embeds" && shown?.instance_data_dir) {
+      await incomingTo(shown.instance_data_dir).take(incoming);
+      return;
+    }
+    const ids = new Set(entries().map((entry) => entry?.id));
+    const id = await freeName(nameOf(folderName), async (wanted) => ids.has(wanted) || isFolder(`datasets/${wanted}`));
+    const wasSaved = environment.unsaved.length === 0;
+    change(withSet(id, "image", `datasets/${id}`));
+    if (wasSaved) await edit.save();
+    await incomingTo(`datasets/${id}`).take(incoming);
   }
 
   function shift(by) {
@@ -157,18 +193,22 @@ export async function datasets(root, { name }) {
       check: (wanted) => (taken.has(wanted) ? "There is one of that name." : /^[\w.-]+$/.test(wanted) ? "" : "Letters, digits, dots, dashes and underscores."),
     });
     if (id === null) return;
-    let wanted = text();
-    const hasStore = entries().some((entry) => kindOf(entry) === "text_embeds");
-    const store = { id, type: "local", dataset_type: "text_embeds", default: !hasStore, cache_dir: "cache/text" };
-    if (kind === "text_embeds") wanted = set(wanted, [entries().length], written(store, 1));
-    else {
-      const folder = await chooseFolder("datasets");
-      const type = kind === "eval" ? { dataset_type: "eval" } : {};
-      wanted = set(wanted, [entries().length], written({ id, type: "local", ...type, instance_data_dir: folder ?? `datasets/${id}`, caption_strategy: "textfile", resolution: 1024, cache_dir_vae: `cache/vae/${id}`, ...(kind === "eval" ? {} : { repeats: 0 }) }, 1));
-      if (!hasStore) wanted = set(wanted, [entries().length + 1], written({ ...store, id: "text-embeds" }, 1));
-    }
+    if (kind === "text_embeds") {
+      const wanted = set(text(), [entries().length], written(store(id, !hasStore()), 1));
+      chosen = entries().length;
+      change(wanted);
+    } else change(withSet(id, kind, (await chooseFolder("datasets")) ?? `datasets/${id}`));
+  }
+
+  const hasStore = () => entries().some((entry) => kindOf(entry) === "text_embeds");
+  const store = (id, isDefault) => ({ id, type: "local", dataset_type: "text_embeds", default: isDefault, cache_dir: "cache/text" });
+
+  /** The list with a set more, which is shown next; and with a text store, where there is none. */
+  function withSet(id, kind, folder) {
+    const type = kind === "eval" ? { dataset_type: "eval" } : {};
     chosen = entries().length;
-    change(wanted);
+    const wanted = set(text(), [chosen], written({ id, type: "local", ...type, instance_data_dir: folder, caption_strategy: "textfile", resolution: 1024, cache_dir_vae: `cache/vae/${id}`, ...(kind === "eval" ? {} : { repeats: 0 }) }, 1));
+    return hasStore() ? wanted : set(wanted, [chosen + 1], written(store("text-embeds", true), 1));
   }
 
   async function scan() {
@@ -207,7 +247,7 @@ export async function datasets(root, { name }) {
       h("div", { class: "row" }, edit.saveButton,
         button("Scan", scan, { icon: "search" }), button("Fill caches", cache, { icon: "download" }))),
     environmentBar({ list, name, screen: "datasets", verbs: false }),
-    edit.banner, job.node, problems.node,
+    edit.banner, unsaved.node, job.node, problems.node,
     h("div", { class: "tabs" }, h("a", { href: to("configure", name) }, "Options"), h("a", { href: to("configure", name, { tab: "prompts" }) }, "Prompts"),
       h("a", { href: to("datasets", name), "aria-current": "true" }, "Datasets")),
     h("div", { class: "datasets-panes" }, side, detail),
@@ -215,9 +255,16 @@ export async function datasets(root, { name }) {
   showSide();
   showDetail();
   check.now();
+  droppable(root, bring);
+  drafts.open().then(unsaved.show);
+  if (awaited !== null) {
+    bring(awaited);
+    awaited = null;
+  }
 
   return () => {
     pictures?.close();
+    unsaved.close();
     check.stop();
     job.close();
     edit.close();
@@ -227,13 +274,43 @@ export async function datasets(root, { name }) {
 /** Whether a problem names this entry of the list. */
 const isAbout = ({ found }, entry) => typeof entry?.id === "string" && (found.includes(`, ${entry.id}: `) || found.startsWith(`${entry.id}: `));
 
-function nothing(root, list) {
+/** A set's name from a folder's. */
+const nameOf = (text) => text.normalize("NFKD").replace(/[^\w.-]+/g, "-").replace(/^[^A-Za-z0-9]+|-+$/g, "").slice(0, 60) || "images";
+
+/** `stem`, or with a number behind it the first that is not taken. */
+async function freeName(stem, isTaken) {
+  let name = stem;
+  for (let number = 2; await isTaken(name); number += 1) name = `${stem}-${number}`;
+  return name;
+}
+
+async function isFolder(path) {
+  try {
+    await get("folders", { path });
+    return true;
+  } catch (error) {
+    if (error instanceof ApiFault && error.status === 404) return false;
+    throw error;
+  }
+}
+
+function nothing(root, list, wanted) {
+  /** Make an environment for a folder, and show it with a set of that folder. */
+  async function begin(what) {
+    const taken = new Set(list.map((one) => one.name));
+    const name = await freeName(nameOf(wanted || what.name), async (one) => taken.has(one));
+    await post("environments", { name, kind: "empty", source: "" });
+    awaited = what;
+    go(to("datasets", name));
+  }
+  droppable(root, begin);
   fill(root, h("h1", {}, "Datasets"),
     list.length ? environmentBar({ list: [{ name: "" }, ...list.filter((one) => one.name !== "")], name: "", screen: "datasets", verbs: false }) : null,
     h("section", { class: "sheet empty" },
       h("h2", {}, list.length ? "Choose an environment" : "No environment yet"),
-      h("p", {}, "Each environment has its own list of datasets."),
+      h("p", {}, "Each environment has its own list of datasets. Drop a folder of images here to make an environment with a set of them."),
       list.length
         ? h("ul", { class: "plain row" }, list.map((one) => h("li", {}, h("a", { class: "button", href: to("datasets", one.name) }, one.name || "config/config.json"))))
-        : button("Make one", () => go("#/configure/"), { kind: "primary" })));
+        : null,
+      h("div", { class: "row" }, folderButton("Add a folder", begin, { kind: "primary" }), list.length ? null : button("Make an empty one", () => go("#/configure/"), {}))));
 }

@@ -1,13 +1,17 @@
-// The pictures of a set: small, with their captions and what training cuts out of them.
+// The images of a set: filtered, selected, captioned one by one or together, deleted; with what training cuts out of them.
 
-import { ApiFault, address, get } from "./api.js";
+import { ApiFault, address, get, post } from "./api.js";
 import { captionBox } from "./caption.js";
-import { button, dialog, fill, h, problemPanel } from "./dom.js";
+import { editCaptions } from "./captionedit.js";
+import { pausing } from "./check.js";
+import { button, confirm, dialog, fill, freshId, h, problemPanel, toast } from "./dom.js";
 import { count, some } from "./format.js";
+import { jobPanel } from "./job.js";
+import { Selection } from "./selection.js";
 
-const PAGE = 24;
+const PAGE = 48;
 
-/** What training cuts out of a picture, drawn over it. @param {{resize: number[], crop: number[], target: number[]}} sample */
+/** What training cuts out of an image, drawn over it. @param {{resize: number[], crop: number[], target: number[]}} sample */
 function cropBox({ resize: [width, height], crop: [left, top], target: [targetWidth, targetHeight] }) {
   return h("span", { class: "crop", "aria-hidden": "true", style: {
     left: `${(left / width) * 100}%`, top: `${(top / height) * 100}%`,
@@ -22,11 +26,23 @@ function cropText({ resize, target }) {
 }
 
 /**
- * @param {{folder: string, scan: object|null, textFiles: boolean}} what `scan` is the set's part of a scan, where there is one;
- *   `textFiles`: whether the set takes its captions from text files
+ * @param {{folder: string, scan: object|null, textFiles: boolean, whole: boolean}} what `scan` is the set's part of a scan, where there is
+ *   one; `textFiles`: whether the set takes its captions from text files; `whole`: whether a text file is one caption
  */
-export function setPictures({ folder, scan, textFiles }) {
+export function setPictures({ folder, scan, textFiles, whole }) {
   const node = h("div", { class: "stack" }, h("p", { class: "loading" }, "Looking into the folder …"));
+  const samples = new Map((scan?.samples ?? []).map((sample) => [sample.name, sample]));
+  const rejections = new Map((scan?.rejections ?? []).map((one) => [one.name, one]));
+  const selection = new Selection();
+  const job = jobPanel();
+  /** The folder's answer; names of the images that are shown; the groups of duplicates, where they were asked for. */
+  let found = null;
+  let wanted = [];
+  let groups = null;
+  let page = 0;
+  let boxes = [];
+  let turn = 0;
+
   const sight = new IntersectionObserver((entries) => {
     for (const entry of entries) {
       if (!entry.isIntersecting) continue;
@@ -35,122 +51,240 @@ export function setPictures({ folder, scan, textFiles }) {
     }
   }, { rootMargin: "300px" });
 
+  const id = freshId("images");
+  const filter = h("select", { id, onchange: () => { page = 0; open(); } });
+  const search = h("input", { id: `${id}-search`, type: "search", autocomplete: "off", oninput: () => { page = 0; look.later(); } });
+  const look = pausing(250, () => open());
+  const area = h("div", {});
+  const number = h("p", { class: "grow numbers", "aria-live": "polite" });
+  const copies = button("Select all but the first of each", () => selection.set(groups.flatMap((group) => group.names.slice(1))), { kind: "quiet" });
+  const all = button("Select all", () => selection.all(), { kind: "quiet", "aria-keyshortcuts": "Control+A" });
+  const none = button("Clear", () => selection.set([]), { kind: "quiet" });
+  const edit = button("Edit captions", change, { icon: "edit" });
+  const bin = button("Delete", remove, { icon: "trash", kind: "danger" });
+  const past = h("div", { class: "row" });
+  const facts = h("p", { class: "hint" });
+  selection.attach(area);
+  selection.addEventListener("change", showVerbs);
+
+  const path = (name) => (found.path === "." ? name : `${found.path}/${name}`);
+
   async function open() {
+    const mine = ++turn;
     if (folder === "") {
-      node.replaceChildren(h("p", { class: "dim" }, "Give the set a folder (instance_data_dir) to see its pictures."));
+      node.replaceChildren(h("p", { class: "dim" }, "Give the set a folder (instance_data_dir) to see its images."));
       return;
     }
-    let found;
     try {
-      found = await get("folders", { path: folder });
+      if (filter.value === "duplicates" && groups === null) groups = (await job.run("duplicates", "Comparing images", { folder }))?.groups ?? [];
+      const answer = await get("images", { folder, missing: filter.value === "missing", text: search.value.trim() });
+      if (mine !== turn) return;
+      found = answer;
     } catch (error) {
       node.replaceChildren(error instanceof ApiFault && error.status === 404
         ? h("p", { class: "dim" }, `${folder} is not there yet. Adding files makes it.`)
         : problemPanel(error));
       return;
     }
-    const samples = scan?.samples ?? null;
-    const all = samples === null
-      ? found.names.map((path) => ({ path, name: path.slice(path.lastIndexOf("/") + 1), sample: null }))
-      : samples.map((sample) => ({ path: sample.path, name: sample.name, sample }));
-    show(all, found);
-  }
-
-  function show(all, found) {
-    if (all.length === 0) {
-      node.replaceChildren(h("div", { class: "empty" }, h("h3", {}, "No pictures here yet"),
-        h("p", {}, found.folders.length ? "There are folders in it: a scan looks into them too." : "Add files, or drop them here.")));
+    if (found.total === 0 && found.trashed === 0) {
+      node.replaceChildren(h("div", { class: "empty" }, h("h3", {}, "No images here yet"), h("p", {}, "Add files or a folder, or drop them here.")));
       return;
     }
-    let bucket = null;
-    let page = 0;
-    const area = h("div", {});
-    const draw = () => {
-      const wanted = bucket === null ? all : all.filter((one) => sizeText(one.sample.target) === bucket);
-      const pages = Math.ceil(wanted.length / PAGE);
-      page = Math.min(page, pages - 1);
-      const part = wanted.slice(page * PAGE, (page + 1) * PAGE);
-      const turn = (step) => { page += step; draw(); node.scrollIntoView({ block: "start" }); };
-      area.replaceChildren(
-        h("ul", { class: "plain pictures" }, part.map((one) => tile(one, wanted))),
-        pages > 1 ? h("div", { class: "row pager" },
-          button("", () => turn(-1), { icon: "left", label: "Earlier pictures", disabled: page === 0 }),
-          h("span", { class: "numbers", "aria-live": "polite" }, `${count(page * PAGE + 1)} to ${count(page * PAGE + part.length)} of ${count(wanted.length)}`),
-          button("", () => turn(1), { icon: "right", label: "Later pictures", disabled: page === pages - 1 })) : "");
-    };
-    const more = found.pictures > all.length && scan === null ? ` The first ${all.length} of ${count(found.pictures)}; a scan shows all.` : "";
-    node.replaceChildren();
-    fill(node,
-      h("p", { class: "hint" }, scan === null
-        ? `${some(found.pictures, "picture")}, ${some(found.captions, "caption file")}.${more} Scan to see what training cuts out of them.`
-        : "The bright part of a picture is what training sees."),
-      textFiles ? null : h("p", { class: "hint" }, "This set does not read caption files (caption_strategy): what is written here is kept for sets that do."),
-      scan?.buckets ? buckets(scan.buckets, (wanted) => { bucket = wanted; page = 0; draw(); }) : null,
-      area);
+    if (!area.isConnected) {
+      node.replaceChildren();
+      fill(node, facts,
+        textFiles ? null : h("p", { class: "hint" }, "This set does not read caption files (caption_strategy): what is written here is kept for sets that do."),
+        h("div", { class: "row image-filter" },
+          h("div", {}, h("label", { for: id }, "Show"), filter), h("div", { class: "grow" }, h("label", { for: search.id }, "Name or caption contains"), search)),
+        h("div", { class: "row" }, number, copies, all, none, edit, bin), job.node, past, area);
+    }
+    showFilter();
+    facts.textContent = `${some(found.total, "image")}, ${found.without_caption ? `${count(found.without_caption)} without a caption` : "each with a caption"}. ${scan === null ? "Scan to see what training cuts out of them." : "The bright part of an image is what training sees."}`;
+    wanted = chosenBy(filter.value);
+    selection.offer(wanted);
+    showPast();
     draw();
   }
 
-  function tile(one, all) {
-    const caption = captionBox(one.path, one.name);
+  /** The names that the filter leaves of those that were found. */
+  function chosenBy(value) {
+    const { names } = found;
+    if (value === "duplicates") {
+      const there = new Set(names);
+      return groups.flatMap((group) => group.names).filter((name) => there.has(name));
+    }
+    if (value.startsWith("size ")) return names.filter((name) => samples.has(name) && sizeText(samples.get(name).target) === value.slice(5));
+    if (value.startsWith("left ")) return names.filter((name) => rejections.get(name)?.reason === value.slice(5));
+    return names;
+  }
+
+  function showFilter() {
+    const before = filter.value || "all";
+    const option = ([value, label]) => h("option", { value }, label);
+    const sizes = (scan?.buckets ?? []).map(({ width, height, pictures }) => [`size ${width}×${height}`, `${width}×${height} (${count(pictures)})`]);
+    const reasons = Object.entries(scan?.rejected ?? {}).map(([reason, number]) => [`left ${reason}`, `${reason} (${count(number)})`]);
+    filter.replaceChildren();
+    fill(filter, [["all", "All images"], ["missing", `Without a caption (${count(found.without_caption)})`], ["duplicates", "Duplicates"]].map(option),
+      reasons.length ? h("optgroup", { label: "Left out of training" }, reasons.map(option)) : null,
+      sizes.length > 1 ? h("optgroup", { label: "Trained at" }, sizes.map(option)) : null);
+    filter.value = before;
+  }
+
+  function showVerbs() {
+    const chosen = selection.size;
+    number.textContent = chosen === 0 ? some(wanted.length, "image") : `${count(chosen)} of ${some(wanted.length, "image")} selected`;
+    copies.hidden = filter.value !== "duplicates" || wanted.length === 0;
+    all.disabled = chosen === wanted.length;
+    none.disabled = bin.disabled = chosen === 0;
+    edit.lastElementChild.textContent = chosen === 0 ? "Edit all captions" : "Edit captions";
+    edit.disabled = wanted.length === 0;
+  }
+
+  function showPast() {
+    past.replaceChildren();
+    fill(past,
+      found.can_undo ? button("Undo the last caption change", () => takeBack("captions"), { icon: "reset", kind: "tiny" }) : null,
+      found.trashed ? [h("span", { class: "small dim" }, `${some(found.trashed, "deleted file")} kept.`),
+        button("Undo the last delete", () => takeBack("delete"), { icon: "reset", kind: "tiny" }), button("Empty the trash", emptyTrash, { kind: "tiny" })] : null);
+    past.hidden = past.childElementCount === 0;
+  }
+
+  async function change() {
+    const names = selection.size > 0 ? selection.names : wanted.length === found.total ? null : wanted;
+    const done = await editCaptions({ folder, names, total: wanted.length, whole });
+    if (done === null) return;
+    toast(`${some(done.changed, "caption")} changed${done.left_out.length ? `, ${count(done.left_out.length)} left out` : ""}.`, "good");
+    await open();
+  }
+
+  async function remove() {
+    const { names } = selection;
+    const captioned = names.length - names.filter((name) => found.missing.includes(name)).length;
+    const files = `${some(names.length, "image")}${captioned ? ` and ${captioned === 1 && names.length === 1 ? "its caption" : some(captioned, "caption")}` : ""}`;
+    if (!(await confirm(`Delete ${files}?`, `They move to ${path(".simpletuner/trash")}: you can undo this until you empty the trash.`, `Delete ${some(names.length, "image")}`, "danger"))) return;
+    const done = await post("images/delete", { folder, names });
+    toast(`${some(done.images, "image")} deleted${done.left_out.length ? `, ${count(done.left_out.length)} left: ${done.left_out[0].detail}` : ""}.`, "good");
+    selection.set([]);
+    groups = null;
+    await open();
+  }
+
+  async function takeBack(what) {
+    const { undone, left_out: left } = await post("images/undo", { folder, what });
+    toast(`${some(undone, "file")} ${undone === 1 ? "is" : "are"} as before${left.length ? `; ${left.length} stay: ${left[0].name} ${left[0].reason}` : ""}.`, "good");
+    groups = null;
+    await open();
+  }
+
+  async function emptyTrash() {
+    if (!(await confirm("Delete for good?", `${some(found.trashed, "file")} that you deleted from ${folder} cannot come back afterwards.`, "Delete for good", "danger"))) return;
+    await post("images/empty-trash", { folder });
+    await open();
+  }
+
+  function draw() {
+    const pages = Math.max(1, Math.ceil(wanted.length / PAGE));
+    page = Math.min(page, pages - 1);
+    const part = wanted.slice(page * PAGE, (page + 1) * PAGE);
+    const leaf = (to) => { page = Math.max(0, Math.min(pages - 1, to)); draw(); node.scrollIntoView({ block: "start" }); };
+    for (const box of boxes) box.close();
+    boxes = [];
+    area.replaceChildren();
+    fill(area,
+      wanted.length === 0 ? h("p", { class: "dim" }, filter.value === "duplicates" ? "No image is there twice." : "No image matches.") : null,
+      h("ul", { class: "plain pictures", "aria-label": "Images" }, part.map((name, at) => [heading(name, part[at - 1]), tile(name)])),
+      pages > 1 ? h("div", { class: "row pager" },
+        button("", () => leaf(page - 1), { icon: "left", label: "Earlier images", disabled: page === 0 }),
+        h("label", { for: `${id}-page` }, "Page"),
+        h("input", { id: `${id}-page`, type: "number", min: 1, max: pages, value: String(page + 1), onchange: (event) => leaf(Number(event.target.value) - 1 || 0) }),
+        h("span", { class: "numbers", "aria-live": "polite" }, `of ${count(pages)}: ${count(page * PAGE + 1)} to ${count(page * PAGE + part.length)} of ${count(wanted.length)}`),
+        button("", () => leaf(page + 1), { icon: "right", label: "Later images", disabled: page === pages - 1 })) : null);
+    showVerbs();
+  }
+
+  /** What joins the images that follow, where they are shown by groups. */
+  function heading(name, before) {
+    if (filter.value !== "duplicates") return null;
+    const group = groups.find(({ names }) => names.includes(name));
+    if (before !== undefined && group.names.includes(before)) return null;
+    return h("li", { class: "group-head" }, h("h3", {}, group.kind === "exact" ? "The same file" : "Nearly the same"),
+      group.kind === "exact" ? null : h("span", { class: "hint" }, "They look alike when they are small: look before you delete."));
+  }
+
+  function tile(name) {
+    const sample = samples.get(name) ?? null;
+    const rejection = rejections.get(name);
+    const caption = captionBox(path(name), name);
+    boxes.push({ ...caption, path: path(name) });
+    const touch = (event) => {
+      if (event.shiftKey) selection.extend(name);
+      else if (event.ctrlKey || event.metaKey) selection.toggle(name);
+      else large(name);
+    };
     const item = h("li", { class: "picture" },
-      h("button", { type: "button", class: "frame", "aria-label": `Look at ${one.name}`, onclick: () => look(one, all) }, framed(one, 360)),
-      h("p", { class: "small path" }, one.name),
-      one.sample === null ? null : h("p", { class: "hint small" }, cropText(one.sample)),
+      h("div", { class: "tile" }, h("button", { type: "button", class: "frame", "aria-label": `Look at ${name}`, onclick: touch }, framed(name, 360)), selection.box(name)),
+      h("p", { class: "small path" }, name),
+      sample === null ? null : h("p", { class: "hint small" }, cropText(sample)),
+      rejection ? h("p", { class: "fault" }, `Left out: ${rejection.reason}. ${rejection.detail}`) : null,
       caption.node);
     item.addEventListener("seen", caption.load, { once: true });
     sight.observe(item);
     return item;
   }
 
+  function framed(name, width) {
+    const image = h("img", { src: address("picture", { path: path(name), width }), alt: "", loading: "lazy", decoding: "async" });
+    const box = h("span", { class: "framed" }, image);
+    image.addEventListener("load", () => {
+      if (samples.has(name)) box.append(cropBox(samples.get(name)));
+    }, { once: true });
+    image.addEventListener("error", () => box.replaceChildren(h("span", { class: "dim small" }, "cannot be shown")), { once: true });
+    return box;
+  }
+
+  /** An image large, with the ones before and after it. */
+  function large(first) {
+    let at = wanted.indexOf(first);
+    const body = h("div", { class: "stack large" });
+    const show = () => {
+      const name = wanted[at];
+      body.replaceChildren(framed(name, 1600),
+        h("div", { class: "row" },
+          button("", () => step(-1), { icon: "left", label: "The one before", disabled: at === 0 }),
+          h("p", { class: "grow small", "aria-live": "polite" }, `${name}${samples.has(name) ? `, ${cropText(samples.get(name))}` : ""} (${count(at + 1)} of ${count(wanted.length)})`),
+          button("", () => step(1), { icon: "right", label: "The one after", disabled: at === wanted.length - 1 })));
+    };
+    const step = (by) => {
+      if (wanted[at + by] === undefined) return;
+      at += by;
+      show();
+    };
+    show();
+    dialog({
+      title: "Image", body, wide: true, actions: [{ label: "Close", value: null }],
+      opened: (box) => box.addEventListener("keydown", (event) => {
+        if (event.key === "ArrowLeft") step(-1);
+        if (event.key === "ArrowRight") step(1);
+      }),
+    });
+  }
+
   open();
-  return { node, open, close: () => sight.disconnect() };
-}
-
-function framed(one, width) {
-  const image = h("img", { src: address("picture", { path: one.path, width }), alt: "", loading: "lazy", decoding: "async" });
-  const box = h("span", { class: "framed" }, image);
-  image.addEventListener("load", () => {
-    if (one.sample !== null) box.append(cropBox(one.sample));
-  }, { once: true });
-  image.addEventListener("error", () => box.replaceChildren(h("span", { class: "dim small" }, "cannot be shown")), { once: true });
-  return box;
-}
-
-function buckets(list, choose) {
-  const chips = [[null, "All"], ...list.map((one) => [`${one.width}×${one.height}`, `${one.width}×${one.height}: ${count(one.pictures)}`])];
-  const buttons = chips.map(([value, label], at) => h("button", {
-    type: "button", class: "tiny chip", "aria-pressed": String(at === 0),
-    onclick(event) {
-      for (const other of buttons) other.setAttribute("aria-pressed", String(other === event.currentTarget));
-      choose(value);
+  return {
+    node,
+    open() {
+      groups = null;
+      return open();
     },
-  }, label));
-  return h("div", { class: "row", role: "group", "aria-label": "Sizes that are trained" }, buttons);
-}
-
-/** A picture large, with the ones before and after it. */
-function look(first, all) {
-  let at = all.indexOf(first);
-  const body = h("div", { class: "stack large" });
-  const draw = () => {
-    const one = all[at];
-    body.replaceChildren(framed(one, 1600),
-      h("div", { class: "row" },
-        button("", () => step(-1), { icon: "left", label: "The one before", disabled: at === 0 }),
-        h("p", { class: "grow small", "aria-live": "polite" }, `${one.name}${one.sample === null ? "" : `, ${cropText(one.sample)}`} (${at + 1} of ${all.length})`),
-        button("", () => step(1), { icon: "right", label: "The one after", disabled: at === all.length - 1 })));
+    /** Paths of the images whose captions are shown. */
+    get shown() {
+      return new Set(boxes.map((box) => box.path));
+    },
+    close() {
+      for (const box of boxes) box.close();
+      sight.disconnect();
+      look.stop();
+      job.close();
+    },
   };
-  const step = (by) => {
-    if (all[at + by] === undefined) return;
-    at += by;
-    draw();
-  };
-  draw();
-  dialog({
-    title: "Picture", body, wide: true, actions: [{ label: "Close", value: null }],
-    opened: (box) => box.addEventListener("keydown", (event) => {
-      if (event.key === "ArrowLeft") step(-1);
-      if (event.key === "ArrowRight") step(1);
-    }),
-  });
 }

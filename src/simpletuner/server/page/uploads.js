@@ -1,86 +1,240 @@
-// Bringing files into a folder: by a button or by dropping them, with each one's progress and refusals.
+// Bringing files and whole folders in: by a button or by dropping them, a few at a time, with one line of progress.
 
-import { ApiFault, upload } from "./api.js";
-import { button, h } from "./dom.js";
+import { ApiFault, get, upload } from "./api.js";
+import { button, fill, h, toast } from "./dom.js";
 import { ensureFolder } from "./folders.js";
-import { size, some } from "./format.js";
+import { count, size, some } from "./format.js";
 
-const AT_ONCE = 3;
+const AT_ONCE = 4;
+const CAPTION = /\.(txt|caption)$/i;
+
+/** A file and the folder that it lies in below what was dropped, "" for none. @typedef {{file: File, inner: string}} Incoming */
 
 /**
- * @param {() => string} folder where files go @param {() => void} arrived is called when a batch is through
- * @returns {{node: HTMLElement, take: (files: Iterable<File>) => Promise<void>}} `node` is also where files may be dropped
+ * Everything that a drop brings, folders and their subfolders included. Hidden files are left out.
+ * @param {DataTransfer} transfer @returns {Promise<{name: string, incoming: Incoming[]}>} `name` of the folder, where it was a single one:
+ *   then its files lie at the top
  */
-export function uploads(folder, arrived) {
-  const list = h("ul", { class: "plain stack uploads", "aria-live": "polite" });
-  const input = h("input", { type: "file", multiple: true, hidden: true, accept: "image/*,.txt,.zip,.avif,.jxl", onchange() {
-    take([...input.files]);
-    input.value = "";
-  } });
-  const node = h("div", { class: "drop stack" },
-    h("div", { class: "row" },
-      button("Add files", () => input.click(), { icon: "upload" }), input,
-      h("span", { class: "hint" }, "or drop pictures, caption files (.txt) and zips here")),
-    list);
+export async function dropped(transfer) {
+  // Asked before anything is awaited: afterwards the list is empty.
+  const entries = [...transfer.items].filter(({ kind }) => kind === "file").map((item) => item.webkitGetAsEntry());
+  const [first] = entries;
+  if (entries.length === 1 && first.isDirectory) return { name: first.name, incoming: await inside(first, "") };
+  const found = [];
+  for (const entry of entries) found.push(...(await incomingOf(entry, "")));
+  return { name: "", incoming: found };
+}
 
+async function incomingOf(entry, inner) {
+  if (isHidden(entry.name)) return [];
+  if (entry.isDirectory) return inside(entry, inner === "" ? entry.name : `${inner}/${entry.name}`);
+  return [{ file: await new Promise((resolve, reject) => { entry.file(resolve, reject); }), inner }];
+}
+
+async function inside(folder, inner) {
+  const reader = folder.createReader();
+  const found = [];
+  for (;;) {
+    const entries = await new Promise((resolve, reject) => { reader.readEntries(resolve, reject); });
+    if (entries.length === 0) return found;
+    for (const entry of entries) found.push(...(await incomingOf(entry, inner)));
+  }
+}
+
+const isHidden = (name) => name.startsWith(".") || /^(thumbs\.db|desktop\.ini)$/i.test(name);
+
+/** What a folder input brings. @param {Iterable<File>} files @returns {{name: string, incoming: Incoming[]}} */
+export function chosen(files) {
+  const incoming = [];
+  let name = "";
+  for (const file of files) {
+    const [top, ...rest] = file.webkitRelativePath.split("/");
+    name = top;
+    if (!rest.some(isHidden)) incoming.push({ file, inner: rest.slice(0, -1).join("/") });
+  }
+  return { name, incoming };
+}
+
+/** Let files be dropped on `node`. @param {HTMLElement} node @param {(what: {name: string, incoming: Incoming[]}) => void} take */
+export function droppable(node, take) {
   let depth = 0;
   const carries = (event) => [...event.dataTransfer.types].includes("Files");
+  const end = () => {
+    depth = 0;
+    node.classList.remove("over");
+  };
   node.addEventListener("dragenter", (event) => {
     if (!carries(event)) return;
     depth += 1;
     node.classList.add("over");
   });
   node.addEventListener("dragleave", () => {
-    depth = Math.max(0, depth - 1);
-    if (depth === 0) node.classList.remove("over");
+    depth -= 1;
+    if (depth <= 0) end();
   });
   node.addEventListener("dragover", (event) => {
     if (carries(event)) event.preventDefault();
   });
-  node.addEventListener("drop", (event) => {
+  node.addEventListener("drop", async (event) => {
+    if (!carries(event)) return;
     event.preventDefault();
-    depth = 0;
-    node.classList.remove("over");
-    take([...event.dataTransfer.files]);
+    event.stopPropagation();
+    end();
+    take(await dropped(event.dataTransfer));
   });
+}
 
-  async function send(file) {
-    const bar = h("progress", { max: "1", "aria-label": file.name });
-    const words = h("span", { class: "small dim" }, size(file.size));
-    const line = h("li", {}, h("div", { class: "row" }, h("span", { class: "grow path" }, file.name), words), bar);
-    list.append(line);
-    try {
-      const { saved, refused } = await upload("PUT", "upload", { folder: folder(), name: file.name }, file, (share) => { bar.value = share; });
-      bar.remove();
-      words.textContent = saved.length === 0 ? "refused" : saved.length === 1 && refused.length === 0 ? "saved" : `${some(saved.length, "file")} saved`;
-      if (refused.length) line.append(h("ul", { class: "fault" }, refused.map(({ name, reason }) => h("li", {}, `${name}: ${reason}`))));
-      return { saved: saved.length, refused: refused.length };
-    } catch (error) {
-      if (!(error instanceof ApiFault)) throw error;
-      bar.remove();
-      words.textContent = "refused";
-      line.append(h("p", { class: "fault" }, error.problems.map((one) => one.text).join(" ")));
-      return { saved: 0, refused: 1 };
+/** A button that chooses a whole folder. @param {string} text @param {(what: {name: string, incoming: Incoming[]}) => void} take */
+export function folderButton(text, take, options = {}) {
+  const input = h("input", { type: "file", webkitdirectory: true, hidden: true, "aria-label": text, onchange() {
+    take(chosen([...input.files]));
+    input.value = "";
+  } });
+  return h("span", {}, button(text, () => input.click(), { icon: "folder", ...options }), input);
+}
+
+/**
+ * What brings files into `folder`. It may be shown, taken away and shown again while files are on their way.
+ * @param {string} folder @param {() => void} arrived is called when a batch is through
+ * @returns {{node: HTMLElement, take: (incoming: Incoming[]) => Promise<void>}}
+ */
+export function uploads(folder, arrived) {
+  const line = h("div", { "aria-live": "polite" });
+  const input = h("input", { type: "file", multiple: true, hidden: true, "aria-label": "Files to add", accept: "image/*,.txt,.caption,.zip,.avif", onchange() {
+    take([...input.files].map((file) => ({ file, inner: "" })));
+    input.value = "";
+  } });
+  const node = h("div", { class: "stack" },
+    h("div", { class: "row" },
+      button("Add files", () => input.click(), { icon: "upload" }), input,
+      folderButton("Add folder", ({ incoming }) => take(incoming)),
+      h("span", { class: "hint" }, "or drop images, caption files (.txt, .caption), folders and zips here")),
+    line);
+  let batch = null;
+
+  async function take(incoming) {
+    if (batch !== null) {
+      toast("An upload is going on: wait for it, or cancel it.", "bad");
+      return;
     }
-  }
-
-  async function take(files) {
-    list.replaceChildren();
-    await ensureFolder(folder().replace(/\/+$/, ""));
-    const waiting = [...files];
-    const counts = { saved: 0, refused: 0 };
-    const work = async () => {
-      for (let file = waiting.shift(); file !== undefined; file = waiting.shift()) {
-        const { saved, refused } = await send(file);
-        counts.saved += saved;
-        counts.refused += refused;
-      }
-    };
-    await Promise.all(Array.from({ length: AT_ONCE }, work));
-    list.prepend(h("li", { class: counts.refused ? "" : "hint" },
-      `${some(counts.saved, "file")} saved${counts.refused ? `, ${counts.refused} refused` : ""}. `, button("Clear this list", () => list.replaceChildren(), { kind: "tiny" })));
+    batch = new Batch(folder.replace(/\/+$/, ""), line);
+    try {
+      await batch.send(incoming);
+    } finally {
+      const again = batch.unsent;
+      batch.finish(again.length ? button("Send the rest", () => take(again), { kind: "tiny" }) : null);
+      batch = null;
+    }
     arrived();
   }
 
   return { node, take };
+}
+
+/** Files on their way into a folder, and the line that tells of them. */
+class Batch {
+  constructor(folder, line) {
+    this.folder = folder;
+    this.line = line;
+    this.stopping = new AbortController();
+    /** @type {Incoming[]} */
+    this.unsent = [];
+    this.saved = { image: 0, caption: 0 };
+    /** @type {{name: string, reason: string}[]} */
+    this.refused = [];
+    this.fault = "";
+  }
+
+  /** @param {Incoming[]} incoming */
+  async send(incoming) {
+    const rules = await get("upload");
+    const taken = incoming.filter((one) => this.#isTaken(one.file, rules));
+    this.total = taken.reduce((sum, { file }) => sum + file.size, 0);
+    this.files = taken.length;
+    this.sent = this.done = 0;
+    this.bar = h("progress", { max: String(Math.max(1, this.total)), "aria-label": "Upload" });
+    this.words = h("p", { class: "grow numbers" });
+    this.line.replaceChildren(h("div", { class: "stack tight" },
+      h("div", { class: "row" }, this.words, button("Cancel", () => this.cancel(), { icon: "stop", kind: "tiny" })), this.bar));
+    this.#show();
+    this.unsent = [...taken];
+    try {
+      for (const inner of new Set(["", ...taken.map((one) => one.inner)])) await ensureFolder(inner ? `${this.folder}/${inner}` : this.folder);
+    } catch (error) {
+      if (!(error instanceof ApiFault)) throw error;
+      this.#stop(error);
+    }
+    const waiting = [...taken];
+    const work = async () => {
+      while (waiting.length && !this.stopping.signal.aborted) await this.#sendOne(waiting.shift());
+    };
+    await Promise.all(Array.from({ length: AT_ONCE }, work));
+  }
+
+  async #sendOne(one) {
+    const { file, inner } = one;
+    let before = 0;
+    try {
+      const into = inner ? `${this.folder}/${inner}` : this.folder;
+      const { saved, refused } = await upload("PUT", "upload", { folder: into, name: file.name }, file, (share) => {
+        this.sent += share * file.size - before;
+        before = share * file.size;
+        this.#show();
+      }, this.stopping.signal);
+      for (const path of saved) this.saved[CAPTION.test(path) ? "caption" : "image"] += 1;
+      this.refused.push(...refused);
+    } catch (error) {
+      if (error.name === "AbortError") return;
+      if (!(error instanceof ApiFault)) throw error;
+      if (error.status === 0 || error.status === 507) {
+        this.#stop(error);
+        return;
+      }
+      this.refused.push({ name: file.name, reason: error.problems.map(({ text }) => text).join(" ") });
+    }
+    this.unsent.splice(this.unsent.indexOf(one), 1);
+    this.sent += file.size - before;
+    this.done += 1;
+    this.#show();
+  }
+
+  #isTaken({ name, size: bytes }, { suffixes, largest }) {
+    const suffix = name.slice(name.lastIndexOf(".")).toLowerCase();
+    const most = largest[suffix] ?? largest[""];
+    if (!suffixes.includes(suffix)) this.refused.push({ name, reason: "neither an image nor a caption file" });
+    else if (bytes > most) this.refused.push({ name, reason: `too large: at most ${size(most)}` });
+    else return true;
+    return false;
+  }
+
+  #stop(error) {
+    this.fault ||= error.problems.map(({ text }) => text).join(" ");
+    this.cancel();
+  }
+
+  cancel() {
+    this.stopping.abort();
+  }
+
+  #show() {
+    this.bar.value = this.sent;
+    this.words.textContent = `${count(this.done)} of ${some(this.files, "file")}, ${size(Math.round(this.sent))} of ${size(this.total)}`;
+  }
+
+  /** Fold the batch into one line. @param {HTMLElement|null} more */
+  finish(more) {
+    const { image, caption } = this.saved;
+    const added = image || !caption ? `${some(image, "image")}${caption ? ` and ${some(caption, "caption")}` : ""} added` : `${some(caption, "caption")} added`;
+    const parts = [added, this.refused.length ? `${count(this.refused.length)} refused` : "", this.unsent.length ? `${count(this.unsent.length)} not sent` : ""];
+    const text = parts.filter(Boolean).join(", ");
+    const reasons = new Map();
+    for (const { name, reason } of this.refused) reasons.set(reason, [...(reasons.get(reason) ?? []), name]);
+    if (!this.line.isConnected) toast(`${this.folder}: ${text}.`);
+    this.line.replaceChildren();
+    fill(this.line,
+      reasons.size === 0 ? h("p", { class: "hint" }, text)
+        : h("details", {}, h("summary", {}, text), h("ul", {}, [...reasons].map(([reason, names]) =>
+          h("li", {}, h("strong", {}, `${count(names.length)}: ${reason}`), h("span", { class: "small dim path" }, ` ${names.slice(0, 20).join(", ")}${names.length > 20 ? ", …" : ""}`))))),
+      this.fault ? h("p", { class: "fault", role: "alert" }, this.fault) : null, more);
+  }
 }
