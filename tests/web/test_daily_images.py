@@ -103,9 +103,8 @@ def test_a_folder_that_is_dropped_becomes_a_set(
     expect(page.get_by_text("7 images, each with a caption.")).to_be_visible()
 
     # A folder that is dropped on the set goes into it; what is there already is not overwritten.
-    page.evaluate(
-        DROP, [".drop", [["more/sub/deep/x.txt", "YQ=="], ["more/.git/x.txt", "YQ=="], ["more/photo-0.txt", "YQ=="]]]
-    )
+    more = ("more/sub/deep/x.txt", "more/.git/x.txt", "more/photo-0.txt")
+    page.evaluate(DROP, [".drop", [[path, "YQ=="] for path in more]])
     expect(page.get_by_text("1 caption added, 1 refused")).to_be_visible()
     assert (kept / "sub" / "deep" / "x.txt").read_text() == "a"
     # Beside a set it makes another one.
@@ -132,9 +131,7 @@ def test_a_caption_that_is_typed_is_never_lost(server: Server, page: Page, works
     expect(page.get_by_role("heading", name="Runs")).to_be_visible()
     page.evaluate("location.hash = '#/datasets/mine'")
     expect(caption(page, "photo-1.png")).to_have_value("left")
-    page.wait_for_function(
-        "localStorage.length === 0 || !Object.keys(localStorage).some((key) => key.includes('caption'))"
-    )
+    page.wait_for_function("!Object.keys(localStorage).some((key) => key.includes('caption'))")
     assert (folder / "photo-1.txt").read_text() == "left"
 
     # The server dies while it is typed; the tab is closed; the server comes back.
@@ -172,7 +169,9 @@ def test_images_are_selected_captioned_together_found_and_deleted(server: Server
     expect(page.get_by_text("8 images, 2 without a caption.")).to_be_visible()
 
     # Click, Shift+click, Ctrl+click, and by keyboard.
-    box = lambda name: page.get_by_label(f"Select {name}", exact=True)
+    def box(name: str) -> Locator:
+        return page.get_by_label(f"Select {name}", exact=True)
+
     box("photo-0.png").click()
     box("photo-2.png").click(modifiers=["Shift"])
     page.get_by_label("Look at photo-4.png").click(modifiers=["Control"])

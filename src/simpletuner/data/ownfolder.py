@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from simpletuner.base.errors import DataError
 from simpletuner.base.files import file_errors_reported
@@ -40,8 +40,8 @@ def inside(folder: Path, name: str) -> Path:
     Raises:
         Rejected: a link on the way to it leads out of the folder.
     """
-    path = folder / PurePosixPath(name)
-    if not path.parent.resolve().is_relative_to(folder.resolve()):
+    path = folder / name
+    if "/" in name and not path.parent.resolve().is_relative_to(folder.resolve()):
         raise Rejected("outside", "a link leads out of the folder")
     return path
 

@@ -14,7 +14,7 @@ READ_AT_MOST = 64 * 1024
 """Bytes of a caption that are searched."""
 
 CaptionTexts = dict[str, tuple[Stamp, str]]
-"""The text of each caption file as it was at a stamp."""
+"""The text of each caption file as it was at a stamp, with its case folded."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ImageLists:
         names = [
             name
             for name, caption in by_name.items()
-            if (not only_missing or name in missing) and (wanted in caption.casefold() or wanted in name.casefold())
+            if (not only_missing or name in missing) and (wanted in caption or wanted in name.casefold())
         ]
         return FoundImages(len(by_name), missing, names)
 
@@ -85,4 +85,5 @@ def _text(folder: Path, file: StoredFile) -> str:
             data = opened.read(READ_AT_MOST)
     except OSError:
         return ""
-    return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", errors="replace")
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    return data.decode(encoding, errors="replace").casefold()

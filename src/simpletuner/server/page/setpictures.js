@@ -96,7 +96,7 @@ export function setPictures({ folder, scan, textFiles, whole }) {
         textFiles ? null : h("p", { class: "hint" }, "This set does not read caption files (caption_strategy): what is written here is kept for sets that do."),
         h("div", { class: "row image-filter" },
           h("div", {}, h("label", { for: id }, "Show"), filter), h("div", { class: "grow" }, h("label", { for: search.id }, "Name or caption contains"), search)),
-        h("div", { class: "row" }, number, copies, all, none, edit, bin), job.node, past, area);
+        h("div", { class: "row picked" }, number, copies, all, none, edit, bin), job.node, past, area);
     }
     showFilter();
     facts.textContent = `${some(found.total, "image")}, ${found.without_caption ? `${count(found.without_caption)} without a caption` : "each with a caption"}. ${scan === null ? "Scan to see what training cuts out of them." : "The bright part of an image is what training sees."}`;
@@ -122,7 +122,7 @@ export function setPictures({ folder, scan, textFiles, whole }) {
     const before = filter.value || "all";
     const option = ([value, label]) => h("option", { value }, label);
     const sizes = (scan?.buckets ?? []).map(({ width, height, pictures }) => [`size ${width}×${height}`, `${width}×${height} (${count(pictures)})`]);
-    const reasons = Object.entries(scan?.rejected ?? {}).map(([reason, number]) => [`left ${reason}`, `${reason} (${count(number)})`]);
+    const reasons = Object.keys(scan?.rejected ?? {}).map((reason) => [`left ${reason}`, reason]);
     filter.replaceChildren();
     fill(filter, [["all", "All images"], ["missing", `Without a caption (${count(found.without_caption)})`], ["duplicates", "Duplicates"]].map(option),
       reasons.length ? h("optgroup", { label: "Left out of training" }, reasons.map(option)) : null,

@@ -16,8 +16,8 @@ const CAPTION = /\.(txt|caption)$/i;
  *   then its files lie at the top
  */
 export async function dropped(transfer) {
-  // Asked before anything is awaited: afterwards the list is empty.
-  const entries = [...transfer.items].filter(({ kind }) => kind === "file").map((item) => item.webkitGetAsEntry());
+  // Asked before anything is awaited: afterwards the list is empty. What another program hands over as data has no entry.
+  const entries = [...transfer.items].filter(({ kind }) => kind === "file").map((item) => item.webkitGetAsEntry() ?? item.getAsFile());
   const [first] = entries;
   if (entries.length === 1 && first.isDirectory) return { name: first.name, incoming: await inside(first, "") };
   const found = [];
@@ -27,6 +27,7 @@ export async function dropped(transfer) {
 
 async function incomingOf(entry, inner) {
   if (isHidden(entry.name)) return [];
+  if (entry instanceof File) return [{ file: entry, inner }];
   if (entry.isDirectory) return inside(entry, inner === "" ? entry.name : `${inner}/${entry.name}`);
   return [{ file: await new Promise((resolve, reject) => { entry.file(resolve, reject); }), inner }];
 }
@@ -224,8 +225,8 @@ class Batch {
   /** Fold the batch into one line. @param {HTMLElement|null} more */
   finish(more) {
     const { image, caption } = this.saved;
-    const added = image || !caption ? `${some(image, "image")}${caption ? ` and ${some(caption, "caption")}` : ""} added` : `${some(caption, "caption")} added`;
-    const parts = [added, this.refused.length ? `${count(this.refused.length)} refused` : "", this.unsent.length ? `${count(this.unsent.length)} not sent` : ""];
+    const added = [image ? some(image, "image") : "", caption ? some(caption, "caption") : ""].filter(Boolean).join(" and ") || "nothing";
+    const parts = [`${added} added`, this.refused.length ? `${count(this.refused.length)} refused` : "", this.unsent.length ? `${count(this.unsent.length)} not sent` : ""];
     const text = parts.filter(Boolean).join(", ");
     const reasons = new Map();
     for (const { name, reason } of this.refused) reasons.set(reason, [...(reasons.get(reason) ?? []), name]);
