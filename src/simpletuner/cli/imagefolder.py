@@ -10,7 +10,7 @@ from typing import Any
 from simpletuner.base.console import answer_to, complain, say
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.base.files import file_errors_reported
-from simpletuner.cli.arguments import Flag, Positional, flag_help, parse_command, verb_of
+from simpletuner.cli.arguments import Flag, Positional, parse_command
 from simpletuner.cli.printing import json_text, table
 from simpletuner.data.captionedits import (
     CHANGED_SINCE,
@@ -25,16 +25,6 @@ from simpletuner.data.ownfolder import listed_images
 from simpletuner.data.removal import RemovalPlan, bring_back, empty_trash, plan_removal, remove_images
 from simpletuner.data.sample import Rejection
 
-_USAGE = """simpletuner dataset captions FOLDER [--find TEXT --replace TEXT [--regex]] [--prepend TEXT] [--append TEXT]
-                            [--missing] [--names FILE] [--dry-run] [--undo] [--json]
-simpletuner dataset duplicates FOLDER [--json]
-simpletuner dataset delete FOLDER --names FILE [--yes] [--dry-run] [--json]
-simpletuner dataset delete FOLDER --undo | --empty-trash [--yes] [--json]
-
-  captions    change the captions of the images in FOLDER; without a change, count them
-  duplicates  list images with the same bytes, and images that look nearly the same
-  delete      move images with their captions into FOLDER/.simpletuner/trash
-"""
 SHOWN = 10
 """Changes and names that are printed for people."""
 
@@ -87,12 +77,7 @@ Result = tuple[dict[str, Any], str]
 """As JSON and for people."""
 
 
-def usage() -> str:
-    """What `--help` prints."""
-    return f"{_USAGE}\n{flag_help(FolderCommand, column=18)}"
-
-
-def run(arguments: list[str]) -> int:
+def run(verb: str, arguments: Sequence[str]) -> int:
     """Change, compare or delete images of a folder.
 
     Raises:
@@ -105,8 +90,7 @@ def run(arguments: list[str]) -> int:
         "duplicates": _duplicates,
         "delete": _delete,
     }
-    verb = verb_of("dataset", arguments, works)
-    command = parse_command(FolderCommand, arguments[1:], verb, check=lambda command: _misplaced(command, verb))
+    command = parse_command(FolderCommand, arguments, verb, check=lambda command: _misplaced(command, verb))
     assert command.folder is not None
     result, text = works[verb](command.folder, command)
     say(json_text(result) if command.json else text)

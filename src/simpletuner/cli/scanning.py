@@ -1,36 +1,26 @@
-"""`simpletuner dataset scan|show|cache`: the sets of a configuration. What will be trained, what it looks like, and
-its caches."""
+"""The work of `simpletuner dataset scan|show|cache`, on the sets of a configuration."""
 
 import contextlib
 import json
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from simpletuner.base.console import complain, is_terminal, say, say_on_standard_error, work_goes_on
+from simpletuner.base.console import complain, is_terminal, say_on_standard_error, work_goes_on
 from simpletuner.base.errors import ConfigError, DataError, Problem
 from simpletuner.base.files import file_errors_reported
-from simpletuner.cli.arguments import Flag, flag_help, parse_command, verb_of
+from simpletuner.cli.dataset import DatasetCommand
 from simpletuner.cli.loading import load_here
-from simpletuner.cli.printing import json_text, table
-from simpletuner.config.flags import help_text
+from simpletuner.cli.printing import table
 from simpletuner.config.load import Loaded
 from simpletuner.data.manifest import Manifest, rejection_counts, scan
 from simpletuner.data.sample import Sample
 from simpletuner.data.sheet import contact_sheet
 from simpletuner.runs.events import Event, ProgressEvent
-
-_USAGE = """simpletuner dataset scan|show|cache [--json] [--set ID] [--verify] [options of `simpletuner train`]
-
-  scan    count the pictures, their sizes, and what is left out and why
-  show    draw the crops that will be trained, with their captions, on one sheet a set
-  cache   encode the captions and pictures now, so that a run starts at once
-"""
 
 CROP_COLUMNS = 6
 """Of a sheet."""
@@ -38,71 +28,16 @@ TELL_EVERY_S = 0.1
 """Progress of a scan."""
 
 
-def _count(text: str) -> int:
-    count = int(text) if text.isdecimal() else 0
-    if count == 0:
-        raise ValueError(text)
-    return count
-
-
-@dataclass(frozen=True)
-class DatasetCommand:
-    """What is typed after `simpletuner dataset` and its verb."""
-
-    json: bool = Flag("print one JSON object instead of a table").default(False)
-    pictures: bool = Flag("in it, each picture with its size, crop and captions (scan)").default(False)
-    progress: bool = Flag(
-        "a JSON line on standard error as the work goes on: what, done and total (scan and cache)"
-    ).default(False)
-    set: str = Flag("this set only (scan and show)", "ID").default("")
-    verify: bool = Flag(
-        "read every cached file, instead of only those that changed since they were last read (cache)"
-    ).default(False)
-    out: str = Flag("where show puts its sheets; by default output_dir", "FOLDER").default("")
-    count: int = Flag(
-        "how many crops a sheet shows, 24 by default, spread evenly over the set",
-        "N",
-        convert=_count,
-        expects="a whole number above 0",
-    ).default(24)
-    rest: tuple[str, ...] = ()
-
-
-def usage() -> str:
-    """What `--help` prints."""
-    return help_text(f"{_USAGE}\n{flag_help(DatasetCommand, column=18)}")
-
-
-def run(arguments: list[str]) -> int:
-    """Scan, show or cache the sets of the configuration.
+def work(verb: str, command: DatasetCommand) -> tuple[dict[str, Any], str]:
+    """Scan, show or cache: the answer as JSON and for people, each with the configuration's notices.
 
     Raises:
-        ConfigError: a mistake in the configuration, or nothing to do.
+        ConfigError: a mistake in the configuration.
         DataError: a set is missing or nothing in it can be trained.
     """
-    works = {"scan": _scan, "show": _show, "cache": _cache}
-    verb = verb_of("dataset", arguments, works)
-    command = parse_command(DatasetCommand, arguments[1:], check=lambda command: _misplaced(command, verb))
     loaded = load_here(command.rest)
-    result, text = works[verb](loaded, command)
-    if command.json:
-        say(json_text(result | {"notices": list(loaded.notices)}))
-    else:
-        say("\n".join((*loaded.notices, text)))
-    return 0
-
-
-def _misplaced(command: DatasetCommand, verb: str) -> Iterator[Problem]:
-    """The problems of flags that do not go with `verb`, or with each other."""
-    for flag, is_given, verbs in (
-        ("verify", command.verify, ("cache",)),
-        ("pictures", command.pictures, ("scan",)),
-        ("progress", command.progress, ("scan", "cache")),
-    ):
-        if is_given and verb not in verbs:
-            yield Problem(f"--{flag} with dataset {verb}", f"dataset {' or '.join(verbs)}")
-    if command.pictures and verb == "scan" and not command.json:
-        yield Problem("--pictures without --json", "both", "`simpletuner dataset show` draws the pictures.")
+    result, text = {"scan": _scan, "show": _show, "cache": _cache}[verb](loaded, command)
+    return result | {"notices": list(loaded.notices)}, "\n".join((*loaded.notices, text))
 
 
 def _scan(loaded: Loaded, command: DatasetCommand) -> tuple[dict[str, Any], str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from simpletuner.base.errors import ConfigError, DataError
 from simpletuner.base.files import file_errors_reported, sha256_bytes, sha256_json, write_atomic
 from simpletuner.base.imagefiles import CAPTION_SUFFIXES, UNDO_FILE, ImageFolder, caption_key
+from simpletuner.base.parts import editing
 from simpletuner.base.text import is_visible
 from simpletuner.data.ownfolder import check_names, inside, listed_images, own_folder
 from simpletuner.data.rejected import Rejected
@@ -199,21 +200,19 @@ def undo_captions(folder: Path) -> tuple[int, list[Rejection]]:
 
 def _replaced(folder: Path, file: str, before: bytes | None, after: bytes | None) -> bool:
     """Replace a file that holds `before`. False where it holds something else."""
-    try:
-        there = _read(folder, file)
-        path = inside(folder, file)
-    except Rejected:
-        return False
-    if there == after:
-        return True
-    if there != before:
-        return False
-    if after is None:
-        with file_errors_reported(path):
-            path.unlink()
-    else:
-        # What was there is on the disk already, in the file for `undo_captions`.
-        write_atomic(path, after, sync=False)
+    path = folder / file
+    with file_errors_reported(path), editing(path):
+        try:
+            there = _read(folder, file)
+        except Rejected:
+            return False
+        if there not in (before, after):
+            return False
+        if after is None:
+            path.unlink(missing_ok=True)
+        elif there != after:
+            # What was there is on the disk already, in the file for `undo_captions`.
+            write_atomic(path, after, sync=False)
     return True
 
 
