@@ -120,6 +120,8 @@ def test_a_caption_that_is_typed_is_never_lost(server: Server, page: Page, works
     folder = workspace / "datasets" / "cats"
     fill_folder(folder, 3)
     environment(workspace)
+    photograph(9).save(workspace / "new.png")
+    (workspace / "notes.md").write_text("no image")
     page.goto(f"{server.url}/#/datasets/mine")
     # After a pause, without leaving it; and by going to another screen at once.
     expect(caption(page, "photo-0.png")).to_have_value("a red thing, number 0")
@@ -139,6 +141,8 @@ def test_a_caption_that_is_typed_is_never_lost(server: Server, page: Page, works
     caption(page, "photo-2.png").fill("typed in the dark")
     caption(page, "photo-2.png").blur()
     expect(page.get_by_text("It is kept in this browser")).to_be_visible()
+    page.get_by_label("Files to add").set_input_files([workspace / "new.png", workspace / "notes.md"])
+    expect(page.get_by_text("nothing added, 2 not sent")).to_be_visible()
     caption(page, "photo-0.png").fill("mine")
     page.close(run_before_unload=False)
     (folder / "photo-0.txt").write_text("theirs")

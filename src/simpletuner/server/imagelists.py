@@ -1,7 +1,9 @@
 """The images of a folder as the page lists them, found by their captions too."""
 
+import os
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,14 +35,16 @@ class ImageLists:
     _kept: OrderedDict[Path, CaptionTexts] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def search(self, folder: Path, *, only_missing: bool, text: str) -> FoundImages:
+    def search(
+        self, folder: Path, *, holds: Callable[[Path], bool], only_missing: bool = False, text: str = ""
+    ) -> FoundImages:
         """The images of `folder`: with `only_missing` those without a caption, with `text` those in whose name or
-        caption it stands, in whatever case.
+        caption it stands, in whatever case. What a link leads to where `holds` is false is left out.
 
         Raises:
             FileNotFoundError, NotADirectoryError: it is no folder.
         """
-        listed = list_images(folder)
+        listed = _held(folder, list_images(folder), holds)
         captions = self._captions(folder, listed)
         by_name = {name: captions[file.name][1] if (file := listed.caption_of(name)) else "" for name in listed.images}
         missing = frozenset(name for name, caption in by_name.items() if not is_visible(caption))
@@ -75,6 +79,26 @@ def trashed(folder: Path) -> int:
 def can_undo(folder: Path) -> bool:
     """Whether the last change of captions in a folder can be taken back."""
     return (folder / OWN_FOLDER / UNDO_FILE).is_file()
+
+
+def _held(folder: Path, listed: ImageFolder, holds: Callable[[Path], bool]) -> ImageFolder:
+    """What no link leads to elsewhere."""
+    files = (file for beside in listed.captions.values() for file in beside)
+    parents = {name.rpartition("/")[0] for name in (*listed.images, *(file.name for file in files))}
+    outside = {parent for parent in parents if not holds((folder / parent).resolve())}
+    for parent in parents - outside:
+        with os.scandir(folder / parent) as entries:
+            links = [entry.name for entry in entries if entry.is_symlink()]
+        outside |= {f"{parent}/{name}".lstrip("/") for name in links if not holds((folder / parent / name).resolve())}
+    if not outside:
+        return listed
+
+    def is_held(name: str) -> bool:
+        return name not in outside and name.rpartition("/")[0] not in outside
+
+    captions = {key: tuple(file for file in beside if is_held(file.name)) for key, beside in listed.captions.items()}
+    images = {name: stamp for name, stamp in listed.images.items() if is_held(name)}
+    return ImageFolder(images, {key: beside for key, beside in captions.items() if beside})
 
 
 def _text(folder: Path, file: StoredFile) -> str:

@@ -48,6 +48,21 @@ def test_images_are_found_by_caption_by_name_and_without_caption(client: TestCli
     assert listed(client, text="blue", missing=True)["names"] == []
 
 
+def test_what_a_link_leads_to_outside_is_not_listed(client: TestClient, folder: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    shutil.copy(folder / "picture-0.png", outside / "x.png")
+    (outside / "x.txt").write_text("a secret")
+    (folder / "out").symlink_to(outside)
+    (folder / "link.png").symlink_to(outside / "x.png")
+    (folder / "picture-1.txt").unlink()
+    (folder / "picture-1.txt").symlink_to(outside / "x.txt")
+    (folder / "again.png").symlink_to(folder / "picture-0.png")
+    found = listed(client)
+    assert (found["total"], found["missing"]) == (6, ["picture-1.png"])
+    assert listed(client, text="secret")["names"] == []
+
+
 def test_captions_change_together_and_go_back(client: TestClient, folder: Path) -> None:
     edit = {"folder": FOLDER, "names": ["picture-0.png", "picture-1.png"], "find": " soft", "replace": " -hard"}
     dry = client.post("/api/images/captions", json=edit | {"dry_run": True}).json()

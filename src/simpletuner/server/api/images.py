@@ -133,7 +133,7 @@ def images(
 ) -> ImageList:
     """The images below a folder; with `missing` those without a caption, with `text` those that name or say it."""
     path = image_folder(here, folder)
-    found = here.image_lists.search(path, only_missing=missing, text=text)
+    found = here.image_lists.search(path, holds=here.roots.holds, only_missing=missing, text=text)
     return ImageList(
         path=here.roots.shown(path),
         total=found.total,

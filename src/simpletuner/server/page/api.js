@@ -44,12 +44,13 @@ function faultOf(status, text) {
   return new ApiFault(status, [problem(`The server answered ${status}.`, text.slice(0, 300))]);
 }
 
-async function call(method, path, params, body, signal) {
+async function call(method, path, params, body, signal, keepalive = false) {
   let answer;
   try {
     answer = await fetch(address(path, params), {
       method,
       signal,
+      keepalive,
       headers: body === undefined ? {} : { "Content-Type": "application/json" },
       body: body === undefined ? undefined : JSON.stringify(body),
     });
@@ -64,7 +65,8 @@ async function call(method, path, params, body, signal) {
 
 export const get = (path, params = {}, signal = undefined) => call("GET", path, params, undefined, signal);
 export const post = (path, body = {}, params = {}, signal = undefined) => call("POST", path, params, body, signal);
-export const put = (path, body = {}, params = {}) => call("PUT", path, params, body);
+/** With `keepalive` it is sent even where the page is closed at once; for small bodies. */
+export const put = (path, body = {}, params = {}, keepalive = false) => call("PUT", path, params, body, undefined, keepalive);
 export const del = (path, params = {}) => call("DELETE", path, params);
 
 /**

@@ -40,7 +40,7 @@ class CaptionDrafts extends EventTarget {
     window.addEventListener("storage", ({ key, newValue }) => {
       if (newValue === null && key?.startsWith(this.#prefix)) this.#drop(key.slice(this.#prefix.length));
     });
-    document.addEventListener("visibilitychange", () => document.hidden && this.sendAll());
+    document.addEventListener("visibilitychange", () => document.hidden && this.sendAll(true));
     setInterval(() => this.sendAll(), RETRY);
   }
 
@@ -74,18 +74,19 @@ class CaptionDrafts extends EventTarget {
     return this.send(path);
   }
 
-  sendAll() {
-    return Promise.all(this.all.filter(([, { theirs, refused }]) => !theirs && !refused).map(([path]) => this.send(path)));
+  /** Save all that can be saved. @param {boolean} [isClosing] the page may be closed before the answer comes */
+  sendAll(isClosing = false) {
+    return Promise.all(this.all.filter(([, { theirs, refused }]) => !theirs && !refused).map(([path]) => this.send(path, isClosing)));
   }
 
   /** Save a draft; one that differs from what somebody else wrote waits for a choice. */
-  async send(path) {
+  async send(path, isClosing = false) {
     clearTimeout(this.#timers.get(path));
     const draft = this.#drafts.get(path);
     if (draft === undefined || draft.theirs || this.#sending.has(path)) return;
     this.#sending.add(path);
     try {
-      this.#confirmed(path, draft.text, await put("caption", { text: draft.text, revision: draft.revision }, { path }));
+      this.#confirmed(path, draft.text, await put("caption", { text: draft.text, revision: draft.revision }, { path }, isClosing));
     } catch (error) {
       if (!(error instanceof ApiFault)) throw error;
       await this.#failed(path, draft, error);

@@ -81,7 +81,13 @@ export function setPictures({ folder, scan, textFiles, whole }) {
       if (mine !== turn) return;
       found = answer;
     } catch (error) {
-      node.replaceChildren(error instanceof ApiFault && error.status === 404
+      if (!(error instanceof ApiFault)) throw error;
+      if (area.isConnected && error.status !== 404) {
+        // What is shown, and what is being typed there, stays while the server is away.
+        toast(error.message, "bad");
+        return;
+      }
+      node.replaceChildren(error.status === 404
         ? h("p", { class: "dim" }, `${folder} is not there yet. Adding files makes it.`)
         : problemPanel(error));
       return;

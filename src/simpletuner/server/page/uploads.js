@@ -148,7 +148,15 @@ class Batch {
 
   /** @param {Incoming[]} incoming */
   async send(incoming) {
-    const rules = await get("upload");
+    this.unsent = [...incoming];
+    let rules;
+    try {
+      rules = await get("upload");
+    } catch (error) {
+      if (!(error instanceof ApiFault)) throw error;
+      this.#stop(error);
+      return;
+    }
     const taken = incoming.filter((one) => this.#isTaken(one.file, rules));
     this.total = taken.reduce((sum, { file }) => sum + file.size, 0);
     this.files = taken.length;
