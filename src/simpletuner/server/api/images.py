@@ -158,6 +158,10 @@ async def edit_captions(edit: CaptionsEdit, request: Request, here: InContext) -
         async with asyncio.timeout(EDIT_TIMEOUT_S):
             work = _dataset(here, "captions", path, edit.names, *flags)
             return EditedCaptions.model_validate(await (while_there(request, work) if edit.dry_run else work))
+    except Fault as fault:
+        if edit.revision and any(problem.found.startswith("--revision") for problem in fault.problems):
+            raise Fault.of(409, "captions were changed since you looked", remedy="Look at the change again.") from None
+        raise
     except TimeoutError:
         raise Fault.of(
             422, f"the change takes longer than {EDIT_TIMEOUT_S:.0f} s", "a simpler regular expression"

@@ -157,7 +157,14 @@ export function setPictures({ folder, scan, textFiles, whole }) {
 
   async function change() {
     const names = selection.size > 0 ? selection.names : wanted.length === found.total ? null : wanted;
-    const done = await editCaptions({ folder, names, total: wanted.length, whole });
+    let done;
+    try {
+      done = await editCaptions({ folder, names, total: wanted.length, whole });
+    } catch (error) {
+      if (!(error instanceof ApiFault)) throw error;
+      toast(error.message, "bad");
+      return;
+    }
     if (done === null) return;
     toast(`${some(done.changed, "caption")} changed${done.left_out.length ? `, ${count(done.left_out.length)} left out` : ""}.`, "good");
     await open();
