@@ -36,7 +36,7 @@ SOURCE = ROOT / "src" / "simpletuner"
 UNKNOWN = "\N{OBJECT REPLACEMENT CHARACTER}"
 """What a string puts together at run time."""
 VERBS = {
-    "dataset": ("scan", "show", "cache"),
+    "dataset": ("scan", "show", "cache", "captions", "duplicates", "delete"),
     "config": ("check", "show"),
     "run": ("start", "stop", "save", "validate", "show", "list", "note", "delete", "queue"),
     "checkpoint": ("list", "verify", "delete"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from simpletuner.base.commandline import command_text
 from simpletuner.base.console import answer_to, complain, say
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.base.files import file_errors_reported
@@ -154,7 +155,8 @@ def _told(plan: CaptionPlan, left: list[Rejection], is_dry: bool) -> Result:
     if plan.emptied:
         lines.append(f"{plan.emptied} of them say nothing afterwards: training leaves out such images.")
     if not is_dry and changed:
-        lines.append(f"`simpletuner dataset captions {plan.folder} --undo` takes it back.")
+        undo = command_text("simpletuner", "dataset", "captions", plan.folder, "--undo")
+        lines.append(f"`{undo}` takes it back.")
     return result, _with_left_out("\n".join(lines), left)
 
 
@@ -214,7 +216,8 @@ def _delete(folder: Path, command: FolderCommand) -> Result:
 def _removed(plan: RemovalPlan, command: FolderCommand, result: dict[str, Any], found: str) -> Result:
     _ask(f"Delete {found} of {plan.folder}?", command)
     trash = remove_images(plan)
-    text = f"{found} are in {trash}.\n`simpletuner dataset delete {plan.folder} --undo` brings them back."
+    undo = command_text("simpletuner", "dataset", "delete", plan.folder, "--undo")
+    text = f"{found} are in {trash}.\n`{undo}` brings them back."
     return result | {"trash": str(trash)}, _with_left_out(text, plan.left_out)
 
 
