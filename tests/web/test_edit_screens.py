@@ -45,7 +45,9 @@ def test_a_set_is_filled_scanned_and_captioned(server: Server, page: Page, works
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"model_flavour": "tiny", "output_dir": "output/mine"}')
     image_set = {"id": "cats", "instance_data_dir": "datasets/cats", "caption_strategy": "textfile", "resolution": 64}
-    (folder / "multidatabackend.json").write_text(json.dumps([{**image_set, "crop": True}, STORE]))
+    (folder / "multidatabackend.json").write_text(
+        json.dumps([{**image_set, "crop": True, "minimum_image_size": 48}, STORE])
+    )
     (workspace / "one.txt").write_text("a cat")
     (workspace / "fake.png").write_text("no picture")
     Image.new("RGB", (96, 64), "red").save(workspace / "one.png")
@@ -56,10 +58,16 @@ def test_a_set_is_filled_scanned_and_captioned(server: Server, page: Page, works
     expect(page.get_by_text("1 image and 1 caption added, 1 refused")).to_be_visible()
     assert sorted(path.name for path in (workspace / "datasets" / "cats").iterdir()) == ["one.png", "one.txt"]
 
+    Image.new("RGB", (32, 32), "red").save(workspace / "datasets" / "cats" / "small.png")
+    (workspace / "datasets" / "cats" / "small.txt").write_text("a small cat")
     page.get_by_role("button", name="Scan").click()
     expect(page.get_by_text("1 picture and 1 caption")).to_be_visible(timeout=60_000)
     expect(page.get_by_text("resized to 96×64, 64×64 cut out")).to_be_visible()
     expect(page.locator(".crop")).to_have_count(1)
+
+    page.get_by_label("Show", exact=True).select_option("left below minimum_image_size")
+    expect(page.locator(".picture > .path")).to_have_text(["small.png"])
+    page.get_by_label("Show", exact=True).select_option("all")
 
     caption = page.get_by_label("Caption of one.png")
     expect(caption).to_have_value("a cat")

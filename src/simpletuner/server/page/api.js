@@ -17,6 +17,7 @@ export class ApiFault extends Error {
 }
 
 const UNREACHED = "The server does not answer.";
+const RESTART = "Is it still running? Start it again with: simpletuner server";
 
 /** @param {string} found @param {string} remedy @returns {Problem} */
 export const problem = (found, remedy = "") => ({
@@ -56,7 +57,7 @@ async function call(method, path, params, body, signal, keepalive = false) {
     });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiFault(0, [problem(UNREACHED, "Is it still running? Start it again with: simpletuner server")]);
+    throw new ApiFault(0, [problem(UNREACHED, RESTART)]);
   }
   const text = await answer.text();
   if (!answer.ok) throw faultOf(answer.status, text);
@@ -87,7 +88,7 @@ export function upload(method, path, params, file, progress = () => {}, signal =
       else reject(faultOf(request.status, request.responseText));
     });
     request.addEventListener("error", () => {
-      reject(new ApiFault(0, [problem(UNREACHED, "It may have refused the size of the file.")]));
+      reject(new ApiFault(0, [problem(UNREACHED, RESTART)]));
     });
     request.addEventListener("abort", () => reject(new DOMException("cancelled", "AbortError")));
     signal?.addEventListener("abort", () => request.abort());
