@@ -25,8 +25,8 @@ from simpletuner.server.roots import Roots
 ORIGIN = "http://localhost:8001"
 SECRET = "the-secret-outside"
 
-PATHS = {"path", "folder", "run"}
-"""Parameters that name a file or folder."""
+PATHS = {"path", "folder", "run", "names"}
+"""Parameters that name a file or folder, or several."""
 NAMES = {"name", "new_name", "source", "environment", "example", "confirm", "job_id"}
 """Parameters that name something of ours, and become part of a path or a command."""
 NEITHER = {"document", "kind", "text", "revision", "config", "datasets", "prompts", "devices", "options"} | {
@@ -34,6 +34,13 @@ NEITHER = {"document", "kind", "text", "revision", "config", "datasets", "prompt
     "to",
     "if-none-match",
     "last-event-id",
+    # Of a change of captions.
+    "missing",
+    "find",
+    "replace",
+    "prepend",
+    "append",
+    "what",
 }
 """Parameters with values of a list, texts, and what is compared only."""
 
@@ -56,6 +63,8 @@ HARMLESS: dict[str, Any] = {
     "options": {},
     "devices": "",
     "text": "",
+    "missing": "false",
+    "what": "captions",
     "revision": "",
     "seen": None,
     "to": "top",

@@ -1,6 +1,7 @@
 """The images of a folder: listed, searched, captioned together, deleted and brought back."""
 
 import asyncio
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -209,12 +210,21 @@ def image_folder(here: Context, text: str) -> Path:
     return path
 
 
+def _is_there(folder: Path, name: str) -> bool:
+    """Whether something lies at `name`, said without a command. The command decides whether it is an image."""
+    is_hidden = any(part.startswith(".") for part in name.split("/"))
+    return not is_hidden and not name.startswith("/") and os.path.lexists(folder / name)
+
+
 async def _dataset(here: Context, verb: str, folder: Path, names: Sequence[str] | None, *flags: str) -> dict[str, Any]:
     """What `simpletuner dataset VERB` prints about images of a folder.
 
     Raises:
-        Fault: 422, it failed.
+        Fault: 422, one of `names` is no image of the folder, or it failed.
     """
+    unknown = next((name for name in names or () if not _is_there(folder, name)), None)
+    if unknown is not None:
+        raise Fault.of(422, f"{unknown}: no such image", remedy="Load the list again.")
     with tempfile.TemporaryDirectory() as temporary:
         chosen = []
         if names is not None:
