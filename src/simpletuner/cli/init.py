@@ -13,6 +13,7 @@ from simpletuner.base.commandline import command_text
 from simpletuner.base.console import answer_to, say
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.base.files import file_errors_reported, json_bytes, write_atomic
+from simpletuner.base.imagefiles import PICTURE_SUFFIXES, caption_key
 from simpletuner.base.machine import gpus, host_memory
 from simpletuner.base.sizes import GIB
 from simpletuner.base.storage import storage_of
@@ -24,7 +25,7 @@ from simpletuner.config.load import CONFIG_NAMES, Examined, examine
 from simpletuner.config.recipes import CARDS, RECIPES, Card, RecipeName, card_of
 from simpletuner.config.starter import FoundImages, Starter
 from simpletuner.config.values import join_names
-from simpletuner.data.discover import PICTURE_SUFFIXES, caption_key, discover
+from simpletuner.data.discover import discover
 from simpletuner.data.manifest import Manifest, scan
 
 _USAGE = """simpletuner init [--images FOLDER] [--card SIZE] [--recipe subject|style] [--trigger WORD] [--env NAME]

@@ -20,7 +20,7 @@ CaptionTexts = dict[str, tuple[Stamp, str]]
 
 
 @dataclass(frozen=True)
-class FoundImages:
+class ImageMatches:
     """What a folder holds, and which of its images were asked for."""
 
     total: int
@@ -37,7 +37,7 @@ class ImageLists:
 
     def search(
         self, folder: Path, *, holds: Callable[[Path], bool], only_missing: bool = False, text: str = ""
-    ) -> FoundImages:
+    ) -> ImageMatches:
         """The images of `folder`: with `only_missing` those without a caption, with `text` those in whose name or
         caption it stands, in whatever case. What a link leads to where `holds` is false is left out.
 
@@ -54,7 +54,7 @@ class ImageLists:
             for name, caption in by_name.items()
             if (not only_missing or name in missing) and (wanted in caption or wanted in name.casefold())
         ]
-        return FoundImages(len(by_name), missing, names)
+        return ImageMatches(len(by_name), missing, names)
 
     def _captions(self, folder: Path, listed: ImageFolder) -> CaptionTexts:
         with self._lock:

@@ -44,6 +44,8 @@ PATHS = {
     "optimizer_config": PathUse(PathKind.DOCUMENT, "read"),
     "peft_lora_target_modules": PathUse(PathKind.DOCUMENT, "read"),
     "tread_config": PathUse(PathKind.DOCUMENT, "read"),
+    "custom_text_encoder_intermediary_layers": PathUse(PathKind.DOCUMENT, "read"),
+    "flow_custom_timesteps": PathUse(PathKind.DOCUMENT, "read"),
     "output_dir": PathUse(PathKind.RUN, "start"),
     "resume_from_checkpoint": PathUse(PathKind.FOLDER, "read"),
     "init_lora": PathUse(PathKind.ADAPTER, "read"),

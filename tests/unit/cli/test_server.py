@@ -266,15 +266,15 @@ def test_a_slow_request_is_closed_and_one_that_pauses_between_requests_is_not(
     uvicorn_server = uvicorn.Server(config)
     thread = threading.Thread(target=uvicorn_server.run, args=([listening],))
     thread.start()
-    head = b"GET /api/about HTTP/1.1\r\nHost: localhost\r\n"
     try:
-        with socket.create_connection(listening.getsockname(), timeout=20) as connection:
-            for _ in range(2):  # of one connection; longer together than a request may take
-                connection.sendall(head + b"\r\n")
-                assert connection.recv(65536).startswith(b"HTTP/1.1 200")
-                time.sleep(0.15)
-            connection.sendall(head)
-            assert connection.recv(65536) == b""
+        connection = http.client.HTTPConnection("127.0.0.1", listening.getsockname()[1], timeout=20)
+        for _ in range(2):  # of one connection; longer together than a request may take
+            connection.request("GET", "/api/about")
+            assert connection.getresponse().read()
+            time.sleep(0.15)
+        connection.sock.sendall(b"GET /api/about HTTP/1.1\r\nHost: localhost\r\n")
+        assert connection.sock.recv(65536) == b""
+        connection.close()
         with socket.create_connection(listening.getsockname(), timeout=20) as silent:
             assert silent.recv(65536) == b""
     finally:

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from simpletuner.base.machine import gpus
 from simpletuner.base.sizes import GIB
 from simpletuner.config.flavours import FLAVOURS, PLANNED_FLAVOURS, Flavour
-from simpletuner.config.later import OPTION_VALUES
+from simpletuner.config.other_keys import NOT_YET, OTHER_OPTIONS
 from simpletuner.config.recipes import CARDS, LEAST_STEPS, RECIPES, card_of
 
 router = APIRouter()
@@ -100,6 +100,7 @@ def _models() -> list[ModelChoice]:
         )
         for name, flavour in FLAVOURS.items()
     ]
+    refusals = OTHER_OPTIONS.values["model_flavour"]
     planned = [
         ModelChoice(
             name=name,
@@ -109,7 +110,7 @@ def _models() -> list[ModelChoice]:
             is_embedded=False,
             options={},
             sources={},
-            needs=f"{OPTION_VALUES['model_flavour'][name]}, which are not built yet",
+            needs=f"{refusals[name].meaning.removeprefix(NOT_YET)}, which are not built yet",
         )
         for name, flavour in PLANNED_FLAVOURS.items()
         if name not in FLAVOURS
