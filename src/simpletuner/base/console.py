@@ -9,6 +9,7 @@ import contextlib
 import errno
 import io
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from typing import TextIO
@@ -200,6 +201,11 @@ def answer_to(question: str) -> str | None:
 def is_terminal() -> bool:
     """Whether a person sees standard error."""
     return sys.stderr is not None and sys.stderr.isatty()
+
+
+def terminal_width() -> int:
+    """Columns of the terminal, or what COLUMNS says; 80 where there is none."""
+    return shutil.get_terminal_size((80, 24)).columns
 
 
 def say_on_standard_error() -> contextlib.AbstractContextManager[object]:

@@ -76,7 +76,7 @@ def parse_command(
     Raises:
         ConfigError: every problem at once.
     """
-    flags = _flags(form, verb)
+    flags = declared_flags(form, verb)
     positionals = [
         (name, declared) for name, declared in _declared(form, verb).items() if not isinstance(declared, Flag)
     ]
@@ -141,23 +141,15 @@ def refuse_rest(rest: Sequence[str], command: str) -> None:
         raise ConfigError.of(f"{command}: {' '.join(rest)} is not understood", remedy=f"See `{command} --help`.")
 
 
-def wants_help(arguments: Sequence[str]) -> bool:
-    """Whether help is asked for."""
-    return "--help" in arguments or "-h" in arguments
+def flag_rows(forms: Sequence[type["DataclassInstance"]], verb: str = "") -> dict[str, str]:
+    """Each flag that `verb` takes of `forms` as it is typed, with its help; without a verb, of all.
 
-
-def flag_help(*forms: type["DataclassInstance"], column: int = 0) -> str:
-    """A row of help for each flag of `forms`, the texts from `column` on, or else two past the longest flag.
-
-    A flag of several forms stands where the last of them has it.
+    A flag of several forms has the help of the first.
     """
     flags: dict[str, Flag] = {}
     for form in forms:
-        own = _flags(form)
-        flags = {name: flag for name, flag in flags.items() if name not in own} | own
-    rows = {f"  --{name} {flag.metavar}".rstrip(): flag.help for name, flag in flags.items() if flag.help}
-    column = column or max(map(len, rows)) + 2
-    return "\n".join(label.ljust(column) + text.replace("\n", "\n" + " " * column) for label, text in rows.items())
+        flags |= {name: flag for name, flag in declared_flags(form, verb).items() if name not in flags}
+    return {f"--{name} {flag.metavar}".rstrip(): flag.help for name, flag in flags.items() if flag.help}
 
 
 def _declared(form: type["DataclassInstance"], verb: str = "") -> dict[str, Positional]:
@@ -166,8 +158,8 @@ def _declared(form: type["DataclassInstance"], verb: str = "") -> dict[str, Posi
     return {name: each for name, each in declared.items() if not (verb and each.verbs) or verb in each.verbs}
 
 
-def _flags(form: type["DataclassInstance"], verb: str = "") -> dict[str, Flag]:
-    """The flags among them, by their names."""
+def declared_flags(form: type["DataclassInstance"], verb: str = "") -> dict[str, Flag]:
+    """The flags that `verb` takes, by their names; without a verb, all."""
     declared = _declared(form, verb)
     return {name.replace("_", "-"): each for name, each in declared.items() if isinstance(each, Flag)}
 

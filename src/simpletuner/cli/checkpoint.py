@@ -9,7 +9,8 @@ from simpletuner.base.commandline import command_text
 from simpletuner.base.console import answer_to, say
 from simpletuner.base.errors import CheckpointError, ConfigError, Problem
 from simpletuner.base.sizes import format_size
-from simpletuner.cli.arguments import Flag, flag_help, parse_command, verb_of, wants_help
+from simpletuner.cli.arguments import Flag, parse_command, verb_of
+from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.named_run import NamedRun
 from simpletuner.cli.printing import json_text, table
 from simpletuner.runs import checkpoints
@@ -57,6 +58,10 @@ class CheckpointCommand(NamedRun):
     json: bool = Flag("print one JSON object").default(False)
 
 
+FORMS = dict.fromkeys(("list", "verify", "delete"), CheckpointCommand)
+"""What is typed after each verb."""
+
+
 @dataclass(frozen=True)
 class ListedCheckpoint:
     """One that lies on the disk."""
@@ -75,8 +80,8 @@ def run(arguments: list[str]) -> int:
         ConfigError: a mistake in what was typed.
         CheckpointError: no such checkpoint, one that must stay, or the run is going on.
     """
-    if wants_help(arguments):
-        say(f"{_USAGE}\n{flag_help(CheckpointCommand)}")
+    if help_asked(arguments) is not None:
+        say(command_help(_USAGE, FORMS, arguments))
         return 0
     works = {"list": _list, "verify": _verify, "delete": _delete}
     verb = verb_of("checkpoint", arguments, works)

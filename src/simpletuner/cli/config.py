@@ -5,14 +5,14 @@ from typing import Any
 
 from simpletuner.base.console import say
 from simpletuner.base.errors import ConfigError, Problem
-from simpletuner.cli.arguments import Flag, flag_help, parse_command, wants_help
+from simpletuner.cli.arguments import Flag, parse_command, verb_of
+from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.loading import examine_here, load_here
 from simpletuner.cli.printing import json_text
-from simpletuner.config.flags import help_text
 from simpletuner.config.load import Examined, Loaded
 from simpletuner.config.values import shown
 
-_USAGE = """simpletuner config check|show [--json] [--config PATH | --env NAME | --example NAME] [--option value ...]
+_USAGE = """usage: simpletuner config check|show [--json] [options of `simpletuner train`]
 
   check   say everything that is wrong with it, or that it is right
   show    every option with its value and where that comes from
@@ -29,24 +29,27 @@ class ConfigCommand:
     rest: tuple[str, ...] = ()
 
 
+FORMS = dict.fromkeys(("check", "show"), ConfigCommand)
+"""What is typed after each verb."""
+
+
 def run(arguments: list[str]) -> int:
     """Check the configuration, or show every option with its value and where that comes from.
 
     Raises:
         ConfigError: every problem of the configuration; with --json they are printed, and the code is the same.
     """
-    if wants_help(arguments):
-        say(help_text(f"{_USAGE}\n{flag_help(ConfigCommand)}"))
+    if help_asked(arguments) is not None:
+        say(command_help(_USAGE, FORMS, arguments))
         return 0
-    if not arguments or arguments[0] not in ("check", "show"):
-        raise ConfigError.of("simpletuner config: nothing to do", "check or show after it")
+    verb = verb_of("config", arguments, FORMS)
     command = parse_command(ConfigCommand, arguments[1:])
     if command.json:
         examined = examine_here(command.rest)
         say(json_text(_as_json(examined)))
         return ConfigError.exit_code if examined.problems else 0
     loaded = load_here(command.rest)
-    say(_table(loaded) if arguments[0] == "show" else _summary(loaded))
+    say(_table(loaded) if verb == "show" else _summary(loaded))
     return 0
 
 

@@ -1,8 +1,8 @@
 """`simpletuner env`: versions and devices for a bug report. No paths, no names of people or machines."""
 
-import json
 import os
 import platform
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from simpletuner import __version__
@@ -10,6 +10,9 @@ from simpletuner.base.console import say
 from simpletuner.base.errors import ConfigError
 from simpletuner.base.machine import host_memory
 from simpletuner.base.sizes import format_size
+from simpletuner.cli.arguments import Flag, parse_command
+from simpletuner.cli.help import command_help, help_asked
+from simpletuner.cli.printing import json_text
 
 PACKAGES = (
     "torch",
@@ -30,20 +33,29 @@ PACKAGES = (
 )
 
 
+@dataclass(frozen=True)
+class EnvCommand:
+    """What is typed after `simpletuner env`."""
+
+    json: bool = Flag("print one JSON object").default(False)
+
+
+FORMS = {"": EnvCommand}
+
+
 def run(arguments: list[str]) -> int:
     """Print the report, as text or with `--json`.
 
     Raises:
         ConfigError: any other argument.
     """
-    if arguments in (["-h"], ["--help"]):
-        say("usage: simpletuner env [--json]")
+    if help_asked(arguments) is not None:
+        say(command_help("usage: simpletuner env [--json]", FORMS, arguments))
         return 0
-    if arguments not in ([], ["--json"]):
-        raise ConfigError.of(f"simpletuner env {' '.join(arguments)}", "--json or nothing")
+    command = parse_command(EnvCommand, arguments)
     found = report()
-    if arguments:
-        say(json.dumps(found, indent=2))
+    if command.json:
+        say(json_text(found))
     else:
         width = max(map(len, found))
         say("\n".join(f"{name:<{width}}  {value}" for name, value in found.items()))

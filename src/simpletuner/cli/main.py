@@ -11,6 +11,7 @@ from simpletuner.base.console import complain, guarded, say
 from simpletuner.base.errors import ConfigError, DiskError, UserError
 from simpletuner.base.files import file_problem
 from simpletuner.base.signals import deferred_signals
+from simpletuner.cli.printing import rows_text
 
 COMMANDS = {
     "init": "three questions, and the files of a first project",
@@ -25,7 +26,11 @@ COMMANDS = {
     "server": "the web page, on http://localhost:8001",
     "env": "print versions and devices, for a bug report",
 }
-"""Each is `simpletuner.cli.NAME.run(arguments) -> exit code`."""
+"""A command is one line here: `simpletuner.cli.NAME.run(arguments)` returns its exit code, and `FORMS` beside it says
+what may be typed after each of its verbs, for help and completion."""
+
+HELP = ("help", "--help", "-h")
+"""Words that ask for help, on all or on the command after them."""
 
 ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """Where torch's CUDA allocator looks for its settings: the first that is set counts (torch 2.11 to 2.13)."""
@@ -38,17 +43,12 @@ BUG = 1
 
 def usage() -> str:
     """What `simpletuner --help` prints."""
-    lines = [f"  {name:<12}{meaning}" for name, meaning in COMMANDS.items()]
-    return "\n".join(
-        (
-            "usage: simpletuner COMMAND [options]",
-            "",
-            *lines,
-            "",
-            "`simpletuner COMMAND --help` says more, `simpletuner --version` names the version.",
-            "`simpletuner train --example tiny-lora` tries everything out in a few minutes.",
-        )
-    )
+    more = {
+        "simpletuner help COMMAND": "says more about a command",
+        "simpletuner train --example tiny-lora": "tries everything out in a few minutes",
+        "simpletuner --version": "names the version",
+    }
+    return "\n\n".join(("usage: simpletuner COMMAND [options]", rows_text(COMMANDS), rows_text(more)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,7 +112,10 @@ def _bug() -> int:
 
 def _run(arguments: list[str]) -> int:
     word = arguments[0] if arguments else ""
-    if word in ("", "-h", "--help", "help"):
+    if word in HELP and arguments[1:]:
+        word, *typed = arguments[1:]
+        arguments = [word, "--help", *typed]
+    if word in ("", *HELP):
         say(usage())
         return 0 if word else ConfigError.exit_code
     if word in ("--version", "-V"):

@@ -11,11 +11,11 @@ from simpletuner.base.console import say
 from simpletuner.base.errors import MemoryBudgetError, Problem
 from simpletuner.base.files import file_errors_reported
 from simpletuner.base.sizes import GIB, parse_size
-from simpletuner.cli.arguments import Flag, flag_help, parse_command, wants_help
+from simpletuner.cli.arguments import Flag, parse_command
+from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.printing import json_text
 from simpletuner.cli.spread import Resolution, Spread, spread_picture, terminal
-from simpletuner.config.flags import help_text
 from simpletuner.config.load import Loaded
 from simpletuner.config.options.schedule import ScheduleOptions
 from simpletuner.config.values import join_names
@@ -23,8 +23,8 @@ from simpletuner.data.manifest import scan
 from simpletuner.data.order import Order
 from simpletuner.train.timesteps import Timesteps
 
-_USAGE = """simpletuner plan [--vram GIB] [--ram GIB] [--json] [options of `simpletuner train`]
-simpletuner plan --show-timesteps [--json] [--out FOLDER] [options of `simpletuner train`]
+_USAGE = """usage: simpletuner plan [--vram GIB] [--ram GIB] [--json] [options of `simpletuner train`]
+       simpletuner plan --show-timesteps [--json] [--out FOLDER] [options of `simpletuner train`]
 
   Without --show-timesteps: what each phase takes of GPU, RAM and disk, and whether that is there; if not, the smallest
   change that would fit, and exit code 5. Nothing is loaded or downloaded.
@@ -65,6 +65,9 @@ class PlanCommand:
             yield Problem("--ram = 0", "a size in GiB above 0")
 
 
+FORMS = {"": PlanCommand}
+
+
 def run(arguments: list[str]) -> int:
     """Print the memory plan, or draw the density in the terminal and as a picture. 5 where memory is too small.
 
@@ -74,8 +77,8 @@ def run(arguments: list[str]) -> int:
         DataError: where the density depends on the pictures' sizes: a set is missing or empty.
         DiskError: no space for the picture.
     """
-    if wants_help(arguments):
-        say(help_text(f"{_USAGE}\n{flag_help(PlanCommand, column=21)}"))
+    if help_asked(arguments) is not None:
+        say(command_help(_USAGE, FORMS, arguments))
         return 0
     command = parse_command(PlanCommand, arguments, check=PlanCommand.problems)
     loaded = load_here(command.rest)

@@ -1,7 +1,19 @@
-"""What commands print, in the two forms that they have in common: columns for people, JSON for programs."""
+"""What commands print: columns and text that fit the terminal for people, JSON for programs."""
 
 import json
-from collections.abc import Sequence
+import re
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+
+from simpletuner.base.console import terminal_width
+
+_WIDEST = 100
+_NARROWEST = 40
+_USAGE = re.compile(r"(?:usage:)? *(?=simpletuner )")
+_ROW = re.compile(r" *(?:\S+|--\S+ [A-Z]+) {2,}(?=\S)")
+_LINK = re.compile(r"\[([^]]+)\]\(([^)]+)\)")
+_CODE = re.compile(r"`([^`]+)`")
+_NAME = re.compile(r"-\S+|\S*[_./]\S*")
 
 
 def table(rows: Sequence[tuple[str, ...]], indent: str = "") -> str:
@@ -14,3 +26,74 @@ def table(rows: Sequence[tuple[str, ...]], indent: str = "") -> str:
 def json_text(value: object) -> str:
     """The one JSON object that `--json` prints."""
     return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def plain(text: str) -> str:
+    """`text` without Markdown: a link is its words, with the file in docs/ or the address behind them; code that is
+    the name of an option or file stands bare, and other code in quotes.
+    """
+
+    def link(match: re.Match[str]) -> str:
+        words, target = match[1], match[2].partition("#")[0]
+        if not target:
+            return words
+        target = target if "://" in target else f"docs/{target}"
+        return target if words in target else f"{words} ({target})"
+
+    def code(match: re.Match[str]) -> str:
+        return match[1] if _NAME.fullmatch(match[1]) else f"'{match[1]}'"
+
+    return _CODE.sub(code, _LINK.sub(link, text))
+
+
+def fitted(text: str) -> str:
+    """Text without Markdown, filled to the terminal: lines of usage, rows of a word and what it does, paragraphs.
+
+    A line that begins none of these goes on with the one before it.
+    """
+    return "\n\n".join(
+        "\n".join(wrapped(item, hang=hang) for item, hang in items_of(plain(block).splitlines()))
+        for block in text.strip("\n").split("\n\n")
+    )
+
+
+def items_of(lines: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """The items of a block, each in one line, and how far its further lines are indented."""
+    items: list[tuple[str, int]] = []
+    for line in lines:
+        usage, row = _USAGE.match(line), _ROW.match(line)
+        if usage:
+            items.append((line, usage.end() + 4))
+        elif row:
+            items.append((line, row.end()))
+        elif items:
+            items[-1] = (f"{items[-1][0]} {line.strip()}", items[-1][1])
+        else:
+            items.append((line, len(line) - len(line.lstrip())))
+    yield from items
+
+
+def rows_text(rows: Mapping[str, str]) -> str:
+    """Flags, or words, each with what it means, in two columns; one above the other where the terminal is narrow."""
+    column = max(map(len, rows)) + 4
+    if column > _width() // 2:
+        return "\n".join(f"{wrapped(label, 2, 6)}\n{wrapped(plain(text), 6, 6)}" for label, text in rows.items())
+    return "\n".join(wrapped(f"  {label}".ljust(column) + plain(text), hang=column) for label, text in rows.items())
+
+
+def wrapped(text: str, indent: int = 0, hang: int = 0) -> str:
+    """`text` in lines that fit. A hanging indent that would leave too little beside it is made small."""
+    width = _width()
+    hang = hang if hang <= width // 2 else indent + 6
+    return textwrap.fill(
+        text,
+        width=width,
+        initial_indent=" " * indent,
+        subsequent_indent=" " * hang,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _width() -> int:
+    return max(_NARROWEST, min(_WIDEST, terminal_width()))

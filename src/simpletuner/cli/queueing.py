@@ -13,6 +13,7 @@ from simpletuner.cli.kept import kept_aside, spelled
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.printing import json_text, table
 from simpletuner.cli.telling import shown_time
+from simpletuner.config.values import join_names
 from simpletuner.runs.launch import devices_of
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.runs.queue import Queue, QueueEntry, QueueMove
@@ -33,6 +34,10 @@ class QueueCommand:
     rest: tuple[str, ...] = ()
 
 
+FORMS = dict.fromkeys(("list", "add", "remove", "move", "resume"), QueueCommand)
+"""What is typed after each verb."""
+
+
 def run(arguments: Sequence[str]) -> int:
     """Do what the word says; without one, list.
 
@@ -42,8 +47,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     has_verb = bool(arguments) and not arguments[0].startswith("--")
     verb, *typed = arguments if has_verb else ("list", *arguments)
-    verbs = ("list", "add", "remove", "move", "resume", "work")
-    verb_of("run queue", [verb], verbs, "list, add, remove, move or resume")
+    verb_of("run queue", [verb], (*FORMS, "work"), join_names(FORMS))
     command = parse_command(QueueCommand, typed, verb)
     if verb == "add":
         return add(command.rest, command.devices, as_json=command.json)

@@ -7,14 +7,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from simpletuner.base.commandline import command_text
 from simpletuner.base.console import answer_to, complain, say
 from simpletuner.base.errors import CheckpointError, ConfigError
 from simpletuner.base.sizes import format_size
 from simpletuner.cli import queueing
-from simpletuner.cli.arguments import Flag, Positional, flag_help, parse_command, refuse_rest, verb_of, wants_help
+from simpletuner.cli.arguments import Flag, Positional, parse_command, refuse_rest, verb_of
+from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.main import INTERRUPTED
 from simpletuner.cli.named_run import RUNS, NamedRun
@@ -28,6 +29,9 @@ from simpletuner.runs.note import read_note, write_note
 from simpletuner.runs.process import ControlRequest, ask
 from simpletuner.runs.removal import check_deletable, contents_of, delete_run, finish_deletions
 from simpletuner.runs.status import RunState, RunStatus, find_runs, status_of
+
+if TYPE_CHECKING:
+    from simpletuner.cli.help import Forms
 
 _USAGE = """usage: simpletuner run start [--queue] [--no-wait] [--devices LIST] [--json] [options of `train`]
        simpletuner run stop|save|validate [RUN] [--wait] [--json]
@@ -55,7 +59,6 @@ _USAGE = """usage: simpletuner run start [--queue] [--no-wait] [--devices LIST] 
 """
 
 REQUESTS: tuple[ControlRequest, ...] = get_args(ControlRequest)
-VERBS = ("start", *REQUESTS, "show", "list", "note", "delete", "queue")
 
 START_WAIT_S = 30.0
 Word = TypeVar("Word", bound=str)
@@ -130,9 +133,20 @@ class ListCommand:
 class RunCommand(NamedRun):
     """What is typed after the other verbs of `simpletuner run`."""
 
-    follow: bool = Flag(verbs=("show",)).default(False)
+    follow: bool = Flag("tell what it does, until it ends", verbs=("show",)).default(False)
     wait: bool = Flag("return when it is done, not when it is asked for", verbs=REQUESTS).default(False)
     json: bool = Flag(_JSON_HELP).default(False)
+
+
+FORMS: "Forms" = {
+    "start": StartCommand,
+    **dict.fromkeys((*REQUESTS, "show"), RunCommand),
+    "list": ListCommand,
+    "note": NoteCommand,
+    "delete": DeleteCommand,
+    "queue": queueing.FORMS,
+}
+"""What is typed after each verb."""
 
 
 def run(arguments: list[str]) -> int:
@@ -144,10 +158,10 @@ def run(arguments: list[str]) -> int:
         UserError: the run that was started ended at once, or the one that was waited for ended otherwise.
         DiskError: the disk is full.
     """
-    if wants_help(arguments):
-        say(f"{_USAGE}\n{flag_help(StartCommand, ListCommand, DeleteCommand, RunCommand)}")
+    if help_asked(arguments) is not None:
+        say(command_help(_USAGE, FORMS, arguments))
         return 0
-    verb = verb_of("run", arguments, VERBS, f"one of {', '.join(VERBS)}")
+    verb = verb_of("run", arguments, FORMS, f"one of {', '.join(FORMS)}")
     typed = arguments[1:]
     if verb == "start":
         return _start(parse_command(StartCommand, typed))

@@ -13,7 +13,8 @@ from simpletuner.base.commandline import command_text
 from simpletuner.base.console import say, work_goes_on
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.base.files import with_home
-from simpletuner.cli.arguments import wants_help
+from simpletuner.cli.help import help_asked, option_entries
+from simpletuner.cli.printing import fitted
 from simpletuner.config.documents import read_document
 from simpletuner.config.flags import parse
 from simpletuner.config.given import Checked, Given, Known, check_givens
@@ -29,9 +30,16 @@ from simpletuner.config.values import kinds, shown
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.server.reach import Reach, of_the_page
 
-_USAGE = """simpletuner sample --lora FILE[:STRENGTH] --prompt TEXT [--option value ...]
+_USAGE = """usage: simpletuner sample --lora FILE[:STRENGTH] --prompt TEXT [--option value ...]
        simpletuner sample --run FOLDER --prompt TEXT [--option value ...]
        simpletuner sample --pretrained_model_name_or_path FOLDER --prompt TEXT [--option value ...]"""
+
+_WHICH_MODEL = """Which model
+
+  --config PATH  take the model, and the settings of the validation pictures, from this configuration of `train`
+
+  --model_flavour, --pretrained_model_name_or_path, --seed and all other options of `simpletuner train` about the model
+  (simpletuner train --help model), precision (--help precision) and memory (--help memory)."""
 
 PictureSide = Annotated[
     int, Ge(SIDE_MULTIPLE_PX), MultipleOf(SIDE_MULTIPLE_PX), Says(f"a multiple of {SIDE_MULTIPLE_PX} pixels")
@@ -104,7 +112,7 @@ def run(arguments: list[str]) -> int:
     Raises:
         UserError: a problem the user can mend.
     """
-    if wants_help(arguments):
+    if help_asked(arguments) is not None:
         say(sample_help())
         return 0
     config = read_request(arguments, os.environ)
@@ -120,22 +128,8 @@ def run(arguments: list[str]) -> int:
 
 def sample_help() -> str:
     """Help for the options that `sample` has of its own."""
-    lines = [f"usage: {_USAGE}", "", str(SampleOptions.__doc__).rstrip(".")]
-    for name, text in SampleOptions.documentation().items():
-        field = SampleOptions.model_fields[name]
-        is_telling = not field.is_required() and field.default not in (None, "", ())
-        default = f" (default {shown(field.default)})" if is_telling else ""
-        lines.append(f"  --{name}: {kinds(SampleOptions)[name].expects}{default}")
-        lines += [f"      {line}" for line in text.splitlines()]
-    lines += [
-        "",
-        "Which model",
-        "  --config PATH",
-        "      take the model, and the settings of the validation pictures, from this configuration of `train`",
-        "  --model_flavour, --pretrained_model_name_or_path, --seed and all other options of `simpletuner train",
-        "  --help` under Model, Precision and memory.",
-    ]
-    return "\n".join(lines)
+    own = option_entries(list(SampleOptions.documentation()), [SampleOptions])
+    return "\n\n".join((fitted(_USAGE), f"What to draw\n{own}", fitted(_WHICH_MODEL)))
 
 
 def read_request(arguments: Sequence[str], environ: Mapping[str, str]) -> SampleConfig:

@@ -20,7 +20,8 @@ from simpletuner.base.commandline import command_text
 from simpletuner.base.console import say, work_goes_on
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.base.files import file_errors_reported, with_home
-from simpletuner.cli.arguments import Flag, flag_help, parse_command, wants_help
+from simpletuner.cli.arguments import Flag, parse_command
+from simpletuner.cli.help import command_help, help_asked
 from simpletuner.config.values import join_names
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class ServerCommand:
     """What is typed after `simpletuner server`."""
 
     host: str = Flag(
-        "listen here instead of on this machine alone; a token is then asked for, and the link with it\nis printed",
+        "listen here instead of on this machine alone; a token is then asked for, and the link with it is printed",
         "ADDRESS",
         convert=_host,
     ).default(LOOPBACK)
@@ -101,6 +102,9 @@ class ServerCommand:
     open: bool = Flag("open the page in the browser").default(False)
 
 
+FORMS = {"": ServerCommand}
+
+
 def run(arguments: list[str]) -> int:
     """Serve the page until it is told to end.
 
@@ -108,8 +112,8 @@ def run(arguments: list[str]) -> int:
         ConfigError: a mistake in the flags, or an address that cannot be listened at.
         DiskError: no space for the token.
     """
-    if wants_help(arguments):
-        say(f"{_USAGE}\n{flag_help(ServerCommand)}")
+    if help_asked(arguments) is not None:
+        say(command_help(_USAGE, FORMS, arguments))
         return 0
     command = parse_command(ServerCommand, arguments, check=_tls_problems)
     with contextlib.closing(_listening(command)) as listening, work_goes_on():

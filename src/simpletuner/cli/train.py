@@ -2,12 +2,11 @@
 
 from simpletuner.base.console import say, work_goes_on
 from simpletuner.base.signals import deferred_signals
-from simpletuner.cli.arguments import wants_help
+from simpletuner.cli.help import help_asked, train_help
 from simpletuner.cli.loading import load_here
-from simpletuner.config.flags import help_text
 from simpletuner.runs.process import stop_if_asked
 
-_USAGE = "simpletuner train [--config PATH | --env NAME | --example NAME] [--option value ...]"
+_USAGE = "usage: simpletuner train [--config PATH | --env NAME | --example NAME] [--option value ...]"
 
 
 def run(arguments: list[str]) -> int:
@@ -16,8 +15,9 @@ def run(arguments: list[str]) -> int:
     Raises:
         UserError: a problem the user can mend.
     """
-    if wants_help(arguments):
-        say(help_text(_USAGE))
+    word = help_asked(arguments)
+    if word is not None:
+        say(train_help(_USAGE, word))
         return 0
     with deferred_signals, work_goes_on():
         loaded = load_here(arguments)

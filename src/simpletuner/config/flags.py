@@ -4,7 +4,6 @@ A boolean takes `--flag`, `--flag true` and `--flag=false` alike. Every mistake 
 files.
 """
 
-import textwrap
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -12,8 +11,7 @@ from simpletuner.base.commandline import command_text, split_arguments
 from simpletuner.base.errors import Problem
 from simpletuner.config.given import Given
 from simpletuner.config.paths import stray_text
-from simpletuner.config.run import OPTION_NAMES, SLICES
-from simpletuner.config.values import kinds, shown
+from simpletuner.config.values import shown
 
 SELECTORS = {
     "config": "read this file: config.json or config.toml",
@@ -63,25 +61,3 @@ def _stray(word: str) -> Problem:
     if word.endswith((".json", ".toml", ".yaml", ".yml")):
         return Problem(shown(word), "a flag that begins with --", f"Did you mean {command_text('--config', word)}?")
     return Problem(shown(word), "a flag that begins with --")
-
-
-def help_text(usage: str) -> str:
-    """Help for every option, in the groups of the docs."""
-    lines = [f"usage: {usage}", "", "Which config is read"]
-    for name, meaning in SELECTORS.items():
-        lines.append(f"  --{name} {'NAME' if name != 'config' else 'PATH'}")
-        lines.append(f"      {meaning}")
-    for group in SLICES:
-        lines += ["", str(group.__doc__).rstrip(".")]
-        texts = group.documentation()
-        for name, kind in kinds(group).items():
-            default_value = group.model_fields[name].default
-            default = "" if default_value is None else f" (default {shown(default_value)})"
-            lines += _wrapped(f"--{name}: {kind.expects}{default}", indent=2)
-            lines += _wrapped(texts[name], indent=6)
-    lines += ["", f"{len(OPTION_NAMES)} options; docs/options.md has them all, with those to come."]
-    return "\n".join(lines)
-
-
-def _wrapped(text: str, indent: int) -> list[str]:
-    return textwrap.wrap(text, width=100, initial_indent=" " * indent, subsequent_indent=" " * 6)

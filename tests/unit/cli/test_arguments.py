@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from simpletuner.base.errors import ConfigError, Problem
-from simpletuner.cli.arguments import Flag, Positional, flag_help, parse_command, refuse_rest, verb_of, wants_help
+from simpletuner.cli.arguments import Flag, Positional, flag_rows, parse_command, refuse_rest, verb_of
 
 
 def size(text: str) -> int:
@@ -130,17 +130,13 @@ def test_a_carriage_return_behind_a_value_makes_no_folder() -> None:
 
 
 def test_help_has_a_row_for_each_flag() -> None:
-    assert flag_help(Closed) == "\n".join(
-        (
-            "  --max-size PX  the largest",
-            "                 side",
-            "  --root FOLDER  one more",
-            "  --open         show it",
-        )
-    )
-    both = [line.split()[0] for line in flag_help(Open, Closed, column=30).splitlines()]
-    assert both == ["--wait", "--json", "--max-size", "side", "--root", "--open"]
-    assert flag_help(Open, column=12).splitlines()[1] == "  --json    one object"
+    assert flag_rows([Closed]) == {
+        "--max-size PX": "the largest\nside",
+        "--root FOLDER": "one more",
+        "--open": "show it",
+    }
+    both = [label.split()[0] for label in flag_rows([Open, Closed])]
+    assert both == ["--wait", "--json", "--max-size", "--root", "--open"]
 
 
 def test_the_verb_comes_first() -> None:
@@ -149,8 +145,3 @@ def test_the_verb_comes_first() -> None:
         verb_of("dataset", [], ("scan", "show"))
     with pytest.raises(ConfigError, match=r"^simpletuner run x: nothing to do: expected one of them\.$"):
         verb_of("run", ["x"], ("start", "work"), "one of them")
-
-
-@pytest.mark.parametrize(("arguments", "wanted"), [(["--help"], True), (["--a", "-h"], True), (["--a"], False)])
-def test_help_is_asked_for(arguments: list[str], wanted: bool) -> None:
-    assert wants_help(arguments) is wanted

@@ -32,5 +32,5 @@ def test_it_names_no_person_and_no_place() -> None:
 
 
 def test_other_arguments_are_refused() -> None:
-    with pytest.raises(ConfigError, match="expected --json or nothing"):
+    with pytest.raises(ConfigError, match=r"--jsn: no such flag\. Did you mean --json"):
         env.run(["--jsn"])

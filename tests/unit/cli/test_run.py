@@ -338,5 +338,7 @@ def test_the_queue_is_listed(own_folder: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["queue", "add", "--help"]) == 0
+    assert run(["--help"]) == 0
     assert "simpletuner run start [--queue]" in capsys.readouterr().out
+    assert run(["queue", "add", "--help"]) == 0
+    assert "usage: simpletuner run queue [list | add" in capsys.readouterr().out

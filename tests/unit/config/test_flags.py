@@ -1,7 +1,6 @@
 import pytest
 
-from simpletuner.config.flags import help_text, parse
-from simpletuner.config.run import OPTION_NAMES
+from simpletuner.config.flags import parse
 
 
 def values(*arguments: str) -> dict[str, object]:
@@ -51,11 +50,3 @@ def test_selectors_are_no_options() -> None:
 )
 def test_what_is_no_flag_is_a_problem(word: str, message: str) -> None:
     assert [str(problem) for problem in parse([word]).problems] == [message]
-
-
-def test_help_names_every_option_in_its_group() -> None:
-    text = help_text("simpletuner train")
-    assert all(f"\n  --{name}: " in text for name in OPTION_NAMES)
-    assert text.index("\nLoRA\n") < text.index("--lora_rank") < text.index("\nOptimisation\n")
-    assert "--flux_lora_target: all, attention, mlp or tiny (default 'all')" in text
-    assert max(map(len, text.splitlines())) <= 100
