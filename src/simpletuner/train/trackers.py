@@ -104,7 +104,14 @@ class TensorBoard:
 
 
 class Wandb:
+    """Each log carries the run's step under `STEP`, the axis of every curve and picture: W&B's own step counts logs.
+
+    W&B refuses a step below the last one. The base model's pictures are such, step 0 after the first validation, and
+    so are the steps that a resumed run comes to again.
+    """
+
     name = "wandb"
+    STEP = "step"
 
     def __init__(
         self,
@@ -125,9 +132,11 @@ class Wandb:
             id=run_id,
             resume="allow",
         )
+        self._run.define_metric(self.STEP, hidden=True)
+        self._run.define_metric("*", step_metric=self.STEP)
 
     def step(self, event: StepEvent) -> None:
-        self._run.log(step_scalars(event), step=event.step)
+        self._log(event.step, step_scalars(event))
 
     def validation(self, event: ValidationEvent) -> None:
         values: dict[str, Any] = {f"held_out/sigma_{sigma}": loss for sigma, loss in event.loss_by_sigma.items()}
@@ -138,7 +147,10 @@ class Wandb:
         for picture in event.pictures:
             image = self._wandb.Image(str(self._root / picture.path), caption=picture.prompt)
             values[f"pictures/{_title(picture)}"] = image
-        self._run.log(values, step=event.step)
+        self._log(event.step, values)
+
+    def _log(self, step: int, values: Mapping[str, Any]) -> None:
+        self._run.log({self.STEP: step, **values})
 
     def close(self) -> None:
         self._run.finish()

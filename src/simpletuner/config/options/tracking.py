@@ -37,7 +37,8 @@ class TrackingOptions(Slice):
         AfterValidator(_are_trackers),
         Says("none, tensorboard, wandb, or a comma list of these"),
     ] = "none"
-    """Trackers beside the run's own events: `none`, `tensorboard`, `wandb` or a comma list."""
+    """Trackers beside the run's own events: `none`, `tensorboard`, `wandb` or a comma list. They get each
+    step's loss and the validation images by the run's step; on W&B that is the axis `step`."""
 
     tracker_project_name: Text = "simpletuner"
     """The tracker's project."""
