@@ -210,8 +210,12 @@ EVENTS_HEAD = """# Events of a run
 | v | integer | version of this schema, 1 |
 | id | integer | counts from 1 without gaps, over restarts too |
 | time | string | UTC, ISO 8601, to the millisecond |
-| attempt | integer | 1 at the first start, one more after each restart |
+| attempt | integer | 1 at the first start, one more after each restart that was not refused |
+| start | integer | one more at each start |
 | type | string | one of the sections below |
+
+A start that ends with an error before the phase `train` begins is refused. It is no attempt, and the next start has its
+number. Lines of older releases lack `start`, and have an attempt for each start.
 
 After a resume some steps come twice: keep the line of the last attempt. A line without its newline is still being
 written; pass over one that is no JSON, or no event, as a power cut may leave it. New keys may be added under the

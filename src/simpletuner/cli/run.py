@@ -225,7 +225,7 @@ def _list(command: ListCommand) -> int:
     elif not statuses:
         say(f"No runs below {folder}. `simpletuner run start` starts one.")
     else:
-        rows = [("run", "state", "step", "loss", "began", "doing", "note"), *map(_row, statuses)]
+        rows = [("run", "state", "step", "step's loss", "began", "doing", "note"), *map(_row, statuses)]
         has_notes = any(row[-1] for row in rows[1:])
         say(table(rows if has_notes else [row[:-1] for row in rows]))
     return 0

@@ -31,6 +31,8 @@ def as_json(status: RunStatus) -> dict[str, Any]:
         "held_out": None if held_out is None else {"first": held_out[0], "last": held_out[1]},
         "saved": status.saved,
         "attempt": status.attempt,
+        "starts": status.starts,
+        "refused": status.is_refused,
         "started": status.started,
         "updated": status.updated,
         "ended": status.ended,
@@ -46,11 +48,11 @@ def as_json(status: RunStatus) -> dict[str, Any]:
 def described(status: RunStatus) -> str:
     """A status in a few lines."""
     holder = f", process {status.pid}" if status.pid else ""
-    again = f", start {status.attempt}" if status.attempt > 1 else ""
+    again = f", attempt {status.attempt}" if status.attempt > 1 else ""
     lines = [f"{status.root}: {status.state}{holder}{again}"]
     if status.steps is not None:
         share = f" ({status.step / status.steps:.0%})" if status.steps else ""
-        loss = "" if status.loss is None else f", loss {status.loss:.4f}"
+        loss = "" if status.loss is None else f", loss {status.loss:.4f} in that step"
         lines.append(f"  step {status.step} of {status.steps}{share}{loss}{_pace(status)}")
     if status.phase not in (None, "train"):
         done = "" if status.progress is None else f", {status.progress[0]} of {status.progress[1]}"
@@ -59,6 +61,8 @@ def described(status: RunStatus) -> str:
         lines.append(f"  held-out loss {status.held_out[0]:.4f} at first, {status.held_out[1]:.4f} at last")
     if status.started is not None and status.updated is not None:
         lines.append(f"  began {shown_time(status.started)}, last heard of {shown_time(status.updated)}")
+    if status.is_refused and status.attempt:
+        lines.append("  its last start was refused, and what was trained is as it was:")
     lines += [f"  {line}" for line in (status.error or "").splitlines()]
     lines += [f"  note: {line}" for line in status.note.splitlines()]
     if status.state == "killed":

@@ -1,14 +1,14 @@
 """What happens in a run, as typed JSON Lines: the one thing that pages, trackers and scripts read.
 
-Each line also carries `v` (schema version), `id` (counts up without gaps, over restarts too), `time` (UTC, ISO 8601)
-and `attempt` (1 for the first start, one more after each restart). After a resume some steps come twice: readers keep
-the line of the last attempt.
+Each line also carries `v` (schema version), `id` (counts up without gaps, over restarts too), `time` (UTC, ISO 8601),
+`attempt` (1 for the first start, one more after each restart, the same after a start that was refused) and `start`
+(one more at each start). After a resume some steps come twice: readers keep the line of the last attempt.
 """
 
 import datetime
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
 
@@ -110,7 +110,7 @@ class StepEvent(Event):
     epoch: int
     """The pass over the data that the step's first sample belongs to, from 0."""
     loss: float
-    """Mean loss of the samples of the step."""
+    """Mean loss of the samples of this step alone. What the console shows is the average of the last 20 steps."""
     lr: float
     """Learning rate the step used."""
     grad_norm: float
@@ -258,12 +258,14 @@ class EventLog:
             try:
                 cut_torn_line(path)
                 with path.open("rb") as file:
-                    last = next((event for _, line in lines_backward(file) if (event := parse_event(line))), None)
+                    last = next(events_backward(file), None)
+                    is_refused = was_refused(events_backward(file))
             except OSError:
                 self._file.close()
                 raise
         self._next_id = 1 if last is None else last["id"] + 1
-        self.attempt: int = 1 if last is None else last["attempt"] + 1
+        self.attempt: int = 1 if last is None else last["attempt"] + (not is_refused)
+        self.start: int = 1 if last is None else start_of(last) + 1
 
     def __enter__(self) -> Self:
         return self
@@ -278,7 +280,7 @@ class EventLog:
             DiskError: the disk is full; nothing of the line stays in the file.
         """
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        line = {"v": SCHEMA_VERSION, "id": self._next_id, "time": now, "attempt": self.attempt}
+        line = {"v": SCHEMA_VERSION, "id": self._next_id, "time": now, "attempt": self.attempt, "start": self.start}
         line |= event.model_dump(mode="json")
         left = memoryview((json.dumps(line, ensure_ascii=False) + "\n").encode(errors=ESCAPED))
         with file_errors_reported(self.path):
@@ -303,6 +305,45 @@ def parse_event(line: bytes | str) -> dict[str, Any] | None:
     numbers, texts = (event.get("id"), event.get("attempt")), (event.get("type"), event.get("time"))
     is_ours = all(type(number) is int and number > 0 for number in numbers) and all(isinstance(t, str) for t in texts)
     return event if is_ours else None
+
+
+def start_of(event: dict[str, Any]) -> int:
+    """Which start of the run an event belongs to. Files of older releases know attempts alone, one for each start."""
+    start = event.get("start")
+    return start if type(start) is int else int(event["attempt"])
+
+
+def was_refused(backward: Iterable[dict[str, Any]]) -> bool:
+    """Whether the last start ended with an error before it trained, which makes it no attempt. `backward` are the
+    events, the last one first. False for a start that an older release counted.
+    """
+    start: int | None = None
+    has_ended = False
+    for event in backward:
+        kind = event["type"]
+        if "start" not in event or start_of(event) != (start := start or start_of(event)):
+            break
+        if kind == "step" or (kind == "phase" and event.get("phase") == "train"):
+            return False
+        if kind == "end":
+            has_ended = event.get("reason") == "error"
+        if not has_ended and kind != "notice":  # trackers may say something after the end
+            return False
+    return has_ended
+
+
+def last_losses(path: Path, step: int, count: int) -> list[float]:
+    """The losses of the last `count` steps up to `step`, each of the last attempt that took it, oldest first."""
+    losses: dict[int, float] = {}
+    if step > 0 and path.exists():
+        with path.open("rb") as file:
+            for event in events_backward(file, mark=b'"type": "step"'):
+                taken, loss = event.get("step"), event.get("loss")
+                if event["type"] == "step" and type(taken) is int and taken <= step and type(loss) is float:
+                    losses.setdefault(taken, loss)
+                if len(losses) == count:
+                    break
+    return [losses[taken] for taken in sorted(losses)]
 
 
 def read_events(path: Path, after: int = 0, kinds: Collection[str] = EVENTS) -> Iterator[dict[str, Any]]:
@@ -349,6 +390,14 @@ def cut_torn_line(path: Path) -> None:
             keep = start
         if keep < size:
             file.truncate(keep)
+
+
+def events_backward(file: BinaryIO, mark: bytes = b"") -> Iterator[dict[str, Any]]:
+    """The events whose line holds `mark`, the last one first. Damaged lines are passed over."""
+    for _, line in lines_backward(file, mark=mark):
+        event = parse_event(line) if mark in line else None
+        if event is not None:
+            yield event
 
 
 def lines_backward(file: BinaryIO, end: int | None = None, mark: bytes = b"") -> Iterator[tuple[int, bytes]]:

@@ -63,7 +63,7 @@ def launch_run(
             remedy=f"Wait for it, stop it with `{stop}`, or give this run another --output_dir.",
         )
     run.create()
-    before = status_of(run).attempt
+    before = status_of(run).starts
     lock = run.starting_lock()
     held = lock.take()  # a second start finds it taken
     try:
@@ -71,7 +71,7 @@ def launch_run(
         with file_errors_reported(run.console), run.console.open("ab") as console:
             place = console.tell()
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-            StartRecord(time=now, arguments=tuple(arguments), attempts=before, console_bytes=place).write(run)
+            StartRecord(time=now, arguments=tuple(arguments), starts=before, console_bytes=place).write(run)
             process = detached(["train", *arguments], workspace, console, devices, environ=environ, handles=(held,))
         lock.name_holder(held, process.pid)
     finally:
@@ -80,13 +80,13 @@ def launch_run(
     deadline = time.monotonic() + wait_s
     while process.returncode is None and time.monotonic() < deadline:
         status = status_of(run)
-        if status.attempt > before and status.phase is not None:
+        if status.starts > before and status.phase is not None:
             break
         time.sleep(0.1)
     printed = printed_since(run.console, place)
     if process.returncode:
         status = status_of(run)
-        raise failure(process.returncode, status.error if status.attempt > before else None, printed, run)
+        raise failure(process.returncode, status.error if status.starts > before else None, printed, run)
     return Started(process.pid, process.returncode, printed)
 
 

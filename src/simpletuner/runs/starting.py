@@ -1,7 +1,7 @@
-"""A start that has not become an attempt yet: from the request until the run's first event, or until it is refused.
+"""A start that has written no event yet: from the request until the run's first event, or until it is refused.
 
 `RUN/starting.lock` is held by the started process for its whole life and names its pid; `RUN/starting.json` says what
-came before it. Once the run's events have a later attempt, both mean nothing any more.
+came before it. Once the run's events have a later start, both mean nothing any more.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ class StartRecord(BaseModel):
     """UTC, ISO 8601."""
     arguments: tuple[str, ...]
     """What follows `simpletuner train`."""
-    attempts: int
-    """Attempts of the run before this start."""
+    starts: int
+    """Starts of the run before this one that wrote events."""
     console_bytes: int
     """Size of console.log before this start."""
     is_stopped: bool = False
@@ -58,12 +58,12 @@ def start_record(run: RunDirectory) -> StartRecord | None:
 
 
 def start_refusal(run: RunDirectory, record: StartRecord) -> str:
-    """What a start printed that ended without an attempt."""
+    """What a start printed that ended without an event."""
     return printed_since(run.console, record.console_bytes) or SILENT
 
 
 def stop_start(run: RunDirectory) -> bool:
-    """End a start that has not become an attempt yet; False where there is none.
+    """End a start that has written no event yet; False where there is none.
 
     Raises:
         CheckpointError: the start has just begun, and its process is not known yet.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from simpletuner.runs.checkpoints import steps
-from simpletuner.runs.events import EVENTS, Phase, lines_backward, parse_event
+from simpletuner.runs.events import EVENTS, Phase, lines_backward, parse_event, start_of, was_refused
 from simpletuner.runs.layout import EVENTS_NAME, STARTING_NAME, RunDirectory
 from simpletuner.runs.note import read_note
 from simpletuner.runs.starting import StartRecord, start_record, start_refusal
@@ -37,13 +37,17 @@ class RunStatus:
     steps: int | None
     """Steps in all."""
     loss: float | None
-    """Of the last step."""
+    """Of the last step alone."""
     seconds_per_step: float | None
     """Wall time of the last step."""
     held_out: tuple[float, float] | None
     """The first and the last held-out loss."""
     attempt: int
-    """1 at the first start, one more after each restart; 0 before it."""
+    """1 at the first start, one more after each restart; 0 before it. A start that was refused is none."""
+    starts: int
+    """Every start so far that wrote events."""
+    is_refused: bool
+    """Whether the last start ended with an error before it trained."""
     saved: int | None
     """Step of the newest checkpoint on the disk."""
     started: str | None
@@ -51,11 +55,11 @@ class RunStatus:
     updated: str | None
     """Time of the last event."""
     ended: str | None
-    """When the last attempt ended; None while it is running, and where it was killed."""
+    """When the last start ended; None while it is running, and where it was killed."""
     error: str | None
-    """What the last attempt ended with, or a later start that was refused before it became an attempt."""
+    """What the last start ended with: found, expected, remedy."""
     exit_code: int | None
-    """Of the last attempt, once it has ended."""
+    """Of the last start, once it has ended."""
     lora: Path | None
     """The finished LoRA, if the run is done."""
     model: Path | None
@@ -89,6 +93,7 @@ def status_of(run: RunDirectory) -> RunStatus:
             if tail.step is None:
                 tail.step = next(_backwards(file, "step", tail.looked_to), None)
             tail.held_out = _held_out(file)
+            tail.is_refused = was_refused(event for _, event in _events_backward(file))
     if tail.last is not None and tail.end is None and not is_held:
         # It may have been taken up meanwhile, which is not what broke off.
         is_held = run.lock().is_held()
@@ -97,8 +102,8 @@ def status_of(run: RunDirectory) -> RunStatus:
 
 
 def _with_start(status: RunStatus, start: StartRecord | None, starting_pid: int | None) -> RunStatus:
-    """The status, with a start that has not become an attempt: one that goes on, was stopped, or was refused."""
-    if start is None or status.state == "running" or status.attempt != start.attempts:
+    """The status, with a start that has written no event: one that goes on, was stopped, or was refused."""
+    if start is None or status.state == "running" or status.starts != start.starts:
         return status
     began = status.started or start.time
     if starting_pid is not None:
@@ -140,7 +145,8 @@ class _Tail:
     first: dict[str, Any] | None = None
     last: dict[str, Any] | None = None
     end: dict[str, Any] | None = None
-    """That of the last attempt."""
+    """That of the last start."""
+    is_refused: bool = False
     error: dict[str, Any] | None = None
     run: dict[str, Any] | None = None
     step: dict[str, Any] | None = None
@@ -162,7 +168,7 @@ def _read_tail(file: BinaryIO) -> _Tail:
         if tail.last is None:
             tail.last = event
         tail.looked_to = start
-        kind, is_current = event["type"], event["attempt"] == tail.last["attempt"]
+        kind, is_current = event["type"], start_of(event) == start_of(tail.last)
         if not is_current:
             knows_phase = True
         if kind == "end" and is_current:
@@ -216,12 +222,15 @@ def _assembled(run: RunDirectory, tail: _Tail, *, is_held: bool, pid: int | None
     state: RunState = "new" if tail.last is None else "killed"
     if is_held:
         state = "running"
+    elif tail.is_refused and run.finished.is_file():
+        state = "done"  # what was finished stays
     elif end is not None:
         state = _REASONS[end["reason"]]
     elif tail.last is not None and run.finished.is_file():
         state = "done"  # a start of a finished run was killed while it looked
     error = None if is_held or tail.error is None else tail.error["text"]
     is_done = state == "done"
+    is_refused = tail.is_refused and not is_held
     return RunStatus(
         root=run.root,
         state=state,
@@ -234,14 +243,16 @@ def _assembled(run: RunDirectory, tail: _Tail, *, is_held: bool, pid: int | None
         seconds_per_step=None if tail.step is None else tail.step["seconds"],
         held_out=tail.held_out,
         saved=max(steps(run), default=None),
-        attempt=0 if tail.last is None else tail.last["attempt"],
+        attempt=0 if tail.last is None else tail.last["attempt"] - is_refused,
+        starts=0 if tail.last is None else start_of(tail.last),
+        is_refused=is_refused,
         started=None if tail.first is None else tail.first["time"],
         updated=None if tail.last is None else tail.last["time"],
         ended=None if end is None else end["time"],
         error=error,
         exit_code=None if end is None else end["exit_code"],
-        lora=_result(run.lora, end, "lora") if is_done else None,
-        model=_result(run.model, end, "model") if is_done else None,
+        lora=_result(run.lora, None if is_refused else end, "lora") if is_done else None,
+        model=_result(run.model, None if is_refused else end, "model") if is_done else None,
         last_id=0 if tail.last is None else tail.last["id"],
         note=read_note(run),
     )

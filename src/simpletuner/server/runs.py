@@ -53,7 +53,7 @@ class Run(BaseModel):
     updated: str | None
     ended: str | None
     error: str | None
-    """What the last attempt ended with, or a later start that was refused."""
+    """What the last start ended with."""
     pid: int | None
     """Process that holds it."""
     lora: str | None

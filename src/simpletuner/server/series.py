@@ -30,6 +30,7 @@ from simpletuner.runs.events import (
     ProgressEvent,
     StepEvent,
     ValidationEvent,
+    start_of,
 )
 
 COLUMNS = ("step", "loss", "lr", "grad_norm", "seconds", "memory_gib")
@@ -52,7 +53,7 @@ _NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
 def _line_pattern() -> re.Pattern[str]:
     """Matches a whole line: one of a step as `EventLog` writes it, into its columns and id, or any other, as it is."""
     head = [f'"v": {SCHEMA_VERSION}', f'"id": (?P<id>{_INTEGER})', r'"time": "[0-9T:.+-]*"', f'"attempt": {_INTEGER}']
-    pattern = r"\{" + ", ".join(head)
+    pattern = r"\{" + ", ".join(head) + f'(?:, "start": {_INTEGER})?'  # which files of older releases lack
     for name, described in StepEvent.model_fields.items():
         if name == "type":
             pattern += ', "type": "step"'
@@ -193,7 +194,7 @@ class Columns:
 
 @dataclass
 class PhaseState:
-    """How far a phase of the last attempt is."""
+    """How far a phase of the last start is."""
 
     phase: str
     state: str = "begin"
@@ -208,14 +209,16 @@ class Told:
 
     last_id: int = 0
     attempts: int = 0
+    """Starts that were not refused."""
+    starts: int = 0
     plan: PlanEvent | None = None
     phases: dict[str, PhaseState] = field(default_factory=dict)
-    """Those of the last attempt, in the order they began."""
+    """Those of the last start, in the order they began."""
     validations: dict[tuple[int, bool], ValidationEvent] = field(default_factory=dict)
     """By step, and whether it holds a loss: the last attempt's count."""
     checkpoints: list[CheckpointEvent] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
-    """Those of the last attempt."""
+    """Those of the last start."""
     damaged: int = 0
     """Lines that are no events."""
 
@@ -234,9 +237,11 @@ class Told:
         Raises:
             Damaged: a key of it is missing or wrong.
         """
-        if line["attempt"] > self.attempts:
-            self.attempts = line["attempt"]
+        if start_of(line) > self.starts:
+            self.starts, self.attempts = start_of(line), line["attempt"]
             self.phases, self.notices = {}, []
+        if line.get("type") == "end" and line.get("reason") == "error" and "start" in line:
+            self.attempts = line["attempt"] - ("train" not in self.phases)
         kind = _KINDS.get(str(line.get("type")))
         if kind is None:  # told by the run's status, or of a later version of the program
             return

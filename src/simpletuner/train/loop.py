@@ -18,13 +18,13 @@ from simpletuner.data.batch import GlobalBatch
 from simpletuner.data.order import Order
 from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
 from simpletuner.runs import checkpoints, disk
-from simpletuner.runs.events import CheckpointEvent, StepEvent, ValidationEvent
+from simpletuner.runs.events import CheckpointEvent, StepEvent, ValidationEvent, last_losses
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.runs.process import Requests
 from simpletuner.train import optim
 from simpletuner.train.ema import Ema
 from simpletuner.train.profile import StepProfiler
-from simpletuner.train.report import Reporter, TrainingBar
+from simpletuner.train.report import AVERAGED_STEPS, Reporter, TrainingBar
 from simpletuner.train.resume import Ways
 from simpletuner.train.state import TrainState
 from simpletuner.train.step import NotFiniteError, Stepper, StepResult
@@ -112,7 +112,8 @@ class Loop:
         """
         mind_the_disk(self.run, self.plan.config, self.reporter, self.requests)
         self._before_the_first(state)
-        bar = TrainingBar(self.reporter, done=state.step, total=self.plan.steps)
+        losses = last_losses(self.run.events, state.step, AVERAGED_STEPS)
+        bar = TrainingBar(self.reporter, done=state.step, total=self.plan.steps, losses=losses)
         try:
             with self.profiler:
                 return self._steps(state, bar)

@@ -2,13 +2,15 @@
 
 import contextlib
 import datetime
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from simpletuner.base.console import ESCAPED, is_terminal, say
+from simpletuner.base.console import ESCAPED, is_terminal, say, terminal_width
 from simpletuner.base.sizes import format_duration
 from simpletuner.memory.peak import PeakMemory, read_peak_memory, reset_peak_memory
 from simpletuner.runs.events import (
@@ -27,6 +29,12 @@ EVERY_S = 1.0
 """Progress events come at most this often."""
 STEP_LINE_EVERY_S = 15.0
 """Without a terminal (a log file, a cluster) progress is a line this often instead of a bar."""
+
+
+AVERAGED_STEPS = 20
+"""Steps whose average loss is shown."""
+WIDE_ENOUGH_FOR_LR = 90
+"""Columns of a terminal in which the learning rate fits beside the rates."""
 
 
 class Progress:
@@ -85,11 +93,12 @@ class TrainingBar:
     FORMAT = "{n_fmt}/{total_fmt}, {remaining} left{postfix}, {rate_fmt}, {elapsed} so far |{bar}|"
     """What matters most comes first: tqdm cuts the end off where the terminal is too narrow."""
 
-    def __init__(self, reporter: "Reporter", *, done: int, total: int) -> None:
+    def __init__(self, reporter: "Reporter", *, done: int, total: int, losses: Sequence[float] = ()) -> None:
+        """`losses` are those of the last steps before this start, so that a resumed run's average goes on."""
         self.reporter = reporter
         self.total = total
         self._printed = time.monotonic()
-        self._loss = Smoothed(0.05)
+        self._losses = deque(losses, maxlen=AVERAGED_STEPS)
         self._images_per_s, self._tflop_per_s, self._mfu = (Smoothed(0.2) for _ in range(3))
         self._bar = (
             tqdm(
@@ -105,14 +114,17 @@ class TrainingBar:
         )
 
     def step(self, event: StepEvent) -> None:
-        """Show one more step. The loss shown is smoothed over about 20 steps: a single one is mostly its sigma. Rates
-        are smoothed over about five, which differ where images of several sizes are trained.
+        """Show one more step. The loss shown is the average of the last `AVERAGED_STEPS`, and says so: a single one is
+        mostly its sigma. Rates are smoothed over about five, which differ where images of several sizes are trained.
         """
-        loss = self._loss(event.loss)
+        self._losses.append(event.loss)
+        count = len(self._losses)
+        loss = math.fsum(self._losses) / count
         extra = f", {event.rollout_calls} rollout calls" if event.rollout_calls else ""
         rates = self._rates(event)
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, lr {event.lr:.2e}{rates}{extra}", refresh=False)
+            lr = f", lr {event.lr:.2e}" if terminal_width() >= WIDE_ENOUGH_FOR_LR else ""
+            self._bar.set_postfix_str(f"average loss {loss:.4f}{lr}{rates}{extra}", refresh=False)
             self._bar.update(1)
             return
         now = time.monotonic()
@@ -120,8 +132,8 @@ class TrainingBar:
             self._printed = now
             left = format_duration((self.total - event.step) * event.seconds)
             self.reporter.say(
-                f"  step {event.step}/{self.total}, loss {loss:.4f}, {event.seconds:.2f} s/step{extra}{rates}, "
-                f"{left} left"
+                f"  step {event.step}/{self.total}, loss {loss:.4f} (average of {count} step{'s' * (count > 1)}), "
+                f"{event.seconds:.2f} s/step{extra}{rates}, {left} left"
             )
 
     def skip(self) -> None:

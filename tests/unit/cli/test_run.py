@@ -54,7 +54,7 @@ def test_show_tells_where_a_run_stands(capsys: pytest.CaptureFixture[str]) -> No
     lines = capsys.readouterr().out.splitlines()
     assert lines[:3] == [
         f"output/cats: running, process {os.getpid()}",
-        "  step 4 of 10 (40%), loss 0.5000, 2.00 s/step, 12 s left",
+        "  step 4 of 10 (40%), loss 0.5000 in that step, 2.00 s/step, 12 s left",
         "  held-out loss 0.7500 at first, 0.7500 at last",
     ]
     run(["show", "output/cats"])
@@ -93,7 +93,7 @@ def test_list_has_the_newest_first(capsys: pytest.CaptureFixture[str]) -> None:
     with RunDirectory(Path("output/new")).lock():
         assert run(["list"]) == 0
     head, new, old = capsys.readouterr().out.splitlines()
-    assert head.split() == ["run", "state", "step", "loss", "began", "doing"]
+    assert head.split() == ["run", "state", "step", "step's", "loss", "began", "doing"]
     assert new.startswith("output/new  running  0")
     assert new.endswith("encoding captions")
     assert old.split()[:4] == ["output/old", "killed", "4/10", "0.5000"]
@@ -341,4 +341,4 @@ def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
     assert "simpletuner run start [--queue]" in capsys.readouterr().out
     assert run(["queue", "add", "--help"]) == 0
-    assert "usage: simpletuner run queue [list | add" in capsys.readouterr().out
+    assert "usage: simpletuner run queue [list | remove ID" in capsys.readouterr().out

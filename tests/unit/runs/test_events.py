@@ -7,7 +7,7 @@ import pytest
 from tests.file_faults import files_of_at_most
 
 from simpletuner.base.errors import DiskError
-from simpletuner.runs.events import EventLog, NoticeEvent, read_appended, read_events
+from simpletuner.runs.events import EventLog, NoticeEvent, StepEvent, last_losses, read_appended, read_events
 
 
 def notice(log: EventLog, text: str) -> None:
@@ -26,6 +26,24 @@ def test_ids_go_on_without_a_gap_and_attempts_count(tmp_path: Path) -> None:
     assert [event["attempt"] for event in events] == [1, 1, 2]
     assert [event["text"] for event in events] == ["one", "two", "three"]
     assert all(event["v"] == 1 and event["type"] == "notice" and event["time"].endswith("+00:00") for event in events)
+
+
+def took(step: int, loss: float) -> StepEvent:
+    return StepEvent(step=step, epoch=0, loss=loss, lr=1e-4, grad_norm=1, seconds=0.25, memory_gib=1)
+
+
+def test_the_last_losses_are_those_of_the_steps_that_count(tmp_path: Path) -> None:
+    """A run that was killed after step 4 goes on from step 3, and again from step 5."""
+    path = tmp_path / "events.jsonl"
+    assert last_losses(path, 5, 3) == []
+    for steps in ({1: 0.1, 2: 0.2, 3: 0.3, 4: 9.0}, {4: 0.4, 5: 0.5, 6: 9.0}):
+        with EventLog(path) as log:
+            for step, loss in steps.items():
+                log.emit(took(step, loss))
+                log.emit(NoticeEvent(text='of "type": "step"'))
+    assert last_losses(path, 5, 3) == [0.3, 0.4, 0.5]
+    assert last_losses(path, 5, 20) == [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert last_losses(path, 0, 20) == []
 
 
 @pytest.mark.parametrize("torn", ['{"v": 1, "id": 3, "ti', "x" * 200_000])

@@ -33,7 +33,7 @@ def starter(run: RunDirectory) -> Iterator[Callable[[], "subprocess.Popen[bytes]
     def start() -> "subprocess.Popen[bytes]":
         lock = run.starting_lock()
         held = lock.take()
-        StartRecord(time="2026-01-01T00:00:00+00:00", arguments=("--env=a",), attempts=0, console_bytes=0).write(run)
+        StartRecord(time="2026-01-01T00:00:00+00:00", arguments=("--env=a",), starts=0, console_bytes=0).write(run)
         process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=(held,))
         lock.name_holder(held, process.pid)
         os.close(held)
@@ -85,7 +85,7 @@ def test_a_refused_start_leaves_what_was_trained_before(run: RunDirectory) -> No
         log.emit(RunEvent(program="s", pid=1, resumed_from=None, steps=2, pictures=1, trainable=1))
         log.emit(EndEvent(reason="done", exit_code=0, step=2, seconds=1))
     run.console.write_text("no such flavour\n")
-    StartRecord(time="2026-01-01T00:00:00+00:00", arguments=(), attempts=1, console_bytes=0).write(run)
+    StartRecord(time="2026-01-01T00:00:00+00:00", arguments=(), starts=1, console_bytes=0).write(run)
     status = status_of(run)
     assert (status.state, status.step, status.error) == ("done", 2, "no such flavour")
     # The next attempt makes the refused start past.
@@ -109,5 +109,5 @@ def test_a_damaged_record_and_a_link_are_no_start(run: RunDirectory, tmp_path: P
     run.starting.unlink()
     (tmp_path / "secret").write_text("hidden")
     run.console.symlink_to(tmp_path / "secret")
-    StartRecord(time="2026-01-01T00:00:00+00:00", arguments=(), attempts=0, console_bytes=0).write(run)
+    StartRecord(time="2026-01-01T00:00:00+00:00", arguments=(), starts=0, console_bytes=0).write(run)
     assert status_of(run).error == SILENT

@@ -81,7 +81,57 @@ def test_an_error_keeps_its_text_and_the_steps_before_it(run: RunDirectory) -> N
     attempt(run, ErrorEvent(exit_code=6, text="other settings"), ended("error", 6, 0))
     status = status_of(run)
     assert (status.state, status.error, status.exit_code) == ("failed", "other settings", 6)
-    assert (status.step, status.steps, status.attempt) == (7, 10, 2)
+    assert (status.step, status.steps, status.attempt) == (7, 10, 1)
+
+
+REFUSED = (PhaseEvent(phase="scan", state="begin"), ErrorEvent(exit_code=3, text="no captions"), ended("error", 3, 0))
+
+
+def test_starts_that_are_refused_are_no_attempts_and_the_last_error_is_told(run: RunDirectory) -> None:
+    attempt(run, begun(), PhaseEvent(phase="train", state="begin"), step(7), ended("stopped", 75, 7))
+    attempt(run, *REFUSED)
+    attempt(run, ErrorEvent(exit_code=5, text="no room"), ended("error", 5, 0), NoticeEvent(text="from a tracker"))
+    status = status_of(run)
+    assert (status.state, status.attempt, status.starts, status.is_refused) == ("failed", 1, 3, True)
+    assert (status.step, status.error, status.exit_code) == (7, "no room", 5)
+    with run.lock():  # the next start, before its first event
+        assert (status_of(run).attempt, status_of(run).is_refused) == (2, False)
+    attempt(run, begun(resumed_from=7), PhaseEvent(phase="train", state="begin"))
+    status = status_of(run)
+    assert (status.state, status.attempt, status.starts, status.is_refused) == ("killed", 2, 4, False)
+
+
+def test_memory_that_runs_out_before_the_first_step_refuses_a_start_and_later_does_not(run: RunDirectory) -> None:
+    out_of_memory = (ErrorEvent(exit_code=5, text="out of memory"), ended("error", 5, 0))
+    attempt(run, begun(), *out_of_memory)
+    assert (status_of(run).attempt, status_of(run).is_refused) == (0, True)
+    attempt(run, begun(), PhaseEvent(phase="train", state="begin"), *out_of_memory)
+    assert (status_of(run).attempt, status_of(run).is_refused) == (1, False)
+
+
+def test_a_finished_run_stays_done_when_a_start_is_refused(run: RunDirectory) -> None:
+    attempt(run, begun(), PhaseEvent(phase="train", state="begin"), step(10), ended("done", 0, 10, lora="x"))
+    run.finished.touch()
+    run.lora.touch()
+    attempt(run, *REFUSED)
+    status = status_of(run)
+    assert (status.state, status.attempt, status.lora) == ("done", 1, run.lora)
+    assert (status.is_refused, status.error, status.exit_code) == (True, "no captions", 3)
+
+
+def test_starts_in_the_file_of_an_older_release_are_all_attempts(run: RunDirectory) -> None:
+    attempt(run, begun(), step(7), ended("stopped", 75, 7))
+    attempt(run, *REFUSED)
+    lines = [json.loads(line) for line in run.events.read_text().splitlines()]
+    for line in lines:
+        line["attempt"] = line.pop("start")  # as every start was counted then
+    run.events.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    status = status_of(run)
+    assert (status.attempt, status.starts, status.is_refused, status.error) == (2, 2, False, "no captions")
+    attempt(run, *REFUSED)
+    assert (status_of(run).attempt, status_of(run).starts) == (2, 3)
+    attempt(run, begun(), PhaseEvent(phase="train", state="begin"))
+    assert (status_of(run).attempt, status_of(run).starts) == (3, 4)
 
 
 def test_the_last_attempt_counts(run: RunDirectory) -> None:

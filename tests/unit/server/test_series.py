@@ -100,6 +100,19 @@ def test_the_lines_of_the_log_take_the_quick_way_and_keep_every_digit(path: Path
     assert json.loads(index.series())["step"] == list(range(1, 3000))
 
 
+def test_a_start_that_was_refused_is_no_attempt_and_has_its_own_phases(path: Path) -> None:
+    refused = (PhaseEvent(phase="scan", state="begin"), EndEvent(reason="error", exit_code=3, step=0, seconds=1))
+    for events in ([RUN, PhaseEvent(phase="train", state="begin"), step(1)], refused, refused):
+        with EventLog(path) as log:
+            for event in events:
+                log.emit(event)
+    told = Index(path).look()
+    assert (told.attempts, told.starts, list(told.phases)) == (1, 3, ["scan"])
+    with EventLog(path) as log:
+        log.emit(RUN)
+    assert Index(path).look().attempts == 2
+
+
 RATES = ("images_per_s", "tflop_per_s", "mfu", "hfu")
 
 

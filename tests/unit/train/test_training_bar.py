@@ -16,9 +16,11 @@ STEP = StepEvent(
 )  # fmt: skip
 
 
-def test_the_rates_fit_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+def shown_on_a_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The bar after one step, as it stands last."""
+    monkeypatch.setenv("COLUMNS", str(columns))
     ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 80))
+    termios.tcsetwinsize(theirs, (24, columns))
     with os.fdopen(theirs, "w") as terminal, os.fdopen(ours, "rb", buffering=0) as screen:
         monkeypatch.setattr(sys, "stderr", terminal)
         bar = TrainingBar(Reporter(), done=998, total=2000)
@@ -28,8 +30,25 @@ def test_the_rates_fit_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch)
         while not shown.endswith(b"\n"):  # what is written arrives in pieces
             shown += screen.read(4096)
     last = shown.decode().rstrip().rsplit("\r", 1)[-1]
-    assert len(last) <= 80
-    assert ", loss 0.5123, lr 1.00e-04, 0.61 img/s, 212 TFLOP/s (21%)" in last
+    assert len(last) <= columns
+    return last
+
+
+def test_the_rates_fit_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ", average loss 0.5123, 0.61 img/s, 212 TFLOP/s (21%)" in shown_on_a_terminal(80, monkeypatch)
+
+
+def test_a_wider_terminal_has_the_learning_rate_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ", average loss 0.5123, lr 1.00e-04, 0.61 img/s, 212 TFLOP/s (21%)" in shown_on_a_terminal(100, monkeypatch)
+
+
+def test_the_loss_is_an_average_that_says_so_and_goes_on_over_a_resume(capsys: pytest.CaptureFixture[str]) -> None:
+    TrainingBar(Reporter(), done=998, total=999).step(STEP)
+    assert "step 999/999, loss 0.5123 (average of 1 step), " in capsys.readouterr().out
+    TrainingBar(Reporter(), done=998, total=999, losses=[0.1, 0.2]).step(STEP)
+    assert f"loss {(0.1 + 0.2 + 0.5123) / 3:.4f} (average of 3 steps), " in capsys.readouterr().out
+    TrainingBar(Reporter(), done=998, total=999, losses=[9.0, 9.0, *[0.1] * 19]).step(STEP)
+    assert f"loss {(19 * 0.1 + 0.5123) / 20:.4f} (average of 20 steps), " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

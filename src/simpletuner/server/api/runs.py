@@ -40,7 +40,7 @@ ATTACHMENTS = {".json": "application/json", ".zip": "application/zip"}
 
 
 class RunPhase(BaseModel):
-    """How far a phase of the last attempt is."""
+    """How far a phase of the last start is."""
 
     phase: str
     state: Literal["begin", "end"]
@@ -61,6 +61,8 @@ class RunDetail(Run):
     remedy: dict[str, Any] | None
     """The smallest change that would make it fit."""
     attempts: int
+    """Starts that were not refused: those that ended with an error before they trained are none."""
+    starts: int
     phases: list[RunPhase]
     validations: list[ValidationEvent]
     checkpoints: list[CheckpointEvent]
@@ -154,6 +156,7 @@ def run(here: InContext, run: RunName) -> RunDetail:
         plan=None if told.plan is None else told.plan.plan,
         remedy=None if told.plan is None else told.plan.remedy,
         attempts=told.attempts,
+        starts=told.starts,
         phases=[RunPhase.model_validate(vars(phase)) for phase in told.phases.values()],
         validations=list(told.validations.values()),
         checkpoints=told.checkpoints,

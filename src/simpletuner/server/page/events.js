@@ -169,8 +169,9 @@ export class RunStore {
     this.lastId = id;
     this.lastEventAt = Date.now();
     const event = JSON.parse(text);
-    if (event.attempt > this.detail.attempts) {
-      Object.assign(this.detail, { attempts: event.attempt, phases: [], phase: null, state: "running", ended: null, error: null });
+    const starts = event.start ?? event.attempt;
+    if (starts > this.detail.starts) {
+      Object.assign(this.detail, { starts, attempts: event.attempt, phases: [], phase: null, state: "running", ended: null, error: null });
     }
     // Loading may have brought the detail further than the series: then only the series takes it.
     const apply = (id <= this.detail.last_id ? APPLY_TO_SERIES : APPLY)[event.type];
@@ -246,8 +247,11 @@ const APPLY = {
     detail.error = text;
     return ["status"];
   },
-  end({ detail }, { reason, lora, time }) {
+  end({ detail }, { reason, lora, time, attempt, start }) {
     Object.assign(detail, { state: reason === "error" ? "failed" : reason, ended: time, lora });
+    // A start that ends with an error before it trains is no attempt.
+    const trained = detail.phases.some((one) => one.phase === "train");
+    if (reason === "error" && start !== undefined && !trained) detail.attempts = attempt - 1;
     return ["status", "checkpoints"];
   },
 };
