@@ -17,6 +17,9 @@ NO_CAPTION, EMPTY_CAPTION, LONG_CAPTION, NOT_TEXT = (
     "no caption", "empty caption", "caption is too long", "caption is not UTF-8"
 )  # fmt: skip
 
+LACKS_CAPTION = frozenset({NO_CAPTION, EMPTY_CAPTION})
+"""Reasons that `instance_prompt` would mend."""
+
 LINES_BYTES = 1024 * 1024
 """Largest file of captions, one a line: ten thousand of a hundred characters."""
 
@@ -46,7 +49,7 @@ def captions_of(name: str, image_set: ImageSet, images: Storage, text_files: dic
         else:
             candidates = _from_file(name, image_set, images, text_files)
     except Rejected as rejected:
-        if prompt is None or rejected.reason not in (NO_CAPTION, EMPTY_CAPTION):
+        if prompt is None or rejected.reason not in LACKS_CAPTION:
             raise
         return (prompt,)
     if image_set.prepend_instance_prompt:

@@ -2,18 +2,20 @@
 reason."""
 
 import functools
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from simpletuner.base.draws import draw_seed
-from simpletuner.base.errors import DataError
+from simpletuner.base.errors import DataError, Problem
 from simpletuner.base.files import sha256_json
 from simpletuner.base.imagefiles import caption_key
 from simpletuner.base.storage import Storage
 from simpletuner.config.datasets import ImageSet
-from simpletuner.data.captions import captions_of
+from simpletuner.data.captions import LACKS_CAPTION, captions_of
 from simpletuner.data.discover import FoundFiles, discover
 from simpletuner.data.geometry import Size, describe, downsample_is_idle, enlargement, place
 from simpletuner.data.index import IndexEntry, count_unknown, read_pictures
@@ -114,7 +116,7 @@ def scan(
     rejections = sorted(rejections + surplus, key=lambda rejection: rejection.name)
     if not samples:
         raise _nothing_left(image_set, rejections)
-    notices = _notices(image_set, samples, entries, found)
+    notices = (*_uncaptioned(image_set, rejections), *_notices(image_set, samples, entries, found))
     return Manifest(image_set, tuple(samples), tuple(rejections), notices)
 
 
@@ -153,10 +155,25 @@ def _nothing_left(image_set: ImageSet, rejections: Sequence[Rejection]) -> DataE
         for reason, count in rejection_counts(rejections).items()
     )
     first = rejections[0]
-    return DataError.of(
+    nothing = Problem(
         f"{image_set.id}: nothing in {folder} can be trained. Rejected: {counts}",
         remedy=f"For example, {first.name}: {first.detail}. `simpletuner dataset scan` lists all.",
     )
+    return DataError(nothing, *map(Problem, _uncaptioned(image_set, rejections)))
+
+
+def _uncaptioned(image_set: ImageSet, rejections: Sequence[Rejection]) -> list[str]:
+    """How many pictures are left out for want of a caption, which, and what to write where."""
+    names = [rejection.name for rejection in rejections if rejection.reason in LACKS_CAPTION]
+    if not names:
+        return []
+    lack = "1 picture has no caption and is" if len(names) == 1 else f"{len(names)} pictures have no caption and are"
+    text_file = PurePosixPath(names[0]).with_suffix(".txt")
+    own = f"Write each into a file of its own ({text_file} for {names[0]}), or have them share one"
+    return [
+        f"{image_set.id}: {lack} left out ({_named(names)}). {own}: put the line "
+        f'"instance_prompt": "what they show", into the entry {json.dumps(image_set.id)} of the dataset file.'
+    ]
 
 
 def _named(names: Sequence[str], most: int = 5) -> str:

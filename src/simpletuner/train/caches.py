@@ -17,6 +17,7 @@ from simpletuner.data.batch import read_contexts, read_latents
 from simpletuner.data.cache.contexts import ContextCodec, fill_contexts
 from simpletuner.data.cache.latents import Encode, fill_latents
 from simpletuner.data.cache.store import Store
+from simpletuner.data.captions import LACKS_CAPTION
 from simpletuner.data.manifest import Manifest, scan
 from simpletuner.data.sample import Sample
 from simpletuner.data.storages import latent_storage, text_storage
@@ -181,6 +182,8 @@ def tell_manifest(manifest: Manifest, reporter: Reporter) -> None:
     reporter.say(f"{image_set.id}: {len(manifest.samples)} pictures{seen}; {sizes}{more}")
     reasons: dict[str, list[str]] = {}
     for rejection in manifest.rejections:
+        if rejection.reason in LACKS_CAPTION:  # told by a notice of the manifest, with what to do
+            continue
         reasons.setdefault(rejection.reason, []).append(rejection.name)
     for reason, names in sorted(reasons.items()):
         shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

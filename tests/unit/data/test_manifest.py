@@ -66,6 +66,30 @@ def test_every_odd_file_has_its_reason_and_the_rest_is_trained(folder: Path, sav
     assert str(folder) not in json.dumps(found.summary())
 
 
+def test_pictures_without_a_caption_are_counted_and_named_with_the_line_to_add(
+    folder: Path, save: Save, scanned: Scanned
+) -> None:
+    for number in range(7):
+        save(f"cat-{number}.png", (80, 80 + number))
+    remedy = (
+        "Write each into a file of its own (cat-0.txt for cat-0.png), or have them share one: put the line "
+        '"instance_prompt": "what they show", into the entry "photos" of the dataset file.'
+    )
+    with pytest.raises(DataError) as caught:
+        scanned(caption_strategy="textfile")
+    named = "cat-0.png, cat-1.png, cat-2.png, cat-3.png, cat-4.png, …"
+    assert caught.value.problems[1].found == f"photos: 7 pictures have no caption and are left out ({named}). {remedy}"
+    (folder / "cat-0.txt").write_text(" \n")
+    for number in range(1, 7):
+        (folder / f"cat-{number}.txt").write_text("a cat")
+    found = scanned(caption_strategy="textfile")
+    assert f"photos: 1 picture has no caption and is left out (cat-0.png). {remedy}" in found.notices
+    # As the message says.
+    mended = scanned(caption_strategy="textfile", instance_prompt="what they show")
+    assert len(mended.samples) == 7
+    assert not mended.rejections
+
+
 def test_two_pictures_with_one_stem_share_a_caption_and_nothing_else(
     folder: Path, save: Save, scanned: Scanned
 ) -> None:
