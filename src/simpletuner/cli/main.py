@@ -25,6 +25,7 @@ COMMANDS = {
     "checkpoint": "list, verify or delete the checkpoints of a run",
     "server": "the web page, on http://localhost:8001",
     "env": "print versions and devices, for a bug report",
+    "completion": "let bash, zsh or fish complete commands, options and names",
 }
 """A command is one line here: `simpletuner.cli.NAME.run(arguments)` returns its exit code, and `FORMS` beside it says
 what may be typed after each of its verbs, for help and completion."""
