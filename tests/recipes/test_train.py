@@ -21,6 +21,7 @@ from simpletuner.data.order import Order
 from simpletuner.flux2.source import locate
 from simpletuner.runs import disk
 from simpletuner.runs.events import EVENTS
+from simpletuner.runs.status import status_of
 from simpletuner.train.caches import Encoders
 
 # Losses of CONFIG's three steps. In fp32 they hold to 1e-5, in bf16 to 1e-3: instruction sets round differently.
@@ -280,6 +281,37 @@ def test_few_pictures_and_many_steps_get_a_word(
     monkeypatch.setattr(machine, "disk_room", lambda path: 0 if workplace.events("step") else disk_room(path))
     assert workplace.train() == 7
     assert "10000 steps on 6 pictures show each of them about 3333 times" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_too_few_steps_get_a_word_and_a_refused_start_is_no_attempt(
+    workplace: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained for 2 steps, refused for another rank and for want of captions, then resumed."""
+    workplace.config |= {"max_train_steps": 2, "gradient_accumulation_steps": 1}
+    assert workplace.train() == 0
+    out = capsys.readouterr().out
+    assert "2 steps show 2 of 6 pictures, and the others never: --max_train_steps=6 shows each about once." in out
+    assert "step 2/2, loss" in out
+    assert "(average of 2 steps)" in out
+    assert workplace.train("--lora_rank=8") == 6
+    for caption in (workplace.folder / "datasets" / "pictures").glob("*.txt"):
+        caption.rename(caption.with_suffix(".words"))
+    assert workplace.train("--max_train_steps=3") == 3
+    error = capsys.readouterr().err
+    assert "6 pictures have no caption and are left out" in error
+    assert '"instance_prompt": "what they show"' in error
+    status = status_of(workplace.run())
+    assert (status.state, status.attempt, status.starts) == ("done", 1, 3)
+    assert "6 pictures have no caption" in str(status.error)
+    for caption in (workplace.folder / "datasets" / "pictures").glob("*.words"):
+        caption.rename(caption.with_suffix(".txt"))
+    assert workplace.train("--max_train_steps=3") == 0
+    assert "(average of 3 steps)" in capsys.readouterr().out
+    status = status_of(workplace.run())
+    assert (status.state, status.attempt, status.starts, status.error) == ("done", 2, 4, None)
+    mean = sum(workplace.losses()) / 3
+    assert f"step 3/3, loss {mean:.4f} (average of 3 steps)" in workplace.run().log.read_text()
 
 
 @pytest.mark.slow

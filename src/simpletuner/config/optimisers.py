@@ -20,6 +20,9 @@ ADAM = ("optimizer_beta1", "optimizer_beta2", "adam_weight_decay", "adam_epsilon
 
 """Options that not every optimiser reads."""
 
+DIVERGES_FROM = {"lion": 3e-3, "adam": 1e-2, "came": 1e-2, "muon": 1e-2}
+"""Learning rates from which training a LoRA usually diverges, by a word of the optimizer's name (docs/log.md)."""
+
 
 @dataclass(frozen=True)
 class Optimiser:
@@ -39,6 +42,18 @@ class Optimiser:
     """About what it keeps for each trained number."""
     rounds_by_chance: bool = False
     """Whether it can step on bf16 weights without losing the steps that are smaller than their spacing."""
+
+    @property
+    def finds_rate(self) -> bool:
+        """Whether it finds the learning rate itself, and multiplies what it finds by `learning_rate`."""
+        return "prodigy" in self.name.lower() or "dadapt" in self.name.lower()
+
+    @property
+    def diverges_from(self) -> float | None:
+        """A learning rate from which training a LoRA usually diverges; None where none is known."""
+        if self.finds_rate:
+            return None
+        return next((rate for word, rate in DIVERGES_FROM.items() if word in self.name.lower()), None)
 
     @property
     def is_installed(self) -> bool:

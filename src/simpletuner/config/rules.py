@@ -21,7 +21,12 @@ from simpletuner.config.run import RunConfig
 from simpletuner.config.values import join_names, no_effect, shown
 
 PRODIGY_RATE = 0.1
-"""Below this the rate that prodigy finds is scaled down to what is hardly ever meant."""
+"""Below this the rate that prodigy or its kin find is scaled down to what is hardly ever meant."""
+
+USUAL_SHARE = 0.01
+"""Of the rate from which training diverges: what to begin with."""
+SHARE_OF_WHOLE_MODEL = 0.1
+"""Of the same rate: from where training a whole model diverges."""
 
 ROUTE = Known(TreadRoute, noun="key of a route")
 """What a route of `tread_config` may hold."""
@@ -115,7 +120,8 @@ def _optimiser(config: RunConfig) -> Iterator[Finding]:
         found = f"learning_rate = {config.learning_rate:g}"
         if config.rate_scale != 1:
             found += f", {rate:g} scaled by the effective batch"
-        yield ("learning_rate",), Problem(found, "at most 1", "Usual are 1e-5 to 1e-3: is a minus missing?")
+        usual = f"{name} wants 1." if known.finds_rate else "Usual are 1e-5 to 1e-3: is a minus missing?"
+        yield ("learning_rate",), Problem(found, "at most 1", usual)
     if not config.lr_scheduler.startswith("constant") and config.lr_end > config.learning_rate:
         found = f"lr_end = {config.lr_end:g}"
         yield ("lr_end", "learning_rate"), Problem(found, f"at most learning_rate, {config.learning_rate:g}")
@@ -254,7 +260,7 @@ def notices(config: RunConfig, datasets: Datasets | None, given: Collection[str]
                 f"selection_ratio = {route.selection_ratio:g} is the share of image tokens that is kept. Where others "
                 f"mean the share that is left out, this is {1 - route.selection_ratio:g}."
             )
-    if config.model_type == "full" and "learning_rate" not in given and config.optimizer != "prodigy":
+    if config.model_type == "full" and "learning_rate" not in given and not optimiser(config.optimizer).finds_rate:
         yield (
             f"learning_rate is {config.learning_rate:g}, which suits a LoRA: a whole model is mostly trained at "
             "1e-6 to 5e-5."
@@ -264,11 +270,7 @@ def notices(config: RunConfig, datasets: Datasets | None, given: Collection[str]
             f"learning_rate {config.learning_rate:g} × {config.rate_scale:.4g} by the effective batch of "
             f"{config.effective_batch}: {config.learning_rate * config.rate_scale:.4g}."
         )
-    if config.optimizer == "prodigy" and config.learning_rate < PRODIGY_RATE:
-        yield (
-            f"learning_rate = {config.learning_rate:g} multiplies the rate that prodigy finds: 1 is usual, and with "
-            "this it learns next to nothing."
-        )
+    yield from _odd_rates(config)
     if config.optimizer == "adamw_schedulefree" and not config.lr_scheduler.startswith("constant"):
         yield (
             f"lr_scheduler = {config.lr_scheduler}: adamw_schedulefree averages in place of a falling rate, and is "
@@ -294,6 +296,30 @@ def drawing_notices(config: RunConfig, prompts: Collection[str]) -> Iterator[str
             f"validation_resolution = {config.validation_resolution}: {flavour.title} was trained at {size}, and at "
             f"other sizes it draws flat areas. Give --validation_resolution={size}, and resolution {side} in the "
             "image sets."
+        )
+
+
+def _odd_rates(config: RunConfig) -> Iterator[str]:
+    """A learning rate at which hardly anything is learned, or training diverges."""
+    name, own = config.optimizer, optimiser(config.optimizer)
+    if own.finds_rate and config.learning_rate < PRODIGY_RATE:
+        yield (
+            f"learning_rate = {config.learning_rate:g} multiplies the rate that {name} finds: 1 is usual, and with "
+            "this it learns next to nothing. Give --learning_rate=1."
+        )
+    limit = own.diverges_from
+    if limit is None:
+        return
+    what = "a LoRA"
+    if config.model_type == "full":
+        what, limit = "a whole model", limit * SHARE_OF_WHOLE_MODEL
+    rate = config.learning_rate * config.rate_scale
+    if rate >= limit:
+        scaled = "" if config.rate_scale == 1 else f", {rate:.4g} scaled by the effective batch"
+        usual = limit * USUAL_SHARE / config.rate_scale
+        yield (
+            f"learning_rate = {config.learning_rate:g}{scaled}: training {what} with {name} usually diverges from "
+            f"{limit:g} on. Begin with --learning_rate={float(f'{usual:.2g}'):g}."
         )
 
 

@@ -552,6 +552,12 @@ class Attempt:
                 "What is trained tends to copy its pictures long before: watch the validation pictures and the "
                 "held-out loss, or give a lower --max_train_steps."
             )
+        elif visits < 1:
+            once = math.ceil(plan.steps / visits)
+            self.reporter.notice(
+                f"{plan.steps} steps show {round(visits * pictures)} of {pictures} pictures, and the others never: "
+                f"--max_train_steps={once} shows each about once."
+            )
 
     def header(self, prepared: Prepared, source: Source, step: int) -> dict[str, str]:
         """What a saved file says about itself: no paths, nothing secret. Its fingerprints cover what decides the

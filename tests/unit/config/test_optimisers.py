@@ -89,6 +89,46 @@ def test_prodigy_has_one_rate_and_wants_it_near_one(place: Any) -> None:
     assert not any("prodigy" in text for text in place.load().notices)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "rate", "says"),
+    [
+        ("prodigy", 1e-4, "multiplies the rate that prodigy finds: 1 is usual"),
+        ("pytorch_optimizer:dadaptadam", 1e-4, "multiplies the rate that pytorch_optimizer:dadaptadam finds"),
+        ("pytorch_optimizer:prodigy", 1.0, None),
+        ("adamw", 3e-3, None),
+        ("adamw", 1e-2, "with adamw usually diverges from 0.01 on. Begin with --learning_rate=0.0001."),
+        ("adamw_bf16", 0.5, "usually diverges from 0.01 on"),
+        ("torch:nadam", 0.02, "usually diverges from 0.01 on"),
+        ("lion", 1e-3, None),
+        ("lion", 3e-3, "usually diverges from 0.003 on. Begin with --learning_rate=3e-05."),
+        ("adafactor", 0.05, None),
+        ("torch:sgd", 0.5, None),
+    ],
+)
+def test_a_rate_that_learns_nothing_or_diverges_is_said_with_another(
+    place: Any, optimizer: str, rate: float, says: str | None
+) -> None:
+    place.config |= {"optimizer": optimizer, "learning_rate": rate}
+    said = [text for text in place.load().notices if "diverges" in text or "multiplies" in text]
+    assert [says in text for text in said] == ([] if says is None else [True])
+    if said:  # the remedy works
+        place.config["learning_rate"] = float(said[0].rstrip(".").rpartition("--learning_rate=")[2])
+        assert not [text for text in place.load().notices if "diverges" in text or "multiplies" in text]
+
+
+def test_a_whole_model_diverges_at_a_tenth_of_the_rate_and_a_scaled_rate_counts(place: Any) -> None:
+    place.config |= {"model_type": "full", "learning_rate": 1e-3}
+    assert any("training a whole model with adamw usually diverges from 0.001 on" in n for n in place.load().notices)
+    place.config |= {"model_type": "lora", "learning_rate": 3e-3, "lr_scale": True, "train_batch_size": 4}
+    said = "learning_rate = 0.003, 0.012 scaled by the effective batch: training a LoRA with adamw usually diverges"
+    assert any(text.startswith(said) for text in place.load().notices)
+
+
+def test_a_self_tuned_rate_above_one_names_one(place: Any) -> None:
+    place.config |= {"optimizer": "prodigy", "learning_rate": 3}
+    assert place.problems() == ["learning_rate = 3: expected at most 1. prodigy wants 1."]
+
+
 def test_a_scaled_rate_is_said_and_bounded(place: Any) -> None:
     place.config |= {"lr_scale": True, "train_batch_size": 4, "learning_rate": 1e-4}
     assert "learning_rate 0.0001 × 4 by the effective batch of 4: 0.0004." in place.load().notices
