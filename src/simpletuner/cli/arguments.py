@@ -129,10 +129,14 @@ def verb_of(command: str, arguments: Sequence[str], verbs: Collection[str], expe
         ConfigError: it is none of `verbs`, which `expects` describes where that is more than a list of them.
     """
     verb = arguments[0] if arguments else ""
-    if verb not in verbs:
-        found = f"simpletuner {command} {verb}".rstrip()
-        raise ConfigError.of(f"{found}: nothing to do", expects or join_names(verbs, "or"))
-    return verb
+    if verb in verbs:
+        return verb
+    expects = expects or join_names(verbs, "or")
+    if not verb or verb.startswith("-"):
+        raise ConfigError.of(f"simpletuner {command}: nothing to do", expects, f"See `simpletuner {command} --help`.")
+    near = nearest(verb, verbs)
+    remedy = f"Did you mean simpletuner {command} {near}?" if near else ""
+    raise ConfigError.of(f"simpletuner {command} {verb}: no such command", expects, remedy)
 
 
 def refuse_rest(rest: Sequence[str], command: str) -> None:

@@ -76,7 +76,7 @@ def items_of(lines: Sequence[str]) -> Iterator[tuple[str, int]]:
 def rows_text(rows: Mapping[str, str]) -> str:
     """Flags, or words, each with what it means, in two columns; one above the other where the terminal is narrow."""
     column = max(map(len, rows)) + 4
-    if column > _width() // 2:
+    if column > _widest_indent():
         return "\n".join(f"{wrapped(label, 2, 6)}\n{wrapped(plain(text), 6, 6)}" for label, text in rows.items())
     return "\n".join(wrapped(f"  {label}".ljust(column) + plain(text), hang=column) for label, text in rows.items())
 
@@ -84,7 +84,7 @@ def rows_text(rows: Mapping[str, str]) -> str:
 def wrapped(text: str, indent: int = 0, hang: int = 0) -> str:
     """`text` in lines that fit. A hanging indent that would leave too little beside it is made small."""
     width = _width()
-    hang = hang if hang <= width // 2 else indent + 6
+    hang = hang if hang <= _widest_indent() else indent + 6
     return textwrap.fill(
         text,
         width=width,
@@ -93,6 +93,10 @@ def wrapped(text: str, indent: int = 0, hang: int = 0) -> str:
         break_long_words=False,
         break_on_hyphens=False,
     )
+
+
+def _widest_indent() -> int:
+    return _width() * 3 // 5
 
 
 def _width() -> int:

@@ -141,7 +141,9 @@ def test_help_has_a_row_for_each_flag() -> None:
 
 def test_the_verb_comes_first() -> None:
     assert verb_of("dataset", ["scan", "x"], ("scan", "show")) == "scan"
-    with pytest.raises(ConfigError, match=r"^simpletuner dataset: nothing to do: expected scan or show\.$"):
+    with pytest.raises(ConfigError, match=r"^simpletuner dataset: nothing to do: expected scan or show\. See `simpl"):
         verb_of("dataset", [], ("scan", "show"))
-    with pytest.raises(ConfigError, match=r"^simpletuner run x: nothing to do: expected one of them\.$"):
+    with pytest.raises(ConfigError, match=r"^simpletuner run x: no such command: expected one of them\.$"):
         verb_of("run", ["x"], ("start", "work"), "one of them")
+    with pytest.raises(ConfigError, match=r"run strat: no such command.* Did you mean simpletuner run start\?$"):
+        verb_of("run", ["strat"], ("start", "work"))

@@ -97,7 +97,10 @@ def test_show_draws_the_crops(project: Path, capsys: pytest.CaptureFixture[str])
     ("arguments", "message"),
     [
         ([], "nothing to do: expected scan, show, cache, captions, duplicates or delete"),
-        (["scna"], "dataset scna: nothing to do"),
+        (
+            ["scna"],
+            "dataset scna: no such command: expected scan, show, cache, captions, duplicates or delete. Did you mean simpletuner dataset scan",
+        ),
         (["show", "--count", "none"], "--count = 'none'"),
         (["show", "--count=0"], "--count = '0'"),
         (["show", "--out"], "--out: nothing follows it"),

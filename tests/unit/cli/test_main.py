@@ -43,6 +43,7 @@ def test_the_version(answer: Callable[..., tuple[int, str, str]]) -> None:
     ("word", "message"),
     [
         ("trian", "simpletuner trian: no such command. Did you mean simpletuner train?\n"),
+        ("--verison", "simpletuner --verison: no such command. Did you mean simpletuner --version?\n"),
         ("zebra", "simpletuner zebra: no such command. `simpletuner --help` lists the commands.\n"),
     ],
 )

@@ -273,7 +273,7 @@ def test_following_tells_what_comes(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         ([], "nothing to do: expected one of start, stop, save, validate, show, list, note, delete, queue"),
-        (["strat"], "run strat: nothing to do"),
+        (["strat"], "run strat: no such command.* Did you mean simpletuner run start"),
         (["show", "output/nothing"], "output/nothing: no run is there. `simpletuner run start` starts one"),
         (["show", "file"], "file: no run is there"),
         (["show"], "no run is named: expected its directory after `simpletuner run show`"),
@@ -282,7 +282,7 @@ def test_following_tells_what_comes(capsys: pytest.CaptureFixture[str]) -> None:
         (["list", "--wait"], "run list: --wait is not understood"),
         (["start", "stray"], "'stray': expected a flag that begins with --"),
         (["start", "--devices"], "--devices: nothing follows it"),
-        (["queue", "ad"], "run queue ad: nothing to do"),
+        (["queue", "ad"], "run queue ad: no such command.* Did you mean simpletuner run queue add"),
         (["queue", "remove"], "no entry is named"),
         (["queue", "remove", "7"], "queue entry 7: there is none"),
         (["queue", "list", "--devices=0"], "--devices=0 is not understood"),
