@@ -94,7 +94,7 @@ export class Header {
     const left = secondsLeft(this.store);
     const tiles = {
       "Time left": left === null ? null : duration(left),
-      Loss: steps.length ? short(steps.last("loss")) : null,
+      "Loss of the last step": steps.length ? short(steps.last("loss")) : null,
       "Held-out loss": heldOut.length ? short(heldOut.last("loss")) : null,
       "Seconds a step": steps.length ? short(steps.recentMedian("seconds", 50)) : null,
       "Peak memory": steps.length ? `${short(steps.last("memory_gib"))} GiB` : null,
