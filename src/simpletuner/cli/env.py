@@ -7,7 +7,6 @@ from importlib.metadata import PackageNotFoundError, version
 
 from simpletuner import __version__
 from simpletuner.base.console import say
-from simpletuner.base.errors import ConfigError
 from simpletuner.base.machine import host_memory
 from simpletuner.base.sizes import format_size
 from simpletuner.cli.arguments import Flag, parse_command

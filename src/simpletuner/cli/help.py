@@ -91,8 +91,7 @@ def train_help(usage: str, word: str) -> str:
         fitted(usage),
         "Which configuration is read\n"
         + rows_text({f"--{name} {'PATH' if name == 'config' else 'NAME'}": text for name, text in SELECTORS.items()}),
-        "Options that most configurations set",
-        option_entries(ESSENTIALS, is_short=True),
+        "Options that most configurations set\n" + option_entries(ESSENTIALS, is_short=True),
         fitted(f"All {len(OPTION_NAMES)} options"),
     ]
     parts += [f"{fitted(_title(group))}\n{wrapped(', '.join(group.model_fields), 2, 2)}" for group in SLICES]

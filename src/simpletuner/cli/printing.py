@@ -13,7 +13,7 @@ _USAGE = re.compile(r"(?:usage:)? *(?=simpletuner )")
 _ROW = re.compile(r" *(?:\S+|--\S+ [A-Z]+) {2,}(?=\S)")
 _LINK = re.compile(r"\[([^]]+)\]\(([^)]+)\)")
 _CODE = re.compile(r"`([^`]+)`")
-_NAME = re.compile(r"-\S+|\S*[_./]\S*")
+_BARE = re.compile(r"-\S+|\S*[_./]\S*|\".*\"")
 
 
 def table(rows: Sequence[tuple[str, ...]], indent: str = "") -> str:
@@ -41,7 +41,7 @@ def plain(text: str) -> str:
         return target if words in target else f"{words} ({target})"
 
     def code(match: re.Match[str]) -> str:
-        return match[1] if _NAME.fullmatch(match[1]) else f"'{match[1]}'"
+        return match[1] if _BARE.fullmatch(match[1]) else f"'{match[1]}'"
 
     return _CODE.sub(code, _LINK.sub(link, text))
 

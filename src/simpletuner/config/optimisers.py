@@ -20,8 +20,9 @@ ADAM = ("optimizer_beta1", "optimizer_beta2", "adam_weight_decay", "adam_epsilon
 
 """Options that not every optimiser reads."""
 
-DIVERGES_FROM = {"lion": 3e-3, "adam": 1e-2, "came": 1e-2, "muon": 1e-2}
-"""Learning rates from which training a LoRA usually diverges, by a word of the optimizer's name (docs/log.md)."""
+DIVERGES_FROM = {"schedulefree": 3e-2, "lion": 3e-3, "adam": 1e-2, "came": 1e-2, "muon": 1e-2}
+"""Learning rates from which training a LoRA usually diverges, by the first of these words that the optimizer's name
+holds (docs/log.md)."""
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,8 @@ def test_prodigy_has_one_rate_and_wants_it_near_one(place: Any) -> None:
         ("adamw", 3e-3, None),
         ("adamw", 1e-2, "with adamw usually diverges from 0.01 on. Begin with --learning_rate=0.0001."),
         ("adamw_bf16", 0.5, "usually diverges from 0.01 on"),
+        ("adamw_schedulefree", 1e-2, None),
+        ("adamw_schedulefree", 3e-2, "usually diverges from 0.03 on"),
         ("torch:nadam", 0.02, "usually diverges from 0.01 on"),
         ("lion", 1e-3, None),
         ("lion", 3e-3, "usually diverges from 0.003 on. Begin with --learning_rate=3e-05."),
