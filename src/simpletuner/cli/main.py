@@ -33,7 +33,7 @@ what may be typed after each of its verbs, for help and completion."""
 HELP = ("help", "--help", "-h")
 """Words that ask for help, on all or on the command after them."""
 
-VERSION = ("--version", "-V")
+VERSION_FLAGS = ("--version", "-V")
 
 ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """Where torch's CUDA allocator looks for its settings: the first that is set counts (torch 2.11 to 2.13)."""
@@ -121,7 +121,7 @@ def _run(arguments: list[str]) -> int:
     if word in ("", *HELP):
         say(usage())
         return 0 if word else ConfigError.exit_code
-    if word in VERSION:
+    if word in VERSION_FLAGS:
         say(f"simpletuner {__version__}")
         return 0
     if word in COMMANDS:
@@ -148,6 +148,6 @@ def _no_such_word(word: str) -> ConfigError:
     # Its import is paid only by this mistake.
     from difflib import get_close_matches
 
-    near = get_close_matches(word, (*COMMANDS, HELP[1], VERSION[0]), n=1)
+    near = get_close_matches(word, (*COMMANDS, HELP[1], VERSION_FLAGS[0]), n=1)
     hint = f"Did you mean simpletuner {near[0]}?" if near else "`simpletuner --help` lists the commands."
     return ConfigError.of(f"simpletuner {word}: no such command", remedy=hint)

@@ -20,7 +20,7 @@ ADAM = ("optimizer_beta1", "optimizer_beta2", "adam_weight_decay", "adam_epsilon
 
 """Options that not every optimiser reads."""
 
-DIVERGES_FROM = {"schedulefree": 3e-2, "lion": 3e-3, "adam": 1e-2, "came": 1e-2, "muon": 1e-2}
+DIVERGES_FROM = {"schedulefree": 3e-2, "lion": 3e-3, "adam": 1e-2, "came": 1e-2, "muon": 3e-2}
 """Learning rates from which training a LoRA usually diverges, by the first of these words that the optimizer's name
 holds (docs/log.md)."""
 

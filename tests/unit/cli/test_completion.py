@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from simpletuner.base.errors import ConfigError
-from simpletuner.cli import completion, main
+from simpletuner.cli import completion, main, queueing
 from simpletuner.config.run import OPTION_NAMES
 
 Ask = Callable[..., list[str]]
@@ -24,7 +24,7 @@ CASES: dict[str, tuple[str, set[str]]] = {
     "commands": ("", {*main.COMMANDS, "help"}),
     "a command": ("tr", {"train"}),
     "verbs": ("run st", {"start", "stop"}),
-    "verbs of a verb": ("run queue ", {"list", "add", "remove", "resume"}),
+    "verbs of a verb": ("run queue ", {*queueing.FORMS}),
     "shells": ("completion ", {"bash", "zsh", "fish"}),
     "help on commands": ("help che", {"checkpoint"}),
     "own flags": ("plan --v", {"--vram"} | {f"--{name}" for name in OPTION_NAMES if name.startswith("v")}),

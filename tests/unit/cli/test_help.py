@@ -119,7 +119,8 @@ def test_links_and_code_are_words() -> None:
     assert plain("see [full training](full.md)") == "see full training (docs/full.md)"
     assert plain("[plan.md](plan.md) says") == "docs/plan.md says"
     assert plain("[here](#there), [a](https://b.c/d)") == "here, a (https://b.c/d)"
-    assert plain("`lora_rank`, `no` and `--env`, `a b`, `.txt`, ``") == "lora_rank, 'no' and --env, 'a b', .txt, \"\""
+    assert plain("`lora_rank`, `no` and `--env`, `a b`, `.txt`") == "lora_rank, 'no' and --env, 'a b', .txt"
+    assert plain('`""` starts over') == '"" starts over'
 
 
 def test_rows_stand_above_each_other_where_it_is_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
