@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from simpletuner.base.commandline import command_text
 from simpletuner.base.errors import ConfigError
 from simpletuner.cli.arguments import flag_rows
 from simpletuner.cli.printing import fitted, items_of, plain, rows_text, wrapped
@@ -99,7 +100,7 @@ def train_help(usage: str, word: str) -> str:
         rows_text(
             {
                 "simpletuner train --help WORD": "explains the options about WORD, such as lora_rank or validation",
-                f"simpletuner train --help {ALL}": "explains all; docs/options.md has them too",
+                command_text("simpletuner", "train", "--help", ALL): "explains all; docs/options.md has them too",
             }
         )
     )
@@ -128,11 +129,10 @@ def _entry(group: type[Slice], name: str, *, is_short: bool) -> str:
 
 def _found(word: str) -> Iterator[str]:
     wanted = word.lower().removeprefix("--").replace("-", "_")
+    if wanted in OPTION_NAMES:
+        yield option_entries([wanted])
+        return
     is_any = False
-    for group in SLICES:
-        if wanted in group.model_fields:
-            yield option_entries([wanted])
-            return
     for group in SLICES:
         is_group = wanted in (ALL, _title(group).lower().replace(" ", "_"))
         texts = _texts(group)
@@ -143,7 +143,8 @@ def _found(word: str) -> Iterator[str]:
     if not is_any:
         near = nearest(wanted, OPTION_NAMES)
         remedy = f"Did you mean --help {near}?" if near else "`simpletuner train --help` names all."
-        raise ConfigError.of(f"simpletuner train --help {word}: no option is about that", remedy=remedy)
+        typed = command_text("simpletuner", "train", "--help", word)
+        raise ConfigError.of(f"{typed}: no option is about that", remedy=remedy)
 
 
 @functools.cache
