@@ -125,6 +125,17 @@ def test_a_later_attempt_replaces_the_steps_of_the_one_before(page: Page, server
         assert list(found) == list(range(1, 71))
         assert found[40] == 0.5
         assert found[41] == found[60] == found[70] == 0.25
+    # A start that is refused is none, and says why.
+    with run.lock(), EventLog(run.events) as log:
+        log.emit(PhaseEvent(phase="scan", state="begin"))
+        attempt = page.locator("dt", has_text="Attempt").locator("xpath=following-sibling::dd")
+        expect(attempt).to_have_text("3")
+        log.emit(ErrorEvent(exit_code=3, text="no image has a caption"))
+        log.emit(EndEvent(reason="error", exit_code=3, step=0, seconds=1))
+    expect(page.get_by_text("no image has a caption").first).to_be_visible()
+    expect(attempt).to_have_text("2")
+    page.reload()
+    expect(attempt).to_have_text("2")
 
 
 def test_a_run_that_is_killed_is_told(page: Page, server: "Server", workspace: Path) -> None:
