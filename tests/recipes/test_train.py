@@ -101,7 +101,7 @@ def test_a_run_is_a_directory_that_anyone_can_read(workplace: Workplace, capsys:
     events = [json.loads(line) for line in (root / "events.jsonl").read_text().splitlines()]
     assert [event["id"] for event in events] == list(range(1, len(events) + 1))
     for event in events:
-        own = {key: value for key, value in event.items() if key not in ("v", "id", "time", "attempt")}
+        own = {key: value for key, value in event.items() if key not in ("v", "id", "time", "attempt", "start")}
         EVENTS[event["type"]].model_validate(own)
     assert events[-1]["type"] == "end"
     assert events[-1]["lora"] == "pytorch_lora_weights.safetensors"
