@@ -8,7 +8,7 @@ Each line also carries `v` (schema version), `id` (counts up without gaps, over 
 import datetime
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
 
@@ -259,7 +259,7 @@ class EventLog:
                 cut_torn_line(path)
                 with path.open("rb") as file:
                     last = next(events_backward(file), None)
-                    is_refused = was_refused(events_backward(file))
+                    is_refused = was_refused(file)
             except OSError:
                 self._file.close()
                 raise
@@ -313,13 +313,18 @@ def start_of(event: dict[str, Any]) -> int:
     return start if type(start) is int else int(event["attempt"])
 
 
-def was_refused(backward: Iterable[dict[str, Any]]) -> bool:
-    """Whether the last start ended with an error before it trained, which makes it no attempt. `backward` are the
-    events, the last one first. False for a start that an older release counted.
+def was_refused(file: BinaryIO) -> bool:
+    """Whether the last start in a file of events ended with an error before it trained, which makes it no attempt.
+    False for a start that an older release counted.
     """
     start: int | None = None
     has_ended = False
-    for event in backward:
+    for _, line in lines_backward(file):
+        if has_ended and b'"type": "progress"' in line:  # there may be thousands
+            continue
+        event = parse_event(line)
+        if event is None:
+            continue
         kind = event["type"]
         if "start" not in event or start_of(event) != (start := start or start_of(event)):
             break

@@ -93,7 +93,7 @@ def status_of(run: RunDirectory) -> RunStatus:
             if tail.step is None:
                 tail.step = next(_backwards(file, "step", tail.looked_to), None)
             tail.held_out = _held_out(file)
-            tail.is_refused = was_refused(event for _, event in _events_backward(file))
+            tail.is_refused = was_refused(file)
     if tail.last is not None and tail.end is None and not is_held:
         # It may have been taken up meanwhile, which is not what broke off.
         is_held = run.lock().is_held()
