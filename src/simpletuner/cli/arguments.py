@@ -78,7 +78,7 @@ def parse_command(
     """
     flags = declared_flags(form, verb)
     positionals = [
-        (name, declared) for name, declared in _declared(form, verb).items() if not isinstance(declared, Flag)
+        (name, declared) for name, declared in declared_fields(form, verb).items() if not isinstance(declared, Flag)
     ]
     is_open = "rest" in {each.name for each in fields(form)}
     values: dict[str, Any] = {}
@@ -156,7 +156,7 @@ def flag_rows(forms: Sequence[type["DataclassInstance"]], verb: str = "") -> dic
     return {f"--{name} {flag.metavar}".rstrip(): flag.help for name, flag in flags.items() if flag.help}
 
 
-def _declared(form: type["DataclassInstance"], verb: str = "") -> dict[str, Positional]:
+def declared_fields(form: type["DataclassInstance"], verb: str = "") -> dict[str, Positional]:
     """The declarations of the fields that `verb` takes; without a verb, of all."""
     declared = {each.name: each.metadata[_DECLARATION] for each in fields(form) if _DECLARATION in each.metadata}
     return {name: each for name, each in declared.items() if not (verb and each.verbs) or verb in each.verbs}
@@ -164,7 +164,7 @@ def _declared(form: type["DataclassInstance"], verb: str = "") -> dict[str, Posi
 
 def declared_flags(form: type["DataclassInstance"], verb: str = "") -> dict[str, Flag]:
     """The flags that `verb` takes, by their names; without a verb, all."""
-    declared = _declared(form, verb)
+    declared = declared_fields(form, verb)
     return {name.replace("_", "-"): each for name, each in declared.items() if isinstance(each, Flag)}
 
 

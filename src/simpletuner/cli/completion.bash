@@ -7,7 +7,7 @@ _simpletuner_offer() {
 
 _simpletuner() {
     local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]}
-    local place='' verbs='' flags='' takes='' kind='' values='' index name
+    local place='' verbs='' flags='' takes='' named='' kind='' values='' index name
     COMPREPLY=()
     for ((index = 1; index < COMP_CWORD; index++)); do
         case "$place/${COMP_WORDS[index]}" in
@@ -26,9 +26,7 @@ _simpletuner() {
     case "$place" in
 @OF_PLACE@
     esac
-    if [[ -z $kind && $takes == *run* && $cur != -* ]]; then
-        kind='run'
-    fi
+    kind=${kind:-$named}
     if [[ -n $kind && $cur != -* ]]; then
         case $kind in
         words) mapfile -t COMPREPLY < <(compgen -W "$values" -- "$cur") ;;

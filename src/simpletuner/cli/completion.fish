@@ -9,6 +9,7 @@ function __simpletuner_complete
     set -l verbs
     set -l flags
     set -l takes
+    set -l named
     set -l kind
     set -l values
     for word in $words[2..]
@@ -28,8 +29,8 @@ function __simpletuner_complete
     switch "$place"
 @OF_PLACE@
     end
-    if test -z "$kind"; and contains run $takes; and not string match -q -- '-*' $cur
-        set kind run
+    if test -z "$kind"
+        set kind $named
     end
     if test -n "$kind"; and not string match -q -- '-*' $cur
         switch $kind

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simpletuner.base.console import say
-from simpletuner.cli.arguments import Flag, declared_flags, parse_command, verb_of
+from simpletuner.cli.arguments import Flag, declared_fields, declared_flags, parse_command, verb_of
 from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.main import COMMANDS, HELP
-from simpletuner.cli.named_run import NamedRun
 from simpletuner.cli.sample import SampleConfig
 from simpletuner.config.flags import SELECTORS
 from simpletuner.config.load import EXAMPLES_FOLDER
@@ -63,7 +62,8 @@ class Grammar:
     """Those of the place itself."""
     takes_options: set[str] = field(default_factory=set)
     """Places where the options of `train` may be typed too."""
-    takes_run: set[str] = field(default_factory=set)
+    takes_names: dict[str, str] = field(default_factory=dict)
+    """Places where a word without a flag is the name of a run or a folder, and which of these."""
     values: dict[str, FlagValue] = field(default_factory=dict)
     """Of each flag that takes one."""
 
@@ -86,8 +86,9 @@ class Grammar:
         self.values |= {f"--{name}": _of_flag(flag) for name, flag in declared.items() if flag.metavar}
         if selectors:
             self.takes_options.add(place)
-        if issubclass(form, NamedRun):
-            self.takes_run.add(place)
+        names = [name for name, declaration in declared_fields(form, verb).items() if not isinstance(declaration, Flag)]
+        if names[:1] in (["run"], ["folder"]):
+            self.takes_names[place] = names[0]
 
     def add_options(self, options: Mapping[str, OptionType]) -> None:
         """The values of options of a configuration."""
@@ -148,11 +149,8 @@ def script(shell: str) -> str:
             {
                 "verbs": found.verbs[place],
                 "flags": found.flags[place],
-                "takes": [
-                    name
-                    for name, where in (("options", found.takes_options), ("run", found.takes_run))
-                    if place in where
-                ],
+                "takes": ["options"] if place in found.takes_options else [],
+                "named": [found.takes_names[place]] if place in found.takes_names else [],
             },
         )
         for place in found.verbs

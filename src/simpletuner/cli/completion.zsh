@@ -3,7 +3,7 @@
 
 _simpletuner() {
     local cur=$words[CURRENT] prev=$words[CURRENT-1]
-    local place='' verbs='' flags='' takes='' kind='' values='' word
+    local place='' verbs='' flags='' takes='' named='' kind='' values='' word
     for word in ${words[2,CURRENT-1]}; do
         case "$place/$word" in
         @PLACES@) place+=/$word ;;
@@ -19,9 +19,7 @@ _simpletuner() {
     case "$place" in
 @OF_PLACE@
     esac
-    if [[ -z $kind && $takes == *run* && $cur != -* ]]; then
-        kind='run'
-    fi
+    kind=${kind:-$named}
     if [[ -n $kind && $cur != -* ]]; then
         case $kind in
         words) compadd -- ${=values} ;;

@@ -37,6 +37,7 @@ CASES: dict[str, tuple[str, set[str]]] = {
     "a flag behind a switch": ("train --use_ema --lora_r", {"--lora_rank"}),
     "examples": ("train --example ", {"tiny-lora"}),
     "runs": ("run show o", {"output/one", "output/deep/two"}),
+    "runs to delete": ("run delete output/d", {"output/deep/two"}),
     "runs to draw with": ("sample --run output/o", {"output/one"}),
     "environments": ("train --env c", {"cats"}),
 }
