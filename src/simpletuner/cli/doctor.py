@@ -16,11 +16,11 @@ from simpletuner.base.errors import AccessError, ConfigError, DataError, DiskErr
 from simpletuner.base.machine import Gpu, disk_room, gpus
 from simpletuner.base.sizes import GIB, format_size
 from simpletuner.base.storage import storage_of
-from simpletuner.cli.arguments import Flag, flag_help, parse_command, wants_help
+from simpletuner.cli.arguments import Flag, parse_command
 from simpletuner.cli.env import installed_version
+from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.loading import examine_here
 from simpletuner.cli.printing import json_text, table
-from simpletuner.config.flags import help_text
 from simpletuner.config.flavours import FLAVOURS
 from simpletuner.config.load import NO_CONFIGURATION, Examined
 from simpletuner.config.recipes import card_of, recipe
@@ -30,7 +30,7 @@ from simpletuner.config.values import join_names
 from simpletuner.data.discover import discover
 from simpletuner.flux2.places import Hub, hub_cache, missing_download
 
-_USAGE = """simpletuner doctor [--online] [--json] [options of `simpletuner train`]
+_USAGE = """usage: simpletuner doctor [--online] [--json] [options of `simpletuner train`]
 
   What the configuration found here needs and this machine has; without one, what a LoRA of FLUX.2-dev needs. Nothing
   is loaded or downloaded. The exit code is 0 where training could start, else that of the stage that would fail.
@@ -68,14 +68,17 @@ class MachineCheck:
     """Of the stage that fails while this is missing."""
 
 
+FORMS = {"": DoctorCommand}
+
+
 def run(arguments: list[str]) -> int:
     """Print a line for each thing that training needs. 0 where it could start, else the code of what would fail first.
 
     Raises:
         ConfigError: a flag of this command is wrong.
     """
-    if wants_help(arguments):
-        say(help_text(f"{_USAGE}\n{flag_help(DoctorCommand)}"))
+    if help_asked(arguments) is not None:
+        say(command_help(_USAGE, FORMS, arguments))
         return 0
     command = parse_command(DoctorCommand, arguments)
     checks = tuple(_checks(command))

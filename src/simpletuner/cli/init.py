@@ -18,9 +18,9 @@ from simpletuner.base.machine import gpus, host_memory
 from simpletuner.base.sizes import GIB
 from simpletuner.base.storage import storage_of
 from simpletuner.base.text import does_as_file_name, is_visible
-from simpletuner.cli.arguments import Flag, flag_help, parse_command, wants_help
+from simpletuner.cli.arguments import Flag, parse_command
+from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.printing import table
-from simpletuner.config.flags import help_text
 from simpletuner.config.load import CONFIG_NAMES, Examined, examine
 from simpletuner.config.recipes import CARDS, RECIPES, Card, RecipeName, card_of
 from simpletuner.config.starter import FoundImages, Starter
@@ -28,8 +28,8 @@ from simpletuner.config.values import join_names
 from simpletuner.data.discover import discover
 from simpletuner.data.manifest import Manifest, scan
 
-_USAGE = """simpletuner init [--images FOLDER] [--card SIZE] [--recipe subject|style] [--trigger WORD] [--env NAME]
-                 [--yes]
+_USAGE = """usage: simpletuner init [--images FOLDER] [--card SIZE] [--recipe subject|style] [--trigger WORD]
+                        [--env NAME] [--yes]
 
   Asks where the images are, which card trains them, and whether they show a subject or a style; looks at the images,
   says what training them takes, and writes config.json, multidatabackend.json and user_prompt_library.json into
@@ -122,6 +122,9 @@ class InitCommand:
             yield Problem(f"--env = {self.env!r}", "a name that can be a folder's")
 
 
+FORMS = {"": InitCommand}
+
+
 def run(arguments: list[str]) -> int:
     """Ask, look, say what it takes, and write the files.
 
@@ -130,8 +133,8 @@ def run(arguments: list[str]) -> int:
         DataError: nothing in the folder can be trained.
         DiskError: no space for the files.
     """
-    if wants_help(arguments):
-        say(help_text(f"{_USAGE}\n{flag_help(InitCommand, column=20)}"))
+    if help_asked(arguments) is not None:
+        say(command_help(_USAGE, FORMS, arguments))
         return 0
     command = parse_command(InitCommand, arguments, check=InitCommand.problems)
     folder = Path("config", command.env) if command.env else Path("config")
