@@ -282,7 +282,7 @@ def test_following_tells_what_comes(capsys: pytest.CaptureFixture[str]) -> None:
         (["list", "--wait"], "run list: --wait is not understood"),
         (["start", "stray"], "'stray': expected a flag that begins with --"),
         (["start", "--devices"], "--devices: nothing follows it"),
-        (["queue", "ad"], "run queue ad: no such command.* Did you mean simpletuner run queue add"),
+        (["queue", "ade"], "run queue ade: no such command.* Did you mean simpletuner run queue add"),
         (["queue", "remove"], "no entry is named"),
         (["queue", "remove", "7"], "queue entry 7: there is none"),
         (["queue", "list", "--devices=0"], "--devices=0 is not understood"),
