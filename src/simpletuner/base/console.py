@@ -9,6 +9,7 @@ import contextlib
 import errno
 import io
 import os
+import select
 import shutil
 import sys
 from collections.abc import Iterator
@@ -196,6 +197,19 @@ def answer_to(question: str) -> str | None:
     complain(question, end="")
     line = sys.stdin.readline()
     return line.strip() if line else None
+
+
+def input_lines() -> Iterator[str]:
+    """Each line of standard input, until it ends."""
+    if sys.stdin is not None:
+        yield from sys.stdin
+
+
+def is_output_read() -> bool:
+    """Whether standard output still has somebody who reads it: false once the other end of a pipe is closed."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors and the end of a pipe are told in any case
+    return not poll.poll(0)
 
 
 def is_terminal() -> bool:

@@ -1,179 +1,318 @@
 """What `simpletuner sample` does once its request is known to be good."""
 
-import contextlib
 import io
 import itertools
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from simpletuner.base.console import complain
-from simpletuner.base.errors import MemoryBudgetError
-from simpletuner.base.files import sha256_file, write_atomic
-from simpletuner.cli.sample import SampleConfig, Wanted
-from simpletuner.flow.condition import Condition
+from simpletuner.base.errors import AccessError, CheckpointError, MemoryBudgetError
+from simpletuner.base.files import file_errors_reported, sha256_file, write_atomic
+from simpletuner.cli.progress import ReportSteps
+from simpletuner.cli.sample import FROM_RUN, SampleConfig, Wanted
+from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flux2.components import check_precisions, load_base, open_text_encoder
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.export import LoadedLora, attach_saved, read_lora
 from simpletuner.flux2.generate import generate
 from simpletuner.flux2.load import checked_skeleton
+from simpletuner.flux2.lora import Adapter, detach
 from simpletuner.flux2.source import Source, locate
+from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.device import choose_device
 from simpletuner.memory.exhausted import exhausted_memory, first_line
 from simpletuner.memory.free import release_memory
+from simpletuner.runs.layout import LORA_NAME
 from simpletuner.train.placement import open_decoder, stream_blocks
 
+CONTEXTS_KEPT = 32
+"""Encoded prompts, in host memory: one of dev has 16 MB."""
 _NAME_LENGTH = 40
 
 
-def draw_samples(config: SampleConfig, loras: Sequence[Wanted]) -> Iterator[Path]:
-    """Draw every picture of `config` and give the path of each as soon as it is written.
+@dataclass(frozen=True)
+class Drawing:
+    """A picture that was written, and what it was made from."""
 
-    One after the other, the text encoder and then the transformer are in memory. Progress goes to standard error.
+    path: Path
+    parameters: Mapping[str, Any]
+    """As the picture has them inside: no path of this machine."""
 
-    Raises:
-        ConfigError: this machine cannot run a precision.
-        AccessError: the model cannot be reached.
-        CheckpointError: a LoRA cannot be read or is of another model.
-        MemoryBudgetError: something does not fit.
-        DiskError: no space for a picture.
+    @property
+    def described(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {"path": str(self.path), **self.parameters}
+
+
+class Sampler:
+    """Draws for one request after another. What a request needs is loaded once and kept for the next ones; one that
+    asks for another model, or holds it in another way, lets it go first.
+
+    The pictures are those of a new process, bit for bit.
     """
-    device = choose_device()
-    check_precisions(config, device)
-    source = locate(config, report=_say)
-    saved = [read_lora(lora.path) for lora in loras]
-    _check_fit(source, saved)
-    try:
-        yield from _Drawing(config, source, device).pictures(loras, saved)
-    except (MemoryError, RuntimeError) as error:
-        if exhausted_memory(error) is None:
-            raise
-        raise MemoryBudgetError.of(
-            first_line(error), remedy="Take a smaller --width and --height, or a machine with more memory."
-        ) from error
+
+    def __init__(self) -> None:
+        self._device = choose_device()
+        self._base: _Base | None = None
+
+    def draw(self, config: SampleConfig, loras: Sequence[Wanted], report: ReportSteps) -> Iterator[Drawing]:
+        """Draw every picture of `config` and yield each as soon as it is written.
+
+        One after the other, the text encoder and then the transformer are loaded; the first is freed before.
+
+        Raises:
+            ConfigError: this machine cannot run a precision.
+            AccessError: the model cannot be reached.
+            CheckpointError: a LoRA cannot be read or is of another model.
+            MemoryBudgetError: something does not fit.
+            DiskError: no space for a picture.
+        """
+        if self._base is not None and not self._base.suits(config):
+            self.release()
+        if self._base is None:
+            self._base = _Base(config, self._device)
+        try:
+            yield from self._base.pictures(config, loras, report)
+        except (MemoryError, RuntimeError) as error:
+            if exhausted_memory(error) is None:
+                raise
+            self._base = None
+            raise MemoryBudgetError.of(
+                first_line(error), remedy="Take a smaller --width and --height, or a machine with more memory."
+            ) from error
+
+    def release(self) -> None:
+        """Free the model."""
+        self._base = None
+        release_memory(self._device)
 
 
-def _say(text: str) -> None:
-    complain(text)
+class _Base:
+    """A base model: its contexts, its transformer with LoRAs on it and its decoder, each from when it is needed."""
 
-
-def _check_fit(source: Source, saved: Sequence[LoadedLora]) -> None:
-    """Find a LoRA of another model out before gigabytes are read: on a transformer without weights."""
-    skeleton = checked_skeleton(source)
-    for lora in saved:
-        attach_saved(skeleton, lora)
-        trained_on = lora.metadata.get("base_model")
-        if trained_on not in (None, source.name):
-            _say(f"{lora.path.name} was trained on {trained_on}; drawing with {source.name}.")
-
-
-class _Drawing:
-    """One request, phase by phase."""
-
-    def __init__(self, config: SampleConfig, source: Source, device: torch.device) -> None:
-        self.config = config
-        self.source = source
+    def __init__(self, config: SampleConfig, device: torch.device) -> None:
+        check_precisions(config, device)
         self.device = device
-        self.steps = config.steps or source.flavour.steps
-        self.guidance = source.flavour.guidance if config.guidance is None else config.guidance
+        self.options = _model_options(config)
+        self.source: Source = locate(config, report=complain)
+        self.files = _stamps(self.source)
+        self.contexts: dict[str, TextContext] = {}
+        self.transformer: Flux2Transformer | None = None
+        self.decode = open_decoder(config, config, self.source, device)
+        self.loras = _AttachedLoras()
 
-    def pictures(self, loras: Sequence[Wanted], saved: Sequence[LoadedLora]) -> Iterator[Path]:
-        conditions = self.conditions()
-        negative = conditions.pop() if self.config.guidance_real != 1.0 else None
-        transformer = load_base(self.config, self.config, self.source, self.device, report=_say)
-        for lora, content in zip(loras, saved, strict=True):
-            attach_saved(transformer, content, strength=lora.strength)
-        stream_blocks(transformer, self.config, self.device)
-        decode = open_decoder(self.config, self.config, self.source, self.device)
-        acting = [
-            {"name": lora.path.name, "sha256": sha256_file(content.path), "strength": lora.strength}
-            for lora, content in zip(loras, saved, strict=True)
-        ]
-        total = len(conditions) * self.config.num * self.steps
-        with _lines(total) if self.config.progress else _bar(total) as report:
-            for prompt, condition in zip(self.config.prompt, conditions, strict=True):
-                for seed in range(self.config.seed, self.config.seed + self.config.num):
-                    (image,) = generate(
-                        Denoiser(transformer.eval()),
-                        decode(),
-                        condition,
-                        width=self.config.width,
-                        height=self.config.height,
-                        steps=self.steps,
-                        seed=seed,
-                        real_guidance=self.config.guidance_real,
-                        negative=negative,
-                        report=report,
-                    )
-                    yield self.keep(image, prompt, seed, acting)
+    def suits(self, config: SampleConfig) -> bool:
+        """Whether `config` asks for this model, its files are the same and it is held in the same way."""
+        return self.options == _model_options(config) and self.files == _stamps(self.source)
 
-    def conditions(self) -> list[Condition]:
-        """The condition of each prompt, then, where there is real guidance, of the negative one. Each is encoded by
-        itself, so it does not depend on what else is asked for."""
-        folder = Path(tempfile.gettempdir())
-        encoder = open_text_encoder(
-            self.config, self.config, self.config, self.source, self.device, folder=folder, say=_say
-        )
-        prompts = [*self.config.prompt, *([self.config.negative] if self.config.guidance_real != 1.0 else [])]
-        encoded = encoder.encode_batches([[prompt] for prompt in prompts])
-        conditions = [Condition.at(context.to(self.device), self.guidance) for batch in encoded for context in batch]
+    def pictures(self, config: SampleConfig, loras: Sequence[Wanted], report: ReportSteps) -> Iterator[Drawing]:
+        is_steered = config.guidance_real != 1.0
+        steps = config.steps or self.source.flavour.steps
+        guidance = self.source.flavour.guidance if config.guidance is None else config.guidance
+        self.loras.check(loras, self.source)
+        contexts = self.encoded(config, [*config.prompt, *([config.negative] if is_steered else [])])
+        conditions = {prompt: Condition.at(context.to(self.device), guidance) for prompt, context in contexts.items()}
+        transformer = self.loaded(config)
+        self.loras.attach(transformer)
+        factors = config.strength or (1.0,)
+        seeds = range(config.seed, config.seed + config.num)
+        total = len(config.prompt) * len(seeds) * len(factors) * steps
+        done = itertools.count(1)
+        report(0, total)
+        for prompt, seed, factor in itertools.product(config.prompt, seeds, factors):
+            acting = self.loras.act([lora.strength * factor for lora in loras])
+            (image,) = generate(
+                Denoiser(transformer.eval()),
+                self.decode(),
+                conditions[prompt],
+                width=config.width,
+                height=config.height,
+                steps=steps,
+                seed=seed,
+                real_guidance=config.guidance_real,
+                negative=conditions[config.negative] if is_steered else None,
+                report=lambda *_: report(next(done), total),
+            )
+            parameters = {
+                "prompt": prompt,
+                "width": image.width,
+                "height": image.height,
+                "seed": seed,
+                "steps": steps,
+                "guidance": guidance,
+                "guidance_real": config.guidance_real,
+                "negative_prompt": config.negative,
+                "model": self.source.name,
+                "loras": acting,
+            }
+            yield Drawing(_written(image, parameters, Path(config.out)), parameters)
+
+    def encoded(self, config: SampleConfig, prompts: Sequence[str]) -> dict[str, TextContext]:
+        """The context of each prompt. Each is encoded by itself, so it does not depend on what else is asked for."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.contexts]
+        if new:
+            made = self._encode(config, new)
+            if made is None:  # beside the transformer
+                self._drop_transformer()
+                made = self._encode(config, new)
+            assert made is not None
+            self.contexts |= dict(zip(new, made, strict=True))
+        wanted = {prompt: self.contexts.pop(prompt) for prompt in dict.fromkeys(prompts)}
+        self.contexts |= wanted
+        for forgotten in list(self.contexts)[: -max(CONTEXTS_KEPT, len(wanted))]:
+            del self.contexts[forgotten]
+        return wanted
+
+    def _encode(self, config: SampleConfig, prompts: Sequence[str]) -> list[TextContext] | None:
+        """The contexts of `prompts`; None where there is not enough memory beside the transformer."""
+        try:
+            folder = Path(tempfile.gettempdir())
+            encoder = open_text_encoder(config, config, config, self.source, self.device, folder=folder, say=complain)
+            encoded = encoder.encode_batches([[prompt] for prompt in prompts])
+            contexts = [context.to(torch.device("cpu")) for batch in encoded for context in batch]
+        except (MemoryError, RuntimeError) as error:
+            if self.transformer is None or exhausted_memory(error) is None:
+                raise
+            return None
         for prompt in encoder.truncated:
-            _say(f"Longer than {self.source.text_length} tokens, and shortened: {prompt[:60]}…")
-        del encoder
+            complain(f"Longer than {self.source.text_length} tokens, and shortened: {prompt[:60]}…")
+        del encoder, encoded
         release_memory(self.device)
-        return conditions
+        return contexts
 
-    def keep(self, image: Image.Image, prompt: str, seed: int, acting: Sequence[Mapping[str, object]]) -> Path:
-        """Write `image` as PNG with what it was made from inside: no path of this machine."""
-        parameters = {
-            "prompt": prompt,
-            "width": image.width,
-            "height": image.height,
-            "seed": seed,
-            "steps": self.steps,
-            "guidance": self.guidance,
-            "guidance_real": self.config.guidance_real,
-            "negative_prompt": self.config.negative,
-            "model": self.source.name,
-            "loras": acting,
-        }
-        info = PngInfo()
-        info.add_itxt("parameters", json.dumps(parameters, ensure_ascii=False))
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG", pnginfo=info)
-        stem = re.sub(r"\W+", "-", prompt.lower())[:_NAME_LENGTH].strip("-") or "picture"
-        path = _free(Path(self.config.out) / f"{stem}_{image.width}x{image.height}_{seed}.png")
-        write_atomic(path, buffer.getvalue(), sync=False)
-        return path
+    def loaded(self, config: SampleConfig) -> Flux2Transformer:
+        """The transformer, where the options of offloading want it."""
+        if self.transformer is None:
+            transformer = load_base(config, config, self.source, self.device, report=complain)
+            stream_blocks(transformer, config, self.device)
+            self.transformer = transformer
+        return self.transformer
+
+    def _drop_transformer(self) -> None:
+        self.transformer = None
+        self.loras.forget()
+        release_memory(self.device)
 
 
-@contextlib.contextmanager
-def _bar(total: int) -> Iterator[Callable[[int, int], None]]:
-    # Takes a moment to import: only where there is progress to show.
-    from tqdm import tqdm
+@dataclass(frozen=True)
+class _LoraFile:
+    """A LoRA's file as it was when it was read."""
 
-    with tqdm(total=total, desc="drawing", unit="step", disable=None) as bar:
+    path: Path
+    size: int
+    modified_ns: int
 
-        def report(*_: int) -> None:
-            bar.update()
+    @classmethod
+    def at(cls, path: Path) -> Self:
+        file = path / LORA_NAME if path.is_dir() else path
+        with file_errors_reported(file, CheckpointError, doing="read"):
+            found = file.stat()
+        return cls(file, found.st_size, found.st_mtime_ns)
 
-        yield report
+
+@dataclass(frozen=True)
+class _AttachedLora:
+    """A LoRA on a transformer."""
+
+    file: _LoraFile
+    sha256: str
+    adapter: Adapter
+    scales: Mapping[str, float]
+    """Of each layer, at a strength of 1."""
 
 
-@contextlib.contextmanager
-def _lines(total: int) -> Iterator[Callable[[int, int], None]]:
-    done = itertools.count(1)
+class _AttachedLoras:
+    """The LoRAs on a transformer. Those of the last request stay until other files are wanted."""
 
-    def report(*_: int) -> None:
-        _say(json.dumps({"what": "drawing", "done": next(done), "total": total}))
+    def __init__(self) -> None:
+        self._wanted: list[_LoraFile] = []
+        self._contents: list[LoadedLora] = []
+        """Of what is wanted, until it is attached."""
+        self._attached: list[_AttachedLora] = []
 
-    yield report
+    def check(self, loras: Sequence[Wanted], source: Source) -> None:
+        """Read the files of `loras`, as far as they are not attached. One of another model is found out before
+        gigabytes are read: on a transformer without weights.
+        """
+        self._wanted = [_LoraFile.at(lora.path) for lora in loras]
+        self._contents = []
+        if self._are_attached():
+            return
+        contents = [read_lora(file.path) for file in self._wanted]
+        skeleton = checked_skeleton(source)
+        for lora in contents:
+            attach_saved(skeleton, lora)
+            trained_on = lora.metadata.get("base_model")
+            if trained_on not in (None, source.name):
+                complain(f"{lora.path.name} was trained on {trained_on}; drawing with {source.name}.")
+        self._contents = contents
+
+    def attach(self, transformer: Flux2Transformer) -> None:
+        """Put what was checked on `transformer`, in place of what is on it."""
+        if self._are_attached():
+            return
+        contents = self._contents or [read_lora(file.path) for file in self._wanted]
+        self._contents = []
+        while self._attached:
+            detach(transformer, self._attached.pop().adapter)
+        for file, content in zip(self._wanted, contents, strict=True):
+            scales = {name: layer.scale for name, layer in content.layers.items()}
+            adapter = attach_saved(transformer, content)
+            self._attached.append(_AttachedLora(file, sha256_file(file.path), adapter, scales))
+
+    def _are_attached(self) -> bool:
+        return [lora.file for lora in self._attached] == self._wanted
+
+    def act(self, strengths: Sequence[float]) -> list[dict[str, object]]:
+        """Let each LoRA act at its strength, and return what acts. At 0 its layers are the bare ones."""
+        for lora, strength in zip(self._attached, strengths, strict=True):
+            for name, layer in lora.adapter.layers.items():
+                layer.scale = lora.scales[name] * strength
+                layer.is_enabled = strength != 0
+        return [
+            {"name": lora.file.path.name, "sha256": lora.sha256, "strength": strength}
+            for lora, strength in zip(self._attached, strengths, strict=True)
+        ]
+
+    def forget(self) -> None:
+        """The transformer they were on is gone."""
+        self._attached = []
+
+
+def _model_options(config: SampleConfig) -> dict[str, Any]:
+    """What must not change for a loaded model to be used again."""
+    return {name: getattr(config, name) for name in FROM_RUN if name not in ("model_type", "seed", "verify_base")}
+
+
+def _stamps(source: Source) -> list[tuple[Path, int, int]]:
+    """Path, size and time of each file of weights."""
+    stamps = []
+    for file in (*source.transformer.files, *source.vae.files, *source.text_encoder.files):
+        with file_errors_reported(file, AccessError, doing="read"):
+            found = file.stat()
+        stamps.append((file, found.st_size, found.st_mtime_ns))
+    return stamps
+
+
+def _written(image: Image.Image, parameters: Mapping[str, Any], folder: Path) -> Path:
+    """Write `image` as PNG with its parameters inside; returns its path, which was free."""
+    info = PngInfo()
+    info.add_itxt("parameters", json.dumps(parameters, ensure_ascii=False))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    stem = re.sub(r"\W+", "-", parameters["prompt"].lower())[:_NAME_LENGTH].strip("-") or "picture"
+    path = _free(folder / f"{stem}_{image.width}x{image.height}_{parameters['seed']}.png")
+    write_atomic(path, buffer.getvalue(), sync=False)
+    return path
 
 
 def _free(path: Path) -> Path:

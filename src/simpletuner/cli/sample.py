@@ -1,22 +1,28 @@
 """`simpletuner sample`: pictures of prompts, with one or several LoRAs."""
 
+import contextlib
+import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, MinLen, MultipleOf
+from pydantic import BeforeValidator
 
 from simpletuner.base.commandline import command_text
-from simpletuner.base.console import say, work_goes_on
-from simpletuner.base.errors import ConfigError, Problem
+from simpletuner.base.console import complain, say, work_goes_on
+from simpletuner.base.errors import AccessError, ConfigError, Problem
 from simpletuner.base.files import with_home
+from simpletuner.base.tensorfile import read_metadata
 from simpletuner.cli.help import help_asked, option_entries
 from simpletuner.cli.printing import fitted
 from simpletuner.config.documents import read_document
-from simpletuner.config.flags import parse
+from simpletuner.config.flags import Flags, parse
+from simpletuner.config.flavours import FLAVOURS
 from simpletuner.config.given import Checked, Given, Known, check_givens
 from simpletuner.config.options.kinds import Count, NotNegative, PathText, Says, Slice, Text
 from simpletuner.config.options.model import ModelOptions
@@ -27,12 +33,19 @@ from simpletuner.config.other_keys import LATER_OPTIONS, OTHER_OPTIONS, OtherKey
 from simpletuner.config.paths import filled, is_local_model
 from simpletuner.config.rules import encoder_findings, precision_findings
 from simpletuner.config.values import kinds, shown
-from simpletuner.runs.layout import RunDirectory
+from simpletuner.runs.layout import LORA_NAME, RunDirectory
 from simpletuner.server.reach import Reach, of_the_page
 
 _USAGE = """usage: simpletuner sample --lora FILE[:STRENGTH] --prompt TEXT [--option value ...]
        simpletuner sample --run FOLDER --prompt TEXT [--option value ...]
        simpletuner sample --pretrained_model_name_or_path FOLDER --prompt TEXT [--option value ...]"""
+
+_ANSWERS = """How the answer comes
+
+  --json  for each picture, in place of its path, a line of JSON: path, prompt, seed, width, height, steps, guidance,
+  model, and the LoRAs with their strengths
+
+  --serve  load the model once, then read requests from standard input: see docs/lora.md"""
 
 _WHICH_MODEL = """Which model
 
@@ -46,6 +59,17 @@ PictureSide = Annotated[
 ]
 
 
+def _factors(value: object) -> object:
+    """("0,0.5", "1") or [0, 0.5, 1] as a tuple of numbers; anything else is left for the type to refuse."""
+    if not isinstance(value, tuple):
+        return value
+    parts = [part for item in value for part in (item.split(",") if isinstance(item, str) else [item])]
+    try:
+        return tuple(float(part) for part in parts)
+    except (TypeError, ValueError):
+        return value
+
+
 class SampleOptions(Slice):
     """What to draw."""
 
@@ -54,7 +78,12 @@ class SampleOptions(Slice):
 
     lora: Annotated[tuple[Text, ...], Says("a file after it")] = ()
     """A LoRA file, or a folder that holds `pytorch_lora_weights.safetensors`. `FILE:0.8` gives it a strength
-    other than 1. Given several times, they add up. Without any, the base model draws."""
+    other than 1. Given several times, they add up. Without any, the base model draws. Where no option names the
+    model, a LoRA names it: by the config of the run it lies in, or by its own header."""
+
+    strength: Annotated[tuple[float, ...], BeforeValidator(_factors), Says("numbers such as 0,0.5,1")] = ()
+    """Draw each picture once at each of these strengths, as for a grid: `0,0.5,1`. They multiply the strengths of all
+    LoRAs; at 0 the base model draws."""
 
     run: PathText | None = None
     """The folder of a run: its model and its finished LoRA (unless `lora` names others), or the model that it
@@ -93,9 +122,17 @@ class SampleConfig(ModelOptions, PrecisionOptions, OffloadOptions, SampleOptions
 
 
 OPTIONS = Known(SampleConfig, OtherKeys(LATER_OPTIONS, values=OTHER_OPTIONS.values))
-REPEATED = ("prompt", "lora")
+REPEATED = ("prompt", "lora", "strength")
 FROM_RUN = (*ModelOptions.model_fields, *PrecisionOptions.model_fields, *OffloadOptions.model_fields)
 """What the model is, and how it is held: read from a config of `train` under the same names."""
+NAMES_A_MODEL = (
+    "model_flavour",
+    "pretrained_model_name_or_path",
+    "pretrained_transformer_model_name_or_path",
+)
+"""With one of these, or a run or a config, no LoRA is asked for its base model."""
+AS_JSON, SERVED = "--json", "--serve"
+"""How the answer comes: words of the command line that take no value."""
 
 
 @dataclass(frozen=True)
@@ -115,31 +152,50 @@ def run(arguments: list[str]) -> int:
     if help_asked(arguments) is not None:
         say(sample_help())
         return 0
-    config = read_request(arguments, os.environ)
-    loras = wanted_loras(config)
-    # Brings torch: only once the request is known to be good.
-    from simpletuner.cli.drawing import draw_samples
+    options = [word for word in arguments if word not in (AS_JSON, SERVED)]
+    if SERVED in arguments:
+        read_request(options, os.environ, {"prompt": ["checks the other options"]})
+        # Brings torch: only once the options are known to be good.
+        from simpletuner.cli.serving import serve
 
-    with work_goes_on():
-        for path in draw_samples(config, loras):
-            say(str(path))
+        return serve(lambda request: read_request(options, os.environ, request))
+    config = read_request(options, os.environ, report=complain)
+    loras = wanted_loras(config)
+    # As above.
+    from simpletuner.cli.drawing import Sampler
+    from simpletuner.cli.progress import progress_of
+
+    with work_goes_on(), progress_of(config) as report:
+        for drawing in Sampler().draw(config, loras, report):
+            say(json.dumps(drawing.described, ensure_ascii=False) if AS_JSON in arguments else str(drawing.path))
     return 0
 
 
 def sample_help() -> str:
     """Help for the options that `sample` has of its own."""
     own = option_entries(list(SampleOptions.documentation()), [SampleOptions])
-    return "\n\n".join((fitted(_USAGE), f"What to draw\n{own}", fitted(_WHICH_MODEL)))
+    return "\n\n".join((fitted(_USAGE), f"What to draw\n{own}", fitted(_ANSWERS), fitted(_WHICH_MODEL)))
 
 
-def read_request(arguments: Sequence[str], environ: Mapping[str, str]) -> SampleConfig:
-    """What `arguments` ask for: defaults < the run's config < `--config` < flags.
+def read_request(
+    arguments: Sequence[str],
+    environ: Mapping[str, str],
+    request: Mapping[str, Any] | None = None,
+    *,
+    report: Callable[[str], None] = lambda _: None,
+) -> SampleConfig:
+    """What is asked for: defaults < the run's config < `--config` < flags < `request`, options by their names.
+
+    `report` is called with a line that says which model a LoRA names, where nothing else does.
 
     Raises:
         ConfigError: every problem at once.
     """
     flags = parse(arguments, REPEATED)
-    given = flags.options
+    given = flags.options | {
+        name: Given(tuple(value) if isinstance(value, list) else value, "file", name)
+        for name, value in (request or {}).items()
+    }
     problems = list(flags.problems)
     problems += [
         Problem(f"--{name}: not for sample", remedy="Give --config PATH.")
@@ -148,7 +204,7 @@ def read_request(arguments: Sequence[str], environ: Mapping[str, str]) -> Sample
     ]
     files: dict[str, Given] = {}
     reach = of_the_page(environ)
-    for path, label in _config_files(given, flags.selectors, problems):
+    for path, label in _config_files(given, flags, problems, report):
         try:
             if reach is not None:
                 reach.real(str(path))
@@ -157,6 +213,8 @@ def read_request(arguments: Sequence[str], environ: Mapping[str, str]) -> Sample
                 files |= _finished_model(path.parent, files)
         except ConfigError as error:
             problems += error.problems
+    if not files and not problems:
+        files = _named_by_lora(given, report)
     if "model_flavour" in given:  # which wins over paths of lower precedence, as in `train`
         files = {name: value for name, value in files.items() if not kinds(SampleConfig)[name].is_model}
     checked = check_givens({**files, **given}, OPTIONS, Checked())
@@ -169,7 +227,7 @@ def read_request(arguments: Sequence[str], environ: Mapping[str, str]) -> Sample
 
 
 def _config_files(
-    given: Mapping[str, Given], selectors: Mapping[str, str], problems: list[Problem]
+    given: Mapping[str, Given], flags: Flags, problems: list[Problem], report: Callable[[str], None]
 ) -> list[tuple[Path, str]]:
     """The configs to read and what messages call them, the one that wins last."""
     found = []
@@ -178,9 +236,57 @@ def _config_files(
         found.append((path, str(path)))
     elif path is not None:
         problems.append(Problem(f"--run {given['run'].value}: no config.json there", "the folder of a run"))
-    if "config" in selectors:
-        found.append((Path(with_home(selectors["config"])), f"--config {selectors['config']}"))
-    return found
+    if "config" in flags.selectors:
+        named = flags.selectors["config"]
+        found.append((Path(with_home(named)), f"--config {named}"))
+    if found or not _asks_loras(given):
+        return found
+    for lora in _loras_of(given):
+        run = _run_around(lora.path)
+        if run is not None:
+            report(f"{lora.path} lies in the run {run.root}: its model and its validation settings are used.")
+            return [(run.config, str(run.config))]
+    return []
+
+
+def _asks_loras(given: Mapping[str, Given]) -> bool:
+    """Whether nothing but a LoRA says which model draws."""
+    return not any(name in given for name in ("run", *NAMES_A_MODEL))
+
+
+def _loras_of(given: Mapping[str, Given]) -> list[Wanted]:
+    texts = given["lora"].value if "lora" in given else ()
+    return [_with_strength(text) for text in texts if isinstance(text, str)] if isinstance(texts, tuple) else []
+
+
+def _run_around(lora: Path) -> RunDirectory | None:
+    """The run whose result or checkpoint `lora` is."""
+    file = lora / LORA_NAME if os.path.isdir(lora) else lora
+    for folder in file.absolute().parents[:4]:  # of RUN/checkpoints/STEP/ema/FILE the last is RUN
+        run = RunDirectory(folder)
+        if os.path.isfile(run.config) and os.path.isfile(run.events):
+            return run
+    return None
+
+
+def _named_by_lora(given: Mapping[str, Given], report: Callable[[str], None]) -> dict[str, Given]:
+    """The flavour of the base model that a LoRA's header names, where nothing else names a model. Other models are
+    named there by a folder's name alone, which does not say where that is.
+    """
+    if not _asks_loras(given):
+        return {}
+    for lora in _loras_of(given):
+        file = lora.path / LORA_NAME if os.path.isdir(lora.path) else lora.path
+        if not os.path.isfile(file):
+            continue
+        with contextlib.suppress(AccessError):  # which reading the whole file reports
+            base = read_metadata(file).get("simpletuner.base_model", "")
+            for flavour in FLAVOURS.values():
+                is_embedded = flavour.repo is None and re.fullmatch(rf"{re.escape(flavour.name)}-\d+", base)
+                if base == flavour.repo or is_embedded:
+                    report(f"{lora.path} names {base} as its base model: drawing with --model_flavour {flavour.name}.")
+                    return {"model_flavour": Given(flavour.name, "file", "model_flavour")}
+    return {}
 
 
 def _config_of_run(given: Mapping[str, Given]) -> Path | None:
@@ -264,7 +370,7 @@ def wanted_loras(config: SampleConfig) -> list[Wanted]:
     ]
     if config.run is not None:
         directory = RunDirectory(Path(config.run))
-        if config.model_type == "lora" and not wanted:
+        if config.model_type == "lora" and "lora" not in config.model_fields_set:
             wanted = [Wanted(directory.lora, 1.0)]
             problems += _unfinished(directory, directory.lora, "LoRA", "lora", "")
         if config.model_type == "full" and config.pretrained_transformer_model_name_or_path == str(
@@ -290,9 +396,7 @@ def _unfinished(directory: RunDirectory, result: Path, noun: str, option: str, b
 def _with_strength(text: str) -> Wanted:
     """`FILE` or `FILE:STRENGTH`. What exists is the path; a colon that no number follows belongs to it too."""
     path, colon, number = text.rpartition(":")
-    if colon and not os.path.exists(os.path.expanduser(text)):
-        try:
+    if colon and not os.path.exists(with_home(text)):
+        with contextlib.suppress(ValueError):
             return Wanted(Path(with_home(path)), float(number))
-        except ValueError:
-            pass
     return Wanted(Path(with_home(text)), 1.0)

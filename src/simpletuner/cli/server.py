@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from simpletuner.server.guard import Access
 
 _USAGE = """usage: simpletuner server [--host ADDRESS] [--port 8001] [--root FOLDER ...] [--allowed-host NAME ...]
-                          [--token-file PATH] [--ssl-cert PEM --ssl-key PEM] [--open]
+                          [--token-file PATH] [--ssl-cert PEM --ssl-key PEM] [--sampler-idle-minutes 5] [--open]
 
   Serves the page over this folder: its configurations, pictures and runs. Runs do not depend on it.
 """
@@ -66,6 +66,13 @@ def _host_name(text: str) -> str:
     return text
 
 
+def _minutes(text: str) -> float:
+    minutes = float(text)
+    if not 0 <= minutes <= 1440:
+        raise ValueError(text)
+    return minutes
+
+
 def _file(text: str) -> Path:
     return Path(with_home(text))
 
@@ -99,6 +106,12 @@ class ServerCommand:
     ).default(None)
     ssl_cert: Path | None = Flag("serve HTTPS with this certificate", "PEM", convert=_file).default(None)
     ssl_key: Path | None = Flag("and this key", "PEM", convert=_file).default(None)
+    sampler_idle_minutes: float = Flag(
+        "how long the model that drew samples stays loaded for the next ones; 5 by default, 0 frees it at once",
+        "MINUTES",
+        convert=_minutes,
+        expects="a number from 0 to 1440",
+    ).default(5.0)
     open: bool = Flag("open the page in the browser").default(False)
 
 
@@ -133,7 +146,8 @@ def _serve(command: ServerCommand, listening: socket.socket) -> int:
     url = f"{'https' if access.is_tls else 'http'}://{_shown_host(command, address)}:{port}/"
     with_token = f"{url}?token={access.token}"
     link = url if access.knows_owner else with_token
-    app = create_app(Roots(Path.cwd().resolve(), command.root), access)
+    idle_s = 60 * command.sampler_idle_minutes
+    app = create_app(Roots(Path.cwd().resolve(), command.root), access, sampler_idle_s=idle_s)
     logging.getLogger("uvicorn.error").addFilter(_is_no_farewell)
     config = uvicorn.Config(
         app,

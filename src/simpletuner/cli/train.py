@@ -1,10 +1,14 @@
 """`simpletuner train`: check the configuration without torch, then hand over."""
 
+import os
+from pathlib import Path
+
 from simpletuner.base.console import say, work_goes_on
 from simpletuner.base.signals import deferred_signals
 from simpletuner.cli.help import help_asked, train_help
 from simpletuner.cli.loading import load_here
 from simpletuner.runs.process import stop_if_asked
+from simpletuner.runs.samplers import end_samplers
 
 _USAGE = "usage: simpletuner train [--config PATH | --env NAME | --example NAME] [--option value ...]"
 
@@ -21,6 +25,7 @@ def run(arguments: list[str]) -> int:
         return 0
     with deferred_signals, work_goes_on():
         loaded = load_here(arguments)
+        end_samplers(Path.cwd(), os.environ, say)
         # torch: only once the configuration is known to be good
         from simpletuner.train import job
         from simpletuner.train.world import World

@@ -426,3 +426,11 @@ def wrap(
     )
     transformer.set_submodule(name, layer)
     return layer
+
+
+def detach(transformer: nn.Module, adapter: Adapter) -> None:
+    """Take `adapter`, the last that was put on `transformer`, off again: the Linears below are as they were."""
+    for name, layer in adapter.layers.items():
+        if transformer.get_submodule(name) is not layer:
+            raise ValueError(f"{name} has another adapter on top")
+        transformer.set_submodule(name, layer.base)

@@ -18,6 +18,7 @@ from simpletuner.server.context import Context
 from simpletuner.server.guard import Access, Guard
 from simpletuner.server.peer import is_loopback
 from simpletuner.server.roots import Roots
+from simpletuner.server.sampler import IDLE_S, SamplerProcess
 from simpletuner.server.shell import Shell
 from simpletuner.server.work import Jobs
 
@@ -42,15 +43,18 @@ class Compression(GZipMiddleware):
         await (self.app if is_near else super().__call__)(scope, receive, send)
 
 
-def create_app(roots: Roots, access: Access | None = None) -> FastAPI:
-    """The application over the files below `roots`, for whom `access` lets in: by default this machine alone."""
+def create_app(roots: Roots, access: Access | None = None, *, sampler_idle_s: float = IDLE_S) -> FastAPI:
+    """The application over the files below `roots`, for whom `access` lets in: by default this machine alone.
+    The process that draws ends after `sampler_idle_s` without work."""
     shell = Shell(roots.workspace, roots.others)
     jobs = Jobs(shell)
+    sampler = SamplerProcess(shell, sampler_idle_s)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
         await jobs.close()
+        await sampler.end()
 
     app = FastAPI(
         title="simpletuner",
@@ -62,7 +66,7 @@ def create_app(roots: Roots, access: Access | None = None) -> FastAPI:
         # Every operation may be refused, and always in the same form.
         responses={"default": {"model": faults.FaultAnswer, "description": "What is wrong."}},
     )
-    app.state.context = Context(roots, shell, jobs)
+    app.state.context = Context(roots, shell, jobs, sampler)
     app.add_middleware(Compression)
     app.add_middleware(Guard, access=access or Access())
     faults.install(app)

@@ -12,6 +12,7 @@ from simpletuner.server.meter import Meter
 from simpletuner.server.pictures import Thumbnails
 from simpletuner.server.roots import Roots
 from simpletuner.server.runs import Glances
+from simpletuner.server.sampler import SamplerProcess
 from simpletuner.server.series import Indexes
 from simpletuner.server.shell import SharedWork, Shell
 from simpletuner.server.stream import Streams
@@ -28,6 +29,7 @@ class Context:
     roots: Roots
     shell: Shell
     jobs: Jobs
+    sampler: SamplerProcess
     checking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(CHECKS_AT_ONCE))
     """Held by each check of a draft while it runs."""
     planning: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))

@@ -55,20 +55,28 @@ class Shell:
         configuration sees the options `SIMPLETUNER_*` alone, and paths in the page's folders and in `also`."""
         return {**os.environ, **Reach(self.workspace, self.others).variable(*also)}
 
-    async def start(self, *arguments: str, also: Sequence[Path] = ()) -> asyncio.subprocess.Process:
+    async def start(
+        self,
+        *arguments: str,
+        also: Sequence[Path] = (),
+        stdin: int = asyncio.subprocess.DEVNULL,
+        limit: int = 2**16,
+    ) -> asyncio.subprocess.Process:
         """Start a command; its output comes through pipes. It leads a process group of its own, so that what it
         starts can be ended with it, and a Ctrl-C in the server's terminal reaches the server alone.
 
-        Its configuration may name paths in the folders `also` too.
+        Its configuration may name paths in the folders `also` too. `limit` is how many bytes a line of its output may
+        have.
         """
         return await asyncio.create_subprocess_exec(
             *self.command(arguments),
             cwd=self.workspace,
             env={**self.environment(*also), "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=stdin,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             process_group=0,
+            limit=limit,
         )
 
     async def run(

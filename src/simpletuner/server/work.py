@@ -4,7 +4,8 @@ import asyncio
 import codecs
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -45,8 +46,9 @@ class CommandJob(BaseModel):
     lines: list[str] = []
     """The last lines that it printed for people."""
     result: Any = None
-    """What the command printed as JSON, once it is done."""
+    """What the command printed as JSON, once it is done; of pictures that are drawn, those that are there so far."""
     problems: list[ProblemAnswer] = []
+    """Why it failed, or was cancelled by something else than its own client."""
 
 
 def from_json(text: str) -> Any:
@@ -69,6 +71,14 @@ class Jobs:
         Raises:
             Fault: 429, too many are running.
         """
+        return self.begin(kind, partial(self._follow, arguments=arguments, result=result))
+
+    def begin(self, kind: Kind, work: Callable[[CommandJob], Coroutine[None, None, None]]) -> CommandJob:
+        """Start `work`, which keeps the job up to date until it ends. Called inside the event loop.
+
+        Raises:
+            Fault: 429, too many are running.
+        """
         if len(self._tasks) >= RUNNING_AT_MOST:
             raise Fault.of(429, f"{len(self._tasks)} jobs are running", remedy="Wait for one of them, or cancel it.")
         job = CommandJob(id=secrets.token_hex(8), kind=kind)
@@ -76,7 +86,7 @@ class Jobs:
         finished = [known.id for known in self._jobs.values() if known.state != "running"]
         for forgotten in finished[:-JOBS_KEPT]:
             del self._jobs[forgotten]
-        task = asyncio.create_task(self._follow(job, arguments, result))
+        task = asyncio.create_task(work(job))
         self._tasks[job.id] = task
         task.add_done_callback(lambda _: self._tasks.pop(job.id, None))
         return job
@@ -121,7 +131,7 @@ class Jobs:
         assert process.stderr is not None
         try:
             out, err, exit_code = await asyncio.gather(
-                process.stdout.read(), _lines(process.stderr, job), process.wait()
+                process.stdout.read(), read_lines(process.stderr, partial(note, job=job)), process.wait()
             )
         finally:
             await end(process, PATIENCE_S)
@@ -140,22 +150,23 @@ class Jobs:
         job.state = "failed"
 
 
-async def _lines(stream: asyncio.StreamReader, job: CommandJob) -> str:
-    """Note lines and progress in `job` as they come; gives the last part of the whole."""
+async def read_lines(stream: asyncio.StreamReader, take: Callable[[str], None]) -> str:
+    """Call `take` with each line as it comes; returns the last part of the whole."""
     whole = rest = ""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     while chunk := await stream.read(_CHUNK):
         text = decoder.decode(chunk)
         *lines, rest = (rest + text).replace("\r", "\n").split("\n")
         for line in lines:
-            _note(line, job)
+            take(line)
         whole = (whole + text)[-_CHUNK:]
         rest = rest[-LONGEST_LINE:]
-    _note(rest, job)
+    take(rest)
     return whole
 
 
-def _note(line: str, job: CommandJob) -> None:
+def note(line: str, job: CommandJob) -> None:
+    """Put a line that a command printed into its job: progress, or a line for people."""
     if line.startswith("{"):
         progress = _progress(line)
         if progress is not None:

@@ -1,6 +1,7 @@
 """Trying a LoRA: what may be asked for, how it reaches the shell, what was drawn before. And all of it for once."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,12 @@ from PIL import Image, PngImagePlugin
 
 from simpletuner.runs.events import EventLog, NoticeEvent
 from simpletuner.runs.layout import LORA_NAME, RunDirectory
-from simpletuner.server.api.samples import ActingLora, ToDraw, arguments
+from simpletuner.runs.queue import Queue
+from simpletuner.server.api.samples import ActingLora, ToDraw, sample_request
 from simpletuner.server.context import Context
 from simpletuner.server.faults import Fault
 from simpletuner.server.roots import Roots
+from simpletuner.server.sampler import SamplerProcess, run_in_the_way
 from simpletuner.server.shell import Shell
 from simpletuner.server.work import Jobs
 
@@ -34,10 +37,10 @@ def run(workspace: Path) -> RunDirectory:
 @pytest.fixture
 def here(workspace: Path) -> Context:
     shell = Shell(workspace)
-    return Context(Roots(workspace), shell, Jobs(shell))
+    return Context(Roots(workspace), shell, Jobs(shell), SamplerProcess(shell))
 
 
-def test_a_wish_becomes_a_command(here: Context, run: RunDirectory) -> None:
+def test_a_wish_becomes_a_request_of_the_sampler(here: Context, run: RunDirectory) -> None:
     run.checkpoint(5).mkdir(parents=True)
     (run.checkpoint(5) / LORA_NAME).write_bytes(b"")
     run.lora.write_bytes(b"")
@@ -53,23 +56,44 @@ def test_a_wish_becomes_a_command(here: Context, run: RunDirectory) -> None:
             ActingLora(path="output/a/checkpoints/step-000005", strength=0.8),
             ActingLora(path=f"output/a/{LORA_NAME}", strength=-1),
         ],
+        strengths=[0, 0.5],
     )
-    assert arguments(here, wanted) == [
-        "sample",
-        "--progress=true",
-        "--run=output/a",
-        "--out=output/a/samples",
-        "--prompt=a flag",
-        "--prompt=--out=/etc; $(reboot)\nü",
-        "--lora=output/a/checkpoints/step-000005:0.8",
-        f"--lora=output/a/{LORA_NAME}:-1.0",
-        "--seed=7",
-        "--width=128",
-        "--height=256",
-        "--steps=4",
-        "--num=2",
-    ]
-    assert arguments(here, ToDraw(prompts=["x"]))[:4] == ["sample", "--progress=true", "--out=samples", "--prompt=x"]
+    assert sample_request(here, wanted) == {
+        "run": "output/a",
+        "out": "output/a/samples",
+        "prompt": ["a flag", "--out=/etc; $(reboot)\nü"],
+        "strength": [0, 0.5],
+        "lora": ["output/a/checkpoints/step-000005:0.8", f"output/a/{LORA_NAME}:-1.0"],
+        "seed": 7,
+        "width": 128,
+        "height": 256,
+        "steps": 4,
+        "num": 2,
+    }
+    plain = sample_request(here, ToDraw(prompts=["x"]))
+    assert (plain["out"], plain["prompt"]) == ("samples", ["x"])
+    assert not {"run", "lora", "steps", "guidance"} & set(plain), "null is left to the run and the model"
+    assert sample_request(here, ToDraw(prompts=["x"], loras=[]))["lora"] == [], "an empty list is the base"
+
+
+def test_drawing_is_refused_while_a_run_trains_on_the_same_gpu(
+    client: TestClient, workspace: Path, run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    roots = Roots(workspace)
+    assert run_in_the_way(roots) is None
+    with run.lock():
+        assert run_in_the_way(roots) == "output/a"
+        answer = client.post("/api/jobs/sample", json={"prompts": ["x"]}, headers=SAME)
+        assert answer.status_code == 409
+        assert "output/a is training" in answer.json()["problems"][0]["found"]
+        queue = Queue.of(workspace)
+        entry = queue.add(["--env=mine"], "output/b", "1")
+        for devices, is_in_the_way in (("1", False), ("0,1", True), ("", True), ("GPU-5c89f7", True)):
+            changed = {"state": "running", "output_dir": "output/a", "devices": devices, "pid": os.getpid()}
+            with queue.held(entry.id):
+                queue.write(entry.model_copy(update=changed))
+                assert (run_in_the_way(roots) is not None) == is_in_the_way, devices
 
 
 @pytest.mark.parametrize(
@@ -93,7 +117,7 @@ def test_only_loras_below_the_roots_act(here: Context, workspace: Path, path: st
     (workspace / "folder").mkdir()
     (workspace / "folder" / LORA_NAME).symlink_to(workspace.parent / "away.safetensors")
     with pytest.raises(Fault) as refused:
-        arguments(here, ToDraw(prompts=["x"], loras=[ActingLora(path=path)]))
+        sample_request(here, ToDraw(prompts=["x"], loras=[ActingLora(path=path)]))
     assert refused.value.status == status
 
 
@@ -105,6 +129,9 @@ def test_only_loras_below_the_roots_act(here: Context, workspace: Path, path: st
         {"prompts": [""]},
         {"prompts": ["a\0b"]},
         {"prompts": ["x" * 4001]},
+        {"strengths": [11]},
+        {"strengths": [0] * 13},
+        {"strengths": ["strong"]},
         {"width": 100},
         {"height": 4096},
         {"count": 17},

@@ -1,6 +1,7 @@
-"""Trying a LoRA: pictures of prompts, drawn by `simpletuner sample`."""
+"""Trying a LoRA: pictures of prompts, drawn by `simpletuner sample --serve`."""
 
-from collections.abc import Callable
+import asyncio
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from simpletuner.server.context import Context, InContext
 from simpletuner.server.faults import Fault
 from simpletuner.server.roots import Roots
 from simpletuner.server.runs import RunName, part_of, run_at
+from simpletuner.server.sampler import run_in_the_way
 from simpletuner.server.series import Damaged, decoded
 from simpletuner.server.thumbnails import picture_type
 from simpletuner.server.work import CommandJob
@@ -25,6 +27,7 @@ KEPT = 500
 
 Prompt = Annotated[str, Field(min_length=1, max_length=4000, pattern=r"^[^\x00]*$")]
 Side = Annotated[int, Field(ge=16, le=2048, multiple_of=16)]
+Strength = Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)]
 
 
 class ActingLora(BaseModel):
@@ -34,7 +37,7 @@ class ActingLora(BaseModel):
 
     path: str = Field(max_length=4096)
     """A .safetensors file, or a folder that holds one such as a checkpoint's."""
-    strength: float = Field(default=1.0, ge=-10, le=10, allow_inf_nan=False)
+    strength: Strength = 1.0
 
 
 class ToDraw(BaseModel):
@@ -54,13 +57,17 @@ class ToDraw(BaseModel):
     """By default what suits the model."""
     count: int = Field(default=1, ge=1, le=16)
     """Pictures of each prompt, with the seeds `seed`, `seed` + 1 and so on."""
-    loras: list[ActingLora] = Field(default=[], max_length=8)
+    loras: list[ActingLora] | None = Field(default=None, max_length=8)
+    """An empty list is the base model; null, the run's finished LoRA."""
+    strengths: list[Strength] = Field(default=[], max_length=12)
+    """Draw each picture once at each of these; they multiply the strengths of all LoRAs, and 0 is the base model."""
 
 
 class SampleResult(BaseModel):
-    """What a job of the kind "sample" gives."""
+    """What a job of the kind "sample" gives, while it runs too."""
 
     pictures: list[str]
+    """For each prompt, for each seed, for each strength: one after the other, those that are there."""
 
 
 class DrawnPicture(BaseModel):
@@ -79,8 +86,17 @@ class DrawnPicture(BaseModel):
 
 @router.post("/jobs/sample", status_code=202)
 async def sample(here: InContext, wanted: ToDraw) -> CommandJob:
-    """Draw pictures. The result is {"pictures": [their paths]}, of each prompt `count`."""
-    return here.jobs.start("sample", arguments(here, wanted), _result(here.roots))
+    """Draw pictures. The result is {"pictures": [their paths]}, and grows as they come."""
+    request = sample_request(here, wanted)
+    run = await asyncio.to_thread(run_in_the_way, here.roots)
+    if run is not None:
+        raise Fault.of(
+            409,
+            f"{run} is training, and has the memory that drawing would take",
+            remedy="Wait until it has ended, or stop it. Its validation pictures show how far it is.",
+        )
+    shown = partial(_shown, here.roots)
+    return here.jobs.begin("sample", partial(here.sampler.draw, request=request, shown=shown))
 
 
 @router.get("/run/samples")
@@ -94,22 +110,22 @@ def samples(here: InContext, run: RunName) -> list[DrawnPicture]:
     return [one for one in told if one is not None]
 
 
-def arguments(here: Context, wanted: ToDraw) -> list[str]:
-    """The command that draws.
+def sample_request(here: Context, wanted: ToDraw) -> dict[str, Any]:
+    """What `simpletuner sample --serve` is asked for.
 
     Raises:
         Fault: 403, a path outside the roots; 404, no such run; 422, no LoRA is there.
     """
     out = here.workspace / FOLDER
-    words = ["sample", "--progress=true"]
+    request: dict[str, Any] = {}
     if wanted.run is not None:
         directory = run_at(here.roots, wanted.run)
         out = part_of(here.roots, directory, directory.root / FOLDER)
-        words.append(f"--run={here.roots.shown(directory.root)}")
-    words.append(f"--out={here.roots.shown(here.roots.resolve(str(out)))}")
-    words += [f"--prompt={prompt}" for prompt in wanted.prompts]
-    words += [f"--lora={_lora(here.roots, lora.path)}:{lora.strength}" for lora in wanted.loras]
-    named = {
+        request["run"] = here.roots.shown(directory.root)
+    request |= {
+        "out": here.roots.shown(here.roots.resolve(str(out))),
+        "prompt": wanted.prompts,
+        "strength": wanted.strengths,
         "seed": wanted.seed,
         "width": wanted.width,
         "height": wanted.height,
@@ -117,7 +133,9 @@ def arguments(here: Context, wanted: ToDraw) -> list[str]:
         "guidance": wanted.guidance,
         "num": wanted.count,
     }
-    return words + [f"--{name}={value}" for name, value in named.items() if value is not None]
+    if wanted.loras is not None:
+        request["lora"] = [f"{_lora(here.roots, lora.path)}:{lora.strength}" for lora in wanted.loras]
+    return {name: value for name, value in request.items() if value is not None}
 
 
 def _lora(roots: Roots, text: str) -> str:
@@ -128,12 +146,9 @@ def _lora(roots: Roots, text: str) -> str:
     return roots.shown(path)
 
 
-def _result(roots: Roots) -> Callable[[str], Any]:
-    def made(text: str) -> Any:
-        paths = [roots.shown((roots.workspace / line).resolve()) for line in text.splitlines() if line]
-        return SampleResult(pictures=paths).model_dump()
-
-    return made
+def _shown(roots: Roots, text: str) -> str:
+    """A picture's path as the page has it, of what the sampler says, which works in the workspace."""
+    return roots.shown((roots.workspace / text).resolve())
 
 
 def _told(path: Path, shown: str) -> DrawnPicture | None:
