@@ -96,6 +96,29 @@ def tiny_folder(shared_folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def acting_lora(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA of the tiny model that changes its pictures, in a folder of its own."""
+    import torch
+
+    from simpletuner.config.options.lora import LoraOptions
+    from simpletuner.config.options.model import ModelOptions
+    from simpletuner.flux2.export import save_lora
+    from simpletuner.flux2.load import load_transformer
+    from simpletuner.flux2.lora import attach
+    from simpletuner.flux2.source import locate
+    from simpletuner.runs.layout import LORA_NAME
+
+    source = locate(ModelOptions(pretrained_model_name_or_path=str(tiny_folder)), report=print)
+    adapter = attach(load_transformer(source, torch.float32, "cpu"), LoraOptions(flux_lora_target="mlp"), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in adapter.parameters():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    path = tmp_path_factory.mktemp("lora") / LORA_NAME
+    save_lora(path, adapter, metadata={"base_model": "another-model"})
+    return path
+
+
+@pytest.fixture(scope="session")
 def pictures(shared_folder: Path) -> Path:
     """Six pictures of different shapes, each with a .txt caption. Read only: copy the folder to change it."""
     folder = shared_folder / "pictures"

@@ -79,9 +79,9 @@ def test_the_example_by_clicks_alone(server: Server, page: Page, workspace: Path
     page.get_by_label("Prompts").fill("a large zorblat flag on a red background, left")
     page.get_by_label("Sampler steps").fill("2")
     page.get_by_role("button", name="Draw", exact=True).click()
-    # With the LoRA, and the base beside it.
+    # The base, and beside it the LoRA at two strengths.
     tried = page.get_by_role("tabpanel", name="Try it").get_by_role("img")
-    expect(tried).to_have_count(2, timeout=LONG_MS)
+    expect(tried).to_have_count(3, timeout=LONG_MS)
     assert tried.first.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
 
 

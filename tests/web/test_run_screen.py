@@ -240,7 +240,16 @@ def test_a_chart_is_zoomed_by_dragging_and_read_by_pointing(
 def test_the_gallery_opens_a_picture_beside_the_base(page: Page, server: "Server", gallery: RunDirectory) -> None:
     page.goto(f"{server.url}/#/run?run=output/{gallery.root.name}")
     expect(page.get_by_role("columnheader")).to_have_text(["Prompt", "Base", "Step 10", "Step 20"])
-    page.get_by_role("button", name="second at step 20").click()
+    large = page.locator(".large-pictures").get_by_role("button", name="second at step 20")
+    assert large.bounding_box()["width"] > 400, "of a window of 1280 px"
+    step = page.get_by_role("slider", name="Step", exact=True)
+    step.press("ArrowLeft")
+    expect(page.locator(".large-pictures img").first).to_have_attribute("alt", "first at step 10")
+    step.press("End")
+    page.get_by_label("Base and step in one").check()
+    expect(page.locator(".large-pictures").get_by_role("slider")).to_have_count(2)
+    page.get_by_label("Base and step in one").uncheck()
+    large.click()
     viewer = page.get_by_role("dialog")
     expect(viewer.get_by_role("heading")).to_have_text("second, step 20")
     expect(viewer.get_by_role("definition")).to_have_text(["a second", "42", "64 × 64", "20", "7"])

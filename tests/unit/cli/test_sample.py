@@ -5,12 +5,12 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from simpletuner.base.errors import ConfigError
 from simpletuner.cli.main import main
 from simpletuner.cli.sample import Wanted, read_request, sample_help, wanted_loras
+from simpletuner.runs.layout import LORA_NAME
 
 SMALL = ["--width", "32", "--height", "48", "--steps", "2", "--mixed_precision", "no", "--vae_dtype", "fp32"]
 
@@ -152,6 +152,86 @@ def test_a_run_without_a_finished_lora_points_to_its_checkpoint(tmp_path: Path) 
     assert wanted_loras(config) == [Wanted(tmp_path / "pytorch_lora_weights.safetensors", 1.0)]
 
 
+def test_strengths_are_numbers_in_one_flag_or_several() -> None:
+    for arguments in (["--strength", "0, 0.5,1"], ["--strength=0", "--strength=0.5", "--strength", "1"]):
+        assert read_request(["--prompt", "a", *arguments], {}).strength == (0, 0.5, 1)
+    assert read_request([], {}, {"prompt": ["a"], "strength": [0, 0.5, 1]}).strength == (0, 0.5, 1)
+    for wrong in ("strong", "", "nan", "1;2"):
+        with pytest.raises(ConfigError, match=r"--strength .*expected numbers such as 0,0\.5,1"):
+            read_request(["--prompt", "a", "--strength", wrong], {})
+
+
+def lora_that_names(path: Path, base: str) -> Path:
+    from simpletuner.base.tensorfile import write_tensors
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, {}, {"simpletuner.base_model": base})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("base", "flavour"),
+    [("tiny-2", "tiny"), ("black-forest-labs/FLUX.2-dev", "dev"), ("my-folder", "dev"), ("", "dev")],
+)
+def test_a_lora_alone_names_its_base_model(tmp_path: Path, base: str, flavour: str) -> None:
+    lora = lora_that_names(tmp_path / "a.safetensors", base)
+    told: list[str] = []
+    config = read_request(["--prompt", "a", "--lora", f"{lora}:0.5"], {}, report=told.append)
+    assert config.model_flavour == flavour
+    line = f"{lora} names {base} as its base model: drawing with --model_flavour {flavour}."
+    assert told == ([line] if base not in ("my-folder", "") else [])
+
+
+def test_a_lora_of_a_run_takes_the_runs_model_and_settings(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_config(run / "config.json", model_flavour="tiny", base_model_default_dtype="fp32", validation_resolution="64")
+    (run / "events.jsonl").touch()
+    finished = lora_that_names(run / LORA_NAME, "black-forest-labs/FLUX.2-dev")
+    checkpoint = lora_that_names(run / "checkpoints" / "step-000005" / "ema" / LORA_NAME, "")
+    for lora in (run, finished, checkpoint, checkpoint.parent, checkpoint.parents[1]):
+        told: list[str] = []
+        config = read_request(["--prompt", "a", "--lora", str(lora)], {}, report=told.append)
+        assert (config.model_flavour, config.base_dtype, config.width) == ("tiny", "fp32", 64)
+        assert len(told) == 1
+        assert f"lies in the run {run}" in told[0]
+
+
+def test_what_is_typed_wins_over_what_a_lora_names(tmp_path: Path) -> None:
+    lora = lora_that_names(tmp_path / "a.safetensors", "tiny-2")
+    other = write_config(tmp_path / "c.json", model_flavour="dev", validation_guidance=2.0)
+    for typed in (
+        ["--model_flavour=dev"], ["--pretrained_model_name_or_path=elsewhere"], [f"--config={other}"],
+    ):  # fmt: skip
+        config = read_request(["--prompt", "a", "--lora", str(lora), *typed], {}, report=pytest.fail)
+        assert config.model_flavour == "dev", typed
+
+
+def test_home_is_filled_in_where_a_path_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_config(tmp_path / "c.json", model_flavour="tiny")
+    (tmp_path / "a:1.safetensors").touch()
+    config = read_request(
+        ["--prompt", "a", "--config", "~/c.json", "--lora", "~/a:1.safetensors:0.5", "--out", "~/p"], {}
+    )
+    assert (config.model_flavour, config.out) == ("tiny", str(tmp_path / "p"))
+    assert wanted_loras(config) == [Wanted(tmp_path / "a:1.safetensors", 0.5)]
+
+
+def test_a_served_request_goes_over_the_options_of_the_command_line(tmp_path: Path) -> None:
+    write_config(tmp_path / "run" / "config.json", model_flavour="tiny", validation_guidance=3.0)
+    (tmp_path / "run" / LORA_NAME).touch()
+    options = ["--width=64", "--seed=3"]
+    request = {"run": str(tmp_path / "run"), "prompt": ["a"], "seed": 4}
+    config = read_request(options, {}, request)
+    assert (config.model_flavour, config.guidance, config.width, config.seed) == ("tiny", 3.0, 64, 4)
+    assert wanted_loras(config) == [Wanted(tmp_path / "run" / LORA_NAME, 1.0)]
+    assert wanted_loras(read_request(options, {}, request | {"lora": []})) == [], "an empty list is the base"
+    with pytest.raises(
+        ConfigError, match=r"(?s)2 problems.*widht: no such option. Did you mean width.*prompt is missing"
+    ):
+        read_request(options, {}, {"widht": 3})
+
+
 def test_help_names_every_option_of_its_own() -> None:
     text = sample_help()
     assert "--lora" in text
@@ -160,24 +240,9 @@ def test_help_names_every_option_of_its_own() -> None:
     assert "--config PATH" in text
 
 
-@pytest.fixture(scope="module")
-def lora(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA of the tiny model that changes its pictures, in a run's folder."""
-    from simpletuner.config.options.lora import LoraOptions
-    from simpletuner.config.options.model import ModelOptions
-    from simpletuner.flux2.export import LORA_NAME, save_lora
-    from simpletuner.flux2.load import load_transformer
-    from simpletuner.flux2.lora import attach
-    from simpletuner.flux2.source import locate
-
-    source = locate(ModelOptions(pretrained_model_name_or_path=str(tiny_folder)), report=print)
-    adapter = attach(load_transformer(source, torch.float32, "cpu"), LoraOptions(flux_lora_target="mlp"), seed=0)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in adapter.parameters():
-        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    path = tmp_path_factory.mktemp("run") / LORA_NAME
-    save_lora(path, adapter, metadata={"base_model": "another-model"})
-    return path
+@pytest.fixture
+def lora(acting_lora: Path) -> Path:
+    return acting_lora
 
 
 def drawn(capsys: pytest.CaptureFixture[str]) -> list[Path]:
@@ -282,3 +347,24 @@ def test_a_full_run_gives_the_model_it_finished_or_points_to_its_checkpoint(tmp_
     config = read_request(run, {})
     assert config.pretrained_model_name_or_path == str(tmp_path / "model")
     assert config.pretrained_transformer_model_name_or_path is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+def test_loras_that_come_and_go_on_a_streamed_model_change_no_bit(
+    tiny_folder: Path, acting_lora: Path, tmp_path: Path, kind: str
+) -> None:
+    from simpletuner.cli.drawing import Sampler
+
+    model = [f"--pretrained_model_name_or_path={tiny_folder}", *SMALL, f"--out={tmp_path}", "--prompt=a fish"]
+    streamed = [*model, "--enable_group_offload", f"--group_offload_type={kind}"]
+
+    def draw(sampler: Sampler, options: list[str], *loras: str) -> list[bytes]:
+        config = read_request([*options, *(f"--lora={lora}" for lora in loras)], {})
+        drawings = sampler.draw(config, wanted_loras(config), lambda *_: None)
+        return [Image.open(drawing.path).tobytes() for drawing in drawings]
+
+    warm, resident = Sampler(), Sampler()
+    wanted: list[tuple[str, ...]] = [(), (f"{acting_lora}",), (f"{acting_lora}:0.5", f"{acting_lora}:-2"), ()]
+    for loras in wanted:
+        assert draw(warm, streamed, *loras) == draw(resident, model, *loras) == draw(Sampler(), streamed, *loras), loras

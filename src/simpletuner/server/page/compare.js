@@ -3,13 +3,15 @@
 import { freshId, h } from "./dom.js";
 import { Curves } from "./curves.js";
 import { RunStore } from "./events.js";
-import { THUMBNAIL_PX, promptHead } from "./gallery.js";
+import { promptHead, validationViewer } from "./gallery.js";
 import { Grid, pictureUrl } from "./pictures.js";
 import { to } from "./router.js";
 import { short } from "./numbers.js";
 import { stateBadge } from "./states.js";
+import { openViewer } from "./viewer.js";
 
 const COLOURS = 8;
+const PICTURE_PX = 768;
 
 /** @param {HTMLElement} root @param {{runs?: string}} params paths, a comma between them */
 export async function compare(root, params) {
@@ -105,16 +107,18 @@ class SideBySide {
     this.step = null;
     this.mark = "";
     const id = freshId("step");
-    this.choice = h("select", {
-      id,
-      onchange: () => {
-        this.step = Number(this.choice.value);
+    this.steps = [];
+    this.choice = h("input", {
+      type: "range", id, min: 0, step: 1,
+      oninput: () => {
+        this.step = this.steps[Number(this.choice.value)];
         this.mark = "";
         this.update();
       },
     });
-    this.body = h("div", { class: "scroll gallery", tabindex: 0, role: "region", "aria-label": "Pictures by prompt and run" });
-    this.chooser = h("div", { class: "row" }, h("label", { for: id }, "Step"), h("div", {}, this.choice));
+    this.said = h("output", { for: id, class: "numbers" });
+    this.body = h("div", { class: "scroll gallery by-run", tabindex: 0, role: "region", "aria-label": "Pictures by prompt and run" });
+    this.chooser = h("div", { class: "row step-tools" }, h("label", { for: id }, "Step"), h("div", { class: "grow" }, this.choice), this.said);
     this.node = h("section", { class: "sheet stack", "aria-label": "Pictures" }, h("div", { class: "head" }, h("h2", {}, "Pictures"), this.chooser), this.body);
   }
 
@@ -132,7 +136,11 @@ class SideBySide {
     }
     const inAll = steps.filter((step) => grids.every((grid) => grid.steps.includes(step)));
     const step = steps.includes(this.step) ? this.step : (inAll.at(-1) ?? steps.at(-1));
-    this.choice.replaceChildren(...steps.map((one) => h("option", { value: one, selected: one === step }, one === 0 ? "0 (base)" : String(one))));
+    this.steps = steps;
+    this.choice.max = steps.length - 1;
+    this.choice.value = steps.indexOf(step);
+    this.said.value = step === 0 ? "base" : `step ${step}`;
+    this.choice.setAttribute("aria-valuetext", this.said.value);
     const prompts = new Map(grids.flatMap((grid) => grid.rows.map((row) => [`${row.prompt} ${row.isEma}`, row])));
     this.body.replaceChildren(h("table", {},
       h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Prompt"), runs.map(({ name }) => h("th", { scope: "col" }, name)))),
@@ -144,11 +152,14 @@ class SideBySide {
 
 function picture(grid, { prompt, isEma }, step, { name, store }) {
   const row = grid.rows.findIndex((one) => one.prompt === prompt && one.isEma === isEma);
-  const found = grid.at(row, grid.steps.indexOf(step));
+  const column = grid.steps.indexOf(step);
+  const found = grid.at(row, column);
   if (!found) return h("span", { class: "dim" }, "–");
-  return h("a", { class: "thumb", href: pictureUrl(store.run, found), target: "_blank", rel: "noopener" },
-    h("img", {
-      src: pictureUrl(store.run, found, THUMBNAIL_PX), loading: "lazy", alt: `${found.name} of ${name} at step ${step}`,
-      width: found.width, height: found.height,
-    }));
+  return h("button", {
+    type: "button", class: "thumb large", onclick: () => openViewer(validationViewer(store.run, grid, store.detail.config), row, column),
+  },
+  h("img", {
+    src: pictureUrl(store.run, found, PICTURE_PX), loading: "lazy", alt: `${found.name} of ${name} at step ${step}`,
+    width: found.width, height: found.height,
+  }));
 }

@@ -1,71 +1,144 @@
-/** The gallery of a run: prompts down, steps across, the base first. */
+/** The validation pictures of a run: those of one step large, and all of them as a grid of prompts and steps. */
 
-import { h } from "./dom.js";
+import { beforeAfter } from "./slider.js";
+import { freshId, h } from "./dom.js";
 import { Grid, pictureUrl } from "./pictures.js";
 import { openViewer } from "./viewer.js";
 
 export const THUMBNAIL_PX = 320;
+const LARGE_PX = 1024;
+
+export const stepName = (step) => (step === 0 ? "base" : `step ${step.toLocaleString("en-GB")}`);
 
 export class Gallery {
   /** @param {string} run @param {() => object} detail the answer of `GET /api/run` */
   constructor(run, detail) {
     this.run = run;
     this.detail = detail;
-    this.shown = "";
+    this.mark = "";
+    this.grid = new Grid([]);
+    this.column = -1;
+    const id = freshId("step");
+    this.slider = h("input", { type: "range", id, min: 0, step: 1, oninput: () => this.choose(Number(this.slider.value)) });
+    this.said = h("output", { for: id, class: "numbers" });
+    this.isCompared = h("input", { type: "checkbox", onchange: () => this.drawLarge() });
+    this.tools = h("div", { class: "row step-tools" },
+      h("label", { for: id }, "Step"), h("div", { class: "grow" }, this.slider), this.said,
+      h("label", { class: "tick" }, this.isCompared, "Base and step in one, with an edge to move"));
+    this.large = h("div", { class: "large-pictures" });
     this.box = h("div", { class: "scroll gallery", tabindex: 0, role: "region", "aria-label": "Pictures by prompt and step" });
+    this.all = h("details", { open: true }, h("summary", {}, "All steps"), this.box);
     this.note = h("p", { class: "dim" });
     this.news = h("p", { class: "visually-hidden", "aria-live": "polite" });
-    this.node = h("section", { class: "sheet stack", "aria-label": "Pictures" }, h("h2", {}, "Pictures"), this.note, this.box, this.news);
+    this.node = h("section", { class: "sheet stack", "aria-label": "Pictures" },
+      h("h2", {}, "Pictures"), this.note, this.tools, this.large, this.all, this.news);
     this.update();
   }
 
-  /** Draw the grid again where pictures came. */
+  /** Draw everything again where pictures came. The newest step stays chosen while it is. */
   update() {
     const { validations, config, state } = this.detail();
-    const grid = new Grid(validations);
     const mark = validations.map(({ step, pictures, attempt }) => `${step}:${pictures.length}:${attempt}`).join(" ");
-    this.note.textContent = grid.isEmpty ? emptyText(config, state) : "Press a picture to see it whole, beside the base or any other step.";
-    this.box.hidden = grid.isEmpty;
-    if (mark === this.shown) return;
+    const before = this.grid;
+    this.grid = new Grid(validations);
+    this.note.textContent = this.grid.isEmpty ? emptyText(config, state) : "Press a picture to see it whole, beside the base or any other step.";
+    for (const part of [this.tools, this.large, this.all]) part.hidden = this.grid.isEmpty;
+    this.tools.hidden ||= this.grid.steps.length < 2;
+    if (mark === this.mark) return;
+    if (this.mark !== "" && !this.grid.isEmpty) this.news.textContent = `Pictures of ${stepName(this.grid.steps.at(-1))} are there.`;
+    this.mark = mark;
+    const chosen = this.column === before.steps.length - 1 ? -1 : this.grid.steps.indexOf(before.steps[this.column]);
+    this.slider.max = Math.max(0, this.grid.steps.length - 1);
+    this.choose(chosen === -1 ? this.grid.steps.length - 1 : chosen);
+    this.drawAll();
+  }
+
+  choose(column) {
+    this.column = column;
+    this.slider.value = column;
+    this.drawLarge();
+  }
+
+  /** The pictures of the chosen step, each as wide as there is room. */
+  drawLarge() {
+    const { grid, column } = this;
+    if (grid.isEmpty) return;
+    const name = stepName(grid.steps[column]);
+    this.said.value = `${name}, ${column + 1} of ${grid.steps.length}`;
+    this.slider.setAttribute("aria-valuetext", this.said.value);
+    this.large.replaceChildren(...grid.rows.map((row, index) => {
+      const picture = grid.at(index, column);
+      if (!picture) return null;
+      const base = grid.at(index, 0);
+      const src = (one) => pictureUrl(this.run, one, LARGE_PX);
+      const image = this.isCompared.checked && base && column > 0
+        ? beforeAfter({ src: src(base), label: stepName(grid.steps[0]) }, { src: src(picture), label: name }, picture)
+        : this.opener(index, column, picture, LARGE_PX, "large");
+      return h("figure", {}, image, h("figcaption", {}, promptText(row)));
+    }).filter(Boolean));
+  }
+
+  drawAll() {
+    const { grid } = this;
     const isAtEnd = this.box.scrollLeft + this.box.clientWidth >= this.box.scrollWidth - 40;
     const focused = document.activeElement?.dataset?.cell;
-    if (this.shown !== "" && !grid.isEmpty) this.news.textContent = `Pictures of step ${grid.steps.at(-1)} are there.`;
-    this.shown = mark;
-    this.box.replaceChildren(this.table(grid));
+    const head = h("tr", {}, h("th", { scope: "col" }, "Prompt"),
+      grid.steps.map((step) => h("th", { scope: "col" }, step === 0 ? "Base" : `Step ${step.toLocaleString("en-GB")}`)));
+    const rows = grid.rows.map((row, index) => h("tr", {}, promptHead(row), grid.steps.map((_, column) => {
+      const picture = grid.at(index, column);
+      return h("td", {}, picture ? this.opener(index, column, picture, THUMBNAIL_PX, "thumb") : h("span", { class: "dim" }, "–"));
+    })));
+    this.box.replaceChildren(h("table", {}, h("thead", {}, head), h("tbody", {}, rows)));
     if (isAtEnd) this.box.scrollLeft = this.box.scrollWidth;
     if (focused) this.box.querySelector(`[data-cell="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
   }
 
-  table(grid) {
-    const head = h("tr", {}, h("th", { scope: "col" }, "Prompt"),
-      grid.steps.map((step) => h("th", { scope: "col" }, step === 0 ? "Base" : `Step ${step.toLocaleString("en-GB")}`)));
-    const rows = grid.rows.map((row, index) =>
-      h("tr", {},
-        promptHead(row),
-        grid.steps.map((step, column) => h("td", {}, this.cell(grid, index, column)))));
-    return h("table", {}, h("thead", {}, head), h("tbody", {}, rows));
-  }
-
-  cell(grid, row, column) {
-    const picture = grid.at(row, column);
-    if (!picture) return h("span", { class: "dim" }, "–");
-    const step = grid.steps[column];
+  /** A picture that opens the viewer. */
+  opener(row, column, picture, width, kind) {
+    const step = this.grid.steps[column];
     return h("button", {
-      type: "button", class: "thumb", dataset: { cell: `${row} ${step}` },
-      onclick: () => openViewer(grid, row, column, { run: this.run, config: this.detail().config }),
+      type: "button", class: kind === "thumb" ? "thumb" : "thumb large", dataset: kind === "thumb" ? { cell: `${row} ${step}` } : {},
+      onclick: () => openViewer(validationViewer(this.run, this.grid, this.detail().config), row, column),
     }, h("img", {
-      src: pictureUrl(this.run, picture, THUMBNAIL_PX), loading: "lazy", decoding: "async",
+      src: pictureUrl(this.run, picture, width), loading: "lazy", decoding: "async",
       alt: `${picture.name} at step ${step}${picture.is_ema ? ", moving average" : ""}`,
       width: picture.width, height: picture.height,
     }));
   }
 }
 
-/** The head of a row of pictures. */
-export function promptHead({ name, prompt, isEma }) {
-  return h("th", { scope: "row", title: prompt }, h("span", { class: "name" }, name),
-    isEma ? h("span", { class: "badge" }, "moving average") : null, h("span", { class: "prompt dim" }, prompt));
+/** A grid of validation pictures, as the viewer takes it. */
+export function validationViewer(run, grid, config) {
+  return {
+    rows: grid.rows.length,
+    columns: grid.steps.length,
+    at(row, column) {
+      const picture = grid.at(row, column);
+      const step = grid.steps[column];
+      return picture && {
+        src: pictureUrl(run, picture), file: picture.path.split("/").at(-1), width: picture.width, height: picture.height,
+        row: picture.name, column: step === 0 ? "step 0 (base)" : `step ${step}`,
+        facts: {
+          Prompt: picture.prompt,
+          Seed: picture.seed,
+          Size: `${picture.width} × ${picture.height}`,
+          Step: step === 0 ? "0, the base model" : step,
+          Weights: picture.is_ema ? "moving average" : null,
+          "Sampler steps": config?.validation_num_inference_steps,
+          Guidance: config?.validation_guidance,
+          "True guidance": config?.validation_guidance_real > 1 ? config.validation_guidance_real : null,
+        },
+      };
+    },
+  };
 }
+
+const promptText = ({ name, prompt, isEma }) => [
+  h("span", { class: "name" }, name), isEma ? h("span", { class: "badge" }, "moving average") : null, h("span", { class: "prompt dim" }, prompt),
+];
+
+/** The head of a row of pictures. */
+export const promptHead = (row) => h("th", { scope: "row", title: row.prompt }, promptText(row));
 
 function emptyText(config, state) {
   if (config?.validation_disable) return "Pictures are switched off in this run (validation_disable).";

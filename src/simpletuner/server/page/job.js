@@ -10,14 +10,15 @@ const wait = (milliseconds) => new Promise((resolve) => { setTimeout(resolve, mi
 
 /**
  * A place where one job at a time is shown.
- * @returns {{node: HTMLElement, run: (kind: string, title: string, body: object) => Promise<any|null>, close: () => void}}
- *   `run` gives the job's result, or null where it failed or was cancelled, which is shown.
+ * @returns {{node: HTMLElement, run: (kind: string, title: string, body: object, changed?: (job: object) => void) => Promise<any|null>,
+ *   close: () => void}} `run` gives the job's result, or null where it failed or was cancelled, which is shown. `changed` is called with
+ *   the job whenever it was asked for.
  */
 export function jobPanel() {
   const node = h("div", { class: "stack", "aria-live": "polite", hidden: true });
   let turn = 0;
 
-  async function run(kind, title, body) {
+  async function run(kind, title, body, changed = () => {}) {
     const mine = ++turn;
     const bar = h("progress", { "aria-label": title });
     const words = h("p", { class: "numbers" }, `${title} …`);
@@ -35,12 +36,13 @@ export function jobPanel() {
         await wait(PERIOD);
         if (mine !== turn) return null;
         job = await get(`jobs/${job.id}`);
+        changed(job);
         const { progress } = job;
         if (progress !== null) {
           words.textContent = `${title}: ${progress.what}, ${count(progress.done)} of ${count(progress.total)}`;
           bar.max = Math.max(1, progress.total);
           bar.value = progress.done;
-        }
+        } else if (job.lines.length) words.textContent = `${title}: ${job.lines.at(-1)}`;
         lines.textContent = job.lines.join("\n");
       }
     } catch (error) {
@@ -52,7 +54,7 @@ export function jobPanel() {
       node.hidden = true;
       return job.result;
     }
-    if (job.state === "cancelled") node.replaceChildren(h("div", { class: "panel row" }, h("p", { class: "grow" }, `${title}: cancelled. What was done stays.`), closing()));
+    if (job.problems.length === 0 && job.state === "cancelled") node.replaceChildren(h("div", { class: "panel row" }, h("p", { class: "grow" }, `${title}: cancelled. What was done stays.`), closing()));
     else {
       node.replaceChildren(problemPanel(new ApiFault(422, job.problems)),
         job.lines.length ? h("details", { class: "sheet" }, h("summary", {}, "What the command says"), h("pre", { class: "lines" }, job.lines.join("\n"))) : "", closing());

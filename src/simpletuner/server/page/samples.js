@@ -1,37 +1,119 @@
-// Pictures that were drawn to try a LoRA, newest first; each beside the base's where that was drawn from the same.
+// Pictures that were drawn to try LoRAs: a grid for each prompt, seeds down and strengths across, the base first.
 
 import { address, get } from "./api.js";
-import { button, dialog, h, icon, problemPanel } from "./dom.js";
-import { beforeAfter } from "./slider.js";
+import { button, h, icon, problemPanel } from "./dom.js";
+import { openViewer } from "./viewer.js";
 
-const SHOWN_AT_FIRST = 24;
+const SHOWN_AT_FIRST = 8;
+const PICTURE_PX = 768;
 
-/** What must be the same for two pictures to be compared. */
-const keyOf = ({ prompt, seed, width, height, steps, guidance }) => JSON.stringify([prompt, seed, width, height, steps, guidance]);
+/** What is the same for all pictures of a grid. */
+const keyOf = ({ prompt, width, height, steps, guidance }) => JSON.stringify([prompt, width, height, steps, guidance]);
 
-const isBase = ({ loras }) => loras.every(({ strength }) => strength === 0);
+/** The LoRAs that act, as a text that tells columns apart; empty for the base. */
+const columnOf = ({ loras }) => JSON.stringify(loras.filter(({ strength }) => strength !== 0).map(({ name, sha256, strength }) => [sha256 ?? name, strength]));
+
+/**
+ * Pictures as grids, in the order in which they come first.
+ * @param {object[]} pictures of one cell, the first counts; one without a path is still to be drawn
+ * @param {string} plain what a column without LoRAs is called
+ */
+export function gridsOf(pictures, plain) {
+  const grids = new Map();
+  for (const one of pictures) {
+    const key = keyOf(one);
+    if (!grids.has(key)) grids.set(key, { about: one, cells: new Map(), seeds: new Set(), columns: new Map() });
+    const grid = grids.get(key);
+    const column = columnOf(one);
+    grid.seeds.add(one.seed);
+    if (!grid.columns.has(column)) grid.columns.set(column, one.loras.filter(({ strength }) => strength !== 0));
+    const cell = `${one.seed} ${column}`;
+    if (!grid.cells.has(cell)) grid.cells.set(cell, one);
+  }
+  return [...grids.values()].map((grid) => arranged(grid, plain));
+}
+
+function arranged({ about, cells, seeds, columns }, plain) {
+  const rows = [...seeds].sort((a, b) => a - b);
+  const order = [...columns].sort(([, a], [, b]) => {
+    const names = (loras) => loras.map(({ sha256, name }) => sha256 ?? name).join();
+    return a.length - b.length || names(a).localeCompare(names(b)) || (a[0]?.strength ?? 0) - (b[0]?.strength ?? 0);
+  });
+  const distinct = new Set([...columns.values()].flat().map(({ sha256, name }) => sha256 ?? name)).size;
+  const named = ({ name, sha256, strength }) => {
+    const plain = name.replace(/^pytorch_lora_weights\.safetensors$/, "LoRA").replace(/\.safetensors$/, "");
+    return distinct > 1 ? `${plain}${plain === "LoRA" && sha256 ? ` ${sha256.slice(0, 6)}` : ""} at ${strength}` : `Strength ${strength}`;
+  };
+  return {
+    about, rows: rows.length, seeds: rows, columns: order.length,
+    labels: order.map(([, loras]) => loras.map(named).join(" + ") || plain),
+    picture: (row, column) => cells.get(`${rows[row]} ${order[column]?.[0]}`),
+    at(row, column) {
+      const one = this.picture(row, column);
+      return one?.path ? this.shown(one, column) : undefined;
+    },
+    shown(one, column) {
+      return {
+        src: address("picture", { path: one.path }), file: one.path.split("/").at(-1), width: one.width, height: one.height,
+        row: one.seed === null ? (one.prompt ?? one.path) : `Seed ${one.seed}`, column: this.labels[column].toLowerCase(),
+        facts: {
+          Prompt: one.prompt, Seed: one.seed, Size: `${one.width} × ${one.height}`, "Sampler steps": one.steps, Guidance: one.guidance,
+          LoRAs: one.loras.map(({ name, strength }) => `${name} at ${strength}`).join(", ") || "none",
+        },
+      };
+    },
+  };
+}
+
+/** A grid as a table; a picture opens the viewer. */
+export function gridTable(grid) {
+  const { about } = grid;
+  const facts = [`${about.width} × ${about.height}`, about.steps && `${about.steps} steps`, about.guidance !== null && `guidance ${about.guidance}`];
+  const cell = (row, column) => {
+    const one = grid.picture(row, column);
+    if (!one) return h("td", {}, h("span", { class: "dim" }, "–"));
+    if (!one.path) return h("td", {}, h("div", { class: "to-come", style: { aspectRatio: `${one.width} / ${one.height}` } }, h("span", { class: "small dim" }, "to be drawn")));
+    const { src, file } = grid.shown(one, column);
+    return h("td", {},
+      h("button", { type: "button", class: "thumb large", onclick: () => openViewer(grid, row, column) },
+        h("img", {
+          src: address("picture", { path: one.path, width: PICTURE_PX }), loading: "lazy", width: one.width, height: one.height,
+          alt: `${one.prompt ?? file}, ${grid.labels[column].toLowerCase()}, seed ${one.seed}`,
+        })),
+      h("a", { class: "button quiet tiny square", href: src, download: file, title: "Download", "aria-label": `Download ${file}` }, icon("download")));
+  };
+  const rows = Array.from({ length: grid.rows }, (_, row) => h("tr", {},
+    h("th", { scope: "row" }, h("span", { class: "small" }, grid.seeds[row] === null ? "" : `Seed ${grid.seeds[row]}`)),
+    grid.labels.map((_label, column) => cell(row, column))));
+  const table = h("table", {},
+    h("thead", {}, h("tr", {}, h("td", {}), grid.labels.map((label) => h("th", { scope: "col" }, label)))), h("tbody", {}, rows));
+  table.style.setProperty("--columns", grid.columns);
+  return h("figure", { class: "drawn" },
+    h("figcaption", {}, h("p", {}, about.prompt ?? about.path), h("p", { class: "small dim numbers" }, facts.filter(Boolean).join(" · "))),
+    h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Pictures of ${about.prompt ?? "a prompt"}` }, table));
+}
 
 export class Samples {
-  /** @param {string} run */
-  constructor(run) {
+  /** @param {string} run @param {() => string} plain what a picture without LoRAs is of */
+  constructor(run, plain) {
     this.run = run;
+    this.plain = plain;
     this.limit = SHOWN_AT_FIRST;
     this.list = [];
-    this.body = h("div", { class: "sample-grid" });
+    /** Paths that are shown elsewhere; null where nothing is. */
+    this.except = null;
+    this.body = h("div", { class: "stack" });
     this.more = button("Show more", () => {
       this.limit *= 2;
       this.draw();
     }, { kind: "quiet" });
-    this.news = h("p", { class: "visually-hidden", "aria-live": "polite" });
-    this.node = h("section", { class: "sheet stack", "aria-label": "Samples" }, h("h2", {}, "Samples"), this.body, this.more, this.news);
+    this.node = h("section", { class: "sheet stack", "aria-label": "Samples" }, h("h2", {}, "Samples"), this.body, this.more);
   }
 
   /** Ask the server what was drawn. */
   async update() {
     try {
-      const before = this.list.length;
       this.list = await get("run/samples", { run: this.run });
-      if (before > 0 && this.list.length > before) this.news.textContent = "New pictures are there.";
       this.draw();
     } catch (error) {
       this.body.replaceChildren(problemPanel(error));
@@ -39,43 +121,13 @@ export class Samples {
   }
 
   draw() {
-    const bases = new Map(this.list.filter(isBase).reverse().map((one) => [keyOf(one), one]));
-    const tried = this.list.filter((one) => !isBase(one));
-    const paired = new Set(tried.map(keyOf));
-    const shown = this.list.filter((one) => !isBase(one) || !paired.has(keyOf(one)));
-    this.more.hidden = shown.length <= this.limit;
-    this.body.replaceChildren(...shown.slice(0, this.limit).map((one) => sample(one, isBase(one) ? null : bases.get(keyOf(one)))));
-    if (shown.length === 0) {
+    const grids = gridsOf(this.list.filter(({ path }) => !this.except?.has(path)), this.plain());
+    this.more.hidden = grids.length <= this.limit;
+    this.node.hidden = grids.length === 0 && this.except !== null;
+    this.body.replaceChildren(...grids.slice(0, this.limit).map(gridTable));
+    if (grids.length === 0) {
       this.body.replaceChildren(h("p", { class: "dim" },
         "None yet. Write what the picture should show and press Draw; the pictures stay in the folder “samples” of the run."));
     }
   }
-}
-
-/** One picture with what it was drawn from, and the base's beside it where there is one. */
-function sample(one, base) {
-  const { path, prompt, seed, width, height, steps, guidance, loras } = one;
-  const url = address("picture", { path });
-  const name = path.split("/").at(-1);
-  const acting = loras.map((lora) => `${lora.name.replace(/^pytorch_lora_weights\.safetensors$/, "LoRA")} at ${lora.strength}`).join(", ") || "the base model";
-  const about = [seed !== null && `seed ${seed}`, `${width} × ${height}`, steps && `${steps} steps`, guidance !== null && `guidance ${guidance}`, acting];
-  const image = (src, alt, caption) => h("div", {},
-    h("img", { src, alt, width, height, loading: "lazy" }), base ? h("p", { class: "small dim" }, caption) : null);
-  const compare = () => dialog({
-    title: prompt ?? name,
-    wide: true,
-    actions: [{ label: "Close", value: null }],
-    body: h("div", { class: "viewer" },
-      beforeAfter({ src: address("picture", { path: base.path }), label: "base" }, { src: url, label: "with the LoRA" }, one)),
-  });
-  return h("figure", { class: base ? "sample paired" : "sample" },
-    h("div", { class: "row nowrap pair-of" },
-      base ? image(address("picture", { path: base.path }), `Base: ${prompt ?? name}`, "Base") : null,
-      image(url, prompt ?? name, "With the LoRA")),
-    h("figcaption", { class: "stack tight" },
-      h("p", {}, prompt ?? name),
-      h("p", { class: "small dim numbers" }, about.filter(Boolean).join(" · ")),
-      h("div", { class: "row" },
-        base ? button("Compare", compare, { icon: "eye", kind: "quiet tiny" }) : null,
-        h("a", { class: "button quiet tiny", href: url, download: name }, icon("download"), "Download"))));
 }

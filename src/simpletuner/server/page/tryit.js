@@ -1,22 +1,27 @@
-/** Try a LoRA: prompts in, pictures out, with as many LoRAs as wanted and the base beside them. */
+/** Try a LoRA: prompts in, a grid of pictures out, seeds down and strengths across, the base beside them. */
 
 import { button, freshId, h, icon, problemPanel } from "./dom.js";
 import { jobPanel } from "./job.js";
 import { LoraChoice } from "./loras.js";
-import { Samples } from "./samples.js";
+import { Samples, gridTable, gridsOf } from "./samples.js";
 
 const SIDE_STEP = 16;
 const LONGEST_SIDE = 2048;
+const MOST_STRENGTHS = 12;
+const KEPT = "simpletuner.tryit.";
 
 export class TryIt {
   /** @param {string} run @param {() => object} detail */
   constructor(run, detail) {
     this.run = run;
     this.detail = detail;
-    this.loras = new LoraChoice(run);
-    this.samples = new Samples(run);
+    this.loras = new LoraChoice(run, () => this.keep());
+    this.plain = () => (detail().config?.model_type === "full" ? "The run's model" : "Base");
+    this.samples = new Samples(run, this.plain);
     this.job = jobPanel();
     this.faults = h("div", { class: "stack" });
+    this.latest = h("section", { class: "sheet stack", "aria-label": "Latest pictures", hidden: true });
+    this.news = h("p", { class: "visually-hidden", "aria-live": "polite" });
     this.node = h("section", { class: "tryit", "aria-label": "Try it" });
     this.isBuilt = false;
   }
@@ -29,78 +34,105 @@ export class TryIt {
   async show() {
     if (!this.isBuilt) {
       this.isBuilt = true;
-      this.node.replaceChildren(this.form(), h("div", { class: "stack grow" }, this.job.node, this.faults, this.samples.node));
+      this.node.replaceChildren(this.form(),
+        h("div", { class: "stack grow" }, this.job.node, this.faults, this.latest, this.samples.node, this.news));
     }
-    await Promise.all([this.loras.update(this.detail()), this.samples.update()]);
+    await Promise.all([this.loras.update(this.detail(), this.kept.loras), this.samples.update()]);
   }
 
   form() {
     const { config, validations } = this.detail();
     const drawn = validations.flatMap(({ pictures }) => pictures)[0];
-    const [width, height] = drawn ? [drawn.width, drawn.height] : [1024, 1024];
+    this.kept = kept(this.run);
     const field = (label, input, hint = null) => {
       const id = freshId("try");
       input.id = id;
       if (hint) input.setAttribute("aria-describedby", `${id}-hint`);
       return h("div", { class: "stack tight" }, h("label", { for: id }, label), input, hint ? h("p", { class: "hint", id: `${id}-hint` }, hint) : null);
     };
-    const number = (value, more) => h("input", { type: "number", value: value ?? "", ...more });
-    this.prompts = h("textarea", { rows: 3, required: true, value: drawn?.prompt ?? "" });
-    this.seed = number(config?.seed ?? 42, { min: 0, max: 2 ** 32 - 1, step: 1 });
-    this.width = number(width, { min: SIDE_STEP, max: LONGEST_SIDE, step: SIDE_STEP });
-    this.height = number(height, { min: SIDE_STEP, max: LONGEST_SIDE, step: SIDE_STEP });
-    this.steps = number(config?.validation_num_inference_steps, { min: 1, max: 500, step: 1, placeholder: "what suits the model" });
-    this.guidance = number(config?.validation_guidance, { min: 0, max: 50, step: 0.1, placeholder: "what suits the model" });
-    this.count = number(1, { min: 1, max: 16, step: 1 });
-    this.withBase = h("input", { type: "checkbox", checked: true });
+    const number = (name, value, more) => h("input", { type: "number", value: this.kept[name] ?? value ?? "", ...more });
+    this.fields = {
+      prompts: h("textarea", { rows: 3, required: true, value: this.kept.prompts ?? drawn?.prompt ?? "" }),
+      strengths: h("input", { value: this.kept.strengths ?? "0, 0.5, 1", inputmode: "text", autocomplete: "off", spellcheck: "false" }),
+      seed: number("seed", config?.seed ?? 42, { min: 0, max: 2 ** 32 - 1, step: 1 }),
+      count: number("count", 1, { min: 1, max: 16, step: 1 }),
+      width: number("width", drawn?.width ?? 1024, { min: SIDE_STEP, max: LONGEST_SIDE, step: SIDE_STEP }),
+      height: number("height", drawn?.height ?? 1024, { min: SIDE_STEP, max: LONGEST_SIDE, step: SIDE_STEP }),
+      steps: number("steps", config?.validation_num_inference_steps, { min: 1, max: 500, step: 1, placeholder: "the model's" }),
+      guidance: number("guidance", config?.validation_guidance, { min: 0, max: 50, step: 0.1, placeholder: "the model's" }),
+    };
+    const { prompts, strengths, seed, count, width, height, steps, guidance } = this.fields;
     const dice = button("", () => {
-      this.seed.value = Math.floor(Math.random() * 2 ** 31);
+      seed.value = Math.floor(Math.random() * 2 ** 31);
+      this.keep();
     }, { icon: "refresh", label: "Another seed" });
-    const seedId = freshId("seed");
-    this.seed.id = seedId;
+    seed.id = freshId("seed");
     this.draw = h("button", { type: "submit", class: "primary" }, icon("picture"), h("span", {}, "Draw"));
+    strengths.addEventListener("input", () => strengths.setCustomValidity(""));
     return h("form", {
       class: "sheet stack",
+      oninput: () => this.keep(),
+      onkeydown: (event) => {
+        if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) event.target.form?.requestSubmit();
+      },
       onsubmit: (event) => {
         event.preventDefault();
         this.start();
       },
     },
     h("h2", {}, "Try it"),
-    field("Prompts", this.prompts, "One a line."),
+    field("Prompts", prompts, "One a line. Ctrl and Enter draws."),
     this.loras.node,
-    h("label", { class: "tick" }, this.withBase, "Draw the base beside it, all strengths at 0"),
+    field("Strengths", strengths, "A column of pictures for each, such as 0, 0.5, 0.8, 1, 1.2. 0 is the base model."),
     h("div", { class: "fields" },
-      h("div", { class: "stack tight" }, h("label", { for: seedId }, "Seed"), h("div", { class: "row nowrap" }, this.seed, dice)),
-      field("Pictures of each prompt", this.count), field("Width", this.width), field("Height", this.height),
-      field("Sampler steps", this.steps), field("Guidance", this.guidance)),
+      h("div", { class: "stack tight" }, h("label", { for: seed.id }, "Seed"), h("div", { class: "row nowrap" }, seed, dice)),
+      field("Seeds", count), field("Width", width), field("Height", height),
+      field("Sampler steps", steps), field("Guidance", guidance)),
     h("div", { class: "row" }, this.draw));
   }
 
+  /** Remember the settings for the next visit. */
+  keep() {
+    const values = Object.fromEntries(Object.entries(this.fields).map(([name, input]) => [name, input.value]));
+    this.kept = { ...values, loras: this.loras.list };
+    localStorage.setItem(KEPT + this.run, JSON.stringify(this.kept));
+  }
+
+  /** The numbers of the field; null, and said, where they are none. */
+  strengths() {
+    const { strengths } = this.fields;
+    const words = strengths.value.split(/[\s,;]+/).filter(Boolean);
+    const numbers = [...new Set(words.map(Number))];
+    const isRight = numbers.length > 0 && numbers.length <= MOST_STRENGTHS && numbers.every((one) => Math.abs(one) <= 10);
+    strengths.setCustomValidity(isRight ? "" : `Write 1 to ${MOST_STRENGTHS} numbers from -10 to 10, with commas between: 0, 0.5, 1.`);
+    return isRight ? numbers : (strengths.reportValidity(), null);
+  }
+
   async start() {
-    const prompts = this.prompts.value.split("\n").map((text) => text.trim()).filter(Boolean);
+    const { prompts, seed, count, width, height, steps, guidance } = this.fields;
+    const strengths = this.strengths();
+    if (strengths === null || this.draw.disabled) return;
     const optional = (input) => (input.value === "" ? null : Number(input.value));
+    const loras = this.loras.chosen();
     const asked = {
       run: this.run,
-      prompts,
-      seed: Number(this.seed.value),
-      width: Number(this.width.value),
-      height: Number(this.height.value),
-      steps: optional(this.steps),
-      guidance: optional(this.guidance),
-      count: Number(this.count.value),
-      loras: this.loras.chosen(),
+      prompts: [...new Set(prompts.value.split("\n").map((text) => text.trim()).filter(Boolean))],
+      seed: Number(seed.value), count: Number(count.value), width: Number(width.value), height: Number(height.value),
+      steps: optional(steps), guidance: optional(guidance),
+      loras, strengths: loras.length ? strengths : [0],
     };
     this.faults.replaceChildren();
     this.draw.disabled = true;
+    let shown = -1;
     try {
-      if (!(await this.drawOnce(asked, "the pictures"))) return;
+      await this.job.run("sample", "Drawing", asked, ({ result }) => {
+        const paths = result?.pictures ?? [];
+        if (paths.length === shown) return;
+        shown = paths.length;
+        if (shown) this.news.textContent = `${shown} of ${planned(asked, this.loras.list).length} pictures are there.`;
+        this.showLatest(asked, paths);
+      });
       await this.samples.update();
-      const { loras } = asked;
-      if (this.withBase.checked && loras.some(({ strength }) => strength !== 0)) {
-        await this.drawOnce({ ...asked, loras: loras.map((one) => ({ ...one, strength: 0 })) }, "the base");
-        await this.samples.update();
-      }
     } catch (error) {
       this.faults.replaceChildren(problemPanel(error));
     } finally {
@@ -108,8 +140,32 @@ export class TryIt {
     }
   }
 
-  /** Draw once; whether it came to its end. What went wrong is shown. */
-  async drawOnce(asked, what) {
-    return (await this.job.run("sample", `Drawing ${what}`, asked)) !== null;
+  /** The pictures that were asked for last, with room for those to come. */
+  showLatest(asked, paths) {
+    const pictures = planned(asked, this.loras.list).map((one, index) => ({ ...one, path: paths[index] }));
+    this.samples.except = new Set(paths);
+    this.samples.draw();
+    this.latest.hidden = false;
+    this.latest.replaceChildren(h("h2", {}, "Latest"), ...gridsOf(pictures, this.plain()).map(gridTable));
+  }
+}
+
+/** The pictures of a request in the order in which they come. */
+function planned({ prompts, seed, count, strengths, loras, ...rest }, labels) {
+  const seeds = Array.from({ length: count }, (_, index) => seed + index);
+  const name = (path) => labels.find((one) => one.path === path)?.label ?? path;
+  return prompts.flatMap((prompt) => seeds.flatMap((own) => strengths.map((strength) => ({
+    ...rest, prompt, seed: own, loras: loras.map((lora) => ({ name: name(lora.path), strength: round(lora.strength * strength) })),
+  }))));
+}
+
+const round = (number) => Number(number.toFixed(4));
+
+/** The settings of the last visit. */
+function kept(run) {
+  try {
+    return JSON.parse(localStorage.getItem(KEPT + run)) ?? {};
+  } catch {
+    return {};
   }
 }

@@ -1,42 +1,42 @@
-/** One picture of a gallery, whole: what it was drawn from, the one before and after, and any other beside it. */
+/** One picture of a grid, as large as the window allows: what it was drawn from, its neighbors, any other beside it. */
 
 import { beforeAfter } from "./slider.js";
 import { dialog, h, icon, freshId } from "./dom.js";
-import { pictureUrl } from "./pictures.js";
+
+/**
+ * @typedef {object} Shown A picture in a grid.
+ * @property {string} src @property {string} file its name when it is saved @property {number} width @property {number} height
+ * @property {string} row what its row shows @property {string} column what its column is, such as "step 20"
+ * @property {Record<string, any>} facts what it was drawn from
+ */
 
 /**
  * Open the viewer.
- * @param {import("./pictures.js").Grid} grid
+ * @param {{rows: number, columns: number, at: (row: number, column: number) => Shown|undefined}} grid
  * @param {number} row @param {number} column where to begin
- * @param {{run: string, config: object}} of
  */
-export function openViewer(grid, row, column, { run, config }) {
+export function openViewer(grid, row, column) {
   const body = h("div", { class: "viewer" });
-  let other = null; // null: the base, or the first there is; "none": nothing
+  let other = null; // null: the first column there is; "none": nothing
   let box = null;
 
   const move = (down, right) => {
-    const rows = grid.rows.length;
-    const columns = grid.steps.length;
     let [nextRow, nextColumn] = [row, column];
-    for (let tries = 0; tries < rows * columns; tries += 1) {
-      nextRow = Math.min(Math.max(nextRow + down, 0), rows - 1);
-      nextColumn = Math.min(Math.max(nextColumn + right, 0), columns - 1);
-      if (grid.at(nextRow, nextColumn)) break;
-      if ((down && (nextRow === 0 || nextRow === rows - 1)) || (right && (nextColumn === 0 || nextColumn === columns - 1))) return;
-    }
+    do {
+      nextRow += down;
+      nextColumn += right;
+      if (nextRow < 0 || nextColumn < 0 || nextRow >= grid.rows || nextColumn >= grid.columns) return;
+    } while (!grid.at(nextRow, nextColumn));
     [row, column] = [nextRow, nextColumn];
     show();
   };
 
   const show = () => {
     const picture = grid.at(row, column);
-    const step = grid.steps[column];
-    const choices = grid.steps.map((one, index) => ({ step: one, picture: grid.at(row, index) })).filter((one) => one.picture && one.step !== step);
-    const against = other === "none" ? undefined : (choices.find((one) => one.step === other) ?? choices[0]);
-    const label = (one) => (one === 0 ? "step 0 (base)" : `step ${one}`);
+    const choices = Array.from({ length: grid.columns }, (_, index) => ({ index, picture: grid.at(row, index) }))
+      .filter((one) => one.picture && one.index !== column);
+    const against = other === "none" ? undefined : (choices.find((one) => one.index === other) ?? choices[0]);
     const chooser = freshId("against");
-    const full = pictureUrl(run, picture);
     const select = h("select", {
       id: chooser,
       onchange: () => {
@@ -46,35 +46,36 @@ export function openViewer(grid, row, column, { run, config }) {
       },
     },
     h("option", { value: "none", selected: against === undefined }, "nothing"),
-    choices.map((one) => h("option", { value: one.step, selected: one === against }, label(one.step))));
+    choices.map((one) => h("option", { value: one.index, selected: one === against }, one.picture.column)));
     const arrow = (text, name, down, right) => h("button", {
       type: "button", class: "quiet square", "aria-label": text, title: text, onclick: () => move(down, right),
     }, icon(name));
     body.style.setProperty("--aspect", picture.width / picture.height);
     body.replaceChildren(
       against
-        ? beforeAfter({ src: pictureUrl(run, against.picture), label: label(against.step) }, { src: full, label: label(step) }, picture)
-        : h("img", { class: "whole", src: full, alt: `${picture.name} at ${label(step)}`, width: picture.width, height: picture.height }),
+        ? beforeAfter({ src: against.picture.src, label: against.picture.column }, { src: picture.src, label: picture.column }, picture)
+        : h("img", { class: "whole", src: picture.src, alt: `${picture.row}, ${picture.column}`, width: picture.width, height: picture.height }),
       h("div", { class: "stack" },
         h("div", { class: "row" },
-          arrow("Step before", "left", 0, -1), arrow("Step after", "right", 0, 1), arrow("Prompt above", "up", -1, 0), arrow("Prompt below", "down", 1, 0)),
+          arrow("Picture before", "left", 0, -1), arrow("Picture after", "right", 0, 1), arrow("Row above", "up", -1, 0), arrow("Row below", "down", 1, 0),
+          h("span", { class: "small dim" }, "or the arrow keys")),
         h("div", { class: "row" }, h("label", { for: chooser }, "Compare with"), h("div", { class: "grow" }, select)),
-        facts(picture, step, config),
-        h("a", { class: "button", href: full, download: picture.path.split("/").at(-1) }, icon("download"), "Download the picture")),
+        facts(picture.facts),
+        h("a", { class: "button", href: picture.src, download: picture.file }, icon("download"), "Download the picture")),
     );
-    if (box) box.querySelector("h2").textContent = `${picture.name}, ${label(step)}`;
+    if (box) box.querySelector("h2").textContent = `${picture.row}, ${picture.column}`;
   };
 
   show();
+  const { row: name, column: place } = grid.at(row, column);
   return dialog({
-    title: `${grid.at(row, column).name}, step ${grid.steps[column]}`,
+    title: `${name}, ${place}`,
     body,
     wide: true,
     actions: [{ label: "Close", value: null }],
     opened(opened) {
       box = opened;
       const rest = () => box.querySelector(".actions button").focus({ preventScroll: true });
-      show();
       box.addEventListener("keydown", (event) => {
         if (event.target.matches("input, select")) return;
         const moves = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
@@ -88,19 +89,8 @@ export function openViewer(grid, row, column, { run, config }) {
   });
 }
 
-/** What a picture was drawn from. */
-export function facts(picture, step, config) {
-  const rows = {
-    Prompt: picture.prompt,
-    Seed: picture.seed,
-    Size: `${picture.width} × ${picture.height}`,
-    Step: step === 0 ? "0, the base model" : step,
-    Weights: picture.is_ema ? "moving average" : null,
-    "Sampler steps": config?.validation_num_inference_steps,
-    Guidance: config?.validation_guidance,
-    "True guidance": config?.validation_guidance_real > 1 ? config.validation_guidance_real : null,
-  };
+function facts(values) {
   return h("dl", { class: "facts" },
-    Object.entries(rows).filter(([, value]) => value !== null && value !== undefined)
+    Object.entries(values).filter(([, value]) => value !== null && value !== undefined)
       .flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, String(value))]));
 }
