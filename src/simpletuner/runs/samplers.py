@@ -11,7 +11,7 @@ from simpletuner.base.files import DirectoryLock
 
 SAMPLERS_FOLDER = Path(".simpletuner") / "samplers"
 """Of a workspace: a file for each, `GPU.PID.lock`, which the process holds."""
-PATIENCE_S = 5.0
+_PATIENCE_S = 5.0
 _LOOK_EVERY_S = 0.05
 
 
@@ -52,7 +52,7 @@ def first_gpu(environ: Mapping[str, str]) -> str:
 
 
 def _is_let_go(lock: DirectoryLock) -> bool:
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + _PATIENCE_S
     while lock.is_held():
         if time.monotonic() > deadline:
             return False

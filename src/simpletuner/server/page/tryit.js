@@ -15,7 +15,7 @@ export class TryIt {
   constructor(run, detail) {
     this.run = run;
     this.detail = detail;
-    this.loras = new LoraChoice(run, () => this.keep());
+    this.loras = new LoraChoice(run, () => this.changed());
     this.plain = () => (detail().config?.model_type === "full" ? "The run's model" : "Base");
     this.samples = new Samples(run, this.plain);
     this.job = jobPanel();
@@ -38,6 +38,13 @@ export class TryIt {
         h("div", { class: "stack grow" }, this.job.node, this.faults, this.latest, this.samples.node, this.news));
     }
     await Promise.all([this.loras.update(this.detail(), this.kept.loras), this.samples.update()]);
+    this.fields.strengths.disabled = this.loras.list.length === 0;
+  }
+
+  /** Another LoRA was chosen: without any, there is nothing that could be strong. */
+  changed() {
+    this.fields.strengths.disabled = this.loras.list.length === 0;
+    this.keep();
   }
 
   form() {
@@ -110,7 +117,7 @@ export class TryIt {
 
   async start() {
     const { prompts, seed, count, width, height, steps, guidance } = this.fields;
-    const strengths = this.strengths();
+    const strengths = this.loras.list.length ? this.strengths() : [0];
     if (strengths === null || this.draw.disabled) return;
     const optional = (input) => (input.value === "" ? null : Number(input.value));
     const loras = this.loras.chosen();
@@ -119,7 +126,7 @@ export class TryIt {
       prompts: [...new Set(prompts.value.split("\n").map((text) => text.trim()).filter(Boolean))],
       seed: Number(seed.value), count: Number(count.value), width: Number(width.value), height: Number(height.value),
       steps: optional(steps), guidance: optional(guidance),
-      loras, strengths: loras.length ? strengths : [0],
+      loras, strengths,
     };
     this.faults.replaceChildren();
     this.draw.disabled = true;
