@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tests.web.conftest import Server
 
 LONG_MS = 120_000
-NEVER_TRAINS = ("train", "--example", "tiny-lora", "--init_lora=missing.safetensors")
+NEVER_TRAINS = ("train", "--example", "tiny-lora", "--init_lora=damaged.safetensors")
 """Ends with an error once it has taken the GPU."""
 
 
@@ -87,6 +87,7 @@ def test_a_grid_of_strengths_comes_picture_by_picture_from_one_sampler(
     # A run that starts has the memory, and the page says why the pictures do not come.
     draw.click()
     expect(page.get_by_text(re.compile(r"drawing, [1-9]\d* of"))).to_be_visible(timeout=LONG_MS)
+    (workspace / "damaged.safetensors").write_bytes(b"damaged")
     command = [sys.executable, "-P", "-m", "simpletuner", *NEVER_TRAINS]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, check=False)
