@@ -46,6 +46,7 @@ from simpletuner.runs.events import CheckpointEvent, EndEvent, ErrorEvent, Event
 from simpletuner.runs.finished import lacking, write_finished
 from simpletuner.runs.layout import EMA_FOLDER, RESULTS, RunDirectory
 from simpletuner.runs.process import Requests, stopped
+from simpletuner.runs.samplers import end_samplers
 from simpletuner.train import checkpoint, optim, resume, trackers
 from simpletuner.train.backend import BackendChoice, check_backend, choose_backend, uncompiled
 from simpletuner.train.batches import BatchBuilder
@@ -107,6 +108,7 @@ def run(job: Job) -> int:
     with job.run.lock(), EventLog(job.run.events) as events, Requests(job.run.control) as requests:
         job.run.sweep()
         reporter = Reporter(events=events, log=job.run.log, poll=requests.poll)
+        end_samplers(Path.cwd(), os.environ, reporter.say)  # those started since; from here on, none draws beside a run
         for text in job.loaded.notices:
             reporter.notice(text)
         attempt = Attempt(job, reporter, requests)
