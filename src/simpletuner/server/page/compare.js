@@ -141,6 +141,7 @@ class SideBySide {
     this.choice.value = steps.indexOf(step);
     this.said.value = step === 0 ? "base" : `step ${step}`;
     this.choice.setAttribute("aria-valuetext", this.said.value);
+    this.body.style.setProperty("--columns", runs.length);
     const prompts = new Map(grids.flatMap((grid) => grid.rows.map((row) => [`${row.prompt} ${row.isEma}`, row])));
     this.body.replaceChildren(h("table", {},
       h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Prompt"), runs.map(({ name }) => h("th", { scope: "col" }, name)))),
