@@ -15,7 +15,7 @@ from simpletuner.server.faults import answered
 from simpletuner.server.roots import Roots
 from simpletuner.server.runs import found_runs
 from simpletuner.server.shell import Finished, Shell, end, problems_told
-from simpletuner.server.work import PATIENCE_S, CommandJob, JobProgress, note, read_lines
+from simpletuner.server.work import PATIENCE_S, CommandJob, JobProgress, read_lines, take_line
 
 IDLE_S = 300.0
 _LONGEST_EVENT = 2**20
@@ -80,7 +80,7 @@ class SamplerProcess:
 
     def _note(self, line: str) -> None:
         if self._job is not None:
-            note(line, self._job)
+            take_line(line, self._job)
 
     async def _follow(self, job: CommandJob, request: Mapping[str, Any], shown: Callable[[str], str]) -> None:
         process = await self._started()

@@ -131,7 +131,7 @@ class Jobs:
         assert process.stderr is not None
         try:
             out, err, exit_code = await asyncio.gather(
-                process.stdout.read(), read_lines(process.stderr, partial(note, job=job)), process.wait()
+                process.stdout.read(), read_lines(process.stderr, partial(take_line, job=job)), process.wait()
             )
         finally:
             await end(process, PATIENCE_S)
@@ -165,7 +165,7 @@ async def read_lines(stream: asyncio.StreamReader, take: Callable[[str], None]) 
     return whole
 
 
-def note(line: str, job: CommandJob) -> None:
+def take_line(line: str, job: CommandJob) -> None:
     """Put a line that a command printed into its job: progress, or a line for people."""
     if line.startswith("{"):
         progress = _progress(line)
