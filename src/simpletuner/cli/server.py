@@ -218,7 +218,7 @@ def _access(command: ServerCommand, address: str) -> "Access":
         is_loopback,
         names,
         token,
-        knows_owner=not asks_owner and knows_users(),
+        knows_owner=not asks_owner and knows_users(address),
         is_tls=command.ssl_cert is not None,
     )
 

@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import socket
 import struct
 import sys
 from functools import cache
@@ -17,9 +18,13 @@ _OVERFLOW = Path("/proc/sys/kernel/overflowuid")
 Address = tuple[str, int]
 
 
-def knows_users() -> bool:
-    """Whether this system tells whose a connection is."""
-    return any(os.access(table, os.R_OK) for table in TABLES)
+def knows_users(host: str) -> bool:
+    """Whether this system tells whose a connection at the loopback address `host` is: tried with one of our own."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as listening:
+        server = listening.getsockname()[:2]
+        with socket.create_connection(server) as client:
+            return is_own(client.getsockname()[:2], server)
 
 
 def is_loopback(client: Address | None) -> bool:

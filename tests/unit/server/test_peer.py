@@ -32,6 +32,11 @@ def test_a_connection_of_this_user_is_known(bound: str, connected: str) -> None:
             assert not peer.is_own(address[:2], server)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_this_system_tells_users_apart(host: str) -> None:
+    assert peer.knows_users(host)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a process of another user")
 @pytest.mark.parametrize("uid", [OTHER_USER, 65_534])
 def test_a_connection_of_another_user_is_not_ours(uid: int) -> None:
@@ -51,7 +56,7 @@ def test_without_the_kernels_table_nobody_is_known(monkeypatch: pytest.MonkeyPat
         server = listening.getsockname()
         with socket.create_connection(server) as client:
             assert not peer.is_own(client.getsockname(), server)
-    assert not peer.knows_users()
+    assert not peer.knows_users("127.0.0.1")
 
 
 def test_a_user_that_the_kernel_cannot_name_is_not_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
