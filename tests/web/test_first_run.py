@@ -165,7 +165,9 @@ def weights(file: bytes) -> bytes:
     return file[8 + int.from_bytes(file[:8], "little") :]
 
 
-def test_the_quickstarts_files_load_without_a_complaint(server: Server, page: Page, workspace: Path) -> None:
+def test_the_quickstarts_files_load_and_only_their_output_folder_is_out_of_reach(
+    server: Server, page: Page, workspace: Path
+) -> None:
     snippets = Path(__file__).parents[1] / "fixtures/quickstart"
     folder = workspace / "config"
     folder.mkdir()
@@ -175,8 +177,10 @@ def test_the_quickstarts_files_load_without_a_complaint(server: Server, page: Pa
     (workspace / "datasets/my-dataset").mkdir(parents=True)
     page.goto(f"{server.url}/#/configure")
     expect(page.get_by_label("LoRA rank", exact=True)).to_have_value("16")
-    page.wait_for_timeout(2500)  # the check, and then the plan
-    expect(page.get_by_text("problem", exact=False)).to_have_count(0)
+    # /path/to/output stands for a folder of the user's.
+    mending = page.get_by_role("list").filter(has_text="output_dir = '/path/to/output' lies outside the folders")
+    expect(mending.get_by_role("listitem")).to_have_count(1)
+    expect(page.get_by_text("1 thing to mend")).to_be_visible()
     assert {path.name for path in folder.iterdir()} == names
     for name in names:
         assert (folder / name).read_bytes() == (snippets / name).read_bytes()

@@ -29,7 +29,8 @@ def trained(workspace: Path, tiny_folder: Path, acting_lora: Path) -> RunDirecto
     """A run that is done."""
     run = RunDirectory(workspace / "output" / "mine")
     run.create()
-    model = {"model_flavour": "tiny", "pretrained_model_name_or_path": str(tiny_folder)}
+    shutil.copytree(tiny_folder, workspace / "model")  # where the page may read it
+    model = {"model_flavour": "tiny", "pretrained_model_name_or_path": "model"}
     run.config.write_text(json.dumps({"model_type": "lora", "seed": 42, **model}))
     shutil.copyfile(acting_lora, run.lora)
     with EventLog(run.events) as log:

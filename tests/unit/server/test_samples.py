@@ -216,4 +216,5 @@ def test_train_look_and_draw(client: TestClient, environment: str) -> None:
     assert {one["path"] for one in get("run/samples", run=run)} == set(pictures)
     assert get("run/samples", run=run)[0]["prompt"] == "a flag"
     again = client.post("/api/run/start", json={"environment": environment}, headers=SAME)
-    assert (again.status_code, again.json()["state"]) == (200, "done")
+    assert (again.status_code, again.json()["state"]) == (200, "starting")
+    assert wait_for(lambda: get("run", run=run)["state"] == "done")
