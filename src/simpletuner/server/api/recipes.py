@@ -1,15 +1,17 @@
 """What a configuration begins with: a model, a card and a recipe."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter
 from pydantic import BaseModel
 
-from simpletuner.base.machine import gpus
 from simpletuner.base.sizes import GIB
 from simpletuner.config.flavours import FLAVOURS, PLANNED_FLAVOURS, Flavour
 from simpletuner.config.other_keys import NOT_YET, OTHER_OPTIONS
 from simpletuner.config.recipes import CARDS, LEAST_STEPS, RECIPES, card_of
+from simpletuner.server.context import InContext
+from simpletuner.server.meter import MeteredGpu
 
 router = APIRouter()
 
@@ -81,9 +83,15 @@ class Choices(BaseModel):
 
 
 @router.get("/recipes")
-def recipes() -> Choices:
+def recipes(here: InContext) -> Choices:
     """Models, cards and recipes to choose from, and the GPUs of this machine."""
-    return Choices(models=_models(), cards=_cards(), gpus=_gpus(), recipes=_recipes(), least_steps=LEAST_STEPS)
+    return Choices(
+        models=_models(),
+        cards=_cards(),
+        gpus=_gpus(here.meter.read(here.workspace).gpus),
+        recipes=_recipes(),
+        least_steps=LEAST_STEPS,
+    )
 
 
 def _models() -> list[ModelChoice]:
@@ -136,9 +144,9 @@ def _cards() -> list[CardChoice]:
     ]
 
 
-def _gpus() -> list[FoundGpu]:
+def _gpus(metered: Sequence[MeteredGpu]) -> list[FoundGpu]:
     found = []
-    for gpu in gpus():
+    for gpu in metered:
         if gpu.total_bytes is not None:
             card = card_of(gpu.total_bytes / GIB)
             found.append(
