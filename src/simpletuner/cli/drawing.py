@@ -290,7 +290,7 @@ class _AttachedLoras:
 
 def _model_options(config: SampleConfig) -> dict[str, Any]:
     """What must not change for a loaded model to be used again."""
-    return {name: getattr(config, name) for name in FROM_RUN if name not in ("model_type", "seed", "verify_base")}
+    return config.model_dump(include=set(FROM_RUN) - {"model_type", "seed", "verify_base"})
 
 
 def _stamps(source: Source) -> list[tuple[Path, int, int]]:

@@ -63,13 +63,6 @@ class ToDraw(BaseModel):
     """Draw each picture once at each of these; they multiply the strengths of all LoRAs, and 0 is the base model."""
 
 
-class SampleResult(BaseModel):
-    """What a job of the kind "sample" gives, while it runs too."""
-
-    pictures: list[str]
-    """For each prompt, for each seed, for each strength: one after the other, those that are there."""
-
-
 class DrawnPicture(BaseModel):
     """A picture that was drawn before, and what it was drawn from as far as it tells."""
 
