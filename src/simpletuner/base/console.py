@@ -208,7 +208,7 @@ def input_lines() -> Iterator[str]:
 def is_output_read() -> bool:
     """Whether standard output still has somebody who reads it: false once the other end of a pipe is closed."""
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # errors and the end of a pipe are told in any case
+    poll.register(sys.stdout.fileno(), 0)  # poll reports errors and a closed pipe unasked
     return not poll.poll(0)
 
 
