@@ -127,7 +127,8 @@ class Wandb:
         self._run = wandb.init(
             project=options.tracker_project_name,
             name=options.tracker_run_name or root.name,
-            dir=str(root),
+            # Whole: W&B's own process serves each run of this one, and stays in the first one's working folder.
+            dir=str(root.absolute()),
             config=dict(config),
             id=run_id,
             resume="allow",

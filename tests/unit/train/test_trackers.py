@@ -65,10 +65,16 @@ def test_tensorboard_has_the_pictures_of_the_base_and_each_step_once(tmp_path: P
 
 
 @pytest.mark.slow
-def test_wandb_has_the_pictures_of_the_base_and_the_steps_of_a_resumed_run(tmp_path: Path) -> None:
-    # W&B names its folder by the second: each attempt gets a folder of its own.
-    assert two_attempts("wandb", tmp_path / "1", tmp_path / "2") == []
-    logs = [log for path in sorted(tmp_path.rglob("run-*.wandb")) for log in wandb_logs(path)]
+def test_wandb_has_the_pictures_of_the_base_and_the_steps_of_a_resumed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # W&B names its folder by the second: each attempt gets a folder of its own. The second one's path is relative to
+    # a working folder to which this process came after W&B had started its own.
+    (tmp_path / "2").mkdir()
+    assert track(tmp_path / "first", "wandb", None, [trained(1)]) == []
+    monkeypatch.chdir(tmp_path / "2")
+    assert two_attempts("wandb", Path("1"), Path("2")) == []
+    logs = [log for path in sorted(Path().rglob("run-*.wandb")) for log in wandb_logs(path)]
     caption = "pictures/cat_32x32_0/caption"
     told = [(log["step"], log[caption]) for log in logs if caption in log]
     assert told == [(step, f"a cat at {step}") for step in (0, 2, 0, 4)]
