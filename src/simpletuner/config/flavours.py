@@ -1,7 +1,7 @@
 """Every FLUX.2 that can be named: its shapes, how its text is encoded, its licence and its defaults. Plain data."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 # The reference wording, with its one newline: a space there changes the tokens of every prompt.
@@ -59,6 +59,8 @@ class TextSpec:
     heads: int
     key_heads: int
     head_dim: int
+    has_head_norms: bool = False
+    """Whether each head's queries and keys are normalised, as Qwen3 does."""
 
     @property
     def linears(self) -> tuple[tuple[int, int], ...]:
@@ -69,8 +71,8 @@ class TextSpec:
 
     @property
     def scales(self) -> int:
-        """Numbers of a layer's two norms."""
-        return 2 * self.hidden
+        """Numbers of a layer's norms."""
+        return 2 * self.hidden + (2 * self.head_dim if self.has_head_norms else 0)
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,14 @@ KLEIN_4B = TransformerSpec(
 
 DEV_TEXT = TextSpec(vocabulary=131072, hidden=5120, inner=32768, heads=32, key_heads=8, head_dim=128)
 
+KLEIN_9B_TEXT = TextSpec(
+    vocabulary=151936, hidden=4096, inner=12288, heads=32, key_heads=8, head_dim=128, has_head_norms=True
+)
+
+KLEIN_4B_TEXT = TextSpec(
+    vocabulary=151936, hidden=2560, inner=9728, heads=32, key_heads=8, head_dim=128, has_head_norms=True
+)
+
 TINY = TransformerSpec(
     heads=6,
     head_dim=32,
@@ -127,11 +137,29 @@ TINY = TransformerSpec(
 
 TINY_TEXT = TextSpec(vocabulary=952, hidden=64, inner=128, heads=4, key_heads=2, head_dim=16)
 
+TINY_KLEIN = TransformerSpec(
+    heads=4,
+    head_dim=32,
+    double_blocks=2,
+    single_blocks=4,
+    context_dim=3 * 48,
+    guidance_embeds=False,
+    axes=(8, 8, 8, 8),
+)
+
+# As in klein-4b, the heads together are wider than a state.
+TINY_KLEIN_TEXT = TextSpec(vocabulary=704, hidden=48, inner=96, heads=4, key_heads=2, head_dim=16, has_head_norms=True)
+
 TINY_AUTOENCODER = AutoencoderSpec(channels=(16, 32, 64, 64), blocks_per_level=1, tile=256)
 
 
-TextEncoderKind = Literal["mistral3"]
+TextEncoderKind = Literal["mistral3", "qwen3"]
 """The language model that encodes prompts."""
+
+GuidanceKind = Literal["embedded", "classifier-free", "none"]
+"""How guidance acts when an image is made: `embedded`, a scale that the transformer takes as an input;
+`classifier-free`, two predictions a step, one of them without the prompt; `none`, built into the weights at a fixed
+strength."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +168,8 @@ class TextContextSpec:
 
     kind: TextEncoderKind
     encoder: TextSpec
-    system_message: str
-    """Stands before each prompt, in the tokenizer's chat template."""
+    system_message: str | None
+    """Stands before each prompt, in the tokenizer's chat template; None where nothing does."""
     layers: tuple[int, ...]
     """Hidden states of the text encoder that are put side by side; 0 would be the embeddings."""
     length: int
@@ -159,7 +187,7 @@ class Flavour:
     title: str
     """As a sentence names it."""
     repo: str | None
-    """Hub id; None for the embedded model, which is made on the spot."""
+    """Hub id; None for an embedded model, which is made on the spot."""
     downloads: Mapping[str, int]
     """Bytes of each component's files on the Hub, as far as they are used."""
     transformer: TransformerSpec
@@ -179,6 +207,19 @@ class Flavour:
     """Side in pixels of the only images that it can make; None where any usual size will do."""
     validation_steps: int
     """Default of `validation_num_inference_steps`: fewer than `steps`, since pictures are made again and again."""
+    family: str
+    """LoRAs of one flavour of a family fit all others of it: base and distilled weights of one size."""
+    is_distilled: bool = False
+    """Whether the weights are distilled for few steps without guidance: made for drawing, not for training."""
+    preview: "FlavourName | None" = None
+    """The distilled flavour of the family, of a base that has one."""
+
+    @property
+    def guidance_kind(self) -> GuidanceKind:
+        """What guidance does to this flavour."""
+        if self.transformer.guidance_embeds:
+            return "embedded"
+        return "none" if self.is_distilled else "classifier-free"
 
     @property
     def option_defaults(self) -> dict[str, Any]:
@@ -190,10 +231,105 @@ class Flavour:
         }
 
 
-FlavourName = Literal["dev", "tiny"]
+FlavourName = Literal[
+    "dev",
+    "klein-9b",
+    "klein-4b",
+    "klein-9b-distilled",
+    "klein-4b-distilled",
+    "tiny",
+    "tiny-klein",
+    "tiny-klein-distilled",
+]
 """The keys of `FLAVOURS`, for types: a test compares the two."""
 
 DEFAULT_FLAVOUR: FlavourName = "dev"
+
+_QWEN3_LAYERS = (9, 18, 27)
+
+_KLEIN_9B_BASE = Flavour(
+    name="klein-9b",
+    summary="FLUX.2-klein-base-9B (9.08 B parameters, non-commercial licence)",
+    title="FLUX.2-klein-base-9B",
+    repo="black-forest-labs/FLUX.2-klein-base-9B",
+    downloads={"transformer": 18_200_000_000, "text_encoder": 12_000_000_000, "vae": 170_000_000},
+    transformer=KLEIN_9B,
+    text=TextContextSpec(
+        kind="qwen3",
+        encoder=KLEIN_9B_TEXT,
+        system_message=None,
+        layers=_QWEN3_LAYERS,
+        length=512,
+        padding_side="right",
+    ),
+    autoencoder=AutoencoderSpec(),
+    licence="FLUX non-commercial licence, https://huggingface.co/black-forest-labs/FLUX.2-klein-base-9B",
+    licence_notice=(
+        "FLUX.2-klein-9B's weights are under Black Forest Labs' non-commercial licence: "
+        "read it before you use or share what you train."
+    ),
+    guidance=4.0,
+    steps=50,
+    shift=3.0,
+    only_side=None,
+    validation_steps=50,
+    family="klein-9b",
+    preview="klein-9b-distilled",
+)
+
+_KLEIN_4B_BASE = replace(
+    _KLEIN_9B_BASE,
+    name="klein-4b",
+    summary="FLUX.2-klein-base-4B (3.88 B parameters, Apache-2.0)",
+    title="FLUX.2-klein-base-4B",
+    repo="black-forest-labs/FLUX.2-klein-base-4B",
+    downloads={"transformer": 7_800_000_000, "text_encoder": 8_050_000_000, "vae": 170_000_000},
+    transformer=KLEIN_4B,
+    text=replace(_KLEIN_9B_BASE.text, encoder=KLEIN_4B_TEXT),
+    licence="Apache-2.0",
+    licence_notice=None,
+    family="klein-4b",
+    preview="klein-4b-distilled",
+)
+
+_TINY_KLEIN_BASE = replace(
+    _KLEIN_4B_BASE,
+    name="tiny-klein",
+    summary=(
+        "a small FLUX.2 with all of klein's parts and drawn weights, made on the spot: it trains on two CPU cores, and "
+        "draws patterns"
+    ),
+    title="the embedded klein",
+    repo=None,
+    downloads={},
+    transformer=TINY_KLEIN,
+    text=replace(_KLEIN_9B_BASE.text, encoder=TINY_KLEIN_TEXT, length=64),
+    autoencoder=TINY_AUTOENCODER,
+    steps=20,
+    only_side=128,
+    validation_steps=20,
+    family="tiny-klein",
+    preview="tiny-klein-distilled",
+)
+
+
+def _distilled(base: Flavour, *, title: str, repo: str | None, licence: str | None = None) -> Flavour:
+    """The distilled sibling of a klein base: the same shapes, other weights, four steps without guidance."""
+    assert base.preview is not None
+    return replace(
+        base,
+        name=base.preview,
+        summary=f"the distilled weights of the same size as `{base.name}`, for drawing in 4 steps: training them fails",
+        title=title,
+        repo=repo,
+        licence=licence or base.licence,
+        guidance=1.0,
+        steps=4,
+        validation_steps=4,
+        is_distilled=True,
+        preview=None,
+    )
+
 
 FLAVOURS: Mapping[str, Flavour] = {
     "dev": Flavour(
@@ -222,11 +358,22 @@ FLAVOURS: Mapping[str, Flavour] = {
         shift=3.0,
         only_side=None,
         validation_steps=20,
+        family="dev",
     ),
+    "klein-9b": _KLEIN_9B_BASE,
+    "klein-4b": _KLEIN_4B_BASE,
+    "klein-9b-distilled": _distilled(
+        _KLEIN_9B_BASE,
+        title="FLUX.2-klein-9B",
+        repo="black-forest-labs/FLUX.2-klein-9B",
+        licence="FLUX non-commercial licence, https://huggingface.co/black-forest-labs/FLUX.2-klein-9B",
+    ),
+    "klein-4b-distilled": _distilled(_KLEIN_4B_BASE, title="FLUX.2-klein-4B", repo="black-forest-labs/FLUX.2-klein-4B"),
     "tiny": Flavour(
         name="tiny",
         summary=(
-            "a small FLUX.2 with all of dev's parts, made on the spot, that trains on two CPU cores without a network"
+            "a small FLUX.2 with all of dev's parts that comes with the program: it trains on two CPU cores without a "
+            "network"
         ),
         title="the embedded model",
         repo=None,
@@ -248,19 +395,8 @@ FLAVOURS: Mapping[str, Flavour] = {
         shift=3.0,
         only_side=128,
         validation_steps=20,
+        family="tiny",
     ),
-}
-
-
-@dataclass(frozen=True)
-class PlannedFlavour:
-    """A FLUX.2 that this program does not train yet."""
-
-    summary: str
-    licence: str
-
-
-PLANNED_FLAVOURS: Mapping[str, PlannedFlavour] = {
-    "klein-9b": PlannedFlavour("FLUX.2-klein-base-9B (9 B parameters)", "FLUX non-commercial licence"),
-    "klein-4b": PlannedFlavour("FLUX.2-klein-base-4B (4 B parameters)", "Apache-2.0"),
+    "tiny-klein": _TINY_KLEIN_BASE,
+    "tiny-klein-distilled": _distilled(_TINY_KLEIN_BASE, title="the embedded distilled klein", repo=None),
 }

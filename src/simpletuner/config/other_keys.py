@@ -93,7 +93,6 @@ _CONDITIONS = "masks and reference images"
 _CSV = "CSV lists of addresses"
 _HF_DATASETS = "Hub datasets"
 _HUB = "publishing to the Hub"
-_KLEIN = "the klein flavours"
 _PARQUET = "captions from tables"
 _PRESERVATION = "preservation of what the base model knows"
 _PROCESSES = "training on several GPUs"
@@ -546,9 +545,6 @@ OTHER_OPTIONS = OtherKeys(
     keys={**LATER_OPTIONS, **_REFUSED_OPTIONS, **_IGNORED_OPTIONS},
     prefixes=_PREFIXES,
     values={
-        "model_flavour": dict.fromkeys(
-            ("klein-9b", "klein-4b", "klein-9b-distilled", "klein-4b-distilled"), _later(_KLEIN)
-        ),
         "model_type": {"controlnet": _value("ControlNets are not trained here", "lora", "full")},
         "lora_type": dict.fromkeys(("dora", "lokr", "loha", "oft", "lycoris"), _later(_ADAPTERS)),
         "lora_init_type": dict.fromkeys(("pissa", "olora", "loftq"), _later("initialisations that change the base")),

@@ -7,8 +7,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from simpletuner.base.sizes import GIB
-from simpletuner.config.flavours import FLAVOURS, PLANNED_FLAVOURS, Flavour
-from simpletuner.config.other_keys import NOT_YET, OTHER_OPTIONS
+from simpletuner.config.flavours import FLAVOURS, Flavour
 from simpletuner.config.recipes import CARDS, LEAST_STEPS, RECIPES, card_of
 from simpletuner.server.context import InContext
 from simpletuner.server.meter import MeteredGpu
@@ -108,22 +107,7 @@ def _models() -> list[ModelChoice]:
         )
         for name, flavour in FLAVOURS.items()
     ]
-    refusals = OTHER_OPTIONS.values["model_flavour"]
-    planned = [
-        ModelChoice(
-            name=name,
-            summary=flavour.summary,
-            licence=flavour.licence,
-            download_bytes=None,
-            is_embedded=False,
-            options={},
-            sources={},
-            needs=f"{refusals[name].meaning.removeprefix(NOT_YET)}, which are not built yet",
-        )
-        for name, flavour in PLANNED_FLAVOURS.items()
-        if name not in FLAVOURS
-    ]
-    return sorted([*built, *planned], key=lambda model: model.is_embedded)
+    return sorted(built, key=lambda model: model.is_embedded)
 
 
 def _sizes(flavour: Flavour) -> dict[str, Any]:
