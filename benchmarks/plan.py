@@ -37,7 +37,8 @@ from simpletuner.config.flavours import AutoencoderSpec, TransformerSpec
 from simpletuner.flux2 import tiny
 from simpletuner.flux2.footprint import empty_transformer
 from simpletuner.flux2.spec import transformer_to_diffusers
-from simpletuner.flux2.tiny.make import TEXT_CONFIG, VAE
+from simpletuner.flux2.tiny.make import TEXT_CONFIG
+from simpletuner.flux2.tiny.parts import VAE
 from simpletuner.runs.events import read_events
 
 EVERY_S = 0.002

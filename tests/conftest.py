@@ -82,17 +82,34 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
-@pytest.fixture(scope="session")
-def tiny_folder(shared_folder: Path) -> Path:
-    """The embedded FLUX.2 as a diffusers folder, made once per session. Read only: copy it to change it."""
+def embedded_folder(shared_folder: Path, flavour: str) -> Path:
+    """An embedded FLUX.2 as a diffusers folder, made once per session."""
     from simpletuner.flux2.tiny import make  # torch, only where a test needs it
 
-    folder = shared_folder / "tiny-flux2"
-    with (shared_folder / "tiny-flux2.lock").open("w") as lock:
+    folder = shared_folder / f"{flavour}-flux2"
+    with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            make(folder)
+            make(folder, flavour)  # type: ignore[arg-type]
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(shared_folder: Path) -> Path:
+    """The embedded model. Read only: copy it to change it."""
+    return embedded_folder(shared_folder, "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_klein_folder(shared_folder: Path) -> Path:
+    """The embedded klein base. Read only: copy it to change it."""
+    return embedded_folder(shared_folder, "tiny-klein")
+
+
+@pytest.fixture(scope="session")
+def tiny_klein_distilled_folder(shared_folder: Path) -> Path:
+    """The embedded distilled klein. Read only: copy it to change it."""
+    return embedded_folder(shared_folder, "tiny-klein-distilled")
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from simpletuner.base.draws import draw_seed
 from simpletuner.base.files import write_atomic
 from simpletuner.examples import world
 from simpletuner.flux2 import tokens
-from simpletuner.flux2.tiny.make import VAE
+from simpletuner.flux2.tiny.parts import VAE
 from simpletuner.flux2.tiny.weights import draw, drawn
 
 STEPS = 2000

@@ -56,7 +56,7 @@ def text(device: torch.device, tiny: bool) -> None:
         max_position_embeddings=4096,
         sliding_window=None,
     )
-    model = _language_model(config).to(torch.bfloat16).to_empty(device=device)
+    model = _language_model(config, flavour).to(torch.bfloat16).to_empty(device=device)
     with torch.device(device):
         model.rotary_emb = type(model.rotary_emb)(config=config)
     generator = torch.Generator(device).manual_seed(0)
@@ -70,7 +70,7 @@ def text(device: torch.device, tiny: bool) -> None:
     encoder = ResidentTextEncoder(
         model.eval(),
         tokenizer,
-        system_message=flavour.system_message,
+        text=flavour,
         layers=flavour.layers,
         max_length=64 if tiny else flavour.length,
     )

@@ -181,7 +181,7 @@ class TextContextSpec:
 class Flavour:
     """One FLUX.2: what it is made of, where it is, under which licence, and how its pictures are made."""
 
-    name: str
+    name: "FlavourName"
     summary: str
     """Completes "`name` is ..." in the docs."""
     title: str
@@ -252,7 +252,7 @@ _KLEIN_9B_BASE = Flavour(
     summary="FLUX.2-klein-base-9B (9.08 B parameters, non-commercial licence)",
     title="FLUX.2-klein-base-9B",
     repo="black-forest-labs/FLUX.2-klein-base-9B",
-    downloads={"transformer": 18_200_000_000, "text_encoder": 12_000_000_000, "vae": 170_000_000},
+    downloads={"transformer": 18_200_000_000, "text_encoder": 11_700_000_000, "vae": 170_000_000},
     transformer=KLEIN_9B,
     text=TextContextSpec(
         kind="qwen3",
@@ -283,7 +283,7 @@ _KLEIN_4B_BASE = replace(
     summary="FLUX.2-klein-base-4B (3.88 B parameters, Apache-2.0)",
     title="FLUX.2-klein-base-4B",
     repo="black-forest-labs/FLUX.2-klein-base-4B",
-    downloads={"transformer": 7_800_000_000, "text_encoder": 8_050_000_000, "vae": 170_000_000},
+    downloads={"transformer": 7_800_000_000, "text_encoder": 6_230_000_000, "vae": 170_000_000},
     transformer=KLEIN_4B,
     text=replace(_KLEIN_9B_BASE.text, encoder=KLEIN_4B_TEXT),
     licence="Apache-2.0",

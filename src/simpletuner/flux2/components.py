@@ -27,7 +27,7 @@ from simpletuner.flux2.lora import wanted_ranges
 from simpletuner.flux2.residency import block_index, resident_indices
 from simpletuner.flux2.source import Source
 from simpletuner.flux2.spec import text_from_config
-from simpletuner.flux2.text import CODECS, LeftPaddedCodec, TextEncoder
+from simpletuner.flux2.text import CODECS, TextCodec, TextEncoder
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.free import free_memory_bytes
 from simpletuner.memory.precision import DTYPES, check_precision
@@ -44,9 +44,7 @@ def quantised_on(options: PrecisionOptions, device: torch.device) -> torch.devic
     return device if options.quantize_via == "accelerator" else torch.device("cpu")
 
 
-def text_codec(
-    model: ModelOptions, precision: PrecisionOptions, source: Source, *, whole: bool = False
-) -> LeftPaddedCodec:
+def text_codec(model: ModelOptions, precision: PrecisionOptions, source: Source, *, whole: bool = False) -> TextCodec:
     """How the contexts of this text encoder are stored; its key names all options that change one of them, and its
     weights, `whole` or not (`Source.fingerprint`).
     """

@@ -71,7 +71,7 @@ _FIELDS: Mapping[Component, Mapping[str, str]] = {
 """What the fields that decide a component's shape hold. Others are left to whoever reads them."""
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 """Of a text encoder. The other components have defaults."""
-_KNOWN_TEXT_ENCODERS = ("mistral3", "mistral")
+_KNOWN_TEXT_ENCODERS = ("mistral3", "mistral", "qwen3")
 _MAY_BE_NULL = ("rope_theta", "head_dim")
 
 

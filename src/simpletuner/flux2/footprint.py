@@ -51,6 +51,8 @@ class Architecture:
     text_layers: tuple[int, ...]
     text_length: int
     """Tokens of a context, padding included."""
+    has_whole_contexts: bool
+    """Whether each row of a context is computed and cached, padding too: the flavour pads on the right."""
 
     @classmethod
     def of(cls, config: RunConfig) -> "Architecture":
@@ -74,13 +76,15 @@ class Architecture:
             if found := _local(config, "vae", config.pretrained_vae_model_name_or_path):
                 autoencoder = autoencoder_from_config(found)
         except KeyError as error:
-            raise AccessError.of(f"a text encoder's config.json has no {error}", "that of a Mistral-3") from None
+            lack = f"a text encoder's config.json has no {error}"
+            raise AccessError.of(lack, f"that of {flavour.title}'s text encoder") from None
         return cls(
             transformer,
             text,
             autoencoder,
             config.custom_text_encoder_intermediary_layers or flavour.text.layers,
             config.tokenizer_max_length or flavour.text.length,
+            flavour.text.padding_side == "right",
         )
 
 
@@ -353,9 +357,16 @@ class Footprint:
 
     @property
     def context_bytes(self) -> int:
-        """Of one caption's cached context: its rows, and one of padding."""
-        tokens = self.work.caption_tokens or self.architecture.text_length
-        return (min(tokens, self.architecture.text_length) + 1) * self._context_row
+        """Of one caption's cached context: all rows, or those of its text and one of padding."""
+        return (self._text_tokens + (0 if self.architecture.has_whole_contexts else 1)) * self._context_row
+
+    @property
+    def _text_tokens(self) -> int:
+        """Rows that the text encoder computes for the longest caption."""
+        length = self.architecture.text_length
+        if self.architecture.has_whole_contexts or self.work.caption_tokens is None:
+            return length
+        return min(self.work.caption_tokens, length)
 
     @property
     def latent_bytes(self) -> int:
@@ -391,7 +402,7 @@ class Footprint:
         config, text = self.config, self.architecture.text
         layers = self.architecture.text_layers
         depth, kept = max(layers), len(layers)
-        length = min(self.work.caption_tokens or self.architecture.text_length, self.architecture.text_length)
+        length = self._text_tokens
         captions = self.work.captions or 0
         together = min(config.text_encoder_batch_size, captions or config.text_encoder_batch_size)
         batch = together * length

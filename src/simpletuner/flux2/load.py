@@ -16,7 +16,7 @@ from simpletuner.base.errors import AccessError, ConfigError, Problem
 from simpletuner.base.files import sha256_json
 from simpletuner.base.quiet import quiet_import
 from simpletuner.base.tensorfile import TensorEntry, read_headers
-from simpletuner.config.flavours import FLAVOURS
+from simpletuner.config.flavours import FLAVOURS, TextContextSpec
 from simpletuner.config.precisions import NO_CHANGE
 from simpletuner.flux2.autoencoder import Autoencoder
 from simpletuner.flux2.formats import LOADABLE_DTYPES
@@ -203,7 +203,7 @@ def load_text_encoder(
     config = _text_config(source, layers)
     depth = config.num_hidden_layers
     with _config_errors_reported("text encoder", source.text_encoder):
-        model = _language_model(config)
+        model = _language_model(config, source.flavour.text)
     # Its frequencies are in no file, and on the meta device they were never computed.
     with torch.device(device), _config_errors_reported("text encoder", source.text_encoder):
         model.rotary_emb = type(model.rotary_emb)(config=config)
@@ -217,7 +217,7 @@ def load_text_encoder(
     return ResidentTextEncoder(
         model.eval(),
         _tokenizer(source, fix_regex),
-        system_message=source.flavour.text.system_message,
+        text=source.flavour.text,
         layers=layers,
         max_length=max_length,
     )
@@ -248,14 +248,13 @@ def stream_text_encoder(
     known = {name: text_encoder_name(name, depth) for name in entries}
     renamed = {name: None if new is None else Renamed((new,)) for name, new in known.items()}
     with _config_errors_reported("text encoder", source.text_encoder):
-        whole = _language_model(config)
+        whole = _language_model(config, source.flavour.text)
     _check(whole, entries, renamed, unknown_allowed=True)
     (embedding,) = (name for name, new in known.items() if new == "embed_tokens.weight")
     with torch.device(device), _config_errors_reported("text encoder", source.text_encoder):
         rotary = type(whole.rotary_emb)(config=config)
     quantise = _quantise_layers(precision, device if via is None else via)
-    single = copy.deepcopy(config)
-    single.num_hidden_layers = 1
+    single = _cut(copy.deepcopy(config), 1)
 
     def embed(ids: Int64[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         # The table is mapped, not read: it is larger than a layer, and captions use few of its rows.
@@ -265,7 +264,7 @@ def stream_text_encoder(
         return rows
 
     def read_layer(index: int) -> nn.Module:
-        model = _language_model(single)
+        model = _language_model(single, source.flavour.text)
         model.embed_tokens = nn.Identity()
         model.rotary_emb = rotary
         own, place = f"layers.{index}.", "layers.0."
@@ -282,7 +281,7 @@ def stream_text_encoder(
         embed,
         read_layer,
         _tokenizer(source, fix_regex),
-        system_message=source.flavour.text.system_message,
+        text=source.flavour.text,
         layers=layers,
         max_length=max_length,
         width=config.hidden_size,
@@ -297,29 +296,40 @@ def _quantise_layers(precision: str, via: torch.device | str) -> Quantise | None
 
 
 def _text_config(source: Source, layers: tuple[int, ...]) -> Any:
-    """transformers' MistralConfig of the text encoder, cut after the last of `layers`.
+    """transformers' config of the text encoder's language model, cut after the last of `layers`.
 
     Raises:
         ConfigError: it has fewer layers.
     """
     # Takes seconds to import: only where text is encoded.
-    from transformers import Mistral3Config, MistralConfig
+    from transformers import Mistral3Config, MistralConfig, Qwen3Config
 
     written = dict(source.text_encoder.config or {})
     with _config_errors_reported("text encoder", source.text_encoder):
-        is_nested = written["model_type"] == "mistral3"
-        config = Mistral3Config(**written).text_config if is_nested else MistralConfig(**written)
+        if written["model_type"] == "mistral3":
+            config = Mistral3Config(**written).text_config
+        else:
+            config = {"mistral": MistralConfig, "qwen3": Qwen3Config}[written["model_type"]](**written)
     if max(layers) > config.num_hidden_layers:
         raise ConfigError.of(
             f"custom_text_encoder_intermediary_layers = {','.join(map(str, layers))}",
             f"at most {config.num_hidden_layers}, the layers of this text encoder",
         )
-    config.num_hidden_layers = max(layers)
+    return _cut(config, max(layers))
+
+
+def _cut(config: Any, layers: int) -> Any:
+    """`config`, changed to have only its first `layers` layers."""
+    config.num_hidden_layers = layers
+    if config.model_type == "qwen3":
+        config.layer_types = config.layer_types[:layers]
     return config
 
 
-def _language_model(config: Any) -> Any:
-    """transformers' MistralModel on the meta device, without its final norm; rows that attend to nothing get 0."""
+def _language_model(config: Any, text: TextContextSpec) -> Any:
+    """transformers' language model on the meta device, without its final norm; rows that attend to nothing, which only
+    padding on the left has, get 0.
+    """
     from transformers import AutoModel
 
     # Not before it makes a model does transformers look at the libraries beside it.
@@ -327,7 +337,8 @@ def _language_model(config: Any) -> Any:
         # Named in the cache's key: another implementation has other last digits.
         model = AutoModel.from_config(config, attn_implementation="sdpa")
     model.norm = nn.Identity()
-    zero_fully_masked_rows(model)
+    if text.padding_side == "left":
+        zero_fully_masked_rows(model)
     return model
 
 
@@ -341,7 +352,7 @@ def _tokenizer(source: Source, fix_regex: bool) -> Any:
         fix_mistral_regex=False,
         padding_side=source.flavour.text.padding_side,
     )
-    if fix_regex:
+    if fix_regex and source.flavour.text.kind == "mistral3":
         from tokenizers import Regex, pre_tokenizers
 
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -375,6 +386,7 @@ def text_encoder_id(
     quantised_in = [] if precision == NO_CHANGE else [precision]
     own, usual = source.flavour.text, FLAVOURS["dev"].text
     # Named only where they are not dev's: caches are older than the choice.
+    kind = [own.kind] if own.kind != usual.kind else []
     template = [own.system_message] if own.system_message != usual.system_message else []
     padding = [own.padding_side] if own.padding_side != usual.padding_side else []
     return sha256_json(
@@ -386,6 +398,7 @@ def text_encoder_id(
             max_length,
             fix_regex,
             *quantised_in,
+            *kind,
             *template,
             *padding,
         ]

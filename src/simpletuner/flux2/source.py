@@ -29,7 +29,10 @@ _CLASSES: Mapping[Component, str] = {
     "transformer": "Flux2Transformer2DModel",
     "vae": "AutoencoderKLFlux2",
 }
-_TEXT_ENCODERS: Mapping[TextEncoderKind, tuple[str, ...]] = {"mistral3": ("mistral3", "mistral")}
+_TEXT_ENCODERS: Mapping[TextEncoderKind, tuple[str, ...]] = {
+    "mistral3": ("mistral3", "mistral"),
+    "qwen3": ("qwen3",),
+}
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 _TOKENIZER_EXTRA = ("chat_template.jinja", "special_tokens_map.json")
 # Who wrote a config, and with what, changes nothing about what it says.
@@ -243,10 +246,11 @@ class _Search:
         if name is not None:
             return self._place(name)
         cache_dir = self.options.cache_dir
-        folder = tiny.default_folder(None if cache_dir is None else Path(with_home(cache_dir)), self.environ)
+        place = None if cache_dir is None else Path(with_home(cache_dir))
+        folder = tiny.default_folder(place, self.environ, self.flavour.name)
         if not folder.exists():
-            self.report(f"Making the embedded model in {folder}.")
-        return ModelFolder(tiny.make(folder))
+            self.report(f"Making {self.flavour.title} in {folder}.")
+        return ModelFolder(tiny.make(folder, self.flavour.name))
 
     def _place(self, text: str) -> ModelLocation:
         folder = Path(with_home(text))
@@ -285,7 +289,7 @@ class _Search:
                 Problem(
                     f"{place.label}: its {component} is a {kind}",
                     f"a {' or '.join(kinds)}",
-                    "This program trains FLUX.2-dev; a FLUX.1 or klein folder does not fit.",
+                    f"model_flavour = {self.flavour.name} is {self.flavour.title}: name the flavour that this is.",
                 )
             )
             return _Part(place, [], config)

@@ -7,6 +7,9 @@ from simpletuner.config.flavours import AutoencoderSpec, TextSpec, TransformerSp
 
 TensorShape = tuple[int, ...]
 
+QWEN3_HEAD_DIM = 128
+"""Of a Qwen3 config that does not say it; it is not `hidden_size` divided by the heads."""
+
 
 def transformer_from_diffusers(config: Mapping[str, Any]) -> TransformerSpec:
     """The spec of a diffusers `transformer/config.json`; a missing key has diffusers' default (dev).
@@ -94,13 +97,16 @@ def _count(names: Mapping[str, object], group: str) -> int:
 def text_from_config(config: Mapping[str, Any]) -> TextSpec:
     """Of a `text_encoder/config.json`, with or without a vision part around it."""
     text = config.get("text_config", config)
+    is_qwen = text.get("model_type") == "qwen3"
     return TextSpec(
         vocabulary=text["vocab_size"],
         hidden=text["hidden_size"],
         inner=text["intermediate_size"],
         heads=text["num_attention_heads"],
         key_heads=text["num_key_value_heads"],
-        head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
+        head_dim=text.get("head_dim")
+        or (QWEN3_HEAD_DIM if is_qwen else text["hidden_size"] // text["num_attention_heads"]),
+        has_head_norms=is_qwen,
     )
 
 

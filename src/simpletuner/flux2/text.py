@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from simpletuner.base.errors import AccessError, ConfigError, DataError
+from simpletuner.config.flavours import TextContextSpec
 from simpletuner.flow.condition import TextContext
 
 ShareDone = Callable[[float], None]
@@ -39,7 +40,30 @@ class LeftPaddedCodec:
         return left_padded(stored["rows"], stored["pad"], int(stored["length"]))
 
 
-CODECS: Mapping[Literal["left", "right"], type[LeftPaddedCodec]] = {"left": LeftPaddedCodec}
+@dataclass(frozen=True)
+class RightPaddedCodec:
+    """Stores every row of a context: padding behind a text attends to the text, so each padding row differs.
+
+    `key` names everything that decides a context, as in `LeftPaddedCodec`.
+    """
+
+    key: str
+
+    def pack(self, context: TextContext) -> Mapping[str, Tensor]:
+        """The tensors to store of a context of one sample."""
+        return {"rows": context.rows}
+
+    def unpack(self, stored: Mapping[str, Tensor]) -> TextContext:
+        """The context that `pack` stored."""
+        return TextContext.dense(stored["rows"][None])
+
+
+TextCodec = LeftPaddedCodec | RightPaddedCodec
+
+CODECS: Mapping[Literal["left", "right"], type[LeftPaddedCodec] | type[RightPaddedCodec]] = {
+    "left": LeftPaddedCodec,
+    "right": RightPaddedCodec,
+}
 """By a flavour's `padding_side`."""
 
 
@@ -75,7 +99,7 @@ def zero_fully_masked_rows(model: Any) -> None:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Left-padded token ids as the language model takes them, on the CPU."""
+    """Padded token ids as the language model takes them, on the CPU."""
 
     ids: Int64[Tensor, "b n"]
     seen: Int64[Tensor, "b n"]
@@ -89,19 +113,19 @@ class TokenBatch:
 
 
 class TextEncoder(abc.ABC):
-    """Embeds prompts with the language part of Mistral-3, as the reference does.
+    """Embeds prompts with the language model of a FLUX.2, as the reference does.
 
     Contexts come in the model's own type, on the CPU. They are the same bits however the weights are held, as long as
-    a batch has the same prompts. `system_message` stands before each prompt in the tokenizer's chat template.
+    a batch has the same prompts. `text` says how prompts are put into the tokenizer's chat template and padded.
 
     Raises:
         ConfigError: `max_length` leaves no room for the template.
         AccessError: the tokenizer has no chat template or no padding token.
     """
 
-    def __init__(self, tokenizer: Any, *, system_message: str, layers: tuple[int, ...], max_length: int) -> None:
+    def __init__(self, tokenizer: Any, *, text: TextContextSpec, layers: tuple[int, ...], max_length: int) -> None:
         self._tokenizer = tokenizer
-        self._system_message = system_message
+        self._text = text
         self._layers = layers
         self._max_length = max_length
         self._truncated: dict[str, None] = {}
@@ -109,7 +133,7 @@ class TextEncoder(abc.ABC):
         if tokenizer.chat_template is None or tokenizer.pad_token_id is None:
             raise AccessError.of(
                 f"{tokenizer.name_or_path} has no {'padding token' if tokenizer.chat_template else 'chat template'}",
-                remedy="Use the tokenizer folder that comes with FLUX.2-dev.",
+                remedy="Use the tokenizer folder that comes with the model.",
             )
         template = len(self._tokenize([""])[0])
         if template > max_length:
@@ -143,7 +167,7 @@ class TextEncoder(abc.ABC):
         """
         fitted = [self._fitted(batch) for batch in batches]
         padded = [self._padded(ids) for ids in fitted]
-        if self._pad is None:
+        if self._text.padding_side == "left" and self._pad is None:
             # Before one token that sees itself, so that there is a mask.
             blank = self._padded([self._tokenize([""])[0][:1]])
             found = self._states([blank, *padded], report)
@@ -154,10 +178,13 @@ class TextEncoder(abc.ABC):
             found = self._states(padded, report)
         for prompts, batch, states in zip(batches, fitted, found, strict=True):
             self._check_finite(states, [repr(prompt) for prompt in prompts])
-            yield [
-                left_padded(states[index, states.shape[1] - len(ids) :], self._pad, self._max_length)
-                for index, ids in enumerate(batch)
-            ]
+            yield [self._context(states[index], len(ids)) for index, ids in enumerate(batch)]
+
+    def _context(self, states: Float[Tensor, "n d"], tokens: int) -> TextContext:
+        """The context of one prompt of `tokens` tokens, from its padded rows."""
+        if self._pad is None:
+            return TextContext.dense(states[None].clone())
+        return left_padded(states[len(states) - tokens :], self._pad, self._max_length)
 
     def _check_finite(self, states: Float[Tensor, "b n d"], of: Sequence[str]) -> None:
         """Raise a DataError if a row of `states` is not finite: padding too. `of` says of what each sample is."""
@@ -176,8 +203,9 @@ class TextEncoder(abc.ABC):
 
     def _fitted(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids that fit. A prompt that is too long loses its end; the template around it stays whole."""
-        # Image tokens would be counted against pictures that are not there.
-        texts = [prompt.replace("[IMG]", "") for prompt in prompts]
+        # Mistral's image tokens would be counted against pictures that are not there.
+        is_mistral = self._text.kind == "mistral3"
+        texts = [prompt.replace("[IMG]", "") if is_mistral else prompt for prompt in prompts]
         fitted = self._tokenize(texts)
         for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             if len(fitted[index]) > self._max_length:
@@ -194,28 +222,40 @@ class TextEncoder(abc.ABC):
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of `texts` in the chat template, with nothing cut and nothing padded."""
+        message = self._text.system_message
+        system = [] if message is None else [{"role": "system", "content": [{"type": "text", "text": message}]}]
+        # Mistral's template takes parts, Qwen's a text. Qwen's prompt ends where an answer without thinking begins.
+        is_qwen = self._text.kind == "qwen3"
         chats = [
-            [
-                {"role": "system", "content": [{"type": "text", "text": self._system_message}]},
-                {"role": "user", "content": [{"type": "text", "text": text}]},
-            ]
+            [*system, {"role": "user", "content": text if is_qwen else [{"type": "text", "text": text}]}]
             for text in texts
         ]
         encoded = self._tokenizer.apply_chat_template(
-            chats, add_generation_prompt=False, tokenize=True, return_dict=True, padding=False
+            chats,
+            add_generation_prompt=is_qwen,
+            tokenize=True,
+            return_dict=True,
+            padding=False,
+            **({"enable_thinking": False} if is_qwen else {}),
         )
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 
     def _padded(self, batch: Sequence[Sequence[int]]) -> TokenBatch:
-        """`batch` padded on the left. Padding goes one beyond the longest, not to `max_length`: rows of text do not
-        depend on it. One beyond, so that every batch has padding and takes the same way through attention."""
-        width = min(max(map(len, batch)) + 1, self._max_length)
+        """`batch` padded on the flavour's side.
+
+        On the left, padding goes one beyond the longest, not to `max_length`: rows of text do not depend on it. One
+        beyond, so that every batch has padding and takes the same way through attention. On the right it goes to
+        `max_length`: the transformer sees these rows.
+        """
+        is_left = self._text.padding_side == "left"
+        width = min(max(map(len, batch)) + 1, self._max_length) if is_left else self._max_length
         ids: Int64[Tensor, "b n"] = torch.full((len(batch), width), self._tokenizer.pad_token_id)
         seen = torch.zeros(len(batch), width, dtype=torch.int64)
         for row, tokens in enumerate(batch):
-            ids[row, width - len(tokens) :] = torch.tensor(tokens)
-            seen[row, width - len(tokens) :] = 1
+            text = slice(width - len(tokens), width) if is_left else slice(len(tokens))
+            ids[row, text] = torch.tensor(tokens)
+            seen[row, text] = 1
         # Where they would be with all the padding.
         positions = torch.arange(self._max_length - width, self._max_length)[None]
         return TokenBatch(ids, seen, positions)
@@ -224,14 +264,14 @@ class TextEncoder(abc.ABC):
 class ResidentTextEncoder(TextEncoder):
     """A text encoder that is in memory as a whole.
 
-    `model` is transformers' MistralModel, cut after the last of `layers` and without its final norm (with it, the last
-    state would be another one). `layers` count from 1.
+    `model` is transformers' MistralModel or Qwen3Model, cut after the last of `layers` and without its final norm (with
+    it, the last state would be another one). `layers` count from 1.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, system_message: str, layers: tuple[int, ...], max_length: int
+        self, model: Any, tokenizer: Any, *, text: TextContextSpec, layers: tuple[int, ...], max_length: int
     ) -> None:
-        super().__init__(tokenizer, system_message=system_message, layers=layers, max_length=max_length)
+        super().__init__(tokenizer, text=text, layers=layers, max_length=max_length)
         self._model = model
         self._kept: dict[int, Tensor] = {}
         for layer in layers:

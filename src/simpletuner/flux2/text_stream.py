@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from simpletuner.config.flavours import TextContextSpec
 from simpletuner.flux2.text import ShareDone, TextEncoder, TokenBatch
 from simpletuner.memory.scratch import Scratch
 
@@ -29,7 +30,7 @@ class StreamedTextEncoder(TextEncoder):
 
     Args:
         embed: rows of the embedding, of which only those are read.
-        read_layer: the layer of that number, from 0, on `device`: transformers' MistralModel of this one layer, without
+        read_layer: the layer of that number, from 0, on `device`: transformers' model of this one layer, without
             embedding and final norm. So masks and positions are made, and the layer is run, by the very code that
             runs the whole model, and the bits are the same.
         layers: after which states are kept, counted from 1.
@@ -49,7 +50,7 @@ class StreamedTextEncoder(TextEncoder):
         read_layer: Callable[[int], Any],
         tokenizer: Any,
         *,
-        system_message: str,
+        text: TextContextSpec,
         layers: tuple[int, ...],
         max_length: int,
         width: int,
@@ -59,7 +60,7 @@ class StreamedTextEncoder(TextEncoder):
         portion_tokens: int = PORTION_TOKENS,
         memory_bytes: int = MEMORY_BYTES,
     ) -> None:
-        super().__init__(tokenizer, system_message=system_message, layers=layers, max_length=max_length)
+        super().__init__(tokenizer, text=text, layers=layers, max_length=max_length)
         self._embed = embed
         self._read_layer = read_layer
         self._width = width

@@ -37,7 +37,8 @@ from simpletuner.flux2.footprint import (
 from simpletuner.flux2.lora import attach
 from simpletuner.flux2.residency import resident_indices
 from simpletuner.flux2.spec import autoencoder_from_config, decoder_shapes, encoder_shapes, text_from_config
-from simpletuner.flux2.tiny.make import TEXT_CONFIG, VAE
+from simpletuner.flux2.tiny.make import TEXT_CONFIG
+from simpletuner.flux2.tiny.parts import VAE
 from simpletuner.memory.planner import Machine, MemoryPlan, MemoryTier, PhasePlan, bytes_to_fill
 from simpletuner.memory.trace import pretending, trace_forward
 

@@ -9,6 +9,7 @@ from tests.file_faults import rights_of_a_user
 from simpletuner.base.errors import AccessError, DiskError
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.flux2.source import locate
+from simpletuner.flux2.tiny.klein import KLEIN_TEXT_CONFIG
 from simpletuner.flux2.tiny.make import VERSION
 
 SECRET = "hf_thisIsNobodysToken"
@@ -167,7 +168,7 @@ def test_parts_that_do_not_belong_together(tiny_folder):
 def test_kleins_text_encoder_is_told_apart(repository):
     config = repository / "text_encoder/config.json"
     config.unlink()
-    config.write_text('{"model_type": "qwen3"}')
+    config.write_text(json.dumps(KLEIN_TEXT_CONFIG))
     with pytest.raises(AccessError, match="its text_encoder is a qwen3: expected a mistral3 or mistral"):
         locate(options(pretrained_model_name_or_path=str(repository)), report=print)
 

@@ -9,7 +9,8 @@ from simpletuner.flux2.spec import (
     transformer_from_tensors,
     transformer_to_diffusers,
 )
-from simpletuner.flux2.tiny.make import TEXT_CONFIG, VAE
+from simpletuner.flux2.tiny.make import TEXT_CONFIG
+from simpletuner.flux2.tiny.parts import VAE
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
-"""Makes the embedded model's folder, in the layout of a diffusers pipeline, once per machine."""
+"""Makes the embedded models' folders, in the layout of a diffusers pipeline, once per machine."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +11,10 @@ from torch import Tensor
 from simpletuner.base.errors import AccessError
 from simpletuner.base.files import file_errors_reported, read_json
 from simpletuner.base.parts import locked_part, sweep_parts
-from simpletuner.config.flavours import TINY
+from simpletuner.config.flavours import TINY, FlavourName
 from simpletuner.flux2.spec import transformer_to_diffusers
-from simpletuner.flux2.tiny import vocabulary
+from simpletuner.flux2.tiny import klein, vocabulary
+from simpletuner.flux2.tiny.parts import METADATA, SCHEDULER, VAE, write_config
 from simpletuner.flux2.tiny.weights import START_GAINS, TEXT_GAINS, Shapes, draw
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.tensors import load_tensors, save_tensors
@@ -28,29 +28,6 @@ SEED = 0
 """Of the text encoder that the shipped transformer listens to."""
 
 STAMP = "simpletuner.json"
-
-METADATA = {"format": "pt"}
-"""Of each weight file: transformers and diffusers refuse one without it."""
-
-VAE: dict[str, Any] = {
-    "_class_name": "AutoencoderKLFlux2",
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [16, 32, 64, 64],
-    "layers_per_block": 1,
-    "act_fn": "silu",
-    "latent_channels": 32,
-    "norm_num_groups": 2,
-    "sample_size": 256,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "mid_block_add_attention": True,
-    "batch_norm_eps": 1e-4,
-    "batch_norm_momentum": 0.1,
-    "patch_size": [2, 2],
-}
 
 # More layers than are read, as in dev: layer 30 must not be the last.
 TEXT_CONFIG: dict[str, Any] = {
@@ -98,19 +75,6 @@ TEXT_ENCODER: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
-# dev's scheduler.
-SCHEDULER: dict[str, Any] = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "num_train_timesteps": 1000,
-    "shift": 3.0,
-    "use_dynamic_shifting": True,
-    "base_shift": 0.5,
-    "max_shift": 1.15,
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 4096,
-    "time_shift_type": "exponential",
-}
-
 INDEX: dict[str, Any] = {
     "_class_name": "Flux2Pipeline",
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
@@ -121,8 +85,8 @@ INDEX: dict[str, Any] = {
 }
 
 
-def default_folder(cache_dir: Path | None, environ: Mapping[str, str]) -> Path:
-    """Where the embedded model lives: below `cache_dir`, else below the user's cache folder. A relative XDG_CACHE_HOME
+def default_folder(cache_dir: Path | None, environ: Mapping[str, str], flavour: FlavourName = "tiny") -> Path:
+    """Where an embedded model lives: below `cache_dir`, else below the user's cache folder. A relative XDG_CACHE_HOME
     counts for nothing, as its specification wants it.
 
     Raises:
@@ -137,11 +101,16 @@ def default_folder(cache_dir: Path | None, environ: Mapping[str, str]) -> Path:
                 remedy="Set HOME or XDG_CACHE_HOME, or give a folder as --cache_dir.",
             )
         cache_dir = (Path(named) if os.path.isabs(named) else Path(home) / ".cache") / "simpletuner"
-    return cache_dir / f"tiny-{VERSION}"
+    return cache_dir / f"{flavour}-{version_of(flavour)}"
 
 
-def make(folder: Path) -> Path:
-    """Make the embedded model in `folder`, or find it made there already; returns `folder`.
+def version_of(flavour: FlavourName) -> int:
+    """The version of an embedded model."""
+    return VERSION if flavour == "tiny" else klein.KLEIN_VERSION
+
+
+def make(folder: Path, flavour: FlavourName = "tiny") -> Path:
+    """Make an embedded model in `folder`, or find it made there already; returns `folder`.
 
     It appears whole or not at all, so several processes may call this at once. Takes a second the first time, nothing
     after that.
@@ -150,20 +119,25 @@ def make(folder: Path) -> Path:
         AccessError: `folder` holds something else.
         DiskError: it cannot be written.
     """
+    version = version_of(flavour)
     if folder.exists():
-        _check(folder)
+        _check(folder, version)
         return folder
     with file_errors_reported(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         sweep_parts(folder.parent, f".{folder.name}.*.part")
         with locked_part(folder, is_folder=True) as build:
-            transformer, vae = load_tensors(SHIPPED / TRANSFORMER), load_tensors(SHIPPED / VAE_WEIGHTS)
-            _fill(build, SEED, transformer=transformer, vae=vae)
+            vae = load_tensors(SHIPPED / VAE_WEIGHTS)
+            if flavour == "tiny":
+                _fill(build, SEED, transformer=load_tensors(SHIPPED / TRANSFORMER), vae=vae)
+            else:
+                klein.fill(build, flavour, vae)
+            _stamp(build, version)
             try:
                 build.rename(folder)
             except OSError:
                 # Another process was first, with the same bytes: rename replaces no folder that holds files.
-                _check(folder)
+                _check(folder, version)
     return folder
 
 
@@ -174,10 +148,11 @@ def make_start(folder: Path, seed: int, learnt: Path) -> Path:
     transformer = learnt / TRANSFORMER
     tensors = load_tensors(transformer) if transformer.is_file() else _transformer_start(seed)
     _fill(folder, seed, transformer=tensors, vae=load_tensors(learnt / VAE_WEIGHTS))
+    _stamp(folder, VERSION)
     return folder
 
 
-def _check(folder: Path) -> None:
+def _check(folder: Path, version: int) -> None:
     """Raise unless `folder` is what `make` would leave there, as far as names and sizes tell."""
     stamp = folder / STAMP
     if not stamp.is_file():
@@ -190,11 +165,11 @@ def _check(folder: Path) -> None:
         for name, size in made["files"].items()
         if not (folder / name).is_file() or (folder / name).stat().st_size != size
     ]
-    if made["version"] != VERSION or damaged:
+    if made["version"] != version or damaged:
         what = f"{damaged[0]} is damaged" if damaged else f"version {made['version']}"
         raise AccessError.of(
             f"the embedded model in {folder}: {what}",
-            f"version {VERSION}, all files whole",
+            f"version {version}, all files whole",
             "Delete that folder: it is made again in seconds.",
         )
 
@@ -202,27 +177,30 @@ def _check(folder: Path) -> None:
 def _fill(folder: Path, seed: int, *, transformer: dict[str, Tensor], vae: dict[str, Tensor]) -> None:
     """The folder of a whole model; its text encoder is drawn, its tokenizer learnt."""
     tokenizer = vocabulary.learn()
-    _write_json(folder / "model_index.json", INDEX)
-    _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_config(folder / "model_index.json", INDEX)
+    write_config(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     (folder / "tokenizer").mkdir(exist_ok=True)
     for name, text in vocabulary.files(tokenizer).items():
         (folder / "tokenizer" / name).write_text(text, encoding="utf-8")
 
-    _write_json(folder / "transformer" / "config.json", transformer_to_diffusers(TINY))
+    write_config(folder / "transformer" / "config.json", transformer_to_diffusers(TINY))
     save_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors", transformer, METADATA)
 
     entries = tokenizer.get_vocab_size()
     config = {**TEXT_ENCODER, "text_config": {**TEXT_CONFIG, "vocab_size": entries}}
-    _write_json(folder / "text_encoder" / "config.json", config)
+    write_config(folder / "text_encoder" / "config.json", config)
     encoder = draw("text_encoder", _text_encoder_shapes(entries), TEXT_GAINS, seed)
     save_tensors(folder / "text_encoder" / "model.safetensors", encoder, METADATA)
 
-    _write_json(folder / "vae" / "config.json", VAE)
+    write_config(folder / "vae" / "config.json", VAE)
     save_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors", vae, METADATA)
 
+
+def _stamp(folder: Path, version: int) -> None:
+    """Write down which files a whole model has."""
     made = sorted(path for path in folder.rglob("*") if path.is_file())
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in made}
-    _write_json(folder / STAMP, {"version": VERSION, "files": sizes})
+    write_config(folder / STAMP, {"version": version, "files": sizes})
 
 
 def _transformer_start(seed: int) -> dict[str, Tensor]:
@@ -230,11 +208,6 @@ def _transformer_start(seed: int) -> dict[str, Tensor]:
         transformer = Flux2Transformer(TINY)
     shapes = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
     return draw("transformer", shapes, START_GAINS, seed)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _text_encoder_shapes(entries: int) -> Shapes:

@@ -1,11 +1,11 @@
-"""The embedded model's tokenizer: byte-level BPE learnt on the text below, with Mistral's special tokens."""
+"""The embedded models' tokenizers: byte-level BPE learnt on the text below, with Mistral's or Qwen's special tokens."""
 
 import json
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from simpletuner.config.flavours import FLAVOURS
+from simpletuner.config.flavours import FLAVOURS, TINY_KLEIN_TEXT
 from simpletuner.examples import world
 
 # Mistral-Small's ids: unknown 0, start 1, end 2, [IMG] 10, padding 11, system prompt 17 and 18.
@@ -91,27 +91,106 @@ there is nothing in this image but colour, shape, size, material and position
 WORLD = [f"a {word}, {word} background" for word in (*world.SIZES, *world.COLOURS, *world.SHAPES, *world.PLACES)]
 
 
+# Qwen's, in the order of its ids. From the tool calls on they are no special tokens: decoding keeps them.
+KLEIN_SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+KLEIN_ADDED = (
+    "<tool_call>",
+    "</tool_call>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+)
+
+KLEIN_SIZE = 640
+"""Entries that are learnt, the 256 bytes included. The embedding has more rows than the tokenizer has entries, as
+Qwen3's has."""
+
+# As in Qwen's tokenizer: every digit is a token.
+KLEIN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+KLEIN_CHAT_TEMPLATE = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and not enable_thinking %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+
+
 def learn() -> Tokenizer:
     """The tokenizer, the same every time: counts decide, and ties go to the lower pair of ids."""
+    tokenizer = _untrained(PATTERN)
+    # The system message is before every prompt, the world's words are in most: said often, they become short.
+    message = FLAVOURS["tiny"].text.system_message or ""
+    _train(tokenizer, [message, *WORLD], SIZE, special=SPECIAL)
+    return tokenizer
+
+
+def learn_klein() -> Tokenizer:
+    """The tokenizer of the embedded kleins, the same every time."""
+    tokenizer = _untrained(KLEIN_PATTERN)
+    tokenizer.normalizer = normalizers.NFC()
+    _train(tokenizer, ["user\n", "assistant\n", "\n\n", *WORLD], KLEIN_SIZE)
+    tokenizer.add_special_tokens(list(KLEIN_SPECIAL))
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in KLEIN_ADDED])
+    if tokenizer.get_vocab_size() > TINY_KLEIN_TEXT.vocabulary:
+        raise ValueError("the embedding has fewer rows than the tokenizer has entries")
+    return tokenizer
+
+
+def _untrained(pattern: str) -> Tokenizer:
+    """A byte-level BPE tokenizer that splits texts by `pattern` and has no entries yet."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    # The system message is before every prompt, the world's words are in most: said often, they become short.
+    return tokenizer
+
+
+def _train(tokenizer: Tokenizer, often: list[str], size: int, *, special: tuple[str, ...] = ()) -> None:
+    """Learn `size` entries, `special` ones first. What is said `often` becomes short."""
     tokenizer.train_from_iterator(
-        [FLAVOURS["tiny"].text.system_message, *WORLD] * 8 + CORPUS.strip().splitlines(),
+        often * 8 + CORPUS.strip().splitlines(),
         trainers.BpeTrainer(
-            vocab_size=SIZE,
-            special_tokens=list(SPECIAL),
+            vocab_size=size,
+            special_tokens=list(special),
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         ),
     )
-    return tokenizer
 
 
 def files(tokenizer: Tokenizer) -> dict[str, str]:
@@ -130,4 +209,23 @@ def files(tokenizer: Tokenizer) -> dict[str, str]:
         "tokenizer.json": tokenizer.to_str(),
         "tokenizer_config.json": json.dumps(config, indent=2),
         "chat_template.jinja": CHAT_TEMPLATE,
+    }
+
+
+def klein_files() -> dict[str, str]:
+    """The same of the embedded kleins."""
+    config: dict[str, Any] = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": None,
+        "add_prefix_space": False,
+        "model_max_length": 131072,
+        "clean_up_tokenization_spaces": False,
+    }
+    return {
+        "tokenizer.json": learn_klein().to_str(),
+        "tokenizer_config.json": json.dumps(config, indent=2),
+        "chat_template.jinja": KLEIN_CHAT_TEMPLATE,
     }

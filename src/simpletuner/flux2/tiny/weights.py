@@ -24,6 +24,14 @@ START_GAINS = {
     "norm_out": 0.0,
     "proj_out": 0.0,
 }
+# A klein is not trained before it is used: its blocks must do something, or their adapters would get no gradient.
+KLEIN_GAINS = {
+    "embedder.linear_1": math.sqrt(2),
+    "embedder.linear_2": 1.67,
+    "modulation": 0.5,
+    "norm_out": 0.5,
+    "proj_out": 0.3,
+}
 TEXT_GAINS = {"o_proj": 0.25, "down_proj": 0.25}
 
 

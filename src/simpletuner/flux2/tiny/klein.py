@@ -1,0 +1,112 @@
+"""The embedded kleins: klein's parts at a small size, with drawn weights. Nothing of them is shipped.
+
+The distilled one has the base's weights, moved a little: what the two sizes of klein share, and what differs, is the
+same here.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simpletuner.config.flavours import TINY_KLEIN, TINY_KLEIN_TEXT, FlavourName
+from simpletuner.flux2.spec import transformer_to_diffusers
+from simpletuner.flux2.tiny import vocabulary
+from simpletuner.flux2.tiny.parts import METADATA, SCHEDULER, VAE, write_config
+from simpletuner.flux2.tiny.weights import KLEIN_GAINS, TEXT_GAINS, Shapes, draw
+from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.memory.tensors import save_tensors
+
+KLEIN_VERSION = 1
+"""Of all that is drawn here; each has its line in CHANGELOG.md."""
+
+KLEIN_SEED = 0
+DISTILLED_SEED = 1
+DISTILLED_SHARE = 0.1
+"""How far the distilled weights lie from the base's, as a share of their size."""
+
+# More layers than are read, as in klein: layer 27 must not be the last. Keys and their form are those of klein-4b.
+KLEIN_TEXT_CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "dtype": "bfloat16",
+    "vocab_size": TINY_KLEIN_TEXT.vocabulary,
+    "hidden_size": TINY_KLEIN_TEXT.hidden,
+    "intermediate_size": TINY_KLEIN_TEXT.inner,
+    "num_hidden_layers": 30,
+    "num_attention_heads": TINY_KLEIN_TEXT.heads,
+    "num_key_value_heads": TINY_KLEIN_TEXT.key_heads,
+    "head_dim": TINY_KLEIN_TEXT.head_dim,
+    "hidden_act": "silu",
+    "max_position_embeddings": 40960,
+    "max_window_layers": 30,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": True,
+    "use_cache": True,
+}
+
+
+def fill(folder: Path, flavour: FlavourName, vae: dict[str, Tensor]) -> None:
+    """Write a whole model, but for its stamp, into `folder`."""
+    is_distilled = flavour == "tiny-klein-distilled"
+    index = {
+        "_class_name": "Flux2KleinPipeline",
+        **({"is_distilled": True} if is_distilled else {}),
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "Qwen3ForCausalLM"],
+        "tokenizer": ["transformers", "Qwen2TokenizerFast"],
+        "transformer": ["diffusers", "Flux2Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLFlux2"],
+    }
+    write_config(folder / "model_index.json", index)
+    write_config(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    for name, text in vocabulary.klein_files().items():
+        (folder / "tokenizer" / name).write_text(text, encoding="utf-8")
+    write_config(folder / "transformer" / "config.json", transformer_to_diffusers(TINY_KLEIN))
+    save_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors", _transformer(is_distilled), METADATA)
+    write_config(folder / "text_encoder" / "config.json", KLEIN_TEXT_CONFIG)
+    encoder = draw("qwen3", _text_encoder_shapes(), TEXT_GAINS, KLEIN_SEED)
+    save_tensors(folder / "text_encoder" / "model.safetensors", _in_bf16(encoder), METADATA)
+    write_config(folder / "vae" / "config.json", VAE)
+    save_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors", vae, METADATA)
+
+
+def _transformer(is_distilled: bool) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        transformer = Flux2Transformer(TINY_KLEIN)
+    shapes = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
+    base = draw("klein", shapes, KLEIN_GAINS, KLEIN_SEED)
+    if not is_distilled:
+        return _in_bf16(base)
+    moved = draw("klein", shapes, KLEIN_GAINS, DISTILLED_SEED)
+    return _in_bf16(
+        {name: tensor + DISTILLED_SHARE * moved[name] if tensor.ndim > 1 else tensor for name, tensor in base.items()}
+    )
+
+
+def _in_bf16(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.bfloat16() for name, tensor in tensors.items()}
+
+
+def _text_encoder_shapes() -> Shapes:
+    """Without a head: it is tied to the embedding, as in klein-4b."""
+    text = TINY_KLEIN_TEXT
+    names = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (text.vocabulary, text.hidden),
+        "model.norm.weight": (text.hidden,),
+    }
+    for index in range(KLEIN_TEXT_CONFIG["num_hidden_layers"]):
+        layer = f"model.layers.{index}"
+        shapes |= {f"{layer}.{name}.weight": shape for name, shape in zip(names, text.linears, strict=True)}
+        shapes |= {f"{layer}.{norm}_layernorm.weight": (text.hidden,) for norm in ("input", "post_attention")}
+        shapes |= {f"{layer}.self_attn.{part}_norm.weight": (text.head_dim,) for part in "qk"}
+    return shapes
