@@ -18,6 +18,7 @@ from simpletuner.examples import world
 from simpletuner.flux2 import tiny
 from simpletuner.flux2.load import load_autoencoder
 from simpletuner.flux2.tiny import vocabulary
+from simpletuner.flux2.tiny.klein import KLEIN_TEXT_CONFIG, KLEIN_VERSION
 from simpletuner.flux2.tiny.make import SHIPPED, STAMP, TEXT_CONFIG, TRANSFORMER, VAE_WEIGHTS, VERSION, make_start
 from simpletuner.flux2.tiny.weights import draw, drawn
 
@@ -28,6 +29,42 @@ SUMS = {
     "transformer/diffusion_pytorch_model.safetensors": "d15e44385aa3821a",
     "vae/diffusion_pytorch_model.safetensors": "fdfa36c401436c0b",
 }
+
+
+KLEIN_SUMS = {
+    "text_encoder/model.safetensors": "85d3b7e6263c959e",
+    "tokenizer/tokenizer.json": "6113f26cc7b3fdf7",
+    "transformer/diffusion_pytorch_model.safetensors": "ce5565bd30de4d71",
+    "vae/diffusion_pytorch_model.safetensors": "fdfa36c401436c0b",
+}
+DISTILLED_SUMS = KLEIN_SUMS | {"transformer/diffusion_pytorch_model.safetensors": "f22db94b65159154"}
+
+
+@pytest.mark.parametrize("name", KLEIN_SUMS)
+def test_the_kleins_have_the_same_bytes_on_every_machine(tiny_klein_folder, tiny_klein_distilled_folder, name):
+    # As above, with KLEIN_VERSION.
+    assert sha256_file(tiny_klein_folder / name).startswith(KLEIN_SUMS[name])
+    assert sha256_file(tiny_klein_distilled_folder / name).startswith(DISTILLED_SUMS[name])
+
+
+def test_only_the_distilled_klein_says_that_it_is(tiny_klein_folder, tiny_klein_distilled_folder):
+    assert "is_distilled" not in read_json(tiny_klein_folder / "model_index.json")
+    assert read_json(tiny_klein_distilled_folder / "model_index.json")["is_distilled"] is True
+
+
+def test_layer_27_of_klein_is_not_the_last():
+    assert KLEIN_TEXT_CONFIG["num_hidden_layers"] > max(FLAVOURS["tiny-klein"].text.layers)
+
+
+def test_kleins_tokenizer_is_qwens_in_small():
+    tokenizer = vocabulary.learn_klein()
+    empty = ["<|im_start|>", "user", "Ċ", "<|im_end|>", "Ċ", "<|im_start|>", "assistant", "Ċ", "<think>", "ĊĊ"]
+    text = "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert tokenizer.encode(text).tokens == [*empty, "</think>", "ĊĊ"]
+    # The normalizer composes: a letter and its accent become one.
+    assert tokenizer.decode(tokenizer.encode("U\u0308n 12\n\ttabs ☃").ids) == "\u00dcn 12\n\ttabs ☃"
+    assert tokenizer.token_to_id("<|endoftext|>") == vocabulary.KLEIN_SIZE
+    assert tokenizer.get_vocab_size() < KLEIN_TEXT_CONFIG["vocab_size"]
 
 
 @pytest.mark.parametrize("name", SUMS)
@@ -109,6 +146,7 @@ def test_another_version_is_not_taken_for_this_one(tiny_folder, tmp_path):
 def test_each_version_has_its_release_note():
     changes = (Path(__file__).parents[3] / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"embedded model, version {VERSION}:" in changes
+    assert f"embedded kleins, version {KLEIN_VERSION}:" in changes
 
 
 def test_what_is_shipped_is_small_bf16_and_described():
@@ -136,6 +174,7 @@ def test_default_folder():
     assert tiny.default_folder(None, {"XDG_CACHE_HOME": "/x"}) == Path(f"/x/simpletuner/tiny-{VERSION}")
     assert tiny.default_folder(Path("/y"), {}) == Path(f"/y/tiny-{VERSION}")
     assert tiny.default_folder(None, {"XDG_CACHE_HOME": "relative"}) == home
+    assert tiny.default_folder(Path("/y"), {}, "tiny-klein") == Path(f"/y/tiny-klein-{KLEIN_VERSION}")
 
 
 def test_without_a_home_folder_the_way_out_is_told(monkeypatch: pytest.MonkeyPatch):
