@@ -48,17 +48,18 @@ def text_codec(model: ModelOptions, precision: PrecisionOptions, source: Source,
     """How the contexts of this text encoder are stored; its key names all options that change one of them, and its
     weights, `whole` or not (`Source.fingerprint`).
     """
-    return CODECS[source.flavour.text.padding_side](
-        text_encoder_id(
-            source,
-            DTYPES[precision.text_dtype],
-            layers=source.text_layers,
-            max_length=source.text_length,
-            fix_regex=model.tokenizer_fix_regex,
-            precision=precision.text_encoder_1_precision,
-            whole=whole,
-        )
+    side, dtype = source.flavour.text.padding_side, DTYPES[precision.text_dtype]
+    key = text_encoder_id(
+        source,
+        dtype,
+        layers=source.text_layers,
+        max_length=source.text_length,
+        fix_regex=model.tokenizer_fix_regex,
+        precision=precision.text_encoder_1_precision,
+        whole=whole,
     )
+    rows = 1 if side == "left" else source.text_length
+    return CODECS[side](key, rows * source.spec.context_dim * dtype.itemsize)
 
 
 def check_trainable(model: ModelOptions, lora: LoraOptions, source: Source) -> None:

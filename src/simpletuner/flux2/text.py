@@ -26,6 +26,8 @@ class LeftPaddedCodec:
     """
 
     key: str
+    least_bytes: int = 0
+    """Bytes of the shortest context that can be stored."""
 
     def pack(self, context: TextContext) -> Mapping[str, Tensor]:
         """The tensors to store of a context of one sample, made by `left_padded`."""
@@ -44,10 +46,11 @@ class LeftPaddedCodec:
 class RightPaddedCodec:
     """Stores every row of a context: padding behind a text attends to the text, so each padding row differs.
 
-    `key` names everything that decides a context, as in `LeftPaddedCodec`.
+    Both fields as in `LeftPaddedCodec`. All contexts have the same size.
     """
 
     key: str
+    least_bytes: int = 0
 
     def pack(self, context: TextContext) -> Mapping[str, Tensor]:
         """The tensors to store of a context of one sample."""

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from simpletuner.base.errors import DataError
+from simpletuner.base.errors import DataError, DiskError
+from simpletuner.base.machine import disk_room
 from simpletuner.base.storage import LocalStorage
 from simpletuner.data.cache.contexts import (
     ContextEncoder,
@@ -18,7 +19,7 @@ from simpletuner.data.cache.contexts import (
 from simpletuner.data.cache.report import FillReport
 from simpletuner.data.cache.store import Store
 from simpletuner.flow.condition import TextContext
-from simpletuner.flux2.text import LeftPaddedCodec, left_padded
+from simpletuner.flux2.text import LeftPaddedCodec, RightPaddedCodec, left_padded
 
 LENGTH, WIDTH = 16, 8
 CODEC = LeftPaddedCodec("text")
@@ -222,3 +223,25 @@ def test_a_thousand_captions_of_dev_take_less_than_a_third_of_the_plain_tensors_
 def test_a_file_of_dev_is_its_rows_one_row_of_padding_and_less_than_a_kilobyte(store: Store) -> None:
     store.write("00", {"rows": torch.zeros(105, 15360).bfloat16(), "pad": torch.zeros(15360).bfloat16()}, {})
     assert 0 < store.storage.local_path(store.name("00")).stat().st_size - 106 * 15360 * 2 < 1000
+
+
+def test_contexts_for_which_the_disk_has_no_room_are_refused_before_the_encoder_loads(store: Store) -> None:
+    folder = store.storage.local_path()
+    assert folder is not None
+    codec = RightPaddedCodec("text", least_bytes=disk_room(folder) // 2)
+    states = {"batch_size": 2, "write_batch_size": 3, "report": lambda *_: None}
+
+    def load() -> ContextEncoder:
+        raise AssertionError("loaded")
+
+    with pytest.raises(
+        DiskError, match=r"The contexts of 3 captions take .* are free for .* give the data set a cache_d"
+    ):
+        fill_contexts(["a", "b", "c"], store, codec, load, **states)  # type: ignore[arg-type]
+
+
+def test_every_row_of_a_context_that_is_padded_on_the_right_is_kept(store: Store) -> None:
+    context = TextContext.dense(torch.randn(1, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0)))
+    codec = RightPaddedCodec("text")
+    store.write("k" * 64, codec.pack(context), {})
+    assert torch.equal(codec.unpack(store.read("k" * 64)).expanded(), context.expanded())

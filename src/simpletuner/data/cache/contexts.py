@@ -24,6 +24,11 @@ class ContextCodec(Protocol):
         """Fingerprint of everything that turns text into a context."""
         ...
 
+    @property
+    def least_bytes(self) -> int:
+        """Bytes that a stored context takes at least."""
+        ...
+
     def pack(self, context: TextContext) -> Mapping[str, Tensor]:
         """The tensors to store of a context of one sample."""
         ...
@@ -89,7 +94,7 @@ def fill_contexts(
 
     Raises:
         DataError: the encoder gave numbers that are not finite, for a prompt that is named.
-        DiskError: no space.
+        DiskError: no space; where that is known before, nothing is loaded.
     """
     started = time.monotonic()
     unique = sorted(set(prompts))
@@ -98,6 +103,7 @@ def fill_contexts(
     lacking = {prompt for prompt, state in zip(unique, states, strict=True) if state != "sound"}
     encoded = 0
     if lacking:
+        store.check_room(len(lacking) * codec.least_bytes, f"The contexts of {len(lacking):,} captions", "cache_dir")
         text_encoder = load()
         batches = [b for b in _batches(unique, text_encoder, batch_size) if not lacking.isdisjoint(b)]
         total = sum(map(len, batches))

@@ -98,17 +98,23 @@ def fill_latents(
 
     Raises:
         DataError: a file changed since the scan, or its latent is not finite; it is named.
-        DiskError: no space.
+        DiskError: no space; nothing is loaded then.
     """
     started = time.monotonic()
     for store in {store_of(manifest.image_set) for manifest in manifests}:
         store.sweep()
     batches = list(all_batches(manifests, batch_size))
-    keys = ((store_of(owner), latent_key(sample, encoder)) for owner, batch in batches for sample in batch)
-    states = check_all(keys, verify=verify)
+    wanted = [(store_of(owner), sample) for owner, batch in batches for sample in batch]
+    states = check_all(((store, latent_key(sample, encoder)) for store, sample in wanted), verify=verify)
     taken = iter(states)
     todo = [found for found in batches if {next(taken) for _ in found[1]} != {"sound"}]
     total, encoded = sum(len(batch) for _, batch in todo), 0
+    lacking: dict[Store, list[Sample]] = {}
+    for (store, sample), state in zip(wanted, states, strict=True):
+        if state != "sound":
+            lacking.setdefault(store, []).append(sample)
+    for store, samples in lacking.items():
+        store.check_room(sum(map(_latent_bytes, samples)), f"The latents of {len(samples):,} images", "cache_dir_vae")
     if todo:
         encode = load()
         report(0, total)
@@ -129,6 +135,12 @@ def fill_latents(
                 encoded += len(batch)
                 report(encoded, total)
     return FillReport(encoded, states.count("sound"), states.count("damaged"), time.monotonic() - started)
+
+
+def _latent_bytes(sample: Sample) -> int:
+    """Of 128 fp32 numbers for each 16 × 16 pixels."""
+    width, height = sample.geometry.target
+    return (width // 16) * (height // 16) * 128 * 4
 
 
 def _pixels(sample: Sample) -> UInt8[np.ndarray, "H W 3"]:

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from simpletuner.base.errors import DataError, DiskError
 from simpletuner.base.files import file_problem
+from simpletuner.base.machine import disk_room
 from simpletuner.base.parts import sweep_parts
+from simpletuner.base.sizes import format_size
 from simpletuner.base.storage import Stamp, Storage
 from simpletuner.base.tensorfile import file_pieces
 from simpletuner.data.ahead import map_ahead
@@ -108,6 +110,20 @@ class Store:
         # Not flushed to the disk file by file: that is slow, and what a power cut tears is found by the
         # checksum.
         self.storage.write(self.name(key), b"".join(pieces), sync=False)
+
+    def check_room(self, size: int, what: str, key: str) -> None:
+        """Raise a DiskError if the disk has no `size` bytes left for `what`, the plural subject of a sentence. `key` of
+        a data set names another folder.
+        """
+        folder = self.storage.local_path()
+        if folder is None:
+            return
+        free = disk_room(folder)
+        if size > free:
+            raise DiskError.of(
+                f"{what} take {format_size(size)}, and {format_size(free)} are free for {folder}",
+                remedy=f"Free some space, or give the data set a {key} on another disk.",
+            )
 
     def sweep(self) -> None:
         """Remove what killed processes left half-written."""
