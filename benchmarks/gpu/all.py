@@ -69,7 +69,7 @@ MEASUREMENTS = (
     Measurement("int4", 30, "dev in 4 bits, resident", "training.py", ("int4",)),
     Measurement("streamed", 90, "dev in bf16 under 22.5 and 10.5 GiB", "training.py", ("streamed",)),
     Measurement("variants", 40, "TREAD at 0.5; LoRA on every Linear against one", "training.py", ("variants",)),
-    Measurement("encoders", 40, "captions a second, images a second of the VAE", "encoders.py"),
+    Measurement("encoders", 60, "captions a second, images a second of the VAE", "encoders.py"),
     Measurement(
         "streamed-int8", 60, "dev in 8 bits under 22.5, 14.5, 10.5 and 7 GiB", "training.py", ("streamed-int8",)
     ),

@@ -1,20 +1,22 @@
-"""Captions a second through dev's text encoder, and images a second through its VAE, at full size.
+"""Captions a second through the text encoders, and images a second through the VAE, at full size.
 
     python benchmarks/gpu/encoders.py [--device cpu --tiny]
 
-Random weights made on the device; the tokenizer is the embedded model's. Captions have about 60 tokens beside the
-template. The text encoder needs transformers, the VAE diffusers: what is missing is left out, and said.
+Random weights made on the device; the tokenizers are the embedded models'. Captions have about 60 tokens beside the
+template; klein's are padded to the whole context, and all of it is computed. The text encoders need transformers, the
+VAE diffusers: what is missing is left out, and said.
 """
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from measuring import Clock, free, parser, seconds_of
 from results import report
 
-from simpletuner.config.flavours import FLAVOURS
+from simpletuner.config.flavours import FLAVOURS, FlavourName
 from simpletuner.config.options.model import ModelOptions
 
 CAPTION = "a small yellow house beside the river in soft morning light and trees " * 4
@@ -26,7 +28,10 @@ ROUNDS = 3
 def main() -> None:
     arguments = parser(__doc__).parse_args()
     clock = Clock(arguments.seconds)
-    for name, measure in (("text encoder", text), ("VAE", vae)):
+    measurements: list[tuple[str, Callable[[torch.device, bool], None]]] = [
+        (f"text encoder of {flavour}", partial(text, flavour)) for flavour in ("dev", "klein-9b", "klein-4b")
+    ]
+    for name, measure in (*measurements, ("VAE", vae)):
         if clock.left > 5:
             try:
                 measure(arguments.device, arguments.tiny)
@@ -35,17 +40,19 @@ def main() -> None:
             free()
 
 
-def text(device: torch.device, tiny: bool) -> None:
-    """Captions a second of the resident text encoder in bf16."""
-    from transformers import MistralConfig
+def text(name: FlavourName, device: torch.device, tiny: bool) -> None:
+    """Captions a second of the resident text encoder of the flavour `name`, in bf16."""
+    from transformers import MistralConfig, Qwen3Config
 
     from simpletuner.flux2.load import _language_model, _tokenizer
     from simpletuner.flux2.source import locate
     from simpletuner.flux2.text import ResidentTextEncoder
 
-    flavour = FLAVOURS["tiny" if tiny else "dev"].text
+    small: FlavourName = "tiny" if name == "dev" else "tiny-klein"
+    flavour = FLAVOURS[small if tiny else name].text
     spec = flavour.encoder
-    config = MistralConfig(
+    kind = MistralConfig if flavour.kind == "mistral3" else Qwen3Config
+    config = kind(
         vocab_size=spec.vocabulary,
         hidden_size=spec.hidden,
         intermediate_size=spec.inner,
@@ -60,13 +67,13 @@ def text(device: torch.device, tiny: bool) -> None:
     with torch.device(device):
         model.rotary_emb = type(model.rotary_emb)(config=config)
     generator = torch.Generator(device).manual_seed(0)
-    for name, parameter in model.named_parameters():
+    for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
-        if "norm" in name:
+        if "norm" in parameter_name:
             parameter.fill_(1.0)
         else:
             parameter.normal_(std=0.02, generator=generator)
-    tokenizer = _tokenizer(locate(ModelOptions(model_flavour="tiny"), report=lambda _: None), False)
+    tokenizer = _tokenizer(locate(ModelOptions(model_flavour=small), report=lambda _: None), False)
     encoder = ResidentTextEncoder(
         model.eval(),
         tokenizer,
@@ -79,7 +86,7 @@ def text(device: torch.device, tiny: bool) -> None:
     tokens = statistics.mean(encoder.lengths(captions))
     report(
         "encoder",
-        what="text encoder, bf16",
+        what=f"text encoder of {name}, bf16",
         batch=TEXT_BATCH,
         rate=rate,
         unit="captions/s",
