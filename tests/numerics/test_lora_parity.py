@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from simpletuner.base.quiet import quiet_import
-from simpletuner.config.flavours import TINY
+from simpletuner.config.flavours import TINY, TINY_KLEIN, TransformerSpec
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flux2.denoiser import Denoiser
@@ -20,26 +20,27 @@ from simpletuner.flux2.tokens import context_ids, image_ids, pack_latents
 from simpletuner.flux2.transformer import Flux2Transformer
 
 
-def model() -> Flux2Transformer:
+def model(spec: TransformerSpec = TINY) -> Flux2Transformer:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Flux2Transformer(TINY).eval()
+        return Flux2Transformer(spec).eval()
 
 
-def reference() -> Any:
+def reference(spec: TransformerSpec = TINY) -> Any:
     from diffusers import Flux2Transformer2DModel
 
-    config = {key: value for key, value in transformer_to_diffusers(TINY).items() if key != "_class_name"}
+    config = {key: value for key, value in transformer_to_diffusers(spec).items() if key != "_class_name"}
     theirs = Flux2Transformer2DModel(**config)
-    theirs.load_state_dict(model().state_dict())
+    theirs.load_state_dict(model(spec).state_dict())
     return theirs.eval()
 
 
-def pipeline() -> Any:
+def pipeline(spec: TransformerSpec = TINY) -> Any:
     """A pipeline of nothing but the transformer: enough for its LoRA loader."""
-    from diffusers import Flux2Pipeline
+    from diffusers import Flux2KleinPipeline, Flux2Pipeline
 
-    return Flux2Pipeline(scheduler=None, vae=None, text_encoder=None, tokenizer=None, transformer=reference())
+    kind = Flux2Pipeline if spec.guidance_embeds else Flux2KleinPipeline
+    return kind(scheduler=None, vae=None, text_encoder=None, tokenizer=None, transformer=reference(spec))
 
 
 def trained(transformer: Flux2Transformer, *, seed: int = 2, **options: object) -> Adapter:
@@ -50,29 +51,29 @@ def trained(transformer: Flux2Transformer, *, seed: int = 2, **options: object) 
     return adapter
 
 
-def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs(spec: TransformerSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     return (
         torch.randn(2, 128, 3, 4, generator=generator),
         torch.tensor([0.3, 0.9]),
-        torch.randn(2, 9, TINY.context_dim, generator=generator),
+        torch.randn(2, 9, spec.context_dim, generator=generator),
         torch.tensor([1.0, 4.0]),
     )
 
 
 def velocity(transformer: Flux2Transformer) -> Tensor:
     """As tokens."""
-    latents, sigma, context, guidance = inputs()
+    latents, sigma, context, guidance = inputs(transformer.spec)
     return pack_latents(Denoiser(transformer)(latents, sigma, Condition(TextContext.dense(context), guidance)))
 
 
-def reference_velocity(theirs: Any) -> Tensor:
-    latents, sigma, context, guidance = inputs()
+def reference_velocity(theirs: Any, spec: TransformerSpec = TINY) -> Tensor:
+    latents, sigma, context, guidance = inputs(spec)
     out: Tensor = theirs(
         hidden_states=pack_latents(latents),
         encoder_hidden_states=context,
         timestep=sigma,
-        guidance=guidance,
+        guidance=guidance if spec.guidance_embeds else None,
         img_ids=image_ids(*latents.shape[-2:]),
         txt_ids=context_ids(context.shape[1]),
         return_dict=False,
@@ -84,13 +85,17 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+SPECS = pytest.mark.parametrize("spec", [TINY, TINY_KLEIN], ids=["dev", "klein"])
+
+
+@SPECS
 @pytest.mark.parametrize("alpha", [4.0, 6.0])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_gradients_equal_pefts(preset: str, alpha: float) -> None:
+def test_gradients_equal_pefts(preset: str, alpha: float, spec: TransformerSpec) -> None:
     """With the expanded tensors in PEFT; of its gradients, those of the live rows and columns are ours."""
     from peft import LoraConfig
 
-    ours, theirs = model(), reference()
+    ours, theirs = model(spec), reference(spec)
     adapter = trained(ours, lora_rank=4, lora_alpha=alpha, flux_lora_target=preset)
     theirs.requires_grad_(False)
     theirs.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=list(adapter.layers)))
@@ -105,7 +110,7 @@ def test_gradients_equal_pefts(preset: str, alpha: float) -> None:
     assert {id(p) for p in theirs.parameters() if p.requires_grad} == {id(p) for ab in pairs.values() for p in ab}
 
     target = torch.randn(2, 12, 128, generator=torch.Generator().manual_seed(5))
-    found, expected = velocity(ours), reference_velocity(theirs)
+    found, expected = velocity(ours), reference_velocity(theirs, spec)
     assert_near(found, expected)
     (found - target).square().mean().backward()
     (expected - target).square().mean().backward()
@@ -127,17 +132,18 @@ def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> p
     return caplog
 
 
+@SPECS
 @pytest.mark.parametrize("alpha", [4.0, 6.0])
 @pytest.mark.parametrize("preset", PRESETS)
 @torch.no_grad()
 def test_an_exported_file_loads_in_diffusers(
-    tmp_path: Path, said: pytest.LogCaptureFixture, preset: str, alpha: float
+    tmp_path: Path, said: pytest.LogCaptureFixture, preset: str, alpha: float, spec: TransformerSpec
 ) -> None:
-    ours = model()
+    ours = model(spec)
     adapter = trained(ours, lora_rank=4, lora_alpha=alpha, flux_lora_target=preset)
     save_lora(tmp_path / LORA_NAME, adapter, metadata={"run": "1f2e", "licence": "non-commercial"})
 
-    pipe = pipeline()
+    pipe = pipeline(spec)
     pipe.load_lora_weights(tmp_path, adapter_name="ours")
     assert said.records == []
     taken = {name: parameter for name, parameter in pipe.transformer.named_parameters() if ".lora_" in name}
@@ -145,8 +151,8 @@ def test_an_exported_file_loads_in_diffusers(
     assert len(taken) == len(saved)
     for name, parameter in taken.items():
         assert torch.equal(parameter, saved[f"transformer.{name.replace('.ours.', '.')}"])
-    assert_near(reference_velocity(pipe.transformer), velocity(ours))
-    assert (reference_velocity(reference()) - velocity(ours)).abs().max() > 1e-2
+    assert_near(reference_velocity(pipe.transformer, spec), velocity(ours))
+    assert (reference_velocity(reference(spec), spec) - velocity(ours)).abs().max() > 1e-2
 
 
 @torch.no_grad()
