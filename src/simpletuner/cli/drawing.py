@@ -23,7 +23,7 @@ from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flux2.components import check_precisions, load_base, open_text_encoder
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.export import LoadedLora, attach_saved, read_lora
-from simpletuner.flux2.generate import generate
+from simpletuner.flux2.generate import fits_both, generate
 from simpletuner.flux2.load import checked_skeleton
 from simpletuner.flux2.lora import Adapter, detach
 from simpletuner.flux2.source import Source, locate
@@ -115,12 +115,16 @@ class _Base:
         return self.options == _model_options(config) and self.files == _stamps(self.source)
 
     def pictures(self, config: SampleConfig, loras: Sequence[Wanted], report: ReportSteps) -> Iterator[Drawing]:
-        is_steered = config.guidance_real != 1.0
-        steps = config.steps or self.source.flavour.steps
-        guidance = self.source.flavour.guidance if config.guidance is None else config.guidance
+        flavour = self.source.flavour
+        steps = config.steps or flavour.steps
+        guidance = flavour.guidance if config.guidance is None else config.guidance
+        scales = flavour.scales(guidance, config.guidance_real)
+        is_steered = scales.real != 1.0
         self.loras.check(loras, self.source)
         contexts = self.encoded(config, [*config.prompt, *([config.negative] if is_steered else [])])
-        conditions = {prompt: Condition.at(context.to(self.device), guidance) for prompt, context in contexts.items()}
+        conditions = {
+            prompt: Condition.at(context.to(self.device), scales.embedded) for prompt, context in contexts.items()
+        }
         transformer = self.loaded(config)
         self.loras.attach(transformer)
         factors = config.strength or (1.0,)
@@ -138,8 +142,10 @@ class _Base:
                 height=config.height,
                 steps=steps,
                 seed=seed,
-                real_guidance=config.guidance_real,
+                real_guidance=scales.real,
                 negative=conditions[config.negative] if is_steered else None,
+                both_at_once=is_steered
+                and fits_both(transformer, self.source.text_length, config.width, config.height, self.device),
                 report=lambda *_: report(next(done), total),
             )
             parameters = {

@@ -22,7 +22,7 @@ from simpletuner.cli.help import help_asked, option_entries
 from simpletuner.cli.printing import fitted
 from simpletuner.config.documents import read_document
 from simpletuner.config.flags import Flags, parse
-from simpletuner.config.flavours import FLAVOURS
+from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS
 from simpletuner.config.given import Checked, Given, Known, check_givens
 from simpletuner.config.options.kinds import Count, NotNegative, PathText, Says, Slice, Text
 from simpletuner.config.options.model import ModelOptions
@@ -31,7 +31,7 @@ from simpletuner.config.options.precision import PrecisionOptions
 from simpletuner.config.options.validation import SIDE_MULTIPLE_PX, ValidationOptions
 from simpletuner.config.other_keys import LATER_OPTIONS, OTHER_OPTIONS, OtherKeys
 from simpletuner.config.paths import filled, is_local_model
-from simpletuner.config.rules import encoder_findings, precision_findings
+from simpletuner.config.rules import encoder_findings, guidance_findings, precision_findings
 from simpletuner.config.values import kinds, shown
 from simpletuner.runs.layout import LORA_NAME, RunDirectory
 from simpletuner.server.reach import Reach, of_the_page
@@ -99,10 +99,11 @@ class SampleOptions(Slice):
     """Sampler steps; by default what suits the model."""
 
     guidance: NotNegative | None = None
-    """Guidance fed to the model's embedder; by default what suits the model, 4 for dev."""
+    """Guidance; by default what suits the model, 4 for dev and klein. dev takes it as an input. On klein it is true
+    classifier-free guidance against `negative`, at twice the time; 1 turns it off. Distilled models ignore it."""
 
     guidance_real: Annotated[float, Ge(1)] = 1.0
-    """True classifier-free guidance against `negative`, at twice the time; 1 is none."""
+    """For dev: true classifier-free guidance against `negative` on top of `guidance`, at twice the time; 1 is none."""
 
     negative: str = ""
     """What true guidance steers away from."""
@@ -221,7 +222,12 @@ def read_request(
     paths = _filled_paths(checked, environ, reach)
     ConfigError.raise_if([*problems, *checked.problems.values()])
     config = SampleConfig(**checked.valid, **paths)
-    findings = (*precision_findings(config), *encoder_findings(config, config))
+    flavour = FLAVOURS[config.model_flavour]
+    findings = (
+        *precision_findings(config),
+        *encoder_findings(config, config),
+        *guidance_findings(flavour, config.guidance, config.guidance_real),
+    )
     ConfigError.raise_if(problem for _, problem in findings)
     return config
 
@@ -315,7 +321,9 @@ def _from_config(path: Path, label: str) -> dict[str, Given]:
     givens = {key: Given(value, "file", key) for key, value in values.items() if key in ValidationOptions.model_fields}
     checked = check_givens(givens, Known(ValidationOptions), Checked(), where=f"{label}: ")
     ConfigError.raise_if(checked.problems.values())
-    validation = ValidationOptions(**checked.valid)
+    flavour = FLAVOURS.get(values.get("model_flavour", DEFAULT_FLAVOUR), FLAVOURS[DEFAULT_FLAVOUR])
+    usual = {key: value for key, value in flavour.option_defaults.items() if key in ValidationOptions.model_fields}
+    validation = ValidationOptions(**usual | checked.valid)
     width, height = validation.sizes[0]
     found = {key: value for key, value in values.items() if key in FROM_RUN}
     found |= {

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 # The reference wording, with its one newline: a space there changes the tokens of every prompt.
 SYSTEM_MESSAGE = (
@@ -162,6 +162,15 @@ GuidanceKind = Literal["embedded", "classifier-free", "none"]
 strength."""
 
 
+class GuidanceScales(NamedTuple):
+    """What guidance an image is made with."""
+
+    embedded: float
+    """Fed to the transformer's embedder; a model without one ignores it."""
+    real: float
+    """Of classifier-free guidance against the negative prompt; 1 is none, in half the time."""
+
+
 @dataclass(frozen=True)
 class TextContextSpec:
     """How prompts become the transformer's context."""
@@ -220,6 +229,12 @@ class Flavour:
         if self.transformer.guidance_embeds:
             return "embedded"
         return "none" if self.is_distilled else "classifier-free"
+
+    def scales(self, guidance: float, guidance_real: float) -> GuidanceScales:
+        """What the options `validation_guidance` and `validation_guidance_real` mean for this flavour."""
+        if self.guidance_kind == "embedded":
+            return GuidanceScales(guidance, guidance_real)
+        return GuidanceScales(1.0, guidance if self.guidance_kind == "classifier-free" else 1.0)
 
     @property
     def option_defaults(self) -> dict[str, Any]:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from simpletuner.base.errors import Problem
 from simpletuner.config.datasets import Datasets
-from simpletuner.config.flavours import FLAVOURS
+from simpletuner.config.flavours import FLAVOURS, Flavour
 from simpletuner.config.given import Checked, Given, Known, check_givens
 from simpletuner.config.optimisers import ADAM, optimiser
 from simpletuner.config.options.checkpoint import LATEST
+from simpletuner.config.options.guidance import GuidanceOptions
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.precision import PrecisionOptions
@@ -41,6 +42,11 @@ def findings(config: RunConfig, datasets: Datasets | None) -> Iterator[Finding]:
     if config.max_train_steps is not None:
         yield from profile_findings(config, config.max_train_steps)
     yield from _densities(config)
+    flavour = FLAVOURS[config.model_flavour]
+    yield from guidance_findings(
+        flavour, config.validation_guidance, config.validation_guidance_real, prefix="validation_"
+    )
+    yield from _layers(config)
     yield from _rollout(config)
     yield from _optimiser(config)
     yield from precision_findings(config)
@@ -86,6 +92,34 @@ def _densities(config: RunConfig) -> Iterator[Finding]:
         keys = ("flux_guidance_min", "flux_guidance_max")
         found = f"flux_guidance_min = {config.flux_guidance_min:g}"
         yield keys, Problem(found, f"at most flux_guidance_max, {config.flux_guidance_max:g}")
+
+
+def guidance_findings(
+    flavour: Flavour, guidance: float | None, guidance_real: float, *, prefix: str = ""
+) -> Iterator[Finding]:
+    """Guidance that the flavour does not have. `prefix` stands before the options' names in a config of `train`."""
+    key, real_key = f"{prefix}guidance", f"{prefix}guidance_real"
+    if flavour.guidance_kind != "embedded" and guidance_real != 1:
+        found = f"{real_key} = {guidance_real:g}: that is for models that take guidance as an input, such as dev"
+        remedy = f"Take it out: {flavour.name} is distilled and needs no guidance."
+        if flavour.guidance_kind == "classifier-free":
+            remedy = f"Give --{key}={guidance_real:g} instead, which is true guidance on {flavour.name}."
+        yield (real_key,), Problem(found, "1", remedy)
+    if flavour.guidance_kind == "classifier-free" and guidance is not None and guidance < 1:
+        found = f"{key} = {guidance:g}: on {flavour.name} it is true guidance"
+        yield (key,), Problem(found, "at least 1, which turns it off")
+
+
+def _layers(config: RunConfig) -> Iterator[Finding]:
+    """Layers of the text encoder other than those that a published flavour was trained with."""
+    flavour, layers = FLAVOURS[config.model_flavour], config.custom_text_encoder_intermediary_layers
+    place = config.pretrained_transformer_model_name_or_path or config.pretrained_model_name_or_path
+    is_published = flavour.repo is not None and place in (None, flavour.repo)
+    if is_published and layers not in (None, flavour.text.layers):
+        key = "custom_text_encoder_intermediary_layers"
+        usual = ",".join(map(str, flavour.text.layers))
+        found = f"{key} = {','.join(map(str, layers or ()))}: {flavour.title} was trained with others"
+        yield (key,), Problem(found, usual, "Take it out.")
 
 
 def _rollout(config: RunConfig) -> Iterator[Finding]:
@@ -260,6 +294,11 @@ def notices(config: RunConfig, datasets: Datasets | None, given: Collection[str]
                 f"selection_ratio = {route.selection_ratio:g} is the share of image tokens that is kept. Where others "
                 f"mean the share that is left out, this is {1 - route.selection_ratio:g}."
             )
+    if flavour.guidance_kind == "classifier-free" and config.caption_dropout_probability == 0:
+        yield (
+            f"caption_dropout_probability = 0: {flavour.name} draws away from the empty prompt, which this run then "
+            "never trains. Images may come out worse than what was learned: give --caption_dropout_probability=0.1."
+        )
     if config.model_type == "full" and "learning_rate" not in given and not optimiser(config.optimizer).finds_rate:
         yield (
             f"learning_rate is {config.learning_rate:g}, which suits a LoRA: a whole model is mostly trained at "
@@ -325,9 +364,15 @@ def _odd_rates(config: RunConfig) -> Iterator[str]:
 
 def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tuple[str, ...], bool, str]]:
     """(options, whether they have no effect, the reason)."""
-    is_constant = config.flux_guidance_mode == "constant"
-    yield ("flux_guidance_min", "flux_guidance_max"), is_constant, "flux_guidance_mode is constant"
-    yield ("flux_guidance_value",), not is_constant, "flux_guidance_mode is random-range"
+    flavour = FLAVOURS[config.model_flavour]
+    if flavour.guidance_kind == "embedded":
+        is_constant = config.flux_guidance_mode == "constant"
+        yield ("flux_guidance_min", "flux_guidance_max"), is_constant, "flux_guidance_mode is constant"
+        yield ("flux_guidance_value",), not is_constant, "flux_guidance_mode is random-range"
+    else:
+        yield tuple(GuidanceOptions.model_fields), True, f"{flavour.name} takes no guidance as an input"
+    is_qwen = flavour.text.kind == "qwen3"
+    yield ("tokenizer_fix_regex",), is_qwen, f"it mends Mistral's tokenizer, and {flavour.name} has Qwen's"
 
     beta = ("flow_beta_schedule_alpha", "flow_beta_schedule_beta")
     yield beta, not config.flow_use_beta_schedule, "flow_use_beta_schedule is false"
@@ -392,8 +437,13 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
         "num_validation_images",
     )
     yield pictures, config.validation_disable, "validation_disable is true"
-    is_plain = config.validation_guidance_real == 1
-    yield ("validation_negative_prompt",), is_plain, "validation_guidance_real is 1"
+    if flavour.guidance_kind == "none":
+        of_guidance = ("validation_guidance", "validation_negative_prompt")
+        yield of_guidance, True, f"{flavour.name} is distilled: guidance is built into its weights"
+    else:
+        key = "validation_guidance_real" if flavour.guidance_kind == "embedded" else "validation_guidance"
+        is_plain = flavour.scales(config.validation_guidance, config.validation_guidance_real).real == 1
+        yield ("validation_negative_prompt",), is_plain, f"{key} is 1"
     trackers = ("tracker_project_name", "tracker_run_name")
     yield trackers, not config.trackers, "report_to is none"
     if datasets is not None:

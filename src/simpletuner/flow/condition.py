@@ -43,6 +43,11 @@ class TextContext:
             before += len(context.rows)
         return cls(torch.cat([context.rows for context in contexts]), torch.cat(indices))
 
+    @property
+    def length(self) -> int:
+        """Rows of each sample's context, padding included."""
+        return self.index.shape[1]
+
     def expanded(self, dtype: torch.dtype | None = None) -> Float[Tensor, "b l d"]:
         """The contexts themselves, in `dtype`, by default that of the rows."""
         return (self.rows if dtype is None else self.rows.to(dtype))[self.index]
@@ -71,6 +76,16 @@ class Condition:
     def at(cls, context: TextContext, guidance: float) -> "Condition":
         """`context` with the same guidance for each sample, on the context's device."""
         return cls(context, torch.full((len(context.index),), guidance, device=context.index.device))
+
+    @classmethod
+    def stacked(cls, conditions: Sequence["Condition"]) -> "Condition":
+        """The samples of `conditions`, one after the other.
+
+        Raises:
+            ValueError: the lengths of their contexts differ.
+        """
+        context = TextContext.stacked([condition.context for condition in conditions])
+        return cls(context, torch.cat([condition.guidance for condition in conditions]))
 
     def select(self, samples: Int64[Tensor, " k"]) -> "Condition":
         """The condition of some samples."""

@@ -634,7 +634,8 @@ class Footprint:
         asides = int(averaged) + int(optimiser(config.optimizer).library == "schedulefree")
         room.device("put aside", asides * self.trained_bytes)
         self._data(room, size, 1)
-        steps = config.validation_num_inference_steps * (1 if config.validation_guidance_real == 1 else 2)
+        scales = FLAVOURS[config.model_flavour].scales(config.validation_guidance, config.validation_guidance_real)
+        steps = config.validation_num_inference_steps * (1 if scales.real == 1 else 2)
         return room.plan("validation", f"{width}x{height}, {steps} passes", weights)
 
     @property

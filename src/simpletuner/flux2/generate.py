@@ -11,7 +11,10 @@ from torch import Tensor
 from simpletuner.flow.condition import Condition, Denoise
 from simpletuner.flow.sampler import euler
 from simpletuner.flow.sigma import schedule
+from simpletuner.flux2.activations import Pass, sampling
 from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
+from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.memory.free import free_memory_bytes
 
 Decode = Callable[[Float[Tensor, "b 128 h w"]], Float[Tensor, "b 3 H W"]]
 """Latents -> pixels in [-1, 1]."""
@@ -29,6 +32,17 @@ def initial_noise(seed: int, *, width: int, height: int) -> Float[Tensor, "1 128
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def fits_both(transformer: Flux2Transformer, text: int, width: int, height: int, device: torch.device) -> bool:
+    """Whether `device` has room for both predictions of an image's guidance in one pass, `text` tokens each. Never on a
+    CPU: there one pass of two gains little or nothing (docs/log.md), and last bits would depend on free memory.
+    """
+    if device.type == "cpu":
+        return False
+    image = (width // PIXELS_PER_TOKEN) * (height // PIXELS_PER_TOKEN)
+    both = Pass(transformer.spec, transformer.dtype, batch=2, text=text, image=image)
+    return sampling(both) <= free_memory_bytes(device)
+
+
 @torch.no_grad()
 def sample_latents(
     denoise: Denoise,
@@ -38,23 +52,28 @@ def sample_latents(
     steps: int,
     real_guidance: float = 1.0,
     negative: Condition | None = None,
+    both_at_once: bool = False,
     report: Callable[[int], None] = _silent,
 ) -> Float[Tensor, "b 128 h w"]:
     """Latents of pictures, by `steps` Euler steps along FLUX.2's schedule; the state stays fp32.
 
     Args:
-        real_guidance: with any value but 1 each step calls the model twice, and the velocity is
+        real_guidance: with any value but 1 each step predicts twice, and the velocity is
             negative + real_guidance · (positive − negative).
+        both_at_once: make the two predictions in one pass of twice the batch; else one after the other.
         report: called with the number of steps done.
     """
     if real_guidance != 1.0 and negative is None:
         raise ValueError("real_guidance needs a negative condition")
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-        positive = denoise(x, sigma, condition)
         if real_guidance == 1.0 or negative is None:
-            return positive
-        without = denoise(x, sigma, negative)
+            return denoise(x, sigma, condition)
+        if both_at_once:
+            pair = Condition.stacked([negative, condition])
+            without, positive = denoise(torch.cat([x, x]), torch.cat([sigma, sigma]), pair).chunk(2)
+        else:
+            positive, without = denoise(x, sigma, condition), denoise(x, sigma, negative)
         return without + real_guidance * (positive - without)
 
     sigmas = torch.tensor(schedule(steps, noise.shape[-2] * noise.shape[-1]), dtype=torch.float64, device=noise.device)
@@ -79,6 +98,7 @@ def generate(
     seed: int,
     real_guidance: float = 1.0,
     negative: Condition | None = None,
+    both_at_once: bool = False,
     report: Callable[[int, int], None] = _silent,
 ) -> list[Image.Image]:
     """One picture for each sample of `condition`, each from the same noise.
@@ -89,6 +109,7 @@ def generate(
     Args:
         width, height: pixels, multiples of 16.
         negative: of one sample, with the guidance of `condition`.
+        both_at_once: as in `sample_latents`; memory then depends on twice the size.
         report: called with (steps done, steps in all), over all pictures.
     """
     device = condition.guidance.device
@@ -103,6 +124,7 @@ def generate(
             steps=steps,
             real_guidance=real_guidance,
             negative=negative,
+            both_at_once=both_at_once,
             report=lambda step, before=index * steps: report(before + step, count * steps),  # type: ignore[misc]
         )
         pictures.append(picture(decode(latents)[0]))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from simpletuner.base.sizes import format_duration
 from simpletuner.config.datasets import ImageSet, TextStore
+from simpletuner.config.flavours import FLAVOURS
 from simpletuner.config.load import Loaded
 from simpletuner.config.run import RunConfig
 from simpletuner.data.batch import read_contexts, read_latents
@@ -202,7 +203,8 @@ def wanted_prompts(prepared: Prepared) -> dict[TextStore, list[str]]:
         prompts.append(UNCONDITIONAL_CAPTION)
     general = found[datasets.default_text_store]
     general += [UNCONDITIONAL_CAPTION, *prepared.loaded.prompts.values()]
-    if config.validation_guidance_real != 1.0:
+    scales = FLAVOURS[config.model_flavour].scales(config.validation_guidance, config.validation_guidance_real)
+    if scales.real != 1.0:
         general.append(config.validation_negative_prompt)
     return found
 

@@ -462,6 +462,7 @@ class Attempt:
         return Painter(
             run=self.run,
             options=self.config,
+            scales=source.flavour.scales(self.config.validation_guidance, self.config.validation_guidance_real),
             seed=self.config.seed,
             denoise=denoiser,
             trained=product.trained,

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from simpletuner.base.errors import Stopped, UserError
 from simpletuner.base.files import file_problem
+from simpletuner.config.flavours import GuidanceScales
 from simpletuner.config.options.validation import ValidationOptions
 from simpletuner.data.batch import Batch
 from simpletuner.data.sheet import contact_sheet
 from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flow.loss import flow_loss
 from simpletuner.flux2.denoiser import Denoiser
-from simpletuner.flux2.generate import generate
+from simpletuner.flux2.generate import fits_both, generate
 from simpletuner.memory.exhausted import exhausted_memory, first_line
 from simpletuner.memory.free import release_memory
 from simpletuner.runs.events import Picture, ValidationEvent, read_events
@@ -75,6 +76,8 @@ class Painter:
 
     run: RunDirectory
     options: ValidationOptions
+    scales: GuidanceScales
+    """What the options' guidance means for this model."""
     seed: int
     denoise: Denoiser
     trained: Trained
@@ -187,23 +190,29 @@ class Painter:
         _save(image, path, self._parameters(picture))
 
     def _image(self, picture: Picture, report: Callable[[int, int], None]) -> Image.Image:
-        real = self.options.validation_guidance_real
+        real = self.scales.real
+        condition = self._condition(picture.prompt)
+        decode = self.decode()
         (image,) = generate(
             self.denoise,
-            self.decode(),
-            self._condition(picture.prompt),
+            decode,
+            condition,
             width=picture.width,
             height=picture.height,
             steps=self.options.validation_num_inference_steps,
             seed=picture.seed,
             real_guidance=real,
             negative=None if real == 1.0 else self._condition(self.options.validation_negative_prompt),
+            both_at_once=real != 1.0
+            and fits_both(
+                self.denoise.transformer, condition.context.length, picture.width, picture.height, self.device
+            ),
             report=report,
         )
         return image
 
     def _condition(self, prompt: str) -> Condition:
-        return Condition.at(self.context(prompt).to(self.device), self.options.validation_guidance)
+        return Condition.at(self.context(prompt).to(self.device), self.scales.embedded)
 
     def _planned(self, step: int) -> list[Picture]:
         """The live pictures, then the average's."""

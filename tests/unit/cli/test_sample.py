@@ -368,3 +368,49 @@ def test_loras_that_come_and_go_on_a_streamed_model_change_no_bit(
     wanted: list[tuple[str, ...]] = [(), (f"{acting_lora}",), (f"{acting_lora}:0.5", f"{acting_lora}:-2"), ()]
     for loras in wanted:
         assert draw(warm, streamed, *loras) == draw(resident, model, *loras) == draw(Sampler(), streamed, *loras), loras
+
+
+KLEIN_SIZE = ["--width", "32", "--height", "48", "--mixed_precision", "no", "--vae_dtype", "fp32", "--num", "1"]
+
+
+def test_klein_is_guided_against_the_negative_prompt_and_its_distilled_sibling_by_nothing(
+    tiny_klein_folder: Path, tiny_klein_distilled_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["--model_flavour=tiny-klein", "--pretrained_model_name_or_path", str(tiny_klein_folder), "--steps=2"]
+    distilled = ["--model_flavour=tiny-klein-distilled"]
+    distilled += ["--pretrained_model_name_or_path", str(tiny_klein_distilled_folder)]
+    ways = {
+        "by default": base,
+        "at 4": [*base, "--guidance=4"],
+        "at 2": [*base, "--guidance=2"],
+        "off": [*base, "--guidance=1"],
+        "off, with a negative": [*base, "--guidance=1", "--negative=a bird"],
+        "with a negative": [*base, "--negative=a bird"],
+        "distilled": distilled,
+        "distilled at 4": [*distilled, "--guidance=4"],
+    }
+    images, steps = {}, {}
+    for way, flags in ways.items():
+        assert main(["sample", *flags, *KLEIN_SIZE, "--prompt", "a fish"]) == 0
+        (path,) = drawn(capsys)
+        image = Image.open(path)
+        images[way], steps[way] = image.tobytes(), json.loads(image.info["parameters"])["steps"]
+    assert images["by default"] == images["at 4"]
+    assert images["off"] == images["off, with a negative"]
+    assert images["distilled"] == images["distilled at 4"]
+    assert len(set(images.values())) == 5
+    assert (steps["by default"], steps["distilled"]) == (2, 4)
+
+
+def test_guidance_that_klein_does_not_have_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", "--model_flavour=klein-4b", "--prompt", "a", "--guidance_real=3"]) == 2
+    assert capsys.readouterr().err == (
+        "guidance_real = 3: that is for models that take guidance as an input, such as dev: expected 1. Give "
+        "--guidance=3 instead, which is true guidance on klein-4b.\n"
+    )
+
+
+def test_a_config_of_klein_draws_with_kleins_steps(tmp_path: Path) -> None:
+    path = write_config(tmp_path / "config.json", model_flavour="klein-4b")
+    config = read_request(["--config", str(path), "--prompt", "a"], {})
+    assert (config.steps, config.guidance, config.guidance_real) == (50, 4.0, 1.0)

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from simpletuner.config.flavours import FLAVOURS
+
 
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -376,3 +378,98 @@ def test_a_full_run_does_not_start_from_a_lora(problem_of: Callable[..., str]) -
 def test_a_lora_run_has_a_precision_of_its_own_for_the_file(place: Any) -> None:
     place.config["model_save_dtype"] = "bf16"
     assert place.load().notices == ("model_save_dtype has no effect: model_type is lora; lora_save_dtype is its own.",)
+
+
+# --- guidance of flavours without an embedder
+
+KLEIN = {"model_flavour": "tiny-klein", "caption_dropout_probability": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"flux_guidance_value": 3.0}, "flux_guidance_value has no effect: tiny-klein takes no guidance as an input."),
+        (
+            {"flux_guidance_mode": "random-range", "flux_guidance_max": 3},
+            "flux_guidance_mode and flux_guidance_max have no effect: tiny-klein takes no guidance as an input.",
+        ),
+        (
+            {"tokenizer_fix_regex": True},
+            "tokenizer_fix_regex has no effect: it mends Mistral's tokenizer, and tiny-klein has Qwen's.",
+        ),
+        (
+            {"validation_guidance": 1, "validation_negative_prompt": "x"},
+            "validation_negative_prompt has no effect: validation_guidance is 1.",
+        ),
+        (
+            {"model_flavour": "tiny-klein-distilled", "validation_guidance": 4, "validation_negative_prompt": "x"},
+            "validation_guidance and validation_negative_prompt have no effect: tiny-klein-distilled is distilled: "
+            "guidance is built into its weights.",
+        ),
+        (
+            {"caption_dropout_probability": 0},
+            "caption_dropout_probability = 0: tiny-klein draws away from the empty prompt, which this run then "
+            "never trains. Images may come out worse than what was learned: give --caption_dropout_probability=0.1.",
+        ),
+    ],
+)
+def test_what_guidance_does_not_do_on_klein_is_said(place: Any, options: dict[str, Any], message: str) -> None:
+    place.config |= KLEIN | options
+    assert message in place.load().notices
+
+
+def test_a_plain_klein_config_gets_no_word_of_guidance(place: Any) -> None:
+    place.config |= KLEIN | {"validation_negative_prompt": "x"}
+    assert not [text for text in place.load().notices if "guidance" in text or "dropout" in text]
+    del place.config["validation_negative_prompt"]
+    place.config |= {"model_flavour": "tiny", "caption_dropout_probability": 0}
+    assert not [text for text in place.load().notices if "guidance" in text or "dropout" in text]
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (
+            {"validation_guidance_real": 3},
+            "validation_guidance_real = 3: that is for models that take guidance as an input, such as dev: expected 1. "
+            "Give --validation_guidance=3 instead, which is true guidance on tiny-klein.",
+        ),
+        (
+            {"model_flavour": "tiny-klein-distilled", "validation_guidance_real": 3},
+            "validation_guidance_real = 3: that is for models that take guidance as an input, such as dev: expected 1. "
+            "Take it out: tiny-klein-distilled is distilled and needs no guidance.",
+        ),
+        (
+            {"validation_guidance": 0.5},
+            "validation_guidance = 0.5: on tiny-klein it is true guidance: expected at least 1, which turns it off.",
+        ),
+        (
+            {"model_flavour": "klein-4b", "custom_text_encoder_intermediary_layers": "10,20,30"},
+            "custom_text_encoder_intermediary_layers = 10,20,30: FLUX.2-klein-base-4B was trained with others: "
+            "expected 9,18,27. Take it out.",
+        ),
+        (
+            {"model_flavour": "dev", "custom_text_encoder_intermediary_layers": [9, 18, 27]},
+            "custom_text_encoder_intermediary_layers = 9,18,27: FLUX.2-dev was trained with others: expected 10,20,30. "
+            "Take it out.",
+        ),
+    ],
+)
+def test_guidance_and_layers_that_a_flavour_does_not_have_are_refused(
+    place: Any, options: dict[str, Any], problem: str
+) -> None:
+    place.config |= KLEIN | options
+    assert place.problems() == [problem]
+
+
+def test_a_flavours_own_layers_may_be_written_down(place: Any) -> None:
+    place.config |= {"model_flavour": "klein-4b", "custom_text_encoder_intermediary_layers": "9,18,27"}
+    place.load()
+
+
+@pytest.mark.parametrize(
+    ("flavour", "scales"),
+    [("dev", (4.0, 3.0)), ("klein-9b", (1.0, 4.0)), ("klein-9b-distilled", (1.0, 1.0)), ("tiny-klein", (1.0, 4.0))],
+)
+def test_guidance_is_an_input_or_a_second_prediction_or_nothing(flavour: Any, scales: tuple[float, float]) -> None:
+    assert FLAVOURS[flavour].scales(4.0, 3.0) == scales

@@ -63,17 +63,24 @@ def test_what_the_model_is_asked() -> None:
 
 
 def test_real_guidance_goes_past_the_negative() -> None:
+    batches = []
+
     def denoise(latents: Tensor, _sigma: Tensor, condition: Condition) -> Tensor:
-        return condition.context.expanded().mean() * torch.ones_like(latents)
+        batches.append(len(latents))
+        return condition.context.expanded()[..., None] * torch.ones_like(latents)
 
     noise = initial_noise(0, width=16, height=16)
     positive, negative = conditions(2.0), conditions(0.5)
 
-    def drawn(real: float, negative: Condition | None) -> Tensor:
-        return sample_latents(denoise, noise, positive, steps=2, real_guidance=real, negative=negative)
+    def drawn(real: float, negative: Condition | None, both_at_once: bool = False) -> Tensor:
+        return sample_latents(
+            denoise, noise, positive, steps=2, real_guidance=real, negative=negative, both_at_once=both_at_once
+        )
 
     # From sigma 1 to 0 a constant velocity is subtracted once.
     torch.testing.assert_close(drawn(3.0, negative), noise - (0.5 + 3 * (2.0 - 0.5)))
+    assert torch.equal(drawn(3.0, negative, both_at_once=True), drawn(3.0, negative))
+    assert batches == [1] * 4 + [2] * 2 + [1] * 4
     assert torch.equal(drawn(1.0, negative), drawn(1.0, None))
     with pytest.raises(ValueError, match="negative"):
         drawn(2.0, None)

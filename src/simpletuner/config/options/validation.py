@@ -73,10 +73,12 @@ class ValidationOptions(Slice):
     """Sampler steps of a picture."""
 
     validation_guidance: NotNegative = FLAVOURS[DEFAULT_FLAVOUR].guidance
-    """Guidance fed to dev's embedder when a picture is made."""
+    """Guidance of the validation images. dev takes it as an input. On klein it is true classifier-free guidance
+    against `validation_negative_prompt`, at twice the time; 1 turns it off. Distilled models ignore it."""
 
     validation_guidance_real: Annotated[float, Ge(1)] = 1.0
-    """True classifier-free guidance against `validation_negative_prompt`, at twice the time; 1 is none."""
+    """For dev: true classifier-free guidance against `validation_negative_prompt` on top of `validation_guidance`, at
+    twice the time; 1 is none."""
 
     validation_negative_prompt: str = ""
     """What true guidance steers away from."""
