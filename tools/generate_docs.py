@@ -18,7 +18,7 @@ from typing import Any
 from simpletuner.base.files import write_atomic
 from simpletuner.base.sizes import GIB
 from simpletuner.config.datasets import ImageSet, TextStore
-from simpletuner.config.flavours import DEV, KLEIN_4B, KLEIN_9B, TransformerSpec
+from simpletuner.config.flavours import DEV, KLEIN_4B, KLEIN_9B, FlavourName, TransformerSpec
 from simpletuner.config.load import ENVIRONMENT_PREFIX
 from simpletuner.config.options.kinds import Slice
 from simpletuner.config.other_keys import (
@@ -31,9 +31,10 @@ from simpletuner.config.other_keys import (
     OtherKeys,
 )
 from simpletuner.config.precisions import NO_CHANGE
-from simpletuner.config.recipes import CARDS, LEAST_STEPS, RECIPES, Card
+from simpletuner.config.recipes import CARDS, LEAST_STEPS, RECIPES, Card, recipe
 from simpletuner.config.run import OPTION_NAMES, SLICES, RunConfig
 from simpletuner.config.values import kinds
+from simpletuner.flux2.arithmetic import training_flop
 from simpletuner.flux2.footprint import Architecture, Footprint, Workload
 from simpletuner.memory.planner import Machine
 from simpletuner.runs.events import EVENTS, Event, Picture
@@ -260,6 +261,8 @@ def events_page() -> str:
 TABLE_BEGIN, TABLE_END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
 PUBLISHED: Mapping[str, TransformerSpec] = {"dev": DEV, "klein-9b": KLEIN_9B, "klein-4b": KLEIN_4B}
 ANY_SIZE = Machine(1 << 62, 1 << 62, None)
+KLEIN_CARDS_GIB = 24.0
+"""The largest card of docs/klein.md."""
 
 
 def plan_row(name: str, spec: TransformerSpec, precision: str, size: tuple[int, int]) -> str:
@@ -291,6 +294,34 @@ def plan_table() -> str:
         for side in (512, 768, 1024)
     ]
     return head + "\n".join(rows) + "\n"
+
+
+def klein_table() -> str:
+    """Which model fits which card, with the peak of GPU memory and the arithmetic of a step."""
+    head = "| card | model | with | GPU | PFLOP |\n|---|---|---|---:|---:|\n"
+    rows = [
+        _fit_row(card, flavour)
+        for card in CARDS
+        if card.vram_gib <= KLEIN_CARDS_GIB
+        for flavour in ("klein-4b", "klein-9b", "dev")
+    ]
+    return head + "\n".join(rows) + "\n"
+
+
+def _fit_row(card: Card, flavour: FlavourName) -> str:
+    footprint = _footprint(card, flavour)
+    flop = training_flop(footprint.passing((1024, 1024), 1)).hardware
+    peak = footprint.plan().peak("accelerator") / GIB
+    cells = (card.name, flavour, card.fits[flavour].summary, f"{peak:.1f} GiB")
+    return f"| {' | '.join(cells)} | {flop / 1e15:.2f} |"
+
+
+def _footprint(card: Card, flavour: FlavourName) -> Footprint:
+    """What a recipe takes on a card, an image of 1024x1024 at a time."""
+    options = {"model_flavour": flavour, **recipe("subject", flavour).options}
+    config = RunConfig.model_validate(options | dict(card.fits[flavour].options))
+    machine = Machine.of_size(card.vram_gib * GIB, card.ram_gib * GIB)
+    return Footprint(config, Architecture.of(config), Workload((1024, 1024), 1), machine)
 
 
 def with_table(page: Path, table: str) -> str:
@@ -325,13 +356,13 @@ init` raises it.
 CARDS_HEAD = """\
 ## Cards
 
-Options with which each recipe for dev fits at 1024x1024, by the [memory plan](plan.md), which a test computes; nothing
-is measured on a card. GPU and RAM are the plan's peaks. Quantized weights need `pip install -e '.[quantisation]'`.
-32 GB of RAM are enough for each. Other choices: [precision.md](precision.md), [offload.md](offload.md). For klein:
-[plan.md](plan.md#training-a-lora-gib).
+Options with which the recipes fit at 1024x1024, by the [memory plan](plan.md), which a test computes; nothing is
+measured on a card. GPU and RAM are the plan's peaks; 32 GB of RAM are enough for each. Quantized weights need
+`pip install -e '.[quantisation]'`. Streaming from RAM costs time in each step: a model whose weights stay on the GPU
+trains faster. Other choices: [precision.md](precision.md), [offload.md](offload.md).
 
-| card | options | what they do | GPU | RAM |
-|---|---|---|---:|---:|
+| card | model | options | what they do | GPU | RAM |
+|---|---|---|---|---:|---:|
 """
 
 
@@ -340,7 +371,7 @@ def recipes_page() -> str:
     flavours = list(dict.fromkeys(each.flavour for each in RECIPES))
     titles = {each.title: each.summary for each in RECIPES}
     purposes = "\n".join(f"| {title.lower()} | {summary} |" for title, summary in titles.items()) + "\n"
-    cards = CARDS_HEAD + "\n".join(map(_card_row, CARDS)) + "\n"
+    cards = CARDS_HEAD + "\n".join(_card_row(card, flavour) for card in CARDS for flavour in card.fits) + "\n"
     return "\n".join([RECIPES_HEAD + purposes, *map(_flavour_section, flavours), cards])
 
 
@@ -363,16 +394,14 @@ def _flavour_section(flavour: str) -> str:
     return "\n".join([f"## {flavour}\n", *([" ".join(needs), ""] if needs else []), *rows, ""])
 
 
-def _card_row(card: Card) -> str:
-    options = dict(next(each for each in RECIPES if each.flavour == "dev").options)
-    config = RunConfig.model_validate(options | dict(card.options))
-    machine = Machine.of_size(card.vram_gib * GIB, card.ram_gib * GIB)
-    plan = Footprint(config, Architecture.of(config), Workload((1024, 1024), 1), machine).plan()
+def _card_row(card: Card, flavour: FlavourName) -> str:
+    fit = card.fits[flavour]
+    plan = _footprint(card, flavour).plan()
     typed = ", ".join(
-        f"`{key}` `{value if isinstance(value, str) else json.dumps(value)}`" for key, value in card.options.items()
+        f"`{key}` `{value if isinstance(value, str) else json.dumps(value)}`" for key, value in fit.options.items()
     )
     peaks = (f"{plan.peak(place) / GIB:.1f} GiB" for place in ("accelerator", "ram"))
-    return f"| {' | '.join((card.name, typed or 'none', card.summary, *peaks))} |"
+    return f"| {' | '.join((card.name, flavour, typed or 'none', fit.summary, *peaks))} |"
 
 
 def stale_pages(folder: Path) -> dict[Path, str]:
@@ -382,6 +411,7 @@ def stale_pages(folder: Path) -> dict[Path, str]:
         "events.md": events_page(),
         "recipes.md": recipes_page(),
         "plan.md": with_table(folder / "plan.md", plan_table()),
+        "klein.md": with_table(folder / "klein.md", klein_table()),
         "coming-from.md": with_table(folder / "coming-from.md", other_keys_tables()),
     }
     return {

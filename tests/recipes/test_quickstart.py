@@ -43,6 +43,29 @@ def test_the_files_of_the_page_load_with_nothing_to_say(own_folder: Path) -> Non
 
 
 @pytest.mark.slow
+def test_the_klein_path_runs_as_typed_with_the_embedded_klein(
+    own_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index in range(3):
+        path = Path("datasets/my-dataset") / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.linear_gradient("L").rotate(90 * index).resize((128, 128)).convert("RGB").save(path)
+    walk = PAGE.partition("<!-- klein: begin")[2].partition("<!-- klein: end")[0]
+    for words in commands(walk):
+        small = ["--model_flavour=tiny-klein"] if words[0] not in ("init", "sample") else []
+        if words[0] == "train":
+            small += ["--validation_num_inference_steps=2", "--validation_resolution=64", "--max_train_steps=2"]
+        more = ["--width=64", "--height=64", "--steps=2"] if words[0] == "sample" else []
+        assert main([*words, *small, *more]) == 0, words
+    told = capsys.readouterr()
+    assert "Note: licence of the model: Apache-2.0." in told.out
+    assert "Traceback" not in told.err
+    assert json.loads((own_folder / "output/klein/config.json").read_text())["model_flavour"] == "tiny-klein"
+    assert (own_folder / "output/klein/pytorch_lora_weights.safetensors").exists()
+    assert len(list((own_folder / "samples").glob("*.png"))) == 1
+
+
+@pytest.mark.slow
 def test_what_init_wrote_trains_as_the_page_types_it(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     materialise("tiny-lora", Path("datasets/tiny-lora"))  # as `./train.sh` does
     for words in commands(WALK):

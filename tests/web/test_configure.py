@@ -44,11 +44,10 @@ def test_three_choices_fill_in_options_and_a_sentence_says_what_starts(
     flags, *_, texts = json.loads(datasets.read_text())
     datasets.write_text(json.dumps([flags | {"repeats": 0}, texts]))
     page.goto(f"{server.url}/#/configure/first")
-    expect(page.get_by_role("radio", name="klein-9b")).to_be_disabled()
-    expect(page.get_by_text("Needs the klein flavours, which are not built yet.").first).to_be_visible()
+    expect(page.get_by_role("radio", name="klein-9b")).to_be_enabled()
     expect(page.get_by_role("radio", name="An edit")).to_be_disabled()
 
-    page.get_by_label("Card", exact=True).select_option("No card: the embedded example model")
+    page.get_by_label("Card", exact=True).select_option("No card: an embedded example model")
     expect(page.get_by_role("radio", name="tiny")).to_be_checked()
     page.get_by_role("radio", name="A subject").check()
     filled = page.get_by_role("region", name="Filled in", exact=True)

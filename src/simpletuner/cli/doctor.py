@@ -112,7 +112,7 @@ def _checks(command: DoctorCommand) -> Iterator[MachineCheck]:
     yield from _torch(config, cards)
     yield _compiler(config, cards)
     yield _extras(config)
-    if cards or config.model_flavour == "tiny":
+    if cards or FLAVOURS[config.model_flavour].repo is None:
         yield from _memory(examined, cards, command.rest)
     yield from _disk(config)
     yield _token(config, command.online)
@@ -122,7 +122,7 @@ def _usual(cards: Sequence[Gpu]) -> RunConfig:
     """What `simpletuner init` would write for a subject and this machine's card."""
     card = card_of(_largest(cards))
     options = {**FLAVOURS["dev"].option_defaults, **recipe("subject", "dev").options, "output_dir": "output"}
-    return RunConfig(**options | dict({} if card is None else card.options))
+    return RunConfig(**options | dict({} if card is None else card.fits["dev"].options))
 
 
 def _largest(cards: Sequence[Gpu]) -> float:
@@ -173,7 +173,7 @@ def _torch(config: RunConfig, cards: Sequence[Gpu]) -> Iterator[MachineCheck]:
     told = f"{torch.__version__}, {'built for the CPU' if build is None else f'CUDA {build}'}"
     if not cards and not torch.cuda.is_available():
         yield MachineCheck("torch", "ok", told)
-        if config.model_flavour == "tiny":
+        if FLAVOURS[config.model_flavour].repo is None:
             yield MachineCheck("GPU", "ok", "none, and none is needed for the embedded model")
         else:
             remedy = "Use a machine with an NVIDIA GPU of 8 GB or more, or try: simpletuner train --example tiny-lora"

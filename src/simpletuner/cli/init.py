@@ -21,6 +21,7 @@ from simpletuner.base.text import does_as_file_name, is_visible
 from simpletuner.cli.arguments import Flag, parse_command
 from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.printing import table
+from simpletuner.config.flavours import FLAVOURS, FlavourName
 from simpletuner.config.load import CONFIG_NAMES, Examined, examine
 from simpletuner.config.recipes import CARDS, RECIPES, Card, RecipeName, card_of
 from simpletuner.config.starter import FoundImages, Starter
@@ -28,8 +29,8 @@ from simpletuner.config.values import join_names
 from simpletuner.data.discover import discover
 from simpletuner.data.manifest import Manifest, scan
 
-_USAGE = """usage: simpletuner init [--images FOLDER] [--card SIZE] [--recipe subject|style] [--trigger WORD]
-                        [--env NAME] [--yes]
+_USAGE = """usage: simpletuner init [--images FOLDER] [--card SIZE] [--model NAME] [--recipe subject|style]
+                        [--trigger WORD] [--env NAME] [--yes]
 
   Asks where the images are, which card trains them, and whether they show a subject or a style; looks at the images,
   says what training them takes, and writes config.json, multidatabackend.json and user_prompt_library.json into
@@ -37,6 +38,8 @@ _USAGE = """usage: simpletuner init [--images FOLDER] [--card SIZE] [--recipe su
 """
 
 NO_CARD = "none"
+ON_CARDS: tuple[FlavourName, ...] = ("dev", "klein-9b", "klein-4b")
+WITHOUT_CARD: tuple[FlavourName, ...] = ("tiny", "tiny-klein")
 READY: tuple[RecipeName, ...] = tuple(dict.fromkeys(each.name for each in RECIPES if each.is_ready))
 WRITTEN_NOTHING = "Nothing was written."
 
@@ -60,6 +63,13 @@ def _card(text: str) -> ChosenCard:
     if card is None:
         raise ValueError(text)
     return ChosenCard(card)
+
+
+def _model(text: str) -> FlavourName:
+    for name in (*ON_CARDS, *WITHOUT_CARD):
+        if name == text.strip().lower():
+            return name
+    raise ValueError(text)
 
 
 def _images(text: str) -> Path:
@@ -98,6 +108,13 @@ class InitCommand:
         convert=_card,
         expects=_EXPECTS_CARD,
         follows="the card's memory, such as 24",
+    ).default(None)
+    model: FlavourName | None = Flag(
+        "what is trained; by default dev, and without a card tiny",
+        "NAME",
+        convert=_model,
+        expects=join_names((*ON_CARDS, *WITHOUT_CARD)),
+        follows="a model, such as klein-4b",
     ).default(None)
     recipe: RecipeName | None = Flag(
         "subject (a person, an animal, a thing) or style",
@@ -200,6 +217,13 @@ def _asked(command: InitCommand) -> Starter:
             f"{join_names(missing, 'and')}: not given, and nobody can be asked",
             remedy=f'{WRITTEN_NOTHING} Type: simpletuner init --images FOLDER --card "24 GB" --recipe subject --yes',
         )
+    usual = WITHOUT_CARD if card.card is None else ON_CARDS
+    flavour = command.model or usual[0]
+    if flavour not in usual:
+        where = "without a card" if card.card is None else "with a card"
+        raise ConfigError.of(
+            f"--model = {flavour} {where}", join_names(usual), f"{WRITTEN_NOTHING} Give another --model or --card."
+        )
     word = ask(
         "--trigger WORD",
         command.trigger,
@@ -210,7 +234,7 @@ def _asked(command: InitCommand) -> Starter:
     )
     if word is None:
         raise ConfigError.of("--trigger WORD: not given, and nobody can be asked", remedy=WRITTEN_NOTHING)
-    return Starter(folder, card.card, name, word, command.env, FoundImages(0, 0, 0, 0.0))
+    return Starter(folder, card.card, flavour, name, word, command.env, FoundImages(0, 0, 0, 0.0))
 
 
 def _likely_folder() -> str:
@@ -290,11 +314,26 @@ def _say_found(starter: Starter, notices: tuple[str, ...]) -> None:
         say(f"Note: {notice}")
     if starter.card is None:
         say(
-            "Note: the embedded model draws colored shapes at 128x128 and nothing else. It shows whether the files are "
-            "right, not what a LoRA of dev will look like."
+            f"Note: {FLAVOURS[starter.flavour].title} draws "
+            f"{'colored shapes' if starter.flavour == 'tiny' else 'patterns'} at 128x128 and nothing else. It shows "
+            "whether the files are right, not what a LoRA will look like."
         )
-    elif not starter.recipe.is_tested:
+    else:
         say("Note: this recipe's numbers come from others' runs (docs/recipes.md); nobody has judged one here.")
+        say(f"Note: licence of the model: {FLAVOURS[starter.flavour].licence}.")
+        if starter.flavour == "dev" and (smaller := _fits_whole(starter.card)):
+            flavour = FLAVOURS[smaller]
+            say(
+                f"Note: {flavour.title} fits on this card without streaming, and trains much faster: add "
+                f"--model {smaller}. Its licence: {flavour.licence}."
+            )
+
+
+def _fits_whole(card: Card) -> FlavourName | None:
+    """The largest klein whose weights stay on `card`, where those of dev do not."""
+    if not card.fits["dev"].options.get("enable_group_offload"):
+        return None
+    return next((name for name in ON_CARDS if not card.fits[name].options.get("enable_group_offload")), "klein-4b")
 
 
 def _previewed(starter: Starter) -> Iterator[str]:

@@ -1,11 +1,13 @@
 """Recipes: starting values for a subject, a style or an edit LoRA, with the source of every number; and the options
-with which FLUX.2-dev fits on a card. Plain data.
+with which each FLUX.2 fits on a card. Plain data.
 """
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from simpletuner.config.flavours import FlavourName
 
 RecipeName = Literal["subject", "style", "edit"]
 """What a LoRA learns: one subject, a style, or how to edit an image."""
@@ -16,7 +18,7 @@ class Recipe:
     """Options to start from. `docs/recipes.md` shows them all."""
 
     name: RecipeName
-    flavour: str
+    flavour: FlavourName
     title: str
     summary: str
     """One sentence."""
@@ -44,16 +46,24 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class CardFit:
+    """Options with which a flavour's recipes fit on a card at 1024x1024."""
+
+    options: Mapping[str, Any]
+    summary: str
+    """What they do, in a few words."""
+
+
+@dataclass(frozen=True)
 class Card:
-    """A GPU size, and the options with which a recipe for dev fits on it at 1024x1024."""
+    """A GPU size, and how each flavour that needs one fits on it."""
 
     name: str
     vram_gib: float
-    options: Mapping[str, Any]
     ram_gib: float
     """Host memory that the machine should have beside it."""
-    summary: str
-    """What the options do, in a few words."""
+    fits: Mapping[FlavourName, CardFit]
+    """By flavour."""
 
 
 LEAST_STEPS = 500
@@ -126,15 +136,18 @@ _WORDS: Mapping[RecipeName, tuple[str, str]] = {
     "edit": ("An edit", "What to do to an image, from pairs of images before and after."),
 }
 
-_NOT_BUILT = "which are not built yet"
-
 
 def _recipes() -> Iterator[Recipe]:
-    for flavour, own in (("dev", _DEV), ("klein-9b", _KLEIN), ("klein-4b", _KLEIN), ("tiny", {})):
+    flavours: Mapping[FlavourName, _Numbers] = {
+        "dev": _DEV,
+        "klein-9b": _KLEIN,
+        "klein-4b": _KLEIN,
+        "tiny": {},
+        "tiny-klein": _KLEIN,
+    }
+    for flavour, own in flavours.items():
         for name, (title, summary) in _WORDS.items():
             numbers = _TINY if flavour == "tiny" else {**own, **_COMMON, "num_train_epochs": _EPOCHS[name]}
-            lacks = ["the klein flavours"] if flavour.startswith("klein") else []
-            lacks += ["reference images"] if name == "edit" else []
             yield Recipe(
                 name=name,
                 flavour=flavour,
@@ -143,7 +156,7 @@ def _recipes() -> Iterator[Recipe]:
                 options={option: value for option, (value, _) in numbers.items()},
                 sources={option: source for option, (_, source) in numbers.items()},
                 is_tested=flavour == "tiny" and name == "subject",
-                needs=f"{' and '.join(lacks)}, {_NOT_BUILT}" if lacks else "",
+                needs="reference images, which are not built yet" if name == "edit" else "",
             )
 
 
@@ -153,14 +166,34 @@ _STREAMED = {"enable_group_offload": True}
 _INT8 = {"base_model_precision": "int8-quanto"}
 _INT4 = {"base_model_precision": "int4-quanto"}
 
+_BF16 = CardFit({}, "bf16, everything on the GPU")
+_IN_INT8 = CardFit(_INT8, "8 bits")
+
+
+def _card(name: str, vram_gib: float, dev: CardFit, klein_9b: CardFit, klein_4b: CardFit) -> Card:
+    return Card(name, vram_gib, 32.0, {"dev": dev, "klein-9b": klein_9b, "klein-4b": klein_4b})
+
+
 CARDS: tuple[Card, ...] = (
-    Card("8 GB", 8.0, {**_INT4, **_STREAMED, "activation_offload": True}, 32.0, "4 bits, all but one block in RAM"),
-    Card("12 GB", 12.0, {**_INT4, **_STREAMED}, 32.0, "4 bits, weights in RAM"),
-    Card("16 GB", 16.0, {**_INT8, **_STREAMED}, 32.0, "8 bits, most weights in RAM"),
-    Card("24 GB", 24.0, {**_INT8, **_STREAMED}, 32.0, "8 bits, half of the weights in RAM"),
-    Card("32 GB", 32.0, {**_INT8, **_STREAMED}, 32.0, "8 bits, some weights in RAM"),
-    Card("48 GB", 48.0, _INT8, 32.0, "8 bits"),
-    Card("80 GB", 80.0, {}, 32.0, "bf16, everything on the GPU"),
+    _card(
+        "8 GB",
+        8.0,
+        CardFit({**_INT4, **_STREAMED, "activation_offload": True}, "4 bits, all but one block in RAM"),
+        CardFit({**_INT4, **_STREAMED}, "4 bits, most weights in RAM"),
+        CardFit({**_INT8, **_STREAMED}, "8 bits, a few weights in RAM"),
+    ),
+    _card(
+        "12 GB",
+        12.0,
+        CardFit({**_INT4, **_STREAMED}, "4 bits, weights in RAM"),
+        CardFit({**_INT8, **_STREAMED}, "8 bits, half of the weights in RAM"),
+        _BF16,
+    ),
+    _card("16 GB", 16.0, CardFit({**_INT8, **_STREAMED}, "8 bits, most weights in RAM"), _IN_INT8, _BF16),
+    _card("24 GB", 24.0, CardFit({**_INT8, **_STREAMED}, "8 bits, half of the weights in RAM"), _BF16, _BF16),
+    _card("32 GB", 32.0, CardFit({**_INT8, **_STREAMED}, "8 bits, some weights in RAM"), _BF16, _BF16),
+    _card("48 GB", 48.0, _IN_INT8, _BF16, _BF16),
+    _card("80 GB", 80.0, _BF16, _BF16, _BF16),
 )
 """From the smallest. The memory plan says that each fits; none has been measured with real weights."""
 

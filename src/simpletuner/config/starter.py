@@ -7,7 +7,7 @@ from typing import Any
 
 from simpletuner.base.text import does_as_file_name
 from simpletuner.config.documents import COMMENT
-from simpletuner.config.flavours import FLAVOURS
+from simpletuner.config.flavours import FLAVOURS, FlavourName
 from simpletuner.config.load import CONFIG_NAMES, DATASETS_NAME, PROMPTS_NAME
 from simpletuner.config.prompts import SUBJECT
 from simpletuner.config.recipes import Card, Recipe, RecipeName, recipe
@@ -54,17 +54,14 @@ class Starter:
     folder: Path
     """Of the images, as typed."""
     card: Card | None
-    """None trains the embedded model, which needs no GPU."""
+    """None trains an embedded model, which needs no GPU."""
+    flavour: FlavourName
     recipe_name: RecipeName
     trigger: str
     """The word or words by which prompts ask for the subject or the style."""
     env: str
     """Of `--env`; empty for config/ itself."""
     found: FoundImages
-
-    @property
-    def flavour(self) -> str:
-        return "tiny" if self.card is None else "dev"
 
     @property
     def recipe(self) -> Recipe:
@@ -101,13 +98,13 @@ class Starter:
         every = max(50, round(self.steps / VALIDATIONS / 50) * 50)
         words = FLAVOURS[self.flavour].title + (f" on a card of {self.card.name}" if self.card else "")
         size = f"{self.resolution}x{self.resolution}"
-        card_options: Mapping[str, Any] = {} if self.card is None else self.card.options
+        card_options: Mapping[str, Any] = {} if self.card is None else self.card.fits[self.flavour].options
         sources = dict(self.recipe.sources)
         sources["num_train_epochs"] += f". {self.found.images} images: about {self.steps:,} steps"
         said = {
             "model_type": ("lora", "a small file beside the model; full would train all of its weights"),
             "model_family": ("flux2", ""),
-            "model_flavour": (self.flavour, ""),
+            "model_flavour": (self.flavour, f"its licence: {FLAVOURS[self.flavour].licence}"),
             "output_dir": (self._output, "everything that the run leaves"),
             **{option: (value, sources[option]) for option, value in self.recipe.options.items()},
             "num_train_epochs": (self.epochs, sources["num_train_epochs"]),
@@ -129,11 +126,12 @@ class Starter:
 
     def _why_card(self) -> str:
         assert self.card is not None
-        return f"for a card of {self.card.name}: {self.card.summary}; `simpletuner plan` computes what it takes"
+        summary = self.card.fits[self.flavour].summary
+        return f"for a card of {self.card.name}: {summary}; `simpletuner plan` computes what it takes"
 
     def _datasets(self) -> list[dict[str, Any]]:
         found = self.found
-        family = "tiny" if self.card is None else "flux2"
+        family = self.flavour if self.card is None or self.flavour != "dev" else "flux2"
         said: dict[str, tuple[Any, str]] = {
             "id": (self.name, ""),
             "type": ("local", ""),

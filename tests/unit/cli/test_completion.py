@@ -13,6 +13,7 @@ import pytest
 
 from simpletuner.base.errors import ConfigError
 from simpletuner.cli import completion, main, queueing
+from simpletuner.config.flavours import FLAVOURS
 from simpletuner.config.run import OPTION_NAMES
 
 Ask = Callable[..., list[str]]
@@ -31,7 +32,7 @@ CASES: dict[str, tuple[str, set[str]]] = {
     "flags of one verb": ("checkpoint delete --y", {"--yes"}),
     "options": ("train --lora_r", {"--lora_rank"}),
     "options behind a verb": ("run start --lora_r", {"--lora_rank"}),
-    "choices": ("train --model_flavour ", {"dev", "tiny"}),
+    "choices": ("train --model_flavour ", set(FLAVOURS)),
     "names of optimizers": ("train --optimizer prod", {"prodigy"}),
     "booleans": ("train --use_ema t", {"true"}),
     "a flag behind a switch": ("train --use_ema --lora_r", {"--lora_rank"}),
@@ -77,8 +78,8 @@ def test_bash_offers(workspace: Path, typed: str, offered: set[str]) -> None:
 
 
 def test_bash_splits_a_flag_from_its_value(workspace: Path) -> None:
-    assert in_bash(workspace, "simpletuner", "train", "--model_flavour", "=", "t") == ["tiny"]
-    assert in_bash(workspace, "simpletuner", "train", "--model_flavour", "=") == ["dev", "tiny"]
+    assert in_bash(workspace, "simpletuner", "train", "--model_flavour", "=", "d") == ["dev"]
+    assert in_bash(workspace, "simpletuner", "train", "--model_flavour", "=") == list(FLAVOURS)
 
 
 def test_names_are_offered_and_never_run(workspace: Path) -> None:
@@ -103,7 +104,7 @@ def test_fish_offers(workspace: Path, typed: str, offered: set[str]) -> None:
 
 @pytest.mark.skipif(shutil.which("fish") is None, reason="needs fish")
 def test_fish_keeps_a_flag_before_its_value(workspace: Path) -> None:
-    assert in_fish(workspace, "train --model_flavour=t") == ["--model_flavour=tiny"]
+    assert in_fish(workspace, "train --model_flavour=d") == ["--model_flavour=dev"]
 
 
 def typed_into(shell: list[str], folder: Path, typed: list[str], until: str) -> str:
@@ -143,12 +144,12 @@ def test_a_terminal_completes_what_is_typed(workspace: Path, shell: str) -> None
     lines = [
         f"{begin}\n",
         "simpletuner() { echo GOT: $* END; }\n",
-        "simpletuner tr\t--env c\t--lora_r\t8 --model_flavour=t\t--use_ema t\t\n",
+        "simpletuner tr\t--env c\t--lora_r\t8 --model_flavour=d\t--use_ema t\t\n",
         "simpletuner che\tdel\t--y\toutput/o\t\n",
         "echo DO''NE\n",
     ]
     shown = typed_into(command, workspace, lines, "DONE")
-    assert "GOT: train --env cats --lora_rank 8 --model_flavour=tiny --use_ema true END" in shown
+    assert "GOT: train --env cats --lora_rank 8 --model_flavour=dev --use_ema true END" in shown
     assert "GOT: checkpoint delete --yes output/one END" in shown
 
 

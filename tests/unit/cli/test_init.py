@@ -78,7 +78,7 @@ def test_every_value_says_why(project: Path) -> None:
         assert "init" in name or '"//' in (project / "config" / name).read_text()
     text = json.loads((project / "config" / "config.json").read_text())
     unsaid = {key for key in text if not key.startswith("//") and f"// {key}" not in text}
-    assert unsaid == {"model_family", "model_flavour"}
+    assert unsaid == {"model_family"}
     assert "Untested" not in text["//"]
     assert run(["--card=8", "--recipe=subject", "--yes"]) == 0
     assert "Untested on real weights" in json.loads((project / "config" / "config.json").read_text())["//"]

@@ -13,9 +13,9 @@ from simpletuner.config.run import RunConfig
 
 
 def test_flavours_are_keyed_by_their_names() -> None:
-    assert tuple(FLAVOURS) == get_args(FlavourName) == ("dev", "tiny")
+    assert tuple(FLAVOURS) == get_args(FlavourName)
     assert all(flavour.name == name for name, flavour in FLAVOURS.items())
-    assert not set(FLAVOURS) & set(OTHER_OPTIONS.values["model_flavour"])
+    assert "model_flavour" not in OTHER_OPTIONS.values
 
 
 def test_system_message_is_the_reference_one() -> None:
@@ -38,17 +38,57 @@ def test_a_context_is_as_wide_as_its_layers_together(name: str) -> None:
 
 def test_the_docs_say_what_the_table_says() -> None:
     texts = ModelOptions.documentation()
-    assert texts["model_flavour"].startswith(f"`dev` is {FLAVOURS['dev'].summary}; `tiny` is a small FLUX.2")
+    flavours = "; ".join(f"`{name}` is {flavour.summary}" for name, flavour in FLAVOURS.items())
+    assert texts["model_flavour"].startswith(flavours)
     default = FLAVOURS[DEFAULT_FLAVOUR].text
     assert "by default the flavour's, 10,20,30" in texts["custom_text_encoder_intermediary_layers"]
     assert f"by default the flavour's, {default.length}" in texts["tokenizer_max_length"]
     assert default.layers == (10, 20, 30)
 
 
-def test_the_flavours_of_today_have_the_defaults_of_the_options(place: Any) -> None:
-    for name, flavour in FLAVOURS.items():
-        assert RunConfig(**flavour.option_defaults) == RunConfig(), name
+def test_dev_and_tiny_have_the_defaults_of_the_options(place: Any) -> None:
+    for name in ("dev", "tiny"):
+        assert RunConfig(**FLAVOURS[name].option_defaults) == RunConfig(), name
         assert place.load("--model_flavour", name).config.flow_schedule_shift == 3.0
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "guidance"),
+    [("klein-9b", 50, 4.0), ("klein-4b", 50, 4.0), ("klein-9b-distilled", 4, 1.0), ("klein-4b-distilled", 4, 1.0)],
+)
+def test_klein_draws_as_it_is_published(place: Any, name: str, steps: int, guidance: float) -> None:
+    config = place.load("--model_flavour", name).config
+    assert (config.validation_num_inference_steps, config.validation_guidance) == (steps, guidance)
+
+
+@pytest.mark.parametrize("name", FLAVOURS)
+def test_distilled_flavours_are_the_siblings_of_their_bases(name: FlavourName) -> None:
+    base = FLAVOURS[name]
+    if base.preview is None:
+        return
+    sibling = FLAVOURS[base.preview]
+    assert sibling.is_distilled
+    assert not base.is_distilled
+    assert (sibling.family, sibling.transformer, sibling.text) == (base.family, base.transformer, base.text)
+    assert (base.guidance_kind, sibling.guidance_kind) == ("classifier-free", "none")
+
+
+@pytest.mark.parametrize(("name", "words"), [("dev", "32.2 B"), ("klein-9b", "9.08 B"), ("klein-4b", "3.88 B")])
+def test_a_summary_counts_the_parameters_of_its_shapes(name: FlavourName, words: str) -> None:
+    summary = FLAVOURS[name].summary
+    assert f"({words} parameters" in summary
+    assert f"{parameters(FLAVOURS[name].transformer) / 1e9:.3g} B" == words
+
+
+def parameters(spec: TransformerSpec) -> int:
+    """Of a transformer, from its shapes: tests/unit/flux2/test_spec.py counts the module's own."""
+    hidden, inner, head = spec.hidden, spec.mlp_hidden, spec.head_dim
+    ends = hidden * (2 * spec.in_channels + spec.context_dim) + 2 * hidden * hidden
+    embedders = (1 + spec.guidance_embeds) * hidden * (spec.timestep_channels + hidden)
+    modulation = (6 + 6 + 3) * hidden * hidden
+    double = 8 * hidden * hidden + 2 * 3 * hidden * inner + 4 * head
+    single = hidden * (3 * hidden + 2 * inner) + (hidden + inner) * hidden + 2 * head
+    return ends + embedders + modulation + spec.double_blocks * double + spec.single_blocks * single
 
 
 def test_another_flavour_brings_its_own_defaults(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,16 +5,19 @@ from typing import Any, get_args
 
 import pytest
 
-from simpletuner.config.flavours import FLAVOURS, FlavourName
+from simpletuner.config.flavours import FLAVOURS
 from simpletuner.config.recipes import CARDS, LEAST_STEPS, RECIPES, Recipe, RecipeName, card_of, recipe
 from simpletuner.config.run import OPTION_NAMES
 
 READY = [each for each in RECIPES if each.is_ready]
 
 
-def test_subject_and_style_are_ready_for_every_flavour_that_is_built() -> None:
+def test_subject_and_style_are_ready_for_every_flavour_that_can_be_trained() -> None:
     assert {(each.name, each.flavour) for each in READY} == {
-        (name, flavour) for name in ("subject", "style") for flavour in FLAVOURS
+        (name, flavour.name)
+        for name in ("subject", "style")
+        for flavour in FLAVOURS.values()
+        if not flavour.is_distilled
     }
 
 
@@ -22,7 +25,6 @@ def test_recipes_that_need_what_is_not_built_say_so() -> None:
     assert {each.name for each in RECIPES} == set(get_args(RecipeName))
     for each in RECIPES:
         assert ("reference images" in each.needs) == (each.name == "edit")
-        assert ("klein" in each.needs) == (each.flavour not in get_args(FlavourName))
 
 
 @pytest.mark.parametrize("each", RECIPES, ids=lambda each: f"{each.name}-{each.flavour}")
@@ -34,7 +36,8 @@ def test_each_number_names_its_source(each: Recipe) -> None:
 
 @pytest.mark.parametrize("each", READY, ids=lambda each: f"{each.name}-{each.flavour}")
 def test_each_ready_recipe_loads_without_problem(each: Recipe, place: Any) -> None:
-    cards: list[dict[str, Any]] = [dict(card.options) for card in CARDS] if each.flavour == "dev" else [{}]
+    is_embedded = FLAVOURS[each.flavour].repo is None
+    cards: list[dict[str, Any]] = [{}] if is_embedded else [dict(card.fits[each.flavour].options) for card in CARDS]
     for card in cards:
         place.config = {"model_flavour": each.flavour, **each.options, **card}
         loaded = place.load()

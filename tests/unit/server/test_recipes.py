@@ -5,28 +5,20 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
-from simpletuner.config.flavours import FLAVOURS, PLANNED_FLAVOURS
-from simpletuner.config.other_keys import OTHER_OPTIONS
+from simpletuner.config.flavours import FLAVOURS
 from simpletuner.config.recipes import CARDS, LEAST_STEPS, RECIPES
 from simpletuner.config.run import OPTION_NAMES
 
 
 def test_every_model_says_what_it_is_and_what_it_takes(client: TestClient) -> None:
     models = {model["name"]: model for model in client.get("/api/recipes").json()["models"]}
-    assert models.keys() == FLAVOURS.keys() | PLANNED_FLAVOURS.keys()
+    assert models.keys() == {name for name, flavour in FLAVOURS.items() if not flavour.is_distilled}
     assert all(model["summary"] and model["licence"] for model in models.values())
     assert models["dev"]["download_bytes"] == pytest.approx(99.3e9, rel=0.01)
-    assert (models["tiny"]["download_bytes"], models["tiny"]["is_embedded"], models["tiny"]["needs"]) == (0, True, "")
+    assert (models["tiny"]["download_bytes"], models["tiny"]["is_embedded"]) == (0, True)
+    assert (models["klein-4b"]["licence"], models["klein-4b"]["is_embedded"]) == ("Apache-2.0", False)
     assert (models["dev"]["options"], models["tiny"]["options"]) == ({}, {"validation_resolution": "128x128"})
     assert all(model["options"].keys() == model["sources"].keys() for model in models.values())
-
-
-def test_a_model_that_is_not_built_says_why(client: TestClient) -> None:
-    models = {model["name"]: model for model in client.get("/api/recipes").json()["models"]}
-    assert {name for name, model in models.items() if model["needs"]} == PLANNED_FLAVOURS.keys() - FLAVOURS.keys()
-    assert models["klein-9b"]["needs"] == "the klein flavours, which are not built yet"
-    # A planned flavour is refused in a config as work to come, not as a typo.
-    assert OTHER_OPTIONS.values["model_flavour"].keys() >= PLANNED_FLAVOURS.keys()
 
 
 def test_recipes_and_cards_come_with_the_source_of_each_value(client: TestClient) -> None:
@@ -35,7 +27,11 @@ def test_recipes_and_cards_come_with_the_source_of_each_value(client: TestClient
     for one in told["recipes"]:
         assert set(one["options"]) == set(one["sources"]) <= set(OPTION_NAMES)
         assert one["options"]["max_train_steps"] is None, "a number of steps would win over the recipe's epochs"
-    assert [(card["name"], card["options"]) for card in told["cards"]] == [(one.name, one.options) for one in CARDS]
+    assert [card["name"] for card in told["cards"]] == [one.name for one in CARDS]
+    for card, one in zip(told["cards"], CARDS, strict=True):
+        assert {name: fit["options"] for name, fit in card["fits"].items()} == {
+            n: f.options for n, f in one.fits.items()
+        }
     assert told["least_steps"] == LEAST_STEPS
     assert any("not built yet" in one["needs"] for one in told["recipes"] if one["name"] == "edit")
 

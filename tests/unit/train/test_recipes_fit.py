@@ -1,4 +1,4 @@
-"""The memory plan of every ready recipe for dev stays below the card that it names."""
+"""The memory plan of every ready recipe stays below the card that it names."""
 
 import pytest
 
@@ -9,13 +9,14 @@ from simpletuner.config.run import RunConfig
 from simpletuner.flux2.footprint import Architecture, Footprint, Workload
 from simpletuner.memory.planner import Machine
 
-READY = [each for each in RECIPES if each.is_ready and each.flavour == "dev"]
+READY = [each for each in RECIPES if each.is_ready and FLAVOURS[each.flavour].repo is not None]
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
-@pytest.mark.parametrize("each", READY, ids=lambda each: each.name)
+@pytest.mark.parametrize("each", READY, ids=lambda each: f"{each.name}-{each.flavour}")
 def test_each_ready_recipe_fits_on_each_card(each: Recipe, card: Card) -> None:
-    config = RunConfig.model_validate({**FLAVOURS["dev"].option_defaults, **each.options, **card.options})
+    named = {"model_flavour": each.flavour, **FLAVOURS[each.flavour].option_defaults}
+    config = RunConfig.model_validate({**named, **each.options, **card.fits[each.flavour].options})
     machine = Machine.of_size(card.vram_gib * GIB, card.ram_gib * GIB)
     work = Workload((1024, 1024), config.train_batch_size, draws=True)
     plan = Footprint(config, Architecture.of(config), work, machine).plan()

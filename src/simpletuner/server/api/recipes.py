@@ -21,27 +21,33 @@ class ModelChoice(BaseModel):
     name: str
     summary: str
     licence: str
-    download_bytes: int | None
-    """Weights that a first run downloads; null where this program does not train it yet."""
+    download_bytes: int
+    """Weights that a first run downloads."""
     is_embedded: bool
     """Whether it is made on the spot and trains without a GPU."""
     options: dict[str, Any]
     """What every run of it needs."""
     sources: dict[str, str]
     """Option to where its value comes from."""
-    needs: str
-    """What this program lacks for it; empty where it can be trained."""
+
+
+class FlavourFit(BaseModel):
+    """Options with which a flavour fits on a card."""
+
+    options: dict[str, Any]
+    summary: str
+    """What they do, in a few words."""
 
 
 class CardChoice(BaseModel):
-    """A GPU size, and the options with which FLUX.2-dev fits on it."""
+    """A GPU size, and how the flavours fit on it."""
 
     name: str
-    summary: str
     vram_gib: float
     ram_gib: float
     """Host memory that the machine should have beside it."""
-    options: dict[str, Any]
+    fits: dict[str, FlavourFit]
+    """By flavour; embedded ones need no card."""
 
 
 class RecipeChoice(BaseModel):
@@ -94,7 +100,7 @@ def recipes(here: InContext) -> Choices:
 
 
 def _models() -> list[ModelChoice]:
-    built = [
+    models = [
         ModelChoice(
             name=name,
             summary=flavour.summary,
@@ -103,11 +109,11 @@ def _models() -> list[ModelChoice]:
             is_embedded=flavour.repo is None,
             options=_sizes(flavour),
             sources=dict.fromkeys(_sizes(flavour), "the only size that this model can make"),
-            needs="",
         )
         for name, flavour in FLAVOURS.items()
+        if not flavour.is_distilled
     ]
-    return sorted(built, key=lambda model: model.is_embedded)
+    return sorted(models, key=lambda model: model.is_embedded)
 
 
 def _sizes(flavour: Flavour) -> dict[str, Any]:
@@ -119,10 +125,9 @@ def _cards() -> list[CardChoice]:
     return [
         CardChoice(
             name=card.name,
-            summary=card.summary,
             vram_gib=card.vram_gib,
             ram_gib=card.ram_gib,
-            options=dict(card.options),
+            fits={name: FlavourFit(options=dict(fit.options), summary=fit.summary) for name, fit in card.fits.items()},
         )
         for card in CARDS
     ]

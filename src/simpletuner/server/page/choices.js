@@ -20,6 +20,7 @@ const same = (one, other) => JSON.stringify(one ?? null) === JSON.stringify(othe
 export function choicesPanel(offer, fields, environment, onMachine) {
   const hasGpu = offer.gpus.length > 0;
   const embedded = offer.models.find((one) => one.is_embedded);
+  const isEmbedded = (name) => offer.models.some((one) => one.name === name && one.is_embedded);
   /** Option to the value that a choice filled in: the page's, not the person's. */
   let filled = new Map();
   let recipe = null;
@@ -28,22 +29,21 @@ export function choicesPanel(offer, fields, environment, onMachine) {
   let lastChoice = null;
 
   const models = radios("Model", offer.models.map((one) => ({
-    value: one.name, title: one.name, needs: one.needs,
+    value: one.name, title: one.name, needs: "",
     lines: [one.summary, [one.is_embedded ? "Nothing to download" : one.download_bytes ? `${size(one.download_bytes)} to download` : null, licence(one.licence)]],
   })), () => {
-    const isEmbedded = models.value === embedded.name;
-    if (!hasGpu && isEmbedded) card.value = NO_CARD;
-    if (!isEmbedded && card.value === NO_CARD) card.value = hasGpu ? FOUND : "";
+    if (!hasGpu && isEmbedded(models.value)) card.value = NO_CARD;
+    if (!isEmbedded(models.value) && card.value === NO_CARD) card.value = hasGpu ? FOUND : "";
     choose();
   });
   const card = h("select", { id: freshId("card"), onchange() {
-    if (card.value === NO_CARD) models.value = embedded.name;
+    if (card.value === NO_CARD && !isEmbedded(models.value)) models.value = embedded.name;
     choose();
   } },
   hasGpu
     ? h("option", { value: FOUND }, `This machine's, ${Math.round(offer.gpus[0].vram_gib)} GB`)
     : h("option", { value: "", disabled: true }, "Choose a card …"),
-  h("option", { value: NO_CARD }, "No card: the embedded example model"),
+  h("option", { value: NO_CARD }, "No card: an embedded example model"),
   offer.cards.map((one) => h("option", { value: one.name }, one.name)));
   const cardNote = h("p", { class: "hint", "aria-live": "polite" });
   const recipes = radios("Recipe", [...new Map(offer.recipes.map((one) => [one.name, one])).values()].map((one) => ({
@@ -72,16 +72,19 @@ export function choicesPanel(offer, fields, environment, onMachine) {
   /** Option to the value that the choices ask for, and where it comes from. */
   function wanted() {
     const model = offer.models.find((one) => one.name === models.value);
-    const ofCard = model.is_embedded ? undefined : chosenCard();
+    const onCard = model.is_embedded ? undefined : chosenCard();
+    const ofCard = onCard?.fits[model.name];
     const parts = [
       { options: { model_flavour: model.name }, source: () => "the model that was chosen" },
       ...[model, chosenRecipe()].filter(Boolean).map(({ options, sources }) => ({ options, source: (option) => sources[option] })),
-      ...(ofCard ? [{ options: ofCard.options, source: () => `to fit on ${ofCard.name}: ${ofCard.summary}` }] : []),
+      ...(ofCard ? [{ options: ofCard.options, source: () => `to fit on ${onCard.name}: ${ofCard.summary}` }] : []),
     ];
     return new Map(parts.flatMap(({ options, source }) => Object.entries(options).map(([option, value]) => [option, { value, source: source(option) }])));
   }
 
   function choose() {
+    // A distilled model is no choice here: a recipe is for one that can be trained.
+    if (models.value === null) models.value = offer.models[0].name;
     let text = environment.text("config");
     const given = givenOf(read(text), text);
     const asked = wanted();
@@ -194,10 +197,10 @@ export function choicesPanel(offer, fields, environment, onMachine) {
       recipes.needs(name, offer.recipes.find((one) => one.name === name && one.flavour === models.value)?.needs ?? "a model that is built");
     }
     if (chosenRecipe() === undefined) recipes.value = null;
-    const ofCard = models.value === embedded.name ? undefined : chosenCard();
+    const ofCard = isEmbedded(models.value) ? undefined : chosenCard();
     cardNote.textContent = [
       card.value === FOUND ? `${offer.gpus[0].name}.` : "",
-      ofCard ? `To fit: ${ofCard.summary}. Wants ${ofCard.ram_gib} GB of RAM.` : "",
+      ofCard?.fits[models.value] ? `To fit: ${ofCard.fits[models.value].summary}. Wants ${ofCard.ram_gib} GB of RAM.` : "",
     ].filter(Boolean).join(" ");
   }
 
@@ -206,7 +209,7 @@ export function choicesPanel(offer, fields, environment, onMachine) {
     const given = givenOf(root, text);
     const valueOf = (option) => (given.has(option) ? given.get(option).value : fields.get(option).default);
     models.value = valueOf("model_flavour");
-    card.value = hasGpu ? FOUND : models.value === embedded.name ? NO_CARD : "";
+    card.value = hasGpu ? FOUND : isEmbedded(models.value) ? NO_CARD : "";
     const found = offer.recipes.find((one) => one.flavour === models.value && one.needs === ""
       && Object.entries(one.options).every(([option, value]) => same(valueOf(option), value)));
     recipe = found?.name ?? null;
