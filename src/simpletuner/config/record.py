@@ -52,13 +52,14 @@ MAY_CHANGE = frozenset(
     "ema_validation",
     "max_train_steps",
     "num_train_epochs",
+    "pretrained_vae_model_name_or_path",
     "skip_bad_batches",
     "text_encoder_mode",
     "verify_base",
     "write_batch_size",
 }
 """Options that a resumed run may change without a notice: what it looks at, saves and skips, how long it is, where
-things lie. The datasets themselves are compared by their fingerprint."""
+things lie. The datasets themselves are compared by their fingerprint, and so is the VAE's encoder."""
 
 CHANGE_THE_CURVE = frozenset(
     {

@@ -364,10 +364,19 @@ def _tokenizer(source: Source, fix_regex: bool) -> Any:
     return tokenizer
 
 
-def autoencoder_id(source: Source, dtype: torch.dtype, *, tiling: bool, slicing: bool, whole: bool = False) -> str:
+def autoencoder_id(
+    source: Source,
+    dtype: torch.dtype,
+    *,
+    tiling: bool,
+    slicing: bool,
+    whole: bool = False,
+    with_decoder: bool = False,
+) -> str:
     """Names everything that decides a cached latent, without loading the autoencoder; `whole` as `Source.fingerprint`
-    has it."""
-    return sha256_json(["latents 1", source.fingerprint("vae", whole=whole), str(dtype), tiling, slicing])
+    has it. `with_decoder` names the decoder too, as earlier releases did."""
+    version, part = ("latents 1", "vae") if with_decoder else ("latents 2", "vae_encoder")
+    return sha256_json([version, source.fingerprint(part, whole=whole), str(dtype), tiling, slicing])
 
 
 def text_encoder_id(

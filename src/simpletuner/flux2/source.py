@@ -38,6 +38,25 @@ _TOKENIZER_EXTRA = ("chat_template.jinja", "special_tokens_map.json")
 # Who wrote a config, and with what, changes nothing about what it says.
 _WRITTEN_BY = ("_diffusers_version", "_name_or_path", "transformers_version", "dtype", "torch_dtype")
 _HEAD_BYTES = 4096
+_ENCODING_TENSORS = ("encoder.", "quant_conv.", "bn.running_")
+_ENCODING_FIELDS: Mapping[str, object] = {
+    "in_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "act_fn": "silu",
+    "latent_channels": 32,
+    "norm_num_groups": 32,
+    "sample_size": 1024,
+    "use_quant_conv": True,
+    "mid_block_add_attention": True,
+    "batch_norm_eps": 1e-4,
+    "patch_size": [2, 2],
+}
+"""What of a VAE decides latents: names of tensors begin with these; fields of its config, with diffusers' defaults."""
+
+Fingerprinted = Component | Literal["tokenizer", "vae_encoder"]
+"""What `Source.fingerprint` names: a component, the tokenizer, or the part of the VAE that decides latents."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +100,7 @@ class Source:
         """
         return transformer_spec(self.transformer, self.name)
 
-    def fingerprint(self, component: Component | Literal["tokenizer"], *, whole: bool = False) -> str:
+    def fingerprint(self, component: Fingerprinted, *, whole: bool = False) -> str:
         """Names the content of `component`, wherever it lies: config; name, type, shape and first 4 KiB of each
         tensor that is used, or, if `whole`, all bytes of it. Reads a few megabytes, also of dev; for `whole`, a file
         that was not seen before is read once.
@@ -94,22 +113,31 @@ class Source:
             found = self._fingerprints[component, whole] = self._fingerprint(component, whole)
         return found
 
-    def _fingerprint(self, component: Component | Literal["tokenizer"], whole: bool) -> str:
+    def _fingerprint(self, component: Fingerprinted, whole: bool) -> str:
         if component == "tokenizer":
             present = (self.tokenizer / name for name in (*_TOKENIZER, *_TOKENIZER_EXTRA))
             with file_errors_reported(self.tokenizer, AccessError, doing="read"):
                 return sha256_json({path.name: path.read_text(encoding="utf-8") for path in present if path.is_file()})
-        weights = {"transformer": self.transformer, "vae": self.vae, "text_encoder": self.text_encoder}[component]
+        weights = {
+            "transformer": self.transformer,
+            "vae": self.vae,
+            "vae_encoder": self.vae,
+            "text_encoder": self.text_encoder,
+        }[component]
         used: dict[str, TensorEntry] = {}
         for name, entry in read_headers(weights.files).items():
             known: str | None = name
             if component == "text_encoder":
                 known = text_encoder_name(name, max(self.text_layers))
+            elif component == "vae_encoder" and not name.startswith(_ENCODING_TENSORS):
+                known = None
             if known is not None:
                 used[known] = entry
         digests = self.hashes.of(used) if whole else {name: _head_digest(entry) for name, entry in used.items()}
         tensors = {name: [entry.dtype, list(entry.shape), digests[name]] for name, entry in used.items()}
         config = {key: value for key, value in (weights.config or {}).items() if key not in _WRITTEN_BY}
+        if component == "vae_encoder":
+            config = {key: config.get(key, default) for key, default in _ENCODING_FIELDS.items()}
         return sha256_json([config, tensors])
 
 

@@ -29,7 +29,7 @@ from simpletuner.flux2.source import Source
 from simpletuner.flux2.text import TextEncoder
 from simpletuner.memory.free import release_memory
 from simpletuner.memory.precision import DTYPES
-from simpletuner.train.claims import claim
+from simpletuner.train.claims import CacheKey, claimed
 from simpletuner.train.report import Reporter
 
 UNCONDITIONAL_CAPTION = ""
@@ -46,39 +46,58 @@ class Encoders:
     @classmethod
     def of(cls, config: RunConfig, source: Source, *, whole: bool = False) -> "Encoders":
         """Weights, `whole` or their heads, precision and every setting that the encoders see."""
-        latents = autoencoder_id(
-            source,
-            DTYPES[config.vae_dtype],
-            tiling=config.vae_enable_tiling,
-            slicing=config.vae_enable_slicing,
-            whole=whole,
-        )
-        return cls(text_codec(config, config, source, whole=whole), latents)
+        return cls(text_codec(config, config, source, whole=whole), _latents_id(config, source, whole=whole))
 
     @classmethod
     def claimed(cls, loaded: Loaded, source: Source) -> "Encoders":
         """The keys of this run's caches: those of the weights' heads, unless other weights had them there first."""
-        datasets = loaded.datasets
-        heads, whole = (cls.of(loaded.config, source, whole=all_bytes) for all_bytes in (False, True))
-        texts = [text_storage(store) for store in datasets.text_stores]
-        latents = [latent_storage(image_set) for image_set in (*datasets.train_sets, *datasets.eval_sets)]
-        return cls(
-            heads.text if claim(texts, heads.text.key, whole.text.key) else whole.text,
-            heads.latents if claim(latents, heads.latents, whole.latents) else whole.latents,
+        config, datasets = loaded.config, loaded.datasets
+        heads, whole = (cls.of(config, source, whole=all_bytes) for all_bytes in (False, True))
+        earlier = CacheKey(
+            _latents_id(config, source, whole=False, with_decoder=True),
+            _latents_id(config, source, whole=True, with_decoder=True),
         )
+        texts = [text_storage(store) for store in datasets.text_stores]
+        image_sets = (*datasets.train_sets, *datasets.eval_sets)
+        # Before the texts: where both lie in one storage, what these note there would hide that it had no note.
+        latents = claimed(
+            [latent_storage(image_set) for image_set in image_sets], CacheKey(heads.latents, whole.latents), earlier
+        )
+        text_key = claimed(texts, CacheKey(heads.text.key, whole.text.key))
+        return cls(heads.text if text_key == heads.text.key else whole.text, latents)
+
+
+def _latents_id(config: RunConfig, source: Source, *, whole: bool, with_decoder: bool = False) -> str:
+    return autoencoder_id(
+        source,
+        DTYPES[config.vae_dtype],
+        tiling=config.vae_enable_tiling,
+        slicing=config.vae_enable_slicing,
+        whole=whole,
+        with_decoder=with_decoder,
+    )
 
 
 WHOLE = "whole:"
 """What fingerprints of all bytes of a base model begin with. Earlier releases recorded those of the heads."""
 
 
-def base_fingerprints(config: RunConfig, source: Source, *, whole: bool = True) -> dict[str, str]:
-    """What a checkpoint remembers of the base model: the transformer, and what fills the caches."""
-    encoders = Encoders.of(config, source, whole=whole)
+WHOLE_VAE = "VAE"
+"""What earlier releases recorded of the VAE. Its decoder decides nothing that is trained."""
+
+
+def base_fingerprints(config: RunConfig, source: Source, *, like: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What a checkpoint remembers of the base model: the transformer, and what fills the caches. As the record `like`
+    of an earlier release has it, or as this one does.
+    """
+    whole = like is None or knows_whole_base(like)
+    with_decoder = like is not None and WHOLE_VAE in like
     found = {
         "transformer": source.fingerprint("transformer", whole=whole),
-        "text encoder": encoders.text.key,
-        "VAE": encoders.latents,
+        "text encoder": text_codec(config, config, source, whole=whole).key,
+        WHOLE_VAE if with_decoder else "VAE encoder": _latents_id(
+            config, source, whole=whole, with_decoder=with_decoder
+        ),
     }
     return {name: f"{WHOLE if whole else ''}{value}" for name, value in found.items()}
 

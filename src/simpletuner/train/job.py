@@ -181,15 +181,15 @@ class Attempt:
         # Before the work that a mistake would waste.
         resolve(self.config.tread_routes, source.spec.blocks)
         check_trainable(self.config, self.config, source)
-        model = known = base_fingerprints(self.config, source)
+        model = base_fingerprints(self.config, source)
         if found is not None and not knows_whole_base(found.state.model):
-            known = base_fingerprints(self.config, source, whole=False)
             self.reporter.notice(
                 f"{found.folder} knows the first 4 KiB of each tensor of the base model: only these are compared. What "
                 "is saved from here on knows all of it."
             )
         prepared = scan_sets(self.loaded, source, self.reporter)
         if found is not None:
+            known = base_fingerprints(self.config, source, like=found.state.model)
             resume.check_content(found, self.ways, data=prepared.fingerprints, model=known)
         write_json(self.run.datasets, [m.summary() for m in (*prepared.train, *prepared.held_out)])
         order = Order(prepared.train, seed=self.config.seed, batch_size=self.config.train_batch_size)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from simpletuner.base.storage import LocalStorage
-from simpletuner.train.claims import CLAIMS, claim
+from simpletuner.data.storages import LEDGER
+from simpletuner.train.claims import CLAIMS, CacheKey, claim, claimed
 
 
 @pytest.fixture
@@ -32,3 +33,28 @@ def test_a_damaged_note_leaves_the_key_to_nobody(stores: list[LocalStorage], tex
     assert claim(stores, "key", "content")
     (stores[0].folder / CLAIMS).write_text(text, encoding="latin-1")
     assert not claim(stores, "key", "content")
+
+
+NEW, EARLIER, OTHER_DECODER = CacheKey("new", "new whole"), CacheKey("earlier", "earlier whole"), CacheKey("o", "o whole")
+
+
+def test_a_new_cache_has_todays_key_and_weights_that_differ_further_on_have_another(stores: list[LocalStorage]) -> None:
+    assert claimed(stores, NEW, EARLIER) == claimed(stores, NEW, OTHER_DECODER) == "new"
+    assert claimed(stores, CacheKey("new", "others"), EARLIER) == "others"
+
+
+@pytest.mark.parametrize("noted", [True, False], ids=["with a note", "older than notes"])
+def test_what_an_earlier_release_cached_is_used_on_and_another_decoder_finds_it(
+    stores: list[LocalStorage], noted: bool
+) -> None:
+    stores[0].write(LEDGER, b"{}")
+    if noted:
+        assert claim(stores, EARLIER.heads, EARLIER.whole)
+    for earlier in (EARLIER, EARLIER, OTHER_DECODER):
+        assert claimed(stores, NEW, earlier) == "earlier"
+    assert claimed(stores, CacheKey("new", "others"), OTHER_DECODER) == "new", "of another encoder"
+
+
+def test_of_two_encoders_of_an_earlier_release_each_finds_its_own(stores: list[LocalStorage]) -> None:
+    assert claim(stores, EARLIER.heads, "of another")
+    assert claimed(stores, NEW, EARLIER) == EARLIER.whole
