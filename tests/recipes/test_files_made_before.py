@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 from tests.recipes.conftest import Workplace, tensors_below
+from tests.small_decoder import make_small_decoder
 
 from simpletuner.cli.main import main
 from simpletuner.flux2.export import read_lora
@@ -82,3 +83,31 @@ def test_its_lists_of_known_files_are_trusted(before: Workplace, capsys: pytest.
 
     assert main(["dataset", "cache"]) == 0
     assert ALL_CACHED in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_its_latents_and_its_run_survive_another_decoder(
+    before: Workplace, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its latents lie under a key that names the decoder: once they were used with that VAE, a note says whose they
+    are. So does its checkpoint, but not the one that is made from it.
+    """
+    make_small_decoder(tiny_folder / "vae", before.folder / "small-decoder")
+    other = ("--pretrained_vae_model_name_or_path", "small-decoder")
+    caches = cached(before)
+    assert main(["train"]) == 0
+    capsys.readouterr()
+    assert main(["train", "--max_train_steps", "5", *other]) == 0
+    printed = capsys.readouterr().out
+    assert ALL_CACHED in printed
+    assert "Going on from step 4 of 5" in printed
+    assert cached(before) == caches
+
+
+@pytest.mark.slow
+def test_its_checkpoint_refuses_another_vae(
+    before: Workplace, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_small_decoder(tiny_folder / "vae", before.folder / "small-decoder")
+    assert main(["train", "--pretrained_vae_model_name_or_path", "small-decoder"]) == 6
+    assert "VAE: not the weights or settings that output/run/checkpoints/step-000002" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Every FLUX.2 that can be named: its shapes, how its text is encoded, its licence and its defaults. Plain data."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -83,6 +84,8 @@ class AutoencoderSpec:
     """At each level, the largest pictures first."""
     blocks_per_level: int = 2
     """Residual blocks; the decoder has one more."""
+    decoder_channels: tuple[int, ...] | None = None
+    """Where the decoder's are other ones, in the same order: the small decoder has 96, 192, 384 and 384."""
     latent_channels: int = 32
     tile: int = 1024
     """Side in pixels of what is encoded or decoded at a time where tiling is on."""
@@ -415,3 +418,12 @@ FLAVOURS: Mapping[str, Flavour] = {
     "tiny-klein": _TINY_KLEIN_BASE,
     "tiny-klein-distilled": _distilled(_TINY_KLEIN_BASE, title="the embedded distilled klein", repo=None),
 }
+
+
+def flavour_of_base(base_model: str) -> Flavour | None:
+    """The flavour of the weights that a record names as its base model: by a Hub id, or an embedded model's folder."""
+    for flavour in FLAVOURS.values():
+        is_embedded = flavour.repo is None and re.fullmatch(rf"{re.escape(flavour.name)}-\d+", base_model)
+        if base_model == flavour.repo or is_embedded:
+            return flavour
+    return None

@@ -278,6 +278,12 @@ def notices(config: RunConfig, datasets: Datasets | None, given: Collection[str]
     flavour = FLAVOURS[config.model_flavour]
     if flavour.licence_notice is not None:
         yield flavour.licence_notice
+    if flavour.is_distilled:
+        base = next(each for each in FLAVOURS.values() if each.preview == flavour.name)
+        yield (
+            f"model_flavour = {flavour.name} has distilled weights, made for drawing: training them gives grey, smooth "
+            f"blobs. Train --model_flavour {base.name}; a LoRA of it fits {flavour.title} too."
+        )
     for keys, has_no_effect, reason in _ignored(config, datasets):
         typed = [key for key in keys if has_no_effect and key in given]
         if typed:

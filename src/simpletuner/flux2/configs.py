@@ -53,7 +53,7 @@ _FIELDS: Mapping[Component, Mapping[str, str]] = {
         **dict.fromkeys(("in_channels", "out_channels", "latent_channels", "norm_num_groups", "sample_size"), _SIZE),
         **dict.fromkeys(("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"), _FLAG),
         **dict.fromkeys(("batch_norm_eps", "batch_norm_momentum"), _NUMBER),
-        **dict.fromkeys(("block_out_channels", "patch_size"), _SIZES),
+        **dict.fromkeys(("block_out_channels", "decoder_block_out_channels", "patch_size"), _SIZES),
         **dict.fromkeys(("down_block_types", "up_block_types"), _TEXTS),
         "layers_per_block": _LAYERS,
         "act_fn": _TEXT,
@@ -72,7 +72,7 @@ _FIELDS: Mapping[Component, Mapping[str, str]] = {
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 """Of a text encoder. The other components have defaults."""
 _KNOWN_TEXT_ENCODERS = ("mistral3", "mistral", "qwen3")
-_MAY_BE_NULL = ("rope_theta", "head_dim")
+_MAY_BE_NULL = ("rope_theta", "head_dim", "decoder_block_out_channels")
 
 
 def read_object(path: Path) -> Config:
@@ -119,7 +119,7 @@ def read_component_config(component: Component, path: Path) -> Config:
         )
     for name, expected in _FIELDS[component].items():
         if name in fields:
-            is_absent = fields[name] is None and component == "text_encoder" and name in _MAY_BE_NULL
+            is_absent = fields[name] is None and component != "transformer" and name in _MAY_BE_NULL
             if not is_absent and not _EXPECTED[expected](fields[name]):
                 problems.append(_wrong(path, name, fields[name], expected))
         elif name in required:

@@ -11,6 +11,7 @@ from torch import nn
 
 from simpletuner.base.errors import AccessError, ConfigError
 from simpletuner.base.files import file_errors_reported, with_home
+from simpletuner.base.tensorfile import read_header
 from simpletuner.config.flavours import FLAVOURS, AutoencoderSpec, TextSpec, TransformerSpec
 from simpletuner.config.optimisers import optimiser
 from simpletuner.config.options.lora import LoraOptions
@@ -23,7 +24,13 @@ from simpletuner.flux2.lora import wanted_ranges
 from simpletuner.flux2.residency import resident_indices
 from simpletuner.flux2.routes import resolve
 from simpletuner.flux2.source import Weights, transformer_spec
-from simpletuner.flux2.spec import autoencoder_from_config, decoder_shapes, encoder_shapes, text_from_config
+from simpletuner.flux2.spec import (
+    autoencoder_from_config,
+    decoder_channels,
+    decoder_shapes,
+    encoder_shapes,
+    text_from_config,
+)
 from simpletuner.flux2.text_stream import MEMORY_BYTES, PORTION_TOKENS
 from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
 from simpletuner.flux2.transformer import Flux2Transformer
@@ -64,9 +71,8 @@ class Architecture:
         """
         flavour = FLAVOURS[config.model_flavour]
         transformer, text, autoencoder = flavour.transformer, flavour.text.encoder, flavour.autoencoder
-        asked = config.pretrained_transformer_model_name_or_path or config.pretrained_model_name_or_path or ""
-        single = Path(with_home(asked))
-        if asked.endswith(".safetensors") and single.is_file():
+        asked = config.pretrained_transformer_model_name_or_path or config.pretrained_model_name_or_path
+        if single := _single_file(asked):
             transformer = transformer_spec(Weights((single,), None), single.name)
         elif found := _local(config, "transformer", config.pretrained_transformer_model_name_or_path):
             transformer = transformer_spec(Weights((), found), "transformer")
@@ -75,6 +81,9 @@ class Architecture:
                 text = text_from_config(found)
             if found := _local(config, "vae", config.pretrained_vae_model_name_or_path):
                 autoencoder = autoencoder_from_config(found)
+            elif vae := _single_file(config.pretrained_vae_model_name_or_path):
+                shapes = {name: entry.shape for name, entry in read_header(vae).items()}
+                autoencoder = replace(autoencoder, decoder_channels=decoder_channels(shapes) or None)
         except KeyError as error:
             lack = f"a text encoder's config.json has no {error}"
             raise AccessError.of(lack, f"that of {flavour.title}'s text encoder") from None
@@ -86,6 +95,12 @@ class Architecture:
             config.tokenizer_max_length or flavour.text.length,
             flavour.text.padding_side == "right",
         )
+
+
+def _single_file(asked: str | None) -> Path | None:
+    """The .safetensors file that an option names, if it is on this disk."""
+    file = Path(with_home(asked)) if asked and asked.endswith(".safetensors") else None
+    return file if file is not None and file.is_file() else None
 
 
 def _local(config: RunConfig, component: Component, override: str | None) -> Config | None:

@@ -375,8 +375,11 @@ def autoencoder_id(
 ) -> str:
     """Names everything that decides a cached latent, without loading the autoencoder; `whole` as `Source.fingerprint`
     has it. `with_decoder` names the decoder too, as earlier releases did."""
-    version, part = ("latents 1", "vae") if with_decoder else ("latents 2", "vae_encoder")
-    return sha256_json([version, source.fingerprint(part, whole=whole), str(dtype), tiling, slicing])
+    if with_decoder:
+        weights = ["latents 1", source.fingerprint("vae", whole=whole)]
+    else:
+        weights = ["latents 2", source.fingerprint("vae_encoder", whole=whole)]
+    return sha256_json([*weights, str(dtype), tiling, slicing])
 
 
 def text_encoder_id(

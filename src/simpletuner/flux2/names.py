@@ -72,15 +72,20 @@ _SINGLE = {
     "norm.key_norm": "attn.norm_k",
 }
 _BLOCK = re.compile(r"(double|single)_blocks\.(\d+)\.(.+)")
-_PREFIX = "model.diffusion_model."
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+"""That ComfyUI's files put before a transformer's names."""
+
+
+def _bare(name: str) -> str:
+    return next((name.removeprefix(prefix) for prefix in _PREFIXES if name.startswith(prefix)), name)
 
 
 def from_bfl(name: str) -> Renamed | None:
     """What diffusers calls the tensor `name` of a BFL file; None if BFL has no such tensor.
 
-    A ComfyUI prefix (`model.diffusion_model.`) does not matter.
+    A ComfyUI prefix (`model.diffusion_model.` or `diffusion_model.`) does not matter.
     """
-    module, _, leaf = name.removeprefix(_PREFIX).rpartition(".")
+    module, _, leaf = _bare(name).rpartition(".")
     if leaf not in ("weight", "scale"):  # the norms' weights are called scale
         return None
     if module == "final_layer.adaLN_modulation.1":
@@ -101,7 +106,7 @@ def from_bfl(name: str) -> Renamed | None:
 
 def with_prefix(name: str) -> Renamed:
     """The tensor `name` of a file in diffusers' own names, which may carry ComfyUI's prefix."""
-    return Renamed((name.removeprefix(_PREFIX),))
+    return Renamed((_bare(name),))
 
 
 TensorRenaming = Callable[[str], Renamed | None]
@@ -111,7 +116,7 @@ TensorRenaming = Callable[[str], Renamed | None]
 def transformer_renaming(names: Iterable[str]) -> TensorRenaming:
     """How to read a transformer's file with tensors `names`: BFL's or diffusers'."""
     blocks = ("double_blocks.", "single_blocks.")
-    return from_bfl if any(name.removeprefix(_PREFIX).startswith(blocks) for name in names) else with_prefix
+    return from_bfl if any(_bare(name).startswith(blocks) for name in names) else with_prefix
 
 
 _TEXT_PREFIXES = ("language_model.model.", "model.language_model.", "model.")

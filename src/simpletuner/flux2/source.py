@@ -9,15 +9,27 @@ from typing import Literal
 from simpletuner.base.errors import AccessError, Problem
 from simpletuner.base.files import file_errors_reported, sha256_bytes, sha256_json, with_home
 from simpletuner.base.tensorfile import TensorEntry, read_headers
-from simpletuner.config.flavours import FLAVOURS, Flavour, TextEncoderKind, TransformerSpec
+from simpletuner.config.flavours import (
+    FLAVOURS,
+    AutoencoderSpec,
+    Flavour,
+    TextEncoderKind,
+    TextSpec,
+    TransformerSpec,
+)
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.flux2 import tiny
-from simpletuner.flux2.configs import Component, Config, check_tokenizer, read_component_config, read_index
+from simpletuner.flux2.configs import Component, Config, check_tokenizer, read_component_config, read_index, read_object
 from simpletuner.flux2.content import LEDGER_NAME, ContentHashes
 from simpletuner.flux2.formats import check_format
 from simpletuner.flux2.names import text_encoder_name, transformer_renaming
 from simpletuner.flux2.places import Hub, ModelFolder, ModelLocation, ReportLine, fetch
-from simpletuner.flux2.spec import transformer_from_diffusers, transformer_from_tensors
+from simpletuner.flux2.spec import (
+    decoder_channels,
+    text_from_config,
+    transformer_from_diffusers,
+    transformer_from_tensors,
+)
 
 _STEMS: Mapping[Component, str] = {
     "transformer": "diffusion_pytorch_model",
@@ -33,6 +45,8 @@ _TEXT_ENCODERS: Mapping[TextEncoderKind, tuple[str, ...]] = {
     "mistral3": ("mistral3", "mistral"),
     "qwen3": ("qwen3",),
 }
+_ALL_TEXT_ENCODERS = tuple(name for names in _TEXT_ENCODERS.values() for name in names)
+_INDEX = "model_index.json"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 _TOKENIZER_EXTRA = ("chat_template.jinja", "special_tokens_map.json")
 # Who wrote a config, and with what, changes nothing about what it says.
@@ -86,6 +100,8 @@ class Source:
     """Tokens of a context, padding included."""
     pipeline: Path | None
     """The local folder that the model comes from, but for what was replaced; None where that is the Hub."""
+    is_distilled: bool = False
+    """Whether the transformer is distilled, as its model_index.json or its file's name says; else as the flavour is."""
     hashes: ContentHashes = field(default_factory=ContentHashes, compare=False)
     """Of the files' tensors."""
     _fingerprints: dict[tuple[str, bool], str] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -99,6 +115,30 @@ class Source:
             AccessError: it is no FLUX.2 transformer.
         """
         return transformer_spec(self.transformer, self.name)
+
+    @property
+    def distillation_warning(self) -> str | None:
+        """Names weights that are distilled, or are not, while those of the flavour are not, or are."""
+        flavour, name = self.flavour, self.name
+        if self.is_distilled == flavour.is_distilled:
+            return None
+        other = next(
+            each.name
+            for each in FLAVOURS.values()
+            if each.family == flavour.family and each.is_distilled == self.is_distilled
+        )
+        usual = flavour.repo or flavour.title
+        if self.is_distilled:
+            return (
+                f"{name} holds distilled weights, and model_flavour = {flavour.name} is the base: training distilled "
+                f"weights gives grey, smooth blobs. Name the base weights ({usual}) instead. To draw with these, give "
+                f"--model_flavour {other}."
+            )
+        return (
+            f"{name} holds base weights, and model_flavour = {flavour.name} is distilled: base weights draw only blurs "
+            f"in {flavour.steps} steps without guidance. Name the distilled weights ({usual}), or give "
+            f"--model_flavour {other}."
+        )
 
     def fingerprint(self, component: Fingerprinted, *, whole: bool = False) -> str:
         """Names the content of `component`, wherever it lies: config; name, type, shape and first 4 KiB of each
@@ -187,11 +227,16 @@ def locate(options: ModelOptions, *, report: ReportLine, environ: Mapping[str, s
 
 @dataclass
 class _Part:
-    """What one component needs of a place."""
+    """What one component needs of a place. A single file of a transformer has no config."""
 
     place: ModelLocation
     names: list[str]
     config: Config | None
+
+    @property
+    def label(self) -> str:
+        """The place, or the single file, as a person finds it."""
+        return self.place.label if self.config is not None else str(self.place.path(self.names[0]))
 
 
 class _Search:
@@ -207,6 +252,8 @@ class _Search:
         self.missing: dict[str, list[str]] = {}
         self.problems: list[Problem] = []
         self.plain: list[Component] = []
+        self.others: dict[tuple[str, str], list[Component]] = {}
+        """Components with the shapes of another flavour, by place and flavour."""
 
     def run(self) -> Source:
         asked = self.options.pretrained_model_name_or_path
@@ -227,12 +274,20 @@ class _Search:
         for component, path in overrides.items():
             if component == "transformer" and single is not None:
                 parts[component] = _Part(ModelFolder(single.parent), [single.name], None)
+                check_format((single,))
+            elif component == "vae" and path is not None and path.endswith(".safetensors"):
+                file = _single_file(path, "VAE")
+                # The file tells the decoder's widths; all else is as in the base model's VAE.
+                _, config = self._config(component, base, folders=(f"{component}/",))
+                parts[component] = _Part(ModelFolder(file.parent), [file.name], config)
             elif path is not None:
                 parts[component] = self._part(component, self._place(path), folders=(f"{component}/", ""))
             else:
                 parts[component] = self._part(component, base, folders=(f"{component}/",))
         tokenizer = self._tokenizer(parts["text_encoder"].place, base)
+        self._compare_shapes(parts["transformer"])
         self._raise_problems()
+        is_distilled = self._is_distilled(parts["transformer"])
 
         fetch([(part.place, name) for part in (*parts.values(), tokenizer) for name in part.names], self.report)
         weights = {
@@ -241,6 +296,7 @@ class _Search:
         }
         for found in weights.values():
             check_format(found.files)  # found now, not after an hour of encoding
+        weights["vae"] = _with_decoder_channels(weights["vae"])
         folder = tokenizer.place.path(tokenizer.names[0]).parent
         check_tokenizer(folder, tuple(Path(name).name for name in tokenizer.names))
         source = Source(
@@ -253,6 +309,7 @@ class _Search:
             tokenizer=folder,
             text_layers=self.layers,
             text_length=self.options.tokenizer_max_length or self.flavour.text.length,
+            is_distilled=is_distilled,
             pipeline=base.root if isinstance(base, ModelFolder) else None,
             hashes=ContentHashes(self._ledger(), self.report, self.options.verify_base),
         )
@@ -296,22 +353,37 @@ class _Search:
             "a folder, a Hub id such as black-forest-labs/FLUX.2-dev, or a .safetensors file",
         )
 
-    def _part(self, component: Component, place: ModelLocation, folders: tuple[str, ...]) -> _Part:
-        """Config and weights of `component`, in the first of `folders` that has a config."""
+    def _config(
+        self, component: Component, place: ModelLocation, folders: tuple[str, ...]
+    ) -> tuple[str, Config | None]:
+        """The first of `folders` that has a config of `component`, and the config; None after a problem."""
         folder = next((folder for folder in folders if place.has(f"{folder}config.json")), None)
         if folder is None:
             self._lacks(place, f"{folders[0]}config.json")
-            return _Part(place, [], None)
+            return folders[0], None
         try:
             config = read_component_config(component, place.path(f"{folder}config.json"))
         except AccessError as error:
             self.problems += error.problems
-            return _Part(place, [], None)
+            return folder, None
+        return folder, config
+
+    def _part(self, component: Component, place: ModelLocation, folders: tuple[str, ...]) -> _Part:
+        """Config and weights of `component`, in the first of `folders` that has a config."""
+        folder, config = self._config(component, place, folders)
+        if config is None:
+            return _Part(place, [], {})
         if component == "text_encoder":
             key, kinds = "model_type", _TEXT_ENCODERS[self.flavour.text.kind]
         else:
             key, kinds = "_class_name", (_CLASSES[component],)
         kind = config.get(key)
+        if (
+            component == "text_encoder"
+            and kind in _ALL_TEXT_ENCODERS
+            and self._is_of_another_flavour(component, place.label, text_from_config(config))
+        ):
+            return _Part(place, [], config)
         if kind not in kinds:
             self.problems.append(
                 Problem(
@@ -330,6 +402,45 @@ class _Search:
             if not place.has(name):
                 self._lacks(place, name)
         return _Part(place, names, config)
+
+    def _is_of_another_flavour(self, component: Component, label: str, spec: TransformerSpec | TextSpec) -> bool:
+        """Whether `spec` is exactly that of another flavour: a published one, or one with another kind of text encoder.
+        Shapes of no flavour, and the embedded ones, fit any.
+        """
+        found = [each for each in FLAVOURS.values() if spec in (each.transformer, each.text.encoder)]
+        if self.flavour in found:
+            return False
+        others = [each for each in found if each.repo is not None or each.text.kind != self.flavour.text.kind]
+        if not others:
+            return False
+        other = next((each for each in others if each.is_distilled == self.flavour.is_distilled), others[0])
+        self.others.setdefault((label, other.name), []).append(component)
+        return True
+
+    def _compare_shapes(self, transformer: _Part) -> None:
+        """Note a transformer of another flavour; its weights are not here yet where they are still to be downloaded."""
+        if transformer.config == {} or not transformer.names:
+            return
+        try:
+            files = (transformer.place.path(transformer.names[0]),) if transformer.config is None else ()
+            spec = transformer_spec(Weights(files, transformer.config), transformer.label)
+        except AccessError as error:
+            self.problems += error.problems
+            return
+        self._is_of_another_flavour("transformer", transformer.label, spec)
+
+    def _is_distilled(self, transformer: _Part) -> bool:
+        """Whether the transformer is distilled. Shapes do not tell."""
+        siblings = [each for each in FLAVOURS.values() if each.family == self.flavour.family]
+        if len(siblings) == 1 or transformer.place.name in [each.repo for each in siblings]:
+            return self.flavour.is_distilled
+        if transformer.config is None:
+            name = transformer.names[0].lower()
+            return "base" not in name if "klein" in name else self.flavour.is_distilled
+        if not transformer.place.has(_INDEX):
+            return self.flavour.is_distilled
+        index = read_object(transformer.place.path(_INDEX))
+        return bool(index.get("is_distilled")) or index.get("_class_name") == "Flux2KleinKVPipeline"
 
     def _weights(self, component: Component, place: ModelLocation, folder: str) -> list[str]:
         """The files with the tensors that are used: not a text encoder's shards of its last layers alone."""
@@ -378,6 +489,15 @@ class _Search:
                     "Download what is missing, or point the option at another folder.",
                 )
             )
+        for (label, name), components in self.others.items():
+            what = " and ".join(component.replace("_", " ") for component in components)
+            self.problems.append(
+                Problem(
+                    f"{label}: its {what} {'has' if len(components) == 1 else 'have'} the shapes of {name}",
+                    f"those of {self.flavour.name}, as model_flavour says",
+                    f"Give --model_flavour {name}.",
+                )
+            )
         if len(self.plain) == len(_STEMS):
             self.problems.append(Problem(f"variant = {self.options.variant}: no component has files of that name"))
         AccessError.raise_if(self.problems)
@@ -398,8 +518,30 @@ def _check_width(source: Source) -> None:
         )
 
 
-def _single_file(text: str) -> Path:
+def _with_decoder_channels(vae: Weights) -> Weights:
+    """`vae` with a config that has its decoder's widths, which a small decoder may lie beside without saying so.
+
+    Raises:
+        AccessError: its tensors have BFL's names.
+    """
+    config = vae.config or {}
+    entries = read_headers(vae.files)
+    if any(name.startswith(("encoder.down.", "decoder.up.")) for name in entries):
+        raise AccessError.of(
+            f"{vae.files[0]} holds a VAE under BFL's names",
+            "diffusers' names",
+            "Leave out pretrained_vae_model_name_or_path, or give it a folder or Hub id in diffusers' format, such as "
+            "black-forest-labs/FLUX.2-small-decoder.",
+        )
+    found = list(decoder_channels({name: entry.shape for name, entry in entries.items()}))
+    said = config.get("decoder_block_out_channels") or config.get("block_out_channels", list(AutoencoderSpec.channels))
+    if not found or found == said:
+        return vae
+    return Weights(vae.files, config | {"decoder_block_out_channels": found})
+
+
+def _single_file(text: str, component: str = "transformer") -> Path:
     file = Path(with_home(text))
     if not file.is_file():
-        raise AccessError.of(f"{text}: no such file", "a .safetensors file of the transformer")
+        raise AccessError.of(f"{text}: no such file", f"a .safetensors file of the {component}")
     return file

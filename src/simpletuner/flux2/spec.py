@@ -117,26 +117,36 @@ def autoencoder_from_config(config: Mapping[str, Any]) -> AutoencoderSpec:
         blocks_per_level=config.get("layers_per_block", AutoencoderSpec.blocks_per_level),
         latent_channels=config.get("latent_channels", AutoencoderSpec.latent_channels),
         tile=config.get("sample_size", AutoencoderSpec.tile),
+        decoder_channels=tuple(config.get("decoder_block_out_channels") or ()) or None,
     )
+
+
+def decoder_channels(shapes: Mapping[str, TensorShape]) -> tuple[int, ...]:
+    """Channels of a VAE's decoder, as in its config, read off the shapes in diffusers' names; empty where there is no
+    decoder under these names."""
+    found: list[int] = []
+    while (first := shapes.get(f"decoder.up_blocks.{len(found)}.resnets.0.conv1.weight")) is not None:
+        found.append(first[0])
+    return tuple(reversed(found))
 
 
 def encoder_shapes(spec: AutoencoderSpec) -> list[TensorShape]:
     """The shape of each parameter that encoding needs. The batch norm has none."""
     first, last, latent = spec.channels[0], spec.channels[-1], 2 * spec.latent_channels
     ends = [*_linear(first, 3, 3, 3), *_norm(last), *_linear(latent, last, 3, 3), *_linear(latent, latent, 1, 1)]
-    return [*ends, *_inside(spec, spec.channels, spec.blocks_per_level)]
+    return [*ends, *_inside(spec.channels[-1], spec.channels, spec.blocks_per_level)]
 
 
 def decoder_shapes(spec: AutoencoderSpec) -> list[TensorShape]:
     """The same of decoding."""
-    first, last, latent = spec.channels[0], spec.channels[-1], spec.latent_channels
+    channels = spec.decoder_channels or spec.channels
+    first, last, latent = channels[0], channels[-1], spec.latent_channels
     ends = [*_linear(latent, latent, 1, 1), *_linear(last, latent, 3, 3), *_norm(first), *_linear(3, first, 3, 3)]
-    return [*ends, *_inside(spec, spec.channels[::-1], spec.blocks_per_level + 1)]
+    return [*ends, *_inside(last, channels[::-1], spec.blocks_per_level + 1)]
 
 
-def _inside(spec: AutoencoderSpec, levels: tuple[int, ...], blocks: int) -> list[TensorShape]:
-    """Of the middle, and of the levels in the order in which they run."""
-    last = spec.channels[-1]
+def _inside(last: int, levels: tuple[int, ...], blocks: int) -> list[TensorShape]:
+    """Of the middle, `last` channels wide, and of the levels in the order in which they run."""
     attention = [*_norm(last), *_linear(last, last) * 4]
     found = [*_residual(last, last), *attention, *_residual(last, last)]
     before = levels[0]

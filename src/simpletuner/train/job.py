@@ -178,6 +178,8 @@ class Attempt:
         self.plan_memory()
         mind_the_disk(self.run, self.config, self.reporter, self.requests)
         source = locate(self.config, report=self.reporter.say)
+        if source.distillation_warning is not None:
+            self.reporter.notice(source.distillation_warning)
         # Before the work that a mistake would waste.
         resolve(self.config.tread_routes, source.spec.blocks)
         check_trainable(self.config, self.config, source)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from simpletuner.base.errors import AccessError, ConfigError
-from simpletuner.config.flavours import TINY
+from simpletuner.config.flavours import TINY, TransformerSpec
 from simpletuner.flux2.load import (
     autoencoder_id,
     checked_skeleton,
@@ -22,7 +22,7 @@ from simpletuner.flux2.source import Source, Weights
 TEXT = {"layers": (10, 20, 30), "max_length": 512, "fix_regex": False}
 
 
-def bfl_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def bfl_tensors(tensors: dict[str, torch.Tensor], spec: TransformerSpec = TINY) -> dict[str, torch.Tensor]:
     """diffusers' tensors as BFL keeps them, written for this test from the description of both."""
     left = dict(tensors)
     bfl = {
@@ -32,13 +32,13 @@ def bfl_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
     scale, shift = left.pop("norm_out.linear.weight").chunk(2)
     bfl["final_layer.adaLN_modulation.1.weight"] = torch.cat([shift, scale])
-    for ours, theirs in (("timestep", "time_in"), ("guidance", "guidance_in")):
+    for ours, theirs in (("timestep", "time_in"), ("guidance", "guidance_in"))[: 1 + spec.guidance_embeds]:
         embedder = f"time_guidance_embed.{ours}_embedder"
         bfl[f"{theirs}.in_layer.weight"] = left.pop(f"{embedder}.linear_1.weight")
         bfl[f"{theirs}.out_layer.weight"] = left.pop(f"{embedder}.linear_2.weight")
     for part in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"):
         bfl[f"{part}.lin.weight"] = left.pop(f"{part}.linear.weight")
-    for index in range(TINY.double_blocks):
+    for index in range(spec.double_blocks):
         ours, theirs = f"transformer_blocks.{index}", f"double_blocks.{index}"
         fused = {"img": ("to_q", "to_k", "to_v"), "txt": ("add_q_proj", "add_k_proj", "add_v_proj")}
         for stream, names in fused.items():
@@ -57,7 +57,7 @@ def bfl_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             "ff_context.linear_out.weight": "txt_mlp.2.weight",
         }.items():
             bfl[f"{theirs}.{other}"] = left.pop(f"{ours}.{name}")
-    for index in range(TINY.single_blocks):
+    for index in range(spec.single_blocks):
         ours, theirs = f"single_transformer_blocks.{index}.attn", f"single_blocks.{index}"
         bfl[f"{theirs}.linear1.weight"] = left.pop(f"{ours}.to_qkv_mlp_proj.weight")
         bfl[f"{theirs}.linear2.weight"] = left.pop(f"{ours}.to_out.weight")
@@ -119,7 +119,7 @@ def test_a_weight_beyond_fp16_is_named(value, precision, tiny_source, tensors, t
     load_transformer(source, torch.bfloat16, "cpu", precision)
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
 def test_bfls_single_file_is_the_same_transformer(prefix, tiny_source, tensors, tmp_path):
     renamed = {prefix + name: tensor for name, tensor in bfl_tensors(tensors).items()}
     source = single_file(tiny_source, tmp_path, renamed)

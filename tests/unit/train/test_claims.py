@@ -35,7 +35,11 @@ def test_a_damaged_note_leaves_the_key_to_nobody(stores: list[LocalStorage], tex
     assert not claim(stores, "key", "content")
 
 
-NEW, EARLIER, OTHER_DECODER = CacheKey("new", "new whole"), CacheKey("earlier", "earlier whole"), CacheKey("o", "o whole")
+NEW, EARLIER, OTHER_DECODER = (
+    CacheKey("new", "new whole"),
+    CacheKey("earlier", "earlier whole"),
+    CacheKey("o", "o whole"),
+)
 
 
 def test_a_new_cache_has_todays_key_and_weights_that_differ_further_on_have_another(stores: list[LocalStorage]) -> None:

@@ -42,10 +42,11 @@ class ModelOptions(Slice):
     default the flavour's own Hub id. With local paths nothing is asked of the network."""
 
     pretrained_transformer_model_name_or_path: ModelText | None = None
-    """Replaces the transformer: a Hub id, a folder or a `.safetensors` file."""
+    """Replaces the transformer: a Hub id, a folder or a `.safetensors` file in diffusers' or BFL's names."""
 
     pretrained_vae_model_name_or_path: ModelText | None = None
-    """Replaces the VAE: a Hub id or a folder."""
+    """Replaces the VAE: a Hub id, a folder or a `.safetensors` file in diffusers' names. One with another decoder, such
+    as `black-forest-labs/FLUX.2-small-decoder`, leaves [cached latents](runs.md#the-base-model) as they are."""
 
     pretrained_text_encoder_model_name_or_path: ModelText | None = None
     """Replaces the text encoder: a Hub id or a folder."""

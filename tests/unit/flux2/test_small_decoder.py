@@ -1,0 +1,112 @@
+"""A VAE with a decoder of other widths, such as FLUX.2-small-decoder: recognized, counted, and the same latents."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.small_decoder import CHANNELS, WEIGHTS, make_small_decoder
+
+from simpletuner.base.errors import AccessError
+from simpletuner.config.flavours import AutoencoderSpec
+from simpletuner.config.options.model import ModelOptions
+from simpletuner.config.run import RunConfig
+from simpletuner.flux2.footprint import Architecture
+from simpletuner.flux2.load import autoencoder_id, load_autoencoder
+from simpletuner.flux2.source import Source, locate
+from simpletuner.flux2.spec import decoder_shapes, encoder_shapes
+
+SMALL = AutoencoderSpec(decoder_channels=(96, 192, 384, 384))
+
+
+@pytest.fixture(scope="module")
+def small(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small decoder's folder. Its config does not name the decoder's widths: the tensors tell."""
+    folder = tmp_path_factory.mktemp("small") / "small-decoder"
+    return make_small_decoder(tiny_folder / "vae", folder, says_so=False)
+
+
+def with_vae(tiny_folder: Path, vae: Path) -> Source:
+    asked = {"pretrained_model_name_or_path": str(tiny_folder), "pretrained_vae_model_name_or_path": str(vae)}
+    return locate(ModelOptions(model_flavour="tiny", **asked), report=pytest.fail)
+
+
+def test_the_published_small_decoder_has_its_parameters() -> None:
+    from diffusers import AutoencoderKLFlux2
+
+    counts = [sum(map(math.prod, shapes(SMALL))) for shapes in (encoder_shapes, decoder_shapes)]
+    # quant_conv belongs to encoding and post_quant_conv to decoding.
+    assert counts == [34_421_696 + 64 * 64 + 64, 27_946_179 + 32 * 32 + 32]
+    with torch.device("meta"):
+        vae = AutoencoderKLFlux2(decoder_block_out_channels=SMALL.decoder_channels)
+    assert sum(parameter.numel() for parameter in vae.parameters()) == sum(counts) == 62_373_091
+
+
+def test_a_small_decoder_is_recognized_by_its_tensors_and_gives_the_same_latents(
+    tiny_source: Source, tiny_folder: Path, small: Path
+) -> None:
+    source = with_vae(tiny_folder, small)
+    assert source.vae.config is not None
+    assert source.vae.config["decoder_block_out_channels"] == CHANNELS
+    first, second = (load_autoencoder(each, torch.float32, "cpu") for each in (tiny_source, source))
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = second.encode(pixels)
+    assert latents.equal(first.encode(pixels))
+    images = [autoencoder.decode(latents) for autoencoder in (first, second)]
+    assert images[0].shape == images[1].shape
+    assert not images[0].equal(images[1])
+
+
+def test_a_single_file_in_diffusers_names_is_the_same_vae(tiny_folder: Path, small: Path, tmp_path: Path) -> None:
+    file = tmp_path / "full_encoder_small_decoder.safetensors"
+    file.hardlink_to(small / WEIGHTS)
+    source, whole = with_vae(tiny_folder, file), with_vae(tiny_folder, small)
+    assert source.vae.config == whole.vae.config
+    assert source.fingerprint("vae") == whole.fingerprint("vae")
+    with pytest.raises(AccessError, match="no such file"):
+        with_vae(tiny_folder, tmp_path / "absent.safetensors")
+
+
+def test_bfls_names_are_refused_with_a_way_out(tiny_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "full_encoder_small_decoder.safetensors"
+    save_file({"encoder.down.0.block.0.conv1.weight": torch.zeros(1), "decoder.up.0.block.0": torch.zeros(1)}, file)
+    with pytest.raises(AccessError, match="holds a VAE under BFL's names: expected diffusers' names") as caught:
+        with_vae(tiny_folder, file)
+    assert "black-forest-labs/FLUX.2-small-decoder" in str(caught.value.problems[0].remedy)
+
+
+def test_latents_are_named_by_what_encodes_them(
+    tiny_source: Source, tiny_folder: Path, small: Path, repository: Path
+) -> None:
+    def ids(source: Source) -> set[str]:
+        return {
+            autoencoder_id(source, torch.float32, tiling=False, slicing=False, whole=whole) for whole in (False, True)
+        }
+
+    source = with_vae(tiny_folder, small)
+    assert ids(source) == ids(tiny_source)
+    assert source.fingerprint("vae") != tiny_source.fingerprint("vae")
+    found = [ids(tiny_source)]
+    weights, config = repository / "vae" / WEIGHTS, repository / "vae" / "config.json"
+    tensors, fields = load_file(weights), json.loads(config.read_text())
+    for name in ("encoder.conv_in.weight", "quant_conv.bias", "bn.running_mean", "bn.running_var"):
+        weights.unlink()
+        save_file(tensors | {name: tensors[name] + 1}, weights)
+        found.append(ids(with_vae(tiny_folder, repository)))
+    weights.unlink()
+    save_file(tensors, weights)
+    config.unlink()
+    config.write_text(json.dumps(fields | {"batch_norm_eps": 1e-3}))
+    found.append(ids(with_vae(tiny_folder, repository)))
+    assert len(set().union(*found)) == 2 * len(found)
+    config.write_text(json.dumps(fields | {"decoder_block_out_channels": None, "batch_norm_momentum": 0.2}))
+    assert ids(with_vae(tiny_folder, repository)) == found[0], "as diffusers writes the usual one"
+
+
+def test_the_plan_counts_the_small_decoder(tiny_folder: Path, small: Path, tmp_path: Path) -> None:
+    says_so = make_small_decoder(tiny_folder / "vae", tmp_path / "says-so")
+    for vae in (says_so, small / WEIGHTS):
+        config = RunConfig(model_flavour="tiny", pretrained_vae_model_name_or_path=str(vae))
+        assert Architecture.of(config).autoencoder.decoder_channels == tuple(CHANNELS)
