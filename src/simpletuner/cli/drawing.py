@@ -19,6 +19,7 @@ from simpletuner.base.errors import AccessError, CheckpointError, MemoryBudgetEr
 from simpletuner.base.files import file_errors_reported, sha256_file, write_atomic
 from simpletuner.cli.progress import ReportSteps
 from simpletuner.cli.sample import FROM_RUN, SampleConfig, Wanted
+from simpletuner.config.flavours import flavour_of_base
 from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flux2.components import check_precisions, load_base, open_text_encoder
 from simpletuner.flux2.denoiser import Denoiser
@@ -104,6 +105,8 @@ class _Base:
         self.device = device
         self.options = _model_options(config)
         self.source: Source = locate(config, report=complain)
+        if self.source.distillation_warning is not None:
+            complain(self.source.distillation_warning)
         self.files = _stamps(self.source)
         self.contexts: dict[str, TextContext] = {}
         self.transformer: Flux2Transformer | None = None
@@ -258,7 +261,7 @@ class _AttachedLoras:
         for lora in contents:
             attach_saved(skeleton, lora)
             trained_on = lora.metadata.get("base_model")
-            if trained_on not in (None, source.name):
+            if trained_on not in (None, source.name) and not _are_siblings(trained_on, source):
                 complain(f"{lora.path.name} was trained on {trained_on}; drawing with {source.name}.")
         self._contents = contents
 
@@ -292,6 +295,12 @@ class _AttachedLoras:
     def forget(self) -> None:
         """The transformer they were on is gone."""
         self._attached = []
+
+
+def _are_siblings(trained_on: str, source: Source) -> bool:
+    """Whether a LoRA's base model and the one that draws are base and distilled weights of one size."""
+    base, own = flavour_of_base(trained_on), source.flavour
+    return base is not None and base.family == own.family and base.is_distilled != own.is_distilled
 
 
 def _model_options(config: SampleConfig) -> dict[str, Any]:

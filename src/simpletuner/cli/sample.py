@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from simpletuner.cli.help import help_asked, option_entries
 from simpletuner.cli.printing import fitted
 from simpletuner.config.documents import read_document
 from simpletuner.config.flags import Flags, parse
-from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS
+from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS, flavour_of_base
 from simpletuner.config.given import Checked, Given, Known, check_givens
 from simpletuner.config.options.kinds import Count, NotNegative, PathText, Says, Slice, Text
 from simpletuner.config.options.model import ModelOptions
@@ -287,11 +286,9 @@ def _named_by_lora(given: Mapping[str, Given], report: Callable[[str], None]) ->
             continue
         with contextlib.suppress(AccessError):  # which reading the whole file reports
             base = read_metadata(file).get("simpletuner.base_model", "")
-            for flavour in FLAVOURS.values():
-                is_embedded = flavour.repo is None and re.fullmatch(rf"{re.escape(flavour.name)}-\d+", base)
-                if base == flavour.repo or is_embedded:
-                    report(f"{lora.path} names {base} as its base model: drawing with --model_flavour {flavour.name}.")
-                    return {"model_flavour": Given(flavour.name, "file", "model_flavour")}
+            if (flavour := flavour_of_base(base)) is not None:
+                report(f"{lora.path} names {base} as its base model: drawing with --model_flavour {flavour.name}.")
+                return {"model_flavour": Given(flavour.name, "file", "model_flavour")}
     return {}
 
 

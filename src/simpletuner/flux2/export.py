@@ -4,6 +4,7 @@ The keys are diffusers' (`transformer.<module>.lora_A.weight`), which ComfyUI re
 into B, because loaders disagree about where alpha is kept; the user's alpha stays in our own header.
 """
 
+import functools
 import json
 import re
 from collections import Counter
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 
 from simpletuner.base.errors import CheckpointError
 from simpletuner.base.files import file_errors_reported
+from simpletuner.config.flavours import FLAVOURS, Flavour, TransformerSpec, flavour_of_base
 from simpletuner.flux2.lora import CUSTOM, PRESETS, Adapter, Range, linears, preset_ranges, whole, wrap
+from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.tensors import non_finite_count, open_tensors, save_verified
 from simpletuner.runs.layout import LORA_NAME
 
@@ -275,11 +278,17 @@ def attach_saved(transformer: nn.Module, saved: LoadedLora, *, strength: float =
         have = f"{found[name].out_features} × {found[name].in_features}" if name in found else "not there"
         layer = saved.layers[name]
         origin = saved.metadata.get("base_model")
+        trained_on, here = _flavour_of_lora(saved), _flavour_with(found)
+        named = f"{origin} ({trained_on.name})" if origin and trained_on and origin != trained_on.name else origin
+        named = named or (trained_on.name if trained_on is not None else None)
         raise CheckpointError.of(
-            f"{saved.path} does not fit this model: {len(misfits)} of {len(saved.layers)} layers, such as "
-            f"{name}, which is {layer.b.shape[0]} × {layer.a.shape[1]} in the file and {have} here",
-            "the model it was trained on" + (f", {origin}" if origin else ""),
-            "Name it with --model_flavour or --pretrained_model_name_or_path.",
+            f"{saved.path} does not fit this model{'' if here is None else f', {here.family}'}: {len(misfits)} of "
+            f"{len(saved.layers)} layers, such as {name}, which is {layer.b.shape[0]} × {layer.a.shape[1]} in the file "
+            f"and {have} here",
+            "the model it was trained on" + (f", {named}" if named else ""),
+            "Name it with --model_flavour or --pretrained_model_name_or_path."
+            if trained_on is None or trained_on is here
+            else f"Give --model_flavour {trained_on.name} to use this file.",
         )
     ranges = preset_ranges(transformer, PRESETS[saved.target]) if saved.target in PRESETS else {}
     transformer.requires_grad_(False)
@@ -298,6 +307,29 @@ def attach_saved(transformer: nn.Module, saved: LoadedLora, *, strength: float =
             dropout=dropout,
         )
     return Adapter(layers, target=saved.target, alpha=saved.alpha)
+
+
+@functools.cache
+def _linear_shapes(spec: TransformerSpec) -> dict[str, tuple[int, int]]:
+    """Rows and columns of each Linear."""
+    with torch.device("meta"):
+        transformer = Flux2Transformer(spec)
+    return {name: (linear.out_features, linear.in_features) for name, linear in linears(transformer).items()}
+
+
+def _flavour_with(found: Mapping[str, Any]) -> Flavour | None:
+    """The first flavour with exactly these Linears: the base of its family."""
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in found.items()}
+    return next((each for each in FLAVOURS.values() if _linear_shapes(each.transformer) == shapes), None)
+
+
+def _flavour_of_lora(saved: LoadedLora) -> Flavour | None:
+    """The flavour that a LoRA was trained on: by its header, else the first one that all of its layers fit."""
+    named = flavour_of_base(saved.metadata.get("base_model", ""))
+    shapes = {name: (layer.b.shape[0], layer.a.shape[1]) for name, layer in saved.layers.items()}
+    return named or next(
+        (each for each in FLAVOURS.values() if shapes.items() <= _linear_shapes(each.transformer).items()), None
+    )
 
 
 def _fits(layer: SavedLayer, linear: Any) -> bool:
