@@ -126,20 +126,39 @@ def _add_the_rest(part: Path, source: Source) -> None:
         "scheduler": source.pipeline / "scheduler",
         "tokenizer": source.tokenizer,
         "text_encoder": source.text_encoder.files[0].parent,
-        "vae": source.vae.files[0].parent,
     }
     for name, folder in folders.items():
         (part / name).mkdir()
-        for file in sorted(folder.iterdir()):
-            if not file.is_file() or file.name.startswith("."):
-                continue
-            if file.stat().st_size <= COPIED_BYTES:
-                shutil.copyfile(file, part / name / file.name)
-            else:
-                _link(file.resolve(), part / name / file.name)
+        for file in _files_of(folder):
+            _add(file, part / name / file.name)
+    _add_vae(part / "vae", source)
 
 
-def _link(file: Path, target: Path) -> None:
+def _add_vae(part: Path, source: Source) -> None:
+    """The VAE, which may have been a single file, or have lain at a repository's root beside other weights."""
+    part.mkdir()
+    files, config = source.vae.files, part / "config.json"
+    folder = files[0].parent
+    if (folder / config.name).is_file():
+        for file in _files_of(folder):
+            if file.suffix != ".safetensors":
+                _add(file, part / file.name)
+    for file in files:
+        _add(file, part / (WEIGHTS_NAME if len(files) == 1 else file.name))
+    if not config.exists() or read_object(config) != source.vae.config:
+        write_json(config, source.vae.config)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".")]
+
+
+def _add(file: Path, target: Path) -> None:
+    """Copy or link a file of the base model."""
+    if file.stat().st_size <= COPIED_BYTES:
+        shutil.copyfile(file, target)
+        return
+    file = file.resolve()
     try:
         os.link(file, target)
     except OSError:  # another disk, a file of somebody else's, or a file system without hard links

@@ -62,18 +62,19 @@ def export_full(
         title = "Its moving average" if name else "Model"
         size = format_size(single.stat().st_size)
         lines.append(f"{title}: {model}, and its transformer as {single} ({size})")
+    pipeline = "Flux2Pipeline" if source.flavour.text.kind == "mistral3" else "Flux2KleinPipeline"
     if why is None:
         outside = sorted({file.readlink() for file in run.model.rglob("*") if file.is_symlink()})
         if outside:
             reporter.notice(
                 f"{run.model} links to {len(outside)} files on another disk, such as {outside[0]}: keep them."
             )
-        return Export(products, (*lines, f"In diffusers: Flux2Pipeline.from_pretrained({str(run.model)!r})"))
+        return Export(products, (*lines, f"In diffusers: {pipeline}.from_pretrained({str(run.model)!r})"))
     reporter.notice(f"{run.model} holds the transformer alone: {why}.")
     base = source.flavour.repo or source.name
     transformer_only = str(run.model / TRANSFORMER_FOLDER)
     how = (
-        f"In diffusers: Flux2Pipeline.from_pretrained({base!r}, "
+        f"In diffusers: {pipeline}.from_pretrained({base!r}, "
         f"transformer=Flux2Transformer2DModel.from_pretrained({transformer_only!r}))"
     )
     return Export(products, (*lines, how))
