@@ -364,22 +364,15 @@ def _tokenizer(source: Source, fix_regex: bool) -> Any:
     return tokenizer
 
 
-def autoencoder_id(
-    source: Source,
-    dtype: torch.dtype,
-    *,
-    tiling: bool,
-    slicing: bool,
-    whole: bool = False,
-    with_decoder: bool = False,
-) -> str:
-    """Names everything that decides a cached latent, without loading the autoencoder; `whole` as `Source.fingerprint`
-    has it. `with_decoder` names the decoder too, as earlier releases did."""
-    if with_decoder:
-        weights = ["latents 1", source.fingerprint("vae", whole=whole)]
-    else:
-        weights = ["latents 2", source.fingerprint("vae_encoder", whole=whole)]
-    return sha256_json([*weights, str(dtype), tiling, slicing])
+def autoencoder_id(source: Source, dtype: torch.dtype, *, tiling: bool, slicing: bool) -> str:
+    """Names everything that decides a cached latent, without loading the autoencoder."""
+    return sha256_json(["latents 2", source.encoder_fingerprint(dtype), str(dtype), tiling, slicing])
+
+
+def earlier_autoencoder_id(source: Source, dtype: torch.dtype, *, tiling: bool, slicing: bool, whole: bool) -> str:
+    """What earlier releases named a cached latent by: the decoder too, and the bytes of the files, `whole` as
+    `Source.fingerprint` has it."""
+    return sha256_json(["latents 1", source.fingerprint("vae", whole=whole), str(dtype), tiling, slicing])
 
 
 def text_encoder_id(

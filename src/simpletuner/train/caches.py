@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,12 +25,12 @@ from simpletuner.data.sample import Sample
 from simpletuner.data.storages import latent_storage, text_storage
 from simpletuner.flow.condition import TextContext
 from simpletuner.flux2.components import open_autoencoder, open_text_encoder, text_codec
-from simpletuner.flux2.load import autoencoder_id
+from simpletuner.flux2.load import autoencoder_id, earlier_autoencoder_id
 from simpletuner.flux2.source import Source
 from simpletuner.flux2.text import TextEncoder
 from simpletuner.memory.free import release_memory
 from simpletuner.memory.precision import DTYPES
-from simpletuner.train.claims import CacheKey, claimed
+from simpletuner.train.claims import claim, key_of_latents
 from simpletuner.train.report import Reporter
 
 UNCONDITIONAL_CAPTION = ""
@@ -46,43 +47,35 @@ class Encoders:
     @classmethod
     def of(cls, config: RunConfig, source: Source, *, whole: bool = False) -> "Encoders":
         """Weights, `whole` or their heads, precision and every setting that the encoders see."""
-        return cls(text_codec(config, config, source, whole=whole), _latents_id(config, source, whole=whole))
+        return cls(text_codec(config, config, source, whole=whole), autoencoder_id(source, **_encoding(config)))
 
     @classmethod
     def claimed(cls, loaded: Loaded, source: Source) -> "Encoders":
         """The keys of this run's caches: those of the weights' heads, unless other weights had them there first."""
         config, datasets = loaded.config, loaded.datasets
         heads, whole = (cls.of(config, source, whole=all_bytes) for all_bytes in (False, True))
-        earlier = CacheKey(
-            _latents_id(config, source, whole=False, with_decoder=True),
-            _latents_id(config, source, whole=True, with_decoder=True),
-        )
+        earlier = (earlier_autoencoder_id(source, **_encoding(config), whole=all_bytes) for all_bytes in (False, True))
         texts = [text_storage(store) for store in datasets.text_stores]
         image_sets = (*datasets.train_sets, *datasets.eval_sets)
         # Before the texts: where both lie in one storage, what these note there would hide that it had no note.
-        latents = claimed(
-            [latent_storage(image_set) for image_set in image_sets], CacheKey(heads.latents, whole.latents), earlier
-        )
-        text_key = claimed(texts, CacheKey(heads.text.key, whole.text.key))
-        return cls(heads.text if text_key == heads.text.key else whole.text, latents)
+        latents = key_of_latents([latent_storage(image_set) for image_set in image_sets], heads.latents, *earlier)
+        return cls(heads.text if claim(texts, heads.text.key, whole.text.key) else whole.text, latents)
 
 
-def _latents_id(config: RunConfig, source: Source, *, whole: bool, with_decoder: bool = False) -> str:
-    return autoencoder_id(
-        source,
-        DTYPES[config.vae_dtype],
-        tiling=config.vae_enable_tiling,
-        slicing=config.vae_enable_slicing,
-        whole=whole,
-        with_decoder=with_decoder,
-    )
+def _encoding(config: RunConfig) -> dict[str, Any]:
+    """Options that change a latent, as `autoencoder_id` takes them."""
+    return {
+        "dtype": DTYPES[config.vae_dtype],
+        "tiling": config.vae_enable_tiling,
+        "slicing": config.vae_enable_slicing,
+    }
 
 
 WHOLE = "whole:"
 """What fingerprints of all bytes of a base model begin with. Earlier releases recorded those of the heads."""
 
 
-WHOLE_VAE = "VAE"
+EARLIER_VAE = "VAE"
 """What earlier releases recorded of the VAE. Its decoder decides nothing that is trained."""
 
 
@@ -91,14 +84,14 @@ def base_fingerprints(config: RunConfig, source: Source, *, like: Mapping[str, s
     of an earlier release has it, or as this one does.
     """
     whole = like is None or knows_whole_base(like)
-    with_decoder = like is not None and WHOLE_VAE in like
     found = {
         "transformer": source.fingerprint("transformer", whole=whole),
         "text encoder": text_codec(config, config, source, whole=whole).key,
-        WHOLE_VAE if with_decoder else "VAE encoder": _latents_id(
-            config, source, whole=whole, with_decoder=with_decoder
-        ),
     }
+    if like is not None and EARLIER_VAE in like:
+        found[EARLIER_VAE] = earlier_autoencoder_id(source, **_encoding(config), whole=whole)
+    else:
+        found["VAE encoder"] = autoencoder_id(source, **_encoding(config))
     return {name: f"{WHOLE if whole else ''}{value}" for name, value in found.items()}
 
 

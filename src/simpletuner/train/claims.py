@@ -4,14 +4,13 @@ A key names of each tensor of an encoder its name, dtype, shape and first 4 KiB,
 found. The first weights that use a key in a cache are noted there, by a hash of all of their bytes; others with that
 key, which differ further on, use a key of their own.
 
-Keys of latents name the encoder's half of the VAE. Earlier releases named all of it: what lies under such a key is
-used on, also with another decoder.
+Keys of latents name all of the VAE's encoder, and nobody else has them. Earlier releases named VAEs as text encoders:
+what lies under such a key is used on, also with another decoder.
 """
 
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from simpletuner.base.files import json_bytes
@@ -19,16 +18,8 @@ from simpletuner.base.storage import Storage
 from simpletuner.data.storages import LEDGER
 
 CLAIMS = "bases.json"
-"""The note, in each storage of caches: `{key: key of the whole content}`. Of latents of an earlier release also
-`{today's key of the whole content: key that they lie under}`."""
-
-
-@dataclass(frozen=True)
-class CacheKey:
-    """The key of tensors by the heads of the weights that make them, and by the whole weights."""
-
-    heads: str
-    whole: str
+"""The note, in each storage of caches: `{key: key of the whole content}`. Of latents also `{key: key that they lie
+under}`: the same one, or that of an earlier release."""
 
 
 def claim(storages: Sequence[Storage], key: str, whole: str) -> bool:
@@ -44,32 +35,28 @@ def claim(storages: Sequence[Storage], key: str, whole: str) -> bool:
     return True
 
 
-def claimed(storages: Sequence[Storage], key: CacheKey, earlier: CacheKey | None = None) -> str:
-    """The key of what lies in `storages`, or will: that of the heads, unless other weights had it there first.
-
-    Where an earlier release used `storages`, what it left under `earlier` is used on. That is noted, so that weights
-    for which `earlier` is another one, while `key` is the same, find it too.
+def key_of_latents(storages: Sequence[Storage], key: str, earlier: str, earlier_whole: str) -> str:
+    """The key that the latents named by `key` have in `storages`: where an earlier release used them, what it left
+    under `earlier`, or under `earlier_whole` if `earlier` was another's, is used on. Either is noted: another decoder,
+    with which `earlier` is another one and `key` is the same, then finds it too.
     """
     notes = [_read(storage) for storage in storages]
-    for note in notes:
-        if note and isinstance(noted := note.get(key.whole), str):
-            return noted
-    if earlier is None or not any(map(lambda storage, note: _holds(storage, note, earlier), storages, notes)):
-        return key.heads if claim(storages, key.heads, key.whole) else key.whole
-    found = claimed(storages, earlier)
+    found = next((note[key] for note in notes if note and isinstance(note.get(key), str)), None)
+    if found is None and any(map(lambda storage, note: _holds(storage, note, earlier), storages, notes)):
+        found = earlier if claim(storages, earlier, earlier_whole) else earlier_whole
     for storage in storages:
         note = _read(storage)
-        if note is not None and _is_writable(storage):
-            storage.write(CLAIMS, json_bytes(note | {key.whole: found}), sync=False)
-    return found
+        if note is not None and key not in note and _is_writable(storage):
+            storage.write(CLAIMS, json_bytes(note | {key: found or key}), sync=False)
+    return found or key
 
 
-def _holds(storage: Storage, note: dict[str, Any] | None, earlier: CacheKey) -> bool:
-    """Whether a storage with that note has tensors under `earlier`: by its note, or because it has tensors and no
-    note, which releases before the notes left.
+def _holds(storage: Storage, note: dict[str, Any] | None, key: str) -> bool:
+    """Whether a storage with that note has tensors under `key`: by its note, or because it has tensors and no note, as
+    releases before the notes left it.
     """
     if note != {}:
-        return note is not None and earlier.heads in note
+        return note is not None and key in note
     try:
         storage.stat(LEDGER)
     except FileNotFoundError:

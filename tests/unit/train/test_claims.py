@@ -6,7 +6,7 @@ import pytest
 
 from simpletuner.base.storage import LocalStorage
 from simpletuner.data.storages import LEDGER
-from simpletuner.train.claims import CLAIMS, CacheKey, claim, claimed
+from simpletuner.train.claims import CLAIMS, claim, key_of_latents
 
 
 @pytest.fixture
@@ -35,16 +35,15 @@ def test_a_damaged_note_leaves_the_key_to_nobody(stores: list[LocalStorage], tex
     assert not claim(stores, "key", "content")
 
 
-NEW, EARLIER, OTHER_DECODER = (
-    CacheKey("new", "new whole"),
-    CacheKey("earlier", "earlier whole"),
-    CacheKey("o", "o whole"),
-)
+EARLIER, OTHER_DECODER = (("earlier", "earlier whole"), ("other decoder", "other decoder whole"))
 
 
-def test_a_new_cache_has_todays_key_and_weights_that_differ_further_on_have_another(stores: list[LocalStorage]) -> None:
-    assert claimed(stores, NEW, EARLIER) == claimed(stores, NEW, OTHER_DECODER) == "new"
-    assert claimed(stores, CacheKey("new", "others"), EARLIER) == "others"
+def test_new_latents_have_their_own_key_and_keep_it(stores: list[LocalStorage]) -> None:
+    for earlier in (EARLIER, OTHER_DECODER):
+        assert key_of_latents(stores, "new", *earlier) == "new"
+        for store in stores:
+            store.write(LEDGER, b"{}")
+    assert key_of_latents(stores, "other encoder", *EARLIER) == "other encoder"
 
 
 @pytest.mark.parametrize("noted", [True, False], ids=["with a note", "older than notes"])
@@ -53,12 +52,19 @@ def test_what_an_earlier_release_cached_is_used_on_and_another_decoder_finds_it(
 ) -> None:
     stores[0].write(LEDGER, b"{}")
     if noted:
-        assert claim(stores, EARLIER.heads, EARLIER.whole)
+        assert claim(stores[:1], *EARLIER)
     for earlier in (EARLIER, EARLIER, OTHER_DECODER):
-        assert claimed(stores, NEW, earlier) == "earlier"
-    assert claimed(stores, CacheKey("new", "others"), OTHER_DECODER) == "new", "of another encoder"
+        assert key_of_latents(stores, "new", *earlier) == "earlier"
+    assert key_of_latents(stores[1:], "new", *OTHER_DECODER) == "earlier", "noted in all"
+    assert key_of_latents(stores, "other encoder", *OTHER_DECODER) == "other encoder"
 
 
-def test_of_two_encoders_of_an_earlier_release_each_finds_its_own(stores: list[LocalStorage]) -> None:
-    assert claim(stores, EARLIER.heads, "of another")
-    assert claimed(stores, NEW, EARLIER) == EARLIER.whole
+def test_of_two_vaes_of_an_earlier_release_each_finds_its_own(stores: list[LocalStorage]) -> None:
+    assert claim(stores, "earlier", "of another")
+    assert key_of_latents(stores, "new", *EARLIER) == "earlier whole"
+
+
+def test_a_damaged_note_is_left_as_it_is(stores: list[LocalStorage]) -> None:
+    stores[0].write(CLAIMS, b"{")
+    assert key_of_latents(stores[:1], "new", *EARLIER) == "new"
+    assert stores[0].read(CLAIMS) == b"{"
