@@ -13,8 +13,10 @@ _BITSANDBYTES = (".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4", ".qu
 _QUANTIZATION_METADATA = "_quantization_metadata"
 
 
-def check_format(files: tuple[Path, ...]) -> None:
-    """Raise an AccessError unless all `files` are whole safetensors files of weights that are not quantized."""
+def check_format(files: tuple[Path, ...], plain: str | None = None) -> None:
+    """Raise an AccessError unless all `files` are whole safetensors files of weights that are not quantized, such as
+    the Hub's repository `plain` has.
+    """
     for file in files:
         entries = read_header(file)
         found = _quantized_format(entries, read_metadata(file))
@@ -22,7 +24,7 @@ def check_format(files: tuple[Path, ...]) -> None:
             raise AccessError.of(
                 f"{file} holds {found}",
                 "weights in bf16, fp16 or fp32",
-                "Name the file that is not quantized, such as flux2-dev.safetensors of black-forest-labs/FLUX.2-dev: "
+                f"Name the file that is not quantized{f', such as that of {plain}' if plain else ''}: "
                 "base_model_precision and text_encoder_1_precision quantize it as it is loaded.",
             )
 

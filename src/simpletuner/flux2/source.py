@@ -287,7 +287,7 @@ class _Search:
         for component, path in overrides.items():
             if component == "transformer" and single is not None:
                 parts[component] = _Part(ModelFolder(single.parent), [single.name], None)
-                check_format((single,))
+                check_format((single,), self.flavour.repo)
             elif component == "vae" and path is not None and path.endswith(".safetensors"):
                 file = _single_file(path, "VAE")
                 # The file tells the decoder's widths; all else is as in the base model's VAE.
@@ -308,7 +308,7 @@ class _Search:
             for component, part in parts.items()
         }
         for found in weights.values():
-            check_format(found.files)  # found now, not after an hour of encoding
+            check_format(found.files, self.flavour.repo)  # found now, not after an hour of encoding
         weights["vae"] = _with_decoder_channels(weights["vae"])
         folder = tokenizer.place.path(tokenizer.names[0]).parent
         check_tokenizer(folder, tuple(Path(name).name for name in tokenizer.names))
@@ -355,7 +355,7 @@ class _Search:
         if folder.is_dir():
             return ModelFolder(folder)
         if folder.is_file():
-            check_format((folder,))  # names another container
+            check_format((folder,), self.flavour.repo)  # names another container
             raise AccessError.of(f"{text} is a file", "a folder, a Hub id, or a file whose name ends in .safetensors")
         if Hub.is_id(text):
             if text not in self.repos:
