@@ -1,6 +1,7 @@
 """Which files make up the model that was asked for, and everything that can be wrong with them."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,8 @@ _TEXT_ENCODERS: Mapping[TextEncoderKind, tuple[str, ...]] = {
 }
 _ALL_TEXT_ENCODERS = tuple(name for names in _TEXT_ENCODERS.values() for name in names)
 _INDEX = "model_index.json"
+_KLEIN_FILE = re.compile(r"flux-?2-klein-(?P<base>base-)?\d+b")
+"""How BFL names a single file of klein: without `base` it is distilled."""
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 _TOKENIZER_EXTRA = ("chat_template.jinja", "special_tokens_map.json")
 # Who wrote a config, and with what, changes nothing about what it says.
@@ -128,16 +131,17 @@ class Source:
             if each.family == flavour.family and each.is_distilled == self.is_distilled
         )
         usual = flavour.repo or flavour.title
+        held, meant = ("distilled", "base") if self.is_distilled else ("base", "distilled")
+        said = f"model_flavour = {flavour.name} means {meant} ones"
+        found = f"{name} holds {held} weights, by model_index.json or its name; {said}."
         if self.is_distilled:
             return (
-                f"{name} holds distilled weights, and model_flavour = {flavour.name} is the base: training distilled "
-                f"weights gives grey, smooth blobs. Name the base weights ({usual}) instead. To draw with these, give "
-                f"--model_flavour {other}."
+                f"{found} Training distilled weights gives grey, smooth blobs: name the base weights ({usual}) "
+                f"instead. To draw with these, give --model_flavour {other}."
             )
         return (
-            f"{name} holds base weights, and model_flavour = {flavour.name} is distilled: base weights draw only blurs "
-            f"in {flavour.steps} steps without guidance. Name the distilled weights ({usual}), or give "
-            f"--model_flavour {other}."
+            f"{found} Base weights draw only blurs in {flavour.steps} steps without guidance: name the distilled "
+            f"weights ({usual}), or give --model_flavour {other}."
         )
 
     def fingerprint(self, component: Component | Literal["tokenizer"], *, whole: bool = False) -> str:
@@ -448,8 +452,8 @@ class _Search:
         if len(siblings) == 1 or transformer.place.name in [each.repo for each in siblings]:
             return self.flavour.is_distilled
         if transformer.config is None:
-            name = transformer.names[0].lower()
-            return "base" not in name if "klein" in name else self.flavour.is_distilled
+            name = _KLEIN_FILE.match(transformer.names[0].lower())
+            return self.flavour.is_distilled if name is None else name["base"] is None
         if not transformer.place.has(_INDEX):
             return self.flavour.is_distilled
         index = read_object(transformer.place.path(_INDEX))

@@ -174,6 +174,13 @@ def test_weights_that_are_distilled_or_not_are_told_from_the_flavours(
         pretrained_transformer_model_name_or_path=str(single),
     )
     assert source.is_distilled
+    mine = single.rename(tmp_path / "my-klein-merge.safetensors")
+    source = located(
+        model_flavour="tiny-klein",
+        pretrained_model_name_or_path=str(tiny_klein_folder),
+        pretrained_transformer_model_name_or_path=str(mine),
+    )
+    assert not source.is_distilled, "nothing says so"
 
 
 NAME = "transformer_blocks.0.ff.linear_out"
