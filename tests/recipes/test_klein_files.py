@@ -39,10 +39,6 @@ def test_a_lora_fits_base_and_distilled_and_is_refused_elsewhere(
         told = capsys.readouterr().err
         assert refused in told
         assert remedy in told
-    distilled = ["--model_flavour=tiny-klein-distilled", "--output_dir=output/distilled", "--init_lora", lora]
-    assert main(["train", *distilled]) == 0
-    told = "".join(capsys.readouterr())
-    assert "training them gives grey, smooth blobs. Train --model_flavour tiny-klein;" in told
 
 
 @pytest.mark.slow

@@ -214,6 +214,15 @@ def test_dev_names_its_licence(place: Any) -> None:
     assert place.load().notices == ()
 
 
+@pytest.mark.parametrize("flavour", ["klein-4b", "klein-9b", "tiny-klein"])
+def test_training_distilled_weights_is_warned_of_and_the_base_named(place: Any, flavour: str) -> None:
+    place.config["model_flavour"] = f"{flavour}-distilled"
+    (told,) = [notice for notice in place.load().notices if "grey, smooth blobs" in notice]
+    assert f"Train --model_flavour {flavour};" in told
+    place.config["model_flavour"] = flavour
+    assert not any("blobs" in notice for notice in place.load().notices)
+
+
 def test_paths_are_filled_in_and_joined(place: Any) -> None:
     place.config |= {"output_dir": "runs/{model_family}-{env:NAME}", "cache_dir": "{output_dir}/hub"}
     values = place.load(environ={"NAME": "one"}).config
