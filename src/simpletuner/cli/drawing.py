@@ -28,6 +28,7 @@ from simpletuner.flux2.generate import fits_both, generate
 from simpletuner.flux2.load import checked_skeleton
 from simpletuner.flux2.lora import Adapter, detach
 from simpletuner.flux2.source import Source, locate
+from simpletuner.flux2.text import control_token_notice
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.device import choose_device
 from simpletuner.memory.exhausted import exhausted_memory, first_line
@@ -194,6 +195,8 @@ class _Base:
             return None
         for prompt in encoder.truncated:
             complain(f"Longer than {self.source.text_length} tokens, and shortened: {prompt[:60]}…")
+        if encoder.control_tokens:
+            complain(control_token_notice(encoder.control_tokens))
         del encoder, encoded
         release_memory(self.device)
         return contexts

@@ -129,6 +129,8 @@ class Workload:
     """Contexts to cache."""
     caption_tokens: int | None = None
     """Tokens of the longest caption, template included; None for as many as a context has."""
+    tokenizer: Path | None = None
+    """The folder of the tokenizer that counted them; None where they are estimated, or nobody has looked."""
     draws: bool = True
     """Whether pictures are made along the way."""
     steps: int | None = None

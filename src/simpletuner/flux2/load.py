@@ -25,18 +25,13 @@ from simpletuner.flux2.names import Renamed, TensorRenaming, text_encoder_name, 
 from simpletuner.flux2.source import Source, Weights
 from simpletuner.flux2.text import ResidentTextEncoder, zero_fully_masked_rows
 from simpletuner.flux2.text_stream import StreamedTextEncoder
+from simpletuner.flux2.tokenizer import correct_pattern
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory import offload
 from simpletuner.memory.precision import check_range, make_room, quantised, quantised_from, targets
 from simpletuner.memory.tensors import non_finite_count, open_tensors
 from simpletuner.runs.process import stop_if_asked
 
-# Mistral's own pre-tokeniser, as in its tekken.json: case counts and every digit is a token.
-_TEKKEN_PATTERN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 
 
@@ -353,14 +348,7 @@ def _tokenizer(source: Source, fix_regex: bool) -> Any:
         padding_side=source.flavour.text.padding_side,
     )
     if fix_regex and source.flavour.text.kind == "mistral3":
-        from tokenizers import Regex, pre_tokenizers
-
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_TEKKEN_PATTERN), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        correct_pattern(tokenizer.backend_tokenizer)
     return tokenizer
 
 

@@ -237,13 +237,18 @@ def missing_download(options: ModelOptions) -> int:
 
 def _cached_bytes(options: ModelOptions, repo: str, component: str) -> int:
     """Size of the component's complete weight files in the Hub's cache."""
-    root = hub_cache(options) / f"models--{repo.replace('/', '--')}"
-    ref = root / "refs" / (options.revision or "main")
-    commit = ref.read_text(encoding="ascii").strip() if os.path.isfile(ref) else options.revision or "none"
-    folder = root / "snapshots" / commit / component
+    folder = cached_snapshot(options, repo) / component
     if not os.path.isdir(folder):
         return 0
     return sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.exists())
+
+
+def cached_snapshot(options: ModelOptions, repo: str) -> Path:
+    """Where the Hub's cache keeps the files of a repository, at the commit that `revision` was last seen at."""
+    root = hub_cache(options) / f"models--{repo.replace('/', '--')}"
+    ref = root / "refs" / (options.revision or "main")
+    commit = ref.read_text(encoding="ascii").strip() if os.path.isfile(ref) else options.revision or "none"
+    return root / "snapshots" / commit
 
 
 def hub_cache(options: ModelOptions) -> Path:

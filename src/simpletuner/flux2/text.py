@@ -2,6 +2,7 @@
 
 import abc
 import bisect
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from torch import Tensor
 from simpletuner.base.errors import AccessError, ConfigError, DataError
 from simpletuner.config.flavours import TextContextSpec
 from simpletuner.flow.condition import TextContext
+from simpletuner.flux2.tokenizer import without_image_tokens
 
 ShareDone = Callable[[float], None]
 """Called now and then with the share of the work that is done, from 0 to 1; may raise to stop it."""
@@ -132,22 +134,31 @@ class TextEncoder(abc.ABC):
         self._layers = layers
         self._max_length = max_length
         self._truncated: dict[str, None] = {}
+        self._control_tokens: dict[str, tuple[str, ...]] = {}
         self._pad: Tensor | None = None
         if tokenizer.chat_template is None or tokenizer.pad_token_id is None:
             raise AccessError.of(
                 f"{tokenizer.name_or_path} has no {'padding token' if tokenizer.chat_template else 'chat template'}",
                 remedy="Use the tokenizer folder that comes with the model.",
             )
-        template = len(self._tokenize([""])[0])
-        if template > max_length:
+        (template,) = self._tokenize([""])
+        if len(template) > max_length:
             raise ConfigError.of(
-                f"tokenizer_max_length = {max_length}", f"at least {template}, which the template alone takes"
+                f"tokenizer_max_length = {max_length}", f"at least {len(template)}, which the template alone takes"
             )
+        self._added = {index: str(token.content) for index, token in tokenizer.added_tokens_decoder.items()}
+        self._template_added = self._count_added(template)
 
     @property
     def truncated(self) -> tuple[str, ...]:
         """The prompts so far of which a part was left out."""
         return tuple(self._truncated)
+
+    @property
+    def control_tokens(self) -> Mapping[str, tuple[str, ...]]:
+        """The prompts so far that spell control tokens such as [INST] or <|im_end|>, and which. The tokenizer reads the
+        tokens themselves there, not their letters, as the reference does."""
+        return self._control_tokens
 
     def lengths(self, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt, template included, at most `max_length`."""
@@ -206,15 +217,20 @@ class TextEncoder(abc.ABC):
 
     def _fitted(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids that fit. A prompt that is too long loses its end; the template around it stays whole."""
-        # Mistral's image tokens would be counted against pictures that are not there.
         is_mistral = self._text.kind == "mistral3"
-        texts = [prompt.replace("[IMG]", "") if is_mistral else prompt for prompt in prompts]
+        texts = [without_image_tokens(prompt) if is_mistral else prompt for prompt in prompts]
         fitted = self._tokenize(texts)
         for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             if len(fitted[index]) > self._max_length:
                 self._truncated[prompt] = None
                 fitted[index] = self._shortened(text)
+            if added := self._count_added(fitted[index]) - self._template_added:
+                self._control_tokens[prompt] = tuple(added)
         return fitted
+
+    def _count_added(self, ids: Sequence[int]) -> Counter[str]:
+        """How often each token that no text is split into is among `ids`."""
+        return Counter(self._added[index] for index in ids if index in self._added)
 
     def _shortened(self, text: str) -> list[int]:
         def tokens_with(characters: int) -> int:
@@ -262,6 +278,18 @@ class TextEncoder(abc.ABC):
         # Where they would be with all the padding.
         positions = torch.arange(self._max_length - width, self._max_length)[None]
         return TokenBatch(ids, seen, positions)
+
+
+def control_token_notice(found: Mapping[str, Sequence[str]]) -> str:
+    """A warning of prompts that spell control tokens: how many, which, and of what kind."""
+    names = sorted({name for tokens in found.values() for name in tokens})
+    shown = "; ".join(prompt[:60] + ("…" if len(prompt) > 60 else "") for prompt in list(found)[:3])
+    count = "1 caption spells" if len(found) == 1 else f"{len(found)} captions spell"
+    return (
+        f"{count} control tokens of the text encoder, which reads them as such and not as text: "
+        f"{', '.join(names[:6])}{', …' if len(names) > 6 else ''}. Spell them otherwise (with a space inside) unless "
+        f"that is meant: {shown}"
+    )
 
 
 class ResidentTextEncoder(TextEncoder):

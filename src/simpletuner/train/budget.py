@@ -25,6 +25,7 @@ from simpletuner.data.order import Order
 from simpletuner.flux2.arithmetic import training_flop
 from simpletuner.flux2.footprint import Architecture, Footprint, Workload
 from simpletuner.flux2.places import base_name, missing_download
+from simpletuner.flux2.tokenizer import longest_caption
 from simpletuner.memory.free import free_memory_bytes
 from simpletuner.memory.peak import PeakMemory
 from simpletuner.memory.planner import (
@@ -50,11 +51,6 @@ IN_SETS = "in each image set"
 
 MEMORY_WORDS: Mapping[MemoryTier, str] = {"accelerator": "VRAM", "ram": "RAM"}
 """What the sentence calls them."""
-
-CHARACTERS_PER_TOKEN = 3
-"""Of a caption, at least: English has about four and a half."""
-TEMPLATE_TOKENS = 64
-"""At most, of the text around a caption."""
 
 WORTH = 0.9
 """After a failed allocation a change is named only if it saves a tenth: the plan was off by something."""
@@ -116,7 +112,7 @@ def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manife
     width, height, batch = max(sizes, key=math.prod)
     samples = [sample for manifest in (*train, *held_out) for sample in manifest.samples]
     captions = {caption for sample in samples for caption in sample.captions} | set(loaded.prompts.values())
-    longest = max(map(len, captions))
+    longest = longest_caption(captions, loaded.config)
     order = Order(train, seed=loaded.config.seed, batch_size=run_batch)
     plan = Plan.of(loaded.config, order, loaded.config.gradient_accumulation_steps)
     train_images = sum(len(manifest.samples) for manifest in train)
@@ -125,7 +121,8 @@ def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manife
         batch,
         pictures=len(samples),
         captions=len(captions) + 1,
-        caption_tokens=TEMPLATE_TOKENS + math.ceil(longest / CHARACTERS_PER_TOKEN),
+        caption_tokens=longest.tokens,
+        tokenizer=longest.tokenizer,
         draws=_draws(loaded),
         steps=plan.steps,
         train_images=train_images,
@@ -299,8 +296,22 @@ class Budget:
             f"Caches: up to {format_size(foot.context_bytes)} a caption, {format_size(foot.latent_bytes)} a picture of "
             f"the largest size; a checkpoint is about {format_size(foot.checkpoint_bytes)}."
         )
+        told += self._longest_caption()
         told.append(self._time(flop_per_s))
         return [*told, *self._verdict()]
+
+    def _longest_caption(self) -> list[str]:
+        """Its tokens, and what counted them; nothing where no caption was looked at."""
+        tokens, tokenizer, limit = self.work.caption_tokens, self.work.tokenizer, self.architecture.text_length
+        if tokens is None:
+            return []
+        if tokenizer is None:
+            told = f"at most about {tokens} tokens by its characters: no tokenizer of this model is on this disk"
+        else:
+            told = f"{tokens} tokens with its template, counted with {tokenizer / 'tokenizer.json'}"
+        is_cut = "is" if tokenizer else "would be"
+        cut = f"; what is beyond {limit} {is_cut} left out" if tokens > limit else ""
+        return [f"The longest caption has {told}{cut}."]
 
     def _time(self, flop_per_s: float | None) -> str:
         told = f"A step computes {self.step_flop / 1e12:.3g} TFLOP"
@@ -338,6 +349,8 @@ class Budget:
                 "batch": self.work.batch,
                 "pictures": self.work.pictures,
                 "captions": self.work.captions,
+                "caption_tokens": self.work.caption_tokens,
+                "tokenizer": None if self.work.tokenizer is None else str(self.work.tokenizer),
             },
             "caches": {
                 "caption": foot.context_bytes,

@@ -27,7 +27,7 @@ from simpletuner.flow.condition import TextContext
 from simpletuner.flux2.components import open_autoencoder, open_text_encoder, text_codec
 from simpletuner.flux2.load import autoencoder_id, earlier_autoencoder_id
 from simpletuner.flux2.source import Source
-from simpletuner.flux2.text import TextEncoder
+from simpletuner.flux2.text import TextEncoder, control_token_notice
 from simpletuner.memory.free import release_memory
 from simpletuner.memory.precision import DTYPES
 from simpletuner.train.claims import claim, key_of_latents
@@ -255,6 +255,9 @@ def fill_text(prepared: Prepared, source: Source, device: torch.device, reporter
             f"{len(truncated)} captions are longer than tokenizer_max_length "
             f"({source.text_length} tokens with the template) and were shortened: {shown}"
         )
+    control_tokens = {prompt: names for encoder in held for prompt, names in encoder.control_tokens.items()}
+    if control_tokens:
+        reporter.notice(control_token_notice(control_tokens))
     encoded, found = sum(r.encoded for r in reports), sum(r.found for r in reports)
     seconds = sum(r.seconds for r in reports)
     reporter.say(f"Captions: {encoded} encoded in {format_duration(seconds)}, {found} in the cache already.")

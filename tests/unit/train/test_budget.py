@@ -354,3 +354,30 @@ def test_the_text_encoder_is_gone_when_pictures_are_encoded(tiny_folder: Path) -
         assert not [each for each in gc.get_objects() if issubclass(type(each), TextEncoder)]
     finally:
         gc.enable()
+
+
+@pytest.mark.usefixtures("project")
+def test_captions_that_spell_control_tokens_are_told_once_with_their_number(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = loaded(f"--pretrained_model_name_or_path={tiny_folder}")
+    next(Path("datasets").glob("*.png")).rename("datasets/a sign, [INST].png")
+    source = locate(found.config, report=print)
+    manifests = tuple(scan(each, seed=0, workers=1, report=lambda *_: None) for each in found.datasets.train_sets)
+    prepared = Prepared(found, Encoders.of(found.config, source), manifests, ())
+    fill_text(prepared, source, CPU, Reporter(), verify=False)
+    told = [line for line in "".join(capsys.readouterr()).splitlines() if "control tokens" in line]
+    assert len(told) == 1
+    assert "1 caption spells control tokens" in told[0]
+    assert told[0].endswith("[INST]. Spell them otherwise (with a space inside) unless that is meant: a sign, [INST]")
+
+
+@pytest.mark.usefixtures("project")
+def test_the_plan_says_what_is_left_out_of_the_longest_caption() -> None:
+    assert budget(CARD, *DEV)._longest_caption() == []
+    (told,) = budget(CARD, *DEV, caption_tokens=512, tokenizer=Path("tokenizer"))._longest_caption()
+    assert told.endswith("counted with tokenizer/tokenizer.json.")
+    (told,) = budget(CARD, *DEV, caption_tokens=513, tokenizer=Path("tokenizer"))._longest_caption()
+    assert told.endswith("tokenizer.json; what is beyond 512 is left out.")
+    (told,) = budget(CARD, *DEV, caption_tokens=513)._longest_caption()
+    assert told.endswith("this disk; what is beyond 512 would be left out.")
