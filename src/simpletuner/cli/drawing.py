@@ -134,6 +134,8 @@ class _Base:
         factors = config.strength or (1.0,)
         seeds = range(config.seed, config.seed + config.num)
         total = len(config.prompt) * len(seeds) * len(factors) * steps
+        size = (config.width, config.height)
+        both_at_once = is_steered and fits_both(transformer, self.source.text_length, size, self.device)
         done = itertools.count(1)
         report(0, total)
         for prompt, seed, factor in itertools.product(config.prompt, seeds, factors):
@@ -148,8 +150,7 @@ class _Base:
                 seed=seed,
                 real_guidance=scales.real,
                 negative=conditions[config.negative] if is_steered else None,
-                both_at_once=is_steered
-                and fits_both(transformer, self.source.text_length, config.width, config.height, self.device),
+                both_at_once=both_at_once,
                 report=lambda *_: report(next(done), total),
             )
             parameters = {
@@ -163,6 +164,7 @@ class _Base:
                 "negative_prompt": config.negative,
                 "model": self.source.name,
                 "loras": acting,
+                **({"both_at_once": True} if both_at_once else {}),  # last bits depend on it
             }
             yield Drawing(_written(image, parameters, Path(config.out)), parameters)
 

@@ -30,8 +30,14 @@ from simpletuner.config.options.precision import PrecisionOptions
 from simpletuner.config.options.validation import SIDE_MULTIPLE_PX, ValidationOptions
 from simpletuner.config.other_keys import LATER_OPTIONS, OTHER_OPTIONS, OtherKeys
 from simpletuner.config.paths import filled, is_local_model
-from simpletuner.config.rules import encoder_findings, guidance_findings, precision_findings
-from simpletuner.config.values import kinds, shown
+from simpletuner.config.rules import (
+    encoder_findings,
+    guidance_findings,
+    guidance_without_effect,
+    layer_findings,
+    precision_findings,
+)
+from simpletuner.config.values import kinds, no_effect, shown
 from simpletuner.runs.layout import LORA_NAME, RunDirectory
 from simpletuner.server.reach import Reach, of_the_page
 
@@ -125,6 +131,8 @@ OPTIONS = Known(SampleConfig, OtherKeys(LATER_OPTIONS, values=OTHER_OPTIONS.valu
 REPEATED = ("prompt", "lora", "strength")
 FROM_RUN = (*ModelOptions.model_fields, *PrecisionOptions.model_fields, *OffloadOptions.model_fields)
 """What the model is, and how it is held: read from a config of `train` under the same names."""
+SUITS_A_FLAVOUR = ("steps", "guidance", "guidance_real")
+"""What a config says of its own flavour's images: none of it is read to draw with another flavour."""
 NAMES_A_MODEL = (
     "model_flavour",
     "pretrained_model_name_or_path",
@@ -217,6 +225,9 @@ def read_request(
         files = _named_by_lora(given, report)
     if "model_flavour" in given:  # which wins over paths of lower precedence, as in `train`
         files = {name: value for name, value in files.items() if not kinds(SampleConfig)[name].is_model}
+        of_config = files["model_flavour"].value if "model_flavour" in files else DEFAULT_FLAVOUR
+        if given["model_flavour"].value != of_config:
+            files = {name: value for name, value in files.items() if name not in SUITS_A_FLAVOUR}
     checked = check_givens({**files, **given}, OPTIONS, Checked())
     paths = _filled_paths(checked, environ, reach)
     ConfigError.raise_if([*problems, *checked.problems.values()])
@@ -226,8 +237,14 @@ def read_request(
         *precision_findings(config),
         *encoder_findings(config, config),
         *guidance_findings(flavour, config.guidance, config.guidance_real),
+        *layer_findings(config),
     )
     ConfigError.raise_if(problem for _, problem in findings)
+    guidance = flavour.guidance if config.guidance is None else config.guidance
+    keys, reason = guidance_without_effect(flavour, guidance, config.guidance_real)
+    typed = [key for key in keys if key in given]
+    if typed:
+        report(no_effect(typed, reason))
     return config
 
 
@@ -318,7 +335,8 @@ def _from_config(path: Path, label: str) -> dict[str, Given]:
     givens = {key: Given(value, "file", key) for key, value in values.items() if key in ValidationOptions.model_fields}
     checked = check_givens(givens, Known(ValidationOptions), Checked(), where=f"{label}: ")
     ConfigError.raise_if(checked.problems.values())
-    flavour = FLAVOURS.get(values.get("model_flavour", DEFAULT_FLAVOUR), FLAVOURS[DEFAULT_FLAVOUR])
+    named = values.get("model_flavour", DEFAULT_FLAVOUR)
+    flavour = FLAVOURS[named if isinstance(named, str) and named in FLAVOURS else DEFAULT_FLAVOUR]
     usual = {key: value for key, value in flavour.option_defaults.items() if key in ValidationOptions.model_fields}
     validation = ValidationOptions(**usual | checked.valid)
     width, height = validation.sizes[0]

@@ -12,6 +12,7 @@ from simpletuner.config.optimisers import ADAM, optimiser
 from simpletuner.config.options.checkpoint import LATEST
 from simpletuner.config.options.guidance import GuidanceOptions
 from simpletuner.config.options.lora import LoraOptions
+from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.precision import PrecisionOptions
 from simpletuner.config.options.process import ProcessOptions
@@ -46,7 +47,7 @@ def findings(config: RunConfig, datasets: Datasets | None) -> Iterator[Finding]:
     yield from guidance_findings(
         flavour, config.validation_guidance, config.validation_guidance_real, prefix="validation_"
     )
-    yield from _layers(config)
+    yield from layer_findings(config)
     yield from _rollout(config)
     yield from _optimiser(config)
     yield from precision_findings(config)
@@ -110,12 +111,25 @@ def guidance_findings(
         yield (key,), Problem(found, "at least 1, which turns it off")
 
 
-def _layers(config: RunConfig) -> Iterator[Finding]:
-    """Layers of the text encoder other than those that a published flavour was trained with."""
-    flavour, layers = FLAVOURS[config.model_flavour], config.custom_text_encoder_intermediary_layers
-    place = config.pretrained_transformer_model_name_or_path or config.pretrained_model_name_or_path
-    is_published = flavour.repo is not None and place in (None, flavour.repo)
-    if is_published and layers not in (None, flavour.text.layers):
+def guidance_without_effect(
+    flavour: Flavour, guidance: float, guidance_real: float, *, prefix: str = "", negative: str = "negative"
+) -> tuple[tuple[str, ...], str]:
+    """Options of guidance that have no effect on the flavour, and the reason. `negative` is the negative prompt's."""
+    if flavour.guidance_kind == "none":
+        return (f"{prefix}guidance", negative), f"{flavour.name} is distilled: guidance is built into its weights"
+    acting = "guidance_real" if flavour.guidance_kind == "embedded" else "guidance"
+    is_off = flavour.scales(guidance, guidance_real).real == 1
+    return (negative,) if is_off else (), f"{prefix}{acting} is 1"
+
+
+def layer_findings(options: ModelOptions, context_dim: int | None = None) -> Iterator[Finding]:
+    """Layers of the text encoder other than those that a published flavour was trained with. `context_dim` is the width
+    of the transformer's context where its files are known: a model of another width is none of the published ones.
+    """
+    flavour, layers = FLAVOURS[options.model_flavour], options.custom_text_encoder_intermediary_layers
+    place = options.pretrained_transformer_model_name_or_path or options.pretrained_model_name_or_path
+    is_published = place in (None, flavour.repo) or context_dim == flavour.transformer.context_dim
+    if flavour.repo is not None and is_published and layers not in (None, flavour.text.layers):
         key = "custom_text_encoder_intermediary_layers"
         usual = ",".join(map(str, flavour.text.layers))
         found = f"{key} = {','.join(map(str, layers or ()))}: {flavour.title} was trained with others"
@@ -443,13 +457,14 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
         "num_validation_images",
     )
     yield pictures, config.validation_disable, "validation_disable is true"
-    if flavour.guidance_kind == "none":
-        of_guidance = ("validation_guidance", "validation_negative_prompt")
-        yield of_guidance, True, f"{flavour.name} is distilled: guidance is built into its weights"
-    else:
-        key = "validation_guidance_real" if flavour.guidance_kind == "embedded" else "validation_guidance"
-        is_plain = flavour.scales(config.validation_guidance, config.validation_guidance_real).real == 1
-        yield ("validation_negative_prompt",), is_plain, f"{key} is 1"
+    keys, reason = guidance_without_effect(
+        flavour,
+        config.validation_guidance,
+        config.validation_guidance_real,
+        prefix="validation_",
+        negative="validation_negative_prompt",
+    )
+    yield keys, True, reason
     trackers = ("tracker_project_name", "tracker_run_name")
     yield trackers, not config.trackers, "report_to is none"
     if datasets is not None:

@@ -43,11 +43,6 @@ class TextContext:
             before += len(context.rows)
         return cls(torch.cat([context.rows for context in contexts]), torch.cat(indices))
 
-    @property
-    def length(self) -> int:
-        """Rows of each sample's context, padding included."""
-        return self.index.shape[1]
-
     def expanded(self, dtype: torch.dtype | None = None) -> Float[Tensor, "b l d"]:
         """The contexts themselves, in `dtype`, by default that of the rows."""
         return (self.rows if dtype is None else self.rows.to(dtype))[self.index]

@@ -511,7 +511,7 @@ class Footprint:
     def _beside_blocks(self) -> int:
         """Bytes on the accelerator that training or validation takes beside the blocks, where that is more."""
         bare = replace(self, config=_settled(self.config, 0, ahead=False))
-        phases = [bare.train(), *(bare.validation(size) for size in self.config.sizes if self.work.draws)]
+        phases = [bare.train(), *(bare._validation(size, 1) for size in self.config.sizes if self.work.draws)]
         return max(phase.total("accelerator") for phase in phases) - bare.streamed_blocks(0, ahead=False).on_device
 
     def streamed_blocks(self, resident: int, *, ahead: bool) -> StreamedBlocks:
@@ -632,13 +632,32 @@ class Footprint:
         width, height = self.work.bucket
         return room.plan("train", f"{width}x{height} × {self.work.batch}{self._residency}", read)
 
+    def draws_both(self, size: tuple[int, int]) -> bool:
+        """Whether the two predictions of classifier-free guidance share a pass: on an accelerator, where both fit
+        beside all that training holds there. On a CPU one pass of two saves no time (docs/log.md).
+        """
+        there = self.machine.accelerator
+        if there is None or not self._has_two_predictions:
+            return False
+        return self._validation(size, 2).total("accelerator") <= bytes_to_fill(there)
+
+    @property
+    def _has_two_predictions(self) -> bool:
+        config = self.config
+        scales = FLAVOURS[config.model_flavour].scales(config.validation_guidance, config.validation_guidance_real)
+        return scales.real != 1
+
     def validation(self, size: tuple[int, int]) -> PhasePlan:
         """A picture of `size` in the middle of training."""
+        return self._validation(size, 2 if self.draws_both(size) else 1)
+
+    def _validation(self, size: tuple[int, int], batch: int) -> PhasePlan:
+        """As `validation`, with `batch` predictions in a pass."""
         config, autoencoder = self.config, self.architecture.autoencoder
         width, height = size
         room = _Room(self.machine)
         self._hold(room)
-        drawing = sampling(self.passing(size, 1)) + self._unpacked
+        drawing = sampling(self.passing(size, batch)) + self._unpacked
         decoding = decoding_bytes(autoencoder, self._seen_pixels(size, 1), self.vae_dtype)
         weights, _ = autoencoder_bytes(decoder_shapes(autoencoder), self.vae_dtype)
         if config.offload_during_startup and drawing >= weights + decoding:
@@ -650,10 +669,9 @@ class Footprint:
         averaged = config.use_ema and config.ema_validation != "none" and not self.has_masters
         asides = int(averaged) + int(optimiser(config.optimizer).library == "schedulefree")
         room.device("put aside", asides * self.trained_bytes)
-        self._data(room, size, 1)
-        scales = FLAVOURS[config.model_flavour].scales(config.validation_guidance, config.validation_guidance_real)
-        steps = config.validation_num_inference_steps * (1 if scales.real == 1 else 2)
-        return room.plan("validation", f"{width}x{height}, {steps} passes", weights)
+        self._data(room, size, batch)
+        passes = config.validation_num_inference_steps * (1 + self._has_two_predictions) // batch
+        return room.plan("validation", f"{width}x{height}, {passes} passes{' of two' * (batch == 2)}", weights)
 
     @property
     def _unpacked(self) -> int:

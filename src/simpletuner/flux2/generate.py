@@ -32,13 +32,14 @@ def initial_noise(seed: int, *, width: int, height: int) -> Float[Tensor, "1 128
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def fits_both(transformer: Flux2Transformer, text: int, width: int, height: int, device: torch.device) -> bool:
-    """Whether `device` has room for both predictions of an image's guidance in one pass, `text` tokens each. Never on a
-    CPU: there one pass of two gains little or nothing (docs/log.md), and last bits would depend on free memory.
+def fits_both(transformer: Flux2Transformer, text: int, size: tuple[int, int], device: torch.device) -> bool:
+    """Whether `device` has room for both predictions of an image's guidance in one pass, `text` tokens each; `size` is
+    (width, height) in pixels. Never on a CPU: there one pass of two saves no time (docs/log.md), and last bits would
+    depend on free memory.
     """
     if device.type == "cpu":
         return False
-    image = (width // PIXELS_PER_TOKEN) * (height // PIXELS_PER_TOKEN)
+    image = (size[0] // PIXELS_PER_TOKEN) * (size[1] // PIXELS_PER_TOKEN)
     both = Pass(transformer.spec, transformer.dtype, batch=2, text=text, image=image)
     return sampling(both) <= free_memory_bytes(device)
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from simpletuner.base.errors import AccessError, Problem
+from simpletuner.base.errors import AccessError, ConfigError, Problem
 from simpletuner.base.files import file_errors_reported, sha256_bytes, sha256_json, with_home
 from simpletuner.base.tensorfile import TensorEntry, read_headers
 from simpletuner.config.flavours import (
@@ -21,6 +21,7 @@ from simpletuner.config.flavours import (
     TransformerSpec,
 )
 from simpletuner.config.options.model import ModelOptions
+from simpletuner.config.rules import layer_findings
 from simpletuner.flux2 import tiny
 from simpletuner.flux2.configs import Component, Config, check_tokenizer, read_component_config, read_index, read_object
 from simpletuner.flux2.content import LEDGER_NAME, ContentHashes
@@ -236,6 +237,7 @@ def locate(options: ModelOptions, *, report: ReportLine, environ: Mapping[str, s
 
     Raises:
         AccessError: something is missing, forbidden, unreachable or not FLUX.2; all that is missing, at once.
+        ConfigError: other text-encoder layers than those that the model was trained with.
         DiskError: a download would not fit.
     """
     with file_errors_reported(Path(options.pretrained_model_name_or_path or "."), AccessError, doing="read"):
@@ -330,6 +332,7 @@ class _Search:
             pipeline=base.root if isinstance(base, ModelFolder) else None,
             hashes=ContentHashes(self._ledger(), self.report, self.options.verify_base),
         )
+        ConfigError.raise_if(problem for _, problem in layer_findings(self.options, source.spec.context_dim))
         _check_width(source)
         return source
 

@@ -465,6 +465,7 @@ class Attempt:
             run=self.run,
             options=self.config,
             scales=source.flavour.scales(self.config.validation_guidance, self.config.validation_guidance_real),
+            both_at_once=frozenset(size for size in self.config.sizes if self.budget.footprint.draws_both(size)),
             seed=self.config.seed,
             denoise=denoiser,
             trained=product.trained,

@@ -26,7 +26,7 @@ from simpletuner.data.sheet import contact_sheet
 from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flow.loss import flow_loss
 from simpletuner.flux2.denoiser import Denoiser
-from simpletuner.flux2.generate import fits_both, generate
+from simpletuner.flux2.generate import generate
 from simpletuner.memory.exhausted import exhausted_memory, first_line
 from simpletuner.memory.free import release_memory
 from simpletuner.runs.events import Picture, ValidationEvent, read_events
@@ -78,6 +78,8 @@ class Painter:
     options: ValidationOptions
     scales: GuidanceScales
     """What the options' guidance means for this model."""
+    both_at_once: frozenset[tuple[int, int]]
+    """Sizes of images whose two predictions of guidance share a pass, by the plan."""
     seed: int
     denoise: Denoiser
     trained: Trained
@@ -191,22 +193,17 @@ class Painter:
 
     def _image(self, picture: Picture, report: Callable[[int, int], None]) -> Image.Image:
         real = self.scales.real
-        condition = self._condition(picture.prompt)
-        decode = self.decode()
         (image,) = generate(
             self.denoise,
-            decode,
-            condition,
+            self.decode(),
+            self._condition(picture.prompt),
             width=picture.width,
             height=picture.height,
             steps=self.options.validation_num_inference_steps,
             seed=picture.seed,
             real_guidance=real,
             negative=None if real == 1.0 else self._condition(self.options.validation_negative_prompt),
-            both_at_once=real != 1.0
-            and fits_both(
-                self.denoise.transformer, condition.context.length, picture.width, picture.height, self.device
-            ),
+            both_at_once=(picture.width, picture.height) in self.both_at_once,
             report=report,
         )
         return image
