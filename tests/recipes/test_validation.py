@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from tests.recipes.conftest import Workplace
 
+from simpletuner.cli.main import main
 from simpletuner.runs.events import read_events
 from simpletuner.runs.layout import RunDirectory
 
@@ -132,3 +133,26 @@ def test_what_is_missing_beside_the_base_images_is_made_up_for(drawing: Workplac
 def drop_events(path: Path, is_dropped: Callable[[str], bool]) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     path.write_text("".join(line for line in lines if not is_dropped(line)), encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_klein_validation_is_guided_against_the_negative_prompt_as_sample_is(
+    workplace: Workplace, tiny_klein_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workplace.prompts = {"one": "a gradient"}
+    workplace.config |= DRAWN | {
+        "model_flavour": "tiny-klein",
+        "pretrained_model_name_or_path": str(tiny_klein_folder),
+        "max_train_steps": 1,
+        "validation_num_inference_steps": 2,
+    }
+    images = []
+    for name, flags in (("empty", []), ("negative", ["--validation_negative_prompt=a red cat"])):
+        assert workplace.train(f"--output_dir=output/{name}", *flags) == 0
+        image = Image.open(workplace.run(name).validation(0) / "one_32x32_0.png").tobytes()
+        capsys.readouterr()
+        config = str(workplace.run(name).config)
+        assert main(["sample", "--config", config, "--prompt", "a gradient", "--out", name]) == 0
+        assert Image.open(capsys.readouterr().out.strip()).tobytes() == image
+        images.append(image)
+    assert images[0] != images[1]

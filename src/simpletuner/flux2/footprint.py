@@ -633,13 +633,14 @@ class Footprint:
         return room.plan("train", f"{width}x{height} × {self.work.batch}{self._residency}", read)
 
     def draws_both(self, size: tuple[int, int]) -> bool:
-        """Whether the two predictions of classifier-free guidance share a pass: on an accelerator, where both fit
-        beside all that training holds there. On a CPU one pass of two saves no time (docs/log.md).
+        """Whether the two predictions of classifier-free guidance share a pass: on an accelerator, where that takes no
+        more than training or an image does anyway. Last bits differ, so this depends on the options and the training
+        images, and not on free memory; on a CPU it is never done, as in `sample`.
         """
-        there = self.machine.accelerator
-        if there is None or not self._has_two_predictions:
+        if self.machine.accelerator is None or not self._has_two_predictions:
             return False
-        return self._validation(size, 2).total("accelerator") <= bytes_to_fill(there)
+        both, one = self._validation(size, 2), self._validation(size, 1)
+        return both.total("accelerator") <= max(one.total("accelerator"), self.train().total("accelerator"))
 
     @property
     def _has_two_predictions(self) -> bool:

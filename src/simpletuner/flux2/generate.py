@@ -34,8 +34,7 @@ def initial_noise(seed: int, *, width: int, height: int) -> Float[Tensor, "1 128
 
 def fits_both(transformer: Flux2Transformer, text: int, size: tuple[int, int], device: torch.device) -> bool:
     """Whether `device` has room for both predictions of an image's guidance in one pass, `text` tokens each; `size` is
-    (width, height) in pixels. Never on a CPU: there one pass of two saves no time (docs/log.md), and last bits would
-    depend on free memory.
+    (width, height) in pixels. Never on a CPU: last bits differ (docs/log.md), and would depend on free memory.
     """
     if device.type == "cpu":
         return False

@@ -414,3 +414,48 @@ def test_a_config_of_klein_draws_with_kleins_steps(tmp_path: Path) -> None:
     path = write_config(tmp_path / "config.json", model_flavour="klein-4b")
     config = read_request(["--config", str(path), "--prompt", "a"], {})
     assert (config.steps, config.guidance, config.guidance_real) == (50, 4.0, 1.0)
+
+
+def test_another_flavour_takes_no_steps_and_guidance_from_a_config(tmp_path: Path) -> None:
+    path = write_config(
+        tmp_path / "config.json",
+        model_flavour="klein-4b",
+        validation_resolution="512",
+        validation_negative_prompt="a bird",
+        validation_guidance=3.0,
+    )
+    words = ["--config", str(path), "--prompt", "a"]
+    same = read_request([*words, "--model_flavour=klein-4b"], {})
+    assert (same.steps, same.guidance, same.width) == (50, 3.0, 512)
+    sibling = read_request([*words, "--model_flavour=klein-4b-distilled"], {})
+    assert (sibling.steps, sibling.guidance, sibling.width) == (None, None, 512)
+
+
+@pytest.mark.parametrize(
+    ("flags", "notices"),
+    [
+        (
+            ["--model_flavour=klein-4b-distilled", "--guidance=4", "--negative=a bird"],
+            [
+                "guidance and negative have no effect: klein-4b-distilled is distilled: guidance is built into its "
+                "weights."
+            ],
+        ),
+        (
+            ["--model_flavour=klein-4b", "--guidance=1", "--negative=a bird"],
+            ["negative has no effect: guidance is 1."],
+        ),
+        (["--model_flavour=dev", "--negative=a bird"], ["negative has no effect: guidance_real is 1."]),
+        (["--model_flavour=klein-4b", "--negative=a bird"], []),
+        (["--model_flavour=klein-4b-distilled"], []),
+    ],
+)
+def test_guidance_without_effect_is_said(flags: list[str], notices: list[str]) -> None:
+    said: list[str] = []
+    read_request([*flags, "--prompt", "a"], {}, report=said.append)
+    assert said == notices
+
+
+def test_layers_that_a_flavour_was_not_trained_with_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"expected 9,18,27\. Take it out\."):
+        asked("--prompt", "a", "--model_flavour=klein-4b", "--custom_text_encoder_intermediary_layers=10,20,30")

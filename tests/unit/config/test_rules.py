@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from simpletuner.config.flavours import FLAVOURS
+from simpletuner.config.options.model import ModelOptions
+from simpletuner.config.rules import layer_findings
 
 
 @pytest.mark.parametrize(
@@ -460,6 +462,39 @@ def test_guidance_and_layers_that_a_flavour_does_not_have_are_refused(
 ) -> None:
     place.config |= KLEIN | options
     assert place.problems() == [problem]
+
+
+@pytest.mark.parametrize(
+    ("flavour", "context_dim", "is_refused"),
+    [
+        ("dev", 15360, True),
+        ("dev", 12288, False),
+        ("klein-9b", 12288, True),
+        ("klein-9b", None, False),
+        ("tiny-klein", 144, False),
+    ],
+)
+def test_a_local_model_of_a_published_width_takes_the_published_layers(
+    flavour: Any, context_dim: int | None, is_refused: bool
+) -> None:
+    options = ModelOptions(
+        model_flavour=flavour,
+        pretrained_model_name_or_path="models/mine",
+        custom_text_encoder_intermediary_layers=(5, 10, 15),
+    )
+    assert bool(list(layer_findings(options, context_dim))) == is_refused
+
+
+@pytest.mark.parametrize(
+    ("flavour", "defaults"),
+    [("dev", (20, 4.0)), ("klein-9b", (50, 4.0)), ("klein-4b-distilled", (4, 1.0)), ("tiny-klein", (20, 4.0))],
+)
+def test_validation_steps_and_guidance_default_to_the_flavours(
+    place: Any, flavour: str, defaults: tuple[int, float]
+) -> None:
+    place.config["model_flavour"] = flavour
+    config = place.load().config
+    assert (config.validation_num_inference_steps, config.validation_guidance) == defaults
 
 
 def test_a_flavours_own_layers_may_be_written_down(place: Any) -> None:

@@ -438,3 +438,42 @@ def test_the_download_of_a_flavour_is_what_its_phases_read() -> None:
         assert flavour.downloads["text_encoder"] == pytest.approx(read["text"], rel=0.01)
         assert flavour.downloads["transformer"] == pytest.approx(read["train"], rel=0.01)
         assert flavour.downloads["vae"] == pytest.approx(read["latents"] + read["validation"], rel=0.1)
+
+
+# Guidance
+
+
+def test_both_predictions_of_guidance_share_a_pass_where_training_takes_that_much_anyway() -> None:
+    work = Workload((1024, 1024), 4)
+    klein: dict[str, object] = {
+        "model_flavour": "tiny-klein",
+        "validation_resolution": "512",
+        "validation_num_inference_steps": 3,
+    }
+    for machine, options, what in (
+        (CARD, {}, "512x512, 3 passes of two"),
+        (CPU, {}, "512x512, 6 passes"),
+        (CARD, {"validation_guidance": 1.0}, "512x512, 3 passes"),
+        (CARD, {"model_flavour": "tiny-klein-distilled", "validation_guidance": 4.0}, "512x512, 3 passes"),
+        (CARD, {"model_flavour": "tiny", "validation_guidance_real": 2.0}, "512x512, 3 passes of two"),
+    ):
+        assert phase("validation", machine, work, **klein | options).what == what
+
+    both = phase("validation", CARD, work, **klein)
+    one = phase("validation", CARD, work, **klein | {"validation_guidance": 1.0})
+    assert part(both, "batch") == 2 * part(one, "batch") - (64 + 1024) * 32 * 4
+    train = phase("train", CARD, work, **klein)
+    assert one.total("accelerator") < both.total("accelerator") <= train.total("accelerator")
+    assert phase("validation", CARD, Workload((64, 64), 1), **klein).what == "512x512, 6 passes"
+
+
+def test_a_shared_pass_takes_no_resident_block() -> None:
+    auto: dict[str, object] = {
+        "model_flavour": "klein-9b",
+        "enable_group_offload": True,
+        "group_offload_use_stream": True,
+        "validation_resolution": "1024",
+    }
+    small = Machine(int(12 * GIB), CARD.ram, None)
+    guided, plain = (plan(small, **auto, validation_guidance=guidance) for guidance in (4.0, 1.0))
+    assert guided.phase("train") == plain.phase("train")
