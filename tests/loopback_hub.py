@@ -71,6 +71,8 @@ class LoopbackHub(ThreadingHTTPServer):
         """Answers everything with a page of HTML, as a hotel does."""
         self.cdn: LoopbackHub | None = None
         """Another host that large files are redirected to."""
+        self.offers_xet = False
+        """Says of large files that they can also be had over Xet, which is not served here."""
         self.ended = threading.Event()
 
     def downloads(self) -> list[str]:
@@ -152,6 +154,8 @@ class Handler(BaseHTTPRequestHandler):
         etag = sha256(path) if is_large else git_hash(path)
         body = path.read_bytes()
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": hub.commit}
+        if is_large and hub.offers_xet:
+            headers |= {"X-Xet-Hash": etag, "X-Xet-Refresh-Route": "/xet"}
         if is_large and hub.cdn is not None:
             linked = {"X-Linked-ETag": f'"{etag}"', "X-Linked-Size": str(len(body))}
             self.answer(302, b"", {**headers, **linked, "Location": hub.cdn.url + self.path})

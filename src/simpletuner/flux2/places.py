@@ -108,6 +108,17 @@ class Hub:
         file = self._folder / "snapshots" / commit / name
         return file if file.is_file() else self._download(name)
 
+    def check_access(self) -> str:
+        """Ask whether the files may be downloaded: a gated repository is listed for everyone. Returns the commit."""
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+        commit, files = self._listing
+        name = next((name for name in files if name.endswith(".safetensors")), None)
+        if name is not None:
+            with self._explained():
+                get_hf_file_metadata(hf_hub_url(self.name, name, revision=commit, endpoint=self._endpoint))
+        return commit
+
     def absent(self, names: Sequence[str]) -> dict[str, int]:
         """Those of `names` that are not here at this commit, each with the bytes still to be downloaded: 0 where
         another commit had the same file, fewer than its size where an earlier download was cut off.

@@ -57,12 +57,31 @@ def test_a_download_that_was_cut_off_goes_on_at_the_next_start(hub, start, optio
     assert not list(places.hub_cache(options).rglob("*.incomplete"))
 
 
+def test_a_second_start_asks_for_the_listing_alone(hub, start):
+    start(VAE, "vae/config.json")
+    hub.forget()
+    _, lines = start(VAE, "vae/config.json")
+    assert lines == []
+    assert hub.requests == []
+    assert hub.listings == {"acme/flux2": 1}
+
+
 def test_only_the_rest_of_a_download_needs_room(hub, start, options, repository):
     hub.reset = {VAE}
     with pytest.raises(AccessError):
         start(VAE)
     place = Hub("acme/flux2", options, print, {"HF_ENDPOINT": hub.url})
     assert place.absent([VAE]) == {VAE: (repository / VAE).stat().st_size - partial(options).stat().st_size}
+
+
+def test_what_the_hub_offers_over_xet_too_is_resumed_where_xet_is_off(hub, start, repository, monkeypatch):
+    hub.offers_xet, hub.reset = True, {VAE}
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    with pytest.raises(AccessError, match="has been downloaded is kept"):
+        start(VAE)
+    (path,), _ = start(VAE)
+    assert hub.requests[-2].first_byte > 0
+    assert path.read_bytes() == (repository / VAE).read_bytes()
 
 
 def test_damaged_bytes_are_noticed_and_downloaded_anew(hub, start, repository):
