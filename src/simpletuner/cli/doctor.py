@@ -288,18 +288,21 @@ def _token(config: RunConfig, is_online: bool) -> MachineCheck:
     """Whether the Hub would hand out the weights. The token itself is never shown."""
     from huggingface_hub import constants
 
-    repo = config.pretrained_model_name_or_path or FLAVOURS[config.model_flavour].repo
+    flavour = FLAVOURS[config.model_flavour]
+    repo = config.pretrained_model_name_or_path or flavour.repo
     if repo is None or not Hub.is_id(repo) or os.path.exists(repo) or not missing_download(config):
         return MachineCheck("Hub", "ok", "not needed: nothing is to be downloaded")
     variables = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
     is_here = any(os.environ.get(name) for name in variables) or os.path.isfile(constants.HF_TOKEN_PATH)
-    if not is_here:
+    is_open = repo == flavour.repo and flavour.licence_notice is None
+    if not is_here and not is_open:
         remedy = f"Accept the licence on https://huggingface.co/{repo}, then: hf auth login"
         return MachineCheck("Hub", "missing", "no token on this machine", remedy, AccessError.exit_code)
     if not is_online:
-        return MachineCheck("Hub", "ok", "a token is here; --online asks whether it may read the weights")
+        found = f"{flavour.title} is {flavour.licence}: no token is needed" if is_open else "a token is here"
+        return MachineCheck("Hub", "ok", f"{found}; --online asks whether {repo} may be read")
     try:
-        commit = Hub(repo, config, lambda _: None, os.environ).commit
+        commit = Hub(repo, config, lambda _: None, os.environ).check_access()
     except AccessError as error:
         return MachineCheck("Hub", "missing", error.problems[0].found, error.problems[0].remedy, AccessError.exit_code)
-    return MachineCheck("Hub", "ok", f"your token may read {repo} at {str(commit)[:8]}")
+    return MachineCheck("Hub", "ok", f"{repo} may be read, at {commit[:8]}")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tests.loopback_hub import loopback_hub
 
 from simpletuner.base.errors import ConfigError
 from simpletuner.cli.doctor import _disk, run
@@ -140,6 +141,30 @@ def test_a_token_is_found_and_never_shown(
     assert checks["Hub"]["state"] == "missing"
     assert "cannot reach the Hub" in checks["Hub"]["found"]
     assert code == 4
+
+
+def test_a_token_without_access_is_noticed_although_the_hub_lists_the_model_for_everyone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hub/vae").mkdir(parents=True)
+    (tmp_path / "hub/vae/model.safetensors").write_bytes(b"weights")
+    with loopback_hub({"black-forest-labs/FLUX.2-dev": tmp_path / "hub"}) as hub:
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        _, checks = examined(capsys, "--online")
+        assert checks["Hub"]["found"] == f"black-forest-labs/FLUX.2-dev may be read, at {hub.commit[:8]}"
+        hub.refusal = (403, "GatedRepo")
+        code, checks = examined(capsys, "--online")
+    assert (code, checks["Hub"]["state"]) == (4, "missing")
+    assert "https://huggingface.co/black-forest-labs/FLUX.2-dev" in checks["Hub"]["remedy"]
+
+
+def test_klein_4b_needs_no_token(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("config").mkdir()
+    Path("config/config.json").write_text('{"model_flavour": "klein-4b"}')
+    _, checks = examined(capsys)
+    assert checks["Hub"]["state"] == "ok"
+    assert "FLUX.2-klein-base-4B is Apache-2.0: no token is needed" in checks["Hub"]["found"]
 
 
 def test_compilers_are_asked_for_where_the_options_need_them(
