@@ -60,6 +60,8 @@ class LoopbackHub(ThreadingHTTPServer):
         """Files whose connection is reset half-way, once."""
         self.damaged: set[str] = set()
         """Files that are sent with one byte changed."""
+        self.longer: set[str] = set()
+        """Files of which one more byte comes than was announced before."""
         self.failing: set[str] = set()
         """Files whose download is answered with a 500."""
         self.slow: set[str] = set()
@@ -162,6 +164,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         if request.name in hub.damaged:
             body = body[:-1] + bytes([body[-1] ^ 1])
+        if request.name in hub.longer and request.method == "GET":
+            body += b" "
         rest = body[request.first_byte :]
         if request.first_byte:
             headers["Content-Range"] = f"bytes {request.first_byte}-{len(body) - 1}/{len(body)}"

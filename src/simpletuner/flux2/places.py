@@ -315,6 +315,10 @@ class Hub:
             return _UnreachableError.of(
                 f"HF_HUB_OFFLINE forbids to ask the Hub for {self.name}", remedy=f"Unset it. {_OR_A_FOLDER}"
             )
+        if type(error) is OSError:  # of huggingface_hub: another number of bytes came than was announced
+            return _UnreachableError.of(
+                f"a download from {self.name} broke off", remedy="Start again: what has been downloaded is kept."
+            )
         return _UnreachableError.of(
             f"cannot reach the Hub for {self.name} ({str(error) or type(error).__name__})",
             remedy=f"Check the connection and HF_ENDPOINT, and start again: what has been downloaded is kept. "

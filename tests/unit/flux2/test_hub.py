@@ -93,6 +93,16 @@ def test_damaged_bytes_are_noticed_and_downloaded_anew(hub, start, repository):
     assert sha256(path) == sha256(repository / VAE)
 
 
+@pytest.mark.parametrize("name", [VAE, "vae/config.json"])
+def test_another_number_of_bytes_than_announced_is_noticed(hub, start, repository, name):
+    hub.longer = {name}
+    with pytest.raises(AccessError, match=r"a download from acme/flux2 broke off\. Start again"):
+        start(name)
+    hub.longer.clear()
+    (path,), _ = start(name)
+    assert path.read_bytes() == (repository / name).read_bytes()
+
+
 def test_a_longer_partial_file_than_the_whole_is_replaced(hub, start, options, repository):
     hub.reset = {VAE}
     with pytest.raises(AccessError):
