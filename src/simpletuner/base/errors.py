@@ -45,8 +45,8 @@ class UserError(Exception):
 
     @classmethod
     def raise_if(cls, problems: Iterable[Problem]) -> None:
-        """Raise one error that holds all `problems`; return when there is none."""
-        found = tuple(problems)
+        """Raise one error that holds all `problems`, each once; return when there is none."""
+        found = tuple(dict.fromkeys(problems))
         if found:
             raise cls(*found)
 

@@ -261,6 +261,7 @@ def test_gated_and_not_logged_in(hub, ask, monkeypatch):
     hub.refusal = (401, "GatedRepo")
     with pytest.raises(AccessError, match="gated and you are not logged in") as caught:
         ask()
+    assert len(caught.value.problems) == 1, "not once for each component"
     assert "hf auth login" in str(caught.value)
     assert "https://huggingface.co/acme/flux2" in str(caught.value)
     assert hub.downloads() == []
