@@ -362,14 +362,17 @@ def missing_download(options: ModelOptions) -> int:
 
 def _cached_bytes(options: ModelOptions, repo: str, component: str) -> int:
     """Size of the component's complete weight files in the Hub's cache."""
-    files = _repo_cache(options, repo).glob(f"snapshots/{_kept_commit(options, repo) or '*'}/{component}/*.safetensors")
-    return sum(file.stat().st_size for file in {file.resolve() for file in files} if file.exists())
+    root = _repo_cache(options, repo)
+    if not os.path.isdir(root):  # or it may not be looked into, which `doctor` says
+        return 0
+    files = root.glob(f"snapshots/{_kept_commit(options, repo) or '*'}/{component}/*.safetensors")
+    return sum(file.stat().st_size for file in {file.resolve() for file in files} if os.path.isfile(file))
 
 
 def _kept_commit(options: ModelOptions, repo: str) -> str | None:
     """The commit that the cache records for the branch of `options`; None before a download is complete."""
     ref = _ref(options, repo)
-    return ref.read_text(encoding="ascii").strip() if ref.is_file() else options.revision
+    return ref.read_text(encoding="ascii").strip() if os.path.isfile(ref) else options.revision
 
 
 def _ref(options: ModelOptions, repo: str) -> Path:
