@@ -15,7 +15,7 @@ from simpletuner.flow.condition import Condition
 from simpletuner.flow.loss import flow_loss
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.generate import generate, initial_noise, sample_latents
-from simpletuner.flux2.load import load_autoencoder, load_text_encoder, load_transformer
+from simpletuner.flux2.load import load_autoencoder, load_text_encoder, load_transformer, stream_text_encoder
 from simpletuner.flux2.source import Source, locate
 from simpletuner.flux2.text import ResidentTextEncoder
 from simpletuner.flux2.tokens import context_ids, image_ids, pack_latents
@@ -81,6 +81,24 @@ def test_contexts_are_the_pipelines_padding_included(
     batches = [PROMPTS] if is_batched else [[prompt] for prompt in PROMPTS]
     found = torch.cat([context.expanded() for batch in batches for context in encoder.encode(batch)])
     assert_near(found, contexts_of(pipeline, PROMPTS))
+
+
+def test_streamed_contexts_are_the_bits_of_the_resident_encoder(
+    source: Source, encoder: ResidentTextEncoder, tmp_path: Path
+) -> None:
+    streamed = stream_text_encoder(
+        source,
+        torch.float32,
+        "cpu",
+        layers=source.text_layers,
+        max_length=LENGTH,
+        fix_regex=False,
+        folder=tmp_path,
+    )
+    batches = [PROMPTS[:2], PROMPTS[2:]]
+    for batch, contexts in zip(batches, streamed.encode_batches(batches), strict=True):
+        for one, two in zip(contexts, encoder.encode(batch), strict=True):
+            assert torch.equal(one.expanded(), two.expanded())
 
 
 def test_padding_rows_differ_from_each_other_and_between_prompts(encoder: ResidentTextEncoder) -> None:

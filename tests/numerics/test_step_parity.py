@@ -15,7 +15,7 @@ from simpletuner.data.order import MicroBatch, Order, Visit
 from simpletuner.data.pixels import render
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.load import load_autoencoder, load_text_encoder, load_transformer
-from simpletuner.flux2.lora import attach
+from simpletuner.flux2.lora import Adapter, attach
 from simpletuner.flux2.source import Source, locate
 from simpletuner.train import optim
 from simpletuner.train.batches import BatchBuilder
@@ -27,16 +27,20 @@ from simpletuner.train.world import World
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, pictures: Path, tiny_folder: Path) -> Workplace:
+@pytest.fixture(scope="module", params=["tiny", "tiny-klein"])
+def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Workplace:
     folder = tmp_path_factory.mktemp("step-parity")
-    shutil.copytree(pictures, folder / "datasets" / "pictures")
+    images = shutil.copytree(pictures, folder / "datasets" / "pictures")
+    for index, caption in enumerate(sorted(images.glob("*.txt"))):  # the lengths of a batch differ
+        caption.write_text("a soft gradient, " + "with more words " * (index % 3))
+    model = request.getfixturevalue(f"{request.param.replace('-', '_')}_folder")
     config = CONFIG | {
-        "pretrained_model_name_or_path": str(tiny_folder),
-        "tokenizer_max_length": 512,
-        "flux_guidance_value": 3.5,
+        "model_flavour": request.param,
+        "pretrained_model_name_or_path": str(model),
         "caption_dropout_probability": 0.0,
     }
+    if request.param == "tiny":
+        config |= {"tokenizer_max_length": 512, "flux_guidance_value": 3.5}
     place = Workplace(folder, config)
     place.write()
     return place
@@ -50,10 +54,10 @@ def prepared(place: Workplace) -> tuple[Prepared, Source]:
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny_folder: Path) -> Any:
-    from diffusers import Flux2Pipeline
+def pipeline(place: Workplace) -> Any:
+    from diffusers import DiffusionPipeline
 
-    return Flux2Pipeline.from_pretrained(tiny_folder, dtype=torch.float32)
+    return DiffusionPipeline.from_pretrained(place.config["pretrained_model_name_or_path"], dtype=torch.float32)
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -76,7 +80,9 @@ def test_what_is_cached_is_what_the_encoders_give(prepared: tuple[Prepared, Sour
             for sample, latent in zip(batch, live, strict=True):
                 cached = read_latent(found.latent_store(manifest.image_set), sample, found.encoders.latents)
                 assert torch.equal(cached, latent)
-    encoder = load_text_encoder(source, torch.float32, CPU, layers=source.text_layers, max_length=512, fix_regex=False)
+    encoder = load_text_encoder(
+        source, torch.float32, CPU, layers=source.text_layers, max_length=source.text_length, fix_regex=False
+    )
     prompts = sorted({"", *(caption for sample in manifest.samples for caption in sample.captions)})
     lengths = dict(zip(prompts, encoder.lengths(prompts), strict=True))
     prompts.sort(key=lambda prompt: (lengths[prompt], prompt))
@@ -86,16 +92,10 @@ def test_what_is_cached_is_what_the_encoders_give(prepared: tuple[Prepared, Sour
             assert torch.equal(found.contexts([prompt]).expanded(), live_context.expanded())
 
 
-def test_loss_and_gradients_are_those_of_diffusers_and_peft(prepared: tuple[Prepared, Source], pipeline: Any) -> None:
-    from peft import LoraConfig
-
+def trainer_of(prepared: tuple[Prepared, Source]) -> tuple[Adapter, Stepper, BatchBuilder]:
+    """An adapter that acts, what computes its gradients, and what makes the batches."""
     found, source = prepared
-    (manifest,) = found.train
     config = found.loaded.config
-    indices = max(manifest.buckets.values(), key=len)[:2]
-    samples = [manifest.samples[index] for index in indices]
-    prompts = [sample.captions[0] for sample in samples]
-
     ours = load_transformer(source, torch.float32, CPU)
     adapter = attach(ours, config, seed=0)
     for index, parameter in enumerate(adapter.parameters()):  # B starts at zero, and then A has no gradient
@@ -118,6 +118,41 @@ def test_loss_and_gradients_are_those_of_diffusers_and_peft(prepared: tuple[Prep
         batches_per_step=1,
         world=World.single(),
     )
+    return adapter, stepper, builder
+
+
+def test_a_batch_of_two_is_two_batches_of_one(prepared: tuple[Prepared, Source]) -> None:
+    """Of prompts of different lengths; to 1e-5, since matrix products of another height may add in another order."""
+    (manifest,) = prepared[0].train
+    indices = max(manifest.buckets.values(), key=len)[:2]
+    target = manifest.samples[indices[0]].geometry.target
+    losses, gradients = [], []
+    for sizes in ([2], [1, 1]):
+        adapter, stepper, builder = trainer_of(prepared)
+        starts = [sum(sizes[:place]) for place in range(len(sizes))]
+        batches = [
+            builder.batch(
+                MicroBatch(tuple(Visit(0, index) for index in indices[start : start + size]), target), 5, start
+            )
+            for start, size in zip(starts, sizes, strict=True)
+        ]
+        losses.append(torch.tensor(stepper.backward(GlobalBatch(5, 0, tuple(batches), 2))))
+        gradients.append([parameter.grad for parameter in adapter.parameters()])
+    assert_near(*losses)
+    for together, apart in zip(*gradients, strict=True):
+        assert_near(apart, together)
+
+
+def test_loss_and_gradients_are_those_of_diffusers_and_peft(prepared: tuple[Prepared, Source], pipeline: Any) -> None:
+    from peft import LoraConfig
+
+    found, source = prepared
+    (manifest,) = found.train
+    config = found.loaded.config
+    indices = max(manifest.buckets.values(), key=len)[:2]
+    samples = [manifest.samples[index] for index in indices]
+    prompts = [sample.captions[0] for sample in samples]
+    adapter, stepper, builder = trainer_of(prepared)
     micro_batch = MicroBatch(tuple(Visit(0, index) for index in indices), samples[0].geometry.target)
     losses = stepper.backward(GlobalBatch(5, 0, (builder.batch(micro_batch, 5, 0),), 2))
 
@@ -130,7 +165,7 @@ def test_loss_and_gradients_are_those_of_diffusers_and_peft(prepared: tuple[Prep
         for mine, other in zip((layer.a, layer.b), gradients[name], strict=True):
             other.data.copy_(mine)
     with torch.no_grad():
-        context, text_ids = pipeline.encode_prompt(prompts)
+        context, text_ids = pipeline.encode_prompt(prompts, max_sequence_length=source.text_length)
         latents = pipeline._encode_vae_image(torch.cat([pixels_of(sample) for sample in samples]), generator=None)
     draws = stepper.objective.draw(5, range(2), tuple(latents.shape[1:]))
     sigma = draws.sigma[:, None, None, None]
@@ -138,7 +173,7 @@ def test_loss_and_gradients_are_those_of_diffusers_and_peft(prepared: tuple[Prep
         hidden_states=pipeline._pack_latents((1 - sigma) * latents + sigma * draws.noise),
         encoder_hidden_states=context,
         timestep=draws.sigma,
-        guidance=torch.full((2,), 3.5),
+        guidance=torch.full((2,), 3.5) if source.spec.guidance_embeds else None,
         img_ids=pipeline._prepare_latent_ids(latents),
         txt_ids=text_ids,
         return_dict=False,

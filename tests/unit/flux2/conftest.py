@@ -1,4 +1,4 @@
-"""A Hub on this machine, and the embedded model as a `Source`."""
+"""A Hub on this machine, and the embedded models as a `Source`."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,3 +28,10 @@ def tiny_source(tiny_folder: Path) -> Source:
     """The embedded model, as every loader wants it."""
     options = ModelOptions(model_flavour="tiny", pretrained_model_name_or_path=str(tiny_folder))
     return locate(options, report=print)
+
+
+@pytest.fixture(scope="session", params=["tiny", pytest.param("tiny-klein", marks=pytest.mark.slow)])
+def embedded_source(request: pytest.FixtureRequest) -> Source:
+    """Each of the embedded models: Mistral padded on the left, and Qwen3 padded on the right."""
+    folder = request.getfixturevalue(f"{request.param.replace('-', '_')}_folder")
+    return locate(ModelOptions(model_flavour=request.param, pretrained_model_name_or_path=str(folder)), report=print)

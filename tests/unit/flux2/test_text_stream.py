@@ -23,7 +23,7 @@ from simpletuner.flux2.footprint import resident_text_bytes
 from simpletuner.flux2.load import load_text_encoder, stream_text_encoder
 from simpletuner.flux2.source import Source, Weights
 from simpletuner.flux2.spec import text_from_config
-from simpletuner.flux2.text import LeftPaddedCodec, TokenBatch
+from simpletuner.flux2.text import CODECS, TokenBatch
 from simpletuner.flux2.text_stream import StreamedTextEncoder, portions
 
 BATCHES = [
@@ -61,9 +61,9 @@ def same(one: list[TextContext], two: list[TextContext]) -> bool:
 @pytest.mark.parametrize(
     "layers", [(10, 20, 30), *(pytest.param(each, marks=pytest.mark.slow) for each in ((1, 2), (3,)))], ids=str
 )
-def test_contexts_are_the_bits_of_the_resident_encoder(tiny_source, tmp_path, dtype, layers):
-    resident = load_text_encoder(tiny_source, dtype, "cpu", **settings(layers))
-    encoder = streamed(tiny_source, tmp_path, dtype, layers=layers)
+def test_contexts_are_the_bits_of_the_resident_encoder(embedded_source, tmp_path, dtype, layers):
+    resident = load_text_encoder(embedded_source, dtype, "cpu", **settings(layers))
+    encoder = streamed(embedded_source, tmp_path, dtype, layers=layers)
     found = list(encoder.encode_batches(BATCHES))
     for batch, contexts in zip(BATCHES, found, strict=True):
         assert contexts[0].rows.dtype == dtype
@@ -144,8 +144,8 @@ def test_a_padding_row_that_is_not_finite_names_the_layer(tiny_source, tmp_path)
             encoder.encode(["a cat"])
 
 
-def test_a_row_that_is_not_finite_names_the_layer_and_the_prompt(tiny_source):
-    encoder = load_text_encoder(tiny_source, torch.float32, "cpu", **settings())
+def test_a_row_that_is_not_finite_names_the_layer_and_the_prompt(embedded_source):
+    encoder = load_text_encoder(embedded_source, torch.float32, "cpu", **settings())
     dog, cat = (set(ids) for ids in encoder._tokenize(["a dog", "a cat"]))
     with torch.no_grad():
         encoder._model.embed_tokens.weight[list(cat - dog)] = torch.nan
@@ -165,14 +165,14 @@ def test_portions_and_the_file_change_no_bit_and_leave_nothing(tiny_source, tmp_
         assert not list(tmp_path.iterdir())
 
 
-def test_a_layer_is_read_once_for_all_and_none_that_is_not_used(tiny_source, tmp_path):
-    encoder = streamed(tiny_source, tmp_path, layers=(2, 4))
+def test_a_layer_is_read_once_for_all_and_none_that_is_not_used(embedded_source, tmp_path):
+    encoder = streamed(embedded_source, tmp_path, layers=(2, 4))
     read_layer, read = encoder._read_layer, []
     encoder._read_layer = lambda index: read.append(index) or read_layer(index)
     list(encoder.encode_batches(BATCHES))
     assert read == [0, 1, 2, 3]
     model = read_layer(3)
-    stored = load_file(tiny_source.text_encoder.files[0])
+    stored = load_file(embedded_source.text_encoder.files[0])
     own = {name.rpartition("layers.3.")[2]: tensor for name, tensor in stored.items() if ".layers.3." in name}
     found = {name.removeprefix("layers.0."): tensor for name, tensor in model.state_dict().items()}
     assert found.keys() == own.keys()
@@ -200,17 +200,18 @@ def test_shares_of_the_work_grow_to_all_of_it(tiny_source, tmp_path):
     assert told[-1] == 1
 
 
-def test_an_interruption_keeps_the_portions_before_it(tiny_source, tmp_path):
+def test_an_interruption_keeps_the_portions_before_it(embedded_source, tmp_path):
     """And the next start ends with the bytes of one that was left alone."""
     prompts = [prompt for batch in BATCHES for prompt in batch]
+    codec = CODECS[embedded_source.flavour.text.padding_side]("text")
 
     def files(store: Store) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in store.storage.folder.rglob("*.safetensors")}
 
     def fill(store: Store, report: Callable[[int, int], None] = lambda *_: None) -> int:
-        encoder = streamed(tiny_source, store.storage.folder, portion_tokens=200, memory_bytes=0, layers=(1, 3))
+        encoder = streamed(embedded_source, store.storage.folder, portion_tokens=200, memory_bytes=0, layers=(1, 3))
         sizes = {"batch_size": 2, "write_batch_size": 100}
-        return fill_contexts(prompts, store, LeftPaddedCodec("text"), lambda: encoder, **sizes, report=report).encoded
+        return fill_contexts(prompts, store, codec, lambda: encoder, **sizes, report=report).encoded
 
     def stop(done: int, _total: int) -> None:
         if done >= 5:
@@ -256,16 +257,17 @@ def test_a_full_disk_is_named(tiny_source, tmp_path, monkeypatch):
         streamed(tiny_source, tmp_path, memory_bytes=0).encode(["a cat"])
 
 
-def test_bytes_of_the_resident_encoder_are_its_weights_and_a_batch(tiny_source):
+def test_bytes_of_the_resident_encoder_are_its_weights_and_a_batch(embedded_source):
+    text = text_from_config(embedded_source.text_encoder.config)
+
     def needed(dtype: torch.dtype, tokens: int) -> int:
-        text = text_from_config(tiny_source.text_encoder.config)
         return sum(resident_text_bytes(text, (10, 20, 30), tokens=tokens, precision=NO_CHANGE, dtype=dtype))
 
-    model = load_text_encoder(tiny_source, torch.float32, "cpu", **settings())._model
+    model = load_text_encoder(embedded_source, torch.float32, "cpu", **settings())._model
     weights = sum(parameter.nbytes for parameter in model.parameters())
     assert needed(torch.float32, 0) == weights
     assert needed(torch.bfloat16, 0) == weights // 2
-    assert needed(torch.float32, 7) - weights == 7 * (3 * 128 + 4 * 64) * 4
+    assert needed(torch.float32, 7) - weights == 7 * (3 * text.inner + 4 * text.hidden) * 4
 
 
 LAYERS, HIDDEN, INNER, PER_FILE = 30, 512, 1024, 2
@@ -274,10 +276,11 @@ ALLOWED = 40 * 2**20
 
 
 @pytest.fixture(scope="module")
-def large(tiny_source, tmp_path_factory) -> Source:
+def large(embedded_source, tmp_path_factory) -> Source:
     """A text encoder of thirty layers and about 130 MiB in bf16, in files of two layers each."""
     folder = tmp_path_factory.mktemp("large")
-    text = {**tiny_source.text_encoder.config["text_config"]}
+    config = embedded_source.text_encoder.config
+    text = {**config.get("text_config", config)}
     text |= {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": LAYERS, "head_dim": 128}
     keys = text["num_key_value_heads"] * 128
     shapes = {
@@ -291,6 +294,8 @@ def large(tiny_source, tmp_path_factory) -> Source:
         "mlp.up_proj": (INNER, HIDDEN),
         "mlp.down_proj": (HIDDEN, INNER),
     }
+    if text["model_type"] == "qwen3":
+        shapes |= {"self_attn.q_norm": (128,), "self_attn.k_norm": (128,)}
     draws = torch.Generator().manual_seed(0)
 
     def drawn(shape: tuple[int, ...]) -> torch.Tensor:
@@ -303,7 +308,7 @@ def large(tiny_source, tmp_path_factory) -> Source:
         numbers = range(first, first + PER_FILE)
         tensors = {f"model.layers.{n}.{name}.weight": drawn(shape) for n in numbers for name, shape in shapes.items()}
         save_file(tensors, files[-1])
-    return dataclasses.replace(tiny_source, text_encoder=Weights(tuple(files), text))
+    return dataclasses.replace(embedded_source, text_encoder=Weights(tuple(files), text))
 
 
 BOUNDED = """
@@ -318,7 +323,8 @@ from simpletuner.flux2.spec import text_from_config
 mode, allowed, folder, request = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
 none = Weights((), None)
 text = Weights(tuple(map(Path, request["files"])), request["config"])
-source = Source("large", FLAVOURS["tiny"], None, none, none, text, Path(request["tokenizer"]), (10, 20, 30), 512, None)
+flavour, tokenizer = FLAVOURS[request["flavour"]], Path(request["tokenizer"])
+source = Source("large", flavour, None, none, none, text, tokenizer, (10, 20, 30), 512, None)
 given = dict(layers=(10, 20, 30), max_length=512, fix_regex=False)
 # Once with a single layer, so that every library has what it takes.
 list(stream_text_encoder(source, torch.bfloat16, "cpu", **given | {"layers": (1,)}, folder=folder).encode(["a"]))
@@ -350,6 +356,7 @@ def test_weights_several_times_larger_than_the_memory(large, tmp_path):
         "files": [str(file) for file in large.text_encoder.files],
         "config": large.text_encoder.config,
         "tokenizer": str(large.tokenizer),
+        "flavour": large.flavour.name,
         "batches": [["a cat", "a dog"], ["a red square on a white background"]],
     }
 
