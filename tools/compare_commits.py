@@ -2,7 +2,7 @@
 
     python tools/compare_commits.py BEFORE AFTER [--only NAME ...]
 
-Checks out both commits into temporary git worktrees and runs the same short trainings of the embedded model with
+Checks out both commits into temporary git worktrees and runs the same short trainings of the embedded models with
 each, through `simpletuner train`, with the interpreter and the packages of this process. A case passes if both runs
 wrote equal bytes in every weight file, optimizer state and image, and equal numbers in every step and validation
 event. The caches are compared at the end. Prints one line per case and exits with 1 if any case differs.
@@ -87,6 +87,7 @@ CASES: dict[str, list[str]] = {
     "full-ema": [
         "--model_type=full", "--learning_rate=1e-4", "--use_ema", "--ema_decay=0.5", "--ema_validation=comparison",
     ],
+    "klein": ["--model_flavour=tiny-klein", "--caption_dropout_probability=0.5", "--text_encoder_mode=streamed"],
 }  # fmt: skip
 """Arguments of `simpletuner train` for each case, on top of `CONFIG` (the example has its own configuration)."""
 
