@@ -61,9 +61,9 @@ def same(one: list[TextContext], two: list[TextContext]) -> bool:
 @pytest.mark.parametrize(
     "layers", [(10, 20, 30), *(pytest.param(each, marks=pytest.mark.slow) for each in ((1, 2), (3,)))], ids=str
 )
-def test_contexts_are_the_bits_of_the_resident_encoder(embedded_source, tmp_path, dtype, layers):
-    resident = load_text_encoder(embedded_source, dtype, "cpu", **settings(layers))
-    encoder = streamed(embedded_source, tmp_path, dtype, layers=layers)
+def test_contexts_are_the_bits_of_the_resident_encoder(tiny_source, tmp_path, dtype, layers):
+    resident = load_text_encoder(tiny_source, dtype, "cpu", **settings(layers))
+    encoder = streamed(tiny_source, tmp_path, dtype, layers=layers)
     found = list(encoder.encode_batches(BATCHES))
     for batch, contexts in zip(BATCHES, found, strict=True):
         assert contexts[0].rows.dtype == dtype
