@@ -145,13 +145,13 @@ TINY_KLEIN = TransformerSpec(
     head_dim=32,
     double_blocks=2,
     single_blocks=4,
-    context_dim=3 * 48,
+    context_dim=3 * 64,
     guidance_embeds=False,
     axes=(8, 8, 8, 8),
 )
 
 # As in klein-4b, the heads together are wider than a state.
-TINY_KLEIN_TEXT = TextSpec(vocabulary=704, hidden=48, inner=96, heads=4, key_heads=2, head_dim=16, has_head_norms=True)
+TINY_KLEIN_TEXT = TextSpec(vocabulary=704, hidden=64, inner=96, heads=6, key_heads=2, head_dim=16, has_head_norms=True)
 
 TINY_AUTOENCODER = AutoencoderSpec(channels=(16, 32, 64, 64), blocks_per_level=1, tile=256)
 

@@ -32,12 +32,12 @@ SUMS = {
 
 
 KLEIN_SUMS = {
-    "text_encoder/model.safetensors": "85d3b7e6263c959e",
+    "text_encoder/model.safetensors": "00c0aef37bed4d76",
     "tokenizer/tokenizer.json": "6113f26cc7b3fdf7",
-    "transformer/diffusion_pytorch_model.safetensors": "ce5565bd30de4d71",
+    "transformer/diffusion_pytorch_model.safetensors": "3b68a82c84ca0b95",
     "vae/diffusion_pytorch_model.safetensors": "fdfa36c401436c0b",
 }
-DISTILLED_SUMS = KLEIN_SUMS | {"transformer/diffusion_pytorch_model.safetensors": "f22db94b65159154"}
+DISTILLED_SUMS = KLEIN_SUMS | {"transformer/diffusion_pytorch_model.safetensors": "0f62d18dca27351f"}
 
 
 @pytest.mark.parametrize("name", KLEIN_SUMS)
