@@ -44,7 +44,9 @@ def test_three_choices_fill_in_options_and_a_sentence_says_what_starts(
     flags, *_, texts = json.loads(datasets.read_text())
     datasets.write_text(json.dumps([flags | {"repeats": 0}, texts]))
     page.goto(f"{server.url}/#/configure/first")
-    expect(page.get_by_role("radio", name="klein-9b")).to_be_enabled()
+    klein = page.get_by_role("radio", name="klein-4b")
+    expect(klein).to_be_enabled()
+    expect(klein).to_have_accessible_description(re.compile(r"For previews: klein-4b-distilled.*Apache-2\.0"))
     expect(page.get_by_role("radio", name="An edit")).to_be_disabled()
 
     page.get_by_label("Card", exact=True).select_option("No card: an embedded example model")

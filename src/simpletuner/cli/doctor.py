@@ -23,7 +23,7 @@ from simpletuner.cli.loading import examine_here
 from simpletuner.cli.printing import json_text, table
 from simpletuner.config.flavours import FLAVOURS
 from simpletuner.config.load import NO_CONFIGURATION, Examined
-from simpletuner.config.recipes import card_of, recipe
+from simpletuner.config.recipes import card_of, recipe, resident_flavour
 from simpletuner.config.rules import precision_findings
 from simpletuner.config.run import RunConfig
 from simpletuner.config.values import join_names
@@ -103,7 +103,7 @@ def _checks(command: DoctorCommand) -> Iterator[MachineCheck]:
         examined = replace(examined, config=config)
         wanted = f"none here: below, a LoRA of {FLAVOURS[config.model_flavour].title}"
         yield _python()
-        yield MachineCheck("config", "warning", wanted, "simpletuner init")
+        yield MachineCheck("config", "warning", wanted, _first_step(cards))
     else:
         config = examined.config
         yield _python()
@@ -123,6 +123,18 @@ def _usual(cards: Sequence[Gpu]) -> RunConfig:
     card = card_of(_largest(cards))
     options = {**FLAVOURS["dev"].option_defaults, **recipe("subject", "dev").options, "output_dir": "output"}
     return RunConfig(**options | dict({} if card is None else card.fits["dev"].options))
+
+
+def _first_step(cards: Sequence[Gpu]) -> str:
+    """How to begin, with the model whose weights stay on this machine's card where dev's do not."""
+    smaller = resident_flavour(card_of(_largest(cards)))
+    if smaller is None:
+        return "simpletuner init"
+    flavour = FLAVOURS[smaller]
+    return (
+        f"simpletuner init, or simpletuner init --model {smaller}: {flavour.title} fits on this GPU without streaming. "
+        f"Its licence: {flavour.licence}."
+    )
 
 
 def _largest(cards: Sequence[Gpu]) -> float:

@@ -23,7 +23,7 @@ from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.printing import table
 from simpletuner.config.flavours import FLAVOURS, FlavourName
 from simpletuner.config.load import CONFIG_NAMES, Examined, examine
-from simpletuner.config.recipes import CARDS, RECIPES, Card, RecipeName, card_of
+from simpletuner.config.recipes import CARDS, RECIPES, Card, RecipeName, card_of, resident_flavour
 from simpletuner.config.starter import FoundImages, Starter
 from simpletuner.config.values import join_names
 from simpletuner.data.discover import discover
@@ -321,19 +321,12 @@ def _say_found(starter: Starter, notices: tuple[str, ...]) -> None:
     else:
         say("Note: this recipe's numbers come from others' runs (docs/recipes.md); nobody has judged one here.")
         say(f"Note: licence of the model: {FLAVOURS[starter.flavour].licence}.")
-        if starter.flavour == "dev" and (smaller := _fits_whole(starter.card)):
+        if starter.flavour == "dev" and (smaller := resident_flavour(starter.card)):
             flavour = FLAVOURS[smaller]
             say(
                 f"Note: {flavour.title} fits on this card without streaming, and trains much faster: add "
                 f"--model {smaller}. Its licence: {flavour.licence}."
             )
-
-
-def _fits_whole(card: Card) -> FlavourName | None:
-    """The largest klein whose weights stay on `card`, where those of dev do not."""
-    if not card.fits["dev"].options.get("enable_group_offload"):
-        return None
-    return next((name for name in ON_CARDS if not card.fits[name].options.get("enable_group_offload")), "klein-4b")
 
 
 def _previewed(starter: Starter) -> Iterator[str]:

@@ -376,7 +376,7 @@ def _flavour_notice(givens: Mapping[str, Given]) -> Iterator[str]:
     if family is not None and family.value is not None and family.origin == "file" and not says_which:
         yield (
             f"model_flavour is not given, so {DEFAULT_FLAVOUR} is trained. SimpleTuner trains klein-9b where it is not "
-            "given: write down which of them is meant."
+            f"given: add --model_flavour klein-9b for that, or --model_flavour {DEFAULT_FLAVOUR}."
         )
 
 

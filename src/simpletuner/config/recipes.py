@@ -180,7 +180,7 @@ CARDS: tuple[Card, ...] = (
         8.0,
         CardFit({**_INT4, **_STREAMED, "activation_offload": True}, "4 bits, all but one block in RAM"),
         CardFit({**_INT4, **_STREAMED}, "4 bits, most weights in RAM"),
-        CardFit({**_INT8, **_STREAMED}, "8 bits, a few weights in RAM"),
+        _IN_INT8,
     ),
     _card(
         "12 GB",
@@ -216,3 +216,9 @@ def card_of(vram_gib: float) -> Card | None:
     A driver reports some hundred MiB less than a card's name says, so half a GiB is allowed for.
     """
     return next((card for card in reversed(CARDS) if card.vram_gib <= vram_gib + 0.5), None)
+
+
+def resident_flavour(card: Card | None) -> FlavourName | None:
+    """The largest flavour whose weights stay on `card`; None without a card, and where those of dev do."""
+    whole = [name for name, fit in card.fits.items() if "enable_group_offload" not in fit.options] if card else []
+    return whole[0] if whole and "dev" not in whole else None

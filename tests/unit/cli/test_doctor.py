@@ -129,6 +129,27 @@ def test_a_card_that_is_too_small_has_the_code_of_memory(gpu: Any, capsys: pytes
     assert checks["VRAM"]["remedy"] == "simpletuner plan"
 
 
+def test_a_card_on_which_dev_is_streamed_is_offered_klein(gpu: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu(mib=12282)
+    _, checks = examined(capsys)
+    assert "simpletuner init --model klein-4b: " in checks["config"]["remedy"]
+    assert "Apache-2.0" in checks["config"]["remedy"]
+
+
+def test_weights_that_are_open_need_no_token(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_project(model_flavour="klein-4b")
+    capsys.readouterr()
+    _, checks = examined(capsys)
+    assert (checks["Hub"]["state"], checks["Hub"]["found"].partition(";")[0]) == (
+        "ok",
+        "no token is needed: Apache-2.0",
+    )
+    tiny = Path("config/config.json")
+    tiny.write_text(tiny.read_text().replace("klein-4b", "klein-9b"))
+    _, checks = examined(capsys)
+    assert "FLUX.2-klein-base-9B" in checks["Hub"]["remedy"]
+
+
 def test_a_token_is_found_and_never_shown(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,43 @@ def test_flags_alone_write_files_that_load(project: Path, capsys: pytest.Capture
     assert "6 images in datasets/zorblat, 5 with a caption; trained at 512." in told
     assert "Trains a rank-16 LoRA of FLUX.2-dev on 6 images, 600 steps (each image seen 100 times); needs " in told
     assert "are enlarged to reach `resolution`" in told
+
+
+@pytest.mark.parametrize(
+    ("model", "card", "licence"),
+    [("klein-4b", "12 GB", "Apache-2.0"), ("klein-9b", "24 GB", "FLUX non-commercial licence")],
+)
+def test_klein_loads_without_a_warning_fits_its_card_and_names_its_licence(
+    project: Path, capsys: pytest.CaptureFixture[str], model: str, card: str, licence: str
+) -> None:
+    assert run(["--images=datasets/zorblat", "--card", card, "--model", model, "--recipe=subject", "--yes"]) == 0
+    found = loaded(project)
+    assert [notice for notice in found.notices if "licence" not in notice] == []
+    assert (found.config.model_flavour, found.config.lora_rank) == (model, 32)
+    told = capsys.readouterr().out
+    assert f"Note: licence of the model: {licence}" in told
+    assert "does not fit" not in told
+    needed, usable = re.findall(r"needs ([\d.]+) GiB of ([\d.]+) GiB usable VRAM", told)[0]
+    assert float(needed) < float(usable)
+    assert licence in (project / "config" / "config.json").read_text()
+
+
+def test_where_dev_is_streamed_the_model_that_stays_on_the_card_is_offered(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["--card=16", "--recipe=subject", "--yes"]) == 0
+    (typed,) = re.findall(r"fits on this card without streaming, .* add (--model \S+)\. Its", capsys.readouterr().out)
+    assert run(["--card=16", "--recipe=subject", "--yes", *typed.split()]) == 0
+    assert loaded(project).config.model_flavour == "klein-9b"
+    assert not loaded(project).config.enable_group_offload
+    assert "without streaming" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("model", "card"), [("klein-4b", "none"), ("tiny-klein", "8"), ("klein-4b-distilled", "8")])
+def test_a_model_that_is_not_for_training_there_is_refused(project: Path, model: str, card: str) -> None:
+    with pytest.raises(ConfigError, match="--model"):
+        run(["--card", card, "--model", model, "--recipe=subject", "--yes"])
+    assert written(project) == []
 
 
 def test_every_value_says_why(project: Path) -> None:

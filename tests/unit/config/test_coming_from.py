@@ -140,9 +140,11 @@ def test_it_is_said_once_which_flavour_a_config_without_one_trains(place: Any) -
     notices = place.load().notices
     (notice,) = [text for text in notices if "klein-9b" in text]
     assert notice == (
-        "model_flavour is not given, so dev is trained. SimpleTuner trains klein-9b where it is not given: write down "
-        "which of them is meant."
+        "model_flavour is not given, so dev is trained. SimpleTuner trains klein-9b where it is not given: add "
+        "--model_flavour klein-9b for that, or --model_flavour dev."
     )
+    for flag in re.findall(r"(--model_flavour) (\S+?)[.,]?(?= for|$)", notice):
+        assert not [text for text in place.load(*flag).notices if text.startswith("model_flavour is not given")]
     for changes, flags in (
         ({"model_flavour": "dev"}, ()),
         ({"pretrained_model_name_or_path": "black-forest-labs/FLUX.2-dev"}, ()),

@@ -73,24 +73,6 @@ def test_distilled_flavours_are_the_siblings_of_their_bases(name: FlavourName) -
     assert (base.guidance_kind, sibling.guidance_kind) == ("classifier-free", "none")
 
 
-@pytest.mark.parametrize(("name", "words"), [("dev", "32.2 B"), ("klein-9b", "9.08 B"), ("klein-4b", "3.88 B")])
-def test_a_summary_counts_the_parameters_of_its_shapes(name: FlavourName, words: str) -> None:
-    summary = FLAVOURS[name].summary
-    assert f"({words} parameters" in summary
-    assert f"{parameters(FLAVOURS[name].transformer) / 1e9:.3g} B" == words
-
-
-def parameters(spec: TransformerSpec) -> int:
-    """Of a transformer, from its shapes: tests/unit/flux2/test_spec.py counts the module's own."""
-    hidden, inner, head = spec.hidden, spec.mlp_hidden, spec.head_dim
-    ends = hidden * (2 * spec.in_channels + spec.context_dim) + 2 * hidden * hidden
-    embedders = (1 + spec.guidance_embeds) * hidden * (spec.timestep_channels + hidden)
-    modulation = (6 + 6 + 3) * hidden * hidden
-    double = 8 * hidden * hidden + 2 * 3 * hidden * inner + 4 * head
-    single = hidden * (3 * hidden + 2 * inner) + (hidden + inner) * hidden + 2 * head
-    return ends + embedders + modulation + spec.double_blocks * double + spec.single_blocks * single
-
-
 def test_another_flavour_brings_its_own_defaults(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     other = dataclasses.replace(FLAVOURS["tiny"], shift=2.0, guidance=1.0, validation_steps=4, licence_notice="Ask.")
     monkeypatch.setitem(FLAVOURS, "tiny", other)  # type: ignore[arg-type]

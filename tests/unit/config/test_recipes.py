@@ -6,7 +6,16 @@ from typing import Any, get_args
 import pytest
 
 from simpletuner.config.flavours import FLAVOURS
-from simpletuner.config.recipes import CARDS, LEAST_STEPS, RECIPES, Recipe, RecipeName, card_of, recipe
+from simpletuner.config.recipes import (
+    CARDS,
+    LEAST_STEPS,
+    RECIPES,
+    Recipe,
+    RecipeName,
+    card_of,
+    recipe,
+    resident_flavour,
+)
 from simpletuner.config.run import OPTION_NAMES
 
 READY = [each for each in RECIPES if each.is_ready]
@@ -61,3 +70,17 @@ def test_few_images_are_seen_more_often() -> None:
 def test_a_card_is_taken_by_the_memory_it_has(gib: float, name: str | None) -> None:
     card = card_of(gib)
     assert (card and card.name) == name
+
+
+@pytest.mark.parametrize(
+    ("gib", "name"),
+    [(4.0, None), (8.0, "klein-4b"), (12.0, "klein-4b"), (16.0, "klein-9b"), (24.0, "klein-9b"), (48.0, None)],
+)
+def test_the_largest_model_that_stays_on_a_card_is_named_where_dev_does_not(gib: float, name: str | None) -> None:
+    assert resident_flavour(card_of(gib)) == name
+
+
+def test_klein_recipes_hold_no_option_of_a_guidance_embedder() -> None:
+    for each in (each for each in READY if "klein" in each.flavour):
+        assert not [option for option in each.options if option.startswith("flux_guidance")]
+        assert each.options["caption_dropout_probability"] > 0

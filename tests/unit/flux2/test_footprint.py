@@ -1,6 +1,7 @@
 """Bytes of FLUX.2, against the modules themselves, and against the options that decide them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from simpletuner.config.flavours import (
     KLEIN_9B,
     TINY,
     AutoencoderSpec,
+    FlavourName,
     TransformerSpec,
 )
 from simpletuner.config.optimisers import optimiser
@@ -42,6 +44,7 @@ from simpletuner.flux2.tiny.parts import VAE
 from simpletuner.memory.planner import Machine, MemoryPlan, MemoryTier, PhasePlan, bytes_to_fill
 from simpletuner.memory.trace import pretending, trace_forward
 
+KLEIN_PAGE = (Path(__file__).parents[3] / "docs" / "klein.md").read_text(encoding="utf-8")
 CARD = Machine(int(80.0 * GIB), int(64.0 * GIB), None)
 CPU = Machine(None, int(64.0 * GIB), None)
 STREAMED: dict[str, object] = {
@@ -75,6 +78,27 @@ def part(where: PhasePlan, name: str, place: MemoryTier = "accelerator") -> int:
 )
 def test_published_models_have_as_many_parameters_as_they_have(spec: TransformerSpec, count: int) -> None:
     assert transformer_bytes(spec, "no_change", torch.bfloat16).total == 2 * count
+
+
+@pytest.mark.parametrize("name", ["dev", "klein-9b", "klein-4b"])
+def test_a_summary_counts_the_parameters_of_its_shapes(name: FlavourName) -> None:
+    count = transformer_bytes(FLAVOURS[name].transformer, "no_change", torch.bfloat16).total / 2
+    assert f"({count / 1e9:.3g} B parameters" in FLAVOURS[name].summary
+
+
+@pytest.mark.parametrize("name", ["klein-9b", "klein-4b", "tiny-klein"])
+def test_klein_md_counts_the_parameters_of_its_shapes(name: FlavourName) -> None:
+    count = transformer_bytes(FLAVOURS[name].transformer, "no_change", torch.bfloat16).total / 2
+    (row,) = re.findall(rf"^\| `{name}`.*", KLEIN_PAGE, re.MULTILINE)
+    assert (f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.1f} M") in row
+
+
+@pytest.mark.parametrize(("name", "megabytes"), [("klein-9b", 12.6), ("klein-4b", 7.9)])
+def test_klein_md_says_how_large_a_caption_is(name: FlavourName, megabytes: float) -> None:
+    text = FLAVOURS[name].text
+    size = text.length * len(text.layers) * text.encoder.hidden * torch.bfloat16.itemsize
+    assert round(size / 1e6, 1) == megabytes
+    assert f"{megabytes} MB" in KLEIN_PAGE
 
 
 def test_the_text_encoder_has_the_parameters_of_transformers_own() -> None:

@@ -17,6 +17,7 @@ def test_every_model_says_what_it_is_and_what_it_takes(client: TestClient) -> No
     assert models["dev"]["download_bytes"] == pytest.approx(99.3e9, rel=0.01)
     assert (models["tiny"]["download_bytes"], models["tiny"]["is_embedded"]) == (0, True)
     assert (models["klein-4b"]["licence"], models["klein-4b"]["is_embedded"]) == ("Apache-2.0", False)
+    assert (models["dev"]["preview"], models["klein-4b"]["preview"]) == (None, "klein-4b-distilled")
     assert (models["dev"]["options"], models["tiny"]["options"]) == ({}, {"validation_resolution": "128x128"})
     assert all(model["options"].keys() == model["sources"].keys() for model in models.values())
 
@@ -30,7 +31,7 @@ def test_recipes_and_cards_come_with_the_source_of_each_value(client: TestClient
     assert [card["name"] for card in told["cards"]] == [one.name for one in CARDS]
     for card, one in zip(told["cards"], CARDS, strict=True):
         assert {name: fit["options"] for name, fit in card["fits"].items()} == {
-            n: f.options for n, f in one.fits.items()
+            name: fit.options for name, fit in one.fits.items()
         }
     assert told["least_steps"] == LEAST_STEPS
     assert any("not built yet" in one["needs"] for one in told["recipes"] if one["name"] == "edit")

@@ -63,7 +63,7 @@ def test_without_an_action_nothing_is_written(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.slow  # the whole table of the plan, three times; `.ci/run check` does it each time
 def test_stale_pages_are_named_and_written_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = ("events.md", "options.md", "plan.md", "recipes.md", "coming-from.md")
+    names = ("events.md", "options.md", "plan.md", "recipes.md", "klein.md", "coming-from.md")
     for name in names:
         shutil.copy(generate_docs.DOCS / name, tmp_path)
     (tmp_path / "options.md").unlink()

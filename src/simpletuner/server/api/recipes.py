@@ -21,6 +21,8 @@ class ModelChoice(BaseModel):
     name: str
     summary: str
     licence: str
+    preview: str | None
+    """The distilled flavour of the same size, which draws in few steps and is no choice for training."""
     download_bytes: int
     """Weights that a first run downloads."""
     is_embedded: bool
@@ -105,6 +107,7 @@ def _models() -> list[ModelChoice]:
             name=name,
             summary=flavour.summary,
             licence=flavour.licence,
+            preview=flavour.preview,
             download_bytes=sum(flavour.downloads.values()),
             is_embedded=flavour.repo is None,
             options=_sizes(flavour),

@@ -29,8 +29,8 @@ export function choicesPanel(offer, fields, environment, onMachine) {
   let lastChoice = null;
 
   const models = radios("Model", offer.models.map((one) => ({
-    value: one.name, title: one.name, needs: "",
-    lines: [one.summary, [one.is_embedded ? "Nothing to download" : one.download_bytes ? `${size(one.download_bytes)} to download` : null, licence(one.licence)]],
+    value: one.name, title: one.name,
+    lines: [one.summary, one.preview ? `For previews: ${one.preview}` : null, [one.is_embedded ? "Nothing to download" : one.download_bytes ? `${size(one.download_bytes)} to download` : null, licence(one.licence)]],
   })), () => {
     if (!hasGpu && isEmbedded(models.value)) card.value = NO_CARD;
     if (!isEmbedded(models.value) && card.value === NO_CARD) card.value = hasGpu ? FOUND : "";
@@ -47,7 +47,7 @@ export function choicesPanel(offer, fields, environment, onMachine) {
   offer.cards.map((one) => h("option", { value: one.name }, one.name)));
   const cardNote = h("p", { class: "hint", "aria-live": "polite" });
   const recipes = radios("Recipe", [...new Map(offer.recipes.map((one) => [one.name, one])).values()].map((one) => ({
-    value: one.name, title: one.title, needs: "", lines: [one.summary],
+    value: one.name, title: one.title, lines: [one.summary],
   })), () => {
     recipe = recipes.value;
     choose();
@@ -83,10 +83,10 @@ export function choicesPanel(offer, fields, environment, onMachine) {
   }
 
   function choose() {
-    // A distilled model is no choice here: a recipe is for one that can be trained.
-    if (models.value === null) models.value = offer.models[0].name;
     let text = environment.text("config");
     const given = givenOf(read(text), text);
+    // A distilled model is no choice here: its base is trained instead.
+    models.value ??= (offer.models.find((one) => one.preview === given.get("model_flavour")?.value) ?? offer.models[0]).name;
     const asked = wanted();
     const rows = [];
     lastChoice = { ...applied, filled: new Map(filled), before: text, after: "" };
@@ -194,7 +194,7 @@ export function choicesPanel(offer, fields, environment, onMachine) {
     if (root === null) return;
     models.value = givenOf(root, text).get("model_flavour")?.value ?? fields.get("model_flavour").default;
     for (const name of recipes.values) {
-      recipes.needs(name, offer.recipes.find((one) => one.name === name && one.flavour === models.value)?.needs ?? "a model that is built");
+      recipes.needs(name, offer.recipes.find((one) => one.name === name && one.flavour === models.value)?.needs ?? "a model for training");
     }
     if (chosenRecipe() === undefined) recipes.value = null;
     const ofCard = isEmbedded(models.value) ? undefined : chosenCard();
@@ -239,13 +239,13 @@ export function choicesPanel(offer, fields, environment, onMachine) {
 /** A group of radio buttons, each with a title and lines of text. */
 function radios(legend, choices, onchange) {
   const name = freshId("choice");
-  const made = new Map(choices.map(({ value, title, lines, needs }) => {
+  const made = new Map(choices.map(({ value, title, lines }) => {
     const id = freshId("option");
     const note = h("span", { class: "small" });
     const input = h("input", { type: "radio", name, value, "aria-labelledby": id, "aria-describedby": `${id}-lines`, onchange });
     const node = h("label", { class: "option" }, input, h("span", {}, h("strong", { id }, title),
-      h("span", { id: `${id}-lines` }, lines.map((parts) => h("span", { class: "small dim" }, joined([parts].flat()))), note)));
-    return [value, { input, node, note, needs }];
+      h("span", { id: `${id}-lines` }, lines.filter(Boolean).map((parts) => h("span", { class: "small dim" }, joined([parts].flat()))), note)));
+    return [value, { input, node, note, needs: "" }];
   }));
   const group = {
     node: h("fieldset", { class: "choice" }, h("legend", {}, legend), [...made.values()].map((one) => one.node)),
@@ -261,7 +261,6 @@ function radios(legend, choices, onchange) {
     },
     lock(locked) { for (const one of made.values()) one.input.disabled = locked || one.needs !== ""; },
   };
-  for (const [value, { needs }] of made) group.needs(value, needs);
   return group;
 }
 
