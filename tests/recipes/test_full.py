@@ -146,6 +146,44 @@ def test_killed_and_started_again_it_ends_the_same(workplace: Workplace, name: s
     assert not all(tensor.equal(base_weights()[key].to(tensor.dtype)) for key, tensor in weights(workplace).items())
 
 
+RELEASED = {
+    "optimizer_release_gradients": True, "grad_clip_method": "value", "max_grad_norm": 0.5, "mixed_precision": "bf16",
+    "gradient_accumulation_steps": 1, "use_ema": True, "ema_decay": 0.5,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_released_gradients_change_no_bit(workplace: Workplace) -> None:
+    """Recomputed blocks and a moving average included."""
+    workplace.config |= RELEASED | {"optimizer": "adamw_bf16", "gradient_checkpointing": True}
+    assert workplace.train() == 0
+    assert workplace.train("--output_dir=output/ordinary", "--optimizer_release_gradients=false") == 0
+    assert workplace.losses() == workplace.losses("ordinary")
+    norms = [[event["grad_norm"] for event in workplace.events("step", name)] for name in ("run", "ordinary")]
+    assert norms[0] == norms[1]
+    for folder in ("", "ema"):
+        reference = weights(workplace, "ordinary", folder)
+        assert all(tensor.equal(reference[key]) for key, tensor in weights(workplace, folder=folder).items())
+
+
+@pytest.mark.slow
+def test_adafactor_on_bf16_weights_is_killed_and_ends_the_same(workplace: Workplace) -> None:
+    workplace.config |= RELEASED | {"optimizer": "adafactor", "learning_rate": 1e-3, "max_train_steps": 4}
+    workplace.config["checkpoint_step_interval"] = 2
+    assert workplace.train("--output_dir=output/straight") == 0
+    killed = workplace.train_apart(kill_at="step:3")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert workplace.train() == 0
+    assert [event["resumed_from"] for event in workplace.events("run")] == [None, 2]
+    assert trained_bytes(workplace, "run") == trained_bytes(workplace, "straight")
+    assert workplace.losses() == workplace.losses("straight")
+    audit = json.loads((workplace.run().root / "weights.json").read_text())
+    assert (audit["dtype"], audit["master_bytes"]) == ("bfloat16", 0)
+    base = base_weights()
+    unmoved = [key for key, tensor in weights(workplace).items() if tensor.equal(base[key].to(tensor.dtype))]
+    assert unmoved == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["export:1", "export:2", "export:4"])
 def test_killed_while_it_exports_it_is_complete_at_the_next_start(workplace: Workplace, moment: str) -> None:

@@ -47,6 +47,7 @@ LABELS = {
     "lr_end": "Final learning rate",
     "max_grad_norm": "Gradient clipping",
     "grad_clip_method": "Clipping method",
+    "optimizer_release_gradients": "Step in backward pass",
     "skip_bad_batches": "Skippable steps",
     "train_batch_size": "Batch size",
     "gradient_accumulation_steps": "Gradient accumulation",

@@ -1,6 +1,8 @@
 """The optimisers by name: where each comes from and which options it reads. Known before torch is imported."""
 
+import math
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -43,6 +45,16 @@ class Optimiser:
     """About what it keeps for each trained number."""
     rounds_by_chance: bool = False
     """Whether it can step on bf16 weights without losing the steps that are smaller than their spacing."""
+    releases_gradients: bool = False
+    """Whether it can step each parameter inside the backward pass (`optimizer_release_gradients`)."""
+    is_factored: bool = False
+    """Whether it keeps a row and a column of a matrix, fp32."""
+
+    def state_size(self, shapes: Iterable[Sequence[int]]) -> int:
+        """About the bytes of its state for a whole model, whose tensors have these `shapes`."""
+        if self.is_factored:
+            return sum(4 * (sum(shape) if len(shape) == 2 else math.prod(shape)) for shape in shapes)
+        return round(self.state_bytes * sum(map(math.prod, shapes)))
 
     @property
     def finds_rate(self) -> bool:
@@ -63,7 +75,9 @@ class Optimiser:
 
 OPTIMISERS: dict[str, Optimiser] = {
     "adamw": Optimiser("torch", "AdamW", ADAM, arguments=("amsgrad", "foreach", "fused")),
-    "adamw_bf16": Optimiser(OURS, "AdamWBf16", ADAM, arguments=(), state_bytes=4, rounds_by_chance=True),
+    "adamw_bf16": Optimiser(
+        OURS, "AdamWBf16", ADAM, arguments=(), state_bytes=4, rounds_by_chance=True, releases_gradients=True
+    ),
     "adamw8bit": Optimiser("bitsandbytes", "AdamW8bit", ADAM, arguments=("min_8bit_size",), state_bytes=2.1),
     "adafactor": Optimiser(
         "torch",
@@ -71,6 +85,8 @@ OPTIMISERS: dict[str, Optimiser] = {
         ("adam_weight_decay",),
         arguments=("beta2_decay", "d", "eps", "foreach"),
         state_bytes=0.3,
+        releases_gradients=True,
+        is_factored=True,
     ),
     "lion": Optimiser(
         "pytorch_optimizer",

@@ -112,7 +112,6 @@ LATER_OPTIONS: Mapping[str, OtherKey] = _named(
     (_later("input perturbation", 0), "input_perturbation_steps"),
     (_later("other attention kernels", "auto", "native", "diffusers"), "attention_mechanism"),
     (_later("other ways of activation checkpointing", "auto", "full"), "gradient_checkpointing_mode"),
-    (_later("stepping each parameter in the backward pass", False), "optimizer_release_gradients"),
     (_later(_CONDITIONS, 1, 1.0), "masked_loss_probability"),
     (_later(_CONDITIONS, 0, 0.0), "masked_loss_floor masked_loss_prior reference_dropout_probability"),
     (_later(_CONDITIONS, False), "masked_loss_invert"),

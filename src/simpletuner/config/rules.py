@@ -8,7 +8,7 @@ from simpletuner.base.errors import Problem
 from simpletuner.config.datasets import Datasets
 from simpletuner.config.flavours import FLAVOURS, Flavour
 from simpletuner.config.given import Checked, Given, Known, check_givens
-from simpletuner.config.optimisers import ADAM, optimiser
+from simpletuner.config.optimisers import ADAM, OPTIMISERS, optimiser
 from simpletuner.config.options.checkpoint import LATEST
 from simpletuner.config.options.guidance import GuidanceOptions
 from simpletuner.config.options.lora import LoraOptions
@@ -50,6 +50,8 @@ def findings(config: RunConfig, datasets: Datasets | None) -> Iterator[Finding]:
     yield from layer_findings(config)
     yield from _rollout(config)
     yield from _optimiser(config)
+    if config.optimizer_release_gradients:
+        yield from _release(config)
     yield from precision_findings(config)
     yield from _precision(config)
     yield from _offload(config)
@@ -155,7 +157,8 @@ def _optimiser(config: RunConfig) -> Iterator[Finding]:
     if not known.is_installed:
         found = f"optimizer = {shown(name)}: {known.library} is not installed"
         yield ("optimizer",), Problem(found, remedy="pip install -e '.[optimizers]'")
-    if known.rounds_by_chance and config.model_type == "full" and config.base_dtype == "fp16":
+    is_fp16 = config.model_type == "full" and config.base_dtype == "fp16"
+    if known.rounds_by_chance and is_fp16 and not config.optimizer_release_gradients:
         keys = ("optimizer", "mixed_precision")
         found = f"optimizer = {shown(name)} with model_type = full and fp16 weights, which it cannot step on"
         yield keys, Problem(found, remedy="Give --base_model_default_dtype=bf16, or take adamw.")
@@ -173,6 +176,34 @@ def _optimiser(config: RunConfig) -> Iterator[Finding]:
     if not config.lr_scheduler.startswith("constant") and config.lr_end > config.learning_rate:
         found = f"lr_end = {config.lr_end:g}"
         yield ("lr_end", "learning_rate"), Problem(found, f"at most learning_rate, {config.learning_rate:g}")
+
+
+def _release(config: RunConfig) -> Iterator[Finding]:
+    """Options with which a parameter cannot be stepped inside the backward pass."""
+    key = "optimizer_release_gradients"
+    able = [name for name, known in OPTIMISERS.items() if known.releases_gradients]
+    if config.model_type != "full":
+        found = f"{key} with model_type = {config.model_type}, whose gradients are small"
+        yield (key, "model_type"), Problem(found, "full", f"Give --{key}=false.")
+        return
+    if config.optimizer not in able:
+        found = f"{key} with optimizer = {shown(config.optimizer)}"
+        remedy = f"Give --optimizer=adafactor, or --{key}=false."
+        yield (key, "optimizer"), Problem(found, join_names(able), remedy)
+    if config.base_dtype != "bf16" or config.is_autocast:
+        names = ("mixed_precision", "base_model_default_dtype")
+        keys = [name for name in names if vars(config)[name] not in ("bf16", None)]
+        found = f"{key} with {' and '.join(f'{name} = {vars(config)[name]}' for name in keys)}"
+        remedy = f"Give {' '.join(f'--{name}=bf16' for name in keys)}."
+        yield (key, *keys), Problem(found, "bf16 weights that compute in bf16", remedy)
+    if config.max_grad_norm and config.grad_clip_method == "norm":
+        found = f"{key} with max_grad_norm = {config.max_grad_norm:g}: the norm is known after the last gradient"
+        remedy = "Give --max_grad_norm=0, or --grad_clip_method=value, which bounds each number."
+        yield (key, "max_grad_norm", "grad_clip_method"), Problem(found, remedy=remedy)
+    if config.gradient_accumulation_steps > 1:
+        found = f"{key} with gradient_accumulation_steps = {config.gradient_accumulation_steps}, which adds them up"
+        remedy = "Give --gradient_accumulation_steps=1; a larger train_batch_size averages as well."
+        yield (key, "gradient_accumulation_steps"), Problem(found, remedy=remedy)
 
 
 def precision_findings(options: PrecisionOptions) -> Iterator[Finding]:

@@ -1,5 +1,6 @@
 """All options of a run: flat by inheritance, sliced by type."""
 
+from simpletuner.config.optimisers import optimiser
 from simpletuner.config.options.checkpoint import CheckpointOptions
 from simpletuner.config.options.compile import CompileOptions
 from simpletuner.config.options.data import DataOptions
@@ -62,6 +63,14 @@ class RunConfig(
     ProcessOptions,
 ):
     """Every option of a run. Made by `simpletuner.config.load.load`, which checks across options as well."""
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether the optimizer steps on fp32 copies of weights that compute in less. Without them it rounds
+        stochastically.
+        """
+        rounds = self.optimizer_release_gradients or optimiser(self.optimizer).rounds_by_chance
+        return self.model_type == "full" and self.base_dtype != "fp32" and not rounds
 
     @property
     def is_average_on_cpu(self) -> bool:

@@ -39,6 +39,8 @@ class Pass:
     """Whether weights are cast for each multiplication, and the copies kept for the gradient."""
     is_full: bool = False
     """Whether every weight learns."""
+    is_released: bool = False
+    """Whether each weight's gradient is freed as soon as it is whole."""
     adapted: tuple[Adapted, ...] = ()
     """Of each block, doubles first; empty where no adapter is."""
     rank: int = 0
@@ -176,7 +178,7 @@ def _cost(block: _Block) -> Cost:
         return Cost(0, _forward(block), 0, 0)
     with pretending(block.at.dtype):
         run, streams, weights, shared = _made(block)
-        cost = trace(run, streams, weights, shared)
+        cost = trace(run, streams, weights, shared, is_released=block.at.is_released)
     copies = sum(weight.nbytes for weight in weights) if block.at.is_autocast else 0
     if block.is_recomputed:
         return replace(cost, backward=cost.backward + copies)
@@ -247,4 +249,4 @@ def _tail(at: Pass) -> Cost:
             shape = (at.batch, at.text + at.image, spec.hidden)
             return [torch.empty(shape, dtype=at.dtype, requires_grad=True)]
 
-        return trace(run, joint, weights, [vector, target])
+        return trace(run, joint, weights, [vector, target], is_released=at.is_released)

@@ -296,14 +296,17 @@ def decoding_bytes(autoencoder: AutoencoderSpec, pixels: int, dtype: torch.dtype
     return 3 * autoencoder.channels[1] * pixels * dtype.itemsize
 
 
-def checkpoint_bytes(config: RunConfig, exported: int, kept: int, count: int) -> int:
-    """Size of an export and of what else is kept of the `count` trained numbers, for them and their average, and of the
-    optimiser's state.
+def checkpoint_bytes(config: RunConfig, exported: int, kept: int, state: int) -> int:
+    """Size of an export and of what else is kept of the trained numbers, for them and their average, and of the
+    optimizer's `state`.
     """
-    return (exported + kept) * (2 if config.use_ema else 1) + round(count * optimiser(config.optimizer).state_bytes)
+    return (exported + kept) * (2 if config.use_ema else 1) + state
 
 
 # The phases
+
+STEP_BYTES: dict[MemoryTier, int] = {"accelerator": 44 * 2**22, "ram": 44 * 2**16}
+"""Temporary memory of a step on bf16 weights, which goes by chunks (`train.adamw_bf16`)."""
 
 
 class _Room:
@@ -560,7 +563,7 @@ class Footprint:
 
     @property
     def has_masters(self) -> bool:
-        return self.is_full and self.dtype != torch.float32 and not optimiser(self.config.optimizer).rounds_by_chance
+        return self.config.has_masters
 
     @property
     def trained(self) -> int:
@@ -575,6 +578,16 @@ class Footprint:
         return self.trained * (self.dtype.itemsize if self.is_full and not self.has_masters else 4)
 
     @property
+    def optimizer_bytes(self) -> int:
+        """About the size of the optimizer's state."""
+        known = optimiser(self.config.optimizer)
+        if self.is_full:
+            return known.state_size(
+                weight.shape for weight in empty_transformer(self.architecture.transformer).parameters()
+            )
+        return round(self.trained * known.state_bytes)
+
+    @property
     def checkpoint_bytes(self) -> int:
         """About the size of one checkpoint."""
         config = self.config
@@ -583,10 +596,10 @@ class Footprint:
             itemsize = self.trained_bytes // self.trained if name is None else DTYPES[name].itemsize
             exported = self.trained * itemsize
             kept = 0 if exported >= self.trained_bytes else self.trained_bytes
-            return checkpoint_bytes(config, exported, kept, self.trained)
+            return checkpoint_bytes(config, exported, kept, self.optimizer_bytes)
         spec = self.architecture.transformer
         exported = _saved_parameters(spec, self._adapted, config.lora_rank) * DTYPES[config.lora_save_dtype].itemsize
-        return checkpoint_bytes(config, exported, self.trained_bytes, self.trained)
+        return checkpoint_bytes(config, exported, self.trained_bytes, self.optimizer_bytes)
 
     def passing(self, size: tuple[int, int], batch: int) -> Pass:
         """What goes through the transformer in training."""
@@ -599,6 +612,7 @@ class Footprint:
             image=_tokens(size),
             is_autocast=config.is_autocast,
             is_full=self.is_full,
+            is_released=config.optimizer_release_gradients,
             adapted=() if self.is_full else self._adapted,
             rank=config.lora_rank,
             dropout=config.lora_dropout,
@@ -615,13 +629,16 @@ class Footprint:
         accumulated = config.gradient_accumulation_steps > 1
         worst = training(passing, offloaded=config.activation_offload, accumulated=accumulated and not self.has_masters)
         # An optimiser's step has all gradients, and no activations any more. Masters collect theirs before it, and
-        # keep them through the passes of a step.
-        gradients = self.trained_bytes
+        # keep them through the passes of a step. Released gradients are gone by then: a parameter is stepped beside
+        # the activations of the block at work, which has its gradient.
+        is_released = config.optimizer_release_gradients
+        gradients = 0 if is_released else self.trained_bytes
         collected = gradients if self.has_masters and accumulated else 0
         if worst.total + collected >= gradients:
             room.device("gradients", worst.gradients + collected)
             room.device("activations", worst.kept)
-            room.device("workspace", worst.workspace + self._unpacked)
+            stepping = STEP_BYTES[self._device] if is_released else 0
+            room.device("workspace", worst.workspace + self._unpacked + stepping)
         else:
             room.device("gradients", gradients)
         room.ram("activations that wait", worst.elsewhere)
@@ -711,7 +728,7 @@ class Footprint:
             room.device("masters", self.trained_bytes if self.has_masters else 0)
         else:
             room.device("adapters", self.trained_bytes)
-        room.device("optimiser", round(self.trained * optimiser(config.optimizer).state_bytes))
+        room.device("optimiser", self.optimizer_bytes)
         if config.use_ema:
             (room.ram if config.is_average_on_cpu else room.device)("average", 4 * self.trained)
         return transformer_bytes(self.architecture.transformer, NO_CHANGE, torch.bfloat16).total

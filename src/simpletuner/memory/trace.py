@@ -120,10 +120,21 @@ def pretending(dtype: torch.dtype) -> Iterator[None]:
 
 
 def trace(
-    run: TracedForward, streams: Callable[[], list[Tensor]], weights: Sequence[Tensor], shared: Sequence[Tensor] = ()
+    run: TracedForward,
+    streams: Callable[[], list[Tensor]],
+    weights: Sequence[Tensor],
+    shared: Sequence[Tensor] = (),
+    *,
+    is_released: bool = False,
 ) -> Cost:
-    """What `run(*streams())` costs with its backward pass, all of it made inside `pretending`."""
+    """What `run(*streams())` costs with its backward pass, all of it made inside `pretending`.
+
+    Args:
+        is_released: each weight's gradient is freed as soon as it is whole.
+    """
     ledger = Ledger([*weights, *shared])
+    for weight in weights if is_released else ():
+        weight.register_post_accumulate_grad_hook(_free_gradient)
     with ledger:
         outputs = list(run(*streams()))
         forward = ledger.peak
@@ -138,6 +149,10 @@ def trace(
     for tensor in (*weights, *shared):
         tensor.grad = None
     return Cost(kept, forward, backward, left)
+
+
+def _free_gradient(weight: Tensor) -> None:
+    weight.grad = None
 
 
 def trace_forward(run: TracedForward, streams: Callable[[], list[Tensor]], weights: Sequence[Tensor]) -> int:

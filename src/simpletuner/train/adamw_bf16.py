@@ -79,6 +79,16 @@ class AdamWBf16(torch.optim.Optimizer):
                 for chunk in _chunks(pieces):
                     self._update(chunk, group)
 
+    @torch.no_grad()
+    def step_parameter(
+        self, parameter: Tensor, group: dict[str, Any], place: int, is_finite: Tensor | None = None
+    ) -> None:
+        """Step one parameter of `group`, the `place`-th of all, on its gradient. Where `is_finite` is false, only the
+        count of its steps changes.
+        """
+        for chunk in _chunks(self._pieces(parameter, place)):
+            self._update(chunk, group, is_finite)
+
     def _pieces(self, parameter: Tensor, place: int) -> list[_Piece]:
         """Count a step of `parameter` and cut it."""
         state = self.state[parameter]
@@ -89,11 +99,11 @@ class AdamWBf16(torch.optim.Optimizer):
         state["step"] += 1
         seed = draw_seed(self.seed, "rounding", state["step"], place)
         count = parameter.numel()
-        size = _chunk_size(parameter) if parameter.is_contiguous() else count
+        size = chunk_size(parameter) if parameter.is_contiguous() else count
         return [_Piece(parameter, seed, start, min(start + size, count)) for start in range(0, count, size)]
 
-    def _update(self, pieces: Sequence[_Piece], group: dict[str, Any]) -> None:
-        """Update pieces of one step, dtype and device."""
+    def _update(self, pieces: Sequence[_Piece], group: dict[str, Any], is_finite: Tensor | None = None) -> None:
+        """Update pieces of one step, dtype and device, unless `is_finite` is given and false."""
         step, (beta1, beta2), lr = self.state[pieces[0].parameter]["step"], group["betas"], group["lr"]
         parameters = [piece.of(piece.parameter) for piece in pieces]
         firsts = [piece.of(self.state[piece.parameter]["exp_avg"]) for piece in pieces]
@@ -111,12 +121,15 @@ class AdamWBf16(torch.optim.Optimizer):
         del root
 
         bits = noise_bits([(piece.seed, piece.start, piece.stop) for piece in pieces], updated.device)
-        _spread(rounded(first, bits), firsts)
-        _spread(rounded(second, bits >> 16), seconds)
-        _spread(rounded(updated, bits >> 32) if parameters[0].dtype == torch.bfloat16 else updated, parameters)
+        _spread(rounded(first, bits), firsts, is_finite)
+        _spread(rounded(second, bits >> 16), seconds, is_finite)
+        if parameters[0].dtype == torch.bfloat16:
+            updated = rounded(updated, bits >> 32)
+        _spread(updated, parameters, is_finite)
 
 
-def _chunk_size(parameter: Tensor) -> int:
+def chunk_size(parameter: Tensor) -> int:
+    """Elements updated together on the parameter's device."""
     return CPU_CHUNK if parameter.device.type == "cpu" else GPU_CHUNK
 
 
@@ -125,7 +138,7 @@ def _chunks(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
     chunk: list[_Piece] = []
     count = 0
     for piece in pieces:
-        if chunk and count + len(piece) > _chunk_size(piece.parameter):
+        if chunk and count + len(piece) > chunk_size(piece.parameter):
             yield chunk
             chunk, count = [], 0
         chunk.append(piece)
@@ -139,8 +152,10 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors]).float()
 
 
-def _spread(row: Tensor, targets: Sequence[Tensor]) -> None:
-    """Copy a row of all elements into the tensors that it was joined from."""
+def _spread(row: Tensor, targets: Sequence[Tensor], is_wanted: Tensor | None) -> None:
+    """Copy a row of all elements into the tensors that it was joined from, unless `is_wanted` is given and false."""
+    if is_wanted is not None:
+        row = torch.where(is_wanted, row, _joined(targets).to(row.dtype))
     parts = row.split([target.numel() for target in targets])
     torch._foreach_copy_(list(targets), [part.view_as(target) for part, target in zip(parts, targets, strict=True)])
 

@@ -167,6 +167,8 @@ def ladder(config: RunConfig, work: Workload, fitting_blocks: int | None = None)
         yield Change("activation_offload", True)
     if is_lora and not config.enable_group_offload:
         yield Change("enable_group_offload", True)
+    if not is_lora and not config.optimizer_release_gradients:
+        yield Change("optimizer_release_gradients", True)
     if not is_lora and config.optimizer != "adamw_bf16" and config.base_dtype != "fp16":
         yield Change("optimizer", "adamw_bf16")
     if work.batch > 1:

@@ -58,6 +58,7 @@ from simpletuner.train.loop import Loop, Plan, best_step, mind_the_disk, shapes_
 from simpletuner.train.placement import open_decoder, residency_text, stream_blocks
 from simpletuner.train.product import PRODUCTS, Product
 from simpletuner.train.profile import StepProfiler
+from simpletuner.train.release import GradientRelease, StepsOneParameter
 from simpletuner.train.report import Reporter
 from simpletuner.train.rollout import Rollout
 from simpletuner.train.state import TrainState
@@ -236,6 +237,10 @@ class Attempt:
         strata = Strata(order, seed=self.config.seed, batches_per_step=self.batches_per_step)
         objective = Objective.of(self.config, self.config, self.config.seed, strata)
         rollout = Rollout.of(self.config, self.config.seed)
+        release = None
+        if self.config.optimizer_release_gradients:
+            assert isinstance(optimiser, StepsOneParameter)  # config.rules names those that are
+            release = GradientRelease(trained.parameters(), optimiser, self.config)
         stepper = Stepper(
             denoise=denoiser,
             parameters=trained.parameters(),
@@ -248,6 +253,7 @@ class Attempt:
             rollout=rollout,
             masters=trained.masters,
             is_autocast=self.config.is_autocast,
+            release=release,
         )
         builder = BatchBuilder(
             self.config,

@@ -27,7 +27,7 @@ from simpletuner.train.profile import StepProfiler
 from simpletuner.train.report import AVERAGED_STEPS, Reporter, TrainingBar
 from simpletuner.train.resume import Ways
 from simpletuner.train.state import TrainState
-from simpletuner.train.step import NotFiniteError, Stepper, StepResult
+from simpletuner.train.step import NotFiniteError, PartialStepError, Stepper, StepResult
 from simpletuner.train.throughput import FlopMeter
 from simpletuner.train.validate import HeldOutLoss, Painter
 from simpletuner.train.watch import Watch
@@ -193,14 +193,16 @@ class Loop:
             result = self.stepper(batch, lr)
         except NotFiniteError as error:
             found = error.problems[0].found
+            is_partial = isinstance(error, PartialStepError)
             if len(state.skipped_steps) >= allowed:
-                if state.step > 0:
+                if state.step > 0 and not is_partial:
                     self._save(state)
-                raise DataError.of(found, remedy=self.ways.past_bad_batch(state)) from None
+                raise DataError.of(found, remedy=self.ways.past_bad_batch(state, is_partial=is_partial)) from None
             self.stepper.discard()
             state.skipped_steps.append(batch.step)
+            what = "The rest of the step" if is_partial else "The step"
             self.reporter.notice(
-                f"{found}. The step is skipped, {len(state.skipped_steps)} of {allowed} (skip_bad_batches)."
+                f"{found}. {what} is skipped, {len(state.skipped_steps)} of {allowed} (skip_bad_batches)."
             )
             return None
         if self.ema is not None:

@@ -18,6 +18,7 @@ from simpletuner.config.options.optim import OptimOptions
 from simpletuner.config.values import similar
 from simpletuner.memory.masters import Masters
 from simpletuner.train import optimiser_state
+from simpletuner.train.adafactor_bf16 import AdafactorBf16
 from simpletuner.train.adamw_bf16 import AdamWBf16
 from simpletuner.train.muon import MuonAndAdamW
 
@@ -106,14 +107,17 @@ def build(
     or goes on exactly where it was saved.
 
     Args:
-        seed: of the draws of `adamw_bf16`.
+        seed: of the draws of stochastic rounding.
 
     Raises:
         ConfigError: the library does not have that name, `optimizer_config` has an argument that it does not take, or
             it cannot be used here.
     """
     known = optimiser(options.optimizer)
-    make = AdamWBf16 if known.library == OURS else _found(known)
+    if options.optimizer_release_gradients and options.optimizer == "adafactor":
+        make: type[torch.optim.Optimizer] = AdafactorBf16
+    else:
+        make = AdamWBf16 if known.library == OURS else _found(known)
     arguments = _arguments(options, known, make, seed)
 
     def construct(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -201,7 +205,9 @@ def _arguments(options: OptimOptions, known: Optimiser, make: type[torch.optim.O
         arguments["weight_decay"] = options.adam_weight_decay
     if "adam_epsilon" in known.reads:
         arguments["eps"] = options.adam_epsilon
-    return arguments | PRESET.get(options.optimizer, {}) | ({"seed": seed} if make is AdamWBf16 else {}) | given
+    if make in (AdamWBf16, AdafactorBf16):
+        arguments["seed"] = seed
+    return arguments | PRESET.get(options.optimizer, {}) | given
 
 
 REHEARSED_STEPS = 3
@@ -327,7 +333,7 @@ def as_given(built: torch.optim.Optimizer, masters: Masters | None = None) -> It
             masters.settle()
 
 
-def clip(parameters: Sequence[nn.Parameter], options: OptimOptions) -> torch.Tensor:
+def clip(parameters: Sequence[torch.Tensor], options: OptimOptions) -> torch.Tensor:
     """Bound the gradients as `max_grad_norm` and `grad_clip_method` say; returns their norm before, a scalar."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)

@@ -105,7 +105,9 @@ class LoraProduct:
     def checkpoint_bytes(self) -> int:
         saved = sum(layer.rank * (layer.in_features + layer.out_features) for layer in self.trained.layers.values())
         saved *= DTYPES[self.config.lora_save_dtype].itemsize
-        return checkpoint_bytes(self.config, saved, self.trained.parameter_count * 4, self.trained.parameter_count)
+        count = self.trained.parameter_count
+        state = round(count * optimiser(self.config.optimizer).state_bytes)
+        return checkpoint_bytes(self.config, saved, count * 4, state)
 
     def groups(self) -> list[dict[str, Any]]:
         return optim.lora_plus(self.trained.named_parameters(), self.config.lora_plus_ratio)
@@ -148,13 +150,10 @@ class FullProduct:
 
     @classmethod
     def load(cls, config: RunConfig, source: Source, device: torch.device, _reporter: Reporter) -> "FullProduct":
-        """The transformer with all of its weights learning: in fp32, or as bf16 with fp32 masters. An optimiser that
-        rounds by chance steps on the bf16 weights themselves.
-        """
+        """The transformer with all of its weights learning: in fp32, or as bf16 with fp32 masters, or as bf16 alone."""
         computes_in = DTYPES[config.base_dtype]
-        has_masters = computes_in != torch.float32 and not optimiser(config.optimizer).rounds_by_chance
-        transformer = load_transformer(source, torch.float32 if has_masters else computes_in, device)
-        return cls(config, transformer, unfreeze(transformer, computes_in if has_masters else None))
+        transformer = load_transformer(source, torch.float32 if config.has_masters else computes_in, device)
+        return cls(config, transformer, unfreeze(transformer, computes_in if config.has_masters else None))
 
     @property
     def save_dtype(self) -> torch.dtype:
@@ -168,21 +167,28 @@ class FullProduct:
         count = self.trained.parameter_count
         own = sum(parameter.nbytes for parameter in self.trained.parameters())
         kept = 0 if self.holds(self.trained.state()) else own
-        return checkpoint_bytes(self.config, count * self.save_dtype.itemsize, kept, count)
+        return checkpoint_bytes(self.config, count * self.save_dtype.itemsize, kept, self.optimizer_bytes)
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """About the size of the optimizer's state."""
+        return optimiser(self.config.optimizer).state_size(weight.shape for weight in self.trained.parameters())
 
     def groups(self) -> list[dict[str, Any]]:
         return optim.by_role(*self.trained.by_role())
 
     def introduce(self, run: RunDirectory, reporter: Reporter) -> None:
         audit = self.trained.audit()
-        known = optimiser(self.config.optimizer)
         masters = f", {format_size(audit['master_bytes'])} of fp32 masters" if audit["master_bytes"] else ""
-        gradients = audit["master_bytes"] or audit["weight_bytes"]
-        state = format_size(audit["parameters"] * known.state_bytes)
+        if self.config.optimizer_release_gradients:
+            largest = max(weight.nbytes for weight in self.trained.parameters())
+            gradients = f"at most {format_size(largest)}"
+        else:
+            gradients = format_size(audit["master_bytes"] or audit["weight_bytes"])
         reporter.say(
             f"The whole transformer: {audit['parameters']:,} trained parameters in {audit['tensors']} tensors; "
-            f"{format_size(audit['weight_bytes'])} of {audit['dtype']} weights{masters}, {format_size(gradients)} of "
-            f"gradients, about {state} of {self.config.optimizer}'s state"
+            f"{format_size(audit['weight_bytes'])} of {audit['dtype']} weights{masters}, {gradients} of "
+            f"gradients, about {format_size(self.optimizer_bytes)} of {self.config.optimizer}'s state"
         )
         for kind in audit["kinds"]:
             reporter.detail(f"  {kind['tensors']} × {kind['name']}: {kind['parameters']:,} parameters")

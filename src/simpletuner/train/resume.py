@@ -60,11 +60,15 @@ class Ways:
         folder = self.run.model if checkpoint is None else checkpoint
         return self.anew(pretrained_transformer_model_name_or_path=str(folder / "transformer"))
 
-    def past_bad_batch(self, state: TrainState) -> str:
-        """Remedy of a loss or gradient that is not finite, in the step after `state`."""
+    def past_bad_batch(self, state: TrainState, *, is_partial: bool = False) -> str:
+        """Remedy of a loss or gradient that is not finite, in the step after `state`.
+
+        Args:
+            is_partial: some parameters are stepped on it, so that step can only be skipped from a checkpoint on.
+        """
         config = self.loaded.config
         slower: dict[str, object] = {"learning_rate": float(f"{config.learning_rate * LOWER_RATE:.3g}")}
-        if not 0 < config.max_grad_norm <= USUAL_MAX_GRAD_NORM:
+        if not 0 < config.max_grad_norm <= USUAL_MAX_GRAD_NORM and not config.optimizer_release_gradients:
             slower["max_grad_norm"] = USUAL_MAX_GRAD_NORM
         earlier = [step for step in checkpoints.steps(self.run) if step < state.step]
         if earlier:
@@ -73,8 +77,11 @@ class Ways:
         else:
             lower = self.on(**slower) if state.step == 0 else self.anew(**slower)
         saved = f", and the run is saved at step {state.step}" if state.step > 0 else ""
+        taken = f"The step was not taken{saved}"
+        if is_partial:
+            taken = "Parameters before it were stepped (optimizer_release_gradients), so nothing was saved"
         return (
-            f"The step was not taken{saved}. If these images alone are bad, go on past them: "
+            f"{taken}. If these images alone are bad, go on past them: "
             f"{self.on(skip_bad_batches=len(state.skipped_steps) + SKIPPED_MORE)}. If the loss rose before, train "
             f"{'from an earlier step' if state.step > 0 else 'again'} at a lower rate: {lower}."
         )

@@ -21,6 +21,7 @@ from simpletuner.flow.loss import Penalty, flow_loss, huber, smooth_l1, squared
 from simpletuner.flow.sigma import in_stratum
 from simpletuner.memory.masters import Masters
 from simpletuner.train import optim
+from simpletuner.train.release import GradientRelease
 from simpletuner.train.rollout import Rollout
 from simpletuner.train.strata import Strata
 from simpletuner.train.timesteps import Timesteps
@@ -107,6 +108,10 @@ class NotFiniteError(DataError):
         return cls.of(f"the {what} of {place} is not finite; it came from {shown}")
 
 
+class PartialStepError(NotFiniteError):
+    """A gradient is not finite, and parameters whose gradients came before it in the backward pass are stepped."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     loss: float
@@ -133,6 +138,8 @@ class Stepper:
     """Where given, `parameters` are these, and the weights that compute follow them."""
     is_autocast: bool = False
     """Whether products are computed in fp16 over weights of another format."""
+    release: GradientRelease | None = None
+    """Where given, it steps on the gradients inside the backward pass, of one micro-batch a step, and frees them."""
 
     def losses(self, batch: Batch) -> Float[Tensor, " b"]:
         """Weighted loss of each sample of `batch`, with gradients."""
@@ -167,7 +174,8 @@ class Stepper:
     def read(self, values: Float[Tensor, " n"]) -> list[float]:
         """The numbers in `values`, once the device has computed them.
 
-        The host waits for the device here and nowhere else in a step. Exceptions: fp16's GradScaler asks the device
+        The host waits for the device here and nowhere else in a step: once, and with `release` once more, before the
+        backward pass. Exceptions: fp16's GradScaler asks the device
         whether gradients overflowed; an optimizer of another library may read its state.
         """
         numbers: list[float] = values.tolist()
@@ -177,23 +185,35 @@ class Stepper:
         """Add the gradients of the global batch's mean loss; returns the samples' weighted losses, on the device."""
         losses: list[Tensor] = []
         for batch in whole.batches:
-            # The adapter's dropout is the one draw made inside the model, from torch's global generator.
-            torch.manual_seed(draw_seed(self.objective.seed, "lora_dropout", whole.step, batch.slots[0]))
-            batch_losses = self.losses(batch)
+            batch_losses = self._seeded_losses(batch, whole.step)
             self.scaler.scale(batch_losses.sum() / whole.size).backward()
             if self.masters is not None:
                 self.masters.collect()
             losses.append(batch_losses.detach())
         return torch.cat(losses)
 
+    def _seeded_losses(self, batch: Batch, step: int) -> Float[Tensor, " b"]:
+        # The adapter's dropout is the one draw made inside the model, from torch's global generator.
+        torch.manual_seed(draw_seed(self.objective.seed, "lora_dropout", step, batch.slots[0]))
+        return self.losses(batch)
+
     def __call__(self, whole: GlobalBatch, lr: float) -> StepResult:
         """Train on one global batch.
 
         Raises:
+            PartialStepError: a gradient is not finite, and `release` has stepped parameters before it.
             NotFiniteError: a loss or gradient is not finite. Nothing has been updated; `discard` before the next step.
         """
         for parameters in self.optimiser.param_groups:
             parameters["lr"] = lr * parameters[optim.RATIO]
+        losses, grad_norm = self._step(whole) if self.release is None else self._step_inside(whole, self.release)
+        calls = 0
+        if self.rollout is not None:
+            calls = sum(self.rollout.calls_of(batch) for batch in whole.batches)
+        return StepResult(math.fsum(losses) / whole.size, grad_norm, calls)
+
+    def _step(self, whole: GlobalBatch) -> tuple[list[float], float]:
+        """Backward passes, then the optimizer's step; returns the losses and the norm of the gradients."""
         device_losses = self._accumulate(whole)
         self.scaler.unscale_(self.optimiser)
         norm = optim.clip(self.parameters, self.options)
@@ -208,10 +228,18 @@ class Stepper:
         if self.masters is not None:
             self.masters.settle()
         self.optimiser.zero_grad(set_to_none=True)
-        calls = 0
-        if self.rollout is not None:
-            calls = sum(self.rollout.calls_of(batch) for batch in whole.batches)
-        return StepResult(math.fsum(losses) / whole.size, grad_norm, calls)
+        return losses, grad_norm
+
+    def _step_inside(self, whole: GlobalBatch, release: GradientRelease) -> tuple[list[float], float]:
+        """A backward pass that steps on its gradients; returns the same. The losses are checked before it."""
+        (batch,) = whole.batches
+        device_losses = self._seeded_losses(batch, whole.step)
+        losses = self.read(device_losses.detach())
+        _check_losses(whole, losses)
+        (grad_norm,) = self.read(release.backward(device_losses.sum() / whole.size)[None])
+        if not math.isfinite(grad_norm):
+            raise PartialStepError.at("gradient", whole.step, names_in(whole))
+        return losses, grad_norm
 
     def discard(self) -> None:
         """Forget the gradients of a step that is not taken."""

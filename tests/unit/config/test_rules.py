@@ -63,6 +63,11 @@ from simpletuner.config.rules import layer_findings
             "--base_model_default_dtype=bf16, or take adamw.",
         ),
         (
+            {"optimizer_release_gradients": True},
+            "optimizer_release_gradients with model_type = lora, whose gradients are small: expected full. Give "
+            "--optimizer_release_gradients=false.",
+        ),
+        (
             {"enable_group_offload": True, "dynamo_backend": "inductor", "group_offload_type": "leaf_level"},
             "enable_group_offload with dynamo_backend = inductor and group_offload_type = 'leaf_level': a compiled "
             "block is one graph, and layers cannot come and go inside it. Give --group_offload_type=block_level, or "
@@ -508,3 +513,35 @@ def test_a_flavours_own_layers_may_be_written_down(place: Any) -> None:
 )
 def test_guidance_is_an_input_or_a_second_prediction_or_nothing(flavour: Any, scales: tuple[float, float]) -> None:
     assert FLAVOURS[flavour].scales(4.0, 3.0) == scales
+
+
+RELEASING = {"model_type": "full", "optimizer_release_gradients": True}
+
+
+def test_all_that_forbids_releasing_gradients_is_said_at_once_and_the_remedies_work(place: Any) -> None:
+    place.config |= RELEASING | {"optimizer": "lion", "mixed_precision": "fp16", "gradient_accumulation_steps": 2}
+    place.config["base_model_default_dtype"] = "fp32"
+    found = place.problems()
+    remedies = [word.strip(".,;") for line in found for word in line.split() if word.startswith("--")]
+    assert remedies == [
+        "--optimizer=adafactor",
+        "--optimizer_release_gradients=false",
+        "--mixed_precision=bf16",
+        "--base_model_default_dtype=bf16",
+        "--max_grad_norm=0",
+        "--grad_clip_method=value",
+        "--gradient_accumulation_steps=1",
+    ]
+    remedies.remove("--optimizer_release_gradients=false")
+    for clipping in ("--max_grad_norm=0", "--grad_clip_method=value"):
+        assert place.load(*(each for each in remedies if each != clipping)).config.optimizer == "adafactor"
+
+
+@pytest.mark.parametrize("options", [{"mixed_precision": "no"}, {"mixed_precision": "fp16"}])
+def test_released_gradients_want_bf16_weights(place: Any, options: dict[str, str]) -> None:
+    place.config |= RELEASING | {"optimizer": "adamw_bf16", "max_grad_norm": 0} | options
+    assert place.problems() == [
+        f"optimizer_release_gradients with mixed_precision = {options['mixed_precision']}: expected bf16 weights that "
+        "compute in bf16. Give --mixed_precision=bf16."
+    ]
+    assert place.load("--mixed_precision=bf16")

@@ -41,6 +41,8 @@ def built(at: Pass, options: LoraOptions | None, every: int | None) -> Flux2Tran
 
 def step(transformer: Flux2Transformer, at: Pass, side: tuple[int, int]) -> tuple[int, int]:
     """(kept between the passes, most at a time) of a real forward and backward pass, weights and inputs left out."""
+    for weight in transformer.parameters() if at.is_released else ():
+        weight.register_post_accumulate_grad_hook(lambda each: setattr(each, "grad", None))
     latents = torch.randn(at.batch, 128, *side)
     context = torch.randn(at.batch, at.text, at.spec.context_dim, dtype=at.dtype)
     sigma, condition = torch.rand(at.batch), Condition.at(TextContext.dense(context), 1.0)
@@ -63,6 +65,7 @@ def described(
     options: LoraOptions | None = None,
     every: int | None = None,
     recomputes: bool = False,
+    is_released: bool = False,
 ) -> Pass:
     return Pass(
         spec,
@@ -71,6 +74,7 @@ def described(
         TEXT,
         side[0] * side[1],
         is_full=options is None,
+        is_released=is_released,
         adapted=() if options is None else adapted_blocks(spec, options),
         rank=0 if options is None else options.lora_rank,
         dropout=0.0 if options is None else options.lora_dropout,
@@ -99,6 +103,7 @@ CASES = [
     ),
     (SMALL, (12, 12), {}),
     (WIDE, (12, 12), {"recomputes": True, "dtype": torch.bfloat16}),
+    (WIDE, (12, 12), {"recomputes": True, "dtype": torch.bfloat16, "is_released": True}),
 ]
 
 

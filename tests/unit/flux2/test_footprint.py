@@ -313,6 +313,27 @@ def test_a_full_models_parts() -> None:
     assert part(whole, "masters") == 0
 
 
+RELEASED = {"model_type": "full", "optimizer": "adafactor", "max_grad_norm": 0, "optimizer_release_gradients": True}
+
+
+def test_released_gradients_are_those_of_one_parameter_at_a_time() -> None:
+    count = sum(parameter.numel() for parameter in empty_transformer(TINY).parameters())
+    ordinary, released = (phase("train", **RELEASED | {"optimizer_release_gradients": on}) for on in (False, True))
+    assert part(ordinary, "masters") == 4 * count
+    assert (part(released, "masters"), part(released, "gradients")) == (0, 0)
+    shapes = [weight.shape for weight in empty_transformer(TINY).parameters()]
+    state = 4 * sum(sum(shape) if len(shape) == 2 else shape.numel() for shape in shapes)
+    assert part(released, "optimiser") == part(ordinary, "optimiser") == state
+
+
+def test_klein_9b_is_trained_whole_within_22_5_gib() -> None:
+    """With a card's usual reserve; AdamW's state alone would be 68 GiB."""
+    work = Workload((1024, 1024), 1, draws=True)
+    found = plan(Machine.of_size(22.5 * GIB, 64.0 * GIB), work, model_flavour="klein-9b", **RELEASED)
+    assert [lack for lack in found.lacks if lack.place != "disk"] == []
+    assert found.peak("accelerator") < 20 * GIB
+
+
 def test_without_an_accelerator_everything_is_in_memory() -> None:
     there, here = plan(CARD), plan(CPU)
     assert here.peak("accelerator") == 0

@@ -125,6 +125,11 @@ class OptimOptions(Slice):
     grad_clip_method: Literal["norm", "value"] = "norm"
     """What `max_grad_norm` bounds: the norm over all parameters, or each value."""
 
+    optimizer_release_gradients: bool = False
+    """Full training: step each parameter in the backward pass, as soon as its gradient is whole, and free the gradient.
+    For adafactor and adamw_bf16, on bf16 weights without masters, which are rounded stochastically. The norm over all
+    gradients is known too late to clip by it: `max_grad_norm` is 0, or `grad_clip_method` is value. One pass a step."""
+
     skip_bad_batches: Whole = 0
     """How many optimizer steps of the run may be skipped because a loss or gradient is not finite. Each is named in a
     notice; it counts as a step and changes neither weights, optimizer state nor moving average. 0 ends the run, saved,
