@@ -1,4 +1,4 @@
-"""Peak of tensors and seconds of a full-training step on a CPU, with and without `optimizer_release_gradients`.
+"""Peak of tensors and CPU seconds of a full-training step on a CPU, with and without `optimizer_release_gradients`.
 
 python benchmarks/release.py [--steps 6]     (half a minute on two idle cores)
 
@@ -10,7 +10,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -25,7 +24,7 @@ from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory import recompute
 from simpletuner.memory.trace import Ledger
 from simpletuner.train import optim
-from simpletuner.train.release import GradientRelease
+from simpletuner.train.release import GradientRelease, StepsOneParameter
 
 SPEC = TransformerSpec(
     heads=4, head_dim=128, double_blocks=2, single_blocks=6, context_dim=512, guidance_embeds=True, axes=(32,) * 4
@@ -48,8 +47,11 @@ class Variant:
         self.denoise = Denoiser(transformer)
         self.transformer = transformer.train()
         recompute.install(transformer.blocks)
-        self.optimizer: Any = optim.build(self.trained.parameters(), self.options)
-        self.release = GradientRelease(self.trained.parameters(), self.optimizer, self.options) if releases else None
+        self.optimizer = optim.build(self.trained.parameters(), self.options)
+        self.release: GradientRelease | None = None
+        if releases:
+            assert isinstance(self.optimizer, StepsOneParameter)
+            self.release = GradientRelease(self.trained.parameters(), self.optimizer, self.options)
 
     def step(self) -> None:
         latents = torch.randn(1, 128, SIDE, SIDE)
@@ -78,7 +80,8 @@ class Variant:
         known = [*self.transformer.parameters(), *self.trained.parameters(), *states]
         with Ledger([each for each in known if isinstance(each, torch.Tensor)]) as ledger:
             self.step()
-        return ledger.peak
+        peak: int = ledger.peak
+        return peak
 
 
 def main() -> None:
@@ -89,13 +92,13 @@ def main() -> None:
     seconds: dict[str, list[float]] = {variant.label: [] for variant in variants}
     for index in range(steps + 1):
         for variant in variants:
-            began = time.perf_counter()
+            began = time.process_time()
             variant.step()
             if index:
-                seconds[variant.label].append(time.perf_counter() - began)
+                seconds[variant.label].append(time.process_time() - began)
     count = sum(weight.numel() for weight in variants[0].transformer.parameters())
     print(f"{count / 1e6:.1f} million parameters, {SIDE * SIDE} + {TEXT} tokens; MB but for the seconds\n")
-    print("| variant | weights and masters | state | peak of a step beside them | planned | s/step |")
+    print("| variant | weights and masters | state | peak of a step beside them | planned | CPU s/step |")
     print("|---|---|---|---|---|---|")
     for variant in variants:
         print(row(variant, seconds[variant.label], count))

@@ -133,7 +133,8 @@ class OptimOptions(Slice):
     skip_bad_batches: Whole = 0
     """How many optimizer steps of the run may be skipped because a loss or gradient is not finite. Each is named in a
     notice; it counts as a step and changes neither weights, optimizer state nor moving average. 0 ends the run, saved,
-    at the first. fp16's overflows do not count."""
+    at the first. fp16's overflows do not count. With `optimizer_release_gradients` a gradient that is not finite is
+    found after other weights are stepped: these are kept where the step is skipped, not saved where the run ends."""
 
     train_batch_size: Count = 1
     """Pictures in one forward pass. A dataset's own value wins."""
