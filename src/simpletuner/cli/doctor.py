@@ -23,6 +23,7 @@ from simpletuner.cli.loading import examine_here
 from simpletuner.cli.printing import json_text, table
 from simpletuner.config.flavours import FLAVOURS
 from simpletuner.config.load import NO_CONFIGURATION, Examined
+from simpletuner.config.previews import preview_download
 from simpletuner.config.recipes import card_of, recipe, resident_flavour
 from simpletuner.config.rules import precision_findings
 from simpletuner.config.run import RunConfig
@@ -277,7 +278,7 @@ def _memory(examined: Examined, cards: Sequence[Gpu], rest: Sequence[str]) -> It
 def _disk(config: RunConfig) -> Iterator[MachineCheck]:
     """Room for the weights and for the run, and the right to write."""
     for name, folder, needed in (
-        ("download", hub_cache(config), missing_download(config)),
+        ("download", hub_cache(config), missing_download(config, preview_download(config))),
         ("output", Path(config.output_dir), config.disk_low_bytes),
     ):
         if not needed:

@@ -121,6 +121,7 @@ LABELS = {
     "validation_epoch_interval": "Validate every (epochs)",
     "validation_on_startup": "Validate before step 1",
     "validation_disable": "No validation images",
+    "validation_preview_model": "Preview model",
     "validation_resolution": "Validation size",
     "validation_num_inference_steps": "Sampler steps",
     "validation_guidance": "Validation guidance",

@@ -23,6 +23,7 @@ from simpletuner.config.other_trainers import (
     other_format,
 )
 from simpletuner.config.paths import PathRule, filled, is_local_model, joined
+from simpletuner.config.previews import with_preview_defaults
 from simpletuner.config.prompts import load_prompts
 from simpletuner.config.rules import drawing_notices, findings, notices
 from simpletuner.config.run import OPTION_NAMES, RunConfig
@@ -171,6 +172,7 @@ def examine(
     variables = environ if rule is None else None
     config, names = _with_paths(config, givens, checked, Surroundings(folder, {}, variables, rule))
     datasets_file = _datasets_file(config, config_file)
+    config = with_preview_defaults(config, set(checked.valid))
     listing = _datasets(config, datasets_file, checked, Surroundings(folder, names, variables, rule), givens)
     prompts_file = _prompts_file(config, config_file, folder)
     if refused := _refusal(rule, "user_prompt_library", prompts_file):

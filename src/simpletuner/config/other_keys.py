@@ -119,7 +119,6 @@ LATER_OPTIONS: Mapping[str, OtherKey] = _named(
     (_later(_PRESERVATION, "none"), "preservation"),
     (_later(_PRESERVATION, 1, 1.0), "preservation_weight"),
     (_later(_PRESERVATION), "preservation_trigger preservation_class"),
-    (_later("validation images of another model"), "validation_preview_model"),
     (_later("prompts whose images should not move"), "validation_drift_prompts"),
     (_later(_HUB, False), "push_to_hub push_checkpoints_to_hub"),
     (_later(_HUB), "publishing_config"),

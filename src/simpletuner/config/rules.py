@@ -18,7 +18,9 @@ from simpletuner.config.options.precision import PrecisionOptions
 from simpletuner.config.options.process import ProcessOptions
 from simpletuner.config.options.rollout import RolloutOptions
 from simpletuner.config.options.tread import TreadRoute
+from simpletuner.config.options.validation import AUTO_PREVIEW
 from simpletuner.config.precisions import NO_CHANGE, PRECISIONS
+from simpletuner.config.previews import drawing_flavour, preview_flavour
 from simpletuner.config.run import RunConfig
 from simpletuner.config.values import join_names, no_effect, shown
 
@@ -43,10 +45,10 @@ def findings(config: RunConfig, datasets: Datasets | None) -> Iterator[Finding]:
     if config.max_train_steps is not None:
         yield from profile_findings(config, config.max_train_steps)
     yield from _densities(config)
-    flavour = FLAVOURS[config.model_flavour]
     yield from guidance_findings(
-        flavour, config.validation_guidance, config.validation_guidance_real, prefix="validation_"
+        drawing_flavour(config), config.validation_guidance, config.validation_guidance_real, prefix="validation_"
     )
+    yield from _preview(config)
     yield from layer_findings(config)
     yield from _rollout(config)
     yield from _optimiser(config)
@@ -111,6 +113,26 @@ def guidance_findings(
     if flavour.guidance_kind == "classifier-free" and guidance is not None and guidance < 1:
         found = f"{key} = {guidance:g}: on {flavour.name} it is true guidance"
         yield (key,), Problem(found, "at least 1, which turns it off")
+
+
+def _preview(config: RunConfig) -> Iterator[Finding]:
+    """A model to draw validation images on that cannot be."""
+    key, asked = "validation_preview_model", config.validation_preview_model
+    if asked is None:
+        return
+    own, named = FLAVOURS[config.model_flavour], preview_flavour(config)
+    found = f"{key} = {shown(asked)}"
+    if config.model_type == "full":
+        remedy = f"Take {key} out: the images are then drawn with the weights that are trained."
+        yield (key, "model_type"), Problem(f"{found} with model_type = full, which trains no adapter", remedy=remedy)
+    elif asked == AUTO_PREVIEW and named is None:
+        expected = f"one of {join_names([each.name for each in FLAVOURS.values() if each.preview])}"
+        remedy = f"Take it out: the images are then drawn with {own.name} itself."
+        yield (key, "model_flavour"), Problem(f"{found}: {own.name} has no distilled sibling", expected, remedy)
+    elif named is not None and named.family != own.family:
+        fitting = [each.name for each in FLAVOURS.values() if each.family == own.family and each is not own]
+        expected = f"a model that a LoRA of {own.name} fits" + (f": {join_names(fitting)}" if fitting else "")
+        yield (key, "model_flavour"), Problem(found, expected)
 
 
 def guidance_without_effect(
@@ -376,6 +398,15 @@ def notices(config: RunConfig, datasets: Datasets | None, given: Collection[str]
 def drawing_notices(config: RunConfig, prompts: Collection[str]) -> Iterator[str]:
     """What to say of the validation images that will be made of `prompts`."""
     flavour = FLAVOURS[config.model_flavour]
+    if config.validation_preview_model is not None and not config.validation_disable and prompts:
+        steps = f"{config.validation_num_inference_steps} steps"
+        drawing = drawing_flavour(config)
+        scale = f"guidance {config.validation_guidance:g}"
+        yield (
+            f"Validation images are drawn on validation_preview_model = {config.validation_preview_model} with the "
+            f"LoRA: {steps}, {'no guidance' if drawing.guidance_kind == 'none' else scale}. The held-out loss stays "
+            f"that of {flavour.name}."
+        )
     side = flavour.only_side
     if side is None or config.pretrained_model_name_or_path is not None or config.validation_disable or not prompts:
         return
@@ -477,6 +508,7 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
         yield from_file, starts_from_file, "init_lora is given, and its file decides"
 
     pictures = (
+        "validation_preview_model",
         "validation_prompt",
         "validation_prompt_library",
         "user_prompt_library",
@@ -489,7 +521,7 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
     )
     yield pictures, config.validation_disable, "validation_disable is true"
     keys, reason = guidance_without_effect(
-        flavour,
+        drawing_flavour(config),
         config.validation_guidance,
         config.validation_guidance_real,
         prefix="validation_",

@@ -17,6 +17,7 @@ from simpletuner.config.optimisers import optimiser
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.options.offload import AUTO
 from simpletuner.config.precisions import NO_CHANGE, PRECISIONS
+from simpletuner.config.previews import drawing_flavour
 from simpletuner.config.run import RunConfig
 from simpletuner.flux2.activations import Adapted, Pass, sampling, training
 from simpletuner.flux2.configs import Component, Config, read_component_config
@@ -314,23 +315,23 @@ class _Room:
 
     def __init__(self, machine: Machine) -> None:
         self._device: MemoryTier = "ram" if machine.accelerator is None else "accelerator"
-        self._sizes: dict[tuple[str, MemoryTier], int] = {}
+        self.sizes: dict[tuple[str, MemoryTier], int] = {}
 
     def device(self, name: str, size: int) -> None:
-        self._add(name, self._device, size)
+        self.add(name, self._device, size)
 
     def ram(self, name: str, size: int) -> None:
-        self._add(name, "ram", size)
+        self.add(name, "ram", size)
 
     def disk(self, name: str, size: int) -> None:
-        self._add(name, "disk", size)
+        self.add(name, "disk", size)
 
-    def _add(self, name: str, place: MemoryTier, size: int) -> None:
+    def add(self, name: str, place: MemoryTier, size: int) -> None:
         if size:
-            self._sizes[name, place] = self._sizes.get((name, place), 0) + size
+            self.sizes[name, place] = self.sizes.get((name, place), 0) + size
 
     def plan(self, phase: PlannedPhase, what: str, read: int) -> PhasePlan:
-        parts = (MemoryPart(name, place, size) for (name, place), size in self._sizes.items())
+        parts = (MemoryPart(name, place, size) for (name, place), size in self.sizes.items())
         return PhasePlan(phase, what, tuple(parts), read)
 
 
@@ -364,7 +365,8 @@ class Footprint:
         """All phases, in the order of the run."""
         phases = [self.text(), self.latents(), self.train()]
         if self.work.draws:
-            phases.append(max((self.validation(size) for size in self.config.sizes), key=_weight))
+            draw = self.preview if self.has_preview else self.validation
+            phases.append(max((draw(size) for size in self.config.sizes), key=_weight))
         return MemoryPlan(self.machine, tuple(phases))
 
     @property
@@ -515,7 +517,9 @@ class Footprint:
         """Bytes on the accelerator that training or validation takes beside the blocks, where that is more."""
         bare = replace(self, config=_settled(self.config, 0, ahead=False))
         phases = [bare.train(), *(bare._validation(size, 1) for size in self.config.sizes if self.work.draws)]
-        return max(phase.total("accelerator") for phase in phases) - bare.streamed_blocks(0, ahead=False).on_device
+        most = max(phase.total("accelerator") for phase in phases) - bare.streamed_blocks(0, ahead=False).on_device
+        # While a preview model is streamed, the base's slots stay beside its own.
+        return most + (self.streamed_blocks(0, ahead=True).slots if self.has_preview and self.work.draws else 0)
 
     def streamed_blocks(self, resident: int, *, ahead: bool) -> StreamedBlocks:
         """The blocks' bytes with `resident` blocks on the accelerator, the others streamed through one slot, or two
@@ -654,7 +658,7 @@ class Footprint:
         more than training or an image does anyway. Last bits differ, so this depends on the options and the training
         images, and not on free memory; on a CPU it is never done, as in `sample`.
         """
-        if self.machine.accelerator is None or not self._has_two_predictions:
+        if self.machine.accelerator is None or self.has_preview or not self._has_two_predictions:
             return False
         both, one = self._validation(size, 2), self._validation(size, 1)
         return both.total("accelerator") <= max(one.total("accelerator"), self.train().total("accelerator"))
@@ -662,7 +666,7 @@ class Footprint:
     @property
     def _has_two_predictions(self) -> bool:
         config = self.config
-        scales = FLAVOURS[config.model_flavour].scales(config.validation_guidance, config.validation_guidance_real)
+        scales = drawing_flavour(config).scales(config.validation_guidance, config.validation_guidance_real)
         return scales.real != 1
 
     def validation(self, size: tuple[int, int]) -> PhasePlan:
@@ -671,10 +675,56 @@ class Footprint:
 
     def _validation(self, size: tuple[int, int], batch: int) -> PhasePlan:
         """As `validation`, with `batch` predictions in a pass."""
-        config, autoencoder = self.config, self.architecture.autoencoder
         width, height = size
         room = _Room(self.machine)
         self._hold(room)
+        read = self._draw(room, size, batch)
+        return room.plan("validation", f"{width}x{height}, {self._passes(batch)}", read)
+
+    @property
+    def has_preview(self) -> bool:
+        """Whether validation images are drawn on another model."""
+        return self.config.validation_preview_model is not None and not self.is_full
+
+    @cached_property
+    def base_leaves(self) -> bool:
+        """Whether the base, the optimizer's state and the average wait in host memory while the preview model draws,
+        since the accelerator has no room for both. Without an accelerator there is no other place.
+        """
+        there = self.machine.accelerator
+        if there is None or not self.has_preview:
+            return False
+        beside = (self._preview(size, base_leaves=False).total("accelerator") for size in self.config.sizes)
+        return max(beside) > bytes_to_fill(there)
+
+    def preview(self, size: tuple[int, int]) -> PhasePlan:
+        """A picture of `size` in the middle of training, drawn on `validation_preview_model`."""
+        return self._preview(size, base_leaves=self.base_leaves)
+
+    def _preview(self, size: tuple[int, int], *, base_leaves: bool) -> PhasePlan:
+        room, held = _Room(self.machine), _Room(self.machine)
+        self._hold(held)
+        stays = ("adapters", "slots for blocks")
+        for (name, place), bytes_ in held.sizes.items():
+            if base_leaves and place == "accelerator" and name not in stays:
+                room.ram("base that waits", bytes_)
+            else:
+                room.add(name, place, bytes_)
+        read = self._hold_transformer(room, "preview ") + self._draw(room, size)
+        width, height = size
+        where = ", base in RAM" if base_leaves else ""
+        return room.plan("preview", f"{width}x{height}, {self._passes()}{where}", read)
+
+    def _passes(self, batch: int = 1) -> str:
+        """Of a validation image through the transformer, in words."""
+        passes = self.config.validation_num_inference_steps * (1 + self._has_two_predictions) // batch
+        return f"{passes} passes{' of two' * (batch == 2)}"
+
+    def _draw(self, room: _Room, size: tuple[int, int], batch: int = 1) -> int:
+        """What drawing a picture takes beside the transformers, with `batch` predictions in a pass. Returns what is
+        read for it.
+        """
+        config, autoencoder = self.config, self.architecture.autoencoder
         drawing = sampling(self.passing(size, batch)) + self._unpacked
         decoding = decoding_bytes(autoencoder, self._seen_pixels(size, 1), self.vae_dtype)
         weights, _ = autoencoder_bytes(decoder_shapes(autoencoder), self.vae_dtype)
@@ -688,8 +738,7 @@ class Footprint:
         asides = int(averaged) + int(optimiser(config.optimizer).library == "schedulefree")
         room.device("put aside", asides * self.trained_bytes)
         self._data(room, size, batch)
-        passes = config.validation_num_inference_steps * (1 + self._has_two_predictions) // batch
-        return room.plan("validation", f"{width}x{height}, {passes} passes{' of two' * (batch == 2)}", weights)
+        return weights
 
     @property
     def _unpacked(self) -> int:
@@ -709,21 +758,8 @@ class Footprint:
 
     def _hold(self, room: _Room) -> int:
         """All that stays from step to step. Returns what is read for it."""
-        config, weights = self.config, self._weights
-        if self.is_full or not config.enable_group_offload:
-            room.device("weights", weights.total)
-        else:
-            blocks = self._streaming
-            room.device("weights", weights.rest)
-            room.device("resident blocks", blocks.resident)
-            room.device("slots for blocks", blocks.slots)
-            if config.group_offload_to_disk_path is None:
-                room.ram("blocks that wait", blocks.streamed)
-            else:
-                # Quantised ones are all in memory once, before they are written.
-                room.ram("blocks that wait", 0 if self._precision == NO_CHANGE else blocks.streamed)
-                room.ram("read buffers", blocks.read_buffers)
-                room.disk("blocks that wait", blocks.streamed)
+        config = self.config
+        read = self._hold_transformer(room)
         if self.is_full:
             room.device("masters", self.trained_bytes if self.has_masters else 0)
         else:
@@ -731,6 +767,25 @@ class Footprint:
         room.device("optimiser", self.optimizer_bytes)
         if config.use_ema:
             (room.ram if config.is_average_on_cpu else room.device)("average", 4 * self.trained)
+        return read
+
+    def _hold_transformer(self, room: _Room, prefix: str = "") -> int:
+        """A transformer's weights; `prefix` stands before their names. Returns what is read for them."""
+        config, weights = self.config, self._weights
+        if self.is_full or not config.enable_group_offload:
+            room.device(f"{prefix}weights", weights.total)
+        else:
+            blocks = self._streaming
+            room.device(f"{prefix}weights", weights.rest)
+            room.device(f"{prefix}resident blocks", blocks.resident)
+            room.device(f"{prefix}slots for blocks", blocks.slots)
+            if config.group_offload_to_disk_path is None:
+                room.ram(f"{prefix}blocks that wait", blocks.streamed)
+            else:
+                # Quantised ones are all in memory once, before they are written.
+                room.ram(f"{prefix}blocks that wait", 0 if self._precision == NO_CHANGE else blocks.streamed)
+                room.ram(f"{prefix}read buffers", blocks.read_buffers)
+                room.disk(f"{prefix}blocks that wait", blocks.streamed)
         return transformer_bytes(self.architecture.transformer, NO_CHANGE, torch.bfloat16).total
 
     def _data(self, room: _Room, size: tuple[int, int], batch: int) -> None:

@@ -122,6 +122,11 @@ class LoraLinear(nn.Module):
         return self.a.shape[0]
 
     @property
+    def place(self) -> "Range":
+        """The rows and columns that learn."""
+        return Range((self.row_start, self.row_stop), (self.column_start, self.column_stop))
+
+    @property
     def has_all_columns(self) -> bool:
         return self.column_stop - self.column_start == self.in_features
 

@@ -342,8 +342,12 @@ def base_name(options: ModelOptions) -> str:
     return given if Hub.is_id(given) and not os.path.exists(given) else Path(given).name
 
 
-def missing_download(options: ModelOptions) -> int:
-    """About how many bytes of weights a start still has to download. Looks into the cache, asks nobody."""
+def missing_download(options: ModelOptions, preview: str | None = None) -> int:
+    """About how many bytes of weights a start still has to download. Looks into the cache, asks nobody.
+
+    Args:
+        preview: Hub id of another model of the same size, of which only the transformer is used.
+    """
     flavour = FLAVOURS[options.model_flavour]
     base = options.pretrained_model_name_or_path or flavour.repo
     single = base is not None and base.endswith(".safetensors")
@@ -352,9 +356,11 @@ def missing_download(options: ModelOptions) -> int:
         "vae": options.pretrained_vae_model_name_or_path or (flavour.repo if single else base),
         "text_encoder": options.pretrained_text_encoder_model_name_or_path or (flavour.repo if single else base),
     }
+    wanted = [(component, places[component]) for component in flavour.downloads]
+    wanted += [("transformer", preview)] if flavour.downloads and preview != places["transformer"] else []
     missing = 0
-    for component, needed in flavour.downloads.items():
-        place = places[component]
+    for component, place in wanted:
+        needed = flavour.downloads[component]
         if place is not None and Hub.is_id(place) and not os.path.exists(with_home(place)):
             missing += max(0, needed - _cached_bytes(options, place, component))
     return missing

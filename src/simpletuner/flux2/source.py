@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -244,6 +244,34 @@ def locate(options: ModelOptions, *, report: ReportLine, environ: Mapping[str, s
         return _Search(options, report, environ).run()
 
 
+def locate_preview(
+    options: ModelOptions,
+    model: str,
+    base: Source,
+    *,
+    flavour: Flavour | None,
+    report: ReportLine,
+    environ: Mapping[str, str] = os.environ,
+) -> Source:
+    """`base` with another transformer of the same shapes in place of its own: that of `flavour`, else of `model`, a
+    folder, a Hub id or a single file. Nothing else of it is looked for or downloaded.
+
+    Raises:
+        AccessError: as in `locate`, or its shapes are not those of `base`.
+        DiskError: the download would not fit.
+    """
+    place = model if flavour is None else flavour.repo
+    with file_errors_reported(Path(place or "."), AccessError, doing="read"):
+        own = options.model_copy(update={"model_flavour": flavour.name} if flavour is not None else {})
+        try:
+            return _Search(own, report, environ).preview(place, base)
+        except AccessError as error:
+            AccessError.raise_if(
+                replace(problem, found=f"validation_preview_model: {problem.found}") for problem in error.problems
+            )
+            raise
+
+
 @dataclass
 class _Part:
     """What one component needs of a place. A single file of a transformer has no config."""
@@ -335,6 +363,36 @@ class _Search:
         ConfigError.raise_if(problem for _, problem in layer_findings(self.options, source.spec.context_dim))
         _check_width(source)
         return source
+
+    def preview(self, asked: str | None, base: Source) -> Source:
+        """`base` with the transformer that lies at `asked`, or is that of the flavour."""
+        if asked is not None and asked.endswith(".safetensors"):
+            single = _single_file(asked)
+            part = _Part(ModelFolder(single.parent), [single.name], None)
+            name = single.name
+        else:
+            place = self._base(asked)
+            part = self._part("transformer", place, folders=("transformer/", ""))
+            name = place.name
+        self._raise_problems()
+        local = (part.place.path(part.names[0]),) if part.config is None else ()
+        spec = transformer_spec(Weights(local, part.config), name)
+        differing = [
+            f"{field.name} {getattr(spec, field.name)} for {getattr(base.spec, field.name)}"
+            for field in fields(spec)
+            if getattr(spec, field.name) != getattr(base.spec, field.name)
+        ]
+        if differing:
+            raise AccessError.of(
+                f"the transformer of {name} differs from that of {base.name}: {', '.join(differing)}",
+                "the same shapes, which the LoRA fits",
+                "Name the distilled model of the same size, or take validation_preview_model out.",
+            )
+        fetch([(part.place, name) for name in part.names], self.report)
+        weights = Weights(tuple(part.place.path(name) for name in part.names), part.config)
+        check_format(weights.files)
+        commit = part.place.commit if part.config is not None else None
+        return replace(base, name=name, commit=commit, transformer=weights)
 
     def _ledger(self) -> Path | None:
         """Where hashes of files are kept: beside the embedded model. None for a user without a home folder."""

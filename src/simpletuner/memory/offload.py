@@ -31,6 +31,7 @@ from simpletuner.base.errors import MemoryBudgetError
 from simpletuner.base.files import write_atomic
 from simpletuner.base.parts import sweep_parts
 from simpletuner.base.sizes import format_size
+from simpletuner.memory.free import release_memory
 from simpletuner.memory.reader import FileReader
 
 _ALIGNMENT_BYTES = 256
@@ -466,6 +467,25 @@ class Streaming:
         self.copies += 1
         self.copied_bytes += group.size
         self.peak_resident = max(self.peak_resident, sum(slot.holds is not None for slot in self._slots))
+
+
+@contextlib.contextmanager
+def set_aside(tensors: Iterable[Tensor], device: torch.device) -> Iterator[None]:
+    """Inside, those of `tensors` that are on `device`, streamed ones left out, lie in host memory and can be read
+    there; afterwards on `device` again, bit for bit. No other tensor may be a view of one of them.
+    """
+    moved: list[Tensor] = []
+    try:
+        for tensor in tensors:
+            for leaf in [] if isinstance(tensor, _Away) else _leaves(tensor):
+                if leaf.device.type == device.type:
+                    leaf.data = leaf.data.to("cpu", copy=True)
+                    moved.append(leaf)
+        release_memory(device)
+        yield
+    finally:
+        for leaf in moved:
+            leaf.data = leaf.data.to(device, copy=True)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from simpletuner.base.sizes import GIB, format_size
 
 MemoryTier = Literal["accelerator", "ram", "disk"]
-PlannedPhase = Literal["text", "latents", "train", "validation"]
+PlannedPhase = Literal["text", "latents", "train", "validation", "preview"]
 MEMORY_TIERS: tuple[MemoryTier, ...] = ("accelerator", "ram", "disk")
 
 LEFT_BY_A_CARD = 1.5 * GIB

@@ -53,6 +53,7 @@ PATHS = {
     "pretrained_transformer_model_name_or_path": PathUse(PathKind.MODEL, "read"),
     "pretrained_vae_model_name_or_path": PathUse(PathKind.MODEL, "read"),
     "pretrained_text_encoder_model_name_or_path": PathUse(PathKind.MODEL, "read"),
+    "validation_preview_model": PathUse(PathKind.MODEL, "read"),
     "base_model_cache_dir": PathUse(PathKind.FOLDER, "write"),
     "cache_dir": PathUse(PathKind.FOLDER, "write"),  # also a text store's
     "group_offload_to_disk_path": PathUse(PathKind.FOLDER, "write"),

@@ -16,6 +16,7 @@ from simpletuner.config.datasets import ImageSet
 from simpletuner.config.load import Loaded
 from simpletuner.config.options.offload import AUTO
 from simpletuner.config.precisions import PRECISIONS
+from simpletuner.config.previews import preview_download
 from simpletuner.config.record import MAY_CHANGE
 from simpletuner.config.rules import findings
 from simpletuner.config.run import RunConfig
@@ -277,7 +278,7 @@ class Budget:
             if there is not None and needed:
                 told.append(f"{format_size(needed)} of {format_size(there)} usable {name}")
         lacks = ", which is not enough" if any(lack.place != "disk" for lack in self.plan.lacks) else ""
-        download = missing_download(self.config)
+        download = missing_download(self.config, preview_download(self.config))
         fetched = f", downloads {download / 1e9:.0f} GB" if download else ""
         return f"needs {' and '.join(told)}{lacks}{fetched}"
 
@@ -382,7 +383,7 @@ class Budget:
         there = self.machine.accelerator
         for phase in self.plan.phases:
             needed = phase.total("accelerator")
-            if there is not None and phase.phase in ("train", "validation") and needed > there:
+            if there is not None and phase.phase in ("train", "validation", "preview") and needed > there:
                 raise MemoryBudgetError.of(
                     f"{phase_line(phase)}, and {format_size(there)} of the GPU are free",
                     remedy=self._way_out,
@@ -396,6 +397,8 @@ class Budget:
         """
         name = None if failed is None else PLANNED.get(failed)
         phase = None if name is None else self.plan.phase(name)
+        if name == "validation" and phase is None:
+            phase = self.plan.phase("preview")
         if phase is None:
             return []
         if self.machine.accelerator is None or peak.reserved is None or peak.allocated is None:

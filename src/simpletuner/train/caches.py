@@ -12,8 +12,8 @@ from torch import Tensor
 
 from simpletuner.base.sizes import format_duration
 from simpletuner.config.datasets import ImageSet, TextStore
-from simpletuner.config.flavours import FLAVOURS
 from simpletuner.config.load import Loaded
+from simpletuner.config.previews import drawing_flavour
 from simpletuner.config.run import RunConfig
 from simpletuner.data.batch import read_contexts, read_latents
 from simpletuner.data.cache.contexts import ContextCodec, fill_contexts
@@ -215,7 +215,7 @@ def wanted_prompts(prepared: Prepared) -> dict[TextStore, list[str]]:
         prompts.append(UNCONDITIONAL_CAPTION)
     general = found[datasets.default_text_store]
     general += [UNCONDITIONAL_CAPTION, *prepared.loaded.prompts.values()]
-    scales = FLAVOURS[config.model_flavour].scales(config.validation_guidance, config.validation_guidance_real)
+    scales = drawing_flavour(config).scales(config.validation_guidance, config.validation_guidance_real)
     if scales.real != 1.0:
         general.append(config.validation_negative_prompt)
     return found

@@ -26,14 +26,17 @@ from simpletuner.base.errors import (
 from simpletuner.base.files import file_errors_reported, sha256_json, write_json
 from simpletuner.base.sizes import format_duration, format_size
 from simpletuner.config.load import Loaded
+from simpletuner.config.previews import drawing_flavour, preview_flavour
 from simpletuner.config.record import MAY_CHANGE, resolved
 from simpletuner.config.rules import profile_findings
 from simpletuner.config.run import RunConfig
 from simpletuner.data.order import MicroBatch, Order
 from simpletuner.flux2.components import check_precisions, check_trainable
 from simpletuner.flux2.denoiser import Denoiser
+from simpletuner.flux2.load import checked_skeleton
+from simpletuner.flux2.lora import Adapter
 from simpletuner.flux2.routes import Route, resolve
-from simpletuner.flux2.source import Source, locate
+from simpletuner.flux2.source import Source, locate, locate_preview
 from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory import compile as compilation
@@ -56,6 +59,7 @@ from simpletuner.train.ema import Ema
 from simpletuner.train.export import EXPORTS
 from simpletuner.train.loop import Loop, Plan, best_step, mind_the_disk, shapes_of
 from simpletuner.train.placement import open_decoder, residency_text, stream_blocks
+from simpletuner.train.preview import DrawingModel, PreviewModel, TrainedModel, base_tensors
 from simpletuner.train.product import PRODUCTS, Product
 from simpletuner.train.profile import StepProfiler
 from simpletuner.train.release import GradientRelease, StepsOneParameter
@@ -184,6 +188,7 @@ class Attempt:
         # Before the work that a mistake would waste.
         resolve(self.config.tread_routes, source.spec.blocks)
         check_trainable(self.config, self.config, source)
+        preview = self.locate_preview(source)
         model = base_fingerprints(self.config, source)
         if found is not None and not knows_whole_base(found.state.model):
             self.reporter.notice(
@@ -211,9 +216,17 @@ class Attempt:
         self.state.config = resolved(self.config)
         self.state.data = prepared.fingerprints
         self.state.model = model
-        self.train(prepared, source, order, plan, found)
+        self.train(prepared, source, preview, order, plan, found)
 
-    def train(self, prepared: Prepared, source: Source, order: Order, plan: Plan, found: resume.Resume | None) -> None:
+    def train(
+        self,
+        prepared: Prepared,
+        source: Source,
+        preview: Source | None,
+        order: Order,
+        plan: Plan,
+        found: resume.Resume | None,
+    ) -> None:
         """Load the model, train it and export it."""
         with self.reporter.phase("load"):
             placed = self.budget.footprint.settled
@@ -265,6 +278,17 @@ class Attempt:
             world=self.world,
             routes=routes,
         )
+        model: DrawingModel = TrainedModel(denoiser)
+        if preview is not None and isinstance(trained, Adapter):
+            leaves, average = self.budget.footprint.base_leaves, {} if ema is None else ema.state()
+            model = PreviewModel(
+                self.budget.footprint.settled,
+                preview,
+                trained,
+                self.device,
+                waiting=lambda: base_tensors(product.transformer, trained, optimiser, average) if leaves else [],
+                notice=self.reporter.notice,
+            )
         self.introduce(prepared, plan, product, found)
         if rollout is not None:
             self.reporter.say(rollout.describe())
@@ -298,7 +322,7 @@ class Attempt:
             save=save,
             ema=ema,
             held_out=self.held_out(prepared, denoiser, builder),
-            painter=self.painter(prepared, source, denoiser, product, ema),
+            painter=self.painter(prepared, source, model, product, ema),
             reporter=self.reporter,
             requests=self.requests,
             watch=Watch(trained, self.run, self.reporter.notice, start=self.state.step),
@@ -449,6 +473,18 @@ class Attempt:
         if self.compiled.count > before:
             self.reporter.say(f"Compiled: {self.compiled}.")
 
+    def locate_preview(self, source: Source) -> Source | None:
+        """`source` with the transformer of `validation_preview_model`, checked as far as headers tell; None where no
+        images are drawn on another model.
+        """
+        asked = self.config.validation_preview_model
+        if asked is None or self.config.validation_disable or not self.loaded.prompts:
+            return None
+        named = preview_flavour(self.config)
+        preview = locate_preview(self.config, asked, source, flavour=named, report=self.reporter.say)
+        checked_skeleton(preview)
+        return preview
+
     def held_out(self, prepared: Prepared, denoiser: Denoiser, builder: BatchBuilder) -> HeldOutLoss | None:
         """The held-out loss, if there are eval sets. Every sample with its first caption."""
         chosen = [
@@ -462,7 +498,7 @@ class Attempt:
         return HeldOutLoss(denoiser, len(chosen), lambda index: builder.held_out(*chosen[index]), self.device)
 
     def painter(
-        self, prepared: Prepared, source: Source, denoiser: Denoiser, product: Product, ema: Ema | None
+        self, prepared: Prepared, source: Source, model: DrawingModel, product: Product, ema: Ema | None
     ) -> Painter | None:
         """The validation images, if there are prompts."""
         if self.config.validation_disable or not self.loaded.prompts:
@@ -470,10 +506,12 @@ class Attempt:
         return Painter(
             run=self.run,
             options=self.config,
-            scales=source.flavour.scales(self.config.validation_guidance, self.config.validation_guidance_real),
+            scales=drawing_flavour(self.config).scales(
+                self.config.validation_guidance, self.config.validation_guidance_real
+            ),
             both_at_once=frozenset(size for size in self.config.sizes if self.budget.footprint.draws_both(size)),
             seed=self.config.seed,
-            denoise=denoiser,
+            model=model,
             trained=product.trained,
             ema=None if self.config.ema_validation == "none" else ema,
             has_live=ema is None or self.config.ema_validation != "ema_only",

@@ -7,9 +7,9 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ from simpletuner.memory.free import release_memory
 from simpletuner.runs.events import Picture, ValidationEvent, read_events
 from simpletuner.runs.layout import EMA_FOLDER, RunDirectory
 from simpletuner.train.ema import Ema
+from simpletuner.train.preview import DrawingModel, evaluating
 from simpletuner.train.trained import Trained
 
 SHEET_COLUMNS = 8
@@ -68,7 +69,7 @@ class HeldOutLoss:
 
 @dataclass
 class Painter:
-    """Draws the validation prompts with the model as it is.
+    """Draws the validation prompts with the model as it is, or on another one with its LoRA.
 
     An image that cannot be made, or a sheet, costs that one: a notice says why. After `MAX_FAILURES` in a row no more
     are drawn. What is trained, and its optimizer, are as they were.
@@ -81,7 +82,7 @@ class Painter:
     both_at_once: frozenset[tuple[int, int]]
     """Sizes of images whose two predictions of guidance share a pass, by the plan."""
     seed: int
-    denoise: Denoiser
+    model: DrawingModel
     trained: Trained
     ema: Ema | None
     """The average, if pictures are made of it."""
@@ -146,10 +147,18 @@ class Painter:
         """Draw `wanted`, then the sheet of `step`. The event lists every picture of that step that is there."""
         calls = self.options.validation_num_inference_steps
         made = []
-        with evaluating(self.denoise):
+        with contextlib.ExitStack() as stack:
+
+            @cache
+            def ready() -> Denoiser:
+                """The model, from the first image on: if it cannot be loaded, that costs the image alone."""
+                denoise = stack.enter_context(self.model.ready())
+                stack.callback(ready.cache_clear)
+                return denoise
+
             for index, picture in enumerate(wanted):
                 progress = partial(_overall, report, index * calls, len(wanted) * calls)
-                if self._attempt(partial(self._make, picture, progress), self.run.root / picture.path):
+                if self._attempt(partial(self._make, picture, ready, progress), self.run.root / picture.path):
                     made.append(picture)
         sheet = sheet_of(self.run, step)
         has_sheet = (made or not wanted) and self._attempt(partial(self._make_sheet, step), sheet)
@@ -182,19 +191,19 @@ class Painter:
         self.notice(text)
         return False
 
-    def _make(self, picture: Picture, report: Callable[[int, int], None]) -> None:
+    def _make(self, picture: Picture, ready: Callable[[], Denoiser], report: Callable[[int, int], None]) -> None:
         path = self.run.root / picture.path
         for folder in reversed(path.parents):
             if folder.is_relative_to(self.run.validations):
                 folder.mkdir(exist_ok=True)  # one by one: an error then names what lies in the way
         with self.ema.applied() if picture.is_ema and self.ema else contextlib.nullcontext():
-            image = self._image(picture, report)
+            image = self._image(ready(), picture, report)
         _save(image, path, self._parameters(picture))
 
-    def _image(self, picture: Picture, report: Callable[[int, int], None]) -> Image.Image:
+    def _image(self, denoise: Denoiser, picture: Picture, report: Callable[[int, int], None]) -> Image.Image:
         real = self.scales.real
         (image,) = generate(
-            self.denoise,
+            denoise,
             self.decode(),
             self._condition(picture.prompt),
             width=picture.width,
@@ -245,6 +254,7 @@ class Painter:
                 "guidance": self.options.validation_guidance,
                 "guidance_real": self.options.validation_guidance_real,
                 "negative_prompt": self.options.validation_negative_prompt,
+                **({} if self.model.name is None else {"model": self.model.name}),
             },
             ensure_ascii=False,
         )
@@ -310,16 +320,6 @@ def drawn_steps(run: RunDirectory) -> set[int]:
 def sheet_of(run: RunDirectory, step: int) -> Path:
     """The contact sheet of the pictures of `step`."""
     return run.validation(step) / "sheet.png"
-
-
-@contextlib.contextmanager
-def evaluating(denoise: Denoiser) -> Iterator[None]:
-    """Inside, the transformer is in eval mode; afterwards in training mode, also after an error."""
-    denoise.transformer.eval()
-    try:
-        yield
-    finally:
-        denoise.transformer.train()
 
 
 def _failure(make: Callable[[], None]) -> str | None:

@@ -7,7 +7,21 @@ from annotated_types import Ge
 from pydantic import AfterValidator, BeforeValidator
 
 from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS
-from simpletuner.config.options.kinds import Count, NotNegative, PathText, Says, Seed, Slice, Text, Whole, whole_as_text
+from simpletuner.config.options.kinds import (
+    Count,
+    ModelText,
+    NotNegative,
+    PathText,
+    Says,
+    Seed,
+    Slice,
+    Text,
+    Whole,
+    whole_as_text,
+)
+
+AUTO_PREVIEW = "auto"
+"""The `validation_preview_model` that stands for the distilled sibling of the flavour."""
 
 _SIZE = re.compile(r"\s*(\d+)\s*(?:[xX×]\s*(\d+)\s*)?")
 SIDE_MULTIPLE_PX = 16
@@ -60,6 +74,11 @@ class ValidationOptions(Slice):
 
     validation_disable: bool = False
     """Make no pictures."""
+
+    validation_preview_model: ModelText | None = None
+    """Draw the validation images on this model with the LoRA, such as a klein base's distilled sibling, in 4 steps:
+    `auto`, that sibling; a flavour; or a folder, Hub id or `.safetensors` file. Only its transformer is used: see
+    [fast previews](klein.md#fast-previews)."""
 
     validation_resolution: Annotated[
         str,

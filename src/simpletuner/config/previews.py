@@ -1,0 +1,61 @@
+"""Which flavour's steps and guidance draw the validation images: the trained one's, or those of another model."""
+
+import re
+from pathlib import Path
+
+from simpletuner.base.files import read_json
+from simpletuner.config.flavours import FLAVOURS, Flavour
+from simpletuner.config.options.validation import AUTO_PREVIEW
+from simpletuner.config.run import RunConfig
+
+_DISTILLED_FILE = re.compile(r"flux-?2-klein-\d+b")
+"""How a single file of a distilled klein is named; a base has `base` before its size."""
+
+
+def preview_flavour(config: RunConfig) -> Flavour | None:
+    """The flavour that `validation_preview_model` names: by itself, as `auto`, or by its Hub id. None where it names a
+    path or another Hub id, or nothing.
+    """
+    own, asked = FLAVOURS[config.model_flavour], config.validation_preview_model
+    if asked == AUTO_PREVIEW:
+        return None if own.preview is None else FLAVOURS[own.preview]
+    named = (each for each in FLAVOURS.values() if asked is not None and asked in (each.name, each.repo))
+    return next(named, None)
+
+
+def preview_download(config: RunConfig) -> str | None:
+    """The Hub id, or another place, that `validation_preview_model` stands for; None where nothing is fetched."""
+    named = preview_flavour(config)
+    if config.validation_disable:
+        return None
+    return config.validation_preview_model if named is None else named.repo
+
+
+def drawing_flavour(config: RunConfig) -> Flavour:
+    """The flavour whose guidance and default steps validation images are drawn with. For a path that is the distilled
+    sibling where its model_index.json, or a single file's name, says that it is distilled; else the trained flavour.
+    """
+    own, named = FLAVOURS[config.model_flavour], preview_flavour(config)
+    if named is not None:
+        return named
+    is_other = config.validation_preview_model is not None and own.preview is not None
+    if is_other and _is_distilled(Path(config.validation_preview_model or "")):
+        return FLAVOURS[own.preview or own.name]
+    return own
+
+
+def _is_distilled(place: Path) -> bool:
+    if place.suffix == ".safetensors":
+        return _DISTILLED_FILE.search(place.name.lower()) is not None
+    try:
+        index = read_json(place / "model_index.json")
+    except (OSError, ValueError):
+        return False
+    return isinstance(index, dict) and index.get("is_distilled") is True
+
+
+def with_preview_defaults(config: RunConfig, given: set[str]) -> RunConfig:
+    """`config` with the steps and guidance of `drawing_flavour`, where they are not `given`."""
+    usual = drawing_flavour(config).option_defaults
+    names = {"validation_guidance", "validation_num_inference_steps"} - given
+    return config.model_copy(update={name: usual[name] for name in names})
