@@ -427,3 +427,14 @@ def flavour_of_base(base_model: str) -> Flavour | None:
         if base_model == flavour.repo or is_embedded:
             return flavour
     return None
+
+
+_KLEIN_FILE = re.compile(r"flux-?2-klein-(?P<base>base-)?\d+b")
+
+
+def is_distilled_file(name: str) -> bool | None:
+    """Whether a single file of that name holds distilled weights, by Black Forest Labs' names for klein; None where it
+    has another name.
+    """
+    match = _KLEIN_FILE.match(name.lower())
+    return None if match is None else match["base"] is None

@@ -1,15 +1,11 @@
 """Which flavour's steps and guidance draw the validation images: the trained one's, or those of another model."""
 
-import re
 from pathlib import Path
 
 from simpletuner.base.files import read_json
-from simpletuner.config.flavours import FLAVOURS, Flavour
+from simpletuner.config.flavours import FLAVOURS, Flavour, is_distilled_file
 from simpletuner.config.options.validation import AUTO_PREVIEW
 from simpletuner.config.run import RunConfig
-
-_DISTILLED_FILE = re.compile(r"flux-?2-klein-\d+b")
-"""How a single file of a distilled klein is named; a base has `base` before its size."""
 
 
 def preview_flavour(config: RunConfig) -> Flavour | None:
@@ -46,7 +42,7 @@ def drawing_flavour(config: RunConfig) -> Flavour:
 
 def _is_distilled(place: Path) -> bool:
     if place.suffix == ".safetensors":
-        return _DISTILLED_FILE.search(place.name.lower()) is not None
+        return is_distilled_file(place.name) is True
     try:
         index = read_json(place / "model_index.json")
     except (OSError, ValueError):

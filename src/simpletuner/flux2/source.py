@@ -1,7 +1,6 @@
 """Which files make up the model that was asked for, and everything that can be wrong with them."""
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from simpletuner.config.flavours import (
     TextEncoderKind,
     TextSpec,
     TransformerSpec,
+    is_distilled_file,
 )
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.rules import layer_findings
@@ -52,8 +52,6 @@ _TEXT_ENCODERS: Mapping[TextEncoderKind, tuple[str, ...]] = {
 }
 _ALL_TEXT_ENCODERS = tuple(name for names in _TEXT_ENCODERS.values() for name in names)
 _INDEX = "model_index.json"
-_KLEIN_FILE = re.compile(r"flux-?2-klein-(?P<base>base-)?\d+b")
-"""How BFL names a single file of klein: without `base` it is distilled."""
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 _TOKENIZER_EXTRA = ("chat_template.jinja", "special_tokens_map.json")
 # Who wrote a config, and with what, changes nothing about what it says.
@@ -513,8 +511,8 @@ class _Search:
         if len(siblings) == 1 or transformer.place.name in [each.repo for each in siblings]:
             return self.flavour.is_distilled
         if transformer.config is None:
-            name = _KLEIN_FILE.match(transformer.names[0].lower())
-            return self.flavour.is_distilled if name is None else name["base"] is None
+            said = is_distilled_file(transformer.names[0])
+            return self.flavour.is_distilled if said is None else said
         if not transformer.place.has(_INDEX):
             return self.flavour.is_distilled
         index = read_object(transformer.place.path(_INDEX))
