@@ -112,7 +112,8 @@ WAYS: dict[str, tuple[dict[str, Any], set[str]]] = {
 }
 
 
-@pytest.mark.parametrize("way", [way if way == "fp32" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_a_run_that_goes_on_ends_the_same_and_keeps_nothing_twice(workplace: Workplace, way: str) -> None:
     options, kept = WAYS[way]
     workplace.config |= options | {"use_ema": True, "ema_decay": 0.5, "checkpoint_step_interval": 2}

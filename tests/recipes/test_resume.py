@@ -256,7 +256,7 @@ def test_another_base_model_is_refused(workplace: Workplace, capsys: pytest.Capt
     assert workplace.train("--max_train_steps=1") == 0
     change_past_the_heads(workplace.folder / "model")
     assert workplace.train() == 6
-    assert "VAE, text encoder, transformer: not the weights or settings" in capsys.readouterr().err
+    assert "VAE encoder, text encoder, transformer: not the weights or settings" in capsys.readouterr().err
 
 
 @pytest.mark.slow

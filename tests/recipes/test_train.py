@@ -361,7 +361,7 @@ def test_a_mistake_that_a_header_tells_ends_the_run_before_anything_is_encoded(
         ("--pretrained_transformer_model_name_or_path=fp8.safetensors", 4, "fp8.safetensors holds fp8 weights"),
         ("--pretrained_transformer_model_name_or_path=part.safetensors", 4, "part.safetensors: missing (1)"),
         ("--init_lora=nan.safetensors", 6, "nan.safetensors: NaN or infinite numbers in 1 of 1 layers"),
-        ("--init_lora=other.safetensors", 6, "other.safetensors does not fit this model: 1 of 1 layers"),
+        ("--init_lora=other.safetensors", 6, "other.safetensors does not fit this model, tiny: 1 of 1 layers"),
     ):
         assert workplace.train(model, flag) == code
         assert message in capsys.readouterr().err

@@ -29,7 +29,8 @@ def test_keeping_all_changes_no_bit(workplace: Workplace, uninterrupted: Workpla
     assert workplace.losses() == uninterrupted.losses()
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("gradient_checkpointing", [True, False])
 def test_an_interrupted_run_ends_the_same(workplace: Workplace, gradient_checkpointing: bool) -> None:
     workplace.config |= routes(0.5) | {"gradient_checkpointing": gradient_checkpointing}
     assert workplace.train("--output_dir=output/whole") == 0

@@ -142,7 +142,7 @@ def test_weights_that_are_open_need_no_token(capsys: pytest.CaptureFixture[str])
     _, checks = examined(capsys)
     assert (checks["Hub"]["state"], checks["Hub"]["found"].partition(";")[0]) == (
         "ok",
-        "no token is needed: Apache-2.0",
+        "FLUX.2-klein-base-4B is Apache-2.0: no token is needed",
     )
     tiny = Path("config/config.json")
     tiny.write_text(tiny.read_text().replace("klein-4b", "klein-9b"))

@@ -9,7 +9,8 @@ from simpletuner.config.run import RunConfig
 from simpletuner.flux2.footprint import Architecture, Footprint, Workload
 from simpletuner.memory.planner import Machine
 
-READY = [each for each in RECIPES if each.is_ready and FLAVOURS[each.flavour].repo is not None]
+# Of a flavour all recipes take the same memory.
+READY = [each for each in RECIPES if each.name == "subject" and FLAVOURS[each.flavour].repo is not None]
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
