@@ -282,6 +282,7 @@ def large(embedded_source, tmp_path_factory) -> Source:
     config = embedded_source.text_encoder.config
     text = {**config.get("text_config", config)}
     text |= {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": LAYERS, "head_dim": 128}
+    text |= {"num_attention_heads": 4}
     keys = text["num_key_value_heads"] * 128
     shapes = {
         "input_layernorm": (HIDDEN,),
