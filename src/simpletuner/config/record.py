@@ -83,6 +83,9 @@ INTRODUCED: dict[str, Any] = {"dynamo_backend": "no"}
 """What it means, in JSON, that a record lacks an option: the value at which the option changes nothing. Only for
 options whose default is another value."""
 
+NAMED_WHERE_CHOSEN: dict[str, Any] = {"optimizer_release_gradients": False}
+"""Options that are younger than the fingerprints in exported files, which name them only at another value."""
+
 REMOVED: dict[str, tuple[object, ...]] = {}
 """Options that are gone, with the values, besides null, at which each of them changed nothing. One that a resumed run
 might change goes into `MAY_CHANGE`."""
@@ -105,6 +108,17 @@ def _is_recorded(config: RunConfig, name: str, value: object) -> bool:
 def is_left_to_the_run(name: str, value: object) -> bool:
     """Whether `value` of an option asks for what the run's record has, if there is one."""
     return name in LEFT_TO_THE_RUN and value == LEFT_TO_THE_RUN[name]
+
+
+def decisive(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a record decides the weights. An exported file has a hash of it, the same for the same run of each
+    release.
+    """
+    return {
+        name: value
+        for name, value in record.items()
+        if name not in MAY_CHANGE and not (name in NAMED_WHERE_CHOSEN and value == NAMED_WHERE_CHOSEN[name])
+    }
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from simpletuner.base.files import file_errors_reported, sha256_json, write_json
 from simpletuner.base.sizes import format_duration, format_size
 from simpletuner.config.load import Loaded
 from simpletuner.config.previews import drawing_flavour, preview_flavour
-from simpletuner.config.record import MAY_CHANGE, resolved
+from simpletuner.config.record import decisive, resolved
 from simpletuner.config.rules import profile_findings
 from simpletuner.config.run import RunConfig
 from simpletuner.data.order import MicroBatch, Order
@@ -613,15 +613,15 @@ class Attempt:
         """What a saved file says about itself: no paths, nothing secret. Its fingerprints cover what decides the
         weights, and not what a resumed run may change.
         """
-        decisive = {name: value for name, value in resolved(self.config).items() if name not in MAY_CHANGE}
+        options = decisive(resolved(self.config))
         fields = {
             "base_model": source.name,
             "licence": source.flavour.licence,
             "version": simpletuner.__version__,
             "step": str(step),
-            "config": sha256_json(decisive),
+            "config": sha256_json(options),
             "datasets": sha256_json(prepared.fingerprints),
-            "run": sha256_json([source.fingerprint("transformer"), decisive, prepared.fingerprints]),
+            "run": sha256_json([source.fingerprint("transformer"), options, prepared.fingerprints]),
         }
         if self.config.modelspec_comment is not None:
             fields["comment"] = self.config.modelspec_comment

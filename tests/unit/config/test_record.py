@@ -13,6 +13,7 @@ from simpletuner.config.record import (
     OptionChange,
     RecordComparison,
     compare,
+    decisive,
     resolved,
     with_recorded,
 )
@@ -199,3 +200,11 @@ def test_a_slice_is_frozen_and_exact() -> None:
     assert Slice.model_config["frozen"]
     with pytest.raises(ValueError, match="extra"):
         RunConfig.model_validate({"x": 1})
+
+
+def test_an_option_that_is_younger_than_the_fingerprints_is_named_only_where_it_is_chosen() -> None:
+    usual = resolved(RunConfig())
+    named = decisive(usual)
+    assert named.keys() == usual.keys() - MAY_CHANGE - {"optimizer_release_gradients"}
+    chosen = decisive(usual | {"optimizer_release_gradients": True})
+    assert chosen == named | {"optimizer_release_gradients": True}
