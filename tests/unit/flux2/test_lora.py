@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def velocity(transformer: Flux2Transformer, dtype: torch.dtype = torch.float32) 
     generator = torch.Generator().manual_seed(1)
     out: Tensor = transformer(
         torch.randn(2, 6, 128, generator=generator).to(dtype),
-        torch.randn(2, 5, TINY.context_dim, generator=generator).to(dtype),
+        torch.randn(2, 5, transformer.spec.context_dim, generator=generator).to(dtype),
         torch.tensor([0.3, 0.9]),
         torch.tensor([1.0, 4.0]),
         image_ids(2, 3),
@@ -80,6 +81,19 @@ def test_a_fresh_adapter_changes_no_bit(transformer: Flux2Transformer, preset: s
     assert torch.equal(velocity(transformer.train()), base)
     with adapter.disabled():
         assert torch.equal(velocity(transformer), base)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_fresh_adapter_changes_no_bit_of_klein(preset: str) -> None:
+    """klein-9b's shapes, narrower: no guidance embedder, three times as many single blocks as double ones."""
+    klein = Flux2Transformer(replace(KLEIN_9B, heads=2, head_dim=32, axes=(8, 8, 8, 8), context_dim=96)).eval()
+    base = velocity(klein)
+    adapter = attach(klein, LoraOptions(flux_lora_target=preset, lora_dropout=0.5), seed=7)
+    assert torch.equal(velocity(klein.train()), base)
+    learn(adapter)
+    assert not torch.equal(velocity(klein), base)
+    with adapter.disabled():
+        assert torch.equal(velocity(klein), base)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
