@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from simpletuner.base.errors import ConfigError
-from simpletuner.config.flavours import DEV, TransformerSpec
+from simpletuner.config.flavours import DEV, KLEIN_9B, TransformerSpec
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.flux2.lora import PRESETS, Adapter, LoraLinear, attach, linears
 from simpletuner.flux2.tokens import context_ids, image_ids
