@@ -30,8 +30,11 @@ os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
-# Under `nohup` or a service HUP is ignored, and tests of what a command does with it would see that.
+# Under `nohup` or a service HUP is ignored, and INT in what a script starts in the background. Tests of what a command
+# does with them would see that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Workers, and commands in processes of their own, import the same modules: compile each once.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
