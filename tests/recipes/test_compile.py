@@ -17,6 +17,7 @@ from simpletuner.train.report import Reporter
 from simpletuner.train.world import World
 
 
+@pytest.mark.slow
 def test_without_it_no_compiler_is_imported(uninterrupted: Workplace) -> None:
     """`dynamo_backend=no` is the run without the option, and starts as fast."""
     place = Workplace(uninterrupted.folder, config=CONFIG | {"output_dir": "output/no", "dynamo_backend": "no"})

@@ -62,7 +62,7 @@ def trained_bytes(place: Workplace, run: str) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_the_losses_are_what_they_were(workplace: Workplace, precision: str) -> None:
     workplace.config["mixed_precision"] = precision
     assert workplace.train() == 0
@@ -85,6 +85,7 @@ def test_every_weight_learns(workplace: Workplace) -> None:
     assert [name for name, tensor in base.items() if torch.equal(found[name], tensor)] == []
 
 
+@pytest.mark.slow
 def test_what_must_change_nothing_changes_no_bit(workplace: Workplace) -> None:
     """Recomputing, and routes that keep every token."""
     route = {"routes": [{"selection_ratio": 1.0, "start_layer_idx": 1, "end_layer_idx": -2}]}

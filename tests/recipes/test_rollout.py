@@ -21,6 +21,7 @@ def same_tensors(one: Path, other: Path) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
+@pytest.mark.slow
 def test_off_is_the_run_without_it_byte_for_byte(workplace: Workplace) -> None:
     assert workplace.train("--output_dir=output/without", "--max_train_steps=1") == 0
     workplace.config |= {"scheduled_sampling_max_step_offset": 0}

@@ -29,7 +29,7 @@ PINNED = {"no": [1.3900223, 1.2224635, 1.6412856], "bf16": [1.3881238, 1.2261445
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("gradient_checkpointing", [True, False])
+@pytest.mark.parametrize("gradient_checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_losses_are_what_they_were(workplace: Workplace, precision: str, gradient_checkpointing: bool) -> None:
     workplace.config |= {"mixed_precision": precision, "gradient_checkpointing": gradient_checkpointing}
     assert workplace.train() == 0

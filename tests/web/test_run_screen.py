@@ -89,6 +89,7 @@ def gallery(workspace: Path) -> RunDirectory:
     return run
 
 
+@pytest.mark.slow
 def test_a_page_that_lost_the_server_catches_up_without_a_gap(
     page: Page, server: "Server", workspace: Path, watched: "Watched"
 ) -> None:
@@ -110,6 +111,7 @@ def test_a_page_that_lost_the_server_catches_up_without_a_gap(
         assert list(values(page)) == list(range(1, 101))
 
 
+@pytest.mark.slow
 def test_a_later_attempt_replaces_the_steps_of_the_one_before(page: Page, server: "Server", workspace: Path) -> None:
     run = directory(workspace, "again")
     with run.lock(), EventLog(run.events) as log:
@@ -237,6 +239,7 @@ def test_a_chart_is_zoomed_by_dragging_and_read_by_pointing(
     expect(loss).to_have_attribute("aria-valuemax", "20")
 
 
+@pytest.mark.slow
 def test_the_gallery_opens_a_picture_beside_the_base(page: Page, server: "Server", gallery: RunDirectory) -> None:
     page.goto(f"{server.url}/#/run?run=output/{gallery.root.name}")
     expect(page.get_by_role("columnheader")).to_have_text(["Prompt", "Base", "Step 10", "Step 20"])
@@ -279,6 +282,7 @@ def two(workspace: Path) -> Iterator[tuple[RunDirectory, RunDirectory]]:
     return runs
 
 
+@pytest.mark.slow
 def test_two_runs_are_chosen_and_compared(page: Page, server: "Server", two: tuple[RunDirectory, RunDirectory]) -> None:
     page.goto(server.url)
     for run in two:

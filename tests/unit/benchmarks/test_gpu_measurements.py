@@ -56,6 +56,7 @@ def of(rows: list[dict[str, Any]], kind: str) -> dict[str, list[dict[str, Any]]]
     return grouped
 
 
+@pytest.mark.slow
 def test_what_is_measured_survives_what_comes_after_it(tmp_path: Path, gpu: ModuleType) -> None:
     scripts = written(tmp_path, good=GOOD, raises=RAISES, killed=KILLED, hangs=HANGS)
     # A hang is given what is left of the limits before it: little.

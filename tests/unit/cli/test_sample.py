@@ -381,13 +381,10 @@ def test_klein_is_guided_against_the_negative_prompt_and_its_distilled_sibling_b
     distilled += ["--pretrained_model_name_or_path", str(tiny_klein_distilled_folder)]
     ways = {
         "by default": base,
-        "at 4": [*base, "--guidance=4"],
-        "at 2": [*base, "--guidance=2"],
         "off": [*base, "--guidance=1"],
         "off, with a negative": [*base, "--guidance=1", "--negative=a bird"],
         "with a negative": [*base, "--negative=a bird"],
         "distilled": distilled,
-        "distilled at 4": [*distilled, "--guidance=4"],
     }
     images, steps = {}, {}
     for way, flags in ways.items():
@@ -395,10 +392,8 @@ def test_klein_is_guided_against_the_negative_prompt_and_its_distilled_sibling_b
         (path,) = drawn(capsys)
         image = Image.open(path)
         images[way], steps[way] = image.tobytes(), json.loads(image.info["parameters"])["steps"]
-    assert images["by default"] == images["at 4"]
     assert images["off"] == images["off, with a negative"]
-    assert images["distilled"] == images["distilled at 4"]
-    assert len(set(images.values())) == 5
+    assert len(set(images.values())) == 4
     assert (steps["by default"], steps["distilled"]) == (2, 4)
 
 

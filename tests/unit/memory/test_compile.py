@@ -226,7 +226,8 @@ WAYS = ((1, False), (1, True), (2, False), (2, True))
 """Blocks of a group, and whether the next one is copied ahead, into a second slot."""
 
 
-@pytest.mark.parametrize("kind", ["plain", pytest.param("hidden", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "hidden"])
 def test_compiled_streamed_steps_are_the_compiled_resident_ones_bit_for_bit(kind: str) -> None:
     expected = train(compiled_model(kind), 2)
     for per_group, ahead in WAYS:
