@@ -19,7 +19,7 @@ from simpletuner.base.errors import AccessError, CheckpointError, MemoryBudgetEr
 from simpletuner.base.files import file_errors_reported, sha256_file, write_atomic
 from simpletuner.cli.progress import ReportSteps
 from simpletuner.cli.sample import FROM_RUN, SampleConfig, Wanted
-from simpletuner.config.flavours import FLAVOURS, flavour_of_base
+from simpletuner.config.flavours import flavour_of_base, sibling
 from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flux2.components import check_precisions, load_base, open_text_encoder
 from simpletuner.flux2.denoiser import Denoiser
@@ -304,11 +304,9 @@ class _AttachedLoras:
 
 def _are_siblings(trained_on: str, source: Source) -> bool:
     """Whether a LoRA's base model and the one that draws are base and distilled weights of one size."""
-    own = source.flavour
-    others = [each for each in FLAVOURS.values() if each.family == own.family and each.is_distilled != own.is_distilled]
-    base = flavour_of_base(trained_on)
+    other = sibling(source.flavour)
     # A download of one's own has the repository's name.
-    return any(each is base or each.title == trained_on for each in others)
+    return other is not None and (flavour_of_base(trained_on) is other or other.title == trained_on)
 
 
 def _model_options(config: SampleConfig) -> dict[str, Any]:

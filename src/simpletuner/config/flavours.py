@@ -420,6 +420,13 @@ FLAVOURS: Mapping[str, Flavour] = {
 }
 
 
+def sibling(flavour: Flavour) -> Flavour | None:
+    """The other flavour of its family: the distilled weights of a base, or the base of distilled ones."""
+    return next(
+        (each for each in FLAVOURS.values() if each.family == flavour.family and each.name != flavour.name), None
+    )
+
+
 def flavour_of_base(base_model: str) -> Flavour | None:
     """The flavour of the weights that a record names as its base model: by a Hub id, or an embedded model's folder."""
     for flavour in FLAVOURS.values():

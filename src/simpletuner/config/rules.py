@@ -6,7 +6,7 @@ from pathlib import Path
 
 from simpletuner.base.errors import Problem
 from simpletuner.config.datasets import Datasets
-from simpletuner.config.flavours import FLAVOURS, Flavour
+from simpletuner.config.flavours import FLAVOURS, Flavour, sibling
 from simpletuner.config.given import Checked, Given, Known, check_givens
 from simpletuner.config.optimisers import ADAM, OPTIMISERS, optimiser
 from simpletuner.config.options.checkpoint import LATEST
@@ -130,8 +130,8 @@ def _preview(config: RunConfig) -> Iterator[Finding]:
         remedy = f"Take it out: the images are then drawn with {own.name} itself."
         yield (key, "model_flavour"), Problem(f"{found}: {own.name} has no distilled sibling", expected, remedy)
     elif named is not None and named.family != own.family:
-        fitting = [each.name for each in FLAVOURS.values() if each.family == own.family and each is not own]
-        expected = f"a model that a LoRA of {own.name} fits" + (f": {join_names(fitting)}" if fitting else "")
+        other = sibling(own)
+        expected = f"a model that a LoRA of {own.name} fits" + (f": {other.name}" if other else "")
         yield (key, "model_flavour"), Problem(found, expected)
 
 
@@ -345,8 +345,8 @@ def notices(config: RunConfig, datasets: Datasets | None, given: Collection[str]
     flavour = FLAVOURS[config.model_flavour]
     if flavour.licence_notice is not None:
         yield flavour.licence_notice
-    if flavour.is_distilled:
-        base = next(each for each in FLAVOURS.values() if each.preview == flavour.name)
+    base = sibling(flavour)
+    if base is not None and flavour.is_distilled:
         yield (
             f"model_flavour = {flavour.name} has distilled weights, made for drawing: training them gives grey, smooth "
             f"blobs. Train --model_flavour {base.name}; a LoRA of it fits {flavour.title} too."

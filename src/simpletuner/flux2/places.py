@@ -62,7 +62,7 @@ class Hub:
     """A model repository at one commit; like a `ModelFolder`, but `path` downloads what is not here yet.
 
     Downloads lie where huggingface_hub keeps its own. Without an answer from the Hub, what was downloaded before
-    serves, and the user is told.
+    is used, with a notice.
 
     Raises (all methods):
         AccessError: not logged in, no access, no such repository or revision, no connection, a damaged download.

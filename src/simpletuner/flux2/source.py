@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ from simpletuner.config.flavours import (
     TextSpec,
     TransformerSpec,
     is_distilled_file,
+    sibling,
 )
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.rules import layer_findings
@@ -122,13 +123,9 @@ class Source:
     def distillation_warning(self) -> str | None:
         """Names weights that are distilled, or are not, while those of the flavour are not, or are."""
         flavour, name = self.flavour, self.name
-        if self.is_distilled == flavour.is_distilled:
+        other = sibling(flavour)
+        if other is None or self.is_distilled == flavour.is_distilled:
             return None
-        other = next(
-            each.name
-            for each in FLAVOURS.values()
-            if each.family == flavour.family and each.is_distilled == self.is_distilled
-        )
         usual = flavour.repo or flavour.title
         held, meant = ("distilled", "base") if self.is_distilled else ("base", "distilled")
         said = f"model_flavour = {flavour.name} means {meant} ones"
@@ -136,11 +133,11 @@ class Source:
         if self.is_distilled:
             return (
                 f"{found} Training distilled weights gives grey, smooth blobs: name the base weights ({usual}) "
-                f"instead. To draw with these, give --model_flavour {other}."
+                f"instead. To draw with these, give --model_flavour {other.name}."
             )
         return (
             f"{found} Base weights draw only blurs in {flavour.steps} steps without guidance: name the distilled "
-            f"weights ({usual}), or give --model_flavour {other}."
+            f"weights ({usual}), or give --model_flavour {other.name}."
         )
 
     def fingerprint(self, component: Component | Literal["tokenizer"], *, whole: bool = False) -> str:
@@ -375,11 +372,8 @@ class _Search:
         self._raise_problems()
         local = (part.place.path(part.names[0]),) if part.config is None else ()
         spec = transformer_spec(Weights(local, part.config), name)
-        differing = [
-            f"{field.name} {getattr(spec, field.name)} for {getattr(base.spec, field.name)}"
-            for field in fields(spec)
-            if getattr(spec, field.name) != getattr(base.spec, field.name)
-        ]
+        own = vars(base.spec)
+        differing = [f"{name} {value} for {own[name]}" for name, value in vars(spec).items() if value != own[name]]
         if differing:
             raise AccessError.of(
                 f"the transformer of {name} differs from that of {base.name}: {', '.join(differing)}",
@@ -507,8 +501,8 @@ class _Search:
 
     def _is_distilled(self, transformer: _Part) -> bool:
         """Whether the transformer is distilled. Shapes do not tell."""
-        siblings = [each for each in FLAVOURS.values() if each.family == self.flavour.family]
-        if len(siblings) == 1 or transformer.place.name in [each.repo for each in siblings]:
+        other = sibling(self.flavour)
+        if other is None or transformer.place.name in (self.flavour.repo, other.repo):
             return self.flavour.is_distilled
         if transformer.config is None:
             said = is_distilled_file(transformer.names[0])

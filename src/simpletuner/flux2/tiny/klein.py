@@ -7,16 +7,12 @@ same here.
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from simpletuner.config.flavours import TINY_KLEIN, TINY_KLEIN_TEXT, FlavourName
-from simpletuner.flux2.spec import transformer_to_diffusers
 from simpletuner.flux2.tiny import vocabulary
-from simpletuner.flux2.tiny.parts import METADATA, SCHEDULER, VAE, write_config
+from simpletuner.flux2.tiny.parts import transformer_shapes, write_model
 from simpletuner.flux2.tiny.weights import KLEIN_GAINS, TEXT_GAINS, Shapes, draw
-from simpletuner.flux2.transformer import Flux2Transformer
-from simpletuner.memory.tensors import save_tensors
 
 KLEIN_VERSION = 1
 """Of all that is drawn here; each has its line in CHANGELOG.md."""
@@ -65,24 +61,20 @@ def fill(folder: Path, flavour: FlavourName, vae: dict[str, Tensor]) -> None:
         "transformer": ["diffusers", "Flux2Transformer2DModel"],
         "vae": ["diffusers", "AutoencoderKLFlux2"],
     }
-    write_config(folder / "model_index.json", index)
-    write_config(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
-    (folder / "tokenizer").mkdir(exist_ok=True)
-    for name, text in vocabulary.klein_files().items():
-        (folder / "tokenizer" / name).write_text(text, encoding="utf-8")
-    write_config(folder / "transformer" / "config.json", transformer_to_diffusers(TINY_KLEIN))
-    save_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors", _transformer(is_distilled), METADATA)
-    write_config(folder / "text_encoder" / "config.json", KLEIN_TEXT_CONFIG)
-    encoder = draw("qwen3", _text_encoder_shapes(), TEXT_GAINS, KLEIN_SEED)
-    save_tensors(folder / "text_encoder" / "model.safetensors", _in_bf16(encoder), METADATA)
-    write_config(folder / "vae" / "config.json", VAE)
-    save_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors", vae, METADATA)
+    write_model(
+        folder,
+        index,
+        vocabulary.klein_files(),
+        TINY_KLEIN,
+        KLEIN_TEXT_CONFIG,
+        transformer=_transformer(is_distilled),
+        text_encoder=_in_bf16(draw("qwen3", _text_encoder_shapes(), TEXT_GAINS, KLEIN_SEED)),
+        vae=vae,
+    )
 
 
 def _transformer(is_distilled: bool) -> dict[str, Tensor]:
-    with torch.device("meta"):
-        transformer = Flux2Transformer(TINY_KLEIN)
-    shapes = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
+    shapes = transformer_shapes(TINY_KLEIN)
     base = draw("klein", shapes, KLEIN_GAINS, KLEIN_SEED)
     if not is_distilled:
         return _in_bf16(base)

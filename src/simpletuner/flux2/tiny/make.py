@@ -5,19 +5,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from simpletuner.base.errors import AccessError
 from simpletuner.base.files import file_errors_reported, read_json
 from simpletuner.base.parts import locked_part, sweep_parts
 from simpletuner.config.flavours import TINY, FlavourName
-from simpletuner.flux2.spec import transformer_to_diffusers
 from simpletuner.flux2.tiny import klein, vocabulary
-from simpletuner.flux2.tiny.parts import METADATA, SCHEDULER, VAE, write_config
+from simpletuner.flux2.tiny.parts import transformer_shapes, write_config, write_model
 from simpletuner.flux2.tiny.weights import START_GAINS, TEXT_GAINS, Shapes, draw
-from simpletuner.flux2.transformer import Flux2Transformer
-from simpletuner.memory.tensors import load_tensors, save_tensors
+from simpletuner.memory.tensors import load_tensors
 
 VERSION = 2
 """Of the weights that are shipped and of all that is made around them; each has its line in CHANGELOG.md."""
@@ -146,7 +143,11 @@ def make_start(folder: Path, seed: int, learnt: Path) -> Path:
     the files that are shipped takes the place of drawn weights; the autoencoder must be there.
     """
     transformer = learnt / TRANSFORMER
-    tensors = load_tensors(transformer) if transformer.is_file() else _transformer_start(seed)
+    tensors = (
+        load_tensors(transformer)
+        if transformer.is_file()
+        else draw("transformer", transformer_shapes(TINY), START_GAINS, seed)
+    )
     _fill(folder, seed, transformer=tensors, vae=load_tensors(learnt / VAE_WEIGHTS))
     _stamp(folder, VERSION)
     return folder
@@ -177,23 +178,17 @@ def _check(folder: Path, version: int) -> None:
 def _fill(folder: Path, seed: int, *, transformer: dict[str, Tensor], vae: dict[str, Tensor]) -> None:
     """The folder of a whole model; its text encoder is drawn, its tokenizer learnt."""
     tokenizer = vocabulary.learn()
-    write_config(folder / "model_index.json", INDEX)
-    write_config(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
-    (folder / "tokenizer").mkdir(exist_ok=True)
-    for name, text in vocabulary.files(tokenizer).items():
-        (folder / "tokenizer" / name).write_text(text, encoding="utf-8")
-
-    write_config(folder / "transformer" / "config.json", transformer_to_diffusers(TINY))
-    save_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors", transformer, METADATA)
-
     entries = tokenizer.get_vocab_size()
-    config = {**TEXT_ENCODER, "text_config": {**TEXT_CONFIG, "vocab_size": entries}}
-    write_config(folder / "text_encoder" / "config.json", config)
-    encoder = draw("text_encoder", _text_encoder_shapes(entries), TEXT_GAINS, seed)
-    save_tensors(folder / "text_encoder" / "model.safetensors", encoder, METADATA)
-
-    write_config(folder / "vae" / "config.json", VAE)
-    save_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors", vae, METADATA)
+    write_model(
+        folder,
+        INDEX,
+        vocabulary.files(tokenizer),
+        TINY,
+        {**TEXT_ENCODER, "text_config": {**TEXT_CONFIG, "vocab_size": entries}},
+        transformer=transformer,
+        text_encoder=draw("text_encoder", _text_encoder_shapes(entries), TEXT_GAINS, seed),
+        vae=vae,
+    )
 
 
 def _stamp(folder: Path, version: int) -> None:
@@ -201,13 +196,6 @@ def _stamp(folder: Path, version: int) -> None:
     made = sorted(path for path in folder.rglob("*") if path.is_file())
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in made}
     write_config(folder / STAMP, {"version": version, "files": sizes})
-
-
-def _transformer_start(seed: int) -> dict[str, Tensor]:
-    with torch.device("meta"):
-        transformer = Flux2Transformer(TINY)
-    shapes = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
-    return draw("transformer", shapes, START_GAINS, seed)
 
 
 def _text_encoder_shapes(entries: int) -> Shapes:

@@ -1,8 +1,18 @@
 """What all embedded models have in common: autoencoder, scheduler, and how their files are written."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from simpletuner.config.flavours import TransformerSpec
+from simpletuner.flux2.spec import transformer_to_diffusers
+from simpletuner.flux2.tiny.weights import Shapes
+from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.memory.tensors import save_tensors
 
 METADATA = {"format": "pt"}
 """Of each weight file: transformers and diffusers refuse one without it."""
@@ -39,6 +49,39 @@ SCHEDULER: dict[str, Any] = {
     "max_image_seq_len": 4096,
     "time_shift_type": "exponential",
 }
+
+
+def transformer_shapes(spec: TransformerSpec) -> Shapes:
+    """Of each tensor of a transformer, by name."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in Flux2Transformer(spec).state_dict().items()}
+
+
+def write_model(
+    folder: Path,
+    index: dict[str, Any],
+    tokenizer: Mapping[str, str],
+    spec: TransformerSpec,
+    text_config: dict[str, Any],
+    *,
+    transformer: Mapping[str, Tensor],
+    text_encoder: Mapping[str, Tensor],
+    vae: Mapping[str, Tensor],
+) -> None:
+    """Write a whole model, but for its stamp, into `folder`: `index` is its model_index.json, `tokenizer` the text of
+    each file of the tokenizer.
+    """
+    write_config(folder / "model_index.json", index)
+    write_config(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    for name, text in tokenizer.items():
+        (folder / "tokenizer" / name).write_text(text, encoding="utf-8")
+    write_config(folder / "transformer" / "config.json", transformer_to_diffusers(spec))
+    save_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors", transformer, METADATA)
+    write_config(folder / "text_encoder" / "config.json", text_config)
+    save_tensors(folder / "text_encoder" / "model.safetensors", text_encoder, METADATA)
+    write_config(folder / "vae" / "config.json", VAE)
+    save_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors", vae, METADATA)
 
 
 def write_config(path: Path, value: dict[str, Any]) -> None:
