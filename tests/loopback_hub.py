@@ -76,6 +76,22 @@ class LoopbackHub(ThreadingHTTPServer):
         self.offers_xet = False
         """Says of large files that they can also be had over Xet, which is not served here."""
         self.ended = threading.Event()
+        self.connections: set[socket.socket] = set()
+        """Open ones, which a client may keep for its next request."""
+
+    def finish_request(self, request: socket.socket, client_address: tuple[str, int]) -> None:  # type: ignore[override]
+        self.connections.add(request)
+        try:
+            super().finish_request(request, client_address)
+        finally:
+            self.connections.discard(request)
+
+    def server_close(self) -> None:
+        """Stop listening, and end the connections that clients keep: a closed hub answers nobody."""
+        super().server_close()
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):  # its client was faster
+                connection.shutdown(socket.SHUT_RDWR)
 
     def downloads(self) -> list[str]:
         """The name of each file that was asked for, as often as it was."""
