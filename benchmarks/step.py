@@ -80,11 +80,11 @@ def bare_loop(work: Path, steps: int) -> float:
     from simpletuner.flux2.lora import attach
     from simpletuner.flux2.source import locate
     from simpletuner.memory.precision import DTYPES
+    from simpletuner.memory.world import World
     from simpletuner.train.batches import BatchBuilder
     from simpletuner.train.caches import prepare
     from simpletuner.train.report import Reporter
     from simpletuner.train.step import Objective
-    from simpletuner.train.world import World
 
     os.chdir(work)
     loaded = load(flags("bare", steps), folder=Path(), environ={})

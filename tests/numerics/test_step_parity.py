@@ -17,12 +17,12 @@ from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.load import load_autoencoder, load_text_encoder, load_transformer
 from simpletuner.flux2.lora import Adapter, attach
 from simpletuner.flux2.source import Source, locate
+from simpletuner.memory.world import World
 from simpletuner.train import optim
 from simpletuner.train.batches import BatchBuilder
 from simpletuner.train.caches import Prepared, prepare
 from simpletuner.train.report import Reporter
 from simpletuner.train.step import Objective, Stepper
-from simpletuner.train.world import World
 
 CPU = torch.device("cpu")
 

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from tests.recipes.conftest import CONFIG, PICTURES, Workplace
 
 from simpletuner.config.load import load
+from simpletuner.memory.world import World
 from simpletuner.runs.events import EventLog
 from simpletuner.runs.process import Requests
 from simpletuner.train import job
 from simpletuner.train.report import Reporter
-from simpletuner.train.world import World
 
 
 @pytest.mark.slow

@@ -92,3 +92,10 @@ class Stopped(UserError):
 
     exit_code = STOPPED
     where = "with the run"
+
+
+class RanksError(UserError):
+    """A process of a run on several is gone, or was waited for in vain."""
+
+    exit_code = 8
+    where = "between the processes"

@@ -27,8 +27,9 @@ def run(arguments: list[str]) -> int:
         loaded = load_here(arguments)
         end_samplers(Path.cwd(), os.environ, say)
         # torch: only once the configuration is known to be good
+        from simpletuner.memory.rendezvous import join
         from simpletuner.train import job
-        from simpletuner.train.world import World
 
         stop_if_asked()
-        return job.run(job.build(loaded, World.single()))
+        world = join(os.environ, loaded.config.distributed_timeout_s)
+        return job.run(job.build(loaded, world))

@@ -123,8 +123,7 @@ LATER_OPTIONS: Mapping[str, OtherKey] = _named(
     (_later(_HUB, False), "push_to_hub push_checkpoints_to_hub"),
     (_later(_HUB), "publishing_config"),
     (_later("posts to Discord and other addresses"), "webhook_config"),
-    (_later(_PROCESSES, 1), "num_processes num_machines context_parallel_size"),
-    (_later(_PROCESSES, False), "fsdp_enable"),
+    (_later(_PROCESSES, 1), "num_machines context_parallel_size"),
     (_later(_PROCESSES), "deepspeed_config accelerate_config accelerate_extra_args"),
     (_later(_CACHING, False), "vae_cache_ondemand vae_cache_disable text_cache_ondemand text_cache_disable"),
     (_later(_PARQUET), "parquet_caption_column parquet_filename_column"),
@@ -365,14 +364,14 @@ _IGNORED_OPTIONS: Mapping[str, OtherKey] = _named(
     # Processes
     (
         _ignored(_NO_FSDP),
-        "fsdp_activation_checkpointing fsdp_auto_wrap_policy fsdp_cpu_offload fsdp_cpu_ram_efficient_loading "
-        "fsdp_limit_all_gathers fsdp_reshard_after_forward fsdp_state_dict_type fsdp_transformer_layer_cls_to_wrap "
+        "fsdp_activation_checkpointing fsdp_auto_wrap_policy fsdp_cpu_ram_efficient_loading "
+        "fsdp_limit_all_gathers fsdp_state_dict_type fsdp_transformer_layer_cls_to_wrap "
         "fsdp_version",
     ),
     (
         _ignored("one process trains"),
         "machine_rank main_process_ip main_process_port local_rank same_network find_unused_parameters "
-        "context_parallel_comm_strategy distributed_timeout_s",
+        "context_parallel_comm_strategy",
     ),
     (_ignored("deepspeed_config is not set"), "offload_param_path"),
     # Validation

@@ -11,6 +11,7 @@ from simpletuner.config.options.checkpoint import CheckpointOptions
 from simpletuner.config.options.data import DataOptions
 from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.process import ProcessOptions
+from simpletuner.config.options.ranks import RankOptions
 from simpletuner.config.options.tracking import TrackingOptions
 from simpletuner.config.options.validation import ValidationOptions
 from simpletuner.config.other_keys import OPTION_ALIASES
@@ -45,7 +46,15 @@ RECORDED_TEXTS = frozenset(
 
 MAY_CHANGE = frozenset(
     name
-    for group in (ValidationOptions, CheckpointOptions, TrackingOptions, ProcessOptions, DataOptions, OffloadOptions)
+    for group in (
+        ValidationOptions,
+        CheckpointOptions,
+        TrackingOptions,
+        ProcessOptions,
+        RankOptions,
+        DataOptions,
+        OffloadOptions,
+    )
     for name in group.model_fields
 ) | {
     "ema_device",

@@ -13,6 +13,7 @@ from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.optim import OptimOptions
 from simpletuner.config.options.precision import PrecisionOptions
 from simpletuner.config.options.process import ProcessOptions
+from simpletuner.config.options.ranks import RankOptions
 from simpletuner.config.options.rollout import RolloutOptions
 from simpletuner.config.options.schedule import ScheduleOptions
 from simpletuner.config.options.tracking import TrackingOptions
@@ -36,6 +37,7 @@ SLICES: tuple[type[Slice], ...] = (
     CheckpointOptions,
     TrackingOptions,
     ProcessOptions,
+    RankOptions,
 )
 """In the order in which help and docs show them."""
 
@@ -61,6 +63,7 @@ class RunConfig(
     CheckpointOptions,
     TrackingOptions,
     ProcessOptions,
+    RankOptions,
 ):
     """Every option of a run. Made by `simpletuner.config.load.load`, which checks across options as well."""
 

@@ -71,6 +71,15 @@ class GlobalBatch:
     """Those of this process."""
     size: int
     """Samples, over all processes."""
+    all_names: tuple[str, ...] | None = None
+    """`set/name` of each of these, by its slot; None where this process has all of them."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """`set/name` of each sample, by its slot."""
+        if self.all_names is not None:
+            return self.all_names
+        return tuple(name for batch in self.batches for name in batch.names)
 
     def pin_memory(self) -> "GlobalBatch":
         return replace(self, batches=tuple(batch.pin_memory() for batch in self.batches))

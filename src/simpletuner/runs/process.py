@@ -76,13 +76,16 @@ class Requests:
     step is finished and saved first.
     """
 
-    def __init__(self, control: Path) -> None:
+    def __init__(self, control: Path, *, is_obeying: bool = True) -> None:
+        """Without `is_obeying` they are another process's to take: signals are held back, and nothing is asked."""
         self.control = control
+        self._is_obeying = is_obeying
         self._is_stopping = False
 
     def __enter__(self) -> Self:
-        for name in ("stop", "save", "validate"):  # left over from an attempt that ended before it looked
-            (self.control / name).unlink(missing_ok=True)
+        if self._is_obeying:
+            for name in ("stop", "save", "validate"):  # left over from an attempt that ended before it looked
+                (self.control / name).unlink(missing_ok=True)
         deferred_signals.__enter__()
         return self
 
@@ -100,6 +103,8 @@ class Requests:
 
     def take(self, request: ControlRequest) -> bool:
         """Whether `request` was made. Asking clears it, except a stop, which stays."""
+        if not self._is_obeying:
+            return False
         path = self.control / request
         if path.exists():
             path.unlink(missing_ok=True)

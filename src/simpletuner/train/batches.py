@@ -15,10 +15,10 @@ from simpletuner.data.sample import Sample
 from simpletuner.flow.condition import Condition
 from simpletuner.flux2.routes import Route
 from simpletuner.flux2.tread import draw_choices
+from simpletuner.memory.world import World
 from simpletuner.train.caches import UNCONDITIONAL_CAPTION, Prepared
 from simpletuner.train.rollout import Rollout
 from simpletuner.train.step import Objective
-from simpletuner.train.world import World
 
 HELD_OUT_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Five even quantiles of (0, 1). Fixed, so that losses can be compared between steps and between runs."""
@@ -50,24 +50,25 @@ class BatchBuilder:
             DataError: a cache file is missing or damaged.
         """
         batches: list[Batch] = []
+        names: list[str] = []
         first = (step - 1) * self.batches_per_step
-        size = 0
         for place in range(self.batches_per_step):
             _, micro_batch = self.order.micro_batch(first + place)
             if place % self.world.size == self.world.rank:
-                batches.append(self.batch(micro_batch, step, size))
-            size += len(micro_batch.visits)
+                batches.append(self.batch(micro_batch, step, len(names)))
+            names += names_of(self._samples(micro_batch))
         epoch, _ = self.order.micro_batch(first)
-        return GlobalBatch(step, epoch, tuple(batches), size)
+        return GlobalBatch(step, epoch, tuple(batches), len(names), tuple(names))
 
     def trial(self, micro_batch: MicroBatch) -> GlobalBatch:
         """A micro-batch by itself as step 0, which is outside every epoch."""
-        return GlobalBatch(0, 0, (self.batch(micro_batch, 0, 0),), len(micro_batch.visits))
+        batch = self.batch(micro_batch, 0, 0)
+        return GlobalBatch(0, 0, (batch,), len(batch.names))
 
     def batch(self, micro_batch: MicroBatch, step: int, first_slot: int) -> Batch:
         """One micro-batch, its captions and draws keyed by `step` and its samples' slots in the global batch."""
         manifest = self.prepared.train[micro_batch.visits[0].set_index]
-        samples = [manifest.samples[visit.sample_index] for visit in micro_batch.visits]
+        samples = self._samples(micro_batch)
         slots = range(first_slot, first_slot + len(samples))
         prompts = [self._prompt(sample, step, slot) for sample, slot in zip(samples, slots, strict=True)]
         latents = self.prepared.latents(manifest.image_set, samples)
@@ -84,6 +85,10 @@ class BatchBuilder:
             rollout=None if self.rollout is None else self.rollout.starts(step, slots, draws.sigma),
             choices=draw_choices(self.routes, self.config.seed, step, slots, height * width),
         )
+
+    def _samples(self, micro_batch: MicroBatch) -> list[Sample]:
+        manifest = self.prepared.train[micro_batch.visits[0].set_index]
+        return [manifest.samples[visit.sample_index] for visit in micro_batch.visits]
 
     def held_out(self, image_set: ImageSet, sample: Sample) -> dict[float, Batch]:
         """A held-out sample with its first caption and fixed noise, at each of `HELD_OUT_SIGMAS`."""

@@ -44,6 +44,7 @@ from simpletuner.memory import offload, recompute
 from simpletuner.memory.exhausted import exhausted_memory, first_line
 from simpletuner.memory.free import release_memory
 from simpletuner.memory.planner import phase_line
+from simpletuner.memory.world import World
 from simpletuner.runs import checkpoints
 from simpletuner.runs.events import CheckpointEvent, EndEvent, ErrorEvent, EventLog, RunEvent, read_events
 from simpletuner.runs.finished import lacking, write_finished
@@ -71,7 +72,6 @@ from simpletuner.train.strata import Strata
 from simpletuner.train.throughput import FlopMeter, data_sheet_rate
 from simpletuner.train.validate import HeldOutLoss, Painter, drawn_steps, sheet_of
 from simpletuner.train.watch import Watch
-from simpletuner.train.world import World
 
 MANY_VISITS = 400
 """Times that each picture is seen above which a LoRA or model usually copies its pictures and learns no subject."""
@@ -96,6 +96,9 @@ def build(loaded: Loaded, world: World) -> Job:
     Raises:
         ConfigError: the device cannot train with these options.
     """
+    if not world.is_alone:
+        settled = loaded.config.model_copy(update={"num_processes": world.size})
+        loaded = replace(loaded, config=settled)
     check_device(loaded.config, world.device)
     directory = RunDirectory(Path(loaded.config.output_dir))
     with file_errors_reported(directory.root, ConfigError):
@@ -109,6 +112,8 @@ def run(job: Job) -> int:
     Raises:
         UserError: what the user can mend, with its own exit code. The run's events hold it too.
     """
+    if not job.world.is_main:
+        return follow(job)
     job.run.create()
     with job.run.lock(), EventLog(job.run.events) as events, Requests(job.run.control) as requests:
         job.run.sweep()
@@ -122,6 +127,19 @@ def run(job: Job) -> int:
                 attempt()
         finally:
             reporter.trackers.close()
+    return 0
+
+
+def follow(job: Job) -> int:
+    """Train as one of several processes of which another, rank 0, tells, decides and writes; returns the exit code.
+
+    Raises:
+        UserError: as `run` does.
+    """
+    with Requests(job.run.control, is_obeying=False) as requests:
+        attempt = Attempt(job, Reporter(is_muted=True), requests)
+        with memory_is_explained(attempt), file_errors_reported(job.run.root, doing="use"):
+            attempt()
     return 0
 
 
@@ -168,7 +186,7 @@ class Attempt:
 
     def __call__(self) -> None:
         with file_errors_reported(self.run.checkpoints, CheckpointError, doing="read"):
-            found, loaded = resume.find(self.run, self.loaded, self.reporter)
+            found, loaded = resume.find(self.run, self.loaded, self.reporter, self.world)
         if loaded is not self.loaded:
             if self.config.dynamo_backend != loaded.config.dynamo_backend and self.device.type != "cpu":
                 self.reporter.say(f"dynamo_backend = {loaded.config.dynamo_backend}, as this run began.")
@@ -179,27 +197,33 @@ class Attempt:
             self.state, self.checkpoint = found.state, found.folder
         if found is not None and self.config.max_train_steps and self.is_finished(self.config.max_train_steps):
             return
-        write_json(self.run.config, resolved(self.config))
+        self.record_config()
         self.plan_memory()
-        mind_the_disk(self.run, self.config, self.reporter, self.requests)
-        source = locate(self.config, report=self.reporter.say)
+        if self.world.is_main:
+            mind_the_disk(self.run, self.config, self.reporter, self.requests)
+        with self.world.main_first("the model's files"):
+            source = locate(self.config, report=self.reporter.say)
         if source.distillation_warning is not None:
             self.reporter.notice(source.distillation_warning)
         # Before the work that a mistake would waste.
         resolve(self.config.tread_routes, source.spec.blocks)
         check_trainable(self.config, self.config, source)
-        preview = self.locate_preview(source)
-        model = base_fingerprints(self.config, source)
+        with self.world.main_first("the files of the preview's model"):
+            preview = self.locate_preview(source)
+        with self.world.main_first("the base model's fingerprints"):  # the others find its hashes
+            model = base_fingerprints(self.config, source)
         if found is not None and not knows_whole_base(found.state.model):
             self.reporter.notice(
                 f"{found.folder} knows the first 4 KiB of each tensor of the base model: only these are compared. What "
                 "is saved from here on knows all of it."
             )
-        prepared = scan_sets(self.loaded, source, self.reporter)
+        with self.world.main_first("the scan of the data"):
+            prepared = scan_sets(self.loaded, source, self.reporter)
         if found is not None:
             known = base_fingerprints(self.config, source, like=found.state.model)
             resume.check_content(found, self.ways, data=prepared.fingerprints, model=known)
-        write_json(self.run.datasets, [m.summary() for m in (*prepared.train, *prepared.held_out)])
+        if self.world.is_main:
+            write_json(self.run.datasets, [m.summary() for m in (*prepared.train, *prepared.held_out)])
         order = Order(prepared.train, seed=self.config.seed, batch_size=self.config.train_batch_size)
         for text in order.notices:
             self.reporter.notice(text)
@@ -207,7 +231,8 @@ class Attempt:
         if self.is_finished(plan.steps):
             return
         ConfigError.raise_if(problem for _, problem in profile_findings(self.config, plan.steps))
-        fill_caches(prepared, source, self.device, self.reporter)
+        with self.world.main_first("the caches"):
+            fill_caches(prepared, source, self.device, self.reporter)
         if self.config.dynamo_backend == "auto":
             choice = choose_backend(self.config, self.device, plan.steps, compilation.compiler_lack)
             self.may_drop_compiled = choice.backend != "no"
@@ -232,7 +257,8 @@ class Attempt:
             placed = self.budget.footprint.settled
             product = PRODUCTS[self.config.model_type](placed, source, self.device, self.reporter)
             self.install(product.transformer, order)
-            product.introduce(self.run, self.reporter)
+            if self.world.is_main:
+                product.introduce(self.run, self.reporter)
         self.check_room(product, plan)
         trained = product.trained
         optimiser = optim.build(product.groups(), self.config, seed=self.config.seed)
@@ -267,6 +293,7 @@ class Attempt:
             masters=trained.masters,
             is_autocast=self.config.is_autocast,
             release=release,
+            world=None if self.world.is_alone else self.world,
         )
         builder = BatchBuilder(
             self.config,
@@ -300,7 +327,10 @@ class Attempt:
         def save(state: TrainState) -> Path:
             state.scaler = scaler.state_dict()
             metadata = self.header(prepared, source, state.step)
-            self.checkpoint = checkpoint.save_checkpoint(self.run, state, product, optimiser, ema, metadata=metadata)
+            if self.world.is_main:
+                checkpoint.save_checkpoint(self.run, state, product, optimiser, ema, metadata=metadata)
+            self.world.barrier("the checkpoint")
+            self.checkpoint = self.run.checkpoint(state.step)
             return self.checkpoint
 
         self.reporter.poll()
@@ -327,8 +357,9 @@ class Attempt:
             requests=self.requests,
             watch=Watch(trained, self.run, self.reporter.notice, start=self.state.step),
             ways=self.ways,
+            world=self.world,
         )
-        if self.state.step < plan.steps:
+        if self.state.step < plan.steps and self.world.is_main:
             self.run.finished.unlink(missing_ok=True)  # it is no longer
         with self.requests.between_steps():
             with self.reporter.phase("train"), self.compiling():
@@ -337,7 +368,9 @@ class Attempt:
                 self.reporter.detail(f"Streamed: {self.streaming.told()}.")
             if not is_done:
                 raise stopped(f"stopped after step {self.state.step} of {plan.steps}; it is saved")
-            self.finish(plan, source, product.noun)
+            if self.world.is_main:
+                self.finish(plan, source, product.noun)
+            self.world.barrier("the export")
 
     def record_backend(self, choice: BackendChoice) -> None:
         """Replace `dynamo_backend` auto by what this run does, in its record too, and say why."""
@@ -346,7 +379,12 @@ class Attempt:
         self.config = self.config.model_copy(update={"dynamo_backend": choice.backend})
         self.loaded = replace(self.loaded, config=self.config)
         self.state.config = resolved(self.config)
-        write_json(self.run.config, self.state.config)
+        self.record_config()
+
+    def record_config(self) -> None:
+        """Write the configuration into the run."""
+        if self.world.is_main:
+            write_json(self.run.config, resolved(self.config))
 
     def plan_memory(self) -> None:
         """Say what the run will take, by the configuration alone, before anything is downloaded or loaded.
@@ -382,12 +420,16 @@ class Attempt:
         if step < steps:
             return False
         reason = lacking(self.run, step)
+        if self.world.decide([reason is not None and self.lacks_sheet(step)])[0]:
+            return False
+        if not self.world.is_main:
+            self.world.barrier("the export")
+            return True
         if reason is not None:
-            if self.lacks_sheet(step):
-                return False
             self.reporter.say(f"{reason}: the results are made from {self.checkpoint}.")
             for line in self.export(lambda: locate(self.config, report=self.reporter.say)):
                 self.reporter.say(line)
+        self.world.barrier("the export")
         self.reporter.say(f"This run is finished: {step} steps, {self.run.result(self.config.model_type)}.")
         self.reporter.say(f"  To train it longer: {self.ways.on(max_train_steps=2 * step)}")
         self.reporter.say(f"  To train on with other images: {self.ways.from_weights(None)}")
@@ -535,7 +577,7 @@ class Attempt:
                 trainable=product.trained.parameter_count,
             )
         )
-        if self.config.trackers:
+        if self.config.trackers and self.world.is_main:
             first = next(read_events(self.run.events))
             self.reporter.trackers = trackers.build(
                 self.config,

@@ -17,6 +17,7 @@ from simpletuner.data.ahead import map_ahead
 from simpletuner.data.batch import GlobalBatch
 from simpletuner.data.order import Order
 from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
+from simpletuner.memory.world import World
 from simpletuner.runs import checkpoints, disk
 from simpletuner.runs.events import CheckpointEvent, StepEvent, ValidationEvent, last_losses
 from simpletuner.runs.layout import RunDirectory
@@ -102,6 +103,8 @@ class Loop:
     requests: Requests
     watch: Watch
     ways: Ways
+    world: World
+    """Its rank 0 decides what is due, for all."""
 
     def __call__(self, state: TrainState) -> bool:
         """Train from `state` to the end. Returns whether the end was reached; if not, a stop was asked for and obeyed.
@@ -110,7 +113,9 @@ class Loop:
             DataError: a loss or gradient is not finite. The last good state is saved.
             DiskError: the disk fills up. The last good state is saved if there is room.
         """
-        mind_the_disk(self.run, self.plan.config, self.reporter, self.requests)
+        if self.world.is_main:
+            mind_the_disk(self.run, self.plan.config, self.reporter, self.requests)
+        self.world.barrier("room on the disk")
         self._before_the_first(state)
         losses = last_losses(self.run.events, state.step, AVERAGED_STEPS)
         bar = TrainingBar(self.reporter, done=state.step, total=self.plan.steps, losses=losses)
@@ -124,23 +129,25 @@ class Loop:
         """Where the run stands: at its start, or with what a killed attempt did not get to after its checkpoint."""
         if state.step == 0:
             self._measure(state)
-            if self.painter is not None and (self.plan.config.validation_on_startup or self._is_last_chance):
+            if self.plan.config.validation_on_startup or self._is_last_chance():
                 self._paint(0)
             return
-        if self._is_last_chance:
+        if self._is_last_chance():
             self.reporter.notice(
                 "The base model's pictures are not there, and training has changed its weights: the sheet goes on "
                 "without them."
             )
         if self.plan.measures(state.step) and state.step not in state.held_out:
             self._measure(state)
-        if self.plan.draws(state.step) and self.painter is not None and not self.painter.is_complete(state.step):
+        (is_missing,) = self.world.decide([self.painter is not None and not self.painter.is_complete(state.step)])
+        if self.plan.draws(state.step) and is_missing:
             self._paint(state.step)
 
-    @property
     def _is_last_chance(self) -> bool:
         """Whether the base model's pictures are missing and cannot be made up for after the first step."""
-        return self.painter is not None and not self.painter.keeps_base and self.painter.lacks_base
+        if self.painter is None or self.painter.keeps_base:
+            return False
+        return self.world.decide([self.painter.lacks_base])[0]
 
     def _steps(self, state: TrainState, bar: TrainingBar) -> bool:
         options = self.plan.config
@@ -153,7 +160,7 @@ class Loop:
             waited = time.monotonic() - began
             result = self._step(batch, lr, state)
             state.step = batch.step
-            state.micro_batches += len(batch.batches)
+            state.micro_batches += self.plan.batches_per_step
             if result is None:
                 bar.skip()
             else:
@@ -161,15 +168,19 @@ class Loop:
             self.profiler.end(batch.step)
 
             is_last = batch.step == self.plan.steps
-            is_stopping = not is_last and self.requests.take("stop")
+            is_time_to_look = time.monotonic() - looked_at_disk > disk.CHECK_SPACE_EVERY_S
             # Requests are taken at every step: one that asks for what is due anyway is met by that.
-            is_saving = self.requests.take("save") or self.plan.saves(batch.step) or is_stopping
-            is_drawing = self.requests.take("validate") or self.plan.draws(batch.step)
+            asked = [not is_last and self.requests.take("stop")]
+            asked += [self.requests.take("save"), self.requests.take("validate"), is_time_to_look]
+            is_stopping, is_saving, is_drawing, is_minding = self.world.decide(asked)
+            is_saving = is_saving or self.plan.saves(batch.step) or is_stopping
+            is_drawing = is_drawing or self.plan.draws(batch.step)
             if self.plan.measures(batch.step):
                 try:
                     self._measure(state)
                 except (UserError, OSError, MemoryError, RuntimeError):
-                    self._save(state)  # the step is trained, and the next start measures again
+                    if self.world.is_alone:  # the others may be waiting for another call
+                        self._save(state)  # the step is trained, and the next start measures again
                     raise
             if is_saving:
                 self._save(state)
@@ -177,7 +188,7 @@ class Loop:
                 return False
             if is_drawing:
                 self._paint(batch.step)
-            if time.monotonic() - looked_at_disk > disk.CHECK_SPACE_EVERY_S:
+            if is_minding:
                 looked_at_disk = time.monotonic()
                 self._mind_the_disk(state)
             began = time.monotonic()  # what happens between steps is not the step's time
@@ -286,6 +297,8 @@ class Loop:
 
     def _save(self, state: TrainState) -> None:
         folder = self.save(state)
+        if not self.world.is_main:
+            return
         size = checkpoints.size(folder)
         place = str(folder.relative_to(self.run.root))
         self.reporter.emit(CheckpointEvent(step=state.step, state="saved", path=place, bytes=size))
@@ -298,11 +311,14 @@ class Loop:
             self.reporter.emit(CheckpointEvent(step=step, state="pruned", path=gone))
 
     def _mind_the_disk(self, state: TrainState) -> None:
-        def save() -> str:
+        """As `mind_the_disk`, by rank 0; where it stops, all ranks save first."""
+        options = self.plan.config
+        (is_low,) = self.world.decide([machine.disk_room(self.run.root) < options.disk_low_bytes])
+        if is_low and options.disk_low_action == "stop":
             self._save(state)
-            return f"The run is saved at step {state.step}"
-
-        mind_the_disk(self.run, self.plan.config, self.reporter, self.requests, save)
+        if is_low and self.world.is_main:
+            mind_the_disk(self.run, options, self.reporter, self.requests, f"The run is saved at step {state.step}")
+        self.world.barrier("room on the disk")
 
 
 def mind_the_disk(
@@ -310,9 +326,9 @@ def mind_the_disk(
     options: CheckpointOptions,
     reporter: Reporter,
     requests: Requests,
-    save: Callable[[], str] | None = None,
+    kept: str = "What was cached and saved before is kept",
 ) -> None:
-    """Act on `disk_low_threshold` before a write fails. `save` saves what is trained, where something is, and says so.
+    """Act on `disk_low_threshold` before a write fails. `kept` says what a stop leaves.
 
     Raises:
         DiskError: there is less space, and `disk_low_action` is stop.
@@ -323,9 +339,8 @@ def mind_the_disk(
         return
     found = f"{format_size(free)} free for {run.root}, below disk_low_threshold ({format_size(limit)})"
     if options.disk_low_action == "stop":
-        now = "What was cached and saved before is kept" if save is None else save()
         raise DiskError.of(
-            found, remedy=f"{now}: free some space, or lower --disk_low_threshold, and give the same command again."
+            found, remedy=f"{kept}: free some space, or lower --disk_low_threshold, and give the same command again."
         )
     reporter.notice(f"{found}: waiting for space.")
     waited = disk.wait_for_space(run.root, limit, until=lambda: requests.take("stop"))

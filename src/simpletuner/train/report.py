@@ -169,12 +169,15 @@ class Reporter:
         events: EventLog | None = None,
         log: Path | None = None,
         poll: Callable[[], None] = lambda: None,
+        is_muted: bool = False,
     ) -> None:
+        """With `is_muted` the terminal is left to another process."""
         self._events = events
         self._log = log
         self.poll = poll
         """Called whenever progress is made; may raise `Stopped`."""
-        self.is_terminal = is_terminal()
+        self._is_muted = is_muted
+        self.is_terminal = not is_muted and is_terminal()
         self.trackers = Trackers([], self.notice)
         self.listeners: list[Callable[[Event], None]] = []
         """Called with every event."""
@@ -188,8 +191,9 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """One line for the user, kept in the log."""
-        with tqdm.external_write_mode():  # above the bars, if there are any
-            say(text)
+        if not self._is_muted:
+            with tqdm.external_write_mode():  # above the bars, if there are any
+                say(text)
         self._keep(text)
 
     def _keep(self, text: str) -> None:

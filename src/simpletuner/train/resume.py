@@ -10,6 +10,7 @@ from simpletuner.config.options.checkpoint import LATEST
 from simpletuner.config.record import OptionChange, compare, is_left_to_the_run, with_recorded
 from simpletuner.config.rules import findings
 from simpletuner.config.values import shown
+from simpletuner.memory.world import World
 from simpletuner.runs import checkpoints
 from simpletuner.runs.events import CheckpointEvent
 from simpletuner.runs.layout import LORA_NAME, RunDirectory
@@ -87,7 +88,7 @@ class Ways:
         )
 
 
-def find(run: RunDirectory, loaded: Loaded, reporter: Reporter) -> tuple[Resume | None, Loaded]:
+def find(run: RunDirectory, loaded: Loaded, reporter: Reporter, world: World) -> tuple[Resume | None, Loaded]:
     """The checkpoint that `resume_from_checkpoint` names, None for a fresh start; and the configuration to train with.
 
     That is `loaded`, with the checkpoint's values of options that are not given: another default is no reason to train
@@ -97,9 +98,23 @@ def find(run: RunDirectory, loaded: Loaded, reporter: Reporter) -> tuple[Resume 
         CheckpointError: it is damaged or missing, or was trained with other values than those that are given.
         ConfigError: the checkpoint's values do not fit to the options that may change.
     """
+    found = chosen(Ways(run, loaded), reporter) if world.is_main else None
+    place = world.broadcast_json(None if found is None else str(found))
+    if place is None:
+        return None, loaded
+    folder = Path(place)
+    state = read_state(folder)
+    return Resume(folder, state), continued(folder, state, Ways(run, loaded), reporter)
+
+
+def chosen(ways: Ways, reporter: Reporter) -> Path | None:
+    """The checkpoint that `resume_from_checkpoint` names, verified; None for a fresh start.
+
+    Raises:
+        CheckpointError: it is damaged or missing, or a fresh start would write over a run.
+    """
+    run, choice = ways.run, ways.loaded.config.resume_from_checkpoint
     checkpoints.clear_unfinished(run)
-    ways = Ways(run, loaded)
-    choice = loaded.config.resume_from_checkpoint
     if choice == "":
         if checkpoints.steps(run):
             raise CheckpointError.of(
@@ -107,12 +122,8 @@ def find(run: RunDirectory, loaded: Loaded, reporter: Reporter) -> tuple[Resume 
                 "an empty output_dir with resume_from_checkpoint = ''",
                 f"To go on: {ways.on()}. To start over: {ways.anew()}.",
             )
-        return None, loaded
-    folder = newest(ways, reporter) if choice == LATEST else named(Path(choice))
-    if folder is None:
-        return None, loaded
-    state = read_state(folder)
-    return Resume(folder, state), continued(folder, state, ways, reporter)
+        return None
+    return newest(ways, reporter) if choice == LATEST else named(Path(choice))
 
 
 def continued(folder: Path, state: TrainState, ways: Ways, reporter: Reporter) -> Loaded:

@@ -20,6 +20,7 @@ from simpletuner.flow.condition import Denoise
 from simpletuner.flow.loss import Penalty, flow_loss, huber, smooth_l1, squared
 from simpletuner.flow.sigma import in_stratum
 from simpletuner.memory.masters import Masters
+from simpletuner.memory.world import World
 from simpletuner.train import optim
 from simpletuner.train.release import GradientRelease
 from simpletuner.train.rollout import Rollout
@@ -140,6 +141,8 @@ class Stepper:
     """Whether products are computed in fp16 over weights of another format."""
     release: GradientRelease | None = None
     """Where given, it steps on the gradients inside the backward pass, of one micro-batch a step, and frees them."""
+    world: World | None = None
+    """Where given, its ranks train on their shares of each global batch, and step alike."""
 
     def losses(self, batch: Batch) -> Float[Tensor, " b"]:
         """Weighted loss of each sample of `batch`, with gradients."""
@@ -206,31 +209,51 @@ class Stepper:
         """
         for parameters in self.optimiser.param_groups:
             parameters["lr"] = lr * parameters[optim.RATIO]
-        losses, grad_norm = self._step(whole) if self.release is None else self._step_inside(whole, self.release)
-        calls = 0
-        if self.rollout is not None:
-            calls = sum(self.rollout.calls_of(batch) for batch in whole.batches)
+        losses, grad_norm, calls = self._step(whole) if self.release is None else self._step_inside(whole, self.release)
         return StepResult(math.fsum(losses) / whole.size, grad_norm, calls)
 
-    def _step(self, whole: GlobalBatch) -> tuple[list[float], float]:
-        """Backward passes, then the optimizer's step; returns the losses and the norm of the gradients."""
+    def _step(self, whole: GlobalBatch) -> tuple[list[float], float, int]:
+        """Backward passes, then the optimizer's step; returns the losses, the norm of the gradients and the rollouts'
+        calls.
+        """
         device_losses = self._accumulate(whole)
+        calls = self._rollout_calls(whole)
+        if self.world is not None:
+            device_losses = self._summed(whole, device_losses, calls, self.world)
         self.scaler.unscale_(self.optimiser)
         norm = optim.clip(self.parameters, self.options)
         # One tensor, so that the host waits once. `cat` takes the wider of the two dtypes: no number is rounded.
         *losses, grad_norm = self.read(torch.cat([device_losses, norm[None]]))
+        if self.world is not None:
+            calls = int(losses.pop())
         _check_losses(whole, losses)
         if not math.isfinite(grad_norm) and not self.scaler.is_enabled():
             # With fp16 an overflow is part of the method: the scaler skips the step and lowers its scale.
-            raise NotFiniteError.at("gradient", whole.step, names_in(whole))
+            raise NotFiniteError.at("gradient", whole.step, whole.names)
         self.scaler.step(self.optimiser)
         self.scaler.update()
         if self.masters is not None:
             self.masters.settle()
         self.optimiser.zero_grad(set_to_none=True)
-        return losses, grad_norm
+        return losses, grad_norm, calls
 
-    def _step_inside(self, whole: GlobalBatch, release: GradientRelease) -> tuple[list[float], float]:
+    def _rollout_calls(self, whole: GlobalBatch) -> int:
+        """Model calls without gradient for the micro-batches of this process."""
+        return 0 if self.rollout is None else sum(map(self.rollout.calls_of, whole.batches))
+
+    def _summed(self, whole: GlobalBatch, losses: Float[Tensor, " n"], calls: int, world: World) -> Float[Tensor, " m"]:
+        """Sum the gradients over the ranks. Returns the losses of all samples, by slot, and the calls of all ranks, on
+        the device: they travel with the gradients. Sums with zeros, they are exact.
+        """
+        numbers = losses.new_zeros(whole.size + 1)
+        numbers[[slot for batch in whole.batches for slot in batch.slots]] = losses
+        numbers[-1] = calls
+        world.sum_([*(each.grad for each in self.parameters if each.grad is not None), numbers])
+        # An optimizer may draw from torch's global generator, which micro-batches have seeded differently.
+        torch.manual_seed(draw_seed(self.objective.seed, "optimizer", whole.step))
+        return numbers
+
+    def _step_inside(self, whole: GlobalBatch, release: GradientRelease) -> tuple[list[float], float, int]:
         """A backward pass that steps on its gradients; returns the same. The losses are checked before it."""
         (batch,) = whole.batches
         device_losses = self._seeded_losses(batch, whole.step)
@@ -238,8 +261,8 @@ class Stepper:
         _check_losses(whole, losses)
         (grad_norm,) = self.read(release.backward(device_losses.sum() / whole.size)[None])
         if not math.isfinite(grad_norm):
-            raise PartialStepError.at("gradient", whole.step, names_in(whole))
-        return losses, grad_norm
+            raise PartialStepError.at("gradient", whole.step, whole.names)
+        return losses, grad_norm, self._rollout_calls(whole)
 
     def discard(self) -> None:
         """Forget the gradients of a step that is not taken."""
@@ -247,12 +270,7 @@ class Stepper:
         self.optimiser.zero_grad(set_to_none=True)
 
 
-def names_in(whole: GlobalBatch) -> list[str]:
-    """`set/name` of each sample of a global batch, in order."""
-    return [name for batch in whole.batches for name in batch.names]
-
-
 def _check_losses(whole: GlobalBatch, losses: Sequence[float]) -> None:
-    bad = [name for name, loss in zip(names_in(whole), losses, strict=True) if not math.isfinite(loss)]
+    bad = [name for name, loss in zip(whole.names, losses, strict=True) if not math.isfinite(loss)]
     if bad:
         raise NotFiniteError.at("loss", whole.step, bad)

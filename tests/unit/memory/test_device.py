@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from simpletuner.memory.device import choose_device, forbid_tf32
-from simpletuner.train.world import World
+from simpletuner.memory.world import World
 
 SOURCE = Path(__file__).parents[3] / "src"
 

@@ -23,13 +23,13 @@ from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flow.rollout import RolloutStarts
 from simpletuner.flux2.routes import Route
 from simpletuner.flux2.text import LeftPaddedCodec
+from simpletuner.memory.world import World
 from simpletuner.train.batches import BatchBuilder
 from simpletuner.train.caches import UNCONDITIONAL_CAPTION, Encoders, Prepared
 from simpletuner.train.loop import batches_of
 from simpletuner.train.rollout import Rollout
 from simpletuner.train.step import Objective
 from simpletuner.train.strata import Strata
-from simpletuner.train.world import World
 
 OPTIONS: dict[str, Any] = {
     "train_batch_size": 2,

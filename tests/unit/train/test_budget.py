@@ -20,12 +20,12 @@ from simpletuner.flux2.source import locate
 from simpletuner.flux2.text import TextEncoder
 from simpletuner.memory.peak import PeakMemory
 from simpletuner.memory.planner import Machine
+from simpletuner.memory.world import World
 from simpletuner.runs.events import Phase, read_events
 from simpletuner.train.budget import RESOLUTION, Budget, configured, ladder, looked_at, scanned, this_machine
 from simpletuner.train.caches import Encoders, Prepared, fill_text
 from simpletuner.train.job import Attempt, build, memory_is_explained, run
 from simpletuner.train.report import Reporter
-from simpletuner.train.world import World
 
 CARD = Machine(int(22.5 * GIB), 28 * GIB, None)
 CPU = torch.device("cpu")

@@ -1,0 +1,241 @@
+"""The processes that train together, as one of them sees it, and what they tell each other.
+
+Between ranks travel tensors and the bytes of JSON, never pickled objects.
+"""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from simpletuner.base.errors import RanksError
+from simpletuner.memory.device import choose_device
+
+BUCKET_BYTES = 64 * 2**20
+"""Most bytes that are copied together for one reduction: one call for many small tensors, and little memory."""
+
+LOOK_EVERY_S = 0.05
+"""How often a rank that waits at a barrier looks for the others."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among those that share a run, and the device that it computes on.
+
+    All ranks call each method in the same order, with the same shapes. Alone, each of them does nothing.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    signs: "Signs | None" = None
+    """Where ranks leave signs of life; None alone."""
+
+    @classmethod
+    def single(cls) -> "World":
+        """One process, on the GPU if there is one."""
+        return cls(rank=0, size=1, device=choose_device())
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what a run has once: events, checkpoints, images."""
+        return self.rank == 0
+
+    @property
+    def is_alone(self) -> bool:
+        return self.size == 1
+
+    def on(self, device: torch.device) -> "World":
+        """The same world on another device."""
+        return replace(self, device=device)
+
+    def barrier(self, what: str) -> None:
+        """Wait until every rank is here. However long the work `what` of one of them takes: as long as it gives signs
+        of life.
+
+        Raises:
+            RanksError: one has given none for the timeout. It is named.
+        """
+        if self.signs is not None:
+            self.signs.await_all(what)
+
+    @contextlib.contextmanager
+    def main_first(self, what: str) -> Iterator[None]:
+        """A block that rank 0 goes through first, and then the others: they find the files that it made.
+
+        Raises:
+            RanksError: as `barrier` does.
+        """
+        if not self.is_main:
+            self.barrier(what)
+        yield
+        if self.is_main:
+            self.barrier(what)
+
+    @torch.no_grad()
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over the ranks: the same bits on each of them. Tensors of one format that lie
+        beside each other in `tensors` travel together.
+
+        Raises:
+            RanksError: a rank is gone, or is waited for in vain.
+        """
+        if self.is_alone:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            with _explained("summing the gradients"):
+                dist.all_reduce(flat)
+            parts = flat.split([tensor.numel() for tensor in bucket])
+            for tensor, part in zip(bucket, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def decide(self, flags: Sequence[bool]) -> list[bool]:
+        """Rank 0's `flags`, on every rank.
+
+        Raises:
+            RanksError: a rank is gone, or is waited for in vain.
+        """
+        if self.is_alone:
+            return list(flags)
+        values = torch.tensor(flags, dtype=torch.uint8)
+        with _explained("hearing what rank 0 decides"):
+            dist.broadcast(values, src=0)
+        return [bool(value) for value in values.tolist()]
+
+    def broadcast_json(self, value: Any) -> Any:
+        """Rank 0's `value`, a JSON value, on every rank. Alone it is `value` itself.
+
+        Raises:
+            RanksError: a rank is gone, or is waited for in vain.
+        """
+        return value if self.is_alone else self.gather_json(value if self.is_main else None)[0]
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Every rank's `value`, a JSON value, by rank, on every rank. Numbers come back to the bit.
+
+        Raises:
+            RanksError: a rank is gone, or is waited for in vain.
+        """
+        if self.is_alone:
+            return [value]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        with _explained("exchanging messages"):
+            lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+            dist.all_gather(lengths, torch.tensor([len(data)]))
+            longest = int(max(lengths))
+            padded = torch.nn.functional.pad(data, (0, longest - len(data)))
+            gathered = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+            dist.all_gather(gathered, padded)
+        return [json.loads(bytes(data[: int(length)].tolist())) for data, length in zip(gathered, lengths, strict=True)]
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """`tensors`, in order, in groups of one format, of `BUCKET_BYTES` or a single larger tensor."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (tensor.dtype != bucket[0].dtype or size + tensor.nbytes > BUCKET_BYTES):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+@contextlib.contextmanager
+def _explained(doing: str) -> Iterator[None]:
+    """Turn the failure of a collective into a RanksError."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise RanksError.of(f"another process is gone or does not answer, while {doing} ({reason})") from error
+
+
+@runtime_checkable
+class Store(Protocol):
+    """What `Signs` needs of torch's stores."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def get(self, key: str) -> bytes: ...
+
+    def check(self, keys: list[str]) -> bool: ...
+
+
+@dataclass
+class Signs:
+    """Signs of life of the ranks, and where each of them waits, in a store that all of them reach."""
+
+    store: Store
+    rank: int
+    size: int
+    timeout_s: float
+    _waits: int = 0
+    _ended: threading.Event = field(default_factory=threading.Event)
+
+    def start(self) -> None:
+        """Give a sign of life now and several times within each timeout, until `stop`."""
+        self._beat(0)
+        threading.Thread(target=self._beats, name="signs of life", daemon=True).start()
+
+    def stop(self) -> None:
+        self._ended.set()
+
+    def _beats(self) -> None:
+        count = 0
+        while not self._ended.wait(min(10.0, self.timeout_s / 5)):
+            count += 1
+            with contextlib.suppress(RuntimeError):  # the store went with its owner
+                self._beat(count)
+
+    def _beat(self, count: int) -> None:
+        self.store.set(f"alive/{self.rank}", str(count))
+
+    def await_all(self, what: str) -> None:
+        """Wait until all ranks call this as often as this one has.
+
+        Raises:
+            RanksError: one has given no sign of life for the timeout.
+        """
+        self._waits += 1
+        self.store.set(f"wait/{self._waits}/{self.rank}", what)
+        last: dict[int, tuple[bytes, float]] = {}
+        missing = set(range(self.size)) - {self.rank}
+        while missing:
+            missing = {rank for rank in missing if not self._has(f"wait/{self._waits}/{rank}")}
+            now = time.monotonic()
+            silent = []
+            for rank in missing:
+                sign = self.store.get(f"alive/{rank}") if self._has(f"alive/{rank}") else b""
+                if rank not in last or last[rank][0] != sign:
+                    last[rank] = sign, now
+                elif now - last[rank][1] > self.timeout_s:
+                    silent.append(rank)
+            if silent:
+                raise RanksError.of(
+                    f"{named(silent)} gave no sign of life for {self.timeout_s:.0f} s, while this process waited for "
+                    f"{what}"
+                )
+            if missing:
+                time.sleep(LOOK_EVERY_S)
+
+    def _has(self, key: str) -> bool:
+        try:
+            return bool(self.store.check([key]))
+        except RuntimeError as error:
+            raise RanksError.of(f"the processes' common store is gone ({error})") from error
+
+
+def named(ranks: Sequence[int]) -> str:
+    """ "rank 1", "ranks 1, 3"."""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, sorted(ranks)))}"

@@ -1,0 +1,78 @@
+"""Several processes that train together, on this machine's CPUs."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simpletuner.memory.rendezvous import FOLDER, join
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a rank ended."""
+
+    exit_code: int
+    out: str
+    err: str
+
+
+def start_ranks(size: int, command: Sequence[str], folder: Path, **environ: str) -> list[subprocess.Popen[str]]:
+    """`command` once for each of `size` ranks, which meet in `folder`."""
+    own = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), FOLDER: str(folder), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **own, "RANK": str(rank), "LOCAL_RANK": str(rank), **environ},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+def together(size: int, command: Sequence[str], **environ: str) -> list[Ended]:
+    """How the ranks that run `command` ended, by rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes = start_ranks(size, command, Path(folder), **environ)
+        ended = []
+        try:
+            for process in processes:
+                out, err = process.communicate(timeout=TIMEOUT_S)
+                ended.append(Ended(process.returncode, out, err))
+        finally:
+            for process in processes:
+                process.kill()
+    return ended
+
+
+def in_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `function(world, *arguments)` returns in each of `size` ranks; arguments and answers are JSON values.
+
+    It is a function of a module of the tests.
+    """
+    given = json.dumps([function.__module__, function.__qualname__, list(arguments)])
+    found_in = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    ended = together(size, [sys.executable, "-P", "-m", "tests.ranks", given], PYTHONPATH=found_in)
+    for rank, each in enumerate(ended):
+        assert each.exit_code == 0, f"rank {rank}: {each.err[-3000:]}"
+    return [json.loads(each.out.splitlines()[-1]) for each in ended]
+
+
+if __name__ == "__main__":
+    import torch
+
+    torch.set_num_threads(1)
+    module, name, values = json.loads(sys.argv[1])
+    world = join(os.environ, TIMEOUT_S / 4)
+    print(json.dumps(getattr(importlib.import_module(module), name)(world, *values)), flush=True)

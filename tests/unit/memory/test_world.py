@@ -1,0 +1,60 @@
+"""What ranks tell each other arrives to the bit; alone, nothing is told."""
+
+import math
+import time
+from typing import Any
+
+import pytest
+import torch
+from tests.ranks import in_ranks
+
+from simpletuner.memory.world import BUCKET_BYTES, World
+
+
+def exchange(world: World) -> dict[str, Any]:
+    """One call of each method."""
+    parts = [torch.full((3,), float(world.rank + 1)), torch.ones(2, 2, dtype=torch.bfloat16), torch.ones(())]
+    large = torch.full((BUCKET_BYTES // 4 + 1,), 1.0)
+    world.sum_([*parts, large])
+    with world.main_first("a file"):
+        began = time.monotonic()
+    first = world.gather_json(began)
+    return {
+        "sums": [part.tolist() for part in parts],
+        "large": [large.min().item(), large.max().item()],
+        "decided": world.decide([world.is_main, False, not world.is_main]),
+        "broadcast": world.broadcast_json({"of": world.rank, "number": 0.1 + 0.2}),
+        "gathered": world.gather_json("x" * world.rank),
+        "main was first": first[0] <= min(first[1:]),
+    }
+
+
+def test_three_ranks_tell_each_other() -> None:
+    answers = in_ranks(3, exchange)
+    assert answers == [answers[0]] * 3
+    assert answers[0] == {
+        "sums": [[6.0] * 3, [[3.0] * 2] * 2, 3.0],
+        "large": [3.0, 3.0],
+        "decided": [True, False, False],
+        "broadcast": {"of": 0, "number": 0.1 + 0.2},
+        "gathered": ["", "x", "xx"],
+        "main was first": True,
+    }
+
+
+def test_alone_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("a collective")
+
+    for name in ("all_reduce", "broadcast", "all_gather", "barrier", "init_process_group"):
+        monkeypatch.setattr(torch.distributed, name, fail)
+    world = World.single()
+    tensor = torch.tensor([math.pi])
+    value = {"a": object()}
+    world.sum_([tensor])
+    world.barrier("nothing")
+    with world.main_first("nothing"):
+        assert tensor.item() == torch.tensor(math.pi).item()
+    assert world.broadcast_json(value) is value
+    assert world.gather_json(value)[0] is value
+    assert world.decide([True, False]) == [True, False]
