@@ -336,6 +336,7 @@ class Attempt:
         self.reporter.poll()
         self.try_out_compiled(stepper, builder, plan)
         self.reporter.poll()
+        profiled = self.config.profiled if self.world.is_main else range(0)
         loop = Loop(
             plan=plan,
             run=self.run,
@@ -348,7 +349,7 @@ class Attempt:
                 data_sheet_rate(self.device),
                 is_compiled=self.compiled is not None,
             ),
-            profiler=StepProfiler(self.run.profiles, self.config.profiled, self.device, self.reporter),
+            profiler=StepProfiler(self.run.profiles, profiled, self.device, self.reporter),
             save=save,
             ema=ema,
             held_out=self.held_out(prepared, denoiser, builder),
