@@ -162,7 +162,7 @@ def _explained(doing: str) -> Iterator[None]:
 
 
 @runtime_checkable
-class Store(Protocol):
+class KeyStore(Protocol):
     """What `Signs` needs of torch's stores."""
 
     def set(self, key: str, value: str) -> None: ...
@@ -176,7 +176,7 @@ class Store(Protocol):
 class Signs:
     """Signs of life of the ranks, and where each of them waits, in a store that all of them reach."""
 
-    store: Store
+    store: KeyStore
     rank: int
     size: int
     timeout_s: float
