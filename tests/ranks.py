@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simpletuner.memory.rendezvous import FOLDER, join
+from simpletuner.memory.rendezvous import RANKS_FOLDER, join
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 60.0
@@ -28,7 +28,7 @@ class Ended:
 
 def start_ranks(size: int, command: Sequence[str], folder: Path, **environ: str) -> list[subprocess.Popen[str]]:
     """`command` once for each of `size` ranks, which meet in `folder`."""
-    own = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), FOLDER: str(folder), "OMP_NUM_THREADS": "1"}
+    own = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), RANKS_FOLDER: str(folder), "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
             command,

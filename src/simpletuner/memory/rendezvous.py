@@ -13,7 +13,7 @@ from torch.distributed.rendezvous import rendezvous
 from simpletuner.memory.device import choose_device
 from simpletuner.memory.world import Signs, World
 
-FOLDER = "RANKS_FOLDER"
+RANKS_FOLDER = "RANKS_FOLDER"
 """Environment variable: the private folder in which the processes of a run meet."""
 
 
@@ -34,8 +34,8 @@ def join(environ: Mapping[str, str], timeout_s: float) -> World:
         device = torch.device("cuda", int(environ.get("LOCAL_RANK", rank)))
         torch.cuda.set_device(device)
     timeout = datetime.timedelta(seconds=timeout_s)
-    if FOLDER in environ:
-        store = FileStore(str(Path(environ[FOLDER]) / "store"), size)
+    if RANKS_FOLDER in environ:
+        store = FileStore(str(Path(environ[RANKS_FOLDER]) / "store"), size)
     else:
         store = next(iter(rendezvous("env://", rank, size, timeout=timeout)))[0]
     dist.init_process_group(

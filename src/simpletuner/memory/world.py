@@ -21,7 +21,7 @@ from simpletuner.memory.device import choose_device
 BUCKET_BYTES = 64 * 2**20
 """Most bytes that are copied together for one reduction: one call for many small tensors, and little memory."""
 
-LOOK_EVERY_S = 0.05
+LOOK_FOR_RANKS_EVERY_S = 0.05
 """How often a rank that waits at a barrier looks for the others."""
 
 
@@ -156,6 +156,8 @@ def _explained(doing: str) -> Iterator[None]:
     """Turn the failure of a collective into a RanksError."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise RanksError.of(f"another process is gone or does not answer, while {doing} ({reason})") from error
@@ -227,7 +229,7 @@ class Signs:
                     f"{what}"
                 )
             if missing:
-                time.sleep(LOOK_EVERY_S)
+                time.sleep(LOOK_FOR_RANKS_EVERY_S)
 
     def _has(self, key: str) -> bool:
         try:

@@ -628,7 +628,7 @@ class Attempt:
                     raise DataError.of(error.problems[0].found, remedy=self.ways.past_bad_batch(self.state)) from None
             stepper.optimiser.zero_grad(set_to_none=True)
             seconds = min(seconds, time.monotonic() - began)
-            if seconds > WARM_UP_WORTH_S and self.compiled is None:
+            if self.world.decide([seconds > WARM_UP_WORTH_S and self.compiled is None])[0]:
                 break
         self.reporter.activity = ""
         hours = seconds * self.config.gradient_accumulation_steps * left
