@@ -7,9 +7,9 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,6 +23,12 @@ BUCKET_BYTES = 64 * 2**20
 
 LOOK_FOR_RANKS_EVERY_S = 0.05
 """How often a rank that waits at a barrier looks for the others."""
+
+T = TypeVar("T")
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,30 @@ class World:
         """
         if self.signs is not None:
             self.signs.await_all(what)
+
+    def from_main(
+        self,
+        what: str,
+        make: Callable[[], T],
+        *,
+        record: Callable[[T], Any] = _same,
+        restore: Callable[[Any], T] = _same,
+    ) -> T:
+        """What `make` returns on rank 0, which alone calls it: for downloads, scans, and what depends on files that
+        ranks write. The others wait for `what` as at a `barrier`, and `restore` what they return from its `record`, a
+        JSON value. Rank 0 returns the value itself.
+
+        Raises:
+            RanksError: as `barrier` does.
+        """
+        if not self.is_main:
+            self.barrier(what)
+            return restore(self.broadcast_json(None))
+        value = make()
+        if not self.is_alone:
+            self.barrier(what)
+            self.broadcast_json(record(value))
+        return value
 
     @contextlib.contextmanager
     def main_first(self, what: str) -> Iterator[None]:
@@ -116,7 +146,16 @@ class World:
         Raises:
             RanksError: a rank is gone, or is waited for in vain.
         """
-        return value if self.is_alone else self.gather_json(value if self.is_main else None)[0]
+        if self.is_alone:
+            return value
+        data = _json_bytes(value) if self.is_main else torch.empty(0, dtype=torch.uint8)
+        with _explained("hearing what rank 0 decides"):
+            length = torch.tensor([len(data)])
+            dist.broadcast(length, src=0)
+            if not self.is_main:
+                data = torch.empty(int(length), dtype=torch.uint8)
+            dist.broadcast(data, src=0)
+        return json.loads(data.numpy().tobytes())
 
     def gather_json(self, value: Any) -> list[Any]:
         """Every rank's `value`, a JSON value, by rank, on every rank. Numbers come back to the bit.
@@ -126,7 +165,7 @@ class World:
         """
         if self.is_alone:
             return [value]
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        data = _json_bytes(value)
         with _explained("exchanging messages"):
             lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
             dist.all_gather(lengths, torch.tensor([len(data)]))
@@ -134,7 +173,11 @@ class World:
             padded = torch.nn.functional.pad(data, (0, longest - len(data)))
             gathered = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
             dist.all_gather(gathered, padded)
-        return [json.loads(bytes(data[: int(length)].tolist())) for data, length in zip(gathered, lengths, strict=True)]
+        return [json.loads(each[: int(size)].numpy().tobytes()) for each, size in zip(gathered, lengths, strict=True)]
+
+
+def _json_bytes(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -25,6 +25,8 @@ def exchange(world: World) -> dict[str, Any]:
         "decided": world.decide([world.is_main, False, not world.is_main]),
         "broadcast": world.broadcast_json({"of": world.rank, "number": 0.1 + 0.2}),
         "gathered": world.gather_json("x" * world.rank),
+        "from main": world.from_main("a place", lambda: world, record=lambda w: w.rank, restore=lambda rank: rank)
+        is (world if world.is_main else 0),
         "main was first": first[0] <= min(first[1:]),
     }
 
@@ -38,6 +40,7 @@ def test_three_ranks_tell_each_other() -> None:
         "decided": [True, False, False],
         "broadcast": {"of": 0, "number": 0.1 + 0.2},
         "gathered": ["", "x", "xx"],
+        "from main": True,
         "main was first": True,
     }
 
@@ -56,5 +59,6 @@ def test_alone_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with world.main_first("nothing"):
         assert tensor.item() == torch.tensor(math.pi).item()
     assert world.broadcast_json(value) is value
+    assert world.from_main("nothing", lambda: value, record=fail, restore=fail) is value
     assert world.gather_json(value)[0] is value
     assert world.decide([True, False]) == [True, False]
