@@ -1,0 +1,61 @@
+"""The files of a base model, looked for by rank 0 alone: one process asks the Hub, downloads or makes them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from simpletuner.config.flavours import FLAVOURS
+from simpletuner.flux2.source import Source, Weights
+from simpletuner.memory.world import World
+
+
+def located(world: World, find: Callable[[], Source]) -> Source:
+    """What `find` returns on rank 0, which alone calls it, on all ranks: the same files, also where a branch on the Hub
+    moves meanwhile. The other ranks wait for as long as a download takes. All see the same disk.
+
+    The `hashes` of the other ranks start empty and are kept for their process only: rank 0 hashes.
+    """
+    return world.from_main("the files of the base model", find, record=source_record, restore=recorded_source)
+
+
+def source_record(source: Source) -> dict[str, Any]:
+    """`source` as a JSON value, but for its hashes."""
+    return {
+        "name": source.name,
+        "flavour": source.flavour.name,
+        "commit": source.commit,
+        "transformer": _weights_record(source.transformer),
+        "vae": _weights_record(source.vae),
+        "text_encoder": _weights_record(source.text_encoder),
+        "tokenizer": str(source.tokenizer),
+        "text_layers": source.text_layers,
+        "text_length": source.text_length,
+        "pipeline": None if source.pipeline is None else str(source.pipeline),
+        "is_distilled": source.is_distilled,
+    }
+
+
+def recorded_source(record: dict[str, Any]) -> Source:
+    """The source that `record` was made of."""
+    pipeline = record["pipeline"]
+    return Source(
+        name=record["name"],
+        flavour=FLAVOURS[record["flavour"]],
+        commit=record["commit"],
+        transformer=_recorded_weights(record["transformer"]),
+        vae=_recorded_weights(record["vae"]),
+        text_encoder=_recorded_weights(record["text_encoder"]),
+        tokenizer=Path(record["tokenizer"]),
+        text_layers=tuple(record["text_layers"]),
+        text_length=record["text_length"],
+        pipeline=None if pipeline is None else Path(pipeline),
+        is_distilled=record["is_distilled"],
+    )
+
+
+def _weights_record(weights: Weights) -> dict[str, Any]:
+    return {"files": [str(file) for file in weights.files], "config": weights.config}
+
+
+def _recorded_weights(record: dict[str, Any]) -> Weights:
+    return Weights(tuple(map(Path, record["files"])), record["config"])

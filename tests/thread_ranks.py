@@ -1,0 +1,68 @@
+"""Ranks as threads of one process: for what ranks do with files, without starting processes."""
+
+import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from simpletuner.memory.world import World
+
+T = TypeVar("T")
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@dataclass
+class Meeting:
+    """What threads share that are each other's ranks."""
+
+    barrier: threading.Barrier
+    text: str = ""
+    """What is broadcast, as JSON."""
+    waits: list[str] = field(default_factory=list)
+    """What rank 0 waited for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreadWorld(World):
+    """A rank that is a thread. A rank that fails breaks the others' waits."""
+
+    meeting: Meeting
+
+    def barrier(self, what: str) -> None:
+        if self.is_main:
+            self.meeting.waits.append(what)
+        self.meeting.barrier.wait(timeout=60)
+
+    def broadcast_json(self, value: Any) -> Any:
+        if self.is_main:
+            self.meeting.text = json.dumps(value)
+        self.meeting.barrier.wait(timeout=60)
+        received = json.loads(self.meeting.text)
+        self.meeting.barrier.wait(timeout=60)
+        return received
+
+
+def on_ranks(size: int, work: Callable[[World], T]) -> list[T]:
+    """What `work` returns on each of `size` ranks. Raises what the first failing one raised."""
+    meeting = Meeting(threading.Barrier(size))
+    raised: list[BaseException] = []
+
+    def rank(number: int) -> T | None:
+        try:
+            return work(ThreadWorld(number, size, torch.device("cpu"), meeting=meeting))
+        except BaseException as error:  # noqa: BLE001  raised by the caller's thread
+            if not isinstance(error, threading.BrokenBarrierError):
+                raised.append(error)
+            meeting.barrier.abort()
+            return None
+
+    with ThreadPoolExecutor(size) as pool:
+        results = list(pool.map(rank, range(size)))
+    if raised:
+        raise raised[0]
+    return [result for result in results if result is not None]
