@@ -90,7 +90,7 @@ def bare_loop(work: Path, steps: int) -> float:
     loaded = load(flags("bare", steps), folder=Path(), environ={})
     config, device = loaded.config, torch.device("cpu")
     source = locate(config, report=print)
-    prepared = prepare(loaded, source, device, Reporter())
+    prepared = prepare(loaded, source, World(0, 1, device), Reporter())
     order = Order(prepared.train, seed=config.seed, batch_size=config.train_batch_size)
     objective = Objective.of(config, config, config.seed)
     per_step = config.gradient_accumulation_steps

@@ -50,7 +50,7 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def prepared(place: Workplace) -> tuple[Prepared, Source]:
     loaded = load([], folder=place.folder, environ={})
     source = locate(loaded.config, report=print)
-    return prepare(loaded, source, CPU, Reporter()), source
+    return prepare(loaded, source, World(0, 1, CPU), Reporter()), source
 
 
 @pytest.fixture(scope="module")

@@ -88,12 +88,12 @@ def _cache(loaded: Loaded, command: DatasetCommand) -> tuple[dict[str, Any], str
     # torch, which the other words do without.
     from simpletuner.flux2.components import check_precisions
     from simpletuner.flux2.source import locate
-    from simpletuner.memory.device import choose_device
+    from simpletuner.memory.world import World
     from simpletuner.train.caches import prepare
     from simpletuner.train.report import Reporter
 
-    device = choose_device()
-    check_precisions(loaded.config, device)
+    world = World.single()
+    check_precisions(loaded.config, world.device)
     # JSON has standard output to itself.
     with work_goes_on(), say_on_standard_error() if command.json else contextlib.nullcontext():
         reporter = Reporter()
@@ -102,7 +102,7 @@ def _cache(loaded: Loaded, command: DatasetCommand) -> tuple[dict[str, Any], str
             reporter.is_terminal = False
             reporter.listeners.append(_tell_event)
         source = locate(loaded.config, report=reporter.say)
-        prepared = prepare(loaded, source, device, reporter, verify=command.verify)
+        prepared = prepare(loaded, source, world, reporter, verify=command.verify)
     manifests = (*prepared.train, *prepared.held_out)
     return {"sets": [manifest.summary() for manifest in manifests]}, "The caches are filled."
 

@@ -17,7 +17,7 @@ from simpletuner.base.storage import Storage
 from simpletuner.config.datasets import ImageSet
 from simpletuner.data.captions import LACKS_CAPTION, captions_of
 from simpletuner.data.discover import FoundFiles, discover
-from simpletuner.data.geometry import Size, describe, downsample_is_idle, enlargement, place
+from simpletuner.data.geometry import Geometry, Size, describe, downsample_is_idle, enlargement, place
 from simpletuner.data.index import IndexEntry, count_unknown, read_pictures
 from simpletuner.data.pixels import Remark
 from simpletuner.data.rejected import Rejected
@@ -75,6 +75,34 @@ class Manifest:
             "notices": list(self.notices),
             "fingerprint": self.fingerprint,
         }
+
+    def record(self) -> list[Any]:
+        """All that a scan found, as a JSON value: `of_record` makes the same manifest of it in another process."""
+        samples = [
+            [s.name, s.content, s.width, s.height, [s.geometry.target, s.geometry.resize, s.geometry.crop], s.captions]
+            for s in self.samples
+        ]
+        return [samples, [[r.name, r.reason, r.detail] for r in self.rejections], list(self.notices)]
+
+    @classmethod
+    def of_record(cls, image_set: ImageSet, record: list[Any]) -> "Manifest":
+        """The manifest of `image_set` that `record` was made of. Reads no file."""
+        images = image_storage(image_set)
+        rows, rejections, notices = record
+        samples = (
+            Sample(
+                dataset=image_set.id,
+                images=images,
+                name=name,
+                content=content,
+                width=width,
+                height=height,
+                geometry=Geometry(*map(tuple, geometry)),
+                captions=tuple(captions),
+            )
+            for name, content, width, height, geometry, captions in rows
+        )
+        return cls(image_set, tuple(samples), tuple(Rejection(*fields) for fields in rejections), tuple(notices))
 
 
 def rejection_counts(rejections: Iterable[Rejection]) -> dict[str, int]:

@@ -123,10 +123,12 @@ def open_text_encoder(
     *,
     folder: Path,
     say: Callable[[str], None],
+    sharing: int = 1,
 ) -> TextEncoder:
     """The text encoder in the mode that is asked for; what `auto` takes, and why, is said in a line.
 
-    `folder` is where a streamed encoder puts states that do not stay in memory.
+    `folder` is where a streamed encoder puts states that do not stay in memory; `sharing` is how many processes load
+    one into the same memory.
 
     Raises:
         AccessError: it cannot be loaded.
@@ -140,9 +142,10 @@ def open_text_encoder(
         tokens = precision.text_encoder_batch_size * length
         text = text_from_config(source.text_encoder.config or {})
         needed = sum(resident_text_bytes(text, layers, tokens=tokens, precision=name, dtype=dtype))
-        free = free_memory_bytes(device)
+        free = free_memory_bytes(device) // sharing
         mode = "resident" if needed <= free else "streamed"
-        memory = f"{format_size(free)} of memory {'on the GPU ' if device.type == 'cuda' else ''}are free"
+        each = f" for each of {sharing} processes" if sharing > 1 else ""
+        memory = f"{format_size(free)} of memory {'on the GPU ' if device.type == 'cuda' else ''}are free{each}"
         how = "resident: it" if mode == "resident" else "streamed, one layer at a time: resident it"
         say(f"Text encoder {how} takes up to {format_size(needed)}, {memory}.")
     via = quantised_on(precision, device)

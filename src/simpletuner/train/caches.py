@@ -1,12 +1,12 @@
 """Before training: scan the sets, then fill the caches, one encoder in memory at a time."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -27,9 +27,10 @@ from simpletuner.flow.condition import TextContext
 from simpletuner.flux2.components import open_autoencoder, open_text_encoder, text_codec
 from simpletuner.flux2.load import autoencoder_id, earlier_autoencoder_id
 from simpletuner.flux2.source import Source
-from simpletuner.flux2.text import TextEncoder, control_token_notice
+from simpletuner.flux2.text import CODECS, TextEncoder, control_token_notice
 from simpletuner.memory.free import release_memory
 from simpletuner.memory.precision import DTYPES
+from simpletuner.memory.world import World
 from simpletuner.train.claims import claim, key_of_latents
 from simpletuner.train.report import Reporter
 
@@ -50,8 +51,20 @@ class Encoders:
         return cls(text_codec(config, config, source, whole=whole), autoencoder_id(source, **_encoding(config)))
 
     @classmethod
-    def claimed(cls, loaded: Loaded, source: Source) -> "Encoders":
-        """The keys of this run's caches: those of the weights' heads, unless other weights had them there first."""
+    def claimed(cls, loaded: Loaded, source: Source, world: World) -> "Encoders":
+        """The keys of this run's caches: those of the weights' heads, unless other weights had them there first. Rank 0
+        reads the weights and the notes.
+        """
+        codec = CODECS[source.flavour.text.padding_side]
+        return world.from_main(
+            "the fingerprints of the encoders",
+            lambda: cls._claimed(loaded, source),
+            record=lambda encoders: [encoders.text.key, encoders.text.least_bytes, encoders.latents],
+            restore=lambda record: cls(codec(record[0], record[1]), record[2]),
+        )
+
+    @classmethod
+    def _claimed(cls, loaded: Loaded, source: Source) -> "Encoders":
         config, datasets = loaded.config, loaded.datasets
         heads, whole = (cls.of(config, source, whole=all_bytes) for all_bytes in (False, True))
         earlier = (earlier_autoencoder_id(source, **_encoding(config), whole=all_bytes) for all_bytes in (False, True))
@@ -79,10 +92,16 @@ EARLIER_VAE = "VAE"
 """What earlier releases recorded of the VAE. Its decoder decides nothing that is trained."""
 
 
-def base_fingerprints(config: RunConfig, source: Source, *, like: Mapping[str, str] | None = None) -> dict[str, str]:
+def base_fingerprints(
+    config: RunConfig, source: Source, world: World, *, like: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """What a checkpoint remembers of the base model: the transformer, and what fills the caches. As the record `like`
-    of an earlier release has it, or as this one does.
+    of an earlier release has it, or as this one does. Rank 0 reads the weights, and its `like` counts.
     """
+    return world.from_main("the fingerprints of the base model", lambda: _base_fingerprints(config, source, like))
+
+
+def _base_fingerprints(config: RunConfig, source: Source, like: Mapping[str, str] | None) -> dict[str, str]:
     whole = like is None or knows_whole_base(like)
     found = {
         "transformer": source.fingerprint("transformer", whole=whole),
@@ -144,45 +163,46 @@ class Prepared:
         return read_contexts(self.text_store(image_set), prompts, self.encoders.text)
 
 
-def prepare(
-    loaded: Loaded, source: Source, device: torch.device, reporter: Reporter, *, verify: bool = False
-) -> Prepared:
+def prepare(loaded: Loaded, source: Source, world: World, reporter: Reporter, *, verify: bool = False) -> Prepared:
     """Scan every set and fill every cache, as `scan_sets` and `fill_caches` do."""
-    prepared = scan_sets(loaded, source, reporter)
-    fill_caches(prepared, source, device, reporter, verify=verify)
+    prepared = scan_sets(loaded, source, world, reporter)
+    fill_caches(prepared, source, world, reporter, verify=verify)
     return prepared
 
 
-def scan_sets(loaded: Loaded, source: Source, reporter: Reporter) -> Prepared:
-    """The data of a run, scanned but not encoded: what is known before an encoder loads.
+def scan_sets(loaded: Loaded, source: Source, world: World, reporter: Reporter) -> Prepared:
+    """The data of a run, scanned but not encoded: what is known before an encoder loads. Rank 0 scans; the others train
+    what it found, also where a file has changed since.
 
     Raises:
-        DataError: a set is missing or ends up empty.
+        DataError: a set is missing or ends up empty; on rank 0.
     """
     config, datasets = loaded.config, loaded.datasets
+    image_sets = (*datasets.train_sets, *datasets.eval_sets)
     with reporter.phase("scan") as progress:
-        manifests = [
-            scan(image_set, seed=config.seed, workers=config.workers, report=progress)
-            for image_set in (*datasets.train_sets, *datasets.eval_sets)
-        ]
+        manifests = world.from_main(
+            "the scan of the image sets",
+            lambda: [scan(each, seed=config.seed, workers=config.workers, report=progress) for each in image_sets],
+            record=lambda manifests: [manifest.record() for manifest in manifests],
+            restore=lambda records: [*map(Manifest.of_record, image_sets, records)],
+        )
     for manifest in manifests:
         tell_manifest(manifest, reporter)
     count = len(datasets.train_sets)
-    return Prepared(loaded, Encoders.claimed(loaded, source), tuple(manifests[:count]), tuple(manifests[count:]))
+    encoders = Encoders.claimed(loaded, source, world)
+    return Prepared(loaded, encoders, tuple(manifests[:count]), tuple(manifests[count:]))
 
 
-def fill_caches(
-    prepared: Prepared, source: Source, device: torch.device, reporter: Reporter, *, verify: bool = False
-) -> None:
-    """Fill every cache that the run will read. With `verify` every cached file is read and hashed, also those that an
-    earlier check left as they are.
+def fill_caches(prepared: Prepared, source: Source, world: World, reporter: Reporter, *, verify: bool = False) -> None:
+    """Fill every cache that the run will read; all ranks call it, and each encodes a share of what is missing. With
+    `verify` every cached file is read and hashed, also those that an earlier check left as they are.
 
     Raises:
         AccessError: an encoder cannot be loaded.
         DiskError: a cache's disk is full. What is finished is kept.
     """
-    fill_text(prepared, source, device, reporter, verify=verify)
-    fill_pictures(prepared, source, device, reporter, verify=verify)
+    fill_text(prepared, source, world, reporter, verify=verify)
+    fill_pictures(prepared, source, world, reporter, verify=verify)
 
 
 def tell_manifest(manifest: Manifest, reporter: Reporter) -> None:
@@ -221,15 +241,22 @@ def wanted_prompts(prepared: Prepared) -> dict[TextStore, list[str]]:
     return found
 
 
-def fill_text(prepared: Prepared, source: Source, device: torch.device, reporter: Reporter, *, verify: bool) -> None:
-    """Encode the prompts that no cache has; the encoder is loaded only if there are any, and let go after."""
+def fill_text(prepared: Prepared, source: Source, world: World, reporter: Reporter, *, verify: bool) -> None:
+    """Encode the prompts that no cache has; the encoder is loaded only on ranks that have any to encode, and let go
+    after.
+    """
     config = prepared.loaded.config
     held: list[TextEncoder] = []
+    # A GPU is a rank's own. On CPUs all load into one memory: rank 0 first, then the others, who see what it left.
+    sharing = world.size - (not world.is_main) if world.device.type == "cpu" else 1
 
     def load() -> TextEncoder:
         if not held:
             folder = prepared.text_store(None).storage.local_path() or Path(config.output_dir)
-            held.append(open_text_encoder(config, config, config, source, device, folder=folder, say=reporter.say))
+            encoder = open_text_encoder(
+                config, config, config, source, world.device, folder=folder, say=reporter.say, sharing=sharing
+            )
+            held.append(encoder)
         return held[0]
 
     with reporter.phase("text") as progress:
@@ -243,11 +270,13 @@ def fill_text(prepared: Prepared, source: Source, device: torch.device, reporter
                 write_batch_size=store.write_batch_size or config.write_batch_size,
                 verify=verify,
                 report=progress,
+                world=world,
             )
             for store, prompts in wanted_prompts(prepared).items()
             if prompts
         ]
-    # No name may hold the encoder when memory is freed: it holds itself, and would be found by the next phase.
+    # No name may hold the encoder when memory is freed: it holds itself, and would be found by the next phase. Rank 0
+    # has counted the tokens of all prompts, so it knows those of the other ranks too.
     truncated = [text for encoder in held for text in encoder.truncated]
     if truncated:
         shown = "; ".join(text[:60] + "…" for text in truncated[:3])
@@ -262,17 +291,15 @@ def fill_text(prepared: Prepared, source: Source, device: torch.device, reporter
     seconds = sum(r.seconds for r in reports)
     reporter.say(f"Captions: {encoded} encoded in {format_duration(seconds)}, {found} in the cache already.")
     held.clear()
-    release_memory(device)
+    release_memory(world.device)
 
 
-def fill_pictures(
-    prepared: Prepared, source: Source, device: torch.device, reporter: Reporter, *, verify: bool
-) -> None:
-    """Encode the pictures that no cache has; the VAE is loaded only if there are any, and let go after."""
+def fill_pictures(prepared: Prepared, source: Source, world: World, reporter: Reporter, *, verify: bool) -> None:
+    """Encode the pictures that no cache has; the VAE is loaded only on ranks that encode any, and let go after."""
     config = prepared.loaded.config
 
     def load() -> Encode:
-        return open_autoencoder(config, config, source, device, "encode").encode
+        return open_autoencoder(config, config, source, world.device, "encode").encode
 
     with reporter.phase("latents") as progress:
         report = fill_latents(
@@ -281,11 +308,12 @@ def fill_pictures(
             prepared.encoders.latents,
             load,
             batch_size=config.vae_batch_size,
-            workers=config.workers,
+            workers=math.ceil(config.workers / world.size),
             verify=verify,
             report=progress,
+            world=world,
         )
     reporter.say(
         f"Pictures: {report.encoded} encoded in {format_duration(report.seconds)}, {report.found} in the cache already."
     )
-    release_memory(device)
+    release_memory(world.device)

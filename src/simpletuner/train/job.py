@@ -34,6 +34,7 @@ from simpletuner.data.order import MicroBatch, Order
 from simpletuner.flux2.components import check_precisions, check_trainable
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.load import checked_skeleton
+from simpletuner.flux2.located import located
 from simpletuner.flux2.lora import Adapter
 from simpletuner.flux2.routes import Route, resolve
 from simpletuner.flux2.source import Source, locate, locate_preview
@@ -201,26 +202,22 @@ class Attempt:
         self.plan_memory()
         if self.world.is_main:
             mind_the_disk(self.run, self.config, self.reporter, self.requests)
-        with self.world.main_first("the model's files"):
-            source = locate(self.config, report=self.reporter.say)
+        source = located(self.world, lambda: locate(self.config, report=self.reporter.say))
         if source.distillation_warning is not None:
             self.reporter.notice(source.distillation_warning)
         # Before the work that a mistake would waste.
         resolve(self.config.tread_routes, source.spec.blocks)
         check_trainable(self.config, self.config, source)
-        with self.world.main_first("the files of the preview's model"):
-            preview = self.locate_preview(source)
-        with self.world.main_first("the base model's fingerprints"):  # the others find its hashes
-            model = base_fingerprints(self.config, source)
+        preview = self.locate_preview(source)
+        model = base_fingerprints(self.config, source, self.world)
         if found is not None and not knows_whole_base(found.state.model):
             self.reporter.notice(
                 f"{found.folder} knows the first 4 KiB of each tensor of the base model: only these are compared. What "
                 "is saved from here on knows all of it."
             )
-        with self.world.main_first("the scan of the data"):
-            prepared = scan_sets(self.loaded, source, self.reporter)
+        prepared = scan_sets(self.loaded, source, self.world, self.reporter)
         if found is not None:
-            known = base_fingerprints(self.config, source, like=found.state.model)
+            known = base_fingerprints(self.config, source, self.world, like=found.state.model)
             resume.check_content(found, self.ways, data=prepared.fingerprints, model=known)
         if self.world.is_main:
             write_json(self.run.datasets, [m.summary() for m in (*prepared.train, *prepared.held_out)])
@@ -231,8 +228,7 @@ class Attempt:
         if self.is_finished(plan.steps):
             return
         ConfigError.raise_if(problem for _, problem in profile_findings(self.config, plan.steps))
-        with self.world.main_first("the caches"):
-            fill_caches(prepared, source, self.device, self.reporter)
+        fill_caches(prepared, source, self.world, self.reporter)
         if self.config.dynamo_backend == "auto":
             choice = choose_backend(self.config, self.device, plan.steps, compilation.compiler_lack)
             self.may_drop_compiled = choice.backend != "no"
@@ -524,7 +520,9 @@ class Attempt:
         if asked is None or self.config.validation_disable or not self.loaded.prompts:
             return None
         named = preview_flavour(self.config)
-        preview = locate_preview(self.config, asked, source, flavour=named, report=self.reporter.say)
+        preview = located(
+            self.world, lambda: locate_preview(self.config, asked, source, flavour=named, report=self.reporter.say)
+        )
         checked_skeleton(preview)
         return preview
 

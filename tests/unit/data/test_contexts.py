@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+from tests.thread_ranks import ALONE, on_ranks
 from torch import Tensor
 
 from simpletuner.base.errors import DataError, DiskError
 from simpletuner.base.machine import disk_room
 from simpletuner.base.storage import LocalStorage
+from simpletuner.data.cache import store as store_module
 from simpletuner.data.cache.contexts import (
     ContextEncoder,
     context_key,
@@ -20,6 +23,7 @@ from simpletuner.data.cache.report import FillReport
 from simpletuner.data.cache.store import Store
 from simpletuner.flow.condition import TextContext
 from simpletuner.flux2.text import LeftPaddedCodec, RightPaddedCodec, left_padded
+from simpletuner.memory.world import World
 
 LENGTH, WIDTH = 16, 8
 CODEC = LeftPaddedCodec("text")
@@ -54,7 +58,7 @@ class BatchEncoder:
 
 def fill(prompts: Sequence[str], store: Store, encoder: ContextEncoder, **sizes: int) -> FillReport:
     sizes = {"batch_size": 2, "write_batch_size": 3} | sizes
-    return fill_contexts(prompts, store, CODEC, lambda: encoder, report=lambda *_: None, **sizes)
+    return fill_contexts(prompts, store, CODEC, lambda: encoder, report=lambda *_: None, world=ALONE, **sizes)
 
 
 def files(store: Store) -> dict[str, bytes]:
@@ -126,7 +130,9 @@ def test_a_full_cache_needs_no_encoder(store: Store) -> None:
     def no_encoder() -> ContextEncoder:
         raise AssertionError("loaded")
 
-    report = fill_contexts(["b"], store, CODEC, no_encoder, batch_size=2, write_batch_size=2, report=lambda *_: None)
+    report = fill_contexts(
+        ["b"], store, CODEC, no_encoder, batch_size=2, write_batch_size=2, report=lambda *_: None, world=ALONE
+    )
     assert report == FillReport(0, 1, 0, report.seconds)
 
 
@@ -156,6 +162,7 @@ def test_progress_counts_what_is_encoded(store: Store) -> None:
         batch_size=2,
         write_batch_size=8,
         report=lambda done, total: told.append((done, total)),
+        world=ALONE,
     )
     assert told == [(0, 3), (2, 3), (3, 3)]
 
@@ -182,6 +189,7 @@ def test_what_is_finished_is_written_before_more_work_begins(store: Store) -> No
             batch_size=2,
             write_batch_size=100,
             report=lambda done, total: told.append((done, total)),
+            world=ALONE,
         )
     assert told == [(0, 4), (1, 4), (2, 4), (3, 4)]
     assert len(files(store)) == 2
@@ -229,7 +237,7 @@ def test_contexts_for_which_the_disk_has_no_room_are_refused_before_the_encoder_
     folder = store.storage.local_path()
     assert folder is not None
     codec = RightPaddedCodec("text", least_bytes=disk_room(folder) // 2)
-    states = {"batch_size": 2, "write_batch_size": 3, "report": lambda *_: None}
+    states = {"batch_size": 2, "write_batch_size": 3, "report": lambda *_: None, "world": ALONE}
 
     def load() -> ContextEncoder:
         raise AssertionError("loaded")
@@ -245,3 +253,120 @@ def test_every_row_of_a_context_that_is_padded_on_the_right_is_kept(store: Store
     codec = RightPaddedCodec("text")
     store.write("k" * 64, codec.pack(context), {})
     assert torch.equal(codec.unpack(store.read("k" * 64)).expanded(), context.expanded())
+
+
+PROMPTS = [letter * (1 + number) for number, letter in enumerate("abcdefghijk")]
+
+
+class CountedStorage(LocalStorage):
+    """Notes which files are written."""
+
+    written: ClassVar[list[str]] = []
+
+    def write(self, name: str, data: bytes, *, sync: bool = True) -> None:
+        self.written.append(name)
+        super().write(name, data, sync=sync)
+
+
+@pytest.fixture
+def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """An empty store whose `storage.written` names every file written to it."""
+    monkeypatch.setattr(CountedStorage, "written", [])
+    return Store(CountedStorage(tmp_path / "counted"))
+
+
+def fill_shared(
+    store: Store, ranks: int, encoder: Callable[[World], ContextEncoder], told: list[tuple[int, int]] | None = None
+) -> list[FillReport]:
+    def fill_share(world: World) -> FillReport:
+        own = encoder(world)
+        report = (lambda *step: told.append(step)) if told is not None and world.is_main else lambda *_: None
+        sizes = {"batch_size": 2, "write_batch_size": 3}
+        return fill_contexts(PROMPTS, store, CODEC, lambda: own, **sizes, report=report, world=world)
+
+    return on_ranks(ranks, fill_share)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_ranks_share_out_the_batches_of_one_process(store: Store, counted: Store, ranks: int) -> None:
+    alone = BatchEncoder()
+    fill(PROMPTS, store, alone)
+    assert not torch.distributed.is_initialized()
+    encoders = [BatchEncoder() for _ in range(ranks)]
+    told: list[tuple[int, int]] = []
+    reports = fill_shared(counted, ranks, lambda world: encoders[world.rank], told)
+    assert files(counted) == files(store)
+    names = [name for name in counted.storage.written if name.endswith(".safetensors")]
+    assert len(names) == len(set(names)) == len(PROMPTS), "no file is written twice"
+    assert [each.batches for each in encoders] == [alone.batches[rank::ranks] for rank in range(ranks)]
+    assert {(r.encoded, r.found, r.damaged) for r in reports} == {(len(PROMPTS), 0, 0)}, "of all, on each"
+    assert told == sorted(told)
+    assert told[0] == (0, len(PROMPTS))
+    assert told[-1] == (len(PROMPTS), len(PROMPTS))
+
+
+def test_a_rank_without_a_share_loads_no_encoder(store: Store) -> None:
+    loaded: list[int] = []
+
+    def fill_share(world: World) -> FillReport:
+        def load() -> ContextEncoder:
+            loaded.append(world.rank)
+            return BatchEncoder()
+
+        sizes = {"batch_size": 8, "write_batch_size": 3}
+        return fill_contexts(PROMPTS, store, CODEC, load, **sizes, report=lambda *_: None, world=world)
+
+    on_ranks(4, fill_share)
+    assert set(loaded) == {0, 1}, "there are two batches"
+    loaded.clear()
+    assert {report.found for report in on_ranks(4, fill_share)} == {len(PROMPTS)}
+    assert not loaded
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_what_a_rank_that_fails_leaves_is_finished_by_any_number_of_ranks(
+    store: Store, tmp_path: Path, ranks: int
+) -> None:
+    class Failing(BatchEncoder):
+        def encode(self, prompts: Sequence[str]) -> list[TextContext]:
+            if len(self.batches) == 2:
+                raise DiskError.of("no space")
+            return super().encode(prompts)
+
+    with pytest.raises(DiskError, match="no space"):
+        fill_shared(store, 2, lambda world: Failing() if world.rank == 1 else BatchEncoder())
+    left = len(files(store))
+    assert 0 < left < len(PROMPTS)
+    reports = fill_shared(store, ranks, lambda _: BatchEncoder())
+    assert {report.found for report in reports} == {left}
+    other = Store(LocalStorage(tmp_path / "other"))
+    fill(PROMPTS, other, BatchEncoder())
+    assert files(store) == files(other)
+
+
+def test_a_damaged_file_is_found_by_rank_0_and_made_again_by_whoever_has_its_batch(
+    store: Store, counted: Store
+) -> None:
+    fill(PROMPTS, store, BatchEncoder())
+    fill(PROMPTS, counted, BatchEncoder())
+    counted.storage.written.clear()
+    for prompt in ("a", "ccc"):  # of the first and the second batch
+        counted.storage.local_path(counted.name(context_key(prompt, CODEC))).write_bytes(b"damaged")
+    encoders = [BatchEncoder() for _ in range(2)]
+    reports = fill_shared(counted, 2, lambda world: encoders[world.rank])
+    assert {(r.encoded, r.found, r.damaged) for r in reports} == {(4, len(PROMPTS) - 2, 2)}
+    assert [each.batches for each in encoders] == [[["a", "bb"]], [["ccc", "dddd"]]]
+    assert files(counted) == files(store)
+
+
+def test_rank_0_checks_the_room_for_all(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = LeftPaddedCodec("text", least_bytes=10)
+    monkeypatch.setattr(store_module, "disk_room", lambda _: 10 * len(PROMPTS) - 1)
+
+    def fill_share(world: World) -> FillReport:
+        sizes = {"batch_size": 2, "write_batch_size": 3}
+        return fill_contexts(PROMPTS, store, codec, BatchEncoder, **sizes, report=lambda *_: None, world=world)
+
+    with pytest.raises(DiskError, match="The contexts of 11 captions take 110 B"):
+        on_ranks(2, fill_share)
+    assert not files(store)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from jaxtyping import Float
 from PIL import Image
+from tests.thread_ranks import ALONE, on_ranks
 from torch import Tensor
 
 from simpletuner.base.errors import DataError
@@ -26,6 +27,7 @@ from simpletuner.data.cache.report import FillReport
 from simpletuner.data.cache.store import Store
 from simpletuner.data.manifest import Manifest
 from simpletuner.data.pixels import render
+from simpletuner.memory.world import World
 
 Scanned = Callable[..., Manifest]
 Save = Callable[..., Path]
@@ -44,7 +46,7 @@ class BatchVae:
         return small.expand(-1, 128, -1, -1) + 0.01 * images.mean()
 
 
-def fill(manifests: list[Manifest], encode: Encode, *, batch_size: int = 3) -> FillReport:
+def fill(manifests: list[Manifest], encode: Encode, *, batch_size: int = 3, world: World = ALONE) -> FillReport:
     return fill_latents(
         manifests,
         lambda image_set: Store(LocalStorage(Path(image_set.cache_dir_vae))),
@@ -53,6 +55,7 @@ def fill(manifests: list[Manifest], encode: Encode, *, batch_size: int = 3) -> F
         batch_size=batch_size,
         workers=2,
         report=lambda _done, _total: None,
+        world=world,
     )
 
 
@@ -100,7 +103,7 @@ def test_a_full_cache_needs_no_encoder(manifest: Manifest) -> None:
 
     store = Store(LocalStorage(Path(manifest.image_set.cache_dir_vae)))
     report = fill_latents(
-        [manifest], lambda _: store, "vae", no_encoder, batch_size=3, workers=2, report=lambda *_: None
+        [manifest], lambda _: store, "vae", no_encoder, batch_size=3, workers=2, report=lambda *_: None, world=ALONE
     )
     assert (report.encoded, report.found) == (0, 8)
 
@@ -188,6 +191,7 @@ KILLED = """
     from simpletuner.data.cache.store import Store
     from simpletuner.data.manifest import scan
     from simpletuner.data.storages import latent_storage
+    from simpletuner.memory.world import World
 
     image_set = ImageSet.model_validate_json(sys.argv[1])
     def encode(images):
@@ -197,7 +201,8 @@ KILLED = """
     manifest = scan(image_set, seed=42, workers=2, report=lambda *_: None)
     print("scanned", flush=True)
     fill_latents([manifest], lambda s: Store(latent_storage(s)), "vae", lambda: encode,
-                 batch_size=3, workers=2, report=lambda done, total: print(done, flush=True))
+                 batch_size=3, workers=2, report=lambda done, total: print(done, flush=True),
+                 world=World(0, 1, torch.device("cpu")))
 """
 
 
@@ -221,3 +226,42 @@ def test_a_fill_that_is_killed_leaves_no_trace(
     elsewhere = scanned(cache_dir_vae=str(tmp_path / "uninterrupted"))
     fill([elsewhere], BatchVae())
     assert files(Path(image_set.cache_dir_vae)) == files(tmp_path / "uninterrupted")
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_out_the_batches_of_one_process(manifest: Manifest, scanned: Scanned, ranks: int) -> None:
+    alone = BatchVae()
+    fill([manifest], alone)
+    assert not torch.distributed.is_initialized()
+    whole = files(Path(manifest.image_set.cache_dir_vae))
+    shutil.rmtree(manifest.image_set.cache_dir_vae)
+    encoders = [BatchVae() for _ in range(ranks)]
+    reports = on_ranks(ranks, lambda world: fill([scanned()], encoders[world.rank], world=world))
+    assert files(Path(manifest.image_set.cache_dir_vae)) == whole
+    assert sum(len(each.batches) for each in encoders) == len(alone.batches), "none twice"
+    for rank, each in enumerate(encoders):
+        shares = alone.batches[rank::ranks]
+        assert all(map(torch.equal, each.batches, shares))
+        assert len(each.batches) == len(shares)
+    assert {(r.encoded, r.found, r.damaged) for r in reports} == {(len(manifest.samples), 0, 0)}
+
+
+def test_ranks_make_only_what_is_missing(manifest: Manifest) -> None:
+    fill([manifest], BatchVae())
+    folder = Path(manifest.image_set.cache_dir_vae)
+    whole = files(folder)
+    store = Store(LocalStorage(folder))
+    store.storage.local_path(store.name(latent_key(manifest.samples[0], "vae"))).unlink()
+    store.storage.local_path(store.name(latent_key(manifest.samples[-1], "vae"))).write_bytes(b"damaged")
+    encoders = [BatchVae() for _ in range(3)]
+    reports = on_ranks(3, lambda world: fill([manifest], encoders[world.rank], world=world))
+    assert [len(each.batches) for each in encoders] == [1, 1, 0]
+    assert {(r.found, r.damaged) for r in reports} == {(len(manifest.samples) - 2, 1)}
+    assert files(folder) == whole
+
+
+def test_a_picture_that_changed_is_named_by_the_rank_that_needs_it(manifest: Manifest, save: Save) -> None:
+    """The last batch is the second rank's."""
+    save(manifest.samples[-1].name, (128, 64), "white")
+    with pytest.raises(DataError, match=f"{manifest.samples[-1].name} changed while"):
+        on_ranks(2, lambda world: fill([manifest], BatchVae(), world=world))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -307,3 +308,19 @@ def test_runs_and_caches_of_ours_are_passed_over_by_name(folder: Path, save: Sav
             scanned(instance_data_dir=str(ours))
         assert caught.value.exit_code == 3
     assert scanned(instance_data_dir=str(run.validations)).samples, "a folder that is named is meant"
+
+
+def test_a_record_makes_the_same_manifest_without_a_file(folder: Path, save: Save, scanned: Scanned) -> None:
+    save("wide.png", (128, 64))
+    save("deep/tall.png", (64, 128))
+    save("small.png", (20, 20))
+    Image.new("RGBA", (80, 64), (0, 0, 0, 0)).save(folder / "clear.png")
+    found = scanned(minimum_image_size=64, crop_style="random")
+    assert len(found.samples) == 3
+    assert found.rejections
+    assert found.notices
+    text = json.dumps(found.record())
+    shutil.rmtree(folder)
+    other = Manifest.of_record(found.image_set, json.loads(text))
+    assert other == found
+    assert (other.fingerprint, other.buckets, other.summary()) == (found.fingerprint, found.buckets, found.summary())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from jaxtyping import Float
+from tests.thread_ranks import ALONE
 from torch import Tensor
 
 from simpletuner.base.errors import DataError
@@ -56,6 +57,7 @@ def fill(manifest: Manifest, load: Callable[[], Encode]) -> FillReport:
         batch_size=2,
         workers=2,
         report=lambda *_: None,
+        world=ALONE,
     )
 
 
@@ -115,7 +117,7 @@ def test_latents_and_contexts_are_those_of_a_folder(local: ImageSet, remote: Ima
         for encoded in (3, 0):
             assert fill(manifest, lambda: vae).encoded == encoded
             sizes = {"batch_size": 2, "write_batch_size": 3}
-            report = fill_contexts(prompts, texts, CODEC, LetterEncoder, **sizes, report=lambda *_: None)
+            report = fill_contexts(prompts, texts, CODEC, LetterEncoder, **sizes, report=lambda *_: None, world=ALONE)
             assert report.encoded == 2 * encoded
         latents = read_latents(Store(latent_storage(image_set)), manifest.samples, "vae")
         batches.append((latents, read_contexts(texts, prompts, CODEC).expanded()))

@@ -27,10 +27,12 @@ def said() -> list[str]:
     return []
 
 
-def opened(source: Source, said: list[str], **given: object) -> TextEncoder:
+def opened(source: Source, said: list[str], *, sharing: int = 1, **given: object) -> TextEncoder:
     precision = PrecisionOptions.model_validate({"mixed_precision": "no", **given})
     model = ModelOptions(model_flavour="tiny", tokenizer_max_length=160)
-    return open_text_encoder(model, precision, OffloadOptions(), source, CPU, folder=Path(), say=said.append)
+    return open_text_encoder(
+        model, precision, OffloadOptions(), source, CPU, folder=Path(), say=said.append, sharing=sharing
+    )
 
 
 def available(monkeypatch: pytest.MonkeyPatch, kib: int) -> None:
@@ -55,6 +57,18 @@ def test_auto_takes_what_fits_and_says_why(source: Source, said: list[str], monk
     assert resident == f"Text encoder resident: it takes up to {needed}, 1.00 GiB of memory are free."
     start = "Text encoder streamed, one layer at a time: resident it takes up to"
     assert streamed == f"{start} {needed}, 1.0 MiB of memory are free."
+
+
+def test_processes_that_share_the_memory_count_on_their_part(
+    source: Source, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    available(monkeypatch, kib=2**10)
+    opened(source, said)
+    needed_mib = float(said[0].split(" up to ")[1].split(" MiB")[0])
+    available(monkeypatch, kib=int((2.5 * needed_mib) * 2**10))
+    assert type(opened(source, said, sharing=2)) is ResidentTextEncoder
+    assert said[-1].endswith(" of memory are free for each of 2 processes.")
+    assert type(opened(source, said, sharing=3)) is StreamedTextEncoder
 
 
 def test_a_larger_batch_needs_more(source: Source, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.thread_ranks import ALONE
 
 from simpletuner.base.errors import AccessError, ConfigError, DataError, DiskError
 from simpletuner.base.storage import LocalStorage
@@ -211,7 +212,7 @@ def test_an_interruption_keeps_the_portions_before_it(embedded_source, tmp_path)
     def fill(store: Store, report: Callable[[int, int], None] = lambda *_: None) -> int:
         encoder = streamed(embedded_source, store.storage.folder, portion_tokens=200, memory_bytes=0, layers=(1, 3))
         sizes = {"batch_size": 2, "write_batch_size": 100}
-        return fill_contexts(prompts, store, codec, lambda: encoder, **sizes, report=report).encoded
+        return fill_contexts(prompts, store, codec, lambda: encoder, **sizes, report=report, world=ALONE).encoded
 
     def stop(done: int, _total: int) -> None:
         if done >= 5:

@@ -356,7 +356,7 @@ def test_the_text_encoder_is_gone_when_pictures_are_encoded(tiny_folder: Path) -
     before = text_encoders()  # of fixtures that other tests in this process share
     gc.disable()  # so that only the function's own collection counts
     try:
-        fill_text(prepared, source, CPU, Reporter(), verify=False)
+        fill_text(prepared, source, World(0, 1, CPU), Reporter(), verify=False)
         assert not [each for each in text_encoders() if not any(each is other for other in before)]
     finally:
         gc.enable()
@@ -371,7 +371,7 @@ def test_captions_that_spell_control_tokens_are_told_once_with_their_number(
     source = locate(found.config, report=print)
     manifests = tuple(scan(each, seed=0, workers=1, report=lambda *_: None) for each in found.datasets.train_sets)
     prepared = Prepared(found, Encoders.of(found.config, source), manifests, ())
-    fill_text(prepared, source, CPU, Reporter(), verify=False)
+    fill_text(prepared, source, World(0, 1, CPU), Reporter(), verify=False)
     told = [line for line in "".join(capsys.readouterr()).splitlines() if "control tokens" in line]
     assert len(told) == 1
     assert "1 caption spells control tokens" in told[0]

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from simpletuner.base.errors import DataError
 from simpletuner.base.files import sha256_json
-from simpletuner.data.cache.report import FillReport
+from simpletuner.data.cache.report import FillReport, share_of, whole_progress
 from simpletuner.data.cache.store import Store, check_all
 from simpletuner.flow.condition import TextContext
+from simpletuner.memory.world import World
 
 
 @runtime_checkable  # the tests check signatures as they run
@@ -78,65 +79,91 @@ def fill_contexts(
     write_batch_size: int,
     verify: bool = False,
     report: Callable[[int, int], None],
+    world: World,
 ) -> FillReport:
-    """Make every context that the store lacks.
+    """Make every context that the store lacks. All ranks of `world` call it, and each encodes a share of the batches.
 
     All prompts, cached or not, are sorted by (tokens, text) and cut into batches; a batch that lacks one is
     made again whole. So a batch depends on the set of prompts only, and the bytes are the same after any
-    interruption.
+    interruption and with any number of ranks. Rank 0 checks the store and cuts the batches.
 
     Args:
-        load: called only if something is missing; brings the encoder in.
+        prompts: those of rank 0 count.
+        load: returns the encoder, the same one if called again; called only on ranks that have a share, and on rank 0
+            first, which counts the tokens of every prompt.
         batch_size: prompts encoded at once.
         write_batch_size: files written at once.
         verify: read every file, also those that an earlier check left as they are.
-        report: called with (prompts encoded, prompts to encode).
+        report: called with (prompts encoded, prompts to encode), of all ranks: `whole_progress`.
 
     Raises:
         DataError: the encoder gave numbers that are not finite, for a prompt that is named.
         DiskError: no space; where that is known before, nothing is loaded.
     """
     started = time.monotonic()
-    unique = sorted(set(prompts))
-    store.sweep()
-    states = check_all(((store, context_key(prompt, codec)) for prompt in unique), verify=verify)
-    lacking = {prompt for prompt, state in zip(unique, states, strict=True) if state != "sound"}
-    encoded = 0
-    if lacking:
-        store.check_room(len(lacking) * codec.least_bytes, f"The contexts of {len(lacking):,} captions", "cache_dir")
-        text_encoder = load()
-        batches = [b for b in _batches(unique, text_encoder, batch_size) if not lacking.isdisjoint(b)]
-        total = sum(map(len, batches))
-        told = 0
-        unwritten: list[tuple[str, TextContext]] = []
 
-        def tell(count: int) -> None:
-            nonlocal told
-            told = max(told, count)
-            report(told, total)
+    def plan() -> tuple[list[list[str]], int, int]:
+        """Batches to encode, and how many contexts are sound and damaged."""
+        unique = sorted(set(prompts))
+        store.sweep()
+        states = check_all(((store, context_key(prompt, codec)) for prompt in unique), verify=verify)
+        lacking = {prompt for prompt, state in zip(unique, states, strict=True) if state != "sound"}
+        batches: list[list[str]] = []
+        if lacking:
+            what = f"The contexts of {len(lacking):,} captions"
+            store.check_room(len(lacking) * codec.least_bytes, what, "cache_dir")
+            batches = [b for b in _batches(unique, load(), batch_size) if not lacking.isdisjoint(b)]
+        return batches, states.count("sound"), states.count("damaged")
 
-        def write() -> None:
-            for prompt, context in unwritten:
-                store.write(context_key(prompt, codec), codec.pack(context), {"kind": "context", "prompt": prompt})
-            unwritten.clear()
+    # Whoever looked later would find what others have written meanwhile, and cut other batches.
+    batches, found, damaged = world.from_main("the text contexts to encode", plan)
+    total = sum(map(len, batches))
+    share = share_of(batches, world)
+    if share:
+        _encode(share, store, codec, load(), write_batch_size, whole_progress(report, sum(map(len, share)), total))
+    if batches:
+        world.barrier("the end of encoding text contexts")
+    return FillReport(total, found, damaged, time.monotonic() - started)
 
-        def go_on(share: float) -> None:
-            # What is finished must not wait in memory for what takes long.
-            write()
-            tell(min(int(share * total), total - 1))
 
-        tell(0)
-        with closing(text_encoder.encode_batches(batches, go_on)) as encoding:
-            for batch, contexts in zip(batches, encoding, strict=True):
-                for prompt, context in zip(batch, contexts, strict=True):
-                    if not torch.isfinite(context.rows).all():
-                        raise DataError.of(f"the text encoder gave numbers that are not finite for {prompt!r}")
-                    unwritten.append((prompt, context))
-                encoded += len(batch)
-                if len(unwritten) >= write_batch_size or encoded == total:
-                    write()
-                tell(encoded)
-    return FillReport(encoded, states.count("sound"), states.count("damaged"), time.monotonic() - started)
+def _encode(
+    batches: Sequence[Sequence[str]],
+    store: Store,
+    codec: ContextCodec,
+    text_encoder: ContextEncoder,
+    write_batch_size: int,
+    report: Callable[[int], None],
+) -> None:
+    """Encode `batches` and write their contexts. `report` is called with how many are encoded."""
+    total, encoded, told = sum(map(len, batches)), 0, 0
+    unwritten: list[tuple[str, TextContext]] = []
+
+    def tell(count: int) -> None:
+        nonlocal told
+        told = max(told, count)
+        report(told)
+
+    def write() -> None:
+        for prompt, context in unwritten:
+            store.write(context_key(prompt, codec), codec.pack(context), {"kind": "context", "prompt": prompt})
+        unwritten.clear()
+
+    def go_on(share: float) -> None:
+        # What is finished must not wait in memory for what takes long.
+        write()
+        tell(min(int(share * total), total - 1))
+
+    tell(0)
+    with closing(text_encoder.encode_batches(batches, go_on)) as encoding:
+        for batch, contexts in zip(batches, encoding, strict=True):
+            for prompt, context in zip(batch, contexts, strict=True):
+                if not torch.isfinite(context.rows).all():
+                    raise DataError.of(f"the text encoder gave numbers that are not finite for {prompt!r}")
+                unwritten.append((prompt, context))
+            encoded += len(batch)
+            if len(unwritten) >= write_batch_size or encoded == total:
+                write()
+            tell(encoded)
 
 
 def _batches(prompts: Sequence[str], text_encoder: ContextEncoder, batch_size: int) -> list[list[str]]:

@@ -14,12 +14,13 @@ from simpletuner.base.errors import DataError
 from simpletuner.base.files import sha256_bytes, sha256_json
 from simpletuner.config.datasets import ImageSet
 from simpletuner.data.ahead import map_ahead
-from simpletuner.data.cache.report import FillReport
+from simpletuner.data.cache.report import FillReport, share_of, whole_progress
 from simpletuner.data.cache.store import Store, check_all
 from simpletuner.data.manifest import Manifest
 from simpletuner.data.pixels import FILE_LIMIT, PIXELS_VERSION, render
 from simpletuner.data.rejected import Rejected
 from simpletuner.data.sample import Sample
+from simpletuner.memory.world import World
 
 Encode = Callable[[Float[Tensor, "b 3 H W"]], Float[Tensor, "b 128 h w"]]
 """Pixels in [-1, 1], fp32, to latents with h = H/16."""
@@ -82,59 +83,85 @@ def fill_latents(
     workers: int,
     verify: bool = False,
     report: Callable[[int, int], None],
+    world: World,
 ) -> FillReport:
-    """Make every latent that its store lacks.
+    """Make every latent that its store lacks. All ranks of `world` call it, with equal manifests, and each encodes a
+    share of the batches.
 
-    A batch that lacks one is made again whole, so that the bytes are the same after any interruption. Threads
-    open and crop the next pictures while a batch is encoded; at most a batch and two pictures a thread are
-    held.
+    A batch that lacks one is made again whole, so that the bytes are the same after any interruption and with any
+    number of ranks. Rank 0 checks the stores. Threads open and crop the next pictures while a batch is encoded; at
+    most a batch and two pictures a thread are held, by each rank.
 
     Args:
-        load: called only if something is missing; brings the encoder in.
+        load: called only on ranks that have a share; brings the encoder in.
         batch_size: pictures encoded at once.
-        workers: threads that prepare pictures.
+        workers: threads of this rank that prepare pictures.
         verify: read every file, also those that an earlier check left as they are.
-        report: called with (pictures encoded, pictures to encode).
+        report: called with (pictures encoded, pictures to encode), of all ranks: `whole_progress`.
 
     Raises:
         DataError: a file changed since the scan, or its latent is not finite; it is named.
         DiskError: no space; nothing is loaded then.
     """
     started = time.monotonic()
-    for store in {store_of(manifest.image_set) for manifest in manifests}:
-        store.sweep()
     batches = list(all_batches(manifests, batch_size))
-    wanted = [(store_of(owner), sample) for owner, batch in batches for sample in batch]
-    states = check_all(((store, latent_key(sample, encoder)) for store, sample in wanted), verify=verify)
-    taken = iter(states)
-    todo = [found for found in batches if {next(taken) for _ in found[1]} != {"sound"}]
-    total, encoded = sum(len(batch) for _, batch in todo), 0
-    lacking: dict[Store, list[Sample]] = {}
-    for (store, sample), state in zip(wanted, states, strict=True):
-        if state != "sound":
-            lacking.setdefault(store, []).append(sample)
-    for store, samples in lacking.items():
-        store.check_room(sum(map(_latent_bytes, samples)), f"The latents of {len(samples):,} images", "cache_dir_vae")
+
+    def plan() -> tuple[list[int], int, int]:
+        """Indices of the batches to encode, and how many latents are sound and damaged."""
+        for store in {store_of(manifest.image_set) for manifest in manifests}:
+            store.sweep()
+        wanted = [(store_of(owner), sample) for owner, batch in batches for sample in batch]
+        states = check_all(((store, latent_key(sample, encoder)) for store, sample in wanted), verify=verify)
+        lacking: dict[Store, list[Sample]] = {}
+        for (store, sample), state in zip(wanted, states, strict=True):
+            if state != "sound":
+                lacking.setdefault(store, []).append(sample)
+        for store, samples in lacking.items():
+            what = f"The latents of {len(samples):,} images"
+            store.check_room(sum(map(_latent_bytes, samples)), what, "cache_dir_vae")
+        taken = iter(states)
+        todo = [index for index, (_, batch) in enumerate(batches) if {next(taken) for _ in batch} != {"sound"}]
+        return todo, states.count("sound"), states.count("damaged")
+
+    # Whoever looked later would find what others have written meanwhile.
+    todo, found, damaged = world.from_main("the latents to encode", plan)
+    total = sum(len(batches[index][1]) for index in todo)
+    share = [batches[index] for index in share_of(todo, world)]
+    if share:
+        own = sum(len(batch) for _, batch in share)
+        _encode(share, store_of, encoder, load(), workers, whole_progress(report, own, total))
     if todo:
-        encode = load()
-        report(0, total)
-        pictures = map_ahead(
-            _pixels,
-            (sample for _, batch in todo for sample in batch),
-            workers=workers,
-            ahead=batch_size + 2 * workers,
-        )
-        with closing(pictures):
-            for image_set, batch in todo:
-                latents = encode(_tensor([next(pictures) for _ in batch]))
-                for sample, latent in zip(batch, latents.float().cpu(), strict=True):
-                    if not torch.isfinite(latent).all():
-                        raise DataError.of(f"{sample.shown}: the VAE gave numbers that are not finite")
-                    metadata = {"kind": "latent", "content": sample.content}
-                    store_of(image_set).write(latent_key(sample, encoder), {"latent": latent}, metadata)
-                encoded += len(batch)
-                report(encoded, total)
-    return FillReport(encoded, states.count("sound"), states.count("damaged"), time.monotonic() - started)
+        world.barrier("the end of encoding latents")
+    return FillReport(total, found, damaged, time.monotonic() - started)
+
+
+def _encode(
+    batches: Sequence[tuple[ImageSet, list[Sample]]],
+    store_of: StoreOf,
+    encoder: str,
+    encode: Encode,
+    workers: int,
+    report: Callable[[int], None],
+) -> None:
+    """Encode `batches` and write their latents. `report` is called with how many are encoded."""
+    encoded = 0
+    report(encoded)
+    pictures = map_ahead(
+        _pixels,
+        (sample for _, batch in batches for sample in batch),
+        workers=workers,
+        ahead=max(len(batch) for _, batch in batches) + 2 * workers,
+    )
+    with closing(pictures):
+        for image_set, batch in batches:
+            latents = encode(_tensor([next(pictures) for _ in batch]))
+            for sample, latent in zip(batch, latents.float().cpu(), strict=True):
+                if not torch.isfinite(latent).all():
+                    raise DataError.of(f"{sample.shown}: the VAE gave numbers that are not finite")
+                metadata = {"kind": "latent", "content": sample.content}
+                store_of(image_set).write(latent_key(sample, encoder), {"latent": latent}, metadata)
+            encoded += len(batch)
+            report(encoded)
 
 
 def _latent_bytes(sample: Sample) -> int:

@@ -1,0 +1,200 @@
+"""Ranks that scan once and share out captions and pictures, on the embedded model."""
+
+import json
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tests.ranks import ROOT, in_ranks, together
+from tests.thread_ranks import ALONE, on_ranks
+
+from simpletuner.base.storage import LocalStorage
+from simpletuner.config.load import Loaded, load
+from simpletuner.flux2.located import located
+from simpletuner.flux2.source import Source, locate
+from simpletuner.memory.world import World
+from simpletuner.train import caches
+from simpletuner.train.caches import Prepared, base_fingerprints, prepare, scan_sets
+from simpletuner.train.report import Reporter
+
+FOUND_IN = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+LONG = "many words " * 200
+CAPTIONS = ["a barn", "a sign, [INST]", "a tree in a field", LONG, "fog", "a road that leads nowhere in particular"]
+CONFIG: dict[str, Any] = {
+    "model_flavour": "tiny",
+    "output_dir": "out",
+    "tokenizer_max_length": 160,
+    "mixed_precision": "no",
+    "vae_dtype": "fp32",
+    "max_workers": 2,
+    "max_train_steps": 1,
+    "text_encoder_batch_size": 2,
+    "vae_batch_size": 2,
+}
+
+
+@pytest.fixture
+def project(own_folder: Path, tiny_folder: Path) -> Path:
+    """Six captioned pictures in two buckets, one that is none, and two prompts."""
+    (own_folder / "pictures").mkdir()
+    for index, caption in enumerate(CAPTIONS):
+        path = own_folder / "pictures" / f"{index}.png"
+        Image.new("RGB", (128, 64) if index % 2 else (64, 128), (40 * index, 0, 0)).save(path)
+        path.with_suffix(".txt").write_text(caption)
+    (own_folder / "pictures" / "words.png").write_text("not a picture")
+    (own_folder / "config").mkdir()
+    config = {**CONFIG, "pretrained_model_name_or_path": str(tiny_folder)}
+    (own_folder / "config" / "config.json").write_text(json.dumps(config))
+    shape = {"resolution": 64, "crop": False, "caption_strategy": "textfile"}
+    datasets = [
+        {"id": "pictures", "type": "local", "instance_data_dir": "pictures", "cache_dir_vae": "cache/vae", **shape},
+        {"id": "text", "type": "local", "dataset_type": "text_embeds", "default": True, "cache_dir": "cache/text"},
+    ]
+    (own_folder / "config" / "multidatabackend.json").write_text(json.dumps(datasets))
+    prompts = {"one": "a gradient", "two": "a lighthouse"}
+    (own_folder / "config" / "user_prompt_library.json").write_text(json.dumps(prompts))
+    return own_folder
+
+
+@pytest.fixture
+def busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process imports three large libraries, which takes long where others compute."""
+    monkeypatch.setattr("tests.ranks.TIMEOUT_S", 300.0)
+
+
+def loaded(*flags: str) -> Loaded:
+    return load(list(flags), folder=Path(), environ={})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
+def filled(world: World, folder: str, flags: list[str]) -> dict[str, Any]:
+    """Fill the caches below `folder`; which files this rank wrote, and what it told."""
+    os.chdir(folder)
+    written: list[str] = []
+    write = LocalStorage.write
+
+    def noted(self: LocalStorage, name: str, data: bytes, *, sync: bool = True) -> None:
+        written.append(f"{self.folder.name}/{name}")
+        write(self, name, data, sync=sync)
+
+    LocalStorage.write = noted  # type: ignore[method-assign]
+    told: list[str] = []
+    reporter = Reporter(is_muted=True)
+    reporter.say = told.append  # type: ignore[method-assign,assignment]
+    found = loaded(*flags)
+    source = located(world, lambda: locate(found.config, report=told.append))
+    prepared = prepare(found, source, world, reporter)
+    LocalStorage.write = write  # type: ignore[method-assign]
+    context = prepared.contexts(["a gradient"])
+    return {"written": written, "told": told, "validation": float(context.rows.double().sum())}
+
+
+def killed_in_text(world: World, folder: str) -> None:
+    """Fill the caches below `folder`; rank 1 dies with SIGKILL once it has written two contexts."""
+    os.chdir(folder)
+    write = LocalStorage.write
+    written = 0
+
+    def counted(self: LocalStorage, name: str, data: bytes, *, sync: bool = True) -> None:
+        nonlocal written
+        write(self, name, data, sync=sync)
+        written += name.endswith(".safetensors")
+        if world.rank == 1 and written == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    LocalStorage.write = counted  # type: ignore[method-assign]
+    found = loaded("--write_batch_size=1")
+    source = located(world, lambda: locate(found.config, report=print))
+    prepare(found, source, world, Reporter(is_muted=True))
+
+
+@pytest.mark.usefixtures("project")
+def test_rank_0_scans_looks_for_files_and_hashes_and_the_others_hear_what_it_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = loaded()
+    calls: list[str] = []
+
+    def counted(name: str, function: Any) -> Any:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            calls.append(name)
+            return function(*arguments, **keywords)
+
+        return call
+
+    monkeypatch.setattr(caches, "scan", counted("scan", caches.scan))
+    monkeypatch.setattr(caches, "claim", counted("claim", caches.claim))
+    monkeypatch.setattr(caches, "key_of_latents", counted("key of latents", caches.key_of_latents))
+    monkeypatch.setattr(Source, "_fingerprint", counted("fingerprint", Source._fingerprint))
+
+    def work(world: World) -> tuple[Source, Prepared, dict[str, str]]:
+        source = located(world, counted("locate", lambda: locate(found.config, report=print)))
+        model = base_fingerprints(found.config, source, world)
+        return source, scan_sets(found, source, world, Reporter(is_muted=True)), model
+
+    ((source, prepared, model),) = on_ranks(1, work)
+    alone, calls[:] = list(calls), []
+    others = on_ranks(3, work)
+    assert others == [(source, prepared, model)] * 3
+    assert calls == alone
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("busy_machine")
+def test_two_processes_fill_the_caches_of_one(project: Path) -> None:
+    """Each file is written once, by one of them; what is told is told by rank 0, of all. The encoder is streamed."""
+    flags = ["--text_encoder_mode=streamed"]
+    alone = filled(ALONE, str(project), flags)
+    whole = files(project / "cache")
+    assert len(whole) == 6 + 6 + 3, "latents; captions; prompts and the empty text"
+    (project / "cache").rename(project / "of one")
+    first, second = in_ranks(2, filled, str(project), flags)
+    assert files(project / "cache") == whole
+    shared = [[name for name in each["written"] if name.endswith(".safetensors")] for each in (first, second)]
+    assert all(shared)
+    assert sorted(shared[0] + shared[1]) == sorted(name for name in alone["written"] if name.endswith(".safetensors"))
+    assert len(set(shared[0] + shared[1])) == len(whole)
+    assert shared[1] == second["written"], "what is noted beside the files is noted by rank 0"
+    assert [untimed(line) for line in lasting(first["told"])] == [untimed(line) for line in lasting(alone["told"])]
+    assert sum("control tokens" in line for line in first["told"]) == 1
+    assert sum("1 captions are longer than tokenizer_max_length" in line for line in first["told"]) == 1
+    assert first["validation"] == second["validation"] == alone["validation"]
+
+
+def lasting(lines: list[str]) -> list[str]:
+    """Without the lines of progress, of which a slow machine has more."""
+    return [line for line in lines if not line.startswith("  ")]
+
+
+def untimed(line: str) -> str:
+    return re.sub(r"encoded in [^,]*,", "encoded,", line)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("busy_machine")
+def test_what_a_killed_rank_leaves_is_finished_by_another_number(project: Path) -> None:
+    given = json.dumps([killed_in_text.__module__, killed_in_text.__qualname__, [str(project)]])
+    command = [sys.executable, "-P", "-m", "tests.ranks", given]
+    first, second = together(2, command, PYTHONPATH=os.pathsep.join(FOUND_IN))
+    assert second.exit_code == -signal.SIGKILL
+    assert first.exit_code != 0
+    assert "rank 1 gave no sign of life for 15 s, while this process waited for" in first.err
+    left = files(project / "cache")
+    assert 2 < len(left) < 9
+    filled(ALONE, str(project), [])
+    finished = files(project / "cache")
+    assert {name: finished[name] for name in left} == left
+    (project / "cache").rename(project / "of two")
+    filled(ALONE, str(project), [])
+    assert files(project / "cache") == finished
+    assert not [path.name for path in project.rglob("*.part")]
