@@ -31,5 +31,5 @@ def run(arguments: list[str]) -> int:
         from simpletuner.train import job
 
         stop_if_asked()
-        world = join(os.environ, loaded.config.distributed_timeout_s)
+        world = join(os.environ, float(loaded.config.distributed_timeout_s))
         return job.run(job.build(loaded, world))
