@@ -87,7 +87,8 @@ class Layout:
                 "data": ((-(-rows * columns // 2),), torch.uint8),
                 "scale": ((blocks,), torch.uint8),
                 "nested": ((-(-blocks // _NESTED_BLOCK),), torch.float32),
-                "offset": ((), torch.float32),
+                # Of one dimension: a tensor without any cannot be sharded.
+                "offset": ((1,), torch.float32),
                 "code": ((256,), torch.float32),
             }
         is_quanto = known.library == "optimum.quanto"
@@ -397,7 +398,7 @@ def _nested(absmax: Float[Tensor, " blocks"]) -> dict[str, Tensor]:
     """The scales of nf4 in 8 bits (double quantisation, Dettmers et al., arXiv 2305.14314)."""
     from bitsandbytes import functional
 
-    offset = absmax.mean()
+    offset = absmax.mean().reshape(1)
     scale, state = functional.quantize_blockwise(absmax - offset, blocksize=_NESTED_BLOCK)
     return {"scale": scale, "nested": state.absmax, "offset": offset, "code": state.code}
 

@@ -1,0 +1,101 @@
+"""FSDP2: each process holds a share of every weight, and a block's weights are whole only while the block computes.
+
+Every process must run the model equally often, since each pass of a block gathers its weights from all of them. Which
+collectives a pass takes: one all-gather for the parameters outside the blocks and one per block in forward, and again
+one per block in backward if `reshard_after_forward`. Frozen weights take no other; trainable ones are reduce-scattered.
+
+Adapters are attached after `shard`, so FSDP knows nothing of them: they stay plain parameters, alike on all ranks.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a model is sharded over the processes of this run."""
+
+    device: torch.device
+    """On which this process computes."""
+    reshard_after_forward: bool = True
+    """Whether a block's weights are let go after its forward pass and gathered again in backward."""
+    cpu_offload: bool = False
+    """Whether shards are kept in host memory, and copied to the device for each pass."""
+
+    @property
+    def resting(self) -> torch.device:
+        """Where shards are while their block does not compute."""
+        return torch.device("cpu") if self.cpu_offload else self.device
+
+
+_sharded: WeakKeyDictionary[nn.Module, Sharding] = WeakKeyDictionary()
+
+
+def shard(model: nn.Module, blocks: Sequence[nn.Module], sharding: Sharding) -> None:
+    """Shard each of `blocks`, then what else `model` has, over all processes, in place. Parameters become DTensors split
+    on their first dimension; parameters on the meta device stay there, as shards.
+
+    Call it before adapters are attached; blocks may be compiled or checkpointed before or after, since FSDP's hooks are
+    outside of `forward` either way.
+
+    Raises:
+        ValueError: a parameter has no dimension to split.
+    """
+    # Imported here: one process never pays for it.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+    scalars = [name for name, parameter in model.named_parameters() if not parameter.dim()]
+    if scalars:
+        raise ValueError(f"parameters without a dimension cannot be sharded: {', '.join(scalars)}")
+    device = sharding.device
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if sharding.cpu_offload else OffloadPolicy()
+    # No MixedPrecisionPolicy: torch 2.11 casts every parameter to its param_dtype, int8 too.
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=sharding.reshard_after_forward, offload_policy=offload)
+    # Its backward pass begins where its forward pass ends: resharded between, it would be gathered twice in a row.
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, offload_policy=offload)
+    _sharded[model] = sharding
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` was called for `model`."""
+    return model in _sharded
+
+
+def own_rows(rows: int, rank: int, ranks: int) -> tuple[int, int]:
+    """The rows [start, stop) of a tensor with `rows` rows that `rank` of `ranks` holds; none on late ranks if there are
+    too few.
+    """
+    size = -(-rows // ranks)
+    return min(rank * size, rows), min((rank + 1) * size, rows)
+
+
+def local(parameter: Tensor) -> Tensor:
+    """What this process holds of `parameter`: the memory itself, without a graph. Of a plain tensor, all of it."""
+    from torch.distributed.tensor import DTensor
+
+    tensor = parameter.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def held_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes that this process holds of `tensors`, sharded or not."""
+    return sum(local(tensor).nbytes for tensor in tensors)
+
+
+def idle_pass(model: nn.Module) -> None:
+    """Take part in one pass without gradients that other ranks make through a sharded `model`, and compute nothing."""
+    from torch.distributed.fsdp import FSDPModule
+
+    reshards = _sharded[model].reshard_after_forward
+    for part in model.modules():  # the model itself, then its blocks in their order
+        if isinstance(part, FSDPModule):
+            part.unshard()
+            if part is not model and reshards:
+                part.reshard()
