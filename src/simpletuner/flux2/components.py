@@ -31,6 +31,7 @@ from simpletuner.flux2.text import CODECS, TextCodec, TextEncoder
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.free import free_memory_bytes
 from simpletuner.memory.precision import DTYPES, check_precision
+from simpletuner.memory.shard import Sharding
 
 
 def check_precisions(options: PrecisionOptions, device: torch.device) -> None:
@@ -173,9 +174,10 @@ def load_base(
     device: torch.device,
     *,
     report: Callable[[str], None],
+    sharding: Sharding | None = None,
 ) -> Flux2Transformer:
-    """The frozen transformer as `options` have it, where `offload` wants it first; `report` is told if a quantised one
-    that was kept is of no use.
+    """The frozen transformer as `options` have it, where `offload` wants it first, or in shards; `report` is told if a
+    quantised one that was kept is of no use.
 
     Raises:
         AccessError: it cannot be loaded.
@@ -192,4 +194,5 @@ def load_base(
         via=quantised_on(options, device),
         cache_dir=None if folder is None else Path(folder),
         report=report,
+        sharding=sharding,
     )

@@ -22,6 +22,11 @@ class Learning(abc.ABC):
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for _, parameter in self.named_parameters()]
 
+    def to(self, device: torch.device) -> None:
+        """Move the parameters to `device`; those of the frozen base stay where they are."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(device)
+
     @property
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

@@ -28,7 +28,16 @@ from simpletuner.flux2.text_stream import StreamedTextEncoder
 from simpletuner.flux2.tokenizer import correct_pattern
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory import offload
-from simpletuner.memory.precision import check_range, make_room, quantised, quantised_from, targets
+from simpletuner.memory.precision import (
+    Layout,
+    check_range,
+    make_room,
+    packed,
+    quantised,
+    quantised_from,
+    targets,
+)
+from simpletuner.memory.shard import Sharding, local, own_rows, shard
 from simpletuner.memory.tensors import non_finite_count, open_tensors
 from simpletuner.runs.process import stop_if_asked
 
@@ -94,6 +103,7 @@ def load_transformer(
     via: torch.device | str | None = None,
     cache_dir: Path | None = None,
     report: Callable[[str], None] = say,
+    sharding: Sharding | None = None,
 ) -> Flux2Transformer:
     """The transformer, frozen, as `dtype` on `device`, the Linears of its blocks in `precision`. BFL's and diffusers'
     names are both understood.
@@ -104,6 +114,8 @@ def load_transformer(
         land_on: the device of the tensor of each name, where they differ; by default all are on `device`.
         cache_dir: where the quantised model is kept, and found by the next one who asks for the same.
         report: told in a sentence why one that was kept is not used.
+        sharding: where given, the transformer is sharded over all processes, and only shards come into memory. What is
+            kept in `cache_dir` is used, and nothing is put there. `device` and `land_on` do not matter.
 
     Raises:
         AccessError: tensors are missing, unknown or of the wrong shape; they are named.
@@ -117,6 +129,9 @@ def load_transformer(
         quantise = Quantise(precision, _BLOCKS, device if via is None else via)
         kept = None if cache_dir is None else KeptBase.of(cache_dir, source, precision, dtype)
     file = None if kept is None else kept.verified(report)
+    if sharding is not None:
+        _fill_shards(transformer, source.transformer, dtype, sharding, quantise, file)
+        return transformer.eval()
     if file is not None:
         # What products read in place is copied: on a CPU their last bits depend on where a tensor begins.
         plain = {name for name, _ in transformer.named_parameters()}
@@ -125,7 +140,7 @@ def load_transformer(
         with open_tensors(file) as tensors:
             for name in transformer.state_dict():
                 place = device if land_on is None else land_on(name)
-                _assign(transformer, name, tensors[name].to(place, copy=name in plain))
+                _assign(transformer, name, _with_dimension(tensors[name]).to(place, copy=name in plain))
         return transformer.eval()
     renaming = transformer_renaming(read_headers(source.transformer.files))
     _fill(transformer, source.transformer, renaming, dtype, device, quantise=quantise, land_on=land_on)
@@ -449,6 +464,74 @@ def _fill(
                 if new is not None and entries[name].file == file:
                     stop_if_asked()
                     land(new, tensors[name], entries[name])
+
+
+@torch.no_grad()
+def _fill_shards(
+    transformer: Flux2Transformer,
+    weights: Weights,
+    dtype: torch.dtype,
+    sharding: Sharding,
+    quantise: Quantise | None,
+    quantised_file: Path | None,
+) -> None:
+    """Shard `transformer`, built on the meta device, and give this process its rows of every tensor.
+
+    Files are mapped, so that other rows are not read, and what several processes read lies in memory once. One tensor
+    at a time is in memory beside the shards: its rows, and all of it where the precision cannot quantise rows alone.
+
+    Args:
+        quantised_file: holds the tensors as `quantise` makes them; `weights` are not read then.
+    """
+    entries = read_headers(weights.files)
+    renaming = transformer_renaming(entries)
+    renamed = {name: renaming(name) for name in entries}
+    _check(transformer, entries, renamed, unknown_allowed=False)
+    linears = {} if quantise is None else targets(transformer, quantise.within, quantise.precision)
+    transformer.to(dtype)
+    if quantise is not None:
+        with torch.device("meta"):
+            make_room(transformer, linears, quantise.precision, quantised_from(dtype))
+    transformer.requires_grad_(False)
+    shard(transformer, transformer.blocks, sharding)
+    transformer.to_empty(device=sharding.resting)
+    shards = {name: local(parameter) for name, parameter in transformer.named_parameters()}
+
+    def land(target: str, tensor: Tensor, origin: TensorEntry) -> None:
+        owner = target.removesuffix(".weight")
+        if owner not in linears:
+            rows = own_rows(tensor)
+            check_range(rows, dtype, target)
+            _check_finite(shards[target].copy_(rows), target, origin.file)
+            return
+        assert quantise is not None
+        layout = Layout(quantise.precision, (linears[owner].out_features, linears[owner].in_features))
+        rows = own_rows(tensor) if layout.is_by_rows else tensor
+        if not len(rows):
+            return
+        check_range(rows, dtype, target)
+        cast = rows.to(quantised_from(dtype)).to(quantise.via)
+        _check_finite(cast, target, origin.file)
+        for name, made in packed(cast, quantise.precision).items():
+            shards[f"{owner}.{name}"].copy_(made if layout.is_by_rows else own_rows(made))
+
+    if quantised_file is not None:
+        with open_tensors(quantised_file) as tensors:
+            for name, held in shards.items():
+                held.copy_(own_rows(_with_dimension(tensors[name])))
+        return
+    for file in weights.files:
+        with open_tensors(file) as tensors:
+            for name, new in renamed.items():
+                if new is not None and entries[name].file == file:
+                    stop_if_asked()
+                    for target, part in zip(new.names, new.cut(tensors[name]), strict=True):
+                        land(target, part, entries[name])
+
+
+def _with_dimension(tensor: Tensor) -> Tensor:
+    """`tensor`, with one dimension if it has none: earlier releases kept a scalar of nf4 so."""
+    return tensor if tensor.dim() else tensor.reshape(1)
 
 
 def _check_finite(tensor: Tensor, name: str, file: Path) -> None:

@@ -43,7 +43,7 @@ _ROWS = 64
 
 def check_range(weight: Tensor, dtype: torch.dtype, name: str) -> None:
     """Raise a ConfigError where fp16 is the `dtype` and cannot hold `weight`. The other formats hold every weight."""
-    if dtype != torch.float16:
+    if dtype != torch.float16 or not weight.numel():
         return
     low, high = weight.aminmax()
     limit = torch.finfo(dtype).max
@@ -110,6 +110,11 @@ class Layout:
             return f"{rows} outputs and {columns} inputs are no multiples of {_TILE}"
         is_grouped = PRECISIONS[self.precision].group is not None and self.precision != "nf4-bnb"
         return f"{columns} inputs are no multiple of {GROUPS[-1]}" if is_grouped and not self.group else None
+
+    @property
+    def is_by_rows(self) -> bool:
+        """Whether some rows of a weight can be held, and quantised, without the others."""
+        return self.precision != "nf4-bnb"
 
     @property
     def group(self) -> int:

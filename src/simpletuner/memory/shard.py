@@ -14,6 +14,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from simpletuner.config.options.ranks import RankOptions
+from simpletuner.memory.world import World
+
 
 @dataclass(frozen=True)
 class Sharding:
@@ -25,6 +28,13 @@ class Sharding:
     """Whether a block's weights are let go after its forward pass and gathered again in backward."""
     cpu_offload: bool = False
     """Whether shards are kept in host memory, and copied to the device for each pass."""
+
+    @classmethod
+    def of(cls, options: RankOptions, world: World) -> "Sharding | None":
+        """How the options shard; None where they do not, or where one process trains."""
+        if not options.fsdp_enable or world.is_alone:
+            return None
+        return cls(world.device, options.fsdp_reshard_after_forward, options.fsdp_cpu_offload)
 
     @property
     def resting(self) -> torch.device:
@@ -68,12 +78,13 @@ def is_sharded(model: nn.Module) -> bool:
     return model in _sharded
 
 
-def own_rows(rows: int, rank: int, ranks: int) -> tuple[int, int]:
-    """The rows [start, stop) of a tensor with `rows` rows that `rank` of `ranks` holds; none on late ranks if there are
-    too few.
+def own_rows(tensor: Tensor) -> Tensor:
+    """The rows of a whole `tensor` that this process holds once it is sharded, as a view: ceil(rows / ranks) of them,
+    and fewer or none on late ranks.
     """
-    size = -(-rows // ranks)
-    return min(rank * size, rows), min((rank + 1) * size, rows)
+    size = -(-len(tensor) // torch.distributed.get_world_size())
+    start = torch.distributed.get_rank() * size
+    return tensor[start : start + size]
 
 
 def local(parameter: Tensor) -> Tensor:

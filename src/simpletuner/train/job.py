@@ -251,7 +251,7 @@ class Attempt:
         """Load the model, train it and export it."""
         with self.reporter.phase("load"):
             placed = self.budget.footprint.settled
-            product = PRODUCTS[self.config.model_type](placed, source, self.device, self.reporter)
+            product = PRODUCTS[self.config.model_type](placed, source, self.world, self.reporter)
             self.install(product.transformer, order)
             if self.world.is_main:
                 product.introduce(self.run, self.reporter)

@@ -27,6 +27,8 @@ from simpletuner.flux2.modelfile import (
 from simpletuner.flux2.source import Source
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.precision import DTYPES
+from simpletuner.memory.shard import Sharding, held_bytes
+from simpletuner.memory.world import World
 from simpletuner.runs.layout import LORA_NAME, RunDirectory
 from simpletuner.train import optim
 from simpletuner.train.report import Reporter
@@ -87,18 +89,24 @@ class LoraProduct:
     noun: str = "LoRA"
 
     @classmethod
-    def load(cls, config: RunConfig, source: Source, device: torch.device, reporter: Reporter) -> "LoraProduct":
-        """The transformer, frozen, with a fresh adapter, or the one of `init_lora`."""
-        transformer = load_base(config, config, source, device, report=reporter.notice)
+    def load(cls, config: RunConfig, source: Source, world: World, reporter: Reporter) -> "LoraProduct":
+        """The transformer, frozen, sharded if asked to, with a fresh adapter, or the one of `init_lora`."""
+        sharding = Sharding.of(config, world)
+        transformer = load_base(config, config, source, world.device, report=reporter.notice, sharding=sharding)
+        whole = sum(tensor.nbytes for tensor in transformer.parameters())
         if config.base_model_precision != NO_CHANGE:
-            held = sum(tensor.nbytes for tensor in transformer.state_dict().values())
-            reporter.say(f"The base in {config.base_model_precision} takes {format_size(held)}.")
+            reporter.say(f"The base in {config.base_model_precision} takes {format_size(whole)}.")
+        if sharding is not None:
+            held = held_bytes(transformer.parameters())
+            reporter.say(f"Sharded: each of {world.size} processes holds {format_size(held)} of {format_size(whole)}.")
         transformer.requires_grad_(False)
         if config.init_lora is None:
             adapter = attach(transformer, config, seed=config.seed)
         else:
             saved = read_lora(Path(config.init_lora))
             adapter = attach_saved(transformer, saved, dropout=config.lora_dropout)
+        if sharding is not None:
+            adapter.to(world.device)  # attached where the shards lie, which may be host memory
         return cls(config, transformer, adapter)
 
     @property
@@ -149,10 +157,10 @@ class FullProduct:
     noun: str = "model"
 
     @classmethod
-    def load(cls, config: RunConfig, source: Source, device: torch.device, _reporter: Reporter) -> "FullProduct":
+    def load(cls, config: RunConfig, source: Source, world: World, _reporter: Reporter) -> "FullProduct":
         """The transformer with all of its weights learning: in fp32, or as bf16 with fp32 masters, or as bf16 alone."""
         computes_in = DTYPES[config.base_dtype]
-        transformer = load_transformer(source, torch.float32 if config.has_masters else computes_in, device)
+        transformer = load_transformer(source, torch.float32 if config.has_masters else computes_in, world.device)
         return cls(config, transformer, unfreeze(transformer, computes_in if config.has_masters else None))
 
     @property
@@ -206,7 +214,7 @@ class FullProduct:
         return read_transformer(folder / TRANSFORMER_FOLDER)
 
 
-PRODUCTS: dict[str, Callable[[RunConfig, Source, torch.device, Reporter], Product]] = {
+PRODUCTS: dict[str, Callable[[RunConfig, Source, World, Reporter], Product]] = {
     "lora": LoraProduct.load,
     "full": FullProduct.load,
 }
