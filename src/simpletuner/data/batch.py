@@ -33,6 +33,8 @@ class Batch:
     """Places of the samples in the global batch; with the step they key the draws made inside the model."""
     rollout: RolloutStarts | None = None
     """Where the samples are rolled out from; None where none is."""
+    rolls_elsewhere: bool = False
+    """Whether a batch that another rank trains at the same time is rolled out."""
     choices: tuple[Choice, ...] = ()
     """What TREAD's routes keep of the image tokens in the pass with gradients."""
     masks: Float[Tensor, "b h w"] | None = None

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -51,12 +51,20 @@ class BatchBuilder:
         """
         batches: list[Batch] = []
         names: list[str] = []
+        all_slots: list[range] = []
         first = (step - 1) * self.batches_per_step
         for place in range(self.batches_per_step):
             _, micro_batch = self.order.micro_batch(first + place)
             if place % self.world.size == self.world.rank:
                 batches.append(self.batch(micro_batch, step, len(names)))
+            all_slots.append(range(len(names), len(names) + len(micro_batch.visits)))
             names += names_of(self._samples(micro_batch))
+        if self.rollout is not None and not self.world.is_alone:
+            turns = [all_slots[at : at + self.world.size] for at in range(0, len(all_slots), self.world.size)]
+            batches = [
+                replace(batch, rolls_elsewhere=any(any(self.rollout.lengths(step, slots)) for slots in turn))
+                for batch, turn in zip(batches, turns, strict=True)
+            ]
         epoch, _ = self.order.micro_batch(first)
         return GlobalBatch(step, epoch, tuple(batches), len(names), tuple(names))
 

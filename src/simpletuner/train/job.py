@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -45,6 +46,7 @@ from simpletuner.memory import offload, recompute
 from simpletuner.memory.exhausted import exhausted_memory, first_line
 from simpletuner.memory.free import release_memory
 from simpletuner.memory.planner import phase_line
+from simpletuner.memory.shard import idle_pass, is_sharded
 from simpletuner.memory.world import World
 from simpletuner.runs import checkpoints
 from simpletuner.runs.events import CheckpointEvent, EndEvent, ErrorEvent, EventLog, RunEvent, read_events
@@ -271,7 +273,8 @@ class Attempt:
         routes = self.routes(product.transformer.spec.blocks, order)
         strata = Strata(order, seed=self.config.seed, batches_per_step=self.batches_per_step)
         objective = Objective.of(self.config, self.config, self.config.seed, strata)
-        rollout = Rollout.of(self.config, self.config.seed)
+        idle = partial(idle_pass, product.transformer) if is_sharded(product.transformer) else None
+        rollout = Rollout.of(self.config, self.config.seed, idle)
         release = None
         if self.config.optimizer_release_gradients:
             assert isinstance(optimiser, StepsOneParameter)  # config.rules names those that are

@@ -1,7 +1,7 @@
 """Which samples of a step are rolled out, how far, and their loss."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +26,15 @@ class Rollout:
 
     seed: int
     options: RolloutOptions
+    idle: Callable[[], None] | None = None
+    """Where given, the model is sharded: all ranks must call it equally often. This takes part in one call without
+    gradient that other ranks make.
+    """
 
     @classmethod
-    def of(cls, options: RolloutOptions, seed: int) -> "Rollout | None":
+    def of(cls, options: RolloutOptions, seed: int, idle: Callable[[], None] | None = None) -> "Rollout | None":
         """None where the options ask for none."""
-        return cls(seed, options) if options.scheduled_sampling_max_step_offset else None
+        return cls(seed, options, idle) if options.scheduled_sampling_max_step_offset else None
 
     @property
     def solver(self) -> Solver:
@@ -55,7 +59,12 @@ class Rollout:
     @property
     def calls(self) -> int:
         """Model calls without gradient for a batch in which a sample is rolled out."""
-        return self.steps * self.solver.calls_a_step + (1 if self.reflex.alpha else 0)
+        return self._walked + (1 if self.reflex.alpha else 0)
+
+    @property
+    def _walked(self) -> int:
+        """Those of them that integrate."""
+        return self.steps * self.solver.calls_a_step
 
     def probability(self, step: int) -> float:
         """Share of the samples of `step` that draw a length."""
@@ -99,7 +108,7 @@ class Rollout:
         if batch.rollout is None:
             return 0
         unrolled = len(batch.latents) if self.reflex.alpha else 0
-        return len(batch.rollout.rolled) * self.steps * self.solver.calls_a_step + unrolled
+        return len(batch.rollout.rolled) * self._walked + unrolled
 
     def losses(self, denoise: Denoise, batch: Batch, *, penalty: Penalty, sample: Denoise) -> Float[Tensor, " b"]:
         """`flow_loss`, with the samples whose length is not 0 rolled out. The others keep their bits.
@@ -109,8 +118,11 @@ class Rollout:
         """
         latents, condition, sigma, noise = batch.latents, batch.condition, batch.sigma, batch.noise
         if batch.rollout is None:
+            self._take_part(self.calls if batch.rolls_elsewhere else 0)
             return flow_loss(denoise, latents, condition, sigma=sigma, noise=noise, penalty=penalty, weight=batch.masks)
         unrolled = None
+        if not len(batch.rollout.rolled):  # lengths, but no room: at sigma 1 there is nothing noisier
+            self._take_part(self._walked)
         # The adapter's dropout draws from torch's global generator. Restored afterwards, it gives the pass with
         # gradients the masks that it has without rollouts, and the unrolled prediction the same ones, so that the two
         # can be compared.
@@ -143,6 +155,12 @@ class Rollout:
             weight=batch.masks,
         )
 
+    def _take_part(self, calls: int) -> None:
+        """Take part in `calls` calls of other ranks, where the model needs that."""
+        if self.idle is not None:
+            for _ in range(calls):
+                self.idle()
+
     def describe(self) -> str:
         """What is about to happen and what it costs, in one line."""
         options = self.options
@@ -153,7 +171,7 @@ class Rollout:
                 f"from {options.scheduled_sampling_prob_start:g} to {options.scheduled_sampling_prob_end:g} "
                 f"between steps {begin} and {begin + options.scheduled_sampling_ramp_steps}"
             )
-        walked = self.steps * self.solver.calls_a_step
+        walked = self._walked
         calls = f"{walked} and {self.calls - walked} for ReflexFlow" if self.calls > walked else f"{walked}"
         steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
         return (
