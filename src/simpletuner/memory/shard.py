@@ -46,8 +46,8 @@ _sharded: WeakKeyDictionary[nn.Module, Sharding] = WeakKeyDictionary()
 
 
 def shard(model: nn.Module, blocks: Sequence[nn.Module], sharding: Sharding) -> None:
-    """Shard each of `blocks`, then what else `model` has, over all processes, in place. Parameters become DTensors split
-    on their first dimension; parameters on the meta device stay there, as shards.
+    """Shard each of `blocks`, then what else `model` has, over all processes, in place. Parameters become DTensors that
+    are split on their first dimension; those on the meta device stay there, as shards.
 
     Call it before adapters are attached; blocks may be compiled or checkpointed before or after, since FSDP's hooks are
     outside of `forward` either way.
