@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simpletuner.memory.rendezvous import RANKS_FOLDER, join
+from simpletuner.memory.rendezvous import join
+from simpletuner.runs.ranks import RANKS_FOLDER
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 60.0

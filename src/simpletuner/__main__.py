@@ -22,6 +22,8 @@ def command() -> None:
     code = main()
     if code in (STOPPED, INTERRUPTED):
         os._exit(code)  # without waiting for a download that was left behind
+    if code and os.environ.get("WORLD_SIZE", "1") != "1":
+        os._exit(code)  # gloo's connections wait for ranks that are gone before they close
     sys.exit(code)
 
 

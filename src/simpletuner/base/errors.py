@@ -99,3 +99,8 @@ class RanksError(UserError):
 
     exit_code = 8
     where = "between the processes"
+
+
+def error_class(exit_code: int) -> type[UserError]:
+    """The class of errors that ends a command with `exit_code`; `UserError` itself where none has this code."""
+    return next((kind for kind in UserError.__subclasses__() if kind.exit_code == exit_code), UserError)

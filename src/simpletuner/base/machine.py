@@ -4,6 +4,8 @@ import csv
 import os
 import shutil
 import subprocess
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,10 @@ CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
 
 GPU_QUERY_TIMEOUT_S = 2.0
+TORCH_QUERY_TIMEOUT_S = 120.0
+GPU_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
+"""There where a driver of NVIDIA or AMD is."""
+_COUNT_BY_TORCH = "import torch; print(torch.cuda.device_count())"
 
 _GPU_FIELDS = "index,name,driver_version,memory.total,memory.used,utilization.gpu"
 _GPU_FLAGS = {"query-gpu": _GPU_FIELDS, "format": "csv,noheader,nounits"}
@@ -75,6 +81,43 @@ def gpus() -> tuple[Gpu, ...]:
         return ()
     rows = csv.reader(printed.splitlines(), skipinitialspace=True)
     return tuple(_gpu(row) for row in rows if len(row) == _GPU_FIELDS.count(",") + 1 and row[0].isdecimal())
+
+
+def visible_gpus(environ: Mapping[str, str]) -> int:
+    """GPUs that a process with this environment computes on, without taking memory of one.
+
+    Where `nvidia-smi` is missing or too slow, though there is a driver, torch is asked, in another process.
+    """
+    count = len(gpus())
+    if count:
+        return _left_visible(environ.get("CUDA_VISIBLE_DEVICES"), count)
+    if not any(driver.exists() for driver in GPU_DRIVERS):
+        return 0
+    try:
+        printed = subprocess.run(
+            [sys.executable, "-P", "-c", _COUNT_BY_TORCH],
+            env=dict(environ),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=TORCH_QUERY_TIMEOUT_S,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return int(printed) if printed.isdigit() else 0
+
+
+def _left_visible(listed: str | None, count: int) -> int:
+    """How many of `count` GPUs CUDA_VISIBLE_DEVICES leaves: those before the first name that is none of them."""
+    if listed is None:
+        return count
+    names: list[str] = []
+    for name in map(str.strip, listed.split(",")):
+        is_known = int(name) < count if name.isascii() and name.isdecimal() else name.startswith(("GPU-", "MIG-"))
+        if not is_known or name in names:
+            break
+        names.append(name)
+    return len(names)
 
 
 def _gpu(row: list[str]) -> Gpu:

@@ -31,6 +31,8 @@ class DeferredSignals:
     def __init__(self) -> None:
         self.is_training = False
         """Whether the training loop takes the request: nobody else may end the work then."""
+        self.is_obeying = True
+        """False in a process whose end another one decides: it holds signals back and does nothing."""
         self.tell: Callable[[str], None] = lambda _: None
         """Prints from a signal handler; nothing before the console is loaded."""
         self.first: int | None = None
@@ -67,6 +69,8 @@ class DeferredSignals:
         self.first = None
 
     def _record(self, number: int, _: FrameType | None) -> None:
+        if not self.is_obeying:
+            return
         now = time.monotonic()
         if self.first is not None:
             if number in AT_ONCE and now - self._first_at >= REPEAT_S:

@@ -1,13 +1,22 @@
-"""`simpletuner train`: check the configuration without torch, then hand over."""
+"""`simpletuner train`: check the configuration without torch, then hand over, or start one process for each GPU."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from simpletuner.base.console import say, work_goes_on
+from simpletuner.base.errors import ConfigError
+from simpletuner.base.files import read_json
+from simpletuner.base.machine import visible_gpus
 from simpletuner.base.signals import deferred_signals
 from simpletuner.cli.help import help_asked, train_help
 from simpletuner.cli.loading import load_here
+from simpletuner.config.load import Loaded
+from simpletuner.config.options.ranks import RankOptions
+from simpletuner.config.run import RunConfig
+from simpletuner.runs.layout import RunDirectory
 from simpletuner.runs.process import stop_if_asked
+from simpletuner.runs.ranks import RankPlace, Supervisor, as_rank, place_of, train_command
 from simpletuner.runs.samplers import end_samplers
 
 _USAGE = "usage: simpletuner train [--config PATH | --env NAME | --example NAME] [--option value ...]"
@@ -24,12 +33,82 @@ def run(arguments: list[str]) -> int:
         say(train_help(_USAGE, word))
         return 0
     with deferred_signals, work_goes_on():
-        loaded = load_here(arguments)
-        end_samplers(Path.cwd(), os.environ, say)
-        # torch: only once the configuration is known to be good
-        from simpletuner.memory.rendezvous import join
-        from simpletuner.train import job
+        place = place_of(os.environ)
+        with as_rank(place):
+            loaded = load_here(arguments)
+            if "WORLD_SIZE" in os.environ:
+                _check_size(loaded.config, place)
+            else:
+                gpus = visible_gpus(os.environ)
+                size = processes(loaded.config, gpus)
+                if size > 1 and not _is_trained(loaded.config):
+                    return _supervise(arguments, loaded, size)
+                loaded = _with_idle_gpus(loaded, gpus)
+            if place is None or place.rank == 0:
+                end_samplers(Path.cwd(), os.environ, say)
+            # torch: only once the configuration is known to be good
+            from simpletuner.memory.rendezvous import join
+            from simpletuner.train import job
 
-        stop_if_asked()
-        world = join(os.environ, float(loaded.config.distributed_timeout_s))
-        return job.run(job.build(loaded, world))
+            stop_if_asked()
+            world = join(os.environ, float(loaded.config.distributed_timeout_s))
+            return job.run(job.build(loaded, world))
+
+
+def processes(options: RankOptions, gpus: int) -> int:
+    """How many processes train, on a machine with so many visible GPUs; without any they compute on the CPU.
+
+    Raises:
+        ConfigError: more than there are GPUs.
+    """
+    asked = options.num_processes
+    if asked is None:
+        return max(1, gpus) if options.fsdp_enable else 1
+    if 0 < gpus < asked:
+        raise ConfigError.of(
+            f"num_processes = {asked} with {gpus} visible GPU{'s' * (gpus > 1)}",
+            "at most one process on each GPU",
+            f"Give --num_processes={gpus}, or make more GPUs visible with CUDA_VISIBLE_DEVICES.",
+        )
+    return asked
+
+
+def _check_size(options: RankOptions, place: RankPlace | None) -> None:
+    """Raise a ConfigError where `num_processes` is not the number of processes that torchrun started."""
+    size = 1 if place is None else place.size
+    if options.num_processes not in (None, size):
+        raise ConfigError.of(
+            f"num_processes = {options.num_processes} in a world of WORLD_SIZE={size}",
+            f"{size}, or none",
+            f"Give torchrun --nproc-per-node={options.num_processes}, or leave torchrun out, which is not needed: "
+            "without RANK and WORLD_SIZE in the environment, this command starts its processes itself.",
+        )
+
+
+def _supervise(arguments: list[str], loaded: Loaded, size: int) -> int:
+    """Train as `size` processes; returns the exit code."""
+    end_samplers(Path.cwd(), {**os.environ, "LOCAL_WORLD_SIZE": str(size)}, say)
+    stop_if_asked()
+    return Supervisor(size, RunDirectory(Path(loaded.config.output_dir)))(train_command(arguments), os.environ)
+
+
+def _is_trained(config: RunConfig) -> bool:
+    """Whether all steps are done, as far as the run's own record tells: one process is enough to say so."""
+    if config.max_train_steps is None:
+        return False
+    try:
+        done = read_json(RunDirectory(Path(config.output_dir)).finished)["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return isinstance(done, int) and done >= config.max_train_steps
+
+
+def _with_idle_gpus(loaded: Loaded, gpus: int) -> Loaded:
+    """`loaded`, with a notice where one process trains and nobody asked for that."""
+    if gpus < 2 or loaded.config.num_processes is not None:
+        return loaded
+    notice = (
+        f"{gpus} GPUs are visible, one trains, and {gpus - 1} stand idle. --num_processes={gpus} trains on all of "
+        f"them, with {gpus} times the effective batch."
+    )
+    return replace(loaded, notices=(*loaded.notices, notice))

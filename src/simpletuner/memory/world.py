@@ -17,6 +17,7 @@ from torch import distributed as dist
 
 from simpletuner.base.errors import RanksError
 from simpletuner.memory.device import choose_device
+from simpletuner.runs.ranks import RankErrors
 
 BUCKET_BYTES = 64 * 2**20
 """Most bytes that are copied together for one reduction: one call for many small tensors, and little memory."""
@@ -61,6 +62,24 @@ class World:
     def on(self, device: torch.device) -> "World":
         """The same world on another device."""
         return replace(self, device=device)
+
+    @property
+    def errors(self) -> RankErrors | None:
+        """Where ranks leave the errors that end them; None alone."""
+        return None if self.signs is None else self.signs.errors
+
+    def told(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the ranks tell each other of their errors (`RankErrors.told`)."""
+        return contextlib.nullcontext() if self.errors is None else self.errors.told()
+
+    def check(self) -> None:
+        """A point at which this rank notices that another failed.
+
+        Raises:
+            UserError: another rank's error, of its own class.
+        """
+        if self.errors is not None:
+            self.errors.check()
 
     def barrier(self, what: str) -> None:
         """Wait until every rank is here. However long the work `what` of one of them takes: as long as it gives signs
@@ -121,7 +140,7 @@ class World:
             return
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            with _explained("summing the gradients"):
+            with explained("summing the gradients"):
                 dist.all_reduce(flat)
             parts = flat.split([tensor.numel() for tensor in bucket])
             for tensor, part in zip(bucket, parts, strict=True):
@@ -136,7 +155,7 @@ class World:
         if self.is_alone:
             return list(flags)
         values = torch.tensor(flags, dtype=torch.uint8)
-        with _explained("hearing what rank 0 decides"):
+        with explained("hearing what rank 0 decides"):
             dist.broadcast(values, src=0)
         return [bool(value) for value in values.tolist()]
 
@@ -149,7 +168,7 @@ class World:
         if self.is_alone:
             return value
         data = _json_bytes(value) if self.is_main else torch.empty(0, dtype=torch.uint8)
-        with _explained("hearing what rank 0 decides"):
+        with explained("hearing what rank 0 decides"):
             length = torch.tensor([len(data)])
             dist.broadcast(length, src=0)
             if not self.is_main:
@@ -166,7 +185,7 @@ class World:
         if self.is_alone:
             return [value]
         data = _json_bytes(value)
-        with _explained("exchanging messages"):
+        with explained("exchanging messages"):
             lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
             dist.all_gather(lengths, torch.tensor([len(data)]))
             longest = int(max(lengths))
@@ -195,7 +214,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextlib.contextmanager
-def _explained(doing: str) -> Iterator[None]:
+def explained(doing: str) -> Iterator[None]:
     """Turn the failure of a collective into a RanksError."""
     try:
         yield
@@ -225,6 +244,8 @@ class Signs:
     rank: int
     size: int
     timeout_s: float
+    errors: RankErrors | None = None
+    """Where ranks leave the errors that end them."""
     _waits: int = 0
     _ended: threading.Event = field(default_factory=threading.Event)
 
@@ -251,12 +272,15 @@ class Signs:
 
         Raises:
             RanksError: one has given no sign of life for the timeout.
+            UserError: the error that ended another rank, of its own class.
         """
         self._waits += 1
         self.store.set(f"wait/{self._waits}/{self.rank}", what)
         last: dict[int, tuple[bytes, float]] = {}
         missing = set(range(self.size)) - {self.rank}
         while missing:
+            if self.errors is not None:
+                self.errors.check()
             missing = {rank for rank in missing if not self._has(f"wait/{self._waits}/{rank}")}
             now = time.monotonic()
             silent = []

@@ -247,11 +247,14 @@ class EventLog:
     A torn last line, which a killed process or a power cut left, is cut. Damaged lines stay where they are: ids and
     attempts follow the last line that can be read.
 
+    Args:
+        is_new_start: False ends the events of a start whose process is gone.
+
     Raises:
         DiskError: the file cannot be read or written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_new_start: bool = True) -> None:
         self.path = path
         with file_errors_reported(path):
             self._file = path.open("ab", buffering=0)
@@ -264,8 +267,8 @@ class EventLog:
                 self._file.close()
                 raise
         self._next_id = 1 if last is None else last["id"] + 1
-        self.attempt: int = 1 if last is None else last["attempt"] + (not is_refused)
-        self.start: int = 1 if last is None else start_of(last) + 1
+        self.attempt: int = 1 if last is None else last["attempt"] + (is_new_start and not is_refused)
+        self.start: int = 1 if last is None else start_of(last) + is_new_start
 
     def __enter__(self) -> Self:
         return self

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from simpletuner.base.commandline import command_text
-from simpletuner.base.errors import CheckpointError, UserError
+from simpletuner.base.errors import CheckpointError, UserError, error_class
 from simpletuner.base.files import file_errors_reported
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.runs.starting import StartRecord, printed_since
@@ -141,9 +141,9 @@ def failure(exit_code: int, said: str | None, printed: str, run: RunDirectory) -
     Args:
         said: the error of its events, if it came so far.
     """
-    kinds = {kind.exit_code: kind for kind in UserError.__subclasses__()}
-    if exit_code in kinds:
-        return kinds[exit_code].of(said or printed or "the run ended at once and said nothing")
+    kind = error_class(exit_code)
+    if kind is not UserError:
+        return kind.of(said or printed or "the run ended at once and said nothing")
     ending = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
     last = said or printed.rpartition("\n")[2] or "it said nothing"
     return UserError.of(f"the run ended at once with {ending}: {last}", remedy=f"{run.console} has all of it.")

@@ -31,8 +31,9 @@ def known_as_sampler(workspace: Path, environ: Mapping[str, str]) -> Iterator[No
 
 
 def end_samplers(workspace: Path, environ: Mapping[str, str], report: Callable[[str], None]) -> None:
-    """End the samplers of `workspace` that have the GPU this process computes on, and wait until they are gone."""
-    for path in sorted((workspace / SAMPLERS_FOLDER).glob(f"{first_gpu(environ)}.*.lock")):
+    """End the samplers of `workspace` that have a GPU this run computes on, and wait until they are gone."""
+    folder = workspace / SAMPLERS_FOLDER
+    for path in sorted(path for gpu in run_gpus(environ) for path in folder.glob(f"{gpu}.*.lock")):
         lock = DirectoryLock(path)
         pid = lock.pid()
         if pid is not None and lock.is_held() and _is_sampler(pid):
@@ -49,6 +50,15 @@ def end_samplers(workspace: Path, environ: Mapping[str, str], report: Callable[[
 def first_gpu(environ: Mapping[str, str]) -> str:
     """The GPU on which a process computes, as CUDA_VISIBLE_DEVICES has it; 0 where that is not set."""
     return environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0].strip().replace("/", "_") or "0"
+
+
+def run_gpus(environ: Mapping[str, str]) -> list[str]:
+    """The GPUs of a run of LOCAL_WORLD_SIZE processes on this machine, as CUDA_VISIBLE_DEVICES has them."""
+    count = environ.get("LOCAL_WORLD_SIZE", "1")
+    if count == "1" or not count.isdecimal():
+        return [first_gpu(environ)]
+    listed = environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(int(count))))
+    return [name.strip().replace("/", "_") for name in listed.split(",")[: int(count)]]
 
 
 def _is_let_go(lock: DirectoryLock) -> bool:

@@ -120,13 +120,23 @@ def run(job: Job) -> int:
     job.run.create()
     with job.run.lock(), EventLog(job.run.events) as events, Requests(job.run.control) as requests:
         job.run.sweep()
-        reporter = Reporter(events=events, log=job.run.log, poll=requests.poll)
+
+        def poll() -> None:
+            requests.poll()
+            job.world.check()
+
+        reporter = Reporter(events=events, log=job.run.log, poll=poll)
         end_samplers(Path.cwd(), os.environ, reporter.say)  # those started since; from here on, none draws beside a run
         for text in job.loaded.notices:
             reporter.notice(text)
         attempt = Attempt(job, reporter, requests)
         try:
-            with told(reporter, attempt), memory_is_explained(attempt), file_errors_reported(job.run.root, doing="use"):
+            with (
+                told(reporter, attempt),
+                job.world.told(),
+                memory_is_explained(attempt),
+                file_errors_reported(job.run.root, doing="use"),
+            ):
                 attempt()
         finally:
             reporter.trackers.close()
@@ -140,8 +150,8 @@ def follow(job: Job) -> int:
         UserError: as `run` does.
     """
     with Requests(job.run.control, is_obeying=False) as requests:
-        attempt = Attempt(job, Reporter(is_muted=True), requests)
-        with memory_is_explained(attempt), file_errors_reported(job.run.root, doing="use"):
+        attempt = Attempt(job, Reporter(is_muted=True, poll=job.world.check), requests)
+        with job.world.told(), memory_is_explained(attempt), file_errors_reported(job.run.root, doing="use"):
             attempt()
     return 0
 

@@ -1,0 +1,482 @@
+"""The processes of one run: a supervisor starts them, passes signals on, and reports which of them failed first.
+
+Rank 0 has the terminal and writes the run. The others' output is kept by the supervisor and shown where it explains an
+error. All of them meet in a private folder, in which each leaves the error that ended it.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from simpletuner.base.console import complain
+from simpletuner.base.errors import ConfigError, Problem, RanksError, UserError, error_class
+from simpletuner.base.files import file_problem, write_atomic
+from simpletuner.base.signals import AT_ONCE, REPEAT_S, STOPPED, WARNINGS, deferred_signals
+from simpletuner.runs.events import EndEvent, ErrorEvent, EventLog
+from simpletuner.runs.layout import RunDirectory
+from simpletuner.runs.status import status_of
+
+RANKS_FOLDER = "RANKS_FOLDER"
+"""Environment variable: the private folder in which the processes of a run meet."""
+RANKS_LIFELINE = "RANKS_LIFELINE"
+"""Environment variable: the number of an open pipe that ends with the supervisor."""
+GRACE_S = 15.0
+"""Time in which rank 0 fails by itself and writes its events, after another rank failed."""
+REST_S = 2.0
+"""Time for the other ranks to end once rank 0 has: they have nothing left to write."""
+LEAVE_S = 5.0
+"""Time for rank 0 to obey a second Ctrl-C before every rank is killed."""
+PATIENCE_S = 3.0
+"""How long a rank whose collective failed waits for the error of the rank that caused it."""
+LOOK_EVERY_S = 0.05
+TAIL_BYTES = 16 * 1024
+"""Of what a rank printed last."""
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """The place of this process among several, as its environment says."""
+
+    rank: int
+    size: int
+    local_rank: int
+    """Of this machine's: the GPU that it computes on."""
+    folder: Path | None = None
+    """Private folder of our own supervisor's ranks; None under torchrun."""
+    lifeline: int | None = None
+    """A pipe that ends when the supervisor does; None under torchrun."""
+
+    @property
+    def errors(self) -> "RankErrors | None":
+        """Where the ranks of our own supervisor leave their errors."""
+        return None if self.folder is None else RankErrors(self.folder, self.rank, self.size)
+
+
+def place_of(environ: Mapping[str, str]) -> RankPlace | None:
+    """Where this process stands among several that our supervisor or torchrun started; None for one on its own.
+
+    Raises:
+        ConfigError: the environment is incomplete or contradicts itself, or asks for several machines.
+    """
+    if "RANK" not in environ and "WORLD_SIZE" not in environ:
+        return None
+    ours = environ.get(RANKS_FOLDER)
+    needed = ("RANK", "WORLD_SIZE") if environ.get("WORLD_SIZE") == "1" else _NUMBERS if ours else _TORCHRUN
+    remedy = f"Start with torchrun, which sets all of {', '.join(_TORCHRUN)}, or unset RANK and WORLD_SIZE."
+    problems = [Problem(f"{name} is not set, though RANK or WORLD_SIZE is") for name in needed if name not in environ]
+    numbers = {name: environ[name] for name in (*_NUMBERS, "MASTER_PORT") if name in needed and name in environ}
+    problems += [
+        Problem(f"{name}={text} in the environment", "a whole number from 0")
+        for name, text in numbers.items()
+        if not (text.isascii() and text.isdecimal())
+    ]
+    if not problems:
+        rank, size = int(numbers["RANK"]), int(numbers["WORLD_SIZE"])
+        if rank >= size:
+            problems.append(Problem(f"RANK={rank} in the environment", f"a number below WORLD_SIZE, {size}"))
+    if problems:
+        raise ConfigError(*problems[:-1], Problem(problems[-1].found, problems[-1].expected, remedy))
+    if size == 1:
+        return None
+    if size != int(numbers["LOCAL_WORLD_SIZE"]):
+        raise ConfigError.of(
+            f"WORLD_SIZE={size} with LOCAL_WORLD_SIZE={numbers['LOCAL_WORLD_SIZE']}: training on several machines is "
+            "not built yet",
+            "all processes on one machine",
+            "Start torchrun for one machine, or leave it out and give --num_processes.",
+        )
+    lifeline = environ.get(RANKS_LIFELINE)
+    return RankPlace(
+        rank,
+        size,
+        int(numbers["LOCAL_RANK"]),
+        Path(ours) if ours else None,
+        int(lifeline) if ours and lifeline else None,
+    )
+
+
+class RankFailure(BaseModel):
+    """The error that ended a rank, as the file that tells the others of it has it."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    rank: int
+    exit_code: int
+    text: str
+    time: float
+    """Seconds since the epoch."""
+    is_echo: bool = False
+    """Whether it only followed from another rank's: a collective that failed."""
+
+    @property
+    def named(self) -> str:
+        """The text with the rank's name."""
+        return self.text if self.text.startswith(f"rank {self.rank} ") else f"rank {self.rank}: {self.text}"
+
+    def error(self) -> UserError:
+        """It as an error of its class."""
+        return error_class(self.exit_code).of(self.named)
+
+
+@dataclass(frozen=True)
+class RankErrors:
+    """Files in which the ranks tell each other what ended them, each its own."""
+
+    folder: Path
+    rank: int
+    size: int
+
+    def write(self, failure: RankFailure) -> None:
+        """Tell the others. A full disk changes no error."""
+        with contextlib.suppress(UserError):
+            write_atomic(self._path(failure.rank), failure.model_dump_json().encode(), sync=False)
+
+    def read(self) -> dict[int, RankFailure]:
+        """Those told so far, by rank."""
+        found = {}
+        for rank in range(self.size):
+            with contextlib.suppress(OSError, ValueError):
+                found[rank] = RankFailure.model_validate_json(self._path(rank).read_bytes())
+        return found
+
+    def first(self) -> RankFailure | None:
+        """The earliest that did not follow from another."""
+        causes = [failure for failure in self.read().values() if not failure.is_echo]
+        return min(causes, key=lambda failure: failure.time, default=None)
+
+    def check(self) -> None:
+        """A point at which this rank notices that another failed.
+
+        Raises:
+            UserError: another rank's error, named, of its own class.
+        """
+        failed = self.first()
+        if failed is not None and failed.rank != self.rank:
+            raise self._named(failed)
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """Inside, an error of this rank is told to the others, and what followed from another rank's is raised as that.
+
+        Raises:
+            UserError: another rank's error in place of the RanksError that followed from it.
+        """
+        try:
+            yield
+        except RanksError as error:
+            if self.rank in self.read():  # `check` raised it, or an inner block named it
+                raise
+            raise self._explained(error) from error
+        except BaseException as error:
+            if self.rank not in self.read():
+                self.write(RankFailure(rank=self.rank, time=time.time(), **_ending(error)))
+            raise
+
+    def _named(self, failed: RankFailure) -> UserError:
+        error = failed.error()
+        self._echo(error)
+        return error
+
+    def _explained(self, error: RanksError) -> UserError:
+        """The error that caused `error`, or `error` with the ranks that do not answer."""
+        self._echo(error)
+        deadline = time.monotonic() + PATIENCE_S
+        others = set(range(self.size)) - {self.rank}
+        while True:
+            failed = self.first()
+            if failed is not None and failed.rank != self.rank:
+                return self._named(failed)
+            silent = others - set(self.read())
+            if not silent or time.monotonic() > deadline:
+                break
+            time.sleep(LOOK_EVERY_S)
+        if silent and not any(f"rank {rank} " in str(error) for rank in silent):
+            named = ", ".join(f"rank {rank}" for rank in sorted(silent))
+            verb = "does" if len(silent) == 1 else "do"
+            error = RanksError.of(f"{named} {verb} not answer: {error}")
+            self._echo(error)
+        return error
+
+    def _echo(self, error: UserError) -> None:
+        code, text = error.exit_code, str(error)
+        self.write(RankFailure(rank=self.rank, exit_code=code, text=text, time=time.time(), is_echo=True))
+
+    def _path(self, rank: int) -> Path:
+        return self.folder / f"error-{rank}.json"
+
+
+def _ending(error: BaseException) -> dict[str, Any]:
+    """Exit code and text of what `cli.main` makes of an error."""
+    if isinstance(error, UserError):
+        return {"exit_code": error.exit_code, "text": str(error)}
+    problem = file_problem(error) if isinstance(error, OSError) else None
+    if problem is not None:
+        return {"exit_code": 7, "text": str(problem)}
+    return {"exit_code": 1, "text": traceback.format_exception_only(error)[-1].strip()}
+
+
+@contextlib.contextmanager
+def as_rank(place: RankPlace | None) -> Iterator[None]:
+    """Inside, this process is one of several: it ends with its supervisor, and tells the others of its errors. Signals
+    are rank 0's to obey. Without a `place`, nothing of this.
+    """
+    if place is None:
+        yield
+        return
+    if place.rank > 0:
+        deferred_signals.is_obeying = False
+    if place.lifeline is not None and place.folder is not None:
+        os.set_inheritable(place.lifeline, False)
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # rank 0 may print, though the terminal is the supervisor's
+        threading.Thread(target=_end_with_supervisor, args=(place.lifeline, place.folder), daemon=True).start()
+    errors = place.errors
+    with contextlib.nullcontext() if errors is None else errors.told():
+        yield
+
+
+def _end_with_supervisor(lifeline: int, folder: Path) -> None:
+    """Wait until no process holds the other end of the pipe, then end this one and its children."""
+    if os.read(lifeline, 1) == b"":
+        shutil.rmtree(folder, ignore_errors=True)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+@dataclass
+class _Rank:
+    """A process that the supervisor started."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    tail: bytearray = field(default_factory=bytearray)
+    """What it printed last; of rank 0 nothing, which prints to the terminal."""
+    reader: threading.Thread | None = None
+    was_ended: bool = False
+    """Whether the supervisor killed it."""
+
+    @property
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+    def signal_group(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            if self.is_alive:
+                os.killpg(self.process.pid, number)
+
+    def read_output(self) -> None:
+        output = self.process.stdout
+        assert output is not None
+        with output:
+            while chunk := os.read(output.fileno(), 65536):
+                self.tail += chunk
+                del self.tail[:-TAIL_BYTES]
+
+    def printed(self) -> str:
+        """The end of its output, as text."""
+        if self.reader is not None:
+            self.reader.join(1.0)  # a process that it left behind may keep the pipe open
+        return bytes(self.tail).decode(errors="replace").strip()
+
+
+class Supervisor:
+    """Starts the ranks of a run on this machine and waits for them."""
+
+    def __init__(self, size: int, run: RunDirectory) -> None:
+        self.size = size
+        self.run = run
+        self._ranks: list[_Rank] = []
+        self._asked_at: float | None = None
+        self._leave_at = float("inf")
+
+    def __call__(self, command: Sequence[str], environ: Mapping[str, str]) -> int:
+        """Run `command` as every rank; returns the exit code of the run. The first failing rank's error comes last.
+
+        Raises:
+            Stopped: a signal arrived before.
+        """
+        starts, began = status_of(self.run).starts, time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="simpletuner-ranks-") as name, self._signals():
+            errors = RankErrors(Path(name), -1, self.size)
+            lifeline, mine = os.pipe()
+            try:
+                for number in range(self.size):
+                    self._ranks.append(self._start(number, command, environ, Path(name), lifeline))
+                if deferred_signals.first is not None:  # between the last safe point and our own handlers
+                    self._forward(deferred_signals.first, None)
+                self._wait(errors)
+            finally:
+                self._end_all()
+                os.close(lifeline)
+                os.close(mine)
+                for rank in self._ranks:
+                    rank.printed()
+            return self._concluded(errors, starts, began)
+
+    def _start(
+        self, number: int, command: Sequence[str], environ: Mapping[str, str], folder: Path, lifeline: int
+    ) -> _Rank:
+        environment = {
+            **environ,
+            "RANK": str(number),
+            "LOCAL_RANK": str(number),
+            "WORLD_SIZE": str(self.size),
+            "LOCAL_WORLD_SIZE": str(self.size),
+            RANKS_FOLDER: str(folder),
+            RANKS_LIFELINE: str(lifeline),
+        }
+        # Each of the libraries would take every core.
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // self.size)))
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if number else None,
+            stderr=subprocess.STDOUT if number else None,
+            pass_fds=(lifeline,),
+            process_group=0,  # Ctrl-C and Ctrl-Z of the terminal reach the supervisor alone
+        )
+        rank = _Rank(number, process)
+        if number:
+            rank.reader = threading.Thread(target=rank.read_output, daemon=True)
+            rank.reader.start()
+        return rank
+
+    def _wait(self, errors: RankErrors) -> None:
+        """Until every rank has ended, by itself or killed by this one."""
+        deadline = float("inf")
+        known: set[int] = set()
+        while any(rank.is_alive for rank in self._ranks):
+            now = time.monotonic()
+            for rank in self._ranks:
+                if rank.number not in known and not rank.is_alive:
+                    known.add(rank.number)
+                    self._note_ending(rank, errors)
+                    if rank.number == 0:
+                        deadline = min(deadline, now + REST_S)
+                    elif rank.process.returncode != 0:
+                        deadline = min(deadline, now + GRACE_S)
+            if now > min(deadline, self._leave_at):
+                self._end_all()
+            time.sleep(LOOK_EVERY_S)
+        for rank in self._ranks:
+            if rank.number not in known:
+                self._note_ending(rank, errors)
+
+    def _note_ending(self, rank: _Rank, errors: RankErrors) -> None:
+        """Tell the other ranks of one that ended without a word."""
+        code = rank.process.returncode
+        if code in (0, STOPPED) or rank.was_ended or rank.number in errors.read():
+            return
+        if code < 0:
+            text = f"rank {rank.number} was killed by signal {-code} ({_signal_name(-code)})."
+            if -code == signal.SIGKILL:
+                text += " Where nobody sent it, the machine was out of memory: the system's log (dmesg) says so."
+            code = RanksError.exit_code
+        else:
+            text = rank.printed().rpartition("\n")[2] or f"rank {rank.number} ended with exit code {code}."
+        errors.write(RankFailure(rank=rank.number, exit_code=code, text=text, time=time.time()))
+
+    def _end_all(self) -> None:
+        # Not by TERM, which asks rank 0 to go on until it has saved. Whatever is killed leaves whole files.
+        for rank in self._ranks:
+            if rank.is_alive:
+                rank.was_ended = True
+                rank.signal_group(signal.SIGKILL)
+        for rank in self._ranks:
+            rank.process.wait()
+
+    def _concluded(self, errors: RankErrors, starts: int, began: float) -> int:
+        """Report the first failure, unless rank 0 has; returns the exit code."""
+        main, told = self._ranks[0], errors.read()
+        code = main.process.returncode
+        if code in (0, STOPPED) or (main.was_ended and self._leave_at < float("inf")):
+            return STOPPED if main.was_ended else code
+        first = errors.first() or next(iter(told.values()), None)
+        if first is None:  # rank 0 said what ended it
+            return code if code > 0 else RanksError.exit_code
+        is_reported = code > 0 and 0 in told and first.text in told[0].text
+        output = self._ranks[first.rank].printed() if first.exit_code == 1 else ""
+        if output:
+            complain(output)
+        if output or not is_reported:
+            complain(first.named)
+        if main.was_ended:
+            self._record(first, starts, time.monotonic() - began)
+        return code if code > 0 else first.exit_code
+
+    def _record(self, first: RankFailure, starts: int, seconds: float) -> None:
+        """End the events of rank 0, which was killed before it could."""
+        status = status_of(self.run)
+        if status.starts == starts or status.ended is not None:
+            return
+        with contextlib.suppress(UserError), self.run.lock(), EventLog(self.run.events, is_new_start=False) as events:
+            events.emit(ErrorEvent(exit_code=first.exit_code, text=first.named))
+            events.emit(
+                EndEvent(reason="error", exit_code=first.exit_code, step=status.step, seconds=round(seconds, 1))
+            )
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Inside, signals that ask for the end are rank 0's, and a stop from the terminal is everybody's."""
+        handlers = {**dict.fromkeys((*AT_ONCE, *WARNINGS), self._forward), signal.SIGTSTP: self._pause}
+        before = {
+            number: signal.signal(number, handler)
+            for number, handler in handlers.items()
+            if signal.getsignal(number) != signal.SIG_IGN  # as `nohup` asks; the ranks inherit it
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _forward(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
+        elif number in AT_ONCE and now - self._asked_at >= REPEAT_S:
+            self._leave_at = min(self._leave_at, now + LEAVE_S)  # it may wait where no signal reaches it
+        if self._ranks:
+            self._ranks[0].process.send_signal(number)
+
+    def _pause(self, *_: object) -> None:
+        for rank in self._ranks:
+            rank.signal_group(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        for rank in self._ranks:  # `fg` or `bg`
+            rank.signal_group(signal.SIGCONT)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "unknown"
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def train_command(arguments: Sequence[str]) -> list[str]:
+    """`simpletuner train ARGUMENTS` as this interpreter runs it."""
+    return [sys.executable, "-P", "-m", "simpletuner", "train", *arguments]

@@ -1,0 +1,225 @@
+"""`simpletuner train` as two processes: what listens, and what comes of a process that dies, stops or fails."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.recipes.conftest import Workplace
+
+from simpletuner.base.errors import RanksError, Stopped
+from simpletuner.runs.checkpoints import steps
+from simpletuner.runs.status import status_of
+
+pytestmark = pytest.mark.slow
+
+TWO = ("--num_processes=2", "--gradient_accumulation_steps=1", "--distributed_timeout_s=6")
+LONG = ("--max_train_steps=4000", "--checkpoint_step_interval=20")
+TIMEOUT_S = 120
+LISTENS = "0A"
+"""State of a socket in /proc/net/tcp."""
+
+
+def until(is_so: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not is_so():
+        assert process is None or process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "it takes too long"
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def started(place: Workplace, *flags: str, command: tuple[str, ...] = ()) -> Iterator[subprocess.Popen[str]]:
+    """`simpletuner train FLAGS` as a process; what is left of it at the end is ended."""
+    place.write()
+    words = command or (sys.executable, "-P", "-m", "simpletuner")
+    process = subprocess.Popen(
+        [*words, "train", *flags], cwd=place.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    ranks: list[int] = []
+    try:
+        until(lambda: len(children(process.pid)) == 2, process)
+        ranks = children(process.pid)
+        yield process
+    finally:
+        for pid in (process.pid, *ranks):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+def children(pid: int) -> list[int]:
+    """In the order in which they were started."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return sorted(int(child) for task in tasks for child in task.read_text().split())
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and the last line on the screen."""
+    errors = process.communicate(timeout=TIMEOUT_S)[1].strip().splitlines()
+    return process.returncode, errors[-1] if errors else ""
+
+
+def steps_taken(place: Workplace) -> int:
+    return len(place.events("step"))
+
+
+def listening(pids: list[int]) -> set[str]:
+    """Addresses, in hexadecimal, on which these processes listen."""
+    found = set()
+    for pid in pids:
+        sockets = {os.readlink(handle) for handle in Path(f"/proc/{pid}/fd").iterdir() if handle.is_symlink()}
+        for table in ("tcp", "tcp6"):
+            for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+                words = line.split()
+                if words[3] == LISTENS and f"socket:[{words[9]}]" in sockets:
+                    found.add(words[1].partition(":")[0])
+    return found
+
+
+LOOPBACK = {"0100007F"}
+
+
+def test_two_processes_listen_on_loopback_and_end_like_one_however_they_are_interrupted(
+    workplace: Workplace, uninterrupted: Workplace
+) -> None:
+    place = workplace
+    run = place.run()
+    with started(place, *TWO) as process:
+        until(lambda: any(event["phase"] == "text" for event in place.events("phase")), process)
+        assert listening([process.pid, *children(process.pid)]) == LOOPBACK
+        assert status_of(run).pid == children(process.pid)[0]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(TIMEOUT_S) == Stopped.exit_code
+        assert process.communicate()[1].endswith("Give the same command again to go on.\n")
+    assert (status_of(run).state, status_of(run).saved) == ("stopped", None)
+    with started(place, *TWO) as process:  # killed while it loads the model
+        began = len(place.events("phase"))
+        until(lambda: any(e["phase"] == "load" for e in place.events("phase")[began:]), process)
+        os.kill(children(process.pid)[1], signal.SIGKILL)
+        code, last = ended(process)
+        assert code == RanksError.exit_code
+        assert last.startswith("rank 1 was killed by signal 9 (SIGKILL).")
+    done = place.train_apart(*TWO)
+    assert done.returncode == 0, done.stderr
+    assert place.losses() == uninterrupted.losses()
+    ours, theirs = (load_file(each.run().lora) for each in (place, uninterrupted))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    again = place.train_apart(*TWO)
+    assert "This run is finished: 3 steps" in again.stdout
+
+
+def test_a_rank_that_is_killed_in_training_is_named_and_the_next_start_goes_on(cached_workplace: Workplace) -> None:
+    place = cached_workplace
+    with started(place, *TWO, *LONG) as process:
+        until(lambda: bool(steps(place.run())) and steps_taken(place) > 20, process)
+        os.kill(children(process.pid)[1], signal.SIGKILL)
+        code, last = ended(process)
+    assert code == RanksError.exit_code
+    assert last.startswith("rank 1 was killed by signal 9 (SIGKILL).")
+    status = status_of(place.run())
+    assert (status.state, status.exit_code, status.error) == ("failed", code, last)
+    saved = steps(place.run())[-1]
+    assert saved >= status.step - 20
+    with started(place, *TWO, *LONG) as process:
+        taken = steps_taken(place)
+        until(lambda: steps_taken(place) > taken, process)
+        assert place.events("run")[-1]["resumed_from"] == saved
+        process.send_signal(signal.SIGINT)
+        assert ended(process)[0] == Stopped.exit_code
+    status = status_of(place.run())
+    assert (status.state, status.saved) == ("stopped", status.step)
+    with started(place, *TWO, *LONG) as process:
+        until(lambda: len(place.events("run")) == 3, process)
+        os.kill(children(process.pid)[0], signal.SIGKILL)
+        code, last = ended(process)
+    assert code == RanksError.exit_code
+    assert last.startswith("rank 0 was killed by signal 9 (SIGKILL).")
+    assert status_of(place.run()).state == "killed"
+
+
+def test_a_rank_that_stops_answering_is_named_within_the_timeout(cached_workplace: Workplace) -> None:
+    place = cached_workplace
+    with started(place, *TWO, *LONG) as process:
+        until(lambda: bool(steps_taken(place)), process)
+        began = time.monotonic()
+        os.kill(children(process.pid)[1], signal.SIGSTOP)
+        code, last = ended(process)
+    assert code == RanksError.exit_code
+    assert last.startswith(("rank 1 does not answer", "rank 1 gave no sign of life for 6 s"))
+    assert time.monotonic() - began < 30
+    assert place.events("error")[-1]["text"] == last
+
+
+def test_an_error_of_rank_1_alone_is_rank_0s_too(cached_workplace: Workplace) -> None:
+    """And nobody waits for it for the timeout."""
+    place = cached_workplace
+    (place.folder / "patches").mkdir()
+    (place.folder / "patches" / "sitecustomize.py").write_text(
+        """
+import os
+
+if os.environ.get("RANK") == "1":
+    from simpletuner.base.errors import DataError
+    from simpletuner.train import caches
+
+    def fail(*_, **__):
+        raise DataError.of("the images are gone")
+
+    caches.fill_caches = fail
+"""
+    )
+    where = os.pathsep.join(filter(None, [str(place.folder / "patches"), os.environ.get("PYTHONPATH")]))
+    place.write()
+    done = place.apart("env", f"PYTHONPATH={where}", sys.executable, "-P", "-m", "simpletuner", "train", *TWO)
+    assert done.returncode == 3, done.stderr
+    assert done.stderr == "rank 1: the images are gone.\n"
+    assert status_of(place.run()).error == "rank 1: the images are gone."
+
+
+def test_under_torchrun_our_processes_listen_on_loopback(cached_workplace: Workplace) -> None:
+    place = cached_workplace
+    torchrun = (sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    refused = subprocess.run(
+        [sys.executable, "-P", "-m", "simpletuner", "train", "--num_processes=4"],
+        cwd=place.folder,
+        env={**os.environ, "RANK": "0", "WORLD_SIZE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    place.write()
+    with started(place, *TWO[1:], *LONG, command=(*torchrun, "-m", "simpletuner")) as process:
+        until(lambda: bool(steps_taken(place)), process)
+        assert listening(children(process.pid)) == LOOPBACK
+        assert place.run().lock().pid() in children(process.pid)
+        process.send_signal(signal.SIGTERM)
+        process.wait(TIMEOUT_S)
+    assert status_of(place.run()).state == "stopped"
+    assert refused.returncode == 2
+
+
+def test_more_processes_than_gpus_are_refused_before_anything_starts(workplace: Workplace) -> None:
+    (workplace.folder / "nvidia-smi").write_text(
+        "#!/bin/sh\nfor i in 0 1; do echo $i, NVIDIA H100, 570.86.15, 81559, 0, 0; done\n"
+    )
+    (workplace.folder / "nvidia-smi").chmod(0o755)
+    workplace.write()
+    path = f"PATH={workplace.folder}:{os.environ['PATH']}"
+    done = workplace.apart("env", path, sys.executable, "-P", "-m", "simpletuner", "train", "--num_processes=3")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "num_processes = 3 with 2 visible GPUs: expected at most one process on each GPU. "
+        "Give --num_processes=2, or make more GPUs visible with CUDA_VISIBLE_DEVICES.\n"
+    )
+    assert not workplace.run().root.exists()

@@ -1,0 +1,286 @@
+"""The supervisor of several processes, with ranks that hold no model."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from simpletuner.base.errors import ConfigError
+from simpletuner.base.signals import REPEAT_S, STOPPED
+from simpletuner.runs import ranks
+from simpletuner.runs.events import read_events
+from simpletuner.runs.layout import RunDirectory
+from simpletuner.runs.ranks import RANKS_FOLDER, Supervisor, place_of
+from simpletuner.runs.status import status_of
+
+HERE = Path(__file__).parent
+TORCHRUN = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    directory = RunDirectory(tmp_path / "run")
+    directory.create()
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "GRACE_S", 2.0)
+    monkeypatch.setattr(ranks, "REST_S", 0.3)
+
+
+def program(code: str) -> list[str]:
+    return [sys.executable, "-P", str(HERE / "rank_program.py"), code]
+
+
+def supervised(run: RunDirectory, code: str, size: int = 2, **environ: str) -> int:
+    return Supervisor(size, run)(program(code), {**os.environ, **environ})
+
+
+def test_ranks_know_their_place_and_the_others_output_is_kept_back(
+    run: RunDirectory, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = """
+print(f"rank {rank} speaks", flush=True)
+names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE OMP_NUM_THREADS".split()
+mode = oct(os.stat(place.folder).st_mode & 0o777)
+text = " ".join([*(os.environ[name] for name in names), mode, str(os.getpgrp() == os.getpid())])
+open(f"rank-{rank}", "w").write(text)
+open("folder", "w").write(str(place.folder))
+"""
+    threads = str(max(1, ranks.usable_cores() // 2))
+    assert supervised(run, code) == 0
+    assert capfd.readouterr().out == "rank 0 speaks\n"
+    for rank in range(2):
+        assert (tmp_path / f"rank-{rank}").read_text() == f"{rank} {rank} 2 2 {threads} 0o700 True"
+    assert not Path((tmp_path / "folder").read_text()).exists()
+    assert supervised(run, code, OMP_NUM_THREADS="7") == 0
+    assert (tmp_path / "rank-1").read_text().split()[4] == "7"
+
+
+ENDINGS: dict[str, tuple[str, int, str]] = {
+    "an error of rank 1 that rank 0 notices": (
+        "wait_for_others() if rank == 0 else exec(\"raise DataError.of('no images')\")",
+        3,
+        "rank 1: no images.",
+    ),
+    "an error of rank 1 that rank 0 never notices": (
+        "time.sleep(60) if rank == 0 else exec(\"raise DataError.of('no images')\")",
+        3,
+        "rank 1: no images.",
+    ),
+    "rank 1 is killed, and rank 0 finds its connection closed": (
+        """
+if rank == 1:
+    os.kill(os.getpid(), 9)
+time.sleep(0.1)
+raise RanksError.of("connection closed by peer")
+""",
+        8,
+        "rank 1 was killed by signal 9 (SIGKILL). Where nobody sent it, the machine was out of memory: the system's "
+        "log (dmesg) says so.",
+    ),
+    "rank 0 is killed": (
+        "time.sleep(60) if rank == 1 else os.kill(os.getpid(), 15) or os.kill(os.getpid(), 11)",
+        8,
+        "rank 0 was killed by signal 11 (SIGSEGV).",
+    ),
+    "rank 1 does not answer": (
+        "time.sleep(60) if rank == 1 else exec(\"raise RanksError.of('timed out after 5 s')\")",
+        8,
+        "rank 1 does not answer: timed out after 5 s.",
+    ),
+    "a bug in rank 1": (
+        "wait_for_others() if rank == 0 else 1 / 0",
+        1,
+        "rank 1: ZeroDivisionError: division by zero",
+    ),
+    "rank 1 ends without an error": (
+        'wait_for_others() if rank == 0 else print("terminate called", flush=True) or os._exit(9)',
+        1,
+        "rank 1: terminate called.",
+    ),
+    "the same error on all": ("raise DataError.of('no images')", 3, "no images."),
+}
+
+
+@pytest.mark.parametrize("case", ENDINGS)
+def test_the_first_failing_rank_comes_last_and_once(
+    run: RunDirectory, case: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, exit_code, text = ENDINGS[case]
+    found = supervised(run, code)
+    printed = capfd.readouterr().err.strip().splitlines()
+    assert (found, printed[-1]) == (exit_code if exit_code != 1 else found, text)
+    assert exit_code == 1 or printed.count(text) == 1
+
+
+def test_of_three_ranks_the_cause_is_named_and_not_who_noticed_it(
+    run: RunDirectory, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = """
+if rank == 2:
+    time.sleep(0.2)
+    raise DataError.of("no images")
+time.sleep(0.1 * rank)
+raise RanksError.of("connection closed by peer")
+"""
+    assert supervised(run, code, size=3) == 3
+    assert capfd.readouterr().err == "rank 2: no images.\n"
+
+
+def test_the_events_of_a_rank_0_that_was_ended_name_the_rank_that_failed(run: RunDirectory) -> None:
+    code = f"""
+run = RunDirectory(__import__("pathlib").Path({str(run.root)!r}))
+if rank == 0:
+    with run.lock(), EventLog(run.events) as events:
+        events.emit(PhaseEvent(phase="load", state="begin"))
+        time.sleep(60)
+while not run.events.exists() or not run.events.stat().st_size:
+    time.sleep(0.02)
+raise DataError.of("no images")
+"""
+    assert supervised(run, code) == 3
+    status = status_of(run)
+    assert (status.state, status.error, status.exit_code, status.starts) == ("failed", "rank 1: no images.", 3, 1)
+    assert [event["id"] for event in read_events(run.events)] == [1, 2, 3]
+
+
+Started = Callable[..., subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def start(run: RunDirectory, tmp_path: Path) -> Iterator[Started]:
+    """Starts a supervisor of two ranks in a session of its own; each rank writes its pid into `rank-N`."""
+    started = []
+
+    def begin(code: str) -> subprocess.Popen[bytes]:
+        told = 'open(f"rank-{rank}.new", "w").write(str(os.getpid())); os.rename(f"rank-{rank}.new", f"rank-{rank}")\n'
+        command = [sys.executable, "-P", str(HERE / "supervised.py"), "2", str(run.root), *program(told + code)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+        started.append(process)
+        until(lambda: all((tmp_path / f"rank-{rank}").exists() for rank in range(2)))
+        return process
+
+    yield begin
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        process.wait()
+        process.stderr.close()
+        for rank in range(2):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid_of(tmp_path, rank), signal.SIGKILL)
+
+
+def pid_of(folder: Path, rank: int) -> int:
+    return int((folder / f"rank-{rank}").read_text())
+
+
+def state_of(pid: int) -> str:
+    """R, S, T, Z …; X where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return "X"
+
+
+def until(is_so: Callable[[], bool], timeout_s: float = 20) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline, "it takes too long"
+        time.sleep(0.02)
+
+
+OBEYS = """
+while rank or deferred_signals.first is None:
+    time.sleep(0.02)
+raise Stopped.of(f"stopped by {deferred_signals.first}")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_is_for_rank_0_to_obey(start: Started, tmp_path: Path, number: signal.Signals) -> None:
+    supervisor = start(OBEYS)
+    os.kill(pid_of(tmp_path, 1), number)  # as a cluster sends it to every process
+    time.sleep(0.1)
+    assert supervisor.poll() is None
+    supervisor.send_signal(number)
+    assert supervisor.wait(10) == STOPPED
+    assert supervisor.communicate()[1].splitlines()[-1] == f"stopped by {number.value}.".encode()
+
+
+def test_a_second_ctrl_c_ends_all_where_rank_0_does_not_listen(start: Started, tmp_path: Path) -> None:
+    supervisor = start("time.sleep(60)")
+    os.kill(pid_of(tmp_path, 0), signal.SIGSTOP)
+    supervisor.send_signal(signal.SIGINT)
+    time.sleep(REPEAT_S + 0.1)
+    supervisor.send_signal(signal.SIGINT)
+    assert supervisor.wait(10) == STOPPED
+    assert {state_of(pid_of(tmp_path, rank)) for rank in range(2)} <= {"X", "Z"}
+
+
+def test_ctrl_z_pauses_all_and_fg_continues_all(start: Started, tmp_path: Path) -> None:
+    supervisor = start(OBEYS)
+    everyone = [supervisor.pid, *(pid_of(tmp_path, rank) for rank in range(2))]
+    supervisor.send_signal(signal.SIGTSTP)
+    until(lambda: [state_of(pid) for pid in everyone] == ["T"] * 3)
+    supervisor.send_signal(signal.SIGCONT)
+    until(lambda: "T" not in [state_of(pid) for pid in everyone])
+    supervisor.send_signal(signal.SIGINT)
+    assert supervisor.wait(10) == STOPPED
+
+
+def test_no_rank_survives_its_supervisor(start: Started, tmp_path: Path) -> None:
+    supervisor = start("open('folder', 'w').write(str(place.folder)); time.sleep(60)")
+    until((tmp_path / "folder").exists)
+    os.kill(pid_of(tmp_path, 1), signal.SIGSTOP)  # the system continues it once nobody is left who could
+    supervisor.kill()
+    supervisor.wait(10)
+    until(lambda: {state_of(pid_of(tmp_path, rank)) for rank in range(2)} <= {"X", "Z"})
+    until(lambda: not Path((tmp_path / "folder").read_text()).exists())
+
+
+def test_a_place_is_that_of_our_supervisor_or_of_torchrun() -> None:
+    assert place_of({}) is None
+    assert place_of({"MASTER_ADDR": "elsewhere", "LOCAL_RANK": "3"}) is None
+    assert place_of({"RANK": "0", "WORLD_SIZE": "1"}) is None
+    place = place_of(TORCHRUN)
+    assert place is not None
+    assert (place.rank, place.size, place.local_rank, place.errors) == (1, 2, 1, None)
+    ours = place_of({**{name: TORCHRUN[name] for name in list(TORCHRUN)[:4]}, RANKS_FOLDER: "/tmp/ours"})
+    assert ours is not None
+    assert ours.errors is not None
+
+
+@pytest.mark.parametrize(
+    ("environ", "found"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "LOCAL_RANK is not set"),
+        ({**TORCHRUN, "RANK": "one", "WORLD_SIZE": "-2"}, "RANK=one"),
+        ({**TORCHRUN, "RANK": "one", "WORLD_SIZE": "-2"}, "WORLD_SIZE=-2"),
+        ({**TORCHRUN, "RANK": "2"}, "RANK=2 in the environment: expected a number below WORLD_SIZE, 2"),
+        ({**TORCHRUN, "WORLD_SIZE": "4"}, "several machines is not built yet"),
+        ({**TORCHRUN, "MASTER_PORT": "http"}, "MASTER_PORT=http"),
+    ],
+)
+def test_an_environment_that_is_half_set_is_refused(environ: dict[str, str], found: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        place_of(environ)
+    assert found in str(error.value)
+    assert "torchrun" in str(error.value)
