@@ -138,7 +138,7 @@ def _spread(loaded: Loaded) -> Spread:
             scan(image_set, seed=config.seed, workers=config.workers) for image_set in loaded.datasets.train_sets
         ]
         order = Order(manifests, seed=config.seed, batch_size=config.train_batch_size)
-        for micro_batch, count in order.epoch(0).by_bucket():
+        for micro_batch, count in order.by_bucket():
             width, height = micro_batch.bucket
             name = f"{width}x{height}"
             visits[name] = visits.get(name, 0) + count * len(micro_batch.visits)

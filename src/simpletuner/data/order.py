@@ -43,6 +43,18 @@ class BucketBatches:
     """Indices of the samples in their set."""
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How a run's steps were cut into micro-batches before it was resumed with another batch size."""
+
+    steps: int
+    """The last of these steps."""
+    batch_size: int
+    """Images in a micro-batch."""
+    batches_per_step: int
+    """Micro-batches of a global batch, over all processes."""
+
+
 class EpochOrder:
     """The micro-batches of one epoch: `order[place]`, counted from 0."""
 
@@ -74,6 +86,19 @@ class EpochOrder:
         return np.arange(len(counts)).repeat(counts).take(self._numbers)
 
 
+@dataclass(frozen=True)
+class Rest:
+    """The rest of an epoch in which the batch size changed."""
+
+    epoch: int
+    first: int
+    """The place at which it begins, counted as if the epoch were whole."""
+    due: tuple[Int64[np.ndarray, " _"], ...]
+    """How often each sample of each set comes, but for what fills batches."""
+    order: EpochOrder
+    """Micro-batches from `first` on; places before that have no meaning."""
+
+
 class Order:
     """The endless sequence of micro-batches of a run.
 
@@ -82,7 +107,23 @@ class Order:
     the bucket, other pictures first. Of a set with `probability` p, an epoch sees the share p of its batches,
     at least one, chosen anew each time: of batches and not of pictures, so that every epoch has the same
     length. Then the batches of all sets are shuffled together.
+
+    A run that is resumed with another batch size has the rest of its epoch cut anew (`of`): each picture comes as
+    often as it would have, but for what fills the batches.
     """
+
+    @classmethod
+    def of(cls, manifests: Sequence[Manifest], *, seed: int, cuts: Sequence[Cut], now: Cut) -> "Order":
+        """The order of a run whose steps were cut as `cuts` say, one after the other, and are cut as `now` from there
+        on. Indices of micro-batches count as if `now` had been from the start: a step begins at its number before it
+        times `batches_per_step`.
+        """
+        first, *later = [*cuts, now]
+        order = cls(manifests, seed=seed, batch_size=first.batch_size)
+        for cut, following in zip(cuts, later, strict=True):
+            index = cut.steps * following.batches_per_step
+            order = order._resumed(cut.steps * cut.batches_per_step, following.batch_size, index)
+        return order
 
     def __init__(self, manifests: Sequence[Manifest], *, seed: int, batch_size: int) -> None:
         self.manifests = tuple(manifests)
@@ -90,6 +131,9 @@ class Order:
         self.batch_size = batch_size
         self.batches_per_epoch = sum(self._batches_kept(manifest) for manifest in self.manifests)
         """Micro-batches in an epoch; the same for all epochs."""
+        self.shift = 0
+        """Added to the index of a micro-batch, it counts them as if each epoch before were whole."""
+        self._rest: Rest | None = None
         self._drawn = functools.lru_cache(maxsize=2)(self._draw)
 
     @property
@@ -118,12 +162,66 @@ class Order:
 
         Threads may call this at the same time.
         """
-        return self._drawn(number)
+        rest = self._rest_of(number)
+        return self._drawn(number) if rest is None else rest.order
+
+    def place(self, index: int) -> tuple[int, int]:
+        """The epoch of the micro-batch at `index`, counted from the start of the run, and its place there."""
+        return divmod(index + self.shift, self.batches_per_epoch)
 
     def micro_batch(self, index: int) -> tuple[int, MicroBatch]:
         """The epoch and the micro-batch at `index`, counted from the start of the run."""
-        number, place = divmod(index, self.batches_per_epoch)
+        number, place = self.place(index)
         return number, self.epoch(number)[place]
+
+    def by_bucket(self) -> list[tuple[MicroBatch, int]]:
+        """A micro-batch of each bucket of each set, and how many micro-batches a whole epoch has of it."""
+        return self._drawn(0).by_bucket()
+
+    def _resumed(self, index: int, batch_size: int, new_index: int) -> "Order":
+        """This order from the micro-batch at `index` on, cut into batches of `batch_size`. That one is at `new_index`
+        there.
+        """
+        epoch, place = self.place(index)
+        order, first = Order(self.manifests, seed=self.seed, batch_size=batch_size), 0
+        if place > 0:
+            order._rest = order._draw_rest(epoch, self._due(epoch, place))
+            first = order._rest.first
+        order.shift = epoch * order.batches_per_epoch + first - new_index
+        return order
+
+    def _rest_of(self, epoch: int) -> Rest | None:
+        return self._rest if self._rest is not None and self._rest.epoch == epoch else None
+
+    def _due(self, epoch: int, place: int) -> tuple[Int64[np.ndarray, " _"], ...]:
+        """How often each sample of each set is due from `place` on, without what fills batches."""
+        rest, batches = self._rest_of(epoch), self.epoch(epoch)
+        seen, coming = ([np.zeros(len(each.samples), dtype=np.int64) for each in self.manifests] for _ in range(2))
+        for number in range(0 if rest is None else rest.first, self.batches_per_epoch):
+            for visit in batches[number].visits:
+                (seen if number < place else coming)[visit.set_index][visit.sample_index] += 1
+        due = []
+        for index, manifest in enumerate(self.manifests):
+            most = manifest.image_set.repeats + 1 if rest is None else rest.due[index]
+            # Of a set with a probability, an epoch has fewer.
+            due.append((np.minimum(seen[index] + coming[index], most) - seen[index]).clip(min=0))
+        return tuple(due)
+
+    def _draw_rest(self, epoch: int, due: tuple[Int64[np.ndarray, " _"], ...]) -> Rest:
+        """The rest of an epoch, cut into batches of this order."""
+        buckets = []
+        for set_index, manifest in enumerate(self.manifests):
+            for bucket, samples in manifest.buckets.items():
+                members = np.array(samples, dtype=np.int32)
+                visits = members.repeat(due[set_index][members])
+                key = (epoch, manifest.image_set.id, f"{bucket[0]}x{bucket[1]}", "rest")
+                batches = self._draw_batches(visits, members, self._batch_size(manifest), key)
+                buckets.append(BucketBatches(set_index, bucket, batches))
+        count = sum(len(bucket.samples) for bucket in buckets)
+        numbers = permutation(count, draw_seed(self.seed, "order", epoch, "rest"))[: self.batches_per_epoch]
+        first = self.batches_per_epoch - len(numbers)
+        places = np.concatenate([np.zeros(first, dtype=np.int32), numbers.astype(np.int32)])
+        return Rest(epoch, first, due, EpochOrder(buckets, places))
 
     def _batch_size(self, manifest: Manifest) -> int:
         own = manifest.image_set.train_batch_size
@@ -160,13 +258,22 @@ class Order:
 
     def _draw_bucket(self, epoch: int, manifest: Manifest, bucket: Size) -> Int32[np.ndarray, "batches size"]:
         """Indices of the samples, batch by batch."""
-        place = (epoch, manifest.image_set.id, f"{bucket[0]}x{bucket[1]}")
-        size = self._batch_size(manifest)
+        key = (epoch, manifest.image_set.id, f"{bucket[0]}x{bucket[1]}")
         members = np.array(manifest.buckets[bucket], dtype=np.int32)
         visits = np.tile(members, manifest.image_set.repeats + 1)
-        visits = visits[permutation(len(visits), draw_seed(self.seed, "order", *place))]
+        return self._draw_batches(visits, members, self._batch_size(manifest), key)
+
+    def _draw_batches(
+        self,
+        visits: Int32[np.ndarray, " visits"],
+        members: Int32[np.ndarray, " samples"],
+        size: int,
+        key: tuple[int | str, ...],
+    ) -> Int32[np.ndarray, "batches size"]:
+        """`visits` shuffled and cut into batches of `size`, of which the last is filled from all `members`."""
+        visits = visits[permutation(len(visits), draw_seed(self.seed, "order", *key))]
         if left := len(visits) % size:
-            again = members[permutation(len(members), draw_seed(self.seed, "order", *place, "fill"))]
+            again = members[permutation(len(members), draw_seed(self.seed, "order", *key, "fill"))]
             is_in_last = np.isin(again, visits[-left:])
             others_first = np.concatenate([again[~is_in_last], again[is_in_last]])
             visits = np.concatenate([visits, np.resize(others_first, size - left)])

@@ -31,7 +31,7 @@ from simpletuner.config.previews import drawing_flavour, preview_flavour
 from simpletuner.config.record import decisive, resolved
 from simpletuner.config.rules import profile_findings
 from simpletuner.config.run import RunConfig
-from simpletuner.data.order import MicroBatch, Order
+from simpletuner.data.order import Cut, MicroBatch, Order
 from simpletuner.flux2.components import check_precisions, check_trainable
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.load import checked_skeleton
@@ -233,7 +233,8 @@ class Attempt:
             resume.check_content(found, self.ways, data=prepared.fingerprints, model=known)
         if self.world.is_main:
             write_json(self.run.datasets, [m.summary() for m in (*prepared.train, *prepared.held_out)])
-        order = Order(prepared.train, seed=self.config.seed, batch_size=self.config.train_batch_size)
+        now = Cut(self.state.step, self.config.train_batch_size, self.batches_per_step)
+        order = Order.of(prepared.train, seed=self.config.seed, cuts=self.state.cuts, now=now)
         for text in order.notices:
             self.reporter.notice(text)
         plan = Plan.of(self.config, order, self.batches_per_step)
@@ -455,7 +456,7 @@ class Attempt:
     def install(self, transformer: Flux2Transformer, order: Order) -> None:
         """Make a transformer ready to train: compile, stream and recompute its blocks if asked to."""
         if self.config.dynamo_backend != "no":
-            shapes = {(micro_batch.bucket, len(micro_batch.visits)) for micro_batch, _ in order.epoch(0).by_bucket()}
+            shapes = {(micro_batch.bucket, len(micro_batch.visits)) for micro_batch, _ in order.by_bucket()}
             self.compiled = compilation.install(
                 transformer.blocks,
                 backend=self.config.dynamo_backend,
@@ -599,7 +600,8 @@ class Attempt:
                 run_id=sha256_json([self.run.root.name, first["time"]])[:12],
                 notice=self.reporter.notice,
             )
-        self.reporter.say(f"{prepared.pictures} pictures, {plan.steps} steps: {plan.epochs:.1f} epochs.")
+        where = "" if self.world.is_alone else f" on {self.world.size} processes"
+        self.reporter.say(f"{prepared.pictures} pictures, {plan.steps} steps{where}: {plan.epochs:.1f} epochs.")
 
     def try_out_compiled(self, stepper: Stepper, builder: BatchBuilder, plan: Plan) -> None:
         """`try_out`, which may compile blocks for the first time. If they cannot be compiled and `dynamo_backend` is
@@ -720,7 +722,7 @@ class Attempt:
 
 def largest(order: Order) -> MicroBatch:
     """The batch with the most pixels."""
-    candidates = [micro_batch for micro_batch, _ in order.epoch(0).by_bucket()]
+    candidates = [micro_batch for micro_batch, _ in order.by_bucket()]
     return max(candidates, key=lambda micro: math.prod(micro.bucket) * len(micro.visits))
 
 

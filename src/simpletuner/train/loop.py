@@ -43,17 +43,20 @@ class Plan:
     batches_per_step: int
     """Micro-batches of a global batch, over all processes."""
     batches_per_epoch: int
+    shift: int = 0
+    """`Order.shift`: added to the micro-batches that are seen, so that all of them count as in whole epochs."""
 
     @classmethod
     def of(cls, config: RunConfig, order: Order, batches_per_step: int) -> "Plan":
         """`max_train_steps`, or else as many steps as `num_train_epochs` take, rounded up."""
-        whole = math.ceil(config.num_train_epochs * order.batches_per_epoch / batches_per_step)
-        return cls(config, config.max_train_steps or max(1, whole), batches_per_step, order.batches_per_epoch)
+        whole = math.ceil((config.num_train_epochs * order.batches_per_epoch - order.shift) / batches_per_step)
+        steps = config.max_train_steps or max(1, whole)
+        return cls(config, steps, batches_per_step, order.batches_per_epoch, order.shift)
 
     @property
     def epochs(self) -> float:
         """Passes over the data in the whole run."""
-        return self.steps * self.batches_per_step / self.batches_per_epoch
+        return (self.steps * self.batches_per_step + self.shift) / self.batches_per_epoch
 
     def is_due(self, step: int, every_steps: int | None, every_epochs: int | None) -> bool:
         """Whether something with these intervals happens after `step`. An epoch that ends inside a step counts."""
@@ -62,7 +65,7 @@ class Plan:
         if not every_epochs:
             return False
         span = self.batches_per_epoch * every_epochs
-        seen = step * self.batches_per_step
+        seen = step * self.batches_per_step + self.shift
         return seen // span > (seen - self.batches_per_step) // span
 
     def saves(self, step: int) -> bool:

@@ -5,6 +5,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from simpletuner.data.order import Cut
+
 STATE_VERSION = 2
 
 
@@ -19,6 +21,8 @@ class TrainState(BaseModel):
     """Optimiser steps that are finished."""
     micro_batches: int = 0
     """Micro-batches seen: where the data goes on."""
+    cuts: list[Cut] = Field(default_factory=list)
+    """How steps were cut into micro-batches before train_batch_size changed; empty where it never did."""
     skipped_steps: list[int] = Field(default_factory=list)
     """Steps among these that were not taken, since a loss or gradient was not finite."""
     held_out: dict[int, float] = Field(default_factory=dict)

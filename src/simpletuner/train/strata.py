@@ -25,7 +25,7 @@ class Strata:
 
     def __call__(self, step: int, slot: int) -> tuple[int, int]:
         """(stratum, number of strata) of the sample in `slot` of `step`, counted from 1."""
-        epoch, micro_batch = divmod((step - 1) * self.batches_per_step, self.order.batches_per_epoch)
+        epoch, micro_batch = self.order.place((step - 1) * self.batches_per_step)
         while True:
             starts, strata = self._drawn(epoch)
             place = int(starts[micro_batch]) + slot

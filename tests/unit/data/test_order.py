@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from simpletuner.data.manifest import Manifest
-from simpletuner.data.order import MicroBatch, Order, Visit, permutation
+from simpletuner.data.order import Cut, MicroBatch, Order, Visit, permutation
 
 Scanned = Callable[..., Manifest]
 
@@ -103,3 +103,76 @@ def test_a_permutation_is_the_same_on_every_machine() -> None:
     assert ["abcdefgh"[index] for index in permutation(8, 42)] == list("bhdcafeg")
     assert sorted(permutation(1000, 7).tolist()) == list(range(1000))
     assert permutation(0, 7).tolist() == []
+
+
+def test_a_run_that_never_changed_has_the_order_of_before(manifest: Scanned) -> None:
+    found = manifest(repeats=1)
+    order, plain = Order.of([found], seed=5, cuts=(), now=Cut(0, 3, 2)), Order([found], seed=5, batch_size=3)
+    assert [order.micro_batch(index) for index in range(30)] == [plain.micro_batch(index) for index in range(30)]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 4, 7, 15, 23, 24])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (4, 1), (1, 4), (2, 4), (4, 2)])
+def test_another_batch_size_neither_repeats_nor_skips_but_for_what_fills_batches(
+    manifest: Scanned, before: int, after: int, steps: int
+) -> None:
+    """Steps of four: 20 visits an epoch of 14 wide and 6 tall pictures, more where batches are filled."""
+    found = manifest(repeats=1)
+    first, now = Cut(steps, before, 4 // before), Cut(steps, after, 4 // after)
+    old = Order([found], seed=5, batch_size=before)
+    new = Order.of([found], seed=5, cuts=[first], now=now)
+    change = steps * first.batches_per_step
+    number, place = old.place(change)
+    done = [old.epoch(number)[each] for each in range(place)]
+    rest = []
+    index = steps * now.batches_per_step
+    while (found_at := new.micro_batch(index))[0] == number:
+        rest.append(found_at[1])
+        index += 1
+    seen, left = visits(done), visits(rest)
+    assert all(len(batch.visits) == after for batch in rest)
+    fill = [sum(-count % size for count in (14, 6)) for size in (before, after)]
+    whole = seen + left
+    assert len(whole) == 10
+    assert min(whole.values()) >= 2, "none is skipped"
+    assert sum(whole.values()) - 20 <= sum(fill) + 2 * (after - 1), (
+        "what fills batches of two buckets, before and after"
+    )
+    # Whole epochs follow, those of this batch size, and the epochs of a step are counted on.
+    assert new.place(index) == (number + 1, 0)
+    plain = Order([found], seed=5, batch_size=after)
+    later = [new.micro_batch(index + each) for each in range(2 * new.batches_per_epoch)]
+    assert [batch for _, batch in later] == epoch(plain, number + 1) + epoch(plain, number + 2)
+    assert new.by_bucket() == plain.by_bucket()
+
+
+def test_an_epoch_may_be_cut_anew_more_than_once(manifest: Scanned) -> None:
+    found = manifest(repeats=3)
+    cuts = [Cut(3, 1, 4), Cut(5, 2, 2), Cut(8, 4, 1)]
+    order = Order.of([found], seed=5, cuts=cuts, now=Cut(8, 1, 4))
+    seen: Counter[Visit] = Counter()
+    start = 0
+    for number, cut in enumerate(cuts):
+        part = Order.of([found], seed=5, cuts=cuts[:number], now=cut)
+        at = range(start * cut.batches_per_step, cut.steps * cut.batches_per_step)
+        assert {part.place(index)[0] for index in at} == {0}
+        seen += visits([part.micro_batch(index)[1] for index in at])
+        start = cut.steps
+    assert sum(seen.values()) == 32
+    rest = [order.micro_batch(index) for index in range(32, 60)]
+    seen += visits([batch for number, batch in rest if number == 0])
+    assert min(seen.values()) == 4
+    assert sum(seen.values()) - 40 <= 2
+    # A step at which an epoch ends leaves nothing of it.
+    assert Order.of([found], seed=5, cuts=[Cut(10, 1, 4)], now=Cut(10, 2, 2)).place(20) == (1, 0)
+
+
+def test_of_a_set_with_a_probability_the_chosen_pictures_come(manifest: Scanned) -> None:
+    found = manifest(probability=0.5, repeats=3)
+    old = Order([found], seed=5, batch_size=1)
+    chosen = visits(epoch(old, 0))
+    new = Order.of([found], seed=5, cuts=[Cut(2, 1, 4)], now=Cut(2, 2, 2))
+    rest = [new.micro_batch(index) for index in range(4, 24)]
+    seen = visits(epoch(old, 0)[:8]) + visits([batch for number, batch in rest if number == 0])
+    assert seen >= chosen
+    assert sum(seen.values()) - sum(chosen.values()) <= 2

@@ -13,7 +13,7 @@ from simpletuner.config.datasets import ImageSet
 from simpletuner.config.options.guidance import GuidanceOptions
 from simpletuner.config.options.schedule import ScheduleOptions
 from simpletuner.data.manifest import scan
-from simpletuner.data.order import Order
+from simpletuner.data.order import Cut, Order
 from simpletuner.flow.sigma import sigmoid_density
 from simpletuner.train.step import Objective
 from simpletuner.train.strata import Strata
@@ -79,6 +79,18 @@ def test_a_step_may_span_several_epochs(order: Order) -> None:
     apart, together = (Strata(order, seed=5, batches_per_step=count) for count in (8, 24))
     expected = [apart(step, slot) for step in (1, 2, 3) for slot in range(13)]
     assert [together(1, slot) for slot in range(39)] == expected
+
+
+def test_the_rest_of_an_epoch_that_is_cut_anew_takes_strata_to_itself(order: Order) -> None:
+    now = Cut(1, 2, 3)
+    new = Order.of(order.manifests, seed=5, cuts=[Cut(1, 1, PER_STEP)], now=now)
+    of = Strata(new, seed=5, batches_per_step=PER_STEP)
+    places = [(step, slot) for step in range(2, 9) for slot in range(slots(new, step))]
+    rest = sum(len(new.micro_batch(index)[1].visits) for index in range(PER_STEP, 30) if new.place(index)[0] == 0)
+    drawn = [of(*place) for place in places]
+    assert all(stratum < count for stratum, count in drawn)
+    assert len({stratum for stratum, _ in drawn[:rest]}) == rest
+    assert sorted(stratum for stratum, _ in drawn[rest:][: drawn[rest][1]]) == list(range(drawn[rest][1]))
 
 
 def test_a_stratum_depends_on_seed_step_and_slot_alone(order: Order) -> None:
