@@ -23,10 +23,11 @@ from simpletuner.config.options.checkpoint import CheckpointOptions
 from simpletuner.config.options.data import DataOptions
 from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.process import ProcessOptions
+from simpletuner.config.options.ranks import RankOptions
 from simpletuner.config.options.tracking import TrackingOptions
 from simpletuner.config.options.validation import ValidationOptions
 from simpletuner.config.other_keys import OPTION_ALIASES
-from simpletuner.config.record import CHANGE_THE_CURVE, LEFT_TO_THE_RUN, MAY_CHANGE, resolved
+from simpletuner.config.record import CHANGE_THE_CURVE, LEFT_TO_THE_RUN, MAY_CHANGE, SPLIT, resolved
 from simpletuner.config.run import RunConfig
 from simpletuner.config.values import kinds
 from simpletuner.data.pixels import PLUGINS
@@ -241,7 +242,11 @@ def test_the_table_of_what_may_change_on_resume_is_that_of_the_code() -> None:
         for line in page.splitlines()
         if " | may change; " in line
     )
-    slices = (ValidationOptions, CheckpointOptions, TrackingOptions, ProcessOptions, DataOptions, OffloadOptions)
+    slices = (
+        ValidationOptions, CheckpointOptions, TrackingOptions, ProcessOptions, RankOptions, DataOptions, OffloadOptions,
+    )  # fmt: skip
+    (together,) = (line.split(" | ")[0] for line in page.splitlines() if " | may change together " in line)
+    assert set(re.findall(r"\w+", together)) == {*SPLIT}
     assert steering == CHANGE_THE_CURVE
     assert quiet - LEFT_TO_THE_RUN.keys() == MAY_CHANGE - {name for each in slices for name in each.model_fields}
     anchors = {str(each.__doc__).rstrip(".").lower().replace(" ", "-") for each in slices}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 from tests.recipes.conftest import Workplace, commands_in, tensors_below
+from tests.recipes.test_ranks import train_together
 
 from simpletuner.base.files import sha256_file
 from simpletuner.cli.main import main
@@ -96,6 +97,42 @@ def test_a_refused_change_shows_both_values_and_the_command_that_puts_it_back(
     # "output/a run" is moved to where the fixture looks for it.
     (workplace.folder / "output" / "a run").rename(workplace.run().root)
     same_bytes(workplace)
+
+
+def test_another_batch_size_cuts_the_rest_of_the_epoch_anew_and_stays_so(
+    cached_workplace: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two of six images are trained; four are left, two a step, then whole epochs."""
+    place = cached_workplace
+    assert place.train("--max_train_steps=1") == 0
+    other = ("--train_batch_size=2", "--gradient_accumulation_steps=1", "--max_train_steps=4")
+    assert place.train(*other[:2], "--max_train_steps=2") == 0
+    said = "Note: From step 2 on this run is trained with train_batch_size = 2 (was 1), gradient_accumulation_steps = 1"
+    assert said in (out := capsys.readouterr().out)
+    assert "A step still has 2 images, in another order; of this epoch come those that are left." in out
+    assert place.train(*other) == 0
+    assert "Changed since step 2: max_train_steps = 4 (was 2).\n" in (out := capsys.readouterr().out)
+    assert "Going on from step 2 of 4" in out
+    state = json.loads((place.run().checkpoint(4) / STATE_NAME).read_text())
+    assert state["cuts"] == [{"steps": 1, "batch_size": 1, "batches_per_step": 2}]
+    # Stopped in between or not: the same bits.
+    first = f"--resume_from_checkpoint={place.run().checkpoint(1)}"
+    assert place.train(*other, first, "--output_dir=output/at-once") == 0
+    assert place.run("at-once").lora.read_bytes() == place.run().lora.read_bytes()
+
+
+@pytest.mark.slow
+def test_it_goes_on_with_other_processes_to_the_same_bytes(
+    cached_workplace: Workplace, same_bytes: Callable[[Workplace], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = cached_workplace
+    assert place.train("--max_train_steps=1") == 0
+    train_together(place, 2, "--gradient_accumulation_steps=1", "--max_train_steps=2")
+    capsys.readouterr()
+    assert place.train() == 0
+    said = "max_train_steps = 3 (was 2), gradient_accumulation_steps = 2 (was 1), num_processes = 1 (was 2)."
+    assert f"Changed since step 2: {said}" in capsys.readouterr().out
+    same_bytes(place)
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,9 @@ MAY_CHANGE = frozenset(
 """Options that a resumed run may change without a notice: what it looks at, saves and skips, how long it is, where
 things lie. The datasets themselves are compared by their fingerprint, and so is the VAE's encoder."""
 
+SPLIT = ("train_batch_size", "gradient_accumulation_steps", "num_processes")
+"""Options whose product is the effective batch. A resumed run may change them where the product stays."""
+
 CHANGE_THE_CURVE = frozenset(
     {
         "caption_dropout_probability",
@@ -121,13 +124,52 @@ def is_left_to_the_run(name: str, value: object) -> bool:
 
 def decisive(record: Mapping[str, Any]) -> dict[str, Any]:
     """What of a record decides the weights. An exported file has a hash of it, the same for the same run of each
-    release.
+    release. Several processes count as gradient accumulation: one process sees the same images that way.
     """
-    return {
+    found = {
         name: value
         for name, value in record.items()
         if name not in MAY_CHANGE and not (name in NAMED_WHERE_CHOSEN and value == NAMED_WHERE_CHOSEN[name])
     }
+    if (processes := record.get("num_processes") or 1) > 1:
+        found["gradient_accumulation_steps"] *= processes
+    return found
+
+
+@dataclass(frozen=True)
+class BatchSplit:
+    """How the images of an optimizer step are divided, where no dataset has a batch size of its own."""
+
+    train_batch_size: int
+    gradient_accumulation_steps: int
+    num_processes: int
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "BatchSplit":
+        """That of a record. One that lacks an option, or has null there, was made where it was 1."""
+        return cls(*(record.get(name) or 1 for name in SPLIT))
+
+    @property
+    def effective_batch(self) -> int:
+        """Images of one optimizer step."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.num_processes
+
+    @property
+    def batches_per_step(self) -> int:
+        """Micro-batches of one optimizer step."""
+        return self.gradient_accumulation_steps * self.num_processes
+
+    def accumulating_to(self, effective_batch: int) -> "BatchSplit | None":
+        """The same batch size and processes with another accumulation, so that a step has `effective_batch` images;
+        None where no accumulation does that.
+        """
+        steps, left = divmod(effective_batch, self.train_batch_size * self.num_processes)
+        return None if left else replace(self, gradient_accumulation_steps=steps)
+
+    def changes(self, now: "BatchSplit") -> dict[str, "OptionChange"]:
+        """Options in which `now` differs."""
+        values = ((name, vars(self)[name], vars(now)[name]) for name in SPLIT)
+        return {name: OptionChange(before, after) for name, before, after in values if before != after}
 
 
 @dataclass(frozen=True)
@@ -153,11 +195,23 @@ class RecordComparison:
     """Changed options of `CHANGE_THE_CURVE`."""
     quiet: dict[str, OptionChange] = field(default_factory=dict)
     """Changed options of `MAY_CHANGE`."""
+    split: dict[str, OptionChange] = field(default_factory=dict)
+    """Changed options of `SPLIT`, at the same effective batch."""
+    adapted: dict[str, Any] = field(default_factory=dict)
+    """Options among these that the user did not give: with the value at which the effective batch stays."""
+    restoring: dict[str, Any] = field(default_factory=dict)
+    """Values that restore the effective batch where options of `SPLIT` are refused."""
 
 
-def compare(record: Mapping[str, Any], config: RunConfig, given: Collection[str]) -> RecordComparison:
+def compare(
+    record: Mapping[str, Any], config: RunConfig, given: Collection[str], *, has_own_sizes: bool = False
+) -> RecordComparison:
     """Compare `config`, of which the options in `given` were given by the user, with a `record` made by `resolved`,
     perhaps by an older release: neither a new option nor another default is a change.
+
+    Args:
+        has_own_sizes: a dataset has a train_batch_size of its own, so that a step with another number of micro-batches
+            has another number of images, whatever the run's train_batch_size.
     """
     old = {OPTION_ALIASES.get(name, name): value for name, value in record.items()}
     new, defaults = (json.loads(json.dumps(resolved(each))) for each in (config, RunConfig()))
@@ -165,7 +219,7 @@ def compare(record: Mapping[str, Any], config: RunConfig, given: Collection[str]
     steering: dict[str, OptionChange] = {}
     kept: dict[str, Any] = {}
     unavailable: dict[str, Any] = {}
-    for name in sorted({*old, *new} - MAY_CHANGE):
+    for name in sorted({*old, *new} - MAY_CHANGE - {*SPLIT}):
         if name not in RunConfig.model_fields:
             if old[name] is not None and old[name] not in REMOVED.get(name, ()):
                 unavailable[name] = old[name]
@@ -181,13 +235,40 @@ def compare(record: Mapping[str, Any], config: RunConfig, given: Collection[str]
     unavailable |= {name: kept.pop(name) for name in refused(RunConfig, kept)}
     quiet = {
         name: OptionChange(old[name], new[name])
-        for name in sorted(MAY_CHANGE & old.keys() & new.keys())
+        for name in sorted((MAY_CHANGE - {*SPLIT}) & old.keys() & new.keys())
         if old[name] != new[name]
     }
-    return RecordComparison(kept, refused_changes, unavailable, steering, quiet)
+    first = BatchSplit.of(old)
+    split = _split(first, config, given)
+    changed, adapted, restoring = first.changes(split), {}, {}
+    may_cut = not has_own_sizes or split.train_batch_size == first.train_batch_size
+    if split.effective_batch == first.effective_batch and may_cut:
+        own = {name: vars(split)[name] for name in SPLIT if name not in given and name != "num_processes"}
+        others = {name: value for name, value in own.items() if value != vars(config)[name]}
+        kept = dict(sorted((kept | {name: value for name, value in others.items() if name not in changed}).items()))
+        adapted = {name: value for name, value in others.items() if name in changed}
+    else:
+        refused_changes = dict(sorted((refused_changes | changed).items()))
+        near = split if may_cut else replace(split, train_batch_size=first.train_batch_size)
+        restored = near.accumulating_to(first.effective_batch) or first
+        restoring = {name: change.now for name, change in split.changes(restored).items()}
+        changed = {}
+    return RecordComparison(kept, refused_changes, unavailable, steering, quiet, changed, adapted, restoring)
+
+
+def _split(before: BatchSplit, config: RunConfig, given: Collection[str]) -> BatchSplit:
+    """How `config` divides a step of a run that was divided as `before`: accumulation that is not given makes up for
+    other options. How many processes there are is a fact, given or not.
+    """
+    size = config.train_batch_size if "train_batch_size" in given else before.train_batch_size
+    now = BatchSplit(size, config.gradient_accumulation_steps, config.ranks)
+    if "gradient_accumulation_steps" in given:
+        return now
+    same = replace(now, gradient_accumulation_steps=before.gradient_accumulation_steps)
+    return now.accumulating_to(before.effective_batch) or same
 
 
 def with_recorded(config: RunConfig, kept: Mapping[str, Any]) -> RunConfig:
-    """`config` with the values of `RecordComparison.kept`."""
+    """`config` with the values of `RecordComparison.kept`, or `adapted`."""
     values = RunConfig.model_validate(kept)
     return config.model_copy(update={name: getattr(values, name) for name in kept})

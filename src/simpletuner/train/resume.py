@@ -1,15 +1,24 @@
 """Which checkpoint a run goes on from, whether it may, and the commands that lead on where it may not."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from simpletuner.base.errors import CheckpointError, ConfigError, Problem
 from simpletuner.config.load import Loaded
 from simpletuner.config.options.checkpoint import LATEST
-from simpletuner.config.record import OptionChange, compare, is_left_to_the_run, with_recorded
+from simpletuner.config.record import (
+    SPLIT,
+    BatchSplit,
+    OptionChange,
+    RecordComparison,
+    compare,
+    is_left_to_the_run,
+    with_recorded,
+)
 from simpletuner.config.rules import findings
-from simpletuner.config.values import shown
+from simpletuner.config.values import join_names, shown
+from simpletuner.data.order import Cut
 from simpletuner.memory.world import World
 from simpletuner.runs import checkpoints
 from simpletuner.runs.events import CheckpointEvent
@@ -104,7 +113,11 @@ def find(run: RunDirectory, loaded: Loaded, reporter: Reporter, world: World) ->
         return None, loaded
     folder = Path(place)
     state = read_state(folder)
-    return Resume(folder, state), continued(folder, state, Ways(run, loaded), reporter)
+    loaded = continued(folder, state, Ways(run, loaded), reporter)
+    split = BatchSplit.of(state.config)
+    if split.train_batch_size != loaded.config.train_batch_size:
+        state.cuts.append(Cut(state.step, split.train_batch_size, split.batches_per_step))
+    return Resume(folder, state), loaded
 
 
 def chosen(ways: Ways, reporter: Reporter) -> Path | None:
@@ -130,7 +143,8 @@ def continued(folder: Path, state: TrainState, ways: Ways, reporter: Reporter) -
     """The configuration with the values of the checkpoint in `folder` where no other is given."""
     loaded = ways.loaded
     given = [name for name, origin in loaded.origins.items() if origin != "default"]
-    comparison = compare(state.config, loaded.config, given)
+    own_sizes = [each.id for each in loaded.datasets.train_sets if each.train_batch_size is not None]
+    comparison = compare(state.config, loaded.config, given, has_own_sizes=bool(own_sizes))
     problems = [
         Problem(
             f"{folder} was trained with {name} = {shown(value)}, which this release does not have",
@@ -139,10 +153,10 @@ def continued(folder: Path, state: TrainState, ways: Ways, reporter: Reporter) -
         for name, value in comparison.unavailable.items()
     ]
     if comparison.refused:
-        problems.append(_refused(folder, comparison.refused, ways))
+        problems.append(_refused(folder, BatchSplit.of(state.config), comparison, own_sizes, ways))
     CheckpointError.raise_if(problems)
-    if comparison.kept:
-        config = with_recorded(loaded.config, comparison.kept)
+    if comparison.kept or comparison.adapted:
+        config = with_recorded(loaded.config, comparison.kept | comparison.adapted)
         ConfigError.raise_if(problem for _, problem in findings(config, loaded.datasets))
         values = ", ".join(
             f"{name} = {shown(value)}"
@@ -152,8 +166,14 @@ def continued(folder: Path, state: TrainState, ways: Ways, reporter: Reporter) -
         if values:
             reporter.notice(f"Not given, and kept as {folder} was trained with: {values}.")
         loaded = replace(loaded, config=config)
-    if comparison.quiet:
-        reporter.say(f"Changed since step {state.step}: {_in_words(comparison.quiet)}.")
+    is_cut_otherwise = "train_batch_size" in comparison.split
+    if quiet := comparison.quiet | ({} if is_cut_otherwise else comparison.split):
+        reporter.say(f"Changed since step {state.step}: {_in_words(quiet)}.")
+    if is_cut_otherwise:
+        reporter.notice(
+            f"From step {state.step + 1} on this run is trained with {_in_words(comparison.split)}. A step still has "
+            f"{loaded.config.effective_batch} images, in another order; of this epoch come those that are left."
+        )
     if comparison.steering:
         reporter.notice(
             f"From step {state.step + 1} on this run is trained with {_in_words(comparison.steering)}: its loss is no "
@@ -162,13 +182,24 @@ def continued(folder: Path, state: TrainState, ways: Ways, reporter: Reporter) -
     return loaded
 
 
-def _refused(folder: Path, changes: Mapping[str, OptionChange], ways: Ways) -> Problem:
+def _refused(
+    folder: Path, split: BatchSplit, comparison: RecordComparison, own_sizes: Sequence[str], ways: Ways
+) -> Problem:
+    changes = comparison.refused
+    others = {name: change.before for name, change in changes.items() if name not in SPLIT}
     # A flag cannot say null; an option that is not given keeps the checkpoint's value.
-    back = {name: change.before for name, change in changes.items() if change.before is not None}
-    unset = [f"leave out {name}" for name in changes if name not in back]
+    back = {name: before for name, before in others.items() if before is not None} | comparison.restoring
+    unset = [f"leave out {name}" for name, before in others.items() if before is None]
     steps = [*unset, *([f"type {ways.on(**back)}"] if back else [])]
+    batch = ""
+    if len(others) < len(changes):
+        count = split.effective_batch
+        batch = f". A step had {count} image{'' if count == 1 else 's'}"
+        if own_sizes and "train_batch_size" in changes:
+            whose = "has a train_batch_size of its own" if len(own_sizes) == 1 else "have their own train_batch_size"
+            batch += f", and {join_names(own_sizes, 'and')} {whose}"
     return Problem(
-        f"{folder} was trained with other settings: {_in_words(changes)}",
+        f"{folder} was trained with other settings: {_in_words(changes)}{batch}",
         "values that a resumed run may change (docs/runs.md)",
         f"To go on with the settings of the checkpoint, {' and '.join(steps)}. To start over: {ways.anew()}.",
     )

@@ -6,10 +6,12 @@ import pytest
 
 from simpletuner.config import record
 from simpletuner.config.options.kinds import Slice
+from simpletuner.config.options.ranks import RankOptions
 from simpletuner.config.record import (
     CHANGE_THE_CURVE,
     MAY_CHANGE,
     RECORDED_TEXTS,
+    SPLIT,
     OptionChange,
     RecordComparison,
     compare,
@@ -87,6 +89,8 @@ def test_equal_configs_differ_in_nothing() -> None:
         {"ema_device": "cpu"},
         {"disable_benchmark": True},
         {"resume_from_checkpoint": "x"},
+        {"fsdp_enable": True},
+        {"distributed_timeout_s": 60},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -118,11 +122,100 @@ def test_a_resumed_run_may_change_the_curve_and_that_is_told_apart() -> None:
     assert {*OPTION_NAMES} >= CHANGE_THE_CURVE | MAY_CHANGE
 
 
-def test_a_micro_batch_is_cut_from_one_bucket_so_its_size_may_not_change_for_accumulation() -> None:
-    """2 × 2 and 4 × 1 see other images in other steps."""
-    old = resolved(RunConfig(train_batch_size=2, gradient_accumulation_steps=2))
-    found = compare(old, RunConfig(train_batch_size=4, gradient_accumulation_steps=1), OPTION_NAMES)
-    assert set(found.refused) == {"gradient_accumulation_steps", "train_batch_size"}
+def divided(size: int, accumulation: int, processes: int | None = None) -> RunConfig:
+    return RunConfig(train_batch_size=size, gradient_accumulation_steps=accumulation, num_processes=processes)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "changed"),
+    [
+        ((1, 4, None), (1, 2, 2), {"gradient_accumulation_steps": (4, 2), "num_processes": (1, 2)}),
+        ((1, 4, 1), (1, 1, 4), {"gradient_accumulation_steps": (4, 1), "num_processes": (1, 4)}),
+        ((2, 1, 4), (2, 4, None), {"gradient_accumulation_steps": (1, 4), "num_processes": (4, 1)}),
+        ((2, 2, None), (4, 1, None), {"train_batch_size": (2, 4), "gradient_accumulation_steps": (2, 1)}),
+        ((1, 1, 8), (2, 2, 2), {
+            "train_batch_size": (1, 2), "gradient_accumulation_steps": (1, 2), "num_processes": (8, 2),
+        }),
+        ((1, 4, None), (1, 4, 1), {}),
+    ],
+)  # fmt: skip
+def test_a_resumed_run_may_divide_the_effective_batch_otherwise(
+    before: tuple[int, int, int | None], now: tuple[int, int, int | None], changed: dict[str, tuple[int, int]]
+) -> None:
+    found = compare(resolved(divided(*before)), divided(*now), OPTION_NAMES)
+    assert found == replace(EQUAL, split={name: OptionChange(*values) for name, values in changed.items()})
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "restoring"),
+    [
+        # The processes are there: accumulation makes up for them where it can.
+        ((1, 4, None), (1, 4, 2), {"gradient_accumulation_steps": 2}),
+        ((1, 2, 2), (1, 2, None), {"gradient_accumulation_steps": 4}),
+        ((1, 4, None), (2, 4, None), {"gradient_accumulation_steps": 2}),
+        ((1, 4, None), (1, 4, 3), {"num_processes": 1}),
+        ((1, 1, None), (2, 1, None), {"train_batch_size": 1}),
+        ((1, 4, None), (3, 2, 3), {"train_batch_size": 1, "gradient_accumulation_steps": 4, "num_processes": 1}),
+    ],
+)
+def test_another_effective_batch_is_refused_with_what_restores_it(
+    before: tuple[int, int, int | None], now: tuple[int, int, int | None], restoring: dict[str, int]
+) -> None:
+    old = resolved(divided(*before))
+    found = compare(old, divided(*now), OPTION_NAMES)
+    assert found.refused
+    assert found.refused.keys() <= {*SPLIT}
+    assert (found.restoring, found.split, found.adapted) == (restoring, {}, {})
+    again = divided(*now).model_copy(update=restoring)
+    assert not compare(old, again, OPTION_NAMES).refused, "the remedy works"
+
+
+def test_accumulation_that_is_not_given_makes_up_for_processes() -> None:
+    old = resolved(divided(1, 4))
+    found = compare(old, divided(1, 1, 2), ["num_processes"])
+    assert found == replace(
+        EQUAL,
+        split={"gradient_accumulation_steps": OptionChange(4, 2), "num_processes": OptionChange(1, 2)},
+        adapted={"gradient_accumulation_steps": 2},
+    )
+    assert with_recorded(divided(1, 1, 2), found.adapted) == divided(1, 2, 2)
+    # torchrun's processes are not given as an option, and are there all the same
+    assert compare(old, divided(1, 1, 4), []).adapted == {}
+    assert compare(old, divided(1, 1, 4), []).split.keys() == {"gradient_accumulation_steps", "num_processes"}
+    back = compare(resolved(divided(1, 2, 2)), divided(1, 1), [])
+    assert back.adapted == {"gradient_accumulation_steps": 4}
+    # A batch size that is not given stays: with it the order of the images would change.
+    found = compare(resolved(divided(2, 4)), divided(1, 1, 2), ["num_processes"])
+    assert (found.kept, found.adapted) == ({"train_batch_size": 2}, {"gradient_accumulation_steps": 2})
+    # Nothing makes up for three.
+    found = compare(old, divided(1, 1, 3), ["num_processes"])
+    assert found.refused == {"num_processes": OptionChange(1, 3)}
+    assert found.restoring == {"num_processes": 1}
+
+
+def test_beside_a_set_with_its_own_batch_size_the_runs_may_not_change() -> None:
+    old = resolved(divided(2, 2))
+    found = compare(old, divided(1, 2, 2), OPTION_NAMES, has_own_sizes=True)
+    assert found.refused.keys() == {"train_batch_size", "num_processes"}
+    assert found.restoring == {"train_batch_size": 2, "gradient_accumulation_steps": 1}
+    assert not compare(old, divided(2, 1, 2), OPTION_NAMES, has_own_sizes=True).refused
+
+
+def test_a_record_from_before_there_were_processes_counts_as_one() -> None:
+    old = resolved(divided(1, 4))
+    for name in RankOptions.model_fields:
+        del old[name]
+    assert compare(old, divided(1, 4), OPTION_NAMES) == EQUAL
+    assert compare(old, divided(1, 2, 2), OPTION_NAMES).split["num_processes"] == OptionChange(1, 2)
+
+
+def test_a_header_names_what_one_process_would_have_to_do_for_the_same_weights() -> None:
+    alone = decisive(resolved(divided(2, 4)))
+    assert alone["gradient_accumulation_steps"] == 4
+    assert not alone.keys() & RankOptions.model_fields.keys()
+    sharded = RunConfig(fsdp_enable=True, train_batch_size=2, gradient_accumulation_steps=2, num_processes=2)
+    assert decisive(resolved(sharded)) == decisive(resolved(divided(2, 1, 4))) == alone
+    assert decisive(resolved(divided(1, 8))) != alone, "other images in other steps"
 
 
 def test_a_resumed_run_must_keep_its_routes() -> None:

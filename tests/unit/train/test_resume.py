@@ -1,0 +1,112 @@
+"""How a resumed run may divide the effective batch: what is said, refused and remembered."""
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simpletuner.base.errors import CheckpointError
+from simpletuner.config.load import Loaded, load
+from simpletuner.config.record import resolved
+from simpletuner.config.run import RunConfig
+from simpletuner.runs.layout import RunDirectory
+from simpletuner.train.report import Reporter
+from simpletuner.train.resume import Ways, continued
+from simpletuner.train.state import TrainState
+
+Given = Callable[..., Loaded]
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> Given:
+    """The configuration of a folder, with these keys of the image set and flags of train."""
+
+    def loaded(*flags: str, environ: dict[str, str] | None = None, **keys: Any) -> Loaded:
+        images = {"id": "cats", "type": "local", "instance_data_dir": "cats", "caption_strategy": "textfile"}
+        text = {"id": "text", "type": "local", "dataset_type": "text_embeds", "default": True, "cache_dir": "text"}
+        (tmp_path / "cats").mkdir(exist_ok=True)
+        (tmp_path / "config.json").write_text(json.dumps({"model_flavour": "tiny", "max_train_steps": 10}))
+        (tmp_path / "multidatabackend.json").write_text(json.dumps([images | keys, text]))
+        return load(flags, folder=tmp_path, environ=environ or {})
+
+    return loaded
+
+
+def state(size: int, accumulation: int, processes: int | None = None) -> TrainState:
+    divided = RunConfig(
+        model_flavour="tiny",
+        train_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+        num_processes=processes,
+        max_train_steps=10,
+    )
+    return TrainState(step=3, config=json.loads(json.dumps(resolved(divided))))
+
+
+def resumed(loaded: Loaded, before: TrainState) -> RunConfig:
+    return continued(Path("step-3"), before, Ways(RunDirectory(Path("output")), loaded), Reporter()).config
+
+
+def test_the_same_batch_on_other_processes_is_said_in_a_line(given: Given, capsys: pytest.CaptureFixture[str]) -> None:
+    config = resumed(given("--num_processes=2"), state(2, 4))
+    assert (config.train_batch_size, config.gradient_accumulation_steps, config.num_processes) == (2, 2, 2)
+    assert capsys.readouterr().out.splitlines() == [
+        "Note: Not given, and kept as step-3 was trained with: train_batch_size = 2.",
+        "Changed since step 3: gradient_accumulation_steps = 2 (was 4), num_processes = 2 (was 1).",
+    ]
+    # Processes of torchrun, and of a run that has no torchrun any more.
+    config = resumed(given(environ={"RANK": "0", "WORLD_SIZE": "4"}), state(1, 4))
+    assert config.gradient_accumulation_steps == 1
+    assert resumed(given(), state(1, 1, 4)).gradient_accumulation_steps == 4
+    capsys.readouterr()
+    resumed(given("--gradient_accumulation_steps=4"), state(1, 4))
+    assert capsys.readouterr().out == ""
+
+
+def test_another_batch_size_is_a_notice(given: Given, capsys: pytest.CaptureFixture[str]) -> None:
+    config = resumed(given("--train_batch_size=2", "--gradient_accumulation_steps=2"), state(1, 4))
+    assert config.effective_batch == 4
+    assert capsys.readouterr().out.splitlines() == [
+        "Note: From step 4 on this run is trained with train_batch_size = 2 (was 1), gradient_accumulation_steps = 2 "
+        "(was 4). A step still has 4 images, in another order; of this epoch come those that are left.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "before", "said", "remedy"),
+    [
+        (
+            ["--num_processes=2", "--gradient_accumulation_steps=4", "--lora_rank=8"],
+            (1, 4, None),
+            "lora_rank = 8 (was 16), num_processes = 2 (was 1). A step had 4 images",
+            ["--num_processes=2", "--lora_rank=16", "--gradient_accumulation_steps=2"],
+        ),
+        (["--num_processes=3"], (1, 4, None), "num_processes = 3 (was 1). A step had 4 images", ["--num_processes=1"]),
+        (["--train_batch_size=2"], (1, 1, None), "A step had 1 image:", ["--train_batch_size=1"]),
+    ],
+)
+def test_another_effective_batch_is_refused_and_the_remedy_works(
+    given: Given, flags: list[str], before: tuple[int, int, int | None], said: str, remedy: list[str]
+) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        resumed(given(*flags), state(*before))
+    text = str(caught.value)
+    assert said in text
+    typed = shlex.split(text.split("`")[1])
+    assert typed == ["simpletuner", "train", *remedy]
+    assert resumed(given(*typed[2:]), state(*before)).effective_batch == before[0] * before[1]
+
+
+def test_beside_a_set_with_its_own_batch_size_the_runs_stays(given: Given) -> None:
+    flags = ["--train_batch_size=1", "--gradient_accumulation_steps=4"]
+    with pytest.raises(CheckpointError) as caught:
+        resumed(given(*flags, train_batch_size=3), state(2, 2))
+    assert "A step had 4 images, and cats has a train_batch_size of its own" in str(caught.value)
+    typed = shlex.split(str(caught.value).split("`")[1])
+    assert {*typed[2:]} == {"--train_batch_size=2", "--gradient_accumulation_steps=2"}
+    assert resumed(given(*typed[2:], train_batch_size=3), state(2, 2)).train_batch_size == 2
+    # Its batches are as many with other processes.
+    assert resumed(given("--num_processes=2", train_batch_size=3), state(2, 2)).gradient_accumulation_steps == 1
