@@ -86,6 +86,7 @@ UNITS = {
     "group_offload_blocks_per_group": "blocks",
     "group_offload_resident_blocks": "blocks",
     "max_workers": "threads",
+    "distributed_timeout_s": "seconds",
 }
 """What a number counts, where its name leaves that open."""
 

@@ -149,6 +149,11 @@ LABELS = {
     "max_workers": "Image loader threads",
     "dataloader_prefetch": "Prefetch batches",
     "profile_steps": "Profiled steps",
+    "num_processes": "Processes",
+    "distributed_timeout_s": "Timeout between processes",
+    "fsdp_enable": "Shard the model (FSDP2)",
+    "fsdp_reshard_after_forward": "Reshard after forward",
+    "fsdp_cpu_offload": "Shards in host memory",
 }
 """Every option of a run; no two labels are equal."""
 

@@ -49,6 +49,9 @@ class Optimiser:
     """Whether it can step each parameter inside the backward pass (`optimizer_release_gradients`)."""
     is_factored: bool = False
     """Whether it keeps a row and a column of a matrix, fp32."""
+    is_elementwise: bool = False
+    """Whether it steps each number by that number's own gradient and state, so that a shard of a tensor is stepped as
+    it would be in the whole. Of a library's others this is not known."""
 
     def state_size(self, shapes: Iterable[Sequence[int]]) -> int:
         """About the bytes of its state for a whole model, whose tensors have these `shapes`."""
@@ -74,9 +77,16 @@ class Optimiser:
 
 
 OPTIMISERS: dict[str, Optimiser] = {
-    "adamw": Optimiser("torch", "AdamW", ADAM, arguments=("amsgrad", "foreach", "fused")),
+    "adamw": Optimiser("torch", "AdamW", ADAM, arguments=("amsgrad", "foreach", "fused"), is_elementwise=True),
     "adamw_bf16": Optimiser(
-        OURS, "AdamWBf16", ADAM, arguments=(), state_bytes=4, rounds_by_chance=True, releases_gradients=True
+        OURS,
+        "AdamWBf16",
+        ADAM,
+        arguments=(),
+        state_bytes=4,
+        rounds_by_chance=True,
+        releases_gradients=True,
+        is_elementwise=True,
     ),
     "adamw8bit": Optimiser("bitsandbytes", "AdamW8bit", ADAM, arguments=("min_8bit_size",), state_bytes=2.1),
     "adafactor": Optimiser(
@@ -95,6 +105,7 @@ OPTIMISERS: dict[str, Optimiser] = {
         betas=(0.9, 0.99),
         arguments=("foreach",),
         state_bytes=4,
+        is_elementwise=True,
     ),
     "prodigy": Optimiser(
         "prodigyopt",

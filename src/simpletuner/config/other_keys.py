@@ -95,7 +95,7 @@ _HF_DATASETS = "Hub datasets"
 _HUB = "publishing to the Hub"
 _PARQUET = "captions from tables"
 _PRESERVATION = "preservation of what the base model knows"
-_PROCESSES = "training on several GPUs"
+_MACHINES = "training on several machines"
 _S3 = "S3 stores"
 _SCHEDULED_SETS = "sets that are active for part of a run"
 
@@ -123,8 +123,14 @@ LATER_OPTIONS: Mapping[str, OtherKey] = _named(
     (_later(_HUB, False), "push_to_hub push_checkpoints_to_hub"),
     (_later(_HUB), "publishing_config"),
     (_later("posts to Discord and other addresses"), "webhook_config"),
-    (_later(_PROCESSES, 1), "num_machines context_parallel_size"),
-    (_later(_PROCESSES), "deepspeed_config accelerate_config accelerate_extra_args"),
+    (_later(_MACHINES, 1), "num_machines"),
+    (_later(_MACHINES, 0), "machine_rank"),
+    (_later("context parallelism", 1), "context_parallel_size"),
+    (_later("DeepSpeed"), "deepspeed_config"),
+    (
+        OtherKey(NOT_YET + "configs of accelerate", "Give --num_processes, with --fsdp_enable to shard the model."),
+        "accelerate_config accelerate_extra_args",
+    ),
     (_later(_CACHING, False), "vae_cache_ondemand vae_cache_disable text_cache_ondemand text_cache_disable"),
     (_later(_PARQUET), "parquet_caption_column parquet_filename_column"),
 )
@@ -292,7 +298,6 @@ _ALWAYS_FOUND = "folders are read at each start"
 _BY_CONTENT = "caches are checked by content, and kept"
 _OTHER_MODEL = "it is for other models"
 _NO_HUB = "push_to_hub is false"
-_NO_FSDP = "fsdp_enable is false"
 _THREADS = "max_workers counts the threads that prepare images"
 _NO_VIDEO = "it is for video and sound"
 
@@ -362,21 +367,28 @@ _IGNORED_OPTIONS: Mapping[str, OtherKey] = _named(
     (_ignored("musubi_blocks_to_swap is not set"), "musubi_block_swap_device"),
     (_ignored("OMP_NUM_THREADS in the environment sets it"), "torch_num_threads"),
     # Processes
+    (_ignored("gradient_checkpointing decides, sharded or not", False), "fsdp_activation_checkpointing"),
     (
-        _ignored(_NO_FSDP),
-        "fsdp_activation_checkpointing fsdp_auto_wrap_policy fsdp_cpu_ram_efficient_loading "
-        "fsdp_limit_all_gathers fsdp_state_dict_type fsdp_transformer_layer_cls_to_wrap "
-        "fsdp_version",
+        _ignored("each block of the transformer is sharded by itself", "TRANSFORMER_BASED_WRAP"),
+        "fsdp_auto_wrap_policy fsdp_transformer_layer_cls_to_wrap",
     ),
+    (_ignored("each process reads its own share of each file", True), "fsdp_cpu_ram_efficient_loading"),
+    (_ignored("FSDP2 limits its all-gathers itself", True), "fsdp_limit_all_gathers"),
     (
-        _ignored("one process trains"),
-        "machine_rank main_process_ip main_process_port local_rank same_network find_unused_parameters "
-        "context_parallel_comm_strategy",
+        _ignored("checkpoints are in this program's own format, which any number of processes resumes"),
+        "fsdp_state_dict_type",
     ),
+    (_ignored("fsdp_enable is FSDP2", 2), "fsdp_version"),
+    (_ignored("the processes of one machine find each other through a file", "127.0.0.1"), "main_process_ip"),
+    (_ignored("the processes of one machine find each other through a file", 29500), "main_process_port"),
+    (_ignored("num_machines is 1", True), "same_network"),
+    (_ignored("each process is given its own"), "local_rank"),
+    (_ignored("gradients are reduced once a step, whichever parameters have one", False), "find_unused_parameters"),
+    (_ignored("context_parallel_size is 1"), "context_parallel_comm_strategy"),
     (_ignored("deepspeed_config is not set"), "offload_param_path"),
     # Validation
     (_ignored("no image of the empty prompt is drawn", True), "validation_disable_unconditional"),
-    (_ignored("one GPU draws", "single-gpu"), "validation_multigpu"),
+    (_ignored("all processes share the validation images", "single-gpu", "batch-parallel"), "validation_multigpu"),
     (_ignored("the noise of validation images is drawn on the CPU", "cpu"), "validation_seed_source"),
     (_ignored("a jpg has a fixed quality"), "validation_image_quality"),
     (_ignored("validation_preview is false"), "validation_preview_steps"),
@@ -474,6 +486,8 @@ OPTION_NICKNAMES: Mapping[str, str] = {
     "epochs": "num_train_epochs",
     "eval_interval": "eval_steps_interval",
     "eval_steps": "eval_steps_interval",
+    "fsdp": "fsdp_enable",
+    "gpus": "num_processes",
     "gradient_accumulation": "gradient_accumulation_steps",
     "learning_rate_scheduler": "lr_scheduler",
     "learning_rate_warmup_steps": "lr_warmup_steps",
@@ -493,7 +507,10 @@ OPTION_NICKNAMES: Mapping[str, str] = {
     "network_alpha": "lora_alpha",
     "network_dim": "lora_rank",
     "network_dropout": "lora_dropout",
+    "n_gpus": "num_processes",
+    "nproc_per_node": "num_processes",
     "num_epochs": "num_train_epochs",
+    "num_gpus": "num_processes",
     "num_train_steps": "max_train_steps",
     "optimizer_args": "optimizer_config",
     "optimizer_type": "optimizer",

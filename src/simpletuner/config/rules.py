@@ -57,6 +57,7 @@ def findings(config: RunConfig, datasets: Datasets | None) -> Iterator[Finding]:
     yield from precision_findings(config)
     yield from _precision(config)
     yield from _offload(config)
+    yield from _ranks(config)
     yield from _paths(config)
     yield from _trackers(config)
     yield from _routes(config)
@@ -267,6 +268,35 @@ def _offload(config: RunConfig) -> Iterator[Finding]:
     if place is not None and Path(place).exists() and not Path(place).is_dir():
         found = f"group_offload_to_disk_path = {shown(place)}: this is a file"
         yield ("group_offload_to_disk_path",), Problem(found, "a folder")
+
+
+def _ranks(config: RunConfig) -> Iterator[Finding]:
+    """Options that several processes cannot train with."""
+    releases = config.optimizer_release_gradients and config.model_type == "full"
+    if releases and (config.ranks > 1 or config.may_shard):
+        key = "num_processes" if config.ranks > 1 else "fsdp_enable"
+        found = (
+            f"optimizer_release_gradients with {key} = {shown(vars(config)[key])}, where gradients are reduced first"
+        )
+        remedy = "Give --optimizer_release_gradients=false, or --num_processes=1."
+        yield ("optimizer_release_gradients", key), Problem(found, remedy=remedy)
+    if not config.may_shard:
+        return
+    if config.enable_group_offload and config.model_type != "full":  # which has a problem of its own
+        found = "enable_group_offload with fsdp_enable: a block is either streamed or sharded"
+        remedy = "Take enable_group_offload out; --fsdp_cpu_offload keeps what is sharded in host memory."
+        yield ("enable_group_offload", "fsdp_enable"), Problem(found, remedy=remedy)
+    preview = config.validation_preview_model
+    if preview is not None and config.model_type != "full":
+        found = (
+            f"validation_preview_model = {shown(preview)} with fsdp_enable: each process would hold that model whole"
+        )
+        remedy = "Take validation_preview_model out: the images are then drawn with the sharded model itself."
+        yield ("validation_preview_model", "fsdp_enable"), Problem(found, remedy=remedy)
+    if config.model_type == "full" and not optimiser(config.optimizer).is_elementwise:
+        able = [name for name, known in OPTIMISERS.items() if known.is_elementwise]
+        found = f"optimizer = {shown(config.optimizer)} with model_type = full and fsdp_enable, which shards weights"
+        yield ("optimizer", "fsdp_enable"), Problem(found, join_names(able))
 
 
 def streaming_conflict(config: RunConfig) -> tuple[str, str, str] | None:
@@ -493,6 +523,12 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
 
     yield ("dynamo_mode",), config.dynamo_backend == "no", "dynamo_backend is no"
     yield from _ignored_of_offload(config)
+
+    is_alone = config.num_processes in (None, 1)
+    shards = ("fsdp_reshard_after_forward", "fsdp_cpu_offload")
+    yield shards, not config.fsdp_enable, "fsdp_enable is false"
+    yield ("fsdp_enable", *shards), config.fsdp_enable and config.num_processes == 1, "num_processes is 1"
+    yield ("distributed_timeout_s",), is_alone and not config.may_shard, "one process trains"
 
     place = config.pretrained_model_name_or_path
     is_local = FLAVOURS[config.model_flavour].repo is None if place is None else Path(place).exists()

@@ -68,6 +68,11 @@ class RunConfig(
     """Every option of a run. Made by `simpletuner.config.load.load`, which checks across options as well."""
 
     @property
+    def effective_batch(self) -> int:
+        """Images of one optimizer step on all processes, where no dataset has a batch size of its own."""
+        return super().effective_batch * self.ranks
+
+    @property
     def has_masters(self) -> bool:
         """Whether the optimizer steps on fp32 copies of weights that compute in less. Without them it rounds
         stochastically.

@@ -117,3 +117,45 @@ def test_a_name_has_one_meaning(model: Any, others: OtherKeys) -> None:
 def test_later_work_is_in_no_other_part_of_the_table() -> None:
     assert all(OTHER_OPTIONS.keys[key] is other for key, other in LATER_OPTIONS.items())
     assert set(OPTION_NICKNAMES.values()) | set(OPTION_ALIASES.values()) <= set(OPTION_NAMES)
+
+
+def test_a_config_for_several_gpus_carries_over(place: Any) -> None:
+    """As one of the ancestor's that writes everything out, with FSDP2 on."""
+    place.config |= {
+        "num_processes": 2,
+        "num_machines": 1,
+        "machine_rank": 0,
+        "main_process_ip": "127.0.0.1",
+        "main_process_port": 29500,
+        "context_parallel_size": 1,
+        "accelerate_config": None,
+        "accelerate_extra_args": "",
+        "fsdp_enable": True,
+        "fsdp_version": 2,
+        "fsdp_reshard_after_forward": True,
+        "fsdp_cpu_offload": False,
+        "fsdp_limit_all_gathers": True,
+        "fsdp_cpu_ram_efficient_loading": True,
+        "fsdp_activation_checkpointing": False,
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_transformer_layer_cls_to_wrap": None,
+        "validation_multigpu": "batch-parallel",
+    }
+    assert place.load().notices == ()
+    place.config |= {"fsdp_version": 1, "fsdp_state_dict_type": "SHARDED_STATE_DICT"}
+    assert place.load().notices == (
+        "fsdp_version has no effect: fsdp_enable is FSDP2.",
+        "fsdp_state_dict_type has no effect: checkpoints are in this program's own format, which any number of "
+        "processes resumes.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_machines", 2), ("machine_rank", 1), ("context_parallel_size", 2), ("deepspeed_config", "zero2"),
+     ("accelerate_config", "config/accelerate.yaml")],
+)  # fmt: skip
+def test_what_several_machines_take_is_not_built_yet(place: Any, key: str, value: object) -> None:
+    place.config[key] = value
+    (problem,) = place.problems()
+    assert NOT_YET in problem

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from simpletuner.config.flavours import FLAVOURS
+from simpletuner.config.optimisers import OPTIMISERS
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.rules import layer_findings
 
@@ -545,3 +546,84 @@ def test_released_gradients_want_bf16_weights(place: Any, options: dict[str, str
         "compute in bf16. Give --mixed_precision=bf16."
     ]
     assert place.load("--mixed_precision=bf16")
+
+
+def test_all_that_cannot_be_sharded_is_said_at_once_and_the_remedies_work(place: Any) -> None:
+    place.config |= {"fsdp_enable": True, "enable_group_offload": True, "validation_preview_model": "some/model"}
+    assert place.problems() == [
+        "enable_group_offload with fsdp_enable: a block is either streamed or sharded. Take enable_group_offload out; "
+        "--fsdp_cpu_offload keeps what is sharded in host memory.",
+        "validation_preview_model = 'some/model' with fsdp_enable: each process would hold that model whole. Take "
+        "validation_preview_model out: the images are then drawn with the sharded model itself.",
+    ]
+    del place.config["validation_preview_model"]
+    assert place.load("--enable_group_offload=false", "--fsdp_cpu_offload").config.may_shard
+    # One process shards nothing, and says so.
+    assert place.load("--num_processes=1").notices == ("fsdp_enable has no effect: num_processes is 1.",)
+
+
+@pytest.mark.parametrize("optimizer", [*OPTIMISERS, "torch:adam", "pytorch_optimizer:soap"])
+def test_a_sharded_model_is_trained_by_elementwise_optimizers(place: Any, optimizer: str) -> None:
+    place.config |= {"model_type": "full", "fsdp_enable": True, "optimizer": optimizer, "learning_rate": 1e-5}
+    said = (
+        f"optimizer = '{optimizer}' with model_type = full and fsdp_enable, which shards weights: expected adamw, "
+        "adamw_bf16 or lion."
+    )
+    if optimizer in ("adamw", "adamw_bf16", "lion"):
+        assert place.load().config.optimizer == optimizer
+    else:
+        assert said in place.problems()
+    # An adapter is whole in each process, and so is a model that is not sharded.
+    for flag in ("--model_type=lora", "--num_processes=1", "--fsdp_enable=false"):
+        place.load(flag)
+
+
+@pytest.mark.parametrize("flag", ["--num_processes=2", "--fsdp_enable"])
+def test_gradients_are_not_released_where_several_processes_add_them_up(place: Any, flag: str) -> None:
+    place.config |= RELEASING | {"optimizer": "adamw_bf16", "max_grad_norm": 0}
+    (problem,) = place.problems(flag)
+    assert problem.startswith(f"optimizer_release_gradients with {flag[2:].partition('=')[0]} = ")
+    assert place.load(flag, "--optimizer_release_gradients=false")
+    assert place.load("--fsdp_enable", "--num_processes=1").config.optimizer_release_gradients
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"fsdp_reshard_after_forward": True, "fsdp_cpu_offload": False}, "fsdp_enable is false"),
+        ({"fsdp_enable": True, "fsdp_cpu_offload": True, "num_processes": 1}, "num_processes is 1"),
+        ({"distributed_timeout_s": 60}, "one process trains"),
+    ],
+)
+def test_options_of_processes_that_are_not_there_have_no_effect(place: Any, options: dict[str, Any], said: str) -> None:
+    place.config |= options
+    (notice,) = place.load().notices
+    assert notice.endswith(f"no effect: {said}.")
+    del place.config[next(iter(options))]
+    place.config |= {"num_processes": 2, "fsdp_enable": True}
+    assert place.load().notices == ()
+
+
+def test_processes_count_in_the_effective_batch(place: Any) -> None:
+    place.config |= {"train_batch_size": 2, "gradient_accumulation_steps": 2, "lr_scale": True, "num_processes": 4}
+    loaded = place.load()
+    assert loaded.config.effective_batch == 16
+    assert "learning_rate 0.0001 × 16 by the effective batch of 16: 0.0016." in loaded.notices
+    assert place.load("--num_processes=1").config.rate_scale == 4
+    assert "learning_rate = 0.1, 1.6 scaled by the effective batch" in place.problems("--learning_rate=0.1")[0]
+
+
+def test_the_processes_that_were_started_count(place: Any) -> None:
+    place.config |= {"lr_scale": True, "fsdp_enable": True}
+    environ = {"RANK": "1", "WORLD_SIZE": "4"}
+    loaded = place.load(environ=environ)
+    assert (loaded.config.num_processes, loaded.origins["num_processes"]) == (4, "default")
+    assert "learning_rate 0.0001 × 4 by the effective batch of 4: 0.0004." in loaded.notices
+    assert place.load("--num_processes=4", environ=environ).config.ranks == 4
+    assert place.problems("--num_processes=2", environ=environ) == [
+        "--num_processes = 2, and torchrun started 4 processes: expected 4. Take it out, or start simpletuner train "
+        "without torchrun: it starts the processes itself."
+    ]
+    # Some machines set it to something else.
+    for other in ({"WORLD_SIZE": "4"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "four"}):
+        assert place.load(environ=other).config.num_processes is None

@@ -73,7 +73,8 @@ class OptimOptions(Slice):
     """The highest learning rate of the schedule. `prodigy` finds the rate itself and wants 1 here."""
 
     lr_scale: bool = False
-    """Multiply `learning_rate` and `lr_end` by the effective batch, train_batch_size × gradient_accumulation_steps."""
+    """Multiply `learning_rate` and `lr_end` by the effective batch, train_batch_size × gradient_accumulation_steps ×
+    num_processes."""
 
     lr_scale_sqrt: bool = False
     """Multiply them by the square root of the effective batch instead, whatever `lr_scale` says."""
@@ -140,7 +141,7 @@ class OptimOptions(Slice):
     """Pictures in one forward pass. A dataset's own value wins."""
 
     gradient_accumulation_steps: Count = 1
-    """Forward passes that share one optimiser step."""
+    """Forward passes that share one optimizer step, on each process of [several](many-gpus.md)."""
 
     max_train_steps: (
         Annotated[int, Ge(0), AfterValidator(_zero_is_unset), Says("a whole number of at least 1")] | None
@@ -155,7 +156,7 @@ class OptimOptions(Slice):
 
     @property
     def effective_batch(self) -> int:
-        """Pictures of one optimiser step, where no dataset has a batch size of its own."""
+        """Images of one optimizer step on one process, where no dataset has a batch size of its own."""
         return self.train_batch_size * self.gradient_accumulation_steps
 
     @property

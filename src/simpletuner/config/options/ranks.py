@@ -26,7 +26,12 @@ class RankOptions(Slice):
     holds the whole model during a step."""
 
     fsdp_cpu_offload: bool = False
-    """Keep each process's share of the base model in host memory."""
+    """Keep each process's share of the base model in host memory; it comes to the GPU block by block."""
+
+    @property
+    def may_shard(self) -> bool:
+        """Whether the base model is sharded, as far as is known before the processes are counted."""
+        return self.fsdp_enable and self.num_processes != 1
 
     @property
     def ranks(self) -> int:
