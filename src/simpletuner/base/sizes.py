@@ -31,6 +31,11 @@ def format_size(count: float) -> str:
     return f"{count / 1024:.2f} GiB"
 
 
+def format_seconds(seconds: float) -> str:
+    """`seconds` for people, three digits of them: "0.4 ms", "84 ms", "2.53 s"."""
+    return f"{1000 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
+
+
 def format_duration(seconds: float) -> str:
     """`seconds` for people: "0.4 s", "42 s", "3 min 05 s", "2 h 10 min"."""
     if seconds < 10:

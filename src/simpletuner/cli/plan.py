@@ -23,13 +23,15 @@ from simpletuner.data.manifest import scan
 from simpletuner.data.order import Order
 from simpletuner.train.timesteps import Timesteps
 
-_USAGE = """usage: simpletuner plan [--vram GIB] [--ram GIB] [--json] [options of `simpletuner train`]
+_USAGE = """usage: simpletuner plan [--vram GIB] [--ram GIB] [--gpus N] [--json] [options of `simpletuner train`]
        simpletuner plan --show-timesteps [--json] [--out FOLDER] [options of `simpletuner train`]
 
   Without --show-timesteps: what each phase takes of GPU, RAM and disk, and whether that is there; if not, the smallest
-  change that would fit, and exit code 5. Nothing is loaded or downloaded.
+  change that would fit, and exit code 5. Nothing is loaded or downloaded. With --gpus also what each process sends in a
+  step, and which engine to take: DDP or FSDP2.
 """
 
+MOST_GPUS = 1024
 PICTURE = "timesteps.png"
 EVERY_SIZE = "every size"
 
@@ -38,6 +40,12 @@ def _gib(text: str) -> float:
     """ "24", "24GB" or "24 GiB" in GiB."""
     plain = text.replace(".", "", 1).isdecimal()
     return float(text) if plain else parse_size(text) / GIB
+
+
+def _gpus(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= MOST_GPUS):
+        raise ValueError(text)
+    return int(text)
 
 
 def _gib_flag(meaning: str) -> Flag:
@@ -52,6 +60,13 @@ class PlanCommand:
         "plan for a card of this size instead of this machine's; 0 is a machine without one"
     ).default(None)
     ram: float | None = _gib_flag("plan for a machine with so much memory").default(None)
+    gpus: int | None = Flag(
+        "plan for so many GPUs, one process each, instead of num_processes",
+        "N",
+        convert=_gpus,
+        expects=f"a whole number from 1 to {MOST_GPUS}",
+        follows="a number of GPUs",
+    ).default(None)
     show_timesteps: bool = Flag("draw where between data (σ 0) and noise (σ 1) the run will train").default(False)
     out: Path | None = Flag(
         "where timesteps.png is put; by default output_dir", "FOLDER", convert=Path, follows="a folder"
@@ -63,6 +78,8 @@ class PlanCommand:
         """What parsing alone does not find."""
         if self.ram == 0:
             yield Problem("--ram = 0", "a size in GiB above 0")
+        if self.show_timesteps and self.gpus is not None:
+            yield Problem("--gpus is given beside --show-timesteps", "one of them")
 
 
 FORMS = {"": PlanCommand}
@@ -81,7 +98,8 @@ def run(arguments: list[str]) -> int:
         say(command_help(_USAGE, FORMS, arguments))
         return 0
     command = parse_command(PlanCommand, arguments, check=PlanCommand.problems)
-    loaded = load_here(command.rest)
+    processes = () if command.gpus is None else (f"--num_processes={command.gpus}",)
+    loaded = load_here((*command.rest, *processes))
     return _draw(loaded, command) if command.show_timesteps else _plan(loaded, command)
 
 
@@ -91,10 +109,12 @@ def _plan(loaded: Loaded, command: PlanCommand) -> int:
     from simpletuner.memory.planner import Machine
     from simpletuner.memory.precision import DTYPES
     from simpletuner.memory.rate import matmul_rate
-    from simpletuner.train.budget import Budget, looked_at, this_machine
+    from simpletuner.train.budget import Budget, looked_at, this_machine, visible_gpus, with_processes
 
     device = choose_device()
-    machine = this_machine(device, Path(loaded.config.output_dir))
+    config = with_processes(loaded.config, visible_gpus())
+    loaded = replace(loaded, config=config)
+    machine = this_machine(device, Path(config.output_dir), config.ranks)
     other = Machine.of_size(None if command.vram is None else command.vram * GIB, (command.ram or 0.0) * GIB)
     if command.vram is not None:
         machine = replace(machine, accelerator=other.accelerator)
@@ -102,13 +122,17 @@ def _plan(loaded: Loaded, command: PlanCommand) -> int:
         machine = replace(machine, ram=other.ram)
     if command.vram is not None or command.ram is not None:
         machine = replace(machine, disk=None)
-    budget = Budget(loaded.config, looked_at(loaded), machine)
+    budget = Budget(config, looked_at(loaded), machine)
     is_this_one = command.vram is None
-    rate = matmul_rate(device, DTYPES[loaded.config.base_dtype]) if is_this_one else None
+    rate = matmul_rate(device, DTYPES[config.base_dtype]) if is_this_one else None
+    has_advice = command.gpus is not None or config.ranks > 1
+    notices = list(loaded.notices)
+    if is_this_one and machine.accelerator is not None and config.ranks > visible_gpus():
+        notices.append(f"GPUs: {visible_gpus()} of {config.ranks} are in this machine; the others are planned as alike.")
     if command.json:
-        say(json_text(budget.summary(rate) | {"notices": list(loaded.notices)}))
+        say(json_text(budget.summary(rate, has_advice=has_advice) | {"notices": notices}))
     else:
-        say("\n".join((budget.sentence(), *loaded.notices, "", *budget.table(rate))))
+        say("\n".join((budget.sentence(), *notices, "", *budget.table(rate, has_advice=has_advice))))
     return 0 if budget.plan.fits else MemoryBudgetError.exit_code
 
 

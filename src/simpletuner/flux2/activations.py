@@ -99,12 +99,13 @@ IN_FLIGHT = 2
 
 
 @lru_cache(maxsize=256)
-def training(at: Pass, *, offloaded: bool = False, accumulated: bool = False) -> Activations:
+def training(at: Pass, *, offloaded: bool = False, accumulated: bool = False, shards: int = 1) -> Activations:
     """The worst moment of a forward and backward pass.
 
     Args:
         offloaded: the inputs of recomputed blocks wait in the machine's memory.
         accumulated: gradients are there from the passes before.
+        shards: each process keeps one of so many parts of a gradient as soon as its block's backward pass is over.
     """
     blocks = _blocks(at)
     costs = [_cost(block) for block in blocks]
@@ -113,7 +114,7 @@ def training(at: Pass, *, offloaded: bool = False, accumulated: bool = False) ->
         cost.kept if offloaded and block.is_recomputed and block.is_tracked else 0
         for block, cost in zip(blocks, costs, strict=True)
     ]
-    every = tail.gradients + sum(cost.gradients for cost in costs)
+    every = -(-(tail.gradients + sum(cost.gradients for cost in costs)) // shards)
 
     moments: list[Activations] = []
     kept = flying = 0
@@ -123,14 +124,14 @@ def training(at: Pass, *, offloaded: bool = False, accumulated: bool = False) ->
         kept += cost.kept - away[index]
     gradients = every if accumulated else 0
     moments.append(Activations(kept + flying, 0, tail.kept + tail.backward, gradients))
-    gradients += 0 if accumulated else tail.gradients
+    gradients += 0 if accumulated else -(-tail.gradients // shards)
     for index in reversed(range(len(costs))):
         flying = sum(away[max(0, index - IN_FLIGHT + 1) : index + 1])
         detour = at.stream_bytes if blocks[index].is_routed else 0
         # The gradients that this block leaves are in what it takes for its backward pass.
         moments.append(Activations(kept + flying, 0, costs[index].backward + detour, gradients))
         kept -= costs[index].kept - away[index]
-        gradients += 0 if accumulated else costs[index].gradients
+        gradients += 0 if accumulated else -(-costs[index].gradients // shards)
     worst = max(moments, key=lambda moment: moment.total)
     waiting = (block.stream_sizes for block, size in zip(blocks, away, strict=True) if size)
     return replace(worst, elsewhere=sum(1 << (size - 1).bit_length() for sizes in waiting for size in sizes))

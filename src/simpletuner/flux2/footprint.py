@@ -36,6 +36,7 @@ from simpletuner.flux2.text_stream import MEMORY_BYTES, PORTION_TOKENS
 from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.planner import (
+    Engine,
     Machine,
     MemoryPart,
     MemoryPlan,
@@ -45,6 +46,7 @@ from simpletuner.memory.planner import (
     bytes_to_fill,
 )
 from simpletuner.memory.precision import DTYPES, stored_bytes
+from simpletuner.memory.wire import Wire, all_reduce_bytes, shard_exchange_bytes
 
 # What the model is
 
@@ -174,6 +176,10 @@ class TransformerBytes:
     """Of each block's largest module that has weights of its own."""
     largest_matrix: int
     """Numbers of the largest matrix of a block."""
+    shards: int
+    """Of what each process holds of all blocks, where they are sharded by rows: with the padding of the last process."""
+    rest_shard: int
+    """The same of `rest`."""
 
     @property
     def total(self) -> int:
@@ -188,8 +194,11 @@ def empty_transformer(spec: TransformerSpec) -> Flux2Transformer:
 
 
 @lru_cache(maxsize=64)
-def transformer_bytes(spec: TransformerSpec, precision: str, dtype: torch.dtype) -> TransformerBytes:
+def transformer_bytes(spec: TransformerSpec, precision: str, dtype: torch.dtype, ranks: int = 1) -> TransformerBytes:
     """By walking the module: the blocks' matrices in `precision`, everything else in `dtype`.
+
+    Args:
+        ranks: processes that the shards are for.
 
     Raises:
         ConfigError: the precision cannot hold one of them.
@@ -202,14 +211,21 @@ def transformer_bytes(spec: TransformerSpec, precision: str, dtype: torch.dtype)
         rows, columns = parameter.shape
         return _stored((rows, columns), precision, dtype)
 
+    def shard(parameter: nn.Parameter, size: int) -> int:
+        rows = parameter.shape[0]
+        return math.ceil(size / rows * math.ceil(rows / ranks))
+
     inside = [[*block.parameters()] for block in transformer.blocks]
     matrices = [parameter for block in inside for parameter in block if parameter.ndim == 2]
     within = {id(parameter) for block in inside for parameter in block}
+    rest = [parameter for parameter in transformer.parameters() if id(parameter) not in within]
     return TransformerBytes(
         blocks=tuple(sum(map(held, block)) for block in inside),
-        rest=sum(p.numel() * dtype.itemsize for p in transformer.parameters() if id(p) not in within),
+        rest=sum(p.numel() * dtype.itemsize for p in rest),
         largest_layers=tuple(max(map(held, block)) for block in inside),
         largest_matrix=max(parameter.numel() for parameter in matrices),
+        shards=sum(shard(parameter, held(parameter)) for block in inside for parameter in block),
+        rest_shard=sum(shard(parameter, parameter.numel() * dtype.itemsize) for parameter in rest),
     )
 
 
@@ -306,15 +322,24 @@ def checkpoint_bytes(config: RunConfig, exported: int, kept: int, state: int) ->
 
 # The phases
 
+REDUCTION_BUCKET_BYTES = 64 * 2**20
+"""Of the flat bucket in which processes sum gradients."""
+
+GATHERED_BLOCKS = 2
+"""Sharded blocks that are whole on a device at a time: the one at work and the next."""
+
 STEP_BYTES: dict[MemoryTier, int] = {"accelerator": 44 * 2**22, "ram": 44 * 2**16}
 """Temporary memory of a step on bf16 weights, which goes by chunks (`train.adamw_bf16`)."""
 
 
 class _Room:
-    """Collects the parts of a phase. On a machine without an accelerator, `device` is its memory."""
+    """Collects the parts of a phase, as one of `ranks` processes has them. On a machine without an accelerator,
+    `device` is its memory.
+    """
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, ranks: int) -> None:
         self._device: MemoryTier = "ram" if machine.accelerator is None else "accelerator"
+        self._ranks = ranks
         self.sizes: dict[tuple[str, MemoryTier], int] = {}
 
     def device(self, name: str, size: int) -> None:
@@ -331,7 +356,8 @@ class _Room:
             self.sizes[name, place] = self.sizes.get((name, place), 0) + size
 
     def plan(self, phase: PlannedPhase, what: str, read: int) -> PhasePlan:
-        parts = (MemoryPart(name, place, size) for (name, place), size in self.sizes.items())
+        shared = {"accelerator": 1, "ram": self._ranks, "disk": 1}
+        parts = (MemoryPart(name, place, shared[place] * size) for (name, place), size in self.sizes.items())
         return PhasePlan(phase, what, tuple(parts), read)
 
 
@@ -367,7 +393,48 @@ class Footprint:
         if self.work.draws:
             draw = self.preview if self.has_preview else self.validation
             phases.append(max((draw(size) for size in self.config.sizes), key=_weight))
-        return MemoryPlan(self.machine, tuple(phases))
+        return MemoryPlan(self.machine, tuple(phases), self.config.ranks, self.engine, self.wire)
+
+    # Several processes
+
+    @property
+    def engine(self) -> Engine:
+        """How the processes share the work."""
+        if self.config.ranks == 1:
+            return "single"
+        return "fsdp2" if self.config.fsdp_enable else "ddp"
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds only its rows of the transformer's blocks."""
+        return self.engine == "fsdp2"
+
+    def _own(self, size: int) -> int:
+        """What one process holds of `size` bytes that belong to the trainable parameters."""
+        return math.ceil(size / self.config.ranks) if self.is_full and self.is_sharded else size
+
+    @property
+    def wire(self) -> Wire | None:
+        """Bytes that a process sends in an optimizer step, without those of scheduled sampling, held-out loss and
+        validation images. None for a single process.
+
+        The adapters' gradients are summed once a step. A sharded base is gathered in each forward pass and, where
+        blocks are dropped after it, again in each backward pass. The gradients of sharded weights are scattered in each
+        backward pass.
+        """
+        config, weights, ranks = self.config, self._weights, self.config.ranks
+        if self.engine == "single":
+            return None
+        if self.engine == "ddp":
+            return Wire(0, all_reduce_bytes(self.trained_bytes, ranks))
+        passes = config.gradient_accumulation_steps
+        block_passes = passes * (2 if config.fsdp_reshard_after_forward else 1)
+        gathered = block_passes * shard_exchange_bytes(sum(weights.blocks), ranks)
+        if not self.is_full:
+            return Wire(gathered, all_reduce_bytes(self.trained_bytes, ranks))
+        # The weights outside the blocks stay whole from the forward pass to the end of the backward pass.
+        gathered += passes * shard_exchange_bytes(weights.rest, ranks)
+        return Wire(gathered, passes * shard_exchange_bytes(weights.total, ranks))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -425,11 +492,11 @@ class Footprint:
         layers = self.architecture.text_layers
         depth, kept = max(layers), len(layers)
         length = self._text_tokens
-        captions = self.work.captions or 0
+        captions = math.ceil((self.work.captions or 0) / config.ranks)
         together = min(config.text_encoder_batch_size, captions or config.text_encoder_batch_size)
         batch = together * length
         precision = config.text_encoder_1_precision
-        room = _Room(self.machine)
+        room = _Room(self.machine, self.config.ranks)
         if mode == "resident":
             weights, beside = resident_text_bytes(text, layers, tokens=batch, precision=precision, dtype=self.dtype)
             room.device("weights", weights)
@@ -448,7 +515,7 @@ class Footprint:
         # A batch is stacked and cut apart again; files are written some at a time.
         waiting = min(config.write_batch_size + together, max(captions, together))
         room.ram("contexts", waiting * length * self._context_row + batch * self._context_row)
-        room.disk("cache", captions * self.context_bytes)
+        room.disk("cache", (self.work.captions or 0) * self.context_bytes)
         return room.plan("text", f"{mode}, {together} × {length} tokens", read)
 
     # Latents
@@ -457,8 +524,9 @@ class Footprint:
         """Pictures to latents."""
         config, autoencoder = self.config, self.architecture.autoencoder
         width, height = self.work.bucket
-        batch = min(config.vae_batch_size, self.work.pictures or config.vae_batch_size)
-        room = _Room(self.machine)
+        pictures = math.ceil((self.work.pictures or 0) / config.ranks)
+        batch = min(config.vae_batch_size, pictures or config.vae_batch_size)
+        room = _Room(self.machine, self.config.ranks)
         read = self._hold_autoencoder(room, encoder_shapes(autoencoder))
         pixels = self._seen_pixels(self.work.bucket, batch)
         room.device("activations", encoding_bytes(autoencoder, pixels, self.vae_dtype))
@@ -627,16 +695,21 @@ class Footprint:
     def train(self) -> PhasePlan:
         """Steps at the largest bucket."""
         config = self.config
-        room = _Room(self.machine)
+        room = _Room(self.machine, self.config.ranks)
         read = self._hold(room)
         passing = self.passing(self.work.bucket, self.work.batch)
         accumulated = config.gradient_accumulation_steps > 1
-        worst = training(passing, offloaded=config.activation_offload, accumulated=accumulated and not self.has_masters)
+        worst = training(
+            passing,
+            offloaded=config.activation_offload,
+            accumulated=accumulated and not self.has_masters,
+            shards=config.ranks if self.is_full and self.is_sharded else 1,
+        )
         # An optimiser's step has all gradients, and no activations any more. Masters collect theirs before it, and
         # keep them through the passes of a step. Released gradients are gone by then: a parameter is stepped beside
         # the activations of the block at work, which has its gradient.
         is_released = config.optimizer_release_gradients
-        gradients = 0 if is_released else self.trained_bytes
+        gradients = 0 if is_released else self._own(self.trained_bytes)
         collected = gradients if self.has_masters and accumulated else 0
         if worst.total + collected >= gradients:
             room.device("gradients", worst.gradients + collected)
@@ -645,6 +718,7 @@ class Footprint:
             room.device("workspace", worst.workspace + self._unpacked + stepping)
         else:
             room.device("gradients", gradients)
+        room.device("reduction bucket", self._reduction_bytes)
         room.ram("activations that wait", worst.elsewhere)
         if self.work.draws and not config.offload_during_startup:
             self._hold_autoencoder(room, decoder_shapes(self.architecture.autoencoder))  # from the first picture on
@@ -676,7 +750,7 @@ class Footprint:
     def _validation(self, size: tuple[int, int], batch: int) -> PhasePlan:
         """As `validation`, with `batch` predictions in a pass."""
         width, height = size
-        room = _Room(self.machine)
+        room = _Room(self.machine, self.config.ranks)
         self._hold(room)
         read = self._draw(room, size, batch)
         return room.plan("validation", f"{width}x{height}, {self._passes(batch)}", read)
@@ -702,7 +776,7 @@ class Footprint:
         return self._preview(size, base_leaves=self.base_leaves)
 
     def _preview(self, size: tuple[int, int], *, base_leaves: bool) -> PhasePlan:
-        room, held = _Room(self.machine), _Room(self.machine)
+        room, held = _Room(self.machine, self.config.ranks), _Room(self.machine, self.config.ranks)
         self._hold(held)
         stays = ("adapters", "slots for blocks")
         for (name, place), bytes_ in held.sizes.items():
@@ -736,7 +810,7 @@ class Footprint:
         # What is trained steps aside for its average, or for what a schedule-free optimiser gives.
         averaged = config.use_ema and config.ema_validation != "none" and not self.has_masters
         asides = int(averaged) + int(optimiser(config.optimizer).library == "schedulefree")
-        room.device("put aside", asides * self.trained_bytes)
+        room.device("put aside", asides * self._own(self.trained_bytes))
         self._data(room, size, batch)
         return weights
 
@@ -754,25 +828,38 @@ class Footprint:
 
     @property
     def _weights(self) -> TransformerBytes:
-        return transformer_bytes(self.architecture.transformer, self._precision, self.dtype)
+        return transformer_bytes(self.architecture.transformer, self._precision, self.dtype, self.config.ranks)
+
+    @property
+    def _reduction_bytes(self) -> int:
+        """Of the buffer through which processes sum or scatter gradients."""
+        if self.engine == "single":
+            return 0
+        if self.is_full and self.is_sharded:
+            return max(self._weights.blocks)
+        return min(REDUCTION_BUCKET_BYTES, self.trained_bytes)
 
     def _hold(self, room: _Room) -> int:
         """All that stays from step to step. Returns what is read for it."""
         config = self.config
         read = self._hold_transformer(room)
+        # With sharded weights in host memory the optimizer steps there.
+        hold = room.ram if self.is_full and self.is_sharded and config.fsdp_cpu_offload else room.device
         if self.is_full:
-            room.device("masters", self.trained_bytes if self.has_masters else 0)
+            hold("masters", self._own(self.trained_bytes) if self.has_masters else 0)
         else:
-            room.device("adapters", self.trained_bytes)
-        room.device("optimiser", self.optimizer_bytes)
+            hold("adapters", self.trained_bytes)
+        hold("optimiser", self._own(self.optimizer_bytes))
         if config.use_ema:
-            (room.ram if config.is_average_on_cpu else room.device)("average", 4 * self.trained)
+            (room.ram if config.is_average_on_cpu else hold)("average", self._own(4 * self.trained))
         return read
 
     def _hold_transformer(self, room: _Room, prefix: str = "") -> int:
         """A transformer's weights; `prefix` stands before their names. Returns what is read for them."""
         config, weights = self.config, self._weights
-        if self.is_full or not config.enable_group_offload:
+        if self.is_sharded:
+            self._hold_shards(room, prefix)
+        elif self.is_full or not config.enable_group_offload:
             room.device(f"{prefix}weights", weights.total)
         else:
             blocks = self._streaming
@@ -787,6 +874,21 @@ class Footprint:
                 room.ram(f"{prefix}read buffers", blocks.read_buffers)
                 room.disk(f"{prefix}blocks that wait", blocks.streamed)
         return transformer_bytes(self.architecture.transformer, NO_CHANGE, torch.bfloat16).total
+
+    def _hold_shards(self, room: _Room, prefix: str) -> None:
+        """A sharded transformer: this process's rows of each block, the blocks that are whole at a time, and what is
+        outside the blocks.
+        """
+        config, weights = self.config, self._weights
+        hold = room.ram if config.fsdp_cpu_offload else room.device
+        hold(f"{prefix}shards of blocks", weights.shards)
+        whole = sum(sorted(weights.blocks)[-GATHERED_BLOCKS:])
+        if not config.fsdp_reshard_after_forward:
+            whole = sum(weights.blocks)
+        room.device(f"{prefix}gathered blocks", whole)
+        room.device(f"{prefix}weights", weights.rest)
+        if self.is_full:
+            hold(f"{prefix}shards of blocks", weights.rest_shard)
 
     def _data(self, room: _Room, size: tuple[int, int], batch: int) -> None:
         """Latents, their noise, their mixture, the velocity and the answer, fp32; contexts; tables of positions. In the

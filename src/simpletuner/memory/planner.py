@@ -9,10 +9,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from simpletuner.base.sizes import GIB, format_size
+from simpletuner.memory.wire import Wire
 
 MemoryTier = Literal["accelerator", "ram", "disk"]
 PlannedPhase = Literal["text", "latents", "train", "validation", "preview"]
+Engine = Literal["single", "ddp", "fsdp2"]
 MEMORY_TIERS: tuple[MemoryTier, ...] = ("accelerator", "ram", "disk")
+
+ENGINES: Mapping[Engine, str] = {"single": "one process", "ddp": "DDP", "fsdp2": "FSDP2"}
+"""What people call them."""
 
 LEFT_BY_A_CARD = 1.5 * GIB
 LEFT_BY_A_SYSTEM = 4 * GIB
@@ -42,7 +47,9 @@ class MemoryPart:
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """What is in memory at the worst moment of a phase, and what the phase leaves on the disk."""
+    """What is in memory at the worst moment of a phase, and what the phase leaves on the disk: accelerator memory of one
+    process, RAM and disk of all processes of the machine.
+    """
 
     phase: PlannedPhase
     what: str
@@ -91,6 +98,16 @@ class MemoryPlan:
 
     machine: Machine
     phases: tuple[PhasePlan, ...]
+    processes: int = 1
+    """Each has an accelerator like the machine's; they share its RAM and disk."""
+    engine: Engine = "single"
+    wire: Wire | None = None
+    """What a process sends in a step; None for a single process."""
+
+    @property
+    def described_processes(self) -> str:
+        """Such as "2 processes, FSDP2"; of a single one "one process"."""
+        return ENGINES[self.engine] if self.processes == 1 else f"{self.processes} processes, {ENGINES[self.engine]}"
 
     def peak(self, place: MemoryTier) -> int:
         """Of memory, what the hungriest phase takes; of the disk, what all leave there together."""
@@ -120,6 +137,9 @@ class MemoryPlan:
     def summary(self) -> dict[str, Any]:
         """For a JSON reader, in bytes; docs/plan.md says what each key means."""
         return {
+            "processes": self.processes,
+            "engine": self.engine,
+            "wire": None if self.wire is None else self.wire.summary(),
             "machine": {place: self.machine.has(place) for place in MEMORY_TIERS},
             "phases": [
                 {
@@ -223,6 +243,15 @@ def with_less(plan: MemoryPlan, phase: PlannedPhase, place: MemoryTier, there: i
 NAMES: Mapping[MemoryTier, str] = {"accelerator": "GPU", "ram": "RAM", "disk": "disk"}
 
 
+def plan_title(plan: MemoryPlan) -> str:
+    """What the sizes of a plan are of: "Memory plan, worst moment of each phase", with several processes whose."""
+    title = "Memory plan, worst moment of each phase"
+    if plan.processes == 1:
+        return title
+    whose = "RAM of all" if plan.machine.accelerator is None else "GPU of each process, RAM of all"
+    return f"{title} ({plan.described_processes}; {whose})"
+
+
 def phase_line(phase: PhasePlan) -> str:
     """A phase in one line: "train (1024x1024 × 1): GPU 19.40 GiB (weights 16.91, activations 2.33, …)"."""
     told = []
@@ -259,7 +288,8 @@ def verdict(plan: MemoryPlan) -> str:
         there = plan.machine.has(place)
         if there is not None and (plan.peak(place) or place != "disk"):
             at = "" if place == "disk" else f" ({plan.worst(place).phase})"
-            said.append(f"{NAMES[place]} {format_size(plan.peak(place))}{at} of {format_size(there)}")
+            each = f" in each of {plan.processes}" if place == "accelerator" and plan.processes > 1 else ""
+            said.append(f"{NAMES[place]} {format_size(plan.peak(place))}{at} of {format_size(there)}{each}")
     if plan.fits:
         return f"It fits: {', '.join(said)}."
     names = " and ".join(NAMES[lack.place] for lack in plan.lacks)

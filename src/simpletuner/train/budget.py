@@ -11,7 +11,7 @@ import torch
 
 from simpletuner.base import machine
 from simpletuner.base.errors import DataError, MemoryBudgetError
-from simpletuner.base.sizes import format_duration, format_size
+from simpletuner.base.sizes import format_duration, format_seconds, format_size
 from simpletuner.config.datasets import ImageSet
 from simpletuner.config.load import Loaded
 from simpletuner.config.options.offload import AUTO
@@ -38,11 +38,14 @@ from simpletuner.memory.planner import (
     Remedy,
     phase_line,
     plan_table,
+    plan_title,
     smallest_change,
     verdict,
     with_less,
 )
+from simpletuner.memory.wire import LINKS
 from simpletuner.runs.events import Phase, PlanEvent
+from simpletuner.train.engine import EngineAdvice, advise
 from simpletuner.train.loop import Plan
 
 RESOLUTION = "resolution"
@@ -66,10 +69,29 @@ PLANNED: Mapping[Phase, PlannedPhase] = {
 """The phase of the plan in which each of a run's is."""
 
 
-def this_machine(device: torch.device, folder: Path) -> Machine:
-    """What is free here: on `device`, in RAM, and on the disk of `folder`, which may not be there yet."""
+def this_machine(device: torch.device, folder: Path, gpus: int = 1) -> Machine:
+    """What is free here: on `device`, in RAM, and on the disk of `folder`, which may not be there yet.
+
+    Args:
+        gpus: of so many, as far as there are, the one with the least free memory is meant instead of `device`.
+    """
     card = free_memory_bytes(device) if device.type == "cuda" else None
+    if card is not None and gpus > 1:
+        found = range(min(gpus, torch.cuda.device_count()))
+        card = min(free_memory_bytes(torch.device("cuda", index)) for index in found)
     return Machine(card, free_memory_bytes(torch.device("cpu")), machine.disk_room(folder))
+
+
+def visible_gpus() -> int:
+    """GPUs that torch may use."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def with_processes(config: RunConfig, gpus: int) -> RunConfig:
+    """`config` with the number of processes that `train` would start beside so many visible GPUs."""
+    if config.num_processes is not None:
+        return config
+    return config.model_copy(update={"num_processes": max(1, gpus) if config.fsdp_enable else 1})
 
 
 def configured(loaded: Loaded) -> Workload:
@@ -115,7 +137,7 @@ def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manife
     captions = {caption for sample in samples for caption in sample.captions} | set(loaded.prompts.values())
     longest = longest_caption(captions, loaded.config)
     order = Order(train, seed=loaded.config.seed, batch_size=run_batch)
-    plan = Plan.of(loaded.config, order, loaded.config.gradient_accumulation_steps)
+    plan = Plan.of(loaded.config, order, loaded.config.gradient_accumulation_steps * loaded.config.ranks)
     train_images = sum(len(manifest.samples) for manifest in train)
     return Workload(
         (width, height),
@@ -142,6 +164,10 @@ def ladder(config: RunConfig, work: Workload, fitting_blocks: int | None = None)
         fitting_blocks: resident blocks for which there is room, where more are asked for.
     """
     is_lora = config.model_type == "lora"
+    if config.ranks > 1 and not config.fsdp_enable:
+        yield Change("fsdp_enable", True)
+    if config.ranks > 1 and config.fsdp_enable and not config.fsdp_reshard_after_forward:
+        yield Change("fsdp_reshard_after_forward", True)
     if fitting_blocks is not None:
         yield Change("group_offload_resident_blocks", str(fitting_blocks))
     if config.enable_group_offload and config.group_offload_use_stream == "true":
@@ -166,6 +192,8 @@ def ladder(config: RunConfig, work: Workload, fitting_blocks: int | None = None)
             yield Change("base_model_precision", precision)
     if config.gradient_checkpointing and not config.activation_offload:
         yield Change("activation_offload", True)
+    if config.ranks > 1 and config.fsdp_enable and not config.fsdp_cpu_offload:
+        yield Change("fsdp_cpu_offload", True)
     if is_lora and not config.enable_group_offload:
         yield Change("enable_group_offload", True)
     if not is_lora and not config.optimizer_release_gradients:
@@ -242,11 +270,18 @@ class Budget:
         fitting = Footprint(config, self.architecture, self.work, self.machine).settled.resident_blocks or 0
         return fitting if fitting < asked else None
 
+    @cached_property
+    def advice(self) -> EngineAdvice:
+        """Which engine to take."""
+        return advise(self)
+
     def lines(self) -> list[str]:
         """The short form: a line a phase, the verdict, and the way out."""
-        told = ["Memory plan, worst moment of each phase:"]
+        told = [f"{plan_title(self.plan)}:"]
         told += [f"  {phase_line(phase)}" for phase in self.plan.phases]
-        return [*told, *self._verdict()]
+        told += [*self._verdict(), *self._over_the_wire()]
+        is_other = self.plan.processes > 1 and self.advice.engine not in (None, self.plan.engine)
+        return [*told, self.advice.text] if is_other else told
 
     def sentence(self) -> str:
         """What the run does and what it takes, for somebody who has not started it yet."""
@@ -276,11 +311,33 @@ class Budget:
         for place, name in MEMORY_WORDS.items():
             there, needed = self.machine.has(place), self.plan.peak(place)
             if there is not None and needed:
-                told.append(f"{format_size(needed)} of {format_size(there)} usable {name}")
+                each = f" on each of {self.plan.processes} GPUs" if self._is_each(place) else ""
+                told.append(f"{format_size(needed)} of {format_size(there)} usable {name}{each}")
         lacks = ", which is not enough" if any(lack.place != "disk" for lack in self.plan.lacks) else ""
         download = missing_download(self.config, preview_download(self.config))
         fetched = f", downloads {download / 1e9:.0f} GB" if download else ""
         return f"needs {' and '.join(told)}{lacks}{fetched}"
+
+    def _is_each(self, place: MemoryTier) -> bool:
+        """Whether each of several processes has a `place` of its own."""
+        return place == "accelerator" and self.plan.processes > 1
+
+    def _over_the_wire(self) -> list[str]:
+        """What several processes hold together, and send in a step; nothing of a single process."""
+        plan, wire = self.plan, self.plan.wire
+        if wire is None:
+            return []
+        told = []
+        if self.machine.accelerator is not None:
+            together = plan.processes * plan.peak("accelerator")
+            told.append(f"{plan.processes} processes take {format_size(together)} of GPU memory together.")
+        parts = {"weights": wire.gathered, "gradients": wire.reduced}
+        shown = " and ".join(f"{format_size(size)} of {name}" for name, size in parts.items() if size)
+        seconds = ", ".join(
+            f"{format_seconds(own)} over {name} ({LINKS[name] / 1e9:g} GB/s)" for name, own in wire.seconds().items()
+        )
+        told.append(f"Each process sends {shown} a step; estimated, not measured: {seconds}.")
+        return told
 
     def _verdict(self) -> list[str]:
         lacks = any(lack.place != "disk" for lack in self.plan.lacks)
@@ -290,18 +347,21 @@ class Budget:
     def _way_out(self) -> str:
         return f"It would fit with {self.remedy}." if self.remedy else "No option of this program would make it fit."
 
-    def table(self, flop_per_s: float | None = None) -> list[str]:
-        """The long form: every part of every phase, the caches, the least time, the verdict, and the way out."""
+    def table(self, flop_per_s: float | None = None, *, has_advice: bool = False) -> list[str]:
+        """The long form: every part of every phase, the caches, the least time, the verdict, and the way out; with
+        `has_advice`, which engine to take.
+        """
         work, foot = self.work, self.footprint
         seen = "as configured; no pictures looked at" if work.pictures is None else f"{work.pictures} pictures"
-        told = [f"Memory plan, worst moment of each phase ({seen}):", *plan_table(self.plan), ""]
+        told = [f"{plan_title(self.plan)} ({seen}):", *plan_table(self.plan), ""]
         told.append(
             f"Caches: up to {format_size(foot.context_bytes)} a caption, {format_size(foot.latent_bytes)} a picture of "
             f"the largest size; a checkpoint is about {format_size(foot.checkpoint_bytes)}."
         )
         told += self._longest_caption()
         told.append(self._time(flop_per_s))
-        return [*told, *self._verdict()]
+        told += [*self._verdict(), *self._over_the_wire()]
+        return [*told, self.advice.text] if has_advice else told
 
     def _longest_caption(self) -> list[str]:
         """Its tokens, and what counted them; nothing where no caption was looked at."""
@@ -335,11 +395,12 @@ class Budget:
         passing = self.footprint.passing(self.work.bucket, self.work.batch)
         return self.config.gradient_accumulation_steps * training_flop(passing).hardware
 
-    def summary(self, flop_per_s: float | None = None) -> dict[str, Any]:
+    def summary(self, flop_per_s: float | None = None, *, has_advice: bool = False) -> dict[str, Any]:
         """For a JSON reader, in bytes and seconds; docs/plan.md says what each key means.
 
         Args:
             flop_per_s: of the machine; None where it is not this one.
+            has_advice: say which engine to take.
         """
         foot = self.footprint
         width, height = self.work.bucket
@@ -370,6 +431,7 @@ class Budget:
             },
             "plan": self.plan.summary(),
             "remedy": None if self.remedy is None else self.remedy.summary(),
+            "engine": self.advice.summary() if has_advice else None,
         }
 
     def event(self) -> PlanEvent:
@@ -407,15 +469,18 @@ class Budget:
             measured, shown = peak.resident, f"{format_size(peak.resident)} of RAM"
         else:  # the plan counts tensors, not what the allocator holds beside them
             measured, shown = peak.allocated, f"{format_size(peak.allocated)}, {format_size(peak.reserved)} reserved"
+        if place == "ram":  # of which the plan counts that of all processes
+            measured *= self.plan.processes
         there = int(WORTH * min(phase.total(place), measured))
         less = with_less(self.plan, phase.phase, place, there)
         # What `auto` took is what ran out; what it would take of less memory is what is looked for.
         smaller = replace(self, config=self.footprint.settled, machine=less.machine)
+        of_one = "" if self.plan.processes == 1 else f" in the first of {self.plan.processes} processes"
 
         def replan(changes: Mapping[str, object]) -> MemoryPlan:
             return with_less(smaller.with_changes(changes), phase.phase, place, there)
 
-        told = [f"The plan was {phase_line(phase)}; the measured peak is {shown}."]
+        told = [f"The plan was {phase_line(phase)}; the measured peak is {shown}{of_one}."]
         if saved:
             remedy = smallest_change(less, [rung for rung in smaller.rungs if rung.option in MAY_CHANGE], replan)
             if remedy is not None:
