@@ -128,7 +128,7 @@ def _plan(loaded: Loaded, command: PlanCommand) -> int:
     has_advice = command.gpus is not None or config.ranks > 1
     notices = list(loaded.notices)
     if is_this_one and machine.accelerator is not None and config.ranks > visible_gpus():
-        notices.append(f"GPUs: {visible_gpus()} of {config.ranks} are in this machine; the others are planned as alike.")
+        notices.append(f"This machine has {visible_gpus()} of {config.ranks} GPUs; the others are planned as alike.")
     if command.json:
         say(json_text(budget.summary(rate, has_advice=has_advice) | {"notices": notices}))
     else:

@@ -47,6 +47,7 @@ from simpletuner.memory.planner import (
 )
 from simpletuner.memory.precision import DTYPES, stored_bytes
 from simpletuner.memory.wire import Wire, all_reduce_bytes, shard_exchange_bytes
+from simpletuner.memory.world import BUCKET_BYTES
 
 # What the model is
 
@@ -177,7 +178,7 @@ class TransformerBytes:
     largest_matrix: int
     """Numbers of the largest matrix of a block."""
     shards: int
-    """Of what each process holds of all blocks, where they are sharded by rows: with the padding of the last process."""
+    """Of what each process holds of all blocks where they are sharded by rows, with the padding of the last one."""
     rest_shard: int
     """The same of `rest`."""
 
@@ -321,9 +322,6 @@ def checkpoint_bytes(config: RunConfig, exported: int, kept: int, state: int) ->
 
 
 # The phases
-
-REDUCTION_BUCKET_BYTES = 64 * 2**20
-"""Of the flat bucket in which processes sum gradients."""
 
 GATHERED_BLOCKS = 2
 """Sharded blocks that are whole on a device at a time: the one at work and the next."""
@@ -837,7 +835,8 @@ class Footprint:
             return 0
         if self.is_full and self.is_sharded:
             return max(self._weights.blocks)
-        return min(REDUCTION_BUCKET_BYTES, self.trained_bytes)
+        largest = self._weights.largest_matrix * self.trained_bytes // self.trained if self.is_full else 0
+        return min(max(BUCKET_BYTES, largest), self.trained_bytes)
 
     def _hold(self, room: _Room) -> int:
         """All that stays from step to step. Returns what is read for it."""

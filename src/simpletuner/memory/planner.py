@@ -47,8 +47,8 @@ class MemoryPart:
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """What is in memory at the worst moment of a phase, and what the phase leaves on the disk: accelerator memory of one
-    process, RAM and disk of all processes of the machine.
+    """What is in memory at the worst moment of a phase, and what the phase leaves on the disk: accelerator memory of
+    one process, RAM and disk of all processes of the machine.
     """
 
     phase: PlannedPhase

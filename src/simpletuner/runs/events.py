@@ -56,6 +56,10 @@ class RunEvent(Event):
     """Training pictures, not counting repeats."""
     trainable: int
     """Trained parameters."""
+    processes: int = 1
+    """Processes that train together."""
+    engine: Literal["single", "ddp", "fsdp2"] = "single"
+    """single (one process), ddp (each holds the whole model) or fsdp2 (each holds a shard of it)."""
 
 
 class PlanEvent(Event):

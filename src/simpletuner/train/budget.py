@@ -1,8 +1,8 @@
 """What a run will take of this machine, before it is taken: the plan's first lines, its verdict, and what to change."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from simpletuner.memory.planner import (
     with_less,
 )
 from simpletuner.memory.wire import LINKS
+from simpletuner.memory.world import World
 from simpletuner.runs.events import Phase, PlanEvent
 from simpletuner.train.engine import EngineAdvice, advise
 from simpletuner.train.loop import Plan
@@ -80,6 +81,25 @@ def this_machine(device: torch.device, folder: Path, gpus: int = 1) -> Machine:
         found = range(min(gpus, torch.cuda.device_count()))
         card = min(free_memory_bytes(torch.device("cuda", index)) for index in found)
     return Machine(card, free_memory_bytes(torch.device("cpu")), machine.disk_room(folder))
+
+
+def machine_of(world: World, folder: Path) -> Machine:
+    """`this_machine` as all processes of `world` see it: the least that is free to any of them, so that all plan alike.
+
+    Raises:
+        RanksError: a process is gone, or is waited for in vain.
+    """
+    own = this_machine(world.device, folder)
+    if world.is_alone:
+        return own
+    found = [Machine(**each) for each in world.gather_json(asdict(own))]
+
+    def least(values: Iterable[int | None]) -> int | None:
+        return min((value for value in values if value is not None), default=None)
+
+    return Machine(
+        least(each.accelerator for each in found), min(each.ram for each in found), least(each.disk for each in found)
+    )
 
 
 def visible_gpus() -> int:

@@ -12,7 +12,7 @@ from simpletuner.memory.planner import NAMES, Engine, MemoryPlan, MemoryTier
 if TYPE_CHECKING:
     from simpletuner.train.budget import Budget
 
-MOST_GPUS = 64
+MOST_SOUGHT_GPUS = 64
 """Up to which the fewest GPUs that hold a run are looked for."""
 
 
@@ -54,7 +54,7 @@ def advise(budget: "Budget") -> EngineAdvice:
     if shards is not None and _fits(shards):
         text = f"Take FSDP2 (--fsdp_enable): whole copies take {_lack(copies)}, shards {_use(shards, place)}."
         return EngineAdvice("fsdp2", text, None, peaks)
-    fewest = next((count for count in range(ranks + 1, MOST_GPUS + 1) if _holds(budget, count)), None)
+    fewest = next((count for count in range(ranks + 1, MOST_SOUGHT_GPUS + 1) if _holds(budget, count)), None)
     engines = "One process does not fit" if ranks == 1 else f"{ranks} processes fit with neither engine"
     told = [f"{engines}: whole copies take {_lack(copies)}{'' if shards is None else f', shards {_lack(shards)}'}."]
     if fewest is not None:

@@ -57,7 +57,7 @@ from simpletuner.runs.samplers import end_samplers
 from simpletuner.train import checkpoint, optim, resume, trackers
 from simpletuner.train.backend import BackendChoice, check_backend, choose_backend, uncompiled
 from simpletuner.train.batches import BatchBuilder
-from simpletuner.train.budget import Budget, configured, scanned, this_machine
+from simpletuner.train.budget import Budget, configured, machine_of, scanned
 from simpletuner.train.caches import Prepared, base_fingerprints, fill_caches, knows_whole_base, scan_sets
 from simpletuner.train.ema import Ema
 from simpletuner.train.export import EXPORTS
@@ -105,7 +105,7 @@ def build(loaded: Loaded, world: World) -> Job:
     check_device(loaded.config, world.device)
     directory = RunDirectory(Path(loaded.config.output_dir))
     with file_errors_reported(directory.root, ConfigError):
-        machine = this_machine(world.device, directory.root)
+        machine = machine_of(world, directory.root)
     return Job(loaded, world, directory, Budget(loaded.config, configured(loaded), machine))
 
 
@@ -588,6 +588,8 @@ class Attempt:
                 steps=plan.steps,
                 pictures=prepared.pictures,
                 trainable=product.trained.parameter_count,
+                processes=self.world.size,
+                engine=self.budget.footprint.engine,
             )
         )
         if self.config.trackers and self.world.is_main:

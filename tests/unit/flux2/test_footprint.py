@@ -522,3 +522,112 @@ def test_a_shared_pass_takes_no_resident_block() -> None:
     small = Machine(int(12 * GIB), CARD.ram, None)
     guided, plain = (plan(small, **auto, validation_guidance=guidance) for guidance in (4.0, 1.0))
     assert guided.phase("train") == plain.phase("train")
+
+
+# Several processes
+
+LORA = {"model_flavour": "dev", "mixed_precision": "bf16"}
+FULL = {**LORA, "model_type": "full"}
+DEV_BLOCKS = 62_813_929_472
+"""Bytes of dev's 56 blocks in bf16."""
+DEV_REST = 2 * 32_223_281_152 - DEV_BLOCKS
+
+
+def footprint(machine: Machine = CARD, **options: object) -> Footprint:
+    config = RunConfig.model_validate(options)
+    return Footprint(config, Architecture.of(config), Workload((1024, 1024), 1, draws=False), machine)
+
+
+def test_one_process_has_the_plan_that_it_had() -> None:
+    plain = footprint(**LORA).plan()
+    assert (plain.processes, plain.engine, plain.wire) == (1, "single", None)
+    for options in ({"num_processes": 1}, {"num_processes": 1, "fsdp_enable": True, "fsdp_cpu_offload": True}):
+        assert footprint(**LORA, **options).plan() == plain
+    assert "bucket" not in " ".join(each.name for phase in plain.phases for each in phase.parts)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_copies_take_what_one_process_takes_and_the_bucket(ranks: int) -> None:
+    alone, copies = footprint(**LORA).train(), footprint(**LORA, num_processes=ranks).train()
+    assert copies.total("accelerator") == alone.total("accelerator") + 64 * 2**20
+    assert copies.total("ram") == ranks * alone.total("ram")
+    assert copies.total("disk") == alone.total("disk")
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_the_base_falls_as_one_by_ranks(ranks: int) -> None:
+    sharded = footprint(**LORA, num_processes=ranks, fsdp_enable=True).train()
+    shards = part(sharded, "shards of blocks")
+    assert DEV_BLOCKS / ranks <= shards <= DEV_BLOCKS / ranks * 1.001  # rows are rounded up
+    assert ranks == 3 or shards * ranks == DEV_BLOCKS
+    largest = max(transformer_bytes(DEV, "no_change", torch.bfloat16).blocks)
+    assert part(sharded, "gathered blocks") == 2 * largest
+    assert part(sharded, "weights") == DEV_REST
+    alone = footprint(**LORA).train()
+    for name in ("adapters", "optimiser", "activations", "workspace", "batch"):
+        assert part(sharded, name) == part(alone, name)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("precision", ["no_change", "int8-quanto"])
+def test_what_a_sharded_base_sends(ranks: int, precision: str) -> None:
+    options = {**LORA, "base_model_precision": precision, "num_processes": ranks}
+    adapters = 4 * footprint(**options).trained
+    wire = footprint(**options).wire
+    assert wire is not None
+    assert (wire.gathered, wire.reduced) == (0, 2 * ((ranks - 1) * adapters // ranks))
+    blocks = sum(transformer_bytes(DEV, precision, torch.bfloat16).blocks)
+    for accumulation, resharded, gathers in ((1, True, 2), (3, True, 6), (3, False, 3)):
+        sharded = footprint(
+            **options,
+            fsdp_enable=True,
+            gradient_accumulation_steps=accumulation,
+            fsdp_reshard_after_forward=resharded,
+        ).wire
+        assert sharded is not None
+        assert sharded.gathered == gathers * ((ranks - 1) * blocks // ranks)
+        assert sharded.reduced == wire.reduced
+    assert wire.seconds()["NVLink"] == wire.total / 450e9
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_full_training_shards_all_that_belongs_to_a_weight(ranks: int) -> None:
+    options = {**FULL, "use_ema": True, "ema_device": "accelerator"}
+    alone, sharded = footprint(**options).train(), footprint(**options, num_processes=ranks, fsdp_enable=True)
+    own = sharded.train()
+    for name in ("masters", "optimiser", "average", "gradients"):
+        assert part(own, name) == pytest.approx(part(alone, name) / ranks, rel=1e-6), name
+    wire = sharded.wire
+    assert wire is not None
+    assert wire.reduced == (ranks - 1) * 2 * 32_223_281_152 // ranks
+    assert wire.gathered == 2 * ((ranks - 1) * DEV_BLOCKS // ranks) + (ranks - 1) * DEV_REST // ranks
+
+
+def test_shards_may_lie_in_ram_and_whole_blocks_may_stay() -> None:
+    options = {**LORA, "num_processes": 4, "fsdp_enable": True}
+    plain, away = footprint(**options).train(), footprint(**options, fsdp_cpu_offload=True).train()
+    shards = part(plain, "shards of blocks")
+    assert part(away, "shards of blocks") == 0
+    assert part(away, "shards of blocks", "ram") == 4 * shards
+    assert plain.total("accelerator") - away.total("accelerator") == shards
+    staying = footprint(**options, fsdp_reshard_after_forward=False).train()
+    assert part(staying, "gathered blocks") == DEV_BLOCKS
+
+
+def test_processes_share_out_captions_and_images_and_each_has_its_encoder() -> None:
+    work = Workload((1024, 1024), 1, pictures=3, captions=9, draws=False)
+    options = {**LORA, "text_encoder_mode": "resident", "vae_batch_size": 4, "text_encoder_batch_size": 8}
+    alone, three = plan(CARD, work, **options), plan(CARD, work, **options, num_processes=3)
+    text = [found.phase("text") for found in (alone, three)]
+    assert all(each is not None for each in text)
+    assert [each.what for each in text if each] == ["resident, 8 × 512 tokens", "resident, 3 × 512 tokens"]
+    assert [part(each, "weights") for each in text if each] == [part(text[0], "weights")] * 2  # type: ignore[arg-type]
+    latents = [found.phase("latents") for found in (alone, three)]
+    assert [each.what for each in latents if each] == ["1024x1024 × 3", "1024x1024 × 1"]
+    assert [each.total("disk") for each in latents if each] == [alone.phases[1].total("disk")] * 2
+
+
+def test_on_a_machine_without_an_accelerator_all_processes_share_its_ram() -> None:
+    alone, two = footprint(CPU).train(), footprint(CPU, num_processes=2).train()
+    bucket = part(two, "reduction bucket", "ram")
+    assert two.total("ram") == 2 * alone.total("ram") + bucket > 0

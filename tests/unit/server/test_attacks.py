@@ -229,7 +229,7 @@ def test_every_parameter_is_told_apart() -> None:
     names = {name for operation in OPERATIONS for name, _ in operation.parameters}
     names |= {last_key(pointer) for operation in OPERATIONS for pointer in operation.strings}
     numbers = {"width", "height", "after", "step", "id", "seed", "steps", "count", "guidance", "strength"}
-    assert names - PATHS - NAMES - NEITHER - numbers - {"vram_gib", "ram_gib"} == set()
+    assert names - PATHS - NAMES - NEITHER - numbers - {"vram_gib", "ram_gib", "gpus"} == set()
 
 
 @pytest.mark.parametrize(("operation", "place"), parameters_of(PATHS))

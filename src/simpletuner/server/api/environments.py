@@ -116,6 +116,8 @@ class PlanRequest(Draft):
 
     vram_gib: float | None = Field(default=None, ge=0, le=1_000_000)
     ram_gib: float | None = Field(default=None, gt=0, le=1_000_000)
+    gpus: int | None = Field(default=None, ge=1, le=1024)
+    """Null is as many as the draft's num_processes."""
 
 
 @router.get("/form")
@@ -252,6 +254,7 @@ async def _planned(draft: PlanRequest, here: Context) -> dict[str, Any]:
     sizes = [
         *([] if draft.vram_gib is None else [f"--vram={draft.vram_gib:.10f}"]),
         *([] if draft.ram_gib is None else [f"--ram={draft.ram_gib:.10f}"]),
+        *([] if draft.gpus is None else [f"--gpus={draft.gpus}"]),
     ]
     with draft_folder() as folder:
         written = drafted(draft, environment, folder)

@@ -33,6 +33,11 @@ export const count = (value) => value.toLocaleString("en-GB");
 /** "1 picture", "2 pictures". */
 export const some = (value, one, many = `${one}s`) => `${count(value)} ${value === 1 ? one : many}`;
 
+const ENGINES = { ddp: "DDP", fsdp2: "FSDP2" };
+
+/** "2 processes, FSDP2"; null where a plan is of one process, or of an older release that knew no other. */
+export const engineText = (plan) => (plan?.processes > 1 ? `${count(plan.processes)} processes, ${ENGINES[plan.engine] ?? plan.engine}` : null);
+
 /** A time as text, in the reader's own zone: "25 Nov, 14:05". */
 export function when(iso) {
   return new Date(iso).toLocaleString("en-GB", { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit" });

@@ -2,7 +2,7 @@
 
 import { secondsLeft } from "./events.js";
 import { button, fill, h } from "./dom.js";
-import { count, duration } from "./format.js";
+import { count, duration, engineText } from "./format.js";
 import { short } from "./numbers.js";
 import { downloadLink } from "./checkpoints.js";
 import { MachineLine } from "./meter.js";
@@ -97,6 +97,7 @@ export class Header {
       "Loss of the last step": steps.length ? short(steps.last("loss")) : null,
       "Held-out loss": heldOut.length ? short(heldOut.last("loss")) : null,
       "Seconds a step": steps.length ? short(steps.recentMedian("seconds", 50)) : null,
+      Engine: engineText(detail.plan),
       "Peak memory": steps.length ? `${short(steps.last("memory_gib"))} GiB` : null,
       // Between attempts nothing was done.
       Took: detail.ended && detail.attempts === 1 ? duration((Date.parse(detail.ended) - Date.parse(detail.started)) / 1000) : null,

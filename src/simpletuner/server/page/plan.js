@@ -3,9 +3,10 @@
 import { ApiFault, post } from "./api.js";
 import { pausing } from "./check.js";
 import { button, fill, freshId, h, problemPanel } from "./dom.js";
-import { count, duration, gib } from "./format.js";
+import { count, duration, engineText, gib } from "./format.js";
 
 const RAM_GIB = [16, 32, 64, 96, 128, 256];
+const GPUS = [1, 2, 4, 8];
 
 const PHASES = { text: "Captions", latents: "Images", train: "Training", validation: "Validation" };
 
@@ -18,10 +19,13 @@ const PHASES = { text: "Captions", latents: "Images", train: "Training", validat
 export function planPanel(draft, machine, apply, longer) {
   const ram = h("select", { id: freshId("ram"), onchange: () => later() },
     h("option", { value: "" }, "Automatic"), RAM_GIB.map((size) => h("option", { value: String(size) }, `${size} GB`)));
+  const gpus = h("select", { id: freshId("gpus"), onchange: () => later() },
+    h("option", { value: "" }, "As configured"), GPUS.map((each) => h("option", { value: String(each) }, String(each))));
   const sentence = h("div", { class: "stack", "aria-live": "polite" }, h("p", { class: "panel" }, "Not planned yet."));
   const phases = h("div", { class: "stack" });
   const details = h("details", { hidden: true }, h("summary", {}, "Memory of each phase"), h("div", { class: "stack" },
-    h("div", { class: "row" }, h("label", { for: ram.id }, "Planned for RAM"), h("span", {}, ram)), phases));
+    h("div", { class: "row" }, h("label", { for: ram.id }, "Planned for RAM"), h("span", {}, ram),
+      h("label", { for: gpus.id }, "GPUs"), h("span", {}, gpus)), phases));
   const busy = h("span", { class: "hint", hidden: true }, "Planning …");
   const again = button("Plan now", () => { stale(true); ask.now(); }, { icon: "refresh", kind: "tiny" });
   const node = h("section", { class: "sheet plan stack", "aria-labelledby": "plan-title" },
@@ -32,7 +36,8 @@ export function planPanel(draft, machine, apply, longer) {
   const ask = pausing(1000, async (signal) => {
     const { vram_gib, ram_gib } = machine();
     try {
-      show(await post("plan", { ...draft(), vram_gib, ram_gib: ram.value === "" ? ram_gib : Number(ram.value) }, {}, signal));
+      const sizes = { vram_gib, ram_gib: ram.value === "" ? ram_gib : Number(ram.value), gpus: gpus.value === "" ? null : Number(gpus.value) };
+      show(await post("plan", { ...draft(), ...sizes }, {}, signal));
     } catch (error) {
       if (!(error instanceof ApiFault)) throw error;
       sentence.replaceChildren(problemPanel(error));
@@ -41,7 +46,7 @@ export function planPanel(draft, machine, apply, longer) {
     stale(false);
   });
 
-  function show({ summary, plan, remedy, workload, time }) {
+  function show({ summary, plan, remedy, workload, time, engine }) {
     const names = [...new Set(plan.phases.flatMap((phase) => phase.parts.map((part) => part.name)))];
     const color = (name) => `var(--part-${(names.indexOf(name) % 8) + 1})`;
     sentence.replaceChildren(h("div", { class: `panel stack ${plan.fits ? "good" : "bad"}` },
@@ -49,11 +54,13 @@ export function planPanel(draft, machine, apply, longer) {
       plan.fits ? "" : h("ul", {}, plan.lacks.map((lack) => h("li", {},
         `${PHASES[lack.phase] ?? lack.phase}: ${gib(lack.needed)} of ${place(lack.place)} needed, ${gib(lack.there)} there.`))),
       remedy ? remedyRow(remedy) : "",
+      engine ? h("p", {}, engine.text) : "",
       stepsRow(time?.steps ?? null)));
     details.hidden = false;
     phases.replaceChildren();
     fill(phases,
       time ? timeList(time) : null,
+      processesText(plan),
       plan.phases.map((phase) => phaseBars(phase, plan, color)),
       legend(names.filter((name) => plan.phases.some((phase) =>
         phase.parts.some((part) => part.name === name && part.place !== "disk" && part.bytes > 0))), color),
@@ -133,6 +140,16 @@ function timeList({ step_s: step, total_s: total, steps }) {
   return h("dl", { class: "times" },
     rows.map(([title, seconds]) => h("div", {}, h("dt", {}, title), h("dd", { class: "numbers" }, duration(seconds)))),
     typeof steps === "number" ? h("div", {}, h("dt", {}, "Steps"), h("dd", { class: "numbers" }, count(steps))) : null);
+}
+
+/** Whose memory it is, and what travels; null for one process. */
+function processesText(plan) {
+  const { machine, wire } = plan;
+  if (!wire) return null;
+  const sent = [[wire.gathered, "weights"], [wire.reduced, "gradients"]].filter(([bytes]) => bytes > 0).map(([bytes, name]) => `${gib(bytes)} of ${name}`);
+  const times = Object.entries(wire.seconds).map(([link, seconds]) => `${duration(seconds)} over ${link}`);
+  return h("p", {}, `${engineText(plan)}: ${machine.accelerator === null ? "" : "GPU memory is that of each process, "}RAM is that of all. `,
+    `Each sends ${sent.join(" and ")} a step; estimated, not measured: ${times.join(", ")}.`);
 }
 
 function workloadText({ width, height, batch, pictures, captions }) {

@@ -1,0 +1,21 @@
+"""Bytes between processes, against the sums that a ring sends."""
+
+import pytest
+
+from simpletuner.memory.wire import Wire, all_reduce_bytes, shard_exchange_bytes
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_a_ring_sends_each_shard_to_all_others(ranks: int) -> None:
+    size = 24 * 5
+    shard = size // ranks
+    sent_in_a_gather = sum(shard for _ in range(ranks - 1))  # one shard to the neighbour at each turn
+    assert shard_exchange_bytes(size, ranks) == sent_in_a_gather
+    assert all_reduce_bytes(size, ranks) == 2 * sent_in_a_gather
+
+
+def test_seconds_are_bytes_by_speed() -> None:
+    wire = Wire(40, 10)
+    assert wire.total == 50
+    assert wire.seconds() == {"NVLink": 50 / 450e9, "PCIe 4 x16": 50 / 25e9}
+    assert wire.summary()["total"] == 50
