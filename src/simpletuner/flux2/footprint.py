@@ -1,7 +1,7 @@
 """Bytes of a FLUX.2 in every phase of a run, from the shapes of its modules and the options. No weights are read."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -178,9 +178,7 @@ class TransformerBytes:
     largest_matrix: int
     """Numbers of the largest matrix of a block."""
     shards: int
-    """Of what each process holds of all blocks where they are sharded by rows, with the padding of the last one."""
-    rest_shard: int
-    """The same of `rest`."""
+    """Of what each process holds of all weights where they are sharded by rows, with the padding of the last one."""
 
     @property
     def total(self) -> int:
@@ -225,8 +223,8 @@ def transformer_bytes(spec: TransformerSpec, precision: str, dtype: torch.dtype,
         rest=sum(p.numel() * dtype.itemsize for p in rest),
         largest_layers=tuple(max(map(held, block)) for block in inside),
         largest_matrix=max(parameter.numel() for parameter in matrices),
-        shards=sum(shard(parameter, held(parameter)) for block in inside for parameter in block),
-        rest_shard=sum(shard(parameter, parameter.numel() * dtype.itemsize) for parameter in rest),
+        shards=sum(shard(parameter, held(parameter)) for block in inside for parameter in block)
+        + sum(shard(parameter, parameter.numel() * dtype.itemsize) for parameter in rest),
     )
 
 
@@ -416,23 +414,21 @@ class Footprint:
         """Bytes that a process sends in an optimizer step, without those of scheduled sampling, held-out loss and
         validation images. None for a single process.
 
-        The adapters' gradients are summed once a step. A sharded base is gathered in each forward pass and, where
-        blocks are dropped after it, again in each backward pass. The gradients of sharded weights are scattered in each
-        backward pass.
+        The adapters' gradients are summed once a step. Sharded weights are gathered in each forward pass, and blocks
+        that are dropped after it again in each backward pass. The gradients of sharded weights are scattered in fp32 in
+        each backward pass.
         """
         config, weights, ranks = self.config, self._weights, self.config.ranks
         if self.engine == "single":
             return None
         if self.engine == "ddp":
             return Wire(0, all_reduce_bytes(self.trained_bytes, ranks))
-        passes = config.gradient_accumulation_steps
-        block_passes = passes * (2 if config.fsdp_reshard_after_forward else 1)
-        gathered = block_passes * shard_exchange_bytes(sum(weights.blocks), ranks)
+        passes, again = config.gradient_accumulation_steps, int(config.fsdp_reshard_after_forward)
+        # Those outside the blocks stay whole from the forward pass to the end of the backward pass.
+        gathered = passes * shard_exchange_bytes(weights.total + again * sum(weights.blocks), ranks)
         if not self.is_full:
             return Wire(gathered, all_reduce_bytes(self.trained_bytes, ranks))
-        # The weights outside the blocks stay whole from the forward pass to the end of the backward pass.
-        gathered += passes * shard_exchange_bytes(weights.rest, ranks)
-        return Wire(gathered, passes * shard_exchange_bytes(weights.total, ranks))
+        return Wire(gathered, passes * shard_exchange_bytes(4 * self.trained, ranks))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -697,25 +693,31 @@ class Footprint:
         read = self._hold(room)
         passing = self.passing(self.work.bucket, self.work.batch)
         accumulated = config.gradient_accumulation_steps > 1
+        scatters = self.is_full and self.is_sharded
+        collects = self.has_masters or scatters
         worst = training(
             passing,
             offloaded=config.activation_offload,
-            accumulated=accumulated and not self.has_masters,
-            shards=config.ranks if self.is_full and self.is_sharded else 1,
+            accumulated=accumulated and not collects,
+            shards=config.ranks if scatters else 1,
         )
+        if scatters:  # traced as what the weights compute in, and kept as what they are stepped in
+            worst = replace(
+                worst, gradients=worst.gradients * self.trained_bytes // (self.trained * self.dtype.itemsize)
+            )
         # An optimiser's step has all gradients, and no activations any more. Masters collect theirs before it, and
         # keep them through the passes of a step. Released gradients are gone by then: a parameter is stepped beside
         # the activations of the block at work, which has its gradient.
         is_released = config.optimizer_release_gradients
         gradients = 0 if is_released else self._own(self.trained_bytes)
-        collected = gradients if self.has_masters and accumulated else 0
+        collected = gradients if collects and accumulated else 0
         if worst.total + collected >= gradients:
-            room.device("gradients", worst.gradients + collected)
+            self._trained_room(room)("gradients", worst.gradients + collected)
             room.device("activations", worst.kept)
             stepping = STEP_BYTES[self._device] if is_released else 0
             room.device("workspace", worst.workspace + self._unpacked + stepping)
         else:
-            room.device("gradients", gradients)
+            self._trained_room(room)("gradients", gradients)
         room.device("reduction bucket", self._reduction_bytes)
         room.ram("activations that wait", worst.elsewhere)
         if self.work.draws and not config.offload_during_startup:
@@ -834,7 +836,7 @@ class Footprint:
         if self.engine == "single":
             return 0
         if self.is_full and self.is_sharded:
-            return max(self._weights.blocks)
+            return max(self._weights.blocks) * 4 // self.dtype.itemsize
         largest = self._weights.largest_matrix * self.trained_bytes // self.trained if self.is_full else 0
         return min(max(BUCKET_BYTES, largest), self.trained_bytes)
 
@@ -842,8 +844,7 @@ class Footprint:
         """All that stays from step to step. Returns what is read for it."""
         config = self.config
         read = self._hold_transformer(room)
-        # With sharded weights in host memory the optimizer steps there.
-        hold = room.ram if self.is_full and self.is_sharded and config.fsdp_cpu_offload else room.device
+        hold = self._trained_room(room)
         if self.is_full:
             hold("masters", self._own(self.trained_bytes) if self.has_masters else 0)
         else:
@@ -852,6 +853,10 @@ class Footprint:
         if config.use_ema:
             (room.ram if config.is_average_on_cpu else hold)("average", self._own(4 * self.trained))
         return read
+
+    def _trained_room(self, room: _Room) -> Callable[[str, int], None]:
+        """Where what belongs to trainable parameters is: with shards of them in host memory the optimizer steps there."""
+        return room.ram if self.is_full and self.is_sharded and self.config.fsdp_cpu_offload else room.device
 
     def _hold_transformer(self, room: _Room, prefix: str = "") -> int:
         """A transformer's weights; `prefix` stands before their names. Returns what is read for them."""
@@ -875,19 +880,14 @@ class Footprint:
         return transformer_bytes(self.architecture.transformer, NO_CHANGE, torch.bfloat16).total
 
     def _hold_shards(self, room: _Room, prefix: str) -> None:
-        """A sharded transformer: this process's rows of each block, the blocks that are whole at a time, and what is
-        outside the blocks.
+        """A sharded transformer: this process's rows of each weight, and the weights that are whole at a time, which
+        are those outside the blocks and those of one or all blocks.
         """
         config, weights = self.config, self._weights
-        hold = room.ram if config.fsdp_cpu_offload else room.device
-        hold(f"{prefix}shards of blocks", weights.shards)
-        whole = sum(sorted(weights.blocks)[-GATHERED_BLOCKS:])
-        if not config.fsdp_reshard_after_forward:
-            whole = sum(weights.blocks)
-        room.device(f"{prefix}gathered blocks", whole)
-        room.device(f"{prefix}weights", weights.rest)
-        if self.is_full:
-            hold(f"{prefix}shards of blocks", weights.rest_shard)
+        if not self.has_masters:  # which are the shards themselves
+            (room.ram if config.fsdp_cpu_offload else room.device)(f"{prefix}shards of weights", weights.shards)
+        blocks = sorted(weights.blocks)[-GATHERED_BLOCKS if config.fsdp_reshard_after_forward else 0 :]
+        room.device(f"{prefix}gathered weights", weights.rest + sum(blocks))
 
     def _data(self, room: _Room, size: tuple[int, int], batch: int) -> None:
         """Latents, their noise, their mixture, the velocity and the answer, fp32; contexts; tables of positions. In the

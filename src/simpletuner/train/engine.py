@@ -54,7 +54,7 @@ def advise(budget: "Budget") -> EngineAdvice:
     if shards is not None and _fits(shards):
         text = f"Take FSDP2 (--fsdp_enable): whole copies take {_lack(copies)}, shards {_use(shards, place)}."
         return EngineAdvice("fsdp2", text, None, peaks)
-    fewest = next((count for count in range(ranks + 1, MOST_SOUGHT_GPUS + 1) if _holds(budget, count)), None)
+    fewest = _fewest(budget)
     engines = "One process does not fit" if ranks == 1 else f"{ranks} processes fit with neither engine"
     told = [f"{engines}: whole copies take {_lack(copies)}{'' if shards is None else f', shards {_lack(shards)}'}."]
     if fewest is not None:
@@ -71,9 +71,24 @@ def _copies_fit(budget: "Budget", copies: MemoryPlan) -> str:
     return f"Take DDP{option}: each process holds the whole run, {use}, and sends less than with FSDP2."
 
 
-def _holds(budget: "Budget", ranks: int) -> bool:
-    plan = _sharded(budget, ranks)
-    return plan is not None and _fits(plan)
+def _fewest(budget: "Budget") -> int | None:
+    """The fewest processes, more than the budget's, whose shards fit; None where none do. With more of them each
+    accelerator holds less, and all of them more of the host's memory: where the former is enough the latter must be.
+    """
+    place, there = _place(budget), budget.machine.has(_place(budget))
+
+    def is_enough(ranks: int) -> bool:
+        plan = _sharded(budget, ranks)
+        return plan is not None and there is not None and plan.peak(place) <= there
+
+    low, high = budget.config.ranks, MOST_SOUGHT_GPUS  # too few; maybe enough
+    if low >= high or not is_enough(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_enough(middle) else (middle, high)
+    plan = _sharded(budget, high)
+    return high if plan is not None and _fits(plan) else None
 
 
 def _sharded(budget: "Budget", ranks: int) -> MemoryPlan | None:

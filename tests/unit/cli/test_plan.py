@@ -217,6 +217,41 @@ def test_a_machine_without_a_card_and_one_that_nothing_helps(capsys: pytest.Capt
 
 
 @pytest.mark.usefixtures("project")
+def test_gpus_are_planned_for_that_are_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    dev = ("--model_flavour=dev", "--mixed_precision=bf16", "--vram=48", "--ram=128", "--gpus=2")
+    code, found = planned(capsys, *dev, "--num_processes=3")
+    assert code == 5
+    assert (found["plan"]["processes"], found["plan"]["engine"]) == (2, "ddp")
+    assert (found["engine"]["advised"], found["remedy"]["changes"]) == ("fsdp2", {"fsdp_enable": True})
+    code, found = planned(capsys, *dev, "--fsdp_enable")
+    assert code == 0
+    assert found["plan"]["wire"]["total"] == found["plan"]["wire"]["gathered"] + found["plan"]["wire"]["reduced"]
+    assert found["engine"]["peaks"]["fsdp2"] == found["plan"]["peak"]["accelerator"]
+    assert run([*dev, "--fsdp_enable"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1].startswith("Take FSDP2 (--fsdp_enable): whole copies take ")
+    assert told[-2].startswith("Each process sends ")
+
+
+@pytest.mark.usefixtures("project")
+def test_without_gpus_several_processes_share_the_ram(capsys: pytest.CaptureFixture[str]) -> None:
+    _, alone = planned(capsys)
+    _, two = planned(capsys, "--gpus=2", "--fsdp_enable=false")
+    assert (alone["engine"], alone["plan"]["wire"]) == (None, None)
+    assert two["plan"]["machine"]["accelerator"] is None
+    assert two["plan"]["peak"]["ram"] > 1.9 * alone["plan"]["peak"]["ram"]
+    assert two["engine"]["advised"] == "ddp"
+    _, one = planned(capsys, "--gpus=1")
+    assert one["engine"]["text"].startswith("One process holds the run: ")
+    assert {**one, "engine": None, "time": None, "plan": None, "summary": None} == {
+        **alone,
+        "time": None,
+        "plan": None,
+        "summary": None,
+    }
+
+
+@pytest.mark.usefixtures("project")
 def test_this_machine_is_planned_for_by_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 0
     told = capsys.readouterr().out.splitlines()
@@ -281,6 +316,12 @@ def test_images_that_nobody_has_looked_at_are_not_counted(capsys: pytest.Capture
         (["--vram=big"], "--vram = 'big': expected a size in GiB such as 24"),
         (["--ram=-3"], "--ram = '-3': expected a size in GiB such as 24"),
         (["--ram=0"], "--ram = 0: expected a size in GiB above 0"),
+        (["--gpus"], "--gpus: nothing follows it: expected a number of GPUs"),
+        (["--gpus=0"], "--gpus = '0': expected a whole number from 1 to 1024"),
+        (["--gpus=-1"], "--gpus = '-1': expected a whole number from 1 to 1024"),
+        (["--gpus=1000000"], "--gpus = '1000000': expected a whole number from 1 to 1024"),
+        (["--gpus=two"], "--gpus = 'two': expected a whole number from 1 to 1024"),
+        (["--gpus=2", "--show-timesteps"], "--gpus is given beside --show-timesteps: expected one of them"),
         (["--vram=24", "--lora_rnak=3"], "--lora_rnak: no such option"),
     ],
 )
