@@ -1,4 +1,4 @@
-"""Generate what of docs/ repeats the code: options.md, events.md, recipes.md and the tables in plan.md, coming-from.md.
+"""Generate what of docs/ repeats the code: options.md, events.md, recipes.md, and tables of other pages.
 
 The code is the only source, so no page can drift from it:
 
@@ -296,6 +296,31 @@ def plan_table() -> str:
     return head + "\n".join(rows) + "\n"
 
 
+def many_gpus_table() -> str:
+    """Peak GiB of training on each of several GPUs, and what each of eight processes sends in a step."""
+    head = (
+        "| model | trains | base | DDP | FSDP2 on 2 | on 4 | on 8 | sent, DDP on 8 | sent, FSDP2 on 8 |\n"
+        "|---|---|---|---:|---:|---:|---:|---:|---:|\n"
+    )
+    kinds = (("lora", NO_CHANGE), ("lora", "int8-quanto"), ("full", NO_CHANGE))
+    rows = [_many_gpus_row(name, spec, kind, base) for name, spec in PUBLISHED.items() for kind, base in kinds]
+    return head + "\n".join(rows) + "\n"
+
+
+def _many_gpus_row(name: str, spec: TransformerSpec, kind: str, base: str) -> str:
+    def footprint(processes: int, *, shards: bool) -> Footprint:
+        options = {"model_type": kind, "base_model_precision": base, "num_processes": processes, "fsdp_enable": shards}
+        config = RunConfig.model_validate(options)
+        architecture = replace(Architecture.of(config), transformer=spec)
+        return Footprint(config, architecture, Workload((1024, 1024), 1, draws=False), ANY_SIZE)
+
+    found = [footprint(8, shards=False), *(footprint(count, shards=True) for count in (2, 4, 8))]
+    sizes = [f"{each.train().total('accelerator') / GIB:.1f}" for each in found]
+    sent = [each.wire.total / 1e9 for each in (found[0], found[-1]) if each.wire is not None]
+    trains = "all weights" if kind == "full" else "a LoRA"
+    return f"| {' | '.join((name, trains, base, *sizes, *(f'{size:.1f} GB' for size in sent)))} |"
+
+
 def klein_table() -> str:
     """Which model fits which card, with the peak of GPU memory and the arithmetic of a step."""
     head = "| card | model | with | GPU | PFLOP |\n|---|---|---|---:|---:|\n"
@@ -411,6 +436,7 @@ def stale_pages(folder: Path) -> dict[Path, str]:
         "events.md": events_page(),
         "recipes.md": recipes_page(),
         "plan.md": with_table(folder / "plan.md", plan_table()),
+        "many-gpus.md": with_table(folder / "many-gpus.md", many_gpus_table()),
         "klein.md": with_table(folder / "klein.md", klein_table()),
         "coming-from.md": with_table(folder / "coming-from.md", other_keys_tables()),
     }

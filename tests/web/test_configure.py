@@ -157,3 +157,18 @@ def test_the_form_is_short_until_more_is_asked_for(server: Server, page: Page, w
         expect(page.locator(".field:visible")).to_have_count(1)
     search.fill("")
     expect(folded).to_have_count(16)
+
+
+@pytest.mark.usefixtures("example_images")
+def test_several_gpus_are_planned_with_what_travels_and_the_engine(server: Server, page: Page, workspace: Path) -> None:
+    write(workspace, "many", model_flavour="tiny")
+    page.goto(f"{server.url}/#/configure/many")
+    planned = page.get_by_role("region", name="What will happen")
+    expect(planned).to_contain_text("Trains a rank-16 LoRA", timeout=LONG_MS)
+    expect(planned).not_to_contain_text("DDP")
+    planned.get_by_text("Memory of each phase").click()
+    planned.get_by_label("GPUs", exact=True).select_option("2")
+    expect(planned).to_contain_text("Take DDP: each process holds the whole run", timeout=LONG_MS)
+    expect(planned).to_contain_text(
+        re.compile(r"2 processes, DDP: .*RAM is that of all\. Each sends \d+ MiB of gradients a step; estimated")
+    )

@@ -18,6 +18,7 @@ from simpletuner.runs.events import (
     EventLog,
     PhaseEvent,
     Picture,
+    PlanEvent,
     RunEvent,
     StepEvent,
     ValidationEvent,
@@ -87,6 +88,22 @@ def gallery(workspace: Path) -> RunDirectory:
         steps(log, 1, 20)
         end(log, 20)
     return run
+
+
+def test_several_processes_and_their_engine_are_told(page: Page, server: "Server", workspace: Path) -> None:
+    run = directory(workspace, "many")
+    with run.lock(), EventLog(run.events) as log:
+        begin(log, 20)
+        page.goto(f"{server.url}/#/run?run=output/many")
+        facts = page.get_by_role("region", name="Where it stands")
+        expect(facts).to_contain_text("Step 0 of 20")
+        expect(facts).not_to_contain_text("processes")
+        log.emit(PlanEvent(plan={"processes": 2, "engine": "fsdp2"}, remedy=None))
+        expect(facts).to_contain_text("2 processes, FSDP2")
+        page.reload()
+        expect(facts).to_contain_text("2 processes, FSDP2")
+        log.emit(PlanEvent(plan={"processes": 1, "engine": "single"}, remedy=None))
+        expect(facts).not_to_contain_text("processes")
 
 
 @pytest.mark.slow

@@ -109,10 +109,10 @@ def _plan(loaded: Loaded, command: PlanCommand) -> int:
     from simpletuner.memory.planner import Machine
     from simpletuner.memory.precision import DTYPES
     from simpletuner.memory.rate import matmul_rate
-    from simpletuner.train.budget import Budget, looked_at, this_machine, visible_gpus, with_processes
+    from simpletuner.train.budget import Budget, looked_at, this_machine, usable_gpus, with_processes
 
     device = choose_device()
-    config = with_processes(loaded.config, visible_gpus())
+    config = with_processes(loaded.config, usable_gpus())
     loaded = replace(loaded, config=config)
     machine = this_machine(device, Path(config.output_dir), config.ranks)
     other = Machine.of_size(None if command.vram is None else command.vram * GIB, (command.ram or 0.0) * GIB)
@@ -127,8 +127,8 @@ def _plan(loaded: Loaded, command: PlanCommand) -> int:
     rate = matmul_rate(device, DTYPES[config.base_dtype]) if is_this_one else None
     has_advice = command.gpus is not None or config.ranks > 1
     notices = list(loaded.notices)
-    if is_this_one and machine.accelerator is not None and config.ranks > visible_gpus():
-        notices.append(f"This machine has {visible_gpus()} of {config.ranks} GPUs; the others are planned as alike.")
+    if is_this_one and machine.accelerator is not None and config.ranks > usable_gpus():
+        notices.append(f"This machine has {usable_gpus()} of {config.ranks} GPUs; the others are planned as alike.")
     if command.json:
         say(json_text(budget.summary(rate, has_advice=has_advice) | {"notices": notices}))
     else:

@@ -701,10 +701,9 @@ class Footprint:
             accumulated=accumulated and not collects,
             shards=config.ranks if scatters else 1,
         )
-        if scatters:  # traced as what the weights compute in, and kept as what they are stepped in
-            worst = replace(
-                worst, gradients=worst.gradients * self.trained_bytes // (self.trained * self.dtype.itemsize)
-            )
+        if scatters:  # traced in the dtype that the weights compute in, and kept in that of the optimizer
+            computed_bytes = self.trained * self.dtype.itemsize
+            worst = replace(worst, gradients=worst.gradients * self.trained_bytes // computed_bytes)
         # An optimiser's step has all gradients, and no activations any more. Masters collect theirs before it, and
         # keep them through the passes of a step. Released gradients are gone by then: a parameter is stepped beside
         # the activations of the block at work, which has its gradient.
@@ -855,7 +854,9 @@ class Footprint:
         return read
 
     def _trained_room(self, room: _Room) -> Callable[[str, int], None]:
-        """Where what belongs to trainable parameters is: with shards of them in host memory the optimizer steps there."""
+        """Where the trainable parameters' masters, gradients and optimizer state are: beside the shards of them, if
+        those are in host memory.
+        """
         return room.ram if self.is_full and self.is_sharded and self.config.fsdp_cpu_offload else room.device
 
     def _hold_transformer(self, room: _Room, prefix: str = "") -> int:

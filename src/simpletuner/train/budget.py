@@ -102,7 +102,7 @@ def machine_of(world: World, folder: Path) -> Machine:
     )
 
 
-def visible_gpus() -> int:
+def usable_gpus() -> int:
     """GPUs that torch may use."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 

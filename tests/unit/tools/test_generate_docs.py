@@ -55,6 +55,11 @@ def test_a_row_of_the_plan() -> None:
     assert row in (generate_docs.DOCS / "plan.md").read_text(encoding="utf-8")
 
 
+def test_a_row_of_many_gpus() -> None:
+    row = generate_docs._many_gpus_row("klein-4b", KLEIN_4B, "lora", "int8-quanto")
+    assert row in (generate_docs.DOCS / "many-gpus.md").read_text(encoding="utf-8")
+
+
 def test_without_an_action_nothing_is_written(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         generate_docs.main([])
@@ -63,7 +68,7 @@ def test_without_an_action_nothing_is_written(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.slow  # the whole table of the plan, three times; `.ci/run check` does it each time
 def test_stale_pages_are_named_and_written_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = ("events.md", "options.md", "plan.md", "recipes.md", "klein.md", "coming-from.md")
+    names = ("events.md", "options.md", "plan.md", "recipes.md", "klein.md", "many-gpus.md", "coming-from.md")
     for name in names:
         shutil.copy(generate_docs.DOCS / name, tmp_path)
     (tmp_path / "options.md").unlink()
