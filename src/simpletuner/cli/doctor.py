@@ -111,6 +111,9 @@ def _checks(command: DoctorCommand) -> Iterator[MachineCheck]:
         yield _config(examined, command.rest)
     yield from _data(examined)
     yield from _torch(config, cards)
+    if len(cards) > 1 and config.ranks == 1 and not config.fsdp_enable:
+        planned = command_text("simpletuner", "plan", f"--gpus={len(cards)}")
+        yield MachineCheck("GPUs", "ok", f"{len(cards)}, of which one trains; {planned} says how all of them can")
     yield _compiler(config, cards)
     yield _extras(config)
     if cards or FLAVOURS[config.model_flavour].repo is None:
@@ -249,7 +252,7 @@ def _memory(examined: Examined, cards: Sequence[Gpu], rest: Sequence[str]) -> It
     try:
         from simpletuner.flux2.footprint import Workload
         from simpletuner.memory.device import choose_device
-        from simpletuner.train.budget import MEMORY_WORDS, Budget, configured, this_machine
+        from simpletuner.train.budget import MEMORY_WORDS, Budget, configured, this_machine, with_processes
     except (ImportError, OSError):  # `_torch` says so
         return
     config = examined.config
@@ -259,7 +262,7 @@ def _memory(examined: Examined, cards: Sequence[Gpu], rest: Sequence[str]) -> It
     work = Workload((1024, 1024), config.train_batch_size)
     if examined.datasets is not None:
         work = configured(replace(examined, problems=()).loaded())
-    plan = Budget(config, work, machine).plan
+    plan = Budget(with_processes(config, len(cards)), work, machine).plan
     lacks = {lack.place for lack in plan.lacks}
     remedy = "simpletuner init" if examined.datasets is None else command_text("simpletuner", "plan", *rest)
     for place, name in MEMORY_WORDS.items():

@@ -31,10 +31,11 @@ def bare(own_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> P
 
 @pytest.fixture
 def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    def install(name: str = "NVIDIA RTX 4090", driver: str = "580.65", mib: int = 24564) -> None:
+    def install(name: str = "NVIDIA RTX 4090", driver: str = "580.65", mib: int = 24564, count: int = 1) -> None:
         command = tmp_path / "bin" / "nvidia-smi"
         command.parent.mkdir()
-        command.write_text(f"#!/bin/sh\necho '0, {name}, {driver}, {mib}, 300, 0'\n")
+        rows = "".join(f"echo '{index}, {name}, {driver}, {mib}, 300, 0'\n" for index in range(count))
+        command.write_text(f"#!/bin/sh\n{rows}")
         command.chmod(0o755)
         monkeypatch.setenv("PATH", f"{command.parent}{os.pathsep}{os.environ['PATH']}")
 
@@ -105,6 +106,15 @@ def test_torch_for_the_cpu_beside_a_gpu_is_named(gpu: Any, capsys: pytest.Captur
     assert "built for the CPU, beside a GPU" in checks["torch"]["found"]
     assert checks["GPU"]["found"] == "NVIDIA RTX 4090, 23.99 GiB, driver 580.65"
     assert checks["VRAM"]["state"] == "ok", "int8 and streaming, as for a card of 24 GB"
+
+
+def test_several_gpus_are_told_with_what_plans_for_them(gpu: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu(count=2)
+    _, checks = examined(capsys)
+    assert checks["GPUs"]["found"] == "2, of which one trains; simpletuner plan --gpus=2 says how all of them can"
+    tiny_project(num_processes=2)
+    capsys.readouterr()
+    assert "GPUs" not in examined(capsys)[1]
 
 
 @pytest.mark.parametrize(("driver", "cuda", "needed"), [("520.1", "12.8", "525"), ("570.0", "13.0", "580")])
