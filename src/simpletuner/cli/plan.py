@@ -2,6 +2,7 @@
 it really gives.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from simpletuner.base.console import say
 from simpletuner.base.errors import MemoryBudgetError, Problem
 from simpletuner.base.files import file_errors_reported
+from simpletuner.base.machine import visible_gpus
 from simpletuner.base.sizes import GIB, parse_size
 from simpletuner.cli.arguments import Flag, parse_command
 from simpletuner.cli.help import command_help, help_asked
@@ -109,10 +111,11 @@ def _plan(loaded: Loaded, command: PlanCommand) -> int:
     from simpletuner.memory.planner import Machine
     from simpletuner.memory.precision import DTYPES
     from simpletuner.memory.rate import matmul_rate
-    from simpletuner.train.budget import Budget, looked_at, this_machine, usable_gpus, with_processes
+    from simpletuner.train.budget import Budget, looked_at, this_machine, with_processes
 
     device = choose_device()
-    config = with_processes(loaded.config, usable_gpus())
+    gpus = visible_gpus(os.environ)
+    config = with_processes(loaded.config, gpus)
     loaded = replace(loaded, config=config)
     machine = this_machine(device, Path(config.output_dir), config.ranks)
     other = Machine.of_size(None if command.vram is None else command.vram * GIB, (command.ram or 0.0) * GIB)
@@ -127,8 +130,8 @@ def _plan(loaded: Loaded, command: PlanCommand) -> int:
     rate = matmul_rate(device, DTYPES[config.base_dtype]) if is_this_one else None
     has_advice = command.gpus is not None or config.ranks > 1
     notices = list(loaded.notices)
-    if is_this_one and machine.accelerator is not None and config.ranks > usable_gpus():
-        notices.append(f"This machine has {usable_gpus()} of {config.ranks} GPUs; the others are planned as alike.")
+    if is_this_one and machine.accelerator is not None and config.ranks > gpus:
+        notices.append(f"This machine has {gpus} of {config.ranks} GPUs; the others are planned as alike.")
     if command.json:
         say(json_text(budget.summary(rate, has_advice=has_advice) | {"notices": notices}))
     else:

@@ -102,11 +102,6 @@ def machine_of(world: World, folder: Path) -> Machine:
     )
 
 
-def usable_gpus() -> int:
-    """GPUs that torch may use."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
 def with_processes(config: RunConfig, gpus: int) -> RunConfig:
     """`config` with the number of processes that `train` would start beside so many visible GPUs."""
     if config.num_processes is not None:
