@@ -14,6 +14,7 @@ from simpletuner.cli.loading import load_here
 from simpletuner.config.load import Loaded
 from simpletuner.config.options.ranks import RankOptions
 from simpletuner.config.run import RunConfig
+from simpletuner.config.values import no_effect
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.runs.process import stop_if_asked
 from simpletuner.runs.ranks import RankPlace, Supervisor, as_rank, place_of, train_command
@@ -105,6 +106,10 @@ def _is_trained(config: RunConfig) -> bool:
 
 def _with_idle_gpus(loaded: Loaded, gpus: int) -> Loaded:
     """`loaded`, with a notice where one process trains and nobody asked for that."""
+    if gpus < 2 and loaded.config.may_shard and loaded.config.num_processes is None:
+        there = "one GPU is visible" if gpus else "no GPU is visible"
+        notice = no_effect(["fsdp_enable"], f"{there}, and one process trains")
+        return replace(loaded, notices=(*loaded.notices, notice))
     if gpus < 2 or loaded.config.num_processes is not None:
         return loaded
     notice = (
