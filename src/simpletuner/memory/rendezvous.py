@@ -17,7 +17,7 @@ from simpletuner.memory.device import choose_device
 from simpletuner.memory.world import Signs, World, explained
 from simpletuner.runs.ranks import RankErrors, RankPlace, place_of
 
-LOOPBACK = "127.0.0.1"
+LOOPBACK_ADDRESS = "127.0.0.1"
 LOOPBACK_NAMES = ("lo", "lo0")
 """The loopback interface on Linux, on macOS."""
 NCCL_ON_ONE_MACHINE = {"NCCL_IB_DISABLE": "1"}
@@ -94,13 +94,16 @@ def _store(place: RankPlace, environ: Mapping[str, str], timeout: datetime.timed
     if place.folder is not None:
         return FileStore(str(place.folder / "store"), place.size)
     if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return next(iter(rendezvous("env://", place.rank, place.size, timeout=timeout)))[0]
+        store: Store = next(iter(rendezvous("env://", place.rank, place.size, timeout=timeout)))[0]
+        return store
     port = int(environ["MASTER_PORT"])
     if place.rank > 0:
-        return TCPStore(LOOPBACK, port, place.size, is_master=False, timeout=timeout)
+        return TCPStore(LOOPBACK_ADDRESS, port, place.size, is_master=False, timeout=timeout)
     # Left to itself, a store of torch listens on every interface.
-    listener = socket.create_server((LOOPBACK, port))
-    return TCPStore(LOOPBACK, port, place.size, is_master=True, timeout=timeout, master_listen_fd=listener.detach())
+    listener = socket.create_server((LOOPBACK_ADDRESS, port))
+    return TCPStore(
+        LOOPBACK_ADDRESS, port, place.size, is_master=True, timeout=timeout, master_listen_fd=listener.detach()
+    )
 
 
 def _shared_folder(store: Store, rank: int) -> Path:

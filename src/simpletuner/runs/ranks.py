@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -40,10 +40,10 @@ REST_S = 2.0
 """Time for the other ranks to end once rank 0 has: they have nothing left to write."""
 LEAVE_S = 5.0
 """Time for rank 0 to obey a second Ctrl-C before every rank is killed."""
-PATIENCE_S = 3.0
+BLAME_PATIENCE_S = 3.0
 """How long a rank whose collective failed waits for the error of the rank that caused it."""
-LOOK_EVERY_S = 0.05
-TAIL_BYTES = 16 * 1024
+LOOK_AT_RANKS_EVERY_S = 0.05
+RANK_TAIL_BYTES = 16 * 1024
 """Of what a rank printed last."""
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -81,21 +81,21 @@ def place_of(environ: Mapping[str, str]) -> RankPlace | None:
     needed = ("RANK", "WORLD_SIZE") if environ.get("WORLD_SIZE") == "1" else _NUMBERS if ours else _TORCHRUN
     remedy = f"Start with torchrun, which sets all of {', '.join(_TORCHRUN)}, or unset RANK and WORLD_SIZE."
     problems = [Problem(f"{name} is not set, though RANK or WORLD_SIZE is") for name in needed if name not in environ]
-    numbers = {name: environ[name] for name in (*_NUMBERS, "MASTER_PORT") if name in needed and name in environ}
+    texts = {name: environ[name] for name in (*_NUMBERS, "MASTER_PORT") if name in needed and name in environ}
+    numbers = {name: int(text) for name, text in texts.items() if text.isascii() and text.isdecimal()}
     problems += [
         Problem(f"{name}={text} in the environment", "a whole number from 0")
-        for name, text in numbers.items()
-        if not (text.isascii() and text.isdecimal())
+        for name, text in texts.items()
+        if name not in numbers
     ]
-    if not problems:
-        rank, size = int(numbers["RANK"]), int(numbers["WORLD_SIZE"])
-        if rank >= size:
-            problems.append(Problem(f"RANK={rank} in the environment", f"a number below WORLD_SIZE, {size}"))
+    rank, size = numbers.get("RANK", 0), numbers.get("WORLD_SIZE", 1)
+    if not problems and rank >= size:
+        problems.append(Problem(f"RANK={rank} in the environment", f"a number below WORLD_SIZE, {size}"))
     if problems:
         raise ConfigError(*problems[:-1], Problem(problems[-1].found, problems[-1].expected, remedy))
     if size == 1:
         return None
-    if size != int(numbers["LOCAL_WORLD_SIZE"]):
+    if size != numbers["LOCAL_WORLD_SIZE"]:
         raise ConfigError.of(
             f"WORLD_SIZE={size} with LOCAL_WORLD_SIZE={numbers['LOCAL_WORLD_SIZE']}: training on several machines is "
             "not built yet",
@@ -106,7 +106,7 @@ def place_of(environ: Mapping[str, str]) -> RankPlace | None:
     return RankPlace(
         rank,
         size,
-        int(numbers["LOCAL_RANK"]),
+        numbers["LOCAL_RANK"],
         Path(ours) if ours else None,
         int(lifeline) if ours and lifeline else None,
     )
@@ -197,7 +197,7 @@ class RankErrors:
     def _explained(self, error: RanksError) -> UserError:
         """The error that caused `error`, or `error` with the ranks that do not answer."""
         self._echo(error)
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + BLAME_PATIENCE_S
         others = set(range(self.size)) - {self.rank}
         while True:
             failed = self.first()
@@ -206,7 +206,7 @@ class RankErrors:
             silent = others - set(self.read())
             if not silent or time.monotonic() > deadline:
                 break
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(LOOK_AT_RANKS_EVERY_S)
         if silent and not any(f"rank {rank} " in str(error) for rank in silent):
             named = ", ".join(f"rank {rank}" for rank in sorted(silent))
             verb = "does" if len(silent) == 1 else "do"
@@ -285,7 +285,7 @@ class _Rank:
         with output:
             while chunk := os.read(output.fileno(), 65536):
                 self.tail += chunk
-                del self.tail[:-TAIL_BYTES]
+                del self.tail[:-RANK_TAIL_BYTES]
 
     def printed(self) -> str:
         """The end of its output, as text."""
@@ -373,7 +373,7 @@ class Supervisor:
                         deadline = min(deadline, now + GRACE_S)
             if now > min(deadline, self._leave_at):
                 self._end_all()
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(LOOK_AT_RANKS_EVERY_S)
         for rank in self._ranks:
             if rank.number not in known:
                 self._note_ending(rank, errors)
@@ -434,6 +434,7 @@ class Supervisor:
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         """Inside, signals that ask for the end are rank 0's, and a stop from the terminal is everybody's."""
+        handlers: dict[int, Callable[[int, FrameType | None], None]]
         handlers = {**dict.fromkeys((*AT_ONCE, *WARNINGS), self._forward), signal.SIGTSTP: self._pause}
         before = {
             number: signal.signal(number, handler)
@@ -472,9 +473,10 @@ def _signal_name(number: int) -> str:
 
 def usable_cores() -> int:
     """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
+    try:
         return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1
 
 
 def train_command(arguments: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from simpletuner.base import machine
-from simpletuner.base.machine import Gpu, HostMemory, disk_room, gpus, host_memory
+from simpletuner.base.machine import Gpu, HostMemory, disk_room, gpus, host_memory, visible_gpus
 
 MIB = 2**20
 
@@ -80,3 +80,27 @@ def test_a_driver_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pyte
 def test_without_nvidia_smi_there_are_no_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert gpus() == ()
+
+
+@pytest.mark.parametrize(
+    ("listed", "count"),
+    [(None, 4), ("", 0), ("-1", 0), ("2", 1), ("0, 3", 2), ("0,4,1", 1), ("GPU-8f1c,MIG-77", 2), ("1,1", 1)],
+)
+def test_visible_gpus_are_those_that_the_environment_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: str | None, count: int
+) -> None:
+    smi(tmp_path, "for i in 0 1 2 3; do echo $i, NVIDIA H100, 570.86.15, 81559, 0, 0; done", monkeypatch)
+    assert visible_gpus({} if listed is None else {"CUDA_VISIBLE_DEVICES": listed}) == count
+
+
+def test_torch_counts_where_a_driver_is_and_its_program_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smi(tmp_path, "exit 9", monkeypatch)
+    monkeypatch.setattr(machine, "GPU_DRIVERS", (tmp_path / "none",))
+    assert visible_gpus({}) == 0
+    monkeypatch.setattr(machine, "GPU_DRIVERS", (tmp_path,))
+    monkeypatch.setattr(machine, "_COUNT_BY_TORCH", "print(3)")
+    assert visible_gpus({}) == 3
+    monkeypatch.setattr(machine, "_COUNT_BY_TORCH", "raise SystemExit(1)")
+    assert visible_gpus({}) == 0

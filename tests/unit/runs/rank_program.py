@@ -24,7 +24,7 @@ def wait_for_others() -> None:
 
 if __name__ == "__main__":
     code = 0
-    ranks.PATIENCE_S = 0.3
+    ranks.BLAME_PATIENCE_S = 0.3
     with deferred_signals:
         place = place_of(os.environ)
         rank = place.rank

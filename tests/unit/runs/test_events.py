@@ -194,3 +194,13 @@ def test_a_name_that_is_no_utf_8_can_be_told(tmp_path: Path) -> None:
     with EventLog(path) as log:
         notice(log, "a\udcff.png")
     assert [event["text"] for event in read_events(path)] == ["a\udcff.png"]
+
+
+def test_a_start_whose_process_is_gone_can_be_ended_by_another(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    with EventLog(path) as log:
+        notice(log, "one")
+    with EventLog(path, is_new_start=False) as log:
+        notice(log, "two")
+    events = list(read_events(path))
+    assert [(event["id"], event["attempt"], event["start"]) for event in events] == [(1, 1, 1), (2, 1, 1)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from simpletuner.runs.samplers import SAMPLERS_FOLDER, end_samplers, first_gpu, known_as_sampler
+from simpletuner.runs.samplers import SAMPLERS_FOLDER, end_samplers, first_gpu, known_as_sampler, run_gpus
 
 HOLD = """
 import os, sys, time
@@ -63,3 +63,16 @@ def test_without_samplers_nothing_is_made(tmp_path: Path) -> None:
 )
 def test_the_gpu_that_computes_is_the_first_that_is_visible(visible: str | None, gpu: str) -> None:
     assert first_gpu({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == gpu
+
+
+@pytest.mark.parametrize(
+    ("environ", "gpus"),
+    [
+        ({}, ["0"]),
+        ({"LOCAL_WORLD_SIZE": "2"}, ["0", "1"]),
+        ({"LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "3, 5,7"}, ["3", "5"]),
+        ({"LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}, ["0", "1"]),
+    ],
+)
+def test_a_run_of_several_processes_has_a_gpu_for_each(environ: dict[str, str], gpus: list[str]) -> None:
+    assert run_gpus(environ) == gpus

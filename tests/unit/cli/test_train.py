@@ -1,0 +1,107 @@
+"""How many processes `simpletuner train` starts, before torch is imported."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simpletuner.base.errors import ConfigError
+from simpletuner.cli import train
+from simpletuner.config.options.ranks import RankOptions
+from simpletuner.runs.ranks import RANKS_FOLDER, Supervisor
+
+TORCHRUN = {
+    "RANK": "0",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+}
+EXAMPLE = ("--example", "tiny-lora")
+
+
+@pytest.mark.parametrize(
+    ("options", "gpus", "expected"),
+    [
+        ({}, 0, 1),
+        ({}, 4, 1),
+        ({"fsdp_enable": True}, 4, 4),
+        ({"fsdp_enable": True}, 0, 1),
+        ({"num_processes": 2}, 4, 2),
+        ({"num_processes": 4}, 4, 4),
+        ({"num_processes": 4}, 0, 4),
+    ],
+)
+def test_processes_are_those_asked_for_or_one_a_gpu(options: dict[str, Any], gpus: int, expected: int) -> None:
+    assert train.processes(RankOptions(**options), gpus) == expected
+
+
+def test_more_processes_than_gpus_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"num_processes = 2 with 1 visible GPU: .* Give --num_processes=1,"):
+        train.processes(RankOptions(num_processes=2), 1)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the supervisors that are started, in place of starting them."""
+    sizes: list[int] = []
+
+    def start(self: Supervisor, *_: object) -> int:
+        sizes.append(self.size)
+        return 0
+
+    monkeypatch.setattr(Supervisor, "__call__", start)
+    monkeypatch.setattr(train, "visible_gpus", lambda _: 0)
+    return sizes
+
+
+def test_processes_are_started_once_the_configuration_is_known_to_be_good(started: list[int], own_folder: Path) -> None:
+    assert train.run(["--help"]) == 0
+    with pytest.raises(ConfigError, match="lora_rank"):
+        train.run([*EXAMPLE, "--num_processes=2", "--lora_rank=none"])
+    assert started == []
+    assert train.run([*EXAMPLE, "--num_processes=2"]) == 0
+    assert started == [2]
+    assert not (own_folder / "output").exists()
+
+
+def test_a_run_that_has_all_its_steps_is_no_reason_to_start_several(own_folder: Path, started: list[int]) -> None:
+    finished = own_folder / "output" / "run" / "finished.json"
+    finished.parent.mkdir(parents=True)
+    arguments = [*EXAMPLE, "--num_processes=2", "--output_dir=output/run"]
+    finished.write_text(json.dumps({"step": 3}))
+    assert train.run([*arguments, "--max_train_steps=4"]) == 0
+    assert started == [2]
+    loaded = train.load_here([*arguments, "--max_train_steps=3"])
+    assert train._is_trained(loaded.config)
+    finished.write_text("torn")
+    assert not train._is_trained(loaded.config)
+
+
+def test_idle_gpus_are_noted_unless_one_process_was_asked_for() -> None:
+    loaded = train.load_here(EXAMPLE)
+    assert train._with_idle_gpus(loaded, 1) is loaded
+    assert (
+        "4 GPUs are visible, one trains, and 3 stand idle. --num_processes=4"
+        in (train._with_idle_gpus(loaded, 4).notices[-1])
+    )
+    asked = train.load_here([*EXAMPLE, "--num_processes=1"])
+    assert train._with_idle_gpus(asked, 4) is asked
+
+
+def test_under_torchrun_its_number_of_processes_counts(monkeypatch: pytest.MonkeyPatch, started: list[int]) -> None:
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(RANKS_FOLDER, raising=False)
+    with pytest.raises(ConfigError, match=r"num_processes = 4 in a world of WORLD_SIZE=2: .*--nproc-per-node=4"):
+        train.run([*EXAMPLE, "--num_processes=4"])
+    assert started == []
+
+
+def test_the_supervisor_needs_no_torch() -> None:
+    code = "import simpletuner.cli.train, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
