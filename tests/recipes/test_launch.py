@@ -190,14 +190,6 @@ if os.environ.get("RANK") == "1":
 def test_under_torchrun_our_processes_listen_on_loopback(cached_workplace: Workplace) -> None:
     place = cached_workplace
     torchrun = (sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    refused = subprocess.run(
-        [sys.executable, "-P", "-m", "simpletuner", "train", "--num_processes=4"],
-        cwd=place.folder,
-        env={**os.environ, "RANK": "0", "WORLD_SIZE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     place.write()
     with started(place, *TWO[1:], *LONG, command=(*torchrun, "-m", "simpletuner")) as process:
         until(lambda: bool(steps_taken(place)), process)
@@ -206,7 +198,6 @@ def test_under_torchrun_our_processes_listen_on_loopback(cached_workplace: Workp
         process.send_signal(signal.SIGTERM)
         process.wait(TIMEOUT_S)
     assert status_of(place.run()).state == "stopped"
-    assert refused.returncode == 2
 
 
 def test_more_processes_than_gpus_are_refused_before_anything_starts(workplace: Workplace) -> None:

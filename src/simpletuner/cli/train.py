@@ -17,7 +17,7 @@ from simpletuner.config.run import RunConfig
 from simpletuner.config.values import no_effect
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.runs.process import stop_if_asked
-from simpletuner.runs.ranks import RankPlace, Supervisor, as_rank, place_of, train_command
+from simpletuner.runs.ranks import Supervisor, as_rank, place_of, train_command
 from simpletuner.runs.samplers import end_samplers
 
 _USAGE = "usage: simpletuner train [--config PATH | --env NAME | --example NAME] [--option value ...]"
@@ -37,9 +37,7 @@ def run(arguments: list[str]) -> int:
         place = place_of(os.environ)
         with as_rank(place):
             loaded = load_here(arguments)
-            if "WORLD_SIZE" in os.environ:
-                _check_size(loaded.config, place)
-            else:
+            if place is None:
                 gpus = visible_gpus(os.environ)
                 size = processes(loaded.config, gpus)
                 if size > 1 and not _is_trained(loaded.config):
@@ -72,18 +70,6 @@ def processes(options: RankOptions, gpus: int) -> int:
             f"Give --num_processes={gpus}, or make more GPUs visible with CUDA_VISIBLE_DEVICES.",
         )
     return asked
-
-
-def _check_size(options: RankOptions, place: RankPlace | None) -> None:
-    """Raise a ConfigError where `num_processes` is not the number of processes that torchrun started."""
-    size = 1 if place is None else place.size
-    if options.num_processes not in (None, size):
-        raise ConfigError.of(
-            f"num_processes = {options.num_processes} in a world of WORLD_SIZE={size}",
-            f"{size}, or none",
-            f"Give torchrun --nproc-per-node={options.num_processes}, or leave torchrun out, which is not needed: "
-            "without RANK and WORLD_SIZE in the environment, this command starts its processes itself.",
-        )
 
 
 def _supervise(arguments: list[str], loaded: Loaded, size: int) -> int:

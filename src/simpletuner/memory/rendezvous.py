@@ -100,7 +100,10 @@ def _store(place: RankPlace, environ: Mapping[str, str], timeout: datetime.timed
     if place.rank > 0:
         return TCPStore(LOOPBACK_ADDRESS, port, place.size, is_master=False, timeout=timeout)
     # Left to itself, a store of torch listens on every interface.
-    listener = socket.create_server((LOOPBACK_ADDRESS, port))
+    try:
+        listener = socket.create_server((LOOPBACK_ADDRESS, port))
+    except OSError as error:
+        raise ConfigError.of(f"MASTER_PORT={port}: {error.strerror}", "a port that is free") from None
     return TCPStore(
         LOOPBACK_ADDRESS, port, place.size, is_master=True, timeout=timeout, master_listen_fd=listener.detach()
     )

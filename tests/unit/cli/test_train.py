@@ -97,7 +97,7 @@ def test_under_torchrun_its_number_of_processes_counts(monkeypatch: pytest.Monke
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv(RANKS_FOLDER, raising=False)
-    with pytest.raises(ConfigError, match=r"num_processes = 4 in a world of WORLD_SIZE=2: .*--nproc-per-node=4"):
+    with pytest.raises(ConfigError, match="num_processes = 4, and torchrun started 2 processes"):
         train.run([*EXAMPLE, "--num_processes=4"])
     assert started == []
 
