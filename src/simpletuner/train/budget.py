@@ -348,11 +348,13 @@ class Budget:
             told.append(f"{plan.processes} processes take {format_size(together)} of GPU memory together.")
         parts = {"weights": wire.gathered, "gradients": wire.reduced}
         shown = " and ".join(f"{format_size(size)} of {name}" for name, size in parts.items() if size)
+        sent = f"Each process sends {shown} a step"
+        if self.machine.accelerator is None:
+            return [*told, f"{sent}."]
         seconds = ", ".join(
             f"{format_seconds(own)} over {name} ({LINKS[name] / 1e9:g} GB/s)" for name, own in wire.seconds().items()
         )
-        told.append(f"Each process sends {shown} a step; estimated, not measured: {seconds}.")
-        return told
+        return [*told, f"{sent}; estimated, not measured: {seconds}."]
 
     def _verdict(self) -> list[str]:
         lacks = any(lack.place != "disk" for lack in self.plan.lacks)

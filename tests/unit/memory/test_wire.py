@@ -2,6 +2,7 @@
 
 import pytest
 
+from simpletuner.base.sizes import format_seconds
 from simpletuner.memory.wire import Wire, all_reduce_bytes, shard_exchange_bytes
 
 
@@ -19,3 +20,11 @@ def test_seconds_are_bytes_by_speed() -> None:
     assert wire.total == 50
     assert wire.seconds() == {"NVLink": 50 / 450e9, "PCIe 4 x16": 50 / 25e9}
     assert wire.summary()["total"] == 50
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0.000897, "0.897 ms"), (0.01611, "16.1 ms"), (0.9994, "999 ms"), (0.9996, "1 s"), (2.5287, "2.53 s")],
+)
+def test_seconds_are_told_with_three_digits(seconds: float, told: str) -> None:
+    assert format_seconds(seconds) == told

@@ -149,7 +149,7 @@ function processesText(plan) {
   const sent = [[wire.gathered, "weights"], [wire.reduced, "gradients"]].filter(([bytes]) => bytes > 0).map(([bytes, name]) => `${gib(bytes)} of ${name}`);
   const times = Object.entries(wire.seconds).map(([link, seconds]) => `${duration(seconds)} over ${link}`);
   return h("p", {}, `${engineText(plan)}: ${machine.accelerator === null ? "" : "GPU memory is that of each process, "}RAM is that of all. `,
-    `Each sends ${sent.join(" and ")} a step; estimated, not measured: ${times.join(", ")}.`);
+    `Each sends ${sent.join(" and ")} a step${machine.accelerator === null ? "" : `; estimated, not measured: ${times.join(", ")}`}.`);
 }
 
 function workloadText({ width, height, batch, pictures, captions }) {
