@@ -550,7 +550,7 @@ class Attempt:
         ]
         if not chosen:
             return None
-        return HeldOutLoss(denoiser, len(chosen), lambda index: builder.held_out(*chosen[index]), self.device)
+        return HeldOutLoss(denoiser, len(chosen), lambda index: builder.held_out(*chosen[index]), self.world)
 
     def painter(
         self, prepared: Prepared, source: Source, model: DrawingModel, product: Product, ema: Ema | None
@@ -573,7 +573,7 @@ class Attempt:
             decode=open_decoder(self.config, self.config, source, self.device),
             prompts=self.loaded.prompts,
             context=lambda prompt: prepared.contexts([prompt]),
-            device=self.device,
+            world=self.world,
             notice=self.reporter.notice,
             drawn=drawn_steps(self.run),
         )

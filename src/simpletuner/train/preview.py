@@ -36,7 +36,8 @@ class TrainedModel:
 @dataclass(frozen=True)
 class PreviewModel:
     """A model of the same shapes with the same LoRA: its layers share the trained tensors. The transformer is loaded
-    anew for each set of images, in the precision and with the offloading of the run, and let go after.
+    anew for each set of images, in the precision and with the offloading of the run, and let go after. Each rank loads
+    its own, whole.
     """
 
     config: RunConfig

@@ -1,4 +1,7 @@
-"""Looking at a run while it trains: pictures of the prompts, and the loss on held-out pictures."""
+"""Looking at a run while it trains: pictures of the prompts, and the loss on held-out pictures.
+
+Both are shared out over the ranks. All ranks call the same methods at the same points.
+"""
 
 import contextlib
 import errno
@@ -7,28 +10,29 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from jaxtyping import Float
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from simpletuner.base.errors import Stopped, UserError
+from simpletuner.base.errors import MemoryBudgetError, RanksError, Stopped, UserError
 from simpletuner.base.files import file_problem
 from simpletuner.config.flavours import GuidanceScales
 from simpletuner.config.options.validation import ValidationOptions
 from simpletuner.data.batch import Batch
 from simpletuner.data.sheet import contact_sheet
-from simpletuner.flow.condition import Condition, TextContext
+from simpletuner.flow.condition import Condition, Denoise, TextContext
 from simpletuner.flow.loss import flow_loss
 from simpletuner.flux2.denoiser import Denoiser
-from simpletuner.flux2.generate import generate
+from simpletuner.flux2.generate import Decode, generate
 from simpletuner.memory.exhausted import exhausted_memory, first_line
 from simpletuner.memory.free import release_memory
+from simpletuner.memory.world import World
 from simpletuner.runs.events import Picture, ValidationEvent, read_events
 from simpletuner.runs.layout import EMA_FOLDER, RunDirectory
 from simpletuner.train.ema import Ema
@@ -40,31 +44,120 @@ MAX_FAILURES = 3
 """Images in a row that cannot be made before no more are tried."""
 
 
+Answer = TypeVar("Answer")
+
+
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """The loss on samples that are not trained on, at fixed sigmas and fixed noise."""
+    """The loss on samples that are not trained on, at fixed sigmas and fixed noise.
+
+    Rank r measures samples r, r + size, ... The losses are added in the order of the samples, so that the sums are the
+    same bits on any number of ranks.
+    """
 
     denoise: Denoiser
     count: int
     """Held-out samples."""
     load: Callable[[int], Mapping[float, Batch]]
     """One of them, as a batch of one for each sigma."""
-    device: torch.device
+    world: World
+    is_sharded: bool = False
+    """Whether each model call is made by all ranks together: those without a sample repeat one."""
 
     @torch.no_grad()
     def __call__(self, report: Callable[[int, int], None]) -> dict[float, float]:
-        """Mean squared velocity error over the samples, at each sigma."""
+        """Mean squared velocity error over the samples, at each sigma.
+
+        Raises:
+            UserError: a sample could not be measured: raised on every rank, unless it ran out of memory in a model
+                call that all ranks make together. That ends this rank alone, and the others wait for it in vain.
+        """
+        if self.is_sharded:
+            losses = self._losses(report)
+        else:
+            losses = all_or_none(self.world, lambda: self._losses(report), "the held-out loss")
+        shares = self.world.gather_json(losses)
         sums: dict[float, float] = {}
-        with evaluating(self.denoise):
-            for index in range(self.count):
-                for sigma, batch in self.load(index).items():
-                    sums[sigma] = sums.get(sigma, 0.0) + self._loss(batch.to(self.device))
-                report(index + 1, self.count)
+        for index in range(self.count):
+            for sigma, loss in shares[index % self.world.size][index // self.world.size]:
+                sums[sigma] = sums.get(sigma, 0.0) + loss
         return {sigma: total / self.count for sigma, total in sums.items()}
+
+    def _losses(self, report: Callable[[int, int], None]) -> list[list[tuple[float, float]]]:
+        """(sigma, loss) of each sample of this rank."""
+        losses = []
+        with evaluating(self.denoise):
+            for first in range(0, self.count, self.world.size):
+                index = first + self.world.rank
+                has_sample = index < self.count
+                if has_sample or self.is_sharded:
+                    by_sigma = self._measure(index if has_sample else first)
+                    losses += [by_sigma] * has_sample
+                report(min(first + self.world.size, self.count), self.count)
+        return losses
+
+    def _measure(self, index: int) -> list[tuple[float, float]]:
+        """(sigma, loss) of one sample."""
+        if self.is_sharded:  # before the calls, in which no rank may be missing
+            batches = all_or_none(self.world, lambda: self.load(index), "the held-out loss")
+        else:
+            batches = self.load(index)
+        return [(sigma, self._loss(batch.to(self.world.device))) for sigma, batch in batches.items()]
 
     def _loss(self, batch: Batch) -> float:
         loss = flow_loss(self.denoise, batch.latents, batch.condition, sigma=batch.sigma, noise=batch.noise)
         return loss.item()
+
+
+def all_or_none(world: World, work: Callable[[], Answer], what: str) -> Answer:
+    """What `work` returns, if it succeeds on every rank; if not, all ranks raise. So they still do the same afterwards,
+    such as saving. `work` itself may wait for no other rank.
+
+    Raises:
+        UserError: `work` failed on another rank, which is named. The class is the one of there, as far as it has one.
+    """
+    if world.is_alone:
+        return work()
+    answers: list[Answer] = []
+    failure: Exception | None = None
+    try:
+        answers.append(work())
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        failure = error
+    try:
+        world.barrier(what)
+        failures = world.gather_json(None if failure is None else [_exit_code(failure), str(failure)])
+    except RanksError as error:
+        raise error if failure is None else failure from error
+    if failure is not None:
+        raise failure
+    for rank, other in enumerate(failures):
+        if other is not None:
+            kinds = {kind.exit_code: kind for kind in UserError.__subclasses__()}
+            raise kinds.get(other[0], RanksError).of(f"{what}, on rank {rank}: {other[1]}")
+    return answers[0]
+
+
+def _exit_code(error: Exception) -> int:
+    """What a rank exits with after `error`."""
+    if isinstance(error, UserError):
+        return error.exit_code
+    return UserError.exit_code if exhausted_memory(error) is None else MemoryBudgetError.exit_code
+
+
+@dataclass
+class CountedCalls:
+    """A model whose calls are counted."""
+
+    denoise: Denoise
+    started: int = 0
+    done: int = 0
+
+    def __call__(self, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        self.started += 1
+        velocity = self.denoise(latents, sigma, condition)
+        self.done += 1
+        return velocity
 
 
 @dataclass
@@ -73,6 +166,10 @@ class Painter:
 
     An image that cannot be made, or a sheet, costs that one: a notice says why. After `MAX_FAILURES` in a row no more
     are drawn. What is trained, and its optimizer, are as they were.
+
+    Each rank draws a share of the images and saves it. Rank 0 decides which are wanted, hears of those that failed on
+    any rank, makes the sheet and returns the event; the other ranks return None. Where each model call is made by all
+    ranks together, an image whose calls cannot be finished ends the run.
     """
 
     run: RunDirectory
@@ -88,18 +185,20 @@ class Painter:
     """The average, if pictures are made of it."""
     has_live: bool
     """Whether pictures are made of what is trained itself; if not, only of the average."""
-    decode: Callable[[], Callable[[Float[Tensor, "b 128 h w"]], Float[Tensor, "b 3 H W"]]]
+    decode: Callable[[], Decode]
     """Loads the VAE's decoder; called when the first picture is due."""
     prompts: Mapping[str, str]
     context: Callable[[str], TextContext]
     """A prompt's context, from the cache."""
-    device: torch.device
+    world: World
     notice: Callable[[str], None]
     """Tells the user what could not be drawn."""
     drawn: set[int]
     """Steps whose sheet the events name (`drawn_steps`)."""
+    is_sharded: bool = False
+    """Whether each model call is made by all ranks together: those without an image repeat one."""
     failures: int = 0
-    """Images in a row, up to now, that could not be made."""
+    """Images in a row, up to now, that could not be made, the ranks one after the other. Rank 0 counts."""
 
     @property
     def count(self) -> int:
@@ -113,53 +212,66 @@ class Painter:
 
     @property
     def lacks_base(self) -> bool:
-        """Whether the base model's pictures are wanted and not there yet."""
-        return bool(self._missing_of_base())
+        """Whether the base model's pictures are wanted and not there yet. All ranks ask, and rank 0 looks."""
+        return self.world.decide([self.world.is_main and bool(self._missing_of_base())])[0]
 
     def is_complete(self, step: int) -> bool:
-        """Whether the sheet of `step` is there and the events name it."""
-        return step in self.drawn and sheet_of(self.run, step).is_file()
+        """Whether the sheet of `step` is there and the events name it. All ranks ask, and rank 0 looks."""
+        return self.world.decide([self._has_sheet(step)])[0]
 
     def base(self, step: int, report: Callable[[int, int], None]) -> ValidationEvent | None:
         """Draw the base model's pictures and their sheet, as step 0: all before the first step, what is missing later.
         None if nothing is missing, or it cannot be drawn any more at `step`.
         """
-        if step == 0 and self.options.disable_benchmark:
-            return self.draw(0, report)
-        missing = self._missing_of_base() if step > 0 else self._planned(0)
-        if not missing:
-            is_wanted = not self.options.disable_benchmark and not self.is_complete(0)
-            return self._drawn(0, [], report) if is_wanted else None
-        disabled = self.trained.disabled()
-        if disabled is None and step > 0:
+        wanted = self._agreed(0, self._wanted_of_base(step) if self.world.is_main else None)
+        if wanted is None:
             return None
-        with disabled or contextlib.nullcontext():
-            return self._drawn(0, missing, report)
+        is_as_it_is = step == 0 and self.options.disable_benchmark
+        with (None if is_as_it_is else self.trained.disabled()) or contextlib.nullcontext():
+            return self._drawn(0, wanted, report)
 
     def draw(self, step: int, report: Callable[[int, int], None]) -> ValidationEvent | None:
         """Draw every prompt into the folder of `step`, with what is trained and its average as they are wanted, and
         the sheet of all steps so far. Step 0 is drawn as the model is, without an average. None if no picture could be
         made.
         """
-        return self._drawn(step, self._planned(step), report)
+        wanted = self._agreed(step, self._planned(step))
+        return None if wanted is None else self._drawn(step, wanted, report)
+
+    def _wanted_of_base(self, step: int) -> list[Picture] | None:
+        """The base model's pictures that are to be drawn at `step`; none where only the sheet is. None if neither."""
+        if step == 0:
+            return self._planned(0)
+        missing = self._missing_of_base()
+        if missing:
+            return missing if self.keeps_base else None
+        return None if self.options.disable_benchmark or self._has_sheet(0) else []
+
+    def _agreed(self, step: int, wanted: list[Picture] | None) -> list[Picture] | None:
+        """Rank 0's `wanted` of the pictures of `step`. None if there is nothing to make, or too much failed before."""
+        planned = self._planned(step)
+        agreed = None
+        if wanted is not None and self.failures < MAX_FAILURES:
+            agreed = [planned.index(picture) for picture in wanted], sorted(self.both_at_once)
+        agreed = self.world.broadcast_json(agreed)
+        if agreed is None:
+            return None
+        indices, both = agreed
+        self.both_at_once = frozenset((width, height) for width, height in both)
+        return [planned[index] for index in indices]
 
     def _drawn(self, step: int, wanted: list[Picture], report: Callable[[int, int], None]) -> ValidationEvent | None:
         """Draw `wanted`, then the sheet of `step`. The event lists every picture of that step that is there."""
-        calls = self.options.validation_num_inference_steps
-        made = []
-        with contextlib.ExitStack() as stack:
-
-            @cache
-            def ready() -> Denoiser:
-                """The model, from the first image on: if it cannot be loaded, that costs the image alone."""
-                denoise = stack.enter_context(self.model.ready())
-                stack.callback(ready.cache_clear)
-                return denoise
-
-            for index, picture in enumerate(wanted):
-                progress = partial(_overall, report, index * calls, len(wanted) * calls)
-                if self._attempt(partial(self._make, picture, ready, progress), self.run.root / picture.path):
-                    made.append(picture)
+        attempts = self._draw_share(wanted, report)
+        self.world.barrier("the validation images")
+        by_rank = self.world.gather_json(attempts)
+        if not self.world.is_main:
+            return None
+        reasons: dict[str, str | None] = dict(attempt for share in by_rank for attempt in share)
+        if not self.world.is_alone:
+            for path, reason in reasons.items():
+                self._count(self.run.root / path, reason)
+        made = [picture for picture in wanted if reasons.get(picture.path, "not tried") is None]
         sheet = sheet_of(self.run, step)
         has_sheet = (made or not wanted) and self._attempt(partial(self._make_sheet, step), sheet)
         if has_sheet:
@@ -172,15 +284,109 @@ class Painter:
             sheet=str(sheet.relative_to(self.run.root)) if has_sheet else None,
         )
 
+    def _draw_share(self, wanted: list[Picture], report: Callable[[int, int], None]) -> list[tuple[str, str | None]]:
+        """Draw this rank's share of `wanted`, until `MAX_FAILURES` of it in a row fail. Returns the path of each
+        picture that was tried, and why it could not be made; None for those that are.
+        """
+        steps = self.options.validation_num_inference_steps
+        attempts: list[tuple[str, str | None]] = []
+        failures, before = self.failures, 0
+        with contextlib.ExitStack() as stack:
+
+            @cache
+            def ready() -> Denoiser:
+                """The model, from the first image on: if it cannot be loaded, that costs the image alone."""
+                denoise = stack.enter_context(self.model.ready())
+                stack.callback(ready.cache_clear)
+                return denoise
+
+            for pictures in self._rounds(wanted):
+                progress = partial(_overall, report, before * steps, len(pictures), len(wanted) * steps)
+                before += len(pictures)
+                if self.world.rank < len(pictures) and failures < MAX_FAILURES:
+                    picture = pictures[self.world.rank]
+                    reason = self._try(picture, pictures, ready, progress)
+                    failures = 0 if reason is None else failures + 1
+                    attempts.append((picture.path, reason))
+                    if self.world.is_alone:
+                        self._count(self.run.root / picture.path, reason)
+                elif self._in_step:
+                    self._repeat(pictures, ready)
+        return attempts
+
+    @property
+    def _in_step(self) -> bool:
+        """Whether other ranks wait for each model call of this one."""
+        return self.is_sharded and not self.world.is_alone
+
+    def _rounds(self, wanted: list[Picture]) -> list[list[Picture]]:
+        """What the ranks draw at the same time: rank r the r-th of each round. The larger pictures come first, so that
+        no rank draws all of them. Where ranks call the model together, a round is of one view: a sharded model computes
+        with the average on all of them or on none.
+        """
+        size = self.world.size
+        views = [wanted]
+        if size > 1:
+            views = [sorted(wanted, key=lambda picture: -picture.width * picture.height)]
+        if self.is_sharded:
+            views = [[each for each in views[0] if each.is_ema == is_ema] for is_ema in (False, True)]
+        return [view[start : start + size] for view in views for start in range(0, len(view), size)]
+
+    def _try(
+        self,
+        picture: Picture,
+        pictures: Sequence[Picture],
+        ready: Callable[[], Denoiser],
+        report: Callable[[int, int], None],
+    ) -> str | None:
+        """Make an image of a round. Returns why it cannot be made; None if it is."""
+        calls: list[CountedCalls] = []
+
+        def counted() -> CountedCalls:
+            calls.append(CountedCalls(ready()))
+            return calls[0]
+
+        def is_out_of_step() -> bool:
+            """Whether other ranks wait in a model call that this one cannot make any more."""
+            return self._in_step and bool(calls) and calls[0].started > 0 and calls[0].done < self._calls(pictures)
+
+        both = self._draws_both(pictures if self._in_step else [picture])
+        reason = _failure(lambda: self._make(picture, counted, both, report), is_out_of_step)
+        if reason is not None:
+            release_memory(self.world.device)  # outside of the handler, whose traceback holds what was computed
+            if self._in_step and not (calls and calls[0].started):
+                self._repeat(pictures, ready)
+        return reason
+
+    def _repeat(self, pictures: Sequence[Picture], ready: Callable[[], Denoiser]) -> None:
+        """Make the model calls of a round without an image, for the other ranks."""
+        with self._view_of(pictures[0]):
+            self._image(ready(), lambda latents: latents[:, :3], pictures[0], self._draws_both(pictures))
+
+    def _draws_both(self, pictures: Sequence[Picture]) -> bool:
+        """Whether the two predictions of guidance share a pass for each of `pictures`."""
+        return all((picture.width, picture.height) in self.both_at_once for picture in pictures)
+
+    def _calls(self, pictures: Sequence[Picture]) -> int:
+        """Model calls of each rank in a round of `pictures`."""
+        is_one = self.scales.real == 1.0 or self._draws_both(pictures)
+        return self.options.validation_num_inference_steps * (1 if is_one else 2)
+
     def _attempt(self, make: Callable[[], None], path: Path) -> bool:
         """Make an image, unless too many failed. Returns whether it is made; if not, a notice says why."""
         if self.failures >= MAX_FAILURES:
             return False
         reason = _failure(make)
+        if reason is not None:
+            release_memory(self.world.device)  # outside of the handler, whose traceback holds what was computed
+        self._count(path, reason)
+        return reason is None
+
+    def _count(self, path: Path, reason: str | None) -> None:
+        """Count an image that was tried; a notice says why it could not be made."""
         if reason is None:
-            self.failures = 0
-            return True
-        release_memory(self.device)  # outside of the handler, whose traceback holds what was computed
+            self.failures = 0 if self.failures < MAX_FAILURES else self.failures
+            return
         self.failures += 1
         text = f"{path} could not be made: {reason} Training goes on without it."
         if self.failures == MAX_FAILURES:
@@ -189,22 +395,34 @@ class Painter:
                 "mend what is said above, or give --validation_disable."
             )
         self.notice(text)
-        return False
 
-    def _make(self, picture: Picture, ready: Callable[[], Denoiser], report: Callable[[int, int], None]) -> None:
+    def _view_of(self, picture: Picture) -> contextlib.AbstractContextManager[None]:
+        """A block in which the model is what `picture` shows."""
+        return self.ema.applied() if picture.is_ema and self.ema else contextlib.nullcontext()
+
+    def _make(
+        self, picture: Picture, ready: Callable[[], Denoise], both: bool, report: Callable[[int, int], None]
+    ) -> None:
         path = self.run.root / picture.path
         for folder in reversed(path.parents):
             if folder.is_relative_to(self.run.validations):
                 folder.mkdir(exist_ok=True)  # one by one: an error then names what lies in the way
-        with self.ema.applied() if picture.is_ema and self.ema else contextlib.nullcontext():
-            image = self._image(ready(), picture, report)
+        with self._view_of(picture):
+            image = self._image(ready(), self.decode(), picture, both, report)
         _save(image, path, self._parameters(picture))
 
-    def _image(self, denoise: Denoiser, picture: Picture, report: Callable[[int, int], None]) -> Image.Image:
+    def _image(
+        self,
+        denoise: Denoise,
+        decode: Decode,
+        picture: Picture,
+        both: bool,
+        report: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Image.Image:
         real = self.scales.real
         (image,) = generate(
             denoise,
-            self.decode(),
+            decode,
             self._condition(picture.prompt),
             width=picture.width,
             height=picture.height,
@@ -212,13 +430,13 @@ class Painter:
             seed=picture.seed,
             real_guidance=real,
             negative=None if real == 1.0 else self._condition(self.options.validation_negative_prompt),
-            both_at_once=(picture.width, picture.height) in self.both_at_once,
+            both_at_once=both,
             report=report,
         )
         return image
 
     def _condition(self, prompt: str) -> Condition:
-        return Condition.at(self.context(prompt).to(self.device), self.scales.embedded)
+        return Condition.at(self.context(prompt).to(self.world.device), self.scales.embedded)
 
     def _planned(self, step: int) -> list[Picture]:
         """The live pictures, then the average's."""
@@ -258,6 +476,10 @@ class Painter:
             },
             ensure_ascii=False,
         )
+
+    def _has_sheet(self, step: int) -> bool:
+        """Whether the sheet of `step` is there and the events name it."""
+        return step in self.drawn and sheet_of(self.run, step).is_file()
 
     def _missing_of_base(self) -> list[Picture]:
         """The base model's pictures that are wanted, and are not there as they would be drawn now."""
@@ -300,9 +522,11 @@ _STEP_FOLDER = re.compile(r"step-(\d{6,})")
 _EXIF_DESCRIPTION = 0x010E
 
 
-def _overall(report: Callable[[int, int], None], before: int, total: int, done: int, _of_this_one: int) -> None:
-    """Progress over all pictures, from the progress within one."""
-    report(before + done, total)
+def _overall(
+    report: Callable[[int, int], None], before: int, at_once: int, total: int, done: int, _of_this_one: int
+) -> None:
+    """Progress over all pictures, from the progress within one of those that are drawn at once."""
+    report(before + at_once * done, total)
 
 
 def drawn_steps(run: RunDirectory) -> set[int]:
@@ -322,15 +546,19 @@ def sheet_of(run: RunDirectory, step: int) -> Path:
     return run.validation(step) / "sheet.png"
 
 
-def _failure(make: Callable[[], None]) -> str | None:
-    """Why `make` failed: a user's error, the file system or memory. None if it did not. A bug is raised."""
+def _failure(make: Callable[[], None], is_fatal: Callable[[], bool] = lambda: False) -> str | None:
+    """Why `make` failed: a user's error, the file system or memory. None if it did not. Raised are a bug, a stop, and
+    after a failure that `is_fatal` all.
+    """
     try:
         make()
     except Stopped:
         raise
-    except UserError as error:
-        return str(error)
-    except (OSError, MemoryError, RuntimeError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if is_fatal():
+            raise
+        if isinstance(error, UserError):
+            return str(error)
         problem = file_problem(error, doing="write") if isinstance(error, OSError) else None
         if problem is not None:
             return str(problem)
