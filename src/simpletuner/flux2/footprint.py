@@ -729,12 +729,15 @@ class Footprint:
     def draws_both(self, size: tuple[int, int]) -> bool:
         """Whether the two predictions of classifier-free guidance share a pass: on an accelerator, where that takes no
         more than training or an image does anyway. Last bits differ, so this depends on the options and the training
-        images, and not on free memory; on a CPU it is never done, as in `sample`.
+        images, and neither on free memory nor on the number of processes; on a CPU it is never done, as in `sample`.
         """
         if self.machine.accelerator is None or self.has_preview or not self._has_two_predictions:
             return False
-        both, one = self._validation(size, 2), self._validation(size, 1)
-        return both.total("accelerator") <= max(one.total("accelerator"), self.train().total("accelerator"))
+        alone = self
+        if self.config.ranks > 1:
+            alone = replace(self, config=self.config.model_copy(update={"num_processes": 1}))
+        both, one = alone._validation(size, 2), alone._validation(size, 1)
+        return both.total("accelerator") <= max(one.total("accelerator"), alone.train().total("accelerator"))
 
     @property
     def _has_two_predictions(self) -> bool:

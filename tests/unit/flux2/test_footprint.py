@@ -497,6 +497,7 @@ def test_both_predictions_of_guidance_share_a_pass_where_training_takes_that_muc
     }
     for machine, options, what in (
         (CARD, {}, "512x512, 3 passes of two"),
+        (CARD, {"num_processes": 2, "fsdp_enable": True}, "512x512, 3 passes of two"),
         (CPU, {}, "512x512, 6 passes"),
         (CARD, {"validation_guidance": 1.0}, "512x512, 3 passes"),
         (CARD, {"model_flavour": "tiny-klein-distilled", "validation_guidance": 4.0}, "512x512, 3 passes"),
