@@ -1,5 +1,6 @@
 """How several processes come to share a run. Whatever listens here listens on the loopback interface."""
 
+import atexit
 import datetime
 import os
 import socket
@@ -56,7 +57,16 @@ def join(environ: Mapping[str, str], timeout_s: float) -> World:
         errors = place.errors or RankErrors(_shared_folder(store, place.rank), place.rank, place.size)
     signs = Signs(PrefixStore("signs", store), place.rank, place.size, timeout_s, errors)
     signs.start()
+    atexit.register(leave)
     return World(place.rank, place.size, device, signs)
+
+
+def leave() -> None:
+    """End the process group. A thread of gloo's that lets its last tensor go while the interpreter ends would abort the
+    process.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def hold_to_loopback() -> None:

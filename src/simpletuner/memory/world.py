@@ -3,6 +3,7 @@
 Between ranks travel tensors and the bytes of JSON, never pickled objects.
 """
 
+import atexit
 import contextlib
 import json
 import threading
@@ -30,6 +31,10 @@ T = TypeVar("T")
 
 def _same(value: Any) -> Any:
     return value
+
+
+STOP_WITHIN_S = 5.0
+"""At most so long does a rank that ends wait for its last sign of life to be written."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,21 @@ class World:
             for tensor, part in zip(bucket, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
 
+    @torch.no_grad()
+    def gather(self, tensor: Tensor, to: int) -> list[Tensor] | None:
+        """Every rank's `tensor`, by rank, on rank `to`; None on the others. Bits of any dtype arrive as they are.
+
+        Raises:
+            RanksError: a rank is gone, or is waited for in vain.
+        """
+        if self.is_alone:
+            return [tensor]
+        sent = tensor.contiguous().view(-1).view(torch.uint8)
+        received = [torch.empty_like(sent) for _ in range(self.size)] if self.rank == to else None
+        with explained("gathering a tensor"):
+            dist.gather(sent, received, dst=to)
+        return None if received is None else [each.view(tensor.dtype).view(tensor.shape) for each in received]
+
     def decide(self, flags: Sequence[bool]) -> list[bool]:
         """Rank 0's `flags`, on every rank.
 
@@ -250,12 +270,16 @@ class Signs:
     _ended: threading.Event = field(default_factory=threading.Event)
 
     def start(self) -> None:
-        """Give a sign of life now and several times within each timeout, until `stop`."""
+        """Give a sign of life now and several times within each timeout, until this process ends."""
         self._beat(0)
-        threading.Thread(target=self._beats, name="signs of life", daemon=True).start()
+        thread = threading.Thread(target=self._beats, name="signs of life", daemon=True)
+        thread.start()
+        # A thread that is inside the store when the interpreter ends would abort the process.
+        atexit.register(self._stop, thread)
 
-    def stop(self) -> None:
+    def _stop(self, thread: threading.Thread) -> None:
         self._ended.set()
+        thread.join(STOP_WITHIN_S)
 
     def _beats(self) -> None:
         count = 0
