@@ -186,13 +186,19 @@ class TensorData:
         return self.size // max(1, math.prod(self.shape))
 
 
-def file_pieces(tensors: Mapping[str, TensorData], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    """A safetensors file, piece by piece: the header, then each tensor.
-
-    The order is fixed, so the bytes follow from the content: metadata by key; wide dtypes first, so that each tensor
-    lies at a multiple of its width, then by name.
+def file_order(tensors: Mapping[str, TensorData]) -> list[str]:
+    """The names of `tensors` as they lie in a file: wide dtypes first, so that each tensor lies at a multiple of its
+    width, then by name.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].width, name))
+    return sorted(tensors, key=lambda name: (-tensors[name].width, name))
+
+
+def file_pieces(tensors: Mapping[str, TensorData], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """A safetensors file, piece by piece: the header, then each tensor in `file_order`.
+
+    The order is fixed, so the bytes follow from the content: metadata by key, and tensors.
+    """
+    order = file_order(tensors)
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     at = 0
     for name in order:

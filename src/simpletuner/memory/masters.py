@@ -5,11 +5,29 @@ after it. Masters collect such steps until the weights can show them (Micikevici
 """
 
 from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from simpletuner.memory.precision import check_range
+
+
+@runtime_checkable
+class SteppedParameters(Protocol):
+    """Parameters on which an optimizer steps in place of a model's own: `Masters`, or the `RowShards` of a sharded
+    model.
+    """
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """By the names of the model's."""
+
+    def collect(self) -> None:
+        """Take the gradients of the model's parameters over and clear them: after each backward pass."""
+
+    def settle(self) -> None:
+        """Let the model compute with their values: after each change of them."""
 
 
 class Masters:

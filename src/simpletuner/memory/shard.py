@@ -28,6 +28,10 @@ class Sharding:
     """Whether a block's weights are let go after its forward pass and gathered again in backward."""
     cpu_offload: bool = False
     """Whether shards are kept in host memory, and copied to the device for each pass."""
+    trained_as: torch.dtype | None = None
+    """Where given, the parameters are trained. They are gathered as this dtype, and their gradients are summed over the
+    ranks, not averaged, in fp32. fp32 parameters that are gathered as bf16 are their own masters (`memory.masters`).
+    """
 
     @classmethod
     def of(cls, options: RankOptions, world: World) -> "Sharding | None":
@@ -57,7 +61,7 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], sharding: Sharding) -> 
     """
     # Imported here: one process never pays for it.
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     scalars = [name for name, parameter in model.named_parameters() if not parameter.dim()]
     if scalars:
@@ -65,11 +69,28 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], sharding: Sharding) -> 
     device = sharding.device
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if sharding.cpu_offload else OffloadPolicy()
-    # No MixedPrecisionPolicy: torch 2.11 casts every parameter to its param_dtype, int8 too.
+    # No param_dtype for a frozen model: torch 2.11 casts every parameter to it, int8 too. The model casts its inputs
+    # itself: rotary angles stay fp32.
+    trained_as = sharding.trained_as
+    policy = MixedPrecisionPolicy()
+    if trained_as is not None:
+        policy = MixedPrecisionPolicy(param_dtype=trained_as, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=sharding.reshard_after_forward, offload_policy=offload)
+        fully_shard(
+            block,
+            mesh=mesh,
+            reshard_after_forward=sharding.reshard_after_forward,
+            mp_policy=policy,
+            offload_policy=offload,
+        )
     # Its backward pass begins where its forward pass ends: resharded between, it would be gathered twice in a row.
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, offload_policy=offload)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, offload_policy=offload)
+    for part in model.modules() if trained_as is not None else ():
+        if isinstance(part, FSDPModule):
+            # The loss of a micro-batch is divided by the size of the global batch already.
+            part.set_gradient_divide_factor(1.0)
+            # Else a factor is a reduction of NCCL's own, which gloo lacks.
+            part.set_force_sum_reduction_for_comms(True)
     _sharded[model] = sharding
 
 

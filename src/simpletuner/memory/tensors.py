@@ -29,6 +29,9 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {
 }
 """The dtypes that are written, as safetensors spells them."""
 
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By the bytes of a number: the dtype that shows its bits."""
+
 
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None = None

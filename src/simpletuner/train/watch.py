@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from simpletuner.memory.tensors import INTEGERS
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.train.trained import Trained
 
@@ -31,8 +32,6 @@ MANY_PAGES = 1000
 SAMPLED_NUMBERS = 2**18
 """Of each trained tensor, to tell whether it changed: the sum of their bits takes little memory."""
 MOST_NAMES = 4
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Watch:
@@ -126,7 +125,7 @@ class Watch:
     def _sums(self) -> list[int]:
         """For each trained tensor the sum of the bits of its first numbers, read at once."""
         sums = [
-            tensor.detach().flatten()[:SAMPLED_NUMBERS].view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
+            tensor.detach().flatten()[:SAMPLED_NUMBERS].view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
             for tensor in self._trained.state().values()
         ]
         read: list[int] = torch.stack(sums).tolist()

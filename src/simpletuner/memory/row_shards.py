@@ -1,0 +1,125 @@
+"""Trainable parameters that FSDP2 shards by rows, as plain tensors: what an optimizer, an average and a file see."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.memory.shard import local
+from simpletuner.memory.world import World
+
+
+@dataclass(frozen=True)
+class RowSplit:
+    """One rank's rows of a tensor that is split on dimension 0 as FSDP2 splits it: ⌈rows / ranks⌉ for each rank, until
+    none are left.
+    """
+
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    rank: int
+    size: int
+    """Ranks."""
+
+    @property
+    def rows_per_rank(self) -> int:
+        return -(-self.shape[0] // self.size)
+
+    @property
+    def rows(self) -> slice:
+        """This rank's."""
+        first = min(self.rank * self.rows_per_rank, self.shape[0])
+        return slice(first, min(first + self.rows_per_rank, self.shape[0]))
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        return (self.rows.stop - self.rows.start, *self.shape[1:])
+
+    @property
+    def first_element(self) -> int:
+        """Place of the first number of this rank's rows in the whole tensor, in row-major order."""
+        first: int = self.rows.start
+        return first * math.prod(self.shape[1:])
+
+    def of(self, whole: Tensor) -> Tensor:
+        """This rank's rows of `whole`, a view."""
+        return whole[self.rows]
+
+    def gather(self, rows: Tensor, world: World, to: int) -> Tensor | None:
+        """The whole tensor of which each rank has its `rows`, on the CPU of rank `to`; None on the others. All
+        ranks call it. Bits of any dtype arrive as they are.
+        """
+        padded = rows.new_zeros((self.rows_per_rank, *self.shape[1:]))
+        padded[: rows.shape[0]].copy_(rows)
+        parts = world.gather(padded, to)
+        return None if parts is None else torch.cat([part.cpu() for part in parts])[: self.shape[0]]
+
+
+class RowShards:
+    """This rank's rows of a sharded model's parameters. The optimizer steps on `parameters`: plain tensors that share
+    the memory from which FSDP gathers the weights.
+
+    FSDP sums the gradients over the ranks after each backward pass, those of several micro-batches too: gradients that
+    wait for the last one would be those of the whole model on every rank.
+    """
+
+    def __init__(self, module: nn.Module, world: World) -> None:
+        """`module` was sharded by `shard`, with a dtype in which it trains, and has its weights."""
+        from torch.distributed.fsdp import FSDPModule
+
+        self.world = world
+        self._modules = [each for each in module.modules() if isinstance(each, FSDPModule)]
+        for each in self._modules:
+            each.unshard()  # FSDP pads uneven shards here, in new memory: no view may be older
+            each.reshard()
+        self._sharded: dict[str, nn.Parameter] = dict(module.named_parameters())
+        self.splits = {
+            name: RowSplit(tuple(weight.shape), world.rank, world.size) for name, weight in self._sharded.items()
+        }
+        """How each tensor is split, by name."""
+        self.parameters = {name: nn.Parameter(local(weight)) for name, weight in self._sharded.items()}
+        """This rank's rows, by name; some may have none."""
+        for name, rows in self.parameters.items():
+            if tuple(rows.shape) != self.splits[name].local_shape:
+                raise ValueError(f"{name} is split into {tuple(rows.shape)}, not {self.splits[name].local_shape}")
+
+    @property
+    def first_elements(self) -> dict[Tensor, int]:
+        """Place of the first number of each of `parameters` in its whole tensor."""
+        return {rows: self.splits[name].first_element for name, rows in self.parameters.items()}
+
+    def collect(self) -> None:
+        """Move the gradients, which FSDP has summed over the ranks, to `parameters`: after each backward pass."""
+        for name, weight in self._sharded.items():
+            if weight.grad is None:
+                continue
+            gradient, rows = local(weight.grad), self.parameters[name]
+            if rows.data_ptr() != local(weight).data_ptr():
+                raise RuntimeError(f"FSDP has moved the rows of {name}: steps on the former ones would be lost")
+            if rows.grad is None:
+                rows.grad = gradient
+            else:
+                rows.grad.add_(gradient)
+            weight.grad = None
+
+    @torch.no_grad()
+    def share_overflow(self) -> None:
+        """Make a gradient NaN on every rank if one is infinite or NaN on any: fp16's GradScaler looks at this rank's
+        alone, and must skip a step on all ranks or on none.
+        """
+        gradients = [rows.grad for rows in self.parameters.values() if rows.grad is not None and rows.numel()]
+        flag = 0 * torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)  # 0, or NaN
+        self.world.sum_([flag])
+        if gradients:
+            gradients[0].view(-1)[:1].add_(flag)
+
+    def settle(self) -> None:
+        """Drop whole weights that were gathered before: after each change of `parameters`."""
+        for each in self._modules:
+            each.reshard()
+
+    def locals(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's rows of whole tensors, by the parameters' names. Tensors of a mapped file are not read."""
+        return {name: self.splits[name].of(tensor) if name in self.splits else tensor for name, tensor in whole.items()}
