@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from simpletuner.flux2.learning import Learning
 from simpletuner.flux2.transformer import Flux2Transformer
-from simpletuner.memory.masters import Masters
+from simpletuner.memory.masters import Masters, SteppedParameters
+from simpletuner.memory.precision import check_range
+from simpletuner.memory.row_shards import RowShards
+from simpletuner.memory.world import World
 
 
 class WeightKind(TypedDict):
@@ -35,13 +38,28 @@ class WeightAudit(TypedDict):
 
 
 class FullModel(Learning):
-    """Every weight of a transformer, by diffusers' names: itself, or its fp32 master where there is one."""
+    """Every weight of a transformer, by diffusers' names: itself, its fp32 master where there is one, or this rank's
+    rows of it where it is sharded.
+    """
 
     foreign = "weights of another model"
 
-    def __init__(self, transformer: Flux2Transformer, masters: Masters | None) -> None:
+    def __init__(self, transformer: Flux2Transformer, masters: SteppedParameters | None) -> None:
         self.transformer = transformer
         self.masters = masters
+
+    @property
+    def shards(self) -> RowShards | None:
+        return self.masters if isinstance(self.masters, RowShards) else None
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(weight.numel() for weight in self._weights.values())
+
+    @property
+    def whole_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of the parameters, whole ones where they are sharded."""
+        return [tuple(weight.shape) for weight in self._weights.values()]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What the optimiser steps on."""
@@ -55,7 +73,7 @@ class FullModel(Learning):
 
     @contextlib.contextmanager
     def holding(self, state: Mapping[str, Tensor]) -> Iterator[None]:
-        if self.masters is None:
+        if not isinstance(self.masters, Masters):
             with super().holding(state):
                 yield
             return
@@ -86,9 +104,9 @@ class FullModel(Learning):
         groups: dict[str, list[nn.Parameter]] = {}
         for name, parameter in self._weights.items():
             groups.setdefault(re.sub(r"\.\d+\.", ".*.", name, count=1), []).append(parameter)
-        masters = [] if self.masters is None else self.masters.parameters.values()
+        masters = list(self.masters.parameters.values()) if isinstance(self.masters, Masters) else []
         return WeightAudit(
-            dtype=str(self.transformer.dtype).removeprefix("torch."),
+            dtype=str(next(iter(self._weights.values())).dtype).removeprefix("torch."),
             tensors=len(self._weights),
             parameters=self.parameter_count,
             weight_bytes=sum(weight.nbytes for weight in self._weights.values()),
@@ -113,3 +131,18 @@ def unfreeze(transformer: Flux2Transformer, masters: torch.dtype | None = None) 
     transformer.requires_grad_(True)
     kept = None if masters is None else Masters(dict(transformer.named_parameters()), masters)
     return FullModel(transformer, kept)
+
+
+def unfreeze_sharded(transformer: Flux2Transformer, computes_in: torch.dtype, world: World) -> FullModel:
+    """Train every weight of a `transformer` that is sharded over the ranks and gathered as `computes_in`; each rank its
+    rows. fp32 rows are masters themselves.
+
+    Raises:
+        ConfigError: fp16 is `computes_in` and cannot hold one of this rank's weights.
+    """
+    transformer.requires_grad_(True)
+    transformer.computes_in = computes_in
+    shards = RowShards(transformer, world)
+    for name, rows in shards.parameters.items():
+        check_range(rows.data, computes_in, name)
+    return FullModel(transformer, shards)

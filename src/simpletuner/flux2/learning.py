@@ -8,12 +8,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from simpletuner.memory.row_shards import RowShards
+
 
 class Learning(abc.ABC):
     """Parameters by name. Nothing else is trained."""
 
     foreign: ClassVar[str]
     """What a state of other names is called."""
+
+    @property
+    def shards(self) -> RowShards | None:
+        """None: every rank holds all of it."""
+        return None
 
     @abc.abstractmethod
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -305,6 +305,8 @@ class Flux2Transformer(nn.Module):
     def __init__(self, spec: TransformerSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.computes_in: torch.dtype | None = None
+        """Where given, the dtype as which shards of another one are gathered."""
         self.time_guidance_embed = TimeGuidanceEmbedding(spec)
         self.double_stream_modulation_img = Modulation(spec.hidden, sets=2)
         self.double_stream_modulation_txt = Modulation(spec.hidden, sets=2)
@@ -324,6 +326,8 @@ class Flux2Transformer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of what computes: that of a norm, which no adapter wraps and nothing quantises."""
+        if self.computes_in is not None:
+            return self.computes_in
         weight: Tensor = self.single_transformer_blocks[0].get_parameter("attn.norm_q.weight")
         return weight.dtype
 

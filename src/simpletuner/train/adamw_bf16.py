@@ -1,7 +1,7 @@
 """AdamW that keeps its memory in bf16, rounded by chance."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ class _Piece:
     """Of the parameter's draws in this step."""
     start: int
     stop: int
+    first: int
+    """Place of the parameter's first element in the whole tensor, whose rows it is on one rank."""
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -44,7 +46,7 @@ class AdamWBf16(torch.optim.Optimizer):
     are, exactly; bf16 ones are rounded by chance as well.
 
     An element's draw is a function of (`seed`, step, tensor, place) and the same on every device, so a resumed run
-    rounds as an uninterrupted one does, and so does every rank.
+    rounds as an uninterrupted one does, and so does every rank, with whole tensors or with its rows of them.
 
     Parameters are updated in chunks, small ones together and large ones in pieces, so neither the number of kernels
     nor the temporary memory (a chunk of `ELEMENT_BYTES` each) grows with the number or the size of tensors. A
@@ -62,6 +64,8 @@ class AdamWBf16(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.seed = seed
+        self.first_elements: Mapping[Tensor, int] = {}
+        """Of parameters that are one rank's rows of a sharded tensor: the place of their first element in it."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002  torch's signature
@@ -100,7 +104,10 @@ class AdamWBf16(torch.optim.Optimizer):
         seed = draw_seed(self.seed, "rounding", state["step"], place)
         count = parameter.numel()
         size = chunk_size(parameter) if parameter.is_contiguous() else count
-        return [_Piece(parameter, seed, start, min(start + size, count)) for start in range(0, count, size)]
+        first = self.first_elements.get(parameter, 0)
+        return [
+            _Piece(parameter, seed, start, min(start + size, count), first) for start in range(0, count, max(size, 1))
+        ]
 
     def _update(self, pieces: Sequence[_Piece], group: dict[str, Any], is_finite: Tensor | None = None) -> None:
         """Update pieces of one step, dtype and device, unless `is_finite` is given and false."""
@@ -120,7 +127,9 @@ class AdamWBf16(torch.optim.Optimizer):
         )
         del root
 
-        bits = noise_bits([(piece.seed, piece.start, piece.stop) for piece in pieces], updated.device)
+        bits = noise_bits(
+            [(piece.seed, piece.first + piece.start, piece.first + piece.stop) for piece in pieces], updated.device
+        )
         _spread(rounded(first, bits), firsts, is_finite)
         _spread(rounded(second, bits >> 16), seconds, is_finite)
         if parameters[0].dtype == torch.bfloat16:

@@ -16,7 +16,8 @@ from simpletuner.base.errors import ConfigError
 from simpletuner.config.optimisers import LIBRARIES, OURS, Optimiser, optimiser
 from simpletuner.config.options.optim import OptimOptions
 from simpletuner.config.values import similar
-from simpletuner.memory.masters import Masters
+from simpletuner.memory.masters import SteppedParameters
+from simpletuner.memory.world import World
 from simpletuner.train import optimiser_state
 from simpletuner.train.adafactor_bf16 import AdafactorBf16
 from simpletuner.train.adamw_bf16 import AdamWBf16
@@ -99,7 +100,11 @@ def by_role(inner: list[nn.Parameter], outer: list[nn.Parameter], scales: list[n
 
 
 def build(
-    parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]], options: OptimOptions, *, seed: int = 0
+    parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]],
+    options: OptimOptions,
+    *,
+    seed: int = 0,
+    first_elements: Mapping[torch.Tensor, int] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimiser that `options` names, over `parameters` or groups of them as `lora_plus` or `by_role` makes them.
 
@@ -108,6 +113,7 @@ def build(
 
     Args:
         seed: of the draws of stochastic rounding.
+        first_elements: where parameters are one rank's rows of sharded ones, as `RowShards` has them.
 
     Raises:
         ConfigError: the library does not have that name, `optimizer_config` has an argument that it does not take, or
@@ -129,6 +135,8 @@ def build(
             group["lr"] = arguments["lr"] * group[RATIO]
         if isinstance(made, Averaging):
             made.train()
+        if isinstance(made, AdamWBf16) and first_elements is not None:
+            made.first_elements = first_elements
         return made
 
     groups = [each for each in parameters if isinstance(each, dict)] or [{"params": list(parameters)}]
@@ -306,7 +314,7 @@ def _are_equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor
 
 
 @contextlib.contextmanager
-def as_given(built: torch.optim.Optimizer, masters: Masters | None = None) -> Iterator[None]:
+def as_given(built: torch.optim.Optimizer, masters: SteppedParameters | None = None) -> Iterator[None]:
     """Inside, the parameters are those that the optimiser gives: looked at, measured, saved, exported. Afterwards
     they are again, bit for bit, those that it trains. For most both are the same, and nothing happens.
 
@@ -333,10 +341,18 @@ def as_given(built: torch.optim.Optimizer, masters: Masters | None = None) -> It
             masters.settle()
 
 
-def clip(parameters: Sequence[torch.Tensor], options: OptimOptions) -> torch.Tensor:
-    """Bound the gradients as `max_grad_norm` and `grad_clip_method` say; returns their norm before, a scalar."""
+def clip(parameters: Sequence[torch.Tensor], options: OptimOptions, world: World | None = None) -> torch.Tensor:
+    """Bound the gradients as `max_grad_norm` and `grad_clip_method` say; returns their norm before, a scalar.
+
+    Args:
+        world: where given, `parameters` are this rank's rows of sharded ones, and the norm is that of all ranks' rows.
+    """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
+    if world is not None:
+        square = norm.double().square()
+        world.sum_([square])
+        norm = square.sqrt().to(norm.dtype)
     if options.max_grad_norm > 0:
         if options.grad_clip_method == "norm":
             torch.nn.utils.clip_grads_with_norm_(parameters, options.max_grad_norm, norm)

@@ -19,7 +19,8 @@ from simpletuner.flow.choice import Choice
 from simpletuner.flow.condition import Denoise
 from simpletuner.flow.loss import Penalty, flow_loss, huber, smooth_l1, squared
 from simpletuner.flow.sigma import in_stratum
-from simpletuner.memory.masters import Masters
+from simpletuner.memory.masters import SteppedParameters
+from simpletuner.memory.row_shards import RowShards
 from simpletuner.memory.world import World
 from simpletuner.train import optim
 from simpletuner.train.release import GradientRelease
@@ -135,7 +136,7 @@ class Stepper:
     route: Callable[[Sequence[Choice]], Denoise] | None = None
     """Makes of a batch's choices the denoiser of the pass with gradients; a rollout is not routed."""
     rollout: Rollout | None = None
-    masters: Masters | None = None
+    masters: SteppedParameters | None = None
     """Where given, `parameters` are these, and the weights that compute follow them."""
     is_autocast: bool = False
     """Whether products are computed in fp16 over weights of another format."""
@@ -143,6 +144,11 @@ class Stepper:
     """Where given, it steps on the gradients inside the backward pass, of one micro-batch a step, and frees them."""
     world: World | None = None
     """Where given, its ranks train on their shares of each global batch, and step alike."""
+
+    @property
+    def shards(self) -> RowShards | None:
+        """Where `parameters` are this rank's rows of sharded ones."""
+        return self.masters if isinstance(self.masters, RowShards) else None
 
     def losses(self, batch: Batch) -> Float[Tensor, " b"]:
         """Weighted loss of each sample of `batch`, with gradients."""
@@ -221,7 +227,7 @@ class Stepper:
         if self.world is not None:
             device_losses = self._summed(whole, device_losses, calls, self.world)
         self.scaler.unscale_(self.optimiser)
-        norm = optim.clip(self.parameters, self.options)
+        norm = optim.clip(self.parameters, self.options, None if self.shards is None else self.world)
         # One tensor, so that the host waits once. `cat` takes the wider of the two dtypes: no number is rounded.
         *losses, grad_norm = self.read(torch.cat([device_losses, norm[None]]))
         if self.world is not None:
@@ -248,7 +254,10 @@ class Stepper:
         numbers = losses.new_zeros(whole.size + 1)
         numbers[[slot for batch in whole.batches for slot in batch.slots]] = losses
         numbers[-1] = calls
-        world.sum_([*(each.grad for each in self.parameters if each.grad is not None), numbers])
+        reduced = self.parameters if self.shards is None else ()  # FSDP has summed the gradients of shards
+        if self.shards is not None and self.scaler.is_enabled():
+            self.shards.share_overflow()
+        world.sum_([*(each.grad for each in reduced if each.grad is not None), numbers])
         # An optimizer may draw from torch's global generator, which micro-batches have seeded differently.
         torch.manual_seed(draw_seed(self.objective.seed, "optimizer", whole.step))
         return numbers

@@ -1,4 +1,4 @@
-"""What a run trains, as those see it that average it, draw with it, save it and go on with it."""
+"""Interface of the trainable parameters, used by EMA, validation, checkpoints and resume."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -6,7 +6,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from simpletuner.memory.masters import Masters
+from simpletuner.memory.masters import SteppedParameters
+from simpletuner.memory.row_shards import RowShards
 
 
 @runtime_checkable
@@ -14,12 +15,20 @@ class Trained(Protocol):
     """An adapter (`flux2.lora.Adapter`) or a whole transformer (`flux2.full.FullModel`)."""
 
     @property
-    def masters(self) -> Masters | None:
-        """fp32 copies on which the optimiser steps, where the weights themselves are too coarse."""
+    def masters(self) -> SteppedParameters | None:
+        """What the optimizer steps on in place of the weights: fp32 copies where those are too coarse, or this rank's
+        rows where they are sharded.
+        """
+
+    @property
+    def shards(self) -> RowShards | None:
+        """Where the parameters are sharded over the ranks: `named_parameters`, `state` and `load` then are about this
+        rank's rows, and gradients are summed over the ranks by FSDP. None where each rank holds all of them.
+        """
 
     @property
     def parameter_count(self) -> int:
-        """Numbers that are trained."""
+        """Numbers that are trained, on all ranks together."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What the optimiser steps on, by name."""
@@ -34,7 +43,7 @@ class Trained(Protocol):
         """A block in which the model computes with `state`."""
 
     def state(self) -> dict[str, Tensor]:
-        """The trained tensors themselves (detached, not copied), by name."""
+        """The trained tensors themselves (detached, not copied), by name; of sharded ones this rank's rows."""
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `state` gave.
