@@ -3,6 +3,8 @@
 Tensors keep diffusers' names, so nothing is renamed on the way.
 """
 
+import contextlib
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -11,17 +13,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simpletuner.base.errors import AccessError
+from simpletuner.base.errors import AccessError, CheckpointError
 from simpletuner.base.files import file_errors_reported, link_or_copy, sync_directory, write_json
+from simpletuner.base.parts import locked_part
 from simpletuner.config.flavours import TransformerSpec
 from simpletuner.flux2.configs import read_index, read_object
 from simpletuner.flux2.export import header_of
 from simpletuner.flux2.source import Source
 from simpletuner.flux2.spec import transformer_to_diffusers
-from simpletuner.memory.tensors import load_tensors, save_verified, unreadable
+from simpletuner.memory.shares import RankTensor, load_shares, share_files, write_shares
+from simpletuner.memory.tensors import open_tensors, save_verified, unreadable
+from simpletuner.memory.world import World
 
 TRANSFORMER_FOLDER = "transformer"
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+_STEM = "diffusion_pytorch_model"
+WEIGHTS_NAME = f"{_STEM}.safetensors"
+INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
+"""Beside weights in several files: which file has which tensor."""
 PIPELINE_INDEX = "model_index.json"
 COPIED_BYTES = 2**20
 """Files up to this size are copied into a model's folder, larger ones linked."""
@@ -51,24 +59,73 @@ def save_transformer(
     save_verified(path, tensors, header_of(metadata), dtype)
 
 
+def save_transformer_shares(
+    folder: Path,
+    spec: TransformerSpec,
+    tensors: Mapping[str, RankTensor],
+    world: World,
+    *,
+    metadata: Mapping[str, str],
+    dtype: torch.dtype,
+) -> dict[str, str]:
+    """`save_transformer` by all ranks, each of which writes a file; rank 0 also writes their index, as diffusers reads
+    it. Returns the SHA-256 of this rank's file, by its name.
+
+    Raises:
+        OSError, DiskError: as `write_shares`.
+    """
+    with contextlib.suppress(OSError):  # a file fails in it too, once this rank has taken part in the gathers
+        folder.mkdir(parents=True, exist_ok=True)
+    hashes, files = write_shares(folder, _STEM, tensors, header_of(metadata), world, dtype)
+    if world.is_main:
+        write_json(folder / "config.json", transformer_to_diffusers(spec))
+        total = sum(math.prod(tensor.shape) for tensor in tensors.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+        write_json(folder / INDEX_NAME, index)
+    return hashes
+
+
 def read_transformer(folder: Path) -> dict[str, Tensor]:
-    """The tensors that `save_transformer` wrote.
+    """The tensors that `save_transformer` or `save_transformer_shares` wrote.
 
     Raises:
         CheckpointError: no such file, or damaged.
     """
-    path = folder / WEIGHTS_NAME
     try:
-        return load_tensors(path)
+        return load_shares(folder, _STEM)
     except OSError as error:
-        raise unreadable(path, error) from None
+        raise unreadable(folder / WEIGHTS_NAME, error) from None
 
 
-def save_pipeline(folder: Path, transformer: Path, source: Source) -> str | None:
+def save_whole(folder: Path, target: Path) -> Path | None:
+    """Put the weights of a saved transformer at `target`, as one file: the same one, where they are one, else copied
+    together and compared. Returns the file that `target` equals, if there is one.
+
+    Raises:
+        DiskError: no space, or the file reads back differently.
+        CheckpointError: a file of the weights is missing or damaged.
+    """
+    single = folder / WEIGHTS_NAME
+    if single.is_file():
+        link_or_copy(single, target)
+        return single
+    with (
+        file_errors_reported(folder, CheckpointError, doing="read"),
+        open_tensors(share_files(folder, _STEM)[0]) as first,
+    ):
+        metadata = first.metadata
+    with file_errors_reported(target), locked_part(target) as part:
+        save_verified(part, read_transformer(folder), metadata)
+        os.replace(part, target)
+    return None
+
+
+def save_pipeline(folder: Path, transformer: Path, weights: Path, source: Source) -> str | None:
     """Put a model around a saved transformer: `folder` then appears whole, in place of what was there.
 
-    It holds the transformer, the same bytes as in `transformer`, and of `source` all else that makes a diffusers
-    pipeline: small files as copies, large ones as hard links, or, from another disk, as symbolic links.
+    It holds the transformer, the config of `transformer` and the one file `weights`, and of `source` all else that
+    makes a diffusers pipeline: small files as copies, large ones as hard links, or, from another disk, as symbolic
+    links.
 
     Returns:
         Why it holds the transformer alone, or None where it is a whole pipeline.
@@ -81,9 +138,9 @@ def save_pipeline(folder: Path, transformer: Path, source: Source) -> str | None
         for left in (part, old):
             shutil.rmtree(left, ignore_errors=True)
         part.mkdir(parents=True)
-        for file in transformer.iterdir():
-            (part / TRANSFORMER_FOLDER).mkdir(exist_ok=True)
-            link_or_copy(file, part / TRANSFORMER_FOLDER / file.name)
+        (part / TRANSFORMER_FOLDER).mkdir()
+        link_or_copy(transformer / "config.json", part / TRANSFORMER_FOLDER / "config.json")
+        link_or_copy(weights, part / TRANSFORMER_FOLDER / WEIGHTS_NAME)
         reason = _lacking(source)
         if reason is None:
             _add_the_rest(part, source)

@@ -4,7 +4,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,35 +40,64 @@ def building(final: Path) -> Iterator[Path]:
     Raises:
         DiskError: the disk is full; what was there before is untouched.
     """
-    part, replaced = final.with_name(f".tmp-{final.name}"), final.with_name(f"{_REPLACED}{final.name}")
     with file_errors_reported(final):
-        discard(part)
-        part.mkdir(parents=True)
+        part = begin(final)
         try:
             yield part
-            _seal(part)
-            if os.path.lexists(final):  # a later attempt reaches the same step again
-                discard(replaced)
-                os.replace(final, replaced)
-            try:
-                os.replace(part, final)
-            except OSError:
-                if os.path.lexists(replaced):
-                    os.replace(replaced, final)
-                raise
-            sync_directory(final.parent)
-            discard(replaced)
+            finish(final, {})
         finally:
             discard(part)
 
 
-def _seal(folder: Path) -> None:
+def unfinished(final: Path) -> Path:
+    """The folder in which the checkpoint that will be `final` is built."""
+    return final.with_name(f".tmp-{final.name}")
+
+
+def begin(final: Path) -> Path:
+    """Make the empty folder in which the checkpoint that will be `final` is built. `finish` ends it, `discard` too.
+
+    Raises:
+        DiskError: it cannot be made.
+    """
+    part = unfinished(final)
+    with file_errors_reported(final):
+        discard(part)
+        part.mkdir(parents=True)
+    return part
+
+
+def finish(final: Path, hashes: Mapping[str, str]) -> None:
+    """Seal the folder that `begin` made, and rename it to `final`. `hashes` are the SHA-256 of files whose writer has
+    read them back, by their names; the others are read here.
+
+    Raises:
+        DiskError: the disk is full; what was there before is untouched.
+    """
+    part, replaced = unfinished(final), final.with_name(f"{_REPLACED}{final.name}")
+    with file_errors_reported(final):
+        _seal(part, hashes)
+        if os.path.lexists(final):  # a later attempt reaches the same step again
+            discard(replaced)
+            os.replace(final, replaced)
+        try:
+            os.replace(part, final)
+        except OSError:
+            if os.path.lexists(replaced):
+                os.replace(replaced, final)
+            raise
+        sync_directory(final.parent)
+        discard(replaced)
+
+
+def _seal(folder: Path, hashes: Mapping[str, str]) -> None:
     """Write the manifest, and flush everything to the disk."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    hashes = {
-        str(path.relative_to(folder)): {"sha256": sha256_file(path), "bytes": path.stat().st_size} for path in files
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    entries = {
+        name: {"sha256": hashes[name] if name in hashes else sha256_file(path), "bytes": path.stat().st_size}
+        for name, path in files.items()
     }
-    write_json(folder / MANIFEST, {"version": MANIFEST_VERSION, "files": hashes})
+    write_json(folder / MANIFEST, {"version": MANIFEST_VERSION, "files": entries})
     for path in folder.rglob("*"):
         if path.is_dir():
             sync_directory(path)

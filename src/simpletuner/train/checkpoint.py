@@ -1,15 +1,21 @@
 """Saving and restoring a run, exactly: a run that was killed ends with the bits of one that was not."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from simpletuner.base.errors import CheckpointError
-from simpletuner.base.files import read_json, write_json
-from simpletuner.memory.tensors import load_tensors, save_tensors
+from simpletuner.base.errors import CheckpointError, RanksError, UserError, error_class
+from simpletuner.base.files import file_errors_reported, read_json, write_json
+from simpletuner.base.parts import discard
+from simpletuner.memory.row_shards import RowShards, RowSplit
+from simpletuner.memory.shares import RankTensor, load_shares, write_shares
+from simpletuner.memory.tensors import INTEGERS, save_tensors
+from simpletuner.memory.world import World
 from simpletuner.runs import checkpoints
 from simpletuner.runs.layout import EMA_FOLDER, RunDirectory
 from simpletuner.train import optimiser_state
@@ -17,10 +23,13 @@ from simpletuner.train.ema import Ema
 from simpletuner.train.optim import Averaging, as_given
 from simpletuner.train.product import Product
 from simpletuner.train.state import STATE_VERSION, TrainState
+from simpletuner.train.trained import Trained
 
-OPTIMISER_NAME = "optimizer.safetensors"
+OPTIMISER_STEM = "optimizer"
+OPTIMISER_NAME = f"{OPTIMISER_STEM}.safetensors"
 STATE_NAME = "state.json"
 PARAMETER, AVERAGE = "parameter/", "average/"
+T = TypeVar("T")
 
 
 def save_checkpoint(
@@ -31,15 +40,18 @@ def save_checkpoint(
     ema: Ema | None,
     *,
     metadata: Mapping[str, str],
+    world: World,
 ) -> Path:
-    """Write the checkpoint of `state.step`; it appears whole or not at all. Returns its folder.
+    """Write the checkpoint of `state.step`; it appears whole or not at all. Returns its folder. All ranks call it.
 
     What `product` saves is the export, for other tools; the average's lies in `ema` beside it. `optimizer.safetensors`
     holds what going on needs: the tensors that are trained, the optimiser's and the average's, each in its own
-    precision, by the parameter's name; but not once more what the export holds to the bit.
+    precision, by the parameter's name; but not once more what the export holds to the bit. Several ranks write it as
+    several files, with whole tensors whichever rank holds them: any number of ranks resumes from it.
 
     Raises:
-        DiskError: no space. Earlier checkpoints are untouched.
+        DiskError: no space, on any rank. Earlier checkpoints are untouched.
+        CheckpointError: ranks that should hold the same tensors do not.
     """
     trained = product.trained
     tensors, rest = optimiser_state.pack(optimiser, dict(trained.named_parameters()))
@@ -48,14 +60,117 @@ def save_checkpoint(
     if ema is not None and not product.holds(ema.state()):
         tensors |= {AVERAGE + name: tensor for name, tensor in ema.state().items()}
     folder = run.checkpoint(state.step)
-    with checkpoints.building(folder) as part:
+    saved_state = state.model_copy(update={"optimiser": rest}).model_dump(mode="json")
+    if world.is_alone:
+        with checkpoints.building(folder) as part:
+            with as_given(optimiser):
+                product.save(part, trained.state(), metadata, world)
+            if ema is not None:
+                product.save(part / EMA_FOLDER, ema.state(), metadata, world)
+            save_tensors(part / OPTIMISER_NAME, tensors, {"format": "pt"})
+            write_json(part / STATE_NAME, saved_state)
+        return folder
+
+    if trained.shards is None:
+        averages = {} if ema is None else {AVERAGE + name: tensor for name, tensor in ema.state().items()}
+        check_replicas(tensors | {PARAMETER + name: each for name, each in trained.state().items()} | averages, world)
+    part = checkpoints.unfinished(folder)
+    shared = {name: RankTensor(tensor, _split(name, tensor, trained)) for name, tensor in tensors.items()}
+
+    hashes: dict[str, str] = {}
+
+    def begin() -> None:
+        if world.is_main:
+            checkpoints.begin(folder)
+
+    def write_state() -> dict[str, str]:
+        if world.is_main:
+            write_json(part / STATE_NAME, saved_state)
+        return write_shares(part, OPTIMISER_STEM, shared, {"format": "pt"}, world)[0]
+
+    def write_export() -> dict[str, str]:
         with as_given(optimiser):
-            product.save(part, trained.state(), metadata)
-        if ema is not None:
-            product.save(part / EMA_FOLDER, ema.state(), metadata)
-        save_tensors(part / OPTIMISER_NAME, tensors, {"format": "pt"})
-        write_json(part / STATE_NAME, state.model_copy(update={"optimiser": rest}).model_dump(mode="json"))
+            return product.save(part, trained.state(), metadata, world)
+
+    def write_average() -> dict[str, str]:
+        made = {} if ema is None else product.save(part / EMA_FOLDER, ema.state(), metadata, world)
+        return {f"{EMA_FOLDER}/{name}": digest for name, digest in made.items()}
+
+    def finish() -> None:
+        if world.is_main:
+            checkpoints.finish(folder, hashes)
+
+    try:
+        on_all_ranks(world, begin, folder)
+        # One after the other: a rank that fails in one takes no part in the gathers of the next.
+        for write in (write_state, write_export, write_average):
+            for made in on_all_ranks(world, write, folder):
+                hashes |= made
+        on_all_ranks(world, finish, folder)
+    finally:
+        if world.is_main:
+            discard(part)
     return folder
+
+
+def on_all_ranks(world: World, work: Callable[[], T], path: Path) -> list[T]:
+    """What `work` on `path` returns on each rank, JSON values by rank. If it fails on one, it counts as failed on all.
+    Ranks wait for each other for as long as it takes.
+
+    Raises:
+        UserError: that of the first rank on which it failed, on every rank. Other errors arrive as a RanksError.
+    """
+    failure: Exception | None = None
+    value: T | None = None
+    try:
+        with file_errors_reported(path):
+            value = work()
+    except RanksError:
+        raise  # the others cannot be reached
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        failure = error
+    world.barrier(f"what ranks write into {path.name}")
+    code = failure.exit_code if isinstance(failure, UserError) else RanksError.exit_code
+    told = world.gather_json([value, None if failure is None else [code, str(failure) or type(failure).__name__]])
+    if failure is not None:
+        raise failure
+    for rank, (_, failed) in enumerate(told):
+        if failed is not None:
+            raise error_class(failed[0]).of(f"rank {rank}: {failed[1]}")
+    return [each for each, _ in told]
+
+
+def check_replicas(tensors: Mapping[str, Tensor], world: World) -> None:
+    """Compare the bits of tensors that all ranks should hold alike, by a checksum of each.
+
+    Raises:
+        CheckpointError: a rank's differ from those of most ranks, or of rank 0 where there is no majority.
+    """
+    told = world.gather_json({name: checksum(tensor) for name, tensor in tensors.items()})
+    texts = [json.dumps(each, sort_keys=True) for each in told]
+    usual = told[texts.index(max(texts, key=texts.count))]  # of equally many, the first rank's
+    for rank, each in enumerate(told):
+        differing = sorted(name for name in usual.keys() | each.keys() if usual.get(name) != each.get(name))
+        if differing:
+            raise CheckpointError.of(
+                f"rank {rank} has drifted from the other ranks: {len(differing)} of {len(usual)} tensors differ, such "
+                f"as {differing[0]}",
+                "the same trained tensors and optimizer state on every rank",
+                "Nothing was saved. The same command resumes from the last checkpoint; if it happens again, look for a "
+                f"fault of the GPU of rank {rank}.",
+            )
+
+
+def checksum(tensor: Tensor) -> int:
+    """The sum of the bits of each number of `tensor`: one bit that differs changes it."""
+    bits = tensor.detach().contiguous().view(-1).view(INTEGERS[tensor.element_size()])
+    return int(bits.sum(dtype=torch.int64))
+
+
+def _split(name: str, tensor: Tensor, trained: Trained) -> RowSplit | None:
+    """How a tensor of the name "<entry>/<parameter>" is split: as the parameter, if it has the shape of its rows."""
+    split = None if trained.shards is None else trained.shards.splits.get(name.partition("/")[2])
+    return split if split is not None and tuple(tensor.shape) == split.local_shape else None
 
 
 def read_state(folder: Path) -> TrainState:
@@ -89,19 +204,31 @@ def restore(
         CheckpointError: the files are of other weights or another optimiser.
     """
     path = folder / OPTIMISER_NAME
+    trained = product.trained
+    shards = trained.shards
+
+    def own(whole: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return whole if shards is None else shards.locals(whole)
+
     try:
-        tensors = load_tensors(path)
-        trained = product.trained
-        trained.load(_below(PARAMETER, tensors) or product.saved(folder))
-        optimiser_state.unpack(optimiser, dict(trained.named_parameters()), tensors, state.optimiser)
+        tensors = load_shares(folder, OPTIMISER_STEM)
+        trained.load(own(_below(PARAMETER, tensors) or product.saved(folder)))
+        moments = tensors if shards is None else {name: _local(name, each, shards) for name, each in tensors.items()}
+        optimiser_state.unpack(optimiser, dict(trained.named_parameters()), moments, state.optimiser)
         if ema is not None:
-            ema.load(_below(AVERAGE, tensors) or product.saved(folder / EMA_FOLDER))
+            ema.load(own(_below(AVERAGE, tensors) or product.saved(folder / EMA_FOLDER)))
     except (OSError, KeyError, ValueError) as error:
         raise CheckpointError.of(
             f"{path} does not fit this run ({error})",
             "the weights and the optimiser it was saved with",
             "Start over with --resume_from_checkpoint='' and another --output_dir.",
         ) from None
+
+
+def _local(name: str, tensor: Tensor, shards: RowShards) -> Tensor:
+    """This rank's rows of a tensor of the name "<entry>/<parameter>", if it has the parameter's shape."""
+    split = shards.splits.get(name.partition("/")[2])
+    return tensor if split is None or tuple(tensor.shape) != split.shape else split.of(tensor)
 
 
 def _below(mark: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

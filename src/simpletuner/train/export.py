@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from simpletuner.base.files import file_errors_reported, link_or_copy, write_atomic
+from simpletuner.base.files import file_errors_reported, write_atomic
 from simpletuner.base.sizes import format_size
 from simpletuner.config.run import RunConfig
-from simpletuner.flux2.modelfile import TRANSFORMER_FOLDER, WEIGHTS_NAME, save_pipeline
+from simpletuner.flux2.modelfile import TRANSFORMER_FOLDER, WEIGHTS_NAME, save_pipeline, save_whole
 from simpletuner.flux2.source import Source
 from simpletuner.runs.layout import EMA_FOLDER, LORA_NAME, MODEL_FOLDER, TRANSFORMER_NAME, RunDirectory
 from simpletuner.train.report import Reporter
@@ -54,12 +54,12 @@ def export_full(
         with file_errors_reported(folder, doing="make"):
             folder.mkdir(exist_ok=True)
         single, model = folder / TRANSFORMER_NAME, folder / MODEL_FOLDER
-        link_or_copy(transformer / WEIGHTS_NAME, single)
-        why = save_pipeline(model, transformer, source)
-        products[single] = transformer / WEIGHTS_NAME
+        weights = products[single] = save_whole(transformer, single)
+        why = save_pipeline(model, transformer, single, source)
         for file in sorted(path for path in model.rglob("*") if path.is_file()):
             is_ours = file.parent.name == TRANSFORMER_FOLDER
-            products[file] = transformer / file.name if is_ours else None
+            of_ours = weights if file.name == WEIGHTS_NAME else transformer / file.name
+            products[file] = of_ours if is_ours else None
         title = "Its moving average" if name else "Model"
         size = format_size(single.stat().st_size)
         lines.append(f"{title}: {model}, and its transformer as {single} ({size})")

@@ -270,7 +270,8 @@ class Attempt:
                 product.introduce(self.run, self.reporter)
         self.check_room(product, plan)
         trained = product.trained
-        optimiser = optim.build(product.groups(), self.config, seed=self.config.seed)
+        first_elements = None if trained.shards is None else trained.shards.first_elements
+        optimiser = optim.build(product.groups(), self.config, seed=self.config.seed, first_elements=first_elements)
         average_device = torch.device("cpu") if self.config.is_average_on_cpu else self.device
         ema = Ema(trained, self.config, average_device) if self.config.use_ema else None
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.mixed_precision == "fp16")
@@ -337,10 +338,9 @@ class Attempt:
         def save(state: TrainState) -> Path:
             state.scaler = scaler.state_dict()
             metadata = self.header(prepared, source, state.step)
-            if self.world.is_main:
-                checkpoint.save_checkpoint(self.run, state, product, optimiser, ema, metadata=metadata)
-            self.world.barrier("the checkpoint")
-            self.checkpoint = self.run.checkpoint(state.step)
+            self.checkpoint = checkpoint.save_checkpoint(
+                self.run, state, product, optimiser, ema, metadata=metadata, world=self.world
+            )
             return self.checkpoint
 
         self.reporter.poll()

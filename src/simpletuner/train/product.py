@@ -1,7 +1,7 @@
 """What each `model_type` trains, and the files that come of it: an adapter, or a whole model."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,18 +16,20 @@ from simpletuner.config.run import RunConfig
 from simpletuner.flux2.components import load_base
 from simpletuner.flux2.export import attach_saved, read_lora, save_lora
 from simpletuner.flux2.footprint import checkpoint_bytes
-from simpletuner.flux2.full import FullModel, unfreeze
+from simpletuner.flux2.full import FullModel, unfreeze, unfreeze_sharded
 from simpletuner.flux2.load import load_transformer
 from simpletuner.flux2.lora import Adapter, attach
 from simpletuner.flux2.modelfile import (
     TRANSFORMER_FOLDER,
     read_transformer,
     save_transformer,
+    save_transformer_shares,
 )
 from simpletuner.flux2.source import Source
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.precision import DTYPES
 from simpletuner.memory.shard import Sharding, held_bytes
+from simpletuner.memory.shares import RankTensor
 from simpletuner.memory.world import World
 from simpletuner.runs.layout import LORA_NAME, RunDirectory
 from simpletuner.train import optim
@@ -61,8 +63,11 @@ class Product(Protocol):
     def introduce(self, run: RunDirectory, reporter: Reporter) -> None:
         """Say what learns, and write it into the run."""
 
-    def save(self, folder: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write an export of `state`, the trained tensors or their average, into `folder`, a checkpoint.
+    def save(
+        self, folder: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str], world: World
+    ) -> dict[str, str]:
+        """Write an export of `state`, the trained tensors or their average, into `folder`, a checkpoint. All ranks call
+        it, each with what it holds. Returns the SHA-256 of files that are read back already, by name in `folder`.
 
         Raises:
             DiskError: no space, or a file reads back differently.
@@ -134,10 +139,15 @@ class LoraProduct:
             )
         write_json(run.root / "adapter.json", audit)
 
-    def save(self, folder: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        folder.mkdir(exist_ok=True)
-        with self.trained.holding(state):
-            save_lora(folder / LORA_NAME, self.trained, metadata=metadata, dtype=DTYPES[self.config.lora_save_dtype])
+    def save(
+        self, folder: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str], world: World
+    ) -> dict[str, str]:
+        if world.is_main:
+            dtype = DTYPES[self.config.lora_save_dtype]
+            folder.mkdir(exist_ok=True)
+            with self.trained.holding(state):
+                save_lora(folder / LORA_NAME, self.trained, metadata=metadata, dtype=dtype)
+        return {}
 
     def holds(self, state: Mapping[str, Tensor]) -> bool:  # noqa: ARG002  whatever it is
         """Never: it is expanded to full matrices, with its scale folded in."""
@@ -158,10 +168,18 @@ class FullProduct:
 
     @classmethod
     def load(cls, config: RunConfig, source: Source, world: World, _reporter: Reporter) -> "FullProduct":
-        """The transformer with all of its weights learning: in fp32, or as bf16 with fp32 masters, or as bf16 alone."""
+        """The transformer, all of its weights trained: in fp32, or as bf16 with fp32 masters, or as bf16 alone; sharded
+        if asked to.
+        """
         computes_in = DTYPES[config.base_dtype]
-        transformer = load_transformer(source, torch.float32 if config.has_masters else computes_in, world.device)
-        return cls(config, transformer, unfreeze(transformer, computes_in if config.has_masters else None))
+        dtype = torch.float32 if config.has_masters else computes_in
+        sharding = Sharding.of(config, world)
+        if sharding is None:
+            transformer = load_transformer(source, dtype, world.device)
+            return cls(config, transformer, unfreeze(transformer, computes_in if config.has_masters else None))
+        trained = replace(sharding, trained_as=computes_in)
+        transformer = load_transformer(source, dtype, world.device, sharding=trained)
+        return cls(config, transformer, unfreeze_sharded(transformer, computes_in, world))
 
     @property
     def save_dtype(self) -> torch.dtype:
@@ -173,14 +191,14 @@ class FullProduct:
     @property
     def checkpoint_bytes(self) -> int:
         count = self.trained.parameter_count
-        own = sum(parameter.nbytes for parameter in self.trained.parameters())
+        own = count * self.trained.parameters()[0].itemsize
         kept = 0 if self.holds(self.trained.state()) else own
         return checkpoint_bytes(self.config, count * self.save_dtype.itemsize, kept, self.optimizer_bytes)
 
     @property
     def optimizer_bytes(self) -> int:
         """About the size of the optimizer's state."""
-        return optimiser(self.config.optimizer).state_size(weight.shape for weight in self.trained.parameters())
+        return optimiser(self.config.optimizer).state_size(self.trained.whole_shapes)
 
     def groups(self) -> list[dict[str, Any]]:
         return optim.by_role(*self.trained.by_role())
@@ -198,14 +216,27 @@ class FullProduct:
             f"{format_size(audit['weight_bytes'])} of {audit['dtype']} weights{masters}, {gradients} of "
             f"gradients, about {format_size(self.optimizer_bytes)} of {self.config.optimizer}'s state"
         )
+        if self.trained.shards is not None:
+            ranks, held = self.trained.shards.world.size, sum(rows.nbytes for rows in self.trained.parameters())
+            reporter.say(
+                f"Sharded: each of {ranks} processes holds {format_size(held)} of the weights, and the same share of "
+                "gradients and optimizer state."
+            )
         for kind in audit["kinds"]:
             reporter.detail(f"  {kind['tensors']} × {kind['name']}: {kind['parameters']:,} parameters")
         write_json(run.root / "weights.json", audit)
 
-    def save(self, folder: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        save_transformer(
-            folder / TRANSFORMER_FOLDER, self.transformer.spec, state, metadata=metadata, dtype=self.save_dtype
-        )
+    def save(
+        self, folder: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str], world: World
+    ) -> dict[str, str]:
+        where, spec, dtype = folder / TRANSFORMER_FOLDER, self.transformer.spec, self.save_dtype
+        if world.is_alone:
+            save_transformer(where, spec, state, metadata=metadata, dtype=dtype)
+            return {}
+        splits = {} if self.trained.shards is None else self.trained.shards.splits
+        shared = {name: RankTensor(tensor, splits.get(name)) for name, tensor in state.items()}
+        hashes = save_transformer_shares(where, spec, shared, world, metadata=metadata, dtype=dtype)
+        return {f"{TRANSFORMER_FOLDER}/{name}": digest for name, digest in hashes.items()}
 
     def holds(self, state: Mapping[str, Tensor]) -> bool:
         return all(self.save_dtype in (tensor.dtype, torch.float32) for tensor in state.values())

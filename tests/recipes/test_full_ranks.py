@@ -1,0 +1,85 @@
+"""Training a whole model on several ranks, through the real command."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.ranks import together
+from tests.recipes.conftest import Workplace
+
+from simpletuner.cli.main import main
+from simpletuner.memory.shares import load_shares
+from simpletuner.runs import checkpoints
+from simpletuner.runs.layout import RunDirectory
+from simpletuner.train.checkpoint import OPTIMISER_STEM
+
+pytestmark = pytest.mark.slow
+
+FULL = {
+    "model_type": "full",
+    "learning_rate": 1e-4,
+    "max_train_steps": 2,
+    "checkpoint_step_interval": 2,
+    "use_ema": True,
+    "ema_decay": 0.9,
+    "max_grad_norm": 0.0,
+}
+
+
+def train(place: Workplace, size: int, name: str, *flags: str) -> RunDirectory:
+    """Train with a global batch of two micro-batches on `size` ranks."""
+    place.write()
+    accumulation = f"--gradient_accumulation_steps={2 // size}"
+    command = [sys.executable, "-m", "simpletuner", "train", f"--output_dir=output/{name}", accumulation, *flags]
+    ended = together(size, command)
+    assert [each.exit_code for each in ended] == [0] * size, "\n".join(each.err for each in ended)
+    return place.run(name)
+
+
+def files_below(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_ranks_make_the_model_of_one_process_to_the_bit(
+    cached_workplace: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = cached_workplace
+    place.config.pop("lora_rank")
+    place.config |= FULL
+    alone = train(place, 1, "alone", "--mixed_precision=bf16")
+    sharded = train(
+        place, 2, "sharded", "--mixed_precision=bf16", "--fsdp_enable=true", "--gradient_checkpointing=true"
+    )
+    replicated = train(place, 2, "replicated", "--mixed_precision=bf16")
+    for run in (sharded, replicated):
+        for name in ("transformer.safetensors", "ema/transformer.safetensors"):
+            one, two = load_file(alone.root / name), load_file(run.root / name)
+            assert all(torch.equal(two[key], tensor) for key, tensor in one.items())
+        assert files_below(run.model) == files_below(alone.model)
+        assert files_below(run.root / "ema") == files_below(alone.root / "ema")
+        assert (
+            load_shares(run.checkpoint(2), OPTIMISER_STEM).keys()
+            == load_file(alone.checkpoint(2) / "optimizer.safetensors").keys()
+        )
+    assert "Sharded: each of 2 processes holds 10.8 MiB of the weights" in sharded.log.read_text()
+    assert main(["checkpoint", "verify", str(sharded.root)]) == 0
+    assert "step 2: good" in capsys.readouterr().out
+
+
+def test_ranks_share_out_what_a_lora_resumes_with(cached_workplace: Workplace) -> None:
+    place = cached_workplace
+    place.config |= {"max_train_steps": 2, "checkpoint_step_interval": 2}
+    alone, two = train(place, 1, "alone"), train(place, 2, "two")
+    folder = two.checkpoint(2)
+    assert files_below(folder) == {
+        "manifest.json", "optimizer-00001-of-00002.safetensors", "optimizer-00002-of-00002.safetensors",
+        "pytorch_lora_weights.safetensors", "state.json",
+    }  # fmt: skip
+    assert checkpoints.damage(folder) is None
+    one, shares = load_file(alone.checkpoint(2) / "optimizer.safetensors"), load_shares(folder, OPTIMISER_STEM)
+    assert one.keys() == shares.keys()
+    assert all(torch.equal(shares[name], tensor) for name, tensor in one.items())
+    one, shares = load_file(alone.lora), load_file(two.lora)
+    assert all(torch.equal(shares[name], tensor) for name, tensor in one.items())
