@@ -1,6 +1,7 @@
 """`simpletuner train` as two processes: what listens, and what comes of a process that dies, stops or fails."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from simpletuner.base.errors import RanksError, Stopped
 from simpletuner.runs.checkpoints import steps
 from simpletuner.runs.status import status_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 TWO = ("--num_processes=2", "--gradient_accumulation_steps=1", "--distributed_timeout_s=6")
 LONG = ("--max_train_steps=4000", "--checkpoint_step_interval=20")
@@ -214,3 +216,34 @@ def test_more_processes_than_gpus_are_refused_before_anything_starts(workplace: 
         "Give --num_processes=2, or make more GPUs visible with CUDA_VISIBLE_DEVICES.\n"
     )
     assert not workplace.run().root.exists()
+
+
+def test_run_start_stop_and_delete_know_the_processes(cached_workplace: Workplace) -> None:
+    place = cached_workplace
+    place.write()
+    run = place.run()
+
+    def typed(*words: str) -> Any:
+        done = place.apart(sys.executable, "-P", "-m", "simpletuner", "run", *words, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    started = typed("start", *TWO, *LONG)
+    try:
+        ranks = children(started["pid"])
+        assert typed("show", "output/run")["pid"] == ranks[0]
+        refused = place.apart(sys.executable, "-P", "-m", "simpletuner", "run", "delete", "output/run", "--yes")
+        assert refused.returncode == 6
+        until(lambda: bool(steps_taken(place)))
+        assert typed("save", "output/run", "--wait")["done"].startswith("saved output/run/checkpoints/step-")
+        stopped = typed("stop", "output/run", "--wait")
+        assert (stopped["state"], stopped["saved"]) == ("stopped", stopped["step"])
+        assert not any(Path(f"/proc/{pid}/exe").exists() for pid in ranks)
+        typed("start", "--no-wait", *TWO, *LONG)
+        typed("stop", "output/run")  # while it starts
+        until(lambda: not run.lock().is_held() and not run.starting_lock().is_held())
+        assert status_of(run).state == "stopped"
+        typed("delete", "output/run", "--yes")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started["pid"], signal.SIGKILL)

@@ -353,7 +353,8 @@ def _awaited(directory: RunDirectory, request: ControlRequest, place: int) -> di
     for event in followed(directory, place):
         kind = event["type"]
         if request == "stop" and kind == "end":
-            while directory.lock().is_held():
+            # The second one by what started it: it ends after it.
+            while directory.lock().is_held() or directory.starting_lock().is_held():
                 time.sleep(POLL_EVENTS_EVERY_S)
             if event["reason"] == "error":
                 break
