@@ -241,7 +241,7 @@ def explained(doing: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = (str(error).splitlines() or ["no reason given"])[0]
+        reason = (str(error).splitlines() or ["no reason given"])[0].rpartition("] ")[2]  # without gloo's source file
         raise RanksError.of(f"another process is gone or does not answer, while {doing} ({reason})") from error
 
 

@@ -381,7 +381,7 @@ class Supervisor:
     def _note_ending(self, rank: _Rank, errors: RankErrors) -> None:
         """Tell the other ranks of one that ended without a word."""
         code = rank.process.returncode
-        if code in (0, STOPPED) or rank.was_ended or rank.number in errors.read():
+        if code in (0, STOPPED) or rank.was_ended or self._obeyed_early(rank) or rank.number in errors.read():
             return
         if code < 0:
             text = f"rank {rank.number} was killed by signal {-code} ({_signal_name(-code)})."
@@ -391,6 +391,11 @@ class Supervisor:
         else:
             text = rank.printed().rpartition("\n")[2] or f"rank {rank.number} ended with exit code {code}."
         errors.write(RankFailure(rank=rank.number, exit_code=code, text=text, time=time.time()))
+
+    def _obeyed_early(self, rank: _Rank) -> bool:
+        """Whether it is rank 0, and a signal that was passed on ended it before it could hold signals back."""
+        ending = -rank.process.returncode
+        return rank.number == 0 and self._asked_at is not None and ending in (*AT_ONCE, *WARNINGS)
 
     def _end_all(self) -> None:
         # Not by TERM, which asks rank 0 to go on until it has saved. Whatever is killed leaves whole files.
@@ -405,8 +410,10 @@ class Supervisor:
         """Report the first failure, unless rank 0 has; returns the exit code."""
         main, told = self._ranks[0], errors.read()
         code = main.process.returncode
-        if code in (0, STOPPED) or (main.was_ended and self._leave_at < float("inf")):
-            return STOPPED if main.was_ended else code
+        if self._obeyed_early(main) or (main.was_ended and self._leave_at < float("inf")):
+            return STOPPED
+        if code in (0, STOPPED):
+            return code
         first = errors.first() or next(iter(told.values()), None)
         if first is None:  # rank 0 said what ended it
             return code if code > 0 else RanksError.exit_code

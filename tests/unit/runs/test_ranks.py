@@ -213,7 +213,15 @@ raise Stopped.of(f"stopped by {deferred_signals.first}")
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        signal.SIGUSR1,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_is_for_rank_0_to_obey(start: Started, tmp_path: Path, number: signal.Signals) -> None:
     supervisor = start(OBEYS)
     os.kill(pid_of(tmp_path, 1), number)  # as a cluster sends it to every process
@@ -222,6 +230,19 @@ def test_a_signal_is_for_rank_0_to_obey(start: Started, tmp_path: Path, number: 
     supervisor.send_signal(number)
     assert supervisor.wait(10) == STOPPED
     assert supervisor.communicate()[1].splitlines()[-1] == f"stopped by {number.value}.".encode()
+
+
+def test_a_signal_that_ends_rank_0_before_it_holds_signals_back_is_a_stop(start: Started) -> None:
+    supervisor = start("""
+if rank == 0:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    open("ready", "w")
+time.sleep(60)
+""")
+    until(Path("ready").exists)
+    supervisor.send_signal(signal.SIGTERM)
+    assert supervisor.wait(10) == STOPPED
+    assert supervisor.communicate()[1] == b""
 
 
 def test_a_second_ctrl_c_ends_all_where_rank_0_does_not_listen(start: Started, tmp_path: Path) -> None:
