@@ -23,7 +23,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from simpletuner.base.console import complain
-from simpletuner.base.errors import ConfigError, Problem, RanksError, UserError, error_class
+from simpletuner.base.errors import ConfigError, DiskError, Problem, RanksError, UserError, error_class
 from simpletuner.base.files import file_problem, write_atomic
 from simpletuner.base.signals import AT_ONCE, REPEAT_S, STOPPED, WARNINGS, deferred_signals
 from simpletuner.runs.events import EndEvent, ErrorEvent, EventLog
@@ -47,6 +47,8 @@ RANK_TAIL_BYTES = 16 * 1024
 """Of what a rank printed last."""
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_DIST_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
+"""Names of torch's classes, all of them RuntimeErrors: this module imports no torch."""
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
@@ -186,6 +188,9 @@ class RankErrors:
             raise self._explained(error) from error
         except BaseException as error:
             if self.rank not in self.read():
+                if _is_broken_collective(error):
+                    broken = RanksError.of(f"another process is gone or does not answer ({_last_line(error)})")
+                    raise self._explained(broken) from error
                 self.write(RankFailure(rank=self.rank, time=time.time(), **_ending(error)))
             raise
 
@@ -222,14 +227,23 @@ class RankErrors:
         return self.folder / f"error-{rank}.json"
 
 
+def _is_broken_collective(error: BaseException) -> bool:
+    """Whether torch raised it in a collective that is not called through `World`, such as those of FSDP."""
+    return isinstance(error, RuntimeError) and (type(error).__name__ in _DIST_ERRORS or "/gloo/" in str(error))
+
+
+def _last_line(error: BaseException) -> str:
+    return traceback.format_exception_only(error)[-1].strip()
+
+
 def _ending(error: BaseException) -> dict[str, Any]:
     """Exit code and text of what `cli.main` makes of an error."""
     if isinstance(error, UserError):
         return {"exit_code": error.exit_code, "text": str(error)}
     problem = file_problem(error) if isinstance(error, OSError) else None
     if problem is not None:
-        return {"exit_code": 7, "text": str(problem)}
-    return {"exit_code": 1, "text": traceback.format_exception_only(error)[-1].strip()}
+        return {"exit_code": DiskError.exit_code, "text": str(problem)}
+    return {"exit_code": 1, "text": _last_line(error)}
 
 
 @contextlib.contextmanager

@@ -94,6 +94,17 @@ raise RanksError.of("connection closed by peer")
         "rank 1 was killed by signal 9 (SIGKILL). Where nobody sent it, the machine was out of memory: the system's "
         "log (dmesg) says so.",
     ),
+    "rank 1 is killed, and a collective of FSDP breaks": (
+        """
+if rank == 1:
+    os.kill(os.getpid(), 9)
+time.sleep(0.1)
+raise RuntimeError("[/src/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:26733")
+""",
+        8,
+        "rank 1 was killed by signal 9 (SIGKILL). Where nobody sent it, the machine was out of memory: the system's "
+        "log (dmesg) says so.",
+    ),
     "rank 0 is killed": (
         "time.sleep(60) if rank == 1 else os.kill(os.getpid(), 15) or os.kill(os.getpid(), 11)",
         8,
