@@ -14,13 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from simpletuner.base.errors import MemoryBudgetError, RanksError, Stopped, UserError
+from simpletuner.base.errors import Stopped, UserError
 from simpletuner.base.files import file_problem
 from simpletuner.config.flavours import GuidanceScales
 from simpletuner.config.options.validation import ValidationOptions
@@ -44,9 +43,6 @@ MAX_FAILURES = 3
 """Images in a row that cannot be made before no more are tried."""
 
 
-Answer = TypeVar("Answer")
-
-
 @dataclass(frozen=True)
 class HeldOutLoss:
     """The loss on samples that are not trained on, at fixed sigmas and fixed noise.
@@ -66,16 +62,9 @@ class HeldOutLoss:
 
     @torch.no_grad()
     def __call__(self, report: Callable[[int, int], None]) -> dict[float, float]:
-        """Mean squared velocity error over the samples, at each sigma.
-
-        Raises:
-            UserError: a sample could not be measured: raised on every rank, unless it ran out of memory in a model
-                call that all ranks make together. That ends this rank alone, and the others wait for it in vain.
-        """
-        if self.is_sharded:
-            losses = self._losses(report)
-        else:
-            losses = all_or_none(self.world, lambda: self._losses(report), "the held-out loss")
+        """Mean squared velocity error over the samples, at each sigma: the same on every rank."""
+        losses = self._losses(report)
+        self.world.barrier("the held-out loss")
         shares = self.world.gather_json(losses)
         sums: dict[float, float] = {}
         for index in range(self.count):
@@ -91,73 +80,37 @@ class HeldOutLoss:
                 index = first + self.world.rank
                 has_sample = index < self.count
                 if has_sample or self.is_sharded:
-                    by_sigma = self._measure(index if has_sample else first)
+                    batches = self.load(index if has_sample else first)
+                    by_sigma = [(sigma, self._loss(batch.to(self.world.device))) for sigma, batch in batches.items()]
                     losses += [by_sigma] * has_sample
                 report(min(first + self.world.size, self.count), self.count)
         return losses
-
-    def _measure(self, index: int) -> list[tuple[float, float]]:
-        """(sigma, loss) of one sample."""
-        if self.is_sharded:  # before the calls, in which no rank may be missing
-            batches = all_or_none(self.world, lambda: self.load(index), "the held-out loss")
-        else:
-            batches = self.load(index)
-        return [(sigma, self._loss(batch.to(self.world.device))) for sigma, batch in batches.items()]
 
     def _loss(self, batch: Batch) -> float:
         loss = flow_loss(self.denoise, batch.latents, batch.condition, sigma=batch.sigma, noise=batch.noise)
         return loss.item()
 
 
-def all_or_none(world: World, work: Callable[[], Answer], what: str) -> Answer:
-    """What `work` returns, if it succeeds on every rank; if not, all ranks raise. So they still do the same afterwards,
-    such as saving. `work` itself may wait for no other rank.
-
-    Raises:
-        UserError: `work` failed on another rank, which is named. The class is the one of there, as far as it has one.
-    """
-    if world.is_alone:
-        return work()
-    answers: list[Answer] = []
-    failure: Exception | None = None
-    try:
-        answers.append(work())
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
-        failure = error
-    try:
-        world.barrier(what)
-        failures = world.gather_json(None if failure is None else [_exit_code(failure), str(failure)])
-    except RanksError as error:
-        raise error if failure is None else failure from error
-    if failure is not None:
-        raise failure
-    for rank, other in enumerate(failures):
-        if other is not None:
-            kinds = {kind.exit_code: kind for kind in UserError.__subclasses__()}
-            raise kinds.get(other[0], RanksError).of(f"{what}, on rank {rank}: {other[1]}")
-    return answers[0]
-
-
-def _exit_code(error: Exception) -> int:
-    """What a rank exits with after `error`."""
-    if isinstance(error, UserError):
-        return error.exit_code
-    return UserError.exit_code if exhausted_memory(error) is None else MemoryBudgetError.exit_code
-
-
 @dataclass
 class CountedCalls:
     """A model whose calls are counted."""
 
-    denoise: Denoise
+    ready: Callable[[], Denoise]
+    """Returns the model, and may load it."""
     started: int = 0
     done: int = 0
 
-    def __call__(self, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        self.started += 1
-        velocity = self.denoise(latents, sigma, condition)
-        self.done += 1
-        return velocity
+    def opened(self) -> Denoise:
+        """The model."""
+        denoise = self.ready()
+
+        def counted(latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+            self.started += 1
+            velocity = denoise(latents, sigma, condition)
+            self.done += 1
+            return velocity
+
+        return counted
 
 
 @dataclass
@@ -340,21 +293,24 @@ class Painter:
         report: Callable[[int, int], None],
     ) -> str | None:
         """Make an image of a round. Returns why it cannot be made; None if it is."""
-        calls: list[CountedCalls] = []
+        calls = CountedCalls(ready)
+        reporting = False
 
-        def counted() -> CountedCalls:
-            calls.append(CountedCalls(ready()))
-            return calls[0]
+        def reported(done: int, total: int) -> None:
+            nonlocal reporting
+            reporting = True
+            report(done, total)
+            reporting = False
 
-        def is_out_of_step() -> bool:
-            """Whether other ranks wait in a model call that this one cannot make any more."""
-            return self._in_step and bool(calls) and calls[0].started > 0 and calls[0].done < self._calls(pictures)
+        def is_fatal() -> bool:
+            """Whether `report` ends the run, or other ranks wait in a model call that this one cannot make any more."""
+            return reporting or (self._in_step and calls.started > 0 and calls.done < self._calls(pictures))
 
         both = self._draws_both(pictures if self._in_step else [picture])
-        reason = _failure(lambda: self._make(picture, counted, both, report), is_out_of_step)
+        reason = _failure(lambda: self._make(picture, calls.opened, both, reported), is_fatal)
         if reason is not None:
             release_memory(self.world.device)  # outside of the handler, whose traceback holds what was computed
-            if self._in_step and not (calls and calls[0].started):
+            if self._in_step and not calls.started:
                 self._repeat(pictures, ready)
         return reason
 
