@@ -550,7 +550,13 @@ class Attempt:
         ]
         if not chosen:
             return None
-        return HeldOutLoss(denoiser, len(chosen), lambda index: builder.held_out(*chosen[index]), self.world)
+        return HeldOutLoss(
+            denoiser,
+            len(chosen),
+            lambda index: builder.held_out(*chosen[index]),
+            self.world,
+            is_sharded=is_sharded(denoiser.transformer),
+        )
 
     def painter(
         self, prepared: Prepared, source: Source, model: DrawingModel, product: Product, ema: Ema | None
@@ -576,6 +582,7 @@ class Attempt:
             world=self.world,
             notice=self.reporter.notice,
             drawn=drawn_steps(self.run),
+            is_sharded=isinstance(model, TrainedModel) and is_sharded(product.transformer),
         )
 
     def introduce(self, prepared: Prepared, plan: Plan, product: Product, found: resume.Resume | None) -> None:
