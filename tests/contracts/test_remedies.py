@@ -46,6 +46,8 @@ VERBS = {
 OF_THE_PROGRAM = {"version"}
 """Flags that stand without a command."""
 
+OF_TORCHRUN = {"standalone", "nproc-per-node"}
+
 COMMAND = re.compile(r"\bsimpletuner ([a-z]+)((?: [a-z]+)*)((?: --[a-z][\w-]*(?:[= ][^\s`.,;]+)?| [A-Z]+)*)")
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w-]*)(?:=((?:[^\s`;,)]|,(?=\S))*))?")
 ASSIGNED = re.compile(r"\b([a-z]+(?:_[a-z0-9]+)+) ?= ?('[^']*'|[\w.+-]+)")
@@ -147,7 +149,7 @@ def test_every_flag_that_is_named_is_one_and_takes_the_value_that_is_shown() -> 
     wrong = []
     for each in ALL:
         for name, value in FLAG.findall(each.text):
-            if name not in everything | OF_THE_PROGRAM:
+            if name not in everything | OF_THE_PROGRAM | OF_TORCHRUN:
                 wrong.append(f"{each.place}: --{name} is no flag")
             if value and UNKNOWN not in value and name in options() and each.text[:6] != "usage:":
                 wrong += [f"{each.place}: {fault}" for fault in faults_of_value(name, value.rstrip("."))]
