@@ -105,3 +105,11 @@ def test_under_torchrun_its_number_of_processes_counts(monkeypatch: pytest.Monke
 def test_the_supervisor_needs_no_torch() -> None:
     code = "import simpletuner.cli.train, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("gpus", "said"), [(0, "no GPU is visible"), (1, "one GPU is visible")])
+def test_one_process_shards_nothing_and_says_so(gpus: int, said: str) -> None:
+    loaded = train.load_here([*EXAMPLE, "--fsdp_enable"])
+    assert train.processes(loaded.config, gpus) == 1
+    notice = f"fsdp_enable has no effect: {said}, and one process trains."
+    assert train._with_idle_gpus(loaded, gpus).notices[-1] == notice
