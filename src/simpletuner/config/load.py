@@ -171,7 +171,7 @@ def examine(
 
     flavour = FLAVOURS[checked.valid.get("model_flavour", DEFAULT_FLAVOUR)]
     config = RunConfig(**flavour.option_defaults | checked.valid)
-    config = _with_started_processes(config, environ)
+    config = _with_started_processes(config, givens, checked, environ)
     variables = environ if rule is None else None
     config, names = _with_paths(config, givens, checked, Surroundings(folder, {}, variables, rule))
     datasets_file = _datasets_file(config, config_file)
@@ -385,12 +385,21 @@ def _flavour_notice(givens: Mapping[str, Given]) -> Iterator[str]:
         )
 
 
-def _with_started_processes(config: RunConfig, environ: Mapping[str, str]) -> RunConfig:
-    """The config with the number of processes that this one was started among, where none is given."""
+def _with_started_processes(
+    config: RunConfig, givens: Mapping[str, Given], checked: Checked, environ: Mapping[str, str]
+) -> RunConfig:
+    """The config with the number of processes that this one was started among, where it is one of several."""
     text = environ.get(WORLD_SIZE, "1")
-    if config.num_processes is not None or "RANK" not in environ or not text.isdecimal() or int(text) < 2:
+    if "RANK" not in environ or not text.isdecimal() or int(text) < 2:
         return config
-    return config.model_copy(update={"num_processes": int(text)})
+    started = int(text)
+    if config.num_processes not in (None, started):
+        checked.problems["num_processes"] = Problem(
+            f"{givens['num_processes'].spelled} = {config.num_processes}, and torchrun started {started} processes",
+            str(started),
+            "Take it out, or start simpletuner train without torchrun: it starts the processes itself.",
+        )
+    return config.model_copy(update={"num_processes": started})
 
 
 def _with_paths(

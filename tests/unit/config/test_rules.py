@@ -620,6 +620,10 @@ def test_the_processes_that_were_started_count(place: Any) -> None:
     assert (loaded.config.num_processes, loaded.origins["num_processes"]) == (4, "default")
     assert "learning_rate 0.0001 × 4 by the effective batch of 4: 0.0004." in loaded.notices
     assert place.load("--num_processes=4", environ=environ).config.ranks == 4
+    assert place.problems("--num_processes=2", environ=environ) == [
+        "--num_processes = 2, and torchrun started 4 processes: expected 4. Take it out, or start simpletuner train "
+        "without torchrun: it starts the processes itself."
+    ]
     # Some machines set it to something else.
     for other in ({"WORLD_SIZE": "4"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "four"}):
         assert place.load(environ=other).config.num_processes is None
