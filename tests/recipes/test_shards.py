@@ -11,6 +11,7 @@ ONCE = "--gradient_accumulation_steps=1"
 SHARDED = "--fsdp_enable=true"
 
 TREAD = '--tread_config={"routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": -2}]}'
+QUANTIZED = ("--base_model_precision=int8-quanto", "--gradient_checkpointing=true")
 ROLLOUT = ("--scheduled_sampling_max_step_offset=60", "--scheduled_sampling_probability=0.3")
 
 
@@ -18,10 +19,8 @@ ROLLOUT = ("--scheduled_sampling_max_step_offset=60", "--scheduled_sampling_prob
 @pytest.mark.parametrize(
     "flags",
     [
-        pytest.param((), id="plain"),
+        pytest.param((*QUANTIZED, TREAD, *ROLLOUT, "--lora_dropout=0.1", "--use_ema=true"), id="all-at-once"),
         pytest.param(("--fsdp_reshard_after_forward=false", "--fsdp_cpu_offload=true"), id="kept-in-host-memory"),
-        pytest.param(("--base_model_precision=int8-quanto", "--gradient_checkpointing=true"), id="int8-checkpointed"),
-        pytest.param((TREAD, *ROLLOUT, "--lora_dropout=0.1", "--use_ema=true"), id="routed-rolled-averaged"),
     ],
 )
 def test_a_sharded_base_trains_the_same_bits(flags: tuple[str, ...], cached_workplace: Workplace) -> None:

@@ -130,6 +130,11 @@ def load_transformer(
         kept = None if cache_dir is None else KeptBase.of(cache_dir, source, precision, dtype)
     file = None if kept is None else kept.verified(report)
     if sharding is not None:
+        if kept is not None and file is None:
+            report(
+                f"{cache_dir} holds no {precision} base, and none is put there: each process quantizes its share. A "
+                "run without fsdp_enable keeps one there, which sharded runs read too."
+            )
         _fill_shards(transformer, source.transformer, dtype, sharding, quantise, file)
         return transformer.eval()
     if file is not None:

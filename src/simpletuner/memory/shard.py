@@ -2,7 +2,8 @@
 
 Every process must run the model equally often, since each pass of a block gathers its weights from all of them. Which
 collectives a pass takes: one all-gather for the parameters outside the blocks and one per block in forward, and again
-one per block in backward if `reshard_after_forward`. Frozen weights take no other; trainable ones are reduce-scattered.
+one per block in backward if `reshard_after_forward`. So it is for each micro-batch, whatever the accumulation. Frozen
+weights take no other; trainable ones are reduce-scattered.
 
 Adapters are attached after `shard`, so FSDP knows nothing of them: they stay plain parameters, alike on all ranks.
 """

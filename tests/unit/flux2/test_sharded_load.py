@@ -106,6 +106,7 @@ def test_a_quantized_base_that_was_kept_is_read_by_rows(tiny_source: Source, tmp
         with as_rank(0, 2):
             loaded(SHARDING)
         assert not list(tmp_path.glob(f"{precision}*"))  # a rank has a part of it
+        assert told.pop().startswith(f"{tmp_path} holds no {precision} base")
         whole = loaded()
         with as_rank(1, 2), pytest.MonkeyPatch.context() as patch:
             patch.setattr(load, "packed", None)

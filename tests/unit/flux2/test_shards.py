@@ -12,6 +12,7 @@ from torch import Tensor
 
 from simpletuner.config.flavours import TransformerSpec
 from simpletuner.config.options.lora import LoraOptions
+from simpletuner.config.options.ranks import RankOptions
 from simpletuner.config.options.rollout import RolloutOptions
 from simpletuner.config.precisions import PRECISIONS
 from simpletuner.data.batch import Batch
@@ -177,6 +178,15 @@ def assert_all_the_same(answers: list[dict[str, Any]]) -> None:
         assert not odd
         assert all(case["share"] == 0.5 for case in answer.values())
         assert all(case["tensors"] > 10 for case in answer.values())
+
+
+def test_alone_nothing_is_sharded() -> None:
+    options = RankOptions(fsdp_enable=True, fsdp_reshard_after_forward=False)
+    assert Sharding.of(options, World.single()) is None
+    two = World(1, 2, torch.device("cpu"))
+    assert Sharding.of(RankOptions(), two) is None
+    assert Sharding.of(options, two) == Sharding(two.device, reshard_after_forward=False)
+    assert not is_sharded(base())
 
 
 def test_two_ranks_compute_the_bits_of_one_and_gather_each_block_once_a_pass() -> None:
