@@ -34,7 +34,7 @@ class Batch:
     rollout: RolloutStarts | None = None
     """Where the samples are rolled out from; None where none is."""
     rolls_elsewhere: bool = False
-    """Whether a batch that another rank trains at the same time is rolled out."""
+    """Whether any of the batches that the ranks train at the same time is rolled out, where there are several ranks."""
     choices: tuple[Choice, ...] = ()
     """What TREAD's routes keep of the image tokens in the pass with gradients."""
     masks: Float[Tensor, "b h w"] | None = None

@@ -243,3 +243,15 @@ def test_an_accelerators_batches_are_drawn_and_pinned_in_another_thread(
             assert batch.choices
             is_pinned = {any(tensor is copy for copy in pinned) for _, tensor in tensors_of(batch)}
             assert is_pinned == {device == "meta"}
+
+
+def test_a_rank_knows_whether_any_of_them_rolls_out(prepared: Prepared) -> None:
+    seen = set()
+    for step in range(1, 5):
+        ranks = [builder(prepared, 4, rank, 2)(step).batches for rank in range(2)]
+        for turn in zip(*ranks, strict=True):
+            rolls = [batch.rollout is not None for batch in turn]
+            seen.add(tuple(rolls))
+            assert [batch.rolls_elsewhere for batch in turn] == [any(rolls)] * 2
+        assert not any(batch.rolls_elsewhere for batch in builder(prepared, 4, 0, 1)(step).batches)
+    assert (True, False) in seen or (False, True) in seen

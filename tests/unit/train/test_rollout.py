@@ -233,3 +233,22 @@ def test_under_autocast_every_gradient_arrives() -> None:
         assert model.mix.weight.grad is not None
         gradients.append(model.mix.weight.grad.norm().item())
     assert gradients[0] == pytest.approx(gradients[1], rel=0.2)
+
+
+def test_of_a_sharded_model_every_rank_makes_as_many_calls() -> None:
+    taken: list[None] = []
+    made = replace(rollout(), idle=lambda: taken.append(None))
+    model = Model()
+    (batch,) = whole(7, 4, made).batches
+    without = replace(batch, rollout=None)
+    at_one = replace(batch, sigma=torch.ones(4), rollout=starts_of((10, 0, 0, 10), torch.ones(4)))
+    for given, calls, idle in (
+        (batch, made.calls, 0),
+        (replace(without, rolls_elsewhere=True), 0, made.calls),
+        (without, 0, 0),
+        (at_one, 1, made.calls - 1),  # nothing is noisier than sigma 1: only ReflexFlow's call is left
+    ):
+        model.calls.clear()
+        taken.clear()
+        stepper(model, made).losses(given)
+        assert (model.calls, len(taken)) == ([False] * calls + [True], idle)
