@@ -68,6 +68,20 @@ def test_ranks_make_the_model_of_one_process_to_the_bit(
     assert "step 2: good" in capsys.readouterr().out
 
 
+def test_one_process_goes_on_where_two_sharded_ranks_were(cached_workplace: Workplace) -> None:
+    place = cached_workplace
+    place.config.pop("lora_rank")
+    place.config |= FULL | {"mixed_precision": "bf16", "max_train_steps": 3, "checkpoint_step_interval": 1}
+    alone = train(place, 1, "alone")
+    train(place, 2, "both", "--fsdp_enable=true", "--max_train_steps=2")
+    both = train(place, 1, "both")
+    for name in ("optimizer.safetensors", "transformer/diffusion_pytorch_model.safetensors"):
+        one, two = load_file(alone.checkpoint(3) / name), load_file(both.checkpoint(3) / name)
+        assert one.keys() == two.keys()
+        assert all(torch.equal(two[key], tensor) for key, tensor in one.items())
+    assert place.losses("both") == place.losses("alone")
+
+
 def test_ranks_share_out_what_a_lora_resumes_with(cached_workplace: Workplace) -> None:
     place = cached_workplace
     place.config |= {"max_train_steps": 2, "checkpoint_step_interval": 2}

@@ -146,7 +146,28 @@ def train_and_resume(world: World, root: str, of_one: str) -> dict[str, Any]:
     """What two ranks do: train, resume what one process saved, and fail."""
     train(world, f"{root}/two")
     resave(world, of_one, f"{root}/one-two")
-    return {"held": held(world), "drift": drift(world, f"{root}/drift"), "full": full_disk(world, f"{root}/full")}
+    return {
+        "held": held(world),
+        "overflow": overflow(world),
+        "drift": drift(world, f"{root}/drift"),
+        "full": full_disk(world, f"{root}/full"),
+    }
+
+
+def overflow(world: World) -> list[bool]:
+    """Whether this rank's gradients are finite, where those of all ranks are, and where one of rank 1's is not."""
+    trial = Trial(world, **CASES["adamw"])
+    shards = trial.model.shards
+    assert shards is not None
+    found = []
+    for value in (1.0, float("inf")):
+        for rows in shards.parameters.values():
+            rows.grad = torch.full_like(rows, value if world.rank == 1 else 1.0)
+        shards.share_overflow()
+        found.append(
+            all(bool(rows.grad.isfinite().all()) for rows in shards.parameters.values() if rows.grad is not None)
+        )
+    return found
 
 
 def held(world: World) -> list[bool]:
@@ -263,6 +284,10 @@ def test_shares_of_the_export_become_the_file_of_one_process(saved: tuple[Path, 
 
 def test_other_weights_are_held_for_a_while(saved: tuple[Path, list[dict[str, Any]]]) -> None:
     assert [answer["held"] for answer in saved[1]] == [[True] * 4] * 2
+
+
+def test_an_overflow_on_one_rank_is_one_on_all(saved: tuple[Path, list[dict[str, Any]]]) -> None:
+    assert [answer["overflow"] for answer in saved[1]] == [[True, False]] * 2
 
 
 def test_a_rank_that_has_drifted_saves_nothing(saved: tuple[Path, list[dict[str, Any]]]) -> None:
