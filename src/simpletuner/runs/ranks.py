@@ -187,10 +187,10 @@ class RankErrors:
                 raise
             raise self._explained(error) from error
         except BaseException as error:
+            if _is_broken_collective(error):
+                broken = RanksError.of(f"another process is gone or does not answer ({_last_line(error)})")
+                raise self._explained(broken) from error
             if self.rank not in self.read():
-                if _is_broken_collective(error):
-                    broken = RanksError.of(f"another process is gone or does not answer ({_last_line(error)})")
-                    raise self._explained(broken) from error
                 self.write(RankFailure(rank=self.rank, time=time.time(), **_ending(error)))
             raise
 

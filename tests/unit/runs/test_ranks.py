@@ -105,6 +105,18 @@ raise RuntimeError("[/src/gloo/transport/tcp/pair.cc:547] Connection closed by p
         "rank 1 was killed by signal 9 (SIGKILL). Where nobody sent it, the machine was out of memory: the system's "
         "log (dmesg) says so.",
     ),
+    "rank 0 notices, and a collective breaks all the same": (
+        """
+if rank == 1:
+    raise DataError.of("no images")
+try:
+    wait_for_others()
+except DataError:
+    raise RuntimeError("[/src/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+""",
+        3,
+        "rank 1: no images.",
+    ),
     "rank 0 is killed": (
         "time.sleep(60) if rank == 1 else os.kill(os.getpid(), 15) or os.kill(os.getpid(), 11)",
         8,
