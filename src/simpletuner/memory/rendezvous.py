@@ -3,6 +3,7 @@
 import atexit
 import datetime
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Mapping
@@ -120,7 +121,9 @@ def _store(place: RankPlace, environ: Mapping[str, str], timeout: datetime.timed
 
 
 def _shared_folder(store: Store, rank: int) -> Path:
-    """A private temporary folder, the same one on every rank; it stays."""
+    """A private temporary folder, the same one on every rank. It stays where rank 0 fails."""
     if rank == 0:
-        store.set("folder", tempfile.mkdtemp(prefix="simpletuner-ranks-"))
+        folder = tempfile.mkdtemp(prefix="simpletuner-ranks-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        store.set("folder", folder)
     return Path(store.get("folder").decode())
