@@ -15,7 +15,8 @@ from simpletuner.memory.rendezvous import join
 from simpletuner.runs.ranks import RANKS_FOLDER
 
 ROOT = Path(__file__).parents[1]
-TIMEOUT_S = 60.0
+TIMEOUT_S = 240.0
+"""Generous: on a busy machine the imports of a process alone take 40 s."""
 
 
 @dataclass(frozen=True)
@@ -75,5 +76,5 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     module, name, values = json.loads(sys.argv[1])
-    world = join(os.environ, TIMEOUT_S / 4)
+    world = join(os.environ, TIMEOUT_S / 2)
     print(json.dumps(getattr(importlib.import_module(module), name)(world, *values)), flush=True)
