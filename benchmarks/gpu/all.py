@@ -82,6 +82,7 @@ MEASUREMENTS = (
         "training.py",
         ("resident-blocks",),
     ),
+    Measurement("two-gpus", 300, "several GPUs: parity, steps, a rank that dies", "two_gpus.py", is_asked_for=True),
     Measurement("soak", 900, "tests/gpu, the long ones too", "soak.py", is_asked_for=True),
 )
 
