@@ -209,6 +209,7 @@ def test_killed_while_it_exports_it_is_complete_at_the_next_start(workplace: Wor
     assert (end["model"], end["ema_model"]) == ("model", "ema/model")
 
 
+@pytest.mark.slow
 def test_a_full_run_is_a_directory_that_anyone_can_read(
     workplace: Workplace, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -33,10 +33,15 @@ MATRIX: dict[str, Any] = {
     "checkpoint_step_interval": 10,
 }
 FEATURES: Mapping[str, dict[str, Any]] = {
-    "tread": {"tread_config": {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": -2}]}},
+    "tread": {
+        "tread_config": {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": -2}]},
+        "gradient_checkpointing": True,
+        "fsdp_reshard_after_forward": False,
+    },
     # Rollouts begin after the second step: losses that differ before it are the quantized base's fault.
     "int8 and rollout": {
         "base_model_precision": "int8-quanto",
+        "fsdp_cpu_offload": True,
         "scheduled_sampling_max_step_offset": 40,
         "scheduled_sampling_sampler": "heun",
         "scheduled_sampling_prob_start": 0.0,

@@ -68,6 +68,7 @@ def test_an_average_and_being_looked_at_change_no_bit_of_the_run(workplace: Work
     assert measured[-1]["ema_loss"] != measured[-1]["loss"]
 
 
+@pytest.mark.slow
 def test_no_decay_is_the_live_adapter_bit_for_bit(workplace: Workplace) -> None:
     workplace.config |= {"use_ema": True, "ema_decay": 0.0, "max_train_steps": 2}
     assert workplace.train() == 0

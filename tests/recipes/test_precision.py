@@ -27,6 +27,7 @@ def flags(name: str, **options: object) -> list[str]:
     return [f"--{key}={value}" for key, value in given.items()]
 
 
+@pytest.mark.slow
 def test_no_change_changes_no_bit(workplace: Workplace, same_bytes: Any) -> None:
     off = {"base_model_precision": "no_change", "text_encoder_1_precision": "no_change"}
     assert workplace.train(*flags("run", **off)) == 0

@@ -99,6 +99,7 @@ def test_a_refused_change_shows_both_values_and_the_command_that_puts_it_back(
     same_bytes(workplace)
 
 
+@pytest.mark.slow
 def test_another_batch_size_cuts_the_rest_of_the_epoch_anew_and_stays_so(
     cached_workplace: Workplace, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -235,6 +236,7 @@ def test_the_second_of_two_runs_in_one_folder_is_refused(
     assert f"in use by process {os.getpid()}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_old_checkpoints_go_and_the_limit_stays(workplace: Workplace) -> None:
     assert workplace.train("--checkpoints_total_limit=1") == 0
     assert [path.name for path in workplace.run().checkpoints.iterdir()] == ["step-000003"]

@@ -16,6 +16,7 @@ def routes(ratio: float, start: int = 1, end: int = -2) -> dict[str, Any]:
     return {"tread_config": {"routes": [route]}}
 
 
+@pytest.mark.slow
 def test_keeping_all_changes_no_bit(workplace: Workplace, uninterrupted: Workplace) -> None:
     workplace.config |= routes(1.0)
     assert workplace.train() == 0

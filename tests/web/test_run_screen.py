@@ -90,6 +90,7 @@ def gallery(workspace: Path) -> RunDirectory:
     return run
 
 
+@pytest.mark.slow
 def test_several_processes_and_their_engine_are_told(page: Page, server: "Server", workspace: Path) -> None:
     run = directory(workspace, "many")
     with run.lock(), EventLog(run.events) as log:

@@ -168,7 +168,7 @@ def peak_while(work: Callable[[], object], patch: pytest.MonkeyPatch) -> int:
     return most
 
 
-@pytest.mark.parametrize("precision", ["no_change", "int8-quanto"])
+@pytest.mark.parametrize("precision", ["no_change", pytest.param("int8-quanto", marks=pytest.mark.slow)])
 def test_memory_falls_with_the_number_of_ranks_while_loading(
     precision: str, tiny_source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -189,6 +189,7 @@ def test_alone_nothing_is_sharded() -> None:
     assert not is_sharded(base())
 
 
+@pytest.mark.slow
 def test_two_ranks_compute_the_bits_of_one_and_gather_each_block_once_a_pass() -> None:
     cases: dict[str, dict[str, Any]] = {
         "plain": {},
@@ -254,6 +255,7 @@ def rolled_out(world: World) -> dict[str, Any]:
     return {"losses": losses, "gathers": count(), "calls": rollout.calls, "rolls": batch.rollout is not None}
 
 
+@pytest.mark.slow
 def test_a_rank_without_a_rollout_takes_part_in_anothers() -> None:
     answers = in_ranks(2, rolled_out)
     assert [answer["rolls"] for answer in answers] == [False, True]

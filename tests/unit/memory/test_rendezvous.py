@@ -27,6 +27,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_ranks_without_an_agent_meet_at_a_store_on_loopback() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

@@ -83,6 +83,7 @@ def write_together(world: World, folder: str) -> list[Any]:
     return [hashes, ""]
 
 
+@pytest.mark.slow
 def test_ranks_write_whole_tensors_together(tmp_path: Path) -> None:
     (first, no_error), (second, error) = in_ranks(2, write_together, str(tmp_path))
     tensors = load_shares(tmp_path, "state")

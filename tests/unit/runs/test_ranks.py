@@ -240,7 +240,7 @@ raise Stopped.of(f"stopped by {deferred_signals.first}")
     "number",
     [
         signal.SIGINT,
-        signal.SIGUSR1,
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
     ],
@@ -292,7 +292,8 @@ def test_ctrl_z_pauses_all_and_fg_continues_all(start: Started, tmp_path: Path) 
 def test_no_rank_survives_its_supervisor(start: Started, tmp_path: Path) -> None:
     supervisor = start("open('folder', 'w').write(str(place.folder)); time.sleep(60)")
     until((tmp_path / "folder").exists)
-    os.kill(pid_of(tmp_path, 1), signal.SIGSTOP)  # the system continues it once nobody is left who could
+    os.kill(pid_of(tmp_path, 1), signal.SIGSTOP)
+    until(lambda: state_of(pid_of(tmp_path, 1)) == "T")  # the system continues it once nobody is left who could
     supervisor.kill()
     supervisor.wait(10)
     until(lambda: {state_of(pid_of(tmp_path, rank)) for rank in range(2)} <= {"X", "Z"})
