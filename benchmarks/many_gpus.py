@@ -19,6 +19,7 @@ another process costs none).
 import argparse
 import contextlib
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -160,7 +161,7 @@ def timed(loop: Loop, steps: int, world: Any) -> float:
     for _ in range(steps):
         loop()
     took = time.process_time() - began
-    return sum(world.gather_json(took)) / steps
+    return math.fsum(world.gather_json(took)) / steps
 
 
 def base() -> Any:

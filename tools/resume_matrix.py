@@ -97,7 +97,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=16, help="of the draw")
     parser.add_argument("--steps", type=int, default=4, help="of the whole run; half of them before the change")
     given = parser.parse_args()
-    pairs = list(itertools.product(LAYOUTS, repeat=2))
+    pairs = [(start, end) for start in LAYOUTS for end in LAYOUTS]
     if given.pairs is not None:
         pairs = [(start, end) for start, _, end in (pair.partition(":") for pair in given.pairs.split(","))]
         if unknown := {name for pair in pairs for name in pair} - set(LAYOUTS):
