@@ -9,7 +9,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -26,15 +26,14 @@ BUCKET_BYTES = 64 * 2**20
 LOOK_FOR_RANKS_EVERY_S = 0.05
 """How often a rank that waits at a barrier looks for the others."""
 
+STOP_WITHIN_S = 5.0
+"""At most so long does a rank that ends wait for its last sign of life to be written."""
+
 T = TypeVar("T")
 
 
 def _same(value: Any) -> Any:
     return value
-
-
-STOP_WITHIN_S = 5.0
-"""At most so long does a rank that ends wait for its last sign of life to be written."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,6 @@ class World:
     @property
     def is_alone(self) -> bool:
         return self.size == 1
-
-    def on(self, device: torch.device) -> "World":
-        """The same world on another device."""
-        return replace(self, device=device)
 
     @property
     def errors(self) -> RankErrors | None:
@@ -119,19 +114,6 @@ class World:
             self.barrier(what)
             self.broadcast_json(record(value))
         return value
-
-    @contextlib.contextmanager
-    def main_first(self, what: str) -> Iterator[None]:
-        """A block that rank 0 goes through first, and then the others: they find the files that it made.
-
-        Raises:
-            RanksError: as `barrier` does.
-        """
-        if not self.is_main:
-            self.barrier(what)
-        yield
-        if self.is_main:
-            self.barrier(what)
 
     @torch.no_grad()
     def sum_(self, tensors: Sequence[Tensor]) -> None:
