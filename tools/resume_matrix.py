@@ -28,6 +28,8 @@ from typing import Any
 
 from PIL import Image
 
+from interrupted_run import DATASETS
+
 LAYOUTS: Mapping[str, tuple[str, ...]] = {
     "single": ("--num_processes=1", "--gradient_accumulation_steps=4"),
     "ddp2": ("--num_processes=2", "--gradient_accumulation_steps=2"),
@@ -55,21 +57,6 @@ CONFIG: dict[str, Any] = {
     "validation_disable": True,
     "max_workers": 1,
 }
-DATASETS: list[dict[str, Any]] = [
-    {
-        "id": "images",
-        "type": "local",
-        "instance_data_dir": "datasets/images",
-        "caption_strategy": "textfile",
-        "resolution": 64,
-        "resolution_type": "pixel_area",
-        "crop": True,
-        "crop_aspect": "preserve",
-        "crop_style": "center",
-        "cache_dir_vae": "cache/vae",
-    },
-    {"id": "text", "type": "local", "dataset_type": "text_embeds", "default": True, "cache_dir": "cache/text"},
-]
 SIZES = ((64, 64), (64, 64), (96, 64), (64, 96), (64, 64))
 
 

@@ -222,7 +222,7 @@ def measure_steps(model: str, engine: str, device: torch.device, tiny: bool, clo
     world = join(os.environ, TIMEOUT_S)
     if device.type == "cpu":
         torch.set_num_threads(1)
-        world = world.on(device)
+        world = replace(world, device=device)
     case = Case(model=model)
     step = trained(case, engine, world, tiny)
     if world.device.type == "cuda":
