@@ -58,6 +58,13 @@ def together(size: int, command: Sequence[str], **environ: str) -> list[Ended]:
     return ended
 
 
+def train_together(size: int, *flags: str) -> None:
+    """`simpletuner train FLAGS` as `size` ranks, in the working folder. Only rank 0 has anything to say."""
+    ended = together(size, [sys.executable, "-m", "simpletuner", "train", *flags])
+    assert [each.exit_code for each in ended] == [0] * size, "\n".join(each.err for each in ended)
+    assert [each.out for each in ended[1:]] == [""] * (size - 1)
+
+
 def in_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `function(world, *arguments)` returns in each of `size` ranks; arguments and answers are JSON values.
 

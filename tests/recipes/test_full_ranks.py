@@ -1,12 +1,11 @@
 """Training a whole model on several ranks, through the real command."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.ranks import together
+from tests.ranks import train_together
 from tests.recipes.conftest import Workplace
 
 from simpletuner.cli.main import main
@@ -31,10 +30,7 @@ FULL = {
 def train(place: Workplace, size: int, name: str, *flags: str) -> RunDirectory:
     """Train with a global batch of two micro-batches on `size` ranks."""
     place.write()
-    accumulation = f"--gradient_accumulation_steps={2 // size}"
-    command = [sys.executable, "-m", "simpletuner", "train", f"--output_dir=output/{name}", accumulation, *flags]
-    ended = together(size, command)
-    assert [each.exit_code for each in ended] == [0] * size, "\n".join(each.err for each in ended)
+    train_together(size, f"--output_dir=output/{name}", f"--gradient_accumulation_steps={2 // size}", *flags)
     return place.run(name)
 
 

@@ -160,23 +160,6 @@ def test_two_sharding_processes_are_two_accumulated_batches_to_the_bit(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_two_sharding_processes_train_a_whole_model(cached_workplace: Workplace) -> None:
-    """The norm of the gradients is summed over shards, so clipping rounds otherwise: 8e-9 of the weights' norm, most of
-    which is the base's.
-    """
-    place = cached_workplace
-    for name in ("lora_rank", "lora_alpha"):
-        place.config.pop(name, None)
-    place.config |= {"model_type": "full", "learning_rate": 1e-4, "checkpoint_step_interval": 3}
-    train(place, "alone", 1, 2)
-    train(place, "fsdp", 2, 1, "--fsdp_enable")
-    assert_sharded(place, "fsdp", 2)
-    assert place.losses("fsdp") == pytest.approx(place.losses("alone"), rel=LOSS_LIMIT)
-    assert distance(*(place.run(name).root / "transformer.safetensors" for name in ("fsdp", "alone"))) <= 1e-7
-
-
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_each_layout_resumes_in_one_process_and_the_other_way_round(accumulated: Workplace, own_folder: Path) -> None:
     """And two pairs drawn from the others. `tools/resume_matrix.py` goes through all."""

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tests.ranks import train_together
 from tests.recipes.conftest import Workplace, commands_in, tensors_below
-from tests.recipes.test_ranks import train_together
 
 from simpletuner.base.files import sha256_file
 from simpletuner.cli.main import main
@@ -128,7 +128,7 @@ def test_it_goes_on_with_other_processes_to_the_same_bytes(
 ) -> None:
     place = cached_workplace
     assert place.train("--max_train_steps=1") == 0
-    train_together(place, 2, "--gradient_accumulation_steps=1", "--max_train_steps=2")
+    train_together(2, "--gradient_accumulation_steps=1", "--max_train_steps=2")
     capsys.readouterr()
     assert place.train() == 0
     said = "max_train_steps = 3 (was 2), gradient_accumulation_steps = 2 (was 1), num_processes = 1 (was 2)."
