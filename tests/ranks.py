@@ -18,6 +18,9 @@ ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 240.0
 """Generous: on a busy machine the imports of a process alone take 40 s."""
 
+PATIENCE_S = 30.0
+"""How long ranks that run a function wait for one that is silent."""
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -83,5 +86,5 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     module, name, values = json.loads(sys.argv[1])
-    world = join(os.environ, TIMEOUT_S / 2)
+    world = join(os.environ, PATIENCE_S)
     print(json.dumps(getattr(importlib.import_module(module), name)(world, *values)), flush=True)

@@ -100,10 +100,10 @@ def main() -> int:
     return 1 if worst else 0
 
 
-def drawn_pairs(more: int, seed: int) -> list[tuple[str, str]]:
-    """The single process with each other layout, both ways, and `more` of the other pairs."""
+def drawn_pairs(more: int, seed: int, beside: Sequence[str] = tuple(LAYOUTS)) -> list[tuple[str, str]]:
+    """The single process with each other layout of `beside`, both ways, and `more` of the pairs without it."""
     others = [name for name in LAYOUTS if name != STRAIGHT]
-    ends = [(STRAIGHT, name) for name in others] + [(name, STRAIGHT) for name in others]
+    ends = [pair for name in others if name in beside for pair in ((STRAIGHT, name), (name, STRAIGHT))]
     rest = [(one, two) for one, two in itertools.product(others, repeat=2) if one != two]
     return ends + random.Random(seed).sample(rest, more)
 

@@ -162,11 +162,11 @@ def test_two_sharding_processes_are_two_accumulated_batches_to_the_bit(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_each_layout_resumes_in_one_process_and_the_other_way_round(accumulated: Workplace, own_folder: Path) -> None:
-    """And two pairs drawn from the others. `tools/resume_matrix.py` goes through all."""
+    """And two drawn pairs, which have four processes too. `tools/resume_matrix.py` goes through all."""
     place = Workplace(own_folder)
     for name in ("cache", "datasets"):
         shutil.copytree(accumulated.folder / name, own_folder / name)
     place.config |= {"lora_dropout": 0.1, "checkpoint_step_interval": 1000}
     place.write()
-    differences = matrix(own_folder, drawn_pairs(2, seed=16), steps=2)
+    differences = matrix(own_folder, drawn_pairs(2, seed=16, beside=("ddp2", "fsdp2")), steps=2)
     assert [f"{start} → {end}: {each}" for (start, end), each in differences.items() if not each.is_within] == []

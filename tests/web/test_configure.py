@@ -132,7 +132,7 @@ def test_the_form_is_short_until_more_is_asked_for(server: Server, page: Page, w
     assert essentials.locator(".field").count() >= 26
     assert essentials.evaluate("node => node.offsetHeight") < 1600
     folded = page.locator("details.options:not([open])")
-    expect(folded).to_have_count(16)
+    expect(folded).to_have_count(17)
     assert max(folded.evaluate_all("nodes => nodes.map((node) => node.offsetHeight)")) < 60
     # What differs from its default stands among the essentials, marked, and can be reset.
     decay = page.locator('.field[data-name="ema_decay"]')
@@ -156,7 +156,7 @@ def test_the_form_is_short_until_more_is_asked_for(server: Server, page: Page, w
         expect(page.get_by_role("radiogroup", name="Stratified timesteps")).to_be_visible()
         expect(page.locator(".field:visible")).to_have_count(1)
     search.fill("")
-    expect(folded).to_have_count(16)
+    expect(folded).to_have_count(17)
 
 
 @pytest.mark.usefixtures("example_images")

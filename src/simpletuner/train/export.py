@@ -45,7 +45,6 @@ def export_full(
 ) -> Export:
     """Make a diffusers folder and a single file of the transformer in `checkpoint`, and of its average."""
     source = find()
-    pipeline = "Flux2Pipeline" if source.flavour.text.kind == "mistral3" else "Flux2KleinPipeline"
     products: dict[Path, Path | None] = {}
     lines = []
     why = None
