@@ -8,6 +8,7 @@ weights take no other; trainable ones are reduce-scattered.
 Adapters are attached after `shard`, so FSDP knows nothing of them: they stay plain parameters, alike on all ranks.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -100,13 +101,56 @@ def is_sharded(model: nn.Module) -> bool:
     return model in _sharded
 
 
-def own_rows(tensor: Tensor) -> Tensor:
-    """The rows of a whole `tensor` that this process holds once it is sharded, as a view: ceil(rows / ranks) of them,
-    and fewer or none on late ranks.
+@dataclass(frozen=True)
+class RowSplit:
+    """One rank's rows of a tensor that is split on dimension 0 as FSDP2 splits it: ⌈rows / ranks⌉ for each rank, until
+    none are left.
     """
-    size = -(-len(tensor) // torch.distributed.get_world_size())
-    start = torch.distributed.get_rank() * size
-    return tensor[start : start + size]
+
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    rank: int
+    size: int
+    """Ranks."""
+
+    @property
+    def rows_per_rank(self) -> int:
+        return -(-self.shape[0] // self.size)
+
+    @property
+    def rows(self) -> slice:
+        """This rank's."""
+        first = min(self.rank * self.rows_per_rank, self.shape[0])
+        return slice(first, min(first + self.rows_per_rank, self.shape[0]))
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        return (self.rows.stop - self.rows.start, *self.shape[1:])
+
+    @property
+    def first_element(self) -> int:
+        """Place of the first number of this rank's rows in the whole tensor, in row-major order."""
+        first: int = self.rows.start
+        return first * math.prod(self.shape[1:])
+
+    def of(self, whole: Tensor) -> Tensor:
+        """This rank's rows of `whole`, a view."""
+        return whole[self.rows]
+
+    def gather(self, rows: Tensor, world: World, to: int) -> Tensor | None:
+        """The whole tensor of which each rank has its `rows`, on the CPU of rank `to`; None on the others. All
+        ranks call it. Bits of any dtype arrive as they are.
+        """
+        padded = rows.new_zeros((self.rows_per_rank, *self.shape[1:]))
+        padded[: rows.shape[0]].copy_(rows)
+        parts = world.gather(padded, to)
+        return None if parts is None else torch.cat([part.cpu() for part in parts])[: self.shape[0]]
+
+
+def own_rows(tensor: Tensor) -> Tensor:
+    """The rows of a whole `tensor` that this process holds once it is sharded, as a view."""
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return RowSplit(tuple(tensor.shape), rank, ranks).of(tensor)
 
 
 def local(parameter: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from simpletuner.base.errors import CheckpointError, DiskError
 from simpletuner.base.files import sha256_file
 from simpletuner.base.tensorfile import TensorData, file_order, file_pieces
-from simpletuner.memory.row_shards import RowSplit
+from simpletuner.memory.shard import RowSplit
 from simpletuner.memory.tensors import DTYPE_NAMES, as_written, load_tensors
 from simpletuner.memory.world import World
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from simpletuner.base.errors import CheckpointError, RanksError, UserError, error_class
 from simpletuner.base.files import file_errors_reported, read_json, write_json
 from simpletuner.base.parts import discard
-from simpletuner.memory.row_shards import RowShards, RowSplit
+from simpletuner.memory.row_shards import RowShards
+from simpletuner.memory.shard import RowSplit
 from simpletuner.memory.shares import RankTensor, load_shares, write_shares
 from simpletuner.memory.tensors import INTEGERS, save_tensors
 from simpletuner.memory.world import World

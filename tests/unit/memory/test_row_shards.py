@@ -10,7 +10,7 @@ from tests.ranks import in_ranks
 
 from simpletuner.base.errors import CheckpointError
 from simpletuner.base.files import sha256_file
-from simpletuner.memory.row_shards import RowSplit
+from simpletuner.memory.shard import RowSplit
 from simpletuner.memory.shares import RankTensor, load_shares, share_files, share_names, share_out, write_shares
 from simpletuner.memory.world import World
 
