@@ -142,15 +142,12 @@ class Loop:
             )
         if self.plan.measures(state.step) and state.step not in state.held_out:
             self._measure(state)
-        (is_missing,) = self.world.decide([self.painter is not None and not self.painter.is_complete(state.step)])
-        if self.plan.draws(state.step) and is_missing:
+        if self.plan.draws(state.step) and self.painter is not None and not self.painter.is_complete(state.step):
             self._paint(state.step)
 
     def _is_last_chance(self) -> bool:
         """Whether the base model's pictures are missing and cannot be made up for after the first step."""
-        if self.painter is None or self.painter.keeps_base:
-            return False
-        return self.world.decide([self.painter.lacks_base])[0]
+        return self.painter is not None and not self.painter.keeps_base and self.painter.lacks_base
 
     def _steps(self, state: TrainState, bar: TrainingBar) -> bool:
         options = self.plan.config
