@@ -10,7 +10,7 @@ With fewer GPUs than ranks it says so and measures nothing. `--device cpu` train
   between runs, and Adam's first steps scale small gradients up, 1e-3.
 - **Loopback**: which addresses the ranks listen on meanwhile, in /proc/net/tcp and tcp6.
 - **A killed rank**: SIGKILL of the last rank in training ends the command with an error that names it, and the same
-  command goes on from the last checkpoint.
+  command resumes from the last checkpoint.
 - **Steps** of `--model`, random weights in bf16, a LoRA on every Linear, one image of 1024² a rank: alone, DDP, FSDP2,
   with the memory of a rank.
 
@@ -153,7 +153,7 @@ class Workplace:
         again = self.start("killed", f"--max_train_steps={reached + 2}", *flags)
         errors = again.communicate()[1]
         passed = again.returncode == 0 and last_step(events) == reached + 2
-        report("check", what="the run goes on from its checkpoint", passed=passed, note=errors.strip()[-200:])
+        report("check", what="the run resumes from its checkpoint", passed=passed, note=errors.strip()[-200:])
 
 
 def children(pid: int) -> Iterator[tuple[int, set[str]]]:

@@ -176,8 +176,8 @@ def load_base(
     report: Callable[[str], None],
     sharding: Sharding | None = None,
 ) -> Flux2Transformer:
-    """The frozen transformer as `options` have it, where `offload` wants it first, or in shards; `report` is told if a
-    quantised one that was kept is of no use.
+    """The frozen transformer as `options` have it, on the device that `offload` asks for, or sharded. `report` gets a
+    sentence if the quantised one on the disk cannot be used.
 
     Raises:
         AccessError: it cannot be loaded.

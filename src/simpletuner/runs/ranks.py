@@ -175,7 +175,8 @@ class RankErrors:
 
     @contextlib.contextmanager
     def told(self) -> Iterator[None]:
-        """Inside, an error of this rank is told to the others, and what followed from another rank's is raised as that.
+        """Inside, this rank reports its errors to the others. Where another rank's error broke a collective,
+        that error is raised.
 
         Raises:
             UserError: another rank's error in place of the RanksError that followed from it.

@@ -1,4 +1,4 @@
-"""What ranks tell each other arrives to the bit; alone, nothing is told."""
+"""Collectives between ranks are exact to the bit; a single process makes none."""
 
 import math
 from typing import Any

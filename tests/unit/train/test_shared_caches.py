@@ -152,7 +152,7 @@ def test_rank_0_scans_looks_for_files_and_hashes_and_the_others_hear_what_it_fou
 @pytest.mark.slow
 @pytest.mark.usefixtures("busy_machine")
 def test_two_processes_fill_the_caches_of_one(project: Path) -> None:
-    """Each file is written once, by one of them; what is told is told by rank 0, of all. The encoder is streamed."""
+    """Each file is written once, by one rank, and rank 0 reports for all. The encoder is streamed."""
     flags = ["--text_encoder_mode=streamed"]
     alone = filled(ALONE, str(project), flags)
     whole = files(project / "cache")
