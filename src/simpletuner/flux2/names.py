@@ -71,6 +71,10 @@ _SINGLE = {
     "norm.query_norm": "attn.norm_q",
     "norm.key_norm": "attn.norm_k",
 }
+_FROM_TOP = {own: bfl for bfl, own in _TOP.items()}
+_FROM_DOUBLE = {own: bfl for bfl, own in _DOUBLE.items()}
+_FROM_SINGLE = {own: bfl for bfl, own in _SINGLE.items()}
+_DIFFUSERS_BLOCK = re.compile(r"(single_|)transformer_blocks\.(\d+)\.(.+)")
 _BLOCK = re.compile(r"(double|single)_blocks\.(\d+)\.(.+)")
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 """That ComfyUI's files put before a transformer's names."""
@@ -102,6 +106,41 @@ def from_bfl(name: str) -> Renamed | None:
     if part in _FUSED:
         return Renamed(tuple(f"{group}.{name}.weight" for name in _FUSED[part]), _thirds)
     return Renamed((f"{group}.{_DOUBLE[part]}.weight",)) if part in _DOUBLE else None
+
+
+@dataclass(frozen=True)
+class BflModule:
+    """Where BFL's layout keeps the weight of a module of diffusers'."""
+
+    name: str
+    """Of BFL's module, without a prefix."""
+    part: int = 0
+    """Which part of its rows this is, where `parts` modules are fused into it: query, key or value."""
+    parts: int = 1
+    swaps_halves: bool = False
+    """Whether the two halves of its rows lie the other way round."""
+
+
+def to_bfl(module: str) -> BflModule | None:
+    """Where BFL keeps `module` (diffusers' name without `.weight`); None if it has no such module. The inverse of
+    `from_bfl`.
+    """
+    if module == "norm_out.linear":
+        return BflModule("final_layer.adaLN_modulation.1", swaps_halves=True)
+    if module in _FROM_TOP:
+        return BflModule(_FROM_TOP[module])
+    match = _DIFFUSERS_BLOCK.fullmatch(module)
+    if match is None:
+        return None
+    kind, index, place = match.groups()
+    if kind == "single_":
+        return BflModule(f"single_blocks.{index}.{_FROM_SINGLE[place]}") if place in _FROM_SINGLE else None
+    if place in _FROM_DOUBLE:
+        return BflModule(f"double_blocks.{index}.{_FROM_DOUBLE[place]}")
+    for fused, parts in _FUSED.items():
+        if place in parts:
+            return BflModule(f"double_blocks.{index}.{fused}", parts.index(place), len(parts))
+    return None
 
 
 def with_prefix(name: str) -> Renamed:
