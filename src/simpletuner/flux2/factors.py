@@ -54,9 +54,11 @@ class Kronecker:
     w2: Float[Tensor, "rows2 columns2"]
     scale: float = 1.0
     ranges: tuple[RowRange, ...] | None = None
-    """The rows of kron(w1, w2) that are ΔW's, in this order; None for all. Of a fused matrix one part is wanted, which
-    the factors cannot be cut to unless w1 has a multiple of as many rows.
+    """The rows of kron(w1, w2) that are ΔW's, in this order; None for all. Of a fused matrix one part is wanted, to
+    which w1 can be cut only where the part begins and ends with whole copies of w2.
     """
+    rank: int | None = None
+    """That the file decomposes w2 at, or w1 where w2 is full; None where both are full."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -71,10 +73,18 @@ class Kronecker:
         return whole if self.ranges is None else torch.cat([whole[start:stop] for start, stop in self.ranges])
 
     def taken(self, ranges: Sequence[RowRange]) -> "Kronecker":
-        """The factors of these rows of ΔW, in this order."""
+        """The factors of these rows of ΔW, in this order. Rows of w1 that none of them needs are left out."""
         if self.ranges is not None:
             raise ValueError("rows are taken once, of the whole matrix")
-        return replace(self, ranges=tuple(ranges))
+        copy = self.w2.shape[0]
+        pieces, kept, offset = [], [], 0
+        for start, stop in ranges:
+            first, end = start // copy, -(-stop // copy)
+            pieces.append(self.w1[first:end])
+            kept.append((offset + start - first * copy, offset + stop - first * copy))
+            offset += (end - first) * copy
+        is_cut = all(start % copy == 0 == stop % copy for start, stop in ranges)
+        return replace(self, w1=torch.cat(pieces), ranges=None if is_cut else tuple(kept))
 
 
 @dataclass(frozen=True)
