@@ -13,11 +13,12 @@ from simpletuner.config.flavours import TINY, TINY_KLEIN, TransformerSpec
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flux2.denoiser import Denoiser
-from simpletuner.flux2.export import LORA_NAME, attach_saved, read_lora, save_lora
+from simpletuner.flux2.export import attach_saved, read_lora, save_lora
 from simpletuner.flux2.lora import PRESETS, Adapter, attach
 from simpletuner.flux2.spec import transformer_to_diffusers
 from simpletuner.flux2.tokens import context_ids, image_ids, pack_latents
 from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.runs.layout import LORA_NAME
 
 
 def model(spec: TransformerSpec = TINY) -> Flux2Transformer:

@@ -12,12 +12,13 @@ from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flux2.denoiser import Denoiser
-from simpletuner.flux2.export import LORA_NAME, attach_saved, read_lora, save_lora
+from simpletuner.flux2.export import attach_saved, read_lora, save_lora
 from simpletuner.flux2.generate import generate, initial_noise, sample_latents
 from simpletuner.flux2.load import load_autoencoder, load_text_encoder, load_transformer
 from simpletuner.flux2.lora import attach
 from simpletuner.flux2.source import Source, locate
 from simpletuner.flux2.tokens import pack_latents
+from simpletuner.runs.layout import LORA_NAME
 
 PROMPT = "a red square on a blue ground"
 SIZES = [(64, 64, 1), (96, 48, 4), (32, 160, 7), (128, 128, 20)]

@@ -6,7 +6,6 @@ into B, because loaders disagree about where alpha is kept; the user's alpha sta
 
 import functools
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,23 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.base.errors import CheckpointError
-from simpletuner.base.files import file_errors_reported
 from simpletuner.config.flavours import FLAVOURS, Flavour, TransformerSpec, flavour_of_base
+from simpletuner.flux2.dialects import check_all_read, read_adapter
+from simpletuner.flux2.factors import Kronecker, LowRank
+from simpletuner.flux2.header_alpha import ADAPTER_METADATA, checked_alpha
 from simpletuner.flux2.lora import CUSTOM, PRESETS, Adapter, Range, linears, preset_ranges, whole, wrap
 from simpletuner.flux2.transformer import Flux2Transformer
-from simpletuner.memory.tensors import non_finite_count, open_tensors, save_verified
-from simpletuner.runs.layout import LORA_NAME
+from simpletuner.memory.tensors import save_verified
 
 HEADER_FIELDS = frozenset({"base_model", "comment", "config", "datasets", "licence", "run", "step", "version"})
 """What a caller may put into the header, each as `simpletuner.<field>`: a shared file must not carry more."""
-
-_KEY = re.compile(r"transformer\.(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
-_ADAPTER_METADATA = "lora_adapter_metadata"
-_PLAIN_ENDING = re.compile(r"\^?[\w.-]+")
-"""What of PEFT's patterns, which are regular expressions, is read: names. A foreign expression may never end."""
-_ALPHA_LIMIT = 1e9
-_RANK_LIMIT = 1_000_000
-_SAVE_AGAIN = "The file is damaged: take another copy, or save it again with the program that wrote it."
 
 
 @dataclass(frozen=True)
@@ -57,6 +49,8 @@ class LoadedLora:
     """The preset it was trained with, or "custom"."""
     metadata: dict[str, str]
     """The `HEADER_FIELDS` that the file has. Empty for other programs' files."""
+    unused: int = 0
+    """Keys of a text encoder's layers, which are not adapted here."""
 
 
 def save_lora(path: Path, adapter: Adapter, *, metadata: Mapping[str, str], dtype: torch.dtype = torch.float32) -> None:
@@ -71,7 +65,7 @@ def save_lora(path: Path, adapter: Adapter, *, metadata: Mapping[str, str], dtyp
     """
     header = {
         **header_of(metadata),
-        _ADAPTER_METADATA: json.dumps(_adapter_metadata(adapter), sort_keys=True),
+        ADAPTER_METADATA: json.dumps(_adapter_metadata(adapter), sort_keys=True),
         "simpletuner.alpha": repr(adapter.alpha),
         "simpletuner.target": adapter.target,
     }
@@ -101,165 +95,52 @@ def _adapter_metadata(adapter: Adapter) -> dict[str, Any]:
 
 
 def read_lora(path: Path) -> LoadedLora:
-    """The LoRA in `path`, a file or a folder that holds `pytorch_lora_weights.safetensors`.
+    """The LoRA in `path`, in any program's dialect: a file, or a folder that holds `pytorch_lora_weights.safetensors`.
 
     Raises:
-        CheckpointError: no such file, damaged, in another program's key format, or with an alpha, a rank or weights
-            that make no LoRA.
+        CheckpointError: no such file, damaged, without a layer of FLUX.2, with an alpha, a rank or weights that make no
+            LoRA, or another kind of adapter.
     """
-    with file_errors_reported(path, CheckpointError, doing="read"):
-        path = path / LORA_NAME if path.is_dir() else path
-        if not path.is_file():
-            raise CheckpointError.of(f"no LoRA at {path}", "a .safetensors file or a run's folder")
-        with open_tensors(path) as file:
-            tensors, header = dict(file), file.metadata
-
-    sides: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            raise CheckpointError.of(
-                f"{path} has the key {key}",
-                "diffusers' LoRA keys (transformer.….lora_A.weight) only",
-                "Export it again in diffusers' format.",
-            )
-        if not tensor.is_floating_point():
-            raise CheckpointError.of(
-                f"{path} holds {key} as {tensor.dtype}",
-                "floating-point weights",
-                "Export it again without quantization.",
-            )
-        sides.setdefault(match["layer"], {})[match["side"]] = tensor.float()
-    broken = [
-        name
-        for name, pair in sides.items()
-        if pair.keys() != {"A", "B"} or pair["A"].ndim != 2 or pair["A"].shape[:1] != pair["B"].shape[1:]
-    ]
-    if broken or not sides:
-        found = f"{broken[0]} without a matching lora_A and lora_B" if broken else "no layers"
-        raise CheckpointError.of(f"{path} has {found}", "a whole LoRA")
-    empty = [name for name, pair in sides.items() if not pair["A"].numel() or not pair["B"].numel()]
-    if empty:
-        shape = "×".join(map(str, sides[empty[0]]["A"].shape))
-        raise CheckpointError.of(
-            f"{path} has {len(empty)} empty layers, such as {empty[0]} with a lora_A of {shape}",
-            "a rank of at least 1",
-            _SAVE_AGAIN,
-        )
-
-    is_ours = "simpletuner.alpha" in header
-    own_alpha = _own_alpha(path, header["simpletuner.alpha"]) if is_ours else None
-    alpha_of = _AlphaOf(path, header.get(_ADAPTER_METADATA, "{}"))
+    file = read_adapter(path)
+    check_all_read(file)
+    text = file.header.get("simpletuner.alpha")
+    own_alpha = None if text is None else _own_alpha(file.path, text)
     layers = {}
-    for name, pair in sides.items():
-        rank = pair["A"].shape[0]
-        if own_alpha is not None:
-            scale = own_alpha / rank
-            layers[name] = SavedLayer(pair["A"], pair["B"] / scale, scale)
-        else:
-            layers[name] = SavedLayer(pair["A"], pair["B"], alpha_of(name, rank) / rank)
-    damaged = [name for name, layer in layers.items() if non_finite_count(layer.a) or non_finite_count(layer.b)]
-    if damaged:
-        raise CheckpointError.of(
-            f"{path}: NaN or infinite numbers in {len(damaged)} of {len(layers)} layers, such as {damaged[0]}",
-            "finite weights",
-            "The file is damaged or was saved from a run that diverged: take an earlier checkpoint.",
-        )
+    for name, factors in file.modules.items():
+        if not isinstance(factors, LowRank):
+            title = "LoKr" if isinstance(factors, Kronecker) else "LoHa"
+            raise CheckpointError.of(
+                f"{file.path} is a {title}: {name} has factors of one",
+                "a LoRA, which is what is trained further",
+                f"`simpletuner sample --lora {file.path}` draws with it.",
+            )
+        a, b, scale = factors.a.float(), factors.b.float(), factors.scale
+        if own_alpha is not None:  # folded into B, and taken out again
+            scale = own_alpha / factors.rank
+            b = b / (scale / factors.scale)
+        layers[name] = SavedLayer(a, b, scale)
     first = next(iter(layers.values()))
-    target = header.get("simpletuner.target", CUSTOM)
+    target = file.header.get("simpletuner.target", CUSTOM)
     return LoadedLora(
-        path=path,
+        path=file.path,
         layers=layers,
         alpha=first.scale * first.a.shape[0] if own_alpha is None else own_alpha,
         target=target if target in PRESETS else CUSTOM,
-        metadata={field: header[f"simpletuner.{field}"] for field in HEADER_FIELDS if f"simpletuner.{field}" in header},
+        metadata={
+            field: file.header[f"simpletuner.{field}"]
+            for field in HEADER_FIELDS
+            if f"simpletuner.{field}" in file.header
+        },
+        unused=len(file.unread),
     )
 
 
 def _own_alpha(path: Path, text: str) -> float:
     """The alpha in a header of ours."""
     try:
-        return _checked_alpha(path, "simpletuner.alpha", float(text))
+        return checked_alpha(path, "simpletuner.alpha", float(text))
     except ValueError:
-        return _checked_alpha(path, "simpletuner.alpha", text)
-
-
-def _checked_alpha(path: Path, key: str, value: object) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= _ALPHA_LIMIT:
-        return float(value)
-    raise CheckpointError.of(
-        f"{path}: {key} = {str(value)[:60]} in its header",
-        f"a number above 0, up to {_ALPHA_LIMIT:g}",
-        "At an alpha of 0 a LoRA does nothing: save it again with another one. How strongly it acts is chosen where it "
-        "is used, as in `simpletuner sample --lora FILE:0.5`.",
-    )
-
-
-class _AlphaOf:
-    """A layer's alpha by PEFT's rules; without its metadata alpha is the rank, as diffusers has it.
-
-    Raises:
-        CheckpointError: the metadata is damaged, or of another kind of adapter.
-    """
-
-    def __init__(self, path: Path, metadata: str) -> None:
-        settings = {key.removeprefix("transformer."): value for key, value in _json_object(path, metadata).items()}
-        for flag in ("use_dora", "use_rslora"):
-            if settings.get(flag):
-                raise CheckpointError.of(f"{path} was trained with {flag}", "an ordinary LoRA")
-        default = settings.get("lora_alpha")
-        self.default = None if default is None else _checked_alpha(path, "lora_alpha", default)
-        ranks = {"r": settings["r"]} if "r" in settings else {}
-        for key, rank in (ranks | _patterns(path, "rank_pattern", settings)).items():
-            if type(rank) is not int or not 0 < rank <= _RANK_LIMIT:
-                raise CheckpointError.of(
-                    f"{path}: the rank of {key} is {str(rank)[:60]} in its header",
-                    f"a whole number from 1 to {_RANK_LIMIT:,}",
-                    _SAVE_AGAIN,
-                )
-        self.by_ending: dict[str, tuple[int, float]] = {}
-        """Place in the file and alpha of each pattern; one that begins with ^ is a whole name."""
-        for place, (pattern, alpha) in enumerate(_patterns(path, "alpha_pattern", settings).items()):
-            ending = pattern.removesuffix("$").replace(r"\.", ".")
-            if not _PLAIN_ENDING.fullmatch(ending):
-                raise CheckpointError.of(
-                    f"{path}: alpha_pattern has the regular expression {pattern[:60]} in its header",
-                    "names of layers, or their endings after a dot",
-                    "Write the names of the layers out, as PEFT does when it saves.",
-                )
-            checked = _checked_alpha(path, f"alpha_pattern {pattern[:60]}", alpha)
-            self.by_ending.setdefault(ending, (place, checked))
-
-    def __call__(self, layer: str, rank: int) -> float:
-        parts = layer.split(".")
-        endings = [f"^{layer}", *(".".join(parts[start:]) for start in range(len(parts)))]
-        matches = [self.by_ending[ending] for ending in endings if ending in self.by_ending]
-        if matches:
-            return min(matches)[1]  # PEFT takes the first of the file
-        return float(rank) if self.default is None else self.default
-
-
-def _json_object(path: Path, text: str) -> dict[str, Any]:
-    """The adapter's metadata, from its text in the header."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise CheckpointError.of(
-            f"{path}: {_ADAPTER_METADATA} = {text[:60]} in its header", "a JSON object", _SAVE_AGAIN
-        )
-    return value
-
-
-def _patterns(path: Path, key: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by pattern; none where the key is absent or null."""
-    value = settings.get(key)
-    if value is not None and not isinstance(value, dict):
-        raise CheckpointError.of(
-            f"{path}: {key} = {str(value)[:60]} in its header", "an object of layers and their values", _SAVE_AGAIN
-        )
-    return value or {}
+        return checked_alpha(path, "simpletuner.alpha", text)
 
 
 def attach_saved(transformer: nn.Module, saved: LoadedLora, *, strength: float = 1.0, dropout: float = 0.0) -> Adapter:

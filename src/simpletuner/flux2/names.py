@@ -1,8 +1,9 @@
 """Names of the same tensors in other files: BFL's for the transformer, three kinds for the text encoder."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ class Renamed:
         return ((shape[0] // len(self.names), *shape[1:]),) * len(self.names)
 
 
+_LAST_MODULATION = "final_layer.adaLN_modulation.1"
 _TOP = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
@@ -92,7 +94,7 @@ def from_bfl(name: str) -> Renamed | None:
     module, _, leaf = _bare(name).rpartition(".")
     if leaf not in ("weight", "scale"):  # the norms' weights are called scale
         return None
-    if module == "final_layer.adaLN_modulation.1":
+    if module == _LAST_MODULATION:
         return Renamed(("norm_out.linear.weight",), _halves_swapped)
     if module in _TOP:
         return Renamed((f"{_TOP[module]}.weight",))
@@ -126,7 +128,7 @@ def to_bfl(module: str) -> BflModule | None:
     `from_bfl`.
     """
     if module == "norm_out.linear":
-        return BflModule("final_layer.adaLN_modulation.1", swaps_halves=True)
+        return BflModule(_LAST_MODULATION, swaps_halves=True)
     if module in _FROM_TOP:
         return BflModule(_FROM_TOP[module])
     match = _DIFFUSERS_BLOCK.fullmatch(module)
@@ -141,6 +143,46 @@ def to_bfl(module: str) -> BflModule | None:
         if place in parts:
             return BflModule(f"double_blocks.{index}.{fused}", parts.index(place), len(parts))
     return None
+
+
+NamingLayout = Literal["diffusers", "bfl"]
+"""Whose names a file has for a transformer's modules."""
+
+
+def _flattened(names: Iterable[str]) -> dict[str, str]:
+    return {name.replace(".", "_"): name for name in names}
+
+
+_FLAT_OUTER: Mapping[str, tuple[NamingLayout, str]] = {
+    **{flat: ("bfl", name) for flat, name in _flattened([*_TOP, _LAST_MODULATION]).items()},
+    **{flat: ("diffusers", name) for flat, name in _flattened([*_FROM_TOP, "norm_out.linear"]).items()},
+}
+_FLAT_BLOCKS: Mapping[str, tuple[NamingLayout, Mapping[str, str]]] = {
+    "double_blocks": ("bfl", _flattened([*_DOUBLE, *_FUSED])),
+    "single_blocks": ("bfl", _flattened(_SINGLE)),
+    "transformer_blocks": (
+        "diffusers",
+        _flattened([*_FROM_DOUBLE, *(part for parts in _FUSED.values() for part in parts)]),
+    ),
+    "single_transformer_blocks": ("diffusers", _flattened(_FROM_SINGLE)),
+}
+_FLAT_BLOCK = re.compile(rf"({'|'.join(_FLAT_BLOCKS)})_(\d+)_(.+)")
+
+
+def known_module(name: str) -> tuple[NamingLayout, str] | None:
+    """The layout that calls a module `name`, and its name there; None if neither does.
+
+    Underscores may stand for dots, all of them as in kohya's files or some as in HunyuanVideo's `img_attn_qkv`.
+    """
+    flat = name.replace(".", "_")
+    if flat in _FLAT_OUTER:
+        return _FLAT_OUTER[flat]
+    block = _FLAT_BLOCK.fullmatch(flat)
+    if block is None:
+        return None
+    group, index, place = block.groups()
+    layout, places = _FLAT_BLOCKS[group]
+    return (layout, f"{group}.{index}.{places[place]}") if place in places else None
 
 
 def with_prefix(name: str) -> Renamed:

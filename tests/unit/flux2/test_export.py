@@ -14,10 +14,11 @@ from torch import Tensor
 from simpletuner.base.errors import CheckpointError
 from simpletuner.config.flavours import TransformerSpec
 from simpletuner.config.options.lora import LoraOptions
-from simpletuner.flux2.export import LORA_NAME, attach_saved, read_lora, save_lora
+from simpletuner.flux2.export import attach_saved, read_lora, save_lora
 from simpletuner.flux2.lora import PRESETS, Adapter, attach
 from simpletuner.flux2.tokens import context_ids, image_ids
 from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.runs.layout import LORA_NAME
 
 SPEC = TransformerSpec(
     heads=2,

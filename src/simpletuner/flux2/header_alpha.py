@@ -1,0 +1,102 @@
+"""A LoRA layer's scale by the file's header, as PEFT and diffusers write and read it."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from simpletuner.base.errors import CheckpointError
+
+ADAPTER_METADATA = "lora_adapter_metadata"
+"""The header field with PEFT's configuration."""
+SAVE_AGAIN = "The file is damaged: take another copy, or save it again with the program that wrote it."
+
+_PLAIN_ENDING = re.compile(r"\^?[\w.-]+")
+"""What of PEFT's patterns, which are regular expressions, is read: names. A foreign expression may never end."""
+_ALPHA_LIMIT = 1e9
+_RANK_LIMIT = 1_000_000
+
+
+def checked_alpha(path: Path, key: str, value: object, place: str = " in its header") -> float:
+    """`value` as an alpha; `place` says where `path` has it.
+
+    Raises:
+        CheckpointError: it makes no LoRA.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= _ALPHA_LIMIT:
+        return float(value)
+    raise CheckpointError.of(
+        f"{path}: {key} = {str(value)[:60]}{place}",
+        f"a number above 0, up to {_ALPHA_LIMIT:g}",
+        "At an alpha of 0 a LoRA does nothing: save it again with another one. How strongly it acts is chosen where it "
+        "is used, as in `simpletuner sample --lora FILE:0.5`.",
+    )
+
+
+class HeaderScale:
+    """A layer's scale by PEFT's rules: alpha / rank, or alpha / √rank with rsLoRA (arXiv 2312.03732). Without its
+    metadata alpha is the rank, as diffusers has it.
+
+    Raises:
+        CheckpointError: the metadata is damaged.
+    """
+
+    def __init__(self, path: Path, header: Mapping[str, str]) -> None:
+        metadata = _json_object(path, header.get(ADAPTER_METADATA, "{}"))
+        settings = {key.removeprefix("transformer."): value for key, value in metadata.items()}
+        self.is_dora = bool(settings.get("use_dora"))
+        """Whether the header says that the file is a DoRA."""
+        self.is_rank_stabilized = bool(settings.get("use_rslora"))
+        default = settings.get("lora_alpha")
+        self.default = None if default is None else checked_alpha(path, "lora_alpha", default)
+        ranks = {"r": settings["r"]} if "r" in settings else {}
+        for key, rank in (ranks | _patterns(path, "rank_pattern", settings)).items():
+            if type(rank) is not int or not 0 < rank <= _RANK_LIMIT:
+                raise CheckpointError.of(
+                    f"{path}: the rank of {key} is {str(rank)[:60]} in its header",
+                    f"a whole number from 1 to {_RANK_LIMIT:,}",
+                    SAVE_AGAIN,
+                )
+        self.by_ending: dict[str, tuple[int, float]] = {}
+        """Place in the file and alpha of each pattern; one that begins with ^ is a whole name."""
+        for place, (pattern, alpha) in enumerate(_patterns(path, "alpha_pattern", settings).items()):
+            ending = pattern.removesuffix("$").replace(r"\.", ".")
+            if not _PLAIN_ENDING.fullmatch(ending):
+                raise CheckpointError.of(
+                    f"{path}: alpha_pattern has the regular expression {pattern[:60]} in its header",
+                    "names of layers, or their endings after a dot",
+                    "Write the names of the layers out, as PEFT does when it saves.",
+                )
+            checked = checked_alpha(path, f"alpha_pattern {pattern[:60]}", alpha)
+            self.by_ending.setdefault(ending, (place, checked))
+
+    def __call__(self, layer: str, rank: int) -> float:
+        parts = layer.split(".")
+        endings = [f"^{layer}", *(".".join(parts[start:]) for start in range(len(parts)))]
+        matches = [self.by_ending[ending] for ending in endings if ending in self.by_ending]
+        alpha = min(matches)[1] if matches else self.default  # PEFT takes the first of the file
+        if alpha is None:
+            return 1.0
+        return float(alpha / (rank**0.5 if self.is_rank_stabilized else rank))
+
+
+def _json_object(path: Path, text: str) -> dict[str, Any]:
+    """The adapter's metadata, from its text in the header."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise CheckpointError.of(f"{path}: {ADAPTER_METADATA} = {text[:60]} in its header", "a JSON object", SAVE_AGAIN)
+    return value
+
+
+def _patterns(path: Path, key: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by pattern; none where the key is absent or null."""
+    value = settings.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise CheckpointError.of(
+            f"{path}: {key} = {str(value)[:60]} in its header", "an object of layers and their values", SAVE_AGAIN
+        )
+    return value or {}
