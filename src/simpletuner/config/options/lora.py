@@ -34,6 +34,10 @@ def _targets(value: tuple[str, ...] | str) -> tuple[str, ...] | str:
     return value
 
 
+LoraFormat = Literal["diffusers", "comfyui", "bfl", "kohya"]
+"""Whose names a LoRA file has; `flux2.lora_formats` says what they are."""
+
+
 class LoraOptions(Slice):
     """LoRA."""
 
@@ -81,8 +85,10 @@ class LoraOptions(Slice):
     init_lora: PathText | None = None
     """Start from this saved adapter. Rank and alpha then come from the file."""
 
-    lora_format: Literal["diffusers"] = "diffusers"
-    """Names inside the exported file."""
+    lora_format: LoraFormat = "diffusers"
+    """Names inside the exported file: `diffusers` is read by diffusers and ComfyUI, but not the layers outside the
+    blocks in ComfyUI; `comfyui` and `kohya` have BFL's names, which both read too, ComfyUI with every layer; `bfl` is
+    PEFT's spelling of BFL's names, for programs that train on that model. Checkpoints have diffusers' names always."""
 
     @property
     def alpha(self) -> float:

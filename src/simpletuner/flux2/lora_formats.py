@@ -1,0 +1,213 @@
+"""LoRA files as each program wants them: diffusers', ComfyUI's, BFL's and kohya's names, and what each loader loses.
+
+A conversion is exact: the same effect, and our own file comes back bit for bit. Query, key and value are fused as
+`flux2.fused` has it, the halves of the last modulation change places, and alpha/rank is folded into B, since loaders
+disagree about where alpha is kept.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from simpletuner.base.errors import DiskError
+from simpletuner.base.files import file_errors_reported
+from simpletuner.base.parts import locked_part
+from simpletuner.config.options.lora import LoraFormat
+from simpletuner.flux2.dialects import read_adapter
+from simpletuner.flux2.factors import Factors, LowRank
+from simpletuner.flux2.fused import FUSED_RANKS, fused, fused_groups, fused_ranks, unfused
+from simpletuner.flux2.names import to_bfl
+from simpletuner.memory.tensors import save_verified
+
+ADAPTER_METADATA = "lora_adapter_metadata"
+"""PEFT's configuration in the header, as diffusers reads it. Its names and ranks are those of diffusers' format."""
+KEPT_METADATA = f"simpletuner.{ADAPTER_METADATA}"
+"""The same in a file of another format, in which diffusers must not find it."""
+
+LoaderName = Literal["diffusers", "ComfyUI"]
+Loss = Literal["dropped", "wrong"]
+"""What a loader does with a layer: "dropped" leaves it out, "wrong" applies something else."""
+
+
+@dataclass(frozen=True)
+class LoraLayout:
+    """How the keys of a format are spelled."""
+
+    prefix: str
+    is_bfl: bool
+    """Whether modules have BFL's names, and its fused matrices, or diffusers'."""
+    down: str = ".lora_A.weight"
+    up: str = ".lora_B.weight"
+    is_flat: bool = False
+    """Whether the dots in a module's name are underscores, as kohya's scripts have it."""
+    has_alpha: bool = False
+    """Whether a key beside the factors holds alpha; it is the rank."""
+    readers: tuple[LoaderName, ...] = ("diffusers", "ComfyUI")
+    """The loaders that read the format at all."""
+
+
+LORA_FORMATS: Mapping[LoraFormat, LoraLayout] = {
+    "diffusers": LoraLayout("transformer.", is_bfl=False),
+    "comfyui": LoraLayout("diffusion_model.", is_bfl=True),
+    "bfl": LoraLayout("base_model.model.", is_bfl=True, readers=("diffusers",)),
+    "kohya": LoraLayout("lora_unet_", True, ".lora_down.weight", ".lora_up.weight", is_flat=True, has_alpha=True),
+}
+
+_TIME = tuple(f"time_guidance_embed.timestep_embedder.linear_{number}" for number in (1, 2))
+_GUIDANCE = tuple(f"time_guidance_embed.guidance_embedder.linear_{number}" for number in (1, 2))
+_MODULATIONS = (
+    "double_stream_modulation_img.linear",
+    "double_stream_modulation_txt.linear",
+    "single_stream_modulation.linear",
+)
+_LAST = "norm_out.linear"
+_LOST: Mapping[tuple[LoraFormat, LoaderName], Mapping[str, Loss]] = {
+    ("diffusers", "ComfyUI"): dict.fromkeys((*_TIME, *_GUIDANCE, *_MODULATIONS), "dropped"),
+    ("comfyui", "diffusers"): {_LAST: "wrong"},
+    ("bfl", "diffusers"): {_LAST: "wrong"},
+    ("kohya", "diffusers"): dict.fromkeys((*_GUIDANCE, *_MODULATIONS, _LAST), "dropped"),
+}
+"""Outside the blocks, as diffusers 0.42 and ComfyUI 0.19 read them: neither swaps the halves of the last modulation
+(diffusers, of a file in BFL's names), and each has a list of the names that it knows."""
+
+
+def losses(modules: Iterable[str], lora_format: LoraFormat) -> dict[LoaderName, dict[str, Loss]]:
+    """What each loader loses of a LoRA on `modules` (diffusers' names) in a file of `lora_format`; {} if nothing."""
+    names = list(modules)
+    return {
+        loader: {name: lost[name] for name in names if name in lost}
+        if loader in LORA_FORMATS[lora_format].readers
+        else dict.fromkeys(names, "dropped")
+        for loader in ("diffusers", "ComfyUI")
+        for lost in (_LOST.get((lora_format, loader), {}),)
+    }
+
+
+def folded(factors: LowRank) -> LowRank:
+    """The same ΔW with a scale of 1: b times the scale, in fp32 where b's own dtype would round it."""
+    if factors.scale == 1:
+        return factors
+    exact = factors.b.double() * factors.scale
+    own = exact.to(factors.b.dtype)
+    wide = own if own.itemsize > 4 or torch.equal(own.double(), exact) else exact.float()
+    return LowRank(factors.a, wide)
+
+
+def encoded(modules: Mapping[str, LowRank], lora_format: LoraFormat) -> dict[str, Tensor]:
+    """The tensors of a file in `lora_format` with the LoRA on `modules` (diffusers' names).
+
+    Raises:
+        ValueError: FLUX.2 has no such module.
+    """
+    layout = LORA_FORMATS[lora_format]
+    modules = {name: folded(factors) for name, factors in modules.items()}
+    named = _in_bfl(modules) if layout.is_bfl else modules
+    tensors = {}
+    for name, factors in named.items():
+        key = layout.prefix + (name.replace(".", "_") if layout.is_flat else name)
+        tensors[key + layout.down], tensors[key + layout.up] = factors.a, factors.b
+        if layout.has_alpha:
+            tensors[f"{key}.alpha"] = torch.tensor(float(factors.rank))
+    return tensors
+
+
+def _in_bfl(modules: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """`modules` by BFL's names, fused and with its order of halves."""
+    found = {
+        name: fused([None if part is None else modules[part] for part in parts])
+        for name, parts in fused_groups(modules).items()
+    }
+    for name, factors in modules.items():
+        place = to_bfl(name)
+        if place is None:
+            raise ValueError(f"FLUX.2 has no Linear {name}")
+        if place.parts == 1:
+            halves = factors.b.chunk(2)
+            found[place.name] = LowRank(factors.a, torch.cat(halves[::-1])) if place.swaps_halves else factors
+    return found
+
+
+def peft_metadata(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """PEFT's configuration of a LoRA whose layers have these ranks, as diffusers reads it from `ADAPTER_METADATA`.
+    alpha = rank, since the scale is in B.
+    """
+    ((rank, _),) = Counter(ranks.values()).most_common(1)
+    others = {name: own for name, own in ranks.items() if own != rank}
+    return {
+        "transformer.r": rank,
+        "transformer.lora_alpha": rank,
+        "transformer.rank_pattern": others,
+        "transformer.alpha_pattern": others,
+        "transformer.target_modules": list(ranks),
+    }
+
+
+def _is_metadata_of(text: str, ranks: Mapping[str, int]) -> bool:
+    """Whether PEFT's configuration in `text` says `ranks`, and alpha = rank, of full names."""
+    try:
+        told = json.loads(text)
+        of_all = [(told[f"transformer.{key}"], told[f"transformer.{pattern}"]) for key, pattern in _BY_PATTERN]
+        return all(own.get(name, default) == rank for default, own in of_all for name, rank in ranks.items())
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return False
+
+
+_BY_PATTERN = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
+
+
+def header_in(lora_format: LoraFormat, modules: Mapping[str, LowRank], header: Mapping[str, str]) -> dict[str, str]:
+    """The header of a file in `lora_format` that holds `modules`, from that of their file in any format."""
+    found = {"format": "pt", **header}
+    ranks = {name: factors.rank for name, factors in modules.items()}
+    texts = [found.pop(key, "") for key in (KEPT_METADATA, ADAPTER_METADATA)]
+    of_these = next((text for text in texts if _is_metadata_of(text, ranks)), None)
+    found.pop(FUSED_RANKS, None)
+    if lora_format == "diffusers":
+        found[ADAPTER_METADATA] = of_these or json.dumps(peft_metadata(ranks), sort_keys=True)
+        return found
+    if of_these is not None:
+        found[KEPT_METADATA] = of_these
+    if LORA_FORMATS[lora_format].is_bfl and (parts := fused_ranks(modules)):
+        found[FUSED_RANKS] = json.dumps(parts, separators=(",", ":"))
+    return found
+
+
+def write_adapter(
+    path: Path, modules: Mapping[str, LowRank], lora_format: LoraFormat, header: Mapping[str, str]
+) -> None:
+    """Write the LoRA on `modules` (diffusers' names) to `path` in `lora_format`, and read it back as any file is read:
+    every layer must be there with the same bits, and no key be left over. Until then, `path` is as it was.
+
+    `header` holds text fields of any format's header; what this one needs is added.
+
+    Raises:
+        DiskError: no space, or the file reads back differently.
+        ValueError: no modules, or one that FLUX.2 does not have.
+    """
+    tensors = encoded(modules, lora_format)
+    with file_errors_reported(path), locked_part(path) as part:
+        save_verified(part, tensors, header_in(lora_format, modules, header))
+        read = read_adapter(part)
+        found = unfused(read.modules, read.header)
+        differ = [name for name, factors in modules.items() if not _is_same(found.get(name), folded(factors))]
+        if differ or read.unread or found.keys() != modules.keys():
+            count = len(differ) + len(read.unread) + len(found.keys() - modules.keys())
+            raise DiskError.of(
+                f"{path} reads back differently from what was written ({count} layers)",
+                remedy="Check the disk, then save again.",
+            )
+        part.replace(path)
+
+
+def _is_same(found: Factors | None, expected: LowRank) -> bool:
+    """Whether the factors are equal to the bit; fusing may have widened a dtype."""
+    return isinstance(found, LowRank) and all(
+        torch.equal(one.double(), other.double())
+        for one, other in ((found.a, expected.a), (folded(found).b, expected.b))
+    )
