@@ -35,7 +35,7 @@ _PREFIXES = (
 """What programs put before a Linear's name."""
 
 _LORA_SUFFIX = re.compile(
-    r"[._](lora_[AB](?:\.(?!weight$)\w+)?|lora_(?:down|up)|lora\.(?:down|up)|lora_linear_layer\.(?:down|up))(?:\.weight)?$"
+    r"[._](lora_[AB](?:\.(?!weight$|bias$)\w+)?|lora_(?:down|up)|lora\.(?:down|up)|lora_linear_layer\.(?:down|up))(?:\.weight)?$"
 )
 """A LoRA's two matrices: PEFT's A and B, with or without an adapter's name, or down and up."""
 _KNOWN_SUFFIXES = FACTOR_SUFFIXES | UNREAD_SUFFIXES.keys() | {"alpha"}

@@ -19,6 +19,7 @@ from simpletuner.base.errors import CheckpointError
 from simpletuner.config.flavours import FLAVOURS, Flavour, TransformerSpec, flavour_of_base
 from simpletuner.flux2.dialects import check_all_read, read_adapter
 from simpletuner.flux2.factors import Kronecker, LowRank
+from simpletuner.flux2.fused import unfused
 from simpletuner.flux2.header_alpha import ADAPTER_METADATA, checked_alpha
 from simpletuner.flux2.lora import CUSTOM, PRESETS, Adapter, Range, linears, preset_ranges, whole, wrap
 from simpletuner.flux2.transformer import Flux2Transformer
@@ -106,13 +107,13 @@ def read_lora(path: Path) -> LoadedLora:
     text = file.header.get("simpletuner.alpha")
     own_alpha = None if text is None else _own_alpha(file.path, text)
     layers = {}
-    for name, factors in file.modules.items():
+    for name, factors in unfused(file.modules, file.header).items():
         if not isinstance(factors, LowRank):
             title = "LoKr" if isinstance(factors, Kronecker) else "LoHa"
             raise CheckpointError.of(
-                f"{file.path} is a {title}: {name} has factors of one",
-                "a LoRA, which is what is trained further",
-                f"`simpletuner sample --lora {file.path}` draws with it.",
+                f"{file.path} holds a {title}, in {name} for one",
+                "a LoRA, the kind of adapter that is trained",
+                "`simpletuner sample --lora FILE` draws with it.",
             )
         a, b, scale = factors.a.float(), factors.b.float(), factors.scale
         if own_alpha is not None:  # folded into B, and taken out again

@@ -9,7 +9,7 @@ from typing import Any
 from simpletuner.base.errors import CheckpointError
 
 ADAPTER_METADATA = "lora_adapter_metadata"
-"""The header field with PEFT's configuration."""
+"""PEFT's configuration in the header, as diffusers reads it. Its names and ranks are those of diffusers' format."""
 SAVE_AGAIN = "The file is damaged: take another copy, or save it again with the program that wrote it."
 
 _PLAIN_ENDING = re.compile(r"\^?[\w.-]+")

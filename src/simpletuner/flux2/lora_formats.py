@@ -22,11 +22,10 @@ from simpletuner.config.options.lora import LoraFormat
 from simpletuner.flux2.dialects import read_adapter
 from simpletuner.flux2.factors import Factors, LowRank
 from simpletuner.flux2.fused import FUSED_RANKS, fused, fused_groups, fused_ranks, unfused
+from simpletuner.flux2.header_alpha import ADAPTER_METADATA
 from simpletuner.flux2.names import to_bfl
 from simpletuner.memory.tensors import save_verified
 
-ADAPTER_METADATA = "lora_adapter_metadata"
-"""PEFT's configuration in the header, as diffusers reads it. Its names and ranks are those of diffusers' format."""
 KEPT_METADATA = f"simpletuner.{ADAPTER_METADATA}"
 """The same in a file of another format, in which diffusers must not find it."""
 

@@ -109,6 +109,11 @@ class LoraProduct:
             adapter = attach(transformer, config, seed=config.seed)
         else:
             saved = read_lora(Path(config.init_lora))
+            if saved.unused:
+                reporter.notice(
+                    f"{saved.path.name} holds {saved.unused} keys of a text encoder's layers too. They are not used: "
+                    "the text encoder is not adapted here."
+                )
             adapter = attach_saved(transformer, saved, dropout=config.lora_dropout)
         if sharding is not None:
             adapter.to(world.device)  # attached where the shards lie, which may be host memory
