@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.lora_dialects import write_dialect
 from torch import Tensor
 
 from simpletuner.base.quiet import quiet_import
@@ -19,6 +20,10 @@ from simpletuner.flux2.spec import transformer_to_diffusers
 from simpletuner.flux2.tokens import context_ids, image_ids, pack_latents
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.runs.layout import LORA_NAME
+
+SMALL = TransformerSpec(
+    heads=2, head_dim=16, double_blocks=1, single_blocks=2, context_dim=24, guidance_embeds=True, axes=(4, 4, 4, 4)
+)
 
 
 def model(spec: TransformerSpec = TINY) -> Flux2Transformer:
@@ -208,3 +213,53 @@ def test_a_file_that_diffusers_saved_means_the_same_here(tmp_path: Path) -> None
     ours = model()
     attach_saved(ours, read_lora(tmp_path))
     assert_near(velocity(ours), reference_velocity(theirs))
+
+
+@pytest.mark.parametrize(
+    ("row", "blocks_only"),
+    [
+        ("1 diffusers", False),
+        ("2 ai-toolkit, diffusion-pipe", True),
+        ("3 PEFT on BFL's model", True),
+        ("4 musubi-tuner", True),
+        ("12 old diffusers", False),
+    ],
+)
+@torch.no_grad()
+def test_other_programs_files_mean_the_same_in_diffusers(
+    tmp_path: Path, said: pytest.LogCaptureFixture, row: str, blocks_only: bool
+) -> None:
+    """Of BFL's names the blocks alone: diffusers takes the halves of the last modulation the wrong way round."""
+    path = tmp_path / LORA_NAME
+    write_dialect(path, SMALL, row, blocks_only=blocks_only)
+    pipe = pipeline(SMALL)
+    pipe.load_lora_weights(tmp_path)
+    assert said.records == []
+    ours = model(SMALL)
+    attach_saved(ours, read_lora(path))
+    expected = reference_velocity(pipe.transformer, SMALL)
+    assert_near(velocity(ours), expected)
+    assert (velocity(model(SMALL)) - expected).abs().max() > 0.01 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_a_rank_stabilized_lora_means_the_same_here(tmp_path: Path) -> None:
+    from diffusers import Flux2Pipeline
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    theirs = reference(SMALL)
+    theirs.add_adapter(LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=["to_q", "attn.to_qkv_mlp_proj"]))
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    Flux2Pipeline.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=get_peft_model_state_dict(theirs),
+        **_collate_lora_metadata({"transformer": theirs}),
+    )
+    saved = read_lora(tmp_path)
+    assert {layer.scale for layer in saved.layers.values()} == {3.0}
+    ours = model(SMALL)
+    attach_saved(ours, saved)
+    assert_near(velocity(ours), reference_velocity(theirs, SMALL))
