@@ -9,15 +9,18 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tests.lora_dialects import write_dialect
 from tests.recipes.conftest import Workplace
 
 from simpletuner.base import machine
 from simpletuner.base.storage import LocalStorage
+from simpletuner.config.flavours import TINY
 from simpletuner.config.load import load
 from simpletuner.data.cache.latents import latent_key
 from simpletuner.data.cache.store import Store
 from simpletuner.data.manifest import scan
 from simpletuner.data.order import Order
+from simpletuner.flux2.dialects import read_adapter
 from simpletuner.flux2.source import locate
 from simpletuner.runs import disk
 from simpletuner.runs.events import EVENTS
@@ -154,6 +157,22 @@ def test_init_lora_goes_on_from_a_saved_adapter(workplace: Workplace) -> None:
     first, more = load_file(workplace.run().lora), load_file(workplace.run("more").lora)
     assert first.keys() == more.keys()
     assert all(more[key].allclose(value, rtol=0, atol=1e-12) for key, value in first.items())
+
+
+@pytest.mark.slow
+def test_init_lora_goes_on_from_another_programs_file(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    other = "lora_te_model_layers_0_self_attn_q_proj.alpha"
+    deltas = write_dialect(
+        Path("kohya.safetensors"), TINY, "4 musubi-tuner", ranks=(4, 2), also={other: torch.ones(())}
+    )
+    assert workplace.train(
+        "--init_lora=kohya.safetensors", "--learning_rate=1e-20", "--adam_weight_decay=0", "--max_train_steps=1"
+    ) == 0  # fmt: skip
+    assert "kohya.safetensors holds 1 keys of a text encoder's layers too" in capsys.readouterr().out
+    trained = read_adapter(workplace.run().lora).modules
+    assert trained.keys() == deltas.keys()
+    for name, factors in trained.items():
+        torch.testing.assert_close(factors.delta().double(), deltas[name], rtol=0, atol=1e-5 * deltas[name].abs().max())
 
 
 def test_a_loss_that_is_not_finite_saves_what_is_good_and_names_the_samples(
@@ -355,6 +374,8 @@ def test_a_mistake_that_a_header_tells_ends_the_run_before_anything_is_encoded(
     lora = {f"{key}.lora_A.weight": torch.full((4, 192), torch.nan), f"{key}.lora_B.weight": torch.ones(192, 4)}
     save_file(lora, "nan.safetensors")
     save_file({name: torch.ones(2, 2) for name in lora}, "other.safetensors")
+    save_file({name.replace("to_q", "processor.to_q"): torch.ones(2, 2) for name in lora}, "foreign.safetensors")
+    save_file(lora | {f"{key}.dora_scale": torch.ones(192, 1)}, "dora.safetensors")
     model = f"--pretrained_model_name_or_path={tiny_folder}"
     for flag, code, message in (
         ('--peft_lora_target_modules=["nothing"]', 2, '"nothing" matches no Linear of the transformer'),
@@ -362,6 +383,8 @@ def test_a_mistake_that_a_header_tells_ends_the_run_before_anything_is_encoded(
         ("--pretrained_transformer_model_name_or_path=part.safetensors", 4, "part.safetensors: missing (1)"),
         ("--init_lora=nan.safetensors", 6, "nan.safetensors: NaN or infinite numbers in 1 of 1 layers"),
         ("--init_lora=other.safetensors", 6, "other.safetensors does not fit this model, tiny: 1 of 1 layers"),
+        ("--init_lora=foreign.safetensors", 6, "foreign.safetensors: none of its 2 keys names a layer of FLUX.2"),
+        ("--init_lora=dora.safetensors", 6, "dora.safetensors holds DoRA in 3 keys"),
     ):
         assert workplace.train(model, flag) == code
         assert message in capsys.readouterr().err

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from simpletuner.base.errors import CheckpointError, Problem
@@ -35,7 +36,8 @@ _PREFIXES = (
 """What programs put before a Linear's name."""
 
 _LORA_SUFFIX = re.compile(
-    r"[._](lora_[AB](?:\.(?!weight$|bias$)\w+)?|lora_(?:down|up)|lora\.(?:down|up)|lora_linear_layer\.(?:down|up))(?:\.weight)?$"
+    r"[._](?:(?P<peft>lora_)(?P<side>[AB])(?P<adapter>\.(?!(?:weight|bias)$)\w+)?"
+    r"|(?P<kohya>lora_|lora\.|lora_linear_layer\.)(?P<way>down|up))(?:\.weight)?$"
 )
 """A LoRA's two matrices: PEFT's A and B, with or without an adapter's name, or down and up."""
 _KNOWN_SUFFIXES = FACTOR_SUFFIXES | UNREAD_SUFFIXES.keys() | {"alpha"}
@@ -75,7 +77,7 @@ class AdapterFile:
     is shown as a pattern, such as "unet.<bfl>.lora_A".
     """
     modules: dict[str, Factors]
-    """By diffusers' name of the Linear, fused matrices cut into theirs; in the file's numbers and dtype."""
+    """By diffusers' name of the Linear, fused matrices cut; in the file's numbers and dtype, fp8 in bf16."""
     unread: dict[str, str] = field(default_factory=dict)
     """Keys that are part of no factors above, each with what it is: "dora", "oft", "diff", "text encoder" or "unknown".
     """
@@ -133,6 +135,7 @@ def read_adapter(path: Path) -> AdapterFile:
             tensors, header = dict(file), file.metadata
     groups, unread = _grouped(path, tensors)
     has_alpha = any("alpha" in group.tensors for group in groups)
+    names = tuple(dict.fromkeys(_dialect(group) for group in groups))
     for group in list(groups):
         kinds = [UNREAD_SUFFIXES[suffix].name for suffix in group.tensors if suffix in UNREAD_SUFFIXES]
         if kinds or group.tensors.keys() == {"alpha"}:  # a DoRA's A and B mean nothing without its magnitudes
@@ -154,10 +157,9 @@ def read_adapter(path: Path) -> AdapterFile:
     _check_modules(path, modules, unread)
     if header_scale.is_dora and modules:
         raise CheckpointError.of(f"{path} was trained with use_dora and has no magnitudes", "an ordinary LoRA")
-    names = tuple(dict.fromkeys(_dialect(group) for group in groups))
     return AdapterFile(
         path=path,
-        dialect=names[0] if len(names) == 1 else "mixed" if names else "none",
+        dialect=names[0] if len(names) == 1 else "mixed",
         modules=modules,
         unread=unread,
         header=header,
@@ -180,7 +182,7 @@ def check_all_read(file: AdapterFile) -> None:
                 Problem(
                     f"{file.path} has {len(keys)} keys that are not known, such as {keys[0]}",
                     "an adapter of FLUX.2's Linears",
-                    "Export it again without them.",
+                    "Made for another model, such as FLUX.1, it does not work here; else export it again without them.",
                 )
             )
         elif kind != "text encoder":
@@ -200,9 +202,8 @@ def check_all_read(file: AdapterFile) -> None:
 def _parsed(key: str) -> _KeyParts:
     lora = _LORA_SUFFIX.search(key)
     if lora is not None:
-        side, dot, adapter = lora[1].partition(".") if lora[1].startswith(("lora_A", "lora_B")) else (lora[1], "", "")
-        spelling = side.replace("lora_B", "lora_A").replace("up", "down") + (".default" if adapter else dot)
-        return _KeyParts(key[: lora.start()], "A" if side.endswith(("A", "down")) else "B", spelling)
+        spelling = "lora_A" + (".default" if lora["adapter"] else "") if lora["peft"] else f"{lora['kohya']}down"
+        return _KeyParts(key[: lora.start()], lora["side"] or ("A" if lora["way"] == "down" else "B"), spelling)
     pieces = key.split(".")
     for size in (3, 2, 1):
         suffix = ".".join(pieces[-size:])
@@ -215,7 +216,9 @@ def _grouped(path: Path, tensors: Mapping[str, Tensor]) -> tuple[list[_KeyGroup]
     """The keys of each module of FLUX.2, and what the others are."""
     groups: dict[str, _KeyGroup] = {}
     unread = {}
-    for key, tensor in tensors.items():
+    for key, stored in tensors.items():
+        is_byte = stored.is_floating_point() and stored.itemsize == 1  # torch computes nothing in fp8
+        tensor = stored.to(torch.bfloat16) if is_byte else stored
         stem, suffix, spelling = _parsed(key)
         prefix = next(prefix for prefix in _PREFIXES if stem.startswith(prefix))
         known = known_module(stem.removeprefix(prefix)) if suffix else None

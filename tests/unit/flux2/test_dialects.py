@@ -205,6 +205,15 @@ def test_dialects_ranks_and_types_are_mixed(tmp_path: Path, rows: tuple[str, ...
         assert_near(layer.scale * layer.b.double() @ layer.a.double(), deltas[name])
 
 
+def test_fp8_factors_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    a, b = torch.randn(2, 32).to(torch.float8_e4m3fn), torch.randn(32, 2).to(torch.float8_e5m2)
+    save_file({f"{HERE}.lora_A.weight": a, f"{HERE}.lora_B.weight": b}, path)
+    (layer,) = read_lora(path).layers.values()
+    assert torch.equal(layer.a, a.float())
+    assert torch.equal(layer.b, b.float())
+
+
 def test_an_alpha_of_the_rank_is_none_at_all(tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     write_dialect(path, SPEC, KOHYA)
@@ -292,7 +301,7 @@ def test_other_kinds_are_named_with_what_reads_them(
     file = read_adapter(path)
     assert file.modules == {}
     assert file.unread == dict.fromkeys(lora() | also, kind)
-    assert file.dialect == "none"
+    assert file.dialect == "comfyui"
     save_file(lora() | also | lora("diffusion_model.double_blocks.1.img_attn.proj"), path)
     assert list(read_adapter(path).modules) == ["transformer_blocks.1.attn.to_out.0"]
     for read in (read_lora, lambda path: check_all_read(read_adapter(path))):

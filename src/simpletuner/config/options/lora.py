@@ -83,7 +83,7 @@ class LoraOptions(Slice):
     matches nothing is an error."""
 
     init_lora: PathText | None = None
-    """Start from this saved adapter. Rank and alpha then come from the file."""
+    """Start from this saved LoRA, of this or another program. Ranks and alpha then come from the file."""
 
     lora_format: LoraFormat = "diffusers"
     """Names inside the exported file: `diffusers` is read by diffusers and ComfyUI, but not the layers outside the
