@@ -23,10 +23,12 @@ from simpletuner.config.flavours import flavour_of_base, sibling
 from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flux2.components import check_precisions, load_base, open_text_encoder
 from simpletuner.flux2.denoiser import Denoiser
-from simpletuner.flux2.export import LoadedLora, attach_saved, read_lora
+from simpletuner.flux2.dialects import AdapterFile
+from simpletuner.flux2.export import LoadedLora, attach_saved
+from simpletuner.flux2.fixed import attach_fixed, check_fixed, read_for_drawing
 from simpletuner.flux2.generate import fits_both, generate
 from simpletuner.flux2.load import checked_skeleton
-from simpletuner.flux2.lora import Adapter, detach
+from simpletuner.flux2.lora import AdapterLayer, detach
 from simpletuner.flux2.source import Source, locate
 from simpletuner.flux2.text import control_token_notice
 from simpletuner.flux2.transformer import Flux2Transformer
@@ -235,11 +237,11 @@ class _LoraFile:
 
 @dataclass(frozen=True)
 class _AttachedLora:
-    """A LoRA on a transformer."""
+    """A LoRA, or an adapter of another kind, on a transformer."""
 
     file: _LoraFile
     sha256: str
-    adapter: Adapter
+    layers: Mapping[str, AdapterLayer]
     scales: Mapping[str, float]
     """Of each layer, at a strength of 1."""
 
@@ -249,7 +251,7 @@ class _AttachedLoras:
 
     def __init__(self) -> None:
         self._wanted: list[_LoraFile] = []
-        self._contents: list[LoadedLora] = []
+        self._contents: list[LoadedLora | AdapterFile] = []
         """Of what is wanted, until it is attached."""
         self._attached: list[_AttachedLora] = []
 
@@ -261,11 +263,17 @@ class _AttachedLoras:
         self._contents = []
         if self._are_attached():
             return
-        contents = [read_lora(file.path) for file in self._wanted]
+        contents = [read_for_drawing(file.path) for file in self._wanted]
         skeleton = checked_skeleton(source)
         for lora in contents:
-            attach_saved(skeleton, lora)
-            trained_on = lora.metadata.get("base_model")
+            if isinstance(lora, LoadedLora):
+                attach_saved(skeleton, lora)
+                trained_on, unused = lora.metadata.get("base_model"), lora.unused
+            else:
+                check_fixed(skeleton, lora)
+                trained_on, unused = lora.header.get("simpletuner.base_model"), len(lora.unread)
+            if unused:
+                complain(f"{lora.path.name} has {unused} tensors for a text encoder, which draws without them.")
             if trained_on not in (None, source.name) and not _are_siblings(trained_on, source):
                 complain(f"{lora.path.name} was trained on {trained_on}; drawing with {source.name}.")
         self._contents = contents
@@ -274,14 +282,18 @@ class _AttachedLoras:
         """Put what was checked on `transformer`, in place of what is on it."""
         if self._are_attached():
             return
-        contents = self._contents or [read_lora(file.path) for file in self._wanted]
+        contents = self._contents or [read_for_drawing(file.path) for file in self._wanted]
         self._contents = []
         while self._attached:
-            detach(transformer, self._attached.pop().adapter)
+            detach(transformer, self._attached.pop().layers)
         for file, content in zip(self._wanted, contents, strict=True):
-            scales = {name: layer.scale for name, layer in content.layers.items()}
-            adapter = attach_saved(transformer, content)
-            self._attached.append(_AttachedLora(file, sha256_file(file.path), adapter, scales))
+            layers: Mapping[str, AdapterLayer]
+            if isinstance(content, LoadedLora):
+                layers = attach_saved(transformer, content).layers
+            else:
+                layers = attach_fixed(transformer, content)
+            scales = {name: layer.scale for name, layer in layers.items()}
+            self._attached.append(_AttachedLora(file, sha256_file(file.path), layers, scales))
 
     def _are_attached(self) -> bool:
         return [lora.file for lora in self._attached] == self._wanted
@@ -289,7 +301,7 @@ class _AttachedLoras:
     def act(self, strengths: Sequence[float]) -> list[dict[str, object]]:
         """Let each LoRA act at its strength, and return what acts. At 0 its layers are the bare ones."""
         for lora, strength in zip(self._attached, strengths, strict=True):
-            for name, layer in lora.adapter.layers.items():
+            for name, layer in lora.layers.items():
                 layer.scale = lora.scales[name] * strength
                 layer.is_enabled = strength != 0
         return [

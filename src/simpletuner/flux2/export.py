@@ -21,7 +21,7 @@ from simpletuner.flux2.dialects import check_all_read, read_adapter
 from simpletuner.flux2.factors import Kronecker, LowRank
 from simpletuner.flux2.fused import unfused
 from simpletuner.flux2.header_alpha import ADAPTER_METADATA, checked_alpha
-from simpletuner.flux2.lora import CUSTOM, PRESETS, Adapter, Range, linears, preset_ranges, whole, wrap
+from simpletuner.flux2.lora import CUSTOM, PRESETS, Adaptable, Adapter, Range, linears, preset_ranges, whole, wrap
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.tensors import save_verified
 
@@ -154,24 +154,8 @@ def attach_saved(transformer: nn.Module, saved: LoadedLora, *, strength: float =
         CheckpointError: the file's layers are not this model's.
     """
     found = linears(transformer)
-    misfits = [name for name, layer in saved.layers.items() if name not in found or not _fits(layer, found[name])]
-    if misfits:
-        name = misfits[0]
-        have = f"{found[name].out_features} × {found[name].in_features}" if name in found else "not there"
-        layer = saved.layers[name]
-        origin = saved.metadata.get("base_model")
-        trained_on, here = _flavour_of_lora(saved), _flavour_with(found)
-        named = f"{origin} ({trained_on.name})" if origin and trained_on and origin != trained_on.name else origin
-        named = named or (trained_on.name if trained_on is not None else None)
-        raise CheckpointError.of(
-            f"{saved.path} does not fit this model{'' if here is None else f', {here.family}'}: {len(misfits)} of "
-            f"{len(saved.layers)} layers, such as {name}, which is {layer.b.shape[0]} × {layer.a.shape[1]} in the file "
-            f"and {have} here",
-            "the model it was trained on" + (f", {named}" if named else ""),
-            "Name it with --model_flavour or --pretrained_model_name_or_path."
-            if trained_on is None or trained_on is here
-            else f"Give --model_flavour {trained_on.name} to use this file.",
-        )
+    shapes = {name: (layer.b.shape[0], layer.a.shape[1]) for name, layer in saved.layers.items()}
+    check_shapes(saved.path, shapes, saved.metadata.get("base_model"), found)
     ranges = preset_ranges(transformer, PRESETS[saved.target]) if saved.target in PRESETS else {}
     transformer.requires_grad_(False)
     layers = {}
@@ -191,6 +175,40 @@ def attach_saved(transformer: nn.Module, saved: LoadedLora, *, strength: float =
     return Adapter(layers, target=saved.target, alpha=saved.alpha)
 
 
+def check_shapes(
+    path: Path, shapes: Mapping[str, tuple[int, int]], base_model: str | None, found: Mapping[str, Adaptable]
+) -> None:
+    """Check that an adapter fits a model.
+
+    Args:
+        path: of the adapter.
+        shapes: rows and columns of what it adds, by layer.
+        base_model: that its header names.
+        found: the model's Linears.
+
+    Raises:
+        CheckpointError: layers that the model lacks, or has with another shape.
+    """
+    here = {name: (linear.out_features, linear.in_features) for name, linear in found.items()}
+    misfits = [name for name, shape in shapes.items() if here.get(name) != shape]
+    if not misfits:
+        return
+    name = misfits[0]
+    rows, columns = shapes[name]
+    have = f"{here[name][0]} × {here[name][1]}" if name in here else "not there"
+    trained_on, flavour = _flavour_of_adapter(shapes, base_model), _flavour_with(here)
+    named = f"{base_model} ({trained_on.name})" if base_model and trained_on and base_model != trained_on.name else None
+    named = named or base_model or (trained_on.name if trained_on is not None else None)
+    raise CheckpointError.of(
+        f"{path} does not fit this model{'' if flavour is None else f', {flavour.family}'}: {len(misfits)} of "
+        f"{len(shapes)} layers, such as {name}, which is {rows} × {columns} in the file and {have} here",
+        "the model it was trained on" + (f", {named}" if named else ""),
+        "Name it with --model_flavour or --pretrained_model_name_or_path."
+        if trained_on is None or trained_on is flavour
+        else f"Give --model_flavour {trained_on.name} to use this file.",
+    )
+
+
 @functools.cache
 def _linear_shapes(spec: TransformerSpec) -> dict[str, tuple[int, int]]:
     """Rows and columns of each Linear."""
@@ -199,23 +217,16 @@ def _linear_shapes(spec: TransformerSpec) -> dict[str, tuple[int, int]]:
     return {name: (linear.out_features, linear.in_features) for name, linear in linears(transformer).items()}
 
 
-def _flavour_with(found: Mapping[str, Any]) -> Flavour | None:
+def _flavour_with(shapes: Mapping[str, tuple[int, int]]) -> Flavour | None:
     """The first flavour with exactly these Linears: the base of its family."""
-    shapes = {name: (linear.out_features, linear.in_features) for name, linear in found.items()}
     return next((each for each in FLAVOURS.values() if _linear_shapes(each.transformer) == shapes), None)
 
 
-def _flavour_of_lora(saved: LoadedLora) -> Flavour | None:
-    """The flavour that a LoRA was trained on: by its header, else the first one that all of its layers fit."""
-    named = flavour_of_base(saved.metadata.get("base_model", ""))
-    shapes = {name: (layer.b.shape[0], layer.a.shape[1]) for name, layer in saved.layers.items()}
-    return named or next(
+def _flavour_of_adapter(shapes: Mapping[str, tuple[int, int]], base_model: str | None) -> Flavour | None:
+    """The flavour that an adapter was trained on: by its header, else the first one that all of its layers fit."""
+    return flavour_of_base(base_model or "") or next(
         (each for each in FLAVOURS.values() if shapes.items() <= _linear_shapes(each.transformer).items()), None
     )
-
-
-def _fits(layer: SavedLayer, linear: Any) -> bool:
-    return (layer.b.shape[0], layer.a.shape[1]) == (linear.out_features, linear.in_features)
 
 
 def _live(path: Path, name: str, layer: SavedLayer, place: Range) -> tuple[Tensor, Tensor]:

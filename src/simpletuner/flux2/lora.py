@@ -77,15 +77,29 @@ class _AddToRows(torch.autograd.Function):
         return gradient, gradient[..., start:stop], None
 
 
-class LoraLinear(nn.Module):
-    """A frozen Linear plus `scale · b · a` on a range of its columns (inputs) and rows (outputs).
-
-    `a` (rank × live columns) and `b` (live rows × rank) are fp32 and are cast to the input's type where they
-    are used. `base` may itself be a `LoraLinear`: then both are added.
+class AdapterLayer(nn.Module):
+    """A frozen Linear plus `scale · ΔW`, computed from the input. `base` may itself be an `AdapterLayer`: then both
+    are added. Where `is_enabled` is False the layer is `base`, bit for bit.
     """
 
     in_features: int
     out_features: int
+
+    def __init__(self, base: "Adaptable", scale: float) -> None:
+        super().__init__()
+        self.base = base
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.scale = scale
+        self.is_enabled = True
+
+
+class LoraLinear(AdapterLayer):
+    """A frozen Linear plus `scale · b · a` on a range of its columns (inputs) and rows (outputs).
+
+    `a` (rank × live columns) and `b` (live rows × rank) are fp32 and are cast to the input's type where they
+    are used.
+    """
+
     a: nn.Parameter
     b: nn.Parameter
 
@@ -101,16 +115,12 @@ class LoraLinear(nn.Module):
         row_start: int = 0,
         base_last: bool = False,
     ) -> None:
-        super().__init__()
-        self.base = base
-        self.in_features, self.out_features = base.in_features, base.out_features
+        super().__init__(base, scale)
         self.a = nn.Parameter(a)
         self.b = nn.Parameter(b)
-        self.scale = scale
         self.dropout = dropout
         self.column_start, self.column_stop = column_start, column_start + a.shape[1]
         self.row_start, self.row_stop = row_start, row_start + b.shape[0]
-        self.is_enabled = True
         self.base_last = base_last
         """Whether the base product comes after the adapter's products. The order decides in which order autograd sums
         the gradients of the input, hence last bits where more than one Linear reads it.
@@ -170,7 +180,7 @@ class LoraLinear(nn.Module):
         return a, b
 
 
-Adaptable = nn.Linear | QuantisedLinear | LoraLinear
+Adaptable = nn.Linear | QuantisedLinear | AdapterLayer
 """What an adapter can be put on."""
 
 
@@ -275,7 +285,7 @@ def linears(transformer: nn.Module) -> dict[str, Adaptable]:
     """Every Linear of `transformer` by name; one that wears an adapter is named once, as the adapter."""
     found: dict[str, Adaptable] = {}
     for name, module in transformer.named_modules():
-        inside = isinstance(transformer.get_submodule(name.rpartition(".")[0]), LoraLinear)
+        inside = isinstance(transformer.get_submodule(name.rpartition(".")[0]), AdapterLayer)
         if isinstance(module, Adaptable) and not inside:
             found[name] = module
     return found
@@ -415,9 +425,7 @@ def wrap(
     dropout: float = 0.0,
 ) -> LoraLinear:
     """Replace the Linear `name` of `transformer` by itself with an adapter, fp32, on the Linear's device."""
-    base = transformer.get_submodule(name)
-    if not isinstance(base, Adaptable):
-        raise TypeError(f"{name} is a {type(base).__name__}, not a Linear")
+    base = adaptable(transformer, name)
     device = next(base.parameters()).device
     layer = LoraLinear(
         base,
@@ -427,15 +435,23 @@ def wrap(
         dropout=dropout,
         column_start=place.columns[0],
         row_start=place.rows[0],
-        base_last=name.endswith(BLOCK_ENDS) and not isinstance(base, LoraLinear),
+        base_last=name.endswith(BLOCK_ENDS) and not isinstance(base, AdapterLayer),
     )
     transformer.set_submodule(name, layer)
     return layer
 
 
-def detach(transformer: nn.Module, adapter: Adapter) -> None:
-    """Take `adapter`, the last that was put on `transformer`, off again: the Linears below are as they were."""
-    for name, layer in adapter.layers.items():
+def adaptable(transformer: nn.Module, name: str) -> Adaptable:
+    """The Linear `name` of `transformer`, or the adapter that is on it."""
+    linear = transformer.get_submodule(name)
+    if not isinstance(linear, Adaptable):
+        raise TypeError(f"{name} is a {type(linear).__name__}, not a Linear")
+    return linear
+
+
+def detach(transformer: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
+    """Take `layers`, the last that were put on `transformer`, off again: the Linears below are as they were."""
+    for name, layer in layers.items():
         if transformer.get_submodule(name) is not layer:
             raise ValueError(f"{name} has another adapter on top")
         transformer.set_submodule(name, layer.base)

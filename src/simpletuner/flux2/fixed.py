@@ -1,0 +1,126 @@
+"""Adapters of any kind for drawing: a file's factors beside frozen Linears. Nothing of them is trained.
+
+A delta is applied to the input as the file holds it, so an adapter takes its file's memory and the base stays as it
+is, in any precision.
+"""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from simpletuner.base.errors import CheckpointError
+from simpletuner.base.files import file_errors_reported
+from simpletuner.flux2.adapter_kinds import FACTOR_SUFFIXES
+from simpletuner.flux2.dialects import AdapterFile, check_all_read, read_adapter
+from simpletuner.flux2.export import LoadedLora, check_shapes, read_lora
+from simpletuner.flux2.factors import Factors, Hadamard, Kronecker, LowRank
+from simpletuner.flux2.lora import Adaptable, AdapterLayer, adaptable, linears
+from simpletuner.memory.tensors import open_tensors
+
+_SLICE = 2**24
+"""About as many elements of a LoHa's delta are made at once, where its factors are no saving."""
+
+
+class FixedLinear(AdapterLayer):
+    """A frozen Linear plus the delta of `factors`, which are kept in their dtype and cast to the input's where they
+    are used. `scale` is the factors' at first.
+    """
+
+    def __init__(self, base: Adaptable, factors: Factors) -> None:
+        super().__init__(base, factors.scale)
+        device = next(base.parameters()).device
+        self.factors = _on(device, factors)
+        """Not parameters: what is streamed or counted is the base."""
+        self.train(base.training)
+
+    def forward(self, x: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
+        out: Tensor = self.base(x)
+        return torch.add(out, delta_product(self.factors, x), alpha=self.scale) if self.is_enabled else out
+
+
+def _on(device: torch.device, factors: Factors) -> Factors:
+    values = {field.name: getattr(factors, field.name) for field in fields(factors)}
+    moved: dict[str, Any] = {name: each.to(device) for name, each in values.items() if isinstance(each, Tensor)}
+    return replace(factors, **moved)
+
+
+def delta_product(factors: Factors, x: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
+    """ΔW · x at a scale of 1, in the type of `x`."""
+    if isinstance(factors, LowRank):
+        return F.linear(F.linear(x, factors.a.to(x.dtype)), factors.b.to(x.dtype))
+    return _kronecker_product(factors, x) if isinstance(factors, Kronecker) else _hadamard_product(factors, x)
+
+
+def _kronecker_product(factors: Kronecker, x: Tensor) -> Tensor:
+    """kron(w1, w2) · x = w1 · X · w2ᵀ, with X the rows of w2's inputs in x; the cheaper product first."""
+    w1, w2 = factors.w1.to(x.dtype), factors.w2.to(x.dtype)
+    (rows1, columns1), (rows2, columns2) = w1.shape, w2.shape
+    matrix = x.unflatten(-1, (columns1, columns2))
+    if columns1 * rows2 * (columns2 + rows1) <= rows1 * columns2 * (columns1 + rows2):
+        out = F.linear(F.linear(matrix, w2).mT, w1).mT
+    else:
+        out = F.linear(F.linear(matrix.mT, w1).mT, w2)
+    out = out.flatten(-2)
+    return out if factors.ranges is None else torch.cat([out[..., start:stop] for start, stop in factors.ranges], -1)
+
+
+def _hadamard_product(factors: Hadamard, x: Tensor) -> Tensor:
+    """(B1·A1 ∘ B2·A2) · x. The product is of rank r1·r2: its factors have as columns and rows the products of every
+    pair of theirs (Khatri-Rao). They are made anew each time; where that is more work than ΔW itself, slices of ΔW are.
+    """
+    a1, b1, a2, b2 = (each.float() for each in (factors.w1_a, factors.w1_b, factors.w2_a, factors.w2_b))
+    rows, columns = factors.shape
+    rank = len(a1) * len(a2)
+    if rank * (rows + columns) < rows * columns:
+        a = (a1[:, None] * a2).flatten(0, 1)
+        b = (b1[:, :, None] * b2[:, None]).flatten(1)
+        return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+    step = max(1, _SLICE // columns)
+    slices = zip(b1.split(step), b2.split(step), strict=True)
+    return torch.cat([F.linear(x, ((part1 @ a1) * (part2 @ a2)).to(x.dtype)) for part1, part2 in slices], -1)
+
+
+def read_for_drawing(path: Path) -> LoadedLora | AdapterFile:
+    """The adapter in the file `path`; a LoRA is read by `read_lora`.
+
+    Raises:
+        CheckpointError: no such file, damaged, of a kind that is not read, or with weights that make no adapter.
+    """
+    with file_errors_reported(path, CheckpointError, doing="read"), open_tensors(path) as file:
+        has_other_kinds = any(key.rpartition(".")[2] in FACTOR_SUFFIXES for key in file)
+    if not has_other_kinds:
+        return read_lora(path)
+    adapter = read_adapter(path)
+    check_all_read(adapter)
+    return adapter
+
+
+def check_fixed(transformer: nn.Module, adapter: AdapterFile) -> None:
+    """Check that the layers of `adapter` are this model's.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    shapes = {name: factors.shape for name, factors in adapter.modules.items()}
+    check_shapes(adapter.path, shapes, adapter.header.get("simpletuner.base_model"), linears(transformer))
+
+
+def attach_fixed(transformer: nn.Module, adapter: AdapterFile) -> dict[str, FixedLinear]:
+    """Freeze `transformer`, put `adapter` on it and return its layers. Where others adapt a layer too, the outputs add
+    up.
+
+    Raises:
+        CheckpointError: the adapter's layers are not this model's.
+    """
+    check_fixed(transformer, adapter)
+    transformer.requires_grad_(False)
+    layers = {}
+    for name, factors in adapter.modules.items():
+        layers[name] = FixedLinear(adaptable(transformer, name), factors)
+        transformer.set_submodule(name, layers[name])
+    return layers
