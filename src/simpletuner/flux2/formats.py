@@ -5,9 +5,6 @@ from pathlib import Path
 from simpletuner.base.errors import AccessError
 from simpletuner.base.tensorfile import TensorEntry, read_header, read_metadata
 
-LOADABLE_DTYPES = ("F64", "F32", "F16", "BF16")
-"""Dtypes of weights that are loaded, as safetensors spells them."""
-
 _SCALE_ENDINGS = (".comfy_quant", ".weight_scale", ".weight_scale_2", ".scale_weight", ".scale_input", ".input_scale")
 _BITSANDBYTES = (".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
 _QUANTIZATION_METADATA = "_quantization_metadata"

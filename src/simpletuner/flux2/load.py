@@ -15,14 +15,13 @@ from simpletuner.base.console import say
 from simpletuner.base.errors import AccessError, ConfigError, Problem
 from simpletuner.base.files import sha256_json
 from simpletuner.base.quiet import quiet_import
-from simpletuner.base.tensorfile import TensorEntry, read_headers
 from simpletuner.config.flavours import FLAVOURS, TextContextSpec
 from simpletuner.config.precisions import NO_CHANGE
 from simpletuner.flux2.autoencoder import Autoencoder
-from simpletuner.flux2.formats import LOADABLE_DTYPES
 from simpletuner.flux2.kept import KeptBase
 from simpletuner.flux2.names import Renamed, TensorRenaming, text_encoder_name, transformer_renaming
 from simpletuner.flux2.source import Source, Weights
+from simpletuner.flux2.stored import StoredRows, StoredWeight, open_stored, stored_weights
 from simpletuner.flux2.text import ResidentTextEncoder, zero_fully_masked_rows
 from simpletuner.flux2.text_stream import StreamedTextEncoder
 from simpletuner.flux2.tokenizer import correct_pattern
@@ -37,7 +36,7 @@ from simpletuner.memory.precision import (
     quantised_from,
     targets,
 )
-from simpletuner.memory.shard import Sharding, local, own_rows, shard
+from simpletuner.memory.shard import Sharding, local, own_range, own_rows, shard
 from simpletuner.memory.tensors import non_finite_count, open_tensors
 from simpletuner.runs.process import stop_if_asked
 
@@ -71,9 +70,9 @@ def checked_skeleton(source: Source) -> Flux2Transformer:
     """
     with torch.device("meta"):
         transformer = Flux2Transformer(source.spec)
-    entries = read_headers(source.transformer.files)
-    renaming = transformer_renaming(entries)
-    _check(transformer, entries, {name: renaming(name) for name in entries}, unknown_allowed=False)
+    stored = stored_weights(source.transformer.files)
+    renaming = transformer_renaming(stored)
+    _check(transformer, stored, {name: renaming(name) for name in stored}, unknown_allowed=False)
     return transformer
 
 
@@ -135,7 +134,7 @@ def load_transformer(
                 f"{cache_dir} holds no {precision} base, and none is put there: each process quantizes its share. A "
                 "run without fsdp_enable keeps one there, which sharded runs read too."
             )
-        _fill_shards(transformer, source.transformer, dtype, sharding, quantise, file)
+        _fill_shards(transformer, stored_weights(source.transformer.files), dtype, sharding, quantise, file)
         return transformer.eval()
     if file is not None:
         # What products read in place is copied: on a CPU their last bits depend on where a tensor begins.
@@ -147,8 +146,8 @@ def load_transformer(
                 place = device if land_on is None else land_on(name)
                 _assign(transformer, name, _with_dimension(tensors[name]).to(place, copy=name in plain))
         return transformer.eval()
-    renaming = transformer_renaming(read_headers(source.transformer.files))
-    _fill(transformer, source.transformer, renaming, dtype, device, quantise=quantise, land_on=land_on)
+    stored = stored_weights(source.transformer.files)
+    _fill(transformer, stored, transformer_renaming(stored), dtype, device, quantise=quantise, land_on=land_on)
     if kept is not None:
         kept.keep(transformer.state_dict())
     return transformer.eval()
@@ -177,7 +176,8 @@ def load_autoencoder(
 
     with torch.device("meta"), _config_errors_reported("VAE", source.vae):
         vae = AutoencoderKLFlux2.from_config(source.vae.config)
-    _check(vae, entries := read_headers(source.vae.files), {name: Renamed((name,)) for name in entries}, False)
+    stored = stored_weights(source.vae.files, "vae")
+    _check(vae, stored, {name: Renamed((name,)) for name in stored}, False)
     left_out = () if half is None else OTHER_HALF[half]
     for name in left_out:
         setattr(vae, name, None)
@@ -186,7 +186,7 @@ def load_autoencoder(
         return None if name.partition(".")[0] in left_out else Renamed((name,))
 
     landing = "cpu" if is_streamed else device
-    _fill(vae, source.vae, renaming, dtype, landing, kept=("bn.",), unknown_allowed=True)
+    _fill(vae, stored, renaming, dtype, landing, kept=("bn.",), unknown_allowed=True)
     if tiling:
         vae.enable_tiling()
     if slicing:
@@ -228,7 +228,8 @@ def load_text_encoder(
         return None if known is None else Renamed((known,))
 
     quantise = _quantise_layers(precision, device if via is None else via)
-    _fill(model, source.text_encoder, renaming, dtype, device, unknown_allowed=True, quantise=quantise)
+    stored = stored_weights(source.text_encoder.files, "text_encoder")
+    _fill(model, stored, renaming, dtype, device, unknown_allowed=True, quantise=quantise)
     return ResidentTextEncoder(
         model.eval(),
         _tokenizer(source, fix_regex),
@@ -259,12 +260,12 @@ def stream_text_encoder(
     """
     config = _text_config(source, layers)
     depth = config.num_hidden_layers
-    entries = read_headers(source.text_encoder.files)
-    known = {name: text_encoder_name(name, depth) for name in entries}
+    stored = stored_weights(source.text_encoder.files, "text_encoder")
+    known = {name: text_encoder_name(name, depth) for name in stored}
     renamed = {name: None if new is None else Renamed((new,)) for name, new in known.items()}
     with _config_errors_reported("text encoder", source.text_encoder):
         whole = _language_model(config, source.flavour.text)
-    _check(whole, entries, renamed, unknown_allowed=True)
+    _check(whole, stored, renamed, unknown_allowed=True)
     (embedding,) = (name for name, new in known.items() if new == "embed_tokens.weight")
     with torch.device(device), _config_errors_reported("text encoder", source.text_encoder):
         rotary = type(whole.rotary_emb)(config=config)
@@ -272,10 +273,10 @@ def stream_text_encoder(
     single = _cut(copy.deepcopy(config), 1)
 
     def embed(ids: Int64[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
-        # The table is mapped, not read: it is larger than a layer, and captions use few of its rows.
-        with open_tensors(entries[embedding].file) as tensors:
-            rows = tensors[embedding][ids].to(dtype)
-        _check_finite(rows, embedding, entries[embedding].file)
+        # The table is larger than a layer, and captions use few of its rows.
+        with open_stored(stored) as weights:
+            rows = weights.gathered(embedding, ids, dtype)
+        _check_finite(rows, embedding, stored[embedding].file)
         return rows
 
     def read_layer(index: int) -> nn.Module:
@@ -288,7 +289,7 @@ def stream_text_encoder(
             new = known[name]
             return Renamed((place + new.removeprefix(own),)) if new is not None and new.startswith(own) else None
 
-        _fill(model, source.text_encoder, renaming, dtype, device, unknown_allowed=True, quantise=quantise)
+        _fill(model, stored, renaming, dtype, device, unknown_allowed=True, quantise=quantise)
         layer: nn.Module = model.eval()
         return layer
 
@@ -420,7 +421,7 @@ def text_encoder_id(
 
 def _fill(
     module: nn.Module,
-    weights: Weights,
+    stored: Mapping[str, StoredWeight],
     renaming: TensorRenaming,
     dtype: torch.dtype,
     device: torch.device | str,
@@ -430,7 +431,7 @@ def _fill(
     quantise: Quantise | None = None,
     land_on: Callable[[str], torch.device] | None = None,
 ) -> None:
-    """Give every parameter and buffer of `module`, built on the meta device, its tensor from `weights`.
+    """Give every parameter and buffer of `module`, built on the meta device, its tensor from `stored`.
 
     Tensors whose names start with one of `kept` are moved but not cast. Headers alone decide whether everything fits,
     before any weight is read.
@@ -438,43 +439,42 @@ def _fill(
     Where tensors are quantised, each is let go before the next one is read. Files are not mapped then: a tensor is read
     once, and memory holds no more of it than that.
     """
-    entries = read_headers(weights.files)
-    renamed = {name: renaming(name) for name in entries}
-    _check(module, entries, renamed, unknown_allowed)
+    renamed = {name: renaming(name) for name in stored}
+    _check(module, stored, renamed, unknown_allowed)
     linears = {} if quantise is None else targets(module, quantise.within, quantise.precision)
 
-    def land(new: Renamed, tensor: Tensor, origin: TensorEntry) -> None:
-        for target, part in zip(new.names, new.cut(tensor), strict=True):
-            place = device if land_on is None else land_on(target)
-            owner = target.removesuffix(".weight")
-            if target.startswith(kept):
-                cast = part
-            else:
-                check_range(part, dtype, target)
-                cast = part.to(quantised_from(dtype) if owner in linears else dtype)
-            if quantise is not None and owner in linears:
-                linear = linears.pop(owner)
-                linear.weight = nn.Parameter(cast.to(quantise.via), requires_grad=False)
-                _check_finite(linear.weight, target, origin.file)
-                module.set_submodule(owner, quantised(linear, quantise.precision, place))
-            else:
-                # Copied as in `load_transformer`: `pread` puts a tensor anywhere in memory.
-                landed = cast.to(place, copy=quantise is not None)
-                _check_finite(landed, target, origin.file)
-                _assign(module, target, landed)
+    def land(target: str, rows: StoredRows) -> None:
+        place = device if land_on is None else land_on(target)
+        owner = target.removesuffix(".weight")
+        part = rows.values()
+        if target.startswith(kept):
+            cast = part
+        else:
+            check_range(part, dtype, target)
+            cast = part.to(quantised_from(dtype) if owner in linears else dtype)
+        if quantise is not None and owner in linears:
+            linear = linears.pop(owner)
+            linear.weight = nn.Parameter(cast.to(quantise.via), requires_grad=False)
+            _check_finite(linear.weight, target, rows.file)
+            module.set_submodule(owner, quantised(linear, quantise.precision, place))
+        else:
+            # Copied as in `load_transformer`: `pread` puts a tensor anywhere in memory.
+            landed = cast.to(place, copy=quantise is not None)
+            _check_finite(landed, target, rows.file)
+            _assign(module, target, landed)
 
-    for file in weights.files:
-        with open_tensors(file, backend="mmap" if quantise is None else "pread") as tensors:
-            for name, new in renamed.items():
-                if new is not None and entries[name].file == file:
-                    stop_if_asked()
-                    land(new, tensors[name], entries[name])
+    with open_stored(stored, is_mapped=quantise is None) as weights:
+        for name, new in renamed.items():
+            if new is not None:
+                stop_if_asked()
+                for target, rows in zip(new.names, weights.parts(name, new.cut), strict=True):
+                    land(target, rows)
 
 
 @torch.no_grad()
 def _fill_shards(
     transformer: Flux2Transformer,
-    weights: Weights,
+    stored: Mapping[str, StoredWeight],
     dtype: torch.dtype,
     sharding: Sharding,
     quantise: Quantise | None,
@@ -486,12 +486,11 @@ def _fill_shards(
     at a time is in memory beside the shards: its rows, and all of it where the precision cannot quantise rows alone.
 
     Args:
-        quantised_file: holds the tensors as `quantise` makes them; `weights` are not read then.
+        quantised_file: holds the tensors as `quantise` makes them; `stored` weights are not read then.
     """
-    entries = read_headers(weights.files)
-    renaming = transformer_renaming(entries)
-    renamed = {name: renaming(name) for name in entries}
-    _check(transformer, entries, renamed, unknown_allowed=False)
+    renaming = transformer_renaming(stored)
+    renamed = {name: renaming(name) for name in stored}
+    _check(transformer, stored, renamed, unknown_allowed=False)
     linears = {} if quantise is None else targets(transformer, quantise.within, quantise.precision)
     transformer.to(dtype)
     if quantise is not None:
@@ -502,21 +501,22 @@ def _fill_shards(
     transformer.to_empty(device=sharding.resting)
     shards = {name: local(parameter) for name, parameter in transformer.named_parameters()}
 
-    def land(target: str, tensor: Tensor, origin: TensorEntry) -> None:
+    def land(target: str, whole: StoredRows) -> None:
         owner = target.removesuffix(".weight")
+        own = whole[own_range(whole.shape)]
         if owner not in linears:
-            rows = own_rows(tensor)
+            rows = own.values()
             check_range(rows, dtype, target)
-            _check_finite(shards[target].copy_(rows), target, origin.file)
+            _check_finite(shards[target].copy_(rows), target, whole.file)
             return
         assert quantise is not None
         layout = Layout(quantise.precision, (linears[owner].out_features, linears[owner].in_features))
-        rows = own_rows(tensor) if layout.is_by_rows else tensor
+        rows = (own if layout.is_by_rows else whole).values()
         if not len(rows):
             return
         check_range(rows, dtype, target)
         cast = rows.to(quantised_from(dtype)).to(quantise.via)
-        _check_finite(cast, target, origin.file)
+        _check_finite(cast, target, whole.file)
         for name, made in packed(cast, quantise.precision).items():
             shards[f"{owner}.{name}"].copy_(made if layout.is_by_rows else own_rows(made))
 
@@ -525,13 +525,12 @@ def _fill_shards(
             for name, held in shards.items():
                 held.copy_(own_rows(_with_dimension(tensors[name])))
         return
-    for file in weights.files:
-        with open_tensors(file) as tensors:
-            for name, new in renamed.items():
-                if new is not None and entries[name].file == file:
-                    stop_if_asked()
-                    for target, part in zip(new.names, new.cut(tensors[name]), strict=True):
-                        land(target, part, entries[name])
+    with open_stored(stored) as weights:
+        for name, new in renamed.items():
+            if new is not None:
+                stop_if_asked()
+                for target, whole in zip(new.names, weights.parts(name, new.cut), strict=True):
+                    land(target, whole)
 
 
 def _with_dimension(tensor: Tensor) -> Tensor:
@@ -559,7 +558,7 @@ def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 def _check(
     module: nn.Module,
-    entries: Mapping[str, TensorEntry],
+    stored: Mapping[str, StoredWeight],
     renamed: Mapping[str, Renamed | None],
     unknown_allowed: bool,
 ) -> None:
@@ -572,16 +571,16 @@ def _check(
             if not unknown_allowed:
                 unknown.append(name)
             continue
-        for target, shape in zip(new.names, new.shapes(entries[name].shape), strict=True):
+        for target, shape in zip(new.names, new.shapes(stored[name].shape), strict=True):
             found[target] = shape
             if target not in expected:
                 unknown.append(name)
             elif shape != expected[target]:
                 wrong.append(f"{target} {list(shape)}, not {list(expected[target])}")
-            elif entries[name].dtype not in LOADABLE_DTYPES and not target.endswith("num_batches_tracked"):
-                wrong.append(f"{target} as {entries[name].dtype}, not in floating point")
+            elif not stored[name].is_floating and not target.endswith("num_batches_tracked"):
+                wrong.append(f"{target} as {stored[name].data.dtype}, not in floating point")
     missing = [name for name in expected if name not in found]
-    where = ", ".join(sorted({entry.file.name for entry in entries.values()}))
+    where = ", ".join(sorted({weight.file.name for weight in stored.values()}))
     AccessError.raise_if(
         Problem(f"{where}: {what} ({len(names)}): {_some(names)}", remedy="Is this the right model, and whole?")
         for what, names in (("missing", missing), ("unknown", unknown), ("of another shape or type", wrong))

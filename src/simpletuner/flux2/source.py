@@ -35,6 +35,7 @@ from simpletuner.flux2.spec import (
     transformer_from_diffusers,
     transformer_from_tensors,
 )
+from simpletuner.flux2.stored import stored_weights
 from simpletuner.memory.tensors import as_written, open_tensors
 
 _STEMS: Mapping[Component, str] = {
@@ -160,12 +161,15 @@ class Source:
                 return sha256_json({path.name: path.read_text(encoding="utf-8") for path in present if path.is_file()})
         weights = {"transformer": self.transformer, "vae": self.vae, "text_encoder": self.text_encoder}[component]
         used: dict[str, TensorEntry] = {}
-        for name, entry in read_headers(weights.files).items():
-            known: str | None = name
+        for name, weight in stored_weights(weights.files, component).items():
+            # Earlier releases named a transformer's tensors as the file does.
+            known: str | None = weight.name
             if component == "text_encoder":
                 known = text_encoder_name(name, max(self.text_layers))
-            if known is not None:
-                used[known] = entry
+            if known is not None and weight.is_plain:
+                used[known] = weight.data
+            elif known is not None:
+                used |= {f"{known} {weight.format} {part}": entry for part, entry in weight.parts.items()}
         digests = self.hashes.of(used) if whole else {name: _head_digest(entry) for name, entry in used.items()}
         tensors = {name: [entry.dtype, list(entry.shape), digests[name]] for name, entry in used.items()}
         config = {key: value for key, value in (weights.config or {}).items() if key not in _WRITTEN_BY}
@@ -210,13 +214,13 @@ def transformer_spec(transformer: Weights, name: str) -> TransformerSpec:
     try:
         if transformer.config is not None:
             return transformer_from_diffusers(transformer.config)
-        entries = read_headers(transformer.files)
-        renaming = transformer_renaming(entries)
+        stored = stored_weights(transformer.files)
+        renaming = transformer_renaming(stored)
         shapes: dict[str, tuple[int, ...]] = {}
-        for own, entry in entries.items():
+        for own, weight in stored.items():
             renamed = renaming(own)
             if renamed is not None:
-                shapes.update(zip(renamed.names, renamed.shapes(entry.shape), strict=True))
+                shapes.update(zip(renamed.names, renamed.shapes(weight.shape), strict=True))
         return transformer_from_tensors(shapes)
     except KeyError as error:
         raise AccessError.of(f"{name} has no tensor {error}", "a FLUX.2 transformer") from None

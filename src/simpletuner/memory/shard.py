@@ -149,8 +149,12 @@ class RowSplit:
 
 def own_rows(tensor: Tensor) -> Tensor:
     """The rows of a whole `tensor` that this process holds once it is sharded, as a view."""
-    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return RowSplit(tuple(tensor.shape), rank, ranks).of(tensor)
+    return tensor[own_range(tuple(tensor.shape))]
+
+
+def own_range(shape: tuple[int, ...]) -> slice:
+    """The rows of a whole tensor of `shape` that this process holds once it is sharded."""
+    return RowSplit(shape, torch.distributed.get_rank(), torch.distributed.get_world_size()).rows
 
 
 def local(parameter: Tensor) -> Tensor:
