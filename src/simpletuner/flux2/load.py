@@ -30,6 +30,7 @@ from simpletuner.memory import offload
 from simpletuner.memory.precision import (
     Layout,
     check_range,
+    held,
     make_room,
     packed,
     quantised,
@@ -45,13 +46,39 @@ _BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 
 @dataclass(frozen=True)
 class Quantise:
-    """Which Linears of a module are quantised as they land, and how."""
+    """Which Linears of a module are held in a precision, and how those that files do not hold in it are quantized as
+    they land."""
 
     precision: str
+    """With `NO_CHANGE`, each is held as its file holds it, where one of `PRECISIONS` is that."""
     within: tuple[str, ...]
     """What their names begin with."""
     via: torch.device | str
     """Where it is done."""
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether plain weights are quantized."""
+        return self.precision != NO_CHANGE
+
+    def precisions(
+        self, module: nn.Module, stored: Mapping[str, StoredWeight], renamed: Mapping[str, Renamed | None]
+    ) -> dict[str, str]:
+        """In which precision each Linear of `module` is held, by its name; the others are plain.
+
+        Raises:
+            ConfigError: `precision` cannot hold one of them.
+        """
+        if self.is_asked:
+            return dict.fromkeys(targets(module, self.within, self.precision), self.precision)
+        known = dict(module.named_modules())
+        return {
+            owner: precision
+            for name, new in renamed.items()
+            if new is not None and (precision := stored[name].precision) is not None
+            for owner in (target.removesuffix(".weight") for target in new.names)
+            if owner.startswith(self.within) and isinstance(known.get(owner), nn.Linear)
+        }
 
 
 Half = Literal["encode", "decode"]
@@ -103,13 +130,17 @@ def load_transformer(
     cache_dir: Path | None = None,
     report: Callable[[str], None] = say,
     sharding: Sharding | None = None,
+    is_plain: bool = False,
 ) -> Flux2Transformer:
     """The transformer, frozen, as `dtype` on `device`, the Linears of its blocks in `precision`. BFL's and diffusers'
     names are both understood.
 
-    Tensors are quantised one by one, on `via`, by default `device`: besides the model, one is in memory at a time.
+    A quantized file's weights are held as they are where `precision` is `NO_CHANGE` or the file's own; otherwise they
+    are decoded first. Tensors are quantised one by one, on `via`, by default `device`: besides the model, one is in
+    memory at a time.
 
     Args:
+        is_plain: decode every weight, for training them.
         land_on: the device of the tensor of each name, where they differ; by default all are on `device`.
         cache_dir: where the quantised model is kept, and found by the next one who asks for the same.
         report: told in a sentence why one that was kept is not used.
@@ -123,9 +154,9 @@ def load_transformer(
     """
     with torch.device("meta"):
         transformer = Flux2Transformer(source.spec)
-    quantise = kept = None
+    quantise = None if is_plain else Quantise(precision, _BLOCKS, device if via is None else via)
+    kept = None
     if precision != NO_CHANGE:
-        quantise = Quantise(precision, _BLOCKS, device if via is None else via)
         kept = None if cache_dir is None else KeptBase.of(cache_dir, source, precision, dtype)
     file = None if kept is None else kept.verified(report)
     if sharding is not None:
@@ -307,8 +338,8 @@ def stream_text_encoder(
     )
 
 
-def _quantise_layers(precision: str, via: torch.device | str) -> Quantise | None:
-    return None if precision == NO_CHANGE else Quantise(precision, ("layers.",), via)
+def _quantise_layers(precision: str, via: torch.device | str) -> Quantise:
+    return Quantise(precision, ("layers.",), via)
 
 
 def _text_config(source: Source, layers: tuple[int, ...]) -> Any:
@@ -441,29 +472,33 @@ def _fill(
     """
     renamed = {name: renaming(name) for name in stored}
     _check(module, stored, renamed, unknown_allowed)
-    linears = {} if quantise is None else targets(module, quantise.within, quantise.precision)
+    precisions = {} if quantise is None else quantise.precisions(module, stored, renamed)
+    is_mapped = quantise is None or not quantise.is_asked
 
     def land(target: str, rows: StoredRows) -> None:
         place = device if land_on is None else land_on(target)
         owner = target.removesuffix(".weight")
-        part = rows.values()
-        if target.startswith(kept):
-            cast = part
-        else:
-            check_range(part, dtype, target)
-            cast = part.to(quantised_from(dtype) if owner in linears else dtype)
-        if quantise is not None and owner in linears:
-            linear = linears.pop(owner)
-            linear.weight = nn.Parameter(cast.to(quantise.via), requires_grad=False)
-            _check_finite(linear.weight, target, rows.file)
-            module.set_submodule(owner, quantised(linear, quantise.precision, place))
-        else:
+        precision = precisions.get(owner)
+        if precision is None:
             # Copied as in `load_transformer`: `pread` puts a tensor anywhere in memory.
-            landed = cast.to(place, copy=quantise is not None)
-            _check_finite(landed, target, rows.file)
+            landed = _cast(rows, None if target.startswith(kept) else dtype, target).to(place, copy=not is_mapped)
+            _check_finite(landed, target, rows.weight.file)
             _assign(module, target, landed)
+            return
+        assert quantise is not None
+        linear = module.get_submodule(owner)
+        assert isinstance(linear, nn.Linear)
+        if rows.weight.precision == precision:
+            tensors = rows.held()
+            _check_held(tensors, target, rows.weight.file)
+            module.set_submodule(owner, held(linear, precision, tensors, quantised_from(dtype), place))
+        else:
+            cast = _cast(rows, quantised_from(dtype), target, limit=dtype)
+            linear.weight = nn.Parameter(cast.to(quantise.via), requires_grad=False)
+            _check_finite(linear.weight, target, rows.weight.file)
+            module.set_submodule(owner, quantised(linear, precision, place))
 
-    with open_stored(stored, is_mapped=quantise is None) as weights:
+    with open_stored(stored, is_mapped=is_mapped) as weights:
         for name, new in renamed.items():
             if new is not None:
                 stop_if_asked()
@@ -491,39 +526,46 @@ def _fill_shards(
     renaming = transformer_renaming(stored)
     renamed = {name: renaming(name) for name in stored}
     _check(transformer, stored, renamed, unknown_allowed=False)
-    linears = {} if quantise is None else targets(transformer, quantise.within, quantise.precision)
+    precisions = {} if quantise is None else quantise.precisions(transformer, stored, renamed)
+    layouts: dict[str, Layout] = {}
     transformer.to(dtype)
-    if quantise is not None:
+    for owner, precision in precisions.items():
+        linear = transformer.get_submodule(owner)
+        assert isinstance(linear, nn.Linear)
+        layouts[owner] = Layout(precision, (linear.out_features, linear.in_features))
         with torch.device("meta"):
-            make_room(transformer, linears, quantise.precision, quantised_from(dtype))
+            make_room(transformer, {owner: linear}, precision, quantised_from(dtype))
     transformer.requires_grad_(False)
     shard(transformer, transformer.blocks, sharding)
     transformer.to_empty(device=sharding.resting)
     shards = {name: local(parameter) for name, parameter in transformer.named_parameters()}
 
     def land(target: str, whole: StoredRows) -> None:
-        owner = target.removesuffix(".weight")
+        owner, file = target.removesuffix(".weight"), whole.weight.file
         own = whole[own_range(whole.shape)]
-        if owner not in linears:
-            rows = own.values()
-            check_range(rows, dtype, target)
-            _check_finite(shards[target].copy_(rows), target, whole.file)
+        layout = layouts.get(owner)
+        if layout is None:
+            _check_finite(shards[target].copy_(_cast(own, None, target, limit=dtype)), target, file)
             return
         assert quantise is not None
-        layout = Layout(quantise.precision, (linears[owner].out_features, linears[owner].in_features))
-        rows = (own if layout.is_by_rows else whole).values()
-        if not len(rows):
+        if whole.weight.precision == layout.precision:
+            tensors = own.held()
+            _check_held(tensors, target, file)
+            for name, tensor in tensors.items():
+                shards[f"{owner}.{name}"].copy_(tensor)
             return
-        check_range(rows, dtype, target)
-        cast = rows.to(quantised_from(dtype)).to(quantise.via)
-        _check_finite(cast, target, whole.file)
-        for name, made in packed(cast, quantise.precision).items():
+        rows = own if layout.is_by_rows else whole
+        if not rows.shape[0]:
+            return
+        cast = _cast(rows, quantised_from(dtype), target, limit=dtype).to(quantise.via)
+        _check_finite(cast, target, file)
+        for name, made in packed(cast, layout.precision).items():
             shards[f"{owner}.{name}"].copy_(made if layout.is_by_rows else own_rows(made))
 
     if quantised_file is not None:
         with open_tensors(quantised_file) as tensors:
-            for name, held in shards.items():
-                held.copy_(own_rows(_with_dimension(tensors[name])))
+            for name, held_rows in shards.items():
+                held_rows.copy_(own_rows(_with_dimension(tensors[name])))
         return
     with open_stored(stored) as weights:
         for name, new in renamed.items():
@@ -531,6 +573,19 @@ def _fill_shards(
                 stop_if_asked()
                 for target, whole in zip(new.names, weights.parts(name, new.cut), strict=True):
                     land(target, whole)
+
+
+def _cast(rows: StoredRows, dtype: torch.dtype | None, name: str, *, limit: torch.dtype | None = None) -> Tensor:
+    """`rows` as `dtype`; None leaves a plain weight's own. Each value is within the range of `limit`, by default
+    `dtype`.
+    """
+    limit = dtype if limit is None else limit
+    if not rows.weight.is_plain:
+        return rows.values(dtype or limit)
+    values = rows.values()
+    if limit is not None:
+        check_range(values, limit, name)
+    return values if dtype is None else values.to(dtype)
 
 
 def _with_dimension(tensor: Tensor) -> Tensor:
@@ -542,11 +597,25 @@ def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
     """Raise an AccessError if `tensor`, loaded from `file`, holds a number that is NaN or infinite."""
     count = non_finite_count(tensor)
     if count:
-        raise AccessError.of(
-            f"{file}: {count:,} of {tensor.numel():,} numbers of {name} are NaN or infinite as {tensor.dtype}",
-            "finite weights",
-            "The file is damaged or was saved from a run that diverged: get it again.",
-        )
+        raise _not_finite(file, count, tensor, name)
+
+
+def _not_finite(file: Path, count: int, tensor: Tensor, name: str) -> AccessError:
+    return AccessError.of(
+        f"{file}: {count:,} of {tensor.numel():,} numbers of {name} are NaN or infinite as {tensor.dtype}",
+        "finite weights",
+        "The file is damaged or was saved from a run that diverged: get it again.",
+    )
+
+
+def _check_held(tensors: Mapping[str, Tensor], name: str, file: Path) -> None:
+    """`_check_finite` for a weight in 8 bits, with its scales."""
+    _check_finite(tensors["scale"], f"the scales of {name}", file)
+    data = tensors["data"]
+    if data.dtype == torch.float8_e4m3fn:
+        count = int(((data.view(torch.uint8) & 0x7F) == 0x7F).sum())  # its only numbers that are none
+        if count:
+            raise _not_finite(file, count, data, name)
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:

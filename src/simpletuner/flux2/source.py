@@ -26,7 +26,6 @@ from simpletuner.config.rules import layer_findings
 from simpletuner.flux2 import tiny
 from simpletuner.flux2.configs import Component, Config, check_tokenizer, read_component_config, read_index, read_object
 from simpletuner.flux2.content import LEDGER_NAME, ContentHashes
-from simpletuner.flux2.formats import check_format
 from simpletuner.flux2.names import text_encoder_name, transformer_renaming
 from simpletuner.flux2.places import Hub, ModelFolder, ModelLocation, ReportLine, fetch
 from simpletuner.flux2.spec import (
@@ -35,7 +34,7 @@ from simpletuner.flux2.spec import (
     transformer_from_diffusers,
     transformer_from_tensors,
 )
-from simpletuner.flux2.stored import stored_weights
+from simpletuner.flux2.stored import check_format, stored_weights
 from simpletuner.memory.tensors import as_written, open_tensors
 
 _STEMS: Mapping[Component, str] = {
@@ -340,8 +339,8 @@ class _Search:
             component: Weights(tuple(part.place.path(name) for name in part.names), part.config)
             for component, part in parts.items()
         }
-        for found in weights.values():
-            check_format(found.files, self.flavour.repo)  # found now, not after an hour of encoding
+        for component, found in weights.items():
+            check_format(found.files, self.flavour.repo, component)  # found now, not after an hour of encoding
         weights["vae"] = _with_decoder_channels(weights["vae"])
         folder = tokenizer.place.path(tokenizer.names[0]).parent
         check_tokenizer(folder, tuple(Path(name).name for name in tokenizer.names))

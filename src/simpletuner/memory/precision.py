@@ -315,9 +315,16 @@ def quantised(linear: nn.Linear, precision: str, device: torch.device | str | No
         raise ValueError("a Linear with a bias: no block of ours has one")
     weight = linear.weight.detach()
     device = weight.device if device is None else device
+    return held(linear, precision, packed(weight, precision), weight.dtype, device)
+
+
+def held(
+    linear: nn.Linear, precision: str, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str
+) -> QuantisedLinear:
+    """`linear`, frozen, with a weight that `tensors` hold in `precision`, on `device`; its plain copy is of `dtype`."""
     with torch.device("meta"):
-        made = QuantisedLinear((linear.out_features, linear.in_features), precision, weight.dtype)
-    for name, tensor in packed(weight, precision).items():
+        made = QuantisedLinear((linear.out_features, linear.in_features), precision, dtype)
+    for name, tensor in tensors.items():
         made._hold(name, tensor.to(device))
     return made.train(linear.training)
 

@@ -180,10 +180,10 @@ class FullProduct:
         dtype = torch.float32 if config.has_masters else computes_in
         sharding = Sharding.of(config, world)
         if sharding is None:
-            transformer = load_transformer(source, dtype, world.device)
+            transformer = load_transformer(source, dtype, world.device, is_plain=True)
             return cls(config, transformer, unfreeze(transformer, computes_in if config.has_masters else None))
         trained = replace(sharding, trained_as=computes_in)
-        transformer = load_transformer(source, dtype, world.device, sharding=trained)
+        transformer = load_transformer(source, dtype, world.device, sharding=trained, is_plain=True)
         return cls(config, transformer, unfreeze_sharded(transformer, computes_in, world))
 
     @property
