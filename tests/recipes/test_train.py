@@ -367,7 +367,7 @@ def test_a_mistake_that_a_header_tells_ends_the_run_before_anything_is_encoded(
     workplace: Workplace, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = load_file(tiny_folder / "transformer" / "diffusion_pytorch_model.safetensors")
-    save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in base.items()}, "fp8.safetensors")
+    save_file({name: tensor.to(torch.int8) for name, tensor in base.items()}, "int8.safetensors")
     del base["transformer_blocks.1.attn.to_q.weight"]
     save_file(base, "part.safetensors")
     key = "transformer.transformer_blocks.0.attn.to_q"
@@ -379,7 +379,7 @@ def test_a_mistake_that_a_header_tells_ends_the_run_before_anything_is_encoded(
     model = f"--pretrained_model_name_or_path={tiny_folder}"
     for flag, code, message in (
         ('--peft_lora_target_modules=["nothing"]', 2, '"nothing" matches no Linear of the transformer'),
-        ("--pretrained_transformer_model_name_or_path=fp8.safetensors", 4, "fp8.safetensors holds fp8 weights"),
+        ("--pretrained_transformer_model_name_or_path=int8.safetensors", 4, "int8.safetensors holds int8 weights"),
         ("--pretrained_transformer_model_name_or_path=part.safetensors", 4, "part.safetensors: missing (1)"),
         ("--init_lora=nan.safetensors", 6, "nan.safetensors: NaN or infinite numbers in 1 of 1 layers"),
         ("--init_lora=other.safetensors", 6, "other.safetensors does not fit this model, tiny: 1 of 1 layers"),

@@ -22,6 +22,7 @@ from simpletuner.config.run import RunConfig
 from simpletuner.flux2.activations import Adapted, Pass, sampling, training
 from simpletuner.flux2.configs import Component, Config, read_component_config
 from simpletuner.flux2.lora import wanted_ranges
+from simpletuner.flux2.names import transformer_renaming
 from simpletuner.flux2.residency import resident_indices
 from simpletuner.flux2.routes import resolve
 from simpletuner.flux2.source import Weights, transformer_spec
@@ -32,6 +33,7 @@ from simpletuner.flux2.spec import (
     encoder_shapes,
     text_from_config,
 )
+from simpletuner.flux2.stored import held_precisions, stored_weights
 from simpletuner.flux2.text_stream import MEMORY_BYTES, PORTION_TOKENS
 from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
 from simpletuner.flux2.transformer import Flux2Transformer
@@ -64,6 +66,10 @@ class Architecture:
     """Tokens of a context, padding included."""
     has_whole_contexts: bool
     """Whether each row of a context is computed and cached, padding too: the flavour pads on the right."""
+    held: tuple[tuple[str, str], ...] = ()
+    """Linears of blocks that the transformer's file holds in a precision of ours, and which."""
+    is_decoded: bool = False
+    """Whether that file is quantized, so that no weight is a part of the mapped file."""
 
     @classmethod
     def of(cls, config: RunConfig) -> "Architecture":
@@ -75,9 +81,14 @@ class Architecture:
         """
         flavour = FLAVOURS[config.model_flavour]
         transformer, text, autoencoder = flavour.transformer, flavour.text.encoder, flavour.autoencoder
+        held: tuple[tuple[str, str], ...] = ()
+        is_decoded = False
         asked = config.pretrained_transformer_model_name_or_path or config.pretrained_model_name_or_path
         if single := _single_file(asked):
             transformer = transformer_spec(Weights((single,), None), single.name)
+            stored = stored_weights((single,))
+            is_decoded = not all(weight.is_plain for weight in stored.values())
+            held = tuple(held_precisions(stored, transformer_renaming(stored)).items())
         elif found := _local(config, "transformer", config.pretrained_transformer_model_name_or_path):
             transformer = transformer_spec(Weights((), found), "transformer")
         try:
@@ -98,6 +109,8 @@ class Architecture:
             config.custom_text_encoder_intermediary_layers or flavour.text.layers,
             config.tokenizer_max_length or flavour.text.length,
             flavour.text.padding_side == "right",
+            held,
+            is_decoded,
         )
 
 
@@ -193,22 +206,33 @@ def empty_transformer(spec: TransformerSpec) -> Flux2Transformer:
 
 
 @lru_cache(maxsize=64)
-def transformer_bytes(spec: TransformerSpec, precision: str, dtype: torch.dtype, ranks: int = 1) -> TransformerBytes:
+def transformer_bytes(
+    spec: TransformerSpec,
+    precision: str,
+    dtype: torch.dtype,
+    ranks: int = 1,
+    held: tuple[tuple[str, str], ...] = (),
+) -> TransformerBytes:
     """By walking the module: the blocks' matrices in `precision`, everything else in `dtype`.
 
     Args:
         ranks: processes that the shards are for.
+        held: Linears of blocks that are in another precision, and which.
 
     Raises:
         ConfigError: the precision cannot hold one of them.
     """
     transformer = empty_transformer(spec)
+    others = dict(held)
+    own = {
+        id(each): others.get(name.removesuffix(".weight"), precision) for name, each in transformer.named_parameters()
+    }
 
-    def held(parameter: nn.Parameter) -> int:
+    def size_of(parameter: nn.Parameter) -> int:
         if parameter.ndim != 2:
             return parameter.numel() * dtype.itemsize
         rows, columns = parameter.shape
-        return _stored((rows, columns), precision, dtype)
+        return _stored((rows, columns), own[id(parameter)], dtype)
 
     def shard(parameter: nn.Parameter, size: int) -> int:
         rows = parameter.shape[0]
@@ -219,11 +243,11 @@ def transformer_bytes(spec: TransformerSpec, precision: str, dtype: torch.dtype,
     within = {id(parameter) for block in inside for parameter in block}
     rest = [parameter for parameter in transformer.parameters() if id(parameter) not in within]
     return TransformerBytes(
-        blocks=tuple(sum(map(held, block)) for block in inside),
+        blocks=tuple(sum(map(size_of, block)) for block in inside),
         rest=sum(p.numel() * dtype.itemsize for p in rest),
-        largest_layers=tuple(max(map(held, block)) for block in inside),
+        largest_layers=tuple(max(map(size_of, block)) for block in inside),
         largest_matrix=max(parameter.numel() for parameter in matrices),
-        shards=sum(shard(parameter, held(parameter)) for block in inside for parameter in block)
+        shards=sum(shard(parameter, size_of(parameter)) for block in inside for parameter in block)
         + sum(shard(parameter, parameter.numel() * dtype.itemsize) for parameter in rest),
     )
 
@@ -820,8 +844,13 @@ class Footprint:
     def _unpacked(self) -> int:
         """Of the largest quantised matrix while it is multiplied with; packed ones are taken apart in bytes first."""
         if self._precision == NO_CHANGE:
-            return 0
+            return self._weights.largest_matrix * self.dtype.itemsize if self._held else 0
         return self._weights.largest_matrix * (self.dtype.itemsize + int(PRECISIONS[self._precision].bits < 8))
+
+    @property
+    def _held(self) -> tuple[tuple[str, str], ...]:
+        """Linears that stay in their file's precision."""
+        return self.architecture.held if self._precision == NO_CHANGE and not self.is_full else ()
 
     @property
     def _precision(self) -> str:
@@ -830,7 +859,8 @@ class Footprint:
 
     @property
     def _weights(self) -> TransformerBytes:
-        return transformer_bytes(self.architecture.transformer, self._precision, self.dtype, self.config.ranks)
+        spec, ranks = self.architecture.transformer, self.config.ranks
+        return transformer_bytes(spec, self._precision, self.dtype, ranks, self._held)
 
     @property
     def _reduction_bytes(self) -> int:
@@ -877,8 +907,9 @@ class Footprint:
             if config.group_offload_to_disk_path is None:
                 room.ram(f"{prefix}blocks that wait", blocks.streamed)
             else:
-                # Quantised ones are all in memory once, before they are written.
-                room.ram(f"{prefix}blocks that wait", 0 if self._precision == NO_CHANGE else blocks.streamed)
+                # Those that are no part of the mapped file are all in memory once, before they are written.
+                is_mapped = self._precision == NO_CHANGE and not self.architecture.is_decoded
+                room.ram(f"{prefix}blocks that wait", 0 if is_mapped else blocks.streamed)
                 room.ram(f"{prefix}read buffers", blocks.read_buffers)
                 room.disk(f"{prefix}blocks that wait", blocks.streamed)
         return transformer_bytes(self.architecture.transformer, NO_CHANGE, torch.bfloat16).total

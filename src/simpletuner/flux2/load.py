@@ -21,7 +21,7 @@ from simpletuner.flux2.autoencoder import Autoencoder
 from simpletuner.flux2.kept import KeptBase
 from simpletuner.flux2.names import Renamed, TensorRenaming, text_encoder_name, transformer_renaming
 from simpletuner.flux2.source import Source, Weights
-from simpletuner.flux2.stored import StoredRows, StoredWeight, open_stored, stored_weights
+from simpletuner.flux2.stored import BLOCKS, StoredRows, StoredWeight, held_precisions, open_stored, stored_weights
 from simpletuner.flux2.text import ResidentTextEncoder, zero_fully_masked_rows
 from simpletuner.flux2.text_stream import StreamedTextEncoder
 from simpletuner.flux2.tokenizer import correct_pattern
@@ -40,8 +40,6 @@ from simpletuner.memory.precision import (
 from simpletuner.memory.shard import Sharding, local, own_range, own_rows, shard
 from simpletuner.memory.tensors import non_finite_count, open_tensors
 from simpletuner.runs.process import stop_if_asked
-
-_BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Quantise:
         return self.precision != NO_CHANGE
 
     def precisions(
-        self, module: nn.Module, stored: Mapping[str, StoredWeight], renamed: Mapping[str, Renamed | None]
+        self, module: nn.Module, stored: Mapping[str, StoredWeight], renaming: TensorRenaming
     ) -> dict[str, str]:
         """In which precision each Linear of `module` is held, by its name; the others are plain.
 
@@ -71,14 +69,7 @@ class Quantise:
         """
         if self.is_asked:
             return dict.fromkeys(targets(module, self.within, self.precision), self.precision)
-        known = dict(module.named_modules())
-        return {
-            owner: precision
-            for name, new in renamed.items()
-            if new is not None and (precision := stored[name].precision) is not None
-            for owner in (target.removesuffix(".weight") for target in new.names)
-            if owner.startswith(self.within) and isinstance(known.get(owner), nn.Linear)
-        }
+        return held_precisions(stored, renaming, self.within)
 
 
 Half = Literal["encode", "decode"]
@@ -154,7 +145,7 @@ def load_transformer(
     """
     with torch.device("meta"):
         transformer = Flux2Transformer(source.spec)
-    quantise = None if is_plain else Quantise(precision, _BLOCKS, device if via is None else via)
+    quantise = None if is_plain else Quantise(precision, BLOCKS, device if via is None else via)
     kept = None
     if precision != NO_CHANGE:
         kept = None if cache_dir is None else KeptBase.of(cache_dir, source, precision, dtype)
@@ -171,7 +162,7 @@ def load_transformer(
         # What products read in place is copied: on a CPU their last bits depend on where a tensor begins.
         plain = {name for name, _ in transformer.named_parameters()}
         with torch.device("meta"):
-            make_room(transformer, targets(transformer, _BLOCKS, precision), precision, quantised_from(dtype))
+            make_room(transformer, targets(transformer, BLOCKS, precision), precision, quantised_from(dtype))
         with open_tensors(file) as tensors:
             for name in transformer.state_dict():
                 place = device if land_on is None else land_on(name)
@@ -472,7 +463,7 @@ def _fill(
     """
     renamed = {name: renaming(name) for name in stored}
     _check(module, stored, renamed, unknown_allowed)
-    precisions = {} if quantise is None else quantise.precisions(module, stored, renamed)
+    precisions = {} if quantise is None else quantise.precisions(module, stored, renaming)
     is_mapped = quantise is None or not quantise.is_asked
 
     def land(target: str, rows: StoredRows) -> None:
@@ -526,7 +517,7 @@ def _fill_shards(
     renaming = transformer_renaming(stored)
     renamed = {name: renaming(name) for name in stored}
     _check(transformer, stored, renamed, unknown_allowed=False)
-    precisions = {} if quantise is None else quantise.precisions(transformer, stored, renamed)
+    precisions = {} if quantise is None else quantise.precisions(transformer, stored, renaming)
     layouts: dict[str, Layout] = {}
     transformer.to(dtype)
     for owner, precision in precisions.items():

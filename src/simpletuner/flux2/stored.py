@@ -20,6 +20,7 @@ from simpletuner.base.errors import AccessError, Problem
 from simpletuner.base.files import file_errors_reported
 from simpletuner.base.tensorfile import TensorEntry, read_headers, read_metadata
 from simpletuner.flux2.configs import Component
+from simpletuner.flux2.names import TensorRenaming
 from simpletuner.memory.precision import SLICE, check_range
 from simpletuner.memory.tensors import DTYPE_NAMES
 
@@ -29,6 +30,8 @@ of a row]."""
 DecodeRows = Callable[[ReadPart, slice], Tensor]
 """Returns these rows of a weight in fp32, from its parts."""
 WHOLE = slice(None)
+BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
+"""What the names of a transformer's Linears begin with that are held in a precision."""
 
 FLOATING_DTYPES = ("F64", "F32", "F16", "BF16")
 """Dtypes of plain weights, as safetensors spells them."""
@@ -393,6 +396,21 @@ def _decode_mxfp8(blocks: int, read: ReadPart, rows: slice) -> Tensor:
     scale = (exponent << 23).view(torch.float32)  # the bits of 2^(e − 127), but for the ends
     scale = scale.masked_fill(exponent == 0, 2.0**-127).masked_fill(exponent == 255, math.nan)
     return values.view(len(values), blocks, _MXFP8_BLOCK).mul_(scale[..., None]).view(len(values), -1)
+
+
+def held_precisions(
+    stored: Mapping[str, StoredWeight], renaming: TensorRenaming, within: tuple[str, ...] = BLOCKS
+) -> dict[str, str]:
+    """The precision in which each Linear can be held as its file has it, by the name that `renaming` leads to, of those
+    that begin with one of `within`.
+    """
+    return {
+        target.removesuffix(".weight"): weight.precision
+        for name, weight in stored.items()
+        if weight.precision is not None and (new := renaming(name)) is not None
+        for target in new.names
+        if target.startswith(within)
+    }
 
 
 class StoredReader:

@@ -27,7 +27,7 @@ from simpletuner.flux2.modelfile import (
 )
 from simpletuner.flux2.source import Source
 from simpletuner.flux2.transformer import Flux2Transformer
-from simpletuner.memory.precision import DTYPES
+from simpletuner.memory.precision import DTYPES, QuantisedLinear
 from simpletuner.memory.shard import Sharding, held_bytes
 from simpletuner.memory.shares import RankTensor
 from simpletuner.memory.world import World
@@ -99,11 +99,13 @@ class LoraProduct:
         sharding = Sharding.of(config, world)
         transformer = load_base(config, config, source, world.device, report=reporter.notice, sharding=sharding)
         whole = sum(tensor.nbytes for tensor in transformer.parameters())
-        if config.base_model_precision != NO_CHANGE:
-            reporter.say(f"The base in {config.base_model_precision} takes {format_size(whole)}.")
+        held = sorted({each.layout.precision for each in transformer.modules() if isinstance(each, QuantisedLinear)})
+        if held:
+            kept = ", as its file holds it," if config.base_model_precision == NO_CHANGE else ""
+            reporter.say(f"The base in {' and '.join(held)}{kept} takes {format_size(whole)}.")
         if sharding is not None:
-            held = held_bytes(transformer.parameters())
-            reporter.say(f"Sharded: each of {world.size} processes holds {format_size(held)} of {format_size(whole)}.")
+            own = held_bytes(transformer.parameters())
+            reporter.say(f"Sharded: each of {world.size} processes holds {format_size(own)} of {format_size(whole)}.")
         transformer.requires_grad_(False)
         if config.init_lora is None:
             adapter = attach(transformer, config, seed=config.seed)

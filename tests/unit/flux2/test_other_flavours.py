@@ -136,10 +136,10 @@ def test_a_single_file_of_klein_is_the_folders_transformer(
 
 def test_a_quantized_single_file_of_klein_is_refused_by_its_header(tiny_klein_folder: Path, tmp_path: Path) -> None:
     tensors = load_file(tiny_klein_folder / TRANSFORMER)
-    file = tmp_path / "flux-2-klein-base-4b-fp8.safetensors"
-    save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}, file)
+    file = tmp_path / "flux-2-klein-base-4b-int8.safetensors"
+    save_file({name: tensor.to(torch.int8) for name, tensor in tensors.items()}, file)
     remedy = "Name the file that is not quantized, such as that of black-forest-labs/FLUX.2-klein-base-4B"
-    with pytest.raises(AccessError, match=rf"fp8 weights \(e4m3\) without scales: expected weights in bf16.*{remedy}"):
+    with pytest.raises(AccessError, match=rf"int8 weights without scales .*: expected weights in bf16.*{remedy}"):
         located(
             model_flavour="klein-4b",
             pretrained_model_name_or_path=str(tiny_klein_folder),
