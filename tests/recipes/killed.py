@@ -78,7 +78,7 @@ def arm(place: str, count: int) -> None:
     checkpoints.write_json = on_manifest
     os.replace = on_replace  # type: ignore[assignment]
     validate.sheet_of = on_sheet
-    export.write_atomic, export.save_whole = on_product(export.write_atomic), on_product(export.save_whole)
+    export.write_atomic, export.save_single = on_product(export.write_atomic), on_product(export.save_single)
     export.save_pipeline = on_product(export.save_pipeline)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from tests.recipes.conftest import PICTURES, Workplace
 
 from simpletuner.base import machine
+from simpletuner.base.files import sha256_json
 from simpletuner.cli.main import main
 from simpletuner.config.optimisers import OPTIMISERS
 from simpletuner.config.options.model import ModelOptions
@@ -45,7 +47,20 @@ def workplace(cached_workplace: Workplace) -> Workplace:
 
 
 def weights(place: Workplace, name: str = "run", folder: str = "") -> dict[str, torch.Tensor]:
-    return load_file(place.run(name).root / folder / "transformer.safetensors")
+    return load_file(place.run(name).root / folder / "model" / "transformer" / WEIGHTS)
+
+
+def assert_in_bfl_layout(single: Path, exported: Path) -> None:
+    """`single` has the numbers of `exported` and its header, under the names by which ComfyUI tells a FLUX.2."""
+    with safe_open(single, framework="pt") as bfl, safe_open(exported, framework="pt") as own:
+        assert bfl.metadata() == own.metadata()
+        name = "double_stream_modulation_img"
+        assert torch.equal(bfl.get_tensor(f"{name}.lin.weight"), own.get_tensor(f"{name}.linear.weight"))
+        parts = [own.get_tensor(f"transformer_blocks.1.attn.to_{part}.weight") for part in "qkv"]
+        assert torch.equal(bfl.get_tensor("double_blocks.1.img_attn.qkv.weight"), torch.cat(parts))
+    assert sum(tensor.numel() for tensor in load_file(single).values()) == sum(
+        tensor.numel() for tensor in load_file(exported).values()
+    )
 
 
 def base_weights() -> dict[str, torch.Tensor]:
@@ -201,8 +216,7 @@ def test_killed_while_it_exports_it_is_complete_at_the_next_start(workplace: Wor
     for folder in ("", "ema/"):
         assert {f"{folder}transformer.safetensors", f"{folder}model/model_index.json"} <= products.keys()
         saved = run.checkpoint(1) / folder / "transformer" / WEIGHTS
-        for name in ("transformer.safetensors", f"model/transformer/{WEIGHTS}"):
-            assert (run.root / folder / name).samefile(saved)
+        assert (run.root / folder / "model" / "transformer" / WEIGHTS).samefile(saved)
     assert [event["phase"] for event in workplace.events("phase")].count("load") == 2, "loaded by the first start alone"
     assert not list(run.root.rglob(".*"))
     end = workplace.events("end")[-1]
@@ -214,6 +228,7 @@ def test_a_full_run_is_a_directory_that_anyone_can_read(
     workplace: Workplace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     workplace.config |= {"max_train_steps": 1, "use_ema": True, "ema_decay": 0.0, "modelspec_comment": "by a test"}
+    workplace.config["modelspec_trigger_phrase"] = "a zorb"
     assert workplace.train() == 0
     root = workplace.run().root
     assert {path.name for path in root.iterdir()} == {
@@ -229,17 +244,22 @@ def test_a_full_run_is_a_directory_that_anyone_can_read(
         "model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae",
     }  # fmt: skip
     single = root / "transformer.safetensors"
-    assert os.path.samefile(single, root / "model" / "transformer" / WEIGHTS)
-    assert os.path.samefile(single, checkpoint / "transformer" / WEIGHTS)
+    exported = root / "model" / "transformer" / WEIGHTS
+    assert os.path.samefile(exported, checkpoint / "transformer" / WEIGHTS)
+    assert_in_bfl_layout(single, exported)
     average = root / "ema" / "transformer.safetensors"
-    assert os.path.samefile(average, root / "ema" / "model" / "transformer" / WEIGHTS)
+    assert_in_bfl_layout(average, root / "ema" / "model" / "transformer" / WEIGHTS)
     assert average.read_bytes() == single.read_bytes()  # without decay it is the live model
 
     with safe_open(single, framework="pt") as file:
         header = file.metadata()
     assert header.pop("format") == "pt"
-    fields = {"base_model", "comment", "config", "datasets", "licence", "run", "step", "version"}
-    assert header.keys() == {f"simpletuner.{field}" for field in fields}
+    said = {name: text for name, text in header.items() if name.startswith("modelspec.")}
+    assert (said["modelspec.architecture"], said["modelspec.resolution"]) == ("Flux.2-tiny", "64x64")
+    assert (said["modelspec.description"], said["modelspec.trigger_phrase"]) == ("by a test", "a zorb")
+    fields = {"base_model", "comment", "config", "datasets", "licence", "options", "run", "step", "trigger_phrase"}
+    assert header.keys() - said.keys() == {f"simpletuner.{field}" for field in fields | {"version"}}
+    assert sha256_json(json.loads(header["simpletuner.options"])) == header["simpletuner.config"]
     assert header["simpletuner.comment"] == "by a test"
     assert str(workplace.folder).encode() not in single.read_bytes()
     audit = json.loads((root / "weights.json").read_text())
@@ -255,8 +275,8 @@ def test_a_full_run_is_a_directory_that_anyone_can_read(
     assert workplace.train() == 0
     assert "This run is finished: 1 steps, output/run/model" in capsys.readouterr().out
     assert workplace.train("--max_train_steps=2") == 0  # what is there is replaced
-    assert not os.path.samefile(single, checkpoint / "transformer" / WEIGHTS)
-    assert os.path.samefile(single, root / "model" / "transformer" / WEIGHTS)
+    assert not os.path.samefile(exported, checkpoint / "transformer" / WEIGHTS)
+    assert_in_bfl_layout(single, exported)
 
 
 @pytest.mark.slow

@@ -154,7 +154,7 @@ def test_what_trains_dev_trains_klein_and_resumes_with_the_same_bits(
         from diffusers import Flux2KleinPipeline
 
         model = Flux2KleinPipeline.from_pretrained("output/run/model", dtype=torch.float32).transformer
-        trained = load_file("output/run/transformer.safetensors")
+        trained = load_file("output/run/model/transformer/diffusion_pytorch_model.safetensors")
         assert all(torch.equal(tensor, trained[name]) for name, tensor in model.state_dict().items())
 
 

@@ -71,7 +71,7 @@ def test_a_whole_model_with_a_small_decoder_is_a_pipeline_for_diffusers(
     pipe = Flux2KleinPipeline.from_pretrained(model, dtype=torch.float32)
     assert pipe.vae.config.decoder_block_out_channels == CHANNELS
     assert not pipe.config.is_distilled
-    ours = load_file(model.parent / "transformer.safetensors")
+    ours = load_file(model / "transformer" / WEIGHTS)
     assert pipe.transformer.state_dict().keys() == ours.keys()
     assert all(tensor.equal(ours[name].float()) for name, tensor in pipe.transformer.state_dict().items())
     assert json.loads((model / "model_index.json").read_text())["_class_name"] == "Flux2KleinPipeline"

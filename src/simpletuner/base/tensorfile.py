@@ -4,15 +4,17 @@ Eight bytes of header length, little-endian; a JSON header, padded with spaces; 
 the header's end (https://github.com/safetensors/safetensors#format).
 """
 
+import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
-from simpletuner.base.errors import AccessError
-from simpletuner.base.files import file_errors_reported
+from simpletuner.base.errors import AccessError, DiskError
+from simpletuner.base.files import file_errors_reported, sha256_file
 
 
 @dataclass(frozen=True)
@@ -220,3 +222,21 @@ def write_tensors(path: Path, tensors: Mapping[str, TensorData], metadata: Mappi
         path.unlink()
     with path.open("wb") as file:
         file.writelines(file_pieces(tensors, metadata))
+
+
+def write_verified(path: Path, tensors: Mapping[str, TensorData], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file piece by piece, and compare its hash with that of what was written. No more than one
+    tensor is in memory.
+
+    Raises:
+        DiskError: it reads back differently.
+    """
+    written = hashlib.sha256()
+    with path.open("wb") as file:
+        for piece in file_pieces(tensors, metadata):
+            written.update(piece)
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    if sha256_file(path) != written.hexdigest():
+        raise DiskError.of(f"{path} reads back differently from what was written", remedy="Check the disk, try again.")

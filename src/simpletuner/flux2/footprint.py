@@ -678,13 +678,17 @@ class Footprint:
         return round(self.trained * known.state_bytes)
 
     @property
+    def _exported_model_bytes(self) -> int:
+        """Size of the transformer that a full run exports."""
+        name = self.config.model_save_dtype
+        return self.trained * (self.trained_bytes // self.trained if name is None else DTYPES[name].itemsize)
+
+    @property
     def checkpoint_bytes(self) -> int:
         """About the size of one checkpoint."""
         config = self.config
         if self.is_full:
-            name = config.model_save_dtype
-            itemsize = self.trained_bytes // self.trained if name is None else DTYPES[name].itemsize
-            exported = self.trained * itemsize
+            exported = self._exported_model_bytes
             kept = 0 if exported >= self.trained_bytes else self.trained_bytes
             return checkpoint_bytes(config, exported, kept, self.optimizer_bytes)
         spec = self.architecture.transformer
@@ -747,6 +751,8 @@ class Footprint:
             self._hold_autoencoder(room, decoder_shapes(self.architecture.autoencoder))  # from the first picture on
         self._data(room, self.work.bucket, self.work.batch)
         room.disk("checkpoints", (config.checkpoints_total_limit + 1) * self.checkpoint_bytes)
+        if self.is_full:  # in BFL's layout; the diffusers folder is links to the last checkpoint
+            room.disk("single file", self._exported_model_bytes * (2 if config.use_ema else 1))
         width, height = self.work.bucket
         return room.plan("train", f"{width}x{height} × {self.work.batch}{self._residency}", read)
 

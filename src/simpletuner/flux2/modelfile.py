@@ -13,21 +13,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simpletuner.base.errors import AccessError, CheckpointError
+from simpletuner.base.errors import AccessError
 from simpletuner.base.files import file_errors_reported, link_or_copy, sync_directory, write_json
-from simpletuner.base.parts import locked_part
 from simpletuner.config.flavours import TransformerSpec
 from simpletuner.flux2.configs import read_index, read_object
 from simpletuner.flux2.export import header_of
 from simpletuner.flux2.source import Source
 from simpletuner.flux2.spec import transformer_to_diffusers
-from simpletuner.memory.shares import RankTensor, load_shares, share_files, write_shares
-from simpletuner.memory.tensors import open_tensors, save_verified, unreadable
+from simpletuner.memory.shares import RankTensor, load_shares, write_shares
+from simpletuner.memory.tensors import save_verified, unreadable
 from simpletuner.memory.world import World
 
 TRANSFORMER_FOLDER = "transformer"
-_STEM = "diffusion_pytorch_model"
-WEIGHTS_NAME = f"{_STEM}.safetensors"
+WEIGHTS_STEM = "diffusion_pytorch_model"
+WEIGHTS_NAME = f"{WEIGHTS_STEM}.safetensors"
 INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 """Beside weights in several files: which file has which tensor."""
 PIPELINE_INDEX = "model_index.json"
@@ -76,7 +75,7 @@ def save_transformer_shares(
     """
     with contextlib.suppress(OSError):  # a file fails in it too, once this rank has taken part in the gathers
         folder.mkdir(parents=True, exist_ok=True)
-    hashes, files = write_shares(folder, _STEM, tensors, header_of(metadata), world, dtype)
+    hashes, files = write_shares(folder, WEIGHTS_STEM, tensors, header_of(metadata), world, dtype)
     if world.is_main:
         write_json(folder / "config.json", transformer_to_diffusers(spec))
         total = sum(math.prod(tensor.shape) for tensor in tensors.values()) * dtype.itemsize
@@ -92,40 +91,16 @@ def read_transformer(folder: Path) -> dict[str, Tensor]:
         CheckpointError: no such file, or damaged.
     """
     try:
-        return load_shares(folder, _STEM)
+        return load_shares(folder, WEIGHTS_STEM)
     except OSError as error:
         raise unreadable(folder / WEIGHTS_NAME, error) from None
 
 
-def save_whole(folder: Path, target: Path) -> Path | None:
-    """Put the weights of a saved transformer at `target`, as one file: the same one, where they are one, else copied
-    together and compared. Returns the file that `target` equals, if there is one.
-
-    Raises:
-        DiskError: no space, or the file reads back differently.
-        CheckpointError: a file of the weights is missing or damaged.
-    """
-    single = folder / WEIGHTS_NAME
-    if single.is_file():
-        link_or_copy(single, target)
-        return single
-    with (
-        file_errors_reported(folder, CheckpointError, doing="read"),
-        open_tensors(share_files(folder, _STEM)[0]) as first,
-    ):
-        metadata = first.metadata
-    with file_errors_reported(target), locked_part(target) as part:
-        save_verified(part, read_transformer(folder), metadata)
-        os.replace(part, target)
-    return None
-
-
-def save_pipeline(folder: Path, transformer: Path, weights: Path, source: Source) -> str | None:
+def save_pipeline(folder: Path, transformer: Path, source: Source) -> str | None:
     """Put a model around a saved transformer: `folder` then appears whole, in place of what was there.
 
-    It holds the transformer, the config of `transformer` and the one file `weights`, and of `source` all else that
-    makes a diffusers pipeline: small files as copies, large ones as hard links, or, from another disk, as symbolic
-    links.
+    It holds the files of `transformer`, and of `source` all else that makes a diffusers pipeline: small files as
+    copies, large ones as hard links, or, from another disk, as symbolic links.
 
     Returns:
         Why it holds the transformer alone, or None where it is a whole pipeline.
@@ -139,8 +114,8 @@ def save_pipeline(folder: Path, transformer: Path, weights: Path, source: Source
             shutil.rmtree(left, ignore_errors=True)
         part.mkdir(parents=True)
         (part / TRANSFORMER_FOLDER).mkdir()
-        link_or_copy(transformer / "config.json", part / TRANSFORMER_FOLDER / "config.json")
-        link_or_copy(weights, part / TRANSFORMER_FOLDER / WEIGHTS_NAME)
+        for file in _files_of(transformer):
+            link_or_copy(file, part / TRANSFORMER_FOLDER / file.name)
         reason = _lacking(source)
         if reason is None:
             _add_the_rest(part, source)

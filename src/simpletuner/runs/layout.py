@@ -14,7 +14,7 @@ LORA_NAME = "pytorch_lora_weights.safetensors"
 MODEL_FOLDER = "model"
 """What a full run ends with: a diffusers folder."""
 TRANSFORMER_NAME = "transformer.safetensors"
-"""Its transformer once more, as one file."""
+"""Its transformer once more, as one file in BFL's layout, which ComfyUI loads."""
 RESULTS = {"lora": LORA_NAME, "full": MODEL_FOLDER}
 """What a run of each `model_type` ends with, below its directory."""
 EMA_FOLDER = "ema"

@@ -7,7 +7,8 @@ from pathlib import Path
 from simpletuner.base.files import file_errors_reported, write_atomic
 from simpletuner.base.sizes import format_size
 from simpletuner.config.run import RunConfig
-from simpletuner.flux2.modelfile import TRANSFORMER_FOLDER, WEIGHTS_NAME, save_pipeline, save_whole
+from simpletuner.flux2.convert_model import save_single
+from simpletuner.flux2.modelfile import TRANSFORMER_FOLDER, save_pipeline
 from simpletuner.flux2.source import Source
 from simpletuner.runs.layout import EMA_FOLDER, LORA_NAME, MODEL_FOLDER, TRANSFORMER_NAME, RunDirectory
 from simpletuner.train.report import Reporter
@@ -18,7 +19,7 @@ class Export:
     """What was put into the run's directory."""
 
     products: Mapping[Path, Path | None]
-    """Each file, with the checkpoint's file that it must equal; None for what comes of the base model."""
+    """Each file, with the checkpoint's file that it must equal; None for one of the base model, or in BFL's layout."""
     lines: tuple[str, ...]
     """What to tell people about it."""
 
@@ -43,7 +44,9 @@ def export_lora(
 def export_full(
     config: RunConfig, run: RunDirectory, checkpoint: Path, find: Callable[[], Source], reporter: Reporter
 ) -> Export:
-    """Make a diffusers folder and a single file of the transformer in `checkpoint`, and of its average."""
+    """Make a diffusers folder of the transformer in `checkpoint`, and a single file in BFL's layout, with which ComfyUI
+    starts; and the same of its average.
+    """
     source = find()
     products: dict[Path, Path | None] = {}
     lines = []
@@ -53,15 +56,15 @@ def export_full(
         with file_errors_reported(folder, doing="make"):
             folder.mkdir(exist_ok=True)
         single, model = folder / TRANSFORMER_NAME, folder / MODEL_FOLDER
-        weights = products[single] = save_whole(transformer, single)
-        why = save_pipeline(model, transformer, single, source)
+        save_single(transformer, single)
+        products[single] = None
+        why = save_pipeline(model, transformer, source)
         for file in sorted(path for path in model.rglob("*") if path.is_file()):
             is_ours = file.parent.name == TRANSFORMER_FOLDER
-            of_ours = weights if file.name == WEIGHTS_NAME else transformer / file.name
-            products[file] = of_ours if is_ours else None
+            products[file] = transformer / file.name if is_ours else None
         title = "Its moving average" if name else "Model"
         size = format_size(single.stat().st_size)
-        lines.append(f"{title}: {model}, and its transformer as {single} ({size})")
+        lines.append(f"{title}: {model}, and for ComfyUI {single} ({size}, in BFL's layout)")
     pipeline = "Flux2Pipeline" if source.flavour.text.kind == "mistral3" else "Flux2KleinPipeline"
     if why is None:
         outside = sorted({file.readlink() for file in run.model.rglob("*") if file.is_symlink()})

@@ -57,6 +57,10 @@ class Product(Protocol):
     def checkpoint_bytes(self) -> int:
         """About the size of a checkpoint."""
 
+    @property
+    def single_file_bytes(self) -> int:
+        """Disk space that the finished run takes beside its last checkpoint."""
+
     def groups(self) -> list[dict[str, Any]]:
         """What the optimiser steps on, in groups."""
 
@@ -129,6 +133,10 @@ class LoraProduct:
         state = round(count * optimiser(self.config.optimizer).state_bytes)
         return checkpoint_bytes(self.config, saved, count * 4, state)
 
+    @property
+    def single_file_bytes(self) -> int:
+        return 0  # a copy of a LoRA is small
+
     def groups(self) -> list[dict[str, Any]]:
         return optim.lora_plus(self.trained.named_parameters(), self.config.lora_plus_ratio)
 
@@ -166,7 +174,7 @@ class LoraProduct:
 
 @dataclass(frozen=True)
 class FullProduct:
-    """Every weight of a transformer; a diffusers folder, and its transformer as one file."""
+    """Every weight of a transformer; a diffusers folder, and a single file in BFL's layout."""
 
     config: RunConfig
     transformer: Flux2Transformer
@@ -201,6 +209,10 @@ class FullProduct:
         own = count * self.trained.parameters()[0].itemsize
         kept = 0 if self.holds(self.trained.state()) else own
         return checkpoint_bytes(self.config, count * self.save_dtype.itemsize, kept, self.optimizer_bytes)
+
+    @property
+    def single_file_bytes(self) -> int:
+        return self.trained.parameter_count * self.save_dtype.itemsize * (2 if self.config.use_ema else 1)
 
     @property
     def optimizer_bytes(self) -> int:

@@ -62,9 +62,7 @@ def around(tmp_path: Path, source: Source) -> tuple[Path, str | None]:
     """The model's folder and why it is none."""
     weights = load_transformer(source, torch.bfloat16, "cpu").state_dict()
     save_transformer(tmp_path / "saved", source.spec, weights, metadata={}, dtype=torch.bfloat16)
-    return tmp_path / "model", save_pipeline(
-        tmp_path / "model", tmp_path / "saved", tmp_path / "saved" / WEIGHTS_NAME, source
-    )
+    return tmp_path / "model", save_pipeline(tmp_path / "model", tmp_path / "saved", source)
 
 
 def test_a_whole_pipeline_is_made_of_a_folder(tmp_path: Path, base: Path) -> None:
