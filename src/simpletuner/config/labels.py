@@ -143,6 +143,7 @@ LABELS = {
     "disk_low_action": "When the disk is low",
     "model_save_dtype": "Saved model precision",
     "modelspec_comment": "Note in the file",
+    "modelspec_trigger_phrase": "Trigger phrase in the file",
     "report_to": "Trackers",
     "tracker_project_name": "Tracker project",
     "tracker_run_name": "Tracker run name",

@@ -22,10 +22,13 @@ from simpletuner.flux2.factors import Kronecker, LowRank
 from simpletuner.flux2.fused import unfused
 from simpletuner.flux2.header_alpha import ADAPTER_METADATA, checked_alpha
 from simpletuner.flux2.lora import CUSTOM, PRESETS, Adaptable, Adapter, Range, linears, preset_ranges, whole, wrap
+from simpletuner.flux2.modelspec import MODELSPEC_FIELDS
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.tensors import save_verified
 
-HEADER_FIELDS = frozenset({"base_model", "comment", "config", "datasets", "licence", "run", "step", "version"})
+HEADER_FIELDS = frozenset(
+    {"base_model", "comment", "config", "datasets", "licence", "options", "run", "step", "trigger_phrase", "version"}
+)
 """What a caller may put into the header, each as `simpletuner.<field>`: a shared file must not carry more."""
 
 
@@ -74,11 +77,12 @@ def save_lora(path: Path, adapter: Adapter, *, metadata: Mapping[str, str], dtyp
 
 
 def header_of(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What every file of ours says about itself; `metadata` are fields of `HEADER_FIELDS`."""
-    unknown = metadata.keys() - HEADER_FIELDS
+    """What every file of ours says about itself; `metadata` are fields of `HEADER_FIELDS` and of `MODELSPEC_FIELDS`."""
+    unknown = metadata.keys() - HEADER_FIELDS - MODELSPEC_FIELDS
     if unknown:
         raise ValueError(f"not in HEADER_FIELDS: {', '.join(sorted(unknown))}")
-    return {"format": "pt", **{f"simpletuner.{field}": value for field, value in metadata.items()}}
+    own = {name if name in MODELSPEC_FIELDS else f"simpletuner.{name}": value for name, value in metadata.items()}
+    return {"format": "pt", **own}
 
 
 def _adapter_metadata(adapter: Adapter) -> dict[str, Any]:

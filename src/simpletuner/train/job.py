@@ -1,6 +1,7 @@
 """`simpletuner train`, from the checked configuration to the exported weights: `build` a job, then `run` it."""
 
 import contextlib
+import json
 import math
 import os
 import time
@@ -37,6 +38,7 @@ from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.load import checked_skeleton
 from simpletuner.flux2.located import located
 from simpletuner.flux2.lora import Adapter
+from simpletuner.flux2.modelspec import modelspec, usual_size
 from simpletuner.flux2.routes import Route, resolve
 from simpletuner.flux2.source import Source, locate, locate_preview
 from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
@@ -485,13 +487,18 @@ class Attempt:
         transformer.train()
 
     def check_room(self, product: Product, plan: Plan) -> None:
-        """Raise a DiskError if not one more checkpoint fits on the disk; say so if not all of them will."""
+        """Raise a DiskError if one more checkpoint and the finished model do not fit on the disk; say so if not all
+        checkpoints will.
+        """
         if self.state.step >= plan.steps:
             return
         size, free = product.checkpoint_bytes, machine.disk_room(self.run.root)
-        if size > free:
+        single = product.single_file_bytes
+        if size + single > free:
+            beside = f" and the finished model's single file {format_size(single)}" if single else ""
             raise DiskError.of(
-                f"a checkpoint takes about {format_size(size)}, and {format_size(free)} are free for {self.run.root}",
+                f"a checkpoint takes about {format_size(size)}{beside}, and {format_size(free)} are free for "
+                f"{self.run.root}",
                 remedy="Free some space, or give an --output_dir on another disk.",
             )
         limit = self.config.checkpoints_total_limit
@@ -499,7 +506,7 @@ class Attempt:
         there = len(checkpoints.steps(self.run))
         # One is written before the oldest goes.
         more = min(coming, max(1, limit + 1 - there))
-        if more * size > free:
+        if more * size + single > free:
             self.reporter.notice(
                 f"{more} more checkpoints of about {format_size(size)} will lie in {self.run.root} at once, and "
                 f"{format_size(free)} are free. A lower --checkpoints_total_limit, {limit} now, needs less."
@@ -675,22 +682,27 @@ class Attempt:
             )
 
     def header(self, prepared: Prepared, source: Source, step: int) -> dict[str, str]:
-        """What a saved file says about itself: no paths, nothing secret. Its fingerprints cover what decides the
-        weights, and not what a resumed run may change.
+        """What a saved file says about itself: no paths, nothing secret. Its options and fingerprints cover what
+        decides the weights, and not what a resumed run may change.
         """
-        options = decisive(resolved(self.config))
+        config = self.config
+        options = decisive(resolved(config))
+        trigger, comment = config.modelspec_trigger_phrase, config.modelspec_comment
         fields = {
             "base_model": source.name,
             "licence": source.flavour.licence,
             "version": simpletuner.__version__,
             "step": str(step),
+            "options": json.dumps(options, sort_keys=True),
             "config": sha256_json(options),
             "datasets": sha256_json(prepared.fingerprints),
             "run": sha256_json([source.fingerprint("transformer"), options, prepared.fingerprints]),
         }
-        if self.config.modelspec_comment is not None:
-            fields["comment"] = self.config.modelspec_comment
-        return fields
+        said = {"comment": comment, "trigger_phrase": trigger}
+        fields |= {name: text for name, text in said.items() if text is not None}
+        size = usual_size(manifest.buckets for manifest in prepared.train)
+        is_lora = config.model_type == "lora"
+        return fields | modelspec(source.flavour, is_lora=is_lora, resolution=size, comment=comment, trigger=trigger)
 
     def export(self, find: Callable[[], Source]) -> tuple[str, ...]:
         """Put what was trained where other programs look for it; `find` returns the base model. Returns what to tell

@@ -49,6 +49,9 @@ class CheckpointOptions(Slice):
     modelspec_comment: Text | None = None
     """A note in the saved file's header."""
 
+    modelspec_trigger_phrase: Text | None = None
+    """The word or phrase that calls up what was trained, for the saved file's header: programs that read it show it."""
+
     @property
     def disk_low_bytes(self) -> int:
         """`disk_low_threshold` in bytes."""
