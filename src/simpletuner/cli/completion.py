@@ -14,7 +14,7 @@ from simpletuner.cli.arguments import Flag, declared_fields, declared_flags, par
 from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.main import COMMANDS, HELP
 from simpletuner.cli.sample import SampleConfig
-from simpletuner.config.flags import SELECTORS
+from simpletuner.config.flags import LIKE, SELECTORS
 from simpletuner.config.load import EXAMPLES_FOLDER
 from simpletuner.config.run import RunConfig
 from simpletuner.config.values import OptionType, kinds
@@ -114,6 +114,7 @@ def grammar() -> Grammar:
     examples = tuple(sorted(path.parent.name for path in EXAMPLES_FOLDER.glob("*/config.json")))
     found.values |= {
         "--config": FlagValue("file"),
+        f"--{LIKE}": FlagValue("file"),
         "--env": FlagValue("env"),
         "--example": FlagValue("words", examples),
         "--lora": FlagValue("file"),

@@ -40,6 +40,9 @@ ESSENTIALS = (
 )
 """Options of `train` that most configurations set."""
 
+_NAMED = {"config": "PATH", "like": "FILE"}
+"""What a selector takes, where that is no name."""
+
 ALL = "all"
 """The word after `--help` that asks for every option."""
 
@@ -91,7 +94,7 @@ def train_help(usage: str, word: str) -> str:
     parts = [
         fitted(usage),
         "Which configuration is read\n"
-        + rows_text({f"--{name} {'PATH' if name == 'config' else 'NAME'}": text for name, text in SELECTORS.items()}),
+        + rows_text({f"--{name} {_NAMED.get(name, 'NAME')}": text for name, text in SELECTORS.items()}),
         "Options that most configurations set\n" + option_entries(ESSENTIALS, is_short=True),
         fitted(f"All {len(OPTION_NAMES)} options"),
     ]

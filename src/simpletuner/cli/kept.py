@@ -13,8 +13,8 @@ from simpletuner.config.run import RunConfig
 from simpletuner.config.values import kinds
 
 
-def kept_aside(arguments: Sequence[str], loaded: Loaded) -> Callable[[Path], list[str]]:
-    """Makes the arguments that train what `arguments` mean now, whatever becomes of the files they name: it copies
+def kept_aside(loaded: Loaded) -> Callable[[Path], list[str]]:
+    """Makes the arguments that train what `loaded` was loaded for, whatever becomes of the files they name: it copies
     config, datasets and prompts into the folder it is given. What the environment sets becomes flags. What it copied is
     checked once more, since the files may have changed since they were loaded.
 
@@ -23,8 +23,8 @@ def kept_aside(arguments: Sequence[str], loaded: Loaded) -> Callable[[Path], lis
 
     def keep(folder: Path) -> list[str]:
         values = loaded.config.model_dump(mode="json")
-        words = [*spelled(arguments), *(f"--{key}={_text(values[key])}" for key in _fixed(loaded))]
-        if "example" in parse(arguments).selectors:
+        words = [*spelled(loaded.arguments), *(f"--{key}={_text(values[key])}" for key in _fixed(loaded))]
+        if "example" in parse(loaded.arguments).selectors:
             return words
         words = [word for word in words if word.partition("=")[0].removeprefix("--") not in SELECTORS]
         words += [f"--{flag}={_copied(source, folder / name)}" for flag, source, name in _files(loaded)]

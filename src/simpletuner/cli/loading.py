@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from simpletuner.base.errors import ConfigError
+from simpletuner.base.commandline import flag, split_arguments
+from simpletuner.base.console import answer_to, complain
+from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.base.files import file_errors_reported
 from simpletuner.config.flags import parse
-from simpletuner.config.load import Examined, Loaded, examine
+from simpletuner.config.like import Likeness, likeness
+from simpletuner.config.load import DATASETS_NAME, NO_CONFIGURATION, Examined, Loaded, examine
 from simpletuner.flux2 import routes
 from simpletuner.server.reach import of_the_page
 
@@ -16,13 +19,52 @@ from simpletuner.server.reach import of_the_page
 def load_here(arguments: Sequence[str]) -> Loaded:
     """The configuration that `arguments` ask for in the working folder.
 
-    Pictures of `--example NAME` are drawn to `datasets/NAME` before, unless they are there.
+    Pictures of `--example NAME` are drawn to `datasets/NAME` before, unless they are there. With `--like FILE`, a
+    person at a terminal is asked for what the file cannot say, and what comes from where is printed.
 
     Raises:
         ConfigError: every problem.
         DiskError: no space for the example's pictures.
     """
-    return examine_here(arguments).loaded()
+    like = likeness(arguments)
+    if like is None:
+        return examine_here(arguments).loaded()
+    examined = examine_here(arguments)
+    if answers := _answers(like, examined):
+        examined = examine_here([*arguments, *answers])
+    loaded = examined.loaded()
+    values = loaded.config.model_dump(mode="json")
+    typed = {argument.name for argument in split_arguments([*like.typed, *answers])}
+    given = {
+        name: values[name]
+        for name, origin in loaded.origins.items()
+        if name in typed or (origin != "default" and name not in like.options)
+    }
+    for line in like.lines({"data_backend_config": str(loaded.datasets_file), **given}):
+        complain(line)
+    return loaded
+
+
+def _answers(like: Likeness, examined: Examined) -> list[str]:
+    """Flags for what a person types about paths; none where nobody can be asked."""
+    questions: list[tuple[str, str, str]] = []
+    if examined.datasets_file is None:
+        found = (Path(folder, DATASETS_NAME) for folder in ("", "config"))
+        likely = next((str(path) for path in found if path.is_file()), "")
+        questions.append(("data_backend_config", "The file that lists the datasets", likely))
+    if examined.origins["output_dir"] == "default":
+        questions.append(("output_dir", "The run's directory", examined.config.output_dir))
+    if like.base_model is not None and examined.origins["pretrained_model_name_or_path"] == "default":
+        weights = examined.config.model_flavour
+        questions.append(("pretrained_model_name_or_path", f"Base weights, if not those of {weights}", ""))
+    answers = []
+    for name, question, proposed in questions:
+        typed = answer_to(f"{question} [{proposed}]: " if proposed else f"{question}: ")
+        if typed is None:
+            break
+        if typed or (proposed and name == "data_backend_config"):
+            answers.append(flag(name, typed or proposed))
+    return answers
 
 
 def examine_here(arguments: Sequence[str], *, also: Sequence[Path] = ()) -> Examined:
@@ -32,6 +74,11 @@ def examine_here(arguments: Sequence[str], *, also: Sequence[Path] = ()) -> Exam
         DiskError: no space for the example's pictures.
     """
     reach = of_the_page(os.environ)
+    like = likeness(arguments)
+    if like is not None:
+        if reach is not None:
+            reach.real(str(like.file))
+        arguments = like.arguments
     example = parse(arguments).selectors.get("example")
     if example is not None:
         # Brings Pillow, which nothing else here needs.
@@ -43,6 +90,8 @@ def examine_here(arguments: Sequence[str], *, also: Sequence[Path] = ()) -> Exam
     with file_errors_reported(Path(), ConfigError, doing="read"):
         rule = None if reach is None else replace(reach, others=(*reach.others, *also)).refusal
         examined = examine(arguments, folder=Path(), environ=os.environ, rule=rule)
+    if like is not None:
+        examined = replace(examined, problems=tuple(map(_without_datasets, examined.problems)))
     if examined.problems:
         return examined
     try:
@@ -51,3 +100,14 @@ def examine_here(arguments: Sequence[str], *, also: Sequence[Path] = ()) -> Exam
         found = tuple(replace(problem, key="tread_config") for problem in error.problems)
         return replace(examined, problems=found)
     return examined
+
+
+def _without_datasets(problem: Problem) -> Problem:
+    """With `--like`, what a missing configuration would have said: the datasets."""
+    if problem.found != NO_CONFIGURATION:
+        return problem
+    return Problem(
+        "--like: no datasets are named here",
+        "--data_backend_config PATH, the file that lists them",
+        "A config.json here with datasets beside it does as well. `simpletuner init` writes both.",
+    )

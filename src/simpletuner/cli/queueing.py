@@ -72,7 +72,7 @@ def add(arguments: Sequence[str], typed_devices: str | None, *, as_json: bool) -
     loaded = load_here(arguments)
     output_dir, devices = loaded.config.output_dir, devices_of(typed_devices)
     queue = Queue.of(Path.cwd())
-    entry = queue.add(spelled(arguments), output_dir, devices, command=kept_aside(arguments, loaded))
+    entry = queue.add(spelled(arguments), output_dir, devices, command=kept_aside(loaded))
     queue.start_workers()
     now = next((other for other in queue.entries() if other.id == entry.id), entry)
     if as_json:

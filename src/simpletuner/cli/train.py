@@ -1,6 +1,7 @@
 """`simpletuner train`: check the configuration without torch, then hand over, or start one process for each GPU."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from simpletuner.runs.process import stop_if_asked
 from simpletuner.runs.ranks import Supervisor, as_rank, place_of, train_command
 from simpletuner.runs.samplers import end_samplers
 
-_USAGE = "usage: simpletuner train [--config PATH | --env NAME | --example NAME] [--option value ...]"
+_USAGE = "usage: simpletuner train [--config PATH | --env NAME | --example NAME] [--like FILE] [--option value ...]"
 
 
 def run(arguments: list[str]) -> int:
@@ -41,7 +42,7 @@ def run(arguments: list[str]) -> int:
                 gpus = visible_gpus(os.environ)
                 size = processes(loaded.config, gpus)
                 if size > 1 and not _is_trained(loaded.config):
-                    return _supervise(arguments, loaded, size)
+                    return _supervise(loaded.arguments, loaded, size)
                 loaded = _with_idle_gpus(loaded, gpus)
             if place is None or place.rank == 0:
                 end_samplers(Path.cwd(), os.environ, say)
@@ -72,7 +73,7 @@ def processes(options: RankOptions, gpus: int) -> int:
     return asked
 
 
-def _supervise(arguments: list[str], loaded: Loaded, size: int) -> int:
+def _supervise(arguments: Sequence[str], loaded: Loaded, size: int) -> int:
     """Train as `size` processes; returns the exit code."""
     end_samplers(Path.cwd(), {**os.environ, "LOCAL_WORLD_SIZE": str(size)}, say)
     stop_if_asked()

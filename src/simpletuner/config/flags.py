@@ -13,12 +13,15 @@ from simpletuner.config.given import Given
 from simpletuner.config.paths import stray_text
 from simpletuner.config.values import shown
 
+LIKE = "like"
+"""The selector that `config.like` reads, before anything else is."""
 SELECTORS = {
     "config": "read this file: config.json or config.toml",
     "env": "read config/NAME/",
     "example": "train an example that comes with the program, such as tiny-lora",
+    LIKE: "take the options with which this LoRA or model was trained; datasets and paths are asked for, or typed",
 }
-"""Flags that say which config is read; not options themselves."""
+"""Flags that say where options are read; not options themselves."""
 
 
 @dataclass

@@ -26,6 +26,7 @@ RECORDED_TEXTS = frozenset(
         "flow_custom_timesteps",
         "group_offload_resident_blocks",
         "modelspec_comment",
+        "modelspec_trigger_phrase",
         "optimizer",
         "optimizer_config",
         "peft_lora_target_modules",
@@ -115,6 +116,21 @@ def _is_recorded(config: RunConfig, name: str, value: object) -> bool:
         # A local one is an absolute path here or begins with a dot, or it is there.
         return isinstance(value, str) and not Path(value).exists() and value.count("/") == 1 and value[0] not in "./~"
     return bool(kind.choices) or kind.base in (bool, int, float) or name in RECORDED_TEXTS
+
+
+def reusable(record: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What of a foreign `record` another run may take over, by the rule of `decisive(resolved(config))`: no path and
+    nothing that is about a machine. And the names of options that are gone.
+    """
+    plain = RunConfig()
+    renamed = {OPTION_ALIASES.get(name, name): value for name, value in record.items()}
+    known = {
+        name: value
+        for name, value in renamed.items()
+        if name in RunConfig.model_fields and name not in MAY_CHANGE and _is_recorded(plain, name, value)
+    }
+    gone = [name for name in renamed if name not in RunConfig.model_fields and name not in REMOVED]
+    return known, tuple(sorted(gone))
 
 
 def is_left_to_the_run(name: str, value: object) -> bool:

@@ -29,7 +29,7 @@ def test_what_is_kept_means_the_same_whatever_becomes_of_the_files(
     with monkeypatch.context() as patched:
         patched.setenv("SIMPLETUNER_SEED", "7")
         before = load_here(arguments)
-        kept = kept_aside(arguments, before)(Path("aside"))
+        kept = kept_aside(before)(Path("aside"))
     for path in (folder / "config" / "cats").iterdir():
         path.unlink()
     after = load_here(kept)
@@ -47,6 +47,6 @@ def test_what_is_kept_means_the_same_whatever_becomes_of_the_files(
 
 def test_of_an_example_nothing_is_copied(own_folder: Path) -> None:
     arguments = ["--example", "tiny-lora", "--output_dir=output/a"]
-    kept = kept_aside(arguments, load_here(arguments))(Path("aside"))
+    kept = kept_aside(load_here(arguments))(Path("aside"))
     assert kept == spelled(arguments) == ["--example=tiny-lora", "--output_dir=output/a"]
     assert not (own_folder / "aside").exists()
