@@ -1,0 +1,123 @@
+"""GGUF files: what their headers say, and their blocks as numbers, by the `gguf` package of llama.cpp.
+
+Each tensor has a type of its own. Quantized ones are stored in blocks of weights of one row, so any rows can be decoded
+without the others (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from simpletuner.base.errors import AccessError
+from simpletuner.base.files import file_errors_reported
+from simpletuner.base.tensorfile import TensorEntry
+
+GGUF_MAGIC = b"GGUF"
+_PLAIN = {"F64": "F64", "F32": "F32", "F16": "F16", "BF16": "BF16"}
+"""Types that are dtypes of safetensors, by GGUF's name."""
+_TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """What the header of a GGUF file says."""
+
+    architecture: str | None
+    """`general.architecture`: "flux" for transformers of FLUX.1 and FLUX.2; some programs leave it out."""
+    tensors: Mapping[str, TensorEntry]
+    """By name; `dtype` is GGUF's type, such as "Q8_0", and `shape` is torch's: rows, columns."""
+
+
+def is_gguf(file: Path) -> bool:
+    """Whether `file` begins as a GGUF file does.
+
+    Raises:
+        AccessError: it cannot be read.
+    """
+    with file_errors_reported(file, AccessError, doing="read"), file.open("rb") as stream:
+        return stream.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+
+
+def read_gguf_header(file: Path) -> GgufHeader:
+    """The tensors of a GGUF file. No tensor is read.
+
+    Raises:
+        AccessError: it is not a whole GGUF file of little-endian numbers, or holds a type that is not known.
+    """
+    import gguf
+
+    try:
+        with file_errors_reported(file, AccessError, doing="read"):
+            reader = gguf.GGUFReader(file)
+        field = reader.get_field("general.architecture")
+        architecture = None if field is None else str(field.contents())
+        tensors = {each.name: _entry(file, each) for each in reader.tensors}
+        whole = max((entry.stop for entry in tensors.values()), default=0)
+        if whole > len(reader.data):
+            raise ValueError(f"{len(reader.data):,} bytes long, at least {whole:,} by its own header")
+    except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError) as error:
+        reason = str(error).strip().splitlines()
+        raise AccessError.of(
+            f"{file} is not a whole GGUF file ({reason[0][:120] if reason else type(error).__name__})",
+            "a GGUF file of version 2 or 3",
+            "A download may have broken off: get the file again.",
+        ) from None
+    if reader.byte_order != "I":
+        raise AccessError.of(f"{file} holds big-endian numbers", "a GGUF file of little-endian numbers")
+    unknown = sorted({entry.dtype for entry in tensors.values() if not _is_known(entry.dtype)})
+    if unknown:
+        raise AccessError.of(
+            f"{file} holds tensors of the GGUF type {', '.join(unknown)}",
+            "types that the gguf package can read, such as Q8_0, Q6_K, Q5_K, Q4_K, BF16",
+            "Take another file of the same model, or install a newer gguf package.",
+        )
+    return GgufHeader(architecture, tensors)
+
+
+def _entry(file: Path, tensor: Any) -> TensorEntry:
+    start, size = int(tensor.data_offset), int(tensor.n_bytes)
+    shape = tuple(int(side) for side in reversed(tensor.shape))
+    return TensorEntry(file, tensor.tensor_type.name, shape, start, start + size)
+
+
+@functools.cache
+def _is_known(name: str) -> bool:
+    """Whether tensors of the type `name` can be decoded."""
+    if name in _PLAIN:
+        return True
+    block, size = block_size(name)
+    try:
+        decoded_rows(torch.zeros(1, size, dtype=torch.uint8), name)
+    except NotImplementedError:
+        return False
+    return block > 1
+
+
+def block_size(name: str) -> tuple[int, int]:
+    """Weights and bytes of a block of the type `name`."""
+    import gguf
+
+    weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    return weights, size
+
+
+def decoded_rows(rows: UInt8[Tensor, "rows bytes"], name: str) -> Float[Tensor, "rows columns"]:
+    """The weights of whole rows of a tensor of the type `name`: quantized ones in fp32, others in their dtype.
+
+    Raises:
+        NotImplementedError: the package cannot read this type.
+    """
+    if name in _PLAIN:
+        return rows.contiguous().view(_TORCH[name])
+    import gguf
+
+    with np.errstate(all="ignore"):  # an infinite scale is found where weights are checked
+        decoded = gguf.dequantize(rows.numpy(), gguf.GGMLQuantizationType[name])
+    return torch.from_numpy(decoded)
