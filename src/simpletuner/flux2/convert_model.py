@@ -22,11 +22,11 @@ from simpletuner.base.tensorfile import DTYPE_BITS, TensorData, read_header, rea
 from simpletuner.config.flavours import TransformerSpec
 from simpletuner.flux2.configs import read_component_config
 from simpletuner.flux2.footprint import empty_transformer
-from simpletuner.flux2.formats import LOADABLE_DTYPES
 from simpletuner.flux2.modelfile import INDEX_NAME, TRANSFORMER_FOLDER, WEIGHTS_NAME, WEIGHTS_STEM
 from simpletuner.flux2.names import Renamed, to_bfl, transformer_renaming
 from simpletuner.flux2.source import Weights, transformer_spec
 from simpletuner.flux2.spec import transformer_from_tensors, transformer_to_diffusers
+from simpletuner.flux2.stored import FLOATING_DTYPES
 from simpletuner.memory.shares import share_files
 from simpletuner.memory.tensors import TensorFile, as_written, open_tensors, unreadable
 
@@ -202,7 +202,7 @@ def _read_lazily(files: tuple[Path, ...]) -> Iterator[tuple[dict[str, _LazyTenso
             if renamed is None:
                 unknown.append(name)
                 continue
-            if entry.dtype not in LOADABLE_DTYPES:
+            if entry.dtype not in FLOATING_DTYPES:
                 quantized.append(f"{name} as {entry.dtype}")
                 continue
             for index, (target, shape) in enumerate(zip(renamed.names, renamed.shapes(entry.shape), strict=True)):

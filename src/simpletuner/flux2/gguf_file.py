@@ -18,11 +18,12 @@ from torch import Tensor
 from simpletuner.base.errors import AccessError
 from simpletuner.base.files import file_errors_reported
 from simpletuner.base.tensorfile import TensorEntry
+from simpletuner.flux2.configs import Component
+from simpletuner.flux2.stored import FLOATING_DTYPES, ReadPart, StoredWeight
 
-GGUF_MAGIC = b"GGUF"
-_PLAIN = {"F64": "F64", "F32": "F32", "F16": "F16", "BF16": "BF16"}
-"""Types that are dtypes of safetensors, by GGUF's name."""
-_TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ARCHITECTURE = "flux"
+_PLAIN = FLOATING_DTYPES
+"""Types that are no blocks; safetensors has the same names for them."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,6 @@ class GgufHeader:
     """`general.architecture`: "flux" for transformers of FLUX.1 and FLUX.2; some programs leave it out."""
     tensors: Mapping[str, TensorEntry]
     """By name; `dtype` is GGUF's type, such as "Q8_0", and `shape` is torch's: rows, columns."""
-
-
-def is_gguf(file: Path) -> bool:
-    """Whether `file` begins as a GGUF file does.
-
-    Raises:
-        AccessError: it cannot be read.
-    """
-    with file_errors_reported(file, AccessError, doing="read"), file.open("rb") as stream:
-        return stream.read(len(GGUF_MAGIC)) == GGUF_MAGIC
 
 
 def read_gguf_header(file: Path) -> GgufHeader:
@@ -92,12 +83,11 @@ def _is_known(name: str) -> bool:
     """Whether tensors of the type `name` can be decoded."""
     if name in _PLAIN:
         return True
-    block, size = block_size(name)
     try:
-        decoded_rows(torch.zeros(1, size, dtype=torch.uint8), name)
+        _decoded(np.zeros((1, block_size(name)[1]), np.uint8), name)
     except NotImplementedError:
         return False
-    return block > 1
+    return True
 
 
 def block_size(name: str) -> tuple[int, int]:
@@ -109,15 +99,46 @@ def block_size(name: str) -> tuple[int, int]:
 
 
 def decoded_rows(rows: UInt8[Tensor, "rows bytes"], name: str) -> Float[Tensor, "rows columns"]:
-    """The weights of whole rows of a tensor of the type `name`: quantized ones in fp32, others in their dtype.
+    """The weights of whole rows of a tensor of the quantized type `name`, in fp32.
 
     Raises:
         NotImplementedError: the package cannot read this type.
     """
-    if name in _PLAIN:
-        return rows.contiguous().view(_TORCH[name])
+    return torch.from_numpy(_decoded(rows.numpy(), name))
+
+
+def _decoded(rows: Any, name: str) -> Any:
     import gguf
 
     with np.errstate(all="ignore"):  # an infinite scale is found where weights are checked
-        decoded = gguf.dequantize(rows.numpy(), gguf.GGMLQuantizationType[name])
-    return torch.from_numpy(decoded)
+        return gguf.dequantize(rows, gguf.GGMLQuantizationType[name])
+
+
+def gguf_weights(file: Path, component: Component) -> dict[str, StoredWeight]:
+    """The weights in a GGUF file of `component`, by the names in it. None is read.
+
+    Raises:
+        AccessError: as `read_gguf_header`, or it holds another kind of model, or is wanted for another component than
+            the transformer.
+    """
+    header = read_gguf_header(file)
+    if component != "transformer" or header.architecture not in (None, _ARCHITECTURE):
+        of = "" if header.architecture is None else f" of the architecture {header.architecture}"
+        raise AccessError.of(
+            f"{file} is a GGUF file{of}",
+            f"a FLUX.2 transformer, of the architecture {_ARCHITECTURE}"
+            if component == "transformer"
+            else f"the {component.replace('_', ' ')} as a .safetensors file",
+            "Text encoders and VAEs are read from .safetensors files.",
+        )
+    return {name: _stored(name, entry) for name, entry in header.tensors.items()}
+
+
+def _stored(name: str, entry: TensorEntry) -> StoredWeight:
+    if entry.dtype in _PLAIN:
+        return StoredWeight(name, "plain", entry.shape, {"data": entry})
+
+    def decode(read: ReadPart, rows: slice) -> Tensor:
+        return decoded_rows(read("data", rows), entry.dtype)
+
+    return StoredWeight(name, entry.dtype, entry.shape, {"data": entry}, decode)

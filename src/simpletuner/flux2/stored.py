@@ -1,7 +1,6 @@
 """Weights as files hold them, plain or quantized: found from headers, and read by rows, decoded or as they are held."""
 
 import contextlib
-import importlib
 import itertools
 import json
 import math
@@ -83,12 +82,14 @@ def stored_weights(files: Sequence[Path], component: Component = "transformer") 
     Raises:
         AccessError: a file is damaged, or holds a format that cannot be read; each format is named.
     """
-    containers = {file: _container(file) for file in files}
+    from simpletuner.flux2.gguf_file import gguf_weights  # which makes `StoredWeight`s
+
+    plain = tuple(file for file in files if not _is_gguf(file))
     found: dict[str, StoredWeight] = {}
-    for file, read in containers.items():
-        if read is not None:
-            found |= read(file)
-    plain = tuple(file for file, read in containers.items() if read is None)
+    for file in files:
+        if file not in plain:
+            weights = gguf_weights(file, component)
+            found |= {own: weights[name] for name, own in component_names(weights, component).items()}
     return found | safetensors_weights(plain, component)
 
 
@@ -106,21 +107,10 @@ def check_format(files: tuple[Path, ...], published: str | None = None, componen
     refused.raise_if_any()
 
 
-def _container(file: Path) -> Callable[[Path], Mapping[str, StoredWeight]] | None:
-    """Reads the weights of a `file` that is no safetensors file, known by its first bytes. A magic number is a line:
-    `b"GGUF": "simpletuner.flux2.gguf_file:gguf_weights"`.
-    """
+def _is_gguf(file: Path) -> bool:
     with file_errors_reported(file, AccessError, doing="read"), file.open("rb") as stream:
-        known = _CONTAINERS.get(stream.read(4))
-    if known is None:
-        return None
-    module, _, function = known.partition(":")
-    read: Callable[[Path], Mapping[str, StoredWeight]] = getattr(importlib.import_module(module), function)
-    return read
+        return stream.read(4) == b"GGUF"
 
-
-_CONTAINERS: Mapping[bytes, str] = {}
-"""By the first four bytes: what reads the weights of such a file, as module:function, imported when one is met."""
 
 _PREFIXES: Mapping[Component, re.Pattern[str]] = {
     "transformer": re.compile(r"(model\.)?diffusion_model\."),
