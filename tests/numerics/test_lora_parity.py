@@ -1,20 +1,24 @@
 """The adapter against PEFT on diffusers' transformer: gradients, and what diffusers makes of our files."""
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.lora_dialects import write_dialect
-from torch import Tensor
+from tests.lora_dialects import DialectRow, DrawnAdapter, write_dialect
+from torch import Tensor, nn
 
 from simpletuner.base.quiet import quiet_import
 from simpletuner.config.flavours import TINY, TINY_KLEIN, TransformerSpec
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.flow.condition import Condition, TextContext
+from simpletuner.flux2.adapter_kinds import factors_of
 from simpletuner.flux2.denoiser import Denoiser
+from simpletuner.flux2.dialects import AdapterFile
 from simpletuner.flux2.export import attach_saved, read_lora, save_lora
+from simpletuner.flux2.fixed import FixedLinear, attach_fixed, read_for_drawing
 from simpletuner.flux2.lora import PRESETS, Adapter, attach
 from simpletuner.flux2.spec import transformer_to_diffusers
 from simpletuner.flux2.tokens import context_ids, image_ids, pack_latents
@@ -263,3 +267,63 @@ def test_a_rank_stabilized_lora_means_the_same_here(tmp_path: Path) -> None:
     ours = model(SMALL)
     attach_saved(ours, saved)
     assert_near(velocity(ours), reference_velocity(theirs, SMALL))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("LoHaConfig", {"r": 4, "alpha": 2}),
+        ("LoKrConfig", {"r": 4, "alpha": 2}),
+        ("LoKrConfig", {"r": 2, "alpha": 8, "decompose_both": True}),
+        ("LoKrConfig", {"r": 64, "alpha": 64, "decompose_factor": 6}),
+    ],
+)
+@torch.no_grad()
+def test_lokr_and_loha_factors_act_as_in_peft(kind: str, options: dict[str, Any]) -> None:
+    import peft
+
+    config = getattr(peft, kind)(target_modules=["0"], init_weights=False, **options)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        theirs = peft.get_peft_model(nn.Sequential(nn.Linear(48, 72, bias=False)), config)
+        x = torch.randn(5, 48)
+    base = nn.Linear(48, 72, bias=False)
+    base.weight.copy_(theirs.base_model.model[0].base_layer.weight)
+    tensors = {key.rpartition(".")[2]: value for key, value in peft.get_peft_model_state_dict(theirs).items()}
+    factors = factors_of(tensors, float(config.alpha))
+    assert factors is not None
+    expected = theirs(x)
+    assert (expected - base(x)).abs().max() > 1e-3
+    assert_near(FixedLinear(base, factors)(x), expected)
+
+
+def draw_square_lokr(
+    row: DialectRow, rows: int, columns: int, rank: int, alpha: float, generator: torch.Generator
+) -> DrawnAdapter:
+    """A LoKr with w1 whole, in the sizes that diffusers looks for: of every size the two divisors with the least sum,
+    of which w1 has the smaller.
+    """
+    smaller = [max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0) for size in (rows, columns)]
+    shapes = {
+        ".lokr_w1": (smaller[0], smaller[1]),
+        ".lokr_w2_a": (rows // smaller[0], rank),
+        ".lokr_w2_b": (rank, columns // smaller[1]),
+    }
+    w1, w2_a, w2_b = (0.3 * torch.randn(shape, generator=generator) for shape in shapes.values())
+    delta = torch.kron(w1.double(), w2_a.double() @ w2_b.double())
+    return dict(zip(shapes, (w1, w2_a, w2_b), strict=True)), delta * (alpha / rank if row.has_alpha else 1.0)
+
+
+@torch.no_grad()
+def test_a_lokr_of_fused_layers_means_what_it_does_in_diffusers(tmp_path: Path) -> None:
+    """In ComfyUI's keys with alpha, of all blocks. Outside them diffusers exchanges no halves of norm_out."""
+    row = "2b OneTrainer for ComfyUI"
+    # Of a higher rank diffusers takes w2 to be whole.
+    write_dialect(tmp_path / LORA_NAME, SMALL, row, draw=draw_square_lokr, ranks=(2,), blocks_only=True)
+    ours, pipe = model(SMALL), pipeline(SMALL)
+    file = read_for_drawing(tmp_path / LORA_NAME)
+    assert isinstance(file, AdapterFile)
+    attach_fixed(ours, file)
+    pipe.load_lora_weights(tmp_path)
+    assert_near(reference_velocity(pipe.transformer, SMALL), velocity(ours))
+    assert (velocity(model(SMALL)) - velocity(ours)).abs().max() > 1e-2

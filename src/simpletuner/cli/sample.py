@@ -82,7 +82,7 @@ class SampleOptions(Slice):
     """What a picture shows. Give it several times for several pictures."""
 
     lora: Annotated[tuple[Text, ...], Says("a file after it")] = ()
-    """A LoRA file, or a folder that holds `pytorch_lora_weights.safetensors`. `FILE:0.8` gives it a strength
+    """A LoRA, LoKr or LoHa file, or a folder with `pytorch_lora_weights.safetensors`. `FILE:0.8` gives it a strength
     other than 1. Given several times, they add up. Without any, the base model draws. Where no option names the
     model, a LoRA names it: by the config of the run it lies in, or by its own header."""
 

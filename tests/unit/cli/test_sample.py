@@ -313,6 +313,54 @@ def test_a_lora_acts_by_its_strength_and_nothing_is_overwritten(
     assert len({pictures["base"], pictures["once"], pictures["steered"]}) == 3
 
 
+@pytest.mark.slow
+def test_lokr_and_loha_files_draw_what_their_deltas_do(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from tests.lora_dialects import draw_loha, draw_lokr, write_dialect
+
+    from simpletuner.cli.drawing import Sampler
+    from simpletuner.config.flavours import TINY
+
+    text = {"lora_te1_layers_0_mlp_fc1.lora_down.weight": torch.ones(1, 1)}
+    files = {}
+    for kind, draw_factors in (("lokr", draw_lokr), ("loha", draw_loha)):
+        files[kind] = tmp_path / f"{kind}.safetensors"
+        deltas = write_dialect(files[kind], TINY, "2b OneTrainer for ComfyUI", draw=draw_factors, also=text)
+        tensors = {f"transformer.{name}.lora_A.weight": torch.eye(delta.shape[1]) for name, delta in deltas.items()}
+        tensors |= {f"transformer.{name}.lora_B.weight": delta.float() for name, delta in deltas.items()}
+        files[f"{kind} as lora"] = tmp_path / f"{kind}-as-lora.safetensors"
+        save_file(tensors, files[f"{kind} as lora"])
+
+    model = [f"--pretrained_model_name_or_path={tiny_folder}", *SMALL, f"--out={tmp_path}", "--prompt=a fish"]
+    sampler = Sampler()
+
+    def draw(strengths: str, **loras: float) -> list[bytes]:
+        flags = [f"--lora={files[name.replace('_', ' ')]}:{strength}" for name, strength in loras.items()]
+        config = read_request([*model, f"--strength={strengths}", *flags], {})
+        drawings = sampler.draw(config, wanted_loras(config), lambda *_: None)
+        return [Image.open(drawing.path).tobytes() for drawing in drawings]
+
+    def are_near(one: bytes, two: bytes) -> bool:
+        """A value on the edge may round to the next level."""
+        return max(abs(a - b) for a, b in zip(one, two, strict=True)) <= 1
+
+    (base,) = draw("1")
+    off, little, much = draw("0,0.5,1", lokr=0.1)
+    assert "lokr.safetensors has 1 tensors for a text encoder" in capsys.readouterr().err
+    assert off == base
+    wanted = draw("0.5,1", lokr_as_lora=0.1)
+    assert are_near(little, wanted[0])
+    assert are_near(much, wanted[1])
+    assert not are_near(little, much)
+    (both,) = draw("1", lokr_as_lora=0.1, loha=-0.1)
+    assert are_near(both, *draw("1", lokr=0.1, loha_as_lora=-0.1))
+    assert not are_near(both, much)
+    assert draw("1") == [base]
+
+
 def test_a_lora_of_another_model_is_refused_before_anything_is_loaded(
     tiny_folder: Path, lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
