@@ -355,7 +355,8 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(
     free = 20 * 2**20
     monkeypatch.setattr(machine, "disk_room", lambda path: free)
     assert workplace.train("--disk_low_threshold=1MB") == 7
-    assert "a checkpoint takes about 65.0 MiB, and 20.0 MiB are free for output/run" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "a checkpoint takes about 65.0 MiB and the finished model's single file 21.7 MiB, and 20.0 MiB are" in told
     assert workplace.events("step") == []
     free = 100 * 2**20
     assert workplace.train("--disk_low_threshold=1MB") == 0

@@ -9,8 +9,8 @@ from simpletuner.base.commandline import flag, split_arguments
 from simpletuner.base.console import answer_to, complain
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.base.files import file_errors_reported
+from simpletuner.cli.like import Likeness, likeness
 from simpletuner.config.flags import parse
-from simpletuner.config.like import Likeness, likeness
 from simpletuner.config.load import DATASETS_NAME, NO_CONFIGURATION, Examined, Loaded, examine
 from simpletuner.flux2 import routes
 from simpletuner.server.reach import of_the_page

@@ -14,7 +14,7 @@ from simpletuner.config.paths import stray_text
 from simpletuner.config.values import shown
 
 LIKE = "like"
-"""The selector that `config.like` reads, before anything else is."""
+"""The selector that `cli.like` reads, before anything else is."""
 SELECTORS = {
     "config": "read this file: config.json or config.toml",
     "env": "read config/NAME/",

@@ -7,7 +7,9 @@ Its date is left out: the same run would leave other bytes on another day, and a
 from collections.abc import Iterable, Mapping
 
 from simpletuner.config.flavours import Flavour
-from simpletuner.data.geometry import Size
+
+ImageSize = tuple[int, int]
+"""Width and height in pixels."""
 
 _PREFIX = "modelspec."
 _FIELDS = (
@@ -31,11 +33,11 @@ def modelspec(
     flavour: Flavour,
     *,
     is_lora: bool,
-    resolution: tuple[int, int] | None,
+    resolution: ImageSize | None,
     comment: str | None = None,
     trigger: str | None = None,
 ) -> dict[str, str]:
-    """The fields of what was trained on `flavour`; `resolution` is (width, height) in pixels."""
+    """The fields of what was trained on `flavour`."""
     what = "LoRA" if is_lora else "fine-tune"
     fields: Mapping[str, str | None] = {
         "sai_model_spec": "1.0.1",
@@ -51,9 +53,9 @@ def modelspec(
     return {_PREFIX + name: value for name, value in fields.items() if value is not None}
 
 
-def usual_size(buckets: Iterable[Mapping[Size, list[int]]]) -> Size | None:
-    """The (width, height) that most images of all data sets are trained at; of equally many, the largest."""
-    counts: dict[Size, int] = {}
+def usual_size(buckets: Iterable[Mapping[ImageSize, list[int]]]) -> ImageSize | None:
+    """The size that most images of all data sets are trained at; of equally many, the largest."""
+    counts: dict[ImageSize, int] = {}
     for each in buckets:
         for size, images in each.items():
             counts[size] = counts.get(size, 0) + len(images)

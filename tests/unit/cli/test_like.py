@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from simpletuner.base.errors import AccessError, ConfigError
 from simpletuner.cli import loading
 from simpletuner.cli.kept import kept_aside
+from simpletuner.cli.like import likeness
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.main import main
 from simpletuner.config.flavours import FLAVOURS
-from simpletuner.config.like import likeness
 from simpletuner.config.record import decisive, resolved
 from simpletuner.config.run import RunConfig
 

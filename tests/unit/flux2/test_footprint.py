@@ -308,6 +308,10 @@ def test_a_full_models_parts() -> None:
     found = phase("train", model_type="full")
     assert part(found, "weights") == 2 * count
     assert part(found, "masters") == part(found, "optimiser") / 2 == 4 * count
+    assert part(found, "single file", "disk") == 4 * count
+    halved = phase("train", model_type="full", model_save_dtype="bf16", use_ema=True)
+    assert part(halved, "single file", "disk") == 2 * 2 * count
+    assert part(phase("train"), "single file", "disk") == 0
     whole = phase("train", model_type="full", mixed_precision="no")
     assert part(whole, "weights") == 4 * count
     assert part(whole, "masters") == 0

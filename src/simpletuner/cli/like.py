@@ -95,7 +95,7 @@ def _recorded(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
         raise ConfigError.of(
             f"the header of {file} does not have the options it was trained with",
             "a LoRA or model of simpletuner",
-            "Files of releases before this feature lack them: their run's config.json has them, for --config.",
+            "Files of earlier releases lack them: give the config.json of their run with --config.",
         )
     try:
         value = json.loads(text)
