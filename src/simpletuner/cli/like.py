@@ -12,7 +12,6 @@ from simpletuner.base.files import file_errors_reported, with_home
 from simpletuner.base.tensorfile import read_metadata
 from simpletuner.config.flags import LIKE
 from simpletuner.config.flavours import FLAVOURS, flavour_of_base
-from simpletuner.config.record import resolved, reusable
 from simpletuner.config.run import RunConfig
 from simpletuner.config.values import join_names, shown
 from simpletuner.runs.layout import LORA_NAME, TRANSFORMER_NAME
@@ -80,13 +79,23 @@ def likeness(arguments: Sequence[str]) -> Likeness | None:
         if not file.is_file():
             raise ConfigError.of(f"--{LIKE} {file}: no such file", "a LoRA or model that simpletuner trained")
         header = read_metadata(file)
+    # Only where it is asked for: a mistake in a configuration is answered at once.
+    from simpletuner.config.record import resolved, reusable
+
     known, left_out = reusable(_recorded(file, header))
+    flavour = FLAVOURS.get(str(known.get("model_flavour")))
+    defaults = resolved(RunConfig(**({} if flavour is None else flavour.option_defaults)))
+    changed = {
+        name: value
+        for name, value in known.items()
+        if value is not None and (name == "model_flavour" or value != defaults.get(name))
+    }
     step = header.get("simpletuner.step", "")
-    if step.isdecimal() and 0 < int(step) < 2**31:
-        known["max_train_steps"] = int(step)
+    if step.isdecimal() and len(step) < 10 and int(step) > 0:
+        changed["max_train_steps"] = int(step)
     base = header.get("simpletuner.base_model")
-    is_named = base is None or flavour_of_base(base) is not None or "pretrained_model_name_or_path" in known
-    return Likeness(file, _changed(known), left_out, None if is_named else base, tuple(typed))
+    is_named = base is None or flavour_of_base(base) is not None or "pretrained_model_name_or_path" in changed
+    return Likeness(file, changed, left_out, None if is_named else base, tuple(typed))
 
 
 def _recorded(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
@@ -104,14 +113,3 @@ def _recorded(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError.of(f"{file}: simpletuner.options in its header is damaged", "an object of options, in JSON")
     return value
-
-
-def _changed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that are not at their defaults, which the flavour decides too; and the flavour."""
-    flavour = FLAVOURS.get(str(options.get("model_flavour")))
-    defaults = resolved(RunConfig(**({} if flavour is None else flavour.option_defaults)))
-    return {
-        name: value
-        for name, value in options.items()
-        if value is not None and (name == "model_flavour" or value != defaults.get(name))
-    }

@@ -176,6 +176,13 @@ def test_files_that_say_nothing_are_refused() -> None:
         load_here(["--like"])
 
 
+def test_a_step_that_is_none_decides_nothing(folder: Path) -> None:
+    for step in ("0", "-3", "x", "9" * 5000):
+        like = likeness(["--like", str(lora(folder / "odd.safetensors", record_of(**TRAINED), step=step))])
+        assert like is not None
+        assert "max_train_steps" not in like.options
+
+
 def test_a_runs_directory_stands_for_its_file(folder: Path) -> None:
     (folder / "run").mkdir()
     (folder / "cats.safetensors").rename(folder / "run" / "pytorch_lora_weights.safetensors")
