@@ -471,8 +471,7 @@ def _fill(
         owner = target.removesuffix(".weight")
         precision = precisions.get(owner)
         if precision is None:
-            # Copied as in `load_transformer`: `pread` puts a tensor anywhere in memory.
-            landed = _cast(rows, None if target.startswith(kept) else dtype, target).to(place, copy=not is_mapped)
+            landed = _cast(rows, None if target.startswith(kept) else dtype, target).to(place)
             _check_finite(landed, target, rows.weight.file)
             _assign(module, target, landed)
             return

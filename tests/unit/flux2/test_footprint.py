@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from tests.quantized_files import write_quantized
+from torch import nn
 
 from simpletuner.base.errors import AccessError
 from simpletuner.base.sizes import GIB
@@ -78,6 +81,37 @@ def part(where: PhasePlan, name: str, place: MemoryTier = "accelerator") -> int:
 )
 def test_published_models_have_as_many_parameters_as_they_have(spec: TransformerSpec, count: int) -> None:
     assert transformer_bytes(spec, "no_change", torch.bfloat16).total == 2 * count
+
+
+def test_a_base_that_stays_in_its_files_fp8_takes_what_the_published_file_takes() -> None:
+    """flux-2-klein-4b-fp8.safetensors, 4,070,624,520 bytes: all Linears of blocks in fp8, everything else in bf16. A
+    row has a scale of its own here."""
+    blocks = {
+        name: each
+        for name, each in empty_transformer(KLEIN_4B).named_modules()
+        if "blocks." in name and isinstance(each, nn.Linear)
+    }
+    held = tuple((name, "fp8wo-torchao") for name in blocks)
+    scales = 4 * sum(each.out_features for each in blocks.values())
+    found = transformer_bytes(KLEIN_4B, "no_change", torch.bfloat16, 1, held)
+    assert found.total - scales == pytest.approx(4_070_624_520, abs=40_000)
+    assert found == transformer_bytes(KLEIN_4B, "fp8wo-torchao", torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
+def test_a_quantized_base_is_planned_as_it_is_held(kind: str, tiny_folder: Path, tmp_path: Path) -> None:
+    """What a precision of ours holds stays; the rest is decoded, and lies in no mapped file."""
+    tensors = load_file(tiny_folder / "transformer/diffusion_pytorch_model.safetensors")
+    file = tmp_path / "quantized.safetensors"
+    write_quantized(file, tensors, kind)
+    own = {"model_flavour": "tiny", "pretrained_transformer_model_name_or_path": str(file)}
+    plain, fp8 = (transformer_bytes(TINY, name, torch.bfloat16).total for name in ("no_change", "fp8wo-torchao"))
+    assert part(phase("train", **own), "weights") == (fp8 if kind == "fp8" else plain)
+    assert part(phase("train", **own, base_model_precision="int8-torchao"), "weights") == fp8
+    assert part(phase("train", **own, model_type="full"), "weights") == plain
+    streamed = STREAMED | {"group_offload_to_disk_path": str(tmp_path), "gradient_checkpointing": True}
+    assert part(phase("train", **own, **streamed), "blocks that wait", "ram") > 0
+    assert part(phase("train", model_flavour="tiny", **streamed), "blocks that wait", "ram") == 0
 
 
 @pytest.mark.parametrize("name", ["dev", "klein-9b", "klein-4b"])

@@ -32,7 +32,7 @@ class PrecisionOptions(Slice):
 
     base_model_precision: PrecisionName = "no_change"
     """Quantisation of the frozen transformer: the Linears of its blocks. Embedders, modulation, norms, the last layer
-    and adapters stay in `base_model_default_dtype`."""
+    and adapters stay in `base_model_default_dtype`. `no_change` keeps fp8 and int8 as a file has them."""
 
     text_encoder_1_precision: PrecisionName = "no_change"
     """Quantisation of the text encoder: the Linears of its layers."""
