@@ -49,6 +49,9 @@ DTYPE_BITS: Mapping[str, int] = {
 }
 """Bits of one number, by the dtype's name in safetensors."""
 
+WEIGHT_FILES = (".safetensors", ".gguf")
+"""How the name of a single file of weights ends."""
+
 HEADER_LIMIT = 100_000_000
 """Bytes of a header above which safetensors refuses a file."""
 
@@ -59,6 +62,11 @@ _OTHER_CONTAINERS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file that it stands for",
 }
 """What a file is that starts with these bytes."""
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether the value of a model option names a single file of weights, by how it ends."""
+    return name.lower().endswith(WEIGHT_FILES)
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from simpletuner.base.errors import Problem
 from simpletuner.base.files import with_home
+from simpletuner.base.tensorfile import is_weight_file
 from simpletuner.base.text import is_visible, stray_characters
 from simpletuner.config.values import join_names, shown
 
@@ -51,7 +52,7 @@ def joined(folder: Path, text: str) -> str:
 
 def is_local_model(folder: Path, text: str) -> bool:
     """Whether a model's name is a path and not a Hub id: it looks like a path, or something is there."""
-    looks_like_a_path = text.startswith(("/", "./", "~")) or text.endswith(".safetensors") or ".." in text.split("/")
+    looks_like_a_path = text.startswith(("/", "./", "~")) or is_weight_file(text) or ".." in text.split("/")
     return looks_like_a_path or (folder / text).exists()
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from simpletuner.base.files import read_json
+from simpletuner.base.tensorfile import is_weight_file
 from simpletuner.config.flavours import FLAVOURS, Flavour, is_distilled_file
 from simpletuner.config.options.validation import AUTO_PREVIEW
 from simpletuner.config.run import RunConfig
@@ -41,7 +42,7 @@ def drawing_flavour(config: RunConfig) -> Flavour:
 
 
 def _is_distilled(place: Path) -> bool:
-    if place.suffix == ".safetensors":
+    if is_weight_file(place.name):
         return is_distilled_file(place.name) is True
     try:
         index = read_json(place / "model_index.json")

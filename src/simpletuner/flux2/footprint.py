@@ -11,7 +11,7 @@ from torch import nn
 
 from simpletuner.base.errors import AccessError, ConfigError
 from simpletuner.base.files import file_errors_reported, with_home
-from simpletuner.base.tensorfile import read_header
+from simpletuner.base.tensorfile import is_weight_file, read_header
 from simpletuner.config.flavours import FLAVOURS, AutoencoderSpec, TextSpec, TransformerSpec
 from simpletuner.config.optimisers import optimiser
 from simpletuner.config.options.lora import LoraOptions
@@ -116,7 +116,7 @@ class Architecture:
 
 def _single_file(asked: str | None) -> Path | None:
     """The .safetensors file that an option names, if it is on this disk."""
-    file = Path(with_home(asked)) if asked and asked.endswith(".safetensors") else None
+    file = Path(with_home(asked)) if asked and is_weight_file(asked) else None
     return file if file is not None and file.is_file() else None
 
 

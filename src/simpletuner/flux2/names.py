@@ -24,6 +24,15 @@ def _halves_swapped(tensor: Tensor) -> Sequence[Tensor]:
     return (torch.cat([scale, shift]),)
 
 
+def as_matrix(tensor: Tensor) -> Sequence[Tensor]:
+    """A convolution of one pixel, as BFL's VAE keeps the projections of its attention, as the matrix that it is."""
+    return (tensor.reshape(_matrix_shape(tuple(tensor.shape))),)
+
+
+def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[:2] if shape[2:] == (1, 1) else shape
+
+
 @dataclass(frozen=True)
 class Renamed:
     """The names under which diffusers keeps a tensor of BFL's, and how it is cut into them."""
@@ -33,6 +42,8 @@ class Renamed:
 
     def shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """The shapes of the parts of a tensor of `shape`."""
+        if self.cut is as_matrix:
+            return (_matrix_shape(shape),)
         if len(self.names) == 1:
             return (shape,)
         return ((shape[0] // len(self.names), *shape[1:]),) * len(self.names)

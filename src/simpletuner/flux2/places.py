@@ -14,6 +14,7 @@ from simpletuner.base.errors import AccessError, DiskError
 from simpletuner.base.files import file_errors_reported, sha256_file, with_home, write_atomic
 from simpletuner.base.machine import disk_room
 from simpletuner.base.sizes import format_size
+from simpletuner.base.tensorfile import is_weight_file
 from simpletuner.config.flavours import FLAVOURS
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.runs.process import interruptible
@@ -350,7 +351,7 @@ def missing_download(options: ModelOptions, preview: str | None = None) -> int:
     """
     flavour = FLAVOURS[options.model_flavour]
     base = options.pretrained_model_name_or_path or flavour.repo
-    single = base is not None and base.endswith(".safetensors")
+    single = base is not None and is_weight_file(base)
     places = {
         "transformer": options.pretrained_transformer_model_name_or_path or base,
         "vae": options.pretrained_vae_model_name_or_path or (flavour.repo if single else base),

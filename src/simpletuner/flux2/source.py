@@ -10,7 +10,7 @@ import torch
 
 from simpletuner.base.errors import AccessError, ConfigError, Problem
 from simpletuner.base.files import file_errors_reported, sha256_bytes, sha256_json, with_home
-from simpletuner.base.tensorfile import TensorEntry, read_headers
+from simpletuner.base.tensorfile import TensorEntry, is_weight_file, read_headers
 from simpletuner.config.flavours import (
     FLAVOURS,
     AutoencoderSpec,
@@ -308,11 +308,11 @@ class _Search:
             "text_encoder": self.options.pretrained_text_encoder_model_name_or_path,
         }
         single: Path | None = None
-        if asked is not None and asked.endswith(".safetensors"):
+        if asked is not None and is_weight_file(asked):
             single, asked = _single_file(asked), None
         transformer = overrides["transformer"]
         if transformer is not None:
-            single = _single_file(transformer) if transformer.endswith(".safetensors") else None
+            single = _single_file(transformer) if is_weight_file(transformer) else None
         base = self._base(asked)
 
         parts: dict[Component, _Part] = {}
@@ -320,7 +320,7 @@ class _Search:
             if component == "transformer" and single is not None:
                 parts[component] = _Part(ModelFolder(single.parent), [single.name], None)
                 check_format((single,), self.flavour.repo)
-            elif component == "vae" and path is not None and path.endswith(".safetensors"):
+            elif component == "vae" and path is not None and is_weight_file(path):
                 file = _single_file(path, "VAE")
                 # The file tells the decoder's widths; all else is as in the base model's VAE.
                 _, config = self._config(component, base, folders=(f"{component}/",))
@@ -364,7 +364,7 @@ class _Search:
 
     def preview(self, asked: str | None, base: Source) -> Source:
         """`base` with the transformer that lies at `asked`, or is that of the flavour."""
-        if asked is not None and asked.endswith(".safetensors"):
+        if asked is not None and is_weight_file(asked):
             single = _single_file(asked)
             part = _Part(ModelFolder(single.parent), [single.name], None)
             name = single.name
@@ -416,14 +416,14 @@ class _Search:
             return ModelFolder(folder)
         if folder.is_file():
             check_format((folder,), self.flavour.repo)  # names another container
-            raise AccessError.of(f"{text} is a file", "a folder, a Hub id, or a file whose name ends in .safetensors")
+            raise AccessError.of(f"{text} is a file", "a folder, a Hub id, or a .safetensors or .gguf file")
         if Hub.is_id(text):
             if text not in self.repos:
                 self.repos[text] = Hub(text, self.options, self.report, self.environ)
             return self.repos[text]
         raise AccessError.of(
             f"{text}: no such folder",
-            "a folder, a Hub id such as black-forest-labs/FLUX.2-dev, or a .safetensors file",
+            "a folder, a Hub id such as black-forest-labs/FLUX.2-dev, or a .safetensors or .gguf file",
         )
 
     def _config(
@@ -616,5 +616,5 @@ def _with_decoder_channels(vae: Weights) -> Weights:
 def _single_file(text: str, component: str = "transformer") -> Path:
     file = Path(with_home(text))
     if not file.is_file():
-        raise AccessError.of(f"{text}: no such file", f"a .safetensors file of the {component}")
+        raise AccessError.of(f"{text}: no such file", f"a .safetensors or .gguf file of the {component}")
     return file

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simpletuner.base.files import with_home
+from simpletuner.base.tensorfile import is_weight_file
 from simpletuner.config.flavours import FLAVOURS, TextContextSpec
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.flux2 import tiny
@@ -119,7 +120,7 @@ def find_tokenizer(options: ModelOptions) -> Path | None:
     encoder = options.pretrained_text_encoder_model_name_or_path
     base = options.pretrained_model_name_or_path
     flavour = FLAVOURS[options.model_flavour]
-    if base is None or base.endswith(".safetensors"):
+    if base is None or is_weight_file(base):
         base = flavour.repo
     folders = []
     if encoder is not None:

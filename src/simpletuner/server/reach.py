@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from simpletuner.base.errors import ConfigError, Problem
+from simpletuner.base.tensorfile import is_weight_file
 from simpletuner.config.load import CONFIG_NAMES, PAGE_ROOTS_VARIABLE
 from simpletuner.config.values import shown
 from simpletuner.runs.layout import RunDirectory
@@ -26,7 +27,7 @@ class PathKind(Enum):
     FOLDER = "a folder"
     RUN = "a run's folder, or one without a configuration in it"
     ADAPTER = "a .safetensors file, or a folder with one"
-    MODEL = "a folder with a model, or a .safetensors file"
+    MODEL = "a folder with a model, or a .safetensors or .gguf file"
 
 
 class PathUse(NamedTuple):
@@ -153,6 +154,8 @@ class Reach:
             return is_folder and path not in self.all and not _holds_a_config(path)
         if kind is PathKind.FOLDER:
             return is_folder
+        if kind is PathKind.MODEL:
+            return is_folder or (is_file and is_weight_file(path.name))
         return is_folder or (is_file and path.suffix.lower() == ".safetensors")
 
     def _is_in_a_run(self, path: Path) -> bool:
