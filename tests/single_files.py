@@ -35,14 +35,14 @@ def bfl_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             module = f"{half}.mid.block_{int(fields[2]) + 1}.{fields[3]}"
         elif fields[0] == "mid_block":
             module = f"{half}.mid.attn_1.{_ATTENTION['.'.join(fields[3:])]}"
-            tensor = tensor[:, :, None, None] if tensor.dim() == 2 else tensor
         elif fields[0] in ("down_blocks", "up_blocks"):
             side = fields[0].removesuffix("_blocks")
             level = int(fields[1]) if side == "down" else levels - 1 - int(fields[1])
             part = "nin_shortcut" if fields[-1] == "conv_shortcut" else fields[-1]
             place = f"block.{fields[3]}.{part}" if fields[2] == "resnets" else f"{side}sample.conv"
             module = f"{half}.{side}.{level}.{place}"
-        found[f"{module}.{leaf}"] = tensor.clone()
+        is_projection = fields[0] == "mid_block" and tensor.dim() == 2
+        found[f"{module}.{leaf}"] = (tensor[:, :, None, None] if is_projection else tensor).clone()
     return found
 
 

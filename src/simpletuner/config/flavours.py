@@ -89,6 +89,8 @@ class AutoencoderSpec:
     latent_channels: int = 32
     tile: int = 1024
     """Side in pixels of what is encoded or decoded at a time where tiling is on."""
+    norm_groups: int = 32
+    """Groups of every group norm; shapes do not tell."""
 
 
 DEV = TransformerSpec(
@@ -153,7 +155,7 @@ TINY_KLEIN = TransformerSpec(
 # As in klein-4b, the heads together are wider than a state.
 TINY_KLEIN_TEXT = TextSpec(vocabulary=704, hidden=64, inner=96, heads=6, key_heads=2, head_dim=16, has_head_norms=True)
 
-TINY_AUTOENCODER = AutoencoderSpec(channels=(16, 32, 64, 64), blocks_per_level=1, tile=256)
+TINY_AUTOENCODER = AutoencoderSpec(channels=(16, 32, 64, 64), blocks_per_level=1, tile=256, norm_groups=2)
 
 
 TextEncoderKind = Literal["mistral3", "qwen3"]

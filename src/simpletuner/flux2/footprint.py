@@ -11,7 +11,6 @@ from torch import nn
 
 from simpletuner.base.errors import AccessError, ConfigError
 from simpletuner.base.files import file_errors_reported, with_home
-from simpletuner.base.tensorfile import is_weight_file, read_header
 from simpletuner.config.flavours import FLAVOURS, AutoencoderSpec, TextSpec, TransformerSpec
 from simpletuner.config.optimisers import optimiser
 from simpletuner.config.options.lora import LoraOptions
@@ -25,10 +24,10 @@ from simpletuner.flux2.lora import wanted_ranges
 from simpletuner.flux2.names import transformer_renaming
 from simpletuner.flux2.residency import resident_indices
 from simpletuner.flux2.routes import resolve
+from simpletuner.flux2.single import autoencoder_spec_in, single_files, text_spec_in
 from simpletuner.flux2.source import Weights, transformer_spec
 from simpletuner.flux2.spec import (
     autoencoder_from_config,
-    decoder_channels,
     decoder_shapes,
     encoder_shapes,
     text_from_config,
@@ -83,22 +82,23 @@ class Architecture:
         transformer, text, autoencoder = flavour.transformer, flavour.text.encoder, flavour.autoencoder
         held: tuple[tuple[str, str], ...] = ()
         is_decoded = False
-        asked = config.pretrained_transformer_model_name_or_path or config.pretrained_model_name_or_path
-        if single := _single_file(asked):
-            transformer = transformer_spec(Weights((single,), None), single.name)
-            stored = stored_weights((single,))
+        single = single_files(config)
+        if file := single.get("transformer"):
+            transformer = transformer_spec(Weights((file,), None), file.name)
+            stored = stored_weights((file,))
             is_decoded = not all(weight.is_plain for weight in stored.values())
             held = tuple(held_precisions(stored, transformer_renaming(stored)).items())
         elif found := _local(config, "transformer", config.pretrained_transformer_model_name_or_path):
             transformer = transformer_spec(Weights((), found), "transformer")
         try:
-            if found := _local(config, "text_encoder", config.pretrained_text_encoder_model_name_or_path):
+            if file := single.get("text_encoder"):
+                text = text_spec_in(file, text)
+            elif found := _local(config, "text_encoder", config.pretrained_text_encoder_model_name_or_path):
                 text = text_from_config(found)
-            if found := _local(config, "vae", config.pretrained_vae_model_name_or_path):
+            if file := single.get("vae"):
+                autoencoder = autoencoder_spec_in(file, autoencoder)
+            elif found := _local(config, "vae", config.pretrained_vae_model_name_or_path):
                 autoencoder = autoencoder_from_config(found)
-            elif vae := _single_file(config.pretrained_vae_model_name_or_path):
-                shapes = {name: entry.shape for name, entry in read_header(vae).items()}
-                autoencoder = replace(autoencoder, decoder_channels=decoder_channels(shapes) or None)
         except KeyError as error:
             lack = f"a text encoder's config.json has no {error}"
             raise AccessError.of(lack, f"that of {flavour.title}'s text encoder") from None
@@ -112,12 +112,6 @@ class Architecture:
             held,
             is_decoded,
         )
-
-
-def _single_file(asked: str | None) -> Path | None:
-    """The .safetensors file that an option names, if it is on this disk."""
-    file = Path(with_home(asked)) if asked and is_weight_file(asked) else None
-    return file if file is not None and file.is_file() else None
 
 
 def _local(config: RunConfig, component: Component, override: str | None) -> Config | None:

@@ -19,13 +19,20 @@ from simpletuner.config.flavours import FLAVOURS, TextContextSpec
 from simpletuner.config.precisions import NO_CHANGE
 from simpletuner.flux2.autoencoder import Autoencoder
 from simpletuner.flux2.kept import KeptBase
-from simpletuner.flux2.names import Renamed, TensorRenaming, text_encoder_name, transformer_renaming
+from simpletuner.flux2.names import (
+    Renamed,
+    TensorRenaming,
+    text_encoder_name,
+    text_encoder_renaming,
+    transformer_renaming,
+)
 from simpletuner.flux2.source import Source, Weights
 from simpletuner.flux2.stored import BLOCKS, StoredRows, StoredWeight, held_precisions, open_stored, stored_weights
 from simpletuner.flux2.text import ResidentTextEncoder, zero_fully_masked_rows
 from simpletuner.flux2.text_stream import StreamedTextEncoder
 from simpletuner.flux2.tokenizer import correct_pattern
 from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.flux2.vae_names import vae_renaming
 from simpletuner.memory import offload
 from simpletuner.memory.precision import (
     Layout,
@@ -199,13 +206,17 @@ def load_autoencoder(
     with torch.device("meta"), _config_errors_reported("VAE", source.vae):
         vae = AutoencoderKLFlux2.from_config(source.vae.config)
     stored = stored_weights(source.vae.files, "vae")
-    _check(vae, stored, {name: Renamed((name,)) for name in stored}, False)
+    own_renaming = vae_renaming(stored)
+    if not any(own_renaming(name) == Renamed(("bn.num_batches_tracked",)) for name in stored):
+        vae.bn.num_batches_tracked = None  # missing in BFL's file; only training the VAE would read it
+    _check(vae, stored, {name: own_renaming(name) for name in stored}, False)
     left_out = () if half is None else OTHER_HALF[half]
     for name in left_out:
         setattr(vae, name, None)
 
     def renaming(name: str) -> Renamed | None:
-        return None if name.partition(".")[0] in left_out else Renamed((name,))
+        renamed = own_renaming(name)
+        return None if renamed is None or renamed.names[0].partition(".")[0] in left_out else renamed
 
     landing = "cpu" if is_streamed else device
     _fill(vae, stored, renaming, dtype, landing, kept=("bn.",), unknown_allowed=True)
@@ -245,13 +256,9 @@ def load_text_encoder(
     with torch.device(device), _config_errors_reported("text encoder", source.text_encoder):
         model.rotary_emb = type(model.rotary_emb)(config=config)
 
-    def renaming(name: str) -> Renamed | None:
-        known = text_encoder_name(name, depth)
-        return None if known is None else Renamed((known,))
-
     quantise = _quantise_layers(precision, device if via is None else via)
     stored = stored_weights(source.text_encoder.files, "text_encoder")
-    _fill(model, stored, renaming, dtype, device, unknown_allowed=True, quantise=quantise)
+    _fill(model, stored, text_encoder_renaming(depth), dtype, device, unknown_allowed=True, quantise=quantise)
     return ResidentTextEncoder(
         model.eval(),
         _tokenizer(source, fix_regex),
@@ -466,12 +473,12 @@ def _fill(
     precisions = {} if quantise is None else quantise.precisions(module, stored, renaming)
     is_mapped = quantise is None or not quantise.is_asked
 
-    def land(target: str, rows: StoredRows) -> None:
+    def land(target: str, shape: tuple[int, ...], rows: StoredRows) -> None:
         place = device if land_on is None else land_on(target)
         owner = target.removesuffix(".weight")
         precision = precisions.get(owner)
         if precision is None:
-            landed = _cast(rows, None if target.startswith(kept) else dtype, target).to(place)
+            landed = _cast(rows, None if target.startswith(kept) else dtype, target).reshape(shape).to(place)
             _check_finite(landed, target, rows.weight.file)
             _assign(module, target, landed)
             return
@@ -492,8 +499,9 @@ def _fill(
         for name, new in renamed.items():
             if new is not None:
                 stop_if_asked()
-                for target, rows in zip(new.names, weights.parts(name, new.cut), strict=True):
-                    land(target, rows)
+                shapes = new.shapes(stored[name].shape)
+                for target, shape, rows in zip(new.names, shapes, weights.parts(name, new.cut), strict=True):
+                    land(target, shape, rows)
 
 
 @torch.no_grad()

@@ -15,13 +15,15 @@ from torch import Tensor
 
 from simpletuner.base.errors import AccessError
 from simpletuner.base.files import file_errors_reported, link_or_copy, sync_directory, write_json
+from simpletuner.base.tensorfile import read_headers
 from simpletuner.config.flavours import TransformerSpec
 from simpletuner.flux2.configs import read_index, read_object
 from simpletuner.flux2.export import header_of
+from simpletuner.flux2.single import open_component
 from simpletuner.flux2.source import Source
 from simpletuner.flux2.spec import transformer_to_diffusers
 from simpletuner.memory.shares import RankTensor, load_shares, write_shares
-from simpletuner.memory.tensors import save_verified, unreadable
+from simpletuner.memory.tensors import save_tensors, save_verified, unreadable
 from simpletuner.memory.world import World
 
 TRANSFORMER_FOLDER = "transformer"
@@ -30,6 +32,8 @@ WEIGHTS_NAME = f"{WEIGHTS_STEM}.safetensors"
 INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 """Beside weights in several files: which file has which tensor."""
 PIPELINE_INDEX = "model_index.json"
+_BATCHES = "bn.num_batches_tracked"
+"""Which BFL's file of a VAE may lack: nothing reads it."""
 COPIED_BYTES = 2**20
 """Files up to this size are copied into a model's folder, larger ones linked."""
 
@@ -135,7 +139,8 @@ def _lacking(source: Source) -> str | None:
         return f"of {source.name} only what training needs was downloaded"
     if not (base / PIPELINE_INDEX).is_file() or not (base / "scheduler").is_dir():
         return f"{base} is no whole pipeline"
-    encoder = source.text_encoder.files[0].parent
+    encoder_files = source.text_encoder.files
+    encoder = encoder_files[0].parent
     index = encoder / "model.safetensors.index.json"
     own = base / "text_encoder" / "config.json"
     try:
@@ -145,6 +150,8 @@ def _lacking(source: Source) -> str | None:
         return error.problems[0].found
     if not all((encoder / shard).is_file() for shard in shards):
         return "the text encoder's last layers, which training does not need, are not here"
+    if not (encoder / "config.json").is_file() or not all(file.name.startswith("model") for file in encoder_files):
+        return f"its text encoder came as the single file {encoder_files[0].name}, not in a folder of diffusers'"
     if not own.is_file() or architectures != (source.text_encoder.config or {}).get("architectures"):
         return f"its text encoder is of another kind than that of {base}"
     return None
@@ -175,8 +182,13 @@ def _add_vae(part: Path, source: Source) -> None:
         for file in _files_of(folder):
             if file.suffix != ".safetensors":
                 _add(file, part / file.name)
-    for file in files:
-        _add(file, part / (WEIGHTS_NAME if len(files) == 1 else file.name))
+    with open_component(files, "vae") as tensors:
+        if tensors.keys() == read_headers(files).keys():
+            for file in files:
+                _add(file, part / (WEIGHTS_NAME if len(files) == 1 else file.name))
+        else:  # under other names, or among other components
+            bn = {_BATCHES: torch.zeros((), dtype=torch.int64)}
+            save_tensors(part / WEIGHTS_NAME, bn | {name: read() for name, read in tensors.items()}, {"format": "pt"})
     if not config.exists() or read_object(config) != source.vae.config:
         write_json(config, source.vae.config)
 

@@ -211,6 +211,8 @@ def transformer_renaming(names: Iterable[str]) -> TensorRenaming:
     return from_bfl if any(_bare(name).startswith(blocks) for name in names) else with_prefix
 
 
+ALL_LAYERS = 10_000
+"""More layers than any text encoder has."""
 _TEXT_PREFIXES = ("language_model.model.", "model.language_model.", "model.")
 
 
@@ -228,3 +230,13 @@ def text_encoder_name(name: str, layers: int) -> str | None:
         return name
     match = re.match(r"layers\.(\d+)\.", name)
     return name if match and int(match[1]) < layers else None
+
+
+def text_encoder_renaming(layers: int | None = None) -> TensorRenaming:
+    """How to read a text encoder's file, cut after `layers` where given; see `text_encoder_name`."""
+
+    def renaming(name: str) -> Renamed | None:
+        known = text_encoder_name(name, ALL_LAYERS if layers is None else layers)
+        return None if known is None else Renamed((known,))
+
+    return renaming

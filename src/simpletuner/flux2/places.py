@@ -17,6 +17,7 @@ from simpletuner.base.sizes import format_size
 from simpletuner.base.tensorfile import is_weight_file
 from simpletuner.config.flavours import FLAVOURS
 from simpletuner.config.options.model import ModelOptions
+from simpletuner.flux2.single import single_files
 from simpletuner.runs.process import interruptible
 
 ReportLine = Callable[[str], None]
@@ -351,13 +352,14 @@ def missing_download(options: ModelOptions, preview: str | None = None) -> int:
     """
     flavour = FLAVOURS[options.model_flavour]
     base = options.pretrained_model_name_or_path or flavour.repo
-    single = base is not None and is_weight_file(base)
+    rest = flavour.repo if base is not None and is_weight_file(base) else base
     places = {
         "transformer": options.pretrained_transformer_model_name_or_path or base,
-        "vae": options.pretrained_vae_model_name_or_path or (flavour.repo if single else base),
-        "text_encoder": options.pretrained_text_encoder_model_name_or_path or (flavour.repo if single else base),
+        "vae": options.pretrained_vae_model_name_or_path or rest,
+        "text_encoder": options.pretrained_text_encoder_model_name_or_path or rest,
     }
-    wanted = [(component, places[component]) for component in flavour.downloads]
+    single = single_files(options)
+    wanted = [(component, places[component]) for component in flavour.downloads if component not in single]
     wanted += [("transformer", preview)] if flavour.downloads and preview != places["transformer"] else []
     missing = 0
     for component, place in wanted:

@@ -10,7 +10,7 @@ import torch
 
 from simpletuner.base.errors import AccessError, ConfigError, Problem
 from simpletuner.base.files import file_errors_reported, sha256_bytes, sha256_json, with_home
-from simpletuner.base.tensorfile import TensorEntry, is_weight_file, read_headers
+from simpletuner.base.tensorfile import TensorEntry, is_weight_file
 from simpletuner.config.flavours import (
     FLAVOURS,
     AutoencoderSpec,
@@ -26,8 +26,9 @@ from simpletuner.config.rules import layer_findings
 from simpletuner.flux2 import tiny
 from simpletuner.flux2.configs import Component, Config, check_tokenizer, read_component_config, read_index, read_object
 from simpletuner.flux2.content import LEDGER_NAME, ContentHashes
-from simpletuner.flux2.names import text_encoder_name, transformer_renaming
+from simpletuner.flux2.names import text_encoder_name
 from simpletuner.flux2.places import Hub, ModelFolder, ModelLocation, ReportLine, fetch
+from simpletuner.flux2.single import COMPONENTS, check_holds, component_shapes, config_in, open_component, single_files
 from simpletuner.flux2.spec import (
     decoder_channels,
     text_from_config,
@@ -35,7 +36,7 @@ from simpletuner.flux2.spec import (
     transformer_from_tensors,
 )
 from simpletuner.flux2.stored import check_format, stored_weights
-from simpletuner.memory.tensors import as_written, open_tensors
+from simpletuner.memory.tensors import as_written
 
 _STEMS: Mapping[Component, str] = {
     "transformer": "diffusion_pytorch_model",
@@ -186,13 +187,12 @@ class Source:
         if key not in self._fingerprints:
             config = {name: (self.vae.config or {}).get(name, usual) for name, usual in _ENCODING_FIELDS.items()}
             tensors: dict[str, tuple[list[int], str]] = {}
-            for file in self.vae.files:
-                with file_errors_reported(file, AccessError, doing="read"), open_tensors(file) as opened:
-                    for name in sorted(opened):
-                        if name.startswith(_ENCODING_TENSORS):
-                            tensor = opened[name]
-                            digest = sha256_bytes(bytes(as_written(tensor, dtype).data()))
-                            tensors[name] = (list(tensor.shape), digest)
+            with open_component(self.vae.files, "vae") as opened:
+                for name, read in opened.items():
+                    if name.startswith(_ENCODING_TENSORS):
+                        tensor = read()
+                        digest = sha256_bytes(bytes(as_written(tensor, dtype).data()))
+                        tensors[name] = (list(tensor.shape), digest)
             self._fingerprints[key] = sha256_json([config, tensors])
         return self._fingerprints[key]
 
@@ -213,14 +213,7 @@ def transformer_spec(transformer: Weights, name: str) -> TransformerSpec:
     try:
         if transformer.config is not None:
             return transformer_from_diffusers(transformer.config)
-        stored = stored_weights(transformer.files)
-        renaming = transformer_renaming(stored)
-        shapes: dict[str, tuple[int, ...]] = {}
-        for own, weight in stored.items():
-            renamed = renaming(own)
-            if renamed is not None:
-                shapes.update(zip(renamed.names, renamed.shapes(weight.shape), strict=True))
-        return transformer_from_tensors(shapes)
+        return transformer_from_tensors(component_shapes(transformer.files, "transformer"))
     except KeyError as error:
         raise AccessError.of(f"{name} has no tensor {error}", "a FLUX.2 transformer") from None
     except (ValueError, IndexError, ZeroDivisionError) as error:
@@ -277,11 +270,12 @@ class _Part:
     place: ModelLocation
     names: list[str]
     config: Config | None
+    is_single: bool = False
 
     @property
     def label(self) -> str:
         """The place, or the single file, as a person finds it."""
-        return self.place.label if self.config is not None else str(self.place.path(self.names[0]))
+        return str(self.place.path(self.names[0])) if self.is_single else self.place.label
 
 
 class _Search:
@@ -307,30 +301,24 @@ class _Search:
             "vae": self.options.pretrained_vae_model_name_or_path,
             "text_encoder": self.options.pretrained_text_encoder_model_name_or_path,
         }
-        single: Path | None = None
-        if asked is not None and is_weight_file(asked):
-            single, asked = _single_file(asked), None
-        transformer = overrides["transformer"]
-        if transformer is not None:
-            single = _single_file(transformer) if is_weight_file(transformer) else None
-        base = self._base(asked)
+        base_file = asked if asked is not None and is_weight_file(asked) else None
+        parts = self._single_parts(overrides | {"transformer": overrides["transformer"] or base_file})
+        self._raise_problems()  # of headers, before anything is asked of the Hub
+        single = parts.get("transformer")
+        base = self._base(None if base_file else asked)
 
-        parts: dict[Component, _Part] = {}
         for component, path in overrides.items():
-            if component == "transformer" and single is not None:
-                parts[component] = _Part(ModelFolder(single.parent), [single.name], None)
-                check_format((single,), self.flavour.repo)
-            elif component == "vae" and path is not None and is_weight_file(path):
-                file = _single_file(path, "VAE")
-                # The file tells the decoder's widths; all else is as in the base model's VAE.
-                _, config = self._config(component, base, folders=(f"{component}/",))
-                parts[component] = _Part(ModelFolder(file.parent), [file.name], config)
-            elif path is not None:
+            if component in parts:
+                continue
+            if path is not None:
                 parts[component] = self._part(component, self._place(path), folders=(f"{component}/", ""))
             else:
                 parts[component] = self._part(component, base, folders=(f"{component}/",))
         tokenizer = self._tokenizer(parts["text_encoder"].place, base)
-        self._compare_shapes(parts["transformer"])
+        if parts["text_encoder"].is_single and tokenizer.place is base:
+            parts["text_encoder"] = self._as_in_base(parts["text_encoder"], base)
+        if single is None:
+            self._compare_shapes(parts["transformer"])
         self._raise_problems()
         is_distilled = self._is_distilled(parts["transformer"])
 
@@ -345,7 +333,7 @@ class _Search:
         folder = tokenizer.place.path(tokenizer.names[0]).parent
         check_tokenizer(folder, tuple(Path(name).name for name in tokenizer.names))
         source = Source(
-            name=single.name if single is not None else base.name,
+            name=single.names[0] if single is not None else base.name,
             flavour=self.flavour,
             commit=base.commit if single is None else None,
             transformer=weights["transformer"],
@@ -362,11 +350,61 @@ class _Search:
         _check_width(source)
         return source
 
+    def _single_parts(self, asked: Mapping[Component, str | None]) -> dict[Component, _Part]:
+        """The components that come from single files; their headers are compared with the flavour."""
+        parts: dict[Component, _Part] = {}
+        for component, path in asked.items():
+            if path is not None and is_weight_file(path):
+                try:
+                    file = _single_file(path, component)
+                    check_format((file,), self.flavour.repo)
+                    check_holds(file, component)
+                except AccessError as error:
+                    self.problems += error.problems
+        self._raise_problems()
+        for component, file in single_files(self.options).items():
+            config = config_in(file, component, self.flavour)
+            part = parts[component] = _Part(ModelFolder(file.parent), [file.name], config, is_single=True)
+            if component == "transformer":
+                self._compare_shapes(part)
+            elif component == "text_encoder":
+                self._check_text_encoder(part.label, config or {})
+        return parts
+
+    def _check_text_encoder(self, label: str, config: Config) -> None:
+        """Note what is wrong with a text encoder in a single file, whose inferred config this is."""
+        if self._is_of_another_flavour("text_encoder", label, text_from_config(config)):
+            return
+        kinds, layers = _TEXT_ENCODERS[self.flavour.text.kind], config["num_hidden_layers"]
+        if config["model_type"] not in kinds:
+            self.problems.append(_of_another_kind(label, "text_encoder", config["model_type"], kinds, self.flavour))
+        if layers < max(self.layers):
+            self.problems.append(
+                Problem(
+                    f"{label} holds {layers} layers of a text encoder",
+                    f"the first {max(self.layers)}, whose output the transformer takes",
+                    "Name a file that has them.",
+                )
+            )
+
+    def _as_in_base(self, encoder: _Part, base: ModelLocation) -> _Part:
+        """A text encoder's single file with the config of the base model's, where both have the same shapes: it is the
+        one that its publisher wrote, and names cached contexts.
+        """
+        if not base.has("text_encoder/config.json"):
+            return encoder
+        config = read_component_config("text_encoder", base.path("text_encoder/config.json"))
+        kinds = _TEXT_ENCODERS[self.flavour.text.kind]
+        if config.get("model_type") in kinds and text_from_config(config) == text_from_config(encoder.config or {}):
+            return replace(encoder, config=config)
+        return encoder
+
     def preview(self, asked: str | None, base: Source) -> Source:
         """`base` with the transformer that lies at `asked`, or is that of the flavour."""
         if asked is not None and is_weight_file(asked):
-            single = _single_file(asked)
-            part = _Part(ModelFolder(single.parent), [single.name], None)
+            single = _single_file(asked, "transformer")
+            check_holds(single, "transformer")
+            part = _Part(ModelFolder(single.parent), [single.name], None, is_single=True)
             name = single.name
         else:
             place = self._base(asked)
@@ -458,13 +496,7 @@ class _Search:
         ):
             return _Part(place, [], config)
         if kind not in kinds:
-            self.problems.append(
-                Problem(
-                    f"{place.label}: its {component} is a {kind}",
-                    f"a {' or '.join(kinds)}",
-                    f"model_flavour = {self.flavour.name} is {self.flavour.title}: name the flavour that this is.",
-                )
-            )
+            self.problems.append(_of_another_kind(place.label, component, kind, kinds, self.flavour))
             return _Part(place, [], config)
         try:
             names = self._weights(component, place, folder)
@@ -578,6 +610,14 @@ class _Search:
             self.report(f"No {self.options.variant} variant of {', '.join(self.plain)}: the plain files are used.")
 
 
+def _of_another_kind(label: str, component: str, kind: object, kinds: tuple[str, ...], flavour: Flavour) -> Problem:
+    return Problem(
+        f"{label}: its {component} is a {kind}",
+        f"a {' or '.join(kinds)}",
+        f"model_flavour = {flavour.name} is {flavour.title}: name the flavour that this is.",
+    )
+
+
 def _check_width(source: Source) -> None:
     """Raise unless the states of `text_layers`, side by side, are as wide as the transformer's context."""
     config = source.text_encoder.config or {}
@@ -592,29 +632,17 @@ def _check_width(source: Source) -> None:
 
 
 def _with_decoder_channels(vae: Weights) -> Weights:
-    """`vae` with a config that has its decoder's widths, which a small decoder may lie beside without saying so.
-
-    Raises:
-        AccessError: its tensors have BFL's names.
-    """
+    """`vae` with a config that has its decoder's widths, which a small decoder may lie beside without saying so."""
     config = vae.config or {}
-    entries = read_headers(vae.files)
-    if any(name.startswith(("encoder.down.", "decoder.up.")) for name in entries):
-        raise AccessError.of(
-            f"{vae.files[0]} holds a VAE under BFL's names",
-            "diffusers' names",
-            "Leave out pretrained_vae_model_name_or_path, or give it a folder or Hub id in diffusers' format, such as "
-            "black-forest-labs/FLUX.2-small-decoder.",
-        )
-    found = list(decoder_channels({name: entry.shape for name, entry in entries.items()}))
+    found = list(decoder_channels(component_shapes(vae.files, "vae")))
     said = config.get("decoder_block_out_channels") or config.get("block_out_channels", list(AutoencoderSpec.channels))
     if not found or found == said:
         return vae
     return Weights(vae.files, config | {"decoder_block_out_channels": found})
 
 
-def _single_file(text: str, component: str = "transformer") -> Path:
+def _single_file(text: str, component: Component) -> Path:
     file = Path(with_home(text))
     if not file.is_file():
-        raise AccessError.of(f"{text}: no such file", f"a .safetensors or .gguf file of the {component}")
+        raise AccessError.of(f"{text}: no such file", f"a .safetensors or .gguf file of the {COMPONENTS[component]}")
     return file

@@ -1,9 +1,10 @@
 """The shapes of a FLUX.2, read from the configs and tensors of its files and written for diffusers."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from simpletuner.config.flavours import AutoencoderSpec, TextSpec, TransformerSpec
+from simpletuner.config.flavours import FLAVOURS, AutoencoderSpec, TextSpec, TransformerSpec
 
 TensorShape = tuple[int, ...]
 
@@ -110,6 +111,56 @@ def text_from_config(config: Mapping[str, Any]) -> TextSpec:
     )
 
 
+def text_from_tensors(shapes: Mapping[str, TensorShape], own: TextSpec) -> TextSpec:
+    """The spec of a text encoder's language model, read off the shapes in the names of `text_encoder_name`.
+
+    Shapes tell the width of a head only where heads have norms. Otherwise it is that of the flavour whose text encoder
+    has these shapes, else that of `own`.
+
+    Raises:
+        KeyError: a tensor that every text encoder has is not there.
+    """
+    vocabulary, hidden = shapes["embed_tokens.weight"]
+    inner = shapes["layers.0.mlp.gate_proj.weight"][0]
+    queries, keys = (shapes[f"layers.0.self_attn.{part}_proj.weight"][0] for part in "qk")
+    norm = shapes.get("layers.0.self_attn.q_norm.weight")
+    widths = [each.text.encoder.head_dim for each in FLAVOURS.values()] if norm is None else []
+    specs = [
+        TextSpec(vocabulary, hidden, inner, queries // width, keys // width, width, norm is not None)
+        for width in (*widths, own.head_dim if norm is None else norm[0])
+    ]
+    known = [flavour.text.encoder for flavour in FLAVOURS.values()]
+    return next((spec for spec in specs if spec in known), specs[-1])
+
+
+def text_layer_count(names: Iterable[str]) -> int:
+    """How many layers a text encoder has, by its tensors' names as of `text_encoder_name`."""
+    return len({name.split(".")[1] for name in names if name.startswith("layers.")})
+
+
+def text_to_config(spec: TextSpec, layers: int) -> dict[str, Any]:
+    """The `config.json` from which transformers builds this language model: all that shapes do not tell is as in the
+    Mistral-Small-3 of dev, or the Qwen3 of klein.
+    """
+    theta, eps, positions = (1e6, 1e-6, 40_960) if spec.has_head_norms else (1e9, 1e-5, 131_072)
+    return {
+        "model_type": "qwen3" if spec.has_head_norms else "mistral",
+        "vocab_size": spec.vocabulary,
+        "hidden_size": spec.hidden,
+        "intermediate_size": spec.inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.key_heads,
+        "head_dim": spec.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": positions,
+        "rms_norm_eps": eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "sliding_window": None,
+        "attention_dropout": 0.0,
+    }
+
+
 def autoencoder_from_config(config: Mapping[str, Any]) -> AutoencoderSpec:
     """Of a `vae/config.json`; a missing key has diffusers' default (dev)."""
     return AutoencoderSpec(
@@ -117,8 +168,57 @@ def autoencoder_from_config(config: Mapping[str, Any]) -> AutoencoderSpec:
         blocks_per_level=config.get("layers_per_block", AutoencoderSpec.blocks_per_level),
         latent_channels=config.get("latent_channels", AutoencoderSpec.latent_channels),
         tile=config.get("sample_size", AutoencoderSpec.tile),
+        norm_groups=config.get("norm_num_groups", AutoencoderSpec.norm_groups),
         decoder_channels=tuple(config.get("decoder_block_out_channels") or ()) or None,
     )
+
+
+def autoencoder_from_tensors(shapes: Mapping[str, TensorShape], own: AutoencoderSpec) -> AutoencoderSpec:
+    """The spec of a VAE, read off the shapes in diffusers' names. Tile and norm groups, which shapes do not tell, are
+    those of the flavour whose VAE has an encoder of these shapes, else those of `own`.
+
+    Raises:
+        KeyError: a tensor that every VAE has is not there.
+    """
+    channels: list[int] = []
+    while (first := shapes.get(f"encoder.down_blocks.{len(channels)}.resnets.0.conv1.weight")) is not None:
+        channels.append(first[0])
+    blocks = {name.split(".")[4] for name in shapes if name.startswith("encoder.down_blocks.0.resnets.")}
+    decoder = decoder_channels(shapes)
+    found = AutoencoderSpec(
+        channels=tuple(channels),
+        blocks_per_level=len(blocks),
+        latent_channels=shapes["quant_conv.weight"][0] // 2,
+        decoder_channels=decoder if decoder and decoder != tuple(channels) else None,
+    )
+    usual = [own, *(each.autoencoder for each in FLAVOURS.values())]
+    like = next((each for each in usual if each.channels == found.channels), own)
+    return replace(found, tile=like.tile, norm_groups=like.norm_groups)
+
+
+def autoencoder_to_config(spec: AutoencoderSpec) -> dict[str, Any]:
+    """The `vae/config.json` from which diffusers builds this VAE."""
+    levels = len(spec.channels)
+    return {
+        "_class_name": "AutoencoderKLFlux2",
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "block_out_channels": list(spec.channels),
+        "layers_per_block": spec.blocks_per_level,
+        "act_fn": "silu",
+        "latent_channels": spec.latent_channels,
+        "norm_num_groups": spec.norm_groups,
+        "sample_size": spec.tile,
+        "use_quant_conv": True,
+        "use_post_quant_conv": True,
+        "mid_block_add_attention": True,
+        "batch_norm_eps": 1e-4,
+        "batch_norm_momentum": 0.1,
+        "patch_size": [2, 2],
+        **({"decoder_block_out_channels": list(spec.decoder_channels)} if spec.decoder_channels else {}),
+    }
 
 
 def decoder_channels(shapes: Mapping[str, TensorShape]) -> tuple[int, ...]:

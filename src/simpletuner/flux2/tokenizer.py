@@ -13,6 +13,7 @@ from simpletuner.config.options.model import ModelOptions
 from simpletuner.flux2 import tiny
 from simpletuner.flux2.configs import check_tokenizer
 from simpletuner.flux2.places import Hub, cached_snapshot
+from simpletuner.flux2.single import single_files
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -118,13 +119,14 @@ def find_tokenizer(options: ModelOptions) -> Path | None:
     Hub's cache, or of an embedded model that was made before. Nothing is downloaded, nothing made.
     """
     encoder = options.pretrained_text_encoder_model_name_or_path
+    single = single_files(options).get("text_encoder")
     base = options.pretrained_model_name_or_path
     flavour = FLAVOURS[options.model_flavour]
     if base is None or is_weight_file(base):
         base = flavour.repo
     folders = []
-    if encoder is not None:
-        root = _root(encoder, options)
+    if single is not None or encoder is not None:
+        root = single.parent if single is not None else _root(encoder or "", options)
         folders += [root / "tokenizer", root]
     if base is not None:
         folders.append(_root(base, options) / "tokenizer")

@@ -69,14 +69,6 @@ def test_a_single_file_in_diffusers_names_is_the_same_vae(tiny_folder: Path, sma
         with_vae(tiny_folder, tmp_path / "absent.safetensors")
 
 
-def test_bfls_names_are_refused_with_a_way_out(tiny_folder: Path, tmp_path: Path) -> None:
-    file = tmp_path / "full_encoder_small_decoder.safetensors"
-    save_file({"encoder.down.0.block.0.conv1.weight": torch.zeros(1), "decoder.up.0.block.0": torch.zeros(1)}, file)
-    with pytest.raises(AccessError, match="holds a VAE under BFL's names: expected diffusers' names") as caught:
-        with_vae(tiny_folder, file)
-    assert "black-forest-labs/FLUX.2-small-decoder" in str(caught.value.problems[0].remedy)
-
-
 def test_latents_are_named_by_what_encodes_them(
     tiny_source: Source, tiny_folder: Path, small: Path, repository: Path
 ) -> None:

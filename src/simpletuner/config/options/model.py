@@ -37,19 +37,22 @@ class ModelOptions(Slice):
     see [full training](full.md)."""
 
     pretrained_model_name_or_path: ModelText | None = None
-    """Where the model lies: a Hub id, a local diffusers folder, or a single `.safetensors` file of the
-    transformer (text encoder and VAE then come from their own keys, else from the flavour's Hub id). By
-    default the flavour's own Hub id. With local paths nothing is asked of the network."""
+    """Where the model lies: a Hub id, a local diffusers folder, or a [single file](runs.md#the-base-model),
+    `.safetensors` or `.gguf`, of the transformer, which may hold VAE and text encoder too (what it lacks comes from its
+    own key, else from the flavour's Hub id). By default the flavour's own Hub id. With local paths nothing is asked of
+    the network."""
 
     pretrained_transformer_model_name_or_path: ModelText | None = None
-    """Replaces the transformer: a Hub id, a folder or a `.safetensors` file in diffusers' or BFL's names."""
+    """Replaces the transformer: a Hub id, a folder or a single file in diffusers' or BFL's names."""
 
     pretrained_vae_model_name_or_path: ModelText | None = None
-    """Replaces the VAE: a Hub id, a folder or a `.safetensors` file in diffusers' names. One with another decoder, such
+    """Replaces the VAE: a Hub id, a folder or a single file in diffusers' or BFL's names, such as `ae.safetensors` or
+    ComfyUI's `flux2-vae.safetensors`. One with another decoder, such
     as `black-forest-labs/FLUX.2-small-decoder`, leaves [cached latents](runs.md#the-base-model) as they are."""
 
     pretrained_text_encoder_model_name_or_path: ModelText | None = None
-    """Replaces the text encoder: a Hub id or a folder."""
+    """Replaces the text encoder: a Hub id, a folder or a single file as ComfyUI has it. A tokenizer beside it, or in
+    `tokenizer/` there, is used; else that of the base model."""
 
     revision: Text | None = None
     """Branch, tag or commit on the Hub."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simpletuner.config.flavours import TransformerSpec
-from simpletuner.flux2.spec import transformer_to_diffusers
+from simpletuner.config.flavours import TINY_AUTOENCODER, TransformerSpec
+from simpletuner.flux2.spec import autoencoder_to_config, transformer_to_diffusers
 from simpletuner.flux2.tiny.weights import Shapes
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.tensors import save_tensors
@@ -17,25 +17,7 @@ from simpletuner.memory.tensors import save_tensors
 METADATA = {"format": "pt"}
 """Of each weight file: transformers and diffusers refuse one without it."""
 
-VAE: dict[str, Any] = {
-    "_class_name": "AutoencoderKLFlux2",
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [16, 32, 64, 64],
-    "layers_per_block": 1,
-    "act_fn": "silu",
-    "latent_channels": 32,
-    "norm_num_groups": 2,
-    "sample_size": 256,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "mid_block_add_attention": True,
-    "batch_norm_eps": 1e-4,
-    "batch_norm_momentum": 0.1,
-    "patch_size": [2, 2],
-}
+VAE: dict[str, Any] = autoencoder_to_config(TINY_AUTOENCODER)
 
 # dev's scheduler.
 SCHEDULER: dict[str, Any] = {

@@ -1,0 +1,286 @@
+"""Components in single files, as Black Forest Labs and ComfyUI publish them: the same model as a diffusers folder's."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.single_files import bfl_vae, comfyui_text_encoder, component_tensors, prefixed, write
+from tests.small_decoder import WEIGHTS, make_small_decoder
+from tests.unit.flux2.test_load import bfl_tensors
+
+from simpletuner.base.errors import AccessError
+from simpletuner.config.flavours import FLAVOURS, TINY_KLEIN
+from simpletuner.config.options.model import ModelOptions
+from simpletuner.config.run import RunConfig
+from simpletuner.flux2.configs import Component
+from simpletuner.flux2.footprint import Architecture
+from simpletuner.flux2.load import (
+    autoencoder_id,
+    load_autoencoder,
+    load_text_encoder,
+    load_transformer,
+    stream_text_encoder,
+    text_encoder_id,
+)
+from simpletuner.flux2.modelfile import save_pipeline, save_transformer
+from simpletuner.flux2.places import missing_download
+from simpletuner.flux2.source import Source, locate
+from simpletuner.flux2.tiny.make import VERSION
+from simpletuner.flux2.tokenizer import find_tokenizer
+
+KEYS: dict[Component, str] = {
+    "transformer": "pretrained_transformer_model_name_or_path",
+    "vae": "pretrained_vae_model_name_or_path",
+    "text_encoder": "pretrained_text_encoder_model_name_or_path",
+}
+CONTAINER = {"tiny": "mistral3_24b", "tiny-klein": "qwen3_4b"}
+
+
+def located(flavour: str, base: Path, **files: Path) -> Source:
+    """The model in `base` with components in single files."""
+    asked = {KEYS[component]: str(file) for component, file in files.items()}  # type: ignore[index]
+    options = ModelOptions(model_flavour=flavour, pretrained_model_name_or_path=str(base), **asked)  # type: ignore[arg-type]
+    return locate(options, report=pytest.fail)
+
+
+def repackaged(folder: Path, path: Path, flavour: str) -> Path:
+    """The text encoder of `folder` as ComfyUI has it: of Mistral the layers that are read alone, of Qwen3 all."""
+    layers = 30 if FLAVOURS[flavour].text.kind == "mistral3" else None
+    return write(path, comfyui_text_encoder(component_tensors(folder, "text_encoder"), layers))
+
+
+def whole_checkpoint(folder: Path, path: Path, flavour: str) -> Path:
+    """All components of `folder` in one file, as ComfyUI saves a checkpoint."""
+    transformer = bfl_tensors(component_tensors(folder, "transformer"), FLAVOURS[flavour].transformer)
+    encoder = comfyui_text_encoder(component_tensors(folder, "text_encoder"))
+    return write(
+        path,
+        prefixed("model.diffusion_model.", transformer),
+        prefixed("vae.", bfl_vae(component_tensors(folder, "vae"))),
+        prefixed(f"text_encoders.{CONTAINER[flavour]}.transformer.", encoder),
+    )
+
+
+def latents_id(source: Source) -> str:
+    return autoencoder_id(source, torch.float32, tiling=False, slicing=False)
+
+
+def context_id(source: Source, **options: bool) -> str:
+    layers, length = source.text_layers, source.text_length
+    return text_encoder_id(source, torch.float32, layers=layers, max_length=length, fix_regex=True, **options)
+
+
+def contexts(source: Source, load: object = load_text_encoder, **options: Path) -> torch.Tensor:
+    """Of two captions."""
+    encoder = load(  # type: ignore[operator]
+        source,
+        torch.float32,
+        "cpu",
+        layers=source.text_layers,
+        max_length=source.text_length,
+        fix_regex=True,
+        **options,
+    )
+    return torch.cat([each.rows for each in encoder.encode(["a red boat", "two birds"])])
+
+
+# --- the VAE
+
+
+def test_a_vae_under_bfls_names_is_the_same_vae(tiny_source: Source, tiny_folder: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "ae.safetensors", bfl_vae(component_tensors(tiny_folder, "vae")))
+    source = located("tiny", tiny_folder, vae=file)
+    assert source.vae.config == tiny_source.vae.config
+    assert latents_id(source) == latents_id(tiny_source)
+    first, second = (load_autoencoder(each, torch.float32, "cpu") for each in (tiny_source, source))
+    states = [dict(each._vae.state_dict()) for each in (first, second)]
+    del states[0]["bn.num_batches_tracked"]  # which nothing reads, and the file lacks
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = first.encode(pixels)
+    assert torch.equal(second.encode(pixels), latents)
+    assert torch.equal(second.decode(latents), first.decode(latents))
+    for half in ("encode", "decode"):
+        one = load_autoencoder(source, torch.bfloat16, "cpu", half=half)  # type: ignore[arg-type]
+        assert one.encode(pixels).isfinite().all() if half == "encode" else one.decode(latents).isfinite().all()
+
+
+def test_a_small_decoder_under_bfls_names(tiny_folder: Path, tmp_path: Path) -> None:
+    small = make_small_decoder(tiny_folder / "vae", tmp_path / "small")
+    file = write(tmp_path / "full_encoder_small_decoder.safetensors", bfl_vae(load_file(small / WEIGHTS)))
+    source, folder = located("tiny", tiny_folder, vae=file), located("tiny", tiny_folder, vae=small)
+    assert source.vae.config == folder.vae.config
+    assert latents_id(source) == latents_id(folder)
+    latents = torch.randn(1, 128, 4, 4, generator=torch.Generator().manual_seed(0))
+    images = [load_autoencoder(each, torch.float32, "cpu").decode(latents) for each in (source, folder)]
+    assert torch.equal(*images)
+
+
+# --- the text encoder
+
+
+@pytest.mark.parametrize("flavour", ["tiny", pytest.param("tiny-klein", marks=pytest.mark.slow)])
+def test_comfyuis_text_encoder_gives_the_same_contexts_under_the_same_id(
+    flavour: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = request.getfixturevalue(f"{flavour.replace('-', '_')}_folder")
+    file = repackaged(folder, tmp_path / "encoder.safetensors", flavour)
+    whole, source = located(flavour, folder), located(flavour, folder, text_encoder=file)
+    assert source.text_encoder.files == (file,)
+    assert source.tokenizer == folder / "tokenizer"
+    for is_whole in (False, True):
+        assert context_id(source, whole=is_whole) == context_id(whole, whole=is_whole)
+    expected = contexts(whole)
+    assert torch.equal(contexts(source), expected)
+    assert torch.equal(contexts(source, stream_text_encoder, folder=tmp_path), expected)
+    # With a tokenizer beside it, nothing of the base model's encoder is read.
+    shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    alone = located(flavour, folder, text_encoder=file)
+    assert alone.tokenizer == tmp_path / "tokenizer"
+    assert alone.text_encoder.config != source.text_encoder.config
+    assert torch.equal(contexts(alone), expected)
+    options = ModelOptions(model_flavour=flavour, pretrained_text_encoder_model_name_or_path=str(file))  # type: ignore[arg-type]
+    assert find_tokenizer(options) == tmp_path / "tokenizer"
+
+
+# --- all in one
+
+
+@pytest.mark.parametrize("flavour", ["tiny", pytest.param("tiny-klein", marks=pytest.mark.slow)])
+def test_an_all_in_one_checkpoint_is_the_whole_model(
+    flavour: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = request.getfixturevalue(f"{flavour.replace('-', '_')}_folder")
+    file = whole_checkpoint(folder, tmp_path / "flux2-all.safetensors", flavour)
+    shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    shutil.copytree(folder, tmp_path / f"{flavour}-{VERSION if flavour == 'tiny' else 1}")
+    asked = {"model_flavour": flavour, "pretrained_model_name_or_path": str(file), "cache_dir": str(tmp_path)}
+    source = locate(ModelOptions(**asked), report=pytest.fail)  # type: ignore[arg-type]
+    assert source.transformer.files == source.vae.files == source.text_encoder.files == (file,)
+    assert source.name == file.name
+    whole = located(flavour, folder)
+    assert source.spec == whole.spec
+    assert latents_id(source) == latents_id(whole)
+    states = [load_transformer(each, torch.bfloat16, "cpu").state_dict() for each in (source, whole)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert torch.equal(contexts(source), contexts(whole))
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.equal(*(load_autoencoder(each, torch.float32, "cpu").encode(pixels) for each in (source, whole)))
+    architecture = Architecture.of(RunConfig(**asked))  # type: ignore[arg-type]
+    expected = Architecture.of(RunConfig(**asked | {"pretrained_model_name_or_path": str(folder)}))  # type: ignore[arg-type]
+    assert architecture == expected
+    # Each component may also be named on its own, and the others come from elsewhere.
+    for component in KEYS:
+        named = located(flavour, folder, **{component: file})
+        files = {each: getattr(named, each).files == (file,) for each in KEYS}
+        assert files == {each: each == component for each in KEYS}
+
+
+def test_what_a_checkpoint_holds_is_not_downloaded(tiny_folder: Path, tmp_path: Path) -> None:
+    vae = prefixed("vae.", bfl_vae(component_tensors(tiny_folder, "vae")))
+    transformer = prefixed("diffusion_model.", bfl_tensors(component_tensors(tiny_folder, "transformer")))
+    file = write(tmp_path / "two.safetensors", vae, transformer)
+    sizes = FLAVOURS["dev"].downloads
+    asked = ModelOptions(pretrained_model_name_or_path=str(file), cache_dir=str(tmp_path / "cache"))
+    assert missing_download(asked) == sizes["text_encoder"]
+    bare = ModelOptions(cache_dir=str(tmp_path / "cache"))
+    assert missing_download(bare) == sum(sizes.values())
+
+
+# --- what is refused, before anything is asked of the Hub
+
+
+def wrong_files(tiny_folder: Path, klein_folder: Path, folder: Path) -> dict[str, Path]:
+    tiny = {component: component_tensors(tiny_folder, component) for component in KEYS}
+    klein = bfl_tensors(component_tensors(klein_folder, "transformer"), TINY_KLEIN)
+    short = comfyui_text_encoder(tiny["text_encoder"], 29)
+    lora = {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(4, 192)}
+    flux1 = bfl_tensors(tiny["transformer"])
+    flux1 = {name: tensor for name, tensor in flux1.items() if not name.startswith("double_stream_modulation")}
+    no_attention = {name: tensor for name, tensor in short.items() if ".q_proj" not in name}
+    files = {
+        "vae": bfl_vae(tiny["vae"]),
+        "lora": lora,
+        "klein": klein,
+        "klein-encoder": comfyui_text_encoder(component_tensors(klein_folder, "text_encoder")),
+        "short": short,
+        "flux1": flux1,
+        "old-vae": {name: tensor for name, tensor in bfl_vae(tiny["vae"]).items() if "quant_conv" not in name},
+        "no-attention": no_attention,
+    }
+    paths = {name: write(folder / f"{name}.safetensors", tensors) for name, tensors in files.items()}
+    paths["empty"] = folder / "empty.safetensors"
+    paths["empty"].write_bytes(b"")
+    paths["half"] = folder / "half.safetensors"
+    paths["half"].write_bytes(paths["vae"].read_bytes()[:-1])
+    return paths
+
+
+@pytest.fixture(scope="module")
+def wrong(tiny_folder: Path, tiny_klein_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return wrong_files(tiny_folder, tiny_klein_folder, tmp_path_factory.mktemp("wrong"))
+
+
+@pytest.mark.parametrize(
+    ("component", "name", "message"),
+    [
+        ("transformer", "vae", "holds a VAE of FLUX.2: expected its transformer"),
+        ("transformer", "lora", "holds none of the components of FLUX.2: expected its transformer"),
+        ("transformer", "flux1", "holds none of the components of FLUX.2: expected its transformer"),
+        ("transformer", "klein", "its transformer has the shapes of tiny-klein"),
+        ("vae", "klein", "holds a transformer of FLUX.2: expected its VAE"),
+        ("vae", "old-vae", "has no tensor 'quant_conv.weight': expected a VAE of FLUX.2"),
+        ("vae", "empty", "begins with no safetensors header"),
+        ("vae", "half", "bytes long"),
+        ("vae", "absent", "no such file: expected a .safetensors or .gguf file of the VAE"),
+        ("text_encoder", "vae", "holds a VAE of FLUX.2: expected its text encoder"),
+        ("text_encoder", "klein-encoder", "its text encoder has the shapes of tiny-klein"),
+        ("text_encoder", "short", "holds 29 layers of a text encoder: expected the first 30"),
+        ("text_encoder", "no-attention", "has no tensor 'layers.0.self_attn.q_proj.weight'"),
+    ],
+)
+def test_what_a_file_is_not_is_said_from_its_header(
+    component: Component, name: str, message: str, wrong: dict[str, Path]
+) -> None:
+    file = wrong.get(name, Path(f"/absent/{name}.safetensors"))
+    keys = [KEYS[component]] + ["pretrained_model_name_or_path"] * (component == "transformer")
+    for key in keys:
+        base = {"pretrained_model_name_or_path": "acme/never-asked"}
+        options = ModelOptions(**{"model_flavour": "tiny", **base, key: str(file)})  # type: ignore[arg-type]
+        with pytest.raises(AccessError, match=re.escape(message)) as caught:
+            locate(options, report=pytest.fail)
+        assert "Hub" not in str(caught.value)
+
+
+def test_all_that_is_wrong_with_single_files_is_said_at_once(wrong: dict[str, Path]) -> None:
+    asked = {KEYS["transformer"]: wrong["vae"], KEYS["vae"]: wrong["lora"], KEYS["text_encoder"]: wrong["empty"]}
+    options = ModelOptions(model_flavour="tiny", **{key: str(file) for key, file in asked.items()})  # type: ignore[arg-type]
+    with pytest.raises(AccessError) as caught:
+        locate(options, report=pytest.fail)
+    assert len(caught.value.problems) == 3
+
+
+# --- a model around a trained transformer
+
+
+def test_a_models_folder_has_the_vae_in_diffusers_names(tiny_source: Source, tiny_folder: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "ae.safetensors", bfl_vae(component_tensors(tiny_folder, "vae")))
+    source = located("tiny", tiny_folder, vae=file)
+    save_transformer(tmp_path / "saved", source.spec, {}, metadata={}, dtype=torch.bfloat16)
+    assert save_pipeline(tmp_path / "model", tmp_path / "saved", tmp_path / "saved" / WEIGHTS, source) is None
+    made, expected = component_tensors(tmp_path / "model", "vae"), component_tensors(tiny_folder, "vae")
+    assert made.keys() == expected.keys()
+    assert made.pop("bn.num_batches_tracked") == 0
+    assert all(torch.equal(made[name], expected[name]) for name in made)
+    assert json.loads((tmp_path / "model/vae/config.json").read_text()) == source.vae.config
+    encoder = repackaged(tiny_folder, tmp_path / "encoder.safetensors", "tiny")
+    source = located("tiny", tiny_folder, text_encoder=encoder)
+    reason = save_pipeline(tmp_path / "model", tmp_path / "saved", tmp_path / "saved" / WEIGHTS, source)
+    assert reason == "its text encoder came as the single file encoder.safetensors, not in a folder of diffusers'"
+    assert not (tmp_path / "model" / "text_encoder").exists()
