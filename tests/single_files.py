@@ -63,6 +63,24 @@ def comfyui_text_encoder(tensors: Mapping[str, Tensor], layers: int | None = Non
     return kept | {"tekken_model": torch.frombuffer(bytearray(tekken), dtype=torch.uint8)}
 
 
+def in_fp8(tensors: Mapping[str, Tensor], *, is_old: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """`tensors` with the layers' matrices in ComfyUI's scaled fp8, in the older or the newer spelling, and what they
+    stand for in fp32.
+    """
+    stored, dense = dict(tensors), dict(tensors)
+    for name, tensor in tensors.items():
+        if ".layers." in name and tensor.dim() == 2:
+            layer = name.removesuffix(".weight")
+            scale = tensor.float().abs().max() / 448
+            stored[name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
+            stored[f"{layer}.{'scale_weight' if is_old else 'weight_scale'}"] = scale
+            dense[name] = stored[name].float() * scale
+            if not is_old:
+                marker = json.dumps({"format": "float8_e4m3fn"}).encode()
+                stored[f"{layer}.comfy_quant"] = torch.frombuffer(bytearray(marker), dtype=torch.uint8)
+    return stored | ({"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)} if is_old else {}), dense
+
+
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`tensors` under names that begin with `prefix`."""
     return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}

@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from simpletuner.base.errors import AccessError
@@ -18,11 +20,16 @@ from simpletuner.flux2.spec import (
     TensorShape,
     autoencoder_from_tensors,
     autoencoder_to_config,
+    decoder_shapes,
+    encoder_shapes,
     text_from_tensors,
     text_layer_count,
+    text_shapes,
     text_to_config,
+    transformer_from_tensors,
 )
 from simpletuner.flux2.stored import open_stored, stored_weights
+from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.flux2.vae_names import vae_renaming
 
 COMPONENTS: Mapping[Component, str] = {
@@ -107,6 +114,33 @@ def check_holds(file: Path, component: Component) -> None:
     )
 
 
+def check_whole(file: Path, component: Component, flavour: Flavour, text_layers: int) -> None:
+    """Raise an AccessError unless a single file holds every tensor of `component` in its shape: of a text encoder those
+    of the first `text_layers`.
+    """
+    found = shapes_in(file, component)
+    if component == "vae":
+        spec = autoencoder_spec_in(file, flavour.autoencoder)
+        statistics = (4 * spec.latent_channels,)
+        expected = Counter([*encoder_shapes(spec), *decoder_shapes(spec), statistics, statistics])
+        lacking = [f"one of {list(shape)}" for shape in expected - Counter(found.values())]
+    else:
+        if component == "transformer":
+            with torch.device("meta"):
+                tensors = Flux2Transformer(transformer_from_tensors(found)).state_dict()
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        else:
+            shapes = text_shapes(text_spec_in(file, flavour.text.encoder), text_layers)
+        lacking = [name for name, shape in shapes.items() if found.get(name) != shape]
+    if lacking:
+        more = f" and {len(lacking) - 4} more" if len(lacking) > 4 else ""
+        raise AccessError.of(
+            f"{file}: missing or of another shape ({len(lacking)}): {', '.join(lacking[:4])}{more}",
+            f"a whole {COMPONENTS[component]} of FLUX.2",
+            "Is this the right file, and whole?",
+        )
+
+
 def text_spec_in(file: Path, own: TextSpec) -> TextSpec:
     """The spec of the text encoder in a single file; see `text_from_tensors` for `own`.
 
@@ -147,7 +181,7 @@ def config_in(file: Path, component: Component, flavour: Flavour) -> Config | No
 
 
 def _not_known(file: Path, component: Component, error: Exception) -> AccessError:
-    why = f"has no tensor {error}" if isinstance(error, KeyError) else f"has tensors of other shapes ({error})"
+    why = f"has no tensor {error}" if isinstance(error, KeyError) else f"has {error}"
     return AccessError.of(f"{file} {why}", f"a {COMPONENTS[component]} of FLUX.2", "Is this the right file, and whole?")
 
 

@@ -28,7 +28,15 @@ from simpletuner.flux2.configs import Component, Config, check_tokenizer, read_c
 from simpletuner.flux2.content import LEDGER_NAME, ContentHashes
 from simpletuner.flux2.names import text_encoder_name
 from simpletuner.flux2.places import Hub, ModelFolder, ModelLocation, ReportLine, fetch
-from simpletuner.flux2.single import COMPONENTS, check_holds, component_shapes, config_in, open_component, single_files
+from simpletuner.flux2.single import (
+    COMPONENTS,
+    check_holds,
+    check_whole,
+    component_shapes,
+    config_in,
+    open_component,
+    single_files,
+)
 from simpletuner.flux2.spec import (
     decoder_channels,
     text_from_config,
@@ -365,10 +373,16 @@ class _Search:
         for component, file in single_files(self.options).items():
             config = config_in(file, component, self.flavour)
             part = parts[component] = _Part(ModelFolder(file.parent), [file.name], config, is_single=True)
+            before = len(self.problems), len(self.others)
             if component == "transformer":
                 self._compare_shapes(part)
             elif component == "text_encoder":
                 self._check_text_encoder(part.label, config or {})
+            if before == (len(self.problems), len(self.others)):  # else more of the same would be said
+                try:
+                    check_whole(file, component, self.flavour, max(self.layers))
+                except AccessError as error:
+                    self.problems += error.problems
         return parts
 
     def _check_text_encoder(self, label: str, config: Config) -> None:

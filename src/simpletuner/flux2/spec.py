@@ -133,6 +133,18 @@ def text_from_tensors(shapes: Mapping[str, TensorShape], own: TextSpec) -> TextS
     return next((spec for spec in specs if spec in known), specs[-1])
 
 
+def text_shapes(spec: TextSpec, layers: int) -> dict[str, TensorShape]:
+    """The shape of each tensor that the first `layers` of a text encoder need, in the names of `text_encoder_name`."""
+    linears = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+    of_layer: dict[str, TensorShape] = dict(zip(linears, spec.linears, strict=True))
+    of_layer |= {f"{norm}_layernorm": (spec.hidden,) for norm in ("input", "post_attention")}
+    of_layer |= {f"self_attn.{part}_norm": (spec.head_dim,) for part in ("qk" if spec.has_head_norms else "")}
+    shapes: dict[str, TensorShape] = {"embed_tokens.weight": (spec.vocabulary, spec.hidden)}
+    for index in range(layers):
+        shapes |= {f"layers.{index}.{name}.weight": shape for name, shape in of_layer.items()}
+    return shapes
+
+
 def text_layer_count(names: Iterable[str]) -> int:
     """How many layers a text encoder has, by its tensors' names as of `text_encoder_name`."""
     return len({name.split(".")[1] for name in names if name.startswith("layers.")})
@@ -179,17 +191,20 @@ def autoencoder_from_tensors(shapes: Mapping[str, TensorShape], own: Autoencoder
 
     Raises:
         KeyError: a tensor that every VAE has is not there.
+        ValueError: its two halves have other levels.
     """
     channels: list[int] = []
     while (first := shapes.get(f"encoder.down_blocks.{len(channels)}.resnets.0.conv1.weight")) is not None:
         channels.append(first[0])
     blocks = {name.split(".")[4] for name in shapes if name.startswith("encoder.down_blocks.0.resnets.")}
     decoder = decoder_channels(shapes)
+    if len(decoder) != len(channels):
+        raise ValueError(f"{len(channels)} levels of an encoder and {len(decoder)} of a decoder")
     found = AutoencoderSpec(
         channels=tuple(channels),
         blocks_per_level=len(blocks),
         latent_channels=shapes["quant_conv.weight"][0] // 2,
-        decoder_channels=decoder if decoder and decoder != tuple(channels) else None,
+        decoder_channels=decoder if decoder != tuple(channels) else None,
     )
     usual = [own, *(each.autoencoder for each in FLAVOURS.values())]
     like = next((each for each in usual if each.channels == found.channels), own)

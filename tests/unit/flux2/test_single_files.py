@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.single_files import bfl_vae, comfyui_text_encoder, component_tensors, prefixed, write
+from tests.single_files import bfl_vae, comfyui_text_encoder, component_tensors, in_fp8, prefixed, write
 from tests.small_decoder import WEIGHTS, make_small_decoder
 from tests.unit.flux2.test_load import bfl_tensors
 
@@ -148,6 +148,20 @@ def test_comfyuis_text_encoder_gives_the_same_contexts_under_the_same_id(
     assert find_tokenizer(options) == tmp_path / "tokenizer"
 
 
+@pytest.mark.parametrize("is_old", [False, True])
+def test_an_fp8_text_encoder_gives_the_contexts_of_its_numbers(is_old: bool, tiny_folder: Path, tmp_path: Path) -> None:
+    plain = comfyui_text_encoder(component_tensors(tiny_folder, "text_encoder"), 30)
+    stored, dense = in_fp8(plain, is_old=is_old)
+    file = write(tmp_path / "mistral_3_small_flux2_fp8.safetensors", stored)
+    source = located("tiny", tiny_folder, text_encoder=file)
+    expected = located("tiny", tiny_folder, text_encoder=write(tmp_path / "dense.safetensors", dense))
+    torch.testing.assert_close(contexts(source), contexts(expected), rtol=1e-5, atol=1e-5)
+    streamed = contexts(source, stream_text_encoder, folder=tmp_path)
+    torch.testing.assert_close(streamed, contexts(source), rtol=1e-6, atol=1e-6)
+    ids = {context_id(each) for each in (source, expected, located("tiny", tiny_folder))}
+    assert len(ids) == 3, "other numbers, or held otherwise"
+
+
 # --- all in one
 
 
@@ -201,8 +215,18 @@ def wrong_files(tiny_folder: Path, klein_folder: Path, folder: Path) -> dict[str
     klein = bfl_tensors(component_tensors(klein_folder, "transformer"), TINY_KLEIN)
     short = comfyui_text_encoder(tiny["text_encoder"], 29)
     lora = {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(4, 192)}
-    flux1 = bfl_tensors(tiny["transformer"])
-    flux1 = {name: tensor for name, tensor in flux1.items() if not name.startswith("double_stream_modulation")}
+    flux1 = {
+        name: tensor
+        for name, tensor in bfl_tensors(tiny["transformer"]).items()
+        if not name.startswith("double_stream_modulation")
+    }
+    bfl = bfl_tensors(tiny["transformer"])
+    holes = {
+        "transformer-hole": {n: t for n, t in bfl.items() if n != "single_blocks.3.linear2.weight"},
+        "vae-hole": {n: t for n, t in bfl_vae(tiny["vae"]).items() if n != "decoder.up.2.block.1.conv2.weight"},
+        "level-hole": {n: t for n, t in bfl_vae(tiny["vae"]).items() if n != "decoder.up.2.block.0.conv1.weight"},
+        "encoder-hole": {n: t for n, t in comfyui_text_encoder(tiny["text_encoder"]).items() if ".7.mlp.up_" not in n},
+    }
     no_attention = {name: tensor for name, tensor in short.items() if ".q_proj" not in name}
     files = {
         "vae": bfl_vae(tiny["vae"]),
@@ -214,7 +238,7 @@ def wrong_files(tiny_folder: Path, klein_folder: Path, folder: Path) -> dict[str
         "old-vae": {name: tensor for name, tensor in bfl_vae(tiny["vae"]).items() if "quant_conv" not in name},
         "no-attention": no_attention,
     }
-    paths = {name: write(folder / f"{name}.safetensors", tensors) for name, tensors in files.items()}
+    paths = {name: write(folder / f"{name}.safetensors", tensors) for name, tensors in (files | holes).items()}
     paths["empty"] = folder / "empty.safetensors"
     paths["empty"].write_bytes(b"")
     paths["half"] = folder / "half.safetensors"
@@ -233,6 +257,10 @@ def wrong(tiny_folder: Path, tiny_klein_folder: Path, tmp_path_factory: pytest.T
         ("transformer", "vae", "holds a VAE of FLUX.2: expected its transformer"),
         ("transformer", "lora", "holds none of the components of FLUX.2: expected its transformer"),
         ("transformer", "flux1", "holds none of the components of FLUX.2: expected its transformer"),
+        ("transformer", "transformer-hole", "another shape (1): single_transformer_blocks.3.attn.to_out.weight"),
+        ("vae", "vae-hole", "missing or of another shape (1): one of [64, 64, 3, 3]"),
+        ("vae", "level-hole", "has 4 levels of an encoder and 1 of a decoder: expected a VAE of FLUX.2"),
+        ("text_encoder", "encoder-hole", "another shape (1): layers.7.mlp.up_proj.weight"),
         ("transformer", "klein", "its transformer has the shapes of tiny-klein"),
         ("vae", "klein", "holds a transformer of FLUX.2: expected its VAE"),
         ("vae", "old-vae", "has no tensor 'quant_conv.weight': expected a VAE of FLUX.2"),

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from simpletuner.config.flavours import TINY_KLEIN, TINY_KLEIN_TEXT, FlavourName
+from simpletuner.flux2.spec import text_shapes
 from simpletuner.flux2.tiny import vocabulary
 from simpletuner.flux2.tiny.parts import transformer_shapes, write_model
 from simpletuner.flux2.tiny.weights import KLEIN_GAINS, TEXT_GAINS, Shapes, draw
@@ -90,15 +91,6 @@ def _in_bf16(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _text_encoder_shapes() -> Shapes:
     """Without a head: it is tied to the embedding, as in klein-4b."""
-    text = TINY_KLEIN_TEXT
-    names = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (text.vocabulary, text.hidden),
-        "model.norm.weight": (text.hidden,),
-    }
-    for index in range(KLEIN_TEXT_CONFIG["num_hidden_layers"]):
-        layer = f"model.layers.{index}"
-        shapes |= {f"{layer}.{name}.weight": shape for name, shape in zip(names, text.linears, strict=True)}
-        shapes |= {f"{layer}.{norm}_layernorm.weight": (text.hidden,) for norm in ("input", "post_attention")}
-        shapes |= {f"{layer}.self_attn.{part}_norm.weight": (text.head_dim,) for part in "qk"}
-    return shapes
+    shapes = text_shapes(TINY_KLEIN_TEXT, KLEIN_TEXT_CONFIG["num_hidden_layers"])
+    model = {f"model.{name}": shape for name, shape in shapes.items()}
+    return {**model, "model.norm.weight": (TINY_KLEIN_TEXT.hidden,)}
