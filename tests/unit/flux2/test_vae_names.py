@@ -63,3 +63,19 @@ def test_every_number_stays_where_it_is(tiny_folder):
 )
 def test_what_flux2s_vae_does_not_have_is_unknown(name):
     assert vae_renaming(["decoder.up.3.block.0.conv1.weight"])(name) is None
+
+
+def test_diffusers_own_conversion_agrees(tiny_folder):
+    """It knows latent diffusion's VAEs, whose projections around the latents lie outside the two halves."""
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+    from tests.single_files import component_tensors
+
+    bfl = {name: tensor for name, tensor in bfl_vae(component_tensors(tiny_folder, "vae")).items() if name[:3] != "bn."}
+    outside = {
+        name.replace("encoder.quant", "quant").replace("decoder.post_quant", "post_quant"): tensor
+        for name, tensor in bfl.items()
+    }
+    config = {"down_block_types": ["DownEncoderBlock2D"] * 4, "layers_per_block": 1}
+    expected, found = convert_ldm_vae_checkpoint(outside, config), renamed_back(bfl)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
