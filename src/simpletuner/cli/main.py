@@ -22,6 +22,7 @@ COMMANDS = {
     "config": "check or show the configuration without training",
     "plan": "what a configuration takes of memory, before anything is loaded; where on the path it trains",
     "run": "start, stop, look after and queue runs",
+    "convert": "write a LoRA or a model under the names that another program wants",
     "checkpoint": "list, verify or delete the checkpoints of a run",
     "server": "the web page, on http://localhost:8001",
     "env": "print versions and devices, for a bug report",

@@ -6,11 +6,9 @@ into B, because loaders disagree about where alpha is kept; the user's alpha sta
 
 import functools
 import json
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +20,7 @@ from simpletuner.flux2.factors import Kronecker, LowRank
 from simpletuner.flux2.fused import unfused
 from simpletuner.flux2.header_alpha import ADAPTER_METADATA, checked_alpha
 from simpletuner.flux2.lora import CUSTOM, PRESETS, Adaptable, Adapter, Range, linears, preset_ranges, whole, wrap
+from simpletuner.flux2.lora_formats import peft_metadata
 from simpletuner.flux2.modelspec import MODELSPEC_FIELDS
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.tensors import save_verified
@@ -67,9 +66,10 @@ def save_lora(path: Path, adapter: Adapter, *, metadata: Mapping[str, str], dtyp
     Raises:
         DiskError: no space, or the file reads back differently.
     """
+    ranks = {name: layer.rank for name, layer in adapter.layers.items()}
     header = {
         **header_of(metadata),
-        ADAPTER_METADATA: json.dumps(_adapter_metadata(adapter), sort_keys=True),
+        ADAPTER_METADATA: json.dumps(peft_metadata(ranks), sort_keys=True),
         "simpletuner.alpha": repr(adapter.alpha),
         "simpletuner.target": adapter.target,
     }
@@ -83,20 +83,6 @@ def header_of(metadata: Mapping[str, str]) -> dict[str, str]:
         raise ValueError(f"not in HEADER_FIELDS: {', '.join(sorted(unknown))}")
     own = {name if name in MODELSPEC_FIELDS else f"simpletuner.{name}": value for name, value in metadata.items()}
     return {"format": "pt", **own}
-
-
-def _adapter_metadata(adapter: Adapter) -> dict[str, Any]:
-    """PEFT's configuration as diffusers reads it from the header. alpha = rank, since the scale is in B."""
-    ranks = {name: layer.rank for name, layer in adapter.layers.items()}
-    ((rank, _),) = Counter(ranks.values()).most_common(1)
-    others = {name: own for name, own in ranks.items() if own != rank}
-    return {
-        "transformer.r": rank,
-        "transformer.lora_alpha": rank,
-        "transformer.rank_pattern": others,
-        "transformer.alpha_pattern": others,
-        "transformer.target_modules": list(ranks),
-    }
 
 
 def read_lora(path: Path) -> LoadedLora:

@@ -7,7 +7,7 @@ disagree about where alpha is kept.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,19 +15,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from simpletuner.base.errors import DiskError
+from simpletuner.base.errors import CheckpointError, DiskError
 from simpletuner.base.files import file_errors_reported
 from simpletuner.base.parts import locked_part
 from simpletuner.config.options.lora import LoraFormat
-from simpletuner.flux2.dialects import read_adapter
-from simpletuner.flux2.factors import Factors, LowRank
+from simpletuner.config.values import join_names
+from simpletuner.flux2.dialects import AdapterFile, read_adapter
+from simpletuner.flux2.factors import LowRank
 from simpletuner.flux2.fused import FUSED_RANKS, fused, fused_groups, fused_ranks, unfused
 from simpletuner.flux2.header_alpha import ADAPTER_METADATA
 from simpletuner.flux2.names import to_bfl
 from simpletuner.memory.tensors import save_verified
 
 KEPT_METADATA = f"simpletuner.{ADAPTER_METADATA}"
-"""The same in a file of another format, in which diffusers must not find it."""
+"""Header field of `ADAPTER_METADATA` in a file of another format, in which diffusers must not find it: its names and
+ranks are those of diffusers' format."""
 
 LoaderName = Literal["diffusers", "ComfyUI"]
 Loss = Literal["dropped", "wrong"]
@@ -86,6 +88,49 @@ def losses(modules: Iterable[str], lora_format: LoraFormat) -> dict[LoaderName, 
         for loader in ("diffusers", "ComfyUI")
         for lost in (_LOST.get((lora_format, loader), {}),)
     }
+
+
+def loss_texts(modules: Collection[str], lora_format: LoraFormat) -> dict[LoaderName, str]:
+    """For each loader that loses something of a LoRA on `modules` in `lora_format`: what, and which formats it reads
+    whole.
+    """
+    texts = {}
+    for loader, lost in losses(modules, lora_format).items():
+        if not lost:
+            continue
+        whole = [other for other in LORA_FORMATS if not losses(modules, other)[loader]]
+        doing = [
+            f"{verb} {len(names)} of {len(modules)} layers, such as {names[0]}"
+            for loss, verb in (("dropped", "leaves out"), ("wrong", "gets wrong"))
+            if (names := [name for name, own in lost.items() if own == loss])
+        ]
+        found = " and ".join(doing) if loader in LORA_FORMATS[lora_format].readers else "reads none of it"
+        texts[loader] = (
+            f"Of this LoRA in the {lora_format} format, {loader} {found}. It reads all of it in {join_names(whole)}."
+        )
+    return texts
+
+
+def lora_modules(file: AdapterFile) -> dict[str, LowRank]:
+    """The layers of a LoRA file by diffusers' names, at the ranks that they had before they were fused.
+
+    Raises:
+        CheckpointError: it holds another kind of adapter.
+    """
+    modules = {}
+    others = []
+    for name, factors in unfused(file.modules, file.header).items():
+        if isinstance(factors, LowRank):
+            modules[name] = factors
+        else:
+            others.append(name)
+    if others or not modules:
+        kind = "LoKr or LoHa" if others else "no LoRA"
+        raise CheckpointError.of(
+            f"{file.path} holds {kind}" + (f" factors for {len(others)} layers, such as {others[0]}" if others else ""),
+            "a LoRA, two matrices for each layer",
+        )
+    return modules
 
 
 def folded(factors: LowRank) -> LowRank:
@@ -193,7 +238,7 @@ def write_adapter(
     with file_errors_reported(path), locked_part(path) as part:
         save_verified(part, tensors, header_in(lora_format, modules, header))
         read = read_adapter(part)
-        found = unfused(read.modules, read.header)
+        found = lora_modules(read)
         differ = [name for name, factors in modules.items() if not _is_same(found.get(name), folded(factors))]
         if differ or read.unread or found.keys() != modules.keys():
             count = len(differ) + len(read.unread) + len(found.keys() - modules.keys())
@@ -204,9 +249,9 @@ def write_adapter(
         part.replace(path)
 
 
-def _is_same(found: Factors | None, expected: LowRank) -> bool:
+def _is_same(found: LowRank | None, expected: LowRank) -> bool:
     """Whether the factors are equal to the bit; fusing may have widened a dtype."""
-    return isinstance(found, LowRank) and all(
+    return found is not None and all(
         torch.equal(one.double(), other.double())
         for one, other in ((found.a, expected.a), (folded(found).b, expected.b))
     )

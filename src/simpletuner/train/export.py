@@ -8,6 +8,8 @@ from simpletuner.base.files import file_errors_reported, write_atomic
 from simpletuner.base.sizes import format_size
 from simpletuner.config.run import RunConfig
 from simpletuner.flux2.convert_model import save_single
+from simpletuner.flux2.dialects import read_adapter
+from simpletuner.flux2.lora_formats import lora_modules, write_adapter
 from simpletuner.flux2.modelfile import TRANSFORMER_FOLDER, save_pipeline
 from simpletuner.flux2.source import Source
 from simpletuner.runs.layout import EMA_FOLDER, LORA_NAME, MODEL_FOLDER, TRANSFORMER_NAME, RunDirectory
@@ -27,15 +29,22 @@ class Export:
 def export_lora(
     config: RunConfig, run: RunDirectory, checkpoint: Path, _source: Callable[[], Source], _reporter: Reporter
 ) -> Export:
-    """Copy the LoRA of `checkpoint`, and that of its average, to where people look for them."""
+    """Put the LoRA of `checkpoint`, and that of its average, where people look for them, in the wanted format."""
     products: dict[Path, Path | None] = {}
     for name in ("", EMA_FOLDER) if config.use_ema else ("",):
         target, source = run.root / name / LORA_NAME, checkpoint / name / LORA_NAME
-        with file_errors_reported(source, doing="read"):
-            content = source.read_bytes()
-        write_atomic(target, content)
-        products[target] = source
-    lines = [f"LoRA: {run.lora} ({format_size(run.lora.stat().st_size)})"]
+        if config.lora_format == "diffusers":
+            with file_errors_reported(source, doing="read"):
+                content = source.read_bytes()
+            write_atomic(target, content)
+            products[target] = source
+        else:
+            file = read_adapter(source)
+            with file_errors_reported(target):
+                target.parent.mkdir(exist_ok=True)
+            write_adapter(target, lora_modules(file), config.lora_format, file.header)
+            products[target] = None
+    lines = [f"LoRA: {run.lora} ({format_size(run.lora.stat().st_size)}), in the {config.lora_format} format"]
     if config.use_ema:
         lines.append(f"Its moving average: {run.ema_lora}")
     return Export(products, (*lines, f"In diffusers: pipe.load_lora_weights({str(run.root)!r})"))
