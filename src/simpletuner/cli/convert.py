@@ -1,6 +1,6 @@
 """`simpletuner convert`: a LoRA or a model under the names that another program wants."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -27,21 +27,8 @@ _USAGE = """usage: simpletuner convert IN OUT --to diffusers|comfyui|bfl|kohya [
 
   A LoRA has the same effect in each of them, and one of simpletuner's comes back bit for bit.
 """
-
-
-def _format(text: str) -> LoraFormat:
-    """One of `LoraFormat`.
-
-    Raises:
-        ConfigError: another.
-    """
-    for each in get_args(LoraFormat):
-        if each == text:
-            found: LoraFormat = each
-            return found
-    near = nearest(text, get_args(LoraFormat))
-    remedy = f"Did you mean --to {near}?" if near else ""
-    raise ConfigError.of(f"--to = {text!r}", join_names(get_args(LoraFormat), "or"), remedy)
+_FORMATS: Mapping[str, LoraFormat] = {name: name for name in get_args(LoraFormat)}
+"""What may follow --to."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +37,7 @@ class ConvertCommand:
 
     source: Path | None = Positional(convert=Path).default(None)
     target: Path | None = Positional(convert=Path).default(None)
-    to: LoraFormat | None = Flag("the format of OUT", "FORMAT", convert=_format).default(None)
+    to: str = Flag("the format of OUT", "FORMAT").default("")
     allow_loss: bool = Flag(
         "write a LoRA even where diffusers or ComfyUI would leave layers of it out,\n"
         "or where IN holds more than a LoRA of the transformer"
@@ -72,30 +59,33 @@ def run(arguments: list[str]) -> int:
     if help_asked(arguments) is not None:
         say(command_help(_USAGE, FORMS, arguments))
         return 0
-    command = parse_command(ConvertCommand, arguments, check=_lacking)
+    command = parse_command(ConvertCommand, arguments, check=_mistakes)
     assert command.source is not None
     assert command.target is not None
-    assert command.to is not None
     if not command.source.exists():
         raise CheckpointError.of(f"no file or folder at {command.source}", "a LoRA, or a model")
     # Their imports load torch, which a mistake above need not wait for.
     from simpletuner.flux2.convert_model import holds_model
 
-    convert = _convert_model if holds_model(command.source) else _convert_lora
-    told, lines = convert(command.source, command.target, command.to, command.allow_loss)
+    if holds_model(command.source):
+        told, lines = _convert_model(command.source, command.target, command.to)
+    else:
+        told, lines = _convert_lora(command.source, command.target, _FORMATS[command.to], command.allow_loss)
     say(json_text(told) if command.json else "\n".join(lines))
     return 0
 
 
-def _lacking(command: ConvertCommand) -> Iterator[Problem]:
-    usage = "See `simpletuner convert --help`."
+def _mistakes(command: ConvertCommand) -> Iterator[Problem]:
     if command.source is None or command.target is None:
+        usage = "See `simpletuner convert --help`."
         yield Problem("simpletuner convert: what or where to is not said", "IN and OUT", usage)
-    if command.to is None:
-        yield Problem("--to is not given", join_names(get_args(LoraFormat), "or"), usage)
+    if command.to not in _FORMATS:
+        near = nearest(command.to, _FORMATS)
+        found = f"--to = {command.to!r}" if command.to else "--to is not given"
+        yield Problem(found, join_names(_FORMATS, "or"), f"Did you mean --to {near}?" if near else "")
 
 
-def _convert_model(source: Path, target: Path, to: str, _allow_loss: bool) -> tuple[dict[str, Any], list[str]]:
+def _convert_model(source: Path, target: Path, to: str) -> tuple[dict[str, Any], list[str]]:
     from simpletuner.flux2.convert_model import convert_model
 
     made = convert_model(source, target, to)
