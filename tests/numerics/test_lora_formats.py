@@ -17,24 +17,28 @@ from simpletuner.config.flavours import DEV, KLEIN_4B, KLEIN_9B, TINY, TINY_KLEI
 from simpletuner.config.options.lora import LoraFormat
 from simpletuner.flux2.factors import LowRank
 from simpletuner.flux2.lora import PRESETS, linears, preset_ranges, whole
-from simpletuner.flux2.lora_formats import LORA_FORMATS, encoded, header_in, losses
+from simpletuner.flux2.lora_formats import LORA_FORMATS, header_in, lora_tensors, losses
 from simpletuner.flux2.spec import transformer_to_diffusers
 from simpletuner.flux2.transformer import Flux2Transformer
 
 PROBES = 2
 """Random inputs of each Linear. ΔW of real widths is never made: equal products mean equal matrices."""
+MANY = "many blocks"
 FLAVOURS = {
     "tiny": replace(TINY, double_blocks=1, single_blocks=1),
     "tiny-klein": replace(TINY_KLEIN, double_blocks=1, single_blocks=1),
     "dev": replace(DEV, double_blocks=1, single_blocks=1),
     "klein-9b": replace(KLEIN_9B, double_blocks=1, single_blocks=1),
     "klein-4b": replace(KLEIN_4B, double_blocks=1, single_blocks=1),
-    "many blocks": replace(TINY, heads=1, context_dim=8, double_blocks=12, single_blocks=11),
+    MANY: replace(TINY, heads=1, context_dim=8, double_blocks=12, single_blocks=11),
 }
 """One block of each kind, at the real widths too; and numbers of blocks with two digits."""
 OUTER = "custom"
 """Every Linear, those outside the blocks too, with other ranks here and there."""
-CELLS = [(flavour, target) for flavour in FLAVOURS for target in (*PRESETS, OUTER)]
+CELLS = [
+    *((flavour, target) for flavour in FLAVOURS if flavour != MANY for target in (*PRESETS, OUTER)),
+    (MANY, "all"),
+]
 QUICK = (("tiny", "all"), ("tiny", "attention"), ("tiny", OUTER), ("tiny-klein", OUTER))
 
 
@@ -131,7 +135,7 @@ def in_comfyui(path: Path, spec: TransformerSpec) -> tuple[dict[str, Tensor], se
 
 
 def saved(path: Path, modules: Mapping[str, LowRank], lora_format: LoraFormat) -> Path:
-    save_file(encoded(modules, lora_format), path, header_in(lora_format, modules, {"ss_comment": "kept"}))
+    save_file(lora_tensors(modules, lora_format), path, header_in(lora_format, modules, {"ss_comment": "kept"}))
     return path
 
 

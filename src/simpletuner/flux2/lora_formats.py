@@ -143,7 +143,7 @@ def folded(factors: LowRank) -> LowRank:
     return LowRank(factors.a, wide)
 
 
-def encoded(modules: Mapping[str, LowRank], lora_format: LoraFormat) -> dict[str, Tensor]:
+def lora_tensors(modules: Mapping[str, LowRank], lora_format: LoraFormat) -> dict[str, Tensor]:
     """The tensors of a file in `lora_format` with the LoRA on `modules` (diffusers' names).
 
     Raises:
@@ -234,7 +234,7 @@ def write_adapter(
         DiskError: no space, or the file reads back differently.
         ValueError: no modules, or one that FLUX.2 does not have.
     """
-    tensors = encoded(modules, lora_format)
+    tensors = lora_tensors(modules, lora_format)
     with file_errors_reported(path), locked_part(path) as part:
         save_verified(part, tensors, header_in(lora_format, modules, header))
         read = read_adapter(part)

@@ -33,7 +33,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_dialect_is_converted(
     here: Path, row: str, formats: Iterable[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """To one format each, one of them to all: the effect to 1e-5, with alphas, mixed ranks, layers outside the blocks."""
+    """To one format each, one of them to all: the effect to 1e-5, with alphas, mixed ranks and outer layers."""
     deltas = write_dialect(here / "in.safetensors", SPEC, row, ranks=(2, 3))
     for to in (list(LORA_FORMATS)[at] for at in formats):
         assert run(["in.safetensors", f"{to}.safetensors", "--to", to, "--allow-loss", "--json"]) == 0

@@ -22,10 +22,10 @@ from simpletuner.flux2.factors import LowRank
 from simpletuner.flux2.lora import PRESETS, Adapter, attach, linears
 from simpletuner.flux2.lora_formats import (
     LORA_FORMATS,
-    encoded,
     folded,
     header_in,
     lora_modules,
+    lora_tensors,
     loss_texts,
     losses,
     write_adapter,
@@ -83,7 +83,7 @@ def assert_same_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tens
 def test_diffusers_format_is_what_a_checkpoint_holds(tmp_path: Path, target: str) -> None:
     """Bit for bit, and the file too: this format changes nothing."""
     adapter = trained(flux_lora_target=target)
-    assert_same_tensors(encoded(modules_of(adapter), "diffusers"), adapter.expanded())
+    assert_same_tensors(lora_tensors(modules_of(adapter), "diffusers"), adapter.expanded())
     own = own_file(tmp_path / "own.safetensors", flux_lora_target=target)
     assert converted(own, "diffusers").read_bytes() == own.read_bytes()
 
@@ -197,7 +197,7 @@ def test_a_scale_of_1_folds_to_the_same_object() -> None:
 
 def test_kohyas_alpha_is_the_rank_of_the_file() -> None:
     """Of a fused matrix the sum of its parts': alpha/rank is 1 for all readers."""
-    tensors = encoded(modules_of(trained(rank=5)), "kohya")
+    tensors = lora_tensors(modules_of(trained(rank=5)), "kohya")
     alphas = {key: float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")}
     assert set(alphas.values()) == {5.0, 15.0}
     assert all(alpha == tensors[key.replace(".alpha", ".lora_down.weight")].shape[0] for key, alpha in alphas.items())
@@ -206,7 +206,7 @@ def test_kohyas_alpha_is_the_rank_of_the_file() -> None:
 def test_what_flux_has_not_is_refused() -> None:
     for to in OTHERS:
         with pytest.raises(ValueError, match="no Linear transformer_blocks"):
-            encoded({"transformer_blocks.0.attn.to_z": LowRank(torch.ones(1, 2), torch.ones(2, 1))}, to)
+            lora_tensors({"transformer_blocks.0.attn.to_z": LowRank(torch.ones(1, 2), torch.ones(2, 1))}, to)
 
 
 def test_losses_are_those_of_the_layers_that_are_there() -> None:
@@ -257,6 +257,15 @@ def test_a_file_that_reads_back_differently_is_not_put_in_place(
             write_adapter(path, modules, to, {})
         assert path.read_text() == "what was there"
         assert list(tmp_path.iterdir()) == [path]
+
+    def interrupted(_: Path) -> object:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lora_formats, "read_adapter", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_adapter(path, modules, to, {})
+    assert path.read_text() == "what was there"
+    assert list(tmp_path.iterdir()) == [path]
     monkeypatch.undo()
     write_adapter(path, modules, to, {})
     assert read_adapter(path).modules.keys() == modules.keys()
