@@ -6,9 +6,10 @@ Tensors are renamed, cut, joined and written one by one, with the bits that they
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -64,6 +65,10 @@ class _LazyTensor:
         """Bytes."""
         return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
+    def changed(self, change: Callable[[Tensor], Tensor] | None) -> "_LazyTensor":
+        """What `change` returns of it; itself without one."""
+        return self if change is None else replace(self, read=lambda: change(self.read()))
+
     def written(self) -> TensorData:
         return TensorData(self.dtype, self.shape, self.size, lambda: as_written(self.read()).data())
 
@@ -83,7 +88,14 @@ def holds_model(path: Path) -> bool:
     return "x_embedder.weight" in known
 
 
-def convert_model(source: Path, target: Path, to: str) -> ConvertedModel:
+def convert_model(
+    source: Path,
+    target: Path,
+    to: str,
+    *,
+    changes: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
+    header: Mapping[str, str] = MappingProxyType({}),
+) -> ConvertedModel:
     """Write the transformer of `source` to `target`.
 
     Args:
@@ -91,6 +103,8 @@ def convert_model(source: Path, target: Path, to: str) -> ConvertedModel:
             or diffusers' names, with a prefix of ComfyUI's or without, other components beside it or not.
         target: a folder for "diffusers", a .safetensors file for the others. Nothing may lie there.
         to: one of `MODEL_FORMATS`.
+        changes: what becomes of weights, by diffusers' names; each keeps its shape and dtype.
+        header: fields that are added to the source's.
 
     Raises:
         ConfigError: `to`, or `target` does not suit it, or something is there.
@@ -99,8 +113,10 @@ def convert_model(source: Path, target: Path, to: str) -> ConvertedModel:
         DiskError: no space, or what was written reads back differently. Nothing is left at `target`.
     """
     _check_target(target, to)
-    with file_errors_reported(source, AccessError, doing="read"), _opened(source) as (tensors, metadata, config, other):
-        spec = _checked_spec(source, tensors, config)
+    with file_errors_reported(source, AccessError, doing="read"), _opened(source) as (stored, own, config, other):
+        spec = _checked_spec(source, stored, config)
+        metadata = {**own, **header}
+        tensors = {name: tensor.changed(changes.get(name)) for name, tensor in stored.items()}
         found = tensors if to == "diffusers" else _in_bfl_layout(tensors)
         size = sum(tensor.size for tensor in found.values())
         room = machine.disk_room(target.parent)
