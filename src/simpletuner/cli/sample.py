@@ -278,7 +278,7 @@ def _asks_loras(given: Mapping[str, Given]) -> bool:
 
 def _loras_of(given: Mapping[str, Given]) -> list[Wanted]:
     texts = given["lora"].value if "lora" in given else ()
-    return [_with_strength(text) for text in texts if isinstance(text, str)] if isinstance(texts, tuple) else []
+    return [with_strength(text) for text in texts if isinstance(text, str)] if isinstance(texts, tuple) else []
 
 
 def _run_around(lora: Path) -> RunDirectory | None:
@@ -378,7 +378,7 @@ def wanted_loras(config: SampleConfig) -> list[Wanted]:
     Raises:
         ConfigError: a file that is not there, or a run that is not finished.
     """
-    wanted = [_with_strength(text) for text in config.lora]
+    wanted = [with_strength(text) for text in config.lora]
     problems = [
         Problem(f"--lora {lora.path}: no such file", "a .safetensors file, or a folder with one")
         for lora in wanted
@@ -416,7 +416,7 @@ def _unfinished(directory: RunDirectory, result: Path, noun: str, option: str, b
     return [Problem(f"--run {directory.root} has no finished {noun}", remedy=text)]
 
 
-def _with_strength(text: str) -> Wanted:
+def with_strength(text: str) -> Wanted:
     """`FILE` or `FILE:STRENGTH`. What exists is the path; a colon that no number follows belongs to it too."""
     path, colon, number = text.rpartition(":")
     if colon and not os.path.exists(with_home(text)):

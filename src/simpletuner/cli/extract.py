@@ -1,0 +1,80 @@
+"""`simpletuner extract`: what a model has more than another, as a LoRA."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from simpletuner.base.console import say
+from simpletuner.base.errors import Problem
+from simpletuner.cli.arguments import Positional, parse_command
+from simpletuner.cli.help import command_help, help_asked
+from simpletuner.cli.lora_output import LoraOutput, file_problems, layers_in_progress, tell_lora
+
+_USAGE = """usage: simpletuner extract BASE TUNED OUTPUT [--rank N] [--energy SHARE]
+
+  Writes a LoRA of what the model TUNED has more than the model BASE, as near as its rank allows. Each is a transformer
+  in a single file, in a folder as diffusers saves it, or in the folder of a whole pipeline. With neither --rank nor
+  --energy, a layer keeps 99 % of its energy, at a rank of 64 at most."""
+
+
+@dataclass(frozen=True)
+class ExtractCommand(LoraOutput):
+    """What is typed after `simpletuner extract`."""
+
+    # A whole fine-tuning changes every direction a little: 99 % of that would be a LoRA larger than the model.
+    usual_rank: ClassVar[int | None] = 64
+    base: Path | None = Positional(convert=Path).default(None)
+    tuned: Path | None = Positional(convert=Path).default(None)
+    output: Path | None = Positional(convert=Path).default(None)
+
+    def problems(self) -> Iterator[Problem]:
+        """What parsing alone does not find."""
+        if self.base is None or self.tuned is None or self.output is None:
+            yield Problem("simpletuner extract: a name is missing", "a base model, a tuned model and the file to write")
+            return
+        for model in (self.base, self.tuned):
+            if not model.exists():
+                yield Problem(f"{model}: no such file", "a model's file or folder")
+        yield from file_problems(self.output)
+
+
+FORMS = {"": ExtractCommand}
+
+
+def run(arguments: list[str]) -> int:
+    """Extract, and print what was written.
+
+    Raises:
+        ConfigError: a mistake in what was typed.
+        AccessError: a model that cannot be read.
+        CheckpointError: the models are not of one flavour, or are equal.
+        DiskError: no space.
+    """
+    if help_asked(arguments) is not None:
+        say(command_help(_USAGE, FORMS, arguments))
+        return 0
+    command = parse_command(ExtractCommand, arguments, check=ExtractCommand.problems)
+    # torch, which mistakes do without.
+    from simpletuner.flux2.extract import differences, extracted_header
+    from simpletuner.flux2.merge import write_layers
+    from simpletuner.flux2.transformer_file import opened_transformer
+    from simpletuner.memory.device import choose_device
+
+    assert command.base is not None
+    assert command.tuned is not None
+    assert command.output is not None
+    rule = command.rule
+    with opened_transformer(command.base) as base, opened_transformer(command.tuned) as tuned:
+        found = differences(base, tuned, rule, choose_device(), layers_in_progress)
+        header = extracted_header(base, tuned, rule)
+        written = write_layers(command.output, found.layers, command.to, header, command.torch_dtype or found.dtype)
+    notices = []
+    if found.others:
+        name, largest = max(found.others.items(), key=lambda item: item[1])
+        notices.append(
+            f"{len(found.others)} weights differ that a LoRA does not hold, at most by {largest:.3g} ({name}): without "
+            "them it is not quite the tuned model."
+        )
+    tell_lora(written, command.json, {"base": str(command.base), "tuned": str(command.tuned)}, notices)
+    return 0

@@ -1,0 +1,153 @@
+"""What merge, extract and resize have in common: flags of the LoRA that they write, and what they print about it."""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
+
+from simpletuner.base.console import say
+from simpletuner.base.errors import Problem
+from simpletuner.base.sizes import format_size
+from simpletuner.cli.arguments import Flag
+from simpletuner.cli.printing import json_text
+from simpletuner.config.options.lora import LoraFormat
+from simpletuner.config.values import join_names
+
+if TYPE_CHECKING:
+    import torch
+
+    from simpletuner.flux2.lowrank import RankRule
+    from simpletuner.flux2.merge import WrittenLora
+
+USUAL_ENERGY = 0.99
+_FORMATS: tuple[LoraFormat, ...] = get_args(LoraFormat)
+_DTYPES = ("fp32", "bf16", "fp16")
+
+
+def _rank(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def _energy(text: str) -> float:
+    """Raises ValueError where `text` is no share."""
+    share = float(text)
+    if not 0 < share <= 1:
+        raise ValueError(text)
+    return share
+
+
+def _format(text: str) -> str:
+    """Raises ValueError where `text` names no format."""
+    return _FORMATS[_FORMATS.index(text)]  # type: ignore[arg-type]  # looked for, whatever it is
+
+
+def _dtype(text: str) -> str:
+    """Raises ValueError where `text` names no dtype."""
+    return _DTYPES[_DTYPES.index(text)]
+
+
+@dataclass(frozen=True)
+class LoraOutput:
+    """How the LoRA is written that a command computes."""
+
+    usual_rank: ClassVar[int | None] = None
+    """With neither --rank nor --energy: the highest rank."""
+    rank: int | None = Flag(
+        "the rank of each layer, where it is not lower already",
+        "N",
+        convert=_rank,
+        expects="a whole number from 1",
+        follows="a rank",
+    ).default(None)
+    energy: float | None = Flag(
+        "the smallest rank of each layer that keeps this part of its energy, the sum of its squared singular values; "
+        f"{USUAL_ENERGY} where no --rank is given. With --rank, at most that rank.",
+        "SHARE",
+        convert=_energy,
+        expects="a number above 0, at most 1",
+        follows="a number",
+    ).default(None)
+    to: LoraFormat = Flag(
+        f"{join_names(_FORMATS, 'or')}: whose names the file has (default diffusers)",
+        "FORMAT",
+        convert=_format,
+        expects=join_names(_FORMATS, "or"),
+        follows="a format",
+    ).default("diffusers")
+    dtype: str | None = Flag(
+        "fp32, bf16 or fp16: the type of its numbers; by default the narrowest that holds those that were read",
+        "DTYPE",
+        convert=_dtype,
+        expects=join_names(_DTYPES, "or"),
+        follows="a dtype",
+    ).default(None)
+    json: bool = Flag("print one JSON object").default(False)
+
+    @property
+    def rule(self) -> "RankRule":
+        """What --rank and --energy ask for."""
+        # Brings torch, which mistakes do without.
+        from simpletuner.flux2.lowrank import RankRule
+
+        if self.rank is None and self.energy is None:
+            return RankRule(self.usual_rank, USUAL_ENERGY)
+        return RankRule(self.rank, self.energy)
+
+    @property
+    def torch_dtype(self) -> "torch.dtype | None":
+        from simpletuner.memory.precision import DTYPES
+
+        return None if self.dtype is None else DTYPES[self.dtype]
+
+
+def file_problems(output: Path, flag: str = "") -> Iterator[Problem]:
+    """What is wrong with the name of a .safetensors file that is to be written, as `flag` gives it."""
+    typed = f"{flag} {output}".lstrip()
+    if output.suffix != ".safetensors":
+        yield Problem(f"{typed} does not end in .safetensors", "the name of a file to write")
+    elif os.path.lexists(output):
+        yield Problem(f"{typed} is there already", "a new name", "Remove it first, or choose another name.")
+    elif not output.absolute().parent.is_dir():
+        yield Problem(f"{typed}: no folder {output.parent}", "a folder that is there")
+
+
+def layers_in_progress(layers: Iterable[str]) -> Iterable[str]:
+    """`layers`, with a bar on a terminal."""
+    # Takes a moment to import: only where there is progress to show.
+    from tqdm import tqdm
+
+    names = list(layers)
+    bar: Iterable[str] = tqdm(names, desc="layers", unit="layer", disable=None)
+    return bar
+
+
+def tell_lora(written: "WrittenLora", is_json: bool, told: dict[str, Any], notices: Iterable[str] = ()) -> None:
+    """Print what was written; `told` is added to the JSON object."""
+    size = written.path.stat().st_size
+    low, high = written.ranks
+    if is_json:
+        fields = {
+            "output": str(written.path),
+            "bytes": size,
+            "layers": written.layers,
+            "ranks": [low, high],
+            "kept": written.kept,
+            "lost": written.lost,
+            "notices": list(notices),
+        }
+        say(json_text(fields | told))
+        return
+    ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
+    kept = (
+        "all of its energy"
+        if written.kept > 1 - 1e-9
+        else f"at least {100 * written.kept:.2f} % of each layer's energy"
+    )
+    say(f"LoRA: {written.path} ({format_size(size)}), {written.layers} layers of {ranks}, with {kept}")
+    for loader, names in written.lost.items():
+        say(f"{loader} does not apply {len(names)} of its layers as trained, such as {names[0]}.")
+    for notice in notices:
+        say(notice)

@@ -1,0 +1,135 @@
+"""`simpletuner merge`: several LoRAs into one, or into the weights of a model."""
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from simpletuner.base.console import say
+from simpletuner.base.errors import Problem
+from simpletuner.base.sizes import format_size
+from simpletuner.cli.arguments import Flag, parse_command
+from simpletuner.cli.help import command_help, help_asked
+from simpletuner.cli.lora_output import LoraOutput, file_problems, layers_in_progress, tell_lora
+from simpletuner.cli.printing import json_text
+from simpletuner.cli.sample import Wanted, with_strength
+
+if TYPE_CHECKING:
+    from simpletuner.flux2.merge import WeightedAdapter
+
+_USAGE = """usage: simpletuner merge --lora FILE[:STRENGTH] [...] --output FILE [--rank N] [--energy SHARE]
+       simpletuner merge --lora FILE[:STRENGTH] [...] --into MODEL --output PATH
+
+  Adds up what LoRAs, LoKrs and LoHas do, each times its strength (1 where none is given), as one LoRA. At full rank
+  (--energy 1) it acts as all of them together do.
+
+  With --into, the sum is added to the weights of a model instead: a diffusers folder, or a single file. PATH is a
+  transformer's folder, as diffusers saves it, or a .safetensors file in BFL's layout, with which ComfyUI starts."""
+_OF_A_LORA = ("rank", "energy", "dtype")
+"""Flags without a meaning for weights."""
+
+
+@dataclass(frozen=True)
+class MergeCommand(LoraOutput):
+    """What is typed after `simpletuner merge`."""
+
+    lora: tuple[Wanted, ...] = Flag(
+        "a file, or a folder with pytorch_lora_weights.safetensors; given again for each. FILE:0.8 gives it a "
+        "strength; below 0 it is subtracted",
+        "FILE[:STRENGTH]",
+        convert=with_strength,
+        follows="a file",
+        is_repeatable=True,
+    ).default(())
+    into: Path | None = Flag("add them to the weights of this model", "MODEL", convert=Path, follows="a model").default(
+        None
+    )
+    output: Path | None = Flag("what is written", "PATH", convert=Path, follows="a path").default(None)
+
+    @property
+    def told(self) -> list[dict[str, object]]:
+        """The LoRAs, for JSON."""
+        return [{"file": str(lora.path), "strength": lora.strength} for lora in self.lora]
+
+    def problems(self) -> Iterator[Problem]:
+        """What parsing alone does not find."""
+        if not self.lora:
+            yield Problem("no --lora is given", "one or more files")
+        for lora in self.lora:
+            if not os.path.exists(lora.path):
+                yield Problem(f"--lora {lora.path}: no such file", "a .safetensors file, or a folder with one")
+            if not math.isfinite(lora.strength):
+                yield Problem(f"--lora {lora.path}: a strength of {lora.strength}", "a finite number, such as 0.8")
+        if self.output is None:
+            yield Problem("no --output is given", "the file to write")
+        elif self.into is None:
+            yield from file_problems(self.output, "--output")
+        if self.into is not None:
+            if not self.into.exists():
+                yield Problem(f"--into {self.into}: no such file", "a model's file or folder")
+            for name in _OF_A_LORA:
+                if getattr(self, name) is not None:
+                    yield Problem(f"--{name} is given beside --into", "one of them", "Weights have no rank.")
+            if self.to != "diffusers":
+                yield Problem(
+                    f"--to {self.to} is given beside --into", "one of them", "The name of --output says the layout."
+                )
+
+
+FORMS = {"": MergeCommand}
+
+
+def run(arguments: list[str]) -> int:
+    """Merge, and print what was written.
+
+    Raises:
+        ConfigError: a mistake in what was typed.
+        CheckpointError: a LoRA that cannot be read, or does not fit.
+        AccessError: a model that cannot be read.
+        DiskError: no space.
+    """
+    if help_asked(arguments) is not None:
+        say(command_help(_USAGE, FORMS, arguments))
+        return 0
+    command = parse_command(MergeCommand, arguments, check=MergeCommand.problems)
+    # torch, which mistakes do without.
+    from simpletuner.flux2.merge import merged_header, read_adapters, unread_notices, write_merged
+
+    assert command.output is not None
+    adapters = read_adapters([(lora.path, lora.strength) for lora in command.lora])
+    if command.into is not None:
+        _merge_into(command.into, command.output, adapters, command)
+        return 0
+    rule = command.rule
+    written = write_merged(
+        command.output,
+        adapters,
+        rule,
+        command.to,
+        merged_header(adapters, rule),
+        dtype=command.torch_dtype,
+        report=layers_in_progress,
+    )
+    tell_lora(written, command.json, {"loras": command.told}, unread_notices(adapters))
+    return 0
+
+
+def _merge_into(model: Path, output: Path, adapters: "list[WeightedAdapter]", command: MergeCommand) -> None:
+    """Add `adapters` to the weights of `model`, and print what was written."""
+    from tqdm import tqdm
+
+    from simpletuner.flux2.merge import merge_into, parts_by_layer, unread_notices
+
+    layers = len(parts_by_layer(adapters))
+    with tqdm(total=layers, desc="layers", unit="layer", disable=None) as bar:
+        written = merge_into(model, output, adapters, report=lambda _: bar.update())
+    notices = unread_notices(adapters)
+    if command.json:
+        fields = {"output": str(written.path), "bytes": written.bytes, "layers": layers, "notices": notices}
+        say(json_text(fields | {"loras": command.told, "into": str(model)}))
+        return
+    say(f"Model: {written.path} ({format_size(written.bytes)}), {layers} of its {written.tensors} weights changed")
+    for notice in notices:
+        say(notice)
