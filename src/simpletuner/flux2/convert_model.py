@@ -4,9 +4,9 @@ Tensors are renamed, cut, joined and written one by one, with the bits that they
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -19,24 +19,19 @@ from simpletuner.base.errors import AccessError, CheckpointError, ConfigError, D
 from simpletuner.base.files import file_errors_reported, sync_directory, write_json
 from simpletuner.base.parts import locked_part
 from simpletuner.base.sizes import format_size
-from simpletuner.base.tensorfile import DTYPE_BITS, TensorData, read_header, read_headers, read_metadata, write_verified
+from simpletuner.base.tensorfile import DTYPE_BITS, TensorData, read_header, write_verified
 from simpletuner.config.flavours import TransformerSpec
-from simpletuner.flux2.configs import read_component_config
+from simpletuner.flux2.configs import Config
 from simpletuner.flux2.footprint import empty_transformer
-from simpletuner.flux2.modelfile import INDEX_NAME, TRANSFORMER_FOLDER, WEIGHTS_NAME, WEIGHTS_STEM
-from simpletuner.flux2.names import Renamed, to_bfl, transformer_renaming
+from simpletuner.flux2.modelfile import WEIGHTS_NAME
+from simpletuner.flux2.names import to_bfl, transformer_renaming
 from simpletuner.flux2.source import Weights, transformer_spec
 from simpletuner.flux2.spec import transformer_from_tensors, transformer_to_diffusers
-from simpletuner.flux2.stored import FLOATING_DTYPES
-from simpletuner.memory.shares import share_files
-from simpletuner.memory.tensors import TensorFile, as_written, open_tensors, unreadable
+from simpletuner.flux2.transformer_file import OpenTransformer, opened_transformer, transformer_folder
+from simpletuner.memory.tensors import as_written
 
 MODEL_FORMATS = ("diffusers", "bfl", "comfyui")
 """What a model can be converted to. ComfyUI reads BFL's layout, so the last two are the same."""
-
-_CONTAINER = "model.diffusion_model."
-"""Before a transformer's names in a file that holds a VAE and text encoders too."""
-_OTHER_COMPONENTS = ("vae.", "text_encoders.", "first_stage_model.", "cond_stage_model.")
 
 
 @dataclass(frozen=True)
@@ -81,7 +76,7 @@ def holds_model(path: Path) -> bool:
         AccessError: a file that is no whole safetensors file.
     """
     if path.is_dir():
-        return _transformer_folder(path) is not None
+        return transformer_folder(path) is not None
     names = read_header(path)
     renaming = transformer_renaming(names)
     known = [renamed.names[0] for name in names if (renamed := renaming(name)) is not None]
@@ -113,10 +108,13 @@ def convert_model(
         DiskError: no space, or what was written reads back differently. Nothing is left at `target`.
     """
     _check_target(target, to)
-    with file_errors_reported(source, AccessError, doing="read"), _opened(source) as (stored, own, config, other):
-        spec = _checked_spec(source, stored, config)
-        metadata = {**own, **header}
-        tensors = {name: tensor.changed(changes.get(name)) for name, tensor in stored.items()}
+    with file_errors_reported(source, AccessError, doing="read"), opened_transformer(source) as transformer:
+        tensors = {
+            name: tensor.changed(changes.get(name))
+            for name, tensor in _lazy_tensors(transformer, dequantized=bool(changes)).items()
+        }
+        spec = _checked_spec(source, tensors, transformer.config)
+        metadata = {**transformer.header, **header}
         found = tensors if to == "diffusers" else _in_bfl_layout(tensors)
         size = sum(tensor.size for tensor in found.values())
         room = machine.disk_room(target.parent)
@@ -134,7 +132,7 @@ def convert_model(
                     "a transformer that its shapes describe: a single file holds nothing else",
                 )
             _write_single(target, found, metadata)
-    return ConvertedModel(target, len(found), size, other)
+    return ConvertedModel(target, len(found), size, transformer.other_tensors)
 
 
 def save_single(folder: Path, target: Path) -> None:
@@ -145,13 +143,11 @@ def save_single(folder: Path, target: Path) -> None:
         DiskError: no space, or the file reads back differently.
         CheckpointError: a file of the weights is missing or damaged.
     """
-    with file_errors_reported(folder, CheckpointError, doing="read"):
-        try:
-            files = tuple(share_files(folder, WEIGHTS_STEM))
-        except FileNotFoundError as error:
-            raise unreadable(folder / WEIGHTS_NAME, error) from None
-        with _read_lazily(files) as (tensors, metadata, _):
-            _write_single(target, _in_bfl_layout(tensors), metadata)
+    try:
+        with opened_transformer(folder) as transformer:
+            _write_single(target, _in_bfl_layout(_lazy_tensors(transformer)), transformer.header)
+    except AccessError as error:
+        raise CheckpointError(*error.problems) from error
 
 
 def _check_target(target: Path, to: str) -> None:
@@ -168,79 +164,31 @@ def _check_target(target: Path, to: str) -> None:
         raise ConfigError.of(f"{target.parent}: no such folder", "a folder that is there")
 
 
-def _transformer_folder(path: Path) -> Path | None:
-    """The folder of the transformer, where `path` is that or a pipeline's."""
-    for folder in (path, path / TRANSFORMER_FOLDER):
-        weights = (folder / WEIGHTS_NAME, folder / INDEX_NAME)
-        if (folder / "config.json").is_file() and any(file.is_file() for file in weights):
-            return folder
-    return None
+def _lazy_tensors(transformer: OpenTransformer, *, dequantized: bool = False) -> dict[str, _LazyTensor]:
+    """The tensors of `transformer`, quantized ones in bf16.
 
-
-@contextmanager
-def _opened(
-    source: Path,
-) -> Iterator[tuple[dict[str, _LazyTensor], Mapping[str, str], dict[str, object] | None, int]]:
-    """The transformer's tensors in diffusers' names, the header's fields, its config if it has one, and how many other
-    tensors there are.
+    Raises:
+        AccessError: some are quantized, and not to be `dequantized`.
     """
-    if not source.is_dir():
-        with _read_lazily((source,)) as (tensors, metadata, other):
-            yield tensors, metadata, None, other
-        return
-    folder = _transformer_folder(source)
-    if folder is None:
+    tensors, quantized = {}, []
+    for name, rows in transformer.weights.items():
+        weight = rows.reader.weights[rows.name]
+        if weight.is_floating and weight.is_plain:
+            tensors[name] = _LazyTensor(weight.data.dtype, rows.shape, rows.values)
+        elif dequantized and weight.is_floating:
+            tensors[name] = _LazyTensor("BF16", rows.shape, partial(rows.values, torch.bfloat16))
+        else:
+            quantized.append(f"{name} as {weight.data.dtype}")
+    if quantized:
         raise AccessError.of(
-            f"{source} holds no transformer", f"a folder with config.json and {WEIGHTS_NAME}, or one around it"
+            f"{transformer.path}: quantized ({len(quantized)}): {', '.join(quantized[:4])}",
+            "weights in bf16, fp16 or fp32",
+            "Convert the file that is not quantized.",
         )
-    config = read_component_config("transformer", folder / "config.json")
-    with _read_lazily(tuple(share_files(folder, WEIGHTS_STEM))) as (tensors, metadata, other):
-        yield tensors, metadata, config, other
+    return tensors
 
 
-@contextmanager
-def _read_lazily(files: tuple[Path, ...]) -> Iterator[tuple[dict[str, _LazyTensor], Mapping[str, str], int]]:
-    """The transformer's tensors in `files`, by diffusers' names, fused ones cut; the first file's fields; how many
-    tensors of other components lie beside them.
-    """
-    entries = read_headers(files)
-    if any(name.startswith(_CONTAINER) for name in entries):
-        own = {name: entry for name, entry in entries.items() if not name.startswith(_OTHER_COMPONENTS)}
-    else:
-        own = entries
-    unknown, quantized = [], []
-    tensors: dict[str, _LazyTensor] = {}
-    with ExitStack() as stack:
-        opened = {file: stack.enter_context(open_tensors(file)) for file in files}
-        renaming = transformer_renaming(own)
-        for name, entry in own.items():
-            renamed = renaming(name)
-            if renamed is None:
-                unknown.append(name)
-                continue
-            if entry.dtype not in FLOATING_DTYPES:
-                quantized.append(f"{name} as {entry.dtype}")
-                continue
-            for index, (target, shape) in enumerate(zip(renamed.names, renamed.shapes(entry.shape), strict=True)):
-                tensors[target] = _LazyTensor(entry.dtype, shape, _cutting(opened[entry.file], name, renamed, index))
-        AccessError.raise_if(
-            Problem(f"{files[0]}: {what} ({len(names)}): {', '.join(names[:4])}", expected, remedy)
-            for names, what, expected, remedy in (
-                (quantized, "quantized", "weights in bf16, fp16 or fp32", "Convert the file that is not quantized."),
-                (unknown, "unknown tensors", "those of a FLUX.2 transformer", "Is this the right file?"),
-            )
-            if names
-        )
-        yield tensors, read_metadata(files[0]), len(entries) - len(own)
-
-
-def _cutting(file: TensorFile, name: str, renamed: Renamed, index: int) -> Callable[[], Tensor]:
-    return lambda: renamed.cut(file[name])[index]
-
-
-def _checked_spec(
-    source: Path, tensors: Mapping[str, _LazyTensor], config: dict[str, object] | None
-) -> TransformerSpec:
+def _checked_spec(source: Path, tensors: Mapping[str, _LazyTensor], config: Config | None) -> TransformerSpec:
     """What the transformer is made of, if it has all of its tensors and no other.
 
     Raises:

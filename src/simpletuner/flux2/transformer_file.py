@@ -7,7 +7,7 @@ from pathlib import Path
 
 from simpletuner.base.errors import AccessError
 from simpletuner.base.files import file_errors_reported
-from simpletuner.base.tensorfile import read_metadata
+from simpletuner.base.tensorfile import read_headers, read_metadata
 from simpletuner.flux2.configs import Config, read_component_config
 from simpletuner.flux2.modelfile import TRANSFORMER_FOLDER, WEIGHTS_NAME, WEIGHTS_STEM
 from simpletuner.flux2.names import transformer_renaming
@@ -26,6 +26,8 @@ class OpenTransformer:
     """None of a single file, whose shapes tell."""
     header: Mapping[str, str]
     """The text fields of its first file; none of a GGUF file."""
+    other_tensors: int
+    """Beside it in an all-in-one checkpoint, of a VAE and text encoders."""
 
 
 @contextlib.contextmanager
@@ -37,18 +39,26 @@ def opened_transformer(path: Path) -> Iterator[OpenTransformer]:
         CheckpointError: weights in several files of which some are missing.
     """
     with file_errors_reported(path, AccessError, doing="read"):
-        folder = _folder(path)
+        folder = transformer_folder(path)
+        if folder is None and path.is_dir():
+            raise AccessError.of(
+                f"{path} holds no transformer", f"a folder with config.json and {WEIGHTS_NAME}, or one around it"
+            )
         files = (path,) if folder is None else tuple(share_files(folder, WEIGHTS_STEM))
         stored = stored_weights(files)
-        header = {} if files[0].suffix == ".gguf" else read_metadata(files[0])
+        is_gguf = files[0].suffix == ".gguf"
+        header = {} if is_gguf else read_metadata(files[0])
+        held = sum(len(weight.parts) for weight in stored.values())
+        others = 0 if is_gguf else max(0, len(read_headers(files)) - held)
     config = None if folder is None else read_component_config("transformer", folder / "config.json")
     renaming = transformer_renaming(stored)
     renamed = {name: renaming(name) for name in stored}
-    unknown = [name for name, new in renamed.items() if new is None]
-    names = {name for new in renamed.values() if new is not None for name in new.names}
-    if unknown or "x_embedder.weight" not in names:
-        found = f"tensors that are not known ({len(unknown)}), such as {unknown[0]}" if unknown else "no image embedder"
-        raise AccessError.of(f"{path} has {found}", "the weights of a FLUX.2 transformer", "Is this the right file?")
+    if unknown := [name for name, new in renamed.items() if new is None]:
+        raise AccessError.of(
+            f"{path}: unknown tensors ({len(unknown)}): {', '.join(unknown[:4])}",
+            "those of a FLUX.2 transformer",
+            "Is this the right file?",
+        )
     with open_stored(stored) as reader:
         weights = {
             target: rows
@@ -56,20 +66,14 @@ def opened_transformer(path: Path) -> Iterator[OpenTransformer]:
             if new is not None
             for target, rows in zip(new.names, reader.parts(name, new.cut), strict=True)
         }
-        yield OpenTransformer(path, weights, config, header)
+        if "x_embedder.weight" not in weights:
+            raise AccessError.of(f"{path} has no tensor 'x_embedder.weight'", "a FLUX.2 transformer")
+        yield OpenTransformer(path, weights, config, header, others)
 
 
-def _folder(path: Path) -> Path | None:
-    """The transformer's folder in a folder `path`; None of a file.
-
-    Raises:
-        AccessError: there is none.
-    """
-    if not path.is_dir():
-        return None
+def transformer_folder(path: Path) -> Path | None:
+    """The folder of the transformer, where `path` is that or a pipeline's."""
     for folder in (path, path / TRANSFORMER_FOLDER):
         if (folder / "config.json").is_file() and any(folder.glob(f"{WEIGHTS_STEM}*.safetensors")):
             return folder
-    raise AccessError.of(
-        f"{path} holds no transformer", f"a folder with config.json and {WEIGHTS_NAME}, or one around it"
-    )
+    return None

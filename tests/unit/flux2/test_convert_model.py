@@ -199,7 +199,7 @@ def with_one(name: str, tensor: torch.Tensor) -> Callable[[Tensors], None]:
         (without("double_blocks.1.img_attn.proj.weight"), r"missing \(1\): transformer_blocks.1.attn.to_out.0.weight"),
         (with_one("img_in.bias", torch.ones(4)), r"unknown tensors \(1\): img_in.bias"),
         (with_one("vae.decoder.conv_in.weight", torch.ones(4)), r"unknown tensors \(1\): vae.decoder"),
-        (with_one("single_blocks.0.linear1.comfy_quant", torch.ones(4)), "unknown tensors"),
+        (with_one("single_blocks.0.linear1.comfy_quant", torch.ones(4)), "comfy_quant marker"),
         (with_one("txt_in.weight", torch.ones(4, 4)), "of another shape"),
         (with_one("txt_in.weight", torch.ones(DEV.hidden, 40).to(torch.float8_e4m3fn)), r"quantized \(1\): .* F8_E4M3"),
     ],

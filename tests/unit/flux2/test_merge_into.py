@@ -92,6 +92,20 @@ def test_a_sum_in_bf16_is_rounded_once(tmp_path: Path) -> None:
     assert (found != weights[f"{name}.weight"]).float().mean() > 0.1
 
 
+def test_a_quantized_model_is_merged_into_as_bf16(tmp_path: Path) -> None:
+    weights = bfl_tensors(base_weights(), SPEC)
+    name = "double_blocks.0.img_attn.qkv.weight"
+    weights[name] = weights[name].to(torch.float8_e4m3fn)
+    save_file(weights, tmp_path / "model.safetensors")
+    deltas = write_dialect(tmp_path / "lora.safetensors", SPEC, "1 diffusers")
+    assert main(["merge", "--lora=lora.safetensors", "--into=model.safetensors", "--output=merged.safetensors"]) == 0
+    found = load_file(tmp_path / "merged.safetensors")
+    fused = torch.cat([deltas[f"transformer_blocks.0.attn.to_{part}"] for part in "qkv"])
+    assert found[name].dtype == torch.bfloat16
+    assert (found[name].double() - weights[name].double() - fused).abs().max() <= 2**-8 * fused.abs().max()
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16, torch.float32}
+
+
 def _another_model(_: Path) -> None:
     weights = base_weights()
     weights["transformer_blocks.0.attn.to_q.weight"] = torch.ones(64, 32)
@@ -101,12 +115,6 @@ def _another_model(_: Path) -> None:
 def _huge(folder: Path) -> None:
     weights = {name: tensor.half() for name, tensor in base_weights().items()}
     as_bfl(folder / "model", weights)
-
-
-def _quantized(_: Path) -> None:
-    weights = bfl_tensors(base_weights(), SPEC)
-    weights["double_blocks.0.img_mlp.0.weight"] = weights["double_blocks.0.img_mlp.0.weight"].to(torch.float8_e4m3fn)
-    save_file(weights, "model.safetensors")
 
 
 def _a_lora(folder: Path) -> None:
@@ -121,7 +129,6 @@ def _truncated(folder: Path) -> None:
 BAD: dict[str, tuple[Callable[[Path], object], tuple[str, ...], int, str]] = {
     "another model": (_another_model, (), 6, "1 of 25 layers do not fit"),
     "too large for fp16": (_huge, ("--lora=lora.safetensors:1e7",), 6, "as torch.float16"),
-    "quantized": (_quantized, (), 4, "quantized"),
     "a LoRA": (_a_lora, (), 4, "FLUX.2 transformer"),
     "truncated": (_truncated, (), 4, "by its own header"),
     "--rank is given beside --into": (_huge, ("--rank=3",), 2, "--rank is given beside --into"),
