@@ -26,7 +26,8 @@ _USAGE = """usage: simpletuner merge --lora FILE[:STRENGTH] [...] --output FILE 
   (--energy 1) it acts as all of them together do.
 
   With --into, the sum is added to the weights of a model instead: a diffusers folder, or a single file. PATH is a
-  transformer's folder, as diffusers saves it, or a .safetensors file in BFL's layout, with which ComfyUI starts."""
+  transformer's folder, as diffusers saves it, or a .safetensors file in BFL's layout, with which ComfyUI starts. The
+  weights of a quantized model become bf16."""
 _OF_A_LORA = ("rank", "energy", "dtype")
 """Flags without a meaning for weights."""
 
