@@ -41,7 +41,7 @@ def _energy(text: str) -> float:
 
 def _format(text: str) -> str:
     """Raises ValueError where `text` names no format."""
-    return _FORMATS[_FORMATS.index(text)]  # type: ignore[arg-type]  # looked for, whatever it is
+    return _FORMATS[_FORMATS.index(text)]
 
 
 def _dtype(text: str) -> str:

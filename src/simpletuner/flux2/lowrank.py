@@ -98,7 +98,7 @@ def _split(factor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _kron(first: Tensor, second: Tensor) -> Tensor:
-    """torch.kron, which raises for some factors with a size of 1."""
+    """torch.kron, which raises (torch 2.13) where one factor is column-major and the other row-major."""
     return (first[:, None, :, None] * second[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
