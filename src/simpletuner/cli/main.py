@@ -27,6 +27,7 @@ COMMANDS = {
     "run": "start, stop, look after and queue runs",
     "convert": "write a LoRA or a model under the names that another program wants",
     "checkpoint": "list, verify or delete the checkpoints of a run",
+    "inspect": "what a LoRA or a model's file is, how it was trained, and which programs load it",
     "server": "the web page, on http://localhost:8001",
     "env": "print versions and devices, for a bug report",
     "completion": "let bash, zsh or fish complete commands, options and names",

@@ -200,7 +200,7 @@ def check_shapes(
 
 
 @functools.cache
-def _linear_shapes(spec: TransformerSpec) -> dict[str, tuple[int, int]]:
+def linear_shapes(spec: TransformerSpec) -> dict[str, tuple[int, int]]:
     """Rows and columns of each Linear."""
     with torch.device("meta"):
         transformer = Flux2Transformer(spec)
@@ -209,13 +209,13 @@ def _linear_shapes(spec: TransformerSpec) -> dict[str, tuple[int, int]]:
 
 def _flavour_with(shapes: Mapping[str, tuple[int, int]]) -> Flavour | None:
     """The first flavour with exactly these Linears: the base of its family."""
-    return next((each for each in FLAVOURS.values() if _linear_shapes(each.transformer) == shapes), None)
+    return next((each for each in FLAVOURS.values() if linear_shapes(each.transformer) == shapes), None)
 
 
 def _flavour_of_adapter(shapes: Mapping[str, tuple[int, int]], base_model: str | None) -> Flavour | None:
     """The flavour that an adapter was trained on: by its header, else the first one that all of its layers fit."""
     return flavour_of_base(base_model or "") or next(
-        (each for each in FLAVOURS.values() if shapes.items() <= _linear_shapes(each.transformer).items()), None
+        (each for each in FLAVOURS.values() if shapes.items() <= linear_shapes(each.transformer).items()), None
     )
 
 

@@ -1,0 +1,461 @@
+"""What a weight file is: an adapter, a model's component, several of them, or something else.
+
+Models are known by their headers, so a file of any size is answered at once; of an adapter all numbers are read.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from simpletuner.base.errors import AccessError, CheckpointError
+from simpletuner.base.files import file_errors_reported
+from simpletuner.base.tensorfile import TensorEntry, read_header, read_metadata
+from simpletuner.config.flavours import FLAVOURS, is_distilled_file
+from simpletuner.flux2.adapter_kinds import FACTOR_SUFFIXES, UNREAD_SUFFIXES, UnreadKind
+from simpletuner.flux2.configs import Component
+from simpletuner.flux2.dialects import AdapterFile, read_adapter
+from simpletuner.flux2.export import linear_shapes
+from simpletuner.flux2.factors import Factors, Hadamard, Kronecker, LowRank
+from simpletuner.flux2.gguf_file import is_gguf, read_gguf_header
+from simpletuner.flux2.loaders import AdapterLoader, LoaderVerdict, loader_verdicts
+from simpletuner.flux2.lora import CUSTOM, FUSED_IN, FUSED_OUT, PRESETS, Preset
+from simpletuner.flux2.names import transformer_renaming
+from simpletuner.flux2.origin import base_model_of, training_of
+from simpletuner.flux2.spec import transformer_from_tensors
+from simpletuner.flux2.stored import StoredWeight, component_names, stored_weights
+
+WEIGHT_SUFFIXES = (".safetensors", ".gguf")
+
+_KINDS: Mapping[type, str] = {LowRank: "LoRA", Kronecker: "LoKr", Hadamard: "LoHa"}
+_ADAPTER_KEY = re.compile(
+    r".+[._](lora_?(A|B|up|down|linear_layer)\b.*|lora\.(up|down)\.weight|"
+    + "|".join(map(re.escape, sorted(FACTOR_SUFFIXES | UNREAD_SUFFIXES.keys() - {"magnitude", "rescale"})))
+    + ")"
+)
+_NUMBERED = re.compile(r"\.\d+\.")
+_BLOCK_NAME = re.compile(r"(single_)?transformer_blocks\.\d+")
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
+_HADAMARD_ROWS = 512
+"""Rows of a LoHa that are multiplied out at a time."""
+
+
+@dataclass(frozen=True)
+class AdaptedPlace:
+    """The adapted Linears that share a place in their blocks."""
+
+    name: str
+    modules: int
+    ranks: list[int]
+    """Each that occurs, ascending; empty of a LoKr with full factors."""
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What an adapter file holds."""
+
+    kinds: dict[str, int]
+    """LoRA, LoKr, LoHa: Linears of each."""
+    dialect: str
+    modules: int
+    parameters: int
+    ranks: dict[int, int]
+    """How many Linears have each rank."""
+    alphas: dict[float, int]
+    """How many Linears have each alpha, in terms of the file's own factors: scale times rank."""
+    dtypes: list[str]
+    target: str
+    """A preset, or "custom"."""
+    places: list[AdaptedPlace]
+    fits: Sequence[str]
+    """Flavours that have all these Linears, by their shapes."""
+    norms: dict[str, float]
+    """The Frobenius norm of ΔW of each block, and of each Linear outside of the blocks."""
+    unread: dict[str, list[str]]
+    """Keys that no factors come from, by what they are."""
+    loaders: Mapping[AdapterLoader, LoaderVerdict]
+
+
+@dataclass(frozen=True)
+class ComponentReport:
+    """A component of a model."""
+
+    component: Component
+    layout: str
+    """Whose names it has."""
+    flavours: list[str]
+    """Those with exactly these shapes."""
+    sizes: dict[str, int | bool]
+    tensors: int
+    parameters: int
+    bytes: int
+    formats: dict[str, int]
+    """Bytes of each format that tensors are stored in."""
+    problem: str = ""
+    """Why it cannot be used as it is; empty where it can."""
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """What a file, or the shards of one model, hold."""
+
+    path: str
+    files: int
+    bytes: int
+    what: str
+    """In a few words."""
+    base_model: str | None = None
+    """That it was trained from, by its header; a flavour's name where it is known."""
+    is_distilled: bool | None = None
+    """Of a transformer, by the file's name; None where that does not tell."""
+    adapter: AdapterReport | None = None
+    components: list[ComponentReport] = field(default_factory=list)
+    training: dict[str, str] = field(default_factory=dict)
+    """How it was made, from its header, whoever wrote that."""
+    header: dict[str, str] = field(default_factory=dict)
+    """All text fields of the header."""
+
+
+def inspect_files(path: Path) -> list[FileReport]:
+    """What `path` holds: a file, or each weight file in a folder and in the folders directly in it, shards together.
+
+    Raises:
+        AccessError: it is not there or damaged; a folder without weight files.
+        CheckpointError: an adapter that is damaged.
+    """
+    with file_errors_reported(path, AccessError, doing="read"):
+        if not path.is_dir():
+            path.stat()
+            return [_inspect((path,), path)]
+        found = sorted(
+            file
+            for file in (*path.iterdir(), *path.glob("*/*"))
+            if file.suffix in WEIGHT_SUFFIXES and file.is_file() and not file.name.startswith(".")
+        )
+    groups: dict[Path, list[Path]] = {}
+    for file in found:
+        shard = _SHARD.fullmatch(file.stem)
+        groups.setdefault(file if shard is None else file.with_name(f"{shard[1]}{file.suffix}"), []).append(file)
+    if not groups:
+        raise AccessError.of(f"{path} holds no weights", f"files that end in {' or '.join(WEIGHT_SUFFIXES)}")
+    return [_inspect(tuple(files), name) for name, files in groups.items()]
+
+
+def _inspect(files: tuple[Path, ...], path: Path) -> FileReport:
+    entries = _entries(files)
+    header = {key: value for file in files if not is_gguf(file) for key, value in read_metadata(file).items()}
+    adapter = None
+    components: list[ComponentReport] = []
+    if any(_ADAPTER_KEY.fullmatch(name) for name in entries):
+        adapter = _adapter(path, entries)
+        what = _adapter_title(adapter)
+    else:
+        components = [_component(files, entries, each) for each in _components(entries)]
+        what = _model_title(components) or _foreign_title(entries)
+    base = base_model_of(header)
+    return FileReport(
+        str(path),
+        len(files),
+        sum(file.stat().st_size for file in files),
+        what,
+        base_model=base,
+        is_distilled=is_distilled_file(path.name)
+        if any(one.component == "transformer" for one in components)
+        else None,
+        adapter=adapter,
+        components=components,
+        training=training_of(header),
+        header=header,
+    )
+
+
+def _entries(files: Sequence[Path]) -> dict[str, TensorEntry]:
+    entries: dict[str, TensorEntry] = {}
+    for file in files:
+        entries |= read_gguf_header(file).tensors if is_gguf(file) else read_header(file)
+    return entries
+
+
+def _adapter(path: Path, entries: Mapping[str, TensorEntry]) -> AdapterReport:
+    """All of an adapter file.
+
+    Raises:
+        CheckpointError: it is damaged, or of no FLUX.2.
+    """
+    try:
+        file = read_adapter(path)
+    except CheckpointError:
+        unread = {name: kind.name for name in entries if (kind := _unread_kind(name)) is not None}
+        if not unread:
+            raise
+        file = AdapterFile(path, "unread", {}, unread)
+    modules = file.modules
+    shapes = {name: factors.shape for name, factors in modules.items()}
+    fits = [
+        flavour.name for flavour in FLAVOURS.values() if shapes.items() <= linear_shapes(flavour.transformer).items()
+    ]
+    norms: dict[str, list[float]] = {}
+    for name, factors in modules.items():
+        block = _BLOCK_NAME.match(name)
+        norms.setdefault(name if block is None else block[0], []).append(delta_norm(factors))
+    alphas = Counter(_rounded(factors.scale * rank) for factors in modules.values() if (rank := factors.rank))
+    read = [name for name in entries if name not in file.unread]
+    unread_keys: dict[str, list[str]] = {}
+    for key, named in file.unread.items():
+        unread_keys.setdefault(named, []).append(key)
+    return AdapterReport(
+        kinds=dict(Counter(_KINDS[type(factors)] for factors in modules.values())),
+        dialect=file.dialect,
+        modules=len(modules),
+        parameters=sum(math.prod(entries[name].shape) for name in read if not name.endswith(".alpha")),
+        ranks=dict(sorted(Counter(rank for factors in modules.values() if (rank := factors.rank)).items())),
+        alphas=dict(sorted(alphas.items())),
+        dtypes=sorted({entry.dtype for entry in entries.values()}),
+        target=target_of(modules, fits),
+        places=_places(modules),
+        fits=fits,
+        norms={name: math.hypot(*norms[name]) for name in sorted(norms, key=_by_number)},
+        unread=unread_keys,
+        loaders={} if not modules else loader_verdicts(read, modules),
+    )
+
+
+def _unread_kind(key: str) -> UnreadKind | None:
+    """The kind that the end of `key` names; None for keys that are read."""
+    return next((kind for suffix, kind in UNREAD_SUFFIXES.items() if key.endswith(f".{suffix}")), None)
+
+
+def _by_number(name: str) -> tuple[str, int]:
+    """Orders blocks of a kind by their number."""
+    group, _, number = name.rpartition(".")
+    return (group, int(number)) if number.isdecimal() else (name, 0)
+
+
+def _rounded(alpha: float) -> float:
+    """Without the last digits, which scale times rank need not have right."""
+    return float(f"{alpha:.6g}")
+
+
+@torch.no_grad()
+def delta_norm(factors: Factors) -> float:
+    """The Frobenius norm of ΔW, computed in fp64 without ΔW."""
+    if isinstance(factors, LowRank):
+        a, b = factors.a.double(), factors.b.double()
+        # ‖b a‖² = Σ (bᵀb) ∘ (a aᵀ); rounding may leave a zero norm below 0.
+        squared = (b.T @ b * (a @ a.T)).sum().clamp(min=0)
+    elif isinstance(factors, Kronecker):
+        # A row of kron(w1, w2) has the product of the norms of the two rows.
+        rows = torch.outer(*(factor.double().square().sum(1) for factor in (factors.w1, factors.w2))).flatten()
+        ranges = factors.ranges or ((0, len(rows)),)
+        squared = torch.stack([rows[start:stop].sum() for start, stop in ranges]).sum()
+    else:
+        squared = torch.zeros((), dtype=torch.float64)
+        for start in range(0, factors.shape[0], _HADAMARD_ROWS):
+            part = factors.taken([(start, start + _HADAMARD_ROWS)])
+            first = part.w1_b.double() @ part.w1_a.double()
+            squared += (first * (part.w2_b.double() @ part.w2_a.double())).square().sum()
+    return math.sqrt(squared) * abs(factors.scale)
+
+
+def target_of(modules: Mapping[str, Factors], fits: Sequence[str]) -> str:
+    """The preset whose Linears, and rows and columns of them, a LoRA adapts in the first of the flavours that it
+    `fits`; "custom" where there is none.
+    """
+    if not fits:
+        return CUSTOM
+    names = linear_shapes(FLAVOURS[fits[0]].transformer)
+    for title, preset in PRESETS.items():
+        if modules.keys() == _preset_modules(preset, names) and all(
+            _is_within(preset, name, factors) for name, factors in modules.items()
+        ):
+            return title
+    return CUSTOM
+
+
+def _preset_modules(preset: Preset, names: Iterable[str]) -> set[str]:
+    single = {place for place, part in ((FUSED_IN, preset.fused_in), (FUSED_OUT, preset.fused_out)) if part}
+    wanted = {"transformer_blocks": set(preset.double), "single_transformer_blocks": single}
+    split = {name: name.split(".", 2) for name in names}
+    return {name for name, words in split.items() if len(words) == 3 and words[2] in wanted.get(words[0], ())}
+
+
+def _is_within(preset: Preset, name: str, factors: Factors) -> bool:
+    """Whether a fused Linear of a single block is adapted in the preset's rows or columns only."""
+    part = preset.fused_in if name.endswith(FUSED_IN) else preset.fused_out
+    if not name.startswith("single_") or part in (None, "whole"):
+        return True
+    if not isinstance(factors, LowRank):
+        return False
+    rows, columns = factors.shape
+    # Attention comes first in both: as many columns or rows as the other side has, or three times.
+    matrix, cut = (factors.b, 3 * columns) if name.endswith(FUSED_IN) else (factors.a.T, rows)
+    outside = matrix[cut:] if part == "attention" else matrix[:cut]
+    return not outside.count_nonzero()
+
+
+def _places(modules: Mapping[str, Factors]) -> list[AdaptedPlace]:
+    groups: dict[str, list[Factors]] = {}
+    for name, factors in modules.items():
+        groups.setdefault(_NUMBERED.sub(".*.", name, count=1), []).append(factors)
+    return [
+        AdaptedPlace(name, len(each), sorted({rank for factors in each if (rank := factors.rank)}))
+        for name, each in groups.items()
+    ]
+
+
+_MARKS: Mapping[Component, re.Pattern[str]] = {
+    "transformer": re.compile(r"(.*\.)?double_stream_modulation_img\.lin(ear)?\.weight"),
+    "vae": re.compile(r"(.*\.)?bn\.running_mean"),
+    "text_encoder": re.compile(r"(.*\.)?(embed_tokens|token_embd)\.weight"),
+}
+"""A tensor that each component has, in every layout."""
+
+
+def _components(names: Iterable[str]) -> list[Component]:
+    names = list(names)
+    return [each for each, mark in _MARKS.items() if any(map(mark.fullmatch, names))]
+
+
+def _component(files: Sequence[Path], entries: Mapping[str, TensorEntry], component: Component) -> ComponentReport:
+    """A component of a file that holds one or several."""
+    problem = ""
+    try:
+        weights = stored_weights(files, component)
+    except AccessError as error:
+        problem = str(error)
+        weights = {
+            own: StoredWeight(name, entries[name].dtype, entries[name].shape, {"data": entries[name]})
+            for name, own in component_names(entries, component).items()
+        }
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    formats: Counter[str] = Counter()
+    for weight in weights.values():
+        title = weight.data.dtype if weight.format == "plain" else weight.format
+        formats[title] += sum(entry.stop - entry.start for entry in weight.parts.values())
+    try:
+        layout, sizes, flavours = _READ[component](shapes)
+    except (KeyError, IndexError, ValueError, ZeroDivisionError):
+        layout, sizes, flavours = "unknown", {}, []
+        problem = problem or "tensors are missing that every such component has"
+    return ComponentReport(
+        component,
+        layout,
+        flavours,
+        sizes,
+        len(weights),
+        sum(map(math.prod, shapes.values())),
+        formats.total(),
+        dict(formats.most_common()),
+        problem,
+    )
+
+
+TensorShapes = Mapping[str, tuple[int, ...]]
+ReadComponent = Callable[[TensorShapes], tuple[str, dict[str, int | bool], list[str]]]
+"""Layout, sizes and flavours of a component, from the shapes of its tensors."""
+
+
+def _transformer(shapes: TensorShapes) -> tuple[str, dict[str, int | bool], list[str]]:
+    renaming = transformer_renaming(shapes)
+    own: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        if (renamed := renaming(name)) is not None:
+            own.update(zip(renamed.names, renamed.shapes(shape), strict=True))
+    spec = transformer_from_tensors(own)
+    sizes: dict[str, int | bool] = {
+        "width": spec.hidden,
+        "double blocks": spec.double_blocks,
+        "single blocks": spec.single_blocks,
+        "context": spec.context_dim,
+        "guidance": spec.guidance_embeds,
+    }
+    layout = "BFL" if any(name.startswith("double_blocks.") for name in shapes) else "diffusers"
+    return layout, sizes, [name for name, flavour in FLAVOURS.items() if flavour.transformer == spec]
+
+
+def _vae(shapes: TensorShapes) -> tuple[str, dict[str, int | bool], list[str]]:
+    ends = {half: shapes.get(f"{half}.conv_{end}.weight") for half, end in (("encoder", "in"), ("decoder", "out"))}
+    widths = {half: shape[half == "decoder"] for half, shape in ends.items() if shape is not None}
+    sizes: dict[str, int | bool] = {
+        "latent channels": shapes["bn.running_mean"][0] // 4,
+        **{f"{half} width": width for half, width in widths.items()},
+    }
+    layout = "BFL" if any(".mid.block_1." in name for name in shapes) else "diffusers"
+    width = widths["encoder"]
+    return layout, sizes, [name for name, flavour in FLAVOURS.items() if flavour.autoencoder.channels[0] == width]
+
+
+_LAYER = re.compile(r"(?:.*\.)?(?:layers|blk)\.(\d+)\.(.+)\.weight")
+_LLAMA_CPP = {"attn_q": "q_proj", "attn_k": "k_proj", "ffn_gate": "gate_proj", "attn_q_norm": "q_norm"}
+
+
+def _text_encoder(shapes: TensorShapes) -> tuple[str, dict[str, int | bool], list[str]]:
+    layers = {int(match[1]) for name in shapes if "vision" not in name and (match := _LAYER.fullmatch(name))}
+    first = {
+        _LLAMA_CPP.get(leaf, leaf): shape
+        for name, shape in shapes.items()
+        if "vision" not in name and (match := _LAYER.fullmatch(name)) and match[1] == "0"
+        for leaf in (match[2].rpartition(".")[2],)
+    }
+    is_llama_cpp = "token_embd.weight" in shapes
+    embedding = next(name for name in shapes if _MARKS["text_encoder"].fullmatch(name))
+    vocabulary, hidden = shapes[embedding]
+    found = (vocabulary, hidden, first["gate_proj"][0], first["q_proj"][0], first["k_proj"][0], "q_norm" in first)
+    flavours = []
+    for name, flavour in FLAVOURS.items():
+        spec = flavour.text.encoder
+        width, keys = spec.heads * spec.head_dim, spec.key_heads * spec.head_dim
+        if found == (spec.vocabulary, spec.hidden, spec.inner, width, keys, spec.has_head_norms):
+            flavours.append(name)
+    sizes: dict[str, int | bool] = {"width": hidden, "layers": len(layers), "vocabulary": vocabulary}
+    has_tokenizer = "tekken_model" in shapes
+    layout = "llama.cpp" if is_llama_cpp else "ComfyUI" if has_tokenizer else "transformers"
+    return layout, sizes, flavours
+
+
+_READ: Mapping[Component, ReadComponent] = {"transformer": _transformer, "vae": _vae, "text_encoder": _text_encoder}
+
+
+def _adapter_title(adapter: AdapterReport) -> str:
+    kinds = " and ".join(adapter.kinds)
+    if not adapter.modules:
+        titles = sorted({kind.title for keys in adapter.unread.values() for key in keys if (kind := _unread_kind(key))})
+        return f"{', '.join(titles)}: not read by this program"
+    families = list(dict.fromkeys(FLAVOURS[name].family for name in adapter.fits))
+    if not families:
+        return f"{kinds} of no FLUX.2: no flavour has Linears of these shapes"
+    return f"{kinds} for FLUX.2 {' or '.join(families)}"
+
+
+def _model_title(components: Sequence[ComponentReport]) -> str:
+    titles = {"transformer": "transformer", "vae": "VAE", "text_encoder": "text encoder"}
+    parts = " and ".join(titles[one.component] for one in components)
+    families = dict.fromkeys(FLAVOURS[name].family for one in components[:1] for name in one.flavours)
+    if not parts:
+        return ""
+    of = f"FLUX.2 {' or '.join(families)}" if families else "FLUX.2, of the shapes of no flavour"
+    return f"{'all-in-one checkpoint: ' if len(components) > 1 else ''}{parts} of {of}"
+
+
+_FOREIGN: Mapping[str, str] = {
+    r"(.*\.)?double_blocks\.0\.img_mod\.lin\.weight": "transformer of FLUX.1",
+    r"(.*\.)?transformer_blocks\.0\.norm1\.linear\.weight": "transformer of FLUX.1 or SD3 in diffusers' names",
+    r"(.*\.)?joint_blocks\.0\..+": "transformer of SD3",
+    r"(.*\.)?input_blocks\.0\.0\.weight|(.*\.)?down_blocks\.0\.attentions\..+": "UNet of SD or SDXL",
+    r"(.*\.)?decoder\.conv_in\.weight": "VAE, of another model than FLUX.2",
+    r"(.*\.)?encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight": "T5 text encoder",
+    r"(.*\.)?text_model\.embeddings\.token_embedding\.weight": "CLIP text encoder",
+}
+"""Files of other models, by a tensor that each has."""
+
+
+def _foreign_title(entries: Mapping[str, TensorEntry]) -> str:
+    for pattern, title in _FOREIGN.items():
+        if any(re.fullmatch(pattern, name) for name in entries):
+            return f"{title}: not a file of FLUX.2"
+    examples = ", ".join(list(entries)[:3])
+    return f"not a file of FLUX.2: {len(entries)} tensors{f', such as {examples}' if examples else ''}"

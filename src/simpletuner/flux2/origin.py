@@ -1,0 +1,103 @@
+"""Who made a weight file, of what and how, from the header that the training program wrote."""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from simpletuner.config.flavours import flavour_of_base
+
+_FIELDS: Mapping[str, tuple[str, ...]] = {
+    "title": ("modelspec.title", "ss_output_name", "name"),
+    "author": ("modelspec.author",),
+    "date": ("modelspec.date",),
+    "trigger words": ("modelspec.trigger_phrase", "ss_trigger_word", "trigger_word"),
+    "license": ("modelspec.license", "simpletuner.licence"),
+    "comment": ("simpletuner.comment", "modelspec.description", "ss_training_comment"),
+    "architecture": ("modelspec.architecture",),
+    "step": ("simpletuner.step", "training_info.step", "ss_steps"),
+    "epoch": ("training_info.epoch", "ss_epoch"),
+    "rank": ("ss_network_dim", "ot_config.lora_rank"),
+    "alpha": ("simpletuner.alpha", "ss_network_alpha", "ot_config.lora_alpha"),
+    "target": ("simpletuner.target",),
+    "learning rate": ("ss_learning_rate", "ot_config.learning_rate"),
+    "optimizer": ("ss_optimizer", "ot_config.optimizer.optimizer"),
+    "resolution": ("modelspec.resolution", "ss_resolution", "ot_config.resolution"),
+    "images": ("ss_num_train_images",),
+    "batch size": ("ss_total_batch_size", "ss_batch_size_per_device", "ot_config.batch_size"),
+    "precision": ("ss_mixed_precision", "ot_config.train_dtype"),
+    "seed": ("ss_seed",),
+    "dataset fingerprint": ("simpletuner.datasets",),
+    "merged from": ("simpletuner.merged",),
+}
+"""What is told, and the header's fields that tell it: ours, sai_model_spec's, kohya's, ai-toolkit's, OneTrainer's.
+A dot after a field's name leads into the JSON object that it holds.
+"""
+_BASES = ("simpletuner.base_model", "ss_base_model_version", "modelspec.architecture", "ss_sd_model_name")
+_LONGEST = 300
+_FLUX2 = re.compile(r"flux[-_. ]?2(?P<rest>.*)")
+
+
+def training_of(header: Mapping[str, str]) -> dict[str, str]:
+    """How a file was made, in the order of a report; fields that the header lacks are left out."""
+    found = {"program": program} if (program := _program(header)) else {}
+    for title, names in _FIELDS.items():
+        value = next((text for name in names if (text := _value(header, name))), "")
+        if value and value != "None":
+            found[title] = value
+    return found
+
+
+def base_model_of(header: Mapping[str, str]) -> str | None:
+    """The model that a file was trained from: a flavour's name where it is one, else as the header has it."""
+    for name in _BASES:
+        text = _value(header, name)
+        if not text:
+            continue
+        flavour = flavour_of_base(text)
+        if flavour is not None:
+            return flavour.name
+        if match := _FLUX2.search(text.lower()):
+            size = re.search(r"klein.*?(4b|9b)", match["rest"])
+            return "dev" if "klein" not in match["rest"] else f"klein-{size[1]}" if size else text
+        if name != "modelspec.architecture":
+            return text
+    return None
+
+
+def _program(header: Mapping[str, str]) -> str:
+    if version := _value(header, "simpletuner.version"):
+        return f"simpletuner {version}"
+    if software := _value(header, "software.name"):
+        return f"{software} {_value(header, 'software.version')}".strip()
+    if "ot_branch" in header or "ot_revision" in header:
+        return f"OneTrainer {_value(header, 'ot_revision')[:8]}".strip()
+    if network := _value(header, "ss_network_module"):
+        return f"a trainer of kohya's family ({network})"
+    return _value(header, "modelspec.implementation")
+
+
+def _value(header: Mapping[str, str], name: str) -> str:
+    """The text of a field, or of a value inside the JSON object that a field holds; empty where there is none."""
+    if name in header:
+        return _told(_decoded(header[name]))
+    field, *path = name.split(".")
+    value: Any = _decoded(header.get(field, ""))
+    for part in path:
+        value = value.get(part) if isinstance(value, dict) else None
+    return "" if value is None or not path else _told(value)
+
+
+def _decoded(text: str) -> Any:
+    """The JSON value in `text`, or the text itself where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _told(value: object) -> str:
+    """A value as one line without control characters, cut where it is long."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    line = "".join(sign if sign.isprintable() else " " for sign in text).strip()
+    return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
