@@ -77,7 +77,9 @@ def report_text(report: FileReport) -> str:
         lines += _adapter_tables(report.adapter)
     if report.training:
         lines += ["  how it was made", table(list(report.training.items()), "    ")]
-    return "\n".join(lines)
+    # Names and headers of files come from anyone: no control sequence of theirs reaches the terminal.
+    text = "\n".join(lines)
+    return "".join(sign if sign.isprintable() or sign == "\n" else "\N{REPLACEMENT CHARACTER}" for sign in text)
 
 
 def _adapter_rows(adapter: AdapterReport) -> Iterator[tuple[str, str]]:
@@ -133,9 +135,5 @@ def _counted(values: Mapping[int, int] | Mapping[str, int]) -> str:
 
 
 def _named(names: Sequence[str]) -> str:
-    shown = ", ".join(_printable(name) for name in names[:_NAMED_AT_MOST])
+    shown = ", ".join(names[:_NAMED_AT_MOST])
     return f"{shown}, …" if len(names) > _NAMED_AT_MOST else shown
-
-
-def _printable(text: str) -> str:
-    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text)

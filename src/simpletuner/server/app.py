@@ -23,7 +23,19 @@ from simpletuner.server.shell import Shell
 from simpletuner.server.work import Jobs
 
 PAGE = Path(__file__).parent / "page"
-SUBJECTS = ("about", "environments", "recipes", "files", "images", "jobs", "runs", "checkpoints", "queue", "samples")
+SUBJECTS = (
+    "about",
+    "environments",
+    "recipes",
+    "files",
+    "images",
+    "jobs",
+    "runs",
+    "checkpoints",
+    "queue",
+    "samples",
+    "weights",
+)
 """Modules of `simpletuner.server.api`, each with a `router`."""
 
 CURVES = "/api/run/series"

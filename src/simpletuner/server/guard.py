@@ -39,6 +39,7 @@ GUESSES_WITHIN_S = 60.0
 RAW_BODIES: dict[tuple[str, str], frozenset[str] | None] = {
     # No form can send a PUT.
     ("PUT", "/api/upload"): None,
+    ("PUT", "/api/inspect"): None,
     ("POST", "/api/environment/import"): frozenset({"application/zip", "application/json", "application/octet-stream"}),
 }
 """Routes that take other bodies than JSON, and which; None is any. They limit the size themselves."""

@@ -191,6 +191,16 @@ def part_beside(folder: Path) -> Iterator[Path]:
         yield path
 
 
+@contextlib.contextmanager
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder in `folder`, which is made; removed at the end with all that is in it. Those that a killed server
+    left there are removed first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep_parts(folder, _PARTS)
+    with locked_part(folder / secrets.token_hex(8), is_folder=True) as path:
+        yield path
+
+
 def name_part(part: Path, target: Path) -> None:
     """Give a whole file its name.
 

@@ -41,6 +41,7 @@ NEITHER = {"document", "kind", "text", "revision", "config", "datasets", "prompt
     "prepend",
     "append",
     "what",
+    "format",
 }
 """Parameters with values of a list, texts, and what is compared only."""
 
@@ -65,6 +66,7 @@ HARMLESS: dict[str, Any] = {
     "text": "",
     "missing": "false",
     "what": "captions",
+    "format": "kohya",
     "revision": "",
     "seen": None,
     "to": "top",

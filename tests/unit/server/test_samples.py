@@ -63,7 +63,7 @@ def test_a_wish_becomes_a_request_of_the_sampler(here: Context, run: RunDirector
         "out": "output/a/samples",
         "prompt": ["a flag", "--out=/etc; $(reboot)\nü"],
         "strength": [0, 0.5],
-        "lora": ["output/a/checkpoints/step-000005:0.8", f"output/a/{LORA_NAME}:-1.0"],
+        "lora": ["output/a/checkpoints/step-000005/pytorch_lora_weights.safetensors:0.8", f"output/a/{LORA_NAME}:-1.0"],
         "seed": 7,
         "width": 128,
         "height": 256,

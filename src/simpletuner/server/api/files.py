@@ -280,7 +280,7 @@ async def _taken(request: Request, folder: Path, name: str, roots: Roots) -> Out
     suffix = uploads.kind_of(name)
     with file_errors_reported(folder / name), permissions_are_reported(folder), uploads.part_beside(folder) as part:
         with part.open("wb") as file:
-            await _stream(request.stream(), file, LARGEST_ZIP if suffix == ZIP else LARGEST_FILE)
+            await stream_into(request.stream(), file, LARGEST_ZIP if suffix == ZIP else LARGEST_FILE)
         if suffix == ZIP:
             return await asyncio.to_thread(uploads.unpack, part, name, folder, roots)
         await asyncio.to_thread(uploads.check_content, part, suffix)
@@ -288,7 +288,7 @@ async def _taken(request: Request, folder: Path, name: str, roots: Roots) -> Out
     return Outcome(saved=[folder / name])
 
 
-async def _stream(parts: AsyncIterator[bytes], file: IO[bytes], most: int) -> None:
+async def stream_into(parts: AsyncIterator[bytes], file: IO[bytes], most: int) -> None:
     """Write what comes in, a MiB at a time.
 
     Raises:

@@ -127,16 +127,22 @@ def sample_request(here: Context, wanted: ToDraw) -> dict[str, Any]:
         "num": wanted.count,
     }
     if wanted.loras is not None:
-        request["lora"] = [f"{_lora(here.roots, lora.path)}:{lora.strength}" for lora in wanted.loras]
+        loras = [(lora_file(here.roots, lora.path), lora.strength) for lora in wanted.loras]
+        request["lora"] = [f"{here.roots.shown(file)}:{strength}" for file, strength in loras]
     return {name: value for name, value in request.items() if value is not None}
 
 
-def _lora(roots: Roots, text: str) -> str:
+def lora_file(roots: Roots, text: str) -> Path:
+    """The LoRA that `text` names: a file, or a folder that holds one.
+
+    Raises:
+        Fault: 403, it lies outside the roots; 422, none is there.
+    """
     path = roots.resolve(text)
-    file = path / LORA_NAME if path.is_dir() else path
-    if file.suffix != ".safetensors" or not roots.resolve(str(file)).is_file():
+    file = roots.resolve(str(path / LORA_NAME)) if path.is_dir() else path
+    if file.suffix != ".safetensors" or not file.is_file():
         raise Fault.of(422, f"{text}: no LoRA is there", "a .safetensors file, or a folder with one")
-    return roots.shown(path)
+    return file
 
 
 def _shown(roots: Roots, text: str) -> str:

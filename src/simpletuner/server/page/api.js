@@ -45,7 +45,7 @@ function faultOf(status, text) {
   return new ApiFault(status, [problem(`The server answered ${status}.`, text.slice(0, 300))]);
 }
 
-async function call(method, path, params, body, signal, keepalive = false) {
+async function answerOf(method, path, params, body, signal, keepalive = false) {
   let answer;
   try {
     answer = await fetch(address(path, params), {
@@ -59,8 +59,12 @@ async function call(method, path, params, body, signal, keepalive = false) {
     if (error.name === "AbortError") throw error;
     throw new ApiFault(0, [problem(UNREACHED, RESTART)]);
   }
-  const text = await answer.text();
-  if (!answer.ok) throw faultOf(answer.status, text);
+  if (!answer.ok) throw faultOf(answer.status, await answer.text());
+  return answer;
+}
+
+async function call(...what) {
+  const text = await (await answerOf(...what)).text();
   return text === "" ? null : JSON.parse(text);
 }
 
@@ -69,6 +73,20 @@ export const post = (path, body = {}, params = {}, signal = undefined) => call("
 /** With `keepalive` it is sent even where the page is closed at once; for small bodies. */
 export const put = (path, body = {}, params = {}, keepalive = false) => call("PUT", path, params, body, undefined, keepalive);
 export const del = (path, params = {}) => call("DELETE", path, params);
+
+/** Have the server make a file, and hand it to the browser. @param {string} path @param {object} body */
+export async function saveMade(path, body) {
+  const answer = await answerOf("POST", path, {}, body);
+  const name = /filename="([^"]+)"/.exec(answer.headers.get("Content-Disposition") ?? "")?.[1] ?? "lora.safetensors";
+  saveFile(name, await answer.blob());
+}
+
+/** Hand a file to the browser. @param {string} name @param {Blob} content */
+export function saveFile(name, content) {
+  const url = URL.createObjectURL(content);
+  Object.assign(document.createElement("a"), { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10_000);
+}
 
 /**
  * Send a file as the raw body.

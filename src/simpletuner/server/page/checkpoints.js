@@ -3,6 +3,8 @@
 import { address, del, get, post } from "./api.js";
 import { button, confirmTyped, h, icon, problemPanel, toast } from "./dom.js";
 import { count, size, when } from "./format.js";
+import { formatDownload } from "./loraformats.js";
+import { showReport } from "./report.js";
 
 const LORA = "pytorch_lora_weights.safetensors";
 
@@ -44,6 +46,8 @@ export class Checkpoints {
     const { lora, state, config } = this.detail();
     const finished = lora ? h("div", { class: "row" }, h("p", { class: "grow" }, "The finished LoRA: ", h("code", {}, lora)),
       config?.use_ema ? downloadLink(this.run, `ema/${LORA}`, "That of the moving average") : null,
+      button("Inspect", () => showReport(`${this.run}/${lora}`), { icon: "search" }),
+      formatDownload(`${this.run}/${lora}`),
       downloadLink(this.run, lora, "Download the LoRA", "primary")) : null;
     const table = this.list.length > 0
       ? h("div", { class: "scroll checkpoints", tabindex: 0, role: "region", "aria-label": "List of checkpoints" }, h("table", {},

@@ -8,6 +8,7 @@ const SCREENS = {
   home: { title: "Runs", load: async () => (await import("./home.js")).home },
   configure: { title: "Configure", load: async () => (await import("./configure.js")).configure },
   datasets: { title: "Datasets", load: async () => (await import("./datasets.js")).datasets },
+  files: { title: "Files", load: async () => (await import("./files.js")).files },
   run: { title: "Run", load: async () => (await import("./run.js")).run },
   compare: { title: "Compare", load: async () => (await import("./compare.js")).compare },
 };

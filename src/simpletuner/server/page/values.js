@@ -1,5 +1,6 @@
 // The values of a run in writing: a table for eyes and screen readers, and CSV for other programs.
 
+import { saveFile } from "./api.js";
 import { h } from "./dom.js";
 import { short } from "./numbers.js";
 
@@ -59,9 +60,4 @@ function named(run, hasHead) {
   return [...(hasHead ? [`run,${head}`] : []), ...lines.map((line) => `${cell},${line}`)].map((line) => `${line}\n`).join("");
 }
 
-/** Hand a text to the browser as a file. */
-function saveText(name, text) {
-  const url = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
-  h("a", { href: url, download: name }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 10_000);
-}
+const saveText = (name, text) => saveFile(name, new Blob([text], { type: "text/csv" }));
