@@ -19,6 +19,7 @@ SCREENS = {
     "home": "#/",
     "configure": "#/configure/mine",
     "datasets": "#/datasets/mine",
+    "files": "#/files/",
     "run": "#/run?run=output/one",
     "checkpoints": "#/run?run=output/one&tab=checkpoints",
     "try": "#/run?run=output/one&tab=try",

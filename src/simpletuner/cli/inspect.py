@@ -85,7 +85,7 @@ def report_text(report: FileReport) -> str:
 def _adapter_rows(adapter: AdapterReport) -> Iterator[tuple[str, str]]:
     if adapter.modules:
         yield "layout", f"{adapter.dialect}; {', '.join(adapter.dtypes)}"
-        yield "adapts", f"{adapter.modules} Linears ({adapter.target}), {adapter.parameters:,} numbers"
+        yield "adapts", f"{adapter.modules} layers ({adapter.target}), {adapter.parameters:,} numbers"
         yield "rank", _counted(adapter.ranks) or "full"
         if adapter.alphas:
             yield "alpha", _counted({f"{alpha:g}": count for alpha, count in adapter.alphas.items()})
@@ -107,7 +107,7 @@ def _adapter_tables(adapter: AdapterReport) -> list[str]:
     places = [(one.name, str(one.modules), ", ".join(map(str, one.ranks)) or "full") for one in adapter.places]
     norms = [(name, f"{norm:.4g}") for name, norm in adapter.norms.items()]
     return [
-        table([("what it adapts", "Linears", "rank"), *places], "  "),
+        table([("what it adapts", "layers", "rank"), *places], "  "),
         table([("where", "norm of its change"), *norms], "  "),
     ]
 

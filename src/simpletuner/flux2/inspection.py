@@ -427,7 +427,7 @@ def _adapter_title(adapter: AdapterReport) -> str:
         return f"{', '.join(titles)}: not read by this program"
     families = list(dict.fromkeys(FLAVOURS[name].family for name in adapter.fits))
     if not families:
-        return f"{kinds} of no FLUX.2: no flavour has Linears of these shapes"
+        return f"{kinds} of no FLUX.2: no flavour has layers of these shapes"
     return f"{kinds} for FLUX.2 {' or '.join(families)}"
 
 

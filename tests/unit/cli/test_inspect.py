@@ -21,7 +21,7 @@ def test_a_lora_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         "LoRA for FLUX.2 tiny",
         "dev, by its header",
         "kohya; F32",
-        "47 Linears (custom)",
+        "47 layers (custom)",
         "loads all of it",
         "drops 6 of 47: ",
         "transformer_blocks.*.attn.to_q",

@@ -14,7 +14,7 @@ export const formatChoice = (label, leftOut = []) => h("select", { "aria-label":
 export function formatDownload(path) {
   const choice = formatChoice("Format", ["diffusers"]);
   choice.id = freshId("format");
-  return h("div", { class: "row nowrap" }, h("label", { class: "small", for: choice.id }, "For other programs"), choice,
+  return h("div", { class: "row nowrap" }, h("label", { class: "small", for: choice.id }, "Other formats"), choice,
     button("Download", () => saveAs(path, choice.value), { icon: "download", label: "Download in this format" }));
 }
 

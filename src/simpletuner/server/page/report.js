@@ -32,7 +32,7 @@ function fileView(path, { what, bytes, base_model: base, is_distilled: isDistill
     adapter?.modules ? h("ul", { class: "plain stack tight" }, Object.entries(adapter.loaders).map(verdict(adapter.modules))) : null,
     components.map(componentView),
     Object.keys(training).length ? folded("How it was made", listOf(training)) : null,
-    adapter?.modules ? folded("What it adapts", tableOf("Adapted Linears", ["Place", "Linears", "Rank"],
+    adapter?.modules ? folded("What it adapts", tableOf("Adapted layers", ["Place", "Layers", "Rank"],
       adapter.places.map(({ name, modules, ranks }) => [name, count(modules), ranks.join(", ") || "full"]))) : null,
     adapter?.modules ? folded("How much it changes each block", tableOf("Norms by block", ["Where", "Norm of its change"],
       Object.entries(adapter.norms).map(([name, norm]) => [name, norm.toPrecision(4)]))) : null);
@@ -42,10 +42,10 @@ function adapterFacts({ kinds, dialect, dtypes, modules, target, parameters, ran
   const facts = modules === 0 ? {} : {
     Kind: Object.keys(kinds).join(", "),
     Layout: `${dialect}, ${dtypes.join(", ")}`,
-    Adapts: `${some(modules, "Linear")} (${target}), ${count(parameters)} numbers`,
+    Adapts: `${some(modules, "layer")} (${target}), ${count(parameters)} numbers`,
     Rank: counted(ranks) || "full",
     Alpha: counted(alphas),
-    Fits: fits.join(", ") || "no FLUX.2: no flavour has Linears of these shapes",
+    Fits: fits.join(", ") || "no FLUX.2: no flavour has layers of these shapes",
   };
   for (const [kind, keys] of Object.entries(unread)) facts[`Not read (${kind})`] = `${some(keys.length, "key")}: ${named(keys)}`;
   return facts;
@@ -86,6 +86,6 @@ const named = (names) => `${names.slice(0, NAMED_AT_MOST).join(", ")}${names.len
 
 /** "16", or "16 (38 times), 32 (5 times)". */
 function counted(values) {
-  const entries = Object.entries(values);
-  return entries.length === 1 ? entries[0][0] : entries.map(([value, times]) => `${value} (${count(times)} times)`).join(", ");
+  const entries = Object.entries(values).map(([value, times]) => [Number(value), times]);
+  return entries.length === 1 ? String(entries[0][0]) : entries.map(([value, times]) => `${value} (${count(times)} times)`).join(", ");
 }
