@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests import comfyui
+from tests.gguf_files import write_gguf
 from tests.lora_dialects import MIXTURE, ROWS, draw_loha, draw_lokr, units, write_dialect
 from torch import Tensor
 
@@ -271,6 +272,21 @@ def test_an_all_in_one_file_is_told_apart(tiny_folder: Path, tmp_path: Path) -> 
     assert [component.component for component in report.components] == list(prefixes)
     assert all("tiny" in component.flavours for component in report.components)
     assert sum(component.tensors for component in report.components) == len(tensors)
+
+
+def test_a_gguf_file_has_its_types_told(tmp_path: Path) -> None:
+    tensors = {f"{unit.bfl}.weight": torch.zeros(unit.rows, unit.columns, dtype=torch.float16) for unit in units(TINY)}
+    tensors["single_blocks.0.norm.query_norm.scale"] = torch.ones(TINY.head_dim)
+    types = {
+        name: "Q8_0" for name in tensors if name.startswith(("double_blocks", "single_blocks")) and "norm" not in name
+    }
+    write_gguf(tmp_path / "a.gguf", tensors, types)
+    report = inspected(tmp_path / "a.gguf")
+    (component,) = report.components
+    assert report.what == "transformer of FLUX.2 tiny"
+    assert component.layout == "BFL"
+    assert component.formats["Q8_0"] == sum(tensors[name].numel() // 32 * 34 for name in types)
+    assert component.parameters == sum(tensor.numel() for tensor in tensors.values())
 
 
 def test_what_is_of_another_model_is_said(tmp_path: Path) -> None:
