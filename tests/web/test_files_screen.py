@@ -66,7 +66,7 @@ def test_files_are_inspected_converted_and_merged(
     assert merged.keys() == load_file(run.lora).keys()
 
     page.goto(f"{server.url}/#/run?run=output/flags&tab=checkpoints")
-    page.get_by_label("Format").select_option("kohya")
+    page.get_by_label("Format", exact=True).select_option("kohya")
     page.get_by_role("button", name="Download in this format").click()
     asking = page.get_by_role("dialog")
     expect(asking).to_contain_text(re.compile("diffusers"), timeout=LONG_MS)

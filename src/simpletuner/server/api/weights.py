@@ -29,7 +29,8 @@ SCRATCH = Path(".simpletuner") / "files"
 """Below the workspace: files that are sent or received; each is deleted when its request ends."""
 LARGEST_INSPECTED = 4 * GIB
 """Upload to be inspected."""
-OUTPUT = "OUTPUT"
+MADE_FILE = "MADE FILE"
+"""Stands for the path of what a command makes, among its words."""
 INSPECTED = (".safetensors", ".gguf")
 _WEIGHTS: dict[int | str, dict[str, Any]] = {200: {"content": {"application/octet-stream": {}}}}
 
@@ -87,7 +88,7 @@ class TemporaryDownload(FileResponse):
 
 
 @router.get("/inspect")
-async def inspect(path: PathQuery, request: Request, here: InContext) -> Inspection:
+async def inspect_here(path: PathQuery, request: Request, here: InContext) -> Inspection:
     """What a weight file holds."""
     real = here.roots.resolve(path)
     if not (real.is_file() and real.suffix in INSPECTED):
@@ -133,7 +134,7 @@ async def convert(wanted: ToConvert, request: Request, here: InContext) -> Tempo
     source = lora_file(here.roots, wanted.path)
     stem = source.parent.name if source.name == LORA_NAME else source.stem
     flags = [f"--to={wanted.format}", *(["--allow-loss"] if wanted.allow_loss else [])]
-    return await _made(here, request, f"{stem}-{wanted.format}.safetensors", "convert", str(source), OUTPUT, *flags)
+    return await _made(here, request, f"{stem}-{wanted.format}.safetensors", "convert", str(source), MADE_FILE, *flags)
 
 
 @router.post("/lora/merge", response_class=FileResponse, responses=_WEIGHTS)
@@ -142,7 +143,7 @@ async def merge(wanted: ToMerge, request: Request, here: InContext) -> Temporary
     loras = [f"--lora={lora_file(here.roots, lora.path)}:{lora.strength}" for lora in wanted.loras]
     rank = [] if wanted.rank is None else [f"--rank={wanted.rank}"]
     name = f"merged-{wanted.format}.safetensors"
-    return await _made(here, request, name, "merge", *loras, "--output", OUTPUT, *rank, f"--to={wanted.format}")
+    return await _made(here, request, name, "merge", *loras, "--output", MADE_FILE, *rank, f"--to={wanted.format}")
 
 
 async def _told(here: Context, request: Request, *words: str, scratch: Path | None = None) -> dict[str, Any]:
@@ -166,7 +167,7 @@ def _without(problem: Problem, folders: Sequence[str]) -> Problem:
 
 
 async def _made(here: Context, request: Request, name: str, *words: str) -> TemporaryDownload:
-    """The file `name` that a command writes. `OUTPUT` among its `words` stands for the path.
+    """The file `name` that a command writes. `MADE_FILE` among its `words` stands for the path.
 
     Raises:
         Fault: 422, the command failed.
@@ -174,7 +175,7 @@ async def _made(here: Context, request: Request, name: str, *words: str) -> Temp
     stack = ExitStack()
     folder = stack.enter_context(uploads.scratch_folder(here.workspace / SCRATCH))
     try:
-        named = [str(folder / name) if word == OUTPUT else word for word in words]
+        named = [str(folder / name) if word == MADE_FILE else word for word in words]
         await _told(here, request, *named, scratch=folder)
         return TemporaryDownload(folder / name, stack)
     except BaseException:
