@@ -36,6 +36,16 @@ class GgufHeader:
     """By name; `dtype` is GGUF's type, such as "Q8_0", and `shape` is torch's: rows, columns."""
 
 
+def is_gguf(file: Path) -> bool:
+    """Whether `file` begins as a GGUF file does.
+
+    Raises:
+        AccessError: it cannot be read.
+    """
+    with file_errors_reported(file, AccessError, doing="read"), file.open("rb") as stream:
+        return stream.read(4) == b"GGUF"
+
+
 def read_gguf_header(file: Path) -> GgufHeader:
     """The tensors of a GGUF file. No tensor is read.
 

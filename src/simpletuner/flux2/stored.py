@@ -82,9 +82,9 @@ def stored_weights(files: Sequence[Path], component: Component = "transformer") 
     Raises:
         AccessError: a file is damaged, or holds a format that cannot be read; each format is named.
     """
-    from simpletuner.flux2.gguf_file import gguf_weights  # which makes `StoredWeight`s
+    from simpletuner.flux2.gguf_file import gguf_weights, is_gguf  # which makes `StoredWeight`s
 
-    plain = tuple(file for file in files if not _is_gguf(file))
+    plain = tuple(file for file in files if not is_gguf(file))
     found: dict[str, StoredWeight] = {}
     for file in files:
         if file not in plain:
@@ -105,11 +105,6 @@ def check_format(files: tuple[Path, ...], published: str | None = None, componen
         elif weight.is_plain and name.endswith("weight") and weight.data.dtype in _UNSCALED:
             refused.add(weight.file, f"{_UNSCALED[weight.data.dtype]} without scales", name)
     refused.raise_if_any()
-
-
-def _is_gguf(file: Path) -> bool:
-    with file_errors_reported(file, AccessError, doing="read"), file.open("rb") as stream:
-        return stream.read(4) == b"GGUF"
 
 
 _PREFIXES: Mapping[Component, re.Pattern[str]] = {

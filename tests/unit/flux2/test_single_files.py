@@ -297,7 +297,7 @@ def test_all_that_is_wrong_with_single_files_is_said_at_once(wrong: dict[str, Pa
 # --- a model around a trained transformer
 
 
-def test_a_models_folder_has_the_vae_in_diffusers_names(tiny_source: Source, tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_models_folder_has_the_vae_in_diffusers_names(tiny_folder: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "ae.safetensors", bfl_vae(component_tensors(tiny_folder, "vae")))
     source = located("tiny", tiny_folder, vae=file)
     save_transformer(tmp_path / "saved", source.spec, {}, metadata={}, dtype=torch.bfloat16)
