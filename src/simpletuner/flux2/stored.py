@@ -28,7 +28,7 @@ ReadPart = Callable[[str, slice], Tensor]
 of a row]."""
 DecodeRows = Callable[[ReadPart, slice], Tensor]
 """Returns these rows of a weight in fp32, from its parts."""
-WHOLE = slice(None)
+ALL_ROWS = slice(None)
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 """What the names of a transformer's Linears begin with that are held in a precision."""
 
@@ -327,7 +327,7 @@ def _rescale(has_scale: bool, is_by_row: bool, read: ReadPart, rows: slice) -> T
     values = read("data", rows).float()
     if not has_scale:
         return values
-    scale = read("scale", rows if is_by_row else WHOLE).float()
+    scale = read("scale", rows if is_by_row else ALL_ROWS).float()
     return values.mul_(scale.reshape(-1, *[1] * (values.dim() - 1)) if is_by_row else scale.reshape(()))
 
 
@@ -349,7 +349,7 @@ def _unrotate(is_by_row: bool, group: int, read: ReadPart, rows: slice) -> Tenso
     for place in range(round(math.log(group, 4))):
         split = values.reshape(-1, 4, 4**place)
         values = torch.einsum("ij,bjk->bik", quarter, split).reshape(data.shape)
-    scale = read("scale", rows if is_by_row else WHOLE).float()
+    scale = read("scale", rows if is_by_row else ALL_ROWS).float()
     return values.mul_(scale.reshape(-1, 1) if is_by_row else scale.reshape(()))
 
 
@@ -370,7 +370,7 @@ def _decode_nvfp4(blocks: int, read: ReadPart, rows: slice) -> Tensor:
     packed = read("data", rows)
     codes = torch.stack([packed >> 4, packed & 15], dim=-1).view(len(packed), blocks, _NVFP4_BLOCK)
     values = torch.tensor([*_E2M1, *(-value for value in _E2M1)])[codes.int()]
-    scale = read("scale_2", WHOLE).reshape(()) * _tiles(read, rows, blocks).float()
+    scale = read("scale_2", ALL_ROWS).reshape(()) * _tiles(read, rows, blocks).float()
     return values.mul_(scale[..., None]).view(len(packed), -1)
 
 
@@ -408,7 +408,7 @@ class StoredReader:
         self._opened: dict[Path, BinaryIO] = {}
         self._maps: dict[Path, mmap.mmap] = {}
 
-    def values(self, name: str, dtype: torch.dtype | None = None, rows: slice = WHOLE) -> Tensor:
+    def values(self, name: str, dtype: torch.dtype | None = None, rows: slice = ALL_ROWS) -> Tensor:
         """The weight, or some rows of it, on the CPU as `dtype`: by default a plain one as the file has it, a quantized
         one in fp32. It is decoded some rows at a time, so that little is in memory beside the result.
 
@@ -434,7 +434,7 @@ class StoredReader:
             at = end
         return made
 
-    def held(self, name: str, rows: slice = WHOLE) -> dict[str, Tensor]:
+    def held(self, name: str, rows: slice = ALL_ROWS) -> dict[str, Tensor]:
         """These rows of the tensors that `memory.precision.Layout` has for a weight in its `precision`, which is not
         None.
         """
@@ -444,7 +444,7 @@ class StoredReader:
         if "scale" in weight.parts:
             entry = weight.parts["scale"]
             is_by_row = math.prod(entry.shape) > 1
-            scale = self._read(entry, rows if is_by_row else WHOLE, False)
+            scale = self._read(entry, rows if is_by_row else ALL_ROWS, False)
         return {"data": data, "scale": scale.float().reshape(-1, 1).expand(len(data), 1).contiguous()}
 
     def gathered(self, name: str, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -459,7 +459,7 @@ class StoredReader:
         """The weight cut into parts, as `cut` cuts a tensor by rows. None is read yet."""
         shape = self.weights[name].shape
         if not shape:
-            return [StoredRows(self, name, shape, (WHOLE,))]
+            return [StoredRows(self, name, shape, (ALL_ROWS,))]
         return [StoredRows(self, name, (len(own), *shape[1:]), _runs(own)) for own in cut(torch.arange(shape[0]))]
 
     def _read(self, entry: TensorEntry, rows: slice, is_mapped: bool) -> Tensor:
