@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from simpletuner.base.console import say
 from simpletuner.base.errors import ConfigError
@@ -11,7 +12,9 @@ from simpletuner.base.sizes import format_size
 from simpletuner.cli.arguments import Flag, Positional, parse_command
 from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.printing import json_text, table
-from simpletuner.flux2.inspection import AdapterReport, ComponentReport, FileReport, inspect_files
+
+if TYPE_CHECKING:
+    from simpletuner.flux2.inspection import AdapterReport, ComponentReport, FileReport
 
 _USAGE = """usage: simpletuner inspect FILE [--json]
 
@@ -50,6 +53,9 @@ def run(arguments: list[str]) -> int:
         raise ConfigError.of(
             "simpletuner inspect: no file is named", "a file or a folder", "See `simpletuner inspect --help`."
         )
+    # torch, which mistakes and help do without.
+    from simpletuner.flux2.inspection import inspect_files
+
     reports = inspect_files(Path(command.file).expanduser())
     if command.json:
         say(json_text({"path": command.file, "files": [dataclasses.asdict(report) for report in reports]}))
@@ -58,7 +64,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def report_text(report: FileReport) -> str:
+def report_text(report: "FileReport") -> str:
     """A report for people."""
     shards = f" in {report.files} files" if report.files > 1 else ""
     lines = [report.path, f"  {report.what} ({format_size(report.bytes)}{shards})"]
@@ -82,7 +88,7 @@ def report_text(report: FileReport) -> str:
     return "".join(sign if sign.isprintable() or sign == "\n" else "\N{REPLACEMENT CHARACTER}" for sign in text)
 
 
-def _adapter_rows(adapter: AdapterReport) -> Iterator[tuple[str, str]]:
+def _adapter_rows(adapter: "AdapterReport") -> Iterator[tuple[str, str]]:
     if adapter.modules:
         yield "layout", f"{adapter.dialect}; {', '.join(adapter.dtypes)}"
         yield "adapts", f"{adapter.modules} layers ({adapter.target}), {adapter.parameters:,} numbers"
@@ -101,7 +107,7 @@ def _adapter_rows(adapter: AdapterReport) -> Iterator[tuple[str, str]]:
         yield "not read", f"{len(keys)} keys ({kind}): {_named(keys)}"
 
 
-def _adapter_tables(adapter: AdapterReport) -> list[str]:
+def _adapter_tables(adapter: "AdapterReport") -> list[str]:
     if not adapter.modules:
         return []
     places = [(one.name, str(one.modules), ", ".join(map(str, one.ranks)) or "full") for one in adapter.places]
@@ -112,7 +118,7 @@ def _adapter_tables(adapter: AdapterReport) -> list[str]:
     ]
 
 
-def _component_rows(component: ComponentReport) -> dict[str, str]:
+def _component_rows(component: "ComponentReport") -> dict[str, str]:
     title = component.component.replace("_", " ")
     sizes = ", ".join(f"{name} {str(value).lower()}" for name, value in component.sizes.items())
     formats = ", ".join(f"{name} {format_size(size)}" for name, size in component.formats.items())

@@ -57,6 +57,9 @@ def test_what_is_sent_is_refused_by_name_and_size(
     client: TestClient, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(weights, "LARGEST_INSPECTED", 10)
+    killed = workspace / SCRATCH / ".0123456789abcdef.1.part"  # what a killed server left
+    killed.mkdir(parents=True)
+    (killed / "theirs.safetensors").write_bytes(b"x")
     rules = client.get("/api/inspect/rules").json()
     assert rules == {"suffixes": [".safetensors", ".gguf"], "largest": 10}
     for name, data in (("a.ckpt", b"x"), ("../a.safetensors", b"x"), (".a.gguf", b"x"), ("a.gguf", b"x" * 11)):
