@@ -365,7 +365,7 @@ class _Search:
             if path is not None and is_weight_file(path):
                 try:
                     file = _single_file(path, component)
-                    check_format((file,), self.flavour.repo)
+                    check_format((file,), self.flavour.repo, component)
                     check_holds(file, component)
                 except AccessError as error:
                     self.problems += error.problems
