@@ -24,6 +24,7 @@ from simpletuner.flux2.dialects import AdapterFile, read_adapter
 from simpletuner.flux2.factors import LowRank
 from simpletuner.flux2.fused import FUSED_RANKS, fused, fused_groups, fused_ranks, unfused
 from simpletuner.flux2.header_alpha import ADAPTER_METADATA
+from simpletuner.flux2.loaders import ADAPTER_LOADERS, AdapterLoader, loader_verdicts
 from simpletuner.flux2.names import to_bfl
 from simpletuner.memory.tensors import save_verified
 
@@ -31,7 +32,6 @@ KEPT_METADATA = f"simpletuner.{ADAPTER_METADATA}"
 """Header field of `ADAPTER_METADATA` in a file of another format, in which diffusers must not find it: its names and
 ranks are those of diffusers' format."""
 
-LoaderName = Literal["diffusers", "ComfyUI"]
 Loss = Literal["dropped", "wrong"]
 """What a loader does with a layer: "dropped" leaves it out, "wrong" applies something else."""
 
@@ -49,8 +49,13 @@ class LoraLayout:
     """Whether the dots in a module's name are underscores, as kohya's scripts have it."""
     has_alpha: bool = False
     """Whether a key beside the factors holds alpha; it is the rank."""
-    readers: tuple[LoaderName, ...] = ("diffusers", "ComfyUI")
+    readers: tuple[AdapterLoader, ...] = ADAPTER_LOADERS
     """The loaders that read the format at all."""
+
+    def keys(self, stem: str) -> tuple[str, ...]:
+        """Of the factors a and b of a module, and of its alpha if there is a key for it."""
+        key = self.prefix + (stem.replace(".", "_") if self.is_flat else stem)
+        return (key + self.down, key + self.up, *([f"{key}.alpha"] if self.has_alpha else ()))
 
 
 LORA_FORMATS: Mapping[LoraFormat, LoraLayout] = {
@@ -60,37 +65,22 @@ LORA_FORMATS: Mapping[LoraFormat, LoraLayout] = {
     "kohya": LoraLayout("lora_unet_", True, ".lora_down.weight", ".lora_up.weight", is_flat=True, has_alpha=True),
 }
 
-_TIME = tuple(f"time_guidance_embed.timestep_embedder.linear_{number}" for number in (1, 2))
-_GUIDANCE = tuple(f"time_guidance_embed.guidance_embedder.linear_{number}" for number in (1, 2))
-_MODULATIONS = (
-    "double_stream_modulation_img.linear",
-    "double_stream_modulation_txt.linear",
-    "single_stream_modulation.linear",
-)
-_LAST = "norm_out.linear"
-_LOST: Mapping[tuple[LoraFormat, LoaderName], Mapping[str, Loss]] = {
-    ("diffusers", "ComfyUI"): dict.fromkeys((*_TIME, *_GUIDANCE, *_MODULATIONS), "dropped"),
-    ("comfyui", "diffusers"): {_LAST: "wrong"},
-    ("bfl", "diffusers"): {_LAST: "wrong"},
-    ("kohya", "diffusers"): dict.fromkeys((*_GUIDANCE, *_MODULATIONS, _LAST), "dropped"),
-}
-"""Outside the blocks, as diffusers 0.42 and ComfyUI 0.19 read them: neither swaps the halves of the last modulation
-(diffusers, of a file in BFL's names), and each has a list of the names that it knows."""
 
-
-def losses(modules: Iterable[str], lora_format: LoraFormat) -> dict[LoaderName, dict[str, Loss]]:
+def losses(modules: Iterable[str], lora_format: LoraFormat) -> dict[AdapterLoader, dict[str, Loss]]:
     """What each loader loses of a LoRA on `modules` (diffusers' names) in a file of `lora_format`; {} if nothing."""
     names = list(modules)
-    return {
-        loader: {name: lost[name] for name in names if name in lost}
-        if loader in LORA_FORMATS[lora_format].readers
-        else dict.fromkeys(names, "dropped")
-        for loader in ("diffusers", "ComfyUI")
-        for lost in (_LOST.get((lora_format, loader), {}),)
-    }
+    layout = LORA_FORMATS[lora_format]
+    stems = [place.name if layout.is_bfl and (place := to_bfl(name)) else name for name in names]
+    verdicts = loader_verdicts([key for stem in stems for key in layout.keys(stem)], names)
+    lost: dict[AdapterLoader, dict[str, Loss]] = {}
+    for loader, verdict in verdicts.items():
+        dropped = names if verdict.refusal else verdict.dropped
+        lost[loader] = dict.fromkeys(dropped, "dropped")
+        lost[loader] |= dict.fromkeys(verdict.wrong, "wrong")
+    return lost
 
 
-def loss_texts(modules: Collection[str], lora_format: LoraFormat) -> dict[LoaderName, str]:
+def loss_texts(modules: Collection[str], lora_format: LoraFormat) -> dict[AdapterLoader, str]:
     """For each loader that loses something of a LoRA on `modules` in `lora_format`: what, and which formats it reads
     whole.
     """
@@ -152,12 +142,10 @@ def lora_tensors(modules: Mapping[str, LowRank], lora_format: LoraFormat) -> dic
     layout = LORA_FORMATS[lora_format]
     modules = {name: folded(factors) for name, factors in modules.items()}
     named = _in_bfl(modules) if layout.is_bfl else modules
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, factors in named.items():
-        key = layout.prefix + (name.replace(".", "_") if layout.is_flat else name)
-        tensors[key + layout.down], tensors[key + layout.up] = factors.a, factors.b
-        if layout.has_alpha:
-            tensors[f"{key}.alpha"] = torch.tensor(float(factors.rank))
+        values = (factors.a, factors.b, torch.tensor(float(factors.rank)))
+        tensors |= dict(zip(layout.keys(name), values, strict=False))
     return tensors
 
 
