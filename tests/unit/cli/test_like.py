@@ -129,7 +129,12 @@ def test_at_a_terminal_it_asks_for_datasets_and_paths(
     lora(Path("mine.safetensors"), record_of(**TRAINED), base_model="my-own-finetune")
     asked: list[str] = []
     answers = iter(["", "output/second", ""])
-    monkeypatch.setattr(loading, "answer_to", lambda question: asked.append(question) or next(answers))
+
+    def answer(question: str) -> str:
+        asked.append(question)
+        return next(answers)
+
+    monkeypatch.setattr(loading, "answer_to", answer)
     loaded = load_here(["--like", "mine.safetensors"])
     assert asked == [
         "The file that lists the datasets [multidatabackend.json]: ",

@@ -17,7 +17,7 @@ from simpletuner.flux2.modelspec import MODELSPEC_FIELDS, modelspec, usual_size
     ],
 )
 def test_the_architecture_is_named_as_musubi_tuner_names_it(flavour: str, architecture: str) -> None:
-    base = FLAVOURS[flavour]  # type: ignore[index]
+    base = FLAVOURS[flavour]
     fields = modelspec(base, is_lora=True, resolution=(1024, 768), comment="a note", trigger="ohwx")
     assert fields["modelspec.architecture"] == f"{architecture}/lora"
     assert modelspec(base, is_lora=False, resolution=None)["modelspec.architecture"] == architecture
