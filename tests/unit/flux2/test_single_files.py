@@ -148,7 +148,8 @@ def test_comfyuis_text_encoder_gives_the_same_contexts_under_the_same_id(
     assert find_tokenizer(options) == tmp_path / "tokenizer"
 
 
-@pytest.mark.parametrize("is_old", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("is_old", [False, True])
 def test_an_fp8_text_encoder_gives_the_contexts_of_its_numbers(is_old: bool, tiny_folder: Path, tmp_path: Path) -> None:
     plain = comfyui_text_encoder(component_tensors(tiny_folder, "text_encoder"), 30)
     stored, dense = in_fp8(plain, is_old=is_old)
