@@ -380,7 +380,11 @@ def test_a_mistake_that_a_header_tells_ends_the_run_before_anything_is_encoded(
     for flag, code, message in (
         ('--peft_lora_target_modules=["nothing"]', 2, '"nothing" matches no Linear of the transformer'),
         ("--pretrained_transformer_model_name_or_path=int8.safetensors", 4, "int8.safetensors holds int8 weights"),
-        ("--pretrained_transformer_model_name_or_path=part.safetensors", 4, "part.safetensors: missing (1)"),
+        (
+            "--pretrained_transformer_model_name_or_path=part.safetensors",
+            4,
+            "part.safetensors: missing or of another shape (1)",
+        ),
         ("--init_lora=nan.safetensors", 6, "nan.safetensors: NaN or infinite numbers in 1 of 1 layers"),
         ("--init_lora=other.safetensors", 6, "other.safetensors does not fit this model, tiny: 1 of 1 layers"),
         ("--init_lora=foreign.safetensors", 6, "foreign.safetensors: none of its 2 keys names a layer of FLUX.2"),

@@ -125,22 +125,21 @@ def _decoded(rows: Any, name: str) -> Any:
 
 
 def gguf_weights(file: Path, component: Component) -> dict[str, StoredWeight]:
-    """The weights in a GGUF file of `component`, by the names in it. None is read.
+    """The weights of `component` in a GGUF file, by the names in it: all of a transformer, nothing of the others, which
+    FLUX.2's files do not hold. None is read.
 
     Raises:
-        AccessError: as `read_gguf_header`, or it holds another kind of model, or is wanted for another component than
-            the transformer.
+        AccessError: as `read_gguf_header`, or it holds another kind of model.
     """
     header = read_gguf_header(file)
-    if component != "transformer" or header.architecture not in (None, _ARCHITECTURE):
-        of = "" if header.architecture is None else f" of the architecture {header.architecture}"
+    if header.architecture not in (None, _ARCHITECTURE):
         raise AccessError.of(
-            f"{file} is a GGUF file{of}",
-            f"a FLUX.2 transformer, of the architecture {_ARCHITECTURE}"
-            if component == "transformer"
-            else f"the {component.replace('_', ' ')} as a .safetensors file",
+            f"{file} is a GGUF file of the architecture {header.architecture}",
+            f"a FLUX.2 transformer, of the architecture {_ARCHITECTURE}",
             "Text encoders and VAEs are read from .safetensors files.",
         )
+    if component != "transformer":
+        return {}
     return {name: _stored(name, entry) for name, entry in header.tensors.items()}
 
 

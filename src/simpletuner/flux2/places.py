@@ -5,7 +5,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -17,7 +17,6 @@ from simpletuner.base.sizes import format_size
 from simpletuner.base.tensorfile import is_weight_file
 from simpletuner.config.flavours import FLAVOURS
 from simpletuner.config.options.model import ModelOptions
-from simpletuner.flux2.single import single_files
 from simpletuner.runs.process import interruptible
 
 ReportLine = Callable[[str], None]
@@ -358,7 +357,11 @@ def missing_download(options: ModelOptions, preview: str | None = None) -> int:
         "vae": options.pretrained_vae_model_name_or_path or rest,
         "text_encoder": options.pretrained_text_encoder_model_name_or_path or rest,
     }
-    single = single_files(options)
+    single: Collection[str] = ()
+    if any(place is not None and is_weight_file(place) for place in places.values()):
+        from simpletuner.flux2.single import single_files  # torch, which `doctor` does without
+
+        single = single_files(options)
     wanted = [(component, places[component]) for component in flavour.downloads if component not in single]
     wanted += [("transformer", preview)] if flavour.downloads and preview != places["transformer"] else []
     missing = 0

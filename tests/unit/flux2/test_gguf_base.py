@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.gguf_files import HALVES, write_gguf
 from tests.unit.flux2.test_load import bfl_tensors
 from torch import Tensor
@@ -13,10 +14,11 @@ from torch import Tensor
 from simpletuner.base.errors import AccessError
 from simpletuner.config.flavours import TransformerSpec
 from simpletuner.config.options.lora import LoraOptions
+from simpletuner.config.options.model import ModelOptions
 from simpletuner.flux2.load import load_transformer
 from simpletuner.flux2.lora import attach
 from simpletuner.flux2.names import from_bfl
-from simpletuner.flux2.source import Source, Weights
+from simpletuner.flux2.source import Source, Weights, locate
 from simpletuner.flux2.tokens import context_ids, image_ids
 from simpletuner.flux2.transformer import Flux2Transformer
 
@@ -115,8 +117,6 @@ def test_a_lora_trains_over_it_as_over_the_decoded_weights(
 def test_it_is_quantized_again_as_decoded_weights_are(
     plain: dict[str, Tensor], tiny_source: Source, tmp_path: Path
 ) -> None:
-    from safetensors.torch import save_file
-
     values = write_gguf(tmp_path / "a.gguf", plain, quantized(plain, "Q4_0"))
     save_file({name: tensor.contiguous() for name, tensor in values.items()}, tmp_path / "a.safetensors")
     one, other = (
@@ -135,3 +135,21 @@ def test_another_model_is_refused_by_its_header(plain: dict[str, Tensor], tiny_s
     write_gguf(tmp_path / "part.gguf", some, {})
     with pytest.raises(AccessError, match=r"has no tensor .single_transformer_blocks"):
         load_transformer(based_on(tiny_source, tmp_path / "part.gguf"), torch.float32, "cpu")
+
+
+def test_it_is_named_as_any_single_file_is(tiny_folder: Path, tmp_path: Path) -> None:
+    tensors = bfl_tensors(load_file(tiny_folder / "transformer" / "diffusion_pytorch_model.safetensors"))
+    blocks = {name: "Q8_0" for name in tensors if "blocks." in name and tensors[name].ndim == 2}
+    write_gguf(tmp_path / "tiny-Q8_0.gguf", tensors, blocks)
+    base = str(tmp_path / "tiny-Q8_0.gguf")
+    own = {"model_flavour": "tiny", "cache_dir": str(tmp_path / "cache")}
+    source = locate(ModelOptions(**own, pretrained_model_name_or_path=base), report=print)
+    assert (source.name, source.transformer.files) == ("tiny-Q8_0.gguf", (Path(base),))
+    assert source.spec == locate(ModelOptions(**own), report=print).spec
+    for component in ("vae", "text_encoder"):
+        wrong = {f"pretrained_{component}_model_name_or_path": base}
+        with pytest.raises(AccessError, match=r"tiny-Q8_0\.gguf holds a transformer of FLUX.2: expected its"):
+            locate(ModelOptions(**own, **wrong), report=print)
+    (tmp_path / "empty.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(16))
+    with pytest.raises(AccessError, match=r"empty\.gguf holds none of the components of FLUX.2"):
+        locate(ModelOptions(**own, pretrained_model_name_or_path=str(tmp_path / "empty.gguf")), report=print)

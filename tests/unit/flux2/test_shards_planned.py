@@ -7,7 +7,7 @@ from tests.ranks import in_ranks
 from simpletuner.config.flavours import TINY
 from simpletuner.config.run import RunConfig
 from simpletuner.flux2.footprint import Architecture, Footprint, Workload, empty_transformer
-from simpletuner.flux2.load import _BLOCKS
+from simpletuner.flux2.stored import BLOCKS
 from simpletuner.memory.planner import Machine
 from simpletuner.memory.precision import make_room, quantised_from, targets
 from simpletuner.memory.shard import Sharding, held_bytes, shard
@@ -23,7 +23,7 @@ def sharded_bytes(world: World) -> list[int]:
         empty_transformer.cache_clear()
         transformer = empty_transformer(TINY)
         if precision != "no_change":
-            linears = targets(transformer, _BLOCKS, precision)
+            linears = targets(transformer, BLOCKS, precision)
             with torch.device("meta"):
                 make_room(transformer, linears, precision, quantised_from(torch.float32))
         transformer.requires_grad_(False)

@@ -302,7 +302,7 @@ def test_a_models_folder_has_the_vae_in_diffusers_names(tiny_folder: Path, tmp_p
     file = write(tmp_path / "ae.safetensors", bfl_vae(component_tensors(tiny_folder, "vae")))
     source = located("tiny", tiny_folder, vae=file)
     save_transformer(tmp_path / "saved", source.spec, {}, metadata={}, dtype=torch.bfloat16)
-    assert save_pipeline(tmp_path / "model", tmp_path / "saved", tmp_path / "saved" / WEIGHTS, source) is None
+    assert save_pipeline(tmp_path / "model", tmp_path / "saved", source) is None
     made, expected = component_tensors(tmp_path / "model", "vae"), component_tensors(tiny_folder, "vae")
     assert made.keys() == expected.keys()
     assert made.pop("bn.num_batches_tracked") == 0
@@ -310,6 +310,6 @@ def test_a_models_folder_has_the_vae_in_diffusers_names(tiny_folder: Path, tmp_p
     assert json.loads((tmp_path / "model/vae/config.json").read_text()) == source.vae.config
     encoder = repackaged(tiny_folder, tmp_path / "encoder.safetensors", "tiny")
     source = located("tiny", tiny_folder, text_encoder=encoder)
-    reason = save_pipeline(tmp_path / "model", tmp_path / "saved", tmp_path / "saved" / WEIGHTS, source)
+    reason = save_pipeline(tmp_path / "model", tmp_path / "saved", source)
     assert reason == "its text encoder came as the single file encoder.safetensors, not in a folder of diffusers'"
     assert not (tmp_path / "model" / "text_encoder").exists()
