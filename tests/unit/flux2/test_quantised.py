@@ -81,9 +81,14 @@ def test_the_linears_of_blocks_and_nothing_else(name, tiny_source):
     assert not any(tensor.is_meta or tensor.requires_grad for tensor in (*found.parameters(), *found.buffers()))
 
 
+@pytest.fixture(scope="module")
+def passed_in_bf16(tiny_source):
+    return passed(load_transformer(tiny_source, BF16, "cpu"))
+
+
 @pytest.mark.parametrize("name", HERE)
-def test_velocity_and_gradients_are_near_those_of_bf16(name, tiny_source):
-    velocity, gradients = passed(load_transformer(tiny_source, BF16, "cpu"))
+def test_velocity_and_gradients_are_near_those_of_bf16(name, tiny_source, passed_in_bf16):
+    velocity, gradients = passed_in_bf16
     found, others = passed(load_transformer(tiny_source, BF16, "cpu", name))
     error, cosine = MEASURED[name.split("-", maxsplit=1)[0].removesuffix("wo")]
     assert (found - velocity).norm() <= error * velocity.norm()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.gguf_files import write_gguf
 from tests.quantized_files import FORMATS, HELD, layer, write_quantized
 from tests.unit.flux2.test_load import TEXT, bfl_tensors
 from tests.unit.flux2.test_sharded_load import SHARDING, WIDE, as_rank, assert_own_rows, peak_while, the_same
@@ -241,25 +242,28 @@ def test_a_quantized_text_encoder_encodes_as_its_values(kind: str, tiny_source: 
     assert all(torch.equal(rows[0], each) for each in rows)
 
 
-@pytest.mark.parametrize("kind", ["fp8", pytest.param("mxfp8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["fp8", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("mxfp8", "Q4_K"))])
 def test_loading_takes_no_more_than_a_block_beside_the_model(
     kind: str, tiny_source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Flux2Transformer(WIDE).state_dict().items()}
-    made = {shape: layer(kind, *shape) for shape in set(shapes.values()) if len(shape) == 2}
-    written: dict[str, Tensor] = {}
-    described: dict[str, object] = {}
-    for name, shape in shapes.items():
-        owner = name.removesuffix(".weight")
-        if len(shape) != 2 or "blocks." not in name:
-            written[name] = torch.zeros(shape, dtype=torch.bfloat16)
-            continue
-        written |= {f"{owner}.{last}": tensor.clone() for last, tensor in made[shape].tensors.items()}
-        described[owner] = made[shape].marker
-    file = tmp_path / "wide.safetensors"
-    save_file(written, file, {"_quantization_metadata": json.dumps({"layers": described})})
-    del written, made
+    blocks = {name: shape for name, shape in shapes.items() if len(shape) == 2 and "blocks." in name}
+    written = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    if kind == "Q4_K":
+        file = tmp_path / "wide.gguf"
+        write_gguf(file, written, dict.fromkeys(blocks, kind))
+    else:
+        file = tmp_path / "wide.safetensors"
+        made = {shape: layer(kind, *shape) for shape in set(blocks.values())}
+        described = {}
+        for name, shape in blocks.items():
+            owner = name.removesuffix(".weight")
+            written |= {f"{owner}.{last}": tensor.clone() for last, tensor in made[shape].tensors.items()}
+            described[owner] = made[shape].marker
+        save_file(written, file, {"_quantization_metadata": json.dumps({"layers": described})})
+        del made
+    del written
     source = with_file(tiny_source, file)
     transformer = load_transformer(source, torch.bfloat16, "cpu")
     whole = held_bytes(transformer.parameters())
