@@ -7,10 +7,10 @@ from typing import Any, get_args
 
 from simpletuner.base.console import say
 from simpletuner.base.errors import CheckpointError, ConfigError, Problem
-from simpletuner.base.files import file_errors_reported
 from simpletuner.base.sizes import format_size
 from simpletuner.cli.arguments import Flag, Positional, parse_command
 from simpletuner.cli.help import command_help, help_asked
+from simpletuner.cli.lora_output import file_problems
 from simpletuner.cli.printing import json_text
 from simpletuner.config.options.lora import LoraFormat
 from simpletuner.config.values import join_names, nearest
@@ -108,7 +108,7 @@ def _convert_lora(source: Path, target: Path, to: LoraFormat, allow_loss: bool) 
     from simpletuner.flux2.dialects import read_adapter
     from simpletuner.flux2.lora_formats import LORA_FORMATS, lora_modules, loss_texts, losses, write_adapter
 
-    _check_target(target)
+    ConfigError.raise_if(file_problems(target))
     file = read_adapter(source)
     modules = lora_modules(file)
     texts = loss_texts(modules, to)
@@ -139,15 +139,3 @@ def _convert_lora(source: Path, target: Path, to: LoraFormat, allow_loss: bool) 
     if file.unread:
         lines.append(f"{unread}: they are left out.")
     return told, [*lines, *texts.values()]
-
-
-def _check_target(target: Path) -> None:
-    """Raise a ConfigError where a LoRA should not be written to `target`."""
-    with file_errors_reported(target):
-        is_there = target.exists() or target.is_symlink()
-    if is_there:
-        raise ConfigError.of(f"{target} is there already", "a new file", "Give another name, or remove it first.")
-    if target.suffix != ".safetensors":
-        raise ConfigError.of(f"{target} is to be a LoRA", "a name that ends in .safetensors")
-    if not target.absolute().parent.is_dir():
-        raise ConfigError.of(f"{target.parent} is no folder", "one that is there", "Make it first.")

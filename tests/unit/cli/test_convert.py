@@ -144,9 +144,9 @@ def test_what_is_no_whole_lora_is_refused(here: Path, damage: Callable[[Path], o
         (["in.safetensors", "out.safetensors", "--to", "comfyi"], "Did you mean --to comfyui"),
         (["in.safetensors", "out.safetensors", "more", "--to", "kohya"], "more: no such flag"),
         (["in.safetensors", "in.safetensors", "--to", "kohya"], "is there already"),
-        (["in.safetensors", ".", "--to", "kohya"], "is there already"),
-        (["in.safetensors", "out.ckpt", "--to", "kohya"], "ends in .safetensors"),
-        (["in.safetensors", "none/out.safetensors", "--to", "kohya"], "none is no folder"),
+        (["in.safetensors", ".", "--to", "kohya"], "does not end in .safetensors"),
+        (["in.safetensors", "out.ckpt", "--to", "kohya"], "does not end in .safetensors"),
+        (["in.safetensors", "none/out.safetensors", "--to", "kohya"], "no folder none"),
     ],
 )
 def test_what_is_typed_wrong_is_said(typed: list[str], found: str) -> None:
