@@ -21,7 +21,7 @@ from simpletuner.cli.help import help_asked, option_entries
 from simpletuner.cli.printing import fitted
 from simpletuner.config.documents import read_document
 from simpletuner.config.flags import Flags, parse
-from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS, flavour_of_base
+from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS
 from simpletuner.config.given import Checked, Given, Known, check_givens
 from simpletuner.config.options.kinds import Count, NotNegative, PathText, Says, Slice, Text
 from simpletuner.config.options.model import ModelOptions
@@ -38,6 +38,7 @@ from simpletuner.config.rules import (
     precision_findings,
 )
 from simpletuner.config.values import kinds, no_effect, shown
+from simpletuner.flux2.origin import base_model_of
 from simpletuner.runs.layout import LORA_NAME, RunDirectory
 from simpletuner.server.reach import Reach, of_the_page
 
@@ -292,8 +293,8 @@ def _run_around(lora: Path) -> RunDirectory | None:
 
 
 def _named_by_lora(given: Mapping[str, Given], report: Callable[[str], None]) -> dict[str, Given]:
-    """The flavour of the base model that a LoRA's header names, where nothing else names a model. Other models are
-    named there by a folder's name alone, which does not say where that is.
+    """The flavour of the base model that a LoRA's header names, whichever program wrote it, where nothing else names a
+    model. Other models are named there by a folder's name alone, which does not say where that is.
     """
     if not _asks_loras(given):
         return {}
@@ -302,8 +303,9 @@ def _named_by_lora(given: Mapping[str, Given], report: Callable[[str], None]) ->
         if not os.path.isfile(file):
             continue
         with contextlib.suppress(AccessError):  # which reading the whole file reports
-            base = read_metadata(file).get("simpletuner.base_model", "")
-            if (flavour := flavour_of_base(base)) is not None:
+            header = read_metadata(file)
+            if (flavour := FLAVOURS.get(base_model_of(header) or "")) is not None:
+                base = header.get("simpletuner.base_model", flavour.title)
                 report(f"{lora.path} names {base} as its base model: drawing with --model_flavour {flavour.name}.")
                 return {"model_flavour": Given(flavour.name, "file", "model_flavour")}
     return {}

@@ -182,6 +182,16 @@ def test_a_lora_alone_names_its_base_model(tmp_path: Path, base: str, flavour: s
     assert told == ([line] if base not in ("my-folder", "") else [])
 
 
+def test_the_header_of_another_program_names_the_base_model_too(tmp_path: Path) -> None:
+    from simpletuner.base.tensorfile import write_tensors
+
+    lora = tmp_path / "a.safetensors"
+    write_tensors(lora, {}, {"ss_base_model_version": "flux2_klein_9b"})
+    told: list[str] = []
+    assert read_request(["--prompt", "a", "--lora", str(lora)], {}, report=told.append).model_flavour == "klein-9b"
+    assert told == [f"{lora} names FLUX.2-klein-base-9B as its base model: drawing with --model_flavour klein-9b."]
+
+
 def test_a_lora_of_a_run_takes_the_runs_model_and_settings(tmp_path: Path) -> None:
     run = tmp_path / "run"
     write_config(run / "config.json", model_flavour="tiny", base_model_default_dtype="fp32", validation_resolution="64")
