@@ -35,10 +35,10 @@ from simpletuner.base.sizes import format_size
 from simpletuner.base.tensorfile import TensorData, write_tensors
 from simpletuner.config.flavours import AutoencoderSpec, TransformerSpec
 from simpletuner.flux2 import tiny
-from simpletuner.flux2.footprint import empty_transformer
 from simpletuner.flux2.spec import transformer_to_diffusers
 from simpletuner.flux2.tiny.make import TEXT_CONFIG
 from simpletuner.flux2.tiny.parts import VAE
+from simpletuner.flux2.transformer import empty_transformer
 from simpletuner.runs.events import read_events
 
 EVERY_S = 0.002

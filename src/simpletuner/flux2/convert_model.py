@@ -22,11 +22,11 @@ from simpletuner.base.sizes import format_size
 from simpletuner.base.tensorfile import DTYPE_BITS, TensorData, read_header, write_verified
 from simpletuner.config.flavours import TransformerSpec
 from simpletuner.flux2.configs import Config
-from simpletuner.flux2.footprint import empty_transformer
 from simpletuner.flux2.modelfile import WEIGHTS_NAME
 from simpletuner.flux2.names import to_bfl, transformer_renaming
 from simpletuner.flux2.source import Weights, transformer_spec
 from simpletuner.flux2.spec import transformer_from_tensors, transformer_to_diffusers
+from simpletuner.flux2.transformer import empty_transformer
 from simpletuner.flux2.transformer_file import OpenTransformer, opened_transformer, transformer_folder
 from simpletuner.memory.tensors import as_written
 

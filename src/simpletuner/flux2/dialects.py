@@ -22,7 +22,7 @@ from simpletuner.flux2.names import NamingLayout, from_bfl, known_module, to_bfl
 from simpletuner.memory.tensors import non_finite_count, open_tensors
 from simpletuner.runs.layout import LORA_NAME
 
-_PREFIXES = (
+ADAPTER_PREFIXES = (
     "base_model.model.",
     "model.diffusion_model.",
     "diffusion_model.",
@@ -65,6 +65,11 @@ _DIALECTS: Mapping[tuple[str, NamingLayout], Mapping[str, str]] = {
 """Dialects that have a name, by prefix, layout and the spelling of the matrix that reads the input. That of LoKr and
 LoHa files is the first of their prefix and layout.
 """
+
+
+def prefix_of(key: str) -> str:
+    """What stands before a Linear's name in a key of an adapter file; empty where that begins it."""
+    return next(prefix for prefix in ADAPTER_PREFIXES if key.startswith(prefix))
 
 
 @dataclass(frozen=True)
@@ -220,7 +225,7 @@ def _grouped(path: Path, tensors: Mapping[str, Tensor]) -> tuple[list[_KeyGroup]
         is_byte = stored.is_floating_point() and stored.itemsize == 1  # torch computes nothing in fp8
         tensor = stored.to(torch.bfloat16) if is_byte else stored
         stem, suffix, spelling = _parsed(key)
-        prefix = next(prefix for prefix in _PREFIXES if stem.startswith(prefix))
+        prefix = prefix_of(stem)
         known = known_module(stem.removeprefix(prefix)) if suffix else None
         is_norm = known is not None and "norm" in known[1].rpartition(".")[2]
         if known is None or (is_norm and suffix not in UNREAD_SUFFIXES):
@@ -354,7 +359,7 @@ def _check_modules(path: Path, modules: Mapping[str, Factors], unread: Mapping[s
 def _described(key: str) -> str:
     """`key`, and what it is by its spelling."""
     stem, suffix, _ = _parsed(key)
-    prefix = next(prefix for prefix in _PREFIXES if stem.startswith(prefix))
+    prefix = prefix_of(stem)
     if not suffix:
         return f"such as {key}"
     kind = (

@@ -22,7 +22,7 @@ from simpletuner.flux2.header_alpha import ADAPTER_METADATA, checked_alpha
 from simpletuner.flux2.lora import CUSTOM, PRESETS, Adaptable, Adapter, Range, linears, preset_ranges, whole, wrap
 from simpletuner.flux2.lora_formats import peft_metadata
 from simpletuner.flux2.modelspec import MODELSPEC_FIELDS
-from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.flux2.transformer import empty_transformer
 from simpletuner.memory.tensors import save_verified
 
 HEADER_FIELDS = frozenset(
@@ -202,9 +202,8 @@ def check_shapes(
 @functools.cache
 def linear_shapes(spec: TransformerSpec) -> dict[str, tuple[int, int]]:
     """Rows and columns of each Linear."""
-    with torch.device("meta"):
-        transformer = Flux2Transformer(spec)
-    return {name: (linear.out_features, linear.in_features) for name, linear in linears(transformer).items()}
+    found = linears(empty_transformer(spec))
+    return {name: (linear.out_features, linear.in_features) for name, linear in found.items()}
 
 
 def _flavour_with(shapes: Mapping[str, tuple[int, int]]) -> Flavour | None:

@@ -35,7 +35,7 @@ from simpletuner.flux2.spec import (
 from simpletuner.flux2.stored import held_precisions, stored_weights
 from simpletuner.flux2.text_stream import MEMORY_BYTES, PORTION_TOKENS
 from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
-from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.flux2.transformer import empty_transformer
 from simpletuner.memory.planner import (
     Engine,
     Machine,
@@ -190,13 +190,6 @@ class TransformerBytes:
     @property
     def total(self) -> int:
         return sum(self.blocks) + self.rest
-
-
-@lru_cache(maxsize=16)
-def empty_transformer(spec: TransformerSpec) -> Flux2Transformer:
-    """The module without memory. Read only."""
-    with torch.device("meta"):
-        return Flux2Transformer(spec)
 
 
 @lru_cache(maxsize=64)

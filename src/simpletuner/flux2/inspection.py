@@ -24,7 +24,7 @@ from simpletuner.flux2.factors import Factors, Hadamard, Kronecker, LowRank
 from simpletuner.flux2.gguf_file import is_gguf, read_gguf_header
 from simpletuner.flux2.loaders import AdapterLoader, LoaderVerdict, loader_verdicts
 from simpletuner.flux2.lora import CUSTOM, FUSED_IN, FUSED_OUT, PRESETS, Preset
-from simpletuner.flux2.names import transformer_renaming
+from simpletuner.flux2.names import renamed_shapes, transformer_renaming
 from simpletuner.flux2.origin import base_model_of, training_of
 from simpletuner.flux2.spec import transformer_from_tensors
 from simpletuner.flux2.stored import StoredWeight, component_names, stored_weights
@@ -360,12 +360,7 @@ ReadComponent = Callable[[TensorShapes], tuple[str, dict[str, int | bool], list[
 
 
 def _transformer(shapes: TensorShapes) -> tuple[str, dict[str, int | bool], list[str]]:
-    renaming = transformer_renaming(shapes)
-    own: dict[str, tuple[int, ...]] = {}
-    for name, shape in shapes.items():
-        if (renamed := renaming(name)) is not None:
-            own.update(zip(renamed.names, renamed.shapes(shape), strict=True))
-    spec = transformer_from_tensors(own)
+    spec = transformer_from_tensors(renamed_shapes(shapes, transformer_renaming(shapes)))
     sizes: dict[str, int | bool] = {
         "width": spec.hidden,
         "double blocks": spec.double_blocks,

@@ -7,19 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from simpletuner.flux2.dialects import prefix_of
+
 AdapterLoader = Literal["diffusers", "ComfyUI"]
 ADAPTER_LOADERS: tuple[AdapterLoader, ...] = ("diffusers", "ComfyUI")
 
-_PREFIXES = (
-    "transformer.",
-    "model.diffusion_model.",
-    "diffusion_model.",
-    "base_model.model.",
-    "unet.",
-    "lora_unet_",
-    "lora_transformer_",
-    "lycoris_",
-)
 _BFL = re.compile(
     r"(double|single)_blocks|(img|txt|time|guidance)_in\b|(img|txt|time|guidance)_in_|final_layer|\w+_modulation\w*\.lin\b"
 )
@@ -76,7 +68,7 @@ def _style(keys: list[str]) -> _KeyStyle | None:
     spellings = set()
     is_bfl = False
     for key in keys:
-        prefix = next((each for each in _PREFIXES if key.startswith(each)), "")
+        prefix = prefix_of(key)
         is_bfl |= _BFL.match(key.removeprefix(prefix)) is not None
         if not key.endswith(".alpha"):
             spellings.add((prefix, _sides(key)))

@@ -196,6 +196,16 @@ def known_module(name: str) -> tuple[NamingLayout, str] | None:
     return (layout, f"{group}.{index}.{places[place]}") if place in places else None
 
 
+def renamed_shapes(shapes: Mapping[str, tuple[int, ...]], renaming: "TensorRenaming") -> dict[str, tuple[int, ...]]:
+    """`shapes` by the names that `renaming` gives, fused tensors cut; those that it does not know are left out."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        renamed = renaming(name)
+        if renamed is not None:
+            found.update(zip(renamed.names, renamed.shapes(shape), strict=True))
+    return found
+
+
 def with_prefix(name: str) -> Renamed:
     """The tensor `name` of a file in diffusers' own names, which may carry ComfyUI's prefix."""
     return Renamed((_bare(name),))

@@ -30,7 +30,8 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
     "dataset fingerprint": ("simpletuner.datasets",),
     "merged from": ("simpletuner.merged",),
 }
-"""What is told, and the header's fields that tell it: ours, sai_model_spec's, kohya's, ai-toolkit's, OneTrainer's.
+"""Rows of the report, and the header fields that each is read from: ours, sai_model_spec's, kohya's, ai-toolkit's and
+OneTrainer's.
 A dot after a field's name leads into the JSON object that it holds.
 """
 _BASES = ("simpletuner.base_model", "ss_base_model_version", "modelspec.architecture", "ss_sd_model_name")

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from simpletuner.base.errors import AccessError
@@ -15,7 +14,7 @@ from simpletuner.base.tensorfile import is_weight_file
 from simpletuner.config.flavours import AutoencoderSpec, Flavour, TextSpec
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.flux2.configs import Component, Config
-from simpletuner.flux2.names import Renamed, TensorRenaming, text_encoder_renaming, transformer_renaming
+from simpletuner.flux2.names import Renamed, TensorRenaming, renamed_shapes, text_encoder_renaming, transformer_renaming
 from simpletuner.flux2.spec import (
     TensorShape,
     autoencoder_from_tensors,
@@ -29,7 +28,7 @@ from simpletuner.flux2.spec import (
     transformer_from_tensors,
 )
 from simpletuner.flux2.stored import open_stored, stored_weights
-from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.flux2.transformer import empty_transformer
 from simpletuner.flux2.vae_names import vae_renaming
 
 COMPONENTS: Mapping[Component, str] = {
@@ -95,12 +94,7 @@ def component_shapes(files: Sequence[Path], component: Component) -> dict[str, T
     """
     weights = stored_weights(files, component)
     renaming = renaming_of(component, list(weights))
-    shapes: dict[str, TensorShape] = {}
-    for name, weight in weights.items():
-        renamed = renaming(name)
-        if renamed is not None:
-            shapes.update(zip(renamed.names, renamed.shapes(weight.shape), strict=True))
-    return shapes
+    return renamed_shapes({name: weight.shape for name, weight in weights.items()}, renaming)
 
 
 def check_holds(file: Path, component: Component) -> None:
@@ -126,8 +120,7 @@ def check_whole(file: Path, component: Component, flavour: Flavour, text_layers:
         lacking = [f"one of {list(shape)}" for shape in expected - Counter(found.values())]
     else:
         if component == "transformer":
-            with torch.device("meta"):
-                tensors = Flux2Transformer(transformer_from_tensors(found)).state_dict()
+            tensors = empty_transformer(transformer_from_tensors(found)).state_dict()
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         else:
             shapes = text_shapes(text_spec_in(file, flavour.text.encoder), text_layers)

@@ -7,7 +7,7 @@ Source of the architecture: black-forest-labs/flux2, `src/flux2/model.py`.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -374,3 +374,10 @@ class Flux2Transformer(nn.Module):
             joint = routing.leave(index, joint, length)
         out: Tensor = self.proj_out(self.norm_out(joint[:, length:], vector))
         return out
+
+
+@lru_cache(maxsize=16)
+def empty_transformer(spec: TransformerSpec) -> Flux2Transformer:
+    """The module without memory. Read only: it is shared."""
+    with torch.device("meta"):
+        return Flux2Transformer(spec)

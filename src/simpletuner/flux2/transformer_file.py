@@ -9,6 +9,7 @@ from simpletuner.base.errors import AccessError
 from simpletuner.base.files import file_errors_reported
 from simpletuner.base.tensorfile import read_headers, read_metadata
 from simpletuner.flux2.configs import Config, read_component_config
+from simpletuner.flux2.gguf_file import is_gguf
 from simpletuner.flux2.modelfile import TRANSFORMER_FOLDER, WEIGHTS_NAME, WEIGHTS_STEM
 from simpletuner.flux2.names import transformer_renaming
 from simpletuner.flux2.stored import StoredRows, open_stored, stored_weights
@@ -46,10 +47,10 @@ def opened_transformer(path: Path) -> Iterator[OpenTransformer]:
             )
         files = (path,) if folder is None else tuple(share_files(folder, WEIGHTS_STEM))
         stored = stored_weights(files)
-        is_gguf = files[0].suffix == ".gguf"
-        header = {} if is_gguf else read_metadata(files[0])
+        has_header = not is_gguf(files[0])
+        header = read_metadata(files[0]) if has_header else {}
         held = sum(len(weight.parts) for weight in stored.values())
-        others = 0 if is_gguf else max(0, len(read_headers(files)) - held)
+        others = max(0, len(read_headers(files)) - held) if has_header else 0
     config = None if folder is None else read_component_config("transformer", folder / "config.json")
     renaming = transformer_renaming(stored)
     renamed = {name: renaming(name) for name in stored}

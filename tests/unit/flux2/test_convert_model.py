@@ -16,8 +16,8 @@ from simpletuner.base import machine, tensorfile
 from simpletuner.base.errors import AccessError, CheckpointError, ConfigError, DiskError, UserError
 from simpletuner.config.flavours import TransformerSpec
 from simpletuner.flux2.convert_model import MODEL_FORMATS, convert_model, holds_model, save_single
-from simpletuner.flux2.footprint import empty_transformer
 from simpletuner.flux2.modelfile import WEIGHTS_NAME, save_transformer
+from simpletuner.flux2.transformer import empty_transformer
 
 Tensors = dict[str, torch.Tensor]
 DEV = TransformerSpec(

@@ -32,7 +32,6 @@ from simpletuner.flux2.footprint import (
     Workload,
     autoencoder_bytes,
     decoding_bytes,
-    empty_transformer,
     encoding_bytes,
     stored_bytes,
     text_activation_bytes,
@@ -44,6 +43,7 @@ from simpletuner.flux2.residency import resident_indices
 from simpletuner.flux2.spec import autoencoder_from_config, decoder_shapes, encoder_shapes, text_from_config
 from simpletuner.flux2.tiny.make import TEXT_CONFIG
 from simpletuner.flux2.tiny.parts import VAE
+from simpletuner.flux2.transformer import empty_transformer
 from simpletuner.memory.planner import Machine, MemoryPlan, MemoryTier, PhasePlan, bytes_to_fill
 from simpletuner.memory.trace import pretending, trace_forward
 

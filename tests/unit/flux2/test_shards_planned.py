@@ -6,8 +6,9 @@ from tests.ranks import in_ranks
 
 from simpletuner.config.flavours import TINY
 from simpletuner.config.run import RunConfig
-from simpletuner.flux2.footprint import Architecture, Footprint, Workload, empty_transformer
+from simpletuner.flux2.footprint import Architecture, Footprint, Workload
 from simpletuner.flux2.stored import BLOCKS
+from simpletuner.flux2.transformer import empty_transformer
 from simpletuner.memory.planner import Machine
 from simpletuner.memory.precision import make_room, quantised_from, targets
 from simpletuner.memory.shard import Sharding, held_bytes, shard
