@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.lora_dialects import MIXTURE, ROWS, draw_loha, draw_lokr, units, write_dialect
+from tests.unit.flux2.test_export import velocity
 from torch import Tensor
 
 from simpletuner.base.errors import CheckpointError
@@ -20,7 +21,6 @@ from simpletuner.flux2.factors import LowRank
 from simpletuner.flux2.lora import attach, linears
 from simpletuner.flux2.lora_formats import write_adapter
 from simpletuner.flux2.names import from_bfl, known_module, to_bfl
-from simpletuner.flux2.tokens import context_ids, image_ids
 from simpletuner.flux2.transformer import Flux2Transformer
 
 SPEC = TransformerSpec(
@@ -62,20 +62,6 @@ def model(spec: TransformerSpec = SPEC) -> Flux2Transformer:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Flux2Transformer(spec).eval()
-
-
-@torch.no_grad()
-def velocity(transformer: Flux2Transformer) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    out: Tensor = transformer(
-        torch.randn(2, 6, 128, generator=generator),
-        torch.randn(2, 5, SPEC.context_dim, generator=generator),
-        torch.tensor([0.3, 0.9]),
-        torch.tensor([1.0, 4.0]),
-        image_ids(2, 3),
-        context_ids(5),
-    )
-    return out
 
 
 def with_deltas(deltas: Mapping[str, Tensor], spec: TransformerSpec) -> Flux2Transformer:
