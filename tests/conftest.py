@@ -67,6 +67,10 @@ def pytest_runtest_setup() -> None:
     each time; without them a tenth of it. Between two tests nothing else lives but fixtures of a wider scope.
     """
     global frozen_modules  # noqa: PLW0603  once per process
+    if "torch" in sys.modules:  # as every command that computes
+        from simpletuner.memory.cpu_products import multiply_bf16_in_fp32
+
+        multiply_bf16_in_fp32()
     if len(sys.modules) > frozen_modules + MODULES_PER_FREEZE:
         gc.collect()
         gc.freeze()
