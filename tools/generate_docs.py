@@ -17,7 +17,7 @@ from typing import Any
 
 from simpletuner.base.files import write_atomic
 from simpletuner.base.sizes import GIB
-from simpletuner.config.datasets import ImageSet, TextStore
+from simpletuner.config.datasets import ConditioningSet, ImageSet, TextStore
 from simpletuner.config.flavours import DEV, KLEIN_4B, KLEIN_9B, FlavourName, TransformerSpec
 from simpletuner.config.load import ENVIRONMENT_PREFIX
 from simpletuner.config.options.kinds import Slice
@@ -91,6 +91,8 @@ def _options_lines() -> Iterator[str]:
     yield DATASETS_HEAD
     yield "## An image set\n"
     yield from _options_table(ImageSet, "set-")
+    yield "## A conditioning set\n"
+    yield from _options_table(ConditioningSet, "condition-")
     yield "## A text store\n"
     yield from _options_table(TextStore, "store-")
     yield "## Not built yet in datasets\n"

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from annotated_types import MinLen
+from annotated_types import MaxLen, MinLen
 from pydantic import BeforeValidator
 
 from simpletuner.config.options.kinds import (
@@ -27,8 +27,16 @@ def _instanceprompt(value: object) -> object:
     return "instanceprompt" if value == "instance_prompt" else value
 
 
-class ImageSet(Slice):
-    """A set of pictures."""
+def _one_as_tuple(value: object) -> object:
+    return (value,) if isinstance(value, str) else list_as_tuple(value)
+
+
+MOST_REFERENCES = 10
+"""Reference images of a sample."""
+
+
+class PictureSet(Slice):
+    """A folder of pictures, and how they are resized and cropped."""
 
     id: Text
     """A unique, stable name that can be a folder's."""
@@ -36,26 +44,11 @@ class ImageSet(Slice):
     type: Literal["local"] = "local"
     """Where the pictures lie: `local` is a folder on this machine."""
 
-    dataset_type: Literal["image", "eval"] = "image"
-    """`image` sets are trained; `eval` sets are held out, and only their loss is measured."""
-
     instance_data_dir: PathText
     """The folder of pictures, searched with its subfolders; links are followed once."""
 
-    repeats: Whole = 0
-    """EXTRA passes: an epoch sees each picture repeats+1 times."""
-
-    probability: UnitInterval = 1.0
-    """Share of the set's visits that an epoch includes, a fresh choice each epoch."""
-
     disabled: bool = False
     """Leave the set out."""
-
-    max_num_samples: Count | None = None
-    """Use at most so many pictures."""
-
-    train_batch_size: Count | None = None
-    """Pictures in one forward pass; by default the run's `train_batch_size`."""
 
     cache_dir_vae: PathText = "cache/vae/{id}"
     """Where the set's latents are kept."""
@@ -88,15 +81,77 @@ class ImageSet(Slice):
     crop_style: Annotated[Literal["center", "corner", "random"], BeforeValidator(_centre)] = "random"
     """Which part is kept: `center` (also `centre`), `corner` (upper left) or `random`."""
 
-    minimum_image_size: Positive | None = None
-    """Smaller pictures are left out, counted and named. Same unit as `resolution`."""
-
     maximum_image_size: Positive | None = None
     """Larger pictures are brought towards `target_downsample_size` before the crop, never below what the crop
     must cover. Same unit as `resolution`."""
 
     target_downsample_size: Positive | None = None
     """What a picture above `maximum_image_size` is brought to; by default that maximum."""
+
+
+class ConditioningSet(PictureSet):
+    """A set of reference images or masks, paired with the images of the sets that name it."""
+
+    dataset_type: Literal["conditioning"]
+    """What makes an entry a conditioning set."""
+
+    conditioning_type: Literal["reference_strict", "reference_loose", "mask", "segmentation"]
+    """`reference_strict`: references with the crop of their image; `reference_loose`: references of any shape, with the
+    set's own `resolution` and `crop`; `mask`: weights of the loss, from 0 (black) to 1 (white); `segmentation`: masks
+    in which every grey above 0 counts as 1."""
+
+
+class CaptionShuffle(Slice):
+    """How the parts of a caption are shuffled."""
+
+    enable: bool = False
+    """Shuffle."""
+
+    count: Count = 1
+    """Shuffled variants of each caption; one is drawn at each visit."""
+
+    seed: Whole | None = None
+    """Seed of the variants; by default the run's."""
+
+    split_on: Text = ","
+    """What separates the parts."""
+
+    position_start: Whole = 0
+    """Parts at the beginning that stay where they are."""
+
+
+class ImageSet(PictureSet):
+    """A set of images to train on, or to measure the loss on."""
+
+    dataset_type: Literal["image", "eval"] = "image"
+    """`image` sets are trained; `eval` sets are held out, and only their loss is measured."""
+
+    repeats: Whole = 0
+    """EXTRA passes: an epoch sees each picture repeats+1 times."""
+
+    probability: UnitInterval = 1.0
+    """Share of the set's visits that an epoch includes, a fresh choice each epoch."""
+
+    max_num_samples: Count | None = None
+    """Use at most so many pictures."""
+
+    train_batch_size: Count | None = None
+    """Pictures in one forward pass; by default the run's `train_batch_size`."""
+
+    start_step: Whole = 0
+    """The first step that trains the set, counted from 1."""
+
+    end_step: Count | None = None
+    """The last step that trains the set."""
+
+    start_epoch: Whole = 0
+    """The first epoch that trains the set, counted from 1."""
+
+    end_epoch: Count | None = None
+    """The last epoch that trains the set."""
+
+    minimum_image_size: Positive | None = None
+    """Smaller pictures are left out, counted and named. Same unit as `resolution`."""
 
     minimum_aspect_ratio: Positive | None = None
     """Narrower pictures (width / height) are left out."""
@@ -106,6 +161,36 @@ class ImageSet(Slice):
 
     max_upscale_threshold: NotNegative | None = None
     """Pictures that would have to grow by more than this share are left out: 0.25 allows a quarter."""
+
+    conditioning_data: Annotated[
+        tuple[Text, ...],
+        MaxLen(MOST_REFERENCES + 1),
+        BeforeValidator(_one_as_tuple),
+        Says("the id of a conditioning set, or a list of ids"),
+    ] = ()
+    """The id or ids of the set's conditioning sets; references come in this order."""
+
+    conditioning_required: bool = False
+    """Leave out images that lack a partner in one of the conditioning sets; otherwise they are trained without it."""
+
+    mask_source: Literal["set", "alpha"] = "set"
+    """Where masks come from: a conditioning set, or each image's own alpha channel."""
+
+    is_regularisation_data: bool = False
+    """Train towards the base model's own prediction on these images, so that it stays. LoRA only."""
+
+    class_prompt: Text | None = None
+    """What replaces the trigger in this set's captions for `preservation` class; by default `preservation_class`."""
+
+    loss_weight: NotNegative = 1.0
+    """Factor of the set's losses."""
+
+    timestep_sampling_offset: float = 0.0
+    """Added to the normal draw before the sigmoid: above 0 the set is trained on noisier inputs."""
+
+    caption_shuffle: CaptionShuffle | None = None
+    """Shuffle the parts of captions, as
+    `{"enable": true, "count": 3, "seed": 42, "split_on": ",", "position_start": 1}`."""
 
     caption_strategy: Annotated[Literal["textfile", "filename", "instanceprompt"], BeforeValidator(_instanceprompt)] = (
         "filename"
@@ -153,6 +238,12 @@ class TextStore(Slice):
     write_batch_size: Count | None = None
     """Cache files written per flush; by default the run's `write_batch_size`."""
 
+    caption_filter_list: (
+        Annotated[tuple[Text, ...], BeforeValidator(list_as_tuple), Says("a list of texts, or the path of a text file")]
+        | None
+    ) = None
+    """Texts that are taken out of the captions that this store keeps."""
+
 
 class Datasets(Slice):
     """The enabled sets, and all text stores, exactly one of which is the default."""
@@ -165,6 +256,9 @@ class Datasets(Slice):
 
     text_stores: tuple[TextStore, ...]
     """Stores for text caches; exactly one is the default."""
+
+    conditioning_sets: tuple[ConditioningSet, ...] = ()
+    """Sets of references and masks, as listed."""
 
     def text_store_of(self, image_set: ImageSet) -> TextStore:
         """The store that keeps the captions of `image_set`."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from simpletuner.config.datasets import ImageSet, TextStore
+from simpletuner.config.datasets import ConditioningSet, ImageSet, TextStore
 from simpletuner.config.labels import LABELS, LABELS_OF_SETS
 from simpletuner.config.options.kinds import Slice
 from simpletuner.config.run import SLICES
@@ -57,6 +57,8 @@ BASIC_OF_SETS = frozenset(
         "crop_aspect",
         "caption_strategy",
         "instance_prompt",
+        "conditioning_type",
+        "conditioning_data",
         "default",
         "cache_dir",
     }
@@ -131,6 +133,7 @@ class Form(BaseModel):
 
     groups: list[OptionGroup]
     image_set: list[Field]
+    conditioning_set: list[Field]
     text_store: list[Field]
 
 
@@ -142,6 +145,7 @@ def form() -> Form:
             OptionGroup(title=str(group.__doc__).rstrip("."), fields=_fields(group, BASIC, LABELS)) for group in SLICES
         ],
         image_set=_fields(ImageSet, BASIC_OF_SETS, LABELS_OF_SETS),
+        conditioning_set=_fields(ConditioningSet, BASIC_OF_SETS, LABELS_OF_SETS),
         text_store=_fields(TextStore, BASIC_OF_SETS, LABELS_OF_SETS),
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.base.text import CAPTION_BYTES, FILE_NAME, does_as_file_name, is_visible, size_in_bytes
-from simpletuner.config.datasets import Datasets, ImageSet, TextStore
+from simpletuner.config.datasets import ConditioningSet, Datasets, ImageSet, PictureSet, TextStore
 from simpletuner.config.documents import read_document
 from simpletuner.config.given import Checked, Given, Known, check_givens, unaliased
 from simpletuner.config.options.kinds import Slice
@@ -27,7 +27,14 @@ TEXT_STORE = Known(
     elsewhere=ImageSet.model_fields,
     other_place="an image set",
 )
-DATASET_TYPES = ("image", "eval", "text_embeds")
+CONDITIONING_SET = Known(
+    ConditioningSet,
+    OTHER_SET_KEYS,
+    noun="key of a conditioning set",
+    elsewhere=ImageSet.model_fields,
+    other_place="an image set",
+)
+DATASET_TYPES = ("image", "eval", "conditioning", "text_embeds")
 
 _SIZE_KEYS = ("resolution", "minimum_image_size", "maximum_image_size", "target_downsample_size")
 _LEAST_EDGE, _MOST_AREAS = 16, 64
@@ -74,6 +81,7 @@ def read_datasets(path: Path, label: str, around: Surroundings) -> Listing:
         listing.problems.append(Problem(f"{label}: {shown(entries)}", "a list of objects, in [ ]"))
         return listing
     sets: list[ImageSet] = []
+    conditions: list[ConditioningSet] = []
     stores: list[TextStore] = []
     names: list[str] = []
     for number, entry in enumerate(entries, start=1):
@@ -84,6 +92,8 @@ def read_datasets(path: Path, label: str, around: Surroundings) -> Listing:
         names.append(str(entry.get("id")))
         if isinstance(made, ImageSet):
             sets.append(made)
+        elif isinstance(made, ConditioningSet):
+            conditions.append(made)
         elif isinstance(made, TextStore):
             stores.append(made)
     listing.problems += [
@@ -92,7 +102,7 @@ def read_datasets(path: Path, label: str, around: Surroundings) -> Listing:
         if name != "None" and names.count(name) > 1
     ]
     if not listing.problems:
-        _assemble(sets, stores, label, listing, around)
+        _assemble(sets, conditions, stores, label, listing, around)
     return listing
 
 
@@ -108,7 +118,7 @@ def _entry(entry: dict[str, Any], where: str, listing: Listing, around: Surround
         found = f"{where}dataset_type = {shown(dataset_type)}"
         listing.problems.append(Problem(found, join_names(DATASET_TYPES)))
         return None
-    known = TEXT_STORE if dataset_type == "text_embeds" else IMAGE_SET
+    known = {"text_embeds": TEXT_STORE, "conditioning": CONDITIONING_SET}.get(dataset_type, IMAGE_SET)
     if known.others.of_value("type", entry.get("type")) is not None:
         # The keys that go with another place come with the work that reads it: one message is enough.
         entry = {key: entry[key] for key in ("id", "type", "instance_data_dir") if key in entry}
@@ -129,7 +139,7 @@ def _entry(entry: dict[str, Any], where: str, listing: Listing, around: Surround
         faults += _faults(made)
         listing.notices += [where + notice for notice in _notices(made, entry.keys())]
     faults = [replace(fault, found=where + fault.found) for fault in faults]
-    if isinstance(made, ImageSet) and not made.disabled and not Path(made.instance_data_dir).is_dir():
+    if isinstance(made, PictureSet) and not made.disabled and not Path(made.instance_data_dir).is_dir():
         faults.append(_no_folder(where, entry["instance_data_dir"], made.instance_data_dir))
     listing.problems += faults
     return None if faults else made
@@ -239,7 +249,12 @@ def _notices(image_set: ImageSet, typed: Any) -> Iterator[str]:
 
 
 def _assemble(
-    sets: list[ImageSet], stores: list[TextStore], label: str, listing: Listing, around: Surroundings
+    sets: list[ImageSet],
+    conditions: list[ConditioningSet],
+    stores: list[TextStore],
+    label: str,
+    listing: Listing,
+    around: Surroundings,
 ) -> None:
     """Check across entries, and set `listing.datasets` where nothing is wrong."""
     enabled = [image_set for image_set in sets if not image_set.disabled]
@@ -284,4 +299,9 @@ def _assemble(
         if held.instance_data_dir in trained
     ]
     if not listing.problems:
-        listing.datasets = Datasets(train_sets=train_sets, eval_sets=eval_sets, text_stores=tuple(stores))
+        listing.datasets = Datasets(
+            train_sets=train_sets,
+            eval_sets=eval_sets,
+            text_stores=tuple(stores),
+            conditioning_sets=tuple(each for each in conditions if not each.disabled),
+        )

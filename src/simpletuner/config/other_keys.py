@@ -89,15 +89,12 @@ def _named(*rows: tuple[OtherKey, str]) -> dict[str, OtherKey]:
 
 _ADAPTERS = "DoRA, LoKr, LoHa and OFT adapters"
 _CACHING = "caches filled while training"
-_CONDITIONS = "masks and reference images"
 _CSV = "CSV lists of addresses"
 _HF_DATASETS = "Hub datasets"
 _HUB = "publishing to the Hub"
 _PARQUET = "captions from tables"
-_PRESERVATION = "preservation of what the base model knows"
 _MACHINES = "training on several machines"
 _S3 = "S3 stores"
-_SCHEDULED_SETS = "sets that are active for part of a run"
 
 LATER_OPTIONS: Mapping[str, OtherKey] = _named(
     (_later("continuing the step count of a saved adapter"), "init_lora_step"),
@@ -112,14 +109,6 @@ LATER_OPTIONS: Mapping[str, OtherKey] = _named(
     (_later("input perturbation", 0), "input_perturbation_steps"),
     (_later("other attention kernels", "auto", "native", "diffusers"), "attention_mechanism"),
     (_later("other ways of activation checkpointing", "auto", "full"), "gradient_checkpointing_mode"),
-    (_later(_CONDITIONS, 1, 1.0), "masked_loss_probability"),
-    (_later(_CONDITIONS, 0, 0.0), "masked_loss_floor masked_loss_prior reference_dropout_probability"),
-    (_later(_CONDITIONS, False), "masked_loss_invert"),
-    (_later(_CONDITIONS, "full"), "reference_attention"),
-    (_later(_PRESERVATION, "none"), "preservation"),
-    (_later(_PRESERVATION, 1, 1.0), "preservation_weight"),
-    (_later(_PRESERVATION), "preservation_trigger preservation_class"),
-    (_later("prompts whose images should not move"), "validation_drift_prompts"),
     (_later(_HUB, False), "push_to_hub push_checkpoints_to_hub"),
     (_later(_HUB), "publishing_config"),
     (_later("posts to Discord and other addresses"), "webhook_config"),
@@ -597,16 +586,7 @@ OTHER_SET_KEYS = OtherKeys(
     keys={
         **_OF_BOTH,
         **_named(
-            (_later(_SCHEDULED_SETS, 0, 1), "start_step start_epoch"),
-            (_later(_SCHEDULED_SETS), "end_step end_epoch"),
-            (_later("shuffled captions", False, {}, {"enable": False}), "caption_shuffle"),
-            (_later(_CONDITIONS, []), "conditioning_data conditioning_type source_dataset_id"),
-            (_later(_CONDITIONS, False), "conditioning_required"),
-            (_later(_CONDITIONS, "set"), "mask_source"),
-            (_later("regularisation sets", False), "is_regularisation_data"),
-            (_later("weights of sets", 1, 1.0), "loss_weight"),
-            (_later(_PRESERVATION), "class_prompt"),
-            (_later("a noise level offset of a set", 0, 0.0), "timestep_sampling_offset"),
+            (_refused(_NO_GENERATING, [], remedy=", and name the set in conditioning_data"), "source_dataset_id"),
             (_later("stores for latents"), "image_embeds"),
             (
                 _later(_CACHING, False),
@@ -641,7 +621,6 @@ OTHER_SET_KEYS = OtherKeys(
     values={
         "type": _TYPES,
         "dataset_type": {
-            "conditioning": OtherKey(NOT_YET + _CONDITIONS, _LEAVE_OUT),
             "conditioning_image_embeds": OtherKey("references are read through the VAE", _LEAVE_OUT),
             "image_embeds": OtherKey(NOT_YET + "stores for latents", _LEAVE_OUT),
         },
@@ -669,7 +648,6 @@ OTHER_STORE_KEYS = OtherKeys(
     keys={
         **_OF_BOTH,
         **_named(
-            (_later("filtered captions"), "caption_filter_list"),
             (
                 _refused("sets name the store they use", False, remedy=", or the whole entry"),
                 "disabled",

@@ -30,12 +30,15 @@ RECORDED_TEXTS = frozenset(
         "optimizer",
         "optimizer_config",
         "peft_lora_target_modules",
+        "preservation_class",
+        "preservation_trigger",
         "profile_steps",
         "report_to",
         "revision",
         "tracker_project_name",
         "tracker_run_name",
         "tread_config",
+        "validation_drift_prompts",
         "validation_negative_prompt",
         "validation_prompt",
         "validation_resolution",
@@ -96,7 +99,19 @@ INTRODUCED: dict[str, Any] = {"dynamo_backend": "no"}
 """What it means, in JSON, that a record lacks an option: the value at which the option changes nothing. Only for
 options whose default is another value."""
 
-NAMED_WHERE_CHOSEN: dict[str, Any] = {"optimizer_release_gradients": False}
+NAMED_WHERE_CHOSEN: dict[str, Any] = {
+    "masked_loss_floor": 0.0,
+    "masked_loss_invert": False,
+    "masked_loss_prior": 0.0,
+    "masked_loss_probability": 1.0,
+    "preservation": "none",
+    "preservation_class": None,
+    "preservation_trigger": None,
+    "preservation_weight": 1.0,
+    "reference_attention": "full",
+    "reference_dropout_probability": 0.0,
+    "optimizer_release_gradients": False,
+}
 """Options that are younger than the fingerprints in exported files, which name them only at another value."""
 
 REMOVED: dict[str, tuple[object, ...]] = {}

@@ -3,6 +3,7 @@
 from simpletuner.config.optimisers import optimiser
 from simpletuner.config.options.checkpoint import CheckpointOptions
 from simpletuner.config.options.compile import CompileOptions
+from simpletuner.config.options.conditioning import ConditioningOptions
 from simpletuner.config.options.data import DataOptions
 from simpletuner.config.options.ema import EmaOptions
 from simpletuner.config.options.guidance import GuidanceOptions
@@ -12,6 +13,7 @@ from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.optim import OptimOptions
 from simpletuner.config.options.precision import PrecisionOptions
+from simpletuner.config.options.preservation import PreservationOptions
 from simpletuner.config.options.process import ProcessOptions
 from simpletuner.config.options.ranks import RankOptions
 from simpletuner.config.options.rollout import RolloutOptions
@@ -29,6 +31,8 @@ SLICES: tuple[type[Slice], ...] = (
     ScheduleOptions,
     RolloutOptions,
     GuidanceOptions,
+    ConditioningOptions,
+    PreservationOptions,
     TreadOptions,
     PrecisionOptions,
     OffloadOptions,
@@ -55,6 +59,8 @@ class RunConfig(
     ScheduleOptions,
     RolloutOptions,
     GuidanceOptions,
+    ConditioningOptions,
+    PreservationOptions,
     TreadOptions,
     PrecisionOptions,
     OffloadOptions,

@@ -39,6 +39,12 @@ class Batch:
     """What TREAD's routes keep of the image tokens in the pass with gradients."""
     masks: Float[Tensor, "b h w"] | None = None
     """Weight of each place of the latents in its sample's loss; None weighs all alike."""
+    is_regularisation: bool = False
+    """Whether the target is the base model's own prediction."""
+    preserved: TextContext | None = None
+    """Contexts whose predictions are held at the base model's; None where no sample of the batch takes part."""
+    preserved_weights: Float[Tensor, " b"] | None = None
+    """Weight of that loss for each sample: 0 where it takes no part."""
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The same batch with `change` applied to each tensor."""
@@ -52,6 +58,8 @@ class Batch:
             rollout=None if self.rollout is None else self.rollout.mapped(change),
             choices=tuple(choice.mapped(change) for choice in self.choices),
             masks=None if self.masks is None else change(self.masks),
+            preserved=None if self.preserved is None else self.preserved.mapped(change),
+            preserved_weights=None if self.preserved_weights is None else change(self.preserved_weights),
         )
 
     def pin_memory(self) -> "Batch":

@@ -8,8 +8,8 @@ from simpletuner.data.geometry import Geometry
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One picture that is trained, with everything that decides its pixels and its prompt."""
+class Crop:
+    """A part of an image file: with its bytes, everything that decides its pixels."""
 
     dataset: str
     """`id` of its set."""
@@ -23,8 +23,6 @@ class Sample:
     """Pixels, upright (after the EXIF orientation)."""
     height: int
     geometry: Geometry
-    captions: tuple[str, ...]
-    """The exact prompts; one is drawn at each visit."""
 
     @property
     def shown(self) -> str:
@@ -38,6 +36,18 @@ class Sample:
             OSError: it is gone, or cannot be read.
         """
         return self.images.read(self.name, 0, most)
+
+
+@dataclass(frozen=True)
+class Sample(Crop):
+    """One picture that is trained, with everything that decides its pixels, its prompt and its conditions."""
+
+    captions: tuple[str, ...]
+    """The exact prompts; one is drawn at each visit."""
+    references: tuple[Crop, ...] = ()
+    """Reference images, in the order of their positions."""
+    mask: Crop | None = None
+    """The weights of the loss; with `mask_source` alpha, the image itself."""
 
 
 @dataclass(frozen=True)

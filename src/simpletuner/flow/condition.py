@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 
@@ -60,12 +60,40 @@ class TextContext:
 
 
 @dataclass(frozen=True)
+class References:
+    """The reference images of each sample, as tokens: clean latents, which the noise level does not touch.
+
+    Samples with fewer tokens than others are padded at the end.
+    """
+
+    tokens: Float[Tensor, "b r c"]
+    ids: Int64[Tensor, "b r 4"]
+    """Position (t, h, w, l) of each token; those of padding mean nothing."""
+    is_token: Bool[Tensor, "b r"] | None = None
+    """False where a sample is padded; None where none is."""
+
+    def select(self, samples: Int64[Tensor, " k"]) -> "References":
+        """The references of some samples."""
+        return References(
+            self.tokens[samples], self.ids[samples], None if self.is_token is None else self.is_token[samples]
+        )
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "References":
+        """The same references with `change` applied to each tensor."""
+        return References(
+            change(self.tokens), change(self.ids), None if self.is_token is None else change(self.is_token)
+        )
+
+
+@dataclass(frozen=True)
 class Condition:
     """The condition of each sample of a batch."""
 
     context: TextContext
     guidance: Float[Tensor, " b"]
     """Scale for the guidance embedder, as a user writes it (1.0, 4.0); models without the embedder ignore it."""
+    references: References | None = None
+    """None where no sample has any."""
 
     @classmethod
     def at(cls, context: TextContext, guidance: float) -> "Condition":
@@ -84,11 +112,13 @@ class Condition:
 
     def select(self, samples: Int64[Tensor, " k"]) -> "Condition":
         """The condition of some samples."""
-        return Condition(self.context.select(samples), self.guidance[samples])
+        references = None if self.references is None else self.references.select(samples)
+        return Condition(self.context.select(samples), self.guidance[samples], references)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Condition":
         """The same condition with `change` applied to each tensor."""
-        return Condition(self.context.mapped(change), change(self.guidance))
+        references = None if self.references is None else self.references.mapped(change)
+        return Condition(self.context.mapped(change), change(self.guidance), references)
 
 
 Denoise = Callable[[Float[Tensor, "b c h w"], Float[Tensor, " b"], Condition], Float[Tensor, "b c h w"]]

@@ -26,14 +26,22 @@ class Slice(BaseModel):
 
     @classmethod
     def documentation(cls) -> dict[str, str]:
-        """The text under each field declared here, by the field's name.
+        """The text under each field, by the field's name.
 
         Read from the source on demand: pydantic's `use_attribute_docstrings` reads it on every start, which
         would be a third of the time that a mistake in a config takes to be answered.
         """
+        if cls is Slice:
+            return {}
+        inherited = {
+            name: text
+            for base in cls.__bases__
+            if issubclass(base, Slice)
+            for name, text in base.documentation().items()
+        }
         (definition,) = ast.parse(inspect.getsource(cls)).body
         assert isinstance(definition, ast.ClassDef)
-        return {
+        return inherited | {
             field.target.id: inspect.cleandoc(text.value.value)
             for field, text in pairwise(definition.body)
             if isinstance(field, ast.AnnAssign)

@@ -3,12 +3,13 @@
 import re
 from typing import Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, MinLen
 from pydantic import AfterValidator, BeforeValidator
 
 from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS
 from simpletuner.config.options.kinds import (
     Count,
+    IsJson,
     ModelText,
     NotNegative,
     PathText,
@@ -17,6 +18,7 @@ from simpletuner.config.options.kinds import (
     Slice,
     Text,
     Whole,
+    list_as_tuple,
     whole_as_text,
 )
 
@@ -113,6 +115,18 @@ class ValidationOptions(Slice):
 
     disable_benchmark: bool = False
     """Leave out the base model's own pictures, which are otherwise made once and shown beside."""
+
+    validation_drift_prompts: (
+        Annotated[
+            tuple[Text, ...],
+            MinLen(1),
+            IsJson(),
+            BeforeValidator(list_as_tuple),
+            Says('a list of prompts, ["a cat", "a street"], or the path of a JSON file with one'),
+        ]
+        | None
+    ) = None
+    """Prompts whose images should not move: how far they are from the base model's is measured with each sheet."""
 
     eval_dataset_id: Text | None = None
     """The `eval` dataset whose held-out loss is measured; by default all of them."""

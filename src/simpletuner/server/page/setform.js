@@ -6,7 +6,7 @@ import { examined } from "./raw.js";
 import { set } from "./jsontext.js";
 
 /** What an entry of the list is. */
-export const KINDS = { image: "Image set", eval: "Held-out set", text_embeds: "Text store" };
+export const KINDS = { image: "Image set", eval: "Held-out set", conditioning: "References or masks", text_embeds: "Text store" };
 
 export const kindOf = (entry) => (entry?.dataset_type in KINDS ? entry.dataset_type : "image");
 
@@ -17,7 +17,7 @@ export const kindOf = (entry) => (entry?.dataset_type in KINDS ? entry.dataset_t
 export function setForm(schema, environment, index) {
   const { root } = examined(environment.text("datasets"), "array");
   const kind = kindOf(root.items[index].value);
-  const fields = kind === "text_embeds" ? schema.text_store : schema.image_set;
+  const fields = { conditioning: schema.conditioning_set, text_embeds: schema.text_store }[kind] ?? schema.image_set;
   const rows = fields.map((field) => fieldRow(field, (raw) =>
     environment.edit("datasets", set(environment.text("datasets"), [index, field.name], raw), "form")));
   const all = h("input", { type: "checkbox", id: freshId("all"), onchange: filter });

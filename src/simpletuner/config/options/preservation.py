@@ -1,0 +1,22 @@
+"""Holding on to what the base model knows."""
+
+from typing import Literal
+
+from simpletuner.config.options.kinds import NotNegative, Slice, Text
+
+
+class PreservationOptions(Slice):
+    """Preservation."""
+
+    preservation: Literal["none", "class", "blank"] = "none"
+    """A second loss that holds the predictions of other prompts at the base model's: `class` of each caption with its
+    trigger replaced by the class, `blank` of the empty prompt. LoRA only."""
+
+    preservation_weight: NotNegative = 1.0
+    """Weight of that loss; 0 is none."""
+
+    preservation_trigger: Text | None = None
+    """The word in captions that `class` replaces. A caption without it takes no part and is counted."""
+
+    preservation_class: Text | None = None
+    """What replaces it, such as `dog`; a set's `class_prompt` comes first."""
