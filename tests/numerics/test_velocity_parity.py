@@ -75,7 +75,9 @@ def test_velocity_in_fp32(spec: TransformerSpec, height: int, width: int, length
 
 @torch.no_grad()
 def test_velocity_in_bf16() -> None:
-    """Both round at the same places. 4e-3, one step of bf16, is left to kernels of other machines."""
+    """Both round at the same places. One step of bf16 at the largest numbers, 2^-7 of them, is left to kernels that sum
+    in another order, and in the mean a seventh of what bf16 costs.
+    """
     ours, theirs = pair(TINY, torch.bfloat16)
     exact, _ = pair(TINY)
     latents, context = draw(4, 6, 32, batch=2)
@@ -86,7 +88,8 @@ def test_velocity_in_bf16() -> None:
     half = [tensor.bfloat16() for tensor in (latents, sigma, context, guidance)]
     expected = asked_of_diffusers(theirs, *half)
     reference = Denoiser(exact)(latents, sigma, Condition(TextContext.dense(context), guidance))
-    assert relative(found, expected) <= 4e-3
+    assert relative(found, expected) <= 2**-7
+    assert (found - expected).float().norm() <= (found - reference).float().norm() / 7
     assert relative(found, reference) <= 5e-2  # what bf16 costs over eight blocks, in both
 
 

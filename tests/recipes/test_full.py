@@ -81,7 +81,7 @@ def trained_bytes(place: Workplace, run: str) -> dict[str, bytes]:
 def test_the_losses_are_what_they_were(workplace: Workplace, precision: str) -> None:
     workplace.config["mixed_precision"] = precision
     assert workplace.train() == 0
-    assert workplace.losses() == pytest.approx(PINNED[precision], rel=1e-5 if precision == "no" else 1e-3)
+    assert workplace.losses() == pytest.approx(PINNED[precision], rel=1e-5 if precision == "no" else 2e-3)
 
 
 @pytest.mark.parametrize("precision", [pytest.param("no", marks=pytest.mark.slow), "bf16"])

@@ -36,7 +36,8 @@ PINNED = {"no": [1.3900223, 1.2224635, 1.6412856], "bf16": [1.3881238, 1.2261445
 def test_the_losses_are_what_they_were(workplace: Workplace, precision: str, gradient_checkpointing: bool) -> None:
     workplace.config |= {"mixed_precision": precision, "gradient_checkpointing": gradient_checkpointing}
     assert workplace.train() == 0
-    tolerance = 1e-5 if precision == "no" else 1e-3
+    # bf16: CPUs with AVX-512 and without sum in other orders, which by the third step is 1.05e-3 of the loss.
+    tolerance = 1e-5 if precision == "no" else 2e-3
     assert workplace.losses() == pytest.approx(PINNED[precision], rel=tolerance)
 
 
