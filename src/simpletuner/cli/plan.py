@@ -162,7 +162,8 @@ def _spread(loaded: Loaded) -> Spread:
     tokens: dict[str, int] = {}
     if timesteps.shift is None or config.timestep_strata:
         manifests = [
-            scan(image_set, seed=config.seed, workers=config.workers) for image_set in loaded.datasets.train_sets
+            scan(image_set, loaded.datasets.conditions_of(image_set), seed=config.seed, workers=config.workers)
+            for image_set in loaded.datasets.train_sets
         ]
         order = Order(manifests, seed=config.seed, batch_size=config.train_batch_size)
         for micro_batch, count in order.by_bucket():

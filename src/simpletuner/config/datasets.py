@@ -88,6 +88,18 @@ class PictureSet(Slice):
     target_downsample_size: Positive | None = None
     """What a picture above `maximum_image_size` is brought to; by default that maximum."""
 
+    minimum_image_size: Positive | None = None
+    """Smaller pictures are left out, counted and named. Same unit as `resolution`."""
+
+    minimum_aspect_ratio: Positive | None = None
+    """Narrower pictures (width / height) are left out."""
+
+    maximum_aspect_ratio: Positive | None = None
+    """Wider pictures (width / height) are left out."""
+
+    max_upscale_threshold: NotNegative | None = None
+    """Pictures that would have to grow by more than this share are left out: 0.25 allows a quarter."""
+
 
 class ConditioningSet(PictureSet):
     """A set of reference images or masks, paired with the images of the sets that name it."""
@@ -99,6 +111,11 @@ class ConditioningSet(PictureSet):
     """`reference_strict`: references with the crop of their image; `reference_loose`: references of any shape, with the
     set's own `resolution` and `crop`; `mask`: weights of the loss, from 0 (black) to 1 (white); `segmentation`: masks
     in which every grey above 0 counts as 1."""
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the set holds references, and not masks."""
+        return self.conditioning_type in ("reference_strict", "reference_loose")
 
 
 class CaptionShuffle(Slice):
@@ -149,18 +166,6 @@ class ImageSet(PictureSet):
 
     end_epoch: Count | None = None
     """The last epoch that trains the set."""
-
-    minimum_image_size: Positive | None = None
-    """Smaller pictures are left out, counted and named. Same unit as `resolution`."""
-
-    minimum_aspect_ratio: Positive | None = None
-    """Narrower pictures (width / height) are left out."""
-
-    maximum_aspect_ratio: Positive | None = None
-    """Wider pictures (width / height) are left out."""
-
-    max_upscale_threshold: NotNegative | None = None
-    """Pictures that would have to grow by more than this share are left out: 0.25 allows a quarter."""
 
     conditioning_data: Annotated[
         tuple[Text, ...],
@@ -259,6 +264,11 @@ class Datasets(Slice):
 
     conditioning_sets: tuple[ConditioningSet, ...] = ()
     """Sets of references and masks, as listed."""
+
+    def conditions_of(self, image_set: ImageSet) -> tuple[ConditioningSet, ...]:
+        """The conditioning sets of `image_set`, in the order of its `conditioning_data`."""
+        by_id = {each.id: each for each in self.conditioning_sets}
+        return tuple(by_id[name] for name in image_set.conditioning_data)
 
     def text_store_of(self, image_set: ImageSet) -> TextStore:
         """The store that keeps the captions of `image_set`."""

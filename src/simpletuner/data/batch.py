@@ -11,7 +11,7 @@ from simpletuner.base.draws import draw_seed
 from simpletuner.data.cache.contexts import ContextCodec, read_context
 from simpletuner.data.cache.latents import read_latent
 from simpletuner.data.cache.store import Store
-from simpletuner.data.sample import Sample
+from simpletuner.data.sample import Crop, Sample
 from simpletuner.flow.choice import Choice
 from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flow.rollout import RolloutStarts
@@ -100,13 +100,13 @@ def caption_of(sample: Sample, seed: int, step: int, slot: int) -> str:
     return sample.captions[draw_seed(seed, "caption", step, slot) % len(sample.captions)]
 
 
-def read_latents(store: Store, samples: Sequence[Sample], encoder: str) -> Float[Tensor, "b 128 h w"]:
-    """The cached latents of samples of one set and one bucket.
+def read_latents(store: Store, crops: Sequence[Crop], encoder: str) -> Float[Tensor, "b 128 h w"]:
+    """The cached latents of crops of one set and one size.
 
     Raises:
         DataError: a cache file is missing or damaged.
     """
-    return torch.stack([read_latent(store, sample, encoder) for sample in samples])
+    return torch.stack([read_latent(store, crop, encoder) for crop in crops])
 
 
 def read_contexts(store: Store, prompts: Sequence[str], codec: ContextCodec) -> TextContext:

@@ -4,8 +4,8 @@ reason."""
 import functools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -14,14 +14,15 @@ from simpletuner.base.errors import DataError, Problem
 from simpletuner.base.files import sha256_json
 from simpletuner.base.imagefiles import caption_key
 from simpletuner.base.storage import Storage
-from simpletuner.config.datasets import ImageSet
+from simpletuner.config.datasets import MOST_REFERENCES, ConditioningSet, ImageSet
 from simpletuner.data.captions import LACKS_CAPTION, captions_of
 from simpletuner.data.discover import FoundFiles, discover
 from simpletuner.data.geometry import Geometry, Size, describe, downsample_is_idle, enlargement, place
 from simpletuner.data.index import IndexEntry, count_unknown, read_pictures
+from simpletuner.data.pairing import Pairing, pair
 from simpletuner.data.pixels import Remark
 from simpletuner.data.rejected import Rejected
-from simpletuner.data.sample import Rejection, Sample
+from simpletuner.data.sample import Crop, Rejection, Sample
 from simpletuner.data.storages import image_storage, latent_storage
 
 
@@ -36,6 +37,8 @@ class Manifest:
     """Sorted by name."""
     notices: tuple[str, ...]
     """What a person should know: pictures that are enlarged, flattened, captions without a picture."""
+    conditions: tuple[ConditioningSet, ...] = ()
+    """Where references and masks come from, in the order of `conditioning_data`."""
 
     @functools.cached_property
     def buckets(self) -> dict[Size, list[int]]:
@@ -55,8 +58,19 @@ class Manifest:
         """Changes with anything that changes what is trained, and with nothing else: not with where the files
         lie."""
         own = self.image_set
-        samples = [(s.name, s.content, s.geometry.__dict__, s.captions) for s in self.samples]
+        samples = [
+            (s.name, s.content, s.geometry.__dict__, s.captions, *self._condition_fingerprint(s)) for s in self.samples
+        ]
         return sha256_json([own.id, own.repeats, own.probability, own.train_batch_size, samples])
+
+    def _condition_fingerprint(self, sample: Sample) -> list[Any]:
+        """What of a sample's references and mask changes what is trained; nothing where it has none."""
+        kinds: dict[str, str] = {each.id: each.conditioning_type for each in self.conditions}
+        found: list[Any] = [(crop.content, crop.geometry.__dict__) for crop in sample.references]
+        mask = sample.mask
+        if mask is not None:
+            found.append(("mask", kinds.get(mask.dataset, "alpha"), mask.content, mask.geometry.__dict__))
+        return found
 
     def summary(self) -> dict[str, Any]:
         """Counts, buckets and rejections for a JSON reader. Names are relative: no path of this machine is in
@@ -79,30 +93,48 @@ class Manifest:
     def record(self) -> list[Any]:
         """All that a scan found, as a JSON value: `of_record` makes the same manifest of it in another process."""
         samples = [
-            [s.name, s.content, s.width, s.height, [s.geometry.target, s.geometry.resize, s.geometry.crop], s.captions]
+            [_crop_record(s), s.captions, [*map(_crop_record, s.references)], s.mask and _crop_record(s.mask)]
             for s in self.samples
         ]
         return [samples, [[r.name, r.reason, r.detail] for r in self.rejections], list(self.notices)]
 
     @classmethod
-    def of_record(cls, image_set: ImageSet, record: list[Any]) -> "Manifest":
-        """The manifest of `image_set` that `record` was made of. Reads no file."""
-        images = image_storage(image_set)
+    def of_record(
+        cls, image_set: ImageSet, record: list[Any], conditions: tuple[ConditioningSet, ...] = ()
+    ) -> "Manifest":
+        """The manifest of `image_set` and its `conditions` that `record` was made of. Reads no file."""
+        storages = {each.id: image_storage(each) for each in (image_set, *conditions)}
+
+        def crop(row: list[Any]) -> dict[str, Any]:
+            dataset, name, content, width, height, geometry = row
+            return {
+                "dataset": dataset,
+                "images": storages[dataset],
+                "name": name,
+                "content": content,
+                "width": width,
+                "height": height,
+                "geometry": Geometry(*map(tuple, geometry)),
+            }
+
         rows, rejections, notices = record
         samples = (
             Sample(
-                dataset=image_set.id,
-                images=images,
-                name=name,
-                content=content,
-                width=width,
-                height=height,
-                geometry=Geometry(*map(tuple, geometry)),
+                **crop(own),
                 captions=tuple(captions),
+                references=tuple(Crop(**crop(reference)) for reference in references),
+                mask=None if mask is None else Crop(**crop(mask)),
             )
-            for name, content, width, height, geometry, captions in rows
+            for own, captions, references, mask in rows
         )
-        return cls(image_set, tuple(samples), tuple(Rejection(*fields) for fields in rejections), tuple(notices))
+        rejected = tuple(Rejection(*each) for each in rejections)
+        return cls(image_set, tuple(samples), rejected, tuple(notices), conditions)
+
+
+def _crop_record(crop: Crop) -> list[Any]:
+    geometry = crop.geometry
+    place = [geometry.target, geometry.resize, geometry.crop]
+    return [crop.dataset, crop.name, crop.content, crop.width, crop.height, place]
 
 
 def rejection_counts(rejections: Iterable[Rejection]) -> dict[str, int]:
@@ -111,25 +143,38 @@ def rejection_counts(rejections: Iterable[Rejection]) -> dict[str, int]:
 
 
 def scan(
-    image_set: ImageSet, *, seed: int, workers: int, report: Callable[[int, int], None] = lambda _done, _total: None
+    image_set: ImageSet,
+    conditions: Sequence[ConditioningSet] = (),
+    *,
+    seed: int,
+    workers: int,
+    report: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Manifest:
-    """Look at every file of the set's folder, decode the pictures that are new, and decide what is trained.
+    """Look at every file of the set's folder and those of its conditioning sets, decode the pictures that are new, and
+    decide what is trained.
 
     What was learned about a file is kept beside the latents, so that a second scan reads only what changed;
     captions are read every time. With `max_num_samples`, a draw by the seed and the pictures' contents
     chooses: it stays the same when the folder is scanned again, and one new picture displaces at most one
     other.
 
+    An image whose reference or mask cannot be used is rejected; one that has none is trained without, or rejected with
+    `conditioning_required`.
+
     Args:
+        conditions: those of `conditioning_data`, in its order.
         workers: threads that decode.
-        report: called with (pictures looked at, pictures in all).
+        report: called with (pictures looked at, pictures in all) of one folder after the other.
 
     Raises:
-        DataError: no such folder, or nothing in it can be trained; then with the counts of what was rejected.
+        DataError: no such folder, nothing in it can be trained (then with the counts of what was rejected), or a
+            conditioning set that belongs to none of the images.
     """
     images = image_storage(image_set)
     found = discover(images)
     entries = read_pictures(found.pictures, images, latent_storage(image_set), workers=workers, report=report)
+    pairings = [pair(each, found.pictures, workers=workers, report=report) for each in conditions]
+    _check_pairings(image_set, found, pairings)
     samples: list[Sample] = []
     rejections = list(found.rejections)
     for name in found.pictures:
@@ -137,25 +182,32 @@ def scan(
         try:
             if isinstance(entry, Rejected):
                 raise entry
-            samples.append(_sample(name, entry, image_set, images, found.captions, seed))
+            sample = _sample(name, entry, image_set, images, found.captions, seed)
+            samples.append(_with_conditions(sample, entry, image_set, pairings, seed))
         except Rejected as rejected:
             rejections.append(Rejection(name, rejected.reason, rejected.detail))
     samples, surplus = _limited(samples, image_set.max_num_samples, seed)
     rejections = sorted(rejections + surplus, key=lambda rejection: rejection.name)
     if not samples:
         raise _nothing_left(image_set, rejections)
-    notices = (*_uncaptioned(image_set, rejections), *_notices(image_set, samples, entries, found))
-    return Manifest(image_set, tuple(samples), tuple(rejections), notices)
+    notices = (
+        *_uncaptioned(image_set, rejections),
+        *_notices(image_set, samples, entries, found),
+        *_condition_notices(image_set, samples, pairings),
+    )
+    return Manifest(image_set, tuple(samples), tuple(rejections), notices, tuple(conditions))
 
 
-def count_new(image_set: ImageSet) -> int:
-    """How many pictures of the set `scan` would have to decode.
+def count_new(image_set: ImageSet, conditions: Sequence[ConditioningSet] = ()) -> int:
+    """How many pictures of the set and its conditioning sets `scan` would have to decode.
 
     Raises:
         DataError: no such folder.
     """
-    images = image_storage(image_set)
-    return count_unknown(discover(images).pictures, images, latent_storage(image_set))
+    return sum(
+        count_unknown(discover(images).pictures, images, latent_storage(each))
+        for each, images in ((each, image_storage(each)) for each in (image_set, *conditions))
+    )
 
 
 def _sample(
@@ -164,6 +216,57 @@ def _sample(
     captions = captions_of(name, image_set, images, text_files)
     geometry = place((entry.width, entry.height), image_set, seed=seed, content=entry.content)
     return Sample(image_set.id, images, name, entry.content, entry.width, entry.height, geometry, captions)
+
+
+def _with_conditions(
+    sample: Sample, entry: IndexEntry, image_set: ImageSet, pairings: Sequence[Pairing], seed: int
+) -> Sample:
+    """`sample` with its references and its mask."""
+    references: list[Crop] = []
+    mask = None
+    for pairing in pairings:
+        crops = pairing.crops(sample, seed)
+        if not crops and image_set.conditioning_required:
+            own = pairing.conditioning_set
+            raise Rejected(f"no partner in {own.id}", f"{own.instance_data_dir} has no file of its name")
+        if pairing.conditioning_set.is_reference:
+            references += crops
+        elif crops:
+            (mask,) = crops
+    if len(references) > MOST_REFERENCES:
+        raise Rejected("too many references", f"{len(references)}, the most is {MOST_REFERENCES}")
+    if image_set.mask_source == "alpha" and "transparent" in entry.remarks:
+        mask = Crop(**{each.name: getattr(sample, each.name) for each in fields(Crop)})
+    return replace(sample, references=tuple(references), mask=mask)
+
+
+def _check_pairings(image_set: ImageSet, found: FoundFiles, pairings: Sequence[Pairing]) -> None:
+    """Raise a DataError if a conditioning set has no partner of any image."""
+    problems = []
+    for pairing in pairings:
+        if found.pictures and not pairing.partners:
+            own, image = pairing.conditioning_set, next(iter(found.pictures))
+            has = f"it has {_named(pairing.unpaired, 3)}" if pairing.unpaired else "it has no pictures"
+            expected = f"files of the same names, such as {PurePosixPath(image).with_suffix('.png')} for {image}"
+            problems.append(Problem(f"{image_set.id}: no image has a partner in {own.id}: {has}", expected))
+    DataError.raise_if(problems)
+
+
+def _condition_notices(image_set: ImageSet, samples: Sequence[Sample], pairings: Sequence[Pairing]) -> Iterator[str]:
+    """How many images have how many references, which have no partner, and which partners have no image."""
+    if any(pairing.conditioning_set.is_reference for pairing in pairings):
+        counts = sorted(Counter(len(sample.references) for sample in samples).items())
+        told = ", ".join(f"{images} with {count or 'none'}" for count, images in counts)
+        yield f"{image_set.id}: references: {told}."
+    for pairing in pairings:
+        own = pairing.conditioning_set
+        without = [sample.name for sample in samples if caption_key(sample.name) not in pairing.partners]
+        if without:
+            count = f"{len(without)} of {len(samples)} pictures"
+            yield f"{image_set.id}: {count} have no partner in {own.id} and are trained without ({_named(without)})."
+        if pairing.unpaired:
+            count = f"{len(pairing.unpaired)} of {len(pairing.entries)} files"
+            yield f"{own.id}: {count} belong to no image of {image_set.id} ({_named(pairing.unpaired)})."
 
 
 def _limited(samples: list[Sample], most: int | None, seed: int) -> tuple[list[Sample], list[Rejection]]:
@@ -227,7 +330,8 @@ def _notices(
         ("odd profile", "have a colour profile that cannot be used; they are taken for sRGB"),
     )
     for remark, text in remarks:
-        add([s.name for s in samples if remark in remarks_of(s)], text)
+        if not (remark == "transparent" and image_set.mask_source == "alpha"):
+            add([s.name for s in samples if remark in remarks_of(s)], text)
 
     enlarged = {sample.name: enlargement((sample.width, sample.height), sample.geometry.target) for sample in samples}
     by_factor = sorted((name for name, factor in enlarged.items() if factor > 1), key=lambda n: (-enlarged[n], n))

@@ -10,7 +10,7 @@ from typing import Any
 from simpletuner.base.errors import DiskError
 from simpletuner.base.files import json_bytes
 from simpletuner.base.storage import Storage, storage_of
-from simpletuner.config.datasets import ImageSet, TextStore
+from simpletuner.config.datasets import PictureSet, TextStore
 from simpletuner.runs.layout import RunDirectory
 
 LEDGER = "verified.json"
@@ -34,14 +34,14 @@ def ours(names: Collection[str]) -> str | None:
     return None
 
 
-def image_storage(image_set: ImageSet) -> Storage:
+def image_storage(picture_set: PictureSet) -> Storage:
     """The storage of a set's images and caption files."""
-    return storage_of(image_set.instance_data_dir)
+    return storage_of(picture_set.instance_data_dir)
 
 
-def latent_storage(image_set: ImageSet) -> Storage:
+def latent_storage(picture_set: PictureSet) -> Storage:
     """The storage of a set's latents, and of what was learned about its images."""
-    return storage_of(image_set.cache_dir_vae)
+    return storage_of(picture_set.cache_dir_vae)
 
 
 def text_storage(store: TextStore) -> Storage:

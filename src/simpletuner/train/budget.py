@@ -133,9 +133,10 @@ def looked_at(loaded: Loaded, most: int = 50) -> Workload:
     manifests: list[list[Manifest]] = []
     try:
         for sets in (loaded.datasets.train_sets, loaded.datasets.eval_sets):
-            if sum(map(count_new, sets)) > most:
+            pairs = [(each, loaded.datasets.conditions_of(each)) for each in sets]
+            if sum(count_new(*pair) for pair in pairs) > most:
                 return configured(loaded)
-            manifests.append([scan(each, seed=loaded.config.seed, workers=loaded.config.workers) for each in sets])
+            manifests.append([scan(*pair, seed=loaded.config.seed, workers=loaded.config.workers) for pair in pairs])
     except (DataError, OSError):  # `train` and `dataset scan` say what is wrong with them
         return configured(loaded)
     return scanned(loaded, *manifests)

@@ -11,13 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from simpletuner.base.sizes import format_duration
-from simpletuner.config.datasets import ImageSet, TextStore
+from simpletuner.config.datasets import ImageSet, PictureSet, TextStore
 from simpletuner.config.load import Loaded
 from simpletuner.config.previews import drawing_flavour
 from simpletuner.config.run import RunConfig
 from simpletuner.data.batch import read_contexts, read_latents
 from simpletuner.data.cache.contexts import ContextCodec, fill_contexts
-from simpletuner.data.cache.latents import Encode, fill_latents
+from simpletuner.data.cache.latents import Encode, fill_latents, read_latent
 from simpletuner.data.cache.store import Store
 from simpletuner.data.captions import LACKS_CAPTION
 from simpletuner.data.manifest import Manifest, scan
@@ -69,9 +69,9 @@ class Encoders:
         heads, whole = (cls.of(config, source, whole=all_bytes) for all_bytes in (False, True))
         earlier = (earlier_autoencoder_id(source, **_encoding(config), whole=all_bytes) for all_bytes in (False, True))
         texts = [text_storage(store) for store in datasets.text_stores]
-        image_sets = (*datasets.train_sets, *datasets.eval_sets)
+        picture_sets = (*datasets.train_sets, *datasets.eval_sets, *datasets.conditioning_sets)
         # Before the texts: where both lie in one storage, what these note there would hide that it had no note.
-        latents = key_of_latents([latent_storage(image_set) for image_set in image_sets], heads.latents, *earlier)
+        latents = key_of_latents([latent_storage(each) for each in picture_sets], heads.latents, *earlier)
         return cls(heads.text if claim(texts, heads.text.key, whole.text.key) else whole.text, latents)
 
 
@@ -137,8 +137,8 @@ class Prepared:
     def pictures(self) -> int:
         return sum(len(manifest.samples) for manifest in self.train)
 
-    def latent_store(self, image_set: ImageSet) -> Store:
-        return Store(latent_storage(image_set))
+    def latent_store(self, picture_set: PictureSet) -> Store:
+        return Store(latent_storage(picture_set))
 
     def text_store(self, image_set: ImageSet | None) -> Store:
         """The store of a set's captions; None asks for that of the prompts that belong to no set."""
@@ -153,6 +153,21 @@ class Prepared:
             DataError: a cache file is missing or damaged.
         """
         return read_latents(self.latent_store(image_set), samples, self.encoders.latents)
+
+    def references(self, samples: Sequence[Sample]) -> list[list[Float[Tensor, "128 h w"]]]:
+        """The latents of the references of each of `samples`, in the order of their positions, from the cache.
+
+        Raises:
+            DataError: a cache file is missing or damaged.
+        """
+        sets = {each.id: each for each in self.loaded.datasets.conditioning_sets}
+        return [
+            [
+                read_latent(self.latent_store(sets[reference.dataset]), reference, self.encoders.latents)
+                for reference in sample.references
+            ]
+            for sample in samples
+        ]
 
     def contexts(self, prompts: Sequence[str], image_set: ImageSet | None = None) -> TextContext:
         """The contexts of prompts, from the cache.
@@ -179,12 +194,16 @@ def scan_sets(loaded: Loaded, source: Source, world: World, reporter: Reporter) 
     """
     config, datasets = loaded.config, loaded.datasets
     image_sets = (*datasets.train_sets, *datasets.eval_sets)
+    conditions = [datasets.conditions_of(each) for each in image_sets]
     with reporter.phase("scan") as progress:
         manifests = world.from_main(
             "the scan of the image sets",
-            lambda: [scan(each, seed=config.seed, workers=config.workers, report=progress) for each in image_sets],
+            lambda: [
+                scan(each, own, seed=config.seed, workers=config.workers, report=progress)
+                for each, own in zip(image_sets, conditions, strict=True)
+            ],
             record=lambda manifests: [manifest.record() for manifest in manifests],
-            restore=lambda records: [*map(Manifest.of_record, image_sets, records)],
+            restore=lambda records: [*map(Manifest.of_record, image_sets, records, conditions)],
         )
     for manifest in manifests:
         tell_manifest(manifest, reporter)

@@ -1,7 +1,7 @@
 """The cache of latents: each picture's crop, encoded once."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 
 import numpy as np
@@ -12,65 +12,80 @@ from torch import Tensor
 
 from simpletuner.base.errors import DataError
 from simpletuner.base.files import sha256_bytes, sha256_json
-from simpletuner.config.datasets import ImageSet
+from simpletuner.config.datasets import PictureSet
 from simpletuner.data.ahead import map_ahead
 from simpletuner.data.cache.report import FillReport, share_of, whole_progress
 from simpletuner.data.cache.store import Store, check_all
+from simpletuner.data.geometry import Size
 from simpletuner.data.manifest import Manifest
 from simpletuner.data.pixels import FILE_LIMIT, PIXELS_VERSION, render
 from simpletuner.data.rejected import Rejected
-from simpletuner.data.sample import Sample
+from simpletuner.data.sample import Crop
 from simpletuner.memory.world import World
 
 Encode = Callable[[Float[Tensor, "b 3 H W"]], Float[Tensor, "b 128 h w"]]
 """Pixels in [-1, 1], fp32, to latents with h = H/16."""
 
-StoreOf = Callable[[ImageSet], Store]
+StoreOf = Callable[[PictureSet], Store]
 
 
-def latent_key(sample: Sample, encoder: str) -> str:
+def latent_key(crop: Crop, encoder: str) -> str:
     """The cache key of a picture's crop; `encoder` is the fingerprint of the VAE's weights, precision and
     tiling."""
-    crop = sample.geometry
+    geometry = crop.geometry
     return sha256_json(
         {
             "kind": "latent",
             "version": 1,
             "pixels": PIXELS_VERSION,
-            "content": sample.content,
-            "target": crop.target,
-            "resize": crop.resize,
-            "crop": crop.crop,
+            "content": crop.content,
+            "target": geometry.target,
+            "resize": geometry.resize,
+            "crop": geometry.crop,
             "encoder": encoder,
         }
     )
 
 
-def read_latent(store: Store, sample: Sample, encoder: str) -> Float[Tensor, "128 h w"]:
+def read_latent(store: Store, crop: Crop, encoder: str) -> Float[Tensor, "128 h w"]:
     """The cached latent of a picture.
 
     Raises:
         DataError: it is not there, or was damaged.
     """
-    return store.read(latent_key(sample, encoder))["latent"]
+    return store.read(latent_key(crop, encoder))["latent"]
 
 
-def all_batches(manifests: Sequence[Manifest], batch_size: int) -> Iterator[tuple[ImageSet, list[Sample]]]:
-    """Every distinct crop once, in batches of one set and one bucket. Depends on the manifests only.
+def all_batches(manifests: Sequence[Manifest], batch_size: int) -> Iterator[tuple[PictureSet, list[Crop]]]:
+    """Every distinct crop once, in batches of one set and one size: the images of each manifest, then its references.
+    Depends on the manifests only.
 
     Copies of a picture within a set, and across sets with the same cache folder, have one latent.
     """
     seen: set[tuple[str, str]] = set()
     for manifest in manifests:
-        for members in manifest.buckets.values():
-            distinct = []
-            for sample in (manifest.samples[index] for index in members):
-                place = (manifest.image_set.cache_dir_vae, latent_key(sample, ""))
-                if place not in seen:
-                    seen.add(place)
-                    distinct.append(sample)
-            for start in range(0, len(distinct), batch_size):
-                yield manifest.image_set, distinct[start : start + batch_size]
+        images = [[manifest.samples[index] for index in members] for members in manifest.buckets.values()]
+        for picture_set, buckets in ((manifest.image_set, images), *_reference_buckets(manifest)):
+            for members in buckets:
+                distinct = []
+                for crop in members:
+                    place = (picture_set.cache_dir_vae, latent_key(crop, ""))
+                    if place not in seen:
+                        seen.add(place)
+                        distinct.append(crop)
+                for start in range(0, len(distinct), batch_size):
+                    yield picture_set, distinct[start : start + batch_size]
+
+
+def _reference_buckets(manifest: Manifest) -> Iterator[tuple[PictureSet, Iterable[Sequence[Crop]]]]:
+    """The references of a manifest, by their set and, sorted, by the size of their target."""
+    for conditioning_set in manifest.conditions:
+        buckets: dict[Size, list[Crop]] = {}
+        for sample in manifest.samples:
+            for reference in sample.references:
+                if reference.dataset == conditioning_set.id:
+                    buckets.setdefault(reference.geometry.target, []).append(reference)
+        yield conditioning_set, [members for _, members in sorted(buckets.items())]
 
 
 def fill_latents(
@@ -108,17 +123,17 @@ def fill_latents(
 
     def plan() -> tuple[list[int], int, int]:
         """Indices of the batches to encode, and how many latents are sound and damaged."""
-        for store in {store_of(manifest.image_set) for manifest in manifests}:
+        for store in {store_of(owner) for owner, _ in batches}:
             store.sweep()
-        wanted = [(store_of(owner), sample) for owner, batch in batches for sample in batch]
-        states = check_all(((store, latent_key(sample, encoder)) for store, sample in wanted), verify=verify)
-        lacking: dict[Store, list[Sample]] = {}
-        for (store, sample), state in zip(wanted, states, strict=True):
+        wanted = [(store_of(owner), crop) for owner, batch in batches for crop in batch]
+        states = check_all(((store, latent_key(crop, encoder)) for store, crop in wanted), verify=verify)
+        lacking: dict[Store, list[Crop]] = {}
+        for (store, crop), state in zip(wanted, states, strict=True):
             if state != "sound":
-                lacking.setdefault(store, []).append(sample)
-        for store, samples in lacking.items():
-            what = f"The latents of {len(samples):,} images"
-            store.check_room(sum(map(_latent_bytes, samples)), what, "cache_dir_vae")
+                lacking.setdefault(store, []).append(crop)
+        for store, crops in lacking.items():
+            what = f"The latents of {len(crops):,} images"
+            store.check_room(sum(map(_latent_bytes, crops)), what, "cache_dir_vae")
         taken = iter(states)
         todo = [index for index, (_, batch) in enumerate(batches) if {next(taken) for _ in batch} != {"sound"}]
         return todo, states.count("sound"), states.count("damaged")
@@ -136,7 +151,7 @@ def fill_latents(
 
 
 def _encode(
-    batches: Sequence[tuple[ImageSet, list[Sample]]],
+    batches: Sequence[tuple[PictureSet, list[Crop]]],
     store_of: StoreOf,
     encoder: str,
     encode: Encode,
@@ -148,45 +163,45 @@ def _encode(
     report(encoded)
     pictures = map_ahead(
         _pixels,
-        (sample for _, batch in batches for sample in batch),
+        (crop for _, batch in batches for crop in batch),
         workers=workers,
         ahead=max(len(batch) for _, batch in batches) + 2 * workers,
     )
     with closing(pictures):
-        for image_set, batch in batches:
+        for picture_set, batch in batches:
             latents = encode(_tensor([next(pictures) for _ in batch]))
-            for sample, latent in zip(batch, latents.float().cpu(), strict=True):
+            for crop, latent in zip(batch, latents.float().cpu(), strict=True):
                 if not torch.isfinite(latent).all():
-                    raise DataError.of(f"{sample.shown}: the VAE gave numbers that are not finite")
-                metadata = {"kind": "latent", "content": sample.content}
-                store_of(image_set).write(latent_key(sample, encoder), {"latent": latent}, metadata)
+                    raise DataError.of(f"{crop.shown}: the VAE gave numbers that are not finite")
+                metadata = {"kind": "latent", "content": crop.content}
+                store_of(picture_set).write(latent_key(crop, encoder), {"latent": latent}, metadata)
             encoded += len(batch)
             report(encoded)
 
 
-def _latent_bytes(sample: Sample) -> int:
+def _latent_bytes(crop: Crop) -> int:
     """Of 128 fp32 numbers for each 16 × 16 pixels."""
-    width, height = sample.geometry.target
+    width, height = crop.geometry.target
     return (width // 16) * (height // 16) * 128 * 4
 
 
-def _pixels(sample: Sample) -> UInt8[np.ndarray, "H W 3"]:
+def _pixels(crop: Crop) -> UInt8[np.ndarray, "H W 3"]:
     """The crop of a picture. In a thread, so every error names the file."""
     try:
-        data = sample.read(FILE_LIMIT)
-        if sha256_bytes(data) != sample.content:
-            raise _changed(sample, "it is another file now")
-        return render(data, sample.geometry)
+        data = crop.read(FILE_LIMIT)
+        if sha256_bytes(data) != crop.content:
+            raise _changed(crop, "it is another file now")
+        return render(data, crop.geometry)
     except OSError as error:
-        raise _changed(sample, str(error)) from error
+        raise _changed(crop, str(error)) from error
     except Rejected as rejected:  # of the same bytes: it was decoded once
         remedy = "Free some memory or shrink the picture, then start again."
-        raise DataError.of(f"{sample.shown}: {rejected}", remedy=remedy) from rejected
+        raise DataError.of(f"{crop.shown}: {rejected}", remedy=remedy) from rejected
 
 
-def _changed(sample: Sample, how: str) -> DataError:
+def _changed(crop: Crop, how: str) -> DataError:
     return DataError.of(
-        f"{sample.shown} changed while this was running: {how}", remedy="Leave the set alone and start again."
+        f"{crop.shown} changed while this was running: {how}", remedy="Leave the set alone and start again."
     )
 
 

@@ -1,0 +1,101 @@
+"""Which files of a conditioning set belong to an image: those of the same path without suffix."""
+
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from itertools import pairwise
+
+from simpletuner.base.imagefiles import caption_key
+from simpletuner.base.storage import Storage
+from simpletuner.config.datasets import ConditioningSet
+from simpletuner.data.discover import discover
+from simpletuner.data.geometry import has_aspect_of, place_reference
+from simpletuner.data.index import IndexEntry, read_pictures
+from simpletuner.data.rejected import Rejected
+from simpletuner.data.sample import Crop
+from simpletuner.data.storages import image_storage, latent_storage
+
+_NUMBERED = re.compile(r"(.+)\.([0-9]{1,9})", re.DOTALL)
+_UNNUMBERED = -1
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """The files of a conditioning set, by the images that they belong to."""
+
+    conditioning_set: ConditioningSet
+    files: Storage
+    entries: dict[str, IndexEntry | Rejected]
+    """What is known of each of its files, by name."""
+    partners: dict[str, list[tuple[int, str]]]
+    """Numbers and names of partners, sorted, by the key of their image."""
+
+    @property
+    def unpaired(self) -> list[str]:
+        """Files that belong to no image, sorted."""
+        paired = {name for partners in self.partners.values() for _, name in partners}
+        return sorted(self.entries.keys() - paired)
+
+    def crops(self, image: Crop, seed: int) -> list[Crop]:
+        """The crops of the partners of `image`, in the order of their numbers; none where it has no partner.
+
+        Raises:
+            Rejected: a partner cannot be used, or two files have the same number.
+        """
+        partners = self.partners.get(caption_key(image.name), [])
+        own = self.conditioning_set.id
+        for (number, name), (next_number, next_name) in pairwise(partners):
+            if number == next_number:
+                raise Rejected("more than one partner", f"{own} has {name} and {next_name}: keep one of them")
+        crops = []
+        for _, name in partners:
+            try:
+                crops.append(self._crop(name, image, seed))
+            except Rejected as rejected:
+                raise Rejected(f"{own}: {rejected.reason}", f"{name}: {rejected.detail}") from rejected
+        return crops
+
+    def _crop(self, name: str, image: Crop, seed: int) -> Crop:
+        own, entry = self.conditioning_set, self.entries[name]
+        if isinstance(entry, Rejected):
+            raise entry
+        size = (entry.width, entry.height)
+        if own.conditioning_type == "reference_loose":
+            geometry = place_reference(size, own, seed=seed, content=entry.content)
+        elif has_aspect_of(size, (image.width, image.height)):
+            # Resized to the same size and cropped at the same place, both show the same part.
+            geometry = image.geometry
+        else:
+            shapes = f"{size[0]}x{size[1]}, its image is {image.width}x{image.height}"
+            raise Rejected("another aspect than its image", f"{shapes}; make them of one shape")
+        return Crop(own.id, self.files, name, entry.content, *size, geometry)
+
+
+def pair(
+    conditioning_set: ConditioningSet,
+    names: Collection[str],
+    *,
+    workers: int,
+    report: Callable[[int, int], None],
+) -> Pairing:
+    """Look at the files of `conditioning_set`, and pair them with the images `names`.
+
+    The partner of `a/cat.jpg` is `a/cat.png`, whatever its suffix. Files with a number, `a/cat.1.png` and
+    `a/cat.2.png`, are several references of it in the order of their numbers, unless there is an image `a/cat.1.jpg`.
+
+    Raises:
+        DataError: no such folder.
+    """
+    files = image_storage(conditioning_set)
+    found = discover(files)
+    entries = read_pictures(found.pictures, files, latent_storage(conditioning_set), workers=workers, report=report)
+    keys = {caption_key(name) for name in names}
+    partners: dict[str, list[tuple[int, str]]] = {}
+    for name in entries:
+        key = caption_key(name)
+        numbered = _NUMBERED.fullmatch(key)
+        if key in keys:
+            partners.setdefault(key, []).append((_UNNUMBERED, name))
+        elif conditioning_set.is_reference and numbered is not None and numbered[1] in keys:
+            partners.setdefault(numbered[1], []).append((int(numbered[2]), name))
+    return Pairing(conditioning_set, files, entries, {key: sorted(each) for key, each in partners.items()})
