@@ -18,7 +18,7 @@ from simpletuner.cli.loading import load_here
 from simpletuner.cli.printing import table
 from simpletuner.config.load import Loaded
 from simpletuner.data.manifest import Manifest, rejection_counts, scan
-from simpletuner.data.sample import Sample
+from simpletuner.data.sample import Crop, Sample
 from simpletuner.data.sheet import contact_sheet
 from simpletuner.runs.events import Event, ProgressEvent
 
@@ -50,16 +50,26 @@ def _scan(loaded: Loaded, command: DatasetCommand) -> tuple[dict[str, Any], str]
 
 
 def _as_json(sample: Sample) -> dict[str, Any]:
-    """A picture as it will be trained. Sizes in pixels; the crop is the left and top of `target` inside `resize`."""
+    """A picture as it will be trained, with its references and its mask."""
     return {
-        "name": sample.name,
-        "path": sample.shown,
-        "width": sample.width,
-        "height": sample.height,
-        "target": list(sample.geometry.target),
-        "resize": list(sample.geometry.resize),
-        "crop": list(sample.geometry.crop),
+        **_crop_as_json(sample),
         "captions": list(sample.captions),
+        "references": [_crop_as_json(reference) for reference in sample.references],
+        "mask": None if sample.mask is None else _crop_as_json(sample.mask),
+    }
+
+
+def _crop_as_json(crop: Crop) -> dict[str, Any]:
+    """Sizes in pixels; the crop is the left and top of `target` inside `resize`."""
+    return {
+        "set": crop.dataset,
+        "name": crop.name,
+        "path": crop.shown,
+        "width": crop.width,
+        "height": crop.height,
+        "target": list(crop.geometry.target),
+        "resize": list(crop.geometry.resize),
+        "crop": list(crop.geometry.crop),
     }
 
 

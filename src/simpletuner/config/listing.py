@@ -1,13 +1,14 @@
 """`multidatabackend.json` as `Datasets`, with every fault of every entry."""
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.base.text import CAPTION_BYTES, FILE_NAME, does_as_file_name, is_visible, size_in_bytes
-from simpletuner.config.datasets import ConditioningSet, Datasets, ImageSet, PictureSet, TextStore
+from simpletuner.config.datasets import MOST_REFERENCES, ConditioningSet, Datasets, ImageSet, PictureSet, TextStore
 from simpletuner.config.documents import read_document
 from simpletuner.config.given import Checked, Given, Known, check_givens, unaliased
 from simpletuner.config.options.kinds import Slice
@@ -37,6 +38,7 @@ CONDITIONING_SET = Known(
 DATASET_TYPES = ("image", "eval", "conditioning", "text_embeds")
 
 _SIZE_KEYS = ("resolution", "minimum_image_size", "maximum_image_size", "target_downsample_size")
+_SHAPE_KEYS = PictureSet.model_fields.keys() - {"id", "type", "instance_data_dir", "disabled", "cache_dir_vae"}
 _LEAST_EDGE, _MOST_AREAS = 16, 64
 
 
@@ -135,9 +137,12 @@ def _entry(entry: dict[str, Any], where: str, listing: Listing, around: Surround
     made = known.model(**checked.valid)
     name = checked.valid["id"]
     faults = [] if does_as_file_name(name) else [Problem(f"id = {shown(name)}", f"{FILE_NAME}: it becomes a folder's")]
+    if isinstance(made, PictureSet):
+        faults += _picture_faults(made)
+        listing.notices += [where + notice for notice in _picture_notices(made, entry.keys())]
     if isinstance(made, ImageSet):
-        faults += _faults(made)
-        listing.notices += [where + notice for notice in _notices(made, entry.keys())]
+        faults += _image_faults(made)
+        listing.notices += [where + notice for notice in _image_notices(made, entry.keys())]
     faults = [replace(fault, found=where + fault.found) for fault in faults]
     if isinstance(made, PictureSet) and not made.disabled and not Path(made.instance_data_dir).is_dir():
         faults.append(_no_folder(where, entry["instance_data_dir"], made.instance_data_dir))
@@ -177,31 +182,38 @@ def _no_folder(where: str, typed: str, path: str) -> Problem:
     return Problem(f"{found}: no such folder", remedy=remedy)
 
 
-def _faults(image_set: ImageSet) -> Iterator[Problem]:
-    """What is wrong between the keys of one set."""
+def _picture_faults(picture_set: PictureSet) -> Iterator[Problem]:
+    """What is wrong between the keys about size and crop."""
+    for key in _SIZE_KEYS:
+        size: float | None = getattr(picture_set, key)
+        if size is not None:
+            yield from _size_faults(key, size, picture_set.resolution_type)
+    low, high = picture_set.minimum_image_size, picture_set.maximum_image_size
+    if low is not None and high is not None and low > high:
+        yield Problem(f"minimum_image_size = {low:g}", f"at most maximum_image_size, {high:g}")
+    target = picture_set.target_downsample_size
+    if target is not None and high is not None and target > high:
+        yield Problem(f"target_downsample_size = {target:g}", f"at most maximum_image_size, {high:g}")
+    low, high = picture_set.minimum_aspect_ratio, picture_set.maximum_aspect_ratio
+    if low is not None and high is not None and low > high:
+        yield Problem(f"minimum_aspect_ratio = {low:g}", f"at most maximum_aspect_ratio, {high:g}")
+    if picture_set.crop and picture_set.crop_aspect in ("closest", "random") and not picture_set.crop_aspect_buckets:
+        yield Problem(
+            f"crop_aspect = {shown(picture_set.crop_aspect)} without crop_aspect_buckets",
+            "a list of ratios (width / height) such as [0.75, 1.0, 1.33]",
+        )
+
+
+def _image_faults(image_set: ImageSet) -> Iterator[Problem]:
+    """What is wrong between the keys about captions and conditions."""
     prompt = image_set.instance_prompt
     if prompt is not None and not is_visible(prompt):
         yield Problem(f"instance_prompt = {shown(prompt)}", "a caption, as text")
     if prompt is not None and size_in_bytes(prompt) > CAPTION_BYTES:
         yield Problem(f"instance_prompt has {size_in_bytes(prompt)} bytes", f"at most {CAPTION_BYTES}")
-    for key in _SIZE_KEYS:
-        size: float | None = getattr(image_set, key)
-        if size is not None:
-            yield from _size_faults(key, size, image_set.resolution_type)
-    low, high = image_set.minimum_image_size, image_set.maximum_image_size
-    if low is not None and high is not None and low > high:
-        yield Problem(f"minimum_image_size = {low:g}", f"at most maximum_image_size, {high:g}")
-    target = image_set.target_downsample_size
-    if target is not None and high is not None and target > high:
-        yield Problem(f"target_downsample_size = {target:g}", f"at most maximum_image_size, {high:g}")
-    low, high = image_set.minimum_aspect_ratio, image_set.maximum_aspect_ratio
-    if low is not None and high is not None and low > high:
-        yield Problem(f"minimum_aspect_ratio = {low:g}", f"at most maximum_aspect_ratio, {high:g}")
-    if image_set.crop and image_set.crop_aspect in ("closest", "random") and not image_set.crop_aspect_buckets:
-        yield Problem(
-            f"crop_aspect = {shown(image_set.crop_aspect)} without crop_aspect_buckets",
-            "a list of ratios (width / height) such as [0.75, 1.0, 1.33]",
-        )
+    repeated = [name for name, count in Counter(image_set.conditioning_data).items() if count > 1]
+    if repeated:
+        yield Problem(f"conditioning_data names {join_names(repeated, 'and')} more than once", "each set once")
     if image_set.instance_prompt is None:
         reasons = {
             "caption_strategy = 'instanceprompt'": image_set.caption_strategy == "instanceprompt",
@@ -228,24 +240,50 @@ def _size_faults(key: str, size: float, unit: str) -> Iterator[Problem]:
         )
 
 
-def _notices(image_set: ImageSet, typed: Any) -> Iterator[str]:
-    """Keys that were typed and have no effect, each with the reason."""
-    uses_buckets = image_set.crop and image_set.crop_aspect in ("closest", "random")
+def _picture_notices(picture_set: PictureSet, typed: Any) -> Iterator[str]:
+    """Keys about size and crop that were typed and have no effect, each with the reason."""
+    if isinstance(picture_set, ConditioningSet) and picture_set.conditioning_type != "reference_loose":
+        named = [key for key in typed if key in _SHAPE_KEYS]
+        if named:
+            yield no_effect(
+                named, f"with {picture_set.conditioning_type} a file is resized and cropped as its image is"
+            )
+        return
+    is_cropped = picture_set.crop
+    uses_buckets = is_cropped and picture_set.crop_aspect in ("closest", "random")
+    keeps_shape = isinstance(picture_set, ConditioningSet) and not is_cropped
+    ignored = [
+        (("crop_aspect", "crop_style"), not is_cropped, "crop is false"),
+        (("crop_aspect_buckets",), not uses_buckets, "crop_aspect is neither closest nor random"),
+        (("target_downsample_size",), picture_set.maximum_image_size is None, "maximum_image_size is not set"),
+        (
+            ("maximum_image_size", "max_upscale_threshold"),
+            keeps_shape,
+            "references without crop are brought down to resolution, and never enlarged",
+        ),
+    ]
+    yield from _ignored(ignored, typed)
+    edge = picture_set.resolution
+    if picture_set.resolution_type != "area" and edge % 16 and not keeps_shape:
+        yield f"resolution = {edge:g} does not divide by 16: sides are rounded to {round(edge / 16) * 16}."
+
+
+def _image_notices(image_set: ImageSet, typed: Any) -> Iterator[str]:
+    """Other keys of an image set that were typed and have no effect, each with the reason."""
     reads_textfiles = image_set.caption_strategy == "textfile" and not image_set.only_instance_prompt
     ignored = [
-        (("crop_aspect", "crop_style"), not image_set.crop, "crop is false"),
-        (("crop_aspect_buckets",), not uses_buckets, "crop_aspect is neither closest nor random"),
-        (("target_downsample_size",), image_set.maximum_image_size is None, "maximum_image_size is not set"),
         (("disable_multiline_split",), not reads_textfiles, "captions do not come from .txt files"),
         (("repeats", "probability"), image_set.dataset_type == "eval", "an eval set is never trained"),
+        (("conditioning_required",), not image_set.conditioning_data, "conditioning_data names no set"),
     ]
+    yield from _ignored(ignored, typed)
+
+
+def _ignored(ignored: Sequence[tuple[tuple[str, ...], bool, str]], typed: Any) -> Iterator[str]:
     for keys, has_no_effect, reason in ignored:
         named = [key for key in keys if has_no_effect and key in typed]
         if named:
             yield no_effect(named, reason)
-    edge = image_set.resolution
-    if image_set.resolution_type != "area" and edge % 16:
-        yield f"resolution = {edge:g} does not divide by 16: sides are rounded to {round(edge / 16) * 16}."
 
 
 def _assemble(
@@ -276,19 +314,21 @@ def _assemble(
         if image_set.text_embeds is not None and image_set.text_embeds not in ids:
             found = f"{label}, {image_set.id}: text_embeds = {shown(image_set.text_embeds)}"
             listing.problems.append(Problem(found, f"the id of a text store: {join_names(ids)}"))
+    listing.problems += _condition_problems(sets, conditions, label)
+    used = [each for each in conditions if not each.disabled]
     places = {
         "output_dir": joined(around.folder, around.names["output_dir"]),
-        **{f"cache_dir_vae of {image_set.id}": image_set.cache_dir_vae for image_set in enabled},
+        **{f"cache_dir_vae of {each.id}": each.cache_dir_vae for each in (*enabled, *used)},
         **{f"cache_dir of {store.id}": store.cache_dir for store in stores},
     }
     listing.problems += [
         Problem(
-            f"{label}, {image_set.id}: instance_data_dir is also {place}",
+            f"{label}, {each.id}: instance_data_dir is also {place}",
             "a folder for each: what is written there would be read as pictures",
         )
-        for image_set in enabled
+        for each in (*enabled, *used)
         for place, path in places.items()
-        if Path(path).absolute() == Path(image_set.instance_data_dir).absolute()
+        if Path(path).absolute() == Path(each.instance_data_dir).absolute()
     ]
     eval_sets = tuple(image_set for image_set in enabled if image_set.dataset_type == "eval")
     trained = {image_set.instance_data_dir: image_set.id for image_set in train_sets}
@@ -303,5 +343,51 @@ def _assemble(
             train_sets=train_sets,
             eval_sets=eval_sets,
             text_stores=tuple(stores),
-            conditioning_sets=tuple(each for each in conditions if not each.disabled),
+            conditioning_sets=tuple(used),
         )
+
+
+def _condition_problems(
+    sets: Sequence[ImageSet], conditions: Sequence[ConditioningSet], label: str
+) -> Iterator[Problem]:
+    """What is wrong between image sets and the conditioning sets that they name."""
+    by_id = {each.id: each for each in conditions}
+    for image_set in sets:
+        if image_set.disabled:
+            continue
+        where = f"{label}, {image_set.id}: conditioning_data"
+        for name in image_set.conditioning_data:
+            if name not in by_id:
+                ids = f": {join_names(list(by_id))}" if by_id else "; there is none"
+                yield Problem(f"{where} = {shown(name)}", f"the id of a conditioning set{ids}")
+            elif by_id[name].disabled:
+                yield Problem(f"{where} = {shown(name)}, which is disabled", "an enabled conditioning set")
+        named = [by_id[name] for name in dict.fromkeys(image_set.conditioning_data) if name in by_id]
+        references = [each for each in named if each.is_reference]
+        masks = [each.id for each in named if not each.is_reference]
+        if len(references) > MOST_REFERENCES:
+            yield Problem(f"{where} names {len(references)} sets of references", f"at most {MOST_REFERENCES}")
+        if len(masks) > 1:
+            yield Problem(f"{where} names {join_names(masks, 'and')}", "one set of masks")
+        if masks and image_set.mask_source == "alpha":
+            yield Problem(
+                f"{label}, {image_set.id}: mask_source = 'alpha' beside the mask set {masks[0]}",
+                "one source of masks",
+                f"Leave {masks[0]} out of conditioning_data, or set mask_source to set.",
+            )
+        folder = Path(image_set.instance_data_dir).absolute()
+        for each in named:
+            if folder in Path(each.instance_data_dir).absolute().parents:
+                yield Problem(
+                    f"{label}, {each.id}: instance_data_dir lies in that of {image_set.id}, "
+                    "which would train its files as images",
+                    "a folder beside it",
+                )
+    wanted = {name for image_set in sets for name in image_set.conditioning_data}
+    for each in conditions:
+        if each.id not in wanted and not each.disabled:
+            yield Problem(
+                f"{label}, {each.id}: no set names it in conditioning_data",
+                "a set that it belongs to",
+                f'Put "conditioning_data": "{each.id}" into the set of its images, or "disabled": true here.',
+            )

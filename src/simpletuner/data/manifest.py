@@ -5,7 +5,7 @@ import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -13,7 +13,6 @@ from simpletuner.base.draws import draw_seed
 from simpletuner.base.errors import DataError, Problem
 from simpletuner.base.files import sha256_json
 from simpletuner.base.imagefiles import caption_key
-from simpletuner.base.storage import Storage
 from simpletuner.config.datasets import MOST_REFERENCES, ConditioningSet, ImageSet
 from simpletuner.data.captions import LACKS_CAPTION, captions_of
 from simpletuner.data.discover import FoundFiles, discover
@@ -83,6 +82,9 @@ class Manifest:
             "repeats": self.image_set.repeats,
             "probability": self.image_set.probability,
             "visits_per_epoch": self.visits_per_epoch,
+            "conditioning_data": [each.id for each in self.conditions],
+            "references": [{"count": count, "pictures": n} for count, n in reference_counts(self.samples)],
+            "masks": sum(sample.mask is not None for sample in self.samples),
             "buckets": [{"width": w, "height": h, "pictures": len(m)} for (w, h), m in self.buckets.items()],
             "rejected": rejection_counts(self.rejections),
             "rejections": [rejection.__dict__ for rejection in self.rejections],
@@ -105,25 +107,25 @@ class Manifest:
         """The manifest of `image_set` and its `conditions` that `record` was made of. Reads no file."""
         storages = {each.id: image_storage(each) for each in (image_set, *conditions)}
 
-        def crop(row: list[Any]) -> dict[str, Any]:
+        def crop(row: list[Any]) -> Crop:
             dataset, name, content, width, height, geometry = row
-            return {
-                "dataset": dataset,
-                "images": storages[dataset],
-                "name": name,
-                "content": content,
-                "width": width,
-                "height": height,
-                "geometry": Geometry(*map(tuple, geometry)),
-            }
+            return Crop(
+                dataset=dataset,
+                images=storages[dataset],
+                name=name,
+                content=content,
+                width=width,
+                height=height,
+                geometry=Geometry(*map(tuple, geometry)),
+            )
 
         rows, rejections, notices = record
         samples = (
             Sample(
-                **crop(own),
+                **crop(own).__dict__,
                 captions=tuple(captions),
-                references=tuple(Crop(**crop(reference)) for reference in references),
-                mask=None if mask is None else Crop(**crop(mask)),
+                references=tuple(map(crop, references)),
+                mask=None if mask is None else crop(mask),
             )
             for own, captions, references, mask in rows
         )
@@ -140,6 +142,11 @@ def _crop_record(crop: Crop) -> list[Any]:
 def rejection_counts(rejections: Iterable[Rejection]) -> dict[str, int]:
     """How many files left for which reason, the most frequent first."""
     return dict(Counter(rejection.reason for rejection in rejections).most_common())
+
+
+def reference_counts(samples: Sequence[Sample]) -> list[tuple[int, int]]:
+    """(references, how many pictures have so many), sorted."""
+    return sorted(Counter(len(sample.references) for sample in samples).items())
 
 
 def scan(
@@ -182,8 +189,12 @@ def scan(
         try:
             if isinstance(entry, Rejected):
                 raise entry
-            sample = _sample(name, entry, image_set, images, found.captions, seed)
-            samples.append(_with_conditions(sample, entry, image_set, pairings, seed))
+            captions = captions_of(name, image_set, images, found.captions)
+            geometry = place((entry.width, entry.height), image_set, seed=seed, content=entry.content)
+            image = Crop(image_set.id, images, name, entry.content, entry.width, entry.height, geometry)
+            references = _references(image, image_set, pairings, seed)
+            mask = _mask(image, entry, image_set, pairings, seed)
+            samples.append(Sample(**image.__dict__, captions=captions, references=references, mask=mask))
         except Rejected as rejected:
             rejections.append(Rejection(name, rejected.reason, rejected.detail))
     samples, surplus = _limited(samples, image_set.max_num_samples, seed)
@@ -210,34 +221,29 @@ def count_new(image_set: ImageSet, conditions: Sequence[ConditioningSet] = ()) -
     )
 
 
-def _sample(
-    name: str, entry: IndexEntry, image_set: ImageSet, images: Storage, text_files: dict[str, str], seed: int
-) -> Sample:
-    captions = captions_of(name, image_set, images, text_files)
-    geometry = place((entry.width, entry.height), image_set, seed=seed, content=entry.content)
-    return Sample(image_set.id, images, name, entry.content, entry.width, entry.height, geometry, captions)
-
-
-def _with_conditions(
-    sample: Sample, entry: IndexEntry, image_set: ImageSet, pairings: Sequence[Pairing], seed: int
-) -> Sample:
-    """`sample` with its references and its mask."""
+def _references(image: Crop, image_set: ImageSet, pairings: Sequence[Pairing], seed: int) -> tuple[Crop, ...]:
     references: list[Crop] = []
-    mask = None
     for pairing in pairings:
-        crops = pairing.crops(sample, seed)
-        if not crops and image_set.conditioning_required:
-            own = pairing.conditioning_set
-            raise Rejected(f"no partner in {own.id}", f"{own.instance_data_dir} has no file of its name")
         if pairing.conditioning_set.is_reference:
-            references += crops
-        elif crops:
-            (mask,) = crops
+            references += _partners(image, image_set, pairing, seed)
     if len(references) > MOST_REFERENCES:
         raise Rejected("too many references", f"{len(references)}, the most is {MOST_REFERENCES}")
-    if image_set.mask_source == "alpha" and "transparent" in entry.remarks:
-        mask = Crop(**{each.name: getattr(sample, each.name) for each in fields(Crop)})
-    return replace(sample, references=tuple(references), mask=mask)
+    return tuple(references)
+
+
+def _mask(image: Crop, entry: IndexEntry, image_set: ImageSet, pairings: Sequence[Pairing], seed: int) -> Crop | None:
+    if image_set.mask_source == "alpha":
+        return image if "transparent" in entry.remarks else None
+    masks = [pairing for pairing in pairings if not pairing.conditioning_set.is_reference]
+    partners = [mask for pairing in masks for mask in _partners(image, image_set, pairing, seed)]
+    return partners[0] if partners else None
+
+
+def _partners(image: Crop, image_set: ImageSet, pairing: Pairing, seed: int) -> list[Crop]:
+    crops = pairing.crops(image, seed)
+    if not crops and image_set.conditioning_required:
+        raise Rejected(f"no partner in {pairing.conditioning_set.id}", "conditioning_required is true")
+    return crops
 
 
 def _check_pairings(image_set: ImageSet, found: FoundFiles, pairings: Sequence[Pairing]) -> None:
@@ -255,8 +261,7 @@ def _check_pairings(image_set: ImageSet, found: FoundFiles, pairings: Sequence[P
 def _condition_notices(image_set: ImageSet, samples: Sequence[Sample], pairings: Sequence[Pairing]) -> Iterator[str]:
     """How many images have how many references, which have no partner, and which partners have no image."""
     if any(pairing.conditioning_set.is_reference for pairing in pairings):
-        counts = sorted(Counter(len(sample.references) for sample in samples).items())
-        told = ", ".join(f"{images} with {count or 'none'}" for count, images in counts)
+        told = ", ".join(f"{images} with {count or 'none'}" for count, images in reference_counts(samples))
         yield f"{image_set.id}: references: {told}."
     for pairing in pairings:
         own = pairing.conditioning_set

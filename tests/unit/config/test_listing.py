@@ -58,6 +58,18 @@ def test_an_image_set_has_the_documented_defaults(place: Any) -> None:
         "prepend_instance_prompt": False,
         "only_instance_prompt": False,
         "disable_multiline_split": False,
+        "conditioning_data": (),
+        "conditioning_required": False,
+        "mask_source": "set",
+        "is_regularisation_data": False,
+        "class_prompt": None,
+        "loss_weight": 1.0,
+        "timestep_sampling_offset": 0.0,
+        "caption_shuffle": None,
+        "start_step": 0,
+        "end_step": None,
+        "start_epoch": 0,
+        "end_epoch": None,
         "metadata_backend": "discovery",
         "text_embeds": None,
     }
@@ -91,7 +103,7 @@ def test_paths_know_the_run_and_the_set(place: Any) -> None:
         ({"crop_stile": "center"}, "crop_stile: no such key of an image set. Did you mean crop_style?"),
         ({"cache_dir": "x"}, "cache_dir: no such key of an image set. Did you mean cache_dir_vae?"),
         ({"caption_strategy": "text"}, "caption_strategy = 'text': expected textfile, filename or instanceprompt."),
-        ({"dataset_type": "video"}, "dataset_type = 'video': expected image, eval or text_embeds."),
+        ({"dataset_type": "video"}, "dataset_type = 'video': expected image, eval, conditioning or text_embeds."),
         (
             {"minimum_image_size": 900, "maximum_image_size": 800},
             "minimum_image_size = 900: expected at most maximum_image_size, 800.",
@@ -163,13 +175,9 @@ def test_each_mistake_has_its_answer(
     [
         ({"type": "aws", "aws_bucket_name": "x"}, "S3 stores"),
         ({"type": "huggingface", "dataset_name": "x"}, "Hub datasets"),
-        ({"dataset_type": "conditioning"}, "masks and reference images"),
         ({"caption_strategy": "parquet"}, "captions from tables"),
         ({"crop": True, "crop_style": "face"}, "crops that follow a face"),
-        ({"is_regularisation_data": True}, "regularisation sets"),
-        ({"conditioning_data": ["x"]}, "masks and reference images"),
         ({"vae_cache_ondemand": True}, "caches filled while training"),
-        ({"start_step": 100}, "sets that are active for part of a run"),
     ],
     ids=lambda value: repr(value) if isinstance(value, dict) else "",
 )
@@ -179,10 +187,7 @@ def test_what_is_not_built_says_so(problem_of_set: Callable[..., str], changes: 
 
 def test_a_key_to_come_that_is_off_passes(place: Any) -> None:
     place.datasets[0] |= {
-        "is_regularisation_data": False,
         "vae_cache_ondemand": "false",
-        "start_step": 0,
-        "caption_shuffle": {"enable": False},
         "conditioning_data": None,
     }
     assert place.load().notices == ()
