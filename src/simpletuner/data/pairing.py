@@ -1,11 +1,10 @@
 """Which files of a conditioning set belong to an image: those of the same path without suffix."""
 
-import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import pairwise
 
-from simpletuner.base.imagefiles import caption_key
+from simpletuner.base.imagefiles import caption_key, find_partners
 from simpletuner.base.storage import Storage
 from simpletuner.config.datasets import ConditioningSet
 from simpletuner.data.discover import discover
@@ -14,9 +13,6 @@ from simpletuner.data.index import IndexEntry, read_pictures
 from simpletuner.data.rejected import Rejected
 from simpletuner.data.sample import Crop
 from simpletuner.data.storages import image_storage, latent_storage
-
-_NUMBERED = re.compile(r"(.+)\.([0-9]{1,9})", re.DOTALL)
-_UNNUMBERED = -1
 
 
 @dataclass(frozen=True)
@@ -78,10 +74,8 @@ def pair(
     workers: int,
     report: Callable[[int, int], None],
 ) -> Pairing:
-    """Look at the files of `conditioning_set`, and pair them with the images `names`.
-
-    The partner of `a/cat.jpg` is `a/cat.png`, whatever its suffix. Files with a number, `a/cat.1.png` and
-    `a/cat.2.png`, are several references of it in the order of their numbers, unless there is an image `a/cat.1.jpg`.
+    """Look at the files of `conditioning_set`, and pair them with the images `names` as `find_partners` does. Masks are
+    not numbered.
 
     Raises:
         DataError: no such folder.
@@ -89,13 +83,5 @@ def pair(
     files = image_storage(conditioning_set)
     found = discover(files)
     entries = read_pictures(found.pictures, files, latent_storage(conditioning_set), workers=workers, report=report)
-    keys = {caption_key(name) for name in names}
-    partners: dict[str, list[tuple[int, str]]] = {}
-    for name in entries:
-        key = caption_key(name)
-        numbered = _NUMBERED.fullmatch(key)
-        if key in keys:
-            partners.setdefault(key, []).append((_UNNUMBERED, name))
-        elif conditioning_set.is_reference and numbered is not None and numbered[1] in keys:
-            partners.setdefault(numbered[1], []).append((int(numbered[2]), name))
-    return Pairing(conditioning_set, files, entries, {key: sorted(each) for key, each in partners.items()})
+    partners = find_partners(names, entries, is_numbered=conditioning_set.is_reference)
+    return Pairing(conditioning_set, files, entries, partners)
