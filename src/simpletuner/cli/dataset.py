@@ -15,7 +15,7 @@ _USAGE = """usage: simpletuner dataset scan|show|cache [--json] [--set ID] [--ve
        simpletuner dataset captions FOLDER [--find TEXT --replace TEXT [--regex]] [--prepend TEXT] [--append TEXT]
        simpletuner dataset captions FOLDER --undo
        simpletuner dataset duplicates FOLDER
-       simpletuner dataset delete FOLDER --names FILE | --undo | --empty-trash
+       simpletuner dataset delete FOLDER --names FILE [--partners FOLDER] | --undo | --empty-trash
 
   scan        count the pictures, their sizes, and what is left out and why
   show        draw the crops that will be trained, with their captions, on one sheet a set

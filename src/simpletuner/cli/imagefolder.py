@@ -23,7 +23,7 @@ from simpletuner.data.captionedits import (
     without_caption,
 )
 from simpletuner.data.ownfolder import listed_images
-from simpletuner.data.removal import RemovalPlan, bring_back, empty_trash, plan_removal, remove_images
+from simpletuner.data.removal import bring_back, empty_trash, plan_partner_removal, plan_removal, remove_images
 from simpletuner.data.sample import Rejection
 
 SHOWN = 10
@@ -56,6 +56,13 @@ class FolderCommand:
         "FILE",
         verbs=("captions", "delete"),
     ).default("")
+    partners: tuple[Path, ...] = Flag(
+        "also delete their references or masks in this folder; may be given more than once (delete)",
+        "FOLDER",
+        convert=Path,
+        is_repeatable=True,
+        verbs=("delete",),
+    ).default(())
     dry_run: bool = Flag("change nothing, say what would be changed", verbs=("captions", "delete")).default(False)
     revision: str = Flag(
         "refuse if the captions changed since the --dry-run that printed this (captions)", "HASH", verbs=("captions",)
@@ -103,6 +110,12 @@ def _misplaced(command: FolderCommand, verb: str) -> Iterator[Problem]:
         yield Problem(f"dataset {verb}: no folder", "its path", f"Type `simpletuner dataset {verb} FOLDER`.")
     if verb == "delete" and (bool(command.names) + command.undo + command.empty_trash) != 1:
         yield Problem("dataset delete", "one of --names FILE, --undo and --empty-trash")
+    if command.partners and not command.names:
+        yield Problem("--partners without --names", "the images whose partners are meant")
+    if command.folder is not None and command.folder.resolve() in {each.resolve() for each in command.partners}:
+        yield Problem(
+            f"--partners={command.folder}: this is the folder of the images", "a folder of references or masks"
+        )
     has_edit = bool(command.find or command.prepend or command.append)
     if command.undo and (has_edit or command.names or command.missing or command.dry_run):
         yield Problem("--undo with other flags", "--undo by itself")
@@ -201,24 +214,29 @@ def _delete(folder: Path, command: FolderCommand) -> Result:
         count = empty_trash(folder)
         return {"deleted": count}, f"{count} files are deleted for good."
     plan = plan_removal(folder, _names(command.names))
+    beside = [plan_partner_removal(plan, each) for each in dict.fromkeys(command.partners)]
+    partners = sum(len(each.images) for each in beside)
     found = f"{len(plan.images)} images and {len(plan.captions)} captions"
+    if command.partners:
+        found = f"{len(plan.images)} images, {len(plan.captions)} captions and {partners} partners"
+    left = [rejection for each in (plan, *beside) for rejection in each.left_out]
     result: dict[str, Any] = {
         "images": len(plan.images),
         "captions": len(plan.captions),
-        "left_out": _as_rows(plan.left_out),
+        "partners": partners,
+        "left_out": _as_rows(left),
         "trash": "",
     }
     if command.dry_run or not plan.images:
-        return result, _with_left_out(f"{found} would be deleted.", plan.left_out)
-    return _removed(plan, command, result, found)
-
-
-def _removed(plan: RemovalPlan, command: FolderCommand, result: dict[str, Any], found: str) -> Result:
+        return result, _with_left_out(f"{found} would be deleted.", left)
     _ask(f"Delete {found} of {plan.folder}?", command)
-    trash = remove_images(plan)
-    undo = command_text("simpletuner", "dataset", "delete", plan.folder, "--undo")
-    text = f"{found} are in {trash}.\n`{undo}` brings them back."
-    return result | {"trash": str(trash)}, _with_left_out(text, plan.left_out)
+    lines = []
+    for each in (plan, *(each for each in beside if each.images)):
+        trash = remove_images(each)
+        undo = command_text("simpletuner", "dataset", "delete", each.folder, "--undo")
+        lines.append(f"{len(each.images) + len(each.captions)} files are in {trash}; `{undo}` brings them back.")
+        result["trash"] = result["trash"] or str(trash)
+    return result, _with_left_out("\n".join((f"{found} are deleted.", *lines)), left)
 
 
 def _ask(question: str, command: FolderCommand) -> None:

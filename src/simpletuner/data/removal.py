@@ -8,7 +8,7 @@ from pathlib import Path
 
 from simpletuner.base.errors import DataError
 from simpletuner.base.files import file_errors_reported
-from simpletuner.base.imagefiles import TRASH_FOLDER, caption_key
+from simpletuner.base.imagefiles import TRASH_FOLDER, caption_key, find_partners
 from simpletuner.data.ownfolder import check_names, inside, listed_images, own_folder
 from simpletuner.data.rejected import Rejected
 from simpletuner.data.sample import Rejection
@@ -46,6 +46,19 @@ def plan_removal(folder: Path, names: Collection[str]) -> RemovalPlan:
     keys = dict.fromkeys(caption_key(name) for name in images if caption_key(name) not in staying)
     captions = [file.name for key in keys for file in listed.captions.get(key, ())]
     return RemovalPlan(folder, tuple(images), tuple(captions), tuple(left_out))
+
+
+def plan_partner_removal(plan: RemovalPlan, folder: Path) -> RemovalPlan:
+    """What goes from `folder`, which holds references or masks, with the images of `plan`: partners of no other image.
+
+    Raises:
+        DataError: no such folder.
+    """
+    names = listed_images(plan.folder).images
+    staying = {caption_key(name) for name in names.keys() - set(plan.images)}
+    partners = find_partners(names, listed_images(folder).images, is_numbered=True)
+    keys = {caption_key(name) for name in plan.images} - staying
+    return plan_removal(folder, [name for key in keys for _, name in partners.get(key, [])])
 
 
 def remove_images(plan: RemovalPlan) -> Path:

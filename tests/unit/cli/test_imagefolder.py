@@ -71,6 +71,29 @@ def test_images_are_deleted_once_asked_and_come_back(
         run([*delete, "--yes"])
 
 
+def test_partners_are_deleted_with_their_images(
+    folder: Path, own_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (own_folder / "names.txt").write_text("picture-0.png\npicture-3.png\n")
+    for name in ("before", "masks"):
+        (own_folder / name).mkdir()
+    shutil.copy(folder / "picture-0.png", own_folder / "before")
+    delete = ("delete", "images", "--names", "names.txt", "--partners", "before", "--partners", "masks")
+    assert answer(capsys, *delete, "--dry-run")["partners"] == 1
+    assert run([*delete, "--yes"]) == 0
+    assert capsys.readouterr().out == (
+        "2 images, 2 captions and 1 partners are deleted.\n"
+        "4 files are in images/.simpletuner/trash/1; `simpletuner dataset delete images --undo` brings them back.\n"
+        "1 files are in before/.simpletuner/trash/1; `simpletuner dataset delete before --undo` brings them back.\n"
+    )
+    assert not list((own_folder / "before").glob("*.png"))
+    assert answer(capsys, "delete", "before", "--undo")["undone"] == 1
+    with pytest.raises(ConfigError, match="the folder of the images"):
+        run(["delete", "images", "--names", "names.txt", "--partners", "images/../images"])
+    with pytest.raises(ConfigError, match="--partners without --names"):
+        run(["delete", "images", "--undo", "--partners", "before"])
+
+
 def test_duplicates_are_printed_with_their_kind(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["duplicates", "images"]) == 0
     assert capsys.readouterr().out == "No image is there twice.\n"

@@ -7,7 +7,7 @@ import pytest
 
 from simpletuner.base.errors import DataError
 from simpletuner.base.storage import LocalStorage
-from simpletuner.data.removal import bring_back, empty_trash, plan_removal, remove_images
+from simpletuner.data.removal import bring_back, empty_trash, plan_partner_removal, plan_removal, remove_images
 
 
 @pytest.fixture
@@ -36,6 +36,19 @@ def test_an_image_goes_with_its_captions_and_comes_back(folder: Path) -> None:
     assert listed(folder) == before
     with pytest.raises(DataError, match="nothing was deleted"):
         bring_back(folder)
+
+
+def test_partners_go_with_their_image_unless_another_image_has_them(folder: Path, tmp_path: Path) -> None:
+    beside = tmp_path / "before"
+    (beside / "inner").mkdir(parents=True)
+    for name in ("a.png", "a.1.png", "a.1.txt", "b.png", "inner/c.1.png", "inner/d.png"):
+        (beside / name).write_text(name)
+    plan = plan_partner_removal(plan_removal(folder, ["a.jpg", "b.jpg", "inner/c.png"]), beside)
+    assert plan.images == ("a.1.png", "a.png", "inner/c.1.png"), "b.png is the partner of the image b.png too"
+    assert plan.captions == ("a.1.txt",)
+    remove_images(plan)
+    assert listed(beside) == ["b.png", "inner/d.png"]
+    assert bring_back(beside) == (4, [])
 
 
 def test_what_is_in_the_way_stays_and_so_does_what_was_deleted(folder: Path) -> None:
