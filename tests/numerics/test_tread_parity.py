@@ -155,7 +155,7 @@ def test_what_goes_around_comes_back_unchanged() -> None:
     transformer, _ = model()
     before = asked(transformer, (choice,)).detach()
     for block in transformer.single_transformer_blocks:
-        block.forward = lambda x, modulation, angles: x + 1
+        block.forward = lambda x, *_: x + 1
     after = asked(transformer, (choice,)).detach()
     for sample in range(2):
         kept = set(choice.kept[sample].tolist())

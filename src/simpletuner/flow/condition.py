@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
@@ -72,6 +73,47 @@ class References:
     is_token: Bool[Tensor, "b r"] | None = None
     """False where a sample is padded; None where none is."""
 
+    @classmethod
+    def stacked(cls, each: Sequence["References | None"], counts: Sequence[int]) -> "References | None":
+        """The samples of `each`, one after the other, padded to the longest; None where no sample has any.
+
+        Args:
+            counts: samples of each, since a None has no references for any of them.
+        """
+        given = [references for references in each if references is not None]
+        length = max((references.tokens.shape[1] for references in given), default=0)
+        if length == 0:
+            return None
+        first = given[0]
+        whole = [
+            cls(first.tokens.new_zeros(count, 0, first.tokens.shape[2]), first.ids.new_zeros(count, 0, 4))
+            if references is None
+            else references
+            for references, count in zip(each, counts, strict=True)
+        ]
+        is_padded = any(one.is_token is not None or one.tokens.shape[1] < length for one in whole)
+        padded = [one.padded(length) for one in whole]
+        return cls(
+            torch.cat([one.tokens for one in padded]),
+            torch.cat([one.ids for one in padded]),
+            torch.cat([one.places for one in padded]) if is_padded else None,
+        )
+
+    @property
+    def places(self) -> Bool[Tensor, "b r"]:
+        """`is_token`, also where no sample is padded."""
+        if self.is_token is not None:
+            return self.is_token
+        return torch.ones(self.tokens.shape[:2], dtype=torch.bool, device=self.tokens.device)
+
+    def padded(self, length: int) -> "References":
+        """The same references with `length` places a sample; themselves where they have these."""
+        more = length - self.tokens.shape[1]
+        if more == 0:
+            return self
+        tokens, ids = (F.pad(each, (0, 0, 0, more)) for each in (self.tokens, self.ids))
+        return References(tokens, ids, F.pad(self.places, (0, more)))
+
     def select(self, samples: Int64[Tensor, " k"]) -> "References":
         """The references of some samples."""
         return References(
@@ -96,9 +138,9 @@ class Condition:
     """None where no sample has any."""
 
     @classmethod
-    def at(cls, context: TextContext, guidance: float) -> "Condition":
-        """`context` with the same guidance for each sample, on the context's device."""
-        return cls(context, torch.full((len(context.index),), guidance, device=context.index.device))
+    def at(cls, context: TextContext, guidance: float, references: References | None = None) -> "Condition":
+        """`context` and `references` with the same guidance for each sample, on the context's device."""
+        return cls(context, torch.full((len(context.index),), guidance, device=context.index.device), references)
 
     @classmethod
     def stacked(cls, conditions: Sequence["Condition"]) -> "Condition":
@@ -108,7 +150,9 @@ class Condition:
             ValueError: the lengths of their contexts differ.
         """
         context = TextContext.stacked([condition.context for condition in conditions])
-        return cls(context, torch.cat([condition.guidance for condition in conditions]))
+        guidance = [condition.guidance for condition in conditions]
+        references = References.stacked([condition.references for condition in conditions], [*map(len, guidance)])
+        return cls(context, torch.cat(guidance), references)
 
     def select(self, samples: Int64[Tensor, " k"]) -> "Condition":
         """The condition of some samples."""

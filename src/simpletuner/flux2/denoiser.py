@@ -2,17 +2,19 @@
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from simpletuner.config.options.conditioning import ReferenceView
 from simpletuner.flow.choice import Choice
-from simpletuner.flow.condition import Condition, Denoise
+from simpletuner.flow.condition import Condition, Denoise, References
 from simpletuner.flux2.rotary import Rotary, rotary
 from simpletuner.flux2.tokens import context_ids, image_ids, pack_latents, unpack_latents
-from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.flux2.transformer import Flux2Transformer, ReferenceAttention
 
 KEPT_POSITIONS = 8
 """Sizes whose positions a denoiser keeps, the latest used ones: with contexts of 512 tokens 2.5 MB of the device at
@@ -20,10 +22,12 @@ KEPT_POSITIONS = 8
 
 
 class Positions(NamedTuple):
-    """The positions of a sample's tokens: as ids, and as the rotary tables of text and image tokens together."""
+    """The positions of tokens, one table for the batch or one a sample: as ids, and as the rotary tables of text and
+    image tokens together.
+    """
 
-    image: Int64[Tensor, "n 4"]
-    text: Int64[Tensor, "l 4"]
+    image: Int64[Tensor, "*b n 4"]
+    text: Int64[Tensor, "*b l 4"]
     angles: Rotary
 
 
@@ -43,11 +47,15 @@ class Denoiser:
     """Packs latents into tokens, gives them their positions, and unpacks the transformer's answer.
 
     Inputs are cast to the transformer's dtype and the velocity is returned in it. A model without a guidance embedder
-    ignores guidance.
+    ignores guidance. The velocity is that of the latents alone: references have none.
+
+    Args:
+        reference_attention: what reference tokens attend to. A model must be sampled with what it was trained with.
     """
 
-    def __init__(self, transformer: Flux2Transformer) -> None:
+    def __init__(self, transformer: Flux2Transformer, reference_attention: ReferenceView = "full") -> None:
         self.transformer = transformer
+        self.reference_attention = reference_attention
         make = functools.partial(positions_of, transformer.spec.axes, transformer.spec.theta)
         self.positions = functools.lru_cache(KEPT_POSITIONS)(make)
 
@@ -62,17 +70,39 @@ class Denoiser:
         dtype = self.transformer.dtype
         context = condition.context.expanded(dtype)
         positions = self.positions(height, width, context.shape[1], latents.device)
-        tokens = self.transformer(
-            pack_latents(latents).to(dtype),
+        tokens = pack_latents(latents).to(dtype)
+        choices = [choice.to(latents.device) for choice in choices]
+        attention = None
+        if condition.references is not None:
+            attention = self._attention(condition.references)
+            choices = [_with_references(choice, tokens.shape[1], attention.length) for choice in choices]
+            positions = self._with_references(positions, condition.references)
+            tokens = torch.cat([tokens, condition.references.tokens.to(dtype)], dim=1)
+        velocity = self.transformer(
+            tokens,
             context,
             sigma,
             condition.guidance if self.transformer.spec.guidance_embeds else None,
             positions.image,
             positions.text,
-            [choice.to(latents.device) for choice in choices],
+            choices,
             positions.angles,
+            attention,
         )
-        return unpack_latents(tokens, height, width)
+        return unpack_latents(velocity, height, width)
+
+    def _attention(self, references: References) -> ReferenceAttention:
+        is_own = self.reference_attention == "own"
+        return ReferenceAttention(references.tokens.shape[1], references.is_token, is_own)
+
+    @torch.no_grad()
+    def _with_references(self, positions: Positions, references: References) -> Positions:
+        """`positions`, one table a sample, with those of its references behind."""
+        spec, samples = self.transformer.spec, len(references.ids)
+        tables = zip(positions.angles, rotary(references.ids, spec.axes, spec.theta), strict=True)
+        cos, sin = (torch.cat([target.expand(samples, -1, -1), own], dim=1) for target, own in tables)
+        image = torch.cat([positions.image.expand(samples, -1, -1), references.ids], dim=1)
+        return Positions(image, positions.text.expand(samples, -1, -1), (cos, sin))
 
     def routed(self, choices: Sequence[Choice]) -> Denoise:
         """This denoiser with TREAD routing; active only while gradients are enabled, since sampling routes nothing."""
@@ -81,3 +111,9 @@ class Denoiser:
             return self(latents, sigma, condition, choices if torch.is_grad_enabled() else ())
 
         return denoise
+
+
+def _with_references(choice: Choice, target: int, references: int) -> Choice:
+    """`choice` of `target` tokens, with all of the `references` tokens behind them kept."""
+    places = torch.arange(target, target + references, device=choice.kept.device)
+    return replace(choice, kept=torch.cat([choice.kept, places.expand(len(choice.kept), -1)], dim=1))

@@ -1,12 +1,19 @@
 """Latents as a grid and as a sequence of tokens, and where each token is."""
 
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from simpletuner.flow.condition import References
+
 PIXELS_PER_TOKEN = 16
 """Side of the square of pixels that one image token stands for: 8 by the autoencoder, 2 by `patchify`."""
+
+REFERENCE_STRIDE = 10
+"""How far apart references are on the axis t, and the first from the target."""
 
 
 def patchify(moments: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b c4 h w"]:
@@ -35,6 +42,24 @@ def image_ids(height: int, width: int, device: torch.device | str = "cpu") -> In
     ids[..., 1] = torch.arange(height, device=device)[:, None]
     ids[..., 2] = torch.arange(width, device=device)
     return rearrange(ids, "h w position -> (h w) position")
+
+
+def reference_ids(index: int, height: int, width: int, device: torch.device | str = "cpu") -> Int64[Tensor, "n 4"]:
+    """Positions (t, h, w, l) of the tokens of a reference, the first of which has index 0: (10 + 10·index, row, column,
+    0).
+
+    Source: black-forest-labs/flux2, `src/flux2/sampling.py`.
+    """
+    ids = image_ids(height, width, device)
+    ids[:, 0] = REFERENCE_STRIDE * (index + 1)
+    return ids
+
+
+def reference_tokens(images: Sequence[Float[Tensor, "c _h _w"]]) -> References:
+    """The references of one sample, from the clean latents of each, in their order."""
+    tokens = [pack_latents(image[None])[0] for image in images]
+    ids = [reference_ids(index, *image.shape[1:]) for index, image in enumerate(images)]
+    return References(torch.cat(tokens)[None], torch.cat(ids)[None])
 
 
 def context_ids(length: int, device: torch.device | str = "cpu") -> Int64[Tensor, "l 4"]:

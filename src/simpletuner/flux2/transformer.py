@@ -8,12 +8,12 @@ Source of the architecture: black-forest-labs/flux2, `src/flux2/model.py`.
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from simpletuner.config.flavours import TransformerSpec
@@ -35,29 +35,64 @@ def sinusoid(value: Float[Tensor, " b"], width: int, max_period: float = 10_000.
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+class ReferenceAttention(NamedTuple):
+    """Which keys are seen where the last tokens of each sequence are those of references."""
+
+    length: int
+    """Reference tokens of a sequence, padding included."""
+    is_token: Bool[Tensor, "b length"] | None = None
+    """False where a sample is padded: no other token sees such a key. None where no sample is padded."""
+    is_own: bool = False
+    """Whether the queries of references see the keys of references alone. Text and target see all keys."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every token sees every other."""
+        return self.is_token is None and not self.is_own
+
+
 def attend(
     query: Float[Tensor, "b n heads d"],
     key: Float[Tensor, "b n heads d"],
     value: Float[Tensor, "b n heads d"],
     angles: Rotary,
+    references: ReferenceAttention | None = None,
 ) -> Float[Tensor, "b n width"]:
-    """Full attention among all tokens: the reference masks nothing, padding included."""
+    """Attention among all tokens: padding of the text is seen, as in BFL's code. `references` restricts what is seen of
+    and by reference tokens.
+    """
     query, key = rotate(query, angles), rotate(key, angles)
     query, key, value = (rearrange(x, "b n heads d -> b heads n d") for x in (query, key, value))
     is_short = query.device.type == "cpu" and query.dtype.itemsize == 2 and query.shape[-2] <= PLAIN_TOKENS
     # Inductor cannot order the table's strides where its size is a sum of symbols, as text and image tokens are.
     has_table = is_short and not torch.compiler.is_compiling()
     attention = plain_attention if has_table else F.scaled_dot_product_attention
-    return rearrange(attention(query, key, value), "b heads n d -> b n (heads d)")
+    if references is None:
+        return rearrange(attention(query, key, value), "b heads n d -> b n (heads d)")
+
+    is_token, rest = references.is_token, query.shape[-2] - references.length
+    every = None if is_token is None else rearrange(F.pad(is_token, (rest, 0), value=True), "b n -> b 1 1 n")
+    if not references.is_own:
+        return rearrange(attention(query, key, value, every), "b heads n d -> b n (heads d)")
+    # Padding of a sample without references sees itself: a softmax over no keys is not a number.
+    own = None if is_token is None else rearrange(is_token | ~is_token.any(1, keepdim=True), "b n -> b 1 1 n")
+    seeing_all = attention(query[:, :, :rest], key, value, every)
+    seeing_own = attention(query[:, :, rest:], key[:, :, rest:], value[:, :, rest:], own)
+    return rearrange(torch.cat([seeing_all, seeing_own], dim=2), "b heads n d -> b n (heads d)")
 
 
 def plain_attention(
-    query: Float[Tensor, "b heads n d"], key: Float[Tensor, "b heads n d"], value: Float[Tensor, "b heads n d"]
+    query: Float[Tensor, "b heads n d"],
+    key: Float[Tensor, "b heads m d"],
+    value: Float[Tensor, "b heads m d"],
+    is_seen: Bool[Tensor, "b 1 1 m"] | None = None,
 ) -> Float[Tensor, "b heads n d"]:
-    """Softmax attention, its table of n x n weights written out. Its scores are fp32: in bf16 they would make nine
+    """Softmax attention, its table of n x m weights written out. Its scores are fp32: in bf16 they would make nine
     times the error of torch's kernels.
     """
     scores = query.float() @ (key.float() * key.shape[-1] ** -0.5).transpose(-1, -2)
+    if is_seen is not None:
+        scores = scores.masked_fill(~is_seen, -math.inf)
     out: Tensor = scores.softmax(dim=-1).to(value.dtype) @ value
     return out
 
@@ -197,7 +232,9 @@ class JointAttention(nn.Module):
         self.norm_added_q = HeadNorm(self.head_dim, eps=spec.eps)
         self.norm_added_k = HeadNorm(self.head_dim, eps=spec.eps)
 
-    def forward(self, text: Tensor, image: Tensor, angles: Rotary) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, text: Tensor, image: Tensor, angles: Rotary, references: ReferenceAttention | None = None
+    ) -> tuple[Tensor, Tensor]:
         def heads(x: Tensor) -> Tensor:
             return rearrange(x, "b n (heads d) -> b n heads d", d=self.head_dim)
 
@@ -207,7 +244,7 @@ class JointAttention(nn.Module):
         )
         key = torch.cat([self.norm_added_k(heads(self.add_k_proj(text))), self.norm_k(heads(self.to_k(image)))], dim=1)
         value = torch.cat([heads(self.add_v_proj(text)), heads(self.to_v(image))], dim=1)
-        out = attend(query, key, value, angles)
+        out = attend(query, key, value, angles, references)
         return self.to_add_out(out[:, :text_length]), self.to_out[0](out[:, text_length:])
 
 
@@ -229,6 +266,7 @@ class DoubleBlock(nn.Module):
         text_modulation: Float[Tensor, "b 1 6*hidden"],
         image_modulation: Float[Tensor, "b 1 6*hidden"],
         angles: Rotary,
+        references: ReferenceAttention | None = None,
     ) -> tuple[Float[Tensor, "b l hidden"], Float[Tensor, "b n hidden"]]:
         shift, scale, gate, ff_shift, ff_scale, ff_gate = image_modulation.chunk(6, dim=-1)
         t_shift, t_scale, t_gate, t_ff_shift, t_ff_scale, t_ff_gate = text_modulation.chunk(6, dim=-1)
@@ -236,6 +274,7 @@ class DoubleBlock(nn.Module):
             modulated(text, self.norm1_context, t_shift, t_scale),
             modulated(image, self.norm1, shift, scale),
             angles,
+            references,
         )
         image = gated(image, gate, image_out)
         hidden = self.ff.hidden(modulated(image, self.norm2, ff_shift, ff_scale))
@@ -264,10 +303,10 @@ class ParallelAttention(nn.Module):
         self.norm_q = HeadNorm(self.head_dim, eps=spec.eps)
         self.norm_k = HeadNorm(self.head_dim, eps=spec.eps)
 
-    def forward(self, x: Tensor, angles: Rotary) -> Tensor:
+    def forward(self, x: Tensor, angles: Rotary, references: ReferenceAttention | None = None) -> Tensor:
         qkv, mlp = self.to_qkv_mlp_proj(x).split(self.widths, dim=-1)
         query, key, value = rearrange(qkv, "b n (part heads d) -> part b n heads d", part=3, d=self.head_dim)
-        attended = attend(self.norm_q(query), self.norm_k(key), value, angles)
+        attended = attend(self.norm_q(query), self.norm_k(key), value, angles, references)
         gate, inner = mlp.chunk(2, dim=-1)
         out: Tensor = self.to_out(torch.cat([attended, F.silu(gate) * inner], dim=-1))
         return out
@@ -280,10 +319,14 @@ class SingleBlock(nn.Module):
         self.attn = ParallelAttention(spec)
 
     def forward(
-        self, x: Float[Tensor, "b n hidden"], modulation: Float[Tensor, "b 1 3*hidden"], angles: Rotary
+        self,
+        x: Float[Tensor, "b n hidden"],
+        modulation: Float[Tensor, "b 1 3*hidden"],
+        angles: Rotary,
+        references: ReferenceAttention | None = None,
     ) -> Float[Tensor, "b n hidden"]:
         shift, scale, gate = modulation.chunk(3, dim=-1)
-        return clipped(gated(x, gate, self.attn(modulated(x, self.norm, shift, scale), angles)))
+        return clipped(gated(x, gate, self.attn(modulated(x, self.norm, shift, scale), angles, references)))
 
 
 class OutputNorm(nn.Module):
@@ -300,7 +343,7 @@ class OutputNorm(nn.Module):
 
 
 class Flux2Transformer(nn.Module):
-    """Velocity of image tokens, given text tokens, sigma and guidance."""
+    """Velocity of a picture's tokens, given text tokens, reference tokens, sigma and guidance."""
 
     def __init__(self, spec: TransformerSpec) -> None:
         super().__init__()
@@ -341,16 +384,19 @@ class Flux2Transformer(nn.Module):
         context_ids: Int[Tensor, "*b l 4"],
         choices: Sequence[Choice] = (),
         angles: Rotary | None = None,
-    ) -> Float[Tensor, "b n channels"]:
-        """One pass in the weights' own type.
+        references: ReferenceAttention | None = None,
+    ) -> Float[Tensor, "b m channels"]:
+        """One pass in the weights' own type. All image tokens share sigma.
 
         Args:
+            tokens: the picture's, and behind them those of its references, which have no velocity.
             sigma: 0 is data, 1 is noise.
             guidance: the scale as a user says it (1.0, 4.0); None for models without the embedder.
             position_ids: (t, h, w, l) of each image token, one table for the batch or one a sample.
             context_ids: the same for each text token.
             choices: the image tokens that stretches of blocks process; the others go around the stretch.
             angles: the rotary tables of text and image tokens, where the caller keeps them; else made from the ids.
+            references: how many of `tokens` are those of references, and what they see; None where there are none.
         """
         dtype = tokens.dtype
         vector = self.time_guidance_embed(sigma.to(dtype), None if guidance is None else guidance.to(dtype))
@@ -360,19 +406,20 @@ class Flux2Transformer(nn.Module):
         if angles is None:
             angles = rotary(torch.cat([context_ids, position_ids], dim=-2), self.spec.axes, self.spec.theta)
 
-        length = context.shape[1]
+        length, end = context.shape[1], context.shape[1] + tokens.shape[1] - (references.length if references else 0)
+        seen = None if references is None or references.is_full else references
         routing = Routing(choices, angles, length)
         image, text = self.x_embedder(tokens), self.context_embedder(context)
         for index, block in enumerate(self.transformer_blocks):
             image = routing.enter(index, image)
-            text, image = block(text, image, text_modulation, image_modulation, routing.angles)
+            text, image = block(text, image, text_modulation, image_modulation, routing.angles, seen)
             image = routing.leave(index, image)
         joint = torch.cat([text, image], dim=1)
         for index, block in enumerate(self.single_transformer_blocks, start=len(self.transformer_blocks)):
             joint = routing.enter(index, joint, length)
-            joint = block(joint, single_modulation, routing.angles)
+            joint = block(joint, single_modulation, routing.angles, seen)
             joint = routing.leave(index, joint, length)
-        out: Tensor = self.proj_out(self.norm_out(joint[:, length:], vector))
+        out: Tensor = self.proj_out(self.norm_out(joint[:, length:end], vector))
         return out
 
 

@@ -88,7 +88,7 @@ class _FusedAttention(torch.autograd.Function):
 class _Fused(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            return _FusedAttention.apply(*args, **(kwargs or {}))  # type: ignore[no-untyped-call]
+            return _FusedAttention.apply(*args[:3])  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 

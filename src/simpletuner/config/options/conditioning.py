@@ -4,6 +4,9 @@ from typing import Literal
 
 from simpletuner.config.options.kinds import NotNegative, Slice, UnitInterval
 
+ReferenceView = Literal["full", "own"]
+"""What reference tokens attend to."""
+
 
 class ConditioningOptions(Slice):
     """References and masks."""
@@ -11,7 +14,7 @@ class ConditioningOptions(Slice):
     reference_dropout_probability: UnitInterval = 0.0
     """Share of the samples that are trained without their references."""
 
-    reference_attention: Literal["full", "own"] = "full"
+    reference_attention: ReferenceView = "full"
     """What reference tokens attend to: everything (`full`), or the references of their sample alone (`own`)."""
 
     masked_loss_probability: UnitInterval = 1.0
