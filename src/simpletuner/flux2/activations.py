@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.config.flavours import TransformerSpec
+from simpletuner.config.options.conditioning import ReferenceView
 from simpletuner.flux2.lora import Range, wrap
 from simpletuner.flux2.rotary import Rotary
 from simpletuner.flux2.routes import Route
-from simpletuner.flux2.transformer import DoubleBlock, OutputNorm, SingleBlock
+from simpletuner.flux2.transformer import DoubleBlock, OutputNorm, ReferenceAttention, SingleBlock
 from simpletuner.memory import recompute
 from simpletuner.memory.trace import Cost, fuse_attention, pretending, trace, trace_forward
 
@@ -48,11 +49,19 @@ class Pass:
     recomputed: tuple[bool, ...] = ()
     """Of each block; empty where none is."""
     routes: tuple[Route, ...] = ()
+    references: int = 0
+    """Reference tokens of a sample, beside the image tokens; padding counts."""
+    reference_attention: ReferenceView = "full"
+
+    @property
+    def joint(self) -> int:
+        """All tokens of a sample."""
+        return self.text + self.image + self.references
 
     @property
     def stream_bytes(self) -> int:
-        """Of the image tokens between two blocks."""
-        return self.batch * self.image * self.spec.hidden * self.dtype.itemsize
+        """Of the image and reference tokens between two blocks."""
+        return self.batch * (self.image + self.references) * self.spec.hidden * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -71,8 +80,12 @@ class _Block:
     @property
     def stream_sizes(self) -> list[int]:
         """Bytes of each tensor that goes in and is not shared."""
-        counts = [self.at.text, self.at.image] if self.is_double else [self.at.text + self.at.image]
-        return [self.at.batch * count * self.at.spec.hidden * self.at.dtype.itemsize for count in counts]
+        return [self.at.batch * count * self.at.spec.hidden * self.at.dtype.itemsize for count in self.stream_tokens]
+
+    @property
+    def stream_tokens(self) -> tuple[int, ...]:
+        """Tokens of each."""
+        return (self.at.text, self.at.image + self.at.references) if self.is_double else (self.at.joint,)
 
 
 @dataclass(frozen=True)
@@ -217,17 +230,24 @@ def _made(block: _Block) -> Made:
     def modulation(sets: int) -> Tensor:
         return torch.empty(batch, 1, 3 * sets * spec.hidden, dtype=dtype, requires_grad=at.is_full)
 
-    tables = (batch,) if block.is_routed else ()
-    half = (*tables, at.text + at.image, spec.head_dim // 2)
+    tables = (batch,) if block.is_routed or at.references else ()
+    half = (*tables, at.joint, spec.head_dim // 2)
     angles: Rotary = (torch.empty(half, dtype=torch.float32), torch.empty(half, dtype=torch.float32))
     modulations = [modulation(2), modulation(2)] if block.is_double else [modulation(1)]
 
+    is_own = at.references > 0 and at.reference_attention == "own"
+    references = ReferenceAttention(at.references, is_own=True) if is_own else None
+
     def run(*streams: Tensor) -> Sequence[Tensor]:
-        out = module(*streams, *modulations, angles)
+        out = module(*streams, *modulations, angles, references)
         return out if isinstance(out, tuple) else (out,)
 
-    tokens = (at.text, at.image) if block.is_double else (at.text + at.image,)
-    return run, lambda: [stream(count) for count in tokens], list(module.parameters()), [*modulations, *angles]
+    return (
+        run,
+        lambda: [stream(count) for count in block.stream_tokens],
+        list(module.parameters()),
+        [*modulations, *angles],
+    )
 
 
 @lru_cache(maxsize=64)
@@ -243,11 +263,11 @@ def _tail(at: Pass) -> Cost:
         target = torch.empty(at.batch, at.image, spec.in_channels, dtype=torch.float32)
 
         def run(joint: Tensor) -> Sequence[Tensor]:
-            predicted = out(norm(joint[:, at.text :], vector))
+            predicted = out(norm(joint[:, at.text : at.text + at.image], vector))
             return ((predicted.float() - target).square().mean(),)
 
         def joint() -> list[Tensor]:
-            shape = (at.batch, at.text + at.image, spec.hidden)
+            shape = (at.batch, at.joint, spec.hidden)
             return [torch.empty(shape, dtype=at.dtype, requires_grad=True)]
 
         return trace(run, joint, weights, [vector, target], is_released=at.is_released)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from simpletuner.config.flavours import TransformerSpec
+from simpletuner.config.options.conditioning import ReferenceView
 from simpletuner.flux2.activations import Pass
 from simpletuner.flux2.lora import LoraLinear
 from simpletuner.flux2.transformer import Flux2Transformer
@@ -126,11 +127,11 @@ class _Count:
         self.backward += down * (1 + tracked) + 2 * up
         return True
 
-    def attention(self, tokens: int, hidden: int, *, tracked: bool) -> bool:
-        """Scores and their product with the values. The backward pass counts whole where any input wants a gradient,
-        as fused kernels compute it.
+    def attention(self, pairs: int, hidden: int, *, tracked: bool) -> bool:
+        """Scores of `pairs` of a query and a key, and their product with the values. The backward pass counts whole
+        where any input wants a gradient, as fused kernels compute it.
         """
-        product = 2 * tokens**2 * hidden
+        product = 2 * pairs * hidden
         self.forward += 2 * product
         self.backward += 4 * product * tracked
         self.again += product * tracked
@@ -161,20 +162,22 @@ def _walk(count: _Count, passing: Pass, *, is_routed: bool = True, is_compiled: 
     image_gates = count.linear("double_stream_modulation_img.linear", 1, hidden, 6 * hidden, tracked=vector)
     text_gates = count.linear("double_stream_modulation_txt.linear", 1, hidden, 6 * hidden, tracked=vector)
     single_gates = count.linear("single_stream_modulation.linear", 1, hidden, 3 * hidden, tracked=vector)
-    image_tracked = count.linear("x_embedder", passing.image, spec.in_channels, hidden, tracked=False)
+    references = passing.references
+    image_tracked = count.linear("x_embedder", passing.image + references, spec.in_channels, hidden, tracked=False)
     text_tracked = count.linear("context_embedder", text, spec.context_dim, hidden, tracked=False)
     is_clipped = passing.is_autocast or passing.dtype == torch.float16
     for index in range(spec.blocks):
         name = _block_name(passing, index)
         route = next((route for route in passing.routes if is_routed and route.start <= index <= route.end), None)
         image = passing.image if route is None else route.keeps(passing.image)
+        pairs = attended_pairs(text + image, references, passing.reference_attention)
         count.begin_block()
         if index < spec.double_blocks:
-            streams = _Stream(text, text_tracked, text_gates), _Stream(image, image_tracked, image_gates)
-            text_tracked, image_tracked = _double(count, spec, name, *streams, is_clipped=is_clipped)
+            streams = _Stream(text, text_tracked, text_gates), _Stream(image + references, image_tracked, image_gates)
+            text_tracked, image_tracked = _double(count, spec, name, *streams, pairs, is_clipped=is_clipped)
         else:
-            stream = _Stream(text + image, text_tracked or image_tracked, single_gates)
-            text_tracked = image_tracked = _single(count, spec, name, stream, is_clipped=is_clipped)
+            stream = _Stream(text + image + references, text_tracked or image_tracked, single_gates)
+            text_tracked = image_tracked = _single(count, spec, name, stream, pairs, is_clipped=is_clipped)
         if passing.recomputed and passing.recomputed[index]:
             count.save(is_compiled)
             count.recompute_block()
@@ -182,6 +185,12 @@ def _walk(count: _Count, passing: Pass, *, is_routed: bool = True, is_compiled: 
     # Text and image are one sequence by now, of which the image is cut out.
     tracked = text_tracked or image_tracked or gates
     count.linear("proj_out", passing.image, hidden, spec.in_channels, tracked=tracked)
+
+
+def attended_pairs(others: int, references: int, view: ReferenceView) -> int:
+    """Pairs of a query and a key of a sample of `others` tokens of text and image beside those of its references."""
+    every = others + references
+    return every**2 if view == "full" else others * every + references**2
 
 
 @dataclass(frozen=True)
@@ -198,9 +207,9 @@ class _Stream:
 
 
 def _double(
-    count: _Count, spec: TransformerSpec, name: str, text: _Stream, image: _Stream, *, is_clipped: bool
+    count: _Count, spec: TransformerSpec, name: str, text: _Stream, image: _Stream, pairs: int, *, is_clipped: bool
 ) -> tuple[bool, bool]:
-    """Count a double block. Returns whether its text and its image want a gradient."""
+    """Count a double block with `pairs` in its attention. Returns whether its text and its image want a gradient."""
     hidden, inner = spec.hidden, spec.mlp_hidden
 
     def project(part: str, stream: _Stream, tracked: bool) -> bool:
@@ -209,7 +218,7 @@ def _double(
     text_tracked, image_tracked = text.modulated_is_tracked, image.modulated_is_tracked
     inputs = [project(part, text, text_tracked) for part in ("add_q_proj", "add_k_proj", "add_v_proj")]
     inputs += [project(part, image, image_tracked) for part in ("to_q", "to_k", "to_v")]
-    attended = count.attention(text.tokens + image.tokens, hidden, tracked=any(inputs))
+    attended = count.attention(pairs, hidden, tracked=any(inputs))
     text_tracked |= project("to_add_out", text, attended)
     image_tracked |= project("to_out.0", image, attended)
 
@@ -225,12 +234,12 @@ def _double(
     return text_tracked, image_tracked
 
 
-def _single(count: _Count, spec: TransformerSpec, name: str, stream: _Stream, *, is_clipped: bool) -> bool:
-    """Count a single block. Returns whether its result wants a gradient."""
+def _single(count: _Count, spec: TransformerSpec, name: str, stream: _Stream, pairs: int, *, is_clipped: bool) -> bool:
+    """Count a single block with `pairs` in its attention. Returns whether its result wants a gradient."""
     hidden, inner, tokens = spec.hidden, spec.mlp_hidden, stream.tokens
     tracked, widened = stream.modulated_is_tracked, 3 * hidden + 2 * inner
     fused = count.linear(f"{name}.attn.to_qkv_mlp_proj", tokens, hidden, widened, tracked=tracked)
-    count.attention(tokens, hidden, tracked=fused)
+    count.attention(pairs, hidden, tracked=fused)
     tracked |= count.adapter(f"{name}.attn.to_out", tokens, tracked=fused)
     tracked |= count.base(tokens, hidden + inner, hidden, tracked=fused)
     count.save(stream.has_tracked_gates or (is_clipped and tracked))

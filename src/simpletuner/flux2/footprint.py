@@ -134,6 +134,12 @@ class Workload:
     """(width, height) in pixels of the largest pictures that are trained."""
     batch: int
     """Pictures in one forward pass."""
+    references: int = 0
+    """Reference tokens of a sample of that size, at most."""
+    encoded: tuple[int, int] | None = None
+    """(width, height) of the largest picture that the VAE encodes; None for that of `bucket`."""
+    drawn_references: int = 0
+    """Reference tokens of a validation image, at most."""
     pictures: int | None = None
     """Latents to cache; None where nobody has looked."""
     captions: int | None = None
@@ -152,11 +158,13 @@ class Workload:
     """How often the run sees each of them, on average."""
 
     @property
-    def tokens(self) -> int:
-        return _tokens(self.bucket)
+    def largest_encoded(self) -> tuple[int, int]:
+        """(width, height) of the largest picture that the VAE encodes."""
+        return self.encoded or self.bucket
 
 
-def _tokens(size: tuple[int, int]) -> int:
+def tokens_of(size: tuple[int, int]) -> int:
+    """Image tokens of a picture of (width, height) pixels."""
     return (size[0] // PIXELS_PER_TOKEN) * (size[1] // PIXELS_PER_TOKEN)
 
 
@@ -465,7 +473,7 @@ class Footprint:
     @property
     def latent_bytes(self) -> int:
         """Of one picture's cached latent at the largest size, fp32."""
-        return self.work.tokens * self.architecture.transformer.in_channels * 4
+        return tokens_of(self.work.largest_encoded) * self.architecture.transformer.in_channels * 4
 
     @property
     def _context_row(self) -> int:
@@ -528,12 +536,12 @@ class Footprint:
     def latents(self) -> PhasePlan:
         """Pictures to latents."""
         config, autoencoder = self.config, self.architecture.autoencoder
-        width, height = self.work.bucket
+        width, height = self.work.largest_encoded
         pictures = math.ceil((self.work.pictures or 0) / config.ranks)
         batch = min(config.vae_batch_size, pictures or config.vae_batch_size)
         room = _Room(self.machine, self.config.ranks)
         read = self._hold_autoencoder(room, encoder_shapes(autoencoder))
-        pixels = self._seen_pixels(self.work.bucket, batch)
+        pixels = self._seen_pixels((width, height), batch)
         room.device("activations", encoding_bytes(autoencoder, pixels, self.vae_dtype))
         # Of each pixel of a batch, fp32 and as the VAE wants it; of those that are opened ahead, bytes.
         room.device("pictures", batch * width * height * 3 * (4 + self.vae_dtype.itemsize))
@@ -682,15 +690,15 @@ class Footprint:
         exported = _saved_parameters(spec, self._adapted, config.lora_rank) * DTYPES[config.lora_save_dtype].itemsize
         return checkpoint_bytes(config, exported, self.trained_bytes, self.optimizer_bytes)
 
-    def passing(self, size: tuple[int, int], batch: int) -> Pass:
-        """What goes through the transformer in training."""
+    def passing(self, size: tuple[int, int], batch: int, references: int = 0) -> Pass:
+        """What goes through the transformer in training, with so many reference tokens a sample."""
         config, spec = self.config, self.architecture.transformer
         return Pass(
             spec=spec,
             dtype=self.dtype,
             batch=batch,
             text=self.architecture.text_length,
-            image=_tokens(size),
+            image=tokens_of(size),
             is_autocast=config.is_autocast,
             is_full=self.is_full,
             is_released=config.optimizer_release_gradients,
@@ -699,6 +707,8 @@ class Footprint:
             dropout=config.lora_dropout,
             recomputed=recomputed_blocks(config, spec.blocks),
             routes=resolve(config.tread_routes, spec.blocks),
+            references=references,
+            reference_attention=config.reference_attention,
         )
 
     def train(self) -> PhasePlan:
@@ -706,7 +716,7 @@ class Footprint:
         config = self.config
         room = _Room(self.machine, self.config.ranks)
         read = self._hold(room)
-        passing = self.passing(self.work.bucket, self.work.batch)
+        passing = self.passing(self.work.bucket, self.work.batch, self.work.references)
         accumulated = config.gradient_accumulation_steps > 1
         scatters = self.is_full and self.is_sharded
         collects = self.has_masters or scatters
@@ -736,12 +746,13 @@ class Footprint:
         room.ram("activations that wait", worst.elsewhere)
         if self.work.draws and not config.offload_during_startup:
             self._hold_autoencoder(room, decoder_shapes(self.architecture.autoencoder))  # from the first picture on
-        self._data(room, self.work.bucket, self.work.batch)
+        self._data(room, passing)
         room.disk("checkpoints", (config.checkpoints_total_limit + 1) * self.checkpoint_bytes)
         if self.is_full:  # in BFL's layout; the diffusers folder is links to the last checkpoint
             room.disk("single file", self._exported_model_bytes * (2 if config.use_ema else 1))
         width, height = self.work.bucket
-        return room.plan("train", f"{width}x{height} × {self.work.batch}{self._residency}", read)
+        beside = f" + {self.work.references} reference tokens" if self.work.references else ""
+        return room.plan("train", f"{width}x{height}{beside} × {self.work.batch}{self._residency}", read)
 
     def draws_both(self, size: tuple[int, int]) -> bool:
         """Whether the two predictions of classifier-free guidance share a pass: on an accelerator, where that takes no
@@ -818,7 +829,8 @@ class Footprint:
         read for it.
         """
         config, autoencoder = self.config, self.architecture.autoencoder
-        drawing = sampling(self.passing(size, batch)) + self._unpacked
+        passing = self.passing(size, batch, self.work.drawn_references)
+        drawing = sampling(passing) + self._unpacked
         decoding = decoding_bytes(autoencoder, self._seen_pixels(size, 1), self.vae_dtype)
         weights, _ = autoencoder_bytes(decoder_shapes(autoencoder), self.vae_dtype)
         if config.offload_during_startup and drawing >= weights + decoding:
@@ -830,7 +842,7 @@ class Footprint:
         averaged = config.use_ema and config.ema_validation != "none" and not self.has_masters
         asides = int(averaged) + int(optimiser(config.optimizer).library == "schedulefree")
         room.device("put aside", asides * self._own(self.trained_bytes))
-        self._data(room, size, batch)
+        self._data(room, passing)
         return weights
 
     @property
@@ -917,17 +929,17 @@ class Footprint:
         blocks = sorted(weights.blocks)[-GATHERED_BLOCKS if config.fsdp_reshard_after_forward else 0 :]
         room.device(f"{prefix}gathered weights", weights.rest + sum(blocks))
 
-    def _data(self, room: _Room, size: tuple[int, int], batch: int) -> None:
-        """Latents, their noise, their mixture, the velocity and the answer, fp32; contexts; tables of positions. In the
-        machine's memory this batch and the next.
+    def _data(self, room: _Room, passing: Pass) -> None:
+        """Latents, their noise, their mixture, the velocity and the answer, fp32; references; contexts; tables of
+        positions, with references one a sample. In the machine's memory this batch and the next.
         """
-        spec, length = self.architecture.transformer, self.architecture.text_length
-        latents = batch * _tokens(size) * spec.in_channels * 4
-        contexts = batch * length * self._context_row
-        tables = (length + _tokens(size)) * spec.head_dim * 4
-        room.device("batch", 5 * latents + contexts + tables)
+        spec, batch = passing.spec, passing.batch
+        latents, references = (batch * count * spec.in_channels * 4 for count in (passing.image, passing.references))
+        contexts = batch * passing.text * self._context_row
+        tables = (batch if references else 1) * passing.joint * spec.head_dim * 4
+        room.device("batch", 5 * latents + references + contexts + tables)
         if self.machine.accelerator is not None:
-            room.ram("batch", 2 * (latents + contexts))
+            room.ram("batch", 2 * (latents + references + contexts))
 
 
 def _settled(config: RunConfig, resident: int, *, ahead: bool) -> RunConfig:

@@ -21,7 +21,7 @@ from simpletuner.base.errors import ConfigError
 VARIANTS = 16
 """How many artefacts a kind of block can come to need: inputs that want a gradient or not (the first block's do not) ×
 passes with or without gradients × batches of one or of more × one table of positions or one a sample. Sizes are
-symbols in the artefact, so resolutions and routes add none."""
+symbols in the artefact, so resolutions and routes add none. References may be masked or not: as many again."""
 
 PROBE_LIMIT_S = 120.0
 """Longer than a first start of Triton and its compiler takes on a slow disk."""
@@ -103,7 +103,14 @@ class Compiled:
             ) from error
 
 
-def install(blocks: Sequence[nn.Module], *, backend: str, mode: str = "default", sizes_vary: bool = True) -> Compiled:
+def install(
+    blocks: Sequence[nn.Module],
+    *,
+    backend: str,
+    mode: str = "default",
+    sizes_vary: bool = True,
+    has_references: bool = False,
+) -> Compiled:
     """Compile each block's forward wherever the block trains; in evaluation it stays as it is, to the bit.
 
     Call it before `recompute.install`: what is recomputed is then the compiled block.
@@ -112,6 +119,7 @@ def install(blocks: Sequence[nn.Module], *, backend: str, mode: str = "default",
         backend: a backend of `torch.compile`.
         sizes_vary: whether more than one shape of input is expected. If not, artefacts are made for the one shape,
             which can be faster, and once more should another come.
+        has_references: whether references may come, with padding or without.
 
     Raises:
         ValueError: something has wrapped a block already, and would be left out.
@@ -126,7 +134,7 @@ def install(blocks: Sequence[nn.Module], *, backend: str, mode: str = "default",
     for block in blocks:
         by_class.setdefault(type(block), []).append(block)
     layouts = {kind: len({_layout(block) for block in members}) for kind, members in by_class.items()}
-    variants = VARIANTS if sizes_vary else 2 * VARIANTS
+    variants = VARIANTS * (1 if sizes_vary else 2) * (2 if has_references else 1)
     compiled = Compiled(backend, sum(layouts.values()), variants * sum(layouts.values()))
 
     # All of these hold for the process: it trains one model. Past the limit a full graph is an error, not a fallback.

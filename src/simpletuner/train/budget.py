@@ -1,5 +1,6 @@
 """What a run will take of this machine, before it is taken: the plan's first lines, its verdict, and what to change."""
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,8 +24,9 @@ from simpletuner.config.run import RunConfig
 from simpletuner.data.geometry import aligned_square
 from simpletuner.data.manifest import Manifest, count_new, scan
 from simpletuner.data.order import Order
+from simpletuner.data.sample import Sample
 from simpletuner.flux2.arithmetic import training_flop
-from simpletuner.flux2.footprint import Architecture, Footprint, Workload
+from simpletuner.flux2.footprint import Architecture, Footprint, Workload, tokens_of
 from simpletuner.flux2.places import base_name, missing_download
 from simpletuner.flux2.tokenizer import longest_caption
 from simpletuner.memory.free import free_memory_bytes
@@ -112,10 +114,45 @@ def with_processes(config: RunConfig, gpus: int) -> RunConfig:
 def configured(loaded: Loaded) -> Workload:
     """The work as the configuration tells it: no picture is looked at."""
     sets = loaded.datasets.train_sets
-    width, height, batch = max(
-        ((*_size(each), each.train_batch_size or loaded.config.train_batch_size) for each in sets), key=math.prod
+    references = [_assumed_references(loaded, each) for each in sets]
+    loads = [
+        _Load(_size(each), each.train_batch_size or loaded.config.train_batch_size, sum(map(tokens_of, sizes)))
+        for each, sizes in zip(sets, references, strict=True)
+    ]
+    largest = max(loads, key=lambda load: load.tokens)
+    encoded = max([*map(_size, sets), *itertools.chain(*references)], key=math.prod)
+    return Workload(
+        largest.size,
+        largest.batch,
+        references=largest.reference_tokens,
+        encoded=None if encoded == largest.size else encoded,
+        draws=_draws(loaded),
     )
-    return Workload((width, height), batch, draws=_draws(loaded))
+
+
+@dataclass(frozen=True)
+class _Load:
+    """The images of a micro-batch."""
+
+    size: tuple[int, int]
+    """(width, height) of each, in pixels."""
+    batch: int
+    reference_tokens: int
+    """Of the sample with the most: the others are padded to it."""
+
+    @property
+    def tokens(self) -> int:
+        return (tokens_of(self.size) + self.reference_tokens) * self.batch
+
+
+def _assumed_references(loaded: Loaded, image_set: ImageSet) -> tuple[tuple[int, int], ...]:
+    """Sizes of a sample's references: one of each set, strict ones as large as the image, others of the set's
+    `resolution`.
+    """
+    sets = [each for each in loaded.datasets.conditions_of(image_set) if each.is_reference]
+    return tuple(
+        _size(image_set) if each.conditioning_type == "reference_strict" else aligned_square(each) for each in sets
+    )
 
 
 def _size(image_set: ImageSet) -> tuple[int, int]:
@@ -145,20 +182,30 @@ def looked_at(loaded: Loaded, most: int = 50) -> Workload:
 def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manifest] = ()) -> Workload:
     """The work as the pictures tell it."""
     run_batch = loaded.config.train_batch_size
-    sizes = [
-        (*bucket, manifest.image_set.train_batch_size or run_batch) for manifest in train for bucket in manifest.buckets
+    loads = [
+        _Load(
+            bucket,
+            manifest.image_set.train_batch_size or run_batch,
+            max(reference_tokens_of(manifest.samples[index]) for index in members),
+        )
+        for manifest in train
+        for bucket, members in manifest.buckets.items()
     ]
-    width, height, batch = max(sizes, key=math.prod)
+    largest = max(loads, key=lambda load: load.tokens)
     samples = [sample for manifest in (*train, *held_out) for sample in manifest.samples]
+    references = {crop for sample in samples for crop in sample.references}
+    encoded = max((crop.geometry.target for crop in (*samples, *references)), key=math.prod)
     captions = {caption for sample in samples for caption in sample.captions} | set(loaded.prompts.values())
     longest = longest_caption(captions, loaded.config)
     order = Order(train, seed=loaded.config.seed, batch_size=run_batch)
     plan = Plan.of(loaded.config, order, loaded.config.gradient_accumulation_steps * loaded.config.ranks)
     train_images = sum(len(manifest.samples) for manifest in train)
     return Workload(
-        (width, height),
-        batch,
-        pictures=len(samples),
+        largest.size,
+        largest.batch,
+        references=largest.reference_tokens,
+        encoded=None if encoded == largest.size else encoded,
+        pictures=len(samples) + len(references),
         captions=len(captions) + 1,
         caption_tokens=longest.tokens,
         tokenizer=longest.tokenizer,
@@ -167,6 +214,11 @@ def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manife
         train_images=train_images,
         visits=plan.epochs * int(order.epoch(0).batch_sizes().sum()) / train_images,
     )
+
+
+def reference_tokens_of(sample: Sample) -> int:
+    """Tokens of all references of a sample."""
+    return sum(tokens_of(reference.geometry.target) for reference in sample.references)
 
 
 def _draws(loaded: Loaded) -> bool:
@@ -410,7 +462,7 @@ class Budget:
     @cached_property
     def step_flop(self) -> int:
         """What an optimiser step computes, at the largest bucket, recompute counted."""
-        passing = self.footprint.passing(self.work.bucket, self.work.batch)
+        passing = self.footprint.passing(self.work.bucket, self.work.batch, self.work.references)
         return self.config.gradient_accumulation_steps * training_flop(passing).hardware
 
     def summary(self, flop_per_s: float | None = None, *, has_advice: bool = False) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
@@ -32,9 +33,10 @@ from simpletuner.config.previews import drawing_flavour, preview_flavour
 from simpletuner.config.record import decisive, resolved
 from simpletuner.config.rules import profile_findings
 from simpletuner.config.run import RunConfig
-from simpletuner.data.order import Cut, MicroBatch, Order
+from simpletuner.data.order import Cut, MicroBatch, Order, Visit
 from simpletuner.flux2.components import check_precisions, check_trainable
 from simpletuner.flux2.denoiser import Denoiser
+from simpletuner.flux2.footprint import tokens_of
 from simpletuner.flux2.load import checked_skeleton
 from simpletuner.flux2.located import located
 from simpletuner.flux2.lora import Adapter
@@ -59,7 +61,7 @@ from simpletuner.runs.samplers import end_samplers
 from simpletuner.train import checkpoint, optim, resume, trackers
 from simpletuner.train.backend import BackendChoice, check_backend, choose_backend, uncompiled
 from simpletuner.train.batches import BatchBuilder
-from simpletuner.train.budget import Budget, configured, machine_of, scanned
+from simpletuner.train.budget import Budget, configured, machine_of, reference_tokens_of, scanned
 from simpletuner.train.caches import Prepared, base_fingerprints, fill_caches, knows_whole_base, scan_sets
 from simpletuner.train.ema import Ema
 from simpletuner.train.export import EXPORTS
@@ -283,7 +285,7 @@ class Attempt:
             place = str(found.folder)
             self.reporter.emit(CheckpointEvent(step=self.state.step, state="resumed", path=found.folder.name))
             self.reporter.say(f"Going on from step {self.state.step} of {plan.steps} ({place}).")
-        denoiser = Denoiser(product.transformer)
+        denoiser = Denoiser(product.transformer, self.config.reference_attention)
         routes = self.routes(product.transformer.spec.blocks, order)
         strata = Strata(order, seed=self.config.seed, batches_per_step=self.batches_per_step)
         objective = Objective.of(self.config, self.config, self.config.seed, strata)
@@ -459,11 +461,13 @@ class Attempt:
         """Make a transformer ready to train: compile, stream and recompute its blocks if asked to."""
         if self.config.dynamo_backend != "no":
             shapes = {(micro_batch.bucket, len(micro_batch.visits)) for micro_batch, _ in order.by_bucket()}
+            has_references = any(sample.references for manifest in order.manifests for sample in manifest.samples)
             self.compiled = compilation.install(
                 transformer.blocks,
                 backend=self.config.dynamo_backend,
                 mode=self.config.dynamo_mode,
-                sizes_vary=len(shapes) > 1 or bool(self.config.tread_routes),
+                sizes_vary=len(shapes) > 1 or bool(self.config.tread_routes) or has_references,
+                has_references=has_references,
             )
         placed = self.budget.footprint.settled
         self.streaming = stream_blocks(transformer, placed, self.device)
@@ -742,9 +746,21 @@ class Attempt:
 
 
 def largest(order: Order) -> MicroBatch:
-    """The batch with the most pixels."""
-    candidates = [micro_batch for micro_batch, _ in order.by_bucket()]
-    return max(candidates, key=lambda micro: math.prod(micro.bucket) * len(micro.visits))
+    """The batch with the most tokens; in it, where there are references, the sample of its bucket with the most."""
+    manifests = order.manifests
+
+    def heaviest(micro_batch: MicroBatch) -> tuple[int, MicroBatch]:
+        first, *others = micro_batch.visits
+        manifest = manifests[first.set_index]
+        tokens = [reference_tokens_of(manifest.samples[index]) for index in manifest.buckets[micro_batch.bucket]]
+        if any(tokens):
+            most = manifest.buckets[micro_batch.bucket][tokens.index(max(tokens))]
+            micro_batch = replace(micro_batch, visits=(Visit(first.set_index, most), *others))
+        return (tokens_of(micro_batch.bucket) + max(tokens)) * len(micro_batch.visits), micro_batch
+
+    candidates = [heaviest(micro_batch) for micro_batch, _ in order.by_bucket()]
+    _, found = max(candidates, key=itemgetter(0))
+    return found
 
 
 @contextlib.contextmanager

@@ -64,6 +64,7 @@ class FlopMeter:
             is_full=config.model_type == "full",
             recomputed=recomputed_blocks(config, blocks),
             routes=resolve(config.tread_routes, blocks),
+            reference_attention=config.reference_attention,
         )
         adapters = attached_adapters(transformer)
         self._training = cache(partial(training_flop, adapters=adapters, is_compiled=is_compiled))
@@ -78,7 +79,13 @@ class FlopMeter:
         total = PassFlop(0, 0)
         for batch in whole.batches:
             count, _, height, width = batch.latents.shape
-            passing = replace(self._passing, text=batch.condition.context.index.shape[1], image=height * width)
+            condition = batch.condition
+            passing = replace(
+                self._passing,
+                text=condition.context.index.shape[1],
+                image=height * width,
+                references=0 if condition.references is None else condition.references.tokens.shape[1],
+            )
             total += self._training(passing) * count
             if self._rollout is not None:
                 total += self._sampling(passing) * self._rollout.sampled(batch)

@@ -21,7 +21,7 @@ from simpletuner.flux2.arithmetic import (
 from simpletuner.flux2.footprint import adapted_blocks
 from simpletuner.flux2.lora import attach
 from simpletuner.flux2.routes import Route
-from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.flux2.transformer import Flux2Transformer, ReferenceAttention
 from simpletuner.flux2.tread import Choice
 from simpletuner.memory import recompute
 
@@ -77,18 +77,21 @@ def transformer_of(options: LoraOptions | None, at: Pass) -> Flux2Transformer:
 def counted(transformer: Flux2Transformer, at: Pass, device: str = "cpu", *, backward: bool = True) -> int:
     """What torch counts of a pass through the whole module."""
     transformer = transformer.to(device, at.dtype)
-    kept = [route.keeps(at.image) for route in at.routes]
+    kept = [route.keeps(at.image) + at.references for route in at.routes]
+    tokens = at.image + at.references
     with torch.device(device):
-        image = torch.randn(at.batch, at.image, SPEC.in_channels, dtype=at.dtype)
+        image = torch.randn(at.batch, tokens, SPEC.in_channels, dtype=at.dtype)
         text = torch.randn(at.batch, at.text, SPEC.context_dim, dtype=at.dtype)
-        image_ids, text_ids = torch.zeros(at.image, 4).long(), torch.zeros(at.text, 4).long()
+        image_ids, text_ids = torch.zeros(tokens, 4).long(), torch.zeros(at.text, 4).long()
         choices = [
             Choice(route.start, route.end, torch.arange(count).expand(at.batch, -1))
             for route, count in zip(at.routes, kept, strict=True)
         ]
         with FlopCounterMode(display=False, custom_mapping=FUSED) as counter, torch.set_grad_enabled(backward):
+            references = ReferenceAttention(at.references, is_own=at.reference_attention == "own")
+            ones = torch.ones(at.batch)
             velocity = transformer(
-                image, text, torch.rand(at.batch), torch.ones(at.batch), image_ids, text_ids, choices
+                image, text, ones, ones, image_ids, text_ids, choices, None, references if at.references else None
             )
             if backward:
                 velocity.sum().backward()
@@ -156,6 +159,29 @@ def test_a_pass_without_gradients_is_counted_once_and_not_routed() -> None:
     transformer = transformer_of(EVERYTHING, at)
     expected = counted(transformer, passing(), backward=False)
     assert sampling_flop(at, attached_adapters(transformer)) == PassFlop(expected, expected)
+
+
+@pytest.mark.parametrize("view", ["full", "own"])
+def test_references_are_counted(view: str) -> None:
+    at = passing(references=13, reference_attention=view, recomputed=EVERY_OTHER, routes=(Route(1, 3, 0.5),))
+    transformer = transformer_of(EVERYTHING, at)
+    adapters = attached_adapters(transformer)
+    assert training_flop(at, adapters).hardware == counted(transformer, at)
+    at = replace(at, routes=(), recomputed=())
+    assert sampling_flop(at, adapters).model == counted(transformer, at, backward=False)
+
+
+@pytest.mark.parametrize(("view", "expected"), [("full", (2.136, 6.939)), ("own", (2.005, 6.416))])
+def test_what_references_cost_at_the_proportions_of_dev(view: str, expected: tuple[float, float]) -> None:
+    """Model FLOP of a step with one and with four references as large as the image, 1024x1024, over that without."""
+    spec = FLAVOURS["dev"].transformer
+    step = Pass(spec, torch.bfloat16, 1, 512, 4096, adapted=adapted_blocks(spec, LoraOptions()), rank=16)
+    own: tuple[Pass, ...] = tuple(
+        replace(step, references=4096 * count, reference_attention=view)  # type: ignore[arg-type]
+        for count in (1, 4)
+    )
+    found = [training_flop(each).model / training_flop(step).model for each in own]
+    assert found == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("target", ["all", "attention", "mlp", "tiny"])
