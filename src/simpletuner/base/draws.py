@@ -19,6 +19,7 @@ Purpose = Literal[
     "rounding",
     "validation",
     "tread",
+    "reference_dropout",
     "optimizer",
 ]
 

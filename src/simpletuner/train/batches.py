@@ -12,8 +12,9 @@ from simpletuner.config.run import RunConfig
 from simpletuner.data.batch import Batch, GlobalBatch, caption_of
 from simpletuner.data.order import MicroBatch, Order
 from simpletuner.data.sample import Sample
-from simpletuner.flow.condition import Condition
+from simpletuner.flow.condition import Condition, References
 from simpletuner.flux2.routes import Route
+from simpletuner.flux2.tokens import reference_tokens
 from simpletuner.flux2.tread import draw_choices
 from simpletuner.memory.world import World
 from simpletuner.train.caches import UNCONDITIONAL_CAPTION, Prepared
@@ -84,7 +85,11 @@ class BatchBuilder:
         draws = self.objective.draw(step, slots, (channels, height, width))
         return Batch(
             latents=latents,
-            condition=Condition(self.prepared.contexts(prompts, manifest.image_set), draws.guidance),
+            condition=Condition(
+                self.prepared.contexts(prompts, manifest.image_set),
+                draws.guidance,
+                self._references([self._kept(sample, step, slot) for sample, slot in zip(samples, slots, strict=True)]),
+            ),
             sigma=draws.sigma,
             noise=draws.noise,
             names=names_of(samples),
@@ -103,7 +108,8 @@ class BatchBuilder:
         latents = self.prepared.latents(image_set, [sample])
         names = names_of([sample])
         low, high = self.objective.guidance
-        condition = Condition.at(self.prepared.contexts([sample.captions[0]], image_set), (low + high) / 2)
+        context = self.prepared.contexts([sample.captions[0]], image_set)
+        condition = Condition.at(context, (low + high) / 2, self._references([sample]))
         batches = {}
         for sigma in HELD_OUT_SIGMAS:
             key = draw_seed(HELD_OUT_SEED, "eval", names[0], str(sigma))
@@ -117,6 +123,19 @@ class BatchBuilder:
                 slots=range(1),
             )
         return batches
+
+    def _references(self, samples: Sequence[Sample]) -> References | None:
+        """The references of `samples`, padded to the longest; None where none has any."""
+        each = [reference_tokens(images) if images else None for images in self.prepared.references(samples)]
+        return References.stacked(each, [1] * len(each))
+
+    def _kept(self, sample: Sample, step: int, slot: int) -> Sample:
+        """`sample`, without its references where this visit drops them. A trial, step 0, drops none."""
+        probability = self.config.reference_dropout_probability
+        if not sample.references or not probability or step == 0:
+            return sample
+        draw = random.Random(draw_seed(self.config.seed, "reference_dropout", step, slot)).random()
+        return replace(sample, references=()) if draw < probability else sample
 
     def _prompt(self, sample: Sample, step: int, slot: int) -> str:
         draw = random.Random(draw_seed(self.config.seed, "dropout", step, slot)).random()

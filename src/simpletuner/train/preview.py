@@ -72,7 +72,7 @@ class PreviewModel:
             shared = wrap(transformer, name, layer.a, layer.b, place=layer.place, scale=layer.scale)
             shared.a, shared.b, shared.is_enabled = layer.a, layer.b, layer.is_enabled
         stream_blocks(transformer, self.config, self.device)
-        return Denoiser(transformer.eval())
+        return Denoiser(transformer.eval(), self.config.reference_attention)
 
 
 def base_tensors(
