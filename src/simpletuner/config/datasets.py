@@ -31,6 +31,12 @@ def _one_as_tuple(value: object) -> object:
     return (value,) if isinstance(value, str) else list_as_tuple(value)
 
 
+Windows = dict[str, tuple[int, int | None]]
+"""The first and last "step" and "epoch" of a set, counted from 1; None where there is no last."""
+
+WHOLE_RUN: Windows = {"step": (1, None), "epoch": (1, None)}
+"""Of a set without a window."""
+
 MOST_REFERENCES = 10
 """Reference images of a sample."""
 
@@ -220,6 +226,21 @@ class ImageSet(PictureSet):
 
     text_embeds: Text | None = None
     """The id of the text store for this set's captions; by default the default store."""
+
+    @property
+    def windows(self) -> Windows:
+        """When the set is trained."""
+        return {
+            "step": (max(self.start_step, 1), self.end_step),
+            "epoch": (max(self.start_epoch, 1), self.end_epoch),
+        }
+
+    def is_active(self, step: int, epoch: int) -> bool:
+        """Whether `step`, in `epoch`, trains the set. Both are counted from 1."""
+        return all(
+            first <= at and (last is None or at <= last)
+            for at, (first, last) in zip((step, epoch), self.windows.values(), strict=True)
+        )
 
 
 class TextStore(Slice):

@@ -40,6 +40,17 @@ DATASET_TYPES = ("image", "eval", "conditioning", "text_embeds")
 _SIZE_KEYS = ("resolution", "minimum_image_size", "maximum_image_size", "target_downsample_size")
 _SHAPE_KEYS = PictureSet.model_fields.keys() - {"id", "type", "instance_data_dir", "disabled", "cache_dir_vae"}
 _LEAST_EDGE, _MOST_AREAS = 16, 64
+_OF_TRAINING = (
+    "repeats",
+    "probability",
+    "start_step",
+    "end_step",
+    "start_epoch",
+    "end_epoch",
+    "timestep_sampling_offset",
+    "caption_shuffle",
+)
+"""Keys that a held-out set has no use for."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +225,9 @@ def _image_faults(image_set: ImageSet) -> Iterator[Problem]:
     repeated = [name for name, count in Counter(image_set.conditioning_data).items() if count > 1]
     if repeated:
         yield Problem(f"conditioning_data names {join_names(repeated, 'and')} more than once", "each set once")
+    for noun, (first, last) in image_set.windows.items():
+        if last is not None and last < first:
+            yield Problem(f"end_{noun} = {last}", f"at least start_{noun}, {first}")
     if image_set.instance_prompt is None:
         reasons = {
             "caption_strategy = 'instanceprompt'": image_set.caption_strategy == "instanceprompt",
@@ -273,7 +287,7 @@ def _image_notices(image_set: ImageSet, typed: Any) -> Iterator[str]:
     reads_textfiles = image_set.caption_strategy == "textfile" and not image_set.only_instance_prompt
     ignored = [
         (("disable_multiline_split",), not reads_textfiles, "captions do not come from .txt files"),
-        (("repeats", "probability"), image_set.dataset_type == "eval", "an eval set is never trained"),
+        (_OF_TRAINING, image_set.dataset_type == "eval", "an eval set is never trained"),
         (("conditioning_required",), not image_set.conditioning_data, "conditioning_data names no set"),
     ]
     yield from _ignored(ignored, typed)

@@ -61,6 +61,8 @@ def findings(config: RunConfig, datasets: Datasets | None) -> Iterator[Finding]:
     yield from _paths(config)
     yield from _trackers(config)
     yield from _routes(config)
+    if datasets is not None:
+        yield from _windows(config, datasets)
     if datasets is not None and config.eval_dataset_id is not None:
         ids = [held.id for held in datasets.eval_sets]
         if config.eval_dataset_id not in ids:
@@ -80,6 +82,40 @@ def profile_findings(options: ProcessOptions, steps: int) -> Iterator[Finding]:
     if options.profiled.stop - 1 > steps:
         found = f"profile_steps = {options.profile_steps} in a run of {steps} steps"
         yield ("profile_steps", "max_train_steps"), Problem(found, f"steps from 1 to {steps}")
+
+
+def _windows(config: RunConfig, datasets: Datasets) -> Iterator[Finding]:
+    """Steps of the run that no image set covers, as far as its length is known; else its epochs. What windows in steps
+    and epochs leave together shows when the images are counted.
+    """
+    is_in_steps = config.max_train_steps is not None
+    noun, option = ("step", "max_train_steps") if is_in_steps else ("epoch", "num_train_epochs")
+    end = config.max_train_steps or config.num_train_epochs
+    covered = 0
+    for first, last in sorted((each.windows[noun] for each in datasets.train_sets), key=lambda window: window[0]):
+        if covered + 1 < first and covered < end:
+            yield (option, "data_backend_config"), uncovered(noun, (covered + 1, first - 1), end)
+        covered = max(covered, end if last is None else last)
+    if covered < end:
+        yield (option, "data_backend_config"), uncovered(noun, (covered + 1, None), end)
+
+
+def uncovered(noun: str, gap: tuple[int, int | None], end: int | None) -> Problem:
+    """What to say of a gap, its first and last "step" or "epoch", between the windows of the image sets. The last is
+    None where no set follows. The run has `end` of them; None where that would need more epochs than there are.
+    """
+    first, last = gap
+    last = end if last is None else last if end is None else min(last, end)
+    which = f"from {noun} {first} on" if last is None else f"in {noun}s {first} to {last}"
+    remedy = "Change start_step, end_step, start_epoch or end_epoch of a set in the list of datasets"
+    if last == end and first > 1:
+        option = "max_train_steps" if noun == "step" else "num_train_epochs"
+        remedy += f", or give --{option}={first - 1}"
+    return Problem(
+        f"no image set is active {f'in {noun} {first}' if first == last else which}",
+        f"at least one set in each {noun}",
+        f"{remedy}.",
+    )
 
 
 def _densities(config: RunConfig) -> Iterator[Finding]:

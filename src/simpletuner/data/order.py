@@ -1,12 +1,15 @@
 """The order in which a run sees its samples. A pure function of (manifests, seed, epoch): nothing to save, nothing
-to restore. An epoch is drawn and held as arrays; a micro-batch becomes an object when it is asked for."""
+to restore. An epoch is drawn and held as arrays; a micro-batch becomes an object when it is asked for.
+
+Image sets with a window of activity make it piecewise: a `Span` for each stretch in which the same sets are active.
+"""
 
 import bisect
 import functools
 import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +58,33 @@ class Cut:
     """Micro-batches of a global batch, over all processes."""
 
 
+@dataclass(frozen=True)
+class Span:
+    """Micro-batches through which the same sets are active. It ends where the next one starts."""
+
+    start: int
+    """Index of the first micro-batch, counted from the start of the run."""
+    epoch: int
+    """Epoch of that micro-batch, counted from 0."""
+    place: int
+    """Its place in that epoch: above 0 where the batch size changed inside it."""
+    active: tuple[int, ...]
+    """Indices of the sets, rising; empty where no set is active."""
+    batches_per_epoch: int
+    """0 where no set is active."""
+
+    def at(self, index: int) -> tuple[int, int]:
+        """The epoch of the micro-batch at `index`, and its place there."""
+        if not self.active:
+            return self.epoch, 0
+        epochs, place = divmod(index - self.start + self.place, self.batches_per_epoch)
+        return self.epoch + epochs, place
+
+    def index_of(self, epoch: int) -> int:
+        """Where `epoch` begins, or would if the span reached that far or as far back."""
+        return self.start - self.place + (epoch - self.epoch) * self.batches_per_epoch
+
+
 class EpochOrder:
     """The micro-batches of one epoch: `order[place]`, counted from 0."""
 
@@ -63,6 +93,9 @@ class EpochOrder:
         self._buckets = tuple(buckets)
         self._numbers = numbers
         self._starts = [0, *itertools.accumulate(len(bucket.samples) for bucket in buckets[:-1])]
+
+    def __len__(self) -> int:
+        return len(self._numbers)
 
     def __getitem__(self, place: int) -> MicroBatch:
         number = int(self._numbers[place])
@@ -108,6 +141,10 @@ class Order:
     at least one, chosen anew each time: of batches and not of pictures, so that every epoch has the same
     length. Then the batches of all sets are shuffled together.
 
+    Sets with a window are drawn in the epochs and steps in which they are active. Where that changes, a new epoch
+    begins, and the one before is cut short if it is not at its end. Windows in steps change between global batches,
+    those in epochs wherever an epoch ends.
+
     A run that is resumed with another batch size has the rest of its epoch cut anew (`of`): each picture comes as
     often as it would have, but for what fills the batches.
     """
@@ -119,20 +156,19 @@ class Order:
         times `batches_per_step`.
         """
         first, *later = [*cuts, now]
-        order = cls(manifests, seed=seed, batch_size=first.batch_size)
+        order = cls(manifests, seed=seed, batch_size=first.batch_size, batches_per_step=first.batches_per_step)
         for cut, following in zip(cuts, later, strict=True):
-            index = cut.steps * following.batches_per_step
-            order = order._resumed(cut.steps * cut.batches_per_step, following.batch_size, index)
+            order = order._resumed(cut.steps, following)
         return order
 
-    def __init__(self, manifests: Sequence[Manifest], *, seed: int, batch_size: int) -> None:
+    def __init__(self, manifests: Sequence[Manifest], *, seed: int, batch_size: int, batches_per_step: int = 1) -> None:
+        """`batches_per_step` are the micro-batches of a global batch, at whose ends windows in steps change."""
         self.manifests = tuple(manifests)
         self.seed = seed
         self.batch_size = batch_size
-        self.batches_per_epoch = sum(self._batches_kept(manifest) for manifest in self.manifests)
-        """Micro-batches in an epoch; the same for all epochs."""
-        self.shift = 0
-        """Added to the index of a micro-batch, it counts them as if each epoch before were whole."""
+        self.batches_per_step = batches_per_step
+        self.spans = self._spans(0, 0, 0)
+        """By their start and epoch, rising; a single one where no set has a window."""
         self._rest: Rest | None = None
         self._drawn = functools.lru_cache(maxsize=2)(self._draw)
 
@@ -167,27 +203,86 @@ class Order:
 
     def place(self, index: int) -> tuple[int, int]:
         """The epoch of the micro-batch at `index`, counted from the start of the run, and its place there."""
-        return divmod(index + self.shift, self.batches_per_epoch)
+        return _last(self.spans, index, lambda span: span.start).at(index)
 
     def micro_batch(self, index: int) -> tuple[int, MicroBatch]:
         """The epoch and the micro-batch at `index`, counted from the start of the run."""
         number, place = self.place(index)
         return number, self.epoch(number)[place]
 
-    def by_bucket(self) -> list[tuple[MicroBatch, int]]:
-        """A micro-batch of each bucket of each set, and how many micro-batches a whole epoch has of it."""
-        return self._drawn(0).by_bucket()
-
-    def _resumed(self, index: int, batch_size: int, new_index: int) -> "Order":
-        """This order from the micro-batch at `index` on, cut into batches of `batch_size`. That one is at `new_index`
-        there.
+    def end_of(self, epochs: int) -> int | None:
+        """The index after the last micro-batch of the first `epochs` epochs; None where no set is active before they
+        are over.
         """
-        epoch, place = self.place(index)
-        order, first = Order(self.manifests, seed=self.seed, batch_size=batch_size), 0
+        span = self._span_of(epochs - 1)
+        if not span.active:
+            return None
+        following = [later.start for later in self.spans if later.start > span.start]
+        return min([span.index_of(epochs), *following[:1]])
+
+    def gaps(self, end: int | None) -> list[tuple[int, int | None]]:
+        """The first and last step, counted from 1, of each stretch without an active set that begins before the
+        micro-batch at `end`; None looks at all. The last is None where no set is active ever after.
+        """
+        ends = [*(span.start // self.batches_per_step for span in self.spans[1:]), None]
+        return [
+            (span.start // self.batches_per_step + 1, last)
+            for span, last in zip(self.spans, ends, strict=True)
+            if not span.active and (end is None or span.start < end)
+        ]
+
+    def visits(self, end: int) -> float:
+        """How many images the micro-batches before `end` show, in whole epochs' proportions."""
+        ends = [*(span.start for span in self.spans[1:]), end]
+        return sum(
+            (min(last, end) - span.start) / span.batches_per_epoch * int(self.epoch(span.epoch).batch_sizes().sum())
+            for span, last in zip(self.spans, ends, strict=True)
+            if span.active and span.start < end
+        )
+
+    def by_bucket(self) -> list[tuple[MicroBatch, int]]:
+        """A micro-batch of each bucket of each set, and how many of it a whole epoch has in which all are active."""
+        return self._draw_sets(0, range(len(self.manifests))).by_bucket()
+
+    def _spans(self, start: int, epoch: int, place: int) -> tuple[Span, ...]:
+        """The spans of a run from the micro-batch at `start` on, which is at `place` of `epoch`."""
+        own = [manifest.image_set for manifest in self.manifests]
+        steps = {step for each in own for step in (each.start_step - 1, each.end_step or 0) if step > 0}
+        epochs = {last for each in own for last in (each.start_epoch - 1, each.end_epoch or 0) if last > 0}
+
+        def span(index: int, epoch: int, place: int) -> Span:
+            step = index // self.batches_per_step + 1
+            active = tuple(number for number, each in enumerate(own) if each.is_active(step, epoch + 1))
+            return Span(index, epoch, place, active, sum(self._batches_kept(self.manifests[each]) for each in active))
+
+        # Where nothing is left of the epoch, the next one begins.
+        spans, index = [span(start, *span(start, epoch, place).at(start))], start
+        while True:
+            now = spans[-1]
+            changes = [at for step in steps if (at := step * self.batches_per_step) > index]
+            if now.active:
+                changes += [now.index_of(last) for last in epochs if last > now.at(index)[0]]
+            if not changes:
+                return tuple(spans)
+            index = min(changes)
+            if not span(index, *now.at(index)).active:  # the last global batch is filled from one epoch more
+                index += -index % self.batches_per_step
+            epoch, place = now.at(index)
+            if span(index, epoch, place).active != now.active:
+                spans.append(span(index, epoch + (place > 0), 0))
+
+    def _span_of(self, epoch: int) -> Span:
+        return _last(self.spans, epoch, lambda span: span.epoch)
+
+    def _resumed(self, steps: int, cut: Cut) -> "Order":
+        """This order, cut as `cut` says after the first `steps` steps."""
+        epoch, place = self.place(steps * self.batches_per_step)
+        order = Order(self.manifests, seed=self.seed, batch_size=cut.batch_size, batches_per_step=cut.batches_per_step)
+        start = steps * order.batches_per_step
+        order.spans = order._spans(start, epoch, 0)
         if place > 0:
             order._rest = order._draw_rest(epoch, self._due(epoch, place))
-            first = order._rest.first
-        order.shift = epoch * order.batches_per_epoch + first - new_index
+            order.spans = order._spans(start, epoch, order._rest.first)
         return order
 
     def _rest_of(self, epoch: int) -> Rest | None:
@@ -197,7 +292,7 @@ class Order:
         """How often each sample of each set is due from `place` on, without what fills batches."""
         rest, batches = self._rest_of(epoch), self.epoch(epoch)
         seen, coming = ([np.zeros(len(each.samples), dtype=np.int64) for each in self.manifests] for _ in range(2))
-        for number in range(0 if rest is None else rest.first, self.batches_per_epoch):
+        for number in range(0 if rest is None else rest.first, len(batches)):
             for visit in batches[number].visits:
                 (seen if number < place else coming)[visit.set_index][visit.sample_index] += 1
         due = []
@@ -218,8 +313,9 @@ class Order:
                 batches = self._draw_batches(visits, members, self._batch_size(manifest), key)
                 buckets.append(BucketBatches(set_index, bucket, batches))
         count = sum(len(bucket.samples) for bucket in buckets)
-        numbers = permutation(count, draw_seed(self.seed, "order", epoch, "rest"))[: self.batches_per_epoch]
-        first = self.batches_per_epoch - len(numbers)
+        whole = self._span_of(epoch).batches_per_epoch
+        numbers = permutation(count, draw_seed(self.seed, "order", epoch, "rest"))[:whole]
+        first = whole - len(numbers)
         places = np.concatenate([np.zeros(first, dtype=np.int32), numbers.astype(np.int32)])
         return Rest(epoch, first, due, EpochOrder(buckets, places))
 
@@ -237,14 +333,19 @@ class Order:
         return max(1, round(manifest.image_set.probability * self._batches(manifest)))
 
     def _draw(self, epoch: int) -> EpochOrder:
+        return self._draw_sets(epoch, self._span_of(epoch).active)
+
+    def _draw_sets(self, epoch: int, active: Sequence[int]) -> EpochOrder:
+        """The epoch of the sets at these indices."""
+        manifests = [self.manifests[each] for each in active]
         buckets = [
             BucketBatches(set_index, bucket, self._draw_bucket(epoch, manifest, bucket))
-            for set_index, manifest in enumerate(self.manifests)
+            for set_index, manifest in zip(active, manifests, strict=True)
             for bucket in manifest.buckets
         ]
-        starts = itertools.accumulate(map(self._batches, self.manifests), initial=0)
+        starts = itertools.accumulate(map(self._batches, manifests), initial=0)
         numbers = np.concatenate(
-            [start + self._draw_kept(epoch, manifest) for start, manifest in zip(starts, self.manifests, strict=False)]
+            [start + self._draw_kept(epoch, manifest) for start, manifest in zip(starts, manifests, strict=False)]
         )
         return EpochOrder(buckets, numbers[permutation(len(numbers), draw_seed(self.seed, "order", epoch))])
 
@@ -278,6 +379,11 @@ class Order:
             others_first = np.concatenate([again[~is_in_last], again[is_in_last]])
             visits = np.concatenate([visits, np.resize(others_first, size - left)])
         return visits.reshape(-1, size)
+
+
+def _last(spans: Sequence[Span], number: int, key: Callable[[Span], int]) -> Span:
+    """The last of `spans` whose `key` is at most `number`; the first where none is."""
+    return spans[max(bisect.bisect_right(spans, number, key=key) - 1, 0)]
 
 
 def permutation(count: int, seed: int) -> Int64[np.ndarray, " count"]:

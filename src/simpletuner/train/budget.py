@@ -197,8 +197,9 @@ def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manife
     encoded = max((crop.geometry.target for crop in (*samples, *references)), key=math.prod)
     captions = {caption for sample in samples for caption in sample.captions} | set(loaded.prompts.values())
     longest = longest_caption(captions, loaded.config)
-    order = Order(train, seed=loaded.config.seed, batch_size=run_batch)
-    plan = Plan.of(loaded.config, order, loaded.config.gradient_accumulation_steps * loaded.config.ranks)
+    per_step = loaded.config.gradient_accumulation_steps * loaded.config.ranks
+    order = Order(train, seed=loaded.config.seed, batch_size=run_batch, batches_per_step=per_step)
+    plan = Plan.of(loaded.config, order, per_step)
     train_images = sum(len(manifest.samples) for manifest in train)
     return Workload(
         largest.size,
@@ -212,7 +213,7 @@ def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manife
         draws=_draws(loaded),
         steps=plan.steps,
         train_images=train_images,
-        visits=plan.epochs * int(order.epoch(0).batch_sizes().sum()) / train_images,
+        visits=order.visits(plan.steps * per_step) / train_images,
     )
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from simpletuner.base.sizes import format_duration
-from simpletuner.config.datasets import ImageSet, PictureSet, TextStore
+from simpletuner.config.datasets import WHOLE_RUN, ImageSet, PictureSet, TextStore, Windows
 from simpletuner.config.load import Loaded
 from simpletuner.config.previews import drawing_flavour
 from simpletuner.config.run import RunConfig
@@ -132,6 +132,12 @@ class Prepared:
     def fingerprints(self) -> dict[str, str]:
         """Fingerprint of each training set: its pictures, captions and crops."""
         return {manifest.image_set.id: manifest.fingerprint for manifest in self.train}
+
+    @property
+    def windows(self) -> dict[str, Windows]:
+        """First and last "step" and "epoch" of each training set that is not active throughout."""
+        own = {manifest.image_set.id: manifest.image_set.windows for manifest in self.train}
+        return {name: windows for name, windows in own.items() if windows != WHOLE_RUN}
 
     @property
     def pictures(self) -> int:

@@ -239,9 +239,11 @@ class Attempt:
             write_json(self.run.datasets, [m.summary() for m in (*prepared.train, *prepared.held_out)])
         now = Cut(self.state.step, self.config.train_batch_size, self.batches_per_step)
         order = Order.of(prepared.train, seed=self.config.seed, cuts=self.state.cuts, now=now)
-        for text in order.notices:
-            self.reporter.notice(text)
+        if found is not None:
+            resume.check_windows(found, self.ways, prepared.windows, order)
         plan = Plan.of(self.config, order, self.batches_per_step)
+        for text in (*order.notices, *plan.notices):
+            self.reporter.notice(text)
         if self.is_finished(plan.steps):
             return
         ConfigError.raise_if(problem for _, problem in profile_findings(self.config, plan.steps))
@@ -253,6 +255,7 @@ class Attempt:
         self.look_again(prepared)
         self.state.config = resolved(self.config)
         self.state.data = prepared.fingerprints
+        self.state.windows = prepared.windows
         self.state.model = model
         self.train(prepared, source, preview, order, plan, found)
 
@@ -691,6 +694,7 @@ class Attempt:
         """
         config = self.config
         options = decisive(resolved(config))
+        data = [prepared.fingerprints, prepared.windows] if prepared.windows else prepared.fingerprints
         trigger, comment = config.modelspec_trigger_phrase, config.modelspec_comment
         fields = {
             "base_model": source.name,
@@ -699,8 +703,8 @@ class Attempt:
             "step": str(step),
             "options": json.dumps(options, sort_keys=True),
             "config": sha256_json(options),
-            "datasets": sha256_json(prepared.fingerprints),
-            "run": sha256_json([source.fingerprint("transformer"), options, prepared.fingerprints]),
+            "datasets": sha256_json(data),
+            "run": sha256_json([source.fingerprint("transformer"), options, data]),
         }
         said = {"comment": comment, "trigger_phrase": trigger}
         fields |= {name: text for name, text in said.items() if text is not None}

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from simpletuner.base import machine
-from simpletuner.base.errors import DataError, DiskError, UserError
+from simpletuner.base.errors import ConfigError, DataError, DiskError, UserError
 from simpletuner.base.sizes import format_duration, format_size
 from simpletuner.config.options.checkpoint import CheckpointOptions
+from simpletuner.config.rules import uncovered
 from simpletuner.config.run import RunConfig
 from simpletuner.data.ahead import map_ahead
 from simpletuner.data.batch import GlobalBatch
@@ -42,21 +43,41 @@ class Plan:
     steps: int
     batches_per_step: int
     """Micro-batches of a global batch, over all processes."""
-    batches_per_epoch: int
-    shift: int = 0
-    """`Order.shift`: added to the micro-batches that are seen, so that all of them count as in whole epochs."""
+    order: Order
 
     @classmethod
     def of(cls, config: RunConfig, order: Order, batches_per_step: int) -> "Plan":
-        """`max_train_steps`, or else as many steps as `num_train_epochs` take, rounded up."""
-        whole = math.ceil((config.num_train_epochs * order.batches_per_epoch - order.shift) / batches_per_step)
-        steps = config.max_train_steps or max(1, whole)
-        return cls(config, steps, batches_per_step, order.batches_per_epoch, order.shift)
+        """`max_train_steps`, or else as many steps as `num_train_epochs` take, rounded up.
+
+        Raises:
+            ConfigError: in some of the steps no image set is active.
+        """
+        steps = config.max_train_steps
+        if steps is None and (end := order.end_of(config.num_train_epochs)) is not None:
+            steps = max(1, math.ceil(end / batches_per_step))
+        gaps = order.gaps(None if steps is None else steps * batches_per_step)
+        ConfigError.raise_if(uncovered("step", gap, steps) for gap in gaps)
+        assert steps is not None  # epochs that have no end are a gap
+        return cls(config, steps, batches_per_step, order)
 
     @property
     def epochs(self) -> float:
-        """Passes over the data in the whole run."""
-        return (self.steps * self.batches_per_step + self.shift) / self.batches_per_epoch
+        """Epochs in the whole run; those that are cut short count as one."""
+        end = self.steps * self.batches_per_step
+        epoch, place = self.order.place(end)
+        return float(epoch) if place == 0 else epoch + place / len(self.order.epoch(epoch))
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """Sets whose window lies outside of the run."""
+        begun = [span for span in self.order.spans if span.start < self.steps * self.batches_per_step]
+        active = {index for span in begun for index in span.active}
+        first = begun[0].start // self.batches_per_step + 1 if begun else 1
+        return tuple(
+            f"{manifest.image_set.id}: its window leaves out steps {first} to {self.steps}: the set is not trained."
+            for index, manifest in enumerate(self.order.manifests)
+            if begun and index not in active
+        )
 
     def is_due(self, step: int, every_steps: int | None, every_epochs: int | None) -> bool:
         """Whether something with these intervals happens after `step`. An epoch that ends inside a step counts."""
@@ -64,9 +85,8 @@ class Plan:
             return True
         if not every_epochs:
             return False
-        span = self.batches_per_epoch * every_epochs
-        seen = step * self.batches_per_step + self.shift
-        return seen // span > (seen - self.batches_per_step) // span
+        before, after = (self.order.place(each * self.batches_per_step)[0] for each in (step - 1, step))
+        return after // every_epochs > before // every_epochs
 
     def saves(self, step: int) -> bool:
         options = self.config

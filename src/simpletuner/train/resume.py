@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from simpletuner.base.errors import CheckpointError, ConfigError, Problem
+from simpletuner.config.datasets import WHOLE_RUN, Windows
 from simpletuner.config.load import Loaded
 from simpletuner.config.options.checkpoint import LATEST
 from simpletuner.config.record import (
@@ -18,7 +19,7 @@ from simpletuner.config.record import (
 )
 from simpletuner.config.rules import findings
 from simpletuner.config.values import join_names, shown
-from simpletuner.data.order import Cut
+from simpletuner.data.order import Cut, Order
 from simpletuner.memory.world import World
 from simpletuner.runs import checkpoints
 from simpletuner.runs.events import CheckpointEvent
@@ -237,6 +238,37 @@ def named(folder: Path) -> Path:
     if damage is not None:
         raise CheckpointError.of(f"resume_from_checkpoint = {folder}: {damage}", "a checkpoint that verifies")
     return folder
+
+
+def check_windows(resume: Resume, ways: Ways, now: Mapping[str, Windows], order: Order) -> None:
+    """Raise a CheckpointError if other sets would have been active in the steps that the checkpoint has trained. What
+    comes after them may change.
+    """
+    then, step = resume.state.windows, resume.state.step
+    if step == 0:
+        return
+    # Where the past is the same, the new order counts its epochs as the old one did.
+    epoch = order.place(step * order.batches_per_step - 1)[0] + 1
+    changed_sets = [
+        name
+        for name in sorted(then.keys() | now.keys())
+        if _past(then.get(name, WHOLE_RUN), step, epoch) != _past(now.get(name, WHOLE_RUN), step, epoch)
+    ]
+    if changed_sets:
+        raise CheckpointError.of(
+            f"{', '.join(changed_sets)}: other steps or epochs up to step {step} are active than those that "
+            f"{resume.folder} was trained with",
+            "the same start_step, end_step, start_epoch and end_epoch, as far as they lie before that step",
+            f"Put them back to go on. To start over: {ways.anew()}.",
+        )
+
+
+def _past(windows: Windows, step: int, epoch: int) -> list[tuple[int, int]]:
+    """`windows` as far as they lie in the first steps and epochs."""
+    return [
+        (min(first, done + 1), done if last is None else min(last, done))
+        for done, (first, last) in ((step, windows["step"]), (epoch, windows["epoch"]))
+    ]
 
 
 def check_content(resume: Resume, ways: Ways, *, data: Mapping[str, str], model: Mapping[str, str]) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from simpletuner.config.datasets import Windows
 from simpletuner.data.order import Cut
 
 STATE_VERSION = 2
@@ -31,6 +32,8 @@ class TrainState(BaseModel):
     """The resolved configuration it was trained with."""
     data: dict[str, str] = Field(default_factory=dict)
     """Fingerprint of each training set: its pictures, captions, crops, repeats and probability."""
+    windows: dict[str, Windows] = Field(default_factory=dict)
+    """First and last "step" and "epoch" of each training set that is not active throughout."""
     model: dict[str, str] = Field(default_factory=dict)
     """Fingerprint of the transformer, and of what made the caches."""
     scaler: dict[str, float] = Field(default_factory=dict)

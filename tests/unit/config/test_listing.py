@@ -116,6 +116,8 @@ def test_paths_know_the_run_and_the_set(place: Any) -> None:
             {"minimum_aspect_ratio": 2, "maximum_aspect_ratio": 1},
             "minimum_aspect_ratio = 2: expected at most maximum_aspect_ratio, 1.",
         ),
+        ({"start_step": 5, "end_step": 4}, "end_step = 4: expected at least start_step, 5."),
+        ({"start_epoch": 5, "end_epoch": 4}, "end_epoch = 4: expected at least start_epoch, 5."),
         (
             {"resolution": 1024, "resolution_type": "area"},
             "resolution = 1024 with resolution_type = 'area': expected at most 64, since it counts areas of "

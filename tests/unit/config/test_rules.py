@@ -627,3 +627,45 @@ def test_the_processes_that_were_started_count(place: Any) -> None:
     # Some machines set it to something else.
     for other in ({"WORLD_SIZE": "4"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "four"}):
         assert place.load(environ=other).config.num_processes is None
+
+
+@pytest.mark.parametrize(
+    ("options", "windows", "messages"),
+    [
+        ({}, [{}], []),
+        ({}, [{"end_step": 4}, {"start_step": 5}], []),
+        ({}, [{"end_step": 4}, {"start_step": 4, "end_step": 10}], []),
+        ({"max_train_steps": 4}, [{"end_step": 4}, {"start_step": 9}], []),
+        ({}, [{"end_step": 10, "end_epoch": 1}], []),
+        (
+            {},
+            [{"start_step": 3, "end_step": 4}, {"start_step": 6, "end_step": 8}],
+            [
+                "no image set is active in steps 1 to 2: expected at least one set in each step. Change start_step, "
+                "end_step, start_epoch or end_epoch of a set in the list of datasets.",
+                "no image set is active in step 5: expected at least one set in each step. Change start_step, "
+                "end_step, start_epoch or end_epoch of a set in the list of datasets.",
+                "no image set is active in steps 9 to 10: expected at least one set in each step. Change start_step, "
+                "end_step, start_epoch or end_epoch of a set in the list of datasets, or give --max_train_steps=8.",
+            ],
+        ),
+        (
+            {"max_train_steps": None, "num_train_epochs": 3},
+            [{"end_epoch": 2, "end_step": 1}],
+            [
+                "no image set is active in epoch 3: expected at least one set in each epoch. Change start_step, "
+                "end_step, start_epoch or end_epoch of a set in the list of datasets, or give --num_train_epochs=2."
+            ],
+        ),
+    ],
+)
+def test_each_step_has_a_set(
+    place: Any, options: dict[str, object], windows: list[dict[str, int]], messages: list[str]
+) -> None:
+    place.config |= options
+    cats, text = place.datasets
+    place.datasets = [*({**cats, "id": f"cats-{at}"} | window for at, window in enumerate(windows)), text]
+    if messages:
+        assert place.problems() == messages
+    else:
+        place.load()

@@ -23,7 +23,7 @@ def manifest(save: Callable[..., Path], scanned: Scanned) -> Scanned:
 
 
 def epoch(order: Order, number: int) -> list[MicroBatch]:
-    return [order.epoch(number)[place] for place in range(order.batches_per_epoch)]
+    return [order.epoch(number)[place] for place in range(len(order.epoch(0)))]
 
 
 def visits(batches: list[MicroBatch]) -> Counter[Visit]:
@@ -32,7 +32,7 @@ def visits(batches: list[MicroBatch]) -> Counter[Visit]:
 
 def test_an_epoch_shows_each_picture_repeats_plus_one_times(manifest: Scanned) -> None:
     order = Order([manifest(repeats=2)], seed=1, batch_size=1)
-    assert order.batches_per_epoch == 30
+    assert len(order.epoch(0)) == 30
     for number in (0, 1, 7):
         assert set(visits(epoch(order, number)).values()) == {3}
     assert order.notices == ()
@@ -42,7 +42,7 @@ def test_an_epoch_shows_each_picture_repeats_plus_one_times(manifest: Scanned) -
 def test_a_batch_is_of_one_bucket_and_incomplete_ones_are_filled_within_it(manifest: Scanned) -> None:
     found = manifest()
     order = Order([found], seed=1, batch_size=4)
-    assert order.batches_per_epoch == 3
+    assert len(order.epoch(0)) == 3
     for number in range(5):
         batches = epoch(order, number)
         for batch in batches:
@@ -72,13 +72,13 @@ def test_a_set_may_have_its_own_batch_size(manifest: Scanned) -> None:
 
 def test_probability_is_a_share_that_changes_every_epoch_and_never_its_length(manifest: Scanned) -> None:
     order = Order([manifest(probability=0.3)], seed=1, batch_size=1)
-    assert order.batches_per_epoch == 3
+    assert len(order.epoch(0)) == 3
     for number in range(30):
         with pytest.raises(IndexError):
             order.epoch(number)[3]
     seen = set().union(*(visits(epoch(order, number)) for number in range(30)))
     assert len(seen) == 10, "in the long run all are seen"
-    assert Order([manifest(probability=0.0001)], seed=1, batch_size=1).batches_per_epoch == 1
+    assert len(Order([manifest(probability=0.0001)], seed=1, batch_size=1).epoch(0)) == 1
 
 
 def test_several_sets_are_mixed(manifest: Scanned) -> None:
@@ -141,7 +141,7 @@ def test_another_batch_size_neither_repeats_nor_skips_but_for_what_fills_batches
     # Whole epochs follow, those of this batch size, and the epochs of a step are counted on.
     assert new.place(index) == (number + 1, 0)
     plain = Order([found], seed=5, batch_size=after)
-    later = [new.micro_batch(index + each) for each in range(2 * new.batches_per_epoch)]
+    later = [new.micro_batch(index + each) for each in range(2 * len(new.epoch(0)))]
     assert [batch for _, batch in later] == epoch(plain, number + 1) + epoch(plain, number + 2)
     assert new.by_bucket() == plain.by_bucket()
 
