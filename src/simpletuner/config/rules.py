@@ -603,6 +603,8 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
     trackers = ("tracker_project_name", "tracker_run_name")
     yield trackers, not config.trackers, "report_to is none"
     if datasets is not None:
+        has_references = any(each.is_reference for each in datasets.conditioning_sets)
+        yield ("reference_dropout_probability", "reference_attention"), not has_references, "no dataset has references"
         held_out = ("eval_steps_interval", "num_eval_images")
         yield held_out, not datasets.eval_sets, "no dataset has dataset_type eval"
 

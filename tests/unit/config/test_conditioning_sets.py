@@ -114,6 +114,15 @@ def test_keys_without_effect_are_named(
     assert place.load().notices == (f"{LIST}before: {notice}",)
 
 
+def test_options_of_references_need_references(place: Any, edits: dict[str, Any]) -> None:
+    flags = ("--reference_attention=own", "--reference_dropout_probability=0.5")
+    assert place.load(*flags).notices == ()
+    edits["conditioning_type"] = "mask"
+    assert place.load(*flags).notices == (
+        "reference_dropout_probability and reference_attention have no effect: no dataset has references.",
+    )
+
+
 def test_a_condition_that_is_required_needs_a_set(place: Any) -> None:
     del place.datasets[-1], place.datasets[0]["conditioning_data"]
     place.datasets[0]["conditioning_required"] = True
