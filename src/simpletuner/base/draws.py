@@ -20,6 +20,7 @@ Purpose = Literal[
     "validation",
     "tread",
     "reference_dropout",
+    "mask",
     "optimizer",
 ]
 

@@ -204,7 +204,7 @@ def _sheet(manifest: Manifest, shown: Sequence[int]) -> Image.Image:
     cells = []
     captions = []
     for sample in (manifest.samples[index] for index in shown):
-        cells.append(Image.fromarray(render(sample.read(), sample.geometry)))
+        cells.append(Image.fromarray(render(sample.read(), sample.geometry, is_flattened=sample.is_flattened)))
         width, height = sample.geometry.target
         more = f" (and {len(sample.captions) - 1} more)" if len(sample.captions) > 1 else ""
         captions.append(f"{sample.name}, {width}x{height}\n{sample.captions[0]}{more}")

@@ -291,6 +291,11 @@ class Datasets(Slice):
         by_id = {each.id: each for each in self.conditioning_sets}
         return tuple(by_id[name] for name in image_set.conditioning_data)
 
+    def is_masked(self, image_set: ImageSet) -> bool:
+        """Whether images of `image_set` may have masks."""
+        masks = {each.id for each in self.conditioning_sets if not each.is_reference}
+        return image_set.mask_source == "alpha" or not masks.isdisjoint(image_set.conditioning_data)
+
     def text_store_of(self, image_set: ImageSet) -> TextStore:
         """The store that keeps the captions of `image_set`."""
         return next(

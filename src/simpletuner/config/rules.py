@@ -10,6 +10,7 @@ from simpletuner.config.flavours import FLAVOURS, Flavour, sibling
 from simpletuner.config.given import Checked, Given, Known, check_givens
 from simpletuner.config.optimisers import ADAM, OPTIMISERS, optimiser
 from simpletuner.config.options.checkpoint import LATEST
+from simpletuner.config.options.conditioning import ConditioningOptions
 from simpletuner.config.options.guidance import GuidanceOptions
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.options.model import ModelOptions
@@ -427,6 +428,12 @@ def notices(config: RunConfig, datasets: Datasets | None, given: Collection[str]
             f"lora_alpha = {config.alpha:g} at rank {config.lora_rank} scales the adapter by {scale:.3g}: "
             "it may learn too little to see. Without lora_alpha the scale is 1."
         )
+    for image_set in () if datasets is None else datasets.train_sets:
+        if image_set.is_regularisation_data and datasets is not None and datasets.is_masked(image_set):
+            yield (
+                f"{image_set.id}: its masks have no effect: with is_regularisation_data the base model's prediction is "
+                "held everywhere."
+            )
     for route in config.tread_routes:
         if route.selection_ratio != 0.5:
             yield (
@@ -607,6 +614,22 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
         yield ("reference_dropout_probability", "reference_attention"), not has_references, "no dataset has references"
         held_out = ("eval_steps_interval", "num_eval_images")
         yield held_out, not datasets.eval_sets, "no dataset has dataset_type eval"
+        yield from _ignored_of_masks(config, datasets)
+
+
+def _ignored_of_masks(config: RunConfig, datasets: Datasets) -> Iterator[tuple[tuple[str, ...], bool, str]]:
+    first, *others = (key for key in ConditioningOptions.model_fields if key.startswith("masked_loss_"))
+    if not any(datasets.is_masked(image_set) for image_set in (*datasets.train_sets, *datasets.eval_sets)):
+        yield (first, *others), True, "no dataset has masks"
+        return
+    if not any(datasets.is_masked(image_set) for image_set in datasets.train_sets):
+        yield (first, "masked_loss_prior"), True, "no dataset that is trained has masks"
+    yield ("masked_loss_prior",), not config.masked_loss_probability, f"{first} is 0"
+    yield (
+        ("masked_loss_invert",),
+        config.masked_loss_floor == 1 and not config.masked_loss_prior,
+        "masked_loss_floor is 1",
+    )
 
 
 def _ignored_of_offload(config: RunConfig) -> Iterator[tuple[tuple[str, ...], bool, str]]:

@@ -39,6 +39,10 @@ class Batch:
     """What TREAD's routes keep of the image tokens in the pass with gradients."""
     masks: Float[Tensor, "b h w"] | None = None
     """Weight of each place of the latents in its sample's loss; None weighs all alike."""
+    outside: Float[Tensor, "b h w"] | None = None
+    """Weight, at each place, of the distance to the base model's own prediction: 1 − mask, before the floor. None where
+    there is none.
+    """
     is_regularisation: bool = False
     """Whether the target is the base model's own prediction."""
     preserved: TextContext | None = None
@@ -58,6 +62,7 @@ class Batch:
             rollout=None if self.rollout is None else self.rollout.mapped(change),
             choices=tuple(choice.mapped(change) for choice in self.choices),
             masks=None if self.masks is None else change(self.masks),
+            outside=None if self.outside is None else change(self.outside),
             preserved=None if self.preserved is None else self.preserved.mapped(change),
             preserved_weights=None if self.preserved_weights is None else change(self.preserved_weights),
         )

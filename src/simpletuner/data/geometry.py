@@ -36,6 +36,12 @@ class Geometry:
     crop: tuple[int, int]
     """Left and top of the target inside `resize`."""
 
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom of the crop inside `resize`."""
+        (left, top), (width, height) = self.crop, self.target
+        return left, top, left + width, top + height
+
 
 def place(size: Size, picture_set: PictureSet, *, seed: int, content: str) -> Geometry:
     """The geometry of one picture of `size`.

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageCms, ImageFile, UnidentifiedImageError
 
 from simpletuner.data.geometry import Geometry
 from simpletuner.data.png import MOST_INFLATED, SIGNATURE, split_profile
@@ -87,6 +87,9 @@ PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 """Colour space of an ICC profile → the mode of the pixels it describes."""
 
 Remark = Literal["transparent", "animated", "odd profile"]
+
+MaskKind = Literal["mask", "segmentation", "alpha"]
+"""Where a mask's weights are: in the grey levels of a file, in which of them are above 0, or in an image's alpha."""
 
 # The limit above is checked by us, with a reason for each file; Pillow would warn from a worker thread, or
 # raise.
@@ -163,17 +166,50 @@ def inspect(data: bytes) -> Facts:
         return Facts(width, height, tuple(remarks))
 
 
-def render(data: bytes, geometry: Geometry) -> UInt8[np.ndarray, "h w 3"]:
+def render(data: bytes, geometry: Geometry, *, is_flattened: bool = True) -> UInt8[np.ndarray, "h w 3"]:
     """The pixels that are trained: upright sRGB, one Lanczos resample from the original, one crop.
+
+    Args:
+        is_flattened: lay transparency on white; otherwise the colors are those below the alpha channel.
 
     Raises:
         Rejected: as `inspect`.
     """
-    left, top = geometry.crop
-    width, height = geometry.target
     with _opened(data) as image:
-        picture = upright_rgb(image).resize(geometry.resize, Image.Resampling.LANCZOS)
-    return np.array(picture.crop((left, top, left + width, top + height)))
+        picture = upright_rgb(image, is_flattened=is_flattened).resize(geometry.resize, Image.Resampling.LANCZOS)
+    return np.array(picture.crop(geometry.box))
+
+
+def render_mask(data: bytes, geometry: Geometry, kind: MaskKind) -> UInt8[np.ndarray, "h w"]:
+    """The grey levels of a mask in the crop of its image, upright: 0 takes no part in the loss, 255 counts in full.
+
+    Levels are taken as stored, whatever the color profile; what is transparent in a mask file is black, and an image
+    without alpha is white. The resample is bilinear: Lanczos overshoots at edges, so black would not stay 0.
+
+    Raises:
+        Rejected: as `inspect`.
+    """
+    with _opened(data) as image:
+        levels, orientation = _mask_levels(image, kind), _orientation(image)
+        if orientation in TRANSPOSITIONS:
+            levels = levels.transpose(TRANSPOSITIONS[orientation])
+        resized = levels.resize(geometry.resize, Image.Resampling.BILINEAR)
+    return np.array(resized.crop(geometry.box))
+
+
+def _mask_levels(image: ImageFile.ImageFile, kind: MaskKind) -> Image.Image:
+    color, alpha = _colour_and_alpha(image)
+    if kind == "alpha":
+        return Image.new("L", color.size, 255) if alpha is None else alpha
+    rgb = color.convert("RGB")  # Pillow has no way from CMYK to grey
+    if kind == "mask":
+        return rgb.convert("L") if alpha is None else ImageChops.multiply(rgb.convert("L"), alpha)
+    # The samples of the file: level 1 of 16 bits is above 0, and would be 0 in 8; so would a dark blue in grey.
+    is_deep = image.mode.startswith("I")
+    is_marked = np.asarray(image) > 0 if is_deep else np.asarray(rgb).any(axis=2)
+    if alpha is not None:
+        is_marked &= np.asarray(alpha) > 0
+    return Image.fromarray(is_marked.astype(np.uint8) * np.uint8(255))
 
 
 def small_image(data: bytes, side: int) -> Image.Image:
@@ -186,12 +222,12 @@ def small_image(data: bytes, side: int) -> Image.Image:
         return upright_rgb(image).resize((side, side), Image.Resampling.BOX)
 
 
-def upright_rgb(image: ImageFile.ImageFile) -> Image.Image:
+def upright_rgb(image: ImageFile.ImageFile, *, is_flattened: bool = True) -> Image.Image:
     """A loaded picture as RGB in sRGB, turned upright by its EXIF orientation.
 
     An ICC profile is honoured (phones shoot Display P3); one that does not fit the pixels is passed over, and
     without one the numbers are taken for sRGB. 16-bit samples are scaled, CMYK is converted, transparency is
-    laid on white, and of an animation the first frame counts.
+    laid on white (passed over unless `is_flattened`), and of an animation the first frame counts.
 
     Raises:
         Rejected: samples without an agreed white.
@@ -205,7 +241,7 @@ def upright_rgb(image: ImageFile.ImageFile) -> Image.Image:
             raise TypeError("a transform that is not in place returns a picture")
     else:
         rgb = colour if colour.mode == "RGB" else colour.convert("RGB")
-    if shown.alpha is not None:
+    if shown.alpha is not None and is_flattened:
         rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), shown.alpha)
     return rgb.transpose(TRANSPOSITIONS[shown.orientation]) if shown.orientation in TRANSPOSITIONS else rgb
 

@@ -25,6 +25,11 @@ class Crop:
     geometry: Geometry
 
     @property
+    def is_flattened(self) -> bool:
+        """Whether transparency is laid on white; otherwise the pixels are the colors below the alpha channel."""
+        return True
+
+    @property
     def shown(self) -> str:
         """The file as a person would type it: its path, or its URL."""
         return self.images.shown(self.name)
@@ -47,7 +52,11 @@ class Sample(Crop):
     references: tuple[Crop, ...] = ()
     """Reference images, in the order of their positions."""
     mask: Crop | None = None
-    """The weights of the loss; with `mask_source` alpha, the image itself."""
+    """The weights of the loss; with `mask_source` alpha, the image itself where it is transparent anywhere."""
+
+    @property
+    def is_flattened(self) -> bool:
+        return self.mask is None or self.mask.dataset != self.dataset
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def smooth_l1(c: float, schedule: HuberSchedule) -> Penalty:
 def averaged(penalties: Float[Tensor, "b c h w"], weight: Float[Tensor, "b h w"] | None = None) -> Float[Tensor, " b"]:
     """The loss of each sample: the mean of its penalties, or Σw·p/Σw with a `weight` of each place of its latent.
 
-    A weight of ones gives the plain mean. One that is zero everywhere gives a loss that is not a number.
+    A weight of ones gives the plain mean up to rounding. One that is zero everywhere gives a loss that is not a number.
     """
     if weight is None:
         return reduce(penalties, "b c h w -> b", "mean")

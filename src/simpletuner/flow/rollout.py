@@ -138,33 +138,44 @@ def rollout_loss(
     if reflex.alpha:
         if unrolled is None:
             raise ValueError("frequency compensation needs the prediction at the plainly noised latents")
-        factor = compensation(unrolled.float(), prediction.detach(), reflex.alpha)
+        factor = compensation(unrolled.float(), prediction.detach(), reflex.alpha, weight)
         # Chosen between after the mean: a mean's last bit depends on how its elements lie in memory.
         losses = torch.where(is_rolled, averaged(factor * penalties, weight), losses)
     if reflex.beta2 != 1:
         losses = torch.where(is_rolled, reflex.beta2, 1) * losses
     if reflex.beta1:
-        losses = losses + torch.where(is_rolled, reflex.beta1 * drift(prediction, x - clean), 0)
+        losses = losses + torch.where(is_rolled, reflex.beta1 * drift(prediction, x - clean, weight), 0)
     return losses
 
 
 def compensation(
-    unrolled: Float[Tensor, "b c h w"], rolled: Float[Tensor, "b c h w"], alpha: float
+    unrolled: Float[Tensor, "b c h w"],
+    rolled: Float[Tensor, "b c h w"],
+    alpha: float,
+    weight: Float[Tensor, "b h w"] | None = None,
 ) -> Float[Tensor, "b c h w"]:
     """How much each element's error counts: 1 + α·|e|/mean|e|, where e = unrolled − rolled, the exposure bias.
 
-    The mean is taken over a sample. Why a mean and why |e|: docs/decisions/0006-reflexflow-weight.md.
+    The mean is taken over a sample, by `weight` if given. Why a mean and why |e|:
+    docs/decisions/0006-reflexflow-weight.md.
     """
     bias = (unrolled - rolled).abs()
-    typical = reduce(bias, "b c h w -> b 1 1 1", "mean")
+    typical = rearrange(averaged(bias, weight), "b -> b 1 1 1")
     # Where rolling out changed nothing at all there is nothing to compensate.
     return 1 + alpha * bias / torch.where(typical > 0, typical, 1)
 
 
-def drift(prediction: Float[Tensor, "b c h w"], away: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
-    """Squared distance of the unit vectors of `prediction` and of `away`, the way from the data to x: 0 to 4.
+def drift(
+    prediction: Float[Tensor, "b c h w"],
+    away: Float[Tensor, "b c h w"],
+    weight: Float[Tensor, "b h w"] | None = None,
+) -> Float[Tensor, " b"]:
+    """Squared distance of the unit vectors of `prediction` and of `away`, the way from the data to x: 0 to 4. Both are
+    multiplied by `weight` if given, so that places without weight have no part in it.
 
     On the path the two are one direction, x − clean = σ·(noise − clean).
     """
+    if weight is not None:
+        prediction, away = (rearrange(weight, "b h w -> b 1 h w") * each for each in (prediction, away))
     one, other = (F.normalize(rearrange(each, "b c h w -> b (c h w)"), dim=1) for each in (prediction, away))
     return reduce((one - other).square(), "b n -> b", "sum")

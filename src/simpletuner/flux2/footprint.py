@@ -140,6 +140,8 @@ class Workload:
     """(width, height) of the largest picture that the VAE encodes; None for that of `bucket`."""
     drawn_references: int = 0
     """Reference tokens of a validation image, at most."""
+    forced_share: float = 0.0
+    """The most of an image's tokens that TREAD keeps because they are under a mask; 0 where nobody has looked."""
     pictures: int | None = None
     """Latents to cache; None where nobody has looked."""
     captions: int | None = None
@@ -693,6 +695,11 @@ class Footprint:
     def passing(self, size: tuple[int, int], batch: int, references: int = 0) -> Pass:
         """What goes through the transformer in training, with so many reference tokens a sample."""
         config, spec = self.config, self.architecture.transformer
+        forced = self.work.forced_share
+        routes = [
+            replace(route, keep_ratio=max(route.keep_ratio, forced))
+            for route in resolve(config.tread_routes, spec.blocks)
+        ]
         return Pass(
             spec=spec,
             dtype=self.dtype,
@@ -706,7 +713,7 @@ class Footprint:
             rank=config.lora_rank,
             dropout=config.lora_dropout,
             recomputed=recomputed_blocks(config, spec.blocks),
-            routes=resolve(config.tread_routes, spec.blocks),
+            routes=tuple(routes),
             references=references,
             reference_attention=config.reference_attention,
         )

@@ -18,6 +18,7 @@ from simpletuner.flux2.tokens import reference_tokens
 from simpletuner.flux2.tread import draw_choices
 from simpletuner.memory.world import World
 from simpletuner.train.caches import UNCONDITIONAL_CAPTION, Prepared
+from simpletuner.train.masks import MaskEffects, Masking
 from simpletuner.train.rollout import Rollout
 from simpletuner.train.step import Objective
 
@@ -82,6 +83,7 @@ class BatchBuilder:
         prompts = [self._prompt(sample, step, slot) for sample, slot in zip(samples, slots, strict=True)]
         latents = self.prepared.latents(manifest.image_set, samples)
         channels, height, width = latents.shape[1:]
+        masked = self._mask_effects(manifest.image_set, samples, step, slots, (height, width))
         draws = self.objective.draw(step, slots, (channels, height, width))
         return Batch(
             latents=latents,
@@ -96,8 +98,18 @@ class BatchBuilder:
             weights=torch.ones(len(samples)),
             slots=slots,
             rollout=None if self.rollout is None else self.rollout.starts(step, slots, draws.sigma),
-            choices=draw_choices(self.routes, self.config.seed, step, slots, height * width),
+            choices=draw_choices(self.routes, self.config.seed, step, slots, height * width, masked.force_keep),
+            masks=masked.weights,
+            outside=masked.outside,
         )
+
+    def _mask_effects(
+        self, image_set: ImageSet, samples: Sequence[Sample], step: int, slots: range, shape: tuple[int, int]
+    ) -> MaskEffects:
+        if image_set.is_regularisation_data:  # the base model's prediction is held everywhere
+            return MaskEffects()
+        masking = Masking(self.config, self.config.seed)
+        return masking.effects(masking.used(self.prepared.masks(samples), step, slots), shape)
 
     def _samples(self, micro_batch: MicroBatch) -> list[Sample]:
         manifest = self.prepared.train[micro_batch.visits[0].set_index]
@@ -107,6 +119,8 @@ class BatchBuilder:
         """A held-out sample with its first caption and fixed noise, at each of `HELD_OUT_SIGMAS`."""
         latents = self.prepared.latents(image_set, [sample])
         names = names_of([sample])
+        height, width = latents.shape[2:]
+        masked = Masking(self.config, self.config.seed).effects(self.prepared.masks([sample]), (height, width))
         low, high = self.objective.guidance
         context = self.prepared.contexts([sample.captions[0]], image_set)
         condition = Condition.at(context, (low + high) / 2, self._references([sample]))
@@ -121,6 +135,7 @@ class BatchBuilder:
                 names=names,
                 weights=torch.ones(1),
                 slots=range(1),
+                masks=masked.weights,
             )
         return batches
 

@@ -10,6 +10,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from simpletuner.base.errors import DataError
 from simpletuner.base.sizes import format_duration
 from simpletuner.config.datasets import WHOLE_RUN, ImageSet, PictureSet, TextStore, Windows
 from simpletuner.config.load import Loaded
@@ -18,10 +19,11 @@ from simpletuner.config.run import RunConfig
 from simpletuner.data.batch import read_contexts, read_latents
 from simpletuner.data.cache.contexts import ContextCodec, fill_contexts
 from simpletuner.data.cache.latents import Encode, fill_latents, read_latent
+from simpletuner.data.cache.masks import MaskSource, fill_masks
 from simpletuner.data.cache.store import Store
 from simpletuner.data.captions import LACKS_CAPTION
 from simpletuner.data.manifest import Manifest, scan
-from simpletuner.data.sample import Sample
+from simpletuner.data.sample import Crop, Sample
 from simpletuner.data.storages import latent_storage, text_storage
 from simpletuner.flow.condition import TextContext
 from simpletuner.flux2.components import open_autoencoder, open_text_encoder, text_codec
@@ -32,6 +34,7 @@ from simpletuner.memory.free import release_memory
 from simpletuner.memory.precision import DTYPES
 from simpletuner.memory.world import World
 from simpletuner.train.claims import claim, key_of_latents
+from simpletuner.train.masks import CachedMask, Masking, forced_places
 from simpletuner.train.report import Reporter
 
 UNCONDITIONAL_CAPTION = ""
@@ -133,6 +136,11 @@ class Prepared:
         """Fingerprint of each training set: its pictures, captions and crops."""
         return {manifest.image_set.id: manifest.fingerprint for manifest in self.train}
 
+    @cached_property
+    def mask_sources(self) -> dict[str, MaskSource]:
+        """How masks are read, by the id of the set that their files lie in."""
+        return MaskSource.all_of(self.loaded.datasets)
+
     @property
     def windows(self) -> dict[str, Windows]:
         """First and last "step" and "epoch" of each training set that is not active throughout."""
@@ -174,6 +182,25 @@ class Prepared:
             ]
             for sample in samples
         ]
+
+    def masks(self, samples: Sequence[Sample]) -> list[CachedMask | None]:
+        """The masks of samples, from the cache; None for a sample that has none.
+
+        Raises:
+            DataError: a cache file is missing or damaged.
+        """
+        return [None if sample.mask is None else self.mask(sample.mask) for sample in samples]
+
+    def mask(self, crop: Crop) -> CachedMask:
+        """One of them, by its file's crop."""
+        return self.mask_sources[crop.dataset].read(crop)
+
+    @cached_property
+    def forced_shares(self) -> list[float]:
+        """Share of the tokens that TREAD keeps for its mask, of each training image that has one. Reads them all."""
+        masking = Masking(self.loaded.config, self.loaded.config.seed)
+        masks = weighing_masks(self.train)
+        return [forced_places(masking.inside(self.mask(mask))).float().mean().item() for mask in masks]
 
     def contexts(self, prompts: Sequence[str], image_set: ImageSet | None = None) -> TextContext:
         """The contexts of prompts, from the cache.
@@ -219,13 +246,16 @@ def scan_sets(loaded: Loaded, source: Source, world: World, reporter: Reporter) 
 
 
 def fill_caches(prepared: Prepared, source: Source, world: World, reporter: Reporter, *, verify: bool = False) -> None:
-    """Fill every cache that the run will read; all ranks call it, and each encodes a share of what is missing. With
-    `verify` every cached file is read and hashed, also those that an earlier check left as they are.
+    """Fill every cache that the run will read, masks first: what is wrong with them is known before an encoder loads.
+    All ranks call it, and each makes a share of what is missing. With `verify` every cached file is read and hashed,
+    also those that an earlier check left as they are.
 
     Raises:
+        DataError: a mask would leave nothing of its image to train on.
         AccessError: an encoder cannot be loaded.
         DiskError: a cache's disk is full. What is finished is kept.
     """
+    fill_mask_weights(prepared, world, reporter, verify=verify)
     fill_text(prepared, source, world, reporter, verify=verify)
     fill_pictures(prepared, source, world, reporter, verify=verify)
 
@@ -264,6 +294,66 @@ def wanted_prompts(prepared: Prepared) -> dict[TextStore, list[str]]:
     if scales.real != 1.0:
         general.append(config.validation_negative_prompt)
     return found
+
+
+MOST_NAMED = 50
+"""Masks that an error names."""
+
+
+def fill_mask_weights(prepared: Prepared, world: World, reporter: Reporter, *, verify: bool) -> None:
+    """Make the masks that no cache has, and say how much of the images counts.
+
+    Raises:
+        DataError: masks under which nothing counts.
+    """
+    masks = weighing_masks((*prepared.train, *prepared.held_out))
+    if not masks:
+        return
+    with reporter.phase("scan", "reading masks") as progress:
+        report = fill_masks(
+            masks,
+            prepared.mask_sources,
+            workers=math.ceil(prepared.loaded.config.workers / world.size),
+            verify=verify,
+            report=progress,
+            world=world,
+        )
+        empty, share = world.from_main("the areas of the masks", lambda: _mask_areas(prepared, masks))
+    if empty:
+        raise _nothing_counts(empty, prepared.loaded.config)
+    reporter.say(
+        f"Masks: {report.encoded} made in {format_duration(report.seconds)}, {report.found} in the cache already. "
+        f"{len(masks)} images have one; on average {share:.0%} of such an image counts."
+    )
+
+
+def weighing_masks(manifests: Sequence[Manifest]) -> list[Crop]:
+    """The masks that weigh the losses of samples: all but those of regularisation sets."""
+    trained = (manifest for manifest in manifests if not manifest.image_set.is_regularisation_data)
+    return [sample.mask for manifest in trained for sample in manifest.samples if sample.mask is not None]
+
+
+def _mask_areas(prepared: Prepared, masks: Sequence[Crop]) -> tuple[list[str], float]:
+    """The masks under which nothing counts, and the mean weight of a place."""
+    masking = Masking(prepared.loaded.config, prepared.loaded.config.seed)
+    empty, total = [], 0.0
+    for mask in masks:
+        weights = masking.weights(masking.inside(prepared.mask(mask)))
+        total += weights.mean().item()
+        if not weights.any():
+            empty.append(mask.shown)
+    return empty, total / len(masks)
+
+
+def _nothing_counts(empty: Sequence[str], config: RunConfig) -> DataError:
+    level, other = ("white", "black") if config.masked_loss_invert else ("black", "white")
+    named = ", ".join(empty[:MOST_NAMED]) + (f" and {len(empty) - MOST_NAMED} more" if len(empty) > MOST_NAMED else "")
+    masks = "1 mask is" if len(empty) == 1 else f"{len(empty)} masks are"
+    return DataError.of(
+        f"{masks} {level} in all of the crop that is trained, so nothing of the image would count: {named}",
+        f"some {other} in each",
+        "Paint what counts, or take the image out of the set. With --masked_loss_floor=0.1 all of it counts a little.",
+    )
 
 
 def fill_text(prepared: Prepared, source: Source, world: World, reporter: Reporter, *, verify: bool) -> None:

@@ -289,7 +289,7 @@ class Attempt:
             self.reporter.emit(CheckpointEvent(step=self.state.step, state="resumed", path=found.folder.name))
             self.reporter.say(f"Going on from step {self.state.step} of {plan.steps} ({place}).")
         denoiser = Denoiser(product.transformer, self.config.reference_attention)
-        routes = self.routes(product.transformer.spec.blocks, order)
+        routes = self.routes(product.transformer.spec.blocks, order, prepared)
         strata = Strata(order, seed=self.config.seed, batches_per_step=self.batches_per_step)
         objective = Objective.of(self.config, self.config, self.config.seed, strata)
         idle = partial(idle_pass, product.transformer) if is_sharded(product.transformer) else None
@@ -422,7 +422,10 @@ class Attempt:
             MemoryBudgetError: the accelerator is too small to train.
         """
         before = self.budget.work
-        self.budget = replace(self.budget, work=scanned(self.loaded, prepared.train, prepared.held_out))
+        work = scanned(self.loaded, prepared.train, prepared.held_out)
+        if self.config.tread_routes:
+            work = replace(work, forced_share=max(prepared.forced_shares, default=0.0))
+        self.budget = replace(self.budget, work=work)
         self.reporter.emit(self.budget.event())
         if (before.bucket, before.batch) != (self.budget.work.bucket, self.budget.work.batch):
             train = self.budget.plan.phase("train")
@@ -519,13 +522,21 @@ class Attempt:
                 f"{format_size(free)} are free. A lower --checkpoints_total_limit, {limit} now, needs less."
             )
 
-    def routes(self, blocks: int, order: Order) -> tuple[Route, ...]:
-        """TREAD's routes in a model of `blocks`; says what they keep."""
+    def routes(self, blocks: int, order: Order, prepared: Prepared) -> tuple[Route, ...]:
+        """TREAD's routes in a model of `blocks`; says what they keep, and what they keep more for masks."""
         routes = resolve(self.config.tread_routes, blocks)
         width, height = largest(order).bucket
         for route in routes:
             tokens = (width // PIXELS_PER_TOKEN) * (height // PIXELS_PER_TOKEN)
             self.reporter.say(f"{route.told(tokens, blocks)}, at {width}x{height}.")
+        shares = prepared.forced_shares if routes else []
+        if shares:
+            more = sum(share > min(route.keep_ratio for route in routes) for share in shares)
+            self.reporter.say(
+                f"TREAD keeps all tokens under a mask: of {len(shares)} images with one {min(shares):.0%} to "
+                f"{max(shares):.0%}, on average {sum(shares) / len(shares):.0%}; for {more} of them that is more than "
+                "a route keeps otherwise."
+            )
         return routes
 
     @contextlib.contextmanager

@@ -62,7 +62,9 @@ class HeldOutLoss:
 
     @torch.no_grad()
     def __call__(self, report: Callable[[int, int], None]) -> dict[float, float]:
-        """Mean squared velocity error over the samples, at each sigma: the same on every rank."""
+        """Mean squared velocity error over the samples, weighted by their masks, at each sigma: the same on every
+        rank.
+        """
         losses = self._losses(report)
         self.world.barrier("the held-out loss")
         shares = self.world.gather_json(losses)
@@ -87,7 +89,9 @@ class HeldOutLoss:
         return losses
 
     def _loss(self, batch: Batch) -> float:
-        loss = flow_loss(self.denoise, batch.latents, batch.condition, sigma=batch.sigma, noise=batch.noise)
+        loss = flow_loss(
+            self.denoise, batch.latents, batch.condition, sigma=batch.sigma, noise=batch.noise, weight=batch.masks
+        )
         return loss.item()
 
 

@@ -1,8 +1,10 @@
+from typing import Any
+
 import pytest
 import torch
 
 from simpletuner.flow.condition import Condition, TextContext
-from simpletuner.flow.loss import averaged, flow_loss, huber, huber_scale, smooth_l1, squared
+from simpletuner.flow.loss import Penalty, averaged, flow_loss, huber, huber_scale, smooth_l1, squared
 from simpletuner.flow.path import noised, velocity
 
 
@@ -76,6 +78,19 @@ def test_a_weight_averages_over_what_it_marks() -> None:
     torch.testing.assert_close(found[0], penalties[0, :, 1:3, 2:5].mean())
     torch.testing.assert_close(found[1], (penalties[1, :, 0, 0].mean() + 3 * penalties[1, :, 3, 5].mean()) / 4)
     torch.testing.assert_close(averaged(penalties, 7 * weight), found)
+
+
+@pytest.mark.parametrize(
+    "penalty", [squared, huber(0.1, "snr"), smooth_l1(0.1, "snr")], ids=["l2", "huber", "smooth_l1"]
+)
+def test_the_prediction_has_no_gradient_where_the_weight_is_zero(penalty: Penalty) -> None:
+    prediction = normal(2, 8, 4, 6, seed=3).requires_grad_()
+    weight = torch.rand(2, 4, 6, generator=torch.Generator().manual_seed(4))
+    weight[0, :2], weight[1, :, 3:] = 0, 0
+    options: dict[str, Any] = {"sigma": torch.tensor([0.2, 0.9]), "noise": NOISE, "penalty": penalty, "weight": weight}
+    flow_loss(lambda x, sigma, condition: prediction, LATENTS, CONDITION, **options).sum().backward()
+    assert prediction.grad is not None
+    assert torch.equal(prediction.grad.ne(0).any(1), weight > 0)
 
 
 @pytest.mark.parametrize("schedule", ["snr", "exponential", "constant"])

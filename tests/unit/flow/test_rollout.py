@@ -248,6 +248,20 @@ def test_compensation_needs_the_clean_prediction() -> None:
         loss_and_gradient(walked(Model()), is_rolled=torch.ones(B, dtype=torch.bool), reflex=Reflex(alpha=1.0))
 
 
+def test_the_prediction_has_no_gradient_where_the_mask_is_zero() -> None:
+    """Neither from the error, nor from ReflexFlow's terms."""
+    weight = torch.rand(B, 3, 5, generator=torch.Generator().manual_seed(7))
+    weight[:, 1], weight[2, :, 2:] = 0, 0
+    prediction = normal(8).requires_grad_()
+    found = rollout_loss(
+        lambda x, sigma, condition: prediction, walked(Model()), LATENTS, CONDITION, **INPUTS,
+        is_rolled=SOURCE > SIGMA, unrolled=normal(9), reflex=Reflex(1.0, 10.0, 0.5), weight=weight,
+    )  # fmt: skip
+    found.sum().backward()
+    assert prediction.grad is not None
+    assert torch.equal(prediction.grad.ne(0).any(1), weight > 0)
+
+
 def test_drift_is_an_angle() -> None:
     one = normal(1)
     torch.testing.assert_close(drift(one, 3 * one), torch.zeros(B), atol=1e-5, rtol=0)

@@ -170,6 +170,7 @@ def batch() -> Batch:
         rollout=RolloutStarts.at(torch.tensor([0.3, 0.52]), torch.tensor([0.3, 0.5])),
         choices=(Choice(0, 1, torch.tensor([[0, 2], [1, 4]])), Choice(2, 2, torch.tensor([[5], [3]]))),
         masks=torch.rand(2, 3, 4),
+        outside=torch.rand(2, 3, 4),
     )
 
 
@@ -186,6 +187,7 @@ TENSORS = {
     ".choices[0].kept",
     ".choices[1].kept",
     ".masks",
+    ".outside",
 }
 
 

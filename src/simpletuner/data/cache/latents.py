@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,19 +33,20 @@ StoreOf = Callable[[PictureSet], Store]
 def latent_key(crop: Crop, encoder: str) -> str:
     """The cache key of a picture's crop; `encoder` is the fingerprint of the VAE's weights, precision and
     tiling."""
+    pixels = crop_facts(crop) | ({} if crop.is_flattened else {"alpha": "passed over"})
+    return sha256_json({"kind": "latent", "version": 1, "encoder": encoder} | pixels)
+
+
+def crop_facts(crop: Crop) -> dict[str, Any]:
+    """What decides the pixels of a crop, for a cache key."""
     geometry = crop.geometry
-    return sha256_json(
-        {
-            "kind": "latent",
-            "version": 1,
-            "pixels": PIXELS_VERSION,
-            "content": crop.content,
-            "target": geometry.target,
-            "resize": geometry.resize,
-            "crop": geometry.crop,
-            "encoder": encoder,
-        }
-    )
+    return {
+        "pixels": PIXELS_VERSION,
+        "content": crop.content,
+        "target": geometry.target,
+        "resize": geometry.resize,
+        "crop": geometry.crop,
+    }
 
 
 def read_latent(store: Store, crop: Crop, encoder: str) -> Float[Tensor, "128 h w"]:
@@ -186,12 +188,20 @@ def _latent_bytes(crop: Crop) -> int:
 
 
 def _pixels(crop: Crop) -> UInt8[np.ndarray, "H W 3"]:
-    """The crop of a picture. In a thread, so every error names the file."""
+    return rendered(crop, lambda data: render(data, crop.geometry, is_flattened=crop.is_flattened))
+
+
+def rendered(crop: Crop, render_file: Callable[[bytes], np.ndarray]) -> np.ndarray:
+    """What `render_file` makes of the file of `crop`. In a thread, so every error names the file.
+
+    Raises:
+        DataError: the file changed since the scan, or does not fit into memory.
+    """
     try:
         data = crop.read(FILE_LIMIT)
         if sha256_bytes(data) != crop.content:
             raise _changed(crop, "it is another file now")
-        return render(data, crop.geometry)
+        return render_file(data)
     except OSError as error:
         raise _changed(crop, str(error)) from error
     except Rejected as rejected:  # of the same bytes: it was decoded once
