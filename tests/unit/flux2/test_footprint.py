@@ -337,6 +337,16 @@ def test_a_resolution_costs_its_tokens() -> None:
     assert part(large, "weights") == part(small, "weights")
 
 
+def test_routes_are_planned_with_the_tokens_that_masks_force() -> None:
+    def activations(forced_share: float, **options: object) -> int:
+        return part(phase("train", work=Workload((512, 512), 1, forced_share=forced_share), **options), "activations")
+
+    route = {"selection_ratio": 0.25, "start_layer_idx": 1, "end_layer_idx": -2}
+    options: dict[str, object] = {"gradient_checkpointing": False, "tread_config": {"routes": [route]}}
+    none, few, many, all_ = (activations(share, **options) for share in (0.0, 0.2, 0.6, 1.0))
+    assert none == few < many < all_ == activations(0.0, gradient_checkpointing=False)
+
+
 def test_a_full_models_parts() -> None:
     count = sum(parameter.numel() for parameter in empty_transformer(TINY).parameters())
     found = phase("train", model_type="full")
