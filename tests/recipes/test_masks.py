@@ -58,7 +58,7 @@ def test_masks_of_ones_change_no_bit(workplace: Workplace, uninterrupted: Workpl
 
 ROUTE = {"routes": [{"selection_ratio": 0.25, "start_layer_idx": 1, "end_layer_idx": -2}]}
 ROLLOUT = {
-    "scheduled_sampling_max_step_offset": 300,
+    "scheduled_sampling_max_step_offset": 40,
     "scheduled_sampling_probability": 1.0,
     "scheduled_sampling_reflexflow": True,
 }
@@ -77,11 +77,11 @@ def test_masks_beside_other_features(workplace: Workplace, company: str) -> None
     """A run that is interrupted or offloaded ends like one that is not, with masks used by chance."""
     both, second = COMPANY[company]
     add_masks(workplace, 0.5)
-    workplace.config |= {"masked_loss_probability": 0.6, "masked_loss_floor": 0.1} | both
+    workplace.config |= {"masked_loss_probability": 0.6, "masked_loss_floor": 0.1, "max_train_steps": 2} | both
     assert workplace.train("--output_dir=output/whole") == 0
     workplace.config |= second
     if company == "killed":
-        killed = workplace.train_apart(kill_at="step:2")
+        killed = workplace.train_apart(kill_at="step:1")
         assert killed.returncode == -9, killed.stderr
     elif not second:
         assert workplace.train("--max_train_steps=1") == 0
@@ -89,7 +89,7 @@ def test_masks_beside_other_features(workplace: Workplace, company: str) -> None
     assert_equal(tensors(workplace), tensors(workplace, "whole"))
     assert workplace.losses() == workplace.losses("whole")
     if "use_ema" in both:
-        averages = [workplace.run(name).checkpoint(3) / "ema" for name in ("run", "whole")]
+        averages = [workplace.run(name).checkpoint(2) / "ema" for name in ("run", "whole")]
         files = [sorted(path.name for path in folder.rglob("*.safetensors")) for folder in averages]
         assert files[0] == files[1] != []
         assert_equal(*(load_file(folder / files[0][0]) for folder in averages))

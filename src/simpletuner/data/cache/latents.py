@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,20 +32,23 @@ StoreOf = Callable[[PictureSet], Store]
 def latent_key(crop: Crop, encoder: str) -> str:
     """The cache key of a picture's crop; `encoder` is the fingerprint of the VAE's weights, precision and
     tiling."""
-    pixels = crop_facts(crop) | ({} if crop.is_flattened else {"alpha": "passed over"})
-    return sha256_json({"kind": "latent", "version": 1, "encoder": encoder} | pixels)
+    alpha = {} if crop.is_flattened else {"alpha": "passed over"}
+    return crop_key(crop, kind="latent", version=1, encoder=encoder, **alpha)
 
 
-def crop_facts(crop: Crop) -> dict[str, Any]:
-    """What decides the pixels of a crop, for a cache key."""
+def crop_key(crop: Crop, **facts: str | int) -> str:
+    """A cache key of what is made of a crop: of everything that decides its pixels, and of `facts` besides."""
     geometry = crop.geometry
-    return {
-        "pixels": PIXELS_VERSION,
-        "content": crop.content,
-        "target": geometry.target,
-        "resize": geometry.resize,
-        "crop": geometry.crop,
-    }
+    return sha256_json(
+        {
+            "pixels": PIXELS_VERSION,
+            "content": crop.content,
+            "target": geometry.target,
+            "resize": geometry.resize,
+            "crop": geometry.crop,
+            **facts,
+        }
+    )
 
 
 def read_latent(store: Store, crop: Crop, encoder: str) -> Float[Tensor, "128 h w"]:
@@ -188,10 +190,10 @@ def _latent_bytes(crop: Crop) -> int:
 
 
 def _pixels(crop: Crop) -> UInt8[np.ndarray, "H W 3"]:
-    return rendered(crop, lambda data: render(data, crop.geometry, is_flattened=crop.is_flattened))
+    return rendered_crop(crop, lambda data: render(data, crop.geometry, is_flattened=crop.is_flattened))
 
 
-def rendered(crop: Crop, render_file: Callable[[bytes], np.ndarray]) -> np.ndarray:
+def rendered_crop(crop: Crop, render_file: Callable[[bytes], np.ndarray]) -> np.ndarray:
     """What `render_file` makes of the file of `crop`. In a thread, so every error names the file.
 
     Raises:

@@ -11,10 +11,9 @@ from einops import reduce
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from simpletuner.base.files import sha256_json
 from simpletuner.config.datasets import Datasets
 from simpletuner.data.ahead import map_ahead
-from simpletuner.data.cache.latents import crop_facts, rendered
+from simpletuner.data.cache.latents import crop_key, rendered_crop
 from simpletuner.data.cache.report import FillReport, share_of, whole_progress
 from simpletuner.data.cache.store import Store, check_all
 from simpletuner.data.geometry import ALIGNMENT
@@ -48,7 +47,7 @@ class MaskSource:
 
     def key(self, mask: Crop) -> str:
         """The cache key of a mask's weights. Options such as `masked_loss_floor` act later, and change no key."""
-        return sha256_json({"kind": "mask", "version": 1, "levels": self.kind} | crop_facts(mask))
+        return crop_key(mask, kind="mask", version=1, levels=self.kind)
 
     def read(self, mask: Crop) -> Float[Tensor, "h w"]:
         """The cached weight of each latent, in [0, 1].
@@ -64,7 +63,7 @@ class MaskSource:
         Raises:
             DataError: the file changed since the scan, or does not fit into memory.
         """
-        return latent_weights(rendered(mask, lambda data: render_mask(data, mask.geometry, self.kind)))
+        return latent_weights(rendered_crop(mask, lambda data: render_mask(data, mask.geometry, self.kind)))
 
 
 def latent_weights(levels: UInt8[np.ndarray, "H W"]) -> Float[Tensor, "h w"]:
