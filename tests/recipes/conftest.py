@@ -67,7 +67,7 @@ class Workplace:
     folder: Path
     config: dict[str, Any] = field(default_factory=lambda: dict(CONFIG))
     datasets: list[dict[str, Any]] = field(default_factory=lambda: [dict(PICTURES), dict(TEXT)])
-    prompts: dict[str, str] | None = None
+    prompts: dict[str, Any] | None = None
 
     def write(self) -> None:
         (self.folder / "config").mkdir(exist_ok=True)

@@ -39,7 +39,7 @@ def test_the_files_of_the_page_load_with_nothing_to_say(own_folder: Path) -> Non
         (own_folder / "config" / name).write_text(text)
     loaded = load([], folder=own_folder, environ={})
     assert [notice for notice in loaded.notices if "non-commercial" not in notice] == []
-    assert loaded.prompts["winter_subject"] == "a red barn in the snow, seen from afar"
+    assert loaded.prompts["winter_subject"].text == "a red barn in the snow, seen from afar"
 
 
 @pytest.mark.slow

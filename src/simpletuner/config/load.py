@@ -24,7 +24,7 @@ from simpletuner.config.other_trainers import (
 )
 from simpletuner.config.paths import PathRule, filled, is_local_model, joined
 from simpletuner.config.previews import with_preview_defaults
-from simpletuner.config.prompts import load_prompts
+from simpletuner.config.prompts import Prompt, load_prompts
 from simpletuner.config.rules import drawing_notices, findings, notices
 from simpletuner.config.run import OPTION_NAMES, RunConfig
 from simpletuner.config.values import join_names, kinds, nearest, shown
@@ -64,7 +64,7 @@ class Loaded:
 
     config: RunConfig
     datasets: Datasets
-    prompts: dict[str, str]
+    prompts: dict[str, Prompt]
     """Prompts to make pictures of, by name, `<subject>` replaced."""
 
     notices: tuple[str, ...]
@@ -98,7 +98,7 @@ class Examined:
     """Defaults where an option is missing or wrong."""
     datasets: Datasets | None
     """None where there are problems with them."""
-    prompts: dict[str, str]
+    prompts: dict[str, Prompt]
     notices: tuple[str, ...]
     origins: dict[str, Origin]
     config_file: Path | None
@@ -176,12 +176,13 @@ def examine(
     config, names = _with_paths(config, givens, checked, Surroundings(folder, {}, variables, rule))
     datasets_file = _datasets_file(config, config_file)
     config = with_preview_defaults(config, set(checked.valid))
-    listing = _datasets(config, datasets_file, checked, Surroundings(folder, names, variables, rule), givens)
+    around = Surroundings(folder, names, variables, rule)
+    listing = _datasets(config, datasets_file, checked, around, givens)
     prompts_file = _prompts_file(config, config_file, folder)
     if refused := _refusal(rule, "user_prompt_library", prompts_file):
         problems.append(refused)
         prompts_file = None
-    prompts, prompt_notices = _prompts(config, listing, prompts_file, folder, problems)
+    prompts, prompt_notices = _prompts(config, listing, prompts_file, around, problems)
     found = {key: [replace(problem, key=key)] for key, problem in checked.problems.items()}
     for keys, problem in findings(config, listing.datasets):
         # A rule about a value that is refused anyway would speak of the default.
@@ -471,11 +472,11 @@ def _prompts_file(config: RunConfig, config_file: Path | None, folder: Path) -> 
 
 
 def _prompts(
-    config: RunConfig, listing: Listing, library: Path | None, folder: Path, problems: list[Problem]
-) -> tuple[dict[str, str], list[str]]:
-    label = "" if library is None else _label(library, folder)
+    config: RunConfig, listing: Listing, library: Path | None, around: Surroundings, problems: list[Problem]
+) -> tuple[dict[str, Prompt], list[str]]:
+    label = "" if library is None else _label(library, around.folder)
     try:
-        return load_prompts(config, listing.datasets, library, label)
+        return load_prompts(config, listing.datasets, library, label, around)
     except ConfigError as error:
         problems.extend(error.problems)
         return {}, []

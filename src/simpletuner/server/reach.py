@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from simpletuner.base.errors import ConfigError, Problem
+from simpletuner.base.imagefiles import PICTURE_SUFFIXES
 from simpletuner.base.tensorfile import is_weight_file
 from simpletuner.config.load import CONFIG_NAMES, PAGE_ROOTS_VARIABLE
 from simpletuner.config.values import shown
@@ -27,6 +28,7 @@ class PathKind(Enum):
     FOLDER = "a folder"
     RUN = "a run's folder, or one without a configuration in it"
     ADAPTER = "a .safetensors file, or a folder with one"
+    IMAGE = "an image file"
     MODEL = "a folder with a model, or a .safetensors or .gguf file"
 
 
@@ -47,6 +49,7 @@ PATHS = {
     "tread_config": PathUse(PathKind.DOCUMENT, "read"),
     "custom_text_encoder_intermediary_layers": PathUse(PathKind.DOCUMENT, "read"),
     "flow_custom_timesteps": PathUse(PathKind.DOCUMENT, "read"),
+    "validation_drift_prompts": PathUse(PathKind.DOCUMENT, "read"),
     "output_dir": PathUse(PathKind.RUN, "start"),
     "resume_from_checkpoint": PathUse(PathKind.FOLDER, "read"),
     "init_lora": PathUse(PathKind.ADAPTER, "read"),
@@ -61,6 +64,8 @@ PATHS = {
     # Of an entry in a list of datasets.
     "instance_data_dir": PathUse(PathKind.FOLDER, "read"),
     "cache_dir_vae": PathUse(PathKind.FOLDER, "write"),
+    # Of a prompt library, and of `simpletuner sample`.
+    "references": PathUse(PathKind.IMAGE, "read"),
     # Of `simpletuner sample`.
     "run": PathUse(PathKind.FOLDER, "read"),
     "out": PathUse(PathKind.FOLDER, "write"),
@@ -154,6 +159,8 @@ class Reach:
             return is_folder and path not in self.all and not _holds_a_config(path)
         if kind is PathKind.FOLDER:
             return is_folder
+        if kind is PathKind.IMAGE:
+            return is_file and path.suffix.lower() in PICTURE_SUFFIXES
         if kind is PathKind.MODEL:
             return is_folder or (is_file and is_weight_file(path.name))
         return is_folder or (is_file and path.suffix.lower() == ".safetensors")

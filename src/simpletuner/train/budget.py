@@ -195,7 +195,8 @@ def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manife
     samples = [sample for manifest in (*train, *held_out) for sample in manifest.samples]
     references = {crop for sample in samples for crop in sample.references}
     encoded = max((crop.geometry.target for crop in (*samples, *references)), key=math.prod)
-    captions = {caption for sample in samples for caption in sample.captions} | set(loaded.prompts.values())
+    captions = {caption for sample in samples for caption in sample.captions}
+    captions |= {prompt.text for prompt in loaded.prompts.values()}
     longest = longest_caption(captions, loaded.config)
     per_step = loaded.config.gradient_accumulation_steps * loaded.config.ranks
     order = Order(train, seed=loaded.config.seed, batch_size=run_batch, batches_per_step=per_step)

@@ -289,7 +289,7 @@ def wanted_prompts(prepared: Prepared) -> dict[TextStore, list[str]]:
         prompts += [caption for sample in manifest.samples for caption in sample.captions]
         prompts.append(UNCONDITIONAL_CAPTION)
     general = found[datasets.default_text_store]
-    general += [UNCONDITIONAL_CAPTION, *prepared.loaded.prompts.values()]
+    general += [UNCONDITIONAL_CAPTION, *(prompt.text for prompt in prepared.loaded.prompts.values())]
     scales = drawing_flavour(config).scales(config.validation_guidance, config.validation_guidance_real)
     if scales.real != 1.0:
         general.append(config.validation_negative_prompt)

@@ -23,6 +23,7 @@ from simpletuner.base.errors import Stopped, UserError
 from simpletuner.base.files import file_problem
 from simpletuner.config.flavours import GuidanceScales
 from simpletuner.config.options.validation import ValidationOptions
+from simpletuner.config.prompts import Prompt
 from simpletuner.data.batch import Batch
 from simpletuner.data.sheet import contact_sheet
 from simpletuner.flow.condition import Condition, Denoise, TextContext
@@ -144,7 +145,7 @@ class Painter:
     """Whether pictures are made of what is trained itself; if not, only of the average."""
     decode: Callable[[], Decode]
     """Loads the VAE's decoder; called when the first picture is due."""
-    prompts: Mapping[str, str]
+    prompts: Mapping[str, Prompt]
     context: Callable[[str], TextContext]
     """A prompt's context, from the cache."""
     world: World
@@ -410,7 +411,7 @@ class Painter:
         return [
             Picture(
                 name=name,
-                prompt=prompt,
+                prompt=prompt.text,
                 path=str(folder / f"{name}_{width}x{height}_{index}.{self.options.validation_image_format}"),
                 width=width,
                 height=height,

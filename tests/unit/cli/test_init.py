@@ -62,7 +62,7 @@ def test_flags_alone_write_files_that_load(project: Path, capsys: pytest.Capture
         True,
     )
     assert (config.lora_rank, config.num_train_epochs, config.flow_schedule_auto_shift) == (16, 100, True)
-    assert found.prompts["outdoors"].startswith("zorblat on a hillside")
+    assert found.prompts["outdoors"].text.startswith("zorblat on a hillside")
     (image_set,) = found.datasets.train_sets
     assert (image_set.instance_prompt, image_set.caption_strategy) == ("zorblat", "textfile")
     assert not image_set.prepend_instance_prompt
@@ -131,7 +131,7 @@ def test_three_questions_and_the_word(project: Path, typed: Any, capsys: pytest.
     assert "'stile' was not understood: expected subject or style." in asked.out
     found = loaded(project)
     assert found.config.model_flavour == "tiny"
-    assert found.prompts["large"] == "a large ink wash on a green background, middle"
+    assert found.prompts["large"].text == "a large ink wash on a green background, middle"
     assert found.config.validation_resolution == "128x128"
     (image_set,) = found.datasets.train_sets
     assert image_set.prepend_instance_prompt, "no caption says it"

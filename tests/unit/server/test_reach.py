@@ -24,8 +24,8 @@ from simpletuner.server.roots import Roots
 
 SECRET = "the-secret-outside"
 MODELS: tuple[type[Slice], ...] = (RunConfig, ImageSet, TextStore, SampleConfig)
-GIVEN_BY_THE_SERVER = {"config", "lora", "run", "out"}
-"""Flags that no configuration holds."""
+GIVEN_BY_THE_SERVER = {"config", "lora", "run", "out", "references"}
+"""Flags that no configuration holds; `references` also stand in a prompt library."""
 
 NAMES = {
     PathKind.DOCUMENT: "secret.json",
@@ -33,6 +33,7 @@ NAMES = {
     PathKind.RUN: "folder",
     PathKind.ADAPTER: "secret.safetensors",
     PathKind.MODEL: "secret.safetensors",
+    PathKind.IMAGE: "secret.png",
 }
 """What each kind of path looks for."""
 OTHER_KINDS = {
@@ -41,6 +42,7 @@ OTHER_KINDS = {
     PathKind.RUN: "config/mine",
     PathKind.ADAPTER: "notes.txt",
     PathKind.MODEL: "notes.txt",
+    PathKind.IMAGE: "notes.txt",
 }
 """Something in the workspace that is none."""
 ATTACKS = {
@@ -69,7 +71,7 @@ def outside(tmp_path: Path) -> Path:
     """What must neither be read nor changed."""
     folder = tmp_path / "outside"
     (folder / "folder").mkdir(parents=True)
-    for name in ("secret.json", "secret.safetensors", "folder/one.png"):
+    for name in ("secret.json", "secret.safetensors", "secret.png", "folder/one.png"):
         (folder / name).write_text(json.dumps({SECRET: SECRET}))
     return folder
 
@@ -89,10 +91,10 @@ def attacked(workspace: Path, outside: Path, monkeypatch: pytest.MonkeyPatch) ->
     ):
         (workspace / folder).mkdir(parents=True)
     for folder in (".git", ".simpletuner", ".flux2"):
-        for name in ("secret.json", "secret.safetensors"):
+        for name in ("secret.json", "secret.safetensors", "secret.png"):
             (workspace / folder / name).write_text(json.dumps({SECRET: SECRET}))
         (workspace / folder / "folder").mkdir()
-    for name in (".secret.json", ".secret.safetensors", ".simpletuner/queue/000001.json"):
+    for name in (".secret.json", ".secret.safetensors", ".secret.png", ".simpletuner/queue/000001.json"):
         (workspace / name).write_text(json.dumps({SECRET: SECRET}))
     (workspace / ".folder").mkdir()
     (workspace / "notes.txt").write_text(SECRET)
@@ -102,7 +104,7 @@ def attacked(workspace: Path, outside: Path, monkeypatch: pytest.MonkeyPatch) ->
     (workspace / "config" / "mine" / "multidatabackend.json").write_text("[]")
     (workspace / "link").symlink_to(outside)
     (workspace / "visible").symlink_to(".git")
-    for name in ("secret.json", "secret.safetensors", "folder"):
+    for name in ("secret.json", "secret.safetensors", "secret.png", "folder"):
         (workspace / f"link-{name}").symlink_to(outside / name)
     for name in ("pipe", "pipe.json"):
         os.mkfifo(workspace / name)
@@ -179,6 +181,15 @@ def test_no_dataset_key_goes_round_the_guards(attacked: Path, outside: Path, mod
     assert [key for key in paths if not is_refused(key, found)] == []
     assert SECRET not in text_of(found)
     assert found.datasets is None
+
+
+@pytest.mark.parametrize("attack", WAYS)
+def test_no_reference_of_a_prompt_goes_round_the_guards(attacked: Path, outside: Path, attack: str) -> None:
+    library = {"one": {"prompt": "x", "references": [attack_value(attack, "references", outside)]}}
+    (attacked / "config" / "mine" / "user_prompt_library.json").write_text(json.dumps(library))
+    found = examined(attacked, {})
+    assert is_refused("references", found)
+    assert found.prompts == {}
 
 
 def test_a_set_named_like_a_way_out_has_no_cache_there(attacked: Path) -> None:

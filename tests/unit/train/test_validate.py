@@ -22,6 +22,7 @@ from simpletuner.config.flavours import GuidanceScales, TransformerSpec
 from simpletuner.config.options.ema import EmaOptions
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.options.validation import ValidationOptions
+from simpletuner.config.prompts import Prompt
 from simpletuner.data.batch import Batch
 from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flux2.denoiser import Denoiser
@@ -263,7 +264,7 @@ def drawing(
         ema=ema,
         has_live=True,
         decode=decode,
-        prompts={name: f"a picture of {name}" for name in prompts},
+        prompts={name: Prompt(f"a picture of {name}") for name in prompts},
         context=context_of,
         world=world,
         notice=notices.append,

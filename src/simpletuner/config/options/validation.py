@@ -58,8 +58,9 @@ class ValidationOptions(Slice):
     """Also use the prompts that come with the program."""
 
     user_prompt_library: PathText | None = None
-    """A JSON file `{"name": "prompt"}`; by default `user_prompt_library.json` beside the config or in
-    `config/`, if there. `<subject>` in a prompt stands for `validation_subject`."""
+    """A JSON file `{"name": "prompt"}`, or with reference images `{"name": {"prompt": "text", "references":
+    ["a.png"]}}`; by default `user_prompt_library.json` beside the config or in `config/`, if there. `<subject>` in a
+    prompt stands for `validation_subject`."""
 
     validation_subject: Text | None = None
     """What `<subject>` stands for; by default the first dataset's `instance_prompt`. Without either the text

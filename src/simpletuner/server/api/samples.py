@@ -25,7 +25,7 @@ FOLDER = "samples"
 KEPT = 500
 """Pictures that are listed, the newest first."""
 
-Prompt = Annotated[str, Field(min_length=1, max_length=4000, pattern=r"^[^\x00]*$")]
+PromptText = Annotated[str, Field(min_length=1, max_length=4000, pattern=r"^[^\x00]*$")]
 Side = Annotated[int, Field(ge=16, le=2048, multiple_of=16)]
 Strength = Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)]
 
@@ -47,7 +47,7 @@ class ToDraw(BaseModel):
 
     run: str | None = Field(default=None, max_length=4096)
     """Whose model draws, and whose finished LoRA acts unless `loras` names others."""
-    prompts: list[Prompt] = Field(min_length=1, max_length=8)
+    prompts: list[PromptText] = Field(min_length=1, max_length=8)
     seed: int = Field(default=42, ge=0, lt=2**32)
     width: Side = 1024
     height: Side = 1024
