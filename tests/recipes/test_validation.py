@@ -136,6 +136,31 @@ def drop_events(path: Path, is_dropped: Callable[[str], bool]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["lora", "full"])
+def test_the_drift_is_measured_with_each_sheet_and_after_a_resume_against_the_same_base(
+    drawing: Workplace, model_type: str
+) -> None:
+    drift = {"validation_drift_prompts": ["a dot", "a line"], "use_ema": True, "model_type": model_type}
+    drawing.config |= drift | {"output_dir": "output/whole"}
+    assert drawing.train("--max_train_steps=2") == 0
+    whole = drawing.events("validation", "whole")
+    assert [event["step"] for event in whole] == [0, 1, 2]
+    assert whole[0]["drift"] is None
+    for event in whole[1:]:
+        assert set(event["drift_by_prompt"]) == {"a dot", "a line"}
+        assert event["drift"] == sum(event["drift_by_prompt"].values()) / 2 > 0
+        assert 0 < event["ema_drift"] < event["drift"]
+    assert "Drift at step 2: " in drawing.run("whole").log.read_text()
+    drawing.config["output_dir"] = "output/killed"
+    assert drawing.train_apart("--max_train_steps=2", kill_at="step:2").returncode != 0
+    assert drawing.train("--max_train_steps=2") == 0
+    fields = ("step", "drift", "drift_by_prompt", "ema_drift", "pictures")
+    known = [{key: event[key] for key in fields} for event in whole]
+    again = [{key: event[key] for key in fields} for event in drawing.events("validation", "killed")]
+    assert again == known
+
+
+@pytest.mark.slow
 def test_klein_validation_is_guided_against_the_negative_prompt_as_sample_is(
     workplace: Workplace, tiny_klein_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

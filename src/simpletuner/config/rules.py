@@ -588,6 +588,7 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
 
     pictures = (
         "validation_preview_model",
+        "validation_drift_prompts",
         "validation_prompt",
         "validation_prompt_library",
         "user_prompt_library",

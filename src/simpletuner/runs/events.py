@@ -173,6 +173,13 @@ class ValidationEvent(Event):
     """The same, at each sigma."""
     ema_loss: float | None = None
     """Held-out loss of the moving average."""
+    drift: float | None = None
+    """How far the images of `validation_drift_prompts` are from the base model's, mean over the prompts: RMS difference
+    of the final latents over the RMS of the base model's. 0 is unmoved, about 1.4 an image of other noise."""
+    drift_by_prompt: dict[str, float] = {}
+    """The same of each prompt."""
+    ema_drift: float | None = None
+    """Mean drift of the moving average."""
 
 
 class CheckpointEvent(Event):

@@ -74,6 +74,11 @@ class RunDirectory:
         return self.root / "validation"
 
     @property
+    def drift(self) -> Path:
+        """The base model's latents of the drift prompts."""
+        return self.validations / "drift"
+
+    @property
     def profiles(self) -> Path:
         """Traces of steps."""
         return self.root / "profile"
@@ -118,7 +123,12 @@ class RunDirectory:
 
     def sweep(self) -> None:
         """Remove what killed processes left half-written outside of `checkpoints`. Only the holder of the lock may."""
-        images = [self.validations, *self.validations.glob("step-*"), *self.validations.glob(f"step-*/{EMA_FOLDER}")]
+        images = [
+            self.validations,
+            self.drift,
+            *self.validations.glob("step-*"),
+            *self.validations.glob(f"step-*/{EMA_FOLDER}"),
+        ]
         for folder in (self.root, self.root / EMA_FOLDER, self.profiles, *images):
             for path in folder.glob(".*"):
                 if _UNFINISHED.fullmatch(path.name):

@@ -196,7 +196,7 @@ def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manife
     references = {crop for sample in samples for crop in sample.references}
     encoded = max((crop.geometry.target for crop in (*samples, *references)), key=math.prod)
     captions = {caption for sample in samples for caption in sample.captions}
-    captions |= {prompt.text for prompt in loaded.prompts.values()}
+    captions |= {prompt.text for prompt in loaded.prompts.values()} | set(loaded.config.validation_drift_prompts or ())
     longest = longest_caption(captions, loaded.config)
     per_step = loaded.config.gradient_accumulation_steps * loaded.config.ranks
     order = Order(train, seed=loaded.config.seed, batch_size=run_batch, batches_per_step=per_step)
@@ -224,7 +224,7 @@ def reference_tokens_of(sample: Sample) -> int:
 
 
 def _draws(loaded: Loaded) -> bool:
-    return bool(loaded.prompts) and not loaded.config.validation_disable
+    return bool(loaded.prompts or loaded.config.validation_drift_prompts) and not loaded.config.validation_disable
 
 
 def ladder(config: RunConfig, work: Workload, fitting_blocks: int | None = None) -> Iterator[Change]:

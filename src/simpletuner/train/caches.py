@@ -290,6 +290,8 @@ def wanted_prompts(prepared: Prepared) -> dict[TextStore, list[str]]:
         prompts.append(UNCONDITIONAL_CAPTION)
     general = found[datasets.default_text_store]
     general += [UNCONDITIONAL_CAPTION, *(prompt.text for prompt in prepared.loaded.prompts.values())]
+    if not config.validation_disable:
+        general += config.validation_drift_prompts or ()
     scales = drawing_flavour(config).scales(config.validation_guidance, config.validation_guidance_real)
     if scales.real != 1.0:
         general.append(config.validation_negative_prompt)

@@ -28,6 +28,7 @@ from simpletuner.base.errors import (
 )
 from simpletuner.base.files import file_errors_reported, sha256_json, write_json
 from simpletuner.base.sizes import format_duration, format_size
+from simpletuner.config.flavours import GuidanceScales
 from simpletuner.config.load import Loaded
 from simpletuner.config.previews import drawing_flavour, preview_flavour
 from simpletuner.config.record import decisive, resolved
@@ -63,6 +64,7 @@ from simpletuner.train.backend import BackendChoice, check_backend, choose_backe
 from simpletuner.train.batches import BatchBuilder
 from simpletuner.train.budget import Budget, configured, machine_of, reference_tokens_of, scanned
 from simpletuner.train.caches import Prepared, base_fingerprints, fill_caches, knows_whole_base, scan_sets
+from simpletuner.train.drift import DriftMeter
 from simpletuner.train.ema import Ema
 from simpletuner.train.export import EXPORTS
 from simpletuner.train.loop import Loop, Plan, best_step, mind_the_disk, shapes_of
@@ -371,6 +373,7 @@ class Attempt:
             ema=ema,
             held_out=self.held_out(prepared, denoiser, builder),
             painter=self.painter(prepared, source, model, product, ema),
+            drift=self.drift(prepared, model, product, ema),
             reporter=self.reporter,
             requests=self.requests,
             watch=Watch(trained, self.run, self.reporter.notice, start=self.state.step),
@@ -592,9 +595,7 @@ class Attempt:
         return Painter(
             run=self.run,
             options=self.config,
-            scales=drawing_flavour(self.config).scales(
-                self.config.validation_guidance, self.config.validation_guidance_real
-            ),
+            scales=self.validation_scales,
             both_at_once=frozenset(size for size in self.config.sizes if self.budget.footprint.draws_both(size)),
             seed=self.config.seed,
             model=model,
@@ -609,6 +610,30 @@ class Attempt:
             drawn=drawn_steps(self.run),
             is_sharded=isinstance(model, TrainedModel) and is_sharded(product.transformer),
         )
+
+    def drift(self, prepared: Prepared, model: DrawingModel, product: Product, ema: Ema | None) -> DriftMeter | None:
+        """The drift, if prompts for it are given."""
+        if self.config.validation_disable or self.config.validation_drift_prompts is None:
+            return None
+        return DriftMeter(
+            folder=self.run.drift,
+            options=self.config,
+            scales=self.validation_scales,
+            seed=self.config.seed,
+            model=model,
+            trained=product.trained,
+            ema=None if self.config.ema_validation == "none" else ema,
+            has_live=ema is None or self.config.ema_validation != "ema_only",
+            context=lambda prompt: prepared.contexts([prompt]),
+            world=self.world,
+            is_sharded=isinstance(model, TrainedModel) and is_sharded(product.transformer),
+        )
+
+    @property
+    def validation_scales(self) -> GuidanceScales:
+        """What the options' guidance means for the model that draws."""
+        config = self.config
+        return drawing_flavour(config).scales(config.validation_guidance, config.validation_guidance_real)
 
     def introduce(self, prepared: Prepared, plan: Plan, product: Product, found: resume.Resume | None) -> None:
         """Open the run in the events, start the trackers, and say what is about to happen."""

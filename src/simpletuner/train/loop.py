@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,12 +19,14 @@ from simpletuner.data.ahead import map_ahead
 from simpletuner.data.batch import GlobalBatch
 from simpletuner.data.order import Order
 from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
+from simpletuner.memory.free import release_memory
 from simpletuner.memory.world import World
 from simpletuner.runs import checkpoints, disk
 from simpletuner.runs.events import CheckpointEvent, StepEvent, ValidationEvent, last_losses
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.runs.process import Requests
 from simpletuner.train import optim
+from simpletuner.train.drift import DriftMeter
 from simpletuner.train.ema import Ema
 from simpletuner.train.profile import StepProfiler
 from simpletuner.train.report import AVERAGED_STEPS, Reporter, TrainingBar
@@ -31,7 +34,7 @@ from simpletuner.train.resume import Ways
 from simpletuner.train.state import TrainState
 from simpletuner.train.step import NotFiniteError, PartialStepError, Stepper, StepResult
 from simpletuner.train.throughput import FlopMeter
-from simpletuner.train.validate import HeldOutLoss, Painter
+from simpletuner.train.validate import HeldOutLoss, Painter, failure_reason
 from simpletuner.train.watch import Watch
 
 
@@ -122,6 +125,7 @@ class Loop:
     ema: Ema | None
     held_out: HeldOutLoss | None
     painter: Painter | None
+    drift: DriftMeter | None
     reporter: Reporter
     requests: Requests
     watch: Watch
@@ -150,6 +154,7 @@ class Loop:
 
     def _before_the_first(self, state: TrainState) -> None:
         """Where the run stands: at its start, or with what a killed attempt did not get to after its checkpoint."""
+        self._keep_base_of_drift(state.step)
         if state.step == 0:
             self._measure(state)
             if self.plan.config.validation_on_startup or self._is_last_chance():
@@ -299,21 +304,65 @@ class Loop:
             self.reporter.say(f"Held-out loss of the moving average: {ema_loss:.4f}")
 
     def _paint(self, step: int) -> None:
-        if self.painter is None:
+        event = None
+        if self.painter is not None:
+            with (
+                self.reporter.phase("validation") as progress,
+                optim.as_given(self.stepper.optimiser, self.stepper.masters),
+            ):
+                event = self.painter.base(step, progress)
+                if step > 0:
+                    if event is not None:
+                        self.reporter.emit(event)
+                    event = self.painter.draw(step, progress)
+        drifts = {} if step == 0 else self._measured_drift(step)
+        if drifts:
+            event = (event or ValidationEvent(step=step)).model_copy(update=drifts)
+        if event is not None:
+            self.reporter.emit(event)
+            if event.sheet is not None:
+                self.reporter.say(f"Pictures at step {step}: {self.run.root / event.sheet}")
+
+    def _keep_base_of_drift(self, step: int) -> None:
+        """Draw the drift prompts with the base model before training changes it."""
+        if self.drift is None or not self.drift.lacks_base:
             return
-        with (
-            self.reporter.phase("validation") as progress,
-            optim.as_given(self.stepper.optimiser, self.stepper.masters),
-        ):
-            event = self.painter.base(step, progress)
-            if event is not None:
-                self.reporter.emit(event)
-            if step > 0:
-                event = self.painter.draw(step, progress)
-                if event is not None:
-                    self.reporter.emit(event)
-        if event is not None and event.sheet is not None:
-            self.reporter.say(f"Pictures at step {step}: {self.run.root / event.sheet}")
+        with self.reporter.phase("validation", "drawing the drift prompts with the base model") as progress:
+            if not self.drift.keep_base(step, progress):
+                self.reporter.notice(
+                    "The base model's latents of validation_drift_prompts are not there, and training has changed its "
+                    "weights: no drift is measured."
+                )
+
+    def _measured_drift(self, step: int) -> dict[str, Any]:
+        """Fields of the event of `step`; none where no drift is measured. Says what it is."""
+        drift = self.drift
+        if drift is None:
+            return {}
+        found: dict[str, dict[str, float]] = {}
+
+        def measure() -> None:
+            with (
+                self.reporter.phase("validation", "measuring the drift") as progress,
+                optim.as_given(self.stepper.optimiser, self.stepper.masters),
+            ):
+                if drift.keep_base(step, progress):
+                    found.update(drift(progress))
+
+        # Where others wait for a call of this rank, the run ends with it.
+        reason = failure_reason(measure, is_fatal=lambda: not self.world.is_alone)
+        if reason is not None:
+            release_memory(self.world.device)
+            self.reporter.notice(f"The drift at step {step} could not be measured: {reason} Training goes on.")
+        means = {view: mean(by_prompt) for view, by_prompt in found.items()}
+        if means:
+            average = f"{means['ema']:.3f} (moving average)" if "ema" in means else ""
+            live = f"{means['live']:.3f}" if "live" in means else ""
+            self.reporter.say(f"Drift at step {step}: {', '.join(filter(None, (live, average)))}")
+        return {
+            **({"drift": means["live"], "drift_by_prompt": found["live"]} if "live" in means else {}),
+            **({"ema_drift": means["ema"]} if "ema" in means else {}),
+        }
 
     def _save(self, state: TrainState) -> None:
         folder = self.save(state)
@@ -397,8 +446,8 @@ def four_digits(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def mean(by_sigma: Mapping[float, float]) -> float:
-    return math.fsum(by_sigma.values()) / len(by_sigma)
+def mean(values: Mapping[Any, float]) -> float:
+    return math.fsum(values.values()) / len(values)
 
 
 def best_step(run: RunDirectory, state: TrainState) -> int | None:

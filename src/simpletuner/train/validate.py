@@ -312,7 +312,7 @@ class Painter:
             return reporting or (self._in_step and calls.started > 0 and calls.done < self._calls(pictures))
 
         both = self._draws_both(pictures if self._in_step else [picture])
-        reason = _failure(lambda: self._make(picture, calls.opened, both, reported), is_fatal)
+        reason = failure_reason(lambda: self._make(picture, calls.opened, both, reported), is_fatal)
         if reason is not None:
             release_memory(self.world.device)  # outside of the handler, whose traceback holds what was computed
             if self._in_step and not calls.started:
@@ -337,7 +337,7 @@ class Painter:
         """Make an image, unless too many failed. Returns whether it is made; if not, a notice says why."""
         if self.failures >= MAX_FAILURES:
             return False
-        reason = _failure(make)
+        reason = failure_reason(make)
         if reason is not None:
             release_memory(self.world.device)  # outside of the handler, whose traceback holds what was computed
         self._count(path, reason)
@@ -507,7 +507,7 @@ def sheet_of(run: RunDirectory, step: int) -> Path:
     return run.validation(step) / "sheet.png"
 
 
-def _failure(make: Callable[[], None], is_fatal: Callable[[], bool] = lambda: False) -> str | None:
+def failure_reason(make: Callable[[], None], is_fatal: Callable[[], bool] = lambda: False) -> str | None:
     """Why `make` failed: a user's error, the file system or memory. None if it did not. Raised are a bug, a stop, and
     after a failure that `is_fatal` all.
     """

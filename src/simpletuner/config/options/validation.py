@@ -127,7 +127,8 @@ class ValidationOptions(Slice):
         ]
         | None
     ) = None
-    """Prompts whose images should not move: how far they are from the base model's is measured with each sheet."""
+    """Prompts whose images should not move: how far they are from the base model's is measured with each sheet, at the
+    first size of `validation_resolution` and in at most 8 steps."""
 
     eval_dataset_id: Text | None = None
     """The `eval` dataset whose held-out loss is measured; by default all of them."""
