@@ -6,18 +6,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.options.model import ModelOptions
-from simpletuner.flow.condition import Condition, TextContext
+from simpletuner.data.cache.latents import encode_crop
+from simpletuner.data.references import reference_crops
+from simpletuner.flow.condition import Condition, References, TextContext
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.export import attach_saved, read_lora, save_lora
 from simpletuner.flux2.generate import generate, initial_noise, sample_latents
 from simpletuner.flux2.load import load_autoencoder, load_text_encoder, load_transformer
 from simpletuner.flux2.lora import attach
 from simpletuner.flux2.source import Source, locate
-from simpletuner.flux2.tokens import pack_latents
+from simpletuner.flux2.tokens import pack_latents, reference_tokens
 from simpletuner.runs.layout import LORA_NAME
 
 PROMPT = "a red square on a blue ground"
@@ -61,6 +64,21 @@ def asked_of_diffusers(pipe: Any, noise: Tensor, context: Tensor, steps: int, ou
     ).images
 
 
+def reference_files(folder: Path, sizes: list[tuple[int, int]]) -> list[Path]:
+    """An image of noise of each size."""
+    generator = np.random.default_rng(1)
+    paths = [folder / f"{index}.png" for index in range(len(sizes))]
+    for path, (width, height) in zip(paths, sizes, strict=True):
+        Image.fromarray(generator.integers(0, 256, (height, width, 3), np.uint8)).save(path)
+    return paths
+
+
+def encoded_references(source: Source, paths: list[Path]) -> References:
+    """The images at `paths`, as `sample` has them."""
+    encode = load_autoencoder(source, torch.float32, "cpu").encode
+    return reference_tokens([encode_crop(crop, encode) for crop in reference_crops(map(str, paths)).values()])
+
+
 def assert_near(found: Tensor, expected: Tensor) -> None:
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
@@ -95,6 +113,25 @@ def test_pictures(
     assert image.size == (width, height)
     # A value just between two levels may round either way.
     assert np.abs(np.asarray(image, np.int16) - (expected * 255).round().astype(np.int16)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "sizes", [[(64, 96)], [(75, 90), (160, 65)], pytest.param([(1300, 1000)], marks=pytest.mark.slow)], ids=str
+)
+def test_latents_with_references(
+    tmp_path: Path, pipe: Any, source: Source, denoise: Denoiser, context: Tensor, sizes: list[tuple[int, int]]
+) -> None:
+    """From the files on: sizes that are cut, one that is scaled down, and the size of the output stays its own."""
+    paths = reference_files(tmp_path, sizes)
+    noise = initial_noise(7, width=96, height=48)
+    images = [Image.open(path) for path in paths]
+    expected = asked_of_diffusers(pipe, noise, context, 3, "latent", guidance_scale=4.0, image=images)
+    references = encoded_references(source, paths)
+    condition = Condition.at(TextContext.dense(context), 4.0, references)
+    found = sample_latents(denoise, noise, condition, steps=3)
+    assert_near(pack_latents(found), expected)
+    plain = sample_latents(denoise, noise, Condition.at(TextContext.dense(context), 4.0), steps=3)
+    assert (found - plain).abs().max() > 1e-2
 
 
 def test_from_the_words_on_with_a_lora(tmp_path: Path, pipe: Any, source: Source) -> None:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from jaxtyping import Float
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 from simpletuner.base.console import complain
 from simpletuner.base.errors import AccessError, CheckpointError, MemoryBudgetError
@@ -20,8 +22,11 @@ from simpletuner.base.files import file_errors_reported, sha256_file, write_atom
 from simpletuner.cli.progress import ReportSteps
 from simpletuner.cli.sample import FROM_RUN, SampleConfig, Wanted
 from simpletuner.config.flavours import flavour_of_base, sibling
-from simpletuner.flow.condition import Condition, TextContext
-from simpletuner.flux2.components import check_precisions, load_base, open_text_encoder
+from simpletuner.data.cache.latents import encode_crop, latent_key
+from simpletuner.data.references import reference_crops
+from simpletuner.data.sample import Crop
+from simpletuner.flow.condition import Condition, References, TextContext
+from simpletuner.flux2.components import check_precisions, load_base, open_autoencoder, open_text_encoder
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.dialects import AdapterFile
 from simpletuner.flux2.export import LoadedLora, attach_saved
@@ -31,6 +36,7 @@ from simpletuner.flux2.load import checked_skeleton
 from simpletuner.flux2.lora import AdapterLayer, detach
 from simpletuner.flux2.source import Source, locate
 from simpletuner.flux2.text import control_token_notice
+from simpletuner.flux2.tokens import reference_tokens
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.device import choose_device
 from simpletuner.memory.exhausted import exhausted_memory, first_line
@@ -74,18 +80,20 @@ class Sampler:
         One after the other, the text encoder and then the transformer are loaded; the first is freed before.
 
         Raises:
-            ConfigError: this machine cannot run a precision.
+            ConfigError: this machine cannot run a precision, or a reference is no image that can be one.
             AccessError: the model cannot be reached.
             CheckpointError: a LoRA cannot be read or is of another model.
             MemoryBudgetError: something does not fit.
             DiskError: no space for a picture.
         """
+        found = reference_crops(config.references)
+        crops = [found[path] for path in config.references]
         if self._base is not None and not self._base.suits(config):
             self.release()
         if self._base is None:
             self._base = _Base(config, self._device)
         try:
-            yield from self._base.pictures(config, loras, report)
+            yield from self._base.pictures(config, loras, crops, report)
         except (MemoryError, RuntimeError) as error:
             if exhausted_memory(error) is None:
                 raise
@@ -112,6 +120,7 @@ class _Base:
             complain(self.source.distillation_warning)
         self.files = _stamps(self.source)
         self.contexts: dict[str, TextContext] = {}
+        self.reference_latents: dict[str, Float[Tensor, "128 h w"]] = {}
         self.transformer: Flux2Transformer | None = None
         self.decode = open_decoder(config, config, self.source, device)
         self.loras = _AttachedLoras()
@@ -120,7 +129,9 @@ class _Base:
         """Whether `config` asks for this model, its files are the same and it is held in the same way."""
         return self.options == _model_options(config) and self.files == _stamps(self.source)
 
-    def pictures(self, config: SampleConfig, loras: Sequence[Wanted], report: ReportSteps) -> Iterator[Drawing]:
+    def pictures(
+        self, config: SampleConfig, loras: Sequence[Wanted], crops: Sequence[Crop], report: ReportSteps
+    ) -> Iterator[Drawing]:
         flavour = self.source.flavour
         steps = config.steps or flavour.steps
         guidance = flavour.guidance if config.guidance is None else config.guidance
@@ -128,8 +139,10 @@ class _Base:
         is_steered = scales.real != 1.0
         self.loras.check(loras, self.source)
         contexts = self.encoded(config, [*config.prompt, *([config.negative] if is_steered else [])])
+        references = self.referred(config, crops)
         conditions = {
-            prompt: Condition.at(context.to(self.device), scales.embedded) for prompt, context in contexts.items()
+            prompt: Condition.at(context.to(self.device), scales.embedded, references)
+            for prompt, context in contexts.items()
         }
         transformer = self.loaded(config)
         self.loras.attach(transformer)
@@ -137,13 +150,19 @@ class _Base:
         seeds = range(config.seed, config.seed + config.num)
         total = len(config.prompt) * len(seeds) * len(factors) * steps
         size = (config.width, config.height)
-        both_at_once = is_steered and fits_both(transformer, self.source.text_length, size, self.device)
+        both_at_once = is_steered and fits_both(
+            transformer,
+            self.source.text_length,
+            size,
+            self.device,
+            references=0 if references is None else references.tokens.shape[1],
+        )
         done = itertools.count(1)
         report(0, total)
         for prompt, seed, factor in itertools.product(config.prompt, seeds, factors):
             acting = self.loras.act([lora.strength * factor for lora in loras])
             (image,) = generate(
-                Denoiser(transformer.eval()),
+                Denoiser(transformer.eval(), config.reference_attention),
                 self.decode(),
                 conditions[prompt],
                 width=config.width,
@@ -166,6 +185,7 @@ class _Base:
                 "negative_prompt": config.negative,
                 "model": self.source.name,
                 "loras": acting,
+                **({"references": _described(crops)} if crops else {}),
                 **({"both_at_once": True} if both_at_once else {}),  # last bits depend on it
             }
             yield Drawing(_written(image, parameters, Path(config.out)), parameters)
@@ -185,6 +205,20 @@ class _Base:
         for forgotten in list(self.contexts)[: -max(CONTEXTS_KEPT, len(wanted))]:
             del self.contexts[forgotten]
         return wanted
+
+    def referred(self, config: SampleConfig, crops: Sequence[Crop]) -> References | None:
+        """The reference images as tokens on the device. Latents of the last request are kept for the next one."""
+        lacking = [crop for crop in crops if latent_key(crop, "") not in self.reference_latents]
+        if lacking:
+            encode = open_autoencoder(config, config, self.source, self.device, "encode").encode
+            self.reference_latents |= {latent_key(crop, ""): encode_crop(crop, encode) for crop in lacking}
+            del encode
+            release_memory(self.device)
+        self.reference_latents = {key: self.reference_latents[key] for key in (latent_key(crop, "") for crop in crops)}
+        if not crops:
+            return None
+        references = reference_tokens([self.reference_latents[latent_key(crop, "")] for crop in crops])
+        return references.mapped(lambda tensor: tensor.to(self.device))
 
     def _encode(self, config: SampleConfig, prompts: Sequence[str]) -> list[TextContext] | None:
         """The contexts of `prompts`; None where there is not enough memory beside the transformer."""
@@ -312,6 +346,11 @@ class _AttachedLoras:
     def forget(self) -> None:
         """The transformer they were on is gone."""
         self._attached = []
+
+
+def _described(crops: Sequence[Crop]) -> list[dict[str, str]]:
+    """The reference images, for a picture's parameters."""
+    return [{"name": Path(crop.name).name, "sha256": crop.content} for crop in crops]
 
 
 def _are_siblings(trained_on: str, source: Source) -> bool:

@@ -23,6 +23,7 @@ from simpletuner.config.documents import read_document
 from simpletuner.config.flags import Flags, parse
 from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS
 from simpletuner.config.given import Checked, Given, Known, check_givens
+from simpletuner.config.options.conditioning import ReferenceView
 from simpletuner.config.options.kinds import Count, NotNegative, PathText, Says, Slice, Text
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.options.offload import OffloadOptions
@@ -30,6 +31,7 @@ from simpletuner.config.options.precision import PrecisionOptions
 from simpletuner.config.options.validation import SIDE_MULTIPLE_PX, ValidationOptions
 from simpletuner.config.other_keys import LATER_OPTIONS, OTHER_OPTIONS, OtherKeys
 from simpletuner.config.paths import filled, is_local_model
+from simpletuner.config.prompts import reference_faults
 from simpletuner.config.rules import (
     encoder_findings,
     guidance_findings,
@@ -82,6 +84,13 @@ class SampleOptions(Slice):
     prompt: Annotated[tuple[Text, ...], MinLen(1), Says("a text after it")]
     """What a picture shows. Give it several times for several pictures."""
 
+    references: Annotated[tuple[Text, ...], Says("an image file after it")] = ()
+    """A reference image that each picture is drawn with, such as the one to edit. Give it up to ten times for several,
+    in their order. One above 1024² pixels is scaled down to them; `width` and `height` stay those of the picture."""
+
+    reference_attention: ReferenceView = "full"
+    """What reference tokens attend to, as in the training of the LoRA or model; a run's config says it."""
+
     lora: Annotated[tuple[Text, ...], Says("a file after it")] = ()
     """A LoRA, LoKr or LoHa file, or a folder with `pytorch_lora_weights.safetensors`. `FILE:0.8` gives it a strength
     other than 1. Given several times, they add up. Without any, the base model draws. Where no option names the
@@ -129,7 +138,7 @@ class SampleConfig(ModelOptions, PrecisionOptions, OffloadOptions, SampleOptions
 
 
 OPTIONS = Known(SampleConfig, OtherKeys(LATER_OPTIONS, values=OTHER_OPTIONS.values))
-REPEATED = ("prompt", "lora", "strength")
+REPEATED = ("prompt", "references", "lora", "strength")
 FROM_RUN = (*ModelOptions.model_fields, *PrecisionOptions.model_fields, *OffloadOptions.model_fields)
 """What the model is, and how it is held: read from a config of `train` under the same names."""
 SUITS_A_FLAVOUR = ("steps", "guidance", "guidance_real")
@@ -231,8 +240,10 @@ def read_request(
             files = {name: value for name, value in files.items() if name not in SUITS_A_FLAVOUR}
     checked = check_givens({**files, **given}, OPTIONS, Checked())
     paths = _filled_paths(checked, environ, reach)
-    ConfigError.raise_if([*problems, *checked.problems.values()])
-    config = SampleConfig(**checked.valid, **paths)
+    problems += checked.problems.values()
+    references = _filled_references(checked, environ, reach, problems)
+    ConfigError.raise_if(problems)
+    config = SampleConfig(**checked.valid, **paths, references=references)
     flavour = FLAVOURS[config.model_flavour]
     findings = (
         *precision_findings(config),
@@ -351,6 +362,8 @@ def _from_config(path: Path, label: str) -> dict[str, Given]:
         "guidance_real": validation.validation_guidance_real,
         "negative": validation.validation_negative_prompt,
     }
+    if "reference_attention" in values:
+        found["reference_attention"] = values["reference_attention"]
     if validation.validation_seed is not None:
         found["seed"] = validation.validation_seed
     return {name: Given(value, "file", name) for name, value in found.items()}
@@ -372,6 +385,28 @@ def _filled_paths(checked: Checked, environ: Mapping[str, str], reach: Reach | N
             refused = reach.refusal(name, paths[name])
             checked.problems |= {} if refused is None else {name: refused}
     return paths
+
+
+def _filled_references(
+    checked: Checked, environ: Mapping[str, str], reach: Reach | None, problems: list[Problem]
+) -> tuple[str, ...]:
+    """Takes the references out of `checked.valid` and gives them back with placeholders and `~` filled in. What is
+    wrong with them is added to `problems`.
+    """
+    paths = []
+    for text in checked.valid.pop("references", ()):
+        try:
+            path = with_home(filled(text, {"model_family": "flux2"}, environ if reach is None else None))
+        except ValueError as error:
+            problems.append(Problem(f"references = {shown(text)}: {error}"))
+            continue
+        refused = None if reach is None else reach.refusal("references", path)
+        if refused is not None:
+            problems.append(refused)
+        else:
+            paths.append(path)
+    problems += reference_faults("references", tuple(paths))
+    return tuple(paths)
 
 
 def wanted_loras(config: SampleConfig) -> list[Wanted]:

@@ -72,6 +72,17 @@ def contact_sheet(
     return sheet
 
 
+def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
+    """One picture of several, from left to right, each at the height of the lowest."""
+    height = min(image.height for image in images)
+    thumbs = [image.resize((max(1, image.width * height // image.height), height)) for image in images]
+    *lefts, width = accumulate((thumb.width for thumb in thumbs), initial=0)
+    joined = Image.new("RGB", (width, height))
+    for left, thumb in zip(lefts, thumbs, strict=True):
+        joined.paste(thumb, (left, 0))
+    return joined
+
+
 def _shrunk(image: Image.Image, most: int) -> Image.Image:
     thumb = image.convert("RGB")
     thumb.thumbnail((most, most), Image.Resampling.LANCZOS)

@@ -32,14 +32,17 @@ def initial_noise(seed: int, *, width: int, height: int) -> Float[Tensor, "1 128
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def fits_both(transformer: Flux2Transformer, text: int, size: tuple[int, int], device: torch.device) -> bool:
-    """Whether `device` has room for both predictions of an image's guidance in one pass, `text` tokens each; `size` is
-    (width, height) in pixels. Never on a CPU: last bits differ (docs/log.md), and would depend on free memory.
+def fits_both(
+    transformer: Flux2Transformer, text: int, size: tuple[int, int], device: torch.device, references: int = 0
+) -> bool:
+    """Whether `device` has room for both predictions of an image's guidance in one pass, `text` and `references` tokens
+    each; `size` is (width, height) in pixels. Never on a CPU: last bits differ (docs/log.md), and would depend on free
+    memory.
     """
     if device.type == "cpu":
         return False
     image = (size[0] // PIXELS_PER_TOKEN) * (size[1] // PIXELS_PER_TOKEN)
-    both = Pass(transformer.spec, transformer.dtype, batch=2, text=text, image=image)
+    both = Pass(transformer.spec, transformer.dtype, batch=2, text=text, image=image + references)
     return sampling(both) <= free_memory_bytes(device)
 
 

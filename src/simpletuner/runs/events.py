@@ -145,6 +145,8 @@ class Picture(Event):
     """The prompt's name in the library."""
     prompt: str
     """The prompt as it was encoded."""
+    references: tuple[str, ...] = ()
+    """Its reference images: paths as the prompt library has them, from the working folder."""
     path: str
     """File, relative to the run directory."""
     width: int

@@ -1,7 +1,7 @@
 """Before training: scan the sets, then fill the caches, one encoder in memory at a time."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,21 +15,24 @@ from simpletuner.base.sizes import format_duration
 from simpletuner.config.datasets import WHOLE_RUN, ImageSet, PictureSet, TextStore, Windows
 from simpletuner.config.load import Loaded
 from simpletuner.config.previews import drawing_flavour
+from simpletuner.config.prompts import Prompt
 from simpletuner.config.run import RunConfig
 from simpletuner.data.batch import read_contexts, read_latents
 from simpletuner.data.cache.contexts import ContextCodec, fill_contexts
-from simpletuner.data.cache.latents import Encode, fill_latents, read_latent
+from simpletuner.data.cache.latents import Encode, encode_crop, fill_latents, latent_key, read_latent, write_latent
 from simpletuner.data.cache.masks import MaskSource, fill_masks
 from simpletuner.data.cache.store import Store
 from simpletuner.data.captions import LACKS_CAPTION
 from simpletuner.data.manifest import Manifest, scan
+from simpletuner.data.references import reference_crops
 from simpletuner.data.sample import Crop, Sample
 from simpletuner.data.storages import latent_storage, text_storage
-from simpletuner.flow.condition import TextContext
+from simpletuner.flow.condition import References, TextContext
 from simpletuner.flux2.components import open_autoencoder, open_text_encoder, text_codec
 from simpletuner.flux2.load import autoencoder_id, earlier_autoencoder_id
 from simpletuner.flux2.source import Source
 from simpletuner.flux2.text import CODECS, TextEncoder, control_token_notice
+from simpletuner.flux2.tokens import reference_tokens
 from simpletuner.memory.free import release_memory
 from simpletuner.memory.precision import DTYPES
 from simpletuner.memory.world import World
@@ -132,6 +135,16 @@ class Prepared:
     held_out: tuple[Manifest, ...]
 
     @cached_property
+    def prompt_references(self) -> dict[str, Crop]:
+        """The reference images of the prompts that are drawn, by path.
+
+        Raises:
+            ConfigError: every file that is no image, or of a size that no reference has.
+        """
+        prompts = () if self.loaded.config.validation_disable else self.loaded.prompts.values()
+        return reference_crops(path for prompt in prompts for path in prompt.references)
+
+    @cached_property
     def fingerprints(self) -> dict[str, str]:
         """Fingerprint of each training set: its pictures, captions and crops."""
         return {manifest.image_set.id: manifest.fingerprint for manifest in self.train}
@@ -202,6 +215,21 @@ class Prepared:
         masks = weighing_masks(self.train)
         return [forced_places(masking.inside(self.mask(mask))).float().mean().item() for mask in masks]
 
+    @property
+    def prompt_store(self) -> Store:
+        """The store of the references of prompts, which belong to no set: that of the first training set."""
+        return self.latent_store(self.loaded.datasets.train_sets[0])
+
+    def references_of(self, prompt: Prompt) -> References | None:
+        """The references of a prompt, from the cache; None where it has none.
+
+        Raises:
+            DataError: a cache file is missing or damaged.
+        """
+        crops = [self.prompt_references[path] for path in prompt.references]
+        latents = [read_latent(self.prompt_store, crop, self.encoders.latents) for crop in crops]
+        return reference_tokens(latents) if latents else None
+
     def contexts(self, prompts: Sequence[str], image_set: ImageSet | None = None) -> TextContext:
         """The contexts of prompts, from the cache.
 
@@ -242,7 +270,9 @@ def scan_sets(loaded: Loaded, source: Source, world: World, reporter: Reporter) 
         tell_manifest(manifest, reporter)
     count = len(datasets.train_sets)
     encoders = Encoders.claimed(loaded, source, world)
-    return Prepared(loaded, encoders, tuple(manifests[:count]), tuple(manifests[count:]))
+    prepared = Prepared(loaded, encoders, tuple(manifests[:count]), tuple(manifests[count:]))
+    _ = prepared.prompt_references  # looked at now: a wrong one is told before an encoder loads
+    return prepared
 
 
 def fill_caches(prepared: Prepared, source: Source, world: World, reporter: Reporter, *, verify: bool = False) -> None:
@@ -430,7 +460,20 @@ def fill_pictures(prepared: Prepared, source: Source, world: World, reporter: Re
             report=progress,
             world=world,
         )
+        world.from_main("the references of prompts", lambda: _fill_prompt_references(prepared, load))
     reporter.say(
         f"Pictures: {report.encoded} encoded in {format_duration(report.seconds)}, {report.found} in the cache already."
     )
     release_memory(world.device)
+
+
+def _fill_prompt_references(prepared: Prepared, load: Callable[[], Encode]) -> None:
+    """Encode the reference images of prompts that the cache lacks."""
+    store, encoder = prepared.prompt_store, prepared.encoders.latents
+    lacking = [
+        crop for crop in prepared.prompt_references.values() if store.check(latent_key(crop, encoder)) != "sound"
+    ]
+    encode = load() if lacking else None
+    for crop in lacking:
+        assert encode is not None
+        write_latent(store, crop, encoder, encode_crop(crop, encode))

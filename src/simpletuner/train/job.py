@@ -605,6 +605,8 @@ class Attempt:
             decode=open_decoder(self.config, self.config, source, self.device),
             prompts=self.loaded.prompts,
             context=lambda prompt: prepared.contexts([prompt]),
+            references=prepared.references_of,
+            reference_crops=prepared.prompt_references,
             world=self.world,
             notice=self.reporter.notice,
             drawn=drawn_steps(self.run),

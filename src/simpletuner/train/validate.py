@@ -19,14 +19,16 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from simpletuner.base.errors import Stopped, UserError
+from simpletuner.base.errors import DataError, Stopped, UserError
 from simpletuner.base.files import file_problem
 from simpletuner.config.flavours import GuidanceScales
 from simpletuner.config.options.validation import ValidationOptions
 from simpletuner.config.prompts import Prompt
 from simpletuner.data.batch import Batch
-from simpletuner.data.sheet import contact_sheet
-from simpletuner.flow.condition import Condition, Denoise, TextContext
+from simpletuner.data.cache.latents import pixels_of
+from simpletuner.data.sample import Crop
+from simpletuner.data.sheet import contact_sheet, side_by_side
+from simpletuner.flow.condition import Condition, Denoise, References, TextContext
 from simpletuner.flow.loss import flow_loss
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.generate import Decode, generate
@@ -148,6 +150,10 @@ class Painter:
     prompts: Mapping[str, Prompt]
     context: Callable[[str], TextContext]
     """A prompt's context, from the cache."""
+    references: Callable[[Prompt], References | None]
+    """A prompt's references, from the cache."""
+    reference_crops: Mapping[str, Crop]
+    """The reference images of all prompts, by path."""
     world: World
     notice: Callable[[str], None]
     """Tells the user what could not be drawn."""
@@ -325,8 +331,10 @@ class Painter:
             self._image(ready(), lambda latents: latents[:, :3], pictures[0], self._draws_both(pictures))
 
     def _draws_both(self, pictures: Sequence[Picture]) -> bool:
-        """Whether the two predictions of guidance share a pass for each of `pictures`."""
-        return all((picture.width, picture.height) in self.both_at_once for picture in pictures)
+        """Whether the two predictions of guidance share a pass for each of `pictures`. The plan has not counted the
+        tokens of references.
+        """
+        return all((each.width, each.height) in self.both_at_once and not each.references for each in pictures)
 
     def _calls(self, pictures: Sequence[Picture]) -> int:
         """Model calls of each rank in a round of `pictures`."""
@@ -384,20 +392,22 @@ class Painter:
         (image,) = generate(
             denoise,
             decode,
-            self._condition(picture.prompt),
+            self._condition(picture, picture.prompt),
             width=picture.width,
             height=picture.height,
             steps=self.options.validation_num_inference_steps,
             seed=picture.seed,
             real_guidance=real,
-            negative=None if real == 1.0 else self._condition(self.options.validation_negative_prompt),
+            negative=None if real == 1.0 else self._condition(picture, self.options.validation_negative_prompt),
             both_at_once=both,
             report=report,
         )
         return image
 
-    def _condition(self, prompt: str) -> Condition:
-        return Condition.at(self.context(prompt).to(self.world.device), self.scales.embedded)
+    def _condition(self, picture: Picture, text: str) -> Condition:
+        """`text` with the references of `picture`."""
+        condition = Condition.at(self.context(text), self.scales.embedded, self.references(self.prompts[picture.name]))
+        return condition.mapped(lambda tensor: tensor.to(self.world.device))
 
     def _planned(self, step: int) -> list[Picture]:
         """The live pictures, then the average's."""
@@ -412,6 +422,7 @@ class Painter:
             Picture(
                 name=name,
                 prompt=prompt.text,
+                references=prompt.references,
                 path=str(folder / f"{name}_{width}x{height}_{index}.{self.options.validation_image_format}"),
                 width=width,
                 height=height,
@@ -434,9 +445,14 @@ class Painter:
                 "guidance_real": self.options.validation_guidance_real,
                 "negative_prompt": self.options.validation_negative_prompt,
                 **({} if self.model.name is None else {"model": self.model.name}),
+                **({"references": self._contents(picture)} if picture.references else {}),
             },
             ensure_ascii=False,
         )
+
+    def _contents(self, picture: Picture) -> list[str]:
+        """The sha256 of each reference image."""
+        return [self.reference_crops[path].content for path in picture.references]
 
     def _has_sheet(self, step: int) -> bool:
         """Whether the sheet of `step` is there and the events name it."""
@@ -456,8 +472,9 @@ class Painter:
         return bool(said == self._parameters(picture))
 
     def _make_sheet(self, step: int) -> None:
-        """Rows are prompts, columns are steps: the base first, then the latest, at most `SHEET_COLUMNS`. An average
-        stands to the right of what it averages. What is no readable picture leaves an empty cell.
+        """Rows are prompts, columns are steps: references where there are any, the base, then the latest, at most
+        `SHEET_COLUMNS`. An average stands to the right of what it averages. What is no readable picture leaves an
+        empty cell.
         """
         folders = (folder for folder in self.run.validations.iterdir() if folder.is_dir())
         matches = (_STEP_FOLDER.fullmatch(folder.name) for folder in folders)
@@ -475,8 +492,19 @@ class Painter:
         rows = [
             [_read(self.run.root / column[row].path, column[row]) for column in columns] for row in range(self.count)
         ]
+        if any(picture.references for picture in columns[0]):
+            heads.insert(0, "references")
+            rows = [[self._references_image(picture), *row] for picture, row in zip(columns[0], rows, strict=True)]
         labels = [picture.prompt for picture in columns[0]]
         _save(contact_sheet(rows, labels, heads), sheet_of(self.run, step), "")
+
+    def _references_image(self, picture: Picture) -> Image.Image | None:
+        """The references of `picture` side by side; None where there are none, or a file has changed."""
+        try:
+            images = [pixels_of(self.reference_crops[path]) for path in picture.references]
+        except DataError:
+            return None
+        return side_by_side([Image.fromarray(image) for image in images]) if images else None
 
 
 _STEP_FOLDER = re.compile(r"step-(\d{6,})")

@@ -266,6 +266,8 @@ def drawing(
         decode=decode,
         prompts={name: Prompt(f"a picture of {name}") for name in prompts},
         context=context_of,
+        references=lambda prompt: None,
+        reference_crops={},
         world=world,
         notice=notices.append,
         drawn=set(),

@@ -60,6 +60,27 @@ def read_latent(store: Store, crop: Crop, encoder: str) -> Float[Tensor, "128 h 
     return store.read(latent_key(crop, encoder))["latent"]
 
 
+def write_latent(store: Store, crop: Crop, encoder: str, latent: Float[Tensor, "128 h w"]) -> None:
+    """Cache the latent of a picture.
+
+    Raises:
+        DataError: it is not finite.
+        DiskError: no space.
+    """
+    if not torch.isfinite(latent).all():
+        raise DataError.of(f"{crop.shown}: the VAE gave numbers that are not finite")
+    store.write(latent_key(crop, encoder), {"latent": latent}, {"kind": "latent", "content": crop.content})
+
+
+def encode_crop(crop: Crop, encode: Encode) -> Float[Tensor, "128 h w"]:
+    """The latent of one picture, fp32 on the CPU.
+
+    Raises:
+        DataError: the file has changed since `crop` was made.
+    """
+    return encode(_tensor([pixels_of(crop)]))[0].float().cpu()
+
+
 def all_batches(manifests: Sequence[Manifest], batch_size: int) -> Iterator[tuple[PictureSet, list[Crop]]]:
     """Every distinct crop once, in batches of one set and one size: the images of each manifest, then its references.
     Depends on the manifests only.
@@ -166,7 +187,7 @@ def _encode(
     encoded = 0
     report(encoded)
     pictures = map_ahead(
-        _pixels,
+        pixels_of,
         (crop for _, batch in batches for crop in batch),
         workers=workers,
         ahead=max(len(batch) for _, batch in batches) + 2 * workers,
@@ -175,10 +196,7 @@ def _encode(
         for picture_set, batch in batches:
             latents = encode(_tensor([next(pictures) for _ in batch]))
             for crop, latent in zip(batch, latents.float().cpu(), strict=True):
-                if not torch.isfinite(latent).all():
-                    raise DataError.of(f"{crop.shown}: the VAE gave numbers that are not finite")
-                metadata = {"kind": "latent", "content": crop.content}
-                store_of(picture_set).write(latent_key(crop, encoder), {"latent": latent}, metadata)
+                write_latent(store_of(picture_set), crop, encoder, latent)
             encoded += len(batch)
             report(encoded)
 
@@ -189,7 +207,8 @@ def _latent_bytes(crop: Crop) -> int:
     return (width // 16) * (height // 16) * 128 * 4
 
 
-def _pixels(crop: Crop) -> UInt8[np.ndarray, "H W 3"]:
+def pixels_of(crop: Crop) -> UInt8[np.ndarray, "H W 3"]:
+    """The pixels of a crop; raises what `rendered_crop` does."""
     return rendered_crop(crop, lambda data: render(data, crop.geometry, is_flattened=crop.is_flattened))
 
 

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
+from simpletuner.base.imagefiles import PICTURE_SUFFIXES
+from simpletuner.config.datasets import MOST_REFERENCES
 from simpletuner.runs.layout import LORA_NAME
 from simpletuner.server.context import Context, InContext
 from simpletuner.server.faults import Fault
@@ -59,6 +61,8 @@ class ToDraw(BaseModel):
     """Pictures of each prompt, with the seeds `seed`, `seed` + 1 and so on."""
     loras: list[ActingLora] | None = Field(default=None, max_length=8)
     """An empty list is the base model; null, the run's finished LoRA."""
+    references: list[Annotated[str, Field(max_length=4096)]] = Field(default=[], max_length=MOST_REFERENCES)
+    """Image files that each picture is drawn with, in this order."""
     strengths: list[Strength] = Field(default=[], max_length=12)
     """Draw each picture once at each of these; they multiply the strengths of all LoRAs, and 0 is the base model."""
 
@@ -75,6 +79,8 @@ class DrawnPicture(BaseModel):
     guidance: float | None = None
     loras: list[dict[str, Any]] = []
     """Name, sha256 and strength of each."""
+    references: list[dict[str, str]] = []
+    """Name and sha256 of each reference image."""
 
 
 @router.post("/jobs/sample", status_code=202)
@@ -107,7 +113,7 @@ def sample_request(here: Context, wanted: ToDraw) -> dict[str, Any]:
     """What `simpletuner sample --serve` is asked for.
 
     Raises:
-        Fault: 403, a path outside the roots; 404, no such run; 422, no LoRA is there.
+        Fault: 403, a path outside the roots; 404, no such run; 422, no LoRA or image is there.
     """
     out = here.workspace / FOLDER
     request: dict[str, Any] = {}
@@ -129,7 +135,21 @@ def sample_request(here: Context, wanted: ToDraw) -> dict[str, Any]:
     if wanted.loras is not None:
         loras = [(lora_file(here.roots, lora.path), lora.strength) for lora in wanted.loras]
         request["lora"] = [f"{here.roots.shown(file)}:{strength}" for file, strength in loras]
+    if wanted.references:
+        request["references"] = [here.roots.shown(image_file(here.roots, text)) for text in wanted.references]
     return {name: value for name, value in request.items() if value is not None}
+
+
+def image_file(roots: Roots, text: str) -> Path:
+    """The image file that `text` names.
+
+    Raises:
+        Fault: 403, it lies outside the roots; 422, none is there.
+    """
+    path = roots.resolve(text)
+    if path.suffix.lower() not in PICTURE_SUFFIXES or not path.is_file():
+        raise Fault.of(422, f"{text}: no image is there", "an image file")
+    return path
 
 
 def lora_file(roots: Roots, text: str) -> Path:
@@ -166,6 +186,7 @@ def _told(path: Path, shown: str) -> DrawnPicture | None:
     try:
         parameters = decoded(str(text))
         known = {name: parameters.get(name) for name in ("prompt", "seed", "steps", "guidance")}
-        return DrawnPicture(path=shown, width=width, height=height, loras=parameters.get("loras", []), **known)
+        told = {name: parameters.get(name, []) for name in ("loras", "references")}
+        return DrawnPicture(path=shown, width=width, height=height, **told, **known)
     except (Damaged, ValueError, AttributeError):  # another program's parameters
         return DrawnPicture(path=shown, width=width, height=height)
