@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from simpletuner.config.datasets import Datasets, ImageSet, TextStore
+from simpletuner.config.datasets import ConditioningSet, Datasets, ImageSet, TextStore
 from simpletuner.config.flags import SELECTORS
 from simpletuner.config.load import Loaded, load
 from simpletuner.config.options.kinds import Slice
@@ -160,7 +160,7 @@ def derived(model: type[Slice]) -> dict[str, set[str]]:
     }
 
 
-@pytest.mark.parametrize("model", [*SLICES, ImageSet, TextStore], ids=lambda model: model.__name__)
+@pytest.mark.parametrize("model", [*SLICES, ImageSet, ConditioningSet, TextStore], ids=lambda model: model.__name__)
 def test_every_option_is_read(model: type[Slice]) -> None:
     """An option that nothing reads is a lie. One with a single value has nothing to tell: all else is refused."""
     properties = derived(model) | derived(Datasets)

@@ -15,7 +15,7 @@ import pytest
 
 from simpletuner.base.commandline import command_text, flag, with_flags
 from simpletuner.cli.main import COMMANDS, main
-from simpletuner.config.datasets import ImageSet, TextStore
+from simpletuner.config.datasets import ConditioningSet, ImageSet, TextStore
 from simpletuner.config.flags import SELECTORS
 from simpletuner.config.given import Checked, Given, check_givens
 from simpletuner.config.load import RUN
@@ -158,7 +158,7 @@ def test_every_flag_that_is_named_is_one_and_takes_the_value_that_is_shown() -> 
 
 def test_every_option_that_is_named_with_a_value_takes_it() -> None:
     wrong = []
-    names = {*RunConfig.model_fields, *ImageSet.model_fields, *TextStore.model_fields}
+    names = {*RunConfig.model_fields, *ImageSet.model_fields, *ConditioningSet.model_fields, *TextStore.model_fields}
     seen = 0
     for each in ALL:
         for name, value in ASSIGNED.findall(each.text):

@@ -11,6 +11,7 @@ from playwright.sync_api import Page, expect
 from tests.web.conftest import Server
 
 from simpletuner.config.recipes import recipe
+from simpletuner.config.run import SLICES
 
 pytestmark = pytest.mark.slow
 
@@ -132,7 +133,7 @@ def test_the_form_is_short_until_more_is_asked_for(server: Server, page: Page, w
     assert essentials.locator(".field").count() >= 26
     assert essentials.evaluate("node => node.offsetHeight") < 1600
     folded = page.locator("details.options:not([open])")
-    expect(folded).to_have_count(17)
+    expect(folded).to_have_count(len(SLICES))
     assert max(folded.evaluate_all("nodes => nodes.map((node) => node.offsetHeight)")) < 60
     # What differs from its default stands among the essentials, marked, and can be reset.
     decay = page.locator('.field[data-name="ema_decay"]')
@@ -156,7 +157,7 @@ def test_the_form_is_short_until_more_is_asked_for(server: Server, page: Page, w
         expect(page.get_by_role("radiogroup", name="Stratified timesteps")).to_be_visible()
         expect(page.locator(".field:visible")).to_have_count(1)
     search.fill("")
-    expect(folded).to_have_count(17)
+    expect(folded).to_have_count(len(SLICES))
 
 
 @pytest.mark.usefixtures("example_images")

@@ -12,7 +12,7 @@ from simpletuner.config.datasets import MOST_REFERENCES, ConditioningSet, Datase
 from simpletuner.config.documents import read_document
 from simpletuner.config.given import Checked, Given, Known, check_givens, unaliased
 from simpletuner.config.options.kinds import Slice
-from simpletuner.config.other_keys import OTHER_SET_KEYS, OTHER_STORE_KEYS
+from simpletuner.config.other_keys import OTHER_CONDITION_KEYS, OTHER_SET_KEYS, OTHER_STORE_KEYS
 from simpletuner.config.other_trainers import OUR_DATASETS, of_other_trainer, other_format
 from simpletuner.config.paths import PathRule, filled, joined
 from simpletuner.config.run import OPTION_NAMES
@@ -30,7 +30,7 @@ TEXT_STORE = Known(
 )
 CONDITIONING_SET = Known(
     ConditioningSet,
-    OTHER_SET_KEYS,
+    OTHER_CONDITION_KEYS,
     noun="key of a conditioning set",
     elsewhere=ImageSet.model_fields,
     other_place="an image set",

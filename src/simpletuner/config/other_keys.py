@@ -7,7 +7,7 @@ takes its names out of here and into a slice.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from simpletuner.config.precisions import PRECISIONS_ELSEWHERE
 from simpletuner.config.values import join_names
@@ -643,6 +643,13 @@ OTHER_SET_KEYS = OtherKeys(
     },
 )
 """What an image set may hold beside its keys."""
+
+OTHER_CONDITION_KEYS = replace(
+    OTHER_SET_KEYS,
+    values={name: values for name, values in OTHER_SET_KEYS.values.items() if name in ("type", "dataset_type")},
+    nicknames={said: meant for said, meant in OTHER_SET_KEYS.nicknames.items() if meant != "instance_prompt"},
+)
+"""The same of a conditioning set, which has no captions."""
 
 OTHER_STORE_KEYS = OtherKeys(
     keys={

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from simpletuner.config.datasets import ImageSet, TextStore
+from simpletuner.config.datasets import ConditioningSet, ImageSet, TextStore
 from simpletuner.config.load import RUN
 from simpletuner.config.other_keys import OPTION_ALIASES, OTHER_OPTIONS, OTHER_SET_KEYS, OTHER_STORE_KEYS
 from simpletuner.config.run import RunConfig
@@ -169,7 +169,7 @@ def test_no_option_of_simpletuner_is_called_unknown(place: Any) -> None:
 
 
 def test_every_dataset_key_of_simpletuner_is_known() -> None:
-    known = ImageSet.model_fields.keys() | TextStore.model_fields.keys()
+    known = ImageSet.model_fields.keys() | ConditioningSet.model_fields.keys() | TextStore.model_fields.keys()
     others = [name for name in DATASET_KEYS if name not in known]
     assert [name for name in others if OTHER_SET_KEYS.of(name) is None and OTHER_STORE_KEYS.of(name) is None] == []
 
@@ -200,7 +200,6 @@ def test_dataset_keys_that_ask_for_what_is_not_here_are_refused_with_what_to_do(
     place.datasets[0] |= {
         "delete_problematic_images": True,
         "conditioning": [{"type": "canny"}],
-        "is_regularisation_data": True,
         "num_repeats": 3,
         "slider_strength": 0.5,
     }
@@ -211,7 +210,6 @@ def test_dataset_keys_that_ask_for_what_is_not_here_are_refused_with_what_to_do(
         "be used are left out, counted and named.",
         'conditioning = [{"type": "canny"}]: conditioning images are not generated here. Take it out, and make '
         "them with another program.",
-        "is_regularisation_data = true: not built yet: regularisation sets. Leave it out until then.",
         "num_repeats: repeats counts EXTRA passes here. Take it out, and give one less as repeats.",
         "slider_strength = 0.5: slider LoRAs are not trained here. Take it out.",
         "disabled = true: sets name the store they use. Take it out, or the whole entry.",

@@ -2,29 +2,30 @@
 
 import json
 
-from simpletuner.config.datasets import ImageSet, TextStore
+from simpletuner.config.datasets import ConditioningSet, ImageSet, TextStore
 from simpletuner.config.form import BASIC, BASIC_OF_SETS, UNITS, form
 from simpletuner.config.labels import LABELS, LABELS_OF_SETS
 from simpletuner.config.run import OPTION_NAMES, RunConfig
+
+KEYS_OF_SETS = ImageSet.model_fields.keys() | ConditioningSet.model_fields.keys() | TextStore.model_fields.keys()
 
 
 def test_every_option_is_asked_for_once() -> None:
     assert tuple(field.name for group in form().groups for field in group.fields) == OPTION_NAMES
     assert [field.name for field in form().image_set] == list(ImageSet.model_fields)
+    assert [field.name for field in form().conditioning_set] == list(ConditioningSet.model_fields)
     assert [field.name for field in form().text_store] == list(TextStore.model_fields)
 
 
 def test_what_is_marked_is_an_option() -> None:
-    keys_of_sets = ImageSet.model_fields.keys() | TextStore.model_fields.keys()
     assert set(OPTION_NAMES) >= BASIC
-    assert keys_of_sets >= BASIC_OF_SETS
-    assert keys_of_sets | set(OPTION_NAMES) >= UNITS.keys()
+    assert KEYS_OF_SETS >= BASIC_OF_SETS
+    assert KEYS_OF_SETS | set(OPTION_NAMES) >= UNITS.keys()
     assert len(BASIC) <= 30
 
 
 def test_every_option_has_a_label_in_words_and_no_two_are_equal() -> None:
-    keys_of_sets = ImageSet.model_fields.keys() | TextStore.model_fields.keys()
-    for labels, names in ((LABELS, set(OPTION_NAMES)), (LABELS_OF_SETS, keys_of_sets)):
+    for labels, names in ((LABELS, set(OPTION_NAMES)), (LABELS_OF_SETS, KEYS_OF_SETS)):
         assert labels.keys() == names
         assert len({label.lower() for label in labels.values()}) == len(labels)
         assert [label for label in labels.values() if "_" in label or not label[0].isupper() or len(label) > 30] == []
@@ -56,5 +57,6 @@ def test_defaults_are_those_of_the_config() -> None:
 
 
 def test_no_link_of_the_docs_is_left() -> None:
-    every = [field for group in form().groups for field in group.fields] + form().image_set
+    sets = [*form().image_set, *form().conditioning_set, *form().text_store]
+    every = [field for group in form().groups for field in group.fields] + sets
     assert not [field.name for field in every if "](" in field.meaning]

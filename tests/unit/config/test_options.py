@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from simpletuner.config.datasets import ImageSet, TextStore
+from simpletuner.config.datasets import ConditioningSet, ImageSet, TextStore
 from simpletuner.config.run import OPTION_NAMES, SLICES, RunConfig
 from simpletuner.config.values import OptionType, from_text, is_quoted_number, join_names, kinds, nearest, shown
 
@@ -19,7 +19,7 @@ def test_every_default_would_be_accepted() -> None:
     assert RunConfig.model_validate(defaults) == RunConfig()
 
 
-@pytest.mark.parametrize("model", [*SLICES, ImageSet, TextStore], ids=lambda model: model.__name__)
+@pytest.mark.parametrize("model", [*SLICES, ImageSet, ConditioningSet, TextStore], ids=lambda model: model.__name__)
 def test_every_field_is_documented(model: Any) -> None:
     texts = model.documentation()
     assert list(texts) == list(model.model_fields)

@@ -2,12 +2,13 @@ from typing import Any
 
 import pytest
 
-from simpletuner.config.datasets import ImageSet, TextStore
+from simpletuner.config.datasets import ConditioningSet, ImageSet, TextStore
 from simpletuner.config.other_keys import (
     LATER_OPTIONS,
     NOT_YET,
     OPTION_ALIASES,
     OPTION_NICKNAMES,
+    OTHER_CONDITION_KEYS,
     OTHER_OPTIONS,
     OTHER_SET_KEYS,
     OTHER_STORE_KEYS,
@@ -101,7 +102,13 @@ def test_flags_of_the_quickstart_for_offloading_are_known(place: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "others"), [(RunConfig, OTHER_OPTIONS), (ImageSet, OTHER_SET_KEYS), (TextStore, OTHER_STORE_KEYS)]
+    ("model", "others"),
+    [
+        (RunConfig, OTHER_OPTIONS),
+        (ImageSet, OTHER_SET_KEYS),
+        (ConditioningSet, OTHER_CONDITION_KEYS),
+        (TextStore, OTHER_STORE_KEYS),
+    ],
 )
 def test_a_name_has_one_meaning(model: Any, others: OtherKeys) -> None:
     names = set(model.model_fields)

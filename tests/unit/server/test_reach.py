@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 
 from simpletuner.base.errors import ConfigError
 from simpletuner.cli.sample import SampleConfig, read_request
-from simpletuner.config.datasets import ImageSet, TextStore
+from simpletuner.config.datasets import ConditioningSet, ImageSet, TextStore
 from simpletuner.config.load import PAGE_ROOTS_VARIABLE, Examined, examine
 from simpletuner.config.options.kinds import Slice
 from simpletuner.config.run import RunConfig
@@ -23,7 +23,13 @@ from simpletuner.server.reach import PATHS, PathKind, Reach, of_the_page
 from simpletuner.server.roots import Roots
 
 SECRET = "the-secret-outside"
-MODELS: tuple[type[Slice], ...] = (RunConfig, ImageSet, TextStore, SampleConfig)
+ENTRIES: dict[type[Slice], dict[str, str]] = {
+    ImageSet: {"dataset_type": "image"},
+    ConditioningSet: {"dataset_type": "conditioning", "conditioning_type": "mask"},
+    TextStore: {"dataset_type": "text_embeds"},
+}
+"""What tells the kinds of entries in a list of datasets apart."""
+MODELS: tuple[type[Slice], ...] = (RunConfig, *ENTRIES, SampleConfig)
 GIVEN_BY_THE_SERVER = {"config", "lora", "run", "out", "references"}
 """Flags that no configuration holds; `references` also stand in a prompt library."""
 
@@ -173,10 +179,10 @@ def test_no_option_goes_round_the_guards(attacked: Path, outside: Path, attack: 
 
 
 @pytest.mark.parametrize("attack", WAYS)
-@pytest.mark.parametrize("model", [ImageSet, TextStore])
+@pytest.mark.parametrize("model", ENTRIES)
 def test_no_dataset_key_goes_round_the_guards(attacked: Path, outside: Path, model: type[Slice], attack: str) -> None:
     paths = {key: attack_value(attack, key, outside) for key in sorted(set(kinds(model)) & set(PATHS))}
-    entry = {"id": "set", "dataset_type": "image" if model is ImageSet else "text_embeds"}
+    entry = {"id": "set", **ENTRIES[model]}
     found = examined(attacked, {}, [entry | paths])
     assert [key for key in paths if not is_refused(key, found)] == []
     assert SECRET not in text_of(found)
