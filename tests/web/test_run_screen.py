@@ -54,7 +54,9 @@ def steps(log: EventLog, first: int, last: int, loss: float = 0.5) -> None:
         )
 
 
-def pictures(run: RunDirectory, log: EventLog, step: int, colour: tuple[int, int, int]) -> None:
+def pictures(
+    run: RunDirectory, log: EventLog, step: int, colour: tuple[int, int, int], drift: float | None = None
+) -> None:
     drawn = []
     for name in ("first", "second"):
         path = run.validation(step) / f"{name}.png"
@@ -62,7 +64,7 @@ def pictures(run: RunDirectory, log: EventLog, step: int, colour: tuple[int, int
         Image.new("RGB", (64, 64), colour).save(path)
         relative = str(path.relative_to(run.root))
         drawn.append(Picture(name=name, prompt=f"a {name}", path=relative, width=64, height=64, seed=42))
-    log.emit(ValidationEvent(step=step, pictures=tuple(drawn), loss=0.5))
+    log.emit(ValidationEvent(step=step, pictures=tuple(drawn), loss=0.5, drift=drift))
 
 
 def end(log: EventLog, step: int) -> None:
@@ -70,12 +72,12 @@ def end(log: EventLog, step: int) -> None:
     log.emit(EndEvent(reason="done", exit_code=0, step=step, seconds=1.0))
 
 
-def values(page: Page) -> dict[int, float]:
-    """Loss by step, as the page has it."""
+def values(page: Page, column: str = "loss") -> dict[int, float]:
+    """A column of the curves by step, as the page has it."""
     with page.expect_download() as download:
         page.get_by_role("button", name="CSV").click()
     with Path(download.value.path()).open() as file:
-        return {int(row["step"]): float(row["loss"]) for row in csv.DictReader(file) if row["loss"]}
+        return {int(row["step"]): float(row[column]) for row in csv.DictReader(file) if row[column]}
 
 
 @pytest.fixture
@@ -84,7 +86,7 @@ def gallery(workspace: Path) -> RunDirectory:
     with EventLog(run.events) as log:
         begin(log, 20)
         for step in (0, 10, 20):
-            pictures(run, log, step, (step * 10, 80, 120))
+            pictures(run, log, step, (step * 10, 80, 120), drift=step / 1000)
         steps(log, 1, 20)
         end(log, 20)
     return run
@@ -225,6 +227,13 @@ def test_charts_are_moved_zoomed_and_read_by_keyboard(page: Page, server: "Serve
     loss.press("ArrowRight")
     expect(loss).to_have_attribute("aria-valuetext", "step 1: raw 0.5, smoothed 0.5")
     expect(rate).to_have_attribute("aria-valuetext", "step 1: 1e-4")
+    drift = page.get_by_role("slider", name="Drift from the base")
+    expect(drift).to_have_attribute("aria-valuetext", "step 1: 0")
+    drift.press("End")
+    expect(drift).to_have_attribute("aria-valuetext", "step 20: 0.02")
+    assert values(page, "drift") == {0: 0.0, 10: 0.01, 20: 0.02}
+    loss.press("Home")
+    loss.press("ArrowRight")
     loss.press("+")
     expect(rate).to_have_attribute("aria-valuemax", "6")
     loss.press("Escape")
@@ -311,6 +320,7 @@ def test_two_runs_are_chosen_and_compared(page: Page, server: "Server", two: tup
     expect(table).to_contain_text("lora_rank")
     loss = page.get_by_role("slider", name="Loss", exact=True)
     expect(loss).to_have_attribute("aria-valuetext", "step 10: one 0.1, other 1.1")
+    expect(page.get_by_role("heading", name="Drift from the base")).to_be_hidden()
     page.get_by_role("checkbox", name="other").uncheck()
     expect(loss).to_have_attribute("aria-valuetext", "step 10: one 0.1")
     expect(page.get_by_role("img", name="first of one at step 0")).to_be_visible()

@@ -305,20 +305,24 @@ class Index:
             return self.told.copy()
 
     def series(self) -> str:
-        """The curves as a JSON object: `last_id`, the columns of `COLUMNS`, and the held-out losses by step."""
+        """The curves as a JSON object: `last_id`, the columns of `COLUMNS`, held-out losses and drift by step."""
         with self._lock:
             self._read()
             columns = dict(self._columns.json())
-            measured = {event.step: event for event in self.told.validations.values() if event.loss is not None}
+            validations = list(self.told.validations.values())
             last_id = self.told.last_id
+        measured = {event.step: event for event in validations if event.loss is not None}
         steps = sorted(measured)
         held_out = {
             "step": steps,
             "loss": [measured[step].loss for step in steps],
             "ema_loss": [measured[step].ema_loss for step in steps],
         }
+        drifts = {event.step: event.drift for event in validations if event.drift is not None}
+        drift = {"step": sorted(drifts), "drift": [drifts[step] for step in sorted(drifts)]}
+        columns |= {"held_out": json.dumps(held_out, allow_nan=False), "drift": json.dumps(drift, allow_nan=False)}
         body = ", ".join(f'"{name}": {values}' for name, values in columns.items())
-        return f'{{"last_id": {last_id}, {body}, "held_out": {json.dumps(held_out, allow_nan=False)}}}'
+        return f'{{"last_id": {last_id}, {body}}}'
 
     def place(self, after: int) -> tuple[int, bool]:
         """Where the first event with an id above `after` lies, in bytes, and whether the file knows `after` at all.

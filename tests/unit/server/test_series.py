@@ -232,7 +232,7 @@ def test_what_is_no_step_is_told(path: Path) -> None:
         log.emit(ProgressEvent(phase="text", done=1, total=2, per_s=1.0, eta_s=1.0))
         log.emit(PhaseEvent(phase="text", state="end", seconds=2.0, memory_gib=1.0))
         log.emit(ValidationEvent(step=0, loss=0.9, ema_loss=0.8))
-        log.emit(ValidationEvent(step=0, sheet="validation/step-000000/sheet.png"))
+        log.emit(ValidationEvent(step=0, sheet="validation/step-000000/sheet.png", drift=0.0))
         log.emit(CheckpointEvent(step=5, state="saved", path="checkpoints/step-000005", bytes=3))
         log.emit(NoticeEvent(text="first"))
         log.emit(EndEvent(reason="stopped", exit_code=75, step=5, seconds=3.0))
@@ -240,7 +240,9 @@ def test_what_is_no_step_is_told(path: Path) -> None:
     told = index.look()
     text = told.phases["text"]
     assert (text.state, text.seconds, text.progress and text.progress.done) == ("end", 2.0, 1)
-    assert json.loads(index.series())["held_out"] == {"step": [0], "loss": [0.9], "ema_loss": [0.8]}
+    series = json.loads(index.series())
+    assert series["held_out"] == {"step": [0], "loss": [0.9], "ema_loss": [0.8]}
+    assert series["drift"] == {"step": [0], "drift": [0.0]}
     with EventLog(path) as log:
         log.emit(RUN)
         log.emit(ValidationEvent(step=0, loss=0.7))

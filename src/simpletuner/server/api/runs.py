@@ -80,6 +80,13 @@ class HeldOut(BaseModel):
     ema_loss: list[float | None]
 
 
+class Drift(BaseModel):
+    """How far images of unrelated prompts moved from the base model's, by step."""
+
+    step: list[int]
+    drift: list[float]
+
+
 class RunSeries(BaseModel):
     """The curves of a run: equally long columns, each step once, of its last attempt."""
 
@@ -91,6 +98,7 @@ class RunSeries(BaseModel):
     seconds: list[float | None]
     memory_gib: list[float | None]
     held_out: HeldOut
+    drift: Drift
 
 
 class Log(BaseModel):

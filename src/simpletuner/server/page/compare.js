@@ -2,7 +2,7 @@
 
 import { freshId, h } from "./dom.js";
 import { Curves } from "./curves.js";
-import { RunStore } from "./events.js";
+import { CURVES, RunStore } from "./events.js";
 import { promptHead, validationViewer } from "./gallery.js";
 import { Grid, pictureUrl } from "./pictures.js";
 import { to } from "./router.js";
@@ -30,7 +30,7 @@ export async function compare(root, params) {
     throw error;
   }
   const shown = stores.map((store, index) => ({
-    name: store.detail.name, colour: (index % COLOURS) + 1, steps: store.steps, heldOut: store.heldOut, hidden: false, store,
+    name: store.detail.name, colour: (index % COLOURS) + 1, steps: store.steps, heldOut: store.heldOut, drift: store.drift, hidden: false, store,
   }));
   tellApart(shown);
   const curves = new Curves(shown);
@@ -49,7 +49,7 @@ export async function compare(root, params) {
   );
   for (const store of stores) {
     store.subscribe((topics) => {
-      if (topics.has("steps") || topics.has("heldOut")) curves.update();
+      if (CURVES.some((topic) => topics.has(topic))) curves.update();
       if (topics.has("validations")) pictures.update();
     });
   }

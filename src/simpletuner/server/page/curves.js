@@ -12,6 +12,7 @@ import { saveValues, valueTable } from "./values.js";
  * @property {number} colour from 1: which of the page's colours of parts
  * @property {import("./series.js").Series} steps
  * @property {import("./series.js").Series} heldOut
+ * @property {import("./series.js").Series} drift
  * @property {boolean} [hidden]
  */
 
@@ -20,6 +21,7 @@ const HALF_LIVES = [0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000];
 const CHARTS = [
   { key: "loss", title: "Loss", canBeLogarithmic: true, big: true },
   { key: "held_out", title: "Held-out loss", canBeLogarithmic: true, big: true },
+  { key: "drift", title: "Drift from the base", big: true, isOptional: true },
   { key: "lr", title: "Learning rate" },
   { key: "grad_norm", title: "Gradient norm", canBeLogarithmic: true },
   { key: "seconds", title: "Seconds a step", unit: " s", canBeLogarithmic: true },
@@ -61,6 +63,7 @@ export class Curves {
   update() {
     for (const panel of this.panels) {
       for (const line of panel.chart.lines) line.hidden = line.run.hidden ?? false;
+      panel.node.hidden = panel.spec.isOptional === true && panel.chart.extent() === null;
     }
     this.placeAnew();
     if (this.tableBox.open) this.fillTable();
@@ -131,6 +134,7 @@ export class Curves {
           dots: true, dashed: true, optional: true, read: column(run.heldOut, "ema_loss") },
       ];
     }
+    if (key === "drift") return [{ run, name: named(""), colour, dots: true, read: column(run.drift, "drift") }];
     return [{ run, name: named(""), colour, read: column(run.steps, key) }];
   }
 
@@ -208,7 +212,7 @@ export class Curves {
       if (this.isStale) {
         this.showHalfLife();
         this.whole.disabled = this.view === null;
-        for (const { chart } of this.panels) chart.draw(view);
+        for (const { chart, node } of this.panels) if (!node.hidden) chart.draw(view);
         this.isStale = false;
       }
       this.position.textContent = this.cursor === null ? "" : `Step ${this.cursor.toLocaleString("en-GB")}`;
@@ -235,7 +239,7 @@ export class Curves {
       }),
       ...(spec.key === "held_out" && this.runs.length === 1 ? bestOf(this.runs[0].heldOut) : []),
     );
-    if (points.length === 0) readout.append(h("span", { class: "dim" }, spec.key === "held_out" ? "none measured yet" : "no step yet"));
+    if (points.length === 0) readout.append(h("span", { class: "dim" }, ["held_out", "drift"].includes(spec.key) ? "none measured yet" : "no step yet"));
     const text = points.map(({ line, point }) => `${line.name} ${short(point.y)}${unit}`.trim()).join(", ") || "no value yet";
     plot.setAttribute("aria-valuemin", Math.floor(view[0]));
     plot.setAttribute("aria-valuemax", Math.ceil(view[1]));

@@ -14,7 +14,10 @@ const LOOK_AT_START_MS = 1000;
 const GONE = 404;
 
 /** What may change; listeners are given a set of these. */
-export const TOPICS = ["status", "steps", "heldOut", "validations", "checkpoints", "notices", "connection"];
+export const TOPICS = ["status", "steps", "heldOut", "drift", "validations", "checkpoints", "notices", "connection"];
+
+/** Those of them that the curves show. */
+export const CURVES = ["steps", "heldOut", "drift"];
 
 export class RunStore {
   /** @param {string} run its path, as the server names it */
@@ -24,6 +27,7 @@ export class RunStore {
     this.detail = null;
     this.steps = new Series(["loss", "lr", "grad_norm", "seconds", "memory_gib"]);
     this.heldOut = new Series(["loss", "ema_loss"]);
+    this.drift = new Series(["drift"]);
     this.lastId = 0;
     /** "open", "lost" while the server does not answer, or "gone" where the run is not there any more. */
     this.connection = "open";
@@ -62,6 +66,7 @@ export class RunStore {
     this.detail = detail;
     this.steps.fill(series);
     this.heldOut.fill(series.held_out);
+    this.drift.fill(series.drift);
     // The two answers may be some events apart: those that only one of them has come again.
     this.lastId = Math.min(detail.last_id, series.last_id);
     this.report(...TOPICS);
@@ -194,10 +199,11 @@ const APPLY_TO_SERIES = {
     steps.put(event);
     return ["steps"];
   },
-  validation({ heldOut }, event) {
-    if (event.loss === null) return [];
-    heldOut.put(event);
-    return ["heldOut"];
+  validation({ heldOut, drift }, event) {
+    const isMeasured = { heldOut: event.loss !== null, drift: (event.drift ?? null) !== null };
+    if (isMeasured.heldOut) heldOut.put(event);
+    if (isMeasured.drift) drift.put(event);
+    return Object.keys(isMeasured).filter((topic) => isMeasured[topic]);
   },
 };
 

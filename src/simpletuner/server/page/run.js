@@ -3,7 +3,7 @@
 import { Checkpoints } from "./checkpoints.js";
 import { Curves } from "./curves.js";
 import { h } from "./dom.js";
-import { RunStore } from "./events.js";
+import { CURVES, RunStore } from "./events.js";
 import { Gallery } from "./gallery.js";
 import { Header, goneText } from "./header.js";
 import { Log } from "./log.js";
@@ -29,7 +29,7 @@ export async function run(root, params) {
   }
   const detail = () => store.detail;
   const verbs = new Verbs(detail, () => store.refresh());
-  const curves = new Curves([{ name: store.detail.name, colour: 1, steps: store.steps, heldOut: store.heldOut }]);
+  const curves = new Curves([{ name: store.detail.name, colour: 1, steps: store.steps, heldOut: store.heldOut, drift: store.drift }]);
   const gallery = new Gallery(params.run, detail);
   const checkpoints = new Checkpoints(params.run, detail, (options) => verbs.start(options));
   const tryIt = new TryIt(params.run, detail);
@@ -49,7 +49,7 @@ export async function run(root, params) {
       header.update();
       verbs.update();
     }
-    if (topics.has("steps") || topics.has("heldOut")) curves.update();
+    if (CURVES.some((topic) => topics.has(topic))) curves.update();
     if (topics.has("validations") || topics.has("status")) gallery.update();
     if (topics.has("notices")) log.update();
     if (topics.has("checkpoints") && tabs.current === "checkpoints") checkpoints.update();

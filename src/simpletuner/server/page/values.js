@@ -23,28 +23,18 @@ export function valueTable({ name, steps }) {
     h("tbody", {}, rows));
 }
 
-/** Every value of a run as CSV; held-out losses stand on the line of their step. */
-function csvOf({ steps, heldOut }) {
-  const names = Object.keys(COLUMNS);
-  const lines = [[...names, "held_out_loss", "held_out_ema_loss"].join(",")];
-  const number = (value) => (Number.isFinite(value) ? String(value) : "");
-  let measured = 0;
-  const heldOutUpTo = (step) => {
-    while (measured < heldOut.length && heldOut.column.step[measured] < step) {
-      lines.push([heldOut.column.step[measured], ",,,,", ...held(measured)].join(","));
-      measured += 1;
-    }
+/** Every value of a run as CSV; held-out losses and drift stand on the line of their step. */
+function csvOf({ steps, heldOut, drift }) {
+  const [, ...names] = Object.keys(COLUMNS);
+  const groups = [[steps, names], [heldOut, ["loss", "ema_loss"]], [drift, ["drift"]]];
+  const cells = (series, keys, step) => {
+    const at = series.at(step);
+    const isThere = at < series.length && series.column.step[at] === step;
+    return keys.map((key) => (isThere && Number.isFinite(series.column[key][at]) ? String(series.column[key][at]) : ""));
   };
-  const held = (index) => [number(heldOut.column.loss[index]), number(heldOut.column.ema_loss[index])];
-  for (let index = 0; index < steps.length; index += 1) {
-    const step = steps.column.step[index];
-    heldOutUpTo(step);
-    const isMeasured = measured < heldOut.length && heldOut.column.step[measured] === step;
-    lines.push([...names.map((name) => number(steps.column[name][index])), ...(isMeasured ? held(measured) : ["", ""])].join(","));
-    if (isMeasured) measured += 1;
-  }
-  heldOutUpTo(Infinity);
-  return `${lines.join("\n")}\n`;
+  const all = new Set(groups.flatMap(([{ column, length }]) => [...column.step.subarray(0, length)]));
+  const rows = [...all].sort((a, b) => a - b).map((step) => [step, ...groups.flatMap(([series, keys]) => cells(series, keys, step))]);
+  return [["step", ...names, "held_out_loss", "held_out_ema_loss", "drift"], ...rows].map((row) => `${row.join(",")}\n`).join("");
 }
 
 /** Save the values of runs as one file; of several, the name stands in the first column. */
