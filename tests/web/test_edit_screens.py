@@ -75,3 +75,77 @@ def test_a_set_is_filled_scanned_and_captioned(server: Server, page: Page, works
     caption.blur()
     expect(page.get_by_text("Saved", exact=True)).to_be_visible()
     assert (workspace / "datasets" / "cats" / "one.txt").read_text() == "two cats"
+
+
+def test_a_set_of_references_is_added_and_shown_beside_its_images(server: Server, page: Page, workspace: Path) -> None:
+    folder = workspace / "config" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_flavour": "tiny", "output_dir": "output/mine"}')
+    image_set = {"id": "cats", "instance_data_dir": "datasets/cats", "caption_strategy": "textfile", "resolution": 64}
+    (folder / "multidatabackend.json").write_text(json.dumps([image_set, STORE]))
+    for name, size, color in (
+        ("cats/one.png", (96, 64), "red"),
+        ("cats/two.png", (96, 64), "green"),
+        ("sketches/one.1.png", (40, 60), "white"),
+        ("sketches/one.2.png", (60, 60), "gray"),
+        ("masks/one.png", (96, 64), "black"),
+    ):
+        (workspace / "datasets" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, color).save(workspace / "datasets" / name)
+
+    page.goto(f"{server.url}/#/datasets/mine")
+    expect(page.get_by_text("2 images, 2 without a caption.")).to_be_visible()
+    add = page.get_by_role("button", name="Add references or masks")
+    for holds, place in (("reference_loose", "sketches"), ("mask", "masks")):
+        page.get_by_role("navigation", name="Entries of the list").get_by_role("button", name="cats").first.click()
+        add.click()
+        page.get_by_label("What the folder holds").select_option(holds)
+        page.get_by_role("button", name="Next").click()
+        page.get_by_role("dialog").get_by_role("button", name=place, exact=True).click()
+        page.get_by_role("button", name="Choose this folder").click()
+        expect(page.locator(".detail h2").first).to_have_text(
+            "cats-references" if place == "sketches" else "cats-masks"
+        )
+    expect(page.get_by_text("1 image. Each belongs to the image of the same name")).to_be_visible()
+    expect(page.get_by_role("button", name="Edit all captions")).to_be_hidden()
+
+    # The set of images names them, and shows each image beside its own.
+    page.get_by_role("navigation", name="Entries of the list").get_by_role("button", name="cats").first.click()
+    tiles = page.locator(".picture")
+    expect(tiles.nth(0).locator("figcaption")).to_have_text(["Reference 1", "Reference 2", "Mask"])
+    expect(tiles.nth(0).locator(".mask")).to_be_visible()
+    expect(tiles.nth(1).locator(".partners li")).to_have_text(["none in cats-references", "none in cats-masks"])
+    page.get_by_label("Masks over the images").uncheck()
+    expect(tiles.nth(0).locator(".mask")).to_be_hidden()
+    page.get_by_label("Show", exact=True).select_option("partner")
+    expect(page.locator(".picture > .path")).to_have_text(["two.png"])
+    page.get_by_label("Show", exact=True).select_option("all")
+    page.get_by_label("Look at one.png").click()
+    expect(page.get_by_role("dialog").get_by_role("figure")).to_have_count(3)
+    page.keyboard.press("Escape")
+
+    # Chosen and left out by id, in the order of the presses.
+    page.locator("summary").filter(has_text="Options").click()
+    chips = page.get_by_role("group", name="Conditioning sets").get_by_role("button")
+    expect(chips).to_have_text(["1. cats-references", "2. cats-masks"])
+    chips.nth(0).click()
+    expect(chips).to_have_text(["cats-masks", "cats-references"])
+    expect(tiles.nth(0).locator("figcaption")).to_have_text(["Mask"])
+    chips.nth(1).click()
+    page.keyboard.press("Control+s")
+    expect(page.get_by_text("Saved.")).to_be_visible()
+    cats, _, references, masks = json.loads((folder / "multidatabackend.json").read_text())
+    assert cats["conditioning_data"] == ["cats-masks", "cats-references"]
+    assert references["conditioning_type"] == "reference_loose"
+    assert (references["instance_data_dir"], references["resolution"]) == ("datasets/sketches", 64)
+    assert masks == {
+        "id": "cats-masks", "type": "local", "dataset_type": "conditioning", "conditioning_type": "mask",
+        "instance_data_dir": "datasets/masks",
+    }  # fmt: skip
+
+    # A set that goes leaves no name behind.
+    page.get_by_role("navigation", name="Entries of the list").get_by_role("button", name="cats-masks").click()
+    page.get_by_role("button", name="Remove", exact=True).click()
+    page.get_by_role("dialog").get_by_role("button", name="Remove").click()
+    raw = json.loads(page.get_by_label("The list as JSON").input_value())
+    assert [entry.get("conditioning_data") for entry in raw] == [["cats-references"], None, None]

@@ -228,9 +228,9 @@ def test_charts_are_moved_zoomed_and_read_by_keyboard(page: Page, server: "Serve
     expect(loss).to_have_attribute("aria-valuetext", "step 1: raw 0.5, smoothed 0.5")
     expect(rate).to_have_attribute("aria-valuetext", "step 1: 1e-4")
     drift = page.get_by_role("slider", name="Drift from the base")
-    expect(drift).to_have_attribute("aria-valuetext", "step 1: 0")
+    expect(drift).to_have_attribute("aria-valuetext", "step 1: live weights 0")
     drift.press("End")
-    expect(drift).to_have_attribute("aria-valuetext", "step 20: 0.02")
+    expect(drift).to_have_attribute("aria-valuetext", "step 20: live weights 0.02")
     assert values(page, "drift") == {0: 0.0, 10: 0.01, 20: 0.02}
     loss.press("Home")
     loss.press("ArrowRight")

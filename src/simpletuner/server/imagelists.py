@@ -44,7 +44,7 @@ class ImageLists:
         Raises:
             FileNotFoundError, NotADirectoryError: it is no folder.
         """
-        listed = _held(folder, list_images(folder), holds)
+        listed = held_images(folder, holds)
         captions = self._captions(folder, listed)
         by_name = {name: captions[file.name][1] if (file := listed.caption_of(name)) else "" for name in listed.images}
         missing = frozenset(name for name, caption in by_name.items() if not is_visible(caption))
@@ -81,8 +81,13 @@ def can_undo(folder: Path) -> bool:
     return (folder / OWN_FOLDER / UNDO_FILE).is_file()
 
 
-def _held(folder: Path, listed: ImageFolder, holds: Callable[[Path], bool]) -> ImageFolder:
-    """What no link leads to elsewhere."""
+def held_images(folder: Path, holds: Callable[[Path], bool]) -> ImageFolder:
+    """The images below `folder`, without what a link leads to where `holds` is false.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: it is no folder.
+    """
+    listed = list_images(folder)
     files = (file for beside in listed.captions.values() for file in beside)
     parents = {name.rpartition("/")[0] for name in (*listed.images, *(file.name for file in files))}
     outside = {parent for parent in parents if not holds((folder / parent).resolve())}

@@ -318,8 +318,12 @@ class Index:
             "loss": [measured[step].loss for step in steps],
             "ema_loss": [measured[step].ema_loss for step in steps],
         }
-        drifts = {event.step: event.drift for event in validations if event.drift is not None}
-        drift = {"step": sorted(drifts), "drift": [drifts[step] for step in sorted(drifts)]}
+        moved = {event.step: event for event in validations if event.drift is not None}
+        drift = {
+            "step": sorted(moved),
+            "drift": [moved[step].drift for step in sorted(moved)],
+            "ema_drift": [moved[step].ema_drift for step in sorted(moved)],
+        }
         columns |= {"held_out": json.dumps(held_out, allow_nan=False), "drift": json.dumps(drift, allow_nan=False)}
         body = ", ".join(f'"{name}": {values}' for name, values in columns.items())
         return f'{{"last_id": {last_id}, {body}}}'

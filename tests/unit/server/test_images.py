@@ -63,6 +63,29 @@ def test_what_a_link_leads_to_outside_is_not_listed(client: TestClient, folder: 
     assert listed(client, text="secret")["names"] == []
 
 
+def test_references_and_masks_are_found_by_the_names_of_their_images(
+    client: TestClient, folder: Path, tmp_path: Path
+) -> None:
+    beside = folder.with_name("beside")
+    (beside / "inner").mkdir(parents=True)
+    outside = tmp_path / "outside.png"
+    shutil.copy(folder / "picture-0.png", outside)
+    for name in ("picture-0.jpg", "picture-1.10.png", "picture-1.9.png", "other.png", "inner/picture-3.png"):
+        shutil.copy(folder / "picture-0.png", beside / name)
+    (beside / "picture-2.png").symlink_to(outside)
+
+    def found(**params: Any) -> Any:
+        return client.get("/api/images/partners", params={"folder": FOLDER, "beside": "datasets/beside", **params})
+
+    assert found().json() == {"path": "datasets/beside", "names": {"picture-0.png": ["picture-0.jpg"]}}
+    assert found(numbered=True).json()["names"] == {
+        "picture-0.png": ["picture-0.jpg"],
+        "picture-1.png": ["picture-1.9.png", "picture-1.10.png"],
+    }
+    assert found(beside="datasets/none").status_code == 404
+    assert found(beside="/etc").status_code == 403
+
+
 def test_captions_change_together_and_go_back(client: TestClient, folder: Path) -> None:
     edit = {"folder": FOLDER, "names": ["picture-0.png", "picture-1.png"], "find": " soft", "replace": " -hard"}
     dry = client.post("/api/images/captions", json=edit | {"dry_run": True}).json()

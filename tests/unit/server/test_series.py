@@ -242,7 +242,7 @@ def test_what_is_no_step_is_told(path: Path) -> None:
     assert (text.state, text.seconds, text.progress and text.progress.done) == ("end", 2.0, 1)
     series = json.loads(index.series())
     assert series["held_out"] == {"step": [0], "loss": [0.9], "ema_loss": [0.8]}
-    assert series["drift"] == {"step": [0], "drift": [0.0]}
+    assert series["drift"] == {"step": [0], "drift": [0.0], "ema_drift": [None]}
     with EventLog(path) as log:
         log.emit(RUN)
         log.emit(ValidationEvent(step=0, loss=0.7))

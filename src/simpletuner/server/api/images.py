@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from simpletuner.base.imagefiles import caption_key, find_partners
 from simpletuner.server.commands import LONGEST_TEXT, printed
 from simpletuner.server.context import Context, InContext
 from simpletuner.server.faults import Fault
-from simpletuner.server.imagelists import can_undo, trashed
+from simpletuner.server.imagelists import can_undo, held_images, trashed
 from simpletuner.server.shell import while_there
 from simpletuner.server.work import CommandJob
 
@@ -44,6 +45,15 @@ class ImageList(BaseModel):
     """Files that were deleted and can come back."""
     can_undo: bool
     """Whether the last change of captions can be taken back."""
+
+
+class Partners(BaseModel):
+    """The files of a set of references or masks, by the images that they belong to."""
+
+    path: str
+    """Of the folder; in front of each file it makes the file's path."""
+    names: dict[str, list[str]]
+    """Of each image that has any, relative to the folder, in the order in which training takes them."""
 
 
 class LeftOut(BaseModel):
@@ -144,6 +154,22 @@ def images(
         trashed=trashed(path),
         can_undo=can_undo(path),
     )
+
+
+@router.get("/images/partners")
+def partners(
+    here: InContext,
+    folder: Annotated[str, Query(max_length=LONGEST_TEXT)],
+    beside: Annotated[str, Query(max_length=LONGEST_TEXT)],
+    numbered: bool = False,
+) -> Partners:
+    """Which files of the folder `beside` are references or masks of the images below a folder; with `numbered`, several
+    of one image, as references may be."""
+    names = held_images(image_folder(here, folder), here.roots.holds).images
+    path = image_folder(here, beside)
+    found = find_partners(names, held_images(path, here.roots.holds).images, is_numbered=numbered)
+    paired = {name: [file for _, file in found.get(caption_key(name), ())] for name in names}
+    return Partners(path=here.roots.shown(path), names={name: files for name, files in paired.items() if files})
 
 
 @router.post("/images/captions")

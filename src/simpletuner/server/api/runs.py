@@ -85,6 +85,7 @@ class Drift(BaseModel):
 
     step: list[int]
     drift: list[float]
+    ema_drift: list[float | None]
 
 
 class RunSeries(BaseModel):

@@ -127,14 +127,14 @@ export class Curves {
         { run, name: named("smoothed"), colour, read: smooth },
       ];
     }
-    if (key === "held_out") {
+    if (key === "held_out" || key === "drift") {
+      const [series, live, average] = key === "drift" ? [run.drift, "drift", "ema_drift"] : [run.heldOut, "loss", "ema_loss"];
       return [
-        { run, name: named("live weights"), colour, dots: true, read: column(run.heldOut, "loss") },
+        { run, name: named("live weights"), colour, dots: true, read: column(series, live) },
         { run, name: isAlone ? "moving average" : `${run.name}, moving average`, colour: isAlone ? "--part-2" : colour,
-          dots: true, dashed: true, optional: true, read: column(run.heldOut, "ema_loss") },
+          dots: true, dashed: true, optional: true, read: column(series, average) },
       ];
     }
-    if (key === "drift") return [{ run, name: named(""), colour, dots: true, read: column(run.drift, "drift") }];
     return [{ run, name: named(""), colour, read: column(run.steps, key) }];
   }
 

@@ -4,7 +4,7 @@ import { ApiFault, get, post } from "./api.js";
 import { unsavedCaptions } from "./caption.js";
 import { drafts } from "./captiondrafts.js";
 import { checked, pausing, summary } from "./check.js";
-import { ask, button, confirm, fill, freshId, h } from "./dom.js";
+import { ask, button, confirm, dialog, fill, freshId, h } from "./dom.js";
 import { editing } from "./editing.js";
 import { Environment } from "./environment.js";
 import { environmentBar } from "./environments.js";
@@ -15,7 +15,7 @@ import { move, set, written } from "./jsontext.js";
 import { examined, rawEditor } from "./raw.js";
 import { go, to } from "./router.js";
 import { scanSummary } from "./scanned.js";
-import { KINDS, kindOf, setForm } from "./setform.js";
+import { CONDITIONS, isReference, kindOf, kindText, setForm } from "./setform.js";
 import { setPictures } from "./setpictures.js";
 import { droppable, folderButton, uploads } from "./uploads.js";
 
@@ -77,7 +77,7 @@ export async function datasets(root, { name }) {
       return h("li", {}, h("button", { type: "button", class: "entry", "aria-current": at === chosen ? "true" : null, onclick: () => open(at) },
         h("span", { class: "grow" }, entry?.id ?? "without an id"),
         scan ? h("span", { class: "badge" }, String(scan.pictures)) : null,
-        h("span", { class: "small dim" }, `${KINDS[kindOf(entry)]}${entry?.disabled === true ? ", left out" : ""}`)));
+        h("span", { class: "small dim" }, `${kindText(entry)}${entry?.disabled === true ? ", left out" : ""}`)));
     };
     side.replaceChildren();
     fill(side,
@@ -86,6 +86,7 @@ export async function datasets(root, { name }) {
         button("Add a set", () => add("image"), { icon: "plus", disabled: all === null }),
         folderButton("Add a folder", bring, { disabled: all === null, title: "Its images and captions are copied into datasets/ and become a set. A folder can be dropped here too." }),
         button("Add a held-out set", () => add("eval"), { icon: "plus", disabled: all === null }),
+        button("Add references or masks", addCondition, { icon: "plus", disabled: !all?.some(isImages) }),
         button("Add a text store", () => add("text_embeds"), { icon: "plus", disabled: all === null })));
   }
 
@@ -120,7 +121,7 @@ export async function datasets(root, { name }) {
     form = setForm(schema, environment, chosen);
     const label = freshId("set");
     fill(detail, h("section", { class: "sheet stack", "aria-labelledby": label },
-      h("div", { class: "head" }, h("h2", { id: label }, entry.id ?? "A set"), h("span", { class: "badge" }, KINDS[form.kind]),
+      h("div", { class: "head" }, h("h2", { id: label }, entry.id ?? "A set"), h("span", { class: "badge" }, kindText(entry)),
         button("", () => shift(-1), { icon: "up", label: "Move it up", kind: "quiet", disabled: chosen === 0 }),
         button("", () => shift(1), { icon: "down", label: "Move it down", kind: "quiet", disabled: chosen === last }),
         button("Remove", removeEntry, { icon: "trash", kind: "quiet" })),
@@ -132,7 +133,10 @@ export async function datasets(root, { name }) {
   function showPictures(entry) {
     const folder = typeof entry.instance_data_dir === "string" ? entry.instance_data_dir : "";
     const scan = scans.get(entry.id) ?? null;
-    pictures = setPictures({ folder, scan, textFiles: entry.caption_strategy === "textfile", whole: entry.disable_multiline_split === true });
+    pictures = setPictures({
+      folder, scan, captions: isImages(entry), textFiles: entry.caption_strategy === "textfile", whole: entry.disable_multiline_split === true,
+    });
+    pair();
     const label = freshId("images");
     const sheet = h("section", { class: "sheet stack", "aria-labelledby": label }, h("h2", { id: label }, "Images"));
     fill(detail, scan ? scanSummary(scan) : null, sheet);
@@ -144,6 +148,15 @@ export async function datasets(root, { name }) {
     const area = h("div", { class: "drop stack" }, incoming.node, pictures.node);
     droppable(area, (what) => incoming.take(what.incoming));
     sheet.append(area);
+  }
+
+  /** Have the images that are shown stand beside their references and masks. */
+  function pair() {
+    const all = entries();
+    const own = [all?.[chosen]?.conditioning_data ?? []].flat();
+    const conditions = own.map((id) => all.find((entry) => entry?.id === id && kindOf(entry) === "conditioning"));
+    pictures?.pair(conditions.filter((entry) => typeof entry?.instance_data_dir === "string" && entry.disabled !== true)
+      .map((entry) => ({ id: entry.id, folder: entry.instance_data_dir, kind: entry.conditioning_type, isReference: isReference(entry) })));
   }
 
   function incomingTo(folder) {
@@ -180,14 +193,20 @@ export async function datasets(root, { name }) {
 
   async function removeEntry() {
     const { id } = entries()[chosen];
-    if (await confirm(`Remove ${id ?? "this entry"}?`, "It leaves the list. Its pictures stay where they are.", "Remove", "danger")) {
-      change(set(text(), [chosen], null));
-    }
+    if (!(await confirm(`Remove ${id ?? "this entry"}?`, "It leaves the list. Its pictures stay where they are.", "Remove", "danger"))) return;
+    let wanted = text();
+    entries().forEach((entry, at) => {
+      const named = [entry?.conditioning_data ?? []].flat();
+      if (named.includes(id)) wanted = withConditions(wanted, at, named.filter((one) => one !== id));
+    });
+    change(set(wanted, [chosen], null));
   }
+
+  const withConditions = (list, at, ids) => set(list, [at, "conditioning_data"], ids.length === 0 ? null : JSON.stringify(ids));
 
   async function add(kind) {
     const taken = new Set(entries().map((entry) => entry?.id));
-    const id = await ask(KINDS[kind] === "Text store" ? "Add a text store" : `Add ${kind === "eval" ? "a held-out set" : "a set"}`, {
+    const id = await ask(kind === "text_embeds" ? "Add a text store" : `Add ${kind === "eval" ? "a held-out set" : "a set"}`, {
       label: "Its id: a unique, stable name", yes: "Next",
       value: kind === "text_embeds" && !taken.has("text-embeds") ? "text-embeds" : "",
       check: (wanted) => (taken.has(wanted) ? "There is one of that name." : /^[\w.-]+$/.test(wanted) ? "" : "Letters, digits, dots, dashes and underscores."),
@@ -198,6 +217,32 @@ export async function datasets(root, { name }) {
       chosen = entries().length;
       change(wanted);
     } else change(withSet(id, kind, (await chooseFolder("datasets")) ?? `datasets/${id}`));
+  }
+
+  /** Add a set of references or masks, and name it in the set of images that it belongs to. */
+  async function addCondition() {
+    const all = entries();
+    const at = freshId("condition");
+    const kind = h("select", { id: at }, Object.entries(CONDITIONS).map(([value, label]) => h("option", { value }, label)));
+    const owner = h("select", { id: `${at}-of` }, all.map((entry, index) => (isImages(entry) ? h("option", { value: index, selected: index === chosen }, entry.id) : null)).filter(Boolean));
+    const answer = await dialog({
+      title: "Add references or masks",
+      body: h("div", { class: "stack" },
+        h("div", {}, h("label", { for: kind.id }, "What the folder holds"), kind), h("div", {}, h("label", { for: owner.id }, "For the images of"), owner),
+        h("p", { class: "hint" }, "A file belongs to the image of the same name: cat.png to cat.jpg. Several references of one image are cat.1.png, cat.2.png and so on.")),
+      actions: [{ label: "Cancel", value: null }, { label: "Next", value: "next", kind: "primary" }],
+    });
+    if (answer === null) return;
+    const images = all[owner.value];
+    const { resolution = 1024, resolution_type } = images;
+    const shape = kind.value === "reference_loose" ? { resolution, resolution_type } : {};
+    const taken = new Set(all.map((entry) => entry?.id));
+    const id = await freeName(`${images.id}-${isReference({ conditioning_type: kind.value }) ? "references" : "masks"}`, async (wanted) => taken.has(wanted));
+    const folder = (await chooseFolder("datasets")) ?? `datasets/${id}`;
+    const entry = { id, type: "local", dataset_type: "conditioning", conditioning_type: kind.value, instance_data_dir: folder, ...shape };
+    const wanted = withConditions(text(), Number(owner.value), [...[images.conditioning_data ?? []].flat(), id]);
+    chosen = all.length;
+    change(set(wanted, [chosen], written(entry, 1)));
   }
 
   const hasStore = () => entries().some((entry) => kindOf(entry) === "text_embeds");
@@ -236,6 +281,7 @@ export async function datasets(root, { name }) {
     if (source === "form" && all !== null) {
       form?.show();
       showSide();
+      pair();
     } else {
       showSide();
       showDetail();
@@ -270,6 +316,9 @@ export async function datasets(root, { name }) {
     edit.close();
   };
 }
+
+/** Whether an entry is a set of images, to train on or held out. */
+const isImages = (entry) => ["image", "eval"].includes(kindOf(entry));
 
 /** Whether a problem names this entry of the list. */
 const isAbout = ({ found }, entry) => typeof entry?.id === "string" && (found.includes(`, ${entry.id}: `) || found.startsWith(`${entry.id}: `));

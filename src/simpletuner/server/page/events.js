@@ -27,7 +27,7 @@ export class RunStore {
     this.detail = null;
     this.steps = new Series(["loss", "lr", "grad_norm", "seconds", "memory_gib"]);
     this.heldOut = new Series(["loss", "ema_loss"]);
-    this.drift = new Series(["drift"]);
+    this.drift = new Series(["drift", "ema_drift"]);
     this.lastId = 0;
     /** "open", "lost" while the server does not answer, or "gone" where the run is not there any more. */
     this.connection = "open";

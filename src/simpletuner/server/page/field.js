@@ -11,7 +11,7 @@ const marked = (text) => text.split("`").map((part, at) => (at % 2 ? h("code", {
 
 /** A value as the form shows it. */
 export function shown(value) {
-  if (value === null || value === undefined) return "none";
+  if (value === null || value === undefined || value.length === 0) return "none";
   if (value === true) return "on";
   if (value === false) return "off";
   if (typeof value === "number") return plainNumber(value);
@@ -102,6 +102,7 @@ const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 function controlFor(field, id, describedBy, change, complain) {
   if (field.kind === "boolean") return threeStates(field, id, describedBy, change);
   if (field.kind === "choice") return choices(field, id, describedBy, change);
+  if (field.kind === "names") return names(field, id, change);
   if (field.kind === "json") return structure(field, id, describedBy, change, complain);
   return line(field, id, describedBy, change);
 }
@@ -136,6 +137,43 @@ function choices(field, id, describedBy, change) {
     if (text !== "" && ![...select.options].some((option) => option.value === text)) select.append(h("option", { value: text }, text));
     select.value = text;
   });
+}
+
+/** Names among `field.choices`, in the order in which they are pressed. */
+function names(field, id, change) {
+  let chosen = [];
+  let isLocked = false;
+  const node = h("div", { class: "row names", role: "group", "aria-labelledby": `${id}-label` });
+  const press = (name) => {
+    const next = chosen.includes(name) ? chosen.filter((one) => one !== name) : [...chosen, name];
+    change(next.length === 0 ? null : JSON.stringify(next));
+  };
+  const chip = (name) => h("button", {
+    type: "button", class: "chip", disabled: isLocked, dataset: { name }, "aria-pressed": String(chosen.includes(name)), onclick: () => press(name),
+  }, chosen.length > 1 && chosen.includes(name) ? `${chosen.indexOf(name) + 1}. ${name}` : name);
+
+  function draw() {
+    const focused = node.contains(document.activeElement) ? document.activeElement.dataset.name : null;
+    const all = [...new Set([...chosen, ...field.choices])];
+    node.replaceChildren(...(all.length ? all.map(chip) : [h("span", { class: "dim small" }, "There are none in the list yet.")]));
+    if (focused !== null) node.querySelector(`[data-name="${CSS.escape(focused)}"]`)?.focus();
+  }
+
+  return {
+    node,
+    isGroup: true,
+    focus: () => node.querySelector("button")?.focus(),
+    show(given) {
+      chosen = [given?.value ?? []].flat().map(String);
+      draw();
+    },
+    text: () => chosen.join(" "),
+    invalid(wrong) { node.classList.toggle("wrong", wrong); },
+    lock(locked) {
+      isLocked = locked;
+      draw();
+    },
+  };
 }
 
 function structure(field, id, describedBy, change, complain) {

@@ -10,15 +10,34 @@ export const KINDS = { image: "Image set", eval: "Held-out set", conditioning: "
 
 export const kindOf = (entry) => (entry?.dataset_type in KINDS ? entry.dataset_type : "image");
 
+/** What a conditioning set may hold, by `conditioning_type`. */
+export const CONDITIONS = {
+  reference_loose: "References of any shape",
+  reference_strict: "References with the crop of their image",
+  mask: "Masks: white is trained, black is not",
+  segmentation: "Masks in which every grey counts as white",
+};
+
+export const isReference = (entry) => entry?.conditioning_type?.startsWith("reference") ?? false;
+
+/** What an entry is, in words. */
+export function kindText(entry) {
+  const kind = kindOf(entry);
+  if (kind !== "conditioning" || !(entry.conditioning_type in CONDITIONS)) return KINDS[kind];
+  return isReference(entry) ? "References" : "Masks";
+}
+
 /**
- * @param {{image_set: object[], text_store: object[]}} schema @param {import("./environment.js").Environment} environment
+ * @param {{image_set: object[], conditioning_set: object[], text_store: object[]}} schema @param {import("./environment.js").Environment} environment
  * @param {number} index of the entry
  */
 export function setForm(schema, environment, index) {
   const { root } = examined(environment.text("datasets"), "array");
   const kind = kindOf(root.items[index].value);
   const fields = { conditioning: schema.conditioning_set, text_embeds: schema.text_store }[kind] ?? schema.image_set;
-  const rows = fields.map((field) => fieldRow(field, (raw) =>
+  const ids = root.items.filter((item) => kindOf(item.value) === "conditioning").map((item) => item.value.id);
+  const asked = (field) => (field.name === "conditioning_data" ? { ...field, kind: "names", choices: ids.filter(Boolean) } : field);
+  const rows = fields.map(asked).map((field) => fieldRow(field, (raw) =>
     environment.edit("datasets", set(environment.text("datasets"), [index, field.name], raw), "form")));
   const all = h("input", { type: "checkbox", id: freshId("all"), onchange: filter });
   const node = h("div", { class: "stack" },
@@ -26,7 +45,10 @@ export function setForm(schema, environment, index) {
     h("div", {}, rows.map((row) => row.node)));
 
   function filter() {
-    for (const row of rows) row.node.hidden = !(all.checked || row.field.basic || row.field.required || row.differs || row.wrong);
+    for (const row of rows) {
+      const isAsked = (row.field.basic || row.field.required) && !(row.field.kind === "choice" && row.field.choices.length === 1);
+      row.node.hidden = !(all.checked || isAsked || row.differs || row.wrong);
+    }
   }
 
   function show() {

@@ -25,11 +25,18 @@ function cropText({ resize, target }) {
   return sizeText(resize) === sizeText(target) ? `trained at ${sizeText(target)}` : `resized to ${sizeText(resize)}, ${sizeText(target)} cut out`;
 }
 
+/** What a mask leaves out of training, striped over an image: where it is black. */
+function maskOver(path, isSegmentation) {
+  return h("span", { class: "mask", "aria-hidden": "true" },
+    h("img", { src: address("picture", { path, width: 360 }), alt: "", class: isSegmentation ? "segmentation" : null }));
+}
+
 /**
- * @param {{folder: string, scan: object|null, textFiles: boolean, whole: boolean}} what `scan` is the set's part of a scan, where there is
- *   one; `textFiles`: whether the set takes its captions from text files; `whole`: whether a text file is one caption
+ * @param {{folder: string, scan: object|null, captions: boolean, textFiles: boolean, whole: boolean}} what `scan` is the set's part of a
+ *   scan, where there is one; `captions`: whether its images have captions; `textFiles`: whether they are taken from text files; `whole`:
+ *   whether a text file is one caption
  */
-export function setPictures({ folder, scan, textFiles, whole }) {
+export function setPictures({ folder, scan, captions, textFiles, whole }) {
   const node = h("div", { class: "stack" }, h("p", { class: "loading" }, "Looking into the folder …"));
   const samples = new Map((scan?.samples ?? []).map((sample) => [sample.name, sample]));
   const rejections = new Map((scan?.rejections ?? []).map((one) => [one.name, one]));
@@ -42,6 +49,8 @@ export function setPictures({ folder, scan, textFiles, whole }) {
   let page = 0;
   let boxes = [];
   let turn = 0;
+  /** Sets of references and masks, each with `partners` once it was asked for: paths by the name of an image. */
+  let conditions = [];
 
   const sight = new IntersectionObserver((entries) => {
     for (const entry of entries) {
@@ -54,6 +63,8 @@ export function setPictures({ folder, scan, textFiles, whole }) {
   const id = freshId("images");
   const filter = h("select", { id, onchange: () => { page = 0; open(); } });
   const search = h("input", { id: `${id}-search`, type: "search", autocomplete: "off", oninput: () => { page = 0; look.later(); } });
+  const masked = h("input", { type: "checkbox", checked: true, onchange: () => area.classList.toggle("unmasked", !masked.checked) });
+  const masks = h("label", { class: "tick", hidden: true }, masked, "Masks over the images");
   const look = pausing(250, () => open());
   const area = h("div", {});
   const number = h("p", { class: "grow numbers", "aria-live": "polite" });
@@ -77,7 +88,9 @@ export function setPictures({ folder, scan, textFiles, whole }) {
     }
     try {
       if (filter.value === "duplicates" && groups === null) groups = (await job.run("duplicates", "Comparing images", { folder }))?.groups ?? [];
-      const answer = await get("images", { folder, missing: filter.value === "missing", text: search.value.trim() });
+      const [answer] = await Promise.all([
+        get("images", { folder, missing: filter.value === "missing", text: search.value.trim() }), ...conditions.map(findPartners),
+      ]);
       if (mine !== turn) return;
       found = answer;
     } catch (error) {
@@ -99,17 +112,53 @@ export function setPictures({ folder, scan, textFiles, whole }) {
     if (!area.isConnected) {
       node.replaceChildren();
       fill(node, facts,
-        textFiles ? null : h("p", { class: "hint" }, "This set does not read caption files (caption_strategy): what is written here is kept for sets that do."),
+        textFiles || !captions ? null : h("p", { class: "hint" }, "This set does not read caption files (caption_strategy): what is written here is kept for sets that do."),
         h("div", { class: "row image-filter" },
-          h("div", {}, h("label", { for: id }, "Show"), filter), h("div", { class: "grow" }, h("label", { for: search.id }, "Name or caption contains"), search)),
+          h("div", {}, h("label", { for: id }, "Show"), filter),
+          h("div", { class: "grow" }, h("label", { for: search.id }, captions ? "Name or caption contains" : "Name contains"), search), masks),
         h("div", { class: "row picked" }, number, copies, all, none, edit, bin), job.node, past, area);
     }
     showFilter();
-    facts.textContent = `${some(found.total, "image")}, ${found.without_caption ? `${count(found.without_caption)} without a caption` : "each with a caption"}. ${scan === null ? "Scan to see what training cuts out of them." : "The bright part of an image is what training sees."}`;
+    facts.textContent = factsText();
     wanted = chosenBy(filter.value);
     selection.offer(wanted);
     showPast();
     draw();
+  }
+
+  function factsText() {
+    if (!captions) return `${some(found.total, "image")}. Each belongs to the image of the same name, in the sets that list this one in conditioning_data.`;
+    const captioned = found.without_caption ? `${count(found.without_caption)} without a caption` : "each with a caption";
+    const cut = scan === null ? "Scan to see what training cuts out of them." : "The bright part of an image is what training sees.";
+    return `${some(found.total, "image")}, ${captioned}. ${cut}${masks.hidden ? "" : " Striped is where a mask is black."}`;
+  }
+
+  /** Ask for the partners of the images in one set of references or masks. What cannot be read has none. */
+  async function findPartners(condition) {
+    try {
+      const { path: beside, names } = await get("images/partners", { folder, beside: condition.folder, numbered: condition.isReference });
+      condition.partners = new Map(Object.entries(names).map(([name, files]) => [name, files.map((file) => `${beside}/${file}`)]));
+    } catch (error) {
+      if (!(error instanceof ApiFault)) throw error;
+      condition.partners = new Map();
+    }
+  }
+
+  const mask = (name) => conditions.find((one) => !one.isReference && one.partners?.has(name));
+  const lacks = (name) => conditions.some((one) => one.partners && !one.partners.has(name));
+
+  /** References and mask of an image, small or large, and what it lacks. */
+  function partnersOf(name, width) {
+    let number = 0;
+    return conditions.filter(({ partners }) => partners).map((condition) => {
+      const paths = condition.partners.get(name);
+      if (paths === undefined) return h("li", { class: "small dim" }, `none in ${condition.id}`);
+      return paths.map((path) => {
+        const what = condition.isReference ? `Reference ${(number += 1)}` : "Mask";
+        return h("li", {}, h("figure", {}, h("img", { src: address("picture", { path, width }), alt: `${what} of ${name}`, title: path, loading: "lazy", decoding: "async" }),
+          h("figcaption", { class: "small dim" }, what)));
+      });
+    });
   }
 
   /** The names that the filter leaves of those that were found. */
@@ -119,6 +168,7 @@ export function setPictures({ folder, scan, textFiles, whole }) {
       const there = new Set(names);
       return groups.flatMap((group) => group.names).filter((name) => there.has(name));
     }
+    if (value === "partner") return names.filter(lacks);
     if (value.startsWith("size ")) return names.filter((name) => samples.has(name) && sizeText(samples.get(name).target) === value.slice(5));
     if (value.startsWith("left ")) return names.filter((name) => rejections.get(name)?.reason === value.slice(5));
     return names;
@@ -130,10 +180,14 @@ export function setPictures({ folder, scan, textFiles, whole }) {
     const sizes = (scan?.buckets ?? []).map(({ width, height, pictures }) => [`size ${width}×${height}`, `${width}×${height} (${count(pictures)})`]);
     const reasons = Object.keys(scan?.rejected ?? {}).map((reason) => [`left ${reason}`, reason]);
     filter.replaceChildren();
-    fill(filter, [["all", "All images"], ["missing", `Without a caption (${count(found.without_caption)})`], ["duplicates", "Duplicates"]].map(option),
+    masks.hidden = conditions.every(({ isReference, partners }) => isReference || !partners?.size);
+    fill(filter, option(["all", "All images"]),
+      captions ? option(["missing", `Without a caption (${count(found.without_caption)})`]) : null,
+      conditions.length ? option(["partner", "Without a reference or mask"]) : null,
+      option(["duplicates", "Duplicates"]),
       reasons.length ? h("optgroup", { label: "Left out of training" }, reasons.map(option)) : null,
       sizes.length > 1 ? h("optgroup", { label: "Trained at" }, sizes.map(option)) : null);
-    filter.value = before;
+    filter.value = [...filter.options].some(({ value }) => value === before) ? before : "all";
   }
 
   function showVerbs() {
@@ -144,12 +198,13 @@ export function setPictures({ folder, scan, textFiles, whole }) {
     none.disabled = bin.disabled = chosen === 0;
     edit.lastElementChild.textContent = chosen === 0 ? "Edit all captions" : "Edit captions";
     edit.disabled = wanted.length === 0;
+    edit.hidden = !captions;
   }
 
   function showPast() {
     past.replaceChildren();
     fill(past,
-      found.can_undo ? button("Undo the last caption change", () => takeBack("captions"), { icon: "reset", kind: "tiny" }) : null,
+      found.can_undo && captions ? button("Undo the last caption change", () => takeBack("captions"), { icon: "reset", kind: "tiny" }) : null,
       found.trashed ? [h("span", { class: "small dim" }, `${some(found.trashed, "deleted file")} kept.`),
         button("Undo the last delete", () => takeBack("delete"), { icon: "reset", kind: "tiny" }), button("Empty the trash", emptyTrash, { kind: "tiny" })] : null);
     past.hidden = past.childElementCount === 0;
@@ -227,8 +282,8 @@ export function setPictures({ folder, scan, textFiles, whole }) {
   function tile(name) {
     const sample = samples.get(name) ?? null;
     const rejection = rejections.get(name);
-    const caption = captionBox(path(name), name);
-    boxes.push({ ...caption, path: path(name) });
+    const caption = captions ? captionBox(path(name), name) : null;
+    if (caption) boxes.push({ ...caption, path: path(name) });
     const touch = (event) => {
       if (event.shiftKey) selection.extend(name);
       else if (event.ctrlKey || event.metaKey) selection.toggle(name);
@@ -239,7 +294,9 @@ export function setPictures({ folder, scan, textFiles, whole }) {
       h("p", { class: "small path" }, name),
       sample === null ? null : h("p", { class: "hint small" }, cropText(sample)),
       rejection ? h("p", { class: "fault" }, `Left out: ${rejection.reason}. ${rejection.detail}`) : null,
-      caption.node);
+      conditions.length ? fill(h("ul", { class: "plain row partners" }), partnersOf(name, 160)) : null,
+      caption?.node);
+    if (caption === null) return item;
     item.addEventListener("seen", caption.load, { once: true });
     sight.observe(item);
     return item;
@@ -249,6 +306,8 @@ export function setPictures({ folder, scan, textFiles, whole }) {
     const image = h("img", { src: address("picture", { path: path(name), width }), alt: "", loading: "lazy", decoding: "async" });
     const box = h("span", { class: "framed" }, image);
     image.addEventListener("load", () => {
+      const over = mask(name);
+      if (over) box.append(maskOver(over.partners.get(name)[0], over.kind === "segmentation"));
       if (samples.has(name)) box.append(cropBox(samples.get(name)));
     }, { once: true });
     image.addEventListener("error", () => box.replaceChildren(h("span", { class: "dim small" }, "cannot be shown")), { once: true });
@@ -261,7 +320,9 @@ export function setPictures({ folder, scan, textFiles, whole }) {
     const body = h("div", { class: "stack large" });
     const show = () => {
       const name = wanted[at];
-      body.replaceChildren(framed(name, 1600),
+      body.classList.toggle("unmasked", !masked.checked);
+      body.replaceChildren(fill(h("div", { class: "beside-partners" }), framed(name, 1600),
+        conditions.length ? fill(h("ul", { class: "plain partners" }), partnersOf(name, 640)) : null),
         h("div", { class: "row" },
           button("", () => step(-1), { icon: "left", label: "The one before", disabled: at === 0 }),
           h("p", { class: "grow small", "aria-live": "polite" }, `${name}${samples.has(name) ? `, ${cropText(samples.get(name))}` : ""} (${count(at + 1)} of ${count(wanted.length)})`),
@@ -287,6 +348,13 @@ export function setPictures({ folder, scan, textFiles, whole }) {
     node,
     open() {
       groups = null;
+      return open();
+    },
+    /** Show the images beside those of the sets of references and masks. @param {{id: string, folder: string, kind: string, isReference: boolean}[]} wantedSets */
+    pair(wantedSets) {
+      const same = (one) => JSON.stringify([one.id, one.folder, one.kind]);
+      if (wantedSets.map(same).join() === conditions.map(same).join()) return undefined;
+      conditions = wantedSets;
       return open();
     },
     /** Paths of the images whose captions are shown. */

@@ -26,7 +26,7 @@ export function valueTable({ name, steps }) {
 /** Every value of a run as CSV; held-out losses and drift stand on the line of their step. */
 function csvOf({ steps, heldOut, drift }) {
   const [, ...names] = Object.keys(COLUMNS);
-  const groups = [[steps, names], [heldOut, ["loss", "ema_loss"]], [drift, ["drift"]]];
+  const groups = [[steps, names], [heldOut, ["loss", "ema_loss"]], [drift, ["drift", "ema_drift"]]];
   const cells = (series, keys, step) => {
     const at = series.at(step);
     const isThere = at < series.length && series.column.step[at] === step;
@@ -34,7 +34,7 @@ function csvOf({ steps, heldOut, drift }) {
   };
   const all = new Set(groups.flatMap(([{ column, length }]) => [...column.step.subarray(0, length)]));
   const rows = [...all].sort((a, b) => a - b).map((step) => [step, ...groups.flatMap(([series, keys]) => cells(series, keys, step))]);
-  return [["step", ...names, "held_out_loss", "held_out_ema_loss", "drift"], ...rows].map((row) => `${row.join(",")}\n`).join("");
+  return [["step", ...names, "held_out_loss", "held_out_ema_loss", "drift", "ema_drift"], ...rows].map((row) => `${row.join(",")}\n`).join("");
 }
 
 /** Save the values of runs as one file; of several, the name stands in the first column. */
