@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from PIL import Image
 from playwright.sync_api import Page, expect
 
 from simpletuner.runs.events import EndEvent, EventLog, RunEvent
@@ -17,7 +18,7 @@ from simpletuner.runs.layout import RunDirectory
 from simpletuner.runs.samplers import SAMPLERS_FOLDER
 
 if TYPE_CHECKING:
-    from tests.web.conftest import Server
+    from tests.web.conftest import Server, Watched
 
 LONG_MS = 120_000
 NEVER_TRAINS = ("train", "--example", "tiny-lora", "--init_lora=damaged.safetensors")
@@ -95,3 +96,64 @@ def test_a_grid_of_strengths_comes_picture_by_picture_from_one_sampler(
     assert f"Process {first}, which kept a model to draw with, is ended" in run.stdout
     expect(page.get_by_text("the sampler gave way to a training run")).to_be_visible()
     assert samplers(workspace) == []
+
+
+@pytest.mark.slow
+def test_references_are_chosen_for_prompts_and_to_try(
+    page: Page, server: "Server", workspace: Path, watched: "Watched"
+) -> None:
+    # A reference that is gone, a folder that is made with the first upload, and a request that is not to be answered.
+    watched.allowed = lambda text: "404 (Not Found)" in text or "ERR_FAILED" in text
+    folder = workspace / "config" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_flavour": "tiny", "output_dir": "output/mine"}')
+    library = folder / "user_prompt_library.json"
+    library.write_text('{"plain": "a cat", "edit": {"prompt": "the same cat", "references": ["references/gone.png"]}}')
+    (workspace / "cats").mkdir()
+    for name, color in (("cats/one.png", "red"), ("cats/two.png", "green"), ("three.png", "blue")):
+        Image.new("RGB", (64, 48), color).save(workspace / name)
+
+    page.goto(f"{server.url}/#/configure/mine?tab=prompts")
+    prompts = page.locator(".prompt")
+    expect(prompts.nth(1).get_by_text("cannot be shown: gone.png")).to_be_visible()
+    prompts.nth(1).get_by_role("button", name="Remove reference 1").click()
+    raw = page.get_by_label("The file", exact=True)
+    expect(raw).to_have_value(re.compile(r'"edit": "the same cat"'))
+
+    # From a folder, and from this computer; their order is changed; the text changes apart from them.
+    prompts.nth(0).get_by_role("button", name="From a folder").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_role("button", name="cats", exact=True).click()
+    for name in ("two.png", "one.png"):
+        dialog.get_by_role("button", name=name).click()
+    dialog.get_by_role("button", name="Choose", exact=True).click()
+    expect(prompts.nth(0).get_by_role("img")).to_have_count(2)
+    prompts.nth(0).get_by_label("References from this computer").set_input_files(workspace / "three.png")
+    expect(prompts.nth(0).get_by_role("img")).to_have_count(3)
+    prompts.nth(0).get_by_role("button", name="Move reference 3 to place 2").click()
+    prompts.nth(0).get_by_label("Prompt", exact=True).fill("a dog")
+    prompts.nth(0).get_by_label("Prompt", exact=True).blur()
+    page.keyboard.press("Control+s")
+    expect(page.get_by_text("Saved.")).to_be_visible()
+    assert json.loads(library.read_text()) == {
+        "plain": {"prompt": "a dog", "references": ["cats/two.png", "references/three.png", "cats/one.png"]},
+        "edit": "the same cat",
+    }
+    assert (workspace / "references" / "three.png").is_file()
+
+    run = RunDirectory(workspace / "output" / "mine")
+    run.create()
+    run.config.write_text('{"model_type": "lora", "seed": 42}')
+    with EventLog(run.events) as log:
+        log.emit(RunEvent(program="test", pid=1, resumed_from=None, steps=1, pictures=1, trainable=1))
+        log.emit(EndEvent(reason="done", exit_code=0, step=1, seconds=1.0))
+    page.goto(f"{server.url}/#/run?run=output/mine&tab=try")
+    page.get_by_label("Prompts").fill("a flag")
+    page.get_by_label("References from this computer").set_input_files(workspace / "cats" / "one.png")
+    expect(page.get_by_role("group", name="References").get_by_role("img")).to_have_count(1)
+    page.reload()  # it is kept, like the other settings
+    expect(page.get_by_role("group", name="References").get_by_role("img")).to_have_count(1)
+    page.route("**/api/jobs/sample", lambda route: route.abort())
+    with page.expect_request("**/api/jobs/sample") as asked:
+        page.get_by_role("button", name="Draw", exact=True).click()
+    assert asked.value.post_data_json["references"] == ["references/one.png"]

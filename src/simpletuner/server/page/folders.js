@@ -5,10 +5,12 @@ import { ask, button, dialog, fill, h, icon, problemPanel } from "./dom.js";
 import { some } from "./format.js";
 
 /**
- * Let a person choose a folder, starting at `path`; null where none was chosen.
- * @param {string} path @returns {Promise<string|null>}
+ * Let a person walk through the folders that the page may see, starting at `path`.
+ * @param {string} path @param {{title: string, yes: string, more: (here: object, open: (where: string) => Promise<void>) => any}} what `more` is what
+ *   stands below a folder's own folders
+ * @returns {Promise<object|null>} the answer of `GET /api/folders` for the folder that was chosen; null where none was
  */
-export async function chooseFolder(path) {
+export async function browse(path, { title, yes, more }) {
   const { roots } = await get("about");
   let here = null;
   const body = h("div", { class: "stack" });
@@ -31,25 +33,30 @@ export async function chooseFolder(path) {
         here.folders.map((folder) => h("li", {},
           h("button", { type: "button", class: "quiet", onclick: () => open(folder.path) }, icon("folder"), folder.name))),
         here.folders.length === 0 ? h("li", { class: "dim small" }, "No folders in it") : null),
-      h("div", {}, button("Make a folder here", make, { icon: "plus" })),
+      h("div", {}, more(here, open)),
     );
     return undefined;
   }
 
-  async function make() {
+  await open(path === "" ? "." : path, ".");
+  const chosen = await dialog({ title, body, actions: [{ label: "Cancel", value: null }, { label: yes, value: "chosen", kind: "primary" }] });
+  return chosen === null ? null : here;
+}
+
+/**
+ * Let a person choose a folder, starting at `path`; null where none was chosen.
+ * @param {string} path @returns {Promise<string|null>}
+ */
+export async function chooseFolder(path) {
+  async function make(here, open) {
     const name = await ask("Make a folder", { label: `Name, in ${here.path}`, yes: "Make it", check: (text) => (text.trim() ? "" : "A name is missing.") });
     if (name === null) return;
     const made = await post("folder", { path: here.path, name: name.trim() });
     await open(made.path);
   }
-
-  await open(path === "" ? "." : path, ".");
-  const chosen = await dialog({
-    title: "Choose a folder",
-    body,
-    actions: [{ label: "Cancel", value: null }, { label: "Choose this folder", value: "chosen", kind: "primary" }],
-  });
-  return chosen === null || here === null ? null : here.path;
+  const more = (here, open) => button("Make a folder here", () => make(here, open), { icon: "plus" });
+  const chosen = await browse(path, { title: "Choose a folder", yes: "Choose this folder", more });
+  return chosen === null ? null : chosen.path;
 }
 
 /** Make `path` and the folders above it, where they are not there yet. @throws {ApiFault} it cannot be made */

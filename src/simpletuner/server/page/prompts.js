@@ -1,8 +1,17 @@
-// The prompts that validation draws: a name and a text each.
+// The prompts that validation draws: a name and a text each, and reference images for those that edit them.
 
 import { button, freshId, h } from "./dom.js";
-import { read, renameMember, set } from "./jsontext.js";
+import { read, renameMember, set, written } from "./jsontext.js";
 import { examined, rawEditor } from "./raw.js";
+import { referenceList } from "./references.js";
+
+/** The text and the references of an entry, which is a text or an object with both. */
+function partsOf(value) {
+  if (typeof value === "string") return { prompt: value, references: [] };
+  const { prompt, references } = value ?? {};
+  const isRight = Array.isArray(references) && references.every((path) => typeof path === "string");
+  return { prompt: typeof prompt === "string" ? prompt : JSON.stringify(prompt ?? ""), references: isRight ? references : [] };
+}
 
 /** @param {import("./environment.js").Environment} environment */
 export function promptsPane(environment) {
@@ -15,6 +24,10 @@ export function promptsPane(environment) {
   function row({ key, node }, locked) {
     const name = freshId("prompt");
     const fault = h("p", { class: "fault", "aria-live": "polite" });
+    const { prompt, references } = partsOf(node.value);
+    const write = (parts) => edit(set(text(), [key], written(parts.references.length ? parts : parts.prompt, 1)));
+    const list = referenceList((paths) => write({ prompt, references: paths }));
+    list.show(references, locked);
     return h("li", { class: "prompt" },
       h("div", {}, h("label", { for: name }, "Name"),
         h("input", {
@@ -30,9 +43,9 @@ export function promptsPane(environment) {
         }), fault),
       h("div", { class: "grow" }, h("label", { for: `${name}-text` }, "Prompt"),
         h("textarea", {
-          id: `${name}-text`, rows: "2", disabled: locked, value: typeof node.value === "string" ? node.value : JSON.stringify(node.value),
-          onchange: (event) => edit(set(text(), [key], JSON.stringify(event.target.value))),
-        })),
+          id: `${name}-text`, rows: "2", disabled: locked, value: prompt,
+          onchange: (event) => write({ prompt: event.target.value, references }),
+        }), list.node),
       button("", () => edit(set(text(), [key], null)), { icon: "trash", kind: "quiet", label: `Remove ${key}`, disabled: locked }));
   }
 

@@ -3,6 +3,7 @@
 import { button, freshId, h, icon, problemPanel } from "./dom.js";
 import { jobPanel } from "./job.js";
 import { LoraChoice } from "./loras.js";
+import { referenceList } from "./references.js";
 import { Samples, gridTable, gridsOf } from "./samples.js";
 
 const SIDE_STEP = 16;
@@ -69,6 +70,8 @@ export class TryIt {
       guidance: number("guidance", config?.validation_guidance, { min: 0, max: 50, step: 0.1, placeholder: "the model's" }),
     };
     const { prompts, strengths, seed, count, width, height, steps, guidance } = this.fields;
+    this.references = referenceList(() => this.keep());
+    this.references.show(this.kept.references ?? []);
     const dice = button("", () => {
       seed.value = Math.floor(Math.random() * 2 ** 31);
       this.keep();
@@ -89,6 +92,8 @@ export class TryIt {
     },
     h("h2", {}, "Try it"),
     field("Prompts", prompts, "One a line. Ctrl and Enter draws."),
+    h("div", { class: "stack tight" }, h("span", { class: "label" }, "References"), this.references.node,
+      h("p", { class: "hint" }, "Images that every prompt edits or takes from, in this order.")),
     this.loras.node,
     field("Strengths", strengths, "A column of pictures for each, such as 0, 0.5, 0.8, 1, 1.2. 0 is the base model."),
     h("div", { class: "fields" },
@@ -101,7 +106,7 @@ export class TryIt {
   /** Remember the settings for the next visit. */
   keep() {
     const values = Object.fromEntries(Object.entries(this.fields).map(([name, input]) => [name, input.value]));
-    this.kept = { ...values, loras: this.loras.list };
+    this.kept = { ...values, loras: this.loras.list, references: this.references.paths };
     localStorage.setItem(KEPT + this.run, JSON.stringify(this.kept));
   }
 
@@ -127,6 +132,7 @@ export class TryIt {
       seed: Number(seed.value), count: Number(count.value), width: Number(width.value), height: Number(height.value),
       steps: optional(steps), guidance: optional(guidance),
       loras, strengths,
+      ...(this.references.paths.length ? { references: this.references.paths } : {}),
     };
     this.faults.replaceChildren();
     this.draw.disabled = true;

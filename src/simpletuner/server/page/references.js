@@ -1,0 +1,98 @@
+// The reference images of a prompt: in their order, added from this computer or from the folders that the page may see.
+
+import { ApiFault, address, upload } from "./api.js";
+import { button, fill, h, toast } from "./dom.js";
+import { browse, ensureFolder } from "./folders.js";
+
+const MOST = 10;
+/** Where files from this computer go, in the workspace. */
+const FOLDER = "references";
+const THUMBNAIL_PX = 160;
+
+export const fileName = (path) => path.split("/").at(-1);
+
+/** A reference, small; what cannot be shown is named. */
+function thumbnail(path) {
+  const image = h("img", { src: address("picture", { path, width: THUMBNAIL_PX }), alt: fileName(path), title: path, loading: "lazy", decoding: "async" });
+  image.addEventListener("error", () => image.replaceWith(h("div", { class: "missing-picture", title: path }, `cannot be shown: ${fileName(path)}`)), { once: true });
+  return image;
+}
+
+/** References to look at, numbered. @param {string[]} paths */
+export const shownReferences = (paths) => h("ul", { class: "plain row references", "aria-label": "References" },
+  paths.map((path, at) => h("li", {}, h("figure", {}, thumbnail(path), h("figcaption", {}, `${at + 1}`)))));
+
+/** Let a person choose images; the paths of those that were. @param {number} most @returns {Promise<string[]>} */
+async function chooseImages(most) {
+  const chosen = new Set();
+  const tile = (path) => h("li", {}, h("button", {
+    type: "button", class: "quiet", "aria-label": fileName(path), title: path, "aria-pressed": String(chosen.has(path)),
+    onclick({ currentTarget }) {
+      if (!chosen.delete(path) && chosen.size < most) chosen.add(path);
+      currentTarget.setAttribute("aria-pressed", String(chosen.has(path)));
+    },
+  }, h("img", { src: address("picture", { path, width: THUMBNAIL_PX }), alt: "", loading: "lazy", decoding: "async" }), h("span", { class: "small path" }, fileName(path))));
+  const answer = await browse(FOLDER, {
+    title: "Choose references", yes: "Choose",
+    more: (here) => h("ul", { class: "plain shelf", "aria-label": "Images in it" }, here.names.map(tile)),
+  });
+  return answer === null ? [] : [...chosen];
+}
+
+/**
+ * A list of references that can be changed.
+ * @param {(paths: string[]) => void} change is told the new list
+ * @returns {{node: HTMLElement, paths: string[], show: (paths: string[], locked?: boolean) => void}}
+ */
+export function referenceList(change) {
+  const node = h("div", { class: "stack tight", role: "group", "aria-label": "References" });
+  const input = h("input", { type: "file", multiple: true, hidden: true, accept: "image/*,.avif", "aria-label": "References from this computer", onchange() {
+    send([...input.files]);
+    input.value = "";
+  } });
+  const list = { node, paths: [], show };
+
+  const put = (paths) => {
+    show(paths.slice(0, MOST));
+    change(list.paths);
+  };
+
+  async function send(files) {
+    const sent = [];
+    try {
+      await ensureFolder(FOLDER);
+      for (const file of files) {
+        const { saved, refused } = await upload("PUT", "upload", { folder: FOLDER, name: file.name }, file);
+        sent.push(...saved);
+        for (const { name, reason } of refused) toast(`${name}: ${reason}`, "bad");
+      }
+    } catch (error) {
+      if (!(error instanceof ApiFault)) throw error;
+      toast(error.message, "bad");
+    }
+    if (sent.length) put([...list.paths, ...sent]);
+  }
+
+  function item(path, at) {
+    const others = list.paths.filter((_, index) => index !== at);
+    return h("li", {}, h("figure", {}, thumbnail(path), h("figcaption", {}, h("span", { class: "grow" }, `${at + 1}`),
+      at === 0 ? null : button("", () => put(others.toSpliced(at - 1, 0, path)), { icon: "left", kind: "quiet tiny", label: `Move reference ${at + 1} to place ${at}` }),
+      button("", () => put(others), { icon: "trash", kind: "quiet tiny", label: `Remove reference ${at + 1}` }))));
+  }
+
+  function show(paths, isLocked = false) {
+    list.paths = paths;
+    const isFull = isLocked || paths.length >= MOST;
+    node.replaceChildren();
+    fill(node, paths.length ? h("ul", { class: "plain row references" }, paths.map(item)) : null,
+      h("div", { class: "row" },
+        button("Add references", () => input.click(), { icon: "upload", kind: "tiny", disabled: isFull }), input,
+        button("From a folder", async () => {
+          const found = await chooseImages(MOST - list.paths.length);
+          if (found.length) put([...list.paths, ...found]);
+        }, { icon: "folder", kind: "tiny", disabled: isFull })));
+  }
+
+  show([]);
+  return list;
+}
