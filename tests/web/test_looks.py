@@ -18,6 +18,7 @@ pytestmark = pytest.mark.slow
 SCREENS = {
     "home": "#/",
     "configure": "#/configure/mine",
+    "prompts": "#/configure/mine?tab=prompts",
     "datasets": "#/datasets/mine",
     "files": "#/files/",
     "run": "#/run?run=output/one",
@@ -40,18 +41,28 @@ def finished_run(folder: Path, steps: int = 30) -> None:
         log.emit(RunEvent(program="simpletuner 0", pid=1, resumed_from=None, steps=steps, pictures=20, trainable=1000))
         for step in range(1, steps + 1):
             log.emit(StepEvent(step=step, epoch=0, loss=1 / step, lr=1e-3, grad_norm=0.5, seconds=0.1, memory_gib=1.0))
-        log.emit(ValidationEvent(step=steps, loss=0.2))
+        log.emit(ValidationEvent(step=steps, loss=0.2, drift=0.1))
         log.emit(EndEvent(reason="done", exit_code=0, step=steps, seconds=3.0))
 
 
 @pytest.fixture
 def furnished(server: Server, workspace: Path) -> Server:
-    """A workspace with an environment, its pictures, and two runs."""
+    """A workspace with an environment, its pictures, references and masks, and two runs."""
     example = Path(sys.modules["simpletuner"].__path__[0]) / "examples/tiny-lora"
     shutil.copytree(example, workspace / "config/mine", ignore=shutil.ignore_patterns("*.md"))
     from simpletuner.examples.pictures import materialise
 
     materialise("tiny-lora", workspace / "datasets/tiny-lora")
+    datasets = workspace / "config/mine/multidatabackend.json"
+    first, *others = json.loads(datasets.read_text())
+    beside = {"id": "beside", "dataset_type": "conditioning", "instance_data_dir": first["instance_data_dir"]}
+    masks = [{**beside, "id": kind, "conditioning_type": kind} for kind in ("reference_loose", "mask")]
+    datasets.write_text(
+        json.dumps([first | {"conditioning_data": ["reference_loose", "mask"]}, *others, *masks]), encoding="utf-8"
+    )
+    image = f"{first['instance_data_dir']}/{next((workspace / first['instance_data_dir']).glob('*.png')).name}"
+    library = {"edit": {"prompt": "the same flag", "references": [image]}}
+    (workspace / "config/mine/user_prompt_library.json").write_text(json.dumps(library), encoding="utf-8")
     finished_run(workspace / "output/one")
     finished_run(workspace / "output/two", steps=20)
     return server

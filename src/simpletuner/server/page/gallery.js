@@ -3,6 +3,7 @@
 import { beforeAfter } from "./slider.js";
 import { freshId, h } from "./dom.js";
 import { Grid, pictureUrl } from "./pictures.js";
+import { fileName, shownReferences } from "./references.js";
 import { openViewer } from "./viewer.js";
 
 export const THUMBNAIL_PX = 320;
@@ -120,6 +121,7 @@ export function validationViewer(run, grid, config) {
         row: picture.name, column: step === 0 ? "step 0 (base)" : `step ${step}`,
         facts: {
           Prompt: picture.prompt,
+          References: picture.references?.length ? picture.references.map(fileName).join(", ") : null,
           Seed: picture.seed,
           Size: `${picture.width} × ${picture.height}`,
           Step: step === 0 ? "0, the base model" : step,
@@ -133,8 +135,9 @@ export function validationViewer(run, grid, config) {
   };
 }
 
-const promptText = ({ name, prompt, isEma }) => [
+const promptText = ({ name, prompt, references, isEma }) => [
   h("span", { class: "name" }, name), isEma ? h("span", { class: "badge" }, "moving average") : null, h("span", { class: "prompt dim" }, prompt),
+  references.length ? shownReferences(references) : null,
 ];
 
 /** The head of a row of pictures. */

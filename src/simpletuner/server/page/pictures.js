@@ -19,7 +19,7 @@ export class Grid {
         const key = rowKey(picture);
         if (!cells.has(key)) {
           cells.set(key, new Map());
-          this.rows.push({ key, name: picture.name, prompt: picture.prompt, isEma: picture.is_ema, seed: picture.seed });
+          this.rows.push({ key, name: picture.name, prompt: picture.prompt, references: picture.references ?? [], isEma: picture.is_ema, seed: picture.seed });
         }
         cells.get(key).set(step, picture);
         steps.add(step);

@@ -2,7 +2,6 @@
 
 import { address, get } from "./api.js";
 import { button, h, icon, problemPanel } from "./dom.js";
-import { fileName, shownReferences } from "./references.js";
 import { openViewer } from "./viewer.js";
 
 const SHOWN_AT_FIRST = 8;
@@ -10,6 +9,9 @@ const PICTURE_PX = 768;
 
 /** What is the same for all pictures of a grid. */
 const keyOf = ({ prompt, references, width, height, steps, guidance }) => JSON.stringify([prompt, references, width, height, steps, guidance]);
+
+/** The reference images that a picture was drawn with; null where there are none. */
+const referencesText = ({ references }) => (references?.length ? references.map(({ name }) => name).join(", ") : null);
 
 /** The LoRAs that act, as a text that tells columns apart; empty for the base. */
 const columnOf = ({ loras }) => JSON.stringify(loras.filter(({ strength }) => strength !== 0).map(({ name, sha256, strength }) => [sha256 ?? name, strength]));
@@ -58,7 +60,7 @@ function arranged({ about, cells, seeds, columns }, plain) {
         src: address("picture", { path: one.path }), file: one.path.split("/").at(-1), width: one.width, height: one.height,
         row: one.seed === null ? (one.prompt ?? one.path) : `Seed ${one.seed}`, column: this.labels[column].toLowerCase(),
         facts: {
-          Prompt: one.prompt, References: one.references?.length ? one.references.map(fileName).join(", ") : null, Seed: one.seed, Size: `${one.width} × ${one.height}`, "Sampler steps": one.steps, Guidance: one.guidance,
+          Prompt: one.prompt, References: referencesText(one), Seed: one.seed, Size: `${one.width} × ${one.height}`, "Sampler steps": one.steps, Guidance: one.guidance,
           LoRAs: one.loras.map(({ name, strength }) => `${name} at ${strength}`).join(", ") || "none",
         },
       };
@@ -69,7 +71,7 @@ function arranged({ about, cells, seeds, columns }, plain) {
 /** A grid as a table; a picture opens the viewer. */
 export function gridTable(grid) {
   const { about } = grid;
-  const facts = [`${about.width} × ${about.height}`, about.steps && `${about.steps} steps`, about.guidance !== null && `guidance ${about.guidance}`];
+  const facts = [referencesText(about) && `from ${referencesText(about)}`, `${about.width} × ${about.height}`, about.steps && `${about.steps} steps`, about.guidance !== null && `guidance ${about.guidance}`];
   const cell = (row, column) => {
     const one = grid.picture(row, column);
     if (!one) return h("td", {}, h("span", { class: "dim" }, "–"));
@@ -90,7 +92,7 @@ export function gridTable(grid) {
     h("thead", {}, h("tr", {}, h("td", {}), grid.labels.map((label) => h("th", { scope: "col" }, label)))), h("tbody", {}, rows));
   table.style.setProperty("--columns", grid.columns);
   return h("figure", { class: "drawn" },
-    h("figcaption", {}, h("p", {}, about.prompt ?? about.path), about.references?.length ? shownReferences(about.references) : null, h("p", { class: "small dim numbers" }, facts.filter(Boolean).join(" · "))),
+    h("figcaption", {}, h("p", {}, about.prompt ?? about.path), h("p", { class: "small dim numbers" }, facts.filter(Boolean).join(" · "))),
     h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Pictures of ${about.prompt ?? "a prompt"}` }, table));
 }
 

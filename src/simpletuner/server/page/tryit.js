@@ -3,7 +3,7 @@
 import { button, freshId, h, icon, problemPanel } from "./dom.js";
 import { jobPanel } from "./job.js";
 import { LoraChoice } from "./loras.js";
-import { referenceList } from "./references.js";
+import { fileName, referenceList } from "./references.js";
 import { Samples, gridTable, gridsOf } from "./samples.js";
 
 const SIDE_STEP = 16;
@@ -164,11 +164,11 @@ export class TryIt {
 }
 
 /** The pictures of a request in the order in which they come. */
-function planned({ prompts, seed, count, strengths, loras, ...rest }, labels) {
+function planned({ prompts, seed, count, strengths, loras, references = [], ...rest }, labels) {
   const seeds = Array.from({ length: count }, (_, index) => seed + index);
   const name = (path) => labels.find((one) => one.path === path)?.label ?? path;
   return prompts.flatMap((prompt) => seeds.flatMap((own) => strengths.map((strength) => ({
-    ...rest, prompt, seed: own, loras: loras.map((lora) => ({ name: name(lora.path), strength: round(lora.strength * strength) })),
+    ...rest, prompt, references: references.map((path) => ({ name: fileName(path) })), seed: own, loras: loras.map((lora) => ({ name: name(lora.path), strength: round(lora.strength * strength) })),
   }))));
 }
 
