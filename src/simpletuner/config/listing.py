@@ -49,6 +49,9 @@ _OF_TRAINING = (
     "end_epoch",
     "timestep_sampling_offset",
     "caption_shuffle",
+    "is_regularisation_data",
+    "class_prompt",
+    "loss_weight",
 )
 """Keys that a held-out set has no use for."""
 
@@ -289,6 +292,11 @@ def _image_notices(image_set: ImageSet, typed: Any) -> Iterator[str]:
         (("disable_multiline_split",), not reads_textfiles, "captions do not come from .txt files"),
         (_OF_TRAINING, image_set.dataset_type == "eval", "an eval set is never trained"),
         (("conditioning_required",), not image_set.conditioning_data, "conditioning_data names no set"),
+        (
+            ("class_prompt",),
+            image_set.is_regularisation_data,
+            "a regularization set is held at the base model as it is",
+        ),
     ]
     yield from _ignored(ignored, typed)
 
@@ -313,6 +321,9 @@ def _assemble(
     train_sets = tuple(image_set for image_set in enabled if image_set.dataset_type == "image")
     if not train_sets:
         listing.problems.append(Problem(f"{label}: there is nothing to train on", "an enabled image set"))
+    elif all(image_set.is_regularisation_data for image_set in train_sets):
+        found = f"{label}: every image set has is_regularisation_data: nothing would be learned"
+        listing.problems.append(Problem(found, "an enabled image set without it"))
     if not stores:
         folder = joined(around.folder, f"{around.names['output_dir']}/cache/text")
         stores = [TextStore(id="text-embeds", default=True, cache_dir=folder)]

@@ -16,6 +16,7 @@ from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.precision import PrecisionOptions
+from simpletuner.config.options.preservation import replaced
 from simpletuner.config.options.process import ProcessOptions
 from simpletuner.config.options.rollout import RolloutOptions
 from simpletuner.config.options.tread import TreadRoute
@@ -64,6 +65,7 @@ def findings(config: RunConfig, datasets: Datasets | None) -> Iterator[Finding]:
     yield from _routes(config)
     if datasets is not None:
         yield from _windows(config, datasets)
+    yield from _preservation(config, datasets)
     if datasets is not None and config.eval_dataset_id is not None:
         ids = [held.id for held in datasets.eval_sets]
         if config.eval_dataset_id not in ids:
@@ -407,6 +409,50 @@ def _routes(config: RunConfig) -> Iterator[Finding]:
             yield key, problem
 
 
+def _preservation(config: RunConfig, datasets: Datasets | None) -> Iterator[Finding]:
+    """Losses towards the base model that a run cannot have."""
+    train_sets = () if datasets is None else datasets.train_sets
+    held = [image_set.id for image_set in train_sets if image_set.is_regularisation_data]
+    if config.model_type == "full":
+        why = "with model_type = full, which changes the base model itself: it cannot predict beside it"
+        remedy = "Train a LoRA (--model_type=lora), or give"
+        if config.preserves:
+            found = f"preservation = {config.preservation} {why}"
+            yield ("preservation", "model_type"), Problem(found, remedy=f"{remedy} --preservation=none.")
+        if config.masked_loss_prior:
+            found = f"masked_loss_prior = {config.masked_loss_prior:g} {why}"
+            yield ("masked_loss_prior", "model_type"), Problem(found, remedy=f"{remedy} --masked_loss_prior=0.")
+        if held:
+            found = f"is_regularisation_data in {join_names(held, 'and')} {why}"
+            yield ("model_type",), Problem(found, remedy=f"{remedy} no set is_regularisation_data.")
+    if config.preserves and config.preservation == "class":
+        yield from _class_preservation(config, datasets)
+
+
+def _class_preservation(config: RunConfig, datasets: Datasets | None) -> Iterator[Finding]:
+    """What `preservation` class needs to make another prompt of each caption."""
+    trigger = config.preservation_trigger
+    if trigger is None:
+        expected = "the word in captions that stands for what is learned"
+        remedy = "Give --preservation_trigger, such as the instance_prompt's rare word, or --preservation=blank."
+        found = "preservation = class without preservation_trigger"
+        yield ("preservation_trigger", "preservation"), Problem(found, expected, remedy)
+    names = {} if config.preservation_class is None else {"preservation_class": config.preservation_class}
+    if datasets is not None:
+        learned = [image_set for image_set in datasets.train_sets if not image_set.is_regularisation_data]
+        names |= {f"class_prompt of {each.id}": each.class_prompt for each in learned if each.class_prompt is not None}
+        lacking = [each.id for each in learned if each.class_prompt is None]
+        if lacking and config.preservation_class is None:
+            sets = join_names(lacking, "and")
+            found = f"preservation = class without preservation_class, and no class_prompt in {sets}"
+            remedy = "Give --preservation_class, such as dog, or --preservation=blank."
+            yield ("preservation_class", "preservation"), Problem(found, "what replaces the trigger", remedy)
+    for key, name in names.items():
+        if trigger is not None and replaced(name, trigger, "") is not None:
+            found = f"{key} = {shown(name)} contains preservation_trigger, {shown(trigger)}"
+            yield ("preservation_class", "preservation_trigger"), Problem(found, "a class without the trigger")
+
+
 def notices(config: RunConfig, datasets: Datasets | None, given: Collection[str]) -> Iterator[str]:
     """What to say before the run: the licence, options in `given` that have no effect, odd combinations."""
     flavour = FLAVOURS[config.model_flavour]
@@ -455,6 +501,10 @@ def notices(config: RunConfig, datasets: Datasets | None, given: Collection[str]
             f"learning_rate {config.learning_rate:g} × {config.rate_scale:.4g} by the effective batch of "
             f"{config.effective_batch}: {config.learning_rate * config.rate_scale:.4g}."
         )
+    train_sets = () if datasets is None else datasets.train_sets
+    named = [each.id for each in train_sets if each.class_prompt is not None]
+    if named and not (config.preserves and config.preservation == "class"):
+        yield f"class_prompt in {join_names(named, 'and')} has no effect: preservation class is off."
     yield from _odd_rates(config)
     if config.optimizer == "adamw_schedulefree" and not config.lr_scheduler.startswith("constant"):
         yield (
@@ -540,6 +590,10 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
     yield ("huber_c", "huber_schedule"), config.loss_type == "l2", "loss_type is l2"
 
     yield from _ignored_of_rollout(config)
+    is_class = config.preservation == "class"
+    yield ("preservation_weight",), config.preservation == "none", "preservation is none"
+    reason = f"preservation is {config.preservation}"
+    yield ("preservation_trigger", "preservation_class"), not is_class, reason
 
     shape = config.lr_scheduler
     yield ("lr_warmup_steps",), shape == "constant", "lr_scheduler is constant; constant_with_warmup warms up"

@@ -45,6 +45,8 @@ class Batch:
     """
     is_regularisation: bool = False
     """Whether the target is the base model's own prediction."""
+    distills_elsewhere: bool = False
+    """Whether that is so of any of the batches that the ranks train at the same time, where there are several ranks."""
     preserved: TextContext | None = None
     """Contexts whose predictions are held at the base model's; None where no sample of the batch takes part."""
     preserved_weights: Float[Tensor, " b"] | None = None

@@ -60,7 +60,10 @@ class Manifest:
         samples = [
             (s.name, s.content, s.geometry.__dict__, s.captions, *self._condition_fingerprint(s)) for s in self.samples
         ]
-        return sha256_json([own.id, own.repeats, own.probability, own.train_batch_size, samples])
+        loss = own.model_dump(include={"is_regularisation_data", "class_prompt", "loss_weight"}, exclude_defaults=True)
+        return sha256_json(
+            [own.id, own.repeats, own.probability, own.train_batch_size, samples, *([loss] if loss else [])]
+        )
 
     def _condition_fingerprint(self, sample: Sample) -> list[Any]:
         """What of a sample's references and mask changes what is trained; nothing where it has none."""

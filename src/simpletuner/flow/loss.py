@@ -1,6 +1,7 @@
 """The error of a predicted velocity, one number a sample. The caller averages over samples."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -71,6 +72,23 @@ def averaged(penalties: Float[Tensor, "b c h w"], weight: Float[Tensor, "b h w"]
     return weighted / (reduce(weight, "b h w -> b", "sum") * penalties.shape[1])
 
 
+@dataclass(frozen=True)
+class Prior:
+    """A second target: the base model's own prediction at the same input, where a mask leaves the image out."""
+
+    target: Float[Tensor, "b c h w"]
+    """Without gradient, fp32."""
+    weight: Float[Tensor, "b h w"]
+    """Weight of each place: 0 inside the mask."""
+
+    def loss(
+        self, prediction: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"], penalty: Penalty
+    ) -> Float[Tensor, " b"]:
+        """The mean over all places of weight · penalty, of each sample: it grows with the area that is left out."""
+        penalties = penalty(prediction - self.target, sigma)
+        return reduce(rearrange(self.weight, "b h w -> b 1 h w") * penalties, "b c h w -> b", "mean")
+
+
 def flow_loss(
     denoise: Denoise,
     clean: Float[Tensor, "b c h w"],
@@ -80,7 +98,24 @@ def flow_loss(
     noise: Float[Tensor, "b c h w"],
     penalty: Penalty = squared,
     weight: Float[Tensor, "b h w"] | None = None,
+    prior: Prior | None = None,
 ) -> Float[Tensor, " b"]:
-    """Loss of each sample, fp32: `penalty` of the velocity error, averaged over its latent (by `weight` if given)."""
-    prediction = denoise(noised(clean, noise, sigma), sigma, condition)
-    return averaged(penalty(prediction.float() - velocity(clean, noise), sigma), weight)
+    """Loss of each sample, fp32: `penalty` of the velocity error, averaged over its latent (by `weight` if given), and
+    that of `prior`.
+    """
+    prediction = denoise(noised(clean, noise, sigma), sigma, condition).float()
+    losses = averaged(penalty(prediction - velocity(clean, noise), sigma), weight)
+    return losses if prior is None else losses + prior.loss(prediction, sigma, penalty)
+
+
+def distillation_loss(
+    denoise: Denoise,
+    x: Float[Tensor, "b c h w"],
+    condition: Condition,
+    *,
+    sigma: Float[Tensor, " b"],
+    target: Float[Tensor, "b c h w"],
+    penalty: Penalty = squared,
+) -> Float[Tensor, " b"]:
+    """Loss of each sample, fp32, with another model's prediction at the same `x` as `target`: the mean penalty."""
+    return averaged(penalty(denoise(x, sigma, condition).float() - target, sigma))

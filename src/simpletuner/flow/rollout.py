@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from simpletuner.flow.condition import Condition, Denoise
-from simpletuner.flow.loss import Penalty, averaged, squared
+from simpletuner.flow.loss import Penalty, Prior, averaged, squared
 from simpletuner.flow.path import noised, velocity
 from simpletuner.flow.sampler import Velocity, dpm, euler, heun, unipc
 
@@ -126,6 +126,7 @@ def rollout_loss(
     reflex: Reflex = Reflex(),
     penalty: Penalty = squared,
     weight: Float[Tensor, "b h w"] | None = None,
+    prior: Prior | None = None,
 ) -> Float[Tensor, " b"]:
     """`flow_loss` at x instead of the plainly noised latents, with ReflexFlow's terms where `is_rolled`.
 
@@ -145,7 +146,7 @@ def rollout_loss(
         losses = torch.where(is_rolled, reflex.beta2, 1) * losses
     if reflex.beta1:
         losses = losses + torch.where(is_rolled, reflex.beta1 * drift(prediction, x - clean, weight), 0)
-    return losses
+    return losses if prior is None else losses + prior.loss(prediction, sigma, penalty)
 
 
 def compensation(

@@ -432,8 +432,8 @@ class Footprint:
 
     @property
     def wire(self) -> Wire | None:
-        """Bytes that a process sends in an optimizer step, without those of scheduled sampling, held-out loss and
-        validation images. None for a single process.
+        """Bytes that a process sends in an optimizer step, without those of scheduled sampling, preservation, held-out
+        loss and validation images. None for a single process.
 
         The adapters' gradients are summed once a step. Sharded weights are gathered in each forward pass, and blocks
         that are dropped after it again in each backward pass. The gradients of sharded weights are scattered in fp32 in
@@ -753,7 +753,7 @@ class Footprint:
         room.ram("activations that wait", worst.elsewhere)
         if self.work.draws and not config.offload_during_startup:
             self._hold_autoencoder(room, decoder_shapes(self.architecture.autoencoder))  # from the first picture on
-        self._data(room, passing)
+        self._data(room, passing, is_trained=True)
         room.disk("checkpoints", (config.checkpoints_total_limit + 1) * self.checkpoint_bytes)
         if self.is_full:  # in BFL's layout; the diffusers folder is links to the last checkpoint
             room.disk("single file", self._exported_model_bytes * (2 if config.use_ema else 1))
@@ -936,15 +936,19 @@ class Footprint:
         blocks = sorted(weights.blocks)[-GATHERED_BLOCKS if config.fsdp_reshard_after_forward else 0 :]
         room.device(f"{prefix}gathered weights", weights.rest + sum(blocks))
 
-    def _data(self, room: _Room, passing: Pass) -> None:
+    def _data(self, room: _Room, passing: Pass, *, is_trained: bool = False) -> None:
         """Latents, their noise, their mixture, the velocity and the answer, fp32; references; contexts; tables of
-        positions, with references one a sample. In the machine's memory this batch and the next.
+        positions, with references one a sample. In training the base model's prediction and a second prompt's contexts,
+        where the options ask for them. In the machine's memory this batch and the next.
         """
         spec, batch = passing.spec, passing.batch
         latents, references = (batch * count * spec.in_channels * 4 for count in (passing.image, passing.references))
         contexts = batch * passing.text * self._context_row
         tables = (batch if references else 1) * passing.joint * spec.head_dim * 4
-        room.device("batch", 5 * latents + references + contexts + tables)
+        if is_trained and self.config.preserves:
+            contexts *= 2
+        has_base = is_trained and (self.config.preserves or self.config.masked_loss_prior > 0)
+        room.device("batch", (6 if has_base else 5) * latents + references + contexts + tables)
         if self.machine.accelerator is not None:
             room.ram("batch", 2 * (latents + references + contexts))
 

@@ -19,9 +19,10 @@ from torch import nn
 from simpletuner.base.errors import ConfigError
 
 VARIANTS = 16
-"""How many artefacts a kind of block can come to need: inputs that want a gradient or not (the first block's do not) ×
-passes with or without gradients × batches of one or of more × one table of positions or one a sample. Sizes are
-symbols in the artefact, so resolutions and routes add none. References may be masked or not: as many again."""
+"""How many artefacts a kind of block can come to need: passes with gradients whose inputs want one or not (the first
+block's do not), and passes without gradients with the adapter on or off × batches of one or of more × one table of
+positions or one a sample. Sizes are symbols in the artefact, so resolutions and routes add none. References may be
+masked or not: as many again."""
 
 PROBE_LIMIT_S = 120.0
 """Longer than a first start of Triton and its compiler takes on a slow disk."""

@@ -121,6 +121,9 @@ class StepEvent(Event):
     """Global gradient norm before clipping."""
     seconds: float
     """Wall time of the step."""
+    preservation_loss: float | None = None
+    """Mean over the samples of the weighted loss of `preservation`, which `loss` leaves out; null without that option.
+    [preservation.md](preservation.md) explains it."""
     rollout_calls: int = 0
     """Model calls without gradient that scheduled sampling added to the step."""
     memory_gib: float

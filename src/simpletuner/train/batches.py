@@ -5,14 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from simpletuner.base.draws import draw_seed
 from simpletuner.config.datasets import ImageSet
 from simpletuner.config.run import RunConfig
 from simpletuner.data.batch import Batch, GlobalBatch, caption_of
 from simpletuner.data.order import MicroBatch, Order
+from simpletuner.data.preserved import BLANK, PreservedPrompts
 from simpletuner.data.sample import Sample
-from simpletuner.flow.condition import Condition, References
+from simpletuner.flow.condition import Condition, References, TextContext
 from simpletuner.flux2.routes import Route
 from simpletuner.flux2.tokens import reference_tokens
 from simpletuner.flux2.tread import draw_choices
@@ -54,17 +57,23 @@ class BatchBuilder:
         batches: list[Batch] = []
         names: list[str] = []
         all_slots: list[range] = []
+        distills: list[bool] = []
         first = (step - 1) * self.batches_per_step
         for place in range(self.batches_per_step):
             _, micro_batch = self.order.micro_batch(first + place)
             if place % self.world.size == self.world.rank:
                 batches.append(self.batch(micro_batch, step, len(names)))
             all_slots.append(range(len(names), len(names) + len(micro_batch.visits)))
+            distills.append(self._set_of(micro_batch).is_regularisation_data)
             names += names_of(self._samples(micro_batch))
-        if self.rollout is not None and not self.world.is_alone:
-            turns = [all_slots[at : at + self.world.size] for at in range(0, len(all_slots), self.world.size)]
+        if not self.world.is_alone:
+            turns = [range(at, at + self.world.size) for at in range(0, len(all_slots), self.world.size)]
             batches = [
-                replace(batch, rolls_elsewhere=any(any(self.rollout.lengths(step, slots)) for slots in turn))
+                replace(
+                    batch,
+                    rolls_elsewhere=any(self._rolls(step, all_slots[place]) for place in turn if not distills[place]),
+                    distills_elsewhere=any(distills[place] for place in turn),
+                )
                 for batch, turn in zip(batches, turns, strict=True)
             ]
         epoch, _ = self.order.micro_batch(first)
@@ -77,27 +86,33 @@ class BatchBuilder:
 
     def batch(self, micro_batch: MicroBatch, step: int, first_slot: int) -> Batch:
         """One micro-batch, its captions and draws keyed by `step` and its samples' slots in the global batch."""
-        manifest = self.prepared.train[micro_batch.visits[0].set_index]
+        image_set = self._set_of(micro_batch)
         samples = self._samples(micro_batch)
         slots = range(first_slot, first_slot + len(samples))
         prompts = [self._prompt(sample, step, slot) for sample, slot in zip(samples, slots, strict=True)]
-        latents = self.prepared.latents(manifest.image_set, samples)
+        latents = self.prepared.latents(image_set, samples)
         channels, height, width = latents.shape[1:]
-        masked = self._mask_effects(manifest.image_set, samples, step, slots, (height, width))
+        masked = self._mask_effects(image_set, samples, step, slots, (height, width))
         draws = self.objective.draw(step, slots, (channels, height, width))
+        is_regularisation = image_set.is_regularisation_data
+        rollout = None if is_regularisation else self.rollout
+        preserved, preserved_weights = self._preserved(image_set, prompts)
         return Batch(
             latents=latents,
             condition=Condition(
-                self.prepared.contexts(prompts, manifest.image_set),
+                self.prepared.contexts(prompts, image_set),
                 draws.guidance,
                 self._references([self._kept(sample, step, slot) for sample, slot in zip(samples, slots, strict=True)]),
             ),
             sigma=draws.sigma,
             noise=draws.noise,
             names=names_of(samples),
-            weights=torch.ones(len(samples)),
+            weights=torch.full((len(samples),), image_set.loss_weight),
             slots=slots,
-            rollout=None if self.rollout is None else self.rollout.starts(step, slots, draws.sigma),
+            rollout=None if rollout is None else rollout.starts(step, slots, draws.sigma),
+            is_regularisation=is_regularisation,
+            preserved=preserved,
+            preserved_weights=preserved_weights,
             choices=draw_choices(self.routes, self.config.seed, step, slots, height * width, masked.force_keep),
             masks=masked.weights,
             outside=masked.outside,
@@ -110,6 +125,24 @@ class BatchBuilder:
             return MaskEffects()
         masking = Masking(self.config, self.config.seed)
         return masking.effects(masking.used(self.prepared.masks(samples), step, slots), shape)
+
+    def _preserved(
+        self, image_set: ImageSet, prompts: Sequence[str]
+    ) -> tuple[TextContext, Float[Tensor, " b"]] | tuple[None, None]:
+        """The contexts of the prompts that `preservation` holds beside `prompts`, and each sample's weight: 0, with the
+        empty prompt, where it takes no part. None where none does.
+        """
+        held = [PreservedPrompts(self.config).of(image_set, prompt) for prompt in prompts]
+        if all(prompt is None for prompt in held):
+            return None, None
+        weights = [0.0 if prompt is None else self.config.preservation_weight for prompt in held]
+        return self.prepared.contexts([prompt or BLANK for prompt in held], image_set), torch.tensor(weights)
+
+    def _rolls(self, step: int, slots: range) -> bool:
+        return self.rollout is not None and any(self.rollout.lengths(step, slots))
+
+    def _set_of(self, micro_batch: MicroBatch) -> ImageSet:
+        return self.prepared.train[micro_batch.visits[0].set_index].image_set
 
     def _samples(self, micro_batch: MicroBatch) -> list[Sample]:
         manifest = self.prepared.train[micro_batch.visits[0].set_index]

@@ -24,6 +24,7 @@ from simpletuner.config.run import RunConfig
 from simpletuner.data.geometry import aligned_square
 from simpletuner.data.manifest import Manifest, count_new, scan
 from simpletuner.data.order import Order
+from simpletuner.data.preserved import PreservedPrompts
 from simpletuner.data.sample import Sample
 from simpletuner.flux2.arithmetic import training_flop
 from simpletuner.flux2.footprint import Architecture, Footprint, Workload, tokens_of
@@ -197,6 +198,7 @@ def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manife
     encoded = max((crop.geometry.target for crop in (*samples, *references)), key=math.prod)
     captions = {caption for sample in samples for caption in sample.captions}
     captions |= {prompt.text for prompt in loaded.prompts.values()} | set(loaded.config.validation_drift_prompts or ())
+    captions.update(*map(PreservedPrompts(loaded.config).all_of, train))
     longest = longest_caption(captions, loaded.config)
     per_step = loaded.config.gradient_accumulation_steps * loaded.config.ranks
     order = Order(train, seed=loaded.config.seed, batch_size=run_batch, batches_per_step=per_step)

@@ -24,6 +24,7 @@ from simpletuner.data.cache.masks import MaskSource, fill_masks
 from simpletuner.data.cache.store import Store
 from simpletuner.data.captions import LACKS_CAPTION
 from simpletuner.data.manifest import Manifest, scan
+from simpletuner.data.preserved import PreservedPrompts
 from simpletuner.data.references import reference_crops
 from simpletuner.data.sample import Crop, Sample
 from simpletuner.data.storages import latent_storage, text_storage
@@ -251,7 +252,7 @@ def scan_sets(loaded: Loaded, source: Source, world: World, reporter: Reporter) 
     what it found, also where a file has changed since.
 
     Raises:
-        DataError: a set is missing or ends up empty; on rank 0.
+        DataError: a set is missing or ends up empty, on rank 0; or no caption contains `preservation_trigger`.
     """
     config, datasets = loaded.config, loaded.datasets
     image_sets = (*datasets.train_sets, *datasets.eval_sets)
@@ -269,6 +270,9 @@ def scan_sets(loaded: Loaded, source: Source, world: World, reporter: Reporter) 
     for manifest in manifests:
         tell_manifest(manifest, reporter)
     count = len(datasets.train_sets)
+    notice = PreservedPrompts(config).notice(manifests[:count])
+    if notice is not None:
+        reporter.notice(notice)
     encoders = Encoders.claimed(loaded, source, world)
     prepared = Prepared(loaded, encoders, tuple(manifests[:count]), tuple(manifests[count:]))
     _ = prepared.prompt_references  # looked at now: a wrong one is told before an encoder loads
@@ -318,6 +322,8 @@ def wanted_prompts(prepared: Prepared) -> dict[TextStore, list[str]]:
         prompts = found[datasets.text_store_of(manifest.image_set)]
         prompts += [caption for sample in manifest.samples for caption in sample.captions]
         prompts.append(UNCONDITIONAL_CAPTION)
+    for manifest in prepared.train:
+        found[datasets.text_store_of(manifest.image_set)] += PreservedPrompts(config).all_of(manifest)
     general = found[datasets.default_text_store]
     general += [UNCONDITIONAL_CAPTION, *(prompt.text for prompt in prepared.loaded.prompts.values())]
     if not config.validation_disable:

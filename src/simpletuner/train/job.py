@@ -69,6 +69,7 @@ from simpletuner.train.ema import Ema
 from simpletuner.train.export import EXPORTS
 from simpletuner.train.loop import Loop, Plan, best_step, mind_the_disk, shapes_of
 from simpletuner.train.placement import open_decoder, residency_text, stream_blocks
+from simpletuner.train.preservation import Preservation
 from simpletuner.train.preview import DrawingModel, PreviewModel, TrainedModel, base_tensors
 from simpletuner.train.product import PRODUCTS, Product
 from simpletuner.train.profile import StepProfiler
@@ -296,6 +297,7 @@ class Attempt:
         objective = Objective.of(self.config, self.config, self.config.seed, strata)
         idle = partial(idle_pass, product.transformer) if is_sharded(product.transformer) else None
         rollout = Rollout.of(self.config, self.config.seed, idle)
+        preservation = Preservation.of(self.config, denoiser, trained, idle)
         release = None
         if self.config.optimizer_release_gradients:
             assert isinstance(optimiser, StepsOneParameter)  # config.rules names those that are
@@ -310,6 +312,7 @@ class Attempt:
             device=self.device,
             route=denoiser.routed if routes else None,
             rollout=rollout,
+            preservation=preservation,
             masters=trained.masters,
             is_autocast=self.config.is_autocast,
             release=release,
@@ -367,6 +370,7 @@ class Attempt:
                 rollout,
                 data_sheet_rate(self.device),
                 is_compiled=self.compiled is not None,
+                preservation=preservation,
             ),
             profiler=StepProfiler(self.run.profiles, profiled, self.device, self.reporter),
             save=save,

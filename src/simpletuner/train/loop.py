@@ -259,6 +259,7 @@ class Loop:
             lr=lr,
             grad_norm=result.grad_norm,
             seconds=round(seconds, 4),
+            preservation_loss=result.preservation_loss,
             rollout_calls=result.rollout_calls,
             memory_gib=peak.used_gib,
             memory_allocated_gib=peak.allocated_gib,

@@ -120,7 +120,8 @@ class TrainingBar:
         self._losses.append(event.loss)
         count = len(self._losses)
         loss = math.fsum(self._losses) / count
-        extra = f", {event.rollout_calls} rollout calls" if event.rollout_calls else ""
+        extra = "" if event.preservation_loss is None else f", preservation loss {event.preservation_loss:.4f}"
+        extra += f", {event.rollout_calls} rollout calls" if event.rollout_calls else ""
         rates = self._rates(event)
         if self._bar is not None:
             lr = f", lr {event.lr:.2e}" if terminal_width() >= WIDE_ENOUGH_FOR_LR else ""

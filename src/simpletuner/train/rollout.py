@@ -12,12 +12,22 @@ from simpletuner.base.draws import draw_seed
 from simpletuner.config.options.rollout import RolloutOptions
 from simpletuner.data.batch import Batch
 from simpletuner.flow.condition import Denoise
-from simpletuner.flow.loss import Penalty, flow_loss
+from simpletuner.flow.loss import Penalty, Prior, flow_loss
 from simpletuner.flow.path import noised
 from simpletuner.flow.rollout import SOLVERS, Reflex, RolloutStarts, Solver, rolled_out, rollout_loss
 
 PARTS = 1000
 """A length of 1 is this part of the path."""
+
+
+@dataclass(frozen=True)
+class RolloutInputs:
+    """What a batch is trained at. Without gradient."""
+
+    x: Float[Tensor, "b c h w"]
+    """The latents at each sample's sigma: rolled out, or plainly noised."""
+    unrolled: Float[Tensor, "b c h w"] | None = None
+    """The prediction at the plainly noised latents, where ReflexFlow asks for it."""
 
 
 @dataclass(frozen=True)
@@ -110,16 +120,17 @@ class Rollout:
         unrolled = len(batch.latents) if self.reflex.alpha else 0
         return len(batch.rollout.rolled) * self._walked + unrolled
 
-    def losses(self, denoise: Denoise, batch: Batch, *, penalty: Penalty, sample: Denoise) -> Float[Tensor, " b"]:
-        """`flow_loss`, with the samples whose length is not 0 rolled out. The others keep their bits.
+    def inputs(self, denoise: Denoise, batch: Batch, *, sample: Denoise) -> "RolloutInputs":
+        """What `losses` is computed at: the samples whose length is not 0 are rolled out.
 
         Args:
-            sample: the denoiser that is integrated: as validation samples with it, where `denoise` is routed.
+            denoise: the denoiser of the pass with gradients, which may be routed.
+            sample: the denoiser that is integrated: as validation samples with it.
         """
         latents, condition, sigma, noise = batch.latents, batch.condition, batch.sigma, batch.noise
         if batch.rollout is None:
             self._take_part(self.calls if batch.rolls_elsewhere else 0)
-            return flow_loss(denoise, latents, condition, sigma=sigma, noise=noise, penalty=penalty, weight=batch.masks)
+            return RolloutInputs(noised(latents, noise, sigma))
         unrolled = None
         if not len(batch.rollout.rolled):  # lengths, but no room: at sigma 1 there is nothing noisier
             self._take_part(self._walked)
@@ -141,18 +152,43 @@ class Rollout:
         if self.reflex.alpha:
             with torch.random.fork_rng(accelerators), torch.no_grad():
                 unrolled = denoise(noised(latents, noise, sigma), sigma, condition)
+        return RolloutInputs(x, unrolled)
+
+    def losses(
+        self,
+        denoise: Denoise,
+        batch: Batch,
+        inputs: "RolloutInputs",
+        *,
+        penalty: Penalty,
+        prior: Prior | None = None,
+    ) -> Float[Tensor, " b"]:
+        """`flow_loss` at `inputs`, with ReflexFlow's terms. Samples that are not rolled out keep their bits."""
+        latents, condition, sigma, noise = batch.latents, batch.condition, batch.sigma, batch.noise
+        if batch.rollout is None:
+            return flow_loss(
+                denoise,
+                latents,
+                condition,
+                sigma=sigma,
+                noise=noise,
+                penalty=penalty,
+                weight=batch.masks,
+                prior=prior,
+            )
         return rollout_loss(
             denoise,
-            x,
+            inputs.x,
             latents,
             condition,
             sigma=sigma,
             noise=noise,
             is_rolled=batch.rollout.sigma > sigma,
-            unrolled=unrolled,
+            unrolled=inputs.unrolled,
             reflex=self.reflex,
             penalty=penalty,
             weight=batch.masks,
+            prior=prior,
         )
 
     def _take_part(self, calls: int) -> None:

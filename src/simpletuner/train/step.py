@@ -17,14 +17,16 @@ from simpletuner.config.options.schedule import ScheduleOptions
 from simpletuner.data.batch import Batch, GlobalBatch
 from simpletuner.flow.choice import Choice
 from simpletuner.flow.condition import Denoise
-from simpletuner.flow.loss import Penalty, flow_loss, huber, smooth_l1, squared
+from simpletuner.flow.loss import Penalty, distillation_loss, flow_loss, huber, smooth_l1, squared
+from simpletuner.flow.path import noised
 from simpletuner.flow.sigma import in_stratum
 from simpletuner.memory.masters import SteppedParameters
 from simpletuner.memory.row_shards import RowShards
 from simpletuner.memory.world import World
 from simpletuner.train import optim
+from simpletuner.train.preservation import Preservation
 from simpletuner.train.release import GradientRelease
-from simpletuner.train.rollout import Rollout
+from simpletuner.train.rollout import Rollout, RolloutInputs
 from simpletuner.train.strata import Strata
 from simpletuner.train.timesteps import Timesteps
 
@@ -120,6 +122,8 @@ class StepResult:
     grad_norm: float
     rollout_calls: int
     """Model calls without gradient that scheduled sampling added."""
+    preservation_loss: float | None = None
+    """Mean over the samples of the weighted loss of `preservation`, which `loss` leaves out; None without one."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,8 @@ class Stepper:
     route: Callable[[Sequence[Choice]], Denoise] | None = None
     """Makes of a batch's choices the denoiser of the pass with gradients; a rollout is not routed."""
     rollout: Rollout | None = None
+    preservation: Preservation | None = None
+    """Where given, the base model's predictions can be had: without it no batch may ask for them."""
     masters: SteppedParameters | None = None
     """Where given, `parameters` are these, and the weights that compute follow them."""
     is_autocast: bool = False
@@ -151,13 +157,33 @@ class Stepper:
         return self.masters if isinstance(self.masters, RowShards) else None
 
     def losses(self, batch: Batch) -> Float[Tensor, " b"]:
-        """Weighted loss of each sample of `batch`, with gradients."""
+        """Weighted loss of each sample of `batch`, with gradients; without that of `preservation`."""
         batch = batch.to(self.device, non_blocking=True)
-        denoise = self.denoise if self.route is None else self.route(batch.choices)
-        penalty = self.objective.penalty
-        with torch.autocast(self.device.type, dtype=torch.float16) if self.is_autocast else contextlib.nullcontext():
+        return self._losses_at(batch, self._inputs(batch))
+
+    def _inputs(self, batch: Batch) -> RolloutInputs:
+        """What `batch`, which is on the device, is trained at."""
+        if self.rollout is None:
+            return RolloutInputs(noised(batch.latents, batch.noise, batch.sigma))
+        with self._autocast():
+            return self.rollout.inputs(self._routed(batch), batch, sample=self.denoise)
+
+    def _losses_at(self, batch: Batch, inputs: RolloutInputs) -> Float[Tensor, " b"]:
+        """`losses` of a batch that is on the device. The base model's pass comes first, so that its activations are
+        gone before those of the pass with gradients are kept.
+        """
+        denoise, penalty, base = self._routed(batch), self.objective.penalty, self.preservation
+        with self._autocast():
+            if batch.is_regularisation:
+                assert base is not None
+                target = base.predictions(batch, inputs.x, batch.condition)
+                losses = distillation_loss(
+                    denoise, inputs.x, batch.condition, sigma=batch.sigma, target=target, penalty=penalty
+                )
+                return losses * batch.weights
+            prior = None if base is None else base.prior_of(batch, inputs.x)
             if self.rollout is not None:
-                losses = self.rollout.losses(denoise, batch, penalty=penalty, sample=self.denoise)
+                losses = self.rollout.losses(denoise, batch, inputs, penalty=penalty, prior=prior)
             else:
                 losses = flow_loss(
                     denoise,
@@ -167,8 +193,37 @@ class Stepper:
                     noise=batch.noise,
                     penalty=penalty,
                     weight=batch.masks,
+                    prior=prior,
                 )
             return losses * batch.weights
+
+    def _preservation_losses(self, batch: Batch, x: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"] | None:
+        """Weighted loss of `preservation` of each sample, with gradients; None where the batch has none."""
+        base = self.preservation
+        second = None if base is None else base.second_pass(batch)
+        if base is None or second is None:
+            return None
+        condition, weights = second
+        with self._autocast():
+            losses = distillation_loss(
+                self._routed(batch),
+                x,
+                condition,
+                sigma=batch.sigma,
+                target=base.predictions(batch, x, condition),
+                penalty=self.objective.penalty,
+            )
+            return losses * weights
+
+    def _routed(self, batch: Batch) -> Denoise:
+        """The denoiser of the pass with gradients."""
+        return self.denoise if self.route is None else self.route(batch.choices)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which products are computed in fp16, where the run does."""
+        if self.is_autocast:
+            return torch.autocast(self.device.type, dtype=torch.float16)
+        return contextlib.nullcontext()
 
     def backward(self, whole: GlobalBatch) -> list[float]:
         """Add the gradients of the global batch's mean loss; returns the weighted loss of each sample, in order.
@@ -176,8 +231,8 @@ class Stepper:
         Raises:
             NotFiniteError: a loss is not finite. Nothing has been updated.
         """
-        losses = self.read(self._accumulate(whole))
-        _check_losses(whole, losses)
+        losses, preserved = _rows(self.read(self._accumulate(whole)), whole)
+        _check_losses(whole, losses, preserved)
         return losses
 
     def read(self, values: Float[Tensor, " n"]) -> list[float]:
@@ -191,20 +246,44 @@ class Stepper:
         return numbers
 
     def _accumulate(self, whole: GlobalBatch) -> Float[Tensor, " n"]:
-        """Add the gradients of the global batch's mean loss; returns the samples' weighted losses, on the device."""
+        """Add the gradients of the global batch's mean loss. Returns the samples' weighted losses, on the device;
+        after them, with `preservation`, those of its loss.
+
+        That loss has a backward pass of its own, after the other's: the two graphs never lie in memory together.
+        """
         losses: list[Tensor] = []
+        preserved: list[Tensor] = []
         for batch in whole.batches:
-            batch_losses = self._seeded_losses(batch, whole.step)
+            batch = batch.to(self.device, non_blocking=True)  # noqa: PLW2901  the same batch
+            self._seed(batch, whole.step)
+            inputs = self._inputs(batch)
+            batch_losses = self._losses_at(batch, inputs)
             self.scaler.scale(batch_losses.sum() / whole.size).backward()
+            losses.append(batch_losses.detach())
+            if self._has_second_loss:
+                preserved.append(self._preserve(batch, inputs.x, whole.size))
             if self.masters is not None:
                 self.masters.collect()
-            losses.append(batch_losses.detach())
-        return torch.cat(losses)
+        return torch.cat(losses + preserved)
 
-    def _seeded_losses(self, batch: Batch, step: int) -> Float[Tensor, " b"]:
+    def _preserve(self, batch: Batch, x: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, " b"]:
+        """Add the gradients of `preservation`; returns the samples' weighted losses, 0 where they take no part. The
+        dropout that it draws changes no later draw.
+        """
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            losses = self._preservation_losses(batch, x)
+            if losses is None:
+                return torch.zeros_like(batch.weights)
+            self.scaler.scale(losses.sum() / size).backward()
+        return losses.detach()
+
+    @property
+    def _has_second_loss(self) -> bool:
+        return self.preservation is not None and self.preservation.has_second_loss
+
+    def _seed(self, batch: Batch, step: int) -> None:
         # The adapter's dropout is the one draw made inside the model, from torch's global generator.
         torch.manual_seed(draw_seed(self.objective.seed, "lora_dropout", step, batch.slots[0]))
-        return self.losses(batch)
 
     def __call__(self, whole: GlobalBatch, lr: float) -> StepResult:
         """Train on one global batch.
@@ -215,13 +294,10 @@ class Stepper:
         """
         for parameters in self.optimiser.param_groups:
             parameters["lr"] = lr * parameters[optim.RATIO]
-        losses, grad_norm, calls = self._step(whole) if self.release is None else self._step_inside(whole, self.release)
-        return StepResult(math.fsum(losses) / whole.size, grad_norm, calls)
+        return self._step(whole) if self.release is None else self._step_inside(whole, self.release)
 
-    def _step(self, whole: GlobalBatch) -> tuple[list[float], float, int]:
-        """Backward passes, then the optimizer's step; returns the losses, the norm of the gradients and the rollouts'
-        calls.
-        """
+    def _step(self, whole: GlobalBatch) -> StepResult:
+        """Backward passes, then the optimizer's step."""
         device_losses = self._accumulate(whole)
         calls = self._rollout_calls(whole)
         if self.world is not None:
@@ -232,7 +308,8 @@ class Stepper:
         *losses, grad_norm = self.read(torch.cat([device_losses, norm[None]]))
         if self.world is not None:
             calls = int(losses.pop())
-        _check_losses(whole, losses)
+        losses, preserved = _rows(losses, whole)
+        _check_losses(whole, losses, preserved)
         if not math.isfinite(grad_norm) and not self.scaler.is_enabled():
             # With fp16 an overflow is part of the method: the scaler skips the step and lowers its scale.
             raise NotFiniteError.at("gradient", whole.step, whole.names)
@@ -241,18 +318,22 @@ class Stepper:
         if self.masters is not None:
             self.masters.settle()
         self.optimiser.zero_grad(set_to_none=True)
-        return losses, grad_norm, calls
+        preservation_loss = math.fsum(preserved) / whole.size if self._has_second_loss else None
+        return StepResult(math.fsum(losses) / whole.size, grad_norm, calls, preservation_loss)
 
     def _rollout_calls(self, whole: GlobalBatch) -> int:
         """Model calls without gradient for the micro-batches of this process."""
         return 0 if self.rollout is None else sum(map(self.rollout.calls_of, whole.batches))
 
     def _summed(self, whole: GlobalBatch, losses: Float[Tensor, " n"], calls: int, world: World) -> Float[Tensor, " m"]:
-        """Sum the gradients over the ranks. Returns the losses of all samples, by slot, and the calls of all ranks, on
-        the device: they travel with the gradients. Sums with zeros, they are exact.
+        """Sum the gradients over the ranks. Returns the losses of all samples, by slot, those of `preservation` after
+        them, and the calls of all ranks, on the device: they travel with the gradients. Sums with zeros, they are
+        exact.
         """
-        numbers = losses.new_zeros(whole.size + 1)
-        numbers[[slot for batch in whole.batches for slot in batch.slots]] = losses
+        kinds = 2 if self._has_second_loss else 1
+        numbers = losses.new_zeros(kinds * whole.size + 1)
+        slots = [slot for batch in whole.batches for slot in batch.slots]
+        numbers[[kind * whole.size + slot for kind in range(kinds) for slot in slots]] = losses
         numbers[-1] = calls
         reduced = self.parameters if self.shards is None else ()  # FSDP has summed the gradients of shards
         if self.shards is not None and self.scaler.is_enabled():
@@ -262,16 +343,17 @@ class Stepper:
         torch.manual_seed(draw_seed(self.objective.seed, "optimizer", whole.step))
         return numbers
 
-    def _step_inside(self, whole: GlobalBatch, release: GradientRelease) -> tuple[list[float], float, int]:
-        """A backward pass that steps on its gradients; returns the same. The losses are checked before it."""
+    def _step_inside(self, whole: GlobalBatch, release: GradientRelease) -> StepResult:
+        """A backward pass that steps on its gradients. The losses are checked before it."""
         (batch,) = whole.batches
-        device_losses = self._seeded_losses(batch, whole.step)
+        self._seed(batch, whole.step)
+        device_losses = self.losses(batch)
         losses = self.read(device_losses.detach())
         _check_losses(whole, losses)
         (grad_norm,) = self.read(release.backward(device_losses.sum() / whole.size)[None])
         if not math.isfinite(grad_norm):
             raise PartialStepError.at("gradient", whole.step, whole.names)
-        return losses, grad_norm, self._rollout_calls(whole)
+        return StepResult(math.fsum(losses) / whole.size, grad_norm, self._rollout_calls(whole))
 
     def discard(self) -> None:
         """Forget the gradients of a step that is not taken."""
@@ -279,7 +361,14 @@ class Stepper:
         self.optimiser.zero_grad(set_to_none=True)
 
 
-def _check_losses(whole: GlobalBatch, losses: Sequence[float]) -> None:
-    bad = [name for name, loss in zip(whole.names, losses, strict=True) if not math.isfinite(loss)]
-    if bad:
-        raise NotFiniteError.at("loss", whole.step, bad)
+def _rows(values: list[float], whole: GlobalBatch) -> tuple[list[float], list[float]]:
+    """The samples' losses, and those of `preservation`, which come after them; none without it."""
+    count = len(whole.names)
+    return values[:count], values[count:]
+
+
+def _check_losses(whole: GlobalBatch, losses: Sequence[float], preserved: Sequence[float] = ()) -> None:
+    for what, values in (("loss", losses), ("preservation loss", preserved)):
+        bad = [name for name, loss in zip(whole.names, values, strict=False) if not math.isfinite(loss)]
+        if bad:
+            raise NotFiniteError.at(what, whole.step, bad)

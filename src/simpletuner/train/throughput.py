@@ -13,6 +13,7 @@ from simpletuner.flux2.arithmetic import PassFlop, attached_adapters, sampling_f
 from simpletuner.flux2.footprint import recomputed_blocks
 from simpletuner.flux2.routes import resolve
 from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.train.preservation import Preservation
 from simpletuner.train.rollout import Rollout
 
 
@@ -52,6 +53,7 @@ class FlopMeter:
         rate: float | None,
         *,
         is_compiled: bool = False,
+        preservation: Preservation | None = None,
     ) -> None:
         blocks = transformer.spec.blocks
         self._passing = Pass(
@@ -69,12 +71,15 @@ class FlopMeter:
         adapters = attached_adapters(transformer)
         self._training = cache(partial(training_flop, adapters=adapters, is_compiled=is_compiled))
         self._sampling = cache(partial(sampling_flop, adapters=adapters))
+        # TREAD's routes are left out of the count of the base model's passes.
+        self._base = cache(partial(sampling_flop, adapters={}))
         self._rollout = rollout
+        self._preservation = preservation
         self._rate = rate
 
     def flop(self, whole: GlobalBatch) -> PassFlop:
-        """FLOP of this process's part of `whole`. A rollout's passes without gradients are counted: the method needs
-        their results, so they are work and no recompute.
+        """FLOP of this process's part of `whole`. Passes without gradients, of a rollout or for the base model's
+        predictions, are counted: the method needs their results, so they are work and no recompute.
         """
         total = PassFlop(0, 0)
         for batch in whole.batches:
@@ -86,7 +91,9 @@ class FlopMeter:
                 image=height * width,
                 references=0 if condition.references is None else condition.references.tokens.shape[1],
             )
-            total += self._training(passing) * count
+            trained, predicted = (1, 0) if self._preservation is None else self._preservation.passes(batch)
+            total += self._training(passing) * count * trained
+            total += self._base(passing) * count * predicted
             if self._rollout is not None:
                 total += self._sampling(passing) * self._rollout.sampled(batch)
         return total

@@ -251,7 +251,8 @@ def rolled_out(world: World) -> dict[str, Any]:
         batch = replace(batch, rolls_elsewhere=True)
         denoiser = Denoiser(transformer)
         torch.manual_seed(0)
-        losses.append(rollout.losses(denoiser, batch, penalty=squared, sample=denoiser).tolist())
+        inputs = rollout.inputs(denoiser, batch, sample=denoiser)
+        losses.append(rollout.losses(denoiser, batch, inputs, penalty=squared).tolist())
     return {"losses": losses, "gathers": count(), "calls": rollout.calls, "rolls": batch.rollout is not None}
 
 

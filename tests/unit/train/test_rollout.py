@@ -218,7 +218,9 @@ def test_a_routed_model_learns_and_the_whole_one_walks() -> None:
     (batch,) = whole(1, 2, None).batches
     sigma = torch.tensor([0.3, 0.5])
     batch = replace(batch, sigma=sigma, rollout=starts_of((4, 0), sigma))
-    rollout(sampler="heun").losses(learning, batch, penalty=OBJECTIVE.penalty, sample=walking)
+    made = rollout(sampler="heun")
+    inputs = made.inputs(learning, batch, sample=walking)
+    made.losses(learning, batch, inputs, penalty=OBJECTIVE.penalty)
     assert walking.calls == [False, False]
     assert learning.calls == [False, True]
 

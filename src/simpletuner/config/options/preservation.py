@@ -1,5 +1,6 @@
 """Holding on to what the base model knows."""
 
+import re
 from typing import Literal
 
 from simpletuner.config.options.kinds import NotNegative, Slice, Text
@@ -20,3 +21,16 @@ class PreservationOptions(Slice):
 
     preservation_class: Text | None = None
     """What replaces it, such as `dog`; a set's `class_prompt` comes first."""
+
+    @property
+    def preserves(self) -> bool:
+        """Whether there is such a loss."""
+        return self.preservation != "none" and self.preservation_weight > 0
+
+
+def replaced(caption: str, trigger: str, name: str) -> str | None:
+    """`caption` with the word or words `trigger` replaced by `name`, wherever they stand by themselves and in this
+    case; None where they do not.
+    """
+    text, count = re.subn(rf"(?<!\w){re.escape(trigger)}(?!\w)", lambda _: name, caption)
+    return text if count else None
