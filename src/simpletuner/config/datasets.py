@@ -188,7 +188,8 @@ class ImageSet(PictureSet):
     """Where masks come from: a conditioning set, or each image's own alpha channel."""
 
     is_regularisation_data: bool = False
-    """Train towards the base model's own prediction on these images, so that it stays. LoRA only."""
+    """Train towards the base model's own prediction on these images, so that it stays. LoRA only.
+    [preservation.md](preservation.md) explains it."""
 
     class_prompt: Text | None = None
     """What replaces the trigger in this set's captions for `preservation` class; by default `preservation_class`."""

@@ -669,3 +669,72 @@ def test_each_step_has_a_set(
         assert place.problems() == messages
     else:
         place.load()
+
+
+# --- losses towards the base model
+
+FULL = {"model_type": "full", "learning_rate": 1e-5}
+WHY = "with model_type = full, which changes the base model itself: it cannot predict beside it."
+TRAIN_LORA = "Train a LoRA (--model_type=lora), or give"
+
+
+@pytest.mark.parametrize(
+    ("options", "problems"),
+    [
+        (
+            FULL | {"preservation": "blank", "masked_loss_prior": 0.5},
+            [
+                f"preservation = blank {WHY} {TRAIN_LORA} --preservation=none.",
+                f"masked_loss_prior = 0.5 {WHY} {TRAIN_LORA} --masked_loss_prior=0.",
+            ],
+        ),
+        (
+            {"preservation": "class"},
+            [
+                "preservation = class without preservation_trigger: expected the word in captions that stands for what "
+                "is learned. Give --preservation_trigger, such as the instance_prompt's rare word, or "
+                "--preservation=blank.",
+                "preservation = class without preservation_class, and no class_prompt in cats: expected what replaces "
+                "the trigger. Give --preservation_class, such as dog, or --preservation=blank.",
+            ],
+        ),
+        (
+            {"preservation": "class", "preservation_trigger": "zwx", "preservation_class": "a zwx"},
+            [
+                "preservation_class = 'a zwx' contains preservation_trigger, 'zwx': "
+                "expected a class without the trigger."
+            ],
+        ),
+    ],
+)
+def test_preservation_that_cannot_be(place: Any, options: dict[str, Any], problems: list[str]) -> None:
+    place.config |= options
+    assert sorted(place.problems()) == sorted(problems)
+
+
+def test_a_weight_of_0_asks_for_nothing(place: Any) -> None:
+    place.config |= FULL | {"preservation": "class", "preservation_weight": 0}
+    assert not place.load().config.preserves
+
+
+def test_preservation_keys_without_effect_are_named(place: Any) -> None:
+    place.config |= {"preservation_weight": 0.5, "preservation_trigger": "zwx", "preservation_class": "cat"}
+    place.datasets[0]["class_prompt"] = "cat"
+    assert place.load().notices == (
+        "preservation_weight has no effect: preservation is none.",
+        "preservation_trigger and preservation_class have no effect: preservation is none.",
+        "class_prompt in cats has no effect: preservation class is off.",
+    )
+
+
+def test_a_regularization_set_is_for_a_lora_beside_another_set(place: Any) -> None:
+    place.datasets[0]["is_regularisation_data"] = True
+    (problem,) = place.problems()
+    assert problem.endswith(
+        "every image set has is_regularisation_data: nothing would be learned: "
+        "expected an enabled image set without it."
+    )
+    place.datasets.insert(0, place.datasets[0] | {"id": "dogs", "is_regularisation_data": False})
+    assert len(place.load().datasets.train_sets) == 2
+    place.config |= FULL
+    assert place.problems() == [f"is_regularisation_data in cats {WHY} {TRAIN_LORA} no set is_regularisation_data."]

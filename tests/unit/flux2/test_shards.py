@@ -15,7 +15,8 @@ from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.options.ranks import RankOptions
 from simpletuner.config.options.rollout import RolloutOptions
 from simpletuner.config.precisions import PRECISIONS
-from simpletuner.data.batch import Batch
+from simpletuner.config.run import RunConfig
+from simpletuner.data.batch import Batch, GlobalBatch
 from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flow.loss import squared
 from simpletuner.flux2.denoiser import Denoiser
@@ -28,7 +29,9 @@ from simpletuner.memory import recompute
 from simpletuner.memory.precision import quantised, targets
 from simpletuner.memory.shard import Sharding, held_bytes, idle_pass, is_sharded, shard
 from simpletuner.memory.world import World
+from simpletuner.train.preservation import Preservation
 from simpletuner.train.rollout import Rollout
+from simpletuner.train.step import Objective, Stepper
 
 SPEC = TransformerSpec(
     heads=2, head_dim=32, axes=(8, 8, 8, 8), double_blocks=2, single_blocks=2, context_dim=48, guidance_embeds=True
@@ -264,3 +267,48 @@ def test_a_rank_without_a_rollout_takes_part_in_anothers() -> None:
     (calls,) = {answer["calls"] for answer in answers}
     # What is outside of the blocks is gathered once.
     assert [answer["gathers"] for answer in answers] == [(calls + 1) * SPEC.blocks + 1] * 2
+
+
+def preserved(world: World) -> dict[str, Any]:
+    """Losses and gradients of steps in which one of two ranks has a regularization set, sharded and whole; the gathers.
+    No sample of rank 0 takes part in the second loss.
+    """
+    options = RunConfig(preservation="blank", mixed_precision="no")
+    count = Counter().take
+    found = []
+    for is_split in (False, True):
+        transformer = base()
+        if is_split:
+            shard(transformer, transformer.blocks, Sharding(world.device))
+        adapter = adapted(transformer, lora_dropout=0.1)
+        recompute.install(transformer.blocks, None, draws=True)
+        denoiser = Denoiser(transformer)
+        idle = partial(idle_pass, transformer) if is_split else None
+        batch = replace(a_batch(range(2 * world.rank, 2 * world.rank + 2)), distills_elsewhere=True)
+        if world.rank == 1:
+            preserved = replace(batch.condition.context, rows=batch.condition.context.rows + 1)
+            batch = replace(batch, is_regularisation=True)
+            other = replace(batch, is_regularisation=False, preserved=preserved, preserved_weights=torch.ones(2))
+        else:
+            other = batch
+        stepper = Stepper(
+            denoise=denoiser,
+            parameters=adapter.parameters(),
+            optimiser=torch.optim.SGD(adapter.parameters()),
+            options=options,
+            objective=Objective.of(options, options, seed=0),
+            scaler=torch.amp.GradScaler("cpu", enabled=False),
+            device=world.device,
+            preservation=Preservation.of(options, denoiser, adapter, idle),
+        )
+        losses = stepper.backward(GlobalBatch(1, 0, (batch, other), 4, (*batch.names, *other.names)))
+        gradients = [parameter.grad.tolist() for parameter in adapter.parameters() if parameter.grad is not None]
+        found.append([losses, gradients])
+    return {"same": found[0] == found[1], "tensors": len(found[0][1]), "gathers": count()}
+
+
+@pytest.mark.slow
+def test_a_rank_without_a_prediction_of_the_base_takes_part_in_anothers() -> None:
+    answers = in_ranks(2, preserved)
+    assert all(answer["same"] and answer["tensors"] > 10 for answer in answers)
+    assert answers[0]["gathers"] == answers[1]["gathers"] > 0

@@ -18,6 +18,7 @@ from simpletuner.data.cache.contexts import context_key
 from simpletuner.data.cache.latents import latent_key
 from simpletuner.data.manifest import scan
 from simpletuner.data.order import Order
+from simpletuner.data.preserved import PreservedPrompts
 from simpletuner.flow.choice import Choice
 from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flow.rollout import RolloutStarts
@@ -48,8 +49,13 @@ WIDTH = 6
 @pytest.fixture
 def prepared(own_folder: Path) -> Prepared:
     """Two sets with batches of 2 and 3, three captions an image, and caches of random tensors."""
-    place = Workplace(own_folder, CONFIG | OPTIONS)
-    sets: dict[str, dict[str, Any]] = {"a": {"repeats": 1}, "b": {"train_batch_size": 3, "probability": 0.5}}
+    return prepared_in(own_folder)
+
+
+def prepared_in(own_folder: Path, options: dict[str, Any] | None = None, **of_b: Any) -> Prepared:
+    """The same with more options, and more keys of set b."""
+    place = Workplace(own_folder, CONFIG | OPTIONS | (options or {}))
+    sets: dict[str, dict[str, Any]] = {"a": {"repeats": 1}, "b": {"train_batch_size": 3, "probability": 0.5} | of_b}
     place.datasets = [dict(TEXT)]
     for name, keys in sets.items():
         folder = own_folder / name
@@ -74,6 +80,7 @@ def prepared(own_folder: Path) -> Prepared:
             latent = torch.randn(128, height, width, generator=generator)
             found.latent_store(manifest.image_set).write(latent_key(sample, "vae"), {"latent": latent}, {})
         captions = {caption for sample in manifest.samples for caption in sample.captions}
+        captions.update(PreservedPrompts(loaded.config).all_of(manifest))
         for caption in sorted(captions | {UNCONDITIONAL_CAPTION}):
             rows, pad = torch.randn(2, WIDTH, generator=generator), torch.zeros(WIDTH)
             tensors = {"rows": rows, "pad": pad, "length": torch.tensor(4)}
@@ -116,12 +123,18 @@ def assert_same(found: Batch, expected: Batch) -> None:
         assert mine.dtype == other.dtype
         assert torch.equal(mine, other), name
     assert (found.names, found.slots) == (expected.names, expected.slots)
+    assert found.is_regularisation == expected.is_regularisation
     places = [[(choice.start, choice.end) for choice in batch.choices] for batch in (found, expected)]
     assert places[0] == places[1]
 
 
+PRESERVING = {"preservation": "class", "preservation_trigger": "two", "preservation_class": "2"}
+
+
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
-def test_two_ranks_are_two_accumulation_steps(prepared: Prepared, accumulation: int) -> None:
+@pytest.mark.parametrize("preserves", [False, True])
+def test_two_ranks_are_two_accumulation_steps(own_folder: Path, accumulation: int, preserves: bool) -> None:
+    prepared = prepared_in(own_folder, PRESERVING if preserves else {}, is_regularisation_data=preserves)
     alone = builder(prepared, 2 * accumulation, rank=0, size=1)
     ranks = [builder(prepared, 2 * accumulation, rank=rank, size=2) for rank in range(2)]
     epochs = set()
@@ -171,6 +184,8 @@ def batch() -> Batch:
         choices=(Choice(0, 1, torch.tensor([[0, 2], [1, 4]])), Choice(2, 2, torch.tensor([[5], [3]]))),
         masks=torch.rand(2, 3, 4),
         outside=torch.rand(2, 3, 4),
+        preserved=TextContext(torch.randn(3, WIDTH), torch.tensor([[0, 1, 1], [2, 1, 1]])),
+        preserved_weights=torch.tensor([0.0, 0.3]),
     )
 
 
@@ -188,6 +203,9 @@ TENSORS = {
     ".choices[1].kept",
     ".masks",
     ".outside",
+    ".preserved.rows",
+    ".preserved.index",
+    ".preserved_weights",
 }
 
 
@@ -257,3 +275,54 @@ def test_a_rank_knows_whether_any_of_them_rolls_out(prepared: Prepared) -> None:
             assert [batch.rolls_elsewhere for batch in turn] == [any(rolls)] * 2
         assert not any(batch.rolls_elsewhere for batch in builder(prepared, 4, 0, 1)(step).batches)
     assert (True, False) in seen or (False, True) in seen
+
+
+def test_a_regularization_set_is_not_rolled_out_and_has_its_own_weight(own_folder: Path) -> None:
+    prepared = prepared_in(own_folder, PRESERVING, is_regularisation_data=True, loss_weight=0.25)
+    seen = set()
+    for step in range(1, 7):
+        ranks = [builder(prepared, 4, rank, 2)(step).batches for rank in range(2)]
+        for turn in zip(*ranks, strict=True):
+            for batch in turn:
+                is_b = batch.names[0].startswith("b/")
+                assert batch.is_regularisation == is_b
+                assert batch.weights.unique().tolist() == ([0.25] if is_b else [1.0])
+                assert not (is_b and (batch.rollout is not None or batch.preserved is not None))
+            assert [batch.distills_elsewhere for batch in turn] == [any(each.is_regularisation for each in turn)] * 2
+            assert [batch.rolls_elsewhere for batch in turn] == [any(each.rollout is not None for each in turn)] * 2
+            seen.add(tuple(batch.is_regularisation for batch in turn))
+    assert seen >= {(True, False), (False, False)} or seen >= {(False, True), (False, False)}
+
+
+def test_a_caption_with_the_trigger_is_preserved_with_its_class(own_folder: Path) -> None:
+    prepared = prepared_in(own_folder, PRESERVING | {"preservation_weight": 0.5}, class_prompt="both")
+    build = builder(prepared, 8, 0, 1)
+    weights = set()
+    for batch in build(1).batches:
+        image_set = next(each.image_set for each in prepared.train if each.image_set.id == batch.names[0][0])
+        samples = [sample for each in prepared.train for sample in each.samples]
+        found = {f"{sample.dataset}/{sample.name}": sample for sample in samples}
+        prompts = [build._prompt(found[name], 1, slot) for name, slot in zip(batch.names, batch.slots, strict=True)]
+        name = "both" if image_set.id == "b" else "2"
+        expected = [prompt.replace("two", name) if "two" in prompt else "" for prompt in prompts]
+        if not any(expected):
+            assert (batch.preserved, batch.preserved_weights) == (None, None)
+            continue
+        assert batch.preserved is not None
+        assert batch.preserved_weights is not None
+        contexts = prepared.contexts(expected, image_set)
+        assert torch.equal(batch.preserved.expanded(), contexts.expanded())
+        assert batch.preserved_weights.tolist() == [0.5 if text else 0.0 for text in expected]
+        weights.update(batch.preserved_weights.tolist())
+    assert weights == {0.0, 0.5}
+
+
+@pytest.mark.parametrize("kind", ["class", "blank"])
+def test_a_weight_of_0_is_no_preservation_bit_for_bit(own_folder: Path, kind: str) -> None:
+    off = prepared_in(own_folder)
+    (own_folder / "zero").mkdir()
+    zero = prepared_in(own_folder / "zero", PRESERVING | {"preservation": kind, "preservation_weight": 0.0})
+    for step in range(1, 4):
+        ours, theirs = (builder(each, 2, 0, 1)(step) for each in (zero, off))
+        for batch, expected in zip(ours.batches, theirs.batches, strict=True):
+            assert_same(batch, expected)

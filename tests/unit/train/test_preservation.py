@@ -166,8 +166,8 @@ def test_a_regularization_sets_target_is_the_base() -> None:
 def test_the_prior_is_the_mean_distance_to_the_base_outside_of_the_mask(floor: float) -> None:
     m = torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(5))
     m[0, :2] = 1
-    batch = replace(a_batch(range(2)), masks=floor + (1 - floor) * m)
-    stepper, adapter, denoiser = made(config(masked_loss_prior=0.7, masked_loss_floor=floor))
+    batch = replace(a_batch(range(2)), masks=floor + (1 - floor) * m, outside=1 - m)
+    stepper, adapter, denoiser = made(config(masked_loss_prior=0.7))
     x = noised(batch.latents, batch.noise, batch.sigma)
     with torch.no_grad():
         prediction = denoiser(x, batch.sigma, batch.condition)
@@ -185,7 +185,8 @@ def test_with_masks_of_ones_the_prior_changes_no_bit(options: dict[str, Any]) ->
     found = []
     for prior, masks in ((0.0, None), (0.5, None), (0.5, torch.ones(2, 4, 4))):
         stepper, adapter, _ = made(config(masked_loss_prior=prior, **options), lora_dropout=0.2)
-        batch = replace(a_batch(range(2), stepper.rollout), masks=masks)
+        outside = None if masks is None else 1 - masks
+        batch = replace(a_batch(range(2), stepper.rollout), masks=masks, outside=outside)
         found.append((stepper.backward(whole(batch)), gradients(adapter)))
     assert found[0][0] == found[1][0] == found[2][0]
     assert_equal(found[0][1], found[1][1])
@@ -198,7 +199,7 @@ def test_all_of_them_take_the_input_that_is_trained() -> None:
     assert stepper.rollout is not None
     step = next(step for step in range(1, 9) if all(stepper.rollout.lengths(step, range(2))))
     batch = preserving(a_batch(range(2), stepper.rollout, step), (1.0, 1.0))
-    batch = replace(batch, masks=torch.rand(2, 4, 4))
+    batch = replace(batch, masks=torch.rand(2, 4, 4), outside=torch.rand(2, 4, 4))
     seen: list[tuple[bool, Tensor]] = []
 
     def watched(latents: Tensor, sigma: Tensor, condition: Condition, choices: Any = ()) -> Tensor:
@@ -219,7 +220,7 @@ def test_all_of_them_take_the_input_that_is_trained() -> None:
 def test_a_failing_pass_leaves_the_adapter_on(is_regularisation: bool) -> None:
     stepper, adapter, _ = made(config())
 
-    def failing(latents: Tensor, sigma: Tensor, condition: Condition, choices: Any) -> Tensor:
+    def failing(*_: Any) -> Tensor:
         assert not any(layer.is_enabled for layer in adapter.layers.values())
         raise ZeroDivisionError
 
@@ -265,7 +266,7 @@ def test_passes_are_counted(kind: str) -> None:
     if kind == "second loss":
         batch = preserving(batch)
     elif kind == "prior":
-        batch = replace(batch, masks=torch.rand(2, 4, 4))
+        batch = replace(batch, masks=torch.rand(2, 4, 4), outside=torch.rand(2, 4, 4))
     else:
         batch = replace(batch, is_regularisation=True)
     meter = FlopMeter(options, denoiser.transformer, None, None, preservation=stepper.preservation)

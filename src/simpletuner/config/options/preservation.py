@@ -11,7 +11,8 @@ class PreservationOptions(Slice):
 
     preservation: Literal["none", "class", "blank"] = "none"
     """A second loss that holds the predictions of other prompts at the base model's: `class` of each caption with its
-    trigger replaced by the class, `blank` of the empty prompt. LoRA only."""
+    trigger replaced by the class, `blank` of the empty prompt. LoRA only. [preservation.md](preservation.md) explains
+    it."""
 
     preservation_weight: NotNegative = 1.0
     """Weight of that loss; 0 is none."""

@@ -1,0 +1,136 @@
+"""docs/preservation.md in whole runs."""
+
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.recipes.conftest import Workplace
+
+PAGE = (Path(__file__).parents[2] / "docs" / "preservation.md").read_text(encoding="utf-8")
+
+HELD: dict[str, Any] = {
+    "preservation": "class",
+    "preservation_weight": 0.5,
+    "preservation_trigger": "gradient",
+    "preservation_class": "image",
+}
+ROUTE = {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": -2}]}
+
+
+def add_regularization(place: Workplace) -> None:
+    """A second set, of two of the same images, that is held at the base."""
+    folder = place.folder / "datasets" / "others"
+    shutil.copytree(place.folder / "datasets" / "pictures", folder)
+    for index in range(2, 6):
+        for suffix in ("png", "txt"):
+            (folder / f"picture-{index}.{suffix}").unlink()
+    keys = {"id": "others", "instance_data_dir": "datasets/others", "cache_dir_vae": "cache/others"}
+    place.datasets.insert(1, place.datasets[0] | keys | {"is_regularisation_data": True, "loss_weight": 0.5})
+
+
+def assert_same_lora(place: Workplace, one: str, other: str) -> None:
+    ours, theirs = (load_file(place.run(name).lora) for name in (one, other))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert place.losses(one) == place.losses(other)
+
+
+@pytest.mark.slow
+def test_a_weight_of_0_is_the_run_without_it_bit_for_bit(cached_workplace: Workplace) -> None:
+    place = cached_workplace
+    place.config |= {"max_train_steps": 2, "lora_dropout": 0.1}
+    assert place.train("--output_dir=output/without") == 0
+    place.config |= HELD | {"preservation_weight": 0}
+    assert place.train() == 0
+    assert_same_lora(place, "run", "without")
+    assert {event["preservation_loss"] for event in place.events("step")} == {None}
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "offload": {"enable_group_offload": True, "group_offload_use_stream": "true"},
+    "recomputed": {"gradient_checkpointing": False},
+}
+"""Options that change no bit of a run."""
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "tread, rollout and average": {
+        "tread_config": ROUTE,
+        "scheduled_sampling_max_step_offset": 40,
+        "use_ema": True,
+        "ema_decay": 0.9,
+        "lora_dropout": 0.1,
+    },
+    "quantized": {"base_model_precision": "int8-quanto", "mixed_precision": "bf16"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("features", FEATURES)
+def test_it_trains_and_resumes_with(workplace: Workplace, features: str) -> None:
+    """A second loss and a regularization set: killed after the second step and started again, and with each way that
+    changes no bit.
+    """
+    place = workplace
+    add_regularization(place)
+    place.config |= HELD | FEATURES[features] | {"max_train_steps": 4}
+    assert place.train("--output_dir=output/whole") == 0
+    held = [event["preservation_loss"] for event in place.events("step", "whole")]
+    assert held[0] == 0 or features == "quantized", "the adapter of a first step is the base"
+    assert max(held) > 0
+    killed = place.train_apart(kill_at="step:2")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert place.train() == 0
+    assert_same_lora(place, "run", "whole")
+    again = {event["step"]: event["preservation_loss"] for event in place.events("step")}
+    assert [again[step] for step in sorted(again)] == held
+    for name, options in WAYS.items():
+        place.config |= options | {"output_dir": f"output/{name}"}
+        assert place.train() == 0
+        assert_same_lora(place, name, "whole")
+    if "use_ema" in place.config:
+        averages = [load_file(place.run(name).root / "ema" / place.run().lora.name) for name in ("run", "whole")]
+        assert all(torch.equal(averages[0][key], value) for key, value in averages[1].items())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_train_what_one_accumulates(workplace: Workplace) -> None:
+    """To the bit, since both add the same two numbers: copies (DDP) and shards (FSDP2)."""
+    place = workplace
+    add_regularization(place)
+    place.config |= HELD | {"max_train_steps": 3, "lora_dropout": 0.1, "scheduled_sampling_max_step_offset": 40}
+    for name, flags in (
+        ("alone", ["--num_processes=1", "--gradient_accumulation_steps=2"]),
+        ("ddp", ["--num_processes=2", "--gradient_accumulation_steps=1"]),
+        ("fsdp", ["--num_processes=2", "--gradient_accumulation_steps=1", "--fsdp_enable"]),
+    ):
+        done = place.train_apart(f"--output_dir=output/{name}", *flags)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    for name in ("ddp", "fsdp"):
+        assert_same_lora(place, name, "alone")
+        losses = [[event["preservation_loss"] for event in place.events("step", each)] for each in (name, "alone")]
+        assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_the_pages_example_runs_as_it_stands(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    config, datasets = (json.loads(text) for text in re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)[:2])
+    add_regularization(workplace)
+    for text in (workplace.folder / "datasets" / "pictures").glob("*.txt"):
+        text.write_text(text.read_text().replace("a soft gradient", "a zwx gradient"))
+    (workplace.folder / "datasets" / "pictures" / "picture-0.txt").write_text("no word of it")
+    workplace.config = config
+    workplace.datasets = datasets
+    assert workplace.train() == 0
+    told = capsys.readouterr().out
+    assert "preservation class: 1 of 6 captions do not contain 'zwx' and take no part: no word of it" in told
+    assert ", preservation loss 0." in told
+    steps = [event for event in workplace.events("step", "preserved")]
+    assert len(steps) == config["max_train_steps"]
