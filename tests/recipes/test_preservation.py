@@ -52,11 +52,8 @@ def test_a_weight_of_0_is_the_run_without_it_bit_for_bit(cached_workplace: Workp
     assert {event["preservation_loss"] for event in place.events("step")} == {None}
 
 
-WAYS: dict[str, dict[str, Any]] = {
-    "offload": {"enable_group_offload": True, "group_offload_use_stream": "true"},
-    "recomputed": {"gradient_checkpointing": False},
-}
-"""Options that change no bit of a run."""
+OFFLOAD = {"enable_group_offload": True, "group_offload_use_stream": "true", "gradient_checkpointing": False}
+"""Changes no bit of a run."""
 
 FEATURES: dict[str, dict[str, Any]] = {
     "tread, rollout and average": {
@@ -74,12 +71,10 @@ FEATURES: dict[str, dict[str, Any]] = {
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("features", FEATURES)
 def test_it_trains_and_resumes_with(workplace: Workplace, features: str) -> None:
-    """A second loss and a regularization set: killed after the second step and started again, and with each way that
-    changes no bit.
-    """
+    """A second loss and a regularization set: killed after the second step and resumed, then with other memory."""
     place = workplace
     add_regularization(place)
-    place.config |= HELD | FEATURES[features] | {"max_train_steps": 4}
+    place.config |= HELD | FEATURES[features] | {"max_train_steps": 3}
     assert place.train("--output_dir=output/whole") == 0
     held = [event["preservation_loss"] for event in place.events("step", "whole")]
     assert held[0] == 0 or features == "quantized", "the adapter of a first step is the base"
@@ -90,10 +85,9 @@ def test_it_trains_and_resumes_with(workplace: Workplace, features: str) -> None
     assert_same_lora(place, "run", "whole")
     again = {event["step"]: event["preservation_loss"] for event in place.events("step")}
     assert [again[step] for step in sorted(again)] == held
-    for name, options in WAYS.items():
-        place.config |= options | {"output_dir": f"output/{name}"}
-        assert place.train() == 0
-        assert_same_lora(place, name, "whole")
+    place.config |= OFFLOAD | {"output_dir": "output/offload"}
+    assert place.train() == 0
+    assert_same_lora(place, "offload", "whole")
     if "use_ema" in place.config:
         averages = [load_file(place.run(name).root / "ema" / place.run().lora.name) for name in ("run", "whole")]
         assert all(torch.equal(averages[0][key], value) for key, value in averages[1].items())
@@ -132,5 +126,4 @@ def test_the_pages_example_runs_as_it_stands(workplace: Workplace, capsys: pytes
     told = capsys.readouterr().out
     assert "preservation class: 1 of 6 captions do not contain 'zwx' and take no part: no word of it" in told
     assert ", preservation loss 0." in told
-    steps = [event for event in workplace.events("step", "preserved")]
-    assert len(steps) == config["max_train_steps"]
+    assert len(workplace.losses("preserved")) == config["max_train_steps"]
