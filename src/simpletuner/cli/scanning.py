@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -24,6 +24,8 @@ from simpletuner.runs.events import Event, ProgressEvent
 
 CROP_COLUMNS = 6
 """Of a sheet."""
+T = TypeVar("T")
+
 TELL_EVERY_S = 0.1
 """Progress of a scan."""
 
@@ -198,18 +200,34 @@ def _spread(total: int, most: int) -> list[int]:
 
 
 def _sheet(manifest: Manifest, shown: Sequence[int]) -> Image.Image:
+    """The crops of samples in rows; with conditions a row for each, its references and its mask behind it."""
     # numpy, which scan does without when nothing is new.
     from simpletuner.data.pixels import render
 
-    cells = []
-    captions = []
+    groups: list[list[Image.Image]] = []
+    texts: list[list[str]] = []
     for sample in (manifest.samples[index] for index in shown):
-        cells.append(Image.fromarray(render(sample.read(), sample.geometry, is_flattened=sample.is_flattened)))
-        width, height = sample.geometry.target
+        crops = (sample, *sample.references, *(() if sample.mask is None else (sample.mask,)))
+        groups.append(
+            [Image.fromarray(render(crop.read(), crop.geometry, is_flattened=crop.is_flattened)) for crop in crops]
+        )
         more = f" (and {len(sample.captions) - 1} more)" if len(sample.captions) > 1 else ""
-        captions.append(f"{sample.name}, {width}x{height}\n{sample.captions[0]}{more}")
-    columns = min(CROP_COLUMNS, len(cells))
-    starts = range(0, len(cells), columns)
-    rows = [cells[start : start + columns] for start in starts]
-    texts = [captions[start : start + columns] for start in starts]
-    return contact_sheet(rows, [""] * len(rows), [""] * columns, captions=texts)
+        own = f"{_shape(sample)}\n{sample.captions[0]}{more}"
+        texts.append([own, *(f"{_shape(crop)}\n{crop.dataset}" for crop in crops[1:])])
+    if manifest.conditions:
+        columns = max(map(len, groups))
+    else:
+        columns = min(CROP_COLUMNS, len(groups))
+        groups, texts = _in_rows(groups, columns), _in_rows(texts, columns)
+    return contact_sheet(groups, [""] * len(groups), [""] * columns, captions=texts)
+
+
+def _shape(crop: Crop) -> str:
+    width, height = crop.geometry.target
+    return f"{crop.name}, {width}x{height}"
+
+
+def _in_rows(groups: Sequence[Sequence[T]], columns: int) -> list[list[T]]:
+    """The first of each group, in rows of `columns`."""
+    firsts = [group[0] for group in groups]
+    return [firsts[start : start + columns] for start in range(0, len(firsts), columns)]

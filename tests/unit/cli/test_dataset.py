@@ -62,6 +62,7 @@ def test_scan_lists_every_picture_as_it_will_be_trained(capsys: pytest.CaptureFi
     samples = {sample["name"]: sample for sample in found["samples"]}
     assert sorted(samples) == [f"picture-{number}.png" for number in range(6)]
     assert samples["picture-2.png"] == {
+        "set": "my-dataset",
         "name": "picture-2.png",
         "path": "datasets/my-dataset/picture-2.png",
         "width": 96,
@@ -70,6 +71,8 @@ def test_scan_lists_every_picture_as_it_will_be_trained(capsys: pytest.CaptureFi
         "resize": [106, 176],
         "crop": [5, 0],
         "captions": ["a soft gradient, number 2"],
+        "references": [],
+        "mask": None,
     }
     lines = [json.loads(line) for line in err.splitlines()]
     assert lines[-1] == {"what": "my-dataset", "done": 7, "total": 7}

@@ -107,3 +107,12 @@ def test_dataset_scan_tells_each_pictures_references(capsys: pytest.CaptureFixtu
     assert a["references"][0]["path"] == "before/a.png"
     assert (a["references"][0]["width"], a["references"][0]["target"]) == (160, a["target"])
     assert (c["references"], c["mask"]) == ([], None)
+
+
+@pytest.mark.usefixtures("place")
+def test_dataset_show_draws_a_row_for_each_pair(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["dataset", "show", "--out=sheets"]) == 0
+    assert "images: 3 crops in sheets/dataset-images.png" in capsys.readouterr().out
+    with Image.open("sheets/dataset-images.png") as sheet:
+        # Five columns of at least 200 pixels: an image and its four references.
+        assert 5 * 200 < sheet.width < 6 * 220
