@@ -9,7 +9,7 @@ from torch import Tensor
 
 from simpletuner.config.flavours import TransformerSpec
 from simpletuner.config.options.lora import LoraOptions
-from simpletuner.flow.condition import Condition, TextContext
+from simpletuner.flow.condition import Condition, References, TextContext
 from simpletuner.flux2.activations import Pass, kept_bytes, sampling, training
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.footprint import adapted_blocks
@@ -45,8 +45,13 @@ def step(transformer: Flux2Transformer, at: Pass, side: tuple[int, int]) -> tupl
         weight.register_post_accumulate_grad_hook(lambda each: setattr(each, "grad", None))
     latents = torch.randn(at.batch, 128, *side)
     context = torch.randn(at.batch, at.text, at.spec.context_dim, dtype=at.dtype)
-    sigma, condition = torch.rand(at.batch), Condition.at(TextContext.dense(context), 1.0)
-    denoise = Denoiser(transformer)
+    references = None
+    if at.references:
+        references = References(
+            torch.randn(at.batch, at.references, 128), torch.zeros(at.batch, at.references, 4, dtype=torch.int64)
+        )
+    sigma, condition = torch.rand(at.batch), Condition.at(TextContext.dense(context), 1.0, references)
+    denoise = Denoiser(transformer, at.reference_attention)
     routes = draw_choices(at.routes, 0, 1, range(at.batch), at.image)
     ledger = Ledger([*transformer.parameters(), latents, context])
     with ledger:
@@ -185,6 +190,16 @@ def test_routes_leave_out_what_goes_around(recomputes: bool) -> None:
     kept, peak = step(transformer, routed, (16, 16))
     assert kept_bytes(routed) <= kept <= kept_bytes(routed) + 2 * shared_bytes(at)
     assert training(routed).total == pytest.approx(peak, rel=0.08)
+
+
+@pytest.mark.parametrize(("view", "recomputes"), [("full", True), ("own", False)])
+def test_references_are_in_the_sum(view: str, recomputes: bool) -> None:
+    alone = described(WIDE, (12, 12), options=LORA, recomputes=recomputes, batch=2)
+    at = replace(alone, references=160, reference_attention=view)  # type: ignore[arg-type]
+    kept, peak = step(built(at, LORA, None), at, (12, 12))
+    beside = shared_bytes(replace(at, image=at.image + at.references)) * at.batch  # a table of positions each
+    assert kept_bytes(alone) < kept_bytes(at) <= kept <= kept_bytes(at) + beside
+    assert training(at).total <= peak <= training(at).total + beside
 
 
 def test_more_recomputing_keeps_less_and_offloading_keeps_it_elsewhere() -> None:
