@@ -9,6 +9,7 @@ Purpose = Literal[
     "strata",
     "guidance",
     "caption",
+    "caption_shuffle",
     "dropout",
     "lora_dropout",
     "rollout",

@@ -159,8 +159,10 @@ def _spread(loaded: Loaded) -> Spread:
     config = loaded.config
     timesteps = Timesteps.of(config)
     visits: dict[str, int] = {}
-    tokens: dict[str, int] = {}
-    if timesteps.shift is None or config.timestep_strata:
+    shifts: dict[str, tuple[int, float]] = {}
+    offsets = [image_set.timestep_sampling_offset for image_set in loaded.datasets.train_sets]
+    is_by_size = timesteps.shift is None or (any(offsets) and timesteps.offset_scale > 0)
+    if is_by_size or config.timestep_strata:
         manifests = [
             scan(image_set, loaded.datasets.conditions_of(image_set), seed=config.seed, workers=config.workers)
             for image_set in loaded.datasets.train_sets
@@ -168,21 +170,21 @@ def _spread(loaded: Loaded) -> Spread:
         order = Order(manifests, seed=config.seed, batch_size=config.train_batch_size)
         for micro_batch, count in order.by_bucket():
             width, height = micro_batch.bucket
-            name = f"{width}x{height}"
+            offset = offsets[micro_batch.visits[0].set_index] if is_by_size and timesteps.offset_scale else 0.0
+            name = f"{width}x{height}{f' {offset:+g}' if offset else ''}"
             visits[name] = visits.get(name, 0) + count * len(micro_batch.visits)
-            tokens[name] = width * height // 256
+            tokens = width * height // 256
+            shifts[name] = tokens, timesteps.shift_of(tokens, offset)
     samples = sum(visits.values())
     shares = (
         {EVERY_SIZE: 1.0}
-        if timesteps.shift is not None
-        else {name: count / samples for name, count in sorted(visits.items(), key=lambda item: tokens[item[0]])}
+        if not is_by_size
+        else {name: count / samples for name, count in sorted(visits.items(), key=lambda item: shifts[item[0]])}
     )
-    resolutions = [
-        Resolution(
-            name, tokens.get(name) if timesteps.shift is None else None, share, timesteps.shift_of(tokens.get(name, 0))
-        )
-        for name, share in shares.items()
-    ]
+    resolutions = []
+    for name, share in shares.items():
+        tokens_of_one, shift = shifts[name] if is_by_size else (None, timesteps.shift_of(0))
+        resolutions.append(Resolution(name, tokens_of_one, share, shift))
     values = config.flow_custom_timesteps
     return Spread.of(
         timesteps.density,

@@ -130,9 +130,16 @@ def _scanned(loaded: Loaded, command: DatasetCommand) -> list[Manifest]:
     for image_set in asked:
         with _lines(image_set.id) if command.progress else _bar(image_set.id) as report:
             try:
-                conditions = loaded.datasets.conditions_of(image_set)
-                config = loaded.config
-                manifests.append(scan(image_set, conditions, seed=config.seed, workers=config.workers, report=report))
+                manifests.append(
+                    scan(
+                        image_set,
+                        loaded.datasets.conditions_of(image_set),
+                        seed=loaded.config.seed,
+                        workers=loaded.config.workers,
+                        caption_filter=loaded.datasets.caption_filter_of(image_set),
+                        report=report,
+                    )
+                )
             except DataError as error:
                 problems += error.problems
     DataError.raise_if(problems)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from annotated_types import MaxLen, MinLen
+from annotated_types import Ge, Le, MaxLen, MinLen
 from pydantic import BeforeValidator
 
 from simpletuner.config.options.kinds import (
@@ -25,6 +25,10 @@ def _centre(value: object) -> object:
 
 def _instanceprompt(value: object) -> object:
     return "instanceprompt" if value == "instance_prompt" else value
+
+
+def _separator(value: object) -> object:
+    return {"comma": ",", "space": " ", "period": "."}.get(value, value) if isinstance(value, str) else value
 
 
 def _one_as_tuple(value: object) -> object:
@@ -136,11 +140,14 @@ class CaptionShuffle(Slice):
     seed: Whole | None = None
     """Seed of the variants; by default the run's."""
 
-    split_on: Text = ","
-    """What separates the parts."""
+    split_on: Annotated[Text, BeforeValidator(_separator)] = ","
+    """What separates the parts: a text, or `comma`, `space` or `period`."""
 
     position_start: Whole = 0
     """Parts at the beginning that stay where they are."""
+
+    include_original: bool = False
+    """Keep the caption as it was written besides."""
 
 
 class ImageSet(PictureSet):
@@ -197,10 +204,13 @@ class ImageSet(PictureSet):
     loss_weight: NotNegative = 1.0
     """Factor of the set's losses."""
 
-    timestep_sampling_offset: float = 0.0
-    """Added to the normal draw before the sigmoid: above 0 the set is trained on noisier inputs."""
+    timestep_sampling_offset: Annotated[float, Ge(-10), Le(10)] = 0.0
+    """Added to the normal draw before the sigmoid, σ = sigmoid(scale·(N(0,1) + offset)): above 0 the set is trained on
+    noisier inputs."""
 
-    caption_shuffle: CaptionShuffle | None = None
+    caption_shuffle: (
+        Annotated[CaptionShuffle, Says('an object such as {"enable": true, "count": 3, "split_on": ","}')] | None
+    ) = None
     """Shuffle the parts of captions, as
     `{"enable": true, "count": 3, "seed": 42, "split_on": ",", "position_start": 1}`."""
 
@@ -269,7 +279,8 @@ class TextStore(Slice):
         Annotated[tuple[Text, ...], BeforeValidator(list_as_tuple), Says("a list of texts, or the path of a text file")]
         | None
     ) = None
-    """Texts that are taken out of the captions that this store keeps."""
+    """Texts that are taken out of the captions that this store keeps: a list, or the path of a file with one on each
+    line."""
 
 
 class Datasets(Slice):
@@ -296,6 +307,10 @@ class Datasets(Slice):
         """Whether images of `image_set` may have masks."""
         masks = {each.id for each in self.conditioning_sets if not each.is_reference}
         return image_set.mask_source == "alpha" or not masks.isdisjoint(image_set.conditioning_data)
+
+    def caption_filter_of(self, image_set: ImageSet) -> tuple[str, ...]:
+        """Texts that are taken out of the captions of `image_set`."""
+        return self.text_store_of(image_set).caption_filter_list or ()
 
     def text_store_of(self, image_set: ImageSet) -> TextStore:
         """The store that keeps the captions of `image_set`."""

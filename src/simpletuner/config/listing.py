@@ -1,5 +1,6 @@
 """`multidatabackend.json` as `Datasets`, with every fault of every entry."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -8,8 +9,16 @@ from typing import Any
 
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.base.text import CAPTION_BYTES, FILE_NAME, does_as_file_name, is_visible, size_in_bytes
-from simpletuner.config.datasets import MOST_REFERENCES, ConditioningSet, Datasets, ImageSet, PictureSet, TextStore
-from simpletuner.config.documents import read_document
+from simpletuner.config.datasets import (
+    MOST_REFERENCES,
+    CaptionShuffle,
+    ConditioningSet,
+    Datasets,
+    ImageSet,
+    PictureSet,
+    TextStore,
+)
+from simpletuner.config.documents import document_text, read_document
 from simpletuner.config.given import Checked, Given, Known, check_givens, unaliased
 from simpletuner.config.options.kinds import Slice
 from simpletuner.config.other_keys import OTHER_CONDITION_KEYS, OTHER_SET_KEYS, OTHER_STORE_KEYS
@@ -35,11 +44,14 @@ CONDITIONING_SET = Known(
     elsewhere=ImageSet.model_fields,
     other_place="an image set",
 )
+CAPTION_SHUFFLE = Known(CaptionShuffle, noun="key of caption_shuffle")
 DATASET_TYPES = ("image", "eval", "conditioning", "text_embeds")
 
 _SIZE_KEYS = ("resolution", "minimum_image_size", "maximum_image_size", "target_downsample_size")
 _SHAPE_KEYS = PictureSet.model_fields.keys() - {"id", "type", "instance_data_dir", "disabled", "cache_dir_vae"}
 _LEAST_EDGE, _MOST_AREAS = 16, 64
+_REPLACEMENT = re.compile(r"s/.*/.*/")
+_PATTERN_SIGNS = re.compile(r"[\\^$*+|\[\]{}]")
 _OF_TRAINING = (
     "repeats",
     "probability",
@@ -139,6 +151,14 @@ def _entry(entry: dict[str, Any], where: str, listing: Listing, around: Surround
         # The keys that go with another place come with the work that reads it: one message is enough.
         entry = {key: entry[key] for key in ("id", "type", "instance_data_dir") if key in entry}
         entry.setdefault("instance_data_dir", ".")
+    entry = _with_filter_file(entry, where, listing, around)
+    shuffle = entry.get("caption_shuffle")
+    if isinstance(shuffle, dict):
+        parts = {key: Given(value, "file", key) for key, value in shuffle.items()}
+        faulty = check_givens(parts, CAPTION_SHUFFLE, Checked(), where=f"{where}caption_shuffle: ").problems
+        if faulty:
+            listing.problems += faulty.values()
+            entry = {key: value for key, value in entry.items() if key != "caption_shuffle"}
     checked = Checked()
     givens = unaliased([(key, Given(value, "file", key)) for key, value in entry.items()], known, checked, where=where)
     check_givens(givens, known, checked, where=where)
@@ -157,11 +177,57 @@ def _entry(entry: dict[str, Any], where: str, listing: Listing, around: Surround
     if isinstance(made, ImageSet):
         faults += _image_faults(made)
         listing.notices += [where + notice for notice in _image_notices(made, entry.keys())]
+    if isinstance(made, TextStore):
+        faults += _filter_faults(made)
+        signs = [text for text in made.caption_filter_list or () if _PATTERN_SIGNS.search(text)]
+        if signs:
+            listing.notices.append(
+                f"{where}caption_filter_list: {join_names(map(shown, signs), 'and')} are taken out as they are "
+                "written: these are texts, not regular expressions."
+            )
     faults = [replace(fault, found=where + fault.found) for fault in faults]
     if isinstance(made, PictureSet) and not made.disabled and not Path(made.instance_data_dir).is_dir():
         faults.append(_no_folder(where, entry["instance_data_dir"], made.instance_data_dir))
     listing.problems += faults
     return None if faults else made
+
+
+def _with_filter_file(entry: dict[str, Any], where: str, listing: Listing, around: Surroundings) -> dict[str, Any]:
+    """`entry`, with what the file of its `caption_filter_list` lists in place of the file's name."""
+    key = "caption_filter_list"
+    typed = entry.get(key)
+    if not isinstance(typed, str) or not typed:
+        return entry
+    others = {name: value for name, value in entry.items() if name != key}
+    label = f"{where}{key} = {shown(typed)}"
+    try:
+        names = {**around.names, "id": str(entry.get("id"))}
+        path = joined(around.folder, filled(typed, names, around.environ))
+        refused = None if around.rule is None else around.rule(key, path)
+        if refused is not None:
+            listing.problems.append(replace(refused, found=where + refused.found, key=""))
+            return others
+        if Path(path).suffix == ".json":
+            return entry | {key: read_document(Path(path), label)}
+        lines = document_text(Path(path), label).splitlines()
+    except ValueError as error:
+        listing.problems.append(Problem(f"{label}: {error}"))
+        return others
+    except ConfigError as error:
+        listing.problems += error.problems
+        return others
+    return entry | {key: [line.strip() for line in lines if line.strip()]}
+
+
+def _filter_faults(store: TextStore) -> Iterator[Problem]:
+    """SimpleTuner's way of writing a replacement."""
+    replacing = [text for text in store.caption_filter_list or () if _REPLACEMENT.fullmatch(text)]
+    if replacing:
+        yield Problem(
+            f"caption_filter_list: {join_names(map(shown, replacing), 'and')}",
+            "texts to take out",
+            "Replace texts in the caption files: simpletuner dataset captions FOLDER --find TEXT --replace TEXT.",
+        )
 
 
 def _with_paths(checked: Checked, model: type[Slice], where: str, around: Surroundings) -> dict[str, Any]:
@@ -287,9 +353,11 @@ def _picture_notices(picture_set: PictureSet, typed: Any) -> Iterator[str]:
 
 def _image_notices(image_set: ImageSet, typed: Any) -> Iterator[str]:
     """Other keys of an image set that were typed and have no effect, each with the reason."""
+    has_one_caption = image_set.only_instance_prompt or image_set.caption_strategy == "instanceprompt"
     reads_textfiles = image_set.caption_strategy == "textfile" and not image_set.only_instance_prompt
     ignored = [
         (("disable_multiline_split",), not reads_textfiles, "captions do not come from .txt files"),
+        (("caption_shuffle",), has_one_caption, "every caption is instance_prompt"),
         (_OF_TRAINING, image_set.dataset_type == "eval", "an eval set is never trained"),
         (("conditioning_required",), not image_set.conditioning_data, "conditioning_data names no set"),
         (

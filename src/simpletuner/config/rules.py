@@ -480,6 +480,9 @@ def notices(config: RunConfig, datasets: Datasets | None, given: Collection[str]
                 f"{image_set.id}: its masks have no effect: with is_regularisation_data the base model's prediction is "
                 "held everywhere."
             )
+    offset = [each.id for each in datasets.train_sets if each.timestep_sampling_offset] if datasets is not None else []
+    if offset and has_other_density(config):
+        yield f"{join_names(offset, 'and')}: {no_effect(['timestep_sampling_offset'], 'another density is chosen')}"
     for route in config.tread_routes:
         if route.selection_ratio != 0.5:
             yield (
@@ -567,6 +570,12 @@ def _odd_rates(config: RunConfig) -> Iterator[str]:
         )
 
 
+def has_other_density(config: RunConfig) -> bool:
+    """Whether sigma is drawn otherwise than by a sigmoid of a normal draw."""
+    is_listed = config.flow_custom_timesteps is not None
+    return config.flow_use_uniform_schedule or config.flow_use_beta_schedule or is_listed
+
+
 def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tuple[str, ...], bool, str]]:
     """(options, whether they have no effect, the reason)."""
     flavour = FLAVOURS[config.model_flavour]
@@ -582,8 +591,7 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
     beta = ("flow_beta_schedule_alpha", "flow_beta_schedule_beta")
     yield beta, not config.flow_use_beta_schedule, "flow_use_beta_schedule is false"
     is_listed = config.flow_custom_timesteps is not None
-    has_other_density = config.flow_use_uniform_schedule or config.flow_use_beta_schedule or is_listed
-    yield ("flow_sigmoid_scale",), has_other_density, "another density is chosen"
+    yield ("flow_sigmoid_scale",), has_other_density(config), "another density is chosen"
     yield ("flow_schedule_shift", "flow_schedule_auto_shift"), is_listed, "flow_custom_timesteps is given, and wins"
     is_auto = config.flow_schedule_auto_shift and not is_listed
     yield ("flow_schedule_shift",), is_auto, "flow_schedule_auto_shift is true"

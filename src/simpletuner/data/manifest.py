@@ -60,7 +60,8 @@ class Manifest:
         samples = [
             (s.name, s.content, s.geometry.__dict__, s.captions, *self._condition_fingerprint(s)) for s in self.samples
         ]
-        loss = own.model_dump(include={"is_regularisation_data", "class_prompt", "loss_weight"}, exclude_defaults=True)
+        keys = {"is_regularisation_data", "class_prompt", "loss_weight", "timestep_sampling_offset"}
+        loss = own.model_dump(include=keys, exclude_defaults=True)
         return sha256_json(
             [own.id, own.repeats, own.probability, own.train_batch_size, samples, *([loss] if loss else [])]
         )
@@ -158,6 +159,7 @@ def scan(
     *,
     seed: int,
     workers: int,
+    caption_filter: Sequence[str] = (),
     report: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Manifest:
     """Look at every file of the set's folder and those of its conditioning sets, decode the pictures that are new, and
@@ -174,6 +176,7 @@ def scan(
     Args:
         conditions: those of `conditioning_data`, in its order.
         workers: threads that decode.
+        caption_filter: texts that are taken out of captions.
         report: called with (pictures looked at, pictures in all) of one folder after the other.
 
     Raises:
@@ -192,7 +195,7 @@ def scan(
         try:
             if isinstance(entry, Rejected):
                 raise entry
-            captions = captions_of(name, image_set, images, found.captions)
+            captions = captions_of(name, image_set, images, found.captions, seed=seed, caption_filter=caption_filter)
             geometry = place((entry.width, entry.height), image_set, seed=seed, content=entry.content)
             image = Crop(image_set.id, images, name, entry.content, entry.width, entry.height, geometry)
             references = _references(image, image_set, pairings, seed)
@@ -353,6 +356,13 @@ def _notices(
         limit = image_set.target_downsample_size or image_set.maximum_image_size or 0
         size = describe(limit, image_set.resolution_type)
         add(idle, f"are above {key}, which changes nothing: {size} would not cover what is trained of them")
+
+    if image_set.caption_shuffle is not None and image_set.caption_shuffle.enable:
+        count = len({caption for sample in samples for caption in sample.captions})
+        notices.append(
+            f"{image_set.id}: with caption_shuffle, {len(samples)} pictures have {count} different captions, each of "
+            "which is encoded and cached."
+        )
 
     if image_set.caption_strategy == "textfile" and not image_set.only_instance_prompt:
         uncaptioned = [s.name for s in samples if s.captions == (image_set.instance_prompt,)]

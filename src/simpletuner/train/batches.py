@@ -93,7 +93,7 @@ class BatchBuilder:
         latents = self.prepared.latents(image_set, samples)
         channels, height, width = latents.shape[1:]
         masked = self._mask_effects(image_set, samples, step, slots, (height, width))
-        draws = self.objective.draw(step, slots, (channels, height, width))
+        draws = self.objective.draw(step, slots, (channels, height, width), image_set.timestep_sampling_offset)
         is_regularisation = image_set.is_regularisation_data
         rollout = None if is_regularisation else self.rollout
         preserved, preserved_weights = self._preserved(image_set, prompts)

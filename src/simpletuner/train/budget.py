@@ -174,7 +174,17 @@ def looked_at(loaded: Loaded, most: int = 50) -> Workload:
             pairs = [(each, loaded.datasets.conditions_of(each)) for each in sets]
             if sum(count_new(*pair) for pair in pairs) > most:
                 return configured(loaded)
-            manifests.append([scan(*pair, seed=loaded.config.seed, workers=loaded.config.workers) for pair in pairs])
+            manifests.append(
+                [
+                    scan(
+                        *pair,
+                        seed=loaded.config.seed,
+                        workers=loaded.config.workers,
+                        caption_filter=loaded.datasets.caption_filter_of(pair[0]),
+                    )
+                    for pair in pairs
+                ]
+            )
     except (DataError, OSError):  # `train` and `dataset scan` say what is wrong with them
         return configured(loaded)
     return scanned(loaded, *manifests)

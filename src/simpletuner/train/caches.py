@@ -261,7 +261,14 @@ def scan_sets(loaded: Loaded, source: Source, world: World, reporter: Reporter) 
         manifests = world.from_main(
             "the scan of the image sets",
             lambda: [
-                scan(each, own, seed=config.seed, workers=config.workers, report=progress)
+                scan(
+                    each,
+                    own,
+                    seed=config.seed,
+                    workers=config.workers,
+                    caption_filter=datasets.caption_filter_of(each),
+                    report=progress,
+                )
                 for each, own in zip(image_sets, conditions, strict=True)
             ],
             record=lambda manifests: [manifest.record() for manifest in manifests],

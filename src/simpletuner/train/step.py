@@ -74,11 +74,13 @@ class Objective:
             strata=strata if schedule.timestep_strata else None,
         )
 
-    def draw(self, step: int, slots: Sequence[int], shape: tuple[int, int, int]) -> Draws:
-        """The draws of the samples in `slots` of `step`; `shape` is one sample's latent (channels, h, w)."""
+    def draw(self, step: int, slots: Sequence[int], shape: tuple[int, int, int], offset: float = 0.0) -> Draws:
+        """The draws of the samples in `slots` of `step`; `shape` is one sample's latent (channels, h, w), and `offset`
+        their set's `timestep_sampling_offset`.
+        """
         tokens = shape[1] * shape[2]
         low, high = self.guidance
-        sigma = [self.timesteps.sigma(self._level(step, slot), tokens) for slot in slots]
+        sigma = [self.timesteps.sigma(self._level(step, slot), tokens, offset) for slot in slots]
         guidance = [
             low if low == high else low + (high - low) * self._uniform("guidance", step, slot) for slot in slots
         ]

@@ -25,24 +25,32 @@ class Timesteps:
     density: Density
     shift: float | None
     """None takes it from the sample's size."""
+    offset_scale: float = 0.0
+    """How far an offset of the normal draw moves logit(sigma); 0 where the density has no such draw."""
 
     @classmethod
     def of(cls, options: ScheduleOptions) -> "Timesteps":
         """The density that the options describe. Listed timesteps stand for themselves: nothing shifts them."""
         if options.flow_custom_timesteps is not None:
             return cls(listed_density([timestep / TIMESTEPS for timestep in options.flow_custom_timesteps]), 1.0)
+        scale = 0.0
         if options.flow_use_uniform_schedule:
             density = uniform_density()
         elif options.flow_use_beta_schedule:
             density = beta_density(options.flow_beta_schedule_alpha, options.flow_beta_schedule_beta)
         else:
-            density = sigmoid_density(options.flow_sigmoid_scale)
-        return cls(density, None if options.flow_schedule_auto_shift else options.flow_schedule_shift)
+            scale = options.flow_sigmoid_scale
+            density = sigmoid_density(scale)
+        return cls(density, None if options.flow_schedule_auto_shift else options.flow_schedule_shift, scale)
 
-    def shift_of(self, tokens: int) -> float:
-        """The shift of a sample of `tokens` image tokens."""
-        return math.exp(mu_linear(tokens)) if self.shift is None else self.shift
+    def shift_of(self, tokens: int, offset: float = 0.0) -> float:
+        """The shift of a sample of `tokens` image tokens, in a set whose normal draws are offset.
 
-    def sigma(self, u: float, tokens: int) -> float:
+        sigmoid(scale·(z + offset)) is sigmoid(scale·z) shifted by exp(scale·offset), and shifts multiply.
+        """
+        shift = math.exp(mu_linear(tokens)) if self.shift is None else self.shift
+        return shift * math.exp(self.offset_scale * offset)
+
+    def sigma(self, u: float, tokens: int, offset: float = 0.0) -> float:
         """The sigma that `u`, even in (0, 1), stands for: the quantile function of the shifted density."""
-        return shifted(self.density(u), self.shift_of(tokens))
+        return shifted(self.density(u), self.shift_of(tokens, offset))

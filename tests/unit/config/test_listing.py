@@ -3,6 +3,8 @@ from typing import Any
 
 import pytest
 
+from simpletuner.config.datasets import CaptionShuffle
+
 WHERE = "config/multidatabackend.json, cats: "
 
 
@@ -318,3 +320,59 @@ def test_keys_without_effect_are_named(
     notices_of_set: Callable[..., list[str]], changes: dict[str, object], notice: str
 ) -> None:
     assert notices_of_set(**changes) == [notice]
+
+
+def test_windows_shuffles_and_offsets_are_read(place: Any) -> None:
+    place.datasets[0] |= {
+        "start_step": 0,
+        "end_step": 10,
+        "timestep_sampling_offset": -0.5,
+        "caption_shuffle": {"enable": True, "count": 3, "split_on": "comma", "position_start": 1},
+    }
+    loaded = place.load()
+    (own,) = loaded.datasets.train_sets
+    assert own.windows == {"step": (1, 10), "epoch": (1, None)}
+    assert own.caption_shuffle == CaptionShuffle(enable=True, count=3, position_start=1)
+    assert loaded.notices == ()
+
+
+def test_a_fault_of_a_shuffle_is_named_by_its_key(problem_of_set: Callable[..., str]) -> None:
+    assert problem_of_set(caption_shuffle={"enable": True, "count": 0}) == (
+        "caption_shuffle: count = 0: expected a whole number of at least 1."
+    )
+    assert problem_of_set(caption_shuffle={"cout": 3}) == (
+        "caption_shuffle: cout: no such key of caption_shuffle. Did you mean count?"
+    )
+    assert problem_of_set(caption_shuffle=3) == (
+        'caption_shuffle = 3: expected an object such as {"enable": true, "count": 3, "split_on": ","}.'
+    )
+
+
+def test_an_offset_that_no_density_uses_is_said(place: Any) -> None:
+    place.datasets[0]["timestep_sampling_offset"] = 1.0
+    assert place.load().notices == ()
+    place.config["flow_use_uniform_schedule"] = True
+    assert place.load().notices == ("cats: timestep_sampling_offset has no effect: another density is chosen.",)
+
+
+def test_texts_to_filter_come_from_a_list_or_a_file(place: Any) -> None:
+    for value in (["a photo of", "low quality"], "filters.txt", "filters.json"):
+        place.write("filters.txt", "a photo of \n\n low quality\n")
+        place.write("filters.json", ["a photo of", "low quality"])
+        place.datasets[1]["caption_filter_list"] = value
+        datasets = place.load().datasets
+        assert datasets.caption_filter_of(datasets.train_sets[0]) == ("a photo of", "low quality")
+    place.datasets[1]["caption_filter_list"] = None
+    assert place.load().datasets.caption_filter_of(datasets.train_sets[0]) == ()
+
+
+def test_filters_of_simpletuner_that_mean_something_else_here(place: Any) -> None:
+    place.datasets[1]["caption_filter_list"] = ["this .* has a"]
+    (notice,) = place.load().notices
+    assert "'this .* has a' are taken out as they are written: these are texts, not regular expressions." in notice
+    place.datasets[1]["caption_filter_list"] = ["s/this/that/"]
+    (problem,) = place.problems()
+    assert "caption_filter_list: 's/this/that/': expected texts to take out." in problem
+    place.datasets[1]["caption_filter_list"] = "nowhere.txt"
+    (problem,) = place.problems()
+    assert problem.endswith("caption_filter_list = 'nowhere.txt': no such file.")

@@ -1,6 +1,7 @@
 """Which prompts a picture has, by strategy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from simpletuner.base.errors import DataError
 from simpletuner.base.storage import LocalStorage
 from simpletuner.base.text import CAPTION_BYTES
 from simpletuner.config.datasets import ImageSet
-from simpletuner.data.captions import caption_text, captions_of
+from simpletuner.data.captions import caption_text, captions_of, without_texts
 from simpletuner.data.rejected import Rejected
 
 MakeSet = Callable[..., ImageSet]
@@ -20,9 +21,11 @@ NO_FILES = LocalStorage(Path("nowhere"))
 def of_text(folder: Path, make_set: MakeSet) -> Callable[..., tuple[str, ...]]:
     """The captions of a.png beside an a.txt that holds these bytes."""
 
-    def captions(data: bytes, **keys: object) -> tuple[str, ...]:
+    def captions(data: bytes, *, seed: int = 0, caption_filter: Sequence[str] = (), **keys: object) -> tuple[str, ...]:
         (folder / "a.txt").write_bytes(data)
-        return captions_of("a.png", make_set(caption_strategy="textfile", **keys), LocalStorage(folder), {"a": "a.txt"})
+        own = make_set(caption_strategy="textfile", **keys)
+        storage, files = LocalStorage(folder), {"a": "a.txt"}
+        return captions_of("a.png", own, storage, files, seed=seed, caption_filter=caption_filter)
 
     return captions
 
@@ -127,3 +130,61 @@ def test_the_instance_prompt(of_text: Callable[..., tuple[str, ...]], make_set: 
     assert of_text(b"one\ntwo", prepend_instance_prompt=True, **keys) == ("a zorblat one", "a zorblat two")
     with pytest.raises(DataError, match="no instance_prompt"):
         captions_of("a.png", make_set(caption_strategy="instanceprompt"), NO_FILES, {})
+
+
+@pytest.mark.parametrize(
+    ("caption", "texts", "left"),
+    [
+        ("a cat, red", ["dog"], "a cat, red"),
+        ("a cat , , red..", ["dog"], "a cat , , red.."),  # untouched where nothing is found
+        ("a cat, low quality, red", ["low quality"], "a cat, red"),
+        ("low quality, a cat, watermark", ["low quality", "watermark"], "a cat"),
+        ("a cat, low quality.", ["low quality"], "a cat."),
+        ("A cat. Low quality. Red.", ["Low quality"], "A cat. Red."),
+        ("a cat... watermark, red", ["watermark"], "a cat... red"),
+        ("arafed woman in red", ["arafed "], "woman in red"),
+        ("a very very red cat", ["very"], "a red cat"),
+        ("红猫在屋顶", ["猫"], "红在屋顶"),
+        ("a cat\nwatermark\nred", ["watermark"], "a cat\n\nred"),
+    ],
+)
+def test_texts_are_taken_out_with_their_separators(caption: str, texts: list[str], left: str) -> None:
+    assert without_texts(caption, texts) == left
+
+
+def test_a_caption_of_which_nothing_is_left_is_rejected(of_text: Callable[..., tuple[str, ...]]) -> None:
+    assert of_text(b"a cat, photo\nphoto\n", caption_filter=["photo"]) == ("a cat",)
+    with pytest.raises(Rejected, match="its caption was 'photo,'") as caught:
+        of_text(b"photo,\n", caption_filter=["photo"])
+    assert caught.value.reason == "nothing left by caption_filter_list"
+    assert of_text(b"photo,\n", caption_filter=["photo"], instance_prompt="a photo") == ("a photo",)
+
+
+def test_without_parts_to_shuffle_the_caption_stays(of_text: Callable[..., tuple[str, ...]]) -> None:
+    assert of_text(b"a, b, c", caption_shuffle={"enable": False, "count": 5}) == ("a, b, c",)
+    assert of_text(b"a cat", caption_shuffle={"enable": True, "count": 5}) == ("a cat",)
+
+
+def test_shuffled_variants_are_drawn_by_seed_and_keep_the_first_parts(
+    of_text: Callable[..., tuple[str, ...]],
+) -> None:
+    how = {"enable": True, "count": 40, "position_start": 1}
+    keys = {"caption_shuffle": how, "prepend_instance_prompt": True, "instance_prompt": "sks"}
+    text = b"cat, red ,big,on a roof\na dog, old, wet\n"
+    found = of_text(text, **keys)
+    assert len(found) == 80
+    expected = {f"sks cat, {', '.join(each)}" for each in permutations(("red", "big", "on a roof"))}
+    assert set(found[:40]) == expected
+    assert set(found[40:]) == {"sks a dog, old, wet", "sks a dog, wet, old"}
+    assert of_text(text, **keys) == found != of_text(text, **keys, seed=2)
+    own = {"caption_shuffle": how | {"seed": 7}, "prepend_instance_prompt": True, "instance_prompt": "sks"}
+    assert of_text(text, **own) == of_text(text, **own, seed=2) != found
+
+
+def test_other_separators_and_the_original(of_text: Callable[..., tuple[str, ...]]) -> None:
+    how = {"enable": True, "count": 20, "split_on": "space", "include_original": True}
+    found = of_text(b"red  big", caption_shuffle=how)
+    assert found[0] == "red  big"
+    assert set(found[1:]) == {"red big", "big red"}
+    assert of_text(b"x. y. z.", caption_shuffle={"enable": True, "split_on": "period"})[0].count(". ") == 2
+    assert of_text(b"b, a", caption_shuffle={"enable": True, "count": 9}, dataset_type="eval") == ("b, a",)
