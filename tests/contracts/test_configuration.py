@@ -95,7 +95,7 @@ def test_the_quickstart_is_accepted_as_it_stands(quickstart: Path) -> None:
     typed_set |= {key: str(quickstart / typed_set[key]) for key in ("cache_dir_vae", "instance_data_dir")}
     assert {key: value for key, value in image_set.model_dump().items() if key in typed_set} == typed_set
     typed_store["cache_dir"] = str(quickstart / typed_store["cache_dir"])
-    assert loaded.datasets.text_store_of(image_set).model_dump() == typed_store
+    assert loaded.datasets.text_store_of(image_set).model_dump(include=typed_store.keys()) == typed_store
     assert list(loaded.prompts) == ["portrait_subject", "artistic_subject", "cinematic_subject"]
 
 

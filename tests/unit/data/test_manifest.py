@@ -324,3 +324,32 @@ def test_a_record_makes_the_same_manifest_without_a_file(folder: Path, save: Sav
     other = Manifest.of_record(found.image_set, json.loads(text))
     assert other == found
     assert (other.fingerprint, other.buckets, other.summary()) == (found.fingerprint, found.buckets, found.summary())
+
+
+def test_shuffled_captions_are_counted(scanned: Scanned, save: Callable[..., Path]) -> None:
+    for name in ("a", "b"):
+        save(f"{name}.png").with_suffix(".txt").write_text("red, big\n")
+    keys = {"caption_strategy": "textfile", "caption_shuffle": {"enable": True, "count": 20}}
+    found = scanned(**keys)
+    assert found.notices[-1] == (
+        "photos: with caption_shuffle, 2 pictures have 2 different captions, each of which is encoded and cached."
+    )
+    assert {len(sample.captions) for sample in found.samples} == {20}
+    assert scanned(**keys).fingerprint == found.fingerprint != scanned(seed=1, **keys).fingerprint
+
+
+def test_filtered_captions_leave_a_reason(make_set: Callable[..., ImageSet], save: Callable[..., Path]) -> None:
+    for name in ("a cat, blurry", "blurry"):
+        save(f"{name}.png")
+    found = scan(make_set(), seed=1, workers=1, caption_filter=["blurry"])
+    assert [sample.captions for sample in found.samples] == [("a cat",)]
+    assert [each.reason for each in found.rejections] == ["nothing left by caption_filter_list"]
+
+
+def test_an_offset_of_the_noise_levels_changes_the_fingerprint_and_a_window_does_not(
+    scanned: Scanned, save: Callable[..., Path]
+) -> None:
+    save("a.png")
+    plain = scanned().fingerprint
+    assert scanned(timestep_sampling_offset=0.0, end_step=5).fingerprint == plain
+    assert scanned(timestep_sampling_offset=0.5).fingerprint != plain
