@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from embedded_judge import FLAG_SHARE, Score, Share, flag_share, judge
 from simpletuner.base.errors import UserError
@@ -29,10 +30,14 @@ from simpletuner.flux2.load import load_autoencoder, load_text_encoder, load_tra
 from simpletuner.flux2.source import locate
 from simpletuner.flux2.text import TextEncoder
 from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.train.drift import DRIFT_STEPS, drift_of
 
 BATCH = 25
 """Pictures that are drawn at a time: on a CPU a batch takes a third of the time of its pictures one by one."""
 
+
+DRIFT_PROMPTS = tuple(scene.caption for scene in held_out_scenes()[:8])
+"""Of the small world's scenes, of which no flag's training should move one."""
 
 SHAPES = 3
 """For each flag that is asked for: what training costs of them is small, and a share of few would not show it."""
@@ -60,13 +65,23 @@ class Candidate:
         decode = load_autoencoder(source, torch.float32, "cpu").decode
         return cls(load_transformer(source, dtype, "cpu"), decode, encoder)
 
+    def encode(self, prompts: Sequence[str]) -> TextContext:
+        """The context of each prompt."""
+        batches = [prompts[start : start + BATCH] for start in range(0, len(prompts), BATCH)]
+        encoded = [context for batch in self.text_encoder.encode_batches(batches) for context in batch]
+        return TextContext.stacked(encoded)
+
     def draw(self, prompts: Sequence[str], seed: int = 0) -> list[Image.Image]:
         """A picture of each prompt, 128x128, with the flavour's steps and guidance; the i-th from the noise of
         `seed` + i.
         """
-        batches = [prompts[start : start + BATCH] for start in range(0, len(prompts), BATCH)]
-        encoded = [context for batch in self.text_encoder.encode_batches(batches) for context in batch]
-        return draw(Denoiser(self.transformer), self.decode, TextContext.stacked(encoded), seed)
+        return draw(Denoiser(self.transformer), self.decode, self.encode(prompts), seed)
+
+    def drift_latents(self, seed: int = 0) -> list[Tensor]:
+        """The final latents of each of `DRIFT_PROMPTS`, to be compared with another model's by `drift_of`."""
+        condition = Condition.at(self.encode(DRIFT_PROMPTS), FLAVOURS["tiny"].guidance)
+        noise = torch.cat([initial_noise(seed + index, width=SIDE, height=SIDE) for index in range(len(DRIFT_PROMPTS))])
+        return [*sample_latents(Denoiser(self.transformer), noise, condition, steps=DRIFT_STEPS)]
 
 
 @torch.no_grad()
@@ -90,6 +105,9 @@ class Grades:
     """Flags, where one was asked for."""
     shapes: Score
     """Of the small world's scenes, where one of those was asked for."""
+    drift: float | None = None
+    """How far images of `DRIFT_PROMPTS` are from the base's: `simpletuner.train.drift.drift_of`, mean over the prompts.
+    None of the base itself."""
 
     @property
     def prior(self) -> float:
@@ -97,11 +115,14 @@ class Grades:
         return self.shapes.shares["colour and shape"].value
 
     def __str__(self) -> str:
-        return f"zorblat flags     {self.flags}\n{self.shapes}"
+        drift = "" if self.drift is None else f"\ndrift             {self.drift:.3f}"
+        return f"zorblat flags     {self.flags}\n{self.shapes}{drift}"
 
 
-def examine(candidate: Candidate, pictures: int, seed: int = 0) -> Grades:
-    """Ask for `pictures` flags, of which at most 50 were not trained on, and for `SHAPES` times as many shapes."""
+def examine(candidate: Candidate, pictures: int, seed: int = 0, base: Sequence[Tensor] | None = None) -> Grades:
+    """Ask for `pictures` flags, of which at most 50 were not trained on, and for `SHAPES` times as many shapes. The
+    drift is from `base`, the base model's `drift_latents`.
+    """
     chance = random.Random(seed)
     flags = held_out_flags()
     flags = chance.sample(flags, min(pictures, len(flags)))
@@ -109,7 +130,11 @@ def examine(candidate: Candidate, pictures: int, seed: int = 0) -> Grades:
     drawn = candidate.draw([*(flag.caption for flag in flags), *(scene.caption for scene in scenes)], seed)
     shown = sum(flag_share(picture) >= FLAG_SHARE for picture in drawn[: len(flags)])
     verdicts = [judge(picture, scene) for picture, scene in zip(drawn[len(flags) :], scenes, strict=True)]
-    return Grades(Share(shown, len(flags)), Score.of(verdicts))
+    drift = None
+    if base is not None:
+        pairs = zip(candidate.drift_latents(seed), base, strict=True)
+        drift = sum(drift_of(latents, before) for latents, before in pairs) / len(DRIFT_PROMPTS)
+    return Grades(Share(shown, len(flags)), Score.of(verdicts), drift)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -126,8 +151,9 @@ def main(arguments: Sequence[str]) -> int:
         candidate = Candidate.load(ModelOptions(model_flavour="tiny"))
         print(f"Base model, right of what was asked for:\n{examine(candidate, given.pictures, given.seed)}", flush=True)
         if saved is not None:
+            base = candidate.drift_latents(given.seed)
             attach_saved(candidate.transformer, saved)
-            print(f"With {given.lora}:\n{examine(candidate, given.pictures, given.seed)}")
+            print(f"With {given.lora}:\n{examine(candidate, given.pictures, given.seed, base)}")
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from tests.numerics.test_pipeline_parity import encoded_references, reference_files
 from torch import Tensor
 
 from simpletuner.config.flavours import FlavourName
@@ -208,6 +210,26 @@ def test_images_with_true_guidance_are_the_pipelines(
             both_at_once=both_at_once,
         )
         assert_near(decode(latents).clamp(-1, 1) / 2 + 0.5, expected)
+
+
+def test_images_with_references_in_both_branches_are_the_pipelines(
+    tmp_path: Path, source: Source, pipeline: Any, encoder: ResidentTextEncoder
+) -> None:
+    paths = reference_files(tmp_path, [(64, 80), (75, 64)])
+    noise = initial_noise(7, width=64, height=48)
+    images = [Image.open(path) for path in paths]
+    expected = drawn_by(pipeline, noise, PROMPTS[1], steps=2, guidance_scale=4.0, image=images)
+    references = encoded_references(source, paths)
+    positive, negative = (Condition.at(context, 1.0, references) for context in encoder.encode([PROMPTS[1], ""]))
+    latents = sample_latents(
+        Denoiser(load_transformer(source, torch.float32, "cpu")),
+        noise,
+        positive,
+        steps=2,
+        real_guidance=4.0,
+        negative=negative,
+    )
+    assert_near(load_autoencoder(source, torch.float32, "cpu").decode(latents).clamp(-1, 1) / 2 + 0.5, expected)
 
 
 def test_images_of_the_distilled_klein_are_the_pipelines(tiny_klein_distilled_folder: Path) -> None:

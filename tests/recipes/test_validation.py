@@ -161,6 +161,32 @@ def test_the_drift_is_measured_with_each_sheet_and_after_a_resume_against_the_sa
 
 
 @pytest.mark.slow
+def test_an_image_with_references_is_that_of_sample_and_its_references_are_encoded_once(
+    drawing: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, size in (("a.png", (64, 80)), ("b.png", (75, 64))):
+        Image.radial_gradient("L").resize(size).convert("RGB").save(drawing.folder / name)
+    drawing.prompts = {"plain": "a gradient", "two": {"prompt": "a gradient", "references": ["b.png", "a.png"]}}
+    before = set(drawing.folder.glob("cache/vae/*/*.safetensors"))
+    assert drawing.train("--max_train_steps=1") == 0
+    run = drawing.run()
+    assert len(set(drawing.folder.glob("cache/vae/*/*.safetensors")) - before) == 2
+    shown = {each["name"]: each["references"] for each in drawing.events("validation")[-1]["pictures"]}
+    assert shown == {"plain": [], "two": ["b.png", "a.png"]}
+    capsys.readouterr()
+    for name, flags in (("plain", []), ("two", ["--references=b.png", "--references=a.png"])):
+        assert main(["sample", f"--run={run.root}", "--prompt=a gradient", *flags]) == 0
+        image = Image.open(run.validation(1) / f"{name}_32x32_0.png")
+        assert Image.open(capsys.readouterr().out.strip()).tobytes() == image.tobytes()
+    drawn = (run.validation(0) / "two_32x32_0.png").stat().st_mtime_ns
+    assert drawing.train("--max_train_steps=2") == 0
+    assert (run.validation(0) / "two_32x32_0.png").stat().st_mtime_ns == drawn
+    Image.new("RGB", (64, 64), "red").save(drawing.folder / "a.png")
+    assert drawing.train("--max_train_steps=3") == 0
+    assert (run.validation(0) / "two_32x32_0.png").stat().st_mtime_ns != drawn
+
+
+@pytest.mark.slow
 def test_klein_validation_is_guided_against_the_negative_prompt_as_sample_is(
     workplace: Workplace, tiny_klein_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

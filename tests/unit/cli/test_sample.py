@@ -297,6 +297,43 @@ def test_pictures_with_their_parameters(tiny_folder: Path, lora: Path, capsys: p
     assert not any(str(folder) in images[0].info["parameters"] for folder in (tiny_folder.parent, lora.parent))
 
 
+def test_references_change_the_picture_in_their_order_and_not_its_size(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, color in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (64, 80), color).save(tmp_path / name)
+    a, b = (f"--references={tmp_path / name}" for name in ("a.png", "b.png"))
+    model = [f"--pretrained_model_name_or_path={tiny_folder}", "--mixed_precision=no"]
+    images = {}
+    for way, flags in {"none": [], "a": [a], "ab": [a, b], "ba": [b, a]}.items():
+        assert main(["sample", *model, *SMALL, "--prompt=two", *flags]) == 0
+        images[way] = Image.open(drawn(capsys)[0])
+    assert len({image.tobytes() for image in images.values()}) == 4
+    assert {image.size for image in images.values()} == {(32, 48)}
+    told = {way: json.loads(image.info["parameters"]).get("references") for way, image in images.items()}
+    assert told["none"] is None
+    assert [each["name"] for each in told["ba"]] == ["b.png", "a.png"]
+    assert told["ba"] == told["ab"][::-1]
+
+
+def test_references_that_cannot_be_are_refused_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, size in (("small.png", (63, 64)), ("narrow.png", (64, 513))):
+        Image.new("RGB", size).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("x")
+    names = ("gone.png", "notes.txt")
+    assert main(["sample", "--prompt=x", *(f"--references={tmp_path / name}" for name in names)]) == 2
+    told = capsys.readouterr().err
+    assert "gone.png': no such file: expected the path of an image." in told
+    assert "notes.txt': expected an image, such as .png, .jpg or .webp." in told
+    names = ("small.png", "narrow.png")
+    assert main(["sample", "--prompt=x", *(f"--references={tmp_path / name}" for name in names)]) == 2
+    told = capsys.readouterr().err
+    assert "small.png: reference is too small: 63x64" in told
+    assert "narrow.png: reference is too narrow: 64x513" in told
+
+
 def test_a_lora_acts_by_its_strength_and_nothing_is_overwritten(
     tiny_folder: Path, lora: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -215,6 +215,14 @@ def test_no_option_of_sample_goes_round_the_guards(attacked: Path, outside: Path
     assert SECRET not in str(told.value)
 
 
+@pytest.mark.parametrize("attack", WAYS)
+def test_no_reference_of_sample_goes_round_the_guards(attacked: Path, outside: Path, attack: str) -> None:
+    flag = f"--references={attack_value(attack, 'references', outside)}"
+    with pytest.raises(ConfigError) as told:
+        read_request([flag, "--prompt=x"], os.environ | Reach(attacked).variable())
+    assert is_refused("references", told.value)
+
+
 def test_sample_does_not_read_a_runs_config_through_a_link_that_leads_out(attacked: Path, outside: Path) -> None:
     (attacked / "output" / "run" / "config.json").unlink()
     (attacked / "output" / "run" / "config.json").symlink_to(outside / "secret.json")

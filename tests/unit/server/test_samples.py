@@ -70,6 +70,12 @@ def test_a_wish_becomes_a_request_of_the_sampler(here: Context, run: RunDirector
         "steps": 4,
         "num": 2,
     }
+    Image.new("RGB", (64, 64)).save(here.workspace / "a.png")
+    assert sample_request(here, ToDraw(prompts=["x"], references=["a.png", "a.png"]))["references"] == ["a.png"] * 2
+    for path, status in (("gone.png", 422), (f"output/a/{LORA_NAME}", 422), ("../a.png", 403)):
+        with pytest.raises(Fault) as refused:
+            sample_request(here, ToDraw(prompts=["x"], references=[path]))
+        assert refused.value.status == status
     plain = sample_request(here, ToDraw(prompts=["x"]))
     assert (plain["out"], plain["prompt"]) == ("samples", ["x"])
     assert not {"run", "lora", "steps", "guidance"} & set(plain), "null is left to the run and the model"
