@@ -40,9 +40,10 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-from jaxtyping import install_import_hook  # noqa: E402  after the environment is set
+import jaxtyping  # noqa: E402  after the environment is set
+from tests.shapes import jaxtyped_with_shapes  # noqa: E402
 
-# Every tensor signature of these rooms is checked on every call. Outside the tests the shapes cost nothing.
+# Every signature with shapes of these rooms is checked on every call. Outside the tests the shapes cost nothing.
 CHECKED = (
     *(f"simpletuner.{room}" for room in ("flow", "memory", "flux2", "data", "train")),
     "embedded_exam",
@@ -50,7 +51,8 @@ CHECKED = (
 )
 if loaded := [name for name in CHECKED if name in sys.modules]:
     raise RuntimeError(f"imported before their shapes could be checked: {', '.join(loaded)}")
-install_import_hook(CHECKED, "beartype.beartype")
+jaxtyping.jaxtyped = jaxtyped_with_shapes  # the hook decorates by this name
+jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
