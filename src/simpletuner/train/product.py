@@ -261,7 +261,8 @@ class FullProduct:
         return {f"{TRANSFORMER_FOLDER}/{name}": digest for name, digest in hashes.items()}
 
     def holds(self, state: Mapping[str, Tensor]) -> bool:
-        return all(self.save_dtype in (tensor.dtype, torch.float32) for tensor in state.values())
+        dtype = self.save_dtype
+        return all(dtype in (tensor.dtype, torch.float32) for tensor in state.values())
 
     def saved(self, folder: Path) -> dict[str, Tensor]:
         return read_transformer(folder / TRANSFORMER_FOLDER)
