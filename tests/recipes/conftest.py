@@ -112,6 +112,14 @@ def workplace(own_folder: Path, pictures: Path) -> Workplace:
     return Workplace(own_folder)
 
 
+@pytest.fixture
+def inductor_cache(shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the compiler keeps what it made, of all workers: torch's headers alone take it long."""
+    folder = shared_folder / "inductor"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def uninterrupted(shared_folder: Path, pictures: Path) -> Workplace:
     """The same run, left alone: what every interrupted one must end like. One for all workers."""

@@ -87,11 +87,9 @@ def test_a_resumed_run_keeps_what_it_began_with(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_compiled_losses_are_those_of_eager_over_twenty_steps_and_three_buckets(
-    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("inductor_cache")
+def test_compiled_losses_are_those_of_eager_over_twenty_steps_and_three_buckets(workplace: Workplace) -> None:
     """To 1e-4 of each loss, in fp32: fused kernels sum in another order, and twenty steps of training amplify it."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(workplace.folder / "inductor"))
     workplace.config |= {
         "max_train_steps": 20,
         "gradient_accumulation_steps": 1,
@@ -120,10 +118,8 @@ def test_compiled_losses_are_those_of_eager_over_twenty_steps_and_three_buckets(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_compiled_streamed_run_is_the_compiled_resident_one_bit_for_bit(
-    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(workplace.folder / "inductor"))
+@pytest.mark.usefixtures("inductor_cache")
+def test_a_compiled_streamed_run_is_the_compiled_resident_one_bit_for_bit(workplace: Workplace) -> None:
     workplace.config |= {
         "dynamo_backend": "inductor",
         "max_train_steps": 2,
@@ -164,6 +160,7 @@ assert text.grad.isfinite().all() and image.grad.isfinite().all()
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("inductor_cache")
 def test_attention_of_few_tokens_in_bf16_compiles(workplace: Workplace) -> None:
     """Its table of weights, as wide as text and image together, is one that inductor cannot take."""
     done = workplace.apart(sys.executable, "-c", SHORT_ATTENTION)
