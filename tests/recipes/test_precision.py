@@ -78,6 +78,7 @@ def test_recomputed_or_not_quantised_losses_are_the_same_bits(workplace: Workpla
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("inductor_cache")
 def test_compiled_it_is_near_and_one_artefact_a_kind(workplace: Workplace) -> None:
     given = {"base_model_precision": "int4-quanto", "max_train_steps": 2}
     assert workplace.train(*flags("eager", **given)) == 0
