@@ -10,6 +10,7 @@ from simpletuner.config.options.ranks import RankOptions
 from simpletuner.config.record import (
     CHANGE_THE_CURVE,
     MAY_CHANGE,
+    NAMED_WHERE_CHOSEN,
     RECORDED_TEXTS,
     SPLIT,
     OptionChange,
