@@ -180,7 +180,7 @@ class ValidationEvent(Event):
     """Held-out loss of the moving average."""
     drift: float | None = None
     """How far the images of `validation_drift_prompts` are from the base model's, mean over the prompts: RMS difference
-    of the final latents over the RMS of the base model's. 0 is unmoved, about 1.4 an image of other noise."""
+    of the final latents over the RMS of the base model's. 0 is unmoved, about 1 an image of other noise."""
     drift_by_prompt: dict[str, float] = {}
     """The same of each prompt."""
     ema_drift: float | None = None

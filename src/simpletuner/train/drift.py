@@ -27,7 +27,7 @@ DRIFT_STEPS = 8
 
 
 def drift_of(latents: Float[Tensor, "..."], base: Float[Tensor, "..."]) -> float:
-    """RMS of the difference over the RMS of `base`: 0 for equal latents, about √2 for images of different noise."""
+    """RMS of the difference over the RMS of `base`: 0 for equal latents, about 1 for images of different noise."""
     return float((latents.double() - base.double()).norm() / base.double().norm())
 
 
