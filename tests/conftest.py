@@ -5,6 +5,7 @@ import gc
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -51,7 +52,7 @@ CHECKED = (
 )
 if loaded := [name for name in CHECKED if name in sys.modules]:
     raise RuntimeError(f"imported before their shapes could be checked: {', '.join(loaded)}")
-jaxtyping.jaxtyped = jaxtyped_with_shapes  # the hook decorates by this name
+jaxtyping.jaxtyped = jaxtyped_with_shapes  # type: ignore[assignment]  # the hook decorates by this name
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 import pytest  # noqa: E402
@@ -165,6 +166,22 @@ def draw_pictures(folder: Path) -> None:
         level = Image.new("L", (width, height), 40 * index)
         Image.merge("RGB", (across, down, level)).save(folder / f"picture-{index}.png")
         (folder / f"picture-{index}.txt").write_text(f"a soft gradient, number {index}\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def example_folder(shared_folder: Path) -> Path:
+    """The datasets of the example, and its caches, filled by a run of one step. Read only: copy `datasets` and `cache`
+    to train on them. One for all workers.
+    """
+    folder = shared_folder / "example"
+    command = ["train", "--example=tiny-lora", "--max_train_steps=1", "--train_batch_size=1", "--validation_disable"]
+    with (shared_folder / "example.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "output").exists():
+            folder.mkdir(exist_ok=True)
+            filled = [sys.executable, "-P", "-m", "simpletuner", *command]
+            subprocess.run(filled, cwd=folder, check=True, capture_output=True, text=True)
+    return folder
 
 
 @pytest.fixture(autouse=True)

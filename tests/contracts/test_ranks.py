@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -107,9 +108,10 @@ def test_one_process_imports_nothing_of_torch_distributed() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("own_folder")
-def test_a_run_of_one_process_joins_no_process_group() -> None:
+def test_a_run_of_one_process_joins_no_process_group(example_folder: Path, own_folder: Path) -> None:
     """What it imports of torch.distributed says nothing: transformers and diffusers import much of it."""
+    for name in ("datasets", "cache"):
+        shutil.copytree(example_folder / name, own_folder / name)
     flags = ["--example", "tiny-lora", "--max_train_steps=1", "--validation_disable", "--train_batch_size=1"]
     run = f"from simpletuner.cli.main import main; assert main({['train', *flags]!r}) == 0"
     found = after(f"import contextlib, io\nwith contextlib.redirect_stdout(io.StringIO()):\n    {run}")

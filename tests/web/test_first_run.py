@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -21,11 +22,21 @@ LONG_MS = 180_000
 
 
 def shorten(server: Server, steps: int, **options: object) -> None:
-    """Start the server anew so that runs which it starts have fewer steps: the environment wins over the example."""
+    """Start the server anew so that runs which it starts have fewer and smaller steps: the environment wins over the
+    example.
+    """
     server.kill()
-    given = {"max_train_steps": steps, "validation_num_inference_steps": 2, "lr_warmup_steps": 0, **options}
+    given = {"max_train_steps": steps, "train_batch_size": 1, "validation_num_inference_steps": 2, "lr_warmup_steps": 0}
+    given |= options
     server.environment |= {f"SIMPLETUNER_{name.upper()}": str(value).lower() for name, value in given.items()}
     server.start()
+
+
+@pytest.fixture
+def prepared(example_folder: Path, workspace: Path) -> None:
+    """What the example's first start draws and encodes is there."""
+    for name in ("datasets", "cache"):
+        shutil.copytree(example_folder / name, workspace / name)
 
 
 def lost(text: str) -> bool:
@@ -85,6 +96,7 @@ def test_the_example_by_clicks_alone(server: Server, page: Page, workspace: Path
     assert tried.first.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
 
 
+@pytest.mark.usefixtures("prepared")
 def test_a_killed_server_loses_nothing(server: Server, page: Page, workspace: Path, watched: Watched) -> None:
     """The run goes on, and the page catches up by itself, without a gap."""
     watched.allowed = lost
@@ -107,6 +119,7 @@ def test_a_killed_server_loses_nothing(server: Server, page: Page, workspace: Pa
     assert {event["attempt"] for event in events} == {1}
 
 
+@pytest.mark.usefixtures("prepared")
 def test_stopped_and_resumed_by_clicks(server: Server, page: Page, workspace: Path, watched: Watched) -> None:
     watched.allowed = lost
     shorten(server, 400, validation_disable=True, checkpoint_step_interval=0)
@@ -123,6 +136,7 @@ def test_stopped_and_resumed_by_clicks(server: Server, page: Page, workspace: Pa
     assert steps_of(page) == list(range(1, last + 4))
 
 
+@pytest.mark.usefixtures("prepared")
 def test_a_config_of_the_page_and_one_by_hand_give_the_same_run(server: Server, page: Page, workspace: Path) -> None:
     """Made and changed by clicks, against the same files written by hand: the same losses to the last bit."""
     page.goto(f"{server.url}/#/configure")
@@ -130,7 +144,8 @@ def test_a_config_of_the_page_and_one_by_hand_give_the_same_run(server: Server, 
     page.get_by_role("dialog").get_by_label("Name").fill("clicked")
     page.get_by_role("button", name="Make it").click()
     expect(page.get_by_label("LoRA rank", exact=True)).to_have_value("32")
-    changes = {"lora_rank": 4, "max_train_steps": 3, "lr_warmup_steps": 0, "eval_steps_interval": 400}
+    changes = {"lora_rank": 4, "max_train_steps": 3, "train_batch_size": 1, "lr_warmup_steps": 0}
+    changes |= {"eval_steps_interval": 400}
     for name, value in changes.items():
         page.get_by_label(LABELS[name], exact=True).fill(str(value))
     page.get_by_role("button", name="Save", exact=True).click()
