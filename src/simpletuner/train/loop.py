@@ -316,9 +316,8 @@ class Loop:
                     if event is not None:
                         self.reporter.emit(event)
                     event = self.painter.draw(step, progress)
-        drifts = {} if step == 0 else self._measured_drift(step)
-        if drifts:
-            event = (event or ValidationEvent(step=step)).model_copy(update=drifts)
+        if step > 0 and self.drift is not None:
+            event = self._with_drift(self.drift, event, step)
         if event is not None:
             self.reporter.emit(event)
             if event.sheet is not None:
@@ -335,11 +334,8 @@ class Loop:
                     "weights: no drift is measured."
                 )
 
-    def _measured_drift(self, step: int) -> dict[str, Any]:
-        """Fields of the event of `step`; none where no drift is measured. Says what it is."""
-        drift = self.drift
-        if drift is None:
-            return {}
+    def _with_drift(self, drift: DriftMeter, event: ValidationEvent | None, step: int) -> ValidationEvent | None:
+        """`event` of `step`, or a new one, with the drift measured and told; `event` where it cannot be measured."""
         found: dict[str, dict[str, float]] = {}
 
         def measure() -> None:
@@ -356,14 +352,17 @@ class Loop:
             release_memory(self.world.device)
             self.reporter.notice(f"The drift at step {step} could not be measured: {reason} Training goes on.")
         means = {view: mean(by_prompt) for view, by_prompt in found.items()}
-        if means:
-            average = f"{means['ema']:.3f} (moving average)" if "ema" in means else ""
-            live = f"{means['live']:.3f}" if "live" in means else ""
-            self.reporter.say(f"Drift at step {step}: {', '.join(filter(None, (live, average)))}")
-        return {
-            **({"drift": means["live"], "drift_by_prompt": found["live"]} if "live" in means else {}),
-            **({"ema_drift": means["ema"]} if "ema" in means else {}),
+        if not means:
+            return event
+        average = f"{means['ema']:.3f} (moving average)" if "ema" in means else ""
+        live = f"{means['live']:.3f}" if "live" in means else ""
+        self.reporter.say(f"Drift at step {step}: {', '.join(filter(None, (live, average)))}")
+        measured = {
+            "drift": means.get("live"),
+            "drift_by_prompt": found.get("live", {}),
+            "ema_drift": means.get("ema"),
         }
+        return (event or ValidationEvent(step=step)).model_copy(update=measured)
 
     def _save(self, state: TrainState) -> None:
         folder = self.save(state)

@@ -54,6 +54,6 @@ def test_inversion_of_a_floor_of_1_has_none(masked: Any) -> None:
 
 
 def test_masks_of_a_regularisation_set_have_none(masked: Any) -> None:
-    masked.datasets[0]["is_regularisation_data"] = True
+    masked.datasets.append(masked.datasets[0] | {"id": "others", "is_regularisation_data": True})
     (notice,) = masked.load().notices
-    assert notice.startswith("cats: its masks have no effect: with is_regularisation_data")
+    assert notice.startswith("others: its masks have no effect: with is_regularisation_data")

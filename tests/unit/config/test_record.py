@@ -8,6 +8,7 @@ from simpletuner.config import record
 from simpletuner.config.options.kinds import Slice
 from simpletuner.config.options.ranks import RankOptions
 from simpletuner.config.record import (
+    NAMED_WHERE_CHOSEN,
     CHANGE_THE_CURVE,
     MAY_CHANGE,
     NAMED_WHERE_CHOSEN,
@@ -299,6 +300,6 @@ def test_a_slice_is_frozen_and_exact() -> None:
 def test_an_option_that_is_younger_than_the_fingerprints_is_named_only_where_it_is_chosen() -> None:
     usual = resolved(RunConfig())
     named = decisive(usual)
-    assert named.keys() == usual.keys() - MAY_CHANGE - {"optimizer_release_gradients"}
+    assert named.keys() == usual.keys() - MAY_CHANGE - NAMED_WHERE_CHOSEN.keys()
     chosen = decisive(usual | {"optimizer_release_gradients": True})
     assert chosen == named | {"optimizer_release_gradients": True}
