@@ -25,6 +25,7 @@ class PathKind(Enum):
     """What lies at a path, in the words of a message."""
 
     DOCUMENT = "a .json or .toml file that is no record of a run"
+    TEXTS = "a .txt or .json file that is no record of a run"
     FOLDER = "a folder"
     RUN = "a run's folder, or one without a configuration in it"
     ADAPTER = "a .safetensors file, or a folder with one"
@@ -64,6 +65,7 @@ PATHS = {
     # Of an entry in a list of datasets.
     "instance_data_dir": PathUse(PathKind.FOLDER, "read"),
     "cache_dir_vae": PathUse(PathKind.FOLDER, "write"),
+    "caption_filter_list": PathUse(PathKind.TEXTS, "read"),
     # Of a prompt library, and of `simpletuner sample`.
     "references": PathUse(PathKind.IMAGE, "read"),
     # Of `simpletuner sample`.
@@ -155,6 +157,8 @@ class Reach:
             is_file, is_folder = stat.S_ISREG(mode), stat.S_ISDIR(mode)
         if kind is PathKind.DOCUMENT:
             return is_file and path.suffix.lower() in (".json", ".toml") and not self._is_in_a_run(path)
+        if kind is PathKind.TEXTS:
+            return is_file and path.suffix.lower() in (".json", ".txt") and not self._is_in_a_run(path)
         if kind is PathKind.RUN:
             return is_folder and path not in self.all and not _holds_a_config(path)
         if kind is PathKind.FOLDER:

@@ -32,9 +32,12 @@ ENTRIES: dict[type[Slice], dict[str, str]] = {
 MODELS: tuple[type[Slice], ...] = (RunConfig, *ENTRIES, SampleConfig)
 GIVEN_BY_THE_SERVER = {"config", "lora", "run", "out", "references"}
 """Flags that no configuration holds; `references` also stand in a prompt library."""
+LISTS_OR_FILES = {"caption_filter_list"}
+"""Dataset keys that are a list of texts, or the path of a file with one."""
 
 NAMES = {
     PathKind.DOCUMENT: "secret.json",
+    PathKind.TEXTS: "secret.json",
     PathKind.FOLDER: "folder",
     PathKind.RUN: "folder",
     PathKind.ADAPTER: "secret.safetensors",
@@ -44,6 +47,7 @@ NAMES = {
 """What each kind of path looks for."""
 OTHER_KINDS = {
     PathKind.DOCUMENT: "folder.json",
+    PathKind.TEXTS: "folder.json",
     PathKind.FOLDER: "notes.txt",
     PathKind.RUN: "config/mine",
     PathKind.ADAPTER: "notes.txt",
@@ -127,7 +131,7 @@ def attack_value(attack: str, key: str, outside: Path) -> str:
     if attack == "another kind":
         return OTHER_KINDS[kind]
     if attack == "pipe":
-        return "pipe.json" if kind is PathKind.DOCUMENT else "pipe"
+        return "pipe.json" if kind in (PathKind.DOCUMENT, PathKind.TEXTS) else "pipe"
     return ATTACKS[attack].format(outside=outside).replace("NAME", NAMES[kind])
 
 
@@ -155,7 +159,7 @@ def test_every_key_that_names_a_path_is_in_the_table() -> None:
     marked = {
         key for model in MODELS for key, kind in kinds(model).items() if kind.is_path or kind.is_model or kind.is_json
     }
-    assert marked | GIVEN_BY_THE_SERVER == set(PATHS)
+    assert marked | GIVEN_BY_THE_SERVER | LISTS_OR_FILES == set(PATHS)
 
 
 def test_every_key_that_sounds_like_a_path_is_marked_as_one() -> None:
