@@ -77,7 +77,7 @@ def full_example(place: Workplace) -> None:
 
 
 def killed(place: Workplace) -> None:
-    assert place.train_apart(kill_at="step:1").returncode < 0
+    assert place.train_apart(kill_at="step:2").returncode < 0
     assert place.train() == 0
 
 
