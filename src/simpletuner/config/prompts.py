@@ -71,9 +71,9 @@ def reference_faults(label: str, paths: tuple[str, ...]) -> Iterator[Problem]:
     for path in paths:
         if not Path(path).is_file():
             what = "no file" if Path(path).exists() else "no such file"
-            yield Problem(f"{label} = {shown(path)}: {what}", "the path of an image")
+            yield Problem(f"{label} = {path}: {what}", "the path of an image")
         elif Path(path).suffix.lower() not in PICTURE_SUFFIXES:
-            yield Problem(f"{label} = {shown(path)}", f"an image, such as {join_names(['.png', '.jpg', '.webp'])}")
+            yield Problem(f"{label} = {path}", f"an image, such as {join_names(['.png', '.jpg', '.webp'])}")
 
 
 def _subject_of(datasets: Datasets | None) -> str | None:

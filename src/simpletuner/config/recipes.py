@@ -156,7 +156,9 @@ def _recipes() -> Iterator[Recipe]:
                 options={option: value for option, (value, _) in numbers.items()},
                 sources={option: source for option, (_, source) in numbers.items()},
                 is_tested=flavour == "tiny" and name == "subject",
-                needs="a set of reference images, which `init` does not make yet (docs/edit.md has one)" if name == "edit" else "",
+                needs="a set of reference images, which `init` does not make yet (docs/edit.md has one)"
+                if name == "edit"
+                else "",
             )
 
 

@@ -325,8 +325,8 @@ def test_references_that_cannot_be_are_refused_before_anything_is_loaded(
     names = ("gone.png", "notes.txt")
     assert main(["sample", "--prompt=x", *(f"--references={tmp_path / name}" for name in names)]) == 2
     told = capsys.readouterr().err
-    assert "gone.png': no such file: expected the path of an image." in told
-    assert "notes.txt': expected an image, such as .png, .jpg or .webp." in told
+    assert "gone.png: no such file: expected the path of an image." in told
+    assert "notes.txt: expected an image, such as .png, .jpg or .webp." in told
     names = ("small.png", "narrow.png")
     assert main(["sample", "--prompt=x", *(f"--references={tmp_path / name}" for name in names)]) == 2
     told = capsys.readouterr().err

@@ -4,7 +4,6 @@ import pytest
 
 from simpletuner.config.datasets import MOST_REFERENCES
 from simpletuner.config.prompts import BUILT_IN, Prompt
-from simpletuner.config.values import shown
 
 
 def test_without_a_library_there_are_no_prompts(place: Any) -> None:
@@ -124,9 +123,9 @@ def test_every_fault_of_a_prompt_with_references_is_told(place: Any) -> None:
         "text.references = 'a.png': expected a list of paths, [\"a.png\"].",
         "files.references = '{nobody}.png': placeholder {nobody} is not one of "
         "{model_family}, {output_dir} or {env:NAME}.",
-        f"files.references = {shown(str(folder / 'gone.png'))}: no such file: expected the path of an image.",
-        f"files.references = {shown(str(folder / 'folder'))}: no file: expected the path of an image.",
-        f"files.references = {shown(str(folder / 'notes.txt'))}: expected an image, such as .png, .jpg or .webp.",
+        f"files.references = {folder / 'gone.png'}: no such file: expected the path of an image.",
+        f"files.references = {folder / 'folder'}: no file: expected the path of an image.",
+        f"files.references = {folder / 'notes.txt'}: expected an image, such as .png, .jpg or .webp.",
         "many.references: 11 reference images: expected at most 10.",
     ]
 

@@ -8,7 +8,6 @@ from simpletuner.config import record
 from simpletuner.config.options.kinds import Slice
 from simpletuner.config.options.ranks import RankOptions
 from simpletuner.config.record import (
-    NAMED_WHERE_CHOSEN,
     CHANGE_THE_CURVE,
     MAY_CHANGE,
     NAMED_WHERE_CHOSEN,
