@@ -11,7 +11,8 @@ from simpletuner.base.errors import ConfigError
 from simpletuner.cli import main
 from simpletuner.cli.help import ESSENTIALS, forms_of, help_asked, train_help
 from simpletuner.cli.printing import fitted, plain, rows_text
-from simpletuner.config.run import OPTION_NAMES, SLICES
+from simpletuner.config.options.offload import OffloadOptions
+from simpletuner.config.run import OPTION_NAMES
 
 OF_FORMS = [name for name in main.COMMANDS if name not in ("train", "sample")]
 """Commands with flags of their own; the others take the options of a configuration."""
@@ -70,7 +71,7 @@ def test_a_word_after_help_finds_the_options_about_it(printed: Helper) -> None:
     assert "--flux_lora_target" in printed("train", "--help", "lora")
     every = printed("train", "--help", "all")
     assert all(f"\n  --{name}: " in every for name in OPTION_NAMES)
-    offload = str(SLICES[10].__doc__).rstrip(".")
+    offload = str(OffloadOptions.__doc__).rstrip(".")
     assert printed("train", "--help", offload.lower()).startswith(offload)
 
 

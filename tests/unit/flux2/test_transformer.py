@@ -15,6 +15,7 @@ from simpletuner.flux2.rotary import Rotary
 from simpletuner.flux2.transformer import (
     DoubleBlock,
     Flux2Transformer,
+    ReferenceAttention,
     SingleBlock,
     clipped,
     modulated,
@@ -45,7 +46,13 @@ class PlainDouble(DoubleBlock):
     """The image's stream to its end, then the text's; autograd saves what it will."""
 
     def forward(
-        self, text: Tensor, image: Tensor, text_modulation: Tensor, image_modulation: Tensor, angles: Rotary
+        self,
+        text: Tensor,
+        image: Tensor,
+        text_modulation: Tensor,
+        image_modulation: Tensor,
+        angles: Rotary,
+        references: ReferenceAttention | None = None,
     ) -> tuple[Tensor, Tensor]:
         shift, scale, gate, ff_shift, ff_scale, ff_gate = image_modulation.chunk(6, dim=-1)
         t_shift, t_scale, t_gate, t_ff_shift, t_ff_scale, t_ff_gate = text_modulation.chunk(6, dim=-1)
@@ -53,7 +60,7 @@ class PlainDouble(DoubleBlock):
             modulated(text, self.norm1_context, t_shift, t_scale),
             modulated(image, self.norm1, shift, scale),
         )
-        text_out, image_out = self.attn(text_in, image_in, angles)
+        text_out, image_out = self.attn(text_in, image_in, angles, references)
         image = image + gate * image_out
         image = image + ff_gate * self.ff(modulated(image, self.norm2, ff_shift, ff_scale))
         text = text + t_gate * text_out
@@ -62,9 +69,11 @@ class PlainDouble(DoubleBlock):
 
 
 class PlainSingle(SingleBlock):
-    def forward(self, x: Tensor, modulation: Tensor, angles: Rotary) -> Tensor:
+    def forward(
+        self, x: Tensor, modulation: Tensor, angles: Rotary, references: ReferenceAttention | None = None
+    ) -> Tensor:
         shift, scale, gate = modulation.chunk(3, dim=-1)
-        return clipped(x + gate * self.attn(modulated(x, self.norm, shift, scale), angles))
+        return clipped(x + gate * self.attn(modulated(x, self.norm, shift, scale), angles, references))
 
 
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {

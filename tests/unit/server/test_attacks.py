@@ -25,7 +25,7 @@ from simpletuner.server.roots import Roots
 ORIGIN = "http://localhost:8001"
 SECRET = "the-secret-outside"
 
-PATHS = {"path", "folder", "run", "names"}
+PATHS = {"path", "folder", "run", "names", "beside", "references"}
 """Parameters that name a file or folder, or several."""
 NAMES = {"name", "new_name", "source", "environment", "example", "confirm", "job_id"}
 """Parameters that name something of ours, and become part of a path or a command."""
@@ -35,6 +35,7 @@ NEITHER = {"document", "kind", "text", "revision", "config", "datasets", "prompt
     "if-none-match",
     "last-event-id",
     # Of a change of captions.
+    "numbered",
     "missing",
     "find",
     "replace",
@@ -48,6 +49,8 @@ NEITHER = {"document", "kind", "text", "revision", "config", "datasets", "prompt
 HARMLESS: dict[str, Any] = {
     "path": "one.png",
     "folder": "inner",
+    "beside": "inner",
+    "numbered": "false",
     "run": "output/mine",
     "name": "mine",
     "new_name": "other",
