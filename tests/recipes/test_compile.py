@@ -123,7 +123,6 @@ def test_a_compiled_streamed_run_is_the_compiled_resident_one_bit_for_bit(workpl
     workplace.config |= {
         "dynamo_backend": "inductor",
         "max_train_steps": 2,
-        "mixed_precision": "bf16",
         "base_model_precision": "int8-quanto",
         "group_offload_blocks_per_group": 3,
         "activation_offload": True,

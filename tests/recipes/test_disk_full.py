@@ -83,6 +83,8 @@ def test_the_error_that_ends_a_run_is_told_although_its_event_does_not_fit(
     events = workplace.run().events
     *before_the_error, error, _end = events.read_bytes().splitlines(keepends=True)
     assert b'"type": "error"' in error
+    while events.stat().st_size < workplace.run().config.stat().st_size:  # which is written again, and must fit
+        assert main(["train"]) == DataError.exit_code
     # The lines of the next attempt are as long, but for a few digits.
     room = events.stat().st_size + sum(map(len, before_the_error)) + len(error) // 2
     capsys.readouterr()
