@@ -32,13 +32,19 @@ def multiply_bf16_in_fp32() -> torch.library.Library | None:
     """
     if multiplies_bf16():
         return None
+    aten = torch.ops.aten
+    replaced = {
+        "mm": _in_fp32(aten.mm.out, "out"),
+        "addmm": _in_fp32(aten.addmm.out, "out"),
+        "bmm": _in_fp32(aten.bmm.out, "out"),
+        "baddbmm": _in_fp32(aten.baddbmm.out, "out"),
+        "_slow_conv2d_forward": _in_fp32(aten._slow_conv2d_forward.output, "output"),
+    }
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there was a kernel before
-        for name, out in (("mm", "out"), ("addmm", "out"), ("bmm", "out"), ("baddbmm", "out")):
-            library.impl(name, _in_fp32(getattr(getattr(torch.ops.aten, name), out), "out"), "CPU", allow_override=True)
-        convolve = _in_fp32(torch.ops.aten._slow_conv2d_forward.output, "output")
-        library.impl("_slow_conv2d_forward", convolve, "CPU", allow_override=True)
+        for name, kernel in replaced.items():
+            library.impl(name, kernel, "CPU", allow_override=True)
     return library
 
 
