@@ -74,7 +74,7 @@ COMPANY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("company", COMPANY)
 def test_masks_beside_other_features(workplace: Workplace, company: str) -> None:
-    """A run that is interrupted or offloaded ends like one that is not, with masks used by chance."""
+    """A run that is interrupted or offloaded ends with the bits of one that is not, with masks drawn at random."""
     both, second = COMPANY[company]
     add_masks(workplace, 0.5)
     workplace.config |= {"masked_loss_probability": 0.6, "masked_loss_floor": 0.1, "max_train_steps": 2} | both

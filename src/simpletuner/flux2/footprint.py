@@ -939,7 +939,7 @@ class Footprint:
     def _data(self, room: _Room, passing: Pass, *, is_trained: bool = False) -> None:
         """Latents, their noise, their mixture, the velocity and the answer, fp32; references; contexts; tables of
         positions, with references one a sample. In training the base model's prediction and a second prompt's contexts,
-        where the options ask for them. In the machine's memory this batch and the next.
+        where the options ask for them. In host memory this batch and the next.
         """
         spec, batch = passing.spec, passing.batch
         latents, references = (batch * count * spec.in_channels * 4 for count in (passing.image, passing.references))

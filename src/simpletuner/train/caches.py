@@ -282,7 +282,7 @@ def scan_sets(loaded: Loaded, source: Source, world: World, reporter: Reporter) 
         reporter.notice(notice)
     encoders = Encoders.claimed(loaded, source, world)
     prepared = Prepared(loaded, encoders, tuple(manifests[:count]), tuple(manifests[count:]))
-    _ = prepared.prompt_references  # looked at now: a wrong one is told before an encoder loads
+    _ = prepared.prompt_references  # validated now: a bad file is reported before an encoder loads
     return prepared
 
 

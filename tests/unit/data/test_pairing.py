@@ -1,4 +1,4 @@
-"""Images and their partners: which files belong together, which part of them is used, and what is told."""
+"""Images and their partners: which files belong together, which part of them is used, and what is reported."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Products of bf16 numbers in fp32, on every CPU: a process of its own is told that it has no AVX-512."""
+"""Products of bf16 numbers in fp32, on every CPU: a subprocess runs with AVX-512 switched off."""
 
 import os
 import subprocess

@@ -41,7 +41,7 @@ async function chooseImages(most) {
 
 /**
  * A list of references that can be changed.
- * @param {(paths: string[]) => void} change is told the new list
+ * @param {(paths: string[]) => void} change gets the new list
  * @returns {{node: HTMLElement, paths: string[], show: (paths: string[], locked?: boolean) => void}}
  */
 export function referenceList(change) {
