@@ -1,15 +1,19 @@
-"""Seconds from typing `simpletuner train` to the end of step 1, with warm caches, and the peak memory of it.
+"""Seconds from typing `simpletuner train` to the end of step 1, with warm caches, and the peak memory of it; then
+those that a configuration with a mistake takes to be refused.
 
     python benchmarks/start_up.py [--times 5]
 
 The pictures and settings of the example tiny-lora, without validation. The first start, which makes the model and
 the caches, is not counted; each of the others is a new run. Measured from before the process starts to the time
-of its first step's event.
+of its first step's event. A refusal is measured in processor time, beside that of importing pydantic alone.
 """
 
 import argparse
 import datetime
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -29,8 +33,20 @@ def main() -> None:
         lay_out(work)
         train(work, "cold", steps=1)
         seconds = [first_step(work, f"warm-{index}") for index in range(times)]
+        refusals = [processor_seconds(work, "-m", "simpletuner", "train", "--lora_rnak=1") for _ in range(times)]
+        imports = [processor_seconds(work, "-c", "import pydantic.main") for _ in range(times)]
     print("seconds to the end of step 1:", *(f"{value:.2f}" for value in seconds))
     print(f"median {statistics.median(seconds):.2f} s (budget {BUDGET_S:.0f} s), peak {peak_gib():.2f} GiB")
+    refusal, least = statistics.median(refusals), statistics.median(imports)
+    print(f"a refusal: {refusal:.2f} s of processor time, {refusal / least:.2f} of importing pydantic ({least:.2f} s)")
+
+
+def processor_seconds(work: Path, *arguments: str) -> float:
+    """Processor time of Python with these arguments, from its start to its end."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-P", *arguments], cwd=work, capture_output=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def first_step(work: Path, name: str) -> float:

@@ -4,7 +4,6 @@ import ast
 import inspect
 import json
 import re
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -56,17 +55,15 @@ def test_five_mistakes_get_one_report_at_once_and_without_torch(five_mistakes: P
         command = [sys.executable, "-P", *options, "-m", "simpletuner", "train"]
         return subprocess.run(command, cwd=five_mistakes, capture_output=True, text=True, check=False)
 
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     report = answer()
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert (report.returncode, report.stdout) == (2, "")
     assert report.stderr == FIVE_ANSWERS.format(folder=five_mistakes)
-    # Time on the processor, so that a neighbour on the core is not measured.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+    # benchmarks/start_up.py times it. What makes it slow is what it imports.
     traced = answer("-X", "importtime").stderr
-    imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in traced.splitlines() if "|" in line}
-    assert "pydantic" in imported
+    imported = {line.rsplit("|", 1)[1].strip() for line in traced.splitlines() if "|" in line}
+    assert {"pydantic", "simpletuner.config.load"} <= imported
     assert not imported & {"torch", "numpy", "diffusers", "transformers", "safetensors", "huggingface_hub"}
+    assert not imported & {f"simpletuner.{package}" for package in ("data", "flow", "memory", "train")}
 
 
 @pytest.fixture
