@@ -7,7 +7,7 @@ from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.base.files import sha256_bytes
 from simpletuner.base.storage import LocalStorage
 from simpletuner.config.datasets import ConditioningSet
-from simpletuner.data.geometry import LEAST_REFERENCE_PX, MOST_REFERENCE_ASPECT, place_reference
+from simpletuner.data.geometry import LEAST_REFERENCE_PX, MOST_REFERENCE_ASPECT, aligned_square, place_reference
 from simpletuner.data.pixels import check_size, inspect, require_plugin
 from simpletuner.data.rejected import Rejected
 from simpletuner.data.sample import Crop
@@ -21,6 +21,9 @@ _SIZES = ConditioningSet(
     resolution_type="pixel_area",
 )
 """A reference keeps its shape, and above 1024² pixels it is scaled down to them, as diffusers' pipelines do."""
+
+LARGEST_REFERENCE = aligned_square(_SIZES)
+"""(width, height) of one that is square and as large as they come."""
 
 
 def reference_crops(paths: Iterable[str]) -> dict[str, Crop]:

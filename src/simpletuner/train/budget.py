@@ -18,6 +18,7 @@ from simpletuner.config.load import Loaded
 from simpletuner.config.options.offload import AUTO
 from simpletuner.config.precisions import PRECISIONS
 from simpletuner.config.previews import preview_download
+from simpletuner.config.prompts import Prompt
 from simpletuner.config.record import MAY_CHANGE
 from simpletuner.config.rules import findings
 from simpletuner.config.run import RunConfig
@@ -25,7 +26,8 @@ from simpletuner.data.geometry import aligned_square
 from simpletuner.data.manifest import Manifest, count_new, scan
 from simpletuner.data.order import Order
 from simpletuner.data.preserved import PreservedPrompts
-from simpletuner.data.sample import Sample
+from simpletuner.data.references import LARGEST_REFERENCE, reference_crops
+from simpletuner.data.sample import Crop, Sample
 from simpletuner.flux2.arithmetic import training_flop
 from simpletuner.flux2.footprint import Architecture, Footprint, Workload, tokens_of
 from simpletuner.flux2.places import base_name, missing_download
@@ -121,12 +123,15 @@ def configured(loaded: Loaded) -> Workload:
         for each, sizes in zip(sets, references, strict=True)
     ]
     largest = max(loads, key=lambda load: load.tokens)
-    encoded = max([*map(_size, sets), *itertools.chain(*references)], key=math.prod)
+    most_drawn = max((len(prompt.references) for prompt in _drawn(loaded)), default=0)
+    drawn = [LARGEST_REFERENCE] * most_drawn
+    encoded = max([*map(_size, sets), *itertools.chain(*references), *drawn], key=math.prod)
     return Workload(
         largest.size,
         largest.batch,
         references=largest.reference_tokens,
         encoded=None if encoded == largest.size else encoded,
+        drawn_references=sum(map(tokens_of, drawn)),
         draws=_draws(loaded),
     )
 
@@ -191,7 +196,11 @@ def looked_at(loaded: Loaded, most: int = 50) -> Workload:
 
 
 def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manifest] = ()) -> Workload:
-    """The work as the pictures tell it."""
+    """The work as the pictures tell it.
+
+    Raises:
+        ConfigError: a prompt's reference is no image, or of a size that no reference has.
+    """
     run_batch = loaded.config.train_batch_size
     loads = [
         _Load(
@@ -205,6 +214,8 @@ def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manife
     largest = max(loads, key=lambda load: load.tokens)
     samples = [sample for manifest in (*train, *held_out) for sample in manifest.samples]
     references = {crop for sample in samples for crop in sample.references}
+    drawn = reference_crops(path for prompt in _drawn(loaded) for path in prompt.references)
+    references.update(drawn.values())
     encoded = max((crop.geometry.target for crop in (*samples, *references)), key=math.prod)
     captions = {caption for sample in samples for caption in sample.captions}
     captions |= {prompt.text for prompt in loaded.prompts.values()} | set(loaded.config.validation_drift_prompts or ())
@@ -219,6 +230,9 @@ def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manife
         largest.batch,
         references=largest.reference_tokens,
         encoded=None if encoded == largest.size else encoded,
+        drawn_references=max(
+            (_reference_tokens(drawn[path] for path in prompt.references) for prompt in _drawn(loaded)), default=0
+        ),
         pictures=len(samples) + len(references),
         captions=len(captions) + 1,
         caption_tokens=longest.tokens,
@@ -232,7 +246,16 @@ def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manife
 
 def reference_tokens_of(sample: Sample) -> int:
     """Tokens of all references of a sample."""
-    return sum(tokens_of(reference.geometry.target) for reference in sample.references)
+    return _reference_tokens(sample.references)
+
+
+def _reference_tokens(references: Iterable[Crop]) -> int:
+    return sum(tokens_of(reference.geometry.target) for reference in references)
+
+
+def _drawn(loaded: Loaded) -> Iterable[Prompt]:
+    """Those of validation images."""
+    return () if loaded.config.validation_disable else loaded.prompts.values()
 
 
 def _draws(loaded: Loaded) -> bool:

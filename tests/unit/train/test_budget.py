@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.optim import Optimizer
 
-from simpletuner.base.errors import MemoryBudgetError
+from simpletuner.base.errors import ConfigError, MemoryBudgetError
 from simpletuner.base.sizes import GIB
 from simpletuner.cli.main import main
 from simpletuner.config.load import Loaded, load
@@ -76,6 +76,30 @@ def test_many_new_pictures_are_not_looked_at_and_known_ones_are() -> None:
     assert looked_at(loaded(), most=1).pictures is None
     assert looked_at(loaded()).pictures == 2
     assert looked_at(loaded(), most=0).pictures == 2
+
+
+def test_references_of_validation_prompts_are_counted(project: Path) -> None:
+    for name, size in (("wide", (2048, 512)), ("small", (64, 96))):
+        Image.new("RGB", size, (0, 90, 0)).save(project / f"{name}.png")
+    prompts = {
+        "both": {"prompt": "a ball", "references": ["wide.png", "small.png"]},
+        "one": {"prompt": "a box", "references": ["wide.png"]},
+        "none": "a cone",
+    }
+    (project / "prompts.json").write_text(json.dumps(prompts))
+    flags = ("--validation_disable=false", "--validation_prompt_library=false", "--user_prompt_library=prompts.json")
+    assert configured(loaded(*flags)).drawn_references == 2 * 64 * 64
+    seen = looked_at(loaded(*flags))
+    assert (seen.drawn_references, seen.pictures, seen.encoded) == (128 * 32 + 4 * 6, 4, (2048, 512))
+    assert looked_at(loaded()).drawn_references == configured(loaded()).drawn_references == 0
+    held = [Budget(loaded(*flags).config, work, CARD) for work in (seen, replace(seen, drawn_references=0))]
+    drawing, without = (each.plan.phase("validation") for each in held)
+    assert drawing is not None
+    assert without is not None
+    assert drawing.total("accelerator") > without.total("accelerator")
+    (project / "small.png").write_bytes(b"no image")
+    with pytest.raises(ConfigError, match=r"reference .*small\.png"):
+        looked_at(loaded(*flags))
 
 
 @pytest.mark.usefixtures("project")
