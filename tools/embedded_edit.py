@@ -3,7 +3,8 @@
     python tools/embedded_edit.py FOLDER               train with references and without, and judge both
     python tools/embedded_edit.py FOLDER --steps 50    so many steps each
 
-FOLDER gets the images, both runs and their logs; runs that are there go on.
+FOLDER gets the images, both runs and their logs; runs that are there go on. Three rows of `edit.jpg` there show
+references, what is drawn with them, and what is drawn without.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from embedded_exam import BATCH, Candidate
 from embedded_judge import Share, judge
 from simpletuner.config.flavours import FLAVOURS
 from simpletuner.config.options.model import ModelOptions
+from simpletuner.config.options.schedule import ScheduleOptions
 from simpletuner.data.cache.latents import Encode, encode_crop
 from simpletuner.data.references import reference_crops
 from simpletuner.examples.world import COLOURS, SHAPES, SIDE, Scene, draw_scene, held_out_scenes, training_scenes
@@ -36,9 +38,13 @@ from simpletuner.flux2.generate import initial_noise, picture, sample_latents
 from simpletuner.flux2.load import load_autoencoder
 from simpletuner.flux2.source import locate
 from simpletuner.flux2.tokens import reference_tokens
+from simpletuner.train.timesteps import Timesteps
 
 TRAINED = 320
-SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""The middles of the fifths of the density of sigma that is trained at, at which the held-out loss is measured."""
+
+SHIFT = 5.0
 
 CONFIG = {
     "model_flavour": "tiny",
@@ -48,7 +54,7 @@ CONFIG = {
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 20,
     "train_batch_size": 8,
-    "flow_schedule_shift": 5.0,
+    "flow_schedule_shift": SHIFT,
     "caption_dropout_probability": 0.0,
     "gradient_checkpointing": False,
     "validation_disable": True,
@@ -57,6 +63,9 @@ CONFIG = {
     "vae_batch_size": 8,
 }
 """As the example tiny-lora trains, but in fp32."""
+
+_SCHEDULE = Timesteps.of(ScheduleOptions(flow_schedule_shift=SHIFT))
+SIGMAS = tuple(_SCHEDULE.sigma(level, tokens=64) for level in LEVELS)
 
 
 @dataclass(frozen=True)
@@ -126,8 +135,8 @@ class EditGrades:
     colors: Share
     """Images whose shape has the reference's color."""
     everything: Share
-    losses: Float[Tensor, " pairs"]
-    """Flow-matching loss of each pair, mean over `SIGMAS`, at the same noise for every model."""
+    losses: Float[Tensor, "sigmas pairs"]
+    """Flow-matching loss of each pair at each of `SIGMAS`, at the same noise for every model."""
 
 
 @torch.no_grad()
@@ -156,13 +165,13 @@ def grade(folder: Path, chosen: Sequence[Pair], run: Path, *, has_references: bo
             flow_loss(denoise, clean[part], training.select(part), sigma=torch.full((len(part),), sigma), noise=noise)
             for sigma in SIGMAS
         ]
-        losses.append(torch.stack(each).mean(0))
+        losses.append(torch.stack(each))
     verdicts = [judge(image, pair.scene) for image, pair in zip(drawn, chosen, strict=True)]
     for index, image in enumerate(drawn):
         image.save(run / f"held-out-{index:03d}.png")
     right = {name: sum(verdict.right[name] for verdict in verdicts) for name in ("colour", "everything")}
     return EditGrades(
-        Share(right["colour"], len(verdicts)), Share(right["everything"], len(verdicts)), torch.cat(losses)
+        Share(right["colour"], len(verdicts)), Share(right["everything"], len(verdicts)), torch.cat(losses, dim=1)
     )
 
 
@@ -170,6 +179,27 @@ def encoded(folder: Path, encode: Encode) -> list[Float[Tensor, "128 h w"]]:
     """The latents of the images in `folder`, by name."""
     crops = reference_crops(str(path) for path in sorted(folder.glob("*.png")))
     return [encode_crop(crop, encode) for crop in crops.values()]
+
+
+def sheet(folder: Path, count: int = 8) -> Image.Image:
+    """References, what was drawn with them, and what was drawn without, of the first held-out pairs."""
+    gap = 4
+    image = Image.new("RGB", (count * (SIDE + gap) - gap, 3 * (SIDE + gap) - gap), "white")
+    for index in range(count):
+        rows = (
+            folder / "held-out" / "before" / f"{index:03d}.png",
+            folder / "with" / f"held-out-{index:03d}.png",
+            folder / "without" / f"held-out-{index:03d}.png",
+        )
+        for row, path in enumerate(rows):
+            with Image.open(path) as drawn:
+                image.paste(drawn, (index * (SIDE + gap), row * (SIDE + gap)))
+    return image
+
+
+def mean_and_error(values: Float[Tensor, " n"]) -> str:
+    """Mean ± its standard error."""
+    return f"{values.mean():.4f} ± {values.std() / math.sqrt(len(values)):.4f}"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -196,13 +226,16 @@ def main(arguments: Sequence[str]) -> int:
         )
         for name in ("with", "without")
     }
+    sheet(folder).save(folder / "edit.jpg", quality=90)
     for name, found in grades.items():
         print(
             f"{name:<8} references: color {found.colors}, everything {found.everything}, "
             f"held-out loss {found.losses.mean():.4f}"
         )
-    gain = grades["without"].losses - grades["with"].losses
-    print(f"loss without less loss with: {gain.mean():.4f} ± {gain.std() / math.sqrt(len(gain)):.4f}")
+    gains = grades["without"].losses - grades["with"].losses
+    print(f"loss without less loss with: {mean_and_error(gains.mean(0))}")
+    for sigma, by_pair in zip(SIGMAS, gains, strict=True):
+        print(f"  at sigma {sigma:.3f}: {mean_and_error(by_pair)}")
     return 0
 
 
