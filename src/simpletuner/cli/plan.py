@@ -23,6 +23,7 @@ from simpletuner.config.options.schedule import ScheduleOptions
 from simpletuner.config.values import join_names
 from simpletuner.data.manifest import scan
 from simpletuner.data.order import Order
+from simpletuner.train.length import Plan
 from simpletuner.train.timesteps import Timesteps
 
 _USAGE = """usage: simpletuner plan [--vram GIB] [--ram GIB] [--gpus N] [--json] [options of `simpletuner train`]
@@ -158,17 +159,26 @@ def _spread(loaded: Loaded) -> Spread:
     """The density, resolution by resolution. The pictures are looked at only where something depends on them."""
     config = loaded.config
     timesteps = Timesteps.of(config)
-    visits: dict[str, int] = {}
+    visits: dict[str, float] = {}
+    strata = None
     shifts: dict[str, tuple[int, float]] = {}
     offsets = [image_set.timestep_sampling_offset for image_set in loaded.datasets.train_sets]
     is_by_size = timesteps.shift is None or (any(offsets) and timesteps.offset_scale > 0)
     if is_by_size or config.timestep_strata:
         manifests = [
-            scan(image_set, loaded.datasets.conditions_of(image_set), seed=config.seed, workers=config.workers)
+            scan(
+                image_set,
+                loaded.datasets.conditions_of(image_set),
+                seed=config.seed,
+                workers=config.workers,
+                caption_filter=loaded.datasets.caption_filter_of(image_set),
+            )
             for image_set in loaded.datasets.train_sets
         ]
-        order = Order(manifests, seed=config.seed, batch_size=config.train_batch_size)
-        for micro_batch, count in order.by_bucket():
+        per_step = config.gradient_accumulation_steps * config.ranks
+        order = Order(manifests, seed=config.seed, batch_size=config.train_batch_size, batches_per_step=per_step)
+        strata = int(order.epoch(0).batch_sizes().sum()) if config.timestep_strata else None
+        for micro_batch, count in order.shown(Plan.of(config, order, per_step).steps * per_step):
             width, height = micro_batch.bucket
             offset = offsets[micro_batch.visits[0].set_index] if is_by_size and timesteps.offset_scale else 0.0
             name = f"{width}x{height}{f' {offset:+g}' if offset else ''}"
@@ -191,7 +201,7 @@ def _spread(loaded: Loaded) -> Spread:
         _named(config),
         tuple(resolutions),
         listed_values=None if values is None else len(values),
-        strata=samples if config.timestep_strata else None,
+        strata=strata,
     )
 
 

@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -233,16 +233,30 @@ class Order:
 
     def visits(self, end: int) -> float:
         """How many images the micro-batches before `end` show, in whole epochs' proportions."""
-        ends = [*(span.start for span in self.spans[1:]), end]
-        return sum(
-            (min(last, end) - span.start) / span.batches_per_epoch * int(self.epoch(span.epoch).batch_sizes().sum())
-            for span, last in zip(self.spans, ends, strict=True)
-            if span.active and span.start < end
-        )
+        return sum(epochs * int(self.epoch(span.epoch).batch_sizes().sum()) for span, epochs in self._epochs(end))
 
-    def by_bucket(self) -> list[tuple[MicroBatch, int]]:
-        """A micro-batch of each bucket of each set, and how many of it a whole epoch has in which all are active."""
-        return self._draw_sets(0, range(len(self.manifests))).by_bucket()
+    def by_bucket(self) -> list[MicroBatch]:
+        """A micro-batch of each bucket of each set, whatever the set's window and `probability`."""
+        return [
+            EpochOrder([BucketBatches(index, bucket, self._draw_bucket(0, manifest, bucket))], np.zeros(1, np.int32))[0]
+            for index, manifest in enumerate(self.manifests)
+            for bucket in manifest.buckets
+        ]
+
+    def shown(self, end: int) -> Iterator[tuple[MicroBatch, float]]:
+        """A micro-batch of each bucket of each set, and how many of it come before the micro-batch at `end`, in whole
+        epochs' proportions. A bucket comes once for each span in which its set is active.
+        """
+        for span, epochs in self._epochs(end):
+            for micro_batch, count in self.epoch(span.epoch).by_bucket():
+                yield micro_batch, count * epochs
+
+    def _epochs(self, end: int) -> Iterator[tuple[Span, float]]:
+        """The spans with active sets before the micro-batch at `end`, and how many epochs of it each has."""
+        ends = [*(span.start for span in self.spans[1:]), end]
+        for span, last in zip(self.spans, ends, strict=True):
+            if span.active and span.start < end:
+                yield span, (min(last, end) - span.start) / span.batches_per_epoch
 
     def _spans(self, start: int, epoch: int, place: int) -> tuple[Span, ...]:
         """The spans of a run from the micro-batch at `start` on, which is at `place` of `epoch`."""
@@ -333,10 +347,7 @@ class Order:
         return max(1, round(manifest.image_set.probability * self._batches(manifest)))
 
     def _draw(self, epoch: int) -> EpochOrder:
-        return self._draw_sets(epoch, self._span_of(epoch).active)
-
-    def _draw_sets(self, epoch: int, active: Sequence[int]) -> EpochOrder:
-        """The epoch of the sets at these indices."""
+        active = self._span_of(epoch).active
         manifests = [self.manifests[each] for each in active]
         buckets = [
             BucketBatches(set_index, bucket, self._draw_bucket(epoch, manifest, bucket))

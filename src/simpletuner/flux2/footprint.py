@@ -136,6 +136,8 @@ class Workload:
     """Pictures in one forward pass."""
     references: int = 0
     """Reference tokens of a sample of that size, at most."""
+    strict_references: int = 0
+    """Those of them whose references have the image's size."""
     encoded: tuple[int, int] | None = None
     """(width, height) of the largest picture that the VAE encodes; None for that of `bucket`."""
     drawn_references: int = 0

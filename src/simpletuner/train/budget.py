@@ -1,6 +1,5 @@
 """What a run will take of this machine, before it is taken: the plan's first lines, its verdict, and what to change."""
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -52,7 +51,7 @@ from simpletuner.memory.wire import LINKS
 from simpletuner.memory.world import World
 from simpletuner.runs.events import Phase, PlanEvent
 from simpletuner.train.engine import EngineAdvice, advise
-from simpletuner.train.loop import Plan
+from simpletuner.train.length import Plan
 
 RESOLUTION = "resolution"
 """An option of the picture sets and not of the run."""
@@ -117,19 +116,26 @@ def with_processes(config: RunConfig, gpus: int) -> RunConfig:
 def configured(loaded: Loaded) -> Workload:
     """The work as the configuration tells it: no picture is looked at."""
     sets = loaded.datasets.train_sets
-    references = [_assumed_references(loaded, each) for each in sets]
-    loads = [
-        _Load(_size(each), each.train_batch_size or loaded.config.train_batch_size, sum(map(tokens_of, sizes)))
-        for each, sizes in zip(sets, references, strict=True)
-    ]
+    run_batch = loaded.config.train_batch_size
+    loads: list[_Load] = []
+    references: list[tuple[int, int]] = []
+    for each in sets:
+        conditions = loaded.datasets.conditions_of(each)
+        loose = [aligned_square(own) for own in conditions if own.conditioning_type == "reference_loose"]
+        strict = tokens_of(_size(each)) * sum(own.conditioning_type == "reference_strict" for own in conditions)
+        loads.append(
+            _Load(_size(each), each.train_batch_size or run_batch, strict + sum(map(tokens_of, loose)), strict)
+        )
+        references += loose
     largest = max(loads, key=lambda load: load.tokens)
     most_drawn = max((len(prompt.references) for prompt in _drawn(loaded)), default=0)
     drawn = [LARGEST_REFERENCE] * most_drawn
-    encoded = max([*map(_size, sets), *itertools.chain(*references), *drawn], key=math.prod)
+    encoded = max([*map(_size, sets), *references, *drawn], key=math.prod)
     return Workload(
         largest.size,
         largest.batch,
         references=largest.reference_tokens,
+        strict_references=largest.strict_tokens,
         encoded=None if encoded == largest.size else encoded,
         drawn_references=sum(map(tokens_of, drawn)),
         draws=_draws(loaded),
@@ -145,20 +151,12 @@ class _Load:
     batch: int
     reference_tokens: int
     """Of the sample with the most: the others are padded to it."""
+    strict_tokens: int
+    """Those of them whose references have the image's size."""
 
     @property
     def tokens(self) -> int:
         return (tokens_of(self.size) + self.reference_tokens) * self.batch
-
-
-def _assumed_references(loaded: Loaded, image_set: ImageSet) -> tuple[tuple[int, int], ...]:
-    """Sizes of a sample's references: one of each set, strict ones as large as the image, others of the set's
-    `resolution`.
-    """
-    sets = [each for each in loaded.datasets.conditions_of(image_set) if each.is_reference]
-    return tuple(
-        _size(image_set) if each.conditioning_type == "reference_strict" else aligned_square(each) for each in sets
-    )
 
 
 def _size(image_set: ImageSet) -> tuple[int, int]:
@@ -203,13 +201,9 @@ def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manife
     """
     run_batch = loaded.config.train_batch_size
     loads = [
-        _Load(
-            bucket,
-            manifest.image_set.train_batch_size or run_batch,
-            max(reference_tokens_of(manifest.samples[index]) for index in members),
-        )
+        _load_of(manifest, bucket, manifest.image_set.train_batch_size or run_batch)
         for manifest in train
-        for bucket, members in manifest.buckets.items()
+        for bucket in manifest.buckets
     ]
     largest = max(loads, key=lambda load: load.tokens)
     samples = [sample for manifest in (*train, *held_out) for sample in manifest.samples]
@@ -229,6 +223,7 @@ def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manife
         largest.size,
         largest.batch,
         references=largest.reference_tokens,
+        strict_references=largest.strict_tokens,
         encoded=None if encoded == largest.size else encoded,
         drawn_references=max(
             (_reference_tokens(drawn[path] for path in prompt.references) for prompt in _drawn(loaded)), default=0
@@ -242,6 +237,15 @@ def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manife
         train_images=train_images,
         visits=order.visits(plan.steps * per_step) / train_images,
     )
+
+
+def _load_of(manifest: Manifest, bucket: tuple[int, int], batch: int) -> _Load:
+    """The load of a bucket's micro-batch."""
+    samples = [manifest.samples[index] for index in manifest.buckets[bucket]]
+    most = max(samples, key=reference_tokens_of)
+    strict = {each.id for each in manifest.conditions if each.conditioning_type == "reference_strict"}
+    own = (reference for reference in most.references if reference.dataset in strict)
+    return _Load(bucket, batch, reference_tokens_of(most), _reference_tokens(own))
 
 
 def reference_tokens_of(sample: Sample) -> int:
@@ -347,7 +351,10 @@ class Budget:
         if RESOLUTION in changes:
             width, height = work.bucket
             shrink = float(str(changes[RESOLUTION])) / math.sqrt(width * height)
-            work = replace(work, bucket=(_multiple(width * shrink), _multiple(height * shrink)))
+            bucket = (_multiple(width * shrink), _multiple(height * shrink))
+            strict = work.strict_references * tokens_of(bucket) // tokens_of(work.bucket)
+            loose = work.references - work.strict_references
+            work = replace(work, bucket=bucket, references=loose + strict, strict_references=strict)
         return Footprint(config, self.architecture, work, self.machine).plan()
 
     @cached_property

@@ -67,7 +67,8 @@ from simpletuner.train.caches import Prepared, base_fingerprints, fill_caches, k
 from simpletuner.train.drift import DriftMeter
 from simpletuner.train.ema import Ema
 from simpletuner.train.export import EXPORTS
-from simpletuner.train.loop import Loop, Plan, best_step, mind_the_disk, shapes_of
+from simpletuner.train.length import Plan
+from simpletuner.train.loop import Loop, best_step, mind_the_disk, shapes_of
 from simpletuner.train.placement import open_decoder, residency_text, stream_blocks
 from simpletuner.train.preservation import Preservation
 from simpletuner.train.preview import DrawingModel, PreviewModel, TrainedModel, base_tensors
@@ -473,7 +474,7 @@ class Attempt:
     def install(self, transformer: Flux2Transformer, order: Order) -> None:
         """Make a transformer ready to train: compile, stream and recompute its blocks if asked to."""
         if self.config.dynamo_backend != "no":
-            shapes = {(micro_batch.bucket, len(micro_batch.visits)) for micro_batch, _ in order.by_bucket()}
+            shapes = {(micro_batch.bucket, len(micro_batch.visits)) for micro_batch in order.by_bucket()}
             has_references = any(sample.references for manifest in order.manifests for sample in manifest.samples)
             self.compiled = compilation.install(
                 transformer.blocks,
@@ -804,7 +805,7 @@ def largest(order: Order) -> MicroBatch:
             micro_batch = replace(micro_batch, visits=(Visit(first.set_index, most), *others))
         return (tokens_of(micro_batch.bucket) + max(tokens)) * len(micro_batch.visits), micro_batch
 
-    candidates = [heaviest(micro_batch) for micro_batch, _ in order.by_bucket()]
+    candidates = [heaviest(micro_batch) for micro_batch in order.by_bucket()]
     _, found = max(candidates, key=itemgetter(0))
     return found
 

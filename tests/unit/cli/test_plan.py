@@ -83,6 +83,19 @@ def test_an_automatic_shift_is_each_sizes_own(capsys: pytest.CaptureFixture[str]
     assert found["strata"] == 8
 
 
+def test_a_set_counts_by_the_steps_that_train_it(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = project / "config" / "multidatabackend.json"
+    text, small, large = json.loads(path.read_text())
+    small |= {"end_step": 1, "timestep_sampling_offset": 2}
+    large |= {"start_step": 2, "timestep_sampling_offset": -2}
+    text["caption_filter_list"] = ["0"]
+    path.write_text(json.dumps([text, small, large]))
+    found = answer(capsys, "--timestep_strata")
+    shares = {each["name"]: each["share"] for each in found["resolutions"]}
+    assert shares == {"256x256 +2": pytest.approx(0.2), "1024x1024 -2": pytest.approx(0.8)}
+    assert found["strata"] == 5  # of six small images, one has no caption left
+
+
 @pytest.mark.usefixtures("project")
 def test_listed_timesteps_are_points(capsys: pytest.CaptureFixture[str]) -> None:
     found = answer(capsys, "--flow_custom_timesteps=801,338,801,1000")

@@ -39,6 +39,17 @@ def test_an_epoch_shows_each_picture_repeats_plus_one_times(manifest: Scanned) -
     assert epoch(order, 0) != epoch(order, 1)
 
 
+def test_each_bucket_is_told_also_where_the_first_epoch_leaves_it_out(manifest: Scanned) -> None:
+    found = manifest(probability=0.1, start_step=5)
+    for seed in range(5):
+        order = Order([found], seed=seed, batch_size=2)
+        batches = order.by_bucket()
+        assert sorted(batch.bucket for batch in batches) == sorted(found.buckets)
+        assert {len(batch.visits) for batch in batches} == {2}
+    shown = {batch.bucket: count for batch, count in order.shown(10)}
+    assert sum(shown.values()) == pytest.approx(6)  # from step 5 on
+
+
 def test_a_batch_is_of_one_bucket_and_incomplete_ones_are_filled_within_it(manifest: Scanned) -> None:
     found = manifest()
     order = Order([found], seed=1, batch_size=4)

@@ -103,6 +103,32 @@ def test_references_of_validation_prompts_are_counted(project: Path) -> None:
 
 
 @pytest.mark.usefixtures("project")
+def test_a_smaller_resolution_has_smaller_strict_references() -> None:
+    given = budget(CARD, bucket=(1024, 1024), references=3 * 4096, strict_references=2 * 4096)
+    smaller = replace(given.work, bucket=(512, 512), references=4096 + 2 * 1024, strict_references=2 * 1024)
+    assert given.with_changes({RESOLUTION: 512.0}) == replace(given, work=smaller).plan
+
+
+def test_sets_of_strict_references_are_counted_with_the_image(project: Path) -> None:
+    path = project / "config" / "multidatabackend.json"
+    (images,) = json.loads(path.read_text())
+    sets = [images | {"conditioning_data": ["strict", "loose"]}]
+    for name in ("strict", "loose"):
+        (project / name).mkdir()
+        Image.new("RGB", (64, 64) if name == "loose" else (128, 64)).save(project / name / "number 1.png")
+        keys = {"id": name, "dataset_type": "conditioning", "conditioning_type": f"reference_{name}"}
+        sets.append(
+            keys | {"instance_data_dir": name, "resolution": 128}
+            if name == "loose"
+            else keys | {"instance_data_dir": name}
+        )
+    path.write_text(json.dumps(sets))
+    assumed, seen = configured(loaded()), looked_at(loaded())
+    assert (assumed.references, assumed.strict_references) == (64 // 16 * 4 + 8 * 8, 16)
+    assert (seen.references, seen.strict_references) == (5 * 3 + 16, 5 * 3)
+
+
+@pytest.mark.usefixtures("project")
 def test_it_refuses_where_training_does_not_fit_and_says_what_would() -> None:
     with pytest.raises(MemoryBudgetError) as caught:
         budget(CARD, *DEV, bucket=(1024, 1024)).check()

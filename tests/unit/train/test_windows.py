@@ -17,7 +17,7 @@ from simpletuner.data.manifest import Manifest
 from simpletuner.data.order import Cut, Order
 from simpletuner.data.sample import Sample
 from simpletuner.runs.layout import RunDirectory
-from simpletuner.train.loop import Plan
+from simpletuner.train.length import Plan
 from simpletuner.train.resume import Resume, Ways, check_windows
 from simpletuner.train.state import TrainState
 
