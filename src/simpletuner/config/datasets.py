@@ -147,7 +147,7 @@ class CaptionShuffle(Slice):
     """Parts at the beginning that stay where they are."""
 
     include_original: bool = False
-    """Keep the caption as it was written besides."""
+    """Also keep the caption as it was written."""
 
 
 class ImageSet(PictureSet):

@@ -470,10 +470,11 @@ def _condition_problems(
             )
         folder = Path(image_set.instance_data_dir).absolute()
         for each in named:
-            if folder in Path(each.instance_data_dir).absolute().parents:
+            own = Path(each.instance_data_dir).absolute()
+            if folder == own or folder in own.parents:
                 yield Problem(
-                    f"{label}, {each.id}: instance_data_dir lies in that of {image_set.id}, "
-                    "which would train its files as images",
+                    f"{label}, {each.id}: instance_data_dir {'is' if folder == own else 'lies in'} that of "
+                    f"{image_set.id}, which would train its files as images",
                     "a folder beside it",
                 )
     wanted = {name for image_set in sets for name in image_set.conditioning_data}

@@ -1,5 +1,6 @@
 """The prompts that pictures are made of during training."""
 
+import os
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -69,8 +70,8 @@ def reference_faults(label: str, paths: tuple[str, ...]) -> Iterator[Problem]:
     if len(paths) > MOST_REFERENCES:
         yield Problem(f"{label}: {len(paths)} reference images", f"at most {MOST_REFERENCES}")
     for path in paths:
-        if not Path(path).is_file():
-            what = "no file" if Path(path).exists() else "no such file"
+        if not os.path.isfile(path):  # which raises for no path, as Path.is_file does for one that is too long
+            what = "no file" if os.path.exists(path) else "no such file"
             yield Problem(f"{label} = {path}: {what}", "the path of an image")
         elif Path(path).suffix.lower() not in PICTURE_SUFFIXES:
             yield Problem(f"{label} = {path}", f"an image, such as {join_names(['.png', '.jpg', '.webp'])}")

@@ -67,7 +67,7 @@ class Manifest:
         )
 
     def _condition_fingerprint(self, sample: Sample) -> list[Any]:
-        """What of a sample's references and mask changes what is trained; nothing where it has none."""
+        """The fingerprint's part for a sample's references and mask: contents and crops. Empty where it has neither."""
         kinds: dict[str, str] = {each.id: each.conditioning_type for each in self.conditions}
         found: list[Any] = [(crop.content, crop.geometry.__dict__) for crop in sample.references]
         mask = sample.mask

@@ -49,7 +49,7 @@ def plan_removal(folder: Path, names: Collection[str]) -> RemovalPlan:
 
 
 def plan_partner_removal(plan: RemovalPlan, folder: Path) -> RemovalPlan:
-    """What goes from `folder`, which holds references or masks, with the images of `plan`: partners of no other image.
+    """Plan the removal of the references or masks in `folder` that belong to the images of `plan` and to no other.
 
     Raises:
         DataError: no such folder.

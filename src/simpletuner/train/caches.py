@@ -206,7 +206,7 @@ class Prepared:
         return [None if sample.mask is None else self.mask(sample.mask) for sample in samples]
 
     def mask(self, crop: Crop) -> CachedMask:
-        """One of them, by its file's crop."""
+        """The cached mask of `crop`, which is a mask's file."""
         return self.mask_sources[crop.dataset].read(crop)
 
     @cached_property
@@ -373,9 +373,13 @@ def fill_mask_weights(prepared: Prepared, world: World, reporter: Reporter, *, v
 
 
 def weighing_masks(manifests: Sequence[Manifest]) -> list[Crop]:
-    """The masks that weigh the losses of samples: all but those of regularisation sets."""
-    trained = (manifest for manifest in manifests if not manifest.image_set.is_regularisation_data)
-    return [sample.mask for manifest in trained for sample in manifest.samples if sample.mask is not None]
+    """The masks that weigh the losses of samples: all but those of regularization sets, which are trained."""
+    weighed = (
+        manifest
+        for manifest in manifests
+        if manifest.image_set.dataset_type == "eval" or not manifest.image_set.is_regularisation_data
+    )
+    return [sample.mask for manifest in weighed for sample in manifest.samples if sample.mask is not None]
 
 
 def _mask_areas(prepared: Prepared, masks: Sequence[Crop]) -> tuple[list[str], float]:

@@ -39,18 +39,21 @@ def test_conditions_come_in_the_order_in_which_they_are_named(place: Any) -> Non
 def test_faults_between_entries_come_all_at_once(place: Any) -> None:
     place.datasets += [entry("masks", "mask"), entry("segments", "segmentation"), entry("off", disabled=True)]
     place.datasets += [entry("lonely"), entry("inside", instance_data_dir="datasets/cats/sub")]
+    place.datasets.append(entry("same", instance_data_dir="datasets/cats"))
     (place.folder / "datasets/cats/sub").mkdir()
-    named = ["before", "befor", "off", "masks", "segments", "inside"]
+    named = ["before", "befor", "off", "masks", "segments", "inside", "same"]
     place.datasets[0] |= {"conditioning_data": named, "mask_source": "alpha"}
     cats = f"{LIST}cats: "
     assert place.problems() == [
         f"{cats}conditioning_data = 'befor': expected the id of a conditioning set: "
-        "before, masks, segments, off, lonely or inside.",
+        "before, masks, segments, off, lonely, inside or same.",
         f"{cats}conditioning_data = 'off', which is disabled: expected an enabled conditioning set.",
         f"{cats}conditioning_data names masks and segments: expected one set of masks.",
         f"{cats}mask_source = 'alpha' beside the mask set masks: expected one source of masks. "
         "Leave masks out of conditioning_data, or set mask_source to set.",
         f"{LIST}inside: instance_data_dir lies in that of cats, which would train its files as images: "
+        "expected a folder beside it.",
+        f"{LIST}same: instance_data_dir is that of cats, which would train its files as images: "
         "expected a folder beside it.",
         f"{LIST}lonely: no set names it in conditioning_data: expected a set that it belongs to. "
         'Put "conditioning_data": "lonely" into the set of its images, or "disabled": true here.',

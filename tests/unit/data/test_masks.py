@@ -225,6 +225,17 @@ def test_the_cache_holds_each_mask_once_and_makes_what_it_lacks(
     assert (again.encoded, again.found, again.damaged) == (1, 4, 1)
 
 
+def test_what_a_killed_process_left_half_written_is_removed(masks: list[Crop], sources: dict[str, MaskSource]) -> None:
+    filled(masks, sources)
+    store = sources["masks"].store
+    path = store.storage.local_path(store.name(sources["masks"].key(masks[0])))
+    assert path is not None
+    part = path.with_name(f".{path.name}.1.part")
+    part.write_bytes(b"half")
+    filled(masks, sources)
+    assert not part.exists()
+
+
 def test_ranks_share_the_work_and_write_the_same(
     masks: list[Crop], sources: dict[str, MaskSource], tmp_path: Path
 ) -> None:

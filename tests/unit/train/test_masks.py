@@ -19,7 +19,7 @@ from simpletuner.config.datasets import ConditioningSet
 from simpletuner.config.options.conditioning import ConditioningOptions
 from simpletuner.data.sample import Crop, Sample
 from simpletuner.flow.loss import averaged
-from simpletuner.train.caches import Prepared, fill_mask_weights
+from simpletuner.train.caches import Prepared, fill_mask_weights, weighing_masks
 from simpletuner.train.masks import Masking
 from simpletuner.train.report import Reporter
 
@@ -151,6 +151,16 @@ def test_batches_with_masks_of_ones_are_those_without(
     for step in range(1, 5):
         for found, expected in zip(ones(step).batches, none(step).batches, strict=True):
             assert_same(found, expected)
+
+
+def test_masks_of_a_held_out_set_weigh_whatever_keys_of_training_it_has(masked: Callable[..., Prepared]) -> None:
+    manifest = masked(white).train[0]
+    assert len(weighing_masks([manifest])) == len(manifest.samples)
+    held = {"is_regularisation_data": True}
+    assert weighing_masks([replace(manifest, image_set=manifest.image_set.model_copy(update=held))]) == []
+    held |= {"dataset_type": "eval"}
+    unseen = replace(manifest, image_set=manifest.image_set.model_copy(update=held))
+    assert weighing_masks([unseen]) == weighing_masks([manifest])
 
 
 def test_batches_carry_masks_and_tread_keeps_them(masked: Callable[..., Prepared]) -> None:

@@ -99,6 +99,8 @@ def fill_masks(
 
     def plan() -> tuple[list[int], int, int]:
         """Indices of the masks to make, and how many are sound and damaged."""
+        for store in {sources[mask.dataset].store for mask in distinct}:
+            store.sweep()
         wanted = [(sources[mask.dataset].store, sources[mask.dataset].key(mask)) for mask in distinct]
         states = check_all(wanted, verify=verify)
         todo = [index for index, state in enumerate(states) if state != "sound"]
