@@ -230,9 +230,11 @@ def _delete(folder: Path, command: FolderCommand) -> Result:
     if command.dry_run or not plan.images:
         return result, _with_left_out(f"{found} would be deleted.", left)
     _ask(f"Delete {found} of {plan.folder}?", command)
+    # The images last: where a partner cannot be moved, the same command can be typed again.
+    trashes = {each.folder: remove_images(each) for each in (*(each for each in beside if each.images), plan)}
     lines = []
     for each in (plan, *(each for each in beside if each.images)):
-        trash = remove_images(each)
+        trash = trashes[each.folder]
         undo = command_text("simpletuner", "dataset", "delete", each.folder, "--undo")
         lines.append(f"{len(each.images) + len(each.captions)} files are in {trash}; `{undo}` brings them back.")
         result["trash"] = result["trash"] or str(trash)

@@ -103,7 +103,7 @@ def examine_here(arguments: Sequence[str], *, also: Sequence[Path] = ()) -> Exam
 
 
 def _without_datasets(problem: Problem) -> Problem:
-    """With `--like`, what a missing configuration would have said: the datasets."""
+    """The problem of a missing configuration, reworded for `--like`: only the datasets are missing."""
     if problem.found != NO_CONFIGURATION:
         return problem
     return Problem(

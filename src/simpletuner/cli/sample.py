@@ -345,7 +345,9 @@ def _from_config(path: Path, label: str) -> dict[str, Given]:
     if not isinstance(document, dict):
         raise ConfigError.of(f"{label}: {shown(document)}", 'an object {"option": value}')
     values: dict[str, Any] = {key.lstrip("-"): value for key, value in document.items()}
-    givens = {key: Given(value, "file", key) for key, value in values.items() if key in ValidationOptions.model_fields}
+    # An option with a JSON value may name a file, and says nothing of how to draw.
+    read = {key for key, kind in kinds(ValidationOptions).items() if not kind.is_json}
+    givens = {key: Given(value, "file", key) for key, value in values.items() if key in read}
     checked = check_givens(givens, Known(ValidationOptions), Checked(), where=f"{label}: ")
     ConfigError.raise_if(checked.problems.values())
     named = values.get("model_flavour", DEFAULT_FLAVOUR)

@@ -207,23 +207,32 @@ def _spread(total: int, most: int) -> list[int]:
 
 
 def _sheet(manifest: Manifest, shown: Sequence[int]) -> Image.Image:
-    """The crops of samples in rows; with conditions a row for each, its references and its mask behind it."""
+    """The crops of samples in rows; where any has references or a mask a row for each: its image, its references, then
+    its mask as the loss takes it.
+    """
     # numpy, which scan does without when nothing is new.
-    from simpletuner.data.pixels import render
+    from simpletuner.data.pixels import MaskKind, render, render_mask
 
+    kinds: dict[str, MaskKind] = {
+        each.id: each.conditioning_type
+        for each in manifest.conditions
+        if each.conditioning_type == "mask" or each.conditioning_type == "segmentation"  # noqa: PLR1714  mypy narrows
+    }
     groups: list[list[Image.Image]] = []
     texts: list[list[str]] = []
     for sample in (manifest.samples[index] for index in shown):
-        crops = (sample, *sample.references, *(() if sample.mask is None else (sample.mask,)))
-        groups.append(
-            [Image.fromarray(render(crop.read(), crop.geometry, is_flattened=crop.is_flattened)) for crop in crops]
-        )
+        crops = (sample, *sample.references)
+        pixels = [render(crop.read(), crop.geometry, is_flattened=crop.is_flattened) for crop in crops]
         more = f" (and {len(sample.captions) - 1} more)" if len(sample.captions) > 1 else ""
         own = f"{_shape(sample)}\n{sample.captions[0]}{more}"
         texts.append([own, *(f"{_shape(crop)}\n{crop.dataset}" for crop in crops[1:])])
-    if manifest.conditions:
-        columns = max(map(len, groups))
-    else:
+        if sample.mask is not None:
+            kind = kinds.get(sample.mask.dataset, "alpha")
+            pixels.append(render_mask(sample.mask.read(), sample.mask.geometry, kind))
+            texts[-1].append(f"{_shape(sample.mask)}\n{'its alpha' if kind == 'alpha' else sample.mask.dataset}")
+        groups.append([Image.fromarray(each) for each in pixels])
+    columns = max(map(len, groups))
+    if columns == 1:
         columns = min(CROP_COLUMNS, len(groups))
         groups, texts = _in_rows(groups, columns), _in_rows(texts, columns)
     return contact_sheet(groups, [""] * len(groups), [""] * columns, captions=texts)

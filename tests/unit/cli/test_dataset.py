@@ -3,12 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from simpletuner.base.errors import ConfigError, DataError
 from simpletuner.cli.dataset import run
+from simpletuner.data.sheet import GAP_PX, LABEL_WIDTH_PX
 
 
 @pytest.fixture
@@ -94,6 +96,37 @@ def test_show_draws_the_crops(project: Path, capsys: pytest.CaptureFixture[str])
     assert shown == {"id": "my-dataset", "path": "elsewhere/dataset-my-dataset.png", "pictures": 2}
     with Image.open(project / shown["path"]) as sheet:
         assert sheet.width < whole[0]
+
+
+@pytest.mark.parametrize("kind", ["mask", "segmentation", "alpha"])
+def test_show_draws_a_mask_as_the_loss_takes_it(own_folder: Path, kind: str) -> None:
+    """Its left half counts nothing: transparent, label 0, or transparent in the image itself."""
+    (own_folder / "config").mkdir()
+    for folder in ("datasets", "masks"):
+        (own_folder / folder).mkdir()
+    transparent = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
+    transparent.paste((255, 255, 255, 255), (32, 0, 64, 64))
+    labels = Image.new("L", (64, 64))
+    labels.paste(1, (32, 0, 64, 64))
+    (transparent if kind == "alpha" else Image.new("RGB", (64, 64))).save(own_folder / "datasets" / "a.png")
+    (labels if kind == "segmentation" else transparent).save(own_folder / "masks" / "a.png")
+    images: dict[str, Any] = {"id": "photos", "instance_data_dir": "datasets", "resolution": 64}
+    images |= {"caption_strategy": "filename"}
+    sets = [images, {"id": "text", "dataset_type": "text_embeds", "default": True}]
+    if kind == "alpha":
+        images["mask_source"] = "alpha"
+    else:
+        images["conditioning_data"] = "masks"
+        masks = {"id": "masks", "dataset_type": "conditioning", "conditioning_type": kind}
+        sets.append(masks | {"instance_data_dir": "masks"})
+    config = {"model_flavour": "tiny", "output_dir": "out", "max_train_steps": 1}
+    for name, value in {"config.json": config, "multidatabackend.json": sets}.items():
+        (own_folder / "config" / name).write_text(json.dumps(value), encoding="utf-8")
+    assert run(["show"]) == 0
+    with Image.open("out/dataset-photos.png") as sheet:
+        left = GAP_PX + LABEL_WIDTH_PX + GAP_PX
+        levels = [sheet.getpixel((left + x, GAP_PX + 32)) for x in (8, 56)]
+    assert levels == [(0, 0, 0), (255, 255, 255)]
 
 
 @pytest.mark.parametrize(

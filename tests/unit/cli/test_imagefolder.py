@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from simpletuner.base.errors import ConfigError, DataError
+from simpletuner.base.errors import ConfigError, DataError, DiskError
 from simpletuner.cli.dataset import run
 
 
@@ -92,6 +92,21 @@ def test_partners_are_deleted_with_their_images(
         run(["delete", "images", "--names", "names.txt", "--partners", "images/../images"])
     with pytest.raises(ConfigError, match="--partners without --names"):
         run(["delete", "images", "--undo", "--partners", "before"])
+
+
+def test_a_partner_that_cannot_be_moved_keeps_its_image(folder: Path, own_folder: Path) -> None:
+    (own_folder / "names.txt").write_text("picture-0.png\n")
+    before = own_folder / "before"
+    before.mkdir()
+    shutil.copy(folder / "picture-0.png", before)
+    (before / ".simpletuner").write_text("in the way")
+    delete = ["delete", "images", "--names", "names.txt", "--partners", "before", "--yes"]
+    with pytest.raises(DiskError):
+        run(delete)
+    assert (folder / "picture-0.png").is_file()
+    (before / ".simpletuner").unlink()
+    assert run(delete) == 0
+    assert not list(before.glob("*.png"))
 
 
 def test_duplicates_are_printed_with_their_kind(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,6 +104,18 @@ def test_faults_of_a_config_are_told_with_the_rest(tmp_path: Path) -> None:
         asked("--config", str(bad), "--run", str(tmp_path))
 
 
+def test_drift_prompts_of_a_config_may_lie_in_a_file(tmp_path: Path) -> None:
+    config = {"model_flavour": "tiny", "validation_drift_prompts": "drift.json"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    request = read_request(["--config", str(tmp_path / "config.json"), "--prompt", "a ball"], {})
+    assert request.model_flavour == "tiny"
+
+
+def test_a_reference_whose_path_is_too_long_is_no_file() -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        read_request(["--prompt=x", f"--references={'y' * 300}.png"], {})
+
+
 def test_loras_and_strengths(tmp_path: Path) -> None:
     (tmp_path / "a:b.safetensors").touch()
     (tmp_path / "c.safetensors").touch()
