@@ -114,6 +114,7 @@ def test_a_set_of_references_is_added_and_shown_beside_its_images(server: Server
     tiles = page.locator(".picture")
     expect(tiles.nth(0).locator("figcaption")).to_have_text(["Reference 1", "Reference 2", "Mask"])
     expect(tiles.nth(0).locator(".mask")).to_be_visible()
+    expect(tiles.nth(0).locator("img[src*='mask=true']")).to_have_count(2)  # over the image and beside it
     expect(tiles.nth(1).locator(".partners li")).to_have_text(["none in cats-references", "none in cats-masks"])
     page.get_by_label("Masks over the images").uncheck()
     expect(tiles.nth(0).locator(".mask")).to_be_hidden()

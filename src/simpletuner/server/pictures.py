@@ -37,22 +37,22 @@ class Version:
 class Thumbnails:
     """Small pictures, the last `KEPT_BYTES` of them kept. For several threads."""
 
-    _kept: OrderedDict[tuple[Version, int], bytes] = field(default_factory=OrderedDict)
+    _kept: OrderedDict[tuple[Version, int, bool], bytes] = field(default_factory=OrderedDict)
     _bytes: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def of(self, version: Version, width: int) -> bytes:
-        """A JPEG at most `width` pixels wide.
+    def of(self, version: Version, width: int, *, is_mask: bool = False) -> bytes:
+        """The `thumbnail` of this file.
 
         Raises:
             Fault: 422, it is no picture that can be read, or too large.
         """
-        key = (version, width)
+        key = (version, width, is_mask)
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
-        made = thumbnail(version.path, width)
+        made = thumbnail(version.path, width, is_mask=is_mask)
         with self._lock:
             if key not in self._kept:
                 self._kept[key] = made

@@ -34,8 +34,11 @@ def picture_type(path: Path) -> str | None:
     return next((kind for signature, kind in _SIGNATURES if head.startswith(signature)), None)
 
 
-def thumbnail(path: Path, width: int) -> bytes:
+def thumbnail(path: Path, width: int, *, is_mask: bool = False) -> bytes:
     """A JPEG of the picture, upright, at most `width` pixels wide, on white where it is transparent.
+
+    Args:
+        is_mask: lay it on black, as training reads a mask.
 
     Raises:
         Fault: 422, it is no picture that can be read, or too large.
@@ -51,10 +54,13 @@ def thumbnail(path: Path, width: int) -> bytes:
                     raise Fault.of(422, f"{path.name} has {opened.width} × {opened.height} pixels", "fewer")
                 opened.draft("RGB", (width, width))
                 image = ImageOps.exif_transpose(opened)
+                if image.mode.startswith("I;16"):
+                    image = image.point(lambda level: level * (1 / 257))  # `convert` would clip at 255
                 image.thumbnail((width, image.height), Image.Resampling.LANCZOS)
                 if image.has_transparency_data:
                     image = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                    ground = Image.new("RGBA", image.size, "black" if is_mask else "white")
+                    image = Image.alpha_composite(ground, image)
                 made = io.BytesIO()
                 image.convert("RGB").save(made, "JPEG", quality=QUALITY)
                 return made.getvalue()

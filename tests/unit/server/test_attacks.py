@@ -43,6 +43,7 @@ NEITHER = {"document", "kind", "text", "revision", "config", "datasets", "prompt
     "append",
     "what",
     "format",
+    "mask",
 }
 """Parameters with values of a list, texts, and what is compared only."""
 

@@ -121,6 +121,14 @@ def test_a_picture_comes_as_it_is_or_small(client: TestClient, folder: Path) -> 
     assert changed.status_code == 200
 
 
+def test_a_small_mask_is_black_where_it_is_transparent(client: TestClient, into: Path) -> None:
+    Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(into / "mask.png")
+    for params, level in (({}, 255), ({"mask": "true"}, 0), ({}, 255)):
+        answer = client.get("/api/picture", params={"path": "uploads/mask.png", "width": "16", **params})
+        with Image.open(io.BytesIO(answer.content)) as shown:
+            assert shown.getpixel((8, 8)) == (level, level, level)
+
+
 def test_a_type_is_told_from_the_content(client: TestClient, into: Path) -> None:
     (into / "really-a-png.jpg").write_bytes(png())
     answer = client.get("/api/picture", params={"path": "uploads/really-a-png.jpg"})

@@ -4,9 +4,12 @@ import io
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, features
 
+from simpletuner.data.geometry import Geometry
+from simpletuner.data.pixels import render_mask
 from simpletuner.server import thumbnails
 from simpletuner.server.faults import Fault
 from simpletuner.server.thumbnails import picture_type, thumbnail
@@ -45,6 +48,25 @@ def test_what_is_transparent_is_white(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "a.png"
     Image.new("RGBA", (32, 32), (0, 0, 0, 0)).convert(mode).save(path, transparency=0 if mode == "P" else None)
     assert small(path, 16).getpixel((8, 8)) == (255, 255, 255)
+
+
+def test_a_deep_picture_is_scaled(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(np.full((32, 32), 128 * 257, np.uint16)).save(path)
+    assert small(path, 16).getpixel((8, 8)) == (128, 128, 128)
+
+
+def test_a_mask_has_the_levels_that_training_reads(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    painted = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    painted.paste((255, 255, 255, 255), (0, 0, 32, 64))
+    deep = Image.fromarray(np.repeat(np.array([[32768] * 32 + [2000] * 32], np.uint16), 64, 0))
+    for image in (painted, deep):
+        image.save(path)
+        trained = render_mask(path.read_bytes(), Geometry((64, 64), (64, 64), (0, 0)), "mask")
+        with Image.open(io.BytesIO(thumbnail(path, 64, is_mask=True))) as shown:
+            levels = np.asarray(shown.convert("L"))
+        assert np.abs(levels[32, [16, 48]].astype(int) - trained[32, [16, 48]]).max() <= 3
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "I;16", "CMYK"])

@@ -174,14 +174,17 @@ def picture(
     request: Request,
     here: InContext,
     width: Annotated[int | None, Query(ge=WIDTHS[0], le=WIDTHS[1])] = None,
+    mask: bool = False,
 ) -> Response:
-    """A picture, or with `width` a JPEG of it, upright and at most so wide."""
+    """A picture, or with `width` a JPEG of it, upright and at most so wide. The JPEG of a `mask` is black where the
+    file is transparent; that of another picture is white.
+    """
     version = _version(here.roots, path)
     headers = {"ETag": version.tag(width), "Cache-Control": "private, no-cache"}
     if request.headers.get("if-none-match") == headers["ETag"]:
         return Response(status_code=304, headers=headers)
     if width is not None:
-        return Response(here.thumbnails.of(version, width), media_type="image/jpeg", headers=headers)
+        return Response(here.thumbnails.of(version, width, is_mask=mask), media_type="image/jpeg", headers=headers)
     kind = picture_type(version.path)
     if kind is None:
         raise Fault.of(422, f"{path} is no picture that a browser shows", remedy="Ask for it with a width.")

@@ -25,10 +25,10 @@ function cropText({ resize, target }) {
   return sizeText(resize) === sizeText(target) ? `trained at ${sizeText(target)}` : `resized to ${sizeText(resize)}, ${sizeText(target)} cut out`;
 }
 
-/** What a mask leaves out of training, striped over an image: where it is black. */
+/** What a mask leaves out of training, striped over an image: where it is black or transparent. */
 function maskOver(path, isSegmentation) {
   return h("span", { class: "mask", "aria-hidden": "true" },
-    h("img", { src: address("picture", { path, width: 360 }), alt: "", class: isSegmentation ? "segmentation" : null }));
+    h("img", { src: address("picture", { path, width: 360, mask: true }), alt: "", class: isSegmentation ? "segmentation" : null }));
 }
 
 /**
@@ -130,7 +130,7 @@ export function setPictures({ folder, scan, captions, textFiles, whole }) {
     if (!captions) return `${some(found.total, "image")}. Each belongs to the image of the same name, in the sets that list this one in conditioning_data.`;
     const captioned = found.without_caption ? `${count(found.without_caption)} without a caption` : "each with a caption";
     const cut = scan === null ? "Scan to see what training cuts out of them." : "The bright part of an image is what training sees.";
-    return `${some(found.total, "image")}, ${captioned}. ${cut}${masks.hidden ? "" : " Striped is where a mask is black."}`;
+    return `${some(found.total, "image")}, ${captioned}. ${cut}${masks.hidden ? "" : " Striped is where a mask is black or transparent."}`;
   }
 
   /** Ask for the partners of the images in one set of references or masks. What cannot be read has none. */
@@ -155,7 +155,7 @@ export function setPictures({ folder, scan, captions, textFiles, whole }) {
       if (paths === undefined) return h("li", { class: "small dim" }, `none in ${condition.id}`);
       return paths.map((path) => {
         const what = condition.isReference ? `Reference ${(number += 1)}` : "Mask";
-        return h("li", {}, h("figure", {}, h("img", { src: address("picture", { path, width }), alt: `${what} of ${name}`, title: path, loading: "lazy", decoding: "async" }),
+        return h("li", {}, h("figure", {}, h("img", { src: address("picture", { path, width, mask: condition.isReference ? null : true }), alt: `${what} of ${name}`, title: path, loading: "lazy", decoding: "async" }),
           h("figcaption", { class: "small dim" }, what)));
       });
     });
