@@ -235,6 +235,10 @@ _REFUSED_OPTIONS: Mapping[str, OtherKey] = _named(
     ),
     # Data
     (
+        _refused("each visit of an image has the references of all its sets here", "combined", remedy=" to train so"),
+        "conditioning_multidataset_sampling",
+    ),
+    (
         _refused(
             "an epoch has each image of each set here", "auto-weighting", remedy=": repeats of a set give it weight"
         ),
@@ -309,7 +313,6 @@ _IGNORED_OPTIONS: Mapping[str, OtherKey] = _named(
     (_ignored("how many batches are read ahead is fixed"), "dataloader_prefetch_qlen"),
     (_ignored("simpletuner dataset scan shows what is found"), "debug_aspect_buckets debug_dataset_loader"),
     (_ignored("simpletuner dataset scan shows what is found"), "print_filenames print_sampler_statistics"),
-    (_ignored("no set has conditioning_data"), "conditioning_multidataset_sampling"),
     (_ignored("no dataset lies in S3"), "aws_max_pool_connections"),
     # Training
     (
@@ -381,7 +384,7 @@ _IGNORED_OPTIONS: Mapping[str, OtherKey] = _named(
     (_ignored("the noise of validation images is drawn on the CPU", "cpu"), "validation_seed_source"),
     (_ignored("a jpg has a fixed quality"), "validation_image_quality"),
     (_ignored("validation_preview is false"), "validation_preview_steps"),
-    (_ignored("validation images are made of prompts alone"), "validation_stitch_input_location"),
+    (_ignored("validation images are saved without the references they edit"), "validation_stitch_input_location"),
     (_ignored("no script draws validation images"), "validation_external_background"),
     (_ignored("internal guidance is not trained"), "validation_internal_guidance_scale"),
     (

@@ -76,6 +76,16 @@ def test_false_is_not_zero(place: Any) -> None:
     ]
 
 
+def test_sets_of_references_are_not_drawn_at_random(place: Any) -> None:
+    place.config["conditioning_multidataset_sampling"] = "combined"
+    assert place.load().notices == ()
+    place.config["conditioning_multidataset_sampling"] = "random"
+    assert place.problems() == [
+        "conditioning_multidataset_sampling = 'random': each visit of an image has the references of all its sets "
+        "here. Take it out to train so."
+    ]
+
+
 def test_a_secret_is_not_shown(place: Any) -> None:
     place.config["webhook_config"] = "https://discord.com/api/webhooks/1/secret"
     place.datasets[0]["aws_secret_access_key"] = "hunter2"
