@@ -1,11 +1,12 @@
 """The configure and datasets screens by clicks, and what they write."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 from tests.web.conftest import Server, Watched
 
 pytestmark = pytest.mark.slow
@@ -150,3 +151,104 @@ def test_a_set_of_references_is_added_and_shown_beside_its_images(server: Server
     page.get_by_role("dialog").get_by_role("button", name="Remove").click()
     raw = json.loads(page.get_by_label("The list as JSON").input_value())
     assert [entry.get("conditioning_data") for entry in raw] == [["cats-references"], None, None]
+
+
+@pytest.fixture
+def library(workspace: Path) -> Path:
+    """The prompts of an environment named mine."""
+    folder = workspace / "config" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_flavour": "tiny", "output_dir": "output/mine"}')
+    return folder / "user_prompt_library.json"
+
+
+def test_references_that_arrive_late_are_added_to_the_prompt_as_it_is_by_then(
+    server: Server, page: Page, workspace: Path, library: Path
+) -> None:
+    library.write_text('{"a": "old"}')
+    (workspace / "references").mkdir()
+    for name in ("one.png", "two.png", "three.png", "references/other.png"):
+        Image.new("RGB", (32, 32), "red").save(workspace / name)
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    def send(name: str) -> None:
+        with page.expect_request("**/api/upload?*"):
+            page.get_by_label("References from this computer").set_input_files(workspace / name)
+
+    page.route("**/api/upload?*", hold)
+    page.goto(f"{server.url}/#/configure/mine?tab=prompts")
+    raw = page.get_by_label("The file", exact=True)
+    prompt = page.get_by_label("Prompt", exact=True)
+    references = page.get_by_role("group", name="References").get_by_role("listitem")
+
+    # A text that is being typed is kept, and the typing goes on.
+    send("one.png")
+    prompt.fill("new")
+    held.pop().continue_()
+    expect(references).to_have_count(1)
+    page.keyboard.type("er")
+    expect(prompt).to_have_value("newer")
+    assert json.loads(raw.input_value()) == {"a": {"prompt": "newer", "references": ["references/one.png"]}}
+
+    # The row was drawn anew, since the file was changed beside it.
+    send("two.png")
+    raw.fill('{"a": {"prompt": "newest", "references": ["references/other.png", "references/one.png"]}}')
+    held.pop().continue_()
+    expect(references).to_have_count(3)
+    expect(prompt).to_have_value("newest")
+    paths = [f"references/{name}.png" for name in ("other", "one", "two")]
+    assert json.loads(raw.input_value()) == {"a": {"prompt": "newest", "references": paths}}
+
+    # A prompt that is gone does not come back.
+    send("three.png")
+    page.get_by_role("button", name="Remove a", exact=True).click()
+    held.pop().continue_()
+    expect(page.get_by_text("The prompt a was changed or removed meanwhile")).to_be_visible()
+    assert json.loads(raw.input_value()) == {}
+
+
+def test_an_entry_that_is_no_prompt_is_left_to_the_text(server: Server, page: Page, library: Path) -> None:
+    entries = [{"prompt": "x", "references": "a.png"}, {"prompt": "x", "seed": 1}, {"prompt": 3}, ["x"], None]
+    text = json.dumps({**{str(number): entry for number, entry in enumerate(entries)}, "right": {"prompt": "y"}})
+    library.write_text(text)
+    page.goto(f"{server.url}/#/configure/mine?tab=prompts")
+    prompts = page.get_by_label("Prompt", exact=True)
+    for number, entry in enumerate(entries):
+        expect(prompts.nth(number)).to_be_disabled()
+        assert json.loads(prompts.nth(number).input_value()) == entry
+    expect(page.get_by_text("edit it in the file")).to_have_count(len(entries))
+    expect(page.get_by_role("group", name="References")).to_have_count(1)
+    prompts.nth(len(entries)).fill("z")
+    raw = page.get_by_label("The file", exact=True)
+    expect(raw).to_have_value(text.replace('{"prompt": "y"}', '"z"'))
+    raw.fill('{"0": {"prompt": "x", "references": ["a.png"]}}')
+    expect(prompts).to_be_enabled()
+    expect(prompts).to_have_value("x")
+
+
+def test_references_have_bounds_that_are_told(server: Server, page: Page, workspace: Path, library: Path) -> None:
+    paths = [f"references/{number:03d}.png" for number in range(201)]
+    (workspace / "references").mkdir()
+    for path in paths:
+        Image.new("1", (8, 8)).save(workspace / path)
+    others = [Path(shutil.copy(workspace / paths[0], workspace / name)) for name in ("one.png", "two.png")]
+    library.write_text(
+        json.dumps({"a": {"prompt": "x", "references": paths[:12]}, "b": {"prompt": "y", "references": paths[:9]}})
+    )
+    page.goto(f"{server.url}/#/configure/mine?tab=prompts")
+    lists = page.get_by_role("group", name="References")
+    lists.nth(1).get_by_role("button", name="From a folder").click()
+    expect(page.get_by_role("dialog").get_by_text("The first 200 of 201 are shown.")).to_be_visible()
+    page.keyboard.press("Escape")
+
+    lists.nth(0).get_by_role("button", name="Remove reference 1", exact=True).click()
+    expect(lists.nth(0).get_by_role("listitem")).to_have_count(11)
+    lists.nth(1).get_by_label("References from this computer").set_input_files(others)
+    expect(page.get_by_text("at most 10 references: 1 were not added")).to_be_visible()
+    expect(lists.nth(1).get_by_role("listitem")).to_have_count(10)
+    raw = json.loads(page.get_by_label("The file", exact=True).input_value())
+    assert raw["a"]["references"] == paths[1:12]
+    assert raw["b"]["references"][:9] == paths[:9]

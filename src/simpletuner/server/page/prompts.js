@@ -1,16 +1,17 @@
 // The prompts that validation draws: a name and a text each, and reference images for those that edit them.
 
-import { button, freshId, h } from "./dom.js";
+import { button, freshId, h, toast } from "./dom.js";
 import { read, renameMember, set, written } from "./jsontext.js";
 import { examined, rawEditor } from "./raw.js";
 import { referenceList } from "./references.js";
 
-/** The text and the references of an entry, which is a text or an object with both. */
-function partsOf(value) {
-  if (typeof value === "string") return { prompt: value, references: [] };
-  const { prompt, references } = value ?? {};
-  const isRight = Array.isArray(references) && references.every((path) => typeof path === "string");
-  return { prompt: typeof prompt === "string" ? prompt : JSON.stringify(prompt ?? ""), references: isRight ? references : [] };
+/** The text and the references of an entry, which is a text or an object with both; null where it is anything else. */
+function partsOf({ kind, value }) {
+  if (kind === "string") return { prompt: value, references: [] };
+  if (kind !== "object") return null;
+  const { prompt = "", references = [], ...others } = value;
+  const isRight = typeof prompt === "string" && Array.isArray(references) && references.every((path) => typeof path === "string");
+  return isRight && Object.keys(others).length === 0 ? { prompt, references } : null;
 }
 
 /** @param {import("./environment.js").Environment} environment */
@@ -21,17 +22,33 @@ export function promptsPane(environment) {
   const edit = (text) => environment.edit("prompts", text, "table");
   const text = () => environment.text("prompts");
 
-  function row({ key, node }, locked) {
+  /** The parts of an entry as the file has them now; null where it has no such entry. */
+  function presentParts(key) {
+    const member = examined(text(), "object").root?.members.find((one) => one.key === key);
+    return member ? partsOf(member.node) : null;
+  }
+
+  function row({ key, node }) {
     const name = freshId("prompt");
     const fault = h("p", { class: "fault", "aria-live": "polite" });
-    const { prompt, references } = partsOf(node.value);
-    const write = (parts) => edit(set(text(), [key], written(parts.references.length ? parts : parts.prompt, 1)));
-    const list = referenceList((paths) => write({ prompt, references: paths }));
-    list.show(references, locked);
+    const parts = partsOf(node);
+    /** Change parts of the entry. It may differ from what this row was drawn from: uploads take time. */
+    const write = (changed) => {
+      const present = presentParts(key);
+      if (present === null) {
+        toast(`The prompt ${key} was changed or removed meanwhile, so no references were added to it.`, "bad");
+        return;
+      }
+      const { prompt, references } = { ...present, ...changed };
+      // A row on the page shows the change already, and is being typed into.
+      environment.edit("prompts", set(text(), [key], written(references.length ? { prompt, references } : prompt, 1)), list.node.isConnected ? "row" : "table");
+    };
+    const list = referenceList((references) => write({ references }), () => presentParts(key)?.references ?? []);
+    list.show(parts?.references ?? []);
     return h("li", { class: "prompt" },
       h("div", {}, h("label", { for: name }, "Name"),
         h("input", {
-          id: name, value: key, disabled: locked, spellcheck: "false",
+          id: name, value: key, spellcheck: "false",
           onchange(event) {
             const wanted = event.target.value.trim();
             const taken = read(text()).members.some((member) => member.key === wanted);
@@ -43,10 +60,11 @@ export function promptsPane(environment) {
         }), fault),
       h("div", { class: "grow" }, h("label", { for: `${name}-text` }, "Prompt"),
         h("textarea", {
-          id: `${name}-text`, rows: "2", disabled: locked, value: prompt,
-          onchange: (event) => write({ prompt: event.target.value, references }),
-        }), list.node),
-      button("", () => edit(set(text(), [key], null)), { icon: "trash", kind: "quiet", label: `Remove ${key}`, disabled: locked }));
+          id: `${name}-text`, rows: "2", disabled: parts === null, value: parts?.prompt ?? JSON.stringify(node.value),
+          oninput: (event) => write({ prompt: event.target.value }),
+        }),
+        parts === null ? h("p", { class: "hint" }, "This is not a prompt with a list of references: edit it in the file.") : list.node),
+      button("", () => edit(set(text(), [key], null)), { icon: "trash", kind: "quiet", label: `Remove ${key}` }));
   }
 
   function add() {
@@ -61,13 +79,13 @@ export function promptsPane(environment) {
     const { root } = examined(text(), "object");
     const members = (root?.members ?? []).filter(({ key }) => !key.startsWith("//"));  // a comment
     const list = members.length
-      ? h("ul", { class: "plain stack" }, members.map((member) => row(member, false)))
+      ? h("ul", { class: "plain stack" }, members.map(row))
       : h("p", { class: "dim" }, root === null ? "The file is no JSON yet: mend it below." : "No prompts yet. Each one you add is drawn at every validation, beside validation_prompt.");
     body.replaceChildren(list, h("div", {}, button("Add a prompt", add, { icon: "plus", disabled: root === null })));
   }
 
   environment.addEventListener("edit", (event) => {
-    if (event.detail.document === "prompts") show();
+    if (event.detail.document === "prompts" && event.detail.source !== "row") show();
   });
   show();
   return h("div", { class: "two" },

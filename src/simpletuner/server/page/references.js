@@ -3,6 +3,7 @@
 import { ApiFault, address, upload } from "./api.js";
 import { button, fill, h, toast } from "./dom.js";
 import { browse, ensureFolder } from "./folders.js";
+import { count } from "./format.js";
 
 const MOST = 10;
 /** Where files from this computer go, in the workspace. */
@@ -34,7 +35,11 @@ async function chooseImages(most) {
   }, h("img", { src: address("picture", { path, width: THUMBNAIL_PX }), alt: "", loading: "lazy", decoding: "async" }), h("span", { class: "small path" }, fileName(path))));
   const answer = await browse(FOLDER, {
     title: "Choose references", yes: "Choose",
-    more: (here) => h("ul", { class: "plain shelf", "aria-label": "Images in it" }, here.names.map(tile)),
+    more: (here) => [
+      here.names.length < here.pictures
+        ? h("p", { class: "hint" }, `The first ${count(here.names.length)} of ${count(here.pictures)} are shown. “Add references” takes any file.`) : null,
+      h("ul", { class: "plain shelf", "aria-label": "Images in it" }, here.names.map(tile)),
+    ],
   });
   return answer === null ? [] : [...chosen];
 }
@@ -42,9 +47,10 @@ async function chooseImages(most) {
 /**
  * A list of references that can be changed.
  * @param {(paths: string[]) => void} change gets the new list
- * @returns {{node: HTMLElement, paths: string[], show: (paths: string[], locked?: boolean) => void}}
+ * @param {() => string[]} [present] the list that what was uploaded or chosen is added to; by default the one that is shown
+ * @returns {{node: HTMLElement, paths: string[], show: (paths: string[]) => void}}
  */
-export function referenceList(change) {
+export function referenceList(change, present = null) {
   const node = h("div", { class: "stack tight", role: "group", "aria-label": "References" });
   const input = h("input", { type: "file", multiple: true, hidden: true, accept: "image/*,.avif", "aria-label": "References from this computer", onchange() {
     send([...input.files]);
@@ -53,8 +59,14 @@ export function referenceList(change) {
   const list = { node, paths: [], show };
 
   const put = (paths) => {
-    show(paths.slice(0, MOST));
-    change(list.paths);
+    show(paths);
+    change(paths);
+  };
+  const add = (paths) => {
+    const there = present === null ? list.paths : present();
+    const free = Math.max(0, MOST - there.length);
+    if (paths.length > free) toast(`A prompt has at most ${MOST} references: ${paths.length - free} were not added.`, "bad");
+    put([...there, ...paths.slice(0, free)]);
   };
 
   async function send(files) {
@@ -70,7 +82,7 @@ export function referenceList(change) {
       if (!(error instanceof ApiFault)) throw error;
       toast(error.message, "bad");
     }
-    if (sent.length) put([...list.paths, ...sent]);
+    if (sent.length) add(sent);
   }
 
   function item(path, at) {
@@ -80,16 +92,16 @@ export function referenceList(change) {
       button("", () => put(others), { icon: "trash", kind: "quiet tiny", label: `Remove reference ${at + 1}` }))));
   }
 
-  function show(paths, isLocked = false) {
+  function show(paths) {
     list.paths = paths;
-    const isFull = isLocked || paths.length >= MOST;
+    const isFull = paths.length >= MOST;
     node.replaceChildren();
     fill(node, paths.length ? h("ul", { class: "plain row references" }, paths.map(item)) : null,
       h("div", { class: "row" },
         button("Add references", () => input.click(), { icon: "upload", kind: "tiny", disabled: isFull }), input,
         button("From a folder", async () => {
           const found = await chooseImages(MOST - list.paths.length);
-          if (found.length) put([...list.paths, ...found]);
+          if (found.length) add(found);
         }, { icon: "folder", kind: "tiny", disabled: isFull })));
   }
 
