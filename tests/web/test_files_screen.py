@@ -1,5 +1,6 @@
 """Files on the page: one is inspected by dropping it, a LoRA is downloaded in another format, two are merged."""
 
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +35,7 @@ def test_files_are_inspected_converted_and_merged(
 ) -> None:
     watched.allowed = lambda text: "422" in text  # of a conversion that loses something
     page.set_default_timeout(LONG_MS)
-    for seed, name in enumerate(("flags", "portraits")):
+    for seed, name in enumerate(("flügge 2", "portraits")):
         finished_run(workspace / "output" / name)
         run = RunDirectory(workspace / "output" / name)
         write_dialect(run.lora, TINY, "1 diffusers", seed=seed)
@@ -65,7 +66,7 @@ def test_files_are_inspected_converted_and_merged(
     merged = load_file(download.value.path())
     assert merged.keys() == load_file(run.lora).keys()
 
-    page.goto(f"{server.url}/#/run?run=output/flags&tab=checkpoints")
+    page.goto(f"{server.url}/#/run?run=output/flügge%202&tab=checkpoints")
     page.get_by_label("Format", exact=True).select_option("kohya")
     page.get_by_role("button", name="Download in this format").click()
     asking = page.get_by_role("dialog")
@@ -73,6 +74,11 @@ def test_files_are_inspected_converted_and_merged(
     expect(asking).not_to_contain_text("--allow-loss")
     with page.expect_download(timeout=LONG_MS) as download:
         asking.get_by_role("button", name="Download all the same").click()
-    assert download.value.suggested_filename == "flags-kohya.safetensors"
+    assert download.value.suggested_filename == "flügge 2-kohya.safetensors"
     page.get_by_role("button", name="Inspect").click()
     expect(page.get_by_role("dialog").get_by_text("loads in part")).to_be_visible(timeout=LONG_MS)
+
+    # A run's own format is not among the others.
+    run.config.write_text(json.dumps({"lora_format": "kohya"}))
+    page.goto(f"{server.url}/#/run?run=output/portraits&tab=checkpoints")
+    expect(page.get_by_label("Format", exact=True).locator("option")).to_have_text(["diffusers", "ComfyUI", "BFL"])

@@ -77,8 +77,13 @@ export const del = (path, params = {}) => call("DELETE", path, params);
 /** Have the server make a file, and hand it to the browser. @param {string} path @param {object} body */
 export async function saveMade(path, body) {
   const answer = await answerOf("POST", path, {}, body);
-  const name = /filename="([^"]+)"/.exec(answer.headers.get("Content-Disposition") ?? "")?.[1] ?? "lora.safetensors";
-  saveFile(name, await answer.blob());
+  saveFile(nameIn(answer.headers.get("Content-Disposition") ?? ""), await answer.blob());
+}
+
+/** The file name of a Content-Disposition header; the server encodes one that is more than ASCII without spaces. */
+function nameIn(disposition) {
+  const encoded = /filename\*=utf-8''([^;]+)/i.exec(disposition)?.[1];
+  return encoded ? decodeURIComponent(encoded) : /filename="([^"]+)"/.exec(disposition)?.[1] ?? "lora.safetensors";
 }
 
 /** Hand a file to the browser. @param {string} name @param {Blob} content */

@@ -47,7 +47,7 @@ export class Checkpoints {
     const finished = lora ? h("div", { class: "row" }, h("p", { class: "grow" }, "The finished LoRA: ", h("code", {}, lora)),
       config?.use_ema ? downloadLink(this.run, `ema/${LORA}`, "That of the moving average") : null,
       button("Inspect", () => showReport(`${this.run}/${lora}`), { icon: "search" }),
-      formatDownload(`${this.run}/${lora}`),
+      formatDownload(`${this.run}/${lora}`, config?.lora_format ?? "diffusers"),
       downloadLink(this.run, lora, "Download the LoRA", "primary")) : null;
     const table = this.list.length > 0
       ? h("div", { class: "scroll checkpoints", tabindex: 0, role: "region", "aria-label": "List of checkpoints" }, h("table", {},

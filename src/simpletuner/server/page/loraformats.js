@@ -10,9 +10,9 @@ const LOSS_REMEDY = / *Give --allow-loss[^.]*\./;
 export const formatChoice = (label, leftOut = []) => h("select", { "aria-label": label },
   Object.entries(FORMATS).filter(([name]) => !leftOut.includes(name)).map(([value, text]) => h("option", { value }, text)));
 
-/** A choice of the other formats, and a button that downloads the LoRA at `path` in it. */
-export function formatDownload(path) {
-  const choice = formatChoice("Format", ["diffusers"]);
+/** A choice of the formats other than the file's `own`, and a button that downloads the LoRA at `path` in it. */
+export function formatDownload(path, own) {
+  const choice = formatChoice("Format", [own]);
   choice.id = freshId("format");
   return h("div", { class: "row nowrap" }, h("label", { class: "small", for: choice.id }, "Other formats"), choice,
     button("Download", () => saveAs(path, choice.value), { icon: "download", label: "Download in this format" }));
