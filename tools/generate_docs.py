@@ -248,7 +248,7 @@ def event_section(event: type[Event]) -> str:
     rows = ["| key | type | meaning |", "|---|---|---|"]
     for name, field in event.model_json_schema()["properties"].items():
         if name != "type":
-            rows.append(f"| {name} | {type_name(field)} | {field['description']} |")
+            rows.append(f"| {name} | {type_name(field)} | {' '.join(field['description'].split())} |")
     return f"{event.__doc__}\n\n" + "\n".join(rows) + "\n"
 
 

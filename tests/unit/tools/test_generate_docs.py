@@ -10,6 +10,7 @@ import generate_docs
 from simpletuner.config.flavours import KLEIN_4B
 from simpletuner.config.other_keys import LATER_OPTIONS, OTHER_OPTIONS
 from simpletuner.config.run import OPTION_NAMES
+from simpletuner.runs.events import EVENTS, Picture
 
 
 def test_options_and_events_are_what_the_code_says() -> None:
@@ -20,6 +21,13 @@ def test_options_and_events_are_what_the_code_says() -> None:
     }
     for name, text in pages.items():
         assert (generate_docs.DOCS / name).read_text(encoding="utf-8") == text, "run `.ci/run docs`"
+
+
+def test_every_field_of_an_event_is_one_row() -> None:
+    for event in (*EVENTS.values(), Picture):
+        table = generate_docs.event_section(event).split("| key", 1)[1].splitlines()[2:]
+        assert len(table) == len(event.model_fields) - ("type" in event.model_fields)
+        assert all(row.startswith("| ") and row.endswith(" |") for row in table)
 
 
 def test_every_option_has_an_anchor() -> None:
