@@ -144,8 +144,10 @@ class Workload:
     """Reference tokens of a validation image, at most."""
     forced_share: float = 0.0
     """The most of an image's tokens that TREAD keeps because they are under a mask; 0 where nobody has looked."""
+    images: int | None = None
+    """Of all sets, held-out ones too, without references; None where nobody has looked."""
     pictures: int | None = None
-    """Latents to cache; None where nobody has looked."""
+    """Latents to cache, those of references too; None where nobody has looked."""
     captions: int | None = None
     """Contexts to cache."""
     caption_tokens: int | None = None

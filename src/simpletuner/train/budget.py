@@ -228,6 +228,7 @@ def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manife
         drawn_references=max(
             (_reference_tokens(drawn[path] for path in prompt.references) for prompt in _drawn(loaded)), default=0
         ),
+        images=len(samples),
         pictures=len(samples) + len(references),
         captions=len(captions) + 1,
         caption_tokens=longest.tokens,
@@ -466,7 +467,7 @@ class Budget:
         `has_advice`, which engine to take.
         """
         work, foot = self.work, self.footprint
-        seen = "as configured; no pictures looked at" if work.pictures is None else f"{work.pictures} pictures"
+        seen = "as configured; no pictures looked at" if work.images is None else f"{work.images} pictures"
         told = [f"{plan_title(self.plan)} ({seen}):", *plan_table(self.plan), ""]
         told.append(
             f"Caches: up to {format_size(foot.context_bytes)} a caption, {format_size(foot.latent_bytes)} a picture of "
@@ -525,7 +526,7 @@ class Budget:
                 "width": width,
                 "height": height,
                 "batch": self.work.batch,
-                "pictures": self.work.pictures,
+                "pictures": self.work.images,
                 "captions": self.work.captions,
                 "caption_tokens": self.work.caption_tokens,
                 "tokenizer": None if self.work.tokenizer is None else str(self.work.tokenizer),

@@ -91,8 +91,10 @@ def test_references_of_validation_prompts_are_counted(project: Path) -> None:
     assert configured(loaded(*flags)).drawn_references == 2 * 64 * 64
     seen = looked_at(loaded(*flags))
     assert (seen.drawn_references, seen.pictures, seen.encoded) == (128 * 32 + 4 * 6, 4, (2048, 512))
-    assert looked_at(loaded()).drawn_references == configured(loaded()).drawn_references == 0
     held = [Budget(loaded(*flags).config, work, CARD) for work in (seen, replace(seen, drawn_references=0))]
+    assert held[0].summary()["workload"]["pictures"] == 2  # its images: references are none
+    assert "(2 pictures)" in held[0].table()[0]
+    assert looked_at(loaded()).drawn_references == configured(loaded()).drawn_references == 0
     drawing, without = (each.plan.phase("validation") for each in held)
     assert drawing is not None
     assert without is not None
