@@ -34,7 +34,8 @@ def drift_of(latents: Float[Tensor, "..."], base: Float[Tensor, "..."]) -> float
 @dataclass(frozen=True)
 class DriftMeter:
     """Draws `validation_drift_prompts` with what is trained, and compares the final latents with the base model's, of
-    the same noise. The base's are drawn once and kept in the run: full training cannot draw them again.
+    the same noise. The base's are drawn before the first step and kept in the run: full training cannot draw them
+    again.
 
     Rank r draws prompts r, r + size, ... All ranks call the same methods.
     """
@@ -69,10 +70,10 @@ class DriftMeter:
         return self.world.decide([is_lacking])[0]
 
     def keep_base(self, step: int, report: Callable[[int, int], None]) -> bool:
-        """Draw the base model's latents if they are missing. Returns whether they are there: after the first step of
-        full training the base model is gone.
+        """Draw the base model's latents, at step 0 always, since an earlier start may have had another base; later if
+        they are missing. Returns whether they are there: after the first step of full training the base model is gone.
         """
-        if not self.lacks_base:
+        if step > 0 and not self.lacks_base:
             return True
         disabled = self.trained.disabled()
         if disabled is None and step > 0:

@@ -251,7 +251,7 @@ class Loop:
 
     def _keep_base_of_drift(self, step: int) -> None:
         """Draw the drift prompts with the base model before training changes it."""
-        if self.drift is None or not self.drift.lacks_base:
+        if self.drift is None or (step > 0 and not self.drift.lacks_base):
             return
         with self.reporter.phase("validation", "drawing the drift prompts with the base model") as progress:
             if not self.drift.keep_base(step, progress):

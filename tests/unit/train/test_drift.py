@@ -114,6 +114,22 @@ def test_the_base_is_made_again_where_it_is_missing_or_of_other_options(tmp_path
     assert not meter(ALONE, tmp_path, validation_num_inference_steps=DRIFT_STEPS + 1).lacks_base
 
 
+def test_a_start_at_step_0_draws_the_base_anew_whatever_lies_there(tmp_path: Path) -> None:
+    """A start that came to no checkpoint may have had another base."""
+    drift = meter(ALONE, tmp_path)
+    assert drift.keep_base(0, silent)
+    path = drift.folder / "000.safetensors"
+    first = path.read_bytes()
+    assert isinstance(drift.model, TrainedModel)
+    with torch.no_grad():
+        for parameter in drift.model.denoise.transformer.parameters():
+            parameter.mul_(1.1)
+    assert drift.keep_base(1, silent)
+    assert path.read_bytes() == first
+    assert drift.keep_base(0, silent)
+    assert path.read_bytes() != first
+
+
 def test_a_full_model_keeps_its_base_before_the_first_step_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
