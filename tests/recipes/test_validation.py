@@ -161,6 +161,26 @@ def test_the_drift_is_measured_with_each_sheet_and_after_a_resume_against_the_sa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("last", [1, 2])
+def test_without_prompts_a_drift_that_a_kill_prevented_is_measured_at_the_next_start(
+    drawing: Workplace, last: int
+) -> None:
+    """At the last step, and at one before it."""
+    drawing.prompts = {}
+    drawing.config["validation_drift_prompts"] = ["a dot"]
+    assert drawing.train("--max_train_steps=1") == 0
+    (whole,) = drawing.events("validation")
+    assert whole["drift"] > 0
+    run = drawing.run()
+    drop_events(run.events, lambda line: '"type": "validation"' in line)
+    run.finished.unlink()
+    assert drawing.train(f"--max_train_steps={last}") == 0
+    again, *later = drawing.events("validation")
+    assert (again["step"], again["drift"]) == (1, whole["drift"])
+    assert [event["step"] for event in later] == list(range(2, last + 1))
+
+
+@pytest.mark.slow
 def test_an_image_with_references_is_that_of_sample_and_its_references_are_encoded_once(
     drawing: Workplace, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,6 +57,8 @@ class DriftMeter:
     world: World
     is_sharded: bool = False
     """Whether each model call is made by all ranks together: those without a prompt repeat one."""
+    measured: frozenset[int] = frozenset()
+    """Steps whose drift the events have (`measured_steps`)."""
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -68,6 +70,10 @@ class DriftMeter:
         """Whether latents of the base model are missing, or were made otherwise. All ranks ask, and rank 0 looks."""
         is_lacking = self.world.is_main and any(self._base(index) is None for index in range(len(self.prompts)))
         return self.world.decide([is_lacking])[0]
+
+    def is_measured(self, step: int) -> bool:
+        """Whether the events have the drift of `step`. All ranks ask, and rank 0 looks."""
+        return self.world.decide([step in self.measured])[0]
 
     def keep_base(self, step: int, report: Callable[[int, int], None]) -> bool:
         """Draw the base model's latents, at step 0 always, since an earlier start may have had another base; later if

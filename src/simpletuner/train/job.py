@@ -81,7 +81,7 @@ from simpletuner.train.state import TrainState
 from simpletuner.train.step import NotFiniteError, Objective, Stepper
 from simpletuner.train.strata import Strata
 from simpletuner.train.throughput import FlopMeter, data_sheet_rate
-from simpletuner.train.validate import HeldOutLoss, Painter, drawn_steps, sheet_of
+from simpletuner.train.validate import HeldOutLoss, Painter, drawn_steps, measured_steps, sheet_of
 from simpletuner.train.watch import Watch
 
 MANY_VISITS = 400
@@ -449,7 +449,7 @@ class Attempt:
         if step < steps:
             return False
         reason = lacking(self.run, step)
-        if self.world.decide([reason is not None and self.lacks_sheet(step)])[0]:
+        if self.world.decide([reason is not None and self.lacks_validation(step)])[0]:
             return False
         if not self.world.is_main:
             self.world.barrier("the export")
@@ -465,10 +465,14 @@ class Attempt:
         self.reporter.say(f"  For another run: {self.ways.anew()}")
         return True
 
-    def lacks_sheet(self, step: int) -> bool:
-        """Whether the validation images of `step`, the last one, are wanted and not there or not in the events."""
-        if self.config.validation_disable or not self.loaded.prompts:
+    def lacks_validation(self, step: int) -> bool:
+        """Whether the validation images of `step`, the last one, are wanted and not there or not in the events; without
+        prompts, whether its drift is.
+        """
+        if self.config.validation_disable:
             return False
+        if not self.loaded.prompts:
+            return self.config.validation_drift_prompts is not None and step not in measured_steps(self.run)
         return step not in drawn_steps(self.run) or not sheet_of(self.run, step).is_file()
 
     def install(self, transformer: Flux2Transformer, order: Order) -> None:
@@ -634,6 +638,7 @@ class Attempt:
             context=lambda prompt: prepared.contexts([prompt]),
             world=self.world,
             is_sharded=isinstance(model, TrainedModel) and is_sharded(product.transformer),
+            measured=frozenset(measured_steps(self.run)),
         )
 
     @property

@@ -93,8 +93,16 @@ class Loop:
             )
         if self.plan.measures(state.step) and state.step not in state.held_out:
             self._measure(state)
-        if self.plan.draws(state.step) and self.painter is not None and not self.painter.is_complete(state.step):
+        if self.plan.draws(state.step) and not self._is_validated(state.step):
             self._paint(state.step)
+
+    def _is_validated(self, step: int) -> bool:
+        """Whether the events have the sheet of `step`, or without prompts its drift, and the sheet is there. An event
+        with a sheet has the drift too.
+        """
+        if self.painter is not None:
+            return self.painter.is_complete(step)
+        return self.drift is None or self.drift.is_measured(step)
 
     def _is_last_chance(self) -> bool:
         """Whether the base model's pictures are missing and cannot be made up for after the first step."""

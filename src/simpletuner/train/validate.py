@@ -520,10 +520,20 @@ def _overall(
 
 def drawn_steps(run: RunDirectory) -> set[int]:
     """Steps whose sheet the events name; not those of which a checkpoint was saved again since, by other weights."""
+    return _steps_with(run, "sheet")
+
+
+def measured_steps(run: RunDirectory) -> set[int]:
+    """Steps whose drift the events have; not those of which a checkpoint was saved again since, by other weights."""
+    return _steps_with(run, "drift", "ema_drift")
+
+
+def _steps_with(run: RunDirectory, *keys: str) -> set[int]:
+    """Steps of the events that have one of `keys`, as `drawn_steps` says."""
     steps: set[int] = set()
     for event in read_events(run.events, kinds=("checkpoint", "validation")):
         step = event.get("step")
-        if event.get("sheet") and isinstance(step, int):
+        if isinstance(step, int) and any(event.get(key) is not None for key in keys):
             steps.add(step)
         elif event.get("state") == "saved":
             steps -= {step}
