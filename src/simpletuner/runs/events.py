@@ -182,7 +182,7 @@ class ValidationEvent(Event):
     """How far the images of `validation_drift_prompts` are from the base model's, mean over the prompts: RMS difference
     of the final latents over the RMS of the base model's. 0 is unmoved, about 1 an image of other noise."""
     drift_by_prompt: dict[str, float] = {}
-    """The same of each prompt."""
+    """The same of each prompt; with `ema_validation` ema_only that of the moving average."""
     ema_drift: float | None = None
     """Mean drift of the moving average."""
 

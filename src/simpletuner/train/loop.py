@@ -291,12 +291,7 @@ class Loop:
         average = f"{means['ema']:.3f} (moving average)" if "ema" in means else ""
         live = f"{means['live']:.3f}" if "live" in means else ""
         self.reporter.say(f"Drift at step {step}: {', '.join(filter(None, (live, average)))}")
-        measured = {
-            "drift": means.get("live"),
-            "drift_by_prompt": found.get("live", {}),
-            "ema_drift": means.get("ema"),
-        }
-        return (event or ValidationEvent(step=step)).model_copy(update=measured)
+        return with_drift(event or ValidationEvent(step=step), found)
 
     def _save(self, state: TrainState) -> None:
         folder = self.save(state)
@@ -382,6 +377,15 @@ def four_digits(value: float) -> float:
 
 def mean(values: Mapping[Any, float]) -> float:
     return math.fsum(values.values()) / len(values)
+
+
+def with_drift(event: ValidationEvent, drifts: Mapping[str, Mapping[str, float]]) -> ValidationEvent:
+    """`event` with what a `DriftMeter` returns."""
+    means = {view: mean(by_prompt) for view, by_prompt in drifts.items()}
+    by_prompt = drifts["live" if "live" in drifts else "ema"]
+    return event.model_copy(
+        update={"drift": means.get("live"), "drift_by_prompt": by_prompt, "ema_drift": means.get("ema")}
+    )
 
 
 def best_step(run: RunDirectory, state: TrainState) -> int | None:

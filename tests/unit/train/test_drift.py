@@ -14,8 +14,10 @@ from simpletuner.config.options.validation import ValidationOptions
 from simpletuner.flow.condition import Condition
 from simpletuner.flux2.generate import initial_noise, sample_latents
 from simpletuner.memory.world import World
+from simpletuner.runs.events import ValidationEvent
 from simpletuner.train.drift import DRIFT_STEPS, DriftMeter, drift_of
 from simpletuner.train.ema import Ema
+from simpletuner.train.loop import with_drift
 from simpletuner.train.preview import TrainedModel
 
 PROMPTS = ("one", "two", "three")
@@ -79,6 +81,16 @@ def test_it_is_the_rms_of_the_difference_over_that_of_the_base(tmp_path: Path) -
         assert found["live"][prompt] == pytest.approx(float(expected), rel=1e-5)
     assert found["ema"] != found["live"]
     assert drift_of(torch.zeros(3), torch.ones(3)) == 1
+
+
+def test_of_an_average_alone_the_event_has_the_drift_of_each_prompt() -> None:
+    average = dict.fromkeys(PROMPTS, 0.25)
+    event = ValidationEvent(step=3, loss=0.5)
+    alone = {"drift": None, "drift_by_prompt": average, "ema_drift": 0.25}
+    assert with_drift(event, {"ema": average}) == event.model_copy(update=alone)
+    live = dict.fromkeys(PROMPTS, 0.5)
+    both = {"drift": 0.5, "drift_by_prompt": live, "ema_drift": 0.25}
+    assert with_drift(event, {"live": live, "ema": average}) == event.model_copy(update=both)
 
 
 @SHARDED
