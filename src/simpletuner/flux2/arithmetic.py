@@ -81,9 +81,9 @@ def training_flop(passing: Pass, adapters: AdapterSizes | None = None, *, is_com
 
 
 def sampling_flop(passing: Pass, adapters: AdapterSizes | None = None) -> PassFlop:
-    """FLOP of one pass without gradients, which routes no tokens and recomputes nothing. Arguments as above."""
+    """FLOP of one pass without gradients, which recomputes nothing. Arguments as above."""
     count = _Count(planned_adapters(passing) if adapters is None else adapters, passing.is_full)
-    _walk(count, passing, is_routed=False)
+    _walk(count, passing)
     return PassFlop(count.forward, count.forward) * passing.batch
 
 
@@ -151,7 +151,7 @@ class _Count:
         self.again += self._last_save - self._block_start
 
 
-def _walk(count: _Count, passing: Pass, *, is_routed: bool = True, is_compiled: bool = False) -> None:
+def _walk(count: _Count, passing: Pass, *, is_compiled: bool = False) -> None:
     """Count one sample's way through the transformer, as `Flux2Transformer.forward` goes."""
     spec, hidden, text = passing.spec, passing.spec.hidden, passing.text
     vector = False
@@ -168,7 +168,7 @@ def _walk(count: _Count, passing: Pass, *, is_routed: bool = True, is_compiled: 
     is_clipped = passing.is_autocast or passing.dtype == torch.float16
     for index in range(spec.blocks):
         name = _block_name(passing, index)
-        route = next((route for route in passing.routes if is_routed and route.start <= index <= route.end), None)
+        route = next((route for route in passing.routes if route.start <= index <= route.end), None)
         image = passing.image if route is None else route.keeps(passing.image)
         pairs = attended_pairs(text + image, references, passing.reference_attention)
         count.begin_block()

@@ -11,7 +11,7 @@ from simpletuner.data.batch import GlobalBatch
 from simpletuner.flux2.activations import Pass
 from simpletuner.flux2.arithmetic import PassFlop, attached_adapters, sampling_flop, training_flop
 from simpletuner.flux2.footprint import recomputed_blocks
-from simpletuner.flux2.routes import resolve
+from simpletuner.flux2.routes import Route
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.train.preservation import Preservation
 from simpletuner.train.rollout import Rollout
@@ -55,7 +55,6 @@ class FlopMeter:
         is_compiled: bool = False,
         preservation: Preservation | None = None,
     ) -> None:
-        blocks = transformer.spec.blocks
         self._passing = Pass(
             spec=transformer.spec,
             dtype=transformer.dtype,
@@ -64,14 +63,12 @@ class FlopMeter:
             image=0,
             is_autocast=config.is_autocast,
             is_full=config.model_type == "full",
-            recomputed=recomputed_blocks(config, blocks),
-            routes=resolve(config.tread_routes, blocks),
+            recomputed=recomputed_blocks(config, transformer.spec.blocks),
             reference_attention=config.reference_attention,
         )
         adapters = attached_adapters(transformer)
         self._training = cache(partial(training_flop, adapters=adapters, is_compiled=is_compiled))
         self._sampling = cache(partial(sampling_flop, adapters=adapters))
-        # TREAD's routes are left out of the count of the base model's passes.
         self._base = cache(partial(sampling_flop, adapters={}))
         self._rollout = rollout
         self._preservation = preservation
@@ -91,9 +88,12 @@ class FlopMeter:
                 image=height * width,
                 references=0 if condition.references is None else condition.references.tokens.shape[1],
             )
+            # Masks may force more tokens than a route keeps.
+            routes = tuple(Route(each.start, each.end, each.kept.shape[1] / passing.image) for each in batch.choices)
+            routed = replace(passing, routes=routes)
             trained, predicted = (1, 0) if self._preservation is None else self._preservation.passes(batch)
-            total += self._training(passing) * count * trained
-            total += self._base(passing) * count * predicted
+            total += self._training(routed) * count * trained
+            total += self._base(routed) * count * predicted
             if self._rollout is not None:
                 total += self._sampling(passing) * self._rollout.sampled(batch)
         return total

@@ -154,10 +154,11 @@ def test_routed_tokens_are_not_counted() -> None:
     assert training_flop(passing(routes=(Route(1, 3, 1.0),)), adapters) == training_flop(passing(), adapters)
 
 
-def test_a_pass_without_gradients_is_counted_once_and_not_routed() -> None:
-    at = passing(routes=(Route(1, 3, 0.5),), recomputed=(True,) * SPEC.blocks)
+@pytest.mark.parametrize("routes", [(), (Route(1, 3, 0.5),)], ids=["whole", "routed"])
+def test_a_pass_without_gradients_is_counted_once(routes: tuple[Route, ...]) -> None:
+    at = passing(routes=routes, recomputed=(True,) * SPEC.blocks)
     transformer = transformer_of(EVERYTHING, at)
-    expected = counted(transformer, passing(), backward=False)
+    expected = counted(transformer, replace(at, recomputed=()), backward=False)
     assert sampling_flop(at, attached_adapters(transformer)) == PassFlop(expected, expected)
 
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from simpletuner.config.run import RunConfig
 from simpletuner.data.batch import Batch, GlobalBatch
+from simpletuner.flow.choice import Choice
 from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flow.path import noised, velocity
 from simpletuner.flux2.denoiser import Denoiser
@@ -258,11 +259,14 @@ def test_of_a_sharded_model_every_rank_makes_as_many_passes() -> None:
         assert (calls, len(taken)) == ([*first, True, False, True], idle)
 
 
+@pytest.mark.parametrize("kept", [16, 12, 4])
 @pytest.mark.parametrize("kind", ["second loss", "regularization", "prior"])
-def test_passes_are_counted(kind: str) -> None:
-    options = config(masked_loss_prior=1.0 if kind == "prior" else 0.0)
+def test_passes_are_counted(kind: str, kept: int) -> None:
+    """With a route that keeps 4 of 16 tokens, or as many as masks force."""
+    route = {"selection_ratio": 0.25, "start_layer_idx": 1, "end_layer_idx": 2}
+    options = config(masked_loss_prior=1.0 if kind == "prior" else 0.0, tread_config={"routes": [route]})
     stepper, _, denoiser = made(options)
-    batch = a_batch(range(2))
+    batch = replace(a_batch(range(2)), choices=(Choice(1, 2, torch.arange(kept).expand(2, -1)),))
     if kind == "second loss":
         batch = preserving(batch)
     elif kind == "prior":
