@@ -105,12 +105,8 @@ class Denoiser:
         return Positions(image, positions.text.expand(samples, -1, -1), (cos, sin))
 
     def routed(self, choices: Sequence[Choice]) -> Denoise:
-        """This denoiser with TREAD routing; active only while gradients are enabled, since sampling routes nothing."""
-
-        def denoise(latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-            return self(latents, sigma, condition, choices if torch.is_grad_enabled() else ())
-
-        return denoise
+        """This denoiser with TREAD routing. Sampling takes the denoiser itself, which routes nothing."""
+        return functools.partial(self, choices=choices)
 
 
 def _with_references(choice: Choice, target: int, references: int) -> Choice:

@@ -22,7 +22,7 @@ PARTS = 1000
 
 @dataclass(frozen=True)
 class RolloutInputs:
-    """What a batch is trained at. Without gradient."""
+    """The noisy latents that a batch is trained on. Without gradient."""
 
     x: Float[Tensor, "b c h w"]
     """The latents at each sample's sigma: rolled out, or plainly noised."""
@@ -113,18 +113,20 @@ class Rollout:
         """Model calls without gradient for `batch`."""
         return 0 if batch.rollout is None else self.calls
 
-    def sampled(self, batch: Batch) -> int:
-        """Samples in all of those calls, one that is in several counted several times."""
+    def sampled(self, batch: Batch) -> tuple[int, int]:
+        """Samples in those of the calls that integrate, one that is in several counted several times; and in the one
+        that makes the unrolled prediction.
+        """
         if batch.rollout is None:
-            return 0
-        unrolled = len(batch.latents) if self.reflex.alpha else 0
-        return len(batch.rollout.rolled) * self._walked + unrolled
+            return 0, 0
+        return len(batch.rollout.rolled) * self._walked, len(batch.latents) if self.reflex.alpha else 0
 
     def inputs(self, denoise: Denoise, batch: Batch, *, sample: Denoise) -> "RolloutInputs":
-        """What `losses` is computed at: the samples whose length is not 0 are rolled out.
+        """The inputs of `losses`: rolled-out latents where a sample's length is not 0, plainly noised ones elsewhere.
 
         Args:
-            denoise: the denoiser of the pass with gradients, which may be routed.
+            denoise: the denoiser of the pass with gradients, which may be routed. It makes the unrolled prediction, so
+                that this differs from the trained one by the input alone.
             sample: the denoiser that is integrated: as validation samples with it.
         """
         latents, condition, sigma, noise = batch.latents, batch.condition, batch.sigma, batch.noise

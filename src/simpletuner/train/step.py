@@ -140,7 +140,9 @@ class Stepper:
     scaler: torch.amp.GradScaler
     device: torch.device
     route: Callable[[Sequence[Choice]], Denoise] | None = None
-    """Makes of a batch's choices the denoiser of the pass with gradients; a rollout is not routed."""
+    """Makes of a batch's choices the denoiser of the pass with gradients, and of what is compared with it; a rollout is
+    not routed.
+    """
     rollout: Rollout | None = None
     preservation: Preservation | None = None
     """Where given, the base model's predictions can be had: without it no batch may ask for them."""

@@ -95,7 +95,9 @@ class FlopMeter:
             total += self._training(routed) * count * trained
             total += self._base(routed) * count * predicted
             if self._rollout is not None:
-                total += self._sampling(passing) * self._rollout.sampled(batch)
+                walked, unrolled = self._rollout.sampled(batch)
+                total += self._sampling(passing) * walked
+                total += self._sampling(routed) * unrolled
         return total
 
     def throughput(self, whole: GlobalBatch, seconds: float) -> Throughput:

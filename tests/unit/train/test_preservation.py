@@ -217,6 +217,20 @@ def test_all_of_them_take_the_input_that_is_trained() -> None:
     assert not torch.equal(unrolled, trained[0][1])
 
 
+def test_reflexflow_compares_with_a_prediction_that_is_routed_as_the_trained_one() -> None:
+    stepper, _, denoiser = made(config(preservation="none", scheduled_sampling_max_step_offset=40))
+    assert stepper.rollout is not None
+    step = next(step for step in range(1, 9) if all(stepper.rollout.lengths(step, range(2))))
+    batch = a_batch(range(2), stepper.rollout, step, routes=ROUTES)
+    assert batch.choices
+    x = noised(batch.latents, batch.noise, batch.sigma)
+    with torch.no_grad():
+        expected = denoiser(x, batch.sigma, batch.condition, batch.choices)
+    unrolled = stepper._inputs(batch).unrolled
+    assert unrolled is not None
+    assert torch.equal(unrolled, expected)
+
+
 @pytest.mark.parametrize("is_regularisation", [False, True])
 def test_a_failing_pass_leaves_the_adapter_on(is_regularisation: bool) -> None:
     stepper, adapter, _ = made(config())

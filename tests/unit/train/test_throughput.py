@@ -27,6 +27,8 @@ LENGTHS = ((0, 30, 5), (0, 0), (7,))
 """Of three micro-batches' samples; a rollout begins where it is not 0."""
 SIZES = ((4, 6), (6, 4), (8, 4))
 
+ROUTED = {"tread_config": {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": -2}]}}
+
 
 def micro_batches(objective: Objective, routes: Sequence[Route] = (), *, is_rolled: bool = False) -> Iterator[Batch]:
     slot = 0
@@ -57,9 +59,10 @@ def micro_batches(objective: Objective, routes: Sequence[Route] = (), *, is_roll
         pytest.param(
             {"scheduled_sampling_max_step_offset": 50, "scheduled_sampling_reflexflow": False}, marks=pytest.mark.slow
         ),
-        {"tread_config": {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": -2}]}},
+        ROUTED,
+        ROUTED | {"scheduled_sampling_max_step_offset": 50},
     ],
-    ids=["recomputed", "kept", "partly", "rollout", "rollout without ReflexFlow", "routed"],
+    ids=["recomputed", "kept", "partly", "rollout", "rollout without ReflexFlow", "routed", "routed rollout"],
 )
 def test_it_counts_what_a_step_computes(options: dict[str, Any]) -> None:
     config = RunConfig.model_validate({"lora_rank": 4} | options)
