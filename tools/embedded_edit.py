@@ -41,6 +41,8 @@ from simpletuner.flux2.tokens import reference_tokens
 from simpletuner.train.timesteps import Timesteps
 
 TRAINED = 320
+SHOWN = 8
+"""Pairs in `edit.jpg`, at most."""
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """The middles of the fifths of the density of sigma that is trained at, at which the held-out loss is measured."""
 
@@ -147,7 +149,7 @@ def grade(folder: Path, chosen: Sequence[Pair], run: Path, *, has_references: bo
     attach_saved(candidate.transformer, read_lora(run))
     denoise = Denoiser(candidate.transformer.eval())
     encode = load_autoencoder(locate(options, report=lambda text: None), torch.float32, "cpu").encode
-    latents = {part: encoded(folder / "held-out" / part, encode) for part in ("after", "before")}
+    latents = {part: encoded(folder / "held-out" / part, len(chosen), encode) for part in ("after", "before")}
     contexts = candidate.encode([pair.caption for pair in chosen])
     references = None
     if has_references:
@@ -175,14 +177,14 @@ def grade(folder: Path, chosen: Sequence[Pair], run: Path, *, has_references: bo
     )
 
 
-def encoded(folder: Path, encode: Encode) -> list[Float[Tensor, "128 h w"]]:
-    """The latents of the images in `folder`, by name."""
-    crops = reference_crops(str(path) for path in sorted(folder.glob("*.png")))
+def encoded(folder: Path, count: int, encode: Encode) -> list[Float[Tensor, "128 h w"]]:
+    """The latents of the first `count` images in `folder`, by name: an earlier run may have left more."""
+    crops = reference_crops(str(path) for path in sorted(folder.glob("*.png"))[:count])
     return [encode_crop(crop, encode) for crop in crops.values()]
 
 
-def sheet(folder: Path, count: int = 8) -> Image.Image:
-    """References, what was drawn with them, and what was drawn without, of the first held-out pairs."""
+def sheet(folder: Path, count: int) -> Image.Image:
+    """References, what was drawn with them, and what was drawn without, of the first `count` held-out pairs."""
     gap = 4
     image = Image.new("RGB", (count * (SIDE + gap) - gap, 3 * (SIDE + gap) - gap), "white")
     for index in range(count):
@@ -212,6 +214,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--pairs", type=int, default=100, help="that are held out and drawn (100)")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
+    most = len(held_out_scenes())
+    if not 2 <= given.pairs <= most:  # one has no standard error
+        parser.error(f"--pairs must be from 2 to {most}")
     folder = given.folder
     chance = random.Random(given.seed)
     render(folder / "train", pairs(training_scenes(), TRAINED, chance), f"{given.seed}/train")
@@ -226,7 +231,7 @@ def main(arguments: Sequence[str]) -> int:
         )
         for name in ("with", "without")
     }
-    sheet(folder).save(folder / "edit.jpg", quality=90)
+    sheet(folder, min(given.pairs, SHOWN)).save(folder / "edit.jpg", quality=90)
     for name, found in grades.items():
         print(
             f"{name:<8} references: color {found.colors}, everything {found.everything}, "
