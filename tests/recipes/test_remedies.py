@@ -104,7 +104,8 @@ def test_other_images_go_on_from_the_weights_of_a_finished_run(
     assert main(longer) == 6
     out, error = capsys.readouterr()
     assert (
-        "pictures: images, captions, crops or repeats have changed since output/a run/checkpoints/step-000001" in error
+        "pictures: images, captions, crops, references or masks have changed since output/a run/checkpoints/step-000001"
+        in error
     )
     assert "Captions:" not in out, "known before an encoder loads"
     from_weights, _ = commands_in(error)

@@ -207,7 +207,7 @@ def test_another_caption_is_refused(workplace: Workplace, capsys: pytest.Capture
     assert workplace.train("--max_train_steps=1") == 0
     (workplace.folder / "datasets" / "pictures" / "picture-0.txt").write_text("something else")
     assert workplace.train() == 6
-    assert "pictures: images, captions, crops or repeats have changed" in capsys.readouterr().err
+    assert "pictures: images, captions, crops, references or masks have changed" in capsys.readouterr().err
 
 
 @pytest.mark.slow

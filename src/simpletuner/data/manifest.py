@@ -24,6 +24,11 @@ from simpletuner.data.rejected import Rejected
 from simpletuner.data.sample import Crop, Rejection, Sample
 from simpletuner.data.storages import image_storage, latent_storage
 
+ORDER_KEYS = ("repeats", "probability", "train_batch_size")
+"""Keys of an image set that decide which samples come together in a batch. Part of its fingerprint."""
+LOSS_KEYS = ("is_regularisation_data", "class_prompt", "loss_weight", "timestep_sampling_offset")
+"""Keys of an image set that decide how its samples are trained. Part of its fingerprint."""
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -60,8 +65,7 @@ class Manifest:
         samples = [
             (s.name, s.content, s.geometry.__dict__, s.captions, *self._condition_fingerprint(s)) for s in self.samples
         ]
-        keys = {"is_regularisation_data", "class_prompt", "loss_weight", "timestep_sampling_offset"}
-        loss = own.model_dump(include=keys, exclude_defaults=True)
+        loss = own.model_dump(include=set(LOSS_KEYS), exclude_defaults=True)
         return sha256_json(
             [own.id, own.repeats, own.probability, own.train_batch_size, samples, *([loss] if loss else [])]
         )

@@ -19,6 +19,7 @@ from simpletuner.config.record import (
 )
 from simpletuner.config.rules import findings
 from simpletuner.config.values import join_names, shown
+from simpletuner.data.manifest import LOSS_KEYS, ORDER_KEYS
 from simpletuner.data.order import Cut, Order
 from simpletuner.memory.world import World
 from simpletuner.runs import checkpoints
@@ -272,14 +273,15 @@ def _past(windows: Windows, step: int, epoch: int) -> list[tuple[int, int]]:
 
 
 def check_content(resume: Resume, ways: Ways, *, data: Mapping[str, str], model: Mapping[str, str]) -> None:
-    """Raise a CheckpointError if the images, the captions or the base model are not those of the checkpoint."""
+    """Raise a CheckpointError if the image sets or the base model are not those of the checkpoint."""
     problems = []
     if sets := changed(resume.state.data, data):
         finished = ways.run.result(ways.loaded.config.model_type).exists()
         weights = ways.from_weights(None if finished else resume.folder)
         problems.append(
             Problem(
-                f"{', '.join(sets)}: images, captions, crops or repeats have changed since {resume.folder}",
+                f"{', '.join(sets)}: images, captions, crops, references or masks have changed since {resume.folder}, "
+                f"or a key of the set: {join_names((*ORDER_KEYS, *LOSS_KEYS))}",
                 "the same data",
                 f"Put them back to go on. To train what is there now, from the weights of this run: {weights}. "
                 f"To start over: {ways.anew()}.",

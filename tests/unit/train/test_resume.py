@@ -12,9 +12,10 @@ from simpletuner.base.errors import CheckpointError
 from simpletuner.config.load import Loaded, load
 from simpletuner.config.record import resolved
 from simpletuner.config.run import RunConfig
+from simpletuner.data.manifest import Manifest
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.train.report import Reporter
-from simpletuner.train.resume import Ways, continued
+from simpletuner.train.resume import Resume, Ways, check_content, continued
 from simpletuner.train.state import TrainState
 
 Given = Callable[..., Loaded]
@@ -110,3 +111,35 @@ def test_beside_a_set_with_its_own_batch_size_the_runs_stays(given: Given) -> No
     assert resumed(given(*typed[2:], train_batch_size=3), state(2, 2)).train_batch_size == 2
     # Its batches are as many with other processes.
     assert resumed(given("--num_processes=2", train_batch_size=3), state(2, 2)).gradient_accumulation_steps == 1
+
+
+def test_every_key_that_may_have_changed_a_set_is_named(given: Given) -> None:
+    loaded = given()
+    before = TrainState(step=3, data={"cats": "one", "dogs": "one"})
+    with pytest.raises(CheckpointError) as caught:
+        check_content(
+            Resume(Path("step-3"), before),
+            Ways(RunDirectory(Path("output")), loaded),
+            data={"cats": "another", "dogs": "one"},
+            model={},
+        )
+    text = str(caught.value)
+    assert "cats: images, captions, crops, references or masks have changed since step-3, or a key of the set: " in text
+    assert "dogs" not in text
+    own = loaded.datasets.train_sets[0]
+    manifest = Manifest(own, (), (), ())
+    decisive = [
+        name
+        for name, value in {
+            "repeats": 1,
+            "probability": 0.5,
+            "train_batch_size": 3,
+            "is_regularisation_data": True,
+            "class_prompt": "a cat",
+            "loss_weight": 0.5,
+            "timestep_sampling_offset": 1.0,
+        }.items()
+        if Manifest(own.model_copy(update={name: value}), (), (), ()).fingerprint != manifest.fingerprint
+    ]
+    assert len(decisive) == 7
+    assert all(name in text for name in decisive)
