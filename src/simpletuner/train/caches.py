@@ -211,9 +211,11 @@ class Prepared:
 
     @cached_property
     def forced_shares(self) -> list[float]:
-        """Share of the tokens that TREAD keeps for its mask, of each training image that has one. Reads them all."""
+        """Share of the tokens that TREAD keeps for its mask, of each training image that has one. Reads them all. Empty
+        where the options let masks force no tokens.
+        """
         masking = Masking(self.loaded.config, self.loaded.config.seed)
-        masks = weighing_masks(self.train)
+        masks = weighing_masks(self.train) if masking.forces_tokens else []
         return [forced_places(masking.inside(self.mask(mask))).float().mean().item() for mask in masks]
 
     @property

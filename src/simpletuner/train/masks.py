@@ -18,7 +18,9 @@ CachedMask = Float[Tensor, "h w"]
 
 @dataclass(frozen=True)
 class MaskEffects:
-    """What the masks of a batch act on; each part is None where it would change nothing."""
+    """What the masks of a batch change: loss weights, the prior's weights, and the tokens that TREAD keeps. Each is
+    None where it would change nothing.
+    """
 
     weights: Float[Tensor, "b h w"] | None = None
     """Weight of each place in its sample's loss; None where all are 1: a mask of ones gives the bits of none."""
@@ -52,11 +54,17 @@ class Masking:
         if inside.eq(1).all():
             return MaskEffects()
         weights = self.weights(inside)
+        kept = torch.stack([forced_places(each) for each in inside])
         return MaskEffects(
             weights=None if weights.eq(1).all() else weights,
             outside=1 - inside if self.options.masked_loss_prior else None,
-            force_keep=rearrange(torch.stack([forced_places(each) for each in inside]), "b h w -> b (h w)"),
+            force_keep=rearrange(kept, "b h w -> b (h w)") if self.forces_tokens else None,
         )
+
+    @property
+    def forces_tokens(self) -> bool:
+        """Whether TREAD keeps the tokens under masks: where masks are used, and weigh some places less than others."""
+        return self.options.masked_loss_probability > 0 and self.options.masked_loss_floor < 1
 
     def inside(self, mask: CachedMask) -> Float[Tensor, "h w"]:
         """How far each place is under the mask, 0 to 1."""

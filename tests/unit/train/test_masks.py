@@ -20,7 +20,7 @@ from simpletuner.config.options.conditioning import ConditioningOptions
 from simpletuner.data.sample import Crop, Sample
 from simpletuner.flow.loss import averaged
 from simpletuner.train.caches import Prepared, fill_mask_weights, weighing_masks
-from simpletuner.train.masks import Masking
+from simpletuner.train.masks import MaskEffects, Masking
 from simpletuner.train.report import Reporter
 
 Draw = Callable[[Sample], Image.Image]
@@ -57,6 +57,12 @@ def test_a_floor_of_1_weighs_all_alike_and_leaves_the_prior_its_place() -> None:
     assert found.weights is None
     assert found.outside is not None
     assert torch.equal(found.outside[0], 1 - ramp())
+
+
+def test_a_floor_of_1_alone_changes_nothing() -> None:
+    """TREAD keeps no more tokens, either."""
+    assert masking(floor=1.0).effects([ramp()], (3, 4)) == MaskEffects()
+    assert masking(floor=1.0, invert=True).effects([ramp(), None], (3, 4)) == MaskEffects()
 
 
 def test_the_prior_acts_before_the_floor_and_only_where_a_mask_is_used() -> None:
@@ -179,6 +185,12 @@ def test_batches_carry_masks_and_tread_keeps_them(masked: Callable[..., Prepared
                 else:
                     assert batch.masks[row].eq(1).all()
     assert seen > 4
+
+
+def test_tread_keeps_tokens_only_for_masks_that_are_used_and_weigh(masked: Callable[..., Prepared]) -> None:
+    assert min(filled(masked(half)).forced_shares) > 0
+    assert filled(masked(half, probability=0.0)).forced_shares == []
+    assert filled(masked(half, floor=1.0)).forced_shares == []
 
 
 def test_two_ranks_draw_masks_as_one_does(masked: Callable[..., Prepared]) -> None:
