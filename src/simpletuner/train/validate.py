@@ -331,10 +331,8 @@ class Painter:
             self._image(ready(), lambda latents: latents[:, :3], pictures[0], self._draws_both(pictures))
 
     def _draws_both(self, pictures: Sequence[Picture]) -> bool:
-        """Whether the two predictions of guidance share a pass for each of `pictures`. The plan has not counted the
-        tokens of references.
-        """
-        return all((each.width, each.height) in self.both_at_once and not each.references for each in pictures)
+        """Whether the two predictions of guidance share a pass for each of `pictures`."""
+        return all((each.width, each.height) in self.both_at_once for each in pictures)
 
     def _calls(self, pictures: Sequence[Picture]) -> int:
         """Model calls of each rank in a round of `pictures`."""

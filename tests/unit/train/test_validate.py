@@ -24,9 +24,11 @@ from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.options.validation import ValidationOptions
 from simpletuner.config.prompts import Prompt
 from simpletuner.data.batch import Batch
+from simpletuner.data.references import reference_crops
 from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.lora import Adapter, attach
+from simpletuner.flux2.tokens import reference_tokens
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.world import World
 from simpletuner.runs.events import ValidationEvent
@@ -346,6 +348,19 @@ def test_guidance_shares_a_pass_for_all_images_of_a_round_or_for_none(
     for each in in_threads(2, work):
         assert isinstance(each, tuple), each
         assert each[1].denoise.calls == 2 * 2 * calls  # base and live, two steps each
+
+
+def test_guidance_shares_a_pass_for_an_image_with_references_too(tmp_path: Path) -> None:
+    """The plan has counted their tokens."""
+    path = str(tmp_path / "reference.png")
+    Image.new("RGB", (64, 64)).save(path)
+    made = drawing(ALONE, tmp_path, prompts=("one",), with_ema=False, real=2.0, both=frozenset({(32, 32)}))
+    made.painter.prompts = {"one": Prompt("a picture", references=(path,))}
+    made.painter.references = lambda prompt: reference_tokens([torch.ones(128, 2, 2)])
+    made.painter.reference_crops = reference_crops([path])
+    event = made.painter.draw(1, made.report)
+    assert event is not None
+    assert made.denoise.calls == 2
 
 
 def test_only_what_is_missing_is_drawn_and_an_image_that_is_there_keeps_its_file(tmp_path: Path) -> None:
