@@ -265,7 +265,7 @@ class Loop:
             if not self.drift.keep_base(step, progress):
                 self.reporter.notice(
                     "The base model's latents of validation_drift_prompts are not there, and training has changed its "
-                    "weights: no drift is measured."
+                    f"weights: no drift is measured. To measure it from the start: {self.ways.anew()}."
                 )
 
     def _with_drift(self, drift: DriftMeter, event: ValidationEvent | None, step: int) -> ValidationEvent | None:
