@@ -15,7 +15,7 @@ class Choice:
     start: int
     end: int
     kept: Int64[Tensor, "b kept"]
-    """Places of the tokens in the picture, rising. References are always kept."""
+    """Places of the tokens in the picture, rising. The denoiser adds those of references, which are always kept."""
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Choice":
         """The same choice with `change` applied to its tensor."""

@@ -1,4 +1,4 @@
-"""Compiled blocks: one artefact for all blocks of a kind, counted, bounded, and never replaced in silence.
+"""Compiled blocks: one compiled graph for all blocks of a kind, counted, bounded, and never replaced in silence.
 
 Blocks of a class share one compiled function that is given the block itself, so its weights are inputs and not
 constants. What may vary between calls is few, and that bounds how often the compiler is asked.
@@ -19,10 +19,10 @@ from torch import nn
 from simpletuner.base.errors import ConfigError
 
 VARIANTS = 16
-"""How many artefacts a kind of block can come to need: passes with gradients whose inputs want one or not (the first
-block's do not), and passes without gradients with the adapter on or off × batches of one or of more × one table of
-positions or one a sample. Sizes are symbols in the artefact, so resolutions and routes add none. References may be
-masked or not: as many again."""
+"""How many compiled graphs a kind of block can come to need: passes with gradients whose inputs want one or not (the
+first block's do not), and passes without gradients with the adapter on or off × batches of one or of more × one table
+of positions or one a sample. Sizes are symbols in the graph, so resolutions and routes add none. References may be
+masked or not: twice as many with references."""
 
 PROBE_LIMIT_S = 120.0
 """Longer than a first start of Triton and its compiler takes on a slow disk."""
@@ -74,9 +74,9 @@ class Compiled:
         self.kinds = kinds
         """Classes of blocks, and within a class, differences in what they are made of."""
         self.bound = bound
-        """The most artefacts there can be."""
+        """The most compiled graphs there can be."""
         self.count = 0
-        """Artefacts made so far."""
+        """Compilations so far."""
         self.seconds = 0.0
         """Time spent in making them."""
         self.is_on = True
@@ -118,7 +118,7 @@ def install(
 
     Args:
         backend: a backend of `torch.compile`.
-        sizes_vary: whether more than one shape of input is expected. If not, artefacts are made for the one shape,
+        sizes_vary: whether more than one shape of input is expected. If not, graphs are compiled for the one shape,
             which can be faster, and once more should another come.
         has_references: whether references may come, with padding or without.
 
@@ -158,21 +158,21 @@ def install(
     callback_handler.register_end_callback(end)
 
     for kind, members in by_class.items():
-        artefact = torch.compile(
+        compiled_forward = torch.compile(
             kind.forward, backend=backend, mode=mode, fullgraph=True, dynamic=True if sizes_vary else None
         )
         for block in members:
             if "forward" in vars(block):
                 raise ValueError(f"a {kind.__name__} is wrapped already: compile blocks before anything wraps them")
-            block.forward = _in_training(block, block.forward, artefact, compiled)
+            block.forward = _in_training(block, block.forward, compiled_forward, compiled)
     return compiled
 
 
 def _in_training(
-    block: nn.Module, plain: Callable[..., Any], artefact: Callable[..., Any], compiled: Compiled
+    block: nn.Module, plain: Callable[..., Any], compiled_forward: Callable[..., Any], compiled: Compiled
 ) -> Callable[..., Any]:
     def run(*inputs: Any) -> Any:
-        return artefact(block, *inputs) if block.training and compiled.is_on else plain(*inputs)
+        return compiled_forward(block, *inputs) if block.training and compiled.is_on else plain(*inputs)
 
     return run
 

@@ -56,7 +56,9 @@ class Preservation:
             return self.denoise(x, batch.sigma, condition, batch.choices).float()
 
     def prior_of(self, batch: Batch, x: Float[Tensor, "b c h w"]) -> Prior | None:
-        """The prior outside of the batch's masks; None where there is none."""
+        """The prior outside of the batch's masks; None where there is none. A rank without one takes part in another's
+        prediction.
+        """
         if batch.outside is None:
             self._take_part(elsewhere=bool(self.prior) or batch.distills_elsewhere)
             return None
