@@ -102,7 +102,12 @@ def _adapter_rows(adapter: "AdapterReport") -> Iterator[tuple[str, str]]:
             for word, names in (("drops", verdict.dropped), ("gets wrong", verdict.wrong))
             if names
         ]
-        yield loader, f"loads nothing: {verdict.refusal}" if verdict.refusal else "; ".join(lost) or "loads all of it"
+        if verdict.unknown:
+            yield loader, f"cannot be said: {verdict.unknown}"
+        elif verdict.refusal:
+            yield loader, f"loads nothing: {verdict.refusal}"
+        else:
+            yield loader, "; ".join(lost) or "loads all of it"
     for kind, keys in adapter.unread.items():
         yield "not read", f"{len(keys)} keys ({kind}): {_named(keys)}"
 

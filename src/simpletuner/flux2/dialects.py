@@ -88,8 +88,8 @@ class AdapterFile:
     """
     header: Mapping[str, str] = field(default_factory=dict)
     """The file's text fields."""
-    has_alpha: bool = False
-    """Whether alphas are keys: some loaders refuse them, some read no others."""
+    header_scaled: frozenset[str] = frozenset()
+    """Modules that the header gives a scale other than 1, by an alpha that no key has. ComfyUI reads no header."""
     dialects: tuple[str, ...] = ()
     """Of a mixed file, those that it mixes."""
 
@@ -139,7 +139,6 @@ def read_adapter(path: Path) -> AdapterFile:
         with open_tensors(path) as file:
             tensors, header = dict(file), file.metadata
     groups, unread = _grouped(path, tensors)
-    has_alpha = any("alpha" in group.tensors for group in groups)
     names = tuple(dict.fromkeys(_dialect(group) for group in groups))
     for group in list(groups):
         kinds = [UNREAD_SUFFIXES[suffix].name for suffix in group.tensors if suffix in UNREAD_SUFFIXES]
@@ -150,6 +149,7 @@ def read_adapter(path: Path) -> AdapterFile:
     header_scale = HeaderScale(path, {} if "simpletuner.alpha" in header else header)
     modules: dict[str, Factors] = {}
     stems: dict[str, str] = {}
+    header_scaled: set[str] = set()
     for group in groups:
         for name, factors in _cut(path, group, _factors(path, group, header_scale)).items():
             if name in modules:
@@ -159,6 +159,8 @@ def read_adapter(path: Path) -> AdapterFile:
                     "It was put together from two files: take one of them.",
                 )
             modules[name], stems[name] = factors, group.stem
+            if factors.scale != 1 and "alpha" not in group.tensors:
+                header_scaled.add(name)
     _check_modules(path, modules, unread)
     if header_scale.is_dora and modules:
         raise CheckpointError.of(f"{path} was trained with use_dora and has no magnitudes", "an ordinary LoRA")
@@ -168,7 +170,7 @@ def read_adapter(path: Path) -> AdapterFile:
         modules=modules,
         unread=unread,
         header=header,
-        has_alpha=has_alpha,
+        header_scaled=frozenset(header_scaled),
         dialects=names if len(names) > 1 else (),
     )
 

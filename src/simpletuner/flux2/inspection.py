@@ -209,7 +209,7 @@ def _adapter(path: Path, entries: Mapping[str, TensorEntry]) -> AdapterReport:
         unread_keys.setdefault(named, []).append(key)
     return AdapterReport(
         kinds=dict(Counter(_KINDS[type(factors)] for factors in modules.values())),
-        dialect=file.dialect,
+        dialect=f"mixed: {', '.join(file.dialects)}" if file.dialects else file.dialect,
         modules=len(modules),
         parameters=sum(math.prod(entries[name].shape) for name in read if not name.endswith(".alpha")),
         ranks=dict(sorted(Counter(rank for factors in modules.values() if (rank := factors.rank)).items())),
@@ -220,7 +220,7 @@ def _adapter(path: Path, entries: Mapping[str, TensorEntry]) -> AdapterReport:
         fits=fits,
         norms={name: math.hypot(*norms[name]) for name in sorted(norms, key=_by_number)},
         unread=unread_keys,
-        loaders={} if not modules else loader_verdicts(read, modules),
+        loaders=loader_verdicts(read, modules, unread=file.unread, header_scaled=file.header_scaled) if modules else {},
     )
 
 

@@ -1,8 +1,10 @@
 """What inspection says of adapters of every dialect, of models and of other files, against what they were made of."""
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from simpletuner.config.options.lora import LoraOptions
 from simpletuner.flux2.export import save_lora
 from simpletuner.flux2.factors import Hadamard, Kronecker, LowRank
 from simpletuner.flux2.inspection import AdapterReport, FileReport, delta_norm, inspect_files
+from simpletuner.flux2.loaders import ADAPTER_LOADERS, LoaderVerdict
 from simpletuner.flux2.lora import PRESETS, attach
 from simpletuner.flux2.transformer import Flux2Transformer
 
@@ -75,11 +78,20 @@ def test_every_dialect_is_recognized_and_measured(tmp_path: Path, row: str) -> N
     assert found.norms == pytest.approx(block_norms(deltas), rel=1e-5)
 
 
-@pytest.mark.parametrize("row", [*ROWS, "blocks only"])
-def test_comfyui_drops_what_is_said_and_nothing_else(tmp_path: Path, row: str) -> None:
+COMFYUI_FILES = {
+    **{row: (row,) for row in ROWS},
+    "fal's mixture": MIXTURE,
+    "all mixed": tuple(ROWS),
+    "kohya's spellings mixed": ("4 musubi-tuner", "5 mixed tools"),
+    "both programs' names under one prefix": ("2 ai-toolkit, diffusion-pipe", "10 diffusers under ComfyUI's prefix"),
+}
+
+
+@pytest.mark.parametrize("blocks_only", [False, True])
+@pytest.mark.parametrize("rows", COMFYUI_FILES.values(), ids=list(COMFYUI_FILES))
+def test_comfyui_drops_what_is_said_and_nothing_else(tmp_path: Path, rows: Sequence[str], blocks_only: bool) -> None:
     path = tmp_path / "a.safetensors"
-    blocks_only = row == "blocks only"
-    deltas = write_dialect(path, SMALL, "1 diffusers" if blocks_only else row, blocks_only=blocks_only)
+    deltas = write_dialect(path, SMALL, *rows, blocks_only=blocks_only)
     verdict = adapter_in(path).loaders["ComfyUI"]
     loaded = comfyui.load(load_file(path), COMFY)
     assert verdict.wrong == ()
@@ -107,7 +119,7 @@ def test_diffusers_drops_what_is_said_and_nothing_else(tmp_path: Path) -> None:
     transformer = Flux2Transformer2DModel(**config)
     wrong: dict[str, object] = {}
     for blocks_only in (False, True):
-        for row in ROWS.keys() - {"_lora.up"}:  # of which it reads a part, as the verdict says
+        for row in ROWS.keys() - {"_lora.up"}:  # of which the verdict says nothing
             path = tmp_path / "a.safetensors"
             deltas = write_dialect(path, SMALL, row, blocks_only=blocks_only)
             verdict = adapter_in(path).loaders["diffusers"]
@@ -138,6 +150,68 @@ def test_diffusers_drops_what_is_said_and_nothing_else(tmp_path: Path) -> None:
     assert wrong == {}
 
 
+def test_comfyui_gets_an_alpha_in_the_header_wrong(tmp_path: Path) -> None:
+    """Of Linears that have one as a key too, and of those that it drops, nothing else is said."""
+    path = tmp_path / "a.safetensors"
+    header = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 8})}
+    deltas = write_dialect(path, SMALL, "1 diffusers", header=header)
+    verdicts = adapter_in(path).loaders
+    assert set(verdicts["ComfyUI"].wrong) == deltas.keys() - verdicts["ComfyUI"].dropped
+    assert len(verdicts["ComfyUI"].dropped) == 7
+    assert verdicts["diffusers"] == LoaderVerdict()
+    write_dialect(path, SMALL, "1 diffusers", "1b diffusers with alpha", blocks_only=True, header=header)
+    with_alpha = {key.removeprefix("transformer.").removesuffix(".alpha") for key in load_file(path) if "alpha" in key}
+    block_names = {name for name in deltas if "_blocks." in name}
+    assert set(adapter_in(path).loaders["ComfyUI"].wrong) == block_names - with_alpha
+    header = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 4})}
+    write_dialect(path, SMALL, "1 diffusers", blocks_only=True, header=header)
+    assert adapter_in(path).loaders["ComfyUI"] == LoaderVerdict()
+
+
+BFL_PATCH = "diffusion_model.double_blocks.0.img_attn.norm.query_norm.diff"
+BESIDE: dict[tuple[str, str], bool] = {
+    ("1 diffusers", "transformer.transformer_blocks.0.attn.norm_q.diff"): True,
+    ("1 diffusers", "text_encoder.layers.0.self_attn.q_proj.lora_A.weight"): False,
+    ("1 diffusers", "lora_te1_layers_0_self_attn_q_proj.lora_down.weight"): True,
+    ("1 diffusers", "other"): True,
+    ("2 ai-toolkit, diffusion-pipe", BFL_PATCH): True,
+    ("2 ai-toolkit, diffusion-pipe", "text_encoder.layers.0.self_attn.q_proj.lora_A.weight"): True,
+    ("3 PEFT on BFL's model", BFL_PATCH): True,
+    ("4 musubi-tuner", "lora_unet_double_blocks_0_img_attn_norm_query_norm.diff"): False,
+    ("4 musubi-tuner", "lora_te1_layers_0_self_attn_q_proj.lora_down.weight"): False,
+    ("12 old diffusers", BFL_PATCH): True,
+}
+"""A dialect, a key beside a LoRA in it, and whether diffusers then loads nothing."""
+
+
+@pytest.mark.parametrize(("row", "key"), BESIDE)
+def test_diffusers_loads_no_file_with_certain_other_keys(tmp_path: Path, row: str, key: str) -> None:
+    path = tmp_path / "a.safetensors"
+    write_dialect(path, SMALL, row, blocks_only=True, also={key: torch.ones(16)})
+    verdicts = adapter_in(path).loaders
+    assert (key in verdicts["diffusers"].refusal) == BESIDE[row, key]
+    assert (verdicts["diffusers"] == LoaderVerdict()) != BESIDE[row, key]
+    assert verdicts["ComfyUI"].refusal == ("" if row != "3 PEFT on BFL's model" else "it knows none of these names")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("row", "key"), BESIDE)
+def test_diffusers_does_so(tmp_path: Path, row: str, key: str) -> None:
+    """`BESIDE` is what the library does."""
+    from diffusers import Flux2Pipeline, Flux2Transformer2DModel
+
+    from simpletuner.flux2.spec import transformer_to_diffusers
+
+    config = {name: value for name, value in transformer_to_diffusers(SMALL).items() if name != "_class_name"}
+    transformer = Flux2Transformer2DModel(**config)
+    path = tmp_path / "a.safetensors"
+    write_dialect(path, SMALL, row, blocks_only=True, also={key: torch.ones(16)})
+    with contextlib.suppress(ValueError):
+        Flux2Pipeline(None, None, None, None, transformer).load_lora_weights(str(path))
+    is_loaded = any(name.endswith("lora_A.default_0") for name, _ in transformer.named_modules())
+    assert is_loaded != BESIDE[row, key]
+
+
 @pytest.mark.parametrize(("draw", "kind"), [(draw_lokr, "LoKr"), (draw_loha, "LoHa")])
 def test_other_kinds_are_named_and_measured(tmp_path: Path, draw: Any, kind: str) -> None:
     path = tmp_path / "a.safetensors"
@@ -160,9 +234,11 @@ def test_a_mixed_file_and_what_is_not_read_are_told(tmp_path: Path) -> None:
     }
     write_dialect(path, TINY, *MIXTURE, also=also)
     found = adapter_in(path)
-    assert found.dialect == "mixed"
+    assert found.dialect == "mixed: bfl, comfyui, diffusers"
     assert set(found.unread) == {"dora", "text encoder", "unknown"}
-    assert all(verdict.refusal for verdict in found.loaders.values())
+    diffusers = found.loaders["diffusers"]
+    assert "mixes several layouts" in diffusers.unknown
+    assert replace(diffusers, unknown="") == LoaderVerdict(), "and nothing else is said"
 
 
 @pytest.mark.parametrize("suffix", ["oft_R.weight", "oft_blocks", "diff"])
@@ -194,7 +270,7 @@ def test_our_own_file_has_its_preset_and_its_header(tmp_path: Path, target: str)
     report = inspected(path)
     assert report.adapter is not None
     assert report.adapter.target == target
-    assert report.adapter.loaders["diffusers"] == report.adapter.loaders["ComfyUI"]
+    assert report.adapter.loaders == dict.fromkeys(ADAPTER_LOADERS, LoaderVerdict())
     assert report.base_model == "klein-4b"
     assert report.training["program"] == "simpletuner 0.9"
     assert report.training["comment"] == "a [2J"  # no escape sequence reaches a terminal

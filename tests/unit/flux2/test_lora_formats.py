@@ -230,6 +230,12 @@ def test_losses_are_those_of_the_layers_that_are_there() -> None:
     }
 
 
+def test_comfyui_reads_every_layer_of_kohyas_format_alone() -> None:
+    """Also where a file has no other layer, such as a modulation's, that tells whose names it has."""
+    for name in CUSTOM["every Linear"]:
+        assert losses([name], "kohya")["ComfyUI"] == losses([name], "comfyui")["ComfyUI"] == {}
+
+
 @pytest.mark.parametrize("to", LORA_FORMATS)
 def test_a_file_that_reads_back_differently_is_not_put_in_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: LoraFormat

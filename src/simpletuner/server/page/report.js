@@ -51,13 +51,13 @@ function adapterFacts({ kinds, dialect, dtypes, modules, target, parameters, ran
   return facts;
 }
 
-const verdict = (modules) => ([loader, { refusal, dropped, wrong }]) => {
+const verdict = (modules) => ([loader, { refusal, unknown, dropped, wrong }]) => {
   const lost = [
     dropped.length ? `leaves out ${count(dropped.length)} of ${count(modules)}: ${named(dropped)}` : "",
     wrong.length ? `gets ${count(wrong.length)} wrong: ${named(wrong)}` : "",
   ].filter(Boolean).join("; ");
-  const [kind, word] = refusal ? ["bad", "does not load"] : lost ? ["warn", "loads in part"] : ["good", "loads"];
-  return h("li", {}, h("strong", {}, loader), " ", h("span", { class: `badge ${kind}` }, word), h("span", { class: "small dim" }, ` ${refusal || lost}`));
+  const [kind, word] = refusal ? ["bad", "does not load"] : unknown ? ["warn", "cannot be said"] : lost ? ["warn", "loads in part"] : ["good", "loads"];
+  return h("li", {}, h("strong", {}, loader), " ", h("span", { class: `badge ${kind}` }, word), h("span", { class: "small dim" }, ` ${refusal || unknown || lost}`));
 };
 
 function componentView({ component, layout, flavours, sizes, tensors, parameters, formats, problem }) {
