@@ -12,7 +12,7 @@ from typing import TypeVar
 from simpletuner.base.commandline import command_text
 from simpletuner.base.console import answer_to, say
 from simpletuner.base.errors import ConfigError, Problem
-from simpletuner.base.files import file_errors_reported, json_bytes, write_atomic
+from simpletuner.base.files import file_errors_reported, json_bytes, with_home, write_atomic
 from simpletuner.base.imagefiles import PICTURE_SUFFIXES, caption_key
 from simpletuner.base.machine import gpus, host_memory
 from simpletuner.base.sizes import GIB
@@ -73,9 +73,10 @@ def _model(text: str) -> FlavourName:
 
 
 def _images(text: str) -> Path:
-    if not text or not Path(text).expanduser().is_dir():
+    folder = Path(with_home(text))
+    if not text or not folder.is_dir():
         raise ValueError(text)
-    return Path(text).expanduser()
+    return folder
 
 
 def _recipe(text: str) -> RecipeName:

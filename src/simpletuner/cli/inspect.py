@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from simpletuner.base.console import say
 from simpletuner.base.errors import ConfigError
+from simpletuner.base.files import with_home
 from simpletuner.base.sizes import format_size
 from simpletuner.cli.arguments import Flag, Positional, parse_command
 from simpletuner.cli.help import command_help, help_asked
@@ -41,7 +42,7 @@ def run(arguments: list[str]) -> int:
     """Print the report, as text or with `--json`.
 
     Raises:
-        ConfigError: no file is named, or too much is typed.
+        ConfigError: no file is named, too much is typed, or no home folder is known for ~.
         AccessError: the file is not there, or damaged.
         CheckpointError: the same of an adapter.
     """
@@ -56,7 +57,7 @@ def run(arguments: list[str]) -> int:
     # torch, which mistakes and help do without.
     from simpletuner.flux2.inspection import inspect_files
 
-    reports = inspect_files(Path(command.file).expanduser())
+    reports = inspect_files(Path(with_home(command.file)))
     if command.json:
         say(json_text({"path": command.file, "files": [dataclasses.asdict(report) for report in reports]}))
     else:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from simpletuner.base.errors import AccessError, CheckpointError
+from simpletuner.base.errors import AccessError, CheckpointError, UserError
 from simpletuner.base.files import file_errors_reported
-from simpletuner.base.tensorfile import TensorEntry, read_header, read_metadata
+from simpletuner.base.tensorfile import WEIGHT_FILES, TensorEntry, is_weight_file, read_header, read_metadata
 from simpletuner.config.flavours import FLAVOURS, is_distilled_file
 from simpletuner.flux2.adapter_kinds import FACTOR_SUFFIXES, UNREAD_SUFFIXES, UnreadKind
 from simpletuner.flux2.configs import Component
@@ -28,8 +28,6 @@ from simpletuner.flux2.names import renamed_shapes, transformer_renaming
 from simpletuner.flux2.origin import base_model_of, training_of
 from simpletuner.flux2.spec import transformer_from_tensors
 from simpletuner.flux2.stored import StoredWeight, component_names, stored_weights
-
-WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 
 _KINDS: Mapping[type, str] = {LowRank: "LoRA", Kronecker: "LoKr", Hadamard: "LoHa"}
 _ADAPTER_KEY = re.compile(
@@ -107,7 +105,7 @@ class FileReport:
     files: int
     bytes: int
     what: str
-    """In a few words."""
+    """In a few words; of a file in a folder that cannot be read, why not."""
     base_model: str | None = None
     """That it was trained from, by its header; a flavour's name where it is known."""
     is_distilled: bool | None = None
@@ -122,10 +120,11 @@ class FileReport:
 
 def inspect_files(path: Path) -> list[FileReport]:
     """What `path` holds: a file, or each weight file in a folder and in the folders directly in it, shards together.
+    A file in a folder that cannot be read has a report that says why.
 
     Raises:
-        AccessError: it is not there or damaged; a folder without weight files.
-        CheckpointError: an adapter that is damaged.
+        AccessError: the path is not there, a damaged file, or a folder without weight files.
+        CheckpointError: it is a file with a damaged adapter.
     """
     with file_errors_reported(path, AccessError, doing="read"):
         if not path.is_dir():
@@ -134,15 +133,24 @@ def inspect_files(path: Path) -> list[FileReport]:
         found = sorted(
             file
             for file in (*path.iterdir(), *path.glob("*/*"))
-            if file.suffix in WEIGHT_SUFFIXES and file.is_file() and not file.name.startswith(".")
+            if is_weight_file(file.name) and file.is_file() and not file.name.startswith(".")
         )
     groups: dict[Path, list[Path]] = {}
     for file in found:
         shard = _SHARD.fullmatch(file.stem)
         groups.setdefault(file if shard is None else file.with_name(f"{shard[1]}{file.suffix}"), []).append(file)
     if not groups:
-        raise AccessError.of(f"{path} holds no weights", f"files that end in {' or '.join(WEIGHT_SUFFIXES)}")
-    return [_inspect(tuple(files), name) for name, files in groups.items()]
+        raise AccessError.of(f"{path} holds no weights", f"files that end in {' or '.join(WEIGHT_FILES)}")
+    return [_inspect_in_folder(tuple(files), name) for name, files in groups.items()]
+
+
+def _inspect_in_folder(files: tuple[Path, ...], path: Path) -> FileReport:
+    """The report of one file among several, which says why where it cannot be read."""
+    try:
+        return _inspect(files, path)
+    except UserError as error:
+        reasons = "; ".join(map(str, error.problems))
+        return FileReport(str(path), len(files), sum(file.stat().st_size for file in files), reasons)
 
 
 def _inspect(files: tuple[Path, ...], path: Path) -> FileReport:

@@ -222,6 +222,7 @@ def test_images_without_captions_get_the_word(own_folder: Path, capsys: pytest.C
         (["--card=big"], "--card = 'big': expected 8 GB, 12 GB"),
         (["--recipe=edit"], "--recipe = 'edit': expected subject or style"),
         (["--images=nowhere"], "--images = 'nowhere': expected a folder that is there"),
+        (["--images=~no-such-user/a"], "--images = '~no-such-user/a': expected a folder that is there"),
         (["--env=a/b"], "--env = 'a/b': expected a name"),
         (["--trigger="], "--trigger = ''"),
         (["--recipes=style"], "--recipes=style: no such flag. Did you mean --recipe?"),

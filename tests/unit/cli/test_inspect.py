@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.lora_dialects import write_dialect
+from tests.lora_dialects import MIXTURE, write_dialect
 
 from simpletuner.base.errors import AccessError, ConfigError
 from simpletuner.cli.inspect import run
@@ -65,3 +65,24 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
         run([])
     with pytest.raises(AccessError, match="nothing"):
         run([str(tmp_path / "nothing")])
+    with pytest.raises(AccessError, match="cannot read ~no-such-user/a"):
+        run(["~no-such-user/a.safetensors"])
+
+
+def test_what_a_loader_makes_of_a_mixture_is_not_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_dialect(tmp_path / "a.safetensors", TINY, *MIXTURE)
+    run([str(tmp_path / "a.safetensors")])
+    told = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert "cannot be said: it reads a file by" in told["diffusers"]
+    assert "loads" not in told["diffusers"]
+    assert " drops " in told["ComfyUI"]
+    assert "mixed: bfl, comfyui, diffusers; F32" in told["layout"]
+
+
+def test_a_folder_with_a_damaged_file_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"cut")
+    write_dialect(tmp_path / "b.safetensors", TINY, "1 diffusers", blocks_only=True)
+    assert run([str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "no safetensors header" in text
+    assert "LoRA for FLUX.2 tiny" in text

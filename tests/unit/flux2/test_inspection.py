@@ -378,6 +378,27 @@ def test_a_transformer_without_all_tensors_is_told(tmp_path: Path) -> None:
     assert (component.flavours, component.problem) == ([], "tensors are missing that every such component has")
 
 
+def test_a_file_that_cannot_be_read_hides_no_other(tmp_path: Path) -> None:
+    stem = "lora_unet_down_blocks_0_attentions_0_to_q"
+    foreign = {f"{stem}.lora_down.weight": torch.ones(2, 8), f"{stem}.lora_up.weight": torch.ones(8, 2)}
+    save_file(foreign, tmp_path / "a.safetensors")
+    write_dialect(tmp_path / "b.safetensors", TINY, "1 diffusers", blocks_only=True)
+    (tmp_path / "c.safetensors").write_bytes(b"cut")
+    other, own, cut = inspect_files(tmp_path)
+    assert "names a layer of FLUX.2" in other.what
+    assert own.adapter is not None
+    assert (cut.path, cut.bytes) == (str(tmp_path / "c.safetensors"), 3)
+    assert "no safetensors header" in cut.what
+    for name, error in (("a", CheckpointError), ("c", AccessError)):
+        with pytest.raises(error):
+            inspect_files(tmp_path / f"{name}.safetensors")
+
+
+def test_the_case_of_an_ending_does_not_matter(tmp_path: Path) -> None:
+    write_dialect(tmp_path / "A.SAFETENSORS", TINY, "1 diffusers", blocks_only=True)
+    assert inspected(tmp_path).adapter is not None
+
+
 def test_what_is_damaged_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     write_dialect(path, TINY, "1 diffusers", blocks_only=True)
