@@ -35,6 +35,8 @@ OneTrainer's.
 A dot after a field's name leads into the JSON object that it holds.
 """
 _BASES = ("simpletuner.base_model", "ss_base_model_version", "modelspec.architecture", "ss_sd_model_name")
+_FREE_NAMES = ("simpletuner.base_model", "ss_sd_model_name")
+"""Those of `_BASES` that hold a Hub id, or the name of a folder or file, which anyone may give any weights."""
 _LONGEST = 300
 _FLUX2 = re.compile(r"flux[-_. ]?2(?P<rest>.*)")
 
@@ -50,7 +52,9 @@ def training_of(header: Mapping[str, str]) -> dict[str, str]:
 
 
 def base_model_of(header: Mapping[str, str]) -> str | None:
-    """The model that a file was trained from: a flavour's name where it is one, else as the header has it."""
+    """The model that a file was trained from: a flavour's name where the header says which it is, else as the header
+    has it.
+    """
     for name in _BASES:
         text = _value(header, name)
         if not text:
@@ -58,6 +62,8 @@ def base_model_of(header: Mapping[str, str]) -> str | None:
         flavour = flavour_of_base(text)
         if flavour is not None:
             return flavour.name
+        if name in _FREE_NAMES:
+            return text
         if match := _FLUX2.search(text.lower()):
             size = re.search(r"klein.*?(4b|9b)", match["rest"])
             return "dev" if "klein" not in match["rest"] else f"klein-{size[1]}" if size else text
@@ -90,9 +96,9 @@ def _value(header: Mapping[str, str], name: str) -> str:
 
 
 def _decoded(text: str) -> Any:
-    """The JSON value in `text`, or the text itself where it is none."""
+    """The JSON value in `text`, its numbers as they are written there; the text itself where it is no JSON."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=str, parse_float=str)
     except (ValueError, RecursionError):
         return text
 

@@ -24,6 +24,7 @@ from simpletuner.flux2.factors import Hadamard, Kronecker, LowRank
 from simpletuner.flux2.inspection import AdapterReport, FileReport, delta_norm, inspect_files
 from simpletuner.flux2.loaders import ADAPTER_LOADERS, LoaderVerdict
 from simpletuner.flux2.lora import PRESETS, attach
+from simpletuner.flux2.origin import base_model_of, training_of
 from simpletuner.flux2.transformer import Flux2Transformer
 
 SMALL = TransformerSpec(
@@ -275,6 +276,35 @@ def test_our_own_file_has_its_preset_and_its_header(tmp_path: Path, target: str)
     assert report.training["program"] == "simpletuner 0.9"
     assert report.training["comment"] == "a [2J"  # no escape sequence reaches a terminal
     assert (report.training["step"], report.training["alpha"], report.training["target"]) == ("30", "8.0", target)
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "base"),
+    [
+        ("simpletuner.base_model", "my-flux2-person.safetensors", "my-flux2-person.safetensors"),
+        ("simpletuner.base_model", "FLUX.2-klein-4B", "FLUX.2-klein-4B"),
+        ("simpletuner.base_model", "black-forest-labs/FLUX.2-klein-4B", "klein-4b-distilled"),
+        ("simpletuner.base_model", "tiny-1", "tiny"),
+        ("ss_sd_model_name", "my-flux2-person.safetensors", "my-flux2-person.safetensors"),
+        ("ss_sd_model_name", "black-forest-labs/FLUX.2-dev", "dev"),
+        ("ss_base_model_version", "flux2_klein_4b", "klein-4b"),
+    ],
+)
+def test_the_name_of_a_file_or_folder_tells_no_flavour(field: str, text: str, base: str) -> None:
+    assert base_model_of({field: text}) == base
+
+
+def test_a_text_that_looks_like_a_number_stays() -> None:
+    header = {
+        "modelspec.title": "1.10",
+        "modelspec.trigger_phrase": "1e3",
+        "ss_learning_rate": "1e-4",
+        "software": '{"name": "ai-toolkit", "version": 1.10}',
+        "ss_epoch": "03",
+    }
+    expected = {"title": "1.10", "trigger words": "1e3", "learning rate": "1e-4", "epoch": "03"}
+    assert training_of(header) == {"program": "ai-toolkit 1.10"} | expected
+    assert training_of({"name": '"007"'}) == {"title": "007"}
 
 
 HEADERS: dict[str, tuple[dict[str, str], str | None, dict[str, str]]] = {
