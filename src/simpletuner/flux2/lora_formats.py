@@ -20,7 +20,7 @@ from simpletuner.base.files import file_errors_reported
 from simpletuner.base.parts import locked_part
 from simpletuner.config.options.lora import LoraFormat
 from simpletuner.config.values import join_names
-from simpletuner.flux2.dialects import AdapterFile, read_adapter
+from simpletuner.flux2.dialects import AdapterFile, check_all_read, read_adapter
 from simpletuner.flux2.factors import LowRank
 from simpletuner.flux2.fused import FUSED_RANKS, fused, fused_groups, fused_ranks, unfused
 from simpletuner.flux2.header_alpha import ADAPTER_METADATA
@@ -107,6 +107,8 @@ def lora_modules(file: AdapterFile) -> dict[str, LowRank]:
     Raises:
         CheckpointError: it holds another kind of adapter.
     """
+    if not file.modules:
+        check_all_read(file)
     modules = {}
     others = []
     for name, factors in unfused(file.modules, file.header).items():
@@ -139,6 +141,8 @@ def lora_tensors(modules: Mapping[str, LowRank], lora_format: LoraFormat) -> dic
     Raises:
         ValueError: FLUX.2 has no such module.
     """
+    if unknown := [name for name in modules if to_bfl(name) is None]:
+        raise ValueError(f"FLUX.2 has no Linear {unknown[0]}")
     layout = LORA_FORMATS[lora_format]
     modules = {name: folded(factors) for name, factors in modules.items()}
     named = _in_bfl(modules) if layout.is_bfl else modules
@@ -157,8 +161,7 @@ def _in_bfl(modules: Mapping[str, LowRank]) -> dict[str, LowRank]:
     }
     for name, factors in modules.items():
         place = to_bfl(name)
-        if place is None:
-            raise ValueError(f"FLUX.2 has no Linear {name}")
+        assert place is not None
         if place.parts == 1:
             halves = factors.b.chunk(2)
             found[place.name] = LowRank(factors.a, torch.cat(halves[::-1])) if place.swaps_halves else factors
@@ -181,11 +184,15 @@ def peft_metadata(ranks: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _is_metadata_of(text: str, ranks: Mapping[str, int]) -> bool:
-    """Whether PEFT's configuration in `text` says `ranks`, and alpha = rank, of full names."""
+    """Whether PEFT's configuration in `text` gives each layer its rank in `ranks` and a scale of 1."""
     try:
-        told = json.loads(text)
-        of_all = [(told[f"transformer.{key}"], told[f"transformer.{pattern}"]) for key, pattern in _BY_PATTERN]
-        return all(own.get(name, default) == rank for default, own in of_all for name, rank in ranks.items())
+        config = json.loads(text)
+        for key, pattern in _BY_PATTERN:
+            default, by_name = config[f"transformer.{key}"], config[f"transformer.{pattern}"]
+            # A key that names no layer is a regular expression, which PEFT may apply to any of them.
+            if by_name.keys() - ranks.keys() or any(by_name.get(name, default) != rank for name, rank in ranks.items()):
+                return False
+        return not config.get("transformer.use_rslora")
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return False
 

@@ -108,6 +108,16 @@ def _loha(path: Path) -> None:
     write_dialect(path, SPEC, COMFYUI, draw=draw_loha)
 
 
+def _dora(path: Path) -> None:
+    key = "transformer.transformer_blocks.0.attn.to_q"
+    pair = {f"{key}.lora_A.weight": torch.ones(2, 32), f"{key}.lora_B.weight": torch.ones(32, 2)}
+    save_file(pair | {f"{key}.lora_magnitude_vector": torch.ones(32)}, path)
+
+
+def _patches(path: Path) -> None:
+    save_file({"diffusion_model.double_blocks.0.img_attn.norm.query_norm.diff": torch.ones(16)}, path)
+
+
 def _foreign(path: Path) -> None:
     save_file({"transformer.blocks.0.attn.lora_A.weight": torch.ones(1, 4)}, path)
 
@@ -118,6 +128,8 @@ def _foreign(path: Path) -> None:
         (_truncated, "whole"),
         (_with_nan, "NaN"),
         (_loha, "LoKr or LoHa factors for"),
+        (_dora, r"holds DoRA \(PEFT\) in 3 keys, .* It acts in diffusers and PEFT"),
+        (_patches, r"holds patches of whole tensors \(\.diff\) in 1 keys, .* It acts in ComfyUI"),
         (_foreign, "none of its 1 keys"),
         (Path.unlink, "no file or folder at in.safetensors"),
         (lambda path: path.write_bytes(b""), "header"),

@@ -166,6 +166,31 @@ def test_peft_settings_of_other_ranks_are_written_anew() -> None:
 
 
 @pytest.mark.parametrize("to", LORA_FORMATS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_rslora": True},
+        {"alpha_pattern": {"attn.to_q": 8}},
+        {"rank_pattern": {"to_q": 4}, "alpha_pattern": {"to_q": 2}},
+    ],
+    ids=["rsLoRA", "an ending", "an ending's rank"],
+)
+def test_a_scale_in_the_header_is_folded_once(tmp_path: Path, to: LoraFormat, settings: dict[str, object]) -> None:
+    """Though r = lora_alpha there: the header that says the scale does not stay with the file that has it folded in."""
+    key = "transformer.transformer_blocks.0.attn.to_q"
+    header = {"r": 4, "lora_alpha": 4, "rank_pattern": {}, "alpha_pattern": {}} | settings
+    text = json.dumps({f"transformer.{name}": value for name, value in header.items()})
+    tensors = {f"{key}.lora_A.weight": torch.randn(4, 32), f"{key}.lora_B.weight": torch.randn(32, 4)}
+    save_file(tensors, tmp_path / "in.safetensors", {"lora_adapter_metadata": text})
+    (expected,) = lora_modules(read_adapter(tmp_path / "in.safetensors")).values()
+    assert expected.scale != 1
+    there = converted(tmp_path / "in.safetensors", to)
+    (found,) = lora_modules(read_adapter(converted(there, "diffusers"))).values()
+    assert (found.scale, found.rank) == (1, 4)
+    assert torch.equal(found.b, folded(expected).b)
+
+
+@pytest.mark.parametrize("to", LORA_FORMATS)
 @pytest.mark.parametrize("scale", [0.5, 0.7, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_alpha_is_folded_to_1e_5(tmp_path: Path, to: LoraFormat, scale: float, dtype: torch.dtype) -> None:
@@ -204,7 +229,7 @@ def test_kohyas_alpha_is_the_rank_of_the_file() -> None:
 
 
 def test_what_flux_has_not_is_refused() -> None:
-    for to in OTHERS:
+    for to in LORA_FORMATS:
         with pytest.raises(ValueError, match="no Linear transformer_blocks"):
             lora_tensors({"transformer_blocks.0.attn.to_z": LowRank(torch.ones(1, 2), torch.ones(2, 1))}, to)
 
