@@ -12,11 +12,18 @@ from simpletuner.base.files import file_errors_reported, with_home
 from simpletuner.base.tensorfile import read_metadata
 from simpletuner.config.flags import LIKE
 from simpletuner.config.flavours import FLAVOURS, flavour_of_base
+from simpletuner.config.other_keys import OPTION_ALIASES
 from simpletuner.config.run import RunConfig
 from simpletuner.config.values import join_names, shown
 from simpletuner.runs.layout import LORA_NAME, TRANSFORMER_NAME
 
 _SHOWN_NAME = 80
+_REPLACED_BY: Mapping[str, tuple[str, ...]] = {
+    "flow_schedule_shift": ("flow_schedule_auto_shift", "flow_custom_timesteps"),
+    "flux_lora_target": ("peft_lora_target_modules",),
+    "num_train_epochs": ("max_train_steps",),
+}
+"""Options, each with those that leave it without effect. Where it is typed, the file's values of those are left out."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class Likeness:
     file: Path
     options: Mapping[str, Any]
     """Options that decide the weights and have other values than the present defaults; `max_train_steps` as many as
-    it was trained."""
+    it was trained. Without those that are typed, or replaced by one that is."""
     left_out: tuple[str, ...]
     """Options in the header that this release does not have."""
     base_model: str | None
@@ -56,7 +63,7 @@ class Likeness:
 
 
 def likeness(arguments: Sequence[str]) -> Likeness | None:
-    """What the file that `--like` names in `arguments` says; None where there is no `--like`.
+    """What the file that `--like` names in `arguments` says, except what they replace; None where there is no `--like`.
 
     Raises:
         ConfigError: it names nothing, or a file whose header says nothing of how it was trained.
@@ -93,6 +100,10 @@ def likeness(arguments: Sequence[str]) -> Likeness | None:
     step = header.get("simpletuner.step", "")
     if step.isdecimal() and len(step) < 10 and int(step) > 0:
         changed["max_train_steps"] = int(step)
+    flags = [argument.name for argument in split_arguments(typed) if argument.name is not None]
+    for name in [OPTION_ALIASES.get(flag_name, flag_name) for flag_name in flags]:
+        for replaced in (name, *_REPLACED_BY.get(name, ())):
+            changed.pop(replaced, None)
     base = header.get("simpletuner.base_model")
     is_named = base is None or flavour_of_base(base) is not None or "pretrained_model_name_or_path" in changed
     return Likeness(file, changed, left_out, None if is_named else base, tuple(typed))

@@ -95,6 +95,30 @@ def test_what_is_typed_wins_over_the_file_and_the_file_over_the_config(capsys: p
     assert "output_dir = 'output/own'" in here
 
 
+@pytest.mark.usefixtures("folder")
+def test_what_is_typed_wins_by_another_name_and_over_what_replaces_it(capsys: pytest.CaptureFixture[str]) -> None:
+    typed = ["--flux_schedule_shift=3.5", "--num_train_epochs=3", "--flux_lora_target=tiny"]
+    loaded = load_here(["--like=cats.safetensors", "--data_backend_config=sets.json", *typed])
+    config = loaded.config
+    assert (config.flow_schedule_shift, config.max_train_steps, config.num_train_epochs) == (3.5, None, 3)
+    assert (config.peft_lora_target_modules, config.flux_lora_target) == (None, "tiny")
+    assert not any("has no effect" in notice for notice in loaded.notices)
+    own, here = capsys.readouterr().err.splitlines()[:2]
+    for name in ("flow_schedule_shift", "num_train_epochs", "flux_lora_target"):
+        assert name not in own
+        assert name in here
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("option", [{"flow_custom_timesteps": "200,800"}, {"flow_schedule_auto_shift": True}])
+def test_a_typed_shift_wins_over_timesteps_of_the_file(option: dict[str, object]) -> None:
+    lora(Path("odd.safetensors"), record_of(**TRAINED | option))
+    loaded = load_here(["--like=odd.safetensors", "--data_backend_config=sets.json", "--flow_schedule_shift=3.5"])
+    assert loaded.config.flow_schedule_shift == 3.5
+    assert (loaded.config.flow_custom_timesteps, loaded.config.flow_schedule_auto_shift) == (None, False)
+    assert not any("has no effect" in notice for notice in loaded.notices)
+
+
 def test_a_header_cannot_choose_paths_or_what_is_about_a_machine(folder: Path) -> None:
     record = record_of(**TRAINED) | {
         "output_dir": "/etc",
