@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from simpletuner.base.console import say
+from simpletuner.base.console import complain, say
 from simpletuner.base.errors import CheckpointError, ConfigError, Problem
 from simpletuner.base.sizes import format_size
 from simpletuner.cli.arguments import Flag, Positional, parse_command
@@ -20,7 +20,7 @@ _USAGE = """usage: simpletuner convert IN OUT --to diffusers|comfyui|bfl|kohya [
   IN is a LoRA file of any program, or a run's folder with one; or a whole model: a diffusers folder, or a single file.
   OUT is the file or folder to write; nothing may be there. What is written is read back and compared.
 
-  diffusers   diffusers' names. ComfyUI reads them too, in LoRAs except for a few layers outside the blocks
+  diffusers   diffusers' names. Of a LoRA, ComfyUI reads all but a few layers outside the blocks; of a model, nothing
   comfyui     BFL's names as ComfyUI writes them: every layer. Of a model: BFL's single file, with which ComfyUI starts
   bfl         BFL's names as PEFT writes them, for programs that train on BFL's model. Of a model: as comfyui
   kohya       BFL's names as kohya's scripts and musubi-tuner write them; LoRAs only
@@ -68,6 +68,8 @@ def run(arguments: list[str]) -> int:
     from simpletuner.flux2.convert_model import holds_model
 
     if holds_model(command.source):
+        if command.allow_loss:
+            complain("--allow-loss has no effect: it is for LoRAs, and IN is a model.")
         told, lines = _convert_model(command.source, command.target, command.to)
     else:
         told, lines = _convert_lora(command.source, command.target, _FORMATS[command.to], command.allow_loss)

@@ -182,6 +182,8 @@ def test_a_model_is_told_from_a_lora_and_comes_back(here: Path, capsys: pytest.C
     assert run(["model", "single.safetensors", "--to", "comfyui", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["kind"], told["target"], told["left_out"]) == ("model", "single.safetensors", 0)
+    assert run(["model", "other.safetensors", "--to", "comfyui", "--allow-loss"]) == 0
+    assert "--allow-loss has no effect" in capsys.readouterr().err
     assert "double_blocks.0.img_attn.qkv.weight" in load_file("single.safetensors")
     assert run(["single.safetensors", "back", "--to", "diffusers"]) == 0
     assert capsys.readouterr().out.startswith(f"back: a transformer of {len(weights)} tensors, ")
