@@ -62,8 +62,8 @@ _DIALECTS: Mapping[tuple[str, NamingLayout], Mapping[str, str]] = {
     ("lycoris_", "diffusers"): {"lora_down": "lycoris"},
     ("lycoris_", "bfl"): {"lora_down": "lycoris-bfl"},
 }
-"""Dialects that have a name, by prefix, layout and the spelling of the matrix that reads the input. That of LoKr and
-LoHa files is the first of their prefix and layout.
+"""Dialects that have a name, by prefix, layout and the spelling of the matrix that reads the input. LoKr and LoHa files
+take the first name of their prefix and layout.
 """
 
 

@@ -23,7 +23,7 @@ from simpletuner.flux2.lora import Adaptable, AdapterLayer, adaptable, linears
 from simpletuner.memory.tensors import open_tensors
 
 _SLICE = 2**24
-"""About as many elements of a LoHa's delta are made at once, where its factors are no saving."""
+"""About how many elements of a LoHa's ΔW are computed at a time, where ΔW is less work than its factors."""
 
 
 class FixedLinear(AdapterLayer):
@@ -71,7 +71,7 @@ def _kronecker_product(factors: Kronecker, x: Tensor) -> Tensor:
 
 def _hadamard_product(factors: Hadamard, x: Tensor) -> Tensor:
     """(B1·A1 ∘ B2·A2) · x. The product is of rank r1·r2: its factors have as columns and rows the products of every
-    pair of theirs (Khatri-Rao). They are made anew each time; where that is more work than ΔW itself, slices of ΔW are.
+    pair of theirs (Khatri-Rao). They are computed on each call; where ΔW itself is less work, slices of its rows are.
     """
     a1, b1, a2, b2 = (each.float() for each in (factors.w1_a, factors.w1_b, factors.w2_a, factors.w2_b))
     rows, columns = factors.shape

@@ -63,7 +63,7 @@ def unfused(modules: Mapping[str, Factors], header: Mapping[str, str]) -> dict[s
     out. What was not fused by it stays as it is.
 
     The ranks are those of the header, else they show in `b`: exact zeros where one part has nothing to do with the a
-    of another. Only parts that hold the same tensor as their `a` are looked at, as `LowRank.taken` cuts them from one.
+    of another. Parts are cut only where they share one `a` tensor, as those that `LowRank.taken` returns do.
     """
     recorded = _recorded(header)
     found = dict(modules)

@@ -13,7 +13,7 @@ ADAPTER_METADATA = "lora_adapter_metadata"
 SAVE_AGAIN = "The file is damaged: take another copy, or save it again with the program that wrote it."
 
 _PLAIN_ENDING = re.compile(r"\^?[\w.-]+")
-"""What of PEFT's patterns, which are regular expressions, is read: names. A foreign expression may never end."""
+"""PEFT's patterns are regular expressions. Only plain names are read: matching a foreign expression may never end."""
 _ALPHA_LIMIT = 1e9
 _RANK_LIMIT = 1_000_000
 
