@@ -121,15 +121,18 @@ def _parsed_header(file: Path) -> tuple[dict[str, object], int]:
         size = file.stat().st_size
         with file.open("rb") as stream:
             first = stream.read(32)
+            length = int.from_bytes(first[:8], "little")
+            has_length = 2 <= length <= min(size - 8, HEADER_LIMIT)
+            # A length such as 640 begins with a pickle's magic bytes; the JSON object behind it tells them apart.
+            is_safetensors = has_length and first[8:9] == b"{"
             for magic, container in _OTHER_CONTAINERS.items():
-                if first.startswith(magic):
+                if first.startswith(magic) and not is_safetensors:
                     raise AccessError.of(
                         f"{file} is {container}",
                         "a .safetensors file in bf16, fp16 or fp32",
                         "Take the model's .safetensors file instead.",
                     )
-            length = int.from_bytes(first[:8], "little")
-            if not 2 <= length <= min(size - 8, HEADER_LIMIT):
+            if not has_length:
                 raise _broken(file, f"{size:,} bytes long and begins with no safetensors header")
             stream.seek(8)
             text = stream.read(length)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from simpletuner.base.errors import AccessError
 from simpletuner.base.parts import locked_part, sweep_parts
@@ -41,6 +41,13 @@ def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
     file.write_bytes(b"\x09\0\0\0\0\0\0\0<!DOCTYPE html>")
     with pytest.raises(AccessError, match="not a safetensors file"):
         read_header(file)
+
+
+def test_a_header_length_that_begins_with_a_pickles_magic_bytes_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    saved = (save({"x": torch.zeros(1)}, {"note": "x" * count}) for count in range(700))
+    file.write_bytes(next(content for content in saved if content.startswith(b"\x80\x02")))
+    assert read_header(file)["x"].shape == (1,)
 
 
 def test_tensors_are_written_wide_ones_first_and_each_at_a_multiple_of_its_width(tmp_path: Path) -> None:
