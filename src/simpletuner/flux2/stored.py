@@ -247,6 +247,8 @@ def _quantized(
     """
     data = weight.data
     kind = None if about is None else about.get("format")
+    if kind is not None and not isinstance(kind, str):
+        raise _FormatError("a marker of quantized weights whose format is not a string")
     if "pre_quant_scale" in beside:
         raise _FormatError("quantized weights whose inputs are scaled (pre_quant_scale)")
     if kind == "nvfp4":
@@ -263,7 +265,7 @@ def _quantized(
             return made
         rotated = partial(_unrotate, "scale" in made.parts and math.prod(made.parts["scale"].shape) > 1, group)
         return replace(made, format="int8-convrot", decode=rotated)
-    if kind is not None and (kind not in _FP8 or _FP8[str(kind)] != data.dtype):
+    if kind is not None and (kind not in _FP8 or _FP8[kind] != data.dtype):
         raise _FormatError(f"weights in the format {kind}" + (f" as {data.dtype}" if kind in _FP8 else ""))
     if about is not None and kind is None:
         raise _FormatError("a marker of quantized weights without a format")

@@ -41,6 +41,10 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
     "AWQ": (marked('{"format": "awq_w4a16"}', weight=PACKED), "weights in the format awq_w4a16"),
     "scaled inputs": ({"weight": FP8, "pre_quant_scale": ONE}, "quantized weights whose inputs are scaled"),
     "no format": (marked("{}", weight=FP8), "a marker of quantized weights without a format"),
+    "a format that is a list": (
+        marked('{"format": []}', weight=FP8),
+        "a marker of quantized weights whose format is not a string",
+    ),
     "a damaged marker": (marked('{"format": ', weight=FP8), "a comfy_quant marker that cannot be read"),
     "a marker that is a list": (marked("[1]", weight=FP8), "a comfy_quant marker that cannot be read"),
     "another dtype": (marked('{"format": "float8_e5m2"}', weight=FP8), "weights in the format float8_e5m2 as F8_E4M3"),
