@@ -143,7 +143,8 @@ _SIDES = (
 """Last parts of the names of tensors beside a quantized layer's weight. The last two are the older spelling. Scales of
 inputs are for activations that are quantized too, and are not read."""
 _MARKER = "scaled_fp8"
-_METADATA = "_quantization_metadata"
+QUANTIZATION_METADATA = "_quantization_metadata"
+"""The field of a file's header that may say the formats of quantized layers."""
 _MARKER_LIMIT = 4096
 """Bytes of the JSON text that describes a layer's format."""
 _FP8 = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
@@ -212,7 +213,7 @@ def _described(files: tuple[Path, ...], component: Component) -> dict[str, Mappi
     """What the files' text fields say of the format of layers, by name without a prefix."""
     found: dict[str, Mapping[str, object]] = {}
     for file in files:
-        text = read_metadata(file).get(_METADATA)
+        text = read_metadata(file).get(QUANTIZATION_METADATA)
         if text is None:
             continue
         try:
@@ -220,7 +221,8 @@ def _described(files: tuple[Path, ...], component: Component) -> dict[str, Mappi
             layers = {str(name): dict(about) for name, about in fields["layers"].items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise AccessError.of(
-                f"{file}: its header's {_METADATA} cannot be read", "ComfyUI's description of quantized layers"
+                f"{file}: its header's {QUANTIZATION_METADATA} cannot be read",
+                "ComfyUI's description of quantized layers",
             ) from None
         found |= {short: layers[name] for name, short in component_names(layers, component).items()}
     return found

@@ -12,7 +12,14 @@ from simpletuner.flux2.configs import Config, read_component_config
 from simpletuner.flux2.gguf_file import is_gguf
 from simpletuner.flux2.modelfile import TRANSFORMER_FOLDER, WEIGHTS_NAME, WEIGHTS_STEM
 from simpletuner.flux2.names import transformer_renaming
-from simpletuner.flux2.stored import StoredRows, open_stored, stored_weights
+from simpletuner.flux2.stored import (
+    QUANTIZATION_METADATA,
+    StoredRows,
+    check_format,
+    component_names,
+    open_stored,
+    stored_weights,
+)
 from simpletuner.memory.shares import share_files
 
 
@@ -26,9 +33,10 @@ class OpenTransformer:
     config: Config | None
     """None of a single file, whose shapes tell."""
     header: Mapping[str, str]
-    """The text fields of its first file; none of a GGUF file."""
+    """The text fields of its first file, without `QUANTIZATION_METADATA`: whoever writes the weights writes decoded
+    ones. None of a GGUF file."""
     other_tensors: int
-    """Beside it in an all-in-one checkpoint, of a VAE and text encoders."""
+    """Tensors of a VAE and text encoders beside it in an all-in-one checkpoint."""
 
 
 @contextlib.contextmanager
@@ -45,12 +53,14 @@ def opened_transformer(path: Path) -> Iterator[OpenTransformer]:
             raise AccessError.of(
                 f"{path} holds no transformer", f"a folder with config.json and {WEIGHTS_NAME}, or one around it"
             )
-        files = (path,) if folder is None else tuple(share_files(folder, WEIGHTS_STEM))
+        files = (path,) if folder is None else _weight_files(folder)
+        check_format(files)
         stored = stored_weights(files)
         has_header = not is_gguf(files[0])
         header = read_metadata(files[0]) if has_header else {}
-        held = sum(len(weight.parts) for weight in stored.values())
-        others = max(0, len(read_headers(files)) - held) if has_header else 0
+        header.pop(QUANTIZATION_METADATA, None)
+        names = read_headers(files) if has_header else {}
+        others = len(names) - len(component_names(names, "transformer"))
     config = None if folder is None else read_component_config("transformer", folder / "config.json")
     renaming = transformer_renaming(stored)
     renamed = {name: renaming(name) for name in stored}
@@ -70,6 +80,24 @@ def opened_transformer(path: Path) -> Iterator[OpenTransformer]:
         if "x_embedder.weight" not in weights:
             raise AccessError.of(f"{path} has no tensor 'x_embedder.weight'", "a FLUX.2 transformer")
         yield OpenTransformer(path, weights, config, header, others)
+
+
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+    """The weight files of a `folder` that `transformer_folder` returned.
+
+    Raises:
+        AccessError: it holds only a variant's files, such as fp16's.
+        CheckpointError: some of several files are missing.
+    """
+    try:
+        return tuple(share_files(folder, WEIGHTS_STEM))
+    except FileNotFoundError:
+        files = sorted(folder.glob(f"{WEIGHTS_STEM}*.safetensors"))
+        raise AccessError.of(
+            f"{folder} has no {WEIGHTS_NAME}, only {', '.join(file.name for file in files)}",
+            "weights under the names that diffusers loads without a variant",
+            f"Give the file itself: {files[0]}" if len(files) == 1 else "Rename them, without the variant.",
+        ) from None
 
 
 def transformer_folder(path: Path) -> Path | None:

@@ -1,6 +1,7 @@
 """A LoRA that is taken from two models gives the second one back, as far as its rank allows."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from simpletuner.flux2.dialects import read_adapter
 from simpletuner.flux2.extract import Differences, differences
 from simpletuner.flux2.factors import LowRank
 from simpletuner.flux2.lowrank import RankRule
-from simpletuner.flux2.modelfile import save_transformer
+from simpletuner.flux2.modelfile import WEIGHTS_NAME, save_transformer
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.flux2.transformer_file import opened_transformer
 
@@ -110,6 +111,21 @@ def test_at_full_rank_the_tuned_model_comes_back(
         assert (weights[name] - tensor).abs().max() <= 1e-6 * tensor.abs().max(), name
 
 
+def test_a_folder_with_a_variant_alone_is_refused_with_the_file_to_give(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, tuned = as_folder(tmp_path / "base", base_weights()), as_folder(tmp_path / "tuned", tuned_weights())
+    file = (tuned / WEIGHTS_NAME).rename(tuned / "diffusion_pytorch_model.bf16.safetensors")
+    output = tmp_path / "lora.safetensors"
+    assert main(["extract", str(base), str(tuned), str(output)]) == AccessError.exit_code
+    assert f"Give the file itself: {file}" in " ".join(capsys.readouterr().err.split())
+    assert main(["extract", str(base), str(file), str(output)]) == 0
+    for part in (1, 2):
+        shutil.copy(file, tuned / f"diffusion_pytorch_model.fp16-0000{part}-of-00002.safetensors")
+    assert main(["extract", str(base), str(tuned), str(tmp_path / "other.safetensors")]) == AccessError.exit_code
+    assert "Rename them, without the variant." in capsys.readouterr().err
+
+
 def found_in(base: Path, tuned: Path, rule: RankRule) -> tuple[Differences, dict[str, LowRank]]:
     with opened_transformer(base) as first, opened_transformer(tuned) as second:
         found = differences(first, second, rule, CPU, lambda names: names)
@@ -184,6 +200,13 @@ def _truncated(base: Path, tuned: Path) -> tuple[Path, Path]:
     return as_folder(base, base_weights()), file
 
 
+def _unscaled_int8(base: Path, tuned: Path) -> tuple[Path, Path]:
+    tuned_model = base_weights()
+    name = "single_transformer_blocks.0.attn.to_out.weight"
+    tuned_model[name] = torch.ones(tuned_model[name].shape, dtype=torch.int8)
+    return as_folder(base, base_weights()), as_bfl(tuned, tuned_model)
+
+
 def _shard_missing(base: Path, tuned: Path) -> tuple[Path, Path]:
     folder = as_folder(tuned, base_weights())
     (file,) = folder.glob("*.safetensors")
@@ -198,6 +221,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], tuple[Path, Path]], type[UserError],
     "no transformer": (_no_transformer, AccessError, "tuned"),
     "a LoRA": (_a_lora, AccessError, "FLUX.2 transformer"),
     "truncated": (_truncated, AccessError, "by its own header"),
+    "int8 without scales": (_unscaled_int8, AccessError, "holds int8 weights without scales"),
     "a shard is missing": (_shard_missing, CheckpointError, "lacks"),
 }
 

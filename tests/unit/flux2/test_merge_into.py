@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.file_faults import files_of_at_most
 from tests.lora_dialects import draw_lokr, write_dialect
+from tests.quantized_files import write_quantized
 from tests.unit.flux2.test_extract import SPEC, as_bfl, as_comfyui, as_folder, as_pipeline, base_weights
 from tests.unit.flux2.test_load import bfl_tensors
 from torch import Tensor
@@ -17,6 +18,7 @@ from simpletuner.base.tensorfile import read_metadata
 from simpletuner.cli.main import INTERRUPTED, main
 from simpletuner.flux2 import merge
 from simpletuner.flux2.modelfile import WEIGHTS_NAME
+from simpletuner.flux2.transformer_file import opened_transformer
 
 Tensors = dict[str, Tensor]
 MODELS: dict[str, tuple[Callable[[Path, Tensors], Path], str]] = {
@@ -104,6 +106,17 @@ def test_a_quantized_model_is_merged_into_as_bf16(tmp_path: Path) -> None:
     assert found[name].dtype == torch.bfloat16
     assert (found[name].double() - weights[name].double() - fused).abs().max() <= 2**-8 * fused.abs().max()
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16, torch.float32}
+
+
+@pytest.mark.parametrize("style", ["metadata", "markers", "old"])
+@pytest.mark.parametrize("target", ["merged.safetensors", "merged"])
+def test_a_merged_quantized_model_does_not_say_that_it_is_quantized(tmp_path: Path, style: str, target: str) -> None:
+    write_dialect(tmp_path / "lora.safetensors", SPEC, "1 diffusers")
+    write_quantized(tmp_path / "model.safetensors", bfl_tensors(base_weights(), SPEC), "fp8", style=style)
+    assert main(["merge", "--lora=lora.safetensors", "--into=model.safetensors", f"--output={target}"]) == 0
+    with opened_transformer(tmp_path / "model.safetensors") as model, opened_transformer(tmp_path / target) as merged:
+        assert model.other_tensors == merged.other_tensors == 0
+        assert all(rows.weight.is_plain for rows in merged.weights.values())
 
 
 def _another_model(_: Path) -> None:
