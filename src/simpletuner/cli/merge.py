@@ -127,10 +127,12 @@ def _merge_into(model: Path, output: Path, adapters: "list[WeightedAdapter]", co
     with tqdm(total=layers, desc="layers", unit="layer", disable=None) as bar:
         written = merge_into(model, output, adapters, report=lambda _: bar.update())
     notices = unread_notices(adapters)
+    if written.left_out:
+        notices.append(f"{written.left_out} tensors of {model} belong to other components and are not in it.")
     if command.json:
         fields = {"output": str(written.path), "bytes": written.bytes, "layers": layers, "notices": notices}
         say(json_text(fields | {"loras": command.told, "into": str(model)}))
         return
-    say(f"Model: {written.path} ({format_size(written.bytes)}), {layers} of its {written.tensors} weights changed")
+    say(f"Model: {written.path} ({format_size(written.bytes)}), {layers} layers changed")
     for notice in notices:
         say(notice)

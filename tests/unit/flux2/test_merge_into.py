@@ -119,6 +119,24 @@ def test_a_merged_quantized_model_does_not_say_that_it_is_quantized(tmp_path: Pa
         assert all(rows.weight.is_plain for rows in merged.weights.values())
 
 
+@pytest.mark.parametrize("is_json", [False, True])
+def test_layers_that_changed_and_tensors_left_out_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], is_json: bool
+) -> None:
+    model = as_comfyui(tmp_path / "model", base_weights())
+    deltas = write_dialect(tmp_path / "lora.safetensors", SPEC, "1 diffusers")
+    arguments = ["merge", "--lora=lora.safetensors", f"--into={model}", "--output=merged.safetensors"]
+    assert main([*arguments, "--json"] if is_json else arguments) == 0
+    printed = capsys.readouterr().out
+    left_out = f"1 tensors of {model} belong to other components and are not in it."
+    if is_json:
+        assert json.loads(printed)["notices"] == [left_out]
+    else:
+        first, second = printed.splitlines()
+        assert first.endswith(f", {len(deltas)} layers changed")
+        assert second == left_out
+
+
 def _another_model(_: Path) -> None:
     weights = base_weights()
     weights["transformer_blocks.0.attn.to_q.weight"] = torch.ones(64, 32)
