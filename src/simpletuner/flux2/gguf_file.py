@@ -5,6 +5,7 @@ without the others (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 """
 
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,8 @@ from simpletuner.flux2.configs import Component
 from simpletuner.flux2.stored import FLOATING_DTYPES, ReadPart, StoredWeight
 
 _ARCHITECTURE = "flux"
-_PLAIN = FLOATING_DTYPES
-"""Types that are no blocks; safetensors has the same names for them."""
+_NEWER_TYPE = re.compile(r"\b(\d{1,3})\)? is not a valid GGMLQuantizationType")
+"""The error of a package that does not know a type's number. A damaged header would hold a longer number."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ def read_gguf_header(file: Path) -> GgufHeader:
         if whole > len(reader.data):
             raise ValueError(f"{len(reader.data):,} bytes long, at least {whole:,} by its own header")
     except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError) as error:
+        if number := _NEWER_TYPE.search(str(error)):
+            raise _unreadable(file, number[1]) from None
         reason = str(error).strip().splitlines()
         raise AccessError.of(
             f"{file} is not a whole GGUF file ({reason[0][:120] if reason else type(error).__name__})",
@@ -74,12 +77,16 @@ def read_gguf_header(file: Path) -> GgufHeader:
         raise AccessError.of(f"{file} holds big-endian numbers", "a GGUF file of little-endian numbers")
     unknown = sorted({entry.dtype for entry in tensors.values() if not _is_known(entry.dtype)})
     if unknown:
-        raise AccessError.of(
-            f"{file} holds tensors of the GGUF type {', '.join(unknown)}",
-            "types that the gguf package can read, such as Q8_0, Q6_K, Q5_K, Q4_K, BF16",
-            "Take another file of the same model, or install a newer gguf package.",
-        )
+        raise _unreadable(file, ", ".join(unknown))
     return GgufHeader(architecture, tensors)
+
+
+def _unreadable(file: Path, types: str) -> AccessError:
+    return AccessError.of(
+        f"{file} holds tensors of the GGUF type {types}",
+        "types that the gguf package can read, such as Q8_0, Q6_K, Q5_K, Q4_K, BF16",
+        "Take another file of the same model, or install a newer gguf package.",
+    )
 
 
 def _entry(file: Path, tensor: Any) -> TensorEntry:
@@ -91,7 +98,7 @@ def _entry(file: Path, tensor: Any) -> TensorEntry:
 @functools.cache
 def _is_known(name: str) -> bool:
     """Whether tensors of the type `name` can be decoded."""
-    if name in _PLAIN:
+    if name in FLOATING_DTYPES:
         return True
     try:
         _decoded(np.zeros((1, block_size(name)[1]), np.uint8), name)
@@ -144,7 +151,7 @@ def gguf_weights(file: Path, component: Component) -> dict[str, StoredWeight]:
 
 
 def _stored(name: str, entry: TensorEntry) -> StoredWeight:
-    if entry.dtype in _PLAIN:
+    if entry.dtype in FLOATING_DTYPES:  # types without blocks, which safetensors spells alike
         return StoredWeight(name, "plain", entry.shape, {"data": entry})
 
     def decode(read: ReadPart, rows: slice) -> Tensor:

@@ -98,6 +98,17 @@ def test_a_file_without_an_architecture_is_read(tmp_path: Path) -> None:
     assert read_gguf_header(tmp_path / "a.gguf").architecture is None
 
 
+def test_a_type_that_is_newer_than_the_package_is_no_broken_download(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    content = bytearray(whole(path))
+    name = struct.pack("<Q", 1) + b"q"
+    at = content.index(name) + len(name) + 4 + 2 * 8  # behind the count of dimensions, and the dimensions
+    content[at : at + 4] = struct.pack("<I", 99)
+    path.write_bytes(content)
+    with pytest.raises(AccessError, match=r"holds tensors of the GGUF type 99: .*install a newer gguf package"):
+        read_gguf_header(path)
+
+
 def test_a_file_that_is_cut_anywhere_is_refused(tmp_path: Path) -> None:
     content = whole(tmp_path / "a.gguf")
     end = max(entry.stop for entry in read_gguf_header(tmp_path / "a.gguf").tensors.values())  # padding follows
