@@ -310,6 +310,9 @@ class _Search:
             "text_encoder": self.options.pretrained_text_encoder_model_name_or_path,
         }
         base_file = asked if asked is not None and is_weight_file(asked) else None
+        # Only a VAE or a text encoder may be needed of it, or neither: a mistake in its name is one all the same.
+        if base_file is not None and overrides["transformer"] is not None and not Path(with_home(base_file)).is_file():
+            self.problems.append(Problem(f"{base_file}: no such file", "a .safetensors or .gguf file"))
         parts = self._single_parts(overrides | {"transformer": overrides["transformer"] or base_file})
         self._raise_problems()  # of headers, before anything is asked of the Hub
         single = parts.get("transformer")

@@ -295,6 +295,18 @@ def test_all_that_is_wrong_with_single_files_is_said_at_once(wrong: dict[str, Pa
     assert len(caught.value.problems) == 3
 
 
+def test_a_missing_base_file_is_said_though_the_transformer_lies_elsewhere(
+    tiny_folder: Path, wrong: dict[str, Path]
+) -> None:
+    transformer = tiny_folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    for more, count in (({}, 1), ({KEYS["vae"]: str(wrong["lora"])}, 2)):
+        asked = {"pretrained_model_name_or_path": "/absent/all.safetensors", KEYS["transformer"]: str(transformer)}
+        options = ModelOptions(model_flavour="tiny", **asked, **more)  # type: ignore[arg-type]
+        with pytest.raises(AccessError, match=r"/absent/all\.safetensors: no such file") as caught:
+            locate(options, report=pytest.fail)
+        assert len(caught.value.problems) == count
+
+
 # --- a model around a trained transformer
 
 
