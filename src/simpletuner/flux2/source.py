@@ -10,7 +10,7 @@ import torch
 
 from simpletuner.base.errors import AccessError, ConfigError, Problem
 from simpletuner.base.files import file_errors_reported, sha256_bytes, sha256_json, with_home
-from simpletuner.base.tensorfile import TensorEntry, is_weight_file
+from simpletuner.base.tensorfile import TensorEntry, is_weight_file, read_header
 from simpletuner.config.flavours import (
     FLAVOURS,
     AutoencoderSpec,
@@ -35,9 +35,11 @@ from simpletuner.flux2.single import (
     component_shapes,
     config_in,
     open_component,
+    shapes_in,
     single_files,
 )
 from simpletuner.flux2.spec import (
+    autoencoder_from_config,
     decoder_channels,
     text_from_config,
     transformer_from_diffusers,
@@ -328,6 +330,10 @@ class _Search:
         tokenizer = self._tokenizer(parts["text_encoder"].place, base)
         if parts["text_encoder"].is_single and tokenizer.place is base:
             parts["text_encoder"] = self._as_in_base(parts["text_encoder"], base)
+        # A Hub repository of which nothing else is needed is not asked: all files may be here, for want of a network.
+        places = [part.place for part in (*parts.values(), tokenizer)]
+        if parts["vae"].is_single and (isinstance(base, ModelFolder) or base in places):
+            parts["vae"] = self._vae_as_in_base(parts["vae"], base)
         if single is None:
             self._compare_shapes(parts["transformer"])
         self._raise_problems()
@@ -415,6 +421,27 @@ class _Search:
         if config.get("model_type") in kinds and text_from_config(config) == text_from_config(encoder.config or {}):
             return replace(encoder, config=config)
         return encoder
+
+    def _vae_as_in_base(self, vae: _Part, base: ModelLocation) -> _Part:
+        """A VAE's single file with the config of the base model's VAE, where the file has diffusers' names and the
+        shapes of that config. Earlier releases read only such files, always with that config, and it is part of the ids
+        that they gave to latents and to a checkpoint's VAE (`earlier_autoencoder_id`).
+        """
+        file = vae.place.path(vae.names[0])
+        if not shapes_in(file, "vae").keys() <= read_header(file).keys() or not base.has("vae/config.json"):
+            return vae
+        _, config = self._config("vae", base, folders=("vae/",))
+        if config is None:
+            return vae
+        inferred = autoencoder_from_config(vae.config or {})
+        # Shapes do not tell tile and norm groups; the decoder's widths are read off the file later.
+        expected = replace(
+            autoencoder_from_config(config),
+            tile=inferred.tile,
+            norm_groups=inferred.norm_groups,
+            decoder_channels=inferred.decoder_channels,
+        )
+        return replace(vae, config=config) if expected == inferred else vae
 
     def preview(self, asked: str | None, base: Source) -> Source:
         """`base` with the transformer that lies at `asked`, or is that of the flavour."""

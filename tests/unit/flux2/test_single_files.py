@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.single_files import bfl_vae, comfyui_text_encoder, component_tensors, in_fp8, prefixed, write
-from tests.small_decoder import WEIGHTS, make_small_decoder
+from tests.small_decoder import CHANNELS, WEIGHTS, make_small_decoder
 from tests.unit.flux2.test_load import bfl_tensors
 
 from simpletuner.base.errors import AccessError
@@ -20,6 +20,7 @@ from simpletuner.flux2.configs import Component
 from simpletuner.flux2.footprint import Architecture
 from simpletuner.flux2.load import (
     autoencoder_id,
+    earlier_autoencoder_id,
     load_autoencoder,
     load_text_encoder,
     load_transformer,
@@ -67,6 +68,10 @@ def whole_checkpoint(folder: Path, path: Path, flavour: str) -> Path:
 
 def latents_id(source: Source) -> str:
     return autoencoder_id(source, torch.float32, tiling=False, slicing=False)
+
+
+def earlier_latents_id(source: Source, is_whole: bool) -> str:
+    return earlier_autoencoder_id(source, torch.float32, tiling=False, slicing=False, whole=is_whole)
 
 
 def context_id(source: Source, **options: bool) -> str:
@@ -119,6 +124,47 @@ def test_a_small_decoder_under_bfls_names(tiny_folder: Path, tmp_path: Path) -> 
     latents = torch.randn(1, 128, 4, 4, generator=torch.Generator().manual_seed(0))
     images = [load_autoencoder(each, torch.float32, "cpu").decode(latents) for each in (source, folder)]
     assert torch.equal(*images)
+
+
+def with_vae_config(folder: Path, path: Path, **fields: object) -> Path:
+    """A copy of the model in `folder` whose VAE's config has these fields too."""
+    shutil.copytree(folder, path)
+    config = path / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+    return path
+
+
+@pytest.mark.parametrize("fields", [{"force_upcast": True}, {"sample_size": 512, "norm_num_groups": 4}])
+def test_a_vae_in_diffusers_names_has_the_ids_of_earlier_releases(
+    fields: dict[str, object], tiny_folder: Path, tmp_path: Path
+) -> None:
+    base = with_vae_config(tiny_folder, tmp_path / "base", **fields)
+    file = Path(shutil.copy(base / "vae" / WEIGHTS, tmp_path / "vae.safetensors"))
+    folder, single = located("tiny", base), located("tiny", base, vae=file)
+    assert single.vae.files == (file,)
+    for is_whole in (False, True):
+        assert earlier_latents_id(single, is_whole) == earlier_latents_id(folder, is_whole)
+    assert latents_id(single) == latents_id(folder)
+    # Earlier releases wrote the decoder's widths into that config, and read no file in BFL's names.
+    small = make_small_decoder(base / "vae", tmp_path / "small") / WEIGHTS
+    expected = {**(folder.vae.config or {}), "decoder_block_out_channels": CHANNELS}
+    assert located("tiny", base, vae=small).vae.config == expected
+    bfl = write(tmp_path / "ae.safetensors", bfl_vae(component_tensors(tiny_folder, "vae")))
+    assert located("tiny", base, vae=bfl).vae.config == located("tiny", tiny_folder).vae.config
+
+
+def test_the_config_of_a_base_with_another_vae_is_not_taken(tiny_folder: Path, tmp_path: Path) -> None:
+    base = with_vae_config(tiny_folder, tmp_path / "base", block_out_channels=[32, 32, 64, 64], force_upcast=True)
+    file = Path(shutil.copy(tiny_folder / "vae" / WEIGHTS, tmp_path / "vae.safetensors"))
+    assert located("tiny", base, vae=file).vae.config == located("tiny", tiny_folder).vae.config
+
+
+def test_the_hub_is_not_asked_for_the_config_of_a_vae_alone(tiny_folder: Path, tmp_path: Path) -> None:
+    encoder = repackaged(tiny_folder, tmp_path / "encoder.safetensors", "tiny")
+    shutil.copytree(tiny_folder / "tokenizer", tmp_path / "tokenizer")
+    files = {"transformer": tiny_folder / "transformer" / WEIGHTS, "vae": tiny_folder / "vae" / WEIGHTS}
+    source = located("tiny", Path("acme/never-asked"), **files, text_encoder=encoder)
+    assert source.vae.config == located("tiny", tiny_folder).vae.config
 
 
 # --- the text encoder
