@@ -13,7 +13,8 @@ from simpletuner.cli.lora_output import LoraOutput, file_problems, layers_in_pro
 _USAGE = """usage: simpletuner resize FILE OUTPUT [--rank N] [--energy SHARE]
 
   Writes the LoRA in FILE at the rank that is given, or at the smallest that keeps the given share of its energy. A LoKr
-  or a LoHa becomes a LoRA. A layer whose rank is not lowered keeps its numbers."""
+  or a LoHa becomes a LoRA. A layer whose rank is not lowered keeps its numbers, but for alpha/rank, which is
+  folded into B and rounded to --dtype."""
 
 
 @dataclass(frozen=True)

@@ -159,6 +159,25 @@ def test_a_rank_is_that_of_every_layer_that_has_it(tmp_path: Path, told: Callabl
     assert told("resize", "one.safetensors", "smaller.safetensors", "--rank=4", "--energy=0.6")["ranks"][1] < 4
 
 
+@pytest.mark.parametrize(("flags", "error"), [(("--dtype=fp32",), 0), ((), 2**-8)])
+def test_what_is_not_cut_is_rounded_by_alpha_over_rank_alone(
+    flags: tuple[str, ...], error: float, tmp_path: Path, told: Callable[..., dict[str, Any]]
+) -> None:
+    write_dialect(tmp_path / "one.safetensors", SPEC, "1b diffusers with alpha", dtype=torch.bfloat16)
+    told("resize", "one.safetensors", "same.safetensors", "--rank", 999, *flags)
+    same = read_adapter(tmp_path / "same.safetensors").modules
+    worst = 0.0
+    for name, factors in read_adapter(tmp_path / "one.safetensors").modules.items():
+        kept = same[name]
+        assert isinstance(factors, LowRank)
+        assert isinstance(kept, LowRank)
+        assert torch.equal(kept.a, factors.a.to(kept.a.dtype))
+        b, found = factors.b.double() * factors.scale, kept.b.double() * kept.scale
+        assert torch.equal(found, b) or factors.scale == 1.5  # the one of the file's scales that is no power of two
+        worst = max(worst, float(((found - b).abs() / b.abs().clamp_min(1e-30)).max()))
+    assert error / 2 <= worst <= error
+
+
 def test_a_resized_lora_in_diffusers(tmp_path: Path, told: Callable[..., dict[str, Any]]) -> None:
     """The header says the ranks as PEFT wants them."""
     write_dialect(tmp_path / "one.safetensors", SPEC, "1 diffusers", ranks=(2, 6))
