@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -101,12 +100,8 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 @contextlib.contextmanager
-def open_tensors(path: Path, *, backend: Literal["mmap", "pread"] = "mmap") -> Iterator[TensorFile]:
-    """Open a safetensors file. The tensors outlive it.
-
-    Args:
-        backend: "mmap" returns parts of a mapping of the whole file; "pread" reads each tensor into memory of its own,
-            and the file takes none beside it.
+def open_tensors(path: Path) -> Iterator[TensorFile]:
+    """Open a safetensors file. The tensors are parts of a mapping of it, and outlive it.
 
     Raises:
         FileNotFoundError: there is none.
@@ -116,7 +111,7 @@ def open_tensors(path: Path, *, backend: Literal["mmap", "pread"] = "mmap") -> I
     with path.open("rb"):
         pass
     try:
-        with safe_open(path, framework="pt", backend=backend) as file:
+        with safe_open(path, framework="pt") as file:
             yield TensorFile(file.keys(), file.metadata() or {}, file.get_tensor)
     except SafetensorError as error:
         raise unreadable(path, error) from error

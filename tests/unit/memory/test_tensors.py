@@ -50,11 +50,10 @@ def test_the_order_of_tensors_and_metadata_changes_no_byte(tmp_path: Path) -> No
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
-@pytest.mark.parametrize("backend", ["mmap", "pread"])
-def test_tensors_of_every_type_and_shape_come_back(tmp_path: Path, backend: str) -> None:
+def test_tensors_of_every_type_and_shape_come_back(tmp_path: Path) -> None:
     tensors = many()
     save_tensors(tmp_path / "file", tensors, {"format": "pt"})
-    with open_tensors(tmp_path / "file", backend=backend) as file:  # type: ignore[arg-type]
+    with open_tensors(tmp_path / "file") as file:
         assert file.metadata == {"format": "pt"}
         assert "nothing" not in file
         with pytest.raises(KeyError):
