@@ -1,4 +1,4 @@
-"""`simpletuner extract`: what a model has more than another, as a LoRA."""
+"""`simpletuner extract`: the difference of two models, as a LoRA."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from simpletuner.cli.lora_output import LoraOutput, file_problems, layers_in_pro
 
 _USAGE = """usage: simpletuner extract BASE TUNED OUTPUT [--rank N] [--energy SHARE]
 
-  Writes a LoRA of what the model TUNED has more than the model BASE, as near as its rank allows. Each is a transformer
-  in a single file, in a folder as diffusers saves it, or in the folder of a whole pipeline. With neither --rank nor
+  Writes the difference TUNED - BASE of two models as a LoRA, as near as its rank allows. Each is a transformer in a
+  single file, in a folder as diffusers saves it, or in the folder of a whole pipeline. With neither --rank nor
   --energy, a layer keeps 99 % of its energy, at a rank of 64 at most."""
 
 

@@ -22,7 +22,7 @@ COMMANDS = {
     "convert": "write a LoRA or a model under the names that another program wants",
     "merge": "add several LoRAs up, as one LoRA or into the weights of a model",
     "resize": "write a LoRA at a lower rank",
-    "extract": "what a model has more than another, as a LoRA",
+    "extract": "write the difference of two models as a LoRA",
     "dataset": "scan, show or cache the images before a run; change their captions, find duplicates, delete",
     "config": "check or show the configuration without training",
     "plan": "what a configuration takes of memory, before anything is loaded; where on the path it trains",

@@ -98,12 +98,14 @@ def convert_model(
             or diffusers' names, with a prefix of ComfyUI's or without, other components beside it or not.
         target: a folder for "diffusers", a .safetensors file for the others. Nothing may lie there.
         to: one of `MODEL_FORMATS`.
-        changes: what becomes of weights, by diffusers' names; each keeps its shape and dtype.
+        changes: functions of weights, by diffusers' names; each keeps shape and dtype. With any, quantized weights
+            are decoded to bf16.
         header: fields that are added to the source's.
 
     Raises:
         ConfigError: `to`, or `target` does not suit it, or something is there.
-        AccessError: `source` is no whole FLUX.2 transformer of plain weights; what is wrong with it is named.
+        AccessError: `source` is no whole FLUX.2 transformer, or quantized where there are no `changes`; what is wrong
+            with it is named.
         CheckpointError: weights in several files of which some are missing, or a damaged one.
         DiskError: no space, or what was written reads back differently. Nothing is left at `target`.
     """
@@ -172,7 +174,7 @@ def _lazy_tensors(transformer: OpenTransformer, *, dequantized: bool = False) ->
     """
     tensors, quantized = {}, []
     for name, rows in transformer.weights.items():
-        weight = rows.reader.weights[rows.name]
+        weight = rows.weight
         if weight.is_floating and weight.is_plain:
             tensors[name] = _LazyTensor(weight.data.dtype, rows.shape, rows.values)
         elif dequantized and weight.is_floating:

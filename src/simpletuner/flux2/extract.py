@@ -1,4 +1,4 @@
-"""What one transformer differs from another by, as a LoRA."""
+"""The difference of two transformers, as a LoRA."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +17,7 @@ _WEIGHT = ".weight"
 
 @dataclass(frozen=True)
 class Differences:
-    """What two transformers differ by."""
+    """The difference of two transformers' weights."""
 
     layers: Iterator[tuple[str, Reduced]]
     """Of each Linear that differs, computed as it is asked for."""
@@ -35,7 +35,7 @@ def differences(
     device: torch.device,
     report: Callable[[Iterable[str]], Iterable[str]],
 ) -> Differences:
-    """What `tuned` has more than `base`, cut to the rank of `rule`; one weight at a time is in memory, in fp32.
+    """The difference `tuned` − `base`, cut to the rank of `rule`; one weight at a time is in memory, in fp32.
 
     Raises:
         CheckpointError: they are not two of one model; while it computes, also that a weight is NaN or infinite.
@@ -59,7 +59,7 @@ def differences(
             else:
                 others[name] = float(difference.abs().max())
 
-    dtypes = {rows.reader.weights[rows.name].data.dtype for rows in tuned.weights.values()}
+    dtypes = {rows.weight.data.dtype for rows in tuned.weights.values()}
     narrow = {"BF16": torch.bfloat16, "F16": torch.float16}
     dtype = narrow.get(next(iter(dtypes)), torch.float32) if len(dtypes) == 1 else torch.float32
     return Differences(layers(), others, dtype)

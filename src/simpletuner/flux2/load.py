@@ -141,7 +141,7 @@ def load_transformer(
         is_plain: decode every weight, for training them.
         land_on: the device of the tensor of each name, where they differ; by default all are on `device`.
         cache_dir: where the quantised model is kept, and found by the next one who asks for the same.
-        report: told in a sentence why one that was kept is not used.
+        report: called with a sentence on why no kept model is used.
         sharding: where given, the transformer is sharded over all processes, and only shards come into memory. What is
             kept in `cache_dir` is used, and nothing is put there. `device` and `land_on` do not matter.
 
@@ -193,9 +193,12 @@ def load_autoencoder(
     ahead: bool = False,
     half: Half | None = None,
 ) -> Autoencoder:
-    """The autoencoder, frozen, as `dtype` on `device`; its batch-norm statistics stay as they are in the file. Where it
-    `is_streamed`, its layers are in the machine's memory and come one by one, the next `ahead` of its turn or not. With
-    a `half` it can do that alone, and takes no memory for the other.
+    """The autoencoder, frozen, as `dtype` on `device`; its batch-norm statistics stay as they are in the file.
+
+    Args:
+        is_streamed: keep its layers in host memory and copy them to the device one by one.
+        ahead: prefetch the next of these layers.
+        half: load this half alone.
 
     Raises:
         AccessError: tensors are missing, unknown or of the wrong shape; they are named.

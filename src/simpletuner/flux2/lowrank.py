@@ -169,9 +169,9 @@ def decomposed(difference: Tensor, rule: RankRule) -> Reduced:
 
 
 def _all(tall: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Right singular vectors of D in columns, and squares of the singular values: eigenvectors and eigenvalues of DᵀD.
-    D·V·Vᵀ is D whatever its singular values are, so at full rank nothing is lost. Last, the sum of the squares that are
-    not among them.
+    """Right singular vectors of D in columns, the squares of the singular values, and the sum of the squares left out,
+    0: eigenvectors and eigenvalues of DᵀD. D·V·Vᵀ is D whatever its singular values are, so at full rank nothing is
+    lost.
     """
     square = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
     for piece in tall.split(_SLICE):

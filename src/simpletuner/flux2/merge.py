@@ -66,7 +66,7 @@ class WrittenLora:
     ranks: tuple[int, int]
     """The lowest and the highest of a layer."""
     kept: float
-    """The part of its energy that the layer has which lost most."""
+    """Share of its energy that the layer with the largest loss keeps."""
     lost: Mapping[str, list[str]]
     """Layers that a loader drops or gets wrong, by its name."""
 

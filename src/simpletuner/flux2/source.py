@@ -89,7 +89,7 @@ _ENCODING_FIELDS: Mapping[str, object] = {
 
 @dataclass(frozen=True)
 class Weights:
-    """The safetensors files of one component, and its config: None for a single file, whose shapes tell."""
+    """The files of one component, and its config: None for a transformer in a single file, whose shapes tell."""
 
     files: tuple[Path, ...]
     config: Config | None
@@ -233,8 +233,8 @@ def transformer_spec(transformer: Weights, name: str) -> TransformerSpec:
 def locate(options: ModelOptions, *, report: ReportLine, environ: Mapping[str, str] = os.environ) -> Source:
     """Find every file of the model that `options` name, after downloading or making what is not here.
 
-    `report` is told, in sentences, what is about to be made or downloaded, its size, and how much disk is
-    free. With local paths, and with the embedded model, the network is not touched.
+    `report` is called with sentences on what is about to be made or downloaded, its size, and how much disk is free.
+    With local paths, and with the embedded model, the network is not touched.
 
     Raises:
         AccessError: something is missing, forbidden, unreachable or not FLUX.2; all that is missing, at once.

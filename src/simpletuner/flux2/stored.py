@@ -30,7 +30,7 @@ DecodeRows = Callable[[ReadPart, slice], Tensor]
 """Returns these rows of a weight in fp32, from its parts."""
 ALL_ROWS = slice(None)
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
-"""What the names of a transformer's Linears begin with that are held in a precision."""
+"""Prefixes of the transformer's Linears that can be held in a precision."""
 
 FLOATING_DTYPES = ("F64", "F32", "F16", "BF16")
 """Dtypes of plain weights, as safetensors spells them."""
@@ -63,7 +63,7 @@ class StoredWeight:
 
     @property
     def is_floating(self) -> bool:
-        """Whether its values are numbers with a point, and not counters or bytes."""
+        """Whether its values are floating-point numbers, as those of quantized weights are."""
         return not self.is_plain or self.data.dtype in FLOATING_DTYPES
 
     @property
