@@ -64,6 +64,9 @@ def test_files_are_inspected_converted_and_merged(
     with page.expect_download(timeout=LONG_MS) as download:
         page.get_by_role("button", name="Merge and download").click()
     merged = load_file(download.value.path())
+    merging = page.get_by_role("region", name="Merge LoRAs")
+    expect(merging).to_contain_text("layers of rank 8, with all of its energy")
+    expect(merging).to_contain_text("ComfyUI does not apply")
     assert merged.keys() == load_file(run.lora).keys()
 
     page.goto(f"{server.url}/#/run?run=output/flügge%202&tab=checkpoints")

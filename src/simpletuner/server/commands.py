@@ -52,14 +52,23 @@ def train_arguments(roots: Roots, wanted: ToTrain) -> list[str]:
     return arguments
 
 
-def printed(finished: Finished) -> dict[str, Any]:
-    """The JSON object that a command printed.
+def output(finished: Finished) -> str:
+    """What a command printed.
 
     Raises:
         Fault: 422, it failed: its problems.
     """
     if finished.exit_code:
         raise Fault(422, *problems_told(finished))
-    told = json.loads(finished.out)
+    return finished.out
+
+
+def printed(finished: Finished) -> dict[str, Any]:
+    """The JSON object that a command printed.
+
+    Raises:
+        Fault: as `output`.
+    """
+    told = json.loads(output(finished))
     assert isinstance(told, dict)
     return told

@@ -1,9 +1,11 @@
 """Weight files over the API: inspected where they lie and as they are sent, converted and merged for download."""
 
+import json
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from safetensors.torch import load, load_file
 from tests.lora_dialects import write_dialect
@@ -48,8 +50,9 @@ def test_a_file_says_the_same_where_it_lies_and_as_it_is_sent(client: TestClient
     (one,), (other,) = here.json()["files"], sent.json()["files"]
     assert one["adapter"] == other["adapter"]
     assert one["what"] == "LoRA for FLUX.2 tiny"
-    damaged = client.put("/api/inspect", params={"name": "a.safetensors"}, content=b"x", headers=RAW)
-    assert found_of(damaged).startswith("a.safetensors is ")  # and no folder of the server
+    for name in ("a.safetensors", "A.SAFETENSORS"):
+        damaged = client.put("/api/inspect", params={"name": name}, content=b"x", headers=RAW)
+        assert found_of(damaged).startswith(f"{name} is 1 bytes long")  # and no folder of the server
     assert left(workspace) == []
 
 
@@ -98,6 +101,20 @@ def test_loras_are_merged_with_their_strengths(client: TestClient, workspace: Pa
             delta = single[other].double() @ single[name].double() * 0.25
             assert (merged[other].double() @ merged[name].double() - delta).norm() <= 1e-5 * delta.norm()
     assert left(workspace) == []
+
+
+@pytest.mark.slow
+def test_a_merged_lora_comes_with_what_was_lost(client: TestClient, workspace: Path, lora: Path) -> None:
+    unread = {"text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 8)}
+    write_dialect(lora, TINY, "1 diffusers", also=unread)
+    answer = client.post("/api/lora/merge", json={"loras": [{"path": LORA}, {"path": RUN}], "rank": 1})
+    assert answer.status_code == 200, answer.text
+    written, *others = json.loads(answer.headers["x-said"])
+    assert written.startswith("LoRA: merged-diffusers.safetensors (")
+    assert " layers of rank 1, with at least " in written
+    assert any(line.startswith("ComfyUI does not apply ") for line in others)
+    assert f"{LORA}: 1 keys for the text encoder are left out; FLUX.2's is not trained." in others
+    assert str(workspace) not in answer.headers["x-said"]
 
 
 def test_what_is_no_lora_is_refused_before_a_command_starts(client: TestClient, workspace: Path) -> None:

@@ -1,5 +1,6 @@
 """Weight files: inspected; LoRAs in other formats and merged, for download. The shell's commands do the work."""
 
+import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,12 +14,13 @@ from starlette.types import Receive, Scope, Send
 
 from simpletuner.base.errors import Problem
 from simpletuner.base.sizes import GIB
+from simpletuner.base.tensorfile import WEIGHT_FILES, is_weight_file
 from simpletuner.config.options.lora import LoraFormat
 from simpletuner.runs.layout import LORA_NAME
 from simpletuner.server import uploads
 from simpletuner.server.api.files import LONGEST_PATH, PathQuery, stream_into
 from simpletuner.server.api.samples import ActingLora, lora_file
-from simpletuner.server.commands import printed
+from simpletuner.server.commands import output
 from simpletuner.server.context import Context, InContext
 from simpletuner.server.faults import Fault
 from simpletuner.server.shell import while_there
@@ -31,8 +33,21 @@ LARGEST_INSPECTED = 4 * GIB
 """Upload to be inspected."""
 MADE_FILE = "MADE FILE"
 """Stands for the path of what a command makes, among its words."""
-INSPECTED = (".safetensors", ".gguf")
-_WEIGHTS: dict[int | str, dict[str, Any]] = {200: {"content": {"application/octet-stream": {}}}}
+SAID = "X-Said"
+"""Header of a made file: the lines that the command printed, as a JSON list of strings."""
+LONGEST_SAID = 400
+"""Characters of each, so that any proxy passes the header on."""
+_WEIGHTS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {"application/octet-stream": {}},
+        "headers": {
+            SAID: {
+                "description": "The lines that the command printed about the file: a JSON list of strings.",
+                "schema": {"type": "string"},
+            }
+        },
+    }
+}
 
 
 class Inspection(BaseModel):
@@ -74,10 +89,13 @@ class ToMerge(BaseModel):
 
 
 class TemporaryDownload(FileResponse):
-    """A file that is sent, then deleted with the folder that `scratch` holds; also where the client goes away."""
+    """A file that is sent with the `lines` that a command printed about it, then deleted with the folder that `scratch`
+    holds; also where the client goes away.
+    """
 
-    def __init__(self, path: Path, scratch: ExitStack) -> None:
-        super().__init__(path, media_type="application/octet-stream", filename=path.name)
+    def __init__(self, path: Path, scratch: ExitStack, lines: Sequence[str]) -> None:
+        headers = {SAID: json.dumps([line[:LONGEST_SAID] for line in lines])}
+        super().__init__(path, headers=headers, media_type="application/octet-stream", filename=path.name)
         self._scratch = scratch
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -91,15 +109,15 @@ class TemporaryDownload(FileResponse):
 async def inspect_here(path: PathQuery, request: Request, here: InContext) -> Inspection:
     """What a weight file holds."""
     real = here.roots.resolve(path)
-    if not (real.is_file() and real.suffix in INSPECTED):
-        raise Fault.of(422, f"{path}: no weights are there", f"a file that ends in {' or '.join(INSPECTED)}")
+    if not (real.is_file() and is_weight_file(real.name)):
+        raise Fault.of(422, f"{path}: no weights are there", f"a file that ends in {' or '.join(WEIGHT_FILES)}")
     return Inspection.model_validate(await _told(here, request, "inspect", str(real)) | {"path": path})
 
 
 @router.get("/inspect/rules")
 def inspection_limit() -> InspectionLimit:
     """Which files can be sent to be inspected."""
-    return InspectionLimit(suffixes=list(INSPECTED), largest=LARGEST_INSPECTED)
+    return InspectionLimit(suffixes=list(WEIGHT_FILES), largest=LARGEST_INSPECTED)
 
 
 @router.put(
@@ -117,8 +135,8 @@ async def inspect_sent(
     """What the file that is sent holds. It is deleted when the answer is known."""
     try:
         uploads.check_name(name)
-        if Path(name).suffix not in INSPECTED:
-            raise uploads.Refused(f"its name ends neither in {' nor in '.join(INSPECTED)}")
+        if not is_weight_file(name):
+            raise uploads.Refused(f"its name ends neither in {' nor in '.join(WEIGHT_FILES)}")
         with uploads.scratch_folder(here.workspace / SCRATCH) as folder:
             with (folder / name).open("xb") as file:
                 await stream_into(request.stream(), file, LARGEST_INSPECTED)
@@ -146,38 +164,55 @@ async def merge(wanted: ToMerge, request: Request, here: InContext) -> Temporary
     return await _made(here, request, name, "merge", *loras, "--output", MADE_FILE, *rank, f"--to={wanted.format}")
 
 
-async def _told(here: Context, request: Request, *words: str, scratch: Path | None = None) -> dict[str, Any]:
-    """What a command prints as JSON. Its messages name files as the page does, and those in `scratch` by name alone.
+async def _output(here: Context, request: Request, *words: str, scratch: Path | None = None) -> str:
+    """What a command prints.
 
     Raises:
-        Fault: 422, the command failed.
+        Fault: 422, the command failed. Its messages name files as the page does, and those in `scratch` by name alone.
     """
     try:
-        return printed(await while_there(request, here.shell.run(*words, "--json", request=request)))
+        return output(await while_there(request, here.shell.run(*words, request=request)))
     except Fault as fault:
-        folders = [f"{folder}/" for folder in (scratch, here.workspace) if folder is not None]
-        raise Fault(fault.status, *(_without(problem, folders) for problem in fault.problems)) from None
+        folders = [folder for folder in (scratch, here.workspace) if folder is not None]
+        raise Fault(fault.status, *(_problem_without(folders, problem) for problem in fault.problems)) from None
 
 
-def _without(problem: Problem, folders: Sequence[str]) -> Problem:
-    texts = {"found": problem.found, "expected": problem.expected, "remedy": problem.remedy}
+async def _told(here: Context, request: Request, *words: str, scratch: Path | None = None) -> dict[str, Any]:
+    """The JSON object that a command prints.
+
+    Raises:
+        Fault: as `_output`.
+    """
+    told = json.loads(await _output(here, request, *words, "--json", scratch=scratch))
+    assert isinstance(told, dict)
+    return told
+
+
+def _without(folders: Sequence[Path], text: str) -> str:
+    """`text` with files in `folders` by their names from there."""
     for folder in folders:
-        texts = {name: text.replace(folder, "") for name, text in texts.items()}
-    return replace(problem, **texts)
+        text = text.replace(f"{folder}/", "")
+    return text
+
+
+def _problem_without(folders: Sequence[Path], problem: Problem) -> Problem:
+    texts = {"found": problem.found, "expected": problem.expected, "remedy": problem.remedy}
+    return replace(problem, **{name: _without(folders, text) for name, text in texts.items()})
 
 
 async def _made(here: Context, request: Request, name: str, *words: str) -> TemporaryDownload:
-    """The file `name` that a command writes. `MADE_FILE` among its `words` stands for the path.
+    """The file `name` that a command writes, and what it prints about it. `MADE_FILE` among its `words` stands for the
+    path.
 
     Raises:
-        Fault: 422, the command failed.
+        Fault: as `_output`.
     """
     stack = ExitStack()
     folder = stack.enter_context(uploads.scratch_folder(here.workspace / SCRATCH))
     try:
         named = [str(folder / name) if word == MADE_FILE else word for word in words]
-        await _told(here, request, *named, scratch=folder)
-        return TemporaryDownload(folder / name, stack)
+        said = await _output(here, request, *named, scratch=folder)
+        return TemporaryDownload(folder / name, stack, _without([folder, here.workspace], said).splitlines())
     except BaseException:
         stack.close()
         raise

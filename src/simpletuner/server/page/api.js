@@ -74,10 +74,14 @@ export const post = (path, body = {}, params = {}, signal = undefined) => call("
 export const put = (path, body = {}, params = {}, keepalive = false) => call("PUT", path, params, body, undefined, keepalive);
 export const del = (path, params = {}) => call("DELETE", path, params);
 
-/** Have the server make a file, and hand it to the browser. @param {string} path @param {object} body */
+/**
+ * Have the server make a file, and hand it to the browser.
+ * @param {string} path @param {object} body @returns {Promise<string[]>} what the command printed about it, a line each
+ */
 export async function saveMade(path, body) {
   const answer = await answerOf("POST", path, {}, body);
   saveFile(nameIn(answer.headers.get("Content-Disposition") ?? ""), await answer.blob());
+  return JSON.parse(answer.headers.get("X-Said") ?? "[]");
 }
 
 /** The file name of a Content-Disposition header; the server encodes one that is more than ASCII without spaces. */

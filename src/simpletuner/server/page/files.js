@@ -47,7 +47,7 @@ class Inspector {
     this.result.replaceChildren(h("div", { class: "row" }, words, button("Cancel", () => stopping.abort(), { icon: "stop", kind: "tiny" })), bar);
     try {
       const { suffixes, largest } = await get("inspect/rules", {}, stopping.signal);
-      const wrong = !suffixes.some((suffix) => file.name.endsWith(suffix)) ? `${file.name} is not taken: a name ends in ${suffixes.join(" or ")}.`
+      const wrong = !suffixes.some((suffix) => file.name.toLowerCase().endsWith(suffix)) ? `${file.name} is not taken: a name ends in ${suffixes.join(" or ")}.`
         : file.size > largest ? `${file.name} is larger than ${size(largest)}: inspect it in the shell with simpletuner inspect.` : "";
       if (wrong) {
         this.result.replaceChildren(h("p", { class: "fault", role: "alert" }, wrong));
@@ -77,7 +77,7 @@ class Merger {
   constructor() {
     this.rows = [];
     this.body = h("div", { class: "stack" });
-    this.faults = h("div", { class: "stack", "aria-live": "polite" });
+    this.result = h("div", { class: "stack", "aria-live": "polite" });
     this.node = h("section", { class: "sheet stack", "aria-label": "Merge LoRAs" }, h("h2", {}, "Merge LoRAs"),
       h("p", {}, "One file that acts as several do together, each at its strength. Draw with all of them under “Try it” of a run first."), this.body);
   }
@@ -98,7 +98,7 @@ class Merger {
     this.press = button("Merge and download", () => this.merge(rank, format.value), { icon: "download", kind: "primary" });
     this.body.replaceChildren(list, h("div", {}, button("Add another", () => add(0), { icon: "plus", kind: "tiny" })),
       h("div", { class: "row merge-tools" }, h("label", { for: rank.id }, "Rank"), rank, format, this.press),
-      h("p", { class: "hint", id: "rank-hint" }, "Without a rank it is the smallest that keeps 99 % of what the LoRAs do."), this.faults);
+      h("p", { class: "hint", id: "rank-hint" }, "Without a rank it is the smallest that keeps 99 % of what the LoRAs do."), this.result);
     add(0);
     add(1);
   }
@@ -125,12 +125,13 @@ class Merger {
   async merge(rank, format) {
     const fields = [...this.rows.map(({ strength }) => strength), rank];
     if (!fields.every((field) => field.reportValidity())) return;
-    this.faults.replaceChildren();
+    this.result.replaceChildren();
     try {
       const loras = this.rows.map(({ choice, strength }) => ({ path: choice.value, strength: Number(strength.value) }));
-      await saveMade("lora/merge", { loras, format, rank: rank.value === "" ? null : Number(rank.value) });
+      const lines = await saveMade("lora/merge", { loras, format, rank: rank.value === "" ? null : Number(rank.value) });
+      this.result.replaceChildren(...lines.map((line) => h("p", {}, line)));
     } catch (error) {
-      this.faults.replaceChildren(problemPanel(error));
+      this.result.replaceChildren(problemPanel(error));
     }
   }
 }
