@@ -11,6 +11,15 @@ from tests.web.conftest import Server, Watched
 
 pytestmark = pytest.mark.slow
 
+LATE_FOLDERS = """
+const fetched = window.fetch;
+window.fetch = async (...request) => {
+  if (String(request[0]).includes("api/folders")) await new Promise((resolve) => setTimeout(resolve, 500));
+  return fetched(...request);
+};
+"""
+"""A folder's answer comes after the next click: what is chosen meanwhile is that folder, and not the one before."""
+
 STORE = {"id": "text", "dataset_type": "text_embeds", "default": True}
 
 
@@ -94,6 +103,7 @@ def test_a_set_of_references_is_added_and_shown_beside_its_images(server: Server
         (workspace / "datasets" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", size, color).save(workspace / "datasets" / name)
 
+    page.add_init_script(LATE_FOLDERS)
     page.goto(f"{server.url}/#/datasets/mine")
     expect(page.get_by_text("2 images, 2 without a caption.")).to_be_visible()
     add = page.get_by_role("button", name="Add references or masks")

@@ -13,13 +13,23 @@ import { some } from "./format.js";
 export async function browse(path, { title, yes, more }) {
   const { roots } = await get("about");
   let here = null;
+  let turn = 0;
   const body = h("div", { class: "stack" });
 
-  async function open(where, fallback = null) {
+  /** The folder that was asked for last, on its way. */
+  let opening = null;
+  const open = (where) => (opening = show(where));
+
+  async function show(where, fallback = null) {
+    const mine = ++turn;
     try {
-      here = await get("folders", { path: where });
+      const answer = await get("folders", { path: where });
+      if (mine !== turn) return undefined;
+      here = answer;
     } catch (error) {
-      if (fallback !== null) return open(fallback);
+      if (mine !== turn) return undefined;
+      if (fallback !== null) return show(fallback);
+      here = null;
       body.replaceChildren(problemPanel(error), button("To the start", () => open("."), { icon: "left" }));
       return undefined;
     }
@@ -38,8 +48,9 @@ export async function browse(path, { title, yes, more }) {
     return undefined;
   }
 
-  await open(path === "" ? "." : path, ".");
+  await show(path === "" ? "." : path, ".");
   const chosen = await dialog({ title, body, actions: [{ label: "Cancel", value: null }, { label: yes, value: "chosen", kind: "primary" }] });
+  await opening;  // else a folder that is still on its way when it is chosen gives the one before
   return chosen === null ? null : here;
 }
 
