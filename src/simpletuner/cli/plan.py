@@ -21,7 +21,7 @@ from simpletuner.cli.spread import Resolution, Spread, spread_picture, terminal
 from simpletuner.config.load import Loaded
 from simpletuner.config.options.schedule import ScheduleOptions
 from simpletuner.config.values import join_names
-from simpletuner.data.manifest import scan
+from simpletuner.data.manifest import scan_of
 from simpletuner.data.order import Order
 from simpletuner.train.length import Plan
 from simpletuner.train.timesteps import Timesteps
@@ -165,16 +165,7 @@ def _spread(loaded: Loaded) -> Spread:
     offsets = [image_set.timestep_sampling_offset for image_set in loaded.datasets.train_sets]
     is_by_size = timesteps.shift is None or (any(offsets) and timesteps.offset_scale > 0)
     if is_by_size or config.timestep_strata:
-        manifests = [
-            scan(
-                image_set,
-                loaded.datasets.conditions_of(image_set),
-                seed=config.seed,
-                workers=config.workers,
-                caption_filter=loaded.datasets.caption_filter_of(image_set),
-            )
-            for image_set in loaded.datasets.train_sets
-        ]
+        manifests = [scan_of(loaded, image_set) for image_set in loaded.datasets.train_sets]
         per_step = config.gradient_accumulation_steps * config.ranks
         order = Order(manifests, seed=config.seed, batch_size=config.train_batch_size, batches_per_step=per_step)
         strata = int(order.epoch(0).batch_sizes().sum()) if config.timestep_strata else None

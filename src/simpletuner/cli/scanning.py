@@ -17,7 +17,7 @@ from simpletuner.cli.dataset import DatasetCommand
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.printing import table
 from simpletuner.config.load import Loaded
-from simpletuner.data.manifest import Manifest, rejection_counts, scan
+from simpletuner.data.manifest import Manifest, rejection_counts, scan_of
 from simpletuner.data.sample import Crop, Sample
 from simpletuner.data.sheet import contact_sheet
 from simpletuner.runs.events import Event, ProgressEvent
@@ -130,16 +130,7 @@ def _scanned(loaded: Loaded, command: DatasetCommand) -> list[Manifest]:
     for image_set in asked:
         with _lines(image_set.id) if command.progress else _bar(image_set.id) as report:
             try:
-                manifests.append(
-                    scan(
-                        image_set,
-                        loaded.datasets.conditions_of(image_set),
-                        seed=loaded.config.seed,
-                        workers=loaded.config.workers,
-                        caption_filter=loaded.datasets.caption_filter_of(image_set),
-                        report=report,
-                    )
-                )
+                manifests.append(scan_of(loaded, image_set, report=report))
             except DataError as error:
                 problems += error.problems
     DataError.raise_if(problems)
@@ -216,7 +207,7 @@ def _sheet(manifest: Manifest, shown: Sequence[int]) -> Image.Image:
     kinds: dict[str, MaskKind] = {
         each.id: each.conditioning_type
         for each in manifest.conditions
-        if each.conditioning_type == "mask" or each.conditioning_type == "segmentation"  # noqa: PLR1714  mypy narrows
+        if each.conditioning_type in {"mask", "segmentation"}
     }
     groups: list[list[Image.Image]] = []
     texts: list[list[str]] = []

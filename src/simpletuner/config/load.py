@@ -85,6 +85,11 @@ class Loaded:
     arguments: tuple[str, ...]
     """What was typed after `simpletuner train`."""
 
+    @property
+    def drawn_prompts(self) -> tuple[Prompt, ...]:
+        """The prompts of validation images; empty where none are drawn."""
+        return () if self.config.validation_disable else tuple(self.prompts.values())
+
     def command(self, **changes: object) -> str:
         """The command that was typed, with other values of some options: to be printed, and typed again."""
         return command_text("simpletuner", "train", *with_flags(self.arguments, changes, OPTION_ALIASES))

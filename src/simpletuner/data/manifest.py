@@ -14,6 +14,7 @@ from simpletuner.base.errors import DataError, Problem
 from simpletuner.base.files import sha256_json
 from simpletuner.base.imagefiles import caption_key
 from simpletuner.config.datasets import MOST_REFERENCES, ConditioningSet, ImageSet
+from simpletuner.config.load import Loaded
 from simpletuner.data.captions import LACKS_CAPTION, captions_of
 from simpletuner.data.discover import FoundFiles, discover
 from simpletuner.data.geometry import Geometry, Size, describe, downsample_is_idle, enlargement, place
@@ -155,6 +156,24 @@ def rejection_counts(rejections: Iterable[Rejection]) -> dict[str, int]:
 def reference_counts(samples: Sequence[Sample]) -> list[tuple[int, int]]:
     """(references, how many pictures have so many), sorted."""
     return sorted(Counter(len(sample.references) for sample in samples).items())
+
+
+def scan_of(
+    loaded: Loaded, image_set: ImageSet, *, report: Callable[[int, int], None] = lambda _done, _total: None
+) -> Manifest:
+    """`scan` of one of the image sets of `loaded`, with everything that the configuration says of it.
+
+    Raises:
+        DataError: as `scan`.
+    """
+    return scan(
+        image_set,
+        loaded.datasets.conditions_of(image_set),
+        seed=loaded.config.seed,
+        workers=loaded.config.workers,
+        caption_filter=loaded.datasets.caption_filter_of(image_set),
+        report=report,
+    )
 
 
 def scan(

@@ -17,12 +17,11 @@ from simpletuner.config.load import Loaded
 from simpletuner.config.options.offload import AUTO
 from simpletuner.config.precisions import PRECISIONS
 from simpletuner.config.previews import preview_download
-from simpletuner.config.prompts import Prompt
 from simpletuner.config.record import MAY_CHANGE
 from simpletuner.config.rules import findings
 from simpletuner.config.run import RunConfig
 from simpletuner.data.geometry import aligned_square
-from simpletuner.data.manifest import Manifest, count_new, scan
+from simpletuner.data.manifest import Manifest, count_new, scan_of
 from simpletuner.data.order import Order
 from simpletuner.data.preserved import PreservedPrompts
 from simpletuner.data.references import LARGEST_REFERENCE, reference_crops
@@ -128,7 +127,7 @@ def configured(loaded: Loaded) -> Workload:
         )
         references += loose
     largest = max(loads, key=lambda load: load.tokens)
-    most_drawn = max((len(prompt.references) for prompt in _drawn(loaded)), default=0)
+    most_drawn = max((len(prompt.references) for prompt in loaded.drawn_prompts), default=0)
     drawn = [LARGEST_REFERENCE] * most_drawn
     encoded = max([*map(_size, sets), *references, *drawn], key=math.prod)
     return Workload(
@@ -177,24 +176,23 @@ def looked_at(loaded: Loaded, most: int = 50) -> Workload:
             pairs = [(each, loaded.datasets.conditions_of(each)) for each in sets]
             if sum(count_new(*pair) for pair in pairs) > most:
                 return configured(loaded)
-            manifests.append(
-                [
-                    scan(
-                        *pair,
-                        seed=loaded.config.seed,
-                        workers=loaded.config.workers,
-                        caption_filter=loaded.datasets.caption_filter_of(pair[0]),
-                    )
-                    for pair in pairs
-                ]
-            )
+            manifests.append([scan_of(loaded, each) for each in sets])
     except (DataError, OSError):  # `train` and `dataset scan` say what is wrong with them
         return configured(loaded)
     return scanned(loaded, *manifests)
 
 
-def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manifest] = ()) -> Workload:
+def scanned(
+    loaded: Loaded,
+    train: Sequence[Manifest],
+    held_out: Sequence[Manifest] = (),
+    *,
+    drawn: Mapping[str, Crop] | None = None,
+) -> Workload:
     """The work as the pictures tell it.
+
+    Args:
+        drawn: the references of prompts by path, where they are known; else they are read.
 
     Raises:
         ConfigError: a prompt's reference is no image, or of a size that no reference has.
@@ -208,7 +206,8 @@ def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manife
     largest = max(loads, key=lambda load: load.tokens)
     samples = [sample for manifest in (*train, *held_out) for sample in manifest.samples]
     references = {crop for sample in samples for crop in sample.references}
-    drawn = reference_crops(path for prompt in _drawn(loaded) for path in prompt.references)
+    if drawn is None:
+        drawn = reference_crops(path for prompt in loaded.drawn_prompts for path in prompt.references)
     references.update(drawn.values())
     encoded = max((crop.geometry.target for crop in (*samples, *references)), key=math.prod)
     captions = {caption for sample in samples for caption in sample.captions}
@@ -226,7 +225,7 @@ def scanned(loaded: Loaded, train: Sequence[Manifest], held_out: Sequence[Manife
         strict_references=largest.strict_tokens,
         encoded=None if encoded == largest.size else encoded,
         drawn_references=max(
-            (_reference_tokens(drawn[path] for path in prompt.references) for prompt in _drawn(loaded)), default=0
+            (_reference_tokens(drawn[path] for path in prompt.references) for prompt in loaded.drawn_prompts), default=0
         ),
         images=len(samples),
         pictures=len(samples) + len(references),
@@ -256,11 +255,6 @@ def reference_tokens_of(sample: Sample) -> int:
 
 def _reference_tokens(references: Iterable[Crop]) -> int:
     return sum(tokens_of(reference.geometry.target) for reference in references)
-
-
-def _drawn(loaded: Loaded) -> Iterable[Prompt]:
-    """Those of validation images."""
-    return () if loaded.config.validation_disable else loaded.prompts.values()
 
 
 def _draws(loaded: Loaded) -> bool:

@@ -23,7 +23,7 @@ from simpletuner.data.cache.latents import Encode, encode_crop, fill_latents, la
 from simpletuner.data.cache.masks import MaskSource, fill_masks
 from simpletuner.data.cache.store import Store
 from simpletuner.data.captions import LACKS_CAPTION
-from simpletuner.data.manifest import Manifest, scan
+from simpletuner.data.manifest import Manifest, scan_of
 from simpletuner.data.preserved import PreservedPrompts
 from simpletuner.data.references import reference_crops
 from simpletuner.data.sample import Crop, Sample
@@ -142,8 +142,7 @@ class Prepared:
         Raises:
             ConfigError: every file that is no image, or of a size that no reference has.
         """
-        prompts = () if self.loaded.config.validation_disable else self.loaded.prompts.values()
-        return reference_crops(path for prompt in prompts for path in prompt.references)
+        return reference_crops(path for prompt in self.loaded.drawn_prompts for path in prompt.references)
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -262,17 +261,7 @@ def scan_sets(loaded: Loaded, source: Source, world: World, reporter: Reporter) 
     with reporter.phase("scan") as progress:
         manifests = world.from_main(
             "the scan of the image sets",
-            lambda: [
-                scan(
-                    each,
-                    own,
-                    seed=config.seed,
-                    workers=config.workers,
-                    caption_filter=datasets.caption_filter_of(each),
-                    report=progress,
-                )
-                for each, own in zip(image_sets, conditions, strict=True)
-            ],
+            lambda: [scan_of(loaded, each, report=progress) for each in image_sets],
             record=lambda manifests: [manifest.record() for manifest in manifests],
             restore=lambda records: [*map(Manifest.of_record, image_sets, records, conditions)],
         )

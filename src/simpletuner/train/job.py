@@ -430,7 +430,7 @@ class Attempt:
             MemoryBudgetError: the accelerator is too small to train.
         """
         before = self.budget.work
-        work = scanned(self.loaded, prepared.train, prepared.held_out)
+        work = scanned(self.loaded, prepared.train, prepared.held_out, drawn=prepared.prompt_references)
         if self.config.tread_routes:
             work = replace(work, forced_share=max(prepared.forced_shares, default=0.0))
         self.budget = replace(self.budget, work=work)

@@ -131,7 +131,7 @@ def test_rank_0_scans_looks_for_files_and_hashes_and_the_others_hear_what_it_fou
 
         return call
 
-    monkeypatch.setattr(caches, "scan", counted("scan", caches.scan))
+    monkeypatch.setattr(caches, "scan_of", counted("scan", caches.scan_of))
     monkeypatch.setattr(caches, "claim", counted("claim", caches.claim))
     monkeypatch.setattr(caches, "key_of_latents", counted("key of latents", caches.key_of_latents))
     monkeypatch.setattr(Source, "_fingerprint", counted("fingerprint", Source._fingerprint))
