@@ -285,13 +285,13 @@ class Loop:
         if reason is not None:
             release_memory(self.world.device)
             self.reporter.notice(f"The drift at step {step} could not be measured: {reason} Training goes on.")
-        means = {view: mean(by_prompt) for view, by_prompt in found.items()}
-        if not means:
+        if not found:
             return event
-        average = f"{means['ema']:.3f} (moving average)" if "ema" in means else ""
-        live = f"{means['live']:.3f}" if "live" in means else ""
+        event = with_drift(event or ValidationEvent(step=step), found)
+        average = "" if event.ema_drift is None else f"{event.ema_drift:.3f} (moving average)"
+        live = "" if event.drift is None else f"{event.drift:.3f}"
         self.reporter.say(f"Drift at step {step}: {', '.join(filter(None, (live, average)))}")
-        return with_drift(event or ValidationEvent(step=step), found)
+        return event
 
     def _save(self, state: TrainState) -> None:
         folder = self.save(state)

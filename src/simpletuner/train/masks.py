@@ -54,11 +54,13 @@ class Masking:
         if inside.eq(1).all():
             return MaskEffects()
         weights = self.weights(inside)
-        kept = torch.stack([forced_places(each) for each in inside])
+        force_keep = None
+        if self.forces_tokens:
+            force_keep = rearrange(torch.stack([forced_places(each) for each in inside]), "b h w -> b (h w)")
         return MaskEffects(
             weights=None if weights.eq(1).all() else weights,
             outside=1 - inside if self.options.masked_loss_prior else None,
-            force_keep=rearrange(kept, "b h w -> b (h w)") if self.forces_tokens else None,
+            force_keep=force_keep,
         )
 
     @property
