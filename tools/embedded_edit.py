@@ -9,7 +9,6 @@ references, what is drawn with them, and what is drawn without.
 
 import argparse
 import json
-import math
 import random
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from embedded_exam import BATCH, Candidate
-from embedded_judge import Share, judge
+from embedded_judge import Share, judge, mean_and_error
 from simpletuner.config.flavours import FLAVOURS
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.options.schedule import ScheduleOptions
@@ -199,11 +198,6 @@ def sheet(folder: Path, count: int) -> Image.Image:
     return image
 
 
-def mean_and_error(values: Float[Tensor, " n"]) -> str:
-    """Mean ± its standard error."""
-    return f"{values.mean():.4f} ± {values.std() / math.sqrt(len(values)):.4f}"
-
-
 def main(arguments: Sequence[str]) -> int:
     """Print what was learned with references and without. Returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -238,9 +232,9 @@ def main(arguments: Sequence[str]) -> int:
             f"held-out loss {found.losses.mean():.4f}"
         )
     gains = grades["without"].losses - grades["with"].losses
-    print(f"loss without less loss with: {mean_and_error(gains.mean(0))}")
+    print(f"loss without less loss with: {mean_and_error(gains.mean(0).tolist(), 4)}")
     for sigma, by_pair in zip(SIGMAS, gains, strict=True):
-        print(f"  at sigma {sigma:.3f}: {mean_and_error(by_pair)}")
+        print(f"  at sigma {sigma:.3f}: {mean_and_error(by_pair.tolist(), 4)}")
     return 0
 
 

@@ -7,8 +7,9 @@ only its names are compared with the wanted ones.
 """
 
 import math
+import statistics
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -128,6 +129,14 @@ class Share:
 
     def __str__(self) -> str:
         return f"{100 * self.value:.1f} ± {100 * self.error:.1f} %"
+
+
+def mean_and_error(values: Sequence[float], digits: int) -> str:
+    """Mean ± its standard error; of a single value, that value."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
 
 
 @dataclass(frozen=True)

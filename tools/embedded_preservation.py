@@ -10,7 +10,6 @@ processes may share the work, each with seeds of its own.
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import simpletuner.examples
 from embedded_exam import Candidate, examine
+from embedded_judge import mean_and_error
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.examples.pictures import materialise
 from simpletuner.flux2.export import attach_saved, read_lora
@@ -102,21 +102,12 @@ def table(grades: Iterable[Grade]) -> str:
     lines = ["| way | weight | seeds | flags | other shapes | drift |", "|---|---|---|---|---|---|"]
     for (way, weight), group in groups.items():
         cells = [
-            share([100 * each.flags for each in group], 1),
-            share([100 * each.shapes for each in group], 1),
-            share([each.drift for each in group], 3),
+            mean_and_error([100 * each.flags for each in group], 1),
+            mean_and_error([100 * each.shapes for each in group], 1),
+            mean_and_error([each.drift for each in group], 3),
         ]
         lines.append(f"| {way} | {weight:g} | {len(group)} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def share(values: Sequence[float], digits: int) -> str:
-    """Mean ± its standard error."""
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.{digits}f}"
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    return f"{mean:.{digits}f} ± {deviation / math.sqrt(len(values)):.{digits}f}"
 
 
 def graded(folder: Path) -> Mapping[str, Grade]:
