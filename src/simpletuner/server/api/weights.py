@@ -1,11 +1,11 @@
 """Weight files: inspected; LoRAs in other formats and merged, for download. The shell's commands do the work."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse
@@ -20,10 +20,10 @@ from simpletuner.runs.layout import LORA_NAME
 from simpletuner.server import uploads
 from simpletuner.server.api.files import LONGEST_PATH, PathQuery, stream_into
 from simpletuner.server.api.samples import ActingLora, lora_file
-from simpletuner.server.commands import output
+from simpletuner.server.commands import output, printed
 from simpletuner.server.context import Context, InContext
 from simpletuner.server.faults import Fault
-from simpletuner.server.shell import while_there
+from simpletuner.server.shell import Finished, while_there
 
 router = APIRouter()
 
@@ -31,6 +31,7 @@ SCRATCH = Path(".simpletuner") / "files"
 """Below the workspace: files that are sent or received; each is deleted when its request ends."""
 LARGEST_INSPECTED = 4 * GIB
 """Upload to be inspected."""
+T = TypeVar("T")
 MADE_FILE = "MADE FILE"
 """Stands for the path of what a command makes, among its words."""
 SAID = "X-Said"
@@ -111,7 +112,9 @@ async def inspect_here(path: PathQuery, request: Request, here: InContext) -> In
     real = here.roots.resolve(path)
     if not (real.is_file() and is_weight_file(real.name)):
         raise Fault.of(422, f"{path}: no weights are there", f"a file that ends in {' or '.join(WEIGHT_FILES)}")
-    return Inspection.model_validate(await _told(here, request, "inspect", str(real)) | {"path": path})
+    return Inspection.model_validate(
+        await _answer(printed, here, request, "inspect", str(real), "--json") | {"path": path}
+    )
 
 
 @router.get("/inspect/rules")
@@ -140,7 +143,7 @@ async def inspect_sent(
         with uploads.scratch_folder(here.workspace / SCRATCH) as folder:
             with (folder / name).open("xb") as file:
                 await stream_into(request.stream(), file, LARGEST_INSPECTED)
-            told = await _told(here, request, "inspect", str(folder / name), scratch=folder)
+            told = await _answer(printed, here, request, "inspect", str(folder / name), "--json", scratch=folder)
             return Inspection.model_validate(told | {"path": name})
     except uploads.Refused as reason:
         raise Fault.of(422, f"{name!a} is not taken: {reason}") from None
@@ -164,28 +167,19 @@ async def merge(wanted: ToMerge, request: Request, here: InContext) -> Temporary
     return await _made(here, request, name, "merge", *loras, "--output", MADE_FILE, *rank, f"--to={wanted.format}")
 
 
-async def _output(here: Context, request: Request, *words: str, scratch: Path | None = None) -> str:
-    """What a command prints.
+async def _answer(
+    read: Callable[[Finished], T], here: Context, request: Request, *words: str, scratch: Path | None = None
+) -> T:
+    """What `read`, which is `output` or `printed`, returns of a command.
 
     Raises:
         Fault: 422, the command failed. Its messages name files as the page does, and those in `scratch` by name alone.
     """
     try:
-        return output(await while_there(request, here.shell.run(*words, request=request)))
+        return read(await while_there(request, here.shell.run(*words, request=request)))
     except Fault as fault:
         folders = [folder for folder in (scratch, here.workspace) if folder is not None]
         raise Fault(fault.status, *(_problem_without(folders, problem) for problem in fault.problems)) from None
-
-
-async def _told(here: Context, request: Request, *words: str, scratch: Path | None = None) -> dict[str, Any]:
-    """The JSON object that a command prints.
-
-    Raises:
-        Fault: as `_output`.
-    """
-    told = json.loads(await _output(here, request, *words, "--json", scratch=scratch))
-    assert isinstance(told, dict)
-    return told
 
 
 def _without(folders: Sequence[Path], text: str) -> str:
@@ -205,13 +199,13 @@ async def _made(here: Context, request: Request, name: str, *words: str) -> Temp
     path.
 
     Raises:
-        Fault: as `_output`.
+        Fault: as `_answer`.
     """
     stack = ExitStack()
     folder = stack.enter_context(uploads.scratch_folder(here.workspace / SCRATCH))
     try:
         named = [str(folder / name) if word == MADE_FILE else word for word in words]
-        said = await _output(here, request, *named, scratch=folder)
+        said = await _answer(output, here, request, *named, scratch=folder)
         return TemporaryDownload(folder / name, stack, _without([folder, here.workspace], said).splitlines())
     except BaseException:
         stack.close()
