@@ -231,9 +231,10 @@ def _delete(folder: Path, command: FolderCommand) -> Result:
         return result, _with_left_out(f"{found} would be deleted.", left)
     _ask(f"Delete {found} of {plan.folder}?", command)
     # The images last: where a partner cannot be moved, the same command can be typed again.
-    trashes = {each.folder: remove_images(each) for each in (*(each for each in beside if each.images), plan)}
+    held = [each for each in beside if each.images]
+    trashes = {each.folder: remove_images(each) for each in (*held, plan)}
     lines = []
-    for each in (plan, *(each for each in beside if each.images)):
+    for each in (plan, *held):
         trash = trashes[each.folder]
         undo = command_text("simpletuner", "dataset", "delete", each.folder, "--undo")
         lines.append(f"{len(each.images) + len(each.captions)} files are in {trash}; `{undo}` brings them back.")
