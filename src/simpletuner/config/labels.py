@@ -162,10 +162,15 @@ LABELS = {
     "dataloader_prefetch": "Prefetch batches",
     "profile_steps": "Profiled steps",
     "num_processes": "Processes",
+    "num_machines": "Machines",
+    "machine_rank": "Number of this machine",
+    "main_process_ip": "Address of machine 0",
+    "main_process_port": "Port of machine 0",
     "distributed_timeout_s": "Timeout between processes",
     "fsdp_enable": "Shard the model (FSDP2)",
     "fsdp_reshard_after_forward": "Reshard after forward",
     "fsdp_cpu_offload": "Shards in host memory",
+    "deepspeed_config": "DeepSpeed",
 }
 """Every option of a run; no two labels are equal."""
 

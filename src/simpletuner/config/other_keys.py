@@ -93,7 +93,6 @@ _CSV = "CSV lists of addresses"
 _HF_DATASETS = "Hub datasets"
 _HUB = "publishing to the Hub"
 _PARQUET = "captions from tables"
-_MACHINES = "training on several machines"
 _S3 = "S3 stores"
 
 LATER_OPTIONS: Mapping[str, OtherKey] = _named(
@@ -112,10 +111,7 @@ LATER_OPTIONS: Mapping[str, OtherKey] = _named(
     (_later(_HUB, False), "push_to_hub push_checkpoints_to_hub"),
     (_later(_HUB), "publishing_config"),
     (_later("posts to Discord and other addresses"), "webhook_config"),
-    (_later(_MACHINES, 1), "num_machines"),
-    (_later(_MACHINES, 0), "machine_rank"),
     (_later("context parallelism", 1), "context_parallel_size"),
-    (_later("DeepSpeed"), "deepspeed_config"),
     (
         OtherKey(NOT_YET + "configs of accelerate", "Give --num_processes, with --fsdp_enable to shard the model."),
         "accelerate_config accelerate_extra_args",
@@ -371,9 +367,7 @@ _IGNORED_OPTIONS: Mapping[str, OtherKey] = _named(
         "fsdp_state_dict_type",
     ),
     (_ignored("fsdp_enable is FSDP2", 2), "fsdp_version"),
-    (_ignored("the processes of one machine find each other through a file", "127.0.0.1"), "main_process_ip"),
-    (_ignored("the processes of one machine find each other through a file", 29500), "main_process_port"),
-    (_ignored("num_machines is 1", True), "same_network"),
+    (_ignored("nothing depends on it", True), "same_network"),
     (_ignored("each process is given its own"), "local_rank"),
     (_ignored("gradients are reduced once a step, whichever parameters have one", False), "find_unused_parameters"),
     (_ignored("context_parallel_size is 1"), "context_parallel_comm_strategy"),

@@ -48,6 +48,13 @@ class World:
     device: torch.device
     signs: "Signs | None" = None
     """Where ranks leave signs of life; None alone."""
+    machine: int = 0
+    """Number of this rank's machine."""
+    machines: int = 1
+    group: dist.ProcessGroup | None = None
+    """Of these ranks; None where they are all ranks of the run."""
+    of_machine: "World | None" = None
+    """This rank among those of its own machine, where there are several machines; None where they are all ranks."""
 
     @classmethod
     def single(cls) -> "World":
@@ -62,6 +69,11 @@ class World:
     @property
     def is_alone(self) -> bool:
         return self.size == 1
+
+    @property
+    def on_machine(self) -> "World":
+        """The ranks of this rank's machine: all of them where there is one machine."""
+        return self.of_machine or self
 
     @property
     def errors(self) -> RankErrors | None:
@@ -128,7 +140,7 @@ class World:
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
             with explained("summing the gradients"):
-                dist.all_reduce(flat)
+                dist.all_reduce(flat, group=self.group)
             parts = flat.split([tensor.numel() for tensor in bucket])
             for tensor, part in zip(bucket, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
@@ -145,7 +157,7 @@ class World:
         sent = tensor.contiguous().view(-1).view(torch.uint8)
         received = [torch.empty_like(sent) for _ in range(self.size)] if self.rank == to else None
         with explained("gathering a tensor"):
-            dist.gather(sent, received, dst=to)
+            dist.gather(sent, received, group=self.group, group_dst=to)
         return None if received is None else [each.view(tensor.dtype).view(tensor.shape) for each in received]
 
     def decide(self, flags: Sequence[bool]) -> list[bool]:
@@ -158,7 +170,7 @@ class World:
             return list(flags)
         values = torch.tensor(flags, dtype=torch.uint8)
         with explained("hearing what rank 0 decides"):
-            dist.broadcast(values, src=0)
+            dist.broadcast(values, group=self.group, group_src=0)
         return [bool(value) for value in values.tolist()]
 
     def broadcast_json(self, value: Any) -> Any:
@@ -172,10 +184,10 @@ class World:
         data = _json_bytes(value) if self.is_main else torch.empty(0, dtype=torch.uint8)
         with explained("hearing what rank 0 decides"):
             length = torch.tensor([len(data)])
-            dist.broadcast(length, src=0)
+            dist.broadcast(length, group=self.group, group_src=0)
             if not self.is_main:
                 data = torch.empty(int(length), dtype=torch.uint8)
-            dist.broadcast(data, src=0)
+            dist.broadcast(data, group=self.group, group_src=0)
         return json.loads(data.numpy().tobytes())
 
     def gather_json(self, value: Any) -> list[Any]:
@@ -189,11 +201,11 @@ class World:
         data = _json_bytes(value)
         with explained("exchanging messages"):
             lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-            dist.all_gather(lengths, torch.tensor([len(data)]))
+            dist.all_gather(lengths, torch.tensor([len(data)]), group=self.group)
             longest = int(max(lengths))
             padded = torch.nn.functional.pad(data, (0, longest - len(data)))
             gathered = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-            dist.all_gather(gathered, padded)
+            dist.all_gather(gathered, padded, group=self.group)
         return [json.loads(each[: int(size)].numpy().tobytes()) for each, size in zip(gathered, lengths, strict=True)]
 
 

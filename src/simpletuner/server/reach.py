@@ -46,6 +46,7 @@ PATHS = {
     "data_backend_config": PathUse(PathKind.DOCUMENT, "write"),
     "user_prompt_library": PathUse(PathKind.DOCUMENT, "write"),
     "optimizer_config": PathUse(PathKind.DOCUMENT, "read"),
+    "deepspeed_config": PathUse(PathKind.DOCUMENT, "read"),
     "peft_lora_target_modules": PathUse(PathKind.DOCUMENT, "read"),
     "tread_config": PathUse(PathKind.DOCUMENT, "read"),
     "custom_text_encoder_intermediary_layers": PathUse(PathKind.DOCUMENT, "read"),

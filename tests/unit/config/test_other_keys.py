@@ -169,10 +169,9 @@ def test_a_config_for_several_gpus_carries_over(place: Any) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("num_machines", 2), ("machine_rank", 1), ("context_parallel_size", 2), ("deepspeed_config", "zero2"),
-     ("accelerate_config", "config/accelerate.yaml")],
-)  # fmt: skip
-def test_what_several_machines_take_is_not_built_yet(place: Any, key: str, value: object) -> None:
+    [("context_parallel_size", 2), ("accelerate_config", "config/accelerate.yaml")],
+)
+def test_what_several_gpus_may_take_is_not_built_yet(place: Any, key: str, value: object) -> None:
     place.config[key] = value
     (problem,) = place.problems()
     assert NOT_YET in problem

@@ -66,7 +66,8 @@ def test_every_free_text_was_thought_about() -> None:
         for name, kind in kinds(RunConfig).items()
         if not kind.choices and kind.base not in (bool, int, float) and not kind.is_path and not kind.is_model
     }
-    assert free == RECORDED_TEXTS
+    left_out = {"deepspeed_config", "main_process_ip"}  # it may name folders; an address of a private network
+    assert free == RECORDED_TEXTS | left_out
 
 
 def test_equal_configs_differ_in_nothing() -> None:
@@ -205,7 +206,7 @@ def test_beside_a_set_with_its_own_batch_size_the_runs_may_not_change() -> None:
 def test_a_record_from_before_there_were_processes_counts_as_one() -> None:
     old = resolved(divided(1, 4))
     for name in RankOptions.model_fields:
-        del old[name]
+        old.pop(name, None)
     assert compare(old, divided(1, 4), OPTION_NAMES) == EQUAL
     assert compare(old, divided(1, 2, 2), OPTION_NAMES).split["num_processes"] == OptionChange(1, 2)
 

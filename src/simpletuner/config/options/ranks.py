@@ -1,19 +1,48 @@
-"""How many processes train together, and what they share."""
+"""How many processes train together, where they run, and what they share."""
 
-from typing import Annotated
+import re
+from typing import Annotated, Any
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
+from pydantic import BeforeValidator
 
-from simpletuner.config.options.kinds import Count, Slice
+from simpletuner.config.options.kinds import Count, IsJson, Says, Slice, Text, Whole
+
+ZERO_STAGES = ("zero1", "zero2", "zero3")
+"""Names of DeepSpeed's stages: what each process holds only its share of. 1 is optimizer state, 2 gradients too, 3
+weights too.
+"""
+
+
+def _settings(value: object) -> object:
+    """The settings of DeepSpeed that the name of a stage stands for; anything else as it is."""
+    if isinstance(value, str) and (named := re.fullmatch("zero([1-3])", value)):
+        return {"zero_optimization": {"stage": int(named[1])}}
+    return value
 
 
 class RankOptions(Slice):
     """Several GPUs."""
 
     num_processes: Count | None = None
-    """Processes that train together, one on each GPU. The effective batch is train_batch_size ×
-    gradient_accumulation_steps × num_processes. By default one; with `fsdp_enable`, one on each GPU that is visible;
-    under torchrun, as many as it started. [many-gpus.md](many-gpus.md) explains it."""
+    """Processes that train together, on all machines, one on each GPU. The effective batch is train_batch_size ×
+    gradient_accumulation_steps × num_processes. By default one on each machine; with `fsdp_enable` or
+    `deepspeed_config`, one on each GPU that is visible; under torchrun, as many as it started.
+    [many-gpus.md](many-gpus.md) explains it."""
+
+    num_machines: Count = 1
+    """Machines that train together, each with the same number of processes. The same command starts the run on each,
+    with another `machine_rank`; under torchrun and srun it is their number. [many-machines.md](many-machines.md)
+    explains it."""
+
+    machine_rank: Whole = 0
+    """Number of this machine, from 0. Machine 0 writes the run."""
+
+    main_process_ip: Text = "127.0.0.1"
+    """Address of machine 0, on which it listens where `num_machines` is more than 1. The network must be trusted."""
+
+    main_process_port: Annotated[int, Ge(1), Le(65535)] = 29500
+    """Port of machine 0 on which the machines find each other."""
 
     distributed_timeout_s: Annotated[int, Ge(5)] = 600
     """Seconds after which a process that waits for another gives up, and names it."""
@@ -28,12 +57,34 @@ class RankOptions(Slice):
     fsdp_cpu_offload: bool = False
     """Keep each process's share of the base model in host memory; it comes to the GPU block by block."""
 
+    deepspeed_config: (
+        Annotated[
+            dict[str, Any],
+            IsJson(),
+            BeforeValidator(_settings),
+            Says(f"{', '.join(ZERO_STAGES)}, or DeepSpeed's settings as an object or a JSON file", near=ZERO_STAGES),
+        ]
+        | None
+    ) = None
+    """Train with DeepSpeed (ZeRO): each process holds its share of the optimizer state (`zero1`), of the gradients too
+    (`zero2`), of the weights too (`zero3`). An object or a JSON file has DeepSpeed's own settings."""
+
     @property
     def may_shard(self) -> bool:
-        """Whether the base model is sharded, as far as is known before the processes are counted."""
+        """Whether the base model is sharded by FSDP2, as far as is known before the processes are counted."""
         return self.fsdp_enable and self.num_processes != 1
 
     @property
     def ranks(self) -> int:
         """Processes that train together, where `num_processes` is settled."""
-        return self.num_processes or 1
+        return self.num_processes or self.num_machines
+
+    @property
+    def ranks_per_machine(self) -> int:
+        """Those of them on each machine."""
+        return self.ranks // self.num_machines
+
+    @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's stage; 0 without DeepSpeed."""
+        return 0 if self.deepspeed_config is None else int(self.deepspeed_config["zero_optimization"]["stage"])
