@@ -1,8 +1,15 @@
 """Bodies as they come in: never more of one in memory than it may hold."""
 
 from fastapi import Request
+from pydantic import BaseModel, ConfigDict
 
 from simpletuner.server.faults import Fault
+
+
+class RequestBody(BaseModel):
+    """The JSON object of a request: a key that it does not know is a mistake."""
+
+    model_config = ConfigDict(extra="forbid")
 
 
 async def read_body(request: Request, most: int) -> bytes:

@@ -3,10 +3,11 @@
 import json
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from simpletuner.config.run import RunConfig
 from simpletuner.config.values import kinds, nearest
+from simpletuner.server.body import RequestBody
 from simpletuner.server.environments import NAME_OR_NONE, selecting
 from simpletuner.server.faults import Fault
 from simpletuner.server.roots import Roots
@@ -18,10 +19,8 @@ Option = str | int | float | bool
 Options = dict[Annotated[str, Field(pattern=r"^[a-z0-9_]+$", max_length=64)], Option]
 
 
-class ToTrain(BaseModel):
+class ToTrain(RequestBody):
     """What to train: an environment or an example, and options that differ from it."""
-
-    model_config = ConfigDict(extra="forbid")
 
     environment: Annotated[str, Field(pattern=NAME_OR_NONE)] | None = None
     example: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.base.parts import locked_part, sweep_parts
 from simpletuner.config.documents import read_document
+from simpletuner.server.body import RequestBody
 from simpletuner.server.documents import encoded, read_text
 from simpletuner.server.environments import (
     DOCUMENTS,
@@ -31,10 +32,8 @@ from simpletuner.server.shell import Finished
 _FOLDER_NAME = "simpletuner-draft-"
 
 
-class Draft(BaseModel):
+class Draft(RequestBody):
     """An environment's documents as they would be saved. One that is null is as it is on disk."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str = Field(pattern=NAME_OR_NONE)
     config: str

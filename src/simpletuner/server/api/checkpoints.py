@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from simpletuner.runs import checkpoints as stored
 from simpletuner.runs.layout import RunDirectory
+from simpletuner.server.body import RequestBody
 from simpletuner.server.commands import printed
 from simpletuner.server.context import Context, InContext
 from simpletuner.server.faults import Fault
@@ -35,10 +36,8 @@ class Checkpoint(BaseModel):
     """What is wrong with it."""
 
 
-class OfStep(BaseModel):
+class OfStep(RequestBody):
     """Which checkpoint."""
-
-    model_config = ConfigDict(extra="forbid")
 
     run: str = Field(max_length=4096)
     step: int = Field(ge=0, le=LATEST_STEP)

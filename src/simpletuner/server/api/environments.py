@@ -6,13 +6,13 @@ import json
 from typing import Annotated, Any, Literal, cast
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from simpletuner.base.errors import MemoryBudgetError
 from simpletuner.config.flavours import DEFAULT_FLAVOUR
 from simpletuner.config.form import Form, form
 from simpletuner.server import environments as files
-from simpletuner.server.body import read_body
+from simpletuner.server.body import RequestBody, read_body
 from simpletuner.server.context import Context, InContext
 from simpletuner.server.documents import read_text, write_text
 from simpletuner.server.drafts import Draft, draft_folder, drafted, without_traces
@@ -65,20 +65,14 @@ class EnvironmentDetail(BaseModel):
     documents: Documents
 
 
-class Body(BaseModel):
-    """A request: what it does not know is a mistake."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class Edit(Body):
+class Edit(RequestBody):
     """A document's new text, and the revision of the text that was edited."""
 
     text: str
     revision: str = Field(max_length=64)
 
 
-class New(Body):
+class New(RequestBody):
     """A new environment: empty, a copy of environment `source`, or example `source`."""
 
     name: str = Field(pattern=NAME_OR_NONE)
@@ -86,7 +80,7 @@ class New(Body):
     source: str = Field(default="", pattern=NAME_OR_NONE)
 
 
-class Renaming(Body):
+class Renaming(RequestBody):
     """An environment's name and its new one."""
 
     name: str = Field(pattern=rf"^{NAME}$")

@@ -8,12 +8,13 @@ from typing import IO, Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from simpletuner.base.files import file_errors_reported
 from simpletuner.base.imagefiles import CAPTION_SUFFIXES, PICTURE_SUFFIXES
 from simpletuner.base.storage import is_utf8_name
 from simpletuner.server import uploads
+from simpletuner.server.body import RequestBody
 from simpletuner.server.context import InContext
 from simpletuner.server.documents import permissions_are_reported, read_text, write_text
 from simpletuner.server.faults import Fault
@@ -61,10 +62,8 @@ class FolderView(BaseModel):
     """Paths of the first pictures, by name."""
 
 
-class NewFolder(BaseModel):
+class NewFolder(RequestBody):
     """A folder to be made in `path`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     path: str = Field(max_length=LONGEST_PATH)
     name: str = Field(max_length=LONGEST_PATH)
@@ -101,10 +100,8 @@ class Caption(BaseModel):
     """Changes with every byte; empty where there is none yet."""
 
 
-class CaptionEdit(BaseModel):
+class CaptionEdit(RequestBody):
     """A caption's new text, and the revision of the text that was edited."""
-
-    model_config = ConfigDict(extra="forbid")
 
     text: str
     revision: str = Field(max_length=64)

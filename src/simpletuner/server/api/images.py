@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from simpletuner.base.imagefiles import caption_key, find_partners
+from simpletuner.server.body import RequestBody
 from simpletuner.server.commands import LONGEST_TEXT, printed
 from simpletuner.server.context import Context, InContext
 from simpletuner.server.faults import Fault
@@ -85,10 +86,8 @@ class EditedCaptions(BaseModel):
     left_out: list[LeftOut]
 
 
-class FolderRequest(BaseModel):
+class FolderRequest(RequestBody):
     """A request about images of a folder."""
-
-    model_config = ConfigDict(extra="forbid")
 
     folder: FolderText
 

@@ -1,8 +1,9 @@
 """Long commands: scanning and caching the pictures of an environment; looking after jobs of any kind."""
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from simpletuner.server.body import RequestBody
 from simpletuner.server.context import InContext
 from simpletuner.server.environments import NAME_OR_NONE, selecting
 from simpletuner.server.work import CommandJob
@@ -10,10 +11,8 @@ from simpletuner.server.work import CommandJob
 router = APIRouter()
 
 
-class JobRequest(BaseModel):
+class JobRequest(RequestBody):
     """What to work on."""
-
-    model_config = ConfigDict(extra="forbid")
 
     environment: str = Field(pattern=NAME_OR_NONE)
 

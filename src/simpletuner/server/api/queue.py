@@ -4,9 +4,10 @@ import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from simpletuner.runs.queue import EntryState, Queue, QueueEntry, QueueMove
+from simpletuner.server.body import RequestBody
 from simpletuner.server.commands import ToTrain, printed, train_arguments
 from simpletuner.server.context import InContext
 
@@ -43,10 +44,8 @@ class ToQueue(ToTrain):
     devices: str = Field(default="", pattern=DEVICES, max_length=256)
 
 
-class ToMove(BaseModel):
+class ToMove(RequestBody):
     """Which entry, and where to."""
-
-    model_config = ConfigDict(extra="forbid")
 
     id: Annotated[int, Field(ge=1, le=10**12)]
     to: QueueMove | Annotated[int, Field(ge=1, le=10**6)]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import FileResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from simpletuner.base.errors import CheckpointError, ConfigError
 from simpletuner.base.files import sha256_bytes
@@ -23,6 +23,7 @@ from simpletuner.runs.process import ask
 from simpletuner.runs.removal import contents_of, delete_run
 from simpletuner.runs.starting import start_record
 from simpletuner.runs.status import status_of
+from simpletuner.server.body import RequestBody
 from simpletuner.server.commands import ToTrain, train_arguments
 from simpletuner.server.context import Context, InContext
 from simpletuner.server.faults import Fault
@@ -113,10 +114,8 @@ class Log(BaseModel):
     """The end of console.log, where the run was started without a terminal."""
 
 
-class OfRun(BaseModel):
+class OfRun(RequestBody):
     """Which run."""
-
-    model_config = ConfigDict(extra="forbid")
 
     run: str = Field(max_length=4096)
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from simpletuner.base.imagefiles import PICTURE_SUFFIXES
 from simpletuner.config.datasets import MOST_REFERENCES
 from simpletuner.runs.layout import LORA_NAME
+from simpletuner.server.body import RequestBody
 from simpletuner.server.context import Context, InContext
 from simpletuner.server.faults import Fault
 from simpletuner.server.roots import Roots
@@ -32,20 +33,16 @@ Side = Annotated[int, Field(ge=16, le=2048, multiple_of=16)]
 Strength = Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)]
 
 
-class ActingLora(BaseModel):
+class ActingLora(RequestBody):
     """A LoRA and how strongly it acts."""
-
-    model_config = ConfigDict(extra="forbid")
 
     path: str = Field(max_length=4096)
     """A .safetensors file, or a folder that holds one such as a checkpoint's."""
     strength: Strength = 1.0
 
 
-class ToDraw(BaseModel):
+class ToDraw(RequestBody):
     """What to draw."""
-
-    model_config = ConfigDict(extra="forbid")
 
     run: str | None = Field(default=None, max_length=4096)
     """Whose model draws, and whose finished LoRA acts unless `loras` names others."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from starlette.types import Receive, Scope, Send
 
 from simpletuner.base.errors import Problem
@@ -20,6 +20,7 @@ from simpletuner.runs.layout import LORA_NAME
 from simpletuner.server import uploads
 from simpletuner.server.api.files import LONGEST_PATH, PathQuery, stream_into
 from simpletuner.server.api.samples import ActingLora, lora_file
+from simpletuner.server.body import RequestBody
 from simpletuner.server.commands import output, printed
 from simpletuner.server.context import Context, InContext
 from simpletuner.server.faults import Fault
@@ -66,10 +67,8 @@ class InspectionLimit(BaseModel):
     """Bytes."""
 
 
-class ToConvert(BaseModel):
+class ToConvert(RequestBody):
     """A LoRA, and the format in which it is wanted."""
-
-    model_config = ConfigDict(extra="forbid")
 
     path: str = Field(max_length=LONGEST_PATH)
     """A .safetensors file, or a folder that holds one such as a checkpoint's."""
@@ -78,10 +77,8 @@ class ToConvert(BaseModel):
     """Convert even where a loader of this format drops layers, or gets them wrong."""
 
 
-class ToMerge(BaseModel):
+class ToMerge(RequestBody):
     """LoRAs to be merged into one."""
-
-    model_config = ConfigDict(extra="forbid")
 
     loras: list[ActingLora] = Field(min_length=2, max_length=8)
     rank: int | None = Field(default=None, ge=1, le=4096)
