@@ -1,6 +1,7 @@
 """What a configuration begins with: a model, a card and a recipe."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -8,7 +9,7 @@ from pydantic import BaseModel
 
 from simpletuner.base.sizes import GIB
 from simpletuner.config.flavours import FLAVOURS, Flavour
-from simpletuner.config.recipes import CARDS, LEAST_STEPS, RECIPES, card_of
+from simpletuner.config.recipes import CARDS, LEAST_STEPS, RECIPES, Card, Recipe, card_of
 from simpletuner.server.context import InContext
 from simpletuner.server.meter import MeteredGpu
 
@@ -33,41 +34,6 @@ class ModelChoice(BaseModel):
     """Option to where its value comes from."""
 
 
-class FlavourFit(BaseModel):
-    """Options with which a flavour fits on a card."""
-
-    options: dict[str, Any]
-    summary: str
-    """What they do, in a few words."""
-
-
-class CardChoice(BaseModel):
-    """A GPU size, and how the flavours fit on it."""
-
-    name: str
-    vram_gib: float
-    ram_gib: float
-    """Host memory that the machine should have beside it."""
-    fits: dict[str, FlavourFit]
-    """By flavour; embedded ones need no card."""
-
-
-class RecipeChoice(BaseModel):
-    """A recipe for a flavour."""
-
-    name: str
-    flavour: str
-    title: str
-    summary: str
-    options: dict[str, Any]
-    """Option to value; null means left out."""
-    sources: dict[str, str]
-    """Option to where its value comes from."""
-    is_tested: bool
-    needs: str
-    """What this program lacks for it; empty where it can be trained."""
-
-
 class FoundGpu(BaseModel):
     """A GPU of this machine."""
 
@@ -81,10 +47,10 @@ class Choices(BaseModel):
     """What a configuration begins with."""
 
     models: list[ModelChoice]
-    cards: list[CardChoice]
+    cards: list[Card]
     gpus: list[FoundGpu]
     """Empty where there is none."""
-    recipes: list[RecipeChoice]
+    recipes: list[Recipe]
     least_steps: int
     """Optimizer steps under which a LoRA has hardly learned anything."""
 
@@ -94,9 +60,9 @@ def recipes(here: InContext) -> Choices:
     """Models, cards and recipes to choose from, and the GPUs of this machine."""
     return Choices(
         models=_models(),
-        cards=_cards(),
+        cards=list(CARDS),
         gpus=_gpus(here.meter.read(here.workspace).gpus),
-        recipes=_recipes(),
+        recipes=[replace(recipe, **_with_epochs(recipe)) for recipe in RECIPES],
         least_steps=LEAST_STEPS,
     )
 
@@ -124,18 +90,6 @@ def _sizes(flavour: Flavour) -> dict[str, Any]:
     return {} if side is None else {"validation_resolution": f"{side}x{side}"}
 
 
-def _cards() -> list[CardChoice]:
-    return [
-        CardChoice(
-            name=card.name,
-            vram_gib=card.vram_gib,
-            ram_gib=card.ram_gib,
-            fits={name: FlavourFit(options=dict(fit.options), summary=fit.summary) for name, fit in card.fits.items()},
-        )
-        for card in CARDS
-    ]
-
-
 def _gpus(metered: Sequence[MeteredGpu]) -> list[FoundGpu]:
     found = []
     for gpu in metered:
@@ -147,21 +101,12 @@ def _gpus(metered: Sequence[MeteredGpu]) -> list[FoundGpu]:
     return found
 
 
-def _recipes() -> list[RecipeChoice]:
-    return [
-        RecipeChoice(
-            name=recipe.name,
-            flavour=recipe.flavour,
-            title=recipe.title,
-            summary=recipe.summary,
-            # A number of steps wins over a number of epochs, so a recipe that counts epochs has no steps.
-            options={"max_train_steps": None, **recipe.options},
-            sources={
-                "max_train_steps": "the recipe counts epochs: a number of steps wins",
-                **recipe.sources,
-            },
-            is_tested=recipe.is_tested,
-            needs=recipe.needs,
-        )
-        for recipe in RECIPES
-    ]
+def _with_epochs(recipe: Recipe) -> dict[str, Any]:
+    """Options and sources of `recipe` for a config that may have a number of steps, which would win over its epochs;
+    null means left out.
+    """
+    reason = "the recipe counts epochs: a number of steps wins"
+    return {
+        "options": {"max_train_steps": None, **recipe.options},
+        "sources": {"max_train_steps": reason, **recipe.sources},
+    }
