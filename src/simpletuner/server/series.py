@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Literal, Self
 
 from pydantic import ValidationError
 
@@ -197,7 +197,7 @@ class PhaseState:
     """How far a phase of the last start is."""
 
     phase: str
-    state: str = "begin"
+    state: Literal["begin", "end"] = "begin"
     seconds: float | None = None
     memory_gib: float | None = None
     progress: ProgressEvent | None = None

@@ -16,7 +16,6 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 from simpletuner.base.files import file_errors_reported
 from simpletuner.base.parts import locked_part, sweep_parts
@@ -282,14 +281,10 @@ def _take(opened: zipfile.ZipFile, entry: zipfile.ZipInfo, folder: Path, roots: 
             raise Refused("a file is in the place of its folder") from None
         with part_beside(place_in) as part:
             with opened.open(entry) as source, part.open("wb") as target:
-                _copy(source, target)
+                shutil.copyfileobj(source, target, MIB)
             check_content(part, suffix)
             name_part(part, place_in / name)
     return place_in / name
-
-
-def _copy(source: IO[bytes], target: IO[bytes]) -> None:
-    shutil.copyfileobj(source, target, MIB)
 
 
 def _make_folders(folder: Path, made: list[Path]) -> None:

@@ -5,7 +5,7 @@ import codecs
 import contextlib
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import FileResponse, StreamingResponse
@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from simpletuner.base.errors import CheckpointError, ConfigError
 from simpletuner.base.files import sha256_bytes
 from simpletuner.config.load import examine
-from simpletuner.runs.events import CheckpointEvent, ProgressEvent, ValidationEvent
+from simpletuner.runs.events import CheckpointEvent, ValidationEvent
 from simpletuner.runs.launch import devices_of, launch_run
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.runs.note import LONGEST_NOTE, NoteChanged, write_note
@@ -29,7 +29,7 @@ from simpletuner.server.context import Context, InContext
 from simpletuner.server.faults import Fault
 from simpletuner.server.pictures import Version
 from simpletuner.server.runs import Run, RunName, glance, output_folders, part_of, run_at
-from simpletuner.server.series import Damaged, decoded
+from simpletuner.server.series import Damaged, PhaseState, decoded
 from simpletuner.server.thumbnails import WIDTHS, picture_type
 
 router = APIRouter()
@@ -38,16 +38,6 @@ LOG_BYTES = 64 * 1024
 LARGEST_RUN_DOCUMENT = 8 * 1024 * 1024
 LARGEST_ID = 2**53
 ATTACHMENTS = {".json": "application/json", ".zip": "application/zip"}
-
-
-class RunPhase(BaseModel):
-    """How far a phase of the last start is."""
-
-    phase: str
-    state: Literal["begin", "end"]
-    seconds: float | None
-    memory_gib: float | None
-    progress: ProgressEvent | None
 
 
 class RunDetail(Run):
@@ -64,7 +54,7 @@ class RunDetail(Run):
     attempts: int
     """Starts that were not refused: those that ended with an error before they trained are none."""
     starts: int
-    phases: list[RunPhase]
+    phases: list[PhaseState]
     validations: list[ValidationEvent]
     checkpoints: list[CheckpointEvent]
     notices: list[str]
@@ -165,7 +155,7 @@ def run(here: InContext, run: RunName) -> RunDetail:
         remedy=None if told.plan is None else told.plan.remedy,
         attempts=told.attempts,
         starts=told.starts,
-        phases=[RunPhase.model_validate(vars(phase)) for phase in told.phases.values()],
+        phases=list(told.phases.values()),
         validations=list(told.validations.values()),
         checkpoints=told.checkpoints,
         notices=told.notices,
