@@ -57,14 +57,5 @@ def _measured(folder: Path) -> MachineMeter:
         ram_available_bytes=None if memory is None else memory.available_bytes,
         disk_free_bytes=free,
         disk_is_low=free < LOW_DISK_BYTES,
-        gpus=[
-            MeteredGpu(
-                index=gpu.index,
-                name=gpu.name,
-                total_bytes=gpu.total_bytes,
-                used_bytes=gpu.used_bytes,
-                utilization_percent=gpu.utilization_percent,
-            )
-            for gpu in gpus()
-        ],
+        gpus=[MeteredGpu.model_validate(gpu, from_attributes=True) for gpu in gpus()],
     )

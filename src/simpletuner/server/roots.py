@@ -27,6 +27,17 @@ class Roots(Reach):
         """
         return _or_fault(lambda: self.named(key, text))
 
+    def folder(self, text: str) -> Path:
+        """The real path of the folder that `text` names.
+
+        Raises:
+            Fault: 403, it lies outside or is hidden; 404, none is there; 422, it is no path.
+        """
+        path = self.resolve(text)
+        if not path.is_dir():
+            raise Fault.of(404, f"{text} is no folder")
+        return path
+
     def shown(self, path: Path) -> str:
         """`path` as the page names it, and as `resolve` takes it: relative where it lies in the workspace."""
         text = str(path.relative_to(self.workspace)) if path.is_relative_to(self.workspace) else str(path)

@@ -4,7 +4,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import IO, Annotated
+from typing import IO, Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
@@ -38,6 +38,13 @@ router = APIRouter()
 NAMED_AT_MOST = 200
 """Pictures that a folder's answer names."""
 LONGEST_PATH = 4096
+FILE_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+"""What OpenAPI says of a route that takes a file as it is."""
 
 PathQuery = Annotated[str, Query(max_length=LONGEST_PATH)]
 
@@ -110,13 +117,13 @@ class CaptionEdit(RequestBody):
 @router.get("/folders")
 def folders(here: InContext, path: PathQuery = ".") -> FolderView:
     """A folder; `.` is the workspace. Hidden ones are left out, and links that lead out of the page's folders."""
-    return _view(_folder(here.roots, path), here.roots)
+    return _view(here.roots.folder(path), here.roots)
 
 
 @router.post("/folder", status_code=201)
 def make_folder(new: NewFolder, here: InContext) -> FolderView:
     """Make a folder."""
-    parent = _folder(here.roots, new.path)
+    parent = here.roots.folder(new.path)
     try:
         uploads.check_name(new.name)
     except Refused as reason:
@@ -136,20 +143,12 @@ def upload_rules() -> UploadRules:
     return UploadRules(suffixes=sorted(PICTURES | TEXTS | {ZIP}), largest=largest)
 
 
-@router.put(
-    "/upload",
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
-        }
-    },
-)
+@router.put("/upload", openapi_extra=FILE_BODY)
 async def upload(
     folder: PathQuery, name: Annotated[str, Query(max_length=LONGEST_PATH)], request: Request, here: InContext
 ) -> Upload:
     """Take a picture, a text or a zip of them into a folder. Nothing that is there is overwritten."""
-    into = _folder(here.roots, folder)
+    into = here.roots.folder(folder)
     try:
         uploads.check_name(name)
         outcome = await _taken(request, into, name, here.roots)
@@ -176,7 +175,7 @@ def picture(
     """A picture, or with `width` a JPEG of it, upright and at most so wide. The JPEG of a `mask` is black where the
     file is transparent; that of another picture is white.
     """
-    version = _version(here.roots, path)
+    version = Version.of(_image(here.roots, path, PICTURES))
     headers = {"ETag": version.tag(width), "Cache-Control": "private, no-cache"}
     if request.headers.get("if-none-match") == headers["ETag"]:
         return Response(status_code=304, headers=headers)
@@ -202,18 +201,6 @@ async def write_caption(path: PathQuery, change: CaptionEdit, here: InContext) -
     await write_text(beside, change.text, change.revision, here.writing)
     text, revision = await asyncio.to_thread(read_text, beside)
     return Caption(text=text, revision=revision)
-
-
-def _folder(roots: Roots, text: str) -> Path:
-    """The folder that `text` names.
-
-    Raises:
-        Fault: 403, outside; 404, none.
-    """
-    path = roots.resolve(text)
-    if not path.is_dir():
-        raise Fault.of(404, f"{text} is no folder")
-    return path
 
 
 def _view(folder: Path, roots: Roots) -> FolderView:
@@ -245,16 +232,12 @@ def _view(folder: Path, roots: Roots) -> FolderView:
     )
 
 
-def _version(roots: Roots, text: str) -> Version:
-    """The picture that `text` names, as it is now.
+def _image(roots: Roots, text: str, suffixes: frozenset[str]) -> Path:
+    """The picture that `text` names, by one of `suffixes`.
 
     Raises:
         Fault: 403, outside; 404, none; 422, no picture by its name.
     """
-    return Version.of(_image(roots, text, PICTURES))
-
-
-def _image(roots: Roots, text: str, suffixes: frozenset[str]) -> Path:
     path = roots.resolve(text)
     if path.suffix.lower() not in suffixes:
         raise Fault.of(422, f"{text} is no picture")

@@ -142,7 +142,7 @@ def images(
     text: Annotated[str, Query(max_length=LONGEST_TEXT)] = "",
 ) -> ImageList:
     """The images below a folder; with `missing` those without a caption, with `text` those that name or say it."""
-    path = image_folder(here, folder)
+    path = here.roots.folder(folder)
     found = here.image_lists.search(path, holds=here.roots.holds, only_missing=missing, text=text)
     return ImageList(
         path=here.roots.shown(path),
@@ -164,8 +164,8 @@ def partners(
 ) -> Partners:
     """Which files of the folder `beside` are references or masks of the images below a folder; with `numbered`, several
     of one image, as references may be."""
-    names = held_images(image_folder(here, folder), here.roots.holds).images
-    path = image_folder(here, beside)
+    names = held_images(here.roots.folder(folder), here.roots.holds).images
+    path = here.roots.folder(beside)
     found = find_partners(names, held_images(path, here.roots.holds).images, is_numbered=numbered)
     paired = {name: [file for _, file in found.get(caption_key(name), ())] for name in names}
     return Partners(path=here.roots.shown(path), names={name: files for name, files in paired.items() if files})
@@ -175,7 +175,7 @@ def partners(
 async def edit_captions(edit: CaptionsEdit, request: Request, here: InContext) -> EditedCaptions:
     """Change captions together, or say what would change (`dry_run`): `simpletuner dataset captions`. With a
     `revision`, refuse where they are not what that dry run saw."""
-    path = image_folder(here, edit.folder)
+    path = here.roots.folder(edit.folder)
     texts = {"find": edit.find, "replace": edit.replace, "prepend": edit.prepend, "append": edit.append}
     switches = {"regex": edit.regex, "whole": edit.whole, "dry-run": edit.dry_run}
     flags = [f"--{name}={text}" for name, text in (texts | {"revision": edit.revision}).items() if text]
@@ -197,7 +197,7 @@ async def edit_captions(edit: CaptionsEdit, request: Request, here: InContext) -
 @router.post("/images/delete")
 async def delete_images(deletion: Deletion, here: InContext) -> DeletedImages:
     """Move images and their captions to the folder's trash: `simpletuner dataset delete`."""
-    path = image_folder(here, deletion.folder)
+    path = here.roots.folder(deletion.folder)
     deleted = DeletedImages.model_validate(await _dataset(here, "delete", path, deletion.names, "--yes"))
     return deleted.model_copy(update={"trash": here.roots.shown(Path(deleted.trash))}) if deleted.trash else deleted
 
@@ -205,34 +205,22 @@ async def delete_images(deletion: Deletion, here: InContext) -> DeletedImages:
 @router.post("/images/undo")
 async def undo(wanted: Undo, here: InContext) -> Undone:
     """Take the last change of captions or the last deletion back."""
-    path = image_folder(here, wanted.folder)
+    path = here.roots.folder(wanted.folder)
     return Undone.model_validate(await _dataset(here, wanted.what, path, None, "--undo"))
 
 
 @router.post("/images/empty-trash")
 async def emptied_trash(wanted: FolderRequest, here: InContext) -> dict[str, int]:
     """Delete for good what was deleted from a folder before; answers how many files."""
-    path = image_folder(here, wanted.folder)
+    path = here.roots.folder(wanted.folder)
     return await _dataset(here, "delete", path, None, "--empty-trash", "--yes")
 
 
 @router.post("/jobs/duplicates", status_code=202)
 async def duplicates(wanted: FolderRequest, here: InContext) -> CommandJob:
     """Look for images that are there twice. The result is what `simpletuner dataset duplicates` prints."""
-    path = image_folder(here, wanted.folder)
+    path = here.roots.folder(wanted.folder)
     return here.jobs.start("duplicates", ["dataset", "duplicates", str(path), "--json", "--progress"])
-
-
-def image_folder(here: Context, text: str) -> Path:
-    """The folder that `text` names.
-
-    Raises:
-        Fault: 403, outside; 404, none.
-    """
-    path = here.roots.resolve(text)
-    if not path.is_dir():
-        raise Fault.of(404, f"{text} is no folder")
-    return path
 
 
 def _is_there(folder: Path, name: str) -> bool:

@@ -18,7 +18,7 @@ from simpletuner.base.tensorfile import WEIGHT_FILES, is_weight_file
 from simpletuner.config.options.lora import LoraFormat
 from simpletuner.runs.layout import LORA_NAME
 from simpletuner.server import uploads
-from simpletuner.server.api.files import LONGEST_PATH, PathQuery, stream_into
+from simpletuner.server.api.files import FILE_BODY, LONGEST_PATH, PathQuery, stream_into
 from simpletuner.server.api.samples import ActingLora, lora_file
 from simpletuner.server.body import RequestBody
 from simpletuner.server.commands import output, printed
@@ -120,15 +120,7 @@ def inspection_limit() -> InspectionLimit:
     return InspectionLimit(suffixes=list(WEIGHT_FILES), largest=LARGEST_INSPECTED)
 
 
-@router.put(
-    "/inspect",
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
-        }
-    },
-)
+@router.put("/inspect", openapi_extra=FILE_BODY)
 async def inspect_sent(
     name: Annotated[str, Query(max_length=LONGEST_PATH)], request: Request, here: InContext
 ) -> Inspection:
