@@ -19,6 +19,7 @@ from simpletuner.server.drafts import Draft, draft_folder, drafted, without_trac
 from simpletuner.server.environments import NAME, NAME_OR_NONE, DocumentName, Environment, existing
 from simpletuner.server.faults import Fault, ProblemAnswer, answered
 from simpletuner.server.shell import problems_told, while_there
+from simpletuner.server.work import from_json
 
 router = APIRouter()
 
@@ -264,7 +265,7 @@ async def _planned(draft: PlanRequest, here: Context) -> dict[str, Any]:
 
 def _object(text: str) -> dict[str, Any] | None:
     try:
-        value = json.loads(text, parse_constant=lambda _: None)
+        value = from_json(text)
     except ValueError:
         return None
     return cast("dict[str, Any]", value) if isinstance(value, dict) else None

@@ -14,6 +14,7 @@ from simpletuner.base.files import file_errors_reported
 from simpletuner.base.imagefiles import CAPTION_SUFFIXES, PICTURE_SUFFIXES
 from simpletuner.base.storage import is_utf8_name
 from simpletuner.server import uploads
+from simpletuner.server.api.environments import Edit
 from simpletuner.server.body import RequestBody
 from simpletuner.server.context import InContext
 from simpletuner.server.documents import permissions_are_reported, read_text, write_text
@@ -107,13 +108,6 @@ class Caption(BaseModel):
     """Changes with every byte; empty where there is none yet."""
 
 
-class CaptionEdit(RequestBody):
-    """A caption's new text, and the revision of the text that was edited."""
-
-    text: str
-    revision: str = Field(max_length=64)
-
-
 @router.get("/folders")
 def folders(here: InContext, path: PathQuery = ".") -> FolderView:
     """A folder; `.` is the workspace. Hidden ones are left out, and links that lead out of the page's folders."""
@@ -195,7 +189,7 @@ def caption(path: PathQuery, here: InContext) -> Caption:
 
 
 @router.put("/caption")
-async def write_caption(path: PathQuery, change: CaptionEdit, here: InContext) -> Caption:
+async def write_caption(path: PathQuery, change: Edit, here: InContext) -> Caption:
     """Write the caption beside a picture, unless it was changed since `revision`: then 409."""
     beside = _caption_of(here.roots, path)
     await write_text(beside, change.text, change.revision, here.writing)
