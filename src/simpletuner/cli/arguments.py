@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Form = TypeVar("Form", bound="DataclassInstance")
 Default = TypeVar("Default")
+Word = TypeVar("Word", bound=str)
 _DECLARATION = "declaration"
 """Key of a field's metadata."""
 
@@ -120,6 +121,11 @@ def parse_command(
     request = form(**values)
     ConfigError.raise_if([*problems, *check(request)])
     return request
+
+
+def one_of(words: Sequence[Word]) -> Callable[[str], Word]:
+    """The conversion of a flag that takes one of `words`."""
+    return lambda text: words[words.index(text)]
 
 
 def verb_of(command: str, arguments: Sequence[str], verbs: Collection[str], expects: str = "") -> str:

@@ -18,7 +18,7 @@ from simpletuner.base.machine import gpus, host_memory
 from simpletuner.base.sizes import GIB
 from simpletuner.base.storage import storage_of
 from simpletuner.base.text import does_as_file_name, is_visible
-from simpletuner.cli.arguments import Flag, parse_command
+from simpletuner.cli.arguments import Flag, one_of, parse_command
 from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.printing import table
 from simpletuner.config.flavours import FLAVOURS, FlavourName
@@ -65,13 +65,6 @@ def _card(text: str) -> ChosenCard:
     return ChosenCard(card)
 
 
-def _model(text: str) -> FlavourName:
-    for name in (*ON_CARDS, *WITHOUT_CARD):
-        if name == text.strip().lower():
-            return name
-    raise ValueError(text)
-
-
 def _images(text: str) -> Path:
     folder = Path(with_home(text))
     if not text or not folder.is_dir():
@@ -80,10 +73,7 @@ def _images(text: str) -> Path:
 
 
 def _recipe(text: str) -> RecipeName:
-    for name in READY:
-        if name == text.strip().lower():
-            return name
-    raise ValueError(text)
+    return one_of(READY)(text.strip().lower())
 
 
 def _trigger(text: str) -> str:
@@ -113,7 +103,7 @@ class InitCommand:
     model: FlavourName | None = Flag(
         "what is trained; by default dev, and without a card tiny",
         "NAME",
-        convert=_model,
+        convert=lambda text: one_of((*ON_CARDS, *WITHOUT_CARD))(text.strip().lower()),
         expects=join_names((*ON_CARDS, *WITHOUT_CARD)),
         follows="a model, such as klein-4b",
     ).default(None)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args
 from simpletuner.base.console import say
 from simpletuner.base.errors import Problem
 from simpletuner.base.sizes import format_size
-from simpletuner.cli.arguments import Flag
+from simpletuner.cli.arguments import Flag, one_of
 from simpletuner.cli.printing import json_text
 from simpletuner.config.options.lora import LoraFormat
 from simpletuner.config.values import join_names
@@ -39,16 +39,6 @@ def _energy(text: str) -> float:
     return share
 
 
-def _format(text: str) -> str:
-    """Raises ValueError where `text` names no format."""
-    return _FORMATS[_FORMATS.index(text)]
-
-
-def _dtype(text: str) -> str:
-    """Raises ValueError where `text` names no dtype."""
-    return _DTYPES[_DTYPES.index(text)]
-
-
 @dataclass(frozen=True)
 class LoraOutput:
     """How the LoRA is written that a command computes."""
@@ -73,14 +63,14 @@ class LoraOutput:
     to: LoraFormat = Flag(
         f"{join_names(_FORMATS, 'or')}: whose names the file has (default diffusers)",
         "FORMAT",
-        convert=_format,
+        convert=one_of(_FORMATS),
         expects=join_names(_FORMATS, "or"),
         follows="a format",
     ).default("diffusers")
     dtype: str | None = Flag(
         "fp32, bf16 or fp16: the type of its numbers; by default the narrowest that holds those that were read",
         "DTYPE",
-        convert=_dtype,
+        convert=one_of(_DTYPES),
         expects=join_names(_DTYPES, "or"),
         follows="a dtype",
     ).default(None)

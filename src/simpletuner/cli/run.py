@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from simpletuner.base.commandline import command_text
 from simpletuner.base.console import answer_to, complain, say
 from simpletuner.base.errors import CheckpointError, ConfigError
 from simpletuner.base.sizes import format_size
 from simpletuner.cli import queueing
-from simpletuner.cli.arguments import Flag, Positional, parse_command, refuse_rest, verb_of
+from simpletuner.cli.arguments import Flag, Positional, one_of, parse_command, refuse_rest, verb_of
 from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.main import INTERRUPTED
@@ -61,7 +61,6 @@ _USAGE = """usage: simpletuner run start [--queue] [--no-wait] [--devices LIST] 
 REQUESTS: tuple[ControlRequest, ...] = get_args(ControlRequest)
 
 START_WAIT_S = 30.0
-Word = TypeVar("Word", bound=str)
 
 _SHOW = ("simpletuner", "run", "show")
 _JSON_HELP = "print one JSON object (with --follow, one event a line)"
@@ -80,19 +79,7 @@ class StartCommand:
 
 RunOrder = Literal["started", "name", "loss", "state"]
 ORDERS: tuple[RunOrder, ...] = get_args(RunOrder)
-
-
-def _state(text: str) -> RunState:
-    return _one_of(text, get_args(RunState))
-
-
-def _order(text: str) -> RunOrder:
-    return _one_of(text, ORDERS)
-
-
-def _one_of(text: str, words: tuple[Word, ...]) -> Word:
-    """Raises ValueError where `text` is none of `words`."""
-    return words[words.index(text)]
+STATES: tuple[RunState, ...] = get_args(RunState)
 
 
 @dataclass(frozen=True)
@@ -120,10 +107,10 @@ class ListCommand:
     folder: Path | None = Positional(convert=Path).default(None)
     find: str = Flag("only runs with this text in their name, folder or note", "TEXT").default("")
     state: RunState | None = Flag(
-        "only runs in this state", "STATE", convert=_state, expects=join_names(get_args(RunState), "or")
+        "only runs in this state", "STATE", convert=one_of(STATES), expects=join_names(STATES)
     ).default(None)
     sort: RunOrder = Flag(
-        "started (the newest first), name, loss or state", "KEY", convert=_order, expects=join_names(ORDERS, "or")
+        "started (the newest first), name, loss or state", "KEY", convert=one_of(ORDERS), expects=join_names(ORDERS)
     ).default("started")
     json: bool = Flag(_JSON_HELP).default(False)
     rest: tuple[str, ...] = ()
