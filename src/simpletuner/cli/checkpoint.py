@@ -1,17 +1,16 @@
 """`simpletuner checkpoint list|verify|delete`: the checkpoints of a run."""
 
 import datetime
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from simpletuner.base.commandline import command_text
-from simpletuner.base.console import answer_to, say
+from simpletuner.base.console import say
 from simpletuner.base.errors import CheckpointError, ConfigError, Problem
 from simpletuner.base.sizes import format_size
 from simpletuner.cli.arguments import Flag, parse_command, verb_of
 from simpletuner.cli.help import command_help, help_asked
-from simpletuner.cli.named_run import NamedRun
+from simpletuner.cli.named_run import NamedRun, confirm_deletion
 from simpletuner.cli.printing import json_text, table
 from simpletuner.runs import checkpoints
 from simpletuner.runs.layout import RunDirectory
@@ -141,7 +140,9 @@ def _delete(directory: RunDirectory, command: CheckpointCommand) -> int:
             )
         gone = [one for step in doomed if (one := _at(directory, step)) is not None]
         if gone and not command.yes:
-            _confirm(gone)
+            steps = ", ".join(str(one.step) for one in gone)
+            what = f"the checkpoints of steps {steps}" if len(gone) > 1 else f"the checkpoint of step {steps}"
+            confirm_deletion(what, format_size(sum(one.bytes for one in gone)))
         for step in doomed:
             checkpoints.remove(directory, step)
     kept = checkpoints.steps(directory)
@@ -150,23 +151,6 @@ def _delete(directory: RunDirectory, command: CheckpointCommand) -> int:
     else:
         say(f"{len(gone)} deleted, {format_size(sum(one.bytes for one in gone))}; {len(kept)} kept.")
     return 0
-
-
-def _confirm(gone: Sequence[ListedCheckpoint]) -> None:
-    """Ask on the terminal.
-
-    Raises:
-        ConfigError: there is no terminal, or the answer is no.
-    """
-    steps = ", ".join(str(one.step) for one in gone)
-    what = f"the checkpoints of steps {steps}" if len(gone) > 1 else f"the checkpoint of step {steps}"
-    answer = answer_to(f"Delete {what} ({format_size(sum(one.bytes for one in gone))})? [y/N] ")
-    if answer is None:
-        raise ConfigError.of(
-            f"nobody can be asked whether to delete {what}", remedy="Give --yes to delete without being asked."
-        )
-    if answer.lower() not in ("y", "yes"):
-        raise ConfigError.of("nothing is deleted")
 
 
 def _asked(directory: RunDirectory, typed: tuple[tuple[int, ...], ...]) -> list[int]:

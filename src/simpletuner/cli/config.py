@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from simpletuner.base.console import say
-from simpletuner.base.errors import ConfigError, Problem
+from simpletuner.base.errors import ConfigError
 from simpletuner.cli.arguments import Flag, parse_command, verb_of
 from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.loading import examine_here, load_here
-from simpletuner.cli.printing import json_text
+from simpletuner.cli.printing import json_text, problem_json
 from simpletuner.config.load import Examined, Loaded
 from simpletuner.config.values import shown
 
@@ -56,21 +56,10 @@ def run(arguments: list[str]) -> int:
 def _as_json(examined: Examined) -> dict[str, Any]:
     values = examined.config.model_dump(mode="json")
     return {
-        "problems": [told(problem) for problem in examined.problems],
+        "problems": [problem_json(problem) for problem in examined.problems],
         "notices": list(examined.notices),
         "values": {name: values[name] for name in examined.origins},
         "origins": examined.origins,
-    }
-
-
-def told(problem: Problem) -> dict[str, str]:
-    """A problem as JSON: its parts, and all of it in one breath."""
-    return {
-        "found": problem.found,
-        "expected": problem.expected,
-        "remedy": problem.remedy,
-        "key": problem.key,
-        "text": str(problem),
     }
 
 

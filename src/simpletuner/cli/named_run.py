@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+from simpletuner.base.console import answer_to
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.cli.arguments import Positional, refuse_rest
 from simpletuner.cli.loading import load_here
@@ -12,6 +13,21 @@ from simpletuner.runs.status import find_runs, is_run
 
 RUNS = Path("output")
 """Where runs lie unless they are sent elsewhere."""
+
+
+def confirm_deletion(what: str, contents: str) -> None:
+    """Ask on the terminal whether to delete `what`, with its `contents`.
+
+    Raises:
+        ConfigError: there is no terminal, or the answer is no.
+    """
+    answer = answer_to(f"Delete {what} ({contents})? [y/N] ")
+    if answer is None:
+        raise ConfigError.of(
+            f"nobody can be asked whether to delete {what}", remedy="Give --yes to delete without being asked."
+        )
+    if answer.lower() not in ("y", "yes"):
+        raise ConfigError.of("nothing is deleted")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from simpletuner.base.commandline import command_text
-from simpletuner.base.console import answer_to, complain, say
+from simpletuner.base.console import complain, say
 from simpletuner.base.errors import CheckpointError, ConfigError
 from simpletuner.base.sizes import format_size
 from simpletuner.cli import queueing
@@ -18,7 +18,7 @@ from simpletuner.cli.arguments import Flag, Positional, one_of, parse_command, r
 from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.main import INTERRUPTED
-from simpletuner.cli.named_run import RUNS, NamedRun
+from simpletuner.cli.named_run import RUNS, NamedRun, confirm_deletion
 from simpletuner.cli.printing import json_text, table
 from simpletuner.cli.telling import POLL_EVENTS_EVERY_S, Narrator, as_json, described, followed, shown_time
 from simpletuner.config.values import join_names
@@ -256,14 +256,7 @@ def _delete(command: DeleteCommand) -> int:
     check_deletable(directory, Path.cwd())
     if not command.yes:
         found = contents_of(directory)
-        answer = answer_to(f"Delete {directory.root} ({format_size(found.bytes)}: {found.text})? [y/N] ")
-        if answer is None:
-            raise ConfigError.of(
-                f"nobody can be asked whether to delete {directory.root}",
-                remedy="Give --yes to delete without being asked.",
-            )
-        if answer.lower() not in ("y", "yes"):
-            raise ConfigError.of("nothing is deleted")
+        confirm_deletion(str(directory.root), f"{format_size(found.bytes)}: {found.text}")
     deleted = delete_run(directory, Path.cwd())
     if command.json:
         say(json_text({"run": str(directory.root), "bytes": deleted.bytes, "files": deleted.files}))

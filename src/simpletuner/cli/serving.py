@@ -6,7 +6,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from simpletuner.base.console import input_lines, is_output_read, say
 from simpletuner.base.errors import ConfigError, MemoryBudgetError, UserError
 from simpletuner.cli.drawing import Sampler
 from simpletuner.cli.main import NOT_READ
+from simpletuner.cli.printing import problem_json
 from simpletuner.cli.progress import progress_of_steps
 from simpletuner.cli.sample import SampleConfig, wanted_loras
 from simpletuner.runs.samplers import known_as_sampler
@@ -69,9 +69,8 @@ def _draw(
     except _Cancelled:
         _tell("cancelled", request_id)
     except UserError as error:
-        problems = [asdict(problem) | {"text": str(problem)} for problem in error.problems]
         is_memory = isinstance(error, MemoryBudgetError)
-        _tell("failed", request_id, exit_code=error.exit_code, problems=problems)
+        _tell_failure(request_id, error)
         del error
         if is_memory:
             sampler.release()
@@ -81,6 +80,10 @@ def _draw(
 
 def _tell(event: str, request_id: object = None, **fields: Any) -> None:
     say(json.dumps({"event": event, "id": request_id, **fields}, ensure_ascii=False))
+
+
+def _tell_failure(request_id: object, error: UserError) -> None:
+    _tell("failed", request_id, exit_code=error.exit_code, problems=[problem_json(each) for each in error.problems])
 
 
 class _Inbox:
@@ -112,9 +115,7 @@ class _Inbox:
         except (ValueError, RecursionError):
             request = None
         if not isinstance(request, dict):
-            error = ConfigError.of("a line on standard input is no JSON object", '{"prompt": ["…"]}')
-            problems = [asdict(problem) | {"text": str(problem)} for problem in error.problems]
-            _tell("failed", None, exit_code=error.exit_code, problems=problems)
+            _tell_failure(None, ConfigError.of("a line on standard input is no JSON object", '{"prompt": ["…"]}'))
         elif "cancel" in request:
             self._cancelled.add(str(request["cancel"]))
         else:
