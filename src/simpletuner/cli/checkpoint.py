@@ -9,13 +9,12 @@ from simpletuner.base.console import say
 from simpletuner.base.errors import CheckpointError, ConfigError, Problem
 from simpletuner.base.sizes import format_size
 from simpletuner.cli.arguments import Flag, parse_command, verb_of
-from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.named_run import NamedRun, confirm_deletion
 from simpletuner.cli.printing import json_text, table
 from simpletuner.runs import checkpoints
 from simpletuner.runs.layout import RunDirectory
 
-_USAGE = """usage: simpletuner checkpoint list [RUN] [--json]
+USAGE = """usage: simpletuner checkpoint list [RUN] [--json]
        simpletuner checkpoint verify [RUN] [--step N[,N…] | --all] [--json]
        simpletuner checkpoint delete [RUN] --step N[,N…] | --all [--yes] [--json]
 
@@ -79,9 +78,6 @@ def run(arguments: list[str]) -> int:
         ConfigError: a mistake in what was typed.
         CheckpointError: no such checkpoint, one that must stay, or the run is going on.
     """
-    if help_asked(arguments) is not None:
-        say(command_help(_USAGE, FORMS, arguments))
-        return 0
     works = {"list": _list, "verify": _verify, "delete": _delete}
     verb = verb_of("checkpoint", arguments, works)
     command = parse_command(CheckpointCommand, arguments[1:], verb)

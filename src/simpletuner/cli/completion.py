@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from simpletuner.base.console import say
 from simpletuner.cli.arguments import Flag, declared_fields, declared_flags, parse_command, verb_of
-from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.main import COMMANDS, HELP
 from simpletuner.cli.sample import SampleConfig
 from simpletuner.config.flags import LIKE, SELECTORS
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
     from simpletuner.cli.help import Forms
 
-_USAGE = """usage: simpletuner completion bash|zsh|fish
+USAGE = """usage: simpletuner completion bash|zsh|fish
 
   bash   eval "$(simpletuner completion bash)" is the line for ~/.bashrc
   zsh    eval "$(simpletuner completion zsh)" is the line for ~/.zshrc, after compinit
@@ -191,9 +190,6 @@ def run(arguments: list[str]) -> int:
     Raises:
         ConfigError: no shell is named, or another one.
     """
-    if help_asked(arguments) is not None:
-        say(command_help(_USAGE, FORMS, arguments))
-        return 0
     shell = verb_of("completion", arguments, FORMS)
     parse_command(CompletionCommand, arguments[1:])
     say(script(shell))

@@ -6,13 +6,12 @@ from typing import Any
 from simpletuner.base.console import say
 from simpletuner.base.errors import ConfigError
 from simpletuner.cli.arguments import Flag, parse_command, verb_of
-from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.loading import examine_here, load_here
 from simpletuner.cli.printing import json_text, problem_json
 from simpletuner.config.load import Examined, Loaded
 from simpletuner.config.values import shown
 
-_USAGE = """usage: simpletuner config check|show [--json] [options of `simpletuner train`]
+USAGE = """usage: simpletuner config check|show [--json] [options of `simpletuner train`]
 
   check   say everything that is wrong with it, or that it is right
   show    every option with its value and where that comes from
@@ -39,9 +38,6 @@ def run(arguments: list[str]) -> int:
     Raises:
         ConfigError: every problem of the configuration; with --json they are printed, and the code is the same.
     """
-    if help_asked(arguments) is not None:
-        say(command_help(_USAGE, FORMS, arguments))
-        return 0
     verb = verb_of("config", arguments, FORMS)
     command = parse_command(ConfigCommand, arguments[1:])
     if command.json:

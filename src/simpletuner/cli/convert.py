@@ -9,13 +9,12 @@ from simpletuner.base.console import complain, say
 from simpletuner.base.errors import CheckpointError, ConfigError, Problem
 from simpletuner.base.sizes import format_size
 from simpletuner.cli.arguments import Flag, Positional, parse_command
-from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.lora_output import file_problems
 from simpletuner.cli.printing import json_text
 from simpletuner.config.options.lora import LoraFormat
 from simpletuner.config.values import join_names, nearest
 
-_USAGE = """usage: simpletuner convert IN OUT --to diffusers|comfyui|bfl|kohya [--allow-loss] [--json]
+USAGE = """usage: simpletuner convert IN OUT --to diffusers|comfyui|bfl|kohya [--allow-loss] [--json]
 
   IN is a LoRA file of any program, or a run's folder with one; or a whole model: a diffusers folder, or a single file.
   OUT is the file or folder to write; nothing may be there. What is written is read back and compared.
@@ -56,9 +55,6 @@ def run(arguments: list[str]) -> int:
         CheckpointError: IN cannot be read, or would lose something.
         DiskError: no space.
     """
-    if help_asked(arguments) is not None:
-        say(command_help(_USAGE, FORMS, arguments))
-        return 0
     command = parse_command(ConvertCommand, arguments, check=_mistakes)
     assert command.source is not None
     assert command.target is not None

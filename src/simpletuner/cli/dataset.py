@@ -8,10 +8,9 @@ from simpletuner.base.console import say
 from simpletuner.base.errors import Problem
 from simpletuner.cli import imagefolder
 from simpletuner.cli.arguments import Flag, parse_command, verb_of
-from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.printing import json_text
 
-_USAGE = """usage: simpletuner dataset scan|show|cache [--json] [--set ID] [--verify] [options of `simpletuner train`]
+USAGE = """usage: simpletuner dataset scan|show|cache [--json] [--set ID] [--verify] [options of `simpletuner train`]
        simpletuner dataset captions FOLDER [--find TEXT --replace TEXT [--regex]] [--prepend TEXT] [--append TEXT]
        simpletuner dataset captions FOLDER --undo
        simpletuner dataset duplicates FOLDER
@@ -71,9 +70,6 @@ def run(arguments: list[str]) -> int:
         DataError: a set, folder or image is missing, nothing can be trained, or captions changed meanwhile.
         DiskError: a file cannot be written.
     """
-    if help_asked(arguments) is not None:
-        say(command_help(_USAGE, FORMS, arguments))
-        return 0
     verb = verb_of("dataset", arguments, FORMS)
     if FORMS[verb] is imagefolder.FolderCommand:
         return imagefolder.run(verb, arguments[1:])

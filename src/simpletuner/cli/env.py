@@ -10,7 +10,6 @@ from simpletuner.base.console import say
 from simpletuner.base.machine import host_memory
 from simpletuner.base.sizes import format_size
 from simpletuner.cli.arguments import Flag, parse_command
-from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.printing import json_text
 
 PACKAGES = (
@@ -39,6 +38,7 @@ class EnvCommand:
     json: bool = Flag("print one JSON object").default(False)
 
 
+USAGE = "usage: simpletuner env [--json]"
 FORMS = {"": EnvCommand}
 
 
@@ -48,9 +48,6 @@ def run(arguments: list[str]) -> int:
     Raises:
         ConfigError: any other argument.
     """
-    if help_asked(arguments) is not None:
-        say(command_help("usage: simpletuner env [--json]", FORMS, arguments))
-        return 0
     command = parse_command(EnvCommand, arguments)
     found = report()
     if command.json:

@@ -5,13 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from simpletuner.base.console import say
 from simpletuner.base.errors import Problem
 from simpletuner.cli.arguments import Positional, parse_command
-from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.lora_output import LoraOutput, file_problems, layers_in_progress, tell_lora
 
-_USAGE = """usage: simpletuner extract BASE TUNED OUTPUT [--rank N] [--energy SHARE]
+USAGE = """usage: simpletuner extract BASE TUNED OUTPUT [--rank N] [--energy SHARE]
 
   Writes the difference TUNED - BASE of two models as a LoRA, as near as its rank allows. Each is a transformer in a
   single file, in a folder as diffusers saves it, or in the folder of a whole pipeline. With neither --rank nor
@@ -51,9 +49,6 @@ def run(arguments: list[str]) -> int:
         CheckpointError: the models are not of one flavour, or are equal.
         DiskError: no space.
     """
-    if help_asked(arguments) is not None:
-        say(command_help(_USAGE, FORMS, arguments))
-        return 0
     command = parse_command(ExtractCommand, arguments, check=ExtractCommand.problems)
     # torch, which mistakes do without.
     from simpletuner.flux2.extract import differences, extracted_header

@@ -19,7 +19,6 @@ from simpletuner.base.sizes import GIB
 from simpletuner.base.storage import storage_of
 from simpletuner.base.text import does_as_file_name, is_visible
 from simpletuner.cli.arguments import Flag, one_of, parse_command
-from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.printing import table
 from simpletuner.config.flavours import FLAVOURS, FlavourName
 from simpletuner.config.load import CONFIG_NAMES, Examined, examine
@@ -29,7 +28,7 @@ from simpletuner.config.values import join_names
 from simpletuner.data.discover import discover
 from simpletuner.data.manifest import Manifest, scan
 
-_USAGE = """usage: simpletuner init [--images FOLDER] [--card SIZE] [--model NAME] [--recipe subject|style]
+USAGE = """usage: simpletuner init [--images FOLDER] [--card SIZE] [--model NAME] [--recipe subject|style]
                         [--trigger WORD] [--env NAME] [--yes]
 
   Asks where the images are, which card trains them, and whether they show a subject or a style; looks at the images,
@@ -141,9 +140,6 @@ def run(arguments: list[str]) -> int:
         DataError: nothing in the folder can be trained.
         DiskError: no space for the files.
     """
-    if help_asked(arguments) is not None:
-        say(command_help(_USAGE, FORMS, arguments))
-        return 0
     command = parse_command(InitCommand, arguments, check=InitCommand.problems)
     folder = Path("config", command.env) if command.env else Path("config")
     if not command.env:

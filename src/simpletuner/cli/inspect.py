@@ -11,13 +11,12 @@ from simpletuner.base.errors import ConfigError
 from simpletuner.base.files import with_home
 from simpletuner.base.sizes import format_size
 from simpletuner.cli.arguments import Flag, Positional, parse_command
-from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.printing import json_text, table
 
 if TYPE_CHECKING:
     from simpletuner.flux2.inspection import AdapterReport, ComponentReport, FileReport
 
-_USAGE = """usage: simpletuner inspect FILE [--json]
+USAGE = """usage: simpletuner inspect FILE [--json]
 
   FILE is a .safetensors or .gguf file, or a folder of them: a run's, a model's, a component's. Of a LoRA you see
   layout, rank, alpha, what it adapts, the model that it fits, the size of its effect block by block, how it was
@@ -46,9 +45,6 @@ def run(arguments: list[str]) -> int:
         AccessError: the file is not there, or damaged.
         CheckpointError: the same of an adapter.
     """
-    if help_asked(arguments) is not None:
-        say(command_help(_USAGE, FORMS, arguments))
-        return 0
     command = parse_command(InspectCommand, arguments)
     if not command.file:
         raise ConfigError.of(

@@ -33,7 +33,10 @@ COMMANDS = {
     "completion": "let bash, zsh or fish complete commands, options and names",
 }
 """A command is one line here: `simpletuner.cli.NAME.run(arguments)` returns its exit code, and `FORMS` beside it says
-what may be typed after each of its verbs, for help and completion."""
+what may be typed after each of its verbs, for help and completion. `USAGE` is what the help begins with."""
+
+OWN_HELP = ("train", "sample", "plan", "doctor")
+"""Commands whose `run` answers `--help` itself."""
 
 HELP = ("help", "--help", "-h")
 """Words that ask for help, on all or on the command after them."""
@@ -144,8 +147,14 @@ def _run(arguments: list[str]) -> int:
         if not any(name in os.environ for name in ALLOCATOR_SETTINGS):
             os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
         # Imported here, so that help and mistakes are answered without loading what they do not need.
-        run: Callable[[list[str]], int] = import_module(f"simpletuner.cli.{word}").run
-        return run(arguments[1:])
+        from simpletuner.cli.help import command_help, help_asked
+
+        command, typed = import_module(f"simpletuner.cli.{word}"), arguments[1:]
+        if word not in OWN_HELP and help_asked(typed) is not None:
+            say(command_help(command.USAGE, command.FORMS, typed))
+            return 0
+        run: Callable[[list[str]], int] = command.run
+        return run(typed)
     raise _no_such_word(word)
 
 

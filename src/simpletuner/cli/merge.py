@@ -11,7 +11,6 @@ from simpletuner.base.console import say
 from simpletuner.base.errors import Problem
 from simpletuner.base.sizes import format_size
 from simpletuner.cli.arguments import Flag, parse_command
-from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.lora_output import LoraOutput, file_problems, layers_in_progress, tell_lora
 from simpletuner.cli.printing import json_text
 from simpletuner.cli.sample import Wanted, with_strength
@@ -19,7 +18,7 @@ from simpletuner.cli.sample import Wanted, with_strength
 if TYPE_CHECKING:
     from simpletuner.flux2.merge import WeightedAdapter
 
-_USAGE = """usage: simpletuner merge --lora FILE[:STRENGTH] [...] --output FILE [--rank N] [--energy SHARE]
+USAGE = """usage: simpletuner merge --lora FILE[:STRENGTH] [...] --output FILE [--rank N] [--energy SHARE]
        simpletuner merge --lora FILE[:STRENGTH] [...] --into MODEL --output PATH
 
   Adds up what LoRAs, LoKrs and LoHas do, each times its strength (1 where none is given), as one LoRA. At full rank
@@ -91,9 +90,6 @@ def run(arguments: list[str]) -> int:
         AccessError: a model that cannot be read.
         DiskError: no space.
     """
-    if help_asked(arguments) is not None:
-        say(command_help(_USAGE, FORMS, arguments))
-        return 0
     command = parse_command(MergeCommand, arguments, check=MergeCommand.problems)
     # torch, which mistakes do without.
     from simpletuner.flux2.merge import merged_header, read_adapters, unread_notices, write_merged

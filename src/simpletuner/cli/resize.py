@@ -4,13 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from simpletuner.base.console import say
 from simpletuner.base.errors import Problem
 from simpletuner.cli.arguments import Positional, parse_command
-from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.lora_output import LoraOutput, file_problems, layers_in_progress, tell_lora
 
-_USAGE = """usage: simpletuner resize FILE OUTPUT [--rank N] [--energy SHARE]
+USAGE = """usage: simpletuner resize FILE OUTPUT [--rank N] [--energy SHARE]
 
   Writes the LoRA in FILE at the rank that is given, or at the smallest that keeps the given share of its energy. A LoKr
   or a LoHa becomes a LoRA. A layer whose rank is not lowered keeps its numbers, but for alpha/rank, which is
@@ -45,9 +43,6 @@ def run(arguments: list[str]) -> int:
         CheckpointError: a file that cannot be read.
         DiskError: no space.
     """
-    if help_asked(arguments) is not None:
-        say(command_help(_USAGE, FORMS, arguments))
-        return 0
     command = parse_command(ResizeCommand, arguments, check=ResizeCommand.problems)
     # torch, which mistakes do without.
     from simpletuner.flux2.merge import read_adapters, resized_header, unread_notices, write_merged

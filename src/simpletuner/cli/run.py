@@ -15,7 +15,6 @@ from simpletuner.base.errors import CheckpointError, ConfigError
 from simpletuner.base.sizes import format_size
 from simpletuner.cli import queueing
 from simpletuner.cli.arguments import Flag, Positional, one_of, parse_command, refuse_rest, verb_of
-from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.main import INTERRUPTED
 from simpletuner.cli.named_run import RUNS, NamedRun, confirm_deletion
@@ -33,7 +32,7 @@ from simpletuner.runs.status import RunState, RunStatus, find_runs, status_of
 if TYPE_CHECKING:
     from simpletuner.cli.help import Forms
 
-_USAGE = """usage: simpletuner run start [--queue] [--no-wait] [--devices LIST] [--json] [options of `train`]
+USAGE = """usage: simpletuner run start [--queue] [--no-wait] [--devices LIST] [--json] [options of `train`]
        simpletuner run stop|save|validate [RUN] [--wait] [--json]
        simpletuner run show [RUN] [--follow] [--json]
        simpletuner run list [FOLDER] [--find TEXT] [--state STATE] [--sort KEY] [--json]
@@ -145,9 +144,6 @@ def run(arguments: list[str]) -> int:
         UserError: the run that was started ended at once, or the one that was waited for ended otherwise.
         DiskError: the disk is full.
     """
-    if help_asked(arguments) is not None:
-        say(command_help(_USAGE, FORMS, arguments))
-        return 0
     verb = verb_of("run", arguments, FORMS, f"one of {', '.join(FORMS)}")
     typed = arguments[1:]
     if verb == "start":

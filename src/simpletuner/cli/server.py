@@ -21,13 +21,12 @@ from simpletuner.base.console import say, work_goes_on
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.base.files import file_errors_reported, with_home
 from simpletuner.cli.arguments import Flag, parse_command
-from simpletuner.cli.help import command_help, help_asked
 from simpletuner.config.values import join_names
 
 if TYPE_CHECKING:
     from simpletuner.server.guard import Access
 
-_USAGE = """usage: simpletuner server [--host ADDRESS] [--port 8001] [--root FOLDER ...] [--allowed-host NAME ...]
+USAGE = """usage: simpletuner server [--host ADDRESS] [--port 8001] [--root FOLDER ...] [--allowed-host NAME ...]
                           [--token-file PATH] [--ssl-cert PEM --ssl-key PEM] [--sampler-idle-minutes 5] [--open]
 
   Serves the page over this folder: its configurations, pictures and runs. Runs do not depend on it.
@@ -125,9 +124,6 @@ def run(arguments: list[str]) -> int:
         ConfigError: a mistake in the flags, or an address that cannot be listened at.
         DiskError: no space for the token.
     """
-    if help_asked(arguments) is not None:
-        say(command_help(_USAGE, FORMS, arguments))
-        return 0
     command = parse_command(ServerCommand, arguments, check=_tls_problems)
     with contextlib.closing(_listening(command)) as listening, work_goes_on():
         return _serve(command, listening)

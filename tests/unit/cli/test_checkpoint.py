@@ -7,6 +7,7 @@ import pytest
 
 from simpletuner.base.errors import CheckpointError, ConfigError
 from simpletuner.cli.checkpoint import run
+from simpletuner.cli.main import main
 from simpletuner.runs.checkpoints import building, steps
 from simpletuner.runs.layout import RunDirectory
 
@@ -111,5 +112,5 @@ def test_a_step_that_is_not_there_is_named_with_those_that_are() -> None:
 
 
 def test_help_says_what_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["--help"]) == 0
+    assert main(["checkpoint", "--help"]) == 0
     assert "The newest one that verifies" in capsys.readouterr().out

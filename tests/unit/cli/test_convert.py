@@ -11,6 +11,7 @@ from tests.lora_dialects import ROWS, draw_loha, write_dialect
 
 from simpletuner.base.errors import CheckpointError, ConfigError, UserError
 from simpletuner.cli.convert import run
+from simpletuner.cli.main import main
 from simpletuner.config.flavours import TransformerSpec
 from simpletuner.flux2.dialects import read_adapter
 from simpletuner.flux2.lora_formats import LORA_FORMATS, lora_modules
@@ -194,5 +195,5 @@ def test_a_model_is_told_from_a_lora_and_comes_back(here: Path, capsys: pytest.C
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["--help"]) == 0
+    assert main(["convert", "--help"]) == 0
     assert "--allow-loss" in capsys.readouterr().out

@@ -10,6 +10,7 @@ from PIL import Image
 
 from simpletuner.base.errors import ConfigError, DataError
 from simpletuner.cli.dataset import run
+from simpletuner.cli.main import main
 from simpletuner.data.sheet import GAP_PX, LABEL_WIDTH_PX
 
 
@@ -184,5 +185,5 @@ def test_cache_fills_what_a_run_reads(project: Path, capsys: pytest.CaptureFixtu
 
 
 def test_help_lists_the_words(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["--help"]) == 0
+    assert main(["dataset", "--help"]) == 0
     assert "draw the crops that will be trained" in capsys.readouterr().out

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from simpletuner.base.errors import CheckpointError, ConfigError
+from simpletuner.cli.main import main
 from simpletuner.cli.run import run
 from simpletuner.runs.events import (
     CheckpointEvent,
@@ -338,7 +339,7 @@ def test_the_queue_is_listed(own_folder: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["--help"]) == 0
+    assert main(["run", "--help"]) == 0
     assert "simpletuner run start [--queue]" in capsys.readouterr().out
-    assert run(["queue", "add", "--help"]) == 0
+    assert main(["run", "queue", "add", "--help"]) == 0
     assert "usage: simpletuner run queue [list | remove ID" in capsys.readouterr().out
