@@ -7,7 +7,8 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[2] / "src" / "simpletuner"
 
 MODULE_QUALIFIED = {"main", "run", "router", "FORMS", "USAGE"}
-"""Entry points, the routers of the page, what commands take and how their help begins, used only with their module's name."""
+"""Entry points, the routers of the page, what commands take and how their help begins: used only with their module's
+name."""
 
 Places = dict[str, set[str]]
 """`file:line` of each definition, by name."""
