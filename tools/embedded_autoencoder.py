@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, UInt8
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -50,13 +50,47 @@ class Recipe:
     pictures: int = 2400
 
 
+def clutter(chance: random.Random) -> Image.Image:
+    """A picture of no scene: shapes of any colour, size and tilt over one another. What an autoencoder needs to see
+    besides the world, for pictures that are not of it.
+    """
+    picture = world.background(_any_colour(chance), chance)
+    for _ in range(chance.randint(1, 6)):
+        centre = (chance.uniform(0, world.SIDE), chance.uniform(0, world.SIDE))
+        mask = world.silhouette(chance.choice(world.SHAPES), centre, chance.uniform(16, 110))
+        mask = mask.rotate(chance.uniform(0, 360), Image.Resampling.BILINEAR)
+        match chance.randrange(3):
+            case 0:
+                filling = Image.new("RGB", picture.size, _any_colour(chance))
+            case 1:
+                filling = world.background(_any_colour(chance), chance)
+            case _:
+                filling = _stripes(chance)
+        picture.paste(filling, mask=mask)
+    return picture
+
+
+def _stripes(chance: random.Random) -> Image.Image:
+    picture = Image.new("RGB", (world.SIDE, world.SIDE))
+    pen = ImageDraw.Draw(picture)
+    colours = [_any_colour(chance) for _ in range(chance.randint(2, 3))]
+    height = chance.randint(6, 20)
+    for index, top in enumerate(range(0, world.SIDE, height)):
+        pen.rectangle((0, top, world.SIDE, top + height - 1), colours[index % len(colours)])
+    return picture.rotate(chance.choice((0, 90)))
+
+
+def _any_colour(chance: random.Random) -> world.Rgb:
+    return chance.randrange(256), chance.randrange(256), chance.randrange(256)
+
+
 def pictures(recipe: Recipe) -> UInt8[Tensor, "n 3 side side"]:
     """Half scenes of the training world, half clutter."""
     scenes = world.training_scenes()
     drawn = []
     for index in range(recipe.pictures):
         chance = random.Random(f"{recipe.seed}/autoencoder/{index}")
-        picture = world.clutter(chance) if index % 2 else world.draw_scene(chance.choice(scenes), chance)
+        picture = clutter(chance) if index % 2 else world.draw_scene(chance.choice(scenes), chance)
         drawn.append(torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8))
     return rearrange(torch.stack(drawn), "n (h w c) -> n c h w", h=world.SIDE, w=world.SIDE)
 

@@ -198,37 +198,3 @@ def background(colour: Rgb, chance: random.Random) -> Image.Image:
 def _shaded(colour: Rgb, change: int) -> Rgb:
     red, green, blue = (min(max(part + change, 0), 255) for part in colour)
     return red, green, blue
-
-
-def clutter(chance: random.Random) -> Image.Image:
-    """A picture of no scene: shapes of any colour, size and tilt over one another. What an autoencoder needs to see
-    besides the world, for pictures that are not of it.
-    """
-    picture = background(_any_colour(chance), chance)
-    for _ in range(chance.randint(1, 6)):
-        centre = (chance.uniform(0, SIDE), chance.uniform(0, SIDE))
-        mask = silhouette(chance.choice(SHAPES), centre, chance.uniform(16, 110))
-        mask = mask.rotate(chance.uniform(0, 360), Image.Resampling.BILINEAR)
-        match chance.randrange(3):
-            case 0:
-                filling = Image.new("RGB", picture.size, _any_colour(chance))
-            case 1:
-                filling = background(_any_colour(chance), chance)
-            case _:
-                filling = _stripes(chance)
-        picture.paste(filling, mask=mask)
-    return picture
-
-
-def _stripes(chance: random.Random) -> Image.Image:
-    picture = Image.new("RGB", (SIDE, SIDE))
-    pen = ImageDraw.Draw(picture)
-    colours = [_any_colour(chance) for _ in range(chance.randint(2, 3))]
-    height = chance.randint(6, 20)
-    for index, top in enumerate(range(0, SIDE, height)):
-        pen.rectangle((0, top, SIDE, top + height - 1), colours[index % len(colours)])
-    return picture.rotate(chance.choice((0, 90)))
-
-
-def _any_colour(chance: random.Random) -> Rgb:
-    return chance.randrange(256), chance.randrange(256), chance.randrange(256)
