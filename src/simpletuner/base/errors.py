@@ -4,7 +4,7 @@ Anything that is not a `UserError` is a bug in this program and keeps its traceb
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import ClassVar, Self
 
 from simpletuner.base.signals import STOPPED
@@ -19,6 +19,11 @@ class Problem:
     remedy: str = ""
     key: str = field(default="", compare=False)
     """The option it is about, for who shows it beside that option."""
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """For JSON: each field, and as `text` all of it in one breath."""
+        return asdict(self) | {"text": str(self)}
 
     def __str__(self) -> str:
         text = f"{self.found}: expected {self.expected}" if self.expected else self.found

@@ -7,7 +7,7 @@ from simpletuner.base.console import say
 from simpletuner.base.errors import ConfigError
 from simpletuner.cli.arguments import Flag, parse_command, verb_of
 from simpletuner.cli.loading import examine_here, load_here
-from simpletuner.cli.printing import json_text, problem_json
+from simpletuner.cli.printing import json_text
 from simpletuner.config.load import Examined, Loaded
 from simpletuner.config.values import shown
 
@@ -52,7 +52,7 @@ def run(arguments: list[str]) -> int:
 def _as_json(examined: Examined) -> dict[str, Any]:
     values = examined.config.model_dump(mode="json")
     return {
-        "problems": [problem_json(problem) for problem in examined.problems],
+        "problems": [problem.parts for problem in examined.problems],
         "notices": list(examined.notices),
         "values": {name: values[name] for name in examined.origins},
         "origins": examined.origins,

@@ -4,10 +4,8 @@ import json
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 
 from simpletuner.base.console import terminal_width
-from simpletuner.base.errors import Problem
 
 _WIDEST = 100
 _NARROWEST = 40
@@ -28,11 +26,6 @@ def table(rows: Sequence[tuple[str, ...]], indent: str = "") -> str:
 def json_text(value: object) -> str:
     """The one JSON object that `--json` prints."""
     return json.dumps(value, indent=2, ensure_ascii=False)
-
-
-def problem_json(problem: Problem) -> dict[str, str]:
-    """A problem for JSON: its parts, and all of it in one breath."""
-    return asdict(problem) | {"text": str(problem)}
 
 
 def plain(text: str) -> str:

@@ -13,7 +13,6 @@ from simpletuner.base.console import input_lines, is_output_read, say
 from simpletuner.base.errors import ConfigError, MemoryBudgetError, UserError
 from simpletuner.cli.drawing import Sampler
 from simpletuner.cli.main import NOT_READ
-from simpletuner.cli.printing import problem_json
 from simpletuner.cli.progress import progress_of_steps
 from simpletuner.cli.sample import SampleConfig, wanted_loras
 from simpletuner.runs.samplers import known_as_sampler
@@ -83,7 +82,7 @@ def _tell(event: str, request_id: object = None, **fields: Any) -> None:
 
 
 def _tell_failure(request_id: object, error: UserError) -> None:
-    _tell("failed", request_id, exit_code=error.exit_code, problems=[problem_json(each) for each in error.problems])
+    _tell("failed", request_id, exit_code=error.exit_code, problems=[each.parts for each in error.problems])
 
 
 class _Inbox:

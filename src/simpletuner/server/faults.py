@@ -68,12 +68,9 @@ class ClientGone(Exception):
 
 def answered(problem: Problem) -> ProblemAnswer:
     """A problem as the API gives it."""
-    found, expected, remedy, key, text = (
-        # What came in as half a character cannot go out as one.
-        part.encode(errors="backslashreplace").decode()
-        for part in (problem.found, problem.expected, problem.remedy, problem.key, str(problem))
-    )
-    return ProblemAnswer(found=found, expected=expected, remedy=remedy, key=key, text=text)
+    # What came in as half a character cannot go out as one.
+    parts = {name: part.encode(errors="backslashreplace").decode() for name, part in problem.parts.items()}
+    return ProblemAnswer(**parts)
 
 
 def install(app: FastAPI) -> None:
