@@ -119,19 +119,7 @@ class Examined:
             ConfigError: every problem.
         """
         ConfigError.raise_if(self.problems)
-        assert self.datasets is not None  # there was no problem
-        assert self.datasets_file is not None
-        return Loaded(
-            config=self.config,
-            datasets=self.datasets,
-            prompts=self.prompts,
-            notices=self.notices,
-            origins=self.origins,
-            config_file=self.config_file,
-            datasets_file=self.datasets_file,
-            prompts_file=self.prompts_file,
-            arguments=self.arguments,
-        )
+        return Loaded(**{name: value for name, value in vars(self).items() if name != "problems"})
 
 
 def load(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str]) -> Loaded:
