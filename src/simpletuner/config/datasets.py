@@ -19,16 +19,9 @@ from simpletuner.config.options.kinds import (
 )
 
 
-def _centre(value: object) -> object:
-    return "center" if value == "centre" else value
-
-
-def _instanceprompt(value: object) -> object:
-    return "instanceprompt" if value == "instance_prompt" else value
-
-
-def _separator(value: object) -> object:
-    return {"comma": ",", "space": " ", "period": "."}.get(value, value) if isinstance(value, str) else value
+def _reads(**others: str) -> BeforeValidator:
+    """Other words for a value."""
+    return BeforeValidator(lambda value: others.get(value, value) if isinstance(value, str) else value)
 
 
 def _one_as_tuple(value: object) -> object:
@@ -88,7 +81,7 @@ class PictureSet(Slice):
     ) = None
     """Shapes for `closest` and `random`, as width / height."""
 
-    crop_style: Annotated[Literal["center", "corner", "random"], BeforeValidator(_centre)] = "random"
+    crop_style: Annotated[Literal["center", "corner", "random"], _reads(centre="center")] = "random"
     """Which part is kept: `center` (also `centre`), `corner` (upper left) or `random`."""
 
     maximum_image_size: Positive | None = None
@@ -140,7 +133,7 @@ class CaptionShuffle(Slice):
     seed: Whole | None = None
     """Seed of the variants; by default the run's."""
 
-    split_on: Annotated[Text, BeforeValidator(_separator)] = ","
+    split_on: Annotated[Text, _reads(comma=",", space=" ", period=".")] = ","
     """What separates the parts: a text, or `comma`, `space` or `period`."""
 
     position_start: Whole = 0
@@ -214,9 +207,9 @@ class ImageSet(PictureSet):
     """Shuffle the parts of captions, as
     `{"enable": true, "count": 3, "seed": 42, "split_on": ",", "position_start": 1}`."""
 
-    caption_strategy: Annotated[Literal["textfile", "filename", "instanceprompt"], BeforeValidator(_instanceprompt)] = (
-        "filename"
-    )
+    caption_strategy: Annotated[
+        Literal["textfile", "filename", "instanceprompt"], _reads(instance_prompt="instanceprompt")
+    ] = "filename"
     """Where captions come from: a `.txt` file beside each picture (else a `.caption`), the picture's own name, or
     `instance_prompt` for all (also written `instance_prompt`)."""
 
