@@ -3,6 +3,7 @@
 import datetime
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from simpletuner.base.sizes import format_duration
@@ -13,35 +14,20 @@ from simpletuner.runs.status import RunStatus
 POLL_EVENTS_EVERY_S = 0.25
 LINE_EVERY_S = 10.0
 """Progress of a phase other than training comes at most this often."""
+_JSON_KEYS = {"root": "run", "is_refused": "refused"}
+"""Fields of a status that have another name in JSON."""
 
 
 def as_json(status: RunStatus) -> dict[str, Any]:
     """A status for a JSON reader. Paths are from the working folder, times UTC in ISO 8601."""
     progress, held_out = status.progress, status.held_out
-    return {
-        "run": str(status.root),
-        "state": status.state,
-        "pid": status.pid,
-        "phase": status.phase,
+    others = {
         "progress": None if progress is None else {"done": progress[0], "total": progress[1]},
-        "step": status.step,
-        "steps": status.steps,
-        "loss": status.loss,
-        "seconds_per_step": status.seconds_per_step,
         "held_out": None if held_out is None else {"first": held_out[0], "last": held_out[1]},
-        "saved": status.saved,
-        "attempt": status.attempt,
-        "starts": status.starts,
-        "refused": status.is_refused,
-        "started": status.started,
-        "updated": status.updated,
-        "ended": status.ended,
-        "error": status.error,
-        "exit_code": status.exit_code,
-        "lora": None if status.lora is None else str(status.lora),
-        "model": None if status.model is None else str(status.model),
-        "last_id": status.last_id,
-        "note": status.note,
+    }
+    return {
+        _JSON_KEYS.get(name, name): str(value) if isinstance(value, Path) else value
+        for name, value in (vars(status) | others).items()
     }
 
 

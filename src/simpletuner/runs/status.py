@@ -42,14 +42,14 @@ class RunStatus:
     """Wall time of the last step."""
     held_out: tuple[float, float] | None
     """The first and the last held-out loss."""
+    saved: int | None
+    """Step of the newest checkpoint on the disk."""
     attempt: int
     """1 at the first start, one more after each restart; 0 before it. A start that was refused is none."""
     starts: int
     """Every start so far that wrote events."""
     is_refused: bool
     """Whether the last start ended with an error before it trained."""
-    saved: int | None
-    """Step of the newest checkpoint on the disk."""
     started: str | None
     """Time of the first event, or of the start that was asked for; UTC, ISO 8601, as in the events."""
     updated: str | None
@@ -265,15 +265,11 @@ def _result(path: Path, end: dict[str, Any] | None, name: str) -> Path | None:
 
 
 def _held_out(file: BinaryIO) -> tuple[float, float] | None:
-    last = next((e["loss"] for e in _backwards(file, "validation", _size(file)) if e.get("loss") is not None), None)
+    last = next((e["loss"] for e in _backwards(file, "validation") if e.get("loss") is not None), None)
     if last is None:
         return None
     first = next(e["loss"] for e in _events_forward(file, b'"type": "validation"') if e.get("loss") is not None)
     return first, last
-
-
-def _size(file: BinaryIO) -> int:
-    return file.seek(0, 2)
 
 
 def _event(line: bytes) -> dict[str, Any] | None:
@@ -294,8 +290,8 @@ def _events_backward(file: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
             yield start, event
 
 
-def _backwards(file: BinaryIO, kind: str, end: int) -> Iterator[dict[str, Any]]:
-    """Events of one type before byte `end`, the last one first. Only those are parsed."""
+def _backwards(file: BinaryIO, kind: str, end: int | None = None) -> Iterator[dict[str, Any]]:
+    """Events of one type before byte `end`, by default all, the last one first. Only those are parsed."""
     mark = f'"type": "{kind}"'.encode()
     for _, line in lines_backward(file, end, mark):
         if mark in line:
