@@ -118,15 +118,7 @@ class Manifest:
 
         def crop(row: list[Any]) -> Crop:
             dataset, name, content, width, height, geometry = row
-            return Crop(
-                dataset=dataset,
-                images=storages[dataset],
-                name=name,
-                content=content,
-                width=width,
-                height=height,
-                geometry=Geometry(*map(tuple, geometry)),
-            )
+            return Crop(dataset, storages[dataset], name, content, width, height, Geometry(*map(tuple, geometry)))
 
         rows, rejections, notices = record
         samples = (

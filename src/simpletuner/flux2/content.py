@@ -31,17 +31,13 @@ _SETTLED_S = 2.0
 """A file younger than this is not entered: it could change once more within the same tick of the clock."""
 
 
-def _say_nothing(_: str) -> None:
-    pass
-
-
 @dataclass
 class ContentHashes:
     """The sha256 of tensors in files."""
 
     ledger: Path | None = None
     """Where hashes are kept between starts; None keeps them for this process only."""
-    report: Callable[[str], None] = _say_nothing
+    report: Callable[[str], None] = lambda _: None
     """Told in a sentence before much is read, and when the ledger cannot be written."""
     verify: bool = False
     """Read every file once in this process, whatever the ledger has."""

@@ -4,7 +4,7 @@ A delta is applied to the input as the file holds it, so an adapter takes its fi
 is, in any precision.
 """
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,7 @@ class FixedLinear(AdapterLayer):
 
 
 def _on(device: torch.device, factors: Factors) -> Factors:
-    values = {field.name: getattr(factors, field.name) for field in fields(factors)}
-    moved: dict[str, Any] = {name: each.to(device) for name, each in values.items() if isinstance(each, Tensor)}
+    moved: dict[str, Any] = {name: each.to(device) for name, each in vars(factors).items() if isinstance(each, Tensor)}
     return replace(factors, **moved)
 
 

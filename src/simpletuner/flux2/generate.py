@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from simpletuner.flow.condition import Condition, Denoise
-from simpletuner.flow.sampler import euler
+from simpletuner.flow.sampler import StepsDone, euler
 from simpletuner.flow.sigma import schedule
 from simpletuner.flux2.activations import Pass, sampling
 from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
@@ -18,10 +18,6 @@ from simpletuner.memory.free import free_memory_bytes
 
 Decode = Callable[[Float[Tensor, "b 128 h w"]], Float[Tensor, "b 3 H W"]]
 """Latents -> pixels in [-1, 1]."""
-
-
-def _silent(*_: int) -> None:
-    """No report."""
 
 
 def initial_noise(seed: int, *, width: int, height: int) -> Float[Tensor, "1 128 h w"]:
@@ -56,7 +52,7 @@ def sample_latents(
     real_guidance: float = 1.0,
     negative: Condition | None = None,
     both_at_once: bool = False,
-    report: Callable[[int], None] = _silent,
+    report: StepsDone = lambda _: None,
 ) -> Float[Tensor, "b 128 h w"]:
     """Latents of pictures, by `steps` Euler steps along FLUX.2's schedule; the state stays fp32.
 
@@ -102,7 +98,7 @@ def generate(
     real_guidance: float = 1.0,
     negative: Condition | None = None,
     both_at_once: bool = False,
-    report: Callable[[int, int], None] = _silent,
+    report: Callable[[int, int], None] = lambda *_: None,
 ) -> list[Image.Image]:
     """One picture for each sample of `condition`, each from the same noise.
 

@@ -38,17 +38,7 @@ def latent_key(crop: Crop, encoder: str) -> str:
 
 def crop_key(crop: Crop, **facts: str | int) -> str:
     """A cache key of what is made of a crop: of everything that decides its pixels, and of `facts` besides."""
-    geometry = crop.geometry
-    return sha256_json(
-        {
-            "pixels": PIXELS_VERSION,
-            "content": crop.content,
-            "target": geometry.target,
-            "resize": geometry.resize,
-            "crop": geometry.crop,
-            **facts,
-        }
-    )
+    return sha256_json({"pixels": PIXELS_VERSION, "content": crop.content, **vars(crop.geometry), **facts})
 
 
 def read_latent(store: Store, crop: Crop, encoder: str) -> Float[Tensor, "128 h w"]:
