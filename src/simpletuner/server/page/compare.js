@@ -84,7 +84,7 @@ function legendItem(run, changed) {
 }
 
 /** The options whose values are not the same in all runs. */
-export function differing(configs) {
+function differing(configs) {
   const keys = [...new Set(configs.flatMap((config) => Object.keys(config ?? {})))].sort();
   return keys.filter((key) => new Set(configs.map((config) => JSON.stringify(config?.[key]))).size > 1);
 }

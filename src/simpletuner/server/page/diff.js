@@ -3,7 +3,7 @@
 import { h } from "./dom.js";
 
 /** @returns {{sign: " "|"-"|"+", text: string}[]} "-" stands in `before` only, "+" in `after` only */
-export function lineDiff(before, after) {
+function lineDiff(before, after) {
   const a = before.split("\n");
   const b = after.split("\n");
   let head = 0;

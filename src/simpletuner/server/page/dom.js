@@ -46,8 +46,6 @@ const PATHS = {
   stop: "M6 6h12v12H6z",
   save: "M5 4h11l3 3v13H5zM8 4v5h7V4M8 20v-6h8v6",
   check: "M5 12.5l4.5 4.5L19 7",
-  warning: "M12 4L2.8 19.5h18.4zM12 10v4.5M12 17.2v.1",
-  info: "M12 3a9 9 0 100 18 9 9 0 000-18zM12 11v6M12 7.5v.1",
   search: "M10.5 4a6.5 6.5 0 100 13 6.5 6.5 0 000-13zM15.5 15.5L21 21",
   folder: "M3 6h6l2 2.5h10V19H3z",
   file: "M6 3h8l4 4v14H6zM14 3v4h4",
@@ -166,21 +164,26 @@ export function ask(title, { label, value = "", yes = "OK", kind = "primary", no
     body: [note ? h("p", {}, note) : null, h("label", { for: id }, label), input, fault],
     actions: [{ label: "Cancel", value: null }, { label: yes, value: "yes", kind }],
     opened(box, close) {
-      const accept = box.querySelector('[data-action="yes"]');
-      const review = () => {
-        const wrong = check(input.value);
-        fault.textContent = input.value === "" ? "" : wrong;
-        accept.disabled = wrong !== "";
-      };
-      input.addEventListener("input", review);
-      input.addEventListener("keydown", (event) => {
-        if (event.key === "Enter" && !accept.disabled) close("yes");
-      });
-      review();
-      input.focus();
+      review(box, close, input, fault, check);
       input.select();
     },
   }).then((answer) => (answer === "yes" ? input.value : null));
+}
+
+/** Have the action "yes" of an open dialog wait until `check` finds nothing wrong with a line of text; Enter presses it. */
+export function review(box, close, input, fault, check) {
+  const accept = box.querySelector('[data-action="yes"]');
+  const look = () => {
+    const wrong = check(input.value);
+    fault.textContent = input.value === "" ? "" : wrong;
+    accept.disabled = wrong !== "";
+  };
+  input.addEventListener("input", look);
+  input.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !accept.disabled) close("yes");
+  });
+  look();
+  input.focus();
 }
 
 /** Ask to type `word` before something is lost for good. */

@@ -9,7 +9,7 @@ const POLL = 5000;
 /** @typedef {"config"|"datasets"|"prompts"} DocumentName */
 /** @typedef {{path: string, text: string|null, revision: string}} Document */
 
-export const DOCUMENTS = ["config", "datasets", "prompts"];
+const DOCUMENTS = ["config", "datasets", "prompts"];
 
 /** How a document starts that is not there. */
 const EMPTY = { config: "{}\n", datasets: "[]\n", prompts: "{}\n" };

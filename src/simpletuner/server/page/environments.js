@@ -1,7 +1,7 @@
 // Choosing an environment, and what can be done with the list of them.
 
 import { address, del, get, post, upload } from "./api.js";
-import { ask, button, confirmTyped, dialog, freshId, h, toast } from "./dom.js";
+import { ask, button, confirmTyped, dialog, freshId, h, review, toast } from "./dom.js";
 import { askBeforeLeaving, go, to } from "./router.js";
 
 const NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$/;
@@ -66,20 +66,7 @@ export async function make(list, kind, source = "") {
       list.some((one) => one.name === "") ? null : h("p", { class: "hint" }, "Leave it empty for config/config.json, which simpletuner train reads unasked.")),
       h("div", {}, h("label", { for: starts.id }, "Start from"), starts), fromRow],
     actions: [{ label: "Cancel", value: null }, { label: "Make it", value: "yes", kind: "primary" }],
-    opened(box, close) {
-      const accept = box.querySelector('[data-action="yes"]');
-      const review = () => {
-        const wrong = nameFault(list)(input.value);
-        fault.textContent = input.value === "" ? "" : wrong;
-        accept.disabled = wrong !== "";
-      };
-      input.addEventListener("input", review);
-      input.addEventListener("keydown", (event) => {
-        if (event.key === "Enter" && !accept.disabled) close("yes");
-      });
-      review();
-      input.focus();
-    },
+    opened: (box, close) => review(box, close, input, fault, nameFault(list)),
   });
   if (answer === null) return;
   await post("environments", { name: input.value, kind: starts.value, source: from.value || "" });

@@ -14,7 +14,7 @@ const LOOK_AT_START_MS = 1000;
 const GONE = 404;
 
 /** What may change; listeners are given a set of these. */
-export const TOPICS = ["status", "steps", "heldOut", "drift", "validations", "checkpoints", "notices", "connection"];
+const TOPICS = ["status", "steps", "heldOut", "drift", "validations", "checkpoints", "notices", "connection"];
 
 /** Those of them that the curves show. */
 export const CURVES = ["steps", "heldOut", "drift"];

@@ -9,7 +9,7 @@ import { openViewer } from "./viewer.js";
 export const THUMBNAIL_PX = 320;
 const LARGE_PX = 1024;
 
-export const stepName = (step) => (step === 0 ? "base" : `step ${step.toLocaleString("en-GB")}`);
+const stepName = (step) => (step === 0 ? "base" : `step ${step.toLocaleString("en-GB")}`);
 
 export class Gallery {
   /** @param {string} run @param {() => object} detail the answer of `GET /api/run` */

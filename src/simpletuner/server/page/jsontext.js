@@ -112,7 +112,7 @@ export function read(text) {
 }
 
 /** The node at a path of names and numbers, or null. */
-export function nodeAt(root, path) {
+function nodeAt(root, path) {
   let node = root;
   for (const step of path) {
     const next = node.kind === "object" ? node.members.find((member) => member.key === step)?.node : node.items?.[step];

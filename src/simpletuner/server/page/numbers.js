@@ -9,6 +9,3 @@ export function short(value) {
   if (size < 0.001) return value.toExponential(2).replace(/\.?0+e/, "e");
   return String(Number(value.toPrecision(4)));
 }
-
-/** The same as a share of a whole, in per cent. */
-export const percent = (share) => `${Math.round(share * 100)} %`;
