@@ -4,12 +4,29 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from simpletuner.config.flavours import FLAVOURS, AutoencoderSpec, TextSpec, TransformerSpec
+from simpletuner.config.flavours import DEV, FLAVOURS, AutoencoderSpec, TextSpec, TransformerSpec
 
 TensorShape = tuple[int, ...]
 
 QWEN3_HEAD_DIM = 128
 """Of a Qwen3 config that does not say it; it is not `hidden_size` divided by the heads."""
+
+
+_TRANSFORMER_KEYS = {
+    "in_channels": "in_channels",
+    "num_layers": "double_blocks",
+    "num_single_layers": "single_blocks",
+    "attention_head_dim": "head_dim",
+    "num_attention_heads": "heads",
+    "joint_attention_dim": "context_dim",
+    "timestep_guidance_channels": "timestep_channels",
+    "mlp_ratio": "mlp_ratio",
+    "axes_dims_rope": "axes",
+    "rope_theta": "theta",
+    "eps": "eps",
+    "guidance_embeds": "guidance_embeds",
+}
+"""Keys of diffusers' config, and the field of `TransformerSpec` that each is."""
 
 
 def transformer_from_diffusers(config: Mapping[str, Any]) -> TransformerSpec:
@@ -27,42 +44,16 @@ def transformer_from_diffusers(config: Mapping[str, Any]) -> TransformerSpec:
     axes = tuple(config.get("axes_dims_rope", (32, 32, 32, 32)))
     if len(axes) != 4 or sum(axes) != head_dim or any(axis % 2 for axis in axes):
         raise ValueError(f"axes_dims_rope must be four even numbers with the sum {head_dim}, the attention_head_dim")
-    first, second, third, fourth = axes
-    return TransformerSpec(
-        heads=config.get("num_attention_heads", 48),
-        head_dim=head_dim,
-        double_blocks=config.get("num_layers", 8),
-        single_blocks=config.get("num_single_layers", 48),
-        context_dim=config.get("joint_attention_dim", 15360),
-        guidance_embeds=config.get("guidance_embeds", True),
-        in_channels=config.get("in_channels", 128),
-        mlp_ratio=float(config.get("mlp_ratio", 3.0)),
-        axes=(first, second, third, fourth),
-        theta=float(config.get("rope_theta", 2000)),
-        timestep_channels=config.get("timestep_guidance_channels", 256),
-        eps=config.get("eps", 1e-6),
-    )
+    found = {own: config[key] for key, own in _TRANSFORMER_KEYS.items() if key in config} | {"axes": axes}
+    spec = replace(DEV, **found)
+    return replace(spec, mlp_ratio=float(spec.mlp_ratio), theta=float(spec.theta))
 
 
 def transformer_to_diffusers(spec: TransformerSpec) -> dict[str, Any]:
     """The `transformer/config.json` from which diffusers builds this transformer."""
-    return {
-        "_class_name": "Flux2Transformer2DModel",
-        "patch_size": 1,
-        "in_channels": spec.in_channels,
-        "out_channels": None,
-        "num_layers": spec.double_blocks,
-        "num_single_layers": spec.single_blocks,
-        "attention_head_dim": spec.head_dim,
-        "num_attention_heads": spec.heads,
-        "joint_attention_dim": spec.context_dim,
-        "timestep_guidance_channels": spec.timestep_channels,
-        "mlp_ratio": spec.mlp_ratio,
-        "axes_dims_rope": list(spec.axes),
-        "rope_theta": spec.theta,
-        "eps": spec.eps,
-        "guidance_embeds": spec.guidance_embeds,
-    }
+    head = {"_class_name": "Flux2Transformer2DModel", "patch_size": 1, "in_channels": spec.in_channels}
+    values = {key: getattr(spec, own) for key, own in _TRANSFORMER_KEYS.items()}
+    return head | {"out_channels": None} | values | {"axes_dims_rope": list(spec.axes)}
 
 
 def transformer_from_tensors(shapes: Mapping[str, TensorShape]) -> TransformerSpec:
