@@ -1,6 +1,7 @@
 """FLUX.2's parts as the options ask for them: which precision, on which device, resident or streamed."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -149,22 +150,9 @@ def open_text_encoder(
         memory = f"{format_size(free)} of memory {'on the GPU ' if device.type == 'cuda' else ''}are free{each}"
         how = "resident: it" if mode == "resident" else "streamed, one layer at a time: resident it"
         say(f"Text encoder {how} takes up to {format_size(needed)}, {memory}.")
+    load = partial(stream_text_encoder, folder=folder) if mode == "streamed" else load_text_encoder
     via = quantised_on(precision, device)
-    if mode == "streamed":
-        return stream_text_encoder(
-            source,
-            dtype,
-            device,
-            layers=layers,
-            max_length=length,
-            fix_regex=fix_regex,
-            folder=folder,
-            precision=name,
-            via=via,
-        )
-    return load_text_encoder(
-        source, dtype, device, layers=layers, max_length=length, fix_regex=fix_regex, precision=name, via=via
-    )
+    return load(source, dtype, device, layers=layers, max_length=length, fix_regex=fix_regex, precision=name, via=via)
 
 
 def load_base(

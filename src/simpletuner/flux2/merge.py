@@ -130,11 +130,8 @@ def parts_by_layer(adapters: Iterable[WeightedAdapter]) -> dict[str, list[tuple[
 
 def widest(tensors: Iterable[Tensor]) -> torch.dtype:
     """The narrowest dtype that holds all numbers of `tensors`; fp32 at most."""
-    dtype = torch.float16
-    kinds = {tensor.dtype for tensor in tensors}
-    if kinds:
-        dtype = next(iter(kinds)) if len(kinds) == 1 else torch.float32
-    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
+    kinds = {tensor.dtype for tensor in tensors} or {torch.float16}
+    return kinds.pop() if kinds in ({torch.float16}, {torch.bfloat16}) else torch.float32
 
 
 def write_merged(
