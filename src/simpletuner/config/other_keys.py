@@ -111,7 +111,6 @@ LATER_OPTIONS: Mapping[str, OtherKey] = _named(
     (_later(_HUB, False), "push_to_hub push_checkpoints_to_hub"),
     (_later(_HUB), "publishing_config"),
     (_later("posts to Discord and other addresses"), "webhook_config"),
-    (_later("context parallelism", 1), "context_parallel_size"),
     (
         OtherKey(NOT_YET + "configs of accelerate", "Give --num_processes, with --fsdp_enable to shard the model."),
         "accelerate_config accelerate_extra_args",
@@ -193,6 +192,10 @@ _REFUSED_OPTIONS: Mapping[str, OtherKey] = _named(
     (
         _refused("each block is recomputed by itself here", 0, 1, remedy=", or take gradient_checkpointing_interval"),
         "gradient_checkpointing_segment_stride",
+    ),
+    (
+        _refused("no processes share an image here", 1, remedy=", or give --activation_offload=true"),
+        "context_parallel_size",
     ),
     # Validation
     (_refused("guidance is not rescaled here", 0, 0.0), "validation_guidance_rescale"),
