@@ -20,6 +20,7 @@ The number of processes must divide that of the heads. Why the program has no co
 docs/decisions/0031-context-parallel.md.
 """
 
+import argparse
 import contextlib
 import functools
 import os
@@ -297,10 +298,10 @@ def split_of(case: Case, world: World) -> TokenSplit:
     return TokenSplit(case.text, case.size[0] * case.size[1], references, world.rank, world.size)
 
 
-def compare(world: World) -> None:
+def compare(world: World, cases: Sequence[Case]) -> None:
     """Print a row for each case; every rank calls it."""
     spec = base().spec
-    for case in CASES:
+    for case in cases:
         alone = one_pass(case, None, world.device)
         split = split_of(case, world)
         shared = one_pass(case, split, world.device)
@@ -358,12 +359,16 @@ def published() -> None:
 
 def main() -> None:
     """Compare, as one of several processes; otherwise describe the published models."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [case.name for case in CASES]
+    parser.add_argument("--case", action="append", choices=names, help="compare this one; may be repeated")
+    given = parser.parse_args().case or names
     torch.set_num_threads(1)
     world = join(os.environ, TIMEOUT_S)
     if world.is_alone:
         published()
     else:
-        compare(world)
+        compare(world, [case for case in CASES if case.name in given])
 
 
 if __name__ == "__main__":
