@@ -4,9 +4,10 @@ import re
 from typing import Annotated, Any
 
 from annotated_types import Ge, Le
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, ValidationError
 
 from simpletuner.config.options.kinds import Count, IsJson, Says, Slice, Text, Whole
+from simpletuner.config.options.zero import ZeroSettings, without_auto
 
 ZERO_STAGES = ("zero1", "zero2", "zero3")
 """Names of DeepSpeed's stages: what each process holds only its share of. 1 is optimizer state, 2 gradients too, 3
@@ -85,6 +86,22 @@ class RankOptions(Slice):
         return self.ranks // self.num_machines
 
     @property
+    def zero_optimization(self) -> dict[str, Any]:
+        """What DeepSpeed is given under this name: its `stage`, 1 to 3, and what is set beside it. Empty without
+        DeepSpeed, which stage 0 asks for too.
+        """
+        given = without_auto(self.deepspeed_config or {}).get("zero_optimization", {})
+        try:
+            settings = ZeroSettings.model_validate(given)
+        except ValidationError:  # `deepspeed_findings` says what is wrong
+            return {}
+        return settings.model_dump(exclude_unset=True) if settings.stage else {}
+
+    @property
     def zero_stage(self) -> int:
         """DeepSpeed's stage; 0 without DeepSpeed."""
-        return 0 if self.deepspeed_config is None else int(self.deepspeed_config["zero_optimization"]["stage"])
+        return int(self.zero_optimization.get("stage", 0))
+
+    def offloads(self, what: str) -> bool:
+        """Whether DeepSpeed keeps "offload_optimizer" or "offload_param" in host memory."""
+        return bool(self.zero_optimization.get(what, {}).get("device", "none") != "none")
