@@ -2,8 +2,8 @@
 
     python tools/resume_matrix.py [FOLDER] [--pairs single:fsdp2,ddp2:single | --draw 2] [--steps 4]
 
-The layouts are one process, two or four under DDP, two or four under FSDP2, at the same effective batch of four: 1 × 4
-accumulated, 2 × 2, 4 × 1. The run is one LoRA on the embedded model in fp32, on images drawn here. Each first half is
+The layouts are one process, two or four under DDP, two or four under FSDP2, and two under each of DeepSpeed's stages,
+where it is installed, at the same effective batch of four: 1 × 4 accumulated, 2 × 2, 4 × 1. The run is one LoRA on the embedded model in fp32, on images drawn here. Each first half is
 trained once and copied; each second half goes on from the copy with `simpletuner train`. Of each pair the table shows
 how far losses, and the final adapter with its optimizer's state, are from the run that one process trained at one go.
 FOLDER keeps the runs; otherwise they are removed.
@@ -37,6 +37,10 @@ LAYOUTS: Mapping[str, tuple[str, ...]] = {
     "fsdp2": ("--num_processes=2", "--gradient_accumulation_steps=2", "--fsdp_enable"),
     "fsdp4": ("--num_processes=4", "--gradient_accumulation_steps=1", "--fsdp_enable"),
 }
+ZERO_LAYOUTS: Mapping[str, tuple[str, ...]] = {
+    f"zero{stage}": (*LAYOUTS["ddp2"], f"--deepspeed_config=zero{stage}") for stage in (1, 2, 3)
+}
+"""Those that need DeepSpeed."""
 STRAIGHT = "single"
 LOSS_LIMIT, ADAPTER_LIMIT, OPTIMIZER_LIMIT = 1e-6, 2e-6, 1e-4
 
@@ -84,11 +88,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=16, help="of the draw")
     parser.add_argument("--steps", type=int, default=4, help="of the whole run; half of them before the change")
     given = parser.parse_args()
-    pairs = [(start, end) for start in LAYOUTS for end in LAYOUTS]
+    known = LAYOUTS | ZERO_LAYOUTS
+    pairs = [(start, end) for start in known for end in known]
     if given.pairs is not None:
         pairs = [(start, end) for start, _, end in (pair.partition(":") for pair in given.pairs.split(","))]
-        if unknown := {name for pair in pairs for name in pair} - set(LAYOUTS):
-            parser.error(f"--pairs {', '.join(sorted(unknown))}: known are {', '.join(LAYOUTS)}")
+        if unknown := {name for pair in pairs for name in pair} - set(known):
+            parser.error(f"--pairs {', '.join(sorted(unknown))}: known are {', '.join(known)}")
     elif given.draw is not None:
         pairs = drawn_pairs(given.draw, given.seed)
     with tempfile.TemporaryDirectory(prefix="simpletuner-resume-") as temporary:
@@ -142,7 +147,7 @@ def train(folder: Path, name: str, layout: str, steps: int, *more: str) -> Path:
         RuntimeError: the command failed. What it said is in the message.
     """
     command = [sys.executable, "-P", "-m", "simpletuner", "train", f"--output_dir=output/{name}"]
-    command += [f"--max_train_steps={steps}", *LAYOUTS[layout], *more]
+    command += [f"--max_train_steps={steps}", *(LAYOUTS | ZERO_LAYOUTS)[layout], *more]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr}")

@@ -50,7 +50,10 @@ AdapterSizes = Mapping[str, AdapterSize]
 def attached_adapters(transformer: Flux2Transformer) -> dict[str, AdapterSize]:
     """The adapters that `transformer` wears."""
     layers = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, LoraLinear)}
-    return {name: AdapterSize(layer.rank, layer.a.shape[1], layer.b.shape[0]) for name, layer in layers.items()}
+    return {
+        name: AdapterSize(layer.rank, layer.column_stop - layer.column_start, layer.row_stop - layer.row_start)
+        for name, layer in layers.items()
+    }
 
 
 def planned_adapters(passing: Pass) -> dict[str, AdapterSize]:

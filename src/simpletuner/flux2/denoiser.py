@@ -1,7 +1,7 @@
 """The transformer as the flow sees it: noised latents in, velocity out."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -51,10 +51,17 @@ class Denoiser:
 
     Args:
         reference_attention: what reference tokens attend to. A model must be sampled with what it was trained with.
+        forward: what calls the transformer, with its arguments; by default itself.
     """
 
-    def __init__(self, transformer: Flux2Transformer, reference_attention: ReferenceView = "full") -> None:
+    def __init__(
+        self,
+        transformer: Flux2Transformer,
+        reference_attention: ReferenceView = "full",
+        forward: Callable[..., Tensor] | None = None,
+    ) -> None:
         self.transformer = transformer
+        self.forward = transformer if forward is None else forward
         self.reference_attention = reference_attention
         make = functools.partial(positions_of, transformer.spec.axes, transformer.spec.theta)
         self.positions = functools.lru_cache(KEPT_POSITIONS)(make)
@@ -78,7 +85,7 @@ class Denoiser:
             choices = [_with_references(choice, tokens.shape[1], attention.length) for choice in choices]
             positions = self._with_references(positions, condition.references)
             tokens = torch.cat([tokens, condition.references.tokens.to(dtype)], dim=1)
-        velocity = self.transformer(
+        velocity = self.forward(
             tokens,
             context,
             sigma,

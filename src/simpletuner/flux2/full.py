@@ -49,24 +49,8 @@ class FullModel(Learning):
         self.masters = masters
 
     @property
-    def shards(self) -> RowShards | None:
-        return self.masters if isinstance(self.masters, RowShards) else None
-
-    @property
-    def parameter_count(self) -> int:
-        return sum(weight.numel() for weight in self._weights.values())
-
-    @property
-    def whole_shapes(self) -> list[tuple[int, ...]]:
-        """The shapes of the parameters, whole ones where they are sharded."""
-        return [tuple(weight.shape) for weight in self._weights.values()]
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What the optimiser steps on."""
-        if self.masters is None:
-            yield from self._weights.items()
-        else:
-            yield from self.masters.parameters.items()
+    def weights(self) -> dict[str, nn.Parameter]:
+        return dict(self.transformer.named_parameters())
 
     def disabled(self) -> None:
         """None: the base model is gone with the first step."""
@@ -84,42 +68,33 @@ class FullModel(Learning):
         finally:
             self.masters.settle()
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        super().load(state)
-        if self.masters is not None:
-            self.masters.settle()
-
     def by_role(self) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
         """The matrices of the blocks; those around them (embedders, modulation, the last layers); the norms' scales."""
         inner: list[nn.Parameter] = []
         outer: list[nn.Parameter] = []
         scales: list[nn.Parameter] = []
-        for name, parameter in self.named_parameters():
+        for (name, parameter), shape in zip(self.named_parameters(), self.whole_shapes, strict=True):
             is_inner = name.startswith(("transformer_blocks.", "single_transformer_blocks."))
-            (scales if parameter.ndim < 2 else inner if is_inner else outer).append(parameter)
+            (scales if len(shape) < 2 else inner if is_inner else outer).append(parameter)
         return inner, outer, scales
 
     def audit(self) -> WeightAudit:
         """What learns, counted from the weights themselves."""
         groups: dict[str, list[nn.Parameter]] = {}
-        for name, parameter in self._weights.items():
+        for name, parameter in self.weights.items():
             groups.setdefault(re.sub(r"\.\d+\.", ".*.", name, count=1), []).append(parameter)
         masters = list(self.masters.parameters.values()) if isinstance(self.masters, Masters) else []
         return WeightAudit(
-            dtype=str(next(iter(self._weights.values())).dtype).removeprefix("torch."),
-            tensors=len(self._weights),
+            dtype=str(next(iter(self.weights.values())).dtype).removeprefix("torch."),
+            tensors=len(self.weights),
             parameters=self.parameter_count,
-            weight_bytes=sum(weight.nbytes for weight in self._weights.values()),
+            weight_bytes=sum(weight.nbytes for weight in self.weights.values()),
             master_bytes=sum(master.nbytes for master in masters),
             kinds=[
                 WeightKind(name=name, tensors=len(members), parameters=sum(member.numel() for member in members))
                 for name, members in groups.items()
             ],
         )
-
-    @property
-    def _weights(self) -> dict[str, nn.Parameter]:
-        return dict(self.transformer.named_parameters())
 
 
 def unfreeze(transformer: Flux2Transformer, masters: torch.dtype | None = None) -> FullModel:

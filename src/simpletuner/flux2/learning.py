@@ -2,13 +2,15 @@
 
 import abc
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from simpletuner.memory.row_shards import RowShards
+from simpletuner.memory.masters import SteppedParameters
+from simpletuner.memory.row_shards import Shards
 
 
 class Learning(abc.ABC):
@@ -17,14 +19,29 @@ class Learning(abc.ABC):
     foreign: ClassVar[str]
     """What a state of other names is called."""
 
-    @property
-    def shards(self) -> RowShards | None:
-        """None: every rank holds all of it."""
-        return None
+    masters: SteppedParameters | None
+    """What the optimizer steps on in place of the weights."""
 
+    @property
     @abc.abstractmethod
+    def weights(self) -> Mapping[str, nn.Parameter]:
+        """The model's own parameters that learn."""
+
+    @property
+    def shards(self) -> Shards | None:
+        """This rank's share, where ranks share the parameters out; None where every rank holds all of them."""
+        return self.masters if isinstance(self.masters, Shards) else None
+
+    @property
+    def whole_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of the parameters, whole ones where they are sharded."""
+        if self.shards is not None:
+            return [split.shape for split in self.shards.splits.values()]
+        return [tuple(weight.shape) for weight in self.weights.values()]
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What the optimiser steps on."""
+        yield from (self.weights if self.masters is None else self.masters.parameters).items()
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for _, parameter in self.named_parameters()]
@@ -36,7 +53,7 @@ class Learning(abc.ABC):
 
     @property
     def parameter_count(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
+        return sum(map(math.prod, self.whole_shapes))
 
     def state(self) -> dict[str, Tensor]:
         """The live tensors themselves (detached, not copied): what a checkpoint needs to go on exactly."""
@@ -57,6 +74,8 @@ class Learning(abc.ABC):
             if parameter.shape != state[name].shape:
                 raise ValueError(f"{name} is {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
             parameter.copy_(state[name])
+        if self.masters is not None:
+            self.masters.settle()
 
     @contextlib.contextmanager
     def holding(self, state: Mapping[str, Tensor]) -> Iterator[None]:

@@ -118,6 +118,7 @@ class LoraLinear(AdapterLayer):
         super().__init__(base, scale)
         self.a = nn.Parameter(a)
         self.b = nn.Parameter(b)
+        self.rank = a.shape[0]
         self.dropout = dropout
         self.column_start, self.column_stop = column_start, column_start + a.shape[1]
         self.row_start, self.row_stop = row_start, row_start + b.shape[0]
@@ -126,10 +127,6 @@ class LoraLinear(AdapterLayer):
         the gradients of the input, hence last bits where more than one Linear reads it.
         """
         self.train(base.training)
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
 
     @property
     def place(self) -> "Range":
@@ -216,14 +213,15 @@ class Adapter(Learning):
         """A key of `PRESETS`, or "custom"."""
         self.alpha = alpha
         """As the user gave it; each layer's `scale` is already alpha/rank."""
-        self.masters: None = None
-        """Adapters are fp32 themselves."""
+        self.masters = None  # adapters are fp32 themselves
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Each live tensor as ("<layer>.a" or "<layer>.b", parameter)."""
-        for name, layer in self.layers.items():
-            yield f"{name}.a", layer.a
-            yield f"{name}.b", layer.b
+    @property
+    def weights(self) -> dict[str, nn.Parameter]:
+        """Each live tensor, as "<layer>.a" or "<layer>.b"."""
+        pairs = {name: (layer.a, layer.b) for name, layer in self.layers.items()}
+        return {
+            f"{name}.{matrix}": each for name, pair in pairs.items() for matrix, each in zip("ab", pair, strict=True)
+        }
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -238,6 +236,18 @@ class Adapter(Learning):
         finally:
             for layer, was_enabled in zip(self.layers.values(), before, strict=True):
                 layer.is_enabled = was_enabled
+
+    @contextlib.contextmanager
+    def showing(self, whole: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, `weights` are these whole tensors, for a file of them; nothing is copied, and nothing can compute."""
+        kept = {name: weight.data for name, weight in self.weights.items()}
+        for name, weight in self.weights.items():
+            weight.data = whole[name].to(weight.device)  # on another device its hooks for the gradient would be lost
+        try:
+            yield
+        finally:
+            for name, weight in self.weights.items():
+                weight.data = kept[name]
 
     def expanded(self) -> dict[str, Float[Tensor, "_ _"]]:
         """An ordinary LoRA in diffusers' names, full size, fp32, on the CPU, alpha/rank folded into B."""

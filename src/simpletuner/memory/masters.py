@@ -15,8 +15,8 @@ from simpletuner.memory.precision import check_range
 
 @runtime_checkable
 class SteppedParameters(Protocol):
-    """Parameters on which an optimizer steps in place of a model's own: `Masters`, or the `RowShards` of a sharded
-    model.
+    """Parameters on which an optimizer steps in place of a model's own: `Masters`, or the `Shards` of parameters that
+    ranks share out.
     """
 
     @property

@@ -1,18 +1,55 @@
-"""Trainable parameters that FSDP2 shards by rows, as plain tensors: what an optimizer, an average and a file see."""
+"""Trainable parameters that are shared out over ranks, as plain tensors: what an optimizer, an average and a file see."""
 
+import abc
 import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from simpletuner.memory.shard import RowSplit, local
+from simpletuner.memory.shard import RowSplit, Split, local
 from simpletuner.memory.world import World
 
 
-class RowShards:
-    """This rank's rows of a sharded model's parameters. The optimizer steps on `parameters`: plain tensors that share
-    the memory from which FSDP gathers the weights.
+class Shards(abc.ABC):
+    """This rank's share of each of a model's parameters, on which the optimizer steps (`SteppedParameters`). Their
+    gradients are sums over the ranks.
+    """
+
+    world: World
+    splits: Mapping[str, Split]
+    """How each tensor is split, by name."""
+    parameters: dict[str, nn.Parameter]
+    """This rank's share, by name; of some it may have nothing."""
+
+    @property
+    def first_elements(self) -> dict[Tensor, int]:
+        """Place of the first number of each of `parameters` in its whole tensor."""
+        return {share: self.splits[name].first_element for name, share in self.parameters.items()}
+
+    @abc.abstractmethod
+    def collect(self) -> None:
+        """Move the gradients of the model's parameters to `parameters`: after each backward pass."""
+
+    @abc.abstractmethod
+    def settle(self) -> None:
+        """Let the model compute with the values of `parameters`: after each change of them."""
+
+    def locals(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's share of whole tensors, by the parameters' names. Tensors of a mapped file are not read."""
+        return {name: self.splits[name].of(tensor) if name in self.splits else tensor for name, tensor in whole.items()}
+
+    def wholes(self, shares: Mapping[str, Tensor], to: int) -> dict[str, Tensor] | None:
+        """The whole tensors of `shares`, by the parameters' names, on the CPU of rank `to`; None on the others. All
+        ranks call it.
+        """
+        gathered = {name: self.splits[name].gather(share, self.world, to) for name, share in shares.items()}
+        return {name: each for name, each in gathered.items() if each is not None} or None
+
+
+class RowShards(Shards):
+    """This rank's rows of the parameters that FSDP2 shards: `parameters` are plain tensors that share the memory from
+    which FSDP gathers the weights.
 
     FSDP sums the gradients over the ranks after each backward pass, those of several micro-batches too: gradients that
     wait for the last one would be those of the whole model on every rank.
@@ -31,17 +68,10 @@ class RowShards:
         self.splits = {
             name: RowSplit(tuple(weight.shape), world.rank, world.size) for name, weight in self._sharded.items()
         }
-        """How each tensor is split, by name."""
         self.parameters = {name: nn.Parameter(local(weight)) for name, weight in self._sharded.items()}
-        """This rank's rows, by name; some may have none."""
         for name, rows in self.parameters.items():
             if tuple(rows.shape) != self.splits[name].local_shape:
                 raise ValueError(f"{name} is split into {tuple(rows.shape)}, not {self.splits[name].local_shape}")
-
-    @property
-    def first_elements(self) -> dict[Tensor, int]:
-        """Place of the first number of each of `parameters` in its whole tensor."""
-        return {rows: self.splits[name].first_element for name, rows in self.parameters.items()}
 
     def collect(self) -> None:
         """Move the gradients, which FSDP has summed over the ranks, to `parameters`: after each backward pass."""
@@ -72,7 +102,3 @@ class RowShards:
         """Drop whole weights that were gathered before: after each change of `parameters`."""
         for each in self._modules:
             each.reshard()
-
-    def locals(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's rows of whole tensors, by the parameters' names. Tensors of a mapped file are not read."""
-        return {name: self.splits[name].of(tensor) if name in self.splits else tensor for name, tensor in whole.items()}

@@ -97,8 +97,8 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], sharding: Sharding) -> 
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` was called for `model`."""
-    return model in _sharded
+    """Whether all ranks make each pass through `model` together: `shard` or DeepSpeed's stage 3 has shared it out."""
+    return model in _sharded or any(hasattr(parameter, "ds_tensor") for parameter in model.parameters())
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,44 @@ class RowSplit:
         padded[: rows.shape[0]].copy_(rows)
         parts = world.gather(padded, to)
         return None if parts is None else torch.cat([part.cpu() for part in parts])[: self.shape[0]]
+
+
+@dataclass(frozen=True)
+class FlatSplit:
+    """One rank's piece of a tensor whose numbers, in row-major order, are split over ranks as ZeRO splits them."""
+
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    rank: int
+    spans: tuple[tuple[int, int], ...]
+    """First number of each rank's piece and the one after its last, in the order of ranks; a piece may be empty."""
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        first, last = self.spans[self.rank]
+        return (last - first,)
+
+    @property
+    def first_element(self) -> int:
+        """Place of the first number of this rank's piece in the whole tensor."""
+        return self.spans[self.rank][0]
+
+    def of(self, whole: Tensor) -> Tensor:
+        """This rank's piece of `whole`; a view where it is contiguous."""
+        return whole.reshape(-1)[slice(*self.spans[self.rank])]
+
+    def gather(self, piece: Tensor, world: World, to: int) -> Tensor | None:
+        """As `RowSplit.gather`."""
+        longest = max(last - first for first, last in self.spans)
+        padded = nn.functional.pad(piece, (0, longest - len(piece)))
+        parts = world.gather(padded, to)
+        if parts is None:
+            return None
+        whole = torch.cat([part[: last - first].cpu() for part, (first, last) in zip(parts, self.spans, strict=True)])
+        return whole.view(self.shape)
+
+
+Split = RowSplit | FlatSplit
 
 
 def own_rows(tensor: Tensor) -> Tensor:

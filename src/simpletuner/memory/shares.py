@@ -13,7 +13,7 @@ from torch import Tensor
 from simpletuner.base.errors import CheckpointError, DiskError
 from simpletuner.base.files import sha256_file
 from simpletuner.base.tensorfile import TensorData, file_order, file_pieces
-from simpletuner.memory.shard import RowSplit
+from simpletuner.memory.shard import Split
 from simpletuner.memory.tensors import DTYPE_NAMES, as_written, load_tensors
 from simpletuner.memory.world import World
 
@@ -26,8 +26,8 @@ class RankTensor:
     """A tensor as one rank holds it."""
 
     local: Tensor
-    split: RowSplit | None = None
-    """The rows that `local` is of the whole tensor. None: every rank holds the same whole tensor."""
+    split: Split | None = None
+    """What `local` is of the whole tensor. None: every rank holds the same whole tensor."""
 
     @property
     def shape(self) -> tuple[int, ...]:

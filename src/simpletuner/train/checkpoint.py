@@ -12,8 +12,8 @@ from torch import Tensor
 from simpletuner.base.errors import CheckpointError, RanksError, UserError, error_class
 from simpletuner.base.files import file_errors_reported, read_json, write_json
 from simpletuner.base.parts import discard
-from simpletuner.memory.row_shards import RowShards
-from simpletuner.memory.shard import RowSplit
+from simpletuner.memory.row_shards import Shards
+from simpletuner.memory.shard import Split
 from simpletuner.memory.shares import RankTensor, load_shares, write_shares
 from simpletuner.memory.tensors import INTEGERS, save_tensors
 from simpletuner.memory.world import World
@@ -168,8 +168,8 @@ def checksum(tensor: Tensor) -> int:
     return int(bits.sum(dtype=torch.int64))
 
 
-def _split(name: str, tensor: Tensor, trained: Trained) -> RowSplit | None:
-    """How a tensor of the name "<entry>/<parameter>" is split: as the parameter, if it has the shape of its rows."""
+def _split(name: str, tensor: Tensor, trained: Trained) -> Split | None:
+    """How a tensor of the name "<entry>/<parameter>" is split: as the parameter, if it has the shape of its share."""
     split = None if trained.shards is None else trained.shards.splits.get(name.partition("/")[2])
     return split if split is not None and tuple(tensor.shape) == split.local_shape else None
 
@@ -226,8 +226,8 @@ def restore(
         ) from None
 
 
-def _local(name: str, tensor: Tensor, shards: RowShards) -> Tensor:
-    """This rank's rows of a tensor of the name "<entry>/<parameter>", if it has the parameter's shape."""
+def _local(name: str, tensor: Tensor, shards: Shards) -> Tensor:
+    """This rank's share of a tensor of the name "<entry>/<parameter>", if it has the parameter's shape."""
     split = shards.splits.get(name.partition("/")[2])
     return tensor if split is None or tuple(tensor.shape) != split.shape else split.of(tensor)
 

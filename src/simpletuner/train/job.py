@@ -72,7 +72,7 @@ from simpletuner.train.loop import Loop, best_step, mind_the_disk, shapes_of
 from simpletuner.train.placement import open_decoder, residency_text, stream_blocks
 from simpletuner.train.preservation import Preservation
 from simpletuner.train.preview import DrawingModel, PreviewModel, TrainedModel, base_tensors
-from simpletuner.train.product import PRODUCTS, Product
+from simpletuner.train.product import PRODUCTS, Product, zero_shards
 from simpletuner.train.profile import StepProfiler
 from simpletuner.train.release import GradientRelease, StepsOneParameter
 from simpletuner.train.report import Reporter
@@ -281,6 +281,10 @@ class Attempt:
                 product.introduce(self.run, self.reporter)
         self.check_room(product, plan)
         trained = product.trained
+        zero = None if self.world.is_alone else zero_shards(self.config, product, self.world)
+        if zero is not None:
+            trained.masters = zero
+            self.reporter.say(zero.told())
         first_elements = None if trained.shards is None else trained.shards.first_elements
         optimiser = optim.build(product.groups(), self.config, seed=self.config.seed, first_elements=first_elements)
         average_device = torch.device("cpu") if self.config.is_average_on_cpu else self.device
@@ -292,7 +296,8 @@ class Attempt:
             place = str(found.folder)
             self.reporter.emit(CheckpointEvent(step=self.state.step, state="resumed", path=found.folder.name))
             self.reporter.say(f"Going on from step {self.state.step} of {plan.steps} ({place}).")
-        denoiser = Denoiser(product.transformer, self.config.reference_attention)
+        forward = None if zero is None else zero.forward
+        denoiser = Denoiser(product.transformer, self.config.reference_attention, forward)
         routes = self.routes(product.transformer.spec.blocks, order, prepared)
         strata = Strata(order, seed=self.config.seed, batches_per_step=self.batches_per_step)
         objective = Objective.of(self.config, self.config, self.config.seed, strata)

@@ -32,6 +32,7 @@ from simpletuner.memory.precision import DTYPES, QuantisedLinear
 from simpletuner.memory.shard import Sharding, held_bytes
 from simpletuner.memory.shares import RankTensor
 from simpletuner.memory.world import World
+from simpletuner.memory.zero import ZeroShards, engine_settings, landing_device
 from simpletuner.runs.layout import LORA_NAME, RunDirectory
 from simpletuner.train import optim
 from simpletuner.train.report import Reporter
@@ -102,7 +103,8 @@ class LoraProduct:
     def load(cls, config: RunConfig, source: Source, world: World, reporter: Reporter) -> "LoraProduct":
         """The transformer, frozen, sharded if asked to, with a fresh adapter, or the one of `init_lora`."""
         sharding = Sharding.of(config, world)
-        transformer = load_base(config, config, source, world.device, report=reporter.notice, sharding=sharding)
+        device = landing_device(config, world)
+        transformer = load_base(config, config, source, device, report=reporter.notice, sharding=sharding)
         whole = sum(tensor.nbytes for tensor in transformer.parameters())
         held = sorted({each.layout.precision for each in transformer.modules() if isinstance(each, QuantisedLinear)})
         if held:
@@ -160,10 +162,13 @@ class LoraProduct:
     def save(
         self, folder: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str], world: World
     ) -> dict[str, str]:
+        shards = self.trained.shards
+        whole = state if shards is None else shards.wholes(state, to=0)
         if world.is_main:
+            assert whole is not None
             dtype = DTYPES[self.config.lora_save_dtype]
             folder.mkdir(exist_ok=True)
-            with self.trained.holding(state):
+            with self.trained.showing(whole):
                 save_lora(folder / LORA_NAME, self.trained, metadata=metadata, dtype=dtype)
         return {}
 
@@ -190,11 +195,12 @@ class FullProduct:
         if asked to.
         """
         computes_in = DTYPES[config.base_dtype]
-        dtype = torch.float32 if config.has_masters else computes_in
+        has_masters = config.has_masters and not (config.zero_stage and world.size > 1)  # DeepSpeed has its own
+        dtype = torch.float32 if has_masters else computes_in
         sharding = Sharding.of(config, world)
         if sharding is None:
-            transformer = load_transformer(source, dtype, world.device, is_plain=True)
-            return cls(config, transformer, unfreeze(transformer, computes_in if config.has_masters else None))
+            transformer = load_transformer(source, dtype, landing_device(config, world), is_plain=True)
+            return cls(config, transformer, unfreeze(transformer, computes_in if has_masters else None))
         trained = replace(sharding, trained_as=computes_in)
         transformer = load_transformer(source, dtype, world.device, sharding=trained, is_plain=True)
         return cls(config, transformer, unfreeze_sharded(transformer, computes_in, world))
@@ -266,6 +272,14 @@ class FullProduct:
 
     def saved(self, folder: Path) -> dict[str, Tensor]:
         return read_transformer(folder / TRANSFORMER_FOLDER)
+
+
+def zero_shards(config: RunConfig, product: Product, world: World) -> ZeroShards | None:
+    """What `product` trains, given to DeepSpeed; None without `deepspeed_config`."""
+    if not config.zero_stage:
+        return None
+    settings = engine_settings(config.zero_optimization, product.transformer.dtype, config.train_batch_size)
+    return ZeroShards(product.transformer, product.trained.weights, settings, world)
 
 
 PRODUCTS: dict[str, Callable[[RunConfig, Source, World, Reporter], Product]] = {

@@ -1,6 +1,7 @@
 """One optimiser step: draw, noise, predict, compare, backward, clip, update."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ from simpletuner.flow.loss import Penalty, distillation_loss, flow_loss, huber, 
 from simpletuner.flow.path import noised
 from simpletuner.flow.sigma import in_stratum
 from simpletuner.memory.masters import SteppedParameters
-from simpletuner.memory.row_shards import RowShards
+from simpletuner.memory.row_shards import RowShards, Shards
 from simpletuner.memory.world import World
+from simpletuner.memory.zero import ZeroShards
 from simpletuner.train import optim
 from simpletuner.train.preservation import Preservation
 from simpletuner.train.release import GradientRelease
@@ -156,9 +158,14 @@ class Stepper:
     """Where given, its ranks train on their shares of each global batch, and step alike."""
 
     @property
-    def shards(self) -> RowShards | None:
-        """Where `parameters` are this rank's rows of sharded ones."""
-        return self.masters if isinstance(self.masters, RowShards) else None
+    def shards(self) -> Shards | None:
+        """Where `parameters` are this rank's share of those that ranks share out."""
+        return self.masters if isinstance(self.masters, Shards) else None
+
+    @property
+    def zero(self) -> ZeroShards | None:
+        """Where DeepSpeed's engine computes the gradients and gathers the stepped weights."""
+        return self.masters if isinstance(self.masters, ZeroShards) else None
 
     def losses(self, batch: Batch) -> Float[Tensor, " b"]:
         """Weighted loss of each sample of `batch`, with gradients; without that of `preservation`."""
@@ -230,12 +237,16 @@ class Stepper:
         return contextlib.nullcontext()
 
     def backward(self, whole: GlobalBatch) -> list[float]:
-        """Add the gradients of the global batch's mean loss; returns the weighted loss of each sample, in order.
+        """Add the gradients of the global batch's mean loss, which DeepSpeed's engine forgets again; returns the
+        weighted loss of each sample, in order.
 
         Raises:
             NotFiniteError: a loss is not finite. Nothing has been updated.
         """
-        losses, preserved = _rows(self.read(self._accumulate(whole)), whole)
+        device_losses = self._accumulate(whole)
+        if self.zero is not None:
+            self.zero.discard()  # its gradients are seen in a step alone
+        losses, preserved = _rows(self.read(device_losses), whole)
         _check_losses(whole, losses, preserved)
         return losses
 
@@ -262,7 +273,7 @@ class Stepper:
             self._seed(batch, whole.step)
             inputs = self._inputs(batch)
             batch_losses = self._losses_at(batch, inputs)
-            self.scaler.scale(batch_losses.sum() / whole.size).backward()
+            self._backward(batch_losses.sum() / whole.size)
             losses.append(batch_losses.detach())
             if self._has_second_loss:
                 preserved.append(self._preserve(batch, inputs.x, whole.size))
@@ -278,8 +289,15 @@ class Stepper:
             losses = self._preservation_losses(batch, x)
             if losses is None:
                 return torch.zeros_like(batch.weights)
-            self.scaler.scale(losses.sum() / size).backward()
+            self._backward(losses.sum() / size)
         return losses.detach()
+
+    def _backward(self, loss: Float[Tensor, ""]) -> None:
+        """Add the gradients of `loss`."""
+        if self.zero is not None:
+            self.zero.backward(loss)
+        else:
+            self.scaler.scale(loss).backward()
 
     @property
     def _has_second_loss(self) -> bool:
@@ -306,6 +324,11 @@ class Stepper:
         calls = self._rollout_calls(whole)
         if self.world is not None:
             device_losses = self._summed(whole, device_losses, calls, self.world)
+        update = functools.partial(self._update, whole, device_losses, calls)
+        return update() if self.zero is None else self.zero.step(update)
+
+    def _update(self, whole: GlobalBatch, device_losses: Float[Tensor, " n"], calls: int) -> StepResult:
+        """The optimizer's step on gradients that are summed over the ranks, if all numbers are finite."""
         self.scaler.unscale_(self.optimiser)
         norm = optim.clip(self.parameters, self.options, None if self.shards is None else self.world)
         # One tensor, so that the host waits once. `cat` takes the wider of the two dtypes: no number is rounded.
@@ -339,8 +362,8 @@ class Stepper:
         slots = [slot for batch in whole.batches for slot in batch.slots]
         numbers[[kind * whole.size + slot for kind in range(kinds) for slot in slots]] = losses
         numbers[-1] = calls
-        reduced = self.parameters if self.shards is None else ()  # FSDP has summed the gradients of shards
-        if self.shards is not None and self.scaler.is_enabled():
+        reduced = self.parameters if self.shards is None else ()  # FSDP2 or DeepSpeed sum the gradients of shards
+        if isinstance(self.shards, RowShards) and self.scaler.is_enabled():
             self.shards.share_overflow()
         world.sum_([*(each.grad for each in reduced if each.grad is not None), numbers])
         # An optimizer may draw from torch's global generator, which micro-batches have seeded differently.

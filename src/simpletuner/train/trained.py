@@ -7,23 +7,26 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from simpletuner.memory.masters import SteppedParameters
-from simpletuner.memory.row_shards import RowShards
+from simpletuner.memory.row_shards import Shards
 
 
 @runtime_checkable
 class Trained(Protocol):
     """An adapter (`flux2.lora.Adapter`) or a whole transformer (`flux2.full.FullModel`)."""
 
-    @property
-    def masters(self) -> SteppedParameters | None:
-        """What the optimizer steps on in place of the weights: fp32 copies where those are too coarse, or this rank's
-        rows where they are sharded.
-        """
+    masters: SteppedParameters | None
+    """What the optimizer steps on in place of the weights: fp32 copies where those are too coarse, or this rank's share
+    where ranks share them out.
+    """
 
     @property
-    def shards(self) -> RowShards | None:
-        """Where the parameters are sharded over the ranks: `named_parameters`, `state` and `load` then are about this
-        rank's rows, and gradients are summed over the ranks by FSDP. None where each rank holds all of them.
+    def weights(self) -> Mapping[str, nn.Parameter]:
+        """The model's own parameters that are trained, by name."""
+
+    @property
+    def shards(self) -> Shards | None:
+        """Where the ranks share out the parameters: `named_parameters`, `state` and `load` then are about this rank's
+        share, and gradients are summed over the ranks by FSDP2 or DeepSpeed. None where each rank holds all of them.
         """
 
     @property
@@ -43,7 +46,7 @@ class Trained(Protocol):
         """A block in which the model computes with `state`."""
 
     def state(self) -> dict[str, Tensor]:
-        """The trained tensors themselves (detached, not copied), by name; of sharded ones this rank's rows."""
+        """The trained tensors themselves (detached, not copied), by name; of shared-out ones this rank's share."""
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `state` gave.

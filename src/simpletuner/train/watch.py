@@ -107,7 +107,9 @@ class Watch:
     def _check_adapters(self) -> None:
         """Name the adapter layers whose B, which begins as zeros, is still all zero."""
         matrices = {
-            name.removesuffix(".b"): tensor for name, tensor in self._trained.named_parameters() if name.endswith(".b")
+            name.removesuffix(".b"): tensor
+            for name, tensor in self._trained.named_parameters()
+            if name.endswith(".b") and tensor.numel()  # of some a rank has no share
         }
         if not matrices:
             return
