@@ -21,6 +21,7 @@ from simpletuner.cli.env import installed_version
 from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.loading import examine_here
 from simpletuner.cli.printing import json_text, table
+from simpletuner.config.deepspeed import deepspeed_lack
 from simpletuner.config.flavours import FLAVOURS
 from simpletuner.config.load import NO_CONFIGURATION, Examined
 from simpletuner.config.previews import preview_download
@@ -42,7 +43,7 @@ State = Literal["ok", "warning", "missing"]
 DRIVERS = {12: 525, 13: 580}
 """The first NVIDIA driver for each major version of CUDA."""
 BF16_CAPABILITY = (8, 0)
-OPTIONAL = ("bitsandbytes", "optimum-quanto", "torchao", "tensorboard", "wandb")
+OPTIONAL = ("bitsandbytes", "optimum-quanto", "torchao", "deepspeed", "tensorboard", "wandb")
 INSTALL = "pip install -e '.[{}]'"
 """In the clone."""
 
@@ -111,11 +112,13 @@ def _checks(command: DoctorCommand) -> Iterator[MachineCheck]:
         yield _config(examined, command.rest)
     yield from _data(examined)
     yield from _torch(config, cards)
-    if len(cards) > 1 and config.ranks == 1 and not config.fsdp_enable:
+    if len(cards) > 1 and config.ranks == 1 and not config.takes_every_gpu:
         planned = command_text("simpletuner", "plan", f"--gpus={len(cards)}")
         yield MachineCheck("GPUs", "ok", f"{len(cards)}, of which one trains; {planned} says how all of them can")
     yield _compiler(config, cards)
     yield _extras(config)
+    if config.zero_optimization:
+        yield _deepspeed()
     if cards or FLAVOURS[config.model_flavour].repo is None:
         yield from _memory(examined, cards, command.rest)
     yield from _disk(config)
@@ -245,6 +248,13 @@ def _extras(config: RunConfig) -> MachineCheck:
         remedy = INSTALL.format("quantisation")
         return MachineCheck("extras", "missing", f"{told}; {lacks[0].found}", remedy, ConfigError.exit_code)
     return MachineCheck("extras", "ok", told)
+
+
+def _deepspeed() -> MachineCheck:
+    lack = deepspeed_lack()
+    if lack is None:
+        return MachineCheck("DeepSpeed", "ok", f"deepspeed {installed_version('deepspeed')}")
+    return MachineCheck("DeepSpeed", "missing", lack.found, lack.remedy, ConfigError.exit_code)
 
 
 def _memory(examined: Examined, cards: Sequence[Gpu], rest: Sequence[str]) -> Iterator[MachineCheck]:

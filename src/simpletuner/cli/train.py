@@ -12,6 +12,7 @@ from simpletuner.base.machine import visible_gpus
 from simpletuner.base.signals import deferred_signals
 from simpletuner.cli.help import help_asked, train_help
 from simpletuner.cli.loading import load_here
+from simpletuner.config.deepspeed import deepspeed_findings
 from simpletuner.config.load import Loaded
 from simpletuner.config.options.ranks import RankOptions
 from simpletuner.config.run import RunConfig
@@ -41,9 +42,9 @@ def run(arguments: list[str]) -> int:
             if place is None:
                 gpus = visible_gpus(os.environ)
                 size = processes(loaded.config, gpus)
+                loaded = _settled(_with_idle_gpus(loaded, gpus), size)
                 if size > 1 and not _is_trained(loaded.config):
                     return _supervise(loaded.arguments, loaded, size)
-                loaded = _with_idle_gpus(loaded, gpus)
             if place is None or place.rank == 0:
                 end_samplers(Path.cwd(), os.environ, say)
             # torch: only once the configuration is known to be good
@@ -63,7 +64,7 @@ def processes(options: RankOptions, gpus: int) -> int:
     """
     asked = options.num_processes
     if asked is None:
-        return max(1, gpus) if options.fsdp_enable else 1
+        return max(1, gpus) if options.takes_every_gpu else 1
     if 0 < gpus < asked:
         raise ConfigError.of(
             f"num_processes = {asked} with {gpus} visible GPU{'s' * (gpus > 1)}",
@@ -91,13 +92,28 @@ def _is_trained(config: RunConfig) -> bool:
     return isinstance(done, int) and done >= config.max_train_steps
 
 
+def _settled(loaded: Loaded, size: int) -> Loaded:
+    """`loaded` with its number of processes, on which `deepspeed_config` may depend.
+
+    Raises:
+        ConfigError: with so many it is wrong.
+    """
+    if loaded.config.deepspeed_config is None:
+        return loaded
+    config = loaded.config.model_copy(update={"num_processes": size})
+    ConfigError.raise_if(problem for _, problem in deepspeed_findings(config))
+    return replace(loaded, config=config)
+
+
 def _with_idle_gpus(loaded: Loaded, gpus: int) -> Loaded:
     """`loaded`, with a notice where one process trains and nobody asked for that."""
-    if gpus < 2 and loaded.config.may_shard and loaded.config.num_processes is None:
+    config = loaded.config
+    if gpus < 2 and config.takes_every_gpu and config.num_processes is None:
         there = "one GPU is visible" if gpus else "no GPU is visible"
-        notice = no_effect(["fsdp_enable"], f"{there}, and one process trains")
+        engine = "fsdp_enable" if config.fsdp_enable else "deepspeed_config"
+        notice = no_effect([engine], f"{there}, and one process trains")
         return replace(loaded, notices=(*loaded.notices, notice))
-    if gpus < 2 or loaded.config.num_processes is not None:
+    if gpus < 2 or config.takes_every_gpu or config.num_processes is not None:
         return loaded
     notice = (
         f"{gpus} GPUs are visible, one trains, and {gpus - 1} stand idle. --num_processes={gpus} trains on all of "

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from simpletuner.base.errors import Problem
 from simpletuner.config.datasets import Datasets
+from simpletuner.config.deepspeed import deepspeed_findings, deepspeed_notices
 from simpletuner.config.flavours import FLAVOURS, Flavour, sibling
 from simpletuner.config.given import Checked, Given, Known, check_givens
 from simpletuner.config.optimisers import ADAM, OPTIMISERS, optimiser
@@ -60,6 +61,10 @@ def findings(config: RunConfig, datasets: Datasets | None) -> Iterator[Finding]:
     yield from _precision(config)
     yield from _offload(config)
     yield from _ranks(config)
+    if config.deepspeed_config is not None:
+        yield from deepspeed_findings(config)
+        if config.zero_stage:
+            yield from _zero(config)
     yield from _paths(config)
     yield from _trackers(config)
     yield from _routes(config)
@@ -312,8 +317,8 @@ def _offload(config: RunConfig) -> Iterator[Finding]:
 def _ranks(config: RunConfig) -> Iterator[Finding]:
     """Options that several processes cannot train with."""
     releases = config.optimizer_release_gradients and config.model_type == "full"
-    if releases and (config.ranks > 1 or config.may_shard):
-        key = "num_processes" if config.ranks > 1 else "fsdp_enable"
+    if releases and (config.ranks > 1 or config.may_shard or config.zero_stage):
+        key = "num_processes" if config.ranks > 1 else "fsdp_enable" if config.may_shard else "deepspeed_config"
         found = (
             f"optimizer_release_gradients with {key} = {shown(vars(config)[key])}, where gradients are reduced first"
         )
@@ -336,6 +341,40 @@ def _ranks(config: RunConfig) -> Iterator[Finding]:
         able = [name for name, known in OPTIMISERS.items() if known.is_elementwise]
         found = f"optimizer = {shown(config.optimizer)} with model_type = full and fsdp_enable, which shards weights"
         yield ("optimizer", "fsdp_enable"), Problem(found, join_names(able))
+
+
+def _zero(config: RunConfig) -> Iterator[Finding]:
+    """Options that several processes cannot train with under DeepSpeed."""
+    key, stage = "deepspeed_config", config.zero_stage
+    out = f"take {key} out"
+    if config.fsdp_enable:
+        found = f"fsdp_enable and {key}, which are two engines"
+        yield ("fsdp_enable", key), Problem(found, remedy="Take one of the two out.")
+    if config.mixed_precision == "fp16" or config.base_dtype == "fp16":
+        name = "mixed_precision" if config.mixed_precision == "fp16" else "base_model_default_dtype"
+        found = f"{name} = fp16 with {key}, which scales no loss here"
+        yield (name, key), Problem(found, remedy=f"Give --{name}=bf16, or {out}.")
+    if config.enable_group_offload and config.model_type != "full":  # which has a problem of its own
+        found = f"enable_group_offload with {key}: DeepSpeed places the blocks itself"
+        remedy = "Take enable_group_offload out; stage 3 with offload_param keeps the weights in host memory."
+        yield ("enable_group_offload", key), Problem(found, remedy=remedy)
+    if not optimiser(config.optimizer).is_elementwise:
+        able = [name for name, known in OPTIMISERS.items() if known.is_elementwise]
+        found = f"optimizer = {shown(config.optimizer)} with {key}, which steps a share of all tensors as one"
+        yield ("optimizer", key), Problem(found, join_names(able))
+    if config.offloads("offload_param") and stage < 3:
+        found = f"{key}: offload_param at stage {stage}, which holds the weights whole"
+        yield (key,), Problem(found, "stage 3", f"Take offload_param out of {key}, or change its stage.")
+    if stage < 3:
+        return
+    preview = config.validation_preview_model
+    if preview is not None and config.model_type != "full":
+        found = f"validation_preview_model = {shown(preview)} with {key} at stage 3: each process would hold it whole"
+        remedy = "Take validation_preview_model out: the images are then drawn with the sharded model itself."
+        yield ("validation_preview_model", key), Problem(found, remedy=remedy)
+    if config.dynamo_backend == "inductor":
+        found = f"dynamo_backend = inductor with {key} at stage 3, which gathers weights inside the blocks"
+        yield ("dynamo_backend", key), Problem(found, remedy=f"Give --dynamo_backend=no, or {out}.")
 
 
 def streaming_conflict(config: RunConfig) -> tuple[str, str, str] | None:
@@ -464,6 +503,7 @@ def notices(config: RunConfig, datasets: Datasets | None, given: Collection[str]
             f"model_flavour = {flavour.name} has distilled weights, made for drawing: training them gives grey, smooth "
             f"blobs. Train --model_flavour {base.name}; a LoRA of it fits {flavour.title} too."
         )
+    yield from deepspeed_notices(config)
     for keys, has_no_effect, reason in _ignored(config, datasets):
         typed = [key for key in keys if has_no_effect and key in given]
         if typed:
@@ -633,7 +673,8 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
     shards = ("fsdp_reshard_after_forward", "fsdp_cpu_offload")
     yield shards, not config.fsdp_enable, "fsdp_enable is false"
     yield ("fsdp_enable", *shards), config.fsdp_enable and config.num_processes == 1, "num_processes is 1"
-    yield ("distributed_timeout_s",), is_alone and not config.may_shard, "one process trains"
+    yield ("deepspeed_config",), config.num_processes == 1, "num_processes is 1"
+    yield ("distributed_timeout_s",), is_alone and not config.may_shard and not config.zero_stage, "one process trains"
 
     place = config.pretrained_model_name_or_path
     is_local = FLAVOURS[config.model_flavour].repo is None if place is None else Path(place).exists()

@@ -35,6 +35,8 @@ def choose_backend(config: RunConfig, device: torch.device, steps: int, find_lac
     if conflict is not None:
         key, reason, _ = conflict
         return uncompiled(f"enable_group_offload with {key} = {shown(vars(config)[key])}: {reason}")
+    if config.zero_stage == 3:
+        return uncompiled("DeepSpeed's stage 3 gathers weights inside the blocks")
     if steps <= UNREPAID_STEPS:
         return uncompiled(f"{steps} steps are too few to make up for the compilation (more than {UNREPAID_STEPS} are)")
     lack = find_lack(device.type)

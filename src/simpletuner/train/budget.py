@@ -109,7 +109,7 @@ def with_processes(config: RunConfig, gpus: int) -> RunConfig:
     """`config` with the number of processes that `train` would start beside so many visible GPUs."""
     if config.num_processes is not None:
         return config
-    return config.model_copy(update={"num_processes": max(1, gpus) if config.fsdp_enable else 1})
+    return config.model_copy(update={"num_processes": max(1, gpus) if config.takes_every_gpu else 1})
 
 
 def configured(loaded: Loaded) -> Workload:

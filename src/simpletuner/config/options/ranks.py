@@ -7,7 +7,7 @@ from annotated_types import Ge, Le
 from pydantic import BeforeValidator, ValidationError
 
 from simpletuner.config.options.kinds import Count, IsJson, Says, Slice, Text, Whole
-from simpletuner.config.options.zero import ZeroSettings, without_auto
+from simpletuner.config.options.zero import handed_on
 
 ZERO_STAGES = ("zero1", "zero2", "zero3")
 """Names of DeepSpeed's stages: what each process holds only its share of. 1 is optimizer state, 2 gradients too, 3
@@ -90,17 +90,20 @@ class RankOptions(Slice):
         """What DeepSpeed is given under this name: its `stage`, 1 to 3, and what is set beside it. Empty without
         DeepSpeed, which stage 0 asks for too.
         """
-        given = without_auto(self.deepspeed_config or {}).get("zero_optimization", {})
         try:
-            settings = ZeroSettings.model_validate(given)
+            return handed_on(self.deepspeed_config or {})
         except ValidationError:  # `deepspeed_findings` says what is wrong
             return {}
-        return settings.model_dump(exclude_unset=True) if settings.stage else {}
 
     @property
     def zero_stage(self) -> int:
-        """DeepSpeed's stage; 0 without DeepSpeed."""
-        return int(self.zero_optimization.get("stage", 0))
+        """DeepSpeed's stage; 0 without DeepSpeed, and where one process trains."""
+        return 0 if self.num_processes == 1 else int(self.zero_optimization.get("stage", 0))
+
+    @property
+    def takes_every_gpu(self) -> bool:
+        """Whether the default is a process for each visible GPU, and not one."""
+        return self.fsdp_enable or self.zero_stage > 0
 
     def offloads(self, what: str) -> bool:
         """Whether DeepSpeed keeps "offload_optimizer" or "offload_param" in host memory."""

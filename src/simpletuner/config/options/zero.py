@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Le
 from pydantic import BeforeValidator
 
-from simpletuner.config.options.kinds import Says, Slice
+from simpletuner.config.options.kinds import Count, NotNegative, Says, Slice
 
+OFFLOADS = ("offload_optimizer", "offload_param")
+"""Keys of DeepSpeed under which a share may lie elsewhere."""
 AUTO_VALUE = "auto"
 """Leaves a setting to the trainer, in a config of DeepSpeed: to the option that it is here, else to DeepSpeed."""
 
@@ -21,7 +23,7 @@ def _whole(value: object) -> object:
 
 Numbers = Annotated[int, Ge(0), BeforeValidator(_whole), Says("a whole number of at least 0")]
 """How many numbers (elements, not bytes) a buffer holds."""
-Settings = Annotated[dict[str, Any], Says('an object such as {"device": "cpu"}')]
+Settings = Annotated[dict[str, Any], Says("an object, in { }")]
 
 
 class ZeroOffload(Slice):
@@ -47,7 +49,7 @@ class ZeroSettings(Slice):
     """A `ZeroOffload` of the weights. Stage 3."""
 
     overlap_comm: bool | None = None
-    """Reduce gradients while the backward pass goes on."""
+    """Reduce gradients while the backward pass goes on. Stages 2 and 3."""
 
     contiguous_gradients: bool = True
     """Copy gradients into one buffer as they come."""
@@ -59,7 +61,7 @@ class ZeroSettings(Slice):
     """Gradients that are reduced at once."""
 
     use_multi_rank_bucket_allreduce: bool = True
-    """Reduce the buckets of several owners at once."""
+    """Reduce the buckets of several owners at once. Stages 1 and 2."""
 
     allgather_partitions: bool = True
     """Gather the stepped weights with all-gather, and not with broadcasts. Stages 1 and 2."""
@@ -69,9 +71,6 @@ class ZeroSettings(Slice):
 
     round_robin_gradients: bool = False
     """Spread the copies to host memory over the processes. Stages 1 and 2."""
-
-    sub_group_size: Numbers = 1_000_000_000
-    """Weights that the optimizer steps at once. Stage 3."""
 
     stage3_prefetch_bucket_size: Numbers = 50_000_000
     """Weights that are gathered ahead of their use."""
@@ -98,8 +97,61 @@ class ZeroSettings(Slice):
     """Gather weights one by one, without a buffer for several."""
 
 
+class DeepSpeedDocument(Slice):
+    """A config of DeepSpeed: what is handed on, and what options of this program decide."""
+
+    zero_optimization: Settings | None = None
+    """A `ZeroSettings`."""
+
+    train_batch_size: Count | None = None
+    """The effective batch."""
+
+    train_micro_batch_size_per_gpu: Count | None = None
+    """`train_batch_size` of this program."""
+
+    gradient_accumulation_steps: Count | None = None
+    """The option of that name."""
+
+    gradient_clipping: NotNegative | None = None
+    """`max_grad_norm`."""
+
+    bf16: Settings | None = None
+    """Its `enabled` is `mixed_precision`."""
+
+    fp16: Settings | None = None
+    """The same."""
+
+    optimizer: Settings | None = None
+    """`type` is `optimizer`; `params` are options of their own."""
+
+    scheduler: Settings | None = None
+    """`type` is `lr_scheduler`; `params` are options of their own."""
+
+
 def without_auto(value: Any) -> Any:
     """`value` of a JSON document without the keys, at any depth, that leave the choice to the trainer."""
     if not isinstance(value, dict):
         return value
     return {key: without_auto(inner) for key, inner in value.items() if inner is not None and inner != AUTO_VALUE}
+
+
+def handed_on(document: dict[str, Any]) -> dict[str, Any]:
+    """The `zero_optimization` that DeepSpeed is given for its config `document`: a stage above 0 and what is set
+    beside it, without what is not handed on. Empty without a stage.
+
+    Raises:
+        ValidationError: a value is not of its kind.
+    """
+
+    def known(values: dict[str, Any], model: type[Slice]) -> dict[str, Any]:
+        held = {name: values[name] for name in model.model_fields if name in values}
+        return model.model_validate(held).model_dump(exclude_unset=True)
+
+    zero = without_auto(document).get("zero_optimization")
+    if not isinstance(zero, dict):
+        return {}
+    settings = known(zero, ZeroSettings)
+    for name in OFFLOADS:
+        if name in settings:
+            settings[name] = known(settings[name], ZeroOffload)
+    return settings if settings.get("stage") else {}

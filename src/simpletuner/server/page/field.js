@@ -176,13 +176,16 @@ function names(field, id, change) {
   };
 }
 
+/** A JSON value; one of `field.choices` may be typed without quotes. */
 function structure(field, id, describedBy, change, complain) {
+  const isName = (value) => field.choices.includes(value);
   const area = h("textarea", {
     id, rows: "1", class: "mono", spellcheck: "false", "aria-describedby": describedBy,
-    placeholder: field.default === null ? "" : JSON.stringify(field.default),
+    placeholder: field.default === null ? field.choices.join(", ") : JSON.stringify(field.default),
     oninput() {
+      const typed = area.value.trim();
       try {
-        if (area.value.trim() !== "") read(area.value);
+        if (typed !== "" && !isName(typed)) read(area.value);
       } catch (error) {
         if (!(error instanceof JsonFault)) throw error;
         complain(`Line ${error.line}, column ${error.column}: ${error.message}.`);
@@ -191,10 +194,10 @@ function structure(field, id, describedBy, change, complain) {
       }
       complain("");
       area.removeAttribute("aria-invalid");
-      change(area.value.trim() === "" ? null : area.value.trim());
+      change(typed === "" ? null : isName(typed) ? JSON.stringify(typed) : typed);
     },
   });
-  return simple(area, (given) => { area.value = given === undefined ? "" : given.raw; });
+  return simple(area, (given) => { area.value = given === undefined ? "" : isName(given.value) ? given.value : given.raw; });
 }
 
 function line(field, id, describedBy, change) {
