@@ -11,7 +11,7 @@ from torch import Tensor
 
 from simpletuner.config.options.conditioning import ReferenceView
 from simpletuner.flow.choice import Choice
-from simpletuner.flow.condition import Condition, Denoise, References
+from simpletuner.flow.condition import Condition, Denoise, References, TextContext
 from simpletuner.flux2.rotary import Rotary, rotary
 from simpletuner.flux2.tokens import context_ids, image_ids, pack_latents, unpack_latents
 from simpletuner.flux2.transformer import Flux2Transformer, ReferenceAttention
@@ -110,6 +110,20 @@ class Denoiser:
         cos, sin = (torch.cat([target.expand(samples, -1, -1), own], dim=1) for target, own in tables)
         image = torch.cat([positions.image.expand(samples, -1, -1), references.ids], dim=1)
         return Positions(image, positions.text.expand(samples, -1, -1), (cos, sin))
+
+    @torch.no_grad()
+    def idle(self, device: torch.device) -> None:
+        """Take part in a pass without gradients that other ranks make through a sharded transformer, with one token of
+        each kind. Later draws, such as dropout's, stay as they are.
+        """
+        spec = self.transformer.spec
+        context = TextContext.dense(torch.zeros(1, 1, spec.context_dim, device=device))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            self(
+                torch.zeros(1, spec.in_channels, 1, 1, device=device),
+                torch.zeros(1, device=device),
+                Condition.at(context, 1.0),
+            )
 
     def routed(self, choices: Sequence[Choice]) -> Denoise:
         """This denoiser with TREAD routing. Sampling takes the denoiser itself, which routes nothing."""

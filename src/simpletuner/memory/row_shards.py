@@ -1,4 +1,4 @@
-"""Trainable parameters that are shared out over ranks, as plain tensors: what an optimizer, an average and a file see."""
+"""Trained parameters that ranks share out, as plain tensors: what an optimizer, an average and a file see."""
 
 import abc
 import math

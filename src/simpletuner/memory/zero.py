@@ -21,7 +21,7 @@ from simpletuner.base.sizes import format_size
 from simpletuner.config.options.ranks import RankOptions
 from simpletuner.memory.row_shards import Shards
 from simpletuner.memory.shard import FlatSplit
-from simpletuner.memory.world import World, explained
+from simpletuner.memory.world import World
 
 T = TypeVar("T")
 
@@ -33,8 +33,11 @@ def engine_settings(zero_optimization: Mapping[str, Any], dtype: torch.dtype, ba
         dtype: of the trained weights.
         batch_size: samples of a micro-batch.
     """
+    is_bf16 = dtype == torch.bfloat16
     zero = dict(zero_optimization)
     zero["sub_group_size"] = 2**62  # one group: its gradients are there, and are stepped, all at once
+    if zero["stage"] == 1 and is_bf16:
+        zero["stage"] = 2  # stage 1 would accumulate bf16 gradients in bf16
     if zero["stage"] == 1:
         zero["overlap_comm"] = False  # DeepSpeed cannot do so where the caller says which micro-batch is the last
     return {
@@ -44,7 +47,9 @@ def engine_settings(zero_optimization: Mapping[str, Any], dtype: torch.dtype, ba
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
-        "bf16": {"enabled": dtype == torch.bfloat16},
+        "bf16": {"enabled": is_bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
     }
 
 
@@ -74,10 +79,8 @@ class ZeroShards(Shards):
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         self._update: Callable[[], None] | None = None
         self._is_inside = False
-        with explained("starting DeepSpeed"):
-            self._engine = _engine(
-                model, list(weights.values()), _Handover(weights.values(), self._step), settings, world
-            )
+        handover = _Handover(weights.values(), self._step)
+        self._engine = _engine(model, list(weights.values()), handover, settings, world)
         pieces = {name: _piece(self._engine.optimizer, weight, world) for name, weight in weights.items()}
         self.parameters = {name: nn.Parameter(piece) for name, (_, piece) in pieces.items()}
         spans = {name: [start, start + piece.numel()] for name, (start, piece) in pieces.items()}
@@ -116,8 +119,7 @@ class ZeroShards(Shards):
 
         self._update = attempt
         try:
-            with explained("reducing the gradients"):
-                self._engine.step()
+            self._engine.step()
             if not results and not errors:  # DeepSpeed has found a gradient that is not finite
                 self._spoil()
                 attempt()

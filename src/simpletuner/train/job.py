@@ -301,7 +301,10 @@ class Attempt:
         routes = self.routes(product.transformer.spec.blocks, order, prepared)
         strata = Strata(order, seed=self.config.seed, batches_per_step=self.batches_per_step)
         objective = Objective.of(self.config, self.config, self.config.seed, strata)
-        idle = partial(idle_pass, product.transformer) if is_sharded(product.transformer) else None
+        idle: Callable[[], None] | None = None
+        if is_sharded(product.transformer):
+            # DeepSpeed gathers weights in its modules' hooks alone, and so in a pass.
+            idle = partial(idle_pass, product.transformer) if zero is None else partial(denoiser.idle, self.device)
         rollout = Rollout.of(self.config, self.config.seed, idle)
         preservation = Preservation.of(self.config, denoiser, trained, idle)
         release = None

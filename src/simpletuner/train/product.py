@@ -278,8 +278,10 @@ def zero_shards(config: RunConfig, product: Product, world: World) -> ZeroShards
     """What `product` trains, given to DeepSpeed; None without `deepspeed_config`."""
     if not config.zero_stage:
         return None
-    settings = engine_settings(config.zero_optimization, product.transformer.dtype, config.train_batch_size)
-    return ZeroShards(product.transformer, product.trained.weights, settings, world)
+    weights = product.trained.weights
+    dtype = next(iter(weights.values())).dtype
+    settings = engine_settings(config.zero_optimization, dtype, config.train_batch_size)
+    return ZeroShards(product.transformer, weights, settings, world)
 
 
 PRODUCTS: dict[str, Callable[[RunConfig, Source, World, Reporter], Product]] = {
