@@ -13,11 +13,14 @@ another process costs none).
   with `no_sync` for all micro-batches but the last. Limit: 5 %.
 - **FSDP2**: the same with the base sharded, against the program's DDP; the bytes of the base that a process holds at
   rest, beside those of the whole base.
+- **ZeRO** 1, 2, 3, where DeepSpeed is installed: the program's `Stepper` under each of its stages against the bare loop
+  over the same modules: its engine's forward, backward and step, its clipping, torch's AdamW. Limit: 5 %.
 - **collectives**: calls of torch.distributed in a step, by kind.
 """
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -127,6 +130,14 @@ def measure(rounds: int, steps: int) -> None:
     report(**compared(f"{name}, FSDP2", fsdp, "our DDP", ddp, rounds, steps, world))
     report(kind="collectives", name=f"{name}, FSDP2", calls=collectives(fsdp, steps))
     report(kind="memory", name=f"{name}, FSDP2", held_bytes=held, whole_bytes=whole, share=held / whole)
+    if importlib.util.find_spec("deepspeed") is None:
+        return
+    for stage in (1, 2, 3):
+        zero, label = zero_program(world, stage), f"{name}, ZeRO {stage}"
+        engine = bare_zero(world, stage)
+        report(**compared(label, zero, "DeepSpeed's loop", engine, rounds, steps, world, limit=LIMIT))
+        report(kind="collectives", name=label, calls=collectives(zero, steps))
+        report(kind="collectives", name=f"{name}, bare ZeRO {stage}", calls=collectives(engine, steps))
 
 
 def compared(
@@ -218,24 +229,36 @@ def program(world: Any) -> Loop:
     return stepping(base(), world)
 
 
-def stepping(transformer: Any, world: Any) -> Loop:
+def zero_program(world: Any, stage: int) -> Loop:
+    """The program's step under DeepSpeed."""
+    return stepping(base(), world, stage)
+
+
+def stepping(transformer: Any, world: Any, zero_stage: int = 0) -> Loop:
     """The program's step on an adapter of `transformer`."""
     import torch
 
     from simpletuner.data.batch import GlobalBatch
     from simpletuner.flux2.denoiser import Denoiser
+    from simpletuner.memory.zero import ZeroShards, engine_settings
     from simpletuner.train import optim
     from simpletuner.train.step import Objective, Stepper
 
     adapter, config = adapted(transformer)
+    forward = None
+    if zero_stage:
+        settings = engine_settings({"stage": zero_stage}, torch.float32, BATCH)
+        adapter.masters = zero = ZeroShards(transformer, adapter.weights, settings, world)
+        forward = zero.forward
     stepper = Stepper(
-        denoise=Denoiser(transformer),
+        denoise=Denoiser(transformer, forward=forward),
         parameters=adapter.parameters(),
         optimiser=optim.build(adapter.parameters(), config),
         options=config,
         objective=Objective.of(config, config, 0),
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         device=torch.device("cpu"),
+        masters=adapter.masters,
         world=None if world.is_alone else world,
     )
     own = tuple(batches(transformer, world))
@@ -289,6 +312,45 @@ def bare(world: Any) -> Loop:
         losses.tolist()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def bare_zero(world: Any, stage: int) -> Loop:
+    """The same step over the same modules in DeepSpeed's engine, written out."""
+    import deepspeed
+    import torch
+
+    from simpletuner.flow.loss import flow_loss, squared
+    from simpletuner.flux2.denoiser import Denoiser
+
+    transformer = base()
+    adapter, config = adapted(transformer)
+    parameters = adapter.parameters()
+    settings = {
+        "train_micro_batch_size_per_gpu": BATCH,
+        "gradient_accumulation_steps": MICRO_BATCHES,
+        "gradient_clipping": config.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage},
+    }
+    engine, *_ = deepspeed.initialize(
+        model=transformer,
+        model_parameters=parameters,
+        optimizer=torch.optim.AdamW(parameters, lr=config.learning_rate, fused=True),
+        config=settings,
+    )
+    denoise = Denoiser(transformer, forward=engine)
+    own = batches(transformer, world)
+
+    def step() -> None:
+        for batch in own:
+            losses = flow_loss(
+                denoise, batch.latents, batch.condition, sigma=batch.sigma, noise=batch.noise, penalty=squared
+            )
+            engine.backward(losses.sum() / BATCH)
+            engine.step()
+        losses.tolist()
 
     return step
 

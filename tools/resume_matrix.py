@@ -3,9 +3,10 @@
     python tools/resume_matrix.py [FOLDER] [--pairs single:fsdp2,ddp2:single | --draw 2] [--steps 4]
 
 The layouts are one process, two or four under DDP, two or four under FSDP2, and two under each of DeepSpeed's stages,
-where it is installed, at the same effective batch of four: 1 × 4 accumulated, 2 × 2, 4 × 1. The run is one LoRA on the embedded model in fp32, on images drawn here. Each first half is
-trained once and copied; each second half goes on from the copy with `simpletuner train`. Of each pair the table shows
-how far losses, and the final adapter with its optimizer's state, are from the run that one process trained at one go.
+which `--draw` leaves out, at the same effective batch of four: 1 × 4 accumulated, 2 × 2, 4 × 1. The run is one LoRA on
+the embedded model in fp32, on images drawn here. Each first half is trained once and copied; each second half goes on
+from the copy with `simpletuner train`. Of each pair the table shows how far losses, and the final adapter with its
+optimizer's state, are from the run that one process trained at one go.
 FOLDER keeps the runs; otherwise they are removed.
 
 Tolerance: fp32 sums of the same gradients in another order. 20 steps in another order were 1.1e-7 apart in their losses

@@ -1,4 +1,4 @@
-"""Several processes train what one process trains: under DDP and FSDP2, by the real command.
+"""Several processes train what one process trains: under DDP, FSDP2 and DeepSpeed, by the real command.
 
 Tolerance: gradients are fp32 sums of the same numbers in another order. The one process adds ((g₀ + g₁) + g₂) + g₃; two
 processes add (g₀ + g₂) + (g₁ + g₃); four add in the order of gloo's ring. 20 steps summed in the order of two, by one
@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from tests.recipes.conftest import Workplace
 
 from resume_matrix import ADAPTER_LIMIT, LOSS_LIMIT, distance, drawn_pairs, matrix
+from simpletuner.config.options.ranks import ZERO_STAGES
 from simpletuner.flux2.export import read_lora
 
 STEPS = 20
@@ -169,4 +170,61 @@ def test_each_layout_resumes_in_one_process_and_the_other_way_round(accumulated:
     place.config |= {"lora_dropout": 0.1, "checkpoint_step_interval": 1000}
     place.write()
     differences = matrix(own_folder, drawn_pairs(2, seed=16, beside=("ddp2", "fsdp2")), steps=2)
+    assert [f"{start} → {end}: {each}" for (start, end), each in differences.items() if not each.is_within] == []
+
+
+@pytest.fixture
+def deepspeed() -> None:
+    """Skips where DeepSpeed is not installed."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: none of its stages is tested")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("deepspeed")
+@pytest.mark.parametrize("stage", ZERO_STAGES)
+def test_deepspeed_trains_what_one_accumulates(stage: str, workplace: Workplace, accumulated: Workplace) -> None:
+    """Over three epochs of buckets of different sizes."""
+    place = beside(workplace, accumulated)
+    train(place, stage, 2, 2, f"--deepspeed_config={stage}")
+    own, alone = place.run(stage), place.run("alone")
+    steps, expected = (place.events("step", each) for each in (stage, "alone"))
+    assert [step["loss"] for step in steps] == pytest.approx([step["loss"] for step in expected], rel=LOSS_LIMIT)
+    norms = [[step["grad_norm"] for step in each] for each in (steps, expected)]
+    assert norms[0] == pytest.approx(norms[1], rel=2 * ADAPTER_LIMIT)
+    for name in (own.lora.name, f"ema/{own.lora.name}"):
+        assert distance(own.root / name, alone.root / name) <= ADAPTER_LIMIT
+    assert files(place, stage) == files(place, "alone")
+    assert f"DeepSpeed, ZeRO stage {stage[-1]}: each of 2 processes steps" in own.log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("deepspeed")
+@pytest.mark.parametrize("features", FEATURES)
+def test_features_under_deepspeed_stage_3(cached_workplace: Workplace, features: str) -> None:
+    """TREAD and recompute; an int8 base and rollouts, which are not equally many on the ranks; an average."""
+    place = cached_workplace
+    shards = {key: value for key, value in FEATURES[features].items() if not key.startswith("fsdp_")}
+    place.config |= shards | {"max_train_steps": 5, "checkpoint_step_interval": 5, "use_ema": True, "ema_decay": 0.9}
+    train(place, "alone", 1, 2)
+    train(place, "zero", 2, 1, "--deepspeed_config=zero3")
+    assert place.losses("zero") == pytest.approx(place.losses("alone"), rel=LOSS_LIMIT)
+    calls = [[step["rollout_calls"] for step in place.events("step", name)] for name in ("zero", "alone")]
+    assert calls[0] == calls[1]
+    assert (sum(calls[0]) > 0) == ("rollout" in features)
+    for name in (place.run().lora.name, f"ema/{place.run().lora.name}"):
+        assert distance(*(place.run(each).root / name for each in ("zero", "alone"))) <= ADAPTER_LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("deepspeed")
+def test_deepspeed_goes_on_where_other_engines_were(accumulated: Workplace, own_folder: Path) -> None:
+    place = Workplace(own_folder)
+    for name in ("cache", "datasets"):
+        shutil.copytree(accumulated.folder / name, own_folder / name)
+    place.config |= {"lora_dropout": 0.1, "checkpoint_step_interval": 1000}
+    place.write()
+    differences = matrix(own_folder, [("zero3", "single"), ("fsdp2", "zero3")], steps=2)
     assert [f"{start} → {end}: {each}" for (start, end), each in differences.items() if not each.is_within] == []

@@ -10,6 +10,7 @@ import io
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -195,7 +196,9 @@ def _engine(
 ) -> Any:
     """DeepSpeed's engine. It says nothing: what it prints and logs would be the run's own words."""
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
-    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("LOCAL_RANK", str(world.device.index or 0))
+    # Names that torch 2.13 is about to replace: nothing that a user could change.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     with quiet_import(), contextlib.redirect_stdout(io.StringIO()):
         import deepspeed
 

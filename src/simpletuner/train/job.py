@@ -279,12 +279,12 @@ class Attempt:
             self.install(product.transformer, order)
             if self.world.is_main:
                 product.introduce(self.run, self.reporter)
-        self.check_room(product, plan)
+            zero = None if self.world.is_alone else zero_shards(self.config, product, self.world)
         trained = product.trained
-        zero = None if self.world.is_alone else zero_shards(self.config, product, self.world)
         if zero is not None:
             trained.masters = zero
             self.reporter.say(zero.told())
+        self.check_room(product, plan)
         first_elements = None if trained.shards is None else trained.shards.first_elements
         optimiser = optim.build(product.groups(), self.config, seed=self.config.seed, first_elements=first_elements)
         average_device = torch.device("cpu") if self.config.is_average_on_cpu else self.device

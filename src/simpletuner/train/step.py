@@ -332,7 +332,7 @@ class Stepper:
         self.scaler.unscale_(self.optimiser)
         norm = optim.clip(self.parameters, self.options, None if self.shards is None else self.world)
         # One tensor, so that the host waits once. `cat` takes the wider of the two dtypes: no number is rounded.
-        *losses, grad_norm = self.read(torch.cat([device_losses, norm[None]]))
+        *losses, grad_norm = self.read(torch.cat([device_losses, norm[None].to(device_losses.device)]))
         if self.world is not None:
             calls = int(losses.pop())
         losses, preserved = _rows(losses, whole)

@@ -245,7 +245,9 @@ def test_two_ranks_train_what_one_process_trains(case: str, stage: int, saved: t
     root, said, answers = saved
     limit = CASES[case][1]
     for answer in answers:
-        for number, (ours, theirs) in enumerate(zip(answer["said"][f"{case}{stage}"], said[f"{case}{stage}"], strict=True)):
+        for number, (ours, theirs) in enumerate(
+            zip(answer["said"][f"{case}{stage}"], said[f"{case}{stage}"], strict=True)
+        ):
             if number + 1 == BAD:
                 assert ours == theirs
                 assert "of step 2 is not finite" in ours
