@@ -1,7 +1,8 @@
 """Training under DeepSpeed's stages is that of one process, and its checkpoints are resumed with and without it.
 
-Tolerance: DeepSpeed sums the same fp32 gradients in another order, and multiplies by other kernels at stage 3. In bf16
-the model's own kernels round there: gradients differ by 2^-9 of themselves, and Adam's first steps by as much.
+Tolerance: DeepSpeed sums the same gradients in another order, in fp32: 1.6e-7 was measured in moments. Masters whose
+last bits differ round to other bf16 weights here and there: 1.7e-6. Where moments are rounded by chance, a last bit may
+turn one of them by 2^-8 of itself, 7e-5 of the norm of all.
 """
 
 import math
@@ -21,6 +22,7 @@ from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.full import unfreeze
 from simpletuner.flux2.lora import attach
+from simpletuner.flux2.modelfile import TRANSFORMER_FOLDER, read_transformer
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.precision import DTYPES
 from simpletuner.memory.shard import FlatSplit
@@ -28,9 +30,9 @@ from simpletuner.memory.shares import load_shares
 from simpletuner.memory.world import World
 from simpletuner.memory.zero import ZeroShards
 from simpletuner.runs import checkpoints
-from simpletuner.runs.layout import RunDirectory
+from simpletuner.runs.layout import EMA_FOLDER, RunDirectory
 from simpletuner.train import optim
-from simpletuner.train.checkpoint import OPTIMISER_STEM, read_state, restore, save_checkpoint
+from simpletuner.train.checkpoint import AVERAGE, OPTIMISER_STEM, PARAMETER, read_state, restore, save_checkpoint
 from simpletuner.train.ema import Ema
 from simpletuner.train.product import FullProduct, LoraProduct, Product, zero_shards
 from simpletuner.train.state import TrainState
@@ -49,8 +51,8 @@ CASES: dict[str, tuple[dict[str, Any], float]] = {
     "lora": ({"lora_rank": 2, "flux_lora_target": "all", "max_grad_norm": 0.05}, 2e-6),
     "full": (FULL, 2e-6),
     "lion": (FULL | {"optimizer": "lion", "grad_clip_method": "value"}, 2e-6),
-    "bf16": (FULL | {"mixed_precision": "bf16"}, 1e-2),
-    "adamw_bf16": ({"lora_rank": 2, "mixed_precision": "bf16", "optimizer": "adamw_bf16"}, 1e-2),
+    "bf16": (FULL | {"mixed_precision": "bf16"}, 5e-6),
+    "adamw_bf16": ({"lora_rank": 2, "mixed_precision": "bf16", "optimizer": "adamw_bf16"}, 1e-4),
 }
 """Options, and how far the trained numbers may be from one process's, in norm."""
 RUNS = [(case, stage) for case in CASES for stage in (1, 2, 3) if case != "lion" or stage == 3]
@@ -222,8 +224,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, list[dict
 
 
 def tensors_in(run: RunDirectory) -> dict[str, torch.Tensor]:
-    """What a checkpoint goes on with, however many ranks wrote it."""
-    return load_shares(run.checkpoint(STEPS), OPTIMISER_STEM)
+    """What a checkpoint goes on with, however many ranks wrote it: of a whole model, the export too."""
+    folder = run.checkpoint(STEPS)
+    tensors = load_shares(folder, OPTIMISER_STEM)
+    for mark, place in ((PARAMETER, folder), (AVERAGE, folder / EMA_FOLDER)):
+        if (place / TRANSFORMER_FOLDER).is_dir():
+            tensors |= {mark + name: each for name, each in read_transformer(place / TRANSFORMER_FOLDER).items()}
+    return tensors
 
 
 def digests_in(run: RunDirectory) -> dict[str, str]:
@@ -255,8 +262,9 @@ def test_two_ranks_train_what_one_process_trains(case: str, stage: int, saved: t
                 assert ours == pytest.approx(theirs, rel=limit)
     one, two = (tensors_in(directory(root, name, case, stage)) for name in ("one", "two"))
     assert one.keys() == two.keys()
-    for part in ("parameter/", "average/", "exp_avg"):
+    for part in (PARAMETER, AVERAGE, "exp_avg"):
         names = [name for name in one if name.startswith(part)]
+        assert names
         apart = sum(float((two[name].double() - one[name].double()).square().sum()) for name in names)
         norm = sum(float(one[name].double().square().sum()) for name in names)
         assert math.sqrt(apart) <= (1 if part != "exp_avg" else 10) * limit * math.sqrt(norm), part
