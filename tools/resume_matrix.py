@@ -89,7 +89,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=16, help="of the draw")
     parser.add_argument("--steps", type=int, default=4, help="of the whole run; half of them before the change")
     given = parser.parse_args()
-    known = LAYOUTS | ZERO_LAYOUTS
+    known = {**LAYOUTS, **ZERO_LAYOUTS}
     pairs = [(start, end) for start in known for end in known]
     if given.pairs is not None:
         pairs = [(start, end) for start, _, end in (pair.partition(":") for pair in given.pairs.split(","))]
@@ -148,7 +148,7 @@ def train(folder: Path, name: str, layout: str, steps: int, *more: str) -> Path:
         RuntimeError: the command failed. What it said is in the message.
     """
     command = [sys.executable, "-P", "-m", "simpletuner", "train", f"--output_dir=output/{name}"]
-    command += [f"--max_train_steps={steps}", *(LAYOUTS | ZERO_LAYOUTS)[layout], *more]
+    command += [f"--max_train_steps={steps}", *{**LAYOUTS, **ZERO_LAYOUTS}[layout], *more]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr}")
