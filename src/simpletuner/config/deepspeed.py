@@ -18,8 +18,8 @@ from simpletuner.config.run import RunConfig
 from simpletuner.config.values import join_names, no_effect, shown
 
 OPTION = "deepspeed_config"
-LEAST_VERSION = (0, 19, 3)
-"""0.19.2 trains a LoRA on a bf16 base wrongly at stage 3 (DeepSpeed's #8072)."""
+LEAST_VERSION = (0, 19, 8)
+"""The one that was tried. Older ones ignore `managed_gradient_accumulation` in silence, and would step too often."""
 INSTALL_DEEPSPEED = "pip install -e '.[deepspeed]'"
 
 _DOCUMENT = Known(DeepSpeedDocument, DEEPSPEED_KEYS, noun="key of DeepSpeed")

@@ -66,7 +66,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: deepspeed\nVersion: {version}\n")
         importlib.invalidate_caches()
 
-    install("0.19.3")
+    install("0.19.8")
     monkeypatch.syspath_prepend(str(place))
     return install
 
@@ -301,9 +301,9 @@ def test_it_must_be_installed_and_new_enough(
     place.config |= {"deepspeed_config": "zero1"}
     installed("0.19.2")
     assert place.problems() == [
-        "deepspeed_config: deepspeed 0.19.2 is installed: expected 0.19.3 or newer. pip install -e '.[deepspeed]'"
+        "deepspeed_config: deepspeed 0.19.2 is installed: expected 0.19.8 or newer. pip install -e '.[deepspeed]'"
     ]
-    for version in ("0.19.3", "0.20.0+cpu", "1.0"):
+    for version in ("0.19.8", "0.20.0+cpu", "1.0"):
         installed(version)
         assert deepspeed_lack() is None
 
