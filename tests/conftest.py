@@ -2,12 +2,14 @@
 
 import fcntl
 import gc
+import importlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 # Two workers on two cores: more threads than cores only make them wait. Read by torch when it is imported.
@@ -83,6 +85,25 @@ def pytest_runtest_setup() -> None:
 def pytest_unconfigure() -> None:
     if HOME_MADE_HERE:
         shutil.rmtree(HOME, ignore_errors=True)
+
+
+@pytest.fixture
+def said_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """A DeepSpeed as far as a configuration asks for one: its version, and another after a call. Nothing of it can be
+    imported.
+    """
+    place = tmp_path / "said-deepspeed"
+
+    def say(version: str) -> None:
+        shutil.rmtree(place, ignore_errors=True)
+        folder = place / f"deepspeed-{version}.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: deepspeed\nVersion: {version}\n")
+        importlib.invalidate_caches()
+
+    say("0.19.3")
+    monkeypatch.syspath_prepend(str(place))
+    return say
 
 
 @pytest.fixture(scope="session")

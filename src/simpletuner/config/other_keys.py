@@ -733,10 +733,14 @@ ZERO_KEYS = OtherKeys(
         (_refused(_NO_ZERO_PP, -1), "mics_shard_size"),
         (
             _refused("nothing is tested with it", False),
-            "legacy_stage1 parameter_alignment zenflow enable_sanity_checks",
+            "enable_sanity_checks legacy_stage1 log_trace_cache_warnings parameter_alignment "
+            "save_muon_momentum_buffer_in_memory zenflow",
         ),
         (_refused("nothing is tested with it"), "leaf_module"),
-        (_refused("nothing is tested without it", True), "memory_efficient_linear compute_grad_norm"),
+        (
+            _refused("nothing is tested without it", True),
+            "compute_grad_norm memory_efficient_linear override_module_apply",
+        ),
     ),
 )
 """The same of its `zero_optimization`."""

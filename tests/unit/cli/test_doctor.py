@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,20 @@ def test_compilers_are_asked_for_where_the_options_need_them(
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_deepspeed_is_asked_for_where_the_options_need_it(
+    said_deepspeed: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_project(deepspeed_config="zero2")
+    capsys.readouterr()
+    _, checks = examined(capsys)
+    assert (checks["DeepSpeed"]["state"], checks["DeepSpeed"]["found"]) == ("ok", "deepspeed 0.19.3")
+    said_deepspeed("0.19.2")
+    code, checks = examined(capsys)
+    assert (code, checks["DeepSpeed"]["found"]) == (2, "deepspeed 0.19.2 is installed")
+    assert checks["DeepSpeed"]["remedy"] == "pip install -e '.[deepspeed]'"
+    assert "DeepSpeed" not in examined(capsys, "--deepspeed_config={}")[1]
+
+
 def test_a_folder_that_may_not_be_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
     with tempfile.TemporaryDirectory(dir="/tmp") as place:

@@ -31,6 +31,8 @@ EXAMPLE = ("--example", "tiny-lora")
         ({}, 4, 1),
         ({"fsdp_enable": True}, 4, 4),
         ({"fsdp_enable": True}, 0, 1),
+        ({"deepspeed_config": "zero1"}, 4, 4),
+        ({"deepspeed_config": {}}, 4, 1),
         ({"num_processes": 2}, 4, 2),
         ({"num_processes": 4}, 4, 4),
         ({"num_processes": 4}, 0, 4),
@@ -107,9 +109,28 @@ def test_the_supervisor_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.usefixtures("said_deepspeed")
 @pytest.mark.parametrize(("gpus", "said"), [(0, "no GPU is visible"), (1, "one GPU is visible")])
-def test_one_process_shards_nothing_and_says_so(gpus: int, said: str) -> None:
-    loaded = train.load_here([*EXAMPLE, "--fsdp_enable"])
+@pytest.mark.parametrize("engine", ["fsdp_enable", "deepspeed_config"])
+def test_one_process_shards_nothing_and_says_so(engine: str, gpus: int, said: str) -> None:
+    loaded = train.load_here([*EXAMPLE, f"--{engine}={'true' if engine == 'fsdp_enable' else 'zero2'}"])
     assert train.processes(loaded.config, gpus) == 1
-    notice = f"fsdp_enable has no effect: {said}, and one process trains."
-    assert train._with_idle_gpus(loaded, gpus).notices[-1] == notice
+    notice = f"{engine} has no effect: {said}, and one process trains."
+    settled = train._settled(train._with_idle_gpus(loaded, gpus), 1)
+    assert settled.notices[-1] == notice
+    assert settled.config.zero_stage == 0
+
+
+@pytest.mark.usefixtures("said_deepspeed")
+def test_a_batch_of_deepspeed_is_held_against_the_processes_that_are_counted(
+    started: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = {"train_batch_size": 4, "zero_optimization": {"stage": 2}}
+    asked = [*EXAMPLE, "--train_batch_size=2", f"--deepspeed_config={json.dumps(document)}"]
+    monkeypatch.setattr(train, "visible_gpus", lambda _: 2)
+    train.run(asked)
+    assert started == [2]
+    monkeypatch.setattr(train, "visible_gpus", lambda _: 4)
+    with pytest.raises(ConfigError, match=r"train_batch_size = 4, and here .* × num_processes is 8"):
+        train.run(asked)
+    assert started == [2]

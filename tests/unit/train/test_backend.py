@@ -44,6 +44,12 @@ def test_few_steps_are_uncompiled_without_a_try(steps: int) -> None:
     )
 
 
+def test_blocks_that_deepspeed_gathers_inside_are_uncompiled_without_a_try() -> None:
+    choice = choose_backend(RunConfig(deepspeed_config="zero3"), GPU, 201, is_not_asked)
+    assert choice.reason.endswith("DeepSpeed's stage 3 gathers weights inside the blocks.")
+    assert choose_backend(RunConfig(deepspeed_config="zero2"), GPU, 201, works).backend == "inductor"
+
+
 def test_a_machine_without_a_compiler_is_uncompiled_and_says_what_it_lacks() -> None:
     choice = choose_backend(RunConfig(), GPU, 201, has_no_triton)
     reason = "The blocks are not compiled (dynamo_backend = auto): this machine cannot: TritonMissing: no Triton."
