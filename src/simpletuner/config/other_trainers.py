@@ -37,6 +37,7 @@ OTHER_FORMATS = (
     OtherFormat("a kohya dataset config", frozenset({"datasets", "subsets"})),
     OtherFormat("a kohya config", frozenset({"network_module"})),
     OtherFormat("a kohya config", frozenset({"train_data_dir"})),
+    OtherFormat("a config of accelerate", frozenset({"compute_environment", "distributed_type"})),
 )
 """The first whose marks are all there is the one."""
 
@@ -55,6 +56,8 @@ _CARRIED = (
     "train_batch_size",
     "gradient_accumulation_steps",
     "checkpoint_step_interval",
+    "num_processes",
+    "num_machines",
     "seed",
 )
 """Options whose number means the same elsewhere."""

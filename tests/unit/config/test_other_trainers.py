@@ -70,6 +70,12 @@ ONE_TRAINER = {
             "with simpletuner init.",
         ),
         (
+            "accelerate.yaml",
+            "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nnum_machines: 1\nnum_processes: 4\n",
+            "accelerate.yaml: this is a config of accelerate: expected simpletuner's config.json or config.toml. Its "
+            "numbers as flags here: --num_machines=1 --num_processes=4. Begin with simpletuner init.",
+        ),
+        (
             "mine.yml",
             "lora_rank: 8\n",
             "mine.yml: this is YAML: expected simpletuner's config.json or config.toml. Its numbers as flags here: "
