@@ -156,8 +156,18 @@ def test_the_form_is_short_until_more_is_asked_for(server: Server, page: Page, w
         search.fill(words)
         expect(page.get_by_role("radiogroup", name="Stratified timesteps")).to_be_visible()
         expect(page.locator(".field:visible")).to_have_count(1)
+    # A structure whose usual values have names takes these as they are, and JSON.
+    search.fill("deepspeed")
+    engine = page.get_by_label("DeepSpeed", exact=True)
+    for typed, value in (("zero2", "zero2"), ('{"zero_optimization": {}}', {"zero_optimization": {}})):
+        engine.fill(typed)
+        assert json.loads(page.get_by_label("As JSON", exact=True).input_value())["deepspeed_config"] == value
+        expect(engine).not_to_have_attribute("aria-invalid", "true")
+        engine.blur()
+        expect(engine).to_have_value(typed)
+    engine.fill("zero")
+    expect(engine).to_have_attribute("aria-invalid", "true")
     search.fill("")
-    expect(folded).to_have_count(len(SLICES))
 
 
 @pytest.mark.usefixtures("example_images")

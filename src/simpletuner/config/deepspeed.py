@@ -44,7 +44,7 @@ _OF_STAGE_3 = tuple(name for name in ZeroSettings.model_fields if name.startswit
 _IDLE = {
     1: ("overlap_comm", *_OF_STAGE_3),
     2: _OF_STAGE_3,
-    3: ("allgather_partitions", "allgather_bucket_size", "round_robin_gradients", "use_multi_rank_bucket_allreduce"),
+    3: ("allgather_partitions", "allgather_bucket_size", "use_multi_rank_bucket_allreduce"),
 }
 """Settings that do nothing, by the stage."""
 

@@ -729,6 +729,7 @@ ZERO_KEYS = OtherKeys(
             "zero_quantized_weights zero_quantized_gradients zero_quantized_nontrainable_weights "
             "mics_hierarchical_params_gather",
         ),
+        (_refused("a checkpoint could not tell its shares apart", False), "round_robin_gradients"),
         (_refused(_NO_ZERO_PP, 1), "zero_hpz_partition_size"),
         (_refused(_NO_ZERO_PP, -1), "mics_shard_size"),
         (

@@ -180,6 +180,7 @@ def test_every_contradiction_names_its_option_and_the_remedies_work(place: Any) 
         (zero(overlap_com=True), "zero_optimization: overlap_com: no such key of DeepSpeed's zero_optimization."),
         (zero(reduce_bucket_size=0.5), "reduce_bucket_size = 0.5: expected a whole number of at least 0."),
         (zero(cpu_offload=True), 'Take it out, and give "offload_optimizer": {"device": "cpu"}.'),
+        (zero(round_robin_gradients=True), "a checkpoint could not tell its shares apart. Take it out."),
         (zero(zero_quantized_gradients=True), "ZeRO++ and MiCS are not here. Take it out."),
         (zero(offload_optimizer={"devise": "cpu"}), "offload_optimizer: devise: no such key of DeepSpeed's offload."),
         (zero(offload_optimizer={"device": "nvme"}), "swapping to NVMe. Until then it takes none or cpu."),

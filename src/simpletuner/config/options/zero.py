@@ -69,9 +69,6 @@ class ZeroSettings(Slice):
     allgather_bucket_size: Numbers = 500_000_000
     """Weights that are gathered at once. Stages 1 and 2."""
 
-    round_robin_gradients: bool = False
-    """Spread the copies to host memory over the processes. Stages 1 and 2."""
-
     stage3_prefetch_bucket_size: Numbers = 50_000_000
     """Weights that are gathered ahead of their use."""
 
