@@ -678,7 +678,7 @@ _OWN_LOG = "this program logs and measures itself"
 _NO_NVME = "nothing lies on NVMe"
 _NO_ZERO_PP = "ZeRO++ and MiCS are not here"
 _OLD_NAME = "DeepSpeed has another name for it now"
-_OWN_DTYPES = "gradients are reduced in their own dtype"
+_OWN_DTYPES = "gradients are summed in fp32"
 
 DEEPSPEED_KEYS = OtherKeys(
     keys=_named(

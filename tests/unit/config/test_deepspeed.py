@@ -172,7 +172,7 @@ def test_every_contradiction_names_its_option_and_the_remedies_work(place: Any) 
         ),
         ({"optimizer": {"params": {"amsgrad": True}}}, "amsgrad = true: this is decided by options of this program."),
         ({"zero_optimisation": {}}, "zero_optimisation: no such key of DeepSpeed. Did you mean zero_optimization?"),
-        ({"communication_data_type": "fp16"}, "gradients are reduced in their own dtype. Take it out."),
+        ({"communication_data_type": "fp16"}, "gradients are summed in fp32. Take it out."),
         ({"amp": {"enabled": True}}, "Take it out, and give --mixed_precision."),
         ({"sequence_parallel_size": 2}, "this is not here. Take it out."),
         ({"zero_optimization": True}, "zero_optimization = true: expected an object, in { }."),
