@@ -175,7 +175,7 @@ class _Decided:
     options: tuple[str, ...]
     values: tuple[object, ...]
     """Of these options."""
-    meanings: Mapping[object, object] | None = None
+    meanings: Mapping[Any, object] | None = None
     """The option's value for each of the key's; None where they are the same."""
 
     def _meant(self, value: object) -> tuple[object, ...]:
