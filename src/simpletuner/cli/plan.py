@@ -26,15 +26,17 @@ from simpletuner.data.order import Order
 from simpletuner.train.length import Plan
 from simpletuner.train.timesteps import Timesteps
 
-_USAGE = """usage: simpletuner plan [--vram GIB] [--ram GIB] [--gpus N] [--json] [options of `simpletuner train`]
+_USAGE = """usage: simpletuner plan [--vram GIB] [--ram GIB] [--gpus N [--hosts M]] [--json]
+           [options of `simpletuner train`]
        simpletuner plan --show-timesteps [--json] [--out FOLDER] [options of `simpletuner train`]
 
   Without --show-timesteps: what each phase takes of GPU, RAM and disk, and whether that is there; if not, the smallest
   change that would fit, and exit code 5. Nothing is loaded or downloaded. With --gpus also what each process sends in a
-  step, and which engine to take: DDP or FSDP2.
+  step, and which engine to take: DDP, FSDP2 or a stage of ZeRO. --gpus are those of each of M hosts.
 """
 
 MOST_GPUS = 1024
+"""And most hosts."""
 PICTURE = "timesteps.png"
 EVERY_SIZE = "every size"
 
@@ -45,7 +47,7 @@ def _gib(text: str) -> float:
     return float(text) if plain else parse_size(text) / GIB
 
 
-def _gpus(text: str) -> int:
+def _count(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= MOST_GPUS):
         raise ValueError(text)
     return int(text)
@@ -64,11 +66,18 @@ class PlanCommand:
     ).default(None)
     ram: float | None = _gib_flag("plan for a machine with so much memory").default(None)
     gpus: int | None = Flag(
-        "plan for so many GPUs, one process each, instead of num_processes",
+        "plan for so many GPUs on each host, one process each, instead of num_processes",
         "N",
-        convert=_gpus,
+        convert=_count,
         expects=f"a whole number from 1 to {MOST_GPUS}",
         follows="a number of GPUs",
+    ).default(None)
+    hosts: int | None = Flag(
+        "plan for so many machines, instead of num_machines; with --gpus alone it is 1",
+        "M",
+        convert=_count,
+        expects=f"a whole number from 1 to {MOST_GPUS}",
+        follows="a number of machines",
     ).default(None)
     show_timesteps: bool = Flag("draw where between data (σ 0) and noise (σ 1) the run will train").default(False)
     out: Path | None = Flag(
@@ -83,6 +92,16 @@ class PlanCommand:
             yield Problem("--ram = 0", "a size in GiB above 0")
         if self.show_timesteps and self.gpus is not None:
             yield Problem("--gpus is given beside --show-timesteps", "one of them")
+        if self.hosts is not None and self.gpus is None:
+            yield Problem("--hosts is given without --gpus", "the GPUs of each host too, such as --gpus 8")
+
+    @property
+    def process_options(self) -> tuple[str, ...]:
+        """Arguments for the processes of `gpus` and `hosts`."""
+        if self.gpus is None:
+            return ()
+        hosts = self.hosts or 1
+        return f"--num_processes={hosts * self.gpus}", f"--num_machines={hosts}", "--machine_rank=0"
 
 
 FORMS = {"": PlanCommand}
@@ -101,8 +120,7 @@ def run(arguments: list[str]) -> int:
         say(command_help(_USAGE, FORMS, arguments))
         return 0
     command = parse_command(PlanCommand, arguments, check=PlanCommand.problems)
-    processes = () if command.gpus is None else (f"--num_processes={command.gpus}",)
-    loaded = load_here((*command.rest, *processes))
+    loaded = load_here((*command.rest, *command.process_options))
     return _draw(loaded, command) if command.show_timesteps else _plan(loaded, command)
 
 
@@ -118,7 +136,7 @@ def _plan(loaded: Loaded, command: PlanCommand) -> int:
     gpus = visible_gpus(os.environ)
     config = with_processes(loaded.config, gpus)
     loaded = replace(loaded, config=config)
-    machine = this_machine(device, Path(config.output_dir), config.ranks)
+    machine = this_machine(device, Path(config.output_dir), config.ranks_per_machine)
     other = Machine.of_size(None if command.vram is None else command.vram * GIB, (command.ram or 0.0) * GIB)
     if command.vram is not None:
         machine = replace(machine, accelerator=other.accelerator)

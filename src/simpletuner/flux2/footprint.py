@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -349,13 +350,23 @@ def checkpoint_bytes(config: RunConfig, exported: int, kept: int, state: int) ->
 GATHERED_BLOCKS = 2
 """Sharded blocks that are whole on a device at a time: the one at work and the next."""
 
+ZERO_ENGINES: tuple[Engine, ...] = ("zero1", "zero2", "zero3")
+"""By stage."""
+
+ZERO_DEFAULTS = {
+    "reduce_bucket_size": 500_000_000,
+    "stage3_max_live_parameters": 1_000_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+}
+"""What DeepSpeed 0.19.8 takes where its settings say nothing, in numbers (of a dtype, not bytes)."""
+
 STEP_BYTES: dict[MemoryTier, int] = {"accelerator": 44 * 2**22, "ram": 44 * 2**16}
 """Temporary memory of a step on bf16 weights, which goes by chunks (`train.adamw_bf16`)."""
 
 
 class _Room:
-    """Collects the parts of a phase, as one of `ranks` processes has them. On a machine without an accelerator,
-    `device` is its memory.
+    """Collects the parts of a phase, as one of a machine's `ranks` processes has them. On a machine without an
+    accelerator, `device` is its memory.
     """
 
     def __init__(self, machine: Machine, ranks: int) -> None:
@@ -414,7 +425,8 @@ class Footprint:
         if self.work.draws:
             draw = self.preview if self.has_preview else self.validation
             phases.append(max((draw(size) for size in self.config.sizes), key=_weight))
-        return MemoryPlan(self.machine, tuple(phases), self.config.ranks, self.engine, self.wire)
+        config = self.config
+        return MemoryPlan(self.machine, tuple(phases), config.ranks, self.engine, self.wire, config.num_machines)
 
     # Several processes
 
@@ -423,37 +435,86 @@ class Footprint:
         """How the processes share the work."""
         if self.config.ranks == 1:
             return "single"
+        if self.config.zero_stage:
+            return ZERO_ENGINES[self.config.zero_stage - 1]
         return "fsdp2" if self.config.fsdp_enable else "ddp"
 
     @property
-    def is_sharded(self) -> bool:
-        """Whether each process holds only its rows of the transformer's blocks."""
-        return self.engine == "fsdp2"
+    def is_zero(self) -> bool:
+        """Whether DeepSpeed trains."""
+        return self.engine in ZERO_ENGINES
 
-    def _own(self, size: int) -> int:
-        """What one process holds of `size` bytes that belong to the trainable parameters."""
-        return math.ceil(size / self.config.ranks) if self.is_full and self.is_sharded else size
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds only its share of the transformer's blocks."""
+        return self.engine in ("fsdp2", "zero3")
+
+    @property
+    def shards_trained(self) -> bool:
+        """Whether each process holds only its share of the trainable parameters: FSDP2 leaves a LoRA whole."""
+        return self.engine == "zero3" or (self.is_full and self.is_sharded)
+
+    @property
+    def shards_gradients(self) -> bool:
+        """Whether each process keeps only its share of the gradients."""
+        return self.engine == "zero2" or self.shards_trained
+
+    def _share(self, size: int, *, is_sharded: bool) -> int:
+        """What one process holds of `size` bytes."""
+        return math.ceil(size / self.config.ranks) if is_sharded else size
+
+    def _zero(self, name: str) -> Any:
+        """A setting of ZeRO; where none is given, DeepSpeed's own."""
+        settings = (self.config.deepspeed_config or {}).get("zero_optimization", {})
+        return settings.get(name, ZERO_DEFAULTS.get(name))
+
+    def _is_offloaded(self, what: str) -> bool:
+        """Whether ZeRO keeps "optimizer" (its state, masters and gradients) or "param" (weights) in host memory."""
+        place = self._zero(f"offload_{what}") if self.is_zero else None
+        return place is not None and place.get("device", "none") != "none"
 
     @property
     def wire(self) -> Wire | None:
         """Bytes that a process sends in an optimizer step, without those of scheduled sampling, preservation, held-out
         loss and validation images. None for a single process.
 
-        The adapters' gradients are summed once a step. Sharded weights are gathered in each forward pass, and blocks
-        that are dropped after it again in each backward pass. The gradients of sharded weights are scattered in fp32 in
-        each backward pass.
+        DDP: the gradients are summed once a step. FSDP2: sharded weights are gathered in each forward pass, and blocks
+        that are dropped after it again in each backward pass; a LoRA's gradients are summed once a step, those of
+        sharded weights are scattered in fp32 in each backward pass.
+
+        ZeRO-1 sums the gradients once a step, ZeRO-2 in each backward pass; both then gather the new weights. (To sum
+        is `use_multi_rank_bucket_allreduce`, on by default; a reduce-scatter would send half.) ZeRO-3 gathers all
+        weights, trainable ones too, in each forward and each backward pass, which also scatters their gradients.
         """
         config, weights, ranks = self.config, self._weights, self.config.ranks
+        passes, again = config.gradient_accumulation_steps, int(config.fsdp_reshard_after_forward)
+        summed = all_reduce_bytes(self._gradient_bytes, ranks)
+        gathered = 0
         if self.engine == "single":
             return None
-        if self.engine == "ddp":
-            return Wire(0, all_reduce_bytes(self.trained_bytes, ranks))
-        passes, again = config.gradient_accumulation_steps, int(config.fsdp_reshard_after_forward)
-        # Those outside the blocks stay whole from the forward pass to the end of the backward pass.
-        gathered = passes * shard_exchange_bytes(weights.total + again * sum(weights.blocks), ranks)
-        if not self.is_full:
-            return Wire(gathered, all_reduce_bytes(self.trained_bytes, ranks))
-        return Wire(gathered, passes * shard_exchange_bytes(4 * self.trained, ranks))
+        if self.engine in ("zero1", "zero2"):
+            gathered = shard_exchange_bytes(self._gradient_bytes, ranks)
+            summed *= passes if self.shards_gradients else 1
+        elif self.engine == "zero3":
+            whole = weights.total + (0 if self.is_full else self.trained_bytes)
+            gathered = passes * shard_exchange_bytes(2 * whole, ranks)
+            summed = passes * shard_exchange_bytes(self._gradient_bytes, ranks)
+        elif self.engine == "fsdp2":
+            # Those outside the blocks stay whole from the forward pass to the end of the backward pass.
+            gathered = passes * shard_exchange_bytes(weights.total + again * sum(weights.blocks), ranks)
+            if self.is_full:
+                summed = passes * shard_exchange_bytes(4 * self.trained, ranks)
+        return Wire(gathered, summed, config.num_machines)
+
+    @property
+    def _gradient_bytes(self) -> int:
+        """Of all gradients as they travel: for masters in fp32, but under ZeRO in the dtype that computed them."""
+        return self._computed_bytes if self.is_zero else self.trained_bytes
+
+    @property
+    def _computed_bytes(self) -> int:
+        """Of all gradients as the backward pass leaves them."""
+        return self.trained * (self.dtype.itemsize if self.is_full else 4)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -511,11 +572,11 @@ class Footprint:
         layers = self.architecture.text_layers
         depth, kept = max(layers), len(layers)
         length = self._text_tokens
-        captions = math.ceil((self.work.captions or 0) / config.ranks)
+        captions = math.ceil((self.work.captions or 0) / config.ranks_per_machine)  # as if no files were shared
         together = min(config.text_encoder_batch_size, captions or config.text_encoder_batch_size)
         batch = together * length
         precision = config.text_encoder_1_precision
-        room = _Room(self.machine, self.config.ranks)
+        room = _Room(self.machine, self.config.ranks_per_machine)
         if mode == "resident":
             weights, beside = resident_text_bytes(text, layers, tokens=batch, precision=precision, dtype=self.dtype)
             room.device("weights", weights)
@@ -543,9 +604,9 @@ class Footprint:
         """Pictures to latents."""
         config, autoencoder = self.config, self.architecture.autoencoder
         width, height = self.work.largest_encoded
-        pictures = math.ceil((self.work.pictures or 0) / config.ranks)
+        pictures = math.ceil((self.work.pictures or 0) / config.ranks_per_machine)
         batch = min(config.vae_batch_size, pictures or config.vae_batch_size)
-        room = _Room(self.machine, self.config.ranks)
+        room = _Room(self.machine, self.config.ranks_per_machine)
         read = self._hold_autoencoder(room, encoder_shapes(autoencoder))
         pixels = self._seen_pixels((width, height), batch)
         room.device("activations", encoding_bytes(autoencoder, pixels, self.vae_dtype))
@@ -659,9 +720,12 @@ class Footprint:
     @property
     def trained(self) -> int:
         """Numbers that the optimiser steps on."""
-        if self.is_full:
-            return transformer_bytes(self.architecture.transformer, NO_CHANGE, torch.bfloat16).total // 2
-        return _adapter_parameters(self._adapted, self.config.lora_rank)
+        return self._numbers if self.is_full else _adapter_parameters(self._adapted, self.config.lora_rank)
+
+    @property
+    def _numbers(self) -> int:
+        """Of the transformer."""
+        return transformer_bytes(self.architecture.transformer, NO_CHANGE, torch.bfloat16).total // 2
 
     @property
     def trained_bytes(self) -> int:
@@ -725,12 +789,12 @@ class Footprint:
     def train(self) -> PhasePlan:
         """Steps at the largest bucket."""
         config = self.config
-        room = _Room(self.machine, self.config.ranks)
+        room = _Room(self.machine, self.config.ranks_per_machine)
         read = self._hold(room)
         passing = self.passing(self.work.bucket, self.work.batch, self.work.references)
         accumulated = config.gradient_accumulation_steps > 1
-        scatters = self.is_full and self.is_sharded
-        collects = self.has_masters or scatters
+        scatters = self.shards_gradients
+        collects = scatters or (self.has_masters and not self.is_zero)
         worst = training(
             passing,
             offloaded=config.activation_offload,
@@ -738,13 +802,14 @@ class Footprint:
             shards=config.ranks if scatters else 1,
         )
         if scatters:  # traced in the dtype that the weights compute in, and kept in that of the optimizer
-            computed_bytes = self.trained * self.dtype.itemsize
-            worst = replace(worst, gradients=worst.gradients * self.trained_bytes // computed_bytes)
+            worst = replace(worst, gradients=worst.gradients * self.trained_bytes // self._computed_bytes)
         # An optimiser's step has all gradients, and no activations any more. Masters collect theirs before it, and
         # keep them through the passes of a step. Released gradients are gone by then: a parameter is stepped beside
         # the activations of the block at work, which has its gradient.
         is_released = config.optimizer_release_gradients
-        gradients = 0 if is_released else self._own(self.trained_bytes)
+        gradients = 0 if is_released else self._share(self.trained_bytes, is_sharded=scatters)
+        if self.engine == "zero1":  # whole, and its share once more for the optimizer
+            gradients = self._computed_bytes + self._share(4 * self.trained, is_sharded=True)
         collected = gradients if collects and accumulated else 0
         if worst.total + collected >= gradients:
             self._trained_room(room)("gradients", worst.gradients + collected)
@@ -791,7 +856,7 @@ class Footprint:
     def _validation(self, size: tuple[int, int], batch: int) -> PhasePlan:
         """As `validation`, with `batch` predictions in a pass."""
         width, height = size
-        room = _Room(self.machine, self.config.ranks)
+        room = _Room(self.machine, self.config.ranks_per_machine)
         self._hold(room)
         read = self._draw(room, size, batch)
         return room.plan("validation", f"{width}x{height}, {self._passes(batch)}", read)
@@ -817,7 +882,10 @@ class Footprint:
         return self._preview(size, base_leaves=self.base_leaves)
 
     def _preview(self, size: tuple[int, int], *, base_leaves: bool) -> PhasePlan:
-        room, held = _Room(self.machine, self.config.ranks), _Room(self.machine, self.config.ranks)
+        room, held = (
+            _Room(self.machine, self.config.ranks_per_machine),
+            _Room(self.machine, self.config.ranks_per_machine),
+        )
         self._hold(held)
         stays = ("adapters", "slots for blocks")
         for (name, place), bytes_ in held.sizes.items():
@@ -852,7 +920,7 @@ class Footprint:
         # What is trained steps aside for its average, or for what a schedule-free optimiser gives.
         averaged = config.use_ema and config.ema_validation != "none" and not self.has_masters
         asides = int(averaged) + int(optimiser(config.optimizer).library == "schedulefree")
-        room.device("put aside", asides * self._own(self.trained_bytes))
+        room.device("put aside", asides * self._share(self.trained_bytes, is_sharded=self.shards_trained))
         self._data(room, passing)
         return weights
 
@@ -883,6 +951,8 @@ class Footprint:
         """Of the buffer through which processes sum or scatter gradients."""
         if self.engine == "single":
             return 0
+        if self.is_zero:
+            return int(self._zero("reduce_bucket_size") * self._computed_bytes // self.trained)
         if self.is_full and self.is_sharded:
             return max(self._weights.blocks) * 4 // self.dtype.itemsize
         largest = self._weights.largest_matrix * self.trained_bytes // self.trained if self.is_full else 0
@@ -893,20 +963,28 @@ class Footprint:
         config = self.config
         read = self._hold_transformer(room)
         hold = self._trained_room(room)
-        if self.is_full:
-            hold("masters", self._own(self.trained_bytes) if self.has_masters else 0)
-        else:
-            hold("adapters", self.trained_bytes)
-        hold("optimiser", self._own(self.optimizer_bytes))
+        if not self.is_full:
+            room.device("adapters", self._share(self.trained_bytes, is_sharded=self.shards_trained))
+        # Of what the optimizer steps on, ZeRO-1 and ZeRO-2 keep a copy in fp32, even where it is fp32 already.
+        if self.has_masters or self.engine in ("zero1", "zero2"):
+            hold("masters", self._share(4 * self.trained, is_sharded=self._shards_state))
+        hold("optimiser", self._share(self.optimizer_bytes, is_sharded=self._shards_state))
         if config.use_ema:
-            (room.ram if config.is_average_on_cpu else hold)("average", self._own(4 * self.trained))
+            average = self._share(4 * self.trained, is_sharded=self.shards_trained)
+            (room.ram if config.is_average_on_cpu else room.device if self.is_zero else hold)("average", average)
         return read
+
+    @property
+    def _shards_state(self) -> bool:
+        """Whether each process holds only its share of the optimizer's state."""
+        return self.is_zero or self.shards_trained
 
     def _trained_room(self, room: _Room) -> Callable[[str, int], None]:
         """Where the trainable parameters' masters, gradients and optimizer state are: beside the shards of them, if
         those are in host memory.
         """
-        return room.ram if self.is_full and self.is_sharded and self.config.fsdp_cpu_offload else room.device
+        is_offloaded = self.is_full and self.engine == "fsdp2" and self.config.fsdp_cpu_offload
+        return room.ram if is_offloaded or self._is_offloaded("optimizer") else room.device
 
     def _hold_transformer(self, room: _Room, prefix: str = "") -> int:
         """A transformer's weights; `prefix` stands before their names. Returns what is read for them."""
@@ -931,14 +1009,19 @@ class Footprint:
         return transformer_bytes(self.architecture.transformer, NO_CHANGE, torch.bfloat16).total
 
     def _hold_shards(self, room: _Room, prefix: str) -> None:
-        """A sharded transformer: this process's rows of each weight, and the weights that are whole at a time, which
-        are those outside the blocks and those of one or all blocks.
+        """A sharded transformer: this process's share of each weight, and the weights that are whole at a time. FSDP2:
+        those outside the blocks and those of one or all blocks. ZeRO-3: as many as its settings allow.
         """
         config, weights = self.config, self._weights
-        if not self.has_masters:  # which are the shards themselves
-            (room.ram if config.fsdp_cpu_offload else room.device)(f"{prefix}shards of weights", weights.shards)
-        blocks = sorted(weights.blocks)[-GATHERED_BLOCKS if config.fsdp_reshard_after_forward else 0 :]
-        room.device(f"{prefix}gathered weights", weights.rest + sum(blocks))
+        is_offloaded = self._is_offloaded("param") if self.is_zero else config.fsdp_cpu_offload
+        if self.is_zero or not self.has_masters:  # which are FSDP2's shards themselves
+            (room.ram if is_offloaded else room.device)(f"{prefix}shards of weights", weights.shards)
+        blocks = sorted(weights.blocks)[-GATHERED_BLOCKS if self.is_zero or config.fsdp_reshard_after_forward else 0 :]
+        gathered = weights.rest + sum(blocks)
+        if self.is_zero:
+            live = self._zero("stage3_max_live_parameters") + self._zero("stage3_prefetch_bucket_size")
+            gathered = max(gathered, min(weights.total, live * weights.total // self._numbers))
+        room.device(f"{prefix}gathered weights", gathered)
 
     def _data(self, room: _Room, passing: Pass, *, is_trained: bool = False) -> None:
         """Latents, their noise, their mixture, the velocity and the answer, fp32; references; contexts; tables of

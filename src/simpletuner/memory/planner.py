@@ -13,10 +13,17 @@ from simpletuner.memory.wire import Wire
 
 MemoryTier = Literal["accelerator", "ram", "disk"]
 PlannedPhase = Literal["text", "latents", "train", "validation", "preview"]
-Engine = Literal["single", "ddp", "fsdp2"]
+Engine = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 MEMORY_TIERS: tuple[MemoryTier, ...] = ("accelerator", "ram", "disk")
 
-ENGINES: Mapping[Engine, str] = {"single": "one process", "ddp": "DDP", "fsdp2": "FSDP2"}
+ENGINES: Mapping[Engine, str] = {
+    "single": "one process",
+    "ddp": "DDP",
+    "fsdp2": "FSDP2",
+    "zero1": "ZeRO-1",
+    "zero2": "ZeRO-2",
+    "zero3": "ZeRO-3",
+}
 """What people call them."""
 
 LEFT_BY_A_CARD = 1.5 * GIB
@@ -48,7 +55,7 @@ class MemoryPart:
 @dataclass(frozen=True)
 class PhasePlan:
     """What is in memory at the worst moment of a phase, and what the phase leaves on the disk: accelerator memory of
-    one process, RAM and disk of all processes of the machine.
+    one process, RAM and disk of all processes of one machine.
     """
 
     phase: PlannedPhase
@@ -94,20 +101,28 @@ class Lack:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """All phases of a run on a machine."""
+    """All phases of a run on a machine, or on several that are alike."""
 
     machine: Machine
     phases: tuple[PhasePlan, ...]
     processes: int = 1
-    """Each has an accelerator like the machine's; they share its RAM and disk."""
+    """Of all machines. Each has an accelerator like the machine's; those of a machine share its RAM and disk."""
     engine: Engine = "single"
     wire: Wire | None = None
     """What a process sends in a step; None for a single process."""
+    machines: int = 1
+
+    @property
+    def processes_per_machine(self) -> int:
+        return self.processes // self.machines
 
     @property
     def described_processes(self) -> str:
-        """Such as "2 processes, FSDP2"; of a single one "one process"."""
-        return ENGINES[self.engine] if self.processes == 1 else f"{self.processes} processes, {ENGINES[self.engine]}"
+        """Such as "2 processes, FSDP2", or "16 processes on 2 machines, FSDP2"; of a single one "one process"."""
+        if self.processes == 1:
+            return ENGINES[self.engine]
+        where = "" if self.machines == 1 else f" on {self.machines} machines"
+        return f"{self.processes} processes{where}, {ENGINES[self.engine]}"
 
     def peak(self, place: MemoryTier) -> int:
         """Of memory, what the hungriest phase takes; of the disk, what all leave there together."""
@@ -138,6 +153,7 @@ class MemoryPlan:
         """For a JSON reader, in bytes; docs/plan.md says what each key means."""
         return {
             "processes": self.processes,
+            "machines": self.machines,
             "engine": self.engine,
             "wire": None if self.wire is None else self.wire.summary(),
             "machine": {place: self.machine.has(place) for place in MEMORY_TIERS},
@@ -248,7 +264,9 @@ def plan_title(plan: MemoryPlan) -> str:
     title = "Memory plan, worst moment of each phase"
     if plan.processes == 1:
         return title
-    whose = "RAM of all" if plan.machine.accelerator is None else "GPU of each process, RAM of all"
+    whose = "RAM of all" if plan.machines == 1 else "RAM of each machine"
+    if plan.machine.accelerator is not None:
+        whose = f"GPU of each process, {whose}"
     return f"{title} ({plan.described_processes}; {whose})"
 
 
@@ -265,13 +283,27 @@ def phase_line(phase: PhasePlan) -> str:
 
 def plan_table(plan: MemoryPlan) -> list[str]:
     """Every part of every phase, for a terminal."""
-    rows = [("", *(NAMES[place] for place in MEMORY_TIERS), "read")]
+    rows: list[tuple[str, ...]] = [("", *(NAMES[place] for place in MEMORY_TIERS), "read")]
     for phase in plan.phases:
         totals = (format_size(phase.total(place)) for place in MEMORY_TIERS)
         rows.append((f"{phase.phase}: {phase.what}", *totals, format_size(phase.read)))
         for name in dict.fromkeys(part.name for part in phase.parts):
             own = {part.place: part.size for part in phase.parts if part.name == name}
             rows.append((f"  {name}", *(format_size(own[place]) if place in own else "" for place in MEMORY_TIERS), ""))
+    return aligned_rows(rows)
+
+
+def engine_table(plans: Mapping[Engine, MemoryPlan]) -> list[str]:
+    """What each engine takes and sends, for a terminal."""
+    rows: list[tuple[str, ...]] = [("engine", NAMES["accelerator"], NAMES["ram"], "sent a step")]
+    for engine, plan in plans.items():
+        sizes = (plan.peak("accelerator"), plan.peak("ram"), 0 if plan.wire is None else plan.wire.total)
+        rows.append((ENGINES[engine], *map(format_size, sizes)))
+    return aligned_rows(rows)
+
+
+def aligned_rows(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of a table: the first column to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -288,7 +320,9 @@ def verdict(plan: MemoryPlan) -> str:
         there = plan.machine.has(place)
         if there is not None and (plan.peak(place) or place != "disk"):
             at = "" if place == "disk" else f" ({plan.worst(place).phase})"
-            each = f" in each of {plan.processes}" if place == "accelerator" and plan.processes > 1 else ""
+            each = "" if plan.machines == 1 else f" on each of {plan.machines} machines"
+            if place == "accelerator":
+                each = "" if plan.processes == 1 else f" in each of {plan.processes}"
             said.append(f"{NAMES[place]} {format_size(plan.peak(place))}{at} of {format_size(there)}{each}")
     if plan.fits:
         return f"It fits: {', '.join(said)}."

@@ -15,6 +15,7 @@ from simpletuner.base.sizes import format_duration, format_seconds, format_size
 from simpletuner.config.datasets import ImageSet
 from simpletuner.config.load import Loaded
 from simpletuner.config.options.offload import AUTO
+from simpletuner.config.options.ranks import ZERO_STAGES, RankOptions
 from simpletuner.config.precisions import PRECISIONS
 from simpletuner.config.previews import preview_download
 from simpletuner.config.record import MAY_CHANGE
@@ -39,6 +40,7 @@ from simpletuner.memory.planner import (
     MemoryTier,
     PlannedPhase,
     Remedy,
+    engine_table,
     phase_line,
     plan_table,
     plan_title,
@@ -46,7 +48,6 @@ from simpletuner.memory.planner import (
     verdict,
     with_less,
 )
-from simpletuner.memory.wire import LINKS
 from simpletuner.memory.world import World
 from simpletuner.runs.events import Phase, PlanEvent
 from simpletuner.train.engine import EngineAdvice, advise
@@ -106,10 +107,11 @@ def machine_of(world: World, folder: Path) -> Machine:
 
 
 def with_processes(config: RunConfig, gpus: int) -> RunConfig:
-    """`config` with the number of processes that `train` would start beside so many visible GPUs."""
+    """`config` with the number of processes that `train` would start beside so many visible GPUs of each machine."""
     if config.num_processes is not None:
         return config
-    return config.model_copy(update={"num_processes": max(1, gpus) if config.takes_every_gpu else 1})
+    on_each = max(1, gpus) if config.takes_every_gpu else 1
+    return config.model_copy(update={"num_processes": config.num_machines * on_each})
 
 
 def configured(loaded: Loaded) -> Workload:
@@ -268,8 +270,11 @@ def ladder(config: RunConfig, work: Workload, fitting_blocks: int | None = None)
         fitting_blocks: resident blocks for which there is room, where more are asked for.
     """
     is_lora = config.model_type == "lora"
-    if config.ranks > 1 and not config.fsdp_enable:
+    if config.ranks > 1 and not config.fsdp_enable and not config.zero_stage:
         yield Change("fsdp_enable", True)
+    if config.ranks > 1 and config.zero_stage:
+        for stage in range(config.zero_stage, len(ZERO_STAGES)):
+            yield Change("deepspeed_config", ZERO_STAGES[stage])
     if config.ranks > 1 and config.fsdp_enable and not config.fsdp_reshard_after_forward:
         yield Change("fsdp_reshard_after_forward", True)
     if fitting_blocks is not None:
@@ -316,6 +321,15 @@ def ladder(config: RunConfig, work: Workload, fitting_blocks: int | None = None)
         yield Change("group_offload_to_disk_path", "cache/blocks")
 
 
+def with_options(config: RunConfig, options: Mapping[str, object]) -> RunConfig:
+    """`config` with other values of options; the name of a stage of DeepSpeed stands for its settings."""
+    named = options.get("deepspeed_config")
+    if isinstance(named, str):
+        settings = RankOptions.model_validate({"deepspeed_config": named}).deepspeed_config
+        options = {**options, "deepspeed_config": settings}
+    return config.model_copy(update=options)
+
+
 @dataclass(frozen=True)
 class Budget:
     """A run's plan, and what would be of it with other options."""
@@ -339,7 +353,7 @@ class Budget:
     def with_changes(self, changes: Mapping[str, object]) -> MemoryPlan:
         """The plan with other values of options."""
         options = {option: value for option, value in changes.items() if option != RESOLUTION}
-        config = self.config.model_copy(update=options)
+        config = with_options(self.config, options)
         work = self.work
         if "train_batch_size" in options:
             work = replace(work, batch=config.train_batch_size)
@@ -363,7 +377,7 @@ class Budget:
 
         def is_allowed(change: Change) -> bool:
             options = {} if change.where else {change.option: change.value}
-            return not any(findings(self.config.model_copy(update=options), None))
+            return not any(findings(with_options(self.config, options), None))
 
         return [change for change in ladder(self.config, self.work, self._fitting_blocks) if is_allowed(change)]
 
@@ -418,16 +432,14 @@ class Budget:
         for place, name in MEMORY_WORDS.items():
             there, needed = self.machine.has(place), self.plan.peak(place)
             if there is not None and needed:
-                each = f" on each of {self.plan.processes} GPUs" if self._is_each(place) else ""
+                each = f" on each of {self.plan.machines} machines" if self.plan.machines > 1 else ""
+                if place == "accelerator":
+                    each = f" on each of {self.plan.processes} GPUs" if self.plan.processes > 1 else ""
                 told.append(f"{format_size(needed)} of {format_size(there)} usable {name}{each}")
         lacks = ", which is not enough" if any(lack.place != "disk" for lack in self.plan.lacks) else ""
         download = missing_download(self.config, preview_download(self.config))
         fetched = f", downloads {download / 1e9:.0f} GB" if download else ""
         return f"needs {' and '.join(told)}{lacks}{fetched}"
-
-    def _is_each(self, place: MemoryTier) -> bool:
-        """Whether each of several processes has a `place` of its own."""
-        return place == "accelerator" and self.plan.processes > 1
 
     def _over_the_wire(self) -> list[str]:
         """What several processes hold together, and send in a step; nothing of a single process."""
@@ -444,7 +456,8 @@ class Budget:
         if self.machine.accelerator is None:
             return [*told, f"{sent}."]
         seconds = ", ".join(
-            f"{format_seconds(own)} over {name} ({LINKS[name] / 1e9:g} GB/s)" for name, own in wire.seconds().items()
+            f"{format_seconds(own)} over {name} ({wire.links[name] / 1e9:g} GB/s)"
+            for name, own in wire.seconds().items()
         )
         return [*told, f"{sent}; estimated, not measured: {seconds}."]
 
@@ -469,6 +482,8 @@ class Budget:
         )
         told += self._longest_caption()
         told.append(self._time(flop_per_s))
+        if has_advice and self.plan.processes > 1:
+            told += ["", *engine_table(self.advice.plans), ""]
         told += [*self._verdict(), *self._over_the_wire()]
         return [*told, self.advice.text] if has_advice else told
 
@@ -578,8 +593,8 @@ class Budget:
             measured, shown = peak.resident, f"{format_size(peak.resident)} of RAM"
         else:  # the plan counts tensors, not what the allocator holds beside them
             measured, shown = peak.allocated, f"{format_size(peak.allocated)}, {format_size(peak.reserved)} reserved"
-        if place == "ram":  # of which the plan counts that of all processes
-            measured *= self.plan.processes
+        if place == "ram":  # of which the plan counts that of all processes of a machine
+            measured *= self.plan.processes_per_machine
         there = int(WORTH * min(phase.total(place), measured))
         less = with_less(self.plan, phase.phase, place, there)
         # What `auto` took is what ran out; what it would take of less memory is what is looked for.

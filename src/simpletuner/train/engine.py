@@ -1,4 +1,6 @@
-"""Which engine a run should take on several GPUs: copies of the model that sum gradients (DDP), or shards (FSDP2)."""
+"""Which engine a run should take on several GPUs: copies of the model that sum gradients (DDP), shards (FSDP2), or
+DeepSpeed's stages (ZeRO).
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -7,34 +9,47 @@ from typing import TYPE_CHECKING, Any
 from simpletuner.base.sizes import format_size
 from simpletuner.config.rules import findings
 from simpletuner.config.run import RunConfig
-from simpletuner.memory.planner import NAMES, Engine, MemoryPlan, MemoryTier
+from simpletuner.memory.planner import ENGINES, NAMES, Engine, MemoryPlan, MemoryTier
 
 if TYPE_CHECKING:
     from simpletuner.train.budget import Budget
 
 MOST_SOUGHT_GPUS = 64
-"""Up to which the fewest GPUs that hold a run are looked for."""
+MOST_SOUGHT_MACHINES = 64
+"""Up to which the fewest that hold a run are looked for: GPUs of one machine, or machines like those of the options."""
+
+SHARED: tuple[Engine, ...] = ("fsdp2", "zero1", "zero2", "zero3")
+"""Engines with which processes share what copies hold several times, in the order in which they are advised: FSDP2
+needs no other package."""
 
 
 @dataclass(frozen=True)
 class EngineAdvice:
-    """The engine with which a run fits, DDP before FSDP2."""
+    """The engine with which a run fits: DDP, else the one of the options, else the first of `SHARED`."""
 
     engine: Engine | None
-    """None: the run fits with neither."""
+    """None: the run fits with none."""
     text: str
     fewest_gpus: int | None
-    """The fewest GPUs whose shards fit; looked for only where the run does not fit."""
-    peaks: Mapping[Engine, int]
-    """Bytes of the accelerator, or of RAM where there is none, with each engine that the options allow."""
+    """The fewest GPUs, of all machines, whose shards fit; looked for only where the run does not fit."""
+    plans: Mapping[Engine, MemoryPlan]
+    """With each engine that the options allow."""
+
+    @property
+    def peaks(self) -> dict[Engine, int]:
+        """Bytes of the accelerator, or of RAM where there is none."""
+        return {engine: plan.peak(_place(plan)) for engine, plan in self.plans.items()}
 
     def summary(self) -> dict[str, Any]:
         """For a JSON reader."""
+        sent = {engine: plan.wire.total for engine, plan in self.plans.items() if plan.wire is not None}
+        none = dict.fromkeys(("ddp", *SHARED))
         return {
             "advised": self.engine,
             "text": self.text,
             "fewest_gpus": self.fewest_gpus,
-            "peaks": {"ddp": None, "fsdp2": None, **self.peaks},
+            "peaks": {**none, **self.peaks},
+            "sent": {**none, **sent},
         }
 
 
@@ -42,58 +57,88 @@ def advise(budget: "Budget") -> EngineAdvice:
     """Compare the engines for `budget.config.ranks` processes. Copies send less than shards and are taken where they
     fit; the trained result is the same.
     """
-    config, place = budget.config, _place(budget)
-    ranks = config.ranks
-    copies = _planned(budget, config.model_copy(update={"fsdp_enable": False}))
-    shards = None if ranks == 1 else _sharded(budget, ranks)
-    peaks: dict[Engine, int] = {"single" if ranks == 1 else "ddp": copies.peak(place)}
-    if shards is not None:
-        peaks["fsdp2"] = shards.peak(place)
+    config, ranks = budget.config, budget.config.ranks
+    copies = _planned(budget, _with_engine(config, "ddp"))
+    plans = {copies.engine: copies}
+    for engine in SHARED if ranks > 1 else ():
+        plan = _allowed(budget, _with_engine(config, engine))
+        if plan is not None:
+            plans[engine] = plan
     if _fits(copies):
-        return EngineAdvice(copies.engine, _copies_fit(budget, copies), None, peaks)
-    if shards is not None and _fits(shards):
-        text = f"Take FSDP2 (--fsdp_enable): whole copies take {_lack(copies)}, shards {_use(shards, place)}."
-        return EngineAdvice("fsdp2", text, None, peaks)
+        return EngineAdvice(copies.engine, _copies_fit(budget, copies), None, plans)
+    for engine in (budget.plan.engine, *SHARED):
+        if engine in plans and _fits(plans[engine]):
+            use = _use(plans[engine], _place(copies))
+            name = "shards" if engine == "fsdp2" else ENGINES[engine]
+            text = f"Take {ENGINES[engine]} ({_option(engine)}): whole copies take {_lack(copies)}, {name} {use}."
+            return EngineAdvice(engine, text, None, plans)
     fewest = _fewest(budget)
-    engines = "One process does not fit" if ranks == 1 else f"{ranks} processes fit with neither engine"
+    engines = "One process does not fit" if ranks == 1 else f"{ranks} processes fit with no engine"
+    shards = plans.get("fsdp2")
     told = [f"{engines}: whole copies take {_lack(copies)}{'' if shards is None else f', shards {_lack(shards)}'}."]
     if fewest is not None:
         noun = "processes" if budget.machine.accelerator is None else "such GPUs"
-        told.append(f"With these options {fewest} {noun} are the fewest that fit, with --fsdp_enable.")
-    return EngineAdvice(None, " ".join(told), fewest, peaks)
+        where = "" if config.num_machines == 1 else f" on {fewest // config.ranks_per_machine} machines"
+        told.append(f"With these options {fewest} {noun}{where} are the fewest that fit, with --fsdp_enable.")
+    return EngineAdvice(None, " ".join(told), fewest, plans)
+
+
+def _option(engine: Engine) -> str:
+    """With which an engine is taken."""
+    return "--fsdp_enable" if engine == "fsdp2" else f"--deepspeed_config={engine}"
+
+
+def _with_engine(config: RunConfig, engine: Engine) -> RunConfig:
+    """`config` with `engine`: with the options' own settings of DeepSpeed where they have that stage."""
+    stage = int(engine.removeprefix("zero")) if engine.startswith("zero") else 0
+    settings = config.deepspeed_config if stage == config.zero_stage else {"zero_optimization": {"stage": stage}}
+    return config.model_copy(update={"fsdp_enable": engine == "fsdp2", "deepspeed_config": settings if stage else None})
 
 
 def _copies_fit(budget: "Budget", copies: MemoryPlan) -> str:
-    use = _use(copies, _place(budget))
+    use = _use(copies, _place(copies))
     if copies.processes == 1:
         return f"One process holds the run: {use}."
-    option = " (without --fsdp_enable)" if budget.config.fsdp_enable else ""
-    return f"Take DDP{option}: each process holds the whole run, {use}, and sends less than with FSDP2."
+    other = "--deepspeed_config" if budget.config.zero_stage else "--fsdp_enable"
+    chosen = ENGINES["fsdp2"] if budget.plan.engine == "ddp" else ENGINES[budget.plan.engine]
+    option = "" if budget.plan.engine == "ddp" else f" (without {other})"
+    return f"Take DDP{option}: each process holds the whole run, {use}, and sends less than with {chosen}."
 
 
 def _fewest(budget: "Budget") -> int | None:
-    """The fewest processes, more than the budget's, whose shards fit; None where none do. With more of them each
-    accelerator holds less, and all of them more of the host's memory: where the former is enough the latter must be.
+    """The fewest processes, more than the budget's, whose shards fit; None where none do. On several machines there
+    are as many on each as the options say. With more processes each accelerator holds less, and all of a machine more
+    of its memory: where the former is enough the latter must be.
     """
-    place, there = _place(budget), budget.machine.has(_place(budget))
+    config = budget.config
+    one, most, low = 1, MOST_SOUGHT_GPUS, config.ranks
+    if config.num_machines > 1:
+        one, most, low = config.ranks_per_machine, MOST_SOUGHT_MACHINES, config.num_machines
 
-    def is_enough(ranks: int) -> bool:
-        plan = _sharded(budget, ranks)
-        return plan is not None and there is not None and plan.peak(place) <= there
+    def planned(count: int) -> MemoryPlan | None:
+        machines = 1 if config.num_machines == 1 else count
+        options = {"num_processes": count * one, "num_machines": machines}
+        return _allowed(budget, _with_engine(config, "fsdp2").model_copy(update=options))
 
-    low, high = budget.config.ranks, MOST_SOUGHT_GPUS  # too few; maybe enough
+    def is_enough(count: int) -> bool:
+        plan = planned(count)
+        if plan is None:
+            return False
+        there = plan.machine.has(_place(plan))
+        return there is not None and plan.peak(_place(plan)) <= there
+
+    high = most  # `low` is too few; `high` is maybe enough
     if low >= high or not is_enough(high):
         return None
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if is_enough(middle) else (middle, high)
-    plan = _sharded(budget, high)
-    return high if plan is not None and _fits(plan) else None
+    plan = planned(high)
+    return high * one if plan is not None and _fits(plan) else None
 
 
-def _sharded(budget: "Budget", ranks: int) -> MemoryPlan | None:
-    """The plan of shards over `ranks` processes; None where the other options forbid them."""
-    config = budget.config.model_copy(update={"fsdp_enable": True, "num_processes": ranks})
+def _allowed(budget: "Budget", config: RunConfig) -> MemoryPlan | None:
+    """The plan; None where the other options forbid it."""
     return None if any(findings(config, None)) else _planned(budget, config)
 
 
@@ -105,8 +150,8 @@ def _fits(plan: MemoryPlan) -> bool:
     return all(lack.place == "disk" for lack in plan.lacks)
 
 
-def _place(budget: "Budget") -> MemoryTier:
-    return "ram" if budget.machine.accelerator is None else "accelerator"
+def _place(plan: MemoryPlan) -> MemoryTier:
+    return "ram" if plan.machine.accelerator is None else "accelerator"
 
 
 def _use(plan: MemoryPlan, place: MemoryTier) -> str:
