@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ from simpletuner.config.flavours import FLAVOURS, AutoencoderSpec, TextSpec, Tra
 from simpletuner.config.optimisers import optimiser
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.options.offload import AUTO
+from simpletuner.config.options.zero import ZeroSettings
 from simpletuner.config.precisions import NO_CHANGE, PRECISIONS
 from simpletuner.config.previews import drawing_flavour
 from simpletuner.config.run import RunConfig
@@ -353,13 +353,6 @@ GATHERED_BLOCKS = 2
 ZERO_ENGINES: tuple[Engine, ...] = ("zero1", "zero2", "zero3")
 """By stage."""
 
-ZERO_DEFAULTS = {
-    "reduce_bucket_size": 500_000_000,
-    "stage3_max_live_parameters": 1_000_000_000,
-    "stage3_prefetch_bucket_size": 50_000_000,
-}
-"""What DeepSpeed 0.19.8 takes where its settings say nothing, in numbers (of a dtype, not bytes)."""
-
 STEP_BYTES: dict[MemoryTier, int] = {"accelerator": 44 * 2**22, "ram": 44 * 2**16}
 """Temporary memory of a step on bf16 weights, which goes by chunks (`train.adamw_bf16`)."""
 
@@ -463,15 +456,9 @@ class Footprint:
         """What one process holds of `size` bytes."""
         return math.ceil(size / self.config.ranks) if is_sharded else size
 
-    def _zero(self, name: str) -> Any:
-        """A setting of ZeRO; where none is given, DeepSpeed's own."""
-        settings = (self.config.deepspeed_config or {}).get("zero_optimization", {})
-        return settings.get(name, ZERO_DEFAULTS.get(name))
-
-    def _is_offloaded(self, what: str) -> bool:
-        """Whether ZeRO keeps "optimizer" (its state, masters and gradients) or "param" (weights) in host memory."""
-        place = self._zero(f"offload_{what}") if self.is_zero else None
-        return place is not None and place.get("device", "none") != "none"
+    @cached_property
+    def _zero(self) -> ZeroSettings:
+        return ZeroSettings.model_validate(self.config.zero_optimization)
 
     @property
     def wire(self) -> Wire | None:
@@ -508,7 +495,7 @@ class Footprint:
 
     @property
     def _gradient_bytes(self) -> int:
-        """Of all gradients as they travel: for masters in fp32, but under ZeRO in the dtype that computed them."""
+        """Of all gradients as they are summed and kept: for masters in fp32, but under ZeRO as they are computed."""
         return self._computed_bytes if self.is_zero else self.trained_bytes
 
     @property
@@ -715,7 +702,8 @@ class Footprint:
 
     @property
     def has_masters(self) -> bool:
-        return self.config.has_masters
+        """Whether the optimizer steps on fp32 copies; those of DeepSpeed are there for a LoRA and fp32 weights too."""
+        return self.config.has_masters or self.is_zero
 
     @property
     def trained(self) -> int:
@@ -794,23 +782,25 @@ class Footprint:
         passing = self.passing(self.work.bucket, self.work.batch, self.work.references)
         accumulated = config.gradient_accumulation_steps > 1
         scatters = self.shards_gradients
-        collects = scatters or (self.has_masters and not self.is_zero)
+        collects = scatters or (self.has_masters and self.engine != "zero1")
         worst = training(
             passing,
             offloaded=config.activation_offload,
             accumulated=accumulated and not collects,
             shards=config.ranks if scatters else 1,
         )
-        if scatters:  # traced in the dtype that the weights compute in, and kept in that of the optimizer
+        if (
+            scatters and not self.is_zero
+        ):  # traced in the dtype that the weights compute in, and kept in that of the optimizer
             worst = replace(worst, gradients=worst.gradients * self.trained_bytes // self._computed_bytes)
         # An optimiser's step has all gradients, and no activations any more. Masters collect theirs before it, and
         # keep them through the passes of a step. Released gradients are gone by then: a parameter is stepped beside
         # the activations of the block at work, which has its gradient.
         is_released = config.optimizer_release_gradients
-        gradients = 0 if is_released else self._share(self.trained_bytes, is_sharded=scatters)
-        if self.engine == "zero1":  # whole, and its share once more for the optimizer
-            gradients = self._computed_bytes + self._share(4 * self.trained, is_sharded=True)
+        gradients = 0 if is_released else self._share(self._gradient_bytes, is_sharded=scatters)
         collected = gradients if collects and accumulated else 0
+        if self.is_zero:  # the optimizer has those of its share once more, in fp32
+            gradients += self._share(self.trained_bytes, is_sharded=True)
         if worst.total + collected >= gradients:
             self._trained_room(room)("gradients", worst.gradients + collected)
             room.device("activations", worst.kept)
@@ -920,7 +910,7 @@ class Footprint:
         # What is trained steps aside for its average, or for what a schedule-free optimiser gives.
         averaged = config.use_ema and config.ema_validation != "none" and not self.has_masters
         asides = int(averaged) + int(optimiser(config.optimizer).library == "schedulefree")
-        room.device("put aside", asides * self._share(self.trained_bytes, is_sharded=self.shards_trained))
+        room.device("put aside", asides * self._share(self.trained_bytes, is_sharded=self._shards_state))
         self._data(room, passing)
         return weights
 
@@ -942,6 +932,11 @@ class Footprint:
         return NO_CHANGE if self.is_full else self.config.base_model_precision
 
     @property
+    def _is_mapped(self) -> bool:
+        """Whether the base's weights are parts of the mapped file until they are moved."""
+        return self._precision == NO_CHANGE and not self.architecture.is_decoded
+
+    @property
     def _weights(self) -> TransformerBytes:
         spec, ranks = self.architecture.transformer, self.config.ranks
         return transformer_bytes(spec, self._precision, self.dtype, ranks, self._held)
@@ -952,7 +947,8 @@ class Footprint:
         if self.engine == "single":
             return 0
         if self.is_zero:
-            return int(self._zero("reduce_bucket_size") * self._computed_bytes // self.trained)
+            buckets = 2 if self.engine == "zero2" and self._zero.overlap_comm else 1
+            return buckets * self._zero.reduce_bucket_size * self._computed_bytes // self.trained
         if self.is_full and self.is_sharded:
             return max(self._weights.blocks) * 4 // self.dtype.itemsize
         largest = self._weights.largest_matrix * self.trained_bytes // self.trained if self.is_full else 0
@@ -965,18 +961,19 @@ class Footprint:
         hold = self._trained_room(room)
         if not self.is_full:
             room.device("adapters", self._share(self.trained_bytes, is_sharded=self.shards_trained))
-        # Of what the optimizer steps on, ZeRO-1 and ZeRO-2 keep a copy in fp32, even where it is fp32 already.
-        if self.has_masters or self.engine in ("zero1", "zero2"):
-            hold("masters", self._share(4 * self.trained, is_sharded=self._shards_state))
+        # ZeRO-1 and ZeRO-2 copy fp32 weights too, ZeRO-3 only to host memory.
+        is_alias = self.engine == "zero3" and self._computed_bytes == self.trained_bytes
+        if self.has_masters and (not is_alias or config.offloads("offload_optimizer")):
+            hold("masters", self._share(self.trained_bytes, is_sharded=self._shards_state))
         hold("optimiser", self._share(self.optimizer_bytes, is_sharded=self._shards_state))
         if config.use_ema:
-            average = self._share(4 * self.trained, is_sharded=self.shards_trained)
-            (room.ram if config.is_average_on_cpu else room.device if self.is_zero else hold)("average", average)
+            average = self._share(4 * self.trained, is_sharded=self._shards_state)
+            (room.ram if config.is_average_on_cpu else hold)("average", average)
         return read
 
     @property
     def _shards_state(self) -> bool:
-        """Whether each process holds only its share of the optimizer's state."""
+        """Whether each process holds only its share of the optimizer's state, and of what it steps on and averages."""
         return self.is_zero or self.shards_trained
 
     def _trained_room(self, room: _Room) -> Callable[[str, int], None]:
@@ -984,7 +981,7 @@ class Footprint:
         those are in host memory.
         """
         is_offloaded = self.is_full and self.engine == "fsdp2" and self.config.fsdp_cpu_offload
-        return room.ram if is_offloaded or self._is_offloaded("optimizer") else room.device
+        return room.ram if is_offloaded or (self.is_zero and self.config.offloads("offload_optimizer")) else room.device
 
     def _hold_transformer(self, room: _Room, prefix: str = "") -> int:
         """A transformer's weights; `prefix` stands before their names. Returns what is read for them."""
@@ -1002,25 +999,28 @@ class Footprint:
                 room.ram(f"{prefix}blocks that wait", blocks.streamed)
             else:
                 # Those that are no part of the mapped file are all in memory once, before they are written.
-                is_mapped = self._precision == NO_CHANGE and not self.architecture.is_decoded
-                room.ram(f"{prefix}blocks that wait", 0 if is_mapped else blocks.streamed)
+                room.ram(f"{prefix}blocks that wait", 0 if self._is_mapped else blocks.streamed)
                 room.ram(f"{prefix}read buffers", blocks.read_buffers)
                 room.disk(f"{prefix}blocks that wait", blocks.streamed)
         return transformer_bytes(self.architecture.transformer, NO_CHANGE, torch.bfloat16).total
 
     def _hold_shards(self, room: _Room, prefix: str) -> None:
         """A sharded transformer: this process's share of each weight, and the weights that are whole at a time. FSDP2:
-        those outside the blocks and those of one or all blocks. ZeRO-3: as many as its settings allow.
+        those outside the blocks and those of one or all blocks. ZeRO-3: as many as its settings allow, and the layer
+        at work.
         """
         config, weights = self.config, self._weights
-        is_offloaded = self._is_offloaded("param") if self.is_zero else config.fsdp_cpu_offload
+        is_offloaded = config.offloads("offload_param") if self.is_zero else config.fsdp_cpu_offload
         if self.is_zero or not self.has_masters:  # which are FSDP2's shards themselves
             (room.ram if is_offloaded else room.device)(f"{prefix}shards of weights", weights.shards)
-        blocks = sorted(weights.blocks)[-GATHERED_BLOCKS if self.is_zero or config.fsdp_reshard_after_forward else 0 :]
-        gathered = weights.rest + sum(blocks)
         if self.is_zero:
-            live = self._zero("stage3_max_live_parameters") + self._zero("stage3_prefetch_bucket_size")
-            gathered = max(gathered, min(weights.total, live * weights.total // self._numbers))
+            live = self._zero.stage3_max_live_parameters + self._zero.stage3_prefetch_bucket_size
+            gathered = min(weights.total, live * weights.total // self._numbers + max(weights.largest_layers))
+            if not self._is_mapped:
+                room.ram(f"{prefix}weights while they are loaded", weights.total)
+        else:
+            blocks = sorted(weights.blocks)[-GATHERED_BLOCKS if config.fsdp_reshard_after_forward else 0 :]
+            gathered = weights.rest + sum(blocks)
         room.device(f"{prefix}gathered weights", gathered)
 
     def _data(self, room: _Room, passing: Pass, *, is_trained: bool = False) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from simpletuner.base.sizes import GIB, format_size
+from simpletuner.base.sizes import GIB, format_seconds, format_size
 from simpletuner.memory.wire import Wire
 
 MemoryTier = Literal["accelerator", "ram", "disk"]
@@ -294,11 +294,17 @@ def plan_table(plan: MemoryPlan) -> list[str]:
 
 
 def engine_table(plans: Mapping[Engine, MemoryPlan]) -> list[str]:
-    """What each engine takes and sends, for a terminal."""
-    rows: list[tuple[str, ...]] = [("engine", NAMES["accelerator"], NAMES["ram"], "sent a step")]
+    """What each engine takes and sends, and the estimated time of that, for a terminal."""
+    rows: list[tuple[str, ...]] = []
     for engine, plan in plans.items():
-        sizes = (plan.peak("accelerator"), plan.peak("ram"), 0 if plan.wire is None else plan.wire.total)
-        rows.append((ENGINES[engine], *map(format_size, sizes)))
+        places = [place for place in MEMORY_TIERS[:2] if plan.machine.has(place) is not None]
+        wire = plan.wire or Wire(0, 0)
+        if not rows:
+            rows.append(("engine", *(NAMES[place] for place in places), "sent a step", *wire.links))
+        times = map(format_seconds, wire.seconds().values())
+        rows.append(
+            (ENGINES[engine], *(format_size(plan.peak(place)) for place in places), format_size(wire.total), *times)
+        )
     return aligned_rows(rows)
 
 

@@ -8,7 +8,11 @@ LINKS: Mapping[str, float] = {"NVLink": 450e9, "PCIe 4 x16": 25e9}
 """Bytes a second and direction between two GPUs: what NVIDIA states of an H100's NVLink, and about what is left of the
 32 GB/s of PCIe 4 with 16 lanes. Not measured here."""
 
-NETWORKS: Mapping[str, float] = {"400 Gbit/s InfiniBand": 50e9, "100 Gbit/s Ethernet": 12.5e9, "10 Gbit/s": 1.25e9}
+NETWORKS: Mapping[str, float] = {
+    "400 Gbit/s InfiniBand": 50e9,
+    "100 Gbit/s Ethernet": 12.5e9,
+    "10 Gbit/s Ethernet": 1.25e9,
+}
 """Bytes a second and direction between two machines: the rates in the names. Not measured here."""
 
 

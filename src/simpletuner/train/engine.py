@@ -42,7 +42,7 @@ class EngineAdvice:
 
     def summary(self) -> dict[str, Any]:
         """For a JSON reader."""
-        sent = {engine: plan.wire.total for engine, plan in self.plans.items() if plan.wire is not None}
+        sent = {engine: _sent(plan) for engine, plan in self.plans.items()}
         none = dict.fromkeys(("ddp", *SHARED))
         return {
             "advised": self.engine,
@@ -54,8 +54,8 @@ class EngineAdvice:
 
 
 def advise(budget: "Budget") -> EngineAdvice:
-    """Compare the engines for `budget.config.ranks` processes. Copies send less than shards and are taken where they
-    fit; the trained result is the same.
+    """Compare the engines for `budget.config.ranks` processes; the trained result is the same. Copies are taken where
+    they fit, unless the engine of the options fits too and sends less.
     """
     config, ranks = budget.config, budget.config.ranks
     copies = _planned(budget, _with_engine(config, "ddp"))
@@ -64,14 +64,16 @@ def advise(budget: "Budget") -> EngineAdvice:
         plan = _allowed(budget, _with_engine(config, engine))
         if plan is not None:
             plans[engine] = plan
-    if _fits(copies):
+    own = plans.get(budget.plan.engine, copies)
+    if _fits(copies) and not (_fits(own) and _sent(own) < _sent(copies)):
         return EngineAdvice(copies.engine, _copies_fit(budget, copies), None, plans)
     for engine in (budget.plan.engine, *SHARED):
         if engine in plans and _fits(plans[engine]):
-            use = _use(plans[engine], _place(copies))
-            name = "shards" if engine == "fsdp2" else ENGINES[engine]
-            text = f"Take {ENGINES[engine]} ({_option(engine)}): whole copies take {_lack(copies)}, {name} {use}."
-            return EngineAdvice(engine, text, None, plans)
+            option = "--fsdp_enable" if engine == "fsdp2" else f"--deepspeed_config={engine}"
+            name, place = "shards" if engine == "fsdp2" else ENGINES[engine], _place(copies)
+            use = f"whole copies take {_use(copies, place) if _fits(copies) else _lack(copies)}, "
+            use += f"{name} {_use(plans[engine], place)}"
+            return EngineAdvice(engine, f"Take {ENGINES[engine]} ({option}): {use}.", None, plans)
     fewest = _fewest(budget)
     engines = "One process does not fit" if ranks == 1 else f"{ranks} processes fit with no engine"
     shards = plans.get("fsdp2")
@@ -83,11 +85,6 @@ def advise(budget: "Budget") -> EngineAdvice:
     return EngineAdvice(None, " ".join(told), fewest, plans)
 
 
-def _option(engine: Engine) -> str:
-    """With which an engine is taken."""
-    return "--fsdp_enable" if engine == "fsdp2" else f"--deepspeed_config={engine}"
-
-
 def _with_engine(config: RunConfig, engine: Engine) -> RunConfig:
     """`config` with `engine`: with the options' own settings of DeepSpeed where they have that stage."""
     stage = int(engine.removeprefix("zero")) if engine.startswith("zero") else 0
@@ -96,13 +93,15 @@ def _with_engine(config: RunConfig, engine: Engine) -> RunConfig:
 
 
 def _copies_fit(budget: "Budget", copies: MemoryPlan) -> str:
-    use = _use(copies, _place(copies))
-    if copies.processes == 1:
+    use, other = _use(copies, _place(copies)), budget.plan
+    if other.wire is None or copies.wire is None:
         return f"One process holds the run: {use}."
-    other = "--deepspeed_config" if budget.config.zero_stage else "--fsdp_enable"
-    chosen = ENGINES["fsdp2"] if budget.plan.engine == "ddp" else ENGINES[budget.plan.engine]
-    option = "" if budget.plan.engine == "ddp" else f" (without {other})"
-    return f"Take DDP{option}: each process holds the whole run, {use}, and sends less than with {chosen}."
+    sent = f"and sends {format_size(copies.wire.total)} a step"
+    if other.engine == "ddp":
+        return f"Take DDP: each process holds the whole run, {use}, {sent}."
+    option = "--fsdp_enable" if other.engine == "fsdp2" else "--deepspeed_config"
+    sent = f"{sent}, with {ENGINES[other.engine]} {format_size(other.wire.total)}"
+    return f"Take DDP (without {option}): each process holds the whole run, {use}, {sent}."
 
 
 def _fewest(budget: "Budget") -> int | None:
@@ -138,8 +137,11 @@ def _fewest(budget: "Budget") -> int | None:
 
 
 def _allowed(budget: "Budget", config: RunConfig) -> MemoryPlan | None:
-    """The plan; None where the other options forbid it."""
-    return None if any(findings(config, None)) else _planned(budget, config)
+    """The plan; None where the other options forbid it. That DeepSpeed is not installed here, which is said of
+    `deepspeed_config` alone, forbids nothing: the plan may be for another machine.
+    """
+    is_forbidden = any(options != ("deepspeed_config",) for options, _ in findings(config, None))
+    return None if is_forbidden else _planned(budget, config)
 
 
 def _planned(budget: "Budget", config: RunConfig) -> MemoryPlan:
@@ -148,6 +150,10 @@ def _planned(budget: "Budget", config: RunConfig) -> MemoryPlan:
 
 def _fits(plan: MemoryPlan) -> bool:
     return all(lack.place == "disk" for lack in plan.lacks)
+
+
+def _sent(plan: MemoryPlan) -> int:
+    return 0 if plan.wire is None else plan.wire.total
 
 
 def _place(plan: MemoryPlan) -> MemoryTier:

@@ -15,6 +15,7 @@ from simpletuner.base.errors import AccessError, ConfigError
 from simpletuner.cli.plan import run
 from simpletuner.config.options.schedule import ScheduleOptions
 from simpletuner.flow.sigma import mu_linear
+from simpletuner.memory.wire import NETWORKS
 from simpletuner.train.timesteps import Timesteps
 
 
@@ -244,6 +245,36 @@ def test_gpus_are_planned_for_that_are_not_there(capsys: pytest.CaptureFixture[s
     told = capsys.readouterr().out.splitlines()
     assert told[-1].startswith("Take FSDP2 (--fsdp_enable): whole copies take ")
     assert told[-2].startswith("Each process sends ")
+
+
+@pytest.mark.usefixtures("project")
+def test_hosts_are_planned_with_gpus_on_each(capsys: pytest.CaptureFixture[str]) -> None:
+    dev = ("--model_flavour=dev", "--mixed_precision=bf16", "--vram=48", "--ram=128", "--gpus=4", "--machine_rank=3")
+    code, found = planned(capsys, *dev, "--hosts=2", "--fsdp_enable")
+    assert code == 0
+    assert (found["plan"]["processes"], found["plan"]["machines"]) == (8, 2)
+    assert list(found["plan"]["wire"]["seconds"]) == list(NETWORKS)
+    assert found["engine"]["sent"]["fsdp2"] == found["plan"]["wire"]["total"]
+    assert None not in found["engine"]["peaks"].values()
+    assert run([*dev, "--hosts=2", "--fsdp_enable"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [
+        line.split()[0] for line in told[told.index("") :] if line.startswith(("engine", "DDP", "FSDP2", "ZeRO"))
+    ] == [
+        "engine",
+        "DDP",
+        "FSDP2",
+        "ZeRO-1",
+        "ZeRO-2",
+        "ZeRO-3",
+    ]
+    _, one = planned(capsys, *dev, "--num_machines=2")
+    assert (one["plan"]["processes"], one["plan"]["machines"]) == (4, 1)
+
+
+def test_hosts_need_gpus() -> None:
+    with pytest.raises(ConfigError, match=r"--hosts is given without --gpus.*such as --gpus 8"):
+        run(["--hosts=2"])
 
 
 @pytest.mark.usefixtures("project")

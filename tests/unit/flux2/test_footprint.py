@@ -690,3 +690,94 @@ def test_on_a_machine_without_an_accelerator_all_processes_share_its_ram() -> No
     alone, two = footprint(CPU).train(), footprint(CPU, num_processes=2).train()
     bucket = part(two, "reduction bucket", "ram")
     assert two.total("ram") == 2 * alone.total("ram") + bucket > 0
+
+
+def test_the_memory_of_a_machine_is_that_of_its_own_processes() -> None:
+    options = {**LORA, "num_processes": 16}
+    one, four = footprint(**options).plan(), footprint(**options, num_machines=4).plan()
+    assert (one.machines, four.machines) == (1, 4)
+    for here, there in zip(one.phases, four.phases, strict=True):
+        assert here.total("accelerator") == there.total("accelerator")
+        assert here.total("disk") == there.total("disk"), "each machine has its own caches"
+    assert one.phases[2].total("ram") == 4 * four.phases[2].total("ram")
+    assert one.wire is not None
+    assert four.wire is not None
+    assert one.wire.total == four.wire.total
+    assert four.wire.seconds().keys() != one.wire.seconds().keys()
+
+
+def zero(stage: int, ranks: int, settings: dict[str, object] | None = None, **options: object) -> Footprint:
+    """With a stage of ZeRO and small buckets, and `settings` beside them."""
+    zero_optimization = {"stage": stage, "reduce_bucket_size": 1000, **(settings or {})}
+    return footprint(**options, num_processes=ranks, deepspeed_config={"zero_optimization": zero_optimization})
+
+
+def test_one_process_has_no_stage() -> None:
+    assert zero(3, 1, **LORA).plan() == footprint(**LORA).plan()
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_each_stage_shares_more(ranks: int) -> None:
+    alone = footprint(**FULL)
+    parameters, trained = alone.trained, part(alone.train(), "masters")
+    stages = [zero(stage, ranks, **FULL) for stage in (1, 2, 3)]
+    assert [each.engine for each in stages] == ["zero1", "zero2", "zero3"]
+    for each in stages:
+        train = each.train()
+        assert part(train, "masters") == -(-trained // ranks)
+        assert part(train, "optimiser") == -(-part(alone.train(), "optimiser") // ranks)
+        assert part(train, "reduction bucket") == 2 * 1000
+    first, second, third = (each.train() for each in stages)
+    # In bf16 as they are computed, and in fp32 those of the share that the optimizer steps on.
+    assert part(first, "gradients") == 2 * parameters + -(-4 * parameters // ranks)
+    assert part(first, "weights") == part(second, "weights") == 2 * parameters
+    assert first.total("accelerator") > second.total("accelerator") > third.total("accelerator")
+    assert part(third, "shards of weights") <= 2 * parameters / ranks * 1.001
+    largest = max(transformer_bytes(DEV, "no_change", torch.bfloat16).largest_layers)
+    assert part(third, "gathered weights") == 1_050_000_000 * 2 + largest
+
+
+def test_a_lora_shares_its_state_and_at_stage_3_the_base() -> None:
+    alone = footprint(**LORA).train()
+    second, third = zero(2, 4, use_ema=True, **LORA).train(), zero(3, 4, **LORA).train()
+    adapters = part(alone, "adapters")
+    assert (part(second, "adapters"), part(second, "masters")) == (adapters, adapters // 4)
+    assert part(second, "average") == adapters // 4
+    assert part(third, "adapters") == adapters // 4
+    assert "masters" not in {each.name for each in third.parts}, "fp32 shares are stepped in place"
+    settings: dict[str, object] = {"stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0}
+    small = zero(3, 4, settings, **LORA).train()
+    largest = max(transformer_bytes(DEV, "no_change", torch.bfloat16).largest_layers)
+    assert part(small, "gathered weights") == largest
+
+
+def test_what_is_offloaded_is_in_the_memory_of_the_machine() -> None:
+    settings: dict[str, object] = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    there, here = zero(3, 8, settings, **FULL, num_machines=2).train(), zero(3, 8, **FULL).train()
+    for name in ("masters", "optimiser", "shards of weights"):
+        (own,) = [each for each in there.parts if each.name == name]
+        assert (own.place, own.size) == ("ram", 4 * part(here, name))
+
+
+def test_a_quantized_base_is_loaded_whole_at_stage_3() -> None:
+    train = zero(3, 4, **LORA, base_model_precision="int8-quanto").train()
+    whole = transformer_bytes(DEV, "int8-quanto", torch.bfloat16).total
+    assert part(train, "weights while they are loaded", "ram") == 4 * whole
+
+
+@pytest.mark.parametrize("kind", [LORA, FULL])
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_what_the_stages_send(kind: dict[str, object], ranks: int) -> None:
+    alone = footprint(**kind)
+    gradients = alone.trained * (2 if kind is FULL else 4)
+    share = (ranks - 1) * gradients // ranks
+    for accumulation in (1, 3):
+        wires = [zero(stage, ranks, **kind, gradient_accumulation_steps=accumulation).wire for stage in (1, 2, 3)]
+        assert [None if each is None else each.reduced for each in wires] == [
+            2 * share,
+            accumulation * 2 * share,
+            accumulation * share,
+        ]
+        weights = DEV_BLOCKS + DEV_REST + (0 if kind is FULL else gradients)
+        gathered = (share, share, accumulation * ((ranks - 1) * 2 * weights // ranks))
+        assert tuple(0 if each is None else each.gathered for each in wires) == gathered

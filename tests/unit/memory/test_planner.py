@@ -1,6 +1,7 @@
 """Parts, places, verdicts, and what to change."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -11,12 +12,15 @@ from simpletuner.memory.planner import (
     MemoryPart,
     MemoryPlan,
     PhasePlan,
+    engine_table,
     phase_line,
     plan_table,
+    plan_title,
     smallest_change,
     verdict,
     with_less,
 )
+from simpletuner.memory.wire import Wire
 
 
 def plan(train: float, *, ram: float = 2.0, machine: Machine | None = None) -> MemoryPlan:
@@ -56,6 +60,37 @@ def test_every_place_that_is_too_small_is_named() -> None:
         "It does not fit, for want of GPU and RAM and disk: GPU 30.00 GiB (train) of 22.00 GiB, "
         "RAM 40.00 GiB (train) of 28.00 GiB, disk 4.00 GiB of 3.00 GiB."
     )
+
+
+def test_of_several_machines_it_says_whose_memory_it_is() -> None:
+    own = replace(plan(20), processes=16, machines=2, engine="zero2", wire=Wire(GIB, GIB, 2))
+    assert own.processes_per_machine == 8
+    assert plan_title(own) == (
+        "Memory plan, worst moment of each phase (16 processes on 2 machines, ZeRO-2; GPU of each process, RAM of each "
+        "machine)"
+    )
+    assert verdict(own) == (
+        "It fits: GPU 20.00 GiB (train) of 22.00 GiB in each of 16, RAM 2.00 GiB (train) of 28.00 GiB on each of 2 "
+        "machines, disk 4.00 GiB of 100.00 GiB on each of 2 machines."
+    )
+    assert own.summary()["machines"] == 2
+    head, row = engine_table({"zero2": own})
+    assert head.split()[:4] == ["engine", "GPU", "RAM", "sent"]
+    assert row.split() == [
+        "ZeRO-2",
+        "20.00",
+        "GiB",
+        "2.00",
+        "GiB",
+        "2.00",
+        "GiB",
+        "42.9",
+        "ms",
+        "172",
+        "ms",
+        "1.72",
+        "s",
+    ]
 
 
 @pytest.mark.parametrize(("vram", "left"), [(24.0, 22.5), (16.0, 14.5), (12.0, 10.5), (8.0, 7.0)])

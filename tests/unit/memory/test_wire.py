@@ -20,6 +20,10 @@ def test_seconds_are_bytes_by_speed() -> None:
     assert wire.total == 50
     assert wire.seconds() == {"NVLink": 50 / 450e9, "PCIe 4 x16": 50 / 25e9}
     assert wire.summary()["total"] == 50
+    apart = Wire(40, 10, machines=2)
+    assert apart.total == 50
+    assert apart.seconds()["100 Gbit/s Ethernet"] == 8 * 50 / 100e9
+    assert min(apart.seconds().values()) > min(wire.seconds().values()), "the network is the slower link"
 
 
 @pytest.mark.parametrize(

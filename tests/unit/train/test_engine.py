@@ -65,6 +65,56 @@ def test_of_one_gpu_it_says_whether_it_is_enough_and_how_many_are() -> None:
     assert budget(2, 1, ram_gib=4).advice.fewest_gpus is None
 
 
+def test_zero_is_compared_with_the_others_and_kept_where_it_sends_less() -> None:
+    lora = budget(48, 2)
+    assert set(lora.advice.plans) == {"ddp", "fsdp2", "zero1", "zero2", "zero3"}
+    sent = lora.advice.summary()["sent"]
+    assert sent["ddp"] < sent["zero1"] == sent["zero2"] < sent["fsdp2"] < sent["zero3"]
+    own = budget(48, 2, deepspeed_config="zero3")
+    assert own.advice.text.startswith("Take ZeRO-3 (--deepspeed_config=zero3): whole copies take 65.")
+    idle = budget(80, 2, deepspeed_config="zero2").advice.text
+    assert idle.startswith("Take DDP (without --deepspeed_config): each process holds the whole run, ")
+    assert " a step, with ZeRO-2 " in idle
+    full = {"model_type": "full", "model_flavour": "klein-4b", **FLAVOURS["klein-4b"].option_defaults}
+    assert budget(80, 8, **full).advice.engine == "ddp"
+    assert budget(80, 8, **full, deepspeed_config="zero2").advice.engine == "zero2"
+    refused = budget(48, 2, enable_group_offload=True).advice
+    assert "fsdp2" not in refused.plans
+    assert refused.summary()["peaks"]["fsdp2"] is None
+
+
+def test_a_stage_that_does_not_fit_is_changed_for_a_higher_one() -> None:
+    own = budget(48, 2, deepspeed_config="zero1")
+    assert str(own.remedy).startswith("--deepspeed_config=zero3: 6")
+    assert own.remedy is not None
+    assert own.remedy.after == budget(48, 2, deepspeed_config="zero3").plan.peak("accelerator")
+    rungs = [(change.option, change.value) for change in ladder(own.config, WORK)]
+    assert rungs[:2] == [("deepspeed_config", "zero2"), ("deepspeed_config", "zero3")]
+    assert "fsdp_enable" not in dict(rungs)
+
+
+def test_the_fewest_machines_that_fit_are_the_fewest() -> None:
+    own = budget(24, 4, num_machines=2)
+    fewest = own.advice.fewest_gpus
+    assert fewest is not None
+    assert fewest % 2 == 0
+    text = (
+        f"With these options {fewest} such GPUs on {fewest // 2} machines are the fewest that fit, with --fsdp_enable."
+    )
+    assert text in own.advice.text
+    assert budget(24, fewest, num_machines=fewest // 2, fsdp_enable=True).plan.fits
+    assert not budget(24, fewest - 2, num_machines=fewest // 2 - 1, fsdp_enable=True).plan.fits
+
+
+def test_between_machines_the_network_counts() -> None:
+    lines = budget(48, 16, fsdp_enable=True, num_machines=2).lines()
+    assert lines[0].endswith("(16 processes on 2 machines, FSDP2; GPU of each process, RAM of each machine):")
+    (sent,) = [line for line in lines if line.startswith("Each process sends ")]
+    assert " over 400 Gbit/s InfiniBand (50 GB/s), " in sent
+    assert "NVLink" not in sent
+    assert " usable RAM on each of 2 machines" in budget(48, 16, num_machines=2).sentence()
+
+
 def test_a_lack_of_ram_is_no_gpus() -> None:
     own = budget(24, 2, ram_gib=8, base_model_precision="int8-quanto", enable_group_offload=True)
     assert own.advice.engine != "ddp"
@@ -102,6 +152,9 @@ def test_one_process_has_no_rung_of_several() -> None:
         ({"fsdp_enable": True}, 0, 1),
         ({"num_processes": 2, "fsdp_enable": True}, 4, 2),
         ({"num_processes": 3}, 0, 3),
+        ({"num_machines": 2}, 4, 2),
+        ({"num_machines": 2, "fsdp_enable": True}, 4, 8),
+        ({"deepspeed_config": "zero2"}, 4, 4),
     ],
 )
 def test_processes_are_as_many_as_train_would_start(options: dict[str, object], gpus: int, ranks: int) -> None:
