@@ -471,7 +471,8 @@ class Footprint:
 
         ZeRO-1 sums the gradients once a step, ZeRO-2 in each backward pass; both then gather the new weights. (To sum
         is `use_multi_rank_bucket_allreduce`, on by default; a reduce-scatter would send half.) ZeRO-3 gathers all
-        weights, trainable ones too, in each forward and each backward pass, which also scatters their gradients.
+        weights, trainable ones too, in each forward and each backward pass, which also scatters their gradients; of a
+        frozen base the backward pass needs the blocks alone.
         """
         config, weights, ranks = self.config, self._weights, self.config.ranks
         passes, again = config.gradient_accumulation_steps, int(config.fsdp_reshard_after_forward)
@@ -483,8 +484,9 @@ class Footprint:
             gathered = shard_exchange_bytes(self._gradient_bytes, ranks)
             summed *= passes if self.shards_gradients else 1
         elif self.engine == "zero3":
-            whole = weights.total + (0 if self.is_full else self.trained_bytes)
-            gathered = passes * shard_exchange_bytes(2 * whole, ranks)
+            forward = weights.total + (0 if self.is_full else self.trained_bytes)
+            backward = forward - (0 if self.is_full else weights.rest)
+            gathered = passes * shard_exchange_bytes(forward + backward, ranks)
             summed = passes * shard_exchange_bytes(self._gradient_bytes, ranks)
         elif self.engine == "fsdp2":
             # Those outside the blocks stay whole from the forward pass to the end of the backward pass.

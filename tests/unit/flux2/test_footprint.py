@@ -778,6 +778,6 @@ def test_what_the_stages_send(kind: dict[str, object], ranks: int) -> None:
             accumulation * 2 * share,
             accumulation * share,
         ]
-        weights = DEV_BLOCKS + DEV_REST + (0 if kind is FULL else gradients)
-        gathered = (share, share, accumulation * ((ranks - 1) * 2 * weights // ranks))
+        whole = 2 * (DEV_BLOCKS + DEV_REST) if kind is FULL else 2 * (DEV_BLOCKS + gradients) + DEV_REST
+        gathered = (share, share, accumulation * ((ranks - 1) * whole // ranks))
         assert tuple(0 if each is None else each.gathered for each in wires) == gathered
