@@ -19,7 +19,6 @@ from simpletuner.config.options.ranks import ZERO_STAGES, RankOptions
 from simpletuner.config.precisions import PRECISIONS
 from simpletuner.config.previews import preview_download
 from simpletuner.config.record import MAY_CHANGE
-from simpletuner.config.rules import findings
 from simpletuner.config.run import RunConfig
 from simpletuner.data.geometry import aligned_square
 from simpletuner.data.manifest import Manifest, count_new, scan_of
@@ -50,7 +49,7 @@ from simpletuner.memory.planner import (
 )
 from simpletuner.memory.world import World
 from simpletuner.runs.events import Phase, PlanEvent
-from simpletuner.train.engine import EngineAdvice, advise
+from simpletuner.train.engine import EngineAdvice, advise, is_possible
 from simpletuner.train.length import Plan
 
 RESOLUTION = "resolution"
@@ -377,7 +376,7 @@ class Budget:
 
         def is_allowed(change: Change) -> bool:
             options = {} if change.where else {change.option: change.value}
-            return not any(findings(with_options(self.config, options), None))
+            return is_possible(with_options(self.config, options))
 
         return [change for change in ladder(self.config, self.work, self._fitting_blocks) if is_allowed(change)]
 

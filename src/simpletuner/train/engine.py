@@ -136,12 +136,16 @@ def _fewest(budget: "Budget") -> int | None:
     return high * one if plan is not None and _fits(plan) else None
 
 
-def _allowed(budget: "Budget", config: RunConfig) -> MemoryPlan | None:
-    """The plan; None where the other options forbid it. That DeepSpeed is not installed here, which is said of
-    `deepspeed_config` alone, forbids nothing: the plan may be for another machine.
+def is_possible(config: RunConfig) -> bool:
+    """Whether the options go together. That DeepSpeed is not installed here, which is said of `deepspeed_config` alone,
+    forbids nothing: the plan may be for another machine.
     """
-    is_forbidden = any(options != ("deepspeed_config",) for options, _ in findings(config, None))
-    return None if is_forbidden else _planned(budget, config)
+    return all(options == ("deepspeed_config",) for options, _ in findings(config, None))
+
+
+def _allowed(budget: "Budget", config: RunConfig) -> MemoryPlan | None:
+    """The plan; None where the other options forbid it."""
+    return _planned(budget, config) if is_possible(config) else None
 
 
 def _planned(budget: "Budget", config: RunConfig) -> MemoryPlan:
