@@ -17,6 +17,7 @@ from typing import Any
 
 from simpletuner.base.files import write_atomic
 from simpletuner.base.sizes import GIB
+from simpletuner.config.data_sheets import DENSE_BF16_FLOP_PER_S
 from simpletuner.config.datasets import ConditioningSet, ImageSet, TextStore
 from simpletuner.config.flavours import DEV, KLEIN_4B, KLEIN_9B, FlavourName, TransformerSpec
 from simpletuner.config.load import ENVIRONMENT_PREFIX
@@ -36,7 +37,7 @@ from simpletuner.config.run import OPTION_NAMES, SLICES, RunConfig
 from simpletuner.config.values import kinds
 from simpletuner.flux2.arithmetic import training_flop
 from simpletuner.flux2.footprint import Architecture, Footprint, Workload
-from simpletuner.memory.planner import Machine
+from simpletuner.memory.planner import ENGINES, Engine, Machine
 from simpletuner.runs.events import EVENTS, Event, Picture
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -323,6 +324,77 @@ def _many_gpus_row(name: str, spec: TransformerSpec, kind: str, base: str) -> st
     return f"| {' | '.join((name, trains, base, *sizes, *(f'{size:.1f} GB' for size in sent)))} |"
 
 
+ESTIMATE_FLOP_PER_S = 0.4 * DENSE_BF16_FLOP_PER_S["NVIDIA H100 80GB HBM3"]
+"""Assumed of each GPU: two fifths of the data sheet's rate. Not measured."""
+ESTIMATE_GPUS_PER_MACHINE = 8
+ESTIMATED_SIZES: Sequence[tuple[int, str]] = (
+    (8, "NVLink"),
+    (64, "100 Gbit/s Ethernet"),
+    (64, "400 Gbit/s InfiniBand"),
+    (512, "400 Gbit/s InfiniBand"),
+)
+"""GPUs, and the link that decides: of one machine, else of the network."""
+
+
+def images_per_second(processes: int, batch: int, flop: int, sent_s: float) -> tuple[float, float]:
+    """Estimated images a second of all processes, where nothing of the transfers hides behind the compute, and where
+    all that can does: processes × batch / (c + t) and processes × batch / max(c, t).
+
+    Args:
+        batch: images of a process's step.
+        flop: what a process computes in a step; c is their time at `ESTIMATE_FLOP_PER_S`.
+        sent_s: t, the time of a step's transfers.
+    """
+    computed_s = flop / ESTIMATE_FLOP_PER_S
+    images = processes * batch
+    return images / (computed_s + sent_s), images / max(computed_s, sent_s)
+
+
+def many_machines_table() -> str:
+    """Peak GiB of training on 8 and on 512 GPUs, what a process sends there in a step, and images a second."""
+    sizes = [f"{gpus} GPUs, {link}" for gpus, link in ESTIMATED_SIZES]
+    head = (
+        f"| model | trains | engine | on 8 | on 512 | sent | {' | '.join(sizes)} |\n"
+        f"|---|---|---|---:|---:|---:|{'---:|' * len(sizes)}\n"
+    )
+    engines: Mapping[str, Sequence[Engine]] = {
+        "lora": ("ddp", "fsdp2", "zero3"),
+        "full": ("fsdp2", "zero1", "zero2", "zero3"),
+    }
+    rows = [
+        _many_machines_row(name, spec, kind, engine)
+        for name, spec in PUBLISHED.items()
+        for kind, chosen in engines.items()
+        for engine in chosen
+    ]
+    return head + "\n".join(rows) + "\n"
+
+
+def _many_machines_row(name: str, spec: TransformerSpec, kind: str, engine: Engine) -> str:
+    def footprint(processes: int) -> Footprint:
+        options = {
+            "model_type": kind,
+            "num_processes": processes,
+            "num_machines": processes // ESTIMATE_GPUS_PER_MACHINE,
+            "fsdp_enable": engine == "fsdp2",
+            "deepspeed_config": engine if engine.startswith("zero") else None,
+        }
+        config = RunConfig.model_validate(options)
+        architecture = replace(Architecture.of(config), transformer=spec)
+        return Footprint(config, architecture, Workload((1024, 1024), 1, draws=False), ANY_SIZE)
+
+    found = {gpus: footprint(gpus) for gpus in (8, 64, 512)}
+    cells = [f"{found[gpus].train().total('accelerator') / GIB:.1f}" for gpus in (8, 512)]
+    flop = training_flop(found[8].passing((1024, 1024), 1)).hardware
+    wires = {gpus: each.wire for gpus, each in found.items() if each.wire is not None}
+    cells.append(f"{wires[512].total / 1e9:.1f} GB")
+    for gpus, link in ESTIMATED_SIZES:
+        least, most = images_per_second(gpus, 1, flop, wires[gpus].seconds()[link])
+        cells.append(" to ".join(f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in (least, most)))
+    trains = "all weights" if kind == "full" else "a LoRA"
+    return f"| {' | '.join((name, trains, ENGINES[engine], *cells))} |"
+
+
 def klein_table() -> str:
     """Which model fits which card, with the peak of GPU memory and the arithmetic of a step."""
     head = "| card | model | with | GPU | PFLOP |\n|---|---|---|---:|---:|\n"
@@ -439,6 +511,7 @@ def stale_pages(folder: Path) -> dict[Path, str]:
         "recipes.md": recipes_page(),
         "plan.md": with_table(folder / "plan.md", plan_table()),
         "many-gpus.md": with_table(folder / "many-gpus.md", many_gpus_table()),
+        "many-machines.md": with_table(folder / "many-machines.md", many_machines_table()),
         "klein.md": with_table(folder / "klein.md", klein_table()),
         "coming-from.md": with_table(folder / "coming-from.md", other_keys_tables()),
     }

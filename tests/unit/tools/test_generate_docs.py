@@ -68,6 +68,17 @@ def test_a_row_of_many_gpus() -> None:
     assert row in (generate_docs.DOCS / "many-gpus.md").read_text(encoding="utf-8")
 
 
+def test_a_row_of_many_machines() -> None:
+    row = generate_docs._many_machines_row("klein-4b", KLEIN_4B, "lora", "ddp")
+    assert row in (generate_docs.DOCS / "many-machines.md").read_text(encoding="utf-8")
+
+
+def test_an_estimate_lies_between_all_and_nothing_hidden() -> None:
+    flop = round(generate_docs.ESTIMATE_FLOP_PER_S)  # one second
+    assert generate_docs.images_per_second(8, 2, flop, 3.0) == pytest.approx((4.0, 16 / 3))
+    assert generate_docs.images_per_second(8, 2, flop, 0.0) == pytest.approx((16.0, 16.0))
+
+
 def test_without_an_action_nothing_is_written(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         generate_docs.main([])
@@ -76,7 +87,8 @@ def test_without_an_action_nothing_is_written(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.slow  # the whole table of the plan, three times; `.ci/run check` does it each time
 def test_stale_pages_are_named_and_written_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = ("events.md", "options.md", "plan.md", "recipes.md", "klein.md", "many-gpus.md", "coming-from.md")
+    names: tuple[str, ...] = ("events.md", "options.md", "plan.md", "recipes.md", "klein.md", "coming-from.md")
+    names += ("many-gpus.md", "many-machines.md")
     for name in names:
         shutil.copy(generate_docs.DOCS / name, tmp_path)
     (tmp_path / "options.md").unlink()
