@@ -58,8 +58,8 @@ class RunEvent(Event):
     """Trained parameters."""
     processes: int = 1
     """Processes that train together."""
-    engine: Literal["single", "ddp", "fsdp2"] = "single"
-    """single (one process), ddp (each holds the whole model) or fsdp2 (each holds a shard of it)."""
+    engine: Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "single"
+    """single (one process), ddp (each holds the whole model), fsdp2 (each holds a shard of it), or a stage of ZeRO."""
 
 
 class PlanEvent(Event):

@@ -33,7 +33,7 @@ export const count = (value) => value.toLocaleString("en-GB");
 /** "1 picture", "2 pictures". */
 export const some = (value, one, many = `${one}s`) => `${count(value)} ${value === 1 ? one : many}`;
 
-const ENGINES = { ddp: "DDP", fsdp2: "FSDP2" };
+const ENGINES = { ddp: "DDP", fsdp2: "FSDP2", zero1: "ZeRO-1", zero2: "ZeRO-2", zero3: "ZeRO-3" };
 
 /** "2 processes, FSDP2"; null where a plan is of one process, or of an older release that knew no other. */
 export const engineText = (plan) => (plan?.processes > 1 ? `${count(plan.processes)} processes, ${ENGINES[plan.engine] ?? plan.engine}` : null);
