@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -31,13 +32,22 @@ class Ended:
     err: str
 
 
-def start_ranks(size: int, command: Sequence[str], folder: Path, **environ: str) -> list[subprocess.Popen[str]]:
-    """`command` once for each of `size` ranks, which meet in `folder`."""
-    own = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), RANKS_FOLDER: str(folder), "OMP_NUM_THREADS": "1"}
+def start_ranks(
+    size: int, command: Sequence[str], folder: Path, *, machines: int = 1, cwds: Sequence[Path] = (), **environ: str
+) -> list[subprocess.Popen[str]]:
+    """`command` once for each of `size` ranks, which meet in `folder`; as if on so many machines, which meet over
+    loopback. `cwds` are the working folders of the machines.
+    """
+    each = size // machines
+    own = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(each), RANKS_FOLDER: str(folder), "OMP_NUM_THREADS": "1"}
+    if machines > 1:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     return [
         subprocess.Popen(
             command,
-            env={**os.environ, **own, "RANK": str(rank), "LOCAL_RANK": str(rank), **environ},
+            cwd=cwds[rank // each] if cwds else None,
+            env={**os.environ, **own, "RANK": str(rank), "LOCAL_RANK": str(rank % each), **environ},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -46,10 +56,12 @@ def start_ranks(size: int, command: Sequence[str], folder: Path, **environ: str)
     ]
 
 
-def together(size: int, command: Sequence[str], **environ: str) -> list[Ended]:
+def together(
+    size: int, command: Sequence[str], *, machines: int = 1, cwds: Sequence[Path] = (), **environ: str
+) -> list[Ended]:
     """How the ranks that run `command` ended, by rank."""
     with tempfile.TemporaryDirectory() as folder:
-        processes = start_ranks(size, command, Path(folder), **environ)
+        processes = start_ranks(size, command, Path(folder), machines=machines, cwds=cwds, **environ)
         ended = []
         try:
             for process in processes:
@@ -68,14 +80,16 @@ def train_together(size: int, *flags: str) -> None:
     assert [each.out for each in ended[1:]] == [""] * (size - 1)
 
 
-def in_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def in_ranks(size: int, function: Callable[..., Any], *arguments: Any, machines: int = 1, **environ: str) -> list[Any]:
     """What `function(world, *arguments)` returns in each of `size` ranks; arguments and answers are JSON values.
 
     It is a function of a module of the tests.
     """
     given = json.dumps([function.__module__, function.__qualname__, list(arguments)])
     found_in = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    ended = together(size, [sys.executable, "-P", "-m", "tests.ranks", given], PYTHONPATH=found_in)
+    ended = together(
+        size, [sys.executable, "-P", "-m", "tests.ranks", given], machines=machines, PYTHONPATH=found_in, **environ
+    )
     for rank, each in enumerate(ended):
         assert each.exit_code == 0, f"rank {rank}: {each.err[-3000:]}"
     return [json.loads(each.out.splitlines()[-1]) for each in ended]

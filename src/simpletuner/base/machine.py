@@ -1,8 +1,9 @@
-"""What this machine has and has left: host memory, disk space and GPUs. Without torch."""
+"""What this machine has and has left: host memory, disk space and GPUs; its address. Without torch."""
 
 import csv
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -62,6 +63,17 @@ def host_memory() -> HostMemory | None:
 def disk_room(path: Path) -> int:
     """Bytes that can still be written at `path`, or at the nearest folder above it that exists."""
     return shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if os.path.isdir(folder))).free
+
+
+def own_address(elsewhere: str) -> str:
+    """This machine's address on the way to another one. Nothing is sent: the system only says which way it would go.
+
+    Raises:
+        OSError: no way leads there.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in elsewhere else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((elsewhere, 9))
+        return str(probe.getsockname()[0])
 
 
 def gpus() -> tuple[Gpu, ...]:

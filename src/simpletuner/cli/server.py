@@ -20,6 +20,7 @@ from simpletuner.base.commandline import command_text
 from simpletuner.base.console import say, work_goes_on
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.base.files import file_errors_reported, with_home
+from simpletuner.base.machine import own_address
 from simpletuner.cli.arguments import Flag, parse_command
 from simpletuner.config.values import join_names
 
@@ -292,24 +293,20 @@ def _shown_host(command: ServerCommand, address: str) -> str:
     found = ipaddress.ip_address(address)
     if found.is_loopback:
         return "localhost" if address == LOOPBACK else _bracketed(address)
-    return _bracketed(_own_address(found.version) if found.is_unspecified else address)
+    return _bracketed(_network_address(found.version) if found.is_unspecified else address)
 
 
 def _bracketed(address: str) -> str:
     return f"[{address}]" if ":" in address else address
 
 
-def _own_address(version: int) -> str:
-    """This machine's address in its network. Nothing is sent: the system only says which way it would go."""
-    family, elsewhere, loopback = (
-        (socket.AF_INET, "192.0.2.1", LOOPBACK) if version == 4 else (socket.AF_INET6, "2001:db8::1", "::1")
-    )
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((elsewhere, 9))
-        except OSError:
-            return loopback
-        return str(probe.getsockname()[0])
+def _network_address(version: int) -> str:
+    """This machine's address in its network."""
+    elsewhere, loopback = ("192.0.2.1", LOOPBACK) if version == 4 else ("2001:db8::1", "::1")
+    try:
+        return own_address(elsewhere)
+    except OSError:
+        return loopback
 
 
 def _tls_problems(command: ServerCommand) -> list[Problem]:

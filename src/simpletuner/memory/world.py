@@ -9,6 +9,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -18,7 +19,7 @@ from torch import distributed as dist
 
 from simpletuner.base.errors import RanksError
 from simpletuner.memory.device import choose_device
-from simpletuner.runs.ranks import RankErrors
+from simpletuner.runs.ranks import RankErrors, RankFailure
 
 BUCKET_BYTES = 64 * 2**20
 """Most bytes that are copied together for one reduction: one call for many small tensors, and little memory."""
@@ -250,16 +251,63 @@ class KeyStore(Protocol):
     def check(self, keys: list[str]) -> bool: ...
 
 
+class PatientStore:
+    """A store in another thread: one of torch's client waits for ever where the network is cut."""
+
+    def __init__(self, store: KeyStore, timeout_s: float) -> None:
+        self._store = store
+        self._timeout_s = timeout_s
+        self._thread = ThreadPoolExecutor(1, "store")
+
+    def set(self, key: str, value: str) -> None:
+        self._within(lambda: self._store.set(key, value))
+
+    def get(self, key: str) -> bytes:
+        return self._within(lambda: self._store.get(key))
+
+    def check(self, keys: list[str]) -> bool:
+        return self._within(lambda: self._store.check(keys))
+
+    def _within(self, work: Callable[[], T]) -> T:
+        try:
+            return self._thread.submit(work).result(self._timeout_s)
+        except TimeoutError:
+            raise RuntimeError(f"no answer for {self._timeout_s:.0f} s") from None
+
+
+@dataclass(frozen=True)
+class ErrorKeys(RankErrors):
+    """Errors in a store that all ranks reach."""
+
+    store: KeyStore
+
+    def write(self, failure: RankFailure) -> None:
+        with contextlib.suppress(RuntimeError):
+            self.store.set(f"error/{failure.rank}", failure.model_dump_json())
+            self.store.set("error", "")
+
+    def read(self) -> dict[int, RankFailure]:
+        with contextlib.suppress(RuntimeError):
+            if self.store.check(["error"]):
+                keys = [key for key in (f"error/{rank}" for rank in range(self.size)) if self.store.check([key])]
+                failures = [RankFailure.model_validate_json(self.store.get(key)) for key in keys]
+                return {failure.rank: failure for failure in failures}
+        return {}
+
+
 @dataclass
 class Signs:
     """Signs of life of the ranks, and where each of them waits, in a store that all of them reach."""
 
     store: KeyStore
     rank: int
-    size: int
+    ranks: Sequence[int]
+    """That wait for each other: all of the run, or those of a machine."""
     timeout_s: float
     errors: RankErrors | None = None
     """Where ranks leave the errors that end them."""
+    place: str = "wait"
+    """Of these ranks' waits in the store."""
     _waits: int = 0
     _ended: threading.Event = field(default_factory=threading.Event)
 
@@ -293,13 +341,13 @@ class Signs:
             UserError: the error that ended another rank, of its own class.
         """
         self._waits += 1
-        self.store.set(f"wait/{self._waits}/{self.rank}", what)
+        self.store.set(f"{self.place}/{self._waits}/{self.rank}", what)
         last: dict[int, tuple[bytes, float]] = {}
-        missing = set(range(self.size)) - {self.rank}
+        missing = {*self.ranks} - {self.rank}
         while missing:
             if self.errors is not None:
                 self.errors.check()
-            missing = {rank for rank in missing if not self._has(f"wait/{self._waits}/{rank}")}
+            missing = {rank for rank in missing if not self._has(f"{self.place}/{self._waits}/{rank}")}
             now = time.monotonic()
             silent = []
             for rank in missing:

@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,8 @@ RANKS_FOLDER = "RANKS_FOLDER"
 """Environment variable: the private folder in which the processes of a run meet."""
 RANKS_LIFELINE = "RANKS_LIFELINE"
 """Environment variable: the number of an open pipe that ends with the supervisor."""
+RANKS_LISTENER = "RANKS_LISTENER"
+"""Environment variable of rank 0 on several machines: the number of the socket on which its store listens."""
 GRACE_S = 15.0
 """Time in which rank 0 fails by itself and writes its events, after another rank failed."""
 REST_S = 2.0
@@ -60,22 +63,32 @@ class RankPlace:
     size: int
     local_rank: int
     """Of this machine's: the GPU that it computes on."""
+    local_size: int
+    """Processes on each machine."""
     folder: Path | None = None
     """Private folder of our own supervisor's ranks; None under torchrun."""
     lifeline: int | None = None
     """A pipe that ends when the supervisor does; None under torchrun."""
 
     @property
-    def errors(self) -> "RankErrors | None":
+    def machine(self) -> int:
+        return self.rank // self.local_size
+
+    @property
+    def machines(self) -> int:
+        return self.size // self.local_size
+
+    @property
+    def errors(self) -> "ErrorFiles | None":
         """Where the ranks of our own supervisor leave their errors."""
-        return None if self.folder is None else RankErrors(self.folder, self.rank, self.size)
+        return None if self.folder is None else ErrorFiles(self.rank, self.size, self.folder)
 
 
 def place_of(environ: Mapping[str, str]) -> RankPlace | None:
     """Where this process stands among several that our supervisor or torchrun started; None for one on its own.
 
     Raises:
-        ConfigError: the environment is incomplete or contradicts itself, or asks for several machines.
+        ConfigError: the environment is incomplete or contradicts itself.
     """
     if "RANK" not in environ and "WORLD_SIZE" not in environ:
         return None
@@ -97,18 +110,19 @@ def place_of(environ: Mapping[str, str]) -> RankPlace | None:
         raise ConfigError(*problems[:-1], Problem(problems[-1].found, problems[-1].expected, remedy))
     if size == 1:
         return None
-    if size != numbers["LOCAL_WORLD_SIZE"]:
+    local_rank, local_size = numbers["LOCAL_RANK"], numbers["LOCAL_WORLD_SIZE"]
+    if not local_size or size % local_size or rank % local_size != local_rank:
         raise ConfigError.of(
-            f"WORLD_SIZE={size} with LOCAL_WORLD_SIZE={numbers['LOCAL_WORLD_SIZE']}: training on several machines is "
-            "not built yet",
-            "all processes on one machine",
-            "Start torchrun for one machine, or leave it out and give --num_processes.",
+            f"RANK={rank} with WORLD_SIZE={size}, LOCAL_RANK={local_rank} and LOCAL_WORLD_SIZE={local_size}",
+            "as many processes on each machine, numbered machine by machine",
+            "Start torchrun on each machine with the same --nproc-per-node.",
         )
     lifeline = environ.get(RANKS_LIFELINE)
     return RankPlace(
         rank,
         size,
-        numbers["LOCAL_RANK"],
+        local_rank,
+        local_size,
         Path(ours) if ours else None,
         int(lifeline) if ours and lifeline else None,
     )
@@ -138,25 +152,19 @@ class RankFailure(BaseModel):
 
 
 @dataclass(frozen=True)
-class RankErrors:
-    """Files in which the ranks tell each other what ended them, each its own."""
+class RankErrors(ABC):
+    """Where the ranks tell each other what ended them."""
 
-    folder: Path
     rank: int
     size: int
 
+    @abstractmethod
     def write(self, failure: RankFailure) -> None:
-        """Tell the others. A full disk changes no error."""
-        with contextlib.suppress(UserError):
-            write_atomic(self._path(failure.rank), failure.model_dump_json().encode(), sync=False)
+        """Tell the others. That it cannot be written changes no error."""
 
+    @abstractmethod
     def read(self) -> dict[int, RankFailure]:
         """Those told so far, by rank."""
-        found = {}
-        for rank in range(self.size):
-            with contextlib.suppress(OSError, ValueError):
-                found[rank] = RankFailure.model_validate_json(self._path(rank).read_bytes())
-        return found
 
     def first(self) -> RankFailure | None:
         """The earliest that did not follow from another."""
@@ -224,8 +232,25 @@ class RankErrors:
         code, text = error.exit_code, str(error)
         self.write(RankFailure(rank=self.rank, exit_code=code, text=text, time=time.time(), is_echo=True))
 
-    def _path(self, rank: int) -> Path:
-        return self.folder / f"error-{rank}.json"
+
+@dataclass(frozen=True)
+class ErrorFiles(RankErrors):
+    """Errors in files of a folder, one for each rank that failed."""
+
+    folder: Path
+
+    def write(self, failure: RankFailure) -> None:
+        with contextlib.suppress(UserError):
+            path = self.folder / f"error-{failure.rank}.json"
+            write_atomic(path, failure.model_dump_json().encode(), sync=False)
+
+    def read(self) -> dict[int, RankFailure]:
+        found = {}
+        for path in self.folder.glob("error-*.json"):
+            with contextlib.suppress(OSError, ValueError):
+                failure = RankFailure.model_validate_json(path.read_bytes())
+                found[failure.rank] = failure
+        return found
 
 
 def _is_broken_collective(error: BaseException) -> bool:
@@ -327,7 +352,7 @@ class Supervisor:
         """
         starts, began = status_of(self.run).starts, time.monotonic()
         with tempfile.TemporaryDirectory(prefix="simpletuner-ranks-") as name, self._signals():
-            errors = RankErrors(Path(name), -1, self.size)
+            errors = ErrorFiles(-1, self.size, Path(name))
             lifeline, mine = os.pipe()
             try:
                 for number in range(self.size):

@@ -1,6 +1,7 @@
 """Collectives between ranks are exact to the bit; a single process makes none."""
 
 import math
+import time
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from tests.ranks import in_ranks
 
 from simpletuner.memory.world import BUCKET_BYTES, World
+from simpletuner.runs.ranks import RANKS_FOLDER, RankFailure
 
 
 def exchange(world: World) -> dict[str, Any]:
@@ -55,3 +57,33 @@ def test_alone_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert world.from_main("nothing", lambda: value, record=fail, restore=fail) is value
     assert world.gather_json(value)[0] is value
     assert world.decide([True, False]) == [True, False]
+
+
+def meet_by_machine(world: World) -> list[Any]:
+    """What a rank of two machines knows of its place, and what only the ranks of its machine exchange."""
+    own = world.on_machine
+    world.barrier("all")
+    own.barrier("those of the machine")
+    total = torch.tensor(float(world.rank))
+    own.sum_([total])
+    gathered, first = own.gather_json(world.rank), own.broadcast_json(world.rank)
+    world.gather_json("all exchanged")
+    assert world.errors is not None
+    if world.rank == 3:
+        world.errors.write(RankFailure(rank=3, exit_code=3, text="no images", time=0.0))
+    while (told := world.errors.first()) is None:
+        time.sleep(0.02)
+    world.gather_json("all read")
+    place = [world.machine, world.machines, own.rank, own.size, own.machines]
+    return [place, total.item(), gathered, first, told.named]
+
+
+@pytest.mark.parametrize("starter", ["our supervisor", "torchrun"])
+def test_the_ranks_of_a_machine_are_a_world_too(starter: str) -> None:
+    without_folder = {RANKS_FOLDER: ""} if starter == "torchrun" else {}
+    answers = in_ranks(4, meet_by_machine, machines=2, **without_folder)
+    for rank, (place, total, gathered, first, told) in enumerate(answers):
+        machine = rank // 2
+        assert place == [machine, 2, rank % 2, 2, 1]
+        assert (total, gathered, first) == (4 * machine + 1, [2 * machine, 2 * machine + 1], 2 * machine)
+        assert told == "rank 3: no images"
