@@ -18,12 +18,15 @@ AT_ONCE = (signal.SIGINT, signal.SIGTERM)
 """The second time one of these ends the process."""
 WARNINGS = (signal.SIGHUP, signal.SIGUSR1)
 """A closed terminal, and the warning of a cluster that time is up."""
+ASKED_ELSEWHERE = signal.SIGUSR2
+"""Another machine of the run was asked to stop. What is sent to this one later counts as the first: a cluster signals
+all machines, not all in the same second."""
 REPEAT_S = 1.0
 """A signal this soon after the first counts as the same: a terminal and a process group both deliver it."""
 
 
 class DeferredSignals:
-    """Inside, INT, TERM, HUP and USR1 are recorded in place of what they would do. May be entered more than once.
+    """Inside, INT, TERM, HUP, USR1 and USR2 are recorded in place of what they would do. May be entered more than once.
 
     HUP stays ignored where it is ignored, as `nohup` asks.
     """
@@ -44,7 +47,7 @@ class DeferredSignals:
     def __enter__(self) -> Self:
         self._depth += 1
         if self._depth == 1:
-            for number in (*AT_ONCE, *WARNINGS):
+            for number in (*AT_ONCE, *WARNINGS, ASKED_ELSEWHERE):
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._record)
         return self
@@ -72,7 +75,7 @@ class DeferredSignals:
         if not self.is_obeying:
             return
         now = time.monotonic()
-        if self.first is not None:
+        if self.first not in (None, ASKED_ELSEWHERE):
             if number in AT_ONCE and now - self._first_at >= REPEAT_S:
                 os._exit(STOPPED)
             return

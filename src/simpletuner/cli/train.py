@@ -4,10 +4,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from simpletuner import __version__
 from simpletuner.base.console import say, work_goes_on
 from simpletuner.base.errors import ConfigError
-from simpletuner.base.files import read_json
+from simpletuner.base.files import read_json, sha256_json
 from simpletuner.base.machine import visible_gpus
 from simpletuner.base.signals import deferred_signals
 from simpletuner.cli.help import help_asked, train_help
@@ -15,12 +17,17 @@ from simpletuner.cli.loading import load_here
 from simpletuner.config.deepspeed import deepspeed_findings
 from simpletuner.config.load import Loaded
 from simpletuner.config.options.ranks import RankOptions
+from simpletuner.config.record import resolved
 from simpletuner.config.run import RunConfig
 from simpletuner.config.values import no_effect
 from simpletuner.runs.layout import RunDirectory
+from simpletuner.runs.machines import meet
 from simpletuner.runs.process import stop_if_asked
 from simpletuner.runs.ranks import Supervisor, as_rank, place_of, train_command
 from simpletuner.runs.samplers import end_samplers
+
+MAY_DIFFER_BETWEEN_MACHINES = {"machine_rank", "main_process_port", "max_workers"}
+"""Recorded options that are a machine's own."""
 
 _USAGE = "usage: simpletuner train [--config PATH | --env NAME | --example NAME] [--like FILE] [--option value ...]"
 
@@ -43,7 +50,7 @@ def run(arguments: list[str]) -> int:
                 gpus = visible_gpus(os.environ)
                 size = processes(loaded.config, gpus)
                 loaded = _settled(_with_idle_gpus(loaded, gpus), size)
-                if size > 1 and not _is_trained(loaded.config):
+                if size > 1 and (loaded.config.num_machines > 1 or not _is_trained(loaded.config)):
                     return _supervise(loaded.arguments, loaded, size)
             if place is None or place.rank == 0:
                 end_samplers(Path.cwd(), os.environ, say)
@@ -57,28 +64,55 @@ def run(arguments: list[str]) -> int:
 
 
 def processes(options: RankOptions, gpus: int) -> int:
-    """How many processes train, on a machine with so many visible GPUs; without any they compute on the CPU.
+    """How many processes train, on machines with so many visible GPUs each; without any they compute on the CPU.
 
     Raises:
         ConfigError: more than there are GPUs.
     """
-    asked = options.num_processes
+    machines, asked = options.num_machines, options.num_processes
     if asked is None:
-        return max(1, gpus) if options.takes_every_gpu else 1
-    if 0 < gpus < asked:
+        return machines * max(1, gpus) if options.takes_every_gpu else machines
+    if 0 < gpus < options.ranks_per_machine:
+        on_each = f" on each of {machines} machines" if machines > 1 else ""
         raise ConfigError.of(
-            f"num_processes = {asked} with {gpus} visible GPU{'s' * (gpus > 1)}",
+            f"num_processes = {asked} with {gpus} visible GPU{'s' * (gpus > 1)}{on_each}",
             "at most one process on each GPU",
-            f"Give --num_processes={gpus}, or make more GPUs visible with CUDA_VISIBLE_DEVICES.",
+            f"Give --num_processes={gpus * machines}, or make more GPUs visible with CUDA_VISIBLE_DEVICES.",
         )
     return asked
 
 
 def _supervise(arguments: Sequence[str], loaded: Loaded, size: int) -> int:
-    """Train as `size` processes; returns the exit code."""
-    end_samplers(Path.cwd(), {**os.environ, "LOCAL_WORLD_SIZE": str(size)}, say)
+    """Train as `size` processes, this machine's share of them here; returns the exit code."""
+    config = loaded.config
+    here = size // config.num_machines
+    end_samplers(Path.cwd(), {**os.environ, "LOCAL_WORLD_SIZE": str(here)}, say)
     stop_if_asked()
-    return Supervisor(size, RunDirectory(Path(loaded.config.output_dir)))(train_command(arguments), os.environ)
+    machines = None
+    if config.num_machines > 1:
+        machines = meet(
+            config.machine_rank,
+            config.num_machines,
+            config.main_process_ip,
+            config.main_process_port,
+            _terms(loaded, size),
+            config.distributed_timeout_s,
+        )
+    return Supervisor(here, RunDirectory(Path(config.output_dir)), machines)(train_command(arguments), os.environ)
+
+
+def _terms(loaded: Loaded, size: int) -> dict[str, Any]:
+    """What must be the same on each machine: all that may be recorded of the options, the number of processes, and what
+    validation images show.
+    """
+    config = loaded.config.model_copy(update={"num_processes": size})
+    prompts = {name: prompt.text for name, prompt in loaded.prompts.items()}
+    return {
+        **{name: value for name, value in resolved(config).items() if name not in MAY_DIFFER_BETWEEN_MACHINES},
+        "deepspeed_config": config.deepspeed_config,
+        "user_prompt_library": sha256_json(prompts),
+        "version": __version__,
+    }
 
 
 def _is_trained(config: RunConfig) -> bool:

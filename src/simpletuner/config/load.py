@@ -27,6 +27,7 @@ from simpletuner.config.previews import with_preview_defaults
 from simpletuner.config.prompts import Prompt, load_prompts
 from simpletuner.config.rules import drawing_notices, findings, notices
 from simpletuner.config.run import OPTION_NAMES, RunConfig
+from simpletuner.config.started import with_started
 from simpletuner.config.values import join_names, kinds, nearest, shown
 
 RUN = Known(
@@ -39,8 +40,6 @@ RUN = Known(
 ENVIRONMENT_PREFIX = "SIMPLETUNER_"
 PAGE_ROOTS_VARIABLE = f"{ENVIRONMENT_PREFIX}PAGE_ROOTS"
 """Set for the commands that the page starts, and no option: the folders that their configuration is held to."""
-WORLD_SIZE = "WORLD_SIZE"
-"""Environment variable of torchrun, and of `simpletuner train` for the processes that it starts: how many there are."""
 CONFIG_NAMES = ("config.json", "config.toml")
 TEXT_NAMES = tuple(f"config{suffix}" for suffix in TEXT_FORMATS)
 """Configs that are recognized and not read, where there are no others."""
@@ -164,7 +163,7 @@ def examine(
 
     flavour = FLAVOURS[checked.valid.get("model_flavour", DEFAULT_FLAVOUR)]
     config = RunConfig(**flavour.option_defaults | checked.valid)
-    config = _with_started_processes(config, givens, checked, environ)
+    config = with_started(config, givens, checked, environ)
     variables = environ if rule is None else None
     config, names = _with_paths(config, givens, checked, Surroundings(folder, {}, variables, rule))
     datasets_file = _datasets_file(config, config_file)
@@ -377,23 +376,6 @@ def _flavour_notice(givens: Mapping[str, Given]) -> Iterator[str]:
             f"model_flavour is not given, so {DEFAULT_FLAVOUR} is trained. SimpleTuner trains klein-9b where it is not "
             f"given: add --model_flavour klein-9b for that, or --model_flavour {DEFAULT_FLAVOUR}."
         )
-
-
-def _with_started_processes(
-    config: RunConfig, givens: Mapping[str, Given], checked: Checked, environ: Mapping[str, str]
-) -> RunConfig:
-    """The config with the number of processes that this one was started among, where it is one of several."""
-    text = environ.get(WORLD_SIZE, "1")
-    if "RANK" not in environ or not text.isdecimal() or int(text) < 2:
-        return config
-    started = int(text)
-    if config.num_processes not in (None, started):
-        checked.problems["num_processes"] = Problem(
-            f"{givens['num_processes'].spelled} = {config.num_processes}, and torchrun started {started} processes",
-            str(started),
-            "Take it out, or start simpletuner train without torchrun: it starts the processes itself.",
-        )
-    return config.model_copy(update={"num_processes": started})
 
 
 def _with_paths(

@@ -65,6 +65,7 @@ def findings(config: RunConfig, datasets: Datasets | None) -> Iterator[Finding]:
         yield from deepspeed_findings(config)
         if config.zero_stage:
             yield from _zero(config)
+    yield from _machines(config)
     yield from _paths(config)
     yield from _trackers(config)
     yield from _routes(config)
@@ -375,6 +376,19 @@ def _zero(config: RunConfig) -> Iterator[Finding]:
     if config.dynamo_backend == "inductor":
         found = f"dynamo_backend = inductor with {key} at stage 3, which gathers weights inside the blocks"
         yield ("dynamo_backend", key), Problem(found, remedy=f"Give --dynamo_backend=no, or {out}.")
+
+
+def _machines(config: RunConfig) -> Iterator[Finding]:
+    """Numbers that do not share out the processes over the machines."""
+    count = config.num_machines
+    if left := config.ranks % count:
+        more = config.ranks - left + count
+        found = f"num_processes = {config.ranks} with num_machines = {count}"
+        remedy = f"Give --num_processes={more}, {more // count} on each."
+        yield ("num_processes", "num_machines"), Problem(found, "as many on each machine", remedy)
+    if config.machine_rank >= count:
+        found = f"machine_rank = {config.machine_rank} with num_machines = {count}"
+        yield ("machine_rank", "num_machines"), Problem(found, f"a number below {count}")
 
 
 def streaming_conflict(config: RunConfig) -> tuple[str, str, str] | None:

@@ -26,9 +26,10 @@ from pydantic import BaseModel, ConfigDict
 from simpletuner.base.console import complain
 from simpletuner.base.errors import ConfigError, DiskError, Problem, RanksError, UserError, error_class
 from simpletuner.base.files import file_problem, write_atomic
-from simpletuner.base.signals import AT_ONCE, REPEAT_S, STOPPED, WARNINGS, deferred_signals
+from simpletuner.base.signals import ASKED_ELSEWHERE, AT_ONCE, REPEAT_S, STOPPED, WARNINGS, deferred_signals
 from simpletuner.runs.events import EndEvent, ErrorEvent, EventLog
 from simpletuner.runs.layout import RunDirectory
+from simpletuner.runs.machines import MachineLine, Machines
 from simpletuner.runs.status import status_of
 
 RANKS_FOLDER = "RANKS_FOLDER"
@@ -337,12 +338,23 @@ class _Rank:
 class Supervisor:
     """Starts the ranks of a run on this machine and waits for them."""
 
-    def __init__(self, size: int, run: RunDirectory) -> None:
+    def __init__(self, size: int, run: RunDirectory, machines: Machines | None = None) -> None:
+        """`size` is the number of ranks on this machine, the `machines` those of the run, where there are several."""
         self.size = size
         self.run = run
+        self.machines = machines
+        self.first_rank = 0 if machines is None else machines.number * size
         self._ranks: list[_Rank] = []
         self._asked_at: float | None = None
+        self._is_asked_elsewhere = False
+        """Whether another machine was asked to stop."""
         self._leave_at = float("inf")
+        self._deadline = float("inf")
+        self._passed_on: dict[int, RankFailure] = {}
+        self._stop_is_due = False
+        """Whether machine 0 has yet to hear that this one was asked to stop."""
+        self._ended: int | None = None
+        """Exit code with which machine 0 ended, on the others."""
 
     def __call__(self, command: Sequence[str], environ: Mapping[str, str]) -> int:
         """Run `command` as every rank; returns the exit code of the run. The first failing rank's error comes last.
@@ -352,11 +364,11 @@ class Supervisor:
         """
         starts, began = status_of(self.run).starts, time.monotonic()
         with tempfile.TemporaryDirectory(prefix="simpletuner-ranks-") as name, self._signals():
-            errors = ErrorFiles(-1, self.size, Path(name))
+            errors = ErrorFiles(-1, self.first_rank + self.size, Path(name))
             lifeline, mine = os.pipe()
             try:
-                for number in range(self.size):
-                    self._ranks.append(self._start(number, command, environ, Path(name), lifeline))
+                for local_rank in range(self.size):
+                    self._ranks.append(self._start(local_rank, command, environ, Path(name), lifeline))
                 if deferred_signals.first is not None:  # between the last safe point and our own handlers
                     self._forward(deferred_signals.first, None)
                 self._wait(errors)
@@ -366,20 +378,35 @@ class Supervisor:
                 os.close(mine)
                 for rank in self._ranks:
                     rank.printed()
-            return self._concluded(errors, starts, began)
+            code = self._concluded(errors, starts, began)
+            if self.machines is not None:
+                self.machines.close(code)
+            return code
 
     def _start(
-        self, number: int, command: Sequence[str], environ: Mapping[str, str], folder: Path, lifeline: int
+        self, local_rank: int, command: Sequence[str], environ: Mapping[str, str], folder: Path, lifeline: int
     ) -> _Rank:
+        number = self.first_rank + local_rank
         environment = {
             **environ,
             "RANK": str(number),
-            "LOCAL_RANK": str(number),
+            "LOCAL_RANK": str(local_rank),
             "WORLD_SIZE": str(self.size),
             "LOCAL_WORLD_SIZE": str(self.size),
             RANKS_FOLDER: str(folder),
             RANKS_LIFELINE: str(lifeline),
         }
+        inherited = [lifeline]
+        listener = None if number or self.machines is None else self.machines.store_listener
+        if self.machines is not None:
+            environment |= {
+                "WORLD_SIZE": str(self.size * self.machines.count),
+                "MASTER_ADDR": self.machines.address,
+                "MASTER_PORT": str(self.machines.store_port),
+            }
+        if listener is not None:
+            environment[RANKS_LISTENER] = str(listener.fileno())
+            inherited.append(listener.fileno())
         # Each of the libraries would take every core.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // self.size)))
         process = subprocess.Popen(
@@ -388,18 +415,19 @@ class Supervisor:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if number else None,
             stderr=subprocess.STDOUT if number else None,
-            pass_fds=(lifeline,),
+            pass_fds=inherited,
             process_group=0,  # Ctrl-C and Ctrl-Z of the terminal reach the supervisor alone
         )
+        if listener is not None:
+            listener.close()
         rank = _Rank(number, process)
         if number:
             rank.reader = threading.Thread(target=rank.read_output, daemon=True)
             rank.reader.start()
         return rank
 
-    def _wait(self, errors: RankErrors) -> None:
+    def _wait(self, errors: ErrorFiles) -> None:
         """Until every rank has ended, by itself or killed by this one."""
-        deadline = float("inf")
         known: set[int] = set()
         while any(rank.is_alive for rank in self._ranks):
             now = time.monotonic()
@@ -408,17 +436,66 @@ class Supervisor:
                     known.add(rank.number)
                     self._note_ending(rank, errors)
                     if rank.number == 0:
-                        deadline = min(deadline, now + REST_S)
+                        self._end_within(REST_S)
                     elif rank.process.returncode != 0:
-                        deadline = min(deadline, now + GRACE_S)
-            if now > min(deadline, self._leave_at):
+                        self._end_within(GRACE_S)
+            if self.machines is not None:
+                self._talk(self.machines, errors)
+            if now > min(self._deadline, self._leave_at):
                 self._end_all()
             time.sleep(LOOK_AT_RANKS_EVERY_S)
         for rank in self._ranks:
             if rank.number not in known:
                 self._note_ending(rank, errors)
+        if self.machines is not None:
+            self._talk(self.machines, errors)
 
-    def _note_ending(self, rank: _Rank, errors: RankErrors) -> None:
+    def _end_within(self, seconds: float) -> None:
+        self._deadline = min(self._deadline, time.monotonic() + seconds)
+
+    def _talk(self, machines: Machines, errors: ErrorFiles) -> None:
+        """Pass on what happened on this machine and, on machine 0, on the others; take note of what they say."""
+        told = errors.read()
+        for failure in told.values():
+            if self._passed_on.get(failure.rank) != failure:
+                self._passed_on[failure.rank] = failure
+                of_machine = failure.rank // self.size
+                if machines.number in (0, of_machine):
+                    for line in machines.lines:
+                        if line.machine != of_machine:
+                            line.send(failure=failure.model_dump())
+        if told.keys() - {rank.number for rank in self._ranks}:
+            self._end_within(GRACE_S)
+        if self._stop_is_due:
+            self._stop_is_due = False
+            for line in machines.lines:
+                line.send(stop=True)
+        for line in machines.lines:
+            for message in line.receive():
+                self._take(message, line, errors)
+        for machine, why in machines.lost():
+            first = machine * self.size
+            text = f"rank {first} does not answer: machine {machine} {why}."
+            failure = RankFailure(rank=first, exit_code=RanksError.exit_code, text=text, time=time.time())
+            if first not in told:
+                errors.write(failure)
+            self._end_within(GRACE_S)
+        machines.give_signs()
+
+    def _take(self, message: Mapping[str, Any], line: MachineLine, errors: ErrorFiles) -> None:
+        if "failure" in message:
+            # Clocks of machines differ: what comes first counts as first.
+            errors.write(RankFailure.model_validate(message["failure"]).model_copy(update={"time": time.time()}))
+        elif "stop" in message and self._asked_at is None and not self._is_asked_elsewhere:
+            self._is_asked_elsewhere = True
+            self._ranks[0].process.send_signal(ASKED_ELSEWHERE)
+        elif "ended" in message:
+            line.ended = int(message["ended"])
+            if line.machine == 0:
+                self._ended = line.ended
+                self._end_within(REST_S if line.ended in (0, STOPPED) else GRACE_S)
+
+    def _note_ending(self, rank: _Rank, errors: ErrorFiles) -> None:
         """Tell the other ranks of one that ended without a word."""
         code = rank.process.returncode
         if code in (0, STOPPED) or rank.was_ended or self._obeyed_early(rank) or rank.number in errors.read():
@@ -435,7 +512,8 @@ class Supervisor:
     def _obeyed_early(self, rank: _Rank) -> bool:
         """Whether it is rank 0, and a signal that was passed on ended it before it could hold signals back."""
         ending = -rank.process.returncode
-        return rank.number == 0 and self._asked_at is not None and ending in (*AT_ONCE, *WARNINGS)
+        is_asked = self._asked_at is not None or self._is_asked_elsewhere
+        return rank.number == 0 and is_asked and ending in (*AT_ONCE, *WARNINGS, ASKED_ELSEWHERE)
 
     def _end_all(self) -> None:
         # Not by TERM, which asks rank 0 to go on until it has saved. Whatever is killed leaves whole files.
@@ -446,8 +524,10 @@ class Supervisor:
         for rank in self._ranks:
             rank.process.wait()
 
-    def _concluded(self, errors: RankErrors, starts: int, began: float) -> int:
+    def _concluded(self, errors: ErrorFiles, starts: int, began: float) -> int:
         """Report the first failure, unless rank 0 has; returns the exit code."""
+        if self.first_rank > 0:
+            return self._concluded_elsewhere(errors)
         main, told = self._ranks[0], errors.read()
         code = main.process.returncode
         if self._obeyed_early(main) or (main.was_ended and self._leave_at < float("inf")):
@@ -458,14 +538,33 @@ class Supervisor:
         if first is None:  # rank 0 said what ended it
             return code if code > 0 else RanksError.exit_code
         is_reported = code > 0 and 0 in told and first.text in told[0].text
-        output = self._ranks[first.rank].printed() if first.exit_code == 1 else ""
+        self._report(first, is_reported=is_reported)
+        if main.was_ended:
+            self._record(first, starts, time.monotonic() - began)
+        return code if code > 0 else first.exit_code
+
+    def _concluded_elsewhere(self, errors: ErrorFiles) -> int:
+        """The same on a machine that has not rank 0, which says nothing of an end that is none of its own."""
+        if self._leave_at < float("inf") or self._ended in (0, STOPPED):
+            return STOPPED if self._ended is None else self._ended
+        codes = {rank.process.returncode for rank in self._ranks}
+        first = errors.first() or next(iter(errors.read().values()), None)
+        if codes <= {0, STOPPED} or (first is not None and first.exit_code == STOPPED):
+            return STOPPED if codes != {0} else 0
+        if first is None:
+            complain(f"a process of machine {self.first_rank // self.size} ended without a word.")
+            return RanksError.exit_code
+        self._report(first)
+        return first.exit_code
+
+    def _report(self, first: RankFailure, *, is_reported: bool = False) -> None:
+        """Print the error that ended the run, unless rank 0 has, and what a rank of this machine printed before it."""
+        rank = next((rank for rank in self._ranks if rank.number == first.rank), None)
+        output = rank.printed() if rank is not None and first.exit_code == 1 else ""
         if output:
             complain(output)
         if output or not is_reported:
             complain(first.named)
-        if main.was_ended:
-            self._record(first, starts, time.monotonic() - began)
-        return code if code > 0 else first.exit_code
 
     def _record(self, first: RankFailure, starts: int, seconds: float) -> None:
         """End the events of rank 0, which was killed before it could."""
@@ -498,9 +597,10 @@ class Supervisor:
         now = time.monotonic()
         if self._asked_at is None:
             self._asked_at = now
+            self._stop_is_due = self.first_rank > 0
         elif number in AT_ONCE and now - self._asked_at >= REPEAT_S:
             self._leave_at = min(self._leave_at, now + LEAVE_S)  # it may wait where no signal reaches it
-        if self._ranks:
+        if self.first_rank == 0 and self._ranks:
             self._ranks[0].process.send_signal(number)
 
     def _pause(self, *_: object) -> None:

@@ -1,0 +1,76 @@
+"""What the program that started this process says of the others: torchrun, our supervisor, or Slurm's srun."""
+
+import re
+from collections.abc import Mapping
+
+from simpletuner.base.errors import Problem
+from simpletuner.config.given import Checked, Given
+from simpletuner.config.run import RunConfig
+
+SLURM_NODES, SLURM_TASKS, SLURM_NODE, SLURM_NODE_LIST, SLURM_JOB = (
+    "SLURM_STEP_NUM_NODES",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_NODEID",
+    "SLURM_STEP_NODELIST",
+    "SLURM_JOB_ID",
+)
+"""What srun tells each task of a step (srun(1), "Output environment variables")."""
+LEAST_SLURM_PORT, SLURM_PORTS = 10_000, 20_000
+"""Ports of which a job's number chooses one, below those that systems give to clients."""
+
+
+def with_started(
+    config: RunConfig, givens: Mapping[str, Given], checked: Checked, environ: Mapping[str, str]
+) -> RunConfig:
+    """The config with the numbers of processes and machines that this process was started among, where it is one of
+    several; with Slurm's nodes, where srun started it on each and `num_machines` is not given.
+    """
+    if "RANK" not in environ:
+        return config if "num_machines" in givens else _with_nodes(config, givens, checked, environ)
+    size, here, rank = (_number(environ.get(name)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK"))
+    if size < 2:
+        return config
+    here = here or size  # what is missing or contradicts itself, `place_of` says
+    started = {"num_processes": size, "num_machines": max(1, size // here)}
+    for name, number in started.items():
+        if name in givens and getattr(config, name) not in (None, number):
+            checked.problems[name] = Problem(
+                f"{givens[name].spelled} = {getattr(config, name)}, and torchrun started {number} "
+                f"{name.removeprefix('num_')}",
+                str(number),
+                "Take it out, or start simpletuner train without torchrun: it starts the processes itself.",
+            )
+    return config.model_copy(update={**started, "machine_rank": rank // here})
+
+
+def _with_nodes(
+    config: RunConfig, givens: Mapping[str, Given], checked: Checked, environ: Mapping[str, str]
+) -> RunConfig:
+    """The config with the nodes of a step of Slurm's as machines. What is given stays."""
+    nodes, tasks, node, job = (_number(environ.get(name)) for name in (SLURM_NODES, SLURM_TASKS, SLURM_NODE, SLURM_JOB))
+    if nodes < 2:
+        return config
+    if tasks != nodes:
+        checked.problems["num_machines"] = Problem(
+            f"srun started {tasks} tasks on {nodes} nodes",
+            "one on each node, which starts that node's processes",
+            "Give srun --ntasks-per-node=1; or give --num_machines=1, if each task trains a run of its own.",
+        )
+    found = {
+        "num_machines": nodes,
+        "machine_rank": node,
+        "main_process_ip": first_node(environ.get(SLURM_NODE_LIST, "")),
+        "main_process_port": LEAST_SLURM_PORT + job % SLURM_PORTS,
+    }
+    return config.model_copy(update={name: value for name, value in found.items() if name not in givens})
+
+
+def _number(text: str | None) -> int:
+    """A number of the environment; 0 where it is none."""
+    return int(text) if text is not None and text.isascii() and text.isdecimal() else 0
+
+
+def first_node(node_list: str) -> str:
+    """Name of the first of Slurm's nodes: n01 of "n[01-03,7],m2"."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", node_list)
+    return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first[0] if first else "")
