@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.recipes.conftest import Workplace
+from tests.recipes.processes import TIMEOUT_S, children, ended, listening, until
 
 from simpletuner.base.errors import RanksError, Stopped
 from simpletuner.runs.checkpoints import steps
@@ -24,17 +25,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 TWO = ("--num_processes=2", "--gradient_accumulation_steps=1", "--distributed_timeout_s=6")
 LONG = ("--max_train_steps=4000", "--checkpoint_step_interval=20")
-TIMEOUT_S = 120
-LISTENS = "0A"
-"""State of a socket in /proc/net/tcp."""
-
-
-def until(is_so: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not is_so():
-        assert process is None or process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, "it takes too long"
-        time.sleep(0.02)
 
 
 @contextlib.contextmanager
@@ -59,33 +49,8 @@ def started(place: Workplace, *flags: str, command: tuple[str, ...] = ()) -> Ite
         process.stderr.close()
 
 
-def children(pid: int) -> list[int]:
-    """In the order in which they were started."""
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return sorted(int(child) for task in tasks for child in task.read_text().split())
-
-
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit code and the last line on the screen."""
-    errors = process.communicate(timeout=TIMEOUT_S)[1].strip().splitlines()
-    return process.returncode, errors[-1] if errors else ""
-
-
 def steps_taken(place: Workplace) -> int:
     return len(place.events("step"))
-
-
-def listening(pids: list[int]) -> set[str]:
-    """Addresses, in hexadecimal, on which these processes listen."""
-    found = set()
-    for pid in pids:
-        sockets = {os.readlink(handle) for handle in Path(f"/proc/{pid}/fd").iterdir() if handle.is_symlink()}
-        for table in ("tcp", "tcp6"):
-            for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
-                words = line.split()
-                if words[3] == LISTENS and f"socket:[{words[9]}]" in sockets:
-                    found.add(words[1].partition(":")[0])
-    return found
 
 
 LOOPBACK = {"0100007F"}

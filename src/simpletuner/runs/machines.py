@@ -206,10 +206,6 @@ def _listen(machines: Machines, port: int, terms: Mapping[str, Any]) -> Machines
                 line = MachineLine(connection, peer)
                 on_failure.callback(line.close)
                 _let_in(line, come, terms)
-            for number, line in [*come.items()]:
-                line.receive()
-                if line.is_closed:  # it was stopped, and may come again
-                    del come[number]
         on_failure.pop_all()
     machines.lines = [come[number] for number in sorted(come)]
     machines.store_listener = socket.create_server((machines.address, 0), family=family)
@@ -228,6 +224,11 @@ def _let_in(line: MachineLine, come: dict[int, MachineLine], terms: Mapping[str,
         line.close()
         return
     line.machine = number
+    for each in [*come.values()]:
+        each.receive()
+        if each.is_closed:  # it was stopped, and may come again
+            each.close()
+            del come[each.machine]
     problems = [
         Problem(f"{name} = {shown(hello['terms'].get(name))} on machine {number}", f"{shown(value)}, as on machine 0")
         for name, value in terms.items()

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -320,7 +321,9 @@ def test_a_place_is_that_of_our_supervisor_or_of_torchrun() -> None:
         ({**TORCHRUN, "RANK": "one", "WORLD_SIZE": "-2"}, "RANK=one"),
         ({**TORCHRUN, "RANK": "one", "WORLD_SIZE": "-2"}, "WORLD_SIZE=-2"),
         ({**TORCHRUN, "RANK": "2"}, "RANK=2 in the environment: expected a number below WORLD_SIZE, 2"),
-        ({**TORCHRUN, "WORLD_SIZE": "4"}, "several machines is not built yet"),
+        ({**TORCHRUN, "WORLD_SIZE": "3"}, "expected as many processes on each machine, numbered machine by machine"),
+        ({**TORCHRUN, "RANK": "2", "WORLD_SIZE": "4"}, "RANK=2 with WORLD_SIZE=4, LOCAL_RANK=1 and LOCAL_WORLD_SIZE=2"),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0"),
         ({**TORCHRUN, "MASTER_PORT": "http"}, "MASTER_PORT=http"),
     ],
 )
@@ -329,3 +332,116 @@ def test_an_environment_that_is_half_set_is_refused(environ: dict[str, str], fou
         place_of(environ)
     assert found in str(error.value)
     assert "torchrun" in str(error.value)
+
+
+@pytest.fixture
+def machines(run: RunDirectory, tmp_path: Path) -> Iterator[Started]:
+    """Starts a supervisor of two ranks on each of two machines; as `start`, and each ends with its output read."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def begin(code: str) -> list[subprocess.Popen[bytes]]:
+        told = 'open(f"rank-{rank}.new", "w").write(str(os.getpid())); os.rename(f"rank-{rank}.new", f"rank-{rank}")\n'
+        meet = """
+def meet():
+    while not all(os.path.exists(f"rank-{each}") for each in range(4)):
+        time.sleep(0.02)
+"""
+        ranks = program(meet + told + code)
+        command = [sys.executable, "-P", str(HERE / "supervised.py"), "2", str(run.root), *ranks]
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            common = {**os.environ, "MACHINES": "2", "PORT": str(free.getsockname()[1])}
+        for number in range(2):
+            environ = common | {"MACHINE": str(number)}
+            pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+            started.append(subprocess.Popen(command, env=environ, start_new_session=True, **pipes))
+        until(lambda: all((tmp_path / f"rank-{rank}").exists() for rank in range(4)))
+        return started
+
+    yield begin
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        process.wait()
+        process.stderr.close()
+        for rank in range(4):
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                os.kill(pid_of(tmp_path, rank), signal.SIGKILL)
+
+
+def endings(machines: list[subprocess.Popen[bytes]]) -> list[tuple[int, str]]:
+    """Exit code and last line of each machine."""
+    printed = [machine.communicate(timeout=20)[1].decode().strip().rpartition("\n")[2] for machine in machines]
+    return [(machine.returncode, text) for machine, text in zip(machines, printed, strict=True)]
+
+
+KILLED = "rank 3 was killed by signal 9 (SIGKILL). Where nobody sent it, the machine was out of memory: the system's "
+ON_TWO_MACHINES: dict[str, tuple[str, int, str]] = {
+    "an error that rank 0 notices": ("wait_for_others() if rank < 3 else fail()", 3, "rank 3: no images."),
+    "an error that nobody notices": ("time.sleep(60) if rank < 3 else fail()", 3, "rank 3: no images."),
+    "an error of rank 0": ("wait_for_others() if rank else fail()", 3, "no images."),
+    "a rank is killed": (
+        "wait_for_others() if rank < 3 else os.kill(os.getpid(), 9)",
+        8,
+        f"{KILLED}log (dmesg) says so.",
+    ),
+    "all is well": ("meet()", 0, ""),
+    "rank 0 was stopped": ("wait_for_others() if rank else exec(\"raise Stopped.of('as asked')\")", 75, "as asked."),
+}
+
+
+@pytest.mark.parametrize("case", ON_TWO_MACHINES)
+def test_each_machine_says_what_ended_a_rank_of_another(machines: Started, case: str) -> None:
+    code, exit_code, text = ON_TWO_MACHINES[case]
+    first, second = endings(machines("def fail(): raise DataError.of('no images')\n" + code))
+    assert first == (exit_code, text)
+    assert second == (exit_code, text if text != "no images." else "rank 0: no images.") or (
+        exit_code == STOPPED and second == (exit_code, "")
+    )
+
+
+def test_ranks_of_two_machines_know_their_place(machines: Started, tmp_path: Path) -> None:
+    code = """
+names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR".split()
+place = f"{place.machine} {place.machines} {'RANKS_LISTENER' in os.environ}"
+open(f"place-{rank}", "w").write(" ".join([*(os.environ[name] for name in names), place]))
+meet()
+time.sleep(0.3 if rank == 0 else 0)
+"""
+    assert [code for code, _ in endings(machines(code))] == [0, 0]
+    for rank in range(4):
+        expected = f"{rank} {rank % 2} 4 2 127.0.0.1 {rank // 2} 2 {rank == 0}"
+        assert (tmp_path / f"place-{rank}").read_text() == expected
+
+
+def test_a_machine_that_is_gone_or_silent_is_named_by_the_other(machines: Started, tmp_path: Path) -> None:
+    first, second = machines("wait_for_others()")
+    second.kill()
+    assert endings([first]) == [(8, "rank 2 does not answer: machine 1 closed its connection.")]
+    until(lambda: all(state_of(pid_of(tmp_path, rank)) in "XZ" for rank in range(4)))
+
+
+def test_a_machine_that_gives_no_sign_of_life_is_named_by_the_other(machines: Started) -> None:
+    first, second = machines("wait_for_others()")
+    first.send_signal(signal.SIGSTOP)
+    assert endings([second]) == [(8, "rank 0 does not answer: machine 0 gave no sign of life for 2 s.")]
+
+
+def test_a_signal_to_any_machine_stops_all(machines: Started, tmp_path: Path) -> None:
+    """As a cluster sends it to every process, to some machines later: the first save is not broken off."""
+    first, second = machines("""
+while rank or deferred_signals.first is None:
+    place.errors.check()
+    time.sleep(0.02)
+while not os.path.exists("saved"):
+    time.sleep(0.02)
+raise Stopped.of(f"stopped by {deferred_signals.first}")
+""")
+    for pid in (second.pid, pid_of(tmp_path, 2), pid_of(tmp_path, 3)):
+        os.kill(pid, signal.SIGTERM)
+    time.sleep(REPEAT_S + 0.2)
+    for pid in (first.pid, pid_of(tmp_path, 0), pid_of(tmp_path, 1)):
+        os.kill(pid, signal.SIGTERM)
+    time.sleep(0.2)
+    (tmp_path / "saved").touch()
+    (code, text), (code_elsewhere, _) = endings([first, second])
+    assert (code, text, code_elsewhere) == (STOPPED, f"stopped by {signal.SIGTERM.value}.", STOPPED)
