@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.recipes.conftest import Workplace
-from tests.recipes.processes import children, ended, listening, until
+from tests.recipes.processes import TIMEOUT_S, children, ended, listening, until
 
 from simpletuner.base.errors import RanksError, Stopped
 from simpletuner.runs.checkpoints import steps
@@ -137,6 +137,19 @@ def test_two_nodes_of_slurm_train_what_one_process_does(
         assert [listening([each.pid, *children(each.pid)]) for each in machines] == [{each} for each in hexadecimal]
         assert [ended(machine) for machine in machines] == [(0, ""), (0, "")]
     assert_same_run(workplace, uninterrupted)
+
+
+def test_two_nodes_of_torchrun_train_what_one_process_does(
+    network: Network, cached_workplace: Workplace, uninterrupted: Workplace
+) -> None:
+    nodes = ("--nnodes=2", "--nproc-per-node=1", f"--master-addr={ADDRESSES[0]}", f"--master-port={PORT}")
+    commands = [
+        ["torch.distributed.run", *nodes, f"--node-rank={number}", "-m", "simpletuner", "train", *FLAGS]
+        for number in range(2)
+    ]
+    with started(network, cached_workplace, commands) as machines:
+        assert [machine.wait(TIMEOUT_S) for machine in machines] == [0, 0]
+    assert_same_run(cached_workplace, uninterrupted)
 
 
 def test_what_ends_one_machine_is_named_on_both_and_the_next_start_goes_on(

@@ -64,7 +64,9 @@ def join(environ: Mapping[str, str], timeout_s: float) -> World:
             timeout=timeout,
         )
         # A connection of its own: signs of life must not wait behind a collective that waits in the store.
-        own: KeyStore = PrefixStore("signs", store if place.folder and place.machines == 1 else store.clone())
+        if not isinstance(store, FileStore):
+            store = store.clone()  # type: ignore[attr-defined]  # torch's own stubs
+        own: KeyStore = PrefixStore("signs", store)
     if place.machines > 1:
         own = PatientStore(own, timeout_s)
     errors = place.errors or ErrorKeys(place.rank, place.size, own)

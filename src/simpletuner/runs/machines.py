@@ -249,8 +249,8 @@ def _connect(machines: Machines, port: int, terms: Mapping[str, Any]) -> Machine
     deadline = time.monotonic() + machines.timeout_s
     where = f"machine 0 at {machines.address}, port {port}"
     say(f"Machine {machines.number} of {machines.count} looks for {where}.")
-    answer, reason = None, ""
-    while answer is None:
+    reason = ""
+    while True:
         stop_if_asked()
         if time.monotonic() > deadline:
             raise RanksError.of(
@@ -266,10 +266,11 @@ def _connect(machines: Machines, port: int, terms: Mapping[str, Any]) -> Machine
         line = MachineLine(connection, machines.address)
         line.send(machine=machines.number, terms=dict(terms))
         answer = line.answer(deadline - time.monotonic())
-        if answer is None:
-            line.close()
-            reason = "it closed the connection" if line.is_closed else "other machines are missing"
-            time.sleep(CONNECT_AGAIN_S)
+        if answer is not None:
+            break
+        line.close()
+        reason = "it closed the connection" if line.is_closed else "other machines are missing"
+        time.sleep(CONNECT_AGAIN_S)
     if "refused" in answer:
         line.close()
         raise ConfigError(*(Problem(found, expected) for found, expected in answer["refused"]))

@@ -8,9 +8,9 @@ from itertools import chain
 import pytest
 
 from simpletuner.base import signals
-from simpletuner.base.signals import AT_ONCE, STOPPED, WARNINGS, DeferredSignals
+from simpletuner.base.signals import ASKED_ELSEWHERE, AT_ONCE, STOPPED, WARNINGS, DeferredSignals
 
-ALL = (*AT_ONCE, *WARNINGS)
+ALL = (*AT_ONCE, *WARNINGS, ASKED_ELSEWHERE)
 
 
 def ended_with(code: str) -> int:
@@ -35,6 +35,14 @@ def test_what_warns_is_never_the_second_signal(monkeypatch: pytest.MonkeyPatch) 
         for number in (signal.SIGINT, *WARNINGS, *WARNINGS):
             signal.raise_signal(number)
         assert deferred.first == signal.SIGINT
+
+
+def test_what_another_machine_was_asked_is_never_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "REPEAT_S", 0.0)
+    with DeferredSignals() as deferred:
+        for number in (ASKED_ELSEWHERE, ASKED_ELSEWHERE, signal.SIGTERM):
+            signal.raise_signal(number)
+        assert deferred.first == signal.SIGTERM
 
 
 def test_a_repeat_within_a_second_counts_as_one() -> None:

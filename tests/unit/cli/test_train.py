@@ -11,6 +11,7 @@ import pytest
 from simpletuner.base.errors import ConfigError
 from simpletuner.cli import train
 from simpletuner.config.options.ranks import RankOptions
+from simpletuner.runs.machines import Machines
 from simpletuner.runs.ranks import RANKS_FOLDER, Supervisor
 
 TORCHRUN = {
@@ -134,3 +135,40 @@ def test_a_batch_of_deepspeed_is_held_against_the_processes_that_are_counted(
     with pytest.raises(ConfigError, match=r"train_batch_size = 4, and here .* × num_processes is 8"):
         train.run(asked)
     assert started == [2]
+
+
+@pytest.mark.parametrize(
+    ("options", "gpus", "expected"),
+    [
+        ({"num_machines": 2}, 4, 2),
+        ({"num_machines": 2, "fsdp_enable": True}, 4, 8),
+        ({"num_machines": 2, "num_processes": 8}, 4, 8),
+        ({"num_machines": 2, "num_processes": 8}, 0, 8),
+    ],
+)
+def test_processes_are_those_of_all_machines(options: dict[str, Any], gpus: int, expected: int) -> None:
+    assert train.processes(RankOptions(**options), gpus) == expected
+
+
+def test_more_processes_than_gpus_of_the_machines_are_refused() -> None:
+    found = "num_processes = 10 with 4 visible GPUs on each of 2 machines: .* Give --num_processes=8,"
+    with pytest.raises(ConfigError, match=found):
+        train.processes(RankOptions(num_processes=10, num_machines=2), 4)
+
+
+def test_machines_meet_before_the_processes_start(started: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    met: list[tuple[Any, ...]] = []
+
+    def meet(*arguments: Any) -> Machines:
+        met.append(arguments)
+        return Machines(1, 2, "10.0.0.1", 60)
+
+    monkeypatch.setattr(train, "meet", meet)
+    flags = (*EXAMPLE, "--num_machines=2", "--machine_rank=1", "--main_process_ip=10.0.0.1", "--main_process_port=4000")
+    assert train.run([*flags, "--num_processes=6"]) == 0
+    assert started == [3]
+    [(machine, count, address, port, terms, timeout_s)] = met
+    assert (machine, count, address, port, timeout_s) == (1, 2, "10.0.0.1", 4000, 600)
+    assert (terms["num_processes"], terms["num_machines"], terms["lora_rank"]) == (6, 2, 32)
+    assert not terms.keys() & {"machine_rank", "main_process_port", "main_process_ip", "output_dir"}
+    assert json.loads(json.dumps(terms)) == terms

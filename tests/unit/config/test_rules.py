@@ -20,6 +20,12 @@ from simpletuner.config.rules import layer_findings
             "at least 1.",
         ),
         (
+            {"num_processes": 5, "num_machines": 2},
+            "num_processes = 5 with num_machines = 2: expected as many on each machine. Give --num_processes=6, 3 on "
+            "each.",
+        ),
+        ({"num_machines": 2, "machine_rank": 2}, "machine_rank = 2 with num_machines = 2: expected a number below 2."),
+        (
             {"flow_use_uniform_schedule": True, "flow_use_beta_schedule": True},
             "flow_use_uniform_schedule and flow_use_beta_schedule are both on: expected one at most.",
         ),
