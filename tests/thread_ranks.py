@@ -23,6 +23,8 @@ class Meeting:
     barrier: threading.Barrier
     text: str = ""
     """What is broadcast, as JSON."""
+    texts: dict[int, str] = field(default_factory=dict)
+    """What is gathered, by rank."""
     waits: list[str] = field(default_factory=list)
     """What rank 0 waited for."""
 
@@ -46,19 +48,36 @@ class ThreadWorld(World):
         self.meeting.barrier.wait(timeout=60)
         return received
 
+    def gather_json(self, value: Any) -> list[Any]:
+        self.meeting.texts[self.rank] = json.dumps(value)
+        self.meeting.barrier.wait(timeout=60)
+        received = [json.loads(self.meeting.texts[rank]) for rank in range(self.size)]
+        self.meeting.barrier.wait(timeout=60)
+        return received
 
-def on_ranks(size: int, work: Callable[[World], T]) -> list[T]:
-    """What `work` returns on each of `size` ranks. Raises what the first failing one raised."""
-    meeting = Meeting(threading.Barrier(size))
+
+def on_ranks(size: int, work: Callable[[World], T], *, machines: int = 1) -> list[T]:
+    """What `work` returns on each of `size` ranks, as if on so many machines. Raises what the first failing one
+    raised.
+    """
+    device, each = torch.device("cpu"), size // machines
+    meeting, *of_machine = (Meeting(threading.Barrier(count)) for count in (size, *[each] * machines))
     raised: list[BaseException] = []
+
+    def world(number: int) -> World:
+        machine, local = divmod(number, each)
+        here = ThreadWorld(local, each, device, machine=machine, meeting=of_machine[machine])
+        others = here if machines > 1 else None
+        return ThreadWorld(number, size, device, machine=machine, machines=machines, of_machine=others, meeting=meeting)
 
     def rank(number: int) -> T | None:
         try:
-            return work(ThreadWorld(number, size, torch.device("cpu"), meeting=meeting))
+            return work(world(number))
         except BaseException as error:  # noqa: BLE001  raised by the caller's thread
             if not isinstance(error, threading.BrokenBarrierError):
                 raised.append(error)
-            meeting.barrier.abort()
+            for each in (meeting, *of_machine):
+                each.barrier.abort()
             return None
 
     with ThreadPoolExecutor(size) as pool:

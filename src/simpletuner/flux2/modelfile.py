@@ -77,8 +77,9 @@ def save_transformer_shares(
     Raises:
         OSError, DiskError: as `write_shares`.
     """
-    with contextlib.suppress(OSError):  # a file fails in it too, once this rank has taken part in the gathers
-        folder.mkdir(parents=True, exist_ok=True)
+    if world.rank < world.writing_ranks:
+        with contextlib.suppress(OSError):  # a file fails in it too, once this rank has taken part in the gathers
+            folder.mkdir(parents=True, exist_ok=True)
     hashes, files = write_shares(folder, WEIGHTS_STEM, tensors, header_of(metadata), world, dtype)
     if world.is_main:
         write_json(folder / "config.json", transformer_to_diffusers(spec))

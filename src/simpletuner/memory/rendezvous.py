@@ -8,8 +8,10 @@ import datetime
 import fcntl
 import ipaddress
 import os
+import secrets
 import socket
 import struct
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -21,7 +23,15 @@ from torch.distributed.rendezvous import rendezvous
 from simpletuner.base.errors import ConfigError
 from simpletuner.base.machine import own_address
 from simpletuner.memory.device import choose_device
-from simpletuner.memory.world import ErrorKeys, KeyStore, PatientStore, Signs, World, explained
+from simpletuner.memory.world import (
+    LOOK_FOR_RANKS_EVERY_S,
+    ErrorKeys,
+    KeyStore,
+    PatientStore,
+    Signs,
+    World,
+    explained,
+)
 from simpletuner.runs.ranks import RANKS_LISTENER, RankPlace, place_of
 
 LOOPBACK_ADDRESS = "127.0.0.1"
@@ -153,7 +163,7 @@ def _store(place: RankPlace, environ: Mapping[str, str], address: str, timeout: 
         return FileStore(str(place.folder / "store"), place.size)
     if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store: Store = next(iter(rendezvous("env://", place.rank, place.size, timeout=timeout)))[0]
-        return store
+        return PrefixStore(start_name(store, place, timeout), store)
     port = int(environ["MASTER_PORT"])
     if place.rank > 0:
         return TCPStore(address, port, place.size, is_master=False, timeout=timeout)
@@ -167,3 +177,23 @@ def _store(place: RankPlace, environ: Mapping[str, str], address: str, timeout: 
             "an address of this machine and a port that is free",
         ) from None
     return TCPStore(address, port, place.size, is_master=True, timeout=timeout, master_listen_fd=listener)
+
+
+def start_name(store: Store, place: RankPlace, timeout: datetime.timedelta) -> str:
+    """A name that the ranks of this start share, and those of no earlier one: torchrun's store outlives a restart, and
+    holds keys of ranks that are gone. Rank 0 names the start and lists who has answered, each by a number of its own.
+    """
+    own = secrets.token_hex(8)
+    if place.rank == 0:
+        store.set("start", own)
+        answers = [store.get(f"{own}/{rank}").decode() for rank in range(1, place.size)]
+        store.set(f"{own}/all", " ".join(answers))
+        return own
+    deadline = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < deadline:
+        name = store.get("start").decode()  # perhaps that of an earlier start, before rank 0 is here
+        store.set(f"{name}/{place.rank}", own)
+        if store.check([f"{name}/all"]) and own in store.get(f"{name}/all").decode().split():
+            return name
+        time.sleep(LOOK_FOR_RANKS_EVERY_S)
+    raise RuntimeError("rank 0 has not named this start")

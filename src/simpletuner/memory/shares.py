@@ -68,8 +68,8 @@ def write_shares(
     dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Write `tensors`, each as it is or cast to `dtype`, into files `stem`-0000k-of-0000n.safetensors of `folder`. All
-    ranks call it, with tensors of the same names, shapes and dtypes; each writes its share and reads it back. No rank
-    holds more than one whole tensor at a time beside what it has.
+    ranks call it, with tensors of the same names, shapes and dtypes; each of the `writing_ranks` writes its share and
+    reads it back. No rank holds more than one whole tensor at a time beside what it has.
 
     Returns:
         The SHA-256 of this rank's file, by its name, if it wrote one; and the file of each tensor, of all ranks.
@@ -79,7 +79,7 @@ def write_shares(
         DiskError: it reads back differently.
     """
     described = {name: _described(tensor, dtype) for name, tensor in tensors.items()}
-    shares = share_out({name: data.size for name, data in described.items()}, world.size)
+    shares = share_out({name: data.size for name, data in described.items()}, world.writing_ranks)
     files = share_names(stem, len(shares))
     owners = {name: rank for rank, share in enumerate(shares) for name in share}
     arrived: dict[str, Tensor] = {}

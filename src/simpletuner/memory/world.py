@@ -56,6 +56,8 @@ class World:
     """Of these ranks; None where they are all ranks of the run."""
     of_machine: "World | None" = None
     """This rank among those of its own machine, where there are several machines; None where they are all ranks."""
+    writers: int | None = None
+    """So many of the first ranks see the run's folder; None where all do."""
 
     @classmethod
     def single(cls) -> "World":
@@ -75,6 +77,11 @@ class World:
     def on_machine(self) -> "World":
         """The ranks of this rank's machine: all of them where there is one machine."""
         return self.of_machine or self
+
+    @property
+    def writing_ranks(self) -> int:
+        """How many ranks, the first ones, see the run's folder."""
+        return self.size if self.writers is None else self.writers
 
     @property
     def errors(self) -> RankErrors | None:
@@ -127,6 +134,30 @@ class World:
             self.barrier(what)
             self.broadcast_json(record(value))
         return value
+
+    def from_each_machine(
+        self,
+        what: str,
+        make: Callable[[], T],
+        *,
+        record: Callable[[T], Any] = _same,
+        restore: Callable[[Any], T] = _same,
+    ) -> T:
+        """`from_main` for each machine: what `make` returns on its first rank. Machine 0 comes first: what it leaves in
+        folders that machines share, the others find.
+
+        Raises:
+            RanksError: as `barrier` does.
+        """
+        here = self.of_machine
+        if here is None:
+            return self.from_main(what, make, record=record, restore=restore)
+        values = [here.from_main(what, make, record=record, restore=restore)] if self.machine == 0 else []
+        self.barrier(what)
+        if self.machine > 0:
+            values.append(here.from_main(what, make, record=record, restore=restore))
+        self.barrier(what)
+        return values[0]
 
     @torch.no_grad()
     def sum_(self, tensors: Sequence[Tensor]) -> None:
