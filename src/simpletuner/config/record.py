@@ -197,6 +197,11 @@ class BatchSplit:
         steps, left = divmod(effective_batch, self.train_batch_size * self.num_processes)
         return None if left else replace(self, gradient_accumulation_steps=steps)
 
+    def accumulating_near(self, effective_batch: int) -> "BatchSplit":
+        """The same with the accumulation that comes nearest to it."""
+        steps = round(effective_batch / (self.train_batch_size * self.num_processes))
+        return replace(self, gradient_accumulation_steps=max(1, steps))
+
     def changes(self, now: "BatchSplit") -> dict[str, "OptionChange"]:
         """Options in which `now` differs."""
         values = ((name, vars(self)[name], vars(now)[name]) for name in SPLIT)
@@ -227,15 +232,21 @@ class RecordComparison:
     quiet: dict[str, OptionChange] = field(default_factory=dict)
     """Changed options of `MAY_CHANGE`."""
     split: dict[str, OptionChange] = field(default_factory=dict)
-    """Changed options of `SPLIT`, at the same effective batch."""
+    """Changed options of `SPLIT`, at the same effective batch; in an elastic run, at another one too."""
     adapted: dict[str, Any] = field(default_factory=dict)
-    """Options among these that the user did not give: with the value at which the effective batch stays."""
+    """Options among these that the user did not give: with the value at which the effective batch stays. In an elastic
+    run the accumulation too that was given: with the value at which the effective batch stays, or changes least."""
     restoring: dict[str, Any] = field(default_factory=dict)
     """Values that restore the effective batch where options of `SPLIT` are refused."""
 
 
 def compare(
-    record: Mapping[str, Any], config: RunConfig, given: Collection[str], *, has_own_sizes: bool = False
+    record: Mapping[str, Any],
+    config: RunConfig,
+    given: Collection[str],
+    *,
+    has_own_sizes: bool = False,
+    is_elastic: bool = False,
 ) -> RecordComparison:
     """Compare `config`, of which the options in `given` were given by the user, with a `record` made by `resolved`,
     perhaps by an older release: neither a new option nor another default is a change.
@@ -243,7 +254,11 @@ def compare(
     Args:
         has_own_sizes: a dataset has a train_batch_size of its own, so that a step with another number of micro-batches
             has another number of images, whatever the run's train_batch_size.
+        is_elastic: the same command is started again with whatever number of processes there is, so that the
+            accumulation follows from the record.
     """
+    if is_elastic:
+        given = {*given} - {"gradient_accumulation_steps"}
     old = {OPTION_ALIASES.get(name, name): value for name, value in record.items()}
     new, defaults = (json.loads(json.dumps(resolved(each))) for each in (config, RunConfig()))
     refused_changes: dict[str, OptionChange] = {}
@@ -270,14 +285,15 @@ def compare(
         if old[name] != new[name]
     }
     first = BatchSplit.of(old)
-    split = _split(first, config, given)
+    split = _split(first, config, given, is_elastic=is_elastic)
     changed, adapted, restoring = first.changes(split), {}, {}
     may_cut = not has_own_sizes or split.train_batch_size == first.train_batch_size
-    if split.effective_batch == first.effective_batch and may_cut:
+    may_change = is_elastic and split.train_batch_size == first.train_batch_size
+    if (split.effective_batch == first.effective_batch and may_cut) or may_change:
         own = {name: vars(split)[name] for name in SPLIT if name not in given and name != "num_processes"}
         others = {name: value for name, value in own.items() if value != vars(config)[name]}
-        kept = dict(sorted((kept | {name: value for name, value in others.items() if name not in changed}).items()))
-        adapted = {name: value for name, value in others.items() if name in changed}
+        adapted = {name: value for name, value in others.items() if name in changed or may_change}
+        kept = dict(sorted((kept | {name: value for name, value in others.items() if name not in adapted}).items()))
     else:
         refused_changes = dict(sorted((refused_changes | changed).items()))
         near = split if may_cut else replace(split, train_batch_size=first.train_batch_size)
@@ -287,14 +303,16 @@ def compare(
     return RecordComparison(kept, refused_changes, unavailable, steering, quiet, changed, adapted, restoring)
 
 
-def _split(before: BatchSplit, config: RunConfig, given: Collection[str]) -> BatchSplit:
+def _split(before: BatchSplit, config: RunConfig, given: Collection[str], *, is_elastic: bool) -> BatchSplit:
     """How `config` divides a step of a run that was divided as `before`: accumulation that is not given makes up for
-    other options. How many processes there are is a fact, given or not.
+    other options, in an elastic run as far as it can. How many processes there are is a fact, given or not.
     """
     size = config.train_batch_size if "train_batch_size" in given else before.train_batch_size
     now = BatchSplit(size, config.gradient_accumulation_steps, config.ranks)
     if "gradient_accumulation_steps" in given:
         return now
+    if is_elastic:
+        return now.accumulating_near(before.effective_batch)
     same = replace(now, gradient_accumulation_steps=before.gradient_accumulation_steps)
     return now.accumulating_to(before.effective_batch) or same
 

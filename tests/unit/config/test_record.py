@@ -303,3 +303,25 @@ def test_an_option_that_is_younger_than_the_fingerprints_is_named_only_where_it_
     assert named.keys() == usual.keys() - MAY_CHANGE - NAMED_WHERE_CHOSEN.keys()
     chosen = decisive(usual | {"optimizer_release_gradients": True})
     assert chosen == named | {"optimizer_release_gradients": True}
+
+
+def test_an_elastic_run_keeps_its_effective_batch_or_comes_near_it() -> None:
+    """Whatever accumulation the command gives, which stays the same while processes come and go."""
+
+    def restarted(before: tuple[int, int, int], now: tuple[int, int, int]) -> tuple[int, RecordComparison]:
+        config = divided(*now)
+        found = compare(resolved(divided(*before)), config, OPTION_NAMES, is_elastic=True)
+        return with_recorded(config, found.adapted).effective_batch, found
+
+    effective, found = restarted((2, 1, 4), (2, 1, 2))
+    assert (effective, found.adapted, found.kept, found.refused) == (8, {"gradient_accumulation_steps": 2}, {}, {})
+    effective, found = restarted((2, 2, 2), (2, 1, 2))  # once more with as many
+    assert (effective, found.adapted, found.kept, found.split) == (8, {"gradient_accumulation_steps": 2}, {}, {})
+    effective, found = restarted((2, 2, 2), (2, 1, 4))
+    assert (effective, found.adapted) == (8, {})
+    assert restarted((1, 1, 4), (1, 1, 3))[0] == 3
+    assert restarted((1, 1, 3), (1, 1, 2))[0] == 4
+    assert restarted((1, 1, 2), (1, 1, 8))[0] == 8, "at least one micro-batch each"
+    _, found = restarted((1, 1, 4), (2, 1, 4))
+    assert found.refused.keys() == {"train_batch_size"}, "that is a change of the command"
+    assert restarted((2, 2, 2), (2, 2, 2))[1] == EQUAL

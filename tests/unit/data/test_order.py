@@ -187,3 +187,13 @@ def test_of_a_set_with_a_probability_the_chosen_pictures_come(manifest: Scanned)
     seen = visits(epoch(old, 0)[:8]) + visits([batch for number, batch in rest if number == 0])
     assert seen >= chosen
     assert sum(seen.values()) - sum(chosen.values()) <= 2
+
+
+@pytest.mark.parametrize("processes", [3, 5])
+def test_another_number_of_micro_batches_a_step_neither_repeats_nor_skips(manifest: Scanned, processes: int) -> None:
+    found = manifest(repeats=1)
+    old, now = Order([found], seed=5, batch_size=1, batches_per_step=4), Cut(2, 1, processes)
+    new = Order.of([found], seed=5, cuts=[Cut(2, 1, 4)], now=now)
+    rest = [new.micro_batch(index) for index in range(2 * processes, 2 * processes + 13)]
+    assert [number for number, _ in rest] == [0] * 12 + [1]
+    assert set((visits(epoch(old, 0)[:8]) + visits([batch for _, batch in rest[:-1]])).values()) == {2}
