@@ -1,21 +1,43 @@
-"""The files of a base model, looked for by rank 0 alone: one process asks the Hub, downloads or makes them."""
+"""The files of a base model, looked for once on each machine: one process asks the Hub, downloads or makes them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from simpletuner.base.errors import AccessError
 from simpletuner.config.flavours import FLAVOURS
+from simpletuner.config.values import join_names
 from simpletuner.flux2.source import Source, Weights
+from simpletuner.memory.machines import differing_machine
 from simpletuner.memory.world import World
 
 
 def located(world: World, find: Callable[[], Source]) -> Source:
-    """What `find` returns on rank 0, which alone calls it, on all ranks: the same files, also where a branch on the Hub
-    moves meanwhile. The other ranks wait for as long as a download takes. All see the same disk.
+    """What `find` returns on the first rank of a machine, which alone calls it, on all ranks of that machine: the same
+    files, also where a branch on the Hub moves meanwhile. The other ranks wait for as long as a download takes.
 
-    The `hashes` of the other ranks start empty and are kept for their process only: rank 0 hashes.
+    The `hashes` of the other ranks start empty and are kept for their process only: first ranks hash.
+
+    Raises:
+        AccessError: another machine found another model.
     """
-    return world.from_main("the files of the base model", find, record=source_record, restore=recorded_source)
+    source = world.from_each_machine("the files of the base model", find, record=source_record, restore=recorded_source)
+    if world.of_machine is not None:
+        check_same_model(world, {"transformer": source.fingerprint("transformer")})
+    return source
+
+
+def check_same_model(world: World, fingerprints: Mapping[str, str]) -> None:
+    """Raise an AccessError, on all ranks, if a machine has other `fingerprints` of its files than machine 0."""
+    other = differing_machine(world, dict(fingerprints))
+    if other is not None:
+        machine, (ours, theirs) = other
+        parts = [name for name in ours if ours[name] != theirs.get(name)]
+        raise AccessError.of(
+            f"machine {machine} has another base model than machine 0, by its {join_names(parts, 'and')}",
+            "the same files and options on every machine",
+            "Copy machine 0's files there, or name a folder that all machines share.",
+        )
 
 
 def source_record(source: Source) -> dict[str, Any]:

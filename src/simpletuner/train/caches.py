@@ -11,7 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from simpletuner.base.errors import DataError
+from simpletuner.base.files import sha256_json
 from simpletuner.base.sizes import format_duration
+from simpletuner.base.storage import Storage
 from simpletuner.config.datasets import WHOLE_RUN, ImageSet, PictureSet, TextStore, Windows
 from simpletuner.config.load import Loaded
 from simpletuner.config.previews import drawing_flavour
@@ -31,10 +33,12 @@ from simpletuner.data.storages import latent_storage, text_storage
 from simpletuner.flow.condition import References, TextContext
 from simpletuner.flux2.components import open_autoencoder, open_text_encoder, text_codec
 from simpletuner.flux2.load import autoencoder_id, earlier_autoencoder_id
+from simpletuner.flux2.located import check_same_model
 from simpletuner.flux2.source import Source
 from simpletuner.flux2.text import CODECS, TextEncoder, control_token_notice
 from simpletuner.flux2.tokens import reference_tokens
 from simpletuner.memory.free import release_memory
+from simpletuner.memory.machines import differing_machine, shared_folders
 from simpletuner.memory.precision import DTYPES
 from simpletuner.memory.world import World
 from simpletuner.train.claims import claim, key_of_latents
@@ -59,11 +63,11 @@ class Encoders:
 
     @classmethod
     def claimed(cls, loaded: Loaded, source: Source, world: World) -> "Encoders":
-        """The keys of this run's caches: those of the weights' heads, unless other weights had them there first. Rank 0
-        reads the weights and the notes.
+        """The keys of this machine's caches: those of the weights' heads, unless other weights had them there first.
+        Its first rank reads the weights and the notes.
         """
         codec = CODECS[source.flavour.text.padding_side]
-        return world.from_main(
+        return world.from_each_machine(
             "the fingerprints of the encoders",
             lambda: cls._claimed(loaded, source),
             record=lambda encoders: [encoders.text.key, encoders.text.least_bytes, encoders.latents],
@@ -103,9 +107,17 @@ def base_fingerprints(
     config: RunConfig, source: Source, world: World, *, like: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """What a checkpoint remembers of the base model: the transformer, and what fills the caches. As the record `like`
-    of an earlier release has it, or as this one does. Rank 0 reads the weights, and its `like` counts.
+    of an earlier release has it, or as this one does. The first rank of each machine reads the weights, and its `like`
+    counts.
+
+    Raises:
+        AccessError: another machine has another base model.
     """
-    return world.from_main("the fingerprints of the base model", lambda: _base_fingerprints(config, source, like))
+    found = world.from_each_machine(
+        "the fingerprints of the base model", lambda: _base_fingerprints(config, source, like)
+    )
+    check_same_model(world, found)
+    return found
 
 
 def _base_fingerprints(config: RunConfig, source: Source, like: Mapping[str, str] | None) -> dict[str, str]:
@@ -249,22 +261,24 @@ def prepare(loaded: Loaded, source: Source, world: World, reporter: Reporter, *,
 
 
 def scan_sets(loaded: Loaded, source: Source, world: World, reporter: Reporter) -> Prepared:
-    """The data of a run, scanned but not encoded: what is known before an encoder loads. Rank 0 scans; the others train
-    what it found, also where a file has changed since.
+    """The data of a run, scanned but not encoded: what is known before an encoder loads. The first rank of each machine
+    scans; the others train what it found, also where a file has changed since.
 
     Raises:
-        DataError: a set is missing or ends up empty, on rank 0; or no caption contains `preservation_trigger`.
+        DataError: a set is missing or ends up empty, or is another one on another machine; or no caption contains
+            `preservation_trigger`.
     """
     config, datasets = loaded.config, loaded.datasets
     image_sets = (*datasets.train_sets, *datasets.eval_sets)
     conditions = [datasets.conditions_of(each) for each in image_sets]
     with reporter.phase("scan") as progress:
-        manifests = world.from_main(
+        manifests = world.from_each_machine(
             "the scan of the image sets",
             lambda: [scan_of(loaded, each, report=progress) for each in image_sets],
             record=lambda manifests: [manifest.record() for manifest in manifests],
             restore=lambda records: [*map(Manifest.of_record, image_sets, records, conditions)],
         )
+    check_same_images(manifests, world)
     for manifest in manifests:
         tell_manifest(manifest, reporter)
     count = len(datasets.train_sets)
@@ -277,19 +291,58 @@ def scan_sets(loaded: Loaded, source: Source, world: World, reporter: Reporter) 
     return prepared
 
 
+def check_same_images(manifests: Sequence[Manifest], world: World) -> None:
+    """Raise a DataError, on all ranks, if another machine has other images, captions, references or masks."""
+    for manifest in manifests:
+        samples = {row[0][1]: sha256_json(row) for row in manifest.record()[0]}
+        other = differing_machine(world, samples)
+        if other is not None:
+            machine, (ours, theirs) = other
+            differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+            shown = ", ".join(differing[:MOST_NAMED]) + (", …" if len(differing) > MOST_NAMED else "")
+            raise DataError.of(
+                f"{manifest.image_set.id}: {len(differing)} images, or their captions, references or masks, are not "
+                f"the same on machine {machine} as on machine 0: {shown}",
+                "the same files on every machine",
+                f"Copy machine 0's {manifest.image_set.instance_data_dir} there, or name a folder that all machines "
+                "share.",
+            )
+
+
+def ranks_of_cache(storages: Sequence[Storage], what: str, world: World, reporter: Reporter) -> World:
+    """The ranks that together fill the caches `what` in `storages`: all of them where every machine sees each of these,
+    else those of a machine, each of which fills its own. Says which.
+    """
+    if world.of_machine is None:
+        return world
+    folders = [folder for storage in storages if (folder := storage.local_path()) is not None]
+    own = set(folders) - shared_folders(world, folders)
+    if not own:
+        reporter.say(f"The cache of {what} is shared by {world.machines} machines and filled once.")
+        return world
+    named = ", ".join(map(str, sorted(own)))
+    reporter.say(f"The cache of {what} is filled on each of {world.machines} machines, which do not share {named}.")
+    return world.of_machine
+
+
 def fill_caches(prepared: Prepared, source: Source, world: World, reporter: Reporter, *, verify: bool = False) -> None:
     """Fill every cache that the run will read, masks first: what is wrong with them is known before an encoder loads.
-    All ranks call it, and each makes a share of what is missing. With `verify` every cached file is read and hashed,
-    also those that an earlier check left as they are.
+    All ranks call it, and each makes a share of what is missing in caches that it sees. With `verify` every cached file
+    is read and hashed, also those that an earlier check left as they are.
 
     Raises:
         DataError: a mask would leave nothing of its image to train on.
         AccessError: an encoder cannot be loaded.
         DiskError: a cache's disk is full. What is finished is kept.
     """
-    fill_mask_weights(prepared, world, reporter, verify=verify)
-    fill_text(prepared, source, world, reporter, verify=verify)
-    fill_pictures(prepared, source, world, reporter, verify=verify)
+    datasets = prepared.loaded.datasets
+    picture_sets = (*datasets.train_sets, *datasets.eval_sets, *datasets.conditioning_sets)
+    of_pictures = ranks_of_cache([*map(latent_storage, picture_sets)], "images", world, reporter)
+    of_texts = ranks_of_cache([*map(text_storage, datasets.text_stores)], "captions", world, reporter)
+    fill_mask_weights(prepared, of_pictures, reporter, verify=verify)
+    fill_text(prepared, source, of_texts, reporter, verify=verify)
+    fill_pictures(prepared, source, of_pictures, reporter, verify=verify)
+    world.barrier("the caches of other machines")
 
 
 def tell_manifest(manifest: Manifest, reporter: Reporter) -> None:
@@ -349,7 +402,7 @@ def fill_mask_weights(prepared: Prepared, world: World, reporter: Reporter, *, v
         report = fill_masks(
             masks,
             prepared.mask_sources,
-            workers=math.ceil(prepared.loaded.config.workers / world.size),
+            workers=math.ceil(prepared.loaded.config.workers / world.on_machine.size),
             verify=verify,
             report=progress,
             world=world,
@@ -403,7 +456,8 @@ def fill_text(prepared: Prepared, source: Source, world: World, reporter: Report
     config = prepared.loaded.config
     held: list[TextEncoder] = []
     # A GPU is a rank's own. On CPUs all load into one memory: rank 0 first, then the others, who see what it left.
-    sharing = world.size - (not world.is_main) if world.device.type == "cpu" else 1
+    here = world.on_machine
+    sharing = here.size - (not here.is_main) if world.device.type == "cpu" else 1
 
     def load() -> TextEncoder:
         if not held:
@@ -463,7 +517,7 @@ def fill_pictures(prepared: Prepared, source: Source, world: World, reporter: Re
             prepared.encoders.latents,
             load,
             batch_size=config.vae_batch_size,
-            workers=math.ceil(config.workers / world.size),
+            workers=math.ceil(config.workers / world.on_machine.size),
             verify=verify,
             report=progress,
             world=world,

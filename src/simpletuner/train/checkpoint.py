@@ -1,7 +1,9 @@
 """Saving and restoring a run, exactly: a run that was killed ends with the bits of one that was not."""
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -9,9 +11,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from simpletuner.base.errors import CheckpointError, RanksError, UserError, error_class
+from simpletuner.base.errors import CheckpointError, DiskError, RanksError, UserError, error_class
 from simpletuner.base.files import file_errors_reported, read_json, write_json
 from simpletuner.base.parts import discard
+from simpletuner.memory.machines import send_folder
 from simpletuner.memory.row_shards import Shards
 from simpletuner.memory.shard import Split
 from simpletuner.memory.shares import RankTensor, load_shares, write_shares
@@ -112,6 +115,38 @@ def save_checkpoint(
         if world.is_main:
             discard(part)
     return folder
+
+
+@contextlib.contextmanager
+def on_each_machine(folder: Path, run: RunDirectory, world: World) -> Iterator[Path]:
+    """Inside, rank 0's checkpoint `folder` as this rank sees it: where machines do not share the run's folder, a copy
+    in that of this machine, which is deleted at the end. All ranks enter and leave it.
+
+    Raises:
+        DiskError: a machine has no room for the copy, or it reads back differently.
+        RanksError: a rank is gone, or is waited for in vain.
+    """
+    if world.writing_ranks == world.size:
+        yield folder
+        return
+    final = run.checkpoints / f"{folder.name}-of-machine-{world.machine}"
+    copy = checkpoints.unfinished(final)
+    is_mine = world.machine > 0 and world.on_machine.is_main
+    try:
+        if is_mine:
+            checkpoints.begin(final)
+        with file_errors_reported(copy):
+            send_folder(world, folder, copy)
+        if is_mine and (damage := checkpoints.damage(copy)) is not None:
+            raise DiskError.of(f"{copy}, sent by machine 0: {damage}", remedy="Check the disk, then start again.")
+        world.barrier("the checkpoint on other machines")
+        yield folder if world.machine == 0 else copy
+        world.barrier("the checkpoint on other machines")
+    finally:
+        if is_mine:
+            discard(copy)
+            with contextlib.suppress(OSError):
+                os.removedirs(run.checkpoints)  # what is empty
 
 
 def on_all_ranks(world: World, work: Callable[[], T], path: Path) -> list[T]:

@@ -37,7 +37,7 @@ class DriftMeter:
     the same noise. The base's are drawn before the first step and kept in the run: full training cannot draw them
     again.
 
-    Rank r draws prompts r, r + size, ... All ranks call the same methods.
+    Rank r draws prompts r, r + count, ... of `count` ranks that see the run's folder. All ranks call the same methods.
     """
 
     folder: Path
@@ -118,12 +118,12 @@ class DriftMeter:
 
     def _draw(self, take: Callable[[int, Tensor], None], report: Callable[[int, int], None]) -> None:
         """Call `take` with the index and the final latents of each prompt of this rank, fp32 on the CPU."""
-        prompts, size = self.prompts, self.world.size
+        prompts, count = self.prompts, self.world.writing_ranks
         noise = self._noise()
         with self.model.ready() as denoise:
-            for first in range(0, len(prompts), size):
+            for first in range(0, len(prompts), count):
                 index = first + self.world.rank
-                has_prompt = index < len(prompts)
+                has_prompt = self.world.rank < count and index < len(prompts)
                 if has_prompt or self.is_sharded:
                     latents = sample_latents(
                         denoise,
@@ -137,7 +137,7 @@ class DriftMeter:
                     )
                     if has_prompt:
                         take(index, latents.float().cpu())
-                report(min(first + size, len(prompts)), len(prompts))
+                report(min(first + count, len(prompts)), len(prompts))
 
     @property
     def _steps(self) -> int:

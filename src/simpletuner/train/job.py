@@ -50,6 +50,7 @@ from simpletuner.memory import compile as compilation
 from simpletuner.memory import offload, recompute
 from simpletuner.memory.exhausted import exhausted_memory, first_line
 from simpletuner.memory.free import release_memory
+from simpletuner.memory.machines import with_writers
 from simpletuner.memory.planner import phase_line
 from simpletuner.memory.shard import idle_pass, is_sharded
 from simpletuner.memory.world import World
@@ -206,6 +207,12 @@ class Attempt:
         return resume.Ways(self.run, self.loaded)
 
     def __call__(self) -> None:
+        self.world = with_writers(self.world, self.run.root)
+        if self.world.writing_ranks < self.world.size:
+            self.reporter.notice(
+                f"{self.run.root} is not shared by {self.world.machines} machines: machine 0 keeps the run, draws its "
+                "validation images, and sends checkpoints to the others for a resume."
+            )
         with file_errors_reported(self.run.checkpoints, CheckpointError, doing="read"):
             found, loaded = resume.find(self.run, self.loaded, self.reporter, self.world)
         if loaded is not self.loaded:
@@ -291,7 +298,8 @@ class Attempt:
         ema = Ema(trained, self.config, average_device) if self.config.use_ema else None
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.mixed_precision == "fp16")
         if found is not None:
-            checkpoint.restore(found.folder, found.state, product, optimiser, ema)
+            with checkpoint.on_each_machine(found.folder, self.run, self.world) as folder:
+                checkpoint.restore(folder, found.state, product, optimiser, ema)
             scaler.load_state_dict(dict(found.state.scaler))
             place = str(found.folder)
             self.reporter.emit(CheckpointEvent(step=self.state.step, state="resumed", path=found.folder.name))
@@ -520,7 +528,7 @@ class Attempt:
         """Raise a DiskError if one more checkpoint and the finished model do not fit on the disk; say so if not all
         checkpoints will.
         """
-        if self.state.step >= plan.steps:
+        if self.state.step >= plan.steps or self.world.rank >= self.world.writing_ranks:
             return
         size, free = product.checkpoint_bytes, machine.disk_room(self.run.root)
         single = product.single_file_bytes

@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from torch.distributed import is_torchelastic_launched
 
 from simpletuner.base.errors import CheckpointError, ConfigError, Problem
 from simpletuner.config.datasets import WHOLE_RUN, Windows
@@ -15,6 +18,7 @@ from simpletuner.config.record import (
     RecordComparison,
     compare,
     is_left_to_the_run,
+    resolved,
     with_recorded,
 )
 from simpletuner.config.rules import findings
@@ -42,7 +46,22 @@ class Resume:
     """A verified checkpoint and its state."""
 
     folder: Path
+    """Where rank 0 has it."""
     state: TrainState
+
+    @classmethod
+    def of(cls, folder: Path | None) -> "Resume | None":
+        """The checkpoint in `folder`; None for None."""
+        return None if folder is None else cls(folder, read_state(folder))
+
+    @classmethod
+    def of_record(cls, record: list[Any] | None) -> "Resume | None":
+        """What `record` of another process describes."""
+        return None if record is None else cls(Path(record[0]), TrainState.model_validate(record[1]))
+
+
+def _record(resume: Resume | None) -> list[Any] | None:
+    return None if resume is None else [str(resume.folder), resume.state.model_dump(mode="json")]
 
 
 @dataclass(frozen=True)
@@ -109,17 +128,39 @@ def find(run: RunDirectory, loaded: Loaded, reporter: Reporter, world: World) ->
         CheckpointError: it is damaged or missing, or was trained with other values than those that are given.
         ConfigError: the checkpoint's values do not fit to the options that may change.
     """
-    found = chosen(Ways(run, loaded), reporter) if world.is_main else None
-    place = world.broadcast_json(None if found is None else str(found))
-    if place is None:
+    found = world.from_main(
+        "the checkpoint to go on from",
+        lambda: Resume.of(chosen(Ways(run, loaded), reporter)),
+        record=_record,
+        restore=Resume.of_record,
+    )
+    if loaded.config.resume_from_checkpoint == LATEST:
+        check_machines(run, 0 if found is None else found.state.step, world)
+    if found is None:
         return None, loaded
-    folder = Path(place)
-    state = read_state(folder)
-    loaded = continued(folder, state, Ways(run, loaded), reporter)
-    split = BatchSplit.of(state.config)
-    if split.train_batch_size != loaded.config.train_batch_size:
+    state = found.state
+    loaded = continued(found.folder, state, Ways(run, loaded), reporter, is_elastic=is_torchelastic_launched())
+    split, now = BatchSplit.of(state.config), BatchSplit.of(resolved(loaded.config))
+    if (split.train_batch_size, split.batches_per_step) != (now.train_batch_size, now.batches_per_step):
         state.cuts.append(Cut(state.step, split.train_batch_size, split.batches_per_step))
-    return Resume(folder, state), loaded
+    return found, loaded
+
+
+def check_machines(run: RunDirectory, step: int, world: World) -> None:
+    """Raise a CheckpointError, on all ranks, if a machine that does not share machine 0's output_dir has a checkpoint
+    of a later step than `step`: it would be lost.
+    """
+    if world.writing_ranks == world.size:
+        return
+    last = world.gather_json([max(checkpoints.steps(run), default=0), world.machine])
+    latest, machine = max(last, key=lambda each: (each[0], -each[1]))
+    if latest > step:
+        there = run.checkpoint(latest)
+        raise CheckpointError.of(
+            f"machine {machine} has {there}, and machine 0 has {f'step {step}' if step else 'no checkpoint'}",
+            "the newest checkpoint on machine 0, whose output_dir is not shared",
+            f"Copy it to machine 0, give machine {machine} the --machine_rank 0, or delete it there.",
+        )
 
 
 def chosen(ways: Ways, reporter: Reporter) -> Path | None:
@@ -141,12 +182,14 @@ def chosen(ways: Ways, reporter: Reporter) -> Path | None:
     return newest(ways, reporter) if choice == LATEST else named(Path(choice))
 
 
-def continued(folder: Path, state: TrainState, ways: Ways, reporter: Reporter) -> Loaded:
-    """The configuration with the values of the checkpoint in `folder` where no other is given."""
+def continued(folder: Path, state: TrainState, ways: Ways, reporter: Reporter, *, is_elastic: bool = False) -> Loaded:
+    """The configuration with the values of the checkpoint in `folder` where no other is given; in an elastic run with
+    its effective batch, or the nearest that the processes can have, whatever accumulation is given.
+    """
     loaded = ways.loaded
     given = [name for name, origin in loaded.origins.items() if origin != "default"]
     own_sizes = [each.id for each in loaded.datasets.train_sets if each.train_batch_size is not None]
-    comparison = compare(state.config, loaded.config, given, has_own_sizes=bool(own_sizes))
+    comparison = compare(state.config, loaded.config, given, has_own_sizes=bool(own_sizes), is_elastic=is_elastic)
     problems = [
         Problem(
             f"{folder} was trained with {name} = {shown(value)}, which this release does not have",
@@ -176,6 +219,18 @@ def continued(folder: Path, state: TrainState, ways: Ways, reporter: Reporter) -
             f"From step {state.step + 1} on this run is trained with {_in_words(comparison.split)}. A step still has "
             f"{loaded.config.effective_batch} images, in another order; of this epoch come those that are left."
         )
+    before, now = (BatchSplit.of(record) for record in (state.config, resolved(loaded.config)))
+    shared_out = (
+        f"{now.num_processes} processes with gradient_accumulation_steps = {now.gradient_accumulation_steps}: a step "
+        f"has {now.effective_batch} images"
+    )
+    if is_elastic and now.effective_batch != before.effective_batch:
+        reporter.notice(
+            f"From step {state.step + 1} on {shared_out}, and had {before.effective_batch}. Its loss is no longer that "
+            "of a run without the change."
+        )
+    elif "gradient_accumulation_steps" in comparison.adapted and is_elastic:
+        reporter.say(f"{shared_out}, as before.")
     if comparison.steering:
         reporter.notice(
             f"From step {state.step + 1} on this run is trained with {_in_words(comparison.steering)}: its loss is no "

@@ -127,9 +127,9 @@ class Painter:
     An image that cannot be made, or a sheet, costs that one: a notice says why. After `MAX_FAILURES` in a row no more
     are drawn. What is trained, and its optimizer, are as they were.
 
-    Each rank draws a share of the images and saves it. Rank 0 decides which are wanted, hears of those that failed on
-    any rank, makes the sheet and returns the event; the other ranks return None. Where each model call is made by all
-    ranks together, an image whose calls cannot be finished ends the run.
+    Each rank that sees the run's folder draws a share of the images and saves it. Rank 0 decides which are wanted,
+    hears of those that failed on any rank, makes the sheet and returns the event; the other ranks return None. Where
+    each model call is made by all ranks together, an image whose calls cannot be finished ends the run.
     """
 
     run: RunDirectory
@@ -288,7 +288,7 @@ class Painter:
         no rank draws all of them. Where ranks call the model together, a round is of one view: a sharded model computes
         with the average on all of them or on none.
         """
-        size = self.world.size
+        size = self.world.writing_ranks
         views = [wanted]
         if size > 1:
             views = [sorted(wanted, key=lambda picture: -picture.width * picture.height)]

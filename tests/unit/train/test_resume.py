@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.thread_ranks import on_ranks
 
 from simpletuner.base.errors import CheckpointError
 from simpletuner.config.load import Loaded, load
 from simpletuner.config.record import resolved
 from simpletuner.config.run import RunConfig
 from simpletuner.data.manifest import Manifest
+from simpletuner.memory.machines import with_writers
+from simpletuner.memory.world import World
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.train.report import Reporter
-from simpletuner.train.resume import Resume, Ways, check_content, continued
+from simpletuner.train.resume import Resume, Ways, check_content, check_machines, continued
 from simpletuner.train.state import TrainState
 
 Given = Callable[..., Loaded]
@@ -111,6 +114,51 @@ def test_beside_a_set_with_its_own_batch_size_the_runs_stays(given: Given) -> No
     assert resumed(given(*typed[2:], train_batch_size=3), state(2, 2)).train_batch_size == 2
     # Its batches are as many with other processes.
     assert resumed(given("--num_processes=2", train_batch_size=3), state(2, 2)).gradient_accumulation_steps == 1
+
+
+def test_an_elastic_run_says_what_its_effective_batch_is(given: Given, capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = given("--gradient_accumulation_steps=2", environ={"RANK": "0", "WORLD_SIZE": "2"})
+
+    def restarted(before: TrainState) -> tuple[int, list[str]]:
+        ways = Ways(RunDirectory(Path("output")), loaded)
+        config = continued(Path("step-3"), before, ways, Reporter(), is_elastic=True).config
+        return config.gradient_accumulation_steps, capsys.readouterr().out.splitlines()
+
+    assert restarted(state(1, 2, 2)) == (2, [])
+    assert restarted(state(1, 2, 4)) == (
+        4,
+        [
+            "Changed since step 3: gradient_accumulation_steps = 4 (was 2), num_processes = 2 (was 4).",
+            "2 processes with gradient_accumulation_steps = 4: a step has 8 images, as before.",
+        ],
+    )
+    assert restarted(state(1, 1, 3)) == (
+        2,
+        [
+            "Changed since step 3: gradient_accumulation_steps = 2 (was 1), num_processes = 2 (was 3).",
+            "Note: From step 4 on 2 processes with gradient_accumulation_steps = 2: a step has 4 images, and had 3. "
+            "Its loss is no longer that of a run without the change.",
+        ],
+    )
+
+
+def test_a_later_step_on_another_machine_is_not_passed_over(tmp_path: Path) -> None:
+    def check(own: str) -> None:
+        def work(world: World) -> None:
+            run = RunDirectory(tmp_path / (f"{own}{world.machine}" if own else "shared"))
+            run.checkpoint(20 * (world.machine + 1)).mkdir(parents=True, exist_ok=True)
+            check_machines(run, 20, with_writers(world, run.root))
+
+        on_ranks(2, work, machines=2)
+
+    check("")
+    with pytest.raises(CheckpointError) as caught:
+        check("own-")
+    assert str(caught.value) == (
+        f"machine 1 has {tmp_path}/own-1/checkpoints/step-000040, and machine 0 has step 20: expected the newest "
+        "checkpoint on machine 0, whose output_dir is not shared. Copy it to machine 0, give machine 1 the "
+        "--machine_rank 0, or delete it there."
+    )
 
 
 def test_every_key_that_may_have_changed_a_set_is_named(given: Given) -> None:

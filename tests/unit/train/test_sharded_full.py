@@ -17,6 +17,8 @@ from simpletuner.flux2.convert_model import save_single
 from simpletuner.flux2.full import FullModel, unfreeze, unfreeze_sharded
 from simpletuner.flux2.modelfile import TRANSFORMER_FOLDER, read_transformer
 from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.memory import machines
+from simpletuner.memory.machines import with_writers
 from simpletuner.memory.precision import DTYPES
 from simpletuner.memory.shard import Sharding, shard
 from simpletuner.memory.shares import load_shares
@@ -24,7 +26,13 @@ from simpletuner.memory.world import World
 from simpletuner.runs import checkpoints
 from simpletuner.runs.layout import EMA_FOLDER, RunDirectory
 from simpletuner.train import optim
-from simpletuner.train.checkpoint import OPTIMISER_STEM, read_state, restore, save_checkpoint
+from simpletuner.train.checkpoint import (
+    OPTIMISER_STEM,
+    on_each_machine,
+    read_state,
+    restore,
+    save_checkpoint,
+)
 from simpletuner.train.ema import Ema
 from simpletuner.train.product import FullProduct
 from simpletuner.train.state import TrainState
@@ -117,13 +125,16 @@ def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{part}: {name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
 
-def digests_of(folder: Path) -> Digests:
-    assert checkpoints.damage(folder) is None
-    found = {
+def tensor_digests(folder: Path) -> Digests:
+    return {
         name: f"{tensor.dtype} {sha256_bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())}"
         for name, tensor in tensors_in(folder).items()
     }
-    return found | {"state": sha256_bytes((folder / "state.json").read_bytes())}
+
+
+def digests_of(folder: Path) -> Digests:
+    assert checkpoints.damage(folder) is None
+    return tensor_digests(folder) | {"state": sha256_bytes((folder / "state.json").read_bytes())}
 
 
 def train(world: World, root: str) -> None:
@@ -141,6 +152,20 @@ def resave(world: World, root: str, to: str) -> None:
         trial = Trial(world, **options)
         trial.restore(RunDirectory(Path(root) / name).checkpoint(STEPS))
         trial.save(RunDirectory(Path(to) / name), STEPS)
+
+
+def resave_apart(world: World, root: str) -> list[Any]:
+    """Resume and save on machines that share no folder; which files this machine had while resuming, and has then."""
+    machines.SENT_BYTES = 1000  # several sends for a file
+    run = RunDirectory(Path(root) / f"machine-{world.machine}")
+    apart = with_writers(world, run.root)
+    trial = Trial(apart, **CASES["adamw"])
+    saved = RunDirectory(Path(root) / "two" / "adamw").checkpoint(STEPS)
+    with on_each_machine(saved, run, apart) as folder:
+        trial.restore(folder)
+        place = [str(folder.relative_to(root)), tensor_digests(folder) == tensor_digests(saved)]
+    trial.save(run, STEPS)
+    return [*place, sorted(path.name for path in run.root.rglob("*.safetensors"))]
 
 
 def train_and_resume(world: World, root: str, of_one: str) -> dict[str, Any]:
@@ -267,6 +292,17 @@ def test_any_number_of_ranks_resumes_to_the_bit(case: str, saved: tuple[Path, An
         "ema", "manifest.json", "optimizer-00001-of-00002.safetensors", "optimizer-00002-of-00002.safetensors",
         "state.json", "transformer",
     ]  # fmt: skip
+
+
+def test_machine_0_alone_keeps_the_run_that_machines_do_not_share(saved: tuple[Path, Any]) -> None:
+    root, _ = saved
+    first, second = in_ranks(2, resave_apart, str(root), machines=2)
+    model = "diffusion_pytorch_model-00001-of-00001.safetensors"
+    assert first == ["two/adamw/checkpoints/step-000003", True, [model, model, "optimizer-00001-of-00001.safetensors"]]
+    assert second == ["machine-1/checkpoints/.tmp-step-000003-of-machine-1", True, []]
+    assert not (root / "machine-1").exists()
+    again, before = (RunDirectory(root / name).checkpoint(STEPS) for name in ("machine-0", "two/adamw"))
+    assert digests_of(again) == digests_of(before)
 
 
 def test_shares_of_the_export_become_the_file_of_one_process(saved: tuple[Path, Any], tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from PIL import Image
 from tests.ranks import ROOT, in_ranks, together
 from tests.thread_ranks import ALONE, on_ranks
 
+from simpletuner.base.errors import AccessError, DataError
 from simpletuner.base.storage import LocalStorage
 from simpletuner.config.load import Loaded, load
 from simpletuner.flux2.located import located
@@ -147,6 +150,88 @@ def test_rank_0_scans_looks_for_files_and_hashes_and_the_others_hear_what_it_fou
     assert others == [(source, prepared, model)] * 3
     assert calls == alone
     assert not torch.distributed.is_initialized()
+
+
+def on_two_machines(projects: list[Loaded]) -> list[tuple[list[str], list[str]]]:
+    """Fill the caches on two machines of two ranks: what each rank wrote, and told. `projects` are the machines'."""
+    written: dict[int, list[str]] = {}
+    write = LocalStorage.write
+
+    def noted(self: LocalStorage, name: str, data: bytes, *, sync: bool = True) -> None:
+        if name.endswith(".safetensors"):
+            written.setdefault(threading.get_ident(), []).append(f"{self.folder}/{name}")
+        write(self, name, data, sync=sync)
+
+    def fill(world: World) -> tuple[list[str], list[str]]:
+        told: list[str] = []
+        reporter = Reporter(is_muted=True)
+        reporter.say = told.append  # type: ignore[method-assign,assignment]
+        found = projects[world.machine]
+        source = located(world, lambda: locate(found.config, report=print))
+        base_fingerprints(found.config, source, world)
+        prepare(found, source, world, reporter)
+        return written.get(threading.get_ident(), []), told
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalStorage, "write", noted)
+        return on_ranks(4, fill, machines=2)
+
+
+def test_machines_fill_a_shared_cache_once_and_others_each_its_own(project: Path) -> None:
+    filled(ALONE, str(project), [])
+    whole = files(project / "cache")
+    (project / "cache").rename(project / "of one")
+    shared = on_two_machines([loaded(), loaded()])
+    assert files(project / "cache") == whole
+    names = [name for written, _ in shared for name in written]
+    assert sorted(names) == sorted(f"cache/{name}" for name in whole), "each file once"
+    assert all(written for written, _ in shared), "all ranks take part"
+    assert [line for line in shared[0][1] if line.startswith("The cache of")] == [
+        "The cache of images is shared by 2 machines and filled once.",
+        "The cache of captions is shared by 2 machines and filled once.",
+    ]
+    (project / "cache").rename(project / "of all")
+    datasets = project / "config" / "multidatabackend.json"
+    first = loaded()
+    datasets.write_text(datasets.read_text().replace("cache/vae", "other/vae"))
+    second = loaded()
+    mixed = on_two_machines([first, second])
+    assert files(project / "cache") == whole
+    latents = {name: content for name, content in whole.items() if name.startswith("vae/")}
+    assert files(project / "other") == latents
+    written = [sorted(name for name in names if "/vae/" in name) for names, _ in mixed]
+    assert len(written[0] + written[1]) == len(written[2] + written[3]) == len(latents)
+    assert len([name for names, _ in mixed for name in names if "/text/" in name]) == len(whole) - len(latents)
+    assert mixed[0][1][1:3] == [
+        "The cache of images is filled on each of 2 machines, which do not share cache/vae.",
+        "The cache of captions is shared by 2 machines and filled once.",
+    ]
+
+
+def test_other_images_or_another_model_on_another_machine_are_refused(project: Path, tmp_path: Path) -> None:
+    first = loaded()
+    (project / "pictures").rename(project / "of machine 0")
+    shutil.copytree(project / "of machine 0", project / "pictures")
+    (project / "pictures" / "2.txt").write_text("another caption")
+    (project / "pictures" / "4.png").unlink()
+    datasets = project / "config" / "multidatabackend.json"
+    first_sets = datasets.read_text().replace('"pictures", "cache', '"of machine 0", "cache')
+    second = loaded()
+    datasets.write_text(first_sets)
+    first = loaded()
+    with pytest.raises(DataError) as error:
+        on_two_machines([first, second])
+    assert str(error.value) == (
+        "pictures: 2 images, or their captions, references or masks, are not the same on machine 1 as on machine 0: "
+        "2.png, 4.png: expected the same files on every machine. Copy machine 0's of machine 0 there, or name a folder "
+        "that all machines share."
+    )
+    model = Path(str(first.config.pretrained_model_name_or_path))
+    shutil.copytree(model, tmp_path / "other model")
+    weights = next((tmp_path / "other model" / "transformer").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    with pytest.raises(AccessError, match="machine 1 has another base model than machine 0, by its transformer"):
+        on_two_machines([first, loaded(f"--pretrained_model_name_or_path={tmp_path / 'other model'}")])
 
 
 @pytest.mark.slow
