@@ -101,7 +101,7 @@ def said_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: deepspeed\nVersion: {version}\n")
         importlib.invalidate_caches()
 
-    say("0.19.3")
+    say("0.19.8")
     monkeypatch.syspath_prepend(str(place))
     return say
 

@@ -217,7 +217,7 @@ def test_deepspeed_is_asked_for_where_the_options_need_it(
     tiny_project(deepspeed_config="zero2")
     capsys.readouterr()
     _, checks = examined(capsys)
-    assert (checks["DeepSpeed"]["state"], checks["DeepSpeed"]["found"]) == ("ok", "deepspeed 0.19.3")
+    assert (checks["DeepSpeed"]["state"], checks["DeepSpeed"]["found"]) == ("ok", "deepspeed 0.19.8")
     said_deepspeed("0.19.2")
     code, checks = examined(capsys)
     assert (code, checks["DeepSpeed"]["found"]) == (2, "deepspeed 0.19.2 is installed")
