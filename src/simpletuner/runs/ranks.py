@@ -404,6 +404,8 @@ class Supervisor:
                 "MASTER_ADDR": self.machines.address,
                 "MASTER_PORT": str(self.machines.store_port),
             }
+            # torch would warn on the screen of addresses without a name.
+            environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         if listener is not None:
             environment[RANKS_LISTENER] = str(listener.fileno())
             inherited.append(listener.fileno())
