@@ -344,13 +344,15 @@ def bare_zero(world: Any, stage: int) -> Loop:
     own = batches(transformer, world)
 
     def step() -> None:
+        device_losses = []
         for batch in own:
             losses = flow_loss(
                 denoise, batch.latents, batch.condition, sigma=batch.sigma, noise=batch.noise, penalty=squared
             )
             engine.backward(losses.sum() / BATCH)
             engine.step()
-        losses.tolist()
+            device_losses.append(losses.detach())
+        torch.cat(device_losses).tolist()
 
     return step
 

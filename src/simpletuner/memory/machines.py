@@ -116,7 +116,7 @@ def _send(world: World, path: Path, size: int) -> None:
         for start in range(0, size, SENT_BYTES):
             piece = torch.empty(min(SENT_BYTES, size - start), dtype=torch.uint8)
             if world.is_main:
-                file.readinto(piece.numpy())
+                piece = torch.frombuffer(bytearray(file.read(len(piece))), dtype=torch.uint8)
             with explained("sending files to other machines"):
                 dist.broadcast(piece, group=world.group, group_src=0)
             if not world.is_main:
