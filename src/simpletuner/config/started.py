@@ -33,9 +33,9 @@ def with_started(
     here = here or size  # what is missing or contradicts itself, `place_of` says
     started = {"num_processes": size, "num_machines": max(1, size // here)}
     for name, number in started.items():
-        if name in givens and getattr(config, name) not in (None, number):
+        if name in givens and vars(config)[name] not in (None, number):
             checked.problems[name] = Problem(
-                f"{givens[name].spelled} = {getattr(config, name)}, and torchrun started {number} "
+                f"{givens[name].spelled} = {vars(config)[name]}, and torchrun started {number} "
                 f"{name.removeprefix('num_')}",
                 str(number),
                 "Take it out, or start simpletuner train without torchrun: it starts the processes itself.",
@@ -54,7 +54,7 @@ def _with_nodes(
         checked.problems["num_machines"] = Problem(
             f"srun started {tasks} tasks on {nodes} nodes",
             "one on each node, which starts that node's processes",
-            "Give srun --ntasks-per-node=1; or give --num_machines=1, if each task trains a run of its own.",
+            "Let srun start one task on each node; or give --num_machines=1, if each task trains a run of its own.",
         )
     found = {
         "num_machines": nodes,

@@ -11,7 +11,7 @@ Adapters are attached after `shard`, so FSDP knows nothing of them: they stay pl
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,7 @@ class Sharding:
 
 
 _sharded: WeakKeyDictionary[nn.Module, Sharding] = WeakKeyDictionary()
+_sharded_by_others: WeakSet[nn.Module] = WeakSet()
 
 
 def shard(model: nn.Module, blocks: Sequence[nn.Module], sharding: Sharding) -> None:
@@ -98,7 +99,12 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], sharding: Sharding) -> 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether all ranks make each pass through `model` together: `shard` or DeepSpeed's stage 3 has shared it out."""
-    return model in _sharded or any(hasattr(parameter, "ds_tensor") for parameter in model.parameters())
+    return model in _sharded or model in _sharded_by_others
+
+
+def mark_sharded(model: nn.Module) -> None:
+    """Note that DeepSpeed's stage 3 has shared `model` out."""
+    _sharded_by_others.add(model)
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from simpletuner.base.errors import UserError
 from simpletuner.base.quiet import quiet_import
 from simpletuner.base.sizes import format_size
 from simpletuner.config.options.ranks import RankOptions
 from simpletuner.memory.row_shards import Shards
-from simpletuner.memory.shard import FlatSplit
+from simpletuner.memory.shard import FlatSplit, mark_sharded
 from simpletuner.memory.world import World
 
 T = TypeVar("T")
@@ -82,7 +83,7 @@ class ZeroShards(Shards):
         self._is_inside = False
         handover = _Handover(weights.values(), self._step)
         self._engine = _engine(model, list(weights.values()), handover, settings, world)
-        pieces = {name: _piece(self._engine.optimizer, weight, world) for name, weight in weights.items()}
+        pieces = {name: _piece(self._engine.optimizer, self.stage, weight, world) for name, weight in weights.items()}
         self.parameters = {name: nn.Parameter(piece) for name, (_, piece) in pieces.items()}
         spans = {name: [start, start + piece.numel()] for name, (start, piece) in pieces.items()}
         self.splits = {
@@ -90,7 +91,9 @@ class ZeroShards(Shards):
             for told in [world.gather_json(spans)]
             for name in weights
         }
-        model.register_forward_pre_hook(self._check_call)
+        if self.stage == 3:
+            mark_sharded(model)
+            model.register_forward_pre_hook(self._check_call)
 
     def forward(self, *inputs: Any) -> Any:
         """The model's forward pass. At stage 3 all ranks call it equally often, in the same order."""
@@ -110,12 +113,12 @@ class ZeroShards(Shards):
         Where a gradient is infinite or NaN on any rank, one is NaN on each.
         """
         results: list[T] = []
-        errors: list[Exception] = []
+        errors: list[UserError | RuntimeError] = []
 
         def attempt() -> None:
             try:
                 results.append(update())
-            except Exception as error:  # noqa: BLE001  DeepSpeed must come to the end of its step on all ranks
+            except (UserError, RuntimeError) as error:  # DeepSpeed must come to the end of its step on all ranks
                 errors.append(error)
 
         self._update = attempt
@@ -173,7 +176,7 @@ class ZeroShards(Shards):
             piece.grad = torch.full_like(piece, torch.nan)
 
     def _check_call(self, *_: object) -> None:
-        if self.stage == 3 and torch.is_grad_enabled() and not self._is_inside:
+        if torch.is_grad_enabled() and not self._is_inside:
             raise RuntimeError("the model is called past DeepSpeed's engine: its gradients would be wrong")
 
 
@@ -217,9 +220,9 @@ def _engine(
     return engine
 
 
-def _piece(optimizer: Any, weight: Any, world: World) -> tuple[int, Tensor]:
+def _piece(optimizer: Any, stage: int, weight: Any, world: World) -> tuple[int, Tensor]:
     """What this rank has of a weight's fp32 masters: its first number's place in the weight, and a flat view."""
-    if not hasattr(weight, "ds_tensor"):  # stages 1 and 2
+    if stage < 3:
         mapping = weight._hp_mapping
         if mapping is None:
             return 0, torch.empty(0, device=optimizer.single_partition_of_fp32_groups[0].device)

@@ -159,7 +159,7 @@ def _address(host: str) -> str:
     try:
         address = str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise ConfigError.of(f"{found}: {reason}", "machine 0's address, or a name that has one") from None
     if ipaddress.ip_address(address).is_loopback:
         try:

@@ -59,6 +59,6 @@ def test_slurm_says_where_the_machines_are(place: Any) -> None:
     eight = SLURM | {"SLURM_STEP_NUM_TASKS": "8"}
     assert place.problems(environ=eight) == [
         "srun started 8 tasks on 2 nodes: expected one on each node, which starts that node's processes. "
-        "Give srun --ntasks-per-node=1; or give --num_machines=1, if each task trains a run of its own."
+        "Let srun start one task on each node; or give --num_machines=1, if each task trains a run of its own."
     ]
     assert place_in(place.load("--num_machines=1", environ=eight).config) == (None, 1, 0)
