@@ -672,90 +672,28 @@ OTHER_STORE_KEYS = OtherKeys(
 
 # DeepSpeed
 
-_IS_OURS = "batches, precision, the optimizer and the rest of the loop are this program's"
-_OWN_FORMAT = "checkpoints are in this program's own format"
-_OWN_LOG = "this program logs and measures itself"
-_NO_NVME = "nothing lies on NVMe"
-_NO_ZERO_PP = "ZeRO++ and MiCS are not here"
-_OLD_NAME = "DeepSpeed has another name for it now"
-_OWN_DTYPES = "gradients are summed in fp32"
-
 DEEPSPEED_KEYS = OtherKeys(
     keys=_named(
         (
-            _ignored(_OWN_LOG, False),
-            "steps_per_print wall_clock_breakdown memory_breakdown dump_state log_level tensorboard wandb csv_monitor "
-            "comet flops_profiler comms_logger",
+            _ignored("the loop, its logs and its checkpoints are this program's own", False, {}, {"enabled": False}),
+            "activation_checkpointing aio checkpoint comet comms_logger compile csv_monitor dataloader_drop_last "
+            "datastates_ckpt disable_python_gc dump_state elastic_checkpoint flops_profiler ignore_unused_parameters "
+            "load_from_fp32_weights log_level managed_gradient_accumulation memory_breakdown "
+            "pipeline_loading_checkpoint stage3_gather_16bit_weights_on_model_save steps_per_print sub_group_size "
+            "tensorboard timers wall_clock_breakdown wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer",
         ),
-        (_ignored(_OWN_FORMAT), "checkpoint"),
-        (_ignored("gradient_checkpointing is its own option", {}), "activation_checkpointing"),
-        (_ignored("the dataloader is this program's"), "dataloader_drop_last"),
-        (_ignored(_NO_NVME), "aio"),
-        (_ignored("every optimizer that is taken here is tested", True), "zero_allow_untested_optimizer"),
-        (_refused("the optimizer is this program's own", False), "zero_force_ds_cpu_optimizer"),
-        (_refused(_IS_OURS, False, remedy=", and give --mixed_precision"), "amp torch_autocast"),
-        (_refused(_OWN_DTYPES, "fp32"), "communication_data_type"),
-        (_refused(_OWN_DTYPES, {}, {"grad_accum_dtype": "fp32"}), "data_types"),
-        (_refused("gradients are averaged", False), "prescale_gradients sparse_gradients disable_allgather"),
-        (_refused("gradients are averaged", 1, 1.0), "gradient_predivide_factor"),
-        (_refused("gradients are averaged", "mean"), "gradient_allreduce_op"),
         (
-            _refused("this is not here", 1, False, {}),
-            "autotuning compression_training curriculum_learning data_efficiency elasticity hybrid_engine pipeline "
-            "progressive_layer_drop sequence_parallel_size sparse_attention tensor_parallel",
+            _refused(
+                "this is not here", False, 1, {}, {"enabled": False}, {"grad_accum_dtype": "fp32"}, "fp32", "mean"
+            ),
+            "amp autotuning communication_data_type compression_training curriculum_learning data_efficiency "
+            "data_types disable_allgather elasticity expert_parallel gradient_allreduce_op gradient_predivide_factor "
+            "hybrid_engine pipeline prescale_gradients progressive_layer_drop round_robin_gradients "
+            "seq_parallel_communication_data_type sequence_parallel_size sparse_attention sparse_gradients "
+            "tensor_parallel torch_autocast use_data_before_expert_parallelism weight_quantization "
+            "zero_quantized_gradients zero_quantized_weights",
         ),
     ),
-    aliases={"bfloat16": "bf16"},
+    nicknames={"bfloat16": "bf16", "cpu_offload": "offload_optimizer", "zero_stage": "zero_optimization"},
 )
-"""What a config of DeepSpeed may hold beside what `deepspeed_config` reads."""
-
-ZERO_KEYS = OtherKeys(
-    keys=_named(
-        (
-            _ignored(_OWN_FORMAT, False),
-            "stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save elastic_checkpoint "
-            "load_from_fp32_weights pipeline_loading_checkpoint",
-        ),
-        (_ignored("parameters without a gradient are left out"), "ignore_unused_parameters"),
-        (_ignored("the optimizer steps on a share as a whole"), "sub_group_size"),
-        (_refused(_OLD_NAME, False, remedy=', and give "offload_optimizer": {"device": "cpu"}'), "cpu_offload"),
-        (
-            _refused(_OLD_NAME, False, remedy=', and give "offload_param": {"device": "cpu"}'),
-            "cpu_offload_param cpu_offload_params",
-        ),
-        (_refused("pin_memory stands in the object of each offload", False), "cpu_offload_use_pin_memory"),
-        (
-            _refused(_NO_ZERO_PP, False),
-            "zero_quantized_weights zero_quantized_gradients zero_quantized_nontrainable_weights "
-            "mics_hierarchical_params_gather",
-        ),
-        (_refused("a checkpoint could not tell its shares apart", False), "round_robin_gradients"),
-        (_refused(_NO_ZERO_PP, 1), "zero_hpz_partition_size"),
-        (_refused(_NO_ZERO_PP, -1), "mics_shard_size"),
-        (
-            _refused("nothing is tested with it", False),
-            "enable_sanity_checks legacy_stage1 log_trace_cache_warnings parameter_alignment "
-            "save_muon_momentum_buffer_in_memory zenflow",
-        ),
-        (_refused("nothing is tested with it"), "leaf_module"),
-        (
-            _refused("nothing is tested without it", True),
-            "compute_grad_norm memory_efficient_linear override_module_apply",
-        ),
-    ),
-)
-"""The same of its `zero_optimization`."""
-
-OFFLOAD_KEYS = OtherKeys(
-    keys=_named(
-        (
-            _ignored(_NO_NVME, False),
-            "nvme_path buffer_count buffer_size max_in_cpu fast_init pipeline pipeline_read pipeline_write",
-        ),
-        (_refused("all of the state or none is offloaded", 1, 1.0), "ratio"),
-        (_refused("nothing is tested with it", False), "super_offload"),
-        (_ignored("super_offload is off"), "cpuadam_cores_perc"),
-    ),
-    values={"device": {"nvme": _later("swapping to NVMe")}},
-)
-"""The same of its `offload_optimizer` and `offload_param`."""
+"""What a config of DeepSpeed, or its `zero_optimization`, may hold beside what `deepspeed_config` reads."""

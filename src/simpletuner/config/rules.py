@@ -63,8 +63,6 @@ def findings(config: RunConfig, datasets: Datasets | None) -> Iterator[Finding]:
     yield from _ranks(config)
     if config.deepspeed_config is not None:
         yield from deepspeed_findings(config)
-        if config.zero_stage:
-            yield from _zero(config)
     yield from _machines(config)
     yield from _paths(config)
     yield from _trackers(config)
@@ -317,65 +315,30 @@ def _offload(config: RunConfig) -> Iterator[Finding]:
 
 def _ranks(config: RunConfig) -> Iterator[Finding]:
     """Options that several processes cannot train with."""
-    releases = config.optimizer_release_gradients and config.model_type == "full"
-    if releases and (config.ranks > 1 or config.may_shard or config.zero_stage):
-        key = "num_processes" if config.ranks > 1 else "fsdp_enable" if config.may_shard else "deepspeed_config"
+    engine = "fsdp_enable" if config.may_shard else "deepspeed_config" if config.zero_stage else None
+    key = "num_processes" if config.ranks > 1 else engine
+    if config.optimizer_release_gradients and config.model_type == "full" and key is not None:
         found = (
             f"optimizer_release_gradients with {key} = {shown(vars(config)[key])}, where gradients are reduced first"
         )
         remedy = "Give --optimizer_release_gradients=false, or --num_processes=1."
         yield ("optimizer_release_gradients", key), Problem(found, remedy=remedy)
-    if not config.may_shard:
+    if engine is None:
         return
     if config.enable_group_offload and config.model_type != "full":  # which has a problem of its own
-        found = "enable_group_offload with fsdp_enable: a block is either streamed or sharded"
-        remedy = "Take enable_group_offload out; --fsdp_cpu_offload keeps what is sharded in host memory."
-        yield ("enable_group_offload", "fsdp_enable"), Problem(found, remedy=remedy)
+        in_host_memory = "--fsdp_cpu_offload" if config.may_shard else "offload_param of stage 3"
+        found = f"enable_group_offload with {engine}, which places the blocks itself"
+        remedy = f"Take enable_group_offload out; {in_host_memory} keeps what is sharded in host memory."
+        yield ("enable_group_offload", engine), Problem(found, remedy=remedy)
     preview = config.validation_preview_model
-    if preview is not None and config.model_type != "full":
-        found = (
-            f"validation_preview_model = {shown(preview)} with fsdp_enable: each process would hold that model whole"
-        )
+    if preview is not None and config.model_type != "full" and (config.may_shard or config.zero_stage == 3):
+        found = f"validation_preview_model = {shown(preview)} with {engine}: each process would hold that model whole"
         remedy = "Take validation_preview_model out: the images are then drawn with the sharded model itself."
-        yield ("validation_preview_model", "fsdp_enable"), Problem(found, remedy=remedy)
-    if config.model_type == "full" and not optimiser(config.optimizer).is_elementwise:
+        yield ("validation_preview_model", engine), Problem(found, remedy=remedy)
+    if not optimiser(config.optimizer).is_elementwise and (config.model_type == "full" or config.zero_stage):
         able = [name for name, known in OPTIMISERS.items() if known.is_elementwise]
-        found = f"optimizer = {shown(config.optimizer)} with model_type = full and fsdp_enable, which shards weights"
-        yield ("optimizer", "fsdp_enable"), Problem(found, join_names(able))
-
-
-def _zero(config: RunConfig) -> Iterator[Finding]:
-    """Options that several processes cannot train with under DeepSpeed."""
-    key, stage = "deepspeed_config", config.zero_stage
-    out = f"take {key} out"
-    if config.fsdp_enable:
-        found = f"fsdp_enable and {key}, which are two engines"
-        yield ("fsdp_enable", key), Problem(found, remedy="Take one of the two out.")
-    if config.mixed_precision == "fp16" or config.base_dtype == "fp16":
-        name = "mixed_precision" if config.mixed_precision == "fp16" else "base_model_default_dtype"
-        found = f"{name} = fp16 with {key}, which scales no loss here"
-        yield (name, key), Problem(found, remedy=f"Give --{name}=bf16, or {out}.")
-    if config.enable_group_offload and config.model_type != "full":  # which has a problem of its own
-        found = f"enable_group_offload with {key}: DeepSpeed places the blocks itself"
-        remedy = "Take enable_group_offload out; stage 3 with offload_param keeps the weights in host memory."
-        yield ("enable_group_offload", key), Problem(found, remedy=remedy)
-    if not optimiser(config.optimizer).is_elementwise:
-        able = [name for name, known in OPTIMISERS.items() if known.is_elementwise]
-        found = f"optimizer = {shown(config.optimizer)} with {key}, which steps a share of all tensors as one"
-        yield ("optimizer", key), Problem(found, join_names(able))
-    if config.offloads("offload_param") and stage < 3:
-        found = f"{key}: offload_param at stage {stage}, which holds the weights whole"
-        yield (key,), Problem(found, "stage 3", f"Take offload_param out of {key}, or change its stage.")
-    if stage < 3:
-        return
-    preview = config.validation_preview_model
-    if preview is not None and config.model_type != "full":
-        found = f"validation_preview_model = {shown(preview)} with {key} at stage 3: each process would hold it whole"
-        remedy = "Take validation_preview_model out: the images are then drawn with the sharded model itself."
-        yield ("validation_preview_model", key), Problem(found, remedy=remedy)
-    if config.dynamo_backend == "inductor":
-        found = f"dynamo_backend = inductor with {key} at stage 3, which gathers weights inside the blocks"
-        yield ("dynamo_backend", key), Problem(found, remedy=f"Give --dynamo_backend=no, or {out}.")
+        found = f"optimizer = {shown(config.optimizer)} with {'model_type = full and ' * config.may_shard}{engine}"
+        yield ("optimizer", engine), Problem(f"{found}, where each process steps a share", join_names(able))
 
 
 def _machines(config: RunConfig) -> Iterator[Finding]:

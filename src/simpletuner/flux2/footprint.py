@@ -11,11 +11,11 @@ from torch import nn
 
 from simpletuner.base.errors import AccessError, ConfigError
 from simpletuner.base.files import file_errors_reported, with_home
+from simpletuner.config.deepspeed import ZeroSettings
 from simpletuner.config.flavours import FLAVOURS, AutoencoderSpec, TextSpec, TransformerSpec
 from simpletuner.config.optimisers import optimiser
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.options.offload import AUTO
-from simpletuner.config.options.zero import ZeroSettings
 from simpletuner.config.precisions import NO_CHANGE, PRECISIONS
 from simpletuner.config.previews import drawing_flavour
 from simpletuner.config.run import RunConfig

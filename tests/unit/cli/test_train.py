@@ -132,7 +132,7 @@ def test_a_batch_of_deepspeed_is_held_against_the_processes_that_are_counted(
     train.run(asked)
     assert started == [2]
     monkeypatch.setattr(train, "visible_gpus", lambda _: 4)
-    with pytest.raises(ConfigError, match=r"train_batch_size = 4, and here .* × num_processes is 8"):
+    with pytest.raises(ConfigError, match=r"train_batch_size = 4, and train_batch_size × .* × num_processes is 8"):
         train.run(asked)
     assert started == [2]
 

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,10 +12,8 @@ from typing import Any
 
 import pytest
 
-from simpletuner.config.deepspeed import deepspeed_lack
+from simpletuner.config.deepspeed import ZeroOffload, ZeroSettings, deepspeed_lack
 from simpletuner.config.optimisers import OPTIMISERS
-from simpletuner.config.options.zero import ZeroOffload, ZeroSettings
-from simpletuner.config.other_keys import OFFLOAD_KEYS, ZERO_KEYS
 from simpletuner.config.run import RunConfig
 
 pytestmark = pytest.mark.usefixtures("said_deepspeed")
@@ -51,6 +48,7 @@ OF_OTHERS = {
     "wall_clock_breakdown": False,
 }
 """The example of stage 3 in the documentation of transformers."""
+OWN_LOOP = "the loop, its logs and its checkpoints are this program's own"
 
 
 def zero(**settings: object) -> dict[str, object]:
@@ -89,11 +87,6 @@ def test_one_process_has_no_use_for_it(place: Any) -> None:
     loaded = place.load("--num_processes=1")
     assert loaded.config.zero_stage == 0
     assert loaded.notices == ("deepspeed_config has no effect: num_processes is 1.",)
-    place.config["deepspeed_config"] = zero(offload_optimizer={"device": "cpu"})
-    assert place.problems("--num_processes=1") == [
-        "deepspeed_config: offload_optimizer with one process, which holds no share: expected at least 2 processes. "
-        "Take deepspeed_config out; `simpletuner plan` names what fits into one GPU."
-    ]
 
 
 def test_a_config_of_others_is_taken(place: Any) -> None:
@@ -110,16 +103,14 @@ def test_a_config_of_others_is_taken(place: Any) -> None:
     }
     assert all(loaded.config.offloads(name) for name in ("offload_optimizer", "offload_param"))
     assert loaded.notices == (
-        "deepspeed_config: steps_per_print has no effect: this program logs and measures itself.",
-        "deepspeed_config: zero_optimization: sub_group_size has no effect: the optimizer steps on a share as a whole.",
-        "deepspeed_config: zero_optimization: stage3_gather_16bit_weights_on_model_save has no effect: checkpoints are "
-        "in this program's own format.",
+        f"deepspeed_config: steps_per_print has no effect: {OWN_LOOP}.",
+        "deepspeed_config: zero_optimization: sub_group_size and stage3_gather_16bit_weights_on_model_save have no "
+        f"effect: {OWN_LOOP}.",
     )
 
 
 def test_what_agrees_with_the_options_passes(place: Any) -> None:
-    place.config |= {"num_processes": 2, "gradient_accumulation_steps": 4, "lr_scheduler": "linear", "bf16": True}
-    del place.config["bf16"]
+    place.config |= {"num_processes": 2, "gradient_accumulation_steps": 4, "lr_scheduler": "linear"}
     place.config["deepspeed_config"] = {
         "train_batch_size": 8,
         "train_micro_batch_size_per_gpu": 1,
@@ -127,10 +118,12 @@ def test_what_agrees_with_the_options_passes(place: Any) -> None:
         "gradient_clipping": 2,
         "bf16": {"enabled": True},
         "fp16": {"enabled": False, "loss_scale": 0},
-        "optimizer": {"type": "Adam", "params": {"lr": 1e-4, "betas": [0.9, 0.999], "eps": 1e-8, "torch_adam": True}},
-        "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 10, "warmup_num_steps": 0}},
+        "optimizer": {"type": "Adam", "params": {"lr": 1e-4, "betas": [0.9, 0.999], "eps": 1e-8}},
+        "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": "auto"}},
         "flops_profiler": {"enabled": False, "profile_step": 1},
         "amp": {"enabled": False},
+        "pipeline": {},
+        "communication_data_type": "fp32",
         "gradient_predivide_factor": 1.0,
         **zero(),
     }
@@ -138,14 +131,14 @@ def test_what_agrees_with_the_options_passes(place: Any) -> None:
 
 
 def test_every_contradiction_names_its_option_and_the_remedies_work(place: Any) -> None:
-    place.config |= {"num_processes": 2, "max_train_steps": 10}
+    place.config |= {"num_processes": 2}
     document = {
         "train_micro_batch_size_per_gpu": 3,
         "gradient_accumulation_steps": 2,
         "gradient_clipping": 1.0,
         "bf16": {"enabled": False},
         "optimizer": {"type": "Lion", "params": {"lr": 3e-4, "betas": [0.9, 0.95], "weight_decay": 0.1}},
-        "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 20, "warmup_num_steps": 3}},
+        "scheduler": {"type": "WarmupCosineLR"},
         **zero(),
     }
     place.config["deepspeed_config"] = document
@@ -154,36 +147,42 @@ def test_every_contradiction_names_its_option_and_the_remedies_work(place: Any) 
         "deepspeed_config: train_micro_batch_size_per_gpu = 3, and train_batch_size is 1. Take it out, or give "
         "--train_batch_size=3."
     )
-    assert len(problems) == 11
+    assert len(problems) == 9
     flags = [each for problem in problems for each in typed(problem)]
     config = place.load(*flags).config
     assert (config.optimizer, config.optimizer_beta2, config.lr_scheduler) == ("lion", 0.95, "cosine")
-    assert (config.mixed_precision, config.max_train_steps, config.gradient_accumulation_steps) == ("no", 20, 2)
+    assert (config.mixed_precision, config.adam_weight_decay, config.gradient_accumulation_steps) == ("no", 0.1, 2)
 
 
 @pytest.mark.parametrize(
     ("document", "said"),
     [
-        ({"train_batch_size": 7}, "gradient_accumulation_steps × num_processes is 2. Take train_batch_size out"),
-        ({"fp16": {"enabled": True}}, "fp16.enabled = true, and mixed_precision is 'bf16'. Take it out."),
+        ({"train_batch_size": 7}, "gradient_accumulation_steps × num_processes is 2. Take it out."),
+        (
+            {"fp16": {"enabled": True}},
+            "fp16.enabled = true: this is not here. Take it out.",
+        ),
         (
             {"optimizer": {"type": "OneBitAdam"}},
             "optimizer.type = 'OneBitAdam', and optimizer is 'adamw'. Take it out.",
         ),
-        ({"optimizer": {"params": {"amsgrad": True}}}, "amsgrad = true: this is decided by options of this program."),
-        ({"zero_optimisation": {}}, "zero_optimisation: no such key of DeepSpeed. Did you mean zero_optimization?"),
-        ({"communication_data_type": "fp16"}, "gradients are summed in fp32. Take it out."),
-        ({"amp": {"enabled": True}}, "Take it out, and give --mixed_precision."),
-        ({"sequence_parallel_size": 2}, "this is not here. Take it out."),
-        ({"zero_optimization": True}, "zero_optimization = true: expected an object, in { }."),
+        ({"optimizer": {"params": {"amsgrad": True}}}, "amsgrad = true: this is not here. Take it out."),
+        ({"optimizer": {"params": {"lr": "fast"}}}, "lr = 'fast', and learning_rate is 0.0001. Take it out."),
+        ({"zero_optimisation": {}}, "zero_optimisation: no such setting of DeepSpeed here. Did you mean zero_optimiz"),
+        ({"communication_data_type": "fp16"}, "communication_data_type = 'fp16': this is not here. Take it out."),
+        ({"amp": {"enabled": True}}, "this is not here. Take it out."),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size = 2: this is not here. Take it out."),
+        ({"zero_optimization": True}, "zero_optimization = true: this is not here. Take it out."),
         (zero(stage=4), "stage = 4: expected a whole number from 0 to 3."),
-        (zero(overlap_com=True), "zero_optimization: overlap_com: no such key of DeepSpeed's zero_optimization."),
+        (
+            zero(overlap_com=True),
+            "zero_optimization: overlap_com: no such setting of DeepSpeed here. Did you mean over",
+        ),
         (zero(reduce_bucket_size=0.5), "reduce_bucket_size = 0.5: expected a whole number of at least 0."),
-        (zero(cpu_offload=True), 'Take it out, and give "offload_optimizer": {"device": "cpu"}.'),
-        (zero(round_robin_gradients=True), "a checkpoint could not tell its shares apart. Take it out."),
-        (zero(zero_quantized_gradients=True), "ZeRO++ and MiCS are not here. Take it out."),
-        (zero(offload_optimizer={"devise": "cpu"}), "offload_optimizer: devise: no such key of DeepSpeed's offload."),
-        (zero(offload_optimizer={"device": "nvme"}), "swapping to NVMe. Until then it takes none or cpu."),
+        (zero(cpu_offload=True), "Did you mean offload_optimizer?"),
+        (zero(round_robin_gradients=True), "this is not here. Take it out."),
+        (zero(offload_optimizer={"devise": "cpu"}), 'expected an object of "device", none or cpu, and "pin_memory"'),
+        (zero(offload_optimizer={"device": "nvme"}), 'expected an object of "device", none or cpu, and "pin_memory"'),
         (zero(offload_param={"device": "cpu"}), "offload_param at stage 2, which holds the weights whole: expected"),
     ],
 )
@@ -199,39 +198,8 @@ def test_all_that_is_wrong_is_said_at_once(place: Any) -> None:
     place.config["deepspeed_config"] = {"pipline": 1, **zero(stage="two", offload_param={"device": "disk"})}
     problems = place.problems()
     assert [each.partition(" = ")[0].rpartition(":")[2].strip() for each in problems] == [
-        "learning_rate", "no such key of DeepSpeed. Did you mean pipeline?", "stage", "device",
+        "learning_rate", "no such setting of DeepSpeed here. Did you mean pipeline?", "stage", "offload_param",
     ]  # fmt: skip
-
-
-def test_settings_of_another_stage_do_nothing_and_say_so(place: Any) -> None:
-    place.config |= {"num_processes": 2}
-    for stage, idle in ((1, "overlap_comm"), (2, "stage3_max_live_parameters"), (3, "allgather_bucket_size")):
-        place.config["deepspeed_config"] = zero(stage=stage, **{idle: True if stage == 1 else 5e8})
-        assert place.load().notices == (
-            f"deepspeed_config: zero_optimization: {idle} has no effect: its stage is {stage}.",
-        )
-
-
-@pytest.mark.parametrize(
-    ("settings", "flags"),
-    [
-        ({"zero_stage": 3, "zero3_init_flag": True}, "--deepspeed_config=zero3"),
-        (
-            {"zero_stage": 2, "offload_optimizer_device": "cpu", "offload_param_device": "none"},
-            """'--deepspeed_config={"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}'""",
-        ),
-        (
-            {"deepspeed_config_file": "config/my ds.json", "zero3_init_flag": True},
-            "'--deepspeed_config=config/my ds.json'",
-        ),
-    ],
-)
-def test_settings_of_accelerate_are_told_apart(place: Any, settings: dict[str, object], flags: str) -> None:
-    place.write("config/my ds.json", zero(stage=3))
-    place.config |= {"num_processes": 2, "deepspeed_config": settings}
-    expected = "deepspeed_config has settings of accelerate: expected DeepSpeed's own, or zero1, zero2 or zero3. "
-    assert place.problems() == [f"{expected}Give {flags}."]
-    assert place.load(*shlex.split(flags)).config.zero_stage == settings.get("zero_stage", 3)
 
 
 def test_what_deepspeed_cannot_train_beside_is_said_at_once(place: Any) -> None:
@@ -251,10 +219,11 @@ def test_what_deepspeed_cannot_train_beside_is_said_at_once(place: Any) -> None:
     del place.config["validation_preview_model"]
     assert place.load(*flags).config.zero_stage == 3
     assert place.problems(*flags[1:]) == [
-        "fsdp_enable and deepspeed_config, which are two engines. Take one of the two out."
+        "fsdp_enable = true with deepspeed_config, which is another engine. Give --fsdp_enable=false, or take "
+        "deepspeed_config out."
     ]
     (problem,) = place.problems(*flags, "--enable_group_offload")
-    assert problem.startswith("--enable_group_offload with deepspeed_config: DeepSpeed places the blocks itself.")
+    assert problem.startswith("--enable_group_offload with deepspeed_config, which places the blocks itself.")
     # Whole weights on each process can be compiled, and a preview's model may stand beside them.
     place.config["validation_preview_model"] = "some/model"
     assert place.load(*flags[:3], "--deepspeed_config=zero2").config.zero_stage == 2
@@ -267,7 +236,7 @@ def test_a_share_is_stepped_by_elementwise_optimizers(place: Any, stage: int) ->
         if optimizer in ("adamw", "adamw_bf16", "lion"):
             assert place.load(f"--optimizer={optimizer}", "--learning_rate=1e-5").config.zero_stage == stage
         else:
-            said = f"optimizer = '{optimizer}' with deepspeed_config, which steps a share of all tensors as one"
+            said = f"optimizer = '{optimizer}' with deepspeed_config, where each process steps a share"
             assert any(said in each for each in place.problems(f"--optimizer={optimizer}"))
 
 
@@ -294,7 +263,9 @@ def test_it_must_be_installed_and_new_enough(
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    assert place.problems() == ["deepspeed_config: deepspeed is not installed. pip install -e '.[deepspeed]'"]
+    assert place.problems() == [
+        "deepspeed_config: deepspeed is not installed: expected 0.19.8 or newer. pip install -e '.[deepspeed]'"
+    ]
     assert place.load("--num_processes=1")  # which has no use for it
     assert place.load("--deepspeed_config={}")
 
@@ -313,11 +284,8 @@ print(json.dumps(fields, default=str))
     environ = os.environ | {"DS_ACCELERATOR": "cpu"}
     done = subprocess.run([sys.executable, "-P", "-c", code], env=environ, capture_output=True, text=True, check=True)
     zero_fields, *offloads = json.loads(done.stdout.splitlines()[-1])
-    whole = "stage3_model_persistence_threshold"  # without a bound there
-    ours = {name: field.default for name, field in ZeroSettings.model_fields.items() if name != whole}
-    assert {name: zero_fields[name] for name in ours} == ours
-    assert whole in zero_fields
-    ours = {name: field.default for name, field in ZeroOffload.model_fields.items()}
-    assert all({name: fields[name] for name in ours} == ours for fields in offloads)
-    assert zero_fields.keys() <= {*ZeroSettings.model_fields, *ZERO_KEYS.keys}
-    assert set().union(*offloads) <= {*ZeroOffload.model_fields, *OFFLOAD_KEYS.keys}
+    ours = {name: field.default for name, field in ZeroSettings.model_fields.items()}
+    ours["stage3_model_persistence_threshold"] = zero_fields["stage3_model_persistence_threshold"]  # no bound is null
+    assert zero_fields | ours == zero_fields
+    for fields in offloads:
+        assert fields | {name: field.default for name, field in ZeroOffload.model_fields.items()} == fields

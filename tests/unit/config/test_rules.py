@@ -557,7 +557,7 @@ def test_released_gradients_want_bf16_weights(place: Any, options: dict[str, str
 def test_all_that_cannot_be_sharded_is_said_at_once_and_the_remedies_work(place: Any) -> None:
     place.config |= {"fsdp_enable": True, "enable_group_offload": True, "validation_preview_model": "some/model"}
     assert place.problems() == [
-        "enable_group_offload with fsdp_enable: a block is either streamed or sharded. Take enable_group_offload out; "
+        "enable_group_offload with fsdp_enable, which places the blocks itself. Take enable_group_offload out; "
         "--fsdp_cpu_offload keeps what is sharded in host memory.",
         "validation_preview_model = 'some/model' with fsdp_enable: each process would hold that model whole. Take "
         "validation_preview_model out: the images are then drawn with the sharded model itself.",
@@ -572,8 +572,8 @@ def test_all_that_cannot_be_sharded_is_said_at_once_and_the_remedies_work(place:
 def test_a_sharded_model_is_trained_by_elementwise_optimizers(place: Any, optimizer: str) -> None:
     place.config |= {"model_type": "full", "fsdp_enable": True, "optimizer": optimizer, "learning_rate": 1e-5}
     said = (
-        f"optimizer = '{optimizer}' with model_type = full and fsdp_enable, which shards weights: expected adamw, "
-        "adamw_bf16 or lion."
+        f"optimizer = '{optimizer}' with model_type = full and fsdp_enable, where each process steps a share: "
+        "expected adamw, adamw_bf16 or lion."
     )
     if optimizer in ("adamw", "adamw_bf16", "lion"):
         assert place.load().config.optimizer == optimizer

@@ -7,7 +7,7 @@ import torch
 from tests.ranks import in_ranks
 from torch import nn
 
-from simpletuner.config.options.zero import ZeroSettings
+from simpletuner.config.deepspeed import ZeroSettings
 from simpletuner.config.run import RunConfig
 from simpletuner.memory.world import World
 from simpletuner.memory.zero import ZeroShards, engine_settings

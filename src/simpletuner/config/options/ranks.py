@@ -1,13 +1,12 @@
 """How many processes train together, where they run, and what they share."""
 
-import re
 from typing import Annotated, Any
 
 from annotated_types import Ge, Le
 from pydantic import BeforeValidator, ValidationError
 
+from simpletuner.config.deepspeed import ZeroSettings
 from simpletuner.config.options.kinds import Count, IsJson, Says, Slice, Text, Whole
-from simpletuner.config.options.zero import handed_on
 
 ZERO_STAGES = ("zero1", "zero2", "zero3")
 """Names of DeepSpeed's stages: what each process holds only its share of. 1 is optimizer state, 2 gradients too, 3
@@ -15,11 +14,15 @@ weights too.
 """
 
 
-def _settings(value: object) -> object:
-    """The settings of DeepSpeed that the name of a stage stands for; anything else as it is."""
-    if isinstance(value, str) and (named := re.fullmatch("zero([1-3])", value)):
-        return {"zero_optimization": {"stage": int(named[1])}}
-    return value
+def _settings(value: Any) -> Any:
+    """DeepSpeed's settings, for the name of a stage too, without those that are left open ("auto") or turned off."""
+    if value in ZERO_STAGES:
+        return {"zero_optimization": {"stage": int(value[-1])}}
+    if not isinstance(value, dict):
+        return value
+    if value.get("enabled") is False:
+        return {"enabled": False}
+    return {key: _settings(inner) for key, inner in value.items() if inner not in (None, "auto")}
 
 
 class RankOptions(Slice):
@@ -88,12 +91,13 @@ class RankOptions(Slice):
     @property
     def zero_optimization(self) -> dict[str, Any]:
         """What DeepSpeed is given under this name: its `stage`, 1 to 3, and what is set beside it. Empty without
-        DeepSpeed, which stage 0 asks for too.
+        DeepSpeed, which stage 0 asks for too, and where a value is wrong.
         """
         try:
-            return handed_on(self.deepspeed_config or {})
+            zero = ZeroSettings.model_validate((self.deepspeed_config or {}).get("zero_optimization", {}))
         except ValidationError:  # `deepspeed_findings` says what is wrong
             return {}
+        return zero.model_dump(exclude_unset=True) if zero.stage else {}
 
     @property
     def zero_stage(self) -> int:
