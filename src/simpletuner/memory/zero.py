@@ -46,6 +46,7 @@ def engine_settings(zero_optimization: Mapping[str, Any], dtype: torch.dtype, ba
         "train_micro_batch_size_per_gpu": batch_size,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
+        "gradient_clipping": 0.0,  # by default it would clip at 1
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
