@@ -1,6 +1,7 @@
 """What the program that started this process says of the others: torchrun, our supervisor, or Slurm's srun."""
 
 import re
+import sys
 from collections.abc import Mapping
 
 from simpletuner.base.errors import Problem
@@ -26,7 +27,9 @@ def with_started(
     several; with Slurm's nodes, where srun started it on each and `num_machines` is not given.
     """
     if "RANK" not in environ:
-        return config if "num_machines" in givens else _with_nodes(config, givens, checked, environ)
+        # At a terminal a command is typed inside a step, and not started on each of its nodes.
+        is_typed = sys.stdin is not None and sys.stdin.isatty()
+        return config if "num_machines" in givens or is_typed else _with_nodes(config, givens, checked, environ)
     size, here, rank = (_number(environ.get(name)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK"))
     if size < 2:
         return config

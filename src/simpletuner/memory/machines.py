@@ -4,9 +4,8 @@ import contextlib
 import datetime
 import hashlib
 import json
-import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,29 +31,42 @@ def shared_folders(world: World, folders: Sequence[Path]) -> frozenset[Path]:
         return frozenset(folders)
     mark = world.broadcast_json(f".simpletuner-{secrets.token_hex(16)}")
     marks = [folder / mark for folder in folders]
-    if world.is_main:
-        for path in marks:
-            with contextlib.suppress(OSError):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.touch()
-    world.barrier("the marks in folders that machines may share")
     looks = world.on_machine.is_main
-    by_rank = world.gather_json([not looks or _is_seen(path) for path in marks])
-    shared = frozenset(folder for folder, *seen in zip(folders, *by_rank, strict=True) if all(seen))
-    for path in marks if looks else ():
-        with contextlib.suppress(OSError):
-            if world.is_main:
+    made: dict[Path, list[Path]] = {}
+    try:
+        if world.is_main:
+            for path in marks:
+                with contextlib.suppress(OSError):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.touch()
+        world.barrier("the marks in folders that machines may share")
+        if looks and not world.is_main:
+            # A client of NFS that has looked for a folder believes for up to a minute that it is missing, until it
+            # makes it.
+            made = {folder: make_folder(folder) for folder in folders}
+        by_rank = world.gather_json([not looks or path.exists() for path in marks])
+    finally:
+        for path in marks if world.is_main else ():
+            with contextlib.suppress(OSError):
                 path.unlink()
-            elif path.parent not in shared:
-                os.removedirs(path.parent)  # where `_is_seen` made it
+    shared = frozenset(folder for folder, *seen in zip(folders, *by_rank, strict=True) if all(seen))
+    remove_made(each for folder, new in made.items() if folder not in shared for each in new)
     return shared
 
 
-def _is_seen(path: Path) -> bool:
-    # A client of NFS that has looked for a folder believes for up to a minute that it is missing, until it makes it.
+def make_folder(folder: Path) -> list[Path]:
+    """Make `folder`, if it may be made; returns those of it and its parents that were missing."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    return path.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def remove_made(folders: Iterable[Path]) -> None:
+    """Remove those of `folders`, which `make_folder` made, that are empty."""
+    for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def with_writers(world: World, folder: Path) -> World:

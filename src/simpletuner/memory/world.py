@@ -9,7 +9,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -19,6 +19,7 @@ from torch import distributed as dist
 
 from simpletuner.base.errors import RanksError
 from simpletuner.memory.device import choose_device
+from simpletuner.runs.process import stop_if_asked
 from simpletuner.runs.ranks import RankErrors, RankFailure
 
 BUCKET_BYTES = 64 * 2**20
@@ -283,12 +284,14 @@ class KeyStore(Protocol):
 
 
 class PatientStore:
-    """A store in another thread: one of torch's client waits for ever where the network is cut."""
+    """A store in other threads: one of torch's client waits for ever where the network is cut. What did not answer once
+    is not asked again.
+    """
 
     def __init__(self, store: KeyStore, timeout_s: float) -> None:
         self._store = store
         self._timeout_s = timeout_s
-        self._thread = ThreadPoolExecutor(1, "store")
+        self._is_gone = False
 
     def set(self, key: str, value: str) -> None:
         self._within(lambda: self._store.set(key, value))
@@ -300,10 +303,20 @@ class PatientStore:
         return self._within(lambda: self._store.check(keys))
 
     def _within(self, work: Callable[[], T]) -> T:
-        try:
-            return self._thread.submit(work).result(self._timeout_s)
-        except TimeoutError:
-            raise RuntimeError(f"no answer for {self._timeout_s:.0f} s") from None
+        answer: Future[T] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(work())
+            except RuntimeError as error:
+                answer.set_exception(error)
+
+        if not self._is_gone:
+            threading.Thread(target=ask, name="store", daemon=True).start()
+            with contextlib.suppress(TimeoutError):
+                return answer.result(self._timeout_s)
+        self._is_gone = True
+        raise RuntimeError(f"no answer for {self._timeout_s:.0f} s")
 
 
 @dataclass(frozen=True)
@@ -370,6 +383,7 @@ class Signs:
         Raises:
             RanksError: one has given no sign of life for the timeout.
             UserError: the error that ended another rank, of its own class.
+            Stopped: a signal asked rank 0 to stop, before the training.
         """
         self._waits += 1
         self.store.set(f"{self.place}/{self._waits}/{self.rank}", what)
@@ -378,6 +392,7 @@ class Signs:
         while missing:
             if self.errors is not None:
                 self.errors.check()
+            stop_if_asked()  # rank 0 alone obeys, and not within the training
             missing = {rank for rank in missing if not self._has(f"{self.place}/{self._waits}/{rank}")}
             now = time.monotonic()
             silent = []

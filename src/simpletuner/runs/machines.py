@@ -22,7 +22,7 @@ from simpletuner.runs.process import stop_if_asked
 
 LOOK_FOR_MACHINES_EVERY_S = 0.05
 CONNECT_AGAIN_S = 1.0
-HELLO_WITHIN_S = 10.0
+HELLO_WITHIN_S = 2.0
 """Time for who has connected to say which machine it is."""
 MOST_UNREAD_BYTES = 2**20
 """Of a line: who sends a longer one is no supervisor."""
@@ -73,7 +73,7 @@ class MachineLine:
             self.is_closed = True
         except BlockingIOError:
             pass
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             self.is_closed = True
         messages, self._messages = self._messages, []
         return [message for message in messages if message]
@@ -157,11 +157,14 @@ def _address(host: str) -> str:
     """`host` as an address that other machines reach."""
     found = f"main_process_ip = {shown(host)}"
     try:
-        address = str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+        choices = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        # All machines must choose alike, and gloo's interface is known by its IPv4 address.
+        address = str(min(choices, key=lambda choice: choice[0] != socket.AF_INET)[4][0])
     except (OSError, UnicodeError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise ConfigError.of(f"{found}: {reason}", "machine 0's address, or a name that has one") from None
-    if ipaddress.ip_address(address).is_loopback:
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    if parsed.is_loopback or parsed.is_unspecified:
         try:
             remedy = f"If this is machine 0, give --main_process_ip={own_address(ELSEWHERE)} on all of them."
         except OSError:
@@ -205,7 +208,7 @@ def _listen(machines: Machines, port: int, terms: Mapping[str, Any]) -> Machines
                 connection, (peer, *_) = listener.accept()
                 line = MachineLine(connection, peer)
                 on_failure.callback(line.close)
-                _let_in(line, come, terms)
+                _let_in(line, come, terms, machines.count)
         on_failure.pop_all()
     machines.lines = [come[number] for number in sorted(come)]
     machines.store_listener = socket.create_server((machines.address, 0), family=family)
@@ -216,11 +219,12 @@ def _listen(machines: Machines, port: int, terms: Mapping[str, Any]) -> Machines
     return machines
 
 
-def _let_in(line: MachineLine, come: dict[int, MachineLine], terms: Mapping[str, Any]) -> None:
+def _let_in(line: MachineLine, come: dict[int, MachineLine], terms: Mapping[str, Any], count: int) -> None:
     """Add who has connected to those that have `come`, or refuse it."""
     hello = line.answer(HELLO_WITHIN_S)
     number = None if hello is None else hello.get("machine")
-    if hello is None or not isinstance(number, int) or not isinstance(hello.get("terms"), dict):
+    # Whatever a stranger sends is no machine of this run.
+    if hello is None or type(number) is not int or not 0 < number < count or not isinstance(hello.get("terms"), dict):
         line.close()
         return
     line.machine = number
@@ -266,7 +270,7 @@ def _connect(machines: Machines, port: int, terms: Mapping[str, Any]) -> Machine
         line = MachineLine(connection, machines.address)
         line.send(machine=machines.number, terms=dict(terms))
         answer = line.answer(deadline - time.monotonic())
-        if answer is not None:
+        if answer is not None and ("refused" in answer or isinstance(answer.get("store_port"), int)):
             break
         line.close()
         reason = "it closed the connection" if line.is_closed else "other machines are missing"

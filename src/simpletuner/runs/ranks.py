@@ -112,7 +112,8 @@ def place_of(environ: Mapping[str, str]) -> RankPlace | None:
     if size == 1:
         return None
     local_rank, local_size = numbers["LOCAL_RANK"], numbers["LOCAL_WORLD_SIZE"]
-    if not local_size or size % local_size or rank % local_size != local_rank:
+    # On one machine launchers may give each process a GPU of its own, which is its number 0.
+    if not local_size or size % local_size or (size > local_size and rank % local_size != local_rank):
         raise ConfigError.of(
             f"RANK={rank} with WORLD_SIZE={size}, LOCAL_RANK={local_rank} and LOCAL_WORLD_SIZE={local_size}",
             "as many processes on each machine, numbered machine by machine",
@@ -444,6 +445,9 @@ class Supervisor:
             if self.machines is not None:
                 self._talk(self.machines, errors)
             if now > min(self._deadline, self._leave_at):
+                if self.first_rank and now > self._leave_at:
+                    text = f"machine {self.first_rank // self.size} was told to leave at once."
+                    errors.write(RankFailure(rank=self.first_rank, exit_code=STOPPED, text=text, time=time.time()))
                 self._end_all()
             time.sleep(LOOK_AT_RANKS_EVERY_S)
         for rank in self._ranks:
@@ -583,7 +587,7 @@ class Supervisor:
     def _signals(self) -> Iterator[None]:
         """Inside, signals that ask for the end are rank 0's, and a stop from the terminal is everybody's."""
         handlers: dict[int, Callable[[int, FrameType | None], None]]
-        handlers = {**dict.fromkeys((*AT_ONCE, *WARNINGS), self._forward), signal.SIGTSTP: self._pause}
+        handlers = {**dict.fromkeys((*AT_ONCE, *WARNINGS, ASKED_ELSEWHERE), self._forward), signal.SIGTSTP: self._pause}
         before = {
             number: signal.signal(number, handler)
             for number, handler in handlers.items()

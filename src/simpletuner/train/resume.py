@@ -152,7 +152,9 @@ def check_machines(run: RunDirectory, step: int, world: World) -> None:
     """
     if world.writing_ranks == world.size:
         return
-    last = world.gather_json([max(checkpoints.steps(run), default=0), world.machine])
+    # Of machine 0's the newest may be damaged, and passed over.
+    own = max(checkpoints.steps(run), default=0) if world.machine else 0
+    last = world.gather_json([own, world.machine])
     latest, machine = max(last, key=lambda each: (each[0], -each[1]))
     if latest > step:
         there = run.checkpoint(latest)
