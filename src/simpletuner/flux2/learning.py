@@ -84,5 +84,8 @@ class Learning(abc.ABC):
         self.load(state)
         try:
             yield
-        finally:
-            self.load(kept)
+        except BaseException:
+            if self.shards is None:  # ranks that share weights out go back together, or not at all: the run ends
+                self.load(kept)
+            raise
+        self.load(kept)

@@ -43,7 +43,7 @@ def shared_folders(world: World, folders: Sequence[Path]) -> frozenset[Path]:
         if looks and not world.is_main:
             # A client of NFS that has looked for a folder believes for up to a minute that it is missing, until it
             # makes it.
-            made = {folder: make_folder(folder) for folder in folders}
+            made = {folder: make_missing(folder) for folder in folders}
         by_rank = world.gather_json([not looks or path.exists() for path in marks])
     finally:
         for path in marks if world.is_main else ():
@@ -54,7 +54,7 @@ def shared_folders(world: World, folders: Sequence[Path]) -> frozenset[Path]:
     return shared
 
 
-def make_folder(folder: Path) -> list[Path]:
+def make_missing(folder: Path) -> list[Path]:
     """Make `folder`, if it may be made; returns those of it and its parents that were missing."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     with contextlib.suppress(OSError):
@@ -63,7 +63,7 @@ def make_folder(folder: Path) -> list[Path]:
 
 
 def remove_made(folders: Iterable[Path]) -> None:
-    """Remove those of `folders`, which `make_folder` made, that are empty."""
+    """Remove those of `folders`, which `make_missing` made, that are empty."""
     for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
         with contextlib.suppress(OSError):
             folder.rmdir()

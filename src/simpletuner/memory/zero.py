@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from simpletuner.base.errors import UserError
+from simpletuner.base.errors import RanksError, UserError
 from simpletuner.base.quiet import quiet_import
 from simpletuner.base.sizes import format_size
 from simpletuner.config.options.ranks import RankOptions
@@ -119,6 +119,8 @@ class ZeroShards(Shards):
         def attempt() -> None:
             try:
                 results.append(update())
+            except RanksError:  # neither does DeepSpeed reach the others
+                raise
             except (UserError, RuntimeError) as error:  # DeepSpeed must come to the end of its step on all ranks
                 errors.append(error)
 
@@ -126,6 +128,8 @@ class ZeroShards(Shards):
         try:
             self._engine.step()
             if not results and not errors:  # DeepSpeed has found a gradient that is not finite
+                if self.stage < 3:  # where it offloads, it would add the next gradients to these
+                    self._engine.optimizer.averaged_gradients.clear()
                 self._spoil()
                 attempt()
         finally:

@@ -13,7 +13,7 @@ from torch import Tensor
 from simpletuner.base.errors import CheckpointError, DiskError, RanksError, UserError, error_class
 from simpletuner.base.files import file_errors_reported, read_json, write_json
 from simpletuner.base.parts import discard
-from simpletuner.memory.machines import make_folder, remove_made, send_folder
+from simpletuner.memory.machines import make_missing, remove_made, send_folder
 from simpletuner.memory.row_shards import Shards
 from simpletuner.memory.shard import Split
 from simpletuner.memory.shares import RankTensor, load_shares, write_shares
@@ -131,7 +131,7 @@ def on_each_machine(folder: Path, run: RunDirectory, world: World) -> Iterator[P
     final = run.checkpoints / f"{folder.name}-of-machine-{world.machine}"
     copy = checkpoints.unfinished(final)
     is_mine = world.machine > 0 and world.on_machine.is_main
-    made = make_folder(run.checkpoints) if is_mine else []
+    made = make_missing(run.checkpoints) if is_mine else []
     try:
         if is_mine:
             checkpoints.begin(final)

@@ -310,8 +310,9 @@ class Attempt:
         strata = Strata(order, seed=self.config.seed, batches_per_step=self.batches_per_step)
         objective = Objective.of(self.config, self.config, self.config.seed, strata)
         idle: Callable[[], None] | None = None
-        if is_sharded(product.transformer):
-            # DeepSpeed gathers weights in its modules' hooks alone, and so in a pass.
+        # DeepSpeed gathers weights in its modules' hooks alone, and so in a pass. Its stage 2 reduces in each backward
+        # pass.
+        if is_sharded(product.transformer) or (zero is not None and zero.stage > 1):
             idle = partial(idle_pass, product.transformer) if zero is None else partial(denoiser.idle, self.device)
         rollout = Rollout.of(self.config, self.config.seed, idle)
         preservation = Preservation.of(self.config, denoiser, trained, idle)

@@ -21,14 +21,14 @@ def test_one_machine_shares_all_and_leaves_no_mark(tmp_path: Path) -> None:
 def test_a_folder_is_shared_where_every_machine_sees_the_same(tmp_path: Path) -> None:
     def found(world: World) -> list[str]:
         (tmp_path / f"own-{world.machine}").mkdir(exist_ok=True)
-        own = tmp_path / f"own-{world.machine}" if world.machine else tmp_path / "made"
+        own = tmp_path / f"own-{world.machine}" / "new" if world.machine else tmp_path / "made"
         folders = {tmp_path / "shared": "shared", own: "own"}
         shared = shared_folders(world, list(folders))
         return [name for folder, name in folders.items() if folder in shared]
 
     assert on_ranks(4, found, machines=2) == [["shared"]] * 4
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["made", "own-0", "shared"], (
-        "machine 1 keeps no empty folder"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["made", "own-0", "own-1", "shared"], (
+        "machine 1 keeps what was there, and no new folder"
     )
 
 

@@ -157,9 +157,13 @@ def test_of_three_ranks_the_cause_is_named_and_not_who_noticed_it(
     run: RunDirectory, capfd: pytest.CaptureFixture[str]
 ) -> None:
     code = """
+started = place.folder / "started"
 if rank == 2:
+    started.touch()
     time.sleep(0.2)
     raise DataError.of("no images")
+while not started.exists():  # however late this machine starts it
+    time.sleep(0.01)
 time.sleep(0.1 * rank)
 raise RanksError.of("connection closed by peer")
 """
