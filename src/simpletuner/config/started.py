@@ -1,9 +1,9 @@
 """What the program that started this process says of the others: torchrun, our supervisor, or Slurm's srun."""
 
 import re
-import sys
 from collections.abc import Mapping
 
+from simpletuner.base.console import is_terminal
 from simpletuner.base.errors import Problem
 from simpletuner.config.given import Checked, Given
 from simpletuner.config.run import RunConfig
@@ -28,8 +28,7 @@ def with_started(
     """
     if "RANK" not in environ:
         # At a terminal a command is typed inside a step, and not started on each of its nodes.
-        is_typed = sys.stdin is not None and sys.stdin.isatty()
-        return config if "num_machines" in givens or is_typed else _with_nodes(config, givens, checked, environ)
+        return config if "num_machines" in givens or is_terminal() else _with_nodes(config, givens, checked, environ)
     size, here, rank = (_number(environ.get(name)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK"))
     if size < 2:
         return config
