@@ -19,6 +19,7 @@ import uvicorn
 
 from simpletuner.base.errors import ConfigError
 from simpletuner.cli import server
+from simpletuner.cli.main import main
 from simpletuner.server.app import create_app
 from simpletuner.server.connections import TimedProtocol
 from simpletuner.server.roots import Roots
@@ -88,7 +89,7 @@ def test_a_port_is_a_number(text: str) -> None:
 
 
 def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    assert server.run(["--help"]) == 0
+    assert main(["server", "--help"]) == 0
     shown = capsys.readouterr().out
     assert all(f"--{flag.name.replace('_', '-')}" in shown for flag in fields(server.ServerCommand))
 
