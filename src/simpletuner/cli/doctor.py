@@ -18,7 +18,6 @@ from simpletuner.base.sizes import GIB, format_size
 from simpletuner.base.storage import storage_of
 from simpletuner.cli.arguments import Flag, parse_command
 from simpletuner.cli.env import installed_version
-from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.loading import examine_here
 from simpletuner.cli.printing import json_text, table
 from simpletuner.config.deepspeed import deepspeed_lack
@@ -32,7 +31,7 @@ from simpletuner.config.values import join_names
 from simpletuner.data.discover import discover
 from simpletuner.flux2.places import Hub, hub_cache, missing_download
 
-_USAGE = """usage: simpletuner doctor [--online] [--json] [options of `simpletuner train`]
+USAGE = """usage: simpletuner doctor [--online] [--json] [options of `simpletuner train`]
 
   What the configuration found here needs and this machine has; without one, what a LoRA of FLUX.2-dev needs. Nothing
   is loaded or downloaded. The exit code is 0 where training could start, else that of the stage that would fail.
@@ -79,9 +78,6 @@ def run(arguments: list[str]) -> int:
     Raises:
         ConfigError: a flag of this command is wrong.
     """
-    if help_asked(arguments) is not None:
-        say(command_help(_USAGE, FORMS, arguments))
-        return 0
     command = parse_command(DoctorCommand, arguments)
     checks = tuple(_checks(command))
     code = min((check.exit_code for check in checks if check.state == "missing"), default=0)

@@ -35,7 +35,7 @@ COMMANDS = {
 """A command is one line here: `simpletuner.cli.NAME.run(arguments)` returns its exit code, and `FORMS` beside it says
 what may be typed after each of its verbs, for help and completion. `USAGE` is what the help begins with."""
 
-OWN_HELP = ("train", "sample", "plan", "doctor")
+OWN_HELP = ("train", "sample")
 """Commands whose `run` answers `--help` itself."""
 
 HELP = ("help", "--help", "-h")

@@ -14,7 +14,6 @@ from simpletuner.base.files import file_errors_reported
 from simpletuner.base.machine import visible_gpus
 from simpletuner.base.sizes import GIB, parse_size
 from simpletuner.cli.arguments import Flag, parse_command
-from simpletuner.cli.help import command_help, help_asked
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.printing import json_text
 from simpletuner.cli.spread import Resolution, Spread, spread_picture, terminal
@@ -26,7 +25,7 @@ from simpletuner.data.order import Order
 from simpletuner.train.length import Plan
 from simpletuner.train.timesteps import Timesteps
 
-_USAGE = """usage: simpletuner plan [--vram GIB] [--ram GIB] [--gpus N [--hosts M]] [--json]
+USAGE = """usage: simpletuner plan [--vram GIB] [--ram GIB] [--gpus N [--hosts M]] [--json]
            [options of `simpletuner train`]
        simpletuner plan --show-timesteps [--json] [--out FOLDER] [options of `simpletuner train`]
 
@@ -57,6 +56,11 @@ def _gib_flag(meaning: str) -> Flag:
     return Flag(meaning, "GIB", convert=_gib, expects="a size in GiB such as 24", follows="a size in GiB")
 
 
+def _count_flag(meaning: str, letter: str, what: str) -> Flag:
+    expects = f"a whole number from 1 to {MOST_GPUS}"
+    return Flag(meaning, letter, convert=_count, expects=expects, follows=f"a number of {what}")
+
+
 @dataclass(frozen=True)
 class PlanCommand:
     """What is typed after `simpletuner plan`. A size is None for what this machine has."""
@@ -65,19 +69,11 @@ class PlanCommand:
         "plan for a card of this size instead of this machine's; 0 is a machine without one"
     ).default(None)
     ram: float | None = _gib_flag("plan for a machine with so much memory").default(None)
-    gpus: int | None = Flag(
-        "plan for so many GPUs on each host, one process each, instead of num_processes",
-        "N",
-        convert=_count,
-        expects=f"a whole number from 1 to {MOST_GPUS}",
-        follows="a number of GPUs",
+    gpus: int | None = _count_flag(
+        "plan for so many GPUs on each host, one process each, instead of num_processes", "N", "GPUs"
     ).default(None)
-    hosts: int | None = Flag(
-        "plan for so many machines, instead of num_machines; with --gpus alone it is 1",
-        "M",
-        convert=_count,
-        expects=f"a whole number from 1 to {MOST_GPUS}",
-        follows="a number of machines",
+    hosts: int | None = _count_flag(
+        "plan for so many machines, instead of num_machines; with --gpus alone it is 1", "M", "machines"
     ).default(None)
     show_timesteps: bool = Flag("draw where between data (σ 0) and noise (σ 1) the run will train").default(False)
     out: Path | None = Flag(
@@ -116,9 +112,6 @@ def run(arguments: list[str]) -> int:
         DataError: where the density depends on the pictures' sizes: a set is missing or empty.
         DiskError: no space for the picture.
     """
-    if help_asked(arguments) is not None:
-        say(command_help(_USAGE, FORMS, arguments))
-        return 0
     command = parse_command(PlanCommand, arguments, check=PlanCommand.problems)
     loaded = load_here((*command.rest, *command.process_options))
     return _draw(loaded, command) if command.show_timesteps else _plan(loaded, command)
