@@ -2,8 +2,6 @@
 
 import contextlib
 import datetime
-import hashlib
-import json
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from simpletuner.base.files import sha256_json
 from simpletuner.memory.world import World, explained
 
 SENT_BYTES = 32 * 2**20
@@ -36,8 +35,8 @@ def shared_folders(world: World, folders: Sequence[Path]) -> frozenset[Path]:
     try:
         if world.is_main:
             for path in marks:
+                make_missing(path.parent)
                 with contextlib.suppress(OSError):
-                    path.parent.mkdir(parents=True, exist_ok=True)
                     path.touch()
         world.barrier("the marks in folders that machines may share")
         if looks and not world.is_main:
@@ -90,8 +89,7 @@ def differing_machine(world: World, value: Any) -> tuple[int, tuple[Any, Any]] |
     """
     if world.of_machine is None:
         return None
-    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-    hashes = world.gather_json([world.machine, digest])
+    hashes = world.gather_json([world.machine, sha256_json(value)])
     other = next((rank for rank, (_, each) in enumerate(hashes) if each != hashes[0][1]), None)
     if other is None:
         return None
