@@ -205,14 +205,20 @@ def start(run: RunDirectory, tmp_path: Path) -> Iterator[Started]:
         return process
 
     yield begin
-    for process in started:
+    end_all(started, tmp_path, 2)
+
+
+def end_all(supervisors: list[subprocess.Popen[bytes]], folder: Path, ranks: int) -> None:
+    """Kill supervisors and the ranks whose pids lie in `folder`."""
+    for process in supervisors:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         process.wait()
+        assert process.stderr is not None
         process.stderr.close()
-        for rank in range(2):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid_of(tmp_path, rank), signal.SIGKILL)
+    for rank in range(ranks):
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+            os.kill(pid_of(folder, rank), signal.SIGKILL)
 
 
 def pid_of(folder: Path, rank: int) -> int:
@@ -362,14 +368,7 @@ def meet():
         return started
 
     yield begin
-    for process in started:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        process.wait()
-        process.stderr.close()
-        for rank in range(4):
-            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-                os.kill(pid_of(tmp_path, rank), signal.SIGKILL)
+    end_all(started, tmp_path, 4)
 
 
 def endings(machines: list[subprocess.Popen[bytes]]) -> list[tuple[int, str]]:

@@ -1,8 +1,8 @@
 """Training under DeepSpeed's stages is that of one process, and its checkpoints are resumed with and without it.
 
-Tolerance: DeepSpeed sums the same gradients in another order, in fp32: 1.6e-7 was measured in moments. Masters whose
-last bits differ round to other bf16 weights here and there: 1.7e-6. Where moments are rounded by chance, a last bit may
-turn one of them by 2^-8 of itself, 7e-5 of the norm of all.
+Tolerance: DeepSpeed sums the same gradients in another order, in fp32: 1.6e-7 was measured in moments. Where the
+last bits of masters differ, some bf16 weights round differently: 1.7e-6. With stochastic rounding a last bit may change
+one moment by 2^-8 of itself, 7e-5 of the norm of all.
 """
 
 import math
