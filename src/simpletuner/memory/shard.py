@@ -179,13 +179,8 @@ class FlatSplit:
 
     def gather(self, piece: Tensor, world: World, to: int) -> Tensor | None:
         """As `RowSplit.gather`."""
-        longest = max(last - first for first, last in self.spans)
-        padded = nn.functional.pad(piece, (0, longest - len(piece)))
-        parts = world.gather(padded, to)
-        if parts is None:
-            return None
-        whole = torch.cat([part[: last - first].cpu() for part, (first, last) in zip(parts, self.spans, strict=True)])
-        return whole.view(self.shape)
+        whole = world.gather_pieces(piece, [last - first for first, last in self.spans], to)
+        return None if whole is None else whole.cpu().view(self.shape)
 
 
 Split = RowSplit | FlatSplit

@@ -193,6 +193,24 @@ class World:
             dist.gather(sent, received, group=self.group, group_dst=to)
         return None if received is None else [each.view(tensor.dtype).view(tensor.shape) for each in received]
 
+    @torch.no_grad()
+    def gather_pieces(self, piece: Tensor, counts: Sequence[int], to: int) -> Tensor | None:
+        """The flat pieces of all ranks, one after the other, on rank `to`; None on the others. Each travels at its own
+        size, `counts` elements by rank. Bits of any dtype arrive as they are.
+
+        Raises:
+            RanksError: a rank is gone, or is waited for in vain.
+        """
+        if self.is_alone:
+            return piece
+        sent = piece.contiguous().view(torch.uint8)
+        sends = [len(sent) if rank == to else 0 for rank in range(self.size)]
+        receives = [count * piece.itemsize if self.rank == to else 0 for count in counts]
+        received = sent.new_empty(sum(receives))
+        with explained("gathering a tensor"):
+            dist.all_to_all_single(received, sent, receives, sends, group=self.group)
+        return received.view(piece.dtype) if self.rank == to else None
+
     def decide(self, flags: Sequence[bool]) -> list[bool]:
         """Rank 0's `flags`, on every rank.
 

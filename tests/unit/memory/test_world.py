@@ -7,9 +7,41 @@ from typing import Any
 import pytest
 import torch
 from tests.ranks import in_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from simpletuner.memory.shard import FlatSplit
 from simpletuner.memory.world import BUCKET_BYTES, World
 from simpletuner.runs.ranks import RANKS_FOLDER, RankFailure
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the bytes of the memory that tensors get inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, torch.UntypedStorage] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        storages = [each.untyped_storage() for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
+        self.storages |= {each.data_ptr(): each for each in storages}
+        return result
+
+    @property
+    def bytes(self) -> int:
+        return sum(each.nbytes() for each in self.storages.values())
+
+
+def gathers_pieces(world: World) -> bool:
+    """Whether uneven pieces arrive as they are, on a rank that has none, and take no more memory than they do."""
+    whole = torch.arange(3000, dtype=torch.bfloat16).view(3, 1000)
+    split = FlatSplit((3, 1000), world.rank, ((0, 2000), (2000, 2000), (2000, 3000)))
+    piece = split.of(whole).clone()
+    with Allocated() as allocated:
+        gathered = split.gather(piece, world, to=1)
+    assert allocated.bytes <= piece.nbytes + (whole.nbytes if world.rank == 1 else 0)
+    return gathered is None if world.rank != 1 else gathered is not None and gathered.equal(whole)
 
 
 def exchange(world: World) -> dict[str, Any]:
@@ -23,6 +55,7 @@ def exchange(world: World) -> dict[str, Any]:
         "decided": world.decide([world.is_main, False, not world.is_main]),
         "broadcast": world.broadcast_json({"of": world.rank, "number": 0.1 + 0.2}),
         "gathered": world.gather_json("x" * world.rank),
+        "pieces": gathers_pieces(world),
         "from main": world.from_main("a place", lambda: world, record=lambda w: w.rank, restore=lambda rank: rank)
         is (world if world.is_main else 0),
     }
@@ -37,6 +70,7 @@ def test_three_ranks_tell_each_other() -> None:
         "decided": [True, False, False],
         "broadcast": {"of": 0, "number": 0.1 + 0.2},
         "gathered": ["", "x", "xx"],
+        "pieces": True,
         "from main": True,
     }
 
