@@ -6,6 +6,7 @@ once a step, when the gradients of this rank's share are there, and whoever trai
 """
 
 import contextlib
+import datetime
 import io
 import logging
 import math
@@ -53,6 +54,8 @@ def engine_settings(zero_optimization: Mapping[str, Any], dtype: torch.dtype, ba
         "bf16": {"enabled": is_bf16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
+        # Stage 3 knows the mean alone. Below it, bf16 gradients would be divided, and rounded, before they are summed.
+        "gradient_allreduce_op": "mean" if zero["stage"] == 3 else "sum",
     }
 
 
@@ -106,7 +109,7 @@ class ZeroShards(Shards):
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of this rank's `loss`, which `step` sums over the ranks."""
-        self._engine.backward(loss * self.world.size)  # DeepSpeed takes the mean
+        self._engine.backward(loss * self.world.size if self.stage == 3 else loss)  # there DeepSpeed takes the mean
 
     def step(self, update: Callable[[], T]) -> T:
         """Call `update` when the gradients of `parameters` are there, summed over the ranks: it clips them and steps on
@@ -199,6 +202,36 @@ class _Handover(torch.optim.Optimizer):
         self._take(flat)
 
 
+class _AllRanks:
+    """What DeepSpeed asks for its groups (`mpu`): all ranks share one model out. Left to itself it makes a group that
+    waits for as long as torch does by default.
+    """
+
+    def __init__(self, world: World) -> None:
+        assert world.signs is not None  # of several ranks
+        self._world = world
+        timeout = datetime.timedelta(seconds=world.signs.timeout_s)
+        self._group: torch.distributed.ProcessGroup = torch.distributed.new_group(timeout=timeout)
+
+    def get_data_parallel_group(self) -> torch.distributed.ProcessGroup:
+        return self._group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._world.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._world.size
+
+    def get_model_parallel_group(self) -> None:
+        return None
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+
 def _engine(
     model: nn.Module, weights: list[nn.Parameter], handover: _Handover, settings: Mapping[str, Any], world: World
 ) -> Any:
@@ -220,7 +253,11 @@ def _engine(
             for buffer in model.buffers():
                 buffer.data = buffer.data.to(world.device)
         engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=weights, optimizer=handover, config=dict(settings)
+            model=model,
+            model_parameters=weights,
+            optimizer=handover,
+            mpu=_AllRanks(world),
+            config=dict(settings),
         )
     return engine
 
