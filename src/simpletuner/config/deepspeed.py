@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, MultipleOf
 from pydantic import BeforeValidator, create_model
 
 from simpletuner.base.commandline import command_text, flag
@@ -25,8 +25,10 @@ OPTION = "deepspeed_config"
 LEAST_VERSION = (0, 19, 8)
 """The one that was tried. Older ones ignore `managed_gradient_accumulation` in silence, and would step too often."""
 
-Numbers = Annotated[int, Ge(0), BeforeValidator(lambda n: int(n) if isinstance(n, float) and n.is_integer() else n)]
-"""How many numbers (elements, not bytes) a buffer holds. People write 5e8."""
+_AsWhole = BeforeValidator(lambda n: int(n) if isinstance(n, float) and n.is_integer() else n)
+"""People write 5e8."""
+Numbers = Annotated[int, Ge(0), _AsWhole]
+"""How many numbers (elements, not bytes) a buffer holds."""
 
 
 class ZeroOffload(Slice):
@@ -48,10 +50,10 @@ class ZeroSettings(Slice, extra="ignore"):
     overlap_comm: bool | None = None
     contiguous_gradients: bool = True
     reduce_scatter: bool = True
-    reduce_bucket_size: Numbers = 500_000_000
+    reduce_bucket_size: Annotated[int, Ge(1), _AsWhole] = 500_000_000
     use_multi_rank_bucket_allreduce: bool = True
     allgather_partitions: bool = True
-    allgather_bucket_size: Numbers = 500_000_000
+    allgather_bucket_size: Annotated[Numbers, MultipleOf(2), Says("an even whole number")] = 500_000_000
     stage3_prefetch_bucket_size: Numbers = 50_000_000
     stage3_param_persistence_threshold: Numbers = 100_000
     stage3_model_persistence_threshold: Numbers | None = None
