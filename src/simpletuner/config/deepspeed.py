@@ -127,12 +127,6 @@ def deepspeed_findings(config: "RunConfig") -> Iterator[tuple[tuple[str, ...], P
         if vars(config)[name] == value and stage >= (3 if name == "dynamo_backend" else 1):
             found = f"{name} = {shown(value)} with {OPTION}, {why}"
             yield (name, OPTION), Problem(found, remedy=f"Give {flag(name, instead)}, or take {OPTION} out.")
-    if config.use_ema and 0 < stage < 3 and config.ema_validation != "none" and not config.validation_disable:
-        found = (
-            f"ema_validation = {config.ema_validation} with {OPTION} at stage {stage}, where a process cannot draw "
-            "with the average while another draws without"
-        )
-        yield ("ema_validation", OPTION), Problem(found, remedy=f"Give {flag('ema_validation', 'none')}, or stage 3.")
     fetches = "stage3_use_all_reduce_for_fetch_params"
     if stage == 3 and config.model_type != "full" and config.zero_optimization.get(fetches):
         found = f"{OPTION}: {fetches} with a LoRA, whose weights are not of the base's format"

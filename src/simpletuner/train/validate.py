@@ -267,15 +267,16 @@ class Painter:
             for pictures in self._rounds(wanted):
                 progress = partial(_overall, report, before * steps, len(pictures), len(wanted) * steps)
                 before += len(pictures)
-                if self.world.rank < len(pictures) and failures < MAX_FAILURES:
-                    picture = pictures[self.world.rank]
-                    reason = self._try(picture, pictures, ready, progress)
-                    failures = 0 if reason is None else failures + 1
-                    attempts.append((picture.path, reason))
-                    if self.world.is_alone:
-                        self._count(self.run.root / picture.path, reason)
-                elif self._in_step:
-                    self._repeat(pictures, ready)
+                with self._view_of(pictures[0], by_all=True):
+                    if self.world.rank < len(pictures) and failures < MAX_FAILURES:
+                        picture = pictures[self.world.rank]
+                        reason = self._try(picture, pictures, ready, progress)
+                        failures = 0 if reason is None else failures + 1
+                        attempts.append((picture.path, reason))
+                        if self.world.is_alone:
+                            self._count(self.run.root / picture.path, reason)
+                    elif self._in_step:
+                        self._repeat(pictures, ready)
         return attempts
 
     @property
@@ -283,16 +284,20 @@ class Painter:
         """Whether other ranks wait for each model call of this one."""
         return self.is_sharded and not self.world.is_alone
 
+    @property
+    def _shares_trained(self) -> bool:
+        return self.trained.shards is not None
+
     def _rounds(self, wanted: list[Picture]) -> list[list[Picture]]:
         """What the ranks draw at the same time: rank r the r-th of each round. The larger pictures come first, so that
-        no rank draws all of them. Where ranks call the model together, a round is of one view: a sharded model computes
-        with the average on all of them or on none.
+        no rank draws all of them. Where ranks call the model together, or share out what is trained, a round is of one
+        view: the model computes with the average on all of them or on none.
         """
         size = self.world.writing_ranks
         views = [wanted]
         if size > 1:
             views = [sorted(wanted, key=lambda picture: -picture.width * picture.height)]
-        if self.is_sharded:
+        if self.is_sharded or self._shares_trained:
             views = [[each for each in views[0] if each.is_ema == is_ema] for is_ema in (False, True)]
         return [view[start : start + size] for view in views for start in range(0, len(view), size)]
 
@@ -363,9 +368,12 @@ class Painter:
             )
         self.notice(text)
 
-    def _view_of(self, picture: Picture) -> contextlib.AbstractContextManager[None]:
-        """A block in which the model is what `picture` shows."""
-        return self.ema.applied() if picture.is_ema and self.ema else contextlib.nullcontext()
+    def _view_of(self, picture: Picture, *, by_all: bool = False) -> contextlib.AbstractContextManager[None]:
+        """A block in which the model is what `picture` shows. Ranks that share out what is trained enter it all
+        together, for a round (`by_all`); the others for an image each, which alone is lost if it cannot be entered.
+        """
+        is_due = picture.is_ema and by_all == self._shares_trained
+        return self.ema.applied() if is_due and self.ema else contextlib.nullcontext()
 
     def _make(
         self, picture: Picture, ready: Callable[[], Denoise], both: bool, report: Callable[[int, int], None]

@@ -292,17 +292,6 @@ print(json.dumps(fields, default=str))
         assert fields | {name: field.default for name, field in ZeroOffload.model_fields.items()} == fields
 
 
-def test_the_average_is_drawn_at_stage_3_alone(place: Any) -> None:
-    """At stages 1 and 2 all ranks take the average together, and each draws images of its own."""
-    place.config |= {"deepspeed_config": "zero2", "use_ema": True, "num_processes": 2}
-    (problem,) = place.problems()
-    assert "ema_validation = comparison with deepspeed_config at stage 2" in problem
-    for more in ({"ema_validation": "none"}, {"validation_disable": True}, {"deepspeed_config": "zero3"}):
-        before, place.config = place.config, place.config | more
-        place.load()
-        place.config = before
-
-
 def test_weights_of_two_formats_are_not_fetched_by_all_reduce(place: Any) -> None:
     name = "stage3_use_all_reduce_for_fetch_params"
     place.config |= {"deepspeed_config": zero(stage=3, **{name: True}), "num_processes": 2}

@@ -30,6 +30,7 @@ from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.lora import Adapter, attach
 from simpletuner.flux2.tokens import reference_tokens
 from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.memory.row_shards import Shards
 from simpletuner.memory.world import World
 from simpletuner.runs.events import ValidationEvent
 from simpletuner.runs.layout import RunDirectory
@@ -471,6 +472,53 @@ def test_memory_that_runs_out_in_a_call_that_ranks_make_together_ends_the_run(tm
     first, second = in_threads(2, work)
     assert isinstance(first, RanksError)
     assert isinstance(second, torch.OutOfMemoryError)
+
+
+class WholeShards(Shards):
+    """Shares of what is trained, all of it on each rank, that change when those of all ranks do."""
+
+    def __init__(self, adapter: Adapter, world: World) -> None:
+        self.world = world
+        self.splits = {}
+        self.parameters = dict(adapter.weights)
+
+    def collect(self) -> None:
+        """Nothing."""
+
+    def settle(self) -> None:
+        self.world.barrier("what is trained")
+
+
+@SHARDED
+def test_ranks_that_share_out_what_is_trained_take_the_average_together(tmp_path: Path, is_sharded: bool) -> None:
+    """So does one without an image; and an image that fails leaves what is trained as it was."""
+    paint(ALONE, tmp_path / "alone")
+
+    def work(world: World) -> tuple[ValidationEvent | None, list[str], bool]:
+        attempts = iter(range(10))
+
+        def decode() -> Callable[[Tensor], Tensor]:
+            if world.rank == 1 and next(attempts) == 1:  # its image with the average
+                raise torch.OutOfMemoryError("out of memory")
+            return pixels
+
+        made = drawing(world, tmp_path / "ranks", is_sharded=is_sharded, decode=decode)
+        adapter = made.painter.trained
+        assert isinstance(adapter, Adapter)
+        adapter.masters = WholeShards(adapter, world)
+        before = {name: tensor.clone() for name, tensor in adapter.state().items()}
+        event = made.painter.draw(1, made.report)
+        return event, made.notices, all(tensor.equal(before[name]) for name, tensor in adapter.state().items())
+
+    (event, notices, *first), (_, _, *second) = in_threads(2, work)
+    assert event is not None
+    assert [picture.name for picture in event.pictures] == ["one", "two", "three", "one", "three"]
+    assert len(notices) == 1
+    assert [first, second] == [[True], [True]]
+    expected = images(RunDirectory(tmp_path / "alone").validation(1))
+    drawn = images(RunDirectory(tmp_path / "ranks").validation(1))
+    assert expected.keys() - drawn.keys() == {"ema/two_32x32_0.png"}
+    assert all(drawn[name] == expected[name] for name in drawn if name != "sheet.png")
 
 
 @pytest.mark.parametrize("error", [Stopped, DataError])
