@@ -15,9 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 from tests.recipes.conftest import Workplace
+from tests.recipes.test_full_ranks import FULL
+from tests.recipes.test_validation import DRAWN
 
 from resume_matrix import ADAPTER_LIMIT, LOSS_LIMIT, distance, drawn_pairs, matrix
 from simpletuner.config.options.ranks import ZERO_STAGES
@@ -51,6 +55,8 @@ FEATURES: Mapping[str, dict[str, Any]] = {
         "scheduled_sampling_ramp_steps": 1,
     },
 }
+SHARD_ALL = '--deepspeed_config={"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}'
+"""By default tensors as small as most of these stay whole."""
 MOMENTARY = {"time", "seconds", "pid", "memory_gib", "memory_allocated_gib", "images_per_s", "tflop_per_s", "plan"}
 PART = re.compile(r"-\d{5}-of-\d{5}")
 ROUNDED = {"loss", "grad_norm"}
@@ -208,9 +214,7 @@ def test_features_under_deepspeed_stage_3(cached_workplace: Workplace, features:
     shards = {key: value for key, value in FEATURES[features].items() if not key.startswith("fsdp_")}
     place.config |= shards | {"max_train_steps": 5, "checkpoint_step_interval": 5, "use_ema": True, "ema_decay": 0.9}
     train(place, "alone", 1, 2)
-    # By default tensors as small as most of these stay whole.
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
-    train(place, "zero", 2, 1, f"--deepspeed_config={json.dumps({'zero_optimization': zero})}")
+    train(place, "zero", 2, 1, SHARD_ALL)
     assert place.losses("zero") == pytest.approx(place.losses("alone"), rel=LOSS_LIMIT)
     calls = [[step["rollout_calls"] for step in place.events("step", name)] for name in ("zero", "alone")]
     assert calls[0] == calls[1]
@@ -230,3 +234,28 @@ def test_deepspeed_goes_on_where_other_engines_were(accumulated: Workplace, own_
     place.write()
     differences = matrix(own_folder, [("zero3", "single"), ("fsdp2", "zero3")], steps=2)
     assert [f"{start} → {end}: {each}" for (start, end), each in differences.items() if not each.is_within] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("deepspeed")
+def test_a_whole_model_goes_on_under_another_stage(cached_workplace: Workplace) -> None:
+    """Stage 1 draws an image of the average too, beside a rank without one; then stage 3 goes on."""
+    place = cached_workplace
+    place.config.pop("lora_rank")
+    place.config |= FULL | DRAWN | {"max_train_steps": 4, "validation_step_interval": 2}
+    place.prompts = {"one": "a gradient"}
+    assert place.train("--output_dir=output/alone", "--num_processes=1") == 0
+    train(place, "zero", 2, 1, "--deepspeed_config=zero1", "--max_train_steps=2")
+    train(place, "zero", 2, 1, SHARD_ALL)
+    assert place.losses("zero") == pytest.approx(place.losses("alone"), rel=LOSS_LIMIT)
+    ours, theirs = (place.run(name) for name in ("zero", "alone"))
+    for name in ("transformer.safetensors", "ema/transformer.safetensors"):
+        assert distance(ours.root / name, theirs.root / name) <= ADAPTER_LIMIT
+    for step in (2, 4):
+        for name in ("one_32x32_0.png", "ema/one_32x32_0.png"):
+            one, two = (Image.open(each.validation(step) / name).convert("RGB") for each in (ours, theirs))
+            levels = np.abs(np.asarray(one, np.int16) - np.asarray(two, np.int16))
+            assert levels.max() <= 1  # where a value lies between two
+    log = ours.log.read_text()
+    assert all(f"DeepSpeed, ZeRO stage {stage}: each of 2 processes steps" in log for stage in (1, 3))
