@@ -15,7 +15,7 @@ from simpletuner.base.sizes import format_duration, format_seconds, format_size
 from simpletuner.config.datasets import ImageSet
 from simpletuner.config.load import Loaded
 from simpletuner.config.options.offload import AUTO
-from simpletuner.config.options.ranks import ZERO_STAGES, RankOptions
+from simpletuner.config.options.ranks import ZERO_STAGES
 from simpletuner.config.precisions import PRECISIONS
 from simpletuner.config.previews import preview_download
 from simpletuner.config.record import MAY_CHANGE
@@ -49,7 +49,7 @@ from simpletuner.memory.planner import (
 )
 from simpletuner.memory.world import World
 from simpletuner.runs.events import Phase, PlanEvent
-from simpletuner.train.engine import EngineAdvice, advise, is_possible
+from simpletuner.train.engine import EngineAdvice, advise, is_possible, with_options
 from simpletuner.train.length import Plan
 
 RESOLUTION = "resolution"
@@ -318,15 +318,6 @@ def ladder(config: RunConfig, work: Workload, fitting_blocks: int | None = None)
             yield Change(RESOLUTION, edge, IN_SETS)
     if config.enable_group_offload and config.group_offload_to_disk_path is None:
         yield Change("group_offload_to_disk_path", "cache/blocks")
-
-
-def with_options(config: RunConfig, options: Mapping[str, object]) -> RunConfig:
-    """`config` with other values of options; the name of a stage of DeepSpeed stands for its settings."""
-    named = options.get("deepspeed_config")
-    if isinstance(named, str):
-        settings = RankOptions.model_validate({"deepspeed_config": named}).deepspeed_config
-        options = {**options, "deepspeed_config": settings}
-    return config.model_copy(update=options)
 
 
 @dataclass(frozen=True)

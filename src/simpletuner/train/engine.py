@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from simpletuner.base.sizes import format_size
+from simpletuner.config.options.ranks import ZERO_STAGES, RankOptions
 from simpletuner.config.rules import findings
 from simpletuner.config.run import RunConfig
 from simpletuner.memory.planner import ENGINES, NAMES, Engine, MemoryPlan, MemoryTier
@@ -87,9 +88,21 @@ def advise(budget: "Budget") -> EngineAdvice:
 
 def _with_engine(config: RunConfig, engine: Engine) -> RunConfig:
     """`config` with `engine`: with the options' own settings of DeepSpeed where they have that stage."""
-    stage = int(engine.removeprefix("zero")) if engine.startswith("zero") else 0
-    settings = config.deepspeed_config if stage == config.zero_stage else {"zero_optimization": {"stage": stage}}
-    return config.model_copy(update={"fsdp_enable": engine == "fsdp2", "deepspeed_config": settings if stage else None})
+    if engine == f"zero{config.zero_stage}":
+        return with_options(config, {"fsdp_enable": False})
+    stage = engine if engine in ZERO_STAGES else None
+    return with_options(config, {"fsdp_enable": engine == "fsdp2", "deepspeed_config": stage})
+
+
+def with_options(config: RunConfig, options: Mapping[str, object]) -> RunConfig:
+    """`config` with other values of options; the name of a stage of DeepSpeed stands for its settings."""
+    stage = options.get("deepspeed_config")
+    if isinstance(stage, str):
+        options = {
+            **options,
+            "deepspeed_config": RankOptions.model_validate({"deepspeed_config": stage}).deepspeed_config,
+        }
+    return config.model_copy(update=options)
 
 
 def _copies_fit(budget: "Budget", copies: MemoryPlan) -> str:
