@@ -388,7 +388,8 @@ def _paths(config: RunConfig) -> Iterator[Finding]:
         expected = "a .safetensors file or a run's folder"
         yield ("init_lora",), Problem(f"init_lora = {shown(config.init_lora)}: no such file", expected)
     resume = config.resume_from_checkpoint
-    if resume not in ("", LATEST) and not Path(resume).is_dir():
+    # Machine 0 sends it to the others.
+    if resume not in ("", LATEST) and config.machine_rank == 0 and not Path(resume).is_dir():
         found = f"resume_from_checkpoint = {shown(resume)}: no such folder"
         yield ("resume_from_checkpoint",), Problem(found, "latest, a checkpoint's folder, or nothing")
 

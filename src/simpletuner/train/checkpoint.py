@@ -13,7 +13,7 @@ from torch import Tensor
 from simpletuner.base.errors import CheckpointError, DiskError, RanksError, UserError, error_class
 from simpletuner.base.files import file_errors_reported, read_json, write_json
 from simpletuner.base.parts import discard
-from simpletuner.memory.machines import make_missing, remove_made, send_folder
+from simpletuner.memory.machines import make_missing, remove_made, send_folder, shared_folders
 from simpletuner.memory.row_shards import Shards
 from simpletuner.memory.shard import Split
 from simpletuner.memory.shares import RankTensor, load_shares, write_shares
@@ -118,14 +118,14 @@ def save_checkpoint(
 
 @contextlib.contextmanager
 def on_each_machine(folder: Path, run: RunDirectory, world: World) -> Iterator[Path]:
-    """Inside, rank 0's checkpoint `folder` as this rank sees it: where machines do not share the run's folder, a copy
-    in that of this machine, which is deleted at the end. All ranks enter and leave it.
+    """Inside, rank 0's checkpoint `folder` as this rank sees it: where machines do not share it or the run's folder, a
+    copy in the latter, which is deleted at the end. All ranks enter and leave it.
 
     Raises:
         DiskError: a machine has no room for the copy, or it reads back differently.
         RanksError: a rank is gone, or is waited for in vain.
     """
-    if world.writing_ranks == world.size:
+    if world.writing_ranks == world.size and folder.parent in shared_folders(world, [folder.parent]):
         yield folder
         return
     final = run.checkpoints / f"{folder.name}-of-machine-{world.machine}"

@@ -134,7 +134,7 @@ def find(run: RunDirectory, loaded: Loaded, reporter: Reporter, world: World) ->
         record=_record,
         restore=Resume.of_record,
     )
-    if loaded.config.resume_from_checkpoint == LATEST:
+    if world.broadcast_json(loaded.config.resume_from_checkpoint) == LATEST:
         check_machines(run, 0 if found is None else found.state.step, world)
     if found is None:
         return None, loaded

@@ -109,6 +109,13 @@ def test_options_are_held_against_each_other(place: Any, changes: dict[str, obje
     assert problem.endswith(message)
 
 
+def test_a_checkpoint_need_only_be_on_machine_0(place: Any) -> None:
+    flags = ("--num_machines=2", "--main_process_ip=10.0.0.1", "--resume_from_checkpoint=nope")
+    assert place.load(*flags, "--machine_rank=1").config.resume_from_checkpoint.endswith("nope")
+    (problem,) = place.problems(*flags, "--machine_rank=0")
+    assert "no such folder" in problem
+
+
 def test_a_rule_is_silent_about_a_value_that_is_refused_anyway(place: Any) -> None:
     place.config |= {"flux_guidance_mode": "random-range", "flux_guidance_min": 5, "flux_guidance_max": "x"}
     assert place.problems() == ["flux_guidance_max = 'x': expected a number of at least 0."]

@@ -1,12 +1,14 @@
 """How a resumed run may divide the effective batch: what is said, refused and remembered."""
 
 import json
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.ranks import in_ranks
 from tests.thread_ranks import on_ranks
 
 from simpletuner.base.errors import CheckpointError
@@ -16,9 +18,11 @@ from simpletuner.config.run import RunConfig
 from simpletuner.data.manifest import Manifest
 from simpletuner.memory.machines import with_writers
 from simpletuner.memory.world import World
+from simpletuner.runs.checkpoints import building
 from simpletuner.runs.layout import RunDirectory
+from simpletuner.train.checkpoint import on_each_machine
 from simpletuner.train.report import Reporter
-from simpletuner.train.resume import Resume, Ways, check_content, check_machines, continued
+from simpletuner.train.resume import Resume, Ways, check_content, check_machines, continued, find
 from simpletuner.train.state import TrainState
 
 Given = Callable[..., Loaded]
@@ -159,6 +163,37 @@ def test_a_later_step_on_another_machine_is_not_passed_over(tmp_path: Path) -> N
         "checkpoint on machine 0, whose output_dir is not shared. Copy it to machine 0, give machine 1 the "
         "--machine_rank 0, or delete it there."
     )
+
+
+def test_machine_0_alone_chooses_the_checkpoint(given: Given, tmp_path: Path) -> None:
+    def work(world: World) -> Resume | None:
+        run = RunDirectory(tmp_path / f"own-{world.machine}")
+        flag = "--resume_from_checkpoint=" if world.is_main else "--resume_from_checkpoint=latest"
+        return find(run, given(flag), Reporter(), with_writers(world, run.root))[0]
+
+    assert on_ranks(2, work, machines=2) == []
+
+
+def seen_of_checkpoint(world: World, folder: str) -> list[str]:
+    """Files of machine 0's checkpoint outside of the run's folder as this machine sees them, and what is left then."""
+    run = RunDirectory(Path(folder) / "run")
+    os.chdir(Path(folder) / f"machine-{world.machine}")
+    with on_each_machine(Path("saved/step-000003"), run, world) as checkpoint:
+        texts = [path.read_text() for path in checkpoint.glob("*.txt")]
+    return [*texts, *map(str, Path().rglob("*.txt")), *map(str, run.root.rglob("*.txt"))]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_only_machine_0_has_is_sent_to_a_run_that_all_share(tmp_path: Path) -> None:
+    for machine in range(2):
+        (tmp_path / f"machine-{machine}").mkdir()
+    with building(tmp_path / "machine-0" / "saved" / "step-000003") as part:
+        (part / "weights.txt").write_text("of machine 0")
+    assert in_ranks(2, seen_of_checkpoint, str(tmp_path), machines=2) == [
+        ["of machine 0", "saved/step-000003/weights.txt"],
+        ["of machine 0"],
+    ]
+    assert not (tmp_path / "machine-1" / "saved").exists()
 
 
 def test_every_key_that_may_have_changed_a_set_is_named(given: Given) -> None:
