@@ -49,9 +49,14 @@ def run(arguments: list[str]) -> int:
             if place is None:
                 gpus = visible_gpus(os.environ)
                 size = processes(loaded.config, gpus)
-                loaded = _settled(_with_idle_gpus(loaded, gpus), size)
+                notice = _idle_gpus(loaded.config, gpus)
+                loaded = _settled(loaded, size)
                 if size > 1 and (loaded.config.num_machines > 1 or not _is_trained(loaded.config)):
+                    if notice is not None:
+                        say(f"Note: {notice}")
                     return _supervise(loaded.arguments, loaded, size)
+                if notice is not None:
+                    loaded = replace(loaded, notices=(*loaded.notices, notice))
             if place is None or place.rank == 0:
                 end_samplers(Path.cwd(), os.environ, say)
             # torch: only once the configuration is known to be good
@@ -139,18 +144,18 @@ def _settled(loaded: Loaded, size: int) -> Loaded:
     return replace(loaded, config=config)
 
 
-def _with_idle_gpus(loaded: Loaded, gpus: int) -> Loaded:
-    """`loaded`, with a notice where one process trains and nobody asked for that."""
-    config = loaded.config
-    if gpus < 2 and config.takes_every_gpu and config.num_processes is None:
+def _idle_gpus(config: RunConfig, gpus: int) -> str | None:
+    """A notice, where this machine trains with one process and nobody asked for that."""
+    if config.num_processes is not None:
+        return None
+    if not config.takes_every_gpu and gpus > 1:
+        here = "" if config.num_machines == 1 else f" on machine {config.machine_rank}"
+        return (
+            f"{gpus} GPUs are visible{here}, one trains, and {gpus - 1} stand idle. "
+            f"--num_processes={gpus * config.num_machines} trains on all, with {gpus} times the effective batch."
+        )
+    if config.takes_every_gpu and gpus < 2 and config.num_machines == 1:
         there = "one GPU is visible" if gpus else "no GPU is visible"
         engine = "fsdp_enable" if config.fsdp_enable else "deepspeed_config"
-        notice = no_effect([engine], f"{there}, and one process trains")
-        return replace(loaded, notices=(*loaded.notices, notice))
-    if gpus < 2 or config.takes_every_gpu or config.num_processes is not None:
-        return loaded
-    notice = (
-        f"{gpus} GPUs are visible, one trains, and {gpus - 1} stand idle. --num_processes={gpus} trains on all of "
-        f"them, with {gpus} times the effective batch."
-    )
-    return replace(loaded, notices=(*loaded.notices, notice))
+        return no_effect([engine], f"{there}, and one process trains")
+    return None

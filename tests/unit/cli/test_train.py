@@ -86,14 +86,22 @@ def test_a_run_that_has_all_its_steps_is_no_reason_to_start_several(own_folder: 
 
 
 def test_idle_gpus_are_noted_unless_one_process_was_asked_for() -> None:
-    loaded = train.load_here(EXAMPLE)
-    assert train._with_idle_gpus(loaded, 1) is loaded
-    assert (
-        "4 GPUs are visible, one trains, and 3 stand idle. --num_processes=4"
-        in (train._with_idle_gpus(loaded, 4).notices[-1])
+    def noted(gpus: int, *flags: str) -> str | None:
+        return train._idle_gpus(train.load_here([*EXAMPLE, *flags]).config, gpus)
+
+    assert noted(1) is None
+    assert noted(4, "--num_processes=1") is None
+    assert noted(4) == (
+        "4 GPUs are visible, one trains, and 3 stand idle. --num_processes=4 trains on all, with 4 times the effective "
+        "batch."
     )
-    asked = train.load_here([*EXAMPLE, "--num_processes=1"])
-    assert train._with_idle_gpus(asked, 4) is asked
+    two = ("--num_machines=2", "--machine_rank=1", "--main_process_ip=10.0.0.1")
+    assert noted(1, *two, "--fsdp_enable") is None, "one on each machine shares with the other"
+    assert noted(4, *two, "--fsdp_enable") is None
+    assert noted(4, *two) == (
+        "4 GPUs are visible on machine 1, one trains, and 3 stand idle. --num_processes=8 trains on all, with 4 times "
+        "the effective batch."
+    )
 
 
 def test_under_torchrun_its_number_of_processes_counts(monkeypatch: pytest.MonkeyPatch, started: list[int]) -> None:
@@ -117,9 +125,8 @@ def test_one_process_shards_nothing_and_says_so(engine: str, gpus: int, said: st
     loaded = train.load_here([*EXAMPLE, f"--{engine}={'true' if engine == 'fsdp_enable' else 'zero2'}"])
     assert train.processes(loaded.config, gpus) == 1
     notice = f"{engine} has no effect: {said}, and one process trains."
-    settled = train._settled(train._with_idle_gpus(loaded, gpus), 1)
-    assert settled.notices[-1] == notice
-    assert settled.config.zero_stage == 0
+    assert train._idle_gpus(loaded.config, gpus) == notice
+    assert train._settled(loaded, 1).config.zero_stage == 0
 
 
 @pytest.mark.usefixtures("said_deepspeed")
@@ -156,7 +163,9 @@ def test_more_processes_than_gpus_of_the_machines_are_refused() -> None:
         train.processes(RankOptions(num_processes=10, num_machines=2), 4)
 
 
-def test_machines_meet_before_the_processes_start(started: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machines_meet_before_the_processes_start(
+    started: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     met: list[tuple[Any, ...]] = []
 
     def meet(*arguments: Any) -> Machines:
@@ -172,3 +181,7 @@ def test_machines_meet_before_the_processes_start(started: list[int], monkeypatc
     assert (terms["num_processes"], terms["num_machines"], terms["lora_rank"]) == (6, 2, 32)
     assert not terms.keys() & {"machine_rank", "main_process_port", "main_process_ip", "output_dir"}
     assert json.loads(json.dumps(terms)) == terms
+    capsys.readouterr()
+    monkeypatch.setattr(train, "visible_gpus", lambda _: 4)
+    assert train.run([*flags]) == 0
+    assert capsys.readouterr().out.startswith("Note: 4 GPUs are visible on machine 1, one trains, and 3 stand idle.")
