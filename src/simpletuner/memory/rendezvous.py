@@ -79,7 +79,7 @@ def join(environ: Mapping[str, str], timeout_s: float) -> World:
         own: KeyStore = PrefixStore("signs", store)
     if place.machines > 1:
         own = PatientStore(own, timeout_s)
-    errors = place.errors or ErrorKeys(place.rank, place.size, own)
+    errors = place.errors or ErrorKeys(place.rank, place.size, own, address)
     signs = Signs(own, place.rank, range(place.size), timeout_s, errors)
     signs.start()
     atexit.register(leave)

@@ -339,9 +339,11 @@ class PatientStore:
 
 @dataclass(frozen=True)
 class ErrorKeys(RankErrors):
-    """Errors in a store that all ranks reach."""
+    """Errors in a store on rank 0's machine. Once it is out of reach, `read` says so on the other ranks."""
 
     store: KeyStore
+    address: str
+    """Of rank 0's machine."""
 
     def write(self, failure: RankFailure) -> None:
         with contextlib.suppress(RuntimeError):
@@ -349,12 +351,22 @@ class ErrorKeys(RankErrors):
             self.store.set("error", "")
 
     def read(self) -> dict[int, RankFailure]:
-        with contextlib.suppress(RuntimeError):
-            if self.store.check(["error"]):
-                keys = [key for key in (f"error/{rank}" for rank in range(self.size)) if self.store.check([key])]
-                failures = [RankFailure.model_validate_json(self.store.get(key)) for key in keys]
-                return {failure.rank: failure for failure in failures}
-        return {}
+        try:
+            if not self.store.check(["error"]):
+                return {}
+            keys = [key for key in (f"error/{rank}" for rank in range(self.size)) if self.store.check([key])]
+            failures = [RankFailure.model_validate_json(self.store.get(key)) for key in keys]
+        except RuntimeError:
+            failures = [self._lost] if self.rank else []
+        return {failure.rank: failure for failure in failures}
+
+    @property
+    def _lost(self) -> RankFailure:
+        text = (
+            f"rank 0 is out of reach at {self.address}, and with it the store in which the processes leave their "
+            "errors. What ended the run is in rank 0's output."
+        )
+        return RankFailure(rank=0, exit_code=RanksError.exit_code, text=text, time=time.time())
 
 
 @dataclass

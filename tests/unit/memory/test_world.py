@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from tests.ranks import in_ranks
+from torch.distributed import TCPStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from simpletuner.base.errors import RanksError
 from simpletuner.memory.shard import FlatSplit
-from simpletuner.memory.world import BUCKET_BYTES, World
+from simpletuner.memory.world import BUCKET_BYTES, ErrorKeys, World
 from simpletuner.runs.ranks import RANKS_FOLDER, RankFailure
 
 
@@ -121,3 +123,16 @@ def test_the_ranks_of_a_machine_are_a_world_too(starter: str) -> None:
         assert place == [machine, 2, rank % 2, 2, 1]
         assert (total, gathered, first) == (4 * machine + 1, [2 * machine, 2 * machine + 1], 2 * machine)
         assert told == "rank 3: no images"
+
+
+def test_errors_that_went_with_rank_0s_store_are_looked_for_in_its_output() -> None:
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    errors = ErrorKeys(2, 3, TCPStore("127.0.0.1", server.port), "10.0.0.1")
+    errors.check()
+    del server
+    with pytest.raises(RanksError) as caught, errors.told():
+        raise RanksError.of("another process is gone")
+    assert str(caught.value) == (
+        "rank 0 is out of reach at 10.0.0.1, and with it the store in which the processes leave their errors. What "
+        "ended the run is in rank 0's output."
+    )
