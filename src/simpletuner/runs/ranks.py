@@ -476,6 +476,7 @@ class Supervisor:
             self._stop_is_due = False
             for line in machines.lines:
                 line.send(stop=True)
+            complain("Machine 0 is asked to stop the run; once more to leave at once.")
         for line in machines.lines:
             for message in line.receive():
                 self._take(message, line, errors)
@@ -494,6 +495,7 @@ class Supervisor:
             errors.write(RankFailure.model_validate(message["failure"]).model_copy(update={"time": time.time()}))
         elif "stop" in message and self._asked_at is None and not self._is_asked_elsewhere:
             self._is_asked_elsewhere = True
+            complain(f"Machine {line.machine} was asked to stop.")
             self._ranks[0].process.send_signal(ASKED_ELSEWHERE)
         elif "ended" in message:
             line.ended = int(message["ended"])
@@ -533,7 +535,10 @@ class Supervisor:
     def _concluded(self, errors: ErrorFiles, starts: int, began: float) -> int:
         """Report the first failure, unless rank 0 has; returns the exit code."""
         if self.first_rank > 0:
-            return self._concluded_elsewhere(errors)
+            code = self._concluded_elsewhere(errors)
+            if code == STOPPED and self._leave_at == float("inf"):
+                complain("stopped with machine 0, which says what is saved. Give the same commands again to go on.")
+            return code
         main, told = self._ranks[0], errors.read()
         code = main.process.returncode
         if self._obeyed_early(main) or (main.was_ended and self._leave_at < float("inf")):
