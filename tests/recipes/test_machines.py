@@ -17,6 +17,7 @@ from tests.recipes.processes import TIMEOUT_S, children, ended, listening, until
 from simpletuner.base.errors import RanksError, Stopped
 from simpletuner.runs.checkpoints import steps
 from simpletuner.runs.status import status_of
+from simpletuner.train.checkpoint import read_state
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -73,31 +74,37 @@ def network() -> Iterator[Network]:
         made.remove()
 
 
+def start(name: str, place: Workplace, command: Sequence[str], environ: dict[str, str]) -> subprocess.Popen[str]:
+    """A command on the machine of that name."""
+    return subprocess.Popen(
+        ["ip", "netns", "exec", name, sys.executable, "-P", "-m", *command],
+        cwd=place.folder,
+        env={**os.environ, **environ},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 @contextlib.contextmanager
 def started(
     network: Network, place: Workplace, commands: Sequence[Sequence[str]], environs: Sequence[dict[str, str]] = ({}, {})
 ) -> Iterator[list[subprocess.Popen[str]]]:
-    """One command on each machine, in the same working folder; what is left of them at the end is ended."""
+    """One command on each machine, or on the first alone, in the same working folder; what is left at the end of them,
+    and of those that are added, is ended.
+    """
     place.write()
     processes: list[subprocess.Popen[str]] = []
     ranks: set[int] = set()
     try:
-        for name, command, environ in zip(network.names, commands, environs, strict=True):
-            processes.append(
-                subprocess.Popen(
-                    ["ip", "netns", "exec", name, sys.executable, "-P", "-m", *command],
-                    cwd=place.folder,
-                    env={**os.environ, **environ},
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
+        for name, command, environ in zip(network.names, commands, environs, strict=False):
+            processes.append(start(name, place, command, environ))
         for process in processes:
             until(lambda process=process: bool(children(process.pid)), process)
             ranks |= {*children(process.pid)}
         yield processes
     finally:
+        ranks |= {pid for process in processes for pid in children(process.pid)}
         for pid in (*(process.pid for process in processes), *ranks):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -152,6 +159,45 @@ def test_two_nodes_of_torchrun_train_what_one_process_does(
     assert_same_run(cached_workplace, uninterrupted)
 
 
+def test_torchrun_goes_on_where_a_machine_comes_and_leaves(network: Network, cached_workplace: Workplace) -> None:
+    """From the last checkpoint, with as many images a step."""
+    place = cached_workplace
+    elastic = ("--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d")
+    endpoint = f"--rdzv-endpoint={ADDRESSES[0]}:{PORT}"
+    # torchrun would know its machine by the name, which both share here.
+    conf = "--rdzv-conf=last_call_timeout=2,keep_alive_interval=1,is_host="
+    train = ("-m", "simpletuner", "train", *LONG, "--gradient_accumulation_steps=2")
+    commands = [
+        ["torch.distributed.run", *elastic, endpoint, f"--local-addr={address}", f"{conf}{number == 0}", *train]
+        for number, address in enumerate(ADDRESSES)
+    ]
+    environ = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+    def accumulation(processes: int) -> int | None:
+        """Of the last checkpoint, once so many processes have saved one."""
+        runs, saved = place.events("run"), [e for e in place.events("checkpoint") if e["state"] == "saved"]
+        if not runs or not saved or (runs[-1]["processes"], runs[-1]["start"]) != (processes, saved[-1]["start"]):
+            return None
+        return read_state(place.run().root / saved[-1]["path"]).config["gradient_accumulation_steps"]
+
+    with started(network, place, commands[:1], [environ]) as agents:
+        until(lambda: accumulation(1) == 2, agents[0])
+        agents.append(start(network.names[1], place, commands[1], environ))
+        until(lambda: accumulation(2) == 1, agents[0])
+        for pid in (*children(agents[1].pid), agents[1].pid):
+            os.kill(pid, signal.SIGKILL)
+        until(lambda: len(place.events("run")) == 3 and accumulation(1) == 2, agents[0])
+        agents[0].send_signal(signal.SIGTERM)
+        agents[0].wait(TIMEOUT_S)
+    status = status_of(place.run())
+    assert (status.state, status.saved) == ("stopped", status.step)
+    runs = place.events("run")
+    assert [run["processes"] for run in runs] == [1, 2, 1]
+    taken = [event["step"] for event in place.events("step") if event["start"] == runs[0]["start"]]
+    assert runs[1]["resumed_from"] == taken[-1], "it saved before the other came"
+    assert runs[2]["resumed_from"] >= runs[1]["resumed_from"] + 1
+
+
 def test_what_ends_one_machine_is_named_on_both_and_the_next_start_goes_on(
     network: Network, cached_workplace: Workplace
 ) -> None:
@@ -203,6 +249,12 @@ def test_what_ends_one_machine_is_named_on_both_and_the_next_start_goes_on(
     with started(network, place, trains(*LONG)) as machines:
         begun(machines)
         machines[1].send_signal(signal.SIGINT)
-        assert [ended(machine)[0] for machine in machines] == [Stopped.exit_code] * 2
+        printed = [machine.communicate(timeout=TIMEOUT_S)[1].splitlines() for machine in machines]
+        assert [machine.returncode for machine in machines] == [Stopped.exit_code] * 2
     status = status_of(place.run())
     assert (status.state, status.saved) == ("stopped", status.step)
+    assert "Machine 1 was asked to stop." in printed[0]
+    assert printed[0][-1] == (
+        f"stopped after step {status.step} of 4000; it is saved. Give the same command again to go on."
+    )
+    assert printed[1][-1].startswith("stopped with machine 0, which says what is saved.")
