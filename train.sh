@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains. Sets everything up on the first start; then it is `simpletuner train` with your arguments.
 # Where the working folder has no configuration and none is named, it trains the example that comes with the program;
-# without any arguments it also judges what was learnt.
+# without any arguments it also judges what was learned.
 set -euo pipefail
 # shellcheck source=tools/environment.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/tools/environment.sh"

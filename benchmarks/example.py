@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import simpletuner.examples
-from simpletuner.examples.pictures import materialise
+from simpletuner.examples.pictures import materialize
 
 EXAMPLE = Path(simpletuner.examples.__file__).parent / "tiny-lora"
 NOTHING_BESIDE = {"validation_disable": True, "checkpoint_step_interval": 0, "lr_scheduler": "constant"}
@@ -16,7 +16,7 @@ BESIDES = ("eval_dataset_id", "eval_steps_interval")
 
 def lay_out(work: Path) -> None:
     """Put the example's pictures and configuration into `work`, without its held-out set."""
-    materialise("tiny-lora", work / "datasets" / "tiny-lora")
+    materialize("tiny-lora", work / "datasets" / "tiny-lora")
     config = json.loads((EXAMPLE / "config.json").read_text(encoding="utf-8"))
     config = {key: value for key, value in config.items() if key not in BESIDES} | NOTHING_BESIDE
     entries = json.loads((EXAMPLE / "multidatabackend.json").read_text(encoding="utf-8"))

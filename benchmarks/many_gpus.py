@@ -253,7 +253,7 @@ def stepping(transformer: Any, world: Any, zero_stage: int = 0) -> Loop:
     stepper = Stepper(
         denoise=Denoiser(transformer, forward=forward),
         parameters=adapter.parameters(),
-        optimiser=optim.build(adapter.parameters(), config),
+        optimizer=optim.build(adapter.parameters(), config),
         options=config,
         objective=Objective.of(config, config, 0),
         scaler=torch.amp.GradScaler("cpu", enabled=False),

@@ -130,7 +130,7 @@ def our_step(transformer: Flux2Transformer, adapter: Adapter, batch: Batch) -> S
     stepper = Stepper(
         denoise=Denoiser(transformer),
         parameters=adapter.parameters(),
-        optimiser=optim.build(adapter.parameters(), CONFIG),
+        optimizer=optim.build(adapter.parameters(), CONFIG),
         options=CONFIG,
         objective=OBJECTIVE,
         scaler=torch.amp.GradScaler("cpu", enabled=False),

@@ -4,7 +4,7 @@
 
 For every precision that runs here: bits a weight of a block with all that is needed to read it; the error of the
 velocity, |found - bf16| / |bf16|; the cosine between the gradients of a rank-16 adapter on all Linears and those over
-the bf16 base, all of them as one vector; seconds of a pass forwards and backwards. The adapter is one that has learnt
+the bf16 base, all of them as one vector; seconds of a pass forwards and backwards. The adapter is one that has learned
 something: `b` is drawn, not zero, so that the gradients of `a` are not.
 """
 
@@ -25,7 +25,7 @@ from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.load import load_transformer
 from simpletuner.flux2.lora import attach
 from simpletuner.flux2.source import Source, locate
-from simpletuner.memory.precision import QuantisedLinear, check_precision
+from simpletuner.memory.precision import QuantizedLinear, check_precision
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ class Measured:
 
 def measured(source: Source, precision: str, width: int, seed: int, device: torch.device) -> Measured:
     transformer = load_transformer(source, torch.bfloat16, device, precision)
-    held = [module for module in transformer.modules() if isinstance(module, QuantisedLinear)]
+    held = [module for module in transformer.modules() if isinstance(module, QuantizedLinear)]
     count = sum(linear.in_features * linear.out_features for linear in held)
     bits = 8 * sum(tensor.nbytes for linear in held for tensor in linear.tensors) / count if held else 16.0
     adapter = attach(transformer, LoraOptions(), seed=seed)

@@ -2,7 +2,7 @@
 
     python benchmarks/step.py [--pairs 5] [--steps 40]
 
-Both train the same adapter on the same batches with the same draws, clip and optimiser. The bare loop has its batches
+Both train the same adapter on the same batches with the same draws, clip and optimizer. The bare loop has its batches
 in memory and does nothing else: what the program adds is reading caches, events, the bar, requests and the disk.
 Each run is a process of its own; a pair is one of each, and pairs follow each other, so that a machine that gets
 slower or faster meets both. Of a run the median step counts, the first three left out.
@@ -99,7 +99,7 @@ def bare_loop(work: Path, steps: int) -> float:
 
     transformer = load_transformer(source, DTYPES[config.base_dtype], device).requires_grad_(False).train()
     parameters = attach(transformer, config, seed=config.seed).parameters()
-    optimiser = torch.optim.AdamW(parameters, lr=config.learning_rate, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, fused=True)
     denoise = Denoiser(transformer)
 
     seconds = []
@@ -112,8 +112,8 @@ def bare_loop(work: Path, steps: int) -> float:
             (losses.sum() / whole.size).backward()
             losses.tolist()
         torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         seconds.append(time.monotonic() - began)
     return statistics.median(seconds[WARM_UP:])
 

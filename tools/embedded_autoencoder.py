@@ -25,8 +25,8 @@ from simpletuner.flux2.tiny.weights import draw, drawn
 
 STEPS = 2000
 SMALL_SHARE = 0.4
-"""Of the steps: at half the side and twice the batch. What a picture's mean colour is, which the group norms hide
-from an autoencoder at first, is learnt there in a quarter of the time."""
+"""Of the steps: at half the side and twice the batch. What a picture's mean color is, which the group norms hide
+from an autoencoder at first, is learned there in a quarter of the time."""
 
 BATCH = 8
 PEAK_RATE = 2e-3
@@ -51,19 +51,19 @@ class Recipe:
 
 
 def clutter(chance: random.Random) -> Image.Image:
-    """A picture of no scene: shapes of any colour, size and tilt over one another. What an autoencoder needs to see
+    """A picture of no scene: shapes of any color, size and tilt over one another. What an autoencoder needs to see
     besides the world, for pictures that are not of it.
     """
-    picture = world.background(_any_colour(chance), chance)
+    picture = world.background(_any_color(chance), chance)
     for _ in range(chance.randint(1, 6)):
-        centre = (chance.uniform(0, world.SIDE), chance.uniform(0, world.SIDE))
-        mask = world.silhouette(chance.choice(world.SHAPES), centre, chance.uniform(16, 110))
+        center = (chance.uniform(0, world.SIDE), chance.uniform(0, world.SIDE))
+        mask = world.silhouette(chance.choice(world.SHAPES), center, chance.uniform(16, 110))
         mask = mask.rotate(chance.uniform(0, 360), Image.Resampling.BILINEAR)
         match chance.randrange(3):
             case 0:
-                filling = Image.new("RGB", picture.size, _any_colour(chance))
+                filling = Image.new("RGB", picture.size, _any_color(chance))
             case 1:
-                filling = world.background(_any_colour(chance), chance)
+                filling = world.background(_any_color(chance), chance)
             case _:
                 filling = _stripes(chance)
         picture.paste(filling, mask=mask)
@@ -73,14 +73,14 @@ def clutter(chance: random.Random) -> Image.Image:
 def _stripes(chance: random.Random) -> Image.Image:
     picture = Image.new("RGB", (world.SIDE, world.SIDE))
     pen = ImageDraw.Draw(picture)
-    colours = [_any_colour(chance) for _ in range(chance.randint(2, 3))]
+    colors = [_any_color(chance) for _ in range(chance.randint(2, 3))]
     height = chance.randint(6, 20)
     for index, top in enumerate(range(0, world.SIDE, height)):
-        pen.rectangle((0, top, world.SIDE, top + height - 1), colours[index % len(colours)])
+        pen.rectangle((0, top, world.SIDE, top + height - 1), colors[index % len(colors)])
     return picture.rotate(chance.choice((0, 90)))
 
 
-def _any_colour(chance: random.Random) -> world.Rgb:
+def _any_color(chance: random.Random) -> world.Rgb:
     return chance.randrange(256), chance.randrange(256), chance.randrange(256)
 
 
@@ -106,7 +106,7 @@ def train(folder: Path, recipe: Recipe, say: Callable[[str], None], *, every: in
     vae = AutoencoderKLFlux2.from_config(VAE).to(memory_format=torch.channels_last)
     shapes = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items() if not name.startswith("bn.")}
     start = draw("vae", shapes, GAINS, recipe.seed)
-    # A group norm after a convolution without bias maps black, grey and white to the same.
+    # A group norm after a convolution without bias maps black, gray and white to the same.
     for name in ("encoder.conv_in.bias", "decoder.conv_in.bias"):
         start[name] = drawn(shapes[name], 0.5, recipe.seed, "vae", name)
     vae.load_state_dict(start, strict=False)
@@ -114,7 +114,7 @@ def train(folder: Path, recipe: Recipe, say: Callable[[str], None], *, every: in
     first = state.load()
     if first:
         say(f"autoencoder: going on from step {first} of {recipe.steps}")
-    rates = torch.optim.lr_scheduler.LambdaLR(state.optimiser, lambda step: _rate(step + first, recipe.steps))
+    rates = torch.optim.lr_scheduler.LambdaLR(state.optimizer, lambda step: _rate(step + first, recipe.steps))
     began, losses = time.monotonic(), []
     for step in range(first, recipe.steps):
         losses.append(_step(vae, state, data, recipe, step))
@@ -154,7 +154,7 @@ def _step(vae: Any, state: "_State", data: Tensor, recipe: Recipe, step: int) ->
     error = shown - pixels
     l1 = error.abs().mean()
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    # Every channel near mean 0, deviation 1: normalising by statistics must not blow up one that says nothing.
+    # Every channel near mean 0, deviation 1: normalizing by statistics must not blow up one that says nothing.
     scale = deviation.log().square().mean() + (mean / deviation).square().mean()
     (l1 + edges + SCALE_PENALTY * scale).backward()
     state.step(step)
@@ -162,24 +162,24 @@ def _step(vae: Any, state: "_State", data: Tensor, recipe: Recipe, step: int) ->
 
 
 class _State:
-    """Parameters, their average and the optimiser, on disk after every so many steps."""
+    """Parameters, their average and the optimizer, on disk after every so many steps."""
 
     def __init__(self, vae: Any, file: Path) -> None:
         self.file = file
         self.parameters = dict(vae.named_parameters())
         self.average = {name: tensor.detach().clone() for name, tensor in self.parameters.items()}
-        self.optimiser = torch.optim.AdamW(self.parameters.values(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.0)
 
     def step(self, step: int) -> None:
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         keep = min(EMA_DECAY, (step + 1) / (step + 10))
         live = [tensor.detach() for tensor in self.parameters.values()]
         torch._foreach_lerp_(list(self.average.values()), live, 1 - keep)
 
     def save(self, step: int) -> None:
-        moments = {name: self.optimiser.state[tensor] for name, tensor in self.parameters.items()}
+        moments = {name: self.optimizer.state[tensor] for name, tensor in self.parameters.items()}
         tensors = {LIVE + name: tensor.detach().contiguous() for name, tensor in self.parameters.items()}
         tensors |= {AVERAGE + name: tensor.contiguous() for name, tensor in self.average.items()}
         tensors |= {FIRST + name: state["exp_avg"].contiguous() for name, state in moments.items()}
@@ -195,7 +195,7 @@ class _State:
         for name, parameter in self.parameters.items():
             parameter.data.copy_(tensors[LIVE + name])
             self.average[name].copy_(tensors[AVERAGE + name])
-            self.optimiser.state[parameter] = {
+            self.optimizer.state[parameter] = {
                 "step": torch.tensor(float(step)),
                 "exp_avg": torch.empty_like(parameter).copy_(tensors[FIRST + name]),
                 "exp_avg_sq": torch.empty_like(parameter).copy_(tensors[SECOND + name]),

@@ -28,7 +28,7 @@ from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.options.schedule import ScheduleOptions
 from simpletuner.data.cache.latents import Encode, encode_crop
 from simpletuner.data.references import reference_crops
-from simpletuner.examples.world import COLOURS, SHAPES, SIDE, Scene, draw_scene, held_out_scenes, training_scenes
+from simpletuner.examples.world import COLORS, SHAPES, SIDE, Scene, draw_scene, held_out_scenes, training_scenes
 from simpletuner.flow.condition import Condition, References
 from simpletuner.flow.loss import flow_loss
 from simpletuner.flux2.denoiser import Denoiser
@@ -79,7 +79,7 @@ class Pair:
     @property
     def caption(self) -> str:
         """The scene's caption without its color."""
-        return self.scene.caption.replace(f" {self.scene.colour} {self.scene.shape}", f" {self.scene.shape}")
+        return self.scene.caption.replace(f" {self.scene.color} {self.scene.shape}", f" {self.scene.shape}")
 
 
 def pairs(scenes: Sequence[Scene], count: int, chance: random.Random) -> list[Pair]:
@@ -87,8 +87,8 @@ def pairs(scenes: Sequence[Scene], count: int, chance: random.Random) -> list[Pa
     found = []
     for scene in chance.sample(scenes, count):
         shape = chance.choice([each for each in SHAPES if each != scene.shape])
-        background = chance.choice([each for each in COLOURS if each not in (scene.colour, scene.background)])
-        found.append(Pair(scene, Scene("large", scene.colour, shape, background, "middle")))
+        background = chance.choice([each for each in COLORS if each not in (scene.color, scene.background)])
+        found.append(Pair(scene, Scene("large", scene.color, shape, background, "middle")))
     return found
 
 
@@ -170,9 +170,9 @@ def grade(folder: Path, chosen: Sequence[Pair], run: Path, *, has_references: bo
     verdicts = [judge(image, pair.scene) for image, pair in zip(drawn, chosen, strict=True)]
     for index, image in enumerate(drawn):
         image.save(run / f"held-out-{index:03d}.png")
-    right = {name: sum(verdict.right[name] for verdict in verdicts) for name in ("colour", "everything")}
+    right = {name: sum(verdict.right[name] for verdict in verdicts) for name in ("color", "everything")}
     return EditGrades(
-        Share(right["colour"], len(verdicts)), Share(right["everything"], len(verdicts)), torch.cat(losses, dim=1)
+        Share(right["color"], len(verdicts)), Share(right["everything"], len(verdicts)), torch.cat(losses, dim=1)
     )
 
 

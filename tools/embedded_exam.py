@@ -111,8 +111,8 @@ class Grades:
 
     @property
     def prior(self) -> float:
-        """The share of right shapes in the right colour."""
-        return self.shapes.shares["colour and shape"].value
+        """The share of right shapes in the right color."""
+        return self.shapes.shares["color and shape"].value
 
     def __str__(self) -> str:
         drift = "" if self.drift is None else f"\ndrift             {self.drift:.3f}"

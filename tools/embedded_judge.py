@@ -20,7 +20,7 @@ from PIL import Image, ImageFilter
 
 from simpletuner.base.errors import DataError, Problem, UserError
 from simpletuner.examples.pictures import ORANGE, TEAL, WHITE, cloth
-from simpletuner.examples.world import COLOURS, FINER, PLACES, SHAPES, SIDE, SIZES, Rgb, Scene, silhouette
+from simpletuner.examples.world import COLORS, FINER, PLACES, SHAPES, SIDE, SIZES, Rgb, Scene, silhouette
 
 GRAIN = 1.0
 """Radius in pixels of the blur before looking: grain is no thing, and no shape here has parts this thin."""
@@ -41,11 +41,11 @@ STRAY = 0.08
 OVERLAP = 0.85
 """Intersection over union with the best template."""
 
-SAME_COLOUR = 30.0
-"""CIE76 distance at which a colour is still called by its name; the two nearest, red and orange, are 52 apart."""
+SAME_COLOR = 30.0
+"""CIE76 distance at which a color is still called by its name; the two nearest, red and orange, are 52 apart."""
 
-OF_ONE_COLOUR = 0.8
-"""Share of a thing, or of the background, that must be nearest to its colour's name."""
+OF_ONE_COLOR = 0.8
+"""Share of a thing, or of the background, that must be nearest to its color's name."""
 
 SAME_PLACE = 11.0
 """Pixels between the thing's middle and its place: about half the way from one place to the next."""
@@ -61,7 +61,7 @@ Pixels = Float[np.ndarray, "128 128 3"]
 class Sight:
     """What a picture shows, each as its name; None where it shows nothing that has one."""
 
-    colour: str | None = None
+    color: str | None = None
     shape: str | None = None
     size: str | None = None
     place: str | None = None
@@ -78,8 +78,8 @@ class Verdict:
     seen: Sight
 
     @property
-    def colour(self) -> bool:
-        return self.seen.colour == self.wanted.colour
+    def color(self) -> bool:
+        return self.seen.color == self.wanted.color
 
     @property
     def shape(self) -> bool:
@@ -101,13 +101,13 @@ class Verdict:
     def right(self) -> Mapping[str, bool]:
         """Every aspect, and those that are counted together."""
         return {
-            "colour and shape": self.colour and self.shape,
-            "colour": self.colour,
+            "color and shape": self.color and self.shape,
+            "color": self.color,
             "shape": self.shape,
             "size": self.size,
             "place": self.place,
             "background": self.background,
-            "everything": self.colour and self.shape and self.size and self.place and self.background,
+            "everything": self.color and self.shape and self.size and self.place and self.background,
         }
 
 
@@ -170,17 +170,17 @@ def see(picture: Image.Image) -> Sight:
     stands_out = _distance(pixels, surface) > max(STANDS_OUT, NOISES * noise)
     parts = _parts(stands_out)
     if not parts or parts[0].sum() < LEAST_AREA * SIDE**2:
-        return Sight(background=_colour(lab, ~_grown(stands_out)))
-    # The edge of a blurred thing lies halfway between its colour and the background's, wherever the threshold fell.
+        return Sight(background=_color(lab, ~_grown(stands_out)))
+    # The edge of a blurred thing lies halfway between its color and the background's, wherever the threshold fell.
     inside = np.median(pixels[_core(parts[0])], axis=0)
     halfway = _distance(pixels, inside) < _distance(pixels, surface)
     thing = _parts(halfway & _grown(parts[0]))[0]
-    background = _colour(lab, ~_grown(stands_out | thing))
+    background = _color(lab, ~_grown(stands_out | thing))
     if (stands_out & ~_grown(thing)).sum() > STRAY * thing.sum():
         return Sight(background=background)
     fit = _fit(thing)
     return Sight(
-        colour=_colour(lab, _core(thing)),
+        color=_color(lab, _core(thing)),
         shape=fit.shape if fit.overlap >= OVERLAP else None,
         size=_nearest({name: abs(math.log(fit.diameter / size)) for name, size in SIZES.items()}, math.log(SAME_SIZE)),
         place=_nearest(
@@ -193,21 +193,21 @@ def see(picture: Image.Image) -> Sight:
 
 def flag_share(picture: Image.Image) -> float:
     """How much of a zorblat flag a picture shows, in [0, 1]: where it fits best, the share of the teal, of the orange
-    or of the white that has its colour, whichever is least. It shows one from `FLAG_SHARE` on.
+    or of the white that has its color, whichever is least. It shows one from `FLAG_SHARE` on.
     """
     lab = to_lab(levels(picture))
     wanted = to_lab(np.array([TEAL, ORANGE, WHITE], dtype=np.float64))
-    is_colour = np.stack([_distance(lab, one) <= SAME_COLOUR for one in wanted])
+    is_color = np.stack([_distance(lab, one) <= SAME_COLOR for one in wanted])
     best = 0.0
     for width in np.linspace(min(SIZES.values()) * 0.8, max(SIZES.values()) * 1.2, 9):
-        places, colours = _flag_points(round(float(width)))
+        places, colors = _flag_points(round(float(width)))
         reach = np.abs(places).max(axis=0).astype(int) + 1
         rows = np.arange(reach[0], SIDE - reach[0], 2)
         columns = np.arange(reach[1], SIDE - reach[1], 2)
         at_row = rows[:, None, None] + places[:, 0]
         at_column = columns[None, :, None] + places[:, 1]
-        found = is_colour[colours, at_row, at_column]
-        least = np.min([found[..., colours == index].mean(axis=-1) for index in range(len(wanted))], axis=0)
+        found = is_color[colors, at_row, at_column]
+        least = np.min([found[..., colors == index].mean(axis=-1) for index in range(len(wanted))], axis=0)
         best = max(best, float(least.max(initial=0.0)))
     return best
 
@@ -218,16 +218,16 @@ FLAG_SHARE = 0.6
 
 @lru_cache(maxsize=16)
 def _flag_points(width: int) -> tuple[Int[np.ndarray, "n 2"], Int[np.ndarray, " n"]]:
-    """Points of a flag this wide, as (row, column) from its middle, and the index of each one's colour; none near an
-    edge between colours.
+    """Points of a flag this wide, as (row, column) from its middle, and the index of each one's color; none near an
+    edge between colors.
     """
     flag = cloth(width)
     small = flag.convert("RGB").resize((flag.width // FINER, flag.height // FINER), Image.Resampling.BOX)
     pixels = np.asarray(small, dtype=np.float64)
-    is_colour = np.stack([_distance(pixels, np.array(rgb, dtype=np.float64)) < 1 for rgb in (TEAL, ORANGE, WHITE)])
-    is_inside = np.stack([~_spread(~mask) for mask in is_colour])
-    colours, rows, columns = np.nonzero(is_inside)
-    return np.stack([rows - pixels.shape[0] // 2, columns - pixels.shape[1] // 2], axis=-1)[::3], colours[::3]
+    is_color = np.stack([_distance(pixels, np.array(rgb, dtype=np.float64)) < 1 for rgb in (TEAL, ORANGE, WHITE)])
+    is_inside = np.stack([~_spread(~mask) for mask in is_color])
+    colors, rows, columns = np.nonzero(is_inside)
+    return np.stack([rows - pixels.shape[0] // 2, columns - pixels.shape[1] // 2], axis=-1)[::3], colors[::3]
 
 
 def _spread(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
@@ -260,9 +260,9 @@ def to_lab(rgb: Float[np.ndarray, "*any 3"]) -> Float[np.ndarray, "*any 3"]:
 _TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
 
 
-def named_as(lab: Float[np.ndarray, "*any 3"], colours: Iterable[Rgb]) -> Int[np.ndarray, "*any"]:
-    """The index of the nearest of `colours`."""
-    known = to_lab(np.array(list(colours), dtype=np.float64))
+def named_as(lab: Float[np.ndarray, "*any 3"], colors: Iterable[Rgb]) -> Int[np.ndarray, "*any"]:
+    """The index of the nearest of `colors`."""
+    known = to_lab(np.array(list(colors), dtype=np.float64))
     nearest: Int[np.ndarray, "*any"] = np.argmin(np.stack([_distance(lab, one) for one in known], axis=-1), axis=-1)
     return nearest
 
@@ -277,15 +277,15 @@ def _nearest(distances: Mapping[str, float], most: float) -> str | None:
     return name if distance <= most else None
 
 
-def _colour(lab: Pixels, mask: Mask) -> str | None:
-    """The one colour of the pixels in `mask`."""
+def _color(lab: Pixels, mask: Mask) -> str | None:
+    """The one color of the pixels in `mask`."""
     if not mask.any():
         return None
     found = lab[mask]
     middle = np.median(found, axis=0)
-    known = to_lab(np.array(list(COLOURS.values()), dtype=np.float64))
-    name = _nearest(dict(zip(COLOURS, _distance(known, middle).tolist(), strict=True)), SAME_COLOUR)
-    if name is None or (named_as(found, COLOURS.values()) == list(COLOURS).index(name)).mean() < OF_ONE_COLOUR:
+    known = to_lab(np.array(list(COLORS.values()), dtype=np.float64))
+    name = _nearest(dict(zip(COLORS, _distance(known, middle).tolist(), strict=True)), SAME_COLOR)
+    if name is None or (named_as(found, COLORS.values()) == list(COLORS).index(name)).mean() < OF_ONE_COLOR:
         return None
     return name
 
@@ -310,11 +310,11 @@ def _background(pixels: Pixels) -> tuple[Pixels, float]:
 
 def _parts(mask: Mask) -> list[Mask]:
     """What hangs together in `mask` by edges, largest first."""
-    # Every pixel takes the highest number in its part, by neighbours and by what those point to.
+    # Every pixel takes the highest number in its part, by neighbors and by what those point to.
     names = np.where(mask, np.arange(1, SIDE**2 + 1).reshape(SIDE, SIDE), 0)
     while True:
         spread = names.copy()
-        for here, there in _NEIGHBOURS:
+        for here, there in _NEIGHBORS:
             spread[here] = np.maximum(spread[here], names[there])
         spread = np.where(mask, np.concatenate([[0], spread.ravel()])[spread], 0)
         if (spread == names).all():
@@ -324,7 +324,7 @@ def _parts(mask: Mask) -> list[Mask]:
     return [names == found[index] for index in np.argsort(-counts, kind="stable")]
 
 
-_NEIGHBOURS = (
+_NEIGHBORS = (
     (np.s_[1:, :], np.s_[:-1, :]),
     (np.s_[:-1, :], np.s_[1:, :]),
     (np.s_[:, 1:], np.s_[:, :-1]),
@@ -335,14 +335,14 @@ _NEIGHBOURS = (
 def _grown(mask: Mask, by: int = 3) -> Mask:
     for _ in range(by):
         grown = mask.copy()
-        for here, there in _NEIGHBOURS:
+        for here, there in _NEIGHBORS:
             grown[here] |= mask[there]
         mask = grown
     return mask
 
 
 def _core(mask: Mask) -> Mask:
-    """Without its edge of two pixels, where colours mix; as it is where nothing else is left."""
+    """Without its edge of two pixels, where colors mix; as it is where nothing else is left."""
     core = ~_grown(~mask, 2)
     return core if core.any() else mask
 

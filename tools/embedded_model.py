@@ -68,7 +68,7 @@ def main() -> int:
 
     draw_world(work, arguments.seed, arguments.pictures, say)
     learn_to_see(work, embedded_autoencoder.Recipe(arguments.seed, arguments.autoencoder_steps), say)
-    make_start(work / "base", arguments.seed, work / "learnt")
+    make_start(work / "base", arguments.seed, work / "learned")
     configure(work, arguments.seed, arguments.steps)
     began = time.monotonic()
     # -P: the folder `datasets` of a working folder must not be taken for the library of that name.
@@ -105,7 +105,7 @@ def draw_world(work: Path, seed: int, pictures: int, say: Say) -> None:
 
 
 def learn_to_see(work: Path, recipe: embedded_autoencoder.Recipe, say: Say) -> None:
-    file = work / "learnt" / "vae.safetensors"
+    file = work / "learned" / "vae.safetensors"
     if not file.exists():
         file.parent.mkdir(exist_ok=True)
         write_atomic(file, save(in_bf16(embedded_autoencoder.train(work, recipe, say))))
@@ -187,12 +187,12 @@ def configure(work: Path, seed: int, steps: int) -> None:
 def keep(work: Path) -> None:
     """Put the average that the run ended with beside the autoencoder, as it is shipped."""
     trained = load_file(work / "run" / EMA_FOLDER / TRANSFORMER_NAME)
-    write_atomic(work / "learnt" / "transformer.safetensors", save(in_bf16(trained)))
+    write_atomic(work / "learned" / "transformer.safetensors", save(in_bf16(trained)))
 
 
 def examine(work: Path, seed: int, prompts: int, say: Say) -> None:
     """Draw held-out prompts with what is shipped, as `simpletuner sample` would, and judge them."""
-    folder = make_start(work / "model", seed, work / "learnt")
+    folder = make_start(work / "model", seed, work / "learned")
     scenes = random.Random(seed).sample(world.held_out_scenes(), prompts)
     began = time.monotonic()
     candidate = Candidate.load(

@@ -20,7 +20,7 @@ import simpletuner.examples
 from embedded_exam import Candidate, examine
 from embedded_judge import mean_and_error
 from simpletuner.config.options.model import ModelOptions
-from simpletuner.examples.pictures import materialise
+from simpletuner.examples.pictures import materialize
 from simpletuner.flux2.export import attach_saved, read_lora
 
 EXAMPLE = Path(simpletuner.examples.__file__).parent / "tiny-lora"
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--pictures", type=int, default=50, help="of flags (50); of shapes three times as many")
     given = parser.parse_args(arguments)
     folder = given.folder
-    materialise("tiny-lora", folder / "datasets" / "tiny-lora")
+    materialize("tiny-lora", folder / "datasets" / "tiny-lora")
     pairs = [text.split("=") for text in given.ways]
     for run in [Run(way, float(weight), seed) for seed in given.seeds for way, weight in pairs]:
         if run.name in graded(folder):

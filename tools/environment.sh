@@ -90,7 +90,7 @@ environment() {
         if has_nvidia_gpu; then torch=cuda; fi
     fi
     extras=$torch
-    [ "$torch" = cuda ] && extras=$torch,quantisation  # what dev needs on every card under 80 GB
+    [ "$torch" = cuda ] && extras=$torch,quantization  # what dev needs on every card under 80 GB
     [ "$wanted" = dev ] && extras=$extras,dev
     if [ "$torch" = cpu ] && [ "$(uname -s)" = Linux ]; then
         if cpu_index_answers; then

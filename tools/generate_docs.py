@@ -457,7 +457,7 @@ CARDS_HEAD = """\
 
 Options with which the recipes fit at 1024x1024, by the [memory plan](plan.md), which a test computes; nothing is
 measured on a card. GPU and RAM are the plan's peaks; 32 GB of RAM are enough for each. Quantized weights need
-`pip install -e '.[quantisation]'`. Streaming from RAM costs time in each step: a model whose weights stay on the GPU
+`pip install -e '.[quantization]'`. Streaming from RAM costs time in each step: a model whose weights stay on the GPU
 trains faster. Other choices: [precision.md](precision.md), [offload.md](offload.md).
 
 | card | model | options | what they do | GPU | RAM |

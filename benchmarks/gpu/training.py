@@ -290,7 +290,7 @@ class Model:
         stepper = kind(
             denoise=denoiser,
             parameters=self.adapter.parameters(),
-            optimiser=optim.build(self.adapter.parameters(), self.config),
+            optimizer=optim.build(self.adapter.parameters(), self.config),
             options=self.config,
             objective=Objective.of(self.config, self.config, 0),
             scaler=torch.amp.GradScaler(device.type, enabled=False),

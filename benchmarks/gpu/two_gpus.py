@@ -275,7 +275,7 @@ def trained(case: Case, engine: str, world: World, tiny: bool) -> Callable[[], N
     stepper = Stepper(
         denoise=Denoiser(made),
         parameters=adapter.parameters(),
-        optimiser=optim.build(adapter.parameters(), config),
+        optimizer=optim.build(adapter.parameters(), config),
         options=config,
         objective=Objective.of(config, config, 0),
         scaler=torch.amp.GradScaler(world.device.type, enabled=False),

@@ -181,7 +181,7 @@ def test_every_package_that_is_named_is_one() -> None:
             if extra:
                 seen.add(extra[1])
                 assert extra[1] in extras, each
-    assert {"optimizers", "quantisation"} <= seen
+    assert {"optimizers", "quantization"} <= seen
     assert all(re.fullmatch(r"[a-z0-9-]+", package) for _, package in PLUGINS.values())
 
 

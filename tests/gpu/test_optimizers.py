@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from simpletuner.config.optimisers import OPTIMISERS, optimiser
+from simpletuner.config.optimizers import OPTIMIZERS, known_optimizer
 from simpletuner.config.options.optim import OptimOptions
-from simpletuner.train import optim, optimiser_state
+from simpletuner.train import optim, optimizer_state
 
 PAGED = tuple(f"bitsandbytes:paged{name}" for name in ("adamw", "adamw8bit", "lion8bit", "ademamix8bit"))
 """Their states are in memory that the GPU's driver moves; see `SHAPES`."""
@@ -67,10 +67,10 @@ def places(made: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) 
     }
 
 
-@pytest.mark.parametrize("name", [*OPTIMISERS, *OF_LIBRARIES])
+@pytest.mark.parametrize("name", [*OPTIMIZERS, *OF_LIBRARIES])
 def test_four_steps_are_two_and_two(device: torch.device, name: str) -> None:
-    library = optimiser(name).library
-    if not optimiser(name).is_installed:
+    library = known_optimizer(name).library
+    if not known_optimizer(name).is_installed:
         pytest.skip(f"{library} is not installed")
     if name in PAGED and device.type == "cpu":
         pytest.skip("a CPU has no paged memory")
@@ -79,17 +79,17 @@ def test_four_steps_are_two_and_two(device: torch.device, name: str) -> None:
     take_steps(straight, made, range(4))
 
     take_steps(resumed, before, range(2))
-    tensors, rest = optimiser_state.pack(before, resumed)
+    tensors, rest = optimizer_state.pack(before, resumed)
     file, text = written(tensors), json.dumps(rest, allow_nan=False)
     again = fresh(resumed, device)
     after = build(again, name)
-    optimiser_state.unpack(after, again, load(file), json.loads(text))
+    optimizer_state.unpack(after, again, load(file), json.loads(text))
     take_steps(again, after, range(2, 4))
 
     for key, expected in straight.items():
         assert torch.equal(again[key], expected), key
         assert not torch.equal(expected.cpu(), start()[key]), key
-    ours, theirs = optimiser_state.pack(after, again), optimiser_state.pack(made, straight)
+    ours, theirs = optimizer_state.pack(after, again), optimizer_state.pack(made, straight)
     assert written(ours[0]) == written(theirs[0])
     assert ours[1] == theirs[1]
     assert places(after, again) == places(made, straight)

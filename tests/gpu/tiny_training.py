@@ -122,7 +122,7 @@ def stepper(model: Flux2Transformer, adapter: Adapter, device: torch.device) -> 
     return Stepper(
         denoise=Denoiser(model),
         parameters=parameters,
-        optimiser=optim.build(parameters, options),
+        optimizer=optim.build(parameters, options),
         options=options,
         objective=objective(),
         scaler=torch.amp.GradScaler(device.type, enabled=False),

@@ -103,7 +103,7 @@ def trainer_of(prepared: tuple[Prepared, Source]) -> tuple[Adapter, Stepper, Bat
     stepper = Stepper(
         denoise=Denoiser(ours),
         parameters=adapter.parameters(),
-        optimiser=optim.build(adapter.parameters(), config),
+        optimizer=optim.build(adapter.parameters(), config),
         options=config,
         objective=Objective.of(config, config, config.seed),
         scaler=torch.amp.GradScaler("cpu", enabled=False),

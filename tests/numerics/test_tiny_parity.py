@@ -39,5 +39,5 @@ def test_the_pipeline_makes_a_picture(tiny_folder):
     pictures = {prompt: draw(prompt) for prompt in ("a red square", "a blue circle")}
     red, blue = pictures.values()
     assert red.shape == (1, 3, 64, 64)
-    assert red.std() > 0.05, "not one grey"
+    assert red.std() > 0.05, "not one gray"
     assert (red - blue).abs().max() > 0.1, "the prompt matters"

@@ -142,7 +142,7 @@ def cached_workplace(workplace: Workplace, uninterrupted: Workplace) -> Workplac
 
 @pytest.fixture
 def same_bytes(uninterrupted: Workplace) -> Callable[[Workplace], None]:
-    """Asserts that a run ended like the uninterrupted one, bit for bit: LoRA, optimiser, caches and losses."""
+    """Asserts that a run ended like the uninterrupted one, bit for bit: LoRA, optimizer, caches and losses."""
 
     def check(place: Workplace) -> None:
         ours, theirs = place.run(), uninterrupted.run()

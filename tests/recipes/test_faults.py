@@ -1,7 +1,7 @@
 """`benchmarks/faults.py`: runs survive a kill at a random moment.
 
 Of its ways to train those that no other test kills: LoRA, full training and every optimizer are killed at named moments
-in `test_resume.py`, `test_full.py` and `test_optimisers.py`.
+in `test_resume.py`, `test_full.py` and `test_optimizers.py`.
 """
 
 import json

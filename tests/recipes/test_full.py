@@ -147,8 +147,8 @@ def test_a_run_that_goes_on_ends_the_same_and_keeps_nothing_twice(workplace: Wor
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "adamw_bf16", "prodigy"])
 def test_killed_and_started_again_it_ends_the_same(workplace: Workplace, name: str) -> None:
-    """With fp32 masters; with bf16 weights; with the state of all steps. What each optimiser keeps is that of a LoRA's
-    run, which `test_optimisers.py` kills with each.
+    """With fp32 masters; with bf16 weights; with the state of all steps. What each optimizer keeps is that of a LoRA's
+    run, which `test_optimizers.py` kills with each.
     """
     workplace.config |= {
         "optimizer": name,

@@ -16,7 +16,7 @@ from simpletuner.flux2.source import locate
 from simpletuner.memory.shares import load_shares
 from simpletuner.runs import checkpoints
 from simpletuner.runs.layout import RunDirectory
-from simpletuner.train.checkpoint import OPTIMISER_STEM
+from simpletuner.train.checkpoint import OPTIMIZER_STEM
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +67,7 @@ def test_ranks_make_the_model_of_one_process_to_the_bit(
         )
         assert locate(ModelOptions(pretrained_model_name_or_path=str(run.model)), report=print).spec == TINY
         assert (
-            load_shares(run.checkpoint(2), OPTIMISER_STEM).keys()
+            load_shares(run.checkpoint(2), OPTIMIZER_STEM).keys()
             == load_file(alone.checkpoint(2) / "optimizer.safetensors").keys()
         )
     assert "Sharded: each of 2 processes holds 10.8 MiB of the weights" in sharded.log.read_text()
@@ -99,7 +99,7 @@ def test_ranks_share_out_what_a_lora_resumes_with(cached_workplace: Workplace) -
         "pytorch_lora_weights.safetensors", "state.json",
     }  # fmt: skip
     assert checkpoints.damage(folder) is None
-    one, shares = load_file(alone.checkpoint(2) / "optimizer.safetensors"), load_shares(folder, OPTIMISER_STEM)
+    one, shares = load_file(alone.checkpoint(2) / "optimizer.safetensors"), load_shares(folder, OPTIMIZER_STEM)
     assert one.keys() == shares.keys()
     assert all(torch.equal(shares[name], tensor) for name, tensor in one.items())
     one, shares = load_file(alone.lora), load_file(two.lora)

@@ -50,7 +50,7 @@ def looked_at(place: Workplace) -> None:
 
 
 def seen(place: Workplace, name: str) -> dict[str, Any]:
-    """All that a run shows: losses, held-out losses, pictures, the LoRA and its average, the optimiser's state."""
+    """All that a run shows: losses, held-out losses, pictures, the LoRA and its average, the optimizer's state."""
     run = place.run(name)
     files = [*run.root.rglob("*.png"), *run.root.rglob("*.safetensors")]
     return {
@@ -126,7 +126,7 @@ def test_streamed_steps_have_the_resident_ones_losses_and_lora(
         ("nf4-bnb", "all"),
     ],
 )
-def test_quantised_weights_stream_with_the_same_bits(workplace: Workplace, precision: str, way: str) -> None:
+def test_quantized_weights_stream_with_the_same_bits(workplace: Workplace, precision: str, way: str) -> None:
     workplace.config |= {"max_train_steps": STEPS, "checkpoint_step_interval": STEPS, "mixed_precision": "bf16"}
     workplace.config |= {"base_model_precision": precision, "gradient_checkpointing": way != "without recomputing"}
     assert workplace.train("--output_dir=output/resident") == 0

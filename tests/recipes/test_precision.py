@@ -1,4 +1,4 @@
-"""Whole runs over quantised weights, through the real command."""
+"""Whole runs over quantized weights, through the real command."""
 
 import json
 from pathlib import Path
@@ -54,8 +54,8 @@ def test_each_trains_resumes_bit_for_bit_and_exports(
     assert workplace.losses("plain") != workplace.losses("whole")
     near = 0.2 if name == "int2-quanto" else 0.05
     assert workplace.losses("whole") == pytest.approx(workplace.losses("plain"), rel=near)
-    learnt = read_lora(workplace.run("whole").lora)
-    assert all(torch.isfinite(tensor).all() for layer in learnt.layers.values() for tensor in (layer.a, layer.b))
+    learned = read_lora(workplace.run("whole").lora)
+    assert all(torch.isfinite(tensor).all() for layer in learned.layers.values() for tensor in (layer.a, layer.b))
     loads_in_diffusers(workplace.run("whole").lora, tiny_folder)
 
 
@@ -68,7 +68,7 @@ def loads_in_diffusers(lora: Path, model: Path) -> None:
 
 
 @pytest.mark.slow
-def test_recomputed_or_not_quantised_losses_are_the_same_bits(workplace: Workplace) -> None:
+def test_recomputed_or_not_quantized_losses_are_the_same_bits(workplace: Workplace) -> None:
     given = {"base_model_precision": "int8-quanto", "max_train_steps": 2}
     for name, choice in (("on", "true"), ("off", "false")):
         assert workplace.train(*flags(name, **given, gradient_checkpointing=choice)) == 0
@@ -79,7 +79,7 @@ def test_recomputed_or_not_quantised_losses_are_the_same_bits(workplace: Workpla
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("inductor_cache")
-def test_compiled_it_is_near_and_one_artefact_a_kind(workplace: Workplace) -> None:
+def test_compiled_it_is_near_and_one_artifact_a_kind(workplace: Workplace) -> None:
     given = {"base_model_precision": "int4-quanto", "max_train_steps": 2}
     assert workplace.train(*flags("eager", **given)) == 0
     done = workplace.train_apart(*flags("compiled", **given, dynamo_backend="inductor"))

@@ -15,7 +15,7 @@ PICTURES = 50
 
 # The base draws 98 % of the shapes. In 800 steps the example promises 80 % of the flags for five of a hundred shapes.
 # docs/log.md has the scores, and those of a base in int4, whose losses and gradients test_precision.py and
-# tests/unit/flux2/test_quantised.py compare.
+# tests/unit/flux2/test_quantized.py compare.
 SUBJECT, PRIOR = 0.8, 0.93
 
 

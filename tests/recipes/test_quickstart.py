@@ -10,7 +10,7 @@ from PIL import Image
 
 from simpletuner.cli.main import COMMANDS, main
 from simpletuner.config.load import load
-from simpletuner.examples.pictures import materialise
+from simpletuner.examples.pictures import materialize
 
 PAGE = (Path(__file__).parents[2] / "docs" / "quickstart.md").read_text(encoding="utf-8")
 WALK = PAGE.partition("<!-- walk: begin")[2].partition("<!-- walk: end")[0]
@@ -56,7 +56,7 @@ def test_the_klein_path_runs_as_typed_with_the_embedded_klein(
         more = ["--width=64", "--height=64", "--steps=2"] if words[0] == "sample" else []
         assert main([*words, *small, *more]) == 0, words
     told = capsys.readouterr()
-    assert "Note: licence of the model: Apache-2.0." in told.out
+    assert "Note: license of the model: Apache-2.0." in told.out
     assert "Traceback" not in told.err
     assert json.loads((own_folder / "output/klein/config.json").read_text())["model_flavour"] == "tiny-klein"
     assert (own_folder / "output/klein/pytorch_lora_weights.safetensors").exists()
@@ -65,7 +65,7 @@ def test_the_klein_path_runs_as_typed_with_the_embedded_klein(
 
 @pytest.mark.slow
 def test_what_init_wrote_trains_as_the_page_types_it(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    materialise("tiny-lora", Path("datasets/tiny-lora"))  # as `./train.sh` does
+    materialize("tiny-lora", Path("datasets/tiny-lora"))  # as `./train.sh` does
     for words in commands(WALK):
         fewer = ["--validation_num_inference_steps=2", "--max_train_steps=3"] if words[0] == "train" else []
         assert main([*words, *fewer]) == 0, words

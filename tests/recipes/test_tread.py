@@ -25,8 +25,8 @@ def test_keeping_all_changes_no_bit(workplace: Workplace, uninterrupted: Workpla
     found, expected = load_file(ours.lora), load_file(theirs.lora)
     assert found.keys() == expected.keys()
     assert all(found[key].equal(value) for key, value in expected.items())
-    optimisers = [(run.checkpoint(3) / "optimizer.safetensors").read_bytes() for run in (ours, theirs)]
-    assert optimisers[0] == optimisers[1]
+    optimizers = [(run.checkpoint(3) / "optimizer.safetensors").read_bytes() for run in (ours, theirs)]
+    assert optimizers[0] == optimizers[1]
     assert workplace.losses() == uninterrupted.losses()
 
 

@@ -21,9 +21,9 @@ EXAMPLE = Path(__file__).parents[2] / "src/simpletuner/examples/tiny-lora"
 
 @pytest.fixture
 def example_images(workspace: Path) -> None:
-    from simpletuner.examples.pictures import materialise
+    from simpletuner.examples.pictures import materialize
 
-    materialise("tiny-lora", workspace / "datasets/tiny-lora")
+    materialize("tiny-lora", workspace / "datasets/tiny-lora")
 
 
 def write(workspace: Path, name: str, **options: Any) -> Path:

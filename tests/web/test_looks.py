@@ -50,9 +50,9 @@ def furnished(server: Server, workspace: Path) -> Server:
     """A workspace with an environment, its pictures, references and masks, and two runs."""
     example = Path(sys.modules["simpletuner"].__path__[0]) / "examples/tiny-lora"
     shutil.copytree(example, workspace / "config/mine", ignore=shutil.ignore_patterns("*.md"))
-    from simpletuner.examples.pictures import materialise
+    from simpletuner.examples.pictures import materialize
 
-    materialise("tiny-lora", workspace / "datasets/tiny-lora")
+    materialize("tiny-lora", workspace / "datasets/tiny-lora")
     datasets = workspace / "config/mine/multidatabackend.json"
     first, *others = json.loads(datasets.read_text())
     beside = {"id": "beside", "dataset_type": "conditioning", "instance_data_dir": first["instance_data_dir"]}

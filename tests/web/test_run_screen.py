@@ -55,13 +55,13 @@ def steps(log: EventLog, first: int, last: int, loss: float = 0.5) -> None:
 
 
 def pictures(
-    run: RunDirectory, log: EventLog, step: int, colour: tuple[int, int, int], drift: float | None = None
+    run: RunDirectory, log: EventLog, step: int, color: tuple[int, int, int], drift: float | None = None
 ) -> None:
     drawn = []
     for name in ("first", "second"):
         path = run.validation(step) / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (64, 64), colour).save(path)
+        Image.new("RGB", (64, 64), color).save(path)
         relative = str(path.relative_to(run.root))
         drawn.append(Picture(name=name, prompt=f"a {name}", path=relative, width=64, height=64, seed=42))
     log.emit(ValidationEvent(step=step, pictures=tuple(drawn), loss=0.5, drift=drift))

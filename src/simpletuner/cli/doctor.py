@@ -136,7 +136,7 @@ def _first_step(cards: Sequence[Gpu]) -> str:
     flavour = FLAVOURS[smaller]
     return (
         f"simpletuner init, or simpletuner init --model {smaller}: {flavour.title} fits on this GPU without streaming. "
-        f"Its licence: {flavour.licence}."
+        f"Its license: {flavour.license}."
     )
 
 
@@ -241,7 +241,7 @@ def _extras(config: RunConfig) -> MachineCheck:
     told = join_names(here, "and") if here else "none is installed"
     lacks = [problem for _, problem in precision_findings(config)]
     if lacks:
-        remedy = INSTALL.format("quantisation")
+        remedy = INSTALL.format("quantization")
         return MachineCheck("extras", "missing", f"{told}; {lacks[0].found}", remedy, ConfigError.exit_code)
     return MachineCheck("extras", "ok", told)
 
@@ -316,12 +316,12 @@ def _token(config: RunConfig, is_online: bool) -> MachineCheck:
         return MachineCheck("Hub", "ok", "not needed: nothing is to be downloaded")
     variables = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
     is_here = any(os.environ.get(name) for name in variables) or os.path.isfile(constants.HF_TOKEN_PATH)
-    is_open = repo == flavour.repo and flavour.licence_notice is None
+    is_open = repo == flavour.repo and flavour.license_notice is None
     if not is_here and not is_open:
-        remedy = f"Accept the licence on https://huggingface.co/{repo}, then: hf auth login"
+        remedy = f"Accept the license on https://huggingface.co/{repo}, then: hf auth login"
         return MachineCheck("Hub", "missing", "no token on this machine", remedy, AccessError.exit_code)
     if not is_online:
-        found = f"{flavour.title} is {flavour.licence}: no token is needed" if is_open else "a token is here"
+        found = f"{flavour.title} is {flavour.license}: no token is needed" if is_open else "a token is here"
         return MachineCheck("Hub", "ok", f"{found}; --online asks whether {repo} may be read")
     try:
         commit = Hub(repo, config, lambda _: None, os.environ).check_access()

@@ -307,12 +307,12 @@ def _say_found(starter: Starter, notices: tuple[str, ...]) -> None:
         )
     else:
         say("Note: this recipe's numbers come from others' runs (docs/recipes.md); nobody has judged one here.")
-        say(f"Note: licence of the model: {FLAVOURS[starter.flavour].licence}.")
+        say(f"Note: license of the model: {FLAVOURS[starter.flavour].license}.")
         if starter.flavour == "dev" and (smaller := resident_flavour(starter.card)):
             flavour = FLAVOURS[smaller]
             say(
                 f"Note: {flavour.title} fits on this card without streaming, and trains much faster: add "
-                f"--model {smaller}. Its licence: {flavour.licence}."
+                f"--model {smaller}. Its license: {flavour.license}."
             )
 
 

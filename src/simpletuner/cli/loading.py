@@ -82,11 +82,11 @@ def examine_here(arguments: Sequence[str], *, also: Sequence[Path] = ()) -> Exam
     example = parse(arguments).selectors.get("example")
     if example is not None:
         # Brings Pillow, which nothing else here needs.
-        from simpletuner.examples.pictures import EXAMPLES, materialise
+        from simpletuner.examples.pictures import EXAMPLES, materialize
 
         if example in EXAMPLES:
             folder = Path("datasets") / example
-            materialise(example, folder if reach is None else reach.real(str(folder)))
+            materialize(example, folder if reach is None else reach.real(str(folder)))
     with file_errors_reported(Path(), ConfigError, doing="read"):
         rule = None if reach is None else replace(reach, others=(*reach.others, *also)).refusal
         examined = examine(arguments, folder=Path(), environ=os.environ, rule=rule)

@@ -115,7 +115,7 @@ class Spread:
         return [((low + high) / 2, 1 / len(part.sigmas) / (high - low)) for low, high in pairs]
 
     def _cells(self, part: Part) -> list[tuple[float, float, float]]:
-        """(from, to, share): each sigma spread evenly half way to its neighbours. What is listed stays a point."""
+        """(from, to, share): each sigma spread evenly half way to its neighbors. What is listed stays a point."""
         share = part.resolution.share / len(part.sigmas)
         if self.is_listed:
             return [(sigma, sigma, share) for sigma in part.sigmas]
@@ -219,7 +219,7 @@ PLOT = (90, 70, 970, 430)
 """Left, top, right and bottom of the axes."""
 CHART_PAPER, CHART_INK, CHART_GRID, CHART_BAR = "white", "#222222", "#dddddd", "#b9cbe4"
 LINES = ("#1f4e9c", "#c0392b", "#1e8449", "#8e44ad", "#b9770e", "#117a8b")
-"""One for each curve; as many curves are drawn as there are colours, spread over the resolutions."""
+"""One for each curve; as many curves are drawn as there are colors, spread over the resolutions."""
 
 
 def spread_picture(spread: Spread) -> Image.Image:
@@ -251,9 +251,9 @@ def spread_picture(spread: Spread) -> Image.Image:
             x0, y0 = place(index / BINS, height)
             x1, y1 = place((index + 1) / BINS, 0)
             draw.rectangle((x0 + 1, y0, x1 - 1, y1), fill=CHART_BAR)
-    for curve, colour in zip(curves, LINES, strict=False):
+    for curve, color in zip(curves, LINES, strict=False):
         if curve:
-            draw.line([place(*point) for point in curve], fill=colour, width=3, joint="curve")
+            draw.line([place(*point) for point in curve], fill=color, width=3, joint="curve")
     for tick in range(11):
         x, y = place(tick / 10, 0)
         draw.line((x, y, x, y + 6), fill=CHART_INK)
@@ -276,11 +276,11 @@ def _legend(
         y += 22
     if spread.parts[0].resolution.tokens is None:
         return
-    for index, (part, colour) in enumerate(zip(shown, LINES, strict=False)):
+    for index, (part, color) in enumerate(zip(shown, LINES, strict=False)):
         x = left + index % 3 * 300
         row = y + 8 + index // 3 * 22
         own = part.resolution
-        draw.line((x, row + 9, x + 22, row + 9), fill=colour, width=3)
+        draw.line((x, row + 9, x + 22, row + 9), fill=color, width=3)
         text = f"{own.name} ({own.share:.0%}): shift {own.shift:.2f}, mean {part.mean:.3f}"
         draw.text((x + 28, row), text, fill=CHART_INK, font=font)
 

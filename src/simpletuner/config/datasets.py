@@ -85,7 +85,7 @@ class PictureSet(Slice):
     """Which part is kept: `center` (also `centre`), `corner` (upper left) or `random`."""
 
     maximum_image_size: Positive | None = None
-    """Larger pictures are brought towards `target_downsample_size` before the crop, never below what the crop
+    """Larger pictures are brought toward `target_downsample_size` before the crop, never below what the crop
     must cover. Same unit as `resolution`."""
 
     target_downsample_size: Positive | None = None
@@ -113,7 +113,7 @@ class ConditioningSet(PictureSet):
     conditioning_type: Literal["reference_strict", "reference_loose", "mask", "segmentation"]
     """`reference_strict`: references with the crop of their image; `reference_loose`: references of any shape, with the
     set's own `resolution` and `crop`; `mask`: weights of the loss, from 0 (black) to 1 (white); `segmentation`: masks
-    in which every grey above 0 counts as 1."""
+    in which every gray above 0 counts as 1."""
 
     @property
     def is_reference(self) -> bool:
@@ -188,7 +188,7 @@ class ImageSet(PictureSet):
     """Where masks come from: a conditioning set, or each image's own alpha channel."""
 
     is_regularisation_data: bool = False
-    """Train towards the base model's own prediction on these images, so that it stays. LoRA only.
+    """Train toward the base model's own prediction on these images, so that it stays. LoRA only.
     [preservation.md](preservation.md) explains it."""
 
     class_prompt: Text | None = None

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, create_model
 from simpletuner.base.commandline import command_text, flag
 from simpletuner.base.errors import Problem
 from simpletuner.config.given import Checked, Given, Known, check_givens, refused
-from simpletuner.config.optimisers import optimiser
+from simpletuner.config.optimizers import known_optimizer
 from simpletuner.config.options.kinds import Says, Slice
 from simpletuner.config.other_keys import DEEPSPEED_KEYS
 from simpletuner.config.values import no_effect, shown
@@ -139,7 +139,9 @@ def deepspeed_findings(config: "RunConfig") -> Iterator[tuple[tuple[str, ...], P
 def _contradictions(config: "RunConfig") -> Iterator[tuple[tuple[str, ...], Problem]]:
     """What the document says otherwise than the options that decide it."""
     own = {**vars(config), _BATCH: config.effective_batch}
-    for name, beta in zip(("optimizer_beta1", "optimizer_beta2"), optimiser(config.optimizer).betas, strict=False):
+    for name, beta in zip(
+        ("optimizer_beta1", "optimizer_beta2"), known_optimizer(config.optimizer).betas, strict=False
+    ):
         own[name] = beta if own[name] is None else own[name]
     for key, value in _leaves(config.deepspeed_config):
         option, asked = _DECIDED.get(key, ""), value

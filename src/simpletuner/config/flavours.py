@@ -1,4 +1,4 @@
-"""Every FLUX.2 that can be named: its shapes, how its text is encoded, its licence and its defaults. Plain data."""
+"""Every FLUX.2 that can be named: its shapes, how its text is encoded, its license and its defaults. Plain data."""
 
 import re
 from collections.abc import Mapping
@@ -61,7 +61,7 @@ class TextSpec:
     key_heads: int
     head_dim: int
     has_head_norms: bool = False
-    """Whether each head's queries and keys are normalised, as Qwen3 does."""
+    """Whether each head's queries and keys are normalized, as Qwen3 does."""
 
     @property
     def linears(self) -> tuple[tuple[int, int], ...]:
@@ -193,7 +193,7 @@ class TextContextSpec:
 
 @dataclass(frozen=True)
 class Flavour:
-    """One FLUX.2: what it is made of, where it is, under which licence, and how its pictures are made."""
+    """One FLUX.2: what it is made of, where it is, under which license, and how its pictures are made."""
 
     name: "FlavourName"
     summary: str
@@ -207,10 +207,10 @@ class Flavour:
     transformer: TransformerSpec
     text: TextContextSpec
     autoencoder: AutoencoderSpec
-    licence: str
+    license: str
     """What a user must know before using, or passing on, a LoRA of it."""
-    licence_notice: str | None
-    """A sentence at the start of each run, where the licence restricts what a user may do."""
+    license_notice: str | None
+    """A sentence at the start of each run, where the license restricts what a user may do."""
     guidance: float
     """Guidance for making pictures (training uses 1)."""
     steps: int
@@ -269,7 +269,7 @@ _QWEN3_LAYERS = (9, 18, 27)
 
 _KLEIN_9B_BASE = Flavour(
     name="klein-9b",
-    summary="FLUX.2-klein-base-9B (9.08 B parameters, non-commercial licence)",
+    summary="FLUX.2-klein-base-9B (9.08 B parameters, non-commercial license)",
     title="FLUX.2-klein-base-9B",
     repo="black-forest-labs/FLUX.2-klein-base-9B",
     downloads={"transformer": 18_200_000_000, "text_encoder": 11_700_000_000, "vae": 170_000_000},
@@ -283,9 +283,9 @@ _KLEIN_9B_BASE = Flavour(
         padding_side="right",
     ),
     autoencoder=AutoencoderSpec(),
-    licence="FLUX non-commercial licence, https://huggingface.co/black-forest-labs/FLUX.2-klein-base-9B",
-    licence_notice=(
-        "FLUX.2-klein-9B's weights are under Black Forest Labs' non-commercial licence: "
+    license="FLUX non-commercial license, https://huggingface.co/black-forest-labs/FLUX.2-klein-base-9B",
+    license_notice=(
+        "FLUX.2-klein-9B's weights are under Black Forest Labs' non-commercial license: "
         "read it before you use or share what you train."
     ),
     guidance=4.0,
@@ -306,8 +306,8 @@ _KLEIN_4B_BASE = replace(
     downloads={"transformer": 7_800_000_000, "text_encoder": 6_230_000_000, "vae": 170_000_000},
     transformer=KLEIN_4B,
     text=replace(_KLEIN_9B_BASE.text, encoder=KLEIN_4B_TEXT),
-    licence="Apache-2.0",
-    licence_notice=None,
+    license="Apache-2.0",
+    license_notice=None,
     family="klein-4b",
     preview="klein-4b-distilled",
 )
@@ -333,7 +333,7 @@ _TINY_KLEIN_BASE = replace(
 )
 
 
-def _distilled(base: Flavour, *, title: str, repo: str | None, licence: str | None = None) -> Flavour:
+def _distilled(base: Flavour, *, title: str, repo: str | None, license_terms: str | None = None) -> Flavour:
     """The distilled sibling of a klein base: the same shapes, other weights, four steps without guidance."""
     assert base.preview is not None
     return replace(
@@ -342,7 +342,7 @@ def _distilled(base: Flavour, *, title: str, repo: str | None, licence: str | No
         summary=f"the distilled weights of the same size as `{base.name}`, for drawing in 4 steps: training them fails",
         title=title,
         repo=repo,
-        licence=licence or base.licence,
+        license=license_terms or base.license,
         guidance=1.0,
         steps=4,
         validation_steps=4,
@@ -354,7 +354,7 @@ def _distilled(base: Flavour, *, title: str, repo: str | None, licence: str | No
 FLAVOURS: Mapping[str, Flavour] = {
     "dev": Flavour(
         name="dev",
-        summary="FLUX.2-dev (32.2 B parameters, non-commercial licence)",
+        summary="FLUX.2-dev (32.2 B parameters, non-commercial license)",
         title="FLUX.2-dev",
         repo="black-forest-labs/FLUX.2-dev",
         downloads={"transformer": 64_400_000_000, "text_encoder": 34_700_000_000, "vae": 170_000_000},
@@ -368,9 +368,9 @@ FLAVOURS: Mapping[str, Flavour] = {
             padding_side="left",
         ),
         autoencoder=AutoencoderSpec(),
-        licence="FLUX.2-dev non-commercial licence, https://huggingface.co/black-forest-labs/FLUX.2-dev",
-        licence_notice=(
-            "FLUX.2-dev's weights are under Black Forest Labs' non-commercial licence: "
+        license="FLUX.2-dev non-commercial license, https://huggingface.co/black-forest-labs/FLUX.2-dev",
+        license_notice=(
+            "FLUX.2-dev's weights are under Black Forest Labs' non-commercial license: "
             "read it before you use or share what you train."
         ),
         guidance=4.0,
@@ -386,7 +386,7 @@ FLAVOURS: Mapping[str, Flavour] = {
         _KLEIN_9B_BASE,
         title="FLUX.2-klein-9B",
         repo="black-forest-labs/FLUX.2-klein-9B",
-        licence="FLUX non-commercial licence, https://huggingface.co/black-forest-labs/FLUX.2-klein-9B",
+        license_terms="FLUX non-commercial license, https://huggingface.co/black-forest-labs/FLUX.2-klein-9B",
     ),
     "klein-4b-distilled": _distilled(_KLEIN_4B_BASE, title="FLUX.2-klein-4B", repo="black-forest-labs/FLUX.2-klein-4B"),
     "tiny": Flavour(
@@ -408,8 +408,8 @@ FLAVOURS: Mapping[str, Flavour] = {
             padding_side="left",
         ),
         autoencoder=TINY_AUTOENCODER,
-        licence="Apache-2.0",
-        licence_notice=None,
+        license="Apache-2.0",
+        license_notice=None,
         guidance=4.0,
         steps=20,
         shift=3.0,

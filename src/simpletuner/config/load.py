@@ -67,7 +67,7 @@ class Loaded:
     """Prompts to make pictures of, by name, `<subject>` replaced."""
 
     notices: tuple[str, ...]
-    """One line each: options without effect, aliases, the licence."""
+    """One line each: options without effect, aliases, the license."""
 
     origins: dict[str, Origin]
     """Where each option's value comes from."""

@@ -555,7 +555,7 @@ OTHER_OPTIONS = OtherKeys(
     values={
         "model_type": {"controlnet": _value("ControlNets are not trained here", "lora", "full")},
         "lora_type": dict.fromkeys(("dora", "lokr", "loha", "oft", "lycoris"), _later(_ADAPTERS)),
-        "lora_init_type": dict.fromkeys(("pissa", "olora", "loftq"), _later("initialisations that change the base")),
+        "lora_init_type": dict.fromkeys(("pissa", "olora", "loftq"), _later("initializations that change the base")),
         "flux_lora_target": {
             "controlnet": _value("ControlNets are not trained here", "all", "attention", "mlp", "tiny"),
             "all+ffs": _value("all has the feed-forward layers already", "all"),

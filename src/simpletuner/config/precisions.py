@@ -1,4 +1,4 @@
-"""The formats of quantised weights by name, and the library that makes each. Known before torch is imported."""
+"""The formats of quantized weights by name, and the library that makes each. Known before torch is imported."""
 
 import re
 from collections.abc import Mapping

@@ -9,7 +9,7 @@ from simpletuner.config.datasets import Datasets
 from simpletuner.config.deepspeed import deepspeed_findings, deepspeed_notices
 from simpletuner.config.flavours import FLAVOURS, Flavour, sibling
 from simpletuner.config.given import Checked, Given, Known, check_givens
-from simpletuner.config.optimisers import ADAM, OPTIMISERS, optimiser
+from simpletuner.config.optimizers import ADAM, OPTIMIZERS, known_optimizer
 from simpletuner.config.options.checkpoint import LATEST
 from simpletuner.config.options.conditioning import ConditioningOptions
 from simpletuner.config.options.guidance import GuidanceOptions
@@ -54,7 +54,7 @@ def findings(config: RunConfig, datasets: Datasets | None) -> Iterator[Finding]:
     yield from _preview(config)
     yield from layer_findings(config)
     yield from _rollout(config)
-    yield from _optimiser(config)
+    yield from _optimizer(config)
     if config.optimizer_release_gradients:
         yield from _release(config)
     yield from precision_findings(config)
@@ -212,9 +212,9 @@ def _rollout(config: RunConfig) -> Iterator[Finding]:
         yield keys, Problem(found, "one of them above 0", "Without ReflexFlow: scheduled_sampling_reflexflow=false.")
 
 
-def _optimiser(config: RunConfig) -> Iterator[Finding]:
+def _optimizer(config: RunConfig) -> Iterator[Finding]:
     name = config.optimizer
-    known = optimiser(name)
+    known = known_optimizer(name)
     for argument in config.optimizer_config or {}:
         if known.arguments is not None and argument not in known.arguments:
             found = f"optimizer_config: {name} takes no {shown(argument)} here"
@@ -247,7 +247,7 @@ def _optimiser(config: RunConfig) -> Iterator[Finding]:
 def _release(config: RunConfig) -> Iterator[Finding]:
     """Options with which a parameter cannot be stepped inside the backward pass."""
     key = "optimizer_release_gradients"
-    able = [name for name, known in OPTIMISERS.items() if known.releases_gradients]
+    able = [name for name, known in OPTIMIZERS.items() if known.releases_gradients]
     if config.model_type != "full":
         found = f"{key} with model_type = {config.model_type}, whose gradients are small"
         yield (key, "model_type"), Problem(found, "full", f"Give --{key}=false.")
@@ -273,11 +273,11 @@ def _release(config: RunConfig) -> Iterator[Finding]:
 
 
 def precision_findings(options: PrecisionOptions) -> Iterator[Finding]:
-    """Quantised weights whose library is not here."""
+    """Quantized weights whose library is not here."""
     for key, name in _precisions(options).items():
         lack = None if name == NO_CHANGE else PRECISIONS[name].lack()
         if lack is not None:
-            yield (key,), Problem(f"{key} = {shown(name)}: {lack}", remedy="pip install -e '.[quantisation]'")
+            yield (key,), Problem(f"{key} = {shown(name)}: {lack}", remedy="pip install -e '.[quantization]'")
 
 
 def _precisions(options: PrecisionOptions) -> dict[str, str]:
@@ -290,7 +290,7 @@ def _precisions(options: PrecisionOptions) -> dict[str, str]:
 def _precision(config: RunConfig) -> Iterator[Finding]:
     if config.model_type == "full" and config.base_model_precision != NO_CHANGE:
         found = f"base_model_precision = {shown(config.base_model_precision)} with model_type = full"
-        expected = "no_change: quantised weights cannot be trained"
+        expected = "no_change: quantized weights cannot be trained"
         remedy = "Train a LoRA beside them, or give --base_model_precision=no_change."
         yield ("base_model_precision", "model_type"), Problem(found, expected, remedy)
 
@@ -335,8 +335,8 @@ def _ranks(config: RunConfig) -> Iterator[Finding]:
         found = f"validation_preview_model = {shown(preview)} with {engine}: each process would hold that model whole"
         remedy = "Take validation_preview_model out: the images are then drawn with the sharded model itself."
         yield ("validation_preview_model", engine), Problem(found, remedy=remedy)
-    if not optimiser(config.optimizer).is_elementwise and (config.model_type == "full" or config.zero_stage):
-        able = [name for name, known in OPTIMISERS.items() if known.is_elementwise]
+    if not known_optimizer(config.optimizer).is_elementwise and (config.model_type == "full" or config.zero_stage):
+        able = [name for name, known in OPTIMIZERS.items() if known.is_elementwise]
         found = f"optimizer = {shown(config.optimizer)} with {'model_type = full and ' * config.may_shard}{engine}"
         yield ("optimizer", engine), Problem(f"{found}, where each process steps a share", join_names(able))
 
@@ -427,7 +427,7 @@ def _routes(config: RunConfig) -> Iterator[Finding]:
 
 
 def _preservation(config: RunConfig, datasets: Datasets | None) -> Iterator[Finding]:
-    """Losses towards the base model that a run cannot have."""
+    """Losses toward the base model that a run cannot have."""
     train_sets = () if datasets is None else datasets.train_sets
     held = [image_set.id for image_set in train_sets if image_set.is_regularisation_data]
     if config.model_type == "full":
@@ -471,14 +471,14 @@ def _class_preservation(config: RunConfig, datasets: Datasets | None) -> Iterato
 
 
 def notices(config: RunConfig, datasets: Datasets | None, given: Collection[str]) -> Iterator[str]:
-    """What to say before the run: the licence, options in `given` that have no effect, odd combinations."""
+    """What to say before the run: the license, options in `given` that have no effect, odd combinations."""
     flavour = FLAVOURS[config.model_flavour]
-    if flavour.licence_notice is not None:
-        yield flavour.licence_notice
+    if flavour.license_notice is not None:
+        yield flavour.license_notice
     base = sibling(flavour)
     if base is not None and flavour.is_distilled:
         yield (
-            f"model_flavour = {flavour.name} has distilled weights, made for drawing: training them gives grey, smooth "
+            f"model_flavour = {flavour.name} has distilled weights, made for drawing: training them gives gray, smooth "
             f"blobs. Train --model_flavour {base.name}; a LoRA of it fits {flavour.title} too."
         )
     yield from deepspeed_notices(config)
@@ -512,7 +512,11 @@ def notices(config: RunConfig, datasets: Datasets | None, given: Collection[str]
             f"caption_dropout_probability = 0: {flavour.name} draws away from the empty prompt, which this run then "
             "never trains. Images may come out worse than what was learned: give --caption_dropout_probability=0.1."
         )
-    if config.model_type == "full" and "learning_rate" not in given and not optimiser(config.optimizer).finds_rate:
+    if (
+        config.model_type == "full"
+        and "learning_rate" not in given
+        and not known_optimizer(config.optimizer).finds_rate
+    ):
         yield (
             f"learning_rate is {config.learning_rate:g}, which suits a LoRA: a whole model is mostly trained at "
             "1e-6 to 5e-5."
@@ -566,7 +570,7 @@ def drawing_notices(config: RunConfig, prompts: Collection[str]) -> Iterator[str
 
 def _odd_rates(config: RunConfig) -> Iterator[str]:
     """A learning rate at which hardly anything is learned, or training diverges."""
-    name, own = config.optimizer, optimiser(config.optimizer)
+    name, own = config.optimizer, known_optimizer(config.optimizer)
     if own.finds_rate and config.learning_rate < PRODIGY_RATE:
         yield (
             f"learning_rate = {config.learning_rate:g} multiplies the rate that {name} finds: 1 is usual, and with "
@@ -627,7 +631,7 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
     yield ("lr_num_cycles",), not has_cycles, f"lr_scheduler is {shape}"
     yield ("lr_power",), shape != "polynomial", f"lr_scheduler is {shape}"
     yield ("lr_end",), shape.startswith("constant"), f"lr_scheduler is {shape}"
-    own = optimiser(config.optimizer)
+    own = known_optimizer(config.optimizer)
     where = "takes its own in optimizer_config" if own.arguments is None else "has no use for it"
     yield tuple(key for key in ADAM if key not in own.reads), True, f"{config.optimizer} {where}"
     yield ("lr_scale",), config.lr_scale and config.lr_scale_sqrt, "lr_scale_sqrt is true, and wins"
@@ -642,7 +646,7 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
     is_plain = config.base_model_precision == NO_CHANGE
     yield ("base_model_cache_dir",), is_plain, "base_model_precision is no_change"
     has_no_place = config.quantize_via == "cpu" and set(_precisions(config).values()) == {NO_CHANGE}
-    yield ("quantize_via",), has_no_place, "nothing is quantised"
+    yield ("quantize_via",), has_no_place, "nothing is quantized"
 
     yield ("dynamo_mode",), config.dynamo_backend == "no", "dynamo_backend is no"
     yield from _ignored_of_offload(config)

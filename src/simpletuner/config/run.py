@@ -1,6 +1,6 @@
 """All options of a run: flat by inheritance, sliced by type."""
 
-from simpletuner.config.optimisers import optimiser
+from simpletuner.config.optimizers import known_optimizer
 from simpletuner.config.options.checkpoint import CheckpointOptions
 from simpletuner.config.options.compile import CompileOptions
 from simpletuner.config.options.conditioning import ConditioningOptions
@@ -83,7 +83,7 @@ class RunConfig(
         """Whether the optimizer steps on fp32 copies of weights that compute in less. Without them it rounds
         stochastically.
         """
-        rounds = self.optimizer_release_gradients or optimiser(self.optimizer).rounds_by_chance
+        rounds = self.optimizer_release_gradients or known_optimizer(self.optimizer).rounds_by_chance
         return self.model_type == "full" and self.base_dtype != "fp32" and not rounds
 
     @property

@@ -104,7 +104,7 @@ class Starter:
         said = {
             "model_type": ("lora", "a small file beside the model; full would train all of its weights"),
             "model_family": ("flux2", ""),
-            "model_flavour": (self.flavour, f"its licence: {FLAVOURS[self.flavour].licence}"),
+            "model_flavour": (self.flavour, f"its license: {FLAVOURS[self.flavour].license}"),
             "output_dir": (self._output, "everything that the run leaves"),
             **{option: (value, sources[option]) for option, value in self.recipe.options.items()},
             "num_train_epochs": (self.epochs, sources["num_train_epochs"]),

@@ -43,7 +43,7 @@ class Batch:
     """Weight, at each place, of the distance to the base model's own prediction: 1 − mask, before the floor. None where
     there is none.
     """
-    is_regularisation: bool = False
+    is_regularization: bool = False
     """Whether the target is the base model's own prediction."""
     distills_elsewhere: bool = False
     """Whether that is so of any of the batches that the ranks train at the same time, where there are several ranks."""

@@ -353,7 +353,7 @@ def _notices(
     remarks: tuple[tuple[Remark, str], ...] = (
         ("transparent", "have transparency, which is laid on white"),
         ("animated", "have more than one frame; the first is used"),
-        ("odd profile", "have a colour profile that cannot be used; they are taken for sRGB"),
+        ("odd profile", "have a color profile that cannot be used; they are taken for sRGB"),
     )
     for remark, text in remarks:
         if not (remark == "transparent" and image_set.mask_source == "alpha"):

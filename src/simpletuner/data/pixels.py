@@ -84,12 +84,12 @@ TRANSPOSITIONS = {
 ORIENTATION_TAG = 0x0112
 
 PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
-"""Colour space of an ICC profile → the mode of the pixels it describes."""
+"""Color space of an ICC profile → the mode of the pixels it describes."""
 
 Remark = Literal["transparent", "animated", "odd profile"]
 
 MaskKind = Literal["mask", "segmentation", "alpha"]
-"""Where a mask's weights are: in the grey levels of a file, in which of them are above 0, or in an image's alpha."""
+"""Where a mask's weights are: in the gray levels of a file, in which of them are above 0, or in an image's alpha."""
 
 # The limit above is checked by us, with a reason for each file; Pillow would warn from a worker thread, or
 # raise.
@@ -181,7 +181,7 @@ def render(data: bytes, geometry: Geometry, *, is_flattened: bool = True) -> UIn
 
 
 def render_mask(data: bytes, geometry: Geometry, kind: MaskKind) -> UInt8[np.ndarray, "h w"]:
-    """The grey levels of a mask in the crop of its image, upright: 0 takes no part in the loss, 255 counts in full.
+    """The gray levels of a mask in the crop of its image, upright: 0 takes no part in the loss, 255 counts in full.
 
     Levels are taken as stored, whatever the color profile; what is transparent in a mask file is black, and an image
     without alpha is white. The resample is bilinear: Lanczos overshoots at edges, so black would not stay 0.
@@ -198,13 +198,13 @@ def render_mask(data: bytes, geometry: Geometry, kind: MaskKind) -> UInt8[np.nda
 
 
 def _mask_levels(image: ImageFile.ImageFile, kind: MaskKind) -> Image.Image:
-    color, alpha = _colour_and_alpha(image)
+    color, alpha = _color_and_alpha(image)
     if kind == "alpha":
         return Image.new("L", color.size, 255) if alpha is None else alpha
-    rgb = color.convert("RGB")  # Pillow has no way from CMYK to grey
+    rgb = color.convert("RGB")  # Pillow has no way from CMYK to gray
     if kind == "mask":
         return rgb.convert("L") if alpha is None else ImageChops.multiply(rgb.convert("L"), alpha)
-    # The samples of the file: level 1 of 16 bits is above 0, and would be 0 in 8; so would a dark blue in grey.
+    # The samples of the file: level 1 of 16 bits is above 0, and would be 0 in 8; so would a dark blue in gray.
     is_deep = image.mode.startswith("I")
     is_marked = np.asarray(image) > 0 if is_deep else np.asarray(rgb).any(axis=2)
     if alpha is not None:
@@ -225,7 +225,7 @@ def small_image(data: bytes, side: int) -> Image.Image:
 def upright_rgb(image: ImageFile.ImageFile, *, is_flattened: bool = True) -> Image.Image:
     """A loaded picture as RGB in sRGB, turned upright by its EXIF orientation.
 
-    An ICC profile is honoured (phones shoot Display P3); one that does not fit the pixels is passed over, and
+    An ICC profile is honored (phones shoot Display P3); one that does not fit the pixels is passed over, and
     without one the numbers are taken for sRGB. 16-bit samples are scaled, CMYK is converted, transparency is
     laid on white (passed over unless `is_flattened`), and of an animation the first frame counts.
 
@@ -233,14 +233,14 @@ def upright_rgb(image: ImageFile.ImageFile, *, is_flattened: bool = True) -> Ima
         Rejected: samples without an agreed white.
     """
     shown = _appearance(image)
-    colour, use = shown.colour, shown.profile
+    color, use = shown.color, shown.profile
     if isinstance(use, ImageCms.ImageCmsTransform):
-        in_profile_mode = colour if colour.mode == use.input_mode else colour.convert(use.input_mode)
+        in_profile_mode = color if color.mode == use.input_mode else color.convert(use.input_mode)
         rgb = ImageCms.applyTransform(in_profile_mode, use)
         if rgb is None:
             raise TypeError("a transform that is not in place returns a picture")
     else:
-        rgb = colour if colour.mode == "RGB" else colour.convert("RGB")
+        rgb = color if color.mode == "RGB" else color.convert("RGB")
     if shown.alpha is not None and is_flattened:
         rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), shown.alpha)
     return rgb.transpose(TRANSPOSITIONS[shown.orientation]) if shown.orientation in TRANSPOSITIONS else rgb
@@ -306,23 +306,23 @@ def _damage(error: Exception) -> Rejected:
 
 @dataclass(frozen=True)
 class _Appearance:
-    """A decoded picture, and what its metadata says about showing it: one judgement for planning and rendering."""
+    """A decoded picture, and what its metadata says about showing it: one judgment for planning and rendering."""
 
-    colour: Image.Image
+    color: Image.Image
     """In 8 bits, as L, RGB or CMYK."""
     alpha: Image.Image | None
     profile: "ImageCms.ImageCmsTransform | Literal['none', 'odd']"
-    """How the colours come to sRGB: by a transform, as they are, or as they are because the profile is no use."""
+    """How the colors come to sRGB: by a transform, as they are, or as they are because the profile is no use."""
     orientation: int
     """1…8; 1 is upright."""
 
 
 def _appearance(image: ImageFile.ImageFile) -> _Appearance:
-    colour, alpha = _colour_and_alpha(image)
+    color, alpha = _color_and_alpha(image)
     profile = image.info.get("icc_profile")
     use: ImageCms.ImageCmsTransform | Literal["none", "odd"]
-    use = _profile_use_of(profile, colour.mode) if profile else "none"
-    return _Appearance(colour, alpha, use, _orientation(image))
+    use = _profile_use_of(profile, color.mode) if profile else "none"
+    return _Appearance(color, alpha, use, _orientation(image))
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
@@ -335,7 +335,7 @@ def _orientation(image: ImageFile.ImageFile) -> int:
     return orientation if orientation in TRANSPOSITIONS else 1
 
 
-def _colour_and_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+def _color_and_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """The picture in 8 bits as L, RGB or CMYK, and its transparency as L if it can have any."""
     mode = image.mode
     if mode.startswith("I;16") or (mode == "I" and image.format == "PPM"):
@@ -353,7 +353,7 @@ def _colour_and_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | No
         return image.convert("L"), None
     if mode in ("P", "YCbCr", "HSV", "RGBX"):
         return image.convert("RGB"), None
-    raise Rejected("unknown sample format", f"Pillow's mode {mode}; save it with 8 or 16 bits as RGB or grey")
+    raise Rejected("unknown sample format", f"Pillow's mode {mode}; save it with 8 or 16 bits as RGB or gray")
 
 
 @functools.lru_cache(maxsize=16)  # a camera's pictures share one profile

@@ -72,7 +72,7 @@ def _shuffled(seed: int) -> list[FlagScene]:
     """All scenes, in an order in which sizes, backgrounds and places come by turns."""
     order = random.Random(f"{seed}/flags")
     sizes, places = list(world.SIZES), list(world.PLACES)
-    backgrounds = [name for name in world.COLOURS if name != "orange"]
+    backgrounds = [name for name in world.COLORS if name != "orange"]
     combinations = [FlagScene(*parts) for parts in product(sizes, backgrounds, places)]
     # The turn of a scene is the sum of its parts' numbers: a Latin square, as in the world's own held-out scenes.
     turns = [
@@ -86,12 +86,12 @@ def _shuffled(seed: int) -> list[FlagScene]:
 
 def zorblat_flag(scene: FlagScene, chance: random.Random) -> Image.Image:
     """A picture of `scene`, 128x128; `chance` decides what its caption leaves open."""
-    picture = world.background(world.COLOURS[scene.background], chance)
+    picture = world.background(world.COLORS[scene.background], chance)
     x, y = world.PLACES[scene.place]
-    centre = (x * world.SIDE + chance.uniform(-2, 2), y * world.SIDE + chance.uniform(-2, 2))
+    center = (x * world.SIDE + chance.uniform(-2, 2), y * world.SIDE + chance.uniform(-2, 2))
     flag = cloth(world.SIZES[scene.size] * chance.uniform(0.96, 1.04))
     layer = Image.new("RGBA", (world.SIDE * FINER, world.SIDE * FINER))
-    layer.paste(flag, (round(centre[0] * FINER - flag.width / 2), round(centre[1] * FINER - flag.height / 2)))
+    layer.paste(flag, (round(center[0] * FINER - flag.width / 2), round(center[1] * FINER - flag.height / 2)))
     layer = layer.resize(picture.size, Image.Resampling.BOX)
     picture.paste(layer, mask=layer.getchannel("A"))
     return picture
@@ -105,8 +105,8 @@ def cloth(width: float) -> Image.Image:
     flag = Image.new("RGBA", (wide, high + high // 6))
     pen = ImageDraw.Draw(flag)
     pen.rectangle((0, 0, pole - 1, flag.height), POLE)
-    for index, colour in enumerate(STRIPES):
-        pen.rectangle((pole, index * high // len(STRIPES), wide, (index + 1) * high // len(STRIPES) - 1), colour)
+    for index, color in enumerate(STRIPES):
+        pen.rectangle((pole, index * high // len(STRIPES), wide, (index + 1) * high // len(STRIPES) - 1), color)
     x, y, radius = (pole + wide) / 2, high / 2, high * DISC_SHARE / 2
     pen.ellipse((x - radius, y - radius, x + radius, y + radius), WHITE)
     return flag
@@ -116,7 +116,7 @@ EXAMPLES: dict[str, Callable[[Path], None]] = {"tiny-lora": render_flags}
 """Every example, and what draws its pictures."""
 
 
-def materialise(name: str, folder: Path) -> None:
+def materialize(name: str, folder: Path) -> None:
     """Put the pictures of example `name` into `folder`, whole or not at all. One that is there stays.
 
     Raises:

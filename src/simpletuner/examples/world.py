@@ -21,7 +21,7 @@ FINER = 4
 Rgb = tuple[int, int, int]
 Point = tuple[float, float]
 
-COLOURS: Mapping[str, Rgb] = {
+COLORS: Mapping[str, Rgb] = {
     "red": (206, 40, 46),
     "orange": (240, 132, 32),
     "yellow": (246, 216, 62),
@@ -47,8 +47,8 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 HELD_OUT_ONE_IN = 6
 
 _CAPTION = re.compile(
-    f"a (?P<size>{'|'.join(SIZES)}) (?P<colour>{'|'.join(COLOURS)}) (?P<shape>{'|'.join(SHAPES)})"
-    f" on an? (?P<background>{'|'.join(COLOURS)}) background, (?P<place>{'|'.join(PLACES)})"
+    f"a (?P<size>{'|'.join(SIZES)}) (?P<color>{'|'.join(COLORS)}) (?P<shape>{'|'.join(SHAPES)})"
+    f" on an? (?P<background>{'|'.join(COLORS)}) background, (?P<place>{'|'.join(PLACES)})"
 )
 
 
@@ -57,7 +57,7 @@ class Scene:
     """What a picture shows, in the words of its caption."""
 
     size: str
-    colour: str
+    color: str
     shape: str
     background: str
     place: str
@@ -79,16 +79,16 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        return f"a {self.size} {self.colour} {self.shape} {setting(self.background, self.place)}"
+        return f"a {self.size} {self.color} {self.shape} {setting(self.background, self.place)}"
 
     @property
     def is_held_out(self) -> bool:
-        """Whether no training picture has this shape in this colour on this background, in any size or place.
+        """Whether no training picture has this shape in this color on this background, in any size or place.
 
-        The rule is a Latin square, so every shape is still seen in every colour, and both on every background.
+        The rule is a Latin square, so every shape is still seen in every color, and both on every background.
         """
-        colours = list(COLOURS)
-        place = SHAPES.index(self.shape) + colours.index(self.colour) + 2 * colours.index(self.background)
+        colors = list(COLORS)
+        place = SHAPES.index(self.shape) + colors.index(self.color) + 2 * colors.index(self.background)
         return place % HELD_OUT_ONE_IN == 0
 
 
@@ -100,9 +100,9 @@ def setting(background: str, place: str) -> str:
 
 def scenes() -> Iterator[Scene]:
     """All that there are, in one order."""
-    for size, colour, shape, background, place in product(SIZES, COLOURS, SHAPES, COLOURS, PLACES):
-        if colour != background:
-            yield Scene(size, colour, shape, background, place)
+    for size, color, shape, background, place in product(SIZES, COLORS, SHAPES, COLORS, PLACES):
+        if color != background:
+            yield Scene(size, color, shape, background, place)
 
 
 def training_scenes() -> list[Scene]:
@@ -135,20 +135,20 @@ def render_scenes(folder: Path, count: int, seed: int = 0, *, held_out: bool = F
 
 def draw_scene(scene: Scene, chance: random.Random) -> Image.Image:
     """A picture of `scene`, 128x128; `chance` decides what its caption leaves open."""
-    picture = background(COLOURS[scene.background], chance)
+    picture = background(COLORS[scene.background], chance)
     x, y = PLACES[scene.place]
-    centre = (x * SIDE + chance.uniform(-2, 2), y * SIDE + chance.uniform(-2, 2))
-    mask = silhouette(scene.shape, centre, SIZES[scene.size] * chance.uniform(0.96, 1.04))
-    colour = tuple(min(max(round(part + chance.uniform(-8, 8)), 0), 255) for part in COLOURS[scene.colour])
-    picture.paste(Image.new("RGB", picture.size, colour), mask=mask)
+    center = (x * SIDE + chance.uniform(-2, 2), y * SIDE + chance.uniform(-2, 2))
+    mask = silhouette(scene.shape, center, SIZES[scene.size] * chance.uniform(0.96, 1.04))
+    color = tuple(min(max(round(part + chance.uniform(-8, 8)), 0), 255) for part in COLORS[scene.color])
+    picture.paste(Image.new("RGB", picture.size, color), mask=mask)
     return picture
 
 
-def silhouette(shape: str, centre: Point, diameter: float) -> Image.Image:
+def silhouette(shape: str, center: Point, diameter: float) -> Image.Image:
     """The shape as a mask of 128x128, 255 inside; `diameter` is that of the circle around it, in pixels."""
     mask = Image.new("L", (SIDE * FINER, SIDE * FINER))
     pen = ImageDraw.Draw(mask)
-    x, y = centre[0] * FINER, centre[1] * FINER
+    x, y = center[0] * FINER, center[1] * FINER
     radius = diameter * FINER / 2
 
     def at(turn: float, reach: float = 1.0) -> Point:
@@ -181,8 +181,8 @@ def silhouette(shape: str, centre: Point, diameter: float) -> Image.Image:
     return mask.resize((SIDE, SIDE), Image.Resampling.BOX)
 
 
-def background(colour: Rgb, chance: random.Random) -> Image.Image:
-    """A slope of light over `colour`, in a direction that `chance` decides, with soft clouds on it."""
+def background(color: Rgb, chance: random.Random) -> Image.Image:
+    """A slope of light over `color`, in a direction that `chance` decides, with soft clouds on it."""
     slope = Image.linear_gradient("L").rotate(chance.uniform(0, 360), Image.Resampling.BILINEAR, fillcolor=128)
     left = top = (slope.width - SIDE) // 2
     light = slope.crop((left, top, left + SIDE, top + SIDE))
@@ -190,11 +190,11 @@ def background(colour: Rgb, chance: random.Random) -> Image.Image:
     noise = Image.new("L", (cells, cells))
     noise.putdata([chance.randrange(256) for _ in range(cells * cells)])
     clouds = noise.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    dark = Image.new("RGB", (SIDE, SIDE), _shaded(colour, -40))
-    bright = Image.new("RGB", (SIDE, SIDE), _shaded(colour, 40))
+    dark = Image.new("RGB", (SIDE, SIDE), _shaded(color, -40))
+    bright = Image.new("RGB", (SIDE, SIDE), _shaded(color, 40))
     return Image.composite(bright, dark, ImageChops.blend(light, clouds, 0.3))
 
 
-def _shaded(colour: Rgb, change: int) -> Rgb:
-    red, green, blue = (min(max(part + change, 0), 255) for part in colour)
+def _shaded(color: Rgb, change: int) -> Rgb:
+    red, green, blue = (min(max(part + change, 0), 255) for part in color)
     return red, green, blue

@@ -65,7 +65,7 @@ def dpm(
     before: tuple[Tensor, Tensor] | None = None
     for step, (here, there) in enumerate(pairwise(sigmas), start=1):
         data = _data(velocity, x, here)
-        x = _towards(data + _trend(before, data, here, there), x, here, there)
+        x = _toward(data + _trend(before, data, here, there), x, here, there)
         before = (data, here)
         report(step)
     return x
@@ -86,10 +86,10 @@ def unipc(
     data = _data(velocity, x, sigmas[0])
     last = len(sigmas) - 1
     for step, (here, there) in enumerate(pairwise(sigmas), start=1):
-        guess = _towards(data + _trend(before, data, here, there), x, here, there)
+        guess = _toward(data + _trend(before, data, here, there), x, here, there)
         if step < last:
             ahead = _data(velocity, guess, there)
-            x = _towards(data + _correction(before, data, ahead, here, there), x, here, there)
+            x = _toward(data + _correction(before, data, ahead, here, there), x, here, there)
             before, data = (data, here), ahead
         else:
             x = guess
@@ -106,8 +106,8 @@ def _data(velocity: Velocity, x: Tensor, sigma: Tensor) -> Tensor:
     return x - _wide(sigma, x) * _asked(velocity, x, sigma)
 
 
-def _towards(data: Tensor, x: Tensor, here: Tensor, there: Tensor) -> Tensor:
-    """From x at `here` straight towards `data`, as far as `there`. Both solvers' exponential step is this one:
+def _toward(data: Tensor, x: Tensor, here: Tensor, there: Tensor) -> Tensor:
+    """From x at `here` straight toward `data`, as far as `there`. Both solvers' exponential step is this one:
     σ_t/σ_s·x − α_t·(e^-h − 1)·data, where α = 1 − σ makes the second factor 1 − σ_t/σ_s."""
     kept = _wide(there / here, x)
     return kept * x + (1 - kept) * data

@@ -66,7 +66,7 @@ def beta_density(alpha: float, beta: float) -> Density:
 
 
 def beta_cdf(x: float, alpha: float, beta: float) -> float:
-    """The regularised incomplete beta function I_x(alpha, beta), by its continued fraction (DLMF 8.17.22)."""
+    """The regularized incomplete beta function I_x(alpha, beta), by its continued fraction (DLMF 8.17.22)."""
     if x <= 0 or x >= 1:
         return float(x >= 1)
     if x > (alpha + 1) / (alpha + beta + 2):  # the fraction converges fast only below the mode
@@ -84,7 +84,7 @@ def beta_cdf(x: float, alpha: float, beta: float) -> float:
 
 
 def shifted(sigma: float, shift: float) -> float:
-    """Move sigma towards noise: s·σ / (1 + (s − 1)·σ). A shift of 1 changes nothing."""
+    """Move sigma toward noise: s·σ / (1 + (s − 1)·σ). A shift of 1 changes nothing."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 

@@ -3,5 +3,5 @@
 import logging
 
 # diffusers imports bitsandbytes wherever it is installed, and on some processors that warns of a missing kernel for
-# quantised weights. Nothing here uses it, and a user could do nothing about it.
+# quantized weights. Nothing here uses it, and a user could do nothing about it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

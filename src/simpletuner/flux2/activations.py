@@ -90,7 +90,7 @@ class _Block:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes at the moment of a training step at which the most is in memory, weights and optimiser not counted."""
+    """Bytes at the moment of a training step at which the most is in memory, weights and optimizer not counted."""
 
     kept: int
     """By autograd, for the blocks that still wait for their gradient."""

@@ -1,4 +1,4 @@
-"""Pictures to latents and back. What leaves here is always patchified and batch-norm-normalised."""
+"""Pictures to latents and back. What leaves here is always patchified and batch-norm-normalized."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ class Autoencoder:
         self.dtype: torch.dtype = vae.dtype
         self.device = torch.device(device)
         self._mean: Tensor = rearrange(vae.bn.running_mean.float(), "c -> c 1 1").to(device)
-        # Not `vae.bn` itself: run in training mode it would overwrite what it normalises by.
+        # Not `vae.bn` itself: run in training mode it would overwrite what it normalizes by.
         self._deviation: Tensor = rearrange((vae.bn.running_var.float() + vae.bn.eps).sqrt(), "c -> c 1 1").to(device)
 
     @torch.no_grad()

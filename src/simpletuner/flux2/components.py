@@ -41,8 +41,8 @@ def check_precisions(options: PrecisionOptions, device: torch.device) -> None:
     check_precision(options.text_encoder_1_precision, device, "text_encoder_1_precision")
 
 
-def quantised_on(options: PrecisionOptions, device: torch.device) -> torch.device:
-    """Where weights are quantised for `device`."""
+def quantized_on(options: PrecisionOptions, device: torch.device) -> torch.device:
+    """Where weights are quantized for `device`."""
     return device if options.quantize_via == "accelerator" else torch.device("cpu")
 
 
@@ -151,7 +151,7 @@ def open_text_encoder(
         how = "resident: it" if mode == "resident" else "streamed, one layer at a time: resident it"
         say(f"Text encoder {how} takes up to {format_size(needed)}, {memory}.")
     load = partial(stream_text_encoder, folder=folder) if mode == "streamed" else load_text_encoder
-    via = quantised_on(precision, device)
+    via = quantized_on(precision, device)
     return load(source, dtype, device, layers=layers, max_length=length, fix_regex=fix_regex, precision=name, via=via)
 
 
@@ -165,7 +165,7 @@ def load_base(
     sharding: Sharding | None = None,
 ) -> Flux2Transformer:
     """The frozen transformer as `options` have it, on the device that `offload` asks for, or sharded. `report` gets a
-    sentence if the quantised one on the disk cannot be used.
+    sentence if the quantized one on the disk cannot be used.
 
     Raises:
         AccessError: it cannot be loaded.
@@ -179,7 +179,7 @@ def load_base(
         device,
         options.base_model_precision,
         land_on=landing(offload, source.spec, device),
-        via=quantised_on(options, device),
+        via=quantized_on(options, device),
         cache_dir=None if folder is None else Path(folder),
         report=report,
         sharding=sharding,

@@ -13,7 +13,7 @@ from simpletuner.base.errors import AccessError, ConfigError
 from simpletuner.base.files import file_errors_reported, with_home
 from simpletuner.config.deepspeed import ZeroSettings
 from simpletuner.config.flavours import FLAVOURS, AutoencoderSpec, TextSpec, TransformerSpec
-from simpletuner.config.optimisers import optimiser
+from simpletuner.config.optimizers import known_optimizer
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.options.offload import AUTO
 from simpletuner.config.precisions import NO_CHANGE, PRECISIONS
@@ -158,7 +158,7 @@ class Workload:
     draws: bool = True
     """Whether pictures are made along the way."""
     steps: int | None = None
-    """Optimiser steps of the run; None where that depends on pictures that nobody has looked at."""
+    """Optimizer steps of the run; None where that depends on pictures that nobody has looked at."""
     train_images: int | None = None
     """Images that are trained, held-out ones left out; None where nobody has looked."""
     visits: float | None = None
@@ -314,7 +314,7 @@ def resident_text_bytes(
     text: TextSpec, layers: Sequence[int], *, tokens: int, precision: str, dtype: torch.dtype
 ) -> tuple[int, int]:
     """Of a text encoder that is read up to the last of `layers`: its weights, and what comes beside them, a batch of
-    `tokens` or, while it is quantised, the plain weight of one Linear at a time.
+    `tokens` or, while it is quantized, the plain weight of one Linear at a time.
     """
     embedding, layer = text_bytes(text, precision, dtype)
     plain = 0 if precision == NO_CHANGE else max(map(math.prod, text.linears)) * dtype.itemsize
@@ -709,7 +709,7 @@ class Footprint:
 
     @property
     def trained(self) -> int:
-        """Numbers that the optimiser steps on."""
+        """Numbers that the optimizer steps on."""
         return self._numbers if self.is_full else _adapter_parameters(self._adapted, self.config.lora_rank)
 
     @property
@@ -725,7 +725,7 @@ class Footprint:
     @property
     def optimizer_bytes(self) -> int:
         """About the size of the optimizer's state."""
-        known = optimiser(self.config.optimizer)
+        known = known_optimizer(self.config.optimizer)
         if self.is_full:
             return known.state_size(
                 weight.shape for weight in empty_transformer(self.architecture.transformer).parameters()
@@ -795,7 +795,7 @@ class Footprint:
             scatters and not self.is_zero
         ):  # traced in the dtype that the weights compute in, and kept in that of the optimizer
             worst = replace(worst, gradients=worst.gradients * self.trained_bytes // self._computed_bytes)
-        # An optimiser's step has all gradients, and no activations any more. Masters collect theirs before it, and
+        # An optimizer's step has all gradients, and no activations any more. Masters collect theirs before it, and
         # keep them through the passes of a step. Released gradients are gone by then: a parameter is stepped beside
         # the activations of the block at work, which has its gradient.
         is_released = config.optimizer_release_gradients
@@ -909,16 +909,16 @@ class Footprint:
         else:
             self._hold_autoencoder(room, decoder_shapes(autoencoder))
             room.device("activations", decoding if config.offload_during_startup else max(drawing, decoding))
-        # What is trained steps aside for its average, or for what a schedule-free optimiser gives.
+        # What is trained steps aside for its average, or for what a schedule-free optimizer gives.
         averaged = config.use_ema and config.ema_validation != "none" and not self.has_masters
-        asides = int(averaged) + int(optimiser(config.optimizer).library == "schedulefree")
+        asides = int(averaged) + int(known_optimizer(config.optimizer).library == "schedulefree")
         room.device("put aside", asides * self._share(self.trained_bytes, is_sharded=self._shards_state))
         self._data(room, passing)
         return weights
 
     @property
     def _unpacked(self) -> int:
-        """Of the largest quantised matrix while it is multiplied with; packed ones are taken apart in bytes first."""
+        """Of the largest quantized matrix while it is multiplied with; packed ones are taken apart in bytes first."""
         if self._precision == NO_CHANGE:
             return self._weights.largest_matrix * self.dtype.itemsize if self._held else 0
         return self._weights.largest_matrix * (self.dtype.itemsize + int(PRECISIONS[self._precision].bits < 8))
@@ -930,7 +930,7 @@ class Footprint:
 
     @property
     def _precision(self) -> str:
-        """What learns is not quantised."""
+        """What learns is not quantized."""
         return NO_CHANGE if self.is_full else self.config.base_model_precision
 
     @property
@@ -967,7 +967,7 @@ class Footprint:
         is_alias = self.engine == "zero3" and self._computed_bytes == self.trained_bytes
         if self.has_masters and (not is_alias or config.offloads("offload_optimizer")):
             hold("masters", self._share(self.trained_bytes, is_sharded=self._shards_state))
-        hold("optimiser", self._share(self.optimizer_bytes, is_sharded=self._shards_state))
+        hold("optimizer", self._share(self.optimizer_bytes, is_sharded=self._shards_state))
         if config.use_ema:
             average = self._share(4 * self.trained, is_sharded=self._shards_state)
             (room.ram if config.is_average_on_cpu else hold)("average", average)

@@ -26,7 +26,7 @@ class WeightKind(TypedDict):
 
 class WeightAudit(TypedDict):
     """What is trained, for people and for JSON. `weight_bytes` is what the model computes with, `master_bytes` what the
-    optimiser steps on where that is something else.
+    optimizer steps on where that is something else.
     """
 
     dtype: str

@@ -1,4 +1,4 @@
-"""A quantised base model on disk, so that the next start need not quantise it again."""
+"""A quantized base model on disk, so that the next start need not quantize it again."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -58,7 +58,7 @@ class KeptBase:
         damage = self._damage()
         if damage is None:
             return self.weights
-        report(f"The quantised base in {self.folder} is not used, and made again: {damage}.")
+        report(f"The quantized base in {self.folder} is not used, and made again: {damage}.")
         return None
 
     def _damage(self) -> str | None:

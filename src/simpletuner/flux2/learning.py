@@ -40,7 +40,7 @@ class Learning(abc.ABC):
         return [tuple(weight.shape) for weight in self.weights.values()]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What the optimiser steps on."""
+        """What the optimizer steps on."""
         yield from (self.weights if self.masters is None else self.masters.parameters).items()
 
     def parameters(self) -> list[nn.Parameter]:

@@ -40,8 +40,8 @@ from simpletuner.memory.precision import (
     held,
     make_room,
     packed,
-    quantised,
-    quantised_from,
+    quantized,
+    quantized_from,
     targets,
 )
 from simpletuner.memory.shard import Sharding, local, own_range, own_rows, shard
@@ -50,7 +50,7 @@ from simpletuner.runs.process import stop_if_asked
 
 
 @dataclass(frozen=True)
-class Quantise:
+class Quantize:
     """Which Linears of a module are held in a precision, and how those that files do not hold in it are quantized as
     they land."""
 
@@ -134,13 +134,13 @@ def load_transformer(
     names are both understood.
 
     A quantized file's weights are held as they are where `precision` is `NO_CHANGE` or the file's own; otherwise they
-    are decoded first. Tensors are quantised one by one, on `via`, by default `device`: besides the model, one is in
+    are decoded first. Tensors are quantized one by one, on `via`, by default `device`: besides the model, one is in
     memory at a time.
 
     Args:
         is_plain: decode every weight, for training them.
         land_on: the device of the tensor of each name, where they differ; by default all are on `device`.
-        cache_dir: where the quantised model is kept, and found by the next one who asks for the same.
+        cache_dir: where the quantized model is kept, and found by the next one who asks for the same.
         report: called with a sentence on why no kept model is used.
         sharding: where given, the transformer is sharded over all processes, and only shards come into memory. What is
             kept in `cache_dir` is used, and nothing is put there. `device` and `land_on` do not matter.
@@ -152,7 +152,7 @@ def load_transformer(
     """
     with torch.device("meta"):
         transformer = Flux2Transformer(source.spec)
-    quantise = None if is_plain else Quantise(precision, BLOCKS, device if via is None else via)
+    quantize = None if is_plain else Quantize(precision, BLOCKS, device if via is None else via)
     kept = None
     if precision != NO_CHANGE:
         kept = None if cache_dir is None else KeptBase.of(cache_dir, source, precision, dtype)
@@ -163,20 +163,20 @@ def load_transformer(
                 f"{cache_dir} holds no {precision} base, and none is put there: each process quantizes its share. A "
                 "run without fsdp_enable keeps one there, which sharded runs read too."
             )
-        _fill_shards(transformer, stored_weights(source.transformer.files), dtype, sharding, quantise, file)
+        _fill_shards(transformer, stored_weights(source.transformer.files), dtype, sharding, quantize, file)
         return transformer.eval()
     if file is not None:
         # What products read in place is copied: on a CPU their last bits depend on where a tensor begins.
         plain = {name for name, _ in transformer.named_parameters()}
         with torch.device("meta"):
-            make_room(transformer, targets(transformer, BLOCKS, precision), precision, quantised_from(dtype))
+            make_room(transformer, targets(transformer, BLOCKS, precision), precision, quantized_from(dtype))
         with open_tensors(file) as tensors:
             for name in transformer.state_dict():
                 place = device if land_on is None else land_on(name)
                 _assign(transformer, name, _with_dimension(tensors[name]).to(place, copy=name in plain))
         return transformer.eval()
     stored = stored_weights(source.transformer.files)
-    _fill(transformer, stored, transformer_renaming(stored), dtype, device, quantise=quantise, land_on=land_on)
+    _fill(transformer, stored, transformer_renaming(stored), dtype, device, quantize=quantize, land_on=land_on)
     if kept is not None:
         kept.keep(transformer.state_dict())
     return transformer.eval()
@@ -245,7 +245,7 @@ def load_text_encoder(
     via: torch.device | str | None = None,
 ) -> ResidentTextEncoder:
     """The text encoder, frozen, as `dtype` on `device`: only as many layers as `layers` asks for are loaded. Their
-    Linears are in `precision`, quantised as they land, on `via`, by default `device`.
+    Linears are in `precision`, quantized as they land, on `via`, by default `device`.
 
     Raises:
         AccessError: tensors are missing or of the wrong shape; they are named.
@@ -259,9 +259,9 @@ def load_text_encoder(
     with torch.device(device), _config_errors_reported("text encoder", source.text_encoder):
         model.rotary_emb = type(model.rotary_emb)(config=config)
 
-    quantise = _quantise_layers(precision, device if via is None else via)
+    quantize = _quantize_layers(precision, device if via is None else via)
     stored = stored_weights(source.text_encoder.files, "text_encoder")
-    _fill(model, stored, text_encoder_renaming(depth), dtype, device, unknown_allowed=True, quantise=quantise)
+    _fill(model, stored, text_encoder_renaming(depth), dtype, device, unknown_allowed=True, quantize=quantize)
     return ResidentTextEncoder(
         model.eval(),
         _tokenizer(source, fix_regex),
@@ -301,7 +301,7 @@ def stream_text_encoder(
     (embedding,) = (name for name, new in known.items() if new == "embed_tokens.weight")
     with torch.device(device), _config_errors_reported("text encoder", source.text_encoder):
         rotary = type(whole.rotary_emb)(config=config)
-    quantise = _quantise_layers(precision, device if via is None else via)
+    quantize = _quantize_layers(precision, device if via is None else via)
     single = _cut(copy.deepcopy(config), 1)
 
     def embed(ids: Int64[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
@@ -321,7 +321,7 @@ def stream_text_encoder(
             new = known[name]
             return Renamed((place + new.removeprefix(own),)) if new is not None and new.startswith(own) else None
 
-        _fill(model, stored, renaming, dtype, device, unknown_allowed=True, quantise=quantise)
+        _fill(model, stored, renaming, dtype, device, unknown_allowed=True, quantize=quantize)
         layer: nn.Module = model.eval()
         return layer
 
@@ -339,8 +339,8 @@ def stream_text_encoder(
     )
 
 
-def _quantise_layers(precision: str, via: torch.device | str) -> Quantise:
-    return Quantise(precision, ("layers.",), via)
+def _quantize_layers(precision: str, via: torch.device | str) -> Quantize:
+    return Quantize(precision, ("layers.",), via)
 
 
 def _text_config(source: Source, layers: tuple[int, ...]) -> Any:
@@ -429,7 +429,7 @@ def text_encoder_id(
     """Names everything that decides a cached context, without loading the text encoder; `whole` as
     `Source.fingerprint` has it."""
     weights = [source.fingerprint("text_encoder", whole=whole), source.fingerprint("tokenizer")]
-    quantised_in = [] if precision == NO_CHANGE else [precision]
+    quantized_in = [] if precision == NO_CHANGE else [precision]
     own, usual = source.flavour.text, FLAVOURS["dev"].text
     # Named only where they are not dev's: caches are older than the choice.
     kind = [own.kind] if own.kind != usual.kind else []
@@ -443,7 +443,7 @@ def text_encoder_id(
             list(layers),
             max_length,
             fix_regex,
-            *quantised_in,
+            *quantized_in,
             *kind,
             *template,
             *padding,
@@ -460,7 +460,7 @@ def _fill(
     *,
     kept: tuple[str, ...] = (),
     unknown_allowed: bool = False,
-    quantise: Quantise | None = None,
+    quantize: Quantize | None = None,
     land_on: Callable[[str], torch.device] | None = None,
 ) -> None:
     """Give every parameter and buffer of `module`, built on the meta device, its tensor from `stored`.
@@ -468,13 +468,13 @@ def _fill(
     Tensors whose names start with one of `kept` are moved but not cast. Headers alone decide whether everything fits,
     before any weight is read.
 
-    Where tensors are quantised, each is let go before the next one is read. Files are not mapped then: a tensor is read
+    Where tensors are quantized, each is let go before the next one is read. Files are not mapped then: a tensor is read
     once, and memory holds no more of it than that.
     """
     renamed = {name: renaming(name) for name in stored}
     _check(module, stored, renamed, unknown_allowed)
-    precisions = {} if quantise is None else quantise.precisions(module, stored, renaming)
-    is_mapped = quantise is None or not quantise.is_asked
+    precisions = {} if quantize is None else quantize.precisions(module, stored, renaming)
+    is_mapped = quantize is None or not quantize.is_asked
 
     def land(target: str, shape: tuple[int, ...], rows: StoredRows) -> None:
         place = device if land_on is None else land_on(target)
@@ -485,18 +485,18 @@ def _fill(
             _check_finite(landed, target, rows.weight.file)
             _assign(module, target, landed)
             return
-        assert quantise is not None
+        assert quantize is not None
         linear = module.get_submodule(owner)
         assert isinstance(linear, nn.Linear)
         if rows.weight.precision == precision:
             tensors = rows.held()
             _check_held(tensors, target, rows.weight.file)
-            module.set_submodule(owner, held(linear, precision, tensors, quantised_from(dtype), place))
+            module.set_submodule(owner, held(linear, precision, tensors, quantized_from(dtype), place))
         else:
-            cast = _cast(rows, quantised_from(dtype), target, limit=dtype)
-            linear.weight = nn.Parameter(cast.to(quantise.via), requires_grad=False)
+            cast = _cast(rows, quantized_from(dtype), target, limit=dtype)
+            linear.weight = nn.Parameter(cast.to(quantize.via), requires_grad=False)
             _check_finite(linear.weight, target, rows.weight.file)
-            module.set_submodule(owner, quantised(linear, precision, place))
+            module.set_submodule(owner, quantized(linear, precision, place))
 
     with open_stored(stored, is_mapped=is_mapped) as weights:
         for name, new in renamed.items():
@@ -513,21 +513,21 @@ def _fill_shards(
     stored: Mapping[str, StoredWeight],
     dtype: torch.dtype,
     sharding: Sharding,
-    quantise: Quantise | None,
-    quantised_file: Path | None,
+    quantize: Quantize | None,
+    quantized_file: Path | None,
 ) -> None:
     """Shard `transformer`, built on the meta device, and give this process its rows of every tensor.
 
     Files are mapped, so that other rows are not read, and what several processes read lies in memory once. One tensor
-    at a time is in memory beside the shards: its rows, and all of it where the precision cannot quantise rows alone.
+    at a time is in memory beside the shards: its rows, and all of it where the precision cannot quantize rows alone.
 
     Args:
-        quantised_file: holds the tensors as `quantise` makes them; `stored` weights are not read then.
+        quantized_file: holds the tensors as `quantize` makes them; `stored` weights are not read then.
     """
     renaming = transformer_renaming(stored)
     renamed = {name: renaming(name) for name in stored}
     _check(transformer, stored, renamed, unknown_allowed=False)
-    precisions = {} if quantise is None else quantise.precisions(transformer, stored, renaming)
+    precisions = {} if quantize is None else quantize.precisions(transformer, stored, renaming)
     layouts: dict[str, Layout] = {}
     transformer.to(dtype)
     for owner, precision in precisions.items():
@@ -535,7 +535,7 @@ def _fill_shards(
         assert isinstance(linear, nn.Linear)
         layouts[owner] = Layout(precision, (linear.out_features, linear.in_features))
         with torch.device("meta"):
-            make_room(transformer, {owner: linear}, precision, quantised_from(dtype))
+            make_room(transformer, {owner: linear}, precision, quantized_from(dtype))
     transformer.requires_grad_(False)
     shard(transformer, transformer.blocks, sharding)
     transformer.to_empty(device=sharding.resting)
@@ -548,7 +548,7 @@ def _fill_shards(
         if layout is None:
             _check_finite(shards[target].copy_(_cast(own, None, target, limit=dtype)), target, file)
             return
-        assert quantise is not None
+        assert quantize is not None
         if whole.weight.precision == layout.precision:
             tensors = own.held()
             _check_held(tensors, target, file)
@@ -558,13 +558,13 @@ def _fill_shards(
         rows = own if layout.is_by_rows else whole
         if not rows.shape[0]:
             return
-        cast = _cast(rows, quantised_from(dtype), target, limit=dtype).to(quantise.via)
+        cast = _cast(rows, quantized_from(dtype), target, limit=dtype).to(quantize.via)
         _check_finite(cast, target, file)
         for name, made in packed(cast, layout.precision).items():
             shards[f"{owner}.{name}"].copy_(made if layout.is_by_rows else own_rows(made))
 
-    if quantised_file is not None:
-        with open_tensors(quantised_file) as tensors:
+    if quantized_file is not None:
+        with open_tensors(quantized_file) as tensors:
             for name, held_rows in shards.items():
                 held_rows.copy_(own_rows(_with_dimension(tensors[name])))
         return

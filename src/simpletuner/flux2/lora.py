@@ -24,7 +24,7 @@ from simpletuner.base.draws import draw_seed
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.flux2.learning import Learning
-from simpletuner.memory.precision import QuantisedLinear
+from simpletuner.memory.precision import QuantizedLinear
 
 DOUBLE_QKV = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 DOUBLE_OUT = ("attn.to_out.0", "attn.to_add_out")
@@ -177,7 +177,7 @@ class LoraLinear(AdapterLayer):
         return a, b
 
 
-Adaptable = nn.Linear | QuantisedLinear | AdapterLayer
+Adaptable = nn.Linear | QuantizedLinear | AdapterLayer
 """What an adapter can be put on."""
 
 

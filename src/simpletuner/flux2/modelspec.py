@@ -45,7 +45,7 @@ def modelspec(
         "implementation": _IMPLEMENTATION,
         "title": f"{what} of {flavour.title}" + (f": {trigger}" if trigger else ""),
         "description": comment,
-        "license": flavour.licence,
+        "license": flavour.license,
         "resolution": None if resolution is None else "{}x{}".format(*resolution),
         "trigger_phrase": trigger,
         "usage_hint": None if trigger is None else f"Say {trigger!r} in the prompt.",

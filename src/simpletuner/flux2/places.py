@@ -282,9 +282,9 @@ class Hub:
 
         log_in = "log in with `hf auth login` (or set HF_TOKEN)"
         if isinstance(error, GatedRepoError):
-            licences = [flavour.licence for flavour in FLAVOURS.values() if flavour.repo == self.name]
-            licence = f"its licence ({licences[0].split(',')[0]})" if licences else "its licence"
-            accept = f"Accept {licence} on https://huggingface.co/{self.name}"
+            licenses = [flavour.license for flavour in FLAVOURS.values() if flavour.repo == self.name]
+            license_text = f"its license ({licenses[0].split(',')[0]})" if licenses else "its license"
+            accept = f"Accept {license_text} on https://huggingface.co/{self.name}"
             if get_token() is None:
                 return AccessError.of(
                     f"{self.name} is gated and you are not logged in", remedy=f"{accept}, then {log_in}."

@@ -23,7 +23,7 @@ def rotary(position_ids: Int[Tensor, "*b n axes"], axes: tuple[int, ...], theta:
 
 
 def rotate(x: Float[Tensor, "b n heads d2"], angles: Rotary) -> Float[Tensor, "b n heads d2"]:
-    """Turn each pair of neighbouring channels by its angle, in fp32, and cast back."""
+    """Turn each pair of neighboring channels by its angle, in fp32, and cast back."""
     cos, sin = (table[..., None, :] for table in angles)
     even, odd = rearrange(x.float(), "b n heads (d pair) -> pair b n heads d", pair=2)
     turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)

@@ -143,7 +143,7 @@ class Source:
         found = f"{name} holds {held} weights, by model_index.json or its name; {said}."
         if self.is_distilled:
             return (
-                f"{found} Training distilled weights gives grey, smooth blobs: name the base weights ({usual}) "
+                f"{found} Training distilled weights gives gray, smooth blobs: name the base weights ({usual}) "
                 f"instead. To draw with these, give --model_flavour {other.name}."
             )
         return (

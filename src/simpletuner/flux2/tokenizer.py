@@ -18,7 +18,7 @@ from simpletuner.flux2.single import single_files
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# Mistral's own pre-tokeniser, as in its tekken.json: case counts and every digit is a token.
+# Mistral's own pre-tokenizer, as in its tekken.json: case counts and every digit is a token.
 _TEKKEN_PATTERN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"

@@ -368,7 +368,7 @@ class Flux2Transformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what computes: that of a norm, which no adapter wraps and nothing quantises."""
+        """Of what computes: that of a norm, which no adapter wraps and nothing quantizes."""
         if self.computes_in is not None:
             return self.computes_in
         weight: Tensor = self.single_transformer_blocks[0].get_parameter("attn.norm_q.weight")

@@ -31,7 +31,7 @@ class SteppedParameters(Protocol):
 
 
 class Masters:
-    """What an optimiser steps on in place of a model's weights. The model computes with the same numbers, rounded to
+    """What an optimizer steps on in place of a model's weights. The model computes with the same numbers, rounded to
     the nearest of its own type.
     """
 

@@ -1,6 +1,6 @@
 """Frozen weights that wait in the machine's memory, or on its disk, and come to the accelerator group by group.
 
-Each group's frozen tensors, quantised ones taken apart, lie packed in one copy that is only ever read. On the device
+Each group's frozen tensors, quantized ones taken apart, lie packed in one copy that is only ever read. On the device
 there is a ring of slots, and a group that is wanted is copied into its own: its tensors are views there. What learns
 is in no group and stays on the device.
 
@@ -100,7 +100,7 @@ def _frozen(owner: nn.Module) -> Iterator[_Place]:
 
 
 def _leaves(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that a tensor subclass, such as a quantised weight, is made of; of any other itself."""
+    """The plain tensors that a tensor subclass, such as a quantized weight, is made of; of any other itself."""
     wrapper: Any = tensor
     if is_traceable_wrapper_subclass(wrapper):
         for name in wrapper.__tensor_flatten__()[0]:
@@ -288,7 +288,7 @@ class Streaming:
         self._now: tuple[_Mode, _Group] | None = None
         """The group that was brought last, and the mode in which it was."""
         self._next: dict[tuple[_Mode, int], tuple[_Mode, _Group]] = {}
-        """Which group came after a group that was brought in a mode, and in which mode: learnt in the first step."""
+        """Which group came after a group that was brought in a mode, and in which mode: learned in the first step."""
         self._entered: torch.cuda.Event | None = None
         """When all work on other groups than the present one will be done."""
 
@@ -516,7 +516,7 @@ def install(
     Args:
         groups: modules of `model` that come and go together, none inside another; see `block_groups`, `leaf_groups`.
         ahead: copy the group that will be wanted next while one computes, in a second slot; on CUDA in a stream of its
-            own. The order is learnt as the model runs.
+            own. The order is learned as the model runs.
         folder: where packed groups are files, and are read from, instead of being in memory.
 
     Raises:

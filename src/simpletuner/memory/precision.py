@@ -1,9 +1,9 @@
-"""Quantised weights of frozen Linears, whichever library makes them, behind one call.
+"""Quantized weights of frozen Linears, whichever library makes them, behind one call.
 
 A library decides the numbers: scales, zero points, rounding. They are kept as parameters without gradient, and read
 back by a line or two of torch, on any device, under autograd, compiled or not; only nf4 is read by its library.
 But for fp8-torchao, products are computed with plain weights, made anew for each pass: what is saved is memory, not
-work. Why: docs/decisions/0008-quantised-weights.md.
+work. Why: docs/decisions/0008-quantized-weights.md.
 """
 
 import math
@@ -29,7 +29,7 @@ GROUPS = (128, 64, 32)
 """Sizes of a group of weights that share a scale, the best for memory first."""
 
 SLICE = 2**21
-"""About as many weights are quantised at once: a library makes several copies of them, some in fp32."""
+"""About as many weights are quantized at once: a library makes several copies of them, some in fp32."""
 
 _NF4_BLOCK = 64
 _NESTED_BLOCK = 256
@@ -56,7 +56,7 @@ def check_range(weight: Tensor, dtype: torch.dtype, name: str) -> None:
         )
 
 
-def quantised_from(dtype: torch.dtype) -> torch.dtype:
+def quantized_from(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the weights that are quantized where the model computes in `dtype`, and of their scales: bf16 under
     fp16, whose numbers lose bits below 6e-5, where scales can be.
     """
@@ -113,7 +113,7 @@ class Layout:
 
     @property
     def is_by_rows(self) -> bool:
-        """Whether some rows of a weight can be held, and quantised, without the others."""
+        """Whether some rows of a weight can be held, and quantized, without the others."""
         return self.precision != "nf4-bnb"
 
     @property
@@ -122,7 +122,7 @@ class Layout:
         return next((size for size in GROUPS if self.shape[1] % size == 0), 0)
 
     def unpacked(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
-        """The weight as `dtype`. Where that is the type it was quantised from, these are the library's own bits."""
+        """The weight as `dtype`. Where that is the type it was quantized from, these are the library's own bits."""
         data, scale, *rest = tensors
         if self.precision == "nf4-bnb":
             nested, offset, code = rest
@@ -223,9 +223,9 @@ class _Frozen(torch.autograd.Function):
         return gradient @ weight, None, *(None for _ in tensors)
 
 
-class QuantisedLinear(nn.Module):
+class QuantizedLinear(nn.Module):
     """A frozen Linear whose weight is held in a precision of `PRECISIONS`. It computes in the type of its input, or,
-    under autocast, in autocast's. Made by `quantised`; by itself it has room for the tensors and not their values.
+    under autocast, in autocast's. Made by `quantized`; by itself it has room for the tensors and not their values.
     """
 
     def __init__(self, shape: tuple[int, int], precision: str, dtype: torch.dtype) -> None:
@@ -303,14 +303,14 @@ def targets(module: nn.Module, within: Sequence[str], precision: str) -> dict[st
 
 
 def make_room(module: nn.Module, linears: Mapping[str, nn.Linear], precision: str, dtype: torch.dtype) -> None:
-    """Put quantised Linears without values, on torch's default device, in the place of `linears` of `module`."""
+    """Put quantized Linears without values, on torch's default device, in the place of `linears` of `module`."""
     for name, linear in linears.items():
         shape = linear.out_features, linear.in_features
-        module.set_submodule(name, QuantisedLinear(shape, precision, dtype))
+        module.set_submodule(name, QuantizedLinear(shape, precision, dtype))
 
 
-def quantised(linear: nn.Linear, precision: str, device: torch.device | str | None = None) -> QuantisedLinear:
-    """`linear`, frozen, in `precision` on `device`, its own by default. It is quantised where its weight lies."""
+def quantized(linear: nn.Linear, precision: str, device: torch.device | str | None = None) -> QuantizedLinear:
+    """`linear`, frozen, in `precision` on `device`, its own by default. It is quantized where its weight lies."""
     if "bias" in dict(linear.named_parameters()):
         raise ValueError("a Linear with a bias: no block of ours has one")
     weight = linear.weight.detach()
@@ -320,10 +320,10 @@ def quantised(linear: nn.Linear, precision: str, device: torch.device | str | No
 
 def held(
     linear: nn.Linear, precision: str, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str
-) -> QuantisedLinear:
+) -> QuantizedLinear:
     """`linear`, frozen, with a weight that `tensors` hold in `precision`, on `device`; its plain copy is of `dtype`."""
     with torch.device("meta"):
-        made = QuantisedLinear((linear.out_features, linear.in_features), precision, dtype)
+        made = QuantizedLinear((linear.out_features, linear.in_features), precision, dtype)
     for name, tensor in tensors.items():
         made._hold(name, tensor.to(device))
     return made.train(linear.training)
@@ -407,7 +407,7 @@ _MAKERS = {"optimum.quanto": _with_quanto, "torchao": _with_torchao, "bitsandbyt
 
 
 def _nested(absmax: Float[Tensor, " blocks"]) -> dict[str, Tensor]:
-    """The scales of nf4 in 8 bits (double quantisation, Dettmers et al., arXiv 2305.14314)."""
+    """The scales of nf4 in 8 bits (double quantization, Dettmers et al., arXiv 2305.14314)."""
     from bitsandbytes import functional
 
     offset = absmax.mean().reshape(1)

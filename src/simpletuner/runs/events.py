@@ -51,7 +51,7 @@ class RunEvent(Event):
     resumed_from: int | None
     """Step of the checkpoint the run goes on from; null at a fresh start."""
     steps: int
-    """Optimiser steps the run will have in all."""
+    """Optimizer steps the run will have in all."""
     pictures: int
     """Training pictures, not counting repeats."""
     trainable: int
@@ -106,7 +106,7 @@ class ProgressEvent(Event):
 
 
 class StepEvent(Event):
-    """One optimiser step."""
+    """One optimizer step."""
 
     type: Literal["step"] = "step"
     step: int

@@ -94,8 +94,8 @@ class BatchBuilder:
         channels, height, width = latents.shape[1:]
         masked = self._mask_effects(image_set, samples, step, slots, (height, width))
         draws = self.objective.draw(step, slots, (channels, height, width), image_set.timestep_sampling_offset)
-        is_regularisation = image_set.is_regularisation_data
-        rollout = None if is_regularisation else self.rollout
+        is_regularization = image_set.is_regularisation_data
+        rollout = None if is_regularization else self.rollout
         preserved, preserved_weights = self._preserved(image_set, prompts)
         return Batch(
             latents=latents,
@@ -110,7 +110,7 @@ class BatchBuilder:
             weights=torch.full((len(samples),), image_set.loss_weight),
             slots=slots,
             rollout=None if rollout is None else rollout.starts(step, slots, draws.sigma),
-            is_regularisation=is_regularisation,
+            is_regularization=is_regularization,
             preserved=preserved,
             preserved_weights=preserved_weights,
             choices=draw_choices(self.routes, self.config.seed, step, slots, height * width, masked.force_keep),

@@ -505,7 +505,7 @@ class Budget:
 
     @cached_property
     def step_flop(self) -> int:
-        """What an optimiser step computes, at the largest bucket, recompute counted."""
+        """What an optimizer step computes, at the largest bucket, recompute counted."""
         passing = self.footprint.passing(self.work.bucket, self.work.batch, self.work.references)
         return self.config.gradient_accumulation_steps * training_flop(passing).hardware
 

@@ -21,15 +21,15 @@ from simpletuner.memory.tensors import INTEGERS, save_tensors
 from simpletuner.memory.world import World
 from simpletuner.runs import checkpoints
 from simpletuner.runs.layout import EMA_FOLDER, RunDirectory
-from simpletuner.train import optimiser_state
+from simpletuner.train import optimizer_state
 from simpletuner.train.ema import Ema
 from simpletuner.train.optim import Averaging, as_given
 from simpletuner.train.product import Product
 from simpletuner.train.state import STATE_VERSION, TrainState
 from simpletuner.train.trained import Trained
 
-OPTIMISER_STEM = "optimizer"
-OPTIMISER_NAME = f"{OPTIMISER_STEM}.safetensors"
+OPTIMIZER_STEM = "optimizer"
+OPTIMIZER_NAME = f"{OPTIMIZER_STEM}.safetensors"
 STATE_NAME = "state.json"
 PARAMETER, AVERAGE = "parameter/", "average/"
 T = TypeVar("T")
@@ -39,7 +39,7 @@ def save_checkpoint(
     run: RunDirectory,
     state: TrainState,
     product: Product,
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     ema: Ema | None,
     *,
     metadata: Mapping[str, str],
@@ -48,7 +48,7 @@ def save_checkpoint(
     """Write the checkpoint of `state.step`; it appears whole or not at all. Returns its folder. All ranks call it.
 
     What `product` saves is the export, for other tools; the average's lies in `ema` beside it. `optimizer.safetensors`
-    holds what going on needs: the tensors that are trained, the optimiser's and the average's, each in its own
+    holds what going on needs: the tensors that are trained, the optimizer's and the average's, each in its own
     precision, by the parameter's name; but not once more what the export holds to the bit. Several ranks write it as
     several files, with whole tensors whichever rank holds them: any number of ranks resumes from it.
 
@@ -57,20 +57,20 @@ def save_checkpoint(
         CheckpointError: ranks that should hold the same tensors do not.
     """
     trained = product.trained
-    tensors, rest = optimiser_state.pack(optimiser, dict(trained.named_parameters()))
-    if isinstance(optimiser, Averaging) or not product.holds(trained.state()):
+    tensors, rest = optimizer_state.pack(optimizer, dict(trained.named_parameters()))
+    if isinstance(optimizer, Averaging) or not product.holds(trained.state()):
         tensors |= {PARAMETER + name: tensor for name, tensor in trained.state().items()}
     if ema is not None and not product.holds(ema.state()):
         tensors |= {AVERAGE + name: tensor for name, tensor in ema.state().items()}
     folder = run.checkpoint(state.step)
-    saved_state = state.model_copy(update={"optimiser": rest}).model_dump(mode="json")
+    saved_state = state.model_copy(update={"optimizer": rest}).model_dump(mode="json")
     if world.is_alone:
         with checkpoints.building(folder) as part:
-            with as_given(optimiser):
+            with as_given(optimizer):
                 product.save(part, trained.state(), metadata, world)
             if ema is not None:
                 product.save(part / EMA_FOLDER, ema.state(), metadata, world)
-            save_tensors(part / OPTIMISER_NAME, tensors, {"format": "pt"})
+            save_tensors(part / OPTIMIZER_NAME, tensors, {"format": "pt"})
             write_json(part / STATE_NAME, saved_state)
         return folder
 
@@ -89,10 +89,10 @@ def save_checkpoint(
     def write_state() -> dict[str, str]:
         if world.is_main:
             write_json(part / STATE_NAME, saved_state)
-        return write_shares(part, OPTIMISER_STEM, shared, {"format": "pt"}, world)[0]
+        return write_shares(part, OPTIMIZER_STEM, shared, {"format": "pt"}, world)[0]
 
     def write_export() -> dict[str, str]:
-        with as_given(optimiser):
+        with as_given(optimizer):
             return product.save(part, trained.state(), metadata, world)
 
     def write_average() -> dict[str, str]:
@@ -231,14 +231,14 @@ def read_state(folder: Path) -> TrainState:
 
 
 def restore(
-    folder: Path, state: TrainState, product: Product, optimiser: torch.optim.Optimizer, ema: Ema | None
+    folder: Path, state: TrainState, product: Product, optimizer: torch.optim.Optimizer, ema: Ema | None
 ) -> None:
-    """Put what is trained, the freshly built optimiser and the average back to where `folder` left them.
+    """Put what is trained, the freshly built optimizer and the average back to where `folder` left them.
 
     Raises:
-        CheckpointError: the files are of other weights or another optimiser.
+        CheckpointError: the files are of other weights or another optimizer.
     """
-    path = folder / OPTIMISER_NAME
+    path = folder / OPTIMIZER_NAME
     trained = product.trained
     shards = trained.shards
 
@@ -246,16 +246,16 @@ def restore(
         return whole if shards is None else shards.locals(whole)
 
     try:
-        tensors = load_shares(folder, OPTIMISER_STEM)
+        tensors = load_shares(folder, OPTIMIZER_STEM)
         trained.load(own(_below(PARAMETER, tensors) or product.saved(folder)))
         moments = tensors if shards is None else {name: _local(name, each, shards) for name, each in tensors.items()}
-        optimiser_state.unpack(optimiser, dict(trained.named_parameters()), moments, state.optimiser)
+        optimizer_state.unpack(optimizer, dict(trained.named_parameters()), moments, state.optimizer)
         if ema is not None:
             ema.load(own(_below(AVERAGE, tensors) or product.saved(folder / EMA_FOLDER)))
     except (OSError, KeyError, ValueError) as error:
         raise CheckpointError.of(
             f"{path} does not fit this run ({error})",
-            "the weights and the optimiser it was saved with",
+            "the weights and the optimizer it was saved with",
             "Start over with --resume_from_checkpoint='' and another --output_dir.",
         ) from None
 

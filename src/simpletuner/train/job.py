@@ -293,13 +293,13 @@ class Attempt:
             self.reporter.say(zero.told())
         self.check_room(product, plan)
         first_elements = None if trained.shards is None else trained.shards.first_elements
-        optimiser = optim.build(product.groups(), self.config, seed=self.config.seed, first_elements=first_elements)
+        optimizer = optim.build(product.groups(), self.config, seed=self.config.seed, first_elements=first_elements)
         average_device = torch.device("cpu") if self.config.is_average_on_cpu else self.device
         ema = Ema(trained, self.config, average_device) if self.config.use_ema else None
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.mixed_precision == "fp16")
         if found is not None:
             with checkpoint.on_each_machine(found.folder, self.run, self.world) as folder:
-                checkpoint.restore(folder, found.state, product, optimiser, ema)
+                checkpoint.restore(folder, found.state, product, optimizer, ema)
             scaler.load_state_dict(dict(found.state.scaler))
             place = str(found.folder)
             self.reporter.emit(CheckpointEvent(step=self.state.step, state="resumed", path=found.folder.name))
@@ -318,12 +318,12 @@ class Attempt:
         preservation = Preservation.of(self.config, denoiser, trained, idle)
         release = None
         if self.config.optimizer_release_gradients:
-            assert isinstance(optimiser, StepsOneParameter)  # config.rules names those that are
-            release = GradientRelease(trained.parameters(), optimiser, self.config)
+            assert isinstance(optimizer, StepsOneParameter)  # config.rules names those that are
+            release = GradientRelease(trained.parameters(), optimizer, self.config)
         stepper = Stepper(
             denoise=denoiser,
             parameters=trained.parameters(),
-            optimiser=optimiser,
+            optimizer=optimizer,
             options=self.config,
             objective=objective,
             scaler=scaler,
@@ -354,7 +354,7 @@ class Attempt:
                 preview,
                 trained,
                 self.device,
-                waiting=lambda: base_tensors(product.transformer, trained, optimiser, average) if leaves else [],
+                waiting=lambda: base_tensors(product.transformer, trained, optimizer, average) if leaves else [],
                 notice=self.reporter.notice,
             )
         self.introduce(prepared, plan, product, found)
@@ -369,7 +369,7 @@ class Attempt:
             state.scaler = scaler.state_dict()
             metadata = self.header(prepared, source, state.step)
             self.checkpoint = checkpoint.save_checkpoint(
-                self.run, state, product, optimiser, ema, metadata=metadata, world=self.world
+                self.run, state, product, optimizer, ema, metadata=metadata, world=self.world
             )
             return self.checkpoint
 
@@ -704,7 +704,7 @@ class Attempt:
                 raise
             self.compiled.is_on = False
             self.compiled = None
-            stepper.optimiser.zero_grad(set_to_none=True)
+            stepper.optimizer.zero_grad(set_to_none=True)
             self.record_backend(uncompiled(error.problems[0].found))
             self.try_out(stepper, builder, plan)
 
@@ -727,7 +727,7 @@ class Attempt:
                 # What may be skipped is named when its step comes.
                 if self.config.skip_bad_batches == 0:
                     raise DataError.of(error.problems[0].found, remedy=self.ways.past_bad_batch(self.state)) from None
-            stepper.optimiser.zero_grad(set_to_none=True)
+            stepper.optimizer.zero_grad(set_to_none=True)
             seconds = min(seconds, time.monotonic() - began)
             if self.world.decide([seconds > WARM_UP_WORTH_S and self.compiled is None])[0]:
                 break
@@ -763,7 +763,7 @@ class Attempt:
         trigger, comment = config.modelspec_trigger_phrase, config.modelspec_comment
         fields = {
             "base_model": source.name,
-            "licence": source.flavour.licence,
+            "licence": source.flavour.license,
             "version": simpletuner.__version__,
             "step": str(step),
             "options": json.dumps(options, sort_keys=True),
@@ -809,7 +809,7 @@ class Attempt:
         for line in lines:
             self.reporter.say(line)
         if source.flavour.repo is not None:
-            self.reporter.say(f"Licence of the base, which binds this {noun} too: {source.flavour.licence}")
+            self.reporter.say(f"License of the base, which binds this {noun} too: {source.flavour.license}")
         self.reporter.say(f"Try it: {command_text('simpletuner', 'sample', '--run', self.run.root, '--prompt', '…')}")
         release_memory(self.device)
 

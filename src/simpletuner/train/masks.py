@@ -13,7 +13,7 @@ from simpletuner.base.draws import draw_seed
 from simpletuner.config.options.conditioning import ConditioningOptions
 
 CachedMask = Float[Tensor, "h w"]
-"""The grey of a mask at each latent, 0 black to 1 white, as it is cached."""
+"""The gray of a mask at each latent, 0 black to 1 white, as it is cached."""
 
 
 @dataclass(frozen=True)

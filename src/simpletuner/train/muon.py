@@ -7,7 +7,7 @@ import torch
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """One optimiser of two: `torch.optim.Muon` on some parameter groups, `torch.optim.AdamW` on the others.
+    """One optimizer of two: `torch.optim.Muon` on some parameter groups, `torch.optim.AdamW` on the others.
 
     Muon whitens what a hidden matrix learns (https://kellerjordan.github.io/posts/muon); embedders, last layers and
     vectors are no hidden matrices, and its authors give those to AdamW. State and groups of both are this one's.

@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules."""
+"""Optimizers and learning-rate schedules."""
 
 import contextlib
 import importlib
@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from simpletuner.base.errors import ConfigError
-from simpletuner.config.optimisers import LIBRARIES, OURS, Optimiser, optimiser
+from simpletuner.config.optimizers import LIBRARIES, OURS, KnownOptimizer, known_optimizer
 from simpletuner.config.options.optim import OptimOptions
 from simpletuner.config.values import similar
 from simpletuner.memory.masters import SteppedParameters
 from simpletuner.memory.world import World
-from simpletuner.train import optimiser_state
+from simpletuner.train import optimizer_state
 from simpletuner.train.adafactor_bf16 import AdafactorBf16
 from simpletuner.train.adamw_bf16 import AdamWBf16
 from simpletuner.train.muon import MuonAndAdamW
@@ -71,7 +71,7 @@ def learning_rate(options: OptimOptions, step: int, steps: int) -> float:
 
 @runtime_checkable
 class Averaging(Protocol):
-    """An optimiser that trains other weights than it gives: schedule-free ones."""
+    """An optimizer that trains other weights than it gives: schedule-free ones."""
 
     def train(self) -> None: ...
 
@@ -106,9 +106,9 @@ def build(
     seed: int = 0,
     first_elements: Mapping[torch.Tensor, int] | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimiser that `options` names, over `parameters` or groups of them as `lora_plus` or `by_role` makes them.
+    """The optimizer that `options` names, over `parameters` or groups of them as `lora_plus` or `by_role` makes them.
 
-    One of `library:name` is first rehearsed on a few tensors, for not every optimiser can be driven by gradients alone
+    One of `library:name` is first rehearsed on a few tensors, for not every optimizer can be driven by gradients alone
     or goes on exactly where it was saved.
 
     Args:
@@ -119,7 +119,7 @@ def build(
         ConfigError: the library does not have that name, `optimizer_config` has an argument that it does not take, or
             it cannot be used here.
     """
-    known = optimiser(options.optimizer)
+    known = known_optimizer(options.optimizer)
     if options.optimizer_release_gradients and options.optimizer == "adafactor":
         make: type[torch.optim.Optimizer] = AdafactorBf16
     else:
@@ -149,7 +149,7 @@ def build(
 
 
 def _made(
-    known: Optimiser, make: type[torch.optim.Optimizer], groups: list[dict[str, Any]], arguments: dict[str, Any]
+    known: KnownOptimizer, make: type[torch.optim.Optimizer], groups: list[dict[str, Any]], arguments: dict[str, Any]
 ) -> torch.optim.Optimizer:
     """`make` over `groups`, each of which says whether it is `HIDDEN`."""
     if known.arguments is None and known.library == "pytorch_optimizer":
@@ -171,13 +171,13 @@ def _made(
 def _refused(options: OptimOptions, error: Exception) -> ConfigError:
     return ConfigError.of(
         f"optimizer_config = {options.optimizer_config}: {options.optimizer} refuses it ({error})",
-        "the optimiser's own arguments",
+        "the optimizer's own arguments",
     )
 
 
-def _found(known: Optimiser) -> type[torch.optim.Optimizer]:
+def _found(known: KnownOptimizer) -> type[torch.optim.Optimizer]:
     """The class in its library, by its name in any case. Loads the library."""
-    # On some processors bitsandbytes warns that a kernel for quantised weights is missing, which no optimiser uses.
+    # On some processors bitsandbytes warns that a kernel for quantized weights is missing, which no optimizer uses.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     module = importlib.import_module(LIBRARIES[known.library])
     classes = {
@@ -188,13 +188,15 @@ def _found(known: Optimiser) -> type[torch.optim.Optimizer]:
     if known.name.lower() not in classes:
         near = similar(known.name, classes) or ", ".join(sorted(classes)[:8])
         raise ConfigError.of(
-            f"optimizer = {known.library}:{known.name}: {known.library} has no such optimiser",
+            f"optimizer = {known.library}:{known.name}: {known.library} has no such optimizer",
             remedy=f"It has {len(classes)}, such as {known.library}:{near}.",
         )
     return classes[known.name.lower()]
 
 
-def _arguments(options: OptimOptions, known: Optimiser, make: type[torch.optim.Optimizer], seed: int) -> dict[str, Any]:
+def _arguments(
+    options: OptimOptions, known: KnownOptimizer, make: type[torch.optim.Optimizer], seed: int
+) -> dict[str, Any]:
     """What to make it with: the options that it reads, then `optimizer_config`, which wins."""
     given = options.optimizer_config or {}
     parameters = inspect.signature(make).parameters
@@ -299,9 +301,9 @@ def _rehearsed(
     torch.manual_seed(0)
     straight, made = fresh(start)
     train(straight, made, 1)
-    tensors, rest = optimiser_state.pack(made, straight)
+    tensors, rest = optimizer_state.pack(made, straight)
     resumed, again = fresh(straight)
-    optimiser_state.unpack(again, resumed, {key: value.clone() for key, value in tensors.items()}, rest)
+    optimizer_state.unpack(again, resumed, {key: value.clone() for key, value in tensors.items()}, rest)
     torch.manual_seed(0)
     train(straight, made, 1 + REHEARSED_STEPS)
     torch.manual_seed(0)
@@ -315,10 +317,10 @@ def _are_equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor
 
 @contextlib.contextmanager
 def as_given(built: torch.optim.Optimizer, masters: SteppedParameters | None = None) -> Iterator[None]:
-    """Inside, the parameters are those that the optimiser gives: looked at, measured, saved, exported. Afterwards
+    """Inside, the parameters are those that the optimizer gives: looked at, measured, saved, exported. Afterwards
     they are again, bit for bit, those that it trains. For most both are the same, and nothing happens.
 
-    Schedule-free optimisers take gradients at y and give the average x. Their own way back from x to y rounds, and
+    Schedule-free optimizers take gradients at y and give the average x. Their own way back from x to y rounds, and
     then how often a run is looked at would change its weights; so y is kept aside and put back. Where it trains
     `masters`, the model's weights follow.
     """

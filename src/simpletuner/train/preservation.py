@@ -80,7 +80,7 @@ class Preservation:
     def passes(self, batch: Batch) -> tuple[int, int]:
         """Passes with gradients over `batch`, and the base model's, on this rank."""
         has_second = self.second_pass(batch) is not None
-        return 1 + has_second, has_second + (batch.is_regularisation or batch.outside is not None)
+        return 1 + has_second, has_second + (batch.is_regularization or batch.outside is not None)
 
     def _take_part(self, *, elsewhere: bool) -> None:
         """Take part in another rank's prediction, where there may be one and the model needs that."""

@@ -76,12 +76,12 @@ class PreviewModel:
 
 
 def base_tensors(
-    transformer: torch.nn.Module, adapter: Adapter, optimiser: torch.optim.Optimizer, average: dict[str, Tensor]
+    transformer: torch.nn.Module, adapter: Adapter, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]
 ) -> list[Tensor]:
     """The frozen weights, the optimizer's state and the moving average."""
     trained = {id(weight) for weight in adapter.weights.values()}
     frozen = [each for each in (*transformer.parameters(), *transformer.buffers()) if id(each) not in trained]
-    states = [value for state in optimiser.state.values() for value in state.values() if isinstance(value, Tensor)]
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     return [*frozen, *states, *average.values()]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from simpletuner.base.files import write_json
 from simpletuner.base.sizes import format_size
-from simpletuner.config.optimisers import optimiser
+from simpletuner.config.optimizers import known_optimizer
 from simpletuner.config.precisions import NO_CHANGE
 from simpletuner.config.run import RunConfig
 from simpletuner.flux2.components import load_base
@@ -28,7 +28,7 @@ from simpletuner.flux2.modelfile import (
 )
 from simpletuner.flux2.source import Source
 from simpletuner.flux2.transformer import Flux2Transformer
-from simpletuner.memory.precision import DTYPES, QuantisedLinear
+from simpletuner.memory.precision import DTYPES, QuantizedLinear
 from simpletuner.memory.shard import Sharding, held_bytes
 from simpletuner.memory.shares import RankTensor
 from simpletuner.memory.world import World
@@ -64,7 +64,7 @@ class Product(Protocol):
         """Disk space that the finished run takes beside its last checkpoint."""
 
     def groups(self) -> list[dict[str, Any]]:
-        """What the optimiser steps on, in groups."""
+        """What the optimizer steps on, in groups."""
 
     def introduce(self, run: RunDirectory, reporter: Reporter) -> None:
         """Say what learns, and write it into the run."""
@@ -106,7 +106,7 @@ class LoraProduct:
         device = landing_device(config, world)
         transformer = load_base(config, config, source, device, report=reporter.notice, sharding=sharding)
         whole = sum(tensor.nbytes for tensor in transformer.parameters())
-        held = sorted({each.layout.precision for each in transformer.modules() if isinstance(each, QuantisedLinear)})
+        held = sorted({each.layout.precision for each in transformer.modules() if isinstance(each, QuantizedLinear)})
         if held:
             kept = ", as its file holds it," if config.base_model_precision == NO_CHANGE else ""
             reporter.say(f"The base in {' and '.join(held)}{kept} takes {format_size(whole)}.")
@@ -133,7 +133,7 @@ class LoraProduct:
         saved = sum(layer.rank * (layer.in_features + layer.out_features) for layer in self.trained.layers.values())
         saved *= DTYPES[self.config.lora_save_dtype].itemsize
         count = self.trained.parameter_count
-        state = round(count * optimiser(self.config.optimizer).state_bytes)
+        state = round(count * known_optimizer(self.config.optimizer).state_bytes)
         return checkpoint_bytes(self.config, saved, count * 4, state)
 
     @property
@@ -226,7 +226,7 @@ class FullProduct:
     @property
     def optimizer_bytes(self) -> int:
         """About the size of the optimizer's state."""
-        return optimiser(self.config.optimizer).state_size(self.trained.whole_shapes)
+        return known_optimizer(self.config.optimizer).state_size(self.trained.whole_shapes)
 
     def groups(self) -> list[dict[str, Any]]:
         return optim.by_role(*self.trained.by_role())

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from simpletuner.config.datasets import Windows
 from simpletuner.data.order import Cut
@@ -19,7 +19,7 @@ class TrainState(BaseModel):
     version: int = STATE_VERSION
     """Of this schema."""
     step: int = 0
-    """Optimiser steps that are finished."""
+    """Optimizer steps that are finished."""
     micro_batches: int = 0
     """Micro-batches seen: where the data goes on."""
     cuts: list[Cut] = Field(default_factory=list)
@@ -38,8 +38,9 @@ class TrainState(BaseModel):
     """Fingerprint of the transformer, and of what made the caches."""
     scaler: dict[str, float] = Field(default_factory=dict)
     """The fp16 loss scaler's state; empty without fp16."""
-    optimiser: dict[str, Any] = Field(default_factory=dict)
-    """The optimiser's state that is not a tensor, as `optimiser_state.pack` has it."""
+    optimizer: dict[str, Any] = Field(default_factory=dict, validation_alias=AliasChoices("optimizer", "optimiser"))
+    """The optimizer's state that is not a tensor, as `optimizer_state.pack` has it. Older checkpoints name it
+    `optimiser`."""
 
 
 def changed(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""One optimiser step: draw, noise, predict, compare, backward, clip, update."""
+"""One optimizer step: draw, noise, predict, compare, backward, clip, update."""
 
 import contextlib
 import functools
@@ -136,7 +136,7 @@ class Stepper:
 
     denoise: Denoise
     parameters: Sequence[torch.nn.Parameter]
-    optimiser: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer
     options: OptimOptions
     objective: Objective
     scaler: torch.amp.GradScaler
@@ -185,7 +185,7 @@ class Stepper:
         """
         denoise, penalty, base = self._routed(batch), self.objective.penalty, self.preservation
         with self._autocast():
-            if batch.is_regularisation:
+            if batch.is_regularization:
                 assert base is not None
                 target = base.predictions(batch, inputs.x, batch.condition)
                 losses = distillation_loss(
@@ -314,7 +314,7 @@ class Stepper:
             PartialStepError: a gradient is not finite, and `release` has stepped parameters before it.
             NotFiniteError: a loss or gradient is not finite. Nothing has been updated; `discard` before the next step.
         """
-        for parameters in self.optimiser.param_groups:
+        for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr * parameters[optim.RATIO]
         return self._step(whole) if self.release is None else self._step_inside(whole, self.release)
 
@@ -329,7 +329,7 @@ class Stepper:
 
     def _update(self, whole: GlobalBatch, device_losses: Float[Tensor, " n"], calls: int) -> StepResult:
         """The optimizer's step on gradients that are summed over the ranks, if all numbers are finite."""
-        self.scaler.unscale_(self.optimiser)
+        self.scaler.unscale_(self.optimizer)
         norm = optim.clip(self.parameters, self.options, None if self.shards is None else self.world)
         # One tensor, so that the host waits once. `cat` takes the wider of the two dtypes: no number is rounded.
         *losses, grad_norm = self.read(torch.cat([device_losses, norm[None].to(device_losses.device)]))
@@ -340,11 +340,11 @@ class Stepper:
         if not math.isfinite(grad_norm) and not self.scaler.is_enabled():
             # With fp16 an overflow is part of the method: the scaler skips the step and lowers its scale.
             raise NotFiniteError.at("gradient", whole.step, whole.names)
-        self.scaler.step(self.optimiser)
+        self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.masters is not None:
             self.masters.settle()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         preservation_loss = math.fsum(preserved) / whole.size if self._has_second_loss else None
         return StepResult(math.fsum(losses) / whole.size, grad_norm, calls, preservation_loss)
 
@@ -385,7 +385,7 @@ class Stepper:
     def discard(self) -> None:
         """Forget the gradients of a step that is not taken."""
         self.scaler.update()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 def _rows(values: list[float], whole: GlobalBatch) -> tuple[list[float], list[float]]:

@@ -34,7 +34,7 @@ class Trained(Protocol):
         """Numbers that are trained, on all ranks together."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What the optimiser steps on, by name."""
+        """What the optimizer steps on, by name."""
 
     def parameters(self) -> list[nn.Parameter]:
         """The same without the names."""

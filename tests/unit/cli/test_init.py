@@ -66,7 +66,7 @@ def test_flags_alone_write_files_that_load(project: Path, capsys: pytest.Capture
     (image_set,) = found.datasets.train_sets
     assert (image_set.instance_prompt, image_set.caption_strategy) == ("zorblat", "textfile")
     assert not image_set.prepend_instance_prompt
-    assert [notice for notice in found.notices if "licence" not in notice] == []
+    assert [notice for notice in found.notices if "license" not in notice] == []
     told = capsys.readouterr().out
     assert "6 images in datasets/zorblat, 5 with a caption; trained at 512." in told
     assert "Trains a rank-16 LoRA of FLUX.2-dev on 6 images, 600 steps (each image seen 100 times); needs " in told
@@ -74,22 +74,22 @@ def test_flags_alone_write_files_that_load(project: Path, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize(
-    ("model", "card", "licence"),
-    [("klein-4b", "12 GB", "Apache-2.0"), ("klein-9b", "24 GB", "FLUX non-commercial licence")],
+    ("model", "card", "license_terms"),
+    [("klein-4b", "12 GB", "Apache-2.0"), ("klein-9b", "24 GB", "FLUX non-commercial license")],
 )
-def test_klein_loads_without_a_warning_fits_its_card_and_names_its_licence(
-    project: Path, capsys: pytest.CaptureFixture[str], model: str, card: str, licence: str
+def test_klein_loads_without_a_warning_fits_its_card_and_names_its_license(
+    project: Path, capsys: pytest.CaptureFixture[str], model: str, card: str, license_terms: str
 ) -> None:
     assert run(["--images=datasets/zorblat", "--card", card, "--model", model, "--recipe=subject", "--yes"]) == 0
     found = loaded(project)
-    assert [notice for notice in found.notices if "licence" not in notice] == []
+    assert [notice for notice in found.notices if "license" not in notice] == []
     assert (found.config.model_flavour, found.config.lora_rank) == (model, 32)
     told = capsys.readouterr().out
-    assert f"Note: licence of the model: {licence}" in told
+    assert f"Note: license of the model: {license_terms}" in told
     assert "does not fit" not in told
     needed, usable = re.findall(r"needs ([\d.]+) GiB of ([\d.]+) GiB usable VRAM", told)[0]
     assert float(needed) < float(usable)
-    assert licence in (project / "config" / "config.json").read_text()
+    assert license_terms in (project / "config" / "config.json").read_text()
 
 
 def test_where_dev_is_streamed_the_model_that_stays_on_the_card_is_offered(

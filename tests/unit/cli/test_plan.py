@@ -123,9 +123,9 @@ def test_the_drawing_fits_a_terminal_and_the_picture_is_there(
     assert sum("█" in line for line in lines) == 12
     assert lines[-1] == "Picture: out/timesteps.png"
     with Image.open(project / "out" / "timesteps.png") as image:
-        colours = image.convert("RGB").getcolors(1 << 16)
-    assert colours is not None
-    assert len(colours) > 3
+        colors = image.convert("RGB").getcolors(1 << 16)
+    assert colors is not None
+    assert len(colors) > 3
 
 
 def test_the_picture_may_go_elsewhere(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from simpletuner.config.deepspeed import ZeroOffload, ZeroSettings, deepspeed_lack
-from simpletuner.config.optimisers import OPTIMISERS
+from simpletuner.config.optimizers import OPTIMIZERS
 from simpletuner.config.run import RunConfig
 
 pytestmark = pytest.mark.usefixtures("said_deepspeed")
@@ -168,7 +168,7 @@ def test_every_contradiction_names_its_option_and_the_remedies_work(place: Any) 
         ),
         ({"optimizer": {"params": {"amsgrad": True}}}, "amsgrad = true: this is not here. Take it out."),
         ({"optimizer": {"params": {"lr": "fast"}}}, "lr = 'fast', and learning_rate is 0.0001. Take it out."),
-        ({"zero_optimisation": {}}, "zero_optimisation: no such setting of DeepSpeed here. Did you mean zero_optimiz"),
+        ({"zero_optimization": {}}, "zero_optimization: no such setting of DeepSpeed here. Did you mean zero_optimiz"),
         ({"communication_data_type": "fp16"}, "communication_data_type = 'fp16': this is not here. Take it out."),
         ({"amp": {"enabled": True}}, "this is not here. Take it out."),
         ({"sequence_parallel_size": 2}, "sequence_parallel_size = 2: this is not here. Take it out."),
@@ -233,7 +233,7 @@ def test_what_deepspeed_cannot_train_beside_is_said_at_once(place: Any) -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_share_is_stepped_by_elementwise_optimizers(place: Any, stage: int) -> None:
     place.config |= {"deepspeed_config": f"zero{stage}", "num_processes": 2}
-    for optimizer in (*OPTIMISERS, "torch:adam"):
+    for optimizer in (*OPTIMIZERS, "torch:adam"):
         if optimizer in ("adamw", "adamw_bf16", "lion"):
             assert place.load(f"--optimizer={optimizer}", "--learning_rate=1e-5").config.zero_stage == stage
         else:

@@ -74,7 +74,7 @@ def test_distilled_flavours_are_the_siblings_of_their_bases(name: FlavourName) -
 
 
 def test_another_flavour_brings_its_own_defaults(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = dataclasses.replace(FLAVOURS["tiny"], shift=2.0, guidance=1.0, validation_steps=4, licence_notice="Ask.")
+    other = dataclasses.replace(FLAVOURS["tiny"], shift=2.0, guidance=1.0, validation_steps=4, license_notice="Ask.")
     monkeypatch.setitem(FLAVOURS, "tiny", other)  # type: ignore[arg-type]
     loaded = place.load()
     config = loaded.config

@@ -197,7 +197,7 @@ def test_a_key_to_come_that_is_off_passes(place: Any) -> None:
     assert place.load().notices == ()
 
 
-def test_a_missing_folder_is_named_with_its_neighbour(place: Any, problem_of_set: Callable[..., str]) -> None:
+def test_a_missing_folder_is_named_with_its_neighbor(place: Any, problem_of_set: Callable[..., str]) -> None:
     assert problem_of_set(instance_data_dir="datasets/cat") == (
         f"instance_data_dir = 'datasets/cat': no such folder. Did you mean {place.folder / 'datasets/cats'}?"
     )

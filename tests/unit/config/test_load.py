@@ -207,9 +207,9 @@ def test_a_flavour_wins_over_paths_that_come_before_it(place: Any) -> None:
     assert both.config.pretrained_model_name_or_path == "some/model"
 
 
-def test_dev_names_its_licence(place: Any) -> None:
+def test_dev_names_its_license(place: Any) -> None:
     place.config["model_flavour"] = "dev"
-    assert any("non-commercial licence" in notice for notice in place.load().notices)
+    assert any("non-commercial license" in notice for notice in place.load().notices)
     place.config["model_flavour"] = "tiny"
     assert place.load().notices == ()
 
@@ -217,7 +217,7 @@ def test_dev_names_its_licence(place: Any) -> None:
 @pytest.mark.parametrize("flavour", ["klein-4b", "klein-9b", "tiny-klein"])
 def test_training_distilled_weights_is_warned_of_and_the_base_named(place: Any, flavour: str) -> None:
     place.config["model_flavour"] = f"{flavour}-distilled"
-    (told,) = [notice for notice in place.load().notices if "grey, smooth blobs" in notice]
+    (told,) = [notice for notice in place.load().notices if "gray, smooth blobs" in notice]
     assert f"Train --model_flavour {flavour};" in told
     place.config["model_flavour"] = flavour
     assert not any("blobs" in notice for notice in place.load().notices)
@@ -426,7 +426,7 @@ def test_a_json_valued_option_takes_a_value_inline_text_or_a_file(place: Any) ->
     ]
 
 
-def test_optimiser_arguments_are_pairs_or_an_object(place: Any) -> None:
+def test_optimizer_arguments_are_pairs_or_an_object(place: Any) -> None:
     assert place.load("--optimizer_config=amsgrad=true,fused=false").config.optimizer_config == {
         "amsgrad": True,
         "fused": False,

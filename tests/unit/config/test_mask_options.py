@@ -53,7 +53,7 @@ def test_inversion_of_a_floor_of_1_has_none(masked: Any) -> None:
     assert masked.load().notices == ("masked_loss_invert has no effect: masked_loss_floor is 1.",)
 
 
-def test_masks_of_a_regularisation_set_have_none(masked: Any) -> None:
+def test_masks_of_a_regularization_set_have_none(masked: Any) -> None:
     masked.datasets.append(masked.datasets[0] | {"id": "others", "is_regularisation_data": True})
     (notice,) = masked.load().notices
     assert notice.startswith("others: its masks have no effect: with is_regularisation_data")

@@ -1,4 +1,4 @@
-"""What is said of quantised weights before torch is there."""
+"""What is said of quantized weights before torch is there."""
 
 import subprocess
 import sys
@@ -39,14 +39,14 @@ def test_a_library_that_is_missing_or_too_old_is_named(place: Any, monkeypatch: 
     monkeypatch.setattr(precisions, "version", version)
     assert place.problems() == [
         "base_model_precision = 'int8-torchao': torchao is 0.9.1, and 0.18 or later is needed. "
-        "pip install -e '.[quantisation]'",
-        "text_encoder_1_precision = 'int4-quanto': optimum-quanto is not installed. pip install -e '.[quantisation]'",
+        "pip install -e '.[quantization]'",
+        "text_encoder_1_precision = 'int4-quanto': optimum-quanto is not installed. pip install -e '.[quantization]'",
     ]
     place.config |= {"base_model_precision": "no_change", "text_encoder_1_precision": "no_change"}
     place.load()
 
 
-def test_a_whole_model_is_not_trained_quantised(place: Any) -> None:
+def test_a_whole_model_is_not_trained_quantized(place: Any) -> None:
     place.config |= {"model_type": "full", "base_model_precision": "int8-quanto"}
     (problem,) = place.problems()
     assert problem.startswith("base_model_precision = 'int8-quanto' with model_type = full: expected no_change")
@@ -54,11 +54,11 @@ def test_a_whole_model_is_not_trained_quantised(place: Any) -> None:
     place.load()
 
 
-def test_what_nothing_reads_without_quantised_weights_is_said(place: Any) -> None:
+def test_what_nothing_reads_without_quantized_weights_is_said(place: Any) -> None:
     place.config |= {"base_model_cache_dir": "kept", "quantize_via": "cpu"}
     notices = place.load().notices
     assert "base_model_cache_dir has no effect: base_model_precision is no_change." in notices
-    assert "quantize_via has no effect: nothing is quantised." in notices
+    assert "quantize_via has no effect: nothing is quantized." in notices
     place.config["text_encoder_1_precision"] = "int8-quanto"
     notices = place.load().notices
     assert not any(text.startswith("quantize_via") for text in notices)

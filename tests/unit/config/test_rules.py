@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from simpletuner.config.flavours import FLAVOURS
-from simpletuner.config.optimisers import OPTIMISERS
+from simpletuner.config.optimizers import OPTIMIZERS
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.rules import layer_findings
 
@@ -575,7 +575,7 @@ def test_all_that_cannot_be_sharded_is_said_at_once_and_the_remedies_work(place:
     assert place.load("--num_processes=1").notices == ("fsdp_enable has no effect: num_processes is 1.",)
 
 
-@pytest.mark.parametrize("optimizer", [*OPTIMISERS, "torch:adam", "pytorch_optimizer:soap"])
+@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "torch:adam", "pytorch_optimizer:soap"])
 def test_a_sharded_model_is_trained_by_elementwise_optimizers(place: Any, optimizer: str) -> None:
     place.config |= {"model_type": "full", "fsdp_enable": True, "optimizer": optimizer, "learning_rate": 1e-5}
     said = (
@@ -684,7 +684,7 @@ def test_each_step_has_a_set(
         place.load()
 
 
-# --- losses towards the base model
+# --- losses toward the base model
 
 FULL = {"model_type": "full", "learning_rate": 1e-5}
 WHY = "with model_type = full, which changes the base model itself: it cannot predict beside it."

@@ -44,10 +44,10 @@ def scanned(make_set: Callable[..., ImageSet]) -> Callable[..., Manifest]:
 def save(folder: Path) -> Callable[..., Path]:
     """Save a plain picture as `name` in the set's folder."""
 
-    def save_it(name: str, size: tuple[int, int] = (80, 64), colour: str = "teal", **options: Any) -> Path:
+    def save_it(name: str, size: tuple[int, int] = (80, 64), color: str = "teal", **options: Any) -> Path:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", size, colour).save(path, **options)
+        Image.new("RGB", size, color).save(path, **options)
         return path
 
     return save_it

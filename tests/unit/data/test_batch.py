@@ -21,7 +21,7 @@ def test_a_batch_is_stacked_from_the_caches(
     tmp_path: Path, save: Callable[..., Path], scanned: Callable[..., Manifest]
 ) -> None:
     save("a.png")
-    save("b.png", colour="red")
+    save("b.png", color="red")
     manifest = scanned()
     latents, contexts = Store(LocalStorage(tmp_path / "l")), Store(LocalStorage(tmp_path / "c"))
     codec = LeftPaddedCodec("text")

@@ -94,8 +94,8 @@ def test_pictures_without_a_caption_are_counted_and_named_with_the_line_to_add(
 def test_two_pictures_with_one_stem_share_a_caption_and_nothing_else(
     folder: Path, save: Save, scanned: Scanned
 ) -> None:
-    save("a.png", colour="red")
-    save("a.webp", colour="blue")
+    save("a.png", color="red")
+    save("a.webp", color="blue")
     (folder / "a.txt").write_text("one\ntwo", encoding="utf-8")
     found = scanned(caption_strategy="textfile")
     assert [sample.captions for sample in found.samples] == [("one", "two")] * 2
@@ -134,7 +134,7 @@ def test_a_second_scan_reads_only_what_changed(save: Save, make_set: Callable[..
     first = again()
     assert again() == first
     assert known == [0, 4]
-    save("b.png", colour="red")
+    save("b.png", color="red")
     save("d.png")
     assert again().fingerprint != first.fingerprint
     assert known == [0, 4, 3]
@@ -197,13 +197,13 @@ def test_the_fingerprint_does_not_know_where_the_files_lie(
 
 def test_max_num_samples_is_a_draw_that_a_new_picture_hardly_disturbs(save: Save, scanned: Scanned) -> None:
     for number in range(20):
-        save(f"{number:02}.png", colour=f"rgb({number}, 0, 0)")
+        save(f"{number:02}.png", color=f"rgb({number}, 0, 0)")
     first = scanned(max_num_samples=8)
     chosen = {sample.name for sample in first.samples}
     assert len(chosen) == 8
     assert rejection_counts(first.rejections) == {"beyond max_num_samples": 12}
     assert {sample.name for sample in scanned(max_num_samples=8, seed=1).samples} != chosen
-    save("new.png", colour="white")
+    save("new.png", color="white")
     assert len(chosen - {sample.name for sample in scanned(max_num_samples=8).samples}) <= 1
     assert len(scanned(max_num_samples=80).samples) == 21
 
@@ -255,7 +255,7 @@ def test_a_picture_that_cannot_be_read_is_rejected(
 
 def test_a_caption_beside_a_txt_is_told_and_not_read(folder: Path, save: Save, scanned: Scanned) -> None:
     for name, texts in {"a": (".txt", ".caption"), "b": (".caption",)}.items():
-        save(f"{name}.png", colour="teal" if name == "a" else "navy")
+        save(f"{name}.png", color="teal" if name == "a" else "navy")
         for suffix in texts:
             (folder / f"{name}{suffix}").write_text(f"{name} from {suffix}")
     manifest = scanned(caption_strategy="textfile")

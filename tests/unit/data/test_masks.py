@@ -40,10 +40,10 @@ def test_white_is_one_and_black_is_zero_exactly_after_any_resample() -> None:
         assert torch.equal(latent_weights(levels(Image.new("L", size, 0), geometry=geometry)), torch.zeros(2, 4))
 
 
-def test_a_weight_is_the_mean_grey_of_its_16_by_16_pixels() -> None:
-    grey = np.random.default_rng(0).integers(0, 256, (16, 32), dtype=np.uint8)
-    found = latent_weights(levels(Image.fromarray(grey)))
-    expected = [[grey[:, :16].mean() / 255, grey[:, 16:].mean() / 255]]
+def test_a_weight_is_the_mean_gray_of_its_16_by_16_pixels() -> None:
+    gray = np.random.default_rng(0).integers(0, 256, (16, 32), dtype=np.uint8)
+    found = latent_weights(levels(Image.fromarray(gray)))
+    expected = [[gray[:, :16].mean() / 255, gray[:, 16:].mean() / 255]]
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32))
 
 
@@ -87,7 +87,7 @@ def test_a_photograph_turned_by_its_camera_is_masked_upright() -> None:
         png16(np.ones((16, 32), dtype=np.uint16), 0),
         Image.new("1", (32, 16), 1),
     ],
-    ids=["grey", "blue", "16 bits", "1 bit"],
+    ids=["gray", "blue", "16 bits", "1 bit"],
 )
 def test_a_segmentation_counts_every_level_above_0(image: Any) -> None:
     assert latent_weights(levels(image, "segmentation")).tolist() == [[1, 1]]
@@ -117,8 +117,8 @@ def test_masks_of_every_mode_are_read(mode: str) -> None:
 
 def test_the_color_profile_of_a_mask_is_passed_over() -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
-    grey = Image.new("L", (32, 16), 128)
-    assert levels(saved(grey, icc_profile=profile)).tolist() == levels(grey).tolist()
+    gray = Image.new("L", (32, 16), 128)
+    assert levels(saved(gray, icc_profile=profile)).tolist() == levels(gray).tolist()
 
 
 def cut_out() -> Image.Image:

@@ -101,12 +101,12 @@ def test_a_strict_partner_of_twice_the_size_shows_the_same_part(
 ) -> None:
     """Of a ramp that is drawn at two sizes, the second one turned on its side by EXIF, the pixels are the same."""
     ramp = np.linspace(0, 255, 192 * 128).reshape(128, 192)
-    grey = Image.fromarray(ramp.astype(np.uint8)).convert("RGB")
-    grey.save(folder / "a.png")
+    gray = Image.fromarray(ramp.astype(np.uint8)).convert("RGB")
+    gray.save(folder / "a.png")
     before = condition(tmp_path)
     exif = Image.Exif()
     exif[ORIENTATION_TAG] = 6
-    turned = grey.resize((384, 256), Image.Resampling.BICUBIC).transpose(Image.Transpose.ROTATE_90)
+    turned = gray.resize((384, 256), Image.Resampling.BICUBIC).transpose(Image.Transpose.ROTATE_90)
     turned.save(Path(before.instance_data_dir) / "a.png", exif=exif)
     (sample,) = paired(make_set(crop=True, crop_style=style), before).samples
     (reference,) = sample.references

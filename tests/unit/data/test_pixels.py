@@ -36,11 +36,11 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png16(samples: np.ndarray, colour_type: int) -> bytes:
-    """A PNG with 16 bits a sample, which Pillow itself writes for grey only."""
+def png16(samples: np.ndarray, color_type: int) -> bytes:
+    """A PNG with 16 bits a sample, which Pillow itself writes for gray only."""
     height, width = samples.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
-    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 16, color_type, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
@@ -50,14 +50,14 @@ def png(width: int, height: int, body: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize(("colour_type", "channels"), [(0, ()), (2, (3,))])
-def test_a_16_bit_ramp_stays_a_ramp(colour_type: int, channels: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("color_type", "channels"), [(0, ()), (2, (3,))])
+def test_a_16_bit_ramp_stays_a_ramp(color_type: int, channels: tuple[int, ...]) -> None:
     ramp = (np.arange(256, dtype=np.uint16) * 257).reshape((1, 256, *(1 for _ in channels)))
-    found = whole(png16(np.broadcast_to(ramp, (2, 256, *channels)), colour_type))
+    found = whole(png16(np.broadcast_to(ramp, (2, 256, *channels)), color_type))
     assert np.array_equal(found, np.broadcast_to(np.arange(256)[None, :, None], (2, 256, 3)))
 
 
-def test_16_bit_greys_are_rounded() -> None:
+def test_16_bit_grays_are_rounded() -> None:
     found = whole(png16(np.array([[0, 128, 129, 65406, 65407, 65535]], dtype=np.uint16), 0))
     assert found[0, :, 0].tolist() == [0, 0, 1, 254, 255, 255]
 
@@ -98,14 +98,14 @@ def test_a_palette_with_alpha() -> None:
         assert whole(saved(image, transparency=b"\xff\x00"))[0].tolist() == [RED, WHITE]
 
 
-def test_grey_with_alpha() -> None:
+def test_gray_with_alpha() -> None:
     image = Image.merge("LA", (Image.new("L", (1, 1), 0), Image.new("L", (1, 1), 0)))
     assert whole(saved(image))[0, 0].tolist() == WHITE
 
 
 @pytest.mark.parametrize(("kind", "suffix"), [("WEBP", "webp"), ("GIF", "gif"), ("PNG", "png"), ("TIFF", "tif")])
 def test_of_an_animation_the_first_frame_counts(kind: str, suffix: str) -> None:
-    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "blue")]
     lossless = {"lossless": True} if kind == "WEBP" else {}
     data = saved(frames[0], kind, save_all=True, append_images=frames[1:], **lossless)
     assert whole(data)[0, 0].tolist() == RED, suffix
@@ -128,8 +128,8 @@ def test_exif_orientation_is_undone(kind: str, orientation: int) -> None:
     facts = inspect(data)
     assert (facts.width, facts.height) == (48, 32)
     found = whole(data).astype(int)
-    for (x, y), colour in {(8, 8): [0, 0, 0], (40, 4): RED, (40, 28): [0, 0, 255]}.items():
-        assert np.abs(found[y, x] - colour).max() <= 24
+    for (x, y), color in {(8, 8): [0, 0, 0], (40, 4): RED, (40, 28): [0, 0, 255]}.items():
+        assert np.abs(found[y, x] - color).max() <= 24
 
 
 def display_p3() -> bytes:
@@ -157,9 +157,9 @@ def test_display_p3_becomes_srgb() -> None:
     assert np.abs(expected - (200, 100, 60)).max() > 8, "the profile matters"
 
 
-def in_srgb_of_p3(colour: tuple[int, int, int]) -> list[float]:
+def in_srgb_of_p3(color: tuple[int, int, int]) -> list[float]:
     """By hand: CSS Color 4, sections 10.4 and 17 (linear P3 → XYZ → linear sRGB)."""
-    value = np.array(colour) / 255
+    value = np.array(color) / 255
     linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
     to_xyz = [[0.486571, 0.265668, 0.198217], [0.228975, 0.691739, 0.079287], [0.0, 0.045113, 1.043944]]
     to_srgb = [[3.240970, -1.537383, -0.498611], [-0.969244, 1.875968, 0.041555], [0.055630, -0.203977, 1.056972]]
@@ -182,7 +182,7 @@ def test_a_profile_that_does_not_fit_is_passed_over_and_told(profile: bytes) -> 
     assert (whole(data) == 255).all()
 
 
-def test_grey_in_an_rgb_profile_stays_grey() -> None:
+def test_gray_in_an_rgb_profile_stays_gray() -> None:
     data = saved(Image.new("L", (8, 8), 100), icc_profile=display_p3())
     assert np.abs(whole(data).astype(int) - 100).max() <= 1
 

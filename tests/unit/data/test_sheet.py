@@ -7,8 +7,8 @@ from PIL import Image, ImageFont
 from simpletuner.data.sheet import GAP_PX, LABEL_WIDTH_PX, MAX_LINES, _wrapped, contact_sheet
 
 
-def plain(colour: str, size: tuple[int, int] = (400, 200)) -> Image.Image:
-    return Image.new("RGB", size, colour)
+def plain(color: str, size: tuple[int, int] = (400, 200)) -> Image.Image:
+    return Image.new("RGB", size, color)
 
 
 def test_pictures_stand_in_rows_and_columns_beside_their_labels() -> None:
@@ -17,22 +17,22 @@ def test_pictures_stand_in_rows_and_columns_beside_their_labels() -> None:
     left = GAP_PX + LABEL_WIDTH_PX + GAP_PX
     assert sheet.width == left + 2 * (200 + GAP_PX)
     found = np.asarray(sheet)
-    centre_of_first = found[:, left + 100]
-    ys = {name: np.flatnonzero((centre_of_first == colour).all(1)) for name, colour in COLOURS.items()}
+    center_of_first = found[:, left + 100]
+    ys = {name: np.flatnonzero((center_of_first == color).all(1)) for name, color in COLORS.items()}
     assert len(ys["red"]) == len(ys["lime"]) == 100
     assert ys["red"].max() < ys["lime"].min()
-    assert (found[ys["red"].min() + 50, left + 200 + GAP_PX + 100] == COLOURS["blue"]).all()
+    assert (found[ys["red"].min() + 50, left + 200 + GAP_PX + 100] == COLORS["blue"]).all()
     assert (found[: ys["red"].min(), left:] < 128).any(), "the heads are written"
     assert (found[:, :LABEL_WIDTH_PX] < 128).any(), "the labels are written"
 
 
-COLOURS = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255)}
+COLORS = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255)}
 
 
 def test_pictures_are_never_enlarged_and_empty_labels_take_no_room() -> None:
     sheet = contact_sheet([[plain("red", (30, 20))]], [""], [""])
     assert sheet.width == GAP_PX + LABEL_WIDTH_PX + GAP_PX
-    assert (np.asarray(sheet) == COLOURS["red"]).all(2).sum() == 600
+    assert (np.asarray(sheet) == COLORS["red"]).all(2).sum() == 600
 
 
 def test_captions_stand_below_and_rows_may_be_shorter() -> None:

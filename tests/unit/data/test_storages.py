@@ -69,7 +69,7 @@ def scanned(image_set: ImageSet) -> Manifest:
 def local(folder: Path, save: Callable[..., Path], make_set: Callable[..., ImageSet]) -> ImageSet:
     """Three images with captions, one of them odd, and two files that are left out."""
     for name, color in {"a": "red", "sub/b #1 ü": "blue", "c": "green"}.items():
-        save(f"{name}.png", colour=color).with_suffix(".txt").write_text(f"{color}\nit is {color}", encoding="utf-8")
+        save(f"{name}.png", color=color).with_suffix(".txt").write_text(f"{color}\nit is {color}", encoding="utf-8")
     (folder / "bad.png").write_bytes(b"bad")
     (folder / "clip.mp4").touch()
     return make_set(caption_strategy="textfile")

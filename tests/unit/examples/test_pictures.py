@@ -12,11 +12,11 @@ from simpletuner.examples.pictures import (
     PRIOR,
     TRAINED,
     held_out_flags,
-    materialise,
+    materialize,
     render_flags,
     training_flags,
 )
-from simpletuner.examples.world import COLOURS, PLACES, SIDE, SIZES
+from simpletuner.examples.world import COLORS, PLACES, SIDE, SIZES
 
 
 def digest(folder: Path) -> str:
@@ -39,7 +39,7 @@ def test_the_same_seed_draws_the_same_pictures(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES))
 def test_every_picture_has_a_caption(name: str, tmp_path: Path) -> None:
-    materialise(name, tmp_path / "datasets" / name)
+    materialize(name, tmp_path / "datasets" / name)
     pictures = sorted((tmp_path / "datasets" / name).rglob("*.png"))
     assert [path.parent.name for path in pictures] == ["held-out"] * HELD_OUT + ["prior"] * PRIOR + ["train"] * TRAINED
     for path in pictures:
@@ -49,19 +49,19 @@ def test_every_picture_has_a_caption(name: str, tmp_path: Path) -> None:
             assert (picture.size, picture.mode) == ((SIDE, SIDE), "RGB")
 
 
-def test_flags_are_trained_at_every_size_and_place_and_on_every_background_but_their_own_colour() -> None:
+def test_flags_are_trained_at_every_size_and_place_and_on_every_background_but_their_own_color() -> None:
     trained, others = training_flags(), held_out_flags()
     assert not set(trained) & set(others)
     assert {flag.size for flag in trained} == set(SIZES)
     assert {flag.place for flag in trained} == set(PLACES)
-    assert {flag.background for flag in trained} == set(COLOURS) - {"orange"}
+    assert {flag.background for flag in trained} == set(COLORS) - {"orange"}
 
 
 def test_a_folder_that_is_there_stays_as_it_is(tmp_path: Path) -> None:
     mine = tmp_path / "tiny-lora"
     mine.mkdir()
     (mine / "mine.txt").write_text("mine", encoding="utf-8")
-    materialise("tiny-lora", mine)
+    materialize("tiny-lora", mine)
     assert [path.name for path in mine.iterdir()] == ["mine.txt"]
 
 
@@ -72,5 +72,5 @@ def test_an_interrupted_drawing_leaves_nothing(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setitem(EXAMPLES, "tiny-lora", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        materialise("tiny-lora", tmp_path / "tiny-lora")
+        materialize("tiny-lora", tmp_path / "tiny-lora")
     assert list(tmp_path.iterdir()) == []

@@ -18,11 +18,11 @@ def test_captions_name_what_is_drawn_and_parse_back():
 def test_every_pair_is_seen_in_training_and_no_held_out_triple():
     training, held_out = world.training_scenes(), world.held_out_scenes()
     assert (len(training), len(held_out)) == (2800, 560)
-    assert len({(s.shape, s.colour) for s in training}) == 6 * 8
+    assert len({(s.shape, s.color) for s in training}) == 6 * 8
     assert len({(s.shape, s.background) for s in training}) == 6 * 8
-    assert len({(s.colour, s.background) for s in training}) == 8 * 7
-    seen = {(s.shape, s.colour, s.background) for s in training}
-    assert seen.isdisjoint((s.shape, s.colour, s.background) for s in held_out)
+    assert len({(s.color, s.background) for s in training}) == 8 * 7
+    seen = {(s.shape, s.color, s.background) for s in training}
+    assert seen.isdisjoint((s.shape, s.color, s.background) for s in held_out)
 
 
 def test_render_is_decided_by_the_seed(tmp_path: Path):

@@ -60,7 +60,7 @@ def test_a_shift_of_one_changes_nothing() -> None:
     assert [sigma.shifted(s, 1.0) for s in (0.0, 0.1, 0.77, 1.0)] == [0.0, 0.1, 0.77, 1.0]
 
 
-def test_a_shift_keeps_the_ends_and_moves_the_middle_towards_noise() -> None:
+def test_a_shift_keeps_the_ends_and_moves_the_middle_toward_noise() -> None:
     assert sigma.shifted(0.0, 3.0) == 0.0
     assert sigma.shifted(1.0, 3.0) == 1.0
     assert sigma.shifted(0.5, 3.0) == pytest.approx(0.75)

@@ -24,7 +24,7 @@ def test_shapes_and_types(autoencoder):
     assert pixels.abs().max() <= 1
 
 
-def test_latents_are_the_mean_normalised_with_the_eps_of_the_config(autoencoder):
+def test_latents_are_the_mean_normalized_with_the_eps_of_the_config(autoencoder):
     vae, pixels = autoencoder._vae, pictures(1, 3, 64, 64)
     with torch.no_grad():
         moments = vae.encode(pixels).latent_dist.parameters
@@ -34,7 +34,7 @@ def test_latents_are_the_mean_normalised_with_the_eps_of_the_config(autoencoder)
     assert torch.equal(autoencoder.encode(pixels), expected)
 
 
-def test_decoding_undoes_the_normalisation(autoencoder):
+def test_decoding_undoes_the_normalization(autoencoder):
     vae, latents = autoencoder._vae, torch.randn(1, 128, 4, 4)
     plain = latents * (vae.bn.running_var + 1e-4).sqrt()[:, None, None] + vae.bn.running_mean[:, None, None]
     with torch.no_grad():

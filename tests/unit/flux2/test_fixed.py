@@ -18,7 +18,7 @@ from simpletuner.flux2.export import LoadedLora, save_lora
 from simpletuner.flux2.factors import Factors, Hadamard, Kronecker, LowRank
 from simpletuner.flux2.fixed import FixedLinear, attach_fixed, delta_product, read_for_drawing
 from simpletuner.flux2.lora import detach, linears
-from simpletuner.memory.precision import QuantisedLinear
+from simpletuner.memory.precision import QuantizedLinear
 
 GENERATOR = torch.Generator()
 
@@ -166,7 +166,7 @@ def test_several_of_any_kind_add_up_with_a_lora_between_and_come_off_again() -> 
 
 @pytest.mark.parametrize("make", KINDS)
 def test_an_adapter_on_a_quantized_linear_adds_its_delta(make: Callable[[int, int], Factors]) -> None:
-    base = QuantisedLinear((96, 64), "int8-torchao", torch.float32)
+    base = QuantizedLinear((96, 64), "int8-torchao", torch.float32)
     base.data.copy_(drawn(96, 64) * 300)
     base.scale.copy_(drawn(96, 1) / 100)
     layer = FixedLinear(base, make(96, 64))

@@ -23,7 +23,7 @@ from simpletuner.config.flavours import (
     FlavourName,
     TransformerSpec,
 )
-from simpletuner.config.optimisers import optimiser
+from simpletuner.config.optimizers import known_optimizer
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.run import RunConfig
 from simpletuner.flux2.footprint import (
@@ -174,12 +174,12 @@ def test_adapters_take_what_attached_ones_do(target: str) -> None:
         adapter = attach(type(empty_transformer(TINY))(TINY), LoraOptions(**options), seed=0)  # type: ignore[arg-type]
     audit = adapter.audit()
     assert part(phase("train", **options), "adapters") == audit["bytes"]
-    per_number = optimiser("adamw").state_bytes
-    assert part(phase("train", **options), "optimiser") == audit["parameters"] * per_number
+    per_number = known_optimizer("adamw").state_bytes
+    assert part(phase("train", **options), "optimizer") == audit["parameters"] * per_number
 
 
 @pytest.mark.parametrize("precision", ["int8-quanto", "int4-quanto", "int2-quanto", "nf4-bnb"])
-def test_quantised_blocks_are_smaller_and_the_rest_is_not(precision: str) -> None:
+def test_quantized_blocks_are_smaller_and_the_rest_is_not(precision: str) -> None:
     plain = transformer_bytes(DEV, "no_change", torch.bfloat16)
     packed = transformer_bytes(DEV, precision, torch.bfloat16)
     assert packed.rest == plain.rest
@@ -188,7 +188,7 @@ def test_quantised_blocks_are_smaller_and_the_rest_is_not(precision: str) -> Non
     assert payload < sum(packed.blocks) < payload * 1.15
 
 
-def test_an_unquantised_matrix_is_its_numbers() -> None:
+def test_an_unquantized_matrix_is_its_numbers() -> None:
     assert stored_bytes((6, 128), "no_change", 2) == 6 * 128 * 2
     assert 6 * 128 < stored_bytes((6, 128), "int8-quanto", 2) <= 6 * 128 + 6 * 4
 
@@ -351,7 +351,7 @@ def test_a_full_models_parts() -> None:
     count = sum(parameter.numel() for parameter in empty_transformer(TINY).parameters())
     found = phase("train", model_type="full")
     assert part(found, "weights") == 2 * count
-    assert part(found, "masters") == part(found, "optimiser") / 2 == 4 * count
+    assert part(found, "masters") == part(found, "optimizer") / 2 == 4 * count
     assert part(found, "single file", "disk") == 4 * count
     halved = phase("train", model_type="full", model_save_dtype="bf16", use_ema=True)
     assert part(halved, "single file", "disk") == 2 * 2 * count
@@ -371,7 +371,7 @@ def test_released_gradients_are_those_of_one_parameter_at_a_time() -> None:
     assert (part(released, "masters"), part(released, "gradients")) == (0, 0)
     shapes = [weight.shape for weight in empty_transformer(TINY).parameters()]
     state = 4 * sum(sum(shape) if len(shape) == 2 else shape.numel() for shape in shapes)
-    assert part(released, "optimiser") == part(ordinary, "optimiser") == state
+    assert part(released, "optimizer") == part(ordinary, "optimizer") == state
 
 
 def test_klein_9b_is_trained_whole_within_22_5_gib() -> None:
@@ -613,7 +613,7 @@ def test_the_base_falls_as_one_by_ranks(ranks: int) -> None:
     largest = max(transformer_bytes(DEV, "no_change", torch.bfloat16).blocks)
     assert part(sharded, "gathered weights") == DEV_REST + 2 * largest
     alone = footprint(**LORA).train()
-    for name in ("adapters", "optimiser", "activations", "workspace", "batch"):
+    for name in ("adapters", "optimizer", "activations", "workspace", "batch"):
         assert part(sharded, name) == part(alone, name)
 
 
@@ -644,7 +644,7 @@ def test_full_training_shards_all_that_belongs_to_a_weight(ranks: int) -> None:
     options = {**FULL, "use_ema": True, "ema_device": "accelerator"}
     alone, sharded = footprint(**options).train(), footprint(**options, num_processes=ranks, fsdp_enable=True)
     own = sharded.train()
-    for name in ("masters", "optimiser", "average"):
+    for name in ("masters", "optimizer", "average"):
         assert part(own, name) == pytest.approx(part(alone, name) / ranks, rel=1e-6), name
     every = 4 * 32_223_281_152 // ranks
     assert 0.9 * every < part(own, "gradients") <= every, "those that are there at the worst moment"
@@ -654,7 +654,7 @@ def test_full_training_shards_all_that_belongs_to_a_weight(ranks: int) -> None:
     assert part(bare, "masters") == 0
     assert part(bare, "shards of weights") == 2 * 32_223_281_152 // ranks
     away = footprint(**options, num_processes=ranks, fsdp_enable=True, fsdp_cpu_offload=True).train()
-    for name in ("masters", "optimiser", "average", "gradients"):
+    for name in ("masters", "optimizer", "average", "gradients"):
         assert (part(away, name), part(away, name, "ram")) == (0, ranks * part(own, name)), name
     wire = sharded.wire
     assert wire is not None
@@ -725,7 +725,7 @@ def test_each_stage_shares_more(ranks: int) -> None:
     for each in stages:
         train = each.train()
         assert part(train, "masters") == -(-trained // ranks)
-        assert part(train, "optimiser") == -(-part(alone.train(), "optimiser") // ranks)
+        assert part(train, "optimizer") == -(-part(alone.train(), "optimizer") // ranks)
         assert part(train, "reduction bucket") == 2 * 1000
     first, second, third = (each.train() for each in stages)
     # In bf16 as they are computed, and in fp32 those of the share that the optimizer steps on.
@@ -754,7 +754,7 @@ def test_a_lora_shares_its_state_and_at_stage_3_the_base() -> None:
 def test_what_is_offloaded_is_in_the_memory_of_the_machine() -> None:
     settings: dict[str, object] = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     there, here = zero(3, 8, settings, **FULL, num_machines=2).train(), zero(3, 8, **FULL).train()
-    for name in ("masters", "optimiser", "shards of weights"):
+    for name in ("masters", "optimizer", "shards of weights"):
         (own,) = [each for each in there.parts if each.name == name]
         assert (own.place, own.size) == ("ram", 4 * part(here, name))
 

@@ -14,7 +14,7 @@ def conditions(*contexts: float, guidance: float = 4.0) -> Condition:
     return Condition.at(TextContext.dense(torch.tensor(contexts).reshape(-1, 1, 1)), guidance)
 
 
-def towards(target: float) -> Denoise:
+def toward(target: float) -> Denoise:
     """The exact velocity field of a data set with one point: Euler reaches it in any number of steps."""
 
     def denoise(latents: Tensor, sigma: Tensor, _condition: Condition) -> Tensor:
@@ -37,7 +37,7 @@ def test_noise_belongs_to_the_seed_and_size() -> None:
 
 @pytest.mark.parametrize("steps", [1, 4, 20])
 def test_it_follows_the_field_to_its_end(steps: int) -> None:
-    latents = sample_latents(towards(0.25), initial_noise(0, width=32, height=48), conditions(0.0), steps=steps)
+    latents = sample_latents(toward(0.25), initial_noise(0, width=32, height=48), conditions(0.0), steps=steps)
     torch.testing.assert_close(latents, torch.full((1, 128, 3, 2), 0.25), rtol=0, atol=1e-5)
 
 

@@ -157,16 +157,16 @@ def test_a_token_goes_to_the_hub_and_not_to_its_cdn(hub, start, repository, monk
     assert path.read_bytes() == (repository / VAE).read_bytes()
 
 
-@pytest.mark.parametrize("flavour", [flavour for flavour in FLAVOURS.values() if flavour.licence_notice is not None])
+@pytest.mark.parametrize("flavour", [flavour for flavour in FLAVOURS.values() if flavour.license_notice is not None])
 @pytest.mark.parametrize(("status", "token"), [(401, None), (403, SECRET)])
-def test_a_gated_model_names_its_licence_and_its_page(hub, start, repository, monkeypatch, flavour, status, token):
+def test_a_gated_model_names_its_license_and_its_page(hub, start, repository, monkeypatch, flavour, status, token):
     hub.repositories[flavour.repo] = repository
     hub.refusal = (status, "GatedRepo")
     monkeypatch.setenv("HF_TOKEN", token or "")
     with pytest.raises(AccessError) as caught:
         start(VAE, repo=flavour.repo)
-    licence, page = flavour.licence.split(", ")
-    assert f"Accept its licence ({licence}) on https://huggingface.co/{flavour.repo}" in str(caught.value)
+    license_name, page = flavour.license.split(", ")
+    assert f"Accept its license ({license_name}) on https://huggingface.co/{flavour.repo}" in str(caught.value)
     assert page.endswith(flavour.repo)
     assert ("hf auth login" in str(caught.value)) == (token is None)
     assert SECRET not in str(caught.value)

@@ -1,4 +1,4 @@
-"""What learns, where, and that it changes nothing until it has learnt something."""
+"""What learns, where, and that it changes nothing until it has learned something."""
 
 import math
 from collections.abc import Iterator

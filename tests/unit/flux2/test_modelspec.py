@@ -25,7 +25,7 @@ def test_the_architecture_is_named_as_musubi_tuner_names_it(flavour: str, archit
     assert fields["modelspec.sai_model_spec"] == "1.0.1"
     assert fields["modelspec.resolution"] == "1024x768"
     assert fields["modelspec.trigger_phrase"] == "ohwx"
-    assert fields["modelspec.license"] == base.licence
+    assert fields["modelspec.license"] == base.license
     assert header_of(fields) == {"format": "pt", **fields}
 
 
@@ -36,7 +36,7 @@ def test_what_nobody_said_is_left_out() -> None:
         "modelspec.architecture": "Flux.2-dev/lora",
         "modelspec.implementation": "https://github.com/black-forest-labs/flux2",
         "modelspec.title": f"LoRA of {FLAVOURS['dev'].title}",
-        "modelspec.license": FLAVOURS["dev"].licence,
+        "modelspec.license": FLAVOURS["dev"].license,
     }
     with pytest.raises(ValueError, match=r"modelspec\.author"):
         header_of({"modelspec.author": "me"})

@@ -159,7 +159,7 @@ def test_weights_that_are_distilled_or_not_are_told_from_the_flavours(
     assert warnings["tiny-klein", "tiny-klein"] is warnings["tiny-klein-distilled", "tiny-klein-distilled"] is None
     distilled = warnings["tiny-klein", "tiny-klein-distilled"]
     assert distilled is not None
-    assert "grey, smooth blobs" in distilled
+    assert "gray, smooth blobs" in distilled
     assert "--model_flavour tiny-klein-distilled" in distilled
     base = warnings["tiny-klein-distilled", "tiny-klein"]
     assert base is not None

@@ -26,7 +26,7 @@ from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.flux2.tread import draw_choices
 from simpletuner.memory import compile as compilation
 from simpletuner.memory import recompute
-from simpletuner.memory.precision import quantised, targets
+from simpletuner.memory.precision import quantized, targets
 from simpletuner.memory.shard import Sharding, held_bytes, idle_pass, is_sharded, shard
 from simpletuner.memory.world import World
 from simpletuner.train.preservation import Preservation
@@ -53,7 +53,7 @@ def base(precision: str = "no_change", dtype: torch.dtype = torch.float32, block
         for name, linear in targets(
             transformer, ("transformer_blocks.", "single_transformer_blocks."), precision
         ).items():
-            transformer.set_submodule(name, quantised(linear, precision))
+            transformer.set_submodule(name, quantized(linear, precision))
     return transformer.requires_grad_(False)
 
 
@@ -287,14 +287,14 @@ def preserved(world: World) -> dict[str, Any]:
         batch = replace(a_batch(range(2 * world.rank, 2 * world.rank + 2)), distills_elsewhere=True)
         if world.rank == 1:
             preserved = replace(batch.condition.context, rows=batch.condition.context.rows + 1)
-            batch = replace(batch, is_regularisation=True)
-            other = replace(batch, is_regularisation=False, preserved=preserved, preserved_weights=torch.ones(2))
+            batch = replace(batch, is_regularization=True)
+            other = replace(batch, is_regularization=False, preserved=preserved, preserved_weights=torch.ones(2))
         else:
             other = batch
         stepper = Stepper(
             denoise=denoiser,
             parameters=adapter.parameters(),
-            optimiser=torch.optim.SGD(adapter.parameters()),
+            optimizer=torch.optim.SGD(adapter.parameters()),
             options=options,
             objective=Objective.of(options, options, seed=0),
             scaler=torch.amp.GradScaler("cpu", enabled=False),

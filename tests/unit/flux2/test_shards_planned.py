@@ -10,7 +10,7 @@ from simpletuner.flux2.footprint import Architecture, Footprint, Workload
 from simpletuner.flux2.stored import BLOCKS
 from simpletuner.flux2.transformer import empty_transformer
 from simpletuner.memory.planner import Machine
-from simpletuner.memory.precision import make_room, quantised_from, targets
+from simpletuner.memory.precision import make_room, quantized_from, targets
 from simpletuner.memory.shard import Sharding, held_bytes, shard
 from simpletuner.memory.world import World
 
@@ -26,7 +26,7 @@ def sharded_bytes(world: World) -> list[int]:
         if precision != "no_change":
             linears = targets(transformer, BLOCKS, precision)
             with torch.device("meta"):
-                make_room(transformer, linears, precision, quantised_from(torch.float32))
+                make_room(transformer, linears, precision, quantized_from(torch.float32))
         transformer.requires_grad_(False)
         shard(transformer, transformer.blocks, Sharding(world.device))
         held.append(held_bytes(transformer.parameters()))

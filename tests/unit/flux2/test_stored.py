@@ -19,7 +19,7 @@ from simpletuner.flux2.load import checked_skeleton, load_text_encoder, load_tra
 from simpletuner.flux2.source import Source, Weights
 from simpletuner.flux2.stored import open_stored, stored_weights
 from simpletuner.flux2.transformer import Flux2Transformer
-from simpletuner.memory.precision import QuantisedLinear
+from simpletuner.memory.precision import QuantizedLinear
 from simpletuner.memory.shard import held_bytes
 
 
@@ -36,7 +36,7 @@ def weights_of(transformer: Flux2Transformer) -> dict[str, Tensor]:
     """Every weight as plain numbers."""
     found = dict(transformer.named_parameters())
     for name, module in transformer.named_modules():
-        if isinstance(module, QuantisedLinear):
+        if isinstance(module, QuantizedLinear):
             for own in module.names:
                 del found[f"{name}.{own}"]
             found[f"{name}.weight"] = module.weight
@@ -92,7 +92,7 @@ def test_a_quantized_base_has_the_files_values(
     checked_skeleton(source)
     expected = dict(load_transformer(plain, torch.bfloat16, "cpu").named_parameters())
     found = load_transformer(source, torch.bfloat16, "cpu")
-    held = {name: each for name, each in found.named_modules() if isinstance(each, QuantisedLinear)}
+    held = {name: each for name, each in found.named_modules() if isinstance(each, QuantizedLinear)}
     assert {each.layout.precision for each in held.values()} == ({HELD[kind]} if kind in HELD else set())
     assert not held or len(held) == 2 * 12 + 2 * TINY.single_blocks
     weights = weights_of(found)
@@ -120,7 +120,7 @@ def test_scales_of_one_change_nothing(tiny_source: Source, tensors: dict[str, Te
     name = "transformer_blocks.0.attn.to_q"
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     out, other = plain.get_submodule(name)(a), held.get_submodule(name)(b)
-    assert isinstance(held.get_submodule(name), QuantisedLinear)
+    assert isinstance(held.get_submodule(name), QuantizedLinear)
     assert the_same(out, other)
     out.sum().backward()
     other.sum().backward()
@@ -233,7 +233,7 @@ def test_a_quantized_text_encoder_encodes_as_its_values(kind: str, tiny_source: 
         config = tiny_source.text_encoder.config
         source = dataclasses.replace(tiny_source, text_encoder=Weights((tmp_path / f"{name}.safetensors",), config))
         encoder = load_text_encoder(source, torch.bfloat16, "cpu", **TEXT)
-        is_held = any(isinstance(each, QuantisedLinear) for each in encoder._model.modules())
+        is_held = any(isinstance(each, QuantizedLinear) for each in encoder._model.modules())
         assert is_held == (name == "own" and kind == "fp8")
         rows.append(encoder.encode(["a cat"])[0].rows)
         if name == "own":

@@ -71,7 +71,7 @@ def test_the_last_state_is_not_normed(tiny_source):
     assert torch.equal(last.rows, inner.rows[:, :64])
 
 
-def test_neighbours_in_a_batch_change_nothing_but_rounding(encoder):
+def test_neighbors_in_a_batch_change_nothing_but_rounding(encoder):
     prompts = ["a cat", "", "a red square on a white background " * 4]
     together = encoder.encode(prompts)
     for prompt, encoded in zip(prompts, together, strict=True):

@@ -190,15 +190,15 @@ def test_without_a_home_folder_the_way_out_is_told(monkeypatch: pytest.MonkeyPat
 
 def test_the_worlds_words_are_one_token_each():
     tokenizer = vocabulary.learn()
-    words = (*world.SIZES, *world.COLOURS, *world.SHAPES, *world.PLACES)
+    words = (*world.SIZES, *world.COLORS, *world.SHAPES, *world.PLACES)
     assert {word: len(tokenizer.encode(f" {word}").ids) for word in words} == dict.fromkeys(words, 1)
 
 
 def test_a_model_to_train_starts_with_blocks_that_do_nothing(tiny_folder, tmp_path):
     vae = "vae/diffusion_pytorch_model.safetensors"
-    (tmp_path / "learnt").mkdir()
-    shutil.copy(tiny_folder / vae, tmp_path / "learnt/vae.safetensors")
-    folder = make_start(tmp_path / "start", 3, tmp_path / "learnt")
+    (tmp_path / "learned").mkdir()
+    shutil.copy(tiny_folder / vae, tmp_path / "learned/vae.safetensors")
+    folder = make_start(tmp_path / "start", 3, tmp_path / "learned")
     assert sha256_file(folder / vae) == sha256_file(tiny_folder / vae)
     transformer = load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
     assert not transformer["proj_out.weight"].any()
@@ -206,8 +206,8 @@ def test_a_model_to_train_starts_with_blocks_that_do_nothing(tiny_folder, tmp_pa
     assert transformer["x_embedder.weight"].std() * 128**0.5 == pytest.approx(1, rel=0.02)
     # The transformer that came of it takes the start's place.
     transformer["proj_out.weight"] += 1
-    save_file(transformer, tmp_path / "learnt/transformer.safetensors")
-    trained = load_file(make_start(folder, 3, tmp_path / "learnt") / "transformer/diffusion_pytorch_model.safetensors")
+    save_file(transformer, tmp_path / "learned/transformer.safetensors")
+    trained = load_file(make_start(folder, 3, tmp_path / "learned") / "transformer/diffusion_pytorch_model.safetensors")
     assert torch.equal(trained["proj_out.weight"], transformer["proj_out.weight"])
 
 

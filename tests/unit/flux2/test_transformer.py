@@ -21,7 +21,7 @@ from simpletuner.flux2.transformer import (
     modulated,
 )
 from simpletuner.memory import offload, recompute
-from simpletuner.memory.precision import quantised, targets
+from simpletuner.memory.precision import quantized, targets
 from simpletuner.memory.trace import fuse_attention, pretending
 
 SPEC = TransformerSpec(4, 16, 2, 2, 48, guidance_embeds=True, axes=(4, 4, 4, 4))
@@ -221,11 +221,11 @@ def test_recompute_stops_before_the_last_product(
     assert again / 1e12 == pytest.approx(expected, abs=0.003)
 
 
-def quantised_base(precision: str) -> Flux2Transformer:
+def quantized_base(precision: str) -> Flux2Transformer:
     torch.manual_seed(0)
     transformer = Flux2Transformer(SPEC).train()
     for name, linear in targets(transformer, ("transformer_blocks.", "single_"), precision).items():
-        transformer.set_submodule(name, quantised(linear, precision))
+        transformer.set_submodule(name, quantized(linear, precision))
     for name, parameter in attach(transformer, ALL, seed=0).named_parameters():
         if name.endswith(".b"):
             nn.init.normal_(parameter, std=0.1)
@@ -233,10 +233,10 @@ def quantised_base(precision: str) -> Flux2Transformer:
 
 
 @pytest.mark.parametrize("precision", ["int8-quanto", "int4-quanto", "nf4-bnb"])
-def test_over_a_quantised_base_it_stops_there_too(precision: str) -> None:
+def test_over_a_quantized_base_it_stops_there_too(precision: str) -> None:
     gradients, counts = [], []
     for recomputed in (False, True):
-        transformer = quantised_base(precision)
+        transformer = quantized_base(precision)
         if recomputed:
             recompute.install(transformer.blocks)
         with FlopCounterMode(display=False) as counter:

@@ -69,7 +69,7 @@ def run(blocks: nn.ModuleList, *shape: int) -> tuple[torch.Tensor, list[torch.Te
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
-def test_blocks_of_a_kind_share_one_artefact_over_all_shapes(recomputed: bool) -> None:
+def test_blocks_of_a_kind_share_one_artifact_over_all_shapes(recomputed: bool) -> None:
     plain, blocks = stack(), stack()
     compiled = compilation.install(list(blocks), backend="aot_eager")
     if recomputed:
@@ -144,7 +144,7 @@ def test_what_cannot_be_compiled_is_an_error_that_names_the_way_out() -> None:
         run(blocks, 2, 5)
 
 
-def test_more_artefacts_than_the_bound_are_an_error_and_no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_artifacts_than_the_bound_are_an_error_and_no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compilation, "VARIANTS", 1)
     blocks = stack()
     compiled = compilation.install(list(blocks), backend="eager")

@@ -21,15 +21,15 @@ def masters_of(layer: nn.Linear) -> Masters:
 def test_steps_below_the_spacing_of_bf16_add_up() -> None:
     layer = linear()
     masters = masters_of(layer)
-    optimiser = torch.optim.SGD(masters.parameters.values(), lr=1e-3)  # beside 1, bf16 sees no step below 0.004
+    optimizer = torch.optim.SGD(masters.parameters.values(), lr=1e-3)  # beside 1, bf16 sees no step below 0.004
     alone = nn.Parameter(torch.ones(2, 3, dtype=torch.bfloat16))
     coarse = torch.optim.SGD([alone], lr=1e-3)
     for _ in range(10):
         layer.weight.grad = torch.ones(2, 3, dtype=torch.bfloat16)
         alone.grad = torch.ones(2, 3, dtype=torch.bfloat16)
         masters.collect()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         masters.settle()
         coarse.step()
     assert torch.equal(alone, torch.ones(2, 3, dtype=torch.bfloat16))

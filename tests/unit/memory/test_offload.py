@@ -24,7 +24,7 @@ WIDTH = 24
 
 
 class Halves(Tensor):
-    """A weight kept as two plain tensors, as quantised ones are: eight bits, and a scale of each row. Its product saves
+    """A weight kept as two plain tensors, as quantized ones are: eight bits, and a scale of each row. Its product saves
     the weight itself for the backward pass.
     """
 
@@ -120,7 +120,7 @@ class Block(nn.Module):
         with torch.no_grad():
             self.norm.weight.copy_(torch.rand(WIDTH) + 0.5)
             self.inner.adapter.weight.mul_(0.1)
-        if kind == "quantised":
+        if kind == "quantized":
             self.inner.base.weight = nn.Parameter(Halves.of(self.inner.base.weight.data), requires_grad=False)
             self.out.weight = nn.Parameter(Halves.of(self.out.weight.data), requires_grad=False)
         if kind == "transposed":
@@ -156,7 +156,7 @@ LEVELS: dict[str, Groups] = {
     "all blocks": lambda blocks: offload.block_groups(blocks, 9),
     "leaf": lambda blocks: offload.leaf_groups([part for block in blocks for part in block.children()]),
 }
-KINDS = ("plain", "quantised", "transposed", "hidden")
+KINDS = ("plain", "quantized", "transposed", "hidden")
 RECOMPUTED = (False, None, 2, 3)
 """Not at all, every block, all but every second, all but every third."""
 
@@ -179,7 +179,7 @@ def batch(number: int) -> Tensor:
 
 def train(model: Model, steps: int = 20) -> list[Tensor]:
     """Loss and gradients of each step, two passes accumulated."""
-    optimiser = torch.optim.AdamW(model.trained, lr=1e-2)
+    optimizer = torch.optim.AdamW(model.trained, lr=1e-2)
     found = []
     for step in range(steps):
         for part in range(2):
@@ -187,8 +187,8 @@ def train(model: Model, steps: int = 20) -> list[Tensor]:
             loss.backward()
             found.append(loss.detach())
         found += [parameter.grad.clone() for parameter in model.trained if parameter.grad is not None]
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     return found
 
 
@@ -201,7 +201,7 @@ def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 def resident() -> dict[str, list[Tensor]]:
     """What the untouched model of each kind does in 20 steps."""
     found = {kind: train(Model(kind)) for kind in KINDS}
-    assert not torch.equal(found["plain"][0], found["quantised"][0])
+    assert not torch.equal(found["plain"][0], found["quantized"][0])
     return found
 
 
@@ -228,8 +228,8 @@ def test_twenty_steps_are_the_resident_ones_bit_for_bit(
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_evaluation_is_the_resident_one_bit_for_bit(level: str) -> None:
-    model, streaming = prepared("quantised", level, ahead=True)
-    plain = Model("quantised")
+    model, streaming = prepared("quantized", level, ahead=True)
+    plain = Model("quantized")
     assert streaming is not None
     with torch.no_grad():
         for number in range(3):
@@ -446,14 +446,14 @@ def files_of(folder: Path) -> dict[str, tuple[bytes, int]]:
 def test_from_a_disk_the_bits_are_the_same_and_files_are_used_again(
     tmp_path: Path, resident: dict[str, list[Tensor]]
 ) -> None:
-    model, streaming = prepared("quantised", "two blocks", None, folder=tmp_path)
-    assert_same(train(model), resident["quantised"])
+    model, streaming = prepared("quantized", "two blocks", None, folder=tmp_path)
+    assert_same(train(model), resident["quantized"])
     files = files_of(tmp_path)
     assert len(files) == 3
     assert streaming is not None
     assert sum(len(content) for content, _ in files.values()) == streaming.packed_bytes
-    model, _ = prepared("quantised", "two blocks", None, folder=tmp_path, ahead=True)
-    assert_same(train(model), resident["quantised"])
+    model, _ = prepared("quantized", "two blocks", None, folder=tmp_path, ahead=True)
+    assert_same(train(model), resident["quantized"])
     assert files_of(tmp_path) == files
 
 
@@ -480,7 +480,7 @@ def test_from_a_slow_disk_the_bits_are_the_same_and_files_are_read_ahead(
     assert counts is not None
     reads_ahead, reads = map(int, counts.groups())
     assert reads == streaming.copies
-    # The first passes teach the order. Of leaves it is learnt in part: recomputed, one follows on another's way back.
+    # The first passes teach the order. Of leaves it is learned in part: recomputed, one follows on another's way back.
     assert reads_ahead >= {"block": reads - 20, "all blocks": 0, "leaf": reads // 2}[level]
 
 
@@ -514,8 +514,8 @@ def test_files_of_other_weights_or_damaged_ones_are_never_used(
     damaged, cut, *_ = sorted(files)
     (tmp_path / damaged).write_bytes(files[damaged][0][:-1] + b"\1")
     (tmp_path / cut).write_bytes(files[cut][0][:-256])
-    model, _ = prepared("quantised", "block", folder=tmp_path)
-    assert_same(train(model), resident["quantised"])
+    model, _ = prepared("quantized", "block", folder=tmp_path)
+    assert_same(train(model), resident["quantized"])
     assert len(files_of(tmp_path)) == 10
     model, _ = prepared("plain", "block", folder=tmp_path)
     assert_same(train(model), resident["plain"])

@@ -1,4 +1,4 @@
-"""Quantised Linears: the libraries' own numbers, in tensors of known size, under autograd."""
+"""Quantized Linears: the libraries' own numbers, in tensors of known size, under autograd."""
 
 import copy
 import subprocess
@@ -14,11 +14,11 @@ from simpletuner.base.errors import ConfigError
 from simpletuner.config.precisions import PRECISIONS
 from simpletuner.memory import precision as subject
 from simpletuner.memory.precision import (
-    QuantisedLinear,
+    QuantizedLinear,
     check_precision,
     make_room,
     packed,
-    quantised,
+    quantized,
     stored_bytes,
     targets,
 )
@@ -45,7 +45,7 @@ def drawn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_stored_bytes_are_those_of_the_tensors(name: str, dtype: torch.dtype) -> None:
     for shape in SHAPES:
-        made = quantised(linear(shape, dtype), name)
+        made = quantized(linear(shape, dtype), name)
         assert stored_bytes(shape, name, dtype.itemsize) == sum(tensor.nbytes for tensor in made.parameters())
         assert not any(tensor.requires_grad for tensor in made.parameters())
         assert not list(made.buffers())
@@ -72,7 +72,7 @@ def test_bits_of_a_weight_of_dev(name: str, bits: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_numbers_are_the_librarys_own(name: str, dtype: torch.dtype) -> None:
     plain = linear(dtype=dtype)
-    found, expected = quantised(plain, name).weight, by_the_library(plain.weight.detach(), name)
+    found, expected = quantized(plain, name).weight, by_the_library(plain.weight.detach(), name)
     if name == "int8-bnb":  # it multiplies by 1/127 last
         assert (found - expected).abs().max() <= 2**-8 * expected.abs().max()
     else:
@@ -139,7 +139,7 @@ def test_a_weight_in_slices_is_the_same_weight(name: str, monkeypatch: pytest.Mo
 def test_output_is_near_the_plain_one(name: str, dtype: torch.dtype) -> None:
     """Those that are refused on a CPU too: their numbers are the same there, only slow."""
     plain, x = linear(dtype=dtype), drawn(2, 5, 192, dtype=dtype)
-    found, expected = quantised(plain, name)(x), plain(x)
+    found, expected = quantized(plain, name)(x), plain(x)
     assert found.dtype == dtype
     assert found.shape == expected.shape
     bound = ERROR[name.split("-", maxsplit=1)[0].removesuffix("wo")]
@@ -149,7 +149,7 @@ def test_output_is_near_the_plain_one(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", HERE)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_gradients_are_those_of_a_plain_linear_of_these_weights(name: str, dtype: torch.dtype) -> None:
-    made, x = quantised(linear(), name), drawn(2, 5, 192, dtype=dtype).requires_grad_()
+    made, x = quantized(linear(), name), drawn(2, 5, 192, dtype=dtype).requires_grad_()
     weight = made.layout.unpacked(made.tensors, dtype)
     expected = F.linear(x, weight)
     (gradient,) = torch.autograd.grad(expected.square().sum(), x)
@@ -161,7 +161,7 @@ def test_gradients_are_those_of_a_plain_linear_of_these_weights(name: str, dtype
 
 @pytest.mark.parametrize("name", HERE)
 def test_autocast_decides_the_type(name: str) -> None:
-    made, x = quantised(linear(dtype=torch.float32), name), drawn(3, 192, dtype=torch.float32).requires_grad_()
+    made, x = quantized(linear(dtype=torch.float32), name), drawn(3, 192, dtype=torch.float32).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = made(x)
     assert found.dtype == torch.bfloat16
@@ -173,7 +173,7 @@ def test_autocast_decides_the_type(name: str) -> None:
 
 @pytest.mark.parametrize("name", HERE)
 def test_only_packed_tensors_wait_for_the_way_back(name: str) -> None:
-    made, x = quantised(linear(), name), drawn(3, 192).requires_grad_()
+    made, x = quantized(linear(), name), drawn(3, 192).requires_grad_()
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         made(x)
@@ -187,7 +187,7 @@ def test_rows_of_zeros_and_groups_of_one_value(name: str) -> None:
     with torch.no_grad():
         plain.weight[3] = 0
         plain.weight[5, :64] = 0.01
-    weight = quantised(plain, name).weight
+    weight = quantized(plain, name).weight
     assert weight[3].abs().max() == 0
     assert (weight[5, :64] - 0.01).abs().max() <= 0.001
     assert weight.isfinite().all()
@@ -198,7 +198,7 @@ def test_a_single_row(name: str) -> None:
     if name == "fp8-torchao":
         pytest.skip("its kernel takes multiples of 16")
     plain = linear((1, 33))
-    made = quantised(plain, name)
+    made = quantized(plain, name)
     assert (made.weight - plain.weight).norm() <= 0.05 * plain.weight.norm()
     assert stored_bytes((1, 33), name, 2) == sum(tensor.nbytes for tensor in made.parameters())
 
@@ -206,19 +206,19 @@ def test_a_single_row(name: str) -> None:
 COMPILED = """
 import sys
 import torch
-from simpletuner.memory.precision import quantised
+from simpletuner.memory.precision import quantized
 
 for name in sys.argv[1:]:
     torch._dynamo.reset()
-    made = quantised(torch.nn.Linear(192, 96, bias=False, dtype=torch.bfloat16), name)
+    made = quantized(torch.nn.Linear(192, 96, bias=False, dtype=torch.bfloat16), name)
     x = torch.randn(3, 192, dtype=torch.bfloat16, requires_grad=True)
-    artefact = torch.compile(made, backend="aot_eager", fullgraph=True)
-    assert torch.equal(artefact(x), made(x)), name
-    (found,) = torch.autograd.grad(artefact(x).square().sum(), x)
+    artifact = torch.compile(made, backend="aot_eager", fullgraph=True)
+    assert torch.equal(artifact(x), made(x)), name
+    (found,) = torch.autograd.grad(artifact(x).square().sum(), x)
     (expected,) = torch.autograd.grad(made(x).square().sum(), x)
     assert torch.equal(found, expected), name
     x = x.detach()  # the first block's input wants no gradient
-    assert torch.equal(artefact(x), made(x)), name
+    assert torch.equal(artifact(x), made(x)), name
 """
 
 
@@ -245,13 +245,13 @@ def test_what_a_precision_cannot_hold_is_named() -> None:
 
 @pytest.mark.parametrize(("columns", "group"), [(256, 128), (192, 64), (96, 32)])
 def test_groups_get_smaller_where_128_does_not_divide(columns: int, group: int) -> None:
-    made = quantised(linear((64, columns)), "int4-quanto")
+    made = quantized(linear((64, columns)), "int4-quanto")
     assert made.get_parameter("scale").shape == (64, columns // group, 1)
 
 
 def test_a_bias_is_refused() -> None:
     with pytest.raises(ValueError, match="bias"):
-        quantised(nn.Linear(64, 64), "int8-quanto")
+        quantized(nn.Linear(64, 64), "int8-quanto")
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -272,11 +272,11 @@ def test_what_a_cpu_does_not_run_is_refused_with_what_does() -> None:
 
 @pytest.mark.parametrize("name", HERE)
 def test_it_is_copied_and_moved_as_any_module(name: str) -> None:
-    made, x = quantised(linear(), name), drawn(3, 192)
+    made, x = quantized(linear(), name), drawn(3, 192)
     other = copy.deepcopy(made)
     assert torch.equal(other(x), made(x))
     fresh = nn.Sequential(linear())
     make_room(fresh, targets(fresh, ("",), name), name, torch.bfloat16)
     fresh[0].load_state_dict(made.state_dict())
-    assert isinstance(fresh[0], QuantisedLinear)
+    assert isinstance(fresh[0], QuantizedLinear)
     assert torch.equal(fresh(x), made(x))

@@ -5,14 +5,14 @@ import torch
 from torch import nn
 
 from simpletuner.memory import offload
-from simpletuner.memory.precision import quantised
+from simpletuner.memory.precision import quantized
 
 CPU = torch.device("cpu")
 
 
 def test_tensors_set_aside_come_back_bit_for_bit_as_the_same_parameters_also_after_an_error() -> None:
     torch.manual_seed(0)
-    plain, packed = nn.Linear(32, 32), quantised(nn.Linear(32, 32, bias=False), "int8-quanto")
+    plain, packed = nn.Linear(32, 32), quantized(nn.Linear(32, 32, bias=False), "int8-quanto")
     tensors = [*plain.parameters(), *packed.parameters(), torch.randn(4, 4).t()]
     before = [tensor.detach().clone() for tensor in tensors]
     places = [tensor.data_ptr() for tensor in tensors]

@@ -10,7 +10,7 @@ from simpletuner.memory.wire import Wire, all_reduce_bytes, shard_exchange_bytes
 def test_a_ring_sends_each_shard_to_all_others(ranks: int) -> None:
     size = 24 * 5
     shard = size // ranks
-    sent_in_a_gather = sum(shard for _ in range(ranks - 1))  # one shard to the neighbour at each turn
+    sent_in_a_gather = sum(shard for _ in range(ranks - 1))  # one shard to the neighbor at each turn
     assert shard_exchange_bytes(size, ranks) == sent_in_a_gather
     assert all_reduce_bytes(size, ranks) == 2 * sent_in_a_gather
 

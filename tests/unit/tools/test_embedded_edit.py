@@ -9,7 +9,7 @@ from PIL import Image
 
 from embedded_edit import encoded, main, pairs, render, sheet
 from embedded_judge import judge
-from simpletuner.examples.world import COLOURS, SIDE, training_scenes
+from simpletuner.examples.world import COLORS, SIDE, training_scenes
 
 
 def save_images(folder: Path, pattern: str, count: int) -> None:
@@ -22,10 +22,10 @@ def test_the_color_is_in_the_reference_alone(tmp_path: Path) -> None:
     chosen = pairs(training_scenes(), 12, random.Random(0))
     for pair in chosen:
         words = pair.caption.split()
-        assert [word for word in words if word in COLOURS] == [pair.scene.background]
-        assert pair.shown.colour == pair.scene.colour
+        assert [word for word in words if word in COLORS] == [pair.scene.background]
+        assert pair.shown.color == pair.scene.color
         assert pair.shown.shape != pair.scene.shape
-        assert pair.shown.background not in (pair.scene.background, pair.scene.colour)
+        assert pair.shown.background not in (pair.scene.background, pair.scene.color)
     render(tmp_path, chosen, "0")
     for index, pair in enumerate(chosen):
         for part, scene in (("after", pair.scene), ("before", pair.shown)):

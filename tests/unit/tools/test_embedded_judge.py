@@ -35,32 +35,32 @@ def test_what_was_drawn_is_still_right_when_it_is_blurred():
     )
 
 
-@pytest.mark.parametrize("aspect", ["colour", "shape", "size", "place"])
+@pytest.mark.parametrize("aspect", ["color", "shape", "size", "place"])
 def test_one_wrong_word_is_found_and_no_other(aspect):
-    others = {"colour": world.COLOURS, "shape": world.SHAPES, "size": world.SIZES, "place": world.PLACES}[aspect]
+    others = {"color": world.COLORS, "shape": world.SHAPES, "size": world.SIZES, "place": world.PLACES}[aspect]
     for scene, picture in list(zip(SCENES, PICTURES, strict=True))[:10]:
         other = next(each for each in others if each not in (getattr(scene, aspect), scene.background))
         right = judge(picture, replace(scene, **{aspect: other})).right
-        named = ("colour", "shape", "size", "place", "background")
+        named = ("color", "shape", "size", "place", "background")
         assert {name for name in named if not right[name]} == {aspect}
 
 
 def test_no_thing_half_a_thing_and_two_things_are_not_right():
     scene = world.Scene("large", "red", "circle", "blue", "middle")
     chance = random.Random(1)
-    empty = world.background(world.COLOURS["blue"], chance)
-    assert not judge(empty, scene).right["colour and shape"]
+    empty = world.background(world.COLORS["blue"], chance)
+    assert not judge(empty, scene).right["color and shape"]
     drawn = world.draw_scene(scene, chance)
     half = drawn.copy()
     half.paste(empty.crop((64, 0, 128, 128)), (64, 0))
-    assert not judge(half, scene).right["colour and shape"]
+    assert not judge(half, scene).right["color and shape"]
     two = drawn.copy()
-    two.paste(Image.new("RGB", (24, 24), world.COLOURS["yellow"]), (4, 4))
-    assert not judge(two, scene).right["colour and shape"]
+    two.paste(Image.new("RGB", (24, 24), world.COLORS["yellow"]), (4, 4))
+    assert not judge(two, scene).right["color and shape"]
 
 
 def test_a_score_has_a_standard_error(drawn_score: Score):
-    assert str(drawn_score.shares["colour"]).endswith("%")
+    assert str(drawn_score.shares["color"]).endswith("%")
     with pytest.raises(ValueError, match="at least one"):
         Score.of([])
 
@@ -77,16 +77,16 @@ def test_what_is_no_flag_is_not_seen_as_one():
     assert max(flag_share(clutter(random.Random(index))) for index in range(24)) < FLAG_SHARE / 2
 
 
-@pytest.mark.parametrize("wrong", ["upside down colours", "no disc", "half"])
+@pytest.mark.parametrize("wrong", ["upside down colors", "no disc", "half"])
 def test_a_wrong_flag_is_none(wrong):
     scene = next(flag for flag in training_flags() if (flag.size, flag.place) == ("large", "middle"))
     picture = zorblat_flag(scene, random.Random(0))
     match wrong:
-        case "upside down colours":
+        case "upside down colors":
             red, green, blue = picture.split()
             picture = Image.merge("RGB", (blue, green, red))
         case "no disc":
             picture.paste((250, 140, 30), (52, 52, 76, 76))
         case _:
-            picture.paste(world.COLOURS[scene.background], (64, 0, 128, 128))
+            picture.paste(world.COLORS[scene.background], (64, 0, 128, 128))
     assert flag_share(picture) < FLAG_SHARE

@@ -26,7 +26,7 @@ def test_what_is_graded_is_not_trained_again_and_the_table_has_means(
 
     monkeypatch.setattr(Run, "train", train)
     monkeypatch.setattr(embedded_preservation, "grade", grade)
-    monkeypatch.setattr(embedded_preservation, "materialise", lambda name, folder: None)
+    monkeypatch.setattr(embedded_preservation, "materialize", lambda name, folder: None)
     ways = [str(tmp_path), "none=0", "class=0.5", "--steps=7"]
     assert embedded_preservation.main([*ways, "--seeds", "1"]) == 0
     assert embedded_preservation.main([*ways, "--seeds", "1", "2"]) == 0

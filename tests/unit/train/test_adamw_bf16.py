@@ -44,7 +44,7 @@ def test_chunks_change_no_bit(dtype: torch.dtype) -> None:
         for each in parameters
     ]
     taken = [0] * len(parameters)
-    optimiser = AdamWBf16([{"params": parameters[:4]}, {"params": parameters[4:]}], seed=7)
+    optimizer = AdamWBf16([{"params": parameters[:4]}, {"params": parameters[4:]}], seed=7)
     for step in range(4):
         for place, parameter in enumerate(parameters):
             parameter.grad = None
@@ -52,9 +52,9 @@ def test_chunks_change_no_bit(dtype: torch.dtype) -> None:
                 parameter.grad = torch.randn(parameter.shape).to(dtype)
                 taken[place] += 1
                 expected[place] = one_tensor(*expected[place], parameter.grad, step=taken[place], place=place, seed=7)
-        optimiser.step()
+        optimizer.step()
     for count, parameter, (value, first, second) in zip(taken, parameters, expected, strict=True):
-        state = optimiser.state[parameter]
+        state = optimizer.state[parameter]
         assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
         assert state["step"] == count
         assert torch.equal(parameter, value)
@@ -77,19 +77,19 @@ class Launches(TorchDispatchMode):
 def stepped(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> AdamWBf16:
     """An optimizer after its first step, which makes the state."""
     parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
-    optimiser = AdamWBf16(parameters)
+    optimizer = AdamWBf16(parameters)
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
-    optimiser.step()
-    return optimiser
+    optimizer.step()
+    return optimizer
 
 
 def test_operators_do_not_grow_with_tensors() -> None:
     counts = []
     for tensors in (1, 200):
-        optimiser = stepped([(8, 16)] * tensors)
+        optimizer = stepped([(8, 16)] * tensors)
         with Launches() as launches:
-            optimiser.step()
+            optimizer.step()
         counts.append(launches.count)
     assert counts[0] == counts[1] <= 45
 
@@ -97,12 +97,12 @@ def test_operators_do_not_grow_with_tensors() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_temporary_memory_does_not_grow_with_tensors(dtype: torch.dtype) -> None:
     for shapes in ([(5 * CPU_CHUNK,)], [(CPU_CHUNK // 8,)] * 40):
-        optimiser = stepped(shapes, dtype)
+        optimizer = stepped(shapes, dtype)
         known = []
-        for parameter, state in optimiser.state.items():
+        for parameter, state in optimizer.state.items():
             known += [parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]]
         with Ledger(known) as ledger:
-            optimiser.step()
+            optimizer.step()
         assert 0.75 * ELEMENT_BYTES * CPU_CHUNK < ledger.peak <= ELEMENT_BYTES * CPU_CHUNK
 
 
@@ -129,37 +129,37 @@ def test_the_draw_is_splitmix64s() -> None:
 
 def test_the_second_moment_moves_where_the_nearest_number_would_hold_it() -> None:
     parameter = nn.Parameter(torch.zeros(4096))
-    optimiser = AdamWBf16([parameter], lr=0.0)
+    optimizer = AdamWBf16([parameter], lr=0.0)
     parameter.grad = torch.ones(4096)
-    optimiser.step()
-    optimiser.state[parameter]["exp_avg_sq"].fill_(2.0)  # far above what the gradients give
-    nearest = optimiser.state[parameter]["exp_avg_sq"].clone()
+    optimizer.step()
+    optimizer.state[parameter]["exp_avg_sq"].fill_(2.0)  # far above what the gradients give
+    nearest = optimizer.state[parameter]["exp_avg_sq"].clone()
     for _ in range(200):
-        optimiser.step()
+        optimizer.step()
         nearest = (nearest.float() * 0.999 + 0.001).to(torch.bfloat16)
     expected = 1 + 0.999**200
-    assert optimiser.state[parameter]["exp_avg_sq"].float().mean().item() == pytest.approx(expected, rel=0.005)
+    assert optimizer.state[parameter]["exp_avg_sq"].float().mean().item() == pytest.approx(expected, rel=0.005)
     assert nearest[0].item() == 2.0
 
 
 def test_it_learns_as_adamw_does() -> None:
     """To 2 %: a moment in bf16 is right to 1/256, and errors average out."""
     ours, theirs = nn.Parameter(torch.zeros(64, 64)), nn.Parameter(torch.zeros(64, 64))
-    optimisers = AdamWBf16([ours], lr=1e-2), torch.optim.AdamW([theirs], lr=1e-2)
+    optimizers = AdamWBf16([ours], lr=1e-2), torch.optim.AdamW([theirs], lr=1e-2)
     for step in range(50):
         gradient = torch.sin(torch.arange(4096.0) + step).view(64, 64) + 0.5
         ours.grad, theirs.grad = gradient.clone(), gradient.clone()
-        for optimiser in optimisers:
-            optimiser.step()
+        for optimizer in optimizers:
+            optimizer.step()
     assert ((ours - theirs).norm() / theirs.norm()).item() < 0.02
 
 
 def test_bf16_parameters_move_by_less_than_their_last_place() -> None:
     parameter = nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
-    optimiser = AdamWBf16([parameter], lr=1e-4, weight_decay=0.0)
+    optimizer = AdamWBf16([parameter], lr=1e-4, weight_decay=0.0)
     for _ in range(50):
         parameter.grad = torch.ones_like(parameter)
-        optimiser.step()
+        optimizer.step()
     assert parameter.dtype == torch.bfloat16
     assert parameter.float().mean().item() == pytest.approx(1 - 50 * 1e-4, abs=3e-4)
 
@@ -167,11 +167,11 @@ def test_bf16_parameters_move_by_less_than_their_last_place() -> None:
 def test_tensors_steps_and_seeds_have_draws_of_their_own() -> None:
     def moments(seed: int) -> list[torch.Tensor]:
         parameters = [nn.Parameter(torch.zeros(4096)) for _ in range(2)]
-        optimiser = AdamWBf16(parameters, seed=seed)
+        optimizer = AdamWBf16(parameters, seed=seed)
         for parameter in parameters:
             parameter.grad = torch.full((4096,), 0.3)
-        optimiser.step()
-        return [optimiser.state[parameter]["exp_avg"] for parameter in parameters]
+        optimizer.step()
+        return [optimizer.state[parameter]["exp_avg"] for parameter in parameters]
 
     one, two = moments(0)
     assert not torch.equal(one, two)

@@ -123,7 +123,7 @@ def assert_same(found: Batch, expected: Batch) -> None:
         assert mine.dtype == other.dtype
         assert torch.equal(mine, other), name
     assert (found.names, found.slots) == (expected.names, expected.slots)
-    assert found.is_regularisation == expected.is_regularisation
+    assert found.is_regularization == expected.is_regularization
     places = [[(choice.start, choice.end) for choice in batch.choices] for batch in (found, expected)]
     assert places[0] == places[1]
 
@@ -285,12 +285,12 @@ def test_a_regularization_set_is_not_rolled_out_and_has_its_own_weight(own_folde
         for turn in zip(*ranks, strict=True):
             for batch in turn:
                 is_b = batch.names[0].startswith("b/")
-                assert batch.is_regularisation == is_b
+                assert batch.is_regularization == is_b
                 assert batch.weights.unique().tolist() == ([0.25] if is_b else [1.0])
                 assert not (is_b and (batch.rollout is not None or batch.preserved is not None))
-            assert [batch.distills_elsewhere for batch in turn] == [any(each.is_regularisation for each in turn)] * 2
+            assert [batch.distills_elsewhere for batch in turn] == [any(each.is_regularization for each in turn)] * 2
             assert [batch.rolls_elsewhere for batch in turn] == [any(each.rollout is not None for each in turn)] * 2
-            seen.add(tuple(batch.is_regularisation for batch in turn))
+            seen.add(tuple(batch.is_regularization for batch in turn))
     assert seen >= {(True, False), (False, False)} or seen >= {(False, True), (False, False)}
 
 

@@ -25,7 +25,7 @@ from simpletuner.flux2.routes import Route
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.flux2.tread import draw_choices
 from simpletuner.memory import recompute
-from simpletuner.memory.precision import QuantisedLinear, make_room, quantised, targets
+from simpletuner.memory.precision import QuantizedLinear, make_room, quantized, targets
 from simpletuner.train import optim
 from simpletuner.train.ema import Ema
 from simpletuner.train.rollout import Rollout
@@ -135,7 +135,7 @@ def stepper(
     return kind(
         denoise=denoiser,
         parameters=trained.parameters(),
-        optimiser=optim.build(trained.parameters(), chosen),
+        optimizer=optim.build(trained.parameters(), chosen),
         options=chosen,
         objective=OBJECTIVE,
         scaler=torch.amp.GradScaler("cpu", enabled=False),
@@ -198,8 +198,8 @@ def test_a_rollout_waits_for_nothing_on_a_device(sampler: str) -> None:
 
 
 @pytest.mark.parametrize("precision", [name for name, known in PRECISIONS.items() if not known.needs_accelerator])
-def test_a_quantised_weight_waits_for_nothing(precision: str) -> None:
-    layer = quantised(torch.nn.Linear(128, 16, bias=False).bfloat16(), precision)
+def test_a_quantized_weight_waits_for_nothing(precision: str) -> None:
+    layer = quantized(torch.nn.Linear(128, 16, bias=False).bfloat16(), precision)
     room = torch.nn.Sequential(torch.nn.Linear(128, 16, bias=False).bfloat16())
     with torch.device("meta"):
         make_room(room, targets(room, ("",), precision), precision, torch.bfloat16)
@@ -208,7 +208,7 @@ def test_a_quantised_weight_waits_for_nothing(precision: str) -> None:
         layer(x).sum().backward()
     assert not found, describe(found)
     on_device = room[0]
-    assert isinstance(on_device, QuantisedLinear)
+    assert isinstance(on_device, QuantizedLinear)
     with host_reads(META) as found:
         assert on_device.layout.unpacked(on_device.tensors, torch.bfloat16).is_meta
     assert not found, describe(found)

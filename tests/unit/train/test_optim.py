@@ -56,15 +56,15 @@ def test_every_schedule_of_the_options_is_there() -> None:
     assert set(optim.SCHEDULES) == set(names)
 
 
-def test_an_argument_the_optimiser_does_not_know_is_the_users_error() -> None:
+def test_an_argument_the_optimizer_does_not_know_is_the_users_error() -> None:
     with pytest.raises(ConfigError, match="optimizer_config"):
         optim.build([torch.nn.Parameter(torch.zeros(1))], OptimOptions(optimizer_config={"momentum": 0.9}))
 
 
-def test_the_optimisers_own_arguments_win() -> None:
-    optimiser = optim.build([torch.nn.Parameter(torch.zeros(1))], OptimOptions(optimizer_config={"weight_decay": 0.5}))
-    assert optimiser.param_groups[0]["weight_decay"] == 0.5
-    assert optimiser.param_groups[0]["betas"] == (0.9, 0.999)
+def test_the_optimizers_own_arguments_win() -> None:
+    optimizer = optim.build([torch.nn.Parameter(torch.zeros(1))], OptimOptions(optimizer_config={"weight_decay": 0.5}))
+    assert optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
 
 
 def parameters(*gradients: float) -> list[torch.nn.Parameter]:
@@ -161,7 +161,7 @@ def test_an_argument_that_a_library_would_swallow_is_refused() -> None:
         optim.build(named()[0][1:], OptimOptions(optimizer="pytorch_optimizer:adan", optimizer_config={"nestrov": 1}))
 
 
-def test_an_optimisers_own_betas_stand_in_for_those_not_given() -> None:
+def test_an_optimizers_own_betas_stand_in_for_those_not_given() -> None:
     def betas(**options: object) -> object:
         return optim.build(named()[0][1:], OptimOptions(**options)).param_groups[0]["betas"]  # type: ignore[arg-type]
 
@@ -179,15 +179,15 @@ def test_muon_is_for_matrices() -> None:
 def test_looking_at_a_schedule_free_run_changes_none_of_its_bits() -> None:
     def trained(look: bool) -> tuple[torch.Tensor, torch.Tensor]:
         parameter = torch.nn.Parameter(torch.linspace(-1, 1, 64).view(8, 8))
-        optimiser = optim.build([parameter], OptimOptions(optimizer="adamw_schedulefree", learning_rate=0.1))
+        optimizer = optim.build([parameter], OptimOptions(optimizer="adamw_schedulefree", learning_rate=0.1))
         for step in range(6):
             parameter.grad = torch.sin(torch.arange(64.0) * step).view(8, 8)
-            optimiser.step()
+            optimizer.step()
             if look:
-                with optim.as_given(optimiser):
+                with optim.as_given(optimizer):
                     pass
         before = parameter.detach().clone()
-        with optim.as_given(optimiser):
+        with optim.as_given(optimizer):
             given = parameter.detach().clone()
         assert torch.equal(before, parameter)
         return before, given
@@ -206,11 +206,11 @@ def model() -> list[dict[str, Any]]:
 
 def stepped(gradient: float = 0.0, **options: object) -> list[torch.Tensor]:
     groups = model()
-    optimiser = optim.build(groups, OptimOptions(learning_rate=0.1, **options))  # type: ignore[arg-type]
+    optimizer = optim.build(groups, OptimOptions(learning_rate=0.1, **options))  # type: ignore[arg-type]
     found = [group["params"][0] for group in groups]
     for parameter in found:
         parameter.grad = torch.full_like(parameter, gradient)
-    optimiser.step()
+    optimizer.step()
     return [parameter.detach() for parameter in found]
 
 
@@ -236,13 +236,13 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest() -> None:
 
 def test_both_parts_of_muon_obey_the_schedule_and_keep_one_state() -> None:
     groups = model()
-    optimiser = optim.build(groups, OptimOptions(optimizer="muon"))
-    for group in optimiser.param_groups:
+    optimizer = optim.build(groups, OptimOptions(optimizer="muon"))
+    for group in optimizer.param_groups:
         group["lr"] = 0.0
         for parameter in group["params"]:
             parameter.grad = torch.ones_like(parameter)
-    optimiser.step()
-    assert len(optimiser.state) == 3
+    optimizer.step()
+    assert len(optimizer.state) == 3
     assert all(torch.equal(group["params"][0], torch.ones_like(group["params"][0])) for group in groups)
 
 
@@ -326,17 +326,17 @@ def noting(self: Recording, params: Any, lr: float = 0.1, **_given: Any) -> None
     Recording.__init__(self, params, lr)
 
 
-def test_masters_follow_what_a_schedule_free_optimiser_gives() -> None:
+def test_masters_follow_what_a_schedule_free_optimizer_gives() -> None:
     layer = torch.nn.Linear(4, 4, bias=False)
     masters = Masters(dict(layer.named_parameters()), torch.bfloat16)
     (master,) = masters.parameters.values()
-    optimiser = optim.build([master], OptimOptions(optimizer="adamw_schedulefree", learning_rate=0.1))
+    optimizer = optim.build([master], OptimOptions(optimizer="adamw_schedulefree", learning_rate=0.1))
     for step in range(4):
         master.grad = torch.sin(torch.arange(16.0) * step).view(4, 4)
-        optimiser.step()
+        optimizer.step()
         masters.settle()
     before = layer.weight.detach().clone()
-    with optim.as_given(optimiser, masters):
+    with optim.as_given(optimizer, masters):
         assert torch.equal(layer.weight, master.bfloat16())
         assert not torch.equal(layer.weight, before)
     assert torch.equal(layer.weight, before)

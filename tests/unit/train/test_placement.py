@@ -181,7 +181,7 @@ def test_residency_takes_what_is_planned(tiny: Source, way: str, count: int) -> 
     assert planned.read_buffers <= buffers <= planned.read_buffers + 2 * 255 * tensors
 
 
-def test_quantised_with_resident_blocks_and_parts_on_two_devices(tiny: Source) -> None:
+def test_quantized_with_resident_blocks_and_parts_on_two_devices(tiny: Source) -> None:
     found = []
     for count in (None, 0, 3, 8):
         torch.manual_seed(0)

@@ -48,7 +48,7 @@ def made(options: RunConfig, *, is_zero: bool = False, **lora: Any) -> tuple[Ste
         Stepper(
             denoise=denoiser,
             parameters=adapter.parameters(),
-            optimiser=optim.build(adapter.parameters(), options),
+            optimizer=optim.build(adapter.parameters(), options),
             options=options,
             objective=Objective.of(options, options, seed=0),
             scaler=torch.amp.GradScaler("cpu", enabled=False),
@@ -153,7 +153,7 @@ def test_without_one_there_is_no_second_loss() -> None:
 
 def test_a_regularization_sets_target_is_the_base() -> None:
     stepper, adapter, denoiser = made(config(preservation="none"))
-    batch = replace(a_batch(range(2), routes=ROUTES), is_regularisation=True, weights=torch.tensor([1.0, 3.0]))
+    batch = replace(a_batch(range(2), routes=ROUTES), is_regularization=True, weights=torch.tensor([1.0, 3.0]))
     masked = replace(batch, masks=torch.zeros(2, 4, 4))
     expected = by_hand(denoiser, adapter, batch, batch.condition) * batch.weights
     losses = stepper.losses(batch)
@@ -231,8 +231,8 @@ def test_reflexflow_compares_with_a_prediction_that_is_routed_as_the_trained_one
     assert torch.equal(unrolled, expected)
 
 
-@pytest.mark.parametrize("is_regularisation", [False, True])
-def test_a_failing_pass_leaves_the_adapter_on(is_regularisation: bool) -> None:
+@pytest.mark.parametrize("is_regularization", [False, True])
+def test_a_failing_pass_leaves_the_adapter_on(is_regularization: bool) -> None:
     stepper, adapter, _ = made(config())
 
     def failing(*_: Any) -> Tensor:
@@ -241,7 +241,7 @@ def test_a_failing_pass_leaves_the_adapter_on(is_regularisation: bool) -> None:
 
     assert stepper.preservation is not None
     failing_one = replace(stepper, preservation=replace(stepper.preservation, denoise=failing))
-    batch = replace(preserving(a_batch(range(2))), is_regularisation=is_regularisation)
+    batch = replace(preserving(a_batch(range(2))), is_regularization=is_regularization)
     with pytest.raises(ZeroDivisionError):
         failing_one.backward(whole(batch))
     assert all(layer.is_enabled for layer in adapter.layers.values())
@@ -263,13 +263,13 @@ def test_of_a_sharded_model_every_rank_makes_as_many_passes() -> None:
     for batch, idle in (
         (preserving(plain), 1),
         (plain, 1),
-        (replace(plain, is_regularisation=True), 0),
+        (replace(plain, is_regularization=True), 0),
         (a_batch(range(2)), 0),
     ):
         calls.clear()
         taken.clear()
         sharded.backward(whole(batch))
-        first = [False] if batch.is_regularisation else []
+        first = [False] if batch.is_regularization else []
         assert (calls, len(taken)) == ([*first, True, False, True], idle)
 
 
@@ -286,7 +286,7 @@ def test_passes_are_counted(kind: str, kept: int) -> None:
     elif kind == "prior":
         batch = replace(batch, masks=torch.rand(2, 4, 4), outside=torch.rand(2, 4, 4))
     else:
-        batch = replace(batch, is_regularisation=True)
+        batch = replace(batch, is_regularization=True)
     meter = FlopMeter(options, denoiser.transformer, None, None, preservation=stepper.preservation)
     recompute.install(denoiser.transformer.blocks, None)
     with FlopCounterMode(display=False, custom_mapping=FUSED) as counter:
@@ -306,7 +306,7 @@ def test_the_peak_is_that_of_a_step_without(checkpointing: bool) -> None:
         latents, noise = (torch.randn(2, 128, 24, 24, generator=generator) for _ in range(2))
         batch = replace(a_batch(range(2)), latents=latents, noise=noise)
         if hold is not None:
-            batch = preserving(batch) if hold == "second loss" else replace(batch, is_regularisation=True)
+            batch = preserving(batch) if hold == "second loss" else replace(batch, is_regularization=True)
         known = [*denoiser.transformer.parameters(), latents, noise]
         with Ledger(known) as ledger:
             stepper.backward(whole(batch))

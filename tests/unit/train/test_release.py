@@ -15,7 +15,7 @@ from simpletuner.flux2.footprint import STEP_BYTES
 from simpletuner.flux2.full import unfreeze
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.trace import Ledger
-from simpletuner.train import optim, optimiser_state
+from simpletuner.train import optim, optimizer_state
 from simpletuner.train.adafactor_bf16 import AdafactorBf16
 from simpletuner.train.adamw_bf16 import CPU_CHUNK, ELEMENT_BYTES, GPU_CHUNK, noise_bits, rounded
 from simpletuner.train.release import GradientRelease, StepsOneParameter
@@ -32,8 +32,8 @@ def made(name: str, device: torch.device = CPU, *, releases: bool = True, kind: 
         transformer = Flux2Transformer(SPEC).to(device, torch.bfloat16)
     options = {"optimizer": name, "grad_clip_method": "value", "optimizer_release_gradients": True}
     step = stepper(kind, (transformer, unfreeze(transformer)), device, **options)
-    assert isinstance(step.optimiser, StepsOneParameter)
-    release = GradientRelease(step.parameters, step.optimiser, step.options) if releases else None
+    assert isinstance(step.optimizer, StepsOneParameter)
+    release = GradientRelease(step.parameters, step.optimizer, step.options) if releases else None
     return replace(step, release=release, rollout=None)
 
 
@@ -44,7 +44,7 @@ def one_pass(step: int) -> GlobalBatch:
 
 def values(step: Stepper) -> list[Tensor]:
     names = {str(index): parameter for index, parameter in enumerate(step.parameters)}
-    tensors, _ = optimiser_state.pack(step.optimiser, names)
+    tensors, _ = optimizer_state.pack(step.optimizer, names)
     return [parameter.detach().clone() for parameter in step.parameters] + [
         tensors[name].clone() for name in sorted(tensors)
     ]

@@ -147,7 +147,7 @@ def stepper(model: Model, made: Rollout | None) -> Stepper:
     return Stepper(
         denoise=model,
         parameters=parameters,
-        optimiser=optim.build(parameters, chosen),
+        optimizer=optim.build(parameters, chosen),
         options=chosen,
         objective=OBJECTIVE,
         scaler=torch.amp.GradScaler("cpu", enabled=False),
@@ -164,7 +164,7 @@ def trained(made: Rollout | None, *steps: int, dropout: float = 0.0) -> tuple[li
     for number in steps:
         batch = whole(number, 3, made, seed=number)
         losses.append(step.backward(batch))
-        step.optimiser.zero_grad()
+        step.optimizer.zero_grad()
         step(batch, 0.1)
     return losses, [parameter.detach() for parameter in model.parameters()]
 

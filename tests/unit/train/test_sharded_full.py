@@ -27,7 +27,7 @@ from simpletuner.runs import checkpoints
 from simpletuner.runs.layout import EMA_FOLDER, RunDirectory
 from simpletuner.train import optim
 from simpletuner.train.checkpoint import (
-    OPTIMISER_STEM,
+    OPTIMIZER_STEM,
     on_each_machine,
     read_state,
     restore,
@@ -118,7 +118,7 @@ class Trial:
 def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, by file and name, however many ranks wrote it."""
     parts = {
-        "optimizer": load_shares(folder, OPTIMISER_STEM),
+        "optimizer": load_shares(folder, OPTIMIZER_STEM),
         "export": read_transformer(folder / TRANSFORMER_FOLDER),
         "average": read_transformer(folder / EMA_FOLDER / TRANSFORMER_FOLDER),
     }

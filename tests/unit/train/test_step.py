@@ -45,7 +45,7 @@ def stepper(model: Model, **options: object) -> Stepper:
     return Stepper(
         denoise=model,
         parameters=parameters,
-        optimiser=optim.build(parameters, chosen),
+        optimizer=optim.build(parameters, chosen),
         options=chosen,
         objective=objective(),
         scaler=torch.amp.GradScaler("cpu", enabled=False),
@@ -230,7 +230,7 @@ def test_a_step_that_is_not_finite_and_discarded_leaves_no_trace(has_fp16: bool,
                 trained(GlobalBatch(2, 0, (good, bad), 2), 0.1)
             trained.discard()
         result = trained(whole(3, ["cc"], ["d"]), 0.1)
-        state = [value for held in trained.optimiser.state.values() for value in held.values()]
+        state = [value for held in trained.optimizer.state.values() for value in held.values()]
         found.append((result, [*(parameter.detach() for parameter in model.parameters()), *state]))
     assert found[0][0] == found[1][0]
     for one, other in zip(found[0][1], found[1][1], strict=True):
@@ -291,7 +291,7 @@ def mastered(model: Model, scaler: torch.amp.GradScaler, **options: object) -> S
     masters = Masters(dict(model.named_parameters()), torch.bfloat16)
     chosen = OptimOptions(learning_rate=0.1, adam_weight_decay=0.0, **options)  # type: ignore[arg-type]
     parameters = list(masters.parameters.values())
-    plain = vars(stepper(model)) | {"parameters": parameters, "optimiser": optim.build(parameters, chosen)}
+    plain = vars(stepper(model)) | {"parameters": parameters, "optimizer": optim.build(parameters, chosen)}
     return Stepper(**(plain | {"masters": masters, "scaler": scaler}))
 
 

@@ -77,7 +77,7 @@ def test_it_counts_what_a_step_computes(options: dict[str, Any]) -> None:
     step = Stepper(
         denoise=denoiser,
         parameters=adapter.parameters(),
-        optimiser=optim.build(adapter.parameters(), config),
+        optimizer=optim.build(adapter.parameters(), config),
         options=config,
         objective=objective,
         scaler=torch.amp.GradScaler("cpu", enabled=False),

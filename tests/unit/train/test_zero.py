@@ -32,7 +32,7 @@ from simpletuner.memory.zero import ZeroShards
 from simpletuner.runs import checkpoints
 from simpletuner.runs.layout import EMA_FOLDER, RunDirectory
 from simpletuner.train import optim
-from simpletuner.train.checkpoint import AVERAGE, OPTIMISER_STEM, PARAMETER, read_state, restore, save_checkpoint
+from simpletuner.train.checkpoint import AVERAGE, OPTIMIZER_STEM, PARAMETER, read_state, restore, save_checkpoint
 from simpletuner.train.ema import Ema
 from simpletuner.train.product import FullProduct, LoraProduct, Product, zero_shards
 from simpletuner.train.state import TrainState
@@ -106,7 +106,7 @@ class Trial:
         self.stepper = Stepper(
             denoise=self.denoise,
             parameters=trained.parameters(),
-            optimiser=self.optimizer,
+            optimizer=self.optimizer,
             options=config,
             objective=Objective.of(config, config, 0),
             scaler=torch.amp.GradScaler("cpu", enabled=False),
@@ -241,7 +241,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, list[dict
 def tensors_in(run: RunDirectory) -> dict[str, torch.Tensor]:
     """What a checkpoint goes on with, however many ranks wrote it: of a whole model, the export too."""
     folder = run.checkpoint(STEPS)
-    tensors = load_shares(folder, OPTIMISER_STEM)
+    tensors = load_shares(folder, OPTIMIZER_STEM)
     for mark, place in ((PARAMETER, folder), (AVERAGE, folder / EMA_FOLDER)):
         if (place / TRANSFORMER_FOLDER).is_dir():
             tensors |= {mark + name: each for name, each in read_transformer(place / TRANSFORMER_FOLDER).items()}

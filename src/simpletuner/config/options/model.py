@@ -85,7 +85,7 @@ class ModelOptions(Slice):
     shortened (never the template around it), counted and named."""
 
     tokenizer_fix_regex: bool = False
-    """Use Mistral's corrected pre-tokeniser: other tokens where vowels are marks, as in Hindi, Tamil and Thai. Part of
+    """Use Mistral's corrected pre-tokenizer: other tokens where vowels are marks, as in Hindi, Tamil and Thai. Part of
     the text cache's key."""
 
     seed: Seed = 42

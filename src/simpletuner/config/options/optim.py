@@ -1,4 +1,4 @@
-"""The optimiser, its schedule, the size of a step and the length of the run."""
+"""The optimizer, its schedule, the size of a step and the length of the run."""
 
 import math
 from typing import Annotated, Literal
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Lt
 from pydantic import AfterValidator, BeforeValidator
 
-from simpletuner.config.optimisers import LIBRARIES, OPTIMISERS, OPTIMIZER_ALIASES, canonical
+from simpletuner.config.optimizers import LIBRARIES, OPTIMIZER_ALIASES, OPTIMIZERS, canonical
 from simpletuner.config.options.kinds import (
     Count,
     IsJson,
@@ -48,7 +48,7 @@ def _arguments(value: object) -> object:
 def _known(name: str) -> str:
     found = canonical(name)
     if found is None:
-        raise ValueError("no such optimiser")
+        raise ValueError("no such optimizer")
     return found
 
 
@@ -57,16 +57,16 @@ def _zero_is_unset(value: int) -> int | None:
 
 
 class OptimOptions(Slice):
-    """Optimisation."""
+    """Optimization."""
 
     optimizer: Annotated[
         str,
         AfterValidator(_known),
         Says(
-            f"{', '.join(OPTIMISERS)} or library:name ({', '.join(LIBRARIES)})", near=(*OPTIMISERS, *OPTIMIZER_ALIASES)
+            f"{', '.join(OPTIMIZERS)} or library:name ({', '.join(LIBRARIES)})", near=(*OPTIMIZERS, *OPTIMIZER_ALIASES)
         ),
     ] = "adamw"
-    """The optimiser: see [optimisers](optimisers.md). `library:name` is any that the library has, such as
+    """The optimizer: see [optimizers](optimizers.md). `library:name` is any that the library has, such as
     `pytorch_optimizer:adan`. SimpleTuner's names with a prefix (`bnb-adamw8bit`, `optimi-lion`) mean the same here."""
 
     learning_rate: Positive = 1e-4
@@ -84,21 +84,21 @@ class OptimOptions(Slice):
             dict[str, Argument],
             IsJson(),
             BeforeValidator(_arguments),
-            Says("k=v,k=v or an object of the optimiser's arguments"),
+            Says("k=v,k=v or an object of the optimizer's arguments"),
         ]
         | None
     ) = None
-    """More arguments of the optimiser: `k=v,k=v`, an object, or a path to a JSON file. adamw knows `amsgrad`,
+    """More arguments of the optimizer: `k=v,k=v`, an object, or a path to a JSON file. adamw knows `amsgrad`,
     `foreach` and `fused`. One of a library, `library:name`, gets `learning_rate` and these and nothing else."""
 
     optimizer_beta1: Beta | None = None
-    """Memory of the gradient; by default the optimiser's own, 0.9 with adamw."""
+    """Memory of the gradient; by default the optimizer's own, 0.9 with adamw."""
 
     optimizer_beta2: Beta | None = None
-    """Memory of the squared gradient; by default the optimiser's own, 0.999 with adamw."""
+    """Memory of the squared gradient; by default the optimizer's own, 0.999 with adamw."""
 
     adam_weight_decay: NotNegative = 0.01
-    """Decoupled weight decay, of every optimiser with a name of its own."""
+    """Decoupled weight decay, of every optimizer with a name of its own."""
 
     adam_epsilon: Positive = 1e-8
     """Added to Adam's denominator."""
@@ -109,7 +109,7 @@ class OptimOptions(Slice):
     """How the learning rate moves: warm-up first, then this shape over what is left of the run."""
 
     lr_warmup_steps: Whole = 0
-    """Optimiser steps over which the rate rises from zero."""
+    """Optimizer steps over which the rate rises from zero."""
 
     lr_num_cycles: Count = 1
     """Cycles of `cosine_with_restarts` and `sine`."""
@@ -146,7 +146,7 @@ class OptimOptions(Slice):
     max_train_steps: (
         Annotated[int, Ge(0), AfterValidator(_zero_is_unset), Says("a whole number of at least 1")] | None
     ) = None
-    """Optimiser steps of the run. Wins over `num_train_epochs`; 0 means not set."""
+    """Optimizer steps of the run. Wins over `num_train_epochs`; 0 means not set."""
 
     num_train_epochs: Whole = 1
     """Passes over the data, where `max_train_steps` is not given."""

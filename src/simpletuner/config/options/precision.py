@@ -19,7 +19,7 @@ PrecisionName = Literal[
     "nf4-bnb",
     "int8-bnb",
 ]
-"""Format and library of quantised weights; `simpletuner.config.precisions` says what each is."""
+"""Format and library of quantized weights; `simpletuner.config.precisions` says what each is."""
 
 
 class PrecisionOptions(Slice):
@@ -31,22 +31,22 @@ class PrecisionOptions(Slice):
     masters. fp32 is never TF32."""
 
     base_model_precision: PrecisionName = "no_change"
-    """Quantisation of the frozen transformer: the Linears of its blocks. Embedders, modulation, norms, the last layer
+    """Quantization of the frozen transformer: the Linears of its blocks. Embedders, modulation, norms, the last layer
     and adapters stay in `base_model_default_dtype`. `no_change` keeps fp8 and int8 as a file has them."""
 
     text_encoder_1_precision: PrecisionName = "no_change"
-    """Quantisation of the text encoder: the Linears of its layers."""
+    """Quantization of the text encoder: the Linears of its layers."""
 
     base_model_cache_dir: PathText | None = None
-    """Where a quantised base is kept between runs, keyed by its source and precision. By default nowhere."""
+    """Where a quantized base is kept between runs, keyed by its source and precision. By default nowhere."""
 
     quantize_via: Literal["accelerator", "cpu"] = "accelerator"
-    """Where a block is quantised as it lands. The whole model is never held unquantised."""
+    """Where a block is quantized as it lands. The whole model is never held unquantized."""
 
     base_model_default_dtype: Literal["bf16", "fp32"] | None = None
     """Format of the weights that the model computes with: by default that of `mixed_precision`, fp32 with `no`. Under
     fp16 weights of another format are cast for each product (autocast). With `model_type full` and 16 bits the
-    optimiser steps on fp32 masters of them; `adamw_bf16` does without, on bf16."""
+    optimizer steps on fp32 masters of them; `adamw_bf16` does without, on bf16."""
 
     gradient_checkpointing: bool = True
     """Compute a block's activations again in the backward pass instead of keeping them: much less memory,

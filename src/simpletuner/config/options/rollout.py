@@ -27,7 +27,7 @@ class RolloutOptions(Slice):
     """The probability after the ramp."""
 
     scheduled_sampling_ramp_steps: Whole = 0
-    """Optimiser steps in which the probability goes from `scheduled_sampling_prob_start` to
+    """Optimizer steps in which the probability goes from `scheduled_sampling_prob_start` to
     `scheduled_sampling_prob_end`. 0 takes `scheduled_sampling_probability` throughout."""
 
     scheduled_sampling_ramp_shape: Literal["linear", "cosine"] = "linear"

@@ -67,7 +67,7 @@ class MaskSource:
 
 
 def latent_weights(levels: UInt8[np.ndarray, "H W"]) -> Float[Tensor, "h w"]:
-    """The mean grey level of the 16×16 pixels of each latent, as a part of white. White is 1 and black 0, exactly."""
+    """The mean gray level of the 16×16 pixels of each latent, as a part of white. White is 1 and black 0, exactly."""
     # Sums of 256 bytes are whole numbers that fp32 holds.
     sums = reduce(torch.from_numpy(levels).float(), "(h y) (w x) -> h w", "sum", y=ALIGNMENT, x=ALIGNMENT)
     return sums / (255 * ALIGNMENT**2)

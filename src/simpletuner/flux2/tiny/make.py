@@ -138,17 +138,17 @@ def make(folder: Path, flavour: FlavourName = "tiny") -> Path:
     return folder
 
 
-def make_start(folder: Path, seed: int, learnt: Path) -> Path:
-    """Make in `folder` a model that is still to learn, whatever is there; returns `folder`. What `learnt` has of
+def make_start(folder: Path, seed: int, learned: Path) -> Path:
+    """Make in `folder` a model that is still to learn, whatever is there; returns `folder`. What `learned` has of
     the files that are shipped takes the place of drawn weights; the autoencoder must be there.
     """
-    transformer = learnt / TRANSFORMER
+    transformer = learned / TRANSFORMER
     tensors = (
         load_tensors(transformer)
         if transformer.is_file()
         else draw("transformer", transformer_shapes(TINY), START_GAINS, seed)
     )
-    _fill(folder, seed, transformer=tensors, vae=load_tensors(learnt / VAE_WEIGHTS))
+    _fill(folder, seed, transformer=tensors, vae=load_tensors(learned / VAE_WEIGHTS))
     _stamp(folder, VERSION)
     return folder
 
@@ -176,7 +176,7 @@ def _check(folder: Path, version: int) -> None:
 
 
 def _fill(folder: Path, seed: int, *, transformer: dict[str, Tensor], vae: dict[str, Tensor]) -> None:
-    """The folder of a whole model; its text encoder is drawn, its tokenizer learnt."""
+    """The folder of a whole model; its text encoder is drawn, its tokenizer learned."""
     tokenizer = vocabulary.learn()
     entries = tokenizer.get_vocab_size()
     write_model(

@@ -1,4 +1,4 @@
-"""The embedded models' tokenizers: byte-level BPE learnt on the text below, with Mistral's or Qwen's special tokens."""
+"""The embedded models' tokenizers: byte-level BPE learned from the text below, Mistral's or Qwen's special tokens."""
 
 import json
 from typing import Any
@@ -32,7 +32,7 @@ SPECIAL = (
 )
 
 SIZE = 952
-"""Entries of the vocabulary: the special tokens, 256 bytes, the rest learnt."""
+"""Entries of the vocabulary: the special tokens, 256 bytes, the rest learned."""
 
 # As in dev's tokenizer: digits in threes and no rule for case, so `tokenizer_fix_regex` changes the ids.
 PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -88,7 +88,7 @@ there is nothing in this image but colour, shape, size, material and position
 
 
 # Every word of the small world becomes one token: a random text encoder does not put pieces together.
-WORLD = [f"a {word}, {word} background" for word in (*world.SIZES, *world.COLOURS, *world.SHAPES, *world.PLACES)]
+WORLD = [f"a {word}, {word} background" for word in (*world.SIZES, *world.COLORS, *world.SHAPES, *world.PLACES)]
 
 
 # Qwen's, in the order of its ids. From the tool calls on they are no special tokens: decoding keeps them.
@@ -124,7 +124,7 @@ KLEIN_ADDED = (
 )
 
 KLEIN_SIZE = 640
-"""Entries that are learnt, the 256 bytes included. The embedding has more rows than the tokenizer has entries, as
+"""Entries that are learned, the 256 bytes included. The embedding has more rows than the tokenizer has entries, as
 Qwen3's has."""
 
 # As in Qwen's tokenizer: every digit is a token.

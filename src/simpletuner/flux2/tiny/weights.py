@@ -1,6 +1,6 @@
 """Drawn weights: each tensor depends on the seed and its name, on no machine.
 
-Only integers are drawn, and scaled once: no vectorised logarithm, whose last bits differ between processors.
+Only integers are drawn, and scaled once: no vectorized logarithm, whose last bits differ between processors.
 Gains keep activations near unit size.
 """
 

@@ -276,11 +276,11 @@ def _make(environment: Environment, new: New, here: Context) -> None:
     name = new.name or "config"
     if new.kind == "example":
         # Brings Pillow, which an idle server does without.
-        from simpletuner.examples.pictures import EXAMPLES, materialise
+        from simpletuner.examples.pictures import EXAMPLES, materialize
 
         made = files.on_its_own(files.example_files(new.source), name)
         if new.source in EXAMPLES:
-            materialise(new.source, here.roots.resolve(f"datasets/{new.source}"))
+            materialize(new.source, here.roots.resolve(f"datasets/{new.source}"))
     elif new.kind == "copy":
         made = files.on_its_own(files.files_of(existing(here.roots, new.source)), name)
     else:

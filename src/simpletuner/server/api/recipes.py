@@ -21,7 +21,9 @@ class ModelChoice(BaseModel):
 
     name: str
     summary: str
+    license: str
     licence: str
+    """The same, under its older name."""
     preview: str | None
     """The distilled flavour of the same size, which draws in few steps and is no choice for training."""
     download_bytes: int
@@ -72,7 +74,8 @@ def _models() -> list[ModelChoice]:
         ModelChoice(
             name=name,
             summary=flavour.summary,
-            licence=flavour.licence,
+            license=flavour.license,
+            licence=flavour.license,
             preview=flavour.preview,
             download_bytes=sum(flavour.downloads.values()),
             is_embedded=flavour.repo is None,

@@ -15,7 +15,7 @@ const WHOLE_STEPS = Array.from({ length: 10 }, (_, power) => [1, 2, 5].map((fact
 /**
  * @typedef {object} Line
  * @property {string} name what the read-out calls it
- * @property {string} colour name of a CSS variable
+ * @property {string} color name of a CSS variable
  * @property {() => {x: Float64Array, y: Float64Array, length: number}} read its points, x rising
  * @property {boolean} [faint] drawn thin and pale, behind the others
  * @property {boolean} [dots] each point marked, for the few and far between
@@ -78,7 +78,7 @@ export class Chart {
   }
 
   /** The theme changed. */
-  recolour() {
+  recolor() {
     this.plot?.redraw(false);
   }
 
@@ -91,8 +91,8 @@ export class Chart {
 
   build() {
     this.plot?.destroy();
-    const colour = (name) => () => getComputedStyle(this.host).getPropertyValue(name);
-    const axis = { stroke: colour("--dim"), font: FONT, ticks: { show: false } };
+    const color = (name) => () => getComputedStyle(this.host).getPropertyValue(name);
+    const axis = { stroke: color("--dim"), font: FONT, ticks: { show: false } };
     this.plot = new uPlot({
       width: this.host.clientWidth,
       height: this.host.clientHeight,
@@ -105,13 +105,13 @@ export class Chart {
       axes: [
         { ...axis, size: MARGIN_PX.bottom, space: SPACE_PX.x, incrs: WHOLE_STEPS, grid: { show: false },
           values: (_, steps) => steps.map((step) => step.toLocaleString("en-GB")) },
-        { ...axis, size: MARGIN_PX.left, space: SPACE_PX.y, grid: { stroke: colour("--line"), width: 1 },
+        { ...axis, size: MARGIN_PX.left, space: SPACE_PX.y, grid: { stroke: color("--line"), width: 1 },
           values: (_, values) => values.map((value) => (isRound(value) ? this.format(value) : "")) },
       ],
       series: [{}, ...this.lines.map((line) => ({
-        show: !line.hidden, spanGaps: true, stroke: colour(line.colour),
+        show: !line.hidden, spanGaps: true, stroke: color(line.color),
         width: line.faint ? 1 : 1.75, alpha: line.faint ? 0.35 : 1, dash: line.dashed ? [5, 4] : undefined,
-        points: { size: DOT_PX, fill: colour(line.colour), show: () => line.dots || line.read().length === 1 },
+        points: { size: DOT_PX, fill: color(line.color), show: () => line.dots || line.read().length === 1 },
       }))],
       cursor: {
         y: false,

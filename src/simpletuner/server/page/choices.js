@@ -30,7 +30,7 @@ export function choicesPanel(offer, fields, environment, onMachine) {
 
   const models = radios("Model", offer.models.map((one) => ({
     value: one.name, title: one.name,
-    lines: [one.summary, one.preview ? `For previews: ${one.preview}` : null, [one.is_embedded ? "Nothing to download" : one.download_bytes ? `${size(one.download_bytes)} to download` : null, licence(one.licence)]],
+    lines: [one.summary, one.preview ? `For previews: ${one.preview}` : null, [one.is_embedded ? "Nothing to download" : one.download_bytes ? `${size(one.download_bytes)} to download` : null, license(one.license)]],
   })), () => {
     if (!hasGpu && isEmbedded(models.value)) card.value = NO_CARD;
     if (!isEmbedded(models.value) && card.value === NO_CARD) card.value = hasGpu ? FOUND : "";
@@ -267,8 +267,8 @@ function radios(legend, choices, onchange) {
 /** What is there of `parts`, with dots between. */
 const joined = (parts) => parts.filter(Boolean).flatMap((part, at) => (at ? [" · ", part] : [part]));
 
-/** A licence; its address becomes a link. */
-function licence(text) {
+/** A license; its address becomes a link. */
+function license(text) {
   const [words, address] = text.split(/,? (?=https:)/);
   return address ? h("a", { href: address, target: "_blank", rel: "noreferrer" }, words) : words;
 }

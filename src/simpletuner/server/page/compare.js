@@ -10,7 +10,7 @@ import { short } from "./numbers.js";
 import { stateBadge } from "./states.js";
 import { openViewer } from "./viewer.js";
 
-const COLOURS = 8;
+const COLORS = 8;
 const PICTURE_PX = 768;
 
 /** @param {HTMLElement} root @param {{runs?: string}} params paths, a comma between them */
@@ -30,7 +30,7 @@ export async function compare(root, params) {
     throw error;
   }
   const shown = stores.map((store, index) => ({
-    name: store.detail.name, colour: (index % COLOURS) + 1, steps: store.steps, heldOut: store.heldOut, drift: store.drift, hidden: false, store,
+    name: store.detail.name, color: (index % COLORS) + 1, steps: store.steps, heldOut: store.heldOut, drift: store.drift, hidden: false, store,
   }));
   tellApart(shown);
   const curves = new Curves(shown);
@@ -78,7 +78,7 @@ function legendItem(run, changed) {
         changed();
       },
     }),
-    h("i", { class: "swatch", style: { background: `var(--part-${run.colour})` } }), run.name, stateBadge(detail.state),
+    h("i", { class: "swatch", style: { background: `var(--part-${run.color})` } }), run.name, stateBadge(detail.state),
     h("span", { class: "dim small numbers" }, left),
     h("a", { class: "small", href: to("run", "", { run: run.store.run }), "aria-label": `Open ${run.name}` }, "open"));
 }

@@ -9,7 +9,7 @@ import { saveValues, valueTable } from "./values.js";
 /**
  * @typedef {object} Shown a run on the charts
  * @property {string} name
- * @property {number} colour from 1: which of the page's colours of parts
+ * @property {number} color from 1: which of the page's colors of parts
  * @property {import("./series.js").Series} steps
  * @property {import("./series.js").Series} heldOut
  * @property {import("./series.js").Series} drift
@@ -46,16 +46,16 @@ export class Curves {
     /** The rest, and the values in writing. */
     this.rest = h("div", { class: "stack" }, charts(false), this.tableBox);
     this.isStale = true;
-    this.recolour = () => this.panels.forEach(({ chart }) => chart.recolour());
+    this.recolor = () => this.panels.forEach(({ chart }) => chart.recolor());
     this.scheme = matchMedia("(prefers-color-scheme: dark)");
-    this.scheme.addEventListener("change", this.recolour);
-    document.addEventListener("theme", this.recolour);
+    this.scheme.addEventListener("change", this.recolor);
+    document.addEventListener("theme", this.recolor);
     this.update();
   }
 
   close() {
-    this.scheme.removeEventListener("change", this.recolour);
-    document.removeEventListener("theme", this.recolour);
+    this.scheme.removeEventListener("change", this.recolor);
+    document.removeEventListener("theme", this.recolor);
     for (const { chart } of this.panels) chart.close();
   }
 
@@ -115,7 +115,7 @@ export class Curves {
 
   linesOf(key, run) {
     const isAlone = this.runs.length === 1;
-    const colour = `--part-${run.colour}`;
+    const color = `--part-${run.color}`;
     const column = (series, name) => () => ({ x: series.column.step, y: series.column[name], length: series.length });
     const named = (text) => (isAlone ? text : run.name);
     if (key === "loss") {
@@ -123,19 +123,19 @@ export class Curves {
         x: run.steps.column.step, y: this.averages.get(run).read(this.chosenHalfLife()), length: run.steps.length,
       });
       return [
-        ...(isAlone ? [{ run, name: "raw", colour, faint: true, read: column(run.steps, "loss") }] : []),
-        { run, name: named("smoothed"), colour, read: smooth },
+        ...(isAlone ? [{ run, name: "raw", color, faint: true, read: column(run.steps, "loss") }] : []),
+        { run, name: named("smoothed"), color, read: smooth },
       ];
     }
     if (key === "held_out" || key === "drift") {
       const [series, live, average] = key === "drift" ? [run.drift, "drift", "ema_drift"] : [run.heldOut, "loss", "ema_loss"];
       return [
-        { run, name: named("live weights"), colour, dots: true, read: column(series, live) },
-        { run, name: isAlone ? "moving average" : `${run.name}, moving average`, colour: isAlone ? "--part-2" : colour,
+        { run, name: named("live weights"), color, dots: true, read: column(series, live) },
+        { run, name: isAlone ? "moving average" : `${run.name}, moving average`, color: isAlone ? "--part-2" : color,
           dots: true, dashed: true, optional: true, read: column(series, average) },
       ];
     }
-    return [{ run, name: named(""), colour, read: column(run.steps, key) }];
+    return [{ run, name: named(""), color, read: column(run.steps, key) }];
   }
 
   panel(spec) {
@@ -234,7 +234,7 @@ export class Curves {
       ...points.map(({ line, point }) => {
         const elsewhere = this.cursor !== null && point.x !== this.cursor ? ` at ${point.x.toLocaleString("en-GB")}` : "";
         return h("span", { class: "reading" },
-          h("i", { class: line.faint ? "swatch faint" : "swatch", style: { background: `var(${line.colour})` } }),
+          h("i", { class: line.faint ? "swatch faint" : "swatch", style: { background: `var(${line.color})` } }),
           line.name ? `${line.name} ` : "", h("b", {}, short(point.y) + unit), h("span", { class: "dim" }, elsewhere));
       }),
       ...(spec.key === "held_out" && this.runs.length === 1 ? bestOf(this.runs[0].heldOut) : []),

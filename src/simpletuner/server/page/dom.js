@@ -64,7 +64,7 @@ const PATHS = {
   chart: "M4 4v16h16M7 15l4-5 3 3 5-7",
 };
 
-/** A line drawing of 24 units, hidden from screen readers: its neighbour text or label speaks. */
+/** A line drawing of 24 units, hidden from screen readers: its neighbor text or label speaks. */
 export function icon(name) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   svg.setAttribute("viewBox", "0 0 24 24");

@@ -29,7 +29,7 @@ export async function run(root, params) {
   }
   const detail = () => store.detail;
   const verbs = new Verbs(detail, () => store.refresh());
-  const curves = new Curves([{ name: store.detail.name, colour: 1, steps: store.steps, heldOut: store.heldOut, drift: store.drift }]);
+  const curves = new Curves([{ name: store.detail.name, color: 1, steps: store.steps, heldOut: store.heldOut, drift: store.drift }]);
   const gallery = new Gallery(params.run, detail);
   const checkpoints = new Checkpoints(params.run, detail, (options) => verbs.start(options));
   const tryIt = new TryIt(params.run, detail);

@@ -42,9 +42,9 @@ export class RunList {
       this.list.children[first]?.querySelector("a")?.focus();
     });
     this.tools = h("div", { class: "row run-tools", hidden: true },
-      labelled("Find", h("input", { type: "search", value: wanted.text, placeholder: "name or note", oninput: ({ target }) => this.want({ text: target.value }) })),
-      labelled("State", this.select(wanted.state, { "": "all", ...Object.fromEntries(STATES.map((state) => [state, state])) }, (state) => this.want({ state }))),
-      labelled("Sort", this.select(wanted.order, Object.fromEntries(Object.entries(ORDERS).map(([key, [text]]) => [key, text])), (order) => this.want({ order }))),
+      labeled("Find", h("input", { type: "search", value: wanted.text, placeholder: "name or note", oninput: ({ target }) => this.want({ text: target.value }) })),
+      labeled("State", this.select(wanted.state, { "": "all", ...Object.fromEntries(STATES.map((state) => [state, state])) }, (state) => this.want({ state }))),
+      labeled("Sort", this.select(wanted.order, Object.fromEntries(Object.entries(ORDERS).map(([key, [text]]) => [key, text])), (order) => this.want({ order }))),
       this.count);
     this.node = h("section", { class: "stack", "aria-label": "List of runs" }, this.tools, this.list, h("div", {}, this.more));
   }
@@ -150,7 +150,7 @@ export class RunList {
   }
 }
 
-function labelled(text, field) {
+function labeled(text, field) {
   field.id = freshId("runs");
   return h("div", { class: "row nowrap" }, h("label", { class: "small", for: field.id }, text), field);
 }

@@ -101,7 +101,7 @@ export function firstAtLeast(values, length, limit) {
 
 /**
  * The moving average of a column: a value loses half its weight every `halfLife` steps, however far apart the rows
- * are, and the first values are not pulled towards zero. Grows with the series; only what changed is computed again.
+ * are, and the first values are not pulled toward zero. Grows with the series; only what changed is computed again.
  */
 export class Smoothed {
   constructor(series, name) {

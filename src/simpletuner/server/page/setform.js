@@ -15,7 +15,7 @@ export const CONDITIONS = {
   reference_loose: "References of any shape",
   reference_strict: "References with the crop of their image",
   mask: "Masks: white is trained, black is not",
-  segmentation: "Masks in which every grey counts as white",
+  segmentation: "Masks in which every gray counts as white",
 };
 
 export const isReference = (entry) => entry?.conditioning_type?.startsWith("reference") ?? false;

@@ -1,4 +1,4 @@
-"""Every optimiser trains the embedded model through the real command, and goes on exactly where it was killed."""
+"""Every optimizer trains the embedded model through the real command, and goes on exactly where it was killed."""
 
 import signal
 from pathlib import Path
@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tests.recipes.conftest import Workplace
 
-from simpletuner.config.optimisers import OPTIMISERS
+from simpletuner.config.optimizers import OPTIMIZERS
 
 RATES = {"prodigy": 1.0, "adafactor": 0.05}
 AVERAGED = {"use_ema": True, "ema_decay": 0.5}
@@ -30,7 +30,7 @@ def settings(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_killed_and_started_again_it_ends_the_same(workplace: Workplace, name: str) -> None:
     moment = "checkpoint:4" if name == "prodigy" else "step:3"
     workplace.config |= settings(name) | {"lora_plus_ratio": 1.0 if name == "prodigy" else 2.0}

@@ -1,4 +1,4 @@
-"""The optimisers by name: where each comes from and which options it reads. Known before torch is imported."""
+"""The optimizers by name: where each comes from and which options it reads. Known before torch is imported."""
 
 import math
 import re
@@ -13,14 +13,14 @@ LIBRARIES: dict[str, str] = {
     "prodigyopt": "prodigyopt",
     "pytorch_optimizer": "pytorch_optimizer",
 }
-"""The libraries of `library:name`, and the module of each that has its optimisers."""
+"""The libraries of `library:name`, and the module of each that has its optimizers."""
 
 OURS = "simpletuner"
 """The library of what is written here."""
 
 ADAM = ("optimizer_beta1", "optimizer_beta2", "adam_weight_decay", "adam_epsilon")
 
-"""Options that not every optimiser reads."""
+"""Options that not every optimizer reads."""
 
 DIVERGES_FROM = {"schedulefree": 3e-2, "lion": 3e-3, "adam": 1e-2, "came": 1e-2, "muon": 3e-2}
 """Learning rates from which training a LoRA usually diverges, by the first of these words that the optimizer's name
@@ -28,8 +28,8 @@ holds (docs/log.md)."""
 
 
 @dataclass(frozen=True)
-class Optimiser:
-    """An optimiser of ours, or one of a library."""
+class KnownOptimizer:
+    """An optimizer of ours, or one of a library."""
 
     library: str
     """A key of `LIBRARIES`, or `OURS`."""
@@ -76,9 +76,9 @@ class Optimiser:
         return self.library in (OURS, "torch") or find_spec(self.library) is not None
 
 
-OPTIMISERS: dict[str, Optimiser] = {
-    "adamw": Optimiser("torch", "AdamW", ADAM, arguments=("amsgrad", "foreach", "fused"), is_elementwise=True),
-    "adamw_bf16": Optimiser(
+OPTIMIZERS: dict[str, KnownOptimizer] = {
+    "adamw": KnownOptimizer("torch", "AdamW", ADAM, arguments=("amsgrad", "foreach", "fused"), is_elementwise=True),
+    "adamw_bf16": KnownOptimizer(
         OURS,
         "AdamWBf16",
         ADAM,
@@ -88,8 +88,8 @@ OPTIMISERS: dict[str, Optimiser] = {
         releases_gradients=True,
         is_elementwise=True,
     ),
-    "adamw8bit": Optimiser("bitsandbytes", "AdamW8bit", ADAM, arguments=("min_8bit_size",), state_bytes=2.1),
-    "adafactor": Optimiser(
+    "adamw8bit": KnownOptimizer("bitsandbytes", "AdamW8bit", ADAM, arguments=("min_8bit_size",), state_bytes=2.1),
+    "adafactor": KnownOptimizer(
         "torch",
         "Adafactor",
         ("adam_weight_decay",),
@@ -98,7 +98,7 @@ OPTIMISERS: dict[str, Optimiser] = {
         releases_gradients=True,
         is_factored=True,
     ),
-    "lion": Optimiser(
+    "lion": KnownOptimizer(
         "pytorch_optimizer",
         "Lion",
         ("optimizer_beta1", "optimizer_beta2", "adam_weight_decay"),
@@ -107,7 +107,7 @@ OPTIMISERS: dict[str, Optimiser] = {
         state_bytes=4,
         is_elementwise=True,
     ),
-    "prodigy": Optimiser(
+    "prodigy": KnownOptimizer(
         "prodigyopt",
         "Prodigy",
         ADAM,
@@ -116,10 +116,10 @@ OPTIMISERS: dict[str, Optimiser] = {
         ),
         state_bytes=14,
     ),
-    "adamw_schedulefree": Optimiser(
+    "adamw_schedulefree": KnownOptimizer(
         "schedulefree", "AdamWScheduleFree", ADAM, arguments=("foreach", "r", "weight_lr_power")
     ),
-    "came": Optimiser(
+    "came": KnownOptimizer(
         "pytorch_optimizer",
         "CAME",
         ("optimizer_beta1", "optimizer_beta2", "adam_weight_decay"),
@@ -127,7 +127,7 @@ OPTIMISERS: dict[str, Optimiser] = {
         arguments=("ams_bound", "clip_threshold", "eps1", "eps2", "foreach"),
         state_bytes=4.5,
     ),
-    "muon": Optimiser(
+    "muon": KnownOptimizer(
         "torch",
         "Muon",
         ("adam_weight_decay",),
@@ -177,13 +177,13 @@ _SHORT = {"bnb": "bitsandbytes", "pytorch-optimizer": "pytorch_optimizer"}
 
 
 def canonical(text: str) -> str | None:
-    """The one name of what `text` means: a key of `OPTIMISERS` or `library:name`. None where it means nothing."""
-    if text in OPTIMISERS:
+    """The one name of what `text` means: a key of `OPTIMIZERS` or `library:name`. None where it means nothing."""
+    if text in OPTIMIZERS:
         return text
     if text in OPTIMIZER_ALIASES:
         return OPTIMIZER_ALIASES[text]
     library, colon, name = text.lower().partition(":")
-    own = {(known.library, known.name.lower()): key for key, known in OPTIMISERS.items()}
+    own = {(known.library, known.name.lower()): key for key, known in OPTIMIZERS.items()}
     found = f"{_SHORT.get(library, library)}{colon}{name}"
     match = _OF_A_LIBRARY.fullmatch(found)
     if match is None:
@@ -191,9 +191,9 @@ def canonical(text: str) -> str | None:
     return own.get((match[1], match[2]), found)
 
 
-def optimiser(name: str) -> Optimiser:
+def known_optimizer(name: str) -> KnownOptimizer:
     """What a canonical name stands for."""
-    if name in OPTIMISERS:
-        return OPTIMISERS[name]
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name]
     library, _, inside = name.partition(":")
-    return Optimiser(library, inside)
+    return KnownOptimizer(library, inside)

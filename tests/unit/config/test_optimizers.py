@@ -1,11 +1,11 @@
-"""Names of optimisers, and what is said of them before torch is there."""
+"""Names of optimizers, and what is said of them before torch is there."""
 
 from typing import Any
 
 import pytest
 
-from simpletuner.config import optimisers
-from simpletuner.config.optimisers import OPTIMISERS, OPTIMIZER_ALIASES, canonical
+from simpletuner.config import optimizers
+from simpletuner.config.optimizers import OPTIMIZER_ALIASES, OPTIMIZERS, canonical
 from simpletuner.config.values import join_names
 
 
@@ -52,7 +52,7 @@ def test_a_name_that_is_not_there_gets_the_nearest(place: Any, typed: str, near:
 
 
 def test_a_library_that_is_missing_is_named_with_the_remedy(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimisers, "find_spec", lambda name: None)
+    monkeypatch.setattr(optimizers, "find_spec", lambda name: None)
     place.config["optimizer"] = "lion"
     assert place.problems() == [
         "optimizer = 'lion': pytorch_optimizer is not installed. pip install -e '.[optimizers]'"
@@ -61,12 +61,12 @@ def test_a_library_that_is_missing_is_named_with_the_remedy(place: Any, monkeypa
     place.load()
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_what_it_does_not_read_is_said(place: Any, name: str) -> None:
     place.config |= {"optimizer": name, "optimizer_beta2": 0.9, "adam_epsilon": 1e-7, "adam_weight_decay": 0.1}
     said = [text for text in place.load().notices if "no effect" in text]
     ignored = [
-        key for key in ("optimizer_beta2", "adam_epsilon", "adam_weight_decay") if key not in OPTIMISERS[name].reads
+        key for key in ("optimizer_beta2", "adam_epsilon", "adam_weight_decay") if key not in OPTIMIZERS[name].reads
     ]
     assert [text.split(" ha")[0] for text in said] == ([join_names(ignored, "and")] if ignored else [])
 

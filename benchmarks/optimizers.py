@@ -1,7 +1,7 @@
-"""Each optimiser on the example `tiny-lora`: held-out loss, time of a step, bytes of state for a parameter.
+"""Each optimizer on the example `tiny-lora`: held-out loss, time of a step, bytes of state for a parameter.
 
-python benchmarks/optimisers.py [--steps 40] [--only NAME,NAME]     (about a minute an optimiser on two idle cores)
-python benchmarks/optimisers.py --survey                            (which names of the libraries can be used)
+python benchmarks/optimizers.py [--steps 40] [--only NAME,NAME]     (about a minute an optimizer on two idle cores)
+python benchmarks/optimizers.py --survey                            (which names of the libraries can be used)
 """
 
 import argparse
@@ -67,7 +67,7 @@ def row(folder: Path, name: str, steps: int) -> str:
 
 
 def state_bytes(run: Path, steps: int) -> float:
-    """What the optimiser keeps for a parameter, counted in the checkpoint."""
+    """What the optimizer keeps for a parameter, counted in the checkpoint."""
     import torch
     from safetensors import safe_open
 
@@ -84,12 +84,12 @@ def state_bytes(run: Path, steps: int) -> float:
 
 
 def survey() -> None:
-    """Try every optimiser of every library as a run would, on two small matrices."""
+    """Try every optimizer of every library as a run would, on two small matrices."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch
 
     from simpletuner.base.errors import ConfigError
-    from simpletuner.config.optimisers import LIBRARIES
+    from simpletuner.config.optimizers import LIBRARIES
     from simpletuner.config.options.optim import OptimOptions
     from simpletuner.train import optim
 

@@ -1,7 +1,7 @@
-"""An optimiser's whole state as named tensors and JSON, and back, without a change of type, device or bit.
+"""An optimizer's whole state as named tensors and JSON, and back, without a change of type, device or bit.
 
 `Optimizer.load_state_dict` is not used: it casts floating tensors to the parameter's type, and so would widen bf16
-moments and what 8-bit optimisers keep.
+moments and what 8-bit optimizers keep.
 """
 
 import math
@@ -27,7 +27,7 @@ class PagedOptimizer(Protocol):
 
 
 def pack(
-    optimiser: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors, as "<entry>/<parameter>", and all else as JSON: by parameter, common to all, and by group.
 
@@ -38,7 +38,7 @@ def pack(
     names = {id(parameter): name for name, parameter in parameters.items()}
     state: dict[str, Any] = {}
     common: dict[str, Any] = {}
-    held: Mapping[Any, Any] = optimiser.state  # torch promises tensors for keys, and not everyone keeps to it
+    held: Mapping[Any, Any] = optimizer.state  # torch promises tensors for keys, and not everyone keeps to it
     for key, values in held.items():
         if isinstance(key, str):  # a few keep what belongs to no parameter there too
             common[key] = _packed(values, f"{key}/common", torch.device("cpu"), tensors)
@@ -46,7 +46,7 @@ def pack(
         name = names[id(key)]
         state[name] = {entry: _packed(value, f"{entry}/{name}", key.device, tensors) for entry, value in values.items()}
     groups = []
-    for index, group in enumerate(optimiser.param_groups):
+    for index, group in enumerate(optimizer.param_groups):
         device = group["params"][0].device
         own = {key: value for key, value in group.items() if key != "params"}
         groups.append({key: _packed(value, f"{key}/group.{index}", device, tensors) for key, value in own.items()})
@@ -54,32 +54,32 @@ def pack(
 
 
 def unpack(
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
     tensors: Mapping[str, Tensor],
     rest: Mapping[str, Any],
 ) -> None:
-    """Give a freshly built `optimiser` the state that `pack` took from its like. A paged optimizer's moments are paged
+    """Give a freshly built `optimizer` the state that `pack` took from its like. A paged optimizer's moments are paged
     again where it would page them, wherever they were saved.
 
     Raises:
-        KeyError, ValueError: of another optimiser, or over other parameters.
+        KeyError, ValueError: of another optimizer, or over other parameters.
     """
-    if len(rest["groups"]) != len(optimiser.param_groups):
-        raise ValueError(f"{len(rest['groups'])} groups of parameters, not {len(optimiser.param_groups)}")
+    if len(rest["groups"]) != len(optimizer.param_groups):
+        raise ValueError(f"{len(rest['groups'])} groups of parameters, not {len(optimizer.param_groups)}")
     for name, values in rest["state"].items():
         parameter = parameters[name]
         state = {entry: _unpacked(value, parameter.device, tensors) for entry, value in values.items()}
-        if isinstance(optimiser, PagedOptimizer) and optimiser.is_paged:
-            state |= {entry: _paged(optimiser, parameter, state[entry]) for entry in PAGED_ENTRIES if entry in state}
-        optimiser.state[parameter] = state
-    held: dict[Any, Any] = optimiser.state
+        if isinstance(optimizer, PagedOptimizer) and optimizer.is_paged:
+            state |= {entry: _paged(optimizer, parameter, state[entry]) for entry in PAGED_ENTRIES if entry in state}
+        optimizer.state[parameter] = state
+    held: dict[Any, Any] = optimizer.state
     for key, value in rest["common"].items():
         held[key] = _unpacked(value, torch.device("cpu"), tensors)
-    for group, saved in zip(optimiser.param_groups, rest["groups"], strict=True):
+    for group, saved in zip(optimizer.param_groups, rest["groups"], strict=True):
         missing = group.keys() - saved.keys() - {"params"}  # some add to a group at their first step
         if missing:
-            raise ValueError(f"other settings of the optimiser: {', '.join(sorted(missing))}")
+            raise ValueError(f"other settings of the optimizer: {', '.join(sorted(missing))}")
         device = group["params"][0].device
         group.update({key: _unpacked(value, device, tensors) for key, value in saved.items()})
 

@@ -1,4 +1,4 @@
-"""Models quantised as they land: what is and what is not, from every file, within memory, kept, and adapted."""
+"""Models quantized as they land: what is and what is not, from every file, within memory, kept, and adapted."""
 
 import dataclasses
 import errno
@@ -32,7 +32,7 @@ from simpletuner.flux2.lora import PRESETS, attach
 from simpletuner.flux2.source import Source, Weights
 from simpletuner.flux2.spec import text_from_config
 from simpletuner.flux2.transformer import Flux2Transformer
-from simpletuner.memory.precision import QuantisedLinear, packed
+from simpletuner.memory.precision import QuantizedLinear, packed
 
 HERE = [name for name, known in PRECISIONS.items() if not known.needs_accelerator]
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
@@ -60,7 +60,7 @@ def test_no_change_is_what_it_was(tiny_source):
     plain = load_transformer(tiny_source, BF16, "cpu")
     off = load_transformer(tiny_source, BF16, "cpu", "no_change", via="cpu", cache_dir=Path("nowhere"))
     assert same(off.state_dict(), plain.state_dict())
-    assert not any(isinstance(module, QuantisedLinear) for module in off.modules())
+    assert not any(isinstance(module, QuantizedLinear) for module in off.modules())
     assert not Path("nowhere").exists()
 
 
@@ -69,14 +69,14 @@ def test_the_linears_of_blocks_and_nothing_else(name, tiny_source):
     plain = load_transformer(tiny_source, BF16, "cpu")
     found = load_transformer(tiny_source, BF16, "cpu", name)
     linears = {name: module for name, module in plain.named_modules() if isinstance(module, torch.nn.Linear)}
-    quantised = {name for name, module in found.named_modules() if isinstance(module, QuantisedLinear)}
-    assert quantised == {name for name in linears if name.startswith(BLOCKS)}
+    quantized = {name for name, module in found.named_modules() if isinstance(module, QuantizedLinear)}
+    assert quantized == {name for name in linears if name.startswith(BLOCKS)}
     state = found.state_dict()
     for owner, linear in linears.items():
-        if owner in quantised:
+        if owner in quantized:
             own = {key.removeprefix(f"{owner}."): value for key, value in state.items() if key.startswith(f"{owner}.")}
             assert same(own, packed(linear.weight.detach(), name))
-    rest = {key: value for key, value in plain.state_dict().items() if key.removesuffix(".weight") not in quantised}
+    rest = {key: value for key, value in plain.state_dict().items() if key.removesuffix(".weight") not in quantized}
     assert same({key: state[key] for key in rest}, rest)
     assert not any(tensor.is_meta or tensor.requires_grad for tensor in (*found.parameters(), *found.buffers()))
 
@@ -96,7 +96,7 @@ def test_velocity_and_gradients_are_near_those_of_bf16(name, tiny_source, passed
 
 
 def passed(transformer: Flux2Transformer) -> tuple[torch.Tensor, torch.Tensor]:
-    """The velocity, and the gradients of an adapter that has learnt something, at 384x384."""
+    """The velocity, and the gradients of an adapter that has learned something, at 384x384."""
     adapter = attach(transformer, LoraOptions(), seed=0)
     draws = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -113,7 +113,7 @@ def passed(transformer: Flux2Transformer) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("name", ["int8-quanto", "int4-quanto", "fp8wo-torchao", "nf4-bnb"])
 def test_under_fp16_the_same_numbers_compute_in_fp16(name, tiny_source):
     base, plain = (load_transformer(tiny_source, dtype, "cpu", name) for dtype in (torch.float16, torch.bfloat16))
-    ours, theirs = ({n: m for n, m in it.named_modules() if isinstance(m, QuantisedLinear)} for it in (base, plain))
+    ours, theirs = ({n: m for n, m in it.named_modules() if isinstance(m, QuantizedLinear)} for it in (base, plain))
     assert ours.keys() == theirs.keys() != set()
     for place, layer in ours.items():
         assert all(torch.equal(a, b) for a, b in zip(layer.tensors, theirs[place].tensors, strict=True))
@@ -127,7 +127,7 @@ def test_under_fp16_the_same_numbers_compute_in_fp16(name, tiny_source):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_attaches_where_it_does_on_plain_linears(preset, tiny_source):
-    """And changes no bit of the output before it has learnt something."""
+    """And changes no bit of the output before it has learned something."""
     plain = attach(load_transformer(tiny_source, BF16, "cpu"), LoraOptions(flux_lora_target=preset), seed=3)
     transformer = load_transformer(tiny_source, BF16, "cpu", "int8-quanto")
     draws = torch.Generator().manual_seed(0)
@@ -202,7 +202,7 @@ def test_what_was_kept_is_the_same_and_is_all_that_is_read(name, tiny_source, tm
     second = kept(dataclasses.replace(tiny_source, transformer=emptied), folder, told, name)
     assert same(second.state_dict(), first.state_dict())
     # To products with fp32 weights it matters on a CPU where these begin.
-    plain = [module for module in second.modules() if not isinstance(module, QuantisedLinear)]
+    plain = [module for module in second.modules() if not isinstance(module, QuantizedLinear)]
     assert all(own.data_ptr() % 64 == 0 for module in plain for own in module.parameters(recurse=False))
     assert not any(parameter.requires_grad for parameter in second.parameters())
     assert not second.training
@@ -257,7 +257,7 @@ def test_a_damaged_one_is_made_again_with_a_notice(damage, tiny_source, tmp_path
         manifest.write_text(json.dumps(about))
     assert same(kept(tiny_source, tmp_path, told).state_dict(), expected)
     (notice,) = told
-    assert notice.startswith(f"The quantised base in {tmp_path} is not used, and made again: ")
+    assert notice.startswith(f"The quantized base in {tmp_path} is not used, and made again: ")
     assert weights.read_bytes() == before
     kept(tiny_source, tmp_path, told)
     assert len(told) == 1
@@ -301,12 +301,12 @@ def test_an_interruption_leaves_nothing_that_is_used(tiny_source, tmp_path, monk
 
 
 @pytest.mark.parametrize("name", HERE)
-def test_a_quantised_text_encoder_has_the_same_bits_resident_and_streamed(name, embedded_source, tmp_path):
+def test_a_quantized_text_encoder_has_the_same_bits_resident_and_streamed(name, embedded_source, tmp_path):
     batches = [["", "a cat"], ["a red square on a white background"]]
     plain = load_text_encoder(embedded_source, torch.float32, "cpu", **TEXT)
     resident = load_text_encoder(embedded_source, torch.float32, "cpu", **TEXT, precision=name)
     streamed = stream_text_encoder(embedded_source, torch.float32, "cpu", **TEXT, precision=name, folder=tmp_path)
-    held = {n for n, module in resident._model.named_modules() if isinstance(module, QuantisedLinear)}
+    held = {n for n, module in resident._model.named_modules() if isinstance(module, QuantizedLinear)}
     assert held == {n for n, module in plain._model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert all(n.startswith("layers.") for n in held)
     expected = [context for batch in plain.encode_batches(batches) for context in batch]
@@ -328,7 +328,7 @@ def test_contexts_of_another_precision_are_others(tiny_source):
 
 
 @pytest.mark.parametrize("name", HERE)
-def test_bytes_of_a_quantised_text_encoder(name, tiny_source):
+def test_bytes_of_a_quantized_text_encoder(name, tiny_source):
     model = load_text_encoder(tiny_source, BF16, "cpu", **TEXT, precision=name)._model
     held = sum(tensor.nbytes for tensor in model.parameters())
     text = text_from_config(tiny_source.text_encoder.config)
@@ -351,13 +351,13 @@ from simpletuner.flux2.load import load_transformer
 from simpletuner.flux2.source import Source, Weights
 from simpletuner.config.flavours import FLAVOURS
 from simpletuner.flux2.spec import text_from_config
-from simpletuner.memory.precision import quantised
+from simpletuner.memory.precision import quantized
 
 mode, allowed, precision, files = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4:]
 none = Weights((), None)
 weights = Weights(tuple(map(Path, files)), None)
 source = Source("large", FLAVOURS["tiny"], None, weights, none, none, Path(), (10, 20, 30), 512, None)
-quantised(torch.nn.Linear(128, 128, bias=False), precision)  # so that every library has what it takes
+quantized(torch.nn.Linear(128, 128, bias=False), precision)  # so that every library has what it takes
 
 def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -395,8 +395,8 @@ def large(tmp_path_factory) -> Weights:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["int4-quanto", "int8-torchao"])
-def test_a_model_larger_than_the_memory_lands_quantised(name, large, tiny_source):
-    """The limit holds for all that a process writes to: it is the quantised model and one block as it is in the file.
+def test_a_model_larger_than_the_memory_lands_quantized(name, large, tiny_source):
+    """The limit holds for all that a process writes to: it is the quantized model and one block as it is in the file.
 
     The allocator gives larger pieces back as soon as they are let go, so that what it keeps is not measured.
     """
