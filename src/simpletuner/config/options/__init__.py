@@ -1,1 +1,1 @@
-"""The options of a run, in slices. A function asks for the slice it may read."""
+"""The options of a run, in slices. A function takes only the slice that it reads."""

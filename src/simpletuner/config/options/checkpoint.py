@@ -1,4 +1,4 @@
-"""The run directory: where it lies, what is saved when, how a run goes on."""
+"""Options for the run directory: its location, when checkpoints are saved, and how a run resumes."""
 
 from typing import Annotated, Literal
 
@@ -8,7 +8,7 @@ from simpletuner.base.sizes import parse_size
 from simpletuner.config.options.kinds import Count, IsPath, PathText, Says, Slice, Text, Whole, whole_as_text
 
 LATEST = "latest"
-"""The newest checkpoint that verifies."""
+"""Value of `resume_from_checkpoint`: the newest checkpoint that verifies."""
 
 
 def _is_size(text: str) -> str:
@@ -20,37 +20,38 @@ class CheckpointOptions(Slice):
     """Checkpoints and output."""
 
     output_dir: PathText = "output/{model_family}"
-    """The run directory: everything that this run leaves lies in it."""
+    """The run directory. The run writes all its files there."""
 
     checkpoint_step_interval: Whole = 500
-    """Save every so many steps; 0 means never by steps. The end of the run always saves."""
+    """Save a checkpoint every this many steps. 0 turns this off. The run always saves at its end."""
 
     checkpoint_epoch_interval: Count | None = None
-    """Save every so many epochs."""
+    """Save a checkpoint every this many epochs."""
 
     checkpoints_total_limit: Count = 5
-    """Keep so many checkpoints; older ones are removed, never the newest that verifies."""
+    """Number of checkpoints to keep. Older ones are removed, but never the newest that verifies."""
 
-    resume_from_checkpoint: Annotated[str, IsPath(), Says("latest, a checkpoint's path, or nothing")] = LATEST
-    """Go on from `latest`, from a checkpoint's path, or from nothing: `""` starts over."""
+    resume_from_checkpoint: Annotated[str, IsPath(), Says("latest, a checkpoint's path, or empty text")] = LATEST
+    """The checkpoint to resume from: `latest`, or a checkpoint's path. Empty text (`""`) starts over."""
 
     disk_low_threshold: Annotated[
         str, BeforeValidator(whole_as_text), AfterValidator(_is_size), Says("a size such as 2GB")
     ] = "2GB"
-    """Free space on the output's disk below which `disk_low_action` is taken."""
+    """Take `disk_low_action` when the disk of `output_dir` has less free space than this."""
 
     disk_low_action: Literal["stop", "wait"] = "stop"
-    """`stop` saves and leaves, to be resumed; `wait` pauses until there is space."""
+    """What to do when the disk is low: `stop` saves a checkpoint and ends the run, which can be resumed; `wait` pauses
+    until there is space."""
 
     model_save_dtype: Literal["fp32", "bf16"] | None = None
-    """Precision of the transformer that a full run saves: by default the one it is trained in, fp32, or bf16 where
-    `adamw_bf16` trains bf16 weights. bf16 halves the finished model."""
+    """Precision of the transformer that full training saves. By default the precision it is trained in: fp32, or bf16
+    where `adamw_bf16` trains bf16 weights. bf16 halves the size of the saved model."""
 
     modelspec_comment: Text | None = None
-    """A note in the saved file's header."""
+    """A comment to write into the saved file's header."""
 
     modelspec_trigger_phrase: Text | None = None
-    """The word or phrase that calls up what was trained, for the saved file's header: programs that read it show it."""
+    """The trigger word or phrase to write into the saved file's header. Programs that read the header show it."""
 
     @property
     def disk_low_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""Compiling the model before it trains."""
+"""Options for compiling the transformer."""
 
 from typing import Literal
 
@@ -9,12 +9,13 @@ class CompileOptions(Slice):
     """Compilation."""
 
     dynamo_backend: Literal["auto", "no", "inductor"] = "auto"
-    """`inductor` compiles the transformer's repeated blocks by `torch.compile`, one graph for all blocks of a kind:
-    a minute or more at the start, faster steps after it. Validation images and the held-out loss are computed
-    uncompiled, so that they compare with those of any run. What cannot be compiled ends the run. `auto` is `no` on a
-    CPU; on a GPU it compiles where the compiler works and the run has more than 200 steps, and says in a line why or
-    why not. What it chose is recorded, and a resumed run keeps it unless another value is given."""
+    """Whether to compile the transformer. `inductor` compiles its repeated blocks with `torch.compile`, one graph for
+    all double blocks and one for all single blocks: this takes a minute or more at the start and makes steps faster.
+    If a block cannot be compiled, the run ends. Validation images and the held-out loss are computed uncompiled, so
+    that they compare with those of any run. `auto` is `no` on a CPU; on a GPU it compiles where the compiler works and
+    the run has more than 200 steps, and prints its reason. The run records the choice of `auto`, and a resumed run
+    keeps it unless you give another value."""
 
     dynamo_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
-    """What the compiler tries: `max-autotune-no-cudagraphs` times several kernels for each product, which takes
+    """Mode of the compiler. `max-autotune-no-cudagraphs` times several kernels for each matrix product, which takes
     minutes more at the start."""

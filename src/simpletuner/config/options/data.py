@@ -1,4 +1,4 @@
-"""Where the datasets are listed."""
+"""The option that names the dataset list."""
 
 from simpletuner.config.options.kinds import PathText, Slice
 
@@ -7,4 +7,4 @@ class DataOptions(Slice):
     """Data."""
 
     data_backend_config: PathText | None = None
-    """The file that lists the datasets; by default `multidatabackend.json` beside the config."""
+    """The file that lists the datasets. By default `multidatabackend.json` beside the config."""

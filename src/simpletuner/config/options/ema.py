@@ -1,4 +1,4 @@
-"""A moving average of what is trained."""
+"""Options for the exponential moving average (EMA) of the trainable parameters."""
 
 from typing import Annotated, Literal
 
@@ -11,20 +11,21 @@ class EmaOptions(Slice):
     """Moving average."""
 
     use_ema: bool = False
-    """Keep an exponential moving average of what is trained, in fp32, and export it beside the live one, in `ema/` of
-    the run and of each checkpoint."""
+    """Keep an exponential moving average (EMA) of the trainable parameters, in fp32, and export it beside the trained
+    weights, in `ema/` of the run directory and of each checkpoint."""
 
     ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.995
-    """Share of the average that each update keeps: it looks back over about 1/(1 - decay) updates. 0 is what
-    is trained itself."""
+    """Share of the average that each update keeps. The average covers about the last 1/(1 - decay) updates; at 0 it
+    equals the trained weights."""
 
     ema_device: Literal["auto", "cpu", "accelerator"] = "auto"
-    """Where the average lies. On the CPU each update copies all that is trained there, and the step waits for it.
-    `auto` takes the accelerator for a LoRA and the CPU for a full model."""
+    """Device that holds the average. On the CPU each update copies all trainable parameters to host memory, and the
+    step waits for the copy. `auto` takes the accelerator for a LoRA and the CPU for full training."""
 
     ema_update_interval: Count = 1
-    """Update the average every so many steps."""
+    """Update the average every this many steps."""
 
     ema_validation: Literal["comparison", "ema_only", "none"] = "comparison"
-    """Whose validation pictures are made: the average's beside the live ones, the average's alone, or the live ones
-    alone. The average's held-out loss is measured unless it is `none`."""
+    """Which weights generate validation images: both the average and the trained weights (`comparison`), only the
+    average (`ema_only`), or only the trained weights (`none`). The held-out loss of the average is measured except
+    with `none`."""

@@ -1,4 +1,4 @@
-"""The guidance value that dev's embedder is fed in training."""
+"""Options for the guidance value that dev's guidance embedder gets in training."""
 
 from typing import Literal
 
@@ -9,13 +9,13 @@ class GuidanceOptions(Slice):
     """Guidance in training."""
 
     flux_guidance_mode: Literal["constant", "random-range"] = "constant"
-    """`constant` feeds one value; `random-range` draws one for each sample, evenly."""
+    """Guidance value in training: `constant` uses one value; `random-range` draws one uniformly for each sample."""
 
     flux_guidance_value: NotNegative = 1.0
-    """The value of `constant`."""
+    """Guidance value of `constant`."""
 
     flux_guidance_min: NotNegative = 1.0
-    """The lower end of `random-range`."""
+    """Lower bound of `random-range`."""
 
     flux_guidance_max: NotNegative = 4.0
-    """The upper end of `random-range`."""
+    """Upper bound of `random-range`."""

@@ -1,6 +1,6 @@
-"""What every slice of options is made of: the frozen base class and the kinds of value an option takes.
+"""The frozen base class of option slices, and the types of their values.
 
-A kind is a plain type with its range; `simpletuner.config.values` puts that range into words for an error.
+Each type is a plain type with its range; `simpletuner.config.values` puts that range into words for an error message.
 """
 
 import ast
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Slice(BaseModel):
-    """A frozen group of options. Unknown keys are refused, and nothing is converted on the way in."""
+    """A frozen group of options. Unknown keys are rejected, and values are not converted."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -26,10 +26,10 @@ class Slice(BaseModel):
 
     @classmethod
     def documentation(cls) -> dict[str, str]:
-        """The text under each field, by the field's name.
+        """The docstring of each field, by the field's name.
 
-        Read from the source on demand: pydantic's `use_attribute_docstrings` reads it on every start, which
-        would be a third of the time that a mistake in a config takes to be answered.
+        Reads the source on demand. Pydantic's `use_attribute_docstrings` would read it at every start, a third of the
+        time that reporting a config error takes.
         """
         if cls is Slice:
             return {}
@@ -54,40 +54,40 @@ class Slice(BaseModel):
 
 @dataclass(frozen=True)
 class Says:
-    """The words an error uses for what an option expects, where its type alone does not tell."""
+    """Describes the accepted values in an error message, where the type alone does not."""
 
     words: str
     near: tuple[str, ...] = ()
-    """Names of which the nearest is suggested, where the values are more than a list."""
+    """Names to suggest the nearest of, for an option that takes more than an enumeration."""
 
 
 @dataclass(frozen=True)
 class IsPath:
-    """Marks a path: placeholders and `~` are filled in, a relative one starts in the working folder."""
+    """Marks a path: placeholders and `~` are filled in, and a relative path starts in the working folder."""
 
 
 @dataclass(frozen=True)
 class IsModel:
-    """Marks a Hub id or a local path; only the second is treated as a path."""
+    """Marks a Hub id or a local path; only a local path is treated as `IsPath`."""
 
 
 @dataclass(frozen=True)
 class IsJson:
-    """Marks a value that may also be typed as inline JSON or as the path of a JSON file."""
+    """Marks a value that may also be given as inline JSON or as the path of a JSON file."""
 
 
 def whole_as_text(value: object) -> object:
-    """A whole number as its text, where 1024 and "1024" are to mean the same; anything else as it is."""
+    """Convert an integer to text, for options where 1024 and "1024" mean the same; return other values unchanged."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def boolean_as_text(value: object) -> object:
-    """A boolean as its text, where `true` and `"true"` are to mean the same; anything else as it is."""
+    """Convert a boolean to text, for options where `true` and `"true"` mean the same; return other values unchanged."""
     return str(value).lower() if isinstance(value, bool) else value
 
 
 def list_as_tuple(value: object) -> object:
-    """A list, as JSON has it, as a tuple, as a frozen slice has it; anything else as it is."""
+    """Convert a JSON list to the tuple that a frozen slice holds; return other values unchanged."""
     return tuple(value) if isinstance(value, list) else value
 
 

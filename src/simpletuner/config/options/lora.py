@@ -1,4 +1,4 @@
-"""The adapter: its rank, where it attaches, how it starts and how it is saved."""
+"""Options for the adapter: its rank, target modules, initialization and file format."""
 
 import re
 from typing import Annotated, Literal
@@ -9,13 +9,13 @@ from pydantic import AfterValidator, BeforeValidator
 from simpletuner.config.options.kinds import Count, IsJson, PathText, Positive, Says, Slice, list_as_tuple
 
 _PATTERN = re.compile(r"[\\^$*+?{}()|\[\]]")
-"""A character that no module's name has, and a regular expression mostly does."""
-_CUT_LIST = re.compile(r"\[.*,.*\]")
-"""A list with names that are not quoted."""
+"""A character that no module name contains, and most regular expressions do."""
+_UNQUOTED_LIST = re.compile(r"\[.*,.*\]")
+"""A list whose names are not quoted, which is no JSON."""
 
 
 def _listed(value: object) -> object:
-    """Names with commas between as a list, of one where there is none; a regular expression as it is."""
+    """Split a comma list of module names into a tuple; return a regular expression unchanged."""
     if isinstance(value, str) and not _PATTERN.search(value):
         return tuple(part.strip() for part in value.split(","))
     return list_as_tuple(value)
@@ -25,7 +25,7 @@ def _targets(value: tuple[str, ...] | str) -> tuple[str, ...] | str:
     if not value or not all(value):
         raise ValueError("empty")
     if isinstance(value, str):
-        if _CUT_LIST.fullmatch(value):
+        if _UNQUOTED_LIST.fullmatch(value):
             raise ValueError("a list that is no JSON")
         try:
             re.compile(value)
@@ -35,38 +35,39 @@ def _targets(value: tuple[str, ...] | str) -> tuple[str, ...] | str:
 
 
 LoraFormat = Literal["diffusers", "comfyui", "bfl", "kohya"]
-"""Whose names a LoRA file has; `flux2.lora_formats` says what they are."""
+"""Naming scheme of the tensors in a LoRA file; `flux2.lora_formats` defines each."""
 
 
 class LoraOptions(Slice):
     """LoRA."""
 
     lora_rank: Count = 16
-    """Rank of each adapter: its width, and so its size and freedom."""
+    """Rank of each adapter. A higher rank can learn more and makes a larger file."""
 
     lora_alpha: Positive | None = None
-    """Strength of the adapter: its output is scaled by alpha/rank. By default the rank, a scale of 1."""
+    """Strength of the adapter: its output is multiplied by alpha/rank. By default alpha is the rank, a factor of 1."""
 
     lora_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """Chance that an input of the adapter is dropped in training."""
+    """Probability of dropping each input value of the adapter in training (dropout)."""
 
     lora_init_type: Literal["default", "gaussian"] = "default"
-    """How A starts: `default` is uniform by its width, `gaussian` has a standard deviation of 1/rank.
-    B starts at zero in both, so training starts from the base model exactly."""
+    """Initialization of the adapter's A matrix: `default` is uniform with a range that follows its width; `gaussian` is
+    normal with a standard deviation of 1/rank. B always starts at zero, so training starts exactly from the base
+    model."""
 
     lora_plus_ratio: Positive = 1.0
-    """Learning rate of B over that of A (LoRA+, arXiv 2402.12354); 1 gives both the same."""
+    """Ratio of the learning rate of B to that of A (LoRA+, arXiv 2402.12354). At 1 both have the same."""
 
     lora_save_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the saved file. Training always keeps fp32."""
+    """Precision of the saved LoRA file. In training the adapter is always fp32."""
 
     lora_type: Literal["standard"] = "standard"
     """The kind of adapter."""
 
     flux_lora_target: Literal["all", "attention", "mlp", "tiny"] = "all"
-    """Which layers learn: `all` is every Linear of every block; `attention` the q, k, v and output
-    projections; `mlp` the feed-forward; `tiny` q, k, v only. In single blocks, which fuse these, only the
-    rows or columns that belong to the choice are trained."""
+    """Which layers get an adapter: `all`, every Linear of every block; `attention`, the q, k, v and output projections;
+    `mlp`, the feed-forward layers; `tiny`, only q, k and v. Single blocks fuse these layers; there only the rows or
+    columns of the chosen layers are trained."""
 
     peft_lora_target_modules: (
         Annotated[
@@ -78,19 +79,20 @@ class LoraOptions(Slice):
         ]
         | None
     ) = None
-    """Replaces `flux_lora_target`: a list of module names (`to_q,to_k` or `["to_q", "to_k"]`; each matches a module of
-    that name or one whose path ends in it), or one regular expression that a module's whole path must match. One that
-    matches nothing is an error."""
+    """Target modules by name, instead of `flux_lora_target`: a list of names (`to_q,to_k` or `["to_q", "to_k"]`; each
+    matches the modules whose path is the name or ends in it), or one regular expression that must match a module's
+    whole path. A name or expression that matches no module is an error."""
 
     init_lora: PathText | None = None
-    """Start from this saved LoRA, of this or another program. Ranks and alpha then come from the file."""
+    """Start from this saved LoRA file, made by this or another program. Ranks and alpha then come from the file."""
 
     lora_format: LoraFormat = "diffusers"
-    """Names inside the exported file: `diffusers` is read by diffusers and ComfyUI, but not the layers outside the
-    blocks in ComfyUI; `comfyui` and `kohya` have BFL's names, which both read too, ComfyUI with every layer; `bfl` is
-    PEFT's spelling of BFL's names, for programs that train on that model. Checkpoints have diffusers' names always."""
+    """Tensor names in the exported LoRA file. diffusers and ComfyUI both read `diffusers`, but ComfyUI skips its layers
+    outside the blocks. `comfyui` and `kohya` have BFL's names, which both programs read, ComfyUI with every layer.
+    `bfl` is PEFT's spelling of BFL's names, for programs that train BFL's own model code. Checkpoints always have
+    diffusers' names."""
 
     @property
     def alpha(self) -> float:
-        """`lora_alpha`, or the rank where it is not given."""
+        """`lora_alpha`; the rank where it is not set."""
         return float(self.lora_rank) if self.lora_alpha is None else self.lora_alpha

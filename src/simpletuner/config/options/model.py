@@ -1,4 +1,4 @@
-"""Which model is trained, where its parts come from, and the seed of the run."""
+"""Options for the model: which one to train, where to load its parts from, and the run's seed."""
 
 from itertools import pairwise
 from typing import Annotated, Literal
@@ -11,7 +11,7 @@ from simpletuner.config.options.kinds import Count, IsJson, ModelText, PathText,
 
 
 def _layer_numbers(value: object) -> object:
-    """ "10,20,30" or [10, 20, 30] as a tuple; anything else is left for the type to refuse."""
+    """Convert "10,20,30" or [10, 20, 30] to a tuple; return other values unchanged, for the type to reject."""
     if isinstance(value, str):
         value = [int(part) if part.strip().isdecimal() else part for part in value.split(",")]
     return list_as_tuple(value)
@@ -27,32 +27,33 @@ class ModelOptions(Slice):
     """Model."""
 
     model_family: Literal["flux2"] = "flux2"
-    """The family of models. This program trains FLUX.2."""
+    """The model family. This program trains FLUX.2."""
 
     model_flavour: FlavourName = DEFAULT_FLAVOUR
-    """A flavour given with higher precedence than a model path wins over that path, with a notice."""
+    """If the flavour is set with higher precedence than a model path, it replaces that path, with a notice."""
 
     model_type: Literal["lora", "full"] = "lora"
-    """What is trained: `lora`, small matrices beside the frozen base; `full`, every weight of the transformer:
-    see [full training](full.md)."""
+    """The trainable parameters: `lora` trains small matrices beside the frozen base; `full` trains every weight of the
+    transformer. See [full training](full.md)."""
 
     pretrained_model_name_or_path: ModelText | None = None
-    """Where the model lies: a Hub id, a local diffusers folder, or a [single file](runs.md#the-base-model),
-    `.safetensors` or `.gguf`, of the transformer, which may hold VAE and text encoder too (what it lacks comes from its
-    own key, else from the flavour's Hub id). By default the flavour's own Hub id. With local paths nothing is asked of
-    the network."""
+    """The base model: a Hub id, a local diffusers folder, or a [single file](runs.md#the-base-model) (`.safetensors` or
+    `.gguf`) of the transformer, which may hold the VAE and text encoder too. Parts that the file lacks come from the
+    option for that part, else from the flavour's Hub id. By default the flavour's Hub id. With local paths the program
+    does not use the network."""
 
     pretrained_transformer_model_name_or_path: ModelText | None = None
-    """Replaces the transformer: a Hub id, a folder or a single file in diffusers' or BFL's names."""
+    """Another transformer for the base model: a Hub id, a folder, or a single file with diffusers' or BFL's tensor
+    names."""
 
     pretrained_vae_model_name_or_path: ModelText | None = None
-    """Replaces the VAE: a Hub id, a folder or a single file in diffusers' or BFL's names, such as `ae.safetensors` or
-    ComfyUI's `flux2-vae.safetensors`. One with another decoder, such
-    as `black-forest-labs/FLUX.2-small-decoder`, leaves [cached latents](runs.md#the-base-model) as they are."""
+    """Another VAE for the base model: a Hub id, a folder, or a single file with diffusers' or BFL's tensor names, such
+    as `ae.safetensors` or ComfyUI's `flux2-vae.safetensors`. If only the decoder differs, as in
+    `black-forest-labs/FLUX.2-small-decoder`, [cached latents](runs.md#the-base-model) stay valid."""
 
     pretrained_text_encoder_model_name_or_path: ModelText | None = None
-    """Replaces the text encoder: a Hub id, a folder or a single file as ComfyUI has it. A tokenizer beside it, or in
-    `tokenizer/` there, is used; else that of the base model."""
+    """Another text encoder for the base model: a Hub id, a folder, or a single file in ComfyUI's format. The tokenizer
+    is read from the same folder or its `tokenizer/`; if there is none, the base model's is used."""
 
     revision: Text | None = None
     """Branch, tag or commit on the Hub."""
@@ -61,11 +62,11 @@ class ModelOptions(Slice):
     """File variant on the Hub, such as `bf16`."""
 
     cache_dir: PathText | None = None
-    """Where downloads from the Hub and the made `tiny` model are kept; by default the usual cache folders."""
+    """Folder for downloads from the Hub and for the generated `tiny` model. By default the usual cache folders."""
 
     verify_base: bool = False
-    """Read and hash every weight of the base model at this start. Without it a file is hashed once, and again when its
-    size, time or inode changes, or one of 64 pieces of it: see [resuming](runs.md#the-base-model)."""
+    """Read and hash every weight of the base model at this start. Otherwise a file is hashed once, and again only when
+    its size, time, inode or one of 64 sampled pieces changes. See [resuming](runs.md#the-base-model)."""
 
     custom_text_encoder_intermediary_layers: (
         Annotated[
@@ -78,31 +79,31 @@ class ModelOptions(Slice):
         ]
         | None
     ) = None
-    """Text-encoder layers whose hidden states stand side by side; by default the flavour's, 10,20,30."""
+    """Text encoder layers whose hidden states are concatenated to the context. By default the flavour's, 10,20,30."""
 
     tokenizer_max_length: Count | None = None
-    """Length of the text context in tokens; by default the flavour's, 512. A longer caption is
-    shortened (never the template around it), counted and named."""
+    """Length of the text context in tokens. By default the flavour's, 512. Longer captions are truncated (never the
+    template around them), counted and listed."""
 
     tokenizer_fix_regex: bool = False
-    """Use Mistral's corrected pre-tokenizer: other tokens where vowels are marks, as in Hindi, Tamil and Thai. Part of
-    the text cache's key."""
+    """Use Mistral's corrected pre-tokenizer. It changes the tokens of scripts that write vowels as marks, such as
+    Hindi, Tamil and Thai. Part of the text cache's key."""
 
     seed: Seed = 42
-    """Decides every random draw of the run."""
+    """Seed of every random draw of the run."""
 
     vae_dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of the VAE."""
 
     vae_enable_tiling: bool = False
-    """Encode and decode large pictures in tiles: less memory, faint differences at the seams."""
+    """Encode and decode large images in tiles. Takes less memory; leaves faint differences at the seams."""
 
     vae_enable_slicing: bool = False
-    """Encode and decode a batch one picture at a time: less memory."""
+    """Encode and decode a batch one image at a time. Takes less memory."""
 
     @classmethod
     def documentation(cls) -> dict[str, str]:
-        """The text under each field, and what each flavour is."""
+        """The docstring of each field; that of `model_flavour` begins with a summary of each flavour."""
         texts = super().documentation()
         flavours = "; ".join(f"`{name}` is {flavour.summary}" for name, flavour in FLAVOURS.items())
         return texts | {"model_flavour": f"{flavours}. {texts['model_flavour']}"}

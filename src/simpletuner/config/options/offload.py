@@ -1,4 +1,4 @@
-"""Weights and activations that wait elsewhere than on the accelerator."""
+"""Options for offloading weights and activations from the accelerator."""
 
 import re
 from typing import Annotated, Literal
@@ -20,18 +20,19 @@ class OffloadOptions(Slice):
     """Offloading."""
 
     offload_during_startup: bool = False
-    """Keep off the accelerator what the current phase does not use."""
+    """During startup, keep on the accelerator only the models that the current phase uses."""
 
     enable_group_offload: bool = False
-    """Keep the transformer's frozen blocks in the machine's memory and bring each to the accelerator when its turn
-    comes, forwards and backwards. Adapters stay there. The results are the same bits, as far as
+    """Keep the transformer's frozen blocks in host memory (RAM) and copy each to the accelerator when the forward or
+    backward pass needs it. Adapters stay on the accelerator. Results are bit-identical, as far as
     [kernels are deterministic](runs.md#equal-bits)."""
 
     group_offload_type: Literal["block_level", "leaf_level"] = "block_level"
-    """What comes and goes at once: whole blocks, or single layers, which takes less memory and more time."""
+    """Unit of offloading: whole blocks (`block_level`) or single layers (`leaf_level`), which take less memory and more
+    time."""
 
     group_offload_blocks_per_group: Count = 1
-    """Blocks that come and go together, with `block_level`."""
+    """Number of blocks to copy together, with `block_level`."""
 
     group_offload_resident_blocks: Annotated[
         str,
@@ -39,33 +40,33 @@ class OffloadOptions(Slice):
         AfterValidator(_is_auto_or_count),
         Says("auto, or a whole number of at least 0", near=(AUTO,)),
     ] = AUTO
-    """Blocks that stay on the accelerator all the same; the others are streamed. `auto` keeps as many as the memory
-    plan has room for, and none on a CPU or in `simpletuner sample`. [Which ones](offload.md#resident-blocks)."""
+    """Number of blocks that stay on the accelerator; the others are offloaded. `auto` keeps as many as fit by the
+    memory plan, and none on a CPU or in `simpletuner sample`. [Which blocks stay](offload.md#resident-blocks)."""
 
     group_offload_use_stream: Annotated[Literal["auto", "true", "false"], BeforeValidator(boolean_as_text)] = "auto"
-    """Copy the next group while this one computes. Takes one group more. `auto` does so on a CUDA device, unless the
-    plan has room for one group only."""
+    """Prefetch the next group on a copy stream while the current one computes. Takes memory for one more group. `auto`
+    prefetches on a CUDA device, unless the memory plan fits only one group."""
 
     group_offload_text_encoder: bool = False
-    """The same for the text encoder: it is then streamed layer by layer over all captions (`text_encoder_mode`)."""
+    """Offload the text encoder: load it layer by layer, each layer encoding all captions (`text_encoder_mode`)."""
 
     group_offload_vae: bool = False
-    """The same for the autoencoder, layer by layer."""
+    """Offload the VAE layer by layer."""
 
     group_offload_to_disk_path: PathText | None = None
-    """A folder from which blocks are read instead of from the machine's memory; they are written there first, where
-    the model's own file cannot serve."""
+    """Folder on disk to offload blocks to, instead of host memory. Blocks are first written there, except where they
+    can be read from the model's own file."""
 
     activation_offload: bool = False
-    """Keep the inputs of recomputed blocks in the machine's memory until the backward pass wants them."""
+    """Keep the inputs of checkpointed blocks in host memory until the backward pass needs them."""
 
     @property
     def resident_blocks(self) -> int | None:
-        """The number of `group_offload_resident_blocks`; None for `auto`."""
+        """`group_offload_resident_blocks` as a number; None for `auto`."""
         return None if self.group_offload_resident_blocks == AUTO else int(self.group_offload_resident_blocks)
 
     def copies_ahead(self, device_type: str) -> bool:
-        """Whether copies to a device of this type ("cuda", "cpu") run beside the compute, as far as the device alone
-        decides."""
+        """Whether groups are prefetched to a device of this type ("cuda", "cpu"), before the memory plan is considered
+        (see `group_offload_use_stream`)."""
         choice = self.group_offload_use_stream
         return device_type == "cuda" if choice == AUTO else choice == "true" and device_type != "cpu"

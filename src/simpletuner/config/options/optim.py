@@ -1,4 +1,4 @@
-"""The optimizer, its schedule, the size of a step and the length of the run."""
+"""Options for the optimizer, the learning rate schedule, the batch size and the length of the run."""
 
 import math
 from typing import Annotated, Literal
@@ -24,7 +24,7 @@ Beta = Annotated[float, Ge(0), Lt(1)]
 
 
 def _word(text: str) -> bool | int | float | str:
-    """A value of `k=v`: a boolean, a number or the text itself."""
+    """Parse the value of `k=v` as a boolean or a number; else return the text."""
     if text in ("true", "false"):
         return text == "true"
     for number in (int, float):
@@ -36,7 +36,7 @@ def _word(text: str) -> bool | int | float | str:
 
 
 def _arguments(value: object) -> object:
-    """ "k=v,k=v" as an object; anything else is left for the type to refuse."""
+    """Parse "k=v,k=v" to a dict; return other values unchanged, for the type to reject."""
     if not isinstance(value, str):
         return value
     pairs = [part.partition("=") for part in value.split(",")]
@@ -45,11 +45,11 @@ def _arguments(value: object) -> object:
     return {name.strip(): _word(text.strip()) for name, _, text in pairs}
 
 
-def _known(name: str) -> str:
-    found = canonical(name)
-    if found is None:
+def _canonical_name(name: str) -> str:
+    canonical_name = canonical(name)
+    if canonical_name is None:
         raise ValueError("no such optimizer")
-    return found
+    return canonical_name
 
 
 def _zero_is_unset(value: int) -> int | None:
@@ -61,23 +61,23 @@ class OptimOptions(Slice):
 
     optimizer: Annotated[
         str,
-        AfterValidator(_known),
+        AfterValidator(_canonical_name),
         Says(
             f"{', '.join(OPTIMIZERS)} or library:name ({', '.join(LIBRARIES)})", near=(*OPTIMIZERS, *OPTIMIZER_ALIASES)
         ),
     ] = "adamw"
-    """The optimizer: see [optimizers](optimizers.md). `library:name` is any that the library has, such as
-    `pytorch_optimizer:adan`. SimpleTuner's names with a prefix (`bnb-adamw8bit`, `optimi-lion`) mean the same here."""
+    """The optimizer. See [optimizers](optimizers.md). `library:name` takes any optimizer of that library, such as
+    `pytorch_optimizer:adan`. SimpleTuner's prefixed names (`bnb-adamw8bit`, `optimi-lion`) mean the same here."""
 
     learning_rate: Positive = 1e-4
-    """The highest learning rate of the schedule. `prodigy` finds the rate itself and wants 1 here."""
+    """The peak learning rate of the schedule. For `prodigy`, which estimates the learning rate itself, set 1."""
 
     lr_scale: bool = False
     """Multiply `learning_rate` and `lr_end` by the effective batch, train_batch_size × gradient_accumulation_steps ×
     num_processes."""
 
     lr_scale_sqrt: bool = False
-    """Multiply them by the square root of the effective batch instead, whatever `lr_scale` says."""
+    """Multiply `learning_rate` and `lr_end` by the square root of the effective batch. Overrides `lr_scale`."""
 
     optimizer_config: (
         Annotated[
@@ -88,80 +88,81 @@ class OptimOptions(Slice):
         ]
         | None
     ) = None
-    """More arguments of the optimizer: `k=v,k=v`, an object, or a path to a JSON file. adamw knows `amsgrad`,
-    `foreach` and `fused`. One of a library, `library:name`, gets `learning_rate` and these and nothing else."""
+    """More arguments for the optimizer: `k=v,k=v`, an object, or the path of a JSON file. adamw takes `amsgrad`,
+    `foreach` and `fused`. A `library:name` optimizer gets only `learning_rate` and these arguments."""
 
     optimizer_beta1: Beta | None = None
-    """Memory of the gradient; by default the optimizer's own, 0.9 with adamw."""
+    """Decay rate of the gradient's moving average. By default the optimizer's own, 0.9 with adamw."""
 
     optimizer_beta2: Beta | None = None
-    """Memory of the squared gradient; by default the optimizer's own, 0.999 with adamw."""
+    """Decay rate of the squared gradient's moving average. By default the optimizer's own, 0.999 with adamw."""
 
     adam_weight_decay: NotNegative = 0.01
-    """Decoupled weight decay, of every optimizer with a name of its own."""
+    """Decoupled weight decay, for every optimizer except `library:name`."""
 
     adam_epsilon: Positive = 1e-8
-    """Added to Adam's denominator."""
+    """Epsilon, which Adam adds to its denominator."""
 
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "sine", "polynomial"
     ] = "constant_with_warmup"
-    """How the learning rate moves: warm-up first, then this shape over what is left of the run."""
+    """Shape of the learning rate schedule. Warm-up comes first; this shape spans the remaining steps."""
 
     lr_warmup_steps: Whole = 0
-    """Optimizer steps over which the rate rises from zero."""
+    """Optimizer steps over which the learning rate rises from zero."""
 
     lr_num_cycles: Count = 1
-    """Cycles of `cosine_with_restarts` and `sine`."""
+    """Number of cycles of `cosine_with_restarts` and `sine`."""
 
     lr_power: Positive = 0.8
     """Exponent of `polynomial`."""
 
     lr_end: NotNegative = 0.0
-    """The rate at which a falling schedule ends."""
+    """Final learning rate of a decaying schedule."""
 
     max_grad_norm: NotNegative = 2.0
-    """Gradients above this are scaled down to it; 0 leaves them alone."""
+    """Clip gradients to this norm or value. 0 turns clipping off."""
 
     grad_clip_method: Literal["norm", "value"] = "norm"
-    """What `max_grad_norm` bounds: the norm over all parameters, or each value."""
+    """What `max_grad_norm` bounds: the norm over all parameters (`norm`) or each gradient value (`value`)."""
 
     optimizer_release_gradients: bool = False
-    """Full training: step each parameter in the backward pass, as soon as its gradient is whole, and free the gradient.
-    For adafactor and adamw_bf16, on bf16 weights without masters, which are rounded stochastically. The norm over all
-    gradients is known too late to clip by it: `max_grad_norm` is 0, or `grad_clip_method` is value. One pass a step."""
+    """Full training only: step each parameter in the backward pass, as soon as its gradient is complete, and free the
+    gradient. Works with adafactor and adamw_bf16, on bf16 weights without fp32 masters, with stochastic rounding.
+    Clipping by norm needs all gradients at once: set `max_grad_norm` to 0 or `grad_clip_method` to value. Needs
+    `gradient_accumulation_steps` 1."""
 
     skip_bad_batches: Whole = 0
-    """How many optimizer steps of the run may be skipped because a loss or gradient is not finite. Each is named in a
-    notice; it counts as a step and changes neither weights, optimizer state nor moving average. 0 ends the run, saved,
-    at the first. fp16's overflows do not count. With `optimizer_release_gradients` a gradient that is not finite is
-    found after other weights are stepped: these are kept where the step is skipped, not saved where the run ends."""
+    """Number of optimizer steps that the run may skip because a loss or gradient is not finite. A notice names each. A
+    skipped step counts as a step and changes neither weights, optimizer state nor moving average. 0 saves and ends the
+    run at the first. fp16 overflows do not count. With `optimizer_release_gradients` other weights have already stepped
+    when a gradient is not finite: a skipped step keeps those updates; a run that ends does not save them."""
 
     train_batch_size: Count = 1
-    """Pictures in one forward pass. A dataset's own value wins."""
+    """Images in one forward pass. A dataset's own value overrides it."""
 
     gradient_accumulation_steps: Count = 1
-    """Forward passes that share one optimizer step, on each process of [several](many-gpus.md)."""
+    """Forward passes (micro-batches) per optimizer step, on each of [several processes](many-gpus.md)."""
 
     max_train_steps: (
         Annotated[int, Ge(0), AfterValidator(_zero_is_unset), Says("a whole number of at least 1")] | None
     ) = None
-    """Optimizer steps of the run. Wins over `num_train_epochs`; 0 means not set."""
+    """Optimizer steps of the run. Overrides `num_train_epochs`; 0 means not set."""
 
     num_train_epochs: Whole = 1
-    """Passes over the data, where `max_train_steps` is not given."""
+    """Epochs: passes over the data. Used where `max_train_steps` is not set."""
 
     caption_dropout_probability: UnitInterval = 0.1
-    """Share of samples trained with an empty caption, through the full template."""
+    """Share of the samples to train with an empty caption, in the full prompt template."""
 
     @property
     def effective_batch(self) -> int:
-        """Images of one optimizer step on one process, where no dataset has a batch size of its own."""
+        """Images per optimizer step on one process, where no dataset sets its own batch size."""
         return self.train_batch_size * self.gradient_accumulation_steps
 
     @property
     def rate_scale(self) -> float:
-        """What `lr_scale` and `lr_scale_sqrt` multiply the learning rate by."""
+        """Factor by which `lr_scale` and `lr_scale_sqrt` multiply the learning rate."""
         if self.lr_scale_sqrt:
             return math.sqrt(self.effective_batch)
         return float(self.effective_batch) if self.lr_scale else 1.0

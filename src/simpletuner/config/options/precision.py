@@ -1,4 +1,4 @@
-"""Number formats, and the settings that trade time for memory."""
+"""Options for number formats, and options that trade time for memory."""
 
 from typing import Annotated, Literal
 
@@ -19,70 +19,72 @@ PrecisionName = Literal[
     "nf4-bnb",
     "int8-bnb",
 ]
-"""Format and library of quantized weights; `simpletuner.config.precisions` says what each is."""
+"""Format and library of quantized weights; `simpletuner.config.precisions` defines each."""
 
 
 class PrecisionOptions(Slice):
     """Precision and memory."""
 
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
-    """Format of the computation and of the base weights. `no` is fp32 throughout; `fp16` scales the loss and needs a
-    GPU, and a weight beyond 65504 is an error. What is trained is fp32 in all: adapters themselves, of a full model its
-    masters. fp32 is never TF32."""
+    """Precision of the computation and of the base weights. `no` is fp32 throughout; `fp16` scales the loss, needs a
+    GPU, and fails on a weight beyond 65504. Trainable parameters are fp32 with each value: adapters directly, a full
+    model through fp32 masters. fp32 is never TF32."""
 
     base_model_precision: PrecisionName = "no_change"
     """Quantization of the frozen transformer: the Linears of its blocks. Embedders, modulation, norms, the last layer
-    and adapters stay in `base_model_default_dtype`. `no_change` keeps fp8 and int8 as a file has them."""
+    and adapters stay in `base_model_default_dtype`. `no_change` keeps fp8 and int8 weights as the file stores them."""
 
     text_encoder_1_precision: PrecisionName = "no_change"
     """Quantization of the text encoder: the Linears of its layers."""
 
     base_model_cache_dir: PathText | None = None
-    """Where a quantized base is kept between runs, keyed by its source and precision. By default nowhere."""
+    """Folder that keeps the quantized base between runs, keyed by its source and precision. By default it is not
+    kept."""
 
     quantize_via: Literal["accelerator", "cpu"] = "accelerator"
-    """Where a block is quantized as it lands. The whole model is never held unquantized."""
+    """Device that quantizes each block as it is loaded. The whole model is never held unquantized."""
 
     base_model_default_dtype: Literal["bf16", "fp32"] | None = None
-    """Format of the weights that the model computes with: by default that of `mixed_precision`, fp32 with `no`. Under
-    fp16 weights of another format are cast for each product (autocast). With `model_type full` and 16 bits the
-    optimizer steps on fp32 masters of them; `adamw_bf16` does without, on bf16."""
+    """Precision of the weights that the model computes with. By default that of `mixed_precision`, fp32 with `no`.
+    Under fp16, weights of another precision are cast for each matrix product (autocast). With `model_type full` and 16
+    bits the optimizer steps fp32 masters of the weights; `adamw_bf16` steps bf16 weights without masters."""
 
     gradient_checkpointing: bool = True
-    """Compute a block's activations again in the backward pass instead of keeping them: much less memory,
-    about a third more time, the same result."""
+    """Recompute each block's activations in the backward pass instead of storing them (activation checkpointing). Takes
+    much less memory and about a third more time; the result is the same."""
 
     gradient_checkpointing_interval: Annotated[int, Ge(2)] | None = None
-    """N: every N-th block keeps its activations after all, which is faster and takes more memory.
-    By default none does."""
+    """Store the activations of every N-th block instead of recomputing them: faster, but takes more memory. By default
+    all blocks recompute."""
 
     vae_batch_size: Count = 1
-    """Pictures the VAE encodes at once."""
+    """Images that the VAE encodes at once."""
 
     text_encoder_batch_size: Count = 8
-    """Captions the text encoder encodes at once: this is what makes the caching of text faster."""
+    """Captions that the text encoder encodes at once. A larger batch makes text caching faster."""
 
     text_encoder_mode: Literal["auto", "resident", "streamed"] = "auto"
-    """How the text encoder is held while captions are cached: `resident`, all of it at once; `streamed`, one layer at
-    a time, through which all captions go before the next one is read. The contexts are the same bits. `auto` takes
-    `resident` if the encoder fits into the memory that is free, and says so."""
+    """How to load the text encoder for caching captions: `resident` loads it whole; `streamed` loads one layer at a
+    time and runs all captions through it before it loads the next. The contexts are bit-identical. `auto` takes
+    `resident` if the encoder fits into free memory, and prints its choice."""
 
     write_batch_size: Count = 128
-    """Cache files written per flush, and nothing else. A store's own value wins."""
+    """Cache files to write per flush. A text store's own value overrides it."""
 
     @property
     def base_dtype(self) -> Literal["bf16", "fp16", "fp32"]:
-        """Format of the weights that the model computes with."""
+        """Dtype of the weights that the model computes with."""
         if self.base_model_default_dtype is not None:
             return self.base_model_default_dtype
         return "fp32" if self.mixed_precision == "no" else self.mixed_precision
 
     @property
     def text_dtype(self) -> Literal["bf16", "fp32"]:
-        """Format of the text encoder and of cached contexts: bf16 under fp16, whose range its states can leave."""
+        """Dtype of the text encoder and of cached contexts: bf16 under fp16, because hidden states can exceed fp16's
+        range."""
         return "bf16" if self.base_dtype == "fp16" else self.base_dtype
 
     @property
     def is_autocast(self) -> bool:
-        """Whether weights of another format are cast to fp16 for each product."""
+        """Whether weights of another dtype are cast to fp16 for each matrix product."""
         return self.mixed_precision == "fp16" and self.base_dtype != "fp16"

@@ -1,4 +1,4 @@
-"""Holding on to what the base model knows."""
+"""Options for prior preservation: a loss that keeps the base model's predictions for other prompts."""
 
 import re
 from typing import Literal
@@ -10,28 +10,29 @@ class PreservationOptions(Slice):
     """Preservation."""
 
     preservation: Literal["none", "class", "blank"] = "none"
-    """A second loss that holds the predictions of other prompts at the base model's: `class` of each caption with its
-    trigger replaced by the class, `blank` of the empty prompt. LoRA only. [preservation.md](preservation.md) explains
-    it."""
+    """Add a second loss that keeps the predictions for other prompts close to the base model's. `class` uses each
+    caption with its trigger replaced by the class; `blank` uses the empty prompt. LoRA only. See
+    [preservation.md](preservation.md)."""
 
     preservation_weight: NotNegative = 1.0
-    """Weight of that loss; 0 is none."""
+    """Weight of the preservation loss. 0 turns it off."""
 
     preservation_trigger: Text | None = None
-    """The word in captions that `class` replaces. A caption without it takes no part and is counted."""
+    """The trigger word in captions, which `class` replaces. Captions without it get no preservation loss and are
+    counted."""
 
     preservation_class: Text | None = None
-    """What replaces it, such as `dog`; a set's `class_prompt` comes first."""
+    """The word that replaces the trigger, such as `dog`. A dataset's `class_prompt` overrides it."""
 
     @property
     def preserves(self) -> bool:
-        """Whether there is such a loss."""
+        """Whether the preservation loss is on."""
         return self.preservation != "none" and self.preservation_weight > 0
 
 
 def replaced(caption: str, trigger: str, name: str) -> str | None:
-    """`caption` with the word or words `trigger` replaced by `name`, wherever they stand by themselves and in this
-    case; None where they do not.
+    """`caption` with each whole-word, case-sensitive occurrence of `trigger` replaced by `name`; None if there is
+    none.
     """
     text, count = re.subn(rf"(?<!\w){re.escape(trigger)}(?!\w)", lambda _: name, caption)
     return text if count else None

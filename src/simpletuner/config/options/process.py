@@ -1,4 +1,4 @@
-"""How the machine is used."""
+"""Options for loader threads, prefetching and profiling."""
 
 import os
 import re
@@ -10,8 +10,8 @@ from simpletuner.config.options.kinds import Count, Says, Slice
 
 
 def _first_and_last(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
-    first, last = (int(found[1]), int(found[2])) if found else (0, 0)
+    match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
+    first, last = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= first <= last:
         raise ValueError("no two steps")
     return first, last
@@ -26,25 +26,25 @@ class ProcessOptions(Slice):
     """Processes."""
 
     max_workers: Count | None = None
-    """Threads that open and prepare pictures; by default one per core, at most 8."""
+    """Threads that load and prepare images. By default one per CPU core, at most 8."""
 
     dataloader_prefetch: bool = True
-    """Read the next batch while this one trains."""
+    """Prefetch the next batch while the current one trains."""
 
     profile_steps: (
         Annotated[
             str,
             AfterValidator(_are_steps),
-            Says("FIRST:LAST, two steps counted from 1 of which the second is not before the first, such as 10:12"),
+            Says("FIRST:LAST, two steps counted from 1, such as 10:12, with LAST not before FIRST"),
         ]
         | None
     ) = None
-    """Write a trace of these steps, both included, and a table of the operations that take most time into `profile` in
-    the run directory. The steps themselves take longer. [performance.md](performance.md) explains it."""
+    """Profile these steps, both included: write a trace and a table of the slowest operations into `profile` in the run
+    directory. Profiled steps take longer. See [performance.md](performance.md)."""
 
     @property
     def profiled(self) -> range:
-        """The steps of `profile_steps`; empty where it is not set."""
+        """The steps in `profile_steps`; empty where it is not set."""
         if self.profile_steps is None:
             return range(0)
         first, last = _first_and_last(self.profile_steps)

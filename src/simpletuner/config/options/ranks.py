@@ -1,4 +1,4 @@
-"""How many processes train together, where they run, and what they share."""
+"""Options for several GPUs: how many processes train together, where they run, and how they shard the model."""
 
 from typing import Annotated, Any
 
@@ -9,13 +9,13 @@ from simpletuner.config.deepspeed import ZeroSettings
 from simpletuner.config.options.kinds import Count, IsJson, Says, Slice, Text, Whole
 
 ZERO_STAGES = ("zero1", "zero2", "zero3")
-"""Names of DeepSpeed's stages: what each process holds only its share of. 1 is optimizer state, 2 gradients too, 3
-weights too.
+"""Names of DeepSpeed's ZeRO stages: 1 shards the optimizer state over the processes, 2 also the gradients, 3 also the
+weights.
 """
 
 
 def _settings(value: Any) -> Any:
-    """DeepSpeed's settings, for the name of a stage too, without those that are left open ("auto") or turned off."""
+    """Convert a stage's name to DeepSpeed's settings; drop settings that are "auto", null or turned off."""
     if value in ZERO_STAGES:
         return {"zero_optimization": {"stage": int(value[-1])}}
     if not isinstance(value, dict):
@@ -29,37 +29,37 @@ class RankOptions(Slice):
     """Several GPUs."""
 
     num_processes: Count | None = None
-    """Processes that train together, on all machines, one on each GPU. The effective batch is train_batch_size ×
-    gradient_accumulation_steps × num_processes. By default one on each machine; with `fsdp_enable` or
-    `deepspeed_config`, one on each GPU that is visible; under torchrun, as many as it started.
-    [many-gpus.md](many-gpus.md) explains it."""
+    """Number of processes that train together, on all machines, one per GPU. The effective batch is train_batch_size
+    × gradient_accumulation_steps × num_processes. By default one per machine; with `fsdp_enable` or `deepspeed_config`,
+    one per visible GPU; under torchrun, as many as it started. See [many-gpus.md](many-gpus.md)."""
 
     num_machines: Count = 1
-    """Machines that train together, each with the same number of processes. The same command starts the run on each,
-    with another `machine_rank`; under torchrun and srun it is their number. [many-machines.md](many-machines.md)
-    explains it."""
+    """Number of machines that train together, each with the same number of processes. Start the run on each machine
+    with the same command and its own `machine_rank`; torchrun and srun set this number. See
+    [many-machines.md](many-machines.md)."""
 
     machine_rank: Whole = 0
-    """Number of this machine, from 0. Machine 0 writes the run."""
+    """Rank of this machine, from 0. Machine 0 writes the run directory."""
 
     main_process_ip: Text = "127.0.0.1"
-    """Address of machine 0, on which it listens where `num_machines` is more than 1. The network must be trusted."""
+    """Address of machine 0, on which it listens if `num_machines` is more than 1. Use it only on a trusted network."""
 
     main_process_port: Annotated[int, Ge(1), Le(65535)] = 29500
-    """Port of machine 0 on which the machines find each other."""
+    """Port of machine 0, through which the machines connect to each other."""
 
     distributed_timeout_s: Annotated[int, Ge(5)] = 600
-    """Seconds after which a process that waits for another gives up, and names it."""
+    """Timeout in seconds: a process that waits longer for another one fails and names it."""
 
     fsdp_enable: bool = False
-    """Shard the base model over the processes (FSDP2): each holds its share, and one block at a time as a whole."""
+    """Shard the base model over the processes (FSDP2). Each process holds its shard and gathers one whole block at a
+    time."""
 
     fsdp_reshard_after_forward: bool = True
-    """Free each whole block after its forward pass, and gather it again for the backward pass. `false` is faster and
+    """Free each gathered block after its forward pass and gather it again for the backward pass. `false` is faster but
     holds the whole model during a step."""
 
     fsdp_cpu_offload: bool = False
-    """Keep each process's share of the base model in host memory; it comes to the GPU block by block."""
+    """Keep each process's shard of the base model in host memory and copy it to the GPU block by block."""
 
     deepspeed_config: (
         Annotated[
@@ -70,45 +70,45 @@ class RankOptions(Slice):
         ]
         | None
     ) = None
-    """Train with DeepSpeed (ZeRO): each process holds its share of the optimizer state (`zero1`), of the gradients too
-    (`zero2`), of the weights too (`zero3`). An object or a JSON file has DeepSpeed's own settings."""
+    """Train with DeepSpeed (ZeRO), which shards the optimizer state over the processes (`zero1`), also the gradients
+    (`zero2`), also the weights (`zero3`). An object or a JSON file gives DeepSpeed's own settings."""
 
     @property
     def may_shard(self) -> bool:
-        """Whether the base model is sharded by FSDP2, as far as is known before the processes are counted."""
+        """Whether FSDP2 shards the base model; True too while `num_processes` is not settled."""
         return self.fsdp_enable and self.num_processes != 1
 
     @property
     def ranks(self) -> int:
-        """Processes that train together, where `num_processes` is settled."""
+        """Number of processes that train together, once `num_processes` is settled."""
         return self.num_processes or self.num_machines
 
     @property
     def ranks_per_machine(self) -> int:
-        """Those of them on each machine."""
+        """Number of processes on each machine."""
         return self.ranks // self.num_machines
 
     @property
     def zero_optimization(self) -> dict[str, Any]:
-        """What DeepSpeed is given under this name: its `stage`, 1 to 3, and what is set beside it. Empty without
-        DeepSpeed, which stage 0 asks for too, and where a value is wrong.
+        """DeepSpeed's `zero_optimization`: its `stage`, 1 to 3, and the other values that are set. Empty without
+        DeepSpeed, at stage 0, and where a value is wrong.
         """
         try:
             zero = ZeroSettings.model_validate((self.deepspeed_config or {}).get("zero_optimization", {}))
-        except ValidationError:  # `deepspeed_findings` says what is wrong
+        except ValidationError:  # `deepspeed_findings` reports the error
             return {}
         return zero.model_dump(exclude_unset=True) if zero.stage else {}
 
     @property
     def zero_stage(self) -> int:
-        """DeepSpeed's stage; 0 without DeepSpeed, and where one process trains."""
+        """DeepSpeed's stage; 0 without DeepSpeed or with a single process."""
         return 0 if self.num_processes == 1 else int(self.zero_optimization.get("stage", 0))
 
     @property
     def takes_every_gpu(self) -> bool:
-        """Whether the default is a process for each visible GPU, and not one."""
+        """Whether `num_processes` defaults to one process per visible GPU instead of one."""
         return self.fsdp_enable or self.zero_stage > 0
 
-    def offloads(self, what: str) -> bool:
-        """Whether DeepSpeed keeps "offload_optimizer" or "offload_param" in host memory."""
-        return bool(self.zero_optimization.get(what, {}).get("device", "none") != "none")
+    def offloads(self, key: str) -> bool:
+        """Whether DeepSpeed keeps the state that `key` ("offload_optimizer", "offload_param") names in host memory."""
+        return bool(self.zero_optimization.get(key, {}).get("device", "none") != "none")

@@ -1,4 +1,4 @@
-"""Flow matching: the density of noise levels, and the loss."""
+"""Options for flow matching: the distribution of noise levels, and the loss."""
 
 import math
 from typing import Annotated, Literal
@@ -14,7 +14,7 @@ TIMESTEPS = 1000.0
 
 
 def _listed_timesteps(value: object) -> object:
-    """A comma list, a single number or a JSON list as a tuple of numbers; anything else for the type to refuse."""
+    """Convert a comma list, a number or a JSON list to a float tuple; return other values for the type to reject."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return (float(value),)
     try:
@@ -36,26 +36,26 @@ class ScheduleOptions(Slice):
     """Flow matching."""
 
     flow_schedule_shift: Positive = FLAVOURS[DEFAULT_FLAVOUR].shift
-    """The s in σ' = sσ/(1+(s-1)σ): above 1 trains more on noisy inputs; 1 changes nothing."""
+    """Timestep shift: the s in σ' = sσ/(1+(s-1)σ). Above 1, training sees more noisy inputs; 1 changes nothing."""
 
     flow_schedule_auto_shift: bool = False
-    """Take the shift from the picture's size instead: the line through (256, 0.5) and (4096, 1.15)
+    """Compute the shift from the image's size instead: its logarithm is on the line through (256, 0.5) and (4096, 1.15)
     in image tokens."""
 
     flow_sigmoid_scale: Positive = 1.0
-    """Spread of the default density, σ = sigmoid(scale·N(0,1))."""
+    """Scale of the default distribution, σ = sigmoid(scale·N(0,1)). A larger scale spreads σ more."""
 
     flow_use_uniform_schedule: bool = False
-    """Draw σ evenly instead, before the shift."""
+    """Draw σ from a uniform distribution instead, before the shift."""
 
     flow_use_beta_schedule: bool = False
     """Draw σ from a beta distribution instead, before the shift."""
 
     flow_beta_schedule_alpha: Positive = 2.0
-    """First parameter of the beta distribution."""
+    """Alpha of the beta distribution."""
 
     flow_beta_schedule_beta: Positive = 2.0
-    """Second parameter of the beta distribution."""
+    """Beta of the beta distribution."""
 
     flow_custom_timesteps: (
         Annotated[
@@ -68,18 +68,17 @@ class ScheduleOptions(Slice):
         ]
         | None
     ) = None
-    """Train at these timesteps only (σ = timestep/1000), each as often as it is listed. They are taken as they
-    stand: no shift moves them."""
+    """Train only at these timesteps (σ = timestep/1000), each as often as it is listed. No shift is applied to them."""
 
     timestep_strata: bool = False
-    """Cover the density evenly: of an epoch's n samples each draws its σ from another n-th of it. What a sample
-    draws stays random, and the density stays the same."""
+    """Stratify the timesteps: each of an epoch's n samples draws its σ from a different n-th of the distribution. Each
+    draw is still random, and the distribution stays the same."""
 
     loss_type: Literal["l2", "huber", "smooth_l1"] = "l2"
-    """Squared error, or one that grows only linearly for large errors."""
+    """The loss: `l2` is the squared error; `huber` and `smooth_l1` grow only linearly for large errors."""
 
     huber_c: Positive = 0.1
-    """The error at which `huber` and `smooth_l1` turn linear, before `huber_schedule`."""
+    """Threshold at which `huber` and `smooth_l1` become linear, before `huber_schedule`."""
 
     huber_schedule: Literal["snr", "exponential", "constant"] = "snr"
     """How `huber_c` depends on the noise level."""

@@ -1,4 +1,4 @@
-"""Where losses and pictures are also sent while the run goes on."""
+"""Options for trackers, which receive losses and validation images during the run."""
 
 from typing import Annotated
 
@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BeforeValidator
 from simpletuner.config.options.kinds import Says, Slice, Text
 
 TRACKERS = ("tensorboard", "wandb")
-"""What `report_to` may name; each is an extra of the same name."""
+"""Trackers that `report_to` accepts; each needs the package extra of the same name."""
 
 
 def _trackers(text: str) -> tuple[str, ...]:
@@ -37,16 +37,16 @@ class TrackingOptions(Slice):
         AfterValidator(_are_trackers),
         Says("none, tensorboard, wandb, or a comma list of these"),
     ] = "none"
-    """Trackers beside the run's own events: `none`, `tensorboard`, `wandb` or a comma list. They get each
-    step's loss and the validation images by the run's step; on W&B that is the axis `step`."""
+    """Trackers to report to, besides the run's own events: `none`, `tensorboard`, `wandb` or a comma list. They get
+    each step's loss and the validation images, indexed by the run's step; on W&B that is the axis `step`."""
 
     tracker_project_name: Text = "simpletuner"
-    """The tracker's project."""
+    """Project name in the tracker."""
 
     tracker_run_name: Text | None = None
-    """The tracker's name for this run; by default the run directory's."""
+    """Name of this run in the tracker. By default the run directory's name."""
 
     @property
     def trackers(self) -> tuple[str, ...]:
-        """The names in `report_to`; none for `none`."""
+        """The names in `report_to`; empty for `none`."""
         return _trackers(self.report_to)

@@ -1,4 +1,4 @@
-"""TREAD: blocks that process only some of a picture's tokens while training."""
+"""Options for TREAD token routing: in training, some blocks process only a part of each image's tokens."""
 
 from typing import Annotated, Any
 
@@ -8,16 +8,16 @@ from simpletuner.config.options.kinds import IsJson, Says, Slice
 
 
 class TreadRoute(Slice):
-    """A stretch of blocks, and how much of a picture it processes."""
+    """A range of blocks and the share of an image's tokens that they process."""
 
     selection_ratio: Annotated[float, Gt(0), Le(1)]
-    """Share of the image tokens that is kept."""
+    """Share of the image tokens that the blocks process."""
 
     start_layer_idx: int
-    """The first block, in one count over double and then single blocks; negative from the end."""
+    """The first block of the range, counted over double and then single blocks; negative counts from the end."""
 
     end_layer_idx: int
-    """The last block, included; counted like the first."""
+    """The last block of the range, inclusive; counted like `start_layer_idx`."""
 
 
 class TreadOptions(Slice):
@@ -27,13 +27,13 @@ class TreadOptions(Slice):
         Annotated[dict[str, Any], IsJson(), Says('an object {"routes": [...]}, or the path of a JSON file with one')]
         | None
     ) = None
-    """`{"routes": [{"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx": -2}]}`, also as inline JSON or
-    as the path of a JSON file. While training, the blocks of a route process only this share of the image tokens,
-    drawn anew for each picture and step: `selection_ratio` is the share that is kept. Layers are counted over
-    double and then single blocks, negative from the end, the last one included; routes share no block.
-    [tread.md](tread.md) explains it."""
+    """Routes for TREAD, which trains some blocks on only a part of each image's tokens:
+    `{"routes": [{"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx": -2}]}`, also as inline JSON or as the
+    path of a JSON file. `selection_ratio` is the share of the image tokens that the route's blocks process, drawn again
+    for each image and step. Layers are counted over double and then single blocks; negative counts from the end;
+    `end_layer_idx` is included. Routes must not overlap. See [tread.md](tread.md)."""
 
     @property
     def tread_routes(self) -> tuple[TreadRoute, ...]:
-        """The routes, as typed."""
+        """The routes in `tread_config`, in its order."""
         return tuple(TreadRoute(**route) for route in (self.tread_config or {"routes": []})["routes"])

@@ -1,4 +1,4 @@
-"""Pictures made along the way, and the loss on held-out pictures."""
+"""Options for validation images and for the held-out loss."""
 
 import re
 from typing import Annotated, Literal
@@ -23,15 +23,15 @@ from simpletuner.config.options.kinds import (
 )
 
 AUTO_PREVIEW = "auto"
-"""The `validation_preview_model` that stands for the distilled sibling of the flavour."""
+"""Value of `validation_preview_model` that means the flavour's distilled sibling."""
 
 _SIZE = re.compile(r"\s*(\d+)\s*(?:[xX×]\s*(\d+)\s*)?")
 SIDE_MULTIPLE_PX = 16
-"""A picture's sides are multiples of this many pixels: one latent each."""
+"""An image's sides are multiples of this many pixels: one latent each."""
 
 
 def _sizes(text: str) -> tuple[tuple[int, int], ...]:
-    found = []
+    sizes = []
     for part in text.split(","):
         match = _SIZE.fullmatch(part)
         if match is None:
@@ -39,8 +39,8 @@ def _sizes(text: str) -> tuple[tuple[int, int], ...]:
         width, height = int(match[1]), int(match[2] or match[1])
         if not width or not height or width % SIDE_MULTIPLE_PX or height % SIDE_MULTIPLE_PX:
             raise ValueError(f"{width}x{height} does not divide by {SIDE_MULTIPLE_PX}")
-        found.append((width, height))
-    return tuple(found)
+        sizes.append((width, height))
+    return tuple(sizes)
 
 
 def _is_sizes(text: str) -> str:
@@ -52,36 +52,36 @@ class ValidationOptions(Slice):
     """Validation."""
 
     validation_prompt: Text | None = None
-    """A prompt to make pictures of, beside those of the library."""
+    """A prompt for validation images, in addition to the prompt libraries."""
 
     validation_prompt_library: bool = False
-    """Also use the prompts that come with the program."""
+    """Also use the program's built-in prompts."""
 
     user_prompt_library: PathText | None = None
-    """A JSON file `{"name": "prompt"}`, or with reference images `{"name": {"prompt": "text", "references":
-    ["a.png"]}}`; by default `user_prompt_library.json` beside the config or in `config/`, if there. `<subject>` in a
-    prompt stands for `validation_subject`."""
+    """A JSON file of prompts for validation images: `{"name": "prompt"}`, or with reference images
+    `{"name": {"prompt": "text", "references": ["a.png"]}}`. By default `user_prompt_library.json` beside the config or
+    in `config/`, if it exists. `<subject>` in a prompt is replaced by `validation_subject`."""
 
     validation_subject: Text | None = None
-    """What `<subject>` stands for; by default the first dataset's `instance_prompt`. Without either the text
-    stays as typed, with a notice."""
+    """Text that replaces `<subject>` in prompts. By default the first dataset's `instance_prompt`. Without either,
+    `<subject>` stays in the prompt, with a notice."""
 
     validation_step_interval: Whole = 100
-    """Make pictures every so many steps; 0 means never by steps."""
+    """Generate validation images every this many steps. 0 turns this off."""
 
     validation_epoch_interval: Count | None = None
-    """Make pictures every so many epochs."""
+    """Generate validation images every this many epochs."""
 
     validation_on_startup: bool = False
-    """Make pictures before the first step too."""
+    """Generate validation images before the first step too."""
 
     validation_disable: bool = False
-    """Make no pictures."""
+    """Generate no validation images."""
 
     validation_preview_model: ModelText | None = None
-    """Draw the validation images on this model with the LoRA, such as a klein base's distilled sibling, in 4 steps:
-    `auto`, that sibling; a flavour; or a folder, Hub id or `.safetensors` file. Only its transformer is used: see
-    [fast previews](klein.md#fast-previews)."""
+    """Generate validation images with the LoRA on this model, such as the distilled sibling of a klein base, which
+    needs 4 steps. Takes `auto` (that sibling), a flavour, a folder, a Hub id or a `.safetensors` file. Only its
+    transformer is used. See [fast previews](klein.md#fast-previews)."""
 
     validation_resolution: Annotated[
         str,
@@ -89,33 +89,34 @@ class ValidationOptions(Slice):
         AfterValidator(_is_sizes),
         Says("a size such as 1024, 1024x768 or a comma list of them, each side divisible by 16"),
     ] = "1024x1024"
-    """Sizes of the pictures in pixels: `1024`, `1024x768` (width x height), or a comma list."""
+    """Sizes of the validation images in pixels: `1024`, `1024x768` (width x height), or a comma list."""
 
     validation_num_inference_steps: Count = FLAVOURS[DEFAULT_FLAVOUR].validation_steps
-    """Sampler steps of a picture."""
+    """Sampler steps per validation image."""
 
     validation_guidance: NotNegative = FLAVOURS[DEFAULT_FLAVOUR].guidance
     """Guidance of the validation images. dev takes it as an input. On klein it is true classifier-free guidance
-    against `validation_negative_prompt`, at twice the time; 1 turns it off. Distilled models ignore it."""
+    against `validation_negative_prompt`, which takes twice the time; 1 turns it off. Distilled models ignore it."""
 
     validation_guidance_real: Annotated[float, Ge(1)] = 1.0
-    """For dev: true classifier-free guidance against `validation_negative_prompt` on top of `validation_guidance`, at
-    twice the time; 1 is none."""
+    """True classifier-free guidance of dev's validation images against `validation_negative_prompt`, in addition to
+    `validation_guidance`. Takes twice the time; 1 turns it off."""
 
     validation_negative_prompt: str = ""
-    """What true guidance steers away from."""
+    """Prompt that classifier-free guidance steers away from."""
 
     validation_seed: Seed | None = None
-    """Seed of the pictures' noise; by default `seed`."""
+    """Seed of the validation images' noise. By default `seed`."""
 
     num_validation_images: Count = 1
-    """Pictures of each prompt and size."""
+    """Number of validation images for each prompt and size."""
 
     validation_image_format: Literal["png", "jpg"] = "png"
-    """File format of the pictures."""
+    """File format of the validation images."""
 
     disable_benchmark: bool = False
-    """Leave out the base model's own pictures, which are otherwise made once and shown beside."""
+    """Do not generate the base model's images. Otherwise they are generated once and shown beside the validation
+    images."""
 
     validation_drift_prompts: (
         Annotated[
@@ -127,17 +128,17 @@ class ValidationOptions(Slice):
         ]
         | None
     ) = None
-    """Prompts whose images should not move: how far they are from the base model's is measured with each sheet, at the
-    first size of `validation_resolution` and in at most 8 steps."""
+    """Prompts whose images should not change. Their images' distance from the base model's images is measured with each
+    contact sheet, at the first size of `validation_resolution` and in at most 8 steps."""
 
     eval_dataset_id: Text | None = None
-    """The `eval` dataset whose held-out loss is measured; by default all of them."""
+    """The `eval` dataset to measure the held-out loss on. By default all of them."""
 
     eval_steps_interval: Count | None = None
-    """Measure the held-out loss every so many steps; by default whenever pictures are due."""
+    """Measure the held-out loss every this many steps. By default whenever validation images are due."""
 
     num_eval_images: Count | None = None
-    """Use at most so many pictures of an `eval` dataset."""
+    """Maximum number of images to use of each `eval` dataset."""
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
