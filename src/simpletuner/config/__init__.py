@@ -1,1 +1,1 @@
-"""What a run is told: options, datasets, prompts. Read, merged and checked here, before torch is imported."""
+"""A run's configuration: options, datasets and prompts. Read, merged and checked before torch is imported."""

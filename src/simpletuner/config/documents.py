@@ -1,6 +1,6 @@
-"""JSON and TOML as people write them: every fault comes back as a problem that says where it stands.
+"""Readers for hand-written JSON and TOML. Each error says where in the file it is.
 
-JSON has no comments; a key that begins with `//` is one here, so that a program can write why a value is what it is.
+In JSON, a key that begins with `//` is a comment.
 """
 
 import json
@@ -12,14 +12,15 @@ from typing import Any
 from simpletuner.base.errors import ConfigError, Problem
 
 COMMENT = "//"
-"""Begins a key that is read by people only."""
+"""Prefix of keys that are comments; readers drop them."""
 
 
 def read_document(path: Path, label: str) -> Any:
-    """The value in the `.json` or `.toml` file at `path`, which messages call `label`.
+    """Parse the `.json` or `.toml` file at `path`, which messages call `label`.
 
     Raises:
-        ConfigError: no such file, not UTF-8, a syntax error (with line and column), or a key given twice.
+        ConfigError: the file is missing or unreadable, is not UTF-8, has a syntax error (the message has line and
+            column), or has a key twice.
     """
     text = document_text(path, label)
     if path.suffix in (".yaml", ".yml"):
@@ -28,28 +29,28 @@ def read_document(path: Path, label: str) -> Any:
 
 
 def document_text(path: Path, label: str) -> str:
-    """The text in the file at `path`, which messages call `label`.
+    """The text of the file at `path`, which messages call `label`.
 
     Raises:
-        ConfigError: no such file, not a file, not readable, not UTF-8.
+        ConfigError: the file is missing, is no regular file, is unreadable, or is not UTF-8.
     """
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
             raise ConfigError.of(f"{label}: this is a folder", "a file")
-        if not stat.S_ISREG(mode):  # reading might never end
+        if not stat.S_ISREG(mode):  # reading it might block forever
             raise ConfigError.of(f"{label}: this is a pipe, a socket or a device", "a file")
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         if path.is_symlink():
             raise ConfigError.of(
-                f"{label}: a link to {path.readlink()}, which is not there", remedy="Correct the link."
+                f"{label}: a link to {path.readlink()}, which does not exist", remedy="Correct the link."
             ) from None
         raise ConfigError.of(f"{label}: no such file") from None
     except OSError as error:
         raise ConfigError.of(
             f"{label}: cannot be read ({error.strerror})",
-            remedy="Give the user that runs this command the right to read it, or name another file.",
+            remedy="Allow the user that runs this command to read it, or name another file.",
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError.of(f"{label}: byte {error.start} is not UTF-8", remedy="Save it as UTF-8.") from error
@@ -61,33 +62,33 @@ def _toml(text: str, label: str) -> Any:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError.of(f"{label}: not valid TOML: {error}") from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError.of(f"{label}: more than a config holds ({error})") from error
+        raise ConfigError.of(f"{label}: too large a value for a config ({error})") from error
 
 
 def _json(text: str, label: str) -> Any:
     repeated: list[str] = []
 
-    def note_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         pairs = [(name, value) for name, value in pairs if not name.startswith(COMMENT)]
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        values = dict(pairs)
+        if len(values) < len(pairs):
             names = [name for name, _ in pairs]
-            repeated.extend(name for name in found if names.count(name) > 1)
-        return found
+            repeated.extend(name for name in values if names.count(name) > 1)
+        return values
 
     try:
-        value = json.loads(text, object_pairs_hook=note_repeated)
+        value = json.loads(text, object_pairs_hook=object_of)
     except json.JSONDecodeError as error:
-        where = f"{label}, line {error.lineno}, column {error.colno}"
-        raise ConfigError.of(f"{where}: not valid JSON", remedy=_hint(text, error)) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        raise ConfigError.of(f"{label}: more than a config holds ({error})") from error
+        location = f"{label}, line {error.lineno}, column {error.colno}"
+        raise ConfigError.of(f"{location}: not valid JSON", remedy=_hint(text, error)) from error
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or thousands of nested brackets
+        raise ConfigError.of(f"{label}: too large a value for a config ({error})") from error
     ConfigError.raise_if(Problem(f"{label}: {name} is given twice", remedy="Keep one of them.") for name in repeated)
     return value
 
 
 def _hint(text: str, error: json.JSONDecodeError) -> str:
-    """What is probably wrong at the place where the parser stopped."""
+    """The probable mistake at the position where the parser stopped."""
     before, after = text[: error.pos].rstrip(), text[error.pos :].lstrip()
     if not before and not after:
         return "The file is empty."

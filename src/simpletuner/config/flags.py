@@ -1,7 +1,7 @@
-"""The options of `simpletuner train` as flags: one for each option, and those that say which files to read.
+"""The flags of `simpletuner train`: one for each option, and the selectors, which name the files to read.
 
-A boolean takes `--flag`, `--flag true` and `--flag=false` alike. Every mistake is reported together with those of the
-files.
+A boolean accepts `--flag`, `--flag true` and `--flag=false`. Faulty flags are reported together with the problems of
+the files.
 """
 
 from collections.abc import Collection, Sequence
@@ -14,19 +14,19 @@ from simpletuner.config.paths import stray_text
 from simpletuner.config.values import shown
 
 LIKE = "like"
-"""The selector that `cli.like` reads, before anything else is."""
+"""The selector that `cli.like` reads before the configuration is loaded."""
 SELECTORS = {
     "config": "read this file: config.json or config.toml",
     "env": "read config/NAME/",
     "example": "train an example that comes with the program, such as tiny-lora",
-    LIKE: "take the options with which this LoRA or model was trained; datasets and paths are asked for, or typed",
+    LIKE: "use the options that this LoRA or model was trained with; give datasets and paths when asked, or as flags",
 }
-"""Flags that say where options are read; not options themselves."""
+"""Flags that select where options are read from; they are no options themselves."""
 
 
 @dataclass
 class Flags:
-    """What was typed."""
+    """Parsed flags of a command line."""
 
     options: dict[str, Given] = field(default_factory=dict)
     selectors: dict[str, str] = field(default_factory=dict)
@@ -34,8 +34,10 @@ class Flags:
 
 
 def parse(arguments: Sequence[str], repeatable: Collection[str] = ()) -> Flags:
-    """The flags in `arguments`. Values are checked later, with those of the other sources; where a flag is
-    given twice, the last one counts. A `repeatable` one has a tuple of all its values, and comes after the others.
+    """Parse the flags in `arguments`. Values are checked later, together with those of the other sources.
+
+    If a flag is repeated, its last value counts; a `repeatable` flag has a tuple of all its values, and is placed after
+    the other flags.
     """
     flags = Flags()
     repeated: dict[str, list[str]] = {}
@@ -52,7 +54,7 @@ def parse(arguments: Sequence[str], repeatable: Collection[str] = ()) -> Flags:
             stray = stray_text(f"--{name}", value, is_path=True)
             flags.problems += [] if stray is None else [stray]
         else:
-            flags.problems.append(Problem(f"--{name}: nothing is named", "a name or path after it"))
+            flags.problems.append(Problem(f"--{name} has no value", "a name or path after it"))
     flags.options |= {name: Given(tuple(values), "flag", f"--{name}") for name, values in repeated.items()}
     return flags
 

@@ -1,11 +1,11 @@
-"""Every FLUX.2 that can be named: its shapes, how its text is encoded, its license and its defaults. Plain data."""
+"""The FLUX.2 flavours: their shapes, text encoding, licenses and defaults. Plain data."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-# The reference wording, with its one newline: a space there changes the tokens of every prompt.
+# Exact reference wording. Replacing its newline by a space would change the tokens of every prompt.
 SYSTEM_MESSAGE = (
     "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
     "relationships, object\nattribution and actions without speculation."
@@ -14,7 +14,7 @@ SYSTEM_MESSAGE = (
 
 @dataclass(frozen=True)
 class TransformerSpec:
-    """What decides every tensor shape of the transformer. Channels are counts, `eps` is that of all norms."""
+    """Hyperparameters that determine every tensor shape of the transformer; `eps` applies to all norms."""
 
     heads: int
     head_dim: int
@@ -40,23 +40,23 @@ class TransformerSpec:
 
     @property
     def mlp_hidden(self) -> int:
-        """Width inside a feed-forward, after the gate."""
+        """Inner width of a feed-forward layer, after the gate."""
         return int(self.hidden * self.mlp_ratio)
 
     @property
     def blocks(self) -> int:
-        """Double and single blocks together."""
+        """Number of blocks, double and single."""
         return self.double_blocks + self.single_blocks
 
 
 @dataclass(frozen=True)
 class TextSpec:
-    """What decides the tensor shapes of a text encoder's language model."""
+    """Hyperparameters that determine the tensor shapes of a text encoder's language model."""
 
     vocabulary: int
     hidden: int
     inner: int
-    """Width inside a feed-forward."""
+    """Inner width of a feed-forward layer."""
     heads: int
     key_heads: int
     head_dim: int
@@ -72,25 +72,25 @@ class TextSpec:
 
     @property
     def scales(self) -> int:
-        """Numbers of a layer's norms."""
+        """Number of norm weights in a layer."""
         return 2 * self.hidden + (2 * self.head_dim if self.has_head_norms else 0)
 
 
 @dataclass(frozen=True)
 class AutoencoderSpec:
-    """What decides the tensor shapes of diffusers' `AutoencoderKLFlux2`."""
+    """Hyperparameters that determine the tensor shapes of diffusers' `AutoencoderKLFlux2`."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
-    """At each level, the largest pictures first."""
+    """Channels at each level, from the highest resolution to the lowest."""
     blocks_per_level: int = 2
-    """Residual blocks; the decoder has one more."""
+    """Residual blocks per encoder level; a decoder level has one more."""
     decoder_channels: tuple[int, ...] | None = None
-    """Where the decoder's are other ones, in the same order: the small decoder has 96, 192, 384 and 384."""
+    """Channels of the decoder, in the same order; None if equal. The small decoder has 96, 192, 384 and 384."""
     latent_channels: int = 32
     tile: int = 1024
-    """Side in pixels of what is encoded or decoded at a time where tiling is on."""
+    """Side of a tile in pixels, when tiling is on."""
     norm_groups: int = 32
-    """Groups of every group norm; shapes do not tell."""
+    """Groups of every group norm; they do not show in tensor shapes."""
 
 
 DEV = TransformerSpec(
@@ -152,7 +152,7 @@ TINY_KLEIN = TransformerSpec(
     axes=(8, 8, 8, 8),
 )
 
-# As in klein-4b, the heads together are wider than a state.
+# As in klein-4b, all heads together are wider than a hidden state.
 TINY_KLEIN_TEXT = TextSpec(vocabulary=704, hidden=64, inner=96, heads=6, key_heads=2, head_dim=16, has_head_norms=True)
 
 TINY_AUTOENCODER = AutoencoderSpec(channels=(16, 32, 64, 64), blocks_per_level=1, tile=256, norm_groups=2)
@@ -162,18 +162,17 @@ TextEncoderKind = Literal["mistral3", "qwen3"]
 """The language model that encodes prompts."""
 
 GuidanceKind = Literal["embedded", "classifier-free", "none"]
-"""How guidance acts when an image is made: `embedded`, a scale that the transformer takes as an input;
-`classifier-free`, two predictions a step, one of them without the prompt; `none`, built into the weights at a fixed
-strength."""
+"""How guidance works in sampling: `embedded`, the transformer takes the scale as an input; `classifier-free`, two
+predictions per step, one of them without the prompt; `none`, the weights have a fixed guidance built in."""
 
 
 class GuidanceScales(NamedTuple):
-    """What guidance an image is made with."""
+    """Guidance scales for sampling an image."""
 
     embedded: float
-    """Fed to the transformer's embedder; a model without one ignores it."""
+    """Input of the transformer's guidance embedder; a model without one ignores it."""
     real: float
-    """Of classifier-free guidance against the negative prompt; 1 is none, in half the time."""
+    """Scale of classifier-free guidance against the negative prompt; 1 turns it off and halves the time."""
 
 
 @dataclass(frozen=True)
@@ -183,67 +182,67 @@ class TextContextSpec:
     kind: TextEncoderKind
     encoder: TextSpec
     system_message: str | None
-    """Stands before each prompt, in the tokenizer's chat template; None where nothing does."""
+    """System message before each prompt in the tokenizer's chat template; None for no message."""
     layers: tuple[int, ...]
-    """Hidden states of the text encoder that are put side by side; 0 would be the embeddings."""
+    """Text encoder layers whose hidden states are concatenated; 0 would be the embeddings."""
     length: int
-    """Tokens of a context, padding included: a model knows the positions that it was trained with, and no others."""
+    """Tokens of a context, including padding. The model was trained with only these positions."""
     padding_side: Literal["left", "right"]
 
 
 @dataclass(frozen=True)
 class Flavour:
-    """One FLUX.2: what it is made of, where it is, under which license, and how its pictures are made."""
+    """One FLUX.2 model: its components, Hub repository, license, and defaults for sampling."""
 
     name: "FlavourName"
     summary: str
     """Completes "`name` is ..." in the docs."""
     title: str
-    """As a sentence names it."""
+    """Name for use in a sentence."""
     repo: str | None
-    """Hub id; None for an embedded model, which is made on the spot."""
+    """Hub id; None for an embedded model, which is generated locally."""
     downloads: Mapping[str, int]
-    """Bytes of each component's files on the Hub, as far as they are used."""
+    """Bytes to download from the Hub for each component."""
     transformer: TransformerSpec
     text: TextContextSpec
     autoencoder: AutoencoderSpec
     license: str
-    """What a user must know before using, or passing on, a LoRA of it."""
+    """The license, which users must know before they use or share a LoRA of this model."""
     license_notice: str | None
-    """A sentence at the start of each run, where the license restricts what a user may do."""
+    """A sentence to print at the start of each run, if the license restricts use."""
     guidance: float
-    """Guidance for making pictures (training uses 1)."""
+    """Default guidance for sampling (training uses 1)."""
     steps: int
-    """Denoising steps for making pictures."""
+    """Default denoising steps for sampling."""
     shift: float
     """Default of `flow_schedule_shift`."""
     only_side: int | None
-    """Side in pixels of the only images that it can make; None where any usual size will do."""
+    """Side in pixels of the only image size that the model can generate; None if it can generate any usual size."""
     validation_steps: int
     """Default of `validation_num_inference_steps`: fewer than `steps`, since pictures are made again and again."""
     family: str
-    """LoRAs of one flavour of a family fit all others of it: base and distilled weights of one size."""
+    """Name shared by base and distilled weights of one size. A LoRA of one flavour fits the others of its family."""
     is_distilled: bool = False
-    """Whether the weights are distilled for few steps without guidance: made for drawing, not for training."""
+    """Whether the weights are distilled for few steps without guidance, for sampling rather than training."""
     preview: "FlavourName | None" = None
-    """The distilled flavour of the family, of a base that has one."""
+    """The distilled flavour of a base model's family, if there is one."""
 
     @property
     def guidance_kind(self) -> GuidanceKind:
-        """What guidance does to this flavour."""
+        """How guidance works on this flavour."""
         if self.transformer.guidance_embeds:
             return "embedded"
         return "none" if self.is_distilled else "classifier-free"
 
     def scales(self, guidance: float, guidance_real: float) -> GuidanceScales:
-        """What the options `validation_guidance` and `validation_guidance_real` mean for this flavour."""
+        """The scales that `validation_guidance` and `validation_guidance_real` set on this flavour."""
         if self.guidance_kind == "embedded":
             return GuidanceScales(guidance, guidance_real)
         return GuidanceScales(1.0, guidance if self.guidance_kind == "classifier-free" else 1.0)
 
     @property
     def option_defaults(self) -> dict[str, Any]:
-        """Defaults of options that belong to the flavour."""
+        """Option defaults that depend on the flavour."""
         return {
             "flow_schedule_shift": self.shift,
             "validation_guidance": self.guidance,
@@ -261,7 +260,7 @@ FlavourName = Literal[
     "tiny-klein",
     "tiny-klein-distilled",
 ]
-"""The keys of `FLAVOURS`, for types: a test compares the two."""
+"""The keys of `FLAVOURS` as a type; a test compares the two."""
 
 DEFAULT_FLAVOUR: FlavourName = "dev"
 
@@ -316,8 +315,8 @@ _TINY_KLEIN_BASE = replace(
     _KLEIN_4B_BASE,
     name="tiny-klein",
     summary=(
-        "a small FLUX.2 with all of klein's parts and drawn weights, made on the spot: it trains on two CPU cores, and "
-        "draws patterns"
+        "a small FLUX.2 with all of klein's parts and random weights, generated locally: it trains on two CPU cores, "
+        "and its images are patterns"
     ),
     title="the embedded klein",
     repo=None,
@@ -334,12 +333,12 @@ _TINY_KLEIN_BASE = replace(
 
 
 def _distilled(base: Flavour, *, title: str, repo: str | None, license_terms: str | None = None) -> Flavour:
-    """The distilled sibling of a klein base: the same shapes, other weights, four steps without guidance."""
+    """The distilled sibling of a klein base: same shapes, different weights, four steps without guidance."""
     assert base.preview is not None
     return replace(
         base,
         name=base.preview,
-        summary=f"the distilled weights of the same size as `{base.name}`, for drawing in 4 steps: training them fails",
+        summary=f"the distilled weights of `{base.name}`'s size, for sampling in 4 steps: training them fails",
         title=title,
         repo=repo,
         license=license_terms or base.license,
@@ -392,7 +391,7 @@ FLAVOURS: Mapping[str, Flavour] = {
     "tiny": Flavour(
         name="tiny",
         summary=(
-            "a small FLUX.2 with all of dev's parts that comes with the program: it trains on two CPU cores without a "
+            "a small FLUX.2 with all of dev's parts, included in the program: it trains on two CPU cores without a "
             "network"
         ),
         title="the embedded model",
@@ -423,14 +422,14 @@ FLAVOURS: Mapping[str, Flavour] = {
 
 
 def sibling(flavour: Flavour) -> Flavour | None:
-    """The other flavour of its family: the distilled weights of a base, or the base of distilled ones."""
+    """The other flavour of the family: the distilled weights of a base, or the base of distilled weights."""
     return next(
         (each for each in FLAVOURS.values() if each.family == flavour.family and each.name != flavour.name), None
     )
 
 
 def flavour_of_base(base_model: str) -> Flavour | None:
-    """The flavour of the weights that a record names as its base model: by a Hub id, or an embedded model's folder."""
+    """The flavour whose Hub id or embedded model's folder a record names as its base model; None if there is none."""
     for flavour in FLAVOURS.values():
         is_embedded = flavour.repo is None and re.fullmatch(rf"{re.escape(flavour.name)}-\d+", base_model)
         if base_model == flavour.repo or is_embedded:
@@ -442,8 +441,8 @@ _KLEIN_FILE = re.compile(r"flux-?2-klein-(?P<base>base-)?\d+b")
 
 
 def is_distilled_file(name: str) -> bool | None:
-    """Whether a single file of that name holds distilled weights, by Black Forest Labs' names for klein; None where it
-    has another name.
+    """Whether a single file of this name holds distilled weights, by Black Forest Labs' names for klein; None for any
+    other name.
     """
     match = _KLEIN_FILE.match(name.lower())
     return None if match is None else match["base"] is None

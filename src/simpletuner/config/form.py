@@ -1,4 +1,4 @@
-"""The form of a config, made from the options themselves: what a page needs to ask for each of them."""
+"""The config form of the page, generated from the options: one field for each option."""
 
 import re
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ BASIC = frozenset(
         "checkpoints_total_limit",
     }
 )
-"""What a person with one GPU sets; the other options can wait."""
+"""Options that a user with one GPU usually sets; the form shows the others as advanced."""
 
 BASIC_OF_SETS = frozenset(
     {
@@ -63,7 +63,7 @@ BASIC_OF_SETS = frozenset(
         "cache_dir",
     }
 )
-"""The same of a set of images and of a text store."""
+"""The same for the keys of datasets and text stores."""
 
 UNITS = {
     "max_train_steps": "steps",
@@ -90,7 +90,7 @@ UNITS = {
     "max_workers": "threads",
     "distributed_timeout_s": "seconds",
 }
-"""What a number counts, where its name leaves that open."""
+"""Unit of a number, where the option's name does not say it."""
 
 _LINK = re.compile(r"\[([^\]]+)\]\([^)]+\)")
 
@@ -98,38 +98,38 @@ FieldKind = Literal["boolean", "integer", "number", "text", "choice", "path", "m
 
 
 class Field(BaseModel):
-    """One option as a form asks for it."""
+    """One option as a form field."""
 
     name: str
     label: str
     """The name in words."""
     meaning: str
-    """From the docs, without their links."""
+    """The option's help, without its links."""
     expects: str
     kind: FieldKind
-    """`json` is a JSON value; text that is none is meant as text. `model` is a Hub id or a path."""
+    """`json` takes a JSON value; text that is no JSON is kept as text. `model` takes a Hub id or a path."""
     choices: list[str]
-    """All values of a `choice`, in their order; of `text`, names to suggest."""
+    """All values of a `choice`, in their order; for `text`, names to suggest."""
     default: Any
-    """What counts where the option is left out; null where it is required or nothing is set."""
+    """Value used if the option is left out; null if it is required or unset by default."""
     required: bool
     minimum: float | int | None
-    """The lower bound; `expects` says whether it is allowed itself."""
+    """The lower bound; `expects` says whether it is inclusive."""
     maximum: float | int | None
     basic: bool
     unit: str
-    """What a number counts; empty where that is plain."""
+    """Unit of a number; empty where the name says it."""
 
 
 class OptionGroup(BaseModel):
-    """Options that stand together."""
+    """Options that the form shows together."""
 
     title: str
     fields: list[Field]
 
 
 class Form(BaseModel):
-    """Every option of a config, and the keys of an entry in its list of datasets."""
+    """Fields for every option of a config, and for the keys of an entry in its dataset list."""
 
     groups: list[OptionGroup]
     image_set: list[Field]
@@ -139,7 +139,7 @@ class Form(BaseModel):
 
 @cache
 def form() -> Form:
-    """The form of this version of the program."""
+    """The form for the options of this version."""
     return Form(
         groups=[
             OptionGroup(title=str(group.__doc__).rstrip("."), fields=_fields(group, BASIC, LABELS)) for group in SLICES
@@ -152,10 +152,10 @@ def form() -> Form:
 
 def _fields(model: type[Slice], basic: frozenset[str], labels: Mapping[str, str]) -> list[Field]:
     texts = model.documentation()
-    found = []
+    fields = []
     for name, kind in kinds(model).items():
         declared = model.model_fields[name]
-        found.append(
+        fields.append(
             Field(
                 name=name,
                 label=labels[name],
@@ -171,7 +171,7 @@ def _fields(model: type[Slice], basic: frozenset[str], labels: Mapping[str, str]
                 unit=UNITS.get(name, ""),
             )
         )
-    return found
+    return fields
 
 
 def _kind(kind: OptionType) -> FieldKind:

@@ -1,4 +1,4 @@
-"""Keys as they were given, from whichever source, held against a model: what is valid, and every problem."""
+"""Validation of keys and values from any source against a slice of options, with a problem for each faulty key."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ ORIGINS: tuple[Origin, ...] = ("default", "file", "environment", "flag")
 
 @dataclass(frozen=True)
 class Given:
-    """A value that somebody typed."""
+    """A value that the user gave."""
 
     value: object
     origin: Origin
@@ -39,25 +39,25 @@ class Given:
 
 @dataclass(frozen=True)
 class Known:
-    """What a mapping of keys may hold."""
+    """The keys that a mapping may hold: the fields of `model`, and other keys that are known but are no fields."""
 
     model: type[Slice]
     others: OtherKeys = NO_OTHER_KEYS
     noun: str = "option"
     elsewhere: Collection[str] = ()
-    """Keys that belong into another place, which is `other_place`."""
+    """Keys that belong in `other_place` instead."""
 
     other_place: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every key that is not a typo."""
+        """Every known key."""
         return (*self.model.model_fields, *self.others.aliases, *self.others.keys)
 
 
 @dataclass
 class Checked:
-    """What came of the check. `problems` holds one entry for each bad key, in the order they were given."""
+    """Result of the check. `problems` has one entry for each faulty key, in the order given."""
 
     valid: dict[str, Any] = field(default_factory=dict)
     problems: dict[str, Problem] = field(default_factory=dict)
@@ -65,28 +65,28 @@ class Checked:
 
 
 def unaliased(
-    source: Iterable[tuple[str, Given]], known: Known, checked: Checked, *, where: str = ""
+    source: Iterable[tuple[str, Given]], known: Known, checked: Checked, *, prefix: str = ""
 ) -> dict[str, Given]:
-    """One source's keys under their real names. A key that stands there twice is a problem."""
-    found: dict[str, Given] = {}
+    """One source's values by canonical key. A key that is given twice is a problem. `prefix` begins each message."""
+    givens: dict[str, Given] = {}
     for key, given in source:
         name = known.others.aliases.get(key, key)
-        if name in found:
+        if name in givens:
             checked.problems[name] = Problem(
-                f"{where}{found[name].spelled} and {given.spelled} are both given, and mean the same",
+                f"{prefix}{givens[name].spelled} and {given.spelled} are both given, and mean the same",
                 remedy="Keep one of them.",
             )
             continue
         if name != key:
-            checked.notices.append(f"{where}{given.spelled} is read as {name}.")
-        found[name] = given
-    return found
+            checked.notices.append(f"{prefix}{given.spelled} is read as {name}.")
+        givens[name] = given
+    return givens
 
 
 def check_givens(givens: Mapping[str, Given], known: Known, checked: Checked, *, where: str = "") -> Checked:
-    """Add to `checked` the valid values among `givens`, and a problem for each other key or missing one.
+    """Add to `checked` the valid values in `givens`, and a problem for each faulty or missing key.
 
-    `where` comes before each message: the file and the entry, where the key alone does not tell.
+    `where` begins each message: the file and the entry, if the key alone does not identify them.
     """
     all_kinds = kinds(known.model)
     values: dict[str, Any] = {}
@@ -130,7 +130,7 @@ def check_givens(givens: Mapping[str, Given], known: Known, checked: Checked, *,
 
 
 def _plain(value: object) -> object:
-    """A value whose kind is not known yet: text from a flag may be a boolean or a number."""
+    """A value without a declared type: convert text from a flag to a boolean or a number if it is one."""
     if not isinstance(value, str):
         return value
     if value in ("true", "false"):
@@ -153,14 +153,14 @@ def refused(model: type[Slice], values: dict[str, Any]) -> list[str]:
 
 
 def _not_here(label: str, given: Given, other: OtherKey) -> Problem:
-    # The value is named where another one would pass; of the others it may be a secret.
+    # Show the value only if another value would be accepted; otherwise it may be a secret.
     value = f" = {shown(_plain(given.value))}" if other.off else ""
     return Problem(f"{label}{value}: {other.meaning}", remedy=other.remedy)
 
 
 def _unknown(label: str, key: str, given: Given, known: Known) -> Problem:
     if key in known.elsewhere and key not in known.others.nicknames:
-        return Problem(f"{label}: no such {known.noun}", remedy=f"It belongs into {known.other_place}.")
+        return Problem(f"{label}: no such {known.noun}", remedy=f"It belongs in {known.other_place}.")
     near = known.others.nicknames.get(key) or nearest(key, known.names)
     if near is None:
         return Problem(f"{label}: no such {known.noun}")
@@ -169,7 +169,7 @@ def _unknown(label: str, key: str, given: Given, known: Known) -> Problem:
 
 
 def _spelled_like(given: Given, name: str) -> str:
-    """`name` as it is typed where `given` stood."""
+    """`name` in the spelling of `given`'s source: environment variable, flag or key."""
     if given.origin == "environment":
         return f"SIMPLETUNER_{name.upper()}"
     return f"--{name}" if given.spelled.startswith("--") else name
@@ -190,7 +190,7 @@ def _not_expected(where: str, given: Given, kind: OptionType) -> Problem:
         remedy = "Write it without quotes."
     elif isinstance(value, str) and is_quoted_number(value.replace(",", "."), kind):
         remedy = "Write a point, not a comma."
-    if isinstance(value, str) and len(kind.near) > 4:  # a short list is its own suggestion
+    if isinstance(value, str) and len(kind.near) > 4:  # `expects` already lists a few names
         meant, alike = nearest(value, kind.near), similar(value, kind.near)
         remedy = f"Did you mean {meant}?" if meant else f"The nearest is {alike}." if alike else remedy
     return Problem(f"{where}{given.spelled} = {shown(value)}", kind.expects, remedy)

@@ -1,4 +1,4 @@
-"""`multidatabackend.json` as `Datasets`, with every fault of every entry."""
+"""Read `multidatabackend.json` to `Datasets`, or report every problem of every entry."""
 
 import re
 from collections import Counter
@@ -22,7 +22,7 @@ from simpletuner.config.documents import document_text, read_document
 from simpletuner.config.given import Checked, Given, Known, check_givens, unaliased
 from simpletuner.config.options.kinds import Slice
 from simpletuner.config.other_keys import OTHER_CONDITION_KEYS, OTHER_SET_KEYS, OTHER_STORE_KEYS
-from simpletuner.config.other_trainers import OUR_DATASETS, of_other_trainer, other_format
+from simpletuner.config.other_trainers import OUR_DATASETS, other_format, other_trainer_problem
 from simpletuner.config.paths import PathRule, filled, joined
 from simpletuner.config.run import OPTION_NAMES
 from simpletuner.config.values import join_names, kinds, nearest, no_effect, shown
@@ -52,7 +52,7 @@ _SHAPE_KEYS = PictureSet.model_fields.keys() - {"id", "type", "instance_data_dir
 _LEAST_EDGE, _MOST_AREAS = 16, 64
 _REPLACEMENT = re.compile(r"s/.*/.*/")
 _PATTERN_SIGNS = re.compile(r"[\\^$*+|\[\]{}]")
-_OF_TRAINING = (
+_TRAINING_KEYS = (
     "repeats",
     "probability",
     "start_step",
@@ -65,37 +65,38 @@ _OF_TRAINING = (
     "class_prompt",
     "loss_weight",
 )
-"""Keys that a held-out set has no use for."""
+"""Keys that have no effect on a held-out dataset."""
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """What the entries' paths and defaults refer to."""
+class PathContext:
+    """Values for resolving the paths in a config or dataset list."""
 
     folder: Path
-    """Relative paths start here."""
+    """Start of relative paths."""
 
     names: Mapping[str, str]
-    """Placeholders: `model_family` and `output_dir`."""
+    """Values of the placeholders `model_family` and `output_dir`."""
 
     environ: Mapping[str, str] | None
-    """For `{env:NAME}`; None refuses those."""
+    """Values for `{env:NAME}`; None rejects those."""
 
     rule: PathRule | None = None
+    """Check of every resolved path; None allows all."""
 
 
 @dataclass
-class Listing:
-    """What came of the file. `datasets` is None where there are problems."""
+class DatasetListing:
+    """Result of reading the file. `datasets` is None if there are problems."""
 
     datasets: Datasets | None = None
     problems: list[Problem] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
 
-def read_datasets(path: Path, label: str, around: Surroundings) -> Listing:
-    """The datasets listed in `path`, which messages call `label`. Raises nothing: see `problems`."""
-    listing = Listing()
+def read_datasets(path: Path, label: str, path_context: PathContext) -> DatasetListing:
+    """Read the datasets listed in `path`, which messages call `label`. Errors are in `problems`; raises nothing."""
+    listing = DatasetListing()
     try:
         entries = read_document(path, label)
     except ConfigError as error:
@@ -103,7 +104,7 @@ def read_datasets(path: Path, label: str, around: Surroundings) -> Listing:
         return listing
     name = other_format(entries) if isinstance(entries, dict) else None
     if name is not None:
-        listing.problems.append(of_other_trainer(label, name, entries, OUR_DATASETS))
+        listing.problems.append(other_trainer_problem(label, name, entries, OUR_DATASETS))
         return listing
     if not isinstance(entries, list):
         listing.problems.append(Problem(f"{label}: {shown(entries)}", "a list of objects, in [ ]"))
@@ -116,154 +117,158 @@ def read_datasets(path: Path, label: str, around: Surroundings) -> Listing:
         if not isinstance(entry, dict):
             listing.problems.append(Problem(f"{label}, entry {number}: {shown(entry)}", "an object, in { }"))
             continue
-        made = _entry(entry, f"{label}, {entry.get('id', f'entry {number}')}: ", listing, around)
+        parsed = _entry(entry, f"{label}, {entry.get('id', f'entry {number}')}: ", listing, path_context)
         names.append(str(entry.get("id")))
-        if isinstance(made, ImageSet):
-            sets.append(made)
-        elif isinstance(made, ConditioningSet):
-            conditions.append(made)
-        elif isinstance(made, TextStore):
-            stores.append(made)
+        if isinstance(parsed, ImageSet):
+            sets.append(parsed)
+        elif isinstance(parsed, ConditioningSet):
+            conditions.append(parsed)
+        elif isinstance(parsed, TextStore):
+            stores.append(parsed)
     listing.problems += [
         Problem(f"{label}: {names.count(name)} entries have the id {shown(name)}", "a different id for each")
         for name in dict.fromkeys(names)
         if name != "None" and names.count(name) > 1
     ]
     if not listing.problems:
-        _assemble(sets, conditions, stores, label, listing, around)
+        _assemble(sets, conditions, stores, label, listing, path_context)
     return listing
 
 
-def _entry(entry: dict[str, Any], where: str, listing: Listing, around: Surroundings) -> Slice | None:
-    """One entry as what it is, or None with its problems added to `listing`."""
+def _entry(entry: dict[str, Any], prefix: str, listing: DatasetListing, path_context: PathContext) -> Slice | None:
+    """Parse one entry, or return None and add its problems to `listing`. `prefix` begins each message."""
     dataset_type = entry.get("dataset_type") or "image"
     other = OTHER_SET_KEYS.of_value("dataset_type", dataset_type)
     if other is not None:
-        found = f"{where}dataset_type = {shown(dataset_type)}: {other.meaning}"
+        found = f"{prefix}dataset_type = {shown(dataset_type)}: {other.meaning}"
         listing.problems.append(Problem(found, remedy=other.remedy))
         return None
     if dataset_type not in DATASET_TYPES:
-        found = f"{where}dataset_type = {shown(dataset_type)}"
+        found = f"{prefix}dataset_type = {shown(dataset_type)}"
         listing.problems.append(Problem(found, join_names(DATASET_TYPES)))
         return None
     known = {"text_embeds": TEXT_STORE, "conditioning": CONDITIONING_SET}.get(dataset_type, IMAGE_SET)
     if known.others.of_value("type", entry.get("type")) is not None:
-        # The keys that go with another place come with the work that reads it: one message is enough.
+        # Report an unsupported storage once: drop its other keys, which would be reported too.
         entry = {key: entry[key] for key in ("id", "type", "instance_data_dir") if key in entry}
         entry.setdefault("instance_data_dir", ".")
-    entry = _with_filter_file(entry, where, listing, around)
+    entry = _with_filter_file(entry, prefix, listing, path_context)
     shuffle = entry.get("caption_shuffle")
     if isinstance(shuffle, dict):
-        parts = {key: Given(value, "file", key) for key, value in shuffle.items()}
-        faulty = check_givens(parts, CAPTION_SHUFFLE, Checked(), where=f"{where}caption_shuffle: ").problems
+        shuffle_givens = {key: Given(value, "file", key) for key, value in shuffle.items()}
+        faulty = check_givens(shuffle_givens, CAPTION_SHUFFLE, Checked(), where=f"{prefix}caption_shuffle: ").problems
         if faulty:
             listing.problems += faulty.values()
             entry = {key: value for key, value in entry.items() if key != "caption_shuffle"}
     checked = Checked()
-    givens = unaliased([(key, Given(value, "file", key)) for key, value in entry.items()], known, checked, where=where)
-    check_givens(givens, known, checked, where=where)
+    givens = unaliased(
+        [(key, Given(value, "file", key)) for key, value in entry.items()], known, checked, prefix=prefix
+    )
+    check_givens(givens, known, checked, where=prefix)
     listing.notices += checked.notices
     if not checked.problems:
-        checked.valid = _with_paths(checked, known.model, where, around)
+        checked.valid = _with_paths(checked, known.model, prefix, path_context)
     listing.problems.extend(checked.problems.values())
     if checked.problems:
         return None
-    made = known.model(**checked.valid)
+    parsed = known.model(**checked.valid)
     name = checked.valid["id"]
     faults = [] if does_as_file_name(name) else [Problem(f"id = {shown(name)}", f"{FILE_NAME}: it becomes a folder's")]
-    if isinstance(made, PictureSet):
-        faults += _picture_faults(made)
-        listing.notices += [where + notice for notice in _picture_notices(made, entry.keys())]
-    if isinstance(made, ImageSet):
-        faults += _image_faults(made)
-        listing.notices += [where + notice for notice in _image_notices(made, entry.keys())]
-    if isinstance(made, TextStore):
-        faults += _filter_faults(made)
-        signs = [text for text in made.caption_filter_list or () if _PATTERN_SIGNS.search(text)]
-        if signs:
+    if isinstance(parsed, PictureSet):
+        faults += _picture_faults(parsed)
+        listing.notices += [prefix + notice for notice in _picture_notices(parsed, entry.keys())]
+    if isinstance(parsed, ImageSet):
+        faults += _image_faults(parsed)
+        listing.notices += [prefix + notice for notice in _image_notices(parsed, entry.keys())]
+    if isinstance(parsed, TextStore):
+        faults += _filter_faults(parsed)
+        patterns = [text for text in parsed.caption_filter_list or () if _PATTERN_SIGNS.search(text)]
+        if patterns:
             listing.notices.append(
-                f"{where}caption_filter_list: {join_names(map(shown, signs), 'and')} are taken out as they are "
-                "written: these are texts, not regular expressions."
+                f"{prefix}caption_filter_list: {join_names(map(shown, patterns), 'and')} are removed literally: "
+                "these are texts, not regular expressions."
             )
-    faults = [replace(fault, found=where + fault.found) for fault in faults]
-    if isinstance(made, PictureSet) and not made.disabled and not Path(made.instance_data_dir).is_dir():
-        faults.append(_no_folder(where, entry["instance_data_dir"], made.instance_data_dir))
+    faults = [replace(fault, found=prefix + fault.found) for fault in faults]
+    if isinstance(parsed, PictureSet) and not parsed.disabled and not Path(parsed.instance_data_dir).is_dir():
+        faults.append(_no_folder(prefix, entry["instance_data_dir"], parsed.instance_data_dir))
     listing.problems += faults
-    return None if faults else made
+    return None if faults else parsed
 
 
-def _with_filter_file(entry: dict[str, Any], where: str, listing: Listing, around: Surroundings) -> dict[str, Any]:
-    """`entry`, with what the file of its `caption_filter_list` lists in place of the file's name."""
+def _with_filter_file(
+    entry: dict[str, Any], prefix: str, listing: DatasetListing, path_context: PathContext
+) -> dict[str, Any]:
+    """`entry` with the file name in `caption_filter_list` replaced by the texts in that file."""
     key = "caption_filter_list"
     typed = entry.get(key)
     if not isinstance(typed, str) or not typed:
         return entry
-    others = {name: value for name, value in entry.items() if name != key}
-    label = f"{where}{key} = {shown(typed)}"
+    without_filter = {name: value for name, value in entry.items() if name != key}
+    label = f"{prefix}{key} = {shown(typed)}"
     try:
-        names = {**around.names, "id": str(entry.get("id"))}
-        path = joined(around.folder, filled(typed, names, around.environ))
-        refused = None if around.rule is None else around.rule(key, path)
+        names = {**path_context.names, "id": str(entry.get("id"))}
+        path = joined(path_context.folder, filled(typed, names, path_context.environ))
+        refused = None if path_context.rule is None else path_context.rule(key, path)
         if refused is not None:
-            listing.problems.append(replace(refused, found=where + refused.found, key=""))
-            return others
+            listing.problems.append(replace(refused, found=prefix + refused.found, key=""))
+            return without_filter
         if Path(path).suffix == ".json":
             return entry | {key: read_document(Path(path), label)}
         lines = document_text(Path(path), label).splitlines()
     except ValueError as error:
         listing.problems.append(Problem(f"{label}: {error}"))
-        return others
+        return without_filter
     except ConfigError as error:
         listing.problems += error.problems
-        return others
+        return without_filter
     return entry | {key: [line.strip() for line in lines if line.strip()]}
 
 
 def _filter_faults(store: TextStore) -> Iterator[Problem]:
-    """SimpleTuner's way of writing a replacement."""
+    """Reject filters in SimpleTuner's syntax for a replacement, `s/a/b/`."""
     replacing = [text for text in store.caption_filter_list or () if _REPLACEMENT.fullmatch(text)]
     if replacing:
         yield Problem(
             f"caption_filter_list: {join_names(map(shown, replacing), 'and')}",
-            "texts to take out",
+            "texts to remove",
             "Replace texts in the caption files: simpletuner dataset captions FOLDER --find TEXT --replace TEXT.",
         )
 
 
-def _with_paths(checked: Checked, model: type[Slice], where: str, around: Surroundings) -> dict[str, Any]:
-    """The valid values, defaults of paths included, with every path filled in."""
+def _with_paths(checked: Checked, model: type[Slice], prefix: str, path_context: PathContext) -> dict[str, Any]:
+    """The valid values, and the defaults of paths, with every path resolved."""
     values = dict(checked.valid)
-    names = {**around.names, "id": values["id"]}
+    names = {**path_context.names, "id": values["id"]}
     for key, kind in kinds(model).items():
         if kind.is_path:
             text = values.get(key, model.model_fields[key].default)
             try:
-                values[key] = joined(around.folder, filled(text, names, around.environ))
+                values[key] = joined(path_context.folder, filled(text, names, path_context.environ))
             except ValueError as error:
-                checked.problems[key] = Problem(f"{where}{key} = {shown(text)}: {error}")
+                checked.problems[key] = Problem(f"{prefix}{key} = {shown(text)}: {error}")
                 continue
-            refused = None if around.rule is None else around.rule(key, values[key])
+            refused = None if path_context.rule is None else path_context.rule(key, values[key])
             if refused is not None:
-                # Its key stands in another file than the config.
-                checked.problems[key] = replace(refused, found=where + refused.found, key="")
+                # The key is in the dataset list, not in the config.
+                checked.problems[key] = replace(refused, found=prefix + refused.found, key="")
     return values
 
 
-def _no_folder(where: str, typed: str, path: str) -> Problem:
-    found = f"{where}instance_data_dir = {shown(typed)}"
+def _no_folder(prefix: str, typed: str, path: str) -> Problem:
+    setting = f"{prefix}instance_data_dir = {shown(typed)}"
     if Path(path).exists():
-        return Problem(f"{found}: this is a file", "a folder of pictures")
+        return Problem(f"{setting}: this is a file", "a folder of images")
     parent = Path(path).parent
     siblings = [child.name for child in parent.iterdir() if child.is_dir()] if parent.is_dir() else []
     near = nearest(Path(path).name, siblings)
     if near is not None:
-        return Problem(f"{found}: no such folder", remedy=f"Did you mean {parent / near}?")
-    remedy = "" if Path(typed).is_absolute() else f"It is looked for in {Path(path).absolute().parent}."
-    return Problem(f"{found}: no such folder", remedy=remedy)
+        return Problem(f"{setting}: no such folder", remedy=f"Did you mean {parent / near}?")
+    remedy = "" if Path(typed).is_absolute() else f"The path is relative to {Path(path).absolute().parent}."
+    return Problem(f"{setting}: no such folder", remedy=remedy)
 
 
 def _picture_faults(picture_set: PictureSet) -> Iterator[Problem]:
-    """What is wrong between the keys about size and crop."""
+    """Contradictions between the keys for size and crop."""
     for key in _SIZE_KEYS:
         size: float | None = getattr(picture_set, key)
         if size is not None:
@@ -285,7 +290,7 @@ def _picture_faults(picture_set: PictureSet) -> Iterator[Problem]:
 
 
 def _image_faults(image_set: ImageSet) -> Iterator[Problem]:
-    """What is wrong between the keys about captions and conditions."""
+    """Contradictions between the keys for captions, conditioning sets and windows."""
     prompt = image_set.instance_prompt
     if prompt is not None and not is_visible(prompt):
         yield Problem(f"instance_prompt = {shown(prompt)}", "a caption, as text")
@@ -303,9 +308,9 @@ def _image_faults(image_set: ImageSet) -> Iterator[Problem]:
             "prepend_instance_prompt = true": image_set.prepend_instance_prompt,
             "only_instance_prompt = true": image_set.only_instance_prompt,
         }
-        for found, needs_a_prompt in reasons.items():
+        for setting, needs_a_prompt in reasons.items():
             if needs_a_prompt:
-                yield Problem(f"{found} without instance_prompt", "the caption as instance_prompt")
+                yield Problem(f"{setting} without instance_prompt", "the caption as instance_prompt")
 
 
 def _size_faults(key: str, size: float, unit: str) -> Iterator[Problem]:
@@ -324,13 +329,11 @@ def _size_faults(key: str, size: float, unit: str) -> Iterator[Problem]:
 
 
 def _picture_notices(picture_set: PictureSet, typed: Any) -> Iterator[str]:
-    """Keys about size and crop that were typed and have no effect, each with the reason."""
+    """Notices of given keys for size and crop that have no effect, each with the reason."""
     if isinstance(picture_set, ConditioningSet) and picture_set.conditioning_type != "reference_loose":
         named = [key for key in typed if key in _SHAPE_KEYS]
         if named:
-            yield no_effect(
-                named, f"with {picture_set.conditioning_type} a file is resized and cropped as its image is"
-            )
+            yield no_effect(named, f"with {picture_set.conditioning_type} a file is resized and cropped like its image")
         return
     is_cropped = picture_set.crop
     uses_buckets = is_cropped and picture_set.crop_aspect in ("closest", "random")
@@ -342,7 +345,7 @@ def _picture_notices(picture_set: PictureSet, typed: Any) -> Iterator[str]:
         (
             ("maximum_image_size", "max_upscale_threshold"),
             keeps_shape,
-            "references without crop are brought down to resolution, and never enlarged",
+            "references without crop are downsampled to resolution, and never enlarged",
         ),
     ]
     yield from _ignored(ignored, typed)
@@ -352,18 +355,18 @@ def _picture_notices(picture_set: PictureSet, typed: Any) -> Iterator[str]:
 
 
 def _image_notices(image_set: ImageSet, typed: Any) -> Iterator[str]:
-    """Other keys of an image set that were typed and have no effect, each with the reason."""
+    """Notices of an image set's other given keys that have no effect, each with the reason."""
     has_one_caption = image_set.only_instance_prompt or image_set.caption_strategy == "instanceprompt"
     reads_textfiles = image_set.caption_strategy == "textfile" and not image_set.only_instance_prompt
     ignored = [
         (("disable_multiline_split",), not reads_textfiles, "captions do not come from .txt files"),
         (("caption_shuffle",), has_one_caption, "every caption is instance_prompt"),
-        (_OF_TRAINING, image_set.dataset_type == "eval", "an eval set is never trained"),
+        (_TRAINING_KEYS, image_set.dataset_type == "eval", "an eval set is never trained"),
         (("conditioning_required",), not image_set.conditioning_data, "conditioning_data names no set"),
         (
             ("class_prompt",),
             image_set.is_regularisation_data,
-            "a regularization set is held at the base model as it is",
+            "a regularization set is preserved with its captions unchanged",
         ),
     ]
     yield from _ignored(ignored, typed)
@@ -381,22 +384,22 @@ def _assemble(
     conditions: list[ConditioningSet],
     stores: list[TextStore],
     label: str,
-    listing: Listing,
-    around: Surroundings,
+    listing: DatasetListing,
+    path_context: PathContext,
 ) -> None:
-    """Check across entries, and set `listing.datasets` where nothing is wrong."""
+    """Check across entries, and set `listing.datasets` if there are no problems."""
     enabled = [image_set for image_set in sets if not image_set.disabled]
     train_sets = tuple(image_set for image_set in enabled if image_set.dataset_type == "image")
     if not train_sets:
-        listing.problems.append(Problem(f"{label}: there is nothing to train on", "an enabled image set"))
+        listing.problems.append(Problem(f"{label}: no images to train on", "an enabled image set"))
     elif all(image_set.is_regularisation_data for image_set in train_sets):
-        found = f"{label}: every image set has is_regularisation_data: nothing would be learned"
+        found = f"{label}: every image set has is_regularisation_data, so nothing would be learned"
         listing.problems.append(Problem(found, "an enabled image set without it"))
     if not stores:
-        folder = joined(around.folder, f"{around.names['output_dir']}/cache/text")
+        folder = joined(path_context.folder, f"{path_context.names['output_dir']}/cache/text")
         stores = [TextStore(id="text-embeds", default=True, cache_dir=folder)]
     elif len(stores) == 1 and not stores[0].default:
-        listing.notices.append(f"{label}: {stores[0].id} is the default text store, as the only one.")
+        listing.notices.append(f"{label}: {stores[0].id} is the only text store, so it is the default.")
         stores = [stores[0].model_copy(update={"default": True})]
     defaults = [store.id for store in stores if store.default]
     if len(defaults) != 1:
@@ -409,27 +412,27 @@ def _assemble(
             listing.problems.append(Problem(found, f"the id of a text store: {join_names(ids)}"))
     listing.problems += _condition_problems(sets, conditions, label)
     used = [each for each in conditions if not each.disabled]
-    places = {
-        "output_dir": joined(around.folder, around.names["output_dir"]),
+    output_folders = {
+        "output_dir": joined(path_context.folder, path_context.names["output_dir"]),
         **{f"cache_dir_vae of {each.id}": each.cache_dir_vae for each in (*enabled, *used)},
         **{f"cache_dir of {store.id}": store.cache_dir for store in stores},
     }
     listing.problems += [
         Problem(
-            f"{label}, {each.id}: instance_data_dir is also {place}",
-            "a folder for each: what is written there would be read as pictures",
+            f"{label}, {each.id}: instance_data_dir is also {key}",
+            "a folder for each: files written there would be read as images",
         )
         for each in (*enabled, *used)
-        for place, path in places.items()
+        for key, path in output_folders.items()
         if Path(path).absolute() == Path(each.instance_data_dir).absolute()
     ]
     eval_sets = tuple(image_set for image_set in enabled if image_set.dataset_type == "eval")
     trained = {image_set.instance_data_dir: image_set.id for image_set in train_sets}
     listing.notices += [
-        f"{label}: {held.id} has the pictures of {trained[held.instance_data_dir]}: "
-        "its loss says nothing about pictures that were not trained."
-        for held in eval_sets
-        if held.instance_data_dir in trained
+        f"{label}: {eval_set.id} has the same images as {trained[eval_set.instance_data_dir]}: "
+        "its loss is not a held-out loss."
+        for eval_set in eval_sets
+        if eval_set.instance_data_dir in trained
     ]
     if not listing.problems:
         listing.datasets = Datasets(
@@ -443,25 +446,25 @@ def _assemble(
 def _condition_problems(
     sets: Sequence[ImageSet], conditions: Sequence[ConditioningSet], label: str
 ) -> Iterator[Problem]:
-    """What is wrong between image sets and the conditioning sets that they name."""
+    """Contradictions between image sets and the conditioning sets that they name."""
     by_id = {each.id: each for each in conditions}
     for image_set in sets:
         if image_set.disabled:
             continue
-        where = f"{label}, {image_set.id}: conditioning_data"
+        key = f"{label}, {image_set.id}: conditioning_data"
         for name in image_set.conditioning_data:
             if name not in by_id:
                 ids = f": {join_names(list(by_id))}" if by_id else "; there is none"
-                yield Problem(f"{where} = {shown(name)}", f"the id of a conditioning set{ids}")
+                yield Problem(f"{key} = {shown(name)}", f"the id of a conditioning set{ids}")
             elif by_id[name].disabled:
-                yield Problem(f"{where} = {shown(name)}, which is disabled", "an enabled conditioning set")
+                yield Problem(f"{key} = {shown(name)}, which is disabled", "an enabled conditioning set")
         named = [by_id[name] for name in dict.fromkeys(image_set.conditioning_data) if name in by_id]
         references = [each for each in named if each.is_reference]
         masks = [each.id for each in named if not each.is_reference]
         if len(references) > MOST_REFERENCES:
-            yield Problem(f"{where} names {len(references)} sets of references", f"at most {MOST_REFERENCES}")
+            yield Problem(f"{key} names {len(references)} sets of references", f"at most {MOST_REFERENCES}")
         if len(masks) > 1:
-            yield Problem(f"{where} names {join_names(masks, 'and')}", "one set of masks")
+            yield Problem(f"{key} names {join_names(masks, 'and')}", "one set of masks")
         if masks and image_set.mask_source == "alpha":
             yield Problem(
                 f"{label}, {image_set.id}: mask_source = 'alpha' beside the mask set {masks[0]}",
@@ -470,18 +473,18 @@ def _condition_problems(
             )
         folder = Path(image_set.instance_data_dir).absolute()
         for each in named:
-            own = Path(each.instance_data_dir).absolute()
-            if folder == own or folder in own.parents:
+            condition_folder = Path(each.instance_data_dir).absolute()
+            if folder == condition_folder or folder in condition_folder.parents:
                 yield Problem(
-                    f"{label}, {each.id}: instance_data_dir {'is' if folder == own else 'lies in'} that of "
-                    f"{image_set.id}, which would train its files as images",
+                    f"{label}, {each.id}: instance_data_dir {'is' if folder == condition_folder else 'is inside'} that "
+                    f"of {image_set.id}, which would train its files as images",
                     "a folder beside it",
                 )
-    wanted = {name for image_set in sets for name in image_set.conditioning_data}
+    named_ids = {name for image_set in sets for name in image_set.conditioning_data}
     for each in conditions:
-        if each.id not in wanted and not each.disabled:
+        if each.id not in named_ids and not each.disabled:
             yield Problem(
-                f"{label}, {each.id}: no set names it in conditioning_data",
-                "a set that it belongs to",
-                f'Put "conditioning_data": "{each.id}" into the set of its images, or "disabled": true here.',
+                f"{label}, {each.id}: no image set names it in conditioning_data",
+                "an image set that it belongs to",
+                f'Put "conditioning_data": "{each.id}" into the image set, or "disabled": true into this entry.',
             )

@@ -1,4 +1,7 @@
-"""Default < file < environment < flag, held against the schema: a frozen config, or every problem at once."""
+"""Load a configuration: merge defaults, file, environment and flags, and validate the result or report every problem.
+
+Precedence rises in that order.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,20 +15,20 @@ from simpletuner.config.documents import document_text, read_document
 from simpletuner.config.flags import Flags, parse
 from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS
 from simpletuner.config.given import ORIGINS, Checked, Given, Known, Origin, check_givens, unaliased
-from simpletuner.config.listing import Listing, Surroundings, read_datasets
+from simpletuner.config.listing import DatasetListing, PathContext, read_datasets
 from simpletuner.config.options.checkpoint import LATEST
 from simpletuner.config.other_keys import OPTION_ALIASES, OTHER_OPTIONS
 from simpletuner.config.other_trainers import (
     TEXT_FORMATS,
     is_text_format,
-    of_other_text,
-    of_other_trainer,
     other_format,
+    other_text_problem,
+    other_trainer_problem,
 )
 from simpletuner.config.paths import PathRule, filled, is_local_model, joined
 from simpletuner.config.previews import with_preview_defaults
 from simpletuner.config.prompts import Prompt, load_prompts
-from simpletuner.config.rules import drawing_notices, findings, notices
+from simpletuner.config.rules import findings, notices, validation_image_notices
 from simpletuner.config.run import OPTION_NAMES, RunConfig
 from simpletuner.config.started import with_started
 from simpletuner.config.values import join_names, kinds, nearest, shown
@@ -34,22 +37,22 @@ RUN = Known(
     RunConfig,
     OTHER_OPTIONS,
     elsewhere=ImageSet.model_fields,
-    other_place="multidatabackend.json, with each set of pictures",
+    other_place="multidatabackend.json, in each image set",
 )
 
 ENVIRONMENT_PREFIX = "SIMPLETUNER_"
 PAGE_ROOTS_VARIABLE = f"{ENVIRONMENT_PREFIX}PAGE_ROOTS"
-"""Set for the commands that the page starts, and no option: the folders that their configuration is held to."""
+"""Environment variable for commands that the page starts: folders that their configuration may refer to. No option."""
 CONFIG_NAMES = ("config.json", "config.toml")
 TEXT_NAMES = tuple(f"config{suffix}" for suffix in TEXT_FORMATS)
-"""Configs that are recognized and not read, where there are no others."""
+"""Configs of other formats, which are recognized but not read, if there is no other config."""
 DATASETS_NAME = "multidatabackend.json"
 PROMPTS_NAME = "user_prompt_library.json"
 NO_CONFIGURATION = "no configuration here"
-"""What is found where no config is named and none lies in the usual places."""
+"""Message if no config is named and none is in the usual places."""
 EXAMPLES_FOLDER = Path(__file__).parents[1] / "examples"
 
-_MODEL_PLACES = (
+_MODEL_PATHS = (
     "pretrained_model_name_or_path",
     "pretrained_transformer_model_name_or_path",
     "pretrained_vae_model_name_or_path",
@@ -59,49 +62,49 @@ _MODEL_PLACES = (
 
 @dataclass(frozen=True)
 class Loaded:
-    """Everything a run is told."""
+    """A run's complete, valid configuration."""
 
     config: RunConfig
     datasets: Datasets
     prompts: dict[str, Prompt]
-    """Prompts to make pictures of, by name, `<subject>` replaced."""
+    """Prompts of validation images by name, with `<subject>` replaced."""
 
     notices: tuple[str, ...]
     """One line each: options without effect, aliases, the license."""
 
     origins: dict[str, Origin]
-    """Where each option's value comes from."""
+    """Source of each option's value."""
 
     config_file: Path | None
     """The config that was read."""
 
     datasets_file: Path
-    """The list of datasets that was read."""
+    """The dataset list that was read."""
 
     prompts_file: Path | None
     """The prompt library that was read."""
 
     arguments: tuple[str, ...]
-    """What was typed after `simpletuner train`."""
+    """Arguments after `simpletuner train`."""
 
     @property
     def drawn_prompts(self) -> tuple[Prompt, ...]:
-        """The prompts of validation images; empty where none are drawn."""
+        """The prompts of validation images; empty if `validation_disable` is set."""
         return () if self.config.validation_disable else tuple(self.prompts.values())
 
     def command(self, **changes: object) -> str:
-        """The command that was typed, with other values of some options: to be printed, and typed again."""
+        """The command that the user typed, with `changes` to some options, as text that can be typed again."""
         return command_text("simpletuner", "train", *with_flags(self.arguments, changes, OPTION_ALIASES))
 
 
 @dataclass(frozen=True)
 class Examined:
-    """A configuration that may have problems, and what of it is right."""
+    """A configuration that may have problems."""
 
     config: RunConfig
-    """Defaults where an option is missing or wrong."""
+    """The options, with defaults for missing and faulty ones."""
     datasets: Datasets | None
-    """None where there are problems with them."""
+    """None if they have problems."""
     prompts: dict[str, Prompt]
     notices: tuple[str, ...]
     origins: dict[str, Origin]
@@ -112,22 +115,22 @@ class Examined:
     problems: tuple[Problem, ...]
 
     def loaded(self) -> Loaded:
-        """What a run is told.
+        """The configuration, if it has no problems.
 
         Raises:
-            ConfigError: every problem.
+            ConfigError: lists every problem.
         """
         ConfigError.raise_if(self.problems)
         return Loaded(**{name: value for name, value in vars(self).items() if name != "problems"})
 
 
 def load(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str]) -> Loaded:
-    """The configuration that `arguments` (what follows `simpletuner train`) ask for.
+    """Load the configuration for `arguments`, which follow `simpletuner train`.
 
-    Relative paths are joined to `folder`: the command gives `Path()`, so that they stay as typed.
+    Relative paths are joined to `folder`. The command passes `Path()`, which leaves them as typed.
 
     Raises:
-        ConfigError: every problem of flags, environment, config, datasets and prompts together.
+        ConfigError: lists every problem of flags, environment, config, datasets and prompts.
     """
     return examine(arguments, folder=folder, environ=environ).loaded()
 
@@ -135,19 +138,19 @@ def load(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str]) 
 def examine(
     arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str], rule: PathRule | None = None
 ) -> Examined:
-    """The same, with the problems told and not raised.
+    """Like `load`, but return the problems instead of raising them.
 
-    `rule` is asked about every path before anything is read there; with one, `{env:NAME}` is refused.
+    `rule` checks every path before it is read. With a rule, `{env:NAME}` is rejected.
     """
     flags = parse(arguments)
     problems = list(flags.problems)
-    config_file = _found(flags, folder, environ, problems)
+    config_file = _config_file(flags, folder, environ, problems)
     if refused := _refusal(rule, "config", config_file):
         problems.append(refused)
         config_file = None
     checked = Checked()
     from_file = _from_file(config_file, folder, problems)
-    if from_file is None:  # of another trainer: there is nothing beside it to be read
+    if from_file is None:  # another trainer's config: ignore the files beside it
         config_file = None
     sources = [
         from_file or [],
@@ -157,7 +160,7 @@ def examine(
     givens: dict[str, Given] = {}
     for source in sources:
         givens |= unaliased(source, RUN, checked)
-    _let_the_flavour_win(givens, checked)
+    _drop_overridden_paths(givens, checked)
     givens = _with_json_files(givens, folder, checked, rule)
     check_givens(givens, RUN, checked)
 
@@ -165,29 +168,29 @@ def examine(
     config = RunConfig(**flavour.option_defaults | checked.valid)
     config = with_started(config, givens, checked, environ)
     variables = environ if rule is None else None
-    config, names = _with_paths(config, givens, checked, Surroundings(folder, {}, variables, rule))
+    config, names = _with_paths(config, givens, checked, PathContext(folder, {}, variables, rule))
     datasets_file = _datasets_file(config, config_file)
     config = with_preview_defaults(config, set(checked.valid))
-    around = Surroundings(folder, names, variables, rule)
-    listing = _datasets(config, datasets_file, checked, around, givens)
+    path_context = PathContext(folder, names, variables, rule)
+    listing = _datasets(config, datasets_file, checked, path_context, givens)
     prompts_file = _prompts_file(config, config_file, folder)
     if refused := _refusal(rule, "user_prompt_library", prompts_file):
         problems.append(refused)
         prompts_file = None
-    prompts, prompt_notices = _prompts(config, listing, prompts_file, around, problems)
-    found = {key: [replace(problem, key=key)] for key, problem in checked.problems.items()}
+    prompts, prompt_notices = _prompts(config, listing, prompts_file, path_context, problems)
+    by_key = {key: [replace(problem, key=key)] for key, problem in checked.problems.items()}
     for keys, problem in findings(config, listing.datasets):
-        # A rule about a value that is refused anyway would speak of the default.
+        # For a rejected value `config` has the default, so a rule about it would be misleading.
         if not any(key in checked.problems for key in keys):
-            found.setdefault(keys[0], []).append(replace(_as_typed(problem, keys[0], givens), key=keys[0]))
+            by_key.setdefault(keys[0], []).append(replace(_as_typed(problem, keys[0], givens), key=keys[0]))
 
-    in_typed_order = [problem for key in dict.fromkeys([*givens, *found]) for problem in found.get(key, [])]
+    in_typed_order = [problem for key in dict.fromkeys([*givens, *by_key]) for problem in by_key.get(key, [])]
     problems += [*in_typed_order, *listing.problems]
     origins: dict[str, Origin] = dict.fromkeys(OPTION_NAMES, "default")
     origins |= {key: givens[key].origin for key in checked.valid}
     typed = [key for key in checked.valid if key in givens]
-    # Only said of options that fit together.
-    more = () if problems else notices(config, listing.datasets, typed)
+    # Notices assume options without problems.
+    rule_notices = () if problems else notices(config, listing.datasets, typed)
     return Examined(
         config=config,
         datasets=listing.datasets,
@@ -195,10 +198,10 @@ def examine(
         notices=(
             *_flavour_notice(givens),
             *checked.notices,
-            *more,
+            *rule_notices,
             *listing.notices,
             *prompt_notices,
-            *(() if problems else drawing_notices(config, prompts)),
+            *(() if problems else validation_image_notices(config, prompts)),
         ),
         origins=origins,
         config_file=config_file,
@@ -209,9 +212,11 @@ def examine(
     )
 
 
-def _found(flags: Flags, folder: Path, environ: Mapping[str, str], problems: list[Problem]) -> Path | None:
-    """The config to read: the one named, else the first of the usual places. None where flags say it all,
-    and with an entry in `problems` where none is there, or two are named."""
+def _config_file(flags: Flags, folder: Path, environ: Mapping[str, str], problems: list[Problem]) -> Path | None:
+    """The config to read: the named one, else the first in the usual places.
+
+    None if flags alone configure the run; also None, with an entry in `problems`, if no config exists or two are named.
+    """
     try:
         return _chosen(flags, folder, environ)
     except ConfigError as error:
@@ -220,47 +225,47 @@ def _found(flags: Flags, folder: Path, environ: Mapping[str, str], problems: lis
 
 
 def _chosen(flags: Flags, folder: Path, environ: Mapping[str, str]) -> Path | None:
-    named = flags.selectors
-    if len(named) > 1:
-        given = join_names([f"--{name}" for name in named], "and")
-        raise ConfigError.of(f"{given} are given", "one of them, since each says which config is read")
-    if "config" in named:
-        path = Path(joined(folder, named["config"]))
+    selectors = flags.selectors
+    if len(selectors) > 1:
+        names = join_names([f"--{name}" for name in selectors], "and")
+        raise ConfigError.of(f"{names} are given", "one of them, since each selects the config")
+    if "config" in selectors:
+        path = Path(joined(folder, selectors["config"]))
         if path.is_dir():
-            raise ConfigError.of(f"--config {named['config']}: this is a folder", "the config file in it")
-        if not _is_there(path):
-            raise ConfigError.of(f"--config {named['config']}: no such file")
+            raise ConfigError.of(f"--config {selectors['config']}: this is a folder", "the config file in it")
+        if not _exists(path):
+            raise ConfigError.of(f"--config {selectors['config']}: no such file")
         return path
-    if "env" in named:
-        return _in_folder(folder / "config" / named["env"], f"--env {named['env']}")
-    if "example" in named:
-        return _in_folder(EXAMPLES_FOLDER / named["example"], f"--example {named['example']}")
-    found = _in_usual_places(folder, CONFIG_NAMES)
+    if "env" in selectors:
+        return _in_folder(folder / "config" / selectors["env"], f"--env {selectors['env']}")
+    if "example" in selectors:
+        return _in_folder(EXAMPLES_FOLDER / selectors["example"], f"--example {selectors['example']}")
+    config_file = _in_usual_places(folder, CONFIG_NAMES)
     lists_datasets = "data_backend_config" in flags.options or f"{ENVIRONMENT_PREFIX}DATA_BACKEND_CONFIG" in environ
-    if found is None and not lists_datasets:
-        found = _in_usual_places(folder, TEXT_NAMES)
-        if found is not None:
-            return found
+    if config_file is None and not lists_datasets:
+        config_file = _in_usual_places(folder, TEXT_NAMES)
+        if config_file is not None:
+            return config_file
         raise ConfigError.of(
             NO_CONFIGURATION,
             f"{join_names(['config.json', 'config.toml', 'config/config.json', 'config/config.toml'])}",
             "Write one with `simpletuner init`, name one with --config or --env, or try the program with --example "
             "tiny-lora.",
         )
-    return found
+    return config_file
 
 
 def _in_usual_places(folder: Path, names: Sequence[str]) -> Path | None:
-    usual = [folder / place / name for place in ("", "config") for name in names]
-    # A folder or a pipe of that name counts too: reading it says what is wrong.
-    return next((path for path in usual if _is_there(path)), None)
+    usual = [folder / subfolder / name for subfolder in ("", "config") for name in names]
+    # Include a folder or a pipe of that name: reading it reports the error.
+    return next((path for path in usual if _exists(path)), None)
 
 
-def _is_there(path: Path) -> bool:
-    """Whether anything has this name, a link to nothing included.
+def _exists(path: Path) -> bool:
+    """Whether `path` exists; True too for a broken link.
 
     Raises:
-        OSError: a folder on the way to it may not be entered.
+        OSError: a folder of the path may not be entered.
     """
     try:
         path.lstat()
@@ -271,7 +276,7 @@ def _is_there(path: Path) -> bool:
 
 def _in_folder(folder: Path, flag: str) -> Path:
     for name in (*CONFIG_NAMES, *TEXT_NAMES):
-        if _is_there(folder / name):
+        if _exists(folder / name):
             return folder / name
     others = sorted({path.parent.name for name in CONFIG_NAMES for path in folder.parent.glob(f"*/{name}")})
     near = nearest(folder.name, others)
@@ -283,13 +288,13 @@ def _in_folder(folder: Path, flag: str) -> Path:
 
 
 def _from_file(path: Path | None, folder: Path, problems: list[Problem]) -> list[tuple[str, Given]] | None:
-    """What the config says; None where it is one of another trainer, which is then a problem."""
+    """The config's keys and values; None, with an entry in `problems`, if it is another trainer's config."""
     if path is None:
         return []
     label = _label(path, folder)
     try:
         if is_text_format(path):
-            problems.append(of_other_text(label, path.suffix, document_text(path, label)))
+            problems.append(other_text_problem(label, path.suffix, document_text(path, label)))
             return None
         values = read_document(path, label)
     except ConfigError as error:
@@ -300,7 +305,7 @@ def _from_file(path: Path | None, folder: Path, problems: list[Problem]) -> list
         return []
     name = other_format(values)
     if name is not None:
-        problems.append(of_other_trainer(label, name, values))
+        problems.append(other_trainer_problem(label, name, values))
         return None
     return [(key.lstrip("-"), Given(value, "file", key)) for key, value in values.items()]
 
@@ -313,7 +318,7 @@ def _from_environment(environ: Mapping[str, str]) -> list[tuple[str, Given]]:
 
 
 def _label(path: Path, folder: Path) -> str:
-    """A path as messages name it: from the working folder where it lies in there."""
+    """A path for messages, relative to the working folder if it is inside."""
     for start, prefix in ((folder, Path()), (EXAMPLES_FOLDER, Path("examples"))):
         if path.is_relative_to(start):
             return str(prefix / path.relative_to(start))
@@ -321,7 +326,7 @@ def _label(path: Path, folder: Path) -> str:
 
 
 def _refusal(rule: PathRule | None, key: str, path: Path | None) -> Problem | None:
-    """What `rule` says against reading `path`. The program's own examples may always be read."""
+    """The problem that `rule` has with reading `path`; None if it may be read, as the program's examples always may."""
     if rule is None or path is None or path.is_relative_to(EXAMPLES_FOLDER):
         return None
     return rule(key, str(path))
@@ -330,61 +335,63 @@ def _refusal(rule: PathRule | None, key: str, path: Path | None) -> Problem | No
 def _with_json_files(
     givens: dict[str, Given], folder: Path, checked: Checked, rule: PathRule | None
 ) -> dict[str, Given]:
-    """`givens`, with what a JSON-valued option's file holds in place of the file's name."""
-    found = dict(givens)
+    """`givens`, with the names of JSON files replaced by the files' contents for options with a JSON value."""
+    resolved_givens = dict(givens)
     for key, kind in kinds(RunConfig).items():
         value = givens[key].value if key in givens else None
         if kind.is_json and isinstance(value, str) and value.endswith(".json"):
             if refused := None if rule is None else rule(key, joined(folder, value)):
                 checked.problems[key] = _as_typed(refused, key, givens)
-                del found[key]
+                del resolved_givens[key]
                 continue
             try:
                 content = read_document(Path(joined(folder, value)), f"{givens[key].spelled} = {shown(value)}")
-                found[key] = replace(givens[key], value=content)
+                resolved_givens[key] = replace(givens[key], value=content)
             except ConfigError as error:
                 checked.problems[key] = error.problems[0]
-                del found[key]
-    return found
+                del resolved_givens[key]
+    return resolved_givens
 
 
-def _let_the_flavour_win(givens: dict[str, Given], checked: Checked) -> None:
-    """Drop model paths that were given with lower precedence than the flavour."""
+def _drop_overridden_paths(givens: dict[str, Given], checked: Checked) -> None:
+    """Drop model paths with lower precedence than the flavour."""
     flavour = givens.get("model_flavour")
     if flavour is None or flavour.value is None:
         return
-    rank = ORIGINS.index(flavour.origin)
-    beaten = [
+    precedence = ORIGINS.index(flavour.origin)
+    overridden = [
         key
-        for key in _MODEL_PLACES
-        if key in givens and givens[key].value is not None and ORIGINS.index(givens[key].origin) < rank
+        for key in _MODEL_PATHS
+        if key in givens and givens[key].value is not None and ORIGINS.index(givens[key].origin) < precedence
     ]
-    for key in beaten:
+    for key in overridden:
         del givens[key]
-    if beaten:
+    if overridden:
         checked.notices.append(
-            f"{flavour.spelled} {flavour.value} wins over {join_names(beaten, 'and')}, which comes before it."
+            f"{flavour.spelled} {flavour.value} overrides {join_names(overridden, 'and')}, given with lower precedence."
         )
 
 
 def _flavour_notice(givens: Mapping[str, Given]) -> Iterator[str]:
-    """What to say of a file that names the family, as SimpleTuner's do, and leaves the rest to defaults."""
+    """A notice for a config that sets the family, as SimpleTuner's do, but neither flavour nor model path."""
     family = givens.get("model_family")
-    says_which = any(givens[key].value is not None for key in ("model_flavour", *_MODEL_PLACES) if key in givens)
-    if family is not None and family.value is not None and family.origin == "file" and not says_which:
+    selects_model = any(givens[key].value is not None for key in ("model_flavour", *_MODEL_PATHS) if key in givens)
+    if family is not None and family.value is not None and family.origin == "file" and not selects_model:
         yield (
-            f"model_flavour is not given, so {DEFAULT_FLAVOUR} is trained. SimpleTuner trains klein-9b where it is not "
-            f"given: add --model_flavour klein-9b for that, or --model_flavour {DEFAULT_FLAVOUR}."
+            f"model_flavour is not set, so this run trains {DEFAULT_FLAVOUR}. SimpleTuner would train klein-9b: "
+            f"for that add --model_flavour klein-9b, or add --model_flavour {DEFAULT_FLAVOUR}."
         )
 
 
 def _with_paths(
-    config: RunConfig, givens: Mapping[str, Given], checked: Checked, around: Surroundings
+    config: RunConfig, givens: Mapping[str, Given], checked: Checked, path_context: PathContext
 ) -> tuple[RunConfig, dict[str, str]]:
-    """The config with its paths filled in and joined to the folder, and the datasets' placeholders."""
+    """The config with placeholders in its paths filled in and the paths joined to the folder, and the placeholders for
+    the datasets.
+    """
     names: dict[str, str] = {"model_family": config.model_family}
     update: dict[str, Any] = {}
-    # output_dir first: the others may refer to it.
+    # output_dir first: other paths may refer to it.
     keys = sorted(kinds(RunConfig), key=lambda key: key != "output_dir")
     for key in keys:
         kind = kinds(RunConfig)[key]
@@ -392,16 +399,16 @@ def _with_paths(
         if not (kind.is_path or kind.is_model) or not text or (key, text) == ("resume_from_checkpoint", LATEST):
             continue
         try:
-            text = filled(text, names, around.environ)
+            text = filled(text, names, path_context.environ)
         except ValueError as error:
             spelled = givens[key].spelled if key in givens else key
             checked.problems[key] = Problem(f"{spelled} = {shown(text)}: {error}")
             continue
         if key == "output_dir":
             names["output_dir"] = text
-        if kind.is_path or is_local_model(around.folder, text):
-            update[key] = joined(around.folder, text)
-            refused = None if around.rule is None else around.rule(key, update[key])
+        if kind.is_path or is_local_model(path_context.folder, text):
+            update[key] = joined(path_context.folder, text)
+            refused = None if path_context.rule is None else path_context.rule(key, update[key])
             if refused is not None:
                 checked.problems[key] = _as_typed(refused, key, givens)
                 update[key] = RunConfig.model_fields[key].default
@@ -410,55 +417,55 @@ def _with_paths(
 
 
 def _datasets_file(config: RunConfig, config_file: Path | None) -> Path | None:
-    """The list of datasets to read; None where nothing tells, which is a problem of its own."""
+    """The dataset list to read; None if neither an option nor a config determines it, which is reported elsewhere."""
     if config.data_backend_config is not None:
         return Path(config.data_backend_config)
     return None if config_file is None else config_file.with_name(DATASETS_NAME)
 
 
 def _datasets(
-    config: RunConfig, path: Path | None, checked: Checked, around: Surroundings, givens: Mapping[str, Given]
-) -> Listing:
+    config: RunConfig, path: Path | None, checked: Checked, path_context: PathContext, givens: Mapping[str, Given]
+) -> DatasetListing:
     if "data_backend_config" in checked.problems or path is None:
-        return Listing()
-    label = _label(path, around.folder)
-    if refused := _refusal(around.rule, "data_backend_config", path):
-        return Listing(problems=[refused])
-    if _is_there(path):
-        return read_datasets(path, label, around)
+        return DatasetListing()
+    label = _label(path, path_context.folder)
+    if refused := _refusal(path_context.rule, "data_backend_config", path):
+        return DatasetListing(problems=[refused])
+    if _exists(path):
+        return read_datasets(path, label, path_context)
     if config.data_backend_config is not None:
-        found = f"{givens['data_backend_config'].spelled} = {shown(givens['data_backend_config'].value)}"
-        return Listing(problems=[Problem(f"{found}: no such file")])
+        typed = f"{givens['data_backend_config'].spelled} = {shown(givens['data_backend_config'].value)}"
+        return DatasetListing(problems=[Problem(f"{typed}: no such file")])
     missing = Problem(
         f"{label}: no such file",
-        "the list of datasets",
+        "the dataset list",
         "Write it, or name another with data_backend_config.",
     )
-    return Listing(problems=[missing])
+    return DatasetListing(problems=[missing])
 
 
 def _prompts_file(config: RunConfig, config_file: Path | None, folder: Path) -> Path | None:
-    """The prompt library to read, if there is one."""
+    """The prompt library to read; None if there is none."""
     if config.user_prompt_library is not None:
         return Path(config.user_prompt_library)
     beside = [config_file.with_name(PROMPTS_NAME)] if config_file is not None else []
     usual = [*beside, folder / "config" / PROMPTS_NAME]
-    return next((path for path in usual if _is_there(path)), None)
+    return next((path for path in usual if _exists(path)), None)
 
 
 def _prompts(
-    config: RunConfig, listing: Listing, library: Path | None, around: Surroundings, problems: list[Problem]
+    config: RunConfig, listing: DatasetListing, library: Path | None, path_context: PathContext, problems: list[Problem]
 ) -> tuple[dict[str, Prompt], list[str]]:
-    label = "" if library is None else _label(library, around.folder)
+    label = "" if library is None else _label(library, path_context.folder)
     try:
-        return load_prompts(config, listing.datasets, library, label, around)
+        return load_prompts(config, listing.datasets, library, label, path_context)
     except ConfigError as error:
         problems.extend(error.problems)
         return {}, []
 
 
 def _as_typed(problem: Problem, key: str, givens: Mapping[str, Given]) -> Problem:
-    """`problem` with the option spelled as it was typed."""
+    """`problem` with the option spelled as the user typed it."""
     if key not in givens or not problem.found.startswith(key):
         return problem
     return replace(problem, found=givens[key].spelled + problem.found.removeprefix(key))

@@ -1,4 +1,4 @@
-"""The optimizers by name: where each comes from and which options it reads. Known before torch is imported."""
+"""Table of the optimizers: the library of each and the options that it reads. Does not import torch."""
 
 import math
 import re
@@ -13,61 +13,60 @@ LIBRARIES: dict[str, str] = {
     "prodigyopt": "prodigyopt",
     "pytorch_optimizer": "pytorch_optimizer",
 }
-"""The libraries of `library:name`, and the module of each that has its optimizers."""
+"""The libraries of `library:name`, each with the module that has its optimizers."""
 
 OURS = "simpletuner"
-"""The library of what is written here."""
+"""The library of the optimizers in this package."""
 
 ADAM = ("optimizer_beta1", "optimizer_beta2", "adam_weight_decay", "adam_epsilon")
-
-"""Options that not every optimizer reads."""
+"""Options that only some optimizers read."""
 
 DIVERGES_FROM = {"schedulefree": 3e-2, "lion": 3e-3, "adam": 1e-2, "came": 1e-2, "muon": 3e-2}
-"""Learning rates from which training a LoRA usually diverges, by the first of these words that the optimizer's name
-holds (docs/log.md)."""
+"""Learning rates from which training a LoRA usually diverges; the first key that the optimizer's name contains applies
+(docs/log.md)."""
 
 
 @dataclass(frozen=True)
 class KnownOptimizer:
-    """An optimizer of ours, or one of a library."""
+    """An optimizer of this package or of a library."""
 
     library: str
     """A key of `LIBRARIES`, or `OURS`."""
     name: str
-    """Its class there."""
+    """Its class in the library."""
     reads: tuple[str, ...] = ()
-    """Those of `ADAM` that it reads."""
+    """The options of `ADAM` that it reads."""
     betas: tuple[float, ...] = (0.9, 0.999)
-    """Its betas where the options do not say."""
+    """Its default betas."""
     arguments: tuple[str, ...] | None = None
-    """What `optimizer_config` may hold; None for what is only known once the library is loaded."""
+    """Arguments that `optimizer_config` may set; None if they are known only once the library is loaded."""
     state_bytes: float = 8
-    """About what it keeps for each trained number."""
-    rounds_by_chance: bool = False
-    """Whether it can step on bf16 weights without losing the steps that are smaller than their spacing."""
+    """Approximate bytes of optimizer state per trainable parameter."""
+    rounds_stochastically: bool = False
+    """Whether it steps bf16 weights with stochastic rounding, which keeps steps smaller than their spacing."""
     releases_gradients: bool = False
     """Whether it can step each parameter inside the backward pass (`optimizer_release_gradients`)."""
     is_factored: bool = False
-    """Whether it keeps a row and a column of a matrix, fp32."""
+    """Whether its state is an fp32 row and column per matrix."""
     is_elementwise: bool = False
-    """Whether it steps each number by that number's own gradient and state, so that a shard of a tensor is stepped as
-    it would be in the whole. Of a library's others this is not known."""
+    """Whether it steps each element by only that element's gradient and state, so that stepping a shard gives the same
+    result as stepping the whole tensor. False for `library:name` optimizers, for which it is unknown."""
 
     def state_size(self, shapes: Iterable[Sequence[int]]) -> int:
-        """About the bytes of its state for a whole model, whose tensors have these `shapes`."""
+        """Approximate bytes of optimizer state for tensors of these `shapes`."""
         if self.is_factored:
             return sum(4 * (sum(shape) if len(shape) == 2 else math.prod(shape)) for shape in shapes)
         return round(self.state_bytes * sum(map(math.prod, shapes)))
 
     @property
-    def finds_rate(self) -> bool:
-        """Whether it finds the learning rate itself, and multiplies what it finds by `learning_rate`."""
+    def estimates_rate(self) -> bool:
+        """Whether it estimates the learning rate itself; `learning_rate` is then a factor of the estimate."""
         return "prodigy" in self.name.lower() or "dadapt" in self.name.lower()
 
     @property
     def diverges_from(self) -> float | None:
-        """A learning rate from which training a LoRA usually diverges; None where none is known."""
-        if self.finds_rate:
+        """Learning rate from which training a LoRA usually diverges; None if unknown."""
+        if self.estimates_rate:
             return None
         return next((rate for word, rate in DIVERGES_FROM.items() if word in self.name.lower()), None)
 
@@ -84,7 +83,7 @@ OPTIMIZERS: dict[str, KnownOptimizer] = {
         ADAM,
         arguments=(),
         state_bytes=4,
-        rounds_by_chance=True,
+        rounds_stochastically=True,
         releases_gradients=True,
         is_elementwise=True,
     ),
@@ -170,30 +169,30 @@ OPTIMIZER_ALIASES: dict[str, str] = {
         for name in ("adam", "adam8bit", "adamw", "adamw8bit", "ademamix", "ademamix8bit", "lion", "lion8bit")
     },
 }
-"""Names that SimpleTuner 4.x has for them."""
+"""SimpleTuner 4.x's names for optimizers."""
 
-_OF_A_LIBRARY = re.compile(rf"({'|'.join(LIBRARIES)}):(\w+)")
-_SHORT = {"bnb": "bitsandbytes", "pytorch-optimizer": "pytorch_optimizer"}
+_LIBRARY_NAME = re.compile(rf"({'|'.join(LIBRARIES)}):(\w+)")
+_LIBRARY_ALIASES = {"bnb": "bitsandbytes", "pytorch-optimizer": "pytorch_optimizer"}
 
 
 def canonical(text: str) -> str | None:
-    """The one name of what `text` means: a key of `OPTIMIZERS` or `library:name`. None where it means nothing."""
+    """The canonical name of the optimizer `text`: a key of `OPTIMIZERS` or `library:name`; None if there is none."""
     if text in OPTIMIZERS:
         return text
     if text in OPTIMIZER_ALIASES:
         return OPTIMIZER_ALIASES[text]
     library, colon, name = text.lower().partition(":")
-    own = {(known.library, known.name.lower()): key for key, known in OPTIMIZERS.items()}
-    found = f"{_SHORT.get(library, library)}{colon}{name}"
-    match = _OF_A_LIBRARY.fullmatch(found)
+    keys = {(known.library, known.name.lower()): key for key, known in OPTIMIZERS.items()}
+    library_name = f"{_LIBRARY_ALIASES.get(library, library)}{colon}{name}"
+    match = _LIBRARY_NAME.fullmatch(library_name)
     if match is None:
         return None
-    return own.get((match[1], match[2]), found)
+    return keys.get((match[1], match[2]), library_name)
 
 
 def known_optimizer(name: str) -> KnownOptimizer:
-    """What a canonical name stands for."""
+    """The optimizer with this canonical name."""
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
-    library, _, inside = name.partition(":")
-    return KnownOptimizer(library, inside)
+    library, _, class_name = name.partition(":")
+    return KnownOptimizer(library, class_name)

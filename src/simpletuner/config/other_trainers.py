@@ -1,4 +1,4 @@
-"""Files of other trainers: whose they are, and what their settings are called here."""
+"""Recognize config files of other trainers, and translate settings that carry over."""
 
 import json
 import re
@@ -19,11 +19,11 @@ from simpletuner.config.values import from_text, kinds
 
 @dataclass(frozen=True)
 class OtherFormat:
-    """A kind of file that another trainer reads."""
+    """A file format of another trainer."""
 
     name: str
     marks: frozenset[str]
-    """Keys, at any depth, that such a file has."""
+    """Keys, at any depth, by which the format is recognized; all must be present."""
 
 
 OTHER_FORMATS = (
@@ -39,10 +39,10 @@ OTHER_FORMATS = (
     OtherFormat("a kohya config", frozenset({"train_data_dir"})),
     OtherFormat("a config of accelerate", frozenset({"compute_environment", "distributed_type"})),
 )
-"""The first whose marks are all there is the one."""
+"""Formats in the order in which they are tried."""
 
 TEXT_FORMATS = {".yaml": "YAML", ".yml": "YAML", ".env": "a file of shell variables"}
-"""Suffixes of configs that no one reads here."""
+"""Suffixes of config formats that this program does not read."""
 
 OUR_CONFIG = "simpletuner's config.json or config.toml"
 OUR_DATASETS = "simpletuner's multidatabackend.json"
@@ -60,28 +60,28 @@ _CARRIED = (
     "num_machines",
     "seed",
 )
-"""Options whose number means the same elsewhere."""
+"""Options whose number means the same in other trainers."""
 _CARRIED_OF_SETS = ("instance_data_dir", "resolution")
 _TO_SETS = {**OTHER_SET_KEYS.nicknames, "train_data_dir": "instance_data_dir"}
 
 _LINE = re.compile(
     r"^[ \t]*(?:-[ \t]+)?(?:export[ \t]+)?[\"']?([A-Za-z_]\w*)[\"']?[ \t]*[:=][ \t]*([^\n#]*)", re.MULTILINE
 )
-"""A key of YAML or of a shell, and what follows it on its line."""
+"""A key of YAML or of a shell script, and its value on the same line."""
 
 
 def other_format(document: Any) -> str | None:
-    """Whose file `document` was read from; None where it may be our own."""
+    """The other trainer's format that `document` has; None if it may be our own."""
     return _format_of({key for key, _ in _settings(document)})
 
 
-def of_other_trainer(label: str, name: str, document: Any, expected: str = OUR_CONFIG) -> Problem:
-    """The problem that a file, which messages call `label`, is `name`, with those of its settings that carry over."""
+def other_trainer_problem(label: str, name: str, document: Any, expected: str = OUR_CONFIG) -> Problem:
+    """The problem that the file `label` has the format `name`. Its remedy gives the settings that carry over."""
     return _problem(label, name, list(_settings(document)), expected)
 
 
-def of_other_text(label: str, suffix: str, text: str) -> Problem:
-    """The same of a file with a suffix of `TEXT_FORMATS`, which is known by its lines."""
+def other_text_problem(label: str, suffix: str, text: str) -> Problem:
+    """Like `other_trainer_problem`, for a file with a suffix of `TEXT_FORMATS`, which is parsed line by line."""
     settings = [(key.lower(), value.strip().strip("\"'")) for key, value in _LINE.findall(text)]
     name = _format_of({key for key, _ in settings})
     return _problem(label, name or TEXT_FORMATS[suffix], settings, OUR_CONFIG)
@@ -108,7 +108,7 @@ def _problem(label: str, name: str, settings: list[tuple[str, Any]], expected: s
     for key, value in settings:
         _carry(RunConfig, OPTION_NICKNAMES.get(key, key), value, _CARRIED, options)
         _carry(ImageSet, _TO_SETS.get(key, key), value, _CARRIED_OF_SETS, of_set)
-    parts = []
+    sentences = []
     if options:
         flags = command_text(
             *(
@@ -116,22 +116,22 @@ def _problem(label: str, name: str, settings: list[tuple[str, Any]], expected: s
                 for key, value in options.items()
             )
         )
-        parts.append(f"Its numbers as flags here: {flags}")
+        sentences.append(f"Its numbers as flags here: {flags}")
     if of_set:
         pairs = ", ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in of_set.items())
-        parts.append(f"For an image set in multidatabackend.json: {pairs}")
-    remedy = "".join(f"{part}. " for part in parts) + "Begin with simpletuner init."
+        sentences.append(f"For an image set in multidatabackend.json: {pairs}")
+    remedy = "".join(f"{sentence}. " for sentence in sentences) + "Begin with simpletuner init."
     return Problem(f"{label}: this is {name}", expected, remedy)
 
 
 def _carry(model: type[Slice], name: str, value: Any, names: tuple[str, ...], carried: dict[str, Any]) -> None:
-    """Add `value` to `carried` where `model` takes it. The first value of a name counts."""
+    """Add `value` to `carried` if `model` accepts it. The first value of a name counts."""
     if name in names and name not in carried:
-        read = from_text(str(value), kinds(model)[name])
-        if name not in refused(model, {name: read}):
-            carried[name] = read
+        parsed = from_text(str(value), kinds(model)[name])
+        if name not in refused(model, {name: parsed}):
+            carried[name] = parsed
 
 
 def is_text_format(path: Path) -> bool:
-    """Whether a config of this name is of a kind that is not read here."""
+    """Whether the suffix of `path` is one of `TEXT_FORMATS`, which this program does not read."""
     return path.suffix in TEXT_FORMATS

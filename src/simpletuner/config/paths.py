@@ -1,4 +1,4 @@
-"""Paths as they are typed: placeholders, `~`, and where a relative one starts."""
+"""Resolve typed paths: placeholders, `~`, and relative paths."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -11,17 +11,17 @@ from simpletuner.base.text import is_visible, stray_characters
 from simpletuner.config.values import join_names, shown
 
 PathRule = Callable[[str, str], Problem | None]
-"""Says what is wrong with a path, placeholders and `~` resolved, as the value of an option or dataset key."""
+"""A check `rule(key, path)` of an option's or dataset key's resolved path. Returns a problem, or None if allowed."""
 
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _SHELL_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))")
 
 
 def filled(text: str, names: Mapping[str, str], environ: Mapping[str, str] | None) -> str:
-    """`text` with `{name}` replaced from `names` and `{env:VAR}` from `environ`, or refused where that is None.
+    """`text` with `{name}` replaced from `names` and `{env:VAR}` from `environ`; None for `environ` rejects the latter.
 
     Raises:
-        ValueError: a placeholder that is not known here, or a variable that is not set or may not be read.
+        ValueError: a placeholder is unknown, or a variable is not set or may not be read.
     """
 
     def value(match: re.Match[str]) -> str:
@@ -29,10 +29,10 @@ def filled(text: str, names: Mapping[str, str], environ: Mapping[str, str] | Non
         if name in names:
             return names[name]
         if not name.startswith("env:"):
-            known = [f"{{{known}}}" for known in (*names, "env:NAME")]
-            raise ValueError(f"placeholder {match[0]} is not one of {join_names(known)}")
+            placeholders = [f"{{{placeholder}}}" for placeholder in (*names, "env:NAME")]
+            raise ValueError(f"placeholder {match[0]} is not one of {join_names(placeholders)}")
         if environ is None:
-            raise ValueError(f"{match[0]} is not filled in for the page: write the path itself")
+            raise ValueError(f"the page does not fill in {match[0]}: write the path itself")
         variable = name.removeprefix("env:")
         if variable not in environ:
             raise ValueError(f"the environment variable {variable} is not set")
@@ -42,23 +42,23 @@ def filled(text: str, names: Mapping[str, str], environ: Mapping[str, str] | Non
 
 
 def joined(folder: Path, text: str) -> str:
-    """The path that `text` means in `folder`.
+    """`text` as a path relative to `folder`, with `~` expanded.
 
     Raises:
-        ConfigError: it begins with `~/` and no home folder is known.
+        ConfigError: `text` begins with `~/` and the home folder is unknown.
     """
     return str(folder / with_home(text))
 
 
 def is_local_model(folder: Path, text: str) -> bool:
-    """Whether a model's name is a path and not a Hub id: it looks like a path, or something is there."""
+    """Whether a model's name is a path rather than a Hub id: it looks like a path, or the path exists."""
     looks_like_a_path = text.startswith(("/", "./", "~")) or is_weight_file(text) or ".." in text.split("/")
     return looks_like_a_path or (folder / text).exists()
 
 
 def stray_text(label: str, value: object, *, is_path: bool) -> Problem | None:
-    """What is wrong with the characters of an option's value: those that no keyboard types, such as the carriage return
-    that a script with Windows line ends leaves at the end of each line, and in a path what a shell would have replaced.
+    """A problem with the characters of an option's value: control characters, such as the carriage returns of a script
+    with Windows line ends, and in a path also shell variables. None if there is none.
     """
     if not isinstance(value, str):
         return None
@@ -67,8 +67,8 @@ def stray_text(label: str, value: object, *, is_path: bool) -> Problem | None:
     if is_path:
         stray += [char for char in value if char in "\t\n"]
     if stray:
-        ends = "Save the script or file it comes from with Unix line ends." if "\r" in stray else "Remove them."
-        return Problem(found, "text without control characters", ends)
+        remedy = "Save the script or file it comes from with Unix line ends." if "\r" in stray else "Remove them."
+        return Problem(found, "text without control characters", remedy)
     if is_path and value and not is_visible(value):
         return Problem(found, "a path")
     variable = _SHELL_VARIABLE.search(value) if is_path else None

@@ -1,4 +1,4 @@
-"""The formats of quantized weights by name, and the library that makes each. Known before torch is imported."""
+"""Table of the formats of quantized weights, and the library of each. Does not import torch."""
 
 import re
 from collections.abc import Mapping
@@ -7,42 +7,43 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 Library = Literal["optimum.quanto", "torchao", "bitsandbytes"]
-"""By the module that is imported."""
+"""A quantization library, by the name of its module."""
 
 DISTRIBUTIONS: Mapping[Library, tuple[str, str]] = {
     "optimum.quanto": ("optimum-quanto", "0.2.7"),
     "torchao": ("torchao", "0.18"),
     "bitsandbytes": ("bitsandbytes", "0.50"),
 }
-"""What pip calls it, and the first version that will do."""
+"""Each library's distribution name on PyPI, and the lowest version that works."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """One format of weights."""
+    """A format of quantized weights."""
 
     library: Library
-    """Which makes it."""
+    """The library that quantizes to this format."""
     bits: int
-    """Of a stored weight."""
+    """Bits of a stored weight."""
     group: int | None = None
-    """Weights of a row that share a scale; None where a whole row does."""
+    """Number of weights in a row that share a scale; None if a whole row does."""
     needs_accelerator: bool = False
-    """Whether its library computes with it on accelerators only."""
+    """Whether the library computes with this format only on accelerators."""
 
     @property
     def distribution(self) -> str:
-        """Its library, as pip calls it."""
+        """Distribution name of its library on PyPI."""
         return DISTRIBUTIONS[self.library][0]
 
     def lack(self) -> str | None:
-        """What is wrong with the library on this machine, in words; it is not imported."""
-        name, first = DISTRIBUTIONS[self.library]
+        """Why the library is unusable on this machine; None if it is usable. Does not import it."""
+        name, minimum = DISTRIBUTIONS[self.library]
         try:
-            found = version(name)
+            installed = version(name)
         except PackageNotFoundError:
             return f"{name} is not installed"
-        return None if _numbers(found) >= _numbers(first) else f"{name} is {found}, and {first} or later is needed"
+        fault = f"{name} is {installed}, and {minimum} or later is needed"
+        return None if _numbers(installed) >= _numbers(minimum) else fault
 
 
 def _numbers(text: str) -> list[int]:
@@ -61,7 +62,7 @@ PRECISIONS: Mapping[str, Precision] = {
     "nf4-bnb": Precision("bitsandbytes", 4, group=64),
     "int8-bnb": Precision("bitsandbytes", 8),
 }
-"""By the name that options have for it; "no_change" is none of them."""
+"""Formats by the name that options use; "no_change" is not among them."""
 
 NO_CHANGE = "no_change"
 
@@ -78,5 +79,4 @@ PRECISIONS_ELSEWHERE: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("fp8", "fp8-sdnq", "fp8uz-quanto", "float8", "qfloat8"), _FP8),
     **dict.fromkeys(("bf16", "fp16-sdnq", "int16-sdnq", "uint16-sdnq", "none"), (NO_CHANGE,)),
 }
-"""Names of formats that other programs have, with those of ours that are nearest: as many bits a weight, or the next
-more."""
+"""Other programs' format names, each with the nearest formats here: as many bits per weight, or the next higher."""

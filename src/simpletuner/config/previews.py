@@ -1,4 +1,4 @@
-"""Which flavour's steps and guidance draw the validation images: the trained one's, or those of another model."""
+"""Select the flavour whose steps and guidance apply to validation images: the trained flavour or a preview model's."""
 
 from pathlib import Path
 
@@ -10,18 +10,18 @@ from simpletuner.config.run import RunConfig
 
 
 def preview_flavour(config: RunConfig) -> Flavour | None:
-    """The flavour that `validation_preview_model` names: by itself, as `auto`, or by its Hub id. None where it names a
-    path or another Hub id, or nothing.
+    """The flavour that `validation_preview_model` names by its name, as `auto`, or by its Hub id. None if it names a
+    path or another Hub id, or is not set.
     """
-    own, asked = FLAVOURS[config.model_flavour], config.validation_preview_model
-    if asked == AUTO_PREVIEW:
-        return None if own.preview is None else FLAVOURS[own.preview]
-    named = (each for each in FLAVOURS.values() if asked is not None and asked in (each.name, each.repo))
+    trained, model = FLAVOURS[config.model_flavour], config.validation_preview_model
+    if model == AUTO_PREVIEW:
+        return None if trained.preview is None else FLAVOURS[trained.preview]
+    named = (each for each in FLAVOURS.values() if model is not None and model in (each.name, each.repo))
     return next(named, None)
 
 
 def preview_download(config: RunConfig) -> str | None:
-    """The Hub id, or another place, that `validation_preview_model` stands for; None where nothing is fetched."""
+    """The Hub id or path to load the preview model from; None if there is none, or it is an embedded model."""
     named = preview_flavour(config)
     if config.validation_disable:
         return None
@@ -29,30 +29,30 @@ def preview_download(config: RunConfig) -> str | None:
 
 
 def drawing_flavour(config: RunConfig) -> Flavour:
-    """The flavour whose guidance and default steps validation images are drawn with. For a path that is the distilled
-    sibling where its model_index.json, or a single file's name, says that it is distilled; else the trained flavour.
+    """The flavour whose guidance and default steps apply to validation images. For a preview model at a path, this is
+    the distilled sibling if model_index.json or the single file's name marks it as distilled; else the trained flavour.
     """
-    own, named = FLAVOURS[config.model_flavour], preview_flavour(config)
+    trained, named = FLAVOURS[config.model_flavour], preview_flavour(config)
     if named is not None:
         return named
-    is_other = config.validation_preview_model is not None and own.preview is not None
-    if is_other and _is_distilled(Path(config.validation_preview_model or "")):
-        return FLAVOURS[own.preview or own.name]
-    return own
+    may_be_sibling = config.validation_preview_model is not None and trained.preview is not None
+    if may_be_sibling and _is_distilled(Path(config.validation_preview_model or "")):
+        return FLAVOURS[trained.preview or trained.name]
+    return trained
 
 
-def _is_distilled(place: Path) -> bool:
-    if is_weight_file(place.name):
-        return is_distilled_file(place.name) is True
+def _is_distilled(path: Path) -> bool:
+    if is_weight_file(path.name):
+        return is_distilled_file(path.name) is True
     try:
-        index = read_json(place / "model_index.json")
+        index = read_json(path / "model_index.json")
     except (OSError, ValueError):
         return False
     return isinstance(index, dict) and index.get("is_distilled") is True
 
 
 def with_preview_defaults(config: RunConfig, given: set[str]) -> RunConfig:
-    """`config` with the steps and guidance of `drawing_flavour`, where they are not `given`."""
-    usual = drawing_flavour(config).option_defaults
+    """`config` with the steps and guidance of `drawing_flavour`, except those in `given`, which the user set."""
+    defaults = drawing_flavour(config).option_defaults
     names = {"validation_guidance", "validation_num_inference_steps"} - given
-    return config.model_copy(update={name: usual[name] for name in names})
+    return config.model_copy(update={name: defaults[name] for name in names})

@@ -1,4 +1,4 @@
-"""The prompts that pictures are made of during training."""
+"""Load the prompts of validation images."""
 
 import os
 import unicodedata
@@ -12,67 +12,69 @@ from simpletuner.base.imagefiles import PICTURE_SUFFIXES
 from simpletuner.base.text import FILE_NAME, does_as_file_name, is_visible
 from simpletuner.config.datasets import MOST_REFERENCES, Datasets
 from simpletuner.config.documents import read_document
-from simpletuner.config.listing import Surroundings
+from simpletuner.config.listing import PathContext
 from simpletuner.config.options.validation import ValidationOptions
 from simpletuner.config.paths import filled, joined
 from simpletuner.config.values import join_names, shown
 
 SUBJECT = "<subject>"
-SINGLE = "validation_prompt"
-"""The name under which the option of the same name makes its pictures."""
+OPTION_PROMPT = "validation_prompt"
+"""Name of the prompt that the option `validation_prompt` gives."""
 
-BUILT_IN = {
+BUILT_IN_PROMPTS = {
     "portrait": "a portrait photograph of <subject> by a window, soft daylight, shallow depth of field",
     "outdoors": "a wide photograph of <subject> on a hillside at golden hour, long shadows",
     "still_life": "<subject> on a wooden table beside a blue vase, studio light, plain background",
     "drawing": "a pencil drawing of <subject> on rough paper, visible strokes",
     "lettering": 'a shop window with the words "open late" and <subject> behind the glass, at night',
 }
-"""`validation_prompt_library`."""
+"""Prompts that `validation_prompt_library` adds, by name."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a validation image shows."""
+    """The prompt of a validation image."""
 
     text: str
     references: tuple[str, ...] = ()
-    """Paths of reference images, in the order of their positions."""
+    """Paths of reference images, in order."""
 
 
 def load_prompts(
-    options: ValidationOptions, datasets: Datasets | None, library: Path | None, label: str, around: Surroundings
+    options: ValidationOptions, datasets: Datasets | None, library: Path | None, label: str, path_context: PathContext
 ) -> tuple[dict[str, Prompt], list[str]]:
-    """Prompts by name, `<subject>` replaced, and notices.
+    """Prompts by name, with `<subject>` replaced, and notices.
 
-    `library` is the user's file, which messages call `label`; `datasets` may be None where they are faulty.
+    `library` is the user's file, which messages call `label`. `datasets` is None if they are faulty.
 
     Raises:
-        ConfigError: every fault of the library.
+        ConfigError: lists every problem of the library.
     """
-    prompts = {name: Prompt(text) for name, text in BUILT_IN.items()} if options.validation_prompt_library else {}
+    prompts = (
+        {name: Prompt(text) for name, text in BUILT_IN_PROMPTS.items()} if options.validation_prompt_library else {}
+    )
     if options.validation_prompt is not None:
-        prompts[SINGLE] = Prompt(options.validation_prompt)
+        prompts[OPTION_PROMPT] = Prompt(options.validation_prompt)
     if library is not None:
-        prompts.update(_library(read_document(library, label), label, tuple(prompts), around))
+        prompts.update(_library(read_document(library, label), label, tuple(prompts), path_context))
     subject = options.validation_subject or _subject_of(datasets)
     if subject is not None:
         return {
             name: replace(prompt, text=prompt.text.replace(SUBJECT, subject)) for name, prompt in prompts.items()
         }, []
     if datasets is not None and any(SUBJECT in prompt.text for prompt in prompts.values()):
-        return prompts, [f"{SUBJECT} stays in the prompts as typed: validation_subject says what it stands for."]
+        return prompts, [f"{SUBJECT} stays in the prompts as typed: set validation_subject to replace it."]
     return prompts, []
 
 
 def reference_faults(label: str, paths: tuple[str, ...]) -> Iterator[Problem]:
-    """What is wrong with the paths of a prompt's reference images; messages call the list `label`."""
+    """Problems with the paths of a prompt's reference images; messages call the list `label`."""
     if len(paths) > MOST_REFERENCES:
         yield Problem(f"{label}: {len(paths)} reference images", f"at most {MOST_REFERENCES}")
     for path in paths:
-        if not os.path.isfile(path):  # which raises for no path, as Path.is_file does for one that is too long
-            what = "no file" if os.path.exists(path) else "no such file"
-            yield Problem(f"{label} = {path}: {what}", "the path of an image")
+        if not os.path.isfile(path):  # unlike Path.is_file, does not raise if the path is too long
+            fault = "no file" if os.path.exists(path) else "no such file"
+            yield Problem(f"{label} = {path}: {fault}", "the path of an image")
         elif Path(path).suffix.lower() not in PICTURE_SUFFIXES:
             yield Problem(f"{label} = {path}", f"an image, such as {join_names(['.png', '.jpg', '.webp'])}")
 
@@ -82,33 +84,33 @@ def _subject_of(datasets: Datasets | None) -> str | None:
     return next((image_set.instance_prompt for image_set in sets if image_set.instance_prompt), None)
 
 
-def _library(value: Any, label: str, taken: tuple[str, ...], around: Surroundings) -> dict[str, Prompt]:
+def _library(value: Any, label: str, taken: tuple[str, ...], path_context: PathContext) -> dict[str, Prompt]:
     if not isinstance(value, dict):
         raise ConfigError.of(f"{label}: {shown(value)}", 'an object {"name": "prompt"}')
     problems = []
     prompts: dict[str, Prompt] = {}
-    seen = {_as_read(name): name for name in taken}
+    names = {_folded(name): name for name in taken}
     for typed, entry in value.items():
         name = unicodedata.normalize("NFC", typed)
-        same = seen.setdefault(_as_read(name), typed)
+        same = names.setdefault(_folded(name), typed)
         if not does_as_file_name(name):
             problems.append(Problem(f"{label}: the name {shown(typed)}", f"{FILE_NAME}: it becomes a file's name"))
         elif same is not typed:
             found = f"{label}: the name {shown(typed)} is taken by {shown(same)}"
             problems.append(Problem(found, remedy="Rename one of them."))
         try:
-            prompts[name] = _prompt(entry, f"{label}: {name}", around)
+            prompts[name] = _prompt(entry, f"{label}: {name}", path_context)
         except ConfigError as error:
             problems.extend(error.problems)
     ConfigError.raise_if(problems)
     return prompts
 
 
-def _prompt(entry: Any, label: str, around: Surroundings) -> Prompt:
-    """An entry of the library: a text, or an object with its references.
+def _prompt(entry: Any, label: str, path_context: PathContext) -> Prompt:
+    """Parse an entry of the library: a text, or an object with a prompt and references.
 
     Raises:
-        ConfigError: every fault of it.
+        ConfigError: lists every problem of the entry.
     """
     if isinstance(entry, str) and is_visible(entry):
         return Prompt(entry)
@@ -125,11 +127,11 @@ def _prompt(entry: Any, label: str, around: Surroundings) -> Prompt:
     paths = []
     for path in typed:
         try:
-            paths.append(joined(around.folder, filled(path, around.names, around.environ)))
+            paths.append(joined(path_context.folder, filled(path, path_context.names, path_context.environ)))
         except ValueError as error:
             problems.append(Problem(f"{label}.references = {shown(path)}: {error}"))
             continue
-        refused = None if around.rule is None else around.rule("references", paths[-1])
+        refused = None if path_context.rule is None else path_context.rule("references", paths[-1])
         if refused is not None:
             paths.pop()
             problems.append(replace(refused, found=f"{label}.{refused.found}", key=""))
@@ -140,6 +142,6 @@ def _prompt(entry: Any, label: str, around: Surroundings) -> Prompt:
 _OBJECT = '{"prompt": "text", "references": ["a.png"]}'
 
 
-def _as_read(name: str) -> str:
-    """Equal for names that a file system may take for one: other case, accents composed differently."""
+def _folded(name: str) -> str:
+    """`name` with case and Unicode composition folded. File systems may not distinguish names with equal results."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())

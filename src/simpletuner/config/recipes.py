@@ -1,5 +1,5 @@
-"""Recipes: starting values for a subject, a style or an edit LoRA, with the source of every number; and the options
-with which each FLUX.2 fits on a card. Plain data.
+"""Recipes: starting values for a subject, style or edit LoRA, with the source of every number; and the options with
+which each FLUX.2 flavour fits on a GPU. Plain data.
 """
 
 import math
@@ -15,7 +15,7 @@ RecipeName = Literal["subject", "style", "edit"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Options to start from. `docs/recipes.md` shows them all."""
+    """Starting options for training a kind of LoRA on a flavour. `docs/recipes.md` lists all recipes."""
 
     name: RecipeName
     flavour: FlavourName
@@ -23,51 +23,51 @@ class Recipe:
     summary: str
     """One sentence."""
     options: Mapping[str, Any]
-    """Option to value, as JSON has it."""
+    """Value of each option, as in JSON."""
     sources: Mapping[str, str]
-    """Option to where its value comes from."""
+    """Source of each option's value."""
     is_tested: bool
-    """Whether a run with real weights has been judged."""
+    """Whether the results of a run with real weights have been judged."""
     needs: str = ""
-    """What this program lacks for it; empty where the recipe can be trained."""
+    """What the recipe needs that this program does not provide; empty if the recipe is ready."""
 
     @property
     def is_ready(self) -> bool:
-        """Whether this program can train it."""
+        """Whether this program can train the recipe."""
         return not self.needs
 
     def batches(self, images: int) -> int:
-        """Optimizer steps of an epoch over so many images, about."""
+        """Approximate optimizer steps of an epoch over `images` images."""
         return max(1, math.ceil(images / int(self.options["train_batch_size"])))
 
     def epochs(self, images: int) -> int:
-        """`num_train_epochs` for so many images: the recipe's, or more where that would be under `LEAST_STEPS`."""
+        """`num_train_epochs` for `images` images: the recipe's, or more if needed to reach `LEAST_STEPS`."""
         return max(int(self.options["num_train_epochs"]), math.ceil(LEAST_STEPS / self.batches(images)))
 
 
 @dataclass(frozen=True)
 class CardFit:
-    """Options with which a flavour's recipes fit on a card at 1024x1024."""
+    """Options with which a flavour's recipes fit on a GPU at 1024x1024."""
 
     options: Mapping[str, Any]
     summary: str
-    """What they do, in a few words."""
+    """Effect of the options, in a few words."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU size, and how each flavour that needs one fits on it."""
+    """A GPU memory size, and how each full-size flavour fits into it."""
 
     name: str
     vram_gib: float
     ram_gib: float
-    """Host memory that the machine should have beside it."""
+    """Host memory that the machine should have."""
     fits: Mapping[FlavourName, CardFit]
-    """By flavour."""
+    """Options for each flavour."""
 
 
 LEAST_STEPS = 500
-"""Optimizer steps under which a LoRA has hardly learned anything: the fewest that any of the sources reports."""
+"""Minimum optimizer steps for a LoRA to learn anything useful: the fewest that any of the sources reports."""
 
 _QUICKSTART = "SimpleTuner's FLUX.2 quickstart"
 _ALL_LINEARS = "unsloth PR #8267: klein LoRAs were weak until the single blocks' output projections were targets too"
@@ -79,7 +79,7 @@ _VISITS = "unsloth PR #8267: 500 steps on 5 images; RunComfy's klein-9b guide: 5
 _EXAMPLE = "the example tiny-lora, measured in docs/log.md"
 
 _Numbers = Mapping[str, tuple[Any, str]]
-"""Option to value and source."""
+"""Value and source of each option."""
 
 _COMMON: _Numbers = {
     "flux_lora_target": ("all", _ALL_LINEARS),
@@ -145,9 +145,9 @@ def _recipes() -> Iterator[Recipe]:
         "tiny": {},
         "tiny-klein": _KLEIN,
     }
-    for flavour, own in flavours.items():
+    for flavour, flavour_numbers in flavours.items():
         for name, (title, summary) in _WORDS.items():
-            numbers = _TINY if flavour == "tiny" else {**own, **_COMMON, "num_train_epochs": _EPOCHS[name]}
+            numbers = _TINY if flavour == "tiny" else {**flavour_numbers, **_COMMON, "num_train_epochs": _EPOCHS[name]}
             yield Recipe(
                 name=name,
                 flavour=flavour,
@@ -156,7 +156,7 @@ def _recipes() -> Iterator[Recipe]:
                 options={option: value for option, (value, _) in numbers.items()},
                 sources={option: source for option, (_, source) in numbers.items()},
                 is_tested=flavour == "tiny" and name == "subject",
-                needs="a set of reference images, which `init` does not make yet (docs/edit.md has one)"
+                needs="a dataset of reference images, which `init` does not write yet (docs/edit.md shows one)"
                 if name == "edit"
                 else "",
             )
@@ -197,14 +197,14 @@ CARDS: tuple[Card, ...] = (
     _card("48 GB", 48.0, _IN_INT8, _BF16, _BF16),
     _card("80 GB", 80.0, _BF16, _BF16, _BF16),
 )
-"""From the smallest. The memory plan says that each fits; none has been measured with real weights."""
+"""GPU sizes in ascending order. Each fits by the memory plan; none has been measured with real weights."""
 
 
 def recipe(name: str, flavour: str) -> Recipe:
-    """The recipe of that name for a flavour.
+    """The recipe `name` for `flavour`.
 
     Raises:
-        KeyError: there is none.
+        KeyError: there is no such recipe.
     """
     for each in RECIPES:
         if (each.name, each.flavour) == (name, flavour):
@@ -213,14 +213,14 @@ def recipe(name: str, flavour: str) -> Recipe:
 
 
 def card_of(vram_gib: float) -> Card | None:
-    """The largest card of `CARDS` that is no larger than `vram_gib`; None under the smallest.
+    """The largest of `CARDS` that is no larger than `vram_gib`; None below the smallest.
 
-    A driver reports some hundred MiB less than a card's name says, so half a GiB is allowed for.
+    Drivers report some hundred MiB less than a card's nominal size, so the comparison allows half a GiB.
     """
     return next((card for card in reversed(CARDS) if card.vram_gib <= vram_gib + 0.5), None)
 
 
 def resident_flavour(card: Card | None) -> FlavourName | None:
-    """The largest flavour whose weights stay on `card`; None without a card, and where those of dev do."""
-    whole = [name for name, fit in card.fits.items() if "enable_group_offload" not in fit.options] if card else []
-    return whole[0] if whole and "dev" not in whole else None
+    """The largest flavour whose weights all stay on `card`; None without a card, or if that flavour is dev."""
+    resident = [name for name, fit in card.fits.items() if "enable_group_offload" not in fit.options] if card else []
+    return resident[0] if resident and "dev" not in resident else None

@@ -99,7 +99,7 @@ INTRODUCED: dict[str, Any] = {"dynamo_backend": "no"}
 """What it means, in JSON, that a record lacks an option: the value at which the option changes nothing. Only for
 options whose default is another value."""
 
-NAMED_WHERE_CHOSEN: dict[str, Any] = {
+FINGERPRINTED_IF_SET: dict[str, Any] = {
     "masked_loss_floor": 0.0,
     "masked_loss_invert": False,
     "masked_loss_prior": 0.0,
@@ -160,7 +160,7 @@ def decisive(record: Mapping[str, Any]) -> dict[str, Any]:
     found = {
         name: value
         for name, value in record.items()
-        if name not in MAY_CHANGE and not (name in NAMED_WHERE_CHOSEN and value == NAMED_WHERE_CHOSEN[name])
+        if name not in MAY_CHANGE and not (name in FINGERPRINTED_IF_SET and value == FINGERPRINTED_IF_SET[name])
     }
     if (processes := record.get("num_processes") or 1) > 1:
         found["gradient_accumulation_steps"] *= processes

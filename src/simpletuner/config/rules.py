@@ -224,7 +224,7 @@ def _optimizer(config: RunConfig) -> Iterator[Finding]:
         found = f"optimizer = {shown(name)}: {known.library} is not installed"
         yield ("optimizer",), Problem(found, remedy="pip install -e '.[optimizers]'")
     is_fp16 = config.model_type == "full" and config.base_dtype == "fp16"
-    if known.rounds_by_chance and is_fp16 and not config.optimizer_release_gradients:
+    if known.rounds_stochastically and is_fp16 and not config.optimizer_release_gradients:
         keys = ("optimizer", "mixed_precision")
         found = f"optimizer = {shown(name)} with model_type = full and fp16 weights, which it cannot step on"
         yield keys, Problem(found, remedy="Give --base_model_default_dtype=bf16, or take adamw.")
@@ -237,7 +237,7 @@ def _optimizer(config: RunConfig) -> Iterator[Finding]:
         found = f"learning_rate = {config.learning_rate:g}"
         if config.rate_scale != 1:
             found += f", {rate:g} scaled by the effective batch"
-        usual = f"{name} wants 1." if known.finds_rate else "Usual are 1e-5 to 1e-3: is a minus missing?"
+        usual = f"{name} wants 1." if known.estimates_rate else "Usual are 1e-5 to 1e-3: is a minus missing?"
         yield ("learning_rate",), Problem(found, "at most 1", usual)
     if not config.lr_scheduler.startswith("constant") and config.lr_end > config.learning_rate:
         found = f"lr_end = {config.lr_end:g}"
@@ -515,7 +515,7 @@ def notices(config: RunConfig, datasets: Datasets | None, given: Collection[str]
     if (
         config.model_type == "full"
         and "learning_rate" not in given
-        and not known_optimizer(config.optimizer).finds_rate
+        and not known_optimizer(config.optimizer).estimates_rate
     ):
         yield (
             f"learning_rate is {config.learning_rate:g}, which suits a LoRA: a whole model is mostly trained at "
@@ -543,7 +543,7 @@ def notices(config: RunConfig, datasets: Datasets | None, given: Collection[str]
         )
 
 
-def drawing_notices(config: RunConfig, prompts: Collection[str]) -> Iterator[str]:
+def validation_image_notices(config: RunConfig, prompts: Collection[str]) -> Iterator[str]:
     """What to say of the validation images that will be made of `prompts`."""
     flavour = FLAVOURS[config.model_flavour]
     if config.validation_preview_model is not None and not config.validation_disable and prompts:
@@ -571,7 +571,7 @@ def drawing_notices(config: RunConfig, prompts: Collection[str]) -> Iterator[str
 def _odd_rates(config: RunConfig) -> Iterator[str]:
     """A learning rate at which hardly anything is learned, or training diverges."""
     name, own = config.optimizer, known_optimizer(config.optimizer)
-    if own.finds_rate and config.learning_rate < PRODIGY_RATE:
+    if own.estimates_rate and config.learning_rate < PRODIGY_RATE:
         yield (
             f"learning_rate = {config.learning_rate:g} multiplies the rate that {name} finds: 1 is usual, and with "
             "this it learns next to nothing. Give --learning_rate=1."

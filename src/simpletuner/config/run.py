@@ -1,4 +1,4 @@
-"""All options of a run: flat by inheritance, sliced by type."""
+"""All options of a run: one flat class that inherits from the option slices."""
 
 from simpletuner.config.optimizers import known_optimizer
 from simpletuner.config.options.checkpoint import CheckpointOptions
@@ -43,11 +43,11 @@ SLICES: tuple[type[Slice], ...] = (
     ProcessOptions,
     RankOptions,
 )
-"""In the order in which help and docs show them."""
+"""The option slices, in the order of help and docs."""
 
 
 OPTION_NAMES: tuple[str, ...] = tuple(name for group in SLICES for name in group.model_fields)
-"""Every option, in the same order."""
+"""Name of every option, in the order of help and docs."""
 
 
 class RunConfig(
@@ -71,22 +71,22 @@ class RunConfig(
     ProcessOptions,
     RankOptions,
 ):
-    """Every option of a run. Made by `simpletuner.config.load.load`, which checks across options as well."""
+    """Every option of a run. `simpletuner.config.load.load` creates it and also checks combinations of options."""
 
     @property
     def effective_batch(self) -> int:
-        """Images of one optimizer step on all processes, where no dataset has a batch size of its own."""
+        """Images per optimizer step on all processes, where no dataset sets its own batch size."""
         return super().effective_batch * self.ranks
 
     @property
     def has_masters(self) -> bool:
-        """Whether the optimizer steps on fp32 copies of weights that compute in less. Without them it rounds
+        """Whether the optimizer steps fp32 master copies of bf16 or fp16 weights. Without masters it rounds
         stochastically.
         """
-        rounds = self.optimizer_release_gradients or known_optimizer(self.optimizer).rounds_by_chance
+        rounds = self.optimizer_release_gradients or known_optimizer(self.optimizer).rounds_stochastically
         return self.model_type == "full" and self.base_dtype != "fp32" and not rounds
 
     @property
     def is_average_on_cpu(self) -> bool:
-        """Whether the moving average lies in host memory, off an accelerator."""
+        """Whether the moving average is in host memory."""
         return self.ema_device == "cpu" or (self.ema_device == "auto" and self.model_type == "full")

@@ -1,4 +1,4 @@
-"""One option's value: what its type expects in words, text as a value, a value as text, the nearest name."""
+"""Types of option values: parse them from text, show them in messages, describe what a type accepts, suggest names."""
 
 import difflib
 import json
@@ -16,50 +16,50 @@ from simpletuner.config.options.kinds import IsJson, IsModel, IsPath, Says, Slic
 
 _INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-_LONGEST_SHOWN = 80
+_MAX_SHOWN_LENGTH = 80
 
 
 @dataclass(frozen=True)
 class OptionType:
-    """The kind of value an option takes."""
+    """Type and range of an option's value."""
 
     base: Any
-    """bool, int, float or str; anything else for a structure."""
+    """bool, int, float or str; another type for a structure."""
 
     choices: tuple[str, ...]
-    """The values of an enumeration; empty for other kinds."""
+    """The values of an enumeration; empty for other types."""
 
     expects: str
-    """In words: "a number above 0", "all, attention, mlp or tiny"."""
+    """Accepted values in words: "a number above 0", "all, attention, mlp or tiny"."""
 
     is_path: bool
     is_model: bool
     is_json: bool
     near: tuple[str, ...] = ()
-    """Names of which the nearest is suggested for a value that is not accepted."""
+    """Names from which the nearest is suggested for a rejected value."""
 
     minimum: float | None = None
-    """The lower bound of a number; `expects` says whether it is allowed itself."""
+    """The lower bound of a number; `expects` says whether it is inclusive."""
 
     maximum: float | None = None
 
 
 def join_names(names: Iterable[str], word: str = "or") -> str:
-    """ "a, b or c"."""
+    """Join names to "a, b or c"; `word` replaces "or"."""
     *first, last = names
     return f"{', '.join(first)} {word} {last}" if first else last
 
 
 def no_effect(keys: Sequence[str], reason: str) -> str:
-    """The notice that `keys` were typed for nothing."""
+    """The notice that `keys` have no effect for `reason`."""
     return f"{join_names(keys, 'and')} {'has' if len(keys) == 1 else 'have'} no effect: {reason}."
 
 
 def _unwrapped(annotation: Any, marks: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
-    """The bare type under `Annotated` and `| None`, and all marks found on the way."""
+    """The type inside `Annotated` and `| None`, and `marks` with the annotations of each level added."""
     if get_origin(annotation) is Annotated:
-        inner, *more = get_args(annotation)
-        return _unwrapped(inner, (*marks, *more))
+        inner, *inner_marks = get_args(annotation)
+        return _unwrapped(inner, (*marks, *inner_marks))
     if get_origin(annotation) in (Union, UnionType):
         members = [member for member in get_args(annotation) if member is not type(None)]
         if len(members) == 1:
@@ -118,13 +118,13 @@ def _kind(field: FieldInfo) -> OptionType:
 
 @cache
 def kinds(model: type[Slice]) -> dict[str, OptionType]:
-    """The kind of every field of `model`, in the order of its declaration."""
+    """The type of every field of `model`, in declaration order."""
     return {name: _kind(field) for name, field in model.model_fields.items()}
 
 
 def from_text(text: str, kind: OptionType) -> object:
-    """The value that `text`, from a flag or the environment, stands for. Text that is no such value comes
-    back as it is, for the check to refuse."""
+    """Parse `text` from a flag or the environment. Text that is no such value is returned unchanged, for validation to
+    reject."""
     if kind.base is int and _INTEGER.fullmatch(text):
         return int(text)
     if kind.base is float and _NUMBER.fullmatch(text):
@@ -133,7 +133,8 @@ def from_text(text: str, kind: OptionType) -> object:
 
 
 def from_file(value: object, kind: OptionType) -> object:
-    """What `value`, from a file, stands for: "true" and "false" are booleans where one is expected."""
+    """Convert `value` from a file: "true" and "false" to booleans and inline JSON to its value, where one is expected.
+    Other values are returned unchanged."""
     if kind.base is bool and value in ("true", "false"):
         return value == "true"
     if kind.is_json and isinstance(value, str) and value.lstrip().startswith(("{", "[")):
@@ -145,36 +146,36 @@ def from_file(value: object, kind: OptionType) -> object:
 
 
 def is_quoted_number(value: object, kind: OptionType) -> bool:
-    """Whether `value` would be right if it stood without quotes."""
+    """Whether `value` would be accepted as a number without its quotes."""
     return isinstance(value, str) and kind.base in (int, float) and from_text(value, kind) is not value
 
 
 def shown(value: object) -> str:
-    """`value` as a person would type it, cut where it is long: 'al', -1, true, {"a": 1}."""
+    """`value` as a user would type it, truncated to 80 characters: 'al', -1, true, {"a": 1}."""
     text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 1] + "…"
+    return text if len(text) <= _MAX_SHOWN_LENGTH else text[: _MAX_SHOWN_LENGTH - 1] + "…"
 
 
 _FILLERS = frozenset({"a", "as", "by", "for", "from", "in", "of", "on", "or", "the", "to", "with"})
-"""Words of a name that its meaning does not depend on."""
+"""Words that `nearest` ignores in names."""
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The one of `names` that means the same as `name`, which differs from it by a slip of the fingers.
+    """The name in `names` that `name` is probably a misspelling of; None if there is none.
 
-    Digits are never a slip: `adamw4bit` is not `adamw8bit`. Long names have room for two, others for one:
-    `precision` is not `revision`.
+    At most two typos are allowed in names above 10 letters, one in shorter ones and none below 3 letters, so
+    `precision` is not `revision`. Digits must be equal: `adamw4bit` is not `adamw8bit`.
     """
     typed = _words_joined(name)
-    slips = {other: _slips(typed, _words_joined(other)) for other in names}
-    most = 0 if len(typed) < 3 else 1 if len(typed) <= 10 else 2
-    close = [other for other, count in slips.items() if count <= most]
-    same_digits = [other for other in close if _digits(other) == _digits(name)]
-    return min(same_digits, key=lambda other: slips[other], default=None)
+    typos = {candidate: _typos(typed, _words_joined(candidate)) for candidate in names}
+    max_typos = 0 if len(typed) < 3 else 1 if len(typed) <= 10 else 2
+    close = [candidate for candidate, count in typos.items() if count <= max_typos]
+    same_digits = [candidate for candidate in close if _digits(candidate) == _digits(name)]
+    return min(same_digits, key=lambda candidate: typos[candidate], default=None)
 
 
 def similar(name: str, names: Iterable[str]) -> str | None:
-    """The one of `names` that looks most like `name`; what it means may be another thing."""
+    """The name in `names` that looks most like `name`, although it may mean something else; None if none is close."""
     return next(iter(difflib.get_close_matches(name.lower(), list(names), n=1, cutoff=0.7)), None)
 
 
@@ -187,16 +188,16 @@ def _digits(name: str) -> list[str]:
     return re.findall(r"\d+", name)
 
 
-def _slips(typed: str, meant: str) -> int:
-    """Letters left out, added, replaced, or exchanged with their neighbor between two names; 3 stands for more."""
+def _typos(typed: str, meant: str) -> int:
+    """Damerau-Levenshtein distance of two names (omitted, added, replaced or swapped letters), at most 3."""
     if abs(len(typed) - len(meant)) > 2 or len(set(typed) ^ set(meant)) > 4:
         return 3
     above: list[int] = []
     row = list(range(len(meant) + 1))
-    for i, left in enumerate(typed, start=1):
+    for i, typed_letter in enumerate(typed, start=1):
         two_above, above, row = above, row, [i]
-        for j, right in enumerate(meant, start=1):
-            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (left != right)))
-            if i > 1 and j > 1 and left == meant[j - 2] and right == typed[i - 2]:
+        for j, meant_letter in enumerate(meant, start=1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (typed_letter != meant_letter)))
+            if i > 1 and j > 1 and typed_letter == meant[j - 2] and meant_letter == typed[i - 2]:
                 row[-1] = min(row[-1], two_above[j - 2] + 1)
     return min(row[-1], 3)

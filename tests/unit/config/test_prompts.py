@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from simpletuner.config.datasets import MOST_REFERENCES
-from simpletuner.config.prompts import BUILT_IN, Prompt
+from simpletuner.config.prompts import BUILT_IN_PROMPTS, Prompt
 
 
 def test_without_a_library_there_are_no_prompts(place: Any) -> None:
@@ -34,7 +34,7 @@ def test_the_sources_add_up(place: Any) -> None:
     prompts = place.load(
         "--validation_prompt", "a dog", "--validation_prompt_library", "--validation_subject=x"
     ).prompts
-    assert list(prompts) == [*BUILT_IN, "validation_prompt", "one"]
+    assert list(prompts) == [*BUILT_IN_PROMPTS, "validation_prompt", "one"]
     assert not any("<subject>" in prompt.text for prompt in prompts.values())
 
 

@@ -10,7 +10,7 @@ from simpletuner.config.options.ranks import RankOptions
 from simpletuner.config.record import (
     CHANGE_THE_CURVE,
     MAY_CHANGE,
-    NAMED_WHERE_CHOSEN,
+    FINGERPRINTED_IF_SET,
     RECORDED_TEXTS,
     SPLIT,
     OptionChange,
@@ -300,7 +300,7 @@ def test_a_slice_is_frozen_and_exact() -> None:
 def test_an_option_that_is_younger_than_the_fingerprints_is_named_only_where_it_is_chosen() -> None:
     usual = resolved(RunConfig())
     named = decisive(usual)
-    assert named.keys() == usual.keys() - MAY_CHANGE - NAMED_WHERE_CHOSEN.keys()
+    assert named.keys() == usual.keys() - MAY_CHANGE - FINGERPRINTED_IF_SET.keys()
     chosen = decisive(usual | {"optimizer_release_gradients": True})
     assert chosen == named | {"optimizer_release_gradients": True}
 
