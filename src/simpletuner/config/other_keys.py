@@ -1,9 +1,9 @@
-"""Keys and values that are known and are no options here, each with what it means in a config that has them.
+"""Known keys and values that are no options of this program, each with the message for a config that has them.
 
-One table for the run's options and one for each kind of dataset entry. Most names are SimpleTuner's (4.x), grouped by
-the feature they belong to, so that its configs carry over: a value that asks for nothing passes, a key that cannot
-change the result is said to have no effect, and everything else is refused with what to do instead. Work that lands
-takes its names out of here and into a slice.
+There is one table for the run's options and one for each kind of dataset entry. Most names are those of SimpleTuner
+(4.x), grouped by feature, so that its configs carry over: a value that turns a feature off is accepted, a key that
+cannot change the result gets a notice, and everything else is rejected with a remedy. Whoever implements a feature
+moves its names from here to a slice.
 """
 
 from collections.abc import Mapping
@@ -18,46 +18,46 @@ class OtherKey:
     """A known key that is no option, or a known value that an option does not take."""
 
     meaning: str
-    """Why it is refused; of a key that is ignored, why it has no effect."""
+    """Why it is rejected; for an ignored key, why it has no effect."""
 
     remedy: str = ""
 
     off: tuple[object, ...] = ()
-    """Values that ask for nothing: they pass in silence. null and empty text always do."""
+    """Values that request nothing; they are accepted without a notice. null and empty text always are."""
 
     is_ignored: bool = False
-    """Whether all other values pass as well, with a notice."""
+    """Whether all other values are accepted too, with a notice."""
 
     def passes(self, value: object) -> bool:
-        """Whether `value` asks for nothing. false is not 0 here."""
+        """Whether `value` requests nothing. Distinguishes false from 0."""
         return any(value == off and isinstance(value, bool) == isinstance(off, bool) for off in (None, "", *self.off))
 
 
 @dataclass(frozen=True)
 class OtherKeys:
-    """All that are known in one place: a config, or a kind of dataset entry."""
+    """All known keys that are no options, for a config or for a kind of dataset entry."""
 
     keys: Mapping[str, OtherKey] = field(default_factory=dict)
     prefixes: Mapping[str, OtherKey] = field(default_factory=dict)
-    """Of names that begin alike because one feature has them."""
+    """Entries for all keys of a feature, by their common prefix."""
 
     values: Mapping[str, Mapping[str, OtherKey]] = field(default_factory=dict)
-    """Values of keys that are options."""
+    """Known values that an option does not take, by option."""
 
     aliases: Mapping[str, str] = field(default_factory=dict)
-    """Other names of options, accepted with a notice: the meaning is the same."""
+    """Other names of options with the same meaning; accepted with a notice."""
 
     nicknames: Mapping[str, str] = field(default_factory=dict)
-    """What people say elsewhere for an option: suggested, not accepted."""
+    """Names that other programs use for an option; suggested, not accepted."""
 
     def of(self, name: str) -> OtherKey | None:
-        """What is known of a key."""
+        """The entry for a key; None if it is unknown."""
         if name in self.keys:
             return self.keys[name]
         return next((key for prefix, key in self.prefixes.items() if name.startswith(prefix)), None)
 
     def of_value(self, name: str, value: object) -> OtherKey | None:
-        """What is known of a value of an option."""
+        """The entry for a value of an option; None if there is none."""
         return self.values.get(name, {}).get(value) if isinstance(value, str) else None
 
 
@@ -83,13 +83,13 @@ def _value(why: str, *instead: str) -> OtherKey:
 
 
 def _named(*rows: tuple[OtherKey, str]) -> dict[str, OtherKey]:
-    """One entry for each name of each row."""
+    """A mapping with one entry for each of the space-separated names in each row."""
     return {name: key for key, names in rows for name in names.split()}
 
 
 _ADAPTERS = "DoRA, LoKr, LoHa and OFT adapters"
 _CACHING = "caches filled while training"
-_CSV = "CSV lists of addresses"
+_CSV = "CSV lists of URLs"
 _HF_DATASETS = "Hub datasets"
 _HUB = "publishing to the Hub"
 _PARQUET = "captions from tables"
@@ -107,73 +107,73 @@ LATER_OPTIONS: Mapping[str, OtherKey] = _named(
     (_later("input perturbation", 0, 0.0), "input_perturbation"),
     (_later("input perturbation", 0), "input_perturbation_steps"),
     (_later("other attention kernels", "auto", "native", "diffusers"), "attention_mechanism"),
-    (_later("other ways of activation checkpointing", "auto", "full"), "gradient_checkpointing_mode"),
+    (_later("other modes of activation checkpointing", "auto", "full"), "gradient_checkpointing_mode"),
     (_later(_HUB, False), "push_to_hub push_checkpoints_to_hub"),
     (_later(_HUB), "publishing_config"),
-    (_later("posts to Discord and other addresses"), "webhook_config"),
+    (_later("webhooks, such as posts to Discord"), "webhook_config"),
     (
         OtherKey(
             NOT_YET + "configs of accelerate",
-            "Give --num_processes, with --fsdp_enable or --deepspeed_config=zero2 to share what they hold.",
+            "Give --num_processes, and --fsdp_enable or --deepspeed_config=zero2 to shard over the processes.",
         ),
         "accelerate_config accelerate_extra_args",
     ),
     (_later(_CACHING, False), "vae_cache_ondemand vae_cache_disable text_cache_ondemand text_cache_disable"),
     (_later(_PARQUET), "parquet_caption_column parquet_filename_column"),
 )
-"""Options whose work has not landed."""
+"""Options whose feature is not implemented yet."""
 
-_NOISE_MODELS = "FLUX.2 is trained by flow matching, and this is for models that predict noise"
-_NO_LOSS = "this auxiliary loss is not here"
-_NO_RAM_TORCH = "weights are not kept in RAM this way here"
-_STREAM = ", or stream the blocks with enable_group_offload"
-_NO_DELETING = "files of a dataset are never deleted here"
-_UNUSABLE = ": images that cannot be used are left out, counted and named"
-_NO_JUDGING = "what an image shows is not judged here"
-_NO_SCRIPTS = "a run starts no scripts here"
-_FOLLOW = ": a script of yours can follow events.jsonl in the run directory"
-_PER_SET = "each dataset has its own here"
-_TO_SETS = " here, and write it into each set of images in multidatabackend.json"
-_NO_EVALUATION = "images are not scored here"
-_TO_EVAL = ": the loss on a set with dataset_type eval is measured instead"
+_NOISE_MODELS = "this is for models that predict noise, and FLUX.2 is trained by flow matching"
+_NO_LOSS = "this auxiliary loss is not supported"
+_NO_RAM_TORCH = "this way to keep weights in RAM is not supported"
+_STREAM = ", or offload the blocks with enable_group_offload"
+_NO_DELETING = "a run never deletes files of a dataset"
+_UNUSABLE = ": unusable images are left out, counted and listed"
+_NO_JUDGING = "a run does not check what images show"
+_NO_SCRIPTS = "a run starts no scripts"
+_FOLLOW = ": your own script can follow events.jsonl in the run directory"
+_PER_SET = "each dataset has its own value"
+_TO_SETS = " of the config, and set it in each image set in multidatabackend.json"
+_NO_EVALUATION = "images are not scored"
+_TO_EVAL = ": instead, the loss is measured on datasets with dataset_type eval"
 
 _REFUSED_OPTIONS: Mapping[str, OtherKey] = _named(
-    # What is trained
-    (_refused("ControlNets are not trained here", False, remedy=" to train a LoRA or the whole model"), "controlnet"),
-    (_refused("LoRAs that widen the model's input are not trained here", False), "control"),
-    (_refused("the text encoder is not trained here", False), "train_text_encoder"),
-    (_refused("lora_type and flux_lora_target choose what is trained here", "none"), "layer_freeze_strategy"),
-    (_refused("SingLoRA is not here", "standard"), "peft_lora_mode"),
-    (_refused("slider LoRAs are not trained here", False), "slider_lora_target"),
-    (_refused("no LoRA is added to the base model while training here"), "assistant_lora_path"),
-    (_refused("nothing is distilled here", "none"), "distillation_method"),
-    (_refused("the moving average starts from init_lora here"), "init_lora_ema"),
+    # Trainable parameters
+    (_refused("this program trains no ControlNets", False, remedy=" to train a LoRA or the whole model"), "controlnet"),
+    (_refused("this program trains no LoRAs that widen the model's input", False), "control"),
+    (_refused("this program does not train the text encoder", False), "train_text_encoder"),
+    (_refused("model_type and flux_lora_target select the trainable parameters", "none"), "layer_freeze_strategy"),
+    (_refused("SingLoRA is not supported", "standard"), "peft_lora_mode"),
+    (_refused("this program trains no slider LoRAs", False), "slider_lora_target"),
+    (_refused("assistant LoRAs on the base model are not supported"), "assistant_lora_path"),
+    (_refused("distillation is not supported", "none"), "distillation_method"),
+    (_refused("the moving average starts from init_lora"), "init_lora_ema"),
     # The loss
     (
         _refused(_NO_LOSS, False),
         "crepa_enabled irepa_enabled urepa_enabled layersync_enabled nextlat_enabled mixflow_enabled twinflow_enabled "
         "internal_guidance_enabled xm_enabled",
     ),
-    (_refused("this is not here"), "diffusion_blocks_config sla_config"),
+    (_refused("this is not supported"), "diffusion_blocks_config sla_config"),
     (_refused(_NOISE_MODELS, False), "diff2flow_enabled offset_noise refiner_training rescale_betas_zero_snr"),
     (_refused(_NOISE_MODELS, False), "use_soft_min_snr"),
     (_refused(_NOISE_MODELS, 0, 0.0), "snr_gamma"),
     (
-        _refused(_NOISE_MODELS, "none", remedy=": flow_schedule_shift and flow_custom_timesteps choose timesteps"),
+        _refused(_NOISE_MODELS, "none", remedy=": flow_schedule_shift and flow_custom_timesteps select timesteps"),
         "timestep_bias_strategy",
     ),
     (_refused("FLUX.2 predicts the velocity", "flow_matching"), "prediction_type"),
     (
-        _refused("timesteps have no such density here", remedy=", or list them in flow_custom_timesteps"),
+        _refused("this distribution of timesteps is not supported", remedy=", or list them in flow_custom_timesteps"),
         "flow_timesteps_mode flow_cubic_schedule_weights",
     ),
     # The optimizer
-    (_refused("the average takes part from the first step here", 0), "ema_warmup_steps"),
-    (_refused("prodigy estimates its rate to the end here", 0), "prodigy_steps"),
-    (_refused("optimizer states stay on the accelerator here", "none"), "optimizer_cpu_offload_method"),
-    (_refused("gradients stay on the accelerator here", False), "optimizer_offload_gradients"),
+    (_refused("the moving average is updated from the first step on", 0), "ema_warmup_steps"),
+    (_refused("prodigy estimates its learning rate during the whole run", 0), "prodigy_steps"),
+    (_refused("the optimizer state stays on the accelerator", "none"), "optimizer_cpu_offload_method"),
+    (_refused("gradients stay on the accelerator", False), "optimizer_offload_gradients"),
     (
-        _refused("it is an argument of the optimizer here", False, remedy=", or give --optimizer_config fused=true"),
+        _refused("it is an argument of the optimizer", False, remedy=", or give --optimizer_config fused=true"),
         "fuse_optimizer",
     ),
     # Memory
@@ -181,68 +181,68 @@ _REFUSED_OPTIONS: Mapping[str, OtherKey] = _named(
         _refused(_NO_RAM_TORCH, False, remedy=_STREAM),
         "ramtorch ramtorch_controlnet ramtorch_text_encoder ramtorch_vae",
     ),
-    (_refused("blocks are not swapped by number here", 0, remedy=_STREAM), "musubi_blocks_to_swap"),
-    (_refused("activations are not quantized here", False), "quantize_activations"),
-    (_refused("base_model_precision names a whole format here", {}), "quantization_config"),
+    (_refused("swapping a number of blocks is not supported", 0, remedy=_STREAM), "musubi_blocks_to_swap"),
+    (_refused("quantized activations are not supported", False), "quantize_activations"),
+    (_refused("base_model_precision sets the whole format", {}), "quantization_config"),
     (
-        _refused("checkpointing is torch's own here", "torch", remedy=", or give --activation_offload=true"),
+        _refused("only torch's own checkpointing is supported", "torch", remedy=", or give --activation_offload=true"),
         "gradient_checkpointing_backend",
     ),
     (
-        _refused("a block is offloaded as a whole here", False, remedy=", or give --activation_offload=true"),
+        _refused("only whole blocks are offloaded", False, remedy=", or give --activation_offload=true"),
         "gradient_checkpointing_offload_attention",
     ),
     (
-        _refused("each block is recomputed by itself here", 0, 1, remedy=", or take gradient_checkpointing_interval"),
+        _refused("each block is recomputed separately", 0, 1, remedy=", or set gradient_checkpointing_interval"),
         "gradient_checkpointing_segment_stride",
     ),
     (
-        _refused("no processes share an image here", 1, remedy=", or give --activation_offload=true"),
+        _refused("context parallelism is not supported", 1, remedy=", or give --activation_offload=true"),
         "context_parallel_size",
     ),
     # Validation
-    (_refused("guidance is not rescaled here", 0, 0.0), "validation_guidance_rescale"),
-    (_refused("guidance skips no layers here", []), "validation_guidance_skip_layers"),
-    (_refused("the adapter has its full strength in validation images here", 1, 1.0), "validation_lycoris_strength"),
-    (_refused("validation images show the trained adapter alone here"), "validation_adapter_path"),
-    (_refused("validation images show the trained adapter alone here", {}), "validation_adapter_config"),
-    (_refused("a run draws its validation images itself here", "simpletuner-local"), "validation_method"),
+    (_refused("guidance rescaling is not supported", 0, 0.0), "validation_guidance_rescale"),
+    (_refused("skip-layer guidance is not supported", []), "validation_guidance_skip_layers"),
+    (_refused("validation images use the adapter at full strength", 1, 1.0), "validation_lycoris_strength"),
+    (_refused("validation images use only the trained adapter"), "validation_adapter_path"),
+    (_refused("validation images use only the trained adapter", {}), "validation_adapter_config"),
+    (_refused("a run generates its validation images itself", "simpletuner-local"), "validation_method"),
     (
-        _refused("the solver of validation images is Euler's here", "euler", "flow_matching", "same"),
+        _refused("validation images use the Euler solver", "euler", "flow_matching", "same"),
         "validation_noise_scheduler",
     ),
-    (_refused("only whole validation images are shown here", False), "validation_preview"),
+    (_refused("previews of unfinished validation images are not supported", False), "validation_preview"),
     (_refused("validation images keep their seed, so that they compare", False), "validation_randomize"),
-    (_refused("validation images are compiled by nothing here", False), "validation_torch_compile"),
+    (_refused("validation images are generated uncompiled", False), "validation_torch_compile"),
     (
-        _refused("validation images are made of prompts here", False, remedy=", and give --validation_prompt"),
+        _refused("validation images are generated from prompts", False, remedy=", and give --validation_prompt"),
         "validation_using_datasets",
     ),
     (
-        _refused("validation images are made of prompts here", remedy=", and give --validation_prompt"),
+        _refused("validation images are generated from prompts", remedy=", and give --validation_prompt"),
         "validation_input",
     ),
     (
-        _refused("validation images are made from the first interval on here", 0),
+        _refused("validation starts with the first interval", 0),
         "validate_after_step validate_after_epoch",
     ),
     (_refused(_NO_EVALUATION, "none", remedy=_TO_EVAL), "evaluation_type"),
     (
-        _refused("the held-out loss is due by steps here", 0, remedy=", or give eval_steps_interval"),
+        _refused("the held-out loss is measured by steps", 0, remedy=", or give eval_steps_interval"),
         "eval_epoch_interval",
     ),
     (
-        _refused("eval sets are there to be measured", False, remedy=", and the sets with dataset_type eval"),
+        _refused("the loss of eval sets is always measured", False, remedy=", and the sets with dataset_type eval"),
         "eval_loss_disable",
     ),
     # Data
     (
-        _refused("each visit of an image has the references of all its sets here", "combined", remedy=" to train so"),
+        _refused("each sample uses the references of all its conditioning sets", "combined", remedy=" to train so"),
         "conditioning_multidataset_sampling",
     ),
     (
         _refused(
-            "an epoch has each image of each set here", "auto-weighting", remedy=": repeats of a set give it weight"
+            "an epoch has each image of each dataset", "auto-weighting", remedy=", and weight datasets by their repeats"
         ),
         "data_backend_sampling",
     ),
@@ -251,7 +251,7 @@ _REFUSED_OPTIONS: Mapping[str, OtherKey] = _named(
     (_refused(_PER_SET, "filename", remedy=_TO_SETS), "caption_strategy"),
     (_refused(_PER_SET, remedy=_TO_SETS), "instance_prompt cache_dir_vae"),
     (
-        _refused(_PER_SET, remedy=" here, and give the text store a cache_dir in multidatabackend.json"),
+        _refused(_PER_SET, remedy=" of the config, and set cache_dir of the text store in multidatabackend.json"),
         "cache_dir_text",
     ),
     (
@@ -265,32 +265,32 @@ _REFUSED_OPTIONS: Mapping[str, OtherKey] = _named(
     ),
     (_refused(_NO_DELETING, False, remedy=_UNUSABLE), "delete_unwanted_images delete_problematic_images"),
     (_refused(_NO_JUDGING, False), "delete_nsfw_images enable_nsfw_check"),
-    (_refused("a image that goes missing is an error here", False), "ignore_missing_files"),
+    (_refused("a missing image is an error", False), "ignore_missing_files"),
     # Files and services
     (
-        _refused("there is one kind of checkpoint here", 0, remedy=", or give checkpoint_step_interval"),
+        _refused("rolling checkpoints are not supported", 0, remedy=", or give checkpoint_step_interval"),
         "checkpointing_rolling_steps",
     ),
     (
         _refused(_NO_SCRIPTS, remedy=_FOLLOW),
         "post_checkpoint_script post_upload_script validation_external_script disk_low_script",
     ),
-    (_refused("report_to knows tensorboard and wandb", remedy=_FOLLOW), "custom_tracker"),
-    (_refused("no code of a model's repository is run here", False), "trust_remote_code"),
+    (_refused("report_to takes only tensorboard and wandb", remedy=_FOLLOW), "custom_tracker"),
+    (_refused("code from a model's repository is never run", False), "trust_remote_code"),
     (
         _refused(
-            "the folder of the transformer is named itself here",
+            "the transformer's folder is an option by itself",
             "transformer",
-            remedy=", and name it in pretrained_transformer_model_name_or_path",
+            remedy=", and give the folder as pretrained_transformer_model_name_or_path",
         ),
         "pretrained_transformer_subfolder",
     ),
-    (_refused("images get no watermark here", False), "enable_watermark"),
+    (_refused("watermarks are not supported", False), "enable_watermark"),
 )
-"""Options that ask for something that is not here."""
+"""Options that request an unsupported feature."""
 
 _ALWAYS_FOUND = "folders are read at each start"
-_BY_CONTENT = "caches are checked by content, and kept"
+_BY_CONTENT = "caches are checked by content, and never deleted"
 _OTHER_MODEL = "it is for other models"
 _NO_HUB = "push_to_hub is false"
 _THREADS = "max_workers counts the threads that prepare images"
@@ -312,18 +312,18 @@ _IGNORED_OPTIONS: Mapping[str, OtherKey] = _named(
         _ignored(_THREADS),
         "aspect_bucket_worker_count enable_multiprocessing image_processing_batch_size read_batch_size",
     ),
-    (_ignored("how many batches are read ahead is fixed"), "dataloader_prefetch_qlen"),
+    (_ignored("the number of prefetched batches is fixed"), "dataloader_prefetch_qlen"),
     (_ignored("simpletuner dataset scan shows what is found"), "debug_aspect_buckets debug_dataset_loader"),
     (_ignored("simpletuner dataset scan shows what is found"), "print_filenames print_sampler_statistics"),
-    (_ignored("no dataset lies in S3"), "aws_max_pool_connections"),
+    (_ignored("no dataset is in S3"), "aws_max_pool_connections"),
     # Training
     (
-        _ignored("each sample draws its timestep by itself; see timestep_strata", True),
+        _ignored("each sample draws its timestep independently; see timestep_strata", True),
         "disable_segmented_timestep_sampling",
     ),
-    (_ignored("max_train_steps, else num_train_epochs, is the end of a run"), "strict_epoch_limit"),
+    (_ignored("max_train_steps, else num_train_epochs, ends a run"), "strict_epoch_limit"),
     (_ignored("the order of each solver is fixed", 2), "scheduled_sampling_order"),
-    (_ignored("every draw of a run comes from seed"), "seed_for_each_device"),
+    (_ignored("all random draws of a run follow from seed"), "seed_for_each_device"),
     (_ignored("FLUX.2's timesteps follow flow_schedule_shift"), "training_scheduler_timestep_spacing"),
     (_ignored("FLUX.2's timesteps follow flow_schedule_shift"), "inference_scheduler_timestep_spacing"),
     (_ignored("offset_noise is false"), "noise_offset noise_offset_probability"),
@@ -340,17 +340,17 @@ _IGNORED_OPTIONS: Mapping[str, OtherKey] = _named(
         "text_encoder_limit text_encoder_lr save_text_encoder freeze_encoder_after freeze_encoder_before "
         "freeze_encoder_strategy",
     ),
-    (_ignored("gradients have the precision of what is trained, fp32 of adapters", "unmodified"), "gradient_precision"),
-    (_ignored("ema_device says where the average lies"), "ema_cpu_only ema_foreach_disable"),
-    (_ignored("every check is made"), "i_know_what_i_am_doing"),
+    (_ignored("gradients have the parameters' precision, fp32 for adapters", "unmodified"), "gradient_precision"),
+    (_ignored("ema_device sets where the average is kept"), "ema_cpu_only ema_foreach_disable"),
+    (_ignored("no check can be skipped"), "i_know_what_i_am_doing"),
     # Memory and speed, at the same result
     (_ignored("fp32 is never TF32", True), "disable_tf32"),
     (
-        _ignored("it would be the same result", False),
+        _ignored("it would not change the result", False),
         "fuse_qkv_projections fused_qkv_projections set_grads_to_none offload_during_save",
     ),
-    (_ignored("memory is released where a phase ends"), "accelerator_cache_clear_interval keep_vae_loaded"),
-    (_ignored("the text encoder goes when the captions are cached"), "fully_unload_text_encoder"),
+    (_ignored("memory is released at the end of each phase"), "accelerator_cache_clear_interval keep_vae_loaded"),
+    (_ignored("the text encoder is unloaded once the captions are cached"), "fully_unload_text_encoder"),
     (_ignored("each kind of block is compiled as one graph"), "dynamo_dynamic dynamo_fullgraph"),
     (_ignored("each kind of block is compiled as one graph"), "dynamo_use_regional_compilation"),
     (_ignored("attention_mechanism is not sage"), "sageattention_usage"),
@@ -361,38 +361,38 @@ _IGNORED_OPTIONS: Mapping[str, OtherKey] = _named(
     (_ignored("musubi_blocks_to_swap is not set"), "musubi_block_swap_device"),
     (_ignored("OMP_NUM_THREADS in the environment sets it"), "torch_num_threads"),
     # Processes
-    (_ignored("gradient_checkpointing decides, sharded or not", False), "fsdp_activation_checkpointing"),
+    (_ignored("gradient_checkpointing applies to sharded models too", False), "fsdp_activation_checkpointing"),
     (
-        _ignored("each block of the transformer is sharded by itself", "TRANSFORMER_BASED_WRAP"),
+        _ignored("each transformer block is sharded separately", "TRANSFORMER_BASED_WRAP"),
         "fsdp_auto_wrap_policy fsdp_transformer_layer_cls_to_wrap",
     ),
-    (_ignored("each process reads its own share of each file", True), "fsdp_cpu_ram_efficient_loading"),
+    (_ignored("each process reads only its shard of each file", True), "fsdp_cpu_ram_efficient_loading"),
     (_ignored("FSDP2 limits its all-gathers itself", True), "fsdp_limit_all_gathers"),
     (
-        _ignored("checkpoints are in this program's own format, which any number of processes resumes"),
+        _ignored("checkpoints have this program's own format, from which any number of processes can resume"),
         "fsdp_state_dict_type",
     ),
     (_ignored("fsdp_enable is FSDP2", 2), "fsdp_version"),
     (_ignored("nothing depends on it", True), "same_network"),
-    (_ignored("each process is given its own"), "local_rank"),
-    (_ignored("gradients are reduced once a step, whichever parameters have one", False), "find_unused_parameters"),
+    (_ignored("each process gets its own rank"), "local_rank"),
+    (_ignored("gradients are reduced once per step, also if some are missing", False), "find_unused_parameters"),
     (_ignored("context_parallel_size is 1"), "context_parallel_comm_strategy"),
     (_ignored("deepspeed_config is not set"), "offload_param_path"),
     # Validation
-    (_ignored("no image of the empty prompt is drawn", True), "validation_disable_unconditional"),
+    (_ignored("no image of the empty prompt is generated", True), "validation_disable_unconditional"),
     (_ignored("all processes share the validation images", "single-gpu", "batch-parallel"), "validation_multigpu"),
     (_ignored("the noise of validation images is drawn on the CPU", "cpu"), "validation_seed_source"),
     (_ignored("a jpg has a fixed quality"), "validation_image_quality"),
     (_ignored("validation_preview is false"), "validation_preview_steps"),
-    (_ignored("validation images are saved without the references they edit"), "validation_stitch_input_location"),
-    (_ignored("no script draws validation images"), "validation_external_background"),
+    (_ignored("validation images are saved without their references"), "validation_stitch_input_location"),
+    (_ignored("no script generates validation images"), "validation_external_background"),
     (_ignored("internal guidance is not trained"), "validation_internal_guidance_scale"),
     (
         _ignored("validation_adapter_path is not set"),
         "validation_adapter_mode validation_adapter_name validation_adapter_strength",
     ),
     (_ignored("the held-out loss is measured at fixed timesteps"), "eval_timesteps"),
-    (_ignored("each eval set has a curve of its own", False), "eval_dataset_pooling"),
+    (_ignored("each eval set has its own loss curve", False), "eval_dataset_pooling"),
     (_ignored(_NO_EVALUATION), "pretrained_evaluation_model_name_or_path"),
     # Files and services
     (
@@ -401,16 +401,16 @@ _IGNORED_OPTIONS: Mapping[str, OtherKey] = _named(
     ),
     (_ignored("webhook_config is not set"), "webhook_reporting_interval"),
     (_ignored("checkpointing_rolling_steps is not set"), "checkpoints_rolling_total_limit"),
-    (_ignored("a checkpoint is always written aside, then renamed"), "checkpointing_use_tempdir"),
-    (_ignored("a checkpoint that does not verify is passed over", False), "delete_invalid_checkpoints"),
-    (_ignored("what is downloaded stays in the Hub's cache", False), "delete_model_after_load"),
-    (_ignored("logs lie in the run directory"), "logging_dir"),
+    (_ignored("a checkpoint is always written to a temporary folder, then renamed"), "checkpointing_use_tempdir"),
+    (_ignored("a checkpoint that does not verify is skipped", False), "delete_invalid_checkpoints"),
+    (_ignored("downloads stay in the Hub's cache", False), "delete_model_after_load"),
+    (_ignored("logs are in the run directory"), "logging_dir"),
     (
-        _ignored("a run tells all that happens in events.jsonl"),
+        _ignored("a run logs everything in events.jsonl"),
         "log_level training_loop_log_level image_prep_log_level dataset_plan_path",
     ),
     (_ignored("the layout of logged images is fixed", "gallery"), "tracker_image_layout"),
-    (_ignored("--config and --env say which config is read"), "configs_dir merge_environment_config"),
+    (_ignored("--config and --env select the config"), "configs_dir merge_environment_config"),
     # Other models
     (_ignored(_NO_VIDEO), "framerate validation_num_video_frames vae_enable_temporal_roll"),
     (
@@ -421,10 +421,10 @@ _IGNORED_OPTIONS: Mapping[str, OtherKey] = _named(
         "vae_enable_patch_conv flux_attention_masked_training flux_fast_schedule",
     ),
 )
-"""Options that change nothing here, whatever their value."""
+"""Options that change nothing, whatever their value."""
 
 _PREFIXES: Mapping[str, OtherKey] = {
-    # Settings of what is off, since its switch is refused.
+    # Settings of features that are always off, since their switch is rejected.
     **dict.fromkeys(
         ("crepa_", "irepa_", "urepa_", "layersync_", "nextlat_", "mixflow_", "twinflow_", "internal_guidance_", "xm_"),
         _ignored("its auxiliary loss is off"),
@@ -434,7 +434,7 @@ _PREFIXES: Mapping[str, OtherKey] = {
     "refiner_training_": _ignored("refiner_training is false"),
     "timestep_bias_": _ignored("timestep_bias_strategy is none"),
     "validation_guidance_skip_": _ignored("guidance skips no layers"),
-    "sdnq_": _ignored("they are settings of SDNQ's precisions, and none is used"),
+    "sdnq_": _ignored("they are settings of SDNQ's precisions, which are not supported"),
     # Other models
     "audio_": _ignored(_NO_VIDEO),
     **dict.fromkeys(
@@ -455,9 +455,9 @@ _PREFIXES: Mapping[str, OtherKey] = {
 }
 
 _PRECISIONS: Mapping[str, OtherKey] = {
-    "int8-w8a8": _later("products in 8 bits"),
-    "fp8-w8a8": _later("products in 8 bits"),
-    **{name: _value("there is no such format here", *ours) for name, ours in PRECISIONS_ELSEWHERE.items()},
+    "int8-w8a8": _later("matrix products in 8 bits"),
+    "fp8-w8a8": _later("matrix products in 8 bits"),
+    **{name: _value("this format is not supported", *ours) for name, ours in PRECISIONS_ELSEWHERE.items()},
 }
 
 OPTION_NICKNAMES: Mapping[str, str] = {
@@ -553,12 +553,12 @@ OTHER_OPTIONS = OtherKeys(
     keys={**LATER_OPTIONS, **_REFUSED_OPTIONS, **_IGNORED_OPTIONS},
     prefixes=_PREFIXES,
     values={
-        "model_type": {"controlnet": _value("ControlNets are not trained here", "lora", "full")},
+        "model_type": {"controlnet": _value("this program trains no ControlNets", "lora", "full")},
         "lora_type": dict.fromkeys(("dora", "lokr", "loha", "oft", "lycoris"), _later(_ADAPTERS)),
         "lora_init_type": dict.fromkeys(("pissa", "olora", "loftq"), _later("initializations that change the base")),
         "flux_lora_target": {
-            "controlnet": _value("ControlNets are not trained here", "all", "attention", "mlp", "tiny"),
-            "all+ffs": _value("all has the feed-forward layers already", "all"),
+            "controlnet": _value("this program trains no ControlNets", "all", "attention", "mlp", "tiny"),
+            "all+ffs": _value("all includes the feed-forward layers already", "all"),
         },
         "dynamo_mode": dict.fromkeys(("reduce-overhead", "max-autotune"), _later("compiled blocks in CUDA graphs")),
         "disk_low_action": {"script": _value(_NO_SCRIPTS, "stop", "wait")},
@@ -568,28 +568,28 @@ OTHER_OPTIONS = OtherKeys(
     aliases=OPTION_ALIASES,
     nicknames=OPTION_NICKNAMES,
 )
-"""What a config may hold beside options."""
+"""Known keys of a config that are no options."""
 
 # Datasets
 
-_NO_GENERATING = "conditioning images are not generated here"
+_NO_GENERATING = "this program generates no conditioning images"
 _LEAVE_OUT = "Leave the entry out."
-_RUN_DECIDES = "the run's own option decides"
+_RUN_DECIDES = "the run's option applies to all datasets"
 
-_OF_BOTH: Mapping[str, OtherKey] = _named(
+_COMMON_KEYS: Mapping[str, OtherKey] = _named(
     (_later(_S3), "aws_bucket_name aws_data_prefix aws_endpoint_url aws_region_name aws_access_key_id"),
     (_later(_S3), "aws_secret_access_key"),
     (_ignored(_BY_CONTENT), "hash_filenames preserve_data_backend_cache cache_file_suffix"),
     (_ignored(_ALWAYS_FOUND), "skip_file_discovery metadata_update_interval scan_for_errors"),
     (_ignored(_RUN_DECIDES), "text_encoder_batch_size"),
 )
-"""Keys of sets and of text stores."""
+"""Keys of image sets and of text stores."""
 
 _TYPES = {"aws": _later(_S3), "csv": _later(_CSV), "huggingface": _later(_HF_DATASETS)}
 
 OTHER_SET_KEYS = OtherKeys(
     keys={
-        **_OF_BOTH,
+        **_COMMON_KEYS,
         **_named(
             (_refused(_NO_GENERATING, [], remedy=", and name the set in conditioning_data"), "source_dataset_id"),
             (_later("stores for latents"), "image_embeds"),
@@ -606,19 +606,19 @@ OTHER_SET_KEYS = OtherKeys(
             ),
             (_refused(_NO_DELETING, False, remedy=_UNUSABLE), "delete_unwanted_images delete_problematic_images"),
             (_refused(_NO_JUDGING, False), "delete_nsfw_images"),
-            (_refused("slider LoRAs are not trained here", 0, 0.0), "slider_strength"),
-            (_refused("repeats counts EXTRA passes here", remedy=", and give one less as repeats"), "num_repeats"),
+            (_refused("this program trains no slider LoRAs", 0, 0.0), "slider_strength"),
+            (_refused("repeats counts EXTRA passes", remedy=", and give one less as repeats"), "num_repeats"),
             (
                 _refused("captions are .txt files, else .caption", remedy=", and give caption_strategy textfile"),
                 "caption_ext caption_extension",
             ),
             (
-                _refused(_NO_GENERATING, False, [], {}, remedy=", and make them with another program"),
+                _refused(_NO_GENERATING, False, [], {}, remedy=", and generate them with another program"),
                 "conditioning canny depth jpeg_artifacts random_masks sdr superresolution",
             ),
-            (_refused("images are trained here, not films or sound", {}), "video audio"),
+            (_refused("this program trains on images, not on video or sound", {}), "video audio"),
             (
-                _ignored("references are read through the VAE", False),
+                _ignored("references are encoded by the VAE", False),
                 "cache_dir_conditioning_image_embeds conditioning_image_embeds conditioning_image_embed_batch_size",
             ),
         ),
@@ -626,7 +626,7 @@ OTHER_SET_KEYS = OtherKeys(
     values={
         "type": _TYPES,
         "dataset_type": {
-            "conditioning_image_embeds": OtherKey("references are read through the VAE", _LEAVE_OUT),
+            "conditioning_image_embeds": OtherKey("references are encoded by the VAE", _LEAVE_OUT),
             "image_embeds": OtherKey(NOT_YET + "stores for latents", _LEAVE_OUT),
         },
         "crop_style": {"face": _later("crops that follow a face")},
@@ -647,35 +647,35 @@ OTHER_SET_KEYS = OtherKeys(
         "trigger_word": "instance_prompt",
     },
 )
-"""What an image set may hold beside its keys."""
+"""Known keys of an image set's entry that this program does not use."""
 
 OTHER_CONDITION_KEYS = replace(
     OTHER_SET_KEYS,
     values={name: values for name, values in OTHER_SET_KEYS.values.items() if name in ("type", "dataset_type")},
-    nicknames={said: meant for said, meant in OTHER_SET_KEYS.nicknames.items() if meant != "instance_prompt"},
+    nicknames={name: meant for name, meant in OTHER_SET_KEYS.nicknames.items() if meant != "instance_prompt"},
 )
-"""The same of a conditioning set, which has no captions."""
+"""The same for a conditioning set, which has no captions."""
 
 OTHER_STORE_KEYS = OtherKeys(
     keys={
-        **_OF_BOTH,
+        **_COMMON_KEYS,
         **_named(
             (
-                _refused("sets name the store they use", False, remedy=", or the whole entry"),
+                _refused("image sets name the store they use", False, remedy=", or remove the whole entry"),
                 "disabled",
             ),
         ),
     },
     values={"type": _TYPES},
 )
-"""What a text store may hold beside its keys."""
+"""Known keys of a text store's entry that this program does not use."""
 
 # DeepSpeed
 
 DEEPSPEED_KEYS = OtherKeys(
     keys=_named(
         (
-            _ignored("the loop, its logs and its checkpoints are this program's own", False, {}, {"enabled": False}),
+            _ignored("this program has its own loop, logs and checkpoints", False, {}, {"enabled": False}),
             "activation_checkpointing aio checkpoint comet comms_logger compile csv_monitor dataloader_drop_last "
             "datastates_ckpt disable_python_gc dump_state elastic_checkpoint flops_profiler ignore_unused_parameters "
             "load_from_fp32_weights log_level managed_gradient_accumulation memory_breakdown "
@@ -684,7 +684,7 @@ DEEPSPEED_KEYS = OtherKeys(
         ),
         (
             _refused(
-                "this is not here", False, 1, {}, {"enabled": False}, {"grad_accum_dtype": "fp32"}, "fp32", "mean"
+                "this is not supported", False, 1, {}, {"enabled": False}, {"grad_accum_dtype": "fp32"}, "fp32", "mean"
             ),
             "amp autotuning communication_data_type compression_training curriculum_learning data_efficiency "
             "data_types disable_allgather elasticity expert_parallel gradient_allreduce_op gradient_predivide_factor "
@@ -696,4 +696,4 @@ DEEPSPEED_KEYS = OtherKeys(
     ),
     nicknames={"bfloat16": "bf16", "cpu_offload": "offload_optimizer", "zero_stage": "zero_optimization"},
 )
-"""What a config of DeepSpeed, or its `zero_optimization`, may hold beside what `deepspeed_config` reads."""
+"""Known keys of a DeepSpeed config, or of its `zero_optimization`, that `deepspeed_config` does not read."""

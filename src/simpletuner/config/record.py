@@ -1,4 +1,4 @@
-"""What a run keeps of its configuration (no secrets, no private paths), and what a resumed run may change."""
+"""The recorded options of a run (no secrets, no private paths), and the options that a resumed run may change."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -46,7 +46,8 @@ RECORDED_TEXTS = frozenset(
         "variant",
     }
 )
-"""Free values without paths and secrets, as numbers and choices always are; all else is left out."""
+"""Options with free values that hold neither paths nor secrets. Numbers and choices are always recorded; all other
+options are not."""
 
 MAY_CHANGE = frozenset(
     name
@@ -71,11 +72,11 @@ MAY_CHANGE = frozenset(
     "verify_base",
     "write_batch_size",
 }
-"""Options that a resumed run may change without a notice: what it looks at, saves and skips, how long it is, where
-things lie. The datasets themselves are compared by their fingerprint, and so is the VAE's encoder."""
+"""Options that a resumed run may change without a notice: validation, checkpoints, skipped steps, length, file
+locations. The datasets and the VAE's encoder are compared by their fingerprints instead."""
 
 SPLIT = ("train_batch_size", "gradient_accumulation_steps", "num_processes")
-"""Options whose product is the effective batch. A resumed run may change them where the product stays."""
+"""Options whose product is the effective batch. A resumed run may change them if the product stays the same."""
 
 CHANGE_THE_CURVE = frozenset(
     {
@@ -89,15 +90,15 @@ CHANGE_THE_CURVE = frozenset(
         "max_grad_norm",
     }
 )
-"""Options that a resumed run may change with a notice: from there on it is trained otherwise."""
+"""Options that a resumed run may change with a notice, since they change its loss curve from that step on."""
 
 LEFT_TO_THE_RUN: dict[str, Any] = {"dynamo_backend": "auto"}
-"""Values that leave the choice to the run, whose record says what it chose. On resume they ask for that again; another
-value that is given replaces it."""
+"""Values with which the run chooses the effective value and records it. On resume they mean the recorded value; any
+other given value replaces it."""
 
 INTRODUCED: dict[str, Any] = {"dynamo_backend": "no"}
-"""What it means, in JSON, that a record lacks an option: the value at which the option changes nothing. Only for
-options whose default is another value."""
+"""Value, as in JSON, of an option that a record lacks because it is older than the option: the value at which the
+option changes nothing. Only for options with another default."""
 
 FINGERPRINTED_IF_SET: dict[str, Any] = {
     "masked_loss_floor": 0.0,
@@ -112,15 +113,16 @@ FINGERPRINTED_IF_SET: dict[str, Any] = {
     "reference_dropout_probability": 0.0,
     "optimizer_release_gradients": False,
 }
-"""Options that are younger than the fingerprints in exported files, which name them only at another value."""
+"""Options that are newer than the fingerprints in exported files. A fingerprint includes one only at another value than
+here, so that fingerprints of older files stay valid."""
 
 REMOVED: dict[str, tuple[object, ...]] = {}
-"""Options that are gone, with the values, besides null, at which each of them changed nothing. One that a resumed run
-might change goes into `MAY_CHANGE`."""
+"""Removed options, each with the values, besides null, at which it changed nothing. A removed option that a resumed run
+might change belongs in `MAY_CHANGE`."""
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:
-    """Every option that may be kept, as JSON: an allow-list. Of models only Hub ids are kept."""
+    """The options to record, as JSON. Only allow-listed options are recorded, and only Hub ids of models."""
     values = config.model_dump(mode="json")
     return {name: values[name] for name in OPTION_NAMES if _is_recorded(config, name, values[name])}
 
@@ -128,48 +130,48 @@ def resolved(config: RunConfig) -> dict[str, Any]:
 def _is_recorded(config: RunConfig, name: str, value: object) -> bool:
     kind = kinds(type(config))[name]
     if kind.is_model:
-        # A local one is an absolute path here or begins with a dot, or it is there.
+        # A local model exists, or its path is absolute or begins with a dot.
         return isinstance(value, str) and not Path(value).exists() and value.count("/") == 1 and value[0] not in "./~"
     return bool(kind.choices) or kind.base in (bool, int, float) or name in RECORDED_TEXTS
 
 
 def reusable(record: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What of a foreign `record` another run may take over, by the rule of `decisive(resolved(config))`: no path and
-    nothing that is about a machine. And the names of options that are gone.
+    """The options in a foreign `record` that another run may adopt, by the same rule as `decisive(resolved(config))`:
+    no paths and no options about the machine. Also returns the names of options that no longer exist.
     """
-    plain = RunConfig()
+    defaults = RunConfig()
     renamed = {OPTION_ALIASES.get(name, name): value for name, value in record.items()}
-    known = {
+    adopted = {
         name: value
         for name, value in renamed.items()
-        if name in RunConfig.model_fields and name not in MAY_CHANGE and _is_recorded(plain, name, value)
+        if name in RunConfig.model_fields and name not in MAY_CHANGE and _is_recorded(defaults, name, value)
     }
-    gone = [name for name in renamed if name not in RunConfig.model_fields and name not in REMOVED]
-    return known, tuple(sorted(gone))
+    unknown = [name for name in renamed if name not in RunConfig.model_fields and name not in REMOVED]
+    return adopted, tuple(sorted(unknown))
 
 
 def is_left_to_the_run(name: str, value: object) -> bool:
-    """Whether `value` of an option asks for what the run's record has, if there is one."""
+    """Whether `value` means the value in the run's record, if there is a record."""
     return name in LEFT_TO_THE_RUN and value == LEFT_TO_THE_RUN[name]
 
 
 def decisive(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a record decides the weights. An exported file has a hash of it, the same for the same run of each
-    release. Several processes count as gradient accumulation: one process sees the same images that way.
+    """The options in a record that determine the weights. Exported files have a hash of them, which is the same for the
+    same run in every release. Processes count as gradient accumulation, with which one process sees the same images.
     """
-    found = {
+    options = {
         name: value
         for name, value in record.items()
         if name not in MAY_CHANGE and not (name in FINGERPRINTED_IF_SET and value == FINGERPRINTED_IF_SET[name])
     }
     if (processes := record.get("num_processes") or 1) > 1:
-        found["gradient_accumulation_steps"] *= processes
-    return found
+        options["gradient_accumulation_steps"] *= processes
+    return options
 
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """How the images of an optimizer step are divided, where no dataset has a batch size of its own."""
+    """How an optimizer step's images are divided into micro-batches and processes, if no dataset sets a batch size."""
 
     train_batch_size: int
     gradient_accumulation_steps: int
@@ -177,40 +179,40 @@ class BatchSplit:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> "BatchSplit":
-        """That of a record. One that lacks an option, or has null there, was made where it was 1."""
+        """The split in a record. An option that is missing or null was 1."""
         return cls(*(record.get(name) or 1 for name in SPLIT))
 
     @property
     def effective_batch(self) -> int:
-        """Images of one optimizer step."""
+        """Images per optimizer step."""
         return self.train_batch_size * self.gradient_accumulation_steps * self.num_processes
 
     @property
     def batches_per_step(self) -> int:
-        """Micro-batches of one optimizer step."""
+        """Micro-batches per optimizer step."""
         return self.gradient_accumulation_steps * self.num_processes
 
     def accumulating_to(self, effective_batch: int) -> "BatchSplit | None":
-        """The same batch size and processes with another accumulation, so that a step has `effective_batch` images;
-        None where no accumulation does that.
+        """This split with the gradient accumulation that gives `effective_batch` images per step; None if there is
+        none.
         """
-        steps, left = divmod(effective_batch, self.train_batch_size * self.num_processes)
-        return None if left else replace(self, gradient_accumulation_steps=steps)
+        steps, remainder = divmod(effective_batch, self.train_batch_size * self.num_processes)
+        return None if remainder else replace(self, gradient_accumulation_steps=steps)
 
     def accumulating_near(self, effective_batch: int) -> "BatchSplit":
-        """The same with the accumulation that comes nearest to it."""
+        """This split with the gradient accumulation that comes nearest to `effective_batch` images per step."""
         steps = round(effective_batch / (self.train_batch_size * self.num_processes))
         return replace(self, gradient_accumulation_steps=max(1, steps))
 
     def changes(self, now: "BatchSplit") -> dict[str, "OptionChange"]:
-        """Options in which `now` differs."""
+        """The options of this split that differ in `now`."""
         values = ((name, vars(self)[name], vars(now)[name]) for name in SPLIT)
         return {name: OptionChange(before, after) for name, before, after in values if before != after}
 
 
 @dataclass(frozen=True)
 class OptionChange:
-    """An option's value in a record and in a configuration, as JSON."""
+    """An option's value in a record and in the present configuration, as JSON."""
 
     before: Any
     now: Any
@@ -218,26 +220,26 @@ class OptionChange:
 
 @dataclass(frozen=True)
 class RecordComparison:
-    """How a configuration compares with the record of a checkpoint."""
+    """Differences between a configuration and the record of a checkpoint."""
 
     kept: dict[str, Any]
-    """Options that the user did not give, or left to the run, and whose value differs from the record: with the
-    record's value."""
+    """Recorded values of options that differ from the configuration but that the user did not give, or left to the run.
+    The resumed run uses these values."""
     refused: dict[str, OptionChange]
-    """Options that were given with another value than the record's, and must keep it."""
+    """Options that the user gave another value than the record's, although they must not change."""
     unavailable: dict[str, Any]
-    """Options of the record that are gone, or no longer take its value: with that value."""
+    """Recorded values of options that no longer exist or no longer accept the value."""
     steering: dict[str, OptionChange] = field(default_factory=dict)
     """Changed options of `CHANGE_THE_CURVE`."""
     quiet: dict[str, OptionChange] = field(default_factory=dict)
     """Changed options of `MAY_CHANGE`."""
     split: dict[str, OptionChange] = field(default_factory=dict)
-    """Changed options of `SPLIT`, at the same effective batch; in an elastic run, at another one too."""
+    """Changed options of `SPLIT` at the same effective batch; in an elastic run, also at another effective batch."""
     adapted: dict[str, Any] = field(default_factory=dict)
-    """Options among these that the user did not give: with the value at which the effective batch stays. In an elastic
-    run the accumulation too that was given: with the value at which the effective batch stays, or changes least."""
+    """New values of options in `split` that the user did not give, which keep the effective batch. In an elastic run
+    this includes a given gradient accumulation, with the value that keeps the effective batch or changes it least."""
     restoring: dict[str, Any] = field(default_factory=dict)
-    """Values that restore the effective batch where options of `SPLIT` are refused."""
+    """Values that restore the effective batch, if options of `SPLIT` are refused."""
 
 
 def compare(
@@ -248,64 +250,65 @@ def compare(
     has_own_sizes: bool = False,
     is_elastic: bool = False,
 ) -> RecordComparison:
-    """Compare `config`, of which the options in `given` were given by the user, with a `record` made by `resolved`,
-    perhaps by an older release: neither a new option nor another default is a change.
+    """Compare `config` with a `record` from `resolved`, perhaps of an older release. `given` names the options that the
+    user gave. New options and changed defaults are no changes.
 
     Args:
-        has_own_sizes: a dataset has a train_batch_size of its own, so that a step with another number of micro-batches
-            has another number of images, whatever the run's train_batch_size.
-        is_elastic: the same command is started again with whatever number of processes there is, so that the
-            accumulation follows from the record.
+        has_own_sizes: a dataset has its own train_batch_size. A step with another number of micro-batches then has
+            another number of images, whatever the run's train_batch_size.
+        is_elastic: the same command restarts with any number of processes, so the gradient accumulation follows from
+            the record.
     """
     if is_elastic:
         given = {*given} - {"gradient_accumulation_steps"}
-    old = {OPTION_ALIASES.get(name, name): value for name, value in record.items()}
-    new, defaults = (json.loads(json.dumps(resolved(each))) for each in (config, RunConfig()))
+    recorded = {OPTION_ALIASES.get(name, name): value for name, value in record.items()}
+    current, defaults = (json.loads(json.dumps(resolved(each))) for each in (config, RunConfig()))
     refused_changes: dict[str, OptionChange] = {}
     steering: dict[str, OptionChange] = {}
     kept: dict[str, Any] = {}
     unavailable: dict[str, Any] = {}
-    for name in sorted({*old, *new} - MAY_CHANGE - {*SPLIT}):
+    for name in sorted({*recorded, *current} - MAY_CHANGE - {*SPLIT}):
         if name not in RunConfig.model_fields:
-            if old[name] is not None and old[name] not in REMOVED.get(name, ()):
-                unavailable[name] = old[name]
+            if recorded[name] is not None and recorded[name] not in REMOVED.get(name, ()):
+                unavailable[name] = recorded[name]
             continue
-        # Of a model only a Hub id is recorded: it has no default here, and null stands for all else.
-        before = old.get(name, INTRODUCED.get(name, defaults.get(name)))
-        if before != new.get(name):
-            if name not in given or is_left_to_the_run(name, new.get(name)):
+        # Only Hub ids of models are recorded: model options have no default here, and null means any local model.
+        before = recorded.get(name, INTRODUCED.get(name, defaults.get(name)))
+        if before != current.get(name):
+            if name not in given or is_left_to_the_run(name, current.get(name)):
                 kept[name] = before
             elif name not in LEFT_TO_THE_RUN:
                 changes = steering if name in CHANGE_THE_CURVE else refused_changes
-                changes[name] = OptionChange(before, new.get(name))
+                changes[name] = OptionChange(before, current.get(name))
     unavailable |= {name: kept.pop(name) for name in refused(RunConfig, kept)}
     quiet = {
-        name: OptionChange(old[name], new[name])
-        for name in sorted((MAY_CHANGE - {*SPLIT}) & old.keys() & new.keys())
-        if old[name] != new[name]
+        name: OptionChange(recorded[name], current[name])
+        for name in sorted((MAY_CHANGE - {*SPLIT}) & recorded.keys() & current.keys())
+        if recorded[name] != current[name]
     }
-    first = BatchSplit.of(old)
-    split = _split(first, config, given, is_elastic=is_elastic)
-    changed, adapted, restoring = first.changes(split), {}, {}
-    may_cut = not has_own_sizes or split.train_batch_size == first.train_batch_size
-    may_change = is_elastic and split.train_batch_size == first.train_batch_size
-    if (split.effective_batch == first.effective_batch and may_cut) or may_change:
-        own = {name: vars(split)[name] for name in SPLIT if name not in given and name != "num_processes"}
-        others = {name: value for name, value in own.items() if value != vars(config)[name]}
-        adapted = {name: value for name, value in others.items() if name in changed or may_change}
-        kept = dict(sorted((kept | {name: value for name, value in others.items() if name not in adapted}).items()))
+    recorded_split = BatchSplit.of(recorded)
+    split = _split(recorded_split, config, given, is_elastic=is_elastic)
+    changed, adapted, restoring = recorded_split.changes(split), {}, {}
+    may_split = not has_own_sizes or split.train_batch_size == recorded_split.train_batch_size
+    may_change = is_elastic and split.train_batch_size == recorded_split.train_batch_size
+    if (split.effective_batch == recorded_split.effective_batch and may_split) or may_change:
+        free = {name: vars(split)[name] for name in SPLIT if name not in given and name != "num_processes"}
+        differing = {name: value for name, value in free.items() if value != vars(config)[name]}
+        adapted = {name: value for name, value in differing.items() if name in changed or may_change}
+        kept = dict(sorted((kept | {name: value for name, value in differing.items() if name not in adapted}).items()))
     else:
         refused_changes = dict(sorted((refused_changes | changed).items()))
-        near = split if may_cut else replace(split, train_batch_size=first.train_batch_size)
-        restored = near.accumulating_to(first.effective_batch) or first
+        near = split if may_split else replace(split, train_batch_size=recorded_split.train_batch_size)
+        restored = near.accumulating_to(recorded_split.effective_batch) or recorded_split
         restoring = {name: change.now for name, change in split.changes(restored).items()}
         changed = {}
     return RecordComparison(kept, refused_changes, unavailable, steering, quiet, changed, adapted, restoring)
 
 
 def _split(before: BatchSplit, config: RunConfig, given: Collection[str], *, is_elastic: bool) -> BatchSplit:
-    """How `config` divides a step of a run that was divided as `before`: accumulation that is not given makes up for
-    other options, in an elastic run as far as it can. How many processes there are is a fact, given or not.
+    """The batch split of `config` for resuming a run with the split `before`. A gradient accumulation that is not given
+    compensates for changes of the other options; in an elastic run, as nearly as possible. The number of processes
+    always comes from `config`.
     """
     size = config.train_batch_size if "train_batch_size" in given else before.train_batch_size
     now = BatchSplit(size, config.gradient_accumulation_steps, config.ranks)
@@ -318,6 +321,6 @@ def _split(before: BatchSplit, config: RunConfig, given: Collection[str], *, is_
 
 
 def with_recorded(config: RunConfig, kept: Mapping[str, Any]) -> RunConfig:
-    """`config` with the values of `RecordComparison.kept`, or `adapted`."""
+    """`config` with the values in `kept`, which is `RecordComparison.kept` or `RecordComparison.adapted`."""
     values = RunConfig.model_validate(kept)
     return config.model_copy(update={name: getattr(values, name) for name in kept})

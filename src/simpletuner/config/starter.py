@@ -1,4 +1,4 @@
-"""The three files that a new project starts from: config, datasets and prompts, each value with a comment on why."""
+"""Write the three files of a new project: config, datasets and prompts, with a comment that explains each value."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from simpletuner.config.prompts import SUBJECT
 from simpletuner.config.recipes import Card, Recipe, RecipeName, recipe
 
 VALIDATIONS = 8
-"""About how often a run makes images and saves, beside its end."""
+"""Approximate number of validations and checkpoints in a run, besides its end."""
 RESOLUTIONS = (1024, 768, 512)
-"""To choose from by the images' sizes, in pixels."""
+"""Training resolutions to choose from by the images' sizes, in pixels."""
 _SUBJECT_PROMPTS = {
     "portrait": f"a photograph of {SUBJECT} by a window, soft daylight",
     "outdoors": f"{SUBJECT} on a hillside at golden hour, seen from afar",
@@ -36,31 +36,31 @@ _TINY_PROMPTS = {
 
 @dataclass(frozen=True)
 class FoundImages:
-    """What a folder holds, as far as the files depend on it."""
+    """Statistics of an image folder, from which the files are written."""
 
     images: int
     captions: int
-    """Images that have a caption of their own."""
+    """Number of images with a caption file."""
     with_trigger: int
-    """Those of them whose caption has the trigger in it."""
+    """Number of captions that contain the trigger."""
     median_side: float
-    """Side in pixels of a square as large as the image in the middle."""
+    """Side in pixels of a square with the area of the median image."""
 
 
 @dataclass(frozen=True)
 class Starter:
-    """The answers to three questions, and what was found in the folder."""
+    """The user's answers to `simpletuner init`, and the statistics of the image folder."""
 
     folder: Path
-    """Of the images, as typed."""
+    """Folder of the images, as typed."""
     card: Card | None
-    """None trains an embedded model, which needs no GPU."""
+    """GPU size; None to train an embedded model, which needs no GPU."""
     flavour: FlavourName
     recipe_name: RecipeName
     trigger: str
-    """The word or words by which prompts ask for the subject or the style."""
+    """The word or words that ask for the subject or style in prompts."""
     env: str
-    """Of `--env`; empty for config/ itself."""
+    """Value of `--env`; empty for config/ itself."""
     found: FoundImages
 
     @property
@@ -69,13 +69,13 @@ class Starter:
 
     @property
     def name(self) -> str:
-        """The folder's, for the set and its caches."""
+        """The folder's name, for the dataset and its caches."""
         name = self.folder.resolve().name
         return name if does_as_file_name(name) else "images"
 
     @property
     def resolution(self) -> int:
-        """Pixels of a side: the largest to which the image in the middle need not be enlarged."""
+        """Training resolution as a side in pixels: the largest that does not enlarge the median image."""
         only_side = FLAVOURS[self.flavour].only_side
         if only_side is not None:
             return only_side
@@ -87,77 +87,79 @@ class Starter:
 
     @property
     def steps(self) -> int:
-        """Of the run, about."""
+        """Approximate number of optimizer steps of the run."""
         return self.epochs * self.recipe.batches(self.found.images)
 
     def files(self) -> dict[str, Any]:
-        """The content of each file by its name. The config comes last: without it nothing is read."""
+        """The content of each file by its name, the config last: until it exists, the other files are not read."""
         return {PROMPTS_NAME: self._prompts(), DATASETS_NAME: self._datasets(), CONFIG_NAMES[0]: self._config()}
 
     def _config(self) -> dict[str, Any]:
-        every = max(50, round(self.steps / VALIDATIONS / 50) * 50)
-        words = FLAVOURS[self.flavour].title + (f" on a card of {self.card.name}" if self.card else "")
+        interval = max(50, round(self.steps / VALIDATIONS / 50) * 50)
+        words = FLAVOURS[self.flavour].title + (f" on a {self.card.name} GPU" if self.card else "")
         size = f"{self.resolution}x{self.resolution}"
         card_options: Mapping[str, Any] = {} if self.card is None else self.card.fits[self.flavour].options
         sources = dict(self.recipe.sources)
         sources["num_train_epochs"] += f". {self.found.images} images: about {self.steps:,} steps"
-        said = {
-            "model_type": ("lora", "a small file beside the model; full would train all of its weights"),
+        commented = {
+            "model_type": ("lora", "a small file beside the model; full would train all of the model's weights"),
             "model_family": ("flux2", ""),
             "model_flavour": (self.flavour, f"its license: {FLAVOURS[self.flavour].license}"),
-            "output_dir": (self._output, "everything that the run leaves"),
+            "output_dir": (self._output, "folder for all files of the run"),
             **{option: (value, sources[option]) for option, value in self.recipe.options.items()},
             "num_train_epochs": (self.epochs, sources["num_train_epochs"]),
             **{option: (value, self._why_card()) for option, value in card_options.items()},
-            "validation_subject": (self.trigger, f"what {SUBJECT} stands for in {PROMPTS_NAME}"),
-            "validation_resolution": (size, "as the images are trained"),
-            "validation_step_interval": (every, "images are made so often; watch them and stop when they are good"),
-            "checkpoint_step_interval": (every, "a checkpoint for each set of images, to go back to"),
+            "validation_subject": (self.trigger, f"replaces {SUBJECT} in {PROMPTS_NAME}"),
+            "validation_resolution": (size, "the training resolution"),
+            "validation_step_interval": (interval, "steps between validation images: stop when they are good"),
+            "checkpoint_step_interval": (interval, "a checkpoint with each contact sheet, to return to"),
         }
         head = f"Made by `simpletuner init`: {self.recipe.title.lower()} with {words}."
         if not self.recipe.is_tested:
             head += " Untested on real weights; docs/recipes.md has the sources."
-        return {COMMENT: head, **dict(_commented(said))}
+        return {COMMENT: head, **dict(_with_comments(commented))}
 
     @property
     def _output(self) -> str:
-        """A run directory of its own for each project, and for the embedded model."""
+        """The run directory: a separate one for each project, and for the embedded model."""
         return f"output/{self.env or self.name}{'-tiny' if self.card is None else ''}"
 
     def _why_card(self) -> str:
         assert self.card is not None
         summary = self.card.fits[self.flavour].summary
-        return f"for a card of {self.card.name}: {summary}; `simpletuner plan` computes what it takes"
+        return f"for a {self.card.name} GPU: {summary}; `simpletuner plan` computes the memory it takes"
 
     def _datasets(self) -> list[dict[str, Any]]:
-        found = self.found
+        images = self.found
         family = self.flavour if self.card is None or self.flavour != "dev" else "flux2"
-        said: dict[str, tuple[Any, str]] = {
+        commented: dict[str, tuple[Any, str]] = {
             "id": (self.name, ""),
             "type": ("local", ""),
             "instance_data_dir": (str(self.folder), ""),
         }
-        if found.captions:
-            said["caption_strategy"] = ("textfile", "NAME.txt beside NAME.jpg is the caption")
-            without = found.images - found.captions
-            why = f"the caption of the {without} images without one" if without else "the caption of an image without"
-            said["instance_prompt"] = (self.trigger, why)
-            if found.with_trigger < found.captions / 2:
-                said["prepend_instance_prompt"] = (True, f"most captions do not say {self.trigger}, so it goes first")
+        if images.captions:
+            commented["caption_strategy"] = ("textfile", "NAME.txt beside NAME.jpg is the caption")
+            without = images.images - images.captions
+            comment = (
+                f"the caption of the {without} images without one" if without else "the caption of an image without"
+            )
+            commented["instance_prompt"] = (self.trigger, comment)
+            if images.with_trigger < images.captions / 2:
+                commented["prepend_instance_prompt"] = (True, f"most captions lack {self.trigger}, so it goes first")
         else:
-            said["caption_strategy"] = ("instanceprompt", "no image has a caption, so all get instance_prompt")
-            said["instance_prompt"] = (self.trigger, "")
-        said["metadata_backend"] = ("discovery", "")
-        said["resolution"] = (self.resolution, self._why_resolution())
-        said["resolution_type"] = ("pixel_area", "other shapes keep their shape and get as many pixels")
+            commented["caption_strategy"] = ("instanceprompt", "no image has a caption, so all get instance_prompt")
+            commented["instance_prompt"] = (self.trigger, "")
+        commented["metadata_backend"] = ("discovery", "")
+        commented["resolution"] = (self.resolution, self._why_resolution())
+        commented["resolution_type"] = ("pixel_area", "images keep their shape and get the area of this square")
         if self.card is None:
-            said["crop"] = (True, "the embedded model draws squares")
-            said["crop_aspect"] = ("square", "")
-            said["crop_style"] = ("center", "")
+            commented["crop"] = (True, "the embedded model generates squares")
+            commented["crop_aspect"] = ("square", "")
+            commented["crop_style"] = ("center", "")
         else:
-            said["crop"] = (False, "nothing is cut off but a few pixels")
-        said["cache_dir_vae"] = (f"cache/vae/{family}/{self.name}", "")
-        said["repeats"] = (0, "extra passes in an epoch: to balance several folders")
+            commented["crop"] = (False, "images lose only a few pixels")
+        commented["cache_dir_vae"] = (f"cache/vae/{family}/{self.name}", "")
+        commented["repeats"] = (0, "extra passes in an epoch, to balance several folders")
         text = {
             "id": "text-embeds",
             "type": "local",
@@ -165,14 +167,14 @@ class Starter:
             "default": True,
             "cache_dir": f"cache/text/{family}",
         }
-        return [dict(_commented(said)), {COMMENT: "where encoded captions are kept", **text}]
+        return [dict(_with_comments(commented)), {COMMENT: "cache of encoded captions", **text}]
 
     def _why_resolution(self) -> str:
         if self.card is None:
-            return "what the embedded model was trained at"
+            return "the embedded model's only resolution"
         side = f"{self.found.median_side:.0f}x{self.found.median_side:.0f}"
         if self.found.median_side < self.resolution:
-            return f"the smallest size offered: half of the images have no more pixels than {side} and are enlarged"
+            return f"the smallest resolution offered: half of the images have at most {side} pixels and are enlarged"
         return f"half of the images have at least as many pixels as {side}"
 
     def _prompts(self) -> dict[str, str]:
@@ -180,13 +182,13 @@ class Starter:
             prompts = _TINY_PROMPTS
         else:
             prompts = (_STYLE_PROMPTS if self.recipe_name == "style" else _SUBJECT_PROMPTS) | _WITHOUT
-        head = f"Each prompt gets an image along the way. {SUBJECT} is validation_subject of config.json; "
+        head = f"Prompts of the validation images. {SUBJECT} is replaced by validation_subject of config.json; "
         return {COMMENT: f"{head}the prompt without it shows what else the LoRA changes.", **prompts}
 
 
-def _commented(said: Mapping[str, tuple[Any, str]]) -> Iterator[tuple[str, Any]]:
-    """Each value behind a comment key, where there is something to say."""
-    for key, (value, why) in said.items():
-        if why:
-            yield f"{COMMENT} {key}", why
+def _with_comments(commented: Mapping[str, tuple[Any, str]]) -> Iterator[tuple[str, Any]]:
+    """Each key and value of `commented` (key to value and comment), after a comment key if the comment is not empty."""
+    for key, (value, comment) in commented.items():
+        if comment:
+            yield f"{COMMENT} {key}", comment
         yield key, value
