@@ -1,5 +1,5 @@
-"""What `deepspeed_config` may hold: DeepSpeed gets its `zero_optimization`. Options of this program decide the rest,
-which the config may repeat or leave open ("auto").
+"""Check `deepspeed_config`. DeepSpeed gets its `zero_optimization`; options of this program determine all other keys,
+which may only repeat these values or be "auto".
 """
 
 import re
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 OPTION = "deepspeed_config"
 LEAST_VERSION = (0, 19, 8)
-"""The one that was tried. Older ones ignore `managed_gradient_accumulation` in silence, and would step too often."""
+"""The tested version. Older ones silently ignore `managed_gradient_accumulation` and would step too often."""
 
-_AsWhole = BeforeValidator(lambda n: int(n) if isinstance(n, float) and n.is_integer() else n)
-"""People write 5e8."""
-Numbers = Annotated[int, Ge(0), _AsWhole]
-"""How many numbers (elements, not bytes) a buffer holds."""
+_WholeFloat = BeforeValidator(lambda n: int(n) if isinstance(n, float) and n.is_integer() else n)
+"""Converts floats such as 5e8 to integers."""
+Numbers = Annotated[int, Ge(0), _WholeFloat]
+"""A buffer's size in elements (not bytes)."""
 
 
 class ZeroOffload(Slice):
-    """Where a share lies: `cpu` is host memory."""
+    """Device of a shard: `cpu` is host memory."""
 
     device: Literal["none", "cpu"] = "none"
     pin_memory: bool = True
@@ -50,7 +50,7 @@ class ZeroSettings(Slice, extra="ignore"):
     overlap_comm: bool | None = None
     contiguous_gradients: bool = True
     reduce_scatter: bool = True
-    reduce_bucket_size: Annotated[int, Ge(1), _AsWhole] = 500_000_000
+    reduce_bucket_size: Annotated[int, Ge(1), _WholeFloat] = 500_000_000
     use_multi_rank_bucket_allreduce: bool = True
     allgather_partitions: bool = True
     allgather_bucket_size: Annotated[Numbers, MultipleOf(2), Says("an even whole number")] = 500_000_000
@@ -79,9 +79,9 @@ _DECIDED = {
     "optimizer.params.weight_decay": "adam_weight_decay",
     "scheduler.type": "lr_scheduler",
 }
-"""The option of this program that decides a key of DeepSpeed's."""
+"""The option of this program that determines each key of DeepSpeed's config."""
 _NAMES = {"adam": "adamw", "warmuplr": "constant_with_warmup", "warmupdecaylr": "linear", "warmupcosinelr": "cosine"}
-"""What DeepSpeed's optimizers and schedules are called here, if otherwise. Its Adam decouples the weight decay too."""
+"""Names here of DeepSpeed's optimizers and schedules, where they differ. Its Adam also decouples the weight decay."""
 
 _APART = (
     ("fsdp_enable", True, False, "which is another engine"),
@@ -89,14 +89,14 @@ _APART = (
     ("base_model_default_dtype", "fp16", "bf16", "which scales no loss here"),
     ("dynamo_backend", "inductor", "no", "which gathers weights inside the blocks at stage 3"),
 )
-"""Options with a value that cannot be had beside DeepSpeed, what to give instead, and why."""
+"""Options with a value that is incompatible with DeepSpeed, the value to give instead, and the reason."""
 
 _FIELDS: Any = {key.partition(".")[0]: (Any, None) for key in ("zero_optimization", "fp16", *_DECIDED)}
 _DOCUMENT = create_model("_DOCUMENT", __base__=Slice, **_FIELDS)
 
 
 def _checks(config: "RunConfig") -> Iterator[Checked]:
-    """What came of the document, and of its `zero_optimization`."""
+    """Check the keys of the document, and those of its `zero_optimization`."""
     document = config.deepspeed_config or {}
     zero = document.get("zero_optimization")
     levels = (document, _DOCUMENT, OPTION), (zero, ZeroSettings, f"{OPTION}: zero_optimization")
@@ -107,7 +107,7 @@ def _checks(config: "RunConfig") -> Iterator[Checked]:
 
 
 def deepspeed_notices(config: "RunConfig") -> Iterator[str]:
-    """What `deepspeed_config` has that does nothing."""
+    """Notices of settings in `deepspeed_config` that have no effect."""
     for checked in _checks(config):
         yield from checked.notices
     if config.deepspeed_config is not None and not config.zero_optimization:
@@ -115,7 +115,7 @@ def deepspeed_notices(config: "RunConfig") -> Iterator[str]:
 
 
 def deepspeed_findings(config: "RunConfig") -> Iterator[tuple[tuple[str, ...], Problem]]:
-    """What is wrong with `deepspeed_config`, in itself and beside other options: these options, and the problem."""
+    """Problems with `deepspeed_config` and with its combination with other options, each with these options."""
     for checked in _checks(config):
         yield from (((OPTION,), problem) for problem in checked.problems.values())
     yield from _contradictions(config)
@@ -129,15 +129,15 @@ def deepspeed_findings(config: "RunConfig") -> Iterator[tuple[tuple[str, ...], P
             yield (name, OPTION), Problem(found, remedy=f"Give {flag(name, instead)}, or take {OPTION} out.")
     fetches = "stage3_use_all_reduce_for_fetch_params"
     if stage == 3 and config.model_type != "full" and config.zero_optimization.get(fetches):
-        found = f"{OPTION}: {fetches} with a LoRA, whose weights are not of the base's format"
+        found = f"{OPTION}: {fetches} with a LoRA, whose dtype differs from the base's"
         yield (OPTION,), Problem(found, remedy="Take it out.")
     if config.offloads("offload_param") and 0 < stage < 3:
-        found = f"{OPTION}: offload_param at stage {stage}, which holds the weights whole"
+        found = f"{OPTION}: offload_param at stage {stage}, which does not shard the weights"
         yield (OPTION,), Problem(found, "stage 3", f"Take offload_param out of {OPTION}, or change its stage.")
 
 
 def _contradictions(config: "RunConfig") -> Iterator[tuple[tuple[str, ...], Problem]]:
-    """What the document says otherwise than the options that decide it."""
+    """Values in the document that contradict the options that determine them."""
     own = {**vars(config), _BATCH: config.effective_batch}
     for name, beta in zip(
         ("optimizer_beta1", "optimizer_beta2"), known_optimizer(config.optimizer).betas, strict=False
@@ -152,16 +152,16 @@ def _contradictions(config: "RunConfig") -> Iterator[tuple[tuple[str, ...], Prob
         is_off = key.startswith("fp16.") and value is not True
         if asked == own.get(option) or is_off or (option == _BATCH and config.num_processes is None):
             continue
-        told = f", and {option} is {shown(own[option])}" if option else ": this is not here"
+        contradiction = f", and {option} is {shown(own[option])}" if option else ": this is not supported"
         options = (OPTION, option) if option in vars(config) else (OPTION,)
         remedy = "Take it out"
         if option in vars(config) and option not in refused(type(config), {option: asked}):
             remedy += f", or give {command_text(flag(option, asked))}"
-        yield options, Problem(f"{OPTION}: {key} = {shown(value)}{told}", remedy=f"{remedy}.")
+        yield options, Problem(f"{OPTION}: {key} = {shown(value)}{contradiction}", remedy=f"{remedy}.")
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """What `value` says of our options: each number or text in it, under its keys with dots between."""
+    """Each number or text in `value` that an option of this program determines, with its keys joined by dots."""
     if isinstance(value, dict | list):
         for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _leaves(inner, f"{key}.{name}".lstrip("."))
@@ -170,7 +170,7 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def deepspeed_lack() -> Problem | None:
-    """What is missing for DeepSpeed, of which nothing is imported; None where nothing is."""
+    """The problem that DeepSpeed is missing or too old; None if it is usable. Does not import DeepSpeed."""
     from importlib.metadata import PackageNotFoundError, version  # not on every start
 
     try:

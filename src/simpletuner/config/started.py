@@ -1,4 +1,4 @@
-"""What the program that started this process says of the others: torchrun, our supervisor, or Slurm's srun."""
+"""Read the number of processes and machines that torchrun, our supervisor or Slurm's srun set for this process."""
 
 import re
 from collections.abc import Mapping
@@ -15,25 +15,25 @@ SLURM_NODES, SLURM_TASKS, SLURM_NODE, SLURM_NODE_LIST, SLURM_JOB = (
     "SLURM_STEP_NODELIST",
     "SLURM_JOB_ID",
 )
-"""What srun tells each task of a step (srun(1), "Output environment variables")."""
+"""Environment variables that srun sets for each task of a step (srun(1), "Output environment variables")."""
 LEAST_SLURM_PORT, SLURM_PORTS = 10_000, 20_000
-"""Ports of which a job's number chooses one, below those that systems give to clients."""
+"""Lowest port and number of ports, from which the job's number selects one; below the range of client ports."""
 
 
 def with_started(
     config: RunConfig, givens: Mapping[str, Given], checked: Checked, environ: Mapping[str, str]
 ) -> RunConfig:
-    """The config with the numbers of processes and machines that this process was started among, where it is one of
-    several; with Slurm's nodes, where srun started it on each and `num_machines` is not given.
+    """The config with the number of processes and machines that this process was started with, if there are several.
+    Takes Slurm's nodes as machines if srun started the process on each and `num_machines` is not given.
     """
     if "RANK" not in environ:
-        # At a terminal a command is typed inside a step, and not started on each of its nodes.
+        # A command at a terminal was typed inside a step, not started by srun on each node.
         return config if "num_machines" in givens or is_terminal() else _with_nodes(config, givens, checked, environ)
-    size, here, rank = (_number(environ.get(name)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK"))
+    size, ranks_per_machine, rank = (_number(environ.get(name)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK"))
     if size < 2:
         return config
-    here = here or size  # what is missing or contradicts itself, `place_of` says
-    started = {"num_processes": size, "num_machines": max(1, size // here)}
+    ranks_per_machine = ranks_per_machine or size  # `place_of` reports missing or contradictory values
+    started = {"num_processes": size, "num_machines": max(1, size // ranks_per_machine)}
     for name, number in started.items():
         if name in givens and vars(config)[name] not in (None, number):
             checked.problems[name] = Problem(
@@ -42,13 +42,13 @@ def with_started(
                 str(number),
                 "Take it out, or start simpletuner train without torchrun: it starts the processes itself.",
             )
-    return config.model_copy(update={**started, "machine_rank": rank // here})
+    return config.model_copy(update={**started, "machine_rank": rank // ranks_per_machine})
 
 
 def _with_nodes(
     config: RunConfig, givens: Mapping[str, Given], checked: Checked, environ: Mapping[str, str]
 ) -> RunConfig:
-    """The config with the nodes of a step of Slurm's as machines. What is given stays."""
+    """The config with the nodes of a Slurm step as machines. Options that are given stay."""
     nodes, tasks, node, job = (_number(environ.get(name)) for name in (SLURM_NODES, SLURM_TASKS, SLURM_NODE, SLURM_JOB))
     if nodes < 2:
         return config
@@ -58,21 +58,21 @@ def _with_nodes(
             "one on each node, which starts that node's processes",
             "Let srun start one task on each node; or give --num_machines=1, if each task trains a run of its own.",
         )
-    found = {
+    slurm = {
         "num_machines": nodes,
         "machine_rank": node,
         "main_process_ip": first_node(environ.get(SLURM_NODE_LIST, "")),
         "main_process_port": LEAST_SLURM_PORT + job % SLURM_PORTS,
     }
-    return config.model_copy(update={name: value for name, value in found.items() if name not in givens})
+    return config.model_copy(update={name: value for name, value in slurm.items() if name not in givens})
 
 
 def _number(text: str | None) -> int:
-    """A number of the environment; 0 where it is none."""
+    """Parse a number from the environment; 0 if it is missing or no number."""
     return int(text) if text is not None and text.isascii() and text.isdecimal() else 0
 
 
 def first_node(node_list: str) -> str:
-    """Name of the first of Slurm's nodes: n01 of "n[01-03,7],m2"."""
+    """Name of the first node in Slurm's node list: n01 of "n[01-03,7],m2"."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", node_list)
     return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first[0] if first else "")
