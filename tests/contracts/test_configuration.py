@@ -36,7 +36,7 @@ FIVE_ANSWERS = """\
   - lora_rnak: no such option. Did you mean lora_rank?
   - validation_resolution = '1000': expected a size such as 1024, 1024x768 or a comma list of them, each side \
 divisible by 16.
-  - config/multidatabackend.json, cats: instance_data_dir = 'datasets/cats': no such folder. It is looked for in \
+  - config/multidatabackend.json, cats: instance_data_dir = 'datasets/cats': no such folder. The path is relative to \
 {folder}/datasets.
 """
 

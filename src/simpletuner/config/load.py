@@ -379,7 +379,7 @@ def _flavour_notice(givens: Mapping[str, Given]) -> Iterator[str]:
     if family is not None and family.value is not None and family.origin == "file" and not selects_model:
         yield (
             f"model_flavour is not set, so this run trains {DEFAULT_FLAVOUR}. SimpleTuner would train klein-9b: "
-            f"for that add --model_flavour klein-9b, or add --model_flavour {DEFAULT_FLAVOUR}."
+            f"add --model_flavour klein-9b for that, or --model_flavour {DEFAULT_FLAVOUR}."
         )
 
 

@@ -64,7 +64,7 @@ FILE_FAULTS: dict[Fault, str] = {
     forbidden: "cannot be read (Permission denied). Give the user",
     foreign: "cannot be read (Permission denied). Give the user",
     a_folder: "this is a folder: expected a file",
-    broken_link: "a link to /nonexistent/target, which is not there. Correct the link.",
+    broken_link: "a link to /nonexistent/target, which does not exist. Correct the link.",
     link_loop: "cannot be read (Too many levels of symbolic links)",
     a_pipe: "this is a pipe, a socket or a device: expected a file",
 }

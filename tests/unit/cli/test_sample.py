@@ -507,7 +507,7 @@ def test_klein_is_guided_against_the_negative_prompt_and_its_distilled_sibling_b
 def test_guidance_that_klein_does_not_have_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample", "--model_flavour=klein-4b", "--prompt", "a", "--guidance_real=3"]) == 2
     assert capsys.readouterr().err == (
-        "guidance_real = 3: that is for models that take guidance as an input, such as dev: expected 1. Give "
+        "guidance_real = 3: only for models that take guidance as an input, such as dev: expected 1. Give "
         "--guidance=3 instead, which is true guidance on klein-4b.\n"
     )
 

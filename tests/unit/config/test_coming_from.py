@@ -126,11 +126,11 @@ def test_a_config_loads_or_loads_after_what_one_report_says(place: Any, name: st
 def test_variables_of_simpletuner_do_not_stop_a_start(place: Any) -> None:
     environ = {"SIMPLETUNER_LOG_LEVEL": "DEBUG", "SIMPLETUNER_TRAINING_LOOP_LOG_LEVEL": "INFO"}
     assert place.load(environ=environ).notices == (
-        "SIMPLETUNER_LOG_LEVEL and SIMPLETUNER_TRAINING_LOOP_LOG_LEVEL have no effect: a run tells all that happens in "
+        "SIMPLETUNER_LOG_LEVEL and SIMPLETUNER_TRAINING_LOOP_LOG_LEVEL have no effect: a run logs everything in "
         "events.jsonl.",
     )
     assert place.problems(environ={"SIMPLETUNER_CONTROLNET": "true"}) == [
-        "SIMPLETUNER_CONTROLNET = true: ControlNets are not trained here. "
+        "SIMPLETUNER_CONTROLNET = true: this program trains no ControlNets. "
         "Take it out to train a LoRA or the whole model."
     ]
 
@@ -140,11 +140,11 @@ def test_it_is_said_once_which_flavour_a_config_without_one_trains(place: Any) -
     notices = place.load().notices
     (notice,) = [text for text in notices if "klein-9b" in text]
     assert notice == (
-        "model_flavour is not given, so dev is trained. SimpleTuner trains klein-9b where it is not given: add "
+        "model_flavour is not set, so this run trains dev. SimpleTuner would train klein-9b: add "
         "--model_flavour klein-9b for that, or --model_flavour dev."
     )
     for flag in re.findall(r"(--model_flavour) (\S+?)[.,]?(?= for|$)", notice):
-        assert not [text for text in place.load(*flag).notices if text.startswith("model_flavour is not given")]
+        assert not [text for text in place.load(*flag).notices if text.startswith("model_flavour is not set")]
     for changes, flags in (
         ({"model_flavour": "dev"}, ()),
         ({"pretrained_model_name_or_path": "black-forest-labs/FLUX.2-dev"}, ()),
@@ -190,9 +190,10 @@ def test_datasets_of_simpletuner_carry_over(place: Any) -> None:
     place.datasets[1] |= {"disabled": False, "preserve_data_backend_cache": False, "write_batch_size": 8}
     notices = place.load().notices
     assert [notice.partition(": ")[2] for notice in notices] == [
-        "hash_filenames and preserve_data_backend_cache have no effect: caches are checked by content, and kept.",
-        "text_encoder_batch_size has no effect: the run's own option decides.",
-        "preserve_data_backend_cache has no effect: caches are checked by content, and kept.",
+        "hash_filenames and preserve_data_backend_cache have no effect: caches are checked by content, and never "
+        "deleted.",
+        "text_encoder_batch_size has no effect: the run's option applies to all datasets.",
+        "preserve_data_backend_cache has no effect: caches are checked by content, and never deleted.",
     ]
 
 
@@ -206,13 +207,13 @@ def test_dataset_keys_that_ask_for_what_is_not_here_are_refused_with_what_to_do(
     place.datasets[1]["disabled"] = True
     problems = [re.sub(r"^[^:]*, (cats|text): ", "", problem) for problem in place.problems()]
     assert problems == [
-        "delete_problematic_images = true: files of a dataset are never deleted here. Take it out: images that cannot "
-        "be used are left out, counted and named.",
-        'conditioning = [{"type": "canny"}]: conditioning images are not generated here. Take it out, and make '
+        "delete_problematic_images = true: a run never deletes files of a dataset. Take it out: unusable "
+        "images are left out, counted and listed.",
+        'conditioning = [{"type": "canny"}]: this program generates no conditioning images. Take it out, and generate '
         "them with another program.",
-        "num_repeats: repeats counts EXTRA passes here. Take it out, and give one less as repeats.",
-        "slider_strength = 0.5: slider LoRAs are not trained here. Take it out.",
-        "disabled = true: sets name the store they use. Take it out, or the whole entry.",
+        "num_repeats: repeats counts EXTRA passes. Take it out, and give one less as repeats.",
+        "slider_strength = 0.5: this program trains no slider LoRAs. Take it out.",
+        "disabled = true: image sets name the store they use. Take it out, or remove the whole entry.",
     ]
     place.datasets = [typed(place.datasets[0], problems[:-1]), typed(place.datasets[1], problems[-1:])]
     place.load()

@@ -1,4 +1,4 @@
-"""Conditioning sets in the list of datasets: what is wrong across entries, and what has no effect."""
+"""Conditioning sets in the dataset list: what is wrong across entries, and what has no effect."""
 
 from typing import Any
 
@@ -55,8 +55,8 @@ def test_faults_between_entries_come_all_at_once(place: Any) -> None:
         "expected a folder beside it.",
         f"{LIST}same: instance_data_dir is that of cats, which would train its files as images: "
         "expected a folder beside it.",
-        f"{LIST}lonely: no set names it in conditioning_data: expected a set that it belongs to. "
-        'Put "conditioning_data": "lonely" into the set of its images, or "disabled": true here.',
+        f"{LIST}lonely: no image set names it in conditioning_data: expected an image set that it belongs to. "
+        'Put "conditioning_data": "lonely" into the image set, or "disabled": true into this entry.',
     ]
 
 
@@ -93,15 +93,15 @@ def test_a_cache_does_not_lie_among_the_conditions(place: Any, edits: dict[str, 
     [
         (
             {"resolution": 512, "crop": True},
-            "resolution and crop have no effect: with reference_strict a file is resized and cropped as its image is.",
+            "resolution and crop have no effect: with reference_strict a file is resized and cropped like its image.",
         ),
         (
             {"conditioning_type": "mask", "minimum_image_size": 512},
-            "minimum_image_size has no effect: with mask a file is resized and cropped as its image is.",
+            "minimum_image_size has no effect: with mask a file is resized and cropped like its image.",
         ),
         (
             {"conditioning_type": "reference_loose", "maximum_image_size": 512},
-            "maximum_image_size has no effect: references without crop are brought down to resolution, "
+            "maximum_image_size has no effect: references without crop are downsampled to resolution, "
             "and never enlarged.",
         ),
         (
@@ -140,5 +140,5 @@ def test_the_keys_of_a_conditioning_set_are_checked_like_others(place: Any, edit
     assert problem.startswith(f"{LIST}before: resolution = 8 with resolution_type = 'pixel_area': expected a whole")
     edits |= {"resolution": 512, "repeats": 2}
     assert place.problems() == [
-        f"{LIST}before: repeats: no such key of a conditioning set. It belongs into an image set."
+        f"{LIST}before: repeats: no such key of a conditioning set. It belongs in an image set."
     ]

@@ -48,7 +48,7 @@ OF_OTHERS = {
     "wall_clock_breakdown": False,
 }
 """The example of stage 3 in the documentation of transformers."""
-OWN_LOOP = "the loop, its logs and its checkpoints are this program's own"
+OWN_LOOP = "this program has its own loop, logs and checkpoints"
 
 
 def zero(**settings: object) -> dict[str, object]:
@@ -160,19 +160,19 @@ def test_every_contradiction_names_its_option_and_the_remedies_work(place: Any) 
         ({"train_batch_size": 7}, "gradient_accumulation_steps × num_processes is 2. Take it out."),
         (
             {"fp16": {"enabled": True}},
-            "fp16.enabled = true: this is not here. Take it out.",
+            "fp16.enabled = true: this is not supported. Take it out.",
         ),
         (
             {"optimizer": {"type": "OneBitAdam"}},
             "optimizer.type = 'OneBitAdam', and optimizer is 'adamw'. Take it out.",
         ),
-        ({"optimizer": {"params": {"amsgrad": True}}}, "amsgrad = true: this is not here. Take it out."),
+        ({"optimizer": {"params": {"amsgrad": True}}}, "amsgrad = true: this is not supported. Take it out."),
         ({"optimizer": {"params": {"lr": "fast"}}}, "lr = 'fast', and learning_rate is 0.0001. Take it out."),
         ({"zero_optimization": {}}, "zero_optimization: no such setting of DeepSpeed here. Did you mean zero_optimiz"),
-        ({"communication_data_type": "fp16"}, "communication_data_type = 'fp16': this is not here. Take it out."),
-        ({"amp": {"enabled": True}}, "this is not here. Take it out."),
-        ({"sequence_parallel_size": 2}, "sequence_parallel_size = 2: this is not here. Take it out."),
-        ({"zero_optimization": True}, "zero_optimization = true: this is not here. Take it out."),
+        ({"communication_data_type": "fp16"}, "communication_data_type = 'fp16': this is not supported. Take it out."),
+        ({"amp": {"enabled": True}}, "this is not supported. Take it out."),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size = 2: this is not supported. Take it out."),
+        ({"zero_optimization": True}, "zero_optimization = true: this is not supported. Take it out."),
         (zero(stage=4), "stage = 4: expected a whole number from 0 to 3."),
         (
             zero(overlap_com=True),
@@ -181,10 +181,10 @@ def test_every_contradiction_names_its_option_and_the_remedies_work(place: Any) 
         (zero(reduce_bucket_size=0.5), "reduce_bucket_size = 0.5: expected a whole number of at least 1."),
         (zero(allgather_bucket_size=500_001), "allgather_bucket_size = 500001: expected an even whole number."),
         (zero(cpu_offload=True), "Did you mean offload_optimizer?"),
-        (zero(round_robin_gradients=True), "this is not here. Take it out."),
+        (zero(round_robin_gradients=True), "this is not supported. Take it out."),
         (zero(offload_optimizer={"devise": "cpu"}), 'expected an object of "device", none or cpu, and "pin_memory"'),
         (zero(offload_optimizer={"device": "nvme"}), 'expected an object of "device", none or cpu, and "pin_memory"'),
-        (zero(offload_param={"device": "cpu"}), "offload_param at stage 2, which holds the weights whole: expected"),
+        (zero(offload_param={"device": "cpu"}), "offload_param at stage 2, which does not shard the weights: expected"),
     ],
 )
 def test_what_cannot_be_had_is_refused(place: Any, document: dict[str, object], said: str) -> None:
@@ -237,7 +237,7 @@ def test_a_share_is_stepped_by_elementwise_optimizers(place: Any, stage: int) ->
         if optimizer in ("adamw", "adamw_bf16", "lion"):
             assert place.load(f"--optimizer={optimizer}", "--learning_rate=1e-5").config.zero_stage == stage
         else:
-            said = f"optimizer = '{optimizer}' with deepspeed_config, where each process steps a share"
+            said = f"optimizer = '{optimizer}' with deepspeed_config, where each process steps a shard"
             assert any(said in each for each in place.problems(f"--optimizer={optimizer}"))
 
 
@@ -296,4 +296,4 @@ def test_weights_of_two_formats_are_not_fetched_by_all_reduce(place: Any) -> Non
     name = "stage3_use_all_reduce_for_fetch_params"
     place.config |= {"deepspeed_config": zero(stage=3, **{name: True}), "num_processes": 2}
     (problem,) = place.problems()
-    assert problem == f"deepspeed_config: {name} with a LoRA, whose weights are not of the base's format. Take it out."
+    assert problem == f"deepspeed_config: {name} with a LoRA, whose dtype differs from the base's. Take it out."

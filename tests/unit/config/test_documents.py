@@ -86,5 +86,5 @@ def test_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
 )
 def test_what_no_config_holds_is_a_problem_and_no_bug(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
-    with pytest.raises(ConfigError, match="more than a config holds"):
+    with pytest.raises(ConfigError, match="too large a value for a config"):
         read_document(tmp_path / name, name)

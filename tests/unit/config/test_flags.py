@@ -44,8 +44,8 @@ def test_selectors_are_no_options() -> None:
         ("-lora_rank", "'-lora_rank': expected a flag that begins with --."),
         ("env=cats", "'env=cats': expected a flag that begins with --. Did you mean --env cats?"),
         ("my job.yaml", "'my job.yaml': expected a flag that begins with --. Did you mean --config 'my job.yaml'?"),
-        ("--env", "--env: nothing is named: expected a name or path after it."),
-        ("--config=", "--config: nothing is named: expected a name or path after it."),
+        ("--env", "--env has no value: expected a name or path after it."),
+        ("--config=", "--config has no value: expected a name or path after it."),
     ],
 )
 def test_what_is_no_flag_is_a_problem(word: str, message: str) -> None:

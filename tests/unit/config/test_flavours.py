@@ -41,8 +41,8 @@ def test_the_docs_say_what_the_table_says() -> None:
     flavours = "; ".join(f"`{name}` is {flavour.summary}" for name, flavour in FLAVOURS.items())
     assert texts["model_flavour"].startswith(flavours)
     default = FLAVOURS[DEFAULT_FLAVOUR].text
-    assert "by default the flavour's, 10,20,30" in texts["custom_text_encoder_intermediary_layers"]
-    assert f"by default the flavour's, {default.length}" in texts["tokenizer_max_length"]
+    assert "By default the flavour's, 10,20,30" in texts["custom_text_encoder_intermediary_layers"]
+    assert f"By default the flavour's, {default.length}" in texts["tokenizer_max_length"]
     assert default.layers == (10, 20, 30)
 
 

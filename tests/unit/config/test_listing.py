@@ -163,7 +163,7 @@ def test_paths_know_the_run_and_the_set(place: Any) -> None:
         (
             {"cache_dir_vae": "datasets/cats"},
             "instance_data_dir is also cache_dir_vae of cats: expected a folder for each: "
-            "what is written there would be read as pictures.",
+            "files written there would be read as images.",
         ),
     ],
     ids=lambda value: repr(value) if isinstance(value, dict) else "",
@@ -202,7 +202,7 @@ def test_a_missing_folder_is_named_with_its_neighbor(place: Any, problem_of_set:
         f"instance_data_dir = 'datasets/cat': no such folder. Did you mean {place.folder / 'datasets/cats'}?"
     )
     assert problem_of_set(instance_data_dir="pictures/zebras") == (
-        f"instance_data_dir = 'pictures/zebras': no such folder. It is looked for in {place.folder / 'pictures'}."
+        f"instance_data_dir = 'pictures/zebras': no such folder. The path is relative to {place.folder / 'pictures'}."
     )
     place.write("a.png", "")
     assert problem_of_set(instance_data_dir="a.png").endswith("this is a file: expected a folder of pictures.")
@@ -226,7 +226,7 @@ def test_required_keys_are_asked_for(place: Any) -> None:
     [
         ({}, "config/multidatabackend.json: {}: expected a list of objects, in [ ]."),
         ([3], "config/multidatabackend.json, entry 1: 3: expected an object, in { }."),
-        ([], "config/multidatabackend.json: there is nothing to train on: expected an enabled image set."),
+        ([], "config/multidatabackend.json: no images to train on: expected an enabled image set."),
     ],
     ids=["object", "number", "empty"],
 )
@@ -269,7 +269,7 @@ def test_exactly_one_text_store_is_the_default(place: Any) -> None:
     place.datasets[1]["default"] = False
     loaded = place.load()
     assert loaded.datasets.default_text_store.id == "text"
-    assert loaded.notices == ("config/multidatabackend.json: text is the default text store, as the only one.",)
+    assert loaded.notices == ("config/multidatabackend.json: text is the only text store, so it is the default.",)
     place.datasets.append(place.datasets[1] | {"id": "more"})
     assert place.problems() == [
         "config/multidatabackend.json: no text store is marked as default: expected default = true for exactly one."
@@ -293,7 +293,7 @@ def test_held_out_sets_stand_apart(place: Any) -> None:
     place.datasets.append({"id": "held", "dataset_type": "eval", "instance_data_dir": "datasets/cats"})
     loaded = place.load("--eval_dataset_id=held")
     assert [held.id for held in loaded.datasets.eval_sets] == ["held"]
-    assert "held has the pictures of cats" in loaded.notices[0]
+    assert "held has the same images as cats" in loaded.notices[0]
     assert place.problems("--eval_dataset_id=hold") == [
         "--eval_dataset_id = 'hold': expected an enabled eval set: held."
     ]
@@ -352,7 +352,7 @@ def test_an_offset_that_no_density_uses_is_said(place: Any) -> None:
     place.datasets[0]["timestep_sampling_offset"] = 1.0
     assert place.load().notices == ()
     place.config["flow_use_uniform_schedule"] = True
-    assert place.load().notices == ("cats: timestep_sampling_offset has no effect: another density is chosen.",)
+    assert place.load().notices == ("cats: timestep_sampling_offset has no effect: another distribution is used.",)
 
 
 def test_texts_to_filter_come_from_a_list_or_a_file(place: Any) -> None:
@@ -369,10 +369,10 @@ def test_texts_to_filter_come_from_a_list_or_a_file(place: Any) -> None:
 def test_filters_of_simpletuner_that_mean_something_else_here(place: Any) -> None:
     place.datasets[1]["caption_filter_list"] = ["this .* has a"]
     (notice,) = place.load().notices
-    assert "'this .* has a' are taken out as they are written: these are texts, not regular expressions." in notice
+    assert "'this .* has a' are removed literally: these are texts, not regular expressions." in notice
     place.datasets[1]["caption_filter_list"] = ["s/this/that/"]
     (problem,) = place.problems()
-    assert "caption_filter_list: 's/this/that/': expected texts to take out." in problem
+    assert "caption_filter_list: 's/this/that/': expected texts to remove." in problem
     place.datasets[1]["caption_filter_list"] = "nowhere.txt"
     (problem,) = place.problems()
     assert problem.endswith("caption_filter_list = 'nowhere.txt': no such file.")

@@ -106,7 +106,7 @@ def test_nan_is_not_a_number(place: Any) -> None:
 
 def test_a_forgotten_minus_is_guessed(problem_of: Callable[..., str]) -> None:
     assert problem_of(learning_rate=1e4) == (
-        "learning_rate = 10000: expected at most 1. Usual are 1e-5 to 1e-3: is a minus missing?"
+        "learning_rate = 10000: expected at most 1. 1e-5 to 1e-3 is usual: is a minus missing?"
     )
 
 
@@ -144,9 +144,9 @@ def test_a_key_of_the_other_file_is_sent_there(place: Any) -> None:
     place.datasets[0]["lora_rank"] = 8
     place.datasets[1]["repeats"] = 8
     assert place.problems() == [
-        "repeats: no such option. It belongs into multidatabackend.json, with each set of pictures.",
-        "config/multidatabackend.json, cats: lora_rank: no such key of an image set. It belongs into the config.",
-        "config/multidatabackend.json, text: repeats: no such key of a text store. It belongs into an image set.",
+        "repeats: no such option. It belongs in multidatabackend.json, in each image set.",
+        "config/multidatabackend.json, cats: lora_rank: no such key of an image set. It belongs in the config.",
+        "config/multidatabackend.json, text: repeats: no such key of a text store. It belongs in an image set.",
     ]
 
 
@@ -202,7 +202,9 @@ def test_a_flavour_wins_over_paths_that_come_before_it(place: Any) -> None:
     place.config |= {"model_flavour": "dev", "pretrained_model_name_or_path": "black-forest-labs/FLUX.2-dev"}
     loaded = place.load("--model_flavour", "tiny")
     assert loaded.config.pretrained_model_name_or_path is None
-    assert "--model_flavour tiny wins over pretrained_model_name_or_path, which comes before it." in loaded.notices
+    assert (
+        "--model_flavour tiny overrides pretrained_model_name_or_path, given with lower precedence." in loaded.notices
+    )
     both = place.load("--model_flavour", "tiny", "--pretrained_model_name_or_path", "some/model")
     assert both.config.pretrained_model_name_or_path == "some/model"
 
@@ -346,7 +348,7 @@ def test_a_config_may_be_named(place: Any) -> None:
 
 def test_two_configs_are_one_too_many(place: Any) -> None:
     assert place.problems("--config=a.json", "--env=b") == [
-        "--config and --env are given: expected one of them, since each says which config is read."
+        "--config and --env are given: expected one of them, since each selects the config."
     ]
 
 
@@ -403,7 +405,7 @@ def test_a_config_is_an_object(place: Any, content: object) -> None:
 def test_a_missing_list_of_datasets_is_named(place: Any) -> None:
     place.datasets = None
     assert place.problems() == [
-        "config/multidatabackend.json: no such file: expected the list of datasets. "
+        "config/multidatabackend.json: no such file: expected the dataset list. "
         "Write it, or name another with data_backend_config."
     ]
     assert place.problems("--data_backend_config=sets.json") == ["--data_backend_config = 'sets.json': no such file."]

@@ -45,7 +45,7 @@ def test_the_share_of_visits_acts_on_training_sets_alone(masked: Any) -> None:
     del masked.datasets[0]["conditioning_data"]
     masked.datasets.append(held_out)
     masked.config |= OPTIONS
-    assert masked.load().notices == ("masked_loss_probability has no effect: no dataset that is trained has masks.",)
+    assert masked.load().notices == ("masked_loss_probability has no effect: no training dataset has masks.",)
 
 
 def test_inversion_of_a_floor_of_1_has_none(masked: Any) -> None:

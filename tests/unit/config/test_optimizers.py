@@ -74,17 +74,17 @@ def test_what_it_does_not_read_is_said(place: Any, name: str) -> None:
 def test_one_of_a_library_has_its_arguments_in_optimizer_config_alone(place: Any) -> None:
     place.config |= {"optimizer": "torch:nadam", "adam_weight_decay": 0.1, "optimizer_config": {"betas": [0.9, 0.95]}}
     loaded = place.load()
-    assert "adam_weight_decay has no effect: torch:nadam takes its own in optimizer_config." in loaded.notices
+    assert "adam_weight_decay has no effect: torch:nadam takes its arguments in optimizer_config." in loaded.notices
     assert loaded.config.optimizer_config == {"betas": (0.9, 0.95)}
 
 
 def test_prodigy_has_one_rate_and_wants_it_near_one(place: Any) -> None:
     place.config |= {"optimizer": "prodigy", "lora_plus_ratio": 4}
     assert place.problems() == [
-        "lora_plus_ratio = 4 with prodigy, which finds one rate for all: expected 1, or another optimizer."
+        "lora_plus_ratio = 4 with prodigy, which estimates a single learning rate: expected 1, or another optimizer."
     ]
     place.config["lora_plus_ratio"] = 1.0
-    assert any("multiplies the rate that prodigy finds" in text for text in place.load().notices)
+    assert any("multiplies the learning rate that prodigy estimates" in text for text in place.load().notices)
     place.config["learning_rate"] = 1.0
     assert not any("prodigy" in text for text in place.load().notices)
 
@@ -92,8 +92,12 @@ def test_prodigy_has_one_rate_and_wants_it_near_one(place: Any) -> None:
 @pytest.mark.parametrize(
     ("optimizer", "rate", "says"),
     [
-        ("prodigy", 1e-4, "multiplies the rate that prodigy finds: 1 is usual"),
-        ("pytorch_optimizer:dadaptadam", 1e-4, "multiplies the rate that pytorch_optimizer:dadaptadam finds"),
+        ("prodigy", 1e-4, "multiplies the learning rate that prodigy estimates: 1 is usual"),
+        (
+            "pytorch_optimizer:dadaptadam",
+            1e-4,
+            "multiplies the learning rate that pytorch_optimizer:dadaptadam estimates",
+        ),
         ("pytorch_optimizer:prodigy", 1.0, None),
         ("adamw", 3e-3, None),
         ("adamw", 1e-2, "with adamw usually diverges from 0.01 on. Begin with --learning_rate=0.0001."),
@@ -133,14 +137,14 @@ def test_a_self_tuned_rate_above_one_names_one(place: Any) -> None:
 
 def test_a_scaled_rate_is_said_and_bounded(place: Any) -> None:
     place.config |= {"lr_scale": True, "train_batch_size": 4, "learning_rate": 1e-4}
-    assert "learning_rate 0.0001 × 4 by the effective batch of 4: 0.0004." in place.load().notices
+    assert "learning_rate 0.0001 × 4 for the effective batch of 4: 0.0004." in place.load().notices
     place.config["learning_rate"] = 0.5
     assert "learning_rate = 0.5, 2 scaled by the effective batch: expected at most 1" in place.problems()[0]
 
 
 def test_schedule_free_and_a_falling_rate_get_a_word(place: Any) -> None:
     place.config |= {"optimizer": "adamw_schedulefree", "lr_scheduler": "cosine"}
-    assert any("averages in place of a falling rate" in text for text in place.load().notices)
+    assert any("averages the weights instead of decaying the learning rate" in text for text in place.load().notices)
 
 
 def test_options_of_an_average_that_is_not_kept_have_no_effect(place: Any) -> None:

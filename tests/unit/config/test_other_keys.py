@@ -81,8 +81,8 @@ def test_sets_of_references_are_not_drawn_at_random(place: Any) -> None:
     assert place.load().notices == ()
     place.config["conditioning_multidataset_sampling"] = "random"
     assert place.problems() == [
-        "conditioning_multidataset_sampling = 'random': each visit of an image has the references of all its sets "
-        "here. Take it out to train so."
+        "conditioning_multidataset_sampling = 'random': each sample uses the references of all its "
+        "conditioning sets. Take it out to train so."
     ]
 
 
@@ -162,8 +162,8 @@ def test_a_config_for_several_gpus_carries_over(place: Any) -> None:
     place.config |= {"fsdp_version": 1, "fsdp_state_dict_type": "SHARDED_STATE_DICT"}
     assert place.load().notices == (
         "fsdp_version has no effect: fsdp_enable is FSDP2.",
-        "fsdp_state_dict_type has no effect: checkpoints are in this program's own format, which any number of "
-        "processes resumes.",
+        "fsdp_state_dict_type has no effect: checkpoints have this program's own format, from which any "
+        "number of processes can resume.",
     )
 
 

@@ -43,7 +43,7 @@ def test_the_subject_comes_from_the_option_else_from_the_dataset_else_stays(plac
     place.config["validation_resolution"] = "128x128"
     loaded = place.load()
     assert loaded.prompts == {"one": Prompt("a photo of <subject>")}
-    assert loaded.notices == ("<subject> stays in the prompts as typed: validation_subject says what it stands for.",)
+    assert loaded.notices == ("<subject> stays in the prompts as typed: set validation_subject to replace it.",)
     place.datasets[0]["instance_prompt"] = "Tom the cat"
     assert place.load().prompts == {"one": Prompt("a photo of Tom the cat")}
     assert place.load("--validation_subject=Kitty").prompts == {"one": Prompt("a photo of Kitty")}

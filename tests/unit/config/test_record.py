@@ -9,8 +9,8 @@ from simpletuner.config.options.kinds import Slice
 from simpletuner.config.options.ranks import RankOptions
 from simpletuner.config.record import (
     CHANGE_THE_CURVE,
-    MAY_CHANGE,
     FINGERPRINTED_IF_SET,
+    MAY_CHANGE,
     RECORDED_TEXTS,
     SPLIT,
     OptionChange,

@@ -16,13 +16,13 @@ from simpletuner.config.rules import layer_findings
     [
         (
             {"max_train_steps": 0, "num_train_epochs": 0},
-            "num_train_epochs = 0 without max_train_steps: nothing would be trained: expected one of them to be "
+            "num_train_epochs = 0 without max_train_steps: the run would have no steps: expected one of them to be "
             "at least 1.",
         ),
         (
             {"num_processes": 5, "num_machines": 2},
-            "num_processes = 5 with num_machines = 2: expected as many on each machine. Give --num_processes=6, 3 on "
-            "each.",
+            "num_processes = 5 with num_machines = 2: expected the same number on each machine. Give "
+            "--num_processes=6, 3 on each.",
         ),
         ({"num_machines": 2, "machine_rank": 2}, "machine_rank = 2 with num_machines = 2: expected a number below 2."),
         (
@@ -44,8 +44,8 @@ from simpletuner.config.rules import layer_findings
                 "scheduled_sampling_reflexflow_beta1": 0,
                 "scheduled_sampling_reflexflow_beta2": 0,
             },
-            "scheduled_sampling_reflexflow_beta1 and scheduled_sampling_reflexflow_beta2 are both 0: nothing would be "
-            "learned from what is rolled out: expected one of them above 0. Without ReflexFlow: "
+            "scheduled_sampling_reflexflow_beta1 and scheduled_sampling_reflexflow_beta2 are both 0: rollouts "
+            "would train nothing: expected one of them above 0. Without ReflexFlow: "
             "scheduled_sampling_reflexflow=false.",
         ),
         (
@@ -56,17 +56,20 @@ from simpletuner.config.rules import layer_findings
         ({"scheduled_sampling_probability": 1.5}, "expected a number from 0 to 1."),
         ({"scheduled_sampling_reflexflow_alpha": -1}, "expected a number of at least 0."),
         ({"lr_scheduler": "cosine", "lr_end": 0.1}, "lr_end = 0.1: expected at most learning_rate, 0.0001."),
-        ({"eval_dataset_id": "held"}, "eval_dataset_id = 'held': expected a set with dataset_type eval to be listed."),
+        (
+            {"eval_dataset_id": "held"},
+            "eval_dataset_id = 'held': expected a dataset with dataset_type eval in the list.",
+        ),
         ({"output_dir": "config/config.json"}, "this is a file: expected a folder."),
         ({"init_lora": "nope.safetensors"}, "no such file: expected a .safetensors file or a run's folder."),
         (
             {"model_type": "full", "enable_group_offload": True},
-            "enable_group_offload with model_type = full, whose weights all change with each step. What is streamed is "
-            "only read: take enable_group_offload out, or train a LoRA.",
+            "enable_group_offload with model_type = full, whose weights all change with each step. Offloaded weights "
+            "are read-only: take enable_group_offload out, or train a LoRA.",
         ),
         (
             {"model_type": "full", "optimizer": "adamw_bf16", "mixed_precision": "fp16"},
-            "optimizer = 'adamw_bf16' with model_type = full and fp16 weights, which it cannot step on. Give "
+            "optimizer = 'adamw_bf16' with model_type = full and fp16 weights, which it cannot step. Give "
             "--base_model_default_dtype=bf16, or take adamw.",
         ),
         (
@@ -77,8 +80,8 @@ from simpletuner.config.rules import layer_findings
         (
             {"enable_group_offload": True, "dynamo_backend": "inductor", "group_offload_type": "leaf_level"},
             "enable_group_offload with dynamo_backend = inductor and group_offload_type = 'leaf_level': a compiled "
-            "block is one graph, and layers cannot come and go inside it. Give --group_offload_type=block_level, or "
-            "give --dynamo_backend=no to train uncompiled.",
+            "block is one graph, and single layers cannot be loaded inside it. Give "
+            "--group_offload_type=block_level, or give --dynamo_backend=no to train uncompiled.",
         ),
         (
             {"enable_group_offload": True, "dynamo_backend": "inductor", "gradient_checkpointing": False},
@@ -92,14 +95,14 @@ from simpletuner.config.rules import layer_findings
         ),
         (
             {"group_offload_text_encoder": True, "text_encoder_mode": "resident"},
-            "group_offload_text_encoder with text_encoder_mode = resident, which holds all of it at once. Take one of "
+            "group_offload_text_encoder with text_encoder_mode = resident, which loads it whole. Take one of "
             "the two out.",
         ),
         (
             {"enable_group_offload": True, "group_offload_to_disk_path": "config/config.json"},
             "this is a file: expected a folder.",
         ),
-        ({"resume_from_checkpoint": "nope"}, "no such folder: expected latest, a checkpoint's folder, or nothing."),
+        ({"resume_from_checkpoint": "nope"}, "no such folder: expected latest, a checkpoint's folder, or empty text."),
     ],
     ids=lambda value: repr(value) if isinstance(value, dict) else "",
 )
@@ -196,7 +199,7 @@ def test_other_trackers_are_refused(place: Any, value: str) -> None:
         ),
         (
             {"flow_custom_timesteps": [500], "flow_schedule_auto_shift": True},
-            "flow_schedule_auto_shift has no effect: flow_custom_timesteps is given, and wins.",
+            "flow_schedule_auto_shift has no effect: flow_custom_timesteps overrides it.",
         ),
         (
             {"dynamo_mode": "max-autotune-no-cudagraphs", "dynamo_backend": "no"},
@@ -220,7 +223,7 @@ def test_other_trackers_are_refused(place: Any, value: str) -> None:
         ),
         (
             {"group_offload_use_stream": True},
-            "group_offload_use_stream has no effect: nothing is offloaded that it could copy.",
+            "group_offload_use_stream has no effect: nothing that it applies to is offloaded.",
         ),
         (
             {"group_offload_text_encoder": True, "text_encoder_mode": "streamed"},
@@ -232,12 +235,12 @@ def test_other_trackers_are_refused(place: Any, value: str) -> None:
         ),
         (
             {"offload_during_startup": True, "validation_disable": True},
-            "offload_during_startup has no effect: no pictures are drawn, and what prepares the data is always let go "
-            "before the next phase.",
+            "offload_during_startup has no effect: no validation images are generated, and models that prepare data "
+            "are always freed after their phase.",
         ),
         (
             {"flow_use_uniform_schedule": True, "flow_sigmoid_scale": 2},
-            "flow_sigmoid_scale has no effect: another density is chosen.",
+            "flow_sigmoid_scale has no effect: another distribution is used.",
         ),
         (
             {"scheduled_sampling_probability": 0.5},
@@ -266,17 +269,17 @@ def test_other_trackers_are_refused(place: Any, value: str) -> None:
         ({"huber_c": 0.2}, "huber_c has no effect: loss_type is l2."),
         (
             {"lr_scheduler": "constant", "lr_warmup_steps": 3},
-            "lr_warmup_steps has no effect: lr_scheduler is constant; constant_with_warmup warms up.",
+            "lr_warmup_steps has no effect: lr_scheduler is constant; constant_with_warmup has a warm-up.",
         ),
         ({"lr_power": 1}, "lr_power has no effect: lr_scheduler is constant_with_warmup."),
-        ({"num_train_epochs": 3}, "num_train_epochs has no effect: max_train_steps is given, and wins."),
+        ({"num_train_epochs": 3}, "num_train_epochs has no effect: max_train_steps overrides it."),
         (
             {"gradient_checkpointing": False, "gradient_checkpointing_interval": 2},
             "gradient_checkpointing_interval has no effect: gradient_checkpointing is false.",
         ),
         (
             {"peft_lora_target_modules": ["to_q"], "flux_lora_target": "mlp"},
-            "flux_lora_target has no effect: peft_lora_target_modules is given, and wins.",
+            "flux_lora_target has no effect: peft_lora_target_modules overrides it.",
         ),
         (
             {"validation_disable": True, "validation_prompt": "x"},
@@ -292,7 +295,7 @@ def test_other_trackers_are_refused(place: Any, value: str) -> None:
         ({"max_grad_norm": 0, "grad_clip_method": "value"}, "grad_clip_method has no effect: max_grad_norm is 0."),
         (
             {"lr_warmup_steps": 10},
-            "lr_warmup_steps = 10 is the whole run of 10 steps: the learning rate never arrives.",
+            "lr_warmup_steps = 10 is the whole run of 10 steps: the learning rate never reaches its peak.",
         ),
         (
             {"lora_alpha": 1, "lora_rank": 32},
@@ -310,7 +313,7 @@ def test_what_has_no_effect_is_named(place: Any, changes: dict[str, object], not
 def test_an_init_lora_decides_rank_and_alpha(place: Any) -> None:
     place.write("start.safetensors", "")
     place.config |= {"init_lora": "start.safetensors", "lora_rank": 8}
-    assert place.load().notices == ("lora_rank has no effect: init_lora is given, and its file decides.",)
+    assert place.load().notices == ("lora_rank has no effect: init_lora is given: the values of its file apply.",)
 
 
 def test_every_fault_of_the_routes_is_told_at_once(place: Any) -> None:
@@ -325,7 +328,7 @@ def test_every_fault_of_the_routes_is_told_at_once(place: Any) -> None:
         "seed": 3,
     }
     assert place.problems() == [
-        "tread_config: no such key: 'seed': expected routes alone.",
+        "tread_config: no such key: 'seed': expected only routes.",
         "tread_config, route 2: selection_ratio = 0: expected a number above 0 and up to 1.",
         "tread_config, route 2: end_layer_idx = 2.5: expected a whole number.",
         "tread_config, route 3: selection_ratoi: no such key of a route. Did you mean selection_ratio?",
@@ -364,8 +367,8 @@ def test_a_ratio_other_than_half_is_put_into_words(place: Any) -> None:
     route = {"selection_ratio": 0.25, "start_layer_idx": 2, "end_layer_idx": -2}
     place.config["tread_config"] = {"routes": [route]}
     assert place.load().notices == (
-        "selection_ratio = 0.25 is the share of image tokens that is kept. Where others mean the share that is left "
-        "out, this is 0.75.",
+        "selection_ratio = 0.25 is the share of image tokens that is kept. Programs that set the share that is "
+        "dropped would have 0.75.",
     )
 
 
@@ -385,7 +388,7 @@ def test_a_full_run_has_no_use_for_a_lora_option(place: Any) -> None:
     }
     assert place.load().notices == (
         "lora_rank, lora_alpha, flux_lora_target and peft_lora_target_modules have no effect: "
-        "model_type is full, and trains no adapter.",
+        "model_type is full, which trains no adapter.",
     )
     del place.config["learning_rate"]
     assert place.load().notices[-1].startswith("learning_rate is 0.0001, which suits a LoRA")
@@ -398,7 +401,7 @@ def test_a_full_run_does_not_start_from_a_lora(problem_of: Callable[..., str]) -
 
 def test_a_lora_run_has_a_precision_of_its_own_for_the_file(place: Any) -> None:
     place.config["model_save_dtype"] = "bf16"
-    assert place.load().notices == ("model_save_dtype has no effect: model_type is lora; lora_save_dtype is its own.",)
+    assert place.load().notices == ("model_save_dtype has no effect: model_type is lora, which uses lora_save_dtype.",)
 
 
 # --- guidance of flavours without an embedder
@@ -416,7 +419,7 @@ KLEIN = {"model_flavour": "tiny-klein", "caption_dropout_probability": 0.1}
         ),
         (
             {"tokenizer_fix_regex": True},
-            "tokenizer_fix_regex has no effect: it mends Mistral's tokenizer, and tiny-klein has Qwen's.",
+            "tokenizer_fix_regex has no effect: it corrects Mistral's tokenizer, and tiny-klein has Qwen's.",
         ),
         (
             {"validation_guidance": 1, "validation_negative_prompt": "x"},
@@ -429,8 +432,8 @@ KLEIN = {"model_flavour": "tiny-klein", "caption_dropout_probability": 0.1}
         ),
         (
             {"caption_dropout_probability": 0},
-            "caption_dropout_probability = 0: tiny-klein draws away from the empty prompt, which this run then "
-            "never trains. Images may come out worse than what was learned: give --caption_dropout_probability=0.1.",
+            "caption_dropout_probability = 0: guidance steers tiny-klein away from the empty prompt, which this run "
+            "then never trains. Images may get worse: give --caption_dropout_probability=0.1.",
         ),
     ],
 )
@@ -452,12 +455,12 @@ def test_a_plain_klein_config_gets_no_word_of_guidance(place: Any) -> None:
     [
         (
             {"validation_guidance_real": 3},
-            "validation_guidance_real = 3: that is for models that take guidance as an input, such as dev: expected 1. "
+            "validation_guidance_real = 3: only for models that take guidance as an input, such as dev: expected 1. "
             "Give --validation_guidance=3 instead, which is true guidance on tiny-klein.",
         ),
         (
             {"model_flavour": "tiny-klein-distilled", "validation_guidance_real": 3},
-            "validation_guidance_real = 3: that is for models that take guidance as an input, such as dev: expected 1. "
+            "validation_guidance_real = 3: only for models that take guidance as an input, such as dev: expected 1. "
             "Take it out: tiny-klein-distilled is distilled and needs no guidance.",
         ),
         (
@@ -466,13 +469,13 @@ def test_a_plain_klein_config_gets_no_word_of_guidance(place: Any) -> None:
         ),
         (
             {"model_flavour": "klein-4b", "custom_text_encoder_intermediary_layers": "10,20,30"},
-            "custom_text_encoder_intermediary_layers = 10,20,30: FLUX.2-klein-base-4B was trained with others: "
+            "custom_text_encoder_intermediary_layers = 10,20,30: FLUX.2-klein-base-4B was trained with other layers: "
             "expected 9,18,27. Take it out.",
         ),
         (
             {"model_flavour": "dev", "custom_text_encoder_intermediary_layers": [9, 18, 27]},
-            "custom_text_encoder_intermediary_layers = 9,18,27: FLUX.2-dev was trained with others: expected 10,20,30. "
-            "Take it out.",
+            "custom_text_encoder_intermediary_layers = 9,18,27: FLUX.2-dev was trained with other layers: expected "
+            "10,20,30. Take it out.",
         ),
     ],
 )
@@ -565,9 +568,9 @@ def test_all_that_cannot_be_sharded_is_said_at_once_and_the_remedies_work(place:
     place.config |= {"fsdp_enable": True, "enable_group_offload": True, "validation_preview_model": "some/model"}
     assert place.problems() == [
         "enable_group_offload with fsdp_enable, which places the blocks itself. Take enable_group_offload out; "
-        "--fsdp_cpu_offload keeps what is sharded in host memory.",
-        "validation_preview_model = 'some/model' with fsdp_enable: each process would hold that model whole. Take "
-        "validation_preview_model out: the images are then drawn with the sharded model itself.",
+        "--fsdp_cpu_offload keeps the shards in host memory.",
+        "validation_preview_model = 'some/model' with fsdp_enable: each process would hold that whole model. Take "
+        "validation_preview_model out: validation images then use the sharded model itself.",
     ]
     del place.config["validation_preview_model"]
     assert place.load("--enable_group_offload=false", "--fsdp_cpu_offload").config.may_shard
@@ -579,7 +582,7 @@ def test_all_that_cannot_be_sharded_is_said_at_once_and_the_remedies_work(place:
 def test_a_sharded_model_is_trained_by_elementwise_optimizers(place: Any, optimizer: str) -> None:
     place.config |= {"model_type": "full", "fsdp_enable": True, "optimizer": optimizer, "learning_rate": 1e-5}
     said = (
-        f"optimizer = '{optimizer}' with model_type = full and fsdp_enable, where each process steps a share: "
+        f"optimizer = '{optimizer}' with model_type = full and fsdp_enable, where each process steps a shard: "
         "expected adamw, adamw_bf16 or lion."
     )
     if optimizer in ("adamw", "adamw_bf16", "lion"):
@@ -621,7 +624,7 @@ def test_processes_count_in_the_effective_batch(place: Any) -> None:
     place.config |= {"train_batch_size": 2, "gradient_accumulation_steps": 2, "lr_scale": True, "num_processes": 4}
     loaded = place.load()
     assert loaded.config.effective_batch == 16
-    assert "learning_rate 0.0001 × 16 by the effective batch of 16: 0.0016." in loaded.notices
+    assert "learning_rate 0.0001 × 16 for the effective batch of 16: 0.0016." in loaded.notices
     assert place.load("--num_processes=1").config.rate_scale == 4
     assert "learning_rate = 0.1, 1.6 scaled by the effective batch" in place.problems("--learning_rate=0.1")[0]
 
@@ -631,7 +634,7 @@ def test_the_processes_that_were_started_count(place: Any) -> None:
     environ = {"RANK": "1", "WORLD_SIZE": "4"}
     loaded = place.load(environ=environ)
     assert (loaded.config.num_processes, loaded.origins["num_processes"]) == (4, "default")
-    assert "learning_rate 0.0001 × 4 by the effective batch of 4: 0.0004." in loaded.notices
+    assert "learning_rate 0.0001 × 4 for the effective batch of 4: 0.0004." in loaded.notices
     assert place.load("--num_processes=4", environ=environ).config.ranks == 4
     assert place.problems("--num_processes=2", environ=environ) == [
         "--num_processes = 2, and torchrun started 4 processes: expected 4. Take it out, or start simpletuner train "
@@ -655,11 +658,11 @@ def test_the_processes_that_were_started_count(place: Any) -> None:
             [{"start_step": 3, "end_step": 4}, {"start_step": 6, "end_step": 8}],
             [
                 "no image set is active in steps 1 to 2: expected at least one set in each step. Change start_step, "
-                "end_step, start_epoch or end_epoch of a set in the list of datasets.",
+                "end_step, start_epoch or end_epoch of a set in the dataset list.",
                 "no image set is active in step 5: expected at least one set in each step. Change start_step, "
-                "end_step, start_epoch or end_epoch of a set in the list of datasets.",
+                "end_step, start_epoch or end_epoch of a set in the dataset list.",
                 "no image set is active in steps 9 to 10: expected at least one set in each step. Change start_step, "
-                "end_step, start_epoch or end_epoch of a set in the list of datasets, or give --max_train_steps=8.",
+                "end_step, start_epoch or end_epoch of a set in the dataset list, or give --max_train_steps=8.",
             ],
         ),
         (
@@ -667,7 +670,7 @@ def test_the_processes_that_were_started_count(place: Any) -> None:
             [{"end_epoch": 2, "end_step": 1}],
             [
                 "no image set is active in epoch 3: expected at least one set in each epoch. Change start_step, "
-                "end_step, start_epoch or end_epoch of a set in the list of datasets, or give --num_train_epochs=2."
+                "end_step, start_epoch or end_epoch of a set in the dataset list, or give --num_train_epochs=2."
             ],
         ),
     ],
@@ -687,7 +690,7 @@ def test_each_step_has_a_set(
 # --- losses toward the base model
 
 FULL = {"model_type": "full", "learning_rate": 1e-5}
-WHY = "with model_type = full, which changes the base model itself: it cannot predict beside it."
+WHY = "with model_type = full, which changes the base model: its original predictions are lost."
 TRAIN_LORA = "Train a LoRA (--model_type=lora), or give"
 
 
@@ -704,11 +707,11 @@ TRAIN_LORA = "Train a LoRA (--model_type=lora), or give"
         (
             {"preservation": "class"},
             [
-                "preservation = class without preservation_trigger: expected the word in captions that stands for what "
-                "is learned. Give --preservation_trigger, such as the instance_prompt's rare word, or "
+                "preservation = class without preservation_trigger: expected the trigger word in captions. "
+                "Give --preservation_trigger, such as the instance_prompt's rare word, or "
                 "--preservation=blank.",
-                "preservation = class without preservation_class, and no class_prompt in cats: expected what replaces "
-                "the trigger. Give --preservation_class, such as dog, or --preservation=blank.",
+                "preservation = class without preservation_class, and no class_prompt in cats: expected the word that "
+                "replaces the trigger. Give --preservation_class, such as dog, or --preservation=blank.",
             ],
         ),
         (

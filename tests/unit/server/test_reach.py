@@ -144,7 +144,7 @@ def examined(workspace: Path, config: dict[str, Any], datasets: Any = ()) -> Exa
 
 def is_refused(key: str, found: Examined | ConfigError) -> bool:
     """Whether a problem says that `key` is against the rule."""
-    reasons = ("lies outside the folders", "is hidden", "is not filled in for the page", PATHS[key].kind.value)
+    reasons = ("lies outside the folders", "is hidden", "the page does not fill in", PATHS[key].kind.value)
     said = [str(problem) for problem in found.problems if f"{key} = " in problem.found]
     return any(reason in text for text in said for reason in reasons)
 

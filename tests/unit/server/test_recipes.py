@@ -34,7 +34,7 @@ def test_recipes_and_cards_come_with_the_source_of_each_value(client: TestClient
             name: fit.options for name, fit in one.fits.items()
         }
     assert told["least_steps"] == LEAST_STEPS
-    assert any("does not make yet" in one["needs"] for one in told["recipes"] if one["name"] == "edit")
+    assert any("does not write yet" in one["needs"] for one in told["recipes"] if one["name"] == "edit")
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_the_last_epoch_of_a_window_fills_its_step() -> None:
     ("keys", "options", "which", "remedy"),
     [
         ([{"end_epoch": 2}], {"max_train_steps": 9}, "in steps 6 to 9", "--max_train_steps=5."),
-        ([{"end_epoch": 1}, {"start_step": 5}], {"max_train_steps": 9}, "in step 4", "list of datasets."),
+        ([{"end_epoch": 1}, {"start_step": 5}], {"max_train_steps": 9}, "in step 4", "dataset list."),
         ([{"end_step": 4}], {"num_train_epochs": 9}, "from step 5 on", "--max_train_steps=4."),
     ],
 )
