@@ -100,10 +100,10 @@ def _checks(config: "RunConfig") -> Iterator[Checked]:
     document = config.deepspeed_config or {}
     zero = document.get("zero_optimization")
     levels = (document, _DOCUMENT, OPTION), (zero, ZeroSettings, f"{OPTION}: zero_optimization")
-    for values, model, where in levels:
+    for values, model, prefix in levels:
         givens = {key: Given(value, "file", key) for key, value in values.items()} if isinstance(values, dict) else {}
         known = Known(model, DEEPSPEED_KEYS, "setting of DeepSpeed here")
-        yield check_givens(givens, known, Checked(), where=f"{where}: ")
+        yield check_givens(givens, known, Checked(), where=f"{prefix}: ")
 
 
 def deepspeed_notices(config: "RunConfig") -> Iterator[str]:
@@ -138,25 +138,25 @@ def deepspeed_findings(config: "RunConfig") -> Iterator[tuple[tuple[str, ...], P
 
 def _contradictions(config: "RunConfig") -> Iterator[tuple[tuple[str, ...], Problem]]:
     """Values in the document that contradict the options that determine them."""
-    own = {**vars(config), _BATCH: config.effective_batch}
+    option_values = {**vars(config), _BATCH: config.effective_batch}
     for name, beta in zip(
         ("optimizer_beta1", "optimizer_beta2"), known_optimizer(config.optimizer).betas, strict=False
     ):
-        own[name] = beta if own[name] is None else own[name]
+        option_values[name] = beta if option_values[name] is None else option_values[name]
     for key, value in _leaves(config.deepspeed_config):
-        option, asked = _DECIDED.get(key, ""), value
+        option, requested = _DECIDED.get(key, ""), value
         if isinstance(value, str):
-            asked = _NAMES.get(value.lower(), value.lower())
+            requested = _NAMES.get(value.lower(), value.lower())
         elif option == "mixed_precision":
-            asked = "bf16" if value else "no"
+            requested = "bf16" if value else "no"
         is_off = key.startswith("fp16.") and value is not True
-        if asked == own.get(option) or is_off or (option == _BATCH and config.num_processes is None):
+        if requested == option_values.get(option) or is_off or (option == _BATCH and config.num_processes is None):
             continue
-        contradiction = f", and {option} is {shown(own[option])}" if option else ": this is not supported"
+        contradiction = f", and {option} is {shown(option_values[option])}" if option else ": this is not supported"
         options = (OPTION, option) if option in vars(config) else (OPTION,)
         remedy = "Take it out"
-        if option in vars(config) and option not in refused(type(config), {option: asked}):
-            remedy += f", or give {command_text(flag(option, asked))}"
+        if option in vars(config) and option not in refused(type(config), {option: requested}):
+            remedy += f", or give {command_text(flag(option, requested))}"
         yield options, Problem(f"{OPTION}: {key} = {shown(value)}{contradiction}", remedy=f"{remedy}.")
 
 

@@ -42,7 +42,7 @@ class Known:
     """The keys that a mapping may hold: the fields of `model`, and other keys that are known but are no fields."""
 
     model: type[Slice]
-    others: OtherKeys = NO_OTHER_KEYS
+    other_keys: OtherKeys = NO_OTHER_KEYS
     noun: str = "option"
     elsewhere: Collection[str] = ()
     """Keys that belong in `other_place` instead."""
@@ -52,7 +52,7 @@ class Known:
     @property
     def names(self) -> tuple[str, ...]:
         """Every known key."""
-        return (*self.model.model_fields, *self.others.aliases, *self.others.keys)
+        return (*self.model.model_fields, *self.other_keys.aliases, *self.other_keys.keys)
 
 
 @dataclass
@@ -65,57 +65,61 @@ class Checked:
 
 
 def unaliased(
-    source: Iterable[tuple[str, Given]], known: Known, checked: Checked, *, prefix: str = ""
+    source: Iterable[tuple[str, Given]], known_keys: Known, checked: Checked, *, prefix: str = ""
 ) -> dict[str, Given]:
     """One source's values by canonical key. A key that is given twice is a problem. `prefix` begins each message."""
     givens: dict[str, Given] = {}
-    for key, given in source:
-        name = known.others.aliases.get(key, key)
+    for key, given_value in source:
+        name = known_keys.other_keys.aliases.get(key, key)
         if name in givens:
             checked.problems[name] = Problem(
-                f"{prefix}{givens[name].spelled} and {given.spelled} are both given, and mean the same",
+                f"{prefix}{givens[name].spelled} and {given_value.spelled} are both given, and mean the same",
                 remedy="Keep one of them.",
             )
             continue
         if name != key:
-            checked.notices.append(f"{prefix}{given.spelled} is read as {name}.")
-        givens[name] = given
+            checked.notices.append(f"{prefix}{given_value.spelled} is read as {name}.")
+        givens[name] = given_value
     return givens
 
 
-def check_givens(givens: Mapping[str, Given], known: Known, checked: Checked, *, where: str = "") -> Checked:
+def check_givens(givens: Mapping[str, Given], known_keys: Known, checked: Checked, *, where: str = "") -> Checked:
     """Add to `checked` the valid values in `givens`, and a problem for each faulty or missing key.
 
     `where` begins each message: the file and the entry, if the key alone does not identify them.
     """
-    all_kinds = kinds(known.model)
+    all_kinds = kinds(known_keys.model)
     values: dict[str, Any] = {}
     faulty: dict[str, Problem] = {}
     ignored: dict[str, list[str]] = {}
-    for key, given in givens.items():
-        label = where + given.spelled
+    for key, given_value in givens.items():
+        label = where + given_value.spelled
         if key not in all_kinds:
-            other = known.others.of(key)
-            if other is None:
-                faulty[key] = _unknown(label, key, given, known)
-            elif other.is_ignored and not other.passes(_plain(given.value)):
-                ignored.setdefault(other.meaning, []).append(given.spelled)
-            elif not other.passes(_plain(given.value)):
-                faulty[key] = _not_here(label, given, other)
-        elif given.value is not None:
+            other_key = known_keys.other_keys.of(key)
+            if other_key is None:
+                faulty[key] = _unknown(label, key, given_value, known_keys)
+            elif other_key.is_ignored and not other_key.passes(_plain(given_value.value)):
+                ignored.setdefault(other_key.meaning, []).append(given_value.spelled)
+            elif not other_key.passes(_plain(given_value.value)):
+                faulty[key] = _not_here(label, given_value, other_key)
+        elif given_value.value is not None:
             kind = all_kinds[key]
-            value = _read(given, kind)
+            value = _read(given_value, kind)
             stray = stray_text(label, value, is_path=kind.is_path or kind.is_model)
-            other = known.others.of_value(key, value)
+            other_key = known_keys.other_keys.of_value(key, value)
             if stray is not None:
                 faulty[key] = stray
-            elif other is not None:
-                remedy = f"Until then it takes {kind.expects}." if other.meaning.startswith(NOT_YET) else other.remedy
-                faulty[key] = Problem(f"{label} = {shown(value)}: {other.meaning}", remedy=remedy)
+            elif other_key is not None:
+                remedy = (
+                    f"Until then it takes {kind.expects}."
+                    if other_key.meaning.startswith(NOT_YET)
+                    else other_key.remedy
+                )
+                faulty[key] = Problem(f"{label} = {shown(value)}: {other_key.meaning}", remedy=remedy)
             else:
                 values[key] = value
     checked.notices += [where + no_effect(keys, reason) for reason, keys in ignored.items()]
-    for key in refused(known.model, values):
+    for key in refused(known_keys.model, values):
         if key in faulty:
             continue
         if key in givens:
@@ -152,39 +156,39 @@ def refused(model: type[Slice], values: dict[str, Any]) -> list[str]:
     return []
 
 
-def _not_here(label: str, given: Given, other: OtherKey) -> Problem:
+def _not_here(label: str, given_value: Given, other_key: OtherKey) -> Problem:
     # Show the value only if another value would be accepted; otherwise it may be a secret.
-    value = f" = {shown(_plain(given.value))}" if other.off else ""
-    return Problem(f"{label}{value}: {other.meaning}", remedy=other.remedy)
+    value = f" = {shown(_plain(given_value.value))}" if other_key.off else ""
+    return Problem(f"{label}{value}: {other_key.meaning}", remedy=other_key.remedy)
 
 
-def _unknown(label: str, key: str, given: Given, known: Known) -> Problem:
-    if key in known.elsewhere and key not in known.others.nicknames:
-        return Problem(f"{label}: no such {known.noun}", remedy=f"It belongs in {known.other_place}.")
-    near = known.others.nicknames.get(key) or nearest(key, known.names)
+def _unknown(label: str, key: str, given_value: Given, known_keys: Known) -> Problem:
+    if key in known_keys.elsewhere and key not in known_keys.other_keys.nicknames:
+        return Problem(f"{label}: no such {known_keys.noun}", remedy=f"It belongs in {known_keys.other_place}.")
+    near = known_keys.other_keys.nicknames.get(key) or nearest(key, known_keys.names)
     if near is None:
-        return Problem(f"{label}: no such {known.noun}")
-    spelled = _spelled_like(given, known.others.aliases.get(near, near))
-    return Problem(f"{label}: no such {known.noun}", remedy=f"Did you mean {spelled}?")
+        return Problem(f"{label}: no such {known_keys.noun}")
+    spelled = _spelled_like(given_value, known_keys.other_keys.aliases.get(near, near))
+    return Problem(f"{label}: no such {known_keys.noun}", remedy=f"Did you mean {spelled}?")
 
 
-def _spelled_like(given: Given, name: str) -> str:
-    """`name` in the spelling of `given`'s source: environment variable, flag or key."""
-    if given.origin == "environment":
+def _spelled_like(given_value: Given, name: str) -> str:
+    """`name` in the spelling of `given_value`'s source: environment variable, flag or key."""
+    if given_value.origin == "environment":
         return f"SIMPLETUNER_{name.upper()}"
-    return f"--{name}" if given.spelled.startswith("--") else name
+    return f"--{name}" if given_value.spelled.startswith("--") else name
 
 
-def _read(given: Given, kind: OptionType) -> object:
-    if isinstance(given.value, str) and given.origin in ("environment", "flag"):
-        return from_text(given.value, kind)
-    return from_file(given.value, kind)
+def _read(given_value: Given, kind: OptionType) -> object:
+    if isinstance(given_value.value, str) and given_value.origin in ("environment", "flag"):
+        return from_text(given_value.value, kind)
+    return from_file(given_value.value, kind)
 
 
-def _not_expected(where: str, given: Given, kind: OptionType) -> Problem:
-    if given.value is True and given.origin == "flag":
-        return Problem(f"{given.spelled} has no value", kind.expects)
-    value = _read(given, kind)
+def _not_expected(prefix: str, given_value: Given, kind: OptionType) -> Problem:
+    if given_value.value is True and given_value.origin == "flag":
+        return Problem(f"{given_value.spelled} has no value", kind.expects)
+    value = _read(given_value, kind)
     remedy = ""
     if is_quoted_number(value, kind):
         remedy = "Write it without quotes."
@@ -193,4 +197,4 @@ def _not_expected(where: str, given: Given, kind: OptionType) -> Problem:
     if isinstance(value, str) and len(kind.near) > 4:  # `expects` already lists a few names
         meant, alike = nearest(value, kind.near), similar(value, kind.near)
         remedy = f"Did you mean {meant}?" if meant else f"The nearest is {alike}." if alike else remedy
-    return Problem(f"{where}{given.spelled} = {shown(value)}", kind.expects, remedy)
+    return Problem(f"{prefix}{given_value.spelled} = {shown(value)}", kind.expects, remedy)

@@ -138,17 +138,17 @@ def read_datasets(path: Path, label: str, path_context: PathContext) -> DatasetL
 def _entry(entry: dict[str, Any], prefix: str, listing: DatasetListing, path_context: PathContext) -> Slice | None:
     """Parse one entry, or return None and add its problems to `listing`. `prefix` begins each message."""
     dataset_type = entry.get("dataset_type") or "image"
-    other = OTHER_SET_KEYS.of_value("dataset_type", dataset_type)
-    if other is not None:
-        found = f"{prefix}dataset_type = {shown(dataset_type)}: {other.meaning}"
-        listing.problems.append(Problem(found, remedy=other.remedy))
+    other_key = OTHER_SET_KEYS.of_value("dataset_type", dataset_type)
+    if other_key is not None:
+        message = f"{prefix}dataset_type = {shown(dataset_type)}: {other_key.meaning}"
+        listing.problems.append(Problem(message, remedy=other_key.remedy))
         return None
     if dataset_type not in DATASET_TYPES:
-        found = f"{prefix}dataset_type = {shown(dataset_type)}"
-        listing.problems.append(Problem(found, join_names(DATASET_TYPES)))
+        message = f"{prefix}dataset_type = {shown(dataset_type)}"
+        listing.problems.append(Problem(message, join_names(DATASET_TYPES)))
         return None
-    known = {"text_embeds": TEXT_STORE, "conditioning": CONDITIONING_SET}.get(dataset_type, IMAGE_SET)
-    if known.others.of_value("type", entry.get("type")) is not None:
+    known_keys = {"text_embeds": TEXT_STORE, "conditioning": CONDITIONING_SET}.get(dataset_type, IMAGE_SET)
+    if known_keys.other_keys.of_value("type", entry.get("type")) is not None:
         # Report an unsupported storage once: drop its other keys, which would be reported too.
         entry = {key: entry[key] for key in ("id", "type", "instance_data_dir") if key in entry}
         entry.setdefault("instance_data_dir", ".")
@@ -162,16 +162,16 @@ def _entry(entry: dict[str, Any], prefix: str, listing: DatasetListing, path_con
             entry = {key: value for key, value in entry.items() if key != "caption_shuffle"}
     checked = Checked()
     givens = unaliased(
-        [(key, Given(value, "file", key)) for key, value in entry.items()], known, checked, prefix=prefix
+        [(key, Given(value, "file", key)) for key, value in entry.items()], known_keys, checked, prefix=prefix
     )
-    check_givens(givens, known, checked, where=prefix)
+    check_givens(givens, known_keys, checked, where=prefix)
     listing.notices += checked.notices
     if not checked.problems:
-        checked.valid = _with_paths(checked, known.model, prefix, path_context)
+        checked.valid = _with_paths(checked, known_keys.model, prefix, path_context)
     listing.problems.extend(checked.problems.values())
     if checked.problems:
         return None
-    parsed = known.model(**checked.valid)
+    parsed = known_keys.model(**checked.valid)
     name = checked.valid["id"]
     faults = [] if does_as_file_name(name) else [Problem(f"id = {shown(name)}", f"{FILE_NAME}: it becomes a folder's")]
     if isinstance(parsed, PictureSet):
@@ -393,8 +393,8 @@ def _assemble(
     if not train_sets:
         listing.problems.append(Problem(f"{label}: no images to train on", "an enabled image set"))
     elif all(image_set.is_regularisation_data for image_set in train_sets):
-        found = f"{label}: every image set has is_regularisation_data, so nothing would be learned"
-        listing.problems.append(Problem(found, "an enabled image set without it"))
+        message = f"{label}: every image set has is_regularisation_data, so nothing would be learned"
+        listing.problems.append(Problem(message, "an enabled image set without it"))
     if not stores:
         folder = joined(path_context.folder, f"{path_context.names['output_dir']}/cache/text")
         stores = [TextStore(id="text-embeds", default=True, cache_dir=folder)]
@@ -403,13 +403,13 @@ def _assemble(
         stores = [stores[0].model_copy(update={"default": True})]
     defaults = [store.id for store in stores if store.default]
     if len(defaults) != 1:
-        found = f"{label}: {join_names(defaults, 'and')} are" if defaults else f"{label}: no text store is"
-        listing.problems.append(Problem(f"{found} marked as default", "default = true for exactly one"))
+        message = f"{label}: {join_names(defaults, 'and')} are" if defaults else f"{label}: no text store is"
+        listing.problems.append(Problem(f"{message} marked as default", "default = true for exactly one"))
     ids = [store.id for store in stores]
     for image_set in enabled:
         if image_set.text_embeds is not None and image_set.text_embeds not in ids:
-            found = f"{label}, {image_set.id}: text_embeds = {shown(image_set.text_embeds)}"
-            listing.problems.append(Problem(found, f"the id of a text store: {join_names(ids)}"))
+            message = f"{label}, {image_set.id}: text_embeds = {shown(image_set.text_embeds)}"
+            listing.problems.append(Problem(message, f"the id of a text store: {join_names(ids)}"))
     listing.problems += _condition_problems(sets, conditions, label)
     used = [each for each in conditions if not each.disabled]
     output_folders = {

@@ -278,12 +278,12 @@ def _in_folder(folder: Path, flag: str) -> Path:
     for name in (*CONFIG_NAMES, *TEXT_NAMES):
         if _exists(folder / name):
             return folder / name
-    others = sorted({path.parent.name for name in CONFIG_NAMES for path in folder.parent.glob(f"*/{name}")})
-    near = nearest(folder.name, others)
+    config_names = sorted({path.parent.name for name in CONFIG_NAMES for path in folder.parent.glob(f"*/{name}")})
+    near = nearest(folder.name, config_names)
     raise ConfigError.of(
         f"{flag}: there is no {folder.name}",
-        join_names(others) if others else f"a config in {folder}",
-        f"Did you mean {near}?" if near and len(others) > 1 else "",
+        join_names(config_names) if config_names else f"a config in {folder}",
+        f"Did you mean {near}?" if near and len(config_names) > 1 else "",
     )
 
 

@@ -70,16 +70,16 @@ def _later(work: str, *off: object) -> OtherKey:
     return OtherKey(NOT_YET + work, "Leave it out until then.", off)
 
 
-def _refused(why: str, *off: object, remedy: str = "") -> OtherKey:
-    return OtherKey(why, f"Take it out{remedy}.", off)
+def _refused(reason: str, *off: object, remedy: str = "") -> OtherKey:
+    return OtherKey(reason, f"Take it out{remedy}.", off)
 
 
-def _ignored(why: str, *off: object) -> OtherKey:
-    return OtherKey(why, off=off, is_ignored=True)
+def _ignored(reason: str, *off: object) -> OtherKey:
+    return OtherKey(reason, off=off, is_ignored=True)
 
 
-def _value(why: str, *instead: str) -> OtherKey:
-    return OtherKey(why, f"Take {join_names(instead)}.")
+def _value(reason: str, *instead: str) -> OtherKey:
+    return OtherKey(reason, f"Take {join_names(instead)}.")
 
 
 def _named(*rows: tuple[OtherKey, str]) -> dict[str, OtherKey]:

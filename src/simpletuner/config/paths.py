@@ -62,18 +62,18 @@ def stray_text(label: str, value: object, *, is_path: bool) -> Problem | None:
     """
     if not isinstance(value, str):
         return None
-    found = f"{label} = {shown(value)}"
+    setting = f"{label} = {shown(value)}"
     stray = [char for char in stray_characters(value) if is_path or char != "\r" or value.endswith("\r")]
     if is_path:
         stray += [char for char in value if char in "\t\n"]
     if stray:
         remedy = "Save the script or file it comes from with Unix line ends." if "\r" in stray else "Remove them."
-        return Problem(found, "text without control characters", remedy)
+        return Problem(setting, "text without control characters", remedy)
     if is_path and value and not is_visible(value):
-        return Problem(found, "a path")
+        return Problem(setting, "a path")
     variable = _SHELL_VARIABLE.search(value) if is_path else None
     if variable is not None:
         name = variable[1] or variable[2]
         written = value.replace(variable[0], f"{{env:{name}}}")
-        return Problem(f"{found}: {variable[0]} is not replaced here", f"a path such as {shown(written)}")
+        return Problem(f"{setting}: {variable[0]} is not replaced here", f"a path such as {shown(written)}")
     return None

@@ -51,8 +51,8 @@ def _is_distilled(path: Path) -> bool:
     return isinstance(index, dict) and index.get("is_distilled") is True
 
 
-def with_preview_defaults(config: RunConfig, given: set[str]) -> RunConfig:
-    """`config` with the steps and guidance of `drawing_flavour`, except those in `given`, which the user set."""
+def with_preview_defaults(config: RunConfig, given_options: set[str]) -> RunConfig:
+    """`config` with the steps and guidance of `drawing_flavour`, except those in `given_options`."""
     defaults = drawing_flavour(config).option_defaults
-    names = {"validation_guidance", "validation_num_inference_steps"} - given
+    names = {"validation_guidance", "validation_num_inference_steps"} - given_options
     return config.model_copy(update={name: defaults[name] for name in names})

@@ -92,11 +92,11 @@ def _library(value: Any, label: str, taken: tuple[str, ...], path_context: PathC
     names = {_folded(name): name for name in taken}
     for typed, entry in value.items():
         name = unicodedata.normalize("NFC", typed)
-        same = names.setdefault(_folded(name), typed)
+        earlier = names.setdefault(_folded(name), typed)
         if not does_as_file_name(name):
             problems.append(Problem(f"{label}: the name {shown(typed)}", f"{FILE_NAME}: it becomes a file's name"))
-        elif same is not typed:
-            found = f"{label}: the name {shown(typed)} is taken by {shown(same)}"
+        elif earlier is not typed:
+            found = f"{label}: the name {shown(typed)} is taken by {shown(earlier)}"
             problems.append(Problem(found, remedy="Rename one of them."))
         try:
             prompts[name] = _prompt(entry, f"{label}: {name}", path_context)

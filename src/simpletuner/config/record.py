@@ -245,13 +245,13 @@ class RecordComparison:
 def compare(
     record: Mapping[str, Any],
     config: RunConfig,
-    given: Collection[str],
+    given_options: Collection[str],
     *,
     has_own_sizes: bool = False,
     is_elastic: bool = False,
 ) -> RecordComparison:
-    """Compare `config` with a `record` from `resolved`, perhaps of an older release. `given` names the options that the
-    user gave. New options and changed defaults are no changes.
+    """Compare `config` with a `record` from `resolved`, perhaps of an older release. `given_options` are the names that
+    the user gave. New options and changed defaults are no changes.
 
     Args:
         has_own_sizes: a dataset has its own train_batch_size. A step with another number of micro-batches then has
@@ -260,12 +260,12 @@ def compare(
             the record.
     """
     if is_elastic:
-        given = {*given} - {"gradient_accumulation_steps"}
+        given_options = {*given_options} - {"gradient_accumulation_steps"}
     recorded = {OPTION_ALIASES.get(name, name): value for name, value in record.items()}
     current, defaults = (json.loads(json.dumps(resolved(each))) for each in (config, RunConfig()))
     refused_changes: dict[str, OptionChange] = {}
     steering: dict[str, OptionChange] = {}
-    kept: dict[str, Any] = {}
+    record_values: dict[str, Any] = {}
     unavailable: dict[str, Any] = {}
     for name in sorted({*recorded, *current} - MAY_CHANGE - {*SPLIT}):
         if name not in RunConfig.model_fields:
@@ -275,44 +275,46 @@ def compare(
         # Only Hub ids of models are recorded: model options have no default here, and null means any local model.
         before = recorded.get(name, INTRODUCED.get(name, defaults.get(name)))
         if before != current.get(name):
-            if name not in given or is_left_to_the_run(name, current.get(name)):
-                kept[name] = before
+            if name not in given_options or is_left_to_the_run(name, current.get(name)):
+                record_values[name] = before
             elif name not in LEFT_TO_THE_RUN:
                 changes = steering if name in CHANGE_THE_CURVE else refused_changes
                 changes[name] = OptionChange(before, current.get(name))
-    unavailable |= {name: kept.pop(name) for name in refused(RunConfig, kept)}
+    unavailable |= {name: record_values.pop(name) for name in refused(RunConfig, record_values)}
     quiet = {
         name: OptionChange(recorded[name], current[name])
         for name in sorted((MAY_CHANGE - {*SPLIT}) & recorded.keys() & current.keys())
         if recorded[name] != current[name]
     }
     recorded_split = BatchSplit.of(recorded)
-    split = _split(recorded_split, config, given, is_elastic=is_elastic)
+    split = _split(recorded_split, config, given_options, is_elastic=is_elastic)
     changed, adapted, restoring = recorded_split.changes(split), {}, {}
     may_split = not has_own_sizes or split.train_batch_size == recorded_split.train_batch_size
     may_change = is_elastic and split.train_batch_size == recorded_split.train_batch_size
     if (split.effective_batch == recorded_split.effective_batch and may_split) or may_change:
-        free = {name: vars(split)[name] for name in SPLIT if name not in given and name != "num_processes"}
+        free = {name: vars(split)[name] for name in SPLIT if name not in given_options and name != "num_processes"}
         differing = {name: value for name, value in free.items() if value != vars(config)[name]}
         adapted = {name: value for name, value in differing.items() if name in changed or may_change}
-        kept = dict(sorted((kept | {name: value for name, value in differing.items() if name not in adapted}).items()))
+        record_values = dict(
+            sorted((record_values | {name: value for name, value in differing.items() if name not in adapted}).items())
+        )
     else:
         refused_changes = dict(sorted((refused_changes | changed).items()))
         near = split if may_split else replace(split, train_batch_size=recorded_split.train_batch_size)
         restored = near.accumulating_to(recorded_split.effective_batch) or recorded_split
         restoring = {name: change.now for name, change in split.changes(restored).items()}
         changed = {}
-    return RecordComparison(kept, refused_changes, unavailable, steering, quiet, changed, adapted, restoring)
+    return RecordComparison(record_values, refused_changes, unavailable, steering, quiet, changed, adapted, restoring)
 
 
-def _split(before: BatchSplit, config: RunConfig, given: Collection[str], *, is_elastic: bool) -> BatchSplit:
+def _split(before: BatchSplit, config: RunConfig, given_options: Collection[str], *, is_elastic: bool) -> BatchSplit:
     """The batch split of `config` for resuming a run with the split `before`. A gradient accumulation that is not given
     compensates for changes of the other options; in an elastic run, as nearly as possible. The number of processes
     always comes from `config`.
     """
-    size = config.train_batch_size if "train_batch_size" in given else before.train_batch_size
+    size = config.train_batch_size if "train_batch_size" in given_options else before.train_batch_size
     now = BatchSplit(size, config.gradient_accumulation_steps, config.ranks)
-    if "gradient_accumulation_steps" in given:
+    if "gradient_accumulation_steps" in given_options:
         return now
     if is_elastic:
         return now.accumulating_near(before.effective_batch)
@@ -320,7 +322,7 @@ def _split(before: BatchSplit, config: RunConfig, given: Collection[str], *, is_
     return now.accumulating_to(before.effective_batch) or same
 
 
-def with_recorded(config: RunConfig, kept: Mapping[str, Any]) -> RunConfig:
-    """`config` with the values in `kept`, which is `RecordComparison.kept` or `RecordComparison.adapted`."""
-    values = RunConfig.model_validate(kept)
-    return config.model_copy(update={name: getattr(values, name) for name in kept})
+def with_recorded(config: RunConfig, recorded: Mapping[str, Any]) -> RunConfig:
+    """`config` with the values in `recorded`: `RecordComparison.kept`, `RecordComparison.adapted` or both."""
+    values = RunConfig.model_validate(recorded)
+    return config.model_copy(update={name: getattr(values, name) for name in recorded})

@@ -115,13 +115,13 @@ def uncovered(noun: str, gap: tuple[int, int | None], end: int | None) -> Proble
     """
     first, last = gap
     last = end if last is None else last if end is None else min(last, end)
-    which = f"from {noun} {first} on" if last is None else f"in {noun}s {first} to {last}"
+    span = f"from {noun} {first} on" if last is None else f"in {noun}s {first} to {last}"
     remedy = "Change start_step, end_step, start_epoch or end_epoch of an image set in the dataset list"
     if last == end and first > 1:
         option = "max_train_steps" if noun == "step" else "num_train_epochs"
         remedy += f", or give --{option}={first - 1}"
     return Problem(
-        f"no image set is active {f'in {noun} {first}' if first == last else which}",
+        f"no image set is active {f'in {noun} {first}' if first == last else span}",
         f"at least one set in each {noun}",
         f"{remedy}.",
     )
@@ -216,17 +216,17 @@ def _rollout(config: RunConfig) -> Iterator[Finding]:
 
 def _optimizer(config: RunConfig) -> Iterator[Finding]:
     name = config.optimizer
-    known = known_optimizer(name)
+    optimizer = known_optimizer(name)
     for argument in config.optimizer_config or {}:
-        if known.arguments is not None and argument not in known.arguments:
+        if optimizer.arguments is not None and argument not in optimizer.arguments:
             message = f"optimizer_config: {name} takes no {shown(argument)} here"
-            expected = join_names(known.arguments) if known.arguments else "nothing"
+            expected = join_names(optimizer.arguments) if optimizer.arguments else "nothing"
             yield ("optimizer_config", "optimizer"), Problem(message, expected)
-    if not known.is_installed:
-        message = f"optimizer = {shown(name)}: {known.library} is not installed"
+    if not optimizer.is_installed:
+        message = f"optimizer = {shown(name)}: {optimizer.library} is not installed"
         yield ("optimizer",), Problem(message, remedy="pip install -e '.[optimizers]'")
     is_fp16 = config.model_type == "full" and config.base_dtype == "fp16"
-    if known.rounds_stochastically and is_fp16 and not config.optimizer_release_gradients:
+    if optimizer.rounds_stochastically and is_fp16 and not config.optimizer_release_gradients:
         keys = ("optimizer", "mixed_precision")
         message = f"optimizer = {shown(name)} with model_type = full and fp16 weights, which it cannot step"
         yield keys, Problem(message, remedy="Give --base_model_default_dtype=bf16, or take adamw.")
@@ -239,7 +239,7 @@ def _optimizer(config: RunConfig) -> Iterator[Finding]:
         message = f"learning_rate = {config.learning_rate:g}"
         if config.rate_scale != 1:
             message += f", {rate:g} scaled by the effective batch"
-        usual = f"Set 1 for {name}." if known.estimates_rate else "1e-5 to 1e-3 is usual: is a minus missing?"
+        usual = f"Set 1 for {name}." if optimizer.estimates_rate else "1e-5 to 1e-3 is usual: is a minus missing?"
         yield ("learning_rate",), Problem(message, "at most 1", usual)
     if not config.lr_scheduler.startswith("constant") and config.lr_end > config.learning_rate:
         message = f"lr_end = {config.lr_end:g}"
@@ -474,8 +474,8 @@ def _class_preservation(config: RunConfig, datasets: Datasets | None) -> Iterato
             yield ("preservation_class", "preservation_trigger"), Problem(message, "a class without the trigger")
 
 
-def notices(config: RunConfig, datasets: Datasets | None, given: Collection[str]) -> Iterator[str]:
-    """Notices before the run: the license, options in `given` that have no effect, unusual combinations."""
+def notices(config: RunConfig, datasets: Datasets | None, given_options: Collection[str]) -> Iterator[str]:
+    """Notices before the run: the license, options in `given_options` without effect, unusual combinations."""
     flavour = FLAVOURS[config.model_flavour]
     if flavour.license_notice is not None:
         yield flavour.license_notice
@@ -487,7 +487,7 @@ def notices(config: RunConfig, datasets: Datasets | None, given: Collection[str]
         )
     yield from deepspeed_notices(config)
     for keys, has_no_effect, reason in _ignored(config, datasets):
-        typed = [key for key in keys if has_no_effect and key in given]
+        typed = [key for key in keys if has_no_effect and key in given_options]
         if typed:
             yield no_effect(typed, reason)
     scale = config.alpha / config.lora_rank
@@ -518,7 +518,7 @@ def notices(config: RunConfig, datasets: Datasets | None, given: Collection[str]
         )
     if (
         config.model_type == "full"
-        and "learning_rate" not in given
+        and "learning_rate" not in given_options
         and not known_optimizer(config.optimizer).estimates_rate
     ):
         yield (
@@ -574,13 +574,13 @@ def validation_image_notices(config: RunConfig, prompts: Collection[str]) -> Ite
 
 def _odd_rates(config: RunConfig) -> Iterator[str]:
     """Notices about a learning rate that is too low to learn or so high that training diverges."""
-    name, known = config.optimizer, known_optimizer(config.optimizer)
-    if known.estimates_rate and config.learning_rate < PRODIGY_RATE:
+    name, optimizer = config.optimizer, known_optimizer(config.optimizer)
+    if optimizer.estimates_rate and config.learning_rate < PRODIGY_RATE:
         yield (
             f"learning_rate = {config.learning_rate:g} multiplies the learning rate that {name} estimates: 1 is usual, "
             "and this is too low to learn. Give --learning_rate=1."
         )
-    limit = known.diverges_from
+    limit = optimizer.diverges_from
     if limit is None:
         return
     model = "a LoRA"

@@ -51,7 +51,7 @@ def test_faults_between_entries_come_all_at_once(place: Any) -> None:
         f"{cats}conditioning_data names masks and segments: expected one set of masks.",
         f"{cats}mask_source = 'alpha' beside the mask set masks: expected one source of masks. "
         "Leave masks out of conditioning_data, or set mask_source to set.",
-        f"{LIST}inside: instance_data_dir lies in that of cats, which would train its files as images: "
+        f"{LIST}inside: instance_data_dir is inside that of cats, which would train its files as images: "
         "expected a folder beside it.",
         f"{LIST}same: instance_data_dir is that of cats, which would train its files as images: "
         "expected a folder beside it.",

@@ -168,7 +168,7 @@ def test_every_contradiction_names_its_option_and_the_remedies_work(place: Any) 
         ),
         ({"optimizer": {"params": {"amsgrad": True}}}, "amsgrad = true: this is not supported. Take it out."),
         ({"optimizer": {"params": {"lr": "fast"}}}, "lr = 'fast', and learning_rate is 0.0001. Take it out."),
-        ({"zero_optimization": {}}, "zero_optimization: no such setting of DeepSpeed here. Did you mean zero_optimiz"),
+        ({"zero_optimizaton": {}}, "zero_optimizaton: no such setting of DeepSpeed here. Did you mean zero_optimiz"),
         ({"communication_data_type": "fp16"}, "communication_data_type = 'fp16': this is not supported. Take it out."),
         ({"amp": {"enabled": True}}, "this is not supported. Take it out."),
         ({"sequence_parallel_size": 2}, "sequence_parallel_size = 2: this is not supported. Take it out."),

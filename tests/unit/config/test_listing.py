@@ -205,7 +205,7 @@ def test_a_missing_folder_is_named_with_its_neighbor(place: Any, problem_of_set:
         f"instance_data_dir = 'pictures/zebras': no such folder. The path is relative to {place.folder / 'pictures'}."
     )
     place.write("a.png", "")
-    assert problem_of_set(instance_data_dir="a.png").endswith("this is a file: expected a folder of pictures.")
+    assert problem_of_set(instance_data_dir="a.png").endswith("this is a file: expected a folder of images.")
 
 
 def test_a_disabled_set_needs_no_folder(place: Any) -> None:

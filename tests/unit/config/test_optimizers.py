@@ -132,7 +132,7 @@ def test_a_whole_model_diverges_at_a_tenth_of_the_rate_and_a_scaled_rate_counts(
 
 def test_a_self_tuned_rate_above_one_names_one(place: Any) -> None:
     place.config |= {"optimizer": "prodigy", "learning_rate": 3}
-    assert place.problems() == ["learning_rate = 3: expected at most 1. prodigy wants 1."]
+    assert place.problems() == ["learning_rate = 3: expected at most 1. Set 1 for prodigy."]
 
 
 def test_a_scaled_rate_is_said_and_bounded(place: Any) -> None:

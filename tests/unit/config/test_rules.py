@@ -658,11 +658,11 @@ def test_the_processes_that_were_started_count(place: Any) -> None:
             [{"start_step": 3, "end_step": 4}, {"start_step": 6, "end_step": 8}],
             [
                 "no image set is active in steps 1 to 2: expected at least one set in each step. Change start_step, "
-                "end_step, start_epoch or end_epoch of a set in the dataset list.",
+                "end_step, start_epoch or end_epoch of an image set in the dataset list.",
                 "no image set is active in step 5: expected at least one set in each step. Change start_step, "
-                "end_step, start_epoch or end_epoch of a set in the dataset list.",
+                "end_step, start_epoch or end_epoch of an image set in the dataset list.",
                 "no image set is active in steps 9 to 10: expected at least one set in each step. Change start_step, "
-                "end_step, start_epoch or end_epoch of a set in the dataset list, or give --max_train_steps=8.",
+                "end_step, start_epoch or end_epoch of an image set in the dataset list, or give --max_train_steps=8.",
             ],
         ),
         (
@@ -670,7 +670,7 @@ def test_the_processes_that_were_started_count(place: Any) -> None:
             [{"end_epoch": 2, "end_step": 1}],
             [
                 "no image set is active in epoch 3: expected at least one set in each epoch. Change start_step, "
-                "end_step, start_epoch or end_epoch of a set in the dataset list, or give --num_train_epochs=2."
+                "end_step, start_epoch or end_epoch of an image set in the dataset list, or give --num_train_epochs=2."
             ],
         ),
     ],
@@ -747,7 +747,7 @@ def test_a_regularization_set_is_for_a_lora_beside_another_set(place: Any) -> No
     place.datasets[0]["is_regularisation_data"] = True
     (problem,) = place.problems()
     assert problem.endswith(
-        "every image set has is_regularisation_data: nothing would be learned: "
+        "every image set has is_regularisation_data, so nothing would be learned: "
         "expected an enabled image set without it."
     )
     place.datasets.insert(0, place.datasets[0] | {"id": "dogs", "is_regularisation_data": False})
