@@ -219,7 +219,7 @@ class Flavour:
     only_side: int | None
     """Side in pixels of the only image size that the model can generate; None if it can generate any usual size."""
     validation_steps: int
-    """Default of `validation_num_inference_steps`: fewer than `steps`, since pictures are made again and again."""
+    """Default of `validation_num_inference_steps`; may be fewer than `steps`, since a run validates many times."""
     family: str
     """Name shared by base and distilled weights of one size. A LoRA of one flavour fits the others of its family."""
     is_distilled: bool = False

@@ -23,10 +23,10 @@ class CheckpointOptions(Slice):
     """The run directory. The run writes all its files there."""
 
     checkpoint_step_interval: Whole = 500
-    """Save a checkpoint every this many steps. 0 turns this off. The run always saves at its end."""
+    """Number of steps between checkpoints. 0 turns this off. The run always saves a checkpoint at its end."""
 
     checkpoint_epoch_interval: Count | None = None
-    """Save a checkpoint every this many epochs."""
+    """Number of epochs between checkpoints."""
 
     checkpoints_total_limit: Count = 5
     """Number of checkpoints to keep. Older ones are removed, but never the newest that verifies."""

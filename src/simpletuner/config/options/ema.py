@@ -23,7 +23,7 @@ class EmaOptions(Slice):
     step waits for the copy. `auto` takes the accelerator for a LoRA and the CPU for full training."""
 
     ema_update_interval: Count = 1
-    """Update the average every this many steps."""
+    """Number of steps between updates of the average."""
 
     ema_validation: Literal["comparison", "ema_only", "none"] = "comparison"
     """Which weights generate validation images: both the average and the trained weights (`comparison`), only the

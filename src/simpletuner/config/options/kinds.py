@@ -58,7 +58,7 @@ class Says:
 
     words: str
     near: tuple[str, ...] = ()
-    """Names to suggest the nearest of, for an option that takes more than an enumeration."""
+    """Names from which the nearest is suggested, for an option without a plain list of choices."""
 
 
 @dataclass(frozen=True)

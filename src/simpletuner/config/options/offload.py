@@ -20,7 +20,7 @@ class OffloadOptions(Slice):
     """Offloading."""
 
     offload_during_startup: bool = False
-    """During startup, keep on the accelerator only the models that the current phase uses."""
+    """Keep on the accelerator only the models that the current phase uses."""
 
     enable_group_offload: bool = False
     """Keep the transformer's frozen blocks in host memory (RAM) and copy each to the accelerator when the forward or
@@ -48,7 +48,7 @@ class OffloadOptions(Slice):
     prefetches on a CUDA device, unless the memory plan fits only one group."""
 
     group_offload_text_encoder: bool = False
-    """Offload the text encoder: load it layer by layer, each layer encoding all captions (`text_encoder_mode`)."""
+    """Offload the text encoder: load one layer at a time and run all captions through it (`text_encoder_mode`)."""
 
     group_offload_vae: bool = False
     """Offload the VAE layer by layer."""

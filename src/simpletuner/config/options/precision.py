@@ -27,8 +27,8 @@ class PrecisionOptions(Slice):
 
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
     """Precision of the computation and of the base weights. `no` is fp32 throughout; `fp16` scales the loss, needs a
-    GPU, and fails on a weight beyond 65504. Trainable parameters are fp32 with each value: adapters directly, a full
-    model through fp32 masters. fp32 is never TF32."""
+    GPU, and fails on a weight beyond 65504. Trainable parameters are fp32 in every mode: adapters themselves, or the
+    masters of a full model. fp32 is never TF32."""
 
     base_model_precision: PrecisionName = "no_change"
     """Quantization of the frozen transformer: the Linears of its blocks. Embedders, modulation, norms, the last layer

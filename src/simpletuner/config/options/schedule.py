@@ -46,10 +46,10 @@ class ScheduleOptions(Slice):
     """Scale of the default distribution, σ = sigmoid(scale·N(0,1)). A larger scale spreads σ more."""
 
     flow_use_uniform_schedule: bool = False
-    """Draw σ from a uniform distribution instead, before the shift."""
+    """Draw σ from a uniform distribution instead of the default one, before the shift."""
 
     flow_use_beta_schedule: bool = False
-    """Draw σ from a beta distribution instead, before the shift."""
+    """Draw σ from a beta distribution instead of the default one, before the shift."""
 
     flow_beta_schedule_alpha: Positive = 2.0
     """Alpha of the beta distribution."""

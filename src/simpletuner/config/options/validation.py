@@ -67,10 +67,10 @@ class ValidationOptions(Slice):
     `<subject>` stays in the prompt, with a notice."""
 
     validation_step_interval: Whole = 100
-    """Generate validation images every this many steps. 0 turns this off."""
+    """Number of steps between validation images. 0 turns this off."""
 
     validation_epoch_interval: Count | None = None
-    """Generate validation images every this many epochs."""
+    """Number of epochs between validation images."""
 
     validation_on_startup: bool = False
     """Generate validation images before the first step too."""
@@ -135,7 +135,8 @@ class ValidationOptions(Slice):
     """The `eval` dataset to measure the held-out loss on. By default all of them."""
 
     eval_steps_interval: Count | None = None
-    """Measure the held-out loss every this many steps. By default whenever validation images are due."""
+    """Number of steps between measurements of the held-out loss. By default it is measured whenever validation images
+    are due."""
 
     num_eval_images: Count | None = None
     """Maximum number of images to use of each `eval` dataset."""
