@@ -1,7 +1,7 @@
-"""All that knows FLUX.2: its numbers, tokens, encoders, where its weights are and how they come in."""
+"""FLUX.2: architecture, tokens, text encoders, VAE, and how weights are located, loaded and saved."""
 
 import logging
 
-# diffusers imports bitsandbytes wherever it is installed, and on some processors that warns of a missing kernel for
-# quantized weights. Nothing here uses it, and a user could do nothing about it.
+# diffusers imports bitsandbytes if it is installed. On some CPUs that import warns of a missing kernel for quantized
+# weights. This package never uses bitsandbytes, and users cannot act on the warning.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

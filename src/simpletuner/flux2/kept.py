@@ -1,4 +1,4 @@
-"""A quantized base model on disk, so that the next start need not quantize it again."""
+"""Cache of a quantized base model on disk, so that the next run need not quantize it again."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -15,42 +15,44 @@ from simpletuner.memory.precision import library_version
 from simpletuner.memory.tensors import save_tensors
 
 _FORMAT = "1"
-"""Of the tensors' names and meaning: another number, and what is kept is made again."""
+"""Version of the tensors' names and meaning. A change invalidates every cached base."""
 
 
 @dataclass(frozen=True)
-class KeptBase:
-    """Two files of one name in `folder`: the tensors, and a manifest of what they were made from and of their bytes.
-    The manifest is written last, so without one there is nothing."""
+class QuantizedBaseCache:
+    """Two files of the same name in `folder`: the tensors, and a manifest with their origin, size and SHA-256.
+    The manifest is written last: tensors without a manifest do not count."""
 
     folder: Path
-    about: Mapping[str, str]
+    origin: Mapping[str, str]
+    """Format, source, precision, dtype and library: the manifest's `about`; its hash is part of the file name."""
     content: str
-    """The fingerprint of all bytes of the transformer that it was made from."""
+    """Fingerprint of all bytes of the source transformer."""
 
     @classmethod
-    def of(cls, folder: Path, source: Source, precision: str, dtype: torch.dtype) -> "KeptBase":
-        about = {
+    def of(cls, folder: Path, source: Source, precision: str, dtype: torch.dtype) -> "QuantizedBaseCache":
+        """The cache of the transformer of `source`, quantized to `precision`, with other weights in `dtype`."""
+        origin = {
             "format": _FORMAT,
             "source": source.fingerprint("transformer"),
             "precision": precision,
             "dtype": str(dtype).removeprefix("torch."),
             "library": library_version(precision),
         }
-        return cls(folder, about, source.fingerprint("transformer", whole=True))
+        return cls(folder, origin, source.fingerprint("transformer", whole=True))
 
     @property
     def weights(self) -> Path:
-        return self.folder / f"{self.about['precision']}-{sha256_json(dict(self.about))[:16]}.safetensors"
+        return self.folder / f"{self.origin['precision']}-{sha256_json(dict(self.origin))[:16]}.safetensors"
 
     @property
     def manifest(self) -> Path:
         return self.weights.with_suffix(".json")
 
     def verified(self, report: Callable[[str], None]) -> Path | None:
-        """The file of tensors, if it is what its manifest says and the manifest is ours; `report` is told if not.
+        """The tensor file, if its manifest describes this base and its bytes match; otherwise None.
 
-        What a killed process left half-written is removed.
+        Calls `report` with the reason for rejecting an existing cache. Removes partial files of killed processes.
         """
         sweep_parts(self.folder, ".*.safetensors.*.part")
         if not self.manifest.exists():
@@ -58,32 +60,32 @@ class KeptBase:
         damage = self._damage()
         if damage is None:
             return self.weights
-        report(f"The quantized base in {self.folder} is not used, and made again: {damage}.")
+        report(f"The quantized base in {self.folder} cannot be used; the model is quantized again: {damage}.")
         return None
 
     def _damage(self) -> str | None:
         try:
             manifest = read_json(self.manifest)
-            about, size, digest = manifest["about"], manifest["bytes"], manifest["sha256"]
-            # A release that wrote none knew the first 4 KiB of each tensor, which `about` names.
+            origin, size, digest = manifest["about"], manifest["bytes"], manifest["sha256"]
+            # Manifests of earlier releases lack `content`: their `about` identifies the first 4 KiB of each tensor.
             content = manifest.get("content", self.content)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return f"{self.manifest.name} cannot be read"
-        if about != self.about:
-            return f"{self.manifest.name} is of another model or precision"
+        if origin != self.origin:
+            return f"{self.manifest.name} describes another model or precision"
         if content != self.content:
             return f"the transformer's weights are not those that {self.weights.name} was made from"
         if not self.weights.is_file():
             return f"{self.weights.name} is missing"
         if self.weights.stat().st_size != size or sha256_file(self.weights) != digest:
-            return f"{self.weights.name} does not have the bytes that were written"
+            return f"{self.weights.name} has other bytes than were written"
         return None
 
-    def keep(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write `tensors`, one after the other.
+    def save(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write `tensors`, one at a time, then the manifest.
 
         Raises:
-            DiskError: no space; nothing is left behind.
+            DiskError: no space; no partial file remains.
         """
         with file_errors_reported(self.weights):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -91,4 +93,6 @@ class KeptBase:
                 save_tensors(part, tensors, {})
                 size, digest = part.stat().st_size, sha256_file(part)
                 os.replace(part, self.weights)
-        write_json(self.manifest, {"about": dict(self.about), "content": self.content, "bytes": size, "sha256": digest})
+        write_json(
+            self.manifest, {"about": dict(self.origin), "content": self.content, "bytes": size, "sha256": digest}
+        )

@@ -18,7 +18,7 @@ from simpletuner.base.quiet import quiet_import
 from simpletuner.config.flavours import FLAVOURS, TextContextSpec
 from simpletuner.config.precisions import NO_CHANGE
 from simpletuner.flux2.autoencoder import Autoencoder
-from simpletuner.flux2.kept import KeptBase
+from simpletuner.flux2.kept import QuantizedBaseCache
 from simpletuner.flux2.names import (
     Renamed,
     TensorRenaming,
@@ -153,32 +153,32 @@ def load_transformer(
     with torch.device("meta"):
         transformer = Flux2Transformer(source.spec)
     quantize = None if is_plain else Quantize(precision, BLOCKS, device if via is None else via)
-    kept = None
+    base_cache = None
     if precision != NO_CHANGE:
-        kept = None if cache_dir is None else KeptBase.of(cache_dir, source, precision, dtype)
-    file = None if kept is None else kept.verified(report)
+        base_cache = None if cache_dir is None else QuantizedBaseCache.of(cache_dir, source, precision, dtype)
+    cache_file = None if base_cache is None else base_cache.verified(report)
     if sharding is not None:
-        if kept is not None and file is None:
+        if base_cache is not None and cache_file is None:
             report(
                 f"{cache_dir} holds no {precision} base, and none is put there: each process quantizes its share. A "
                 "run without fsdp_enable keeps one there, which sharded runs read too."
             )
-        _fill_shards(transformer, stored_weights(source.transformer.files), dtype, sharding, quantize, file)
+        _fill_shards(transformer, stored_weights(source.transformer.files), dtype, sharding, quantize, cache_file)
         return transformer.eval()
-    if file is not None:
+    if cache_file is not None:
         # What products read in place is copied: on a CPU their last bits depend on where a tensor begins.
         plain = {name for name, _ in transformer.named_parameters()}
         with torch.device("meta"):
             make_room(transformer, targets(transformer, BLOCKS, precision), precision, quantized_from(dtype))
-        with open_tensors(file) as tensors:
+        with open_tensors(cache_file) as tensors:
             for name in transformer.state_dict():
-                place = device if land_on is None else land_on(name)
-                _assign(transformer, name, _with_dimension(tensors[name]).to(place, copy=name in plain))
+                target_device = device if land_on is None else land_on(name)
+                _assign(transformer, name, _with_dimension(tensors[name]).to(target_device, copy=name in plain))
         return transformer.eval()
     stored = stored_weights(source.transformer.files)
     _fill(transformer, stored, transformer_renaming(stored), dtype, device, quantize=quantize, land_on=land_on)
-    if kept is not None:
-        kept.keep(transformer.state_dict())
+    if base_cache is not None:
+        base_cache.save(transformer.state_dict())
     return transformer.eval()
 
 

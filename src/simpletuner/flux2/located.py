@@ -1,4 +1,4 @@
-"""The files of a base model, looked for once on each machine: one process asks the Hub, downloads or makes them."""
+"""Locate a base model once on each machine: one process queries the Hub, downloads the files or creates them."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,13 +13,13 @@ from simpletuner.memory.world import World
 
 
 def located(world: World, find: Callable[[], Source]) -> Source:
-    """What `find` returns on the first rank of a machine, which alone calls it, on all ranks of that machine: the same
-    files, also where a branch on the Hub moves meanwhile. The other ranks wait for as long as a download takes.
+    """The result of `find`, which only the first rank of each machine calls, on all ranks of that machine.
 
-    The `hashes` of the other ranks start empty and are kept for their process only: first ranks hash.
+    All ranks use the same files, even if a branch on the Hub moves meanwhile. The other ranks wait for as long as a
+    download takes. Their `hashes` start empty and last only as long as their process: first ranks hash.
 
     Raises:
-        AccessError: another machine found another model.
+        AccessError: another machine located another model.
     """
     source = world.from_each_machine("the files of the base model", find, record=source_record, restore=recorded_source)
     if world.of_machine is not None:
@@ -28,10 +28,10 @@ def located(world: World, find: Callable[[], Source]) -> Source:
 
 
 def check_same_model(world: World, fingerprints: Mapping[str, str]) -> None:
-    """Raise an AccessError, on all ranks, if a machine has other `fingerprints` of its files than machine 0."""
-    other = differing_machine(world, dict(fingerprints))
-    if other is not None:
-        machine, (ours, theirs) = other
+    """Raise an AccessError, on all ranks, if the `fingerprints` of a machine's files differ from machine 0's."""
+    difference = differing_machine(world, dict(fingerprints))
+    if difference is not None:
+        machine, (ours, theirs) = difference
         parts = [name for name in ours if ours[name] != theirs.get(name)]
         raise AccessError.of(
             f"machine {machine} has another base model than machine 0, by its {join_names(parts, 'and')}",
@@ -41,7 +41,7 @@ def check_same_model(world: World, fingerprints: Mapping[str, str]) -> None:
 
 
 def source_record(source: Source) -> dict[str, Any]:
-    """`source` as a JSON value, but for its hashes."""
+    """`source` as a JSON value, without its hashes."""
     return {
         "name": source.name,
         "flavour": source.flavour.name,
@@ -58,7 +58,7 @@ def source_record(source: Source) -> dict[str, Any]:
 
 
 def recorded_source(record: dict[str, Any]) -> Source:
-    """The source that `record` was made of."""
+    """The source that `source_record` turned into `record`."""
     pipeline = record["pipeline"]
     return Source(
         name=record["name"],

@@ -1,4 +1,4 @@
-"""Rotary positions: how far each pair of a head's channels is turned at each position."""
+"""Rotary position embedding: angles for each position, and the rotation of queries and keys."""
 
 import torch
 from einops import rearrange
@@ -6,13 +6,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 Rotary = tuple[Float[Tensor, "*tables positions half"], Float[Tensor, "*tables positions half"]]
-"""Cosines and sines of the angle of each pair of channels, for each position; `half` is half a head's width."""
+"""Cosines and sines of the rotation angles, for each position and channel pair; `half` is half a head's width."""
 
 
 def rotary(position_ids: Int[Tensor, "*b n axes"], axes: tuple[int, ...], theta: float) -> Rotary:
-    """Rotary angles of each position: axis by axis, `axes[i] / 2` frequencies theta^(-2k/axes[i]).
+    """Rotary angles of each position: for each axis in order, `axes[i] / 2` frequencies theta^(-2k/axes[i]).
 
-    Angles are made in fp64: at position 511 fp32 would be off by 2e-5.
+    Angles are computed in fp64: at position 511 fp32 would be off by 2e-5.
     """
     angles = []
     for axis, width in enumerate(axes):
@@ -23,8 +23,8 @@ def rotary(position_ids: Int[Tensor, "*b n axes"], axes: tuple[int, ...], theta:
 
 
 def rotate(x: Float[Tensor, "b n heads d2"], angles: Rotary) -> Float[Tensor, "b n heads d2"]:
-    """Turn each pair of neighboring channels by its angle, in fp32, and cast back."""
+    """Rotate each pair of adjacent channels by its angle, in fp32, and cast the result back to the dtype of `x`."""
     cos, sin = (table[..., None, :] for table in angles)
     even, odd = rearrange(x.float(), "b n heads (d pair) -> pair b n heads d", pair=2)
-    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return rotated.flatten(-2).to(x.dtype)

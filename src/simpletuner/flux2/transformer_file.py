@@ -1,4 +1,4 @@
-"""A transformer as files hold it: a single file or a folder, in BFL's names or diffusers', found before it is read."""
+"""Open a transformer's files, a single file or a folder with BFL's or diffusers' names, without reading weights."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -25,33 +25,34 @@ from simpletuner.memory.shares import share_files
 
 @dataclass(frozen=True)
 class OpenTransformer:
-    """A transformer's weights, none of them read yet."""
+    """An open transformer. No weight is read yet."""
 
     path: Path
     weights: Mapping[str, StoredRows]
-    """By diffusers' names; what BFL's layout fuses is cut."""
+    """By diffusers' names. Weights that BFL's layout fuses are split."""
     config: Config | None
-    """None of a single file, whose shapes tell."""
+    """None for a single file, whose tensor shapes determine the architecture."""
     header: Mapping[str, str]
-    """The text fields of its first file, without `QUANTIZATION_METADATA`: whoever writes the weights writes decoded
-    ones. None of a GGUF file."""
+    """Metadata of the first file's header, without `QUANTIZATION_METADATA`: callers write decoded weights. Empty for a
+    GGUF file."""
     other_tensors: int
-    """Tensors of a VAE and text encoders beside it in an all-in-one checkpoint."""
+    """Number of tensors of other components, such as a VAE, in an all-in-one checkpoint."""
 
 
 @contextlib.contextmanager
 def opened_transformer(path: Path) -> Iterator[OpenTransformer]:
-    """Open the transformer in `path`: a single file, a transformer's folder as diffusers saves it, or a pipeline's.
+    """Open the transformer in `path`: a single file, or a transformer or pipeline folder as diffusers saves it.
 
     Raises:
-        AccessError: no transformer of FLUX.2, damaged, or in a format that cannot be read.
-        CheckpointError: weights in several files of which some are missing.
+        AccessError: `path` holds no FLUX.2 transformer, or is damaged or in an unsupported format.
+        CheckpointError: some of its weight files are missing.
     """
     with file_errors_reported(path, AccessError, doing="read"):
         folder = transformer_folder(path)
         if folder is None and path.is_dir():
             raise AccessError.of(
-                f"{path} holds no transformer", f"a folder with config.json and {WEIGHTS_NAME}, or one around it"
+                f"{path} holds no transformer",
+                f"a folder that holds config.json and {WEIGHTS_NAME}, or its parent folder",
             )
         files = (path,) if folder is None else _weight_files(folder)
         check_format(files)
@@ -60,15 +61,15 @@ def opened_transformer(path: Path) -> Iterator[OpenTransformer]:
         header = read_metadata(files[0]) if has_header else {}
         header.pop(QUANTIZATION_METADATA, None)
         names = read_headers(files) if has_header else {}
-        others = len(names) - len(component_names(names, "transformer"))
+        other_tensors = len(names) - len(component_names(names, "transformer"))
     config = None if folder is None else read_component_config("transformer", folder / "config.json")
     renaming = transformer_renaming(stored)
     renamed = {name: renaming(name) for name in stored}
     if unknown := [name for name, new in renamed.items() if new is None]:
         raise AccessError.of(
             f"{path}: unknown tensors ({len(unknown)}): {', '.join(unknown[:4])}",
-            "those of a FLUX.2 transformer",
-            "Is this the right file?",
+            "only tensors of a FLUX.2 transformer",
+            "Check that this is the right file.",
         )
     with open_stored(stored) as reader:
         weights = {
@@ -79,14 +80,14 @@ def opened_transformer(path: Path) -> Iterator[OpenTransformer]:
         }
         if "x_embedder.weight" not in weights:
             raise AccessError.of(f"{path} has no tensor 'x_embedder.weight'", "a FLUX.2 transformer")
-        yield OpenTransformer(path, weights, config, header, others)
+        yield OpenTransformer(path, weights, config, header, other_tensors)
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
-    """The weight files of a `folder` that `transformer_folder` returned.
+    """The weight files in `folder`, which `transformer_folder` returned.
 
     Raises:
-        AccessError: it holds only a variant's files, such as fp16's.
+        AccessError: it holds only the files of a variant, such as fp16.
         CheckpointError: some of several files are missing.
     """
     try:
@@ -95,13 +96,13 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
         files = sorted(folder.glob(f"{WEIGHTS_STEM}*.safetensors"))
         raise AccessError.of(
             f"{folder} has no {WEIGHTS_NAME}, only {', '.join(file.name for file in files)}",
-            "weights under the names that diffusers loads without a variant",
-            f"Give the file itself: {files[0]}" if len(files) == 1 else "Rename them, without the variant.",
+            "file names that diffusers loads without a variant",
+            f"Give the file itself: {files[0]}" if len(files) == 1 else "Rename the files without the variant.",
         ) from None
 
 
 def transformer_folder(path: Path) -> Path | None:
-    """The folder of the transformer, where `path` is that or a pipeline's."""
+    """The transformer's folder: `path`, or its transformer/ where `path` is a pipeline; None if neither holds one."""
     for folder in (path, path / TRANSFORMER_FOLDER):
         if (folder / "config.json").is_file() and any(folder.glob(f"{WEIGHTS_STEM}*.safetensors")):
             return folder

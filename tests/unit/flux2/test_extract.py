@@ -123,7 +123,7 @@ def test_a_folder_with_a_variant_alone_is_refused_with_the_file_to_give(
     for part in (1, 2):
         shutil.copy(file, tuned / f"diffusion_pytorch_model.fp16-0000{part}-of-00002.safetensors")
     assert main(["extract", str(base), str(tuned), str(tmp_path / "other.safetensors")]) == AccessError.exit_code
-    assert "Rename them, without the variant." in capsys.readouterr().err
+    assert "Rename the files without the variant." in capsys.readouterr().err
 
 
 def found_in(base: Path, tuned: Path, rule: RankRule) -> tuple[Differences, dict[str, LowRank]]:

@@ -257,7 +257,7 @@ def test_a_damaged_one_is_made_again_with_a_notice(damage, tiny_source, tmp_path
         manifest.write_text(json.dumps(about))
     assert same(kept(tiny_source, tmp_path, told).state_dict(), expected)
     (notice,) = told
-    assert notice.startswith(f"The quantized base in {tmp_path} is not used, and made again: ")
+    assert notice.startswith(f"The quantized base in {tmp_path} cannot be used; the model is quantized again: ")
     assert weights.read_bytes() == before
     kept(tiny_source, tmp_path, told)
     assert len(told) == 1
