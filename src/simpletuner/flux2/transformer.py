@@ -1,7 +1,7 @@
 """The FLUX.2 transformer: double-stream blocks, then single-stream blocks, one global modulation.
 
-Parameter names and numbers are those of diffusers' `Flux2Transformer2DModel` (checked to 1e-5 in fp32), so weights
-and LoRAs pass between the two unchanged. Why it is written here: docs/decisions/0001-own-transformer.md.
+Parameter names and outputs match diffusers' `Flux2Transformer2DModel` (checked to 1e-5 in fp32), so weights and LoRAs
+move between the two unchanged. Why this project has its own: docs/decisions/0001-own-transformer.md.
 Source of the architecture: black-forest-labs/flux2, `src/flux2/model.py`.
 """
 
@@ -25,29 +25,30 @@ from simpletuner.flux2.tread import Routing
 _FP16_LIMIT = 65504.0
 
 PLAIN_TOKENS = 256
-"""Up to here attention in bf16 on a CPU is two plain products: torch's kernel takes twice as long (docs/log.md)."""
+"""Up to this many tokens, `plain_attention` computes 16-bit attention on a CPU: torch's kernel takes twice as long
+(docs/log.md)."""
 
 
 def sinusoid(value: Float[Tensor, " b"], width: int, max_period: float = 10_000.0) -> Float[Tensor, "b width"]:
-    """Cosines, then sines, of `value` at `width / 2` frequencies from 1 down to 1/max_period. fp32."""
+    """Sinusoidal embedding of `value`: cosines, then sines, at `width / 2` frequencies from 1 to 1/max_period. fp32."""
     exponents = torch.arange(width // 2, dtype=torch.float32, device=value.device) / (width // 2)
     angles = value.float()[:, None] * torch.exp(-math.log(max_period) * exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class ReferenceAttention(NamedTuple):
-    """Which keys are seen where the last tokens of each sequence are those of references."""
+    """Attention mask of sequences whose last tokens are reference tokens."""
 
     length: int
-    """Reference tokens of a sequence, padding included."""
+    """Reference tokens in each sequence, padding included."""
     is_token: Bool[Tensor, "b length"] | None = None
-    """False where a sample is padded: no other token sees such a key. None where no sample is padded."""
+    """False for padding, which no other token attends to. None if no sample is padded."""
     is_own: bool = False
-    """Whether the queries of references see the keys of references alone. Text and target see all keys."""
+    """Whether reference tokens attend only to reference tokens. Text and target tokens attend to all tokens."""
 
     @property
     def is_full(self) -> bool:
-        """Whether every token sees every other."""
+        """Whether every token attends to every other token."""
         return self.is_token is None and not self.is_own
 
 
@@ -58,60 +59,62 @@ def attend(
     angles: Rotary,
     references: ReferenceAttention | None = None,
 ) -> Float[Tensor, "b n width"]:
-    """Attention among all tokens: padding of the text is seen, as in BFL's code. `references` restricts what is seen of
-    and by reference tokens.
+    """Attention among all tokens, text padding included, as in BFL's code. `references` masks pairs with reference
+    tokens.
     """
     query, key = rotate(query, angles), rotate(key, angles)
     query, key, value = (rearrange(x, "b n heads d -> b heads n d") for x in (query, key, value))
     is_short = query.device.type == "cpu" and query.dtype.itemsize == 2 and query.shape[-2] <= PLAIN_TOKENS
-    # Inductor cannot order the table's strides where its size is a sum of symbols, as text and image tokens are.
-    has_table = is_short and not torch.compiler.is_compiling()
-    attention = plain_attention if has_table else F.scaled_dot_product_attention
+    # Inductor cannot order the strides of the score matrix if its size is a sum of symbols (text + image tokens).
+    is_plain = is_short and not torch.compiler.is_compiling()
+    attention = plain_attention if is_plain else F.scaled_dot_product_attention
     if references is None:
         return rearrange(attention(query, key, value), "b heads n d -> b n (heads d)")
 
-    is_token, rest = references.is_token, query.shape[-2] - references.length
-    every = None if is_token is None else rearrange(F.pad(is_token, (rest, 0), value=True), "b n -> b 1 1 n")
+    is_token, start = references.is_token, query.shape[-2] - references.length
+    key_mask = None if is_token is None else rearrange(F.pad(is_token, (start, 0), value=True), "b n -> b 1 1 n")
     if not references.is_own:
-        return rearrange(attention(query, key, value, every), "b heads n d -> b n (heads d)")
-    # Padding of a sample without references sees itself: a softmax over no keys is not a number.
-    own = None if is_token is None else rearrange(is_token | ~is_token.any(1, keepdim=True), "b n -> b 1 1 n")
-    seeing_all = attention(query[:, :, :rest], key, value, every)
-    seeing_own = attention(query[:, :, rest:], key[:, :, rest:], value[:, :, rest:], own)
-    return rearrange(torch.cat([seeing_all, seeing_own], dim=2), "b heads n d -> b n (heads d)")
+        return rearrange(attention(query, key, value, key_mask), "b heads n d -> b n (heads d)")
+    # In a sample without references, padding attends to itself: a softmax over no keys is NaN.
+    own_mask = None if is_token is None else rearrange(is_token | ~is_token.any(1, keepdim=True), "b n -> b 1 1 n")
+    attended = attention(query[:, :, :start], key, value, key_mask)
+    attended_references = attention(query[:, :, start:], key[:, :, start:], value[:, :, start:], own_mask)
+    return rearrange(torch.cat([attended, attended_references], dim=2), "b heads n d -> b n (heads d)")
 
 
 def plain_attention(
     query: Float[Tensor, "b heads n d"],
     key: Float[Tensor, "b heads m d"],
     value: Float[Tensor, "b heads m d"],
-    is_seen: Bool[Tensor, "b 1 1 m"] | None = None,
+    mask: Bool[Tensor, "b 1 1 m"] | None = None,
 ) -> Float[Tensor, "b heads n d"]:
-    """Softmax attention, its table of n x m weights written out. Its scores are fp32: in bf16 they would make nine
-    times the error of torch's kernels.
+    """Softmax attention as two matrix products, with all n x m scores in memory. `mask` is False for hidden keys.
+
+    Scores are fp32: bf16 scores would cause nine times the error of torch's kernels.
     """
     scores = query.float() @ (key.float() * key.shape[-1] ** -0.5).transpose(-1, -2)
-    if is_seen is not None:
-        scores = scores.masked_fill(~is_seen, -math.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
     out: Tensor = scores.softmax(dim=-1).to(value.dtype) @ value
     return out
 
 
 def modulated(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive layer norm: `(1 + scale) * norm(x) + shift`."""
     out: Tensor = (1 + scale) * norm(x) + shift
     return out
 
 
 def clipped(x: Tensor) -> Tensor:
-    """The residual stream leaves fp16's range in places; other types pass untouched."""
+    """Clip an fp16 residual stream, which can overflow, to fp16's range. Other dtypes are returned unchanged."""
     return x.clip(-_FP16_LIMIT, _FP16_LIMIT) if x.dtype == torch.float16 else x
 
 
 class _GatedResidual(torch.autograd.Function):
-    """`x + gate * out` of a gate that wants no gradient.
+    """`x + gate * out` for a gate that needs no gradient.
 
-    The gate is a plain attribute and not a saved tensor: recompute stops at a block's last saved tensor, and the gate
-    would be saved after the block's last product.
+    The gate is an attribute, not a saved tensor: recompute stops at a block's last saved tensor, and the gate would be
+    saved after the block's last matrix product.
     """
 
     @staticmethod
@@ -128,7 +131,7 @@ class _GatedResidual(torch.autograd.Function):
 def gated(
     x: Float[Tensor, "b n hidden"], gate: Float[Tensor, "b 1 hidden"], out: Float[Tensor, "b n hidden"]
 ) -> Float[Tensor, "b n hidden"]:
-    """`x + gate * out`. The gradient of a gate that is trained needs `out`, which autograd then saves."""
+    """`x + gate * out`. If the gate needs a gradient, autograd saves `out` for it."""
     if gate.requires_grad:
         return x + gate * out
     added: Tensor = _GatedResidual.apply(x, gate, out)  # type: ignore[no-untyped-call]
@@ -136,11 +139,13 @@ def gated(
 
 
 def deferred(linear: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    """Return a function that computes `linear(x)`. What an adapter of `linear` adds is computed now."""
+    """Return a function that computes `linear(x)`. An adapter of `linear` computes its part immediately."""
     return linear.deferred(x) if isinstance(linear, LoraLinear) else partial(linear, x)
 
 
 class Embedder(nn.Module):
+    """Two Linears without bias, SiLU between them."""
+
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(channels, hidden, bias=False)
@@ -152,7 +157,7 @@ class Embedder(nn.Module):
 
 
 class TimeGuidanceEmbedding(nn.Module):
-    """One vector for sigma and, in guidance-distilled models, guidance: all that modulates the blocks."""
+    """Embedding of sigma and, in guidance-distilled models, guidance. This vector alone modulates all blocks."""
 
     def __init__(self, spec: TransformerSpec) -> None:
         super().__init__()
@@ -161,7 +166,7 @@ class TimeGuidanceEmbedding(nn.Module):
         self.guidance_embedder = Embedder(self.channels, spec.hidden) if spec.guidance_embeds else None
 
     def forward(self, sigma: Float[Tensor, " b"], guidance: Float[Tensor, " b"] | None) -> Float[Tensor, "b hidden"]:
-        """Both inputs come in the model's own type and are scaled by 1000 in it, as the reference does."""
+        """Both inputs have the model's dtype and are scaled by 1000 in that dtype, as in BFL's code."""
         out: Tensor = self.timestep_embedder(sinusoid(sigma * 1000, self.channels).to(sigma.dtype))
         if self.guidance_embedder is None:
             return out
@@ -172,7 +177,7 @@ class TimeGuidanceEmbedding(nn.Module):
 
 
 class Modulation(nn.Module):
-    """`sets` × (shift, scale, gate), each hidden wide, from the time and guidance vector."""
+    """Project the time and guidance vector to `sets` × (shift, scale, gate), each `hidden` wide."""
 
     def __init__(self, hidden: int, sets: int) -> None:
         super().__init__()
@@ -184,7 +189,7 @@ class Modulation(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU with one fused input matrix: the first half, through SiLU, gates the second."""
+    """SwiGLU with one fused input matrix: SiLU of the first half gates the second half."""
 
     def __init__(self, hidden: int, inner: int) -> None:
         super().__init__()
@@ -192,7 +197,7 @@ class FeedForward(nn.Module):
         self.linear_out = nn.Linear(inner, hidden, bias=False)
 
     def hidden(self, x: Tensor) -> Tensor:
-        """The input of the last product."""
+        """The input of `linear_out`."""
         gate, value = self.linear_in(x).chunk(2, dim=-1)
         hidden: Tensor = F.silu(gate) * value
         return hidden
@@ -203,8 +208,9 @@ class FeedForward(nn.Module):
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMS norm of each head's queries or keys, its weight in the type of what it weighs: under autocast that is another
-    than the weight's own, and torch has no fused way for two types.
+    """RMS norm of each head's queries or keys, with the weight cast to the input's dtype.
+
+    Under autocast the two dtypes differ, and torch has no fused kernel for that.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -213,7 +219,7 @@ class HeadNorm(nn.RMSNorm):
 
 
 class JointAttention(nn.Module):
-    """Text and image tokens attend to each other; each stream has projections of its own."""
+    """Joint attention over text and image tokens, with separate projections for each stream."""
 
     def __init__(self, spec: TransformerSpec) -> None:
         super().__init__()
@@ -221,7 +227,7 @@ class JointAttention(nn.Module):
         self.to_q = nn.Linear(hidden, hidden, bias=False)
         self.to_k = nn.Linear(hidden, hidden, bias=False)
         self.to_v = nn.Linear(hidden, hidden, bias=False)
-        # A list of one: diffusers keeps a dropout behind it, and its name is in every weight file.
+        # diffusers has a dropout as the second element, so every weight file names this layer `to_out.0`.
         self.to_out = nn.ModuleList([nn.Linear(hidden, hidden, bias=False)])
         self.add_q_proj = nn.Linear(hidden, hidden, bias=False)
         self.add_k_proj = nn.Linear(hidden, hidden, bias=False)
@@ -249,6 +255,8 @@ class JointAttention(nn.Module):
 
 
 class DoubleBlock(nn.Module):
+    """Double-stream block: joint attention, then a feed-forward for each stream."""
+
     def __init__(self, spec: TransformerSpec) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(spec.hidden, eps=spec.eps, elementwise_affine=False)
@@ -278,8 +286,8 @@ class DoubleBlock(nn.Module):
         )
         image = gated(image, gate, image_out)
         hidden = self.ff.hidden(modulated(image, self.norm2, ff_shift, ff_scale))
-        # The image's last product is the last of the block: recompute stops before it. The adapter's part is computed
-        # here so that dropout draws in this order.
+        # The image's last matrix product is deferred to the end of the block, since recompute stops before it. Its
+        # adapter is computed here, to keep the order of dropout's random draws.
         image_ff = deferred(self.ff.linear_out, hidden)
         text = gated(text, t_gate, text_out)
         text_ff = self.ff_context(modulated(text, self.norm2_context, t_ff_shift, t_ff_scale))
@@ -288,7 +296,7 @@ class DoubleBlock(nn.Module):
 
 
 class ParallelAttention(nn.Module):
-    """Attention and feed-forward side by side between one fused input and one fused output matrix.
+    """Attention and feed-forward in parallel, between one fused input matrix and one fused output matrix.
 
     Rows of `to_qkv_mlp_proj`: query, key, value (hidden each), gate, value of the feed-forward (inner each).
     Columns of `to_out`: attention (hidden), feed-forward (inner).
@@ -313,6 +321,8 @@ class ParallelAttention(nn.Module):
 
 
 class SingleBlock(nn.Module):
+    """Single-stream block: attention and feed-forward over the joint sequence of text and image tokens."""
+
     def __init__(self, spec: TransformerSpec) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(spec.hidden, eps=spec.eps, elementwise_affine=False)
@@ -330,7 +340,7 @@ class SingleBlock(nn.Module):
 
 
 class OutputNorm(nn.Module):
-    """Final adaptive norm. The rows of `linear` are scale, then shift (BFL's files have them the other way)."""
+    """Final adaptive norm. The rows of `linear` are scale, then shift; in BFL's files, shift comes first."""
 
     def __init__(self, spec: TransformerSpec) -> None:
         super().__init__()
@@ -343,13 +353,13 @@ class OutputNorm(nn.Module):
 
 
 class Flux2Transformer(nn.Module):
-    """Velocity of a picture's tokens, given text tokens, reference tokens, sigma and guidance."""
+    """Predict the velocity of an image's tokens from text tokens, reference tokens, sigma and guidance."""
 
     def __init__(self, spec: TransformerSpec) -> None:
         super().__init__()
         self.spec = spec
         self.computes_in: torch.dtype | None = None
-        """Where given, the dtype as which shards of another one are gathered."""
+        """The dtype to which gathered shards are cast; None if the weights compute in their own dtype."""
         self.time_guidance_embed = TimeGuidanceEmbedding(spec)
         self.double_stream_modulation_img = Modulation(spec.hidden, sets=2)
         self.double_stream_modulation_txt = Modulation(spec.hidden, sets=2)
@@ -363,12 +373,12 @@ class Flux2Transformer(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """All blocks in the order in which they run: doubles, then singles."""
+        """All blocks in execution order: double blocks, then single blocks."""
         return [*self.transformer_blocks, *self.single_transformer_blocks]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what computes: that of a norm, which no adapter wraps and nothing quantizes."""
+        """The compute dtype. Read from a norm's weight, which is never adapted or quantized."""
         if self.computes_in is not None:
             return self.computes_in
         weight: Tensor = self.single_transformer_blocks[0].get_parameter("attn.norm_q.weight")
@@ -386,17 +396,17 @@ class Flux2Transformer(nn.Module):
         angles: Rotary | None = None,
         references: ReferenceAttention | None = None,
     ) -> Float[Tensor, "b m channels"]:
-        """One pass in the weights' own type. All image tokens share sigma.
+        """Velocity of the image tokens, references left out, in the dtype of `tokens`. All image tokens share sigma.
 
         Args:
-            tokens: the picture's, and behind them those of its references, which have no velocity.
+            tokens: image tokens, then reference tokens, for which no velocity is returned.
             sigma: 0 is data, 1 is noise.
-            guidance: the scale as a user says it (1.0, 4.0); None for models without the embedder.
-            position_ids: (t, h, w, l) of each image token, one table for the batch or one a sample.
+            guidance: the scale in users' units (1.0, 4.0); None for models without a guidance embedder.
+            position_ids: (t, h, w, l) of each image token, one table for the batch or one for each sample.
             context_ids: the same for each text token.
-            choices: the image tokens that stretches of blocks process; the others go around the stretch.
-            angles: the rotary tables of text and image tokens, where the caller keeps them; else made from the ids.
-            references: how many of `tokens` are those of references, and what they see; None where there are none.
+            choices: the image tokens that each TREAD route processes; the others skip the route's blocks.
+            angles: precomputed rotary tables of text and image tokens; None to compute them from the ids.
+            references: the number and attention mask of the reference tokens; None if there are none.
         """
         dtype = tokens.dtype
         vector = self.time_guidance_embed(sigma.to(dtype), None if guidance is None else guidance.to(dtype))
@@ -407,17 +417,17 @@ class Flux2Transformer(nn.Module):
             angles = rotary(torch.cat([context_ids, position_ids], dim=-2), self.spec.axes, self.spec.theta)
 
         length, end = context.shape[1], context.shape[1] + tokens.shape[1] - (references.length if references else 0)
-        seen = None if references is None or references.is_full else references
+        reference_mask = None if references is None or references.is_full else references
         routing = Routing(choices, angles, length)
         image, text = self.x_embedder(tokens), self.context_embedder(context)
         for index, block in enumerate(self.transformer_blocks):
             image = routing.enter(index, image)
-            text, image = block(text, image, text_modulation, image_modulation, routing.angles, seen)
+            text, image = block(text, image, text_modulation, image_modulation, routing.angles, reference_mask)
             image = routing.leave(index, image)
         joint = torch.cat([text, image], dim=1)
         for index, block in enumerate(self.single_transformer_blocks, start=len(self.transformer_blocks)):
             joint = routing.enter(index, joint, length)
-            joint = block(joint, single_modulation, routing.angles, seen)
+            joint = block(joint, single_modulation, routing.angles, reference_mask)
             joint = routing.leave(index, joint, length)
         out: Tensor = self.proj_out(self.norm_out(joint[:, length:end], vector))
         return out
@@ -425,6 +435,6 @@ class Flux2Transformer(nn.Module):
 
 @lru_cache(maxsize=16)
 def empty_transformer(spec: TransformerSpec) -> Flux2Transformer:
-    """The module without memory. Read only: it is shared."""
+    """The transformer on the meta device. Do not modify it: the instance is cached."""
     with torch.device("meta"):
         return Flux2Transformer(spec)
