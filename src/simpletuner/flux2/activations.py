@@ -1,7 +1,7 @@
-"""What a step through the transformer keeps in memory, block by block, with whatever trains in them.
+"""Activation and gradient memory of a transformer pass, block by block, for LoRA and full training.
 
-Each kind of block is traced once (`simpletuner.memory.trace`), and the kinds are put together in the order in which
-the passes run: kept bytes pile up forwards and gradients backwards, and somewhere on the way back is the peak.
+Each kind of block is traced once (`simpletuner.memory.trace`), and the results are added up in execution order: saved
+activations accumulate in the forward pass, gradients in the backward pass. The peak is somewhere in the backward pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,179 +21,184 @@ from simpletuner.memory import recompute
 from simpletuner.memory.trace import Cost, fuse_attention, pretending, trace, trace_forward
 
 Adapted = tuple[tuple[str, Range], ...]
-"""The Linears of a block that wear an adapter, by their names in the block, and what of each learns."""
+"""Adapted Linears of a block: each one's name within the block, and the rows and columns that are adapted."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What goes through the transformer, and how."""
+    """Configuration of a transformer pass: token counts, dtype, trainable parameters and recomputation."""
 
     spec: TransformerSpec
     dtype: torch.dtype
-    """Of the weights, and of what is between them."""
+    """Of weights and activations."""
     batch: int
     text: int
-    """Text tokens of a sample."""
+    """Text tokens in each sample."""
     image: int
-    """Image tokens of a sample."""
+    """Image tokens in each sample."""
     is_autocast: bool = False
-    """Whether weights are cast for each multiplication, and the copies kept for the gradient."""
+    """Whether weights are cast for each matrix product and the copies saved for the gradient."""
     is_full: bool = False
-    """Whether every weight learns."""
+    """Whether all weights are trainable."""
     is_released: bool = False
-    """Whether each weight's gradient is freed as soon as it is whole."""
+    """Whether each weight's gradient is freed as soon as it is complete."""
     adapted: tuple[Adapted, ...] = ()
-    """Of each block, doubles first; empty where no adapter is."""
+    """Adapted Linears of each block, double blocks first; empty if there are no adapters."""
     rank: int = 0
     dropout: float = 0.0
     recomputed: tuple[bool, ...] = ()
-    """Of each block; empty where none is."""
+    """Whether each block is recomputed in the backward pass; empty if none is."""
     routes: tuple[Route, ...] = ()
     references: int = 0
-    """Reference tokens of a sample, beside the image tokens; padding counts."""
+    """Reference tokens in each sample, in addition to the image tokens, padding included."""
     reference_attention: ReferenceView = "full"
 
     @property
     def joint(self) -> int:
-        """All tokens of a sample."""
+        """All tokens in each sample."""
         return self.text + self.image + self.references
 
     @property
     def stream_bytes(self) -> int:
-        """Of the image and reference tokens between two blocks."""
+        """Bytes of the hidden states of image and reference tokens."""
         return self.batch * (self.image + self.references) * self.spec.hidden * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class _Block:
-    """All that decides what a block costs."""
+    """Everything that determines a block's memory."""
 
-    at: Pass
-    """With nothing in it that belongs to single blocks; its image tokens are those that the block sees."""
+    pass_: Pass
+    """Without per-block settings; `image` counts only the tokens that this block processes."""
     is_double: bool
     is_recomputed: bool
     is_tracked: bool
-    """Whether its inputs want gradients."""
+    """Whether its inputs require gradients."""
     is_routed: bool
     adapters: Adapted
 
     @property
     def stream_sizes(self) -> list[int]:
-        """Bytes of each tensor that goes in and is not shared."""
-        return [self.at.batch * count * self.at.spec.hidden * self.at.dtype.itemsize for count in self.stream_tokens]
+        """Bytes of each input tensor that blocks do not share."""
+        return [
+            self.pass_.batch * count * self.pass_.spec.hidden * self.pass_.dtype.itemsize
+            for count in self.stream_tokens
+        ]
 
     @property
     def stream_tokens(self) -> tuple[int, ...]:
-        """Tokens of each."""
-        return (self.at.text, self.at.image + self.at.references) if self.is_double else (self.at.joint,)
+        """Tokens of each sample in each of these tensors."""
+        return (self.pass_.text, self.pass_.image + self.pass_.references) if self.is_double else (self.pass_.joint,)
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes at the moment of a training step at which the most is in memory, weights and optimizer not counted."""
+    """Peak memory of a training step in bytes, without weights and optimizer state."""
 
-    kept: int
-    """By autograd, for the blocks that still wait for their gradient."""
-    elsewhere: int
-    """Inputs of recomputed blocks that wait in the machine's memory, at most. Memory that copies to an accelerator are
-    made from comes in powers of two."""
+    saved: int
+    """Saved by autograd, for blocks whose backward pass has not run yet."""
+    host_inputs: int
+    """Peak of recomputed blocks' inputs in host memory. Pinned allocations are rounded up to powers of two."""
     workspace: int
-    """Of the block at work."""
+    """Of the block that is running."""
     gradients: int
-    """Of weights, those that are there by then."""
+    """Weight gradients that exist at the peak."""
 
     @property
     def total(self) -> int:
-        return self.kept + self.workspace + self.gradients
+        return self.saved + self.workspace + self.gradients
 
 
 IN_FLIGHT = 2
-"""Offloaded block inputs that are on the accelerator all the same: the one in use and the next."""
+"""Offloaded block inputs that are on the accelerator at a time: the one in use and the next one."""
 
 
 @lru_cache(maxsize=256)
-def training(at: Pass, *, offloaded: bool = False, accumulated: bool = False, shards: int = 1) -> Activations:
-    """The worst moment of a forward and backward pass.
+def training(pass_: Pass, *, offloaded: bool = False, accumulated: bool = False, shards: int = 1) -> Activations:
+    """Peak memory of a forward and backward pass.
 
     Args:
-        offloaded: the inputs of recomputed blocks wait in the machine's memory.
-        accumulated: gradients are there from the passes before.
-        shards: each process keeps one of so many parts of a gradient as soon as its block's backward pass is over.
+        offloaded: the inputs of recomputed blocks are in host memory.
+        accumulated: gradients of earlier micro-batches exist already.
+        shards: number of shards of each gradient; a process keeps one as soon as the block's backward pass ends.
     """
-    blocks = _blocks(at)
+    blocks = _blocks(pass_)
     costs = [_cost(block) for block in blocks]
-    tail = _tail(replace(at, adapted=(), recomputed=(), routes=()))
-    away = [
+    tail = _tail(replace(pass_, adapted=(), recomputed=(), routes=()))
+    offloaded_bytes = [
         cost.kept if offloaded and block.is_recomputed and block.is_tracked else 0
         for block, cost in zip(blocks, costs, strict=True)
     ]
-    every = -(-(tail.gradients + sum(cost.gradients for cost in costs)) // shards)
+    all_gradients = -(-(tail.gradients + sum(cost.gradients for cost in costs)) // shards)
 
     moments: list[Activations] = []
-    kept = flying = 0
+    saved = in_flight = 0
     for index, cost in enumerate(costs):
-        flying = sum(away[max(0, index - IN_FLIGHT + 1) : index + 1])
-        moments.append(Activations(kept + flying, 0, cost.forward, every if accumulated else 0))
-        kept += cost.kept - away[index]
-    gradients = every if accumulated else 0
-    moments.append(Activations(kept + flying, 0, tail.kept + tail.backward, gradients))
+        in_flight = sum(offloaded_bytes[max(0, index - IN_FLIGHT + 1) : index + 1])
+        moments.append(Activations(saved + in_flight, 0, cost.forward, all_gradients if accumulated else 0))
+        saved += cost.kept - offloaded_bytes[index]
+    gradients = all_gradients if accumulated else 0
+    moments.append(Activations(saved + in_flight, 0, tail.kept + tail.backward, gradients))
     gradients += 0 if accumulated else -(-tail.gradients // shards)
     for index in reversed(range(len(costs))):
-        flying = sum(away[max(0, index - IN_FLIGHT + 1) : index + 1])
-        detour = at.stream_bytes if blocks[index].is_routed else 0
-        # The gradients that this block leaves are in what it takes for its backward pass.
-        moments.append(Activations(kept + flying, 0, costs[index].backward + detour, gradients))
-        kept -= costs[index].kept - away[index]
+        in_flight = sum(offloaded_bytes[max(0, index - IN_FLIGHT + 1) : index + 1])
+        detour = pass_.stream_bytes if blocks[index].is_routed else 0
+        # `backward` includes the gradients of this block's weights.
+        moments.append(Activations(saved + in_flight, 0, costs[index].backward + detour, gradients))
+        saved -= costs[index].kept - offloaded_bytes[index]
         gradients += 0 if accumulated else -(-costs[index].gradients // shards)
     worst = max(moments, key=lambda moment: moment.total)
-    waiting = (block.stream_sizes for block, size in zip(blocks, away, strict=True) if size)
-    return replace(worst, elsewhere=sum(1 << (size - 1).bit_length() for sizes in waiting for size in sizes))
+    offloaded_sizes = (block.stream_sizes for block, size in zip(blocks, offloaded_bytes, strict=True) if size)
+    return replace(worst, host_inputs=sum(1 << (size - 1).bit_length() for sizes in offloaded_sizes for size in sizes))
 
 
-def kept_bytes(at: Pass) -> int:
-    """What autograd holds between the forward and the backward pass, for blocks and last layers."""
+def saved_bytes(pass_: Pass) -> int:
+    """Bytes that autograd saves between the forward and the backward pass, for blocks and last layers."""
     return (
-        sum(_cost(block).kept for block in _blocks(at)) + _tail(replace(at, adapted=(), recomputed=(), routes=())).kept
+        sum(_cost(block).kept for block in _blocks(pass_))
+        + _tail(replace(pass_, adapted=(), recomputed=(), routes=())).kept
     )
 
 
 @lru_cache(maxsize=64)
-def sampling(at: Pass) -> int:
-    """Bytes that a pass without gradients takes at most."""
-    blocks = _blocks(replace(at, recomputed=(), routes=()))
+def sampling(pass_: Pass) -> int:
+    """Peak activation bytes of a pass without gradients."""
+    blocks = _blocks(replace(pass_, recomputed=(), routes=()))
     return max(_forward(replace(block, is_tracked=False)) for block in blocks)
 
 
-def _blocks(at: Pass) -> list[_Block]:
-    found = []
-    is_tracked = at.is_full
-    bare = replace(at, adapted=(), recomputed=(), routes=())
-    for index in range(at.spec.blocks):
-        route = next((route for route in at.routes if route.start <= index <= route.end), None)
-        image = at.image if route is None else route.keeps(at.image)
-        adapters = at.adapted[index] if at.adapted else ()
-        found.append(
+def _blocks(pass_: Pass) -> list[_Block]:
+    """Each block of the transformer, in execution order."""
+    blocks = []
+    is_tracked = pass_.is_full
+    bare = replace(pass_, adapted=(), recomputed=(), routes=())
+    for index in range(pass_.spec.blocks):
+        route = next((route for route in pass_.routes if route.start <= index <= route.end), None)
+        image = pass_.image if route is None else route.keeps(pass_.image)
+        adapters = pass_.adapted[index] if pass_.adapted else ()
+        blocks.append(
             _Block(
-                at=replace(bare, image=image),
-                is_double=index < at.spec.double_blocks,
-                is_recomputed=bool(at.recomputed) and at.recomputed[index],
+                pass_=replace(bare, image=image),
+                is_double=index < pass_.spec.double_blocks,
+                is_recomputed=bool(pass_.recomputed) and pass_.recomputed[index],
                 is_tracked=is_tracked,
-                is_routed=image < at.image,
+                is_routed=image < pass_.image,
                 adapters=adapters,
             )
         )
         is_tracked = is_tracked or bool(adapters)
-    return found
+    return blocks
 
 
 @lru_cache(maxsize=512)
 def _cost(block: _Block) -> Cost:
-    if not (block.at.is_full or block.adapters or block.is_tracked):
+    """Memory of a block in a training step."""
+    if not (block.pass_.is_full or block.adapters or block.is_tracked):
         return Cost(0, _forward(block), 0, 0)
-    with pretending(block.at.dtype):
-        run, streams, weights, shared = _made(block)
-        cost = trace(run, streams, weights, shared, is_released=block.at.is_released)
-    copies = sum(weight.nbytes for weight in weights) if block.at.is_autocast else 0
+    with pretending(block.pass_.dtype):
+        run, streams, weights, shared = _build(block)
+        cost = trace(run, streams, weights, shared, is_released=block.pass_.is_released)
+    copies = sum(weight.nbytes for weight in weights) if block.pass_.is_autocast else 0
     if block.is_recomputed:
         return replace(cost, backward=cost.backward + copies)
     return replace(cost, kept=cost.kept + copies)
@@ -201,24 +206,26 @@ def _cost(block: _Block) -> Cost:
 
 @lru_cache(maxsize=64)
 def _forward(block: _Block) -> int:
-    with pretending(block.at.dtype):
-        run, streams, weights, shared = _made(block)
+    """Peak bytes of a block's forward pass without gradients."""
+    with pretending(block.pass_.dtype):
+        run, streams, weights, shared = _build(block)
         return trace_forward(run, streams, [*weights, *shared])
 
 
-Made = tuple[Callable[..., Sequence[Tensor]], Callable[[], list[Tensor]], list[Tensor], list[Tensor]]
-"""How to run it, what goes in, its weights, and what it shares with the others."""
+_BuiltBlock = tuple[Callable[..., Sequence[Tensor]], Callable[[], list[Tensor]], list[Tensor], list[Tensor]]
+"""A function that runs the block, one that creates its inputs, its weights, and tensors that blocks share."""
 
 
-def _made(block: _Block) -> Made:
-    at = block.at
-    spec, batch, dtype = at.spec, at.batch, at.dtype
+def _build(block: _Block) -> _BuiltBlock:
+    """Build the module and the inputs of a block, to trace it."""
+    pass_ = block.pass_
+    spec, batch, dtype = pass_.spec, pass_.batch, pass_.dtype
     module: nn.Module = DoubleBlock(spec) if block.is_double else SingleBlock(spec)
-    module.requires_grad_(at.is_full)
-    for name, place in block.adapters:
-        a = torch.empty(at.rank, place.columns[1] - place.columns[0])
-        b = torch.empty(place.rows[1] - place.rows[0], at.rank)
-        wrap(module, name, a, b, place=place, scale=1.0, dropout=at.dropout)
+    module.requires_grad_(pass_.is_full)
+    for name, adapted_range in block.adapters:
+        a = torch.empty(pass_.rank, adapted_range.columns[1] - adapted_range.columns[0])
+        b = torch.empty(adapted_range.rows[1] - adapted_range.rows[0], pass_.rank)
+        wrap(module, name, a, b, place=adapted_range, scale=1.0, dropout=pass_.dropout)
     fuse_attention(module)
     if block.is_recomputed:
         recompute.install([module])
@@ -228,15 +235,15 @@ def _made(block: _Block) -> Made:
         return torch.empty(batch, tokens, spec.hidden, dtype=dtype, requires_grad=block.is_tracked)
 
     def modulation(sets: int) -> Tensor:
-        return torch.empty(batch, 1, 3 * sets * spec.hidden, dtype=dtype, requires_grad=at.is_full)
+        return torch.empty(batch, 1, 3 * sets * spec.hidden, dtype=dtype, requires_grad=pass_.is_full)
 
-    tables = (batch,) if block.is_routed or at.references else ()
-    half = (*tables, at.joint, spec.head_dim // 2)
+    tables = (batch,) if block.is_routed or pass_.references else ()
+    half = (*tables, pass_.joint, spec.head_dim // 2)
     angles: Rotary = (torch.empty(half, dtype=torch.float32), torch.empty(half, dtype=torch.float32))
     modulations = [modulation(2), modulation(2)] if block.is_double else [modulation(1)]
 
-    is_own = at.references > 0 and at.reference_attention == "own"
-    references = ReferenceAttention(at.references, is_own=True) if is_own else None
+    is_isolated = pass_.references > 0 and pass_.reference_attention == "own"
+    references = ReferenceAttention(pass_.references, is_own=True) if is_isolated else None
 
     def run(*streams: Tensor) -> Sequence[Tensor]:
         out = module(*streams, *modulations, angles, references)
@@ -251,23 +258,23 @@ def _made(block: _Block) -> Made:
 
 
 @lru_cache(maxsize=64)
-def _tail(at: Pass) -> Cost:
-    """The last norm, the last matrix and the loss."""
-    spec = at.spec
-    with pretending(at.dtype):
+def _tail(pass_: Pass) -> Cost:
+    """Memory of the output norm, the output projection and the loss."""
+    spec = pass_.spec
+    with pretending(pass_.dtype):
         norm, out = OutputNorm(spec), nn.Linear(spec.hidden, spec.in_channels, bias=False)
         weights = [*norm.parameters(), *out.parameters()]
         for weight in weights:
-            weight.requires_grad_(at.is_full)
-        vector = torch.empty(at.batch, spec.hidden, dtype=at.dtype)
-        target = torch.empty(at.batch, at.image, spec.in_channels, dtype=torch.float32)
+            weight.requires_grad_(pass_.is_full)
+        vector = torch.empty(pass_.batch, spec.hidden, dtype=pass_.dtype)
+        target = torch.empty(pass_.batch, pass_.image, spec.in_channels, dtype=torch.float32)
 
         def run(joint: Tensor) -> Sequence[Tensor]:
-            predicted = out(norm(joint[:, at.text : at.text + at.image], vector))
+            predicted = out(norm(joint[:, pass_.text : pass_.text + pass_.image], vector))
             return ((predicted.float() - target).square().mean(),)
 
         def joint() -> list[Tensor]:
-            shape = (at.batch, at.joint, spec.hidden)
-            return [torch.empty(shape, dtype=at.dtype, requires_grad=True)]
+            shape = (pass_.batch, pass_.joint, spec.hidden)
+            return [torch.empty(shape, dtype=pass_.dtype, requires_grad=True)]
 
-        return trace(run, joint, weights, [vector, target], is_released=at.is_released)
+        return trace(run, joint, weights, [vector, target], is_released=pass_.is_released)

@@ -1,9 +1,9 @@
-"""How much a pass through the transformer computes: its matrix products and its attention, from shapes alone.
+"""FLOP of a transformer pass: matrix products and attention, computed from shapes alone.
 
-Counted in floating point operations (FLOP), a multiply-add being two. Two numbers are in use. Model FLOP is what the
-forward and the backward pass need, once: MFU (Chowdhery et al., PaLM, 2022, appendix B) divides it by time. Hardware
-FLOP also has what is computed a second time: HFU (Korthikanti et al., 2022) divides that. Elementwise work, norms and
-softmax are in neither. docs/performance.md has the formula and an example.
+A multiply-add counts as two floating point operations (FLOP). Model FLOP count the forward and backward pass once: MFU
+(Chowdhery et al., PaLM, 2022, appendix B) divides them by time. Hardware FLOP include recomputation: HFU (Korthikanti
+et al., 2022) divides those. Neither counts elementwise operations, norms or softmax. docs/performance.md has the
+formula and an example.
 """
 
 from collections.abc import Mapping
@@ -23,9 +23,9 @@ class PassFlop:
     """FLOP of one or more passes."""
 
     model: int
-    """Forward and backward once, recompute not counted."""
+    """Forward and backward pass, without recomputation."""
     hardware: int
-    """With what is computed again: recomputed blocks, and attention's scores in the backward pass."""
+    """With recomputation: of checkpointed blocks, and of attention scores in the backward pass."""
 
     def __add__(self, other: "PassFlop") -> "PassFlop":
         return PassFlop(self.model + other.model, self.hardware + other.hardware)
@@ -36,7 +36,7 @@ class PassFlop:
 
 @dataclass(frozen=True)
 class AdapterSize:
-    """A low-rank pair beside a Linear: `columns` to `rank`, `rank` to `rows`."""
+    """Shapes of a Linear's adapter: `columns` to `rank`, then `rank` to `rows`."""
 
     rank: int
     columns: int
@@ -44,11 +44,11 @@ class AdapterSize:
 
 
 AdapterSizes = Mapping[str, AdapterSize]
-"""By the Linear's name in the transformer."""
+"""Adapter sizes by the Linear's name in the transformer."""
 
 
 def attached_adapters(transformer: Flux2Transformer) -> dict[str, AdapterSize]:
-    """The adapters that `transformer` wears."""
+    """Sizes of the adapters that are attached to `transformer`."""
     layers = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, LoraLinear)}
     return {
         name: AdapterSize(layer.rank, layer.column_stop - layer.column_start, layer.row_stop - layer.row_start)
@@ -56,43 +56,44 @@ def attached_adapters(transformer: Flux2Transformer) -> dict[str, AdapterSize]:
     }
 
 
-def planned_adapters(passing: Pass) -> dict[str, AdapterSize]:
-    """The adapters that `passing` says the blocks wear."""
+def planned_adapters(pass_: Pass) -> dict[str, AdapterSize]:
+    """Sizes of the adapters that `pass_` configures."""
     sizes = {}
-    for index, adapted in enumerate(passing.adapted):
-        for name, place in adapted:
-            columns, rows = (stop - start for start, stop in (place.columns, place.rows))
-            sizes[f"{_block_name(passing, index)}.{name}"] = AdapterSize(passing.rank, columns, rows)
+    for index, adapted in enumerate(pass_.adapted):
+        for name, adapted_range in adapted:
+            columns, rows = (stop - start for start, stop in (adapted_range.columns, adapted_range.rows))
+            sizes[f"{_block_name(pass_, index)}.{name}"] = AdapterSize(pass_.rank, columns, rows)
     return sizes
 
 
-def training_flop(passing: Pass, adapters: AdapterSizes | None = None, *, is_compiled: bool = False) -> PassFlop:
+def training_flop(pass_: Pass, adapters: AdapterSizes | None = None, *, is_compiled: bool = False) -> PassFlop:
     """FLOP of one forward and backward pass.
 
-    Model FLOP is what `torch.utils.flop_counter` counts of a pass that recomputes nothing and has plain attention,
-    whose backward pass is four products. Hardware FLOP adds the forward products of recomputed blocks, and one product
-    for each attention: fused kernels do not keep its scores and make them again.
+    Model FLOP equal the count of `torch.utils.flop_counter` for a pass without recomputation and with plain attention,
+    whose backward pass is four products. Hardware FLOP add the forward products of recomputed blocks, and one product
+    for each attention: fused kernels do not store the scores and recompute them.
 
     Args:
-        adapters: in place of those of `passing`, such as the ones that are attached.
+        adapters: sizes to use instead of the adapters in `pass_`, such as those of attached adapters.
         is_compiled: whether blocks are compiled. A compiled graph saves its tensors after all of its products, so
-            recompute makes each of them again; uncompiled, it stops before a block's last one where it can.
+            recompute runs all of them; without compilation it skips a block's last product where it can.
     """
-    count = _Count(planned_adapters(passing) if adapters is None else adapters, passing.is_full)
-    _walk(count, passing, is_compiled=is_compiled)
-    return PassFlop(count.forward + count.backward, count.forward + count.backward + count.again) * passing.batch
+    count = _Count(planned_adapters(pass_) if adapters is None else adapters, pass_.is_full)
+    _walk(count, pass_, is_compiled=is_compiled)
+    return PassFlop(count.forward + count.backward, count.forward + count.backward + count.recomputed) * pass_.batch
 
 
-def sampling_flop(passing: Pass, adapters: AdapterSizes | None = None) -> PassFlop:
-    """FLOP of one pass without gradients, which recomputes nothing. Arguments as above."""
-    count = _Count(planned_adapters(passing) if adapters is None else adapters, passing.is_full)
-    _walk(count, passing)
-    return PassFlop(count.forward, count.forward) * passing.batch
+def sampling_flop(pass_: Pass, adapters: AdapterSizes | None = None) -> PassFlop:
+    """FLOP of one pass without gradients. Takes the arguments of `training_flop`; nothing is recomputed."""
+    count = _Count(planned_adapters(pass_) if adapters is None else adapters, pass_.is_full)
+    _walk(count, pass_)
+    return PassFlop(count.forward, count.forward) * pass_.batch
 
 
 class _Count:
-    """Adds up the products of one sample in the order in which they run. Each method returns whether its result wants
-    a gradient, given whether its input does.
+    """Add up the matrix products of one sample in execution order.
+
+    `tracked` says whether an input requires a gradient; each method returns whether its output does.
     """
 
     def __init__(self, adapters: AdapterSizes, is_full: bool) -> None:
@@ -100,18 +101,18 @@ class _Count:
         self._is_full = is_full
         self.forward = 0
         self.backward = 0
-        self.again = 0
-        """What is computed a second time."""
+        self.recomputed = 0
+        """FLOP that run a second time."""
         self._block_start = self._last_save = 0
-        """Of `forward`, at the start of the block and where autograd last saved a tensor."""
+        """Values of `forward` at the start of the block and at autograd's last saved tensor."""
 
     def linear(self, name: str, tokens: int, columns: int, rows: int, *, tracked: bool) -> bool:
-        """A Linear and its adapter, whose result is the input of something that saves it."""
-        wants = self.base(tokens, columns, rows, tracked=tracked) | self.adapter(name, tokens, tracked=tracked)
-        return self.save(wants)
+        """A Linear and its adapter, whose output the next operation saves."""
+        needs_gradient = self.base(tokens, columns, rows, tracked=tracked) | self.adapter(name, tokens, tracked=tracked)
+        return self.save(needs_gradient)
 
     def base(self, tokens: int, columns: int, rows: int, *, tracked: bool) -> bool:
-        """A Linear. Its weight's gradient and its input's cost as much as the product itself."""
+        """A Linear. The gradients of weight and input each cost as much as the forward product."""
         product = 2 * tokens * columns * rows
         self.save(tracked or self._is_full)
         self.forward += product
@@ -131,32 +132,34 @@ class _Count:
         return True
 
     def attention(self, pairs: int, hidden: int, *, tracked: bool) -> bool:
-        """Scores of `pairs` of a query and a key, and their product with the values. The backward pass counts whole
-        where any input wants a gradient, as fused kernels compute it.
+        """Scores of `pairs` query-key pairs, and their product with the values.
+
+        The backward pass counts in full if any input requires a gradient: fused kernels compute all of it.
         """
         product = 2 * pairs * hidden
         self.forward += 2 * product
         self.backward += 4 * product * tracked
-        self.again += product * tracked
+        self.recomputed += product * tracked
         return self.save(tracked)
 
     def save(self, tracked: bool) -> bool:
-        """Autograd saves a tensor here, if `tracked`."""
+        """Record that autograd saves a tensor here, if `tracked`."""
         if tracked:
             self._last_save = self.forward
         return tracked
 
     def begin_block(self) -> None:
+        """Start counting a block."""
         self._block_start = self._last_save = self.forward
 
     def recompute_block(self) -> None:
-        """Count what the backward pass computes again of the block that ends here: all up to the last save."""
-        self.again += self._last_save - self._block_start
+        """Count recomputation of the block that ends here: everything up to autograd's last saved tensor."""
+        self.recomputed += self._last_save - self._block_start
 
 
-def _walk(count: _Count, passing: Pass, *, is_compiled: bool = False) -> None:
-    """Count one sample's way through the transformer, as `Flux2Transformer.forward` goes."""
-    spec, hidden, text = passing.spec, passing.spec.hidden, passing.text
+def _walk(count: _Count, pass_: Pass, *, is_compiled: bool = False) -> None:
+    """Count the products of one sample in the order of `Flux2Transformer.forward`."""
+    spec, hidden, text = pass_.spec, pass_.spec.hidden, pass_.text
     vector = False
     for embedder in ("timestep_embedder", "guidance_embedder") if spec.guidance_embeds else ("timestep_embedder",):
         name = f"time_guidance_embed.{embedder}"
@@ -165,15 +168,15 @@ def _walk(count: _Count, passing: Pass, *, is_compiled: bool = False) -> None:
     image_gates = count.linear("double_stream_modulation_img.linear", 1, hidden, 6 * hidden, tracked=vector)
     text_gates = count.linear("double_stream_modulation_txt.linear", 1, hidden, 6 * hidden, tracked=vector)
     single_gates = count.linear("single_stream_modulation.linear", 1, hidden, 3 * hidden, tracked=vector)
-    references = passing.references
-    image_tracked = count.linear("x_embedder", passing.image + references, spec.in_channels, hidden, tracked=False)
+    references = pass_.references
+    image_tracked = count.linear("x_embedder", pass_.image + references, spec.in_channels, hidden, tracked=False)
     text_tracked = count.linear("context_embedder", text, spec.context_dim, hidden, tracked=False)
-    is_clipped = passing.is_autocast or passing.dtype == torch.float16
+    is_clipped = pass_.is_autocast or pass_.dtype == torch.float16
     for index in range(spec.blocks):
-        name = _block_name(passing, index)
-        route = next((route for route in passing.routes if route.start <= index <= route.end), None)
-        image = passing.image if route is None else route.keeps(passing.image)
-        pairs = attended_pairs(text + image, references, passing.reference_attention)
+        name = _block_name(pass_, index)
+        route = next((route for route in pass_.routes if route.start <= index <= route.end), None)
+        image = pass_.image if route is None else route.keeps(pass_.image)
+        pairs = attended_pairs(text + image, references, pass_.reference_attention)
         count.begin_block()
         if index < spec.double_blocks:
             streams = _Stream(text, text_tracked, text_gates), _Stream(image + references, image_tracked, image_gates)
@@ -181,24 +184,24 @@ def _walk(count: _Count, passing: Pass, *, is_compiled: bool = False) -> None:
         else:
             stream = _Stream(text + image + references, text_tracked or image_tracked, single_gates)
             text_tracked = image_tracked = _single(count, spec, name, stream, pairs, is_clipped=is_clipped)
-        if passing.recomputed and passing.recomputed[index]:
+        if pass_.recomputed and pass_.recomputed[index]:
             count.save(is_compiled)
             count.recompute_block()
     gates = count.linear("norm_out.linear", 1, hidden, 2 * hidden, tracked=vector)
-    # Text and image are one sequence by now, of which the image is cut out.
+    # Text and image are one sequence here, from which the image is sliced.
     tracked = text_tracked or image_tracked or gates
-    count.linear("proj_out", passing.image, hidden, spec.in_channels, tracked=tracked)
+    count.linear("proj_out", pass_.image, hidden, spec.in_channels, tracked=tracked)
 
 
-def attended_pairs(others: int, references: int, view: ReferenceView) -> int:
-    """Pairs of a query and a key of a sample of `others` tokens of text and image beside those of its references."""
-    every = others + references
-    return every**2 if view == "full" else others * every + references**2
+def attended_pairs(tokens: int, references: int, view: ReferenceView) -> int:
+    """Query-key pairs of a sample that has `tokens` text and image tokens and `references` reference tokens."""
+    total = tokens + references
+    return total**2 if view == "full" else tokens * total + references**2
 
 
 @dataclass(frozen=True)
 class _Stream:
-    """Tokens that go into a block, and whether they and the block's gates want a gradient."""
+    """A block's input: its token count, and whether it and the block's gates require gradients."""
 
     tokens: int
     is_tracked: bool
@@ -212,7 +215,7 @@ class _Stream:
 def _double(
     count: _Count, spec: TransformerSpec, name: str, text: _Stream, image: _Stream, pairs: int, *, is_clipped: bool
 ) -> tuple[bool, bool]:
-    """Count a double block with `pairs` in its attention. Returns whether its text and its image want a gradient."""
+    """Count a double block that attends `pairs` pairs. Returns whether its text and image outputs require gradients."""
     hidden, inner = spec.hidden, spec.mlp_hidden
 
     def project(part: str, stream: _Stream, tracked: bool) -> bool:
@@ -225,7 +228,7 @@ def _double(
     text_tracked |= project("to_add_out", text, attended)
     image_tracked |= project("to_out.0", image, attended)
 
-    # The image's last product is the last of the block, and the adapter's come before it.
+    # The base product of the image's last Linear runs at the end of the block, its adapter earlier.
     fed = count.linear(f"{name}.ff.linear_in", image.tokens, hidden, 2 * inner, tracked=image_tracked)
     image_adapted = count.adapter(f"{name}.ff.linear_out", image.tokens, tracked=fed)
     text_fed = count.linear(f"{name}.ff_context.linear_in", text.tokens, hidden, 2 * inner, tracked=text_tracked)
@@ -238,7 +241,7 @@ def _double(
 
 
 def _single(count: _Count, spec: TransformerSpec, name: str, stream: _Stream, pairs: int, *, is_clipped: bool) -> bool:
-    """Count a single block with `pairs` in its attention. Returns whether its result wants a gradient."""
+    """Count a single block that attends `pairs` pairs. Returns whether its output requires a gradient."""
     hidden, inner, tokens = spec.hidden, spec.mlp_hidden, stream.tokens
     tracked, widened = stream.modulated_is_tracked, 3 * hidden + 2 * inner
     fused = count.linear(f"{name}.attn.to_qkv_mlp_proj", tokens, hidden, widened, tracked=tracked)
@@ -249,7 +252,7 @@ def _single(count: _Count, spec: TransformerSpec, name: str, stream: _Stream, pa
     return tracked
 
 
-def _block_name(passing: Pass, index: int) -> str:
-    """Of the block that is `index`-th to run, in the transformer."""
-    doubles = passing.spec.double_blocks
+def _block_name(pass_: Pass, index: int) -> str:
+    """Name of the block at `index` in execution order."""
+    doubles = pass_.spec.double_blocks
     return f"transformer_blocks.{index}" if index < doubles else f"single_transformer_blocks.{index - doubles}"

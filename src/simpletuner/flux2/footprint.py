@@ -805,13 +805,13 @@ class Footprint:
             gradients += self._share(self.trained_bytes, is_sharded=True)
         if worst.total + collected >= gradients:
             self._trained_room(room)("gradients", worst.gradients + collected)
-            room.device("activations", worst.kept)
+            room.device("activations", worst.saved)
             stepping = STEP_BYTES[self._device] if is_released else 0
             room.device("workspace", worst.workspace + self._unpacked + stepping)
         else:
             self._trained_room(room)("gradients", gradients)
         room.device("reduction bucket", self._reduction_bytes)
-        room.ram("activations that wait", worst.elsewhere)
+        room.ram("activations that wait", worst.host_inputs)
         if self.work.draws and not config.offload_during_startup:
             self._hold_autoencoder(room, decoder_shapes(self.architecture.autoencoder))  # from the first picture on
         self._data(room, passing, is_trained=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from simpletuner.config.flavours import TransformerSpec
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.flow.condition import Condition, References, TextContext
-from simpletuner.flux2.activations import Pass, kept_bytes, sampling, training
+from simpletuner.flux2.activations import Pass, sampling, saved_bytes, training
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.footprint import adapted_blocks
 from simpletuner.flux2.full import unfreeze
@@ -133,7 +133,7 @@ def test_the_sum_of_blocks_is_what_a_real_step_holds(
     at = described(spec, side, **keys)  # type: ignore[arg-type]
     transformer = built(at, keys.get("options"), keys.get("every"))  # type: ignore[arg-type]
     kept, peak = step(transformer, at, side)
-    assert kept_bytes(at) <= kept <= kept_bytes(at) + shared_bytes(at)
+    assert saved_bytes(at) <= kept <= saved_bytes(at) + shared_bytes(at)
     worst = training(at)
     # A trace holds the gradient that comes into a block to the end; in fp16 `clipped` replaces it.
     held = at.batch * (at.text + at.image) * spec.hidden * 2 if at.dtype == torch.float16 else 0
@@ -176,9 +176,9 @@ def test_the_blocks_keep_exactly_what_autograd_saves_in_them(
 
 
 def blocks_keep(at: Pass) -> int:
-    """`kept_bytes` without the last layers, which are those of a model without blocks."""
+    """`saved_bytes` without the last layers, which are those of a model without blocks."""
     none = replace(at.spec, double_blocks=0, single_blocks=0)
-    return kept_bytes(at) - kept_bytes(replace(at, spec=none, adapted=(), recomputed=()))
+    return saved_bytes(at) - saved_bytes(replace(at, spec=none, adapted=(), recomputed=()))
 
 
 @pytest.mark.parametrize("recomputes", [False, True])
@@ -188,7 +188,7 @@ def test_routes_leave_out_what_goes_around(recomputes: bool) -> None:
     assert training(routed).total < training(at).total
     transformer = built(at, LORA, None)
     kept, peak = step(transformer, routed, (16, 16))
-    assert kept_bytes(routed) <= kept <= kept_bytes(routed) + 2 * shared_bytes(at)
+    assert saved_bytes(routed) <= kept <= saved_bytes(routed) + 2 * shared_bytes(at)
     assert training(routed).total == pytest.approx(peak, rel=0.08)
 
 
@@ -198,7 +198,7 @@ def test_references_are_in_the_sum(view: str, recomputes: bool) -> None:
     at = replace(alone, references=160, reference_attention=view)  # type: ignore[arg-type]
     kept, peak = step(built(at, LORA, None), at, (12, 12))
     beside = shared_bytes(replace(at, image=at.image + at.references)) * at.batch  # a table of positions each
-    assert kept_bytes(alone) < kept_bytes(at) <= kept <= kept_bytes(at) + beside
+    assert saved_bytes(alone) < saved_bytes(at) <= kept <= saved_bytes(at) + beside
     assert training(at).total <= peak <= training(at).total + beside
 
 
@@ -210,8 +210,8 @@ def test_more_recomputing_keeps_less_and_offloading_keeps_it_elsewhere() -> None
     at = described(WIDE, (12, 12), options=LORA, recomputes=True)
     here, there = training(at), training(at, offloaded=True)
     assert there.total < here.total
-    assert there.elsewhere >= here.kept - there.kept
-    assert here.elsewhere == 0
+    assert there.host_inputs >= here.saved - there.saved
+    assert here.host_inputs == 0
 
 
 def test_accumulated_gradients_are_there_from_the_start() -> None:
