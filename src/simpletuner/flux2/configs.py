@@ -1,4 +1,4 @@
-"""The JSON files of a model folder, read and checked: a damaged or foreign one is named before anything is loaded."""
+"""Read and check the JSON files of a model folder. Errors name a bad file before any weight is loaded."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -12,12 +12,12 @@ Component = Literal["transformer", "vae", "text_encoder"]
 Config = dict[str, Any]
 
 SIZE_LIMIT = 2**24
-"""Above every width, vocabulary and length of a model that exists."""
+"""Larger than every width, vocabulary and length of an existing model."""
 LAYER_LIMIT = 1000
 
 
-def _whole(least: int, most: int) -> Callable[[object], bool]:
-    return lambda value: type(value) is int and least <= value <= most
+def _integer(low: int, high: int) -> Callable[[object], bool]:
+    return lambda value: type(value) is int and low <= value <= high
 
 
 def _is_number(value: object) -> bool:
@@ -25,17 +25,17 @@ def _is_number(value: object) -> bool:
 
 
 def _are_sizes(value: object) -> bool:
-    return isinstance(value, list) and 1 <= len(value) <= 16 and all(map(_whole(1, SIZE_LIMIT), value))
+    return isinstance(value, list) and 1 <= len(value) <= 16 and all(map(_integer(1, SIZE_LIMIT), value))
 
 
 _EXPECTED: Mapping[str, Callable[[object], bool]] = {
-    f"a whole number from 1 to {SIZE_LIMIT:,}": _whole(1, SIZE_LIMIT),
-    f"a whole number from 1 to {LAYER_LIMIT:,}": _whole(1, LAYER_LIMIT),
-    "a number from 0": _is_number,
+    f"a whole number from 1 to {SIZE_LIMIT:,}": _integer(1, SIZE_LIMIT),
+    f"a whole number from 1 to {LAYER_LIMIT:,}": _integer(1, LAYER_LIMIT),
+    "a number of 0 or more": _is_number,
     "true or false": lambda value: isinstance(value, bool),
-    "a text": lambda value: isinstance(value, str),
+    "a string": lambda value: isinstance(value, str),
     "a list of whole numbers from 1": _are_sizes,
-    "a list of texts": lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
+    "a list of strings": lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
     "an object": lambda value: isinstance(value, dict),
 }
 _SIZE, _LAYERS, _NUMBER, _FLAG, _TEXT, _SIZES, _TEXTS, _OBJECT = _EXPECTED
@@ -68,9 +68,9 @@ _FIELDS: Mapping[Component, Mapping[str, str]] = {
         "tie_word_embeddings": _FLAG,
     },
 }
-"""What the fields that decide a component's shape hold. Others are left to whoever reads them."""
+"""Expected values of the fields that determine a component's shape. Other fields are not checked here."""
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-"""Of a text encoder. The other components have defaults."""
+"""Required fields of a text encoder. Other components have defaults."""
 _KNOWN_TEXT_ENCODERS = ("mistral3", "mistral", "qwen3")
 _MAY_BE_NULL = ("rope_theta", "head_dim", "decoder_block_out_channels")
 
@@ -79,30 +79,30 @@ def read_object(path: Path) -> Config:
     """The JSON object in `path`.
 
     Raises:
-        AccessError: it cannot be read, is cut, or is no object.
+        AccessError: the file cannot be read, or is not a JSON object.
     """
     with file_errors_reported(path, AccessError, doing="read"):
         try:
             value = read_json(path)
         except (ValueError, RecursionError) as error:  # JSON's and Unicode's errors are ValueErrors
             reason = f", line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else ""
-            found = f"{path} is no JSON{reason}" if path.stat().st_size else f"{path} is empty"
-            raise AccessError.of(found, "a JSON object", _AGAIN) from None
+            finding = f"{path} is not JSON{reason}" if path.stat().st_size else f"{path} is empty"
+            raise AccessError.of(finding, "a JSON object", _AGAIN) from None
     if not isinstance(value, dict):
         raise AccessError.of(f"{path} holds {_shown(value)}", "a JSON object", _AGAIN)
     return value
 
 
 def read_component_config(component: Component, path: Path) -> Config:
-    """The `config.json` of a component, with values that a model can be built from.
+    """The checked `config.json` of a component.
 
     Raises:
-        AccessError: it cannot be read; values of the wrong type or size, all of them by name.
+        AccessError: it cannot be read, or values have the wrong type or size; the error lists all of them.
     """
     config = read_object(path)
     fields = config
     problems: list[Problem] = []
-    # Another kind of text encoder has other fields; `locate` refuses it by its kind.
+    # Other kinds of text encoder have other fields; `locate` rejects them by their kind.
     required = _REQUIRED if component == "text_encoder" and config.get("model_type") in _KNOWN_TEXT_ENCODERS else ()
     if component == "text_encoder" and "text_config" in config:
         fields = config["text_config"] if isinstance(config["text_config"], dict) else {}
@@ -114,13 +114,13 @@ def read_component_config(component: Component, path: Path) -> Config:
                 f"{path} describes quantized weights (quantization_config)",
                 "weights in bf16, fp16 or fp32",
                 "Name the model that is not quantized: base_model_precision and text_encoder_1_precision quantize "
-                "it as it is loaded.",
+                "it while it is loaded.",
             )
         )
     for name, expected in _FIELDS[component].items():
         if name in fields:
-            is_absent = fields[name] is None and component != "transformer" and name in _MAY_BE_NULL
-            if not is_absent and not _EXPECTED[expected](fields[name]):
+            is_null = fields[name] is None and component != "transformer" and name in _MAY_BE_NULL
+            if not is_null and not _EXPECTED[expected](fields[name]):
                 problems.append(_wrong(path, name, fields[name], expected))
         elif name in required:
             problems.append(Problem(f"{path} has no {name}", expected, _AGAIN))
@@ -129,27 +129,27 @@ def read_component_config(component: Component, path: Path) -> Config:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The shard of each tensor, from an `….safetensors.index.json`.
+    """The file name of each tensor's shard, from an `….safetensors.index.json`.
 
     Raises:
-        AccessError: it cannot be read, or names something other than a safetensors file beside it.
+        AccessError: the index cannot be read, or names anything but a safetensors file in its folder.
     """
     shards = read_object(path).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise AccessError.of(
-            f"{path} has weight_map = {_shown(shards)}", "an object of tensors and their files", _AGAIN
+            f"{path} has weight_map = {_shown(shards)}", "an object that maps tensors to files", _AGAIN
         )
     for tensor, shard in shards.items():
-        is_beside = isinstance(shard, str) and PurePosixPath(shard).name == shard and "\\" not in shard
-        if not is_beside or "\0" in shard or not shard.endswith(".safetensors"):
+        is_file_name = isinstance(shard, str) and PurePosixPath(shard).name == shard and "\\" not in shard
+        if not is_file_name or "\0" in shard or not shard.endswith(".safetensors"):
             raise AccessError.of(
-                f"{path} looks for {tensor} in {_shown(shard)}", "the name of a .safetensors file beside it", _AGAIN
+                f"{path} maps {tensor} to {_shown(shard)}", "a .safetensors file in the same folder", _AGAIN
             )
     return shards
 
 
 def check_tokenizer(folder: Path, names: tuple[str, ...]) -> None:
-    """Raise an AccessError unless those of `names` that end in .json are JSON objects, and the others texts."""
+    """Raise an AccessError unless the `names` in `folder` are JSON objects (.json) or UTF-8 text (others)."""
     for name in names:
         path = folder / name
         if name.endswith(".json"):
@@ -162,10 +162,10 @@ def check_tokenizer(folder: Path, names: tuple[str, ...]) -> None:
                 try:
                     path.read_text(encoding="utf-8")
                 except UnicodeDecodeError:
-                    raise AccessError.of(f"{path} is no UTF-8 text", "a template", _AGAIN) from None
+                    raise AccessError.of(f"{path} is not UTF-8 text", "a chat template", _AGAIN) from None
 
 
-_AGAIN = "It may be damaged or of another program: get the file again."
+_AGAIN = "It may be damaged or written by another program: get the file again."
 
 
 def _wrong(path: Path, name: str, value: object, expected: str) -> Problem:
@@ -173,6 +173,6 @@ def _wrong(path: Path, name: str, value: object, expected: str) -> Problem:
 
 
 def _shown(value: object) -> str:
-    """`value` as JSON, cut where it is long."""
+    """`value` as JSON, truncated to 60 characters."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:59] + "…"

@@ -1,7 +1,7 @@
-"""Hashes of all bytes of a base model's tensors: computed once for a file, and found again while it is what it was.
+"""SHA-256 of all bytes of a base model's tensors, computed once for each file and reused while the file is unchanged.
 
-A file counts as what it was while its size, modification time and inode are, and 64 pieces of 4 KiB, spread over all
-of it, have the hash that they had. The list of hashes is one small JSON file in the user's cache folder.
+A file counts as unchanged while its size, modification time and inode stay the same, and so does the hash of 64 pieces
+of 4 KiB, evenly spaced over the file. The ledger of hashes is one small JSON file in the user's cache folder.
 """
 
 import hashlib
@@ -21,47 +21,47 @@ from simpletuner.base.tensorfile import TensorEntry
 LEDGER_NAME = "base-hashes.json"
 _LEDGER_VERSION = 1
 _LEDGER_FILES = 256
-"""The newest are kept."""
+"""Most files in the ledger; the oldest are dropped."""
 PIECES, PIECE_BYTES = 64, 4096
 _THREADS = 4
 _BLOCK_BYTES = 4 << 20
-_TOLD_BYTES = 1 << 30
-"""Less is hashed without a word: it takes a second at most."""
+_REPORTED_BYTES = 1 << 30
+"""Hashing fewer bytes is not reported: it takes a second at most."""
 _SETTLED_S = 2.0
-"""A file younger than this is not entered: it could change once more within the same tick of the clock."""
+"""Files modified more recently than this are not recorded: they could change within the same clock tick."""
 
 
 @dataclass
 class ContentHashes:
-    """The sha256 of tensors in files."""
+    """SHA-256 of tensors in files, with a ledger of earlier results."""
 
     ledger: Path | None = None
-    """Where hashes are kept between starts; None keeps them for this process only."""
+    """File that stores hashes between runs; None keeps them in this process only."""
     report: Callable[[str], None] = lambda _: None
-    """Told in a sentence before much is read, and when the ledger cannot be written."""
+    """Called with a sentence before hashing many bytes, and when the ledger cannot be written."""
     verify: bool = False
-    """Read every file once in this process, whatever the ledger has."""
-    _known: dict[str, "_KnownFile"] = field(default_factory=dict, repr=False)
-    """By stamp; of this process."""
+    """Hash every file once in this process, ignoring the ledger."""
+    _hashed: dict[str, "_HashedFile"] = field(default_factory=dict, repr=False)
+    """Files hashed or looked up by this process, by stamp."""
 
     def of(self, tensors: Mapping[str, TensorEntry]) -> dict[str, str]:
-        """The sha256 of all bytes of each of `tensors`, by name.
+        """The SHA-256 of all bytes of each of `tensors`, by name.
 
         Raises:
-            AccessError: a file cannot be read, or changes meanwhile.
+            AccessError: a file cannot be read, or changes while it is read.
         """
         files = {entry.file: _Sampled.of(entry.file) for entry in tensors.values()}
-        kept = {} if self.verify or not files else self._kept()
+        ledger = {} if self.verify or not files else self._read_ledger()
         for file in files.values():
-            known = self._known.get(file.stamp) or kept.get(file.stamp)
-            if known is None or known.samples != file.samples:
-                known = _KnownFile(file.samples, {})
-            self._known[file.stamp] = known
+            hashed = self._hashed.get(file.stamp) or ledger.get(file.stamp)
+            if hashed is None or hashed.samples != file.samples:
+                hashed = _HashedFile(file.samples, {})
+            self._hashed[file.stamp] = hashed
 
         def digests(file: Path) -> dict[str, str]:
-            return self._known[files[file].stamp].digests
+            return self._hashed[files[file].stamp].digests
 
-        # A place in a file names a tensor: names differ between releases of one file.
+        # Tensors are identified by their byte range: the same file has other tensor names in other releases.
         missing = {
             (entry.file, _span(entry)): entry for entry in tensors.values() if _span(entry) not in digests(entry.file)
         }
@@ -75,80 +75,81 @@ class ContentHashes:
         files: Mapping[Path, "_Sampled"],
         digests: Callable[[Path], dict[str, str]],
     ) -> None:
-        """Read `missing`, several at a time, and keep their hashes."""
+        """Hash the `missing` tensors, several at a time, and store the results."""
         entries = list(missing)
         size = sum(entry.stop - entry.start for entry in entries)
-        read = dict.fromkeys(entry.file for entry in entries)
-        if size >= _TOLD_BYTES:
-            why = "as --verify_base asks" if self.verify else "once, until a file changes"
-            files_read = f"{len(read)} file{'s' if len(read) > 1 else ''}"
-            self.report(f"Hashing {format_size(size)} of the base model in {files_read}, {why}.")
+        files_to_read = dict.fromkeys(entry.file for entry in entries)
+        if size >= _REPORTED_BYTES:
+            reason = "as --verify_base asks" if self.verify else "once, until a file changes"
+            file_count = f"{len(files_to_read)} file{'s' if len(files_to_read) > 1 else ''}"
+            self.report(f"Hashing {format_size(size)} of the base model in {file_count}, {reason}.")
         executor = ThreadPoolExecutor(min(_THREADS, len(entries)))
         try:
             for entry, digest in zip(entries, executor.map(_digest, entries), strict=True):
                 digests(entry.file)[_span(entry)] = digest
         finally:
             executor.shutdown(cancel_futures=True)
-        for file in read:
+        for file in files_to_read:
             if _Sampled.of(file) != files[file]:
-                raise AccessError.of(f"{file} changes while it is read", "a file that is whole", "Start again.")
-        settled = [files[file].stamp for file in read if time.time() - files[file].modified_at > _SETTLED_S]
-        self._keep({stamp: self._known[stamp] for stamp in settled})
+                raise AccessError.of(f"{file} changes while it is read", "a complete file", "Run the command again.")
+        settled = [files[file].stamp for file in files_to_read if time.time() - files[file].modified_at > _SETTLED_S]
+        self._update_ledger({stamp: self._hashed[stamp] for stamp in settled})
 
-    def _kept(self) -> dict[str, "_KnownFile"]:
-        """What the ledger has; nothing where it is missing, damaged or not to be read."""
+    def _read_ledger(self) -> dict[str, "_HashedFile"]:
+        """Files in the ledger; empty if it is missing, damaged or unreadable."""
         try:
             stored: Any = read_json(self.ledger) if self.ledger is not None else {}
         except (OSError, ValueError, RecursionError):
             return {}
         rows = stored.get("files") if isinstance(stored, dict) and stored.get("version") == _LEDGER_VERSION else None
-        known = {stamp: _KnownFile.read(row) for stamp, row in rows.items()} if isinstance(rows, dict) else {}
-        return {stamp: file for stamp, file in known.items() if file is not None}
+        read = {stamp: _HashedFile.read(row) for stamp, row in rows.items()} if isinstance(rows, dict) else {}
+        return {stamp: file for stamp, file in read.items() if file is not None}
 
-    def _keep(self, files: Mapping[str, "_KnownFile"]) -> None:
-        """Add `files` to the ledger. Of two processes the last one wins, and the other's files are hashed again."""
+    def _update_ledger(self, files: Mapping[str, "_HashedFile"]) -> None:
+        """Add `files` to the ledger. If two processes write it, the last write wins; the other files are hashed again."""
         if self.ledger is None or not files:
             return
-        kept = self._kept()
+        ledger = self._read_ledger()
         for stamp, file in files.items():
-            before = kept.pop(stamp, None)
-            same = before is not None and before.samples == file.samples
-            kept[stamp] = _KnownFile(file.samples, (before.digests if before and same else {}) | file.digests)
-        newest = dict(list(kept.items())[-_LEDGER_FILES:])
+            earlier = ledger.pop(stamp, None)
+            is_same = earlier is not None and earlier.samples == file.samples
+            ledger[stamp] = _HashedFile(file.samples, (earlier.digests if earlier and is_same else {}) | file.digests)
+        newest = dict(list(ledger.items())[-_LEDGER_FILES:])
         rows = {stamp: {"samples": file.samples, "tensors": file.digests} for stamp, file in newest.items()}
         try:
             write_atomic(self.ledger, json_bytes({"version": _LEDGER_VERSION, "files": rows}), sync=False)
         except DiskError as error:
-            self.report(f"The base model's hashes are not kept, and are made again at the next start: {error}")
-            self.ledger = None  # said once
+            self.report(f"The base model's hashes cannot be stored, so the next run computes them again: {error}")
+            self.ledger = None  # report this once
 
 
 @dataclass(frozen=True)
-class _KnownFile:
-    """What was found in a file: the hash of its pieces, and those of tensors by their place."""
+class _HashedFile:
+    """Hashes of a file: that of its sampled pieces, and those of its tensors by byte range."""
 
     samples: str
     digests: dict[str, str]
 
     @classmethod
-    def read(cls, row: object) -> "_KnownFile | None":
-        """A row of the ledger; None if it is damaged."""
+    def read(cls, row: object) -> "_HashedFile | None":
+        """The file that a ledger row describes; None if the row is damaged."""
         fields = row if isinstance(row, dict) else {}
         samples, digests = fields.get("samples"), fields.get("tensors")
         if not isinstance(samples, str) or not isinstance(digests, dict):
             return None
-        is_whole = all(isinstance(digest, str) and len(digest) == 64 for digest in digests.values())
-        return cls(samples, digests) if is_whole else None
+        is_valid = all(isinstance(digest, str) and len(digest) == 64 for digest in digests.values())
+        return cls(samples, digests) if is_valid else None
 
 
 @dataclass(frozen=True)
 class _Sampled:
-    """What tells a file from another without reading all of it."""
+    """Identity of a file, without reading all of it."""
 
     stamp: str
     """Size, modification time in nanoseconds, inode."""
     modified_at: float
     samples: str
+    """SHA-256 of the sampled pieces."""
 
     @classmethod
     def of(cls, path: Path) -> "_Sampled":
@@ -164,19 +165,20 @@ class _Sampled:
 
 
 def _span(entry: TensorEntry) -> str:
+    """Byte range of a tensor in its file, as a ledger key."""
     return f"{entry.start}-{entry.stop}"
 
 
 def _digest(entry: TensorEntry) -> str:
-    """The sha256 of a tensor's bytes."""
-    digest, left = hashlib.sha256(), entry.stop - entry.start
-    block = memoryview(bytearray(min(_BLOCK_BYTES, max(1, left))))
+    """SHA-256 of a tensor's bytes."""
+    digest, remaining = hashlib.sha256(), entry.stop - entry.start
+    block = memoryview(bytearray(min(_BLOCK_BYTES, max(1, remaining))))
     with file_errors_reported(entry.file, AccessError, doing="read"), entry.file.open("rb", buffering=0) as file:
         file.seek(entry.start)
-        while left:
-            count = file.readinto(block[: min(left, len(block))])
+        while remaining:
+            count = file.readinto(block[: min(remaining, len(block))])
             if not count:
-                raise AccessError.of(f"{entry.file} ends early", "a file that is whole", "Get the file again.")
+                raise AccessError.of(f"{entry.file} ends early", "a complete file", "Get the file again.")
             digest.update(block[:count])
-            left -= count
+            remaining -= count
     return digest.hexdigest()

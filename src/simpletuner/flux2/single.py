@@ -134,26 +134,26 @@ def check_whole(file: Path, component: Component, flavour: Flavour, text_layers:
         )
 
 
-def text_spec_in(file: Path, own: TextSpec) -> TextSpec:
+def text_spec_in(file: Path, default: TextSpec) -> TextSpec:
     """The spec of the text encoder in a single file; see `text_from_tensors` for `own`.
 
     Raises:
         AccessError: its tensors are no text encoder's that we know.
     """
     try:
-        return text_from_tensors(shapes_in(file, "text_encoder"), own)
+        return text_from_tensors(shapes_in(file, "text_encoder"), default)
     except (KeyError, ValueError, ZeroDivisionError, IndexError) as error:
         raise _not_known(file, "text_encoder", error) from None
 
 
-def autoencoder_spec_in(file: Path, own: AutoencoderSpec) -> AutoencoderSpec:
+def autoencoder_spec_in(file: Path, default: AutoencoderSpec) -> AutoencoderSpec:
     """The spec of the VAE in a single file; see `autoencoder_from_tensors` for `own`.
 
     Raises:
         AccessError: its tensors are no VAE's of FLUX.2.
     """
     try:
-        return autoencoder_from_tensors(shapes_in(file, "vae"), own)
+        return autoencoder_from_tensors(shapes_in(file, "vae"), default)
     except (KeyError, ValueError, IndexError) as error:
         raise _not_known(file, "vae", error) from None
 

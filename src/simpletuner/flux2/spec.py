@@ -1,4 +1,4 @@
-"""The shapes of a FLUX.2, read from the configs and tensors of its files and written for diffusers."""
+"""Architecture specs of a FLUX.2: read from configs or tensor shapes, and written as configs for diffusers."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -9,8 +9,7 @@ from simpletuner.config.flavours import DEV, FLAVOURS, AutoencoderSpec, TextSpec
 TensorShape = tuple[int, ...]
 
 QWEN3_HEAD_DIM = 128
-"""Of a Qwen3 config that does not say it; it is not `hidden_size` divided by the heads."""
-
+"""Default head width of a Qwen3 config. It is not `hidden_size` divided by the number of heads."""
 
 _TRANSFORMER_KEYS = {
     "in_channels": "in_channels",
@@ -26,14 +25,14 @@ _TRANSFORMER_KEYS = {
     "eps": "eps",
     "guidance_embeds": "guidance_embeds",
 }
-"""Keys of diffusers' config, and the field of `TransformerSpec` that each is."""
+"""Field of `TransformerSpec` for each key of diffusers' config."""
 
 
 def transformer_from_diffusers(config: Mapping[str, Any]) -> TransformerSpec:
-    """The spec of a diffusers `transformer/config.json`; a missing key has diffusers' default (dev).
+    """The spec of a diffusers `transformer/config.json`; a missing key gets diffusers' default (dev).
 
     Raises:
-        ValueError: a configuration that is no FLUX.2 transformer we can run.
+        ValueError: the configuration is not a supported FLUX.2 transformer.
     """
     if config.get("patch_size", 1) != 1 or config.get("out_channels") not in (
         None,
@@ -44,25 +43,25 @@ def transformer_from_diffusers(config: Mapping[str, Any]) -> TransformerSpec:
     axes = tuple(config.get("axes_dims_rope", (32, 32, 32, 32)))
     if len(axes) != 4 or sum(axes) != head_dim or any(axis % 2 for axis in axes):
         raise ValueError(f"axes_dims_rope must be four even numbers with the sum {head_dim}, the attention_head_dim")
-    found = {own: config[key] for key, own in _TRANSFORMER_KEYS.items() if key in config} | {"axes": axes}
-    spec = replace(DEV, **found)
+    values = {field: config[key] for key, field in _TRANSFORMER_KEYS.items() if key in config} | {"axes": axes}
+    spec = replace(DEV, **values)
     return replace(spec, mlp_ratio=float(spec.mlp_ratio), theta=float(spec.theta))
 
 
 def transformer_to_diffusers(spec: TransformerSpec) -> dict[str, Any]:
     """The `transformer/config.json` from which diffusers builds this transformer."""
     head = {"_class_name": "Flux2Transformer2DModel", "patch_size": 1, "in_channels": spec.in_channels}
-    values = {key: getattr(spec, own) for key, own in _TRANSFORMER_KEYS.items()}
+    values = {key: getattr(spec, field) for key, field in _TRANSFORMER_KEYS.items()}
     return head | {"out_channels": None} | values | {"axes_dims_rope": list(spec.axes)}
 
 
 def transformer_from_tensors(shapes: Mapping[str, TensorShape]) -> TransformerSpec:
-    """The spec read off the tensor shapes of a single file, in diffusers' names.
+    """Infer the spec from the tensor shapes of a single file, in diffusers' names.
 
-    Shapes do not tell the rotary axes and theta: four equal axes and 2000, as every FLUX.2 has.
+    Shapes do not determine the rotary axes and theta. They get the values of every FLUX.2: four equal axes and 2000.
 
     Raises:
-        KeyError: a tensor that every FLUX.2 transformer has is not there.
+        KeyError: a tensor of every FLUX.2 transformer is missing.
     """
     hidden, in_channels = shapes["x_embedder.weight"]
     (head_dim,) = shapes["single_transformer_blocks.0.attn.norm_q.weight"]
@@ -82,12 +81,12 @@ def transformer_from_tensors(shapes: Mapping[str, TensorShape]) -> TransformerSp
 
 
 def _count(names: Mapping[str, object], group: str) -> int:
-    """How many numbered blocks `group` has."""
+    """Number of numbered blocks in `group`."""
     return len({name.split(".")[1] for name in names if name.startswith(group + ".")})
 
 
 def text_from_config(config: Mapping[str, Any]) -> TextSpec:
-    """Of a `text_encoder/config.json`, with or without a vision part around it."""
+    """The spec of a `text_encoder/config.json`, with or without an enclosing vision-language config."""
     text = config.get("text_config", config)
     is_qwen = text.get("model_type") == "qwen3"
     return TextSpec(
@@ -102,14 +101,14 @@ def text_from_config(config: Mapping[str, Any]) -> TextSpec:
     )
 
 
-def text_from_tensors(shapes: Mapping[str, TensorShape], own: TextSpec) -> TextSpec:
-    """The spec of a text encoder's language model, read off the shapes in the names of `text_encoder_name`.
+def text_from_tensors(shapes: Mapping[str, TensorShape], default: TextSpec) -> TextSpec:
+    """Infer the spec of a text encoder's language model from its shapes, in the names of `text_encoder_name`.
 
-    Shapes tell the width of a head only where heads have norms. Otherwise it is that of the flavour whose text encoder
-    has these shapes, else that of `own`.
+    Shapes determine the head width only if heads have norms. Otherwise it is that of the flavour whose text encoder has
+    these shapes, or else that of `default`.
 
     Raises:
-        KeyError: a tensor that every text encoder has is not there.
+        KeyError: a tensor of every text encoder is missing.
     """
     vocabulary, hidden = shapes["embed_tokens.weight"]
     inner = shapes["layers.0.mlp.gate_proj.weight"][0]
@@ -118,14 +117,14 @@ def text_from_tensors(shapes: Mapping[str, TensorShape], own: TextSpec) -> TextS
     widths = [each.text.encoder.head_dim for each in FLAVOURS.values()] if norm is None else []
     specs = [
         TextSpec(vocabulary, hidden, inner, queries // width, keys // width, width, norm is not None)
-        for width in (*widths, own.head_dim if norm is None else norm[0])
+        for width in (*widths, default.head_dim if norm is None else norm[0])
     ]
-    known = [flavour.text.encoder for flavour in FLAVOURS.values()]
-    return next((spec for spec in specs if spec in known), specs[-1])
+    flavours = [flavour.text.encoder for flavour in FLAVOURS.values()]
+    return next((spec for spec in specs if spec in flavours), specs[-1])
 
 
 def text_shapes(spec: TextSpec, layers: int) -> dict[str, TensorShape]:
-    """The shape of each tensor that the first `layers` of a text encoder need, in the names of `text_encoder_name`."""
+    """Tensor shapes of a text encoder's first `layers` layers and embedding, in the names of `text_encoder_name`."""
     linears = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
     of_layer: dict[str, TensorShape] = dict(zip(linears, spec.linears, strict=True))
     of_layer |= {f"{norm}_layernorm": (spec.hidden,) for norm in ("input", "post_attention")}
@@ -137,13 +136,14 @@ def text_shapes(spec: TextSpec, layers: int) -> dict[str, TensorShape]:
 
 
 def text_layer_count(names: Iterable[str]) -> int:
-    """How many layers a text encoder has, by its tensors' names as of `text_encoder_name`."""
+    """Number of layers of a text encoder, given its tensors' names as `text_encoder_name` returns them."""
     return len({name.split(".")[1] for name in names if name.startswith("layers.")})
 
 
 def text_to_config(spec: TextSpec, layers: int) -> dict[str, Any]:
-    """The `config.json` from which transformers builds this language model: all that shapes do not tell is as in the
-    Mistral-Small-3 of dev, or the Qwen3 of klein.
+    """The `config.json` from which transformers builds this language model.
+
+    Values that shapes do not determine are those of dev's Mistral-Small-3 or klein's Qwen3.
     """
     theta, eps, positions = (1e6, 1e-6, 40_960) if spec.has_head_norms else (1e9, 1e-5, 131_072)
     return {
@@ -165,7 +165,7 @@ def text_to_config(spec: TextSpec, layers: int) -> dict[str, Any]:
 
 
 def autoencoder_from_config(config: Mapping[str, Any]) -> AutoencoderSpec:
-    """Of a `vae/config.json`; a missing key has diffusers' default (dev)."""
+    """The spec of a `vae/config.json`; a missing key gets diffusers' default (dev)."""
     return AutoencoderSpec(
         channels=tuple(config.get("block_out_channels", AutoencoderSpec.channels)),
         blocks_per_level=config.get("layers_per_block", AutoencoderSpec.blocks_per_level),
@@ -176,13 +176,15 @@ def autoencoder_from_config(config: Mapping[str, Any]) -> AutoencoderSpec:
     )
 
 
-def autoencoder_from_tensors(shapes: Mapping[str, TensorShape], own: AutoencoderSpec) -> AutoencoderSpec:
-    """The spec of a VAE, read off the shapes in diffusers' names. Tile and norm groups, which shapes do not tell, are
-    those of the flavour whose VAE has an encoder of these shapes, else those of `own`.
+def autoencoder_from_tensors(shapes: Mapping[str, TensorShape], default: AutoencoderSpec) -> AutoencoderSpec:
+    """Infer the spec of a VAE from its shapes, in diffusers' names.
+
+    Shapes do not determine tile and norm groups: those are of the flavour whose encoder has these shapes, or else of
+    `default`.
 
     Raises:
-        KeyError: a tensor that every VAE has is not there.
-        ValueError: its two halves have other levels.
+        KeyError: a tensor of every VAE is missing.
+        ValueError: encoder and decoder have different numbers of levels.
     """
     channels: list[int] = []
     while (first := shapes.get(f"encoder.down_blocks.{len(channels)}.resnets.0.conv1.weight")) is not None:
@@ -190,16 +192,16 @@ def autoencoder_from_tensors(shapes: Mapping[str, TensorShape], own: Autoencoder
     blocks = {name.split(".")[4] for name in shapes if name.startswith("encoder.down_blocks.0.resnets.")}
     decoder = decoder_channels(shapes)
     if len(decoder) != len(channels):
-        raise ValueError(f"{len(channels)} levels of an encoder and {len(decoder)} of a decoder")
-    found = AutoencoderSpec(
+        raise ValueError(f"{len(channels)} encoder levels and {len(decoder)} decoder levels")
+    inferred = AutoencoderSpec(
         channels=tuple(channels),
         blocks_per_level=len(blocks),
         latent_channels=shapes["quant_conv.weight"][0] // 2,
         decoder_channels=decoder if decoder != tuple(channels) else None,
     )
-    usual = [own, *(each.autoencoder for each in FLAVOURS.values())]
-    like = next((each for each in usual if each.channels == found.channels), own)
-    return replace(found, tile=like.tile, norm_groups=like.norm_groups)
+    candidates = [default, *(each.autoencoder for each in FLAVOURS.values())]
+    similar = next((each for each in candidates if each.channels == inferred.channels), default)
+    return replace(inferred, tile=similar.tile, norm_groups=similar.norm_groups)
 
 
 def autoencoder_to_config(spec: AutoencoderSpec) -> dict[str, Any]:
@@ -228,51 +230,52 @@ def autoencoder_to_config(spec: AutoencoderSpec) -> dict[str, Any]:
 
 
 def decoder_channels(shapes: Mapping[str, TensorShape]) -> tuple[int, ...]:
-    """Channels of a VAE's decoder, as in its config, read off the shapes in diffusers' names; empty where there is no
-    decoder under these names."""
-    found: list[int] = []
-    while (first := shapes.get(f"decoder.up_blocks.{len(found)}.resnets.0.conv1.weight")) is not None:
-        found.append(first[0])
-    return tuple(reversed(found))
+    """Infer the channels of a VAE's decoder from its shapes, in diffusers' names; in the order of its config. Empty if
+    no tensor has such a name."""
+    channels: list[int] = []
+    while (first := shapes.get(f"decoder.up_blocks.{len(channels)}.resnets.0.conv1.weight")) is not None:
+        channels.append(first[0])
+    return tuple(reversed(channels))
 
 
 def encoder_shapes(spec: AutoencoderSpec) -> list[TensorShape]:
-    """The shape of each parameter that encoding needs. The batch norm has none."""
+    """Shapes of all parameters of a VAE's encoding half. Its batch norm has no parameters."""
     first, last, latent = spec.channels[0], spec.channels[-1], 2 * spec.latent_channels
     ends = [*_linear(first, 3, 3, 3), *_norm(last), *_linear(latent, last, 3, 3), *_linear(latent, latent, 1, 1)]
-    return [*ends, *_inside(spec.channels[-1], spec.channels, spec.blocks_per_level)]
+    return [*ends, *_levels(spec.channels[-1], spec.channels, spec.blocks_per_level)]
 
 
 def decoder_shapes(spec: AutoencoderSpec) -> list[TensorShape]:
-    """The same of decoding."""
+    """Shapes of all parameters of a VAE's decoding half."""
     channels = spec.decoder_channels or spec.channels
     first, last, latent = channels[0], channels[-1], spec.latent_channels
     ends = [*_linear(latent, latent, 1, 1), *_linear(last, latent, 3, 3), *_norm(first), *_linear(3, first, 3, 3)]
-    return [*ends, *_inside(last, channels[::-1], spec.blocks_per_level + 1)]
+    return [*ends, *_levels(last, channels[::-1], spec.blocks_per_level + 1)]
 
 
-def _inside(last: int, levels: tuple[int, ...], blocks: int) -> list[TensorShape]:
-    """Of the middle, `last` channels wide, and of the levels in the order in which they run."""
+def _levels(last: int, levels: tuple[int, ...], blocks: int) -> list[TensorShape]:
+    """Shapes of the middle block, which has `last` channels, and of the levels in execution order."""
     attention = [*_norm(last), *_linear(last, last) * 4]
-    found = [*_residual(last, last), *attention, *_residual(last, last)]
-    before = levels[0]
+    shapes = [*_residual(last, last), *attention, *_residual(last, last)]
+    previous = levels[0]
     for level, width in enumerate(levels):
-        found += [*_residual(before, width), *_residual(width, width) * (blocks - 1)]
-        found += _linear(width, width, 3, 3) if level < len(levels) - 1 else []
-        before = width
-    return found
+        shapes += [*_residual(previous, width), *_residual(width, width) * (blocks - 1)]
+        shapes += _linear(width, width, 3, 3) if level < len(levels) - 1 else []
+        previous = width
+    return shapes
 
 
 def _norm(width: int) -> list[TensorShape]:
+    """Weight and bias of a norm."""
     return [(width,), (width,)]
 
 
 def _linear(*shape: int) -> list[TensorShape]:
-    """A matrix or convolution with its bias."""
+    """Weight and bias of a Linear or convolution."""
     return [shape, shape[:1]]
 
 
-def _residual(before: int, width: int) -> list[TensorShape]:
-    """A residual block; a change of width takes one more convolution."""
-    both = [*_norm(before), *_linear(width, before, 3, 3), *_norm(width), *_linear(width, width, 3, 3)]
-    return both if before == width else [*both, *_linear(width, before, 1, 1)]
+def _residual(inputs: int, width: int) -> list[TensorShape]:
+    """A residual block, with a shortcut convolution if the width changes."""
+    shapes = [*_norm(inputs), *_linear(width, inputs, 3, 3), *_norm(width), *_linear(width, width, 3, 3)]
+    return shapes if inputs == width else [*shapes, *_linear(width, inputs, 1, 1)]

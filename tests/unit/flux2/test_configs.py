@@ -62,9 +62,9 @@ def test_every_field_of_a_config_may_be_wrong(component: Component, tiny_folder:
     ("name", "text", "message"),
     [
         ("transformer/config.json", "", "config.json is empty"),
-        ("vae/config.json", '{"_class_name": "Auto', r"vae/config\.json is no JSON, line 1: Unterminated"),
-        ("vae/config.json", "[" * 100_000, r"is no JSON"),
-        ("vae/config.json", b"\xff\xfe{\0}\0", r"is no JSON"),
+        ("vae/config.json", '{"_class_name": "Auto', r"vae/config\.json is not JSON, line 1: Unterminated"),
+        ("vae/config.json", "[" * 100_000, r"is not JSON"),
+        ("vae/config.json", b"\xff\xfe{\0}\0", r"is not JSON"),
         ("text_encoder/config.json", "[1, 2]", r"holds \[1, 2\]: expected a JSON object"),
         (
             "text_encoder/config.json",
@@ -74,7 +74,7 @@ def test_every_field_of_a_config_may_be_wrong(component: Component, tiny_folder:
         ("text_encoder/config.json", '{"model_type": "mistral3", "text_config": {}}', "has no hidden_size: expected a"),
         ("tokenizer/tokenizer.json", "{}", "has no vocabulary"),
         ("tokenizer/tokenizer_config.json", "null", "tokenizer_config.json holds null: expected a JSON object"),
-        ("tokenizer/chat_template.jinja", b"\xff\xff", "no UTF-8 text"),
+        ("tokenizer/chat_template.jinja", b"\xff\xff", "not UTF-8 text"),
     ],
 )
 def test_a_damaged_file_is_named(repository: Path, name: str, text: str | bytes, message: str) -> None:
@@ -99,7 +99,7 @@ def test_an_index_names_files_beside_it_only(repository: Path, shard: object) ->
         (place / "x.safetensors").write_bytes(b"not to be opened")
     (repository / "text_encoder/model.safetensors").unlink()
     replace(repository / INDEX, json.dumps({"weight_map": {"model.embed_tokens.weight": shard}}))
-    with pytest.raises(AccessError, match=r"index\.json looks for model\.embed_tokens\.weight in .*beside it"):
+    with pytest.raises(AccessError, match=r"index\.json maps model\.embed_tokens\.weight to .*in the same folder"):
         found_in(repository)
 
 

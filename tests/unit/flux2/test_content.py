@@ -131,7 +131,7 @@ def test_a_ledger_that_cannot_be_written_is_said_and_costs_nothing_else(weights:
     assert found == hashes(weights, None)
     assert len(told) == 1
     assert told[0].startswith(
-        "The base model's hashes are not kept, and are made again at the next start: cannot write"
+        "The base model's hashes cannot be stored, so the next run computes them again: cannot write"
     )
 
 
