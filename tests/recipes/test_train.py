@@ -382,7 +382,7 @@ def test_a_mistake_that_a_header_tells_ends_the_run_before_anything_is_encoded(
         (
             "--pretrained_transformer_model_name_or_path=part.safetensors",
             4,
-            "part.safetensors: missing or of another shape (1)",
+            "part.safetensors: tensors are missing or have another shape (1)",
         ),
         ("--init_lora=nan.safetensors", 6, "nan.safetensors: NaN or infinite numbers in 1 of 1 layers"),
         ("--init_lora=other.safetensors", 6, "other.safetensors does not fit this model, tiny: 1 of 1 layers"),

@@ -1,4 +1,4 @@
-"""FLUX.2's parts as the options ask for them: which precision, on which device, resident or streamed."""
+"""Load FLUX.2's components as the options configure them: precision, device, resident or streamed."""
 
 from collections.abc import Callable
 from functools import partial
@@ -36,19 +36,21 @@ from simpletuner.memory.shard import Sharding
 
 
 def check_precisions(options: PrecisionOptions, device: torch.device) -> None:
-    """Raise a ConfigError where `device` cannot run a precision that `options` asks for."""
+    """Raise a ConfigError if `device` does not support a precision in `options`."""
     check_precision(options.base_model_precision, device, "base_model_precision")
     check_precision(options.text_encoder_1_precision, device, "text_encoder_1_precision")
 
 
 def quantized_on(options: PrecisionOptions, device: torch.device) -> torch.device:
-    """Where weights are quantized for `device`."""
+    """The device on which weights for `device` are quantized."""
     return device if options.quantize_via == "accelerator" else torch.device("cpu")
 
 
 def text_codec(model: ModelOptions, precision: PrecisionOptions, source: Source, *, whole: bool = False) -> TextCodec:
-    """How the contexts of this text encoder are stored; its key names all options that change one of them, and its
-    weights, `whole` or not (`Source.fingerprint`).
+    """The storage format of this text encoder's contexts.
+
+    Its key identifies the encoder's weights, `whole` or sampled (`Source.fingerprint`), and all options that change a
+    context.
     """
     side, dtype = source.flavour.text.padding_side, DTYPES[precision.text_dtype]
     key = text_encoder_id(
@@ -65,12 +67,11 @@ def text_codec(model: ModelOptions, precision: PrecisionOptions, source: Source,
 
 
 def check_trainable(model: ModelOptions, lora: LoraOptions, source: Source) -> None:
-    """Raise what loading what is trained would raise, as far as headers and `init_lora` tell: no weight of the base is
-    read.
+    """Check that the trainable parameters can be loaded, from file headers and `init_lora`. Reads no base weights.
 
     Raises:
         AccessError: the transformer's tensors are not those of a FLUX.2.
-        ConfigError: the target matches no layer.
+        ConfigError: the LoRA target matches no layer.
         CheckpointError: `init_lora` cannot be read or does not fit.
     """
     skeleton = checked_skeleton(source)
@@ -83,8 +84,10 @@ def check_trainable(model: ModelOptions, lora: LoraOptions, source: Source) -> N
 
 
 def landing(options: OffloadOptions, spec: TransformerSpec, device: torch.device) -> Callable[[str], torch.device]:
-    """Where the tensor of a name is loaded to: on `device`, or in host memory where its block is streamed, since all
-    blocks together need not fit on the accelerator.
+    """Return a function from a tensor's name to the device to load it to.
+
+    That is the CPU for tensors of streamed blocks, since all blocks together may not fit on the accelerator, and
+    `device` for all others.
     """
     resident = resident_indices(spec, options.resident_blocks or 0)
 
@@ -99,7 +102,7 @@ def landing(options: OffloadOptions, spec: TransformerSpec, device: torch.device
 def open_autoencoder(
     model: ModelOptions, offload: OffloadOptions, source: Source, device: torch.device, half: Half
 ) -> Autoencoder:
-    """The `half` of the autoencoder that is wanted, on `device` or streamed to it.
+    """Load `half` of the autoencoder, on `device` or streamed to it.
 
     Raises:
         AccessError: it cannot be loaded.
@@ -127,14 +130,15 @@ def open_text_encoder(
     say: Callable[[str], None],
     sharing: int = 1,
 ) -> TextEncoder:
-    """The text encoder in the mode that is asked for; what `auto` takes, and why, is said in a line.
+    """Load the text encoder, resident or streamed. `say` gets the choice that mode `auto` makes, and the reason.
 
-    `folder` is where a streamed encoder puts states that do not stay in memory; `sharing` is how many processes load
-    one into the same memory.
+    Args:
+        folder: where a streamed encoder stores hidden states that do not stay in memory.
+        sharing: how many processes load a text encoder into the same memory.
 
     Raises:
         AccessError: it cannot be loaded.
-        ConfigError: it has fewer layers than are asked for, or the context has no room for the template.
+        ConfigError: it has fewer layers than the options use, or the context is too short for the template.
     """
     dtype, layers = DTYPES[precision.text_dtype], source.text_layers
     length, fix_regex = source.text_length, model.tokenizer_fix_regex
@@ -146,10 +150,12 @@ def open_text_encoder(
         needed = sum(resident_text_bytes(text, layers, tokens=tokens, precision=name, dtype=dtype))
         free = free_memory_bytes(device) // sharing
         mode = "resident" if needed <= free else "streamed"
-        each = f" for each of {sharing} processes" if sharing > 1 else ""
-        memory = f"{format_size(free)} of memory {'on the GPU ' if device.type == 'cuda' else ''}are free{each}"
-        how = "resident: it" if mode == "resident" else "streamed, one layer at a time: resident it"
-        say(f"Text encoder {how} takes up to {format_size(needed)}, {memory}.")
+        per_process = f" for each of {sharing} processes" if sharing > 1 else ""
+        memory = f"{format_size(free)} of memory {'on the GPU ' if device.type == 'cuda' else ''}is free{per_process}"
+        choice = (
+            "resident: it needs" if mode == "resident" else "streamed, one layer at a time: resident, it would need"
+        )
+        say(f"The text encoder is {choice} up to {format_size(needed)}; {memory}.")
     load = partial(stream_text_encoder, folder=folder) if mode == "streamed" else load_text_encoder
     via = quantized_on(precision, device)
     return load(source, dtype, device, layers=layers, max_length=length, fix_regex=fix_regex, precision=name, via=via)
@@ -164,13 +170,14 @@ def load_base(
     report: Callable[[str], None],
     sharding: Sharding | None = None,
 ) -> Flux2Transformer:
-    """The frozen transformer as `options` have it, on the device that `offload` asks for, or sharded. `report` gets a
-    sentence if the quantized one on the disk cannot be used.
+    """Load the frozen transformer in the precision of `options`, on the devices that `offload` selects, or sharded.
+
+    `report` gets a sentence if a cached quantized base cannot be used.
 
     Raises:
         AccessError: it cannot be loaded.
-        ConfigError: its shapes do not suit the precision.
-        DiskError: no space to keep it.
+        ConfigError: the precision does not support its shapes.
+        DiskError: no space to cache the quantized base.
     """
     folder = options.base_model_cache_dir
     return load_transformer(

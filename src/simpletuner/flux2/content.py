@@ -106,7 +106,7 @@ class ContentHashes:
         return {stamp: file for stamp, file in read.items() if file is not None}
 
     def _update_ledger(self, files: Mapping[str, "_HashedFile"]) -> None:
-        """Add `files` to the ledger. If two processes write it, the last write wins; the other files are hashed again."""
+        """Add `files` to the ledger. Of two writers the last one wins; the other's files are hashed again."""
         if self.ledger is None or not files:
             return
         ledger = self._read_ledger()

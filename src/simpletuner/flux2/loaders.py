@@ -1,6 +1,4 @@
-"""What diffusers and ComfyUI make of an adapter file as it lies, known from its keys: as diffusers 0.42 and ComfyUI
-0.19 read them.
-"""
+"""Predict how diffusers 0.42 and ComfyUI 0.19 load an adapter file, from its keys."""
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -32,7 +30,7 @@ _COMFYUI_SUFFIXES = (
     ".lokr_w1_b",
     ".hada_w1_b",
 )
-"""What follows a Linear's name in the keys that ComfyUI reads: one tensor of each kind and spelling of an adapter."""
+"""Key suffixes by which ComfyUI recognizes an adapter: one tensor of each kind and spelling."""
 
 _OUTER_MODULATIONS = (
     "double_stream_modulation_img.linear",
@@ -45,16 +43,16 @@ _LAST = "norm_out.linear"
 
 @dataclass(frozen=True)
 class LoaderVerdict:
-    """What a loader makes of a file."""
+    """How a loader handles a file."""
 
     refusal: str = ""
-    """Why it loads nothing; empty where it loads."""
+    """Why it loads nothing; empty if it loads the file."""
     unknown: str = ""
-    """Why it cannot be said what it loads; empty where the other fields say it."""
+    """Why its behavior cannot be predicted; empty if the other fields describe it."""
     dropped: tuple[str, ...] = ()
-    """Linears, by diffusers' names, that it leaves out, at most with a line in its log."""
+    """Linears, by diffusers' names, that it skips, silently or with a line in its log."""
     wrong: tuple[str, ...] = ()
-    """Linears to which it applies something else than was trained."""
+    """Linears to which it applies another delta than was trained."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class _KeyStyle:
     prefix: str
     is_bfl: bool
     sides: str
-    """Of the two matrices' suffixes: "peft", "old", "kohya", "linear_layer", "lokr", "loha" or "other"."""
+    """Spelling of the two matrices' suffixes: "peft", "old", "kohya", "linear_layer", "lokr", "loha" or "other"."""
     has_alpha: bool
     is_hunyuan: bool
 
@@ -76,18 +74,18 @@ def loader_verdicts(
     unread: Mapping[str, str] = MappingProxyType({}),
     header_scaled: Collection[str] = (),
 ) -> dict[AdapterLoader, LoaderVerdict]:
-    """What each loader makes of a file with `keys`, all of one adapter, that adapts `modules` (diffusers' names).
+    """The verdict of each loader on a file with `keys`, all of one adapter, that adapts `modules` (diffusers' names).
 
     Args:
-        unread: the file's other keys, each with what it is, as in `AdapterFile.unread`.
-        header_scaled: those of `modules` whose scale the header alone has, as in `AdapterFile.header_scaled`.
+        unread: the file's other keys and their kinds, as in `AdapterFile.unread`.
+        header_scaled: those of `modules` whose scale is only in the header, as in `AdapterFile.header_scaled`.
     """
     keys, modules = list(keys), list(modules)
     return {"diffusers": _diffusers(keys, modules, unread), "ComfyUI": _comfyui(keys, modules, header_scaled)}
 
 
 def _style(keys: list[str]) -> _KeyStyle | None:
-    """How `keys` are spelled; None where they are spelled in several ways."""
+    """The spelling of `keys`; None if they mix several spellings."""
     spellings = set()
     is_bfl = False
     for key in keys:
@@ -103,6 +101,7 @@ def _style(keys: list[str]) -> _KeyStyle | None:
 
 
 def _sides(key: str) -> str:
+    """The spelling of a key's matrix suffix, as in `_KeyStyle.sides`."""
     spellings = {"peft": _PEFT, "old": _OLD_DIFFUSERS, "kohya": _KOHYA, "linear_layer": _LINEAR_LAYER}
     for name, endings in spellings.items():
         if key.endswith(endings):
@@ -112,21 +111,21 @@ def _sides(key: str) -> str:
 
 
 def _comfyui(keys: Iterable[str], modules: list[str], header_scaled: Collection[str]) -> LoaderVerdict:
-    """It looks every key up in a list of names, and reads no header."""
+    """ComfyUI looks up each key in a list of names and ignores the header."""
     keys = set(keys)
     dropped = tuple(
         name
         for name in modules
-        if keys.isdisjoint(known + suffix for known in _comfyui_names(name) for suffix in _COMFYUI_SUFFIXES)
+        if keys.isdisjoint(module + suffix for module in _comfyui_names(name) for suffix in _COMFYUI_SUFFIXES)
     )
     if len(dropped) == len(modules):
-        return LoaderVerdict("it knows none of these names")
+        return LoaderVerdict("it knows none of the file's names")
     wrong = tuple(name for name in modules if name in header_scaled and name not in dropped)
     return LoaderVerdict(dropped=dropped, wrong=wrong)
 
 
 def _comfyui_names(module: str) -> Iterator[str]:
-    """The names under which ComfyUI's list has a Linear (`module` in diffusers' names)."""
+    """Names of a Linear in ComfyUI's list (`module` in diffusers' names)."""
     bfl = to_bfl(module)
     if bfl is not None:
         yield f"diffusion_model.{bfl.name}"
@@ -137,27 +136,27 @@ def _comfyui_names(module: str) -> Iterator[str]:
 
 
 def _diffusers(keys: list[str], modules: list[str], unread: Mapping[str, str]) -> LoaderVerdict:
-    """It converts whole files, by what some of their keys begin with."""
+    """diffusers converts whole files; the prefixes of some keys select the conversion."""
     style = _style(keys)
     if style is None:
         return LoaderVerdict(
-            unknown="it reads a file by what some of its keys begin with, and this one mixes several layouts"
+            unknown="the prefixes of some keys decide how it reads a file, and this file mixes several layouts"
         )
     verdict = _diffusers_alone(style, modules)
     refused = None if verdict.refusal or verdict.unknown else _refused_key(style, unread)
-    return verdict if refused is None else LoaderVerdict(f"it takes no file with a key such as {refused}")
+    return verdict if refused is None else LoaderVerdict(f"it rejects files with a key such as {refused}")
 
 
 def _refused_key(style: _KeyStyle, unread: Mapping[str, str]) -> str | None:
-    """The first of the `unread` keys with which diffusers loads none of the file; None where it does."""
-    if style.sides == "kohya":  # It leaves out the keys that it does not know.
+    """The first `unread` key that makes diffusers reject the whole file; None if there is none."""
+    if style.sides == "kohya":  # It skips unknown keys.
         return None
     for key, kind in unread.items():
-        if key.endswith(_KOHYA):  # It takes the whole file for one of kohya's.
+        if key.endswith(_KOHYA):  # It treats the whole file as kohya's.
             is_accepted = False
         elif style.prefix == "transformer.":
             is_accepted = any(word in key for word in ("lora", "lokr", "dora_scale"))
-        else:  # It converts the names that it knows. It removes dora_scale before, so a DoRA loads as a LoRA.
+        else:  # It converts known names. It removes dora_scale first, so a DoRA loads as a LoRA.
             is_accepted = kind == "dora" and "magnitude" not in key
         if not is_accepted:
             return key
@@ -165,9 +164,9 @@ def _refused_key(style: _KeyStyle, unread: Mapping[str, str]) -> str | None:
 
 
 def _diffusers_alone(style: _KeyStyle, modules: list[str]) -> LoaderVerdict:
-    """What it makes of a file that holds nothing but the adapter."""
-    no_layers = LoaderVerdict("it warns that the file has no layers for its model, and goes on without them")
-    refused = LoaderVerdict("it refuses the file as an invalid adapter")
+    """The verdict on a file that holds only the adapter."""
+    no_layers = LoaderVerdict("it warns that the file has no layers for the model, and continues without the adapter")
+    refused = LoaderVerdict("it rejects the file as an invalid adapter")
     if style.sides == "loha":
         return LoaderVerdict("it cannot read LoHa")
     if style.is_hunyuan:
@@ -183,15 +182,15 @@ def _diffusers_alone(style: _KeyStyle, modules: list[str]) -> LoaderVerdict:
             if style.sides not in ("peft", "lokr"):
                 return no_layers if style.sides == "kohya" else refused
             if style.has_alpha and style.sides != "lokr":
-                return LoaderVerdict("it refuses the file's alpha keys")
+                return LoaderVerdict("it rejects the file's alpha keys")
             return LoaderVerdict(wrong=(_LAST,) if _LAST in outer else ())
         return refused if style.has_alpha and style.prefix == "" else no_layers
     if style.prefix == "transformer." and style.sides in ("peft", "old", "lokr"):
-        return LoaderVerdict("it refuses the file's alpha keys") if style.has_alpha else LoaderVerdict()
+        return LoaderVerdict("it rejects the file's alpha keys") if style.has_alpha else LoaderVerdict()
     if style.prefix == "transformer." and style.sides == "linear_layer":
         return refused
     if style.prefix == "transformer." and style.sides == "other":
-        return LoaderVerdict(unknown="of keys that end so, it reads those that old files of its own had")
+        return LoaderVerdict(unknown="of keys with these suffixes, it reads only those of its own old files")
     if style.sides == "lokr":
         if style.prefix == "":
             return LoaderVerdict()

@@ -1,6 +1,6 @@
-"""Transformers as files: what diffusers loads as it lies, and the whole pipeline around it.
+"""Save and read transformers as diffusers loads them, and the complete pipeline around them.
 
-Tensors keep diffusers' names, so nothing is renamed on the way.
+Tensors keep diffusers' names throughout.
 """
 
 import contextlib
@@ -30,12 +30,12 @@ TRANSFORMER_FOLDER = "transformer"
 WEIGHTS_STEM = "diffusion_pytorch_model"
 WEIGHTS_NAME = f"{WEIGHTS_STEM}.safetensors"
 INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
-"""Beside weights in several files: which file has which tensor."""
+"""Maps tensors to files if the weights are in several files."""
 PIPELINE_INDEX = "model_index.json"
 _BATCHES = "bn.num_batches_tracked"
-"""Which BFL's file of a VAE may lack: nothing reads it."""
+"""BFL's VAE files may lack this tensor. Nothing reads it."""
 COPIED_BYTES = 2**20
-"""Files up to this size are copied into a model's folder, larger ones linked."""
+"""Files up to this size are copied into a model folder; larger files are linked."""
 
 
 def save_transformer(
@@ -46,11 +46,11 @@ def save_transformer(
     metadata: Mapping[str, str],
     dtype: torch.dtype,
 ) -> None:
-    """Write config and weights of a transformer into `folder` and compare what the disk gives back.
+    """Write a transformer's config and weights into `folder`, read the weights back and compare them.
 
     Args:
         metadata: fields of `export.HEADER_FIELDS`.
-        dtype: the type of the file's tensors.
+        dtype: dtype of the tensors in the file.
 
     Raises:
         DiskError: no space, or the file reads back differently.
@@ -71,14 +71,17 @@ def save_transformer_shares(
     metadata: Mapping[str, str],
     dtype: torch.dtype,
 ) -> dict[str, str]:
-    """`save_transformer` by all ranks, each of which writes a file; rank 0 also writes their index, as diffusers reads
-    it. Returns the SHA-256 of this rank's file, by its name.
+    """Like `save_transformer`, but each rank writes one file. Rank 0 also writes the index that diffusers reads.
+
+    Returns the SHA-256 of this rank's file, by its name.
 
     Raises:
         OSError, DiskError: as `write_shares`.
     """
     if world.rank < world.writing_ranks:
-        with contextlib.suppress(OSError):  # a file fails in it too, once this rank has taken part in the gathers
+        with contextlib.suppress(
+            OSError
+        ):  # writing a file fails too, but only after this rank has taken part in the gathers
             folder.mkdir(parents=True, exist_ok=True)
     hashes, files = write_shares(folder, WEIGHTS_STEM, tensors, header_of(metadata), world, dtype)
     if world.is_main:
@@ -93,7 +96,7 @@ def read_transformer(folder: Path) -> dict[str, Tensor]:
     """The tensors that `save_transformer` or `save_transformer_shares` wrote.
 
     Raises:
-        CheckpointError: no such file, or damaged.
+        CheckpointError: the file is missing or damaged.
     """
     try:
         return load_shares(folder, WEIGHTS_STEM)
@@ -102,28 +105,28 @@ def read_transformer(folder: Path) -> dict[str, Tensor]:
 
 
 def save_pipeline(folder: Path, transformer: Path, source: Source) -> str | None:
-    """Put a model around a saved transformer: `folder` then appears whole, in place of what was there.
+    """Write a diffusers pipeline around a saved transformer. `folder` appears only when complete, and replaces an existing one.
 
-    It holds the files of `transformer`, and of `source` all else that makes a diffusers pipeline: small files as
-    copies, large ones as hard links, or, from another disk, as symbolic links.
+    It holds the files of `transformer` and, from `source`, all other files of a diffusers pipeline: small files as
+    copies, large files as hard links, or as symbolic links if they are on another disk.
 
     Returns:
-        Why it holds the transformer alone, or None where it is a whole pipeline.
+        Why `folder` holds only the transformer; None if it is a complete pipeline.
 
     Raises:
         DiskError: no space.
     """
     part, old = folder.with_name(f".tmp-{folder.name}"), folder.with_name(f".tmp-old-{folder.name}")
     with file_errors_reported(folder):
-        for left in (part, old):
-            shutil.rmtree(left, ignore_errors=True)
+        for leftover in (part, old):
+            shutil.rmtree(leftover, ignore_errors=True)
         part.mkdir(parents=True)
         (part / TRANSFORMER_FOLDER).mkdir()
         for file in _files_of(transformer):
             link_or_copy(file, part / TRANSFORMER_FOLDER / file.name)
-        reason = _lacking(source)
+        reason = _incomplete(source)
         if reason is None:
-            _add_the_rest(part, source)
+            _add_components(part, source)
         sync_directory(part)
         if folder.exists():
             os.replace(folder, old)
@@ -133,33 +136,33 @@ def save_pipeline(folder: Path, transformer: Path, source: Source) -> str | None
     return reason
 
 
-def _lacking(source: Source) -> str | None:
-    """Why no whole pipeline can be made of what is on this disk."""
+def _incomplete(source: Source) -> str | None:
+    """Why the files on this disk do not form a complete pipeline; None if they do."""
     base = source.pipeline
     if base is None:
-        return f"of {source.name} only what training needs was downloaded"
+        return f"only the files of {source.name} that training needs were downloaded"
     if not (base / PIPELINE_INDEX).is_file() or not (base / "scheduler").is_dir():
-        return f"{base} is no whole pipeline"
+        return f"{base} is not a complete pipeline"
     encoder_files = source.text_encoder.files
     encoder = encoder_files[0].parent
     index = encoder / "model.safetensors.index.json"
-    own = base / "text_encoder" / "config.json"
+    config = base / "text_encoder" / "config.json"
     try:
         shards = read_index(index).values() if index.is_file() else ()
-        architectures = read_object(own).get("architectures") if own.is_file() else None
-    except AccessError as error:  # of a file that training does not need
+        architectures = read_object(config).get("architectures") if config.is_file() else None
+    except AccessError as error:  # in a file that training does not need
         return error.problems[0].found
     if not all((encoder / shard).is_file() for shard in shards):
-        return "the text encoder's last layers, which training does not need, are not here"
+        return "the text encoder's last layers, which training does not need, are not on this disk"
     if not (encoder / "config.json").is_file() or not all(file.name.startswith("model") for file in encoder_files):
-        return f"its text encoder came as the single file {encoder_files[0].name}, not in a folder of diffusers'"
-    if not own.is_file() or architectures != (source.text_encoder.config or {}).get("architectures"):
-        return f"its text encoder is of another kind than that of {base}"
+        return f"its text encoder is the single file {encoder_files[0].name}, not a diffusers folder"
+    if not config.is_file() or architectures != (source.text_encoder.config or {}).get("architectures"):
+        return f"its text encoder has another architecture than that of {base}"
     return None
 
 
-def _add_the_rest(part: Path, source: Source) -> None:
-    """The pipeline's other components, each from where the run had it."""
+def _add_components(part: Path, source: Source) -> None:
+    """Add the pipeline's other components, each from the folder that the run used."""
     assert source.pipeline is not None
     shutil.copyfile(source.pipeline / PIPELINE_INDEX, part / PIPELINE_INDEX)
     folders = {
@@ -175,7 +178,7 @@ def _add_the_rest(part: Path, source: Source) -> None:
 
 
 def _add_vae(part: Path, source: Source) -> None:
-    """The VAE, which may have been a single file, or have lain at a repository's root beside other weights."""
+    """Add the VAE, which may come from a single file, or from a repository's root with other weights."""
     part.mkdir()
     files, config = source.vae.files, part / "config.json"
     folder = files[0].parent
@@ -187,7 +190,7 @@ def _add_vae(part: Path, source: Source) -> None:
         if tensors.keys() == read_headers(files).keys():
             for file in files:
                 _add(file, part / (WEIGHTS_NAME if len(files) == 1 else file.name))
-        else:  # under other names, or among other components
+        else:  # other tensor names, or other components in the file
             bn = {_BATCHES: torch.zeros((), dtype=torch.int64)}
             save_tensors(part / WEIGHTS_NAME, bn | {name: read() for name, read in tensors.items()}, {"format": "pt"})
     if not config.exists() or read_object(config) != source.vae.config:
@@ -195,6 +198,7 @@ def _add_vae(part: Path, source: Source) -> None:
 
 
 def _files_of(folder: Path) -> list[Path]:
+    """Files in `folder`, hidden ones left out, sorted by name."""
     return [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".")]
 
 
@@ -206,5 +210,5 @@ def _add(file: Path, target: Path) -> None:
     file = file.resolve()
     try:
         os.link(file, target)
-    except OSError:  # another disk, a file of somebody else's, or a file system without hard links
+    except OSError:  # another disk, another user's file, or a file system without hard links
         target.symlink_to(file)

@@ -1,4 +1,4 @@
-"""Single files of weights: which components one holds, and the configs that lie beside none of them."""
+"""Single weight files: find out which components a file holds, and infer the configs that such files lack."""
 
 import contextlib
 import functools
@@ -36,61 +36,62 @@ COMPONENTS: Mapping[Component, str] = {
     "vae": "VAE",
     "text_encoder": "text encoder",
 }
-"""What people call each component."""
-_TOLD_BY: Mapping[Component, tuple[str, ...]] = {
+"""Display name of each component."""
+_MARKERS: Mapping[Component, tuple[str, ...]] = {
     "transformer": ("double_stream_modulation_img.linear.weight",),
     "vae": ("encoder.conv_in.weight", "decoder.conv_in.weight"),
     "text_encoder": ("embed_tokens.weight",),
 }
-"""Tensors of which one, in the names that we load, tells that a file holds a component."""
+"""A file holds a component if it has one of these tensors, in our names."""
 
 
 def renaming_of(component: Component, names: Sequence[str]) -> TensorRenaming:
-    """How to read a file that holds `component` with tensors `names`, prefixes of the container taken off."""
+    """The renaming of a file that holds `component` with tensors `names`, without the prefixes of its container."""
     if component == "text_encoder":
         return text_encoder_renaming()
     return (transformer_renaming if component == "transformer" else vae_renaming)(names)
 
 
 def single_files(options: ModelOptions) -> dict[Component, Path]:
-    """The single file that each component comes from, as `options` name them, if it is on this disk; those that come
-    from a folder or the Hub are left out. A base model's file has the transformer, and what else it holds.
+    """Local single files that `options` name, by component. Components from a folder or the Hub are left out.
+
+    The base model's file provides the transformer and every other component that it holds.
 
     Raises:
-        AccessError: a file is damaged, or in a format that cannot be read.
+        AccessError: a file is damaged, or in an unsupported format.
     """
     base = options.pretrained_model_name_or_path
-    own: Mapping[Component, str | None] = {
+    overrides: Mapping[Component, str | None] = {
         "transformer": options.pretrained_transformer_model_name_or_path,
         "vae": options.pretrained_vae_model_name_or_path,
         "text_encoder": options.pretrained_text_encoder_model_name_or_path,
     }
-    found: dict[Component, Path] = {}
-    for component, asked in own.items():
-        name = asked or base
+    files: dict[Component, Path] = {}
+    for component, override in overrides.items():
+        name = override or base
         file = Path(with_home(name)) if name is not None and is_weight_file(name) else None
         if file is None or not file.is_file():
             continue
-        if asked is not None or component == "transformer" or shapes_in(file, component):
-            found[component] = file
-    return found
+        if override is not None or component == "transformer" or shapes_in(file, component):
+            files[component] = file
+    return files
 
 
 def shapes_in(file: Path, component: Component) -> dict[str, TensorShape]:
-    """The shapes of the tensors of `component` in a single file, in the names that we load; empty where it holds none.
+    """Tensor shapes of `component` in a single file, in our names; empty if the file does not hold it.
 
     Raises:
-        AccessError: it is damaged, or in a format that cannot be read.
+        AccessError: the file is damaged, or in an unsupported format.
     """
     shapes = component_shapes((file,), component)
-    return shapes if any(name in shapes for name in _TOLD_BY[component]) else {}
+    return shapes if any(name in shapes for name in _MARKERS[component]) else {}
 
 
 def component_shapes(files: Sequence[Path], component: Component) -> dict[str, TensorShape]:
-    """The shapes of the tensors of `component` in `files`, in the names that we load.
+    """Tensor shapes of `component` in `files`, in our names.
 
     Raises:
-        AccessError: as `shapes_in`.
+        AccessError: a file is damaged, or in an unsupported format.
     """
     weights = stored_weights(files, component)
     renaming = renaming_of(component, list(weights))
@@ -98,72 +99,74 @@ def component_shapes(files: Sequence[Path], component: Component) -> dict[str, T
 
 
 def check_holds(file: Path, component: Component) -> None:
-    """Raise an AccessError unless a single file holds `component`; says what it holds instead."""
+    """Raise an AccessError unless a single file holds `component`. The error names the components that it holds."""
     if shapes_in(file, component):
         return
-    held = [title for other, title in COMPONENTS.items() if other != component and shapes_in(file, other)]
+    titles = [title for each, title in COMPONENTS.items() if each != component and shapes_in(file, each)]
     raise AccessError.of(
-        f"{file} holds {'a ' + ' and a '.join(held) if held else 'none of the components'} of FLUX.2",
+        f"{file} holds {'a ' + ' and a '.join(titles) if titles else 'none of the components'} of FLUX.2",
         f"its {COMPONENTS[component]}",
     )
 
 
 def check_whole(file: Path, component: Component, flavour: Flavour, text_layers: int) -> None:
-    """Raise an AccessError unless a single file holds every tensor of `component` in its shape: of a text encoder those
-    of the first `text_layers`.
+    """Raise an AccessError unless a single file holds all tensors of `component`, with the right shapes.
+
+    Of a text encoder, only the embedding and the first `text_layers` layers are required.
     """
-    found = shapes_in(file, component)
+    actual = shapes_in(file, component)
     if component == "vae":
         spec = autoencoder_spec_in(file, flavour.autoencoder)
         statistics = (4 * spec.latent_channels,)
         expected = Counter([*encoder_shapes(spec), *decoder_shapes(spec), statistics, statistics])
-        lacking = [f"one of {list(shape)}" for shape in expected - Counter(found.values())]
+        lacking = [f"one of {list(shape)}" for shape in expected - Counter(actual.values())]
     else:
         if component == "transformer":
-            tensors = empty_transformer(transformer_from_tensors(found)).state_dict()
+            tensors = empty_transformer(transformer_from_tensors(actual)).state_dict()
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         else:
             shapes = text_shapes(text_spec_in(file, flavour.text.encoder), text_layers)
-        lacking = [name for name, shape in shapes.items() if found.get(name) != shape]
+        lacking = [name for name, shape in shapes.items() if actual.get(name) != shape]
     if lacking:
         more = f" and {len(lacking) - 4} more" if len(lacking) > 4 else ""
         raise AccessError.of(
-            f"{file}: missing or of another shape ({len(lacking)}): {', '.join(lacking[:4])}{more}",
-            f"a whole {COMPONENTS[component]} of FLUX.2",
-            "Is this the right file, and whole?",
+            f"{file}: tensors are missing or have another shape ({len(lacking)}): {', '.join(lacking[:4])}{more}",
+            f"a complete {COMPONENTS[component]} of FLUX.2",
+            "Check that this is the right file and that it is complete.",
         )
 
 
 def text_spec_in(file: Path, default: TextSpec) -> TextSpec:
-    """The spec of the text encoder in a single file; see `text_from_tensors` for `own`.
+    """The spec of the text encoder in a single file; see `text_from_tensors` for `default`.
 
     Raises:
-        AccessError: its tensors are no text encoder's that we know.
+        AccessError: its tensors are not those of a supported text encoder.
     """
     try:
         return text_from_tensors(shapes_in(file, "text_encoder"), default)
     except (KeyError, ValueError, ZeroDivisionError, IndexError) as error:
-        raise _not_known(file, "text_encoder", error) from None
+        raise _unsupported(file, "text_encoder", error) from None
 
 
 def autoencoder_spec_in(file: Path, default: AutoencoderSpec) -> AutoencoderSpec:
-    """The spec of the VAE in a single file; see `autoencoder_from_tensors` for `own`.
+    """The spec of the VAE in a single file; see `autoencoder_from_tensors` for `default`.
 
     Raises:
-        AccessError: its tensors are no VAE's of FLUX.2.
+        AccessError: its tensors are not those of a FLUX.2 VAE.
     """
     try:
         return autoencoder_from_tensors(shapes_in(file, "vae"), default)
     except (KeyError, ValueError, IndexError) as error:
-        raise _not_known(file, "vae", error) from None
+        raise _unsupported(file, "vae", error) from None
 
 
 def config_in(file: Path, component: Component, flavour: Flavour) -> Config | None:
-    """The config of `component` in a single file, inferred from its shapes and, where they do not tell, as `flavour`
-    has it. None for a transformer, whose shapes tell all.
+    """Infer the config of `component` from the shapes in a single file.
+
+    Values that shapes do not determine are those of `flavour`. None for a transformer, whose shapes determine all.
 
     Raises:
-        AccessError: as `text_spec_in`.
+        AccessError: its tensors are not those of a supported text encoder or VAE.
     """
     if component == "transformer":
         return None
@@ -173,14 +176,18 @@ def config_in(file: Path, component: Component, flavour: Flavour) -> Config | No
     return autoencoder_to_config(autoencoder_spec_in(file, flavour.autoencoder))
 
 
-def _not_known(file: Path, component: Component, error: Exception) -> AccessError:
-    why = f"has no tensor {error}" if isinstance(error, KeyError) else f"has {error}"
-    return AccessError.of(f"{file} {why}", f"a {COMPONENTS[component]} of FLUX.2", "Is this the right file, and whole?")
+def _unsupported(file: Path, component: Component, error: Exception) -> AccessError:
+    finding = f"has no tensor {error}" if isinstance(error, KeyError) else f"has {error}"
+    return AccessError.of(
+        f"{file} {finding}",
+        f"a {COMPONENTS[component]} of FLUX.2",
+        "Check that this is the right file and that it is complete.",
+    )
 
 
 @contextlib.contextmanager
 def open_component(files: Sequence[Path], component: Component) -> Iterator[Mapping[str, Callable[[], Tensor]]]:
-    """Readers of the tensors of a component whose weights are not cut on the way, by the names that we load."""
+    """Open a component and yield a reader for each tensor, by our names. Not for weights that loading splits."""
     stored = stored_weights(files, component)
     renaming = renaming_of(component, list(stored))
     with open_stored(stored) as reader:
@@ -189,5 +196,5 @@ def open_component(files: Sequence[Path], component: Component) -> Iterator[Mapp
             values = reader.values(name)
             return values.reshape(renamed.shapes(tuple(values.shape))[0])
 
-        found = {name: new for name in stored if (new := renaming(name)) is not None}
-        yield {new.names[0]: functools.partial(read, name, new) for name, new in found.items()}
+        renamed_tensors = {name: new for name in stored if (new := renaming(name)) is not None}
+        yield {new.names[0]: functools.partial(read, name, new) for name, new in renamed_tensors.items()}

@@ -54,9 +54,9 @@ def test_auto_takes_what_fits_and_says_why(source: Source, said: list[str], monk
     assert type(opened(source, said)) is StreamedTextEncoder
     resident, streamed = said
     needed = resident.split(" up to ")[1].split(",")[0]
-    assert resident == f"Text encoder resident: it takes up to {needed}, 1.00 GiB of memory are free."
-    start = "Text encoder streamed, one layer at a time: resident it takes up to"
-    assert streamed == f"{start} {needed}, 1.0 MiB of memory are free."
+    assert resident == f"The text encoder is resident: it needs up to {needed}; 1.00 GiB of memory is free."
+    start = "The text encoder is streamed, one layer at a time: resident, it would need up to"
+    assert streamed == f"{start} {needed}; 1.0 MiB of memory is free."
 
 
 def test_processes_that_share_the_memory_count_on_their_part(
@@ -67,7 +67,7 @@ def test_processes_that_share_the_memory_count_on_their_part(
     needed_mib = float(said[0].split(" up to ")[1].split(" MiB")[0])
     available(monkeypatch, kib=int((2.5 * needed_mib) * 2**10))
     assert type(opened(source, said, sharing=2)) is ResidentTextEncoder
-    assert said[-1].endswith(" of memory are free for each of 2 processes.")
+    assert said[-1].endswith(" of memory is free for each of 2 processes.")
     assert type(opened(source, said, sharing=3)) is StreamedTextEncoder
 
 

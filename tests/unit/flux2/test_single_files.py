@@ -305,7 +305,7 @@ def wrong(tiny_folder: Path, tiny_klein_folder: Path, tmp_path_factory: pytest.T
         ("transformer", "lora", "holds none of the components of FLUX.2: expected its transformer"),
         ("transformer", "flux1", "holds none of the components of FLUX.2: expected its transformer"),
         ("transformer", "transformer-hole", "another shape (1): single_transformer_blocks.3.attn.to_out.weight"),
-        ("vae", "vae-hole", "missing or of another shape (1): one of [64, 64, 3, 3]"),
+        ("vae", "vae-hole", "tensors are missing or have another shape (1): one of [64, 64, 3, 3]"),
         ("vae", "level-hole", "has 4 encoder levels and 1 decoder levels: expected a VAE of FLUX.2"),
         ("text_encoder", "encoder-hole", "another shape (1): layers.7.mlp.up_proj.weight"),
         ("transformer", "klein", "its transformer has the shapes of tiny-klein"),
@@ -369,5 +369,5 @@ def test_a_models_folder_has_the_vae_in_diffusers_names(tiny_folder: Path, tmp_p
     encoder = repackaged(tiny_folder, tmp_path / "encoder.safetensors", "tiny")
     source = located("tiny", tiny_folder, text_encoder=encoder)
     reason = save_pipeline(tmp_path / "model", tmp_path / "saved", source)
-    assert reason == "its text encoder came as the single file encoder.safetensors, not in a folder of diffusers'"
+    assert reason == "its text encoder is the single file encoder.safetensors, not a diffusers folder"
     assert not (tmp_path / "model" / "text_encoder").exists()
