@@ -1,4 +1,4 @@
-"""Folders that weights come from: on this disk, or on the Hub, where only what is asked for is downloaded."""
+"""Model locations: folders on this disk, and Hub repositories, from which only requested files are downloaded."""
 
 import contextlib
 import functools
@@ -33,26 +33,27 @@ class ModelFolder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.name = root.resolve().name
-        """For a run's record: says nothing about this machine."""
+        """Name in the run's record, without paths of this machine."""
         self.label = str(root)
-        """For the user's eyes."""
+        """Name in messages to the user."""
 
     def has(self, name: str) -> bool:
-        """Whether there is a file `name`, relative, with forward slashes."""
+        """Whether the file `name` exists; a relative path with forward slashes."""
         return (self.root / name).is_file()
 
     def path(self, name: str) -> Path:
-        """The file `name` on this disk."""
+        """The path of the file `name`."""
         return self.root / name
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a repository: its size in bytes, and the name of its content in the cache."""
+    """A file in a Hub repository."""
 
     size: int
+    """Bytes."""
     etag: str
-    """The sha256 of a large file, git's hash of a small one."""
+    """SHA-256 of a large file, git's hash of a small one. Names the blob in the cache."""
 
     @property
     def is_large(self) -> bool:
@@ -60,13 +61,13 @@ class HubFile:
 
 
 class Hub:
-    """A model repository at one commit; like a `ModelFolder`, but `path` downloads what is not here yet.
+    """A model repository at one commit; like `ModelFolder`, but `path` downloads missing files.
 
-    Downloads lie where huggingface_hub keeps its own. Without an answer from the Hub, what was downloaded before
-    is used, with a notice.
+    Downloads go to the cache of huggingface_hub. If the Hub cannot be reached, earlier downloads are used and the user
+    gets a notice.
 
     Raises (all methods):
-        AccessError: not logged in, no access, no such repository or revision, no connection, a damaged download.
+        AccessError: no login, no access, unknown repository or revision, no connection, or a damaged download.
     """
 
     _ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -81,28 +82,31 @@ class Hub:
 
     @classmethod
     def is_id(cls, text: str) -> bool:
-        """Whether `text` could be owner/name on the Hub."""
+        """Whether `text` has the form owner/name of a Hub repository."""
         return cls._ID.fullmatch(text) is not None
 
     @property
     def cache(self) -> Path:
-        """Where downloads go."""
+        """The cache folder for downloads."""
         return hub_cache(self._options)
 
     @property
     def _folder(self) -> Path:
-        """This repository's part of the cache."""
+        """This repository's folder in the cache."""
         return _repo_cache(self._options, self.name)
 
     @property
     def commit(self) -> str | None:
+        """The commit whose files are used."""
         return self._listing[0]
 
     def has(self, name: str) -> bool:
+        """Whether the repository has the file `name`."""
         files = self._listing[1]
         return self._offline.has(name) if self._offline is not None else name in files
 
     def path(self, name: str) -> Path:
+        """The path of the file `name` in the cache, downloaded if it is missing."""
         commit, _ = self._listing
         if self._offline is not None:
             return self._offline.path(name)
@@ -110,19 +114,20 @@ class Hub:
         return file if file.is_file() else self._download(name)
 
     def check_access(self) -> str:
-        """Ask whether the files may be downloaded: a gated repository is listed for everyone. Returns the commit."""
+        """Check that the files can be downloaded, and return the commit. A gated repository is listed for everyone."""
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
         commit, files = self._listing
         name = next((name for name in files if name.endswith(".safetensors")), None)
         if name is not None:
-            with self._explained():
+            with self._translated_errors():
                 get_hf_file_metadata(hf_hub_url(self.name, name, revision=commit, endpoint=self._endpoint))
         return commit
 
     def absent(self, names: Sequence[str]) -> dict[str, int]:
-        """Those of `names` that are not here at this commit, each with the bytes still to be downloaded: 0 where
-        another commit had the same file, fewer than its size where an earlier download was cut off.
+        """Bytes still to download for each of `names` that the cache lacks at this commit.
+
+        0 if another commit has the same file; less than its size if an earlier download was interrupted.
         """
         commit, files = self._listing
         if self._offline is not None:
@@ -134,22 +139,23 @@ class Hub:
         }
 
     def keep_commit(self) -> None:
-        """Record in the cache which commit the branch is at, for a start without a network. To be called when all
-        that is needed is here: until then an older commit that is complete serves better.
+        """Record the branch's commit in the cache, for later runs without a network.
+
+        Call this once all required files are downloaded: until then a complete older commit is more useful.
         """
         commit, _ = self._listing
-        if self._offline is None and _kept_commit(self._options, self.name) != commit:
-            with contextlib.suppress(DiskError):  # a cache that may only be read
+        if self._offline is None and _recorded_commit(self._options, self.name) != commit:
+            with contextlib.suppress(DiskError):  # the cache may be read-only
                 ref = _ref(self._options, self.name)
                 write_atomic(ref, commit.encode())
 
     @functools.cached_property
     def _listing(self) -> tuple[str, dict[str, HubFile]]:
-        """The commit, and its files by name."""
+        """The commit, and its files by name; without files if the Hub cannot be reached."""
         from huggingface_hub import HfApi, constants
 
         try:
-            with self._explained():
+            with self._translated_errors():
                 info = interruptible(
                     lambda: HfApi(endpoint=self._endpoint).model_info(
                         self.name,
@@ -159,14 +165,14 @@ class Hub:
                     )
                 )
         except _UnreachableError as error:
-            commit = _kept_commit(self._options, self.name)
-            kept = self._folder / "snapshots" / str(commit)
-            if commit is None or not kept.is_dir():
+            commit = _recorded_commit(self._options, self.name)
+            snapshot = self._folder / "snapshots" / str(commit)
+            if commit is None or not snapshot.is_dir():
                 raise
-            found = error.problems[0].found
-            self._report(f"{found[0].upper()}{found[1:]}: going on with what was downloaded before.")
-            self._offline = ModelFolder(kept)
-            self._offline.label = self.label = f"the download of {self.name} in {kept}"
+            reason = error.problems[0].found
+            self._report(f"{reason[0].upper()}{reason[1:]}: using the earlier download.")
+            self._offline = ModelFolder(snapshot)
+            self._offline.label = self.label = f"the download of {self.name} in {snapshot}"
             return commit, {}
         return str(info.sha), {
             sibling.rfilename: HubFile(
@@ -176,7 +182,7 @@ class Hub:
         }
 
     def _remaining(self, file: HubFile) -> int:
-        """How many bytes of `file` the cache lacks."""
+        """Bytes of `file` that the cache lacks."""
         blob = self._folder / "blobs" / file.etag
         partial = _partial(blob)
         if blob.is_file():
@@ -184,6 +190,7 @@ class Hub:
         return max(0, file.size - (partial.stat().st_size if partial.is_file() else 0))
 
     def _download(self, name: str) -> Path:
+        """Download the file `name` into the cache and return its path."""
         from huggingface_hub import hf_hub_download
 
         commit, files = self._listing
@@ -193,14 +200,15 @@ class Hub:
                 self._download_large(name, commit, files[name])
             return hf_hub_download(self.name, name, revision=commit, cache_dir=self.cache, endpoint=self._endpoint)
 
-        with file_errors_reported(self.cache), self._explained():
+        with file_errors_reported(self.cache), self._translated_errors():
             return Path(interruptible(download))
 
     def _download_large(self, name: str, commit: str, file: HubFile) -> None:
-        """Put the content of `name` into the cache: the rest of it where an earlier start was cut off.
+        """Download the content of `name` into the cache, resuming an interrupted download.
 
-        huggingface_hub's own download would start over, leave what it had of a killed one, and check sizes only. It
-        still does what the Hub offers over Xet, which is faster over HTTP's single connection and checks itself.
+        huggingface_hub's own download would start over, leave partial files of killed processes, and check only sizes.
+        It still downloads files that the Hub offers over Xet, which is faster than one HTTP connection and verifies
+        content itself.
         """
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
         from huggingface_hub.file_download import http_get
@@ -214,9 +222,9 @@ class Hub:
         lock = self.cache / ".locks" / self._folder.name / f"{file.etag}.lock"
         for folder in (blob.parent, lock.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(lock):  # huggingface_hub's own: no process downloads this file meanwhile
-            for left in blob.parent.glob(f"{file.etag}.*.incomplete"):
-                left.unlink()
+        with WeakFileLock(lock):  # huggingface_hub's own lock: no other process downloads this file meanwhile
+            for leftover in blob.parent.glob(f"{file.etag}.*.incomplete"):
+                leftover.unlink()
             if blob.is_file() or (answer.xet_file_data is not None and is_xet_available()):
                 return
             partial = _partial(blob)
@@ -238,38 +246,38 @@ class Hub:
                 raise AccessError.of(
                     f"{name} of {self.name} arrived damaged: its sha256 begins with {digest[:12]}",
                     f"{file.etag[:12]}, as the Hub lists it",
-                    "Start again: it is downloaded anew, and files that are complete are kept.",
+                    "Run the command again: it downloads this file again and keeps complete ones.",
                 )
             partial.rename(blob)
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turn huggingface_hub's errors below this block into ours. They name no token, nor do ours."""
+    def _translated_errors(self) -> Iterator[None]:
+        """Translate huggingface_hub's errors in this block into ours. Neither contains a token."""
         from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-        # The HTTP library's own root, whichever library this version of huggingface_hub uses.
+        # The base exception of the HTTP library that this version of huggingface_hub uses.
         http_error: type[BaseException] = HfHubHTTPError.__bases__[0]
         try:
             yield
         except HFValidationError as error:
-            raise AccessError.of(f"{self.name} is no Hub id: {error}", remedy="Check the spelling.") from error
+            raise AccessError.of(f"{self.name} is not a Hub id: {error}", remedy="Check the spelling.") from error
         except (FileMetadataError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise self._no_hub() from error
         except (OSError, http_error) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise  # the disk's, not the Hub's
-            # Of a small file that it cannot get, huggingface_hub says that it is not in the cache.
+                raise  # an error of the disk, not of the Hub
+            # For a small file that it cannot download, huggingface_hub only reports that the cache lacks it.
             reason = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
-            raise self._explanation(reason or error) from error
+            raise self._translated(reason or error) from error
 
     def _no_hub(self) -> "_UnreachableError":
         return _UnreachableError.of(
             f"{self._endpoint or 'https://huggingface.co'} does not answer as the Hub does for {self.name}",
-            remedy="Check HF_ENDPOINT, and whether a proxy or a login page stands between. " + _OR_A_FOLDER,
+            remedy="Check HF_ENDPOINT, and whether a proxy or a login page intercepts requests. " + _OR_A_FOLDER,
         )
 
-    def _explanation(self, error: BaseException) -> AccessError:
-        """What an error of huggingface_hub or of its HTTP library means to the user."""
+    def _translated(self, error: BaseException) -> AccessError:
+        """The AccessError for an error of huggingface_hub or of its HTTP library."""
         from huggingface_hub import get_token
         from huggingface_hub.errors import (
             FileMetadataError,
@@ -297,7 +305,7 @@ class Hub:
             return AccessError.of(f"revision = {self._revision}: {self.name} has no such branch, tag or commit")
         if isinstance(error, RepositoryNotFoundError):
             return AccessError.of(
-                f"{self.name} is neither a folder here nor a repository on the Hub that you may see",
+                f"{self.name} is neither a local folder nor a Hub repository that you can access",
                 remedy=f"Check the spelling; {log_in} if it is private.",
             )
         if isinstance(error, FileMetadataError):
@@ -305,122 +313,124 @@ class Hub:
         if isinstance(error, HfHubHTTPError):
             status = error.response.status_code
             if status in (401, 403):
-                refused = "wants a login" if get_token() is None else "refuses your token"
+                refused = "requires a login" if get_token() is None else "refuses your token"
                 return AccessError.of(
                     f"the Hub {refused} for {self.name} (HTTP {status})", remedy=f"{log_in[0].upper()}{log_in[1:]}."
                 )
-            later = "Try again later: what has been downloaded is kept."
+            later = "Try again later: downloaded data is kept."
             kind = _UnreachableError if status == HTTPStatus.TOO_MANY_REQUESTS or status >= 500 else AccessError
             return kind.of(f"the Hub answers HTTP {status} for {self.name}", remedy=later)
         if isinstance(error, OfflineModeIsEnabled):
             return _UnreachableError.of(
-                f"HF_HUB_OFFLINE forbids to ask the Hub for {self.name}", remedy=f"Unset it. {_OR_A_FOLDER}"
+                f"HF_HUB_OFFLINE forbids access to the Hub for {self.name}", remedy=f"Unset it. {_OR_A_FOLDER}"
             )
-        if type(error) is OSError:  # of huggingface_hub: another number of bytes came than was announced
+        if type(error) is OSError:  # raised by huggingface_hub if fewer or more bytes arrive than announced
             return _UnreachableError.of(
-                f"a download from {self.name} broke off", remedy="Start again: what has been downloaded is kept."
+                f"a download from {self.name} was interrupted", remedy="Run the command again: downloaded data is kept."
             )
         return _UnreachableError.of(
             f"cannot reach the Hub for {self.name} ({str(error) or type(error).__name__})",
-            remedy=f"Check the connection and HF_ENDPOINT, and start again: what has been downloaded is kept. "
+            remedy=f"Check the connection and HF_ENDPOINT, and run the command again: downloaded data is kept. "
             f"{_OR_A_FOLDER}",
         )
 
 
 class _UnreachableError(AccessError):
-    """The Hub gave no answer that says anything about the repository."""
+    """The Hub could not be reached, or its answer says nothing about the repository."""
 
 
 ModelLocation = ModelFolder | Hub
 
 
 def base_name(options: ModelOptions) -> str:
-    """The base model as a sentence names it: the flavour's title, or the folder, file or Hub id that was given."""
-    given = options.pretrained_model_name_or_path
+    """Name of the base model for messages: the flavour's title, or the folder, file or Hub id in `options`."""
+    name = options.pretrained_model_name_or_path
     flavour = FLAVOURS[options.model_flavour]
-    if given in (None, flavour.repo):
+    if name in (None, flavour.repo):
         return flavour.title
-    return given if Hub.is_id(given) and not os.path.exists(given) else Path(given).name
+    return name if Hub.is_id(name) and not os.path.exists(name) else Path(name).name
 
 
 def missing_download(options: ModelOptions, preview: str | None = None) -> int:
-    """About how many bytes of weights a start still has to download. Looks into the cache, asks nobody.
+    """Approximate bytes of weights that a run still has to download. Reads the cache, without the network.
 
     Args:
-        preview: Hub id of another model of the same size, of which only the transformer is used.
+        preview: Hub id of a second model of the same size, of which only the transformer is used.
     """
     flavour = FLAVOURS[options.model_flavour]
     base = options.pretrained_model_name_or_path or flavour.repo
-    rest = flavour.repo if base is not None and is_weight_file(base) else base
-    places = {
+    folder_base = flavour.repo if base is not None and is_weight_file(base) else base
+    locations = {
         "transformer": options.pretrained_transformer_model_name_or_path or base,
-        "vae": options.pretrained_vae_model_name_or_path or rest,
-        "text_encoder": options.pretrained_text_encoder_model_name_or_path or rest,
+        "vae": options.pretrained_vae_model_name_or_path or folder_base,
+        "text_encoder": options.pretrained_text_encoder_model_name_or_path or folder_base,
     }
     single: Collection[str] = ()
-    if any(place is not None and is_weight_file(place) for place in places.values()):
-        from simpletuner.flux2.single import single_files  # torch, which `doctor` does without
+    if any(location is not None and is_weight_file(location) for location in locations.values()):
+        from simpletuner.flux2.single import single_files  # imports torch, which `doctor` avoids
 
         single = single_files(options)
-    wanted = [(component, places[component]) for component in flavour.downloads if component not in single]
-    wanted += [("transformer", preview)] if flavour.downloads and preview != places["transformer"] else []
+    downloads = [(component, locations[component]) for component in flavour.downloads if component not in single]
+    downloads += [("transformer", preview)] if flavour.downloads and preview != locations["transformer"] else []
     missing = 0
-    for component, place in wanted:
-        needed = flavour.downloads[component]
-        if place is not None and Hub.is_id(place) and not os.path.exists(with_home(place)):
-            missing += max(0, needed - _cached_bytes(options, place, component))
+    for component, location in downloads:
+        size = flavour.downloads[component]
+        if location is not None and Hub.is_id(location) and not os.path.exists(with_home(location)):
+            missing += max(0, size - _cached_bytes(options, location, component))
     return missing
 
 
 def _cached_bytes(options: ModelOptions, repo: str, component: str) -> int:
     """Size of the component's complete weight files in the Hub's cache."""
     root = _repo_cache(options, repo)
-    if not os.path.isdir(root):  # or it may not be looked into, which `doctor` says
+    if not os.path.isdir(root):  # or it is not readable, which `doctor` reports
         return 0
-    files = root.glob(f"snapshots/{_kept_commit(options, repo) or '*'}/{component}/*.safetensors")
+    files = root.glob(f"snapshots/{_recorded_commit(options, repo) or '*'}/{component}/*.safetensors")
     return sum(file.stat().st_size for file in {file.resolve() for file in files} if os.path.isfile(file))
 
 
-def _kept_commit(options: ModelOptions, repo: str) -> str | None:
-    """The commit that the cache records for the branch of `options`; None before a download is complete."""
+def _recorded_commit(options: ModelOptions, repo: str) -> str | None:
+    """The commit that the cache records for `options.revision`; the revision itself if none is recorded."""
     ref = _ref(options, repo)
     return ref.read_text(encoding="ascii").strip() if os.path.isfile(ref) else options.revision
 
 
 def _ref(options: ModelOptions, repo: str) -> Path:
+    """The cache file that records the branch's commit."""
     return _repo_cache(options, repo) / "refs" / (options.revision or "main")
 
 
 def _repo_cache(options: ModelOptions, repo: str) -> Path:
+    """The folder of `repo` in the Hub cache."""
     return hub_cache(options) / f"models--{repo.replace('/', '--')}"
 
 
 def _partial(blob: Path) -> Path:
-    """What a download that was cut off left of `blob`."""
+    """The partial file of an interrupted download of `blob`."""
     return blob.with_name(f"{blob.name}.incomplete")
 
 
 def cached_snapshot(options: ModelOptions, repo: str) -> Path:
-    """Where the Hub's cache keeps the files of a repository, at the commit that `revision` was last seen at."""
-    return _repo_cache(options, repo) / "snapshots" / (_kept_commit(options, repo) or "none")
+    """The folder in the Hub cache with the files of `repo`, at the last recorded commit of `revision`."""
+    return _repo_cache(options, repo) / "snapshots" / (_recorded_commit(options, repo) or "none")
 
 
 def hub_cache(options: ModelOptions) -> Path:
-    """The folder that downloads from the Hub go to."""
+    """The folder for downloads from the Hub."""
     from huggingface_hub import constants
 
     return Path(with_home(options.cache_dir or constants.HF_HUB_CACHE))
 
 
-def fetch(wanted: Sequence[tuple[ModelLocation, str]], report: ReportLine) -> None:
-    """Download those files of `wanted` that are on the Hub and not here yet, after saying how large they are.
+def fetch(files: Sequence[tuple[ModelLocation, str]], report: ReportLine) -> None:
+    """Download the `files` that are on the Hub and not in the cache, after reporting their size.
 
     Raises:
         AccessError: see `Hub`.
-        DiskError: they are larger than the free disk space.
+        DiskError: the downloads are larger than the free disk space.
     """
-    repos = dict.fromkeys(place for place, _ in wanted if isinstance(place, Hub))
-    absent = {repo: repo.absent([name for place, name in wanted if place is repo]) for repo in repos}
+    repos = dict.fromkeys(location for location, _ in files if isinstance(location, Hub))
+    absent = {repo: repo.absent([name for location, name in files if location is repo]) for repo in repos}
     total = sum(size for sizes in absent.values() for size in sizes.values())
     for repo, sizes in absent.items():
         if not any(sizes.values()):

@@ -247,7 +247,7 @@ def test_what_was_downloaded_serves_without_a_network(ask):
     assert offline.commit == source.commit
     (report,) = reports
     assert re.fullmatch(
-        r"Cannot reach the Hub for acme/flux2 \(.*\): going on with what was downloaded before\.", report
+        r"Cannot reach the Hub for acme/flux2 \(.*\): using the earlier download\.", report
     )
 
 
@@ -286,7 +286,7 @@ def test_a_token_that_is_refused(hub, ask, monkeypatch):
 
 def test_no_such_repository(hub, ask):
     hub.absence = (404, "RepoNotFound")
-    with pytest.raises(AccessError, match="neither a folder here nor a repository"):
+    with pytest.raises(AccessError, match="neither a local folder nor a Hub repository"):
         ask()
 
 
