@@ -33,7 +33,7 @@ from simpletuner.flux2.spec import (
     encoder_shapes,
     text_from_config,
 )
-from simpletuner.flux2.stored import held_precisions, stored_weights
+from simpletuner.flux2.stored import native_precisions, stored_weights
 from simpletuner.flux2.text_stream import MEMORY_BYTES, PORTION_TOKENS
 from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
 from simpletuner.flux2.transformer import empty_transformer
@@ -88,7 +88,7 @@ class Architecture:
             transformer = transformer_spec(Weights((file,), None), file.name)
             stored = stored_weights((file,))
             is_decoded = not all(weight.is_plain for weight in stored.values())
-            held = tuple(held_precisions(stored, transformer_renaming(stored)).items())
+            held = tuple(native_precisions(stored, transformer_renaming(stored)).items())
         elif found := _local(config, "transformer", config.pretrained_transformer_model_name_or_path):
             transformer = transformer_spec(Weights((), found), "transformer")
         try:

@@ -27,7 +27,7 @@ from simpletuner.flux2.names import (
     transformer_renaming,
 )
 from simpletuner.flux2.source import Source, Weights
-from simpletuner.flux2.stored import BLOCKS, StoredRows, StoredWeight, held_precisions, open_stored, stored_weights
+from simpletuner.flux2.stored import BLOCKS, StoredRows, StoredWeight, native_precisions, open_stored, stored_weights
 from simpletuner.flux2.text import ResidentTextEncoder, zero_fully_masked_rows
 from simpletuner.flux2.text_stream import StreamedTextEncoder
 from simpletuner.flux2.tokenizer import correct_pattern
@@ -76,7 +76,7 @@ class Quantize:
         """
         if self.is_asked:
             return dict.fromkeys(targets(module, self.within, self.precision), self.precision)
-        return held_precisions(stored, renaming, self.within)
+        return native_precisions(stored, renaming, self.within)
 
 
 Half = Literal["encode", "decode"]
@@ -489,7 +489,7 @@ def _fill(
         linear = module.get_submodule(owner)
         assert isinstance(linear, nn.Linear)
         if rows.weight.precision == precision:
-            tensors = rows.held()
+            tensors = rows.native_tensors()
             _check_held(tensors, target, rows.weight.file)
             module.set_submodule(owner, held(linear, precision, tensors, quantized_from(dtype), place))
         else:
@@ -550,7 +550,7 @@ def _fill_shards(
             return
         assert quantize is not None
         if whole.weight.precision == layout.precision:
-            tensors = own.held()
+            tensors = own.native_tensors()
             _check_held(tensors, target, file)
             for name, tensor in tensors.items():
                 shards[f"{owner}.{name}"].copy_(tensor)

@@ -1,4 +1,4 @@
-"""Weights as files hold them, plain or quantized: found from headers, and read by rows, decoded or as they are held."""
+"""Weights in files, plain or quantized: identified by headers, and read by rows, decoded or in their file format."""
 
 import contextlib
 import itertools
@@ -24,78 +24,82 @@ from simpletuner.memory.precision import SLICE, check_range
 from simpletuner.memory.tensors import DTYPE_NAMES
 
 ReadPart = Callable[[str, slice], Tensor]
-"""Reads these rows of a weight's part into memory of their own. A dtype that torch lacks comes as bytes: [rows, bytes
-of a row]."""
+"""Reads rows of a weight's part into new memory. A dtype that torch lacks is returned as bytes, [rows, row bytes]."""
 DecodeRows = Callable[[ReadPart, slice], Tensor]
-"""Returns these rows of a weight in fp32, from its parts."""
+"""Decodes rows of a weight to fp32, from its parts."""
 ALL_ROWS = slice(None)
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
-"""Prefixes of the transformer's Linears that can be held in a precision."""
+"""Prefixes of the transformer's Linears that can be quantized."""
 
 FLOATING_DTYPES = ("F64", "F32", "F16", "BF16")
 """Dtypes of plain weights, as safetensors spells them."""
 
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _ROW_TILE = 128
-"""Rows that are decoded together come in multiples of this, as scales in tiles do."""
+"""Rows are decoded in multiples of this, the row count of a tile of scales."""
 
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """One weight of a file, not yet read."""
+    """A weight in a file, not read yet."""
 
     name: str
-    """As the file calls it, with the prefix of its component."""
+    """Name in the file, with the prefix of its component."""
     format: str
-    """plain; fp8, int8, int8-convrot, nvfp4, mxfp8; or the type's name in GGUF."""
+    """plain, fp8, int8, int8-convrot, nvfp4 or mxfp8; or the GGUF type."""
     shape: tuple[int, ...]
-    """Of the values."""
+    """Of the decoded values."""
     parts: Mapping[str, TensorEntry]
-    """Its tensors in files: `data`, and what a quantized weight has beside it."""
+    """Its tensors in files: `data`, and the scales of a quantized weight."""
     decode: DecodeRows | None = None
     """None for a plain weight."""
     precision: str | None = None
-    """The one of `PRECISIONS` in which a Linear can hold it as it is."""
+    """The key of `PRECISIONS` that holds it without conversion; None if there is none."""
 
     @property
     def is_plain(self) -> bool:
+        """Whether it is not quantized."""
         return self.decode is None
 
     @property
     def is_floating(self) -> bool:
-        """Whether its values are floating-point numbers, as those of quantized weights are."""
+        """Whether its values are floating-point numbers; those of quantized weights always are."""
         return not self.is_plain or self.data.dtype in FLOATING_DTYPES
 
     @property
     def data(self) -> TensorEntry:
+        """The tensor with the values or their codes."""
         return self.parts["data"]
 
     @property
     def file(self) -> Path:
+        """The file that holds `data`."""
         return self.data.file
 
 
 def stored_weights(files: Sequence[Path], component: Component = "transformer") -> dict[str, StoredWeight]:
-    """The weights of `component` in `files`, by name without the prefix that says whose they are, in the files' order.
-    Of an all-in-one checkpoint, those of the other components are left out. No weight is read.
+    """The weights of `component` in `files`, by name without the component's prefix, in the files' order.
+
+    Weights of other components in an all-in-one checkpoint are left out. No weight is read.
 
     Raises:
-        AccessError: a file is damaged, or holds a format that cannot be read; each format is named.
+        AccessError: a file is damaged, or holds unsupported formats; the error names each format.
     """
-    from simpletuner.flux2.gguf_file import gguf_weights, is_gguf  # which makes `StoredWeight`s
+    from simpletuner.flux2.gguf_file import gguf_weights, is_gguf  # imported here: gguf_file imports this module
 
     plain = tuple(file for file in files if not is_gguf(file))
-    found: dict[str, StoredWeight] = {}
+    weights: dict[str, StoredWeight] = {}
     for file in files:
         if file not in plain:
-            weights = gguf_weights(file, component)
-            found |= {own: weights[name] for name, own in component_names(weights, component).items()}
-    return found | safetensors_weights(plain, component)
+            in_file = gguf_weights(file, component)
+            weights |= {short: in_file[name] for name, short in component_names(in_file, component).items()}
+    return weights | safetensors_weights(plain, component)
 
 
 def check_format(files: tuple[Path, ...], published: str | None = None, component: Component = "transformer") -> None:
-    """Raise an AccessError, by headers alone, unless `component` can be read from `files`. The Hub's repository
-    `published` has weights that are not quantized.
+    """Raise an AccessError unless `component` can be read from `files`. Reads only headers.
+
+    `published` is a Hub repository with weights that are not quantized, which the error recommends.
     """
     weights = stored_weights(files, component)
     refused = _Refused(published)
@@ -112,26 +116,27 @@ _PREFIXES: Mapping[Component, re.Pattern[str]] = {
     "vae": re.compile(r"(vae|first_stage_model)\."),
     "text_encoder": re.compile(r"text_encoders\.\w+\.(transformer\.)?"),
 }
-"""What stands before a component's names in an all-in-one checkpoint, and in ComfyUI's file of a transformer."""
+"""Prefix of each component's names in an all-in-one checkpoint, and in ComfyUI's transformer files."""
 
 
 def component_names(names: Iterable[str], component: Component) -> dict[str, str]:
-    """The tensors of `component` among `names` of a file, each with its name without a prefix. Where none has the
-    component's prefix, all are.
+    """Map each of the file's `names` that belongs to `component` to its name without the component's prefix.
+
+    Names with another component's prefix are left out. If no name has the prefix of `component`, all belong to it.
     """
     names = list(names)
-    own = _PREFIXES[component]
-    if not any(own.match(name) for name in names):
+    prefix = _PREFIXES[component]
+    if not any(prefix.match(name) for name in names):
         return {name: name for name in names}
-    others = [pattern for other, pattern in _PREFIXES.items() if other != component]
-    return {name: own.sub("", name, count=1) for name in names if not any(each.match(name) for each in others)}
+    foreign = [pattern for each, pattern in _PREFIXES.items() if each != component]
+    return {name: prefix.sub("", name, count=1) for name in names if not any(each.match(name) for each in foreign)}
 
 
-# Formats of safetensors files. Facts: ComfyUI's ops.py and comfy_kitchen's backends/eager/quantization.py.
+# Formats of safetensors files. Sources: ComfyUI's ops.py and comfy_kitchen's backends/eager/quantization.py.
 
 _UNSCALED = {"I8": "int8 weights", "U8": "4-bit weights (packed into bytes)", "F4": "4-bit weights (fp4)"}
 _BITSANDBYTES = (".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
-_SIDES = (
+_SIDE_SUFFIXES = (
     "weight_scale",
     "weight_scale_2",
     "input_scale",
@@ -140,92 +145,92 @@ _SIDES = (
     "scale_weight",
     "scale_input",
 )
-"""Last parts of the names of tensors beside a quantized layer's weight. The last two are the older spelling. Scales of
-inputs are for activations that are quantized too, and are not read."""
+"""Last name parts of a quantized layer's tensors besides `weight`. The last two are the older spelling. Input scales
+are for quantized activations and are not read."""
 _MARKER = "scaled_fp8"
 QUANTIZATION_METADATA = "_quantization_metadata"
-"""The field of a file's header that may say the formats of quantized layers."""
+"""Header field that may describe the formats of quantized layers."""
 _MARKER_LIMIT = 4096
-"""Bytes of the JSON text that describes a layer's format."""
+"""Most bytes that are read of a layer's `comfy_quant` marker, a JSON text."""
 _FP8 = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 _NVFP4_BLOCK, _MXFP8_BLOCK = 16, 32
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def safetensors_weights(files: tuple[Path, ...], component: Component) -> dict[str, StoredWeight]:
-    """As `stored_weights`, for safetensors files."""
+    """Like `stored_weights`, for safetensors files."""
     entries = read_headers(files)
     names = component_names(entries, component)
-    own = {short: entries[name] for name, short in names.items()}
-    layers = {short.removesuffix(".weight") for short in own if short.endswith(".weight")}
+    short_entries = {short: entries[name] for name, short in names.items()}
+    layers = {short.removesuffix(".weight") for short in short_entries if short.endswith(".weight")}
     sides: dict[str, dict[str, TensorEntry]] = {layer: {} for layer in layers}
-    for short, entry in own.items():
+    for short, entry in short_entries.items():
         layer, _, last = short.rpartition(".")
-        if layer in layers and last in _SIDES:
+        if layer in layers and last in _SIDE_SUFFIXES:
             sides[layer][last] = entry
     described = _described(files, component)
-    refused, found = _Refused(), {}
+    refused, weights = _Refused(), {}
     for name, short in names.items():
         layer, _, last = short.rpartition(".")
-        if short == _MARKER or (layer in layers and last in _SIDES):
+        if short == _MARKER or (layer in layers and last in _SIDE_SUFFIXES):
             continue
-        beside = sides.get(layer, {}) if last == "weight" else {}
-        weight = StoredWeight(name, "plain", own[short].shape, {"data": own[short]})
+        side_tensors = sides.get(layer, {}) if last == "weight" else {}
+        weight = StoredWeight(name, "plain", short_entries[short].shape, {"data": short_entries[short]})
         try:
-            about = described.get(layer) if last == "weight" else None
-            if "comfy_quant" in beside:
-                about = _read_marker(beside["comfy_quant"])
-            found[short] = _quantized(weight, about, beside)
+            marker = described.get(layer) if last == "weight" else None
+            if "comfy_quant" in side_tensors:
+                marker = _read_marker(side_tensors["comfy_quant"])
+            weights[short] = _quantized(weight, marker, side_tensors)
         except _FormatError as error:
             refused.add(weight.file, str(error), name)
     refused.raise_if_any()
-    return found
+    return weights
 
 
 class _FormatError(Exception):
-    """A format that cannot be read, in words."""
+    """An unsupported format; the argument describes it."""
 
 
 class _Refused:
-    """Collects formats that cannot be read, and raises them together."""
+    """Collect unsupported formats, and raise one error for all of them."""
 
     def __init__(self, published: str | None = None) -> None:
         self._published = published
         self._names: dict[tuple[Path, str], list[str]] = {}
 
-    def add(self, file: Path, what: str, name: str) -> None:
-        self._names.setdefault((file, what), []).append(name)
+    def add(self, file: Path, finding: str, name: str) -> None:
+        self._names.setdefault((file, finding), []).append(name)
 
     def raise_if_any(self) -> None:
-        instead = f", such as that of {self._published}" if self._published else ""
+        example = f", such as that of {self._published}" if self._published else ""
         AccessError.raise_if(
             Problem(
-                f"{file} holds {what} ({names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''})",
+                f"{file} holds {finding} ({names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''})",
                 "weights in bf16, fp16 or fp32, or in ComfyUI's fp8, int8, nvfp4 or mxfp8",
-                f"Name the file that is not quantized{instead}: base_model_precision and text_encoder_1_precision "
-                "quantize it as it is loaded.",
+                f"Name the file that is not quantized{example}: base_model_precision and text_encoder_1_precision "
+                "quantize it while it is loaded.",
             )
-            for (file, what), names in self._names.items()
+            for (file, finding), names in self._names.items()
         )
 
 
 def _described(files: tuple[Path, ...], component: Component) -> dict[str, Mapping[str, object]]:
-    """What the files' text fields say of the format of layers, by name without a prefix."""
-    found: dict[str, Mapping[str, object]] = {}
+    """Descriptions of layers' formats in the files' metadata, by name without a prefix."""
+    described: dict[str, Mapping[str, object]] = {}
     for file in files:
         text = read_metadata(file).get(QUANTIZATION_METADATA)
         if text is None:
             continue
         try:
             fields = json.loads(text)
-            layers = {str(name): dict(about) for name, about in fields["layers"].items()}
+            layers = {str(name): dict(marker) for name, marker in fields["layers"].items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise AccessError.of(
                 f"{file}: its header's {QUANTIZATION_METADATA} cannot be read",
                 "ComfyUI's description of quantized layers",
             ) from None
-        found |= {short: layers[name] for name, short in component_names(layers, component).items()}
-    return found
+        described |= {short: layers[name] for name, short in component_names(layers, component).items()}
+    return described
 
 
 def _read_marker(entry: TensorEntry) -> Mapping[str, object]:
@@ -240,49 +245,51 @@ def _read_marker(entry: TensorEntry) -> Mapping[str, object]:
 
 
 def _quantized(
-    weight: StoredWeight, about: Mapping[str, object] | None, beside: Mapping[str, TensorEntry]
+    weight: StoredWeight, marker: Mapping[str, object] | None, side_tensors: Mapping[str, TensorEntry]
 ) -> StoredWeight:
-    """`weight` with the format that its marker, the tensors `beside` it and its dtype tell.
+    """`weight` with the format that its marker, `side_tensors` and dtype determine.
 
     Raises:
-        _FormatError: that cannot be read.
+        _FormatError: the format is not supported.
     """
     data = weight.data
-    kind = None if about is None else about.get("format")
+    kind = None if marker is None else marker.get("format")
     if kind is not None and not isinstance(kind, str):
         raise _FormatError("a marker of quantized weights whose format is not a string")
-    if "pre_quant_scale" in beside:
+    if "pre_quant_scale" in side_tensors:
         raise _FormatError("quantized weights whose inputs are scaled (pre_quant_scale)")
     if kind == "nvfp4":
-        return _with_blocks(weight, beside, "nvfp4")
+        return _with_blocks(weight, side_tensors, "nvfp4")
     if kind == "mxfp8":
-        return _with_blocks(weight, beside, "mxfp8")
+        return _with_blocks(weight, side_tensors, "mxfp8")
     if kind == "int8_tensorwise":
-        assert about is not None
-        group = _rotated_group(about)
+        assert marker is not None
+        group = _rotated_group(marker)
         if data.dtype != "I8" or (group and data.shape[-1] % group):
             raise _FormatError(f"int8_tensorwise weights as {data.dtype} {list(data.shape)}")
-        made = _scaled(weight, "int8", beside, None if group else "int8-torchao")
+        scaled = _scaled(weight, "int8", side_tensors, None if group else "int8-torchao")
         if not group:
-            return made
-        rotated = partial(_unrotate, "scale" in made.parts and math.prod(made.parts["scale"].shape) > 1, group)
-        return replace(made, format="int8-convrot", decode=rotated)
+            return scaled
+        rotated = partial(_unrotate, "scale" in scaled.parts and math.prod(scaled.parts["scale"].shape) > 1, group)
+        return replace(scaled, format="int8-convrot", decode=rotated)
     if kind is not None and (kind not in _FP8 or _FP8[kind] != data.dtype):
         raise _FormatError(f"weights in the format {kind}" + (f" as {data.dtype}" if kind in _FP8 else ""))
-    if about is not None and kind is None:
+    if marker is not None and kind is None:
         raise _FormatError("a marker of quantized weights without a format")
-    if data.dtype in _FP8.values() and "weight_scale_2" not in beside:
-        held = "fp8wo-torchao" if data.dtype == "F8_E4M3" else None
-        return _scaled(weight, "fp8", beside, held)
-    if beside.keys() - {"input_scale", "scale_input"}:
-        stored = _UNSCALED.get(data.dtype, f"weights as {data.dtype}")
-        raise _FormatError(f"{stored} with scales and no marker of ComfyUI's")
+    if data.dtype in _FP8.values() and "weight_scale_2" not in side_tensors:
+        precision = "fp8wo-torchao" if data.dtype == "F8_E4M3" else None
+        return _scaled(weight, "fp8", side_tensors, precision)
+    if side_tensors.keys() - {"input_scale", "scale_input"}:
+        kind_of_data = _UNSCALED.get(data.dtype, f"weights as {data.dtype}")
+        raise _FormatError(f"{kind_of_data} with scales but no ComfyUI marker")
     return weight
 
 
-def _scaled(weight: StoredWeight, kind: str, beside: Mapping[str, TensorEntry], precision: str | None) -> StoredWeight:
-    """Numbers of 8 bits with one scale, or one for each row; without any, the numbers themselves."""
-    scale = beside.get("weight_scale", beside.get("scale_weight"))
+def _scaled(
+    weight: StoredWeight, kind: str, side_tensors: Mapping[str, TensorEntry], precision: str | None
+) -> StoredWeight:
+    """8-bit weights with one scale, one scale for each row, or no scale."""
+    scale = side_tensors.get("weight_scale", side_tensors.get("scale_weight"))
     rows = weight.shape[0] if weight.shape else 1
     if scale is None and kind == "int8":
         raise _FormatError("int8 weights without scales")
@@ -301,9 +308,9 @@ def _scaled(weight: StoredWeight, kind: str, beside: Mapping[str, TensorEntry], 
     )
 
 
-def _with_blocks(weight: StoredWeight, beside: Mapping[str, TensorEntry], kind: str) -> StoredWeight:
-    """nvfp4 or mxfp8: each row's blocks have scales, in tiles as the kernels read them."""
-    data, scale, second = weight.data, beside.get("weight_scale"), beside.get("weight_scale_2")
+def _with_blocks(weight: StoredWeight, side_tensors: Mapping[str, TensorEntry], kind: str) -> StoredWeight:
+    """nvfp4 or mxfp8 weights: each block of a row has a scale; scales are tiled in the kernels' layout."""
+    data, scale, second = weight.data, side_tensors.get("weight_scale"), side_tensors.get("weight_scale_2")
     is_nvfp4 = kind == "nvfp4"
     block = _NVFP4_BLOCK if is_nvfp4 else _MXFP8_BLOCK
     expected = ("U8", "F8_E4M3") if is_nvfp4 else ("F8_E4M3", "U8")
@@ -313,7 +320,7 @@ def _with_blocks(weight: StoredWeight, beside: Mapping[str, TensorEntry], kind: 
         or (data.dtype, scale.dtype.replace("F8_E8M0", "U8")) != expected
         or (is_nvfp4 and (second is None or second.dtype != "F32" or math.prod(second.shape) != 1))
     ):
-        raise _FormatError(f"{kind} weights as {data.dtype} {list(data.shape)} with other scales than it has")
+        raise _FormatError(f"{kind} weights as {data.dtype} {list(data.shape)} with scales that do not match")
     rows, columns = data.shape[0], data.shape[1] * (2 if is_nvfp4 else 1)
     blocks = -(-columns // block)
     tiled = (-(-rows // _ROW_TILE) * _ROW_TILE, -(-blocks // 4) * 4)
@@ -327,7 +334,7 @@ def _with_blocks(weight: StoredWeight, beside: Mapping[str, TensorEntry], kind: 
 
 
 def _rescale(has_scale: bool, is_by_row: bool, read: ReadPart, rows: slice) -> Tensor:
-    """q·s."""
+    """Rows q·s: codes times scale."""
     values = read("data", rows).float()
     if not has_scale:
         return values
@@ -335,31 +342,32 @@ def _rescale(has_scale: bool, is_by_row: bool, read: ReadPart, rows: slice) -> T
     return values.mul_(scale.reshape(-1, *[1] * (values.dim() - 1)) if is_by_row else scale.reshape(()))
 
 
-def _rotated_group(about: Mapping[str, object]) -> int:
-    """Inputs that ConvRot rotates together; 0 without it."""
-    group = about.get("convrot_groupsize", 256) if about.get("convrot") else 0
+def _rotated_group(marker: Mapping[str, object]) -> int:
+    """Group size of ConvRot's input rotation; 0 without ConvRot."""
+    group = marker.get("convrot_groupsize", 256) if marker.get("convrot") else 0
     if not isinstance(group, int) or (group and (group < 4 or 4 ** round(math.log(group, 4)) != group)):
         raise _FormatError(f"int8_tensorwise weights rotated by groups of {group}")
     return group
 
 
 def _unrotate(is_by_row: bool, group: int, read: ReadPart, rows: slice) -> Tensor:
-    """(q·H)·s with H the ⊗ⁿ of a 4×4 Hadamard matrix / 2, which is symmetric and its own inverse. The sums of q are
-    exact in fp32, so that each value is rounded once.
+    """Rows (q·H)·s, where H is the n-fold ⊗ power of a 4×4 Hadamard matrix / 2: symmetric and its own inverse.
+
+    The sums of q are exact in fp32, so each value is rounded once.
     """
     quarter = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=torch.float32) / 2
     data = read("data", rows).float()
     values = data
-    for place in range(round(math.log(group, 4))):
-        split = values.reshape(-1, 4, 4**place)
+    for power in range(round(math.log(group, 4))):
+        split = values.reshape(-1, 4, 4**power)
         values = torch.einsum("ij,bjk->bik", quarter, split).reshape(data.shape)
     scale = read("scale", rows if is_by_row else ALL_ROWS).float()
     return values.mul_(scale.reshape(-1, 1) if is_by_row else scale.reshape(()))
 
 
 def _tiles(read: ReadPart, rows: slice, blocks: int) -> Tensor:
-    """These rows of block scales, [rows, blocks], from tiles of 128 × 4 of which each holds rows r, r + 32, r + 64 and
-    r + 96 side by side.
+    """Block scales of `rows`, [rows, blocks], from 128 × 4 tiles that store rows r, r + 32, r + 64 and r + 96 side by
+    side.
     """
     first = rows.start // _ROW_TILE
     tiled = read("scale", slice(first * _ROW_TILE, -(-rows.stop // _ROW_TILE) * _ROW_TILE))
@@ -370,7 +378,7 @@ def _tiles(read: ReadPart, rows: slice, blocks: int) -> Tensor:
 
 
 def _decode_nvfp4(blocks: int, read: ReadPart, rows: slice) -> Tensor:
-    """E2M1 of 4 bits, the high ones first, times (the tensor's scale · the block's)."""
+    """4-bit E2M1 values, high bits first, times (tensor scale · block scale)."""
     packed = read("data", rows)
     codes = torch.stack([packed >> 4, packed & 15], dim=-1).view(len(packed), blocks, _NVFP4_BLOCK)
     values = torch.tensor([*_E2M1, *(-value for value in _E2M1)])[codes.int()]
@@ -379,31 +387,32 @@ def _decode_nvfp4(blocks: int, read: ReadPart, rows: slice) -> Tensor:
 
 
 def _decode_mxfp8(blocks: int, read: ReadPart, rows: slice) -> Tensor:
-    """q·2^(e − 127); an e of 255 means not a number."""
+    """Values q·2^(e − 127); e = 255 means NaN."""
     values = read("data", rows).float()
     exponent = _tiles(read, rows, blocks).int()
-    scale = (exponent << 23).view(torch.float32)  # the bits of 2^(e − 127), but for the ends
+    scale = (exponent << 23).view(torch.float32)  # the bits of 2^(e − 127), except for e = 0 and e = 255
     scale = scale.masked_fill(exponent == 0, 2.0**-127).masked_fill(exponent == 255, math.nan)
     return values.view(len(values), blocks, _MXFP8_BLOCK).mul_(scale[..., None]).view(len(values), -1)
 
 
-def held_precisions(
-    stored: Mapping[str, StoredWeight], renaming: TensorRenaming, within: tuple[str, ...] = BLOCKS
+def native_precisions(
+    stored: Mapping[str, StoredWeight], renaming: TensorRenaming, prefixes: tuple[str, ...] = BLOCKS
 ) -> dict[str, str]:
-    """The precision in which each Linear can be held as its file has it, by the name that `renaming` leads to, of those
-    that begin with one of `within`.
+    """Precisions of Linears that can keep their file's format, by the Linear's name after `renaming`.
+
+    Only Linears whose names start with one of `prefixes` are considered.
     """
     return {
         target.removesuffix(".weight"): weight.precision
         for name, weight in stored.items()
         if weight.precision is not None and (new := renaming(name)) is not None
         for target in new.names
-        if target.startswith(within)
+        if target.startswith(prefixes)
     }
 
 
 class StoredReader:
-    """Reads stored weights by name. Open it with `open_stored`."""
+    """Read stored weights by name. Create it with `open_stored`."""
 
     def __init__(self, weights: Mapping[str, StoredWeight], is_mapped: bool, files: contextlib.ExitStack) -> None:
         self.weights = weights
@@ -413,11 +422,12 @@ class StoredReader:
         self._maps: dict[Path, mmap.mmap] = {}
 
     def values(self, name: str, dtype: torch.dtype | None = None, rows: slice = ALL_ROWS) -> Tensor:
-        """The weight, or some rows of it, on the CPU as `dtype`: by default a plain one as the file has it, a quantized
-        one in fp32. It is decoded some rows at a time, so that little is in memory beside the result.
+        """Read `rows` of a weight to the CPU, as `dtype`; by default in the file's dtype, or fp32 if it is quantized.
+
+        Decodes few rows at a time, to need little memory besides the result.
 
         Raises:
-            ConfigError: `dtype` is fp16 and does not hold all values.
+            ConfigError: `dtype` is fp16 and cannot represent all values.
         """
         weight = self.weights[name]
         if weight.decode is None:
@@ -426,21 +436,22 @@ class StoredReader:
                 check_range(tensor, dtype, name)
             return tensor if dtype is None else tensor.to(dtype)
         start, stop, _ = rows.indices(weight.shape[0])
-        made = torch.empty((stop - start, *weight.shape[1:]), dtype=dtype or torch.float32)
+        result = torch.empty((stop - start, *weight.shape[1:]), dtype=dtype or torch.float32)
         step = max(1, SLICE * weight.shape[0] // max(1, math.prod(weight.shape)) // _ROW_TILE) * _ROW_TILE
-        at = start
-        while at < stop:
-            # Slices end at multiples of the tile, wherever the first one begins.
-            end = min(stop, (at // step + 1) * step)
-            part = weight.decode(lambda part, rows: self._read(weight.parts[part], rows, False), slice(at, end))
-            check_range(part, made.dtype, name)
-            made[at - start : end - start] = part
-            at = end
-        return made
+        row = start
+        while row < stop:
+            # Slices end at multiples of the tile, even if the first one starts within a tile.
+            end = min(stop, (row // step + 1) * step)
+            part = weight.decode(lambda part, rows: self._read(weight.parts[part], rows, False), slice(row, end))
+            check_range(part, result.dtype, name)
+            result[row - start : end - start] = part
+            row = end
+        return result
 
-    def held(self, name: str, rows: slice = ALL_ROWS) -> dict[str, Tensor]:
-        """These rows of the tensors that `memory.precision.Layout` has for a weight in its `precision`, which is not
-        None.
+    def native_tensors(self, name: str, rows: slice = ALL_ROWS) -> dict[str, Tensor]:
+        """Rows of the tensors in which `memory.precision.Layout` holds a weight of this `precision`.
+
+        The weight's `precision` must not be None.
         """
         weight = self.weights[name]
         data = self._read(weight.data, rows, False)
@@ -452,22 +463,22 @@ class StoredReader:
         return {"data": data, "scale": scale.float().reshape(-1, 1).expand(len(data), 1).contiguous()}
 
     def gathered(self, name: str, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rows of an integer tensor `index`, as `dtype`: its shape, then a row's. Only these are read."""
+        """The rows of a weight at the integers in `index`, as `dtype`: [*index.shape, *row shape]. Reads only these."""
         if self._is_mapped and self.weights[name].is_plain:
             return self.values(name)[index].to(dtype)
-        rows, places = index.unique(return_inverse=True)
+        rows, inverse = index.unique(return_inverse=True)
         values = [self.values(name, dtype, slice(row, row + 1)) for row in rows.tolist()]
-        return torch.cat(values)[places]
+        return torch.cat(values)[inverse]
 
     def parts(self, name: str, cut: Callable[[Tensor], Sequence[Tensor]]) -> list["StoredRows"]:
-        """The weight cut into parts, as `cut` cuts a tensor by rows. None is read yet."""
+        """Split a weight into row ranges, as `cut` splits a tensor by rows. Reads nothing."""
         shape = self.weights[name].shape
         if not shape:
             return [StoredRows(self, name, shape, (ALL_ROWS,))]
-        return [StoredRows(self, name, (len(own), *shape[1:]), _runs(own)) for own in cut(torch.arange(shape[0]))]
+        return [StoredRows(self, name, (len(rows), *shape[1:]), _runs(rows)) for rows in cut(torch.arange(shape[0]))]
 
     def _read(self, entry: TensorEntry, rows: slice, is_mapped: bool) -> Tensor:
-        """Rows of a tensor: a part of the mapped file, or in memory of their own."""
+        """Read rows of a tensor: a view of the mapped file, or new memory."""
         count = entry.shape[0] if entry.shape else 1
         size = (entry.stop - entry.start) // max(1, count)
         start, stop, _ = rows.indices(count)
@@ -482,19 +493,21 @@ class StoredReader:
                 file = self._file(entry.file)
                 file.seek(first)
                 if _read_into(file, data.numpy().data) != length:
-                    raise AccessError.of(f"{entry.file} ends early", "a file that is whole", "Get the file again.")
+                    raise AccessError.of(f"{entry.file} ends early", "a complete file", "Get the file again.")
         dtype = _TORCH_DTYPES.get(entry.dtype)
         if dtype is None:
             return data.view(stop - start, size)
         return data.view(dtype).view((stop - start, *entry.shape[1:]) if entry.shape else ())
 
     def _file(self, path: Path) -> BinaryIO:
+        """The open file at `path`."""
         if path not in self._opened:
             self._opened[path] = self._files.enter_context(path.open("rb", buffering=0))
         return self._opened[path]
 
     def _mapped(self, path: Path) -> mmap.mmap:
-        # Tensors keep the mapping for as long as they need it. A private copy, since torch wants writable memory.
+        """The memory map of the file at `path`."""
+        # Tensors keep the mapping alive. It is copy-on-write, since torch requires writable memory.
         if path not in self._maps:
             self._maps[path] = mmap.mmap(self._file(path).fileno(), 0, access=mmap.ACCESS_COPY)
         return self._maps[path]
@@ -502,13 +515,13 @@ class StoredReader:
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Some rows of a stored weight, not yet read."""
+    """Rows of a stored weight, not read yet."""
 
     reader: StoredReader
     name: str
     shape: tuple[int, ...]
     runs: tuple[slice, ...]
-    """Of the weight's rows, in order."""
+    """Ranges of the weight's rows, in order."""
 
     def __getitem__(self, rows: slice) -> "StoredRows":
         index = torch.cat([torch.arange(run.start, run.stop) for run in self.runs])[rows]
@@ -516,33 +529,34 @@ class StoredRows:
 
     @property
     def weight(self) -> StoredWeight:
+        """The weight that the rows belong to."""
         return self.reader.weights[self.name]
 
     def values(self, dtype: torch.dtype | None = None) -> Tensor:
-        """As `StoredReader.values`."""
+        """Read the rows; see `StoredReader.values`."""
         parts = [self.reader.values(self.name, dtype, run) for run in self.runs]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def held(self) -> dict[str, Tensor]:
-        """As `StoredReader.held`."""
-        found = [self.reader.held(self.name, run) for run in self.runs]
-        return found[0] if len(found) == 1 else {name: torch.cat([each[name] for each in found]) for name in found[0]}
+    def native_tensors(self) -> dict[str, Tensor]:
+        """Read the rows in their file format; see `StoredReader.native_tensors`."""
+        parts = [self.reader.native_tensors(self.name, run) for run in self.runs]
+        return parts[0] if len(parts) == 1 else {name: torch.cat([each[name] for each in parts]) for name in parts[0]}
 
 
 @contextlib.contextmanager
 def open_stored(weights: Mapping[str, StoredWeight], *, is_mapped: bool = True) -> Iterator[StoredReader]:
-    """Open the files of `weights`. Tensors outlive it.
+    """Open the files of `weights` for reading. Tensors stay valid after the files are closed.
 
     Args:
-        is_mapped: whether plain tensors are parts of the mapped file; otherwise each is read into memory of its own,
-            and the file takes none beside it.
+        is_mapped: whether plain tensors are views of the memory-mapped file; otherwise each is read into new memory,
+            and no file stays mapped.
     """
     with contextlib.ExitStack() as files:
         yield StoredReader(weights, is_mapped, files)
 
 
 def _runs(index: Tensor) -> tuple[slice, ...]:
-    """The runs of successive numbers in `index`; of an empty one, one without a row."""
+    """Ranges of consecutive numbers in `index`. An empty `index` has one empty range."""
     if not len(index):
         return (slice(0, 0),)
     breaks = [0, *(index.diff() != 1).nonzero().flatten().add(1).tolist(), len(index)]
@@ -550,8 +564,8 @@ def _runs(index: Tensor) -> tuple[slice, ...]:
 
 
 def _read_into(file: BinaryIO, buffer: memoryview) -> int:
-    """Fill `buffer` from a raw file; returns the bytes that came."""
-    done = 0
-    while done < len(buffer) and (count := file.readinto(buffer[done:])):  # type: ignore[attr-defined]
-        done += count
-    return done
+    """Fill `buffer` from a raw file. Returns the number of bytes read, fewer at the end of the file."""
+    filled = 0
+    while filled < len(buffer) and (count := file.readinto(buffer[filled:])):  # type: ignore[attr-defined]
+        filled += count
+    return filled

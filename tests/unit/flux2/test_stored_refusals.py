@@ -25,7 +25,7 @@ def marked(text: str, **tensors: Tensor) -> dict[str, Tensor]:
 
 
 REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
-    "int8 without a marker": ({"weight": INT8, "weight_scale": ONE}, "int8 weights with scales and no marker"),
+    "int8 without a marker": ({"weight": INT8, "weight_scale": ONE}, "int8 weights with scales but no ComfyUI marker"),
     "int8 without scales": ({"weight": INT8}, "int8 weights without scales"),
     "int8 marked, without scales": (
         marked('{"format": "int8_tensorwise"}', weight=INT8),
@@ -85,8 +85,8 @@ def test_all_formats_are_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(AccessError) as caught:
         check_format((file,))
     assert [problem.found.partition(" holds ")[2] for problem in caught.value.problems] == [
-        f"int8 weights with scales and no marker of ComfyUI's ({LAYER}.0.weight and 1 more)",
-        f"4-bit weights (packed into bytes) with scales and no marker of ComfyUI's ({LAYER}.2.weight)",
+        f"int8 weights with scales but no ComfyUI marker ({LAYER}.0.weight and 1 more)",
+        f"4-bit weights (packed into bytes) with scales but no ComfyUI marker ({LAYER}.2.weight)",
     ]
 
 
