@@ -157,8 +157,17 @@ def open_text_encoder(
         )
         say(f"The text encoder is {choice} up to {format_size(needed)}; {memory}.")
     load = partial(stream_text_encoder, folder=folder) if mode == "streamed" else load_text_encoder
-    via = quantized_on(precision, device)
-    return load(source, dtype, device, layers=layers, max_length=length, fix_regex=fix_regex, precision=name, via=via)
+    quantize_on = quantized_on(precision, device)
+    return load(
+        source,
+        dtype,
+        device,
+        layers=layers,
+        max_length=length,
+        fix_regex=fix_regex,
+        precision=name,
+        quantize_on=quantize_on,
+    )
 
 
 def load_base(
@@ -185,8 +194,8 @@ def load_base(
         DTYPES[options.base_dtype],
         device,
         options.base_model_precision,
-        land_on=landing(offload, source.spec, device),
-        via=quantized_on(options, device),
+        device_of=landing(offload, source.spec, device),
+        quantize_on=quantized_on(options, device),
         cache_dir=None if folder is None else Path(folder),
         report=report,
         sharding=sharding,

@@ -1,4 +1,4 @@
-"""Weights from files into modules: built empty, filled tensor by tensor, each cast and moved as it lands."""
+"""Load weights into modules: build them on the meta device, then cast and move one tensor at a time."""
 
 import contextlib
 import copy
@@ -50,33 +50,32 @@ from simpletuner.runs.process import stop_if_asked
 
 
 @dataclass(frozen=True)
-class Quantize:
-    """Which Linears of a module are held in a precision, and how those that files do not hold in it are quantized as
-    they land."""
+class QuantizationPlan:
+    """The Linears to hold in a precision, and how to quantize those whose files have another format."""
 
     precision: str
-    """With `NO_CHANGE`, each is held as its file holds it, where one of `PRECISIONS` is that."""
-    within: tuple[str, ...]
-    """What their names begin with."""
-    via: torch.device | str
-    """Where it is done."""
+    """With `NO_CHANGE`, a Linear keeps the format of its file if that is one of `PRECISIONS`."""
+    prefixes: tuple[str, ...]
+    """Prefixes of the names of these Linears."""
+    device: torch.device | str
+    """Where weights are quantized."""
 
     @property
-    def is_asked(self) -> bool:
+    def quantizes_plain(self) -> bool:
         """Whether plain weights are quantized."""
         return self.precision != NO_CHANGE
 
     def precisions(
         self, module: nn.Module, stored: Mapping[str, StoredWeight], renaming: TensorRenaming
     ) -> dict[str, str]:
-        """In which precision each Linear of `module` is held, by its name; the others are plain.
+        """The precision of each quantized Linear of `module`, by name. All others are plain.
 
         Raises:
-            ConfigError: `precision` cannot hold one of them.
+            ConfigError: `precision` does not support one of their shapes.
         """
-        if self.is_asked:
-            return dict.fromkeys(targets(module, self.within, self.precision), self.precision)
-        return native_precisions(stored, renaming, self.within)
+        if self.quantizes_plain:
+            return dict.fromkeys(targets(module, self.prefixes, self.precision), self.precision)
+        return native_precisions(stored, renaming, self.prefixes)
 
 
 Half = Literal["encode", "decode"]
@@ -84,14 +83,14 @@ OTHER_HALF: Mapping[Half, tuple[str, ...]] = {
     "encode": ("decoder", "post_quant_conv"),
     "decode": ("encoder", "quant_conv"),
 }
-"""What an autoencoder does not need that does one thing only."""
+"""Modules that an autoencoder does not need if it only encodes or only decodes."""
 
 
 def checked_skeleton(source: Source) -> Flux2Transformer:
-    """The transformer on the meta device. No weight is read.
+    """The transformer on the meta device, checked against the headers of its files. No weight is read.
 
     Raises:
-        AccessError: by the headers, tensors are missing, unknown or of the wrong shape; they are named.
+        AccessError: tensors are missing, unknown or have a wrong shape; the error names them.
     """
     with torch.device("meta"):
         transformer = Flux2Transformer(source.spec)
@@ -103,7 +102,7 @@ def checked_skeleton(source: Source) -> Flux2Transformer:
 
 @contextlib.contextmanager
 def _config_errors_reported(component: str, weights: Weights) -> Iterator[None]:
-    """Turn what a library raises below this block about values of a component's config.json into an AccessError."""
+    """Translate a library's errors about values in a component's config.json into an AccessError."""
     from huggingface_hub.errors import StrictDataclassError
 
     try:
@@ -112,8 +111,8 @@ def _config_errors_reported(component: str, weights: Weights) -> Iterator[None]:
         raise AccessError.of(
             f"no {component} can be built from the config.json beside {weights.files[0]} "
             f"({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason'})",
-            "the one that belongs to these weights",
-            "It may be damaged or of another program: get the file again.",
+            "the config of these weights",
+            "It may be damaged or written by another program: get the file again.",
         ) from error
 
 
@@ -123,36 +122,36 @@ def load_transformer(
     device: torch.device | str,
     precision: str = NO_CHANGE,
     *,
-    land_on: Callable[[str], torch.device] | None = None,
-    via: torch.device | str | None = None,
+    device_of: Callable[[str], torch.device] | None = None,
+    quantize_on: torch.device | str | None = None,
     cache_dir: Path | None = None,
     report: Callable[[str], None] = say,
     sharding: Sharding | None = None,
     is_plain: bool = False,
 ) -> Flux2Transformer:
-    """The transformer, frozen, as `dtype` on `device`, the Linears of its blocks in `precision`. BFL's and diffusers'
-    names are both understood.
+    """Load the frozen transformer as `dtype` on `device`, with the Linears of its blocks in `precision`.
 
-    A quantized file's weights are held as they are where `precision` is `NO_CHANGE` or the file's own; otherwise they
-    are decoded first. Tensors are quantized one by one, on `via`, by default `device`: besides the model, one is in
-    memory at a time.
+    Files may have BFL's or diffusers' names. Weights of a quantized file keep their format if `precision` is
+    `NO_CHANGE` or the file's own precision; otherwise they are decoded first. Tensors are quantized one at a time:
+    besides the model, only one tensor is in memory.
 
     Args:
-        is_plain: decode every weight, for training them.
-        land_on: the device of the tensor of each name, where they differ; by default all are on `device`.
-        cache_dir: where the quantized model is kept, and found by the next one who asks for the same.
-        report: called with a sentence on why no kept model is used.
-        sharding: where given, the transformer is sharded over all processes, and only shards come into memory. What is
-            kept in `cache_dir` is used, and nothing is put there. `device` and `land_on` do not matter.
+        device_of: the device for each tensor name; by default `device` for all.
+        quantize_on: the device that quantizes, by default `device`.
+        cache_dir: folder that caches the quantized model for later runs.
+        report: called with the reason, as a sentence, if a cached model cannot be used.
+        sharding: shard the transformer over all processes and load only this process's shards. A model in `cache_dir`
+            is used, but none is written. `device` and `device_of` are ignored.
+        is_plain: decode all weights, for full training.
 
     Raises:
-        AccessError: tensors are missing, unknown or of the wrong shape; they are named.
+        AccessError: tensors are missing, unknown or have a wrong shape; the error names them.
         ConfigError: `precision`, or fp16 as `dtype`, cannot hold this model.
         DiskError: no space in `cache_dir`.
     """
     with torch.device("meta"):
         transformer = Flux2Transformer(source.spec)
-    quantize = None if is_plain else Quantize(precision, BLOCKS, device if via is None else via)
+    quantize = None if is_plain else QuantizationPlan(precision, BLOCKS, device if quantize_on is None else quantize_on)
     base_cache = None
     if precision != NO_CHANGE:
         base_cache = None if cache_dir is None else QuantizedBaseCache.of(cache_dir, source, precision, dtype)
@@ -160,23 +159,23 @@ def load_transformer(
     if sharding is not None:
         if base_cache is not None and cache_file is None:
             report(
-                f"{cache_dir} holds no {precision} base, and none is put there: each process quantizes its share. A "
-                "run without fsdp_enable keeps one there, which sharded runs read too."
+                f"{cache_dir} holds no {precision} base, and sharded runs store none: each process quantizes its "
+                "share. A run without fsdp_enable stores one there, which sharded runs can read."
             )
         _fill_shards(transformer, stored_weights(source.transformer.files), dtype, sharding, quantize, cache_file)
         return transformer.eval()
     if cache_file is not None:
-        # What products read in place is copied: on a CPU their last bits depend on where a tensor begins.
+        # Copy tensors that matrix products read: on a CPU the last bits of results depend on memory alignment.
         plain = {name for name, _ in transformer.named_parameters()}
         with torch.device("meta"):
             make_room(transformer, targets(transformer, BLOCKS, precision), precision, quantized_from(dtype))
         with open_tensors(cache_file) as tensors:
             for name in transformer.state_dict():
-                target_device = device if land_on is None else land_on(name)
+                target_device = device if device_of is None else device_of(name)
                 _assign(transformer, name, _with_dimension(tensors[name]).to(target_device, copy=name in plain))
         return transformer.eval()
     stored = stored_weights(source.transformer.files)
-    _fill(transformer, stored, transformer_renaming(stored), dtype, device, quantize=quantize, land_on=land_on)
+    _fill(transformer, stored, transformer_renaming(stored), dtype, device, quantize=quantize, device_of=device_of)
     if base_cache is not None:
         base_cache.save(transformer.state_dict())
     return transformer.eval()
@@ -193,36 +192,36 @@ def load_autoencoder(
     ahead: bool = False,
     half: Half | None = None,
 ) -> Autoencoder:
-    """The autoencoder, frozen, as `dtype` on `device`; its batch-norm statistics stay as they are in the file.
+    """Load the frozen autoencoder as `dtype` on `device`. Its batch-norm statistics keep the file's dtype.
 
     Args:
-        is_streamed: keep its layers in host memory and copy them to the device one by one.
+        is_streamed: keep its layers in host memory and copy them to the device one at a time.
         ahead: prefetch the next of these layers.
-        half: load this half alone.
+        half: load only this half.
 
     Raises:
-        AccessError: tensors are missing, unknown or of the wrong shape; they are named.
+        AccessError: tensors are missing, unknown or have a wrong shape; the error names them.
     """
     with quiet_import():
-        from diffusers import AutoencoderKLFlux2  # takes seconds: only where latents are made or shown
+        from diffusers import AutoencoderKLFlux2  # takes seconds to import: only when latents are encoded or decoded
 
     with torch.device("meta"), _config_errors_reported("VAE", source.vae):
         vae = AutoencoderKLFlux2.from_config(source.vae.config)
     stored = stored_weights(source.vae.files, "vae")
-    own_renaming = vae_renaming(stored)
-    if not any(own_renaming(name) == Renamed(("bn.num_batches_tracked",)) for name in stored):
-        vae.bn.num_batches_tracked = None  # missing in BFL's file; only training the VAE would read it
-    _check(vae, stored, {name: own_renaming(name) for name in stored}, False)
-    left_out = () if half is None else OTHER_HALF[half]
-    for name in left_out:
+    full_renaming = vae_renaming(stored)
+    if not any(full_renaming(name) == Renamed(("bn.num_batches_tracked",)) for name in stored):
+        vae.bn.num_batches_tracked = None  # missing in BFL's files; only VAE training would read it
+    _check(vae, stored, {name: full_renaming(name) for name in stored}, False)
+    unused = () if half is None else OTHER_HALF[half]
+    for name in unused:
         setattr(vae, name, None)
 
     def renaming(name: str) -> Renamed | None:
-        renamed = own_renaming(name)
-        return None if renamed is None or renamed.names[0].partition(".")[0] in left_out else renamed
+        renamed = full_renaming(name)
+        return None if renamed is None or renamed.names[0].partition(".")[0] in unused else renamed
 
-    landing = "cpu" if is_streamed else device
-    _fill(vae, stored, renaming, dtype, landing, kept=("bn.",), unknown_allowed=True)
+    load_device = "cpu" if is_streamed else device
+    _fill(vae, stored, renaming, dtype, load_device, uncast=("bn.",), unknown_allowed=True)
     if tiling:
         vae.enable_tiling()
     if slicing:
@@ -242,24 +241,25 @@ def load_text_encoder(
     max_length: int,
     fix_regex: bool,
     precision: str = NO_CHANGE,
-    via: torch.device | str | None = None,
+    quantize_on: torch.device | str | None = None,
 ) -> ResidentTextEncoder:
-    """The text encoder, frozen, as `dtype` on `device`: only as many layers as `layers` asks for are loaded. Their
-    Linears are in `precision`, quantized as they land, on `via`, by default `device`.
+    """Load the frozen text encoder, up to the last of `layers`, as `dtype` on `device`.
+
+    Linears are held in `precision`, and quantized on `quantize_on`, by default `device`, while they are loaded.
 
     Raises:
-        AccessError: tensors are missing or of the wrong shape; they are named.
+        AccessError: tensors are missing or have a wrong shape; the error names them.
         ConfigError: it has fewer layers, or `max_length` is shorter than the template.
     """
     config = _text_config(source, layers)
     depth = config.num_hidden_layers
     with _config_errors_reported("text encoder", source.text_encoder):
         model = _language_model(config, source.flavour.text)
-    # Its frequencies are in no file, and on the meta device they were never computed.
+    # No file contains its frequencies, and the meta device does not compute them.
     with torch.device(device), _config_errors_reported("text encoder", source.text_encoder):
         model.rotary_emb = type(model.rotary_emb)(config=config)
 
-    quantize = _quantize_layers(precision, device if via is None else via)
+    quantize = _layers_plan(precision, device if quantize_on is None else quantize_on)
     stored = stored_weights(source.text_encoder.files, "text_encoder")
     _fill(model, stored, text_encoder_renaming(depth), dtype, device, unknown_allowed=True, quantize=quantize)
     return ResidentTextEncoder(
@@ -281,45 +281,47 @@ def stream_text_encoder(
     fix_regex: bool,
     folder: Path,
     precision: str = NO_CHANGE,
-    via: torch.device | str | None = None,
+    quantize_on: torch.device | str | None = None,
 ) -> StreamedTextEncoder:
-    """The same text encoder, the same bits, with one layer at a time as `dtype` on `device`. Nothing is read yet but
-    the headers. States that do not stay in memory are put into a file in `folder` meanwhile.
+    """A text encoder that holds one layer at a time as `dtype` on `device`, with results bit-identical to the resident
+    one. Reads only headers.
+
+    Hidden states that do not stay in memory are stored in a file in `folder`.
 
     Raises:
-        AccessError: tensors are missing or of the wrong shape; they are named.
+        AccessError: tensors are missing or have a wrong shape; the error names them.
         ConfigError: it has fewer layers, or `max_length` is shorter than the template.
     """
     config = _text_config(source, layers)
     depth = config.num_hidden_layers
     stored = stored_weights(source.text_encoder.files, "text_encoder")
-    known = {name: text_encoder_name(name, depth) for name in stored}
-    renamed = {name: None if new is None else Renamed((new,)) for name, new in known.items()}
+    new_names = {name: text_encoder_name(name, depth) for name in stored}
+    renamed = {name: None if new is None else Renamed((new,)) for name, new in new_names.items()}
     with _config_errors_reported("text encoder", source.text_encoder):
-        whole = _language_model(config, source.flavour.text)
-    _check(whole, stored, renamed, unknown_allowed=True)
-    (embedding,) = (name for name, new in known.items() if new == "embed_tokens.weight")
+        full_model = _language_model(config, source.flavour.text)
+    _check(full_model, stored, renamed, unknown_allowed=True)
+    (embedding,) = (name for name, new in new_names.items() if new == "embed_tokens.weight")
     with torch.device(device), _config_errors_reported("text encoder", source.text_encoder):
-        rotary = type(whole.rotary_emb)(config=config)
-    quantize = _quantize_layers(precision, device if via is None else via)
-    single = _cut(copy.deepcopy(config), 1)
+        rotary = type(full_model.rotary_emb)(config=config)
+    quantize = _layers_plan(precision, device if quantize_on is None else quantize_on)
+    single_layer = _cut(copy.deepcopy(config), 1)
 
     def embed(ids: Int64[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
-        # The table is larger than a layer, and captions use few of its rows.
+        # The embedding is larger than a layer, and captions use few of its rows.
         with open_stored(stored) as weights:
             rows = weights.gathered(embedding, ids, dtype)
         _check_finite(rows, embedding, stored[embedding].file)
         return rows
 
     def read_layer(index: int) -> nn.Module:
-        model = _language_model(single, source.flavour.text)
+        model = _language_model(single_layer, source.flavour.text)
         model.embed_tokens = nn.Identity()
         model.rotary_emb = rotary
-        own, place = f"layers.{index}.", "layers.0."
+        prefix, first = f"layers.{index}.", "layers.0."
 
         def renaming(name: str) -> Renamed | None:
-            new = known[name]
-            return Renamed((place + new.removeprefix(own),)) if new is not None and new.startswith(own) else None
+            new = new_names[name]
+            return Renamed((first + new.removeprefix(prefix),)) if new is not None and new.startswith(prefix) else None
 
         _fill(model, stored, renaming, dtype, device, unknown_allowed=True, quantize=quantize)
         layer: nn.Module = model.eval()
@@ -339,17 +341,18 @@ def stream_text_encoder(
     )
 
 
-def _quantize_layers(precision: str, via: torch.device | str) -> Quantize:
-    return Quantize(precision, ("layers.",), via)
+def _layers_plan(precision: str, device: torch.device | str) -> QuantizationPlan:
+    """The plan for the Linears of a text encoder's layers."""
+    return QuantizationPlan(precision, ("layers.",), device)
 
 
 def _text_config(source: Source, layers: tuple[int, ...]) -> Any:
-    """transformers' config of the text encoder's language model, cut after the last of `layers`.
+    """transformers' config of the text encoder's language model, truncated after the last of `layers`.
 
     Raises:
         ConfigError: it has fewer layers.
     """
-    # Takes seconds to import: only where text is encoded.
+    # Takes seconds to import: only when text is encoded.
     from transformers import Mistral3Config, MistralConfig, Qwen3Config
 
     written = dict(source.text_encoder.config or {})
@@ -367,7 +370,7 @@ def _text_config(source: Source, layers: tuple[int, ...]) -> Any:
 
 
 def _cut(config: Any, layers: int) -> Any:
-    """`config`, changed to have only its first `layers` layers."""
+    """Truncate `config` in place to its first `layers` layers, and return it."""
     config.num_hidden_layers = layers
     if config.model_type == "qwen3":
         config.layer_types = config.layer_types[:layers]
@@ -375,14 +378,15 @@ def _cut(config: Any, layers: int) -> Any:
 
 
 def _language_model(config: Any, text: TextContextSpec) -> Any:
-    """transformers' language model on the meta device, without its final norm; rows that attend to nothing, which only
-    padding on the left has, get 0.
+    """transformers' language model on the meta device, without its final norm.
+
+    Rows that attend to nothing are 0; only padding on the left causes such rows.
     """
     from transformers import AutoModel
 
-    # Not before it makes a model does transformers look at the libraries beside it.
+    # transformers checks for optional libraries only when it builds a model, so silence their warnings here.
     with torch.device("meta"), quiet_import():
-        # Named in the cache's key: another implementation has other last digits.
+        # Part of the cache key: other implementations differ in the last digits.
         model = AutoModel.from_config(config, attn_implementation="sdpa")
     model.norm = nn.Identity()
     if text.padding_side == "left":
@@ -391,7 +395,7 @@ def _language_model(config: Any, text: TextContextSpec) -> Any:
 
 
 def _tokenizer(source: Source, fix_regex: bool) -> Any:
-    """The tokenizer's own files, whatever class they name: the processor of that class would need torchvision."""
+    """Load the tokenizer from its files, ignoring the class that they name: that class needs torchvision."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(
@@ -406,13 +410,15 @@ def _tokenizer(source: Source, fix_regex: bool) -> Any:
 
 
 def autoencoder_id(source: Source, dtype: torch.dtype, *, tiling: bool, slicing: bool) -> str:
-    """Names everything that decides a cached latent, without loading the autoencoder."""
+    """Id of everything that determines a cached latent. Does not load the autoencoder."""
     return sha256_json(["latents 2", source.encoder_fingerprint(dtype), str(dtype), tiling, slicing])
 
 
 def earlier_autoencoder_id(source: Source, dtype: torch.dtype, *, tiling: bool, slicing: bool, whole: bool) -> str:
-    """What earlier releases named a cached latent by: the decoder too, and the bytes of the files, `whole` as
-    `Source.fingerprint` has it."""
+    """The id of a cached latent in earlier releases, which included the decoder and the files' bytes.
+
+    `whole` is that of `Source.fingerprint`.
+    """
     return sha256_json(["latents 1", source.fingerprint("vae", whole=whole), str(dtype), tiling, slicing])
 
 
@@ -426,15 +432,17 @@ def text_encoder_id(
     precision: str = NO_CHANGE,
     whole: bool = False,
 ) -> str:
-    """Names everything that decides a cached context, without loading the text encoder; `whole` as
-    `Source.fingerprint` has it."""
+    """Id of everything that determines a cached context. Does not load the text encoder.
+
+    `whole` is that of `Source.fingerprint`.
+    """
     weights = [source.fingerprint("text_encoder", whole=whole), source.fingerprint("tokenizer")]
     quantized_in = [] if precision == NO_CHANGE else [precision]
-    own, usual = source.flavour.text, FLAVOURS["dev"].text
-    # Named only where they are not dev's: caches are older than the choice.
-    kind = [own.kind] if own.kind != usual.kind else []
-    template = [own.system_message] if own.system_message != usual.system_message else []
-    padding = [own.padding_side] if own.padding_side != usual.padding_side else []
+    text, default = source.flavour.text, FLAVOURS["dev"].text
+    # Included only if they differ from dev's: older caches lack them.
+    kind = [text.kind] if text.kind != default.kind else []
+    template = [text.system_message] if text.system_message != default.system_message else []
+    padding = [text.padding_side] if text.padding_side != default.padding_side else []
     return sha256_json(
         [
             "contexts 1, sdpa",
@@ -458,45 +466,45 @@ def _fill(
     dtype: torch.dtype,
     device: torch.device | str,
     *,
-    kept: tuple[str, ...] = (),
+    uncast: tuple[str, ...] = (),
     unknown_allowed: bool = False,
-    quantize: Quantize | None = None,
-    land_on: Callable[[str], torch.device] | None = None,
+    quantize: QuantizationPlan | None = None,
+    device_of: Callable[[str], torch.device] | None = None,
 ) -> None:
-    """Give every parameter and buffer of `module`, built on the meta device, its tensor from `stored`.
+    """Load every parameter and buffer of `module`, built on the meta device, from `stored`.
 
-    Tensors whose names start with one of `kept` are moved but not cast. Headers alone decide whether everything fits,
-    before any weight is read.
+    Headers are checked before any weight is read. Tensors whose names start with one of `uncast` are moved but not
+    cast.
 
-    Where tensors are quantized, each is let go before the next one is read. Files are not mapped then: a tensor is read
-    once, and memory holds no more of it than that.
+    With quantization, each tensor is freed before the next one is read, and files are not memory-mapped: a tensor is
+    read once and takes memory only once.
     """
     renamed = {name: renaming(name) for name in stored}
     _check(module, stored, renamed, unknown_allowed)
     precisions = {} if quantize is None else quantize.precisions(module, stored, renaming)
-    is_mapped = quantize is None or not quantize.is_asked
+    is_mapped = quantize is None or not quantize.quantizes_plain
 
-    def land(target: str, shape: tuple[int, ...], rows: StoredRows) -> None:
-        place = device if land_on is None else land_on(target)
+    def load_tensor(target: str, shape: tuple[int, ...], rows: StoredRows) -> None:
+        target_device = device if device_of is None else device_of(target)
         owner = target.removesuffix(".weight")
         precision = precisions.get(owner)
         if precision is None:
-            landed = _cast(rows, None if target.startswith(kept) else dtype, target).reshape(shape).to(place)
-            _check_finite(landed, target, rows.weight.file)
-            _assign(module, target, landed)
+            tensor = _cast(rows, None if target.startswith(uncast) else dtype, target).reshape(shape).to(target_device)
+            _check_finite(tensor, target, rows.weight.file)
+            _assign(module, target, tensor)
             return
         assert quantize is not None
         linear = module.get_submodule(owner)
         assert isinstance(linear, nn.Linear)
         if rows.weight.precision == precision:
             tensors = rows.native_tensors()
-            _check_held(tensors, target, rows.weight.file)
-            module.set_submodule(owner, held(linear, precision, tensors, quantized_from(dtype), place))
+            _check_native(tensors, target, rows.weight.file)
+            module.set_submodule(owner, held(linear, precision, tensors, quantized_from(dtype), target_device))
         else:
             cast = _cast(rows, quantized_from(dtype), target, limit=dtype)
-            linear.weight = nn.Parameter(cast.to(quantize.via), requires_grad=False)
+            linear.weight = nn.Parameter(cast.to(quantize.device), requires_grad=False)
             _check_finite(linear.weight, target, rows.weight.file)
-            module.set_submodule(owner, quantized(linear, precision, place))
+            module.set_submodule(owner, quantized(linear, precision, target_device))
 
     with open_stored(stored, is_mapped=is_mapped) as weights:
         for name, new in renamed.items():
@@ -504,7 +512,7 @@ def _fill(
                 stop_if_asked()
                 shapes = new.shapes(stored[name].shape)
                 for target, shape, rows in zip(new.names, shapes, weights.parts(name, new.cut), strict=True):
-                    land(target, shape, rows)
+                    load_tensor(target, shape, rows)
 
 
 @torch.no_grad()
@@ -513,16 +521,16 @@ def _fill_shards(
     stored: Mapping[str, StoredWeight],
     dtype: torch.dtype,
     sharding: Sharding,
-    quantize: Quantize | None,
+    quantize: QuantizationPlan | None,
     quantized_file: Path | None,
 ) -> None:
-    """Shard `transformer`, built on the meta device, and give this process its rows of every tensor.
+    """Shard `transformer`, built on the meta device, and load this process's rows of every tensor.
 
-    Files are mapped, so that other rows are not read, and what several processes read lies in memory once. One tensor
-    at a time is in memory beside the shards: its rows, and all of it where the precision cannot quantize rows alone.
+    Files are memory-mapped, so other rows are not read, and processes share the pages that they read. Besides the
+    shards, one tensor at a time is in memory: its rows, or all of it if the precision cannot quantize rows separately.
 
     Args:
-        quantized_file: holds the tensors as `quantize` makes them; `stored` weights are not read then.
+        quantized_file: tensors that are quantized already; `stored` weights are not read then.
     """
     renaming = transformer_renaming(stored)
     renamed = {name: renaming(name) for name in stored}
@@ -541,44 +549,46 @@ def _fill_shards(
     transformer.to_empty(device=sharding.resting)
     shards = {name: local(parameter) for name, parameter in transformer.named_parameters()}
 
-    def land(target: str, whole: StoredRows) -> None:
-        owner, file = target.removesuffix(".weight"), whole.weight.file
-        own = whole[own_range(whole.shape)]
+    def load_tensor(target: str, all_rows: StoredRows) -> None:
+        owner, file = target.removesuffix(".weight"), all_rows.weight.file
+        shard_rows = all_rows[own_range(all_rows.shape)]
         layout = layouts.get(owner)
         if layout is None:
-            _check_finite(shards[target].copy_(_cast(own, None, target, limit=dtype)), target, file)
+            _check_finite(shards[target].copy_(_cast(shard_rows, None, target, limit=dtype)), target, file)
             return
         assert quantize is not None
-        if whole.weight.precision == layout.precision:
-            tensors = own.native_tensors()
-            _check_held(tensors, target, file)
+        if all_rows.weight.precision == layout.precision:
+            tensors = shard_rows.native_tensors()
+            _check_native(tensors, target, file)
             for name, tensor in tensors.items():
                 shards[f"{owner}.{name}"].copy_(tensor)
             return
-        rows = own if layout.is_by_rows else whole
+        rows = shard_rows if layout.is_by_rows else all_rows
         if not rows.shape[0]:
             return
-        cast = _cast(rows, quantized_from(dtype), target, limit=dtype).to(quantize.via)
+        cast = _cast(rows, quantized_from(dtype), target, limit=dtype).to(quantize.device)
         _check_finite(cast, target, file)
-        for name, made in packed(cast, layout.precision).items():
-            shards[f"{owner}.{name}"].copy_(made if layout.is_by_rows else own_rows(made))
+        for name, tensor in packed(cast, layout.precision).items():
+            shards[f"{owner}.{name}"].copy_(tensor if layout.is_by_rows else own_rows(tensor))
 
     if quantized_file is not None:
         with open_tensors(quantized_file) as tensors:
-            for name, held_rows in shards.items():
-                held_rows.copy_(own_rows(_with_dimension(tensors[name])))
+            for name, rows in shards.items():
+                rows.copy_(own_rows(_with_dimension(tensors[name])))
         return
     with open_stored(stored) as weights:
         for name, new in renamed.items():
             if new is not None:
                 stop_if_asked()
-                for target, whole in zip(new.names, weights.parts(name, new.cut), strict=True):
-                    land(target, whole)
+                for target, all_rows in zip(new.names, weights.parts(name, new.cut), strict=True):
+                    load_tensor(target, all_rows)
 
 
 def _cast(rows: StoredRows, dtype: torch.dtype | None, name: str, *, limit: torch.dtype | None = None) -> Tensor:
-    """`rows` as `dtype`; None leaves a plain weight's own. Each value is within the range of `limit`, by default
-    `dtype`.
+    """Read `rows` as `dtype`; None keeps a plain weight's dtype.
+
+    Raises:
+        ConfigError: a value is outside the range of `limit`, by default `dtype`.
     """
     limit = dtype if limit is None else limit
     if not rows.weight.is_plain:
@@ -590,12 +600,12 @@ def _cast(rows: StoredRows, dtype: torch.dtype | None, name: str, *, limit: torc
 
 
 def _with_dimension(tensor: Tensor) -> Tensor:
-    """`tensor`, with one dimension if it has none: earlier releases kept a scalar of nf4 so."""
+    """`tensor`, with shape [1] if it is a scalar, as earlier releases saved one of nf4's tensors."""
     return tensor if tensor.dim() else tensor.reshape(1)
 
 
 def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
-    """Raise an AccessError if `tensor`, loaded from `file`, holds a number that is NaN or infinite."""
+    """Raise an AccessError if `tensor`, loaded from `file`, has NaN or infinite values."""
     count = non_finite_count(tensor)
     if count:
         raise _not_finite(file, count, tensor, name)
@@ -605,25 +615,26 @@ def _not_finite(file: Path, count: int, tensor: Tensor, name: str) -> AccessErro
     return AccessError.of(
         f"{file}: {count:,} of {tensor.numel():,} numbers of {name} are NaN or infinite as {tensor.dtype}",
         "finite weights",
-        "The file is damaged or was saved from a run that diverged: get it again.",
+        "The file is damaged, or was saved by a run that diverged: get it again.",
     )
 
 
-def _check_held(tensors: Mapping[str, Tensor], name: str, file: Path) -> None:
-    """`_check_finite` for a weight in 8 bits, with its scales."""
+def _check_native(tensors: Mapping[str, Tensor], name: str, file: Path) -> None:
+    """`_check_finite` for an 8-bit weight and its scales."""
     _check_finite(tensors["scale"], f"the scales of {name}", file)
     data = tensors["data"]
     if data.dtype == torch.float8_e4m3fn:
-        count = int(((data.view(torch.uint8) & 0x7F) == 0x7F).sum())  # its only numbers that are none
+        count = int(((data.view(torch.uint8) & 0x7F) == 0x7F).sum())  # its NaN codes; it has no infinity
         if count:
             raise _not_finite(file, count, data, name)
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    place = module.get_submodule(owner)
-    is_parameter = leaf in dict(place.named_parameters(recurse=False))
-    setattr(place, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
+    """Set the parameter or buffer `name` of `module`."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    is_parameter = leaf in dict(owner.named_parameters(recurse=False))
+    setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
 
 
 def _check(
@@ -632,9 +643,9 @@ def _check(
     renamed: Mapping[str, Renamed | None],
     unknown_allowed: bool,
 ) -> None:
-    """Raise AccessError unless the renamed tensors are exactly those of `module`, in its shapes."""
+    """Raise an AccessError unless the renamed tensors are exactly those of `module`, with its shapes."""
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found: dict[str, tuple[int, ...]] = {}
+    loaded: dict[str, tuple[int, ...]] = {}
     unknown, wrong = [], []
     for name, new in renamed.items():
         if new is None:
@@ -642,21 +653,25 @@ def _check(
                 unknown.append(name)
             continue
         for target, shape in zip(new.names, new.shapes(stored[name].shape), strict=True):
-            found[target] = shape
+            loaded[target] = shape
             if target not in expected:
                 unknown.append(name)
             elif shape != expected[target]:
                 wrong.append(f"{target} {list(shape)}, not {list(expected[target])}")
             elif not stored[name].is_floating and not target.endswith("num_batches_tracked"):
                 wrong.append(f"{target} as {stored[name].data.dtype}, not in floating point")
-    missing = [name for name in expected if name not in found]
-    where = ", ".join(sorted({weight.file.name for weight in stored.values()}))
+    missing = [name for name in expected if name not in loaded]
+    files = ", ".join(sorted({weight.file.name for weight in stored.values()}))
     AccessError.raise_if(
-        Problem(f"{where}: {what} ({len(names)}): {_some(names)}", remedy="Is this the right model, and whole?")
-        for what, names in (("missing", missing), ("unknown", unknown), ("of another shape or type", wrong))
+        Problem(
+            f"{files}: {finding} ({len(names)}): {_some(names)}",
+            remedy="Check that this is the right model and that it is complete.",
+        )
+        for finding, names in (("missing", missing), ("unknown", unknown), ("wrong shape or dtype", wrong))
         if names
     )
 
 
 def _some(names: list[str]) -> str:
+    """The first four of `names`, and the number of others."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -58,7 +58,7 @@ def same(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> bo
 
 def test_no_change_is_what_it_was(tiny_source):
     plain = load_transformer(tiny_source, BF16, "cpu")
-    off = load_transformer(tiny_source, BF16, "cpu", "no_change", via="cpu", cache_dir=Path("nowhere"))
+    off = load_transformer(tiny_source, BF16, "cpu", "no_change", quantize_on="cpu", cache_dir=Path("nowhere"))
     assert same(off.state_dict(), plain.state_dict())
     assert not any(isinstance(module, QuantizedLinear) for module in off.modules())
     assert not Path("nowhere").exists()
