@@ -1,4 +1,4 @@
-"""Which files make up the model that was asked for, and everything that can be wrong with them."""
+"""Locate all files of the model that the options name, and report everything that is wrong with them."""
 
 import os
 from collections.abc import Mapping
@@ -53,7 +53,7 @@ _STEMS: Mapping[Component, str] = {
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
 }
-# What a component's config says it is: diffusers' `_class_name`, or of a text encoder transformers' `model_type`.
+# Kinds of component in configs: diffusers' `_class_name`, for text encoders transformers' `model_type`.
 _CLASSES: Mapping[Component, str] = {
     "transformer": "Flux2Transformer2DModel",
     "vae": "AutoencoderKLFlux2",
@@ -66,8 +66,8 @@ _ALL_TEXT_ENCODERS = tuple(name for names in _TEXT_ENCODERS.values() for name in
 _INDEX = "model_index.json"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 _TOKENIZER_EXTRA = ("chat_template.jinja", "special_tokens_map.json")
-# Who wrote a config, and with what, changes nothing about what it says.
-_WRITTEN_BY = ("_diffusers_version", "_name_or_path", "transformers_version", "dtype", "torch_dtype")
+# Fields that identify the writer of a config do not change the model.
+_WRITER_FIELDS = ("_diffusers_version", "_name_or_path", "transformers_version", "dtype", "torch_dtype")
 _HEAD_BYTES = 4096
 _ENCODING_TENSORS = ("encoder.", "quant_conv.", "bn.running_")
 _ENCODING_FIELDS: Mapping[str, object] = {
@@ -84,12 +84,12 @@ _ENCODING_FIELDS: Mapping[str, object] = {
     "batch_norm_eps": 1e-4,
     "patch_size": [2, 2],
 }
-"""What of a VAE decides latents: names of tensors begin with these; fields of its config, with diffusers' defaults."""
+"""What determines a VAE's latents: prefixes of tensor names, and config fields with diffusers' defaults."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The files of one component, and its config: None for a transformer in a single file, whose shapes tell."""
+    """Files and config of one component. A transformer in a single file has no config: its shapes suffice."""
 
     files: tuple[Path, ...]
     config: Config | None
@@ -97,72 +97,73 @@ class Weights:
 
 @dataclass(frozen=True)
 class Source:
-    """Every file of one FLUX.2, on this machine's disk."""
+    """All files of a FLUX.2 model, on this machine's disk."""
 
     name: str
-    """What a person calls it: the Hub id, the folder's or file's name; no path."""
+    """Name for users: the Hub id, or the name of the folder or file, without its path."""
     flavour: Flavour
     commit: str | None
-    """Of the Hub, when the base model came from there."""
+    """The Hub commit of the base model; None if it is local."""
     transformer: Weights
     vae: Weights
     text_encoder: Weights
     tokenizer: Path
     text_layers: tuple[int, ...]
-    """Hidden states of the text encoder that are put side by side."""
+    """Layers of the text encoder whose hidden states are concatenated."""
     text_length: int
     """Tokens of a context, padding included."""
     pipeline: Path | None
-    """The local folder that the model comes from, but for what was replaced; None where that is the Hub."""
+    """Local folder of the base model, from which overridden components do not come; None if it is on the Hub."""
     is_distilled: bool = False
-    """Whether the transformer is distilled, as its model_index.json or its file's name says; else as the flavour is."""
+    """Whether the transformer is distilled, by its model_index.json or file name, or else by the flavour."""
     hashes: ContentHashes = field(default_factory=ContentHashes, compare=False)
-    """Of the files' tensors."""
+    """Hashes of the files' tensors."""
     _fingerprints: dict[tuple[str, bool], str] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """Those that were asked for: a start asks for each several times, and a checkpoint for the transformer's."""
+    """Cache of `fingerprint`: a run's start needs each several times, and every checkpoint the transformer's."""
 
     @property
     def spec(self) -> TransformerSpec:
-        """What the transformer is made of, from its config or, of a single file, from its header.
+        """The transformer's architecture, from its config or, for a single file, from its header.
 
         Raises:
-            AccessError: it is no FLUX.2 transformer.
+            AccessError: it is not a FLUX.2 transformer.
         """
         return transformer_spec(self.transformer, self.name)
 
     @property
     def distillation_warning(self) -> str | None:
-        """Names weights that are distilled, or are not, while those of the flavour are not, or are."""
+        """A warning if the weights are distilled and the flavour's are not, or the other way round; else None."""
         flavour, name = self.flavour, self.name
-        other = sibling(flavour)
-        if other is None or self.is_distilled == flavour.is_distilled:
+        sibling_flavour = sibling(flavour)
+        if sibling_flavour is None or self.is_distilled == flavour.is_distilled:
             return None
-        usual = flavour.repo or flavour.title
-        held, meant = ("distilled", "base") if self.is_distilled else ("base", "distilled")
-        said = f"model_flavour = {flavour.name} means {meant} ones"
-        found = f"{name} holds {held} weights, by model_index.json or its name; {said}."
+        published = flavour.repo or flavour.title
+        actual, expected = ("distilled", "base") if self.is_distilled else ("base", "distilled")
+        expectation = f"model_flavour = {flavour.name} means {expected} weights"
+        finding = f"{name} holds {actual} weights, by model_index.json or its name; {expectation}."
         if self.is_distilled:
             return (
-                f"{found} Training distilled weights gives gray, smooth blobs: name the base weights ({usual}) "
-                f"instead. To draw with these, give --model_flavour {other.name}."
+                f"{finding} Training distilled weights gives gray, smooth blobs: name the base weights ({published}) "
+                f"instead. To generate images with these, give --model_flavour {sibling_flavour.name}."
             )
         return (
-            f"{found} Base weights draw only blurs in {flavour.steps} steps without guidance: name the distilled "
-            f"weights ({usual}), or give --model_flavour {other.name}."
+            f"{finding} Base weights generate only blurs in {flavour.steps} steps without guidance: name the distilled "
+            f"weights ({published}), or give --model_flavour {sibling_flavour.name}."
         )
 
     def fingerprint(self, component: Component | Literal["tokenizer"], *, whole: bool = False) -> str:
-        """Names the content of `component`, wherever it lies: config; name, type, shape and first 4 KiB of each
-        tensor that is used, or, if `whole`, all bytes of it. Reads a few megabytes, also of dev; for `whole`, a file
-        that was not seen before is read once.
+        """Hash of the content of `component`, independent of its location.
+
+        Covers the config, and the name, dtype, shape and first 4 KiB of each tensor that is used, or all its bytes if
+        `whole`. Reads a few megabytes, even for dev; `whole` reads each new file once.
 
         Raises:
             AccessError: a file cannot be read.
         """
-        found = self._fingerprints.get((component, whole))
-        if found is None:
-            found = self._fingerprints[component, whole] = self._fingerprint(component, whole)
-        return found
+        fingerprint = self._fingerprints.get((component, whole))
+        if fingerprint is None:
+            fingerprint = self._fingerprints[component, whole] = self._fingerprint(component, whole)
+        return fingerprint
 
     def _fingerprint(self, component: Component | Literal["tokenizer"], whole: bool) -> str:
         if component == "tokenizer":
@@ -172,30 +173,32 @@ class Source:
         weights = {"transformer": self.transformer, "vae": self.vae, "text_encoder": self.text_encoder}[component]
         used: dict[str, TensorEntry] = {}
         for name, weight in stored_weights(weights.files, component).items():
-            # Earlier releases named a transformer's tensors as the file does.
-            known: str | None = weight.name
+            # For a transformer, the name in the file, as in earlier releases.
+            hashed_name: str | None = weight.name
             if component == "text_encoder":
-                known = text_encoder_name(name, max(self.text_layers))
-            if known is not None and weight.is_plain:
-                used[known] = weight.data
-            elif known is not None:
-                used |= {f"{known} {weight.format} {part}": entry for part, entry in weight.parts.items()}
+                hashed_name = text_encoder_name(name, max(self.text_layers))
+            if hashed_name is not None and weight.is_plain:
+                used[hashed_name] = weight.data
+            elif hashed_name is not None:
+                used |= {f"{hashed_name} {weight.format} {part}": entry for part, entry in weight.parts.items()}
         digests = self.hashes.of(used) if whole else {name: _head_digest(entry) for name, entry in used.items()}
         tensors = {name: [entry.dtype, list(entry.shape), digests[name]] for name, entry in used.items()}
-        config = {key: value for key, value in (weights.config or {}).items() if key not in _WRITTEN_BY}
+        config = {key: value for key, value in (weights.config or {}).items() if key not in _WRITER_FIELDS}
         return sha256_json([config, tensors])
 
     def encoder_fingerprint(self, dtype: torch.dtype) -> str:
-        """Names what encodes images as `dtype`: encoder, quant_conv and batch-norm statistics of the VAE, and the
-        fields of its config that decide latents. A tensor counts as it is when cast to `dtype`: the published files
-        hold one encoder in bf16 and in fp32. Reads all of it at the first call, 0.14 GB of dev's in fp32.
+        """Hash of everything that encodes images in `dtype`.
+
+        Covers the VAE's encoder, quant_conv and batch-norm statistics, and the config fields that determine latents.
+        Tensors are cast to `dtype` first: the published files hold the same encoder in bf16 and in fp32. The first call
+        reads all of them, 0.14 GB of dev's in fp32.
 
         Raises:
             AccessError: a file cannot be read.
         """
         key = (f"VAE encoder, {dtype}", True)
         if key not in self._fingerprints:
-            config = {name: (self.vae.config or {}).get(name, usual) for name, usual in _ENCODING_FIELDS.items()}
+            config = {name: (self.vae.config or {}).get(name, default) for name, default in _ENCODING_FIELDS.items()}
             tensors: dict[str, tuple[list[int], str]] = {}
             with open_component(self.vae.files, "vae") as opened:
                 for name, read in opened.items():
@@ -208,17 +211,17 @@ class Source:
 
 
 def _head_digest(entry: TensorEntry) -> str:
-    """The sha256 of the first 4 KiB of a tensor."""
+    """SHA-256 of the first 4 KiB of a tensor."""
     with file_errors_reported(entry.file, AccessError, doing="read"), entry.file.open("rb") as stream:
         stream.seek(entry.start)
         return sha256_bytes(stream.read(min(_HEAD_BYTES, entry.stop - entry.start)))
 
 
 def transformer_spec(transformer: Weights, name: str) -> TransformerSpec:
-    """What a transformer is made of, from its config or, of a single file, from its header. `name` is for people.
+    """A transformer's architecture, from its config or, for a single file, from its header. Errors mention `name`.
 
     Raises:
-        AccessError: it is no FLUX.2 transformer.
+        AccessError: it is not a FLUX.2 transformer.
     """
     try:
         if transformer.config is not None:
@@ -231,15 +234,15 @@ def transformer_spec(transformer: Weights, name: str) -> TransformerSpec:
 
 
 def locate(options: ModelOptions, *, report: ReportLine, environ: Mapping[str, str] = os.environ) -> Source:
-    """Find every file of the model that `options` name, after downloading or making what is not here.
+    """Locate all files of the model that `options` name. Downloads missing files, and creates the embedded model.
 
-    `report` is called with sentences on what is about to be made or downloaded, its size, and how much disk is free.
-    With local paths, and with the embedded model, the network is not touched.
+    `report` gets sentences on what is created or downloaded, its size, and the free disk space. Local paths and the
+    embedded model need no network.
 
     Raises:
-        AccessError: something is missing, forbidden, unreachable or not FLUX.2; all that is missing, at once.
-        ConfigError: other text-encoder layers than those that the model was trained with.
-        DiskError: a download would not fit.
+        AccessError: files are missing, forbidden, unreachable or not FLUX.2; the error lists all missing files.
+        ConfigError: the text-encoder layers are not those that the model was trained with.
+        DiskError: a download does not fit on the disk.
     """
     with file_errors_reported(Path(options.pretrained_model_name_or_path or "."), AccessError, doing="read"):
         return _Search(options, report, environ).run()
@@ -254,18 +257,18 @@ def locate_preview(
     report: ReportLine,
     environ: Mapping[str, str] = os.environ,
 ) -> Source:
-    """`base` with another transformer of the same shapes in place of its own: that of `flavour`, else of `model`, a
-    folder, a Hub id or a single file. Nothing else of it is looked for or downloaded.
+    """`base` with another transformer of the same shapes: that of `flavour`, or else of `model`, a folder, a Hub id or
+    a single file. Locates and downloads only the transformer.
 
     Raises:
-        AccessError: as in `locate`, or its shapes are not those of `base`.
-        DiskError: the download would not fit.
+        AccessError: as in `locate`, or the shapes differ from those of `base`.
+        DiskError: the download does not fit on the disk.
     """
-    place = model if flavour is None else flavour.repo
-    with file_errors_reported(Path(place or "."), AccessError, doing="read"):
-        own = options.model_copy(update={"model_flavour": flavour.name} if flavour is not None else {})
+    location = model if flavour is None else flavour.repo
+    with file_errors_reported(Path(location or "."), AccessError, doing="read"):
+        preview_options = options.model_copy(update={"model_flavour": flavour.name} if flavour is not None else {})
         try:
-            return _Search(own, report, environ).preview(place, base)
+            return _Search(preview_options, report, environ).preview(location, base)
         except AccessError as error:
             AccessError.raise_if(
                 replace(problem, found=f"validation_preview_model: {problem.found}") for problem in error.problems
@@ -274,22 +277,22 @@ def locate_preview(
 
 
 @dataclass
-class _Part:
-    """What one component needs of a place. A single file of a transformer has no config."""
+class _ComponentFiles:
+    """Files and config of one component at a location. A transformer in a single file has no config."""
 
-    place: ModelLocation
+    location: ModelLocation
     names: list[str]
     config: Config | None
     is_single: bool = False
 
     @property
     def label(self) -> str:
-        """The place, or the single file, as a person finds it."""
-        return str(self.place.path(self.names[0])) if self.is_single else self.place.label
+        """Name of the location, or path of the single file, for messages."""
+        return str(self.location.path(self.names[0])) if self.is_single else self.location.label
 
 
 class _Search:
-    """One call of `locate`: collects what is missing as it goes, and raises it together."""
+    """The state of one call of `locate`: collects all problems, and raises them together."""
 
     def __init__(self, options: ModelOptions, report: ReportLine, environ: Mapping[str, str]) -> None:
         self.options = options
@@ -300,54 +303,56 @@ class _Search:
         self.repos: dict[str, Hub] = {}
         self.missing: dict[str, list[str]] = {}
         self.problems: list[Problem] = []
-        self.plain: list[Component] = []
-        self.others: dict[tuple[str, str], list[Component]] = {}
-        """Components with the shapes of another flavour, by place and flavour."""
+        self.fallbacks: list[Component] = []
+        """Components without the requested variant."""
+        self.foreign: dict[tuple[str, str], list[Component]] = {}
+        """Components with the shapes of another flavour, by location and flavour."""
 
     def run(self) -> Source:
-        asked = self.options.pretrained_model_name_or_path
+        """Locate the model; see `locate`."""
+        base_name = self.options.pretrained_model_name_or_path
         overrides: dict[Component, str | None] = {
             "transformer": self.options.pretrained_transformer_model_name_or_path,
             "vae": self.options.pretrained_vae_model_name_or_path,
             "text_encoder": self.options.pretrained_text_encoder_model_name_or_path,
         }
-        base_file = asked if asked is not None and is_weight_file(asked) else None
-        # Only a VAE or a text encoder may be needed of it, or neither: a mistake in its name is one all the same.
+        base_file = base_name if base_name is not None and is_weight_file(base_name) else None
+        # Check the name even if the file provides only a VAE or a text encoder, or nothing.
         if base_file is not None and overrides["transformer"] is not None and not Path(with_home(base_file)).is_file():
             self.problems.append(Problem(f"{base_file}: no such file", "a .safetensors or .gguf file"))
         parts = self._single_parts(overrides | {"transformer": overrides["transformer"] or base_file})
-        self._raise_problems()  # of headers, before anything is asked of the Hub
+        self._raise_problems()  # of headers, before any request to the Hub
         single = parts.get("transformer")
-        base = self._base(None if base_file else asked)
+        base = self._base(None if base_file else base_name)
 
         for component, path in overrides.items():
             if component in parts:
                 continue
             if path is not None:
-                parts[component] = self._part(component, self._place(path), folders=(f"{component}/", ""))
+                parts[component] = self._part(component, self._location(path), folders=(f"{component}/", ""))
             else:
                 parts[component] = self._part(component, base, folders=(f"{component}/",))
-        tokenizer = self._tokenizer(parts["text_encoder"].place, base)
-        if parts["text_encoder"].is_single and tokenizer.place is base:
+        tokenizer = self._tokenizer(parts["text_encoder"].location, base)
+        if parts["text_encoder"].is_single and tokenizer.location is base:
             parts["text_encoder"] = self._as_in_base(parts["text_encoder"], base)
-        # A Hub repository of which nothing else is needed is not asked: all files may be here, for want of a network.
-        places = [part.place for part in (*parts.values(), tokenizer)]
-        if parts["vae"].is_single and (isinstance(base, ModelFolder) or base in places):
+        # Without other files from a Hub repository, do not query it: there may be no network.
+        locations = [part.location for part in (*parts.values(), tokenizer)]
+        if parts["vae"].is_single and (isinstance(base, ModelFolder) or base in locations):
             parts["vae"] = self._vae_as_in_base(parts["vae"], base)
         if single is None:
             self._compare_shapes(parts["transformer"])
         self._raise_problems()
         is_distilled = self._is_distilled(parts["transformer"])
 
-        fetch([(part.place, name) for part in (*parts.values(), tokenizer) for name in part.names], self.report)
+        fetch([(part.location, name) for part in (*parts.values(), tokenizer) for name in part.names], self.report)
         weights = {
-            component: Weights(tuple(part.place.path(name) for name in part.names), part.config)
+            component: Weights(tuple(part.location.path(name) for name in part.names), part.config)
             for component, part in parts.items()
         }
-        for component, found in weights.items():
-            check_format(found.files, self.flavour.repo, component)  # found now, not after an hour of encoding
+        for component, files in weights.items():
+            check_format(files.files, self.flavour.repo, component)  # here rather than after an hour of encoding
         weights["vae"] = _with_decoder_channels(weights["vae"])
-        folder = tokenizer.place.path(tokenizer.names[0]).parent
+        folder = tokenizer.location.path(tokenizer.names[0]).parent
         check_tokenizer(folder, tuple(Path(name).name for name in tokenizer.names))
         source = Source(
             name=single.names[0] if single is not None else base.name,
@@ -367,10 +372,10 @@ class _Search:
         _check_width(source)
         return source
 
-    def _single_parts(self, asked: Mapping[Component, str | None]) -> dict[Component, _Part]:
-        """The components that come from single files; their headers are compared with the flavour."""
-        parts: dict[Component, _Part] = {}
-        for component, path in asked.items():
+    def _single_parts(self, names: Mapping[Component, str | None]) -> dict[Component, _ComponentFiles]:
+        """Components from single files, whose headers are checked against the flavour."""
+        parts: dict[Component, _ComponentFiles] = {}
+        for component, path in names.items():
             if path is not None and is_weight_file(path):
                 try:
                     file = _single_file(path, component)
@@ -381,13 +386,13 @@ class _Search:
         self._raise_problems()
         for component, file in single_files(self.options).items():
             config = config_in(file, component, self.flavour)
-            part = parts[component] = _Part(ModelFolder(file.parent), [file.name], config, is_single=True)
-            before = len(self.problems), len(self.others)
+            part = parts[component] = _ComponentFiles(ModelFolder(file.parent), [file.name], config, is_single=True)
+            counts = len(self.problems), len(self.foreign)
             if component == "transformer":
                 self._compare_shapes(part)
             elif component == "text_encoder":
                 self._check_text_encoder(part.label, config or {})
-            if before == (len(self.problems), len(self.others)):  # else more of the same would be said
+            if counts == (len(self.problems), len(self.foreign)):  # else this would report the same problem again
                 try:
                     check_whole(file, component, self.flavour, max(self.layers))
                 except AccessError as error:
@@ -395,7 +400,7 @@ class _Search:
         return parts
 
     def _check_text_encoder(self, label: str, config: Config) -> None:
-        """Note what is wrong with a text encoder in a single file, whose inferred config this is."""
+        """Record problems of a text encoder in a single file with this inferred `config`."""
         if self._is_of_another_flavour("text_encoder", label, text_from_config(config)):
             return
         kinds, layers = _TEXT_ENCODERS[self.flavour.text.kind], config["num_hidden_layers"]
@@ -404,15 +409,16 @@ class _Search:
         if layers < max(self.layers):
             self.problems.append(
                 Problem(
-                    f"{label} holds {layers} layers of a text encoder",
-                    f"the first {max(self.layers)}, whose output the transformer takes",
+                    f"{label} holds {layers} text-encoder layers",
+                    f"the first {max(self.layers)}, whose output the transformer uses",
                     "Name a file that has them.",
                 )
             )
 
-    def _as_in_base(self, encoder: _Part, base: ModelLocation) -> _Part:
-        """A text encoder's single file with the config of the base model's, where both have the same shapes: it is the
-        one that its publisher wrote, and names cached contexts.
+    def _as_in_base(self, encoder: _ComponentFiles, base: ModelLocation) -> _ComponentFiles:
+        """Give a text encoder's single file the config of the base model's text encoder if both have the same shapes.
+
+        That config is the published one, and part of the ids of cached contexts.
         """
         if not base.has("text_encoder/config.json"):
             return encoder
@@ -422,19 +428,20 @@ class _Search:
             return replace(encoder, config=config)
         return encoder
 
-    def _vae_as_in_base(self, vae: _Part, base: ModelLocation) -> _Part:
-        """A VAE's single file with the config of the base model's VAE, where the file has diffusers' names and the
-        shapes of that config. Earlier releases read only such files, always with that config, and it is part of the ids
-        that they gave to latents and to a checkpoint's VAE (`earlier_autoencoder_id`).
+    def _vae_as_in_base(self, vae: _ComponentFiles, base: ModelLocation) -> _ComponentFiles:
+        """Give a VAE's single file the config of the base model's VAE if names are diffusers' and shapes fit the config.
+
+        Earlier releases read only such files, always with that config, which is part of their ids for latents and for a
+        checkpoint's VAE (`earlier_autoencoder_id`).
         """
-        file = vae.place.path(vae.names[0])
+        file = vae.location.path(vae.names[0])
         if not shapes_in(file, "vae").keys() <= read_header(file).keys() or not base.has("vae/config.json"):
             return vae
         _, config = self._config("vae", base, folders=("vae/",))
         if config is None:
             return vae
         inferred = autoencoder_from_config(vae.config or {})
-        # Shapes do not tell tile and norm groups; the decoder's widths are read off the file later.
+        # Shapes do not determine tile and norm groups; the decoder's widths are read from the file later.
         expected = replace(
             autoencoder_from_config(config),
             tile=inferred.tile,
@@ -443,36 +450,38 @@ class _Search:
         )
         return replace(vae, config=config) if expected == inferred else vae
 
-    def preview(self, asked: str | None, base: Source) -> Source:
-        """`base` with the transformer that lies at `asked`, or is that of the flavour."""
-        if asked is not None and is_weight_file(asked):
-            single = _single_file(asked, "transformer")
+    def preview(self, model: str | None, base: Source) -> Source:
+        """`base` with the transformer of `model`, by default the flavour's."""
+        if model is not None and is_weight_file(model):
+            single = _single_file(model, "transformer")
             check_holds(single, "transformer")
-            part = _Part(ModelFolder(single.parent), [single.name], None, is_single=True)
+            part = _ComponentFiles(ModelFolder(single.parent), [single.name], None, is_single=True)
             name = single.name
         else:
-            place = self._base(asked)
-            part = self._part("transformer", place, folders=("transformer/", ""))
-            name = place.name
+            location = self._base(model)
+            part = self._part("transformer", location, folders=("transformer/", ""))
+            name = location.name
         self._raise_problems()
-        local = (part.place.path(part.names[0]),) if part.config is None else ()
+        local = (part.location.path(part.names[0]),) if part.config is None else ()
         spec = transformer_spec(Weights(local, part.config), name)
-        own = vars(base.spec)
-        differing = [f"{name} {value} for {own[name]}" for name, value in vars(spec).items() if value != own[name]]
+        expected = vars(base.spec)
+        differing = [
+            f"{key} {value} for {expected[key]}" for key, value in vars(spec).items() if value != expected[key]
+        ]
         if differing:
             raise AccessError.of(
                 f"the transformer of {name} differs from that of {base.name}: {', '.join(differing)}",
                 "the same shapes, which the LoRA fits",
-                "Name the distilled model of the same size, or take validation_preview_model out.",
+                "Name the distilled model of the same size, or remove validation_preview_model.",
             )
-        fetch([(part.place, name) for name in part.names], self.report)
-        weights = Weights(tuple(part.place.path(name) for name in part.names), part.config)
+        fetch([(part.location, name) for name in part.names], self.report)
+        weights = Weights(tuple(part.location.path(name) for name in part.names), part.config)
         check_format(weights.files)
-        commit = part.place.commit if part.config is not None else None
+        commit = part.location.commit if part.config is not None else None
         return replace(base, name=name, commit=commit, transformer=weights)
 
     def _ledger(self) -> Path | None:
-        """Where hashes of files are kept: beside the embedded model. None for a user without a home folder."""
+        """File for hashes, next to the embedded model; None for a user without a home folder."""
         cache_dir = self.options.cache_dir
         try:
             folder = tiny.default_folder(None if cache_dir is None else Path(cache_dir).expanduser(), self.environ)
@@ -480,24 +489,25 @@ class _Search:
             return None
         return folder.with_name(LEDGER_NAME)
 
-    def _base(self, asked: str | None) -> ModelLocation:
-        """The whole model: what was asked for, else the flavour's own."""
-        name = asked or self.flavour.repo
+    def _base(self, name: str | None) -> ModelLocation:
+        """The location of the base model `name`, by default the flavour's."""
+        name = name or self.flavour.repo
         if name is not None:
-            return self._place(name)
+            return self._location(name)
         cache_dir = self.options.cache_dir
-        place = None if cache_dir is None else Path(with_home(cache_dir))
-        folder = tiny.default_folder(place, self.environ, self.flavour.name)
+        cache_folder = None if cache_dir is None else Path(with_home(cache_dir))
+        folder = tiny.default_folder(cache_folder, self.environ, self.flavour.name)
         if not folder.exists():
-            self.report(f"Making {self.flavour.title} in {folder}.")
+            self.report(f"Creating {self.flavour.title} in {folder}.")
         return ModelFolder(tiny.make(folder, self.flavour.name))
 
-    def _place(self, text: str) -> ModelLocation:
+    def _location(self, text: str) -> ModelLocation:
+        """The folder or Hub repository that an option names."""
         folder = Path(with_home(text))
         if folder.is_dir():
             return ModelFolder(folder)
         if folder.is_file():
-            check_format((folder,), self.flavour.repo)  # names another container
+            check_format((folder,), self.flavour.repo)  # its error names other containers
             raise AccessError.of(f"{text} is a file", "a folder, a Hub id, or a .safetensors or .gguf file")
         if Hub.is_id(text):
             if text not in self.repos:
@@ -509,25 +519,25 @@ class _Search:
         )
 
     def _config(
-        self, component: Component, place: ModelLocation, folders: tuple[str, ...]
+        self, component: Component, location: ModelLocation, folders: tuple[str, ...]
     ) -> tuple[str, Config | None]:
-        """The first of `folders` that has a config of `component`, and the config; None after a problem."""
-        folder = next((folder for folder in folders if place.has(f"{folder}config.json")), None)
+        """The first of `folders` with a config of `component`, and the config; None after recording a problem."""
+        folder = next((folder for folder in folders if location.has(f"{folder}config.json")), None)
         if folder is None:
-            self._lacks(place, f"{folders[0]}config.json")
+            self._add_missing(location, f"{folders[0]}config.json")
             return folders[0], None
         try:
-            config = read_component_config(component, place.path(f"{folder}config.json"))
+            config = read_component_config(component, location.path(f"{folder}config.json"))
         except AccessError as error:
             self.problems += error.problems
             return folder, None
         return folder, config
 
-    def _part(self, component: Component, place: ModelLocation, folders: tuple[str, ...]) -> _Part:
-        """Config and weights of `component`, in the first of `folders` that has a config."""
-        folder, config = self._config(component, place, folders)
+    def _part(self, component: Component, location: ModelLocation, folders: tuple[str, ...]) -> _ComponentFiles:
+        """Config and weight files of `component`, from the first of `folders` that has a config."""
+        folder, config = self._config(component, location, folders)
         if config is None:
-            return _Part(place, [], {})
+            return _ComponentFiles(location, [], {})
         if component == "text_encoder":
             key, kinds = "model_type", _TEXT_ENCODERS[self.flavour.text.kind]
         else:
@@ -536,73 +546,74 @@ class _Search:
         if (
             component == "text_encoder"
             and kind in _ALL_TEXT_ENCODERS
-            and self._is_of_another_flavour(component, place.label, text_from_config(config))
+            and self._is_of_another_flavour(component, location.label, text_from_config(config))
         ):
-            return _Part(place, [], config)
+            return _ComponentFiles(location, [], config)
         if kind not in kinds:
-            self.problems.append(_of_another_kind(place.label, component, kind, kinds, self.flavour))
-            return _Part(place, [], config)
+            self.problems.append(_of_another_kind(location.label, component, kind, kinds, self.flavour))
+            return _ComponentFiles(location, [], config)
         try:
-            names = self._weights(component, place, folder)
+            names = self._weights(component, location, folder)
         except AccessError as error:
             self.problems += error.problems
-            return _Part(place, [], config)
+            return _ComponentFiles(location, [], config)
         for name in names:
-            if not place.has(name):
-                self._lacks(place, name)
-        return _Part(place, names, config)
+            if not location.has(name):
+                self._add_missing(location, name)
+        return _ComponentFiles(location, names, config)
 
     def _is_of_another_flavour(self, component: Component, label: str, spec: TransformerSpec | TextSpec) -> bool:
-        """Whether `spec` is exactly that of another flavour: a published one, or one with another kind of text encoder.
-        Shapes of no flavour, and the embedded ones, fit any.
+        """Whether `spec` is exactly that of another flavour, which is published or has another kind of text encoder.
+
+        Shapes of no flavour, and those of the embedded models, fit any flavour. Records the component if true.
         """
-        found = [each for each in FLAVOURS.values() if spec in (each.transformer, each.text.encoder)]
-        if self.flavour in found:
+        matching = [each for each in FLAVOURS.values() if spec in (each.transformer, each.text.encoder)]
+        if self.flavour in matching:
             return False
-        others = [each for each in found if each.repo is not None or each.text.kind != self.flavour.text.kind]
-        if not others:
+        foreign = [each for each in matching if each.repo is not None or each.text.kind != self.flavour.text.kind]
+        if not foreign:
             return False
-        other = next((each for each in others if each.is_distilled == self.flavour.is_distilled), others[0])
-        self.others.setdefault((label, other.name), []).append(component)
+        likely = next((each for each in foreign if each.is_distilled == self.flavour.is_distilled), foreign[0])
+        self.foreign.setdefault((label, likely.name), []).append(component)
         return True
 
-    def _compare_shapes(self, transformer: _Part) -> None:
-        """Note a transformer of another flavour; its weights are not here yet where they are still to be downloaded."""
+    def _compare_shapes(self, transformer: _ComponentFiles) -> None:
+        """Record a transformer of another flavour. Its weights may not be downloaded yet."""
         if transformer.config == {} or not transformer.names:
             return
         try:
-            files = (transformer.place.path(transformer.names[0]),) if transformer.config is None else ()
+            files = (transformer.location.path(transformer.names[0]),) if transformer.config is None else ()
             spec = transformer_spec(Weights(files, transformer.config), transformer.label)
         except AccessError as error:
             self.problems += error.problems
             return
         self._is_of_another_flavour("transformer", transformer.label, spec)
 
-    def _is_distilled(self, transformer: _Part) -> bool:
-        """Whether the transformer is distilled. Shapes do not tell."""
-        other = sibling(self.flavour)
-        if other is None or transformer.place.name in (self.flavour.repo, other.repo):
+    def _is_distilled(self, transformer: _ComponentFiles) -> bool:
+        """Whether the transformer is distilled, by location, file name or model_index.json; shapes do not show it."""
+        sibling_flavour = sibling(self.flavour)
+        if sibling_flavour is None or transformer.location.name in (self.flavour.repo, sibling_flavour.repo):
             return self.flavour.is_distilled
         if transformer.config is None:
-            said = is_distilled_file(transformer.names[0])
-            return self.flavour.is_distilled if said is None else said
-        if not transformer.place.has(_INDEX):
+            by_name = is_distilled_file(transformer.names[0])
+            return self.flavour.is_distilled if by_name is None else by_name
+        if not transformer.location.has(_INDEX):
             return self.flavour.is_distilled
-        index = read_object(transformer.place.path(_INDEX))
+        index = read_object(transformer.location.path(_INDEX))
         return bool(index.get("is_distilled")) or index.get("_class_name") == "Flux2KleinKVPipeline"
 
-    def _weights(self, component: Component, place: ModelLocation, folder: str) -> list[str]:
-        """The files with the tensors that are used: not a text encoder's shards of its last layers alone."""
+    def _weights(self, component: Component, location: ModelLocation, folder: str) -> list[str]:
+        """The weight files that are used. Leaves out a text encoder's shards that hold only unused layers."""
         stem = folder + _STEMS[component]
         variants = ["", f".{self.options.variant}"] if self.options.variant else [""]
         for variant in reversed(variants):
             single, index = f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json"
-            if place.has(single) or place.has(index):
+            if location.has(single) or location.has(index):
                 if variant == "" and self.options.variant:
-                    self.plain.append(component)
-                if place.has(single):
+                    self.fallbacks.append(component)
+                if location.has(single):
                     return [single]
-                shards = read_index(place.path(index))
+                shards = read_index(location.path(index))
                 depth = max(self.layers)
                 return sorted(
                     {
@@ -613,79 +624,86 @@ class _Search:
                 )
         return [f"{stem}.safetensors"]
 
-    def _tokenizer(self, text_encoder: ModelLocation, base: ModelLocation) -> _Part:
-        """A replaced text encoder brings its own tokenizer if it has one."""
+    def _tokenizer(self, text_encoder: ModelLocation, base: ModelLocation) -> _ComponentFiles:
+        """The tokenizer's files, from the text encoder's location if it has them, or else from the base model."""
         candidates = [(text_encoder, "tokenizer/"), (text_encoder, ""), (base, "tokenizer/")]
-        for place, folder in candidates if text_encoder is not base else candidates[-1:]:
-            if all(place.has(folder + name) for name in _TOKENIZER):
-                extra = [folder + name for name in _TOKENIZER_EXTRA if place.has(folder + name)]
-                return _Part(place, [*(folder + name for name in _TOKENIZER), *extra], None)
+        for location, folder in candidates if text_encoder is not base else candidates[-1:]:
+            if all(location.has(folder + name) for name in _TOKENIZER):
+                extra = [folder + name for name in _TOKENIZER_EXTRA if location.has(folder + name)]
+                return _ComponentFiles(location, [*(folder + name for name in _TOKENIZER), *extra], None)
         for name in _TOKENIZER:
             if not base.has(f"tokenizer/{name}"):
-                self._lacks(base, f"tokenizer/{name}")
-        return _Part(base, [], None)
+                self._add_missing(base, f"tokenizer/{name}")
+        return _ComponentFiles(base, [], None)
 
-    def _lacks(self, place: ModelLocation, name: str) -> None:
-        self.missing.setdefault(place.label, []).append(name)
+    def _add_missing(self, location: ModelLocation, name: str) -> None:
+        """Record that `location` lacks the file `name`."""
+        self.missing.setdefault(location.label, []).append(name)
 
     def _raise_problems(self) -> None:
+        """Raise all recorded problems as one AccessError, and report components without the requested variant."""
         for label, names in self.missing.items():
-            shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+            listed = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
             self.problems.append(
                 Problem(
-                    f"{label} lacks {shown}",
-                    "a whole diffusers folder of FLUX.2",
-                    "Download what is missing, or point the option at another folder.",
+                    f"{label} lacks {listed}",
+                    "a complete diffusers folder of FLUX.2",
+                    "Download the missing files, or name another folder.",
                 )
             )
-        for (label, name), components in self.others.items():
-            what = " and ".join(component.replace("_", " ") for component in components)
+        for (label, name), components in self.foreign.items():
+            titles = " and ".join(component.replace("_", " ") for component in components)
             self.problems.append(
                 Problem(
-                    f"{label}: its {what} {'has' if len(components) == 1 else 'have'} the shapes of {name}",
-                    f"those of {self.flavour.name}, as model_flavour says",
+                    f"{label}: its {titles} {'has' if len(components) == 1 else 'have'} the shapes of {name}",
+                    f"those of {self.flavour.name}, as set by model_flavour",
                     f"Give --model_flavour {name}.",
                 )
             )
-        if len(self.plain) == len(_STEMS):
-            self.problems.append(Problem(f"variant = {self.options.variant}: no component has files of that name"))
+        if len(self.fallbacks) == len(_STEMS):
+            self.problems.append(Problem(f"variant = {self.options.variant}: no component has files of this variant"))
         AccessError.raise_if(self.problems)
-        if self.plain:
-            self.report(f"No {self.options.variant} variant of {', '.join(self.plain)}: the plain files are used.")
+        if self.fallbacks:
+            self.report(
+                f"No {self.options.variant} variant of {', '.join(self.fallbacks)}: using files without a variant."
+            )
 
 
 def _of_another_kind(label: str, component: str, kind: object, kinds: tuple[str, ...], flavour: Flavour) -> Problem:
     return Problem(
         f"{label}: its {component} is a {kind}",
         f"a {' or '.join(kinds)}",
-        f"model_flavour = {flavour.name} is {flavour.title}: name the flavour that this is.",
+        f"model_flavour = {flavour.name} is {flavour.title}: set model_flavour to the flavour of this model.",
     )
 
 
 def _check_width(source: Source) -> None:
-    """Raise unless the states of `text_layers`, side by side, are as wide as the transformer's context."""
+    """Raise an AccessError unless the concatenated states of `text_layers` are as wide as the transformer's context."""
     config = source.text_encoder.config or {}
     width = config.get("text_config", config).get("hidden_size")
     context = source.spec.context_dim
     if width is not None and width * len(source.text_layers) != context:
         raise AccessError.of(
-            f"{len(source.text_layers)} layers of a text encoder that is {width} wide",
-            f"{context} in all, the context of the transformer",
-            "Check custom_text_encoder_intermediary_layers, and that encoder and transformer belong together.",
+            f"{len(source.text_layers)} text-encoder layers of width {width}",
+            f"{context} in total, the width of the transformer's context",
+            "Check custom_text_encoder_intermediary_layers, and that text encoder and transformer match.",
         )
 
 
 def _with_decoder_channels(vae: Weights) -> Weights:
-    """`vae` with a config that has its decoder's widths, which a small decoder may lie beside without saying so."""
+    """`vae` with its decoder's actual widths in the config, which the config of a small decoder may lack."""
     config = vae.config or {}
-    found = list(decoder_channels(component_shapes(vae.files, "vae")))
-    said = config.get("decoder_block_out_channels") or config.get("block_out_channels", list(AutoencoderSpec.channels))
-    if not found or found == said:
+    channels = list(decoder_channels(component_shapes(vae.files, "vae")))
+    in_config = config.get("decoder_block_out_channels") or config.get(
+        "block_out_channels", list(AutoencoderSpec.channels)
+    )
+    if not channels or channels == in_config:
         return vae
-    return Weights(vae.files, config | {"decoder_block_out_channels": found})
+    return Weights(vae.files, config | {"decoder_block_out_channels": channels})
 
 
 def _single_file(text: str, component: Component) -> Path:
+    """The path of the single weight file that an option names."""
     file = Path(with_home(text))
     if not file.is_file():
         raise AccessError.of(f"{text}: no such file", f"a .safetensors or .gguf file of the {COMPONENTS[component]}")

@@ -316,7 +316,7 @@ def wrong(tiny_folder: Path, tiny_klein_folder: Path, tmp_path_factory: pytest.T
         ("vae", "absent", "no such file: expected a .safetensors or .gguf file of the VAE"),
         ("text_encoder", "vae", "holds a VAE of FLUX.2: expected its text encoder"),
         ("text_encoder", "klein-encoder", "its text encoder has the shapes of tiny-klein"),
-        ("text_encoder", "short", "holds 29 layers of a text encoder: expected the first 30"),
+        ("text_encoder", "short", "holds 29 text-encoder layers: expected the first 30"),
         ("text_encoder", "no-attention", "has no tensor 'layers.0.self_attn.q_proj.weight'"),
     ],
 )

@@ -159,7 +159,7 @@ def test_a_file_that_may_not_be_read_is_named(name, repository):
 
 
 def test_parts_that_do_not_belong_together(tiny_folder):
-    with pytest.raises(AccessError, match="2 layers of a text encoder that is 64 wide: expected 192 in all"):
+    with pytest.raises(AccessError, match="2 text-encoder layers of width 64: expected 192 in total"):
         locate(
             options(pretrained_model_name_or_path=str(tiny_folder), custom_text_encoder_intermediary_layers=(10, 20)),
             report=print,
@@ -333,9 +333,9 @@ def test_variants(hub, ask):
     source, reports = ask(variant="bf16")
     assert source.vae.files[0].name == "diffusion_pytorch_model.bf16.safetensors"
     assert source.transformer.files[0].name == "diffusion_pytorch_model.safetensors"
-    assert reports[0] == "No bf16 variant of transformer, text_encoder: the plain files are used."
+    assert reports[0] == "No bf16 variant of transformer, text_encoder: using files without a variant."
 
 
 def test_a_variant_that_no_component_has(ask):
-    with pytest.raises(AccessError, match="variant = bf61: no component has files of that name"):
+    with pytest.raises(AccessError, match="variant = bf61: no component has files of this variant"):
         ask(variant="bf61")
