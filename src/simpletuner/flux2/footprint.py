@@ -1,4 +1,4 @@
-"""Bytes of a FLUX.2 in every phase of a run, from the shapes of its modules and the options. No weights are read."""
+"""Memory of a FLUX.2 in each phase of a run, in bytes, from module shapes and options. Reads no weights."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -51,12 +51,12 @@ from simpletuner.memory.precision import DTYPES, stored_bytes
 from simpletuner.memory.wire import Wire, all_reduce_bytes, shard_exchange_bytes
 from simpletuner.memory.world import BUCKET_BYTES
 
-# What the model is
+# Architecture and workload
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The shapes of a FLUX.2, and what is known of its files."""
+    """The shapes of a FLUX.2, and the formats of its transformer's file."""
 
     transformer: TransformerSpec
     text: TextSpec
@@ -65,41 +65,42 @@ class Architecture:
     text_length: int
     """Tokens of a context, padding included."""
     has_whole_contexts: bool
-    """Whether each row of a context is computed and cached, padding too: the flavour pads on the right."""
-    held: tuple[tuple[str, str], ...] = ()
-    """Linears of blocks that the transformer's file holds in a precision of ours, and which."""
+    """Whether padding rows of a context are computed and cached too: true for flavours that pad on the right."""
+    native_precisions: tuple[tuple[str, str], ...] = ()
+    """Linears of blocks that the transformer's file holds in one of `PRECISIONS`, and that precision."""
     is_decoded: bool = False
-    """Whether that file is quantized, so that no weight is a part of the mapped file."""
+    """Whether that file is quantized, so that no weight is a view of the memory-mapped file."""
 
     @classmethod
     def of(cls, config: RunConfig) -> "Architecture":
-        """Read from the configs of local files; what is not on this machine's disk is taken for the flavour's own.
-        Nothing is downloaded, nothing made.
+        """Read from the configs of local files; other components are assumed to be the flavour's own.
+
+        Downloads and creates nothing.
 
         Raises:
-            AccessError: a local config is no FLUX.2's.
+            AccessError: a local config is not that of a FLUX.2.
         """
         flavour = FLAVOURS[config.model_flavour]
         transformer, text, autoencoder = flavour.transformer, flavour.text.encoder, flavour.autoencoder
-        held: tuple[tuple[str, str], ...] = ()
+        precisions: tuple[tuple[str, str], ...] = ()
         is_decoded = False
         single = single_files(config)
         if file := single.get("transformer"):
             transformer = transformer_spec(Weights((file,), None), file.name)
             stored = stored_weights((file,))
             is_decoded = not all(weight.is_plain for weight in stored.values())
-            held = tuple(native_precisions(stored, transformer_renaming(stored)).items())
-        elif found := _local(config, "transformer", config.pretrained_transformer_model_name_or_path):
-            transformer = transformer_spec(Weights((), found), "transformer")
+            precisions = tuple(native_precisions(stored, transformer_renaming(stored)).items())
+        elif local_config := _local(config, "transformer", config.pretrained_transformer_model_name_or_path):
+            transformer = transformer_spec(Weights((), local_config), "transformer")
         try:
             if file := single.get("text_encoder"):
                 text = text_spec_in(file, text)
-            elif found := _local(config, "text_encoder", config.pretrained_text_encoder_model_name_or_path):
-                text = text_from_config(found)
+            elif local_config := _local(config, "text_encoder", config.pretrained_text_encoder_model_name_or_path):
+                text = text_from_config(local_config)
             if file := single.get("vae"):
                 autoencoder = autoencoder_spec_in(file, autoencoder)
-            elif found := _local(config, "vae", config.pretrained_vae_model_name_or_path):
-                autoencoder = autoencoder_from_config(found)
+            elif local_config := _local(config, "vae", config.pretrained_vae_model_name_or_path):
+                autoencoder = autoencoder_from_config(local_config)
         except KeyError as error:
             lack = f"a text encoder's config.json has no {error}"
             raise AccessError.of(lack, f"that of {flavour.title}'s text encoder") from None
@@ -110,101 +111,102 @@ class Architecture:
             config.custom_text_encoder_intermediary_layers or flavour.text.layers,
             config.tokenizer_max_length or flavour.text.length,
             flavour.text.padding_side == "right",
-            held,
+            precisions,
             is_decoded,
         )
 
 
 def _local(config: RunConfig, component: Component, override: str | None) -> Config | None:
-    """The config of a component that lies in a local folder."""
+    """The config of a component in a local folder; None if there is none."""
     base = config.pretrained_model_name_or_path
-    places = [Path(with_home(override)) / component, Path(with_home(override))] if override else []
-    places += [Path(with_home(base)) / component] if base and not override else []
-    for place in places:
-        with file_errors_reported(place, AccessError, doing="read"):
-            if (place / "config.json").is_file():
-                return read_component_config(component, place / "config.json")
+    folders = [Path(with_home(override)) / component, Path(with_home(override))] if override else []
+    folders += [Path(with_home(base)) / component] if base and not override else []
+    for folder in folders:
+        with file_errors_reported(folder, AccessError, doing="read"):
+            if (folder / "config.json").is_file():
+                return read_component_config(component, folder / "config.json")
     return None
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What goes through the model, and how much of it."""
+    """Sizes and counts of the images and captions of a run. None means that the dataset has not been scanned."""
 
     bucket: tuple[int, int]
-    """(width, height) in pixels of the largest pictures that are trained."""
+    """(width, height) in pixels of the largest training images."""
     batch: int
-    """Pictures in one forward pass."""
+    """Images in one forward pass."""
     references: int = 0
-    """Reference tokens of a sample of that size, at most."""
+    """Most reference tokens of a sample of that size."""
     strict_references: int = 0
     """Those of them whose references have the image's size."""
     encoded: tuple[int, int] | None = None
-    """(width, height) of the largest picture that the VAE encodes; None for that of `bucket`."""
+    """(width, height) of the largest image that the VAE encodes; None for `bucket`."""
     drawn_references: int = 0
-    """Reference tokens of a validation image, at most."""
+    """Most reference tokens of a validation image."""
     forced_share: float = 0.0
-    """The most of an image's tokens that TREAD keeps because they are under a mask; 0 where nobody has looked."""
+    """Largest share of an image's tokens that TREAD must keep because of a mask; 0 without a scan."""
     images: int | None = None
-    """Of all sets, held-out ones too, without references; None where nobody has looked."""
+    """Images of all datasets, held-out ones included, references not."""
     pictures: int | None = None
-    """Latents to cache, those of references too; None where nobody has looked."""
+    """Latents to cache, references included."""
     captions: int | None = None
     """Contexts to cache."""
     caption_tokens: int | None = None
-    """Tokens of the longest caption, template included; None for as many as a context has."""
+    """Tokens of the longest caption, template included; None for the length of a context."""
     tokenizer: Path | None = None
-    """The folder of the tokenizer that counted them; None where they are estimated, or nobody has looked."""
+    """Folder of the tokenizer that counted them; None if they are estimated."""
     draws: bool = True
-    """Whether pictures are made along the way."""
+    """Whether the run generates validation images."""
     steps: int | None = None
-    """Optimizer steps of the run; None where that depends on pictures that nobody has looked at."""
+    """Optimizer steps of the run; None if they depend on a dataset that has not been scanned."""
     train_images: int | None = None
-    """Images that are trained, held-out ones left out; None where nobody has looked."""
+    """Training images, held-out ones left out."""
     visits: float | None = None
-    """How often the run sees each of them, on average."""
+    """How often the run trains on each of them, on average."""
 
     @property
     def largest_encoded(self) -> tuple[int, int]:
-        """(width, height) of the largest picture that the VAE encodes."""
+        """(width, height) of the largest image that the VAE encodes."""
         return self.encoded or self.bucket
 
 
 def tokens_of(size: tuple[int, int]) -> int:
-    """Image tokens of a picture of (width, height) pixels."""
+    """Tokens of an image of (width, height) pixels."""
     return (size[0] // PIXELS_PER_TOKEN) * (size[1] // PIXELS_PER_TOKEN)
 
 
-# What its weights take
+# Weights
 
 
 def _stored(shape: tuple[int, int], precision: str, dtype: torch.dtype) -> int:
+    """Bytes of a matrix in `precision`, or in `dtype` if that is `NO_CHANGE`."""
     try:
         return stored_bytes(shape, precision, dtype.itemsize)
     except ValueError as error:
         raise ConfigError.of(
-            f"{precision} cannot hold this model: {error}", remedy="int8-quanto holds every shape."
+            f"{precision} cannot hold this model: {error}", remedy="int8-quanto supports every shape."
         ) from None
 
 
 @dataclass(frozen=True)
 class TransformerBytes:
-    """Of a transformer's weights, as they are held."""
+    """Bytes of a transformer's weights in their precisions."""
 
     blocks: tuple[int, ...]
-    """Of each block, doubles first."""
-    rest: int
-    """Embedders, modulation, last layers."""
+    """Of each block, double blocks first."""
+    outside_blocks: int
+    """Of embedders, modulation and output layers."""
     largest_layers: tuple[int, ...]
-    """Of each block's largest module that has weights of its own."""
+    """Of the largest layer in each block."""
     largest_matrix: int
-    """Numbers of the largest matrix of a block."""
+    """Number of elements of the largest matrix in a block."""
     shards: int
-    """Of what each process holds of all weights where they are sharded by rows, with the padding of the last one."""
+    """Of one process's shards if all weights are sharded by rows, with the last shard padded."""
 
     @property
     def total(self) -> int:
-        return sum(self.blocks) + self.rest
+        return sum(self.blocks) + self.outside_blocks
 
 
 @lru_cache(maxsize=64)
@@ -213,52 +215,53 @@ def transformer_bytes(
     precision: str,
     dtype: torch.dtype,
     ranks: int = 1,
-    held: tuple[tuple[str, str], ...] = (),
+    precisions: tuple[tuple[str, str], ...] = (),
 ) -> TransformerBytes:
-    """By walking the module: the blocks' matrices in `precision`, everything else in `dtype`.
+    """Bytes of a transformer with its blocks' matrices in `precision` and everything else in `dtype`.
 
     Args:
-        ranks: processes that the shards are for.
-        held: Linears of blocks that are in another precision, and which.
+        ranks: number of processes that shard the weights.
+        precisions: Linears of blocks with another precision, and that precision.
 
     Raises:
-        ConfigError: the precision cannot hold one of them.
+        ConfigError: the precision does not support one of their shapes.
     """
     transformer = empty_transformer(spec)
-    others = dict(held)
-    own = {
-        id(each): others.get(name.removesuffix(".weight"), precision) for name, each in transformer.named_parameters()
+    exceptions = dict(precisions)
+    precision_of = {
+        id(weight): exceptions.get(name.removesuffix(".weight"), precision)
+        for name, weight in transformer.named_parameters()
     }
 
     def size_of(parameter: nn.Parameter) -> int:
         if parameter.ndim != 2:
             return parameter.numel() * dtype.itemsize
         rows, columns = parameter.shape
-        return _stored((rows, columns), own[id(parameter)], dtype)
+        return _stored((rows, columns), precision_of[id(parameter)], dtype)
 
     def shard(parameter: nn.Parameter, size: int) -> int:
         rows = parameter.shape[0]
         return math.ceil(size / rows * math.ceil(rows / ranks))
 
-    inside = [[*block.parameters()] for block in transformer.blocks]
-    matrices = [parameter for block in inside for parameter in block if parameter.ndim == 2]
-    within = {id(parameter) for block in inside for parameter in block}
-    rest = [parameter for parameter in transformer.parameters() if id(parameter) not in within]
+    blocks = [[*block.parameters()] for block in transformer.blocks]
+    matrices = [parameter for block in blocks for parameter in block if parameter.ndim == 2]
+    in_blocks = {id(parameter) for block in blocks for parameter in block}
+    outside = [parameter for parameter in transformer.parameters() if id(parameter) not in in_blocks]
     return TransformerBytes(
-        blocks=tuple(sum(map(size_of, block)) for block in inside),
-        rest=sum(p.numel() * dtype.itemsize for p in rest),
-        largest_layers=tuple(max(map(size_of, block)) for block in inside),
+        blocks=tuple(sum(map(size_of, block)) for block in blocks),
+        outside_blocks=sum(p.numel() * dtype.itemsize for p in outside),
+        largest_layers=tuple(max(map(size_of, block)) for block in blocks),
         largest_matrix=max(parameter.numel() for parameter in matrices),
-        shards=sum(shard(parameter, size_of(parameter)) for block in inside for parameter in block)
-        + sum(shard(parameter, parameter.numel() * dtype.itemsize) for parameter in rest),
+        shards=sum(shard(parameter, size_of(parameter)) for block in blocks for parameter in block)
+        + sum(shard(parameter, parameter.numel() * dtype.itemsize) for parameter in outside),
     )
 
 
 def adapted_blocks(spec: TransformerSpec, options: LoraOptions) -> tuple[Adapted, ...]:
-    """What the options train in each block, doubles first; of `init_lora`, as if it had the options' target.
+    """Adapted Linears of each block, double blocks first. For `init_lora` the options' target is assumed.
 
     Raises:
-        ConfigError: a target that matches nothing.
+        ConfigError: the target matches no Linear.
     """
     return _adapted(spec, options.flux_lora_target, options.peft_lora_target_modules)
 
@@ -270,27 +273,28 @@ def _adapted(spec: TransformerSpec, target: str, modules: str | tuple[str, ...] 
     names = [f"transformer_blocks.{index}." for index in range(spec.double_blocks)]
     names += [f"single_transformer_blocks.{index}." for index in range(spec.single_blocks)]
     return tuple(
-        tuple((name.removeprefix(block), place) for name, place in ranges.items() if name.startswith(block))
+        tuple((name.removeprefix(block), adapted) for name, adapted in ranges.items() if name.startswith(block))
         for block in names
     )
 
 
 @lru_cache(maxsize=64)
 def _adapter_parameters(blocks: tuple[Adapted, ...], rank: int) -> int:
-    sides = (side for block in blocks for _, place in block for side in (place.rows, place.columns))
+    """Number of parameters of the adapters."""
+    sides = (side for block in blocks for _, adapted in block for side in (adapted.rows, adapted.columns))
     return rank * sum(stop - start for start, stop in sides)
 
 
 @lru_cache(maxsize=64)
 def _saved_parameters(spec: TransformerSpec, blocks: tuple[Adapted, ...], rank: int) -> int:
-    """Of the exported LoRA, which is expanded to whole matrices."""
+    """Number of parameters of the exported LoRA, which is expanded to whole matrices."""
     modules = empty_transformer(spec).blocks
-    linears = (block.get_submodule(name) for block, own in zip(modules, blocks, strict=True) for name, _ in own)
+    linears = (block.get_submodule(name) for block, adapted in zip(modules, blocks, strict=True) for name, _ in adapted)
     return rank * sum(each.in_features + each.out_features for each in linears if isinstance(each, nn.Linear))
 
 
 def recomputed_blocks(config: RunConfig, blocks: int) -> tuple[bool, ...]:
-    """Of each block, whether the backward pass computes it again."""
+    """Whether each block is recomputed in the backward pass."""
     every = config.gradient_checkpointing_interval
     return tuple(
         config.gradient_checkpointing and (every is None or (index + 1) % every != 0) for index in range(blocks)
@@ -298,23 +302,25 @@ def recomputed_blocks(config: RunConfig, blocks: int) -> tuple[bool, ...]:
 
 
 def text_bytes(text: TextSpec, precision: str, dtype: torch.dtype) -> tuple[int, int]:
-    """Of the embedding, and of a layer."""
+    """Bytes of the embedding, and of one layer."""
     layer = sum(_stored(shape, precision, dtype) for shape in text.linears)
     return text.vocabulary * text.hidden * dtype.itemsize, layer + text.scales * dtype.itemsize
 
 
-def text_activation_bytes(text: TextSpec, tokens: int, kept: int, dtype: torch.dtype) -> int:
-    """Of a batch of `tokens` in the middle of a feed-forward, its widest place: gate, value and their product; beside
-    them the stream, its norm, and `kept` states.
+def text_activation_bytes(text: TextSpec, tokens: int, states: int, dtype: torch.dtype) -> int:
+    """Peak activation bytes of a batch of `tokens`, reached in a feed-forward: gate, value and their product, plus the
+    residual stream, its norm, and `states` hidden states kept for the context.
     """
-    return tokens * (3 * text.inner + (2 + kept) * text.hidden) * dtype.itemsize
+    return tokens * (3 * text.inner + (2 + states) * text.hidden) * dtype.itemsize
 
 
 def resident_text_bytes(
     text: TextSpec, layers: Sequence[int], *, tokens: int, precision: str, dtype: torch.dtype
 ) -> tuple[int, int]:
-    """Of a text encoder that is read up to the last of `layers`: its weights, and what comes beside them, a batch of
-    `tokens` or, while it is quantized, the plain weight of one Linear at a time.
+    """Bytes of a text encoder loaded up to the last of `layers`: weights, and peak memory in addition to them.
+
+    The latter is the larger of the activations of `tokens` tokens and, if it is quantized while it is loaded, the plain
+    weight of its largest Linear.
     """
     embedding, layer = text_bytes(text, precision, dtype)
     plain = 0 if precision == NO_CHANGE else max(map(math.prod, text.linears)) * dtype.itemsize
@@ -323,43 +329,42 @@ def resident_text_bytes(
 
 
 def autoencoder_bytes(half: Sequence[Sequence[int]], dtype: torch.dtype) -> tuple[int, int]:
-    """Of all weights of the half that encodes or decodes, and of its largest layer."""
+    """Bytes of all weights of one half of the autoencoder, and of its largest layer."""
     sizes = [math.prod(shape) * dtype.itemsize for shape in half]
     return sum(sizes), max(sizes)
 
 
 def encoding_bytes(autoencoder: AutoencoderSpec, pixels: int, dtype: torch.dtype) -> int:
-    """Of a picture on its way in: five times what its first level has, where that level is halved."""
+    """Peak activation bytes of encoding an image: five times the first level, at its downsampling."""
     return 5 * autoencoder.channels[0] * pixels * dtype.itemsize
 
 
 def decoding_bytes(autoencoder: AutoencoderSpec, pixels: int, dtype: torch.dtype) -> int:
-    """Of a picture on its way out: three times what the second level has, after it is doubled."""
+    """Peak activation bytes of decoding an image: three times the second level, after its upsampling."""
     return 3 * autoencoder.channels[1] * pixels * dtype.itemsize
 
 
-def checkpoint_bytes(config: RunConfig, exported: int, kept: int, state: int) -> int:
-    """Size of an export and of what else is kept of the trained numbers, for them and their average, and of the
-    optimizer's `state`.
-    """
-    return (exported + kept) * (2 if config.use_ema else 1) + state
+def checkpoint_bytes(config: RunConfig, exported: int, masters: int, state: int) -> int:
+    """Size of a checkpoint: exported weights and fp32 `masters`, both twice with EMA, and the optimizer's `state`."""
+    return (exported + masters) * (2 if config.use_ema else 1) + state
 
 
-# The phases
+# Phases
 
 GATHERED_BLOCKS = 2
-"""Sharded blocks that are whole on a device at a time: the one at work and the next."""
+"""Sharded blocks that are gathered on a device at a time: the running one and the next one."""
 
 ZERO_ENGINES: tuple[Engine, ...] = ("zero1", "zero2", "zero3")
-"""By stage."""
+"""ZeRO engines in the order of their stages."""
 
 STEP_BYTES: dict[MemoryTier, int] = {"accelerator": 44 * 2**22, "ram": 44 * 2**16}
-"""Temporary memory of a step on bf16 weights, which goes by chunks (`train.adamw_bf16`)."""
+"""Temporary memory of an optimizer step on bf16 weights, which runs in chunks (`train.adamw_bf16`)."""
 
 
-class _Room:
-    """Collects the parts of a phase, as one of a machine's `ranks` processes has them. On a machine without an
-    accelerator, `device` is its memory.
+class _PhaseMemory:
+    """Collect the memory parts of a phase for one of a machine's `ranks` processes.
+
+    Without an accelerator, `device` means RAM.
     """
 
     def __init__(self, machine: Machine, ranks: int) -> None:
@@ -376,27 +381,28 @@ class _Room:
     def disk(self, name: str, size: int) -> None:
         self.add(name, "disk", size)
 
-    def add(self, name: str, place: MemoryTier, size: int) -> None:
+    def add(self, name: str, tier: MemoryTier, size: int) -> None:
         if size:
-            self.sizes[name, place] = self.sizes.get((name, place), 0) + size
+            self.sizes[name, tier] = self.sizes.get((name, tier), 0) + size
 
-    def plan(self, phase: PlannedPhase, what: str, read: int) -> PhasePlan:
+    def plan(self, phase: PlannedPhase, description: str, read: int) -> PhasePlan:
+        """The plan of the phase, which reads `read` bytes from the disk."""
         shared = {"accelerator": 1, "ram": self._ranks, "disk": 1}
-        parts = (MemoryPart(name, place, shared[place] * size) for (name, place), size in self.sizes.items())
-        return PhasePlan(phase, what, tuple(parts), read)
+        parts = (MemoryPart(name, tier, shared[tier] * size) for (name, tier), size in self.sizes.items())
+        return PhasePlan(phase, description, tuple(parts), read)
 
 
 @dataclass(frozen=True)
 class StreamedBlocks:
-    """Bytes of a transformer's blocks of which some are resident and the others are streamed."""
+    """Bytes of a transformer's blocks, some of them resident, the others streamed."""
 
     resident: int
     slots: int
-    """Of all slots together."""
+    """Of all slots."""
     streamed: int
-    """Of the packed copies."""
+    """Of the packed copies of streamed blocks."""
     read_buffers: int
-    """Of those into which groups are read from a disk."""
+    """Of the buffers for groups read from disk."""
 
     @property
     def on_device(self) -> int:
@@ -405,7 +411,7 @@ class StreamedBlocks:
 
 @dataclass(frozen=True)
 class Footprint:
-    """The phases of a run of `config`."""
+    """Memory of each phase of a run with `config`."""
 
     config: RunConfig
     architecture: Architecture
@@ -416,8 +422,8 @@ class Footprint:
         """All phases, in the order of the run."""
         phases = [self.text(), self.latents(), self.train()]
         if self.work.draws:
-            draw = self.preview if self.has_preview else self.validation
-            phases.append(max((draw(size) for size in self.config.sizes), key=_weight))
+            validation = self.preview if self.has_preview else self.validation
+            phases.append(max((validation(size) for size in self.config.sizes), key=_peak_bytes))
         config = self.config
         return MemoryPlan(self.machine, tuple(phases), config.ranks, self.engine, self.wire, config.num_machines)
 
@@ -425,7 +431,7 @@ class Footprint:
 
     @property
     def engine(self) -> Engine:
-        """How the processes share the work."""
+        """How the processes train together."""
         if self.config.ranks == 1:
             return "single"
         if self.config.zero_stage:
@@ -444,7 +450,7 @@ class Footprint:
 
     @property
     def shards_trained(self) -> bool:
-        """Whether each process holds only its share of the trainable parameters: FSDP2 leaves a LoRA whole."""
+        """Whether each process holds only its share of the trainable parameters. FSDP2 does not shard a LoRA."""
         return self.engine == "zero3" or (self.is_full and self.is_sharded)
 
     @property
@@ -453,74 +459,78 @@ class Footprint:
         return self.engine == "zero2" or self.shards_trained
 
     def _share(self, size: int, *, is_sharded: bool) -> int:
-        """What one process holds of `size` bytes."""
+        """Bytes that one process holds of `size` bytes."""
         return math.ceil(size / self.config.ranks) if is_sharded else size
 
     @cached_property
     def _zero(self) -> ZeroSettings:
+        """DeepSpeed's ZeRO settings."""
         return ZeroSettings.model_validate(self.config.zero_optimization)
 
     @property
     def wire(self) -> Wire | None:
-        """Bytes that a process sends in an optimizer step, without those of scheduled sampling, preservation, held-out
-        loss and validation images. None for a single process.
+        """Bytes that a process sends in an optimizer step, or None for a single process.
 
-        DDP: the gradients are summed once a step. FSDP2: sharded weights are gathered in each forward pass, and blocks
-        that are dropped after it again in each backward pass; a LoRA's gradients are summed once a step, those of
-        sharded weights are scattered in fp32 in each backward pass.
+        Scheduled sampling, preservation, held-out loss and validation images are not counted.
 
-        ZeRO-1 sums the gradients once a step, ZeRO-2 in each backward pass; both then gather the new weights. (To sum
-        is `use_multi_rank_bucket_allreduce`, on by default; a reduce-scatter would send half.) ZeRO-3 gathers all
-        weights, trainable ones too, in each forward and each backward pass, which also scatters their gradients; of a
-        frozen base the backward pass needs the blocks alone.
+        DDP all-reduces the gradients once a step. FSDP2 all-gathers sharded weights in each forward pass, and again in
+        each backward pass the blocks that it resharded; it all-reduces a LoRA's gradients once a step, and
+        reduce-scatters those of sharded weights in fp32 in each backward pass.
+
+        ZeRO-1 all-reduces the gradients once a step, ZeRO-2 in each backward pass; both then all-gather the new
+        weights. (The all-reduce is `use_multi_rank_bucket_allreduce`, on by default; a reduce-scatter would send half.)
+        ZeRO-3 all-gathers all weights, trainable ones too, in each forward and backward pass, and reduce-scatters
+        gradients in the backward pass, which needs only the blocks of a frozen base.
         """
         config, weights, ranks = self.config, self._weights, self.config.ranks
-        passes, again = config.gradient_accumulation_steps, int(config.fsdp_reshard_after_forward)
-        summed = all_reduce_bytes(self._gradient_bytes, ranks)
+        passes, regathers = config.gradient_accumulation_steps, int(config.fsdp_reshard_after_forward)
+        reduced = all_reduce_bytes(self._gradient_bytes, ranks)
         gathered = 0
         if self.engine == "single":
             return None
         if self.engine in ("zero1", "zero2"):
             gathered = shard_exchange_bytes(self._gradient_bytes, ranks)
-            summed *= passes if self.shards_gradients else 1
+            reduced *= passes if self.shards_gradients else 1
         elif self.engine == "zero3":
             forward = weights.total + (0 if self.is_full else self.trained_bytes)
-            backward = forward - (0 if self.is_full else weights.rest)
+            backward = forward - (0 if self.is_full else weights.outside_blocks)
             gathered = passes * shard_exchange_bytes(forward + backward, ranks)
-            summed = passes * shard_exchange_bytes(self._gradient_bytes, ranks)
+            reduced = passes * shard_exchange_bytes(self._gradient_bytes, ranks)
         elif self.engine == "fsdp2":
-            # Those outside the blocks stay whole from the forward pass to the end of the backward pass.
-            gathered = passes * shard_exchange_bytes(weights.total + again * sum(weights.blocks), ranks)
+            # Weights outside the blocks stay gathered from the forward pass to the end of the backward pass.
+            gathered = passes * shard_exchange_bytes(weights.total + regathers * sum(weights.blocks), ranks)
             if self.is_full:
-                summed = passes * shard_exchange_bytes(4 * self.trained, ranks)
-        return Wire(gathered, summed, config.num_machines)
+                reduced = passes * shard_exchange_bytes(4 * self.trained, ranks)
+        return Wire(gathered, reduced, config.num_machines)
 
     @property
     def _gradient_bytes(self) -> int:
-        """Of all gradients as they are summed and kept: for masters in fp32, but under ZeRO as they are computed."""
+        """Bytes of all gradients as they are reduced and stored: fp32 for masters, the computed dtype under ZeRO."""
         return self._computed_bytes if self.is_zero else self.trained_bytes
 
     @property
     def _computed_bytes(self) -> int:
-        """Of all gradients as the backward pass leaves them."""
+        """Bytes of all gradients as the backward pass computes them."""
         return self.trained * (self.dtype.itemsize if self.is_full else 4)
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of base weights and activations."""
         return DTYPES[self.config.base_dtype]
 
     @property
     def vae_dtype(self) -> torch.dtype:
+        """The dtype of the VAE."""
         return DTYPES[self.config.vae_dtype]
 
     @property
     def context_bytes(self) -> int:
-        """Of one caption's cached context: all rows, or those of its text and one of padding."""
+        """Bytes of one cached context: all rows, or the rows of its text and one padding row."""
         return (self._text_tokens + (0 if self.architecture.has_whole_contexts else 1)) * self._context_row
 
     @property
     def _text_tokens(self) -> int:
-        """Rows that the text encoder computes for the longest caption."""
+        """Tokens that the text encoder processes for the longest caption."""
         length = self.architecture.text_length
         if self.architecture.has_whole_contexts or self.work.caption_tokens is None:
             return length
@@ -528,96 +538,99 @@ class Footprint:
 
     @property
     def latent_bytes(self) -> int:
-        """Of one picture's cached latent at the largest size, fp32."""
+        """Bytes of one cached latent at the largest image size, fp32."""
         return tokens_of(self.work.largest_encoded) * self.architecture.transformer.in_channels * 4
 
     @property
     def _context_row(self) -> int:
+        """Bytes of one row of a context."""
         return self.architecture.transformer.context_dim * self.dtype.itemsize
 
     # Text
 
     @property
     def text_mode(self) -> str:
-        """resident or streamed. `auto` asks the machine, as the run does."""
+        """`resident` or `streamed`. `auto` depends on the machine's memory, as in the run."""
         config, mode = self.config, self.config.text_encoder_mode
         if config.group_offload_text_encoder:
             return "streamed"
         if mode != "auto":
             return mode
-        there = self.machine.ram if self.machine.accelerator is None else self.machine.accelerator
-        return "resident" if self._text("resident").total(self._device) <= there else "streamed"
+        available = self.machine.ram if self.machine.accelerator is None else self.machine.accelerator
+        return "resident" if self._text("resident").total(self._device) <= available else "streamed"
 
     @property
     def _device(self) -> MemoryTier:
+        """The tier of the compute device."""
         return "ram" if self.machine.accelerator is None else "accelerator"
 
     def text(self) -> PhasePlan:
-        """Captions to contexts."""
+        """The phase that encodes captions to contexts."""
         return self._text(self.text_mode)
 
     def _text(self, mode: str) -> PhasePlan:
+        """Like `text`, with the text encoder in `mode`."""
         config, text = self.config, self.architecture.text
         layers = self.architecture.text_layers
-        depth, kept = max(layers), len(layers)
+        depth, state_count = max(layers), len(layers)
         length = self._text_tokens
-        captions = math.ceil((self.work.captions or 0) / config.ranks_per_machine)  # as if no files were shared
-        together = min(config.text_encoder_batch_size, captions or config.text_encoder_batch_size)
-        batch = together * length
+        captions = math.ceil((self.work.captions or 0) / config.ranks_per_machine)  # without shared files
+        per_batch = min(config.text_encoder_batch_size, captions or config.text_encoder_batch_size)
+        batch = per_batch * length
         precision = config.text_encoder_1_precision
-        room = _Room(self.machine, self.config.ranks_per_machine)
+        memory = _PhaseMemory(self.machine, self.config.ranks_per_machine)
         if mode == "resident":
-            weights, beside = resident_text_bytes(text, layers, tokens=batch, precision=precision, dtype=self.dtype)
-            room.device("weights", weights)
-            room.device("activations", beside)
+            weights, extra = resident_text_bytes(text, layers, tokens=batch, precision=precision, dtype=self.dtype)
+            memory.device("weights", weights)
+            memory.device("activations", extra)
             read = weights
         else:
             _, layer = text_bytes(text, precision, self.dtype)
-            room.device("weights", layer)
-            room.device("activations", text_activation_bytes(text, batch, 0, self.dtype))
-            tokens = max(captions, together) * length
+            memory.device("weights", layer)
+            memory.device("activations", text_activation_bytes(text, batch, 0, self.dtype))
+            tokens = max(captions, per_batch) * length
             portion = min(tokens, max(PORTION_TOKENS, batch))
-            states = portion * text.hidden * kept * self.dtype.itemsize
-            room.ram("states", min(states, MEMORY_BYTES))
-            room.disk("states", max(0, states - MEMORY_BYTES))
+            states = portion * text.hidden * state_count * self.dtype.itemsize
+            memory.ram("states", min(states, MEMORY_BYTES))
+            memory.disk("states", max(0, states - MEMORY_BYTES))
             read = depth * layer * math.ceil(tokens / portion)
-        # A batch is stacked and cut apart again; files are written some at a time.
-        waiting = min(config.write_batch_size + together, max(captions, together))
-        room.ram("contexts", waiting * length * self._context_row + batch * self._context_row)
-        room.disk("cache", (self.work.captions or 0) * self.context_bytes)
-        return room.plan("text", f"{mode}, {together} × {length} tokens", read)
+        # A batch is stacked and split again; files are written several at a time.
+        unwritten = min(config.write_batch_size + per_batch, max(captions, per_batch))
+        memory.ram("contexts", unwritten * length * self._context_row + batch * self._context_row)
+        memory.disk("cache", (self.work.captions or 0) * self.context_bytes)
+        return memory.plan("text", f"{mode}, {per_batch} × {length} tokens", read)
 
     # Latents
 
     def latents(self) -> PhasePlan:
-        """Pictures to latents."""
+        """The phase that encodes images to latents."""
         config, autoencoder = self.config, self.architecture.autoencoder
         width, height = self.work.largest_encoded
-        pictures = math.ceil((self.work.pictures or 0) / config.ranks_per_machine)
-        batch = min(config.vae_batch_size, pictures or config.vae_batch_size)
-        room = _Room(self.machine, self.config.ranks_per_machine)
-        read = self._hold_autoencoder(room, encoder_shapes(autoencoder))
-        pixels = self._seen_pixels((width, height), batch)
-        room.device("activations", encoding_bytes(autoencoder, pixels, self.vae_dtype))
-        # Of each pixel of a batch, fp32 and as the VAE wants it; of those that are opened ahead, bytes.
-        room.device("pictures", batch * width * height * 3 * (4 + self.vae_dtype.itemsize))
-        room.ram("pictures", (batch + 2 * config.workers) * width * height * 3)
-        room.disk("cache", (self.work.pictures or 0) * self.latent_bytes)
-        return room.plan("latents", f"{width}x{height} × {batch}", read)
+        images = math.ceil((self.work.pictures or 0) / config.ranks_per_machine)
+        batch = min(config.vae_batch_size, images or config.vae_batch_size)
+        memory = _PhaseMemory(self.machine, self.config.ranks_per_machine)
+        read = self._add_autoencoder(memory, encoder_shapes(autoencoder))
+        pixels = self._processed_pixels((width, height), batch)
+        memory.device("activations", encoding_bytes(autoencoder, pixels, self.vae_dtype))
+        # Pixels of a batch in fp32 and in the VAE's dtype; pixels of prefetched images in uint8.
+        memory.device("images", batch * width * height * 3 * (4 + self.vae_dtype.itemsize))
+        memory.ram("images", (batch + 2 * config.workers) * width * height * 3)
+        memory.disk("cache", (self.work.pictures or 0) * self.latent_bytes)
+        return memory.plan("latents", f"{width}x{height} × {batch}", read)
 
-    def _hold_autoencoder(self, room: _Room, half: Sequence[Sequence[int]]) -> int:
-        """Returns what is read for it."""
+    def _add_autoencoder(self, memory: _PhaseMemory, half: Sequence[Sequence[int]]) -> int:
+        """Add one half of the autoencoder. Returns the bytes that are read from disk."""
         weights, largest = autoencoder_bytes(half, self.vae_dtype)
         if self.config.group_offload_vae:
             slots = 2 if self._device == "accelerator" and self.config.copies_ahead("cuda") else 1
-            room.device("weights of the VAE", slots * largest)
-            room.ram("weights of the VAE", weights)
+            memory.device("VAE weights", slots * largest)
+            memory.ram("VAE weights", weights)
         else:
-            room.device("weights of the VAE", weights)
+            memory.device("VAE weights", weights)
         return weights
 
-    def _seen_pixels(self, size: tuple[int, int], batch: int) -> int:
-        """That the autoencoder works on at a time."""
+    def _processed_pixels(self, size: tuple[int, int], batch: int) -> int:
+        """Pixels that the autoencoder processes at a time."""
         config, tile = self.config, self.architecture.autoencoder.tile
         width, height = (min(side, tile) for side in size) if config.vae_enable_tiling else size
         return width * height * (1 if config.vae_enable_slicing else batch)
@@ -626,53 +639,57 @@ class Footprint:
 
     @property
     def streams_blocks(self) -> bool:
+        """Whether the transformer's blocks are streamed from host memory or disk."""
         return self.config.enable_group_offload and not self.is_full
 
     @cached_property
     def settled(self) -> RunConfig:
-        """`config` with a number of resident blocks and a choice of the stream in place of each `auto` of the group
-        offload: as many blocks as `bytes_to_fill` has room for in training and validation, beside two slots where both
-        fit. On a machine without an accelerator no block and one slot.
+        """`config` with each `auto` of the group offload resolved: the number of resident blocks, and the copy stream.
+
+        Keeps as many blocks resident as fit into `bytes_to_fill` in training and validation, with two slots if both
+        fit. Without an accelerator, no blocks and one slot.
         """
-        config, there = self.config, self.machine.accelerator
+        config, capacity = self.config, self.machine.accelerator
         count, stream = config.resident_blocks, config.group_offload_use_stream
         if not self.streams_blocks or (count is not None and stream != AUTO):
             return config
-        if there is None:
-            return _settled(config, count or 0, ahead=False)
-        beside, ahead = self._beside_blocks, stream == "true"
+        if capacity is None:
+            return _resolved(config, count or 0, ahead=False)
+        other_bytes, ahead = self._bytes_beside_blocks, stream == "true"
         if stream == AUTO:
-            ahead = beside + self.streamed_blocks(count or 0, ahead=True).on_device <= there
+            ahead = other_bytes + self.streamed_blocks(count or 0, ahead=True).on_device <= capacity
         if count is None:
             count = self.architecture.transformer.blocks
-            while count and beside + self.streamed_blocks(count, ahead=ahead).on_device > bytes_to_fill(there):
+            while count and other_bytes + self.streamed_blocks(count, ahead=ahead).on_device > bytes_to_fill(capacity):
                 count -= 1
-        return _settled(config, count, ahead=ahead)
+        return _resolved(config, count, ahead=ahead)
 
     @property
-    def _beside_blocks(self) -> int:
-        """Bytes on the accelerator that training or validation takes beside the blocks, where that is more."""
-        bare = replace(self, config=_settled(self.config, 0, ahead=False))
+    def _bytes_beside_blocks(self) -> int:
+        """Peak accelerator bytes of training and validation without the blocks and their slots."""
+        bare = replace(self, config=_resolved(self.config, 0, ahead=False))
         phases = [bare.train(), *(bare._validation(size, 1) for size in self.config.sizes if self.work.draws)]
-        most = max(phase.total("accelerator") for phase in phases) - bare.streamed_blocks(0, ahead=False).on_device
-        # While a preview model is streamed, the base's slots stay beside its own.
-        return most + (self.streamed_blocks(0, ahead=True).slots if self.has_preview and self.work.draws else 0)
+        peak = max(phase.total("accelerator") for phase in phases) - bare.streamed_blocks(0, ahead=False).on_device
+        # A streamed preview model has its own slots, and those of the base stay allocated.
+        return peak + (self.streamed_blocks(0, ahead=True).slots if self.has_preview and self.work.draws else 0)
 
     def streamed_blocks(self, resident: int, *, ahead: bool) -> StreamedBlocks:
-        """The blocks' bytes with `resident` blocks on the accelerator, the others streamed through one slot, or two
-        where the next group is copied `ahead`."""
+        """Bytes of the blocks with `resident` of them on the accelerator.
+
+        The others are streamed through one slot, or two if the next group is prefetched (`ahead`).
+        """
         weights, config = self._weights, self.config
-        stay = resident_indices(self.architecture.transformer, resident)
-        going = [index for index in range(len(weights.blocks)) if index not in stay]
+        resident_set = resident_indices(self.architecture.transformer, resident)
+        streamed_indices = [index for index in range(len(weights.blocks)) if index not in resident_set]
         if config.group_offload_type == "leaf_level":
-            largest = max((weights.largest_layers[index] for index in going), default=0)
-            groups = 2 * len(going)  # at least
+            largest = max((weights.largest_layers[index] for index in streamed_indices), default=0)
+            groups = 2 * len(streamed_indices)  # or more
         else:
-            sizes = [weights.blocks[index] for index in going]
-            every = config.group_offload_blocks_per_group
-            together = [sum(sizes[start : start + every]) for start in range(0, len(sizes), every)]
-            largest, groups = max(together, default=0), len(together)
-        streamed = sum(weights.blocks[index] for index in going)
+            sizes = [weights.blocks[index] for index in streamed_indices]
+            per_group = config.group_offload_blocks_per_group
+            group_sizes = [sum(sizes[start : start + per_group]) for start in range(0, len(sizes), per_group)]
+            largest, groups = max(group_sizes, default=0), len(group_sizes)
+        streamed = sum(weights.blocks[index] for index in streamed_indices)
         return StreamedBlocks(
             resident=sum(weights.blocks) - streamed,
             slots=min(1 + ahead, groups) * largest,
@@ -682,13 +699,14 @@ class Footprint:
 
     @property
     def _streaming(self) -> StreamedBlocks:
+        """`streamed_blocks` with the resolved options."""
         config = self.settled
         ahead = config.copies_ahead("cpu" if self.machine.accelerator is None else "cuda")
         return self.streamed_blocks(config.resident_blocks or 0, ahead=ahead)
 
     @property
     def _residency(self) -> str:
-        """In words, where blocks are streamed."""
+        """The number of resident blocks for the phase's description; empty if no block is streamed."""
         count, blocks = self.settled.resident_blocks or 0, self.architecture.transformer.blocks
         if not self.streams_blocks or (self.machine.accelerator is None and not count):
             return ""
@@ -696,41 +714,43 @@ class Footprint:
 
     @property
     def _adapted(self) -> tuple[Adapted, ...]:
+        """Adapted Linears of each block."""
         return adapted_blocks(self.architecture.transformer, self.config)
 
     @property
     def is_full(self) -> bool:
+        """Whether all weights are trainable."""
         return self.config.model_type == "full"
 
     @property
     def has_masters(self) -> bool:
-        """Whether the optimizer steps on fp32 copies; those of DeepSpeed are there for a LoRA and fp32 weights too."""
+        """Whether the optimizer updates fp32 copies. DeepSpeed makes them even for a LoRA and for fp32 weights."""
         return self.config.has_masters or self.is_zero
 
     @property
     def trained(self) -> int:
-        """Numbers that the optimizer steps on."""
-        return self._numbers if self.is_full else _adapter_parameters(self._adapted, self.config.lora_rank)
+        """Number of trainable parameters."""
+        return self._parameter_count if self.is_full else _adapter_parameters(self._adapted, self.config.lora_rank)
 
     @property
-    def _numbers(self) -> int:
-        """Of the transformer."""
+    def _parameter_count(self) -> int:
+        """Number of parameters of the transformer."""
         return transformer_bytes(self.architecture.transformer, NO_CHANGE, torch.bfloat16).total // 2
 
     @property
     def trained_bytes(self) -> int:
-        """Of those numbers: adapters and masters are fp32."""
+        """Bytes of the trainable parameters; adapters and masters are fp32."""
         return self.trained * (self.dtype.itemsize if self.is_full and not self.has_masters else 4)
 
     @property
     def optimizer_bytes(self) -> int:
-        """About the size of the optimizer's state."""
-        known = known_optimizer(self.config.optimizer)
+        """Approximate size of the optimizer state."""
+        optimizer = known_optimizer(self.config.optimizer)
         if self.is_full:
-            return known.state_size(
+            return optimizer.state_size(
                 weight.shape for weight in empty_transformer(self.architecture.transformer).parameters()
             )
-        return round(self.trained * known.state_bytes)
+        return round(self.trained * optimizer.state_bytes)
 
     @property
     def _exported_model_bytes(self) -> int:
@@ -740,18 +760,18 @@ class Footprint:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """About the size of one checkpoint."""
+        """Approximate size of one checkpoint."""
         config = self.config
         if self.is_full:
             exported = self._exported_model_bytes
-            kept = 0 if exported >= self.trained_bytes else self.trained_bytes
-            return checkpoint_bytes(config, exported, kept, self.optimizer_bytes)
+            masters = 0 if exported >= self.trained_bytes else self.trained_bytes
+            return checkpoint_bytes(config, exported, masters, self.optimizer_bytes)
         spec = self.architecture.transformer
         exported = _saved_parameters(spec, self._adapted, config.lora_rank) * DTYPES[config.lora_save_dtype].itemsize
         return checkpoint_bytes(config, exported, self.trained_bytes, self.optimizer_bytes)
 
     def passing(self, size: tuple[int, int], batch: int, references: int = 0) -> Pass:
-        """What goes through the transformer in training, with so many reference tokens a sample."""
+        """A training pass of `batch` images of `size`, each with `references` reference tokens."""
         config, spec = self.config, self.architecture.transformer
         forced = self.work.forced_share
         routes = [
@@ -777,175 +797,180 @@ class Footprint:
         )
 
     def train(self) -> PhasePlan:
-        """Steps at the largest bucket."""
+        """Training steps at the largest bucket."""
         config = self.config
-        room = _Room(self.machine, self.config.ranks_per_machine)
-        read = self._hold(room)
-        passing = self.passing(self.work.bucket, self.work.batch, self.work.references)
+        memory = _PhaseMemory(self.machine, self.config.ranks_per_machine)
+        read = self._add_state(memory)
+        pass_ = self.passing(self.work.bucket, self.work.batch, self.work.references)
         accumulated = config.gradient_accumulation_steps > 1
         scatters = self.shards_gradients
         collects = scatters or (self.has_masters and self.engine != "zero1")
         worst = training(
-            passing,
+            pass_,
             offloaded=config.activation_offload,
             accumulated=accumulated and not collects,
             shards=config.ranks if scatters else 1,
         )
-        if (
-            scatters and not self.is_zero
-        ):  # traced in the dtype that the weights compute in, and kept in that of the optimizer
+        if scatters and not self.is_zero:  # traced in the compute dtype, stored in the optimizer's dtype
             worst = replace(worst, gradients=worst.gradients * self.trained_bytes // self._computed_bytes)
-        # An optimizer's step has all gradients, and no activations any more. Masters collect theirs before it, and
-        # keep them through the passes of a step. Released gradients are gone by then: a parameter is stepped beside
-        # the activations of the block at work, which has its gradient.
+        # An optimizer step needs all gradients, and no activations. Masters accumulate gradients of their own, which
+        # stay in memory through a step's passes. Released gradients do not exist at the step: a parameter is updated in
+        # the backward pass of its block, with the block's activations and the gradient in memory.
         is_released = config.optimizer_release_gradients
         gradients = 0 if is_released else self._share(self._gradient_bytes, is_sharded=scatters)
         collected = gradients if collects and accumulated else 0
-        if self.is_zero:  # the optimizer has those of its share once more, in fp32
+        if self.is_zero:  # the optimizer has another copy of its share, in fp32
             gradients += self._share(self.trained_bytes, is_sharded=True)
         if worst.total + collected >= gradients:
-            self._trained_room(room)("gradients", worst.gradients + collected)
-            room.device("activations", worst.saved)
+            self._trainable_adder(memory)("gradients", worst.gradients + collected)
+            memory.device("activations", worst.saved)
             stepping = STEP_BYTES[self._device] if is_released else 0
-            room.device("workspace", worst.workspace + self._unpacked + stepping)
+            memory.device("workspace", worst.workspace + self._unpacked + stepping)
         else:
-            self._trained_room(room)("gradients", gradients)
-        room.device("reduction bucket", self._reduction_bytes)
-        room.ram("activations that wait", worst.host_inputs)
+            self._trainable_adder(memory)("gradients", gradients)
+        memory.device("reduction bucket", self._reduction_bytes)
+        memory.ram("offloaded activations", worst.host_inputs)
         if self.work.draws and not config.offload_during_startup:
-            self._hold_autoencoder(room, decoder_shapes(self.architecture.autoencoder))  # from the first picture on
-        self._data(room, passing, is_trained=True)
-        room.disk("checkpoints", (config.checkpoints_total_limit + 1) * self.checkpoint_bytes)
-        if self.is_full:  # in BFL's layout; the diffusers folder is links to the last checkpoint
-            room.disk("single file", self._exported_model_bytes * (2 if config.use_ema else 1))
+            self._add_autoencoder(memory, decoder_shapes(self.architecture.autoencoder))  # since the first image
+        self._add_batch(memory, pass_, is_trained=True)
+        memory.disk("checkpoints", (config.checkpoints_total_limit + 1) * self.checkpoint_bytes)
+        if self.is_full:  # in BFL's layout; the diffusers folder links to the last checkpoint
+            memory.disk("single file", self._exported_model_bytes * (2 if config.use_ema else 1))
         width, height = self.work.bucket
-        beside = f" + {self.work.references} reference tokens" if self.work.references else ""
-        return room.plan("train", f"{width}x{height}{beside} × {self.work.batch}{self._residency}", read)
+        references = f" + {self.work.references} reference tokens" if self.work.references else ""
+        return memory.plan("train", f"{width}x{height}{references} × {self.work.batch}{self._residency}", read)
 
     def draws_both(self, size: tuple[int, int]) -> bool:
-        """Whether the two predictions of classifier-free guidance share a pass: on an accelerator, where that takes no
-        more than training or an image does anyway. Last bits differ, so this depends on the options and the training
-        images, and neither on free memory nor on the number of processes; on a CPU it is never done, as in `sample`.
+        """Whether the two predictions of classifier-free guidance are one batch of two.
+
+        They are on an accelerator if that needs no more memory than training or than one prediction. The last bits
+        differ, so this depends on the options and the training images only, not on free memory or the number of
+        processes. Never on a CPU, as in `sample`.
         """
         if self.machine.accelerator is None or self.has_preview or not self._has_two_predictions:
             return False
-        alone = self
+        single = self
         if self.config.ranks > 1:
-            alone = replace(self, config=self.config.model_copy(update={"num_processes": 1}))
-        both, one = alone._validation(size, 2), alone._validation(size, 1)
-        return both.total("accelerator") <= max(one.total("accelerator"), alone.train().total("accelerator"))
+            single = replace(self, config=self.config.model_copy(update={"num_processes": 1}))
+        both, one = single._validation(size, 2), single._validation(size, 1)
+        return both.total("accelerator") <= max(one.total("accelerator"), single.train().total("accelerator"))
 
     @property
     def _has_two_predictions(self) -> bool:
+        """Whether validation uses classifier-free guidance."""
         config = self.config
         scales = drawing_flavour(config).scales(config.validation_guidance, config.validation_guidance_real)
         return scales.real != 1
 
     def validation(self, size: tuple[int, int]) -> PhasePlan:
-        """A picture of `size` in the middle of training."""
+        """A validation image of `size` during training."""
         return self._validation(size, 2 if self.draws_both(size) else 1)
 
     def _validation(self, size: tuple[int, int], batch: int) -> PhasePlan:
-        """As `validation`, with `batch` predictions in a pass."""
+        """Like `validation`, with `batch` predictions in a pass."""
         width, height = size
-        room = _Room(self.machine, self.config.ranks_per_machine)
-        self._hold(room)
-        read = self._draw(room, size, batch)
-        return room.plan("validation", f"{width}x{height}, {self._passes(batch)}", read)
+        memory = _PhaseMemory(self.machine, self.config.ranks_per_machine)
+        self._add_state(memory)
+        read = self._add_validation(memory, size, batch)
+        return memory.plan("validation", f"{width}x{height}, {self._passes(batch)}", read)
 
     @property
     def has_preview(self) -> bool:
-        """Whether validation images are drawn on another model."""
+        """Whether another model, `validation_preview_model`, generates the validation images."""
         return self.config.validation_preview_model is not None and not self.is_full
 
     @cached_property
     def base_leaves(self) -> bool:
-        """Whether the base, the optimizer's state and the average wait in host memory while the preview model draws,
-        since the accelerator has no room for both. Without an accelerator there is no other place.
+        """Whether base, optimizer state and EMA move to host memory while the preview model generates images.
+
+        They do if the accelerator cannot hold both. Never without an accelerator.
         """
-        there = self.machine.accelerator
-        if there is None or not self.has_preview:
+        accelerator = self.machine.accelerator
+        if accelerator is None or not self.has_preview:
             return False
-        beside = (self._preview(size, base_leaves=False).total("accelerator") for size in self.config.sizes)
-        return max(beside) > bytes_to_fill(there)
+        totals = (self._preview(size, base_leaves=False).total("accelerator") for size in self.config.sizes)
+        return max(totals) > bytes_to_fill(accelerator)
 
     def preview(self, size: tuple[int, int]) -> PhasePlan:
-        """A picture of `size` in the middle of training, drawn on `validation_preview_model`."""
+        """A validation image of `size` during training, generated by `validation_preview_model`."""
         return self._preview(size, base_leaves=self.base_leaves)
 
     def _preview(self, size: tuple[int, int], *, base_leaves: bool) -> PhasePlan:
-        room, held = (
-            _Room(self.machine, self.config.ranks_per_machine),
-            _Room(self.machine, self.config.ranks_per_machine),
+        """Like `preview`, with the base in host memory if `base_leaves`."""
+        memory, training_memory = (
+            _PhaseMemory(self.machine, self.config.ranks_per_machine),
+            _PhaseMemory(self.machine, self.config.ranks_per_machine),
         )
-        self._hold(held)
-        stays = ("adapters", "slots for blocks")
-        for (name, place), bytes_ in held.sizes.items():
-            if base_leaves and place == "accelerator" and name not in stays:
-                room.ram("base that waits", bytes_)
+        self._add_state(training_memory)
+        resident = ("adapters", "slots for blocks")
+        for (name, tier), bytes_ in training_memory.sizes.items():
+            if base_leaves and tier == "accelerator" and name not in resident:
+                memory.ram("offloaded base", bytes_)
             else:
-                room.add(name, place, bytes_)
-        read = self._hold_transformer(room, "preview ") + self._draw(room, size)
+                memory.add(name, tier, bytes_)
+        read = self._add_transformer(memory, "preview ") + self._add_validation(memory, size)
         width, height = size
-        where = ", base in RAM" if base_leaves else ""
-        return room.plan("preview", f"{width}x{height}, {self._passes()}{where}", read)
+        location = ", base in RAM" if base_leaves else ""
+        return memory.plan("preview", f"{width}x{height}, {self._passes()}{location}", read)
 
     def _passes(self, batch: int = 1) -> str:
-        """Of a validation image through the transformer, in words."""
+        """The number of transformer passes of a validation image, for the phase's description."""
         passes = self.config.validation_num_inference_steps * (1 + self._has_two_predictions) // batch
         return f"{passes} passes{' of two' * (batch == 2)}"
 
-    def _draw(self, room: _Room, size: tuple[int, int], batch: int = 1) -> int:
-        """What drawing a picture takes beside the transformers, with `batch` predictions in a pass. Returns what is
-        read for it.
+    def _add_validation(self, memory: _PhaseMemory, size: tuple[int, int], batch: int = 1) -> int:
+        """Add what a validation image needs besides transformers, with `batch` predictions in a pass.
+
+        Returns the bytes that are read from disk.
         """
         config, autoencoder = self.config, self.architecture.autoencoder
-        passing = self.passing(size, batch, self.work.drawn_references)
-        drawing = sampling(passing) + self._unpacked
-        decoding = decoding_bytes(autoencoder, self._seen_pixels(size, 1), self.vae_dtype)
+        pass_ = self.passing(size, batch, self.work.drawn_references)
+        denoising = sampling(pass_) + self._unpacked
+        decoding = decoding_bytes(autoencoder, self._processed_pixels(size, 1), self.vae_dtype)
         weights, _ = autoencoder_bytes(decoder_shapes(autoencoder), self.vae_dtype)
-        if config.offload_during_startup and drawing >= weights + decoding:
-            room.device("activations", drawing)
+        if config.offload_during_startup and denoising >= weights + decoding:
+            memory.device("activations", denoising)
         else:
-            self._hold_autoencoder(room, decoder_shapes(autoencoder))
-            room.device("activations", decoding if config.offload_during_startup else max(drawing, decoding))
-        # What is trained steps aside for its average, or for what a schedule-free optimizer gives.
+            self._add_autoencoder(memory, decoder_shapes(autoencoder))
+            memory.device("activations", decoding if config.offload_during_startup else max(denoising, decoding))
+        # Trainable parameters are swapped for their EMA, or for a schedule-free optimizer's averaged weights.
         averaged = config.use_ema and config.ema_validation != "none" and not self.has_masters
-        asides = int(averaged) + int(known_optimizer(config.optimizer).library == "schedulefree")
-        room.device("put aside", asides * self._share(self.trained_bytes, is_sharded=self._shards_state))
-        self._data(room, passing)
+        copies = int(averaged) + int(known_optimizer(config.optimizer).library == "schedulefree")
+        memory.device("parameters set aside", copies * self._share(self.trained_bytes, is_sharded=self._shards_state))
+        self._add_batch(memory, pass_)
         return weights
 
     @property
     def _unpacked(self) -> int:
-        """Of the largest quantized matrix while it is multiplied with; packed ones are taken apart in bytes first."""
+        """Bytes of the largest quantized matrix while it is dequantized; packed codes are expanded to bytes first."""
         if self._precision == NO_CHANGE:
-            return self._weights.largest_matrix * self.dtype.itemsize if self._held else 0
+            return self._weights.largest_matrix * self.dtype.itemsize if self._native_precisions else 0
         return self._weights.largest_matrix * (self.dtype.itemsize + int(PRECISIONS[self._precision].bits < 8))
 
     @property
-    def _held(self) -> tuple[tuple[str, str], ...]:
-        """Linears that stay in their file's precision."""
-        return self.architecture.held if self._precision == NO_CHANGE and not self.is_full else ()
+    def _native_precisions(self) -> tuple[tuple[str, str], ...]:
+        """Linears that keep their file's precision, and that precision."""
+        return self.architecture.native_precisions if self._precision == NO_CHANGE and not self.is_full else ()
 
     @property
     def _precision(self) -> str:
-        """What learns is not quantized."""
+        """The precision of the base. Trainable weights are not quantized."""
         return NO_CHANGE if self.is_full else self.config.base_model_precision
 
     @property
     def _is_mapped(self) -> bool:
-        """Whether the base's weights are parts of the mapped file until they are moved."""
+        """Whether the base's weights are views of the memory-mapped file until they are moved."""
         return self._precision == NO_CHANGE and not self.architecture.is_decoded
 
     @property
     def _weights(self) -> TransformerBytes:
+        """Bytes of the transformer's weights."""
         spec, ranks = self.architecture.transformer, self.config.ranks
-        return transformer_bytes(spec, self._precision, self.dtype, ranks, self._held)
+        return transformer_bytes(spec, self._precision, self.dtype, ranks, self._native_precisions)
 
     @property
     def _reduction_bytes(self) -> int:
-        """Of the buffer through which processes sum or scatter gradients."""
+        """Bytes of the bucket for all-reduce or reduce-scatter of gradients."""
         if self.engine == "single":
             return 0
         if self.is_zero:
@@ -956,96 +981,102 @@ class Footprint:
         largest = self._weights.largest_matrix * self.trained_bytes // self.trained if self.is_full else 0
         return min(max(BUCKET_BYTES, largest), self.trained_bytes)
 
-    def _hold(self, room: _Room) -> int:
-        """All that stays from step to step. Returns what is read for it."""
+    def _add_state(self, memory: _PhaseMemory) -> int:
+        """Add everything that stays in memory between steps. Returns the bytes that are read from disk."""
         config = self.config
-        read = self._hold_transformer(room)
-        hold = self._trained_room(room)
+        read = self._add_transformer(memory)
+        add_state = self._trainable_adder(memory)
         if not self.is_full:
-            room.device("adapters", self._share(self.trained_bytes, is_sharded=self.shards_trained))
-        # ZeRO-1 and ZeRO-2 copy fp32 weights too, ZeRO-3 only to host memory.
+            memory.device("adapters", self._share(self.trained_bytes, is_sharded=self.shards_trained))
+        # ZeRO-1 and ZeRO-2 also copy fp32 weights; ZeRO-3 does so only for host memory.
         is_alias = self.engine == "zero3" and self._computed_bytes == self.trained_bytes
         if self.has_masters and (not is_alias or config.offloads("offload_optimizer")):
-            hold("masters", self._share(self.trained_bytes, is_sharded=self._shards_state))
-        hold("optimizer", self._share(self.optimizer_bytes, is_sharded=self._shards_state))
+            add_state("masters", self._share(self.trained_bytes, is_sharded=self._shards_state))
+        add_state("optimizer", self._share(self.optimizer_bytes, is_sharded=self._shards_state))
         if config.use_ema:
             average = self._share(4 * self.trained, is_sharded=self._shards_state)
-            (room.ram if config.is_average_on_cpu else hold)("average", average)
+            (memory.ram if config.is_average_on_cpu else add_state)("average", average)
         return read
 
     @property
     def _shards_state(self) -> bool:
-        """Whether each process holds only its share of the optimizer's state, and of what it steps on and averages."""
+        """Whether each process holds only its share of the optimizer state, masters and EMA."""
         return self.is_zero or self.shards_trained
 
-    def _trained_room(self, room: _Room) -> Callable[[str, int], None]:
-        """Where the trainable parameters' masters, gradients and optimizer state are: beside the shards of them, if
-        those are in host memory.
-        """
-        is_offloaded = self.is_full and self.engine == "fsdp2" and self.config.fsdp_cpu_offload
-        return room.ram if is_offloaded or (self.is_zero and self.config.offloads("offload_optimizer")) else room.device
+    def _trainable_adder(self, memory: _PhaseMemory) -> Callable[[str, int], None]:
+        """The method of `memory` that adds masters, gradients and optimizer state of trainable parameters.
 
-    def _hold_transformer(self, room: _Room, prefix: str = "") -> int:
-        """A transformer's weights; `prefix` stands before their names. Returns what is read for them."""
+        They are in RAM if their shards or the optimizer are offloaded there, else on the device.
+        """
+        in_ram = self.is_full and self.engine == "fsdp2" and self.config.fsdp_cpu_offload
+        return memory.ram if in_ram or (self.is_zero and self.config.offloads("offload_optimizer")) else memory.device
+
+    def _add_transformer(self, memory: _PhaseMemory, prefix: str = "") -> int:
+        """Add a transformer's weights, with `prefix` before their names. Returns the bytes that are read from disk."""
         config, weights = self.config, self._weights
         if self.is_sharded:
-            self._hold_shards(room, prefix)
+            self._add_shards(memory, prefix)
         elif self.is_full or not config.enable_group_offload:
-            room.device(f"{prefix}weights", weights.total)
+            memory.device(f"{prefix}weights", weights.total)
         else:
             blocks = self._streaming
-            room.device(f"{prefix}weights", weights.rest)
-            room.device(f"{prefix}resident blocks", blocks.resident)
-            room.device(f"{prefix}slots for blocks", blocks.slots)
+            memory.device(f"{prefix}weights", weights.outside_blocks)
+            memory.device(f"{prefix}resident blocks", blocks.resident)
+            memory.device(f"{prefix}slots for blocks", blocks.slots)
             if config.group_offload_to_disk_path is None:
-                room.ram(f"{prefix}blocks that wait", blocks.streamed)
+                memory.ram(f"{prefix}streamed blocks", blocks.streamed)
             else:
-                # Those that are no part of the mapped file are all in memory once, before they are written.
-                room.ram(f"{prefix}blocks that wait", 0 if self._is_mapped else blocks.streamed)
-                room.ram(f"{prefix}read buffers", blocks.read_buffers)
-                room.disk(f"{prefix}blocks that wait", blocks.streamed)
+                # Blocks that are not views of the mapped file are all in memory once, before they are written.
+                memory.ram(f"{prefix}streamed blocks", 0 if self._is_mapped else blocks.streamed)
+                memory.ram(f"{prefix}read buffers", blocks.read_buffers)
+                memory.disk(f"{prefix}streamed blocks", blocks.streamed)
         return transformer_bytes(self.architecture.transformer, NO_CHANGE, torch.bfloat16).total
 
-    def _hold_shards(self, room: _Room, prefix: str) -> None:
-        """A sharded transformer: this process's share of each weight, and the weights that are whole at a time. FSDP2:
-        those outside the blocks and those of one or all blocks. ZeRO-3: as many as its settings allow, and the layer
-        at work.
+    def _add_shards(self, memory: _PhaseMemory, prefix: str) -> None:
+        """Add a sharded transformer: this process's shards, and the weights that are gathered at a time.
+
+        FSDP2 gathers the weights outside the blocks, and those of `GATHERED_BLOCKS` or all blocks. ZeRO-3 gathers as
+        many as its settings allow, and the running layer.
         """
         config, weights = self.config, self._weights
         is_offloaded = config.offloads("offload_param") if self.is_zero else config.fsdp_cpu_offload
-        if self.is_zero or not self.has_masters:  # which are FSDP2's shards themselves
-            (room.ram if is_offloaded else room.device)(f"{prefix}shards of weights", weights.shards)
+        if self.is_zero or not self.has_masters:  # masters are FSDP2's shards
+            (memory.ram if is_offloaded else memory.device)(f"{prefix}shards of weights", weights.shards)
         if self.is_zero:
             live = self._zero.stage3_max_live_parameters + self._zero.stage3_prefetch_bucket_size
-            gathered = min(weights.total, live * weights.total // self._numbers + max(weights.largest_layers))
+            gathered = min(weights.total, live * weights.total // self._parameter_count + max(weights.largest_layers))
             if not self._is_mapped:
-                room.ram(f"{prefix}weights while they are loaded", weights.total)
+                memory.ram(f"{prefix}weights while loading", weights.total)
         else:
             blocks = sorted(weights.blocks)[-GATHERED_BLOCKS if config.fsdp_reshard_after_forward else 0 :]
-            gathered = weights.rest + sum(blocks)
-        room.device(f"{prefix}gathered weights", gathered)
+            gathered = weights.outside_blocks + sum(blocks)
+        memory.device(f"{prefix}gathered weights", gathered)
 
-    def _data(self, room: _Room, passing: Pass, *, is_trained: bool = False) -> None:
-        """Latents, their noise, their mixture, the velocity and the answer, fp32; references; contexts; tables of
-        positions, with references one a sample. In training the base model's prediction and a second prompt's contexts,
-        where the options ask for them. In host memory this batch and the next.
+    def _add_batch(self, memory: _PhaseMemory, pass_: Pass, *, is_trained: bool = False) -> None:
+        """Add a batch: latents, noise, noisy latents, velocity and prediction in fp32, references, contexts and rotary
+        tables, with references one table for each sample.
+
+        In training also the base model's prediction and the contexts of a second prompt, if the options require them.
+        Host memory holds this batch and the next.
         """
-        spec, batch = passing.spec, passing.batch
-        latents, references = (batch * count * spec.in_channels * 4 for count in (passing.image, passing.references))
-        contexts = batch * passing.text * self._context_row
-        tables = (batch if references else 1) * passing.joint * spec.head_dim * 4
+        spec, batch = pass_.spec, pass_.batch
+        latents, references = (batch * count * spec.in_channels * 4 for count in (pass_.image, pass_.references))
+        contexts = batch * pass_.text * self._context_row
+        tables = (batch if references else 1) * pass_.joint * spec.head_dim * 4
         if is_trained and self.config.preserves:
             contexts *= 2
         has_base = is_trained and (self.config.preserves or self.config.masked_loss_prior > 0)
-        room.device("batch", (6 if has_base else 5) * latents + references + contexts + tables)
+        memory.device("batch", (6 if has_base else 5) * latents + references + contexts + tables)
         if self.machine.accelerator is not None:
-            room.ram("batch", 2 * (latents + references + contexts))
+            memory.ram("batch", 2 * (latents + references + contexts))
 
 
-def _settled(config: RunConfig, resident: int, *, ahead: bool) -> RunConfig:
+def _resolved(config: RunConfig, resident: int, *, ahead: bool) -> RunConfig:
+    """`config` with these choices for the group offload."""
     choices = {"group_offload_resident_blocks": str(resident), "group_offload_use_stream": str(ahead).lower()}
     return config.model_copy(update=choices)
 
 
-def _weight(phase: PhasePlan) -> int:
+def _peak_bytes(phase: PhasePlan) -> int:
+    """Accelerator bytes of a phase, or RAM without an accelerator."""
     return phase.total("accelerator") or phase.total("ram")

@@ -429,7 +429,7 @@ class _Search:
         return encoder
 
     def _vae_as_in_base(self, vae: _ComponentFiles, base: ModelLocation) -> _ComponentFiles:
-        """Give a VAE's single file the config of the base model's VAE if names are diffusers' and shapes fit the config.
+        """Give a VAE's single file the config of the base model's VAE if its names are diffusers' and its shapes fit.
 
         Earlier releases read only such files, always with that config, which is part of their ids for latents and for a
         checkpoint's VAE (`earlier_autoencoder_id`).

@@ -110,8 +110,8 @@ def test_a_quantized_base_is_planned_as_it_is_held(kind: str, tiny_folder: Path,
     assert part(phase("train", **own, base_model_precision="int8-torchao"), "weights") == fp8
     assert part(phase("train", **own, model_type="full"), "weights") == plain
     streamed = STREAMED | {"group_offload_to_disk_path": str(tmp_path), "gradient_checkpointing": True}
-    assert part(phase("train", **own, **streamed), "blocks that wait", "ram") > 0
-    assert part(phase("train", model_flavour="tiny", **streamed), "blocks that wait", "ram") == 0
+    assert part(phase("train", **own, **streamed), "streamed blocks", "ram") > 0
+    assert part(phase("train", model_flavour="tiny", **streamed), "streamed blocks", "ram") == 0
 
 
 @pytest.mark.parametrize("name", ["dev", "klein-9b", "klein-4b"])
@@ -182,7 +182,7 @@ def test_adapters_take_what_attached_ones_do(target: str) -> None:
 def test_quantized_blocks_are_smaller_and_the_rest_is_not(precision: str) -> None:
     plain = transformer_bytes(DEV, "no_change", torch.bfloat16)
     packed = transformer_bytes(DEV, precision, torch.bfloat16)
-    assert packed.rest == plain.rest
+    assert packed.outside_blocks == plain.outside_blocks
     bits = {"int8": 8, "int4": 4, "int2": 2, "nf4-": 4}[precision[:4]]
     payload = sum(plain.blocks) * bits / 16
     assert payload < sum(packed.blocks) < payload * 1.15
@@ -387,7 +387,7 @@ def test_without_an_accelerator_everything_is_in_memory() -> None:
     assert here.peak("accelerator") == 0
     assert there.peak("accelerator") <= here.peak("ram")
     both = phase("train", CPU, enable_group_offload=True), phase("train", CPU)
-    assert part(both[0], "blocks that wait", "ram") + part(both[0], "weights", "ram") == part(both[1], "weights", "ram")
+    assert part(both[0], "streamed blocks", "ram") + part(both[0], "weights", "ram") == part(both[1], "weights", "ram")
 
 
 @pytest.mark.parametrize("resident", [0, 3, 8, 99])
@@ -396,7 +396,7 @@ def test_resident_blocks_are_counted_as_weights_and_wait_nowhere(resident: int) 
     weights = transformer_bytes(TINY, "no_change", torch.bfloat16)
     stay = [weights.blocks[index] for index in resident_indices(TINY, resident)]
     assert part(streamed, "resident blocks") == sum(stay)
-    assert part(streamed, "blocks that wait", "ram") == sum(weights.blocks) - sum(stay)
+    assert part(streamed, "streamed blocks", "ram") == sum(weights.blocks) - sum(stay)
     assert part(streamed, "weights") + part(streamed, "resident blocks") <= part(whole, "weights")
     assert streamed.what.endswith(f", {min(resident, 8)} of 8 blocks resident")
     assert (streamed.total("accelerator") == whole.total("accelerator")) == (resident >= 8)
@@ -762,7 +762,7 @@ def test_what_is_offloaded_is_in_the_memory_of_the_machine() -> None:
 def test_a_quantized_base_is_loaded_whole_at_stage_3() -> None:
     train = zero(3, 4, **LORA, base_model_precision="int8-quanto").train()
     whole = transformer_bytes(DEV, "int8-quanto", torch.bfloat16).total
-    assert part(train, "weights while they are loaded", "ram") == 4 * whole
+    assert part(train, "weights while loading", "ram") == 4 * whole
 
 
 @pytest.mark.parametrize("kind", [LORA, FULL])

@@ -31,7 +31,7 @@ def test_the_base_leaves_the_gpu_for_a_preview_where_both_do_not_fit_and_stays_w
     on_gpu, waiting = weights_in(small, "accelerator"), weights_in(small, "ram")
     assert on_gpu.keys() & {"weights", "optimizer", "average"} == set()
     parts = weights_in(large, "accelerator")
-    assert waiting["base that waits"] == parts["weights"] + parts["optimizer"] + parts["average"]
+    assert waiting["offloaded base"] == parts["weights"] + parts["optimizer"] + parts["average"]
     assert on_gpu["preview weights"] == parts["preview weights"] == parts["weights"]
     phase = small.plan().phase("preview")
     assert phase is not None
