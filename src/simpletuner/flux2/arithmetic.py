@@ -1,4 +1,4 @@
-"""FLOP of a transformer pass: matrix products and attention, computed from shapes alone.
+"""FLOP of a transformer pass: matrix products and attention, computed from shapes only.
 
 A multiply-add counts as two floating point operations (FLOP). Model FLOP count the forward and backward pass once: MFU
 (Chowdhery et al., PaLM, 2022, appendix B) divides them by time. Hardware FLOP include recomputation: HFU (Korthikanti

@@ -43,10 +43,12 @@ class QuantizedBaseCache:
 
     @property
     def weights(self) -> Path:
+        """The file of the tensors."""
         return self.folder / f"{self.origin['precision']}-{sha256_json(dict(self.origin))[:16]}.safetensors"
 
     @property
     def manifest(self) -> Path:
+        """The JSON file with their origin, size and SHA-256."""
         return self.weights.with_suffix(".json")
 
     def verified(self, report: Callable[[str], None]) -> Path | None:
@@ -64,6 +66,7 @@ class QuantizedBaseCache:
         return None
 
     def _damage(self) -> str | None:
+        """Why the cache cannot be used; None if it can."""
         try:
             manifest = read_json(self.manifest)
             origin, size, digest = manifest["about"], manifest["bytes"], manifest["sha256"]

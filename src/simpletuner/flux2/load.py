@@ -109,7 +109,7 @@ def _config_errors_reported(component: str, weights: Weights) -> Iterator[None]:
         yield
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise AccessError.of(
-            f"no {component} can be built from the config.json beside {weights.files[0]} "
+            f"cannot build a {component} from the config.json beside {weights.files[0]} "
             f"({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason'})",
             "the config of these weights",
             "It may be damaged or written by another program: get the file again.",

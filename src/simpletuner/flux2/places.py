@@ -268,7 +268,7 @@ class Hub:
                 raise  # an error of the disk, not of the Hub
             # For a small file that it cannot download, huggingface_hub only reports that the cache lacks it.
             reason = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
-            raise self._translated(reason or error) from error
+            raise self._access_error(reason or error) from error
 
     def _no_hub(self) -> "_UnreachableError":
         return _UnreachableError.of(
@@ -276,7 +276,7 @@ class Hub:
             remedy="Check HF_ENDPOINT, and whether a proxy or a login page intercepts requests. " + _OR_A_FOLDER,
         )
 
-    def _translated(self, error: BaseException) -> AccessError:
+    def _access_error(self, error: BaseException) -> AccessError:
         """The AccessError for an error of huggingface_hub or of its HTTP library."""
         from huggingface_hub import get_token
         from huggingface_hub.errors import (

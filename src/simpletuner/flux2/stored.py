@@ -424,7 +424,7 @@ class StoredReader:
     def values(self, name: str, dtype: torch.dtype | None = None, rows: slice = ALL_ROWS) -> Tensor:
         """Read `rows` of a weight to the CPU, as `dtype`; by default in the file's dtype, or fp32 if it is quantized.
 
-        Decodes few rows at a time, to need little memory besides the result.
+        Quantized weights are decoded a few rows at a time, so little memory is needed besides the result.
 
         Raises:
             ConfigError: `dtype` is fp16 and cannot represent all values.
