@@ -53,7 +53,7 @@ def test_auto_takes_what_fits_and_says_why(source: Source, said: list[str], monk
     available(monkeypatch, kib=2**10)
     assert type(opened(source, said)) is StreamedTextEncoder
     resident, streamed = said
-    needed = resident.split(" up to ")[1].split(",")[0]
+    needed = resident.split(" up to ")[1].split(";")[0]
     assert resident == f"The text encoder is resident: it needs up to {needed}; 1.00 GiB of memory is free."
     start = "The text encoder is streamed, one layer at a time: resident, it would need up to"
     assert streamed == f"{start} {needed}; 1.0 MiB of memory is free."
