@@ -27,7 +27,7 @@ def save(folder: Path, dtype: torch.dtype = torch.float32, **metadata: str) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_comes_back_as_it_was_and_the_same_content_is_the_same_bytes(tmp_path: Path, dtype: torch.dtype) -> None:
     for name in ("one", "two"):
-        save(tmp_path / name, dtype, run="1f2e", license="free")
+        save(tmp_path / name, dtype, run="1f2e", licence="free")
     found = read_transformer(tmp_path / "one")
     assert found.keys() == TENSORS.keys()
     assert all(torch.equal(found[name], tensor.to(dtype)) for name, tensor in TENSORS.items())
