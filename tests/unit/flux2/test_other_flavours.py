@@ -80,7 +80,7 @@ def test_a_folder_of_another_flavour_is_refused_with_the_flavour_to_give(
         located(model_flavour=asked, pretrained_model_name_or_path=str(repository))
     (problem,) = caught.value.problems
     assert problem.found == f"{repository}: its text encoder and transformer have the shapes of {remedy}"
-    assert problem.expected == f"those of {asked}, as model_flavour says"
+    assert problem.expected == f"those of {asked}, as set by model_flavour"
     assert problem.remedy == f"Give --model_flavour {remedy}."
 
 
