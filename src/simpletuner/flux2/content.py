@@ -21,7 +21,7 @@ from simpletuner.base.tensorfile import TensorEntry
 LEDGER_NAME = "base-hashes.json"
 _LEDGER_VERSION = 1
 _LEDGER_FILES = 256
-"""Most files in the ledger; the oldest are dropped."""
+"""Maximum number of files in the ledger; the oldest entries are dropped."""
 PIECES, PIECE_BYTES = 64, 4096
 _THREADS = 4
 _BLOCK_BYTES = 4 << 20

@@ -137,13 +137,13 @@ class Workload:
     batch: int
     """Images in one forward pass."""
     references: int = 0
-    """Most reference tokens of a sample of that size."""
+    """Maximum number of reference tokens in a sample of that size."""
     strict_references: int = 0
-    """Those of them whose references have the image's size."""
+    """Tokens among `references` whose reference image has the size of the training image."""
     encoded: tuple[int, int] | None = None
     """(width, height) of the largest image that the VAE encodes; None for `bucket`."""
     drawn_references: int = 0
-    """Most reference tokens of a validation image."""
+    """Maximum number of reference tokens of a validation image."""
     forced_share: float = 0.0
     """Largest share of an image's tokens that TREAD must keep because of a mask; 0 without a scan."""
     images: int | None = None
@@ -335,12 +335,12 @@ def autoencoder_bytes(half: Sequence[Sequence[int]], dtype: torch.dtype) -> tupl
 
 
 def encoding_bytes(autoencoder: AutoencoderSpec, pixels: int, dtype: torch.dtype) -> int:
-    """Peak activation bytes of encoding an image: five times the first level, at its downsampling."""
+    """Peak activation bytes of encoding an image: five times the first level's, while that is downsampled."""
     return 5 * autoencoder.channels[0] * pixels * dtype.itemsize
 
 
 def decoding_bytes(autoencoder: AutoencoderSpec, pixels: int, dtype: torch.dtype) -> int:
-    """Peak activation bytes of decoding an image: three times the second level, after its upsampling."""
+    """Peak activation bytes of decoding an image: three times the second level's, after that is upsampled."""
     return 3 * autoencoder.channels[1] * pixels * dtype.itemsize
 
 

@@ -217,7 +217,7 @@ class Hub:
         from huggingface_hub.utils._runtime import is_xet_available
 
         url = hf_hub_url(self.name, name, revision=commit, endpoint=self._endpoint)
-        answer = get_hf_file_metadata(url, endpoint=self._endpoint, retry_on_errors=True)
+        metadata = get_hf_file_metadata(url, endpoint=self._endpoint, retry_on_errors=True)
         blob = self._folder / "blobs" / file.etag
         lock = self.cache / ".locks" / self._folder.name / f"{file.etag}.lock"
         for folder in (blob.parent, lock.parent):
@@ -225,7 +225,7 @@ class Hub:
         with WeakFileLock(lock):  # huggingface_hub's own lock: no other process downloads this file meanwhile
             for leftover in blob.parent.glob(f"{file.etag}.*.incomplete"):
                 leftover.unlink()
-            if blob.is_file() or (answer.xet_file_data is not None and is_xet_available()):
+            if blob.is_file() or (metadata.xet_file_data is not None and is_xet_available()):
                 return
             partial = _partial(blob)
             with partial.open("ab") as stream:

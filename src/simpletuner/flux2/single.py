@@ -46,7 +46,7 @@ _MARKERS: Mapping[Component, tuple[str, ...]] = {
 
 
 def renaming_of(component: Component, names: Sequence[str]) -> TensorRenaming:
-    """The renaming of a file that holds `component` with tensors `names`, without the prefixes of its container."""
+    """The renaming for a file that holds `component`, given its tensor `names` without container prefixes."""
     if component == "text_encoder":
         return text_encoder_renaming()
     return (transformer_renaming if component == "transformer" else vae_renaming)(names)

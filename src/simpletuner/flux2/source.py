@@ -113,7 +113,7 @@ class Source:
     text_length: int
     """Tokens of a context, padding included."""
     pipeline: Path | None
-    """Local folder of the base model, from which overridden components do not come; None if it is on the Hub."""
+    """Local folder of the base model, None if it is on the Hub. Overridden components may be elsewhere."""
     is_distilled: bool = False
     """Whether the transformer is distilled, by its model_index.json or file name, or else by the flavour."""
     hashes: ContentHashes = field(default_factory=ContentHashes, compare=False)
@@ -334,11 +334,11 @@ class _Search:
                 parts[component] = self._part(component, base, folders=(f"{component}/",))
         tokenizer = self._tokenizer(parts["text_encoder"].location, base)
         if parts["text_encoder"].is_single and tokenizer.location is base:
-            parts["text_encoder"] = self._as_in_base(parts["text_encoder"], base)
+            parts["text_encoder"] = self._with_base_config(parts["text_encoder"], base)
         # Without other files from a Hub repository, do not query it: there may be no network.
         locations = [part.location for part in (*parts.values(), tokenizer)]
         if parts["vae"].is_single and (isinstance(base, ModelFolder) or base in locations):
-            parts["vae"] = self._vae_as_in_base(parts["vae"], base)
+            parts["vae"] = self._vae_with_base_config(parts["vae"], base)
         if single is None:
             self._compare_shapes(parts["transformer"])
         self._raise_problems()
@@ -405,7 +405,7 @@ class _Search:
             return
         kinds, layers = _TEXT_ENCODERS[self.flavour.text.kind], config["num_hidden_layers"]
         if config["model_type"] not in kinds:
-            self.problems.append(_of_another_kind(label, "text_encoder", config["model_type"], kinds, self.flavour))
+            self.problems.append(_wrong_kind(label, "text_encoder", config["model_type"], kinds, self.flavour))
         if layers < max(self.layers):
             self.problems.append(
                 Problem(
@@ -415,7 +415,7 @@ class _Search:
                 )
             )
 
-    def _as_in_base(self, encoder: _ComponentFiles, base: ModelLocation) -> _ComponentFiles:
+    def _with_base_config(self, encoder: _ComponentFiles, base: ModelLocation) -> _ComponentFiles:
         """Give a text encoder's single file the config of the base model's text encoder if both have the same shapes.
 
         That config is the published one, and part of the ids of cached contexts.
@@ -428,7 +428,7 @@ class _Search:
             return replace(encoder, config=config)
         return encoder
 
-    def _vae_as_in_base(self, vae: _ComponentFiles, base: ModelLocation) -> _ComponentFiles:
+    def _vae_with_base_config(self, vae: _ComponentFiles, base: ModelLocation) -> _ComponentFiles:
         """Give a VAE's single file the config of the base model's VAE if its names are diffusers' and its shapes fit.
 
         Earlier releases read only such files, always with that config, which is part of their ids for latents and for a
@@ -550,7 +550,7 @@ class _Search:
         ):
             return _ComponentFiles(location, [], config)
         if kind not in kinds:
-            self.problems.append(_of_another_kind(location.label, component, kind, kinds, self.flavour))
+            self.problems.append(_wrong_kind(location.label, component, kind, kinds, self.flavour))
             return _ComponentFiles(location, [], config)
         try:
             names = self._weights(component, location, folder)
@@ -590,7 +590,7 @@ class _Search:
         self._is_of_another_flavour("transformer", transformer.label, spec)
 
     def _is_distilled(self, transformer: _ComponentFiles) -> bool:
-        """Whether the transformer is distilled, by location, file name or model_index.json; shapes do not show it."""
+        """Whether the transformer is distilled, by location, file name or model_index.json. Shapes do not reveal it."""
         sibling_flavour = sibling(self.flavour)
         if sibling_flavour is None or transformer.location.name in (self.flavour.repo, sibling_flavour.repo):
             return self.flavour.is_distilled
@@ -669,7 +669,7 @@ class _Search:
             )
 
 
-def _of_another_kind(label: str, component: str, kind: object, kinds: tuple[str, ...], flavour: Flavour) -> Problem:
+def _wrong_kind(label: str, component: str, kind: object, kinds: tuple[str, ...], flavour: Flavour) -> Problem:
     return Problem(
         f"{label}: its {component} is a {kind}",
         f"a {' or '.join(kinds)}",

@@ -102,13 +102,13 @@ def check_format(files: tuple[Path, ...], published: str | None = None, componen
     `published` is a Hub repository with weights that are not quantized, which the error recommends.
     """
     weights = stored_weights(files, component)
-    refused = _Refused(published)
+    unsupported = _UnsupportedFormats(published)
     for name, weight in weights.items():
         if name.endswith(_BITSANDBYTES):
-            refused.add(weight.file, "weights quantized by bitsandbytes", name)
+            unsupported.add(weight.file, "weights quantized by bitsandbytes", name)
         elif weight.is_plain and name.endswith("weight") and weight.data.dtype in _UNSCALED:
-            refused.add(weight.file, f"{_UNSCALED[weight.data.dtype]} without scales", name)
-    refused.raise_if_any()
+            unsupported.add(weight.file, f"{_UNSCALED[weight.data.dtype]} without scales", name)
+    unsupported.raise_if_any()
 
 
 _PREFIXES: Mapping[Component, re.Pattern[str]] = {
@@ -151,7 +151,7 @@ _MARKER = "scaled_fp8"
 QUANTIZATION_METADATA = "_quantization_metadata"
 """Header field that may describe the formats of quantized layers."""
 _MARKER_LIMIT = 4096
-"""Most bytes that are read of a layer's `comfy_quant` marker, a JSON text."""
+"""Maximum size in bytes of a layer's `comfy_quant` marker, a JSON text."""
 _FP8 = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 _NVFP4_BLOCK, _MXFP8_BLOCK = 16, 32
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -163,27 +163,27 @@ def safetensors_weights(files: tuple[Path, ...], component: Component) -> dict[s
     names = component_names(entries, component)
     short_entries = {short: entries[name] for name, short in names.items()}
     layers = {short.removesuffix(".weight") for short in short_entries if short.endswith(".weight")}
-    sides: dict[str, dict[str, TensorEntry]] = {layer: {} for layer in layers}
+    side_tensors_of: dict[str, dict[str, TensorEntry]] = {layer: {} for layer in layers}
     for short, entry in short_entries.items():
         layer, _, last = short.rpartition(".")
         if layer in layers and last in _SIDE_SUFFIXES:
-            sides[layer][last] = entry
-    described = _described(files, component)
-    refused, weights = _Refused(), {}
+            side_tensors_of[layer][last] = entry
+    markers = _metadata_markers(files, component)
+    unsupported, weights = _UnsupportedFormats(), {}
     for name, short in names.items():
         layer, _, last = short.rpartition(".")
         if short == _MARKER or (layer in layers and last in _SIDE_SUFFIXES):
             continue
-        side_tensors = sides.get(layer, {}) if last == "weight" else {}
+        side_tensors = side_tensors_of.get(layer, {}) if last == "weight" else {}
         weight = StoredWeight(name, "plain", short_entries[short].shape, {"data": short_entries[short]})
         try:
-            marker = described.get(layer) if last == "weight" else None
+            marker = markers.get(layer) if last == "weight" else None
             if "comfy_quant" in side_tensors:
                 marker = _read_marker(side_tensors["comfy_quant"])
-            weights[short] = _quantized(weight, marker, side_tensors)
+            weights[short] = _with_format(weight, marker, side_tensors)
         except _FormatError as error:
-            refused.add(weight.file, str(error), name)
-    refused.raise_if_any()
+            unsupported.add(weight.file, str(error), name)
+    unsupported.raise_if_any()
     return weights
 
 
@@ -191,7 +191,7 @@ class _FormatError(Exception):
     """An unsupported format; the argument describes it."""
 
 
-class _Refused:
+class _UnsupportedFormats:
     """Collect unsupported formats, and raise one error for all of them."""
 
     def __init__(self, published: str | None = None) -> None:
@@ -214,9 +214,9 @@ class _Refused:
         )
 
 
-def _described(files: tuple[Path, ...], component: Component) -> dict[str, Mapping[str, object]]:
-    """Descriptions of layers' formats in the files' metadata, by name without a prefix."""
-    described: dict[str, Mapping[str, object]] = {}
+def _metadata_markers(files: tuple[Path, ...], component: Component) -> dict[str, Mapping[str, object]]:
+    """Markers of layers' formats in the files' metadata, by layer name without a prefix."""
+    markers: dict[str, Mapping[str, object]] = {}
     for file in files:
         text = read_metadata(file).get(QUANTIZATION_METADATA)
         if text is None:
@@ -229,8 +229,8 @@ def _described(files: tuple[Path, ...], component: Component) -> dict[str, Mappi
                 f"{file}: its header's {QUANTIZATION_METADATA} cannot be read",
                 "ComfyUI's description of quantized layers",
             ) from None
-        described |= {short: layers[name] for name, short in component_names(layers, component).items()}
-    return described
+        markers |= {short: layers[name] for name, short in component_names(layers, component).items()}
+    return markers
 
 
 def _read_marker(entry: TensorEntry) -> Mapping[str, object]:
@@ -244,7 +244,7 @@ def _read_marker(entry: TensorEntry) -> Mapping[str, object]:
         raise _FormatError("a comfy_quant marker that cannot be read") from None
 
 
-def _quantized(
+def _with_format(
     weight: StoredWeight, marker: Mapping[str, object] | None, side_tensors: Mapping[str, TensorEntry]
 ) -> StoredWeight:
     """`weight` with the format that its marker, `side_tensors` and dtype determine.
