@@ -119,7 +119,7 @@ def _comfyui(keys: Iterable[str], modules: list[str], header_scaled: Collection[
         if keys.isdisjoint(module + suffix for module in _comfyui_names(name) for suffix in _COMFYUI_SUFFIXES)
     )
     if len(dropped) == len(modules):
-        return LoaderVerdict("it knows none of the file's names")
+        return LoaderVerdict("it knows none of its names")
     wrong = tuple(name for name in modules if name in header_scaled and name not in dropped)
     return LoaderVerdict(dropped=dropped, wrong=wrong)
 

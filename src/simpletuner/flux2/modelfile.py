@@ -105,7 +105,7 @@ def read_transformer(folder: Path) -> dict[str, Tensor]:
 
 
 def save_pipeline(folder: Path, transformer: Path, source: Source) -> str | None:
-    """Write a diffusers pipeline around a saved transformer. `folder` appears only when complete, and replaces an existing one.
+    """Write a diffusers pipeline around a saved transformer. The complete `folder` replaces an existing one.
 
     It holds the files of `transformer` and, from `source`, all other files of a diffusers pipeline: small files as
     copies, large files as hard links, or as symbolic links if they are on another disk.
