@@ -246,9 +246,7 @@ def test_what_was_downloaded_serves_without_a_network(ask):
     assert offline.transformer.files == source.transformer.files
     assert offline.commit == source.commit
     (report,) = reports
-    assert re.fullmatch(
-        r"Cannot reach the Hub for acme/flux2 \(.*\): using the earlier download\.", report
-    )
+    assert re.fullmatch(r"Cannot reach the Hub for acme/flux2 \(.*\): using the earlier download\.", report)
 
 
 def test_no_network_and_nothing_downloaded(ask):
