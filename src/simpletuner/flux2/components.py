@@ -84,7 +84,7 @@ def check_trainable(model: ModelOptions, lora: LoraOptions, source: Source) -> N
 
 
 def landing(options: OffloadOptions, spec: TransformerSpec, device: torch.device) -> Callable[[str], torch.device]:
-    """Return a function from a tensor's name to the device to load it to.
+    """Return a function that maps a tensor's name to the device to load it to.
 
     That is the CPU for tensors of streamed blocks, since all blocks together may not fit on the accelerator, and
     `device` for all others.

@@ -344,9 +344,9 @@ def decoding_bytes(autoencoder: AutoencoderSpec, pixels: int, dtype: torch.dtype
     return 3 * autoencoder.channels[1] * pixels * dtype.itemsize
 
 
-def checkpoint_bytes(config: RunConfig, exported: int, masters: int, state: int) -> int:
-    """Size of a checkpoint: exported weights and fp32 `masters`, both twice with EMA, and the optimizer's `state`."""
-    return (exported + masters) * (2 if config.use_ema else 1) + state
+def checkpoint_bytes(config: RunConfig, exported: int, resume_copy: int, state: int) -> int:
+    """Size of a checkpoint: exported weights and a full-precision copy, both twice with EMA, and optimizer `state`."""
+    return (exported + resume_copy) * (2 if config.use_ema else 1) + state
 
 
 # Phases
@@ -574,7 +574,7 @@ class Footprint:
         layers = self.architecture.text_layers
         depth, state_count = max(layers), len(layers)
         length = self._text_tokens
-        captions = math.ceil((self.work.captions or 0) / config.ranks_per_machine)  # without shared files
+        captions = math.ceil((self.work.captions or 0) / config.ranks_per_machine)  # assuming no shared files
         per_batch = min(config.text_encoder_batch_size, captions or config.text_encoder_batch_size)
         batch = per_batch * length
         precision = config.text_encoder_1_precision
@@ -683,7 +683,7 @@ class Footprint:
         streamed_indices = [index for index in range(len(weights.blocks)) if index not in resident_set]
         if config.group_offload_type == "leaf_level":
             largest = max((weights.largest_layers[index] for index in streamed_indices), default=0)
-            groups = 2 * len(streamed_indices)  # or more
+            groups = 2 * len(streamed_indices)  # at least two leaves for each block
         else:
             sizes = [weights.blocks[index] for index in streamed_indices]
             per_group = config.group_offload_blocks_per_group
@@ -764,8 +764,8 @@ class Footprint:
         config = self.config
         if self.is_full:
             exported = self._exported_model_bytes
-            masters = 0 if exported >= self.trained_bytes else self.trained_bytes
-            return checkpoint_bytes(config, exported, masters, self.optimizer_bytes)
+            resume_copy = 0 if exported >= self.trained_bytes else self.trained_bytes
+            return checkpoint_bytes(config, exported, resume_copy, self.optimizer_bytes)
         spec = self.architecture.transformer
         exported = _saved_parameters(spec, self._adapted, config.lora_rank) * DTYPES[config.lora_save_dtype].itemsize
         return checkpoint_bytes(config, exported, self.trained_bytes, self.optimizer_bytes)

@@ -252,7 +252,7 @@ class Hub:
 
     @contextlib.contextmanager
     def _translated_errors(self) -> Iterator[None]:
-        """Translate huggingface_hub's errors in this block into ours. Neither contains a token."""
+        """Translate huggingface_hub's errors in this block into ours. Neither theirs nor ours contain a token."""
         from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         # The base exception of the HTTP library that this version of huggingface_hub uses.
@@ -390,7 +390,7 @@ def _cached_bytes(options: ModelOptions, repo: str, component: str) -> int:
 
 
 def _recorded_commit(options: ModelOptions, repo: str) -> str | None:
-    """The commit that the cache records for `options.revision`; the revision itself if none is recorded."""
+    """The commit that the cache records for `options.revision`, or else the revision itself, which may be None."""
     ref = _ref(options, repo)
     return ref.read_text(encoding="ascii").strip() if os.path.isfile(ref) else options.revision
 
