@@ -15,7 +15,7 @@ def resident_indices(spec: TransformerSpec, count: int) -> frozenset[int]:
 
     Double blocks are chosen first: a double block has twice the bytes of a single block for the same arithmetic, so
     its copy is the hardest to hide, and slots are as large as the largest streamed block. Within each kind the resident
-    blocks are evenly spaced, so that the compute of the blocks before it hides each copy. The figures are in
+    blocks are evenly spaced, so that preceding blocks' compute hides each copy. The figures are in
     docs/decisions/0019-resident-blocks.md.
     """
     doubles = min(count, spec.double_blocks)
