@@ -129,9 +129,9 @@ def test_own_against_a_mask_of_blocks(sizes: Sequence[Sequence[tuple[int, int]]]
     assert references is not None
     sigma, condition = torch.tensor([0.3, 0.8]), condition_of(context, references)
     others, padding = 12 + 24, references.tokens.shape[1]
-    mask = F.pad(references.places, (others, 0), value=True)[:, None].repeat(1, others + padding, 1)
+    mask = F.pad(references.token_mask, (others, 0), value=True)[:, None].repeat(1, others + padding, 1)
     mask[:, others:, :others] = False
-    mask[:, others:, others:] |= ~references.places.any(1)[:, None, None]
+    mask[:, others:, others:] |= ~references.token_mask.any(1)[:, None, None]
     found = Denoiser(ours, "own")(latents, sigma, condition)
     assert relative(found, block_masked(ours, mask[:, None], latents, sigma, condition)) <= 1e-5
     assert relative(found, Denoiser(ours)(latents, sigma, condition)) > 1e-4
@@ -213,7 +213,7 @@ def test_both_branches_of_guidance_have_the_references() -> None:
     assert torch.equal(both.references.tokens[1], with_references.references.tokens[0])
     mixed = Condition.stacked([with_references, condition_of(context, None)])
     assert mixed.references is not None
-    assert mixed.references.places.sum(1).tolist() == [16, 0]
+    assert mixed.references.token_mask.sum(1).tolist() == [16, 0]
     assert Condition.stacked([condition_of(context, None)]).references is None
     assert mixed.select(torch.tensor([1])).references is not None
 

@@ -1,1 +1,1 @@
-"""Flow matching as pure maths on tensors: no configuration, no model, no global random state."""
+"""Flow matching as pure math on tensors: no configuration, no model, no global random state."""

@@ -1,4 +1,4 @@
-"""Which image tokens TREAD's routes process. Drawn with a batch; the transformer reads it."""
+"""The image tokens that a TREAD route processes. The data side draws them with a batch; the transformer reads them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,15 +10,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Choice:
-    """The image tokens that blocks `start` to `end` process, of each sample of a batch."""
+    """The image tokens of each sample in a batch that blocks `start` to `end` (inclusive) process."""
 
     start: int
     end: int
     kept: Int64[Tensor, "b kept"]
-    """Places of the tokens in the picture, rising. The denoiser adds those of references, which are always kept."""
+    """Indices of the kept image tokens, ascending. The denoiser appends those of references, which are always kept."""
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Choice":
-        """The same choice with `change` applied to its tensor."""
+        """The same tokens with `change` applied to the tensor `kept`."""
         return replace(self, kept=change(self.kept))
 
     def to(self, device: torch.device) -> "Choice":

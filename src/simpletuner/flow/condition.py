@@ -1,4 +1,4 @@
-"""What a denoiser is conditioned on besides the noise level. `data` fills it, `flux2` reads it, `flow` passes it on."""
+"""A denoiser's conditions other than the noise level: `data` creates them, `flow` passes them, `flux2` reads them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TextContext:
-    """Text contexts of equal length, each distinct row held once: row i of sample b is `rows[index[b, i]]`.
+    """Text contexts of equal length that store each distinct row once: row i of sample b is `rows[index[b, i]]`.
 
-    Padding rows that are alike are so held, cached and copied to the accelerator once, and expanded there. Which rows
-    are padding, and on which side, is known to the text encoder's codec alone.
+    So equal padding rows are stored, cached and copied to the accelerator once, and expanded there. Only the text
+    encoder's codec knows which rows are padding.
     """
 
     rows: Float[Tensor, "n d"]
@@ -23,33 +23,33 @@ class TextContext:
 
     @classmethod
     def dense(cls, context: Float[Tensor, "b l d"]) -> "TextContext":
-        """Contexts whose rows all differ."""
+        """Contexts that store every row of `context`."""
         index = torch.arange(context.shape[0] * context.shape[1], device=context.device)
         return cls(rearrange(context, "b l d -> (b l) d"), index.view(context.shape[:2]))
 
     @classmethod
     def stacked(cls, contexts: Sequence["TextContext"]) -> "TextContext":
-        """The samples of `contexts`, one after the other.
+        """Concatenate the samples of `contexts`.
 
         Raises:
-            ValueError: their lengths differ.
+            ValueError: the lengths differ.
         """
         lengths = {context.index.shape[1] for context in contexts}
         if len(lengths) != 1:
             raise ValueError(f"contexts of different lengths: {sorted(lengths)}")
-        before = 0
+        row_count = 0
         indices = []
         for context in contexts:
-            indices.append(context.index + before)
-            before += len(context.rows)
+            indices.append(context.index + row_count)
+            row_count += len(context.rows)
         return cls(torch.cat([context.rows for context in contexts]), torch.cat(indices))
 
     def expanded(self, dtype: torch.dtype | None = None) -> Float[Tensor, "b l d"]:
-        """The contexts themselves, in `dtype`, by default that of the rows."""
+        """The full contexts in `dtype`; by default in that of the rows."""
         return (self.rows if dtype is None else self.rows.to(dtype))[self.index]
 
     def select(self, samples: Int64[Tensor, " k"]) -> "TextContext":
-        """The contexts of some samples."""
+        """The contexts of the given samples."""
         return TextContext(self.rows, self.index[samples])
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "TextContext":
@@ -62,60 +62,60 @@ class TextContext:
 
 @dataclass(frozen=True)
 class References:
-    """The reference images of each sample, as tokens: clean latents, which the noise level does not touch.
+    """The reference images of each sample, as tokens of clean latents, independent of the noise level.
 
-    Samples with fewer tokens than others are padded at the end.
+    Samples with fewer tokens than the longest are padded at the end.
     """
 
     tokens: Float[Tensor, "b r c"]
     ids: Int64[Tensor, "b r 4"]
-    """Position (t, h, w, l) of each token; those of padding mean nothing."""
+    """Position (t, h, w, l) of each token; arbitrary for padding."""
     is_token: Bool[Tensor, "b r"] | None = None
-    """False where a sample is padded; None where none is."""
+    """False for padding; None if no sample is padded."""
 
     @classmethod
-    def stacked(cls, each: Sequence["References | None"], counts: Sequence[int]) -> "References | None":
-        """The samples of `each`, one after the other, padded to the longest; None where no sample has any.
+    def stacked(cls, parts: Sequence["References | None"], counts: Sequence[int]) -> "References | None":
+        """Concatenate the samples of `parts`, padded to the longest; None if no sample has references.
 
         Args:
-            counts: samples of each, since a None has no references for any of them.
+            counts: number of samples of each part, needed for parts that are None.
         """
-        given = [references for references in each if references is not None]
-        length = max((references.tokens.shape[1] for references in given), default=0)
+        present = [references for references in parts if references is not None]
+        length = max((references.tokens.shape[1] for references in present), default=0)
         if length == 0:
             return None
-        first = given[0]
-        whole = [
+        first = present[0]
+        filled = [
             cls(first.tokens.new_zeros(count, 0, first.tokens.shape[2]), first.ids.new_zeros(count, 0, 4))
             if references is None
             else references
-            for references, count in zip(each, counts, strict=True)
+            for references, count in zip(parts, counts, strict=True)
         ]
-        is_padded = any(one.is_token is not None or one.tokens.shape[1] < length for one in whole)
-        padded = [one.padded(length) for one in whole]
+        is_padded = any(entry.is_token is not None or entry.tokens.shape[1] < length for entry in filled)
+        padded = [entry.padded(length) for entry in filled]
         return cls(
-            torch.cat([one.tokens for one in padded]),
-            torch.cat([one.ids for one in padded]),
-            torch.cat([one.places for one in padded]) if is_padded else None,
+            torch.cat([entry.tokens for entry in padded]),
+            torch.cat([entry.ids for entry in padded]),
+            torch.cat([entry.token_mask for entry in padded]) if is_padded else None,
         )
 
     @property
-    def places(self) -> Bool[Tensor, "b r"]:
-        """`is_token`, also where no sample is padded."""
+    def token_mask(self) -> Bool[Tensor, "b r"]:
+        """`is_token`, as a mask of ones if no sample is padded."""
         if self.is_token is not None:
             return self.is_token
         return torch.ones(self.tokens.shape[:2], dtype=torch.bool, device=self.tokens.device)
 
     def padded(self, length: int) -> "References":
-        """The same references with `length` places a sample; themselves where they have these."""
-        more = length - self.tokens.shape[1]
-        if more == 0:
+        """The same references padded to `length` tokens a sample; `self` if they have this length."""
+        added = length - self.tokens.shape[1]
+        if added == 0:
             return self
-        tokens, ids = (F.pad(each, (0, 0, 0, more)) for each in (self.tokens, self.ids))
-        return References(tokens, ids, F.pad(self.places, (0, more)))
+        tokens, ids = (F.pad(each, (0, 0, 0, added)) for each in (self.tokens, self.ids))
+        return References(tokens, ids, F.pad(self.token_mask, (0, added)))
 
     def select(self, samples: Int64[Tensor, " k"]) -> "References":
-        """The references of some samples."""
+        """The references of the given samples."""
         return References(
             self.tokens[samples], self.ids[samples], None if self.is_token is None else self.is_token[samples]
         )
@@ -129,13 +129,13 @@ class References:
 
 @dataclass(frozen=True)
 class Condition:
-    """The condition of each sample of a batch."""
+    """The conditions of the samples in a batch."""
 
     context: TextContext
     guidance: Float[Tensor, " b"]
-    """Scale for the guidance embedder, as a user writes it (1.0, 4.0); models without the embedder ignore it."""
+    """Input of the guidance embedder, as a user gives it (1.0, 4.0); models without the embedder ignore it."""
     references: References | None = None
-    """None where no sample has any."""
+    """None if no sample has references."""
 
     @classmethod
     def at(cls, context: TextContext, guidance: float, references: References | None = None) -> "Condition":
@@ -144,10 +144,10 @@ class Condition:
 
     @classmethod
     def stacked(cls, conditions: Sequence["Condition"]) -> "Condition":
-        """The samples of `conditions`, one after the other.
+        """Concatenate the samples of `conditions`.
 
         Raises:
-            ValueError: the lengths of their contexts differ.
+            ValueError: the lengths of the contexts differ.
         """
         context = TextContext.stacked([condition.context for condition in conditions])
         guidance = [condition.guidance for condition in conditions]
@@ -155,7 +155,7 @@ class Condition:
         return cls(context, torch.cat(guidance), references)
 
     def select(self, samples: Int64[Tensor, " k"]) -> "Condition":
-        """The condition of some samples."""
+        """The conditions of the given samples."""
         references = None if self.references is None else self.references.select(samples)
         return Condition(self.context.select(samples), self.guidance[samples], references)
 

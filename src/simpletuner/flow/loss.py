@@ -1,4 +1,4 @@
-"""The error of a predicted velocity, one number a sample. The caller averages over samples."""
+"""Losses of a predicted velocity, one number per sample. The caller averages over samples."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ from simpletuner.flow.condition import Condition, Denoise
 from simpletuner.flow.path import noised, velocity
 
 Penalty = Callable[[Float[Tensor, "b c h w"], Float[Tensor, " b"]], Float[Tensor, "b c h w"]]
-"""(velocity error, sigma) → penalty of each element."""
+"""(velocity error, sigma) → penalty per element."""
 
 HuberSchedule = Literal["snr", "exponential", "constant"]
 
 
 def squared(error: Float[Tensor, "b c h w"], _sigma: Float[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
-    """Plain mean squared error."""
+    """The squared error."""
     return error.square()
 
 
 def huber_scale(sigma: Float[Tensor, " b"], c: float, schedule: HuberSchedule) -> Float[Tensor, " b"]:
-    """Where the Huber losses turn from quadratic to linear, at each sigma (arXiv 2403.16728, §4).
+    """The error size at which the Huber losses change from quadratic to linear, for each sigma (arXiv 2403.16728, §4).
 
     constant: c. exponential: c^σ, 1 at the data and c at the noise. snr: (1 − c)/(1 + σ/(1−σ))² + c, where σ/(1−σ)
     is the flow's ratio of noise to data; that is (1 − c)(1 − σ)² + c.
@@ -37,7 +37,7 @@ def huber_scale(sigma: Float[Tensor, " b"], c: float, schedule: HuberSchedule) -
 
 
 def charbonnier(error: Tensor, scale: Tensor) -> Tensor:
-    """2·(√(e² + c²) − c), written so that small errors do not cancel."""
+    """2·(√(e² + c²) − c), in a form without cancellation for small errors."""
     return 2 * error.square() / ((error.square() + scale.square()).sqrt() + scale)
 
 
@@ -62,9 +62,9 @@ def smooth_l1(c: float, schedule: HuberSchedule) -> Penalty:
 
 
 def averaged(penalties: Float[Tensor, "b c h w"], weight: Float[Tensor, "b h w"] | None = None) -> Float[Tensor, " b"]:
-    """The loss of each sample: the mean of its penalties, or Σw·p/Σw with a `weight` of each place of its latent.
+    """The loss of each sample: the mean of its penalties, or Σw·p/Σw with a `weight` for each position of its latent.
 
-    A weight of ones gives the plain mean up to rounding. One that is zero everywhere gives a loss that is not a number.
+    A weight of ones gives the plain mean up to rounding. A weight of zeros gives NaN.
     """
     if weight is None:
         return reduce(penalties, "b c h w -> b", "mean")
@@ -74,17 +74,17 @@ def averaged(penalties: Float[Tensor, "b c h w"], weight: Float[Tensor, "b h w"]
 
 @dataclass(frozen=True)
 class Prior:
-    """A second target: the base model's own prediction at the same input, where a mask leaves the image out."""
+    """A second target outside a mask: the base model's own prediction at the same input."""
 
     target: Float[Tensor, "b c h w"]
-    """Without gradient, fp32."""
+    """The base model's prediction, fp32, without gradient."""
     weight: Float[Tensor, "b h w"]
-    """Weight of each place: 0 inside the mask."""
+    """Weight of each position: 0 inside the mask."""
 
     def loss(
         self, prediction: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"], penalty: Penalty
     ) -> Float[Tensor, " b"]:
-        """The mean over all places of weight · penalty, of each sample: it grows with the area that is left out."""
+        """Mean of weight · penalty over all positions, for each sample. It grows with the area outside the mask."""
         penalties = penalty(prediction - self.target, sigma)
         return reduce(rearrange(self.weight, "b h w -> b 1 h w") * penalties, "b c h w -> b", "mean")
 
@@ -100,9 +100,7 @@ def flow_loss(
     weight: Float[Tensor, "b h w"] | None = None,
     prior: Prior | None = None,
 ) -> Float[Tensor, " b"]:
-    """Loss of each sample, fp32: `penalty` of the velocity error, averaged over its latent (by `weight` if given), and
-    that of `prior`.
-    """
+    """Loss of each sample, fp32: the mean `penalty` of the velocity error, by `weight` if given, plus `prior`."""
     prediction = denoise(noised(clean, noise, sigma), sigma, condition).float()
     losses = averaged(penalty(prediction - velocity(clean, noise), sigma), weight)
     return losses if prior is None else losses + prior.loss(prediction, sigma, penalty)
@@ -117,5 +115,5 @@ def distillation_loss(
     target: Float[Tensor, "b c h w"],
     penalty: Penalty = squared,
 ) -> Float[Tensor, " b"]:
-    """Loss of each sample, fp32, with another model's prediction at the same `x` as `target`: the mean penalty."""
+    """Loss of each sample, fp32: the mean penalty against `target`, another model's prediction at the same `x`."""
     return averaged(penalty(denoise(x, sigma, condition).float() - target, sigma))

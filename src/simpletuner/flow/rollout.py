@@ -1,7 +1,7 @@
-"""Scheduled sampling: train on inputs that the model itself has made.
+"""Scheduled sampling: train on inputs that the model itself generated.
 
-Between σ_s, a little noisier than the sigma to train at, and that sigma the current model is integrated as in sampling.
-What it makes there carries the model's own errors; its target is still the velocity of the path, noise − clean.
+The current model is integrated, as in sampling, from σ_s, slightly noisier than the training sigma, to that sigma. The
+result contains the model's own errors. The target remains the velocity of the path, noise − clean.
 """
 
 import math
@@ -20,12 +20,12 @@ from simpletuner.flow.path import noised, velocity
 from simpletuner.flow.sampler import Velocity, dpm, euler, heun, unipc
 
 LONGEST_STEP = 0.02
-"""No step of a rollout is longer: it is the mean step of a sampler with 50 steps, whose errors are to be met."""
+"""The longest step of a rollout: the mean step of a 50-step sampler, whose errors training should see."""
 
 
 @dataclass(frozen=True)
 class Solver:
-    """A sampler, and what it needs."""
+    """A sampler and its requirements."""
 
     integrate: Callable[
         [Velocity, Float[Tensor, "b c h w"], Float[Tensor, "points b"]],
@@ -33,11 +33,11 @@ class Solver:
     ]
     calls_a_step: int
     least_steps: int
-    """Fewer, and it would be another sampler: a multistep method's first step is Euler's."""
+    """Minimum number of steps: the first step of a multistep method is Euler's, so fewer would be another sampler."""
 
     def steps(self, longest: float) -> int:
-        """Steps of every rollout of a run whose longest one spans `longest` of the path."""
-        # Rounded first: 60/1000 must be three steps of 20/1000, and not four because a quotient came out as 3.0…04.
+        """The steps of each rollout in a run whose longest rollout covers `longest` of the path."""
+        # Round first, so that 60/1000 is three steps of 20/1000, not four from a quotient of 3.0…04.
         return max(self.least_steps, math.ceil(round(longest / LONGEST_STEP, 9)))
 
 
@@ -51,30 +51,30 @@ SOLVERS = {
 
 @dataclass(frozen=True)
 class Reflex:
-    """The weights of ReflexFlow's terms (arXiv 2512.04904). As they stand here they change nothing."""
+    """Weights of ReflexFlow's terms (arXiv 2512.04904). The defaults disable all of them."""
 
     alpha: float = 0.0
-    """Of the frequency compensation: how much more an element counts where rolling out changed the prediction."""
+    """Weight of the frequency compensation, which emphasizes elements whose prediction the rollout changed."""
     beta1: float = 0.0
-    """Of the anti-drift term."""
+    """Weight of the anti-drift term."""
     beta2: float = 1.0
-    """Of the compensated error."""
+    """Weight of the compensated error."""
 
 
 @dataclass(frozen=True)
 class RolloutStarts:
-    """Where the samples of a batch are rolled out from."""
+    """Start points of the rollouts in a batch."""
 
     sigma: Float[Tensor, " b"]
-    """Of each sample; its own sigma where it is not rolled out."""
+    """Start sigma of each sample; the training sigma if the sample is not rolled out."""
     rolled: Int64[Tensor, " k"]
-    """Places in the batch of the samples that are rolled out, rising."""
+    """Batch indices of the samples that are rolled out, ascending."""
 
     @classmethod
     def at(cls, source: Float[Tensor, " b"], sigma: Float[Tensor, " b"]) -> "RolloutStarts":
-        """Rolled out from `source` to `sigma`: the samples whose source is higher.
+        """Starts for rollouts from `source` to `sigma`, for the samples whose `source` is above `sigma`.
 
-        Call it on the CPU: the number of such samples is a host value, and a device would be waited for.
+        Call it with CPU tensors: the number of such samples is a host value, so a device would have to synchronize.
         """
         (rolled,) = torch.nonzero(source > sigma, as_tuple=True)
         return cls(source, rolled)
@@ -96,10 +96,10 @@ def rolled_out(
     solver: Solver,
     steps: int,
 ) -> Float[Tensor, "b c h w"]:
-    """Integrate the model from the noised latents at `starts` to `sigma`, in `steps` even steps a sample.
+    """Integrate the model from the noised latents at `starts` to `sigma`, in `steps` equal steps per sample.
 
-    A sample that starts at its sigma is the plainly noised one, bit for bit, and takes no part in the model calls;
-    there are none at all if every sample is such. No gradient is kept.
+    Samples that start at their sigma are plainly noised, bit for bit, and are not part of the model calls. If all
+    samples are such, the model is not called. Runs without gradients.
     """
     x = noised(clean, noise, sigma)
     moving = starts.rolled
@@ -128,10 +128,10 @@ def rollout_loss(
     weight: Float[Tensor, "b h w"] | None = None,
     prior: Prior | None = None,
 ) -> Float[Tensor, " b"]:
-    """`flow_loss` at x instead of the plainly noised latents, with ReflexFlow's terms where `is_rolled`.
+    """`flow_loss` at x instead of the plainly noised latents, with ReflexFlow's terms for samples where `is_rolled`.
 
     Args:
-        unrolled: the prediction at the plainly noised latents, without gradient. Needed where alpha is not 0.
+        unrolled: the prediction at the plainly noised latents, without gradient. Required if alpha is not 0.
     """
     prediction = denoise(x, sigma, condition).float()
     penalties = penalty(prediction - velocity(clean, noise), sigma)
@@ -140,7 +140,7 @@ def rollout_loss(
         if unrolled is None:
             raise ValueError("frequency compensation needs the prediction at the plainly noised latents")
         factor = compensation(unrolled.float(), prediction.detach(), reflex.alpha, weight)
-        # Chosen between after the mean: a mean's last bit depends on how its elements lie in memory.
+        # Select after the mean: last bits of a mean depend on the memory layout of its elements.
         losses = torch.where(is_rolled, averaged(factor * penalties, weight), losses)
     if reflex.beta2 != 1:
         losses = torch.where(is_rolled, reflex.beta2, 1) * losses
@@ -155,28 +155,29 @@ def compensation(
     alpha: float,
     weight: Float[Tensor, "b h w"] | None = None,
 ) -> Float[Tensor, "b c h w"]:
-    """How much each element's error counts: 1 + α·|e|/mean|e|, where e = unrolled − rolled, the exposure bias.
+    """The weight of each element's error: 1 + α·|e|/mean|e|, where e = unrolled − rolled is the exposure bias.
 
-    The mean is taken over a sample, by `weight` if given. Why a mean and why |e|:
-    docs/decisions/0006-reflexflow-weight.md.
+    The mean is over a sample, weighted by `weight`. docs/decisions/0006-reflexflow-weight.md explains the mean and |e|.
     """
     bias = (unrolled - rolled).abs()
     typical = rearrange(averaged(bias, weight), "b -> b 1 1 1")
-    # Where rolling out changed nothing at all there is nothing to compensate.
+    # If the rollout changed nothing, there is no bias to compensate.
     return 1 + alpha * bias / torch.where(typical > 0, typical, 1)
 
 
 def drift(
     prediction: Float[Tensor, "b c h w"],
-    away: Float[Tensor, "b c h w"],
+    offset: Float[Tensor, "b c h w"],
     weight: Float[Tensor, "b h w"] | None = None,
 ) -> Float[Tensor, " b"]:
-    """Squared distance of the unit vectors of `prediction` and of `away`, the way from the data to x: 0 to 4. Both are
-    multiplied by `weight` if given, so that places without weight have no part in it.
+    """Squared distance, 0 to 4, of the unit vectors of `prediction` and of `offset`, which is x − clean.
 
-    On the path the two are one direction, x − clean = σ·(noise − clean).
+    Both are first multiplied by `weight` if given, which excludes positions of weight 0. On the path both have the same
+    direction: x − clean = σ·(noise − clean).
     """
     if weight is not None:
-        prediction, away = (rearrange(weight, "b h w -> b 1 h w") * each for each in (prediction, away))
-    one, other = (F.normalize(rearrange(each, "b c h w -> b (c h w)"), dim=1) for each in (prediction, away))
-    return reduce((one - other).square(), "b n -> b", "sum")
+        prediction, offset = (rearrange(weight, "b h w -> b 1 h w") * each for each in (prediction, offset))
+    predicted_unit, offset_unit = (
+        F.normalize(rearrange(each, "b c h w -> b (c h w)"), dim=1) for each in (prediction, offset)
+    )
+    return reduce((predicted_unit - offset_unit).square(), "b n -> b", "sum")

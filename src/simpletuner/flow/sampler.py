@@ -1,7 +1,7 @@
-"""From noise to data: a sampler is a function of (velocity, x, sigmas).
+"""Samplers: functions of (velocity, x, sigmas) that integrate from noise to data.
 
-`sigmas` has a column for each sample, so samples with different noise levels and different step sizes share their
-model calls. It falls along its rows and is kept in fp64; the state is kept in x's type (fp32).
+`sigmas` has one column per sample, so samples with different noise levels and step sizes share the model calls. Each
+column decreases. `sigmas` is fp64; the state keeps the dtype of x (fp32).
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Velocity = Callable[[Float[Tensor, "b c h w"], Float[Tensor, " b"]], Float[Tenso
 """(x, sigma of each sample) → velocity."""
 
 StepsDone = Callable[[int], None]
-"""Called with the number of steps done."""
+"""Called with the number of completed steps."""
 
 
 def euler(
@@ -25,9 +25,9 @@ def euler(
     sigmas: Float[Tensor, "points b"],
     report: StepsDone = lambda step: None,
 ) -> Float[Tensor, "b c h w"]:
-    """Straight along the velocity. Order 1, one model call a step."""
-    for step, (here, there) in enumerate(pairwise(sigmas), start=1):
-        x = x + _wide(there - here, x) * _asked(velocity, x, here)
+    """Euler's method: follows the velocity at the start of a step. Order 1, one model call per step."""
+    for step, (sigma, next_sigma) in enumerate(pairwise(sigmas), start=1):
+        x = x + _wide(next_sigma - sigma, x) * _velocity_at(velocity, x, sigma)
         report(step)
     return x
 
@@ -38,14 +38,15 @@ def heun(
     sigmas: Float[Tensor, "points b"],
     report: StepsDone = lambda step: None,
 ) -> Float[Tensor, "b c h w"]:
-    """Along the mean of the velocities at a step's start and at its Euler end. Order 2, two model calls a step.
+    """Heun's method: follows the mean of the velocities at a step's start and at its Euler end point.
 
-    The second call is made at the last sigma too: a model that has no velocity there (at 0, say) cannot be used.
+    Order 2, two model calls per step. The model is also called at the last sigma, so its velocity must be defined there
+    (for example at 0).
     """
-    for step, (here, there) in enumerate(pairwise(sigmas), start=1):
-        span = _wide(there - here, x)
-        start = _asked(velocity, x, here)
-        end = _asked(velocity, x + span * start, there)
+    for step, (sigma, next_sigma) in enumerate(pairwise(sigmas), start=1):
+        span = _wide(next_sigma - sigma, x)
+        start = _velocity_at(velocity, x, sigma)
+        end = _velocity_at(velocity, x + span * start, next_sigma)
         x = x + span / 2 * (start + end)
         report(step)
     return x
@@ -57,16 +58,16 @@ def dpm(
     sigmas: Float[Tensor, "points b"],
     report: StepsDone = lambda step: None,
 ) -> Float[Tensor, "b c h w"]:
-    """DPM-Solver++ (2M): the data prediction, extrapolated in log-SNR. Order 2, one model call a step.
+    """DPM-Solver++ (2M): extrapolates the data prediction in log-SNR. Order 2, one model call per step.
 
-    Source: arXiv 2211.01095, algorithm 2, with α = 1 − σ. The first step knows one prediction and is Euler's. So is
-    a step from 1, whose log-SNR is infinite, and the one after it, and a step to 0.
+    Source: arXiv 2211.01095, algorithm 2, with α = 1 − σ. The first step has only one prediction and equals Euler's. So
+    does a step from σ = 1, where log-SNR is infinite, the step after it, and a step to σ = 0.
     """
-    before: tuple[Tensor, Tensor] | None = None
-    for step, (here, there) in enumerate(pairwise(sigmas), start=1):
-        data = _data(velocity, x, here)
-        x = _toward(data + _trend(before, data, here, there), x, here, there)
-        before = (data, here)
+    previous: tuple[Tensor, Tensor] | None = None
+    for step, (sigma, next_sigma) in enumerate(pairwise(sigmas), start=1):
+        data = _data(velocity, x, sigma)
+        x = _toward(data + _trend(previous, data, sigma, next_sigma), x, sigma, next_sigma)
+        previous = (data, sigma)
         report(step)
     return x
 
@@ -77,40 +78,43 @@ def unipc(
     sigmas: Float[Tensor, "points b"],
     report: StepsDone = lambda step: None,
 ) -> Float[Tensor, "b c h w"]:
-    """UniPC of order 2: predicts as `dpm` does, then corrects with the prediction made there. One model call a step.
+    """UniPC of order 2: predicts as `dpm`, then corrects with the data prediction there. One model call per step.
 
-    Source: arXiv 2302.04867, UniPC-2 with B₂(h) = e^h − 1 and data prediction, α = 1 − σ. The call at a predicted point
-    corrects it and begins the next step, so the last point, where none is made, stays as predicted.
+    Source: arXiv 2302.04867, UniPC-2 with B₂(h) = e^h − 1 and data prediction, α = 1 − σ. The model call at a predicted
+    point both corrects it and starts the next step. The last point has no call, so it is not corrected.
     """
-    before: tuple[Tensor, Tensor] | None = None
+    previous: tuple[Tensor, Tensor] | None = None
     data = _data(velocity, x, sigmas[0])
     last = len(sigmas) - 1
-    for step, (here, there) in enumerate(pairwise(sigmas), start=1):
-        guess = _toward(data + _trend(before, data, here, there), x, here, there)
+    for step, (sigma, next_sigma) in enumerate(pairwise(sigmas), start=1):
+        predicted = _toward(data + _trend(previous, data, sigma, next_sigma), x, sigma, next_sigma)
         if step < last:
-            ahead = _data(velocity, guess, there)
-            x = _toward(data + _correction(before, data, ahead, here, there), x, here, there)
-            before, data = (data, here), ahead
+            next_data = _data(velocity, predicted, next_sigma)
+            x = _toward(data + _correction(previous, data, next_data, sigma, next_sigma), x, sigma, next_sigma)
+            previous, data = (data, sigma), next_data
         else:
-            x = guess
+            x = predicted
         report(step)
     return x
 
 
-def _asked(velocity: Velocity, x: Tensor, sigma: Tensor) -> Tensor:
+def _velocity_at(velocity: Velocity, x: Tensor, sigma: Tensor) -> Tensor:
     return velocity(x, sigma.to(x.dtype)).to(x.dtype)
 
 
 def _data(velocity: Velocity, x: Tensor, sigma: Tensor) -> Tensor:
-    """The data that the velocity points at from x: x − σ·v."""
-    return x - _wide(sigma, x) * _asked(velocity, x, sigma)
+    """The data prediction at x: x − σ·v."""
+    return x - _wide(sigma, x) * _velocity_at(velocity, x, sigma)
 
 
-def _toward(data: Tensor, x: Tensor, here: Tensor, there: Tensor) -> Tensor:
-    """From x at `here` straight toward `data`, as far as `there`. Both solvers' exponential step is this one:
-    σ_t/σ_s·x − α_t·(e^-h − 1)·data, where α = 1 − σ makes the second factor 1 − σ_t/σ_s."""
-    kept = _wide(there / here, x)
-    return kept * x + (1 - kept) * data
+def _toward(data: Tensor, x: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
+    """Move x at `sigma` straight toward `data`, to `next_sigma`.
+
+    This is the exponential step of both solvers, σ_t/σ_s·x − α_t·(e^-h − 1)·data: with α = 1 − σ the second factor is
+    1 − σ_t/σ_s.
+    """
+    ratio = _wide(next_sigma / sigma, x)
+    return ratio * x + (1 - ratio) * data
 
 
 def _log_snr(sigma: Tensor) -> Tensor:
@@ -118,33 +122,33 @@ def _log_snr(sigma: Tensor) -> Tensor:
     return torch.log1p(-sigma) - torch.log(sigma)
 
 
-def _trend(before: tuple[Tensor, Tensor] | None, data: Tensor, here: Tensor, there: Tensor) -> Tensor:
-    """What the data prediction gains on average over a step, extrapolated from the one `before`: (data, sigma)."""
-    if before is None:
+def _trend(previous: tuple[Tensor, Tensor] | None, data: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
+    """The mean change of the data prediction over a step, extrapolated from `previous`, an earlier (data, sigma)."""
+    if previous is None:
         return torch.zeros_like(data)
-    earlier, where = before
-    share = (_log_snr(there) - _log_snr(here)) / (_log_snr(here) - _log_snr(where)) / 2
-    return _wide(torch.where(share.isfinite(), share, 0), data) * (data - earlier)
+    earlier_data, earlier_sigma = previous
+    share = (_log_snr(next_sigma) - _log_snr(sigma)) / (_log_snr(sigma) - _log_snr(earlier_sigma)) / 2
+    return _wide(torch.where(share.isfinite(), share, 0), data) * (data - earlier_data)
 
 
 def _correction(
-    before: tuple[Tensor, Tensor] | None, data: Tensor, ahead: Tensor, here: Tensor, there: Tensor
+    previous: tuple[Tensor, Tensor] | None, data: Tensor, next_data: Tensor, sigma: Tensor, next_sigma: Tensor
 ) -> Tensor:
-    """The same average once `ahead`, the data prediction at the step's end, is known: UniC's weights."""
-    if before is None:
-        return (ahead - data) / 2
-    earlier, where = before
-    h = _log_snr(there) - _log_snr(here)
-    ratio = (_log_snr(where) - _log_snr(here)) / h
+    """The same mean change given `next_data`, the data prediction at the step's end, with UniC's weights."""
+    if previous is None:
+        return (next_data - data) / 2
+    earlier_data, earlier_sigma = previous
+    h = _log_snr(next_sigma) - _log_snr(sigma)
+    ratio = (_log_snr(earlier_sigma) - _log_snr(sigma)) / h
     b_h = torch.expm1(-h)
     phi_2 = b_h / -h - 1
     phi_3 = phi_2 / -h - 1 / 2
     # The weights ρ solve ρ₁ + ρ₂ = φ₂/B, r·ρ₁ + ρ₂ = 2φ₃/B.
-    past = (phi_2 - 2 * phi_3) / b_h / (1 - ratio)
-    coming = phi_2 / b_h - past
-    return _wide(past / ratio, data) * (earlier - data) + _wide(coming, data) * (ahead - data)
+    earlier_weight = (phi_2 - 2 * phi_3) / b_h / (1 - ratio)
+    next_weight = phi_2 / b_h - earlier_weight
+    return _wide(earlier_weight / ratio, data) * (earlier_data - data) + _wide(next_weight, data) * (next_data - data)
 
 
 def _wide(values: Tensor, like: Tensor) -> Tensor:
-    """One number a sample, to be multiplied with a tensor of samples."""
+    """Reshape one number per sample for multiplication with a batch like `like`."""
     return rearrange(values, "b -> b 1 1 1").to(like.dtype)

@@ -1,7 +1,7 @@
-"""Where on the path to train and to sample: densities of sigma, shifts, and sampling schedules.
+"""Densities of sigma for training, shifts, and sigma schedules for sampling.
 
-A density is given by its quantile function: a uniform draw u in (0, 1) goes in, sigma comes out. One number decides
-one sample, so draws can be keyed, stratified, and drawn as a curve.
+A density is a quantile function: it maps a uniform draw u in (0, 1) to sigma. One number determines one sample, so
+draws can be keyed and stratified, and the density can be plotted.
 """
 
 import math
@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 Density = Callable[[float], float]
 
 LARGEST_U = 1 - 2.0**-53
-"""The largest number below 1: a quantile is infinite at 1."""
+"""The largest fp64 number below 1. At 1, a quantile can be infinite."""
 
 
 def normal_quantile(u: float) -> float:
-    """The standard normal's quantile, by Newton's method on the error function (to 1e-14 in its bulk)."""
+    """Quantile of the standard normal, by Newton's method on the error function (accurate to 1e-14 in the bulk)."""
     if not 0 < u < 1:
-        raise ValueError(f"a quantile is taken at 0 < u < 1, not {u}")
-    # Hastings' approximation (Abramowitz & Stegun 26.2.23, error < 4.5e-4) is a good enough start.
+        raise ValueError(f"a quantile is defined for 0 < u < 1, not {u}")
+    # Start from Hastings' approximation (Abramowitz & Stegun 26.2.23, error < 4.5e-4).
     tail = min(u, 1 - u)
     t = math.sqrt(-2 * math.log(tail))
     z = t - (2.515517 + t * (0.802853 + t * 0.010328)) / (1 + t * (1.432788 + t * (0.189269 + t * 0.001308)))
@@ -28,7 +28,7 @@ def normal_quantile(u: float) -> float:
 
 
 def sigmoid_density(scale: float) -> Density:
-    """sigma = sigmoid(scale · N(0, 1)): the logit-normal density that FLUX trainers share."""
+    """sigma = sigmoid(scale · N(0, 1)): the logit-normal density that FLUX trainers use."""
     return lambda u: 1 / (1 + math.exp(-scale * normal_quantile(u)))
 
 
@@ -37,20 +37,22 @@ def uniform_density() -> Density:
 
 
 def listed_density(sigmas: Sequence[float]) -> Density:
-    """Each of `sigmas` alike; one that is listed twice, twice as often."""
+    """Each entry of `sigmas` with equal probability; repeated entries count repeatedly."""
     rising = sorted(sigmas)
     return lambda u: rising[min(int(u * len(rising)), len(rising) - 1)]
 
 
 def in_stratum(u: float, stratum: int, strata: int) -> float:
-    """`u` in (0, 1) moved into the `stratum`-th of `strata` equal parts of (0, 1). With each stratum equally likely
-    the result is as uniform as `u`; with each taken once it covers (0, 1) evenly.
+    """Map `u` in (0, 1) into the `stratum`-th of `strata` equal parts of (0, 1).
+
+    If all strata are equally likely, the result is as uniform as `u`. If each stratum occurs once, the results cover
+    (0, 1) evenly.
     """
     return min((stratum + u) / strata, LARGEST_U)
 
 
 def beta_density(alpha: float, beta: float) -> Density:
-    """Sigma after Beta(alpha, beta), by bisection of its distribution function."""
+    """Sigma distributed as Beta(alpha, beta), by bisection of the distribution function."""
 
     def quantile(u: float) -> float:
         low, high = 0.0, 1.0
@@ -75,7 +77,7 @@ def beta_cdf(x: float, alpha: float, beta: float) -> float:
         math.lgamma(alpha + beta) - math.lgamma(alpha) - math.lgamma(beta) + alpha * math.log(x) + beta * math.log1p(-x)
     )
     fraction = 1.0
-    # It converges in O(√max(alpha, beta)) terms; evaluated from the far end, where a term too many costs nothing.
+    # It converges in O(√max(alpha, beta)) terms. Evaluation starts at the last term, so extra terms are harmless.
     for m in range(20 + math.ceil(5 * math.sqrt(max(alpha, beta))), 0, -1):
         odd = -(alpha + m - 1) * (alpha + beta + m - 1) * x / ((alpha + 2 * m - 2) * (alpha + 2 * m - 1))
         even = m * (beta - m) * x / ((alpha + 2 * m - 1) * (alpha + 2 * m))
@@ -84,20 +86,20 @@ def beta_cdf(x: float, alpha: float, beta: float) -> float:
 
 
 def shifted(sigma: float, shift: float) -> float:
-    """Move sigma toward noise: s·σ / (1 + (s − 1)·σ). A shift of 1 changes nothing."""
+    """Shift sigma toward noise: s·σ / (1 + (s − 1)·σ). A shift of 1 changes nothing."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def mu_linear(tokens: int) -> float:
-    """The log-shift of FLUX.1's training: the line through (256, 0.5) and (4096, 1.15), in image tokens."""
+    """Log of FLUX.1's training shift: a line through (256, 0.5) and (4096, 1.15), over image tokens."""
     return 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
 
 
 def mu_empirical(tokens: int, steps: int) -> float:
-    """The log-shift of FLUX.2's sampler (`compute_empirical_mu` of black-forest-labs/flux2, `sampling.py`).
+    """Log of the shift of FLUX.2's sampler (`compute_empirical_mu` of black-forest-labs/flux2, `sampling.py`).
 
-    Between 10 and 200 steps it is interpolated linearly from one line over `tokens` to another; above 4300 tokens
-    the 200-step line is used for any number of steps.
+    It interpolates linearly between two lines over `tokens`, for 10 and for 200 steps. Above 4300 tokens it uses the
+    200-step line for any number of steps.
     """
     at_10 = 8.73809524e-05 * tokens + 1.89833333
     at_200 = 0.00016927 * tokens + 0.45666666

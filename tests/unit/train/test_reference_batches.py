@@ -90,7 +90,7 @@ def test_a_sample_has_its_references_in_their_order_and_others_are_padding(prepa
             tokens = [pack_latents(image[None])[0] for image in images]
             length = sum(map(len, tokens))
             counts.add(length)
-            assert references.places[index].tolist() == [True] * length + [False] * (
+            assert references.token_mask[index].tolist() == [True] * length + [False] * (
                 references.tokens.shape[1] - length
             )
             if images:
@@ -113,7 +113,7 @@ def test_dropped_by_chance_they_are_not_there(prepared: Prepared) -> None:
         assert_same(bare, dropped)
         assert_same(other, dropped)
     kept = [
-        sum(int(batch.condition.references.places.any(1).sum()) for batch in each if batch.condition.references)
+        sum(int(batch.condition.references.token_mask.any(1).sum()) for batch in each if batch.condition.references)
         for each in (plain, some)
     ]
     assert 0.25 * kept[0] < kept[1] < 0.75 * kept[0]
