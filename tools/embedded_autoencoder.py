@@ -21,7 +21,7 @@ from simpletuner.base.files import write_atomic
 from simpletuner.examples import world
 from simpletuner.flux2 import tokens
 from simpletuner.flux2.tiny.parts import VAE
-from simpletuner.flux2.tiny.weights import draw, drawn
+from simpletuner.flux2.tiny.weights import draw, draw_uniform
 
 STEPS = 2000
 SMALL_SHARE = 0.4
@@ -108,7 +108,7 @@ def train(folder: Path, recipe: Recipe, say: Callable[[str], None], *, every: in
     start = draw("vae", shapes, GAINS, recipe.seed)
     # A group norm after a convolution without bias maps black, gray and white to the same.
     for name in ("encoder.conv_in.bias", "decoder.conv_in.bias"):
-        start[name] = drawn(shapes[name], 0.5, recipe.seed, "vae", name)
+        start[name] = draw_uniform(shapes[name], 0.5, recipe.seed, "vae", name)
     vae.load_state_dict(start, strict=False)
     state = _State(vae, folder / "autoencoder-training.safetensors")
     first = state.load()

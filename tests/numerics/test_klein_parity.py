@@ -131,7 +131,7 @@ def test_layers_are_counted_as_transformers_counts_them(tiny_klein_folder: Path,
     assert whole.config.rope_parameters["rope_theta"] == 1_000_000
     batch = encoder._padded(encoder._fitted([PROMPTS[1]]))
     with torch.no_grad():
-        states = whole(batch.ids, attention_mask=batch.seen, output_hidden_states=True).hidden_states
+        states = whole(batch.ids, attention_mask=batch.attention_mask, output_hidden_states=True).hidden_states
     expected = torch.cat([states[layer] for layer in (9, 18, 27)], dim=-1)
     assert_near(encoder.encode([PROMPTS[1]])[0].expanded(), expected)
 

@@ -171,7 +171,7 @@ def test_dev_is_padded_on_the_left_whatever_its_folder_says(tmp_path: Path, side
     assert ids[-1] == 4
     padded = encoder._padded([ids, ids[:3]])
     assert padded.ids[1].tolist() == [11] * (len(ids) - 2) + ids[:3]
-    assert padded.seen[1].tolist() == [0] * (len(ids) - 2) + [1] * 3
+    assert padded.attention_mask[1].tolist() == [0] * (len(ids) - 2) + [1] * 3
 
 
 def test_the_real_vocabularies_are_padded_on_the_flavours_side(dev: TextEncoder, klein: TextEncoder) -> None:
@@ -180,9 +180,9 @@ def test_the_real_vocabularies_are_padded_on_the_flavours_side(dev: TextEncoder,
         rows = encoder._padded(ids)
         is_left = encoder is dev
         assert encoder._tokenizer.padding_side == ("left" if is_left else "right")
-        assert rows.ids[0, rows.seen[0] == 1].tolist() == ids[0]
+        assert rows.ids[0, rows.attention_mask[0] == 1].tolist() == ids[0]
         assert int(rows.ids[0, 0 if is_left else -1]) == pad
-        assert bool(rows.seen[0, -1 if is_left else 0])
+        assert bool(rows.attention_mask[0, -1 if is_left else 0])
 
 
 def test_captions_that_spell_control_tokens_keep_them_and_are_named(dev: TextEncoder, klein: TextEncoder) -> None:

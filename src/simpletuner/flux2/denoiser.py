@@ -1,4 +1,4 @@
-"""The transformer as the flow sees it: noised latents in, velocity out."""
+"""`Denoiser`: the transformer as a function from noised latents to velocity."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -16,15 +16,13 @@ from simpletuner.flux2.rotary import Rotary, rotary
 from simpletuner.flux2.tokens import context_ids, image_ids, pack_latents, unpack_latents
 from simpletuner.flux2.transformer import Flux2Transformer, ReferenceAttention
 
-KEPT_POSITIONS = 8
-"""Sizes whose positions a denoiser keeps, the latest used ones: with contexts of 512 tokens 2.5 MB of the device at
-1024x1024 each."""
+CACHED_POSITIONS = 8
+"""Number of image sizes whose positions a denoiser caches (least recently used are dropped). At 1024x1024 with contexts
+of 512 tokens, each takes 2.5 MB of device memory."""
 
 
 class Positions(NamedTuple):
-    """The positions of tokens, one table for the batch or one a sample: as ids, and as the rotary tables of text and
-    image tokens together.
-    """
+    """Positions of tokens, for the whole batch or per sample: ids, and rotary tables of text and image tokens."""
 
     image: Int64[Tensor, "*b n 4"]
     text: Int64[Tensor, "*b l 4"]
@@ -34,9 +32,9 @@ class Positions(NamedTuple):
 def positions_of(
     axes: tuple[int, ...], theta: float, height: int, width: int, length: int, device: torch.device
 ) -> Positions:
-    """The positions of `height` × `width` image tokens and `length` text tokens, made on `device`.
+    """The positions of `height` × `width` image tokens and `length` text tokens, on `device`.
 
-    Ordinary tensors even under `torch.inference_mode`, so that what sampling has made can be kept for training.
+    They are ordinary tensors even under `torch.inference_mode`, so that training can reuse tables cached by sampling.
     """
     with torch.inference_mode(mode=False), torch.no_grad():
         image, text = image_ids(height, width, device), context_ids(length, device)
@@ -44,14 +42,14 @@ def positions_of(
 
 
 class Denoiser:
-    """Packs latents into tokens, gives them their positions, and unpacks the transformer's answer.
+    """Predicts the velocity of latents: packs them into tokens with positions, and unpacks the transformer's output.
 
-    Inputs are cast to the transformer's dtype and the velocity is returned in it. A model without a guidance embedder
-    ignores guidance. The velocity is that of the latents alone: references have none.
+    Inputs are cast to the transformer's dtype, which is also that of the velocity. A model without a guidance embedder
+    ignores guidance. The velocity covers the latents only; references have none.
 
     Args:
-        reference_attention: what reference tokens attend to. A model must be sampled with what it was trained with.
-        forward: what calls the transformer, with its arguments; by default itself.
+        reference_attention: tokens that reference tokens attend to. Sample a model with its value in training.
+        forward: called in place of the transformer, with the same arguments; by default the transformer.
     """
 
     def __init__(
@@ -63,8 +61,8 @@ class Denoiser:
         self.transformer = transformer
         self.forward = transformer if forward is None else forward
         self.reference_attention = reference_attention
-        make = functools.partial(positions_of, transformer.spec.axes, transformer.spec.theta)
-        self.positions = functools.lru_cache(KEPT_POSITIONS)(make)
+        positions_for = functools.partial(positions_of, transformer.spec.axes, transformer.spec.theta)
+        self.positions = functools.lru_cache(CACHED_POSITIONS)(positions_for)
 
     def __call__(
         self,
@@ -104,17 +102,21 @@ class Denoiser:
 
     @torch.no_grad()
     def _with_references(self, positions: Positions, references: References) -> Positions:
-        """`positions`, one table a sample, with those of its references behind."""
+        """`positions` as one table per sample, with those of its references appended."""
         spec, samples = self.transformer.spec, len(references.ids)
         tables = zip(positions.angles, rotary(references.ids, spec.axes, spec.theta), strict=True)
-        cos, sin = (torch.cat([target.expand(samples, -1, -1), own], dim=1) for target, own in tables)
+        cos, sin = (
+            torch.cat([image_table.expand(samples, -1, -1), reference_table], dim=1)
+            for image_table, reference_table in tables
+        )
         image = torch.cat([positions.image.expand(samples, -1, -1), references.ids], dim=1)
         return Positions(image, positions.text.expand(samples, -1, -1), (cos, sin))
 
     @torch.no_grad()
     def idle(self, device: torch.device) -> None:
-        """Take part in a pass without gradients that other ranks make through a sharded transformer, with one token of
-        each kind. Later draws, such as dropout's, stay as they are.
+        """Join the all-gathers of a sharded transformer while other ranks run a pass without gradients.
+
+        This rank's pass has one text and one image token. The random state, used by dropout for example, is restored.
         """
         spec = self.transformer.spec
         context = TextContext.dense(torch.zeros(1, 1, spec.context_dim, device=device))
@@ -126,11 +128,11 @@ class Denoiser:
             )
 
     def routed(self, choices: Sequence[Choice]) -> Denoise:
-        """This denoiser with TREAD routing. Sampling takes the denoiser itself, which routes nothing."""
+        """This denoiser with TREAD routing, for training. Sampling calls the denoiser itself, without routing."""
         return functools.partial(self, choices=choices)
 
 
 def _with_references(choice: Choice, target: int, references: int) -> Choice:
-    """`choice` of `target` tokens, with all of the `references` tokens behind them kept."""
-    places = torch.arange(target, target + references, device=choice.kept.device)
-    return replace(choice, kept=torch.cat([choice.kept, places.expand(len(choice.kept), -1)], dim=1))
+    """`choice` of `target` image tokens, extended to keep all `references` tokens that follow them."""
+    indices = torch.arange(target, target + references, device=choice.kept.device)
+    return replace(choice, kept=torch.cat([choice.kept, indices.expand(len(choice.kept), -1)], dim=1))

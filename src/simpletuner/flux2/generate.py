@@ -1,4 +1,4 @@
-"""From noise and a prompt's context to pictures. Knows no files and no options: training calls it too."""
+"""Sample images from noise and a prompt's context. Independent of files and options, so that training can call it."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ Decode = Callable[[Float[Tensor, "b 128 h w"]], Float[Tensor, "b 3 H W"]]
 
 
 def initial_noise(seed: int, *, width: int, height: int) -> Float[Tensor, "1 128 h w"]:
-    """What a picture of `width` × `height` pixels starts from: fp32, drawn on the CPU whatever the device."""
+    """The initial noise of an image of `width` × `height` pixels: fp32, always drawn on the CPU."""
     if width % PIXELS_PER_TOKEN or height % PIXELS_PER_TOKEN:
         raise ValueError(f"{width} × {height} pixels do not divide by {PIXELS_PER_TOKEN}")
     shape = (1, 128, height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
@@ -31,9 +31,10 @@ def initial_noise(seed: int, *, width: int, height: int) -> Float[Tensor, "1 128
 def fits_both(
     transformer: Flux2Transformer, text: int, size: tuple[int, int], device: torch.device, references: int = 0
 ) -> bool:
-    """Whether `device` has room for both predictions of an image's guidance in one pass, `text` and `references` tokens
-    each; `size` is (width, height) in pixels. Never on a CPU: last bits differ (docs/log.md), and would depend on free
-    memory.
+    """Whether `device` has memory for both predictions of real guidance in one pass.
+
+    Each prediction has `text` and `references` tokens; `size` is (width, height) in pixels. False on a CPU: there, one
+    pass for both differs in last bits (docs/log.md), so results would depend on free memory.
     """
     if device.type == "cpu":
         return False
@@ -54,13 +55,13 @@ def sample_latents(
     both_at_once: bool = False,
     report: StepsDone = lambda _: None,
 ) -> Float[Tensor, "b 128 h w"]:
-    """Latents of pictures, by `steps` Euler steps along FLUX.2's schedule; the state stays fp32.
+    """Sample latents by `steps` Euler steps along FLUX.2's schedule. The state stays fp32.
 
     Args:
-        real_guidance: with any value but 1 each step predicts twice, and the velocity is
+        real_guidance: with any value but 1, each step predicts twice, and the velocity is
             negative + real_guidance · (positive − negative).
-        both_at_once: make the two predictions in one pass of twice the batch; else one after the other.
-        report: called with the number of steps done.
+        both_at_once: compute both predictions in one pass with twice the batch; else one after the other.
+        report: called with the number of completed steps.
     """
     if real_guidance != 1.0 and negative is None:
         raise ValueError("real_guidance needs a negative condition")
@@ -80,7 +81,7 @@ def sample_latents(
 
 
 def picture(pixels: Float[Tensor, "3 H W"]) -> Image.Image:
-    """An 8-bit picture of pixels in [-1, 1]."""
+    """Convert pixels in [-1, 1] to an 8-bit image."""
     levels = (pixels.float().clamp(-1, 1) / 2 + 0.5).mul(255).round().to(torch.uint8)
     return Image.fromarray(rearrange(levels, "c h w -> h w c").cpu().numpy())
 
@@ -100,21 +101,21 @@ def generate(
     both_at_once: bool = False,
     report: Callable[[int, int], None] = lambda *_: None,
 ) -> list[Image.Image]:
-    """One picture for each sample of `condition`, each from the same noise.
+    """Sample one image for each sample of `condition`, all from the same noise.
 
-    They are made one after the other, so a picture depends on its own condition and `seed` only, and the memory
-    on its size only. Runs on the device of `condition`. The caller has put the transformer into eval mode.
+    Images are sampled one after the other: each depends only on its condition and `seed`, and memory only on the size.
+    Runs on the device of `condition`. The caller must put the transformer into eval mode.
 
     Args:
         width, height: pixels, multiples of 16.
-        negative: of one sample, with the guidance of `condition`.
-        both_at_once: as in `sample_latents`; memory then depends on twice the size.
-        report: called with (steps done, steps in all), over all pictures.
+        negative: condition of one sample, with the guidance of `condition`.
+        both_at_once: as in `sample_latents`; it doubles the memory.
+        report: called with (completed steps, total steps), over all images.
     """
     device = condition.guidance.device
     noise = initial_noise(seed, width=width, height=height).to(device)
     count = len(condition.guidance)
-    pictures = []
+    images = []
     for index in range(count):
         latents = sample_latents(
             denoise,
@@ -126,5 +127,5 @@ def generate(
             both_at_once=both_at_once,
             report=lambda step, before=index * steps: report(before + step, count * steps),  # type: ignore[misc]
         )
-        pictures.append(picture(decode(latents)[0]))
-    return pictures
+        images.append(picture(decode(latents)[0]))
+    return images

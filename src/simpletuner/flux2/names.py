@@ -1,4 +1,4 @@
-"""Names of the same tensors in other files: BFL's for the transformer, three kinds for the text encoder."""
+"""Map tensor names between layouts: BFL's and diffusers' for the transformer, three layouts for the text encoder."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,18 +14,18 @@ def _whole(tensor: Tensor) -> Sequence[Tensor]:
 
 
 def _thirds(tensor: Tensor) -> Sequence[Tensor]:
-    """Query, key and value rows of a fused projection."""
+    """The rows of query, key and value in a fused projection."""
     return tensor.chunk(3)
 
 
 def _halves_swapped(tensor: Tensor) -> Sequence[Tensor]:
-    """BFL's last modulation makes shift, then scale; diffusers' scale, then shift."""
+    """Reorder the last modulation from BFL's (shift, scale) to diffusers' (scale, shift)."""
     shift, scale = tensor.chunk(2)
     return (torch.cat([scale, shift]),)
 
 
 def as_matrix(tensor: Tensor) -> Sequence[Tensor]:
-    """A convolution of one pixel, as BFL's VAE keeps the projections of its attention, as the matrix that it is."""
+    """A 1×1 convolution as a matrix. BFL's VAE stores the projections of its attention as such convolutions."""
     return (tensor.reshape(_matrix_shape(tuple(tensor.shape))),)
 
 
@@ -35,13 +35,13 @@ def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Renamed:
-    """The names under which diffusers keeps a tensor of BFL's, and how it is cut into them."""
+    """Diffusers' names for a BFL tensor, and the function that splits the tensor into them."""
 
     names: tuple[str, ...]
     cut: Callable[[Tensor], Sequence[Tensor]] = _whole
 
     def shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        """The shapes of the parts of a tensor of `shape`."""
+        """The shapes of the parts that a tensor of `shape` is split into."""
         if self.cut is as_matrix:
             return (_matrix_shape(shape),)
         if len(self.names) == 1:
@@ -84,13 +84,13 @@ _SINGLE = {
     "norm.query_norm": "attn.norm_q",
     "norm.key_norm": "attn.norm_k",
 }
-_FROM_TOP = {own: bfl for bfl, own in _TOP.items()}
-_FROM_DOUBLE = {own: bfl for bfl, own in _DOUBLE.items()}
-_FROM_SINGLE = {own: bfl for bfl, own in _SINGLE.items()}
+_FROM_TOP = {diffusers: bfl for bfl, diffusers in _TOP.items()}
+_FROM_DOUBLE = {diffusers: bfl for bfl, diffusers in _DOUBLE.items()}
+_FROM_SINGLE = {diffusers: bfl for bfl, diffusers in _SINGLE.items()}
 _DIFFUSERS_BLOCK = re.compile(r"(single_|)transformer_blocks\.(\d+)\.(.+)")
 _BLOCK = re.compile(r"(double|single)_blocks\.(\d+)\.(.+)")
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-"""That ComfyUI's files put before a transformer's names."""
+"""Prefixes of a transformer's names in ComfyUI's files."""
 
 
 def _bare(name: str) -> str:
@@ -98,9 +98,9 @@ def _bare(name: str) -> str:
 
 
 def from_bfl(name: str) -> Renamed | None:
-    """What diffusers calls the tensor `name` of a BFL file; None if BFL has no such tensor.
+    """Diffusers' names for the tensor `name` of a BFL file; None if BFL has no such tensor.
 
-    A ComfyUI prefix (`model.diffusion_model.` or `diffusion_model.`) does not matter.
+    A ComfyUI prefix (`model.diffusion_model.` or `diffusion_model.`) is ignored.
     """
     module, _, leaf = _bare(name).rpartition(".")
     if leaf not in ("weight", "scale"):  # the norms' weights are called scale
@@ -123,20 +123,21 @@ def from_bfl(name: str) -> Renamed | None:
 
 @dataclass(frozen=True)
 class BflModule:
-    """Where BFL's layout keeps the weight of a module of diffusers'."""
+    """Location of a diffusers module's weight in BFL's layout."""
 
     name: str
-    """Of BFL's module, without a prefix."""
+    """Name of BFL's module, without a prefix."""
     part: int = 0
-    """Which part of its rows this is, where `parts` modules are fused into it: query, key or value."""
+    """Index of this module's rows if `parts` modules are fused: query, key or value."""
     parts: int = 1
     swaps_halves: bool = False
-    """Whether the two halves of its rows lie the other way round."""
+    """Whether the two halves of the rows are swapped."""
 
 
 def to_bfl(module: str) -> BflModule | None:
-    """Where BFL keeps `module` (diffusers' name without `.weight`); None if it has no such module. The inverse of
-    `from_bfl`.
+    """Location of `module` (diffusers' name without `.weight`) in BFL's layout; None if BFL has no such module.
+
+    The inverse of `from_bfl`.
     """
     if module == "norm_out.linear":
         return BflModule(_LAST_MODULATION, swaps_halves=True)
@@ -145,19 +146,19 @@ def to_bfl(module: str) -> BflModule | None:
     match = _DIFFUSERS_BLOCK.fullmatch(module)
     if match is None:
         return None
-    kind, index, place = match.groups()
+    kind, index, inner_name = match.groups()
     if kind == "single_":
-        return BflModule(f"single_blocks.{index}.{_FROM_SINGLE[place]}") if place in _FROM_SINGLE else None
-    if place in _FROM_DOUBLE:
-        return BflModule(f"double_blocks.{index}.{_FROM_DOUBLE[place]}")
+        return BflModule(f"single_blocks.{index}.{_FROM_SINGLE[inner_name]}") if inner_name in _FROM_SINGLE else None
+    if inner_name in _FROM_DOUBLE:
+        return BflModule(f"double_blocks.{index}.{_FROM_DOUBLE[inner_name]}")
     for fused, parts in _FUSED.items():
-        if place in parts:
-            return BflModule(f"double_blocks.{index}.{fused}", parts.index(place), len(parts))
+        if inner_name in parts:
+            return BflModule(f"double_blocks.{index}.{fused}", parts.index(inner_name), len(parts))
     return None
 
 
 NamingLayout = Literal["diffusers", "bfl"]
-"""Whose names a file has for a transformer's modules."""
+"""The project whose names a file uses for a transformer's modules."""
 
 
 def _flattened(names: Iterable[str]) -> dict[str, str]:
@@ -181,9 +182,9 @@ _FLAT_BLOCK = re.compile(rf"({'|'.join(_FLAT_BLOCKS)})_(\d+)_(.+)")
 
 
 def known_module(name: str) -> tuple[NamingLayout, str] | None:
-    """The layout that calls a module `name`, and its name there; None if neither does.
+    """The layout that has a module `name`, and the module's dotted name in it; None if no layout has it.
 
-    Underscores may stand for dots, all of them as in kohya's files or some as in HunyuanVideo's `img_attn_qkv`.
+    Underscores may replace all dots, as in kohya's files, or some, as in HunyuanVideo's `img_attn_qkv`.
     """
     flat = name.replace(".", "_")
     if flat in _FLAT_OUTER:
@@ -191,46 +192,46 @@ def known_module(name: str) -> tuple[NamingLayout, str] | None:
     block = _FLAT_BLOCK.fullmatch(flat)
     if block is None:
         return None
-    group, index, place = block.groups()
-    layout, places = _FLAT_BLOCKS[group]
-    return (layout, f"{group}.{index}.{places[place]}") if place in places else None
+    group, index, flat_name = block.groups()
+    layout, dotted_names = _FLAT_BLOCKS[group]
+    return (layout, f"{group}.{index}.{dotted_names[flat_name]}") if flat_name in dotted_names else None
 
 
 def renamed_shapes(shapes: Mapping[str, tuple[int, ...]], renaming: "TensorRenaming") -> dict[str, tuple[int, ...]]:
-    """`shapes` by the names that `renaming` gives, fused tensors cut; those that it does not know are left out."""
-    found: dict[str, tuple[int, ...]] = {}
+    """`shapes` under the names of `renaming`, with fused tensors split; tensors unknown to it are left out."""
+    by_new_name: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         renamed = renaming(name)
         if renamed is not None:
-            found.update(zip(renamed.names, renamed.shapes(shape), strict=True))
-    return found
+            by_new_name.update(zip(renamed.names, renamed.shapes(shape), strict=True))
+    return by_new_name
 
 
-def with_prefix(name: str) -> Renamed:
-    """The tensor `name` of a file in diffusers' own names, which may carry ComfyUI's prefix."""
+def from_diffusers(name: str) -> Renamed:
+    """Diffusers' name for the tensor `name` of a file that uses these names, with or without ComfyUI's prefix."""
     return Renamed((_bare(name),))
 
 
 TensorRenaming = Callable[[str], Renamed | None]
-"""What a file's name for a tensor means; None for a tensor that is not known."""
+"""Maps a file's tensor name to diffusers' names; None for an unknown tensor."""
 
 
 def transformer_renaming(names: Iterable[str]) -> TensorRenaming:
-    """How to read a transformer's file with tensors `names`: BFL's or diffusers'."""
+    """The renaming for a transformer file with tensors `names`: BFL's or diffusers'."""
     blocks = ("double_blocks.", "single_blocks.")
-    return from_bfl if any(_bare(name).startswith(blocks) for name in names) else with_prefix
+    return from_bfl if any(_bare(name).startswith(blocks) for name in names) else from_diffusers
 
 
 ALL_LAYERS = 10_000
-"""More layers than any text encoder has."""
+"""A layer count above that of any text encoder."""
 _TEXT_PREFIXES = ("language_model.model.", "model.language_model.", "model.")
 
 
 def text_encoder_name(name: str, layers: int) -> str | None:
-    """What transformers' MistralModel calls the tensor `name` of a Mistral-3 or Mistral checkpoint.
+    """MistralModel's name (transformers) for the tensor `name` of a Mistral-3 or Mistral checkpoint.
 
-    None for what embedding text does not need: the vision part, the head, the final norm, and every layer
-    after the first `layers`.
+    None for tensors that text encoding does not need: vision tower, head, final norm, and layers after the first
+    `layers`.
     """
     for prefix in _TEXT_PREFIXES:
         if name.startswith(prefix):
@@ -243,10 +244,10 @@ def text_encoder_name(name: str, layers: int) -> str | None:
 
 
 def text_encoder_renaming(layers: int | None = None) -> TensorRenaming:
-    """How to read a text encoder's file, cut after `layers` where given; see `text_encoder_name`."""
+    """The renaming for a text encoder file, limited to the first `layers` if given; see `text_encoder_name`."""
 
     def renaming(name: str) -> Renamed | None:
-        known = text_encoder_name(name, ALL_LAYERS if layers is None else layers)
-        return None if known is None else Renamed((known,))
+        model_name = text_encoder_name(name, ALL_LAYERS if layers is None else layers)
+        return None if model_name is None else Renamed((model_name,))
 
     return renaming

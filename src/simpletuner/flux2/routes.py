@@ -1,4 +1,4 @@
-"""The blocks that TREAD's routes cover in a model. Works without torch, so that a mistake is answered at once."""
+"""Resolve the blocks of TREAD's routes in a model. Needs no torch, so that mistakes are reported immediately."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from simpletuner.config.run import RunConfig
 
 @dataclass(frozen=True)
 class Route:
-    """Blocks `start` to `end`, both included, in one count over double and then single blocks."""
+    """A route through blocks `start` to `end`, inclusive; double blocks are numbered first, then single blocks."""
 
     start: int
     end: int
@@ -20,54 +20,54 @@ class Route:
     """Share of the image tokens that these blocks process, above 0 and up to 1."""
 
     def keeps(self, tokens: int) -> int:
-        """How many of `tokens` image tokens these blocks process: at least one."""
+        """The number of image tokens, of `tokens`, that these blocks process: at least 1."""
         return max(1, round(self.keep_ratio * tokens))
 
     def told(self, tokens: int, blocks: int) -> str:
-        """What it does to a picture of `tokens` image tokens in a model of `blocks`."""
-        place = f"block {self.start}" if self.start == self.end else f"blocks {self.start}–{self.end}"
-        return f"TREAD keeps {self.keeps(tokens)} of {tokens} image tokens in {place} of {blocks}"
+        """One sentence about the route's effect on an image of `tokens` tokens in a model with `blocks` blocks."""
+        blocks_covered = f"block {self.start}" if self.start == self.end else f"blocks {self.start}–{self.end}"
+        return f"TREAD keeps {self.keeps(tokens)} of {tokens} image tokens in {blocks_covered} of {blocks}"
 
 
 def resolve(routes: Sequence[TreadRoute], blocks: int) -> tuple[Route, ...]:
-    """`routes` in a model of `blocks`, in the order in which they are met.
+    """`routes` with block numbers for a model with `blocks` blocks, in execution order.
 
     Raises:
-        ConfigError: every index that is no block, every route that ends before it starts, and every overlap.
+        ConfigError: lists all indices outside the model, all routes that end before they start, and all overlaps.
     """
     problems: list[Problem] = []
-    found: list[tuple[Route, int]] = []
+    resolved: list[tuple[Route, int]] = []
     for number, route in enumerate(routes, start=1):
-        where = f"tread_config, route {number}"
-        outside = [
-            Problem(f"{where}: {key} = {index}", f"{-blocks} to {blocks - 1}: the model has {blocks} blocks")
+        label = f"tread_config, route {number}"
+        route_problems = [
+            Problem(f"{label}: {key} = {index}", f"{-blocks} to {blocks - 1}: the model has {blocks} blocks")
             for key, index in (("start_layer_idx", route.start_layer_idx), ("end_layer_idx", route.end_layer_idx))
             if not -blocks <= index < blocks
         ]
         start, end = route.start_layer_idx % blocks, route.end_layer_idx % blocks
-        if not outside and start > end:
-            outside = [
-                Problem(f"{where}: it starts at block {start} and ends at block {end}", "a start before the end")
+        if not route_problems and start > end:
+            route_problems = [
+                Problem(f"{label}: it starts at block {start} and ends at block {end}", "a start at or before the end")
             ]
-        problems += outside
-        if not outside:
-            found.append((Route(start, end, route.selection_ratio), number))
-    found.sort(key=lambda item: item[0].start)
-    for (one, number), (other, other_number) in combinations(found, 2):
-        if other.start <= one.end:
-            shared = f"tread_config: routes {number} and {other_number} share block {other.start}"
-            problems.append(Problem(shared, "routes that share no block"))
+        problems += route_problems
+        if not route_problems:
+            resolved.append((Route(start, end, route.selection_ratio), number))
+    resolved.sort(key=lambda item: item[0].start)
+    for (first, number), (second, second_number) in combinations(resolved, 2):
+        if second.start <= first.end:
+            message = f"tread_config: routes {number} and {second_number} share block {second.start}"
+            problems.append(Problem(message, "routes that share no block"))
     ConfigError.raise_if(problems)
-    return tuple(route for route, _ in found)
+    return tuple(route for route, _ in resolved)
 
 
 def check(config: RunConfig) -> None:
-    """Hold the routes against the flavour's own transformer; another one is known only once it is found.
+    """Check the routes for the flavour's own transformer. A replacement's blocks are unknown until it is loaded.
 
     Raises:
-        ConfigError: as `resolve` does.
+        ConfigError: as `resolve`.
     """
     flavour = FLAVOURS[config.model_flavour]
-    replaced = config.pretrained_transformer_model_name_or_path
-    if replaced is None and config.pretrained_model_name_or_path in (None, flavour.repo):
+    replacement = config.pretrained_transformer_model_name_or_path
+    if replacement is None and config.pretrained_model_name_or_path in (None, flavour.repo):
         resolve(config.tread_routes, flavour.transformer.blocks)

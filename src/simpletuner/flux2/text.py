@@ -1,4 +1,4 @@
-"""Prompts to context: the residual stream of a language model after three of its layers, side by side."""
+"""Encode prompts: the context is the concatenated residual stream of a language model after three of its layers."""
 
 import abc
 import bisect
@@ -17,14 +17,15 @@ from simpletuner.flow.condition import TextContext
 from simpletuner.flux2.tokenizer import without_image_tokens
 
 ShareDone = Callable[[float], None]
-"""Called now and then with the share of the work that is done, from 0 to 1; may raise to stop it."""
+"""Called repeatedly with the fraction of work done, 0 to 1. It may raise to stop the work."""
 
 
 @dataclass(frozen=True)
 class LeftPaddedCodec:
-    """Stores contexts that are padded on the left with copies of one row as that row, the other rows and the length.
+    """Stores left-padded contexts, whose padding rows are all equal, as one padding row, the text rows and the length.
 
-    `key` names everything that decides a context: weights, precision, template, layers, length, tokenizer settings.
+    `key` identifies everything that a context depends on: weights, precision, template, layers, length, tokenizer
+    settings.
     """
 
     key: str
@@ -32,7 +33,7 @@ class LeftPaddedCodec:
     """Bytes of the shortest context that can be stored."""
 
     def pack(self, context: TextContext) -> Mapping[str, Tensor]:
-        """The tensors to store of a context of one sample, made by `left_padded`."""
+        """The tensors to store for a context of one sample. The context must come from `left_padded`."""
         return {
             "rows": context.rows[1:],
             "pad": context.rows[0],
@@ -46,16 +47,16 @@ class LeftPaddedCodec:
 
 @dataclass(frozen=True)
 class RightPaddedCodec:
-    """Stores every row of a context: padding behind a text attends to the text, so each padding row differs.
+    """Stores every row of a context: padding after a text attends to the text, so the padding rows differ.
 
-    Both fields as in `LeftPaddedCodec`. All contexts have the same size.
+    The fields are those of `LeftPaddedCodec`. All contexts have the same size.
     """
 
     key: str
     least_bytes: int = 0
 
     def pack(self, context: TextContext) -> Mapping[str, Tensor]:
-        """The tensors to store of a context of one sample."""
+        """The tensors to store for a context of one sample."""
         return {"rows": context.rows}
 
     def unpack(self, stored: Mapping[str, Tensor]) -> TextContext:
@@ -69,29 +70,29 @@ CODECS: Mapping[Literal["left", "right"], type[LeftPaddedCodec] | type[RightPadd
     "left": LeftPaddedCodec,
     "right": RightPaddedCodec,
 }
-"""By a flavour's `padding_side`."""
+"""Codec classes by a flavour's `padding_side`."""
 
 
 def left_padded(rows: Float[Tensor, "n d"], pad: Float[Tensor, " d"], length: int) -> TextContext:
-    """A context of one sample: `pad` as often as it takes to fill `length`, then `rows`."""
+    """A context of one sample: `pad` repeated to fill `length`, then `rows`."""
     index = (torch.arange(length) - (length - len(rows) - 1)).clamp(min=0)
     return TextContext(torch.cat([pad[None], rows]), index[None])
 
 
 def zero_fully_masked_rows(model: Any) -> None:
-    """Make every attention layer of `model`, transformers' MistralModel, give 0 in rows that attend to nothing.
+    """Make every attention layer of `model`, transformers' MistralModel, output 0 for rows that attend to nothing.
 
-    Such rows are padding before the first token. Torch's kernels give 0, NaN or a mean of all values there, and a NaN
-    spreads: in the next layer it is a value of every row, and a weight of 0 times NaN is NaN. With 0, a row depends on
-    its token alone: each layer adds its MLP to it. Padding behind the text attends to the text and stays as it is.
+    Such rows are padding before the first token. For them, torch's kernels return 0, NaN or the mean of all values. A
+    NaN spreads: in the next layer it is among the values of every row, and 0 · NaN is NaN. With 0, each layer only adds
+    its MLP, so the row depends on its token alone. Padding after the text attends to the text and is left unchanged.
     """
     latest: tuple[Bool[Tensor, "b 1 n n"], Bool[Tensor, "b n 1"]] | None = None
 
-    def zero(_attention: Any, _inputs: Any, given: Any, output: tuple[Tensor, Any]) -> None:
-        # Behind the output projection, which has no bias: 0 stays 0. SDPA's mask is True where a row may look; there is
-        # none where all rows see something, and else one for all layers.
+    def zero(_attention: Any, _inputs: Any, arguments: Any, output: tuple[Tensor, Any]) -> None:
+        # The hook runs after the output projection, which has no bias. SDPA's mask is True where a row may attend, and
+        # None if every row attends to something. All layers share one mask.
         nonlocal latest
-        mask = given["attention_mask"]
+        mask = arguments["attention_mask"]
         if mask is None:
             return
         if latest is None or mask is not latest[0]:
@@ -104,27 +105,27 @@ def zero_fully_masked_rows(model: Any) -> None:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Padded token ids as the language model takes them, on the CPU."""
+    """Padded token ids, the input of the language model, on the CPU."""
 
     ids: Int64[Tensor, "b n"]
-    seen: Int64[Tensor, "b n"]
-    """0 where there is padding, else 1."""
+    attention_mask: Int64[Tensor, "b n"]
+    """0 for padding, else 1."""
     positions: Int64[Tensor, "1 n"]
 
     @property
     def tokens(self) -> int:
-        """Padding included."""
+        """Number of tokens, padding included."""
         return self.ids.numel()
 
 
 class TextEncoder(abc.ABC):
-    """Embeds prompts with the language model of a FLUX.2, as the reference does.
+    """Encodes prompts with the language model of a FLUX.2, as the reference implementation does.
 
-    Contexts come in the model's own type, on the CPU. They are the same bits however the weights are held, as long as
-    a batch has the same prompts. `text` says how prompts are put into the tokenizer's chat template and padded.
+    Contexts have the model's dtype and are on the CPU. For the same batch of prompts they are bit-identical, wherever
+    the weights are stored. `text` defines the prompt's form in the chat template and the padding.
 
     Raises:
-        ConfigError: `max_length` leaves no room for the template.
+        ConfigError: the template alone exceeds `max_length`.
         AccessError: the tokenizer has no chat template or no padding token.
     """
 
@@ -151,17 +152,17 @@ class TextEncoder(abc.ABC):
 
     @property
     def truncated(self) -> tuple[str, ...]:
-        """The prompts so far of which a part was left out."""
+        """The prompts encoded so far that were truncated."""
         return tuple(self._truncated)
 
     @property
     def control_tokens(self) -> Mapping[str, tuple[str, ...]]:
-        """The prompts so far that spell control tokens such as [INST] or <|im_end|>, and which. The tokenizer reads the
-        tokens themselves there, not their letters, as the reference does."""
+        """Control tokens, such as [INST] or <|im_end|>, in the prompts encoded so far, by prompt. As in the reference,
+        the tokenizer does not encode them as text."""
         return self._control_tokens
 
     def lengths(self, prompts: Sequence[str]) -> list[int]:
-        """Tokens of each prompt, template included, at most `max_length`."""
+        """Number of tokens of each prompt, template included; at most `max_length`."""
         return [len(ids) for ids in self._fitted(prompts)]
 
     def encode(self, prompts: Sequence[str]) -> list[TextContext]:
@@ -172,51 +173,53 @@ class TextEncoder(abc.ABC):
     def encode_batches(
         self, batches: Sequence[Sequence[str]], report: ShareDone = lambda _share: None
     ) -> Generator[list[TextContext], None, None]:
-        """The contexts of each batch, in order. Batches do not mix: each has the bits that `encode` would give it.
+        """Yield the contexts of each batch, in order. Each batch has the bits that `encode` returns for it alone.
 
-        `report` is told of work that takes long and yields nothing yet.
+        `report` is called during long work before the first batch is yielded.
 
         Raises:
-            DataError: a row is not finite; its layer and its prompt, or padding, are named.
+            DataError: a row is not finite. The message names its layer, and its prompt or padding.
         """
         fitted = [self._fitted(batch) for batch in batches]
         padded = [self._padded(ids) for ids in fitted]
         if self._text.padding_side == "left" and self._pad is None:
-            # Before one token that sees itself, so that there is a mask.
+            # Padding before one token, which attends to itself, so that there is a mask.
             blank = self._padded([self._tokenize([""])[0][:1]])
-            found = self._states([blank, *padded], report)
-            pad = next(found)[:, :1].clone()
+            batch_states = self._states([blank, *padded], report)
+            pad = next(batch_states)[:, :1].clone()
             self._check_finite(pad, ["padding"])
             self._pad = pad[0, 0]
         else:
-            found = self._states(padded, report)
-        for prompts, batch, states in zip(batches, fitted, found, strict=True):
+            batch_states = self._states(padded, report)
+        for prompts, batch, states in zip(batches, fitted, batch_states, strict=True):
             self._check_finite(states, [repr(prompt) for prompt in prompts])
             yield [self._context(states[index], len(ids)) for index, ids in enumerate(batch)]
 
     def _context(self, states: Float[Tensor, "n d"], tokens: int) -> TextContext:
-        """The context of one prompt of `tokens` tokens, from its padded rows."""
+        """The context of one prompt with `tokens` tokens, from its padded rows."""
         if self._pad is None:
             return TextContext.dense(states[None].clone())
         return left_padded(states[len(states) - tokens :], self._pad, self._max_length)
 
-    def _check_finite(self, states: Float[Tensor, "b n d"], of: Sequence[str]) -> None:
-        """Raise a DataError if a row of `states` is not finite: padding too. `of` says of what each sample is."""
+    def _check_finite(self, states: Float[Tensor, "b n d"], titles: Sequence[str]) -> None:
+        """Raise a DataError if a row of `states` is not finite, padding included. `titles` names each sample."""
         for layer, state in zip(self._layers, states.chunk(len(self._layers), dim=-1), strict=True):
             if not torch.isfinite(state).all():
-                shown = ", ".join(name for name, own in zip(of, state, strict=True) if not torch.isfinite(own).all())
+                affected = ", ".join(
+                    name for name, rows in zip(titles, state, strict=True) if not torch.isfinite(rows).all()
+                )
                 raise DataError.of(
-                    f"the text encoder gave numbers that are not finite after layer {layer}, for {shown}",
-                    remedy="Its weights are damaged, or too large for fp16: download them again, or give "
+                    f"the text encoder returned numbers that are not finite after layer {layer}, for {affected}",
+                    remedy="Its weights are damaged, or exceed the range of fp16: download them again, or give "
                     "--mixed_precision=bf16.",
                 )
 
     @abc.abstractmethod
     def _states(self, batches: Sequence[TokenBatch], report: ShareDone, /) -> Iterator[Float[Tensor, "b n d"]]:
-        """The states of each batch after the chosen layers, side by side, on the CPU."""
+        """The states of each batch after the chosen layers, concatenated along the last dimension, on the CPU."""
 
     def _fitted(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids that fit. A prompt that is too long loses its end; the template around it stays whole."""
+        """Token ids of at most `max_length`. A longer prompt is truncated at its end; its template stays complete."""
         is_mistral = self._text.kind == "mistral3"
         texts = [without_image_tokens(prompt) if is_mistral else prompt for prompt in prompts]
         fitted = self._tokenize(texts)
@@ -229,7 +232,7 @@ class TextEncoder(abc.ABC):
         return fitted
 
     def _count_added(self, ids: Sequence[int]) -> Counter[str]:
-        """How often each token that no text is split into is among `ids`."""
+        """How often each added token, which no plain text produces, occurs in `ids`."""
         return Counter(self._added[index] for index in ids if index in self._added)
 
     def _shortened(self, text: str) -> list[int]:
@@ -240,10 +243,10 @@ class TextEncoder(abc.ABC):
         return self._tokenize([text[: too_many - 1]])[0]
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of `texts` in the chat template, with nothing cut and nothing padded."""
+        """Token ids of `texts` in the chat template, without truncation and padding."""
         message = self._text.system_message
         system = [] if message is None else [{"role": "system", "content": [{"type": "text", "text": message}]}]
-        # Mistral's template takes parts, Qwen's a text. Qwen's prompt ends where an answer without thinking begins.
+        # Mistral's template takes a list of parts, Qwen's a string. Qwen's ends where a no-thinking answer starts.
         is_qwen = self._text.kind == "qwen3"
         chats = [
             [*system, {"role": "user", "content": text if is_qwen else [{"type": "text", "text": text}]}]
@@ -261,42 +264,46 @@ class TextEncoder(abc.ABC):
         return ids
 
     def _padded(self, batch: Sequence[Sequence[int]]) -> TokenBatch:
-        """`batch` padded on the flavour's side.
+        """Pad `batch` on the flavour's side.
 
-        On the left, padding goes one beyond the longest, not to `max_length`: rows of text do not depend on it. One
-        beyond, so that every batch has padding and takes the same way through attention. On the right it goes to
-        `max_length`: the transformer sees these rows.
+        Left padding extends one token beyond the longest prompt, not to `max_length`: text rows do not depend on it.
+        The one token ensures that every batch has padding and runs the same attention code. Right padding extends to
+        `max_length`, because the transformer reads these rows.
         """
         is_left = self._text.padding_side == "left"
         width = min(max(map(len, batch)) + 1, self._max_length) if is_left else self._max_length
         ids: Int64[Tensor, "b n"] = torch.full((len(batch), width), self._tokenizer.pad_token_id)
-        seen = torch.zeros(len(batch), width, dtype=torch.int64)
+        mask = torch.zeros(len(batch), width, dtype=torch.int64)
         for row, tokens in enumerate(batch):
             text = slice(width - len(tokens), width) if is_left else slice(len(tokens))
             ids[row, text] = torch.tensor(tokens)
-            seen[row, text] = 1
-        # Where they would be with all the padding.
+            mask[row, text] = 1
+        # The positions that they would have with full padding.
         positions = torch.arange(self._max_length - width, self._max_length)[None]
-        return TokenBatch(ids, seen, positions)
+        return TokenBatch(ids, mask, positions)
 
 
-def control_token_notice(found: Mapping[str, Sequence[str]]) -> str:
-    """A warning of prompts that spell control tokens: how many, which, and of what kind."""
-    names = sorted({name for tokens in found.values() for name in tokens})
-    shown = "; ".join(prompt[:60] + ("…" if len(prompt) > 60 else "") for prompt in list(found)[:3])
-    count = "1 caption spells" if len(found) == 1 else f"{len(found)} captions spell"
+def control_token_notice(by_prompt: Mapping[str, Sequence[str]]) -> str:
+    """A warning about prompts that spell control tokens. It states their number, the tokens and examples.
+
+    Args:
+        by_prompt: control tokens of each such prompt.
+    """
+    names = sorted({name for tokens in by_prompt.values() for name in tokens})
+    examples = "; ".join(prompt[:60] + ("…" if len(prompt) > 60 else "") for prompt in list(by_prompt)[:3])
+    count = "1 caption spells" if len(by_prompt) == 1 else f"{len(by_prompt)} captions spell"
     return (
-        f"{count} control tokens of the text encoder, which reads them as such and not as text: "
-        f"{', '.join(names[:6])}{', …' if len(names) > 6 else ''}. Spell them otherwise (with a space inside) unless "
-        f"that is meant: {shown}"
+        f"{count} control tokens of the text encoder, which does not read them as text: "
+        f"{', '.join(names[:6])}{', …' if len(names) > 6 else ''}. Unless that is intended, spell them differently "
+        f"(with a space inside): {examples}"
     )
 
 
 class ResidentTextEncoder(TextEncoder):
-    """A text encoder that is in memory as a whole.
+    """A text encoder whose whole model is in memory.
 
-    `model` is transformers' MistralModel or Qwen3Model, cut after the last of `layers` and without its final norm (with
-    it, the last state would be another one). `layers` count from 1.
+    `model` is transformers' MistralModel or Qwen3Model, cut after the last of `layers` and without the final norm,
+    which would change the last state. `layers` count from 1.
     """
 
     def __init__(
@@ -304,9 +311,9 @@ class ResidentTextEncoder(TextEncoder):
     ) -> None:
         super().__init__(tokenizer, text=text, layers=layers, max_length=max_length)
         self._model = model
-        self._kept: dict[int, Tensor] = {}
+        self._layer_outputs: dict[int, Tensor] = {}
         for layer in layers:
-            model.layers[layer - 1].register_forward_hook(self._keep(layer))
+            model.layers[layer - 1].register_forward_hook(self._recording_hook(layer))
 
     def _states(self, batches: Sequence[TokenBatch], _report: ShareDone, /) -> Iterator[Float[Tensor, "b n d"]]:
         return map(self._forward, batches)
@@ -316,16 +323,16 @@ class ResidentTextEncoder(TextEncoder):
         device = self._model.device
         self._model(
             input_ids=batch.ids.to(device),
-            attention_mask=batch.seen.to(device),
+            attention_mask=batch.attention_mask.to(device),
             position_ids=batch.positions.to(device),
             use_cache=False,
         )
-        states = torch.cat([self._kept[layer] for layer in self._layers], dim=-1).cpu()
-        self._kept.clear()
+        states = torch.cat([self._layer_outputs[layer] for layer in self._layers], dim=-1).cpu()
+        self._layer_outputs.clear()
         return states
 
-    def _keep(self, layer: int) -> Any:
+    def _recording_hook(self, layer: int) -> Any:
         def hook(_module: Any, _inputs: Any, output: Tensor) -> None:
-            self._kept[layer] = output
+            self._layer_outputs[layer] = output
 
         return hook

@@ -1,4 +1,4 @@
-"""The text encoder with one layer in memory: every caption goes through a layer before the next one is read."""
+"""A text encoder that keeps one layer in memory: all captions pass through a layer before the next one is read."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,35 +13,35 @@ from simpletuner.flux2.text import ShareDone, TextEncoder, TokenBatch
 from simpletuner.memory.scratch import Scratch
 
 PORTION_TOKENS = 2**17
-"""Tokens that go through the layers together, about 1,200 captions of 60 tokens with their template. An interruption
-loses the work on one portion; each portion reads the weights once."""
+"""Tokens in one portion: about 1,200 captions of 60 tokens, template included. Each portion reads the weights once. An
+interruption loses the work on one portion."""
 
 MEMORY_BYTES = 2 * 2**30
-"""What a portion's states may take in memory. The others, for dev in bf16 at most 1.8 GiB, are in a file meanwhile."""
+"""Limit for a portion's states in memory. The others, for dev in bf16 at most 1.8 GiB, go to a temporary file."""
 
 Embed = Callable[[Int64[Tensor, "b n"]], Float[Tensor, "b n d"]]
 
 
 class StreamedTextEncoder(TextEncoder):
-    """A text encoder that is read layer by layer.
+    """A text encoder that reads its weights layer by layer.
 
-    What it takes at its peak: one layer and the activations of one batch on `device`; `memory_bytes` of states in
-    memory, and twice a batch's context.
+    Peak memory: on `device` one layer and the activations of one batch; in host memory `memory_bytes` of states and
+    twice the context of a batch.
 
     Args:
-        embed: rows of the embedding, of which only those are read.
-        read_layer: the layer of that number, from 0, on `device`: transformers' model of this one layer, without
-            embedding and final norm. So masks and positions are made, and the layer is run, by the very code that
-            runs the whole model, and the bits are the same.
-        layers: after which states are kept, counted from 1.
+        embed: returns the embeddings of token ids, and reads only these rows.
+        read_layer: returns a layer by its number from 0, on `device`, as transformers' model of this one layer without
+            embedding and final norm. So the code of the whole model computes masks, positions and the layer, and the
+            bits are equal.
+        layers: numbers, from 1, of the layers whose output states form the context.
         width: of a state.
         dtype: of states and weights.
-        folder: where states go that do not stay in memory.
-        portion_tokens: tokens, padding included, that go through the layers together; at least one batch does.
-        memory_bytes: what their states may take in memory.
+        folder: for the temporary file of states that exceed `memory_bytes`.
+        portion_tokens: limit for the tokens of one portion, padding included; a portion has at least one batch.
+        memory_bytes: limit for a portion's states in memory.
 
     Raises:
-        DiskError: no space for the states in `folder`.
+        DiskError: `folder` has no space for the states.
     """
 
     def __init__(
@@ -85,33 +85,33 @@ class StreamedTextEncoder(TextEncoder):
     def _states_of(
         self, portion: Sequence[TokenBatch], advance: Callable[[int], None]
     ) -> Iterator[Float[Tensor, "b n d"]]:
-        # The last of the kept states are the stream itself at its end. The stream comes first: it is what every layer
-        # reads and writes, so it has the first claim on memory.
-        count, kept = len(portion), self._layers[:-1]
-        shapes = [(*batch.ids.shape, self._width) for batch in portion] * (1 + len(kept))
+        # The states of the last layer are the final stream. The stream has the first slots, which stay in memory: every
+        # layer reads and writes them.
+        count, earlier_layers = len(portion), self._layers[:-1]
+        shapes = [(*batch.ids.shape, self._width) for batch in portion] * (1 + len(earlier_layers))
         scratch = Scratch(shapes, dtype=self._dtype, memory_bytes=self._memory_bytes, folder=self._folder)
         with scratch:
-            for place, batch in enumerate(portion):
-                scratch.put(place, self._embed(batch.ids))
+            for slot, batch in enumerate(portion):
+                scratch.put(slot, self._embed(batch.ids))
             for index in range(self._layers[-1]):
                 layer = self._read_layer(index)
-                for place, batch in enumerate(portion):
-                    state = self._through(layer, scratch.get(place), batch)
-                    scratch.put(place, state)
-                    if index + 1 in kept:
-                        scratch.put(count * (1 + kept.index(index + 1)) + place, state)
+                for slot, batch in enumerate(portion):
+                    state = self._through(layer, scratch.get(slot), batch)
+                    scratch.put(slot, state)
+                    if index + 1 in earlier_layers:
+                        scratch.put(count * (1 + earlier_layers.index(index + 1)) + slot, state)
                     advance(batch.tokens)
-                # Before the next one is read, so that there is one at a time.
+                # Free the layer before the next one is read.
                 del layer
-            for place in range(count):
-                stacked = [scratch.get(count * number + place) for number in range(1, 1 + len(kept))]
-                yield torch.cat([*stacked, scratch.get(place)], dim=-1)
+            for slot in range(count):
+                stacked = [scratch.get(count * number + slot) for number in range(1, 1 + len(earlier_layers))]
+                yield torch.cat([*stacked, scratch.get(slot)], dim=-1)
 
     @torch.no_grad()
     def _through(self, layer: Any, stream: Float[Tensor, "b n d"], batch: TokenBatch) -> Float[Tensor, "b n d"]:
         output = layer(
             inputs_embeds=stream.to(self._device),
-            attention_mask=batch.seen.to(self._device),
+            attention_mask=batch.attention_mask.to(self._device),
             position_ids=batch.positions.to(self._device),
             use_cache=False,
         )
@@ -120,7 +120,7 @@ class StreamedTextEncoder(TextEncoder):
 
 
 def portions(batches: Sequence[TokenBatch], tokens: int) -> Iterator[list[TokenBatch]]:
-    """`batches` in their order, cut so that none has more than `tokens` of them, unless a single batch does."""
+    """Group `batches`, in order, into portions of at most `tokens` tokens. A larger batch is a portion of its own."""
     portion: list[TokenBatch] = []
     for batch in batches:
         if portion and sum(before.tokens for before in portion) + batch.tokens > tokens:

@@ -1,4 +1,4 @@
-"""The tokenizer of a FLUX.2 without its text encoder: where it lies, and how many tokens a caption has."""
+"""Find and load a FLUX.2 tokenizer without its text encoder, and count the tokens of captions."""
 
 import os
 from collections.abc import Collection
@@ -18,7 +18,7 @@ from simpletuner.flux2.single import single_files
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# Mistral's own pre-tokenizer, as in its tekken.json: case counts and every digit is a token.
+# Mistral's pre-tokenizer, as in tekken.json: it distinguishes case, and every digit is a token.
 _TEKKEN_PATTERN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
@@ -26,29 +26,29 @@ _TEKKEN_PATTERN = (
 )
 
 BATCH = 1000
-"""Captions that are counted at a time."""
-MOST_COUNTED = 10_000
-"""Captions that are counted, the longest in bytes first: a second on a core at 100 tokens each."""
+"""Captions that are tokenized at a time."""
+COUNTED_LIMIT = 10_000
+"""The most captions that are tokenized, the longest in bytes first: takes one second of one core at 100 tokens each."""
 
 ASCII_PER_TOKEN = 3
-"""ASCII characters of a token, at least: English has about four and a half. Of others a character is a token or less,
-but for rare ones.
+"""Lower bound of ASCII characters per token; English has about 4.5. Except for rare ones, each other character is at
+most one token.
 """
 TEMPLATE_TOKENS = 64
-"""Tokens of the text around a caption, at most."""
+"""Upper bound for the tokens of the chat template around a caption."""
 
 
 @dataclass(frozen=True)
 class CaptionLength:
-    """Tokens of the longest of some captions, template included."""
+    """Token count of the longest caption, template included."""
 
     tokens: int
     tokenizer: Path | None
-    """The folder of the tokenizer that counted; None for an estimate by characters."""
+    """Folder of the tokenizer that counted; None if the count is estimated from characters."""
 
 
 def longest_caption(captions: Collection[str], options: ModelOptions) -> CaptionLength:
-    """The longest of `captions`, counted where a tokenizer of the model is on this disk, else estimated.
+    """The token count of the longest of `captions`, estimated if no tokenizer of the model is on this disk.
 
     Raises:
         AccessError: the tokenizer's file is damaged.
@@ -59,26 +59,26 @@ def longest_caption(captions: Collection[str], options: ModelOptions) -> Caption
     check_tokenizer(folder, ("tokenizer.json",))
     text = FLAVOURS[options.model_flavour].text
     tokenizer = load_tokenizer(folder, text, options.tokenizer_fix_regex)
-    # A token is a byte or more, so the longest in bytes come first and most others need not be counted.
-    ordered = sorted(captions, key=lambda caption: len(caption.encode()), reverse=True)[:MOST_COUNTED]
-    most, around = 0, len(tokenizer.encode(rendered(text, ""), add_special_tokens=False))
+    # A token has at least one byte, so captions with fewer bytes than the maximum so far need no count.
+    ordered = sorted(captions, key=lambda caption: len(caption.encode()), reverse=True)[:COUNTED_LIMIT]
+    longest, template_length = 0, len(tokenizer.encode(rendered(text, ""), add_special_tokens=False))
     for start in range(0, len(ordered), BATCH):
-        if around + len(ordered[start].encode()) <= most:
+        if template_length + len(ordered[start].encode()) <= longest:
             break
         batch = [rendered(text, caption) for caption in ordered[start : start + BATCH]]
         encoded = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-        most = max(most, *map(len, encoded))
-    return CaptionLength(most, folder)
+        longest = max(longest, *map(len, encoded))
+    return CaptionLength(longest, folder)
 
 
 def estimated_tokens(caption: str) -> int:
-    """About how many tokens a caption has with the template, by its characters."""
+    """Estimate of a caption's tokens, template included, from its characters."""
     ascii_count = sum(map(str.isascii, caption))
     return TEMPLATE_TOKENS + -(-ascii_count // ASCII_PER_TOKEN) + len(caption) - ascii_count
 
 
 def rendered(text: TextContextSpec, prompt: str) -> str:
-    """`prompt` as the chat template of the flavour's tokenizer writes it."""
+    """`prompt` in the chat template of the flavour's tokenizer."""
     if text.kind == "qwen3":
         return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     prompt = without_image_tokens(prompt)
@@ -86,12 +86,12 @@ def rendered(text: TextContextSpec, prompt: str) -> str:
 
 
 def without_image_tokens(prompt: str) -> str:
-    """`prompt` without Mistral's image tokens, which would be counted against images that are not there."""
+    """`prompt` without Mistral's image tokens, for which the tokenizer would expect images."""
     return prompt.replace("[IMG]", "")
 
 
 def load_tokenizer(folder: Path, text: TextContextSpec, fix_regex: bool) -> "Tokenizer":
-    """The tokenizer of a folder, in half the time that transformers takes, whose import it spares."""
+    """Load the tokenizer of a folder without importing transformers, in half the time that transformers takes."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -103,7 +103,7 @@ def load_tokenizer(folder: Path, text: TextContextSpec, fix_regex: bool) -> "Tok
 
 
 def correct_pattern(tokenizer: "Tokenizer") -> None:
-    """Split as Mistral's own vocabulary file says, where tokenizer.json has Llama's pattern."""
+    """Replace Llama's split pattern in tokenizer.json by that of Mistral's own vocabulary file."""
     from tokenizers import Regex, pre_tokenizers
 
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -115,8 +115,9 @@ def correct_pattern(tokenizer: "Tokenizer") -> None:
 
 
 def find_tokenizer(options: ModelOptions) -> Path | None:
-    """The tokenizer folder that a run with these options will use, if it is on this disk: in a local folder, in the
-    Hub's cache, or of an embedded model that was made before. Nothing is downloaded, nothing made.
+    """The tokenizer folder that a run with these options uses, if it is on this disk; else None.
+
+    It may be in a local folder, the Hub's cache or an existing embedded model. Nothing is downloaded or generated.
     """
     encoder = options.pretrained_text_encoder_model_name_or_path
     single = single_files(options).get("text_encoder")
@@ -132,11 +133,13 @@ def find_tokenizer(options: ModelOptions) -> Path | None:
         folders.append(_root(base, options) / "tokenizer")
     else:
         cache_dir = options.cache_dir
-        made = tiny.default_folder(None if cache_dir is None else Path(with_home(cache_dir)), os.environ, flavour.name)
-        folders.append(made / "tokenizer")
+        embedded = tiny.default_folder(
+            None if cache_dir is None else Path(with_home(cache_dir)), os.environ, flavour.name
+        )
+        folders.append(embedded / "tokenizer")
     return next((folder for folder in folders if os.path.isfile(folder / "tokenizer.json")), None)
 
 
-def _root(place: str, options: ModelOptions) -> Path:
-    folder = Path(with_home(place))
-    return cached_snapshot(options, place) if Hub.is_id(place) and not os.path.isdir(folder) else folder
+def _root(folder_or_id: str, options: ModelOptions) -> Path:
+    folder = Path(with_home(folder_or_id))
+    return cached_snapshot(options, folder_or_id) if Hub.is_id(folder_or_id) and not os.path.isdir(folder) else folder

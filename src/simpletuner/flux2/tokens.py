@@ -1,4 +1,4 @@
-"""Latents as a grid and as a sequence of tokens, and where each token is."""
+"""Convert latents between a grid and a sequence of tokens, and compute the positions of tokens."""
 
 from collections.abc import Sequence
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from simpletuner.flow.condition import References
 
 PIXELS_PER_TOKEN = 16
-"""Side of the square of pixels that one image token stands for: 8 by the autoencoder, 2 by `patchify`."""
+"""Side in pixels of the square that one image token covers: 8 from the autoencoder times 2 from `patchify`."""
 
 REFERENCE_STRIDE = 10
-"""How far apart references are on the axis t, and the first from the target."""
+"""Distance on the axis t between successive references, and between the target and the first reference."""
 
 
 def patchify(moments: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b c4 h w"]:
-    """Each 2×2 square of the autoencoder's grid as channels: channel index is c·4 + row·2 + column."""
+    """Move each 2×2 square of the autoencoder's grid into channels; the channel index is c·4 + row·2 + column."""
     return rearrange(moments, "b c (h row) (w column) -> b (c row column) h w", row=2, column=2)
 
 
@@ -27,17 +27,17 @@ def unpatchify(latents: Float[Tensor, "b c4 h w"]) -> Float[Tensor, "b c h2 w2"]
 
 
 def pack_latents(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
-    """The grid as a sequence, row after row."""
+    """Flatten the grid to a sequence, row by row."""
     return rearrange(latents, "b c h w -> b (h w) c")
 
 
 def unpack_latents(tokens: Float[Tensor, "b n c"], height: int, width: int) -> Float[Tensor, "b c h w"]:
-    """The inverse of `pack_latents`; `height` and `width` of the grid, in tokens."""
+    """The inverse of `pack_latents`; `height` and `width` are those of the grid, in tokens."""
     return rearrange(tokens, "b (h w) c -> b c h w", h=height, w=width)
 
 
 def image_ids(height: int, width: int, device: torch.device | str = "cpu") -> Int64[Tensor, "n 4"]:
-    """Positions (t, h, w, l) of the target picture's tokens, in the order of `pack_latents`: (0, row, column, 0)."""
+    """Positions (t, h, w, l) of the target image's tokens, in the order of `pack_latents`: (0, row, column, 0)."""
     ids = torch.zeros(height, width, 4, dtype=torch.int64, device=device)
     ids[..., 1] = torch.arange(height, device=device)[:, None]
     ids[..., 2] = torch.arange(width, device=device)
@@ -45,8 +45,7 @@ def image_ids(height: int, width: int, device: torch.device | str = "cpu") -> In
 
 
 def reference_ids(index: int, height: int, width: int, device: torch.device | str = "cpu") -> Int64[Tensor, "n 4"]:
-    """Positions (t, h, w, l) of the tokens of a reference, the first of which has index 0: (10 + 10·index, row, column,
-    0).
+    """Positions (t, h, w, l) of the tokens of reference `index`, from 0: (10 + 10·index, row, column, 0).
 
     Source: black-forest-labs/flux2, `src/flux2/sampling.py`.
     """
@@ -56,14 +55,14 @@ def reference_ids(index: int, height: int, width: int, device: torch.device | st
 
 
 def reference_tokens(images: Sequence[Float[Tensor, "c _h _w"]]) -> References:
-    """The references of one sample, from the clean latents of each, in their order."""
+    """The references of one sample, from their clean latents, in the same order."""
     tokens = [pack_latents(image[None])[0] for image in images]
     ids = [reference_ids(index, *image.shape[1:]) for index, image in enumerate(images)]
     return References(torch.cat(tokens)[None], torch.cat(ids)[None])
 
 
 def context_ids(length: int, device: torch.device | str = "cpu") -> Int64[Tensor, "l 4"]:
-    """Positions (t, h, w, l) of the text's tokens: (0, 0, 0, index)."""
+    """Positions (t, h, w, l) of the text tokens: (0, 0, 0, index)."""
     ids = torch.zeros(length, 4, dtype=torch.int64, device=device)
     ids[:, 3] = torch.arange(length, device=device)
     return ids

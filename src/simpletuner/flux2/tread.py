@@ -1,7 +1,7 @@
-"""TREAD (arXiv 2501.04765): while training, a stretch of blocks processes only some of a picture's tokens.
+"""TREAD (arXiv 2501.04765): in training, a range of blocks (a route) processes only a part of the image tokens.
 
-The others go around the stretch and come back unchanged behind it, so the model's answer, and the loss, has all
-tokens. Text tokens always stay. Which image tokens stay is drawn outside of the model, for each sample.
+The other image tokens bypass the route and rejoin unchanged after it, so prediction and loss cover all tokens. Text
+tokens are always processed. The tokens to keep are drawn outside the model, for each sample.
 """
 
 from collections.abc import Sequence
@@ -26,9 +26,10 @@ def draw_choice(
     keep: int,
     force_keep: Bool[Tensor, " tokens"] | None = None,
 ) -> Int64[Tensor, " keep"]:
-    """The `keep` of `tokens` places that the `route`-th route keeps of the sample in `slot` of `step`, rising.
+    """Draw the `keep` token indices, of `tokens`, that a route keeps for one sample; ascending, on the CPU.
 
-    Every set of places is as likely as any other, but that those in `force_keep` come first. On the CPU.
+    `step`, `slot` (of the sample) and `route` key the draw. Every subset is equally likely, but tokens marked in
+    `force_keep` are kept first.
     """
     generator = torch.Generator().manual_seed(draw_seed(seed, "tread", step, slot, route))
     rank = torch.randperm(tokens, generator=generator)
@@ -45,54 +46,55 @@ def draw_choices(
     tokens: int,
     force_keep: Bool[Tensor, "b tokens"] | None = None,
 ) -> tuple[Choice, ...]:
-    """What each route keeps of the samples in `slots` of `step`, which have `tokens` image tokens each.
+    """Draw the tokens that each route keeps, for the samples in `slots` of `step` with `tokens` image tokens each.
 
-    Each sample keeps equally many, those marked in `force_keep` among them: where more are marked than the route
-    keeps, as many as the sample with the most marks needs. A route that keeps all is left out.
+    All samples keep the same number of tokens, and all tokens marked in `force_keep`. If a sample has more marks than
+    the route keeps, the number rises to the largest count of marks. Routes that keep all tokens are omitted.
     """
     forced = 0 if force_keep is None else int(force_keep.sum(dim=1).max())
     choices = []
     for index, route in enumerate(routes):
         keep = max(route.keeps(tokens), forced)
         if keep < tokens:
-            kept = [
+            indices = [
                 draw_choice(seed, step, slot, index, tokens, keep, None if force_keep is None else force_keep[row])
                 for row, slot in enumerate(slots)
             ]
-            choices.append(Choice(route.start, route.end, torch.stack(kept)))
+            choices.append(Choice(route.start, route.end, torch.stack(indices)))
     return tuple(choices)
 
 
-class _Taken(torch.autograd.Function):
-    """Gather whose gradient is written to its places and not added: no place is taken twice. Autograd's own adds, which
-    on a GPU is atomic, slow in bf16 and not deterministic.
+class _GatherTokens(torch.autograd.Function):
+    """Gather whose backward writes the gradient instead of adding it, because no index occurs twice.
+
+    Autograd's own backward adds atomically on a GPU, which is slow in bf16 and not deterministic.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
+    def forward(ctx: Any, x: Tensor, indices: Tensor) -> Tensor:
+        ctx.save_for_backward(indices)
         ctx.tokens = x.shape[1]
-        return x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
+        return x.gather(1, indices[..., None].expand(-1, -1, x.shape[2]))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
         (gradient,) = gradients
-        (places,) = ctx.saved_tensors
+        (indices,) = ctx.saved_tensors
         batch, _, width = gradient.shape
         whole = gradient.new_zeros(batch, ctx.tokens, width)
-        return whole.scatter_(1, places[..., None].expand(-1, -1, width), gradient), None
+        return whole.scatter_(1, indices[..., None].expand(-1, -1, width), gradient), None
 
 
-def taken(x: Float[Tensor, "b n width"], places: Int64[Tensor, "b kept"]) -> Float[Tensor, "b kept width"]:
-    """The tokens of `x` at `places`; those of a sample must differ from each other."""
-    tokens: Tensor = _Taken.apply(x, places)  # type: ignore[no-untyped-call]
+def gather_tokens(x: Float[Tensor, "b n width"], indices: Int64[Tensor, "b kept"]) -> Float[Tensor, "b kept width"]:
+    """The tokens of `x` at `indices`, which must be distinct within a sample."""
+    tokens: Tensor = _GatherTokens.apply(x, indices)  # type: ignore[no-untyped-call]
     return tokens
 
 
 class Routing:
-    """One forward pass's way through `choices`: call `enter` before each block and `leave` after it.
+    """Applies `choices` in one forward pass: call `enter` before each block and `leave` after it.
 
-    `angles` are those of the text and of the image tokens that are on the way at the moment.
+    `angles` are the rotary tables of the text tokens and of the image tokens in the current sequence.
     """
 
     def __init__(self, choices: Sequence[Choice], angles: Rotary, text_length: int) -> None:
@@ -104,32 +106,32 @@ class Routing:
         self._all_image: Tensor | None = None
 
     def enter(self, block: int, x: Float[Tensor, "b n hidden"], text: int = 0) -> Float[Tensor, "b m hidden"]:
-        """`x`, without the image tokens that go around `block` if a route starts there. Its first `text` are text."""
+        """`x` (`text` text tokens, then image tokens) without the tokens that bypass a route starting at `block`."""
         choice = self._starts.get(block)
         if choice is None:
             return x
         self._all_image = x[:, text:]
         self.angles = self._kept_angles(choice)
-        return behind(x[:, :text], taken(self._all_image, choice.kept))
+        return joined_sequence(x[:, :text], gather_tokens(self._all_image, choice.kept))
 
     def leave(self, block: int, x: Float[Tensor, "b m hidden"], text: int = 0) -> Float[Tensor, "b n hidden"]:
-        """`x`, with the image tokens that went around back in their places if a route ends at `block`."""
+        """`x` with the tokens that bypassed a route ending at `block` back at their positions."""
         choice = self._ends.get(block)
         if choice is None:
             return x
         assert self._all_image is not None  # the route started
-        places = choice.kept[..., None].expand(-1, -1, x.shape[-1])
-        image = self._all_image.scatter(1, places, x[:, text:])
+        indices = choice.kept[..., None].expand(-1, -1, x.shape[-1])
+        image = self._all_image.scatter(1, indices, x[:, text:])
         self._all_image, self.angles = None, self._all_angles
-        return behind(x[:, :text], image)
+        return joined_sequence(x[:, :text], image)
 
     def _kept_angles(self, choice: Choice) -> Rotary:
-        """The angles of all text and of each sample's own image tokens."""
+        """The rotary tables of all text tokens and of the image tokens that each sample keeps."""
         cos, sin = (
             torch.cat(
                 [
                     table[:, : self._text_length].expand(len(choice.kept), -1, -1),
-                    taken(table[:, self._text_length :].expand(len(choice.kept), -1, -1), choice.kept),
+                    gather_tokens(table[:, self._text_length :].expand(len(choice.kept), -1, -1), choice.kept),
                 ],
                 dim=1,
             )
@@ -138,6 +140,8 @@ class Routing:
         return cos, sin
 
 
-def behind(text: Float[Tensor, "b l hidden"], image: Float[Tensor, "b n hidden"]) -> Float[Tensor, "b m hidden"]:
-    """Text and image in one sequence; the image itself where there is no text."""
+def joined_sequence(
+    text: Float[Tensor, "b l hidden"], image: Float[Tensor, "b n hidden"]
+) -> Float[Tensor, "b m hidden"]:
+    """Text and image tokens in one sequence; without text, `image` itself."""
     return torch.cat([text, image], dim=1) if text.shape[1] else image

@@ -1,4 +1,4 @@
-"""Names of a VAE's tensors in BFL's files (`ae.safetensors`, ComfyUI's `flux2-vae.safetensors`)."""
+"""Map a VAE's tensor names from BFL's files (`ae.safetensors`, ComfyUI's `flux2-vae.safetensors`) to diffusers'."""
 
 import re
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ _STATISTICS = ("bn.running_mean", "bn.running_var", "bn.num_batches_tracked")
 
 
 def vae_renaming(names: Iterable[str]) -> TensorRenaming:
-    """How to read a VAE's file with tensors `names`: BFL's, or diffusers', which stay as they are."""
+    """The renaming for a VAE file with tensors `names`: from BFL's; diffusers' names stay unchanged."""
     levels = [int(match[1]) for match in map(_LEVEL.match, names) if match]
     if not levels:
         return lambda name: Renamed((name,))
@@ -29,7 +29,7 @@ def vae_renaming(names: Iterable[str]) -> TensorRenaming:
 
 
 def _from_bfl(name: str, levels: int) -> Renamed | None:
-    """What diffusers calls the tensor `name` of a BFL file whose VAE has `levels`; None if it has no such tensor."""
+    """Diffusers' name for the tensor `name` of a BFL file whose VAE has `levels`; None if there is no such tensor."""
     if name in _STATISTICS:
         return Renamed((name,))
     module, _, leaf = name.rpartition(".")
@@ -37,8 +37,8 @@ def _from_bfl(name: str, levels: int) -> Renamed | None:
         return None
     attention = _ATTENTION.fullmatch(module)
     if attention is not None and attention[2] in _ATTENTION_PARTS:
-        place = f"{attention[1]}.mid_block.attentions.0.{_ATTENTION_PARTS[attention[2]]}.{leaf}"
-        return Renamed((place,), as_matrix)
+        diffusers_name = f"{attention[1]}.mid_block.attentions.0.{_ATTENTION_PARTS[attention[2]]}.{leaf}"
+        return Renamed((diffusers_name,), as_matrix)
     renamed = _module_from_bfl(module, levels)
     return None if renamed is None else Renamed((f"{renamed}.{leaf}",))
 
@@ -57,5 +57,8 @@ def _module_from_bfl(module: str, levels: int) -> str | None:
 
 
 def _level(half: str, index: int, levels: int) -> str:
-    """BFL counts the levels of both halves from the largest images; diffusers those of the decoder as they run."""
+    """Diffusers' name of a level.
+
+    BFL counts levels from the largest resolution in both halves; diffusers counts the decoder's in execution order.
+    """
     return f"{half}_blocks.{index if half == 'encoder.down' else levels - 1 - index}"

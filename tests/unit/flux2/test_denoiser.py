@@ -6,7 +6,7 @@ from torch import Tensor
 
 from simpletuner.config.flavours import TransformerSpec
 from simpletuner.flow.condition import Condition, TextContext
-from simpletuner.flux2.denoiser import KEPT_POSITIONS, Denoiser
+from simpletuner.flux2.denoiser import CACHED_POSITIONS, Denoiser
 from simpletuner.flux2.routes import Route
 from simpletuner.flux2.tokens import context_ids, image_ids, pack_latents, unpack_latents
 from simpletuner.flux2.transformer import Flux2Transformer
@@ -66,7 +66,7 @@ def test_positions_are_made_once_for_each_size_and_the_oldest_are_dropped() -> N
     for other in ((6, 4, LENGTH, cpu), (4, 6, LENGTH + 1, cpu), (4, 6, LENGTH, meta)):
         assert denoise.positions(*other) is not first
     assert denoise.positions(4, 6, LENGTH, meta).angles[0].is_meta
-    for height in range(1, KEPT_POSITIONS + 1):
+    for height in range(1, CACHED_POSITIONS + 1):
         denoise.positions(height, 1, LENGTH, cpu)
     assert denoise.positions(4, 6, LENGTH, cpu) is not first
 

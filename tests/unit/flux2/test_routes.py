@@ -39,7 +39,7 @@ def test_every_problem_is_told_at_once() -> None:
     assert [str(problem) for problem in caught.value.problems] == [
         "tread_config, route 1: start_layer_idx = 8: expected -8 to 7: the model has 8 blocks.",
         "tread_config, route 1: end_layer_idx = -9: expected -8 to 7: the model has 8 blocks.",
-        "tread_config, route 2: it starts at block 5 and ends at block 2: expected a start before the end.",
+        "tread_config, route 2: it starts at block 5 and ends at block 2: expected a start at or before the end.",
         "tread_config: routes 3 and 4 share block 1: expected routes that share no block.",
         "tread_config: routes 3 and 5 share block 3: expected routes that share no block.",
     ]

@@ -115,7 +115,7 @@ def test_the_padding_row_is_the_token_and_what_each_mlp_adds_to_it(tiny_source, 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_behind_the_text_attends_to_it_and_is_left_alone(tiny_source, side):
     batch = load_text_encoder(tiny_source, torch.float32, "cpu", **settings((1,)))._padded([[1, 5, 6], [1]])
-    seen = batch.seen if side == "left" else batch.seen.flip(1)
+    seen = batch.attention_mask if side == "left" else batch.attention_mask.flip(1)
     with_zeros, plain = (load_text_encoder(tiny_source, torch.float32, "cpu", **settings((1,)))._model for _ in "ab")
     plain.layers[0].self_attn._forward_hooks.clear()
     found = []

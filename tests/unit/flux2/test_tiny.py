@@ -20,7 +20,7 @@ from simpletuner.flux2.load import load_autoencoder
 from simpletuner.flux2.tiny import vocabulary
 from simpletuner.flux2.tiny.klein import KLEIN_TEXT_CONFIG, KLEIN_VERSION
 from simpletuner.flux2.tiny.make import SHIPPED, STAMP, TEXT_CONFIG, TRANSFORMER, VAE_WEIGHTS, VERSION, make_start
-from simpletuner.flux2.tiny.weights import draw, drawn
+from simpletuner.flux2.tiny.weights import draw, draw_uniform
 
 # The starts of their sha256.
 SUMS = {
@@ -74,10 +74,10 @@ def test_the_same_bytes_on_every_machine(tiny_folder, name):
 
 
 def test_draws_depend_on_name_and_seed_alone():
-    assert torch.equal(drawn((4, 8), 0.5, 0, "a"), drawn((4, 8), 0.5, 0, "a"))
-    assert not torch.equal(drawn((4, 8), 0.5, 0, "a"), drawn((4, 8), 0.5, 0, "b"))
-    assert not torch.equal(drawn((4, 8), 0.5, 0, "a"), drawn((4, 8), 0.5, 1, "a"))
-    assert drawn((4,), 1.0, 0, "pinned").tolist() == [
+    assert torch.equal(draw_uniform((4, 8), 0.5, 0, "a"), draw_uniform((4, 8), 0.5, 0, "a"))
+    assert not torch.equal(draw_uniform((4, 8), 0.5, 0, "a"), draw_uniform((4, 8), 0.5, 0, "b"))
+    assert not torch.equal(draw_uniform((4, 8), 0.5, 0, "a"), draw_uniform((4, 8), 0.5, 1, "a"))
+    assert draw_uniform((4,), 1.0, 0, "pinned").tolist() == [
         0.1909826546907425,
         -1.2014119625091553,
         -0.5080183148384094,

@@ -13,7 +13,7 @@ from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.routes import Route, resolve
 from simpletuner.flux2.transformer import Flux2Transformer
-from simpletuner.flux2.tread import draw_choice, draw_choices, taken
+from simpletuner.flux2.tread import draw_choice, draw_choices, gather_tokens
 
 SNIPPETS = Path(__file__).parents[2] / "fixtures" / "quickstart"
 HALF = Route(1, 2, 0.5)
@@ -149,7 +149,7 @@ def some(dtype: torch.dtype, tokens: int = 24, keep: int = 9) -> tuple[Tensor, T
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_taken_tokens_and_their_gradients_are_those_of_torchs_gather(dtype: torch.dtype) -> None:
     x, places = some(dtype)
-    ours, theirs = taken(x[:, 5:], places), x[:, 5:].take_along_dim(places[..., None], dim=1)
+    ours, theirs = gather_tokens(x[:, 5:], places), x[:, 5:].take_along_dim(places[..., None], dim=1)
     assert torch.equal(ours, theirs)
     weight = torch.randn(ours.shape).to(dtype)
     found, expected = (torch.autograd.grad((out * weight).sum(), x)[0] for out in (ours, theirs))
@@ -160,7 +160,7 @@ def test_taken_tokens_and_their_gradients_are_those_of_torchs_gather(dtype: torc
 def test_the_gradient_of_taken_tokens_adds_nothing() -> None:
     x, places = some(torch.bfloat16)
     with torch.profiler.profile() as profile:
-        taken(x, places).sum().backward()
+        gather_tokens(x, places).sum().backward()
     names = {event.key for event in profile.key_averages()}
     assert "aten::scatter_" in names
     assert not {name for name in names if "scatter_add" in name or "index_add" in name}
@@ -168,19 +168,19 @@ def test_the_gradient_of_taken_tokens_adds_nothing() -> None:
 
 def test_gradcheck_of_taken_tokens() -> None:
     x, places = some(torch.float64, tokens=5, keep=3)
-    assert torch.autograd.gradcheck(lambda x: taken(x, places), x)
+    assert torch.autograd.gradcheck(lambda x: gather_tokens(x, places), x)
 
 
 COMPILED = """
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from simpletuner.flux2.tread import taken
+from simpletuner.flux2.tread import gather_tokens
 
 counter = CompileCounterWithBackend("aot_eager")
-compiled = torch.compile(taken, backend=counter, fullgraph=True, dynamic=True)
+compiled = torch.compile(gather_tokens, backend=counter, fullgraph=True, dynamic=True)
 for tokens, keep in ((24, 9), (30, 12), (17, 16)):
     x, places = torch.randn(3, tokens, 8, requires_grad=True), torch.stack([torch.randperm(tokens)[:keep]] * 3)
-    found, expected = compiled(x, places), taken(x, places)
+    found, expected = compiled(x, places), gather_tokens(x, places)
     assert torch.equal(found, expected)
     assert torch.equal(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (found, expected)))
 assert counter.frame_count == 1, counter.frame_count

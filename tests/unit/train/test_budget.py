@@ -427,7 +427,9 @@ def test_captions_that_spell_control_tokens_are_told_once_with_their_number(
     told = [line for line in "".join(capsys.readouterr()).splitlines() if "control tokens" in line]
     assert len(told) == 1
     assert "1 caption spells control tokens" in told[0]
-    assert told[0].endswith("[INST]. Spell them otherwise (with a space inside) unless that is meant: a sign, [INST]")
+    assert told[0].endswith(
+        "[INST]. Unless that is intended, spell them differently (with a space inside): a sign, [INST]"
+    )
 
 
 @pytest.mark.usefixtures("project")

@@ -1,4 +1,4 @@
-"""The embedded model: a whole FLUX.2 that draws a small world and goes wherever dev goes. No download."""
+"""The embedded model: a complete small FLUX.2 that generates simple scenes and works like dev. Needs no download."""
 
 from simpletuner.flux2.tiny.make import default_folder, make
 

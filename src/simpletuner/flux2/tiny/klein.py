@@ -1,7 +1,6 @@
-"""The embedded kleins: klein's parts at a small size, with drawn weights. Nothing of them is shipped.
+"""The embedded kleins: small versions of klein's components with random weights, none of which are shipped.
 
-The distilled one has the base's weights, moved a little: what the two sizes of klein share, and what differs, is the
-same here.
+The distilled klein has the base's weights, slightly perturbed: the two are related as in the real klein.
 """
 
 from pathlib import Path
@@ -16,14 +15,14 @@ from simpletuner.flux2.tiny.parts import transformer_shapes, write_model
 from simpletuner.flux2.tiny.weights import KLEIN_GAINS, TEXT_GAINS, Shapes, draw
 
 KLEIN_VERSION = 1
-"""Of all that is drawn here; each has its line in CHANGELOG.md."""
+"""Version of all weights drawn here. Each version has a line in CHANGELOG.md."""
 
 KLEIN_SEED = 0
 DISTILLED_SEED = 1
 DISTILLED_SHARE = 0.1
-"""How far the distilled weights lie from the base's, as a share of their size."""
+"""Distance of the distilled weights from those of the base, relative to their size."""
 
-# More layers than are read, as in klein: layer 27 must not be the last. Keys and their form are those of klein-4b.
+# As in klein, there are more layers than are used: layer 27 must not be the last. Keys have the form of klein-4b's.
 KLEIN_TEXT_CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -51,7 +50,7 @@ KLEIN_TEXT_CONFIG: dict[str, Any] = {
 
 
 def fill(folder: Path, flavour: FlavourName, vae: dict[str, Tensor]) -> None:
-    """Write a whole model, but for its stamp, into `folder`."""
+    """Write a complete model, except its stamp, into `folder`."""
     is_distilled = flavour == "tiny-klein-distilled"
     index = {
         "_class_name": "Flux2KleinPipeline",
@@ -79,9 +78,12 @@ def _transformer(is_distilled: bool) -> dict[str, Tensor]:
     base = draw("klein", shapes, KLEIN_GAINS, KLEIN_SEED)
     if not is_distilled:
         return _in_bf16(base)
-    moved = draw("klein", shapes, KLEIN_GAINS, DISTILLED_SEED)
+    perturbation = draw("klein", shapes, KLEIN_GAINS, DISTILLED_SEED)
     return _in_bf16(
-        {name: tensor + DISTILLED_SHARE * moved[name] if tensor.ndim > 1 else tensor for name, tensor in base.items()}
+        {
+            name: tensor + DISTILLED_SHARE * perturbation[name] if tensor.ndim > 1 else tensor
+            for name, tensor in base.items()
+        }
     )
 
 
@@ -90,7 +92,7 @@ def _in_bf16(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _text_encoder_shapes() -> Shapes:
-    """Without a head: it is tied to the embedding, as in klein-4b."""
+    """Shapes of the text encoder. It has no head, which is tied to the embedding, as in klein-4b."""
     shapes = text_shapes(TINY_KLEIN_TEXT, KLEIN_TEXT_CONFIG["num_hidden_layers"])
     model = {f"model.{name}": shape for name, shape in shapes.items()}
     return {**model, "model.norm.weight": (TINY_KLEIN_TEXT.hidden,)}

@@ -1,4 +1,4 @@
-"""Makes the embedded models' folders, in the layout of a diffusers pipeline, once per machine."""
+"""Generate the folders of the embedded models, in the layout of a diffusers pipeline, once per machine."""
 
 import os
 from collections.abc import Mapping
@@ -17,16 +17,16 @@ from simpletuner.flux2.tiny.weights import START_GAINS, TEXT_GAINS, Shapes, draw
 from simpletuner.memory.tensors import load_tensors
 
 VERSION = 2
-"""Of the weights that are shipped and of all that is made around them; each has its line in CHANGELOG.md."""
+"""Version of the shipped weights and of all generated files. Each version has a line in CHANGELOG.md."""
 
 SHIPPED = Path(__file__).parent / "model"
 TRANSFORMER, VAE_WEIGHTS = "transformer.safetensors", "vae.safetensors"
 SEED = 0
-"""Of the text encoder that the shipped transformer listens to."""
+"""Seed of the text encoder for which the shipped transformer was trained."""
 
 STAMP = "simpletuner.json"
 
-# More layers than are read, as in dev: layer 30 must not be the last.
+# As in dev, there are more layers than are used: layer 30 must not be the last.
 TEXT_CONFIG: dict[str, Any] = {
     "model_type": "mistral",
     "vocab_size": vocabulary.SIZE,
@@ -83,21 +83,22 @@ INDEX: dict[str, Any] = {
 
 
 def default_folder(cache_dir: Path | None, environ: Mapping[str, str], flavour: FlavourName = "tiny") -> Path:
-    """Where an embedded model lives: below `cache_dir`, else below the user's cache folder. A relative XDG_CACHE_HOME
-    counts for nothing, as its specification wants it.
+    """The folder of an embedded model: below `cache_dir`, else below the user's cache folder.
+
+    A relative XDG_CACHE_HOME is ignored, as its specification requires.
 
     Raises:
-        AccessError: nothing says where the user's home is.
+        AccessError: the user's home folder is unknown.
     """
     if cache_dir is None:
-        named = environ.get("XDG_CACHE_HOME", "")
+        xdg_cache = environ.get("XDG_CACHE_HOME", "")
         home = os.path.expanduser("~")
-        if not os.path.isabs(named) and not os.path.isabs(home):
+        if not os.path.isabs(xdg_cache) and not os.path.isabs(home):
             raise AccessError.of(
-                "no home folder is known, which would keep the embedded model",
+                "the home folder, which would hold the embedded model, is unknown",
                 remedy="Set HOME or XDG_CACHE_HOME, or give a folder as --cache_dir.",
             )
-        cache_dir = (Path(named) if os.path.isabs(named) else Path(home) / ".cache") / "simpletuner"
+        cache_dir = (Path(xdg_cache) if os.path.isabs(xdg_cache) else Path(home) / ".cache") / "simpletuner"
     return cache_dir / f"{flavour}-{version_of(flavour)}"
 
 
@@ -107,14 +108,13 @@ def version_of(flavour: FlavourName) -> int:
 
 
 def make(folder: Path, flavour: FlavourName = "tiny") -> Path:
-    """Make an embedded model in `folder`, or find it made there already; returns `folder`.
+    """Generate an embedded model in `folder`, unless it exists there already; return `folder`.
 
-    It appears whole or not at all, so several processes may call this at once. Takes a second the first time, nothing
-    after that.
+    The folder appears atomically, so several processes may call this at once. Generation takes a second.
 
     Raises:
         AccessError: `folder` holds something else.
-        DiskError: it cannot be written.
+        DiskError: `folder` cannot be written.
     """
     version = version_of(flavour)
     if folder.exists():
@@ -133,14 +133,15 @@ def make(folder: Path, flavour: FlavourName = "tiny") -> Path:
             try:
                 build.rename(folder)
             except OSError:
-                # Another process was first, with the same bytes: rename replaces no folder that holds files.
+                # Another process was first and wrote the same bytes: rename does not replace a folder with files.
                 _check(folder, version)
     return folder
 
 
 def make_start(folder: Path, seed: int, learned: Path) -> Path:
-    """Make in `folder` a model that is still to learn, whatever is there; returns `folder`. What `learned` has of
-    the files that are shipped takes the place of drawn weights; the autoencoder must be there.
+    """Write an untrained model into `folder`, which may exist; return `folder`.
+
+    Shipped files in `learned` replace drawn weights. `learned` must hold the autoencoder.
     """
     transformer = learned / TRANSFORMER
     tensors = (
@@ -154,29 +155,29 @@ def make_start(folder: Path, seed: int, learned: Path) -> Path:
 
 
 def _check(folder: Path, version: int) -> None:
-    """Raise unless `folder` is what `make` would leave there, as far as names and sizes tell."""
+    """Raise unless `folder` holds the files that `make` writes, judged by names and sizes."""
     stamp = folder / STAMP
     if not stamp.is_file():
         raise AccessError.of(
             f"{folder} is not the embedded model", remedy="Move it away or choose another --cache_dir."
         )
-    made = read_json(stamp)
+    contents = read_json(stamp)
     damaged = [
         name
-        for name, size in made["files"].items()
+        for name, size in contents["files"].items()
         if not (folder / name).is_file() or (folder / name).stat().st_size != size
     ]
-    if made["version"] != version or damaged:
-        what = f"{damaged[0]} is damaged" if damaged else f"version {made['version']}"
+    if contents["version"] != version or damaged:
+        defect = f"{damaged[0]} is damaged" if damaged else f"version {contents['version']}"
         raise AccessError.of(
-            f"the embedded model in {folder}: {what}",
+            f"the embedded model in {folder}: {defect}",
             f"version {version}, all files whole",
-            "Delete that folder: it is made again in seconds.",
+            "Delete that folder: the program generates it again in seconds.",
         )
 
 
 def _fill(folder: Path, seed: int, *, transformer: dict[str, Tensor], vae: dict[str, Tensor]) -> None:
-    """The folder of a whole model; its text encoder is drawn, its tokenizer learned."""
+    """Write a complete model, except its stamp, with a random text encoder and a trained tokenizer."""
     tokenizer = vocabulary.learn()
     entries = tokenizer.get_vocab_size()
     write_model(
@@ -192,14 +193,14 @@ def _fill(folder: Path, seed: int, *, transformer: dict[str, Tensor], vae: dict[
 
 
 def _stamp(folder: Path, version: int) -> None:
-    """Write down which files a whole model has."""
-    made = sorted(path for path in folder.rglob("*") if path.is_file())
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in made}
+    """Record the names and sizes of a complete model's files."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     write_config(folder / STAMP, {"version": version, "files": sizes})
 
 
 def _text_encoder_shapes(entries: int) -> Shapes:
-    """Mistral-3 with its vision part, which is never run but without which the folder is no pipeline."""
+    """Shapes of Mistral-3 with its vision tower, which never runs but which a diffusers pipeline requires."""
     hidden, inner = TEXT_CONFIG["hidden_size"], TEXT_CONFIG["intermediate_size"]
     keys = TEXT_CONFIG["num_key_value_heads"] * TEXT_CONFIG["head_dim"]
     shapes: dict[str, tuple[int, ...]] = {
@@ -220,23 +221,23 @@ def _text_encoder_shapes(entries: int) -> Shapes:
             f"{layer}.mlp.up_proj.weight": (inner, hidden),
             f"{layer}.mlp.down_proj.weight": (hidden, inner),
         }
-    seen, patch = VISION_CONFIG["hidden_size"], VISION_CONFIG["patch_size"]
+    vision_width, patch = VISION_CONFIG["hidden_size"], VISION_CONFIG["patch_size"]
     shapes |= {
-        "vision_tower.patch_conv.weight": (seen, 3, patch, patch),
-        "vision_tower.ln_pre.weight": (seen,),
-        "multi_modal_projector.norm.weight": (seen,),
-        "multi_modal_projector.patch_merger.merging_layer.weight": (seen, seen * 4),
-        "multi_modal_projector.linear_1.weight": (hidden, seen),
+        "vision_tower.patch_conv.weight": (vision_width, 3, patch, patch),
+        "vision_tower.ln_pre.weight": (vision_width,),
+        "multi_modal_projector.norm.weight": (vision_width,),
+        "multi_modal_projector.patch_merger.merging_layer.weight": (vision_width, vision_width * 4),
+        "multi_modal_projector.linear_1.weight": (hidden, vision_width),
         "multi_modal_projector.linear_2.weight": (hidden, hidden),
     }
     for index in range(VISION_CONFIG["num_hidden_layers"]):
         layer = f"vision_tower.transformer.layers.{index}"
-        shapes |= {f"{layer}.attention.{name}_proj.weight": (seen, seen) for name in "qkvo"}
+        shapes |= {f"{layer}.attention.{name}_proj.weight": (vision_width, vision_width) for name in "qkvo"}
         shapes |= {
-            f"{layer}.attention_norm.weight": (seen,),
-            f"{layer}.ffn_norm.weight": (seen,),
-            f"{layer}.feed_forward.gate_proj.weight": (VISION_CONFIG["intermediate_size"], seen),
-            f"{layer}.feed_forward.up_proj.weight": (VISION_CONFIG["intermediate_size"], seen),
-            f"{layer}.feed_forward.down_proj.weight": (seen, VISION_CONFIG["intermediate_size"]),
+            f"{layer}.attention_norm.weight": (vision_width,),
+            f"{layer}.ffn_norm.weight": (vision_width,),
+            f"{layer}.feed_forward.gate_proj.weight": (VISION_CONFIG["intermediate_size"], vision_width),
+            f"{layer}.feed_forward.up_proj.weight": (VISION_CONFIG["intermediate_size"], vision_width),
+            f"{layer}.feed_forward.down_proj.weight": (vision_width, VISION_CONFIG["intermediate_size"]),
         }
     return shapes

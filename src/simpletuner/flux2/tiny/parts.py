@@ -1,4 +1,4 @@
-"""What all embedded models have in common: autoencoder, scheduler, and how their files are written."""
+"""Common parts of all embedded models: autoencoder, scheduler, and writing of files."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.tensors import save_tensors
 
 METADATA = {"format": "pt"}
-"""Of each weight file: transformers and diffusers refuse one without it."""
+"""Header of each weight file: transformers and diffusers reject files without it."""
 
 VAE: dict[str, Any] = autoencoder_to_config(TINY_AUTOENCODER)
 
@@ -34,7 +34,7 @@ SCHEDULER: dict[str, Any] = {
 
 
 def transformer_shapes(spec: TransformerSpec) -> Shapes:
-    """Of each tensor of a transformer, by name."""
+    """The shapes of a transformer's tensors, by name."""
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in Flux2Transformer(spec).state_dict().items()}
 
@@ -50,8 +50,9 @@ def write_model(
     text_encoder: Mapping[str, Tensor],
     vae: Mapping[str, Tensor],
 ) -> None:
-    """Write a whole model, but for its stamp, into `folder`: `index` is its model_index.json, `tokenizer` the text of
-    each file of the tokenizer.
+    """Write a complete model, except its stamp, into `folder`.
+
+    `index` is its model_index.json; `tokenizer` maps the tokenizer's file names to their texts.
     """
     write_config(folder / "model_index.json", index)
     write_config(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
@@ -67,6 +68,6 @@ def write_model(
 
 
 def write_config(path: Path, value: dict[str, Any]) -> None:
-    """Write `value` into a folder that is made if need be."""
+    """Write `value` as JSON to `path`, whose folder is created if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

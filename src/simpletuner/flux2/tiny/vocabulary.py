@@ -1,4 +1,4 @@
-"""The embedded models' tokenizers: byte-level BPE learned from the text below, Mistral's or Qwen's special tokens."""
+"""The embedded models' tokenizers: byte-level BPE trained on the text below, Mistral's or Qwen's special tokens."""
 
 import json
 from typing import Any
@@ -32,9 +32,9 @@ SPECIAL = (
 )
 
 SIZE = 952
-"""Entries of the vocabulary: the special tokens, 256 bytes, the rest learned."""
+"""Vocabulary size: the special tokens, 256 bytes and the learned entries."""
 
-# As in dev's tokenizer: digits in threes and no rule for case, so `tokenizer_fix_regex` changes the ids.
+# As in dev's tokenizer, digits form groups of three and case has no rule, so `tokenizer_fix_regex` changes the ids.
 PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 CHAT_TEMPLATE = """\
@@ -87,11 +87,11 @@ there is nothing in this image but colour, shape, size, material and position
 """
 
 
-# Every word of the small world becomes one token: a random text encoder does not put pieces together.
+# Every word of the example scenes becomes one token, because a random text encoder cannot combine pieces of words.
 WORLD = [f"a {word}, {word} background" for word in (*world.SIZES, *world.COLORS, *world.SHAPES, *world.PLACES)]
 
 
-# Qwen's, in the order of its ids. From the tool calls on they are no special tokens: decoding keeps them.
+# Qwen's added tokens, in the order of their ids. KLEIN_ADDED are not special tokens: decoding keeps them.
 KLEIN_SPECIAL = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -124,10 +124,9 @@ KLEIN_ADDED = (
 )
 
 KLEIN_SIZE = 640
-"""Entries that are learned, the 256 bytes included. The embedding has more rows than the tokenizer has entries, as
-Qwen3's has."""
+"""Learned entries, including the 256 bytes. As in Qwen3, the embedding has more rows than the tokenizer has entries."""
 
-# As in Qwen's tokenizer: every digit is a token.
+# As in Qwen's tokenizer, every digit is a token.
 KLEIN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -147,16 +146,16 @@ KLEIN_CHAT_TEMPLATE = """\
 
 
 def learn() -> Tokenizer:
-    """The tokenizer, the same every time: counts decide, and ties go to the lower pair of ids."""
+    """Train the tokenizer of the embedded dev. Deterministic: merges go by count, then by the lower pair of ids."""
     tokenizer = _untrained(PATTERN)
-    # The system message is before every prompt, the world's words are in most: said often, they become short.
+    # The system message precedes every prompt, and most prompts use words of the scenes: repeated, they become short.
     message = FLAVOURS["tiny"].text.system_message or ""
     _train(tokenizer, [message, *WORLD], SIZE, special=SPECIAL)
     return tokenizer
 
 
 def learn_klein() -> Tokenizer:
-    """The tokenizer of the embedded kleins, the same every time."""
+    """Train the tokenizer of the embedded kleins. Deterministic."""
     tokenizer = _untrained(KLEIN_PATTERN)
     tokenizer.normalizer = normalizers.NFC()
     _train(tokenizer, ["user\n", "assistant\n", "\n\n", *WORLD], KLEIN_SIZE)
@@ -168,7 +167,7 @@ def learn_klein() -> Tokenizer:
 
 
 def _untrained(pattern: str) -> Tokenizer:
-    """A byte-level BPE tokenizer that splits texts by `pattern` and has no entries yet."""
+    """An untrained byte-level BPE tokenizer that splits texts by `pattern`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -180,10 +179,10 @@ def _untrained(pattern: str) -> Tokenizer:
     return tokenizer
 
 
-def _train(tokenizer: Tokenizer, often: list[str], size: int, *, special: tuple[str, ...] = ()) -> None:
-    """Learn `size` entries, `special` ones first. What is said `often` becomes short."""
+def _train(tokenizer: Tokenizer, frequent: list[str], size: int, *, special: tuple[str, ...] = ()) -> None:
+    """Learn `size` entries, `special` ones first. Repeating the texts `frequent` makes their token sequences short."""
     tokenizer.train_from_iterator(
-        often * 8 + CORPUS.strip().splitlines(),
+        frequent * 8 + CORPUS.strip().splitlines(),
         trainers.BpeTrainer(
             vocab_size=size,
             special_tokens=list(special),
@@ -194,7 +193,7 @@ def _train(tokenizer: Tokenizer, often: list[str], size: int, *, special: tuple[
 
 
 def files(tokenizer: Tokenizer) -> dict[str, str]:
-    """Name and content of each file of the `tokenizer` folder."""
+    """The content of each file in the `tokenizer` folder, by name."""
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<s>",
@@ -213,7 +212,7 @@ def files(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def klein_files() -> dict[str, str]:
-    """The same of the embedded kleins."""
+    """The content of each file in the `tokenizer` folder of the embedded kleins, by name."""
     config: dict[str, Any] = {
         "tokenizer_class": "Qwen2Tokenizer",
         "bos_token": None,

@@ -1,6 +1,6 @@
-"""Drawn weights: each tensor depends on the seed and its name, on no machine.
+"""Draw random weights: each tensor depends only on the seed and its name, not on the machine.
 
-Only integers are drawn, and scaled once: no vectorized logarithm, whose last bits differ between processors.
+Only integers are drawn and then scaled once, because last bits of vectorized logarithms differ between processors.
 Gains keep activations near unit size.
 """
 
@@ -15,8 +15,8 @@ from simpletuner.base.draws import draw_seed
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Mean squares: a sinusoid has 1/2, SiLU of a unit normal 0.36. What modulates, gates and ends is zero: a transformer
-# starts to learn best where each block does nothing yet (adaLN-Zero, arXiv 2212.09748).
+# The mean square of a sinusoid is 1/2, that of SiLU of a unit normal 0.36. Modulation, gates and the last layer are
+# zero: training starts best if each block is the identity at first (adaLN-Zero, arXiv 2212.09748).
 START_GAINS = {
     "embedder.linear_1": math.sqrt(2),
     "embedder.linear_2": 1.67,
@@ -24,7 +24,7 @@ START_GAINS = {
     "norm_out": 0.0,
     "proj_out": 0.0,
 }
-# A klein is not trained before it is used: its blocks must do something, or their adapters would get no gradient.
+# A klein is used without training: its blocks must have an effect, or their adapters would get no gradient.
 KLEIN_GAINS = {
     "embedder.linear_1": math.sqrt(2),
     "embedder.linear_2": 1.67,
@@ -35,15 +35,15 @@ KLEIN_GAINS = {
 TEXT_GAINS = {"o_proj": 0.25, "down_proj": 0.25}
 
 
-def drawn(shape: tuple[int, ...], deviation: float, seed: int, *place: str) -> Float[Tensor, "*shape"]:
-    """Uniform numbers around 0 with standard `deviation`; `place` names the draw."""
-    generator = torch.Generator().manual_seed(draw_seed(seed, "init", *place))
+def draw_uniform(shape: tuple[int, ...], deviation: float, seed: int, *key: str) -> Float[Tensor, "*shape"]:
+    """Draw uniform numbers around 0 with standard `deviation`, keyed by `seed` and `key`."""
+    generator = torch.Generator().manual_seed(draw_seed(seed, "init", *key))
     steps = torch.randint(-(2**23), 2**23, shape, generator=generator).double() + 0.5
     return (steps * (math.sqrt(3) * deviation / 2**23)).float()
 
 
 def draw(component: str, shapes: Shapes, gains: Mapping[str, float], seed: int) -> dict[str, Tensor]:
-    """A tensor for each of `shapes`: matrices of variance gain²/fan-in, norms at their gain, biases zero."""
+    """Draw a tensor for each of `shapes`: matrices of variance gain²/fan-in, norms equal to their gain, biases zero."""
     tensors = {}
     for name, shape in shapes.items():
         gain = math.prod((factor for part, factor in gains.items() if part in name), start=1.0)
@@ -52,7 +52,7 @@ def draw(component: str, shapes: Shapes, gains: Mapping[str, float], seed: int) 
         elif len(shape) == 1:
             tensors[name] = torch.full(shape, gain)
         else:
-            # A token's embedding is its own fan-in.
+            # An embedding reads one token: its fan-in is 1.
             fan_in = 1 if "embed_tokens" in name else math.prod(shape[1:])
-            tensors[name] = drawn(shape, gain / math.sqrt(fan_in), seed, component, name)
+            tensors[name] = draw_uniform(shape, gain / math.sqrt(fan_in), seed, component, name)
     return tensors
