@@ -16,7 +16,7 @@ from simpletuner.base.quiet import quiet_import
 from simpletuner.config.flavours import DEV, KLEIN_4B, KLEIN_9B, TINY, TINY_KLEIN, TransformerSpec
 from simpletuner.config.options.lora import LoraFormat
 from simpletuner.flux2.factors import LowRank
-from simpletuner.flux2.lora import PRESETS, linears, preset_ranges, whole
+from simpletuner.flux2.lora import PRESETS, full_range, linears, preset_ranges
 from simpletuner.flux2.lora_formats import LORA_FORMATS, header_in, lora_tensors, losses
 from simpletuner.flux2.spec import transformer_to_diffusers
 from simpletuner.flux2.transformer import Flux2Transformer
@@ -45,7 +45,7 @@ QUICK = (("tiny", "all"), ("tiny", "attention"), ("tiny", OUTER), ("tiny-klein",
 def adapter(spec: TransformerSpec, target: str, dtype: torch.dtype = torch.float32) -> dict[str, LowRank]:
     with torch.device("meta"):
         transformer = Flux2Transformer(spec)
-    places = {name: whole(linear) for name, linear in linears(transformer).items()}
+    places = {name: full_range(linear) for name, linear in linears(transformer).items()}
     if target != OUTER:
         places = preset_ranges(transformer, PRESETS[target])
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears(transformer).items()}

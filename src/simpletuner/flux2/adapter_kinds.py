@@ -1,4 +1,4 @@
-"""Adapter kinds beside LoRA by the suffixes of their keys: LoKr and LoHa are read, DoRA, OFT and patches only named."""
+"""Identify adapter kinds other than LoRA by key suffixes: read LoKr and LoHa, name DoRA, OFT and patches."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from simpletuner.flux2.factors import Factors, Hadamard, Kronecker
 LOKR_SUFFIXES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 LOHA_SUFFIXES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 FACTOR_SUFFIXES = frozenset(LOKR_SUFFIXES + LOHA_SUFFIXES)
-"""What follows a module's name and a dot in the keys that `factors_of` reads."""
+"""Key suffixes, after a module's name and a dot, that `factors_of` reads."""
 
 
 @dataclass(frozen=True)
 class UnreadKind:
-    """An adapter kind that is recognized and not read."""
+    """An adapter kind that is recognized but not supported."""
 
     name: str
-    """As `AdapterFile.unread` has it: "dora", "oft" or "diff"."""
+    """Value in `AdapterFile.unread`: "dora", "oft" or "diff"."""
     title: str
-    """For messages."""
+    """Name in messages."""
     readers: str
-    """The programs that apply it."""
+    """The programs that support it."""
 
 
 _DORA_ROWS = UnreadKind("dora", "DoRA (PEFT)", "diffusers and PEFT")
@@ -48,36 +48,36 @@ UNREAD_SUFFIXES: Mapping[str, UnreadKind] = {
     "rescale": _OFT_OUTPUT,
     **dict.fromkeys(("diff", "diff_b", "set_weight", "w_norm", "b_norm", "reshape_weight"), _PATCH),
 }
-"""Kinds by what follows a module's name and a dot in their keys."""
+"""Unsupported kinds by their key suffixes, after a module's name and a dot."""
 
 
 def factors_of(tensors: Mapping[str, Tensor], alpha: float | None) -> Factors | None:
-    """The factors of one module of a LoKr or LoHa file; None where no tensor is of these kinds.
+    """The factors of one module of a LoKr or LoHa file; None if no tensor is of these kinds.
 
-    scale is alpha / rank, 1 without an alpha. Of a LoKr the rank is that of the decomposed factor, w2's if both are;
-    where both are full, alpha is ignored (ai-toolkit writes 9999999999, infinite in fp16). LyCORIS' rules, which
-    ComfyUI and diffusers share; only LyCORIS' `get_merged_weight` applies alpha / rank twice.
+    The scale is alpha / rank, or 1 without an alpha. A LoKr's rank is that of the decomposed factor, of w2 if both are
+    decomposed. If both are full, alpha is ignored (ai-toolkit writes 9999999999, infinite in fp16). These are LyCORIS'
+    rules, shared by ComfyUI and diffusers; only LyCORIS' `get_merged_weight` applies alpha / rank twice.
 
     Args:
-        tensors: by suffix, those of `FACTOR_SUFFIXES`; others are not looked at.
-        alpha: of the module, as a number.
+        tensors: the module's tensors by suffix. Suffixes outside `FACTOR_SUFFIXES` are ignored.
+        alpha: the module's alpha.
 
     Raises:
-        ValueError: factors that are missing or do not fit together, or an alpha that is no number above 0. The text
-            says what, and not in which module.
+        ValueError: factors are missing or do not fit together, or alpha is not a number above 0. The message names the
+            defect, but not the module.
     """
     suffixes = FACTOR_SUFFIXES & tensors.keys()
     if not suffixes:
         return None
     if suffixes & set(LOKR_SUFFIXES) and suffixes & set(LOHA_SUFFIXES):
-        raise ValueError("factors of a LoKr and of a LoHa for one module")
+        raise ValueError("factors of both a LoKr and a LoHa for one module")
     for suffix in sorted(suffixes):
         if suffix in ("lokr_t2", "hada_t1", "hada_t2"):
-            raise ValueError(f"{suffix}, the core of a convolution, where FLUX.2 has Linears only")
+            raise ValueError(f"{suffix}, the core of a convolution, but FLUX.2 has Linears only")
         if tensors[suffix].ndim != 2 or not tensors[suffix].numel():
-            raise ValueError(f"{suffix} of the shape {list(tensors[suffix].shape)}, which is no matrix")
+            raise ValueError(f"{suffix} of the shape {list(tensors[suffix].shape)}, which is not a matrix")
         if not tensors[suffix].is_floating_point():
-            raise ValueError(f"{suffix} as {tensors[suffix].dtype}, which is no floating-point type")
+            raise ValueError(f"{suffix} as {tensors[suffix].dtype}, which is not a floating-point dtype")
     if suffixes & set(LOHA_SUFFIXES):
         return _hadamard(tensors, alpha)
     w1, rank1 = _whole_or_product(tensors, "lokr_w1")
@@ -89,7 +89,7 @@ def factors_of(tensors: Mapping[str, Tensor], alpha: float | None) -> Factors | 
 def _hadamard(tensors: Mapping[str, Tensor], alpha: float | None) -> Hadamard:
     missing = [suffix for suffix in LOHA_SUFFIXES[:4] if suffix not in tensors]
     if missing:
-        raise ValueError(f"no {missing[0]}, which a LoHa has")
+        raise ValueError(f"no {missing[0]}, which a LoHa requires")
     w1_b, w1_a, w2_b, w2_a = (tensors[suffix] for suffix in LOHA_SUFFIXES[:4])
     _check_product(w1_b, w1_a, "hada_w1")
     _check_product(w2_b, w2_a, "hada_w2")
@@ -99,7 +99,7 @@ def _hadamard(tensors: Mapping[str, Tensor], alpha: float | None) -> Hadamard:
 
 
 def _whole_or_product(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, int | None]:
-    """A factor of a LoKr and the rank that it is decomposed at; a product is in fp32."""
+    """A factor of a LoKr, and its rank if the file decomposes it; the product is in fp32."""
     halves = [f"{name}_a", f"{name}_b"]
     if name in tensors:
         if any(half in tensors for half in halves):
@@ -114,7 +114,7 @@ def _whole_or_product(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor,
 
 def _check_product(b: Tensor, a: Tensor, name: str) -> None:
     if b.shape[1] != a.shape[0]:
-        raise ValueError(f"{name}_a of rank {b.shape[1]} beside {name}_b of rank {a.shape[0]}")
+        raise ValueError(f"{name}_a of rank {b.shape[1]}, but {name}_b of rank {a.shape[0]}")
 
 
 def _scale(alpha: float | None, rank: int) -> float:

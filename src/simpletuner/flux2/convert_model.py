@@ -1,6 +1,6 @@
-"""Whole transformers in two layouts: folders of diffusers', and single files of BFL's, with which ComfyUI starts.
+"""Convert transformers between diffusers folders and single files in BFL's layout, which ComfyUI loads.
 
-Tensors are renamed, cut, joined and written one by one, with the bits that they have: there and back is exact.
+Tensors are renamed, split, concatenated and written one by one with unchanged bits, so a round trip is exact.
 """
 
 import os
@@ -31,24 +31,24 @@ from simpletuner.flux2.transformer_file import OpenTransformer, opened_transform
 from simpletuner.memory.tensors import as_written
 
 MODEL_FORMATS = ("diffusers", "bfl", "comfyui")
-"""What a model can be converted to. ComfyUI reads BFL's layout, so the last two are the same."""
+"""Formats that a model can be converted to. ComfyUI reads BFL's layout, so the last two are the same."""
 
 
 @dataclass(frozen=True)
 class ConvertedModel:
-    """What `convert_model` wrote."""
+    """Result of `convert_model`."""
 
     path: Path
     """The folder or file."""
     tensors: int
     bytes: int
     left_out: int
-    """Tensors of the source that belong to other components: a VAE's, a text encoder's."""
+    """Number of source tensors that belong to other components: a VAE or a text encoder."""
 
 
 @dataclass(frozen=True)
 class _LazyTensor:
-    """A tensor that is read when it is written."""
+    """A tensor that is read only when it is written."""
 
     dtype: str
     """As safetensors spells it."""
@@ -61,26 +61,28 @@ class _LazyTensor:
         return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
     def changed(self, change: Callable[[Tensor], Tensor] | None) -> "_LazyTensor":
-        """What `change` returns of it; itself without one."""
+        """This tensor with `change` applied when it is read; unchanged if `change` is None."""
         return self if change is None else replace(self, read=lambda: change(self.read()))
 
-    def written(self) -> TensorData:
+    def data_to_write(self) -> TensorData:
+        """The tensor in the form that `write_verified` takes."""
         return TensorData(self.dtype, self.shape, self.size, lambda: as_written(self.read()).data())
 
 
 def holds_model(path: Path) -> bool:
-    """Whether `path` is a diffusers folder with a transformer, or a safetensors file with a transformer's weights; not
-    of an adapter, whose tensors have other names.
+    """Whether `path` is a diffusers folder with a transformer, or a safetensors file with a transformer's weights.
+
+    False for an adapter, whose tensors have other names.
 
     Raises:
-        AccessError: a file that is no whole safetensors file.
+        AccessError: `path` is a file, but not a complete safetensors file.
     """
     if path.is_dir():
         return transformer_folder(path) is not None
     names = read_header(path)
     renaming = transformer_renaming(names)
-    known = [renamed.names[0] for name in names if (renamed := renaming(name)) is not None]
-    return "x_embedder.weight" in known
+    diffusers_names = [renamed.names[0] for name in names if (renamed := renaming(name)) is not None]
+    return "x_embedder.weight" in diffusers_names
 
 
 def convert_model(
@@ -94,20 +96,20 @@ def convert_model(
     """Write the transformer of `source` to `target`.
 
     Args:
-        source: a transformer's folder or that of a whole pipeline, as diffusers saves them, or a single file with BFL's
-            or diffusers' names, with a prefix of ComfyUI's or without, other components beside it or not.
-        target: a folder for "diffusers", a .safetensors file for the others. Nothing may lie there.
+        source: a diffusers folder of a transformer or of a whole pipeline, or a single file with BFL's or diffusers'
+            names. A file may have ComfyUI's prefix and may hold other components.
+        target: a folder for "diffusers", a .safetensors file for the other formats. It must not exist.
         to: one of `MODEL_FORMATS`.
-        changes: functions of weights, by diffusers' names; each keeps shape and dtype. With any, quantized weights
-            are decoded to bf16.
-        header: fields that are added to the source's.
+        changes: functions that map weights, by diffusers' names; each keeps shape and dtype. If there are any,
+            quantized weights are decoded to bf16.
+        header: fields to add to the source's.
 
     Raises:
-        ConfigError: `to`, or `target` does not suit it, or something is there.
-        AccessError: `source` is no whole FLUX.2 transformer, or quantized where there are no `changes`; what is wrong
-            with it is named.
-        CheckpointError: weights in several files of which some are missing, or a damaged one.
-        DiskError: no space, or what was written reads back differently. Nothing is left at `target`.
+        ConfigError: `to` is unknown, or `target` does not fit it or exists already.
+        AccessError: `source` is not a complete FLUX.2 transformer, or is quantized while there are no `changes`. The
+            message names the defect.
+        CheckpointError: a file of the weights is missing or damaged.
+        DiskError: no space, or the file reads back differently. Nothing remains at `target`.
     """
     _check_target(target, to)
     with file_errors_reported(source, AccessError, doing="read"), opened_transformer(source) as transformer:
@@ -117,29 +119,30 @@ def convert_model(
         }
         spec = _checked_spec(source, tensors, transformer.config)
         metadata = {**transformer.header, **header}
-        found = tensors if to == "diffusers" else _in_bfl_layout(tensors)
-        size = sum(tensor.size for tensor in found.values())
-        room = machine.disk_room(target.parent)
-        if size > room:
+        written_tensors = tensors if to == "diffusers" else _in_bfl_layout(tensors)
+        size = sum(tensor.size for tensor in written_tensors.values())
+        free = machine.disk_room(target.parent)
+        if size > free:
             raise DiskError.of(
-                f"{target} takes {format_size(size)}, and {format_size(room)} are free there",
-                remedy="Free some space, or give another place.",
+                f"{target} takes {format_size(size)}, and {format_size(free)} are free on that disk",
+                remedy="Free some space, or choose a target on another disk.",
             )
         if to == "diffusers":
-            _write_folder(target, spec, found, metadata)
+            _write_folder(target, spec, written_tensors, metadata)
         else:
             if transformer_from_tensors({name: tensor.shape for name, tensor in tensors.items()}) != spec:
                 raise AccessError.of(
-                    f"{source} has a config.json whose axes_dims_rope, rope_theta or eps are not those of every FLUX.2",
-                    "a transformer that its shapes describe: a single file holds nothing else",
+                    f"{source} has a config.json whose axes_dims_rope, rope_theta or eps differ from FLUX.2's",
+                    "FLUX.2's values: a single file cannot store others",
                 )
-            _write_single(target, found, metadata)
-    return ConvertedModel(target, len(found), size, transformer.other_tensors)
+            _write_single(target, written_tensors, metadata)
+    return ConvertedModel(target, len(written_tensors), size, transformer.other_tensors)
 
 
 def save_single(folder: Path, target: Path) -> None:
-    """Put a saved transformer (of one process or several) at `target` as one file in BFL's layout, in place of what was
-    there. No more than one fused tensor is in memory.
+    """Write a saved transformer, from one process or several, to `target` as one file in BFL's layout.
+
+    An existing `target` is replaced. At most one fused tensor is in memory.
 
     Raises:
         DiskError: no space, or the file reads back differently.
@@ -154,23 +157,27 @@ def save_single(folder: Path, target: Path) -> None:
 
 def _check_target(target: Path, to: str) -> None:
     if to not in MODEL_FORMATS:
-        raise ConfigError.of(f"a model as {to}", f"one of {', '.join(MODEL_FORMATS)}", "Only LoRAs have other formats.")
+        raise ConfigError.of(
+            f"models cannot be converted to {to}",
+            f"one of {', '.join(MODEL_FORMATS)}",
+            "Other formats are for LoRAs only.",
+        )
     is_file = target.suffix == ".safetensors"
     if to == "diffusers" and is_file:
         raise ConfigError.of(f"{target} is named like a file", "the name of a folder, which diffusers loads")
     if to != "diffusers" and not is_file:
         raise ConfigError.of(f"{target} does not end in .safetensors", f"the name of the single file that {to} loads")
     if os.path.lexists(target):
-        raise ConfigError.of(f"{target} is there already", "a new name", "Remove it first, or choose another name.")
+        raise ConfigError.of(f"{target} exists already", "a new name", "Remove it first, or choose another name.")
     if not target.absolute().parent.is_dir():
-        raise ConfigError.of(f"{target.parent}: no such folder", "a folder that is there")
+        raise ConfigError.of(f"{target.parent}: no such folder", "an existing folder")
 
 
 def _lazy_tensors(transformer: OpenTransformer, *, dequantized: bool = False) -> dict[str, _LazyTensor]:
-    """The tensors of `transformer`, quantized ones in bf16.
+    """The tensors of `transformer`; with `dequantized`, quantized ones are decoded to bf16.
 
     Raises:
-        AccessError: some are quantized, and not to be `dequantized`.
+        AccessError: some tensors are quantized and `dequantized` is False.
     """
     tensors, quantized = {}, []
     for name, rows in transformer.weights.items():
@@ -185,16 +192,16 @@ def _lazy_tensors(transformer: OpenTransformer, *, dequantized: bool = False) ->
         raise AccessError.of(
             f"{transformer.path}: quantized ({len(quantized)}): {', '.join(quantized[:4])}",
             "weights in bf16, fp16 or fp32",
-            "Convert the file that is not quantized.",
+            "Convert the unquantized file.",
         )
     return tensors
 
 
 def _checked_spec(source: Path, tensors: Mapping[str, _LazyTensor], config: Config | None) -> TransformerSpec:
-    """What the transformer is made of, if it has all of its tensors and no other.
+    """The spec of the transformer, checked to have exactly its tensors.
 
     Raises:
-        AccessError: tensors are missing, unknown or of the wrong shape.
+        AccessError: tensors are missing, unknown or have the wrong shape.
     """
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     try:
@@ -208,8 +215,8 @@ def _checked_spec(source: Path, tensors: Mapping[str, _LazyTensor], config: Conf
     expected = {name: tuple(tensor.shape) for name, tensor in empty_transformer(spec).state_dict().items()}
     wrong = [name for name in expected.keys() & shapes.keys() if expected[name] != shapes[name]]
     AccessError.raise_if(
-        Problem(f"{source}: {what} ({len(names)}): {', '.join(sorted(names)[:4])}", remedy="Is it whole?")
-        for what, names in (
+        Problem(f"{source}: {defect} ({len(names)}): {', '.join(sorted(names)[:4])}", remedy="Is the file complete?")
+        for defect, names in (
             ("missing", expected.keys() - shapes.keys()),
             ("unknown", shapes.keys() - expected.keys()),
             ("of another shape", wrong),
@@ -220,30 +227,30 @@ def _checked_spec(source: Path, tensors: Mapping[str, _LazyTensor], config: Conf
 
 
 def _in_bfl_layout(tensors: Mapping[str, _LazyTensor]) -> dict[str, _LazyTensor]:
-    """`tensors`, in diffusers' names, under BFL's: query, key and value joined, the last norm's halves exchanged.
+    """Convert `tensors` from diffusers' to BFL's layout: fuse query, key and value, swap the last norm's halves.
 
     Raises:
-        AccessError: query, key and value of one layer have different dtypes, which one tensor cannot.
+        AccessError: query, key and value of one layer have different dtypes, so one tensor cannot hold them.
     """
     joined: dict[str, list[_LazyTensor | None]] = {}
     swapped = set()
     for name, tensor in tensors.items():
-        place = to_bfl(name.removesuffix(".weight"))
-        assert place is not None  # a FLUX.2 transformer has no other tensors
+        bfl_module = to_bfl(name.removesuffix(".weight"))
+        assert bfl_module is not None  # a FLUX.2 transformer has no other tensors
         # BFL's norms call their weights scale.
-        leaf = "scale" if place.name.endswith("_norm") else "weight"
-        new = f"{place.name}.{leaf}"
-        joined.setdefault(new, [None] * place.parts)[place.part] = tensor
-        swapped |= {new} if place.swaps_halves else set()
-    found = {}
-    for name, held in joined.items():
-        parts = [part for part in held if part is not None]
+        leaf = "scale" if bfl_module.name.endswith("_norm") else "weight"
+        fused_name = f"{bfl_module.name}.{leaf}"
+        joined.setdefault(fused_name, [None] * bfl_module.parts)[bfl_module.part] = tensor
+        swapped |= {fused_name} if bfl_module.swaps_halves else set()
+    fused_tensors = {}
+    for name, slots in joined.items():
+        parts = [part for part in slots if part is not None]
         first = parts[0]
-        if len(parts) < len(held) or any(part.dtype != first.dtype for part in parts):
-            raise AccessError.of(f"{name} would be joined from parts that are missing or of different dtypes")
+        if len(parts) < len(slots) or any(part.dtype != first.dtype for part in parts):
+            raise AccessError.of(f"{name} cannot be fused: parts are missing or have different dtypes")
         shape = (first.shape[0] * len(parts), *first.shape[1:])
-        found[name] = _LazyTensor(first.dtype, shape, _joining(parts, is_swapped=name in swapped))
-    return found
+        fused_tensors[name] = _LazyTensor(first.dtype, shape, _joining(parts, is_swapped=name in swapped))
+    return fused_tensors
 
 
 def _joining(parts: list[_LazyTensor], *, is_swapped: bool) -> Callable[[], Tensor]:
@@ -255,7 +262,7 @@ def _joining(parts: list[_LazyTensor], *, is_swapped: bool) -> Callable[[], Tens
 
 def _write_single(target: Path, tensors: Mapping[str, _LazyTensor], metadata: Mapping[str, str]) -> None:
     with file_errors_reported(target), locked_part(target) as part:
-        write_verified(part, {name: tensor.written() for name, tensor in tensors.items()}, metadata)
+        write_verified(part, {name: tensor.data_to_write() for name, tensor in tensors.items()}, metadata)
         os.replace(part, target)
         sync_directory(target.absolute().parent)
 
@@ -265,7 +272,7 @@ def _write_folder(
 ) -> None:
     with file_errors_reported(target), locked_part(target, is_folder=True) as part:
         write_json(part / "config.json", transformer_to_diffusers(spec))
-        written = {name: tensor.written() for name, tensor in tensors.items()}
+        written = {name: tensor.data_to_write() for name, tensor in tensors.items()}
         write_verified(part / WEIGHTS_NAME, written, metadata)
         os.replace(part, target)
         sync_directory(target.absolute().parent)

@@ -1,7 +1,7 @@
-"""Adapter files of every program: which dialect a file is in, and what it holds for each Linear.
+"""Read adapter files of every program: identify the dialect, and return the factors for each Linear.
 
-A key is a prefix, a Linear's name in diffusers' or BFL's layout, and what the tensor is to it. Programs differ in all
-three, and files of several tools mix them: each key is read for itself.
+A key consists of a prefix, a Linear's name in diffusers' or BFL's layout, and a suffix for the tensor's role. Programs
+differ in all three, and files processed by several tools mix them, so each key is parsed on its own.
 """
 
 import re
@@ -33,13 +33,13 @@ ADAPTER_PREFIXES = (
     "lycoris_",
     "",
 )
-"""What programs put before a Linear's name."""
+"""Prefixes that programs put before a Linear's name."""
 
 _LORA_SUFFIX = re.compile(
     r"[._](?:(?P<peft>lora_)(?P<side>[AB])(?P<adapter>\.(?!(?:weight|bias)$)\w+)?"
     r"|(?P<kohya>lora_|lora\.|lora_linear_layer\.)(?P<way>down|up))(?:\.weight)?$"
 )
-"""A LoRA's two matrices: PEFT's A and B, with or without an adapter's name, or down and up."""
+"""Suffixes of a LoRA's two matrices: PEFT's A and B, with or without an adapter name, or down and up."""
 _KNOWN_SUFFIXES = FACTOR_SUFFIXES | UNREAD_SUFFIXES.keys() | {"alpha"}
 _TEXT_ENCODER = re.compile(
     r"(?:lora_|lycoris_)?te\d*[._]|(?:base_model\.model\.)?text_encoders?(?:_\d)?[._]"
@@ -62,13 +62,13 @@ _DIALECTS: Mapping[tuple[str, NamingLayout], Mapping[str, str]] = {
     ("lycoris_", "diffusers"): {"lora_down": "lycoris"},
     ("lycoris_", "bfl"): {"lora_down": "lycoris-bfl"},
 }
-"""Dialects that have a name, by prefix, layout and the spelling of the matrix that reads the input. LoKr and LoHa files
-take the first name of their prefix and layout.
+"""Names of dialects, by prefix, layout and spelling of the matrix that multiplies the input. LoKr and LoHa files take
+the first name of their prefix and layout.
 """
 
 
 def prefix_of(key: str) -> str:
-    """What stands before a Linear's name in a key of an adapter file; empty where that begins it."""
+    """The prefix of an adapter file's key; empty if the key begins with the Linear's name."""
     return next(prefix for prefix in ADAPTER_PREFIXES if key.startswith(prefix))
 
 
@@ -78,59 +78,60 @@ class AdapterFile:
 
     path: Path
     dialect: str
-    """The layout of its keys, such as "diffusers", "comfyui", "kohya"; "mixed" where it has several. One without a name
-    is shown as a pattern, such as "unet.<bfl>.lora_A".
+    """Dialect of its keys, such as "diffusers", "comfyui" or "kohya"; "mixed" if there are several. A dialect without a
+    name appears as a pattern, such as "unet.<bfl>.lora_A".
     """
     modules: dict[str, Factors]
-    """By diffusers' name of the Linear, fused matrices cut; in the file's numbers and dtype, fp8 in bf16."""
-    unread: dict[str, str] = field(default_factory=dict)
-    """Keys that are part of no factors above, each with what it is: "dora", "oft", "diff", "text encoder" or "unknown".
+    """Factors by diffusers' name of the Linear. Fused matrices are split. Values and dtype are the file's, but fp8 is
+    cast to bf16.
     """
+    unread: dict[str, str] = field(default_factory=dict)
+    """Keys that `modules` does not include, with their kind: "dora", "oft", "diff", "text encoder" or "unknown"."""
     header: Mapping[str, str] = field(default_factory=dict)
-    """The file's text fields."""
+    """Text fields of the file's header."""
     header_scaled: frozenset[str] = frozenset()
-    """Modules that the header gives a scale other than 1, by an alpha that no key has. ComfyUI reads no header."""
+    """Modules whose scale other than 1 comes from an alpha in the header only. ComfyUI does not read the header."""
     dialects: tuple[str, ...] = ()
-    """Of a mixed file, those that it mixes."""
+    """The dialects of a mixed file; else empty."""
 
 
 class _KeyParts(NamedTuple):
-    """A key in three."""
+    """The parts of a parsed key."""
 
     stem: str
-    """Prefix and module."""
+    """Prefix and module name."""
     suffix: str
-    """What the tensor is to the module, such as "alpha", or "A" and "B" of a LoRA; "" where nothing says so."""
+    """Role of the tensor, such as "alpha", or "A" and "B" of a LoRA; "" if the key has no known suffix."""
     spelling: str = ""
-    """Of a LoRA's pair: how the file spells the matrix that reads the input."""
+    """LoRA only: how the file spells the matrix that multiplies the input."""
 
 
 @dataclass
 class _KeyGroup:
-    """The keys of one module in the file, as the file calls it."""
+    """The tensors of one module, under one of its names in the file."""
 
     stem: str
     prefix: str
     layout: NamingLayout
     name: str
-    """Of the module in `layout`, with dots."""
+    """The module's name in `layout`, with dots."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    """By suffix; a LoRA's matrices as "A" and "B"."""
+    """Tensors by suffix; a LoRA's matrices as "A" and "B"."""
     keys: dict[str, str] = field(default_factory=dict)
-    """Of the same, in the file."""
+    """The file's keys of `tensors`, by suffix."""
     spelling: str = ""
     """As in `_KeyParts`."""
 
 
 def read_adapter(path: Path) -> AdapterFile:
-    """The adapter in `path`, a file or a folder that holds `pytorch_lora_weights.safetensors`.
+    """Read the adapter in `path`, a file or a folder that holds `pytorch_lora_weights.safetensors`.
 
-    alpha is that of a key, else that of PEFT's header, else the rank. Our own files have it folded in, and their header
-    is not asked.
+    alpha comes from a key, else from PEFT's header, else it is the rank. Our own files fold alpha into B, so their
+    header's alpha is ignored.
 
     Raises:
-        CheckpointError: no such file, damaged, with an alpha or factors that make no adapter, or with no key that names
-            a module of FLUX.2.
+        CheckpointError: the file is missing or damaged, its alpha or factors are invalid, or no key names a module of
+            FLUX.2.
     """
     with file_errors_reported(path, CheckpointError, doing="read"):
         path = path / LORA_NAME if path.is_dir() else path
@@ -142,7 +143,7 @@ def read_adapter(path: Path) -> AdapterFile:
     names = tuple(dict.fromkeys(_dialect(group) for group in groups))
     for group in list(groups):
         kinds = [UNREAD_SUFFIXES[suffix].name for suffix in group.tensors if suffix in UNREAD_SUFFIXES]
-        if kinds or group.tensors.keys() == {"alpha"}:  # a DoRA's A and B mean nothing without its magnitudes
+        if kinds or group.tensors.keys() == {"alpha"}:  # A and B of a DoRA are meaningless without its magnitudes
             unread |= dict.fromkeys(group.keys.values(), kinds[0] if kinds else "unknown")
             groups.remove(group)
     _check_groups(path, groups)
@@ -151,12 +152,12 @@ def read_adapter(path: Path) -> AdapterFile:
     stems: dict[str, str] = {}
     header_scaled: set[str] = set()
     for group in groups:
-        for name, factors in _cut(path, group, _factors(path, group, header_scale)).items():
+        for name, factors in _split_by_linear(path, group, _factors(path, group, header_scale)).items():
             if name in modules:
                 raise CheckpointError.of(
                     f"{path} has {name} twice, as {stems[name]} and as {group.stem}",
                     "each Linear once",
-                    "It was put together from two files: take one of them.",
+                    "It was merged from two files: use one of them.",
                 )
             modules[name], stems[name] = factors, group.stem
             if factors.scale != 1 and "alpha" not in group.tensors:
@@ -176,10 +177,10 @@ def read_adapter(path: Path) -> AdapterFile:
 
 
 def check_all_read(file: AdapterFile) -> None:
-    """Raise where `file` holds more than `AdapterFile.modules` says and what a text encoder would take.
+    """Check that `file` has no unread keys other than those of a text encoder.
 
     Raises:
-        CheckpointError: keys of a kind that is not read, with what reads it.
+        CheckpointError: the file has keys of an unsupported kind. The message names the programs that support it.
     """
     problems = []
     for kind in dict.fromkeys(file.unread.values()):
@@ -187,20 +188,20 @@ def check_all_read(file: AdapterFile) -> None:
         if kind == "unknown":
             problems.append(
                 Problem(
-                    f"{file.path} has {len(keys)} keys that are not known, such as {keys[0]}",
+                    f"{file.path} has {len(keys)} unknown keys, such as {keys[0]}",
                     "an adapter of FLUX.2's Linears",
-                    "Made for another model, such as FLUX.1, it does not work here; else export it again without them.",
+                    "If it is for another model, such as FLUX.1, it cannot be used; else export it again without them.",
                 )
             )
         elif kind != "text encoder":
             marks = [(key, suffix) for key in keys if (suffix := _parsed(key).suffix) in UNREAD_SUFFIXES]
             key, suffix = marks[0]
-            found = UNREAD_SUFFIXES[suffix]
+            unread_kind = UNREAD_SUFFIXES[suffix]
             problems.append(
                 Problem(
-                    f"{file.path} holds {found.title} in {len(keys)} keys, such as {key}",
+                    f"{file.path} holds {unread_kind.title} in {len(keys)} keys, such as {key}",
                     "LoRA, LoKr or LoHa",
-                    f"It acts in {found.readers}: merge it into the base there.",
+                    f"{unread_kind.readers} can apply it: merge it into the base model there.",
                 )
             )
     CheckpointError.raise_if(problems)
@@ -220,23 +221,23 @@ def _parsed(key: str) -> _KeyParts:
 
 
 def _grouped(path: Path, tensors: Mapping[str, Tensor]) -> tuple[list[_KeyGroup], dict[str, str]]:
-    """The keys of each module of FLUX.2, and what the others are."""
+    """The keys grouped by module of FLUX.2, and the kinds of all other keys."""
     groups: dict[str, _KeyGroup] = {}
     unread = {}
     for key, stored in tensors.items():
-        is_byte = stored.is_floating_point() and stored.itemsize == 1  # torch computes nothing in fp8
+        is_byte = stored.is_floating_point() and stored.itemsize == 1  # torch has no arithmetic in fp8
         tensor = stored.to(torch.bfloat16) if is_byte else stored
         stem, suffix, spelling = _parsed(key)
         prefix = prefix_of(stem)
-        known = known_module(stem.removeprefix(prefix)) if suffix else None
-        is_norm = known is not None and "norm" in known[1].rpartition(".")[2]
-        if known is None or (is_norm and suffix not in UNREAD_SUFFIXES):
+        module = known_module(stem.removeprefix(prefix)) if suffix else None
+        is_norm = module is not None and "norm" in module[1].rpartition(".")[2]
+        if module is None or (is_norm and suffix not in UNREAD_SUFFIXES):
             unread[key] = "text encoder" if suffix and _TEXT_ENCODER.match(stem + ".") else "unknown"
             continue
-        group = groups.setdefault(stem, _KeyGroup(stem, prefix, *known))
+        group = groups.setdefault(stem, _KeyGroup(stem, prefix, *module))
         if suffix in group.keys:
             raise CheckpointError.of(
-                f"{path} has two matrices for one, {group.keys[suffix]} and {key}", "one adapter", SAVE_AGAIN
+                f"{path} has the same matrix twice, as {group.keys[suffix]} and as {key}", "one adapter", SAVE_AGAIN
             )
         group.tensors[suffix], group.keys[suffix] = tensor, key
         group.spelling = spelling or group.spelling
@@ -251,7 +252,7 @@ def _dialect(group: _KeyGroup) -> str:
 
 
 def _check_groups(path: Path, groups: Iterable[_KeyGroup]) -> None:
-    """Raise where tensors are no floating-point numbers, or a LoRA's two matrices do not fit."""
+    """Raise if a tensor is not floating-point, or if the two matrices of a LoRA layer do not fit together."""
     problems = []
     broken, empty = [], []
     for group in groups:
@@ -275,16 +276,16 @@ def _check_groups(path: Path, groups: Iterable[_KeyGroup]) -> None:
         counted = broken[0] if len(broken) == 1 else f"{len(broken)} layers, such as {broken[0]},"
         problems.append(Problem(f"{path} has {counted} without a matching lora_A and lora_B", "a whole LoRA"))
     if empty:
-        found = f"{path} has {len(empty)} empty layers, such as {empty[0]}"
-        problems.append(Problem(found, "a rank of at least 1", SAVE_AGAIN))
+        message = f"{path} has {len(empty)} empty layers, such as {empty[0]}"
+        problems.append(Problem(message, "a rank of at least 1", SAVE_AGAIN))
     CheckpointError.raise_if(problems)
 
 
 def _factors(path: Path, group: _KeyGroup, header_scale: HeaderScale) -> Factors:
-    """What `group` holds, of the whole matrix as the file has it.
+    """The factors in `group`, for the whole matrix as stored in the file.
 
     Raises:
-        CheckpointError: it makes no factors.
+        CheckpointError: the tensors are not valid factors.
     """
     alpha = None
     if "alpha" in group.tensors:
@@ -293,57 +294,59 @@ def _factors(path: Path, group: _KeyGroup, header_scale: HeaderScale) -> Factors
             raise CheckpointError.of(f"{path}: {group.keys['alpha']} is {shape}", "a single number", SAVE_AGAIN)
         alpha = float(group.tensors["alpha"])
     try:
-        others = factors_of(group.tensors, alpha)
-        if others is not None and group.tensors.keys() & {"A", "B"}:
-            raise ValueError("a LoRA's matrices beside those of another kind")
+        other_factors = factors_of(group.tensors, alpha)
+        if other_factors is not None and group.tensors.keys() & {"A", "B"}:
+            raise ValueError("matrices of a LoRA together with those of another kind")
     except ValueError as error:
         raise CheckpointError.of(
             f"{path}: {group.stem} has {error}", "the factors of one adapter", SAVE_AGAIN
         ) from None
-    if others is not None:
-        return others
+    if other_factors is not None:
+        return other_factors
     a, b = group.tensors["A"], group.tensors["B"]
     rank = a.shape[0]
     if alpha is None:
         return LowRank(a, b, header_scale(group.name, rank))
-    return LowRank(a, b, checked_alpha(path, group.keys["alpha"], alpha, place="") / rank)
+    return LowRank(a, b, checked_alpha(path, group.keys["alpha"], alpha, location="") / rank)
 
 
-def _cut(path: Path, group: _KeyGroup, factors: Factors) -> dict[str, Factors]:
-    """`factors` by diffusers' names of the Linears that its rows are."""
+def _split_by_linear(path: Path, group: _KeyGroup, factors: Factors) -> dict[str, Factors]:
+    """`factors` split by rows into diffusers' Linears, by their names."""
     renamed = from_bfl(f"{group.name}.weight") if group.layout == "bfl" else None
     if renamed is None:
         return {group.name: factors}
-    cut: dict[str, Factors] = {}
+    split_factors: dict[str, Factors] = {}
     rows = factors.shape[0]
     for name in (each.removesuffix(".weight") for each in renamed.names):
-        place = to_bfl(name)
-        assert place is not None
-        if rows % (2 if place.swaps_halves else place.parts):
+        bfl_module = to_bfl(name)
+        assert bfl_module is not None
+        if rows % (2 if bfl_module.swaps_halves else bfl_module.parts):
             raise CheckpointError.of(
                 f"{path}: {group.stem} has {rows} rows", "equal parts of a fused matrix", SAVE_AGAIN
             )
         ranges: list[RowRange] = []
-        if place.swaps_halves:
+        if bfl_module.swaps_halves:
             ranges = [(rows // 2, rows), (0, rows // 2)]
-        elif place.parts > 1:
-            part = rows // place.parts
-            ranges = [(place.part * part, (place.part + 1) * part)]
-        cut[name] = factors.taken(ranges) if ranges else factors
-    return cut
+        elif bfl_module.parts > 1:
+            part_rows = rows // bfl_module.parts
+            ranges = [(bfl_module.part * part_rows, (bfl_module.part + 1) * part_rows)]
+        split_factors[name] = factors.selected_rows(ranges) if ranges else factors
+    return split_factors
 
 
 def _check_modules(path: Path, modules: Mapping[str, Factors], unread: Mapping[str, str]) -> None:
-    """Raise where nothing is of FLUX.2, or a factor has numbers that are none."""
+    """Raise if no key is of FLUX.2, or if a factor has NaN or infinite numbers."""
     if not modules and not set(unread.values()) & {"dora", "oft", "diff"}:
         if not unread:
             raise CheckpointError.of(f"{path} has no layers", "a whole LoRA")
         keys = [key for key, kind in unread.items() if kind == "unknown"]
-        found = f"none of its {len(unread)} keys names a layer of FLUX.2"
+        message = f"none of its {len(unread)} keys names a layer of FLUX.2"
         raise CheckpointError.of(
-            f"{path}: {found}; they are {_described(keys[0])}" if keys else f"{path}: {found}, only of a text encoder",
+            f"{path}: {message}; they are {_described(keys[0])}"
+            if keys
+            else f"{path}: {message}, only of a text encoder",
             "a LoRA of FLUX.2's transformer",
-            "It was made for another model, or it is no LoRA.",
+            "The file is for another model, or it is not a LoRA.",
         )
     damaged = [
         name
@@ -354,12 +357,12 @@ def _check_modules(path: Path, modules: Mapping[str, Factors], unread: Mapping[s
         raise CheckpointError.of(
             f"{path}: NaN or infinite numbers in {len(damaged)} of {len(modules)} layers, such as {damaged[0]}",
             "finite weights",
-            "The file is damaged or was saved from a run that diverged: take an earlier checkpoint.",
+            "The file is damaged or was saved from a run that diverged: use an earlier checkpoint.",
         )
 
 
 def _described(key: str) -> str:
-    """`key`, and what it is by its spelling."""
+    """`key`, and the kind of adapter that its spelling suggests."""
     stem, suffix, _ = _parsed(key)
     prefix = prefix_of(stem)
     if not suffix:

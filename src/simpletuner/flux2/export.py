@@ -1,7 +1,7 @@
-"""LoRA files: written so that other tools load them as they lie, read back before anyone relies on them.
+"""Write LoRA files that other programs load unchanged, verify them by reading them back, and load LoRAs of any program.
 
-The keys are diffusers' (`transformer.<module>.lora_A.weight`), which ComfyUI reads too. alpha/rank is folded
-into B, because loaders disagree about where alpha is kept; the user's alpha stays in our own header.
+The keys are diffusers' (`transformer.<module>.lora_A.weight`), which ComfyUI reads too. alpha/rank is folded into B,
+because loaders disagree about where alpha is stored. Our header keeps the user's alpha.
 """
 
 import functools
@@ -19,7 +19,7 @@ from simpletuner.flux2.dialects import check_all_read, read_adapter
 from simpletuner.flux2.factors import Kronecker, LowRank
 from simpletuner.flux2.fused import unfused
 from simpletuner.flux2.header_alpha import ADAPTER_METADATA, checked_alpha
-from simpletuner.flux2.lora import CUSTOM, PRESETS, Adaptable, Adapter, Range, linears, preset_ranges, whole, wrap
+from simpletuner.flux2.lora import CUSTOM, PRESETS, Adaptable, Adapter, Range, full_range, linears, preset_ranges, wrap
 from simpletuner.flux2.lora_formats import peft_metadata
 from simpletuner.flux2.modelspec import MODELSPEC_FIELDS
 from simpletuner.flux2.transformer import empty_transformer
@@ -28,12 +28,12 @@ from simpletuner.memory.tensors import save_verified
 HEADER_FIELDS = frozenset(
     {"base_model", "comment", "config", "datasets", "licence", "options", "run", "step", "trigger_phrase", "version"}
 )
-"""What a caller may put into the header, each as `simpletuner.<field>`: a shared file must not carry more."""
+"""Fields that a caller may put into the header, each as `simpletuner.<field>`: a shared file must not carry others."""
 
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """One layer as it was trained: its output is `scale · b · a · x`, fp32, full size."""
+    """One trained layer: its output is `scale · b · a · x`. Factors are fp32 at full size."""
 
     a: Tensor
     b: Tensor
@@ -47,21 +47,21 @@ class LoadedLora:
     path: Path
     layers: dict[str, SavedLayer]
     alpha: float
-    """As the user gave it for training."""
+    """The user's alpha in training."""
     target: str
-    """The preset it was trained with, or "custom"."""
+    """The preset that it was trained with, or "custom"."""
     metadata: dict[str, str]
-    """The `HEADER_FIELDS` that the file has. Empty for other programs' files."""
+    """The `HEADER_FIELDS` that the file has; empty for files of other programs."""
     unused: int = 0
-    """Keys of a text encoder's layers, which are not adapted here."""
+    """Number of keys for text encoder layers, which are ignored."""
 
 
 def save_lora(path: Path, adapter: Adapter, *, metadata: Mapping[str, str], dtype: torch.dtype = torch.float32) -> None:
-    """Write `adapter` to `path`, and compare what the disk gives back.
+    """Write `adapter` to `path`, then read the file back and compare.
 
     Args:
         metadata: fields of `HEADER_FIELDS`.
-        dtype: the type of the file's tensors.
+        dtype: of the file's tensors.
 
     Raises:
         DiskError: no space, or the file reads back differently.
@@ -77,20 +77,20 @@ def save_lora(path: Path, adapter: Adapter, *, metadata: Mapping[str, str], dtyp
 
 
 def header_of(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What every file of ours says about itself; `metadata` are fields of `HEADER_FIELDS` and of `MODELSPEC_FIELDS`."""
+    """The header of our files, with `metadata`: fields of `HEADER_FIELDS` and of `MODELSPEC_FIELDS`."""
     unknown = metadata.keys() - HEADER_FIELDS - MODELSPEC_FIELDS
     if unknown:
         raise ValueError(f"not in HEADER_FIELDS: {', '.join(sorted(unknown))}")
-    own = {name if name in MODELSPEC_FIELDS else f"simpletuner.{name}": value for name, value in metadata.items()}
-    return {"format": "pt", **own}
+    fields = {name if name in MODELSPEC_FIELDS else f"simpletuner.{name}": value for name, value in metadata.items()}
+    return {"format": "pt", **fields}
 
 
 def read_lora(path: Path) -> LoadedLora:
-    """The LoRA in `path`, in any program's dialect: a file, or a folder that holds `pytorch_lora_weights.safetensors`.
+    """Read the LoRA in `path`, in any program's dialect: a file, or a folder with `pytorch_lora_weights.safetensors`.
 
     Raises:
-        CheckpointError: no such file, damaged, without a layer of FLUX.2, with an alpha, a rank or weights that make no
-            LoRA, or another kind of adapter.
+        CheckpointError: the file is missing or damaged, has no layer of FLUX.2, has an alpha, a rank or weights that
+            are invalid, or holds another kind of adapter.
     """
     file = read_adapter(path)
     check_all_read(file)
@@ -101,12 +101,12 @@ def read_lora(path: Path) -> LoadedLora:
         if not isinstance(factors, LowRank):
             title = "LoKr" if isinstance(factors, Kronecker) else "LoHa"
             raise CheckpointError.of(
-                f"{file.path} holds a {title}, in {name} for one",
-                "a LoRA, the kind of adapter that is trained",
-                "`simpletuner sample --lora FILE` draws with it.",
+                f"{file.path} holds a {title}, for example in {name}",
+                "a LoRA, the only kind of adapter that can be trained",
+                "`simpletuner sample --lora FILE` generates images with it.",
             )
         a, b, scale = factors.a.float(), factors.b.float(), factors.scale
-        if own_alpha is not None:  # folded into B, and taken out again
+        if own_alpha is not None:  # undo the folding into B
             scale = own_alpha / factors.rank
             b = b / (scale / factors.scale)
         layers[name] = SavedLayer(a, b, scale)
@@ -127,7 +127,7 @@ def read_lora(path: Path) -> LoadedLora:
 
 
 def _own_alpha(path: Path, text: str) -> float:
-    """The alpha in a header of ours."""
+    """The alpha in our own header field."""
     try:
         return checked_alpha(path, "simpletuner.alpha", float(text))
     except ValueError:
@@ -135,30 +135,30 @@ def _own_alpha(path: Path, text: str) -> float:
 
 
 def attach_saved(transformer: nn.Module, saved: LoadedLora, *, strength: float = 1.0, dropout: float = 0.0) -> Adapter:
-    """Freeze all that `transformer` has, earlier adapters too, and put `saved` on it.
+    """Freeze `transformer`, earlier adapters included, and attach `saved` to it with trainable parameters.
 
-    Called once for each file; where several adapt one layer their outputs add up. A file of one of our
-    presets goes on learning in its rows and columns only.
+    Call it once for each file; deltas of several files for one layer add up. A file that names one of our presets
+    keeps training only the rows and columns of that preset.
 
     Raises:
-        CheckpointError: the file's layers are not this model's.
+        CheckpointError: the file's layers do not fit this model.
     """
-    found = linears(transformer)
+    model_linears = linears(transformer)
     shapes = {name: (layer.b.shape[0], layer.a.shape[1]) for name, layer in saved.layers.items()}
-    check_shapes(saved.path, shapes, saved.metadata.get("base_model"), found)
+    check_shapes(saved.path, shapes, saved.metadata.get("base_model"), model_linears)
     ranges = preset_ranges(transformer, PRESETS[saved.target]) if saved.target in PRESETS else {}
     transformer.requires_grad_(False)
     layers = {}
-    for name, linear in found.items():
+    for name, linear in model_linears.items():
         if name not in saved.layers:
             continue
         layer = saved.layers[name]
-        place = ranges.get(name, whole(linear))
+        adapted_range = ranges.get(name, full_range(linear))
         layers[name] = wrap(
             transformer,
             name,
-            *_live(saved.path, name, layer, place),
-            place=place,
+            *_adapted_part(saved.path, name, layer, adapted_range),
+            place=adapted_range,
             scale=layer.scale * strength,
             dropout=dropout,
         )
@@ -166,33 +166,35 @@ def attach_saved(transformer: nn.Module, saved: LoadedLora, *, strength: float =
 
 
 def check_shapes(
-    path: Path, shapes: Mapping[str, tuple[int, int]], base_model: str | None, found: Mapping[str, Adaptable]
+    path: Path, shapes: Mapping[str, tuple[int, int]], base_model: str | None, model_linears: Mapping[str, Adaptable]
 ) -> None:
     """Check that an adapter fits a model.
 
     Args:
-        path: of the adapter.
-        shapes: rows and columns of what it adds, by layer.
-        base_model: that its header names.
-        found: the model's Linears.
+        path: of the adapter file.
+        shapes: rows and columns of each layer's delta.
+        base_model: as the adapter's header names it.
+        model_linears: the model's Linears.
 
     Raises:
-        CheckpointError: layers that the model lacks, or has with another shape.
+        CheckpointError: the model lacks some layers, or has them with another shape.
     """
-    here = {name: (linear.out_features, linear.in_features) for name, linear in found.items()}
-    misfits = [name for name, shape in shapes.items() if here.get(name) != shape]
+    model_shapes = {name: (linear.out_features, linear.in_features) for name, linear in model_linears.items()}
+    misfits = [name for name, shape in shapes.items() if model_shapes.get(name) != shape]
     if not misfits:
         return
     name = misfits[0]
     rows, columns = shapes[name]
-    have = f"{here[name][0]} × {here[name][1]}" if name in here else "not there"
-    trained_on, flavour = _flavour_of_adapter(shapes, base_model), _flavour_with(here)
-    named = f"{base_model} ({trained_on.name})" if base_model and trained_on and base_model != trained_on.name else None
-    named = named or base_model or (trained_on.name if trained_on is not None else None)
+    model_shape = f"{model_shapes[name][0]} × {model_shapes[name][1]}" if name in model_shapes else "missing"
+    trained_on, flavour = _flavour_of_adapter(shapes, base_model), _flavour_with(model_shapes)
+    base_title = (
+        f"{base_model} ({trained_on.name})" if base_model and trained_on and base_model != trained_on.name else None
+    )
+    base_title = base_title or base_model or (trained_on.name if trained_on is not None else None)
     raise CheckpointError.of(
         f"{path} does not fit this model{'' if flavour is None else f', {flavour.family}'}: {len(misfits)} of "
-        f"{len(shapes)} layers, such as {name}, which is {rows} × {columns} in the file and {have} here",
-        "the model it was trained on" + (f", {named}" if named else ""),
+        f"{len(shapes)} layers, such as {name}, which is {rows} × {columns} in the file and {model_shape} in the model",
+        "the model it was trained on" + (f", {base_title}" if base_title else ""),
         "Name it with --model_flavour or --pretrained_model_name_or_path."
         if trained_on is None or trained_on is flavour
         else f"Give --model_flavour {trained_on.name} to use this file.",
@@ -202,30 +204,30 @@ def check_shapes(
 @functools.cache
 def linear_shapes(spec: TransformerSpec) -> dict[str, tuple[int, int]]:
     """Rows and columns of each Linear."""
-    found = linears(empty_transformer(spec))
-    return {name: (linear.out_features, linear.in_features) for name, linear in found.items()}
+    by_name = linears(empty_transformer(spec))
+    return {name: (linear.out_features, linear.in_features) for name, linear in by_name.items()}
 
 
 def _flavour_with(shapes: Mapping[str, tuple[int, int]]) -> Flavour | None:
-    """The first flavour with exactly these Linears: the base of its family."""
+    """The first flavour that has exactly these Linears: the base model of its family."""
     return next((each for each in FLAVOURS.values() if linear_shapes(each.transformer) == shapes), None)
 
 
 def _flavour_of_adapter(shapes: Mapping[str, tuple[int, int]], base_model: str | None) -> Flavour | None:
-    """The flavour that an adapter was trained on: by its header, else the first one that all of its layers fit."""
+    """The flavour that an adapter was trained on: by its header, else the first flavour that all of its layers fit."""
     return flavour_of_base(base_model or "") or next(
         (each for each in FLAVOURS.values() if shapes.items() <= linear_shapes(each.transformer).items()), None
     )
 
 
-def _live(path: Path, name: str, layer: SavedLayer, place: Range) -> tuple[Tensor, Tensor]:
-    """The part of a layer inside `place`; outside there must be nothing."""
-    a = layer.a[:, slice(*place.columns)]
-    b = layer.b[slice(*place.rows)]
+def _adapted_part(path: Path, name: str, layer: SavedLayer, adapted_range: Range) -> tuple[Tensor, Tensor]:
+    """`a` and `b` of a layer, cut to `adapted_range`. Everything outside it must be zero."""
+    a = layer.a[:, slice(*adapted_range.columns)]
+    b = layer.b[slice(*adapted_range.rows)]
     if a.count_nonzero() != layer.a.count_nonzero() or b.count_nonzero() != layer.b.count_nonzero():
         raise CheckpointError.of(
             f"{path}: {name} has weights outside the rows and columns of its preset",
             "a file as this program wrote it",
-            "Remove simpletuner.target from its header if it was changed on purpose.",
+            "If it was edited on purpose, remove simpletuner.target from its header.",
         )
     return a.clone(), b.clone()

@@ -1,4 +1,4 @@
-"""The difference of two transformers, as a LoRA."""
+"""Extract the difference of two transformers as a LoRA."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -20,12 +20,12 @@ class Differences:
     """The difference of two transformers' weights."""
 
     layers: Iterator[tuple[str, Reduced]]
-    """Of each Linear that differs, computed as it is asked for."""
+    """Factors of each Linear that differs, computed lazily."""
     others: dict[str, float]
-    """Weights that differ and are no Linear's, such as norms, with their largest difference: no LoRA holds them. Filled
-    as `layers` are."""
+    """The largest difference of each weight outside the Linears that differs, such as a norm: a LoRA cannot hold it.
+    Iterating over `layers` fills this."""
     dtype: torch.dtype
-    """Of the tuned weights."""
+    """Dtype of the tuned weights."""
 
 
 def differences(
@@ -35,10 +35,11 @@ def differences(
     device: torch.device,
     report: Callable[[Iterable[str]], Iterable[str]],
 ) -> Differences:
-    """The difference `tuned` − `base`, cut to the rank of `rule`; one weight at a time is in memory, in fp32.
+    """The difference `tuned` − `base` at the rank of `rule`. One weight at a time is in memory, in fp32.
 
     Raises:
-        CheckpointError: they are not two of one model; while it computes, also that a weight is NaN or infinite.
+        CheckpointError: the models differ in weights or shapes; while iterating, also if a weight has NaN or infinite
+            values.
     """
     _check_same(base, tuned)
     others: dict[str, float] = {}
@@ -67,21 +68,21 @@ def differences(
 
 def _check_same(base: OpenTransformer, tuned: OpenTransformer) -> None:
     shapes = [{name: rows.shape for name, rows in model.weights.items()} for model in (base, tuned)]
-    odd = [name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name)]
-    if odd:
-        first, second = (shape.get(odd[0]) for shape in shapes)
-        texts = ["not there" if shape is None else " × ".join(map(str, shape)) for shape in (first, second)]
+    misfits = [name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name)]
+    if misfits:
+        first, second = (shape.get(misfits[0]) for shape in shapes)
+        texts = ["missing" if shape is None else " × ".join(map(str, shape)) for shape in (first, second)]
         raise CheckpointError(
             Problem(
-                f"{len(odd)} weights of {tuned.path} have other shapes than in {base.path}, such as {odd[0]}, which is "
-                f"{texts[1]}, and {texts[0]} in the base",
+                f"{len(misfits)} weights of {tuned.path} differ in shape from {base.path}, such as {misfits[0]}, "
+                f"which is {texts[1]}, and {texts[0]} in the base",
                 "two models of one flavour",
             )
         )
 
 
 def extracted_header(base: OpenTransformer, tuned: OpenTransformer, rule: RankRule) -> dict[str, str]:
-    """The header of a LoRA that was taken from two models: which ones, by name, and what the tuned one says."""
+    """The header of an extracted LoRA: the names of both models, and fields of the tuned model's header."""
     record = {"base": base.path.absolute().name, "tuned": tuned.path.absolute().name, **vars(rule)}
     header = {"simpletuner.version": __version__, "simpletuner.extracted": json.dumps(record)}
     return header | {

@@ -1,6 +1,6 @@
-"""What an adapter file holds for one Linear: factors of ΔW, in the file's own numbers.
+"""Factors of ΔW that an adapter file holds for one Linear, with the values of the file.
 
-The delta of each kind, with out = rows and in = columns of the Linear:
+ΔW of each kind:
 
 - `LowRank`: ΔW = scale · b · a (LoRA, Hu et al., arXiv 2106.09685);
 - `Kronecker`: ΔW = scale · kron(w1, w2) (LoKr, LyCORIS, arXiv 2309.14859);
@@ -20,7 +20,7 @@ RowRange = tuple[int, int]
 
 @dataclass(frozen=True)
 class LowRank:
-    """Factors of one layer of a LoRA; `scale` is alpha / rank, 1 where alpha is folded into `b`."""
+    """Factors of one layer of a LoRA; `scale` is alpha / rank, or 1 if alpha is folded into `b`."""
 
     a: Float[Tensor, "rank columns"]
     b: Float[Tensor, "rows rank"]
@@ -39,26 +39,27 @@ class LowRank:
         """ΔW in fp32."""
         return self.b.float() @ self.a.float() * self.scale
 
-    def taken(self, ranges: Sequence[RowRange]) -> "LowRank":
-        """The factors of these rows of ΔW, in this order."""
+    def selected_rows(self, ranges: Sequence[RowRange]) -> "LowRank":
+        """The factors of the rows `ranges` of ΔW, in this order."""
         return replace(self, b=torch.cat([self.b[start:stop] for start, stop in ranges]))
 
 
 @dataclass(frozen=True)
 class Kronecker:
-    """Factors of one layer of a LoKr, decomposed ones multiplied out. Row i1 · len(w2) + i2 of kron(w1, w2) is that of
-    row i1 of `w1` and row i2 of `w2`.
+    """Factors of one layer of a LoKr; decomposed factors are multiplied.
+
+    Row i1 · len(w2) + i2 of kron(w1, w2) comes from row i1 of `w1` and row i2 of `w2`.
     """
 
     w1: Float[Tensor, "rows1 columns1"]
     w2: Float[Tensor, "rows2 columns2"]
     scale: float = 1.0
     ranges: tuple[RowRange, ...] | None = None
-    """The rows of kron(w1, w2) that are ΔW's, in this order; None for all. Of a fused matrix one part is wanted, to
-    which w1 can be cut only where the part begins and ends with whole copies of w2.
+    """The rows of kron(w1, w2) that form ΔW, in this order; None for all. They select one part of a fused matrix: w1
+    itself can be cut to the part only if the part starts and ends at multiples of len(w2).
     """
     rank: int | None = None
-    """That the file decomposes w2 at, or w1 where w2 is full; None where both are full."""
+    """Rank at which the file decomposes w2, or w1 if w2 is full; None if both are full."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -72,19 +73,19 @@ class Kronecker:
         whole = torch.kron(self.w1.float(), self.w2.float()) * self.scale
         return whole if self.ranges is None else torch.cat([whole[start:stop] for start, stop in self.ranges])
 
-    def taken(self, ranges: Sequence[RowRange]) -> "Kronecker":
-        """The factors of these rows of ΔW, in this order. Rows of w1 that none of them needs are left out."""
+    def selected_rows(self, ranges: Sequence[RowRange]) -> "Kronecker":
+        """The factors of the rows `ranges` of ΔW, in this order. Rows of w1 that none of them uses are dropped."""
         if self.ranges is not None:
-            raise ValueError("rows are taken once, of the whole matrix")
-        copy = self.w2.shape[0]
-        pieces, kept, offset = [], [], 0
+            raise ValueError("rows can be selected only once, from the whole matrix")
+        block_rows = self.w2.shape[0]
+        pieces, new_ranges, offset = [], [], 0
         for start, stop in ranges:
-            first, end = start // copy, -(-stop // copy)
+            first, end = start // block_rows, -(-stop // block_rows)
             pieces.append(self.w1[first:end])
-            kept.append((offset + start - first * copy, offset + stop - first * copy))
-            offset += (end - first) * copy
-        is_cut = all(start % copy == 0 == stop % copy for start, stop in ranges)
-        return replace(self, w1=torch.cat(pieces), ranges=None if is_cut else tuple(kept))
+            new_ranges.append((offset + start - first * block_rows, offset + stop - first * block_rows))
+            offset += (end - first) * block_rows
+        is_cut = all(start % block_rows == 0 == stop % block_rows for start, stop in ranges)
+        return replace(self, w1=torch.cat(pieces), ranges=None if is_cut else tuple(new_ranges))
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,8 @@ class Hadamard:
         """ΔW in fp32."""
         return (self.w1_b.float() @ self.w1_a.float()) * (self.w2_b.float() @ self.w2_a.float()) * self.scale
 
-    def taken(self, ranges: Sequence[RowRange]) -> "Hadamard":
-        """The factors of these rows of ΔW, in this order."""
+    def selected_rows(self, ranges: Sequence[RowRange]) -> "Hadamard":
+        """The factors of the rows `ranges` of ΔW, in this order."""
         return replace(
             self,
             w1_b=torch.cat([self.w1_b[start:stop] for start, stop in ranges]),

@@ -1,7 +1,7 @@
-"""Adapters of any kind for drawing: a file's factors beside frozen Linears. Nothing of them is trained.
+"""Attach adapters of any kind for sampling: a file's factors next to frozen Linears, without trainable parameters.
 
-A delta is applied to the input as the file holds it, so an adapter takes its file's memory and the base stays as it
-is, in any precision.
+Factors are applied to the input in the form of the file, so an adapter takes as much memory as its file, and the base
+weights do not change, in any precision.
 """
 
 from dataclasses import replace
@@ -23,19 +23,20 @@ from simpletuner.flux2.lora import Adaptable, AdapterLayer, adaptable, linears
 from simpletuner.memory.tensors import open_tensors
 
 _SLICE = 2**24
-"""About how many elements of a LoHa's ΔW are computed at a time, where ΔW is less work than its factors."""
+"""Approximate number of elements of a LoHa's ΔW computed at a time, if computing ΔW is cheaper than its factors."""
 
 
 class FixedLinear(AdapterLayer):
-    """A frozen Linear plus the delta of `factors`, which are kept in their dtype and cast to the input's where they
-    are used. `scale` is the factors' at first.
+    """A frozen Linear plus the delta of `factors`, which keep their dtype and are cast to that of the input in forward.
+
+    `scale` starts as that of the factors.
     """
 
     def __init__(self, base: Adaptable, factors: Factors) -> None:
         super().__init__(base, factors.scale)
         device = next(base.parameters()).device
         self.factors = _on(device, factors)
-        """Not parameters: what is streamed or counted is the base."""
+        """Not registered as parameters, so that only the base weights are streamed and counted."""
         self.train(base.training)
 
     def forward(self, x: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
@@ -49,14 +50,14 @@ def _on(device: torch.device, factors: Factors) -> Factors:
 
 
 def delta_product(factors: Factors, x: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
-    """ΔW · x at a scale of 1, in the type of `x`."""
+    """ΔW · x at a scale of 1, in the dtype of `x`."""
     if isinstance(factors, LowRank):
         return F.linear(F.linear(x, factors.a.to(x.dtype)), factors.b.to(x.dtype))
     return _kronecker_product(factors, x) if isinstance(factors, Kronecker) else _hadamard_product(factors, x)
 
 
 def _kronecker_product(factors: Kronecker, x: Tensor) -> Tensor:
-    """kron(w1, w2) · x = w1 · X · w2ᵀ, with X the rows of w2's inputs in x; the cheaper product first."""
+    """kron(w1, w2) · x = w1 · X · w2ᵀ, with X = x as a (columns of w1, columns of w2) matrix. Cheaper product first."""
     w1, w2 = factors.w1.to(x.dtype), factors.w2.to(x.dtype)
     (rows1, columns1), (rows2, columns2) = w1.shape, w2.shape
     matrix = x.unflatten(-1, (columns1, columns2))
@@ -69,8 +70,10 @@ def _kronecker_product(factors: Kronecker, x: Tensor) -> Tensor:
 
 
 def _hadamard_product(factors: Hadamard, x: Tensor) -> Tensor:
-    """(B1·A1 ∘ B2·A2) · x. The product is of rank r1·r2: its factors have as columns and rows the products of every
-    pair of theirs (Khatri-Rao). They are computed on each call; where ΔW itself is less work, slices of its rows are.
+    """(B1·A1 ∘ B2·A2) · x.
+
+    ΔW has rank r1·r2. Its factors, computed on each call, are products of all pairs of columns and rows (Khatri-Rao).
+    If ΔW itself is cheaper, slices of its rows are computed instead.
     """
     a1, b1, a2, b2 = (each.float() for each in (factors.w1_a, factors.w1_b, factors.w2_a, factors.w2_b))
     rows, columns = factors.shape
@@ -85,10 +88,10 @@ def _hadamard_product(factors: Hadamard, x: Tensor) -> Tensor:
 
 
 def read_for_drawing(path: Path) -> LoadedLora | AdapterFile:
-    """The adapter in the file `path`; a LoRA is read by `read_lora`.
+    """Read the adapter in the file `path` for sampling; a LoRA with `read_lora`.
 
     Raises:
-        CheckpointError: no such file, damaged, of a kind that is not read, or with weights that make no adapter.
+        CheckpointError: the file is missing or damaged, its kind is not supported, or its weights are invalid.
     """
     with file_errors_reported(path, CheckpointError, doing="read"), open_tensors(path) as file:
         has_other_kinds = any(key.rpartition(".")[2] in FACTOR_SUFFIXES for key in file)
@@ -100,21 +103,20 @@ def read_for_drawing(path: Path) -> LoadedLora | AdapterFile:
 
 
 def check_fixed(transformer: nn.Module, adapter: AdapterFile) -> None:
-    """Check that the layers of `adapter` are this model's.
+    """Check that the layers of `adapter` fit this model.
 
     Raises:
-        CheckpointError: they are not.
+        CheckpointError: they do not.
     """
     shapes = {name: factors.shape for name, factors in adapter.modules.items()}
     check_shapes(adapter.path, shapes, adapter.header.get("simpletuner.base_model"), linears(transformer))
 
 
 def attach_fixed(transformer: nn.Module, adapter: AdapterFile) -> dict[str, FixedLinear]:
-    """Freeze `transformer`, put `adapter` on it and return its layers. Where others adapt a layer too, the outputs add
-    up.
+    """Freeze `transformer`, attach `adapter` and return its layers. Deltas of several adapters for one layer add up.
 
     Raises:
-        CheckpointError: the adapter's layers are not this model's.
+        CheckpointError: the adapter's layers do not fit this model.
     """
     check_fixed(transformer, adapter)
     transformer.requires_grad_(False)

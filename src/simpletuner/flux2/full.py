@@ -1,4 +1,4 @@
-"""The whole transformer as what is trained: every weight of it."""
+"""Full training: every weight of the transformer is a trainable parameter."""
 
 import contextlib
 import re
@@ -8,7 +8,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
-from simpletuner.flux2.learning import Learning
+from simpletuner.flux2.learning import TrainableParameters
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.masters import Masters, SteppedParameters
 from simpletuner.memory.precision import check_range
@@ -17,7 +17,7 @@ from simpletuner.memory.world import World
 
 
 class WeightKind(TypedDict):
-    """The weights that share a place in their blocks."""
+    """The weights that have the same name in their blocks."""
 
     name: str
     tensors: int
@@ -25,8 +25,9 @@ class WeightKind(TypedDict):
 
 
 class WeightAudit(TypedDict):
-    """What is trained, for people and for JSON. `weight_bytes` is what the model computes with, `master_bytes` what the
-    optimizer steps on where that is something else.
+    """Summary of the trainable weights, for reports and JSON.
+
+    `weight_bytes` is the size of the weights that the model computes with, `master_bytes` that of fp32 masters.
     """
 
     dtype: str
@@ -37,12 +38,13 @@ class WeightAudit(TypedDict):
     kinds: list[WeightKind]
 
 
-class FullModel(Learning):
-    """Every weight of a transformer, by diffusers' names: itself, its fp32 master where there is one, or this rank's
-    rows of it where it is sharded.
+class FullModel(TrainableParameters):
+    """Every weight of a transformer, by diffusers' names.
+
+    The optimizer steps the weight itself, its fp32 master if there is one, or this rank's rows of it if it is sharded.
     """
 
-    foreign = "weights of another model"
+    foreign_state = "weights of another model"
 
     def __init__(self, transformer: Flux2Transformer, masters: SteppedParameters | None) -> None:
         self.transformer = transformer
@@ -53,7 +55,7 @@ class FullModel(Learning):
         return dict(self.transformer.named_parameters())
 
     def disabled(self) -> None:
-        """None: the base model is gone with the first step."""
+        """Return None: after the first step the base model no longer exists."""
 
     @contextlib.contextmanager
     def holding(self, state: Mapping[str, Tensor]) -> Iterator[None]:
@@ -61,7 +63,7 @@ class FullModel(Learning):
             with super().holding(state):
                 yield
             return
-        # The masters stay as they are: only the weights show others.
+        # The masters keep their values; only the weights take those of `state`.
         self.masters.show(state)
         try:
             yield
@@ -69,7 +71,7 @@ class FullModel(Learning):
             self.masters.settle()
 
     def by_role(self) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-        """The matrices of the blocks; those around them (embedders, modulation, the last layers); the norms' scales."""
+        """Matrices of the blocks; matrices outside them (embedders, modulation, last layers); scales of the norms."""
         inner: list[nn.Parameter] = []
         outer: list[nn.Parameter] = []
         scales: list[nn.Parameter] = []
@@ -79,7 +81,7 @@ class FullModel(Learning):
         return inner, outer, scales
 
     def audit(self) -> WeightAudit:
-        """What learns, counted from the weights themselves."""
+        """Count the trainable parameters, from the weights themselves."""
         groups: dict[str, list[nn.Parameter]] = {}
         for name, parameter in self.weights.items():
             groups.setdefault(re.sub(r"\.\d+\.", ".*.", name, count=1), []).append(parameter)
@@ -97,23 +99,24 @@ class FullModel(Learning):
         )
 
 
-def unfreeze(transformer: Flux2Transformer, masters: torch.dtype | None = None) -> FullModel:
-    """Make every weight of `transformer` learn, its norms and embedders too.
+def unfreeze(transformer: Flux2Transformer, compute_dtype: torch.dtype | None = None) -> FullModel:
+    """Make every weight of `transformer` trainable, norms and embedders included.
 
     Args:
-        masters: where given, the weights compute as this type, and the fp32 ones they were become their masters.
+        compute_dtype: that of the weights; their fp32 values become masters. None keeps the weights' dtype.
     """
     transformer.requires_grad_(True)
-    kept = None if masters is None else Masters(dict(transformer.named_parameters()), masters)
-    return FullModel(transformer, kept)
+    fp32_masters = None if compute_dtype is None else Masters(dict(transformer.named_parameters()), compute_dtype)
+    return FullModel(transformer, fp32_masters)
 
 
 def unfreeze_sharded(transformer: Flux2Transformer, computes_in: torch.dtype, world: World) -> FullModel:
-    """Train every weight of a `transformer` that is sharded over the ranks and gathered as `computes_in`; each rank its
-    rows. fp32 rows are masters themselves.
+    """Make every weight of a sharded `transformer` trainable. All-gathers cast to `computes_in`.
+
+    Each rank steps its own fp32 rows, which need no masters.
 
     Raises:
-        ConfigError: fp16 is `computes_in` and cannot hold one of this rank's weights.
+        ConfigError: `computes_in` is fp16 and cannot represent one of this rank's weights.
     """
     transformer.requires_grad_(True)
     transformer.computes_in = computes_in

@@ -1,8 +1,8 @@
-"""LoRA factors of query, key and value joined into those of one fused matrix, as BFL's layout has it, and back.
+"""Fuse LoRA factors of query, key and value into those of one matrix, as in BFL's layout, and split them again.
 
-ΔW of the fused matrix has the rows of its parts one below the other. Its factors are b block-diagonal and the parts' a
-stacked, at the sum of their ranks; where the parts share one a, as they do after training on a fused matrix, the b are
-stacked and the rank stays. Both are exact: `unfused` returns the bits of what `fused` was given.
+ΔW of the fused matrix concatenates the rows of its parts. Its factors are a block-diagonal b and the concatenated a of
+the parts, so ranks add up. Parts that share one a, as after training on a fused matrix, concatenate their b and keep
+the rank. Both are exact: `unfused` restores the bits of the input of `fused`.
 """
 
 import itertools
@@ -16,15 +16,15 @@ from simpletuner.flux2.factors import Factors, LowRank
 from simpletuner.flux2.names import to_bfl
 
 FUSED_RANKS = "simpletuner.fused_ranks"
-"""Header field of a file with fused matrices: JSON, the ranks of the parts by the fused matrix's name in BFL's layout;
-0 for a part that the adapter does not have."""
+"""Header field of a file with fused matrices: JSON with the ranks of the parts, by BFL's name of the fused matrix. A
+missing part has rank 0."""
 
 
 def fused(parts: Sequence[LowRank | None]) -> LowRank:
-    """The factors of the matrix that `parts` are the rows of, each with the same number; None is a part of zeros.
+    """The factors of the fused matrix of `parts`, which have equal numbers of rows; None stands for a part of zeros.
 
     Raises:
-        ValueError: no part is there, or one has a scale other than 1.
+        ValueError: all parts are None, or one has a scale other than 1.
     """
     present = [part for part in parts if part is not None]
     if not present or any(part.scale != 1 for part in present):
@@ -39,19 +39,20 @@ def fused(parts: Sequence[LowRank | None]) -> LowRank:
 
 
 def fused_groups(modules: Mapping[str, object]) -> dict[str, list[str | None]]:
-    """The names of `modules` that BFL's layout fuses, by its name for the fused matrix: one for each part, in order;
-    None for a part that is not among them.
+    """The names of `modules` that BFL's layout fuses, by BFL's name of the fused matrix.
+
+    Each list has one entry for each part, in order; None for a part that `modules` lacks.
     """
     groups: dict[str, list[str | None]] = {}
     for name in modules:
-        place = to_bfl(name)
-        if place is not None and place.parts > 1:
-            groups.setdefault(place.name, [None] * place.parts)[place.part] = name
+        bfl_module = to_bfl(name)
+        if bfl_module is not None and bfl_module.parts > 1:
+            groups.setdefault(bfl_module.name, [None] * bfl_module.parts)[bfl_module.part] = name
     return groups
 
 
 def fused_ranks(modules: Mapping[str, LowRank]) -> dict[str, list[int]]:
-    """What `FUSED_RANKS` says of a file that holds `modules` fused."""
+    """The value of `FUSED_RANKS` for a file that holds `modules` fused."""
     return {
         name: [0 if part is None else modules[part].rank for part in parts]
         for name, parts in fused_groups(modules).items()
@@ -59,34 +60,34 @@ def fused_ranks(modules: Mapping[str, LowRank]) -> dict[str, list[int]]:
 
 
 def unfused(modules: Mapping[str, Factors], header: Mapping[str, str]) -> dict[str, Factors]:
-    """`modules`, with the parts of each fused matrix at the ranks that they had before `fused`; a part of zeros is left
-    out. What was not fused by it stays as it is.
+    """`modules`, with the parts of each fused matrix at the ranks that they had before `fused`.
 
-    The ranks are those of the header, else they show in `b`: exact zeros where one part has nothing to do with the a
-    of another. Parts are cut only where they share one `a` tensor, as those that `LowRank.taken` returns do.
+    Parts of zeros are left out; modules that `fused` did not fuse stay unchanged. The ranks come from the header, else
+    from exact zeros in `b`, where one part does not use the a of another. Parts are reduced only if they share one `a`
+    tensor, as parts from `LowRank.selected_rows` do.
     """
     recorded = _recorded(header)
-    found = dict(modules)
+    modules_at_own_ranks = dict(modules)
     for fused_name, names in fused_groups(modules).items():
         parts = [modules[name] for name in names if name is not None]
         factors = [part for part in parts if isinstance(part, LowRank)]
         if len(factors) < len(names) or any(part.a is not factors[0].a for part in factors):
             continue
-        for name, part in zip(names, _cut(factors, recorded.get(fused_name)), strict=True):
+        for name, part in zip(names, _at_own_ranks(factors, recorded.get(fused_name)), strict=True):
             assert name is not None
             if part is None:
-                del found[name]
+                del modules_at_own_ranks[name]
             else:
-                found[name] = part
-    return found
+                modules_at_own_ranks[name] = part
+    return modules_at_own_ranks
 
 
-def _cut(parts: Sequence[LowRank], recorded: Sequence[int] | None) -> Sequence[LowRank | None]:
-    """Cut `parts`, which share one a, to their own ranks, if there are such ranks."""
+def _at_own_ranks(parts: Sequence[LowRank], recorded: Sequence[int] | None) -> Sequence[LowRank | None]:
+    """Reduce `parts`, which share one a, to their own ranks, if those can be determined."""
     a = parts[0].a
     used = [part.b.any(dim=0) for part in parts]
     if recorded is not None and len(recorded) == len(parts) and max(recorded) == len(a) != sum(recorded):
-        # The parts had the same a.
+        # The parts had the same a before they were fused.
         is_whole = all(rank or not columns.any() for rank, columns in zip(recorded, used, strict=True))
         return [part if rank else None for part, rank in zip(parts, recorded, strict=True)] if is_whole else parts
     for ranks in _candidates(len(a), used, recorded):
@@ -101,8 +102,9 @@ def _cut(parts: Sequence[LowRank], recorded: Sequence[int] | None) -> Sequence[L
 
 
 def _candidates(rank: int, used: Sequence[Tensor], recorded: Sequence[int] | None) -> Iterator[Sequence[int]]:
-    """Ranks that the parts of a fused matrix of `rank` may have had: the recorded ones, equal ones, and those that the
-    last column of `b` that each part uses tells.
+    """Yield possible ranks for the parts of a fused matrix of `rank`.
+
+    First the recorded ranks, then equal ones, then those given by the last column of `b` that each part uses.
     """
     if recorded is not None:
         yield recorded
@@ -115,7 +117,7 @@ def _candidates(rank: int, used: Sequence[Tensor], recorded: Sequence[int] | Non
 
 
 def _is_block_diagonal(used: Sequence[Tensor], spans: Sequence[slice]) -> bool:
-    """Whether `spans` cover all columns, and each part uses those of its own span alone."""
+    """Whether `spans` cover all columns and each part uses only the columns of its span."""
     if len(spans) != len(used) or spans[-1].stop != len(used[0]):
         return False
     outside = torch.stack(list(used))
@@ -125,7 +127,7 @@ def _is_block_diagonal(used: Sequence[Tensor], spans: Sequence[slice]) -> bool:
 
 
 def _recorded(header: Mapping[str, str]) -> dict[str, list[int]]:
-    """The readable entries of the header's `FUSED_RANKS`: a damaged one tells nothing, and the zeros remain."""
+    """The valid entries of the header's `FUSED_RANKS`. For a damaged one, `unfused` falls back to zeros in `b`."""
     try:
         listed = json.loads(header.get(FUSED_RANKS, "{}"))
     except (ValueError, RecursionError):

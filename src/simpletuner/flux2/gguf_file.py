@@ -1,7 +1,7 @@
-"""GGUF files: what their headers say, and their blocks as numbers, by the `gguf` package of llama.cpp.
+"""Read headers of GGUF files and decode their blocks, with the `gguf` package of llama.cpp.
 
-Each tensor has a type of its own. Quantized ones are stored in blocks of weights of one row, so any rows can be decoded
-without the others (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+Each tensor has its own type. Blocks of quantized tensors never span rows, so any rows can be decoded without the others
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 """
 
 import functools
@@ -24,34 +24,34 @@ from simpletuner.flux2.stored import FLOATING_DTYPES, ReadPart, StoredWeight
 
 _ARCHITECTURE = "flux"
 _NEWER_TYPE = re.compile(r"\b(\d{1,3})\)? is not a valid GGMLQuantizationType")
-"""The error of a package that does not know a type's number. A damaged header would hold a longer number."""
+"""Error text of a gguf package that does not know a type's number. A damaged header would hold a longer number."""
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What the header of a GGUF file says."""
+    """Content of a GGUF file's header."""
 
     architecture: str | None
-    """`general.architecture`: "flux" for transformers of FLUX.1 and FLUX.2; some programs leave it out."""
+    """`general.architecture`: "flux" for transformers of FLUX.1 and FLUX.2; some programs omit it."""
     tensors: Mapping[str, TensorEntry]
-    """By name; `dtype` is GGUF's type, such as "Q8_0", and `shape` is torch's: rows, columns."""
+    """Tensors by name; `dtype` is GGUF's type, such as "Q8_0", and `shape` is torch's: (rows, columns)."""
 
 
 def is_gguf(file: Path) -> bool:
-    """Whether `file` begins as a GGUF file does.
+    """Whether `file` begins with GGUF's magic bytes.
 
     Raises:
-        AccessError: it cannot be read.
+        AccessError: `file` cannot be read.
     """
     with file_errors_reported(file, AccessError, doing="read"), file.open("rb") as stream:
         return stream.read(4) == b"GGUF"
 
 
 def read_gguf_header(file: Path) -> GgufHeader:
-    """The tensors of a GGUF file. No tensor is read.
+    """Read the header of a GGUF file, without its tensors.
 
     Raises:
-        AccessError: it is not a whole GGUF file of little-endian numbers, or holds a type that is not known.
+        AccessError: the file is not a complete little-endian GGUF file, or holds an unknown type.
     """
     import gguf
 
@@ -69,9 +69,9 @@ def read_gguf_header(file: Path) -> GgufHeader:
             raise _unreadable(file, number[1]) from None
         reason = str(error).strip().splitlines()
         raise AccessError.of(
-            f"{file} is not a whole GGUF file ({reason[0][:120] if reason else type(error).__name__})",
+            f"{file} is not a complete GGUF file ({reason[0][:120] if reason else type(error).__name__})",
             "a GGUF file of version 2 or 3",
-            "A download may have broken off: get the file again.",
+            "The download may be incomplete: download the file again.",
         ) from None
     if reader.byte_order != "I":
         raise AccessError.of(f"{file} holds big-endian numbers", "a GGUF file of little-endian numbers")
@@ -85,7 +85,7 @@ def _unreadable(file: Path, types: str) -> AccessError:
     return AccessError.of(
         f"{file} holds tensors of the GGUF type {types}",
         "types that the gguf package can read, such as Q8_0, Q6_K, Q5_K, Q4_K, BF16",
-        "Take another file of the same model, or install a newer gguf package.",
+        "Use another file of the same model, or install a newer gguf package.",
     )
 
 
@@ -97,7 +97,7 @@ def _entry(file: Path, tensor: Any) -> TensorEntry:
 
 @functools.cache
 def _is_known(name: str) -> bool:
-    """Whether tensors of the type `name` can be decoded."""
+    """Whether the package can decode tensors of the type `name`."""
     if name in FLOATING_DTYPES:
         return True
     try:
@@ -108,7 +108,7 @@ def _is_known(name: str) -> bool:
 
 
 def block_size(name: str) -> tuple[int, int]:
-    """Weights and bytes of a block of the type `name`."""
+    """Number of weights and bytes in a block of the type `name`."""
     import gguf
 
     weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
@@ -116,10 +116,10 @@ def block_size(name: str) -> tuple[int, int]:
 
 
 def decoded_rows(rows: UInt8[Tensor, "rows bytes"], name: str) -> Float[Tensor, "rows columns"]:
-    """The weights of whole rows of a tensor of the quantized type `name`, in fp32.
+    """Decode whole rows of a tensor of the quantized type `name` to fp32.
 
     Raises:
-        NotImplementedError: the package cannot read this type.
+        NotImplementedError: the package cannot decode this type.
     """
     return torch.from_numpy(_decoded(rows.numpy(), name))
 
@@ -127,16 +127,17 @@ def decoded_rows(rows: UInt8[Tensor, "rows bytes"], name: str) -> Float[Tensor, 
 def _decoded(rows: Any, name: str) -> Any:
     import gguf
 
-    with np.errstate(all="ignore"):  # an infinite scale is found where weights are checked
+    with np.errstate(all="ignore"):  # the check of the weights reports an infinite scale
         return gguf.dequantize(rows, gguf.GGMLQuantizationType[name])
 
 
 def gguf_weights(file: Path, component: Component) -> dict[str, StoredWeight]:
-    """The weights of `component` in a GGUF file, by the names in it: all of a transformer, nothing of the others, which
-    FLUX.2's files do not hold. None is read.
+    """The weights of `component` in a GGUF file, by the file's names, without reading them.
+
+    FLUX.2's GGUF files hold transformers only, so other components have no weights.
 
     Raises:
-        AccessError: as `read_gguf_header`, or it holds another kind of model.
+        AccessError: as `read_gguf_header`, or the file holds another kind of model.
     """
     header = read_gguf_header(file)
     if header.architecture not in (None, _ARCHITECTURE):
@@ -151,7 +152,7 @@ def gguf_weights(file: Path, component: Component) -> dict[str, StoredWeight]:
 
 
 def _stored(name: str, entry: TensorEntry) -> StoredWeight:
-    if entry.dtype in FLOATING_DTYPES:  # types without blocks, which safetensors spells alike
+    if entry.dtype in FLOATING_DTYPES:  # types without blocks, with the same names in safetensors
         return StoredWeight(name, "plain", entry.shape, {"data": entry})
 
     def decode(read: ReadPart, rows: slice) -> Tensor:

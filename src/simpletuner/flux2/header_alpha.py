@@ -1,4 +1,4 @@
-"""A LoRA layer's scale by the file's header, as PEFT and diffusers write and read it."""
+"""Compute a LoRA layer's scale from the file's header, by the rules of PEFT and diffusers."""
 
 import json
 import re
@@ -9,34 +9,35 @@ from typing import Any
 from simpletuner.base.errors import CheckpointError
 
 ADAPTER_METADATA = "lora_adapter_metadata"
-"""PEFT's configuration in the header, as diffusers reads it. Its names and ranks are those of diffusers' format."""
-SAVE_AGAIN = "The file is damaged: take another copy, or save it again with the program that wrote it."
+"""Header field with PEFT's configuration, which diffusers reads. Its names and ranks are those of diffusers' format."""
+SAVE_AGAIN = "The file is damaged: use another copy, or save it again with the program that wrote it."
 
 _PLAIN_ENDING = re.compile(r"\^?[\w.-]+")
-"""PEFT's patterns are regular expressions. Only plain names are read: matching a foreign expression may never end."""
+"""The supported alpha patterns. PEFT allows regular expressions, but matching untrusted ones may never terminate."""
 _ALPHA_LIMIT = 1e9
 _RANK_LIMIT = 1_000_000
 
 
-def checked_alpha(path: Path, key: str, value: object, place: str = " in its header") -> float:
-    """`value` as an alpha; `place` says where `path` has it.
+def checked_alpha(path: Path, key: str, value: object, location: str = " in its header") -> float:
+    """`value` as an alpha; `location` says where in `path` it is stored.
 
     Raises:
-        CheckpointError: it makes no LoRA.
+        CheckpointError: `value` is not a valid alpha.
     """
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= _ALPHA_LIMIT:
         return float(value)
     raise CheckpointError.of(
-        f"{path}: {key} = {str(value)[:60]}{place}",
+        f"{path}: {key} = {str(value)[:60]}{location}",
         f"a number above 0, up to {_ALPHA_LIMIT:g}",
-        "At an alpha of 0 a LoRA does nothing: save it again with another one. How strongly it acts is chosen where it "
-        "is used, as in `simpletuner sample --lora FILE:0.5`.",
+        "With an alpha of 0 a LoRA has no effect: save it again with another alpha. Set its strength where you use it, "
+        "as in `simpletuner sample --lora FILE:0.5`.",
     )
 
 
 class HeaderScale:
-    """A layer's scale by PEFT's rules: alpha / rank, or alpha / √rank with rsLoRA (arXiv 2312.03732). Without its
-    metadata alpha is the rank, as diffusers has it.
+    """Computes a layer's scale by PEFT's rules: alpha / rank, or alpha / √rank with rsLoRA (arXiv 2312.03732).
+
+    Without PEFT's metadata alpha is the rank, as in diffusers.
 
     Raises:
         CheckpointError: the metadata is damaged.
@@ -46,7 +47,7 @@ class HeaderScale:
         metadata = _json_object(path, header.get(ADAPTER_METADATA, "{}"))
         settings = {key.removeprefix("transformer."): value for key, value in metadata.items()}
         self.is_dora = bool(settings.get("use_dora"))
-        """Whether the header says that the file is a DoRA."""
+        """Whether the header declares a DoRA."""
         self.is_rank_stabilized = bool(settings.get("use_rslora"))
         default = settings.get("lora_alpha")
         self.default = None if default is None else checked_alpha(path, "lora_alpha", default)
@@ -59,30 +60,30 @@ class HeaderScale:
                     SAVE_AGAIN,
                 )
         self.by_ending: dict[str, tuple[int, float]] = {}
-        """Place in the file and alpha of each pattern; one that begins with ^ is a whole name."""
-        for place, (pattern, alpha) in enumerate(_patterns(path, "alpha_pattern", settings).items()):
+        """Index in the header and alpha of each pattern. Patterns that begin with ^ are whole names, others endings."""
+        for index, (pattern, alpha) in enumerate(_patterns(path, "alpha_pattern", settings).items()):
             ending = pattern.removesuffix("$").replace(r"\.", ".")
             if not _PLAIN_ENDING.fullmatch(ending):
                 raise CheckpointError.of(
                     f"{path}: alpha_pattern has the regular expression {pattern[:60]} in its header",
                     "names of layers, or their endings after a dot",
-                    "Write the names of the layers out, as PEFT does when it saves.",
+                    "List the full names of the layers, as PEFT does when it saves.",
                 )
             checked = checked_alpha(path, f"alpha_pattern {pattern[:60]}", alpha)
-            self.by_ending.setdefault(ending, (place, checked))
+            self.by_ending.setdefault(ending, (index, checked))
 
     def __call__(self, layer: str, rank: int) -> float:
         parts = layer.split(".")
         endings = [f"^{layer}", *(".".join(parts[start:]) for start in range(len(parts)))]
         matches = [self.by_ending[ending] for ending in endings if ending in self.by_ending]
-        alpha = min(matches)[1] if matches else self.default  # PEFT takes the first of the file
+        alpha = min(matches)[1] if matches else self.default  # PEFT uses the first match in the header
         if alpha is None:
             return 1.0
         return float(alpha / (rank**0.5 if self.is_rank_stabilized else rank))
 
 
 def _json_object(path: Path, text: str) -> dict[str, Any]:
-    """The adapter's metadata, from its text in the header."""
+    """Parse the adapter's metadata in the header."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -93,10 +94,10 @@ def _json_object(path: Path, text: str) -> dict[str, Any]:
 
 
 def _patterns(path: Path, key: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by pattern; none where the key is absent or null."""
+    """The values of `key` by pattern; empty if the key is missing or null."""
     value = settings.get(key)
     if value is not None and not isinstance(value, dict):
         raise CheckpointError.of(
-            f"{path}: {key} = {str(value)[:60]} in its header", "an object of layers and their values", SAVE_AGAIN
+            f"{path}: {key} = {str(value)[:60]} in its header", "an object that maps layers to values", SAVE_AGAIN
         )
     return value or {}

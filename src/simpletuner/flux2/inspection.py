@@ -1,6 +1,6 @@
-"""What a weight file is: an adapter, a model's component, several of them, or something else.
+"""Identify weight files: an adapter, one or several components of a model, or something else.
 
-Models are known by their headers, so a file of any size is answered at once; of an adapter all numbers are read.
+Models are identified by their headers alone, so even large files are reported immediately. Adapters are fully read.
 """
 
 import math
@@ -39,104 +39,105 @@ _NUMBERED = re.compile(r"\.\d+\.")
 _BLOCK_NAME = re.compile(r"(single_)?transformer_blocks\.\d+")
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
 _HADAMARD_ROWS = 512
-"""Rows of a LoHa that are multiplied out at a time."""
+"""Rows of a LoHa's ΔW that are computed at a time."""
 
 
 @dataclass(frozen=True)
-class AdaptedPlace:
-    """The adapted Linears that share a place in their blocks."""
+class AdaptedGroup:
+    """The adapted Linears that have the same name in their blocks."""
 
     name: str
     modules: int
     ranks: list[int]
-    """Each that occurs, ascending; empty of a LoKr with full factors."""
+    """Each rank that occurs, ascending; empty for a LoKr with full factors."""
 
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What an adapter file holds."""
+    """Content of an adapter file."""
 
     kinds: dict[str, int]
-    """LoRA, LoKr, LoHa: Linears of each."""
+    """Number of Linears by kind: LoRA, LoKr, LoHa."""
     dialect: str
     modules: int
     parameters: int
     ranks: dict[int, int]
     """How many Linears have each rank."""
     alphas: dict[float, int]
-    """How many Linears have each alpha, in terms of the file's own factors: scale times rank."""
+    """How many Linears have each alpha: scale times rank of the factors as stored in the file."""
     dtypes: list[str]
     target: str
     """A preset, or "custom"."""
-    places: list[AdaptedPlace]
+    places: list[AdaptedGroup]
     fits: Sequence[str]
-    """Flavours that have all these Linears, by their shapes."""
+    """Flavours that have all these Linears with these shapes."""
     norms: dict[str, float]
-    """The Frobenius norm of ΔW of each block, and of each Linear outside of the blocks."""
+    """Frobenius norm of ΔW for each block, and for each Linear outside the blocks."""
     unread: dict[str, list[str]]
-    """Keys that no factors come from, by what they are."""
+    """Keys that were not read, by kind."""
     loaders: Mapping[AdapterLoader, LoaderVerdict]
 
 
 @dataclass(frozen=True)
 class ComponentReport:
-    """A component of a model."""
+    """Content of one component of a model."""
 
     component: Component
     layout: str
-    """Whose names it has."""
+    """The project whose tensor names the component uses."""
     flavours: list[str]
-    """Those with exactly these shapes."""
+    """Flavours with exactly these shapes."""
     sizes: dict[str, int | bool]
     tensors: int
     parameters: int
     bytes: int
     formats: dict[str, int]
-    """Bytes of each format that tensors are stored in."""
+    """Bytes by storage format of the tensors."""
     problem: str = ""
-    """Why it cannot be used as it is; empty where it can."""
+    """Why the component cannot be used as it is; empty if it can."""
 
 
 @dataclass(frozen=True)
 class FileReport:
-    """What a file, or the shards of one model, hold."""
+    """Content of a file, or of the shards of one model."""
 
     path: str
     files: int
     bytes: int
     what: str
-    """In a few words; of a file in a folder that cannot be read, why not."""
+    """Short description; for an unreadable file in a folder, the reason."""
     base_model: str | None = None
-    """That it was trained from, by its header; a flavour's name where it is known."""
+    """Base model by the header; a flavour's name if it is known."""
     is_distilled: bool | None = None
-    """Of a transformer, by the file's name; None where that does not tell."""
+    """Transformers only, by the file's name; None if the name does not say."""
     adapter: AdapterReport | None = None
     components: list[ComponentReport] = field(default_factory=list)
     training: dict[str, str] = field(default_factory=dict)
-    """How it was made, from its header, whoever wrote that."""
+    """Training details from the header of any program."""
     header: dict[str, str] = field(default_factory=dict)
     """All text fields of the header."""
 
 
 def inspect_files(path: Path) -> list[FileReport]:
-    """What `path` holds: a file, or each weight file in a folder and in the folders directly in it, shards together.
-    A file in a folder that cannot be read has a report that says why.
+    """Report on the file `path`, or on each weight file in the folder `path` and its direct subfolders.
+
+    Shards of one model get one report. For an unreadable file in a folder, the report states the reason.
 
     Raises:
-        AccessError: the path is not there, a damaged file, or a folder without weight files.
-        CheckpointError: it is a file with a damaged adapter.
+        AccessError: the path does not exist, is a damaged file, or is a folder without weight files.
+        CheckpointError: the file holds a damaged adapter.
     """
     with file_errors_reported(path, AccessError, doing="read"):
         if not path.is_dir():
             path.stat()
             return [_inspect((path,), path)]
-        found = sorted(
+        weight_files = sorted(
             file
             for file in (*path.iterdir(), *path.glob("*/*"))
             if is_weight_file(file.name) and file.is_file() and not file.name.startswith(".")
         )
     groups: dict[Path, list[Path]] = {}
-    for file in found:
+    for file in weight_files:
         shard = _SHARD.fullmatch(file.stem)
         groups.setdefault(file if shard is None else file.with_name(f"{shard[1]}{file.suffix}"), []).append(file)
     if not groups:
@@ -145,7 +146,7 @@ def inspect_files(path: Path) -> list[FileReport]:
 
 
 def _inspect_in_folder(files: tuple[Path, ...], path: Path) -> FileReport:
-    """The report of one file among several, which says why where it cannot be read."""
+    """The report of one file among several; if the file cannot be read, the report states the reason."""
     try:
         return _inspect(files, path)
     except UserError as error:
@@ -160,16 +161,16 @@ def _inspect(files: tuple[Path, ...], path: Path) -> FileReport:
     components: list[ComponentReport] = []
     if any(_ADAPTER_KEY.fullmatch(name) for name in entries):
         adapter = _adapter(path, entries)
-        what = _adapter_title(adapter)
+        title = _adapter_title(adapter)
     else:
         components = [_component(files, entries, each) for each in _components(entries)]
-        what = _model_title(components) or _foreign_title(entries)
+        title = _model_title(components) or _foreign_title(entries)
     base = base_model_of(header)
     return FileReport(
         str(path),
         len(files),
         sum(file.stat().st_size for file in files),
-        what,
+        title,
         base_model=base,
         is_distilled=is_distilled_file(path.name)
         if any(one.component == "transformer" for one in components)
@@ -189,10 +190,10 @@ def _entries(files: Sequence[Path]) -> dict[str, TensorEntry]:
 
 
 def _adapter(path: Path, entries: Mapping[str, TensorEntry]) -> AdapterReport:
-    """All of an adapter file.
+    """The report of an adapter file.
 
     Raises:
-        CheckpointError: it is damaged, or of no FLUX.2.
+        CheckpointError: the file is damaged, or has no layer of FLUX.2.
     """
     try:
         file = read_adapter(path)
@@ -211,24 +212,26 @@ def _adapter(path: Path, entries: Mapping[str, TensorEntry]) -> AdapterReport:
         block = _BLOCK_NAME.match(name)
         norms.setdefault(name if block is None else block[0], []).append(delta_norm(factors))
     alphas = Counter(_rounded(factors.scale * rank) for factors in modules.values() if (rank := factors.rank))
-    read = [name for name in entries if name not in file.unread]
+    read_keys = [name for name in entries if name not in file.unread]
     unread_keys: dict[str, list[str]] = {}
-    for key, named in file.unread.items():
-        unread_keys.setdefault(named, []).append(key)
+    for key, kind_name in file.unread.items():
+        unread_keys.setdefault(kind_name, []).append(key)
     return AdapterReport(
         kinds=dict(Counter(_KINDS[type(factors)] for factors in modules.values())),
         dialect=f"mixed: {', '.join(file.dialects)}" if file.dialects else file.dialect,
         modules=len(modules),
-        parameters=sum(math.prod(entries[name].shape) for name in read if not name.endswith(".alpha")),
+        parameters=sum(math.prod(entries[name].shape) for name in read_keys if not name.endswith(".alpha")),
         ranks=dict(sorted(Counter(rank for factors in modules.values() if (rank := factors.rank)).items())),
         alphas=dict(sorted(alphas.items())),
         dtypes=sorted({entry.dtype for entry in entries.values()}),
         target=target_of(modules, fits),
-        places=_places(modules),
+        places=_adapted_groups(modules),
         fits=fits,
         norms={name: math.hypot(*norms[name]) for name in sorted(norms, key=_by_number)},
         unread=unread_keys,
-        loaders=loader_verdicts(read, modules, unread=file.unread, header_scaled=file.header_scaled) if modules else {},
+        loaders=loader_verdicts(read_keys, modules, unread=file.unread, header_scaled=file.header_scaled)
+        if modules
+        else {},
     )
 
 
@@ -238,40 +241,40 @@ def _unread_kind(key: str) -> UnreadKind | None:
 
 
 def _by_number(name: str) -> tuple[str, int]:
-    """Orders blocks of a kind by their number."""
+    """Sort key: blocks of one kind by number."""
     group, _, number = name.rpartition(".")
     return (group, int(number)) if number.isdecimal() else (name, 0)
 
 
 def _rounded(alpha: float) -> float:
-    """Without the last digits, which scale times rank need not have right."""
+    """`alpha` to six digits, which drops the rounding of scale times rank."""
     return float(f"{alpha:.6g}")
 
 
 @torch.no_grad()
 def delta_norm(factors: Factors) -> float:
-    """The Frobenius norm of ΔW, computed in fp64 without ΔW."""
+    """The Frobenius norm of ΔW in fp64, computed without forming ΔW."""
     if isinstance(factors, LowRank):
         a, b = factors.a.double(), factors.b.double()
-        # ‖b a‖² = Σ (bᵀb) ∘ (a aᵀ); rounding may leave a zero norm below 0.
+        # ‖b a‖² = Σ (bᵀb) ∘ (a aᵀ); rounding may make a zero norm negative.
         squared = (b.T @ b * (a @ a.T)).sum().clamp(min=0)
     elif isinstance(factors, Kronecker):
-        # A row of kron(w1, w2) has the product of the norms of the two rows.
+        # The norm of a row of kron(w1, w2) is the product of the norms of its two rows.
         rows = torch.outer(*(factor.double().square().sum(1) for factor in (factors.w1, factors.w2))).flatten()
         ranges = factors.ranges or ((0, len(rows)),)
         squared = torch.stack([rows[start:stop].sum() for start, stop in ranges]).sum()
     else:
         squared = torch.zeros((), dtype=torch.float64)
         for start in range(0, factors.shape[0], _HADAMARD_ROWS):
-            part = factors.taken([(start, start + _HADAMARD_ROWS)])
+            part = factors.selected_rows([(start, start + _HADAMARD_ROWS)])
             first = part.w1_b.double() @ part.w1_a.double()
             squared += (first * (part.w2_b.double() @ part.w2_a.double())).square().sum()
     return math.sqrt(squared) * abs(factors.scale)
 
 
 def target_of(modules: Mapping[str, Factors], fits: Sequence[str]) -> str:
-    """The preset whose Linears, and rows and columns of them, a LoRA adapts in the first of the flavours that it
-    `fits`; "custom" where there is none.
+    """The preset that has exactly these Linears, rows and columns, in the first flavour of `fits`; "custom" if none
+    has.
     """
     if not fits:
         return CUSTOM
@@ -285,32 +288,32 @@ def target_of(modules: Mapping[str, Factors], fits: Sequence[str]) -> str:
 
 
 def _preset_modules(preset: Preset, names: Iterable[str]) -> set[str]:
-    single = {place for place, part in ((FUSED_IN, preset.fused_in), (FUSED_OUT, preset.fused_out)) if part}
-    wanted = {"transformer_blocks": set(preset.double), "single_transformer_blocks": single}
-    split = {name: name.split(".", 2) for name in names}
-    return {name for name, words in split.items() if len(words) == 3 and words[2] in wanted.get(words[0], ())}
+    single = {linear_name for linear_name, part in ((FUSED_IN, preset.fused_in), (FUSED_OUT, preset.fused_out)) if part}
+    by_group = {"transformer_blocks": set(preset.double), "single_transformer_blocks": single}
+    name_parts = {name: name.split(".", 2) for name in names}
+    return {name for name, parts in name_parts.items() if len(parts) == 3 and parts[2] in by_group.get(parts[0], ())}
 
 
 def _is_within(preset: Preset, name: str, factors: Factors) -> bool:
-    """Whether a fused Linear of a single block is adapted in the preset's rows or columns only."""
+    """Whether the factors change only those rows or columns of a fused Linear that the preset adapts."""
     part = preset.fused_in if name.endswith(FUSED_IN) else preset.fused_out
     if not name.startswith("single_") or part in (None, "whole"):
         return True
     if not isinstance(factors, LowRank):
         return False
     rows, columns = factors.shape
-    # Attention comes first in both: as many columns or rows as the other side has, or three times.
+    # Attention comes first: in 3 · columns rows of the input Linear, in the first `rows` columns of the output Linear.
     matrix, cut = (factors.b, 3 * columns) if name.endswith(FUSED_IN) else (factors.a.T, rows)
     outside = matrix[cut:] if part == "attention" else matrix[:cut]
     return not outside.count_nonzero()
 
 
-def _places(modules: Mapping[str, Factors]) -> list[AdaptedPlace]:
+def _adapted_groups(modules: Mapping[str, Factors]) -> list[AdaptedGroup]:
     groups: dict[str, list[Factors]] = {}
     for name, factors in modules.items():
         groups.setdefault(_NUMBERED.sub(".*.", name, count=1), []).append(factors)
     return [
-        AdaptedPlace(name, len(each), sorted({rank for factors in each if (rank := factors.rank)}))
+        AdaptedGroup(name, len(each), sorted({rank for factors in each if (rank := factors.rank)}))
         for name, each in groups.items()
     ]
 
@@ -320,7 +323,7 @@ _MARKS: Mapping[Component, re.Pattern[str]] = {
     "vae": re.compile(r"(.*\.)?bn\.running_mean"),
     "text_encoder": re.compile(r"(.*\.)?(embed_tokens|token_embd)\.weight"),
 }
-"""A tensor that each component has, in every layout."""
+"""Pattern of a tensor that each component has, in every layout."""
 
 
 def _components(names: Iterable[str]) -> list[Component]:
@@ -329,15 +332,15 @@ def _components(names: Iterable[str]) -> list[Component]:
 
 
 def _component(files: Sequence[Path], entries: Mapping[str, TensorEntry], component: Component) -> ComponentReport:
-    """A component of a file that holds one or several."""
+    """The report of one component in `files`, which may hold several."""
     problem = ""
     try:
         weights = stored_weights(files, component)
     except AccessError as error:
         problem = str(error)
         weights = {
-            own: StoredWeight(name, entries[name].dtype, entries[name].shape, {"data": entries[name]})
-            for name, own in component_names(entries, component).items()
+            tensor_name: StoredWeight(name, entries[name].dtype, entries[name].shape, {"data": entries[name]})
+            for name, tensor_name in component_names(entries, component).items()
         }
     shapes = {name: weight.shape for name, weight in weights.items()}
     formats: Counter[str] = Counter()
@@ -348,7 +351,7 @@ def _component(files: Sequence[Path], entries: Mapping[str, TensorEntry], compon
         layout, sizes, flavours = _READ[component](shapes)
     except (KeyError, IndexError, ValueError, ZeroDivisionError):
         layout, sizes, flavours = "unknown", {}, []
-        problem = problem or "tensors are missing that every such component has"
+        problem = problem or "required tensors are missing"
     return ComponentReport(
         component,
         layout,
@@ -364,7 +367,7 @@ def _component(files: Sequence[Path], entries: Mapping[str, TensorEntry], compon
 
 TensorShapes = Mapping[str, tuple[int, ...]]
 ReadComponent = Callable[[TensorShapes], tuple[str, dict[str, int | bool], list[str]]]
-"""Layout, sizes and flavours of a component, from the shapes of its tensors."""
+"""Return layout, sizes and flavours of a component, given the shapes of its tensors."""
 
 
 def _transformer(shapes: TensorShapes) -> tuple[str, dict[str, int | bool], list[str]]:
@@ -407,12 +410,12 @@ def _text_encoder(shapes: TensorShapes) -> tuple[str, dict[str, int | bool], lis
     is_llama_cpp = "token_embd.weight" in shapes
     embedding = next(name for name in shapes if _MARKS["text_encoder"].fullmatch(name))
     vocabulary, hidden = shapes[embedding]
-    found = (vocabulary, hidden, first["gate_proj"][0], first["q_proj"][0], first["k_proj"][0], "q_norm" in first)
+    dimensions = (vocabulary, hidden, first["gate_proj"][0], first["q_proj"][0], first["k_proj"][0], "q_norm" in first)
     flavours = []
     for name, flavour in FLAVOURS.items():
         spec = flavour.text.encoder
         width, keys = spec.heads * spec.head_dim, spec.key_heads * spec.head_dim
-        if found == (spec.vocabulary, spec.hidden, spec.inner, width, keys, spec.has_head_norms):
+        if dimensions == (spec.vocabulary, spec.hidden, spec.inner, width, keys, spec.has_head_norms):
             flavours.append(name)
     sizes: dict[str, int | bool] = {"width": hidden, "layers": len(layers), "vocabulary": vocabulary}
     has_tokenizer = "tekken_model" in shapes
@@ -427,10 +430,10 @@ def _adapter_title(adapter: AdapterReport) -> str:
     kinds = " and ".join(adapter.kinds)
     if not adapter.modules:
         titles = sorted({kind.title for keys in adapter.unread.values() for key in keys if (kind := _unread_kind(key))})
-        return f"{', '.join(titles)}: not read by this program"
+        return f"{', '.join(titles)}: this program cannot read it"
     families = list(dict.fromkeys(FLAVOURS[name].family for name in adapter.fits))
     if not families:
-        return f"{kinds} of no FLUX.2: no flavour has layers of these shapes"
+        return f"{kinds}, not for FLUX.2: no flavour has layers of these shapes"
     return f"{kinds} for FLUX.2 {' or '.join(families)}"
 
 
@@ -440,8 +443,8 @@ def _model_title(components: Sequence[ComponentReport]) -> str:
     families = dict.fromkeys(FLAVOURS[name].family for one in components[:1] for name in one.flavours)
     if not parts:
         return ""
-    of = f"FLUX.2 {' or '.join(families)}" if families else "FLUX.2, of the shapes of no flavour"
-    return f"{'all-in-one checkpoint: ' if len(components) > 1 else ''}{parts} of {of}"
+    model = f"FLUX.2 {' or '.join(families)}" if families else "FLUX.2, but with the shapes of no flavour"
+    return f"{'all-in-one checkpoint: ' if len(components) > 1 else ''}{parts} of {model}"
 
 
 _FOREIGN: Mapping[str, str] = {
@@ -449,11 +452,11 @@ _FOREIGN: Mapping[str, str] = {
     r"(.*\.)?transformer_blocks\.0\.norm1\.linear\.weight": "transformer of FLUX.1 or SD3 in diffusers' names",
     r"(.*\.)?joint_blocks\.0\..+": "transformer of SD3",
     r"(.*\.)?input_blocks\.0\.0\.weight|(.*\.)?down_blocks\.0\.attentions\..+": "UNet of SD or SDXL",
-    r"(.*\.)?decoder\.conv_in\.weight": "VAE, of another model than FLUX.2",
+    r"(.*\.)?decoder\.conv_in\.weight": "VAE of another model",
     r"(.*\.)?encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight": "T5 text encoder",
     r"(.*\.)?text_model\.embeddings\.token_embedding\.weight": "CLIP text encoder",
 }
-"""Files of other models, by a tensor that each has."""
+"""Titles of other models' files, by the pattern of a tensor that each has."""
 
 
 def _foreign_title(entries: Mapping[str, TensorEntry]) -> str:

@@ -1,4 +1,4 @@
-"""What learns in a transformer, as tensors by name: their state, putting it back, holding another for a while."""
+"""Trainable parameters of a transformer by name: get their state, load it, or swap in another one temporarily."""
 
 import abc
 import contextlib
@@ -13,41 +13,41 @@ from simpletuner.memory.masters import SteppedParameters
 from simpletuner.memory.row_shards import Shards
 
 
-class Learning(abc.ABC):
-    """Parameters by name. Nothing else is trained."""
+class TrainableParameters(abc.ABC):
+    """All trainable parameters, by name."""
 
-    foreign: ClassVar[str]
-    """What a state of other names is called."""
+    foreign_state: ClassVar[str]
+    """Description, in the error message, of a state with other names."""
 
     masters: SteppedParameters | None
-    """What the optimizer steps on in place of the weights."""
+    """Parameters that the optimizer steps instead of the weights; None if it steps the weights."""
 
     @property
     @abc.abstractmethod
     def weights(self) -> Mapping[str, nn.Parameter]:
-        """The model's own parameters that learn."""
+        """The trainable parameters that the model computes with."""
 
     @property
     def shards(self) -> Shards | None:
-        """This rank's share, where ranks share the parameters out; None where every rank holds all of them."""
+        """This rank's shards of the parameters; None if every rank holds whole parameters."""
         return self.masters if isinstance(self.masters, Shards) else None
 
     @property
     def whole_shapes(self) -> list[tuple[int, ...]]:
-        """The shapes of the parameters, whole ones where they are sharded."""
+        """The unsharded shapes of the parameters."""
         if self.shards is not None:
             return [split.shape for split in self.shards.splits.values()]
         return [tuple(weight.shape) for weight in self.weights.values()]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What the optimizer steps on."""
+        """The parameters that the optimizer steps: the masters if there are any, else the weights."""
         yield from (self.weights if self.masters is None else self.masters.parameters).items()
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for _, parameter in self.named_parameters()]
 
     def to(self, device: torch.device) -> None:
-        """Move the parameters to `device`; those of the frozen base stay where they are."""
+        """Move the trainable parameters to `device`. The frozen base does not move."""
         for parameter in self.parameters():
             parameter.data = parameter.data.to(device)
 
@@ -56,21 +56,21 @@ class Learning(abc.ABC):
         return sum(map(math.prod, self.whole_shapes))
 
     def state(self) -> dict[str, Tensor]:
-        """The live tensors themselves (detached, not copied): what a checkpoint needs to go on exactly."""
+        """The parameters themselves, detached and not copied. A checkpoint of them resumes exactly."""
         return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` gave.
+        """Copy the values of `state` into the parameters.
 
         Raises:
-            ValueError: other names or shapes than these.
+            ValueError: names or shapes differ.
         """
-        own = dict(self.named_parameters())
-        if own.keys() != state.keys():
-            odd = sorted(own.keys() ^ state.keys())
-            raise ValueError(f"{self.foreign}: {len(odd)} names differ, such as {odd[0]}")
-        for name, parameter in own.items():
+        parameters = dict(self.named_parameters())
+        if parameters.keys() != state.keys():
+            differing = sorted(parameters.keys() ^ state.keys())
+            raise ValueError(f"{self.foreign_state}: {len(differing)} names differ, such as {differing[0]}")
+        for name, parameter in parameters.items():
             if parameter.shape != state[name].shape:
                 raise ValueError(f"{name} is {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
             parameter.copy_(state[name])
@@ -79,13 +79,13 @@ class Learning(abc.ABC):
 
     @contextlib.contextmanager
     def holding(self, state: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside, the model computes with the values of `state`; afterwards with its own, bit for bit."""
-        kept = {name: tensor.clone() for name, tensor in self.state().items()}
+        """Let the model compute with `state` inside the context; restore its own values on exit, bit for bit."""
+        own_state = {name: tensor.clone() for name, tensor in self.state().items()}
         self.load(state)
         try:
             yield
         except BaseException:
-            if self.shards is None:  # ranks that share weights out go back together, or not at all: the run ends
-                self.load(kept)
+            if self.shards is None:  # all ranks restore shards together or none does: the run ends
+                self.load(own_state)
             raise
-        self.load(kept)
+        self.load(own_state)

@@ -1,9 +1,8 @@
-"""Low-rank adapters: small trainable matrices beside frozen ones.
+"""Low-rank adapters: small trainable matrices that modify frozen Linears.
 
-`attach` wraps the chosen Linears of a transformer and returns the `Adapter`, which is all that is trained,
-saved and switched off. In a single block one matrix makes q, k, v and the feed-forward's input, and one takes
-the attention's and the feed-forward's output; a preset that wants a part of them trains only those rows or
-columns.
+`attach` wraps the target Linears of a transformer and returns the `Adapter`, which holds all trainable parameters. A
+single block fuses its Linears: one matrix computes q, k, v and the feed-forward input, another takes the outputs of
+attention and feed-forward. A preset that targets one part of a fused matrix trains only its rows or columns.
 """
 
 import contextlib
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from simpletuner.base.draws import draw_seed
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.config.options.lora import LoraOptions
-from simpletuner.flux2.learning import Learning
+from simpletuner.flux2.learning import TrainableParameters
 from simpletuner.memory.precision import QuantizedLinear
 
 DOUBLE_QKV = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
@@ -32,14 +31,14 @@ DOUBLE_MLP = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_conte
 FUSED_IN = "attn.to_qkv_mlp_proj"
 FUSED_OUT = "attn.to_out"
 BLOCK_ENDS = ("ff.linear_out", FUSED_OUT)
-"""The last Linear of each kind of block. Nothing else reads its input."""
+"""The last Linear of each kind of block. No other module reads its input."""
 
 FusedPart = Literal["whole", "attention", "mlp"]
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Linears by their place in a block: a double block's, and the live part of a single block's two."""
+    """Target Linears by name in a double block, and the adapted parts of a single block's two Linears."""
 
     double: tuple[str, ...]
     fused_in: FusedPart | None
@@ -54,13 +53,13 @@ PRESETS: dict[str, Preset] = {
 }
 
 CUSTOM = "custom"
-"""The target's name where a list or a pattern was given instead of a preset."""
+"""Name of a target that is a list or a pattern instead of a preset."""
 
 
 class _AddToRows(torch.autograd.Function):
-    """`out[..., start:start + width] += delta` without a copy of `out`, which is wide, in either direction.
+    """`out[..., start:start + width] += delta`, which copies the wide `out` neither in forward nor in backward.
 
-    The other rows keep their very bits, which adding zeros would not promise (-0.0 + 0.0 is 0.0).
+    The other rows keep their exact bits. Adding zeros would not guarantee that: -0.0 + 0.0 is 0.0.
     """
 
     @staticmethod
@@ -78,8 +77,9 @@ class _AddToRows(torch.autograd.Function):
 
 
 class AdapterLayer(nn.Module):
-    """A frozen Linear plus `scale · ΔW`, computed from the input. `base` may itself be an `AdapterLayer`: then both
-    are added. Where `is_enabled` is False the layer is `base`, bit for bit.
+    """A frozen Linear plus `scale · ΔW · x`. `base` may itself be an `AdapterLayer`; then both deltas are added.
+
+    While `is_enabled` is False, the output is that of `base`, bit for bit.
     """
 
     in_features: int
@@ -96,8 +96,7 @@ class AdapterLayer(nn.Module):
 class LoraLinear(AdapterLayer):
     """A frozen Linear plus `scale · b · a` on a range of its columns (inputs) and rows (outputs).
 
-    `a` (rank × live columns) and `b` (live rows × rank) are fp32 and are cast to the input's type where they
-    are used.
+    `a` (rank × adapted columns) and `b` (adapted rows × rank) are fp32; forward casts them to the dtype of the input.
     """
 
     a: nn.Parameter
@@ -123,14 +122,14 @@ class LoraLinear(AdapterLayer):
         self.column_start, self.column_stop = column_start, column_start + a.shape[1]
         self.row_start, self.row_stop = row_start, row_start + b.shape[0]
         self.base_last = base_last
-        """Whether the base product comes after the adapter's products. The order decides in which order autograd sums
-        the gradients of the input, hence last bits where more than one Linear reads it.
+        """Whether the base product is computed after the adapter's products. The order decides in which order autograd
+        sums the gradients of the input, and so its last bits if more than one Linear reads that input.
         """
         self.train(base.training)
 
     @property
     def place(self) -> "Range":
-        """The rows and columns that learn."""
+        """The adapted rows and columns."""
         return Range((self.row_start, self.row_stop), (self.column_start, self.column_stop))
 
     @property
@@ -145,7 +144,7 @@ class LoraLinear(AdapterLayer):
         return self.deferred(x)()
 
     def deferred(self, x: Float[Tensor, "*batch columns"]) -> Callable[[], Float[Tensor, "*batch rows"]]:
-        """Return a function that computes `self(x)`. What comes before the base product is computed now."""
+        """Return a function that computes `self(x)`. Products that precede the base product are computed now."""
         if not self.is_enabled:
             return lambda: self.base(x)
         if self.base_last:
@@ -169,7 +168,7 @@ class LoraLinear(AdapterLayer):
 
     @torch.no_grad()
     def expanded(self) -> tuple[Float[Tensor, "rank columns"], Float[Tensor, "rows rank"]]:
-        """`a` and `b` at full size on the CPU, exactly zero where nothing learns, `scale` folded into `b`."""
+        """`a` and `b` at full size on the CPU: exact zeros outside the adapted range, `scale` folded into `b`."""
         a = torch.zeros(self.rank, self.in_features)
         a[:, self.column_start : self.column_stop] = self.a
         b = torch.zeros(self.out_features, self.rank)
@@ -178,11 +177,11 @@ class LoraLinear(AdapterLayer):
 
 
 Adaptable = nn.Linear | QuantizedLinear | AdapterLayer
-"""What an adapter can be put on."""
+"""Modules that an adapter can wrap."""
 
 
 class AdapterKind(TypedDict):
-    """The adapted Linears that share a place in their blocks."""
+    """The adapted Linears that have the same name in their blocks."""
 
     name: str
     layers: int
@@ -192,8 +191,8 @@ class AdapterKind(TypedDict):
     parameters: int
 
 
-class Audit(TypedDict):
-    """What was attached, for people and for JSON. `bytes` is the size of the live fp32 parameters."""
+class AdapterAudit(TypedDict):
+    """Summary of an attached adapter, for reports and JSON. `bytes` is the size of the trainable fp32 parameters."""
 
     target: str
     layers: int
@@ -202,22 +201,22 @@ class Audit(TypedDict):
     kinds: list[AdapterKind]
 
 
-class Adapter(Learning):
-    """The attached layers by name, in the transformer's order. Nothing else is trained."""
+class Adapter(TrainableParameters):
+    """The attached layers by name, in the order of the transformer. They hold all trainable parameters."""
 
-    foreign = "adapter state of other layers"
+    foreign_state = "adapter state of other layers"
 
     def __init__(self, layers: Mapping[str, LoraLinear], *, target: str, alpha: float) -> None:
         self.layers = dict(layers)
         self.target = target
         """A key of `PRESETS`, or "custom"."""
         self.alpha = alpha
-        """As the user gave it; each layer's `scale` is already alpha/rank."""
-        self.masters = None  # adapters are fp32 themselves
+        """The user's alpha; each layer's `scale` is already alpha/rank."""
+        self.masters = None  # adapters are already fp32
 
     @property
     def weights(self) -> dict[str, nn.Parameter]:
-        """Each live tensor, as "<layer>.a" or "<layer>.b"."""
+        """Each trainable tensor, as "<layer>.a" or "<layer>.b"."""
         pairs = {name: (layer.a, layer.b) for name, layer in self.layers.items()}
         return {
             f"{name}.{matrix}": each for name, pair in pairs.items() for matrix, each in zip("ab", pair, strict=True)
@@ -225,32 +224,37 @@ class Adapter(Learning):
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model is the base model bit for bit, at its cost. For use without gradients: what is
-        checkpointed would be recomputed after the end of this, with the adapter back on.
+        """Switch the adapter off inside the context: outputs and cost are exactly those of the base model.
+
+        Use it without gradients only: backward would recompute checkpointed blocks after the context has switched the
+        adapter on again.
         """
-        before = [layer.is_enabled for layer in self.layers.values()]
+        previous_flags = [layer.is_enabled for layer in self.layers.values()]
         for layer in self.layers.values():
             layer.is_enabled = False
         try:
             yield
         finally:
-            for layer, was_enabled in zip(self.layers.values(), before, strict=True):
+            for layer, was_enabled in zip(self.layers.values(), previous_flags, strict=True):
                 layer.is_enabled = was_enabled
 
     @contextlib.contextmanager
-    def showing(self, whole: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside, `weights` are these whole tensors, for a file of them; nothing is copied, and nothing can compute."""
-        kept = {name: weight.data for name, weight in self.weights.items()}
+    def showing(self, full_range: Mapping[str, Tensor]) -> Iterator[None]:
+        """Let `weights` hold the unsharded tensors `whole` inside the context, to write a file of them.
+
+        Nothing is copied, and the model cannot run meanwhile.
+        """
+        shards = {name: weight.data for name, weight in self.weights.items()}
         for name, weight in self.weights.items():
-            weight.data = whole[name].to(weight.device)  # on another device its hooks for the gradient would be lost
+            weight.data = full_range[name].to(weight.device)  # a move to another device would drop its gradient hooks
         try:
             yield
         finally:
             for name, weight in self.weights.items():
-                weight.data = kept[name]
+                weight.data = shards[name]
 
     def expanded(self) -> dict[str, Float[Tensor, "_ _"]]:
-        """An ordinary LoRA in diffusers' names, full size, fp32, on the CPU, alpha/rank folded into B."""
+        """An ordinary LoRA under diffusers' names: full size, fp32, on the CPU, alpha/rank folded into B."""
         tensors = {}
         for name, layer in self.layers.items():
             a, b = layer.expanded()
@@ -258,8 +262,8 @@ class Adapter(Learning):
             tensors[f"transformer.{name}.lora_B.weight"] = b
         return tensors
 
-    def audit(self) -> Audit:
-        """What learns, counted from the layers themselves."""
+    def audit(self) -> AdapterAudit:
+        """Count the trainable parameters, from the layers themselves."""
         groups: dict[str, list[LoraLinear]] = {}
         for name, layer in self.layers.items():
             groups.setdefault(re.sub(r"\.\d+\.", ".*.", name, count=1), []).append(layer)
@@ -274,7 +278,7 @@ class Adapter(Learning):
             )
             for name, layers in groups.items()
         ]
-        return Audit(
+        return AdapterAudit(
             target=self.target,
             layers=len(self.layers),
             parameters=self.parameter_count,
@@ -285,28 +289,29 @@ class Adapter(Learning):
 
 @dataclass(frozen=True)
 class Range:
-    """The rows and columns of one Linear that learn, each as (start, stop)."""
+    """The adapted rows and columns of one Linear, each as (start, stop)."""
 
     rows: tuple[int, int]
     columns: tuple[int, int]
 
 
 def linears(transformer: nn.Module) -> dict[str, Adaptable]:
-    """Every Linear of `transformer` by name; one that wears an adapter is named once, as the adapter."""
-    found: dict[str, Adaptable] = {}
+    """Every Linear of `transformer` by name. An adapted Linear appears once, as its adapter layer."""
+    by_name: dict[str, Adaptable] = {}
     for name, module in transformer.named_modules():
         inside = isinstance(transformer.get_submodule(name.rpartition(".")[0]), AdapterLayer)
         if isinstance(module, Adaptable) and not inside:
-            found[name] = module
-    return found
+            by_name[name] = module
+    return by_name
 
 
-def whole(linear: Adaptable) -> Range:
+def full_range(linear: Adaptable) -> Range:
+    """All rows and columns of `linear`."""
     return Range(rows=(0, linear.out_features), columns=(0, linear.in_features))
 
 
 def preset_ranges(transformer: nn.Module, preset: Preset) -> dict[str, Range]:
-    """What `preset` trains in `transformer`, in the transformer's order.
+    """The rows and columns that `preset` adapts, by Linear, in the order of `transformer`.
 
     Raises:
         ConfigError: an entry of the preset names a Linear that no block has.
@@ -318,56 +323,57 @@ def preset_ranges(transformer: nn.Module, preset: Preset) -> dict[str, Range]:
         *([FUSED_OUT] if preset.fused_out else []),
     }
     for name, linear in linears(transformer).items():
-        blocks, _, place = name.partition(".")
-        place = place.partition(".")[2]
-        rows, columns = whole(linear).rows, whole(linear).columns
-        if blocks == "transformer_blocks" and place in preset.double:
+        blocks, _, numbered = name.partition(".")
+        inner_name = numbered.partition(".")[2]
+        rows, columns = full_range(linear).rows, full_range(linear).columns
+        if blocks == "transformer_blocks" and inner_name in preset.double:
             pass
-        elif blocks == "single_transformer_blocks" and place == FUSED_IN and preset.fused_in:
-            rows = _cut(preset.fused_in, at=3 * linear.in_features, end=linear.out_features)
-        elif blocks == "single_transformer_blocks" and place == FUSED_OUT and preset.fused_out:
-            columns = _cut(preset.fused_out, at=linear.out_features, end=linear.in_features)
+        elif blocks == "single_transformer_blocks" and inner_name == FUSED_IN and preset.fused_in:
+            rows = _part_range(preset.fused_in, attention_end=3 * linear.in_features, end=linear.out_features)
+        elif blocks == "single_transformer_blocks" and inner_name == FUSED_OUT and preset.fused_out:
+            columns = _part_range(preset.fused_out, attention_end=linear.out_features, end=linear.in_features)
         else:
             continue
         ranges[name] = Range(rows, columns)
-        missing.discard(place)
+        missing.discard(inner_name)
     ConfigError.raise_if(
-        Problem(f"the LoRA preset wants {place}", "a model whose blocks have it") for place in sorted(missing)
+        Problem(f"the LoRA preset targets {inner_name}", "a model whose blocks have it")
+        for inner_name in sorted(missing)
     )
     return ranges
 
 
-def _cut(part: FusedPart, *, at: int, end: int) -> tuple[int, int]:
-    """Attention comes first in both fused matrices, the feed-forward after it."""
-    return {"whole": (0, end), "attention": (0, at), "mlp": (at, end)}[part]
+def _part_range(part: FusedPart, *, attention_end: int, end: int) -> tuple[int, int]:
+    """The range of `part`: both fused matrices hold attention first, then the feed-forward."""
+    return {"whole": (0, end), "attention": (0, attention_end), "mlp": (attention_end, end)}[part]
 
 
 def pattern_ranges(transformer: nn.Module, targets: str | tuple[str, ...]) -> dict[str, Range]:
-    """The Linears that `targets` names: full names or their endings after a dot, or one regular expression.
+    """The Linears that `targets` matches: full names or endings after a dot, or one regular expression for full names.
 
     Raises:
-        ConfigError: an entry, or the expression, that matches no Linear.
+        ConfigError: an entry or the expression matches no Linear.
     """
-    found = linears(transformer)
+    candidates = linears(transformer)
     if isinstance(targets, str):
-        chosen = {name for name in found if re.fullmatch(targets, name)}
+        chosen = {name for name in candidates if re.fullmatch(targets, name)}
         unmatched = [] if chosen else [targets]
     else:
-        matches = {target: {n for n in found if n == target or n.endswith(f".{target}")} for target in targets}
+        matches = {target: {n for n in candidates if n == target or n.endswith(f".{target}")} for target in targets}
         chosen = set().union(*matches.values())
         unmatched = [target for target, names in matches.items() if not names]
     ConfigError.raise_if(
         Problem(
             f"peft_lora_target_modules: {json.dumps(target)} matches no Linear of the transformer",
-            remedy=_suggestion(target, found),
+            remedy=_suggestion(target, candidates),
         )
         for target in unmatched
     )
-    return {name: whole(linear) for name, linear in found.items() if name in chosen}
+    return {name: full_range(linear) for name, linear in candidates.items() if name in chosen}
 
 
 def _suggestion(target: str, names: Mapping[str, object]) -> str:
-    """The names nearest to `target`, at the depth (number of dots) at which it was written."""
+    """A remedy that lists the names most similar to `target`, compared at its own number of dots."""
     depth = target.count(".") + 1
     endings = {".".join(name.split(".")[-depth:]) for name in names}
     endings |= {".".join(name.split(".")[-depth - 1 :]) for name in names}
@@ -377,10 +383,10 @@ def _suggestion(target: str, names: Mapping[str, object]) -> str:
 
 
 def wanted_ranges(transformer: nn.Module, options: LoraOptions) -> dict[str, Range]:
-    """What `options` train in `transformer`, by Linear, in the transformer's order.
+    """The rows and columns that `options` adapt, by Linear, in the order of `transformer`.
 
     Raises:
-        ConfigError: a target that matches nothing.
+        ConfigError: a target matches no Linear.
     """
     if options.peft_lora_target_modules is not None:
         return pattern_ranges(transformer, options.peft_lora_target_modules)
@@ -388,38 +394,38 @@ def wanted_ranges(transformer: nn.Module, options: LoraOptions) -> dict[str, Ran
 
 
 def attach(transformer: nn.Module, options: LoraOptions, *, seed: int) -> Adapter:
-    """Freeze `transformer` and put fresh adapters where `options` says; its output keeps every bit.
+    """Freeze `transformer` and wrap the Linears that `options` target with new adapters. Its output keeps every bit.
 
-    `a` is drawn for each layer from (`seed`, the layer's name): kaiming-uniform with a = √5, or, with
-    `lora_init_type` gaussian, normal with standard deviation 1/rank. `b` is zero.
+    Each layer's `a` is drawn from (`seed`, layer name): kaiming-uniform with a = √5, or, with `lora_init_type`
+    gaussian, normal with standard deviation 1/rank. `b` is zero.
 
     Raises:
-        ConfigError: a target that matches nothing.
+        ConfigError: a target matches no Linear.
     """
     rank = options.lora_rank
     target = options.flux_lora_target if options.peft_lora_target_modules is None else CUSTOM
     ranges = wanted_ranges(transformer, options)
 
-    def initial(name: str, place: Range) -> tuple[Tensor, Tensor]:
+    def initial(name: str, adapted_range: Range) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(draw_seed(seed, "init", name))
-        a = torch.empty(rank, place.columns[1] - place.columns[0])
+        a = torch.empty(rank, adapted_range.columns[1] - adapted_range.columns[0])
         if options.lora_init_type == "gaussian":
             nn.init.normal_(a, std=1 / rank, generator=generator)
         else:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-        return a, torch.zeros(place.rows[1] - place.rows[0], rank)
+        return a, torch.zeros(adapted_range.rows[1] - adapted_range.rows[0], rank)
 
     transformer.requires_grad_(False)
     layers = {
         name: wrap(
             transformer,
             name,
-            *initial(name, place),
-            place=place,
+            *initial(name, adapted_range),
+            place=adapted_range,
             scale=options.alpha / rank,
             dropout=options.lora_dropout,
         )
-        for name, place in ranges.items()
+        for name, adapted_range in ranges.items()
     }
     return Adapter(layers, target=target, alpha=options.alpha)
 
@@ -434,7 +440,7 @@ def wrap(
     scale: float,
     dropout: float = 0.0,
 ) -> LoraLinear:
-    """Replace the Linear `name` of `transformer` by itself with an adapter, fp32, on the Linear's device."""
+    """Wrap the Linear `name` of `transformer` with an adapter of `a` and `b`, in fp32 on the Linear's device."""
     base = adaptable(transformer, name)
     device = next(base.parameters()).device
     layer = LoraLinear(
@@ -452,7 +458,7 @@ def wrap(
 
 
 def adaptable(transformer: nn.Module, name: str) -> Adaptable:
-    """The Linear `name` of `transformer`, or the adapter that is on it."""
+    """The Linear `name` of `transformer`, or the adapter layer that wraps it."""
     linear = transformer.get_submodule(name)
     if not isinstance(linear, Adaptable):
         raise TypeError(f"{name} is a {type(linear).__name__}, not a Linear")
@@ -460,7 +466,7 @@ def adaptable(transformer: nn.Module, name: str) -> Adaptable:
 
 
 def detach(transformer: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
-    """Take `layers`, the last that were put on `transformer`, off again: the Linears below are as they were."""
+    """Remove `layers`, the adapters attached last, from `transformer`; the wrapped Linears are unchanged."""
     for name, layer in layers.items():
         if transformer.get_submodule(name) is not layer:
             raise ValueError(f"{name} has another adapter on top")

@@ -1,8 +1,8 @@
-"""LoRA files as each program wants them: diffusers', ComfyUI's, BFL's and kohya's names, and what each loader loses.
+"""Write LoRAs in diffusers', ComfyUI's, BFL's and kohya's formats, and tell which layers each loader loses.
 
-A conversion is exact: the same effect, and our own file comes back bit for bit. Query, key and value are fused as
-`flux2.fused` has it, the halves of the last modulation change places, and alpha/rank is folded into B, since loaders
-disagree about where alpha is kept.
+Conversions are exact: the effect is the same, and a conversion back to our format restores it bit for bit. For BFL's
+layout, query, key and value are fused as in `flux2.fused` and the halves of the last modulation are swapped. alpha/rank
+is folded into B, because loaders disagree about where alpha is stored.
 """
 
 import json
@@ -28,32 +28,32 @@ from simpletuner.flux2.loaders import ADAPTER_LOADERS, AdapterLoader, loader_ver
 from simpletuner.flux2.names import to_bfl
 from simpletuner.memory.tensors import save_verified
 
-KEPT_METADATA = f"simpletuner.{ADAPTER_METADATA}"
-"""Header field of `ADAPTER_METADATA` in a file of another format, in which diffusers must not find it: its names and
-ranks are those of diffusers' format."""
+PRESERVED_METADATA = f"simpletuner.{ADAPTER_METADATA}"
+"""Header field that preserves `ADAPTER_METADATA` in files of other formats. Diffusers must not read it there: its names
+and ranks are those of diffusers' format."""
 
-Loss = Literal["dropped", "wrong"]
-"""What a loader does with a layer: "dropped" leaves it out, "wrong" applies something else."""
+LayerLoss = Literal["dropped", "wrong"]
+"""How a loader fails on a layer: "dropped" ignores it, "wrong" applies a different delta."""
 
 
 @dataclass(frozen=True)
 class LoraLayout:
-    """How the keys of a format are spelled."""
+    """Spelling of the keys of a format."""
 
     prefix: str
     is_bfl: bool
-    """Whether modules have BFL's names, and its fused matrices, or diffusers'."""
+    """Whether modules have BFL's names and fused matrices; else diffusers'."""
     down: str = ".lora_A.weight"
     up: str = ".lora_B.weight"
     is_flat: bool = False
-    """Whether the dots in a module's name are underscores, as kohya's scripts have it."""
+    """Whether module names have underscores for dots, as in kohya's scripts."""
     has_alpha: bool = False
-    """Whether a key beside the factors holds alpha; it is the rank."""
+    """Whether a separate key holds alpha, which equals the rank."""
     readers: tuple[AdapterLoader, ...] = ADAPTER_LOADERS
-    """The loaders that read the format at all."""
+    """The loaders that support the format."""
 
     def keys(self, stem: str) -> tuple[str, ...]:
-        """Of the factors a and b of a module, and of its alpha if there is a key for it."""
+        """Keys of a module's factors a and b, and of its alpha if the format has such a key."""
         key = self.prefix + (stem.replace(".", "_") if self.is_flat else stem)
         return (key + self.down, key + self.up, *([f"{key}.alpha"] if self.has_alpha else ()))
 
@@ -66,73 +66,75 @@ LORA_FORMATS: Mapping[LoraFormat, LoraLayout] = {
 }
 
 
-def losses(modules: Iterable[str], lora_format: LoraFormat) -> dict[AdapterLoader, dict[str, Loss]]:
-    """What each loader loses of a LoRA on `modules` (diffusers' names) in a file of `lora_format`; {} if nothing."""
+def losses(modules: Iterable[str], lora_format: LoraFormat) -> dict[AdapterLoader, dict[str, LayerLoss]]:
+    """Layers that each loader loses of a LoRA on `modules` (diffusers' names) in `lora_format`; {} if it loses none."""
     names = list(modules)
     layout = LORA_FORMATS[lora_format]
-    stems = [place.name if layout.is_bfl and (place := to_bfl(name)) else name for name in names]
+    stems = [bfl_module.name if layout.is_bfl and (bfl_module := to_bfl(name)) else name for name in names]
     verdicts = loader_verdicts([key for stem in stems for key in layout.keys(stem)], names)
-    lost: dict[AdapterLoader, dict[str, Loss]] = {}
+    losses_by_loader: dict[AdapterLoader, dict[str, LayerLoss]] = {}
     for loader, verdict in verdicts.items():
         dropped = names if verdict.refusal else verdict.dropped
-        lost[loader] = dict.fromkeys(dropped, "dropped")
-        lost[loader] |= dict.fromkeys(verdict.wrong, "wrong")
-    return lost
+        losses_by_loader[loader] = dict.fromkeys(dropped, "dropped")
+        losses_by_loader[loader] |= dict.fromkeys(verdict.wrong, "wrong")
+    return losses_by_loader
 
 
 def loss_texts(modules: Collection[str], lora_format: LoraFormat) -> dict[AdapterLoader, str]:
-    """For each loader that loses something of a LoRA on `modules` in `lora_format`: what, and which formats it reads
-    whole.
+    """For each loader that loses layers of a LoRA on `modules` in `lora_format`: a text with the layers, and with the
+    formats in which it reads all of them.
     """
     texts = {}
-    for loader, lost in losses(modules, lora_format).items():
-        if not lost:
+    for loader, layer_losses in losses(modules, lora_format).items():
+        if not layer_losses:
             continue
-        whole = [other for other in LORA_FORMATS if not losses(modules, other)[loader]]
-        doing = [
+        lossless_formats = [candidate for candidate in LORA_FORMATS if not losses(modules, candidate)[loader]]
+        verdicts = [
             f"{verb} {len(names)} of {len(modules)} layers, such as {names[0]}"
-            for loss, verb in (("dropped", "leaves out"), ("wrong", "gets wrong"))
-            if (names := [name for name, own in lost.items() if own == loss])
+            for loss, verb in (("dropped", "leaves out"), ("wrong", "misapplies"))
+            if (names := [name for name, layer_loss in layer_losses.items() if layer_loss == loss])
         ]
-        found = " and ".join(doing) if loader in LORA_FORMATS[lora_format].readers else "reads none of it"
+        verdict = " and ".join(verdicts) if loader in LORA_FORMATS[lora_format].readers else "reads none of it"
         texts[loader] = (
-            f"Of this LoRA in the {lora_format} format, {loader} {found}. It reads all of it in {join_names(whole)}."
+            f"Of this LoRA in the {lora_format} format, {loader} {verdict}. "
+            f"It reads all of it in {join_names(lossless_formats)}."
         )
     return texts
 
 
 def lora_modules(file: AdapterFile) -> dict[str, LowRank]:
-    """The layers of a LoRA file by diffusers' names, at the ranks that they had before they were fused.
+    """The layers of a LoRA file by diffusers' names. Parts of fused matrices have their original ranks.
 
     Raises:
-        CheckpointError: it holds another kind of adapter.
+        CheckpointError: the file holds another kind of adapter.
     """
     if not file.modules:
         check_all_read(file)
     modules = {}
-    others = []
+    other_kinds = []
     for name, factors in unfused(file.modules, file.header).items():
         if isinstance(factors, LowRank):
             modules[name] = factors
         else:
-            others.append(name)
-    if others or not modules:
-        kind = "LoKr or LoHa" if others else "no LoRA"
+            other_kinds.append(name)
+    if other_kinds or not modules:
+        kind = "LoKr or LoHa" if other_kinds else "no LoRA"
         raise CheckpointError.of(
-            f"{file.path} holds {kind}" + (f" factors for {len(others)} layers, such as {others[0]}" if others else ""),
-            "a LoRA, two matrices for each layer",
+            f"{file.path} holds {kind}"
+            + (f" factors for {len(other_kinds)} layers, such as {other_kinds[0]}" if other_kinds else ""),
+            "a LoRA: two matrices for each layer",
         )
     return modules
 
 
 def folded(factors: LowRank) -> LowRank:
-    """The same ΔW with a scale of 1: b times the scale, in fp32 where b's own dtype would round it."""
+    """The same ΔW with a scale of 1: b is multiplied by the scale, in fp32 if its own dtype would round the product."""
     if factors.scale == 1:
         return factors
     exact = factors.b.double() * factors.scale
-    own = exact.to(factors.b.dtype)
-    wide = own if own.itemsize > 4 or torch.equal(own.double(), exact) else exact.float()
-    return LowRank(factors.a, wide)
+    in_own_dtype = exact.to(factors.b.dtype)
+    scaled_b = in_own_dtype if in_own_dtype.itemsize > 4 or torch.equal(in_own_dtype.double(), exact) else exact.float()
+    return LowRank(factors.a, scaled_b)
 
 
 def lora_tensors(modules: Mapping[str, LowRank], lora_format: LoraFormat) -> dict[str, Tensor]:
@@ -154,42 +156,45 @@ def lora_tensors(modules: Mapping[str, LowRank], lora_format: LoraFormat) -> dic
 
 
 def _in_bfl(modules: Mapping[str, LowRank]) -> dict[str, LowRank]:
-    """`modules` by BFL's names, fused and with its order of halves."""
-    found = {
+    """`modules` under BFL's names: fused, and with its order of modulation halves."""
+    by_bfl_name = {
         name: fused([None if part is None else modules[part] for part in parts])
         for name, parts in fused_groups(modules).items()
     }
     for name, factors in modules.items():
-        place = to_bfl(name)
-        assert place is not None
-        if place.parts == 1:
+        bfl_module = to_bfl(name)
+        assert bfl_module is not None
+        if bfl_module.parts == 1:
             halves = factors.b.chunk(2)
-            found[place.name] = LowRank(factors.a, torch.cat(halves[::-1])) if place.swaps_halves else factors
-    return found
+            by_bfl_name[bfl_module.name] = (
+                LowRank(factors.a, torch.cat(halves[::-1])) if bfl_module.swaps_halves else factors
+            )
+    return by_bfl_name
 
 
 def peft_metadata(ranks: Mapping[str, int]) -> dict[str, Any]:
-    """PEFT's configuration of a LoRA whose layers have these ranks, as diffusers reads it from `ADAPTER_METADATA`.
-    alpha = rank, since the scale is in B.
+    """PEFT's configuration of a LoRA with these ranks by layer, as diffusers reads it from `ADAPTER_METADATA`.
+
+    alpha equals the rank, because the scale is folded into B.
     """
     ((rank, _),) = Counter(ranks.values()).most_common(1)
-    others = {name: own for name, own in ranks.items() if own != rank}
+    other_ranks = {name: layer_rank for name, layer_rank in ranks.items() if layer_rank != rank}
     return {
         "transformer.r": rank,
         "transformer.lora_alpha": rank,
-        "transformer.rank_pattern": others,
-        "transformer.alpha_pattern": others,
+        "transformer.rank_pattern": other_ranks,
+        "transformer.alpha_pattern": other_ranks,
         "transformer.target_modules": list(ranks),
     }
 
 
 def _is_metadata_of(text: str, ranks: Mapping[str, int]) -> bool:
-    """Whether PEFT's configuration in `text` gives each layer its rank in `ranks` and a scale of 1."""
+    """Whether PEFT's configuration in `text` assigns each layer its rank in `ranks` and a scale of 1."""
     try:
         config = json.loads(text)
         for key, pattern in _BY_PATTERN:
             default, by_name = config[f"transformer.{key}"], config[f"transformer.{pattern}"]
-            # A key that names no layer is a regular expression, which PEFT may apply to any of them.
+            # A key that is not a layer name is a regular expression, which PEFT may apply to any layer.
             if by_name.keys() - ranks.keys() or any(by_name.get(name, default) != rank for name, rank in ranks.items()):
                 return False
         return not config.get("transformer.use_rslora")
@@ -201,42 +206,42 @@ _BY_PATTERN = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
 
 
 def header_in(lora_format: LoraFormat, modules: Mapping[str, LowRank], header: Mapping[str, str]) -> dict[str, str]:
-    """The header of a file in `lora_format` that holds `modules`, from that of their file in any format."""
-    found = {"format": "pt", **header}
+    """The header for `modules` in `lora_format`, derived from their file's header in any format."""
+    new_header = {"format": "pt", **header}
     ranks = {name: factors.rank for name, factors in modules.items()}
-    texts = [found.pop(key, "") for key in (KEPT_METADATA, ADAPTER_METADATA)]
-    of_these = next((text for text in texts if _is_metadata_of(text, ranks)), None)
-    found.pop(FUSED_RANKS, None)
+    texts = [new_header.pop(key, "") for key in (PRESERVED_METADATA, ADAPTER_METADATA)]
+    matching_metadata = next((text for text in texts if _is_metadata_of(text, ranks)), None)
+    new_header.pop(FUSED_RANKS, None)
     if lora_format == "diffusers":
-        found[ADAPTER_METADATA] = of_these or json.dumps(peft_metadata(ranks), sort_keys=True)
-        return found
-    if of_these is not None:
-        found[KEPT_METADATA] = of_these
+        new_header[ADAPTER_METADATA] = matching_metadata or json.dumps(peft_metadata(ranks), sort_keys=True)
+        return new_header
+    if matching_metadata is not None:
+        new_header[PRESERVED_METADATA] = matching_metadata
     if LORA_FORMATS[lora_format].is_bfl and (parts := fused_ranks(modules)):
-        found[FUSED_RANKS] = json.dumps(parts, separators=(",", ":"))
-    return found
+        new_header[FUSED_RANKS] = json.dumps(parts, separators=(",", ":"))
+    return new_header
 
 
 def write_adapter(
     path: Path, modules: Mapping[str, LowRank], lora_format: LoraFormat, header: Mapping[str, str]
 ) -> None:
-    """Write the LoRA on `modules` (diffusers' names) to `path` in `lora_format`, and read it back as any file is read:
-    every layer must be there with the same bits, and no key be left over. Until then, `path` is as it was.
+    """Write the LoRA on `modules` (diffusers' names) to `path` in `lora_format`.
 
-    `header` holds text fields of any format's header; what this one needs is added.
+    Before the file replaces `path`, the normal reader must return every layer with the same bits and no other key.
+    `header` holds text fields of any format's header; fields that `lora_format` requires are added.
 
     Raises:
         DiskError: no space, or the file reads back differently.
-        ValueError: no modules, or one that FLUX.2 does not have.
+        ValueError: there are no modules, or FLUX.2 does not have one of them.
     """
     tensors = lora_tensors(modules, lora_format)
     with file_errors_reported(path), locked_part(path) as part:
         save_verified(part, tensors, header_in(lora_format, modules, header))
-        read = read_adapter(part)
-        found = lora_modules(read)
-        differ = [name for name, factors in modules.items() if not _is_same(found.get(name), folded(factors))]
-        if differ or read.unread or found.keys() != modules.keys():
-            count = len(differ) + len(read.unread) + len(found.keys() - modules.keys())
+        adapter_file = read_adapter(part)
+        read_back = lora_modules(adapter_file)
+        differ = [name for name, factors in modules.items() if not _is_same(read_back.get(name), folded(factors))]
+        if differ or adapter_file.unread or read_back.keys() != modules.keys():
+            count = len(differ) + len(adapter_file.unread) + len(read_back.keys() - modules.keys())
             raise DiskError.of(
                 f"{path} reads back differently from what was written ({count} layers)",
                 remedy="Check the disk, then save again.",
@@ -244,9 +249,9 @@ def write_adapter(
         part.replace(path)
 
 
-def _is_same(found: LowRank | None, expected: LowRank) -> bool:
-    """Whether the factors are equal to the bit; fusing may have widened a dtype."""
-    return found is not None and all(
-        torch.equal(one.double(), other.double())
-        for one, other in ((found.a, expected.a), (folded(found).b, expected.b))
+def _is_same(read_back: LowRank | None, expected: LowRank) -> bool:
+    """Whether the factors are bit-identical; only their dtype may be wider, after fusing."""
+    return read_back is not None and all(
+        torch.equal(read_factor.double(), expected_factor.double())
+        for read_factor, expected_factor in ((read_back.a, expected.a), (folded(read_back).b, expected.b))
     )

@@ -1,4 +1,4 @@
-"""LoRAs merged into one and cut to a rank; what two models differ by, as a LoRA."""
+"""Merge LoRAs into one LoRA of a chosen rank, or into a model's weights."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,22 +17,22 @@ from simpletuner.flux2.dialects import AdapterFile, check_all_read, read_adapter
 from simpletuner.flux2.factors import Factors, LowRank
 from simpletuner.flux2.fused import FUSED_RANKS, unfused
 from simpletuner.flux2.header_alpha import ADAPTER_METADATA
-from simpletuner.flux2.lora_formats import KEPT_METADATA, folded, losses, write_adapter
+from simpletuner.flux2.lora_formats import PRESERVED_METADATA, folded, losses, write_adapter
 from simpletuner.flux2.lowrank import RankRule, Reduced, reduced, stacked
 from simpletuner.flux2.transformer_file import opened_transformer
 from simpletuner.memory.tensors import non_finite_count
 
 _TEXT_ENCODER = "text encoder"
-"""What `AdapterFile.unread` calls keys of a text encoder's layers."""
+"""The kind that `AdapterFile.unread` gives keys of a text encoder's layers."""
 COMMON_FIELDS = ("base_model", "licence")
-"""Fields of our header that a merged file keeps where all of its files say the same."""
-_OF_THE_FILE = frozenset(
+"""Fields of our header that a merged file keeps if all of its source files have the same value."""
+_FIELDS_OF_FACTORS = frozenset(
     {
         "format",
         "simpletuner.alpha",
         "simpletuner.target",
         ADAPTER_METADATA,
-        KEPT_METADATA,
+        PRESERVED_METADATA,
         FUSED_RANKS,
         "ss_network_dim",
         "ss_network_alpha",
@@ -41,86 +41,86 @@ _OF_THE_FILE = frozenset(
         "modelspec.hash_sha256",
     }
 )
-"""Fields of a header that are not true any more once the factors have changed."""
+"""Header fields that become wrong when the factors change."""
 
 ReportLayers = Callable[[Iterable[str]], Iterable[str]]
-"""Goes over the names of the layers, and shows how far that is."""
+"""Iterates over the names of the layers and shows the progress."""
 
 
 @dataclass(frozen=True)
 class WeightedAdapter:
-    """An adapter file and how strongly it acts."""
+    """An adapter file and its strength."""
 
     file: AdapterFile
     strength: float
     modules: Mapping[str, Factors]
-    """Those of the file, what was fused at the ranks of its parts."""
+    """The file's modules; parts of fused matrices have their own ranks again."""
 
 
 @dataclass(frozen=True)
 class WrittenLora:
-    """What a LoRA that was computed and written holds."""
+    """Summary of a computed LoRA that was written."""
 
     path: Path
     layers: int
     ranks: tuple[int, int]
-    """The lowest and the highest of a layer."""
+    """The lowest and the highest rank of a layer."""
     kept: float
-    """Share of its energy that the layer with the largest loss keeps."""
+    """The smallest share of its energy that any layer keeps."""
     lost: Mapping[str, list[str]]
-    """Layers that a loader drops or gets wrong, by its name."""
+    """Layers that a loader drops or applies wrongly, by the loader's name."""
 
 
-def read_adapters(wanted: Sequence[tuple[Path, float]]) -> list[WeightedAdapter]:
-    """Read adapter files that are to be added up, each with its strength.
+def read_adapters(files: Sequence[tuple[Path, float]]) -> list[WeightedAdapter]:
+    """Read the adapter files to merge, each with its strength.
 
     Raises:
-        CheckpointError: every file that cannot be read, or holds what cannot be added up; and layers whose shapes
-            differ between files.
+        CheckpointError: files cannot be read or merged, or shapes of a layer differ between files. It lists all such
+            problems.
     """
-    found: list[WeightedAdapter] = []
+    adapters: list[WeightedAdapter] = []
     problems: list[Problem] = []
-    for path, strength in wanted:
+    for path, strength in files:
         try:
             file = read_adapter(path)
             check_all_read(file)
         except CheckpointError as error:
             problems += error.problems
             continue
-        found.append(WeightedAdapter(file, strength, unfused(file.modules, file.header)))
+        adapters.append(WeightedAdapter(file, strength, unfused(file.modules, file.header)))
     shapes: dict[str, tuple[tuple[int, int], Path]] = {}
-    for adapter in found:
+    for adapter in adapters:
         misfits = [
             name
             for name, factors in adapter.modules.items()
             if shapes.setdefault(name, (factors.shape, adapter.file.path))[0] != factors.shape
         ]
         if misfits:
-            shape, other = shapes[misfits[0]]
-            own = adapter.modules[misfits[0]].shape
+            shape, first_path = shapes[misfits[0]]
+            own_shape = adapter.modules[misfits[0]].shape
             problems.append(
                 Problem(
-                    f"{adapter.file.path}: {len(misfits)} of its layers have other shapes than in {other}, such as "
-                    f"{misfits[0]} with {own[0]} × {own[1]}, not {shape[0]} × {shape[1]}",
+                    f"{adapter.file.path}: {len(misfits)} of its layers differ in shape from {first_path}, such as "
+                    f"{misfits[0]} with {own_shape[0]} × {own_shape[1]}, not {shape[0]} × {shape[1]}",
                     "LoRAs of one model",
                 )
             )
     CheckpointError.raise_if(problems)
-    return found
+    return adapters
 
 
 def unread_notices(adapters: Iterable[WeightedAdapter]) -> list[str]:
-    """What is left out of a merged LoRA, in sentences."""
+    """Sentences that tell the user which keys a merged LoRA leaves out."""
     counts = {adapter.file.path: list(adapter.file.unread.values()).count(_TEXT_ENCODER) for adapter in adapters}
     return [
-        f"{path}: {count} keys for the text encoder are left out; FLUX.2's is not trained."
+        f"{path}: {count} keys for the text encoder are left out: FLUX.2's text encoder is never trained."
         for path, count in counts.items()
         if count
     ]
 
 
 def parts_by_layer(adapters: Iterable[WeightedAdapter]) -> dict[str, list[tuple[Factors, float]]]:
-    """What each layer's delta is the sum of: factors and their strength."""
+    """The summands of each layer's delta: factors and their strength."""
     parts: dict[str, list[tuple[Factors, float]]] = {}
     for adapter in adapters:
         for name, factors in adapter.modules.items():
@@ -128,10 +128,10 @@ def parts_by_layer(adapters: Iterable[WeightedAdapter]) -> dict[str, list[tuple[
     return parts
 
 
-def widest(tensors: Iterable[Tensor]) -> torch.dtype:
-    """The narrowest dtype that holds all numbers of `tensors`; fp32 at most."""
-    kinds = {tensor.dtype for tensor in tensors} or {torch.float16}
-    return kinds.pop() if kinds in ({torch.float16}, {torch.bfloat16}) else torch.float32
+def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The narrowest dtype, at most fp32, that represents all `tensors`."""
+    dtypes = {tensor.dtype for tensor in tensors} or {torch.float16}
+    return dtypes.pop() if dtypes in ({torch.float16}, {torch.bfloat16}) else torch.float32
 
 
 def write_merged(
@@ -147,10 +147,10 @@ def write_merged(
     """Write the sum of `adapters`, each layer at the rank of `rule`.
 
     Args:
-        dtype: of the factors; by default the narrowest that holds those of all files.
+        dtype: of the factors; by default the narrowest that represents those of all files.
 
     Raises:
-        ConfigError: `dtype` is fp16 and does not hold a factor.
+        ConfigError: `dtype` is fp16 and a factor exceeds its range.
         DiskError: no space, or the file reads back differently.
     """
     tensors = (
@@ -160,7 +160,7 @@ def write_merged(
         for tensor in vars(factors).values()
         if isinstance(tensor, Tensor)
     )
-    dtype = dtype or widest(tensors)
+    dtype = dtype or common_dtype(tensors)
     parts = parts_by_layer(adapters)
     return write_layers(
         target, ((name, reduced(stacked(parts[name]), rule)) for name in report(parts)), lora_format, header, dtype
@@ -174,15 +174,15 @@ def write_layers(
     header: Mapping[str, str],
     dtype: torch.dtype,
 ) -> WrittenLora:
-    """Write computed `layers`, by name, as a LoRA.
+    """Write computed `layers`, given by name, as a LoRA.
 
     Raises:
-        CheckpointError: there are none.
-        ConfigError: `dtype` is fp16 and does not hold a factor.
+        CheckpointError: there are no layers.
+        ConfigError: `dtype` is fp16 and a factor exceeds its range.
         DiskError: no space, or the file reads back differently.
     """
     modules: dict[str, LowRank] = {}
-    kept = 1.0
+    least_kept = 1.0
     for name, layer in layers:
         factors = folded(layer.factors)
         modules[name] = LowRank(factors.a.to(dtype), factors.b.to(dtype))
@@ -193,15 +193,15 @@ def write_layers(
                 f"at most {torch.finfo(torch.float16).max:g}",
                 "Give --dtype=bf16.",
             )
-        kept = min(kept, layer.kept)
+        least_kept = min(least_kept, layer.kept)
     if not modules:
-        raise CheckpointError.of("no layer has anything for a LoRA", "LoRAs with layers, or two models that differ")
+        raise CheckpointError.of("no layer has a delta to write", "LoRAs with layers, or two models that differ")
     write_adapter(target, modules, lora_format, header)
     ranks = [factors.rank for factors in modules.values()]
-    lost: dict[str, list[str]] = {
+    losses_by_loader: dict[str, list[str]] = {
         loader: list(names) for loader, names in losses(modules, lora_format).items() if names
     }
-    return WrittenLora(target, len(modules), (min(ranks), max(ranks)), kept, lost)
+    return WrittenLora(target, len(modules), (min(ranks), max(ranks)), least_kept, losses_by_loader)
 
 
 def merge_into(
@@ -211,57 +211,57 @@ def merge_into(
     *,
     report: Callable[[str], None] = lambda layer: None,
 ) -> ConvertedModel:
-    """Write the transformer of `model` with the sum of `adapters` added to its weights, each in its own dtype. A target
-    that ends in .safetensors is a single file in BFL's layout, another one a folder of diffusers'.
+    """Write the transformer of `model` with the sum of `adapters` added to its weights, which keep their dtypes.
 
-    `report` is called with each layer that is changed, when it is.
+    A target that ends in .safetensors becomes a single file in BFL's layout; any other, a diffusers folder. `report` is
+    called with the name of each layer when it changes.
 
     Raises:
-        CheckpointError: the adapters' layers are not this model's, or their sum is more than a weight's dtype holds.
+        CheckpointError: the adapters' layers do not fit the model, or a sum exceeds the range of a weight's dtype.
         AccessError, ConfigError, DiskError: as `convert_model`.
     """
     parts = parts_by_layer(adapters)
-    with opened_transformer(model) as found:
-        shapes = {name: rows.shape for name, rows in found.weights.items()}
+    with opened_transformer(model) as transformer:
+        shapes = {name: rows.shape for name, rows in transformer.weights.items()}
     misfits = [name for name, summands in parts.items() if shapes.get(f"{name}.weight") != summands[0][0].shape]
     if misfits:
         rows, columns = parts[misfits[0]][0][0].shape
-        there = shapes.get(f"{misfits[0]}.weight")
-        have = "not there" if there is None else " × ".join(map(str, there))
+        in_model = shapes.get(f"{misfits[0]}.weight")
+        model_shape = "missing" if in_model is None else " × ".join(map(str, in_model))
         raise CheckpointError.of(
             f"{len(misfits)} of {len(parts)} layers do not fit {model}, such as {misfits[0]}, which is "
-            f"{rows} × {columns} in the LoRA and {have} in the model",
+            f"{rows} × {columns} in the LoRA and {model_shape} in the model",
             "the model that the LoRA was trained on",
         )
 
-    def adding(name: str) -> Callable[[Tensor], Tensor]:
-        def added(weight: Tensor) -> Tensor:
+    def delta_adder(name: str) -> Callable[[Tensor], Tensor]:
+        def add_deltas(weight: Tensor) -> Tensor:
             report(name)
             total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
             for factors, strength in parts[name]:
                 total += factors.delta() * strength
-            made = total.to(weight.dtype)
-            if count := non_finite_count(made):
+            merged = total.to(weight.dtype)
+            if count := non_finite_count(merged):
                 raise CheckpointError.of(
                     f"{count:,} numbers of {name} are NaN or infinite as {weight.dtype} once the LoRA is added",
                     "finite weights",
-                    "Give it a lower strength.",
+                    "Use a lower strength.",
                 )
-            return made
+            return merged
 
-        return added
+        return add_deltas
 
     return convert_model(
         model,
         target,
         "bfl" if target.suffix == ".safetensors" else "diffusers",
-        changes={f"{name}.weight": adding(name) for name in parts},
+        changes={f"{name}.weight": delta_adder(name) for name in parts},
         header=merged_header(adapters),
     )
 
 
 def merged_header(adapters: Sequence[WeightedAdapter], rule: RankRule | None = None) -> dict[str, str]:
-    """The header of a sum: which files it is of, by name, SHA-256 and strength, and what all of them say."""
+    """The header of a merged file: name, SHA-256 and strength of each source file, and the fields that all share."""
     record: dict[str, object] = {
         "loras": [
             {"file": adapter.file.path.name, "sha256": sha256_file(adapter.file.path), "strength": adapter.strength}
@@ -278,7 +278,7 @@ def merged_header(adapters: Sequence[WeightedAdapter], rule: RankRule | None = N
 
 
 def resized_header(file: AdapterFile, rule: RankRule) -> dict[str, str]:
-    """The header of `file` at another rank: what it says of its training, and which file it was."""
-    header = {key: value for key, value in file.header.items() if key not in _OF_THE_FILE}
+    """The header of `file` at another rank: its training fields, and name and SHA-256 of the source file."""
+    header = {key: value for key, value in file.header.items() if key not in _FIELDS_OF_FACTORS}
     record = {"file": file.path.name, "sha256": sha256_file(file.path), **vars(rule)}
     return {**header, "simpletuner.resized": json.dumps(record)}

@@ -1,7 +1,7 @@
-"""Header fields that programs show of a model file: Stability AI's ModelSpec 1.0.1
+"""Header fields by which programs describe a model file: Stability AI's ModelSpec 1.0.1
 (https://github.com/Stability-AI/ModelSpec).
 
-Its date is left out: the same run would leave other bytes on another day, and a resumed one must not.
+Its date is omitted: it would change the bytes of a file from day to day, but a resumed run must write the same bytes.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,9 +24,9 @@ _FIELDS = (
     "usage_hint",
 )
 MODELSPEC_FIELDS = frozenset(_PREFIX + name for name in _FIELDS)
-"""What a file of ours may have."""
+"""The ModelSpec fields that our files may have."""
 _IMPLEMENTATION = "https://github.com/black-forest-labs/flux2"
-"""As musubi-tuner writes it, and the architectures too."""
+"""The value that musubi-tuner writes; the architectures are also musubi-tuner's."""
 
 
 def modelspec(
@@ -37,13 +37,13 @@ def modelspec(
     comment: str | None = None,
     trigger: str | None = None,
 ) -> dict[str, str]:
-    """The fields of what was trained on `flavour`."""
-    what = "LoRA" if is_lora else "fine-tune"
+    """The ModelSpec fields of a LoRA or full model trained on `flavour`."""
+    product = "LoRA" if is_lora else "fine-tune"
     fields: Mapping[str, str | None] = {
         "sai_model_spec": "1.0.1",
         "architecture": f"Flux.2-{flavour.family}{'/lora' if is_lora else ''}",
         "implementation": _IMPLEMENTATION,
-        "title": f"{what} of {flavour.title}" + (f": {trigger}" if trigger else ""),
+        "title": f"{product} of {flavour.title}" + (f": {trigger}" if trigger else ""),
         "description": comment,
         "license": flavour.license,
         "resolution": None if resolution is None else "{}x{}".format(*resolution),
@@ -54,7 +54,7 @@ def modelspec(
 
 
 def usual_size(buckets: Iterable[Mapping[ImageSize, list[int]]]) -> ImageSize | None:
-    """The size that most images of all data sets are trained at; of equally many, the largest."""
+    """The most common training size over all datasets; the largest, if several are equally common."""
     counts: dict[ImageSize, int] = {}
     for each in buckets:
         for size, images in each.items():

@@ -1,4 +1,4 @@
-"""Who made a weight file, of what and how, from the header that the training program wrote."""
+"""Extract a weight file's origin from its header: training program, base model and training details."""
 
 import json
 import re
@@ -30,31 +30,29 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
     "dataset fingerprint": ("simpletuner.datasets",),
     "merged from": ("simpletuner.merged",),
 }
-"""Rows of the report, and the header fields that each is read from: ours, sai_model_spec's, kohya's, ai-toolkit's and
-OneTrainer's.
-A dot after a field's name leads into the JSON object that it holds.
+"""Header fields that provide each row of the report: ours, sai_model_spec's, kohya's, ai-toolkit's and OneTrainer's.
+
+A dot after a field's name selects a key of the JSON object in that field.
 """
 _BASES = ("simpletuner.base_model", "ss_base_model_version", "modelspec.architecture", "ss_sd_model_name")
 _FREE_NAMES = ("simpletuner.base_model", "ss_sd_model_name")
-"""Those of `_BASES` that hold a Hub id, or the name of a folder or file, which anyone may give any weights."""
-_LONGEST = 300
+"""Fields of `_BASES` that hold a Hub id or the name of a folder or file, which may be arbitrary."""
+_LENGTH_LIMIT = 300
 _FLUX2 = re.compile(r"flux[-_. ]?2(?P<rest>.*)")
 
 
 def training_of(header: Mapping[str, str]) -> dict[str, str]:
-    """How a file was made, in the order of a report; fields that the header lacks are left out."""
-    found = {"program": program} if (program := _program(header)) else {}
+    """The training details of a file, in report order, without those that the header lacks."""
+    details = {"program": program} if (program := _program(header)) else {}
     for title, names in _FIELDS.items():
         value = next((text for name in names if (text := _value(header, name))), "")
         if value and value != "None":
-            found[title] = value
-    return found
+            details[title] = value
+    return details
 
 
 def base_model_of(header: Mapping[str, str]) -> str | None:
-    """The model that a file was trained from: a flavour's name where the header says which it is, else as the header
-    has it.
-    """
+    """The base model of a file: a flavour's name if the header identifies one, else the text of the header."""
     for name in _BASES:
         text = _value(header, name)
         if not text:
@@ -85,26 +83,26 @@ def _program(header: Mapping[str, str]) -> str:
 
 
 def _value(header: Mapping[str, str], name: str) -> str:
-    """The text of a field, or of a value inside the JSON object that a field holds; empty where there is none."""
+    """The text of a field, or of a value inside a field's JSON object; empty if there is none."""
     if name in header:
-        return _told(_decoded(header[name]))
+        return _one_line(_decoded(header[name]))
     field, *path = name.split(".")
     value: Any = _decoded(header.get(field, ""))
     for part in path:
         value = value.get(part) if isinstance(value, dict) else None
-    return "" if value is None or not path else _told(value)
+    return "" if value is None or not path else _one_line(value)
 
 
 def _decoded(text: str) -> Any:
-    """The JSON value in `text`, its numbers as they are written there; the text itself where it is no JSON."""
+    """The JSON value in `text`, with numbers as strings in their original spelling; `text` itself if it is not JSON."""
     try:
         return json.loads(text, parse_int=str, parse_float=str)
     except (ValueError, RecursionError):
         return text
 
 
-def _told(value: object) -> str:
-    """A value as one line without control characters, cut where it is long."""
+def _one_line(value: object) -> str:
+    """`value` as one line without control characters, truncated to `_LENGTH_LIMIT` characters."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     line = "".join(sign if sign.isprintable() else " " for sign in text).strip()
-    return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
+    return line if len(line) <= _LENGTH_LIMIT else line[: _LENGTH_LIMIT - 1] + "…"

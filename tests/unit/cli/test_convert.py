@@ -63,7 +63,7 @@ def test_what_a_loader_would_lose_is_an_error_until_it_is_asked_for(
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("out.safetensors: a LoRA on 25 layers in the comfyui format, ")
     assert second == (
-        "Of this LoRA in the comfyui format, diffusers gets wrong 1 of 25 layers, such as norm_out.linear. "
+        "Of this LoRA in the comfyui format, diffusers misapplies 1 of 25 layers, such as norm_out.linear. "
         "It reads all of it in diffusers."
     )
 
@@ -129,8 +129,8 @@ def _foreign(path: Path) -> None:
         (_truncated, "whole"),
         (_with_nan, "NaN"),
         (_loha, "LoKr or LoHa factors for"),
-        (_dora, r"holds DoRA \(PEFT\) in 3 keys, .* It acts in diffusers and PEFT"),
-        (_patches, r"holds patches of whole tensors \(\.diff\) in 1 keys, .* It acts in ComfyUI"),
+        (_dora, r"holds DoRA \(PEFT\) in 3 keys, .* diffusers and PEFT can apply it"),
+        (_patches, r"holds patches of whole tensors \(\.diff\) in 1 keys, .* ComfyUI can apply it"),
         (_foreign, "none of its 1 keys"),
         (Path.unlink, "no file or folder at in.safetensors"),
         (lambda path: path.write_bytes(b""), "header"),

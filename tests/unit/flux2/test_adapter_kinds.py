@@ -69,7 +69,7 @@ def test_a_lokr_is_the_kronecker_product_of_its_factors(
 )
 def test_rows_of_a_lokr_are_those_of_its_product(ranges: list[tuple[int, int]], w1_rows: int) -> None:
     whole = Kronecker(W1, W2, 0.5)
-    part = whole.taken(ranges)
+    part = whole.selected_rows(ranges)
     wanted = torch.cat([whole.delta()[start:stop] for start, stop in ranges])
     assert part.w1.shape[0] == w1_rows
     assert part.shape == wanted.shape
@@ -87,7 +87,7 @@ def test_a_loha_is_the_product_by_element_of_two_products(alpha: float | None, s
     wanted = (w1_a @ w1_b) * (w2_a @ w2_b) * scale
     torch.testing.assert_close(factors.delta(), wanted, rtol=1e-6, atol=1e-6)
     rows = [(6, 9), (0, 3)]
-    assert torch.equal(factors.taken(rows).delta(), torch.cat([factors.delta()[6:9], factors.delta()[:3]]))
+    assert torch.equal(factors.selected_rows(rows).delta(), torch.cat([factors.delta()[6:9], factors.delta()[:3]]))
 
 
 def test_a_product_of_small_numbers_is_not_rounded_to_the_type_of_the_file() -> None:
@@ -109,7 +109,7 @@ def test_what_is_neither_is_left_to_others() -> None:
         ({"lokr_w1": W1}, None, "no lokr_w2, nor both of"),
         ({"lokr_w1": W1, "lokr_w2_a": W2_A}, None, "no lokr_w2, nor both of"),
         ({"lokr_w1": W1, "lokr_w1_a": W1_A, "lokr_w1_b": W1_B, "lokr_w2": W2}, None, "both whole and decomposed"),
-        ({"lokr_w1": W1, "lokr_w2_a": W2_A, "lokr_w2_b": W1_B}, None, "lokr_w2_a of rank 3 beside lokr_w2_b of rank 2"),
+        ({"lokr_w1": W1, "lokr_w2_a": W2_A, "lokr_w2_b": W1_B}, None, "lokr_w2_a of rank 3, but lokr_w2_b of rank 2"),
         ({"lokr_w1": W1[0], "lokr_w2": W2}, None, r"lokr_w1 of the shape \[4\]"),
         ({"lokr_w1": W1[:0], "lokr_w2": W2}, None, r"lokr_w1 of the shape \[0, 4\]"),
         ({"lokr_w1": W1.to(torch.int8), "lokr_w2": W2}, None, "torch.int8"),
@@ -117,7 +117,7 @@ def test_what_is_neither_is_left_to_others() -> None:
         ({"lokr_w1": W1, "lokr_w2_a": W2_A, "lokr_w2_b": W2_B}, math.inf, "an alpha of inf"),
         ({"lokr_w1": W1, "lokr_w2_a": W2_A, "lokr_w2_b": W2_B}, math.nan, "an alpha of nan"),
         ({"lokr_w1": W1, "lokr_w2_a": W2_A, "lokr_w2_b": W2_B}, 0.0, "an alpha of 0"),
-        ({"lokr_w1": W1, "lokr_w2": W2, "hada_w1_a": W1}, None, "of a LoKr and of a LoHa"),
+        ({"lokr_w1": W1, "lokr_w2": W2, "hada_w1_a": W1}, None, "of both a LoKr and a LoHa"),
         ({"hada_w1_a": W1_A, "hada_w1_b": W1_B, "hada_w2_a": W2_A}, None, "no hada_w2_b"),
         (
             {"hada_w1_a": W1_A, "hada_w1_b": W1_B, "hada_w2_a": W2_A, "hada_w2_b": W2_B},

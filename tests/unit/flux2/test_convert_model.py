@@ -241,10 +241,10 @@ def test_an_adapter_and_an_empty_folder_are_no_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "to", "told"),
     [
-        ("x.safetensors", "kohya", "a model as kohya: expected one of diffusers, bfl, comfyui"),
+        ("x.safetensors", "kohya", "models cannot be converted to kohya: expected one of diffusers, bfl, comfyui"),
         ("x.safetensors", "diffusers", "is named like a file"),
         ("x", "bfl", "does not end in .safetensors"),
-        ("here.safetensors", "comfyui", "is there already"),
+        ("here.safetensors", "comfyui", "exists already"),
         ("nowhere/x.safetensors", "comfyui", "no such folder"),
     ],
 )

@@ -235,7 +235,9 @@ def test_loha_and_lokr_are_read_and_not_trained(tmp_path: Path, row: str, dialec
     assert file.dialect == dialect
     assert_holds(file, deltas)
     title = "LoHa" if draw is draw_loha else "LoKr"
-    with pytest.raises(CheckpointError, match=rf"holds a {title}, in .*expected a LoRA.*sample --lora FILE"):
+    with pytest.raises(
+        CheckpointError, match=rf"holds a {title}, for example in .*expected a LoRA.*sample --lora FILE"
+    ):
         read_lora(path)
 
 
@@ -270,11 +272,11 @@ def lora(stem: str = HERE, rows: int = 32) -> dict[str, Tensor]:
     ("also", "kind", "message"),
     [
         ({f"{HERE}.dora_scale": torch.ones(32, 1)}, "dora", r"holds DoRA in 3 keys.*LoRA, LoKr or LoHa.*ComfyUI"),
-        ({f"{HERE}.lora_magnitude_vector": torch.ones(32)}, "dora", r"DoRA \(PEFT\).*acts in diffusers and PEFT"),
-        ({f"{HERE}.magnitude": torch.ones(32)}, "dora", r"DoRA \(ai-toolkit\).*acts in ai-toolkit"),
-        ({f"{HERE}.oft_R.weight": torch.ones(4, 28)}, "oft", r"OFT \(PEFT\).*acts in PEFT and OneTrainer"),
-        ({f"{HERE}.oft_blocks": torch.ones(4, 8, 8)}, "oft", r"OFT \(LyCORIS\).*acts in ComfyUI and LyCORIS"),
-        ({f"{HERE}.diff": torch.ones(32, 32)}, "diff", r"\(\.diff\) in 3 keys.*acts in ComfyUI"),
+        ({f"{HERE}.lora_magnitude_vector": torch.ones(32)}, "dora", r"DoRA \(PEFT\).*diffusers and PEFT can apply it"),
+        ({f"{HERE}.magnitude": torch.ones(32)}, "dora", r"DoRA \(ai-toolkit\).*ai-toolkit can apply it"),
+        ({f"{HERE}.oft_R.weight": torch.ones(4, 28)}, "oft", r"OFT \(PEFT\).*PEFT and OneTrainer can apply it"),
+        ({f"{HERE}.oft_blocks": torch.ones(4, 8, 8)}, "oft", r"OFT \(LyCORIS\).*ComfyUI and LyCORIS can apply it"),
+        ({f"{HERE}.diff": torch.ones(32, 32)}, "diff", r"\(\.diff\) in 3 keys.*ComfyUI can apply it"),
     ],
 )
 def test_other_kinds_are_named_with_what_reads_them(
@@ -335,11 +337,11 @@ ODD = "lora_unet_down_blocks_0_attentions_0_to_q"
         (lora("transformer.single_transformer_blocks.0.norm.linear"), r"2 keys.*a LoRA under transformer\., such as"),
         (lora("blocks.0.self_attn.q"), r"none of its 2 keys.*those of a LoRA, such as blocks\.0.*another model"),
         ({"blocks.0.q.lokr_w1": torch.ones(2, 2)}, r"none of its 1 keys.*those of a LoKr or LoHa, such as"),
-        ({"double_blocks.0.img_attn.proj.weight": torch.ones(2, 2)}, r"1 keys.*such as double_blocks.*is no LoRA"),
+        ({"double_blocks.0.img_attn.proj.weight": torch.ones(2, 2)}, r"1 keys.*such as double_blocks.*is not a LoRA"),
         (lora("lora_te_model_layers_0_self_attn_q_proj"), r"none of its 2 keys.*only of a text encoder"),
         ({f"{HERE}.alpha": torch.ones(())}, r"none of its 1 keys"),
-        (lora() | lora("blocks.0.self_attn.q"), r"has 2 keys that are not known, such as blocks\.0\.self_attn\.q"),
-        (lora() | {f"{HERE}.lora_B.bias": torch.ones(32)}, r"has 1 keys that are not known, such as .*lora_B\.bias"),
+        (lora() | lora("blocks.0.self_attn.q"), r"has 2 unknown keys, such as blocks\.0\.self_attn\.q"),
+        (lora() | {f"{HERE}.lora_B.bias": torch.ones(32)}, r"has 1 unknown keys, such as .*lora_B\.bias"),
         (
             lora() | lora("transformer.transformer_blocks.0.attn.to_out.0"),
             rf"to_out\.0 twice, as ({re.escape(HERE)}|transformer\.\S+) and as \S+: expected each Linear once",
@@ -348,12 +350,12 @@ ODD = "lora_unet_down_blocks_0_attentions_0_to_q"
         (lora("diffusion_model.final_layer.adaLN_modulation.1", rows=33), r"adaLN_modulation\.1 has 33 rows"),
         (
             lora() | {f"{HERE}.lora_A.default.weight": torch.ones(2, 32)},
-            r"two matrices for one, \S+ and \S+: expected one adapter",
+            r"the same matrix twice, as \S+ and as \S+: expected one adapter",
         ),
         (lora() | {f"{HERE}.lokr_w1": torch.ones(2, 2)}, r"img_attn\.proj has no lokr_w2"),
         (
             lora() | {f"{HERE}.lokr_w1": torch.ones(2, 2), f"{HERE}.lokr_w2": torch.ones(16, 16)},
-            r"a LoRA's matrices beside those of another kind",
+            r"matrices of a LoRA together with those of another kind",
         ),
         (lora() | {f"{HERE}.alpha": torch.ones(2)}, r"proj\.alpha is 2: expected a single number"),
         *(

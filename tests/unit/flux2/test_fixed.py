@@ -47,7 +47,7 @@ def wide_kronecker(rows: int, columns: int) -> Factors:
 def part_of_kronecker(rows: int, columns: int) -> Factors:
     """Of a matrix three times as high, cut within copies of w2."""
     whole = Kronecker(drawn(rows // 2, columns // 4), drawn(6, 4))
-    return whole.taken([(rows + rows // 2, 2 * rows), (rows, rows + rows // 2)])
+    return whole.selected_rows([(rows + rows // 2, 2 * rows), (rows, rows + rows // 2)])
 
 
 def hadamard(rows: int, columns: int) -> Factors:
@@ -255,7 +255,7 @@ def test_a_file_of_several_kinds_is_drawn_with_all(tmp_path: Path) -> None:
 def test_a_kind_that_is_not_read_is_refused_beside_a_lokr(tmp_path: Path, suffix: str, says: str) -> None:
     also = {f"transformer.norm_out.linear.{suffix}": torch.ones(64, 1)}
     write_dialect(tmp_path / "a.safetensors", SPEC, SPLIT, draw=draw_lokr, also=also)
-    with pytest.raises(CheckpointError, match=rf"{says}.*expected LoRA, LoKr or LoHa\. It acts in ComfyUI"):
+    with pytest.raises(CheckpointError, match=rf"{says}.*expected LoRA, LoKr or LoHa\. ComfyUI.* can apply it"):
         read_for_drawing(tmp_path / "a.safetensors")
 
 

@@ -22,7 +22,7 @@ def part(rank: int, seed: int, dtype: torch.dtype = torch.float32) -> LowRank:
 
 def as_read(whole: LowRank) -> dict[str, LowRank]:
     """As a reader cuts a fused matrix: each part has its rows, and the whole `a`."""
-    return {name: whole.taken([(ROWS * at, ROWS * (at + 1))]) for at, name in enumerate(NAMES)}
+    return {name: whole.selected_rows([(ROWS * at, ROWS * (at + 1))]) for at, name in enumerate(NAMES)}
 
 
 def assert_same(found: Mapping[str, object], expected: Mapping[str, LowRank]) -> None:

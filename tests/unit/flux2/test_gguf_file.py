@@ -115,17 +115,17 @@ def test_a_file_that_is_cut_anywhere_is_refused(tmp_path: Path) -> None:
     cut = tmp_path / "cut.gguf"
     for size in sorted({0, 3, 4, 7, 8, 16, 20, *range(24, end, 97), end - 1}):
         cut.write_bytes(content[:size])
-        with pytest.raises(AccessError, match=r"cut\.gguf is not a whole GGUF file .*get the file again"):
+        with pytest.raises(AccessError, match=r"cut\.gguf is not a complete GGUF file .*download the file again"):
             read_gguf_header(cut)
 
 
 @pytest.mark.parametrize(
     ("at", "content", "match"),
     [
-        (0, b"GGUX", "not a whole GGUF file"),
+        (0, b"GGUX", "not a complete GGUF file"),
         (4, struct.pack("<I", 1), "version 1"),
-        (8, struct.pack("<Q", 2**60), "not a whole GGUF file"),
-        (16, struct.pack("<Q", 2**60), "not a whole GGUF file"),
+        (8, struct.pack("<Q", 2**60), "not a complete GGUF file"),
+        (16, struct.pack("<Q", 2**60), "not a complete GGUF file"),
     ],
 )
 def test_a_damaged_header_is_refused_at_once(tmp_path: Path, at: int, content: bytes, match: str) -> None:

@@ -247,7 +247,7 @@ def test_a_kind_that_is_not_read_is_named(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / "a.safetensors"
     save_file({f"diffusion_model.double_blocks.0.img_attn.qkv.{suffix}": torch.ones(2, 2)}, path)
     report = inspected(path)
-    assert report.what.endswith("not read by this program")
+    assert report.what.endswith("this program cannot read it")
     assert report.adapter is not None
     assert (report.adapter.modules, report.adapter.loaders) == (0, {})
 
@@ -405,7 +405,7 @@ def test_what_is_of_another_model_is_said(tmp_path: Path) -> None:
 def test_a_transformer_without_all_tensors_is_told(tmp_path: Path) -> None:
     save_file({"double_stream_modulation_img.lin.weight": torch.ones(2, 2)}, tmp_path / "a.safetensors")
     (component,) = inspected(tmp_path / "a.safetensors").components
-    assert (component.flavours, component.problem) == ([], "tensors are missing that every such component has")
+    assert (component.flavours, component.problem) == ([], "required tensors are missing")
 
 
 def test_a_file_that_cannot_be_read_hides_no_other(tmp_path: Path) -> None:

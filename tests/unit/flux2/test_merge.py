@@ -255,7 +255,7 @@ def _foreign(path: Path) -> None:
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "NaN": (_nan, "NaN"),
     "truncated": (_truncated, "cannot be read"),
-    "of another model": (_larger, "other shapes"),
+    "of another model": (_larger, "differ in shape"),
     "DoRA": (_dora, "DoRA"),
     "of another program": (_foreign, "down_blocks"),
     "a folder without one": (Path.mkdir, "no LoRA"),

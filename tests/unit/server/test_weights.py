@@ -113,7 +113,7 @@ def test_a_merged_lora_comes_with_what_was_lost(client: TestClient, workspace: P
     assert written.startswith("LoRA: merged-diffusers.safetensors (")
     assert " layers of rank 1, with at least " in written
     assert any(line.startswith("ComfyUI does not apply ") for line in others)
-    assert f"{LORA}: 1 keys for the text encoder are left out; FLUX.2's is not trained." in others
+    assert f"{LORA}: 1 keys for the text encoder are left out: FLUX.2's text encoder is never trained." in others
     assert str(workspace) not in answer.headers["x-said"]
 
 
