@@ -1,1 +1,1 @@
-"""The page: a typed API over the shell's commands and the files of runs. No torch; it never trains."""
+"""The web page and its typed API over the CLI's commands and the run files. It imports no torch and never trains."""

@@ -1,4 +1,4 @@
-"""The application: routes, faults and the page's files, put together."""
+"""The FastAPI application: API routes, error responses and the page's static files."""
 
 import contextlib
 from collections.abc import AsyncIterator
@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import simpletuner
 from simpletuner.server import faults
-from simpletuner.server.context import Context
+from simpletuner.server.context import ServerContext
 from simpletuner.server.guard import Access, Guard
 from simpletuner.server.peer import is_loopback
 from simpletuner.server.roots import Roots
@@ -40,24 +40,24 @@ SUBJECTS = (
 
 CURVES = "/api/run/series"
 PACKED = (*DEFAULT_EXCLUDED_CONTENT_TYPES, "application/octet-stream")
-"""Content types that compression does not make smaller: pictures, weights; and events, which must not wait."""
+"""Content types that are not compressed: images and weights do not shrink, and events must not wait."""
 
 
 class Compression(GZipMiddleware):
-    """gzip at its fastest; but curves, of which 100,000 steps have 8 MB, stay as they are on this machine, where they
-    are there before they are packed."""
+    """gzip at its fastest level. A loopback client gets curves uncompressed: 100,000 steps are 8 MB, which reach it
+    sooner than gzip finishes."""
 
     def __init__(self, app: ASGIApp) -> None:
         super().__init__(app, compresslevel=1, exclude_content_types=PACKED)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_near = scope["type"] == "http" and scope["path"] == CURVES and is_loopback(scope.get("client"))
-        await (self.app if is_near else super().__call__)(scope, receive, send)
+        is_loopback_curves = scope["type"] == "http" and scope["path"] == CURVES and is_loopback(scope.get("client"))
+        await (self.app if is_loopback_curves else super().__call__)(scope, receive, send)
 
 
 def create_app(roots: Roots, access: Access | None = None, *, sampler_idle_s: float = IDLE_S) -> FastAPI:
-    """The application over the files below `roots`, for whom `access` lets in: by default this machine alone.
-    The process that draws ends after `sampler_idle_s` without work."""
+    """Create the application that serves the files below `roots` to the clients that `access` admits: by default this
+    machine only. The sampler process ends after `sampler_idle_s` seconds without work."""
     shell = Shell(roots.workspace, roots.others)
     jobs = Jobs(shell)
     sampler = SamplerProcess(shell, sampler_idle_s)
@@ -75,10 +75,10 @@ def create_app(roots: Roots, access: Access | None = None, *, sampler_idle_s: fl
         redoc_url=None,
         openapi_url="/api/openapi.json",
         lifespan=lifespan,
-        # Every operation may be refused, and always in the same form.
-        responses={"default": {"model": faults.FaultAnswer, "description": "What is wrong."}},
+        # Any operation may fail; all failures have the same form.
+        responses={"default": {"model": faults.FaultAnswer, "description": "The problems."}},
     )
-    app.state.context = Context(roots, shell, jobs, sampler)
+    app.state.context = ServerContext(roots, shell, jobs, sampler)
     app.add_middleware(Compression)
     app.add_middleware(Guard, access=access or Access())
     faults.install(app)

@@ -1,4 +1,4 @@
-"""Bodies as they come in: never more of one in memory than it may hold."""
+"""Request bodies: read with a size limit, so that none fills the memory."""
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict
@@ -7,21 +7,21 @@ from simpletuner.server.faults import Fault
 
 
 class RequestBody(BaseModel):
-    """The JSON object of a request: a key that it does not know is a mistake."""
+    """A request's JSON object; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-async def read_body(request: Request, most: int) -> bytes:
-    """The whole body.
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Return the whole body.
 
     Raises:
-        Fault: 413, it is larger than `most` bytes.
+        Fault: 413, the body is larger than `max_bytes`.
     """
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
-        if size > most:
-            raise Fault.of(413, "what was sent is too large", f"at most {most:,} bytes")
+        if size > max_bytes:
+            raise Fault.of(413, "the request body is too large", f"at most {max_bytes:,} bytes")
         parts.append(part)
     return b"".join(parts)

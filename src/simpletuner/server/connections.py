@@ -1,4 +1,4 @@
-"""Connections that do not keep up are closed: whoever sends a request byte by byte holds nothing for long."""
+"""Close connections that send their headers too slowly, so that a slow client cannot hold resources."""
 
 import asyncio
 
@@ -6,13 +6,13 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEADERS_WITHIN_S = 10.0
-"""How long a request may take from its first byte, or the first one from the connection, to the end of its headers."""
+"""Limit from a request's first byte (for the first request: from the connection) to the end of its headers."""
 MOST_CONNECTIONS = 600
-"""At once. The usual limit of open files is 1024, and runs' files must open beside them."""
+"""Connections at once. The usual limit of open files is 1024, and run files need some of them."""
 
 
 class TimedProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1, which alone waits for the end of a request's headers for ever."""
+    """uvicorn's HTTP/1.1 protocol with a deadline for a request's headers; uvicorn itself waits forever."""
 
     _deadline: asyncio.TimerHandle | None = None
 
@@ -24,7 +24,7 @@ class TimedProtocol(H11Protocol):
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
             self._stop_clock()
-        elif self._deadline is None:  # the start of a later request
+        elif self._deadline is None:  # a later request starts
             self._deadline = self.loop.call_later(HEADERS_WITHIN_S, self.transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:

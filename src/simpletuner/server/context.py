@@ -1,4 +1,4 @@
-"""What every route may ask for."""
+"""The server's shared objects, which routes take as a dependency."""
 
 import asyncio
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from simpletuner.server.pictures import Thumbnails
 from simpletuner.server.roots import Roots
 from simpletuner.server.runs import Glances
 from simpletuner.server.sampler import SamplerProcess
-from simpletuner.server.series import Indexes
+from simpletuner.server.series import EventIndexes
 from simpletuner.server.shell import SharedWork, Shell
 from simpletuner.server.stream import Streams
 from simpletuner.server.verdicts import Verdicts
@@ -23,43 +23,43 @@ CHECKS_AT_ONCE = 2
 
 
 @dataclass(frozen=True)
-class Context:
-    """The server's own things, made once by `create_app`."""
+class ServerContext:
+    """The server's shared objects, created once by `create_app`."""
 
     roots: Roots
     shell: Shell
     jobs: Jobs
     sampler: SamplerProcess
     checking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(CHECKS_AT_ONCE))
-    """Held by each check of a draft while it runs."""
+    """Limits how many draft checks run at once."""
     planning: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
-    """Held by a memory plan, which brings torch."""
+    """Limits memory plans to one at a time: each imports torch."""
     drafts: SharedWork = field(default_factory=SharedWork)
-    """The checks and plans of drafts: the same one that is asked for twice at a time is made once."""
+    """Checks and plans of drafts: identical requests at the same time share one command."""
     thumbnails: Thumbnails = field(default_factory=Thumbnails)
-    """The last small pictures."""
+    """The thumbnails used last."""
     image_lists: ImageLists = field(default_factory=ImageLists)
-    """The captions of the last folders that were listed."""
+    """The captions of the folders listed last."""
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held between looking at a document's revision and replacing it."""
-    streams: Streams = field(default_factory=lambda: Streams(Indexes()))
-    """The runs that are followed; to be closed before the server waits for its clients."""
+    """Held from the comparison of a document's revision until it is replaced."""
+    streams: Streams = field(default_factory=lambda: Streams(EventIndexes()))
+    """The event streams of runs; closed before the server waits for its clients."""
     glances: Glances = field(default_factory=Glances)
-    """The runs of the list, as they were read last."""
+    """The run list as it was read last."""
     meter: Meter = field(default_factory=Meter)
     verdicts: Verdicts = field(default_factory=Verdicts)
-    """Of the checkpoints that were verified."""
+    """Verification results of checkpoints."""
 
     @property
     def workspace(self) -> Path:
         return self.roots.workspace
 
 
-def context(request: Request) -> Context:
-    """The context of the application that answers this request."""
-    found = request.app.state.context
-    assert isinstance(found, Context)
-    return found
+def request_context(request: Request) -> ServerContext:
+    """Return the context of the application that handles this request."""
+    context = request.app.state.context
+    assert isinstance(context, ServerContext)
+    return context
 
 
-InContext = Annotated[Context, Depends(context)]
+InContext = Annotated[ServerContext, Depends(request_context)]

@@ -1,4 +1,4 @@
-"""Text files that people edit too: read with a revision, written only over what that revision says."""
+"""Text files that people also edit by hand: a write must name the revision that it replaces."""
 
 import asyncio
 import contextlib
@@ -12,22 +12,22 @@ from simpletuner.base.parts import editing, sweep_parts
 from simpletuner.server.faults import Fault
 
 LARGEST_DOCUMENT = 1_000_000
-"""Bytes of a config, a list of datasets or of prompts, a caption."""
+"""Bytes of a config, a dataset list, a prompt library or a caption."""
 
 
 def read_text(path: Path) -> tuple[str | None, str]:
-    """A document's text and its revision; (None, "") where it is absent.
+    """Return a document's text and revision; (None, "") if the file does not exist.
 
     Raises:
-        Fault: 422, it is too large, no file or not UTF-8.
+        Fault: 422, it is too large, not a regular file, or not UTF-8.
     """
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
-            raise Fault.of(422, f"{path.name} is no file")
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would block
+            raise Fault.of(422, f"{path.name} is not a regular file")
         if status.st_size > LARGEST_DOCUMENT:
             raise Fault.of(
-                422, f"{path.name} has {status.st_size:,} bytes", f"at most {LARGEST_DOCUMENT:,} of a document"
+                422, f"{path.name} has {status.st_size:,} bytes", f"a document of at most {LARGEST_DOCUMENT:,}"
             )
         data = path.read_bytes()
     except FileNotFoundError:
@@ -43,12 +43,12 @@ def read_text(path: Path) -> tuple[str | None, str]:
 
 
 async def write_text(path: Path, text: str, revision: str, writing: asyncio.Lock) -> None:
-    """Replace a document that still is what `revision` says, whichever process edits it: other servers wait, and the
-    tasks of this one for `writing`, so that one thread at most does.
+    """Replace a document if it still has `revision`. A file lock makes other servers wait; the lock `writing` makes
+    tasks of this server wait, so that at most one thread blocks on the file lock.
 
     Raises:
-        Fault: 409, it was changed meanwhile; 413, it is too large; 422, it is not text.
-        DiskError: no space.
+        Fault: 409, the document changed meanwhile; 413, the text is too large; 422, it cannot be encoded.
+        DiskError: no space left.
     """
     data = encoded(text)
     async with writing:
@@ -58,38 +58,38 @@ async def write_text(path: Path, text: str, revision: str, writing: asyncio.Lock
 def _replace(path: Path, data: bytes, revision: str) -> None:
     real = path.resolve()
     with permissions_are_reported(path), editing(real):
-        _, there = read_text(path)
-        if there != revision:
+        _, current_revision = read_text(path)
+        if current_revision != revision:
             raise Fault.of(
                 409,
                 f"{path.name} was changed by someone else",
-                remedy="Load it again, then make your change once more.",
+                remedy="Load it again, then repeat your change.",
             )
         sweep_parts(real.parent, f".{glob.escape(real.name)}.*.part")
         write_bytes(path, data)
 
 
 def encoded(text: str) -> bytes:
-    """A document's bytes.
+    """Encode a document as UTF-8.
 
     Raises:
-        Fault: 413, too large; 422, half a surrogate pair, which is no text.
+        Fault: 413, it is too large; 422, it holds an unpaired surrogate.
     """
     try:
         data = text.encode()
     except UnicodeEncodeError:
-        raise Fault.of(422, "the document holds half a character", "text that UTF-8 can hold") from None
+        raise Fault.of(422, "the document holds an unpaired surrogate", "text that UTF-8 can encode") from None
     if len(data) > LARGEST_DOCUMENT:
         raise Fault.of(413, f"the document has {len(data):,} bytes", f"at most {LARGEST_DOCUMENT:,}")
     return data
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file, or what a link at its place leads to.
+    """Replace a file; a symbolic link is followed.
 
     Raises:
-        Fault: 403 or 422, the system refuses.
-        DiskError: no space.
+        Fault: 403, no permission; 422, a file of another kind is in the way.
+        DiskError: no space left.
     """
     with permissions_are_reported(path):
         write_atomic(path.resolve(), data)
@@ -97,16 +97,16 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def permissions_are_reported(path: Path) -> Iterator[None]:
-    """Turn what the system refuses below this block into a fault about `path`.
+    """Turn the system's errors inside this block into faults about `path`.
 
     Raises:
-        Fault: 403 or 422.
-        DiskError: no space, or a read-only disk.
+        Fault: 403, no permission; 422, a file of another kind is in the way.
+        DiskError: no space left, or a read-only disk.
     """
     with file_errors_reported(path):
         try:
             yield
         except PermissionError:
-            raise Fault.of(403, f"{path.name}: the server may not write there") from None
+            raise Fault.of(403, f"{path.name}: the server has no permission to write it") from None
         except (FileExistsError, NotADirectoryError, IsADirectoryError):
             raise Fault.of(422, f"{path.name}: a file of another kind is in its place") from None

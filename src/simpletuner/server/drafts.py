@@ -1,4 +1,4 @@
-"""A draft that the shell is to judge: written to a temporary folder, of which no answer tells."""
+"""Drafts that a CLI command checks: written to a temporary folder whose path no response reveals."""
 
 import contextlib
 import secrets
@@ -22,8 +22,8 @@ from simpletuner.server.environments import (
     REFERENCES,
     DocumentName,
     Environment,
-    document_place,
-    named_by,
+    document_path,
+    named_documents,
     options_in,
 )
 from simpletuner.server.faults import Fault, ProblemAnswer
@@ -33,7 +33,7 @@ _FOLDER_NAME = "simpletuner-draft-"
 
 
 class Draft(RequestBody):
-    """An environment's documents as they would be saved. One that is null is as it is on disk."""
+    """An environment's documents as they would be saved; null stands for the one on disk."""
 
     name: str = Field(pattern=NAME_OR_NONE)
     config: str
@@ -42,75 +42,75 @@ class Draft(RequestBody):
 
 
 @dataclass(frozen=True)
-class Drafted:
+class WrittenDraft:
     """A draft on disk."""
 
     flags: tuple[str, ...]
-    """They make a command read it."""
+    """Flags that make a command read the draft."""
     folder: Path
     shown: Mapping[DocumentName, str]
-    """How messages are to call each document."""
+    """The path by which messages name each document."""
     overridden: tuple[str, ...]
-    """Options that stand in the draft and were given as flags, to lead to it."""
+    """Options of the draft that flags override, to point at the draft's own files."""
     names: Mapping[DocumentName, str]
-    """How each is called in the temporary folder."""
+    """Each document's file name in the temporary folder."""
     problems: tuple[Problem, ...]
-    """What is wrong with the paths that the flags replace."""
+    """Problems of the paths that the flags override."""
 
     def document_of(self, problem: ProblemAnswer) -> DocumentName:
-        """Which document a message is about: the one that it names first, else the config."""
-        places = {name: problem.text.find(shown) for name, shown in self.shown.items()}
-        named = {name: place for name, place in places.items() if place >= 0}
+        """Return the document that a message is about: the first one that it names, else the config."""
+        positions = {name: problem.text.find(shown) for name, shown in self.shown.items()}
+        named = {name: position for name, position in positions.items() if position >= 0}
         if problem.key or not named:
             return "config"
         return min(named, key=lambda name: (named[name], -len(self.shown[name])))
 
     def cleaned(self, text: str) -> str:
-        """`text` with the documents' own paths in place of the temporary ones."""
+        """`text` with the documents' real paths in place of the temporary ones."""
         for document in DOCUMENTS:
             text = text.replace(str(self.folder / self.names[document]), self.shown[document])
         return text.replace(str(self.folder), str(Path(self.shown["config"]).parent))
 
 
-def without_traces(finished: Finished, written: Drafted) -> Finished:
-    """What a command printed, with the documents' own paths."""
+def without_traces(finished: Finished, written: WrittenDraft) -> Finished:
+    """The command's output with the documents' real paths."""
     return replace(finished, out=written.cleaned(finished.out), err=written.cleaned(finished.err))
 
 
 @contextlib.contextmanager
 def draft_folder() -> Iterator[Path]:
-    """A folder for a draft that others may not enter, removed at the end. Those that a killed server left are removed
-    first."""
+    """Create a folder for a draft, private to this user, and remove it on exit. Folders that a killed server left are
+    removed first."""
     folder = Path(tempfile.gettempdir()).resolve()
     sweep_parts(folder, f".{_FOLDER_NAME}{'[0-9a-f]' * 16}.*.part")
-    with locked_part(folder / f"{_FOLDER_NAME}{secrets.token_hex(8)}", is_folder=True, mode=0o700) as made:
-        yield made
+    with locked_part(folder / f"{_FOLDER_NAME}{secrets.token_hex(8)}", is_folder=True, mode=0o700) as draft:
+        yield draft
 
 
-def drafted(draft: Draft, environment: Environment, folder: Path) -> Drafted:
+def drafted(draft: Draft, environment: Environment, folder: Path) -> WrittenDraft:
     """Write a draft to `folder`.
 
     Raises:
         Fault: a document is too large or cannot be read.
     """
-    own = environment.config
+    config = environment.config
     names: dict[DocumentName, str] = {
-        "config": own.name,
+        "config": config.name,
         **{name: FILE_NAMES[name] for name in ("datasets", "prompts")},
     }
-    (folder / own.name).write_bytes(encoded(draft.config))
+    (folder / config.name).write_bytes(encoded(draft.config))
     try:
-        values = options_in(read_document(folder / own.name, own.name))
+        values = options_in(read_document(folder / config.name, config.name))
     except (ConfigError, ValueError, RecursionError):
         values = {}
-    named = named_by(values)
-    shown: dict[DocumentName, str] = {"config": environment.roots.shown(own)}
-    flags, overridden = [f"--config={folder / own.name}"], []
+    named = named_documents(values)
+    shown: dict[DocumentName, str] = {"config": environment.roots.shown(config)}
+    flags, overridden = [f"--config={folder / config.name}"], []
     problems: list[Problem] = []
     texts: dict[DocumentName, str | None] = {"datasets": draft.datasets, "prompts": draft.prompts}
     for document, text in texts.items():
-        beside = own.with_name(FILE_NAMES[document])
-        shown[document] = named.get(document, environment.roots.shown(beside))
+        default_path = config.with_name(FILE_NAMES[document])
+        shown[document] = named.get(document, environment.roots.shown(default_path))
         path = folder / names[document]
         if text is not None:
             path.write_bytes(encoded(text))
@@ -119,19 +119,19 @@ def drafted(draft: Draft, environment: Environment, folder: Path) -> Drafted:
                 overridden.append(REFERENCES[document])
                 problems += _refusals(environment, values, document)
         elif document not in named:
-            environment.roots.resolve_named(REFERENCES[document], str(beside))
-            there, _ = read_text(beside)
-            if there is not None:
-                path.write_text(there, encoding="utf-8")
-    return Drafted(tuple(flags), folder, shown, tuple(overridden), names, tuple(problems))
+            environment.roots.resolve_for(REFERENCES[document], str(default_path))
+            saved_text, _ = read_text(default_path)
+            if saved_text is not None:
+                path.write_text(saved_text, encoding="utf-8")
+    return WrittenDraft(tuple(flags), folder, shown, tuple(overridden), names, tuple(problems))
 
 
 def _refusals(environment: Environment, values: dict[str, Any], document: DocumentName) -> list[Problem]:
-    """What is wrong with the path that a draft's config names for a document."""
+    """The problems of the path that a draft's config names for a document."""
     key = REFERENCES[document]
     try:
         refused = environment.roots.refusal(
-            key, str(document_place(environment.roots, values, document, environment.config))
+            key, str(document_path(environment.roots, values, document, environment.config))
         )
     except Fault as fault:
         return [replace(problem, key=key) for problem in fault.problems]

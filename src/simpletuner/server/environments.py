@@ -1,4 +1,4 @@
-"""Environments: the three files that a run is told, each a plain file that people edit too."""
+"""Environments: the three files that configure a run, each a plain file that people also edit by hand."""
 
 import io
 import json
@@ -22,22 +22,22 @@ from simpletuner.server.uploads import UNREADABLE
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 NAME_OR_NONE = rf"^(?:{NAME})?$"
-"""The empty name is what `simpletuner train` reads unasked."""
+"""The empty name stands for the config that `simpletuner train` reads by default."""
 
 DocumentName = Literal["config", "datasets", "prompts"]
 DOCUMENTS: tuple[DocumentName, ...] = get_args(DocumentName)
 REFERENCES = {"datasets": "data_backend_config", "prompts": "user_prompt_library"}
-"""The option that names another file for a document."""
+"""The option that names a different file for a document."""
 PATH_KEYS = {"config": "config", **REFERENCES}
-"""The option, or flag, whose paths a document's are."""
+"""The option or flag whose path rule (`reach.PATHS`) applies to a document."""
 FILE_NAMES = {"datasets": DATASETS_NAME, "prompts": PROMPTS_NAME}
 KNOWN_FILES = (*CONFIG_NAMES, DATASETS_NAME, PROMPTS_NAME)
-"""What an environment's folder holds of it."""
+"""Names of an environment's files in its folder."""
 
 
 @dataclass(frozen=True)
 class Environment:
-    """Where an environment's files lie, or would."""
+    """Paths of an environment's files, which need not exist."""
 
     roots: Roots
     name: str
@@ -52,20 +52,19 @@ class Environment:
 
     @property
     def title(self) -> str:
-        """Its name in a message."""
-        return self.name or "the one without a name"
+        """The environment's name in messages."""
+        return self.name or "without a name"
 
     @property
     def config(self) -> Path:
-        """Its config: the one that is there, else where it would be made. It need not lie below a root: see
-        `document`."""
-        places = [self.folder] if self.name else [self.roots.workspace, self.folder]
-        usual = [place / name for place in places for name in CONFIG_NAMES]
-        return next((path for path in usual if path.is_file()), self.folder / CONFIG_NAMES[0])
+        """The existing config, else the path for a new one. It may lie outside the roots: see `document`."""
+        folders = [self.folder] if self.name else [self.roots.workspace, self.folder]
+        candidates = [folder / name for folder in folders for name in CONFIG_NAMES]
+        return next((path for path in candidates if path.is_file()), self.folder / CONFIG_NAMES[0])
 
     @property
     def folder(self) -> Path:
-        """Its folder as it is named, links not followed."""
+        """The environment's folder, links not followed."""
         return self.roots.workspace / "config" / self.name
 
     @property
@@ -73,19 +72,19 @@ class Environment:
         return self.config.is_file()
 
     def document(self, document: DocumentName) -> Path:
-        """Where a document lies as the shell would look for it, links not followed.
+        """Return a document's path as the CLI resolves it, links not followed.
 
         Raises:
-            Fault: 403 or 422, the config names a place that the page may not write: see `reach`.
+            Fault: 403 or 422, the config names a path that the page may not write: see `reach`.
         """
         path = self.config
         if document != "config":
-            path = document_place(self.roots, self.values(), document, path)
-        self.roots.resolve_named(PATH_KEYS[document], str(path))
+            path = document_path(self.roots, self.values(), document, path)
+        self.roots.resolve_for(PATH_KEYS[document], str(path))
         return path
 
     def values(self) -> dict[str, Any]:
-        """The config's keys without their dashes; none where it cannot be read."""
+        """The config's options, without leading dashes; empty if it cannot be read."""
         try:
             return options_in(read_document(self.roots.resolve(str(self.config)), "config"))
         except (ConfigError, Fault, ValueError, RecursionError):
@@ -93,27 +92,27 @@ class Environment:
 
 
 def options_in(value: object) -> dict[str, Any]:
-    """The keys of a config's content, dashes left out; none where it is no object."""
-    return {key.lstrip("-"): held for key, held in value.items()} if isinstance(value, dict) else {}
+    """The options in a parsed config, without leading dashes; empty if it is not an object."""
+    return {key.lstrip("-"): option for key, option in value.items()} if isinstance(value, dict) else {}
 
 
-def named_by(values: dict[str, Any]) -> dict[DocumentName, str]:
-    """Which of `datasets` and `prompts` these options name a file for, as typed."""
-    found: dict[DocumentName, str] = {}
+def named_documents(values: dict[str, Any]) -> dict[DocumentName, str]:
+    """Return the paths that these options name for `datasets` and `prompts`, as written."""
+    paths: dict[DocumentName, str] = {}
     for document in ("datasets", "prompts"):
-        named = values.get(REFERENCES[document])
-        if isinstance(named, str) and named:
-            found[document] = named
-    return found
+        path = values.get(REFERENCES[document])
+        if isinstance(path, str) and path:
+            paths[document] = path
+    return paths
 
 
-def document_place(roots: Roots, values: dict[str, Any], document: DocumentName, config: Path) -> Path:
-    """Where the datasets or prompts lie that a config with these options names, or else has beside it.
+def document_path(roots: Roots, values: dict[str, Any], document: DocumentName, config: Path) -> Path:
+    """Return the path of the datasets or prompts that these options name, else the default beside the config.
 
     Raises:
-        Fault: 422, a placeholder that cannot be filled in here.
+        Fault: 422, it holds a placeholder that cannot be filled in here.
     """
-    named = named_by(values).get(document)
+    named = named_documents(values).get(document)
     if named is None:
         return config.with_name(FILE_NAMES[document])
     family = str(values.get("model_family", RunConfig.model_fields["model_family"].default))
@@ -128,15 +127,15 @@ def document_place(roots: Roots, values: dict[str, Any], document: DocumentName,
 
 
 def environments(roots: Roots) -> list[Environment]:
-    """All that are there, the one without a name first. Folders that links lead out of the roots are left out."""
+    """List all environments, the unnamed one first. Leaves out folders whose links lead outside the roots."""
     folder = roots.workspace / "config"
     names = sorted(path.parent.name for name in CONFIG_NAMES for path in folder.glob(f"*/{name}"))
     valid = [name for name in dict.fromkeys(names) if re.fullmatch(NAME, name)]
-    found = [Environment(roots, name) for name in ("", *valid)]
-    return [environment for environment in found if environment.exists and _inside(environment)]
+    candidates = [Environment(roots, name) for name in ("", *valid)]
+    return [environment for environment in candidates if environment.exists and _is_inside(environment)]
 
 
-def _inside(environment: Environment) -> bool:
+def _is_inside(environment: Environment) -> bool:
     try:
         environment.document("config")
     except Fault:
@@ -144,11 +143,11 @@ def _inside(environment: Environment) -> bool:
     return True
 
 
-def existing(roots: Roots, name: str) -> Environment:
-    """The environment of that name.
+def existing_environment(roots: Roots, name: str) -> Environment:
+    """Return the environment with this name.
 
     Raises:
-        Fault: 404, there is none; 403, its config lies outside the roots; 422, it is no name.
+        Fault: 404, there is none; 403, its config lies outside the roots; 422, the name is invalid.
     """
     environment = Environment(roots, name)
     if not environment.exists:
@@ -157,22 +156,22 @@ def existing(roots: Roots, name: str) -> Environment:
     return environment
 
 
-def selecting(roots: Roots, name: str) -> list[str]:
-    """The flags that make a command read this environment.
+def selecting_flags(roots: Roots, name: str) -> list[str]:
+    """Return the flags that make a command read this environment.
 
     Raises:
-        Fault: as `existing`.
+        Fault: as `existing_environment`.
     """
-    environment = existing(roots, name)
+    environment = existing_environment(roots, name)
     return [f"--env={name}"] if name else [f"--config={environment.config.relative_to(roots.workspace)}"]
 
 
 def make_environment(environment: Environment, files: dict[str, bytes]) -> None:
-    """Make a new environment of these files.
+    """Create an environment with these files.
 
     Raises:
-        Fault: 409, there is one of that name.
-        DiskError: no space.
+        Fault: 409, the name is taken.
+        DiskError: no space left.
     """
     folder = environment.folder
     environment.roots.resolve(str(folder))
@@ -182,7 +181,7 @@ def make_environment(environment: Environment, files: dict[str, bytes]) -> None:
             refuse_existing(environment)
             sweep_parts(folder.parent, f".{folder.name}.*.part")
             if folder.exists():
-                # The config last: with it the environment is there.
+                # The config last: it makes the environment exist.
                 for name in sorted(files, key=CONFIG_NAMES.__contains__):
                     write_bytes(folder / name, files[name])
                 return
@@ -193,36 +192,36 @@ def make_environment(environment: Environment, files: dict[str, bytes]) -> None:
 
 
 def refuse_existing(environment: Environment) -> None:
-    """Leave a place alone that holds something.
+    """Refuse a name that is taken.
 
     Raises:
-        Fault: 409.
+        Fault: 409, an environment or one of its files exists.
     """
     taken = [name for name in KNOWN_FILES if (environment.folder / name).exists()]
     if environment.exists or (environment.name and taken):
         raise Fault.of(409, f"there is an environment {environment.title}", remedy="Choose another name.")
 
 
-def files_of(environment: Environment) -> dict[str, bytes]:
-    """The documents that are there, by the name that each has in a folder of its own.
+def document_files(environment: Environment) -> dict[str, bytes]:
+    """Return the existing documents, by their default file names.
 
     Raises:
         Fault: one of them cannot be read or lies outside the roots.
     """
-    found = {}
+    files = {}
     for document in DOCUMENTS:
         path = environment.document(document)
         text, _ = read_text(path)
         if text is not None:
-            found[path.name if document == "config" else FILE_NAMES[document]] = text.encode()
-    return found
+            files[path.name if document == "config" else FILE_NAMES[document]] = text.encode()
+    return files
 
 
 def example_files(name: str) -> dict[str, bytes]:
-    """The files of an example that comes with the program.
+    """Return the files of a bundled example.
 
     Raises:
-        Fault: 404.
+        Fault: 404, there is no such example.
     """
     if name not in example_names():
         raise Fault.of(404, f"there is no example {name!r}", " or ".join(example_names()))
@@ -231,13 +230,13 @@ def example_files(name: str) -> dict[str, bytes]:
 
 
 def example_names() -> list[str]:
-    """The examples that come with the program."""
+    """List the bundled examples."""
     return sorted(path.parent.name for path in EXAMPLES_FOLDER.glob("*/config.json"))
 
 
-def on_its_own(files: dict[str, bytes], name: str) -> dict[str, bytes]:
-    """Copied files that share nothing with where they came from: a run directory of their own, and the documents
-    beside the config. A TOML config stays as it is, since no comment in it shall be lost."""
+def detached_copy(files: dict[str, bytes], name: str) -> dict[str, bytes]:
+    """Return copied files that share nothing with their source: the config gets its own output_dir and uses the
+    documents beside it. A TOML config does not change, so that its comments survive."""
     config = files.get("config.json")
     if config is None:
         return files
@@ -247,20 +246,20 @@ def on_its_own(files: dict[str, bytes], name: str) -> dict[str, bytes]:
         return files
     if not isinstance(values, dict):
         return files
-    kept = {key: value for key, value in values.items() if key.lstrip("-") not in REFERENCES.values()}
-    spelled = next((key for key in kept if key.lstrip("-") == "output_dir"), "output_dir")
-    kept[spelled] = f"output/{name}"
-    return files | {"config.json": (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()}
+    options = {key: value for key, value in values.items() if key.lstrip("-") not in REFERENCES.values()}
+    output_key = next((key for key in options if key.lstrip("-") == "output_dir"), "output_dir")
+    options[output_key] = f"output/{name}"
+    return files | {"config.json": (json.dumps(options, indent=2, ensure_ascii=False) + "\n").encode()}
 
 
 def rename(environment: Environment, new: Environment) -> None:
-    """Give an environment's folder another name.
+    """Rename an environment's folder.
 
     Raises:
-        Fault: 409, the name is taken; 422, it is the one without a name.
+        Fault: 409, the name is taken; 422, the environment has no name.
     """
     if not environment.name or not new.name:
-        raise Fault.of(422, "the environment without a name cannot be renamed", remedy="Copy it under a name.")
+        raise Fault.of(422, "the environment without a name cannot be renamed", remedy="Copy it to a new name.")
     with permissions_are_reported(environment.folder), editing(environment.folder), editing(environment.config):
         if os.path.lexists(new.folder):
             raise Fault.of(409, f"there is an environment {new.title}", remedy="Choose another name.")
@@ -268,11 +267,10 @@ def rename(environment: Environment, new: Environment) -> None:
 
 
 def delete(environment: Environment) -> tuple[list[Path], list[Path]]:
-    """Remove an environment's own files, and its folder where nothing else is in it. Gives what was removed and what
-    was left.
+    """Delete an environment's files, and its folder if nothing else is in it. Returns the removed and remaining paths.
 
     Raises:
-        Fault: 403, the server may not.
+        Fault: 403, no permission.
     """
     folder = environment.config.parent
     removed = []
@@ -284,44 +282,44 @@ def delete(environment: Environment) -> tuple[list[Path], list[Path]]:
                 removed.append(path)
         if not environment.name:
             return removed, []
-        left = sorted(folder.iterdir())
+        remaining = sorted(folder.iterdir())
         if folder.is_symlink():
             folder.unlink()
-        elif not left:
+        elif not remaining:
             folder.rmdir()
-    return removed, left
+    return removed, remaining
 
 
 def zipped(files: dict[str, bytes]) -> bytes:
-    """These files as a zip."""
-    made = io.BytesIO()
-    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
+    """Pack files into a zip."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in files.items():
             archive.writestr(name, data)
-    return made.getvalue()
+    return buffer.getvalue()
 
 
 def unzipped(data: bytes) -> dict[str, bytes]:
-    """The files of an environment in `data`: a zip with a config in it, at the top or in one folder, or a config by
-    itself.
+    """Return the environment's files in `data`: a zip that holds a config, at the top or in one folder, or a bare
+    config.json.
 
     Raises:
-        Fault: 422, it is neither, or holds too much.
+        Fault: 422, it is neither; 413, a file in it is too large.
     """
     if not data.startswith(b"PK"):
         return {"config.json": _config(data)}
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = {Path(entry.filename).name: entry for entry in archive.infolist() if not entry.is_dir()}
-            found = {name: _unpacked(archive, entries[name]) for name in KNOWN_FILES if name in entries}
+            files = {name: _unpacked(archive, entries[name]) for name in KNOWN_FILES if name in entries}
     except UNREADABLE as error:
         raise Fault.of(422, f"the zip cannot be read ({error})") from None
-    if not any(name in found for name in CONFIG_NAMES):
-        raise Fault.of(422, "the zip holds no config", " or ".join(CONFIG_NAMES))
-    if "config.json" in found:
-        _config(found["config.json"])
-        found.pop("config.toml", None)
-    return found
+    if not any(name in files for name in CONFIG_NAMES):
+        raise Fault.of(422, "the zip contains no config", " or ".join(CONFIG_NAMES))
+    if "config.json" in files:
+        _config(files["config.json"])
+        files.pop("config.toml", None)
+    return files
 
 
 def _unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
@@ -336,9 +334,9 @@ def _config(data: bytes) -> bytes:
     try:
         value = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError):
-        raise Fault.of(422, "what was sent is no JSON", "a config.json, or a zip with one in it") from None
+        raise Fault.of(422, "the request body is not JSON", "a config.json, or a zip with one in it") from None
     if not isinstance(value, dict):
-        raise Fault.of(422, "what was sent is no config", 'an object {"option": value}')
+        raise Fault.of(422, "the request body is not a config", 'an object {"option": value}')
     if len(data) > LARGEST_DOCUMENT:
         raise Fault.of(413, f"the config has {len(data):,} bytes", f"at most {LARGEST_DOCUMENT:,}")
     return data

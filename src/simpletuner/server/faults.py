@@ -1,4 +1,4 @@
-"""What the API answers instead of a result: a status and the problems, as the shell would print them."""
+"""Error responses of the API: a status and the problems, as the CLI would print them."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ from simpletuner.server.headers import SECURITY
 
 CLIENT_CLOSED_REQUEST = 499
 STATUS_OF: dict[type[UserError], int] = {DiskError: 507}
-"""Of the shell's errors; 422 for others."""
+"""Status for each of the CLI's errors; 422 for others."""
 STATUS_OF_SYSTEM = {
     **dict.fromkeys(FILE_FAULTS | {errno.EILSEQ}, 422),
     **dict.fromkeys(PERMISSION, 403),
@@ -25,31 +25,31 @@ STATUS_OF_SYSTEM = {
     **dict.fromkeys((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN), 503),
     errno.ENOENT: 404,
 }
-"""Of what the system refuses, by its number; all else is a bug."""
+"""Status for each errno; any other is a bug."""
 
 
 class ProblemAnswer(BaseModel):
-    """One thing that is wrong."""
+    """A problem."""
 
     found: str
     expected: str = ""
     remedy: str = ""
     key: str = ""
-    """The option it is about, where it is about one."""
+    """The option that the problem is about, if any."""
     document: str = ""
-    """config, datasets or prompts, where it is about one of an environment's files."""
+    """config, datasets or prompts, if the problem is about one of an environment's files."""
     text: str
-    """All of it in one breath."""
+    """Found, expected and remedy as one text."""
 
 
 class FaultAnswer(BaseModel):
-    """The body of every answer that is no success."""
+    """The body of every error response."""
 
     problems: list[ProblemAnswer]
 
 
 class Fault(Exception):
-    """Ends a request with `status` and what is wrong."""
+    """Ends a request with `status` and the problems."""
 
     def __init__(self, status: int, *problems: Problem) -> None:
         self.status = status
@@ -58,23 +58,23 @@ class Fault(Exception):
 
     @classmethod
     def of(cls, status: int, found: str, expected: str = "", remedy: str = "") -> Self:
-        """The fault of a single problem."""
+        """A fault with a single problem."""
         return cls(status, Problem(found, expected, remedy))
 
 
 class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+    """The client closed the connection before the response."""
 
 
 def answered(problem: Problem) -> ProblemAnswer:
-    """A problem as the API gives it."""
-    # What came in as half a character cannot go out as one.
+    """Convert a problem to its API form."""
+    # UTF-8 cannot encode the unpaired surrogates that a request may hold.
     parts = {name: part.encode(errors="backslashreplace").decode() for name, part in problem.parts.items()}
     return ProblemAnswer(**parts)
 
 
 def install(app: FastAPI) -> None:
-    """Answer faults, the shell's errors and requests of the wrong shape in one form."""
+    """Register the handlers that answer faults, the CLI's errors and invalid requests in one form."""
 
     def response(status: int, *problems: Problem) -> JSONResponse:
         body = FaultAnswer(problems=[answered(problem) for problem in problems])
@@ -87,7 +87,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(ClientDisconnect)
     @app.exception_handler(ClientGone)
     async def gone(_request: Request, _error: Exception) -> JSONResponse:
-        return response(CLIENT_CLOSED_REQUEST, Problem("the client went away"))
+        return response(CLIENT_CLOSED_REQUEST, Problem("the client closed the connection"))
 
     @app.exception_handler(UserError)
     async def user_error(_request: Request, error: UserError) -> JSONResponse:
@@ -97,26 +97,26 @@ def install(app: FastAPI) -> None:
     async def system(_request: Request, error: OSError) -> JSONResponse:
         if error.errno not in STATUS_OF_SYSTEM:
             raise error
-        # Without its path, which a request need not have named.
+        # Without the path: it may be one that the request did not name.
         return response(STATUS_OF_SYSTEM[error.errno], Problem(f"the system refuses: {os.strerror(error.errno)}"))
 
     @app.exception_handler(Exception)
     async def bug(_request: Request, _error: Exception) -> JSONResponse:
-        # It is raised again after this answer, so the terminal of the server has the traceback.
-        answer = response(500, Problem("the server failed", remedy="This is a bug: its terminal says more."))
-        # It is made outside of the guard, which puts them on all others.
+        # Starlette raises the error again after this response, so the server's terminal shows the traceback.
+        answer = response(500, Problem("the server failed", remedy="This is a bug: the server's terminal says more."))
+        # This response bypasses the guard, which adds these headers to all others.
         answer.headers.update(SECURITY)
         return answer
 
     @app.exception_handler(RequestValidationError)
     async def wrong_shape(_request: Request, error: RequestValidationError) -> JSONResponse:
-        found = [
+        problems = [
             Problem(f"{'.'.join(map(str, fault['loc'][1:])) or 'request'}: {fault['msg']}") for fault in error.errors()
         ]
-        return response(422, *found)
+        return response(422, *problems)
 
     @app.exception_handler(HTTPException)
     async def refused(_request: Request, error: HTTPException) -> JSONResponse:
         answer = response(error.status_code, Problem(str(error.detail)))
-        answer.headers.update(error.headers or {})  # which methods there are
+        answer.headers.update(error.headers or {})  # Allow, for a wrong method
         return answer

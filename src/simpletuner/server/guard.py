@@ -1,8 +1,8 @@
-"""Who may ask: the host that was meant, pages of our own, and this user, or whoever holds the token.
+"""Admit only requests meant for this server, made by its own page, from this user or with the token.
 
-A browser carries other pages' requests to this machine too. So a request counts only if its Host is a name of this
-server (a page elsewhere can point its own name at this machine), if no other page made it, and if its body is of a
-kind that no plain form can send. It is checked here, before any route, for all of them.
+Browsers also send requests of other sites' pages to this machine. So a request must name this server in its Host header
+(another site can point its own domain at this machine), must not come from another site's page, and must have a body
+type that a plain HTML form cannot send. This middleware checks all of it before any route.
 """
 
 import asyncio
@@ -23,26 +23,27 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from simpletuner.base.errors import Problem
 from simpletuner.base.files import sha256_bytes
 from simpletuner.server.faults import FaultAnswer, answered
-from simpletuner.server.headers import ASKED_AGAIN, NOT_KEPT, SECURITY
+from simpletuner.server.headers import NO_STORE, REVALIDATE, SECURITY
 from simpletuner.server.peer import is_own
 
 LARGEST_JSON = 2_000_000
-"""Bytes of a request's JSON."""
+"""Bytes of a request's JSON body."""
 BODY_WITHIN_S = 30.0
-"""How long a request's body may take, and"""
+"""Time limit for a request's body; it grows by one second for each `SLOWEST_BODY` bytes received."""
 SLOWEST_BODY = 10_000
-"""one second more for so many bytes that have arrived."""
+"""Bytes per second."""
 GUESSES = 10
-"""Different wrong tokens within `GUESSES_WITHIN_S`; then nobody without the right one is answered for as long."""
+"""Different wrong tokens within `GUESSES_WITHIN_S`, after which requests without the right one are refused for as
+long."""
 GUESSES_WITHIN_S = 60.0
 
 RAW_BODIES: dict[tuple[str, str], frozenset[str] | None] = {
-    # No form can send a PUT.
+    # An HTML form cannot send a PUT.
     ("PUT", "/api/upload"): None,
     ("PUT", "/api/inspect"): None,
     ("POST", "/api/environment/import"): frozenset({"application/zip", "application/json", "application/octet-stream"}),
 }
-"""Routes that take other bodies than JSON, and which; None is any. They limit the size themselves."""
+"""Routes whose bodies are not only JSON, and the accepted types; None means any. They limit the size themselves."""
 
 _READING = frozenset({"GET", "HEAD"})
 _WRITING = frozenset({"POST", "PUT", "PATCH", "DELETE"})
@@ -57,20 +58,20 @@ Programs send the token as a header: Authorization: Bearer TOKEN
 
 @dataclass(frozen=True)
 class Access:
-    """From where the server can be reached, and what for."""
+    """How the server can be reached, and what a request must present."""
 
     is_loopback: bool = True
-    """Bound to this machine alone."""
+    """Bound to a loopback address."""
     hosts: frozenset[str] = frozenset()
-    """Names, in small letters, that count beside localhost and IP addresses."""
+    """Accepted host names, in lower case, besides localhost and IP addresses."""
     token: str | None = field(default=None, repr=False)
-    """What everyone must show; None is nothing."""
+    """Required of every request; None requires nothing."""
     knows_owner: bool = False
-    """Connections that this user, or root, makes from this machine need no token."""
+    """Whether connections by this user or root from this machine need no token."""
     is_tls: bool = False
 
-    def knows(self, host: str) -> bool:
-        """Whether `host`, the header, names this server."""
+    def accepts_host(self, host: str) -> bool:
+        """Whether the Host header `host` names this server."""
         match = _HOST.fullmatch(host)
         if match is None:
             return False
@@ -86,7 +87,7 @@ class Access:
 
 @dataclass
 class Refusal(Exception):
-    """Ends a request here."""
+    """Ends a request with `response`."""
 
     response: Response
 
@@ -94,27 +95,27 @@ class Refusal(Exception):
 def refusal(
     status: int, found: str, expected: str = "", remedy: str = "", headers: dict[str, str] | None = None
 ) -> Refusal:
-    """A refusal in the form of every fault of the API."""
+    """Create a refusal in the API's error form."""
     body = FaultAnswer(problems=[answered(Problem(found, expected, remedy))])
     return Refusal(JSONResponse(body.model_dump(), status_code=status, headers=headers))
 
 
 class Guard:
-    """ASGI middleware: lets through what `access` allows, and puts the security headers on every answer."""
+    """ASGI middleware: passes the requests that `access` allows, and adds the security headers to every response."""
 
     def __init__(self, app: ASGIApp, access: Access, clock: Callable[[], float] = time.monotonic) -> None:
         self._app = app
         self._access = access
         self._clock = clock
         self._guesses: deque[tuple[float, str]] = deque(maxlen=GUESSES)
-        self._closed_until = 0.0
+        self._locked_until = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
         if scope["type"] != "http":
-            # There are no websockets here; closing before accepting refuses.
+            # The server has no websockets; closing before accepting refuses.
             await send({"type": "websocket.close", "code": 1008})
             return
         path = scope["path"]
@@ -124,7 +125,7 @@ class Guard:
                 headers = MutableHeaders(scope=message)
                 for name, value in SECURITY.items():
                     headers[name] = value
-                headers.setdefault("Cache-Control", NOT_KEPT if path.startswith("/api") else ASKED_AGAIN)
+                headers.setdefault("Cache-Control", NO_STORE if path.startswith("/api") else REVALIDATE)
             await send(message)
 
         try:
@@ -137,18 +138,18 @@ class Guard:
         await self._app(scope, receive, secured)
 
     def _check_origin(self, scope: Scope) -> None:
-        """Refuse what was meant for another server, or made by another page."""
+        """Refuse requests meant for another server, or made by another site's page."""
         headers = Headers(scope=scope)
         hosts = headers.getlist("host")
-        if len(hosts) != 1 or not self._access.knows(hosts[0]):
+        if len(hosts) != 1 or not self._access.accepts_host(hosts[0]):
             raise refusal(
                 403,
-                "this server is not known by the name in the address",
+                "the name in the address is not one of this server",
                 remedy="Use localhost or an IP address, or start the server with --allowed-host NAME.",
             )
         if not scope["path"].startswith("/"):
-            raise refusal(400, "the request names no path of this server")
-        foreign = refusal(403, "another page made this request", remedy="Open the page of this server itself.")
+            raise refusal(400, "the request's path does not begin with a slash")
+        foreign = refusal(403, "another site's page made this request", remedy="Open the page of this server itself.")
         origins = headers.getlist("origin")
         for origin in origins:
             parts = urlsplit(origin) if origin.startswith(("http://", "https://")) else None
@@ -159,59 +160,61 @@ class Guard:
             raise foreign
 
     def _check_token(self, scope: Scope) -> None:
-        """Refuse who has no token, where one is needed; turn the link that carries it into a cookie."""
+        """Refuse requests without the token, if one is required; replace the link that carries it by a cookie."""
         token = self._access.token
         if token is None:
             return
-        shown = _shown(scope)
-        right = {way for way, guess in shown if hmac.compare_digest(guess.encode(errors="replace"), token.encode())}
-        if "link" in right:
+        presented = _presented_tokens(scope)
+        valid_sources = {
+            source for source, guess in presented if hmac.compare_digest(guess.encode(errors="replace"), token.encode())
+        }
+        if "link" in valid_sources:
             raise Refusal(self._with_cookie(scope, token))
-        if right or (self._access.knows_owner and _is_own(scope)):
+        if valid_sources or (self._access.knows_owner and _is_own(scope)):
             return
         now = self._clock()
-        for _, guess in shown:
+        for _, guess in presented:
             self._count(sha256_bytes(guess.encode(errors="replace")), now)
-        if now < self._closed_until:
-            wait = {"Retry-After": str(int(self._closed_until - now) + 1)}
-            raise refusal(429, "too many wrong tokens", remedy="Wait a minute, then use the right one.", headers=wait)
-        ask = {"WWW-Authenticate": "Bearer"}
+        if now < self._locked_until:
+            retry = {"Retry-After": str(int(self._locked_until - now) + 1)}
+            raise refusal(429, "too many wrong tokens", remedy="Wait a minute, then use the right one.", headers=retry)
+        challenge = {"WWW-Authenticate": "Bearer"}
         if scope["path"].startswith("/api"):
-            raise refusal(401, "no valid token", remedy="Open the link that the server printed.", headers=ask)
-        raise Refusal(PlainTextResponse(_NEEDS_TOKEN, status_code=401, headers=ask))
+            raise refusal(401, "no valid token", remedy="Open the link that the server printed.", headers=challenge)
+        raise Refusal(PlainTextResponse(_NEEDS_TOKEN, status_code=401, headers=challenge))
 
     def _count(self, guess: str, now: float) -> None:
-        """Note a wrong token. The same one again, as a page that was left open sends it, is no new guess."""
-        recent = [known for known in self._guesses if now - known[0] < GUESSES_WITHIN_S]
-        if any(guess == known for _, known in recent):
+        """Record a wrong token. A repeated one, as an open page with an old token sends it, is not a new guess."""
+        recent = [entry for entry in self._guesses if now - entry[0] < GUESSES_WITHIN_S]
+        if any(guess == earlier for _, earlier in recent):
             return
         self._guesses.append((now, guess))
         if len(recent) + 1 >= GUESSES:
-            self._closed_until = now + GUESSES_WITHIN_S
+            self._locked_until = now + GUESSES_WITHIN_S
             self._guesses.clear()
 
     def _with_cookie(self, scope: Scope, token: str) -> Response:
-        response = RedirectResponse("/", status_code=303, headers={"Cache-Control": NOT_KEPT})
+        response = RedirectResponse("/", status_code=303, headers={"Cache-Control": NO_STORE})
         response.set_cookie(
             _cookie_name(scope), token, httponly=True, samesite="strict", secure=self._access.is_tls, path="/"
         )
         return response
 
     async def _checked_body(self, scope: Scope, receive: Receive) -> Receive:
-        """`receive`, with a JSON body that is not too large; refuse what a plain form could send."""
+        """Return a `receive` whose JSON body is within the limit; refuse bodies that an HTML form could send."""
         headers = Headers(scope=scope)
         if scope["method"] not in _WRITING:
             return receive
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
         route = (scope["method"], scope["path"])
         receive = _timed(receive)
         if route in RAW_BODIES:
-            kinds = RAW_BODIES[route]
-            if kinds is not None and kind not in kinds:
-                raise refusal(415, f"a body of type {kind or 'nothing'!r}", " or ".join(sorted(kinds)))
+            accepted = RAW_BODIES[route]
+            if accepted is not None and media_type not in accepted:
+                raise refusal(415, f"a body of type {media_type or 'nothing'!r}", " or ".join(sorted(accepted)))
             return receive
         length = headers.get("content-length", "0")
-        too_large = refusal(413, "the request is too large", f"at most {LARGEST_JSON:,} bytes of JSON")
+        too_large = refusal(413, "the request body is too large", f"at most {LARGEST_JSON:,} bytes of JSON")
         if length.isdecimal() and int(length[:20]) > LARGEST_JSON:
             raise too_large
         parts, size, is_more = [], 0, True
@@ -224,8 +227,8 @@ class Guard:
             if size > LARGEST_JSON:
                 raise too_large
             is_more = message.get("more_body", False)
-        if size and kind != "application/json":
-            raise refusal(415, f"a body of type {kind or 'nothing'!r}", "application/json")
+        if size and media_type != "application/json":
+            raise refusal(415, f"a body of type {media_type or 'nothing'!r}", "application/json")
         return _replayed(parts, receive)
 
 
@@ -235,7 +238,7 @@ def _is_own(scope: Scope) -> bool:
 
 
 def _timed(receive: Receive) -> Receive:
-    """`receive`, but a body that comes too slowly breaks off as if its client had gone away."""
+    """Wrap `receive`: a body that arrives too slowly ends as if the client had disconnected."""
     began, size, is_more = time.monotonic(), 0, True
 
     async def timed() -> Message:
@@ -256,35 +259,35 @@ def _timed(receive: Receive) -> Receive:
 
 
 def _replayed(messages: list[Message], receive: Receive) -> Receive:
-    """Gives `messages` first, then what else comes: that the client went away."""
-    left = deque(messages)
+    """Return a `receive` that replays `messages`, then passes on further ones, such as the disconnect."""
+    pending = deque(messages)
 
     async def replayed() -> Message:
-        return left.popleft() if left else await receive()
+        return pending.popleft() if pending else await receive()
 
     return replayed
 
 
 def _cookie_name(scope: Scope) -> str:
-    """Cookies do not heed ports: two servers of one machine need two names."""
+    """The cookie's name, with the port: cookies ignore ports, so two servers on one machine need two names."""
     server = scope.get("server")
     return f"simpletuner-{server[1]}" if server and server[1] else "simpletuner"
 
 
-def _shown(scope: Scope) -> list[tuple[str, str]]:
-    """The tokens that a request carries, and how: link, header or cookie."""
+def _presented_tokens(scope: Scope) -> list[tuple[str, str]]:
+    """Return the tokens that a request carries, each with its source: link, header or cookie."""
     headers = Headers(scope=scope)
-    found = []
+    presented = []
     if scope["path"] == "/" and scope["method"] in _READING:
         query = parse_qsl(scope["query_string"].decode("latin-1"))
-        found += [("link", text) for name, text in query if name == "token"][:1]
+        presented += [("link", text) for name, text in query if name == "token"][:1]
     scheme, _, text = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
-        found.append(("header", text.strip()))
+        presented.append(("header", text.strip()))
     try:
         cookies = SimpleCookie(headers.get("cookie", ""))
     except CookieError:
         cookies = SimpleCookie()
     if _cookie_name(scope) in cookies:
-        found.append(("cookie", cookies[_cookie_name(scope)].value))
-    return found
+        presented.append(("cookie", cookies[_cookie_name(scope)].value))
+    return presented

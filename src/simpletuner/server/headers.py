@@ -1,4 +1,4 @@
-"""Headers of every answer."""
+"""Headers of every response."""
 
 SECURITY = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
@@ -10,9 +10,9 @@ SECURITY = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
 }
-"""The page takes nothing from elsewhere, and nobody else may show it, embed it or read it."""
+"""The page loads nothing from other origins, and no other origin may embed or read it."""
 
-NOT_KEPT = "no-store"
-"""Cache-Control of the API's answers, but for pictures, which say their own."""
-ASKED_AGAIN = "no-cache"
-"""Cache-Control of the page's files: kept, and looked at again each time."""
+NO_STORE = "no-store"
+"""Cache-Control of the API's responses, except images, which set their own."""
+REVALIDATE = "no-cache"
+"""Cache-Control of the page's files: cached, and revalidated at each use."""

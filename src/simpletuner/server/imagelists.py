@@ -1,4 +1,4 @@
-"""The images of a folder as the page lists them, found by their captions too."""
+"""List and search the images of a folder by name and caption."""
 
 import os
 import threading
@@ -13,15 +13,15 @@ from simpletuner.base.text import is_visible
 
 FOLDERS_KEPT = 4
 READ_AT_MOST = 64 * 1024
-"""Bytes of a caption that are searched."""
+"""Bytes of a caption that a search reads."""
 
 CaptionTexts = dict[str, tuple[Stamp, str]]
-"""The text of each caption file as it was at a stamp, with its case folded."""
+"""Case-folded text of each caption file, with the file's stamp when it was read."""
 
 
 @dataclass(frozen=True)
 class ImageMatches:
-    """What a folder holds, and which of its images were asked for."""
+    """Counts of a folder's images, and those that match a search."""
 
     total: int
     without_caption: frozenset[str]
@@ -30,65 +30,65 @@ class ImageMatches:
 
 @dataclass
 class ImageLists:
-    """Searches folders of images. The captions of the last few are kept, those that changed are read again."""
+    """Searches image folders. Caches the captions of the last few; changed ones are read again."""
 
-    _kept: OrderedDict[Path, CaptionTexts] = field(default_factory=OrderedDict)
+    _cache: OrderedDict[Path, CaptionTexts] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def search(
         self, folder: Path, *, holds: Callable[[Path], bool], only_missing: bool = False, text: str = ""
     ) -> ImageMatches:
-        """The images of `folder`: with `only_missing` those without a caption, with `text` those in whose name or
-        caption it stands, in whatever case. What a link leads to where `holds` is false is left out.
+        """Return the images of `folder`: with `only_missing` those without a caption, with `text` those whose name or
+        caption contains it, ignoring case. Leaves out links whose targets `holds` rejects.
 
         Raises:
-            FileNotFoundError, NotADirectoryError: it is no folder.
+            FileNotFoundError, NotADirectoryError: `folder` is not a folder.
         """
         listed = held_images(folder, holds)
         captions = self._captions(folder, listed)
         by_name = {name: captions[file.name][1] if (file := listed.caption_of(name)) else "" for name in listed.images}
         missing = frozenset(name for name, caption in by_name.items() if not is_visible(caption))
-        wanted = text.casefold()
+        needle = text.casefold()
         names = [
             name
             for name, caption in by_name.items()
-            if (not only_missing or name in missing) and (wanted in caption or wanted in name.casefold())
+            if (not only_missing or name in missing) and (needle in caption or needle in name.casefold())
         ]
         return ImageMatches(len(by_name), missing, names)
 
     def _captions(self, folder: Path, listed: ImageFolder) -> CaptionTexts:
         with self._lock:
-            known = self._kept.get(folder, {})
-        read = {}
+            cached = self._cache.get(folder, {})
+        texts = {}
         for file, *_ in listed.captions.values():
-            there = known.get(file.name)
-            read[file.name] = there if there and there[0] == file.stamp else (file.stamp, _text(folder, file))
+            entry = cached.get(file.name)
+            texts[file.name] = entry if entry and entry[0] == file.stamp else (file.stamp, _text(folder, file))
         with self._lock:
-            self._kept[folder] = read
-            self._kept.move_to_end(folder)
-            while len(self._kept) > FOLDERS_KEPT:
-                self._kept.popitem(last=False)
-        return read
+            self._cache[folder] = texts
+            self._cache.move_to_end(folder)
+            while len(self._cache) > FOLDERS_KEPT:
+                self._cache.popitem(last=False)
+        return texts
 
 
 def trashed(folder: Path) -> int:
-    """How many files were deleted from a folder and can come back."""
+    """Number of files in a folder's trash, which can be restored."""
     return sum(not path.is_dir() for path in (folder / OWN_FOLDER / TRASH_FOLDER).rglob("*"))
 
 
 def can_undo(folder: Path) -> bool:
-    """Whether the last change of captions in a folder can be taken back."""
+    """Whether the last change of captions in a folder can be undone."""
     return (folder / OWN_FOLDER / UNDO_FILE).is_file()
 
 
 def held_images(folder: Path, holds: Callable[[Path], bool]) -> ImageFolder:
-    """The images below `folder`, without what a link leads to where `holds` is false.
+    """Return the images below `folder`, without links whose targets `holds` rejects.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: it is no folder.
+        FileNotFoundError, NotADirectoryError: `folder` is not a folder.
     """
     listed = list_images(folder)
-    files = (file for beside in listed.captions.values() for file in beside)
+    files = (file for group in listed.captions.values() for file in group)
     parents = {name.rpartition("/")[0] for name in (*listed.images, *(file.name for file in files))}
     outside = {parent for parent in parents if not holds((folder / parent).resolve())}
     for parent in parents - outside:
@@ -98,12 +98,12 @@ def held_images(folder: Path, holds: Callable[[Path], bool]) -> ImageFolder:
     if not outside:
         return listed
 
-    def is_held(name: str) -> bool:
+    def is_inside(name: str) -> bool:
         return name not in outside and name.rpartition("/")[0] not in outside
 
-    captions = {key: tuple(file for file in beside if is_held(file.name)) for key, beside in listed.captions.items()}
-    images = {name: stamp for name, stamp in listed.images.items() if is_held(name)}
-    return ImageFolder(images, {key: beside for key, beside in captions.items() if beside})
+    captions = {key: tuple(file for file in group if is_inside(file.name)) for key, group in listed.captions.items()}
+    images = {name: stamp for name, stamp in listed.images.items() if is_inside(name)}
+    return ImageFolder(images, {key: group for key, group in captions.items() if group})
 
 
 def _text(folder: Path, file: StoredFile) -> str:

@@ -1,4 +1,4 @@
-"""What the machine has left, for everyone who looks: asked of the system at most every two seconds."""
+"""Memory, disk and GPU use of this machine, shared by all clients and read at most every two seconds."""
 
 import threading
 import time
@@ -8,13 +8,13 @@ from pydantic import BaseModel
 
 from simpletuner.base.machine import disk_room, gpus, host_memory
 
-ASKED_EVERY_S = 2.0
+MAX_AGE_S = 2.0
 LOW_DISK_BYTES = 10 * 2**30
-"""Free space below which the page warns. A run acts at its `disk_low_threshold`."""
+"""Free space below which the page warns. A run reacts at its own `disk_low_threshold`."""
 
 
 class MeteredGpu(BaseModel):
-    """A GPU. Null is what its driver does not say."""
+    """A GPU. Values that its driver does not report are null."""
 
     index: int
     name: str
@@ -24,38 +24,38 @@ class MeteredGpu(BaseModel):
 
 
 class MachineMeter(BaseModel):
-    """What is in use and what is left."""
+    """Used and free memory, disk space and GPUs of this machine."""
 
     ram_total_bytes: int | None
-    """Null where the system does not say."""
+    """Null if the system does not report it."""
     ram_available_bytes: int | None
     disk_free_bytes: int
-    """Where runs are written."""
+    """Free space on the disk that runs are written to."""
     disk_is_low: bool
     gpus: list[MeteredGpu]
 
 
 class Meter:
-    """The meter of one server."""
+    """A server's machine readings, cached for `MAX_AGE_S`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._read: tuple[float, MachineMeter] | None = None
+        self._reading: tuple[float, MachineMeter] | None = None
 
     def read(self, folder: Path) -> MachineMeter:
-        """The machine now, or up to `ASKED_EVERY_S` ago; `folder` is where runs are written."""
+        """Return a reading at most `MAX_AGE_S` old; `folder` is where runs are written."""
         with self._lock:
-            if self._read is None or time.monotonic() - self._read[0] > ASKED_EVERY_S:
-                self._read = time.monotonic(), _measured(folder)
-            return self._read[1]
+            if self._reading is None or time.monotonic() - self._reading[0] > MAX_AGE_S:
+                self._reading = time.monotonic(), _measured(folder)
+            return self._reading[1]
 
 
 def _measured(folder: Path) -> MachineMeter:
-    memory, free = host_memory(), disk_room(folder)
+    memory, free_bytes = host_memory(), disk_room(folder)
     return MachineMeter(
         ram_total_bytes=None if memory is None else memory.total_bytes,
         ram_available_bytes=None if memory is None else memory.available_bytes,
-        disk_free_bytes=free,
-        disk_is_low=free < LOW_DISK_BYTES,
+        disk_free_bytes=free_bytes,
+        disk_is_low=free_bytes < LOW_DISK_BYTES,
         gpus=[MeteredGpu.model_validate(gpu, from_attributes=True) for gpu in gpus()],
     )

@@ -1,4 +1,4 @@
-"""Which user of this machine holds the other end of a loopback connection: the kernel tells (Linux)."""
+"""Find the local user at the other end of a loopback connection, from the kernel's tables (Linux)."""
 
 import ipaddress
 import os
@@ -13,13 +13,13 @@ ROOT = 0
 
 _ESTABLISHED = "01"
 _NO_INODE = "0"
-_OVERFLOW = Path("/proc/sys/kernel/overflowuid")
+_OVERFLOW_FILE = Path("/proc/sys/kernel/overflowuid")
 
 Address = tuple[str, int]
 
 
 def knows_users(host: str) -> bool:
-    """Whether this system tells whose a connection at the loopback address `host` is: tried with one of our own."""
+    """Whether this system reports the user of a connection at loopback address `host`; tested with a real one."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, 0), family=family) as listening:
         server = listening.getsockname()[:2]
@@ -35,23 +35,23 @@ def is_loopback(client: Address | None) -> bool:
         packed, _ = _normal(client)
     except ValueError:
         return False
-    found = ipaddress.IPv6Address(packed)
-    return (found.ipv4_mapped or found).is_loopback
+    address = ipaddress.IPv6Address(packed)
+    return (address.ipv4_mapped or address).is_loopback
 
 
 def is_own(client: Address, server: Address) -> bool:
     """Whether the process at the `client` end of a connection to `server` runs as this user or as root."""
     uid = uid_of(client, server)
-    # The kernel shows every user that it cannot name here (outside a container, say) as one and the same.
-    return uid is not None and uid != _unnamed() and uid in (ROOT, os.geteuid())
+    # The kernel reports every user without a mapping in this namespace (outside a container, say) as the overflow uid.
+    return uid is not None and uid != _overflow_uid() and uid in (ROOT, os.geteuid())
 
 
 def uid_of(client: Address, server: Address) -> int | None:
-    """The user id of the process that holds the `client` end of a connection to `server`; None where that cannot be
-    known: it is no connection of this machine, or its process has closed it.
+    """Return the user id of the process at the `client` end of a connection to `server`; None if it cannot be known:
+    the connection does not come from this machine, or its process has closed it.
 
-    The table's columns are those of Linux's `Documentation/networking/proc_net_tcp.rst`. A socket that no process holds
-    any more stands in it with user 0 and inode 0, which is not root.
+    Linux's `Documentation/networking/proc_net_tcp.rst` documents the table's columns. A socket that no process holds
+    any more is listed with user 0 and inode 0, which does not mean root.
     """
     ends = (_normal(client), _normal(server))
     port = f":{client[1]:04X} "
@@ -70,16 +70,16 @@ def uid_of(client: Address, server: Address) -> int | None:
 
 
 def _normal(address: Address) -> tuple[bytes, int]:
-    """Address as 16 bytes, an IPv4 one as IPv6 maps it, and port."""
+    """Return the address as 16 bytes (IPv4 mapped to IPv6) and the port."""
     host, port = address
-    found = ipaddress.ip_address(host.partition("%")[0])
-    return (_mapped(found.packed) if found.version == 4 else found.packed), port
+    parsed = ipaddress.ip_address(host.partition("%")[0])
+    return (_mapped(parsed.packed) if parsed.version == 4 else parsed.packed), port
 
 
 def _end(text: str) -> tuple[bytes, int]:
-    """One end as the table has it: words of four bytes in this machine's order, and the port."""
+    """Parse one end in the table's form: words of four bytes in this machine's byte order, and the port."""
     address, _, port = text.partition(":")
-    words = [int(address[place : place + 8], 16) for place in range(0, len(address), 8)]
+    words = [int(address[start : start + 8], 16) for start in range(0, len(address), 8)]
     order = "<" if sys.byteorder == "little" else ">"
     packed = b"".join(struct.pack(f"{order}I", word) for word in words)
     return (_mapped(packed) if len(words) == 1 else packed), int(port, 16)
@@ -90,8 +90,8 @@ def _mapped(packed: bytes) -> bytes:
 
 
 @cache
-def _unnamed() -> int | None:
+def _overflow_uid() -> int | None:
     try:
-        return int(_OVERFLOW.read_text(encoding="ascii"))
+        return int(_OVERFLOW_FILE.read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None

@@ -1,4 +1,4 @@
-"""Pictures as the page shows them: themselves, or a small one that is made once."""
+"""Image files as the page shows them: versions for the ETag, and a cache of thumbnails."""
 
 import threading
 from collections import OrderedDict
@@ -11,53 +11,53 @@ KEPT_BYTES = 16 * 1024**2
 
 
 @dataclass(frozen=True)
-class Version:
-    """A file as it was when somebody looked."""
+class ImageVersion:
+    """A file's identity at one moment."""
 
     path: Path
     changed_ns: int
     size: int
 
     @classmethod
-    def of(cls, path: Path) -> "Version":
-        """The file as it is now.
+    def of(cls, path: Path) -> "ImageVersion":
+        """The file's current version.
 
         Raises:
-            OSError: there is none.
+            OSError: the file does not exist.
         """
         status = path.stat()
         return cls(path, status.st_mtime_ns, status.st_size)
 
     def tag(self, width: int | None) -> str:
-        """The ETag of the picture, or of its thumbnail of this width."""
+        """The ETag of the image, or of its thumbnail at this width."""
         return f'"{self.changed_ns:x}-{self.size:x}-{width or 0:x}"'
 
 
 @dataclass
 class Thumbnails:
-    """Small pictures, the last `KEPT_BYTES` of them kept. For several threads."""
+    """Cache of thumbnails, the most recently used `KEPT_BYTES` of them. Thread-safe."""
 
-    _kept: OrderedDict[tuple[Version, int, bool], bytes] = field(default_factory=OrderedDict)
+    _cache: OrderedDict[tuple[ImageVersion, int, bool], bytes] = field(default_factory=OrderedDict)
     _bytes: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def of(self, version: Version, width: int, *, is_mask: bool = False) -> bytes:
-        """The `thumbnail` of this file.
+    def of(self, version: ImageVersion, width: int, *, is_mask: bool = False) -> bytes:
+        """Return the file's `thumbnail`, cached.
 
         Raises:
-            Fault: 422, it is no picture that can be read, or too large.
+            Fault: 422, the file is not a readable image, or too large.
         """
         key = (version, width, is_mask)
         with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
-        made = thumbnail(version.path, width, is_mask=is_mask)
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return self._cache[key]
+        encoded = thumbnail(version.path, width, is_mask=is_mask)
         with self._lock:
-            if key not in self._kept:
-                self._kept[key] = made
-                self._bytes += len(made)
+            if key not in self._cache:
+                self._cache[key] = encoded
+                self._bytes += len(encoded)
             while self._bytes > KEPT_BYTES:
-                _, dropped = self._kept.popitem(last=False)
+                _, dropped = self._cache.popitem(last=False)
                 self._bytes -= len(dropped)
-        return made
+        return encoded

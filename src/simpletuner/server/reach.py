@@ -1,8 +1,8 @@
-"""Which paths the page may read, write, show or start: one rule for requests, configurations and lists of datasets.
+"""Which paths the page may read, write, show or start: one rule for requests, configurations and dataset lists.
 
-A path is resolved first, placeholders and links included. Then it lies in the workspace or in a root, no name below
-that root begins with a dot, and it is of the kind that its key takes. A configuration that the page hands to a command
-is held against the rule by that command, where its paths are resolved: see `of_the_page`.
+A path is first resolved, placeholders and links included. It must then lie in the workspace or in another root, have no
+name below that root that begins with a dot, and be of the kind that its key accepts. For a configuration that the page
+passes to a command, the command applies the rule, because it resolves the paths: see `of_the_page`.
 """
 
 import json
@@ -22,26 +22,26 @@ from simpletuner.runs.layout import RunDirectory
 
 
 class PathKind(Enum):
-    """What lies at a path, in the words of a message."""
+    """Kind of path that a key accepts; the value is its description in messages."""
 
-    DOCUMENT = "a .json or .toml file that is no record of a run"
-    TEXTS = "a .txt or .json file that is no record of a run"
+    DOCUMENT = "a .json or .toml file outside run folders"
+    TEXTS = "a .txt or .json file outside run folders"
     FOLDER = "a folder"
-    RUN = "a run's folder, or one without a configuration in it"
-    ADAPTER = "a .safetensors file, or a folder with one"
+    RUN = "a run's folder, or a folder without a configuration"
+    ADAPTER = "a .safetensors file, or a folder that contains one"
     IMAGE = "an image file"
-    MODEL = "a folder with a model, or a .safetensors or .gguf file"
+    MODEL = "a model folder, or a .safetensors or .gguf file"
 
 
 class PathUse(NamedTuple):
-    """What a path is, and what is done there."""
+    """Kind of a path, and how it is used."""
 
     kind: PathKind
     use: Literal["read", "write", "start"]
 
 
 PATHS = {
-    # Of a configuration.
+    # Options of a configuration.
     "config": PathUse(PathKind.DOCUMENT, "write"),
     "data_backend_config": PathUse(PathKind.DOCUMENT, "write"),
     "user_prompt_library": PathUse(PathKind.DOCUMENT, "write"),
@@ -61,29 +61,29 @@ PATHS = {
     "pretrained_text_encoder_model_name_or_path": PathUse(PathKind.MODEL, "read"),
     "validation_preview_model": PathUse(PathKind.MODEL, "read"),
     "base_model_cache_dir": PathUse(PathKind.FOLDER, "write"),
-    "cache_dir": PathUse(PathKind.FOLDER, "write"),  # also a text store's
+    "cache_dir": PathUse(PathKind.FOLDER, "write"),  # also a key of text_embeds datasets
     "group_offload_to_disk_path": PathUse(PathKind.FOLDER, "write"),
-    # Of an entry in a list of datasets.
+    # Keys of a dataset entry.
     "instance_data_dir": PathUse(PathKind.FOLDER, "read"),
     "cache_dir_vae": PathUse(PathKind.FOLDER, "write"),
     "caption_filter_list": PathUse(PathKind.TEXTS, "read"),
-    # Of a prompt library, and of `simpletuner sample`.
+    # A key of prompt libraries, and a flag of `simpletuner sample`.
     "references": PathUse(PathKind.IMAGE, "read"),
-    # Of `simpletuner sample`.
+    # Flags of `simpletuner sample`.
     "run": PathUse(PathKind.FOLDER, "read"),
     "out": PathUse(PathKind.FOLDER, "write"),
     "lora": PathUse(PathKind.ADAPTER, "read"),
 }
-"""Every option, dataset key and flag that names a path. A JSON value may stand in a file, which is then such a path."""
+"""Every option, dataset key and flag that names a path, or that accepts the path of a file with its JSON value."""
 
 
 class OutOfReach(ConfigError):
-    """A path outside the folders of the page, or a hidden one."""
+    """The path lies outside the folders of the page, or is hidden."""
 
 
 @dataclass(frozen=True)
 class Reach:
-    """The workspace, where relative paths start, and the other roots: real paths."""
+    """The workspace, where relative paths start, and the other roots; all are real paths."""
 
     workspace: Path
     others: tuple[Path, ...] = ()
@@ -93,24 +93,24 @@ class Reach:
         return (self.workspace, *self.others)
 
     def holds(self, path: Path) -> bool:
-        """Whether a real path, its links followed, lies below a root."""
+        """Whether a real path (links followed) lies below a root."""
         return any(path.is_relative_to(root) for root in self.all)
 
     def real(self, text: str, label: str = "") -> Path:
-        """The real path that `text` stands for; it need not be there. A message calls it `label`, or what it is.
+        """Return the real path that `text` names; it need not exist. Messages call it `label`, by default `text`.
 
         Raises:
-            OutOfReach: it lies outside or is hidden, as the queue is.
-            ConfigError: it is no path.
+            OutOfReach: it lies outside or is hidden, as the queue's folder is.
+            ConfigError: it is not a valid path.
         """
         label = label or text
         if not text or "\0" in text:
-            raise ConfigError.of(f"{text!r} is no path")
+            raise ConfigError.of(f"{text!r} is not a path")
         try:
             path = (self.workspace / Path(text).expanduser()).resolve()
-            path.exists()  # raises where the system takes no such name
+            path.exists()  # raises if the system does not allow such a name
         except (OSError, RuntimeError, ValueError):
-            raise ConfigError.of(f"{text!r} cannot be followed") from None
+            raise ConfigError.of(f"{text!r} cannot be resolved") from None
         below = [path.relative_to(root).parts for root in self.all if path.is_relative_to(root)]
         if not below:
             raise OutOfReach.of(
@@ -120,17 +120,17 @@ class Reach:
         if all(any(name.startswith(".") for name in names) for names in below):
             raise OutOfReach.of(
                 f"{label} is hidden",
-                "a path without a name that begins with a dot",
-                "Name another, or start the server with --root FOLDER for that folder.",
+                "a path in which no name begins with a dot",
+                "Use another path, or start the server with --root FOLDER for that folder.",
             )
         return path
 
-    def named(self, key: str, text: str, label: str = "") -> Path:
-        """The real path that the option or dataset key `key` names, of the kind that the key takes where it is there.
+    def real_for(self, key: str, text: str, label: str = "") -> Path:
+        """As `real`, for the value of the option or dataset key `key`. An existing path must be of the key's kind.
 
         Raises:
             OutOfReach: as `real`.
-            ConfigError: it is no path, or something of another kind.
+            ConfigError: it is not a valid path, or of another kind.
         """
         path = self.real(text, label)
         if not self._is_a(PATHS[key].kind, path):
@@ -138,22 +138,22 @@ class Reach:
         return path
 
     def refusal(self, key: str, text: str) -> Problem | None:
-        """What is wrong with `text` as the value of `key`, for `simpletuner.config.load.examine`."""
+        """Return the problem with `text` as the value of `key`, if any, for `simpletuner.config.load.examine`."""
         try:
-            self.named(key, text, f"{key} = {shown(text)}")
+            self.real_for(key, text, f"{key} = {shown(text)}")
         except ConfigError as error:
             return replace(error.problems[0], key=key)
         return None
 
-    def variable(self, *more: Path) -> dict[str, str]:
-        """The environment variable that holds a command's configuration to these roots and to `more`."""
-        return {PAGE_ROOTS_VARIABLE: json.dumps([str(root) for root in (*self.all, *more)])}
+    def variable(self, *extra_roots: Path) -> dict[str, str]:
+        """The environment variable that limits a command's configuration to these roots and `extra_roots`."""
+        return {PAGE_ROOTS_VARIABLE: json.dumps([str(root) for root in (*self.all, *extra_roots)])}
 
     def _is_a(self, kind: PathKind, path: Path) -> bool:
         try:
             mode = path.stat().st_mode
         except (FileNotFoundError, NotADirectoryError):
-            is_file = is_folder = True  # it may become either
+            is_file = is_folder = True  # a missing path may become either
         else:
             is_file, is_folder = stat.S_ISREG(mode), stat.S_ISDIR(mode)
         if kind is PathKind.DOCUMENT:
@@ -176,12 +176,12 @@ class Reach:
 
 
 def _holds_a_config(folder: Path) -> bool:
-    """Whether a configuration lies in a folder that is no run's: a run would write its record over it."""
+    """Whether a folder other than a run's holds a configuration, which a run's own config.json would overwrite."""
     return not RunDirectory(folder).events.exists() and any((folder / name).exists() for name in CONFIG_NAMES)
 
 
 def of_the_page(environ: Mapping[str, str]) -> Reach | None:
-    """The reach of a command that the page started; None where a person did."""
+    """Return the reach of a command that the page started; None if a person started it."""
     text = environ.get(PAGE_ROOTS_VARIABLE)
     if text is None:
         return None

@@ -1,4 +1,4 @@
-"""Which folders the page may see, for the routes: what the rule of `reach` refuses is a fault."""
+"""The folders that the page may access, for the routes: a path that `reach` refuses raises a fault."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,39 +9,39 @@ from simpletuner.server.reach import OutOfReach, Reach
 
 
 class Roots(Reach):
-    """The workspace, where relative paths start, and other folders that were named when the server was started."""
+    """The workspace, where relative paths start, and the folders given by `--root`."""
 
     def resolve(self, text: str) -> Path:
-        """The real path that `text` stands for, symbolic links followed; it need not be there.
+        """Return the real path that `text` names, symbolic links followed; it need not exist.
 
         Raises:
-            Fault: 403, it lies outside or is hidden; 422, it is no path.
+            Fault: 403, it lies outside or is hidden; 422, it is not a valid path.
         """
         return _or_fault(lambda: self.real(text))
 
-    def resolve_named(self, key: str, text: str) -> Path:
-        """The same for the value of an option or dataset key, which takes paths of one kind.
+    def resolve_for(self, key: str, text: str) -> Path:
+        """As `resolve`, for the value of an option or dataset key, which accepts one kind of path.
 
         Raises:
-            Fault: 403, it lies outside or is hidden; 422, it is no path, or something of another kind.
+            Fault: 403, it lies outside or is hidden; 422, it is not a valid path, or of another kind.
         """
-        return _or_fault(lambda: self.named(key, text))
+        return _or_fault(lambda: self.real_for(key, text))
 
     def folder(self, text: str) -> Path:
-        """The real path of the folder that `text` names.
+        """Return the real path of the folder that `text` names.
 
         Raises:
-            Fault: 403, it lies outside or is hidden; 404, none is there; 422, it is no path.
+            Fault: 403, it lies outside or is hidden; 404, there is no such folder; 422, it is not a valid path.
         """
         path = self.resolve(text)
         if not path.is_dir():
-            raise Fault.of(404, f"{text} is no folder")
+            raise Fault.of(404, f"{text} is not a folder")
         return path
 
     def shown(self, path: Path) -> str:
-        """`path` as the page names it, and as `resolve` takes it: relative where it lies in the workspace."""
+        """`path` as the page shows it and `resolve` accepts it: relative if it lies in the workspace."""
         text = str(path.relative_to(self.workspace)) if path.is_relative_to(self.workspace) else str(path)
-        # A name of bytes that are no text cannot be sent.
+        # A name whose bytes are not UTF-8 cannot be sent as text.
         return text.encode(errors="backslashreplace").decode()
 
 

@@ -1,4 +1,4 @@
-"""Runs as the page knows them: where they are found, what one is called, where it stands."""
+"""Find runs and describe each for the page: its folder, its environment and its status."""
 
 import contextlib
 import math
@@ -20,69 +20,68 @@ from simpletuner.server.faults import Fault
 from simpletuner.server.roots import Roots
 
 OUTPUT = "output"
-"""Where runs are looked for, besides what environments name."""
+"""The folder searched for runs, besides the output_dir of each environment."""
 DEPTH = 3
 
 RunName = Annotated[str, Query(max_length=4096)]
-"""A run's folder, as `Run.run` has it."""
+"""A run's folder, as in `Run.run`."""
 
 GlanceState = Literal["waiting", "starting", "running", "done", "stopped", "failed", "killed"]
 
 
 class Run(BaseModel):
-    """A run at a glance. What is not known (yet) is null."""
+    """A run's status. Unknown values are null."""
 
     run: str
-    """Its folder: what every route takes as `run`."""
+    """Its folder, which every route accepts as `run`."""
     name: str
     state: GlanceState
-    """waiting: nothing has happened yet. starting: its process is being loaded. killed: its last attempt broke off
-    without a word."""
+    """waiting: no event yet. starting: its process is loading. killed: its last attempt ended without an end event."""
     phase: str | None
     step: int
-    """Steps that are finished."""
+    """Finished steps."""
     steps: int | None
-    """Steps in all."""
+    """Total steps."""
     saved: int | None
     """Step of its newest checkpoint."""
     loss: float | None
-    """Of the last step."""
+    """Loss of the last step."""
     seconds_per_step: float | None
     started: str | None
-    """UTC, ISO 8601, as the other times."""
+    """UTC, ISO 8601, like the other times."""
     updated: str | None
     ended: str | None
     error: str | None
-    """What the last start ended with."""
+    """The error that ended the last start."""
     pid: int | None
-    """Process that holds it."""
+    """The process that holds the run's lock."""
     lora: str | None
-    """The finished LoRA, from the run's folder."""
+    """The finished LoRA, relative to the run's folder."""
     environment: str | None
-    """The environment whose output_dir it is; empty for the one without a name."""
+    """The environment whose output_dir this run is; empty for the unnamed one."""
     note: str
-    """The user's own words about it."""
+    """The user's note."""
 
 
 def run_at(roots: Roots, text: str) -> RunDirectory:
-    """The run in the folder that `text` names.
+    """Return the run in the folder that `text` names.
 
     Raises:
-        Fault: 403, it lies outside the roots; 404, no run is there; 422, it is no path.
+        Fault: 403, it lies outside the roots; 404, there is no run; 422, it is not a valid path.
     """
     run = RunDirectory(roots.resolve(text))
-    # Reading a pipe would wait for whoever writes to it.
+    # Reading a pipe would block.
     is_pipe = run.events.exists() and not run.events.is_file()
     if is_pipe or not (is_run(run) or run.control.is_dir()):
-        raise Fault.of(404, f"{text}: no run is there", "a folder with events.jsonl")
+        raise Fault.of(404, f"{text}: there is no run", "a folder with events.jsonl")
     return run
 
 
 def part_of(roots: Roots, run: RunDirectory, path: Path) -> Path:
-    """The real path of a file of the run.
+    """Return the real path of a file of the run.
 
     Raises:
-        Fault: 403, a link or .. leads out of the run, or it is hidden; 422, it is no path.
+        Fault: 403, a link or .. leads outside the run, or it is hidden; 422, it is not a valid path.
     """
     fault = Fault.of(403, f"{path.name} lies outside the run, or is hidden")
     try:
@@ -94,14 +93,14 @@ def part_of(roots: Roots, run: RunDirectory, path: Path) -> Path:
     return real
 
 
-def found_runs(roots: Roots) -> list[RunDirectory]:
-    """The runs below `output` and those of the environments, each once."""
+def list_runs(roots: Roots) -> list[RunDirectory]:
+    """List the runs below `output` and those of the environments, each once."""
     below: list[RunDirectory] = []
     with contextlib.suppress(Fault):
         output = roots.resolve(OUTPUT)
         below = [run for run in find_runs(output, DEPTH) if not _is_hidden(run.root.relative_to(output))]
     named = [RunDirectory(path) for path, _ in output_folders(roots)]
-    # No link leads to those below a real folder; the others are resolved.
+    # Both lists hold real paths: `find_runs` follows no links, and the others are resolved.
     return list(dict.fromkeys([*below, *(run for run in named if is_run(run))]))
 
 
@@ -110,7 +109,7 @@ def _is_hidden(path: Path) -> bool:
 
 
 def output_folders(roots: Roots) -> Iterator[tuple[Path, str]]:
-    """The run directory of each environment, as far as it lies below the roots, and the environment's name."""
+    """Yield each environment's run directory, if it lies below the roots, and the environment's name."""
     default = str(RunConfig.model_fields["output_dir"].default)
     for environment in environments(roots):
         text = environment.values().get("output_dir", default)
@@ -120,10 +119,10 @@ def output_folders(roots: Roots) -> Iterator[tuple[Path, str]]:
 
 
 def output_folder(roots: Roots, text: str) -> Path:
-    """The folder that an output_dir stands for.
+    """Return the folder that an output_dir names.
 
     Raises:
-        Fault: it lies outside the roots, is no path, or takes a variable of the environment: those may be secret.
+        Fault: it lies outside the roots, is not a valid path, or uses an environment variable, which may be secret.
     """
     try:
         return roots.resolve(filled(text, {"model_family": "flux2"}, None))
@@ -132,73 +131,73 @@ def output_folder(roots: Roots, text: str) -> Path:
 
 
 def glance(roots: Roots, run: RunDirectory, names: dict[Path, str]) -> Run:
-    """Where `run` stands; `names` are the environments by their run directory (`output_folders`)."""
-    told: dict[str, Any] = {
+    """Return the status of `run`; `names` maps run directories to environments (`output_folders`)."""
+    identity: dict[str, Any] = {
         "run": roots.shown(run.root),
         "name": run.root.name,
         "environment": names.get(run.root),
     }
     try:
-        return Run.model_validate(told | _standing(status_of(run)))
+        return Run.model_validate(identity | _status_fields(status_of(run)))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        # Its events say what no run of ours says. The list of runs must not end with it.
-        reason = f"events.jsonl cannot be understood ({type(error).__name__})"
-        empty = dict.fromkeys(Run.model_fields.keys() - told.keys())
-        return Run.model_validate(empty | told | {"state": "failed", "step": 0, "error": reason, "note": ""})
+        # Its events are not ours. One such run must not break the list.
+        reason = f"events.jsonl cannot be parsed ({type(error).__name__})"
+        empty = dict.fromkeys(Run.model_fields.keys() - identity.keys())
+        return Run.model_validate(empty | identity | {"state": "failed", "step": 0, "error": reason, "note": ""})
 
 
-class _Known:
-    """A run of the list, as it was read last."""
+class _CachedRun:
+    """A run of the list as it was read last."""
 
     def __init__(self, run: RunDirectory) -> None:
         self._locks = (run.lock(), run.starting_lock())
         self._files = (run.events, run.starting, run.note, run.finished, run.checkpoints)
         self.mark: object = None
-        """What changes whenever `status_of` may say something else."""
+        """Changes whenever `status_of` may return something else."""
         self.started = ""
         self.json = b""
 
-    def look(self, environment: str | None) -> object:
-        """The mark as it is now."""
+    def current_mark(self, environment: str | None) -> object:
+        """Compute the current mark."""
         holders = [lock.pid() or "unknown" if lock.is_held() else None for lock in self._locks]
         return holders, [_stamp(path) for path in self._files], environment
 
 
 class Glances:
-    """The runs of the list as JSON. A run is read again only where a file or a lock of it changed."""
+    """The run list as JSON. A run is read again only when one of its files or locks changed."""
 
     def __init__(self) -> None:
-        self._known: dict[RunDirectory, _Known] = {}
+        self._cache: dict[RunDirectory, _CachedRun] = {}
         self._is_swept = False
 
     def listed(self, roots: Roots) -> bytes:
-        """All runs, the one that was started last first: a JSON list of `Run`."""
+        """Return all runs as a JSON list of `Run`, the one started last first."""
         if not self._is_swept:
             self._is_swept = True
             with contextlib.suppress(Fault):
                 finish_deletions(roots.resolve(OUTPUT), DEPTH)
         names = dict(output_folders(roots))
-        before = self._known
-        known = {run: before.get(run) or _Known(run) for run in found_runs(roots)}
-        for run, one in known.items():
-            mark = one.look(names.get(run.root))
-            if mark != one.mark:
-                found = glance(roots, run, names)
-                one.mark, one.started, one.json = mark, found.started or "", found.model_dump_json().encode()
-        self._known = known
-        newest = sorted(known.values(), key=lambda one: one.started, reverse=True)
-        return b"[" + b",".join(one.json for one in newest) + b"]"
+        old_cache = self._cache
+        cache = {run: old_cache.get(run) or _CachedRun(run) for run in list_runs(roots)}
+        for run, cached in cache.items():
+            mark = cached.current_mark(names.get(run.root))
+            if mark != cached.mark:
+                answer = glance(roots, run, names)
+                cached.mark, cached.started, cached.json = mark, answer.started or "", answer.model_dump_json().encode()
+        self._cache = cache
+        newest_first = sorted(cache.values(), key=lambda cached: cached.started, reverse=True)
+        return b"[" + b",".join(cached.json for cached in newest_first) + b"]"
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _standing(status: RunStatus) -> dict[str, Any]:
+def _status_fields(status: RunStatus) -> dict[str, Any]:
     values = {name: _sendable(value) for name, value in vars(status).items() if name in Run.model_fields}
     lora = None if status.lora is None else str(status.lora.relative_to(status.root))
     state = "waiting" if status.state == "new" else status.state
@@ -207,7 +206,7 @@ def _standing(status: RunStatus) -> dict[str, Any]:
 
 
 def _sendable(value: object) -> object:
-    """A text without halves of surrogate pairs, which JSON may hold and UTF-8 may not; anything else as it is."""
+    """Replace unpaired surrogates in text: JSON can hold them, UTF-8 cannot. Other values pass unchanged."""
     return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 

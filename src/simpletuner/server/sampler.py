@@ -1,4 +1,4 @@
-"""The process that draws: `simpletuner sample --serve`, which keeps its model for the next pictures."""
+"""The sampler process: `simpletuner sample --serve`, which keeps its model loaded for the next images."""
 
 import asyncio
 import contextlib
@@ -13,38 +13,38 @@ from simpletuner.runs.queue import Queue
 from simpletuner.runs.samplers import first_gpu
 from simpletuner.server.faults import answered
 from simpletuner.server.roots import Roots
-from simpletuner.server.runs import found_runs
-from simpletuner.server.shell import Finished, Shell, end, problems_told
-from simpletuner.server.work import PATIENCE_S, CommandJob, JobProgress, read_lines, take_line
+from simpletuner.server.runs import list_runs
+from simpletuner.server.shell import Finished, Shell, end_process, printed_problems
+from simpletuner.server.work import TERM_TIMEOUT_S, CommandJob, JobProgress, read_lines, take_line
 
 IDLE_S = 300.0
 _LONGEST_EVENT = 2**20
-_GAVE_WAY = Problem(
-    "the sampler gave way to a training run, which takes its memory",
-    remedy="What was drawn stays. Draw again once the run has ended.",
+_ENDED_FOR_A_RUN = Problem(
+    "the sampler ended because a training run needs its memory",
+    remedy="Finished images stay. Sample again once the run has ended.",
 )
 
 
 class SamplerProcess:
-    """One process for the whole server, started when the first pictures are wanted. It draws for one job at a time and
-    ends when it was idle for a while, when a run starts, and with the server.
+    """The server's only sampler process, started by the first sampling job. It serves one job at a time and ends after
+    a while without work, when a run starts, and with the server.
     """
 
     def __init__(self, shell: Shell, idle_s: float = IDLE_S) -> None:
         self._shell = shell
         self._idle_s = idle_s
-        self._turn = asyncio.Lock()
+        self._job_lock = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
         self._printed: asyncio.Task[str] | None = None
-        """What the process prints for people, up to its end."""
+        """Collects what the process prints for people, until it ends."""
         self._job: CommandJob | None = None
         self._idle: asyncio.TimerHandle | None = None
 
-    async def draw(self, job: CommandJob, request: Mapping[str, Any], shown: Callable[[str], str]) -> None:
-        """Draw what `request` asks for, options of `simpletuner sample` by name. `job` is kept up to date: its result
-        has the pictures that are there, in their order, each by the path that `shown` makes of the process's own.
+    async def sample(self, job: CommandJob, request: Mapping[str, Any], shown: Callable[[str], str]) -> None:
+        """Generate images for `request`, which holds options of `simpletuner sample` by name, and update `job`. The
+        job's result lists the finished images in order; `shown` maps each path of the process to the page's form.
         """
-        async with self._turn:
+        async with self._job_lock:
             if self._idle is not None:
                 self._idle.cancel()
             self._job = job
@@ -64,7 +64,7 @@ class SamplerProcess:
         if self._idle is not None:
             self._idle.cancel()
         if process is not None:
-            await end(process, PATIENCE_S)
+            await end_process(process, TERM_TIMEOUT_S)
 
     def _end_soon(self) -> None:
         self._ending = asyncio.ensure_future(self.end())
@@ -75,10 +75,10 @@ class SamplerProcess:
             process = await self._shell.start("sample", "--serve", stdin=asyncio.subprocess.PIPE, limit=_LONGEST_EVENT)
             assert process.stderr is not None
             self._process = process
-            self._printed = asyncio.create_task(read_lines(process.stderr, self._note))
+            self._printed = asyncio.create_task(read_lines(process.stderr, self._take_line))
         return process
 
-    def _note(self, line: str) -> None:
+    def _take_line(self, line: str) -> None:
         if self._job is not None:
             take_line(line, self._job)
 
@@ -100,7 +100,8 @@ class SamplerProcess:
                     case "failed":
                         job.exit_code = event["exit_code"]
                         job.problems = [
-                            answered(Problem(one["found"], one["expected"], one["remedy"])) for one in event["problems"]
+                            answered(Problem(problem["found"], problem["expected"], problem["remedy"]))
+                            for problem in event["problems"]
                         ]
                         job.state = "failed"
                         return
@@ -110,9 +111,9 @@ class SamplerProcess:
             raise
 
     async def _cancel(self, process: asyncio.subprocess.Process, job_id: str) -> None:
-        """Have the process stop drawing for a job. One that does not within a while, since it loads, is ended."""
+        """Ask the process to stop a job; end the process if it does not stop in time, as while it loads a model."""
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(TERM_TIMEOUT_S):
                 await _send(process, {"cancel": job_id})
                 while (event := await _event(process, job_id)) is not None:
                     if event["event"] in ("cancelled", "done", "failed"):
@@ -121,27 +122,27 @@ class SamplerProcess:
             await self.end()
 
     async def _explain_end(self, job: CommandJob, process: asyncio.subprocess.Process) -> None:
-        """Say in `job` why the process ended before it was done."""
+        """Record in `job` why the process ended before the job was done."""
         job.exit_code = await process.wait()
-        if job.exit_code == -signal.SIGTERM:  # not by us: that job would be cancelled
-            job.problems = [answered(_GAVE_WAY)]
+        if job.exit_code == -signal.SIGTERM:  # not sent by us: we cancel the job first
+            job.problems = [answered(_ENDED_FOR_A_RUN)]
             job.state = "cancelled"
             return
         assert self._printed is not None
-        told = problems_told(Finished(job.exit_code, "", await self._printed))
-        job.problems = [answered(problem) for problem in told]
+        problems = printed_problems(Finished(job.exit_code, "", await self._printed))
+        job.problems = [answered(problem) for problem in problems]
         job.state = "failed"
 
 
 async def _send(process: asyncio.subprocess.Process, line: Mapping[str, Any]) -> None:
     assert process.stdin is not None
-    with contextlib.suppress(ConnectionError):  # it has ended, which its output tells
+    with contextlib.suppress(ConnectionError):  # it has ended; reading its output reports that
         process.stdin.write(json.dumps(line).encode() + b"\n")
         await process.stdin.drain()
 
 
 async def _event(process: asyncio.subprocess.Process, job_id: str) -> dict[str, Any] | None:
-    """The next event of a job; None where the process has ended."""
+    """Return the next event of a job; None if the process has ended."""
     assert process.stdout is not None
     while line := await process.stdout.readline():
         event: dict[str, Any] = json.loads(line)
@@ -150,22 +151,22 @@ async def _event(process: asyncio.subprocess.Process, job_id: str) -> dict[str, 
     return None
 
 
-def run_in_the_way(roots: Roots) -> str | None:
-    """A run that is training on the GPU that draws."""
-    elsewhere = {
+def run_on_sampler_gpu(roots: Roots) -> str | None:
+    """Return a run that is training on the sampler's GPU, if any."""
+    other_gpu_runs = {
         (roots.workspace / entry.output_dir).resolve()
         for entry in Queue.of(roots.workspace).entries()
-        if entry.state == "running" and _is_elsewhere(entry.devices)
+        if entry.state == "running" and _is_on_other_gpus(entry.devices)
     }
-    for run in found_runs(roots):
-        if run.root not in elsewhere and run.lock().is_held():
+    for run in list_runs(roots):
+        if run.root not in other_gpu_runs and run.lock().is_held():
             return roots.shown(run.root)
     return None
 
 
-def _is_elsewhere(devices: str) -> bool:
-    """Whether GPUs of a queue's entry are others than the one that draws. What is named by more than numbers may be
-    the same.
+def _is_on_other_gpus(devices: str) -> bool:
+    """Whether a queue entry's GPUs surely exclude the sampler's. Only plain numbers can be compared: a UUID may name
+    the same GPU.
     """
-    mine, others = first_gpu(os.environ), [device.strip() for device in devices.split(",")]
-    return mine not in others and all(device.isdecimal() for device in (mine, *others))
+    sampler_gpu, entry_gpus = first_gpu(os.environ), [device.strip() for device in devices.split(",")]
+    return sampler_gpu not in entry_gpus and all(device.isdecimal() for device in (sampler_gpu, *entry_gpus))

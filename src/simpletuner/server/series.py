@@ -1,8 +1,7 @@
-"""What a run's events say, kept beside the file: the curves as columns, and what is not a step as it came.
+"""In-memory index of a run's events file: step events as columns for the curves, other events as they are.
 
-A file that grows is read on from where the last look ended, so each byte is parsed once. The curves stay text: a number
-goes from the event's line into the answer as it stands there, neither rounded nor read and written again, which is what
-makes 100,000 steps quick.
+Each read continues where the last one ended, so each byte is parsed once. The curves stay text: a number is copied from
+the event's line into the response, neither parsed nor rounded. That makes 100,000 steps fast.
 """
 
 import bisect
@@ -34,16 +33,16 @@ from simpletuner.runs.events import (
 )
 
 COLUMNS = ("step", "loss", "lr", "grad_norm", "seconds", "memory_gib")
-"""Keys of a `step` event that become curves."""
+"""Keys of a `step` event that are shown as curves."""
 CHUNK_BYTES = 256 * 1024
-"""How much of the file is taken at once: parsing it holds the interpreter for about a millisecond."""
+"""Bytes read at once; parsing them holds the GIL for about a millisecond."""
 BLOCK_STEPS = 1024
-"""Steps whose text lies together; what a later attempt overwrites is redone by the block."""
+"""Steps per text block; when a later attempt overwrites steps, whole blocks are rebuilt."""
 NOTICES_KEPT = 200
 RUNS_KEPT = 8
 
 Row = tuple[str, ...]
-"""The columns of one step, as JSON."""
+"""One step's columns, each as JSON text."""
 
 _COUNT = r"[1-9][0-9]{0,17}"
 _INTEGER = f"(?:0|{_COUNT})"
@@ -51,9 +50,9 @@ _NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
 
 
 def _line_pattern() -> re.Pattern[str]:
-    """Matches a whole line: one of a step as `EventLog` writes it, into its columns and id, or any other, as it is."""
+    """Match a whole line: a step event as `EventLog` writes it, split into id and columns, or any other line."""
     head = [f'"v": {SCHEMA_VERSION}', f'"id": (?P<id>{_INTEGER})', r'"time": "[0-9T:.+-]*"', f'"attempt": {_INTEGER}']
-    pattern = r"\{" + ", ".join(head) + f'(?:, "start": {_INTEGER})?'  # which files of older releases lack
+    pattern = r"\{" + ", ".join(head) + f'(?:, "start": {_INTEGER})?'  # missing in files of older releases
     for name, described in StepEvent.model_fields.items():
         if name == "type":
             pattern += ', "type": "step"'
@@ -63,7 +62,7 @@ def _line_pattern() -> re.Pattern[str]:
             pattern += f', "{name}": (?P<{name}>{number})'
         elif described.is_required():
             pattern += f', "{name}": {number}'
-        else:  # files of older releases lack it
+        else:  # missing in files of older releases
             pattern += f'(?:, "{name}": (?:{number}|null))?'
     return re.compile(pattern + r"\}\n|(?P<other>[^\n]*)\n")
 
@@ -71,11 +70,11 @@ def _line_pattern() -> re.Pattern[str]:
 _LINE = _line_pattern()
 _ID = _LINE.groupindex["id"] - 1
 _OTHER = _LINE.groupindex["other"] - 1
-_AT = tuple(_LINE.groupindex[name] - 1 for name in COLUMNS)
+_COLUMN_GROUPS = tuple(_LINE.groupindex[name] - 1 for name in COLUMNS)
 
 
-class Damaged(Exception):
-    """A text that is no JSON, or a line that is no event."""
+class DamagedText(Exception):
+    """The text is not JSON, or the line is not an event."""
 
 
 def _finite(text: str) -> float | None:
@@ -83,41 +82,41 @@ def _finite(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-# NaN and infinity are no JSON, though Python writes them; a page gets null instead.
+# Python writes NaN and infinities, which JSON does not allow; the page gets null.
 _DECODER = json.JSONDecoder(parse_constant=lambda _: None, parse_float=_finite)
 
 
 def decoded(text: str) -> Any:
-    """The JSON value in `text`, such that it can be an answer: with null for what is no finite number.
+    """Parse JSON into a value that can be sent; numbers that are not finite become None.
 
     Raises:
-        Damaged: it holds none.
+        DamagedText: it is not JSON, or UTF-8 cannot encode it.
     """
     try:
         value = _DECODER.decode(text)
-        if "\\u" in text:  # half of a surrogate pair can be read and not be written
+        if "\\u" in text:  # an unpaired surrogate can be parsed but not encoded
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
-        raise Damaged from None
+        raise DamagedText from None
     return value
 
 
 def parsed(line: str) -> dict[str, Any]:
-    """The event in `line`, with null for what is no finite number.
+    """Parse the event in `line`; numbers that are not finite become None.
 
     Raises:
-        Damaged: it holds none.
+        DamagedText: it is not an event.
     """
     event = decoded(line)
     if not isinstance(event, dict):
-        raise Damaged
+        raise DamagedText
     if type(event.get("id")) is not int or type(event.get("attempt")) is not int:
-        raise Damaged
+        raise DamagedText
     return event
 
 
 def whole_lines(file: BinaryIO, offset: int) -> bytes:
-    """The lines from `offset` on, about `CHUNK_BYTES` of them, the last one ended. Empty where no line ends yet."""
+    """Read complete lines from `offset` on, about `CHUNK_BYTES`; empty if no line is complete yet."""
     size = CHUNK_BYTES
     while True:
         file.seek(offset)
@@ -129,13 +128,13 @@ def whole_lines(file: BinaryIO, offset: int) -> bytes:
 
 
 def split(data: bytes) -> Iterator[Sequence[str]]:
-    """The groups of `_LINE` of each line."""
-    # A torn character is replaced, so that one damaged line costs no other.
+    """Yield the `_LINE` groups of all lines."""
+    # Invalid UTF-8 is replaced, so that a damaged line does not affect the others.
     yield from _LINE.findall(data.decode(errors="replace"))
 
 
 def numbered(data: bytes) -> Iterator[tuple[int, str]]:
-    """Id and JSON text of each event in `data`, without what is damaged; a text has no line break in it."""
+    """Yield id and JSON text of each event in `data`, skipping damaged lines. The text contains no line break."""
     lines = data.decode(errors="replace")
     for match in _LINE.finditer(lines):
         if match["id"]:
@@ -144,7 +143,7 @@ def numbered(data: bytes) -> Iterator[tuple[int, str]]:
         text = match["other"].strip()
         try:
             event = parsed(text)
-        except Damaged:
+        except DamagedText:
             continue
         if "NaN" in text or "Infinity" in text or "\r" in text:
             text = json.dumps(event, ensure_ascii=False)
@@ -153,40 +152,40 @@ def numbered(data: bytes) -> Iterator[tuple[int, str]]:
 
 @dataclass
 class _Block:
-    """Steps that lie together: each column is their values with commas between, the first is the steps."""
+    """A range of steps: each column holds its values joined by commas; the first column is the step numbers."""
 
-    last: int = 0
+    last_step: int = 0
     columns: list[str] = field(default_factory=lambda: [""] * len(COLUMNS))
 
     def add(self, steps: list[int], rows: list[Row]) -> None:
-        if steps[0] <= self.last or any(after <= before for before, after in itertools.pairwise(steps)):
-            before = zip(*(column.split(",") for column in self.columns), strict=True) if self.last else ()
-            merged = {int(row[0]): row for row in itertools.chain(before, rows)}
+        if steps[0] <= self.last_step or any(after <= before for before, after in itertools.pairwise(steps)):
+            old_rows = zip(*(column.split(",") for column in self.columns), strict=True) if self.last_step else ()
+            merged = {int(row[0]): row for row in itertools.chain(old_rows, rows)}
             steps = sorted(merged)
             rows = [merged[step] for step in steps]
             self.columns = [""] * len(COLUMNS)
-        self.last = steps[-1]
+        self.last_step = steps[-1]
         added = map(",".join, zip(*rows, strict=True))
         self.columns = [f"{old},{new}" if old else new for old, new in zip(self.columns, added, strict=True)]
 
 
 class Columns:
-    """The curves of a run. Of each step the row that was added last counts."""
+    """A run's curves; for each step the row added last counts."""
 
     def __init__(self) -> None:
         self._blocks: dict[int, _Block] = {}
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Take rows, in the order of the file."""
+        """Add rows in file order."""
         numbers = [int(row[0]) for row in rows]
-        at = 0
+        start = 0
         for block, group in itertools.groupby(numbers, key=lambda step: step // BLOCK_STEPS):
             steps = list(group)
-            self._blocks.setdefault(block, _Block()).add(steps, list(rows[at : at + len(steps)]))
-            at += len(steps)
+            self._blocks.setdefault(block, _Block()).add(steps, list(rows[start : start + len(steps)]))
+            start += len(steps)
 
     def json(self) -> Iterator[tuple[str, str]]:
-        """Each column's name and its JSON array."""
+        """Yield each column's name and JSON array."""
         blocks = [self._blocks[key] for key in sorted(self._blocks)]
         for index, name in enumerate(COLUMNS):
             yield name, f"[{','.join(block.columns[index] for block in blocks)}]"
@@ -194,7 +193,7 @@ class Columns:
 
 @dataclass
 class PhaseState:
-    """How far a phase of the last start is."""
+    """Progress of a phase of the last start."""
 
     phase: str
     state: Literal["begin", "end"] = "begin"
@@ -204,26 +203,26 @@ class PhaseState:
 
 
 @dataclass
-class Told:
-    """What the events say beside the steps."""
+class EventSummary:
+    """What the events other than steps say."""
 
     last_id: int = 0
     attempts: int = 0
-    """Starts that were not refused."""
+    """Starts that did not fail before training."""
     starts: int = 0
     plan: PlanEvent | None = None
     phases: dict[str, PhaseState] = field(default_factory=dict)
-    """Those of the last start, in the order they began."""
+    """Phases of the last start, in the order they began."""
     validations: dict[tuple[int, bool], ValidationEvent] = field(default_factory=dict)
-    """By step, and whether it holds a loss: the last attempt's count."""
+    """Events by step and by whether they hold a loss; those of the last attempt count."""
     checkpoints: list[CheckpointEvent] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
-    """Those of the last start."""
+    """Notices of the last start."""
     damaged: int = 0
-    """Lines that are no events."""
+    """Number of lines that are not events."""
 
     def copy(self) -> Self:
-        """What is told now, untouched by what comes."""
+        """Return a snapshot that later events do not change."""
         return replace(
             self,
             phases={name: replace(phase) for name, phase in self.phases.items()},
@@ -232,10 +231,10 @@ class Told:
         )
 
     def take(self, line: dict[str, Any]) -> None:
-        """Note one event that is no step.
+        """Add one event that is not a step.
 
         Raises:
-            Damaged: a key of it is missing or wrong.
+            DamagedText: a key is missing or wrong.
         """
         if start_of(line) > self.starts:
             self.starts, self.attempts = start_of(line), line["attempt"]
@@ -243,15 +242,15 @@ class Told:
         if line.get("type") == "end" and line.get("reason") == "error" and "start" in line:
             self.attempts = line["attempt"] - ("train" not in self.phases)
         kind = _KINDS.get(str(line.get("type")))
-        if kind is None:  # told by the run's status, or of a later version of the program
+        if kind is None:  # reported by the run's status instead, or written by a later version
             return
         try:
             event = kind.model_validate(line, extra="ignore")
         except ValidationError:
-            raise Damaged from None
-        self._note(event)
+            raise DamagedText from None
+        self._add(event)
 
-    def _note(self, event: Event) -> None:
+    def _add(self, event: Event) -> None:
         match event:
             case PlanEvent():
                 self.plan = event
@@ -282,35 +281,35 @@ _KINDS: dict[str, type[Event]] = {
 }
 
 
-class Index:
-    """What one `events.jsonl` says so far. May be asked from several threads."""
+class EventIndex:
+    """Index of one `events.jsonl`. Thread-safe."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
-        self._forget()
+        self._clear()
 
-    def _forget(self) -> None:
-        self.told = Told()
+    def _clear(self) -> None:
+        self.summary = EventSummary()
         self._columns = Columns()
         self._identity: tuple[int, int] | None = None
         self._offset = 0
         self._marks: list[tuple[int, int]] = []
-        """Places about `CHUNK_BYTES` apart, each with the last id before it."""
+        """Last id before, and byte offset of, positions about `CHUNK_BYTES` apart."""
 
-    def look(self) -> Told:
-        """Read what was appended. A file that shrank below what was read, or is another one, is read anew."""
+    def refresh(self) -> EventSummary:
+        """Read appended lines and return a snapshot. A file that was replaced or truncated is read from the start."""
         with self._lock:
             self._read()
-            return self.told.copy()
+            return self.summary.copy()
 
     def series(self) -> str:
-        """The curves as a JSON object: `last_id`, the columns of `COLUMNS`, held-out losses and drift by step."""
+        """The curves as a JSON object: `last_id`, the columns `COLUMNS`, and held-out losses and drift by step."""
         with self._lock:
             self._read()
             columns = dict(self._columns.json())
-            validations = list(self.told.validations.values())
-            last_id = self.told.last_id
+            validations = list(self.summary.validations.values())
+            last_id = self.summary.last_id
         measured = {event.step: event for event in validations if event.loss is not None}
         steps = sorted(measured)
         held_out = {
@@ -328,17 +327,17 @@ class Index:
         body = ", ".join(f'"{name}": {values}' for name, values in columns.items())
         return f'{{"last_id": {last_id}, {body}}}'
 
-    def place(self, after: int) -> tuple[int, bool]:
-        """Where the first event with an id above `after` lies, in bytes, and whether the file knows `after` at all.
-        Where it does not, it was replaced, and the place is its start."""
+    def position(self, after: int) -> tuple[int, bool]:
+        """Return the byte offset of the first event with an id above `after`, and whether the file reaches `after`. If
+        it does not, the file was replaced, and the offset is 0."""
         with self._lock:
             self._read()
-            if after > self.told.last_id:
+            if after > self.summary.last_id:
                 return 0, False
-            if after == self.told.last_id:
+            if after == self.summary.last_id:
                 return self._offset, True
-            at = max(0, bisect.bisect_right(self._marks, (after, math.inf)) - 1)
-            offset = self._marks[at][1]
+            mark = max(0, bisect.bisect_right(self._marks, (after, math.inf)) - 1)
+            offset = self._marks[mark][1]
             with self.path.open("rb") as file:
                 while data := whole_lines(file, offset):
                     for line in data.splitlines(keepends=True):
@@ -351,66 +350,66 @@ class Index:
         try:
             file = self.path.open("rb")
         except OSError:
-            self._forget()
+            self._clear()
             return
         with file:
-            found = os.fstat(file.fileno())
-            identity = (found.st_dev, found.st_ino)
-            if identity != self._identity or found.st_size < self._offset:
-                self._forget()
+            status = os.fstat(file.fileno())
+            identity = (status.st_dev, status.st_ino)
+            if identity != self._identity or status.st_size < self._offset:
+                self._clear()
                 self._identity = identity
             while data := whole_lines(file, self._offset):
                 if not self._marks or self._offset >= self._marks[-1][1] + CHUNK_BYTES:
-                    self._marks.append((self.told.last_id, self._offset))
+                    self._marks.append((self.summary.last_id, self._offset))
                 self._take(data)
                 self._offset += len(data)
 
     def _take(self, data: bytes) -> None:
-        for is_other, group in itertools.groupby(split(data), key=lambda found: not found[_ID]):
+        for is_other, group in itertools.groupby(split(data), key=lambda groups: not groups[_ID]):
             if not is_other:
-                found = list(group)
-                self._columns.add([tuple(one[at] for at in _AT) for one in found])
-                self.told.last_id = int(found[-1][_ID])
+                lines = list(group)
+                self._columns.add([tuple(line[column] for column in _COLUMN_GROUPS) for line in lines])
+                self.summary.last_id = int(lines[-1][_ID])
                 continue
-            for one in group:
+            for line in group:
                 try:
-                    self._take_other(one[_OTHER])
-                except Damaged:
-                    self.told.damaged += 1
+                    self._take_other(line[_OTHER])
+                except DamagedText:
+                    self.summary.damaged += 1
 
     def _take_other(self, text: str) -> None:
         line = parsed(text)
-        self.told.last_id = line["id"]
+        self.summary.last_id = line["id"]
         if line.get("type") == "step":
             self._columns.add([_row(line)])
         else:
-            self.told.take(line)
+            self.summary.take(line)
 
 
 def _row(line: dict[str, Any]) -> Row:
-    """The columns of a step that is not spelled as we spell it.
+    """Return the columns of a step whose line does not match `_LINE`.
 
     Raises:
-        Damaged: it does not say which step.
+        DamagedText: it has no step number.
     """
     if type(line.get("step")) is not int or line["step"] < 1:
-        raise Damaged
+        raise DamagedText
     values = (line.get(name) for name in COLUMNS)
     return tuple(json.dumps(value) if type(value) in (int, float) else "null" for value in values)
 
 
-class Indexes:
-    """The indexes of the runs that were asked for last, `RUNS_KEPT` of them."""
+class EventIndexes:
+    """Cache of event indexes: the `RUNS_KEPT` most recently used."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: OrderedDict[Path, Index] = OrderedDict()
+        self._indexes: OrderedDict[Path, EventIndex] = OrderedDict()
 
-    def of(self, path: Path) -> Index:
-        """The index of the events at `path`, which need not be there yet."""
+    def of(self, path: Path) -> EventIndex:
+        """Return the index of the events file at `path`, which need not exist yet."""
         with self._lock:
-            index = self._kept.pop(path, None) or Index(path)
-            self._kept[path] = index
-            while len(self._kept) > RUNS_KEPT:
-                self._kept.popitem(last=False)
+            index = self._indexes.pop(path, None) or EventIndex(path)
+            self._indexes[path] = index
+            while len(self._indexes) > RUNS_KEPT:
+                self._indexes.popitem(last=False)
             return index

@@ -1,4 +1,4 @@
-"""The shell's commands as the server gives them: arguments in a list, never through a shell."""
+"""Run the CLI's commands from the server: arguments are passed as a list, never through a shell."""
 
 import asyncio
 import contextlib
@@ -18,18 +18,18 @@ from simpletuner.server.faults import ClientGone
 from simpletuner.server.reach import Reach
 
 COMMANDS_AT_ONCE = 4
-"""Short commands, besides checks, plans and jobs, which have turns of their own."""
-GONE_EVERY_S = 0.25
-"""How often a waiting request looks whether its client is still there."""
+"""Short commands that run at once. Checks, plans and jobs have limits of their own."""
+DISCONNECT_POLL_S = 0.25
+"""Interval at which a waiting request checks whether its client is still connected."""
 
-_SEVERAL = re.compile(r"\d+ problems .*:")
+_PROBLEM_COUNT = re.compile(r"\d+ problems .*:")
 
 Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A command that ended."""
+    """Exit code and output of a command that ended."""
 
     exit_code: int
     out: str
@@ -38,40 +38,41 @@ class Finished:
 
 @dataclass(frozen=True)
 class Shell:
-    """Runs `simpletuner WORD …` in the workspace; the configuration it reads is held to the page's folders."""
+    """Runs `simpletuner` commands in the workspace; their configurations may name paths in the page's folders only."""
 
     workspace: Path
     others: tuple[Path, ...] = ()
-    """The other roots."""
-    turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(COMMANDS_AT_ONCE))
-    """Of commands that have none of their own."""
+    """The roots besides the workspace."""
+    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(COMMANDS_AT_ONCE))
+    """Limits the commands for which `run` gets no slots of their own."""
 
     def command(self, arguments: Sequence[str]) -> list[str]:
-        """The whole command line."""
+        """Return the whole command line."""
         return [sys.executable, "-P", "-m", "simpletuner", *arguments]
 
-    def environment(self, *also: Path) -> dict[str, str]:
-        """A command's environment: the server's, for the tokens and settings of the libraries that train. Of these a
-        configuration sees the options `SIMPLETUNER_*` alone, and paths in the page's folders and in `also`."""
-        return {**os.environ, **Reach(self.workspace, self.others).variable(*also)}
+    def environment(self, *extra_roots: Path) -> dict[str, str]:
+        """Return a command's environment: the server's, since libraries read tokens and settings from it. A
+        configuration can read only the `SIMPLETUNER_*` options of it, and only paths in the page's folders and in
+        `extra_roots`."""
+        return {**os.environ, **Reach(self.workspace, self.others).variable(*extra_roots)}
 
     async def start(
         self,
         *arguments: str,
-        also: Sequence[Path] = (),
+        extra_roots: Sequence[Path] = (),
         stdin: int = asyncio.subprocess.DEVNULL,
         limit: int = 2**16,
     ) -> asyncio.subprocess.Process:
-        """Start a command; its output comes through pipes. It leads a process group of its own, so that what it
-        starts can be ended with it, and a Ctrl-C in the server's terminal reaches the server alone.
+        """Start a command with its output in pipes. It leads a new process group: its child processes can be ended with
+        it, and a Ctrl-C in the server's terminal reaches the server only.
 
-        Its configuration may name paths in the folders `also` too. `limit` is how many bytes a line of its output may
-        have.
+        Its configuration may also name paths in the folders `extra_roots`. `limit` is the most bytes in a line of its
+        output.
         """
         return await asyncio.create_subprocess_exec(
             *self.command(arguments),
             cwd=self.workspace,
-            env={**self.environment(*also), "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
+            env={**self.environment(*extra_roots), "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
             stdin=stdin,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -82,85 +83,90 @@ class Shell:
     async def run(
         self,
         *arguments: str,
-        also: Sequence[Path] = (),
-        turns: asyncio.Semaphore | None = None,
+        extra_roots: Sequence[Path] = (),
+        slots: asyncio.Semaphore | None = None,
         request: Request | None = None,
     ) -> Finished:
-        """Run a command to its end, once it is its turn. Ends it where the caller is cancelled.
+        """Run a command to its end once a slot is free; a cancelled caller ends the command.
 
         Raises:
-            ClientGone: the client of `request` went away before its turn came.
+            ClientGone: the client of `request` disconnected while it waited for a slot.
         """
-        async with _turn(turns or self.turns, request):
-            process = await self.start(*arguments, also=also)
+        async with _slot(slots or self.slots, request):
+            process = await self.start(*arguments, extra_roots=extra_roots)
             try:
                 out, err = await process.communicate()
             finally:
-                await end(process)
+                await end_process(process)
         assert process.returncode is not None
         return Finished(process.returncode, out.decode(errors="replace"), err.decode(errors="replace"))
 
 
 @contextlib.asynccontextmanager
-async def _turn(turns: asyncio.Semaphore, request: Request | None) -> AsyncIterator[None]:
-    """One of `turns`, in the order in which they are asked for.
+async def _slot(slots: asyncio.Semaphore, request: Request | None) -> AsyncIterator[None]:
+    """Hold one of `slots`, granted first come, first served.
 
     Raises:
-        ClientGone: the client of `request` went away while it waited.
+        ClientGone: the client of `request` disconnected while it waited.
     """
-    waiting = asyncio.ensure_future(turns.acquire())
+    waiting = asyncio.ensure_future(slots.acquire())
     try:
-        while not (await asyncio.wait({waiting}, timeout=GONE_EVERY_S))[0]:
+        while not (await asyncio.wait({waiting}, timeout=DISCONNECT_POLL_S))[0]:
             if request is not None and await request.is_disconnected():
                 raise ClientGone
         yield
     finally:
         if not waiting.cancel():
-            turns.release()
+            slots.release()
 
 
 class SharedWork:
-    """Work that is done once for all who ask for it while it is done; it ends when the last of them goes away."""
+    """Runs identical concurrent work once for all its waiters; cancels it when the last waiter leaves."""
 
     def __init__(self) -> None:
         self._tasks: dict[str, asyncio.Task[Any]] = {}
-        self._askers: dict[str, int] = {}
+        self._waiters: dict[str, int] = {}
 
     async def of(self, key: str, begin: Callable[[], Coroutine[Any, Any, Answer]]) -> Answer:
-        """What `begin` gives, or the work of this key that is being done."""
+        """Return the result of `begin()`, or of the running work with this key."""
         task: asyncio.Task[Answer] = self._tasks.get(key) or asyncio.ensure_future(begin())
         self._tasks[key] = task
-        self._askers[key] = self._askers.get(key, 0) + 1
+        self._waiters[key] = self._waiters.get(key, 0) + 1
         try:
             return await asyncio.shield(task)
         finally:
-            self._askers[key] -= 1
-            if not self._askers[key]:
-                del self._askers[key], self._tasks[key]
+            self._waiters[key] -= 1
+            if not self._waiters[key]:
+                del self._waiters[key], self._tasks[key]
                 task.cancel()
                 await asyncio.wait({task})
 
 
-async def end(process: asyncio.subprocess.Process, patience_s: float = 0.0) -> None:
-    """End a command and what it started: TERM where there is patience, then KILL. One that ended is left alone."""
+async def end_process(process: asyncio.subprocess.Process, term_timeout_s: float = 0.0) -> None:
+    """End a command and its child processes: SIGTERM if there is a timeout, then SIGKILL. Does nothing if it has
+    ended."""
     if process.returncode is not None:
         return
     with contextlib.suppress(ProcessLookupError):
-        if patience_s:
+        if term_timeout_s:
             os.killpg(process.pid, signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), patience_s)
+                await asyncio.wait_for(process.wait(), term_timeout_s)
                 return
         os.killpg(process.pid, signal.SIGKILL)
     await process.wait()
 
 
-async def while_there(request: Request, work: Awaitable[Answer]) -> Answer:
-    """What `work` gives. It is cancelled when the client goes away, which ends a command that it waits for."""
+async def until_disconnect(request: Request, work: Awaitable[Answer]) -> Answer:
+    """Return the result of `work`; cancel it, and with it a command that it awaits, when the client disconnects.
+
+    Raises:
+        ClientGone: the client disconnected.
+    """
     task = asyncio.ensure_future(work)
     try:
         while True:
-            done, _ = await asyncio.wait({task}, timeout=GONE_EVERY_S)
+            done, _ = await asyncio.wait({task}, timeout=DISCONNECT_POLL_S)
             if done:
                 return task.result()
             if await request.is_disconnected():
@@ -171,17 +177,17 @@ async def while_there(request: Request, work: Awaitable[Answer]) -> Answer:
             await asyncio.wait({task})
 
 
-def problems_told(finished: Finished) -> list[Problem]:
-    """The problems in what a failed command printed for people: a line each."""
+def printed_problems(finished: Finished) -> list[Problem]:
+    """Parse the problems that a failed command printed for people: one line each."""
     lines = [line.rstrip() for line in finished.err.splitlines() if line.strip()]
     for index, line in enumerate(lines):
-        if _SEVERAL.fullmatch(line):
-            told = [text.removeprefix("  - ") for text in lines[index + 1 :] if text.startswith("  - ")]
-            return [Problem(text) for text in told]
+        if _PROBLEM_COUNT.fullmatch(line):
+            texts = [text.removeprefix("  - ") for text in lines[index + 1 :] if text.startswith("  - ")]
+            return [Problem(text) for text in texts]
     if any(line.startswith("Traceback ") for line in lines):
         raised = [line for line in lines if not line.startswith(" ")]
         last = next((line for line in reversed(raised) if not line.startswith("This is a bug")), "")
         return [Problem(f"the command failed: {last}", remedy="This is a bug in simpletuner. Please report it.")]
     if lines:
         return [Problem(lines[-1])]
-    return [Problem(f"the command ended with code {finished.exit_code} and said nothing")]
+    return [Problem(f"the command ended with code {finished.exit_code} and printed nothing")]

@@ -1,4 +1,4 @@
-"""Small pictures, and what kind of picture a file is by its content."""
+"""Make thumbnails, and detect an image file's type by its content."""
 
 import errno
 import io
@@ -10,22 +10,22 @@ from pathlib import Path
 from typing import BinaryIO
 
 from simpletuner.server.faults import Fault
-from simpletuner.server.uploads import DAMAGED_PICTURE, LARGEST_PIXELS, known_formats
+from simpletuner.server.uploads import DAMAGED_IMAGE_ERRORS, LARGEST_PIXELS, known_formats
 
 QUALITY = 85
 WIDTHS = (16, 2048)
-"""The narrowest and the widest thumbnail that may be asked for."""
+"""The narrowest and the widest thumbnail that a request may ask for."""
 
 _SIGNATURES = ((b"\x89PNG\r\n\x1a\n", "image/png"), (b"\xff\xd8\xff", "image/jpeg"))
-# Each holds a whole picture in memory.
+# Each thumbnail decodes a whole image into memory.
 _AT_ONCE = threading.BoundedSemaphore(2)
 
 
 def picture_type(path: Path) -> str | None:
-    """The media type of a PNG, JPEG or WebP file, by its content; None for anything else.
+    """Return the media type of a PNG, JPEG or WebP file by its content; None for anything else.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     with _opened(path) as file:
         head = file.read(12)
@@ -35,15 +35,15 @@ def picture_type(path: Path) -> str | None:
 
 
 def thumbnail(path: Path, width: int, *, is_mask: bool = False) -> bytes:
-    """A JPEG of the picture, upright, at most `width` pixels wide, on white where it is transparent.
+    """Return a JPEG of the image: upright, at most `width` pixels wide, with white behind transparent parts.
 
     Args:
-        is_mask: lay it on black, as training reads a mask.
+        is_mask: put black behind transparent parts, as training reads a mask.
 
     Raises:
-        Fault: 422, it is no picture that can be read, or too large.
+        Fault: 422, the file is not a readable image, or too large.
     """
-    # Takes a moment to import: the first page needs none.
+    # Slow to import, and the first page needs no thumbnail.
     from PIL import Image, ImageOps
 
     try:
@@ -59,20 +59,20 @@ def thumbnail(path: Path, width: int, *, is_mask: bool = False) -> bytes:
                 image.thumbnail((width, image.height), Image.Resampling.LANCZOS)
                 if image.has_transparency_data:
                     image = image.convert("RGBA")
-                    ground = Image.new("RGBA", image.size, "black" if is_mask else "white")
-                    image = Image.alpha_composite(ground, image)
-                made = io.BytesIO()
-                image.convert("RGB").save(made, "JPEG", quality=QUALITY)
-                return made.getvalue()
-    except (*DAMAGED_PICTURE, Image.DecompressionBombError) as error:
-        raise Fault.of(422, f"{path.name} cannot be read as a picture ({type(error).__name__})") from None
+                    background = Image.new("RGBA", image.size, "black" if is_mask else "white")
+                    image = Image.alpha_composite(background, image)
+                encoded = io.BytesIO()
+                image.convert("RGB").save(encoded, "JPEG", quality=QUALITY)
+                return encoded.getvalue()
+    except (*DAMAGED_IMAGE_ERRORS, Image.DecompressionBombError) as error:
+        raise Fault.of(422, f"{path.name} cannot be read as an image ({type(error).__name__})") from None
 
 
 def _opened(path: Path) -> BinaryIO:
-    """A file, and no pipe or device, which would be waited for.
+    """Open a regular file; reading a pipe or device would block.
 
     Raises:
-        OSError: it cannot be opened, or is none.
+        OSError: it cannot be opened, or is not a regular file.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(handle).st_mode):

@@ -1,4 +1,4 @@
-"""What comes in from outside: names made safe, kinds told by content, archives unpacked within bounds."""
+"""Uploads: check file names and contents, and unpack archives within limits."""
 
 import contextlib
 import fnmatch
@@ -25,20 +25,20 @@ from simpletuner.server.roots import Roots
 MIB = 1024**2
 LARGEST_FILE = 256 * MIB
 LARGEST_ZIP = 4 * GIB
-"""As it comes, and unpacked."""
+"""Bytes, both packed and unpacked."""
 LARGEST_TEXT = MIB
 LARGEST_PIXELS = 150_000_000
 MOST_ENTRIES = 10_000
 MOST_PACKED = 100
-"""How many times its own size a zip may hold; what compresses better is no pictures."""
+"""Highest compression ratio of a zip; images never compress better."""
 ALWAYS_SMALL = MIB
-"""Up to here a zip may hold whatever its own size is."""
+"""Unpacked bytes up to which the ratio does not matter."""
 LONGEST_NAME = 200
-"""Bytes, which leaves room for what is written beside it."""
+"""Bytes; leaves room for the suffixes of files derived from it."""
 
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif"})
 UPLOAD_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")
-"""What Pillow calls them, where it has been built with them."""
+"""The same formats by Pillow's names; a given build of Pillow may lack some."""
 TEXT, ZIP = ".txt", ".zip"
 TEXTS = frozenset({TEXT, ".caption"})
 
@@ -52,9 +52,9 @@ UNREADABLE = (
     EOFError,
     ValueError,
 )
-"""What reading a damaged or hostile zip raises."""
+"""Exceptions that reading a damaged or hostile zip raises."""
 
-DAMAGED_PICTURE = (
+DAMAGED_IMAGE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -65,21 +65,21 @@ DAMAGED_PICTURE = (
     RuntimeError,
     struct.error,
 )
-"""What Pillow and its libraries raise for a damaged or hostile picture, besides its `DecompressionBombError`."""
+"""Exceptions that Pillow and its libraries raise for a damaged or hostile image, besides `DecompressionBombError`."""
 
 _PARTS = f".{'[0-9a-f]' * 16}.*.part"
-"""Names of uploads that are not yet whole."""
+"""Glob for the temporary names of unfinished uploads."""
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
-_TURNS_TEXT = re.compile("[\u202a-\u202e\u2066-\u2069\u200e\u200f]")
+_BIDI_CONTROLS = re.compile("[\u202a-\u202e\u2066-\u2069\u200e\u200f]")
 
 
-class Refused(Exception):
-    """A file that is not taken, and why."""
+class RefusedUpload(Exception):
+    """An uploaded file is refused; the message says why."""
 
 
 @dataclass
-class Outcome:
-    """What came of an upload."""
+class UploadOutcome:
+    """Files that an upload saved and refused."""
 
     saved: list[Path] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
@@ -87,48 +87,48 @@ class Outcome:
 
 
 def check_name(name: str) -> None:
-    """Whether `name` is one that a file or folder may get from outside.
+    """Check that `name` is safe for an uploaded file or a new folder.
 
     Raises:
-        Refused: it leads elsewhere, hides, or is trouble on some system.
+        RefusedUpload: it leaves the folder, is hidden, or causes trouble on some system.
     """
     try:
         length = len(name.encode())
     except UnicodeEncodeError:
-        raise Refused("the name is not text") from None
+        raise RefusedUpload("the name is not text") from None
     if not name or name.isspace():
-        raise Refused("it has no name")
+        raise RefusedUpload("the name is empty")
     if length > LONGEST_NAME:
-        raise Refused(f"the name is longer than {LONGEST_NAME} bytes")
+        raise RefusedUpload(f"the name is longer than {LONGEST_NAME} bytes")
     if "/" in name or "\\" in name:
-        raise Refused("the name holds a slash")
-    if any(unicodedata.category(sign) in ("Cc", "Cs") for sign in name) or _TURNS_TEXT.search(name):
-        raise Refused("the name holds signs that cannot be seen")
+        raise RefusedUpload("the name contains a slash or backslash")
+    if any(unicodedata.category(sign) in ("Cc", "Cs") for sign in name) or _BIDI_CONTROLS.search(name):
+        raise RefusedUpload("the name contains invisible characters")
     if name.startswith("."):
-        raise Refused("hidden files are left out")
+        raise RefusedUpload("the name begins with a dot: hidden files are skipped")
     if name.endswith((" ", ".")) or name.startswith(" "):
-        raise Refused("the name begins or ends with a space or dot")
+        raise RefusedUpload("the name begins or ends with a space or dot")
     if _RESERVED.fullmatch(name):
-        raise Refused("some systems keep this name for a device")
+        raise RefusedUpload("some systems reserve this name for a device")
 
 
 def kind_of(name: str) -> str:
-    """The suffix that says what `name` is taken for.
+    """Return the suffix by which `name` counts as an image, a text or a zip.
 
     Raises:
-        Refused: neither a picture, a text nor a zip.
+        RefusedUpload: it is none of them.
     """
     suffix = Path(name).suffix.lower()
     if suffix in PICTURES | TEXTS or suffix == ZIP:
         return suffix
-    raise Refused("neither an image nor a caption file (.txt, .caption)")
+    raise RefusedUpload("neither an image nor a caption file (.txt, .caption)")
 
 
 def check_content(path: Path, suffix: str) -> None:
-    """Whether the file holds what its name says.
+    """Check that the file's content matches its suffix.
 
     Raises:
-        Refused: it does not.
+        RefusedUpload: it does not.
     """
     if suffix in TEXTS:
         _check_text(path)
@@ -137,8 +137,8 @@ def check_content(path: Path, suffix: str) -> None:
 
 
 def known_formats() -> list[str]:
-    """Those of `UPLOAD_FORMATS` that this machine's Pillow opens."""
-    # An idle server does without Pillow.
+    """Return those of `UPLOAD_FORMATS` that this installation's Pillow opens."""
+    # Imported only when needed: Pillow is slow to import.
     from PIL import Image
 
     Image.init()
@@ -147,14 +147,14 @@ def known_formats() -> list[str]:
 
 def _check_text(path: Path) -> None:
     if path.stat().st_size > LARGEST_TEXT:
-        raise Refused(f"a text of more than {LARGEST_TEXT:,} bytes")
+        raise RefusedUpload(f"a text of more than {LARGEST_TEXT:,} bytes")
     data = path.read_bytes()
     try:
         data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Refused(f"no UTF-8 text: byte {error.start}") from None
+        raise RefusedUpload(f"not UTF-8 text: byte {error.start}") from None
     if b"\0" in data:
-        raise Refused("no text: it holds a zero byte")
+        raise RefusedUpload("not text: it contains a zero byte")
 
 
 def _check_picture(path: Path) -> None:
@@ -162,29 +162,29 @@ def _check_picture(path: Path) -> None:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about metadata, and of sizes below our limit
+            warnings.simplefilter("ignore")  # about metadata, and about sizes below our limit
             with Image.open(path, formats=known_formats()) as image:
-                # Pillow's own limit is a global, which others in this process may have lifted.
+                # Pillow's own limit is a global that other code in this process may have lifted.
                 too_large = image.width * image.height > LARGEST_PIXELS
                 if not too_large:
                     image.verify()
     except Image.DecompressionBombError:
         too_large = True
-    except DAMAGED_PICTURE:
-        raise Refused("no picture that can be read") from None
+    except DAMAGED_IMAGE_ERRORS:
+        raise RefusedUpload("not a readable image") from None
     if too_large:
-        raise Refused("more pixels than a picture has")
+        raise RefusedUpload(f"more than {LARGEST_PIXELS:,} pixels")
 
 
 def sweep_uploads(folder: Path, names: Iterable[str]) -> None:
-    """Remove what a killed server left of uploads in a folder with files of these names."""
+    """Remove unfinished uploads that a killed server left in `folder`; `names` are its files."""
     if fnmatch.filter(names, _PARTS):
         sweep_parts(folder, _PARTS)
 
 
 @contextlib.contextmanager
 def part_beside(folder: Path) -> Iterator[Path]:
-    """An empty file in `folder`, removed at the end. Those that a killed server left there are removed first."""
+    """Create an empty file in `folder` and remove it on exit. Files that a killed server left are removed first."""
     sweep_parts(folder, _PARTS)
     with locked_part(folder / secrets.token_hex(8)) as path:
         yield path
@@ -192,8 +192,8 @@ def part_beside(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder in `folder`, which is made; removed at the end with all that is in it. Those that a killed server
-    left there are removed first."""
+    """Create an empty folder in `folder`, created if missing, and remove it with its content on exit. Folders that a
+    killed server left are removed first."""
     folder.mkdir(parents=True, exist_ok=True)
     sweep_parts(folder, _PARTS)
     with locked_part(folder / secrets.token_hex(8), is_folder=True) as path:
@@ -201,110 +201,112 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
 
 
 def name_part(part: Path, target: Path) -> None:
-    """Give a whole file its name.
+    """Move a complete file to its final name without overwriting.
 
     Raises:
-        Refused: there is a file of that name.
+        RefusedUpload: a file with this name exists.
     """
     try:
         os.link(part, target)
     except FileExistsError:
-        raise Refused("there is a file of this name") from None
+        raise RefusedUpload("a file with this name exists") from None
     except OSError:  # a disk without hard links
         try:
             target.open("xb").close()
         except FileExistsError:
-            raise Refused("there is a file of this name") from None
+            raise RefusedUpload("a file with this name exists") from None
         os.replace(part, target)
 
 
-def unpack(archive: Path, name: str, folder: Path, roots: Roots) -> Outcome:
-    """Take the pictures and texts out of a zip into `folder`, its subfolders kept. An archive that breaks a bound is
-    refused whole, and then, as after an error, nothing of it stays.
+def unpack(archive: Path, name: str, folder: Path, roots: Roots) -> UploadOutcome:
+    """Extract images and texts of a zip into `folder`, with its subfolders. An archive beyond a limit is refused before
+    any file is extracted; after an error, nothing of it stays.
 
     Raises:
-        DiskError: no space.
+        DiskError: no space left.
     """
-    outcome = Outcome()
-    made: list[Path] = []
+    outcome = UploadOutcome()
+    created_folders: list[Path] = []
     try:
         with zipfile.ZipFile(archive) as opened:
             entries = [entry for entry in opened.infolist() if not entry.is_dir()]
             _check_bounds(entries, archive.stat().st_size)
             for entry in entries:
                 try:
-                    outcome.saved.append(_take(opened, entry, folder, roots, made))
-                except Refused as reason:
+                    outcome.saved.append(_extract(opened, entry, folder, roots, created_folders))
+                except RefusedUpload as reason:
                     outcome.refused.append((_printable(entry.filename), str(reason)))
-    except Refused as reason:
+    except RefusedUpload as reason:
         outcome.refused.append((name, str(reason)))
     except UNREADABLE as error:
-        _undo(outcome, made)
-        return Outcome(refused=[(name, f"the zip cannot be read ({_printable(str(error))})")])
+        _undo(outcome, created_folders)
+        return UploadOutcome(refused=[(name, f"the zip cannot be read ({_printable(str(error))})")])
     except BaseException:
-        _undo(outcome, made)
+        _undo(outcome, created_folders)
         raise
     return outcome
 
 
 def _check_bounds(entries: list[zipfile.ZipInfo], packed: int) -> None:
     if len(entries) > MOST_ENTRIES:
-        raise Refused(f"{len(entries):,} files: more than {MOST_ENTRIES:,}")
+        raise RefusedUpload(f"{len(entries):,} files: more than {MOST_ENTRIES:,}")
     size = sum(entry.file_size for entry in entries)
     if size > LARGEST_ZIP:
-        raise Refused(f"unpacked it has {size:,} bytes: more than {LARGEST_ZIP:,}")
+        raise RefusedUpload(f"it unpacks to {size:,} bytes: more than {LARGEST_ZIP:,}")
     if size > ALWAYS_SMALL and size > MOST_PACKED * packed:
-        raise Refused(f"unpacked it is more than {MOST_PACKED} times as large")
+        raise RefusedUpload(f"it unpacks to more than {MOST_PACKED} times its size")
 
 
-def _take(opened: zipfile.ZipFile, entry: zipfile.ZipInfo, folder: Path, roots: Roots, made: list[Path]) -> Path:
-    """One entry of a zip, in its place."""
+def _extract(
+    opened: zipfile.ZipFile, entry: zipfile.ZipInfo, folder: Path, roots: Roots, created_folders: list[Path]
+) -> Path:
+    """Extract one entry of a zip and return its path."""
     if entry.flag_bits & 1:
-        raise Refused("it is encrypted")
+        raise RefusedUpload("it is encrypted")
     if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG):
-        raise Refused("a link or device, and no file")
+        raise RefusedUpload("it is a link or device, not a regular file")
     *folders, name = entry.filename.split("/")
-    for word in (*folders, name):
-        check_name(word)
+    for component in (*folders, name):
+        check_name(component)
     suffix = kind_of(name)
     if suffix == ZIP:
-        raise Refused("a zip in a zip")
+        raise RefusedUpload("it is a zip inside a zip")
     if entry.file_size > LARGEST_FILE:
-        raise Refused(f"more than {LARGEST_FILE:,} bytes")
-    place_in = folder.joinpath(*folders).resolve()
-    if not roots.holds(place_in):
-        raise Refused("a link leads out of the folders of this page")
-    with file_errors_reported(place_in):
+        raise RefusedUpload(f"more than {LARGEST_FILE:,} bytes")
+    target_folder = folder.joinpath(*folders).resolve()
+    if not roots.holds(target_folder):
+        raise RefusedUpload("a link leads outside the folders of this page")
+    with file_errors_reported(target_folder):
         try:
-            _make_folders(place_in, made)
+            _make_folders(target_folder, created_folders)
         except (FileExistsError, NotADirectoryError):
-            raise Refused("a file is in the place of its folder") from None
-        with part_beside(place_in) as part:
+            raise RefusedUpload("a file has the name of its folder") from None
+        with part_beside(target_folder) as part:
             with opened.open(entry) as source, part.open("wb") as target:
                 shutil.copyfileobj(source, target, MIB)
             check_content(part, suffix)
-            name_part(part, place_in / name)
-    return place_in / name
+            name_part(part, target_folder / name)
+    return target_folder / name
 
 
-def _make_folders(folder: Path, made: list[Path]) -> None:
+def _make_folders(folder: Path, created_folders: list[Path]) -> None:
     missing = []
     while not folder.exists():
         missing.append(folder)
         folder = folder.parent
     for path in reversed(missing):
         path.mkdir()
-        made.append(path)
+        created_folders.append(path)
 
 
-def _undo(outcome: Outcome, made: list[Path]) -> None:
+def _undo(outcome: UploadOutcome, created_folders: list[Path]) -> None:
     for path in outcome.saved:
         path.unlink(missing_ok=True)
-    for path in reversed(made):
+    for path in reversed(created_folders):
         with contextlib.suppress(OSError):
             path.rmdir()
 
 
 def _printable(text: str) -> str:
-    """A name from outside, for a message."""
+    """A name from outside, with unprintable characters replaced, for a message."""
     return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text)[:LONGEST_NAME]

@@ -1,4 +1,4 @@
-"""What verifying a checkpoint found, remembered until a file of it changes: hashing gigabytes takes time."""
+"""Results of checkpoint verification, remembered until a file of the checkpoint changes: hashing gigabytes is slow."""
 
 import threading
 from pathlib import Path
@@ -6,43 +6,43 @@ from pathlib import Path
 from simpletuner.runs.checkpoints import damage
 
 Seal = tuple[tuple[str, int, int], ...]
-"""Name, bytes and time of change of each file."""
+"""Name, size in bytes and modification time (ns) of each file."""
 
 
 class Verdicts:
-    """Of the checkpoints that were verified since the server started. May be asked from several threads."""
+    """Verification results since the server started. Thread-safe."""
 
     def __init__(self) -> None:
-        self._known: dict[Path, tuple[Seal, str | None]] = {}
+        self._verified: dict[Path, tuple[Seal, str | None]] = {}
         self._hashing = threading.Lock()
 
     def verify(self, folder: Path) -> str | None:
-        """Hash the files of a checkpoint; what is wrong with it, or None. One at a time."""
+        """Hash a checkpoint's files; return what is damaged, or None. Checkpoints are verified one at a time."""
         with self._hashing:
             seal = _seal(folder)
-            found = damage(folder)
-            self._known[folder] = seal, found
-            return found
+            damaged = damage(folder)
+            self._verified[folder] = seal, damaged
+            return damaged
 
-    def known(self, folder: Path) -> tuple[bool, str | None]:
-        """Whether it was verified as it lies there, and what was wrong with it."""
-        seal, found = self._known.get(folder, ((), None))
-        is_known = seal != () and seal == _seal(folder)
-        return is_known, found if is_known else None
+    def verdict(self, folder: Path) -> tuple[bool, str | None]:
+        """Return whether the checkpoint was verified in its current state, and what was damaged."""
+        seal, damaged = self._verified.get(folder, ((), None))
+        is_current = seal != () and seal == _seal(folder)
+        return is_current, damaged if is_current else None
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the files in a folder."""
+    """Total bytes of the files in a folder."""
     return sum(size for _, size, _ in _seal(folder))
 
 
 def _seal(folder: Path) -> Seal:
-    found = []
+    entries = []
     for path in sorted(folder.rglob("*")):
         try:
             state = path.lstat()
-        except FileNotFoundError:  # it is being deleted
+        except FileNotFoundError:  # being deleted
             continue
         if path.is_file():
-            found.append((str(path.relative_to(folder)), state.st_size, state.st_mtime_ns))
-    return tuple(found)
+            entries.append((str(path.relative_to(folder)), state.st_size, state.st_mtime_ns))
+    return tuple(entries)

@@ -1,4 +1,4 @@
-"""Jobs: commands that take longer than a request, followed while they run. They end with the server."""
+"""Jobs: commands that outlast a request, and their progress. They end with the server."""
 
 import asyncio
 import codecs
@@ -12,23 +12,23 @@ from pydantic import BaseModel
 
 from simpletuner.base.errors import Problem, UserError
 from simpletuner.server.faults import Fault, ProblemAnswer, answered
-from simpletuner.server.shell import Finished, Shell, end, problems_told
+from simpletuner.server.shell import Finished, Shell, end_process, printed_problems
 
 LINES_KEPT = 50
 LONGEST_LINE = 2000
 JOBS_KEPT = 10
-"""Finished ones, with their results; the oldest are forgotten."""
+"""Finished jobs that keep their results; older ones are dropped."""
 RUNNING_AT_MOST = 8
-PATIENCE_S = 5.0
-"""Between asking a cancelled command to stop and ending it."""
+TERM_TIMEOUT_S = 5.0
+"""Time between SIGTERM and SIGKILL for a cancelled command."""
 _CHUNK = 65536
 
-Kind = Literal["scan", "cache", "duplicates", "sample"]
+JobKind = Literal["scan", "cache", "duplicates", "sample"]
 JobState = Literal["running", "done", "failed", "cancelled"]
 
 
 class JobProgress(BaseModel):
-    """How far it is."""
+    """A job's progress."""
 
     what: str
     done: int
@@ -36,76 +36,76 @@ class JobProgress(BaseModel):
 
 
 class CommandJob(BaseModel):
-    """A command and what came of it. Kept up to date while the command runs."""
+    """A command and its outcome; updated while the command runs."""
 
     id: str
-    kind: Kind
+    kind: JobKind
     state: JobState = "running"
     exit_code: int | None = None
     progress: JobProgress | None = None
     lines: list[str] = []
-    """The last lines that it printed for people."""
+    """The last lines that the command printed for people."""
     result: Any = None
-    """What the command printed as JSON, once it is done; of pictures that are drawn, those that are there so far."""
+    """The command's JSON output, once it is done; for sampling, the images generated so far."""
     problems: list[ProblemAnswer] = []
-    """Why it failed, or was cancelled by something else than its own client."""
+    """Why the job failed, or why something other than its client cancelled it."""
 
 
 def from_json(text: str) -> Any:
-    """The JSON value in `text`; null stands for numbers that JSON does not know."""
+    """Parse JSON; NaN and infinities become None."""
     return json.loads(text, parse_constant=lambda _: None)
 
 
 class Jobs:
-    """All jobs of this server."""
+    """The jobs of this server."""
 
     def __init__(self, shell: Shell) -> None:
         self._shell = shell
         self._jobs: dict[str, CommandJob] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    def start(self, kind: Kind, arguments: Sequence[str], result: Callable[[str], Any] = from_json) -> CommandJob:
-        """Start `simpletuner ARGUMENTS` and follow it. `result` makes the job's result of what a successful command
-        printed; it may raise a UserError, which then fails the job. Called inside the event loop.
+    def start(self, kind: JobKind, arguments: Sequence[str], result: Callable[[str], Any] = from_json) -> CommandJob:
+        """Start `simpletuner ARGUMENTS` and follow it. `result` turns the output of a successful command into the job's
+        result; a UserError that it raises fails the job. Call it inside the event loop.
 
         Raises:
-            Fault: 429, too many are running.
+            Fault: 429, too many jobs are running.
         """
         return self.begin(kind, partial(self._follow, arguments=arguments, result=result))
 
-    def begin(self, kind: Kind, work: Callable[[CommandJob], Coroutine[None, None, None]]) -> CommandJob:
-        """Start `work`, which keeps the job up to date until it ends. Called inside the event loop.
+    def begin(self, kind: JobKind, work: Callable[[CommandJob], Coroutine[None, None, None]]) -> CommandJob:
+        """Start `work`, which updates the job until it ends. Call it inside the event loop.
 
         Raises:
-            Fault: 429, too many are running.
+            Fault: 429, too many jobs are running.
         """
         if len(self._tasks) >= RUNNING_AT_MOST:
             raise Fault.of(429, f"{len(self._tasks)} jobs are running", remedy="Wait for one of them, or cancel it.")
         job = CommandJob(id=secrets.token_hex(8), kind=kind)
         self._jobs[job.id] = job
         finished = [known.id for known in self._jobs.values() if known.state != "running"]
-        for forgotten in finished[:-JOBS_KEPT]:
-            del self._jobs[forgotten]
+        for old_id in finished[:-JOBS_KEPT]:
+            del self._jobs[old_id]
         task = asyncio.create_task(work(job))
         self._tasks[job.id] = task
         task.add_done_callback(lambda _: self._tasks.pop(job.id, None))
         return job
 
     def job(self, job_id: str) -> CommandJob:
-        """The job of that id.
+        """Return the job with this id.
 
         Raises:
-            Fault: 404.
+            Fault: 404, no such job.
         """
         if job_id not in self._jobs:
-            raise Fault.of(404, "no such job", remedy="Jobs end with the server: start it again.")
+            raise Fault.of(404, "no such job", remedy="Jobs end with the server: start the job again.")
         return self._jobs[job_id]
 
     async def cancel(self, job_id: str) -> CommandJob:
-        """Stop a job and wait until its command is gone. One that ended stays as it is.
+        """Stop a job and wait until its command has ended. A finished job does not change.
 
         Raises:
-            Fault: 404.
+            Fault: 404, no such job.
         """
         job = self.job(job_id)
         task = self._tasks.get(job_id)
@@ -117,7 +117,7 @@ class Jobs:
         return job
 
     async def close(self) -> None:
-        """Cancel all that still run."""
+        """Cancel all running jobs."""
         await asyncio.gather(*(self.cancel(job_id) for job_id in list(self._tasks)))
 
     async def _follow(self, job: CommandJob, arguments: Sequence[str], result: Callable[[str], Any]) -> None:
@@ -134,39 +134,39 @@ class Jobs:
                 process.stdout.read(), read_lines(process.stderr, partial(take_line, job=job)), process.wait()
             )
         finally:
-            await end(process, PATIENCE_S)
+            await end_process(process, TERM_TIMEOUT_S)
             job.exit_code = process.returncode
         try:
             if exit_code == 0:
                 job.result = result(out.decode(errors="replace"))
                 job.state = "done"
                 return
-            problems: Sequence[Problem] = problems_told(Finished(exit_code, "", err))
+            problems: Sequence[Problem] = printed_problems(Finished(exit_code, "", err))
         except UserError as error:
             problems = error.problems
         except ValueError:
-            problems = [Problem("the command's answer cannot be read")]
+            problems = [Problem("the command's output cannot be parsed")]
         job.problems = [answered(problem) for problem in problems]
         job.state = "failed"
 
 
 async def read_lines(stream: asyncio.StreamReader, take: Callable[[str], None]) -> str:
-    """Call `take` with each line as it comes; returns the last part of the whole."""
-    whole = rest = ""
+    """Call `take` with each line as it arrives; return the last 64 KiB of the output."""
+    tail = partial_line = ""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     while chunk := await stream.read(_CHUNK):
         text = decoder.decode(chunk)
-        *lines, rest = (rest + text).replace("\r", "\n").split("\n")
+        *lines, partial_line = (partial_line + text).replace("\r", "\n").split("\n")
         for line in lines:
             take(line)
-        whole = (whole + text)[-_CHUNK:]
-        rest = rest[-LONGEST_LINE:]
-    take(rest)
-    return whole
+        tail = (tail + text)[-_CHUNK:]
+        partial_line = partial_line[-LONGEST_LINE:]
+    take(partial_line)
+    return tail
 
 
 def take_line(line: str, job: CommandJob) -> None:
-    """Put a line that a command printed into its job: progress, or a line for people."""
+    """Record a line that a command printed in its job: progress, or a line for people."""
     if line.startswith("{"):
         progress = _progress(line)
         if progress is not None:
@@ -177,7 +177,7 @@ def take_line(line: str, job: CommandJob) -> None:
 
 
 def _progress(line: str) -> JobProgress | None:
-    """What a line of `--progress` says: {"what", "done", "total"}."""
+    """Parse a line of `--progress`: {"what", "done", "total"}; None if it is not one."""
     try:
         return JobProgress.model_validate_json(line)
     except ValueError:

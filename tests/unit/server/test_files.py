@@ -15,7 +15,7 @@ from PIL import Image
 
 from simpletuner.server import uploads
 from simpletuner.server.app import create_app
-from simpletuner.server.pictures import KEPT_BYTES, Thumbnails, Version
+from simpletuner.server.pictures import KEPT_BYTES, ImageVersion, Thumbnails
 from simpletuner.server.roots import Roots
 
 ORIGIN = "http://localhost:8001"
@@ -145,7 +145,7 @@ def test_a_type_is_told_from_the_content(client: TestClient, into: Path) -> None
 def test_small_pictures_are_kept_within_bounds(into: Path) -> None:
     (into / "one.png").write_bytes(png())
     kept = Thumbnails()
-    version = Version.of(into / "one.png")
+    version = ImageVersion.of(into / "one.png")
     assert kept.of(version, 32) is kept.of(version, 32)
     kept._bytes = KEPT_BYTES  # as if others were there
     kept.of(version, 16)
@@ -302,7 +302,9 @@ def test_a_zips_links_are_refused(client: TestClient, into: Path) -> None:
         link = zipfile.ZipInfo("link.png")
         link.external_attr = (stat.S_IFLNK | 0o777) << 16
         archive.writestr(link, "/etc/passwd")
-    assert send(client, "set.zip", made.getvalue())["refused"][0]["reason"] == "a link or device, and no file"
+    assert (
+        send(client, "set.zip", made.getvalue())["refused"][0]["reason"] == "it is a link or device, not a regular file"
+    )
     assert listed(into) == []
 
 

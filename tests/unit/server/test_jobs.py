@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 
 from simpletuner.config.load import PAGE_ROOTS_VARIABLE
 from simpletuner.server.faults import Fault
-from simpletuner.server.shell import Finished, Shell, problems_told
+from simpletuner.server.shell import Finished, Shell, printed_problems
 from simpletuner.server.work import LINES_KEPT, RUNNING_AT_MOST, Jobs
 
 
@@ -145,15 +145,15 @@ def test_too_many_jobs_are_refused(tmp_path: Path) -> None:
 
 def test_problems_are_read_from_what_people_see() -> None:
     several = "A notice.\n2 problems in the configuration:\n  - lora_rank = 0: expected 1.\n  - sede: no such option.\n"
-    assert [str(problem) for problem in problems_told(Finished(2, "", several))] == [
+    assert [str(problem) for problem in printed_problems(Finished(2, "", several))] == [
         "lora_rank = 0: expected 1.",
         "sede: no such option.",
     ]
-    assert problems_told(Finished(3, "", "a notice\nno such folder.\n"))[0].found == "no such folder."
+    assert printed_problems(Finished(3, "", "a notice\nno such folder.\n"))[0].found == "no such folder."
     bug = 'Traceback (most recent call last):\n  File "/secret/x.py", line 1\nValueError: 3\nThis is a bug in it.\n'
-    (told,) = problems_told(Finished(1, "", bug))
+    (told,) = printed_problems(Finished(1, "", bug))
     assert told.found == "the command failed: ValueError: 3"
-    assert problems_told(Finished(-9, "", ""))[0].found.endswith("-9 and said nothing")
+    assert printed_problems(Finished(-9, "", ""))[0].found.endswith("-9 and said nothing")
 
 
 def test_a_command_gets_no_more_environment_than_the_server(tmp_path: Path) -> None:

@@ -417,7 +417,7 @@ def test_the_machine_is_told(
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho '0, NVIDIA GeForce RTX 4090, 570.86.15, 24564, 18123, 97'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(meter, "ASKED_EVERY_S", 3600.0)
+    monkeypatch.setattr(meter, "MAX_AGE_S", 3600.0)
     monkeypatch.setattr(meter, "LOW_DISK_BYTES", 2**60)
     told = get(client, "machine")
     assert told["disk_free_bytes"] > 0

@@ -42,7 +42,7 @@ class InPlaceOfSample(Shell):
 
 
 async def drawn(jobs: Jobs, sampler: SamplerProcess, **request: object) -> CommandJob:
-    job = jobs.begin("sample", lambda job: sampler.draw(job, request, lambda path: path))
+    job = jobs.begin("sample", lambda job: sampler.sample(job, request, lambda path: path))
     while job.state == "running":
         await asyncio.sleep(0.01)
     return job
@@ -91,7 +91,7 @@ def test_a_cancelled_job_leaves_the_process_to_the_next(tmp_path: Path) -> None:
         shell = InPlaceOfSample(tmp_path)
         jobs, sampler = Jobs(shell), SamplerProcess(shell)
         before = await drawn(jobs, sampler)
-        job = jobs.begin("sample", lambda job: sampler.draw(job, {"wait": True}, str))
+        job = jobs.begin("sample", lambda job: sampler.sample(job, {"wait": True}, str))
         while job.progress is None:
             await asyncio.sleep(0.01)
         assert (await jobs.cancel(job.id)).state == "cancelled"

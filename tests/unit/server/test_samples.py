@@ -14,11 +14,11 @@ from PIL import Image, PngImagePlugin
 from simpletuner.runs.events import EventLog, NoticeEvent
 from simpletuner.runs.layout import LORA_NAME, RunDirectory
 from simpletuner.runs.queue import Queue
-from simpletuner.server.api.samples import ActingLora, ToDraw, sample_request
-from simpletuner.server.context import Context
+from simpletuner.server.api.samples import SampleRequest, WeightedLora, sample_request
+from simpletuner.server.context import ServerContext
 from simpletuner.server.faults import Fault
 from simpletuner.server.roots import Roots
-from simpletuner.server.sampler import SamplerProcess, run_in_the_way
+from simpletuner.server.sampler import SamplerProcess, run_on_sampler_gpu
 from simpletuner.server.shell import Shell
 from simpletuner.server.work import Jobs
 
@@ -35,16 +35,16 @@ def run(workspace: Path) -> RunDirectory:
 
 
 @pytest.fixture
-def here(workspace: Path) -> Context:
+def here(workspace: Path) -> ServerContext:
     shell = Shell(workspace)
-    return Context(Roots(workspace), shell, Jobs(shell), SamplerProcess(shell))
+    return ServerContext(Roots(workspace), shell, Jobs(shell), SamplerProcess(shell))
 
 
-def test_a_wish_becomes_a_request_of_the_sampler(here: Context, run: RunDirectory) -> None:
+def test_a_wish_becomes_a_request_of_the_sampler(here: ServerContext, run: RunDirectory) -> None:
     run.checkpoint(5).mkdir(parents=True)
     (run.checkpoint(5) / LORA_NAME).write_bytes(b"")
     run.lora.write_bytes(b"")
-    wanted = ToDraw(
+    wanted = SampleRequest(
         run="output/a",
         prompts=["a flag", "--out=/etc; $(reboot)\nü"],
         seed=7,
@@ -53,8 +53,8 @@ def test_a_wish_becomes_a_request_of_the_sampler(here: Context, run: RunDirector
         steps=4,
         count=2,
         loras=[
-            ActingLora(path="output/a/checkpoints/step-000005", strength=0.8),
-            ActingLora(path=f"output/a/{LORA_NAME}", strength=-1),
+            WeightedLora(path="output/a/checkpoints/step-000005", strength=0.8),
+            WeightedLora(path=f"output/a/{LORA_NAME}", strength=-1),
         ],
         strengths=[0, 0.5],
     )
@@ -71,15 +71,17 @@ def test_a_wish_becomes_a_request_of_the_sampler(here: Context, run: RunDirector
         "num": 2,
     }
     Image.new("RGB", (64, 64)).save(here.workspace / "a.png")
-    assert sample_request(here, ToDraw(prompts=["x"], references=["a.png", "a.png"]))["references"] == ["a.png"] * 2
+    assert (
+        sample_request(here, SampleRequest(prompts=["x"], references=["a.png", "a.png"]))["references"] == ["a.png"] * 2
+    )
     for path, status in (("gone.png", 422), (f"output/a/{LORA_NAME}", 422), ("../a.png", 403)):
         with pytest.raises(Fault) as refused:
-            sample_request(here, ToDraw(prompts=["x"], references=[path]))
+            sample_request(here, SampleRequest(prompts=["x"], references=[path]))
         assert refused.value.status == status
-    plain = sample_request(here, ToDraw(prompts=["x"]))
+    plain = sample_request(here, SampleRequest(prompts=["x"]))
     assert (plain["out"], plain["prompt"]) == ("samples", ["x"])
     assert not {"run", "lora", "steps", "guidance"} & set(plain), "null is left to the run and the model"
-    assert sample_request(here, ToDraw(prompts=["x"], loras=[]))["lora"] == [], "an empty list is the base"
+    assert sample_request(here, SampleRequest(prompts=["x"], loras=[]))["lora"] == [], "an empty list is the base"
 
 
 def test_drawing_is_refused_while_a_run_trains_on_the_same_gpu(
@@ -87,9 +89,9 @@ def test_drawing_is_refused_while_a_run_trains_on_the_same_gpu(
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     roots = Roots(workspace)
-    assert run_in_the_way(roots) is None
+    assert run_on_sampler_gpu(roots) is None
     with run.lock():
-        assert run_in_the_way(roots) == "output/a"
+        assert run_on_sampler_gpu(roots) == "output/a"
         answer = client.post("/api/jobs/sample", json={"prompts": ["x"]}, headers=SAME)
         assert answer.status_code == 409
         assert "output/a is training" in answer.json()["problems"][0]["found"]
@@ -99,7 +101,7 @@ def test_drawing_is_refused_while_a_run_trains_on_the_same_gpu(
             changed = {"state": "running", "output_dir": "output/a", "devices": devices, "pid": os.getpid()}
             with queue.held(entry.id):
                 queue.write(entry.model_copy(update=changed))
-                assert (run_in_the_way(roots) is not None) == is_in_the_way, devices
+                assert (run_on_sampler_gpu(roots) is not None) == is_in_the_way, devices
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_drawing_is_refused_while_a_run_trains_on_the_same_gpu(
         ("", 422),
     ],
 )
-def test_only_loras_below_the_roots_act(here: Context, workspace: Path, path: str, status: int) -> None:
+def test_only_loras_below_the_roots_act(here: ServerContext, workspace: Path, path: str, status: int) -> None:
     (workspace.parent / "away.safetensors").write_bytes(b"")
     (workspace / "link.safetensors").symlink_to(workspace.parent / "away.safetensors")
     (workspace / "config.json").write_text("{}")
@@ -123,7 +125,7 @@ def test_only_loras_below_the_roots_act(here: Context, workspace: Path, path: st
     (workspace / "folder").mkdir()
     (workspace / "folder" / LORA_NAME).symlink_to(workspace.parent / "away.safetensors")
     with pytest.raises(Fault) as refused:
-        sample_request(here, ToDraw(prompts=["x"], loras=[ActingLora(path=path)]))
+        sample_request(here, SampleRequest(prompts=["x"], loras=[WeightedLora(path=path)]))
     assert refused.value.status == status
 
 

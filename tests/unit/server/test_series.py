@@ -20,7 +20,16 @@ from simpletuner.runs.events import (
     StepEvent,
     ValidationEvent,
 )
-from simpletuner.server.series import BLOCK_STEPS, CHUNK_BYTES, COLUMNS, RUNS_KEPT, Damaged, Index, Indexes, decoded
+from simpletuner.server.series import (
+    BLOCK_STEPS,
+    CHUNK_BYTES,
+    COLUMNS,
+    RUNS_KEPT,
+    DamagedText,
+    EventIndex,
+    EventIndexes,
+    decoded,
+)
 
 RUN = RunEvent(program="simpletuner 1", pid=1, resumed_from=None, steps=9, pictures=6, trainable=100)
 
@@ -44,7 +53,7 @@ def read_plainly(path: Path) -> dict[str, list[Any]]:
     return {name: [row[at] for row in finite] for at, name in enumerate(COLUMNS)}
 
 
-def columns(index: Index) -> dict[str, Any]:
+def columns(index: EventIndex) -> dict[str, Any]:
     series = json.loads(index.series(), parse_constant=pytest.fail)
     return {name: series[name] for name in COLUMNS}
 
@@ -82,19 +91,19 @@ def test_columns_are_what_json_reads_of_any_events(path: Path) -> None:
         is_ascii = draw.random() < 0.5
         lines.append(json.dumps(event, ensure_ascii=is_ascii, separators=draw.choice([None, (",", ":")])))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    index = Index(path)
+    index = EventIndex(path)
     assert columns(index) == read_plainly(path)
-    assert index.look().damaged == 0
+    assert index.refresh().damaged == 0
 
 
 def test_the_lines_of_the_log_take_the_quick_way_and_keep_every_digit(path: Path) -> None:
     with EventLog(path) as log:
         for number in range(1, 3000):
             log.emit(step(number, loss=random.Random(number).random(), rollout_calls=2))
-    text = Index(path).series()
+    text = EventIndex(path).series()
     assert json.loads(text)["loss"] == [random.Random(number).random() for number in range(1, 3000)]
-    index = Index(path)
-    index.look()
+    index = EventIndex(path)
+    index.refresh()
     index._take_other = pytest.fail  # type: ignore[method-assign, assignment]
     index._forget()
     assert json.loads(index.series())["step"] == list(range(1, 3000))
@@ -106,11 +115,11 @@ def test_a_start_that_was_refused_is_no_attempt_and_has_its_own_phases(path: Pat
         with EventLog(path) as log:
             for event in events:
                 log.emit(event)
-    told = Index(path).look()
+    told = EventIndex(path).refresh()
     assert (told.attempts, told.starts, list(told.phases)) == (1, 3, ["scan"])
     with EventLog(path) as log:
         log.emit(RUN)
-    assert Index(path).look().attempts == 2
+    assert EventIndex(path).refresh().attempts == 2
 
 
 RATES = ("images_per_s", "tflop_per_s", "mfu", "hfu")
@@ -122,26 +131,26 @@ def test_steps_with_and_without_rates_take_the_quick_way(path: Path, rates: dict
     event = {key: value for key, value in step(1).model_dump().items() if key not in RATES} | rates
     head = {"v": 1, "id": 1, "time": "2026-01-01T00:00:00.000+00:00", "attempt": 1}
     path.write_text(json.dumps(head | {"type": "step"} | event) + "\n")
-    index = Index(path)
+    index = EventIndex(path)
     index._take_other = pytest.fail  # type: ignore[method-assign, assignment]
     assert json.loads(index.series())["loss"] == [0.5]
 
 
 def test_bytes_are_read_once_and_a_torn_line_waits(path: Path) -> None:
-    index = Index(path)
-    assert index.look().last_id == 0
+    index = EventIndex(path)
+    assert index.refresh().last_id == 0
     with EventLog(path) as log:
         log.emit(RUN)
         log.emit(step(1))
-    assert index.look().last_id == 2
+    assert index.refresh().last_id == 2
     line = json.dumps({"v": 1, "id": 3, "time": "", "attempt": 1} | step(2).model_dump()) + "\n"
     with path.open("a") as file:
         file.write(line[:50])
         file.flush()
-        assert index.look().last_id == 2
+        assert index.refresh().last_id == 2
         file.write(line[50:])
-    place = index.place(2)[0]
-    assert index.look().last_id == 3
+    place = index.position(2)[0]
+    assert index.refresh().last_id == 3
     assert path.read_bytes()[place:].decode() == line
     # What was read before is not looked at again.
     data = path.read_bytes()
@@ -156,33 +165,33 @@ def test_a_later_attempt_replaces_the_steps_it_comes_to_again(path: Path) -> Non
     with EventLog(path) as log:
         for number in range(1, last + 1):
             log.emit(step(number, loss=1.0))
-    index = Index(path)
-    index.look()
+    index = EventIndex(path)
+    index.refresh()
     with EventLog(path) as log:
         log.emit(RUN)
         for number in range(BLOCK_STEPS - 10, BLOCK_STEPS + 11):
             log.emit(step(number, loss=2.0))
     expected = [1.0] * (BLOCK_STEPS - 11) + [2.0] * 21 + [1.0] * 10
-    assert columns(index)["loss"] == columns(Index(path))["loss"] == expected
+    assert columns(index)["loss"] == columns(EventIndex(path))["loss"] == expected
     assert columns(index)["step"] == list(range(1, last + 1))
-    assert index.look().attempts == 2
+    assert index.refresh().attempts == 2
 
 
 def test_a_file_that_is_cut_or_replaced_is_read_anew(path: Path) -> None:
     with EventLog(path) as log:
         for number in range(1, 9):
             log.emit(step(number))
-    index = Index(path)
-    index.look()
+    index = EventIndex(path)
+    index.refresh()
     data = path.read_bytes()
     path.write_bytes(data[: data.index(b"\n") + 1])
-    assert (columns(index)["step"], index.look().last_id) == ([1], 1)
+    assert (columns(index)["step"], index.refresh().last_id) == ([1], 1)
     other = path.with_name("other")
     other.write_bytes(data)
     other.replace(path)
     assert columns(index)["step"] == list(range(1, 9))
     path.unlink()
-    assert (columns(index)["step"], index.look().last_id) == ([], 0)
+    assert (columns(index)["step"], index.refresh().last_id) == ([], 0)
 
 
 @pytest.mark.parametrize(
@@ -214,14 +223,14 @@ def test_a_damaged_line_is_passed_over_and_counted(path: Path, line: bytes) -> N
             log.emit(step(number))
     with path.open("ab") as file:
         file.write(path.with_name("more").read_bytes())
-    index = Index(path)
+    index = EventIndex(path)
     assert columns(index)["step"] == [1, 2, 3, 4]
-    assert index.look().damaged == 1
+    assert index.refresh().damaged == 1
 
 
 def test_an_event_of_a_later_version_is_no_damage(path: Path) -> None:
     path.write_text('{"v": 2, "id": 1, "attempt": 1, "type": "weather", "sky": "blue"}\n')
-    told = Index(path).look()
+    told = EventIndex(path).refresh()
     assert (told.last_id, told.damaged) == (1, 0)
 
 
@@ -236,8 +245,8 @@ def test_what_is_no_step_is_told(path: Path) -> None:
         log.emit(CheckpointEvent(step=5, state="saved", path="checkpoints/step-000005", bytes=3))
         log.emit(NoticeEvent(text="first"))
         log.emit(EndEvent(reason="stopped", exit_code=75, step=5, seconds=3.0))
-    index = Index(path)
-    told = index.look()
+    index = EventIndex(path)
+    told = index.refresh()
     text = told.phases["text"]
     assert (text.state, text.seconds, text.progress and text.progress.done) == ("end", 2.0, 1)
     series = json.loads(index.series())
@@ -247,7 +256,7 @@ def test_what_is_no_step_is_told(path: Path) -> None:
         log.emit(RUN)
         log.emit(ValidationEvent(step=0, loss=0.7))
         log.emit(NoticeEvent(text="second"))
-    told = index.look()
+    told = index.refresh()
     # The new attempt has its own phases and notices; pictures and checkpoints stay.
     assert (told.attempts, told.phases, told.notices) == (2, {}, ["second"])
     assert len(told.validations) == 2
@@ -261,17 +270,17 @@ def test_a_place_is_found_in_a_long_file(path: Path) -> None:
             log.emit(step(number))
     data = path.read_bytes()
     assert len(data) > 3 * CHUNK_BYTES
-    index = Index(path)
+    index = EventIndex(path)
     for after in (0, 1, 1100, 2500, 3999, 4000):
-        offset, is_known = index.place(after)
+        offset, is_known = index.position(after)
         rest = data[offset:].splitlines()
         assert is_known
         assert [json.loads(line)["id"] for line in rest[:1]] == ([] if after == 4000 else [after + 1])
-    assert index.place(4001) == (0, False)
+    assert index.position(4001) == (0, False)
 
 
 def test_indexes_of_few_runs_are_kept(tmp_path: Path) -> None:
-    indexes = Indexes()
+    indexes = EventIndexes()
     first = indexes.of(tmp_path / "0")
     for number in range(1, RUNS_KEPT):
         indexes.of(tmp_path / str(number))
@@ -287,5 +296,5 @@ def test_numbers_that_are_no_json_become_null(text: str, value: object) -> None:
 
 
 def test_half_a_surrogate_pair_is_damage() -> None:
-    with pytest.raises(Damaged):
+    with pytest.raises(DamagedText):
         decoded('"\\udfff"')

@@ -10,7 +10,7 @@ import pytest
 
 from simpletuner.runs.events import EventLog, StepEvent
 from simpletuner.server import stream
-from simpletuner.server.series import CHUNK_BYTES, Indexes
+from simpletuner.server.series import CHUNK_BYTES, EventIndexes
 from simpletuner.server.stream import HEARTBEAT, RESET, Streams
 
 
@@ -45,7 +45,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(stream, "POLL_EVERY_S", 0.02)
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
@@ -58,7 +58,7 @@ def run(work: Coroutine[Any, Any, None]) -> None:
 
 def test_it_replays_after_an_id_and_goes_on(path: Path) -> None:
     async def work() -> None:
-        streams = Streams(Indexes())
+        streams = Streams(EventIndexes())
         with EventLog(path) as log:
             for number in range(1, 6):
                 log.emit(step(number))
@@ -77,7 +77,7 @@ def test_it_replays_after_an_id_and_goes_on(path: Path) -> None:
 
 def test_a_run_may_begin_after_its_clients_and_a_torn_line_waits(path: Path) -> None:
     async def work() -> None:
-        streams = Streams(Indexes())
+        streams = Streams(EventIndexes())
         follow = streams.follow(path, after=0)
         assert await anext(follow) == HEARTBEAT
         waiting = asyncio.create_task(until(follow, 2))
@@ -103,7 +103,7 @@ def test_a_long_file_comes_in_pieces_that_fit_together(path: Path) -> None:
             log.emit(step(number))
 
     async def work() -> None:
-        follow = Streams(Indexes()).follow(path, after=10)
+        follow = Streams(EventIndexes()).follow(path, after=10)
         parts = []
         async for part in follow:
             parts.append(part)
@@ -126,7 +126,7 @@ def test_what_cannot_be_sent_as_it_is_is_mended_or_left_out(path: Path) -> None:
         file.write(f'{head}"text": "a\u2028b", "id": 3}}\n'.encode())
 
     async def work() -> None:
-        follow = Streams(Indexes()).follow(path, after=0)
+        follow = Streams(EventIndexes()).follow(path, after=0)
         sent = await until(follow, 3)
         await follow.aclose()
         (one, first), (two, second), (three, third) = messages(sent)
@@ -141,7 +141,7 @@ def test_what_cannot_be_sent_as_it_is_is_mended_or_left_out(path: Path) -> None:
 
 def test_a_replaced_file_is_announced(path: Path) -> None:
     async def work() -> None:
-        streams = Streams(Indexes())
+        streams = Streams(EventIndexes())
         with EventLog(path) as log:
             for number in range(1, 4):
                 log.emit(step(number))
@@ -170,7 +170,7 @@ def test_all_clients_share_one_look_and_one_read(path: Path, monkeypatch: pytest
     monkeypatch.setattr(stream, "whole_lines", lambda file, offset: reads.append(offset) or plainly(file, offset))
 
     async def work() -> None:
-        streams = Streams(Indexes())
+        streams = Streams(EventIndexes())
         with EventLog(path) as log:
             log.emit(step(1))
             follows = [streams.follow(path, after=0) for _ in range(20)]
@@ -195,7 +195,7 @@ def test_silence_is_broken_by_heartbeats(path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(stream, "HEARTBEAT_S", 0.05)
 
     async def work() -> None:
-        follow = Streams(Indexes()).follow(path, after=0)
+        follow = Streams(EventIndexes()).follow(path, after=0)
         assert [await anext(follow) for _ in range(3)] == [HEARTBEAT] * 3
         await follow.aclose()
 
@@ -204,7 +204,7 @@ def test_silence_is_broken_by_heartbeats(path: Path, monkeypatch: pytest.MonkeyP
 
 def test_closing_ends_every_stream(path: Path) -> None:
     async def work() -> None:
-        streams = Streams(Indexes())
+        streams = Streams(EventIndexes())
         follow = streams.follow(path, after=0)
         await anext(follow)
         rest = asyncio.create_task(anext(follow, b"end"))

@@ -55,8 +55,8 @@ def test_checks_have_turns_of_their_own(tmp_path: Path) -> None:
     async def beside_others() -> int:
         shell = Scripts(tmp_path)
         for _ in range(COMMANDS_AT_ONCE):
-            await shell.turns.acquire()
-        finished = await asyncio.wait_for(shell.run("print(1)", turns=asyncio.Semaphore(1)), 10)
+            await shell.slots.acquire()
+        finished = await asyncio.wait_for(shell.run("print(1)", slots=asyncio.Semaphore(1)), 10)
         return finished.exit_code
 
     assert asyncio.run(beside_others()) == 0
@@ -68,7 +68,7 @@ def test_a_command_that_waits_is_dropped_when_its_client_goes_away(tmp_path: Pat
         turns = asyncio.Semaphore(1)
         shell = Scripts(tmp_path)
         await turns.acquire()
-        waiting = asyncio.create_task(shell.run("open('ran', 'w')", turns=turns, request=request_of(is_gone=is_gone)))
+        waiting = asyncio.create_task(shell.run("open('ran', 'w')", slots=turns, request=request_of(is_gone=is_gone)))
         if not is_gone:
             await asyncio.sleep(0)
             turns.release()

@@ -1,1 +1,1 @@
-"""The routes under /api, a module a subject."""
+"""The routes under /api, one module per subject."""

@@ -1,4 +1,4 @@
-"""What this server is and where it works."""
+"""The program's version, the machine and the folders that the page may access."""
 
 import os
 
@@ -14,8 +14,8 @@ from simpletuner.server.runs import OUTPUT
 router = APIRouter()
 
 
-class About(BaseModel):
-    """The program, the machine and the folders."""
+class ServerInfo(BaseModel):
+    """The program's version, the machine and the folders of the page."""
 
     version: str
     workspace: str
@@ -23,22 +23,22 @@ class About(BaseModel):
     cores: int
     ram_bytes: int
     examples: list[str]
-    """Those that come with the program, to be trained or copied."""
+    """Bundled examples, to train or to copy."""
 
 
 @router.get("/machine")
-def machine(here: InContext) -> MachineMeter:
-    """GPUs, RAM and disk: what is in use and what is left."""
-    return here.meter.read(here.workspace / OUTPUT)
+def machine(context: InContext) -> MachineMeter:
+    """Used and free GPU memory, RAM and disk space."""
+    return context.meter.read(context.workspace / OUTPUT)
 
 
 @router.get("/about")
-def about(here: InContext) -> About:
-    """The program, the machine and the folders."""
-    return About(
+def about(context: InContext) -> ServerInfo:
+    """The program's version, the machine and the folders of the page."""
+    return ServerInfo(
         version=simpletuner.__version__,
-        workspace=str(here.workspace),
-        roots=[str(root) for root in here.roots.all],
+        workspace=str(context.workspace),
+        roots=[str(root) for root in context.roots.all],
         cores=os.cpu_count() or 1,
         ram_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         examples=example_names(),

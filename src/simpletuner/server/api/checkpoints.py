@@ -1,4 +1,4 @@
-"""Checkpoints of a run: listed, verified, deleted."""
+"""List, verify and delete the checkpoints of a run."""
 
 import datetime
 from pathlib import Path
@@ -11,7 +11,7 @@ from simpletuner.runs import checkpoints as stored
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.server.body import RequestBody
 from simpletuner.server.commands import printed
-from simpletuner.server.context import Context, InContext
+from simpletuner.server.context import InContext, ServerContext
 from simpletuner.server.faults import Fault
 from simpletuner.server.runs import RunName, part_of, run_at
 from simpletuner.server.verdicts import size_of
@@ -24,71 +24,73 @@ Step = Annotated[int, Query(ge=0, le=LATEST_STEP)]
 
 
 class Checkpoint(BaseModel):
-    """A checkpoint on the disk."""
+    """A checkpoint on disk."""
 
     step: int
     path: str
     bytes: int
     time: str
-    """When it was written; UTC, ISO 8601."""
+    """Time of writing; UTC, ISO 8601."""
     state: Literal["unverified", "good", "damaged"]
     damage: str | None
-    """What is wrong with it."""
+    """What is damaged; null if nothing is known to be."""
 
 
-class OfStep(RequestBody):
-    """Which checkpoint."""
+class CheckpointReference(RequestBody):
+    """A checkpoint, by its run and step."""
 
     run: str = Field(max_length=4096)
     step: int = Field(ge=0, le=LATEST_STEP)
 
 
 @router.get("/run/checkpoints")
-def checkpoints(here: InContext, run: RunName) -> list[Checkpoint]:
-    """The checkpoints of a run, oldest first. Their files are not read: see verify."""
-    directory = run_at(here.roots, run)
-    folders = [(step, _folder(here, directory, step)) for step in stored.steps(directory)]
-    return [_told(here, step, folder) for step, folder in folders]
+def checkpoints(context: InContext, run: RunName) -> list[Checkpoint]:
+    """The checkpoints of a run, oldest first. Their files are not read; verify does that."""
+    directory = run_at(context.roots, run)
+    folders = [(step, _folder(context, directory, step)) for step in stored.steps(directory)]
+    return [_checkpoint_info(context, step, folder) for step, folder in folders]
 
 
 @router.post("/run/checkpoint/verify")
-def verify(here: InContext, of: OfStep) -> Checkpoint:
+def verify(context: InContext, reference: CheckpointReference) -> Checkpoint:
     """Compare every file of a checkpoint with the hash in its manifest."""
-    folder = _existing(here, run_at(here.roots, of.run), of.step)
-    here.verdicts.verify(folder)
-    return _told(here, of.step, folder)
+    folder = _existing(context, run_at(context.roots, reference.run), reference.step)
+    context.verdicts.verify(folder)
+    return _checkpoint_info(context, reference.step, folder)
 
 
 @router.delete("/run/checkpoint", status_code=204)
-async def delete(here: InContext, run: RunName, step: Step, confirm: Annotated[str, Query(max_length=20)] = "") -> None:
-    """Delete a checkpoint; `confirm` is its step once more."""
-    directory = run_at(here.roots, run)
-    _existing(here, directory, step)
+async def delete(
+    context: InContext, run: RunName, step: Step, confirm: Annotated[str, Query(max_length=20)] = ""
+) -> None:
+    """Delete a checkpoint; `confirm` must repeat its step."""
+    directory = run_at(context.roots, run)
+    _existing(context, directory, step)
     if confirm != str(step):
-        raise Fault.of(422, f"confirm = {confirm!r}", f"{step}, the step of the checkpoint that goes")
-    where = here.roots.shown(directory.root)
-    printed(await here.shell.run("checkpoint", "delete", "--json", "--yes", f"--step={step}", where))
+        raise Fault.of(422, f"confirm = {confirm!r}", f"{step}, the step of the checkpoint to delete")
+    shown_root = context.roots.shown(directory.root)
+    printed(await context.shell.run("checkpoint", "delete", "--json", "--yes", f"--step={step}", shown_root))
 
 
-def _existing(here: Context, directory: RunDirectory, step: int) -> Path:
+def _existing(context: ServerContext, directory: RunDirectory, step: int) -> Path:
     if step not in stored.steps(directory):
-        raise Fault.of(404, f"there is no checkpoint of step {step}", remedy="It may have been pruned.")
-    return _folder(here, directory, step)
+        raise Fault.of(404, f"there is no checkpoint at step {step}", remedy="It may have been pruned.")
+    return _folder(context, directory, step)
 
 
-def _folder(here: Context, directory: RunDirectory, step: int) -> Path:
-    return part_of(here.roots, directory, directory.checkpoint(step))
+def _folder(context: ServerContext, directory: RunDirectory, step: int) -> Path:
+    return part_of(context.roots, directory, directory.checkpoint(step))
 
 
-def _told(here: Context, step: int, folder: Path) -> Checkpoint:
-    is_known, found = here.verdicts.known(folder)
+def _checkpoint_info(context: ServerContext, step: int, folder: Path) -> Checkpoint:
+    is_verified, damaged = context.verdicts.verdict(folder)
     manifest = folder / stored.MANIFEST
-    written = (manifest if manifest.is_file() else folder).stat().st_mtime
+    written_at = (manifest if manifest.is_file() else folder).stat().st_mtime
     return Checkpoint(
         step=step,
-        path=here.roots.shown(folder),
+        path=context.roots.shown(folder),
         bytes=size_of(folder),
-        time=datetime.datetime.fromtimestamp(written, datetime.UTC).isoformat(timespec="milliseconds"),
-        state="unverified" if not is_known else "good" if found is None else "damaged",
-        damage=found,
+        time=datetime.datetime.fromtimestamp(written_at, datetime.UTC).isoformat(timespec="milliseconds"),
+        state="unverified" if not is_verified else "good" if damaged is None else "damaged",
+        damage=damaged,
     )

@@ -1,4 +1,4 @@
-"""Folders, pictures and their captions; what is uploaded into them."""
+"""Folders, images and their captions, and uploads into a folder."""
 
 import asyncio
 import os
@@ -14,12 +14,12 @@ from simpletuner.base.files import file_errors_reported
 from simpletuner.base.imagefiles import CAPTION_SUFFIXES, PICTURE_SUFFIXES
 from simpletuner.base.storage import is_utf8_name
 from simpletuner.server import uploads
-from simpletuner.server.api.environments import Edit
+from simpletuner.server.api.environments import DocumentEdit
 from simpletuner.server.body import RequestBody
 from simpletuner.server.context import InContext
 from simpletuner.server.documents import permissions_are_reported, read_text, write_text
 from simpletuner.server.faults import Fault
-from simpletuner.server.pictures import Version
+from simpletuner.server.pictures import ImageVersion
 from simpletuner.server.roots import Roots
 from simpletuner.server.thumbnails import WIDTHS, picture_type
 from simpletuner.server.uploads import (
@@ -30,14 +30,14 @@ from simpletuner.server.uploads import (
     PICTURES,
     TEXTS,
     ZIP,
-    Outcome,
-    Refused,
+    RefusedUpload,
+    UploadOutcome,
 )
 
 router = APIRouter()
 
 NAMED_AT_MOST = 200
-"""Pictures that a folder's answer names."""
+"""Images whose names a folder's response lists."""
 LONGEST_PATH = 4096
 FILE_BODY: dict[str, Any] = {
     "requestBody": {
@@ -45,111 +45,111 @@ FILE_BODY: dict[str, Any] = {
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     }
 }
-"""What OpenAPI says of a route that takes a file as it is."""
+"""OpenAPI request body of a route that accepts a raw file."""
 
 PathQuery = Annotated[str, Query(max_length=LONGEST_PATH)]
 
 
 class Folder(BaseModel):
-    """A folder inside another."""
+    """A subfolder."""
 
     name: str
     path: str
 
 
 class FolderView(BaseModel):
-    """A folder and what lies directly in it."""
+    """A folder and its direct content."""
 
     path: str
     parent: str | None
-    """Null where it lies outside the folders of the page."""
+    """Null if it lies outside the folders of the page."""
     folders: list[Folder]
     pictures: int
     captions: int
     names: list[str]
-    """Paths of the first pictures, by name."""
+    """Paths of the first images, sorted by name."""
 
 
 class NewFolder(RequestBody):
-    """A folder to be made in `path`."""
+    """A folder to create in `path`."""
 
     path: str = Field(max_length=LONGEST_PATH)
     name: str = Field(max_length=LONGEST_PATH)
 
 
 class RefusedFile(BaseModel):
-    """A file that was not taken."""
+    """A file that was refused, and why."""
 
     name: str
     reason: str
 
 
 class Upload(BaseModel):
-    """What came of an upload."""
+    """Files that an upload saved and refused."""
 
     saved: list[str]
     refused: list[RefusedFile]
 
 
 class UploadRules(BaseModel):
-    """What an upload takes, so that nothing else is sent. Sizes in bytes."""
+    """File types and sizes in bytes that an upload accepts, so that clients can refuse others early."""
 
     suffixes: list[str]
     largest: dict[str, int]
-    """By suffix; "" is of all others."""
+    """By suffix; "" stands for all others."""
 
 
 class Caption(BaseModel):
-    """The text beside a picture."""
+    """The text of an image's caption file."""
 
     text: str | None
-    """Null where there is none yet."""
+    """Null if the file does not exist yet."""
     revision: str
-    """Changes with every byte; empty where there is none yet."""
+    """Hash of the file's bytes; empty if the file does not exist yet."""
 
 
 @router.get("/folders")
-def folders(here: InContext, path: PathQuery = ".") -> FolderView:
-    """A folder; `.` is the workspace. Hidden ones are left out, and links that lead out of the page's folders."""
-    return _view(here.roots.folder(path), here.roots)
+def folders(context: InContext, path: PathQuery = ".") -> FolderView:
+    """A folder; `.` is the workspace. Leaves out hidden entries and links that lead outside the page's folders."""
+    return _view(context.roots.folder(path), context.roots)
 
 
 @router.post("/folder", status_code=201)
-def make_folder(new: NewFolder, here: InContext) -> FolderView:
-    """Make a folder."""
-    parent = here.roots.folder(new.path)
+def make_folder(new: NewFolder, context: InContext) -> FolderView:
+    """Create a folder."""
+    parent = context.roots.folder(new.path)
     try:
         uploads.check_name(new.name)
-    except Refused as reason:
+    except RefusedUpload as reason:
         raise Fault.of(422, f"{new.name!r} cannot name a folder: {reason}") from None
-    made = parent / new.name
-    if os.path.lexists(made):
-        raise Fault.of(409, f"there is a {new.name} in it")
-    with permissions_are_reported(made):
-        made.mkdir()
-    return _view(made, here.roots)
+    created = parent / new.name
+    if os.path.lexists(created):
+        raise Fault.of(409, f"{new.name} exists already")
+    with permissions_are_reported(created):
+        created.mkdir()
+    return _view(created, context.roots)
 
 
 @router.get("/upload")
 def upload_rules() -> UploadRules:
-    """Which files an upload takes."""
+    """The files that an upload accepts."""
     largest = {"": LARGEST_FILE, ZIP: LARGEST_ZIP, **dict.fromkeys(TEXTS, LARGEST_TEXT)}
     return UploadRules(suffixes=sorted(PICTURES | TEXTS | {ZIP}), largest=largest)
 
 
 @router.put("/upload", openapi_extra=FILE_BODY)
 async def upload(
-    folder: PathQuery, name: Annotated[str, Query(max_length=LONGEST_PATH)], request: Request, here: InContext
+    folder: PathQuery, name: Annotated[str, Query(max_length=LONGEST_PATH)], request: Request, context: InContext
 ) -> Upload:
-    """Take a picture, a text or a zip of them into a folder. Nothing that is there is overwritten."""
-    into = here.roots.folder(folder)
+    """Save an image, a text, or the images and texts of a zip in a folder. Existing files are not overwritten."""
+    target = context.roots.folder(folder)
     try:
         uploads.check_name(name)
-        outcome = await _taken(request, into, name, here.roots)
-    except Refused as reason:
-        outcome = Outcome(refused=[(name.encode(errors="backslashreplace").decode(), str(reason))])
+        outcome = await _received(request, target, name, context.roots)
+    except RefusedUpload as reason:
+        outcome = UploadOutcome(refused=[(name.encode(errors="backslashreplace").decode(), str(reason))])
     return Upload(
-        saved=[here.roots.shown(path) for path in outcome.saved],
+        saved=[context.roots.shown(path) for path in outcome.saved],
         refused=[RefusedFile(name=refused, reason=reason) for refused, reason in outcome.refused],
     )
 
@@ -157,48 +157,48 @@ async def upload(
 @router.get(
     "/picture",
     response_class=Response,
-    responses={200: {"content": {"image/*": {}}}, 304: {"description": "As it was."}},
+    responses={200: {"content": {"image/*": {}}}, 304: {"description": "The client's copy is current."}},
 )
 def picture(
     path: PathQuery,
     request: Request,
-    here: InContext,
+    context: InContext,
     width: Annotated[int | None, Query(ge=WIDTHS[0], le=WIDTHS[1])] = None,
     mask: bool = False,
 ) -> Response:
-    """A picture, or with `width` a JPEG of it, upright and at most so wide. The JPEG of a `mask` is black where the
-    file is transparent; that of another picture is white.
+    """An image file, or with `width` an upright JPEG of it, at most that wide. Behind transparent parts the JPEG is
+    white, for a `mask` black.
     """
-    version = Version.of(_image(here.roots, path, PICTURES))
+    version = ImageVersion.of(_image(context.roots, path, PICTURES))
     headers = {"ETag": version.tag(width), "Cache-Control": "private, no-cache"}
     if request.headers.get("if-none-match") == headers["ETag"]:
         return Response(status_code=304, headers=headers)
     if width is not None:
-        return Response(here.thumbnails.of(version, width, is_mask=mask), media_type="image/jpeg", headers=headers)
+        return Response(context.thumbnails.of(version, width, is_mask=mask), media_type="image/jpeg", headers=headers)
     kind = picture_type(version.path)
     if kind is None:
-        raise Fault.of(422, f"{path} is no picture that a browser shows", remedy="Ask for it with a width.")
+        raise Fault.of(422, f"{path} is not an image that browsers show", remedy="Request it with a width.")
     return FileResponse(version.path, media_type=kind, headers=headers)
 
 
 @router.get("/caption")
-def caption(path: PathQuery, here: InContext) -> Caption:
-    """The caption beside the picture at `path`."""
-    text, revision = read_text(_caption_of(here.roots, path))
+def caption(path: PathQuery, context: InContext) -> Caption:
+    """The caption of the image at `path`."""
+    text, revision = read_text(_caption_of(context.roots, path))
     return Caption(text=text, revision=revision)
 
 
 @router.put("/caption")
-async def write_caption(path: PathQuery, change: Edit, here: InContext) -> Caption:
-    """Write the caption beside a picture, unless it was changed since `revision`: then 409."""
-    beside = _caption_of(here.roots, path)
-    await write_text(beside, change.text, change.revision, here.writing)
-    text, revision = await asyncio.to_thread(read_text, beside)
+async def write_caption(path: PathQuery, change: DocumentEdit, context: InContext) -> Caption:
+    """Write an image's caption; 409 if it changed since `revision`."""
+    caption_file = _caption_of(context.roots, path)
+    await write_text(caption_file, change.text, change.revision, context.writing)
+    text, revision = await asyncio.to_thread(read_text, caption_file)
     return Caption(text=text, revision=revision)
 
 
 def _view(folder: Path, roots: Roots) -> FolderView:
-    inside: list[Folder] = []
+    subfolders: list[Folder] = []
     pictures: list[str] = []
     captions = 0
     with permissions_are_reported(folder):
@@ -209,7 +209,7 @@ def _view(folder: Path, roots: Roots) -> FolderView:
             continue
         if entry.is_dir():
             if not entry.is_symlink() or roots.holds(Path(entry.path).resolve()):
-                inside.append(Folder(name=entry.name, path=roots.shown(Path(entry.path))))
+                subfolders.append(Folder(name=entry.name, path=roots.shown(Path(entry.path))))
             continue
         suffix = Path(entry.name).suffix.lower()
         captions += suffix in TEXTS
@@ -219,7 +219,7 @@ def _view(folder: Path, roots: Roots) -> FolderView:
     return FolderView(
         path=roots.shown(folder),
         parent=roots.shown(parent) if folder not in roots.all and roots.holds(parent.resolve()) else None,
-        folders=inside,
+        folders=subfolders,
         pictures=len(pictures),
         captions=captions,
         names=[roots.shown(folder / name) for name in pictures[:NAMED_AT_MOST]],
@@ -227,33 +227,33 @@ def _view(folder: Path, roots: Roots) -> FolderView:
 
 
 def _image(roots: Roots, text: str, suffixes: frozenset[str]) -> Path:
-    """The picture that `text` names, by one of `suffixes`.
+    """Return the path of the image that `text` names, with one of `suffixes`.
 
     Raises:
-        Fault: 403, outside; 404, none; 422, no picture by its name.
+        Fault: 403, it lies outside; 404, there is no such file; 422, it has another suffix.
     """
     path = roots.resolve(text)
     if path.suffix.lower() not in suffixes:
-        raise Fault.of(422, f"{text} is no picture")
+        raise Fault.of(422, f"{text} is not an image")
     if not path.is_file():
-        raise Fault.of(404, f"there is no picture {text}")
+        raise Fault.of(404, f"there is no image {text}")
     return path
 
 
 def _caption_of(roots: Roots, text: str) -> Path:
-    """Where the caption of a picture lies, or would.
+    """Return the path of an image's caption, which need not exist.
 
     Raises:
-        Fault: 403, it or its picture lies outside; 404, no picture; 422, no picture by its name.
+        Fault: 403, it or its image lies outside; 404, there is no such image; 422, it has another suffix.
     """
     _image(roots, text, PICTURE_SUFFIXES)
-    # Beside the picture as it is named: a link to a picture has a caption of its own.
-    named = Path(os.path.normpath(roots.workspace / Path(text).expanduser()))
-    beside = [named.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
-    return roots.resolve(str(next(filter(os.path.lexists, beside), beside[0])))
+    # Beside the given name, not beside a link's target: a linked image has its own caption.
+    unresolved = Path(os.path.normpath(roots.workspace / Path(text).expanduser()))
+    candidates = [unresolved.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
+    return roots.resolve(str(next(filter(os.path.lexists, candidates), candidates[0])))
 
 
-async def _taken(request: Request, folder: Path, name: str, roots: Roots) -> Outcome:
+async def _received(request: Request, folder: Path, name: str, roots: Roots) -> UploadOutcome:
     suffix = uploads.kind_of(name)
     with file_errors_reported(folder / name), permissions_are_reported(folder), uploads.part_beside(folder) as part:
         with part.open("wb") as file:
@@ -262,22 +262,22 @@ async def _taken(request: Request, folder: Path, name: str, roots: Roots) -> Out
             return await asyncio.to_thread(uploads.unpack, part, name, folder, roots)
         await asyncio.to_thread(uploads.check_content, part, suffix)
         uploads.name_part(part, folder / name)
-    return Outcome(saved=[folder / name])
+    return UploadOutcome(saved=[folder / name])
 
 
-async def stream_into(parts: AsyncIterator[bytes], file: IO[bytes], most: int) -> None:
-    """Write what comes in, a MiB at a time.
+async def stream_into(parts: AsyncIterator[bytes], file: IO[bytes], max_bytes: int) -> None:
+    """Write the received parts to `file`, one MiB at a time.
 
     Raises:
-        Refused: it is more than `most` bytes.
+        RefusedUpload: there are more than `max_bytes`.
     """
-    size, held = 0, bytearray()
+    size, buffer = 0, bytearray()
     async for part in parts:
         size += len(part)
-        if size > most:
-            raise Refused(f"more than {most:,} bytes")
-        held += part
-        if len(held) >= MIB:
-            await asyncio.to_thread(file.write, bytes(held))
-            held.clear()
-    await asyncio.to_thread(file.write, bytes(held))
+        if size > max_bytes:
+            raise RefusedUpload(f"more than {max_bytes:,} bytes")
+        buffer += part
+        if len(buffer) >= MIB:
+            await asyncio.to_thread(file.write, bytes(buffer))
+            buffer.clear()
+    await asyncio.to_thread(file.write, bytes(buffer))

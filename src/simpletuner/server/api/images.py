@@ -1,4 +1,4 @@
-"""The images of a folder: listed, searched, captioned together, deleted and brought back."""
+"""List and search the images of a folder; edit their captions together; delete and restore them."""
 
 import asyncio
 import os
@@ -13,16 +13,16 @@ from pydantic import BaseModel, Field
 from simpletuner.base.imagefiles import caption_key, find_partners
 from simpletuner.server.body import RequestBody
 from simpletuner.server.commands import LONGEST_TEXT, printed
-from simpletuner.server.context import Context, InContext
+from simpletuner.server.context import InContext, ServerContext
 from simpletuner.server.faults import Fault
 from simpletuner.server.imagelists import can_undo, held_images, trashed
-from simpletuner.server.shell import while_there
+from simpletuner.server.shell import until_disconnect
 from simpletuner.server.work import CommandJob
 
 router = APIRouter()
 
 EDIT_TIMEOUT_S = 60.0
-"""A regular expression can take forever."""
+"""Limit for an edit: a regular expression can take forever."""
 
 FolderText = Annotated[str, Field(max_length=LONGEST_TEXT)]
 Names = Annotated[
@@ -32,33 +32,33 @@ EditText = Annotated[str, Field(max_length=LONGEST_TEXT)]
 
 
 class ImageList(BaseModel):
-    """The images of a folder, subfolders included, that a search found."""
+    """The images of a folder and its subfolders that match a search."""
 
     path: str
-    """Of the folder; in front of each name it makes the image's path."""
+    """The folder's path, to prefix to each name."""
     total: int
     without_caption: int
     names: list[str]
-    """By name, relative to the folder."""
+    """Sorted, relative to the folder."""
     missing: list[str]
-    """Those of `names` that have no caption."""
+    """Those of `names` without a caption."""
     trashed: int
-    """Files that were deleted and can come back."""
+    """Deleted files that can be restored."""
     can_undo: bool
-    """Whether the last change of captions can be taken back."""
+    """Whether the last caption edit can be undone."""
 
 
 class Partners(BaseModel):
-    """The files of a set of references or masks, by the images that they belong to."""
+    """The files of a reference or mask dataset, by the image they belong to."""
 
     path: str
-    """Of the folder; in front of each file it makes the file's path."""
+    """The folder's path, to prefix to each file."""
     names: dict[str, list[str]]
-    """Of each image that has any, relative to the folder, in the order in which training takes them."""
+    """Files of each image that has any, relative to the folder, in the order training uses them."""
 
 
-class LeftOut(BaseModel):
-    """A file that stayed as it was."""
+class SkippedFile(BaseModel):
+    """A file that was not changed, and why."""
 
     name: str
     reason: str
@@ -66,7 +66,7 @@ class LeftOut(BaseModel):
 
 
 class CaptionChangeShown(BaseModel):
-    """A caption file before and after."""
+    """A caption file before and after an edit."""
 
     file: str
     images: list[str]
@@ -75,25 +75,25 @@ class CaptionChangeShown(BaseModel):
 
 
 class EditedCaptions(BaseModel):
-    """What a change of captions does, or did."""
+    """The result, or the preview, of a caption edit."""
 
     images: int
     changed: int
     emptied: int
     revision: str
     changes: list[CaptionChangeShown]
-    """The first of them."""
-    left_out: list[LeftOut]
+    """The first changes."""
+    left_out: list[SkippedFile]
 
 
 class FolderRequest(RequestBody):
-    """A request about images of a folder."""
+    """A request about the images of a folder."""
 
     folder: FolderText
 
 
 class CaptionsEdit(FolderRequest):
-    """A change of the captions of `names`, null for all, as `simpletuner dataset captions` takes it."""
+    """An edit of the captions of `names` (null: of all), with the flags of `simpletuner dataset captions`."""
 
     names: Names | None = None
     find: EditText = ""
@@ -113,43 +113,44 @@ class Deletion(FolderRequest):
 
 
 class DeletedImages(BaseModel):
-    """What was deleted."""
+    """Counts of what was deleted, and the trash folder."""
 
     images: int
     captions: int
     trash: str
-    left_out: list[LeftOut]
+    left_out: list[SkippedFile]
 
 
-class Undo(FolderRequest):
-    """What to take back: the last change of captions, or the last deletion."""
+class UndoRequest(FolderRequest):
+    """What to undo: the last caption edit or the last deletion."""
 
     what: Literal["captions", "delete"]
 
 
-class Undone(BaseModel):
-    """How many files are as they were."""
+class UndoResult(BaseModel):
+    """How many files were restored."""
 
     undone: int
-    left_out: list[LeftOut]
+    left_out: list[SkippedFile]
 
 
 @router.get("/images")
 def images(
-    here: InContext,
+    context: InContext,
     folder: Annotated[str, Query(max_length=LONGEST_TEXT)],
     missing: bool = False,
     text: Annotated[str, Query(max_length=LONGEST_TEXT)] = "",
 ) -> ImageList:
-    """The images below a folder; with `missing` those without a caption, with `text` those that name or say it."""
-    path = here.roots.folder(folder)
-    found = here.image_lists.search(path, holds=here.roots.holds, only_missing=missing, text=text)
+    """The images below a folder: with `missing` those without a caption, with `text` those whose name or caption
+    contains it."""
+    path = context.roots.folder(folder)
+    matches = context.image_lists.search(path, holds=context.roots.holds, only_missing=missing, text=text)
     return ImageList(
-        path=here.roots.shown(path),
-        total=found.total,
-        without_caption=len(found.without_caption),
-        names=found.names,
-        missing=[name for name in found.names if name in found.without_caption],
+        path=context.roots.shown(path),
+        total=matches.total,
+        without_caption=len(matches.without_caption),
+        names=matches.names,
+        missing=[name for name in matches.names if name in matches.without_caption],
         trashed=trashed(path),
         can_undo=can_undo(path),
     )
@@ -157,91 +158,93 @@ def images(
 
 @router.get("/images/partners")
 def partners(
-    here: InContext,
+    context: InContext,
     folder: Annotated[str, Query(max_length=LONGEST_TEXT)],
     beside: Annotated[str, Query(max_length=LONGEST_TEXT)],
     numbered: bool = False,
 ) -> Partners:
-    """Which files of the folder `beside` are references or masks of the images below a folder; with `numbered`, several
-    of one image, as references may be."""
-    names = held_images(here.roots.folder(folder), here.roots.holds).images
-    path = here.roots.folder(beside)
-    found = find_partners(names, held_images(path, here.roots.holds).images, is_numbered=numbered)
-    paired = {name: [file for _, file in found.get(caption_key(name), ())] for name in names}
-    return Partners(path=here.roots.shown(path), names={name: files for name, files in paired.items() if files})
+    """The files of the folder `beside` that are references or masks of the images below `folder`; with `numbered` an
+    image may have several, as with references."""
+    names = held_images(context.roots.folder(folder), context.roots.holds).images
+    path = context.roots.folder(beside)
+    partner_files = find_partners(names, held_images(path, context.roots.holds).images, is_numbered=numbered)
+    paired = {name: [file for _, file in partner_files.get(caption_key(name), ())] for name in names}
+    return Partners(path=context.roots.shown(path), names={name: files for name, files in paired.items() if files})
 
 
 @router.post("/images/captions")
-async def edit_captions(edit: CaptionsEdit, request: Request, here: InContext) -> EditedCaptions:
-    """Change captions together, or say what would change (`dry_run`): `simpletuner dataset captions`. With a
-    `revision`, refuse where they are not what that dry run saw."""
-    path = here.roots.folder(edit.folder)
+async def edit_captions(edit: CaptionsEdit, request: Request, context: InContext) -> EditedCaptions:
+    """Edit captions together, or preview the edit (`dry_run`): `simpletuner dataset captions`. With a `revision`, 409
+    if the captions changed since the dry run that returned it."""
+    path = context.roots.folder(edit.folder)
     texts = {"find": edit.find, "replace": edit.replace, "prepend": edit.prepend, "append": edit.append}
     switches = {"regex": edit.regex, "whole": edit.whole, "dry-run": edit.dry_run}
     flags = [f"--{name}={text}" for name, text in (texts | {"revision": edit.revision}).items() if text]
     flags += [f"--{name}" for name, is_on in switches.items() if is_on]
     try:
         async with asyncio.timeout(EDIT_TIMEOUT_S):
-            work = _dataset(here, "captions", path, edit.names, *flags)
-            return EditedCaptions.model_validate(await (while_there(request, work) if edit.dry_run else work))
+            work = _dataset(context, "captions", path, edit.names, *flags)
+            return EditedCaptions.model_validate(await (until_disconnect(request, work) if edit.dry_run else work))
     except Fault as fault:
         if edit.revision and any(problem.found.startswith("--revision") for problem in fault.problems):
-            raise Fault.of(409, "captions were changed since you looked", remedy="Look at the change again.") from None
+            raise Fault.of(409, "captions changed since the preview", remedy="Preview the edit again.") from None
         raise
     except TimeoutError:
         raise Fault.of(
-            422, f"the change takes longer than {EDIT_TIMEOUT_S:.0f} s", "a simpler regular expression"
+            422, f"the edit takes longer than {EDIT_TIMEOUT_S:.0f} s", "a simpler regular expression"
         ) from None
 
 
 @router.post("/images/delete")
-async def delete_images(deletion: Deletion, here: InContext) -> DeletedImages:
+async def delete_images(deletion: Deletion, context: InContext) -> DeletedImages:
     """Move images and their captions to the folder's trash: `simpletuner dataset delete`."""
-    path = here.roots.folder(deletion.folder)
-    deleted = DeletedImages.model_validate(await _dataset(here, "delete", path, deletion.names, "--yes"))
-    return deleted.model_copy(update={"trash": here.roots.shown(Path(deleted.trash))}) if deleted.trash else deleted
+    path = context.roots.folder(deletion.folder)
+    deleted = DeletedImages.model_validate(await _dataset(context, "delete", path, deletion.names, "--yes"))
+    return deleted.model_copy(update={"trash": context.roots.shown(Path(deleted.trash))}) if deleted.trash else deleted
 
 
 @router.post("/images/undo")
-async def undo(wanted: Undo, here: InContext) -> Undone:
-    """Take the last change of captions or the last deletion back."""
-    path = here.roots.folder(wanted.folder)
-    return Undone.model_validate(await _dataset(here, wanted.what, path, None, "--undo"))
+async def undo(request: UndoRequest, context: InContext) -> UndoResult:
+    """Undo the last caption edit or the last deletion."""
+    path = context.roots.folder(request.folder)
+    return UndoResult.model_validate(await _dataset(context, request.what, path, None, "--undo"))
 
 
 @router.post("/images/empty-trash")
-async def emptied_trash(wanted: FolderRequest, here: InContext) -> dict[str, int]:
-    """Delete for good what was deleted from a folder before; answers how many files."""
-    path = here.roots.folder(wanted.folder)
-    return await _dataset(here, "delete", path, None, "--empty-trash", "--yes")
+async def emptied_trash(request: FolderRequest, context: InContext) -> dict[str, int]:
+    """Empty a folder's trash; the response counts the files."""
+    path = context.roots.folder(request.folder)
+    return await _dataset(context, "delete", path, None, "--empty-trash", "--yes")
 
 
 @router.post("/jobs/duplicates", status_code=202)
-async def duplicates(wanted: FolderRequest, here: InContext) -> CommandJob:
-    """Look for images that are there twice. The result is what `simpletuner dataset duplicates` prints."""
-    path = here.roots.folder(wanted.folder)
-    return here.jobs.start("duplicates", ["dataset", "duplicates", str(path), "--json", "--progress"])
+async def duplicates(request: FolderRequest, context: InContext) -> CommandJob:
+    """Find duplicate images. The job's result is the output of `simpletuner dataset duplicates`."""
+    path = context.roots.folder(request.folder)
+    return context.jobs.start("duplicates", ["dataset", "duplicates", str(path), "--json", "--progress"])
 
 
 def _is_there(folder: Path, name: str) -> bool:
-    """Whether something lies at `name`, said without a command. The command decides whether it is an image."""
+    """Whether `name` exists, checked without running a command. The command decides whether it is an image."""
     is_hidden = any(part.startswith(".") for part in name.split("/"))
     return not is_hidden and not name.startswith("/") and os.path.lexists(folder / name)
 
 
-async def _dataset(here: Context, verb: str, folder: Path, names: Sequence[str] | None, *flags: str) -> dict[str, Any]:
-    """What `simpletuner dataset VERB` prints about images of a folder.
+async def _dataset(
+    context: ServerContext, verb: str, folder: Path, names: Sequence[str] | None, *flags: str
+) -> dict[str, Any]:
+    """Return the JSON output of `simpletuner dataset VERB` about images of a folder.
 
     Raises:
-        Fault: 422, one of `names` is no image of the folder, or it failed.
+        Fault: 422, one of `names` does not exist in the folder, or the command failed.
     """
     unknown = next((name for name in names or () if not _is_there(folder, name)), None)
     if unknown is not None:
         raise Fault.of(422, f"{unknown}: no such image", remedy="Load the list again.")
     with tempfile.TemporaryDirectory() as temporary:
-        chosen = []
+        names_flag = []
         if names is not None:
-            listed = Path(temporary) / "names.txt"
-            listed.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-            chosen = [f"--names={listed}"]
-        return printed(await here.shell.run("dataset", verb, str(folder), "--json", *chosen, *flags))
+            names_file = Path(temporary) / "names.txt"
+            names_file.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+            names_flag = [f"--names={names_file}"]
+        return printed(await context.shell.run("dataset", verb, str(folder), "--json", *names_flag, *flags))

@@ -1,4 +1,4 @@
-"""What a configuration begins with: a model, a card and a recipe."""
+"""Choices that a new configuration starts from: a model, a card and a recipe."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,23 +17,23 @@ router = APIRouter()
 
 
 class ModelChoice(BaseModel):
-    """A flavour."""
+    """A flavour to train."""
 
     name: str
     summary: str
     license: str
     licence: str
-    """The same, under its older name."""
+    """Alias of `license`, its older name."""
     preview: str | None
-    """The distilled flavour of the same size, which draws in few steps and is no choice for training."""
+    """The distilled flavour of the same size, which generates images in few steps and should not be trained."""
     download_bytes: int
-    """Weights that a first run downloads."""
+    """Bytes of weights that the first run downloads."""
     is_embedded: bool
-    """Whether it is made on the spot and trains without a GPU."""
+    """Whether it is built in (its weights are created on the spot) and trains without a GPU."""
     options: dict[str, Any]
-    """What every run of it needs."""
+    """Options that every run of this model needs."""
     sources: dict[str, str]
-    """Option to where its value comes from."""
+    """Source of each option's value."""
 
 
 class FoundGpu(BaseModel):
@@ -42,28 +42,28 @@ class FoundGpu(BaseModel):
     name: str
     vram_gib: float
     card: str | None
-    """The card whose options suit it; null where it is smaller than all of them."""
+    """The card whose options suit it; null if it has less memory than any card."""
 
 
-class Choices(BaseModel):
-    """What a configuration begins with."""
+class SetupChoices(BaseModel):
+    """Choices that a new configuration starts from."""
 
     models: list[ModelChoice]
     cards: list[Card]
     gpus: list[FoundGpu]
-    """Empty where there is none."""
+    """Empty if the machine has none."""
     recipes: list[Recipe]
     least_steps: int
-    """Optimizer steps under which a LoRA has hardly learned anything."""
+    """Optimizer steps below which a LoRA has hardly learned anything."""
 
 
 @router.get("/recipes")
-def recipes(here: InContext) -> Choices:
+def recipes(context: InContext) -> SetupChoices:
     """Models, cards and recipes to choose from, and the GPUs of this machine."""
-    return Choices(
+    return SetupChoices(
         models=_models(),
         cards=list(CARDS),
-        gpus=_gpus(here.meter.read(here.workspace).gpus),
+        gpus=_gpus(context.meter.read(context.workspace).gpus),
         recipes=[replace(recipe, **_with_epochs(recipe)) for recipe in RECIPES],
         least_steps=LEAST_STEPS,
     )
@@ -80,7 +80,7 @@ def _models() -> list[ModelChoice]:
             download_bytes=sum(flavour.downloads.values()),
             is_embedded=flavour.repo is None,
             options=_sizes(flavour),
-            sources=dict.fromkeys(_sizes(flavour), "the only size that this model can make"),
+            sources=dict.fromkeys(_sizes(flavour), "the only size that this model generates"),
         )
         for name, flavour in FLAVOURS.items()
         if not flavour.is_distilled
@@ -94,21 +94,21 @@ def _sizes(flavour: Flavour) -> dict[str, Any]:
 
 
 def _gpus(metered: Sequence[MeteredGpu]) -> list[FoundGpu]:
-    found = []
+    gpus = []
     for gpu in metered:
         if gpu.total_bytes is not None:
             card = card_of(gpu.total_bytes / GIB)
-            found.append(
+            gpus.append(
                 FoundGpu(name=gpu.name, vram_gib=gpu.total_bytes / GIB, card=None if card is None else card.name)
             )
-    return found
+    return gpus
 
 
 def _with_epochs(recipe: Recipe) -> dict[str, Any]:
-    """Options and sources of `recipe` for a config that may have a number of steps, which would win over its epochs;
-    null means left out.
+    """Return the recipe's options and sources with max_train_steps = null, which removes it from a config: a number of
+    steps would override the recipe's epochs.
     """
-    reason = "the recipe counts epochs: a number of steps wins"
+    reason = "the recipe sets epochs, which a number of steps would override"
     return {
         "options": {"max_train_steps": None, **recipe.options},
         "sources": {"max_train_steps": reason, **recipe.sources},

@@ -1,5 +1,4 @@
-"""Runs: the list, one of them, its curves, its events as they come, its log and files; start, stop, save, validate,
-note, delete."""
+"""Runs: list and details, curves, event stream, log and files; start, stop, save, validate, note and delete."""
 
 import codecs
 import contextlib
@@ -18,18 +17,17 @@ from simpletuner.runs.events import CheckpointEvent, ValidationEvent
 from simpletuner.runs.launch import devices_of, launch_run
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.runs.note import LONGEST_NOTE, NoteChanged, write_note
-from simpletuner.runs.process import ControlRequest as Wish
-from simpletuner.runs.process import ask
+from simpletuner.runs.process import ControlRequest, ask
 from simpletuner.runs.removal import contents_of, delete_run
 from simpletuner.runs.starting import start_record
 from simpletuner.runs.status import status_of
 from simpletuner.server.body import RequestBody
-from simpletuner.server.commands import ToTrain, train_arguments
-from simpletuner.server.context import Context, InContext
+from simpletuner.server.commands import TrainRequest, train_arguments
+from simpletuner.server.context import InContext, ServerContext
 from simpletuner.server.faults import Fault
-from simpletuner.server.pictures import Version
+from simpletuner.server.pictures import ImageVersion
 from simpletuner.server.runs import Run, RunName, glance, output_folders, part_of, run_at
-from simpletuner.server.series import Damaged, PhaseState, decoded
+from simpletuner.server.series import DamagedText, PhaseState, decoded
 from simpletuner.server.thumbnails import WIDTHS, picture_type
 
 router = APIRouter()
@@ -41,18 +39,18 @@ ATTACHMENTS = {".json": "application/json", ".zip": "application/zip"}
 
 
 class RunDetail(Run):
-    """A run, with what its events say beside the steps."""
+    """A run with its configuration, its plan and its events other than steps."""
 
     config: Any
-    """RUN/config.json."""
+    """Content of RUN/config.json."""
     datasets: Any
-    """RUN/datasets.json."""
+    """Content of RUN/datasets.json."""
     plan: dict[str, Any] | None
     """As `simpletuner plan --json` prints it."""
     remedy: dict[str, Any] | None
-    """The smallest change that would make it fit."""
+    """The smallest change that would make the run fit into memory."""
     attempts: int
-    """Starts that were not refused: those that ended with an error before they trained are none."""
+    """Starts that reached training; those that ended with an error earlier do not count."""
     starts: int
     phases: list[PhaseState]
     validations: list[ValidationEvent]
@@ -60,7 +58,7 @@ class RunDetail(Run):
     notices: list[str]
     last_id: int
     damaged_lines: int
-    """Lines of events.jsonl that are no events; they are passed over."""
+    """Lines of events.jsonl that are not events; they are skipped."""
 
 
 class HeldOut(BaseModel):
@@ -72,7 +70,7 @@ class HeldOut(BaseModel):
 
 
 class Drift(BaseModel):
-    """How far images of unrelated prompts moved from the base model's, by step."""
+    """How far images of unrelated prompts have moved from the base model's, by step."""
 
     step: list[int]
     drift: list[float]
@@ -80,7 +78,7 @@ class Drift(BaseModel):
 
 
 class RunSeries(BaseModel):
-    """The curves of a run: equally long columns, each step once, of its last attempt."""
+    """The curves of a run: columns of equal length, with one row per step, from the last attempt that ran it."""
 
     last_id: int
     step: list[int]
@@ -93,33 +91,33 @@ class RunSeries(BaseModel):
     drift: Drift
 
 
-class Log(BaseModel):
-    """What a run printed."""
+class RunLog(BaseModel):
+    """The output of a run."""
 
     text: str
-    """Of run.log, what follows `after`; at most the last part."""
+    """The part of run.log after byte `after`; only the end of it if that is long."""
     size: int
-    """Bytes of run.log up to the end of `text`: the next `after`. Smaller than the last where it began anew."""
+    """Byte position in run.log where `text` ends: the next `after`. It shrinks if the file was started over."""
     console: str | None
-    """The end of console.log, where the run was started without a terminal."""
+    """The end of console.log, if the run was started without a terminal."""
 
 
-class OfRun(RequestBody):
-    """Which run."""
+class RunReference(RequestBody):
+    """A run, by its folder."""
 
     run: str = Field(max_length=4096)
 
 
-class ToNote(OfRun):
-    """A note."""
+class NoteEdit(RunReference):
+    """A run's new note."""
 
     text: str = Field(max_length=LONGEST_NOTE)
     seen: str | None = Field(default=None, max_length=2 * LONGEST_NOTE)
-    """The note that the writer saw before; null overwrites any."""
+    """The note that the writer saw before the edit; null overwrites any."""
 
 
-class Contents(BaseModel):
-    """What lies in a run's directory."""
+class RunFiles(BaseModel):
+    """The content of a run's directory."""
 
     bytes: int
     files: int
@@ -127,15 +125,15 @@ class Contents(BaseModel):
     images: int
     has_result: bool
     others: list[str]
-    """Names in the directory of what no run writes."""
+    """Names in the directory that no run writes."""
     text: str
-    """All of it in words."""
+    """A summary in words."""
 
 
-@router.get("/runs", response_model=list[Run], responses={304: {"description": "The list is what the client has."}})
-def runs(here: InContext, if_none_match: Annotated[str, Header(max_length=4096)] = "") -> Response:
-    """The runs that are there, the one that was started last first."""
-    body = here.glances.listed(here.roots)
+@router.get("/runs", response_model=list[Run], responses={304: {"description": "The client's list is current."}})
+def runs(context: InContext, if_none_match: Annotated[str, Header(max_length=4096)] = "") -> Response:
+    """All runs, the one started last first."""
+    body = context.glances.listed(context.roots)
     headers = {"ETag": f'"{sha256_bytes(body)[:32]}"', "Cache-Control": "private, no-cache"}
     if headers["ETag"] in if_none_match:
         return Response(status_code=304, headers=headers)
@@ -143,33 +141,33 @@ def runs(here: InContext, if_none_match: Annotated[str, Header(max_length=4096)]
 
 
 @router.get("/run")
-def run(here: InContext, run: RunName) -> RunDetail:
+def run(context: InContext, run: RunName) -> RunDetail:
     """One run."""
-    directory = run_at(here.roots, run)
-    told = here.streams.indexes.of(part_of(here.roots, directory, directory.events)).look()
+    directory = run_at(context.roots, run)
+    summary = context.streams.indexes.of(part_of(context.roots, directory, directory.events)).refresh()
     return RunDetail(
-        **_glance(here, directory).model_dump(),
-        config=_document(here, directory, directory.config),
-        datasets=_document(here, directory, directory.datasets),
-        plan=None if told.plan is None else told.plan.plan,
-        remedy=None if told.plan is None else told.plan.remedy,
-        attempts=told.attempts,
-        starts=told.starts,
-        phases=list(told.phases.values()),
-        validations=list(told.validations.values()),
-        checkpoints=told.checkpoints,
-        notices=told.notices,
-        last_id=told.last_id,
-        damaged_lines=told.damaged,
+        **_glance(context, directory).model_dump(),
+        config=_document(context, directory, directory.config),
+        datasets=_document(context, directory, directory.datasets),
+        plan=None if summary.plan is None else summary.plan.plan,
+        remedy=None if summary.plan is None else summary.plan.remedy,
+        attempts=summary.attempts,
+        starts=summary.starts,
+        phases=list(summary.phases.values()),
+        validations=list(summary.validations.values()),
+        checkpoints=summary.checkpoints,
+        notices=summary.notices,
+        last_id=summary.last_id,
+        damaged_lines=summary.damaged,
     )
 
 
 @router.get("/run/series", response_model=RunSeries)
-def series(here: InContext, run: RunName) -> Response:
+def series(context: InContext, run: RunName) -> Response:
     """The curves of a run."""
-    directory = run_at(here.roots, run)
-    index = here.streams.indexes.of(part_of(here.roots, directory, directory.events))
-    # Already JSON: 100,000 steps are not read into models and written again.
+    directory = run_at(context.roots, run)
+    index = context.streams.indexes.of(part_of(context.roots, directory, directory.events))
+    # Already JSON: building models for 100,000 steps and serializing them would be slow.
     return Response(index.series(), media_type="application/json")
 
 
@@ -179,53 +177,56 @@ def series(here: InContext, run: RunName) -> Response:
     responses={200: {"content": {"text/event-stream": {}}, "description": "Server-sent events."}},
 )
 async def events(
-    here: InContext,
+    context: InContext,
     run: RunName,
     after: Annotated[int, Query(ge=0, le=LARGEST_ID)] = 0,
     last_event_id: Annotated[int | None, Header(ge=0, le=LARGEST_ID)] = None,
 ) -> StreamingResponse:
-    """The lines of events.jsonl with an id above `Last-Event-ID`, or else `after`; then those that are appended.
+    """Stream the events of events.jsonl with an id above `Last-Event-ID`, or else above `after`; then new ones.
 
-    A run without events yet is waited for. A message of the type "reset" says that the file began anew and all of it
-    follows.
+    If the run has no events yet, the stream waits. A message of the type "reset" says that the file was replaced and
+    that its whole content follows.
     """
-    directory = run_at(here.roots, run)
-    path = part_of(here.roots, directory, directory.events)
+    directory = run_at(context.roots, run)
+    path = part_of(context.roots, directory, directory.events)
     return StreamingResponse(
-        here.streams.follow(path, after if last_event_id is None else last_event_id),
+        context.streams.follow(path, after if last_event_id is None else last_event_id),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )
 
 
 @router.get("/run/log")
-def log(here: InContext, run: RunName, after: Annotated[int, Query(ge=0, le=LARGEST_ID)] = 0) -> Log:
-    """What a run printed after byte `after` of run.log, and the end of its console.log."""
-    directory = run_at(here.roots, run)
-    text, size = _appended(part_of(here.roots, directory, directory.log), after)
-    console, _ = _appended(part_of(here.roots, directory, directory.console), 0)
-    return Log(text=text, size=size, console=console or None)
+def log(context: InContext, run: RunName, after: Annotated[int, Query(ge=0, le=LARGEST_ID)] = 0) -> RunLog:
+    """The output of a run: run.log after byte `after`, and the end of console.log."""
+    directory = run_at(context.roots, run)
+    text, size = _appended(part_of(context.roots, directory, directory.log), after)
+    console, _ = _appended(part_of(context.roots, directory, directory.console), 0)
+    return RunLog(text=text, size=size, console=console or None)
 
 
 @router.get(
     "/run/file",
     response_class=Response,
-    responses={200: {"content": {"application/octet-stream": {}}}, 304: {"description": "It is what the client has."}},
+    responses={
+        200: {"content": {"application/octet-stream": {}}},
+        304: {"description": "The client's copy is current."},
+    },
 )
 def file(
-    here: InContext,
+    context: InContext,
     run: RunName,
     path: Annotated[str, Query(max_length=4096)],
     width: Annotated[int | None, Query(ge=WIDTHS[0], le=WIDTHS[1])] = None,
     if_none_match: Annotated[str, Header(max_length=4096)] = "",
 ) -> Response:
-    """A file below a run: a picture as it is or, with `width`, as a JPEG at most so wide; others to be saved."""
-    directory = run_at(here.roots, run)
-    real = part_of(here.roots, directory, directory.root / path)
+    """A file of a run: an image as it is or, with `width`, as a JPEG at most that wide; other files as a download."""
+    directory = run_at(context.roots, run)
+    real = part_of(context.roots, directory, directory.root / path)
     if not real.is_file():
         raise Fault.of(404, f"{path}: no such file in this run")
-    version = Version.of(real)
-    # no-cache: the browser keeps it and asks whether it is still that; a run of the same folder draws anew.
+    version = ImageVersion.of(real)
+    # no-cache: the browser revalidates its copy, because a later run in the same folder replaces images.
     headers = {"ETag": version.tag(width), "Cache-Control": "private, no-cache"}
     if headers["ETag"] in if_none_match:
         return Response(status_code=304, headers=headers)
@@ -234,7 +235,7 @@ def file(
     except OSError as error:
         raise Fault.of(403, f"{path} cannot be read ({error.strerror})") from None
     if width is not None:
-        return Response(here.thumbnails.of(version, width), media_type="image/jpeg", headers=headers)
+        return Response(context.thumbnails.of(version, width), media_type="image/jpeg", headers=headers)
     return FileResponse(
         real,
         media_type=kind or ATTACHMENTS.get(real.suffix, "application/octet-stream"),
@@ -245,107 +246,109 @@ def file(
 
 
 @router.post("/run/start")
-def start(here: InContext, wanted: ToTrain) -> Run:
-    """Start a run, or go on with one, as `simpletuner run start --no-wait` does. It goes on without the server.
+def start(context: InContext, request: TrainRequest) -> Run:
+    """Start or resume a run, like `simpletuner run start --no-wait`. The run does not depend on the server.
 
-    The answer comes at once; the run is starting. A second start with the same words, while it is, is the same start.
+    Responds at once, while the run is starting. A second identical request during that time starts nothing.
     """
-    arguments = train_arguments(here.roots, wanted)
-    directory = RunDirectory(_checked_output(here, arguments, is_example=wanted.example is not None))
+    arguments = train_arguments(context.roots, request)
+    directory = RunDirectory(_checked_output(context, arguments, is_example=request.example is not None))
     try:
-        launch_run(arguments, directory, here.workspace, devices_of(None), wait_s=0, environ=here.shell.environment())
+        launch_run(
+            arguments, directory, context.workspace, devices_of(None), wait_s=0, environ=context.shell.environment()
+        )
     except CheckpointError:
         record = start_record(directory)
         if record is None or record.arguments != tuple(arguments) or status_of(directory).state != "starting":
             raise
-    return _glance(here, directory)
+    return _glance(context, directory)
 
 
-def _checked_output(here: Context, arguments: list[str], *, is_example: bool) -> Path:
-    """The run directory of a configuration that has no problems.
+def _checked_output(context: ServerContext, arguments: list[str], *, is_example: bool) -> Path:
+    """Check a configuration and return its run directory.
 
     Raises:
-        ConfigError: every problem, except those that the command itself finds: an example's images are drawn first.
+        ConfigError: every problem, except those of an example's images, which only the command itself creates.
         Fault: 403, the directory lies outside the roots.
     """
-    examined = examine(arguments, folder=here.workspace, environ=os.environ, rule=here.roots.refusal)
+    examined = examine(arguments, folder=context.workspace, environ=os.environ, rule=context.roots.refusal)
     ConfigError.raise_if(problem for problem in examined.problems if problem.key or not is_example)
-    return here.roots.resolve(examined.config.output_dir)
+    return context.roots.resolve(examined.config.output_dir)
 
 
 @router.post("/run/stop")
-def stop(here: InContext, of: OfRun) -> Run:
+def stop(context: InContext, reference: RunReference) -> Run:
     """Ask a run to finish its step, write a checkpoint and end."""
-    return _wish(here, of.run, "stop")
+    return _requested(context, reference.run, "stop")
 
 
 @router.post("/run/save")
-def save(here: InContext, of: OfRun) -> Run:
+def save(context: InContext, reference: RunReference) -> Run:
     """Ask a run for a checkpoint."""
-    return _wish(here, of.run, "save")
+    return _requested(context, reference.run, "save")
 
 
 @router.post("/run/validate")
-def validate(here: InContext, of: OfRun) -> Run:
-    """Ask a run for validation pictures."""
-    return _wish(here, of.run, "validate")
+def validate(context: InContext, reference: RunReference) -> Run:
+    """Ask a run for validation images."""
+    return _requested(context, reference.run, "validate")
 
 
 @router.put("/run/note")
-def note(here: InContext, wanted: ToNote) -> Run:
-    """Write the note of a run: `simpletuner run note`. 409 where it is no longer what the writer saw."""
-    directory = run_at(here.roots, wanted.run)
+def note(context: InContext, edit: NoteEdit) -> Run:
+    """Write the note of a run: `simpletuner run note`. 409 if the note is no longer the one that the writer saw."""
+    directory = run_at(context.roots, edit.run)
     try:
-        write_note(directory, wanted.text, wanted.seen)
+        write_note(directory, edit.text, edit.seen)
     except NoteChanged as error:
         raise Fault(409, *error.problems) from None
-    return _glance(here, directory)
+    return _glance(context, directory)
 
 
 @router.get("/run/contents")
-def contents(here: InContext, run: RunName) -> Contents:
-    """What would be deleted with a run."""
-    found = contents_of(run_at(here.roots, run))
-    return Contents(**vars(found), text=found.text)
+def contents(context: InContext, run: RunName) -> RunFiles:
+    """What deleting a run would delete."""
+    run_contents = contents_of(run_at(context.roots, run))
+    return RunFiles(**vars(run_contents), text=run_contents.text)
 
 
 @router.delete("/run", status_code=204)
-def delete(here: InContext, run: RunName) -> None:
-    """Delete a run's directory with all that is in it: `simpletuner run delete --yes`."""
-    delete_run(run_at(here.roots, run), here.workspace)
+def delete(context: InContext, run: RunName) -> None:
+    """Delete a run's directory with its whole content: `simpletuner run delete --yes`."""
+    delete_run(run_at(context.roots, run), context.workspace)
 
 
-def _glance(here: Context, directory: RunDirectory) -> Run:
-    return glance(here.roots, directory, dict(output_folders(here.roots)))
+def _glance(context: ServerContext, directory: RunDirectory) -> Run:
+    return glance(context.roots, directory, dict(output_folders(context.roots)))
 
 
-def _wish(here: Context, run: str, wish: Wish) -> Run:
-    directory = run_at(here.roots, run)
-    part_of(here.roots, directory, directory.control)
-    ask(directory, wish)
-    return _glance(here, directory)
+def _requested(context: ServerContext, run: str, control: ControlRequest) -> Run:
+    directory = run_at(context.roots, run)
+    part_of(context.roots, directory, directory.control)
+    ask(directory, control)
+    return _glance(context, directory)
 
 
-def _document(here: Context, directory: RunDirectory, path: Path) -> Any:
-    """A JSON file of the run; None where it is missing or damaged."""
-    with contextlib.suppress(OSError, UnicodeDecodeError, Damaged):
-        real = part_of(here.roots, directory, path)
+def _document(context: ServerContext, directory: RunDirectory, path: Path) -> Any:
+    """Read a JSON file of the run; None if it is missing or damaged."""
+    with contextlib.suppress(OSError, UnicodeDecodeError, DamagedText):
+        real = part_of(context.roots, directory, path)
         if real.stat().st_size <= LARGEST_RUN_DOCUMENT:
             return decoded(real.read_text(encoding="utf-8-sig"))
     return None
 
 
 def _appended(path: Path, after: int) -> tuple[str, int]:
-    """What follows byte `after`, the last `LOG_BYTES` of it at most, and the byte where that ends."""
+    """Return the text after byte `after`, at most its last `LOG_BYTES`, and the position where it ends."""
     if not path.is_file():
         return "", 0
     with path.open("rb") as opened:
         size = opened.seek(0, 2)
-        place = after if after <= size else 0
-        begin = max(place, size - LOG_BYTES)
+        position = after if after <= size else 0
+        begin = max(position, size - LOG_BYTES)
         opened.seek(begin)
         data = opened.read(size - begin)
-    if begin > place:  # no half lines
+    if begin > position:  # drop the partial first line
         data = data[data.find(b"\n") + 1 :]
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     text = decoder.decode(data)

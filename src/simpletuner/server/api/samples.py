@@ -1,4 +1,4 @@
-"""Trying a LoRA: pictures of prompts, drawn by `simpletuner sample --serve`."""
+"""Try a LoRA: generate images for prompts with `simpletuner sample --serve`."""
 
 import asyncio
 from functools import partial
@@ -12,60 +12,60 @@ from simpletuner.base.imagefiles import PICTURE_SUFFIXES
 from simpletuner.config.datasets import MOST_REFERENCES
 from simpletuner.runs.layout import LORA_NAME
 from simpletuner.server.body import RequestBody
-from simpletuner.server.context import Context, InContext
+from simpletuner.server.context import InContext, ServerContext
 from simpletuner.server.faults import Fault
 from simpletuner.server.roots import Roots
 from simpletuner.server.runs import RunName, part_of, run_at
-from simpletuner.server.sampler import run_in_the_way
-from simpletuner.server.series import Damaged, decoded
+from simpletuner.server.sampler import run_on_sampler_gpu
+from simpletuner.server.series import DamagedText, decoded
 from simpletuner.server.thumbnails import picture_type
 from simpletuner.server.work import CommandJob
 
 router = APIRouter()
 
 FOLDER = "samples"
-"""Below a run: where its pictures go; without a run, below the workspace."""
-KEPT = 500
-"""Pictures that are listed, the newest first."""
+"""Folder for the images, below the run or, without a run, below the workspace."""
+MAX_LISTED = 500
+"""Images that the list holds, the newest first."""
 
 PromptText = Annotated[str, Field(min_length=1, max_length=4000, pattern=r"^[^\x00]*$")]
 Side = Annotated[int, Field(ge=16, le=2048, multiple_of=16)]
 Strength = Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)]
 
 
-class ActingLora(RequestBody):
-    """A LoRA and how strongly it acts."""
+class WeightedLora(RequestBody):
+    """A LoRA and its strength."""
 
     path: str = Field(max_length=4096)
-    """A .safetensors file, or a folder that holds one such as a checkpoint's."""
+    """A .safetensors file, or a folder that contains one, such as a checkpoint's."""
     strength: Strength = 1.0
 
 
-class ToDraw(RequestBody):
-    """What to draw."""
+class SampleRequest(RequestBody):
+    """Images to generate."""
 
     run: str | None = Field(default=None, max_length=4096)
-    """Whose model draws, and whose finished LoRA acts unless `loras` names others."""
+    """The run whose model generates the images; its finished LoRA is used unless `loras` names others."""
     prompts: list[PromptText] = Field(min_length=1, max_length=8)
     seed: int = Field(default=42, ge=0, lt=2**32)
     width: Side = 1024
     height: Side = 1024
     steps: int | None = Field(default=None, ge=1, le=500)
-    """By default what suits the model."""
+    """By default the model's own value."""
     guidance: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
-    """By default what suits the model."""
+    """By default the model's own value."""
     count: int = Field(default=1, ge=1, le=16)
-    """Pictures of each prompt, with the seeds `seed`, `seed` + 1 and so on."""
-    loras: list[ActingLora] | None = Field(default=None, max_length=8)
-    """An empty list is the base model; null, the run's finished LoRA."""
+    """Images per prompt, with the seeds `seed`, `seed` + 1 and so on."""
+    loras: list[WeightedLora] | None = Field(default=None, max_length=8)
+    """An empty list means the base model; null means the run's finished LoRA."""
     references: list[Annotated[str, Field(max_length=4096)]] = Field(default=[], max_length=MOST_REFERENCES)
-    """Image files that each picture is drawn with, in this order."""
+    """Reference images for each generated image, in this order."""
     strengths: list[Strength] = Field(default=[], max_length=12)
-    """Draw each picture once at each of these; they multiply the strengths of all LoRAs, and 0 is the base model."""
+    """Generate each image once at each of these factors for the strengths of all LoRAs; 0 is the base model."""
 
 
-class DrawnPicture(BaseModel):
-    """A picture that was drawn before, and what it was drawn from as far as it tells."""
+class SampledImage(BaseModel):
+    """An image generated earlier, with the parameters that its file records."""
 
     path: str
     prompt: str | None = None
@@ -81,95 +81,95 @@ class DrawnPicture(BaseModel):
 
 
 @router.post("/jobs/sample", status_code=202)
-async def sample(here: InContext, wanted: ToDraw) -> CommandJob:
-    """Draw pictures. The result is {"pictures": [their paths]}, and grows as they come."""
-    request = sample_request(here, wanted)
-    run = await asyncio.to_thread(run_in_the_way, here.roots)
+async def sample(context: InContext, body: SampleRequest) -> CommandJob:
+    """Generate images. The job's result is {"pictures": [paths]}, and grows while it runs."""
+    request = sample_request(context, body)
+    run = await asyncio.to_thread(run_on_sampler_gpu, context.roots)
     if run is not None:
         raise Fault.of(
             409,
-            f"{run} is training, and has the memory that drawing would take",
-            remedy="Wait until it has ended, or stop it. Its validation pictures show how far it is.",
+            f"{run} is training and uses the memory that sampling needs",
+            remedy="Wait until it has ended, or stop it. Its validation images show its progress.",
         )
-    shown = partial(_shown, here.roots)
-    return here.jobs.begin("sample", partial(here.sampler.draw, request=request, shown=shown))
+    shown = partial(_shown, context.roots)
+    return context.jobs.begin("sample", partial(context.sampler.sample, request=request, shown=shown))
 
 
 @router.get("/run/samples")
-def samples(here: InContext, run: RunName) -> list[DrawnPicture]:
-    """The pictures that were drawn with a run, newest first."""
-    directory = run_at(here.roots, run)
-    folder = part_of(here.roots, directory, directory.root / FOLDER)
-    found = [path for path in folder.glob("*.png") if path.is_file() and not path.is_symlink()]
-    found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    told = (_told(path, here.roots.shown(path)) for path in found[:KEPT])
-    return [one for one in told if one is not None]
+def samples(context: InContext, run: RunName) -> list[SampledImage]:
+    """The images generated with a run, newest first."""
+    directory = run_at(context.roots, run)
+    folder = part_of(context.roots, directory, directory.root / FOLDER)
+    paths = [path for path in folder.glob("*.png") if path.is_file() and not path.is_symlink()]
+    paths.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    images = (_sampled_image(path, context.roots.shown(path)) for path in paths[:MAX_LISTED])
+    return [image for image in images if image is not None]
 
 
-def sample_request(here: Context, wanted: ToDraw) -> dict[str, Any]:
-    """What `simpletuner sample --serve` is asked for.
+def sample_request(context: ServerContext, body: SampleRequest) -> dict[str, Any]:
+    """Build the request for `simpletuner sample --serve`.
 
     Raises:
-        Fault: 403, a path outside the roots; 404, no such run; 422, no LoRA or image is there.
+        Fault: 403, a path lies outside the roots; 404, there is no such run; 422, there is no LoRA or image.
     """
-    out = here.workspace / FOLDER
+    out = context.workspace / FOLDER
     request: dict[str, Any] = {}
-    if wanted.run is not None:
-        directory = run_at(here.roots, wanted.run)
-        out = part_of(here.roots, directory, directory.root / FOLDER)
-        request["run"] = here.roots.shown(directory.root)
+    if body.run is not None:
+        directory = run_at(context.roots, body.run)
+        out = part_of(context.roots, directory, directory.root / FOLDER)
+        request["run"] = context.roots.shown(directory.root)
     request |= {
-        "out": here.roots.shown(here.roots.resolve(str(out))),
-        "prompt": wanted.prompts,
-        "strength": wanted.strengths,
-        "seed": wanted.seed,
-        "width": wanted.width,
-        "height": wanted.height,
-        "steps": wanted.steps,
-        "guidance": wanted.guidance,
-        "num": wanted.count,
+        "out": context.roots.shown(context.roots.resolve(str(out))),
+        "prompt": body.prompts,
+        "strength": body.strengths,
+        "seed": body.seed,
+        "width": body.width,
+        "height": body.height,
+        "steps": body.steps,
+        "guidance": body.guidance,
+        "num": body.count,
     }
-    if wanted.loras is not None:
-        loras = [(lora_file(here.roots, lora.path), lora.strength) for lora in wanted.loras]
-        request["lora"] = [f"{here.roots.shown(file)}:{strength}" for file, strength in loras]
-    if wanted.references:
-        request["references"] = [here.roots.shown(image_file(here.roots, text)) for text in wanted.references]
+    if body.loras is not None:
+        loras = [(lora_file(context.roots, lora.path), lora.strength) for lora in body.loras]
+        request["lora"] = [f"{context.roots.shown(file)}:{strength}" for file, strength in loras]
+    if body.references:
+        request["references"] = [context.roots.shown(image_file(context.roots, text)) for text in body.references]
     return {name: value for name, value in request.items() if value is not None}
 
 
 def image_file(roots: Roots, text: str) -> Path:
-    """The image file that `text` names.
+    """Return the path of the image file that `text` names.
 
     Raises:
-        Fault: 403, it lies outside the roots; 422, none is there.
+        Fault: 403, it lies outside the roots; 422, there is no image.
     """
     path = roots.resolve(text)
     if path.suffix.lower() not in PICTURE_SUFFIXES or not path.is_file():
-        raise Fault.of(422, f"{text}: no image is there", "an image file")
+        raise Fault.of(422, f"{text}: there is no image", "an image file")
     return path
 
 
 def lora_file(roots: Roots, text: str) -> Path:
-    """The LoRA that `text` names: a file, or a folder that holds one.
+    """Return the path of the LoRA that `text` names: a file, or a folder that contains one.
 
     Raises:
-        Fault: 403, it lies outside the roots; 422, none is there.
+        Fault: 403, it lies outside the roots; 422, there is no LoRA.
     """
     path = roots.resolve(text)
     file = roots.resolve(str(path / LORA_NAME)) if path.is_dir() else path
     if file.suffix != ".safetensors" or not file.is_file():
-        raise Fault.of(422, f"{text}: no LoRA is there", "a .safetensors file, or a folder with one")
+        raise Fault.of(422, f"{text}: there is no LoRA", "a .safetensors file, or a folder that contains one")
     return file
 
 
 def _shown(roots: Roots, text: str) -> str:
-    """A picture's path as the page has it, of what the sampler says, which works in the workspace."""
+    """Convert an image path from the sampler, which runs in the workspace, to the page's form."""
     return roots.shown((roots.workspace / text).resolve())
 
 
-def _told(path: Path, shown: str) -> DrawnPicture | None:
-    """A picture with what it says of itself; None where it is none."""
-    # Takes a moment to import: the first page needs none.
+def _sampled_image(path: Path, shown: str) -> SampledImage | None:
+    """Return an image with the parameters that its file records; None if the file is not a PNG."""
+    # Slow to import, and the first page needs no image.
     from PIL import Image
 
     try:
@@ -182,8 +182,8 @@ def _told(path: Path, shown: str) -> DrawnPicture | None:
         return None
     try:
         parameters = decoded(str(text))
-        known = {name: parameters.get(name) for name in ("prompt", "seed", "steps", "guidance")}
-        told = {name: parameters.get(name, []) for name in ("loras", "references")}
-        return DrawnPicture(path=shown, width=width, height=height, **told, **known)
-    except (Damaged, ValueError, AttributeError):  # another program's parameters
-        return DrawnPicture(path=shown, width=width, height=height)
+        scalars = {name: parameters.get(name) for name in ("prompt", "seed", "steps", "guidance")}
+        lists = {name: parameters.get(name, []) for name in ("loras", "references")}
+        return SampledImage(path=shown, width=width, height=height, **lists, **scalars)
+    except (DamagedText, ValueError, AttributeError):  # written by another program
+        return SampledImage(path=shown, width=width, height=height)
