@@ -94,7 +94,7 @@ def test_a_grid_of_strengths_comes_picture_by_picture_from_one_sampler(
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, check=False)
     assert f"Process {first}, which kept a model to draw with, is ended" in run.stdout
-    expect(page.get_by_text("the sampler gave way to a training run")).to_be_visible()
+    expect(page.get_by_text("the sampler ended because a training run")).to_be_visible()
     assert samplers(workspace) == []
 
 

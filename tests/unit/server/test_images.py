@@ -95,7 +95,7 @@ def test_captions_change_together_and_go_back(client: TestClient, folder: Path) 
     assert (folder / "picture-1.txt").read_text() == "a -hard gradient, number 1\n"
     again = client.post("/api/images/captions", json=edit | {"revision": dry["revision"]})
     assert again.status_code == 409
-    assert "captions were changed since you looked" in again.json()["problems"][0]["text"]
+    assert "captions changed since the preview" in again.json()["problems"][0]["text"]
     assert listed(client)["can_undo"]
     undone = client.post("/api/images/undo", json={"folder": FOLDER, "what": "captions"}).json()
     assert undone == {"undone": 2, "left_out": []}

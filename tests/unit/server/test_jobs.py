@@ -86,7 +86,7 @@ print('{"answer": 1, "rate": Infinity}')
 def test_an_answer_that_is_no_json_fails(tmp_path: Path) -> None:
     job = followed(tmp_path, "print('hello')")
     assert (job.state, job.exit_code) == ("failed", 0)
-    assert "cannot be read" in job.problems[0].found
+    assert "cannot be parsed" in job.problems[0].found
 
 
 def test_a_cancelled_job_ends_with_what_it_started(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_problems_are_read_from_what_people_see() -> None:
     bug = 'Traceback (most recent call last):\n  File "/secret/x.py", line 1\nValueError: 3\nThis is a bug in it.\n'
     (told,) = printed_problems(Finished(1, "", bug))
     assert told.found == "the command failed: ValueError: 3"
-    assert printed_problems(Finished(-9, "", ""))[0].found.endswith("-9 and said nothing")
+    assert printed_problems(Finished(-9, "", ""))[0].found.endswith("-9 and printed nothing")
 
 
 def test_a_command_gets_no_more_environment_than_the_server(tmp_path: Path) -> None:

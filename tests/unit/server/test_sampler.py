@@ -69,7 +69,7 @@ def test_one_process_draws_for_all_jobs_until_it_was_idle(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("request_key", "state", "words"),
-    [("die", "failed", "all went wrong"), ("train", "cancelled", "the sampler gave way to a training run")],
+    [("die", "failed", "all went wrong"), ("train", "cancelled", "the sampler ended because a training run")],
 )
 def test_a_sampler_that_ends_is_explained_and_replaced(
     tmp_path: Path, request_key: str, state: str, words: str

@@ -105,7 +105,7 @@ def test_the_lines_of_the_log_take_the_quick_way_and_keep_every_digit(path: Path
     index = EventIndex(path)
     index.refresh()
     index._take_other = pytest.fail  # type: ignore[method-assign, assignment]
-    index._forget()
+    index._clear()
     assert json.loads(index.series())["step"] == list(range(1, 3000))
 
 

@@ -67,7 +67,7 @@ def test_what_is_sent_is_refused_by_name_and_size(
     assert rules == {"suffixes": [".safetensors", ".gguf"], "largest": 10}
     for name, data in (("a.ckpt", b"x"), ("../a.safetensors", b"x"), (".a.gguf", b"x"), ("a.gguf", b"x" * 11)):
         answer = client.put("/api/inspect", params={"name": name}, content=data, headers=RAW)
-        assert "is not taken" in found_of(answer)
+        assert "is refused" in found_of(answer)
     assert left(workspace) == []
 
 
@@ -124,8 +124,8 @@ def test_what_is_no_lora_is_refused_before_a_command_starts(client: TestClient, 
             ("lora/convert", {"path": path, "format": "kohya"}),
             ("lora/merge", {"loras": [{"path": path}, {"path": path}]}),
         ):
-            assert "no LoRA is there" in found_of(client.post(f"/api/{route}", json=body))
-        assert "no weights are there" in found_of(client.get("/api/inspect", params={"path": path}))
+            assert "there is no LoRA" in found_of(client.post(f"/api/{route}", json=body))
+        assert "there is no weight file" in found_of(client.get("/api/inspect", params={"path": path}))
     assert not (workspace / SCRATCH).exists()
 
 
