@@ -1,11 +1,11 @@
-// The server's API. Every answer that is no success is thrown; nothing is swallowed.
+// Client of the server's API. Every error response is thrown as an ApiFault.
 
 /**
- * One thing that is wrong, as the server says it.
+ * A problem, as the server reports it.
  * @typedef {{found: string, expected: string, remedy: string, key: string, document: string, text: string}} Problem
  */
 
-/** An answer that is no success: its status (0 where nothing answered) and what is wrong. */
+/** An error response: its status (0 if the server did not answer) and the problems. */
 export class ApiFault extends Error {
   /** @param {number} status @param {Problem[]} problems */
   constructor(status, problems) {
@@ -24,7 +24,7 @@ export const problem = (found, remedy = "") => ({
   found, expected: "", remedy, key: "", document: "", text: remedy ? `${found} ${remedy}` : found,
 });
 
-/** The address of a route: `address("picture", {path, width})`. Parameters that are null are left out. */
+/** The address of a route: `address("picture", {path, width})`. Null parameters are omitted. */
 export function address(path, params = {}) {
   const query = new URLSearchParams();
   for (const [key, value] of Object.entries(params)) {
@@ -34,7 +34,7 @@ export function address(path, params = {}) {
   return `/api/${path}${text ? `?${text}` : ""}`;
 }
 
-/** The fault that an answer's body tells of. */
+/** Parse the body of an error response. */
 function faultOf(status, text) {
   try {
     const { problems } = JSON.parse(text);
@@ -63,34 +63,34 @@ async function answerOf(method, path, params, body, signal, keepalive = false) {
   return answer;
 }
 
-async function call(...what) {
-  const text = await (await answerOf(...what)).text();
+async function call(...request) {
+  const text = await (await answerOf(...request)).text();
   return text === "" ? null : JSON.parse(text);
 }
 
 export const get = (path, params = {}, signal = undefined) => call("GET", path, params, undefined, signal);
 export const post = (path, body = {}, params = {}, signal = undefined) => call("POST", path, params, body, signal);
-/** With `keepalive` it is sent even where the page is closed at once; for small bodies. */
+/** With `keepalive` the request survives the closing of the page; for small bodies. */
 export const put = (path, body = {}, params = {}, keepalive = false) => call("PUT", path, params, body, undefined, keepalive);
 export const del = (path, params = {}) => call("DELETE", path, params);
 
 /**
- * Have the server make a file, and hand it to the browser.
- * @param {string} path @param {object} body @returns {Promise<string[]>} what the command printed about it, a line each
+ * Request a file that the server creates, and download it.
+ * @param {string} path @param {object} body @returns {Promise<string[]>} the lines that the command printed about it
  */
-export async function saveMade(path, body) {
+export async function downloadCreated(path, body) {
   const answer = await answerOf("POST", path, {}, body);
   saveFile(nameIn(answer.headers.get("Content-Disposition") ?? ""), await answer.blob());
   return JSON.parse(answer.headers.get("X-Said") ?? "[]");
 }
 
-/** The file name of a Content-Disposition header; the server encodes one that is more than ASCII without spaces. */
+/** The file name in a Content-Disposition header; the server encodes names with spaces or non-ASCII characters. */
 function nameIn(disposition) {
   const encoded = /filename\*=utf-8''([^;]+)/i.exec(disposition)?.[1];
   return encoded ? decodeURIComponent(encoded) : /filename="([^"]+)"/.exec(disposition)?.[1] ?? "lora.safetensors";
 }
 
-/** Hand a file to the browser. @param {string} name @param {Blob} content */
+/** Download a file from memory. @param {string} name @param {Blob} content */
 export function saveFile(name, content) {
   const url = URL.createObjectURL(content);
   Object.assign(document.createElement("a"), { href: url, download: name }).click();

@@ -1,26 +1,26 @@
-// The caption of an image, edited in place; saved after a pause and when it is left.
+// An image's caption, edited in place and saved after a pause or when the field loses focus.
 
 import { ApiFault, get } from "./api.js";
 import { drafts } from "./captiondrafts.js";
 import { button, fill, freshId, h } from "./dom.js";
 import { some } from "./format.js";
 
-/** @param {string} path of the image @param {string} name to call it by */
+/** @param {string} path of the image @param {string} name the image's, for labels */
 export function captionBox(path, name) {
   const id = freshId("caption");
   const state = h("div", { class: "small dim", "aria-live": "polite" });
   const area = h("textarea", {
     id, rows: "3", disabled: true, placeholder: "…", onblur: () => drafts.send(path),
     oninput() {
-      drafts.type(path, area.value, kept.revision);
+      drafts.type(path, area.value, current.revision);
       state.textContent = "Not saved yet";
     },
   });
-  let kept = { text: "", revision: "" };
+  let current = { text: "", revision: "" };
   let isClosed = false;
 
   function take(answer) {
-    kept = answer;
+    current = answer;
     area.value = answer.text ?? "";
     state.replaceChildren();
   }
@@ -29,7 +29,7 @@ export function captionBox(path, name) {
     if (about !== path) return;
     const draft = drafts.of(path);
     if (saved !== null) {
-      kept = saved;
+      current = saved;
       state.textContent = draft ? "Not saved yet" : "Saved";
     }
     if (draft?.theirs || draft?.fault) state.replaceChildren(unsaved(path, draft, take));
@@ -52,7 +52,7 @@ export function captionBox(path, name) {
     const draft = drafts.of(path);
     if (draft === undefined) return;
     area.value = draft.text;
-    state.textContent = "You typed this before. It is being saved.";
+    state.textContent = "This is an earlier draft of yours. It is being saved.";
     show({ detail: { path, saved: null } });
     await drafts.send(path);
   }
@@ -68,7 +68,7 @@ export function captionBox(path, name) {
   };
 }
 
-/** Why a draft is not saved, both texts where somebody else wrote another one, and what can be done. */
+/** Why a draft is not saved; if somebody else saved a different text, both texts and a choice. */
 function unsaved(path, draft, take = () => {}) {
   if (!draft.theirs) {
     return h("div", { class: "stack tight" }, h("p", { class: "fault" }, `Not saved: ${draft.fault}`),
@@ -89,7 +89,7 @@ function unsaved(path, draft, take = () => {}) {
 }
 
 /**
- * What was typed and is not saved, of images that are not shown. @param {() => Set<string>} shown paths that have a box of their own
+ * Unsaved drafts of images that are not shown. @param {() => Set<string>} shown paths of the shown images
  * @returns {{node: HTMLElement, show: () => void, close: () => void}}
  */
 export function unsavedCaptions(shown) {

@@ -1,4 +1,4 @@
-// Captions as they are typed: kept in this browser until the server has confirmed them, and sent again until then.
+// Caption drafts: stored in this browser and sent repeatedly until the server confirms them.
 
 import { ApiFault, get, put } from "./api.js";
 
@@ -7,12 +7,12 @@ const PAUSE = 1000;
 const RETRY = 3000;
 
 /**
- * A caption that is not confirmed yet. `revision`: of the text that was edited; `theirs`: what somebody else wrote
+ * A caption that is not saved yet. `revision`: of the text before the edit; `theirs`: the text that somebody else saved
  * meanwhile; `fault`: why it is not saved.
  * @typedef {{text: string, revision: string, theirs?: {text: string|null, revision: string}, fault?: string, refused?: boolean}} Draft
  */
 
-/** Events: `state` (detail {path, saved}: the server's answer where it was just confirmed). */
+/** Events: `state` (detail {path, saved}: the server's answer if the draft was just saved). */
 class CaptionDrafts extends EventTarget {
   /** @type {Map<string, Draft>} by the image's path */
   #drafts = new Map();
@@ -21,7 +21,7 @@ class CaptionDrafts extends EventTarget {
   #sending = new Set();
   #timers = new Map();
 
-  /** Read what an earlier visit left. One workspace's drafts are not another's that is served on the same port. */
+  /** Load the drafts of an earlier visit. They are stored per workspace, since one port may serve different ones. */
   open() {
     this.#opening ??= this.#open().catch((error) => {
       this.#opening = null;
@@ -53,33 +53,33 @@ class CaptionDrafts extends EventTarget {
     return [...this.#drafts];
   }
 
-  /** Keep what was typed; it is sent after a pause. `revision`: of the text that was edited first. */
+  /** Store the typed text and send it after a pause. `revision`: of the text before the edit. */
   type(path, text, revision) {
     const draft = this.#drafts.get(path);
-    this.#keep(path, { ...draft, text, revision: draft?.revision ?? revision });
+    this.#store(path, { ...draft, text, revision: draft?.revision ?? revision });
     clearTimeout(this.#timers.get(path));
     this.#timers.set(path, setTimeout(() => this.send(path), PAUSE));
   }
 
-  /** Forget what was typed. */
+  /** Discard a draft. */
   discard(path) {
     this.#drop(path);
-    this.#tell(path);
+    this.#notify(path);
   }
 
-  /** Write what was typed over what somebody else wrote. */
+  /** Save a draft over the text that somebody else saved. */
   overwrite(path) {
     const { text, theirs } = this.#drafts.get(path);
-    this.#keep(path, { text, revision: theirs.revision });
+    this.#store(path, { text, revision: theirs.revision });
     return this.send(path);
   }
 
-  /** Save all that can be saved. @param {boolean} [isClosing] the page may be closed before the answer comes */
+  /** Send all drafts that need no decision. @param {boolean} [isClosing] the page may close before the response */
   sendAll(isClosing = false) {
     return Promise.all(this.all.filter(([, { theirs, refused }]) => !theirs && !refused).map(([path]) => this.send(path, isClosing)));
   }
 
-  /** Save a draft; one that differs from what somebody else wrote waits for a choice. */
+  /** Send a draft. If somebody else saved a different text, the draft waits for the user's decision. */
   async send(path, isClosing = false) {
     clearTimeout(this.#timers.get(path));
     const draft = this.#drafts.get(path);
@@ -100,36 +100,36 @@ class CaptionDrafts extends EventTarget {
       try {
         const theirs = await get("caption", { path });
         if (theirs.text === draft.text) this.#confirmed(path, draft.text, theirs);
-        else this.#note(path, { theirs, fault: undefined });
+        else this.#update(path, { theirs, fault: undefined });
         return;
-      } catch (again) {
-        if (!(again instanceof ApiFault)) throw again;
-        error = again;
+      } catch (second) {
+        if (!(second instanceof ApiFault)) throw second;
+        error = second;
       }
     }
-    this.#note(path, { fault: error.problems.map((one) => one.text).join(" "), refused: error.status >= 400 && error.status < 500 && error.status !== 429 });
+    this.#update(path, { fault: error.problems.map((one) => one.text).join(" "), refused: error.status >= 400 && error.status < 500 && error.status !== 429 });
   }
 
   #confirmed(path, text, answer) {
     const draft = this.#drafts.get(path);
     if (draft === undefined || draft.text === text) this.#drop(path);
-    else this.#keep(path, { text: draft.text, revision: answer.revision });
-    this.#tell(path, { text, revision: answer.revision });
+    else this.#store(path, { text: draft.text, revision: answer.revision });
+    this.#notify(path, { text, revision: answer.revision });
     if (this.#drafts.has(path)) this.#timers.set(path, setTimeout(() => this.send(path), PAUSE));
   }
 
-  #note(path, found) {
+  #update(path, changes) {
     const draft = this.#drafts.get(path);
-    if (draft !== undefined) this.#keep(path, { ...draft, ...found });
-    this.#tell(path);
+    if (draft !== undefined) this.#store(path, { ...draft, ...changes });
+    this.#notify(path);
   }
 
-  #keep(path, draft) {
+  #store(path, draft) {
     this.#drafts.set(path, draft);
     try {
       localStorage.setItem(this.#prefix + path, JSON.stringify(draft));
     } catch (error) {
-      // Storage that is full or shut: it is still kept until this tab is closed.
+      // Storage is full or blocked: the draft lives until this tab is closed.
       if (!(error instanceof DOMException)) throw error;
     }
   }
@@ -139,7 +139,7 @@ class CaptionDrafts extends EventTarget {
     localStorage.removeItem(this.#prefix + path);
   }
 
-  #tell(path, saved = null) {
+  #notify(path, saved = null) {
     this.dispatchEvent(new CustomEvent("state", { detail: { path, saved } }));
   }
 }

@@ -1,4 +1,4 @@
-// Changing many captions at once: what would change is shown before it is done.
+// Edit many captions at once, with a preview.
 
 import { post } from "./api.js";
 import { drafts } from "./captiondrafts.js";
@@ -10,9 +10,9 @@ import { count, some } from "./format.js";
 const SHOWN = 5;
 
 /**
- * Ask what to change in the captions of `names`, null for all `total`, and change it.
- * @param {{folder: string, names: string[]|null, total: number, whole: boolean}} what `whole`: a file is one caption
- * @returns {Promise<object|null>} what was done, null where nothing was
+ * Ask for an edit of the captions of `names` (null: of all `total`), preview it and apply it.
+ * @param {{folder: string, names: string[]|null, total: number, whole: boolean}} options `whole`: a file is one caption
+ * @returns {Promise<object|null>} the result; null if nothing was changed
  */
 export async function editCaptions({ folder, names, total, whole }) {
   await drafts.sendAll();
@@ -25,57 +25,57 @@ export async function editCaptions({ folder, names, total, whole }) {
   const replace = input("replace", "Replace with");
   const regex = h("input", { type: "checkbox", onchange: () => changed() });
   const added = input("added", "Text");
-  const kinds = [["replace", "Find and replace"], ["prepend", "Put before"], ["append", "Put after"]];
+  const kinds = [["replace", "Find and replace"], ["prepend", "Add before"], ["append", "Add after"]];
   const radios = kinds.map(([value, label]) => h("label", {}, h("input", { type: "radio", name: id, value, checked: value === "replace", onchange: () => changed() }), label));
   const replacing = h("div", { class: "stack" }, find.row, replace.row,
-    h("label", { class: "tick" }, regex, "Regular expression (Python's; each line is a caption)"));
+    h("label", { class: "tick" }, regex, "Regular expression (Python syntax; each line is a caption)"));
   const preview = h("div", { class: "stack", "aria-live": "polite" });
   let accept = null;
-  let seen = null;
+  let previewed = null;
 
   const kind = () => radios.map((label) => label.firstElementChild).find((radio) => radio.checked).value;
   const edit = () => ({ folder, names, whole, ...(kind() === "replace"
     ? { find: find.node.value, replace: replace.node.value, regex: regex.checked }
     : { [kind()]: added.node.value }) });
 
-  const look = pausing(300, async (signal) => {
+  const previewing = pausing(300, async (signal) => {
     if ((kind() === "replace" ? find.node.value : added.node.value) === "") {
-      preview.replaceChildren(h("p", { class: "hint" }, "What would change is shown here first."));
+      preview.replaceChildren(h("p", { class: "hint" }, "A preview of the changes appears here."));
       return;
     }
     try {
-      seen = await post("images/captions", { ...edit(), dry_run: true }, {}, signal);
+      previewed = await post("images/captions", { ...edit(), dry_run: true }, {}, signal);
     } catch (error) {
       if (error.name === "AbortError") throw error;
       preview.replaceChildren(problemPanel(error));
       return;
     }
-    show(seen);
-    accept.disabled = seen.changed === 0;
-    accept.textContent = seen.changed === 0 ? "Change" : `Change ${some(seen.changed, "caption")}`;
+    show(previewed);
+    accept.disabled = previewed.changed === 0;
+    accept.textContent = previewed.changed === 0 ? "Change" : `Change ${some(previewed.changed, "caption")}`;
   });
 
   function changed() {
-    seen = null;
+    previewed = null;
     accept.disabled = true;
     replacing.hidden = kind() !== "replace";
     added.row.hidden = kind() === "replace";
-    look.later();
+    previewing.later();
   }
 
   function show({ images, changed: changing, emptied, changes, left_out: leftOut }) {
     preview.replaceChildren();
     fill(preview,
       h("p", {}, changing === 0 ? "No caption changes." : `${some(changing, "caption")} of ${some(images, "image")} ${changing === 1 ? "changes" : "change"}${changing > SHOWN ? `; the first ${SHOWN}` : ""}:`),
-      emptied ? h("p", { class: "panel warn" }, `${some(emptied, "caption")} would say nothing any more.`) : null,
+      emptied ? h("p", { class: "panel warn" }, `${some(emptied, "caption")} would become empty.`) : null,
       changes.slice(0, SHOWN).map(({ file, before, after }) => h("div", {}, h("p", { class: "small path" }, file), diffBlock(before.trimEnd(), after.trimEnd()))),
-      leftOut.length ? h("p", { class: "hint" }, `Left out: ${leftOut.map(({ name, detail }) => `${name} (${detail})`).slice(0, SHOWN).join(", ")}`) : null);
+      leftOut.length ? h("p", { class: "hint" }, `Not changed: ${leftOut.map(({ name, detail }) => `${name} (${detail})`).slice(0, SHOWN).join(", ")}`) : null);
   }
 
   const answer = await dialog({
     title: `Captions of ${names === null ? `all ${count(total)} images` : some(names.length, "image")}`,
     wide: true,
-    body: [h("div", { class: "choices", role: "group", "aria-label": "What to do" }, radios), replacing, added.row, preview],
+    body: [h("div", { class: "choices", role: "group", "aria-label": "Kind of edit" }, radios), replacing, added.row, preview],
     actions: [{ label: "Cancel", value: null }, { label: "Change", value: "yes", kind: "primary", disabled: true }],
     opened(box) {
       accept = box.querySelector('[data-action="yes"]');
@@ -83,6 +83,6 @@ export async function editCaptions({ folder, names, total, whole }) {
       find.node.focus();
     },
   });
-  look.stop();
-  return answer === null || seen === null ? null : post("images/captions", { ...edit(), revision: seen.revision });
+  previewing.stop();
+  return answer === null || previewed === null ? null : post("images/captions", { ...edit(), revision: previewed.revision });
 }

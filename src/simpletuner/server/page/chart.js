@@ -1,4 +1,4 @@
-/** One line chart over steps, drawn by uPlot: the page's colors, its cursor and its zoom. */
+/** A line chart over steps, drawn by uPlot, with the page's colors, cursor and zoom. */
 
 import { firstAtLeast } from "./series.js";
 import uPlot from "./vendor/uPlot.esm.js";
@@ -8,35 +8,35 @@ const SPACE_PX = { x: 90, y: 28 };
 const MARGIN_PX = { top: 8, right: 12, bottom: 26, left: 56 };
 const DRAG_PX = 6;
 const DOT_PX = 6;
-const FAR_OUT = 3;
-const ALIKE = 1e-6;
+const SPIKE_RANGES = 3;
+const RELATIVE_TOLERANCE = 1e-6;
 const WHOLE_STEPS = Array.from({ length: 10 }, (_, power) => [1, 2, 5].map((factor) => factor * 10 ** power)).flat();
 
 /**
  * @typedef {object} Line
- * @property {string} name what the read-out calls it
+ * @property {string} name label in the readout
  * @property {string} color name of a CSS variable
- * @property {() => {x: Float64Array, y: Float64Array, length: number}} read its points, x rising
- * @property {boolean} [faint] drawn thin and pale, behind the others
- * @property {boolean} [dots] each point marked, for the few and far between
+ * @property {() => {x: Float64Array, y: Float64Array, length: number}} read its points, sorted by x
+ * @property {boolean} [faint] thin and pale, behind the other lines
+ * @property {boolean} [dots] mark each point, for sparse lines
  * @property {boolean} [dashed]
  * @property {boolean} [hidden]
  */
 
 export class Chart {
   /**
-   * @param {HTMLElement} host gives the chart its size
+   * @param {HTMLElement} host element that sets the chart's size
    * @param {Line[]} lines
-   * @param {(value: number) => string} format how values are written
-   * @param {{cursor: (step: number | null) => void, zoom: (view: [number, number] | null) => void}} on the pointer's wishes
+   * @param {(value: number) => string} format formats values
+   * @param {{cursor: (step: number | null) => void, zoom: (view: [number, number] | null) => void}} on called on pointer actions
    */
   constructor(host, lines, format, on) {
     Object.assign(this, { host, lines, format, on });
     this.isLogarithmic = false;
-    this.leavesOutSpikes = false;
-    /** The steps in sight: [first, last]. */
+    this.hidesSpikes = false;
+    /** The visible steps: [first, last]. */
     this.view = [0, 1];
-    /** The step the cursor is on, or null. */
+    /** The step at the cursor, or null. */
     this.cursor = null;
     this.plot = null;
     this.resizer = new ResizeObserver(() => this.resize());
@@ -55,7 +55,7 @@ export class Chart {
     else this.build();
   }
 
-  /** Lines, axes and zoom anew. @param {[number, number]} view */
+  /** Redraw lines, axes and zoom. @param {[number, number]} view */
   draw(view) {
     this.view = view;
     if (!this.plot) return;
@@ -68,25 +68,25 @@ export class Chart {
     }
   }
 
-  /** Move the cursor; nothing else is drawn again. @param {number | null} step */
+  /** Move the cursor without redrawing anything else. @param {number | null} step */
   point(step) {
     this.cursor = step;
-    if (!this.plot?.status) return; // it has no size yet, and asks again when it has
+    if (!this.plot?.status) return; // no size yet; the hook `ready` calls this again
     const [first, last] = this.view;
-    const isInSight = step !== null && step >= first && step <= last;
-    this.plot.setCursor({ left: isInSight ? this.plot.valToPos(step, "x") : -10, top: isInSight ? 0 : -10 }, false);
+    const isVisible = step !== null && step >= first && step <= last;
+    this.plot.setCursor({ left: isVisible ? this.plot.valToPos(step, "x") : -10, top: isVisible ? 0 : -10 }, false);
   }
 
-  /** The theme changed. */
+  /** Redraw after a change of theme. */
   recolor() {
     this.plot?.redraw(false);
   }
 
-  /** First and last step of all lines that show; null without points. */
+  /** First and last step of all visible lines; null without points. */
   extent() {
-    const found = this.lines.filter(({ hidden }) => !hidden).map(({ read }) => read()).filter(({ length }) => length > 0);
-    if (found.length === 0) return null;
-    return [Math.min(...found.map(({ x }) => x[0])), Math.max(...found.map(({ x, length }) => x[length - 1]))];
+    const tables = this.lines.filter(({ hidden }) => !hidden).map(({ read }) => read()).filter(({ length }) => length > 0);
+    if (tables.length === 0) return null;
+    return [Math.min(...tables.map(({ x }) => x[0])), Math.max(...tables.map(({ x, length }) => x[length - 1]))];
   }
 
   build() {
@@ -133,55 +133,55 @@ export class Chart {
     over.addEventListener("mouseleave", () => this.on.cursor(null));
   }
 
-  /** The lines as uPlot takes them: over the steps of all of them. */
+  /** The lines in uPlot's form: aligned to the steps of all lines. */
   data() {
     const tables = this.lines.map(({ read }) => {
       const { x, y, length } = read();
       return [x.subarray(0, length), drawable(y.subarray(0, length), this.isLogarithmic)];
     });
     const [[steps]] = tables;
-    const areOverTheSame = tables.every(([x]) => x.buffer === steps.buffer && x.length === steps.length);
-    return areOverTheSame ? [steps, ...tables.map(([, y]) => y)] : uPlot.join(tables);
+    const haveSameSteps = tables.every(([x]) => x.buffer === steps.buffer && x.length === steps.length);
+    return haveSameSteps ? [steps, ...tables.map(([, y]) => y)] : uPlot.join(tables);
   }
 
-  /** Lowest and highest value to show, with some air around them. */
+  /** Lowest and highest value of the axis, with some padding. */
   valueRange(plot, low, high) {
     if (low === null || high === null) return this.isLogarithmic ? [0.1, 1] : [0, 1];
-    if (this.leavesOutSpikes) [low, high] = withoutSpikes(plot);
-    // A moving average of equal values differs in its last bits.
-    const isFlat = high - low <= ALIKE * Math.max(Math.abs(low), Math.abs(high));
+    if (this.hidesSpikes) [low, high] = withoutSpikes(plot);
+    // The moving average of equal values varies in its last bits.
+    const isFlat = high - low <= RELATIVE_TOLERANCE * Math.max(Math.abs(low), Math.abs(high));
     if (this.isLogarithmic) return isFlat ? [low / 2, high * 2] : [low * (low / high) ** 0.05, high * (high / low) ** 0.05];
     if (isFlat) [low, high] = high === 0 ? [-1, 1] : [low - Math.abs(low) * 0.1, high + Math.abs(high) * 0.1];
-    const air = (high - low) * 0.06;
-    return [low >= 0 ? Math.max(0, low - air) : low - air, high + air];
+    const padding = (high - low) * 0.06;
+    return [low >= 0 ? Math.max(0, low - padding) : low - padding, high + padding];
   }
 }
 
-/** Lowest and highest value in sight that is not far outside the middle half, as in a box plot. */
+/** Lowest and highest visible value within three interquartile ranges of the quartiles, as in a box plot. */
 function withoutSpikes({ series: [{ idxs: [from, to] }, ...lines], data: [, ...columns] }) {
   const shown = columns.filter((_, index) => lines[index].show);
   const values = Float64Array.from(shown.flatMap((column) => Array.from(column.slice(from, to + 1)).filter((value) => value !== null))).sort();
   const [lower, upper] = [values[values.length >> 2], values[(3 * values.length) >> 2]];
-  const reach = FAR_OUT * (upper - lower);
-  const last = Math.min(firstAtLeast(values, values.length, upper + reach), values.length) - 1;
-  return [values[firstAtLeast(values, values.length, lower - reach)], values[last] ?? upper];
+  const margin = SPIKE_RANGES * (upper - lower);
+  const last = Math.min(firstAtLeast(values, values.length, upper + margin), values.length) - 1;
+  return [values[firstAtLeast(values, values.length, lower - margin)], values[last] ?? upper];
 }
 
-/** Whether a value may be written on an axis: the ends of a logarithmic one are any numbers. */
+/** Whether an axis shows a label at this value: the ends of a logarithmic axis are arbitrary numbers. */
 function isRound(value) {
   if (value === null) return false;
   const digits = Math.abs(value) / 10 ** Math.floor(Math.log10(Math.abs(value) || 1) - 2);
-  return Math.abs(digits - Math.round(digits)) < ALIKE * 1000;
+  return Math.abs(digits - Math.round(digits)) < RELATIVE_TOLERANCE * 1000;
 }
 
-/** Values with null in place of those that no axis has: uPlot leaves these out. */
+/** Replace values that the axis cannot show by null, which uPlot skips. */
 function drawable(values, isLogarithmic) {
-  const least = isLogarithmic ? 0 : -Infinity;
-  const isDrawable = (value) => value > least && value < Infinity;
+  const lowest = isLogarithmic ? 0 : -Infinity;
+  const isDrawable = (value) => value > lowest && value < Infinity;
   return values.every(isDrawable) ? values : Array.from(values, (value) => (isDrawable(value) ? value : null));
 }
 
-/** The point of a line that is nearest to a step, or null. */
+/** The point of a line nearest to a step, or null. */
 export function pointNear(line, step) {
   const { x, y, length } = line.read();
   if (length === 0) return null;

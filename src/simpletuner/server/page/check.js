@@ -1,11 +1,11 @@
-// Asking the shell's own rules about a draft, a moment after the last change.
+// Check a draft by the CLI's rules, shortly after the last change.
 
 import { ApiFault, post } from "./api.js";
 import { h } from "./dom.js";
 import { some } from "./format.js";
 
 /**
- * Asks once typing has paused; an answer that is overtaken is dropped.
+ * Debounce: run `work` once typing has paused; a newer call aborts the running one.
  * @param {number} wait in milliseconds @param {(signal: AbortSignal) => Promise<void>} work
  */
 export function pausing(wait, work) {
@@ -14,10 +14,10 @@ export function pausing(wait, work) {
   const now = async () => {
     clearTimeout(timer);
     running?.abort();
-    const mine = new AbortController();
-    running = mine;
+    const current = new AbortController();
+    running = current;
     try {
-      await work(mine.signal);
+      await work(current.signal);
     } catch (error) {
       if (error.name !== "AbortError") throw error;
     }
@@ -35,7 +35,7 @@ export function pausing(wait, work) {
   };
 }
 
-/** The answer of POST /api/check; a refusal of the request itself comes as its problems. */
+/** The response of POST /api/check; if the request itself is refused, the reasons are returned as problems. */
 export async function checked(draft, signal) {
   try {
     return await post("check", draft, {}, signal);
@@ -46,7 +46,7 @@ export async function checked(draft, signal) {
 }
 
 /**
- * The list of what is wrong and what to know.
+ * The list of problems and notices.
  * @param {(problem: import("./api.js").Problem) => void} jump
  */
 export function summary(jump) {
@@ -57,7 +57,7 @@ export function summary(jump) {
       node.replaceChildren();
       if (problems.length) {
         node.append(h("div", { class: "panel bad" },
-          h("h2", {}, `${some(problems.length, "thing")} to mend`),
+          h("h2", {}, `${some(problems.length, "problem")} to fix`),
           h("ul", {}, problems.map((one) => h("li", {},
             h("button", { type: "button", class: "link", onclick: () => jump(one) }, one.found || one.text),
             h("span", { class: "dim" }, one.remedy ? ` ${one.remedy}` : ""))))));

@@ -1,4 +1,4 @@
-/** The checkpoints of a run: what there is, whether it is whole, and what can be done with it. */
+/** The checkpoints of a run: list, verify, resume from, download and delete them. */
 
 import { address, del, get, post } from "./api.js";
 import { button, confirmTyped, h, icon, problemPanel, toast } from "./dom.js";
@@ -8,9 +8,9 @@ import { showReport } from "./report.js";
 
 const LORA = "pytorch_lora_weights.safetensors";
 
-const STATES = { unverified: ["", "not checked"], good: ["good", "whole"], damaged: ["bad", "damaged"] };
+const STATES = { unverified: ["", "not verified"], good: ["good", "undamaged"], damaged: ["bad", "damaged"] };
 
-/** The folder of a checkpoint below its run. */
+/** A checkpoint's folder, relative to its run. */
 const checkpointFolder = (step) => `checkpoints/step-${String(step).padStart(6, "0")}`;
 
 /** A link that downloads a file of a run. */
@@ -31,7 +31,7 @@ export class Checkpoints {
     this.node = h("section", { class: "sheet stack", "aria-label": "Checkpoints" }, h("h2", {}, "Checkpoints"), this.body);
   }
 
-  /** Ask the server what there is. */
+  /** Load the list of checkpoints. */
   async update() {
     try {
       this.list = (await get("run/checkpoints", { run: this.run })).reverse();
@@ -45,15 +45,15 @@ export class Checkpoints {
   draw() {
     const { lora, state, config } = this.detail();
     const finished = lora ? h("div", { class: "row" }, h("p", { class: "grow" }, "The finished LoRA: ", h("code", {}, lora)),
-      config?.use_ema ? downloadLink(this.run, `ema/${LORA}`, "That of the moving average") : null,
+      config?.use_ema ? downloadLink(this.run, `ema/${LORA}`, "Download the moving average") : null,
       button("Inspect", () => showReport(`${this.run}/${lora}`), { icon: "search" }),
       formatDownload(`${this.run}/${lora}`, config?.lora_format ?? "diffusers"),
       downloadLink(this.run, lora, "Download the LoRA", "primary")) : null;
     const table = this.list.length > 0
       ? h("div", { class: "scroll checkpoints", tabindex: 0, role: "region", "aria-label": "List of checkpoints" }, h("table", {},
-        h("thead", {}, h("tr", {}, ["Step", "Size", "Written", "State", "What to do"].map((text) => h("th", { scope: "col" }, text)))),
+        h("thead", {}, h("tr", {}, ["Step", "Size", "Written", "State", "Actions"].map((text) => h("th", { scope: "col" }, text)))),
         h("tbody", {}, this.list.map((one) => this.row(one, state, config)))))
-      : h("p", { class: "dim" }, "No checkpoints. They come at the steps of checkpoint_step_interval, when the run is stopped, and with “Save now”.");
+      : h("p", { class: "dim" }, "No checkpoints. The run saves one every checkpoint_step_interval steps, when it is stopped, and on “Save now”.");
     const focused = document.activeElement?.dataset?.does;
     this.body.replaceChildren(...[finished, table].filter(Boolean));
     if (focused) this.body.querySelector(`[data-does="${CSS.escape(focused)}"]`)?.focus();
@@ -62,7 +62,7 @@ export class Checkpoints {
   row(one, runState, config) {
     const [kind, word] = STATES[one.state];
     const act = (text, name, does, what, kindOf = "quiet") => button(text, what, {
-      icon: name, kind: `tiny ${kindOf}`, label: `${text}: checkpoint of step ${one.step}`, dataset: { does: `${does} ${one.step}` },
+      icon: name, kind: `tiny ${kindOf}`, label: `${text}: checkpoint at step ${one.step}`, dataset: { does: `${does} ${one.step}` },
     });
     const isLora = config?.model_type !== "full";
     return h("tr", {},
@@ -81,7 +81,7 @@ export class Checkpoints {
   async verify(one) {
     try {
       const answer = await post("run/checkpoint/verify", { run: this.run, step: one.step });
-      toast(answer.damage ? `Step ${one.step}: ${answer.damage}.` : `The checkpoint of step ${one.step} is whole.`, answer.damage ? "bad" : "good");
+      toast(answer.damage ? `Step ${one.step}: ${answer.damage}.` : `The checkpoint at step ${one.step} is undamaged.`, answer.damage ? "bad" : "good");
       Object.assign(this.list.find(({ step }) => step === one.step), { state: answer.state, damage: answer.damage });
       this.draw();
     } catch (error) {
@@ -90,10 +90,10 @@ export class Checkpoints {
   }
 
   async remove({ step, bytes }) {
-    if (!(await confirmTyped(`Delete the checkpoint of step ${step}?`, `It frees ${size(bytes)} and cannot be undone.`, String(step)))) return;
+    if (!(await confirmTyped(`Delete the checkpoint at step ${step}?`, `This frees ${size(bytes)} and cannot be undone.`, String(step)))) return;
     try {
       await del("run/checkpoint", { run: this.run, step, confirm: step });
-      toast(`The checkpoint of step ${step} is deleted.`, "good");
+      toast(`The checkpoint at step ${step} was deleted.`, "good");
     } catch (error) {
       toast(error.message, "bad");
     }

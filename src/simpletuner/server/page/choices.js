@@ -1,8 +1,8 @@
-// The three choices that a configuration begins with: model, card and recipe. They fill in options; what a person has set stays.
+// The three choices that a configuration starts from: model, card and recipe. They fill in options; options that the user set stay.
 
 import { button, fill, freshId, h } from "./dom.js";
 import { shown } from "./field.js";
-import { givenOf, withOption } from "./form.js";
+import { optionsIn, withOption } from "./form.js";
 import { size, some } from "./format.js";
 import { read } from "./jsontext.js";
 
@@ -12,19 +12,19 @@ const FOUND = "found";
 const same = (one, other) => JSON.stringify(one ?? null) === JSON.stringify(other ?? null);
 
 /**
- * @param {object} offer as GET /api/recipes gives it
- * @param {Map<string, object>} fields of the form by option
+ * @param {object} offer the response of GET /api/recipes
+ * @param {Map<string, object>} fields the form's fields by option
  * @param {import("./environment.js").Environment} environment
- * @param {() => void} onMachine called when the plan is to be for another machine
+ * @param {() => void} onMachine called when the machine to plan for changes
  */
 export function choicesPanel(offer, fields, environment, onMachine) {
   const hasGpu = offer.gpus.length > 0;
   const embedded = offer.models.find((one) => one.is_embedded);
   const isEmbedded = (name) => offer.models.some((one) => one.name === name && one.is_embedded);
-  /** Option to the value that a choice filled in: the page's, not the person's. */
+  /** Values that choices filled in, by option; the user did not set them. */
   let filled = new Map();
   let recipe = null;
-  /** The choices that `filled` belongs to. */
+  /** The choices that `filled` comes from. */
   let applied = { recipe: null, card: "" };
   let lastChoice = null;
 
@@ -58,10 +58,10 @@ export function choicesPanel(offer, fields, environment, onMachine) {
     h("h2", { id: "choices-title", class: "visually-hidden" }, "Model, card and recipe"),
     models.node,
     h("div", { class: "stack choice" }, h("label", { for: card.id }, "Card"), card, cardNote,
-      hasGpu ? null : h("p", { class: "hint" }, "No GPU was found in this machine. The plan can be made for another one.")),
+      hasGpu ? null : h("p", { class: "hint" }, "This machine has no GPU. You can plan for another machine.")),
     recipes.node);
 
-  /** The recipe of the chosen name for the chosen model; undefined where none is chosen. */
+  /** The chosen recipe for the chosen model; undefined if none is chosen. */
   const chosenRecipe = () => offer.recipes.find((one) => one.name === recipe && one.flavour === models.value && one.needs === "");
 
   function chosenCard() {
@@ -69,44 +69,44 @@ export function choicesPanel(offer, fields, environment, onMachine) {
     return offer.cards.find((one) => one.name === name);
   }
 
-  /** Option to the value that the choices ask for, and where it comes from. */
-  function wanted() {
+  /** The values that the choices require, with their sources, by option. */
+  function requiredValues() {
     const model = offer.models.find((one) => one.name === models.value);
-    const onCard = model.is_embedded ? undefined : chosenCard();
-    const ofCard = onCard?.fits[model.name];
+    const usedCard = model.is_embedded ? undefined : chosenCard();
+    const fit = usedCard?.fits[model.name];
     const parts = [
-      { options: { model_flavour: model.name }, source: () => "the model that was chosen" },
+      { options: { model_flavour: model.name }, source: () => "the chosen model" },
       ...[model, chosenRecipe()].filter(Boolean).map(({ options, sources }) => ({ options, source: (option) => sources[option] })),
-      ...(ofCard ? [{ options: ofCard.options, source: () => `to fit on ${onCard.name}: ${ofCard.summary}` }] : []),
+      ...(fit ? [{ options: fit.options, source: () => `to fit on ${usedCard.name}: ${fit.summary}` }] : []),
     ];
     return new Map(parts.flatMap(({ options, source }) => Object.entries(options).map(([option, value]) => [option, { value, source: source(option) }])));
   }
 
   function choose() {
     let text = environment.text("config");
-    const given = givenOf(read(text), text);
-    // A distilled model is no choice here: its base is trained instead.
-    models.value ??= (offer.models.find((one) => one.preview === given.get("model_flavour")?.value) ?? offer.models[0]).name;
-    const asked = wanted();
+    const textOptions = optionsIn(read(text), text);
+    // Distilled models are not offered; preselect the model that is trained in their place.
+    models.value ??= (offer.models.find((one) => one.preview === textOptions.get("model_flavour")?.value) ?? offer.models[0]).name;
+    const required = requiredValues();
     const rows = [];
     lastChoice = { ...applied, filled: new Map(filled), before: text, after: "" };
     const row = (option, to, source, state) => {
-      const before = given.get(option);
+      const before = textOptions.get(option);
       rows.push({ option, from: before === undefined ? fields.get(option).default : before.value, raw: before?.raw ?? null, to, source, state });
     };
-    const isFilled = (option) => given.has(option) && filled.has(option) && same(filled.get(option), given.get(option).value);
+    const isFilled = (option) => textOptions.has(option) && filled.has(option) && same(filled.get(option), textOptions.get(option).value);
     for (const option of filled.keys()) {
-      if (asked.has(option)) continue;
+      if (required.has(option)) continue;
       if (isFilled(option)) {
         text = fillIn(text, option, fields.get(option).default, "");
-        row(option, fields.get(option).default, "no longer asked for: the default", "set");
+        row(option, fields.get(option).default, "no longer required: back to the default", "set");
       }
       filled.delete(option);
     }
-    for (const [option, { value, source }] of asked) {
-      const from = given.has(option) ? given.get(option).value : fields.get(option).default;
-      const isOwn = given.has(option) && !isFilled(option) && option !== "model_flavour";
-      const state = same(from, value) ? "same" : isOwn ? "kept" : "set";
+    for (const [option, { value, source }] of required) {
+      const from = textOptions.has(option) ? textOptions.get(option).value : fields.get(option).default;
+      const isUserSet = textOptions.has(option) && !isFilled(option) && option !== "model_flavour";
+      const state = same(from, value) ? "same" : isUserSet ? "kept" : "set";
       row(option, value, source, state);
       if (state === "set") text = fillIn(text, option, value, source);
     }
@@ -117,13 +117,13 @@ export function choicesPanel(offer, fields, environment, onMachine) {
     onMachine();
   }
 
-  /** The text with a value that is the page's; a default is left out. A comment on the old value goes with it. */
+  /** Return the text with a filled-in value. A default is removed from the text, together with a comment on the old value. */
   function fillIn(text, option, value, source) {
     const isDefault = option !== "model_flavour" && same(value, fields.get(option).default);
     if (isDefault) filled.delete(option);
     else filled.set(option, value);
     const comment = `// ${option}`;
-    const isCommented = givenOf(read(text), text).has(comment);
+    const isCommented = optionsIn(read(text), text).has(comment);
     const changed = withOption(text, option, isDefault ? null : JSON.stringify(value));
     return isCommented ? withOption(changed, comment, isDefault ? null : JSON.stringify(source)) : changed;
   }
@@ -135,15 +135,15 @@ export function choicesPanel(offer, fields, environment, onMachine) {
     showResult(shownRows.map((row) => (rows.includes(row) ? { ...row, state: "set" } : row)));
   }
 
-  /** Restore what the last choice changed, except what was edited since. */
+  /** Undo the last choice, except for options edited since. */
   function undo() {
     let text = environment.text("config");
     if (text === lastChoice.after) {
       text = lastChoice.before;
     } else {
-      const given = givenOf(read(text), text);
+      const textOptions = optionsIn(read(text), text);
       for (const { option, to, raw, state } of shownRows) {
-        const now = given.has(option) ? given.get(option).value : fields.get(option).default;
+        const now = textOptions.has(option) ? textOptions.get(option).value : fields.get(option).default;
         if (state === "set" && same(now, to)) text = withOption(text, option, raw);
       }
     }
@@ -161,20 +161,20 @@ export function choicesPanel(offer, fields, environment, onMachine) {
   function showResult(rows) {
     shownRows = rows;
     const of = (state) => rows.filter((row) => row.state === state);
-    const [set, kept, equal] = [of("set"), of("kept"), of("same")];
+    const [setRows, keptRows, equalRows] = [of("set"), of("kept"), of("same")];
     const tested = chosenRecipe()?.is_tested ?? true;
-    result.hidden = set.length + kept.length === 0;
+    result.hidden = setRows.length + keptRows.length === 0;
     result.replaceChildren();
     fill(result,
       h("div", { class: "row" },
-        h("p", { class: "grow" }, h("strong", {}, `${some(set.length, "option")} filled in`),
-          kept.length ? `, ${kept.length} of yours kept` : "", equal.length ? `, ${equal.length} already so` : "", ". Nothing is saved yet.",
+        h("p", { class: "grow" }, h("strong", {}, `${some(setRows.length, "option")} filled in`),
+          keptRows.length ? `, ${keptRows.length} of yours kept` : "", equalRows.length ? `, ${equalRows.length} already set` : "", ". Nothing is saved yet.",
           tested ? "" : " This recipe is untested on real weights."),
-        kept.length ? button(`Replace mine (${kept.length})`, () => take(kept)) : null,
+        keptRows.length ? button(`Replace mine (${keptRows.length})`, () => take(keptRows)) : null,
         button("Undo", undo, { icon: "reset", kind: "quiet" })),
       h("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": "Options and sources" }, h("table", {},
-        h("thead", {}, h("tr", {}, ["Option", "Before", "Now", "Where the value comes from"].map((title) => h("th", { scope: "col" }, title)))),
-        h("tbody", {}, [...set, ...kept, ...equal].map((row) => line(row))))));
+        h("thead", {}, h("tr", {}, ["Option", "Before", "Now", "Source of the value"].map((title) => h("th", { scope: "col" }, title)))),
+        h("tbody", {}, [...setRows, ...keptRows, ...equalRows].map((row) => line(row))))));
   }
 
   function line(row) {
@@ -187,35 +187,35 @@ export function choicesPanel(offer, fields, environment, onMachine) {
       h("td", {}, state === "same" ? "" : shown(from)), h("td", {}, now), h("td", { class: "dim" }, source));
   }
 
-  /** Show what the text gives. Locked where it is no JSON object. @param {import("./jsontext.js").Node|null} root */
+  /** Show the state of the text; lock the choices if it is not a JSON object. @param {import("./jsontext.js").Node|null} root */
   function show(root, text) {
     for (const one of [models, recipes]) one.lock(root === null);
     card.disabled = root === null;
     if (root === null) return;
-    models.value = givenOf(root, text).get("model_flavour")?.value ?? fields.get("model_flavour").default;
+    models.value = optionsIn(root, text).get("model_flavour")?.value ?? fields.get("model_flavour").default;
     for (const name of recipes.values) {
       recipes.needs(name, offer.recipes.find((one) => one.name === name && one.flavour === models.value)?.needs ?? "a model for training");
     }
     if (chosenRecipe() === undefined) recipes.value = null;
-    const ofCard = isEmbedded(models.value) ? undefined : chosenCard();
+    const usedCard = isEmbedded(models.value) ? undefined : chosenCard();
     cardNote.textContent = [
       card.value === FOUND ? `${offer.gpus[0].name}.` : "",
-      ofCard?.fits[models.value] ? `To fit: ${ofCard.fits[models.value].summary}. Wants ${ofCard.ram_gib} GB of RAM.` : "",
+      usedCard?.fits[models.value] ? `To fit: ${usedCard.fits[models.value].summary}. Needs ${usedCard.ram_gib} GB of RAM.` : "",
     ].filter(Boolean).join(" ");
   }
 
-  /** What stands in the text already, so that another choice may replace it. */
+  /** Treat the text's values that match a recipe as filled in, so that another choice may replace them. */
   function adopt(root, text) {
-    const given = givenOf(root, text);
-    const valueOf = (option) => (given.has(option) ? given.get(option).value : fields.get(option).default);
+    const textOptions = optionsIn(root, text);
+    const valueOf = (option) => (textOptions.has(option) ? textOptions.get(option).value : fields.get(option).default);
     models.value = valueOf("model_flavour");
     card.value = hasGpu ? FOUND : isEmbedded(models.value) ? NO_CARD : "";
-    const found = offer.recipes.find((one) => one.flavour === models.value && one.needs === ""
+    const matching = offer.recipes.find((one) => one.flavour === models.value && one.needs === ""
       && Object.entries(one.options).every(([option, value]) => same(valueOf(option), value)));
-    recipe = found?.name ?? null;
+    recipe = matching?.name ?? null;
     recipes.value = recipe;
     applied = { recipe, card: card.value };
-    filled = new Map(Object.entries(found?.options ?? {}).filter(([option]) => given.has(option)));
+    filled = new Map(Object.entries(matching?.options ?? {}).filter(([option]) => textOptions.has(option)));
   }
 
   function machine() {
@@ -224,12 +224,12 @@ export function choicesPanel(offer, fields, environment, onMachine) {
     return { vram_gib: size?.vram_gib ?? null, ram_gib: size?.ram_gib ?? null };
   }
 
-  /** Changes that lengthen a recipe on few images to the least number of steps; null where nothing is to be changed. */
+  /** Changes that lengthen a short run to the recipe's least number of steps; null if none are needed. */
   function longer(steps) {
     const text = environment.text("config");
-    const given = givenOf(read(text), text);
-    if (chosenRecipe() === undefined || given.has("max_train_steps") || steps === null || steps >= offer.least_steps) return null;
-    const epochs = given.get("num_train_epochs")?.value ?? fields.get("num_train_epochs").default;
+    const textOptions = optionsIn(read(text), text);
+    if (chosenRecipe() === undefined || textOptions.has("max_train_steps") || steps === null || steps >= offer.least_steps) return null;
+    const epochs = textOptions.get("num_train_epochs")?.value ?? fields.get("num_train_epochs").default;
     return { num_train_epochs: Math.ceil((epochs * offer.least_steps) / steps) };
   }
 
@@ -239,7 +239,7 @@ export function choicesPanel(offer, fields, environment, onMachine) {
 /** A group of radio buttons, each with a title and lines of text. */
 function radios(legend, choices, onchange) {
   const name = freshId("choice");
-  const made = new Map(choices.map(({ value, title, lines }) => {
+  const items = new Map(choices.map(({ value, title, lines }) => {
     const id = freshId("option");
     const note = h("span", { class: "small" });
     const input = h("input", { type: "radio", name, value, "aria-labelledby": id, "aria-describedby": `${id}-lines`, onchange });
@@ -248,26 +248,26 @@ function radios(legend, choices, onchange) {
     return [value, { input, node, note, needs: "" }];
   }));
   const group = {
-    node: h("fieldset", { class: "choice" }, h("legend", {}, legend), [...made.values()].map((one) => one.node)),
-    values: [...made.keys()],
-    get value() { return [...made.values()].find((one) => one.input.checked)?.input.value ?? null; },
-    set value(value) { for (const one of made.values()) one.input.checked = one.input.value === value; },
+    node: h("fieldset", { class: "choice" }, h("legend", {}, legend), [...items.values()].map((item) => item.node)),
+    values: [...items.keys()],
+    get value() { return [...items.values()].find(({ input }) => input.checked)?.input.value ?? null; },
+    set value(value) { for (const { input } of items.values()) input.checked = input.value === value; },
     needs(value, text) {
-      const one = made.get(value);
-      one.needs = text;
-      one.note.textContent = text ? `Needs ${text}.` : "";
-      one.node.classList.toggle("missing", text !== "");
-      one.input.disabled = text !== "";
+      const item = items.get(value);
+      item.needs = text;
+      item.note.textContent = text ? `Needs ${text}.` : "";
+      item.node.classList.toggle("missing", text !== "");
+      item.input.disabled = text !== "";
     },
-    lock(locked) { for (const one of made.values()) one.input.disabled = locked || one.needs !== ""; },
+    lock(locked) { for (const item of items.values()) item.input.disabled = locked || item.needs !== ""; },
   };
   return group;
 }
 
-/** What is there of `parts`, with dots between. */
+/** The non-empty `parts`, separated by dots. */
 const joined = (parts) => parts.filter(Boolean).flatMap((part, at) => (at ? [" · ", part] : [part]));
 
-/** A license; its address becomes a link. */
+/** A license's name, linked to its address if it has one. */
 function license(text) {
   const [words, address] = text.split(/,? (?=https:)/);
   return address ? h("a", { href: address, target: "_blank", rel: "noreferrer" }, words) : words;

@@ -1,4 +1,4 @@
-/** Two or more runs beside each other: their curves, what differs in their configs, their pictures. */
+/** Compare two or more runs: curves, validation images and configuration differences. */
 
 import { freshId, h } from "./dom.js";
 import { Curves } from "./curves.js";
@@ -11,9 +11,9 @@ import { stateBadge } from "./states.js";
 import { openViewer } from "./viewer.js";
 
 const COLORS = 8;
-const PICTURE_PX = 768;
+const IMAGE_PX = 768;
 
-/** @param {HTMLElement} root @param {{runs?: string}} params paths, a comma between them */
+/** @param {HTMLElement} root @param {{runs?: string}} params `runs`: comma-separated paths */
 export async function compare(root, params) {
   const names = [...new Set((params.runs ?? "").split(",").filter(Boolean))];
   if (names.length < 2) {
@@ -34,7 +34,7 @@ export async function compare(root, params) {
   }));
   tellApart(shown);
   const curves = new Curves(shown);
-  const legend = h("div", { class: "row legend", role: "group", "aria-label": "Runs that are shown" });
+  const legend = h("div", { class: "row legend", role: "group", "aria-label": "Shown runs" });
   const pictures = new SideBySide(shown);
   const differences = h("section", { class: "sheet stack", "aria-label": "Configuration" });
   const drawLegend = () => legend.replaceChildren(...shown.map((run) => legendItem(run, () => {
@@ -43,9 +43,9 @@ export async function compare(root, params) {
   })));
   drawLegend();
   pictures.update();
-  differences.replaceChildren(h("h2", {}, "What differs in the configuration"), configTable(shown));
+  differences.replaceChildren(h("h2", {}, "Configuration differences"), configTable(shown));
   root.replaceChildren(
-    h("h1", {}, "Compare"), legend, curves.losses, curves.rest, pictures.node, differences,
+    h("h1", {}, "Compare"), legend, curves.losses, curves.others, pictures.node, differences,
   );
   for (const store of stores) {
     store.subscribe((topics) => {
@@ -59,7 +59,7 @@ export async function compare(root, params) {
   };
 }
 
-/** Two runs of one name are called by their paths. */
+/** Name runs by their paths where two have the same name. */
 function tellApart(shown) {
   const names = shown.map(({ name }) => name);
   shown.forEach((run, index) => {
@@ -69,7 +69,7 @@ function tellApart(shown) {
 
 function legendItem(run, changed) {
   const { detail } = run.store;
-  const left = run.store.heldOut.length ? `held-out ${short(run.store.heldOut.last("loss"))}` : `loss ${short(run.store.steps.last("loss"))}`;
+  const lossText = run.store.heldOut.length ? `held-out ${short(run.store.heldOut.last("loss"))}` : `loss ${short(run.store.steps.last("loss"))}`;
   return h("label", { class: "tick legend-item" },
     h("input", {
       type: "checkbox", checked: !run.hidden,
@@ -79,11 +79,11 @@ function legendItem(run, changed) {
       },
     }),
     h("i", { class: "swatch", style: { background: `var(--part-${run.color})` } }), run.name, stateBadge(detail.state),
-    h("span", { class: "dim small numbers" }, left),
+    h("span", { class: "dim small numbers" }, lossText),
     h("a", { class: "small", href: to("run", "", { run: run.store.run }), "aria-label": `Open ${run.name}` }, "open"));
 }
 
-/** The options whose values are not the same in all runs. */
+/** The options whose values differ between the runs. */
 function differing(configs) {
   const keys = [...new Set(configs.flatMap((config) => Object.keys(config ?? {})))].sort();
   return keys.filter((key) => new Set(configs.map((config) => JSON.stringify(config?.[key]))).size > 1);
@@ -93,14 +93,14 @@ function configTable(shown) {
   const configs = shown.map(({ store }) => store.detail.config);
   const keys = differing(configs);
   if (keys.length === 0) return h("p", { class: "dim" }, "Nothing: the configurations are the same.");
-  const told = (value) => (value === undefined ? "–" : typeof value === "string" ? value || "“”" : JSON.stringify(value));
+  const valueText = (value) => (value === undefined ? "–" : typeof value === "string" ? value || "“”" : JSON.stringify(value));
   return h("div", { class: "scroll values", tabindex: 0, role: "region", "aria-label": "Options that differ" }, h("table", {},
     h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Option"), shown.map(({ name }) => h("th", { scope: "col" }, name)))),
     h("tbody", {}, keys.map((key) => h("tr", {}, h("th", { scope: "row" }, h("code", {}, key)),
-      configs.map((config) => h("td", { class: "mono" }, told(config?.[key]))))))));
+      configs.map((config) => h("td", { class: "mono" }, valueText(config?.[key]))))))));
 }
 
-/** The same prompt at the same step, a column for each run. */
+/** Validation images of one step: a row per prompt, a column per run. */
 class SideBySide {
   constructor(shown) {
     this.runs = shown;
@@ -116,10 +116,10 @@ class SideBySide {
         this.update();
       },
     });
-    this.said = h("output", { for: id, class: "numbers" });
-    this.body = h("div", { class: "scroll gallery by-run", tabindex: 0, role: "region", "aria-label": "Pictures by prompt and run" });
-    this.chooser = h("div", { class: "row step-tools" }, h("label", { for: id }, "Step"), h("div", { class: "grow" }, this.choice), this.said);
-    this.node = h("section", { class: "sheet stack", "aria-label": "Pictures" }, h("div", { class: "head" }, h("h2", {}, "Pictures"), this.chooser), this.body);
+    this.stepOutput = h("output", { for: id, class: "numbers" });
+    this.body = h("div", { class: "scroll gallery by-run", tabindex: 0, role: "region", "aria-label": "Images by prompt and run" });
+    this.chooser = h("div", { class: "row step-tools" }, h("label", { for: id }, "Step"), h("div", { class: "grow" }, this.choice), this.stepOutput);
+    this.node = h("section", { class: "sheet stack", "aria-label": "Images" }, h("div", { class: "head" }, h("h2", {}, "Images"), this.chooser), this.body);
   }
 
   update() {
@@ -131,7 +131,7 @@ class SideBySide {
     this.mark = mark;
     this.chooser.hidden = steps.length === 0;
     if (steps.length === 0) {
-      this.body.replaceChildren(h("p", { class: "dim" }, "These runs drew no pictures."));
+      this.body.replaceChildren(h("p", { class: "dim" }, "These runs have no validation images."));
       return;
     }
     const inAll = steps.filter((step) => grids.every((grid) => grid.steps.includes(step)));
@@ -139,8 +139,8 @@ class SideBySide {
     this.steps = steps;
     this.choice.max = steps.length - 1;
     this.choice.value = steps.indexOf(step);
-    this.said.value = step === 0 ? "base" : `step ${step}`;
-    this.choice.setAttribute("aria-valuetext", this.said.value);
+    this.stepOutput.value = step === 0 ? "base" : `step ${step}`;
+    this.choice.setAttribute("aria-valuetext", this.stepOutput.value);
     this.body.style.setProperty("--columns", runs.length);
     const prompts = new Map(grids.flatMap((grid) => grid.rows.map((row) => [`${row.prompt} ${row.isEma}`, row])));
     this.body.replaceChildren(h("table", {},
@@ -154,13 +154,13 @@ class SideBySide {
 function picture(grid, { prompt, isEma }, step, { name, store }) {
   const row = grid.rows.findIndex((one) => one.prompt === prompt && one.isEma === isEma);
   const column = grid.steps.indexOf(step);
-  const found = grid.at(row, column);
-  if (!found) return h("span", { class: "dim" }, "–");
+  const image = grid.at(row, column);
+  if (!image) return h("span", { class: "dim" }, "–");
   return h("button", {
     type: "button", class: "thumb large", onclick: () => openViewer(validationViewer(store.run, grid, store.detail.config), row, column),
   },
   h("img", {
-    src: pictureUrl(store.run, found, PICTURE_PX), loading: "lazy", alt: `${found.name} of ${name} at step ${step}`,
-    width: found.width, height: found.height,
+    src: pictureUrl(store.run, image, IMAGE_PX), loading: "lazy", alt: `${image.name} of ${name} at step ${step}`,
+    width: image.width, height: image.height,
   }));
 }

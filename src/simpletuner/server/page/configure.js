@@ -1,4 +1,4 @@
-// The screen on which an environment's options are set.
+// The screen that edits an environment's options and prompts.
 
 import { get, post } from "./api.js";
 import { choicesPanel } from "./choices.js";
@@ -42,7 +42,7 @@ export async function configure(root, { name, tab = "options" }) {
     form?.blame(answer.problems);
     showForm();
     if (answer.problems.length === 0) plan.later();
-    else plan.wait("Nothing can start until the things above are mended.");
+    else plan.wait("Fix the problems above before a run can start.");
   });
 
   function showForm() {
@@ -66,7 +66,7 @@ export async function configure(root, { name, tab = "options" }) {
     toast(`Set ${Object.entries(changes).map(([option, value]) => `${option} = ${value}`).join(", ")}.`, "good");
   }
 
-  /** The resolution is no option of the config: each picture set has its own. */
+  /** The resolution is not an option of the config: each image dataset has its own. */
   function setResolution(value) {
     let text = environment.text("datasets");
     read(text).value.forEach((entry, at) => {
@@ -106,7 +106,7 @@ export async function configure(root, { name, tab = "options" }) {
     choices?.node, plan.node, choices?.result,
     toml
       ? h("section", { class: "sheet stack", "aria-label": "The config" },
-        h("p", { class: "panel" }, "This config is TOML: it is edited as text. The form is for JSON."), raw.node)
+        h("p", { class: "panel" }, "This config is TOML, so it is edited as text. The form edits JSON only."), raw.node)
       : h("div", { class: "configure-panes" }, form.node,
         h("section", { class: "sheet beside", "aria-label": "The config as JSON" }, raw.node)));
   const panes = { options, prompts: promptsPane(environment) };
@@ -170,28 +170,28 @@ function tabBar(panes, name, first) {
   return { bar: h("div", { class: "tabs" }, list, h("a", { href: to("datasets", name) }, "Datasets")), select };
 }
 
-/** What stands here where there is no such environment. */
+/** Shown if there is no such environment. */
 function nothing(root, list, name) {
   const first = list.length === 0;
   const note = first
-    ? "An environment is a folder of plain files: the options, the list of datasets and the prompts. Make one from the built-in example to see a training of three minutes, or start empty."
-    : `There is no environment ${name === "" ? "config/config.json" : `“${name}”`}. Choose another, or make one.`;
+    ? "An environment is a folder of plain files: the options, the list of datasets and the prompts. Create one from the built-in example for a training run of three minutes, or start with an empty one."
+    : `There is no environment ${name === "" ? "config/config.json" : `“${name}”`}. Choose another, or create one.`;
   fill(root,
     h("div", { class: "head" }, h("h1", {}, "Configure")),
     first ? null : h("ul", { class: "plain grid" }, list.map((one) => h("li", { class: "card stack" },
       h("h2", {}, h("a", { href: to("configure", one.name) }, one.name === "" ? "config/config.json" : one.name)),
       h("p", { class: "hint mono path" }, one.path)))),
     h("section", { class: "sheet empty" },
-      h("h2", {}, first ? "No environment yet" : "A new one"),
+      h("h2", {}, first ? "No environment yet" : "New environment"),
       h("p", {}, note),
       h("div", { class: "row" },
         button("From an example", () => make(list, "example"), { icon: "plus", kind: first ? "primary" : "" }),
         button("Empty", () => make(list, "empty"), { icon: "file" }),
         importButton(list)),
-      h("p", { class: "small" }, "An exported zip or a config.json can be dropped here too.")));
+      h("p", { class: "small" }, "You can also drop an exported zip or a config.json here.")));
 }
 
-/** Take a dropped zip or config as an import. */
+/** Import a dropped zip or config. */
 function dropping(root, list) {
   const over = (event) => {
     if ([...event.dataTransfer.types].includes("Files")) event.preventDefault();

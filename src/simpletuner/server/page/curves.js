@@ -1,4 +1,4 @@
-/** The charts of one or several runs: one cursor and one zoom over all of them, values to read, a table, and CSV. */
+/** The charts of one or more runs, with a shared cursor and zoom, a readout of values, a table and CSV. */
 
 import { Chart, pointNear } from "./chart.js";
 import { button, freshId, h } from "./dom.js";
@@ -9,7 +9,7 @@ import { saveValues, valueTable } from "./values.js";
 /**
  * @typedef {object} Shown a run on the charts
  * @property {string} name
- * @property {number} color from 1: which of the page's colors of parts
+ * @property {number} color number of one of the page's `--part-…` colors, from 1
  * @property {import("./series.js").Series} steps
  * @property {import("./series.js").Series} heldOut
  * @property {import("./series.js").Series} drift
@@ -24,7 +24,7 @@ const CHARTS = [
   { key: "drift", title: "Drift from the base", big: true, isOptional: true },
   { key: "lr", title: "Learning rate" },
   { key: "grad_norm", title: "Gradient norm", canBeLogarithmic: true },
-  { key: "seconds", title: "Seconds a step", unit: " s", canBeLogarithmic: true },
+  { key: "seconds", title: "Seconds per step", unit: " s", canBeLogarithmic: true },
   { key: "memory_gib", title: "Peak memory", unit: " GiB" },
 ];
 
@@ -41,10 +41,10 @@ export class Curves {
     this.table = h("div", { class: "scroll values" });
     this.tableBox = h("details", { class: "sheet", ontoggle: () => this.fillTable() }, h("summary", {}, "Values as a table"), this.table);
     const charts = (big) => h("div", { class: "charts" }, this.panels.filter(({ spec }) => (spec.big ?? false) === big).map(({ node }) => node));
-    /** What is looked at all the time: the losses. */
+    /** The charts shown first: the losses and drift. */
     this.losses = h("div", { class: "stack" }, this.toolbar(), charts(true));
-    /** The rest, and the values in writing. */
-    this.rest = h("div", { class: "stack" }, charts(false), this.tableBox);
+    /** The other charts and the table of values. */
+    this.others = h("div", { class: "stack" }, charts(false), this.tableBox);
     this.isStale = true;
     this.recolor = () => this.panels.forEach(({ chart }) => chart.recolor());
     this.scheme = matchMedia("(prefers-color-scheme: dark)");
@@ -59,54 +59,54 @@ export class Curves {
     for (const { chart } of this.panels) chart.close();
   }
 
-  /** Points came, or a run was shown or hidden. */
+  /** Redraw after new points, or after a run was shown or hidden. */
   update() {
     for (const panel of this.panels) {
       for (const line of panel.chart.lines) line.hidden = line.run.hidden ?? false;
       panel.node.hidden = panel.spec.isOptional === true && panel.chart.extent() === null;
     }
-    this.placeAnew();
+    this.redraw();
     if (this.tableBox.open) this.fillTable();
   }
 
   toolbar() {
     const smoothing = freshId("smoothing");
-    const said = h("output", { class: "numbers dim", for: smoothing });
+    const halfLifeOutput = h("output", { class: "numbers dim", for: smoothing });
     const slider = h("input", {
       type: "range", id: smoothing, min: 0, max: HALF_LIVES.length - 1, step: 1, value: 4,
       oninput: () => {
         this.halfLife = HALF_LIVES[slider.value];
-        this.placeAnew();
+        this.redraw();
       },
     });
     this.showHalfLife = () => {
       const halfLife = this.chosenHalfLife();
       slider.value = HALF_LIVES.indexOf(halfLife);
-      said.value = halfLife === 0 ? "off" : `half-life ${halfLife} ${halfLife === 1 ? "step" : "steps"}`;
-      slider.setAttribute("aria-valuetext", said.value);
+      halfLifeOutput.value = halfLife === 0 ? "off" : `half-life ${halfLife} ${halfLife === 1 ? "step" : "steps"}`;
+      slider.setAttribute("aria-valuetext", halfLifeOutput.value);
     };
     const tick = (text, act) => h("label", { class: "tick" }, h("input", { type: "checkbox", onchange: (event) => act(event.target.checked) }), text);
     this.whole = button("Whole run", () => this.zoom(null), { icon: "reset", kind: "quiet", disabled: true });
     return h(
       "div",
       { class: "row curves-tools" },
-      h("label", { for: smoothing }, "Smoothing"), slider, said,
+      h("label", { for: smoothing }, "Smoothing"), slider, halfLifeOutput,
       tick("Logarithmic", (on) => {
         for (const { chart, spec } of this.panels) chart.isLogarithmic = on && (spec.canBeLogarithmic ?? false);
-        this.placeAnew();
+        this.redraw();
       }),
-      tick("Leave out spikes", (on) => {
-        for (const { chart } of this.panels) chart.leavesOutSpikes = on;
-        this.placeAnew();
+      tick("Hide spikes", (on) => {
+        for (const { chart } of this.panels) chart.hidesSpikes = on;
+        this.redraw();
       }),
       this.position,
       h("span", { class: "grow" }),
       this.whole,
-      button("CSV", () => saveValues(this.runs), { icon: "download", kind: "quiet", title: "Download every value of every step" }),
+      button("CSV", () => saveValues(this.runs), { icon: "download", kind: "quiet", title: "Download all values of all steps" }),
     );
   }
 
-  /** The half-life that was chosen, or a fiftieth of the run. */
+  /** The chosen half-life; by default about a fiftieth of the steps. */
   chosenHalfLife() {
     if (this.halfLife !== null) return this.halfLife;
     const longest = Math.max(...this.runs.map(({ steps }) => steps.length));
@@ -160,15 +160,15 @@ export class Curves {
   onKey(event) {
     const [first, last] = this.range();
     const stride = Math.max(1, Math.round((last - first) / 200)) * (event.shiftKey ? 10 : 1);
-    const here = this.cursor ?? last;
+    const position = this.cursor ?? last;
     const moves = {
-      ArrowLeft: here - stride, ArrowDown: here - stride, ArrowRight: here + stride, ArrowUp: here + stride,
-      PageDown: here - stride * 20, PageUp: here + stride * 20, Home: first, End: last,
+      ArrowLeft: position - stride, ArrowDown: position - stride, ArrowRight: position + stride, ArrowUp: position + stride,
+      PageDown: position - stride * 20, PageUp: position + stride * 20, Home: first, End: last,
     };
     const width = last - first;
     if (event.key in moves) this.moveTo(Math.min(Math.max(moves[event.key], first), last));
-    else if (event.key === "+") this.zoom([here - width / 4, here + width / 4]);
-    else if (event.key === "-") this.zoom([here - width, here + width]);
+    else if (event.key === "+") this.zoom([position - width / 4, position + width / 4]);
+    else if (event.key === "-") this.zoom([position - width, position + width]);
     else if (event.key === "Escape") {
       this.cursor = null;
       this.zoom(null);
@@ -178,36 +178,36 @@ export class Curves {
 
   moveTo(step) {
     this.cursor = step === null ? null : Math.round(step);
-    this.place();
+    this.schedule();
   }
 
   zoom(view) {
     const [first, last] = this.everything();
     const within = view && [Math.max(first, view[0]), Math.min(last, view[1])];
     this.view = within && within[1] - within[0] >= 1 && within[1] - within[0] < last - first ? within : null;
-    this.placeAnew();
+    this.redraw();
   }
 
   /** First and last step of all runs. */
   everything() {
-    const found = this.panels.map(({ chart }) => chart.extent()).filter((one) => one !== null);
-    return found.length ? [Math.min(...found.map(([low]) => low)), Math.max(...found.map(([, high]) => high))] : [0, 1];
+    const extents = this.panels.map(({ chart }) => chart.extent()).filter((one) => one !== null);
+    return extents.length ? [Math.min(...extents.map(([low]) => low)), Math.max(...extents.map(([, high]) => high))] : [0, 1];
   }
 
   range() {
     return this.view ?? this.everything();
   }
 
-  /** The same, with points, lines or zoom changed too. */
-  placeAnew() {
+  /** Schedule an update of points, lines and zoom. */
+  redraw() {
     this.isStale = true;
-    this.place();
+    this.schedule();
   }
 
-  /** Bring charts and texts in line with the cursor; at most once a frame. */
-  place() {
-    this.placing ||= requestAnimationFrame(() => {
-      this.placing = 0;
+  /** Schedule an update of charts and texts for the cursor, at most once per frame. */
+  schedule() {
+    this.frame ||= requestAnimationFrame(() => {
+      this.frame = 0;
       const view = this.range();
       if (this.isStale) {
         this.showHalfLife();
@@ -232,20 +232,20 @@ export class Curves {
       .filter(({ line, point }) => point && (Number.isFinite(point.y) || !line.optional));
     readout.replaceChildren(
       ...points.map(({ line, point }) => {
-        const elsewhere = this.cursor !== null && point.x !== this.cursor ? ` at ${point.x.toLocaleString("en-GB")}` : "";
+        const otherStep = this.cursor !== null && point.x !== this.cursor ? ` at ${point.x.toLocaleString("en-GB")}` : "";
         return h("span", { class: "reading" },
           h("i", { class: line.faint ? "swatch faint" : "swatch", style: { background: `var(${line.color})` } }),
-          line.name ? `${line.name} ` : "", h("b", {}, short(point.y) + unit), h("span", { class: "dim" }, elsewhere));
+          line.name ? `${line.name} ` : "", h("b", {}, short(point.y) + unit), h("span", { class: "dim" }, otherStep));
       }),
       ...(spec.key === "held_out" && this.runs.length === 1 ? bestOf(this.runs[0].heldOut) : []),
     );
-    if (points.length === 0) readout.append(h("span", { class: "dim" }, ["held_out", "drift"].includes(spec.key) ? "none measured yet" : "no step yet"));
+    if (points.length === 0) readout.append(h("span", { class: "dim" }, ["held_out", "drift"].includes(spec.key) ? "not measured yet" : "no step yet"));
     const text = points.map(({ line, point }) => `${line.name} ${short(point.y)}${unit}`.trim()).join(", ") || "no value yet";
     plot.setAttribute("aria-valuemin", Math.floor(view[0]));
     plot.setAttribute("aria-valuemax", Math.ceil(view[1]));
     plot.setAttribute("aria-valuenow", this.cursor ?? Math.ceil(view[1]));
     plot.setAttribute("aria-valuetext", `step ${this.cursor ?? Math.ceil(view[1])}: ${text}`);
-    summary.textContent = `Line chart over steps ${Math.floor(view[0])} to ${Math.ceil(view[1])}. ${lines.map((line) => told(line, unit)).join(" ")}
+    summary.textContent = `Line chart over steps ${Math.floor(view[0])} to ${Math.ceil(view[1])}. ${lines.map((line) => lineText(line, unit)).join(" ")}
       Arrow keys move the cursor, plus and minus zoom, Escape shows all.`;
   }
 
@@ -254,8 +254,8 @@ export class Curves {
   }
 }
 
-/** A line in words: where it began and where it is. */
-function told(line, unit) {
+/** A line in words: its first and last value. */
+function lineText(line, unit) {
   const { x, y, length } = line.read();
   if (length === 0) return "";
   const last = length - 1;

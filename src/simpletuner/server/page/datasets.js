@@ -1,4 +1,4 @@
-// The screen on which the list of datasets is built and its pictures are looked at.
+// The screen that edits the list of datasets and shows their images.
 
 import { ApiFault, get, post } from "./api.js";
 import { unsavedCaptions } from "./caption.js";
@@ -19,8 +19,8 @@ import { CONDITIONS, isReference, kindOf, kindText, setForm } from "./setform.js
 import { setPictures } from "./setpictures.js";
 import { droppable, folderButton, uploads } from "./uploads.js";
 
-/** A folder that was brought in before there was an environment for it. */
-let awaited = null;
+/** A dropped folder that waits for its environment to be created. */
+let pendingFolder = null;
 
 /** Show the dataset list of environment `params.name`. */
 export async function datasets(root, { name }) {
@@ -35,20 +35,20 @@ export async function datasets(root, { name }) {
   const problems = summary(jump);
   const raw = rawEditor(environment, "datasets", { kind: "array", label: "The list as JSON", rows: 18 });
   let answer = { problems: [], notices: [] };
-  /** Set id to its part of the last scan. */
+  /** The last scan's result, by dataset id. */
   let scans = new Map();
   let chosen = 0;
   let form = null;
   let pictures = null;
-  /** What brings files in, by folder: an upload goes on while another set is looked at. */
-  const incomings = new Map();
+  /** Upload controls by folder: an upload continues while another dataset is shown. */
+  const uploadsByFolder = new Map();
   const unsaved = unsavedCaptions(() => pictures?.shown ?? new Set());
 
   const side = h("nav", { class: "stack sets", "aria-label": "Entries of the list" });
   const detail = h("div", { class: "stack detail" });
   const text = () => environment.text("datasets");
   const entries = () => examined(text(), "array").root?.value ?? null;
-  const change = (wanted) => environment.edit("datasets", wanted, "list");
+  const change = (newText) => environment.edit("datasets", newText, "list");
 
   const check = pausing(400, async (signal) => {
     answer = await checked(environment.draft(), signal);
@@ -75,17 +75,17 @@ export async function datasets(root, { name }) {
     const item = (entry, at) => {
       const scan = scans.get(entry?.id);
       return h("li", {}, h("button", { type: "button", class: "entry", "aria-current": at === chosen ? "true" : null, onclick: () => open(at) },
-        h("span", { class: "grow" }, entry?.id ?? "without an id"),
+        h("span", { class: "grow" }, entry?.id ?? "(no id)"),
         scan ? h("span", { class: "badge" }, String(scan.pictures)) : null,
-        h("span", { class: "small dim" }, `${kindText(entry)}${entry?.disabled === true ? ", left out" : ""}`)));
+        h("span", { class: "small dim" }, `${kindText(entry)}${entry?.disabled === true ? ", disabled" : ""}`)));
     };
     side.replaceChildren();
     fill(side,
       all?.length ? h("ul", { class: "plain stack" }, all.map(item)) : null,
       h("div", { class: "stack" },
-        button("Add a set", () => add("image"), { icon: "plus", disabled: all === null }),
-        folderButton("Add a folder", bring, { disabled: all === null, title: "Its images and captions are copied into datasets/ and become a set. A folder can be dropped here too." }),
-        button("Add a held-out set", () => add("eval"), { icon: "plus", disabled: all === null }),
+        button("Add a dataset", () => add("image"), { icon: "plus", disabled: all === null }),
+        folderButton("Add a folder", addFolder, { disabled: all === null, title: "Copies its images and captions into datasets/ as a new dataset. You can also drop a folder here." }),
+        button("Add a held-out dataset", () => add("eval"), { icon: "plus", disabled: all === null }),
         button("Add references or masks", addCondition, { icon: "plus", disabled: !all?.some(isImages) }),
         button("Add a text store", () => add("text_embeds"), { icon: "plus", disabled: all === null })));
   }
@@ -102,28 +102,28 @@ export async function datasets(root, { name }) {
     const all = entries();
     detail.replaceChildren();
     if (all === null) {
-      detail.append(h("p", { class: "panel warn" }, "The list is no JSON yet: mend it below, and the form comes back."));
+      detail.append(h("p", { class: "panel warn" }, "The list is not valid JSON: fix it below to get the form back."));
       return;
     }
     if (all.length === 0) {
       detail.append(h("section", { class: "sheet empty" }, h("h2", {}, "No datasets yet"),
-        h("p", {}, "A set is a folder of images, each with a .txt file of the same name that holds its caption. Drop a folder here to make a set of it."),
-        h("div", { class: "row" }, folderButton("Add a folder", bring, { kind: "primary" }), button("Add an empty set", () => add("image"), { icon: "plus" }))));
+        h("p", {}, "A dataset is a folder of images, each with a .txt file of the same name that contains its caption. Drop a folder here to add it as a dataset."),
+        h("div", { class: "row" }, folderButton("Add a folder", addFolder, { kind: "primary" }), button("Add an empty dataset", () => add("image"), { icon: "plus" }))));
       return;
     }
     chosen = Math.min(chosen, all.length - 1);
     const entry = all[chosen];
     const last = all.length - 1;
     if (typeof entry !== "object" || entry === null) {
-      detail.append(h("p", { class: "panel warn" }, "This entry is no object: mend it in the JSON below."));
+      detail.append(h("p", { class: "panel warn" }, "This entry is not an object: fix it in the JSON below."));
       return;
     }
     form = setForm(schema, environment, chosen);
     const label = freshId("set");
     fill(detail, h("section", { class: "sheet stack", "aria-labelledby": label },
-      h("div", { class: "head" }, h("h2", { id: label }, entry.id ?? "A set"), h("span", { class: "badge" }, kindText(entry)),
-        button("", () => shift(-1), { icon: "up", label: "Move it up", kind: "quiet", disabled: chosen === 0 }),
-        button("", () => shift(1), { icon: "down", label: "Move it down", kind: "quiet", disabled: chosen === last }),
+      h("div", { class: "head" }, h("h2", { id: label }, entry.id ?? "A dataset"), h("span", { class: "badge" }, kindText(entry)),
+        button("", () => shift(-1), { icon: "up", label: "Move up", kind: "quiet", disabled: chosen === 0 }),
+        button("", () => shift(1), { icon: "down", label: "Move down", kind: "quiet", disabled: chosen === last }),
         button("Remove", removeEntry, { icon: "trash", kind: "quiet" })),
       h("details", { open: form.kind === "text_embeds" || !entry.instance_data_dir }, h("summary", {}, "Options"), form.node)));
     if (form.kind !== "text_embeds") showPictures(entry);
@@ -144,45 +144,45 @@ export async function datasets(root, { name }) {
       sheet.append(pictures.node);
       return;
     }
-    const incoming = incomingTo(folder);
-    const area = h("div", { class: "drop stack" }, incoming.node, pictures.node);
-    droppable(area, (what) => incoming.take(what.incoming));
+    const controls = uploadsTo(folder);
+    const area = h("div", { class: "drop stack" }, controls.node, pictures.node);
+    droppable(area, ({ incoming }) => controls.take(incoming));
     sheet.append(area);
   }
 
-  /** Have the images that are shown stand beside their references and masks. */
+  /** Show the images beside their references and masks. */
   function pair() {
     const all = entries();
-    const own = [all?.[chosen]?.conditioning_data ?? []].flat();
-    const conditions = own.map((id) => all.find((entry) => entry?.id === id && kindOf(entry) === "conditioning"));
+    const ids = [all?.[chosen]?.conditioning_data ?? []].flat();
+    const conditions = ids.map((id) => all.find((entry) => entry?.id === id && kindOf(entry) === "conditioning"));
     pictures?.pair(conditions.filter((entry) => typeof entry?.instance_data_dir === "string" && entry.disabled !== true)
       .map((entry) => ({ id: entry.id, folder: entry.instance_data_dir, kind: entry.conditioning_type, isReference: isReference(entry) })));
   }
 
-  function incomingTo(folder) {
-    if (!incomings.has(folder)) {
-      incomings.set(folder, uploads(folder, () => {
+  function uploadsTo(folder) {
+    if (!uploadsByFolder.has(folder)) {
+      uploadsByFolder.set(folder, uploads(folder, () => {
         if (entries()?.[chosen]?.instance_data_dir !== folder) return;
         pictures?.open();
         check.later();
       }));
     }
-    return incomings.get(folder);
+    return uploadsByFolder.get(folder);
   }
 
-  /** Make a set of a folder that was dropped or chosen, or put files into the set that is shown. */
-  async function bring({ name: folderName, incoming }) {
+  /** Add a dropped or chosen folder as a dataset, or upload files into the shown dataset. */
+  async function addFolder({ name: folderName, incoming }) {
     const shown = entries()?.[chosen];
     if (folderName === "" && kindOf(shown) !== "text_embeds" && shown?.instance_data_dir) {
-      await incomingTo(shown.instance_data_dir).take(incoming);
+      await uploadsTo(shown.instance_data_dir).take(incoming);
       return;
     }
     const ids = new Set(entries().map((entry) => entry?.id));
-    const id = await freeName(nameOf(folderName), async (wanted) => ids.has(wanted) || isFolder(`datasets/${wanted}`));
+    const id = await freeName(nameOf(folderName), async (candidate) => ids.has(candidate) || isFolder(`datasets/${candidate}`));
     const wasSaved = environment.unsaved.length === 0;
     change(withSet(id, "image", `datasets/${id}`));
     if (wasSaved) await edit.save();
-    await incomingTo(`datasets/${id}`).take(incoming);
+    await uploadsTo(`datasets/${id}`).take(incoming);
   }
 
   function shift(by) {
@@ -193,33 +193,33 @@ export async function datasets(root, { name }) {
 
   async function removeEntry() {
     const { id } = entries()[chosen];
-    if (!(await confirm(`Remove ${id ?? "this entry"}?`, "It leaves the list. Its pictures stay where they are.", "Remove", "danger"))) return;
-    let wanted = text();
+    if (!(await confirm(`Remove ${id ?? "this entry"}?`, "This removes it from the list. Its images stay in their folder.", "Remove", "danger"))) return;
+    let newText = text();
     entries().forEach((entry, at) => {
       const named = [entry?.conditioning_data ?? []].flat();
-      if (named.includes(id)) wanted = withConditions(wanted, at, named.filter((one) => one !== id));
+      if (named.includes(id)) newText = withConditions(newText, at, named.filter((one) => one !== id));
     });
-    change(set(wanted, [chosen], null));
+    change(set(newText, [chosen], null));
   }
 
   const withConditions = (list, at, ids) => set(list, [at, "conditioning_data"], ids.length === 0 ? null : JSON.stringify(ids));
 
   async function add(kind) {
     const taken = new Set(entries().map((entry) => entry?.id));
-    const id = await ask(kind === "text_embeds" ? "Add a text store" : `Add ${kind === "eval" ? "a held-out set" : "a set"}`, {
+    const id = await ask(kind === "text_embeds" ? "Add a text store" : `Add ${kind === "eval" ? "a held-out dataset" : "a dataset"}`, {
       label: "Its id: a unique, stable name", yes: "Next",
       value: kind === "text_embeds" && !taken.has("text-embeds") ? "text-embeds" : "",
-      check: (wanted) => (taken.has(wanted) ? "There is one of that name." : /^[\w.-]+$/.test(wanted) ? "" : "Letters, digits, dots, dashes and underscores."),
+      check: (candidate) => (taken.has(candidate) ? "This id is taken." : /^[\w.-]+$/.test(candidate) ? "" : "Letters, digits, dots, dashes and underscores."),
     });
     if (id === null) return;
     if (kind === "text_embeds") {
-      const wanted = set(text(), [entries().length], written(store(id, !hasStore()), 1));
+      const newText = set(text(), [entries().length], written(store(id, !hasStore()), 1));
       chosen = entries().length;
-      change(wanted);
+      change(newText);
     } else change(withSet(id, kind, (await chooseFolder("datasets")) ?? `datasets/${id}`));
   }
 
-  /** Add a set of references or masks, and name it in the set of images that it belongs to. */
+  /** Add a reference or mask dataset, and name it in the image dataset it belongs to. */
   async function addCondition() {
     const all = entries();
     const at = freshId("condition");
@@ -228,7 +228,7 @@ export async function datasets(root, { name }) {
     const answer = await dialog({
       title: "Add references or masks",
       body: h("div", { class: "stack" },
-        h("div", {}, h("label", { for: kind.id }, "What the folder holds"), kind), h("div", {}, h("label", { for: owner.id }, "For the images of"), owner),
+        h("div", {}, h("label", { for: kind.id }, "Content of the folder"), kind), h("div", {}, h("label", { for: owner.id }, "For the images of"), owner),
         h("p", { class: "hint" }, "A file belongs to the image of the same name: cat.png to cat.jpg. Several references of one image are cat.1.png, cat.2.png and so on.")),
       actions: [{ label: "Cancel", value: null }, { label: "Next", value: "next", kind: "primary" }],
     });
@@ -237,23 +237,23 @@ export async function datasets(root, { name }) {
     const { resolution = 1024, resolution_type } = images;
     const shape = kind.value === "reference_loose" ? { resolution, resolution_type } : {};
     const taken = new Set(all.map((entry) => entry?.id));
-    const id = await freeName(`${images.id}-${isReference({ conditioning_type: kind.value }) ? "references" : "masks"}`, async (wanted) => taken.has(wanted));
+    const id = await freeName(`${images.id}-${isReference({ conditioning_type: kind.value }) ? "references" : "masks"}`, async (candidate) => taken.has(candidate));
     const folder = (await chooseFolder("datasets")) ?? `datasets/${id}`;
     const entry = { id, type: "local", dataset_type: "conditioning", conditioning_type: kind.value, instance_data_dir: folder, ...shape };
-    const wanted = withConditions(text(), Number(owner.value), [...[images.conditioning_data ?? []].flat(), id]);
+    const newText = withConditions(text(), Number(owner.value), [...[images.conditioning_data ?? []].flat(), id]);
     chosen = all.length;
-    change(set(wanted, [chosen], written(entry, 1)));
+    change(set(newText, [chosen], written(entry, 1)));
   }
 
   const hasStore = () => entries().some((entry) => kindOf(entry) === "text_embeds");
   const store = (id, isDefault) => ({ id, type: "local", dataset_type: "text_embeds", default: isDefault, cache_dir: "cache/text" });
 
-  /** The list with a set more, which is shown next; and with a text store, where there is none. */
+  /** Return the list with one more dataset, which becomes the shown one, and with a text store if there was none. */
   function withSet(id, kind, folder) {
     const type = kind === "eval" ? { dataset_type: "eval" } : {};
     chosen = entries().length;
-    const wanted = set(text(), [chosen], written({ id, type: "local", ...type, instance_data_dir: folder, caption_strategy: "textfile", resolution: 1024, cache_dir_vae: `cache/vae/${id}`, ...(kind === "eval" ? {} : { repeats: 0 }) }, 1));
-    return hasStore() ? wanted : set(wanted, [chosen + 1], written(store("text-embeds", true), 1));
+    const newText = set(text(), [chosen], written({ id, type: "local", ...type, instance_data_dir: folder, caption_strategy: "textfile", resolution: 1024, cache_dir_vae: `cache/vae/${id}`, ...(kind === "eval" ? {} : { repeats: 0 }) }, 1));
+    return hasStore() ? newText : set(newText, [chosen + 1], written(store("text-embeds", true), 1));
   }
 
   async function scan() {
@@ -269,7 +269,7 @@ export async function datasets(root, { name }) {
     if (!(await edit.save())) return;
     const result = await job.run("cache", "Filling the caches", { environment: name });
     if (result !== null) {
-      job.node.replaceChildren(h("p", { class: "panel good" }, `The caches are filled: ${some(result.sets.length, "set")}.`));
+      job.node.replaceChildren(h("p", { class: "panel good" }, `The caches are filled: ${some(result.sets.length, "dataset")}.`));
       job.node.hidden = false;
     }
   }
@@ -301,11 +301,11 @@ export async function datasets(root, { name }) {
   showSide();
   showDetail();
   check.now();
-  droppable(root, bring);
+  droppable(root, addFolder);
   drafts.open().then(unsaved.show);
-  if (awaited !== null) {
-    bring(awaited);
-    awaited = null;
+  if (pendingFolder !== null) {
+    addFolder(pendingFolder);
+    pendingFolder = null;
   }
 
   return () => {
@@ -317,16 +317,16 @@ export async function datasets(root, { name }) {
   };
 }
 
-/** Whether an entry is a set of images, to train on or held out. */
+/** Whether an entry is an image dataset, for training or held out. */
 const isImages = (entry) => ["image", "eval"].includes(kindOf(entry));
 
-/** Whether a problem names this entry of the list. */
+/** Whether a problem's message names this entry. */
 const isAbout = ({ found }, entry) => typeof entry?.id === "string" && (found.includes(`, ${entry.id}: `) || found.startsWith(`${entry.id}: `));
 
-/** A set's name from a folder's. */
+/** A dataset id from a folder's name. */
 const nameOf = (text) => text.normalize("NFKD").replace(/[^\w.-]+/g, "-").replace(/^[^A-Za-z0-9]+|-+$/g, "").slice(0, 60) || "images";
 
-/** `stem`, or with a number behind it the first that is not taken. */
+/** `stem`, or `stem-2`, `stem-3` and so on: the first that is free. */
 async function freeName(stem, isTaken) {
   let name = stem;
   for (let number = 2; await isTaken(name); number += 1) name = `${stem}-${number}`;
@@ -343,13 +343,13 @@ async function isFolder(path) {
   }
 }
 
-function nothing(root, list, wanted) {
-  /** Make an environment for a folder, and show it with a set of that folder. */
-  async function begin(what) {
+function nothing(root, list, requestedName) {
+  /** Create an environment for a folder, and show it with the folder as its dataset. */
+  async function begin(folder) {
     const taken = new Set(list.map((one) => one.name));
-    const name = await freeName(nameOf(wanted || what.name), async (one) => taken.has(one));
+    const name = await freeName(nameOf(requestedName || folder.name), async (one) => taken.has(one));
     await post("environments", { name, kind: "empty", source: "" });
-    awaited = what;
+    pendingFolder = folder;
     go(to("datasets", name));
   }
   droppable(root, begin);
@@ -357,9 +357,9 @@ function nothing(root, list, wanted) {
     list.length ? environmentBar({ list: [{ name: "" }, ...list.filter((one) => one.name !== "")], name: "", screen: "datasets", verbs: false }) : null,
     h("section", { class: "sheet empty" },
       h("h2", {}, list.length ? "Choose an environment" : "No environment yet"),
-      h("p", {}, "Each environment has its own list of datasets. Drop a folder of images here to make an environment with a set of them."),
+      h("p", {}, "Each environment has its own list of datasets. Drop a folder of images here to create an environment with it as a dataset."),
       list.length
         ? h("ul", { class: "plain row" }, list.map((one) => h("li", {}, h("a", { class: "button", href: to("datasets", one.name) }, one.name || "config/config.json"))))
         : null,
-      h("div", { class: "row" }, folderButton("Add a folder", begin, { kind: "primary" }), list.length ? null : button("Make an empty one", () => go("#/configure/"), {}))));
+      h("div", { class: "row" }, folderButton("Add a folder", begin, { kind: "primary" }), list.length ? null : button("Create an empty one", () => go("#/configure/"), {}))));
 }

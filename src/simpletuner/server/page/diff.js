@@ -1,8 +1,8 @@
-// The lines in which two texts differ.
+// The line differences of two texts.
 
 import { h } from "./dom.js";
 
-/** @returns {{sign: " "|"-"|"+", text: string}[]} "-" stands in `before` only, "+" in `after` only */
+/** @returns {{sign: " "|"-"|"+", text: string}[]} "-": in `before` only; "+": in `after` only */
 function lineDiff(before, after) {
   const a = before.split("\n");
   const b = after.split("\n");
@@ -13,7 +13,7 @@ function lineDiff(before, after) {
   const left = a.slice(head, a.length - tail);
   const right = b.slice(head, b.length - tail);
 
-  // common[i][j]: how many lines of left[i…] and right[j…] can be kept.
+  // common[i][j]: length of the longest common subsequence of left[i…] and right[j…].
   const common = Array.from({ length: left.length + 1 }, () => new Uint32Array(right.length + 1));
   for (let i = left.length - 1; i >= 0; i -= 1) {
     for (let j = right.length - 1; j >= 0; j -= 1) {
@@ -39,12 +39,12 @@ function lineDiff(before, after) {
   return [...lines, ...a.slice(a.length - tail).map((text) => ({ sign: " ", text }))];
 }
 
-const AROUND = 3;
+const CONTEXT_LINES = 3;
 
-/** The differences of two texts as a block, with a few lines around each. */
+/** The differences of two texts as a block, with a few lines of context. */
 export function diffBlock(before, after) {
   const lines = lineDiff(before, after);
-  const near = lines.map((_, at) => lines.slice(Math.max(0, at - AROUND), at + AROUND + 1).some(({ sign }) => sign !== " "));
+  const near = lines.map((_, at) => lines.slice(Math.max(0, at - CONTEXT_LINES), at + CONTEXT_LINES + 1).some(({ sign }) => sign !== " "));
   const shown = [];
   lines.forEach((line, at) => {
     if (near[at]) shown.push(h("span", { class: { "-": "lost", "+": "gained", " ": "same" }[line.sign] }, `${line.sign} ${line.text}\n`));

@@ -1,12 +1,12 @@
-// Elements, icons, dialogs and toasts.
+// Build elements, icons, dialogs and toasts.
 
 import { ApiFault, problem } from "./api.js";
 
 const PROPERTIES = new Set(["value", "checked", "disabled", "hidden", "selected", "indeterminate", "readOnly", "open"]);
 
 /**
- * An element. Properties: `class`, `style` (an object), `dataset`, `on…` (listeners); null, undefined and false leave one out.
- * Children: nodes and text; null and false are left out, arrays are taken apart.
+ * Create an element. Properties: `class`, `style` (an object), `dataset`, `on…` (listeners); null, undefined and false are skipped.
+ * Children: nodes and text; null, undefined and false are skipped, arrays are flattened.
  * @param {string} tag @param {object} props @param {...any} children @returns {HTMLElement}
  */
 export function h(tag, props = {}, ...children) {
@@ -24,7 +24,7 @@ export function h(tag, props = {}, ...children) {
   return node;
 }
 
-/** Put children at the end of a node. */
+/** Append children to a node. */
 export function fill(node, ...children) {
   for (const child of children.flat(Infinity)) {
     if (child !== null && child !== undefined && child !== false) node.append(child);
@@ -34,7 +34,7 @@ export function fill(node, ...children) {
 
 let serial = 0;
 
-/** An id that nothing else on the page has. */
+/** An id that is unique on the page. */
 export const freshId = (stem = "x") => `${stem}-${++serial}`;
 
 const PATHS = {
@@ -64,7 +64,7 @@ const PATHS = {
   chart: "M4 4v16h16M7 15l4-5 3 3 5-7",
 };
 
-/** A line drawing of 24 units, hidden from screen readers: its neighbor text or label speaks. */
+/** A line icon of 24 × 24 units, hidden from screen readers, which read the text or label beside it. */
 export function icon(name) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   svg.setAttribute("viewBox", "0 0 24 24");
@@ -77,8 +77,8 @@ export function icon(name) {
 }
 
 /**
- * A button. Options: `icon`, `kind` (primary, quiet, danger), `label` (where it shows no text), and properties of `h`.
- * While what it does is going on it is busy, and a second press does nothing.
+ * A button. Options: `icon`, `kind` (primary, quiet, danger), `label` (if it shows no text), and properties of `h`.
+ * While its action runs, it is marked as busy and ignores further presses.
  */
 export function button(text, onclick, { icon: name, kind = "", label, ...props } = {}) {
   const classes = [kind, text ? "" : "square", props.class ?? ""].filter(Boolean).join(" ");
@@ -102,7 +102,7 @@ export function button(text, onclick, { icon: name, kind = "", label, ...props }
   return node;
 }
 
-/** A message that goes by itself. Kinds: "" , good, bad; bad ones stay until they are closed. */
+/** A message that disappears after six seconds. Kinds: "", good, bad; bad ones stay until they are closed. */
 export function toast(text, kind = "") {
   const area = document.getElementById("toasts");
   const node = h(
@@ -118,10 +118,10 @@ export function toast(text, kind = "") {
 }
 
 /**
- * A modal dialog.
+ * Show a modal dialog.
  * @param {{title: string, body: any, actions: {label: string, value: any, kind?: string, disabled?: boolean}[], wide?: boolean,
- *   opened?: (dialog: HTMLDialogElement, close: (value: any) => void) => void}} what
- * @returns {Promise<any>} the value of the action that was pressed, or null where it was closed
+ *   opened?: (dialog: HTMLDialogElement, close: (value: any) => void) => void}} options
+ * @returns {Promise<any>} the value of the pressed action, or null if the dialog was closed
  */
 export function dialog({ title, body, actions, wide = false, opened = () => {} }) {
   return new Promise((resolve) => {
@@ -154,7 +154,7 @@ export async function confirm(title, text, yes, kind = "primary") {
   })) === true;
 }
 
-/** Ask for a line of text; `check` says what is wrong with it, or "". Null where it was closed. */
+/** Ask for a line of text; `check` returns a fault, or "". Returns null if the dialog was closed. */
 export function ask(title, { label, value = "", yes = "OK", kind = "primary", note = "", check = () => "" }) {
   const id = freshId("ask");
   const input = h("input", { id, value, autocomplete: "off", spellcheck: "false", "aria-describedby": `${id}-fault` });
@@ -170,13 +170,13 @@ export function ask(title, { label, value = "", yes = "OK", kind = "primary", no
   }).then((answer) => (answer === "yes" ? input.value : null));
 }
 
-/** Have the action "yes" of an open dialog wait until `check` finds nothing wrong with a line of text; Enter presses it. */
+/** Disable the action "yes" of an open dialog while `check` finds a fault in its line of text; Enter presses it. */
 export function review(box, close, input, fault, check) {
   const accept = box.querySelector('[data-action="yes"]');
   const look = () => {
-    const wrong = check(input.value);
-    fault.textContent = input.value === "" ? "" : wrong;
-    accept.disabled = wrong !== "";
+    const inputFault = check(input.value);
+    fault.textContent = input.value === "" ? "" : inputFault;
+    accept.disabled = inputFault !== "";
   };
   input.addEventListener("input", look);
   input.addEventListener("keydown", (event) => {
@@ -186,19 +186,19 @@ export function review(box, close, input, fault, check) {
   input.focus();
 }
 
-/** Ask to type `word` before something is lost for good. */
+/** Ask the user to type `word` before an irreversible action. */
 export const confirmTyped = async (title, note, word, yes = "Delete") =>
   (await ask(title, {
     label: `Type ${word} to confirm`, yes, kind: "danger", note, check: (text) => (text === word ? "" : `This is not ${word}.`),
   })) !== null;
 
-/** What is wrong, of whatever was thrown. */
+/** The problems in any thrown error. */
 export function problemsOf(error) {
   if (error instanceof ApiFault) return error.problems;
   return [problem(`The page failed: ${error?.message ?? error}`, "Reload it; if that does not help, please report it.")];
 }
 
-/** One problem: what was found, what was expected, what to do. */
+/** A problem's found, expected and remedy, as elements. */
 export function problemText(one) {
   return [
     h("strong", {}, one.found || one.text),
@@ -207,7 +207,7 @@ export function problemText(one) {
   ];
 }
 
-/** A panel of problems, announced at once. */
+/** A panel of problems, which screen readers announce at once. */
 export function problemPanel(error) {
   return h("div", { class: "panel bad", role: "alert" },
     h("ul", { class: "problems" }, problemsOf(error).map((one) => h("li", {}, problemText(one)))));

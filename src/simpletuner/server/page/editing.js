@@ -1,4 +1,4 @@
-// What the screens that edit an environment share: saving, leaving with consent, and the banner of what changed outside.
+// Shared by the screens that edit an environment: saving, the question before leaving, and the banner about outside changes.
 
 import { button, confirm, h, toast } from "./dom.js";
 import { askBeforeLeaving } from "./router.js";
@@ -31,17 +31,17 @@ export function editing(environment) {
     mark.textContent = unsaved ? "Not saved yet" : "";
     const changed = Object.entries(environment.outside).map(([document, theirs]) =>
       h("div", { class: "panel warn row" },
-        h("p", { class: "grow" }, `${theirs.path} was changed outside, and here too.`),
+        h("p", { class: "grow" }, `${theirs.path} has changed on disk, and you have changed it here too.`),
         button("Show the differences", () => environment.settle(document, theirs))));
     const gone = environment.gone
-      ? h("p", { class: "panel warn" }, "The files of this environment are gone. Saving writes them again.")
+      ? h("p", { class: "panel warn" }, "The files of this environment were deleted. Saving writes them again.")
       : null;
     banner.replaceChildren(...changed, ...(gone ? [gone] : []));
     banner.hidden = banner.childElementCount === 0;
     if (!unsaved) askBeforeLeaving(null);
     else {
       askBeforeLeaving(() =>
-        confirm("Leave without saving?", "Changes here are not written to the files yet.", "Leave", "danger"));
+        confirm("Leave without saving?", "Your changes are not saved to the files yet.", "Leave", "danger"));
     }
   }
 

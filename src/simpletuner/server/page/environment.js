@@ -1,4 +1,4 @@
-// An environment that is being edited: what its files hold, what was changed here, and what was changed outside.
+// An environment in the editor: its files, the unsaved drafts, and changes made on disk meanwhile.
 
 import { ApiFault, get, put } from "./api.js";
 import { diffBlock } from "./diff.js";
@@ -11,11 +11,11 @@ const POLL = 5000;
 
 const DOCUMENTS = ["config", "datasets", "prompts"];
 
-/** How a document starts that is not there. */
+/** Initial text of a document that does not exist. */
 const EMPTY = { config: "{}\n", datasets: "[]\n", prompts: "{}\n" };
 
 /**
- * Events: `edit` (detail {document, source}), `state` (what is unsaved, or stands otherwise on the disk, has changed).
+ * Events: `edit` (detail {document, source}), `state` (the unsaved or outside changes have changed).
  */
 export class Environment extends EventTarget {
   constructor(detail) {
@@ -25,23 +25,23 @@ export class Environment extends EventTarget {
     this.documents = detail.documents;
     /** @type {Partial<Record<DocumentName, string>>} */
     this.drafts = {};
-    /** @type {Partial<Record<DocumentName, Document>>} changed outside while there is a draft */
+    /** @type {Partial<Record<DocumentName, Document>>} changed on disk while there is a draft */
     this.outside = {};
     this.gone = false;
   }
 
-  /** @throws {ApiFault} 404 where there is none of this name */
+  /** @throws {ApiFault} 404, there is no environment of this name */
   static async open(name) {
     return new Environment(await get("environment", { name }));
   }
 
-  /** The text as it stands here; a document that is not there starts empty. */
+  /** The current text, drafts included; the initial text for a missing document. */
   text(document) {
     return this.drafts[document] ?? this.documents[document].text ?? EMPTY[document];
   }
 
-  /** As `text`, but null where there is neither a file nor a draft. */
-  given(document) {
+  /** As `text`, but null if there is neither a file nor a draft. */
+  textOrNull(document) {
     return this.drafts[document] ?? this.documents[document].text;
   }
 
@@ -53,21 +53,21 @@ export class Environment extends EventTarget {
     return DOCUMENTS.filter((document) => this.drafts[document] !== undefined);
   }
 
-  /** What `check` and `plan` take. */
+  /** The request body of `check` and `plan`. */
   draft() {
-    return { name: this.name, config: this.text("config"), datasets: this.given("datasets"), prompts: this.given("prompts") };
+    return { name: this.name, config: this.text("config"), datasets: this.textOrNull("datasets"), prompts: this.textOrNull("prompts") };
   }
 
-  /** Change a text here. `source` tells listeners who did. */
+  /** Change a draft. `source` tells listeners where the change comes from. */
   edit(document, text, source) {
     if (text === this.text(document)) return;
     if (text === this.documents[document].text) delete this.drafts[document];
     else this.drafts[document] = text;
-    this.#tell("edit", { document, source });
-    this.#tell("state");
+    this.#notify("edit", { document, source });
+    this.#notify("state");
   }
 
-  /** Write what is unsaved. False where a person chose not to. */
+  /** Save all drafts. Returns false if the user cancelled. */
   async save() {
     for (const document of this.unsaved) {
       if (!(await this.#write(document))) return false;
@@ -88,13 +88,13 @@ export class Environment extends EventTarget {
     return this.settle(document, documents[document]);
   }
 
-  /** Ask which of two texts to keep, and do it. False where nothing was chosen. */
+  /** Ask which of two texts to keep, and keep it. Returns false if the user cancelled. */
   async settle(document, theirs) {
     const mine = this.text(document);
     const choice = await dialog({
-      title: `${theirs.path} was changed outside`,
+      title: `${theirs.path} has changed on disk`,
       wide: true,
-      body: ["It was changed by something else since it was read here. Lines with − stand in the file, lines with + stand here.",
+      body: ["Something else changed the file after this page had loaded it. Lines with − are in the file, lines with + are yours.",
         diffBlock(theirs.text ?? "", mine)],
       actions: [
         { label: "Cancel", value: null },
@@ -104,7 +104,7 @@ export class Environment extends EventTarget {
     });
     if (choice === null) {
       this.outside[document] = theirs;
-      this.#tell("state");
+      this.#notify("state");
       return false;
     }
     this.documents[document] = theirs;
@@ -120,11 +120,11 @@ export class Environment extends EventTarget {
     delete this.drafts[document];
     delete this.outside[document];
     this.gone = false;
-    if (this.text(document) !== before) this.#tell("edit", { document, source: "disk" });
-    this.#tell("state");
+    if (this.text(document) !== before) this.#notify("edit", { document, source: "disk" });
+    this.#notify("state");
   }
 
-  /** Look at the files now and then. Returns what ends it. */
+  /** Poll the files. Returns a function that stops it. */
   watch() {
     let last = "";
     const look = async () => {
@@ -137,7 +137,7 @@ export class Environment extends EventTarget {
         this.gone = error.status === 404;
         if (last !== error.message) toast(error.message, "bad");
         last = error.message;
-        this.#tell("state");
+        this.#notify("state");
         return;
       }
       last = "";
@@ -151,7 +151,7 @@ export class Environment extends EventTarget {
     if (read.revision === (this.outside[document] ?? this.documents[document]).revision) return;
     if (this.drafts[document] === undefined) {
       this.#adopt(document, read);
-      toast(`${read.path} was changed outside and read again.`);
+      toast(`${read.path} has changed on disk and was loaded again.`);
       return;
     }
     if (read.text === this.drafts[document]) {
@@ -159,10 +159,10 @@ export class Environment extends EventTarget {
       return;
     }
     this.outside[document] = read;
-    this.#tell("state");
+    this.#notify("state");
   }
 
-  #tell(type, detail = null) {
+  #notify(type, detail = null) {
     this.dispatchEvent(new CustomEvent(type, { detail }));
   }
 }

@@ -1,4 +1,4 @@
-// Choosing an environment, and what can be done with the list of them.
+// Choose, create, rename, delete, export and import environments.
 
 import { address, del, get, post, upload } from "./api.js";
 import { ask, button, confirmTyped, dialog, freshId, h, review, toast } from "./dom.js";
@@ -6,22 +6,22 @@ import { askBeforeLeaving, go, to } from "./router.js";
 
 const NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$/;
 
-/** How an environment is called; the one without a name is what `simpletuner train` reads unasked. */
+/** An environment's display name; the unnamed one is the config that `simpletuner train` reads by default. */
 export const called = (name) => (name === "" ? "(default) config/config.json" : name);
 
 const nameFault = (list) => (text) => {
   if (text === "" && !list.some(({ name }) => name === "")) return "";
   if (!NAME.test(text)) return "Letters, digits, dots, dashes and underscores, at most 64; a letter or digit first.";
-  return list.some(({ name }) => name === text) ? "There is one of that name." : "";
+  return list.some(({ name }) => name === text) ? "This name is taken." : "";
 };
 
 /**
- * The select of environments and the buttons beside it.
- * @param {{list: object[], name: string|null, screen: string, verbs: boolean}} what
+ * The environment select and the buttons beside it.
+ * @param {{list: object[], name: string|null, screen: string, verbs: boolean}} options
  */
 export function environmentBar({ list, name, screen, verbs }) {
   const id = freshId("environment");
-  const select = h("select", { id, onchange: () => { const wanted = select.value; select.value = name ?? ""; go(to(screen, wanted)); } },
+  const select = h("select", { id, onchange: () => { const selected = select.value; select.value = name ?? ""; go(to(screen, selected)); } },
     list.map((one) => h("option", { value: one.name }, called(one.name))));
   select.value = name ?? "";
   const bar = h("div", { class: "row environment-bar" }, h("label", { for: id }, "Environment"), select);
@@ -63,9 +63,9 @@ export async function make(list, kind, source = "") {
   const answer = await dialog({
     title: "New environment",
     body: [h("div", {}, h("label", { for: name }, "Name"), input, fault,
-      list.some((one) => one.name === "") ? null : h("p", { class: "hint" }, "Leave it empty for config/config.json, which simpletuner train reads unasked.")),
+      list.some((one) => one.name === "") ? null : h("p", { class: "hint" }, "Leave it empty for config/config.json, which simpletuner train reads by default.")),
       h("div", {}, h("label", { for: starts.id }, "Start from"), starts), fromRow],
-    actions: [{ label: "Cancel", value: null }, { label: "Make it", value: "yes", kind: "primary" }],
+    actions: [{ label: "Cancel", value: null }, { label: "Create", value: "yes", kind: "primary" }],
     opened: (box, close) => review(box, close, input, fault, nameFault(list)),
   });
   if (answer === null) return;
@@ -74,15 +74,15 @@ export async function make(list, kind, source = "") {
 }
 
 async function rename(list, name) {
-  const wanted = await ask(`Rename ${name}`, { label: "New name", value: name, yes: "Rename", check: nameFault(list) });
-  if (wanted === null) return;
-  await post("environment/rename", { name, new_name: wanted });
+  const newName = await ask(`Rename ${name}`, { label: "New name", value: name, yes: "Rename", check: nameFault(list) });
+  if (newName === null) return;
+  await post("environment/rename", { name, new_name: newName });
   askBeforeLeaving(null);
-  go(to("configure", wanted));
+  go(to("configure", newName));
 }
 
 async function remove(name) {
-  const note = "Its files are deleted: config, dataset list and prompts. Pictures, caches and runs stay.";
+  const note = "Its files are deleted: config, dataset list and prompts. Images, caches and runs stay.";
   if (name === "") {
     if (!(await confirmTyped("Delete config/config.json", note, "config.json"))) return;
   } else if (!(await confirmTyped(`Delete ${name}`, note, name))) return;
@@ -92,16 +92,16 @@ async function remove(name) {
   go("#/configure/");
 }
 
-/** Import by choosing a file; see also `importFile` for a drop. */
+/** A button that imports a chosen file; `importFile` imports a dropped one. */
 export function importButton(list) {
   const input = h("input", { type: "file", accept: ".zip,.json,.toml", hidden: true, onchange: () => {
     if (input.files.length) importFile(list, input.files[0]);
     input.value = "";
   } });
-  return h("span", {}, input, button("Import", () => input.click(), { icon: "upload", kind: "quiet", title: "A zip that was exported, or a config.json. It can be dropped here too." }));
+  return h("span", {}, input, button("Import", () => input.click(), { icon: "upload", kind: "quiet", title: "An exported zip or a config.json. You can also drop it here." }));
 }
 
-/** Bring in an exported zip or a config.json under a name that is asked for. */
+/** Import an exported zip or a config.json under a name that the user chooses. */
 export async function importFile(list, file) {
   const stem = file.name.replace(/\.[^.]*$/, "").replace(/[^A-Za-z0-9._-]/g, "-").replace(/^[^A-Za-z0-9]+/, "");
   const free = nameFault(list)(stem) === "" ? stem : "";

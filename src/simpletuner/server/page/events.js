@@ -1,6 +1,6 @@
 /**
- * The store of one run: what the server knows of it, brought up to date by its events. It survives a server that is
- * away: it asks again with growing pauses and catches up from the last id. Ids rise by one; a gap loads all anew.
+ * The store of one run: the server's data, updated by the run's events. If the server does not answer, it retries with
+ * growing pauses and catches up from the last id. Ids rise by one; a gap reloads everything.
  */
 
 import { ApiFault, address, get } from "./api.js";
@@ -8,28 +8,28 @@ import { Series } from "./series.js";
 
 const PAUSES_MS = [500, 1000, 2000, 4000, 5000];
 const GATHER_MS = 80;
-const LOOK_AGAIN_MS = 3000;
-/** While a run is starting: a start that is refused writes no event. */
-const LOOK_AT_START_MS = 1000;
+const POLL_MS = 3000;
+/** While a run is starting: a start that fails early writes no event. */
+const POLL_AT_START_MS = 1000;
 const GONE = 404;
 
-/** What may change; listeners are given a set of these. */
+/** Topics of a change; listeners receive a set of them. */
 const TOPICS = ["status", "steps", "heldOut", "drift", "validations", "checkpoints", "notices", "connection"];
 
-/** Those of them that the curves show. */
+/** Topics that the curves show. */
 export const CURVES = ["steps", "heldOut", "drift"];
 
 export class RunStore {
   /** @param {string} run its path, as the server names it */
   constructor(run) {
     this.run = run;
-    /** The answer of `GET /api/run`, kept up to date. */
+    /** The response of `GET /api/run`, updated by events. */
     this.detail = null;
     this.steps = new Series(["loss", "lr", "grad_norm", "seconds", "memory_gib"]);
     this.heldOut = new Series(["loss", "ema_loss"]);
     this.drift = new Series(["drift", "ema_drift"]);
     this.lastId = 0;
-    /** "open", "lost" while the server does not answer, or "gone" where the run is not there any more. */
+    /** "open"; "lost" while the server does not answer; "gone" if the run was deleted. */
     this.connection = "open";
     this.listeners = new Set();
     this.changed = new Set();
@@ -38,12 +38,12 @@ export class RunStore {
     this.lastEventAt = 0;
   }
 
-  /** Load the run and follow it. Throws what the first request throws. */
+  /** Load the run and follow it. @throws {ApiFault} the first request fails */
   async open() {
     await this.load();
     this.follow();
-    this.watch = setInterval(() => this.lookAgain(), LOOK_AT_START_MS);
-    this.lookedAt = Date.now();
+    this.watch = setInterval(() => this.poll(), POLL_AT_START_MS);
+    this.polledAt = Date.now();
   }
 
   close() {
@@ -55,7 +55,7 @@ export class RunStore {
     this.listeners.clear();
   }
 
-  /** Call `listener` with the set of topics that changed, soon after they did. Returns what ends it. */
+  /** Call `listener` with the set of changed topics, shortly after a change. Returns a function that unsubscribes. */
   subscribe(listener) {
     this.listeners.add(listener);
     return () => this.listeners.delete(listener);
@@ -67,7 +67,7 @@ export class RunStore {
     this.steps.fill(series);
     this.heldOut.fill(series.held_out);
     this.drift.fill(series.drift);
-    // The two answers may be some events apart: those that only one of them has come again.
+    // The two responses may be some events apart; events that only one of them has are read again.
     this.lastId = Math.min(detail.last_id, series.last_id);
     this.report(...TOPICS);
   }
@@ -82,11 +82,11 @@ export class RunStore {
     };
     this.source.onmessage = (message) => this.take(Number(message.lastEventId), message.data);
     this.source.addEventListener("reset", () => this.reload());
-    this.source.onerror = () => this.again();
+    this.source.onerror = () => this.reconnect();
   }
 
-  /** The stream broke: ask until the server answers, then go on after the last event that came. */
-  again() {
+  /** After a lost stream: retry until the server answers, then follow from the last received event. */
+  reconnect() {
     this.source.close();
     clearTimeout(this.retry);
     const pause = PAUSES_MS[Math.min(this.failures, PAUSES_MS.length - 1)];
@@ -99,7 +99,7 @@ export class RunStore {
         if (!(error instanceof ApiFault)) throw error;
         if (this.isGone(error)) return;
         this.connected(error.status !== 0);
-        if (!this.isClosed) this.again();
+        if (!this.isClosed) this.reconnect();
       }
     }, pause);
     if (this.failures > 1) this.connected(false);
@@ -112,7 +112,7 @@ export class RunStore {
     this.report("connection");
   }
 
-  /** Whether an error says that the run was deleted; then all that follows it ends. */
+  /** Whether an error says that the run was deleted; if so, stop following it. */
   isGone(error) {
     if (error.status !== GONE) return false;
     this.source?.close();
@@ -122,13 +122,13 @@ export class RunStore {
     return true;
   }
 
-  /** The state of a run can change without an event: a process that is killed writes none. */
-  async lookAgain() {
+  /** Refresh a quiet run: its state can change without an event, as when its process is killed. */
+  async poll() {
     const { state } = this.detail;
-    const pause = state === "starting" ? LOOK_AT_START_MS : LOOK_AGAIN_MS;
-    const isQuiet = Date.now() - Math.max(this.lastEventAt, this.lookedAt) >= pause - LOOK_AT_START_MS / 2;
+    const pause = state === "starting" ? POLL_AT_START_MS : POLL_MS;
+    const isQuiet = Date.now() - Math.max(this.lastEventAt, this.polledAt) >= pause - POLL_AT_START_MS / 2;
     if (this.connection !== "open" || !isQuiet || document.hidden || !["starting", "running", "waiting"].includes(state)) return;
-    this.lookedAt = Date.now();
+    this.polledAt = Date.now();
     try {
       await this.refresh();
     } catch (error) {
@@ -137,12 +137,12 @@ export class RunStore {
     }
   }
 
-  /** Ask for the run's state anew. */
+  /** Load the run's state again. */
   async refresh() {
     const detail = await get("run", { run: this.run });
     if (this.isClosed) return;
     if (detail.last_id < this.lastId) {
-      await this.reload(); // the folder was made anew
+      await this.reload(); // the run's folder was replaced
       return;
     }
     if (detail.last_id > this.lastId) {
@@ -153,7 +153,7 @@ export class RunStore {
     this.report("status");
   }
 
-  /** Forget what is known and load it anew. */
+  /** Load everything again. */
   async reload() {
     this.source?.close();
     try {
@@ -161,7 +161,7 @@ export class RunStore {
       this.follow();
     } catch (error) {
       if (!(error instanceof ApiFault)) throw error;
-      if (!this.isGone(error)) this.again();
+      if (!this.isGone(error)) this.reconnect();
     }
   }
 
@@ -178,7 +178,7 @@ export class RunStore {
     if (starts > this.detail.starts) {
       Object.assign(this.detail, { starts, attempts: event.attempt, phases: [], phase: null, state: "running", ended: null, error: null });
     }
-    // Loading may have brought the detail further than the series: then only the series takes it.
+    // The loaded detail may be ahead of the series; then the event updates only the series.
     const apply = (id <= this.detail.last_id ? APPLY_TO_SERIES : APPLY)[event.type];
     if (apply) this.report(...apply(this, event));
   }
@@ -207,7 +207,7 @@ const APPLY_TO_SERIES = {
   },
 };
 
-/** What each type of event does to a store; returns the topics that change. */
+/** Updates of a store by event type; each returns the changed topics. */
 const APPLY = {
   run({ detail }, { pid, steps }) {
     Object.assign(detail, { pid, steps });
@@ -218,18 +218,18 @@ const APPLY = {
     return ["status"];
   },
   phase({ detail }, { phase, state, seconds, memory_gib }) {
-    const known = detail.phases.find((one) => one.phase === phase);
-    const now = { phase, state, seconds, memory_gib, progress: state === "begin" ? null : (known?.progress ?? null) };
-    if (known) Object.assign(known, now);
-    else detail.phases.push(now);
-    // A validation lies within training: when it ends, training goes on.
+    const entry = detail.phases.find((one) => one.phase === phase);
+    const update = { phase, state, seconds, memory_gib, progress: state === "begin" ? null : (entry?.progress ?? null) };
+    if (entry) Object.assign(entry, update);
+    else detail.phases.push(update);
+    // Validation is nested in training: when it ends, training continues.
     const open = detail.phases.filter((one) => one.state === "begin");
     detail.phase = state === "begin" ? phase : (open.at(-1)?.phase ?? detail.phase);
     return ["status"];
   },
   progress({ detail }, { phase, done, total, per_s, eta_s }) {
-    const known = detail.phases.find((one) => one.phase === phase);
-    if (known) known.progress = { done, total, per_s, eta_s };
+    const entry = detail.phases.find((one) => one.phase === phase);
+    if (entry) entry.progress = { done, total, per_s, eta_s };
     return ["status"];
   },
   step(store, event) {
@@ -255,18 +255,18 @@ const APPLY = {
   },
   end({ detail }, { reason, lora, time, attempt, start }) {
     Object.assign(detail, { state: reason === "error" ? "failed" : reason, ended: time, lora });
-    // A start that ends with an error before it trains is no attempt.
+    // A start that ends with an error before training does not count as an attempt.
     const trained = detail.phases.some((one) => one.phase === "train");
     if (reason === "error" && start !== undefined && !trained) detail.attempts = attempt - 1;
     return ["status", "checkpoints"];
   },
 };
 
-/** Seconds left of the training, from the middle of its last steps; null while that cannot be said. */
+/** Seconds left: of training, by the median of its last 50 steps; of other phases, their own estimate; null if unknown. */
 export function secondsLeft({ detail, steps }) {
   if (detail.state !== "running") return null;
   const current = detail.phases.find((one) => one.phase === detail.phase);
   if (detail.phase !== "train" && detail.phase !== "validation") return current?.progress?.eta_s ?? null;
-  const each = steps.recentMedian("seconds", 50);
-  return Number.isFinite(each) ? each * Math.max(0, detail.steps - detail.step) : null;
+  const perStep = steps.recentMedian("seconds", 50);
+  return Number.isFinite(perStep) ? perStep * Math.max(0, detail.steps - detail.step) : null;
 }

@@ -1,4 +1,4 @@
-// One option of a form: its name in words and its key, its input, help on demand, and what is wrong with it.
+// One option of a form: its label and key, its input, help on demand, and its problems.
 
 import { button, fill, freshId, h, problemText } from "./dom.js";
 import { chooseFolder } from "./folders.js";
@@ -6,7 +6,7 @@ import { JsonFault, read } from "./jsontext.js";
 
 const NUMBER = /^-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?$/;
 
-/** Text in which backquotes set off code. */
+/** Render text with code in backquotes. */
 const marked = (text) => text.split("`").map((part, at) => (at % 2 ? h("code", {}, part) : part));
 
 /** A value as the form shows it. */
@@ -24,14 +24,14 @@ function plainNumber(value) {
 }
 
 /**
- * What a row stands for in the text: the value and its JSON, or undefined where it is not given.
- * @typedef {{value: any, raw: string} | undefined} Given
+ * The value of a row's option in the text, and its JSON; undefined if the text does not set it.
+ * @typedef {{value: any, raw: string} | undefined} Setting
  */
 
 /**
  * A row of the form.
- * @param {object} field as GET /api/form gives it
- * @param {(raw: string|null) => void} change writes the JSON of a new value, or null for the default
+ * @param {object} field from GET /api/form
+ * @param {(raw: string|null) => void} change called with the JSON of a new value, or null for the default
  */
 export function fieldRow(field, change) {
   const id = freshId(`field-${field.name}`);
@@ -54,7 +54,7 @@ export function fieldRow(field, change) {
 
   const node = h("div", { class: "field", dataset: { name: field.name } },
     h("div", { class: "field-name" }, head, h("code", { class: "key", id: `${id}-key` }, field.name),
-      field.required ? h("span", { class: "badge" }, "needed") : null, mark),
+      field.required ? h("span", { class: "badge" }, "required") : null, mark),
     h("div", { class: "field-input" }, h("div", { class: "row" }, control.node, unit), fault, origin),
     h("div", { class: "field-verbs" }, reset, ask),
     help);
@@ -69,14 +69,14 @@ export function fieldRow(field, change) {
     node,
     field,
     focus: () => control.focus(),
-    /** Whether the text gives another value than the default. */
+    /** Whether the text sets a value other than the default. */
     get differs() { return differs; },
-    /** @param {Given} given @param {any} [effective] @param {string} [from] */
-    show(given, effective, from) {
-      control.show(given);
-      differs = given !== undefined && !field.required && JSON.stringify(given.value) !== JSON.stringify(field.default);
+    /** @param {Setting} setting @param {any} [effective] @param {string} [from] */
+    show(setting, effective, from) {
+      control.show(setting);
+      differs = setting !== undefined && !field.required && JSON.stringify(setting.value) !== JSON.stringify(field.default);
       mark.hidden = !differs;
-      reset.hidden = given === undefined || field.required;
+      reset.hidden = setting === undefined || field.required;
       node.classList.toggle("differs", differs);
       origin.hidden = from === undefined || from === "default" || from === "file";
       origin.textContent = origin.hidden ? "" : `Set by ${from === "environment" ? "an environment variable" : from}: ${shown(effective)}`;
@@ -118,8 +118,8 @@ function threeStates(field, id, describedBy, change) {
     node,
     isGroup: true,
     focus: () => (inputs.find((input) => input.checked) ?? inputs[0]).focus(),
-    show(given) {
-      const text = given === undefined ? "" : String(given.value).toLowerCase();
+    show(setting) {
+      const text = setting === undefined ? "" : String(setting.value).toLowerCase();
       for (const input of inputs) input.checked = input.value === text;
     },
     text: () => inputs.find((input) => input.checked)?.value ?? "",
@@ -132,14 +132,14 @@ function choices(field, id, describedBy, change) {
   const select = h("select", { id, "aria-describedby": describedBy, onchange: () => change(select.value === "" ? null : JSON.stringify(select.value)) },
     h("option", { value: "" }, field.required ? "Choose …" : `Default (${shown(field.default)})`),
     field.choices.map((choice) => h("option", { value: choice }, choice)));
-  return simple(select, (given) => {
-    const text = given === undefined ? "" : String(given.value);
+  return simple(select, (setting) => {
+    const text = setting === undefined ? "" : String(setting.value);
     if (text !== "" && ![...select.options].some((option) => option.value === text)) select.append(h("option", { value: text }, text));
     select.value = text;
   });
 }
 
-/** Names among `field.choices`, in the order in which they are pressed. */
+/** A choice of names from `field.choices`, in the order they are pressed. */
 function names(field, id, change) {
   let chosen = [];
   let isLocked = false;
@@ -155,7 +155,7 @@ function names(field, id, change) {
   function draw() {
     const focused = node.contains(document.activeElement) ? document.activeElement.dataset.name : null;
     const all = [...new Set([...chosen, ...field.choices])];
-    node.replaceChildren(...(all.length ? all.map(chip) : [h("span", { class: "dim small" }, "There are none in the list yet.")]));
+    node.replaceChildren(...(all.length ? all.map(chip) : [h("span", { class: "dim small" }, "There are no conditioning datasets yet.")]));
     if (focused !== null) node.querySelector(`[data-name="${CSS.escape(focused)}"]`)?.focus();
   }
 
@@ -163,8 +163,8 @@ function names(field, id, change) {
     node,
     isGroup: true,
     focus: () => node.querySelector("button")?.focus(),
-    show(given) {
-      chosen = [given?.value ?? []].flat().map(String);
+    show(setting) {
+      chosen = [setting?.value ?? []].flat().map(String);
       draw();
     },
     text: () => chosen.join(" "),
@@ -197,7 +197,7 @@ function structure(field, id, describedBy, change, complain) {
       change(typed === "" ? null : isName(typed) ? JSON.stringify(typed) : typed);
     },
   });
-  return simple(area, (given) => { area.value = given === undefined ? "" : isName(given.value) ? given.value : given.raw; });
+  return simple(area, (setting) => { area.value = setting === undefined ? "" : isName(setting.value) ? setting.value : setting.raw; });
 }
 
 function line(field, id, describedBy, change) {
@@ -213,8 +213,8 @@ function line(field, id, describedBy, change) {
       else change(numeric && NUMBER.test(text) ? text : JSON.stringify(text));
     },
   });
-  const control = simple(input, (given) => {
-    input.value = given === undefined ? "" : typeof given.value === "string" ? given.value : given.raw;
+  const control = simple(input, (setting) => {
+    input.value = setting === undefined ? "" : typeof setting.value === "string" ? setting.value : setting.raw;
   });
   if (field.kind !== "path") return control;
   const pick = button("", async () => {
@@ -230,7 +230,7 @@ function line(field, id, describedBy, change) {
   };
 }
 
-/** A control of one input. What is being typed is not written over. */
+/** A control with one input; it does not overwrite the input while the user types. */
 function simple(input, show) {
   let last;
   input.addEventListener("blur", () => {
@@ -240,9 +240,9 @@ function simple(input, show) {
     node: input,
     isGroup: false,
     focus: () => input.focus(),
-    show(given) {
-      last = given;
-      if (document.activeElement !== input || input.tagName === "SELECT") show(given);
+    show(setting) {
+      last = setting;
+      if (document.activeElement !== input || input.tagName === "SELECT") show(setting);
     },
     text: () => input.value,
     invalid(wrong) {

@@ -1,6 +1,6 @@
-/** The screen of files: what one is, and LoRAs merged into one. */
+/** The screen that inspects a weight file and merges LoRAs. */
 
-import { ApiFault, get, saveMade, upload } from "./api.js";
+import { ApiFault, get, downloadCreated, upload } from "./api.js";
 import { button, freshId, h, problemPanel } from "./dom.js";
 import { size } from "./format.js";
 import { formatChoice } from "./loraformats.js";
@@ -16,7 +16,7 @@ export async function files(root) {
   return () => inspector.close();
 }
 
-/** Takes a file that is dropped or chosen, and shows what it is. The server keeps nothing of it. */
+/** Inspects a dropped or chosen file. The server deletes it afterwards. */
 class Inspector {
   constructor() {
     this.stopping = new AbortController();
@@ -25,13 +25,13 @@ class Inspector {
       input.value = "";
     } });
     this.result = h("div", { class: "stack", "aria-live": "polite" });
-    const place = h("div", { class: "drop row" }, button("Choose a file", () => input.click(), { icon: "file", kind: "primary" }), input,
+    const dropArea = h("div", { class: "drop row" }, button("Choose a file", () => input.click(), { icon: "file", kind: "primary" }), input,
       h("span", { class: "hint" }, "or drop a .safetensors or .gguf file here"));
     this.node = h("section", { class: "sheet stack", "aria-label": "Inspect a file" }, h("h2", {}, "What is in a file"),
-      h("p", {}, "A LoRA of any program, or a part of a model: its layout, rank and target, how it was trained, and which programs load it. ",
+      h("p", {}, "A LoRA from any program, or a part of a model: its layout, rank and target, how it was trained, and which programs load it. ",
         "The file is read and then deleted from the server."),
-      place, this.result);
-    droppable(place, ({ incoming }) => this.take(incoming[0]?.file));
+      dropArea, this.result);
+    droppable(dropArea, ({ incoming }) => this.take(incoming[0]?.file));
   }
 
   close() {
@@ -47,20 +47,20 @@ class Inspector {
     this.result.replaceChildren(h("div", { class: "row" }, words, button("Cancel", () => stopping.abort(), { icon: "stop", kind: "tiny" })), bar);
     try {
       const { suffixes, largest } = await get("inspect/rules", {}, stopping.signal);
-      const wrong = !suffixes.some((suffix) => file.name.toLowerCase().endsWith(suffix)) ? `${file.name} is not taken: a name ends in ${suffixes.join(" or ")}.`
-        : file.size > largest ? `${file.name} is larger than ${size(largest)}: inspect it in the shell with simpletuner inspect.` : "";
+      const wrong = !suffixes.some((suffix) => file.name.toLowerCase().endsWith(suffix)) ? `${file.name} is refused: its name must end in ${suffixes.join(" or ")}.`
+        : file.size > largest ? `${file.name} is larger than ${size(largest)}: inspect it in a terminal with simpletuner inspect.` : "";
       if (wrong) {
         this.result.replaceChildren(h("p", { class: "fault", role: "alert" }, wrong));
         return;
       }
-      const found = await upload("PUT", "inspect", { name: file.name }, file, (share) => {
+      const inspection = await upload("PUT", "inspect", { name: file.name }, file, (share) => {
         bar.value = share;
         if (share === 1) {
           words.textContent = `${file.name}: reading …`;
           bar.removeAttribute("value");
         }
       }, stopping.signal);
-      this.result.replaceChildren(reportView(found));
+      this.result.replaceChildren(reportView(inspection));
     } catch (error) {
       if (error.name === "AbortError") {
         if (stopping === this.stopping) this.result.replaceChildren();
@@ -72,25 +72,25 @@ class Inspector {
   }
 }
 
-/** Finished LoRAs of runs, each with a strength, as one file. */
+/** Merges the finished LoRAs of runs, each with a strength, into one file. */
 class Merger {
   constructor() {
     this.rows = [];
     this.body = h("div", { class: "stack" });
     this.result = h("div", { class: "stack", "aria-live": "polite" });
     this.node = h("section", { class: "sheet stack", "aria-label": "Merge LoRAs" }, h("h2", {}, "Merge LoRAs"),
-      h("p", {}, "One file that acts as several do together, each at its strength. Draw with all of them under “Try it” of a run first."), this.body);
+      h("p", {}, "One file that has the effect of several LoRAs together, each at its strength. Try them together first, under “Try it” of a run."), this.body);
   }
 
   async update() {
-    const known = (await get("runs")).filter(({ lora }) => lora).map(({ run, name, lora }) => ({ path: `${run}/${lora}`, name }));
-    if (known.length < 2) {
-      this.body.replaceChildren(h("p", { class: "dim" }, "Two finished LoRAs are needed; they come from runs on this page. In the shell, simpletuner merge takes files."));
+    const finished = (await get("runs")).filter(({ lora }) => lora).map(({ run, name, lora }) => ({ path: `${run}/${lora}`, name }));
+    if (finished.length < 2) {
+      this.body.replaceChildren(h("p", { class: "dim" }, "Merging needs two finished LoRAs of runs on this page. In a terminal, simpletuner merge accepts any files."));
       return;
     }
     const list = h("div", { class: "stack tight" });
     const add = (index) => {
-      list.append(this.row(known, index));
+      list.append(this.row(finished, index));
       this.review();
     };
     const rank = h("input", { type: "number", id: freshId("rank"), min: 1, max: 4096, step: 1, placeholder: "automatic", "aria-describedby": "rank-hint" });
@@ -98,23 +98,23 @@ class Merger {
     this.press = button("Merge and download", () => this.merge(rank, format.value), { icon: "download", kind: "primary" });
     this.body.replaceChildren(list, h("div", {}, button("Add another", () => add(0), { icon: "plus", kind: "tiny" })),
       h("div", { class: "row merge-tools" }, h("label", { for: rank.id }, "Rank"), rank, format, this.press),
-      h("p", { class: "hint", id: "rank-hint" }, "Without a rank it is the smallest that keeps 99 % of what the LoRAs do."), this.result);
+      h("p", { class: "hint", id: "rank-hint" }, "By default the smallest rank that keeps 99 % of what the LoRAs do."), this.result);
     add(0);
     add(1);
   }
 
-  row(known, index) {
+  row(finished, index) {
     const id = freshId("merge");
-    const choice = h("select", { "aria-label": "LoRA" }, known.map(({ path, name }, at) => h("option", { value: path, selected: at === index }, name)));
+    const choice = h("select", { "aria-label": "LoRA" }, finished.map(({ path, name }, at) => h("option", { value: path, selected: at === index }, name)));
     const strength = h("input", { type: "number", id, min: -10, max: 10, step: 0.05, value: 1, required: true });
-    const one = { choice, strength };
+    const entry = { choice, strength };
     const node = h("div", { class: "row nowrap lora" }, choice, h("label", { class: "small", for: id }, "Strength"), strength,
       button("", () => {
-        this.rows.splice(this.rows.indexOf(one), 1);
+        this.rows.splice(this.rows.indexOf(entry), 1);
         node.remove();
         this.review();
-      }, { icon: "close", kind: "quiet tiny", label: "Leave this LoRA out" }));
-    this.rows.push(one);
+      }, { icon: "close", kind: "quiet tiny", label: "Remove this LoRA" }));
+    this.rows.push(entry);
     return node;
   }
 
@@ -128,7 +128,7 @@ class Merger {
     this.result.replaceChildren();
     try {
       const loras = this.rows.map(({ choice, strength }) => ({ path: choice.value, strength: Number(strength.value) }));
-      const lines = await saveMade("lora/merge", { loras, format, rank: rank.value === "" ? null : Number(rank.value) });
+      const lines = await downloadCreated("lora/merge", { loras, format, rank: rank.value === "" ? null : Number(rank.value) });
       this.result.replaceChildren(...lines.map((line) => h("p", {}, line)));
     } catch (error) {
       this.result.replaceChildren(problemPanel(error));

@@ -1,76 +1,76 @@
-// Choosing a folder among those that the page may see.
+// Choose a folder among those that the page may access.
 
 import { ApiFault, get, post } from "./api.js";
 import { ask, button, dialog, fill, h, icon, problemPanel } from "./dom.js";
 import { some } from "./format.js";
 
 /**
- * Let a person walk through the folders that the page may see, starting at `path`.
- * @param {string} path @param {{title: string, yes: string, more: (here: object, open: (where: string) => Promise<void>) => any}} what `more` is what
- *   stands below a folder's own folders
- * @returns {Promise<object|null>} the answer of `GET /api/folders` for the folder that was chosen; null where none was
+ * Let the user browse the folders of the page, starting at `path`.
+ * @param {string} path @param {{title: string, yes: string, more: (folder: object, open: (path: string) => Promise<void>) => any}} options `more`
+ *   returns the content below the list of subfolders
+ * @returns {Promise<object|null>} the response of `GET /api/folders` for the chosen folder; null if none was chosen
  */
 export async function browse(path, { title, yes, more }) {
   const { roots } = await get("about");
-  let here = null;
+  let current = null;
   let turn = 0;
   const body = h("div", { class: "stack" });
 
-  /** The folder that was asked for last, on its way. */
+  /** The last request for a folder. */
   let opening = null;
-  const open = (where) => (opening = show(where));
+  const open = (target) => (opening = show(target));
 
-  async function show(where, fallback = null) {
-    const mine = ++turn;
+  async function show(target, fallback = null) {
+    const ownTurn = ++turn;
     try {
-      const answer = await get("folders", { path: where });
-      if (mine !== turn) return undefined;
-      here = answer;
+      const answer = await get("folders", { path: target });
+      if (ownTurn !== turn) return undefined;
+      current = answer;
     } catch (error) {
-      if (mine !== turn) return undefined;
+      if (ownTurn !== turn) return undefined;
       if (fallback !== null) return show(fallback);
-      here = null;
+      current = null;
       body.replaceChildren(problemPanel(error), button("To the start", () => open("."), { icon: "left" }));
       return undefined;
     }
     body.replaceChildren(
       h("div", { class: "row" }, roots.map((root, at) =>
         button(at === 0 ? "Workspace" : root, () => open(at === 0 ? "." : root), { icon: "folder", kind: "tiny" }))),
-      h("p", { class: "mono path", "aria-live": "polite" }, here.path),
-      h("p", { class: "hint" }, `${some(here.pictures, "picture")}, ${some(here.captions, "caption file")} in it`),
+      h("p", { class: "mono path", "aria-live": "polite" }, current.path),
+      h("p", { class: "hint" }, `Contains ${some(current.pictures, "image")}, ${some(current.captions, "caption file")}`),
       fill(h("ul", { class: "plain folders" }),
-        here.parent === null ? null : h("li", {}, button("Up", () => open(here.parent), { icon: "up", kind: "quiet" })),
-        here.folders.map((folder) => h("li", {},
+        current.parent === null ? null : h("li", {}, button("Up", () => open(current.parent), { icon: "up", kind: "quiet" })),
+        current.folders.map((folder) => h("li", {},
           h("button", { type: "button", class: "quiet", onclick: () => open(folder.path) }, icon("folder"), folder.name))),
-        here.folders.length === 0 ? h("li", { class: "dim small" }, "No folders in it") : null),
-      h("div", {}, more(here, open)),
+        current.folders.length === 0 ? h("li", { class: "dim small" }, "No subfolders") : null),
+      h("div", {}, more(current, open)),
     );
     return undefined;
   }
 
   await show(path === "" ? "." : path, ".");
   const chosen = await dialog({ title, body, actions: [{ label: "Cancel", value: null }, { label: yes, value: "chosen", kind: "primary" }] });
-  await opening;  // else a folder that is still on its way when it is chosen gives the one before
-  return chosen === null ? null : here;
+  await opening;  // without this, choosing a folder that is still loading would return the previous one
+  return chosen === null ? null : current;
 }
 
 /**
- * Let a person choose a folder, starting at `path`; null where none was chosen.
+ * Let the user choose a folder, starting at `path`; null if none was chosen.
  * @param {string} path @returns {Promise<string|null>}
  */
 export async function chooseFolder(path) {
-  async function make(here, open) {
-    const name = await ask("Make a folder", { label: `Name, in ${here.path}`, yes: "Make it", check: (text) => (text.trim() ? "" : "A name is missing.") });
+  async function make(parent, open) {
+    const name = await ask("New folder", { label: `Name, in ${parent.path}`, yes: "Create", check: (text) => (text.trim() ? "" : "Enter a name.") });
     if (name === null) return;
-    const made = await post("folder", { path: here.path, name: name.trim() });
-    await open(made.path);
+    const created = await post("folder", { path: parent.path, name: name.trim() });
+    await open(created.path);
   }
-  const more = (here, open) => button("Make a folder here", () => make(here, open), { icon: "plus" });
+  const more = (parent, open) => button("New folder here", () => make(parent, open), { icon: "plus" });
   const chosen = await browse(path, { title: "Choose a folder", yes: "Choose this folder", more });
   return chosen === null ? null : chosen.path;
 }
 
-/** Make `path` and the folders above it, where they are not there yet. @throws {ApiFault} it cannot be made */
+/** Create `path` and its parents, if missing. @throws {ApiFault} it cannot be created */
 export async function ensureFolder(path) {
   try {
     await get("folders", { path });
@@ -78,8 +78,8 @@ export async function ensureFolder(path) {
     const at = path.lastIndexOf("/");
     const name = path.slice(at + 1);
     if (!(error instanceof ApiFault) || error.status !== 404 || name === "") throw error;
-    const above = at > 0 ? path.slice(0, at) : at === 0 ? "/" : ".";
-    if (above !== "." && above !== "/") await ensureFolder(above);
-    await post("folder", { path: above, name });
+    const parent = at > 0 ? path.slice(0, at) : at === 0 ? "/" : ".";
+    if (parent !== "." && parent !== "/") await ensureFolder(parent);
+    await post("folder", { path: parent, name });
   }
 }

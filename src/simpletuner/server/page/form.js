@@ -1,19 +1,19 @@
-// The form of all options: the essentials open, the other sections folded, and a search over all of them.
+// The form of all options: essentials open, other sections folded, with a search over all of them.
 
 import { freshId, h } from "./dom.js";
 import { fieldRow } from "./field.js";
 import { some } from "./format.js";
 import { read, set } from "./jsontext.js";
 
-/** Option name to what the text gives; keys may be written with leading dashes. @param {import("./jsontext.js").Node} root */
-export function givenOf(root, text) {
+/** The options that the text sets, by name; keys may have leading dashes. @param {import("./jsontext.js").Node} root */
+export function optionsIn(root, text) {
   return new Map(root.members.map(({ key, node }) =>
     [key.replace(/^-+/, ""), { key, value: node.value, raw: text.slice(node.start, node.end) }]));
 }
 
-/** The text with option `name` set to the JSON `raw`, or left out where that is null. */
+/** Return the text with option `name` set to the JSON `raw`, or removed if `raw` is null. */
 export function withOption(text, name, raw) {
-  const key = givenOf(read(text), text).get(name)?.key ?? name;
+  const key = optionsIn(read(text), text).get(name)?.key ?? name;
   return set(text, [key], raw);
 }
 
@@ -25,12 +25,12 @@ export function optionsForm(schema, environment) {
   const essentials = section("Essentials", true);
   const rows = new Map();
   const sections = schema.groups.map((group) => {
-    const home = section(group.title, false);
+    const groupSection = section(group.title, false);
     for (const field of group.fields) {
       const row = fieldRow(field, (raw) => environment.edit("config", withOption(environment.text("config"), field.name, raw), "form"));
-      rows.set(field.name, Object.assign(row, { home, section: null, faults: 0 }));
+      rows.set(field.name, Object.assign(row, { groupSection, section: null, faults: 0 }));
     }
-    return home;
+    return groupSection;
   });
   const all = [essentials, ...sections];
   const empty = h("p", { class: "empty sheet", hidden: true }, "No option matches.");
@@ -42,7 +42,7 @@ export function optionsForm(schema, environment) {
   const node = h("section", { class: "form", "aria-label": "Options" },
     h("div", { class: "form-bar sheet" },
       h("div", { class: "grow" }, h("label", { for: search.id, class: "visually-hidden" }, "Search the options"), search),
-      h("label", { class: "tick" }, changed, "Only what is changed"),
+      h("label", { class: "tick" }, changed, "Changed options only"),
       total),
     all.map((one) => one.node), empty);
 
@@ -52,9 +52,9 @@ export function optionsForm(schema, environment) {
     return { node: h("details", { class: "sheet options", open }, h("summary", {}, h("h3", {}, title), tally), list), list, tally, wasOpen: open };
   }
 
-  /** Put what differs from its default among the essentials. Not while a person types: rows would move away. */
+  /** Move options that differ from their defaults to the essentials. Not called while the user types, since rows would jump. */
   function arrange() {
-    for (const row of rows.values()) row.section = row.field.basic || row.differs ? essentials : row.home;
+    for (const row of rows.values()) row.section = row.field.basic || row.differs ? essentials : row.groupSection;
     for (const one of all) one.list.replaceChildren(...rowsOf(one).map((row) => row.node));
     filter();
   }
@@ -67,16 +67,16 @@ export function optionsForm(schema, environment) {
     isFiltered = words.length > 0 || changed.checked;
     let count = 0;
     for (const one of all) {
-      const own = rowsOf(one);
-      for (const row of own) row.node.hidden = !((!changed.checked || row.differs) && row.matches(words));
-      const shown = own.filter((row) => !row.node.hidden).length;
+      const sectionRows = rowsOf(one);
+      for (const row of sectionRows) row.node.hidden = !((!changed.checked || row.differs) && row.matches(words));
+      const shown = sectionRows.filter((row) => !row.node.hidden).length;
       count += shown;
       one.node.hidden = shown === 0;
       if (isFiltered && !wasFiltered) one.wasOpen = one.node.open;
       if (isFiltered) one.node.open = true;
       else if (wasFiltered) one.node.open = one.wasOpen;
-      const faults = own.reduce((sum, row) => sum + row.faults, 0);
-      const different = own.filter((row) => row.differs).length;
+      const faults = sectionRows.reduce((sum, row) => sum + row.faults, 0);
+      const different = sectionRows.filter((row) => row.differs).length;
       one.tally.textContent = [some(shown, "option"), different ? `${different} changed` : "", faults ? some(faults, "problem") : ""].filter(Boolean).join(", ");
       one.tally.classList.toggle("fault", faults > 0);
     }
@@ -84,28 +84,28 @@ export function optionsForm(schema, environment) {
     total.textContent = isFiltered ? `${some(count, "option")} of ${rows.size}` : some(rows.size, "option");
   }
 
-  /** Show what the text gives. Locked where it is no JSON object. */
+  /** Show the options in the text; lock the form if the text is not a JSON object. */
   function show(root, text, answer) {
-    const given = root === null ? null : givenOf(root, text);
+    const textOptions = root === null ? null : optionsIn(root, text);
     for (const [name, row] of rows) {
-      if (given !== null) row.show(given.get(name), answer?.values?.[name], answer?.origins?.[name]);
-      row.lock(given === null);
+      if (textOptions !== null) row.show(textOptions.get(name), answer?.values?.[name], answer?.origins?.[name]);
+      row.lock(textOptions === null);
     }
     filter();
   }
 
-  /** @param {import("./api.js").Problem[]} problems those about options stand beside them */
+  /** @param {import("./api.js").Problem[]} problems those about options are shown beside them */
   function blame(problems) {
     for (const row of rows.values()) {
-      const own = problems.filter(({ key, document }) => key === row.field.name && (document === "" || document === "config"));
-      row.blame(own);
-      if (own.length > row.faults) row.section.node.open = true;
-      row.faults = own.length;
+      const ofRow = problems.filter(({ key, document }) => key === row.field.name && (document === "" || document === "config"));
+      row.blame(ofRow);
+      if (ofRow.length > row.faults) row.section.node.open = true;
+      row.faults = ofRow.length;
     }
     filter();
   }
 
-  /** Bring an option into view. False where there is none of that name. */
+  /** Scroll to an option and focus it. Returns false if there is no such option. */
   function jump(name) {
     const row = rows.get(name);
     if (row === undefined) return false;

@@ -1,6 +1,6 @@
-// Numbers and times for people.
+// Format numbers and times.
 
-/** Bytes as GiB: "12.4 GiB", or "120 MiB" where that is less than a tenth. */
+/** Bytes as GiB: "12.4 GiB", or "120 MiB" below 0.1 GiB. */
 export function gib(bytes) {
   if (bytes === null) return "unlimited";
   const value = bytes / 2 ** 30;
@@ -8,7 +8,7 @@ export function gib(bytes) {
   return `${Math.max(1, Math.round(bytes / 2 ** 20))} MiB`;
 }
 
-/** Bytes of a file. */
+/** A file's size in decimal units. */
 export function size(bytes) {
   for (const [unit, power] of [["GB", 9], ["MB", 6], ["kB", 3]]) {
     if (bytes >= 10 ** power) return `${(bytes / 10 ** power).toFixed(1)} ${unit}`;
@@ -27,18 +27,18 @@ export function duration(seconds) {
   return seconds >= 0.1 || seconds === 0 ? `${seconds.toFixed(1)} s` : `${Math.max(1, Math.round(seconds * 1000))} ms`;
 }
 
-/** A whole number with thousands set apart. */
+/** An integer with thousands separators. */
 export const count = (value) => value.toLocaleString("en-GB");
 
-/** "1 picture", "2 pictures". */
+/** "1 image", "2 images". */
 export const some = (value, one, many = `${one}s`) => `${count(value)} ${value === 1 ? one : many}`;
 
 const ENGINES = { ddp: "DDP", fsdp2: "FSDP2", zero1: "ZeRO-1", zero2: "ZeRO-2", zero3: "ZeRO-3" };
 
-/** "2 processes, FSDP2"; null where a plan is of one process, or of an older release that knew no other. */
+/** "2 processes, FSDP2"; null for a plan for one process, or from an older release without this field. */
 export const engineText = (plan) => (plan?.processes > 1 ? `${count(plan.processes)} processes, ${ENGINES[plan.engine] ?? plan.engine}` : null);
 
-/** A time as text, in the reader's own zone: "25 Nov, 14:05". */
+/** A time in the browser's time zone: "25 Nov, 14:05". */
 export function when(iso) {
   return new Date(iso).toLocaleString("en-GB", { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit" });
 }

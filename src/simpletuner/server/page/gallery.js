@@ -1,4 +1,4 @@
-/** The validation pictures of a run: those of one step large, and all of them as a grid of prompts and steps. */
+/** The validation images of a run: one step's in large, and all as a grid of prompts and steps. */
 
 import { beforeAfter } from "./slider.js";
 import { freshId, h } from "./dom.js";
@@ -12,7 +12,7 @@ const LARGE_PX = 1024;
 const stepName = (step) => (step === 0 ? "base" : `step ${step.toLocaleString("en-GB")}`);
 
 export class Gallery {
-  /** @param {string} run @param {() => object} detail the answer of `GET /api/run` */
+  /** @param {string} run @param {() => object} detail the response of `GET /api/run` */
   constructor(run, detail) {
     this.run = run;
     this.detail = detail;
@@ -21,34 +21,34 @@ export class Gallery {
     this.column = -1;
     const id = freshId("step");
     this.slider = h("input", { type: "range", id, min: 0, step: 1, oninput: () => this.choose(Number(this.slider.value)) });
-    this.said = h("output", { for: id, class: "numbers" });
+    this.stepOutput = h("output", { for: id, class: "numbers" });
     this.isCompared = h("input", { type: "checkbox", onchange: () => this.drawLarge() });
     this.tools = h("div", { class: "row step-tools" },
-      h("label", { for: id }, "Step"), h("div", { class: "grow" }, this.slider), this.said,
-      h("label", { class: "tick" }, this.isCompared, "Base and step in one, with an edge to move"));
+      h("label", { for: id }, "Step"), h("div", { class: "grow" }, this.slider), this.stepOutput,
+      h("label", { class: "tick" }, this.isCompared, "Base and step in one, with a movable edge"));
     this.large = h("div", { class: "large-pictures" });
-    this.box = h("div", { class: "scroll gallery", tabindex: 0, role: "region", "aria-label": "Pictures by prompt and step" });
+    this.box = h("div", { class: "scroll gallery", tabindex: 0, role: "region", "aria-label": "Images by prompt and step" });
     this.all = h("details", { open: true }, h("summary", {}, "All steps"), this.box);
     this.note = h("p", { class: "dim" });
     this.news = h("p", { class: "visually-hidden", "aria-live": "polite" });
-    this.node = h("section", { class: "sheet stack", "aria-label": "Pictures" },
-      h("h2", {}, "Pictures"), this.note, this.tools, this.large, this.all, this.news);
+    this.node = h("section", { class: "sheet stack", "aria-label": "Images" },
+      h("h2", {}, "Images"), this.note, this.tools, this.large, this.all, this.news);
     this.update();
   }
 
-  /** Draw everything again where pictures came. The newest step stays chosen while it is. */
+  /** Redraw if there are new images. If the newest step was chosen, the new newest one becomes chosen. */
   update() {
     const { validations, config, state } = this.detail();
     const mark = validations.map(({ step, pictures, attempt }) => `${step}:${pictures.length}:${attempt}`).join(" ");
-    const before = this.grid;
+    const oldGrid = this.grid;
     this.grid = new Grid(validations);
-    this.note.textContent = this.grid.isEmpty ? emptyText(config, state) : "Press a picture to see it whole, beside the base or any other step.";
+    this.note.textContent = this.grid.isEmpty ? emptyText(config, state) : "Press an image to enlarge it, beside the base or any other step.";
     for (const part of [this.tools, this.large, this.all]) part.hidden = this.grid.isEmpty;
     this.tools.hidden ||= this.grid.steps.length < 2;
     if (mark === this.mark) return;
-    if (this.mark !== "" && !this.grid.isEmpty) this.news.textContent = `Pictures of ${stepName(this.grid.steps.at(-1))} are there.`;
+    if (this.mark !== "" && !this.grid.isEmpty) this.news.textContent = `Images of ${stepName(this.grid.steps.at(-1))} have arrived.`;
     this.mark = mark;
-    const chosen = this.column === before.steps.length - 1 ? -1 : this.grid.steps.indexOf(before.steps[this.column]);
+    const chosen = this.column === oldGrid.steps.length - 1 ? -1 : this.grid.steps.indexOf(oldGrid.steps[this.column]);
     this.slider.max = Math.max(0, this.grid.steps.length - 1);
     this.choose(chosen === -1 ? this.grid.steps.length - 1 : chosen);
     this.drawAll();
@@ -60,13 +60,13 @@ export class Gallery {
     this.drawLarge();
   }
 
-  /** The pictures of the chosen step, each as wide as there is room. */
+  /** Show the images of the chosen step as wide as fits. */
   drawLarge() {
     const { grid, column } = this;
     if (grid.isEmpty) return;
     const name = stepName(grid.steps[column]);
-    this.said.value = `${name}, ${column + 1} of ${grid.steps.length}`;
-    this.slider.setAttribute("aria-valuetext", this.said.value);
+    this.stepOutput.value = `${name}, ${column + 1} of ${grid.steps.length}`;
+    this.slider.setAttribute("aria-valuetext", this.stepOutput.value);
     this.large.replaceChildren(...grid.rows.map((row, index) => {
       const picture = grid.at(index, column);
       if (!picture) return null;
@@ -94,7 +94,7 @@ export class Gallery {
     if (focused) this.box.querySelector(`[data-cell="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
   }
 
-  /** A picture that opens the viewer. */
+  /** A thumbnail that opens the viewer. */
   opener(row, column, picture, width, kind) {
     const step = this.grid.steps[column];
     return h("button", {
@@ -108,7 +108,7 @@ export class Gallery {
   }
 }
 
-/** A grid of validation pictures, as the viewer takes it. */
+/** A grid of validation images in the viewer's form. */
 export function validationViewer(run, grid, config) {
   return {
     rows: grid.rows.length,
@@ -140,12 +140,12 @@ const promptText = ({ name, prompt, references, isEma }) => [
   references.length ? shownReferences(references) : null,
 ];
 
-/** The head of a row of pictures. */
+/** The head of a row of images. */
 export const promptHead = (row) => h("th", { scope: "row", title: row.prompt }, promptText(row));
 
 function emptyText(config, state) {
-  if (config?.validation_disable) return "Pictures are switched off in this run (validation_disable).";
-  if (!["running", "waiting"].includes(state)) return "This run drew no pictures.";
-  const every = config?.validation_step_interval;
-  return `No pictures yet.${every ? ` They come every ${every} steps;` : ""} “Validate now” draws them at once.`;
+  if (config?.validation_disable) return "Validation images are disabled in this run (validation_disable).";
+  if (!["running", "waiting"].includes(state)) return "This run has no validation images.";
+  const interval = config?.validation_step_interval;
+  return `No validation images yet.${interval ? ` They are generated every ${interval} steps;` : ""} “Validate now” generates them at once.`;
 }

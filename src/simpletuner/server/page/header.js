@@ -1,4 +1,4 @@
-/** The head of a run's screen: where it stands, what it takes, what went wrong, and what came of it. */
+/** The head of a run's screen: status, progress, resources, errors and result. */
 
 import { secondsLeft } from "./events.js";
 import { button, fill, h } from "./dom.js";
@@ -10,7 +10,7 @@ import { editNote } from "./note.js";
 import { isGoingOn, phaseText, stateBadge } from "./states.js";
 import { ownInTitle } from "./title.js";
 
-/** The flavour whose LoRAs no other tool loads. */
+/** The flavour whose LoRAs other tools do not load. */
 const EMBEDDED = "tiny";
 
 export class Header {
@@ -23,7 +23,7 @@ export class Header {
     this.lost = h("div", { class: "panel warn", role: "status", hidden: true });
     this.outcome = h("div", { class: "stack" });
     this.bar = h("progress", { "aria-label": "Progress of the run" });
-    this.said = h("p", { class: "numbers", "aria-live": "off" });
+    this.progressText = h("p", { class: "numbers", "aria-live": "off" });
     this.facts = h("dl", { class: "tiles" });
     this.phases = h("ol", { class: "phases", "aria-label": "Phases" });
     this.note = h("p", { class: "run-note grow" });
@@ -36,8 +36,8 @@ export class Header {
       h("div", { class: "head" }, h("h1", {}, store.detail.name), this.badge, h("span", { class: "grow" }), this.noting, verbs),
       h("div", { class: "row" }, this.note, this.machine.node),
       this.lost, this.outcome,
-      h("section", { class: "sheet stack", "aria-label": "Where it stands" },
-        this.bar, h("div", { class: "row standing" }, this.said, this.phases), this.facts, this.spoken));
+      h("section", { class: "sheet stack", "aria-label": "Status" },
+        this.bar, h("div", { class: "row standing" }, this.progressText, this.phases), this.facts, this.spoken));
   }
 
   close() {
@@ -48,8 +48,8 @@ export class Header {
     const { detail, connection } = this.store;
     this.lost.hidden = connection === "open";
     if (connection === "lost") {
-      const goesOn = isGoingOn(detail.state) ? "; the run goes on" : "";
-      this.lost.textContent = `The page lost the server${goesOn}. It catches up as soon as the server answers: simpletuner server`;
+      const runText = isGoingOn(detail.state) ? "; the run continues" : "";
+      this.lost.textContent = `The server does not answer${runText}. The page catches up once it is started again: simpletuner server`;
     }
     if (connection === "gone") {
       this.lost.replaceChildren(...goneText(this.store.run));
@@ -59,7 +59,7 @@ export class Header {
     this.note.textContent = detail.note;
     this.badge.replaceChildren(stateBadge(detail.state));
     const text = this.progress(detail);
-    this.said.textContent = text;
+    this.progressText.textContent = text;
     this.facts.replaceChildren(...this.tiles(detail));
     this.phases.replaceChildren(...detail.phases.map((one) => phaseItem(one, detail)));
     const spoken = `${detail.state}${detail.state === "running" ? `, ${phaseText(detail.phase)}` : ""}`;
@@ -71,7 +71,7 @@ export class Header {
     }
   }
 
-  /** Set the bar; return what it says in words. */
+  /** Update the progress bar and return its text. */
   progress(detail) {
     const { step, steps, phase, state } = detail;
     const current = state === "running" ? detail.phases.find((one) => one.phase === phase)?.progress : null;
@@ -82,24 +82,24 @@ export class Header {
     if (steps === null) {
       if (isGoingOn(state)) this.bar.removeAttribute("value");
       else this.bar.value = 0;
-      return isGoingOn(state) ? `${capital(phaseText(phase))} …` : state === "waiting" ? "Nothing has happened yet." : "No step was made.";
+      return isGoingOn(state) ? `${capital(phaseText(phase))} …` : state === "waiting" ? "The run has not started yet." : "No step was finished.";
     }
     Object.assign(this.bar, { max: Math.max(1, steps), value: step });
-    const doing = state === "running" && phase !== "train" ? `, ${phaseText(phase)}${current ? ` ${current.done} of ${current.total}` : ""}` : "";
-    return `Step ${count(step)} of ${count(steps)} (${Math.floor((100 * step) / Math.max(1, steps))} %)${doing}`;
+    const activity = state === "running" && phase !== "train" ? `, ${phaseText(phase)}${current ? ` ${current.done} of ${current.total}` : ""}` : "";
+    return `Step ${count(step)} of ${count(steps)} (${Math.floor((100 * step) / Math.max(1, steps))} %)${activity}`;
   }
 
   tiles(detail) {
     const { steps, heldOut } = this.store;
-    const left = secondsLeft(this.store);
+    const remaining = secondsLeft(this.store);
     const tiles = {
-      "Time left": left === null ? null : duration(left),
+      "Time left": remaining === null ? null : duration(remaining),
       "Loss of the last step": steps.length ? short(steps.last("loss")) : null,
       "Held-out loss": heldOut.length ? short(heldOut.last("loss")) : null,
-      "Seconds a step": steps.length ? short(steps.recentMedian("seconds", 50)) : null,
+      "Seconds per step": steps.length ? short(steps.recentMedian("seconds", 50)) : null,
       Engine: engineText(detail.plan),
       "Peak memory": steps.length ? `${short(steps.last("memory_gib"))} GiB` : null,
-      // Between attempts nothing was done.
+      // Of one attempt only: with several, the time between them would count.
       Took: detail.ended && detail.attempts === 1 ? duration((Date.parse(detail.ended) - Date.parse(detail.started)) / 1000) : null,
       Attempt: detail.attempts > 1 ? detail.attempts : null,
     };
@@ -110,15 +110,15 @@ export class Header {
   endings(detail) {
     const link = (text, tab) => h("button", { type: "button", onclick: () => this.show(tab) }, text);
     const ending = this.ending(detail, link);
-    const isRefused = detail.error && ["done", "stopped", "killed"].includes(detail.state);
-    return isRefused ? [failure(`The last start was refused. ${detail.error}`, link), ...ending] : ending;
+    const hasFailedStart = detail.error && ["done", "stopped", "killed"].includes(detail.state);
+    return hasFailedStart ? [failure(`The last start failed. ${detail.error}`, link), ...ending] : ending;
   }
 
   ending({ state, error, lora, run, config, step, saved }, link) {
     if (state === "done" && lora) {
       return [h("div", { class: "panel good row" },
         h("p", { class: "grow" }, h("strong", {}, "The LoRA is finished. "),
-          config?.model_flavour === EMBEDDED ? "It loads with the small FLUX.2 that comes with the program, and with no other." : "Every FLUX.2 tool loads it."),
+          config?.model_flavour === EMBEDDED ? "It works with the small built-in FLUX.2 only." : "Every FLUX.2 tool loads it."),
         link("Try it", "try"), downloadLink(run, lora, "Download the LoRA", "primary"))];
     }
     if (state === "done" && config?.model_type === "full") {
@@ -128,45 +128,45 @@ export class Header {
     if (state === "failed") return [failure(error, link)];
     if (state === "killed") {
       return [h("div", { class: "panel bad row", role: "alert" },
-        h("p", { class: "grow" }, h("strong", {}, "The run broke off without a word: "),
-          "its process was killed, or the machine went down. “Start again” goes on from the newest whole checkpoint."), link("Log", "log"))];
+        h("p", { class: "grow" }, h("strong", {}, "The run ended without a message: "),
+          "its process was killed, or the machine went down. “Start again” resumes from the newest undamaged checkpoint."), link("Log", "log"))];
     }
     return state === "stopped" ? [h("div", { class: "panel warn" }, stoppedText(step, saved))] : [];
   }
 }
 
-/** What a stop left: it is called saved only where the last step is. */
+/** What a stopped run saved; "saved" only if the last step was saved. */
 function stoppedText(step, saved) {
-  if (saved === null) return step > 0 ? `The run was stopped after step ${count(step)}, and no checkpoint was saved: “Resume” begins anew.`
-    : "The run was stopped before its first step: there was nothing to save. “Resume” begins its training.";
-  if (saved < step) return `The run was stopped after step ${count(step)}, which was not saved. “Resume” goes on from the checkpoint of step ${count(saved)}.`;
-  return `The run was stopped and saved at step ${count(saved)}. “Resume” goes on from there.`;
+  if (saved === null) return step > 0 ? `The run was stopped after step ${count(step)}, and no checkpoint was saved: “Resume” starts from the beginning.`
+    : "The run was stopped before its first step: there was nothing to save. “Resume” starts its training.";
+  if (saved < step) return `The run was stopped after step ${count(step)}, which was not saved. “Resume” continues from the checkpoint at step ${count(saved)}.`;
+  return `The run was stopped and saved at step ${count(saved)}. “Resume” continues from there.`;
 }
 
-/** What a screen says of a run that is not there any more. */
+/** The text shown for a deleted run. */
 export const goneText = (run) => [
-  h("p", {}, h("strong", {}, "This run is not there any more. "), "Its folder, ", h("code", {}, run), ", was deleted or moved. ", h("a", { href: "#/" }, "Back to the runs")),
+  h("p", {}, h("strong", {}, "This run no longer exists. "), "Its folder, ", h("code", {}, run), ", was deleted or moved. ", h("a", { href: "#/" }, "Back to the runs")),
 ];
 
-/** The text of a failed run: its first line is what happened, each further one a problem of its own. */
+/** The error of a failed run: the first line says what happened, each further line is one problem. */
 function failure(error, link) {
-  const lines = (error ?? "The run failed and did not say why; its log may tell.").split("\n").filter((line) => line.trim() !== "");
-  const [first, ...rest] = lines;
-  // Found and expected, then the remedy: the first sentence is what happened.
+  const lines = (error ?? "The run failed without an error message; see its log.").split("\n").filter((line) => line.trim() !== "");
+  const [first, ...problems] = lines;
+  // Emphasize the first sentence, which says what happened.
   const end = first.search(/[.:] /) + 1 || first.length;
-  const said = h("p", { class: "grow" }, h("strong", {}, first.slice(0, end)), first.slice(end));
-  return fill(h("div", { class: "panel bad", role: "alert" }), h("div", { class: "row" }, said, link("Log", "log")),
-    rest.length ? h("ul", {}, rest.map((line) => h("li", {}, line.replace(/^\s*-\s*/, "")))) : null);
+  const message = h("p", { class: "grow" }, h("strong", {}, first.slice(0, end)), first.slice(end));
+  return fill(h("div", { class: "panel bad", role: "alert" }), h("div", { class: "row" }, message, link("Log", "log")),
+    problems.length ? h("ul", {}, problems.map((line) => h("li", {}, line.replace(/^\s*-\s*/, "")))) : null);
 }
 
 function phaseItem({ phase, state, seconds, progress }, detail) {
   const isOpen = state === "begin";
   const isCurrent = isOpen && detail.state === "running" && detail.phase === phase;
-  const broke = isOpen && detail.state !== "running";
-  const took = seconds === null || seconds === undefined ? "" : duration(seconds);
-  const far = isOpen && progress ? `${count(progress.done)}/${count(progress.total)}` : took;
-  return h("li", { class: isCurrent ? "current" : broke ? "broke" : "", "aria-current": isCurrent ? "step" : null },
-    h("span", {}, phase), h("span", { class: "small numbers" }, broke ? "broke off" : far));
+  const isInterrupted = isOpen && detail.state !== "running";
+  const timeText = seconds === null || seconds === undefined ? "" : duration(seconds);
+  const progressText = isOpen && progress ? `${count(progress.done)}/${count(progress.total)}` : timeText;
+  return h("li", { class: isCurrent ? "current" : isInterrupted ? "broke" : "", "aria-current": isCurrent ? "step" : null },
+    h("span", {}, phase), h("span", { class: "small numbers" }, isInterrupted ? "interrupted" : progressText));
 }
 
 const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);

@@ -1,4 +1,4 @@
-/** The first screen: the runs, the queue, and how to begin. */
+/** The first screen: the runs, the queue, and two ways to begin. */
 
 import { get, post } from "./api.js";
 import { button, h, icon, problemPanel, toast } from "./dom.js";
@@ -59,33 +59,33 @@ export async function home(root) {
   };
 }
 
-/** What a first visit shows: two ways to begin. */
+/** The two ways to begin, shown while there are no runs. */
 function beginning(faults) {
   const start = button("Train the example", () => guided(faults, start), { icon: "play", kind: "primary" });
   return h("section", { class: "stack", "aria-label": "How to begin", hidden: true },
-    h("p", {}, "simpletuner teaches FLUX.2 what your pictures show. You give it pictures with captions; it gives you a LoRA, ",
-      "a small file that FLUX.2 tools load. Nothing has been trained here yet."),
+    h("p", {}, "simpletuner trains FLUX.2 on your images. From images with captions it makes a LoRA, ",
+      "a small file that FLUX.2 tools load. There are no runs here yet."),
     h("div", { class: "ways" },
       h("article", { class: "card stack" },
         h("h2", {}, "Train the example"),
-        h("p", {}, "A small FLUX.2 that comes with the program learns what a “zorblat flag” is, from 20 drawn pictures. ",
-          "Nothing is downloaded, and no graphics card is needed."),
+        h("p", {}, "A small built-in FLUX.2 learns what a “zorblat flag” is from 20 drawn images. ",
+          "It needs no download and no GPU."),
         h("ol", { class: "steps" },
-          h("li", {}, "Press the button. The captions and pictures are prepared in a few seconds."),
-          h("li", {}, "Watch the loss fall and the pictures change. On a processor it takes 2 to 3 minutes."),
-          h("li", {}, "At the end there is a LoRA: try it on the page. It loads with this small FLUX.2 only.")),
+          h("li", {}, "Press the button. Preparing the captions and images takes a few seconds."),
+          h("li", {}, "Watch the loss fall and the validation images change. On a CPU it takes 2 to 3 minutes."),
+          h("li", {}, "Try the finished LoRA on this page. It works with this small FLUX.2 only.")),
         h("div", {}, start)),
       h("article", { class: "card stack" },
         h("h2", {}, "Set up your own"),
-        h("p", {}, "Choose a FLUX.2, name the folder with your pictures, and see what it takes of this machine before anything is loaded."),
+        h("p", {}, "Choose a FLUX.2 model and the folder with your images, and see how much memory and time training needs before anything is loaded."),
         h("ol", { class: "steps" },
-          h("li", {}, "Make an environment: every option is explained, and mistakes are said beside it."),
-          h("li", {}, "Build the list of your pictures, and write their captions."),
+          h("li", {}, "Create an environment: every option is explained, and problems are shown beside it."),
+          h("li", {}, "Add your images and write their captions."),
           h("li", {}, "Start. Stop and resume whenever you like.")),
         h("div", {}, h("a", { class: "button", href: "#/configure/" }, icon("edit"), "Set up your own")))));
 }
 
-/** The guided first run. */
+/** Train the example. */
 async function guided(faults, pressed = null) {
   if (pressed) pressed.disabled = true;
   faults.replaceChildren();
@@ -98,7 +98,7 @@ async function guided(faults, pressed = null) {
   }
 }
 
-/** Start an environment, or put it into the queue. */
+/** The controls that start or queue an environment. */
 class Starter {
   constructor(faults) {
     this.faults = faults;
@@ -108,8 +108,8 @@ class Starter {
       button("Start", () => this.act(() => startAndShow({ environment: this.choice.value })), { icon: "play", kind: "primary" }),
       button("Queue", () => this.act(async () => {
         await post("queue", { environment: this.choice.value, example: null, options: {} });
-        toast("It is in the queue.", "good");
-      }), { icon: "queue", title: "Train it when what is before it has ended" }));
+        toast("Added to the queue.", "good");
+      }), { icon: "queue", title: "Train it after the runs before it have ended" }));
   }
 
   async update() {
@@ -122,10 +122,10 @@ class Starter {
     this.choice.replaceChildren(...names.map((name) => h("option", { value: name, selected: name === value }, name || "config/config.json")));
   }
 
-  async act(what) {
+  async act(action) {
     this.faults.replaceChildren();
     try {
-      await what();
+      await action();
     } catch (error) {
       this.faults.replaceChildren(problemPanel(error));
     }

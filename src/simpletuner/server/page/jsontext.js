@@ -1,12 +1,12 @@
-// JSON as a text with places: where each value stands, and the smallest change of the text that changes a value.
+// JSON as text with positions: find each value, and change a value with the smallest edit of the text.
 
 /**
- * A value and where it stands in the text.
+ * A value and its position in the text.
  * @typedef {{kind: "object"|"array"|"string"|"number"|"word", start: number, end: number, value: any,
  *   members?: {key: string, start: number, node: Node}[], items?: Node[]}} Node
  */
 
-/** A text that is no JSON, and where. */
+/** A syntax error and its position. */
 export class JsonFault extends Error {
   constructor(text, at, message) {
     super(message);
@@ -23,19 +23,19 @@ const STRING = /"(?:[^"\\\u0000-\u001f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*"/y;
 const WORD = /true|false|null/y;
 const WORDS = { true: true, false: false, null: null };
 
-/** Read `text`. @returns {Node} @throws {JsonFault} */
+/** Parse `text`. @returns {Node} @throws {JsonFault} */
 export function read(text) {
   let at = 0;
 
-  const fail = (message, place = at) => {
-    throw new JsonFault(text, place, message);
+  const fail = (message, position = at) => {
+    throw new JsonFault(text, position, message);
   };
   const match = (pattern) => {
     pattern.lastIndex = at;
-    const found = pattern.exec(text);
-    if (found === null) return null;
+    const result = pattern.exec(text);
+    if (result === null) return null;
     at = pattern.lastIndex;
-    return found[0];
+    return result[0];
   };
   const space = () => match(SPACE);
 
@@ -72,7 +72,7 @@ export function read(text) {
         const raw = match(STRING);
         if (raw === null) fail(text[at] === "'" ? "use double quotes" : "a name in double quotes is missing here");
         const key = JSON.parse(raw);
-        if (members.some((other) => other.key === key)) fail(`${key} is given twice`, from);
+        if (members.some((other) => other.key === key)) fail(`${key} occurs twice`, from);
         space();
         if (text[at] !== ":") fail("a colon is missing here");
         at += 1;
@@ -90,7 +90,7 @@ export function read(text) {
     }
     if (first === '"') {
       const raw = match(STRING);
-      if (raw === null) fail("this text does not end, or holds a character that must be escaped");
+      if (raw === null) fail("this string is not closed, or contains a character that must be escaped");
       return { kind: "string", start, end: at, value: JSON.parse(raw) };
     }
     const number = match(NUMBER);
@@ -100,18 +100,18 @@ export function read(text) {
     if (at >= text.length) fail("it ends too early");
     if (first === "'") fail("use double quotes");
     if (first === "/" || first === "#") fail("JSON has no comments: remove this one");
-    return fail("this is no JSON value");
+    return fail("this is not a JSON value");
   }
 
   if (text.startsWith("\ufeff")) at = 1;
   space();
   const root = value();
   space();
-  if (at < text.length) fail("something follows the end");
+  if (at < text.length) fail("the JSON ends before this");
   return root;
 }
 
-/** The node at a path of names and numbers, or null. */
+/** The node at a path of keys and indexes, or null. */
 function nodeAt(root, path) {
   let node = root;
   for (const step of path) {
@@ -124,7 +124,7 @@ function nodeAt(root, path) {
 
 const parts = (node) => (node.kind === "object" ? node.members : node.items.map((item) => ({ start: item.start, node: item })));
 
-/** The blank before the first part of a list, which sets the others apart too; or what fits its depth. */
+/** The whitespace before the first part of a list, to use between all parts; for an empty list, by its depth. */
 function blankOf(text, node) {
   const [first] = parts(node);
   if (first !== undefined) return /^\s*/.exec(text.slice(node.start + 1, first.start))[0];
@@ -136,7 +136,7 @@ function depthOf(text, node) {
   return Math.floor(/^ */.exec(line)[0].length / 2);
 }
 
-/** Put `raw` (with its name, for an object) among the parts of a list, before part `index`. */
+/** Insert `raw` (for an object, with its key) into a list, before part `index`. */
 function insert(text, node, index, raw) {
   const all = parts(node);
   const blank = blankOf(text, node);
@@ -152,7 +152,7 @@ function insert(text, node, index, raw) {
   return `${text.slice(0, start)}${raw},${blank || " "}${text.slice(start)}`;
 }
 
-/** Take part `index` out of a list. */
+/** Remove part `index` from a list. */
 function cut(text, node, index) {
   const all = parts(node);
   if (all.length === 1) return `${text.slice(0, node.start + 1)}${text.slice(node.end - 1)}`;
@@ -160,14 +160,14 @@ function cut(text, node, index) {
   return `${text.slice(0, all[index - 1].node.end)}${text.slice(all[index].node.end)}`;
 }
 
-/** JSON for a value, laid out as deep as it will stand. */
+/** JSON of a value, indented for `depth`. */
 export function written(value, depth = 0) {
   return JSON.stringify(value, null, 2).replaceAll("\n", `\n${"  ".repeat(depth)}`);
 }
 
 /**
- * The text with the value at `path` set to the JSON `raw`, or taken out where `raw` is null. The rest stays byte for byte.
- * A missing member is put at the end of its object.
+ * Return the text with the value at `path` set to the JSON `raw`, or removed if `raw` is null. All other bytes stay the
+ * same. A missing member is added at the end of its object.
  */
 export function set(text, path, raw) {
   const root = read(text);
@@ -180,7 +180,7 @@ export function set(text, path, raw) {
   return insert(text, parent, Infinity, parent.kind === "object" ? `${JSON.stringify(last)}: ${raw}` : raw);
 }
 
-/** The text with item `from` of the array at `path` moved before item `to` of the others. */
+/** Return the text with item `from` of the array at `path` moved before item `to` of the others. */
 export function move(text, path, from, to) {
   const node = nodeAt(read(text), path);
   const raw = text.slice(node.items[from].start, node.items[from].end);
@@ -188,7 +188,7 @@ export function move(text, path, from, to) {
   return insert(without, nodeAt(read(without), path), to, raw);
 }
 
-/** The text with the member `from` of the object at `path` named `to`. */
+/** Return the text with the member `from` of the object at `path` renamed to `to`. */
 export function renameMember(text, path, from, to) {
   const { members } = nodeAt(read(text), path);
   const member = members.find((one) => one.key === from);

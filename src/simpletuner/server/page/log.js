@@ -1,4 +1,4 @@
-/** What a run said: its notices in a list, its log as it is written. */
+/** A run's notices and its live log. */
 
 import { get } from "./api.js";
 import { h } from "./dom.js";
@@ -28,7 +28,7 @@ export class Log {
     clearInterval(this.timer);
   }
 
-  /** Shown or hidden: what nobody sees is not asked for. */
+  /** Called when the log is shown or hidden; a hidden log is not polled. */
   show(isShown) {
     this.isShown = isShown;
     if (isShown) {
@@ -37,13 +37,13 @@ export class Log {
     }
   }
 
-  /** Notices came. */
+  /** Update the notices. */
   update() {
     const { notices, damaged_lines: damaged } = this.detail();
-    const found = [...new Set(notices)];
-    if (damaged > 0) found.push(`${some(damaged, "line")} of events.jsonl could not be read; the rest is shown.`);
-    this.notices.replaceChildren(...(found.length === 0 ? [] : [
-      h("div", { class: "panel warn" }, h("h2", {}, "Notices"), h("ul", {}, found.map((text) => h("li", {}, text)))),
+    const texts = [...new Set(notices)];
+    if (damaged > 0) texts.push(`${some(damaged, "line")} of events.jsonl could not be read; the others are shown.`);
+    this.notices.replaceChildren(...(texts.length === 0 ? [] : [
+      h("div", { class: "panel warn" }, h("h2", {}, "Notices"), h("ul", {}, texts.map((text) => h("li", {}, text)))),
     ]));
   }
 
@@ -58,7 +58,7 @@ export class Log {
       this.size = answer.size;
       this.consoleBox.hidden = !answer.console;
       if (answer.console && answer.console !== this.console.textContent) this.console.textContent = answer.console;
-      this.state.textContent = this.text.textContent === "" ? "Nothing is logged yet." : "";
+      this.state.textContent = this.text.textContent === "" ? "The log is empty." : "";
       this.isComplete = isOver;
     } catch (error) {
       this.state.textContent = `The log cannot be read now: ${error.message}`;

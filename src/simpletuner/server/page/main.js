@@ -1,4 +1,4 @@
-// The page starts here: the frame, and which file shows which screen.
+// Entry point: the page's frame, and the module of each screen.
 
 import { problemsOf, toast } from "./dom.js";
 import { SOON_MS, plan } from "./feed.js";
@@ -32,7 +32,7 @@ document.getElementById("skip").addEventListener("click", (event) => {
   main.focus();
 });
 
-// What no screen caught is shown all the same.
+// Errors that no screen caught are shown as toasts.
 window.addEventListener("unhandledrejection", (event) => {
   if (event.reason?.name === "AbortError") return;
   for (const problem of problemsOf(event.reason)) toast(problem.text, "bad");
@@ -41,5 +41,5 @@ window.addEventListener("unhandledrejection", (event) => {
 plan(SOON_MS);
 await follow(main, SCREENS);
 
-// The other screens are loaded before they are asked for. One that cannot be says so when it is.
+// Preload the other screens. If one fails, the error is shown when it is opened.
 setTimeout(() => Promise.allSettled(Object.values(SCREENS).map(({ load }) => load())), PREPARE_AFTER_MS);

@@ -1,4 +1,4 @@
-/** What the machine has left: GPUs, RAM and disk, in one line. */
+/** One line with the machine's GPU, RAM and disk use. */
 
 import { ApiFault, get } from "./api.js";
 import { h } from "./dom.js";
@@ -24,7 +24,7 @@ export class MachineLine {
       this.node.replaceChildren(...items(await get("machine")));
     } catch (error) {
       if (!(error instanceof ApiFault)) throw error;
-      this.node.replaceChildren(); // the screen itself says that the server does not answer
+      this.node.replaceChildren(); // the screen reports that the server does not answer
     } finally {
       this.isAsking = false;
     }
@@ -41,7 +41,7 @@ function items({ gpus, ram_total_bytes: total, ram_available_bytes: available, d
 
 function gpuText({ utilization_percent: busy, used_bytes: used, total_bytes: total }) {
   const memory = total === null ? null : `${gib(used ?? 0)} of ${gib(total)}`;
-  return [busy === null ? null : `${busy} %`, memory].filter(Boolean).join(", ") || "in use unknown";
+  return [busy === null ? null : `${busy} %`, memory].filter(Boolean).join(", ") || "use unknown";
 }
 
 const item = (name, text, isBad = false, title = null) =>

@@ -1,4 +1,4 @@
-/** Writing the note of a run, and deleting a run: what the list and the run's own screen both do. */
+/** Edit the note of a run, and delete a run; shared by the run list and the run's screen. */
 
 import { ApiFault, del, get, put } from "./api.js";
 import { confirm, dialog, freshId, h, toast } from "./dom.js";
@@ -7,7 +7,7 @@ import { size } from "./format.js";
 const LONGEST = 2000;
 const CONFLICT = 409;
 
-/** Let the user write the note of a run. Returns the run as it is then, or null where nothing was written. */
+/** Let the user edit the note of a run. Returns the updated run, or null if the user cancelled. */
 export async function editNote({ run, name, note }) {
   let text = note;
   let seen = note;
@@ -19,9 +19,9 @@ export async function editNote({ run, name, note }) {
       title: `Note on ${name}`,
       body: [
         clash === null ? null : h("div", { class: "panel warn", role: "alert" },
-          h("p", {}, "The note was changed elsewhere meanwhile. It now says:"), h("p", {}, clash || "(nothing)"),
+          h("p", {}, "Somebody else changed the note meanwhile. It now says:"), h("p", {}, clash || "(nothing)"),
           h("p", {}, "“Save” replaces it with yours below.")),
-        h("label", { for: id }, "Your own words; they are kept in the run's folder and found by Find"), field,
+        h("label", { for: id }, "Your note; it is saved in the run's folder, and “Find” searches it"), field,
       ],
       actions: [{ label: "Cancel", value: null }, { label: "Save", value: "save", kind: "primary" }],
       opened: () => field.focus(),
@@ -38,18 +38,18 @@ export async function editNote({ run, name, note }) {
   }
 }
 
-/** Delete a run after asking. Returns whether it is gone. */
+/** Ask, then delete a run. Returns whether it was deleted. */
 export async function deleteRun({ run, name }) {
   try {
     const { bytes, text } = await get("run/contents", { run });
-    const what = `${size(bytes)} in ${run}: ${text}. This cannot be undone.`;
-    if (!(await confirm(`Delete ${name}?`, what, "Delete", "danger"))) return false;
+    const question = `${size(bytes)} in ${run}: ${text}. This cannot be undone.`;
+    if (!(await confirm(`Delete ${name}?`, question, "Delete", "danger"))) return false;
     await del("run", { run });
   } catch (error) {
     if (!(error instanceof ApiFault)) throw error;
     toast(error.message, "bad");
     return false;
   }
-  toast(`${name} is deleted.`, "good");
+  toast(`${name} was deleted.`, "good");
   return true;
 }

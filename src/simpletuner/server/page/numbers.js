@@ -1,6 +1,6 @@
-// Measured values for people: as few digits as tell them apart.
+// Format measured values with few digits.
 
-/** A number with at most four digits that count: 0.2311, 12.3, 1.5e-5, 12,400; "–" where there is none. */
+/** A number with about four significant digits: 0.2311, 12.3, 1.5e-5, 12,400; "–" for a missing value. */
 export function short(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
   const size = Math.abs(value);

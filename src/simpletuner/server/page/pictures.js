@@ -1,15 +1,15 @@
-/** The validation pictures of a run as a grid: a row for each prompt, a column for each step. */
+/** The validation images of a run as a grid: a row per prompt, a column per step. */
 
 import { address } from "./api.js";
 
-/** Address of a picture of a run; with `width`, of a smaller one. */
+/** The address of an image of a run; with `width`, of its thumbnail. */
 export const pictureUrl = (run, picture, width = null) => address("run/file", { run, path: picture.path, width });
 
-/** What makes two pictures of different steps comparable. */
+/** The key of an image's row, which is the same at all steps. */
 const rowKey = ({ name, width, height, seed, is_ema }) => `${name} ${width}x${height} ${seed} ${is_ema}`;
 
 export class Grid {
-  /** @param {object[]} validations events, oldest first: a later attempt replaces what it draws again */
+  /** @param {object[]} validations events, oldest first: a later attempt replaces the images of the same steps */
   constructor(validations) {
     const cells = new Map();
     const steps = new Set();
@@ -29,7 +29,7 @@ export class Grid {
     this.cells = cells;
   }
 
-  /** The picture in a row and a column, or undefined. */
+  /** The image at a row and a column, or undefined. */
   at(row, column) {
     return this.cells.get(this.rows[row]?.key)?.get(this.steps[column]);
   }

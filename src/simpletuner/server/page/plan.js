@@ -1,4 +1,4 @@
-// What will happen and what it takes, in one sentence; the memory of each phase is folded below.
+// The plan of a draft: one sentence on what the run will do and need, and the memory of each phase, folded below.
 
 import { ApiFault, post } from "./api.js";
 import { pausing } from "./check.js";
@@ -11,10 +11,10 @@ const GPUS = [1, 2, 4, 8];
 const PHASES = { text: "Captions", latents: "Images", train: "Training", validation: "Validation" };
 
 /**
- * @param {() => object} draft what is planned, now
- * @param {() => {vram_gib: number|null, ram_gib: number|null}} machine that it is planned for; null is this one's
+ * @param {() => object} draft returns the current draft
+ * @param {() => {vram_gib: number|null, ram_gib: number|null}} machine to plan for; null values stand for this machine's
  * @param {(changes: Record<string, any>) => void} apply sets options
- * @param {(steps: number|null) => Record<string, any>|null} longer changes that a run of so few steps needs
+ * @param {(steps: number|null) => Record<string, any>|null} longer returns the changes that lengthen a run of too few steps
  */
 export function planPanel(draft, machine, apply, longer) {
   const ram = h("select", { id: freshId("ram"), onchange: () => later() },
@@ -52,7 +52,7 @@ export function planPanel(draft, machine, apply, longer) {
     sentence.replaceChildren(h("div", { class: `panel stack ${plan.fits ? "good" : "bad"}` },
       h("p", { class: "sentence" }, summary),
       plan.fits ? "" : h("ul", {}, plan.lacks.map((lack) => h("li", {},
-        `${PHASES[lack.phase] ?? lack.phase}: ${gib(lack.needed)} of ${place(lack.place)} needed, ${gib(lack.there)} there.`))),
+        `${PHASES[lack.phase] ?? lack.phase}: needs ${gib(lack.needed)} of ${place(lack.place)}, has ${gib(lack.there)}.`))),
       remedy ? remedyRow(remedy) : "",
       engine ? h("p", {}, engine.text) : "",
       stepsRow(time?.steps ?? null)));
@@ -83,7 +83,7 @@ export function planPanel(draft, machine, apply, longer) {
       button(`Train ${count(changes.num_train_epochs)} epochs`, () => apply(changes), { kind: "primary" }));
   }
 
-  /** Whether the sentence is of an earlier draft. */
+  /** Mark the sentence as that of an earlier draft. */
   function stale(is) {
     busy.hidden = !is;
     sentence.classList.toggle("stale", is);
@@ -94,7 +94,7 @@ export function planPanel(draft, machine, apply, longer) {
     ask.later();
   }
 
-  /** Say that there is nothing to plan yet. */
+  /** Show why there is no plan yet. */
   function wait(why) {
     ask.stop();
     stale(false);
@@ -108,24 +108,24 @@ const place = (name) => ({ accelerator: "GPU memory", ram: "RAM", disk: "disk" }
 
 function phaseBars(phase, plan, color) {
   const { machine, peak } = plan;
-  const bars = ["accelerator", "ram"].filter((where) => where !== "accelerator" || machine.accelerator !== null || phase.accelerator > 0);
+  const bars = ["accelerator", "ram"].filter((memory) => memory !== "accelerator" || machine.accelerator !== null || phase.accelerator > 0);
   return h("div", { class: "phase" },
     h("h3", { title: phase.what }, PHASES[phase.phase] ?? phase.phase),
-    bars.map((where) => {
-      const there = machine[where];
-      const used = phase[where];
-      const whole = Math.max(there ?? 0, peak[where] ?? 0, used, 1);
-      const over = there !== null && used > there;
-      const parts = phase.parts.filter((part) => part.place === where && part.bytes > 0);
-      const words = `${gib(used)}${there === null ? "" : ` of ${gib(there)}`}`;
+    bars.map((memory) => {
+      const available = machine[memory];
+      const used = phase[memory];
+      const scale = Math.max(available ?? 0, peak[memory] ?? 0, used, 1);
+      const isOver = available !== null && used > available;
+      const parts = phase.parts.filter((part) => part.place === memory && part.bytes > 0);
+      const words = `${gib(used)}${available === null ? "" : ` of ${gib(available)}`}`;
       return h("div", { class: "phase-bar" },
-        h("span", { class: "small dim" }, where === "ram" ? "RAM" : "GPU"),
-        h("div", { class: "meter", role: "img", "aria-label": `${place(where)}: ${words}. ${parts.map((part) => `${part.name} ${gib(part.bytes)}`).join(", ")}` },
+        h("span", { class: "small dim" }, memory === "ram" ? "RAM" : "GPU"),
+        h("div", { class: "meter", role: "img", "aria-label": `${place(memory)}: ${words}. ${parts.map((part) => `${part.name} ${gib(part.bytes)}`).join(", ")}` },
           parts.map((part) => h("span", {
-            title: `${part.name}: ${gib(part.bytes)}`, style: { width: `${(part.bytes / whole) * 100}%`, background: color(part.name) },
+            title: `${part.name}: ${gib(part.bytes)}`, style: { width: `${(part.bytes / scale) * 100}%`, background: color(part.name) },
           })),
-          there !== null && there < whole ? h("i", { class: "limit", style: { left: `${(there / whole) * 100}%` } }) : null),
-        h("span", { class: `small numbers ${over ? "over" : ""}` }, words));
+          available !== null && available < scale ? h("i", { class: "limit", style: { left: `${(available / scale) * 100}%` } }) : null),
+        h("span", { class: `small numbers ${isOver ? "over" : ""}` }, words));
     }));
 }
 
@@ -133,26 +133,26 @@ function legend(names, color) {
   return h("ul", { class: "plain legend small" }, names.map((name) => h("li", {}, h("i", { style: { background: color(name) } }), name)));
 }
 
-/** The least time of a step and of the whole, where the machine's speed is known. */
+/** Lower bounds for the time of a step and of the run, if the machine's speed is known. */
 function timeList({ step_s: step, total_s: total, steps }) {
-  const rows = [["A step, at least", step], ["In all, at least", total]].filter(([, seconds]) => typeof seconds === "number");
-  if (rows.length === 0) return h("p", { class: "hint" }, "How long it takes is known only for this machine.");
+  const rows = [["A step, at least", step], ["In total, at least", total]].filter(([, seconds]) => typeof seconds === "number");
+  if (rows.length === 0) return h("p", { class: "hint" }, "The time can only be estimated for this machine.");
   return h("dl", { class: "times" },
     rows.map(([title, seconds]) => h("div", {}, h("dt", {}, title), h("dd", { class: "numbers" }, duration(seconds)))),
     typeof steps === "number" ? h("div", {}, h("dt", {}, "Steps"), h("dd", { class: "numbers" }, count(steps))) : null);
 }
 
-/** Whose memory it is, and what travels; null for one process. */
+/** Memory per process and traffic between processes; null for one process. */
 function processesText(plan) {
   const { machine, wire } = plan;
   if (!wire) return null;
   const sent = [[wire.gathered, "weights"], [wire.reduced, "gradients"]].filter(([bytes]) => bytes > 0).map(([bytes, name]) => `${gib(bytes)} of ${name}`);
   const times = Object.entries(wire.seconds).map(([link, seconds]) => `${duration(seconds)} over ${link}`);
-  return h("p", {}, `${engineText(plan)}: ${machine.accelerator === null ? "" : "GPU memory is that of each process, "}RAM is that of all. `,
+  return h("p", {}, `${engineText(plan)}: ${machine.accelerator === null ? "" : "GPU memory is per process, "}RAM is for all processes together. `,
     `Each sends ${sent.join(" and ")} a step${machine.accelerator === null ? "" : `; estimated, not measured: ${times.join(", ")}`}.`);
 }
 
 function workloadText({ width, height, batch, pictures, captions }) {
-  const seen = pictures === null || pictures === undefined ? "The images were not scanned yet." : `${pictures} images, ${captions} captions.`;
-  return `Planned for ${width}×${height}, ${batch} at a time. ${seen}`;
+  const datasetText = pictures === null || pictures === undefined ? "The images have not been scanned yet." : `${pictures} images, ${captions} captions.`;
+  return `Planned for ${width}×${height}, ${batch} at a time. ${datasetText}`;
 }

@@ -1,17 +1,17 @@
-// The prompts that validation draws: a name and a text each, and reference images for those that edit them.
+// The validation prompts: a name and a text each, with reference images for prompts that edit images.
 
 import { button, freshId, h, toast } from "./dom.js";
 import { read, renameMember, set, written } from "./jsontext.js";
 import { examined, rawEditor } from "./raw.js";
 import { referenceList } from "./references.js";
 
-/** The text and the references of an entry, which is a text or an object with both; null where it is anything else. */
+/** The prompt and references of an entry, which is a string or an object with both; null for anything else. */
 function partsOf({ kind, value }) {
   if (kind === "string") return { prompt: value, references: [] };
   if (kind !== "object") return null;
   const { prompt = "", references = [], ...others } = value;
-  const isRight = typeof prompt === "string" && Array.isArray(references) && references.every((path) => typeof path === "string");
-  return isRight && Object.keys(others).length === 0 ? { prompt, references } : null;
+  const isValid = typeof prompt === "string" && Array.isArray(references) && references.every((path) => typeof path === "string");
+  return isValid && Object.keys(others).length === 0 ? { prompt, references } : null;
 }
 
 /** @param {import("./environment.js").Environment} environment */
@@ -22,7 +22,7 @@ export function promptsPane(environment) {
   const edit = (text) => environment.edit("prompts", text, "table");
   const text = () => environment.text("prompts");
 
-  /** The parts of an entry as the file has them now; null where it has no such entry. */
+  /** The current parts of an entry in the file; null if there is no such entry. */
   function presentParts(key) {
     const member = examined(text(), "object").root?.members.find((one) => one.key === key);
     return member ? partsOf(member.node) : null;
@@ -32,7 +32,7 @@ export function promptsPane(environment) {
     const name = freshId("prompt");
     const fault = h("p", { class: "fault", "aria-live": "polite" });
     const parts = partsOf(node);
-    /** Change parts of the entry. It may differ from what this row was drawn from: uploads take time. */
+    /** Change parts of the entry. It may have changed since this row was built, because uploads take time. */
     const write = (changed) => {
       const present = presentParts(key);
       if (present === null) {
@@ -40,7 +40,7 @@ export function promptsPane(environment) {
         return;
       }
       const { prompt, references } = { ...present, ...changed };
-      // A row on the page shows the change already, and is being typed into.
+      // A row on the page already shows the change, and the user may be typing in it.
       environment.edit("prompts", set(text(), [key], written(references.length ? { prompt, references } : prompt, 1)), list.node.isConnected ? "row" : "table");
     };
     const list = referenceList((references) => write({ references }), () => presentParts(key)?.references ?? []);
@@ -50,12 +50,12 @@ export function promptsPane(environment) {
         h("input", {
           id: name, value: key, spellcheck: "false",
           onchange(event) {
-            const wanted = event.target.value.trim();
-            const taken = read(text()).members.some((member) => member.key === wanted);
-            if (wanted === "" || (taken && wanted !== key)) {
-              fault.textContent = wanted === "" ? "A name is missing." : `${wanted} is there already.`;
+            const newKey = event.target.value.trim();
+            const isTaken = read(text()).members.some((member) => member.key === newKey);
+            if (newKey === "" || (isTaken && newKey !== key)) {
+              fault.textContent = newKey === "" ? "Enter a name." : `${newKey} exists already.`;
               event.target.value = key;
-            } else if (wanted !== key) edit(renameMember(text(), [], key, wanted));
+            } else if (newKey !== key) edit(renameMember(text(), [], key, newKey));
           },
         }), fault),
       h("div", { class: "grow" }, h("label", { for: `${name}-text` }, "Prompt"),
@@ -80,7 +80,7 @@ export function promptsPane(environment) {
     const members = (root?.members ?? []).filter(({ key }) => !key.startsWith("//"));  // a comment
     const list = members.length
       ? h("ul", { class: "plain stack" }, members.map(row))
-      : h("p", { class: "dim" }, root === null ? "The file is no JSON yet: mend it below." : "No prompts yet. Each one you add is drawn at every validation, beside validation_prompt.");
+      : h("p", { class: "dim" }, root === null ? "The file is not valid JSON: fix it below." : "No prompts yet. Each validation generates an image for each prompt, besides validation_prompt.");
     body.replaceChildren(list, h("div", {}, button("Add a prompt", add, { icon: "plus", disabled: root === null })));
   }
 
@@ -91,6 +91,6 @@ export function promptsPane(environment) {
   return h("div", { class: "two" },
     h("section", { class: "sheet stack", "aria-labelledby": "prompts-title" },
       h("h2", { id: "prompts-title" }, "Prompts"),
-      h("p", { class: "hint" }, "Drawn at each validation, so that pictures can be compared from step to step."), body),
+      h("p", { class: "hint" }, "Each validation generates images for these prompts, so that you can compare them from step to step."), body),
     h("section", { class: "sheet", "aria-label": "The prompts as JSON" }, raw.node));
 }

@@ -1,9 +1,9 @@
-// A document as text, beside the form and in step with it.
+// A text editor of a document, kept in sync with the form.
 
 import { freshId, h } from "./dom.js";
 import { JsonFault, read } from "./jsontext.js";
 
-/** What a text holds: its root node, or the fault. Only a `kind` will do, if one is asked for. */
+/** Parse a text: its root node, or the fault. With `kind`, a root of another kind is a fault. */
 export function examined(text, kind = null) {
   try {
     const root = read(text);
@@ -19,7 +19,7 @@ export function examined(text, kind = null) {
 
 /**
  * @param {import("./environment.js").Environment} environment @param {import("./environment.js").DocumentName} document
- * @param {{kind: string|null, label: string, rows?: number}} what `kind` null: not checked
+ * @param {{kind: string|null, label: string, rows?: number}} options `kind`: of the root; null disables the check
  */
 export function rawEditor(environment, document, { kind, label, rows = 24 }) {
   const id = freshId("raw");
@@ -33,15 +33,15 @@ export function rawEditor(environment, document, { kind, label, rows = 24 }) {
     const text = environment.text(document);
     if (area.value !== text) area.value = text;
     if (kind === null) return;
-    const { fault: wrong } = examined(text, kind);
-    if (wrong === null) {
+    const { fault: syntaxFault } = examined(text, kind);
+    if (syntaxFault === null) {
       fault.replaceChildren();
       area.removeAttribute("aria-invalid");
       return;
     }
     area.setAttribute("aria-invalid", "true");
-    fault.replaceChildren(`Line ${wrong.line}, column ${wrong.column}: ${wrong.message}. The form waits until this is mended. `,
-      h("button", { type: "button", class: "tiny", onclick: () => go(wrong.at) }, "Go there"));
+    fault.replaceChildren(`Line ${syntaxFault.line}, column ${syntaxFault.column}: ${syntaxFault.message}. The form is locked until you fix this. `,
+      h("button", { type: "button", class: "tiny", onclick: () => go(syntaxFault.at) }, "Go to it"));
   }
 
   function go(at) {

@@ -1,53 +1,53 @@
-// The reference images of a prompt: in their order, added from this computer or from the folders that the page may see.
+// The reference images of a prompt, in order; added from this computer or from the folders of the page.
 
 import { ApiFault, address, upload } from "./api.js";
 import { button, fill, h, toast } from "./dom.js";
 import { browse, ensureFolder } from "./folders.js";
 import { count } from "./format.js";
 
-const MOST = 10;
-/** Where files from this computer go, in the workspace. */
+const MAX_REFERENCES = 10;
+/** Folder in the workspace for files uploaded from this computer. */
 const FOLDER = "references";
 const THUMBNAIL_PX = 160;
 
 export const fileName = (path) => path.split("/").at(-1);
 
-/** A reference, small; what cannot be shown is named. */
+/** A thumbnail of a reference; its name if it cannot be shown. */
 function thumbnail(path) {
   const image = h("img", { src: address("picture", { path, width: THUMBNAIL_PX }), alt: fileName(path), title: path, loading: "lazy", decoding: "async" });
   image.addEventListener("error", () => image.replaceWith(h("div", { class: "missing-picture", title: path }, `cannot be shown: ${fileName(path)}`)), { once: true });
   return image;
 }
 
-/** References to look at, numbered. @param {string[]} paths */
+/** Numbered references, read-only. @param {string[]} paths */
 export const shownReferences = (paths) => h("ul", { class: "plain row references", "aria-label": "References" },
   paths.map((path, at) => h("li", {}, h("figure", {}, thumbnail(path), h("figcaption", {}, `${at + 1}`)))));
 
-/** Let a person choose images; the paths of those that were. @param {number} most @returns {Promise<string[]>} */
-async function chooseImages(most) {
+/** Let the user choose up to `limit` images; returns their paths. @param {number} limit @returns {Promise<string[]>} */
+async function chooseImages(limit) {
   const chosen = new Set();
   const tile = (path) => h("li", {}, h("button", {
     type: "button", class: "quiet", "aria-label": fileName(path), title: path, "aria-pressed": String(chosen.has(path)),
     onclick({ currentTarget }) {
-      if (!chosen.delete(path) && chosen.size < most) chosen.add(path);
+      if (!chosen.delete(path) && chosen.size < limit) chosen.add(path);
       currentTarget.setAttribute("aria-pressed", String(chosen.has(path)));
     },
   }, h("img", { src: address("picture", { path, width: THUMBNAIL_PX }), alt: "", loading: "lazy", decoding: "async" }), h("span", { class: "small path" }, fileName(path))));
   const answer = await browse(FOLDER, {
     title: "Choose references", yes: "Choose",
-    more: (here) => [
-      here.names.length < here.pictures
-        ? h("p", { class: "hint" }, `The first ${count(here.names.length)} of ${count(here.pictures)} are shown. “Add references” takes any file.`) : null,
-      h("ul", { class: "plain shelf", "aria-label": "Images in it" }, here.names.map(tile)),
+    more: (folder) => [
+      folder.names.length < folder.pictures
+        ? h("p", { class: "hint" }, `The first ${count(folder.names.length)} of ${count(folder.pictures)} are shown. “Add references” accepts any file.`) : null,
+      h("ul", { class: "plain shelf", "aria-label": "Images in the folder" }, folder.names.map(tile)),
     ],
   });
   return answer === null ? [] : [...chosen];
 }
 
 /**
- * A list of references that can be changed.
- * @param {(paths: string[]) => void} change gets the new list
- * @param {() => string[]} [present] the list that what was uploaded or chosen is added to; by default the one that is shown
+ * An editable list of references.
+ * @param {(paths: string[]) => void} change called with the new list
+ * @param {() => string[]} [present] the list to add uploaded or chosen images to; by default the one shown
  * @returns {{node: HTMLElement, paths: string[], show: (paths: string[]) => void}}
  */
 export function referenceList(change, present = null) {
@@ -63,10 +63,10 @@ export function referenceList(change, present = null) {
     change(paths);
   };
   const add = (paths) => {
-    const there = present === null ? list.paths : present();
-    const free = Math.max(0, MOST - there.length);
-    if (paths.length > free) toast(`A prompt has at most ${MOST} references: ${paths.length - free} were not added.`, "bad");
-    put([...there, ...paths.slice(0, free)]);
+    const current = present === null ? list.paths : present();
+    const free = Math.max(0, MAX_REFERENCES - current.length);
+    if (paths.length > free) toast(`A prompt has at most ${MAX_REFERENCES} references: ${paths.length - free} were not added.`, "bad");
+    put([...current, ...paths.slice(0, free)]);
   };
 
   async function send(files) {
@@ -94,14 +94,14 @@ export function referenceList(change, present = null) {
 
   function show(paths) {
     list.paths = paths;
-    const isFull = paths.length >= MOST;
+    const isFull = paths.length >= MAX_REFERENCES;
     node.replaceChildren();
     fill(node, paths.length ? h("ul", { class: "plain row references" }, paths.map(item)) : null,
       h("div", { class: "row" },
         button("Add references", () => input.click(), { icon: "upload", kind: "tiny", disabled: isFull }), input,
         button("From a folder", async () => {
-          const found = await chooseImages(MOST - list.paths.length);
-          if (found.length) add(found);
+          const paths = await chooseImages(MAX_REFERENCES - list.paths.length);
+          if (paths.length) add(paths);
         }, { icon: "folder", kind: "tiny", disabled: isFull })));
   }
 

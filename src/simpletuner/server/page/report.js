@@ -1,4 +1,4 @@
-/** What a weight file is, as `simpletuner inspect` says it. */
+/** The report of `simpletuner inspect` on a weight file. */
 
 import { get } from "./api.js";
 import { dialog, h, problemPanel } from "./dom.js";
@@ -6,7 +6,7 @@ import { count, size, some } from "./format.js";
 
 const NAMED_AT_MOST = 6;
 
-/** Show what the file at `path` is, in a dialog. */
+/** Show the report on the file at `path` in a dialog. */
 export async function showReport(path) {
   let body;
   try {
@@ -14,7 +14,7 @@ export async function showReport(path) {
   } catch (error) {
     body = problemPanel(error);
   }
-  await dialog({ title: "What the file is", body, wide: true, actions: [{ label: "Close", value: null }] });
+  await dialog({ title: "File report", body, wide: true, actions: [{ label: "Close", value: null }] });
 }
 
 /** @param {{path: string, files: object[]}} inspection */
@@ -23,7 +23,7 @@ export const reportView = ({ path, files }) => h("div", { class: "stack" }, file
 function fileView(path, { what, bytes, base_model: base, is_distilled: isDistilled, adapter, components, training }) {
   const facts = {
     "Trained from": base,
-    Weights: isDistilled === null ? null : isDistilled ? "distilled, by the file's name" : "base, by the file's name",
+    Weights: isDistilled === null ? null : isDistilled ? "distilled, judging by the file's name" : "base, judging by the file's name",
     ...(adapter ? adapterFacts(adapter) : {}),
   };
   return h("article", { class: "stack report" },
@@ -32,9 +32,9 @@ function fileView(path, { what, bytes, base_model: base, is_distilled: isDistill
     adapter?.modules ? h("ul", { class: "plain stack tight" }, Object.entries(adapter.loaders).map(verdict(adapter.modules))) : null,
     components.map(componentView),
     Object.keys(training).length ? folded("How it was made", listOf(training)) : null,
-    adapter?.modules ? folded("What it adapts", tableOf("Adapted layers", ["Place", "Layers", "Rank"],
+    adapter?.modules ? folded("Adapted layers", tableOf("Adapted layers", ["Module", "Layers", "Rank"],
       adapter.places.map(({ name, modules, ranks }) => [name, count(modules), ranks.join(", ") || "full"]))) : null,
-    adapter?.modules ? folded("How much it changes each block", tableOf("Norms by block", ["Where", "Norm of its change"],
+    adapter?.modules ? folded("How much it changes each block", tableOf("Norms by block", ["Block", "Norm of its change"],
       Object.entries(adapter.norms).map(([name, norm]) => [name, norm.toPrecision(4)]))) : null);
 }
 
@@ -53,10 +53,10 @@ function adapterFacts({ kinds, dialect, dtypes, modules, target, parameters, ran
 
 const verdict = (modules) => ([loader, { refusal, unknown, dropped, wrong }]) => {
   const lost = [
-    dropped.length ? `leaves out ${count(dropped.length)} of ${count(modules)}: ${named(dropped)}` : "",
-    wrong.length ? `gets ${count(wrong.length)} wrong: ${named(wrong)}` : "",
+    dropped.length ? `drops ${count(dropped.length)} of ${count(modules)}: ${named(dropped)}` : "",
+    wrong.length ? `misreads ${count(wrong.length)}: ${named(wrong)}` : "",
   ].filter(Boolean).join("; ");
-  const [kind, word] = refusal ? ["bad", "does not load"] : unknown ? ["warn", "cannot be said"] : lost ? ["warn", "loads in part"] : ["good", "loads"];
+  const [kind, word] = refusal ? ["bad", "does not load"] : unknown ? ["warn", "unknown"] : lost ? ["warn", "loads partly"] : ["good", "loads"];
   return h("li", {}, h("strong", {}, loader), " ", h("span", { class: `badge ${kind}` }, word), h("span", { class: "small dim" }, ` ${refusal || unknown || lost}`));
 };
 
@@ -72,7 +72,7 @@ function componentView({ component, layout, flavours, sizes, tensors, parameters
     problem ? h("p", { class: "fault" }, problem) : null);
 }
 
-/** Pairs whose value is empty or null are left out. */
+/** A definition list, without pairs whose value is empty or null. */
 const listOf = (facts) => h("dl", { class: "facts" }, Object.entries(facts).filter(([, value]) => value)
   .map(([name, value]) => [h("dt", {}, name), h("dd", {}, String(value))]));
 

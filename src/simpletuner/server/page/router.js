@@ -1,4 +1,4 @@
-// Which screen the address after # shows, and leaving it with consent.
+// Show the screen that the address after # names, and ask before leaving one.
 
 import { h, problemPanel } from "./dom.js";
 import { screenTitle } from "./title.js";
@@ -8,7 +8,7 @@ let guard = null;
 let shown = "";
 let turn = 0;
 
-/** Ask `question` before the screen is left; null asks nothing. It ends with the screen. */
+/** Ask `question` before this screen is left; null asks nothing. */
 export function askBeforeLeaving(question) {
   guard = question;
 }
@@ -26,7 +26,7 @@ export function to(screen, name = "", params = {}) {
   return query ? `${path}?${query}` : path;
 }
 
-/** Change the address in place, without another screen being shown. */
+/** Change the address without loading a screen. */
 export function rename(hash) {
   history.replaceState(null, "", hash);
   shown = hash;
@@ -39,21 +39,21 @@ function parse(hash) {
 }
 
 /**
- * Follow the address from now on.
- * @param {HTMLElement} main where screens are shown
+ * Show the address's screen, now and after each change.
+ * @param {HTMLElement} main element that shows the screens
  * @param {Record<string, {title: string, load: () => Promise<(root: HTMLElement, params: object) => Promise<() => void>>}>} screens
  */
 export function follow(main, screens) {
   let leave = () => {};
 
   async function show() {
-    const mine = ++turn;
+    const ownTurn = ++turn;
     shown = location.hash;
     guard = null;
     leave();
     leave = () => {};
     const { screen, params } = parse(shown);
-    const known = screens[screen];
+    const entry = screens[screen];
     for (const link of document.querySelectorAll("[data-screen]")) {
       const current = link.dataset.screen === screen;
       if (current) link.setAttribute("aria-current", "page");
@@ -61,37 +61,37 @@ export function follow(main, screens) {
     }
     const root = h("div", { class: `screen ${screen}` });
     main.replaceChildren(root);
-    if (known === undefined) {
+    if (entry === undefined) {
       screenTitle("Not found – simpletuner");
       root.append(h("h1", {}, "There is no such screen"), h("p", {}, h("a", { href: "#/" }, "Back to the runs")));
       return;
     }
-    screenTitle(`${params.name || params.run || known.title} – simpletuner`);
+    screenTitle(`${params.name || params.run || entry.title} – simpletuner`);
     root.append(h("p", { class: "loading" }, "Loading …"));
     try {
-      const open = await known.load();
-      const own = h("div", { class: "screen-body" });
-      const closing = await open(own, params);
-      if (mine !== turn) {
+      const open = await entry.load();
+      const body = h("div", { class: "screen-body" });
+      const closing = await open(body, params);
+      if (ownTurn !== turn) {
         closing?.();
         return;
       }
       leave = closing ?? (() => {});
-      root.replaceChildren(own);
+      root.replaceChildren(body);
     } catch (error) {
       console.error(error);
-      if (mine === turn) root.replaceChildren(h("h1", {}, known.title), problemPanel(error));
+      if (ownTurn === turn) root.replaceChildren(h("h1", {}, entry.title), problemPanel(error));
     }
   }
 
   window.addEventListener("hashchange", async () => {
     if (location.hash === "#main") return;
     if (guard !== null && location.hash !== shown) {
-      const wanted = location.hash;
+      const target = location.hash;
       history.replaceState(null, "", shown);
       if (!(await guard())) return;
       guard = null;
-      go(wanted);
+      go(target);
       return;
     }
     await show();

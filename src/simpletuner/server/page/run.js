@@ -1,4 +1,4 @@
-/** The screen of one run: where it stands, its curves and pictures, its checkpoints, trying it, its log. */
+/** The screen of one run: its status, curves, images, checkpoints, LoRA trial and log. */
 
 import { Checkpoints } from "./checkpoints.js";
 import { Curves } from "./curves.js";
@@ -16,7 +16,7 @@ const TABS = { overview: "Overview", checkpoints: "Checkpoints", try: "Try it", 
 /** @param {HTMLElement} root @param {{run: string, tab?: string}} params */
 export async function run(root, params) {
   if (!params.run) {
-    root.replaceChildren(h("h1", {}, "Run"), h("p", {}, "No run is named. ", h("a", { href: "#/" }, "Choose one.")));
+    root.replaceChildren(h("h1", {}, "Run"), h("p", {}, "The address names no run. ", h("a", { href: "#/" }, "Choose one.")));
     return () => {};
   }
   const store = new RunStore(params.run);
@@ -34,7 +34,7 @@ export async function run(root, params) {
   const checkpoints = new Checkpoints(params.run, detail, (options) => verbs.start(options));
   const tryIt = new TryIt(params.run, detail);
   const log = new Log(params.run, detail);
-  const panels = { overview: [curves.losses, gallery.node, curves.rest], checkpoints: [checkpoints.node], try: [tryIt.node], log: [log.node] };
+  const panels = { overview: [curves.losses, gallery.node, curves.others], checkpoints: [checkpoints.node], try: [tryIt.node], log: [log.node] };
   const tabs = new Tabs(panels, (tab) => {
     rename(to("run", "", tab === "overview" ? { run: params.run } : { run: params.run, tab }));
     log.show(tab === "log");
@@ -67,7 +67,7 @@ export async function run(root, params) {
   };
 }
 
-/** Tabs that arrow keys walk through. */
+/** Tabs, with arrow-key navigation. */
 class Tabs {
   constructor(panels, shown) {
     this.shown = shown;

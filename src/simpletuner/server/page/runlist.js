@@ -1,4 +1,4 @@
-/** The list of runs: a line each, found by text, filtered by state, sorted; as many as were asked for. */
+/** The list of runs, a row per run: searched by text, filtered by state, sorted, and shown in portions. */
 
 import { get } from "./api.js";
 import { button, freshId, h } from "./dom.js";
@@ -9,7 +9,7 @@ import { Grid, pictureUrl } from "./pictures.js";
 import { to } from "./router.js";
 import { STATES, isGoingOn, phaseText, stateBadge, stepBar } from "./states.js";
 
-const ROWS = 40;
+const ROWS_PER_PORTION = 40;
 const THUMBNAILS = 6;
 const THUMBNAIL_PX = 96;
 
@@ -20,15 +20,15 @@ const ORDERS = {
   state: ["by state", (a, b) => STATES.indexOf(a.state) - STATES.indexOf(b.state)],
 };
 
-/** What was asked for last; the screen may be left and come back. */
-const wanted = { text: "", state: "", order: "started" };
+/** The last filter; it survives leaving the screen. */
+const filter = { text: "", state: "", order: "started" };
 
 export class RunList {
-  /** @param {() => Promise<any>} refresh asks for the runs anew */
+  /** @param {() => Promise<any>} refresh loads the runs again */
   constructor(refresh) {
     this.refresh = refresh;
     this.runs = [];
-    this.room = ROWS;
+    this.limit = ROWS_PER_PORTION;
     this.rows = new Map();
     this.selected = new Set();
     this.pictures = new Map();
@@ -37,14 +37,14 @@ export class RunList {
     this.count = h("p", { class: "small dim", "aria-live": "polite" });
     this.more = button("Show more", () => {
       const first = this.list.children.length;
-      this.room += ROWS;
+      this.limit += ROWS_PER_PORTION;
       this.draw();
       this.list.children[first]?.querySelector("a")?.focus();
     });
     this.tools = h("div", { class: "row run-tools", hidden: true },
-      labeled("Find", h("input", { type: "search", value: wanted.text, placeholder: "name or note", oninput: ({ target }) => this.want({ text: target.value }) })),
-      labeled("State", this.select(wanted.state, { "": "all", ...Object.fromEntries(STATES.map((state) => [state, state])) }, (state) => this.want({ state }))),
-      labeled("Sort", this.select(wanted.order, Object.fromEntries(Object.entries(ORDERS).map(([key, [text]]) => [key, text])), (order) => this.want({ order }))),
+      labeled("Find", h("input", { type: "search", value: filter.text, placeholder: "name or note", oninput: ({ target }) => this.filterBy({ text: target.value }) })),
+      labeled("State", this.select(filter.state, { "": "all", ...Object.fromEntries(STATES.map((state) => [state, state])) }, (state) => this.filterBy({ state }))),
+      labeled("Sort", this.select(filter.order, Object.fromEntries(Object.entries(ORDERS).map(([key, [text]]) => [key, text])), (order) => this.filterBy({ order }))),
       this.count);
     this.node = h("section", { class: "stack", "aria-label": "List of runs" }, this.tools, this.list, h("div", {}, this.more));
   }
@@ -54,9 +54,9 @@ export class RunList {
       Object.entries(options).map(([key, text]) => h("option", { value: key, selected: key === value }, text)));
   }
 
-  want(change) {
-    Object.assign(wanted, change);
-    this.room = ROWS;
+  filterBy(change) {
+    Object.assign(filter, change);
+    this.limit = ROWS_PER_PORTION;
     this.draw();
   }
 
@@ -68,43 +68,43 @@ export class RunList {
   }
 
   draw() {
-    const text = wanted.text.trim().toLocaleLowerCase();
-    const found = this.runs
-      .filter(({ run, name, note, state }) => (wanted.state === "" || state === wanted.state)
+    const text = filter.text.trim().toLocaleLowerCase();
+    const matches = this.runs
+      .filter(({ run, name, note, state }) => (filter.state === "" || state === filter.state)
         && `${name}\n${run}\n${note}`.toLocaleLowerCase().includes(text))
-      .sort(ORDERS[wanted.order][1]);
-    const said = found.length === this.runs.length ? some(found.length, "run") : `${count(found.length)} of ${some(this.runs.length, "run")}`;
-    if (this.count.textContent !== said) this.count.textContent = said;
-    const left = found.length - this.room;
-    this.more.hidden = left <= 0;
-    this.more.lastChild.textContent = `Show ${Math.min(ROWS, left)} more of ${count(left)}`;
-    const nodes = found.slice(0, this.room).map((one, index) => this.rowOf(one, index));
+      .sort(ORDERS[filter.order][1]);
+    const countText = matches.length === this.runs.length ? some(matches.length, "run") : `${count(matches.length)} of ${some(this.runs.length, "run")}`;
+    if (this.count.textContent !== countText) this.count.textContent = countText;
+    const hidden = matches.length - this.limit;
+    this.more.hidden = hidden <= 0;
+    this.more.lastChild.textContent = `Show ${Math.min(ROWS_PER_PORTION, hidden)} more of ${count(hidden)}`;
+    const nodes = matches.slice(0, this.limit).map((one, index) => this.rowOf(one, index));
     if (nodes.length !== this.list.children.length || nodes.some((node, index) => node !== this.list.children[index])) {
       const focused = document.activeElement;
       this.list.replaceChildren(...nodes);
-      if (focused?.isConnected) focused.focus(); // a row that moved lets go of the focus
+      if (focused?.isConnected) focused.focus(); // moving a row drops the focus
     }
   }
 
-  /** The row of a run, drawn again only where the run changed. */
-  rowOf(one, index) {
-    const hasPicture = index < THUMBNAILS;
-    const text = `${hasPicture} ${JSON.stringify(one)}`;
-    const known = this.rows.get(one.run);
-    if (known?.text === text) return known.node;
-    const node = this.row(one);
-    if (hasPicture) this.addPicture(one, node);
-    if (known?.node.contains(document.activeElement)) {
+  /** The row of a run, rebuilt only if the run changed. */
+  rowOf(run, index) {
+    const hasThumbnail = index < THUMBNAILS;
+    const text = `${hasThumbnail} ${JSON.stringify(run)}`;
+    const cached = this.rows.get(run.run);
+    if (cached?.text === text) return cached.node;
+    const node = this.row(run);
+    if (hasThumbnail) this.addThumbnail(run, node);
+    if (cached?.node.contains(document.activeElement)) {
       const { does } = document.activeElement.dataset;
       requestAnimationFrame(() => node.querySelector(`[data-does="${does}"]`)?.focus());
     }
-    this.rows.set(one.run, { text, node });
+    this.rows.set(run.run, { text, node });
     return node;
   }
 
   row(one) {
     const { run, name, state, phase, step, steps, loss, started, error, lora, note } = one;
-    const doing = state === "running" ? phaseText(phase) : "";
+    const activity = state === "running" ? phaseText(phase) : "";
     const tool = (label, icon, does, what) => button("", what, { icon, kind: "quiet tiny", label: `${label} ${name}`, dataset: { does } });
     return h("li", { class: "run-row" },
       h("input", {
@@ -120,7 +120,7 @@ export class RunList {
         h("a", { href: to("run", "", { run }), dataset: { does: "open" }, title: run }, name),
         error ? h("span", { class: "small fault", title: error }, error.split("\n")[0]) : null,
         note ? h("span", { class: "small dim", title: note }, note) : null),
-      h("p", { class: "row nowrap states" }, stateBadge(state), doing ? h("span", { class: "small dim line" }, doing) : null,
+      h("p", { class: "row nowrap states" }, stateBadge(state), activity ? h("span", { class: "small dim line" }, activity) : null,
         lora ? h("span", { class: "badge good" }, "LoRA") : null),
       stepBar({ name, step, steps: steps ?? 0 }),
       h("p", { class: "small numbers loss" }, h("span", { class: "visually-hidden" }, "Loss "), short(loss)),
@@ -136,15 +136,15 @@ export class RunList {
         })));
   }
 
-  /** The newest picture of a run, asked for once a stage. */
-  async addPicture({ run, name, state, phase, step }, node) {
+  /** Show the newest image of a run, loaded once per stage. */
+  async addThumbnail({ run, name, state, phase, step }, node) {
     const stage = state === "running" ? `${phase === "validation"} ${Math.floor(step / 100)}` : state;
-    const known = this.pictures.get(run);
-    const picture = known?.stage === stage ? known.picture : await newestPicture(run);
+    const cached = this.pictures.get(run);
+    const picture = cached?.stage === stage ? cached.picture : await newestImage(run);
     this.pictures.set(run, { stage, picture });
     if (picture) {
       node.querySelector(".shot").replaceChildren(h("img", {
-        src: pictureUrl(run, picture, THUMBNAIL_PX), alt: `Newest picture of ${name}`, width: picture.width, height: picture.height, loading: "lazy",
+        src: pictureUrl(run, picture, THUMBNAIL_PX), alt: `Newest image of ${name}`, width: picture.width, height: picture.height, loading: "lazy",
       }));
     }
   }
@@ -155,7 +155,7 @@ function labeled(text, field) {
   return h("div", { class: "row nowrap" }, h("label", { class: "small", for: field.id }, text), field);
 }
 
-async function newestPicture(run) {
+async function newestImage(run) {
   const { validations } = await get("run", { run });
   const grid = new Grid(validations);
   return grid.isEmpty ? null : (grid.at(0, grid.steps.length - 1) ?? null);

@@ -1,25 +1,25 @@
-// Pictures that were drawn to try LoRAs: a grid for each prompt, seeds down and strengths across, the base first.
+// Images generated to try LoRAs: a grid per prompt, with a row per seed and a column per strength, the base first.
 
 import { address, get } from "./api.js";
 import { button, h, icon, problemPanel } from "./dom.js";
 import { openViewer } from "./viewer.js";
 
 const SHOWN_AT_FIRST = 8;
-const PICTURE_PX = 768;
+const IMAGE_PX = 768;
 
-/** What is the same for all pictures of a grid. */
+/** The parameters that all images of a grid share. */
 const keyOf = ({ prompt, references, width, height, steps, guidance }) => JSON.stringify([prompt, references, width, height, steps, guidance]);
 
-/** The reference images that a picture was drawn with; null where there are none. */
+/** The names of an image's reference images; null if there are none. */
 const referencesText = ({ references }) => (references?.length ? references.map(({ name }) => name).join(", ") : null);
 
-/** The LoRAs that act, as a text that tells columns apart; empty for the base. */
+/** The active LoRAs as a key of the column; an empty list for the base. */
 const columnOf = ({ loras }) => JSON.stringify(loras.filter(({ strength }) => strength !== 0).map(({ name, sha256, strength }) => [sha256 ?? name, strength]));
 
 /**
- * Pictures as grids, in the order in which they come first.
- * @param {object[]} pictures of one cell, the first counts; one without a path is still to be drawn
- * @param {string} plain what a column without LoRAs is called
+ * Arrange images in grids, ordered by first appearance.
+ * @param {object[]} pictures the first of each cell counts; one without a path is still to be generated
+ * @param {string} plain label of a column without LoRAs
  */
 export function gridsOf(pictures, plain) {
   const grids = new Map();
@@ -68,19 +68,19 @@ function arranged({ about, cells, seeds, columns }, plain) {
   };
 }
 
-/** A grid as a table; a picture opens the viewer. */
+/** A grid as a table; pressing an image opens the viewer. */
 export function gridTable(grid) {
   const { about } = grid;
   const facts = [referencesText(about) && `from ${referencesText(about)}`, `${about.width} × ${about.height}`, about.steps && `${about.steps} steps`, about.guidance !== null && `guidance ${about.guidance}`];
   const cell = (row, column) => {
     const one = grid.picture(row, column);
     if (!one) return h("td", {}, h("span", { class: "dim" }, "–"));
-    if (!one.path) return h("td", {}, h("div", { class: "to-come", style: { aspectRatio: `${one.width} / ${one.height}` } }, h("span", { class: "small dim" }, "to be drawn")));
+    if (!one.path) return h("td", {}, h("div", { class: "to-come", style: { aspectRatio: `${one.width} / ${one.height}` } }, h("span", { class: "small dim" }, "to be generated")));
     const { src, file } = grid.shown(one, column);
     return h("td", {},
       h("button", { type: "button", class: "thumb large", onclick: () => openViewer(grid, row, column) },
         h("img", {
-          src: address("picture", { path: one.path, width: PICTURE_PX }), loading: "lazy", width: one.width, height: one.height,
+          src: address("picture", { path: one.path, width: IMAGE_PX }), loading: "lazy", width: one.width, height: one.height,
           alt: `${one.prompt ?? file}, ${grid.labels[column].toLowerCase()}, seed ${one.seed}`,
         })),
       h("a", { class: "button quiet tiny square", href: src, download: file, title: "Download", "aria-label": `Download ${file}` }, icon("download")));
@@ -93,17 +93,17 @@ export function gridTable(grid) {
   table.style.setProperty("--columns", grid.columns);
   return h("figure", { class: "drawn" },
     h("figcaption", {}, h("p", {}, about.prompt ?? about.path), h("p", { class: "small dim numbers" }, facts.filter(Boolean).join(" · "))),
-    h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Pictures of ${about.prompt ?? "a prompt"}` }, table));
+    h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Images of ${about.prompt ?? "a prompt"}` }, table));
 }
 
 export class Samples {
-  /** @param {string} run @param {() => string} plain what a picture without LoRAs is of */
+  /** @param {string} run @param {() => string} plain label of images without LoRAs */
   constructor(run, plain) {
     this.run = run;
     this.plain = plain;
     this.limit = SHOWN_AT_FIRST;
     this.list = [];
-    /** Paths that are shown elsewhere; null where nothing is. */
+    /** Paths shown elsewhere on the screen; null if none are. */
     this.except = null;
     this.body = h("div", { class: "stack" });
     this.more = button("Show more", () => {
@@ -113,7 +113,7 @@ export class Samples {
     this.node = h("section", { class: "sheet stack", "aria-label": "Samples" }, h("h2", {}, "Samples"), this.body, this.more);
   }
 
-  /** Ask the server what was drawn. */
+  /** Load the list of generated images. */
   async update() {
     try {
       this.list = await get("run/samples", { run: this.run });
@@ -130,7 +130,7 @@ export class Samples {
     this.body.replaceChildren(...grids.slice(0, this.limit).map(gridTable));
     if (grids.length === 0) {
       this.body.replaceChildren(h("p", { class: "dim" },
-        "None yet. Write what the picture should show and press Draw; the pictures stay in the folder “samples” of the run."));
+        "None yet. Describe an image and press Generate; the images are kept in the run's folder “samples”."));
     }
   }
 }

@@ -1,4 +1,4 @@
-// Selecting many of a list of tiles: by click, with Shift a range, with Ctrl or Cmd one more; by keyboard as well.
+// Select tiles of a list: by click, a range with Shift, one more with Ctrl or Cmd, or by keyboard.
 
 import { h } from "./dom.js";
 
@@ -8,11 +8,11 @@ export class Selection extends EventTarget {
   #chosen = new Set();
   #anchor = null;
 
-  /** What can be selected, in order; what is no longer there is no longer selected. */
+  /** Set the selectable names, in order; others are deselected. */
   offer(names) {
     this.#names = names;
-    const there = new Set(names);
-    this.set([...this.#chosen].filter((name) => there.has(name)));
+    const selectable = new Set(names);
+    this.set([...this.#chosen].filter((name) => selectable.has(name)));
   }
 
   get size() {
@@ -43,7 +43,7 @@ export class Selection extends EventTarget {
     this.dispatchEvent(new Event("change"));
   }
 
-  /** Select all from the one that was touched last up to `name`. */
+  /** Select the range from the last clicked name to `name`. */
   extend(name) {
     const from = this.#names.indexOf(this.#anchor ?? name);
     const to = this.#names.indexOf(name);
@@ -51,7 +51,7 @@ export class Selection extends EventTarget {
     this.set([...this.#chosen, ...this.#names.slice(Math.min(from, to), Math.max(from, to) + 1)]);
   }
 
-  /** The checkbox of a tile. It shows the state of `name` until `node` is gone. */
+  /** The checkbox of a tile. */
   box(name) {
     const box = h("input", {
       type: "checkbox", class: "pick", "aria-label": `Select ${name}`, checked: this.has(name), dataset: { pick: name },
@@ -63,7 +63,7 @@ export class Selection extends EventTarget {
     return box;
   }
 
-  /** Keep the boxes below `area` in step and take its keys: arrows, Shift with arrows, Ctrl+A, Escape. @param {HTMLElement} area */
+  /** Keep the boxes in `area` up to date and handle its keys: arrows, Shift with arrows, Ctrl+A, Escape. @param {HTMLElement} area */
   attach(area) {
     const boxes = () => [...area.querySelectorAll("[data-pick]")];
     this.addEventListener("change", () => {
@@ -89,7 +89,7 @@ export class Selection extends EventTarget {
   }
 }
 
-/** How far an arrow goes in a grid of boxes. */
+/** Index offset of an arrow key in a grid of boxes. */
 function step(key, boxes) {
   const top = (box) => Math.round(box.getBoundingClientRect().top);
   const columns = boxes.filter((box) => top(box) === top(boxes[0])).length;

@@ -1,32 +1,31 @@
 /**
- * Columns of numbers over rising steps, growing at the end. A step that comes again (a later attempt) replaces what
- * was there.
+ * Columns of numbers by step, which grow at the end. A repeated step (of a later attempt) replaces the old row.
  */
 
-const FIRST_ROOM = 1024;
+const INITIAL_CAPACITY = 1024;
 
-/** Typed columns of equal length; `step` is always among them. */
+/** Typed columns of equal length; `step` is always one of them. */
 export class Series {
-  /** @param {string[]} names columns beside `step` */
+  /** @param {string[]} names columns besides `step` */
   constructor(names) {
     this.names = names;
     this.length = 0;
-    /** Goes up at each change, so that what is derived from it knows when it is stale. */
+    /** Rises at each change, so that derived data can tell when it is stale. */
     this.version = 0;
-    /** Averages of this series; told from which row on they are stale. */
+    /** Averages of this series; each is notified of the first stale row. */
     this.averages = [];
-    this.column = Object.fromEntries(["step", ...names].map((name) => [name, new Float64Array(FIRST_ROOM)]));
+    this.column = Object.fromEntries(["step", ...names].map((name) => [name, new Float64Array(INITIAL_CAPACITY)]));
   }
 
-  /** Take whole columns, as `GET /api/run/series` gives them. What is absent or null is not drawn. */
+  /** Replace all columns by those of `GET /api/run/series`. Missing and null values are not drawn. */
   fill(columns) {
     const { length } = columns.step;
-    const room = Math.max(FIRST_ROOM, 2 ** Math.ceil(Math.log2(length + 1)));
+    const capacity = Math.max(INITIAL_CAPACITY, 2 ** Math.ceil(Math.log2(length + 1)));
     for (const name of ["step", ...this.names]) {
-      const kept = new Float64Array(room);
-      const given = columns[name] ?? [];
-      for (let index = 0; index < length; index += 1) kept[index] = given[index] ?? NaN;
-      this.column[name] = kept;
+      const values = new Float64Array(capacity);
+      const column = columns[name] ?? [];
+      for (let index = 0; index < length; index += 1) values[index] = column[index] ?? NaN;
+      this.column[name] = values;
     }
     this.length = length;
     this.changed(0);
@@ -46,7 +45,7 @@ export class Series {
     for (const average of this.averages) average.done = Math.min(average.done, index);
   }
 
-  /** Make room for a row at `index`. */
+  /** Insert an empty row at `index`. */
   open(index) {
     if (this.length === this.column.step.length) {
       for (const [name, old] of Object.entries(this.column)) {
@@ -60,12 +59,12 @@ export class Series {
     this.length += 1;
   }
 
-  /** Index of the first row whose step is at least `step`; `length` where there is none. */
+  /** Index of the first row whose step is at least `step`; `length` if there is none. */
   at(step) {
     return firstAtLeast(this.column.step, this.length, step);
   }
 
-  /** Index of the row nearest to `step`, or -1 where there is no row. */
+  /** Index of the row nearest to `step`, or -1 if there is no row. */
   nearest(step) {
     if (this.length === 0) return -1;
     const after = this.at(step);
@@ -80,7 +79,7 @@ export class Series {
     return this.length > 0 ? this.column[name][this.length - 1] : NaN;
   }
 
-  /** The middle one of the last `count` values of a column, or NaN. */
+  /** The median of the last `count` values of a column, or NaN. */
   recentMedian(name, count) {
     const values = this.column[name].slice(Math.max(0, this.length - count), this.length).sort();
     return values.length > 0 ? values[values.length >> 1] : NaN;
@@ -100,8 +99,8 @@ export function firstAtLeast(values, length, limit) {
 }
 
 /**
- * The moving average of a column: a value loses half its weight every `halfLife` steps, however far apart the rows
- * are, and the first values are not pulled toward zero. Grows with the series; only what changed is computed again.
+ * Exponential moving average of a column: a value loses half its weight every `halfLife` steps, whatever the distance of
+ * the rows; the first values are not biased toward zero. It grows with the series and recomputes only changed rows.
  */
 export class Smoothed {
   constructor(series, name) {
@@ -115,16 +114,16 @@ export class Smoothed {
     series.averages.push(this);
   }
 
-  /** The averages, one a row of the series. */
+  /** The averages, one per row of the series. */
   read(halfLife) {
     const { series } = this;
-    const room = series.column.step.length;
-    if (halfLife !== this.halfLife || this.values.length > room) this.done = 0;
+    const capacity = series.column.step.length;
+    if (halfLife !== this.halfLife || this.values.length > capacity) this.done = 0;
     this.halfLife = halfLife;
-    if (this.values.length !== room) {
+    if (this.values.length !== capacity) {
       for (const key of ["values", "sums", "weights"]) {
-        const grown = new Float64Array(room);
-        grown.set(this[key].subarray(0, Math.min(this.done, room)));
+        const grown = new Float64Array(capacity);
+        grown.set(this[key].subarray(0, Math.min(this.done, capacity)));
         this[key] = grown;
       }
     }
@@ -136,14 +135,14 @@ export class Smoothed {
   extend(index) {
     const { step } = this.series.column;
     const value = this.series.column[this.name][index];
-    const before = index > 0 ? index - 1 : -1;
-    const passed = before < 0 ? 1 : step[index] - step[before];
-    const kept = this.halfLife > 0 ? 0.5 ** (passed / this.halfLife) : 0;
-    const sum = before < 0 ? 0 : this.sums[before];
-    const weight = before < 0 ? 0 : this.weights[before];
+    const previous = index > 0 ? index - 1 : -1;
+    const distance = previous < 0 ? 1 : step[index] - step[previous];
+    const decay = this.halfLife > 0 ? 0.5 ** (distance / this.halfLife) : 0;
+    const sum = previous < 0 ? 0 : this.sums[previous];
+    const weight = previous < 0 ? 0 : this.weights[previous];
     const counts = Number.isFinite(value);
-    this.sums[index] = counts ? kept * sum + (1 - kept) * value : sum;
-    this.weights[index] = counts ? kept * weight + (1 - kept) : weight;
+    this.sums[index] = counts ? decay * sum + (1 - decay) * value : sum;
+    this.weights[index] = counts ? decay * weight + (1 - decay) : weight;
     this.values[index] = this.weights[index] > 0 ? this.sums[index] / this.weights[index] : NaN;
   }
 }

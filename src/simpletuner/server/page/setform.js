@@ -1,16 +1,16 @@
-// The options of one entry of the dataset list.
+// The form of one dataset entry.
 
 import { freshId, h } from "./dom.js";
 import { fieldRow } from "./field.js";
 import { examined } from "./raw.js";
 import { set } from "./jsontext.js";
 
-/** What an entry of the list is. */
-export const KINDS = { image: "Image set", eval: "Held-out set", conditioning: "References or masks", text_embeds: "Text store" };
+/** Names of the dataset types. */
+export const KINDS = { image: "Image dataset", eval: "Held-out dataset", conditioning: "References or masks", text_embeds: "Text store" };
 
 export const kindOf = (entry) => (entry?.dataset_type in KINDS ? entry.dataset_type : "image");
 
-/** What a conditioning set may hold, by `conditioning_type`. */
+/** Content of a conditioning dataset, by `conditioning_type`. */
 export const CONDITIONS = {
   reference_loose: "References of any shape",
   reference_strict: "References with the crop of their image",
@@ -20,7 +20,7 @@ export const CONDITIONS = {
 
 export const isReference = (entry) => entry?.conditioning_type?.startsWith("reference") ?? false;
 
-/** What an entry is, in words. */
+/** The type of an entry in words. */
 export function kindText(entry) {
   const kind = kindOf(entry);
   if (kind !== "conditioning" || !(entry.conditioning_type in CONDITIONS)) return KINDS[kind];
@@ -29,15 +29,15 @@ export function kindText(entry) {
 
 /**
  * @param {{image_set: object[], conditioning_set: object[], text_store: object[]}} schema @param {import("./environment.js").Environment} environment
- * @param {number} index of the entry
+ * @param {number} index the entry's
  */
 export function setForm(schema, environment, index) {
   const { root } = examined(environment.text("datasets"), "array");
   const kind = kindOf(root.items[index].value);
   const fields = { conditioning: schema.conditioning_set, text_embeds: schema.text_store }[kind] ?? schema.image_set;
   const ids = root.items.filter((item) => kindOf(item.value) === "conditioning").map((item) => item.value.id);
-  const asked = (field) => (field.name === "conditioning_data" ? { ...field, kind: "names", choices: ids.filter(Boolean) } : field);
-  const rows = fields.map(asked).map((field) => fieldRow(field, (raw) =>
+  const withChoices = (field) => (field.name === "conditioning_data" ? { ...field, kind: "names", choices: ids.filter(Boolean) } : field);
+  const rows = fields.map(withChoices).map((field) => fieldRow(field, (raw) =>
     environment.edit("datasets", set(environment.text("datasets"), [index, field.name], raw), "form")));
   const all = h("input", { type: "checkbox", id: freshId("all"), onchange: filter });
   const node = h("div", { class: "stack" },
@@ -46,15 +46,15 @@ export function setForm(schema, environment, index) {
 
   function filter() {
     for (const row of rows) {
-      const isAsked = (row.field.basic || row.field.required) && !(row.field.kind === "choice" && row.field.choices.length === 1);
-      row.node.hidden = !(all.checked || isAsked || row.differs || row.wrong);
+      const isBasic = (row.field.basic || row.field.required) && !(row.field.kind === "choice" && row.field.choices.length === 1);
+      row.node.hidden = !(all.checked || isBasic || row.differs || row.wrong);
     }
   }
 
   function show() {
     const text = environment.text("datasets");
-    const found = examined(text, "array").root;
-    const entry = found?.items[index];
+    const { root: list } = examined(text, "array");
+    const entry = list?.items[index];
     const members = entry?.kind === "object" ? entry.members : null;
     for (const row of rows) {
       const member = members?.find(({ key }) => key === row.field.name);
@@ -64,14 +64,14 @@ export function setForm(schema, environment, index) {
     filter();
   }
 
-  /** Show what is wrong beside its option. @param {import("./api.js").Problem[]} problems those of this entry */
+  /** Show each problem beside its option. @param {import("./api.js").Problem[]} problems of this entry */
   function blame(problems) {
     for (const row of rows) {
-      // The rules name an entry's option as "…, ID: NAME = VALUE" or "…, ID: NAME: …".
+      // Messages name an entry's option as "…, ID: NAME = VALUE" or "…, ID: NAME: …".
       const { name } = row.field;
-      const own = problems.filter(({ key, found }) => key === name || found.includes(`: ${name} = `) || found.includes(`: ${name}: `));
-      row.blame(own);
-      row.wrong = own.length > 0;
+      const ofRow = problems.filter(({ key, found }) => key === name || found.includes(`: ${name} = `) || found.includes(`: ${name}: `));
+      row.blame(ofRow);
+      row.wrong = ofRow.length > 0;
     }
     filter();
   }

@@ -1,4 +1,4 @@
-// The images of a set: filtered, selected, captioned one by one or together, deleted; with what training cuts out of them.
+// The images of a dataset: filter, select, caption and delete them, with the crop that training uses.
 
 import { ApiFault, address, get, post } from "./api.js";
 import { captionBox } from "./caption.js";
@@ -11,7 +11,7 @@ import { Selection } from "./selection.js";
 
 const PAGE = 48;
 
-/** What training cuts out of an image, drawn over it. @param {{resize: number[], crop: number[], target: number[]}} sample */
+/** The crop that training uses, drawn over an image. @param {{resize: number[], crop: number[], target: number[]}} sample */
 function cropBox({ resize: [width, height], crop: [left, top], target: [targetWidth, targetHeight] }) {
   return h("span", { class: "crop", "aria-hidden": "true", style: {
     left: `${(left / width) * 100}%`, top: `${(top / height) * 100}%`,
@@ -22,34 +22,34 @@ function cropBox({ resize: [width, height], crop: [left, top], target: [targetWi
 const sizeText = ([width, height]) => `${width}×${height}`;
 
 function cropText({ resize, target }) {
-  return sizeText(resize) === sizeText(target) ? `trained at ${sizeText(target)}` : `resized to ${sizeText(resize)}, ${sizeText(target)} cut out`;
+  return sizeText(resize) === sizeText(target) ? `trained at ${sizeText(target)}` : `resized to ${sizeText(resize)}, cropped to ${sizeText(target)}`;
 }
 
-/** What a mask leaves out of training, striped over an image: where it is black or transparent. */
+/** The area that a mask excludes from training (black or transparent), as stripes over an image. */
 function maskOver(path, isSegmentation) {
   return h("span", { class: "mask", "aria-hidden": "true" },
     h("img", { src: address("picture", { path, width: 360, mask: true }), alt: "", class: isSegmentation ? "segmentation" : null }));
 }
 
 /**
- * @param {{folder: string, scan: object|null, captions: boolean, textFiles: boolean, whole: boolean}} what `scan` is the set's part of a
- *   scan, where there is one; `captions`: whether its images have captions; `textFiles`: whether they are taken from text files; `whole`:
- *   whether a text file is one caption
+ * @param {{folder: string, scan: object|null, captions: boolean, textFiles: boolean, whole: boolean}} options `scan`: the dataset's part of
+ *   a scan, if any; `captions`: whether its images have captions; `textFiles`: whether captions are read from text files; `whole`: whether
+ *   a text file is one caption
  */
 export function setPictures({ folder, scan, captions, textFiles, whole }) {
-  const node = h("div", { class: "stack" }, h("p", { class: "loading" }, "Looking into the folder …"));
+  const node = h("div", { class: "stack" }, h("p", { class: "loading" }, "Loading the folder …"));
   const samples = new Map((scan?.samples ?? []).map((sample) => [sample.name, sample]));
   const rejections = new Map((scan?.rejections ?? []).map((one) => [one.name, one]));
   const selection = new Selection();
   const job = jobPanel();
-  /** The folder's answer; names of the images that are shown; the groups of duplicates, where they were asked for. */
-  let found = null;
-  let wanted = [];
+  /** The folder's response; the names of the shown images; the groups of duplicates, once requested. */
+  let listing = null;
+  let shownNames = [];
   let groups = null;
   let page = 0;
   let boxes = [];
   let turn = 0;
-  /** Sets of references and masks, each with `partners` once it was asked for: paths by the name of an image. */
+  /** Reference and mask datasets, each with `partners` once loaded: paths by image name. */
   let conditions = [];
 
   const sight = new IntersectionObserver((entries) => {
@@ -78,12 +78,12 @@ export function setPictures({ folder, scan, captions, textFiles, whole }) {
   selection.attach(area);
   selection.addEventListener("change", showVerbs);
 
-  const path = (name) => (found.path === "." ? name : `${found.path}/${name}`);
+  const path = (name) => (listing.path === "." ? name : `${listing.path}/${name}`);
 
   async function open() {
-    const mine = ++turn;
+    const ownTurn = ++turn;
     if (folder === "") {
-      node.replaceChildren(h("p", { class: "dim" }, "Give the set a folder (instance_data_dir) to see its images."));
+      node.replaceChildren(h("p", { class: "dim" }, "Set the dataset's folder (instance_data_dir) to see its images."));
       return;
     }
     try {
@@ -91,28 +91,28 @@ export function setPictures({ folder, scan, captions, textFiles, whole }) {
       const [answer] = await Promise.all([
         get("images", { folder, missing: filter.value === "missing", text: search.value.trim() }), ...conditions.map(findPartners),
       ]);
-      if (mine !== turn) return;
-      found = answer;
+      if (ownTurn !== turn) return;
+      listing = answer;
     } catch (error) {
       if (!(error instanceof ApiFault)) throw error;
       if (area.isConnected && error.status !== 404) {
-        // What is shown, and what is being typed there, stays while the server is away.
+        // Keep the shown images, and what is being typed, while the server does not answer.
         toast(error.message, "bad");
         return;
       }
       node.replaceChildren(error.status === 404
-        ? h("p", { class: "dim" }, `${folder} is not there yet. Adding files makes it.`)
+        ? h("p", { class: "dim" }, `${folder} does not exist yet. Adding files creates it.`)
         : problemPanel(error));
       return;
     }
-    if (found.total === 0 && found.trashed === 0) {
+    if (listing.total === 0 && listing.trashed === 0) {
       node.replaceChildren(h("div", { class: "empty" }, h("h3", {}, "No images here yet"), h("p", {}, "Add files or a folder, or drop them here.")));
       return;
     }
     if (!area.isConnected) {
       node.replaceChildren();
       fill(node, facts,
-        textFiles || !captions ? null : h("p", { class: "hint" }, "This set does not read caption files (caption_strategy): what is written here is kept for sets that do."),
+        textFiles || !captions ? null : h("p", { class: "hint" }, "This dataset does not read caption files (caption_strategy): captions written here are used by datasets that do."),
         h("div", { class: "row image-filter" },
           h("div", {}, h("label", { for: id }, "Show"), filter),
           h("div", { class: "grow" }, h("label", { for: search.id }, captions ? "Name or caption contains" : "Name contains"), search), masks),
@@ -120,24 +120,24 @@ export function setPictures({ folder, scan, captions, textFiles, whole }) {
     }
     showFilter();
     facts.textContent = factsText();
-    wanted = chosenBy(filter.value);
-    selection.offer(wanted);
+    shownNames = filteredNames(filter.value);
+    selection.offer(shownNames);
     showPast();
     draw();
   }
 
   function factsText() {
-    if (!captions) return `${some(found.total, "image")}. Each belongs to the image of the same name, in the sets that list this one in conditioning_data.`;
-    const captioned = found.without_caption ? `${count(found.without_caption)} without a caption` : "each with a caption";
-    const cut = scan === null ? "Scan to see what training cuts out of them." : "The bright part of an image is what training sees.";
-    return `${some(found.total, "image")}, ${captioned}. ${cut}${masks.hidden ? "" : " Striped is where a mask is black or transparent."}`;
+    if (!captions) return `${some(listing.total, "image")}. Each belongs to the image of the same name, in the datasets that list this one in conditioning_data.`;
+    const captioned = listing.without_caption ? `${count(listing.without_caption)} without a caption` : "each with a caption";
+    const cropHint = scan === null ? "Scan to see the crops that training uses." : "Training uses the bright part of an image.";
+    return `${some(listing.total, "image")}, ${captioned}. ${cropHint}${masks.hidden ? "" : " Stripes mark where a mask is black or transparent."}`;
   }
 
-  /** Ask for the partners of the images in one set of references or masks. What cannot be read has none. */
+  /** Load the images' partners in one reference or mask dataset; an unreadable dataset has none. */
   async function findPartners(condition) {
     try {
-      const { path: beside, names } = await get("images/partners", { folder, beside: condition.folder, numbered: condition.isReference });
-      condition.partners = new Map(Object.entries(names).map(([name, files]) => [name, files.map((file) => `${beside}/${file}`)]));
+      const { path: partnerFolder, names } = await get("images/partners", { folder, beside: condition.folder, numbered: condition.isReference });
+      condition.partners = new Map(Object.entries(names).map(([name, files]) => [name, files.map((file) => `${partnerFolder}/${file}`)]));
     } catch (error) {
       if (!(error instanceof ApiFault)) throw error;
       condition.partners = new Map();
@@ -147,26 +147,26 @@ export function setPictures({ folder, scan, captions, textFiles, whole }) {
   const mask = (name) => conditions.find((one) => !one.isReference && one.partners?.has(name));
   const lacks = (name) => conditions.some((one) => one.partners && !one.partners.has(name));
 
-  /** References and mask of an image, small or large, and what it lacks. */
+  /** References and mask of an image at `width` pixels, and the missing ones. */
   function partnersOf(name, width) {
     let number = 0;
     return conditions.filter(({ partners }) => partners).map((condition) => {
       const paths = condition.partners.get(name);
       if (paths === undefined) return h("li", { class: "small dim" }, `none in ${condition.id}`);
       return paths.map((path) => {
-        const what = condition.isReference ? `Reference ${(number += 1)}` : "Mask";
-        return h("li", {}, h("figure", {}, h("img", { src: address("picture", { path, width, mask: condition.isReference ? null : true }), alt: `${what} of ${name}`, title: path, loading: "lazy", decoding: "async" }),
-          h("figcaption", { class: "small dim" }, what)));
+        const partnerText = condition.isReference ? `Reference ${(number += 1)}` : "Mask";
+        return h("li", {}, h("figure", {}, h("img", { src: address("picture", { path, width, mask: condition.isReference ? null : true }), alt: `${partnerText} of ${name}`, title: path, loading: "lazy", decoding: "async" }),
+          h("figcaption", { class: "small dim" }, partnerText)));
       });
     });
   }
 
-  /** The names that the filter leaves of those that were found. */
-  function chosenBy(value) {
-    const { names } = found;
+  /** The names that pass the filter. */
+  function filteredNames(value) {
+    const { names } = listing;
     if (value === "duplicates") {
-      const there = new Set(names);
-      return groups.flatMap((group) => group.names).filter((name) => there.has(name));
+      const listed = new Set(names);
+      return groups.flatMap((group) => group.names).filter((name) => listed.has(name));
     }
     if (value === "partner") return names.filter(lacks);
     if (value.startsWith("size ")) return names.filter((name) => samples.has(name) && sizeText(samples.get(name).target) === value.slice(5));
@@ -175,108 +175,108 @@ export function setPictures({ folder, scan, captions, textFiles, whole }) {
   }
 
   function showFilter() {
-    const before = filter.value || "all";
+    const current = filter.value || "all";
     const option = ([value, label]) => h("option", { value }, label);
     const sizes = (scan?.buckets ?? []).map(({ width, height, pictures }) => [`size ${width}×${height}`, `${width}×${height} (${count(pictures)})`]);
     const reasons = Object.keys(scan?.rejected ?? {}).map((reason) => [`left ${reason}`, reason]);
     filter.replaceChildren();
     masks.hidden = conditions.every(({ isReference, partners }) => isReference || !partners?.size);
     fill(filter, option(["all", "All images"]),
-      captions ? option(["missing", `Without a caption (${count(found.without_caption)})`]) : null,
+      captions ? option(["missing", `Without a caption (${count(listing.without_caption)})`]) : null,
       conditions.length ? option(["partner", "Without a reference or mask"]) : null,
       option(["duplicates", "Duplicates"]),
       reasons.length ? h("optgroup", { label: "Left out of training" }, reasons.map(option)) : null,
       sizes.length > 1 ? h("optgroup", { label: "Trained at" }, sizes.map(option)) : null);
-    filter.value = [...filter.options].some(({ value }) => value === before) ? before : "all";
+    filter.value = [...filter.options].some(({ value }) => value === current) ? current : "all";
   }
 
   function showVerbs() {
     const chosen = selection.size;
-    number.textContent = chosen === 0 ? some(wanted.length, "image") : `${count(chosen)} of ${some(wanted.length, "image")} selected`;
-    copies.hidden = filter.value !== "duplicates" || wanted.length === 0;
-    all.disabled = chosen === wanted.length;
+    number.textContent = chosen === 0 ? some(shownNames.length, "image") : `${count(chosen)} of ${some(shownNames.length, "image")} selected`;
+    copies.hidden = filter.value !== "duplicates" || shownNames.length === 0;
+    all.disabled = chosen === shownNames.length;
     none.disabled = bin.disabled = chosen === 0;
     edit.lastElementChild.textContent = chosen === 0 ? "Edit all captions" : "Edit captions";
-    edit.disabled = wanted.length === 0;
+    edit.disabled = shownNames.length === 0;
     edit.hidden = !captions;
   }
 
   function showPast() {
     past.replaceChildren();
     fill(past,
-      found.can_undo && captions ? button("Undo the last caption change", () => takeBack("captions"), { icon: "reset", kind: "tiny" }) : null,
-      found.trashed ? [h("span", { class: "small dim" }, `${some(found.trashed, "deleted file")} kept.`),
-        button("Undo the last delete", () => takeBack("delete"), { icon: "reset", kind: "tiny" }), button("Empty the trash", emptyTrash, { kind: "tiny" })] : null);
+      listing.can_undo && captions ? button("Undo the last caption edit", () => undoLast("captions"), { icon: "reset", kind: "tiny" }) : null,
+      listing.trashed ? [h("span", { class: "small dim" }, `${some(listing.trashed, "deleted file")} in the trash.`),
+        button("Undo the last deletion", () => undoLast("delete"), { icon: "reset", kind: "tiny" }), button("Empty the trash", emptyTrash, { kind: "tiny" })] : null);
     past.hidden = past.childElementCount === 0;
   }
 
   async function change() {
-    const names = selection.size > 0 ? selection.names : wanted.length === found.total ? null : wanted;
-    let done;
+    const names = selection.size > 0 ? selection.names : shownNames.length === listing.total ? null : shownNames;
+    let result;
     try {
-      done = await editCaptions({ folder, names, total: wanted.length, whole });
+      result = await editCaptions({ folder, names, total: shownNames.length, whole });
     } catch (error) {
       if (!(error instanceof ApiFault)) throw error;
       toast(error.message, "bad");
       return;
     }
-    if (done === null) return;
-    toast(`${some(done.changed, "caption")} changed${done.left_out.length ? `, ${count(done.left_out.length)} left out` : ""}.`, "good");
+    if (result === null) return;
+    toast(`${some(result.changed, "caption")} changed${result.left_out.length ? `, ${count(result.left_out.length)} not changed` : ""}.`, "good");
     await open();
   }
 
   async function remove() {
     const { names } = selection;
-    const captioned = names.length - names.filter((name) => found.missing.includes(name)).length;
+    const captioned = names.length - names.filter((name) => listing.missing.includes(name)).length;
     const files = `${some(names.length, "image")}${captioned ? ` and ${captioned === 1 && names.length === 1 ? "its caption" : some(captioned, "caption")}` : ""}`;
-    if (!(await confirm(`Delete ${files}?`, `They move to ${path(".simpletuner/trash")}: you can undo this until you empty the trash.`, `Delete ${some(names.length, "image")}`, "danger"))) return;
-    const done = await post("images/delete", { folder, names });
-    toast(`${some(done.images, "image")} deleted${done.left_out.length ? `, ${count(done.left_out.length)} left: ${done.left_out[0].detail}` : ""}.`, "good");
+    if (!(await confirm(`Delete ${files}?`, `They are moved to ${path(".simpletuner/trash")}: you can undo this until you empty the trash.`, `Delete ${some(names.length, "image")}`, "danger"))) return;
+    const result = await post("images/delete", { folder, names });
+    toast(`${some(result.images, "image")} deleted${result.left_out.length ? `, ${count(result.left_out.length)} not deleted: ${result.left_out[0].detail}` : ""}.`, "good");
     selection.set([]);
     groups = null;
     await open();
   }
 
-  async function takeBack(what) {
-    const { undone, left_out: left } = await post("images/undo", { folder, what });
-    toast(`${some(undone, "file")} ${undone === 1 ? "is" : "are"} as before${left.length ? `; ${left.length} stay: ${left[0].name} ${left[0].reason}` : ""}.`, "good");
+  async function undoLast(what) {
+    const { undone, left_out: skipped } = await post("images/undo", { folder, what });
+    toast(`${some(undone, "file")} restored${skipped.length ? `; ${skipped.length} not restored: ${skipped[0].name} ${skipped[0].reason}` : ""}.`, "good");
     groups = null;
     await open();
   }
 
   async function emptyTrash() {
-    if (!(await confirm("Delete for good?", `${some(found.trashed, "file")} that you deleted from ${folder} cannot come back afterwards.`, "Delete for good", "danger"))) return;
+    if (!(await confirm("Empty the trash?", `${some(listing.trashed, "file")} that you deleted from ${folder} cannot be restored afterwards.`, "Empty the trash", "danger"))) return;
     await post("images/empty-trash", { folder });
     await open();
   }
 
   function draw() {
-    const pages = Math.max(1, Math.ceil(wanted.length / PAGE));
+    const pages = Math.max(1, Math.ceil(shownNames.length / PAGE));
     page = Math.min(page, pages - 1);
-    const part = wanted.slice(page * PAGE, (page + 1) * PAGE);
-    const leaf = (to) => { page = Math.max(0, Math.min(pages - 1, to)); draw(); node.scrollIntoView({ block: "start" }); };
+    const part = shownNames.slice(page * PAGE, (page + 1) * PAGE);
+    const turnTo = (to) => { page = Math.max(0, Math.min(pages - 1, to)); draw(); node.scrollIntoView({ block: "start" }); };
     for (const box of boxes) box.close();
     boxes = [];
     area.replaceChildren();
     fill(area,
-      wanted.length === 0 ? h("p", { class: "dim" }, filter.value === "duplicates" ? "No image is there twice." : "No image matches.") : null,
+      shownNames.length === 0 ? h("p", { class: "dim" }, filter.value === "duplicates" ? "There are no duplicates." : "No image matches.") : null,
       h("ul", { class: "plain pictures", "aria-label": "Images" }, part.map((name, at) => [heading(name, part[at - 1]), tile(name)])),
       pages > 1 ? h("div", { class: "row pager" },
-        button("", () => leaf(page - 1), { icon: "left", label: "Earlier images", disabled: page === 0 }),
+        button("", () => turnTo(page - 1), { icon: "left", label: "Earlier images", disabled: page === 0 }),
         h("label", { for: `${id}-page` }, "Page"),
-        h("input", { id: `${id}-page`, type: "number", min: 1, max: pages, value: String(page + 1), onchange: (event) => leaf(Number(event.target.value) - 1 || 0) }),
-        h("span", { class: "numbers", "aria-live": "polite" }, `of ${count(pages)}: ${count(page * PAGE + 1)} to ${count(page * PAGE + part.length)} of ${count(wanted.length)}`),
-        button("", () => leaf(page + 1), { icon: "right", label: "Later images", disabled: page === pages - 1 })) : null);
+        h("input", { id: `${id}-page`, type: "number", min: 1, max: pages, value: String(page + 1), onchange: (event) => turnTo(Number(event.target.value) - 1 || 0) }),
+        h("span", { class: "numbers", "aria-live": "polite" }, `of ${count(pages)}: ${count(page * PAGE + 1)} to ${count(page * PAGE + part.length)} of ${count(shownNames.length)}`),
+        button("", () => turnTo(page + 1), { icon: "right", label: "Later images", disabled: page === pages - 1 })) : null);
     showVerbs();
   }
 
-  /** What joins the images that follow, where they are shown by groups. */
-  function heading(name, before) {
+  /** The heading of a group of duplicates, before its first image. */
+  function heading(name, previous) {
     if (filter.value !== "duplicates") return null;
     const group = groups.find(({ names }) => names.includes(name));
-    if (before !== undefined && group.names.includes(before)) return null;
-    return h("li", { class: "group-head" }, h("h3", {}, group.kind === "exact" ? "The same file" : "Nearly the same"),
-      group.kind === "exact" ? null : h("span", { class: "hint" }, "They look alike when they are small: look before you delete."));
+    if (previous !== undefined && group.names.includes(previous)) return null;
+    return h("li", { class: "group-head" }, h("h3", {}, group.kind === "exact" ? "Identical files" : "Nearly identical"),
+      group.kind === "exact" ? null : h("span", { class: "hint" }, "Their thumbnails are alike: compare them before you delete one."));
   }
 
   function tile(name) {
@@ -290,7 +290,7 @@ export function setPictures({ folder, scan, captions, textFiles, whole }) {
       else large(name);
     };
     const item = h("li", { class: "picture" },
-      h("div", { class: "tile" }, h("button", { type: "button", class: "frame", "aria-label": `Look at ${name}`, onclick: touch }, framed(name, 360)), selection.box(name)),
+      h("div", { class: "tile" }, h("button", { type: "button", class: "frame", "aria-label": `Enlarge ${name}`, onclick: touch }, framed(name, 360)), selection.box(name)),
       h("p", { class: "small path" }, name),
       sample === null ? null : h("p", { class: "hint small" }, cropText(sample)),
       rejection ? h("p", { class: "fault" }, `Left out: ${rejection.reason}. ${rejection.detail}`) : null,
@@ -306,30 +306,30 @@ export function setPictures({ folder, scan, captions, textFiles, whole }) {
     const image = h("img", { src: address("picture", { path: path(name), width }), alt: "", loading: "lazy", decoding: "async" });
     const box = h("span", { class: "framed" }, image);
     image.addEventListener("load", () => {
-      const over = mask(name);
-      if (over) box.append(maskOver(over.partners.get(name)[0], over.kind === "segmentation"));
+      const maskSet = mask(name);
+      if (maskSet) box.append(maskOver(maskSet.partners.get(name)[0], maskSet.kind === "segmentation"));
       if (samples.has(name)) box.append(cropBox(samples.get(name)));
     }, { once: true });
     image.addEventListener("error", () => box.replaceChildren(h("span", { class: "dim small" }, "cannot be shown")), { once: true });
     return box;
   }
 
-  /** An image large, with the ones before and after it. */
+  /** Show an image in large, with buttons to the previous and next one. */
   function large(first) {
-    let at = wanted.indexOf(first);
+    let at = shownNames.indexOf(first);
     const body = h("div", { class: "stack large" });
     const show = () => {
-      const name = wanted[at];
+      const name = shownNames[at];
       body.classList.toggle("unmasked", !masked.checked);
       body.replaceChildren(fill(h("div", { class: "beside-partners" }), framed(name, 1600),
         conditions.length ? fill(h("ul", { class: "plain partners" }), partnersOf(name, 640)) : null),
         h("div", { class: "row" },
-          button("", () => step(-1), { icon: "left", label: "The one before", disabled: at === 0 }),
-          h("p", { class: "grow small", "aria-live": "polite" }, `${name}${samples.has(name) ? `, ${cropText(samples.get(name))}` : ""} (${count(at + 1)} of ${count(wanted.length)})`),
-          button("", () => step(1), { icon: "right", label: "The one after", disabled: at === wanted.length - 1 })));
+          button("", () => step(-1), { icon: "left", label: "Previous image", disabled: at === 0 }),
+          h("p", { class: "grow small", "aria-live": "polite" }, `${name}${samples.has(name) ? `, ${cropText(samples.get(name))}` : ""} (${count(at + 1)} of ${count(shownNames.length)})`),
+          button("", () => step(1), { icon: "right", label: "Next image", disabled: at === shownNames.length - 1 })));
     };
     const step = (by) => {
-      if (wanted[at + by] === undefined) return;
+      if (shownNames[at + by] === undefined) return;
       at += by;
       show();
     };
@@ -350,14 +350,14 @@ export function setPictures({ folder, scan, captions, textFiles, whole }) {
       groups = null;
       return open();
     },
-    /** Show the images beside those of the sets of references and masks. @param {{id: string, folder: string, kind: string, isReference: boolean}[]} wantedSets */
-    pair(wantedSets) {
-      const same = (one) => JSON.stringify([one.id, one.folder, one.kind]);
-      if (wantedSets.map(same).join() === conditions.map(same).join()) return undefined;
-      conditions = wantedSets;
+    /** Show the partners of the images in reference and mask datasets. @param {{id: string, folder: string, kind: string, isReference: boolean}[]} newConditions */
+    pair(newConditions) {
+      const keyOf = (one) => JSON.stringify([one.id, one.folder, one.kind]);
+      if (newConditions.map(keyOf).join() === conditions.map(keyOf).join()) return undefined;
+      conditions = newConditions;
       return open();
     },
-    /** Paths of the images whose captions are shown. */
+    /** Paths of the images with a shown caption. */
     get shown() {
       return new Set(boxes.map((box) => box.path));
     },

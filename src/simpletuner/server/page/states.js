@@ -1,20 +1,20 @@
-// The states of a run and how they are shown.
+// The states of a run, in words and as badges.
 
 import { h } from "./dom.js";
 import { count } from "./format.js";
 
-/** Of a run, those that go on first. */
+/** States of a run; live ones first. */
 export const STATES = ["starting", "running", "waiting", "failed", "killed", "stopped", "done"];
 
 const KINDS = { waiting: "", starting: "accent", running: "accent", done: "good", stopped: "warn", failed: "bad", killed: "bad", cancelled: "warn" };
 
 const PHASES = {
-  scan: "looking through the pictures",
+  scan: "scanning the images",
   text: "encoding captions",
-  latents: "encoding pictures",
+  latents: "encoding images",
   load: "loading the model",
   train: "training",
-  validation: "drawing and measuring",
+  validation: "validating",
   export: "writing the result",
 };
 
@@ -27,7 +27,7 @@ export const isGoingOn = (state) => state === "starting" || state === "running";
 /** A state as a badge. */
 export const stateBadge = (state) => h("span", { class: `badge ${KINDS[state] ?? ""}` }, state);
 
-/** How far a run is, as a bar with its text. */
+/** A progress bar of a run's steps, with text. */
 export function stepBar({ name, step, steps }) {
   const text = steps > 0 ? `${count(step)} of ${count(steps)} steps` : "no step yet";
   return h("div", { class: "step-bar" },

@@ -1,4 +1,4 @@
-// A plain script in the head, not a module: it sets the theme before anything is painted.
+// A classic script in the head, not a module, so that it sets the theme before the first paint.
 "use strict";
 
 {
@@ -6,7 +6,7 @@
   const ORDER = ["system", "light", "dark"];
   const root = document.documentElement;
 
-  const kept = () => {
+  const storedTheme = () => {
     const value = localStorage.getItem(KEY);
     return value !== null && ORDER.includes(value) ? value : "system";
   };
@@ -16,18 +16,18 @@
     else root.dataset.theme = theme;
   };
 
-  apply(kept());
+  apply(storedTheme());
 
   document.addEventListener("DOMContentLoaded", () => {
     const button = document.getElementById("theme");
     const name = () => {
-      const word = { system: "auto", light: "light", dark: "dark" }[kept()];
+      const word = { system: "auto", light: "light", dark: "dark" }[storedTheme()];
       button.querySelector("span").textContent = word;
       button.setAttribute("aria-label", `Theme: ${word}. Press to change.`);
     };
     name();
     button.addEventListener("click", () => {
-      const next = ORDER[(ORDER.indexOf(kept()) + 1) % ORDER.length];
+      const next = ORDER[(ORDER.indexOf(storedTheme()) + 1) % ORDER.length];
       localStorage.setItem(KEY, next);
       apply(next);
       name();

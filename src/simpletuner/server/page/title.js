@@ -1,45 +1,45 @@
 /**
- * The tab's title: how far a run is ("42 % · cats"), and how it ended ("done · cats"). The run whose screen is open
- * comes first, then another one that goes on; then one that ended since the screen was opened.
+ * The tab's title: a run's progress ("42 % · cats") or outcome ("done · cats"). The run of the open screen takes
+ * precedence, then another live run, then one that ended since the screen was opened.
  */
 
 const LIVE = ["starting", "running"];
 
 let screen = "simpletuner";
-/** The run whose screen is open. */
-let own = null;
-/** Another run that went on when it was looked for last, or that ended since the screen was opened. */
-let other = null;
+/** The run of the open screen. */
+let screenRun = null;
+/** Another run: live when the list was last read, or ended since the screen was opened. */
+let otherRun = null;
 
 const isLive = (run) => run !== null && LIVE.includes(run.state);
 
-function told({ name, state, step, steps }) {
+function titleOf({ name, state, step, steps }) {
   return `${state === "running" && steps ? `${Math.floor((100 * step) / steps)} %` : state} · ${name}`;
 }
 
-function draw() {
-  const run = [own, other].find(isLive) ?? own ?? other;
-  document.title = run ? told(run) : screen;
+function showTitle() {
+  const run = [screenRun, otherRun].find(isLive) ?? screenRun ?? otherRun;
+  document.title = run ? titleOf(run) : screen;
 }
 
-/** Another screen is shown. */
+/** Set the title of a newly opened screen. */
 export function screenTitle(text) {
   screen = text;
-  own = null;
-  if (!isLive(other)) other = null;
-  draw();
+  screenRun = null;
+  if (!isLive(otherRun)) otherRun = null;
+  showTitle();
 }
 
-/** The run of this screen stands so; null where it is gone. */
+/** Update the run of the open screen; null if it was deleted. */
 export function ownInTitle(run) {
-  own = run;
-  draw();
+  screenRun = run;
+  showTitle();
 }
 
-/** The runs of the list stand so. */
+/** Update the runs of the list. */
 export function othersInTitle(runs) {
-  const elsewhere = runs.filter(({ run }) => run !== own?.run);
-  const known = other && elsewhere.find(({ run }) => run === other.run);
-  other = (isLive(known ?? null) ? known : elsewhere.find(isLive)) ?? known ?? null;
-  draw();
+  const otherRuns = runs.filter(({ run }) => run !== screenRun?.run);
+  const current = otherRun && otherRuns.find(({ run }) => run === otherRun.run);
+  otherRun = (isLive(current ?? null) ? current : otherRuns.find(isLive)) ?? current ?? null;
+  showTitle();
 }

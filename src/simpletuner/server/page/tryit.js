@@ -1,4 +1,4 @@
-/** Try a LoRA: prompts in, a grid of pictures out, seeds down and strengths across, the base beside them. */
+/** Try a LoRA: generate a grid of images for prompts, with a row per seed and a column per strength, beside the base. */
 
 import { button, freshId, h, icon, problemPanel } from "./dom.js";
 import { jobPanel } from "./job.js";
@@ -8,8 +8,8 @@ import { Samples, gridTable, gridsOf } from "./samples.js";
 
 const SIDE_STEP = 16;
 const LONGEST_SIDE = 2048;
-const MOST_STRENGTHS = 12;
-const KEPT = "simpletuner.tryit.";
+const MAX_STRENGTHS = 12;
+const STORAGE_PREFIX = "simpletuner.tryit.";
 
 export class TryIt {
   /** @param {string} run @param {() => object} detail */
@@ -21,7 +21,7 @@ export class TryIt {
     this.samples = new Samples(run, this.plain);
     this.job = jobPanel();
     this.faults = h("div", { class: "stack" });
-    this.latest = h("section", { class: "sheet stack", "aria-label": "Latest pictures", hidden: true });
+    this.latest = h("section", { class: "sheet stack", "aria-label": "Latest images", hidden: true });
     this.news = h("p", { class: "visually-hidden", "aria-live": "polite" });
     this.node = h("section", { class: "tryit", "aria-label": "Try it" });
     this.isBuilt = false;
@@ -31,57 +31,57 @@ export class TryIt {
     this.job.close();
   }
 
-  /** Shown: build the form once, and ask anew which LoRAs there are. */
+  /** Build the form once, and load the available LoRAs and images again. */
   async show() {
     if (!this.isBuilt) {
       this.isBuilt = true;
       this.node.replaceChildren(this.form(),
         h("div", { class: "stack grow" }, this.job.node, this.faults, this.latest, this.samples.node, this.news));
     }
-    await Promise.all([this.loras.update(this.detail(), this.kept.loras), this.samples.update()]);
+    await Promise.all([this.loras.update(this.detail(), this.settings.loras), this.samples.update()]);
     this.fields.strengths.disabled = this.loras.list.length === 0;
   }
 
-  /** Another LoRA was chosen: without any, there is nothing that could be strong. */
+  /** A LoRA was added or removed; without any, strengths have no effect. */
   changed() {
     this.fields.strengths.disabled = this.loras.list.length === 0;
-    this.keep();
+    this.store();
   }
 
   form() {
     const { config, validations } = this.detail();
-    const drawn = validations.flatMap(({ pictures }) => pictures)[0];
-    this.kept = kept(this.run);
+    const validationImage = validations.flatMap(({ pictures }) => pictures)[0];
+    this.settings = storedSettings(this.run);
     const field = (label, input, hint = null) => {
       const id = freshId("try");
       input.id = id;
       if (hint) input.setAttribute("aria-describedby", `${id}-hint`);
       return h("div", { class: "stack tight" }, h("label", { for: id }, label), input, hint ? h("p", { class: "hint", id: `${id}-hint` }, hint) : null);
     };
-    const number = (name, value, more) => h("input", { type: "number", value: this.kept[name] ?? value ?? "", ...more });
+    const number = (name, value, attributes) => h("input", { type: "number", value: this.settings[name] ?? value ?? "", ...attributes });
     this.fields = {
-      prompts: h("textarea", { rows: 3, required: true, value: this.kept.prompts ?? drawn?.prompt ?? "" }),
-      strengths: h("input", { value: this.kept.strengths ?? "0, 0.5, 1", inputmode: "text", autocomplete: "off", spellcheck: "false" }),
+      prompts: h("textarea", { rows: 3, required: true, value: this.settings.prompts ?? validationImage?.prompt ?? "" }),
+      strengths: h("input", { value: this.settings.strengths ?? "0, 0.5, 1", inputmode: "text", autocomplete: "off", spellcheck: "false" }),
       seed: number("seed", config?.seed ?? 42, { min: 0, max: 2 ** 32 - 1, step: 1 }),
       count: number("count", 1, { min: 1, max: 16, step: 1 }),
-      width: number("width", drawn?.width ?? 1024, { min: SIDE_STEP, max: LONGEST_SIDE, step: SIDE_STEP }),
-      height: number("height", drawn?.height ?? 1024, { min: SIDE_STEP, max: LONGEST_SIDE, step: SIDE_STEP }),
+      width: number("width", validationImage?.width ?? 1024, { min: SIDE_STEP, max: LONGEST_SIDE, step: SIDE_STEP }),
+      height: number("height", validationImage?.height ?? 1024, { min: SIDE_STEP, max: LONGEST_SIDE, step: SIDE_STEP }),
       steps: number("steps", config?.validation_num_inference_steps, { min: 1, max: 500, step: 1, placeholder: "the model's" }),
       guidance: number("guidance", config?.validation_guidance, { min: 0, max: 50, step: 0.1, placeholder: "the model's" }),
     };
     const { prompts, strengths, seed, count, width, height, steps, guidance } = this.fields;
-    this.references = referenceList(() => this.keep());
-    this.references.show(this.kept.references ?? []);
+    this.references = referenceList(() => this.store());
+    this.references.show(this.settings.references ?? []);
     const dice = button("", () => {
       seed.value = Math.floor(Math.random() * 2 ** 31);
-      this.keep();
+      this.store();
     }, { icon: "refresh", label: "Another seed" });
     seed.id = freshId("seed");
-    this.draw = h("button", { type: "submit", class: "primary" }, icon("picture"), h("span", {}, "Draw"));
+    this.draw = h("button", { type: "submit", class: "primary" }, icon("picture"), h("span", {}, "Generate"));
     strengths.addEventListener("input", () => strengths.setCustomValidity(""));
     return h("form", {
       class: "sheet stack",
-      oninput: () => this.keep(),
+      oninput: () => this.store(),
       onkeydown: (event) => {
         if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) event.target.form?.requestSubmit();
       },
@@ -91,11 +91,11 @@ export class TryIt {
       },
     },
     h("h2", {}, "Try it"),
-    field("Prompts", prompts, "One a line. Ctrl and Enter draws."),
+    field("Prompts", prompts, "One per line. Ctrl+Enter generates."),
     h("div", { class: "stack tight" }, h("span", { class: "label" }, "References"), this.references.node,
-      h("p", { class: "hint" }, "Images that every prompt edits or takes from, in this order.")),
+      h("p", { class: "hint" }, "Images that every prompt edits or refers to, in this order.")),
     this.loras.node,
-    field("Strengths", strengths, "A column of pictures for each, such as 0, 0.5, 0.8, 1, 1.2. 0 is the base model."),
+    field("Strengths", strengths, "One column of images each, such as 0, 0.5, 0.8, 1, 1.2. 0 is the base model."),
     h("div", { class: "fields" },
       h("div", { class: "stack tight" }, h("label", { for: seed.id }, "Seed"), h("div", { class: "row nowrap" }, seed, dice)),
       field("Seeds", count), field("Width", width), field("Height", height),
@@ -103,21 +103,21 @@ export class TryIt {
     h("div", { class: "row" }, this.draw));
   }
 
-  /** Remember the settings for the next visit. */
-  keep() {
+  /** Store the settings for the next visit. */
+  store() {
     const values = Object.fromEntries(Object.entries(this.fields).map(([name, input]) => [name, input.value]));
-    this.kept = { ...values, loras: this.loras.list, references: this.references.paths };
-    localStorage.setItem(KEPT + this.run, JSON.stringify(this.kept));
+    this.settings = { ...values, loras: this.loras.list, references: this.references.paths };
+    localStorage.setItem(STORAGE_PREFIX + this.run, JSON.stringify(this.settings));
   }
 
-  /** The numbers of the field; null, and said, where they are none. */
+  /** The numbers in the field; null, with a message at the field, if they are invalid. */
   strengths() {
     const { strengths } = this.fields;
     const words = strengths.value.split(/[\s,;]+/).filter(Boolean);
     const numbers = [...new Set(words.map(Number))];
-    const isRight = numbers.length > 0 && numbers.length <= MOST_STRENGTHS && numbers.every((one) => Math.abs(one) <= 10);
-    strengths.setCustomValidity(isRight ? "" : `Write 1 to ${MOST_STRENGTHS} numbers from -10 to 10, with commas between: 0, 0.5, 1.`);
-    return isRight ? numbers : (strengths.reportValidity(), null);
+    const isValid = numbers.length > 0 && numbers.length <= MAX_STRENGTHS && numbers.every((one) => Math.abs(one) <= 10);
+    strengths.setCustomValidity(isValid ? "" : `Enter 1 to ${MAX_STRENGTHS} numbers from -10 to 10, separated by commas: 0, 0.5, 1.`);
+    return isValid ? numbers : (strengths.reportValidity(), null);
   }
 
   async start() {
@@ -126,7 +126,7 @@ export class TryIt {
     if (strengths === null || this.draw.disabled) return;
     const optional = (input) => (input.value === "" ? null : Number(input.value));
     const loras = this.loras.chosen();
-    const asked = {
+    const request = {
       run: this.run,
       prompts: [...new Set(prompts.value.split("\n").map((text) => text.trim()).filter(Boolean))],
       seed: Number(seed.value), count: Number(count.value), width: Number(width.value), height: Number(height.value),
@@ -136,14 +136,14 @@ export class TryIt {
     };
     this.faults.replaceChildren();
     this.draw.disabled = true;
-    let shown = -1;
+    let shownCount = -1;
     try {
-      await this.job.run("sample", "Drawing", asked, ({ result }) => {
+      await this.job.run("sample", "Generating", request, ({ result }) => {
         const paths = result?.pictures ?? [];
-        if (paths.length === shown) return;
-        shown = paths.length;
-        if (shown) this.news.textContent = `${shown} of ${planned(asked, this.loras.list).length} pictures are there.`;
-        this.showLatest(asked, paths);
+        if (paths.length === shownCount) return;
+        shownCount = paths.length;
+        if (shownCount) this.news.textContent = `${shownCount} of ${planned(request, this.loras.list).length} images are finished.`;
+        this.showLatest(request, paths);
       });
       await this.samples.update();
     } catch (error) {
@@ -153,9 +153,9 @@ export class TryIt {
     }
   }
 
-  /** The pictures that were asked for last, with room for those to come. */
-  showLatest(asked, paths) {
-    const pictures = planned(asked, this.loras.list).map((one, index) => ({ ...one, path: paths[index] }));
+  /** Show the images of the last request, with placeholders for unfinished ones. */
+  showLatest(request, paths) {
+    const pictures = planned(request, this.loras.list).map((one, index) => ({ ...one, path: paths[index] }));
     this.samples.except = new Set(paths);
     this.samples.draw();
     this.latest.hidden = false;
@@ -163,21 +163,21 @@ export class TryIt {
   }
 }
 
-/** The pictures of a request in the order in which they come. */
-function planned({ prompts, seed, count, strengths, loras, references = [], ...rest }, labels) {
-  const seeds = Array.from({ length: count }, (_, index) => seed + index);
+/** The images of a request in the order they are generated. */
+function planned({ prompts, seed: firstSeed, count, strengths, loras, references = [], ...shared }, labels) {
+  const seeds = Array.from({ length: count }, (_, index) => firstSeed + index);
   const name = (path) => labels.find((one) => one.path === path)?.label ?? path;
-  return prompts.flatMap((prompt) => seeds.flatMap((own) => strengths.map((strength) => ({
-    ...rest, prompt, references: references.map((path) => ({ name: fileName(path) })), seed: own, loras: loras.map((lora) => ({ name: name(lora.path), strength: round(lora.strength * strength) })),
+  return prompts.flatMap((prompt) => seeds.flatMap((seed) => strengths.map((strength) => ({
+    ...shared, prompt, references: references.map((path) => ({ name: fileName(path) })), seed, loras: loras.map((lora) => ({ name: name(lora.path), strength: round(lora.strength * strength) })),
   }))));
 }
 
 const round = (number) => Number(number.toFixed(4));
 
 /** The settings of the last visit. */
-function kept(run) {
+function storedSettings(run) {
   try {
-    return JSON.parse(localStorage.getItem(KEPT + run)) ?? {};
+    return JSON.parse(localStorage.getItem(STORAGE_PREFIX + run)) ?? {};
   } catch {
     return {};
   }

@@ -1,4 +1,4 @@
-// Bringing files and whole folders in: by a button or by dropping them, a few at a time, with one line of progress.
+// Upload files and whole folders, chosen by a button or dropped: a few at a time, with one line of progress.
 
 import { ApiFault, get, upload } from "./api.js";
 import { button, fill, h, toast } from "./dom.js";
@@ -8,21 +8,21 @@ import { count, size, some } from "./format.js";
 const AT_ONCE = 4;
 const CAPTION = /\.(txt|caption)$/i;
 
-/** A file and the folder that it lies in below what was dropped, "" for none. @typedef {{file: File, inner: string}} Incoming */
+/** A file and its folder below the dropped folder, "" for none. @typedef {{file: File, inner: string}} Incoming */
 
 /**
- * Everything that a drop brings, folders and their subfolders included. Hidden files are left out.
- * @param {DataTransfer} transfer @returns {Promise<{name: string, incoming: Incoming[]}>} `name` of the folder, where it was a single one:
- *   then its files lie at the top
+ * All dropped files, with those in folders and their subfolders. Hidden files are skipped.
+ * @param {DataTransfer} transfer @returns {Promise<{name: string, incoming: Incoming[]}>} `name`: the folder's, if a single folder was
+ *   dropped; its files are then at the top level
  */
 export async function dropped(transfer) {
-  // Asked before anything is awaited: afterwards the list is empty. What another program hands over as data has no entry.
+  // Read before the first await: afterwards the list is empty. Data dropped from another program has no entry.
   const entries = [...transfer.items].filter(({ kind }) => kind === "file").map((item) => item.webkitGetAsEntry() ?? item.getAsFile());
   const [first] = entries;
   if (entries.length === 1 && first.isDirectory) return { name: first.name, incoming: await inside(first, "") };
-  const found = [];
-  for (const entry of entries) found.push(...(await incomingOf(entry, "")));
-  return { name: "", incoming: found };
+  const incoming = [];
+  for (const entry of entries) incoming.push(...(await incomingOf(entry, "")));
+  return { name: "", incoming };
 }
 
 async function incomingOf(entry, inner) {
@@ -34,29 +34,29 @@ async function incomingOf(entry, inner) {
 
 async function inside(folder, inner) {
   const reader = folder.createReader();
-  const found = [];
+  const incoming = [];
   for (;;) {
     const entries = await new Promise((resolve, reject) => { reader.readEntries(resolve, reject); });
-    if (entries.length === 0) return found;
-    for (const entry of entries) found.push(...(await incomingOf(entry, inner)));
+    if (entries.length === 0) return incoming;
+    for (const entry of entries) incoming.push(...(await incomingOf(entry, inner)));
   }
 }
 
 const isHidden = (name) => name.startsWith(".") || /^(thumbs\.db|desktop\.ini)$/i.test(name);
 
-/** What a folder input brings. @param {Iterable<File>} files @returns {{name: string, incoming: Incoming[]}} */
+/** The files of a folder input. @param {Iterable<File>} files @returns {{name: string, incoming: Incoming[]}} */
 export function chosen(files) {
   const incoming = [];
   let name = "";
   for (const file of files) {
-    const [top, ...rest] = file.webkitRelativePath.split("/");
+    const [top, ...inner] = file.webkitRelativePath.split("/");
     name = top;
-    if (!rest.some(isHidden)) incoming.push({ file, inner: rest.slice(0, -1).join("/") });
+    if (!inner.some(isHidden)) incoming.push({ file, inner: inner.slice(0, -1).join("/") });
   }
   return { name, incoming };
 }
 
-/** Let files be dropped on `node`. @param {HTMLElement} node @param {(what: {name: string, incoming: Incoming[]}) => void} take */
+/** Accept dropped files on `node`. @param {HTMLElement} node @param {(what: {name: string, incoming: Incoming[]}) => void} take */
 export function droppable(node, take) {
   let depth = 0;
   const carries = (event) => [...event.dataTransfer.types].includes("Files");
@@ -95,8 +95,8 @@ export function folderButton(text, take, options = {}) {
 }
 
 /**
- * What brings files into `folder`. It may be shown, taken away and shown again while files are on their way.
- * @param {string} folder @param {() => void} arrived is called when a batch is through
+ * The controls that upload files into `folder`. They may be removed and shown again while an upload runs.
+ * @param {string} folder @param {() => void} arrived called when a batch has ended
  * @returns {{node: HTMLElement, take: (incoming: Incoming[]) => Promise<void>}}
  */
 export function uploads(folder, arrived) {
@@ -115,15 +115,15 @@ export function uploads(folder, arrived) {
 
   async function take(incoming) {
     if (batch !== null) {
-      toast("An upload is going on: wait for it, or cancel it.", "bad");
+      toast("An upload is running: wait for it, or cancel it.", "bad");
       return;
     }
     batch = new Batch(folder.replace(/\/+$/, ""), line);
     try {
       await batch.send(incoming);
     } finally {
-      const again = batch.unsent;
-      batch.finish(again.length ? button("Send the rest", () => take(again), { kind: "tiny" }) : null);
+      const { unsent } = batch;
+      batch.finish(unsent.length ? button("Send the rest", () => take(unsent), { kind: "tiny" }) : null);
       batch = null;
     }
     arrived();
@@ -132,7 +132,7 @@ export function uploads(folder, arrived) {
   return { node, take };
 }
 
-/** Files on their way into a folder, and the line that tells of them. */
+/** Files being uploaded into a folder, and the line that shows the progress. */
 class Batch {
   constructor(folder, line) {
     this.folder = folder;
@@ -157,37 +157,37 @@ class Batch {
       this.#stop(error);
       return;
     }
-    const taken = incoming.filter((one) => this.#isTaken(one.file, rules));
-    this.total = taken.reduce((sum, { file }) => sum + file.size, 0);
-    this.files = taken.length;
+    const accepted = incoming.filter((one) => this.#isAccepted(one.file, rules));
+    this.total = accepted.reduce((sum, { file }) => sum + file.size, 0);
+    this.files = accepted.length;
     this.sent = this.done = 0;
     this.bar = h("progress", { max: String(Math.max(1, this.total)), "aria-label": "Upload" });
     this.words = h("p", { class: "grow numbers" });
     this.line.replaceChildren(h("div", { class: "stack tight" },
       h("div", { class: "row" }, this.words, button("Cancel", () => this.cancel(), { icon: "stop", kind: "tiny" })), this.bar));
     this.#show();
-    this.unsent = [...taken];
+    this.unsent = [...accepted];
     try {
-      for (const inner of new Set(["", ...taken.map((one) => one.inner)])) await ensureFolder(inner ? `${this.folder}/${inner}` : this.folder);
+      for (const inner of new Set(["", ...accepted.map((one) => one.inner)])) await ensureFolder(inner ? `${this.folder}/${inner}` : this.folder);
     } catch (error) {
       if (!(error instanceof ApiFault)) throw error;
       this.#stop(error);
     }
-    const waiting = [...taken];
+    const waiting = [...accepted];
     const work = async () => {
       while (waiting.length && !this.stopping.signal.aborted) await this.#sendOne(waiting.shift());
     };
     await Promise.all(Array.from({ length: AT_ONCE }, work));
   }
 
-  async #sendOne(one) {
-    const { file, inner } = one;
-    let before = 0;
+  async #sendOne(entry) {
+    const { file, inner } = entry;
+    let sentBytes = 0;
     try {
-      const into = inner ? `${this.folder}/${inner}` : this.folder;
-      const { saved, refused } = await upload("PUT", "upload", { folder: into, name: file.name }, file, (share) => {
-        this.sent += share * file.size - before;
-        before = share * file.size;
+      const target = inner ? `${this.folder}/${inner}` : this.folder;
+      const { saved, refused } = await upload("PUT", "upload", { folder: target, name: file.name }, file, (share) => {
+        this.sent += share * file.size - sentBytes;
+        sentBytes = share * file.size;
         this.#show();
       }, this.stopping.signal);
       for (const path of saved) this.saved[CAPTION.test(path) ? "caption" : "image"] += 1;
@@ -201,17 +201,17 @@ class Batch {
       }
       this.refused.push({ name: file.name, reason: error.problems.map(({ text }) => text).join(" ") });
     }
-    this.unsent.splice(this.unsent.indexOf(one), 1);
-    this.sent += file.size - before;
+    this.unsent.splice(this.unsent.indexOf(entry), 1);
+    this.sent += file.size - sentBytes;
     this.done += 1;
     this.#show();
   }
 
-  #isTaken({ name, size: bytes }, { suffixes, largest }) {
+  #isAccepted({ name, size: bytes }, { suffixes, largest }) {
     const suffix = name.slice(name.lastIndexOf(".")).toLowerCase();
-    const most = largest[suffix] ?? largest[""];
+    const limit = largest[suffix] ?? largest[""];
     if (!suffixes.includes(suffix)) this.refused.push({ name, reason: "neither an image nor a caption file" });
-    else if (bytes > most) this.refused.push({ name, reason: `too large: at most ${size(most)}` });
+    else if (bytes > limit) this.refused.push({ name, reason: `too large: at most ${size(limit)}` });
     else return true;
     return false;
   }
@@ -230,8 +230,8 @@ class Batch {
     this.words.textContent = `${count(this.done)} of ${some(this.files, "file")}, ${size(Math.round(this.sent))} of ${size(this.total)}`;
   }
 
-  /** Fold the batch into one line. @param {HTMLElement|null} more */
-  finish(more) {
+  /** Replace the progress by a one-line summary. @param {HTMLElement|null} retry button below it */
+  finish(retry) {
     const { image, caption } = this.saved;
     const added = [image ? some(image, "image") : "", caption ? some(caption, "caption") : ""].filter(Boolean).join(" and ") || "nothing";
     const parts = [`${added} added`, this.refused.length ? `${count(this.refused.length)} refused` : "", this.unsent.length ? `${count(this.unsent.length)} not sent` : ""];
@@ -244,6 +244,6 @@ class Batch {
       reasons.size === 0 ? h("p", { class: "hint" }, text)
         : h("details", {}, h("summary", {}, text), h("ul", {}, [...reasons].map(([reason, names]) =>
           h("li", {}, h("strong", {}, `${count(names.length)}: ${reason}`), h("span", { class: "small dim path" }, ` ${names.slice(0, 20).join(", ")}${names.length > 20 ? ", …" : ""}`))))),
-      this.fault ? h("p", { class: "fault", role: "alert" }, this.fault) : null, more);
+      this.fault ? h("p", { class: "fault", role: "alert" }, this.fault) : null, retry);
   }
 }

@@ -1,4 +1,4 @@
-// What can be done with a run: each button is one command of the shell.
+// The actions on a run: each button is one CLI command.
 
 import { get, post } from "./api.js";
 import { ask, button, h, toast } from "./dom.js";
@@ -8,11 +8,11 @@ import { isGoingOn } from "./states.js";
 
 const ASK_AGAIN_MS = 1500;
 
-/** The example that comes with the program, and where it trains. */
+/** The bundled example, and its run directory. */
 export const EXAMPLE = "tiny-lora";
 const EXAMPLE_RUN = `output/${EXAMPLE}`;
 
-/** What a run was started from, as `POST /api/run/start` takes it; null where the page cannot know. */
+/** The request body of `POST /api/run/start` that starts this run again; null if the page cannot tell. */
 async function originOf({ run, environment }) {
   if (environment !== null) return { environment, example: null, options: {} };
   if (run === EXAMPLE_RUN) return { environment: null, example: EXAMPLE, options: {} };
@@ -21,21 +21,21 @@ async function originOf({ run, environment }) {
   return { environment: queued.environment, example: queued.example, options: optionsOf(queued.arguments) };
 }
 
-/** `--name=value` of a command, without what selects its configuration. */
+/** The options `--name=value` among a command's arguments, without those that select its configuration. */
 function optionsOf(words) {
-  const pairs = words.map((word) => /^--([a-z0-9_]+)=(.*)$/s.exec(word)).filter((found) => found !== null);
+  const pairs = words.map((word) => /^--([a-z0-9_]+)=(.*)$/s.exec(word)).filter((match) => match !== null);
   return Object.fromEntries(pairs.map(([, name, value]) => [name, value]).filter(([name]) => !["env", "config", "example"].includes(name)));
 }
 
-/** Start a run and show it. @param {{environment?: string|null, example?: string|null, options?: object}} what */
+/** Start a run and show it. @param {{environment?: string|null, example?: string|null, options?: object}} request */
 export async function startAndShow({ environment = null, example = null, options = {} }) {
   const { run } = await post("run/start", { environment, example, options });
   go(to("run", "", { run }));
 }
 
-/** The buttons that make sense in the run's state. */
+/** The buttons for the run's current state. */
 export class Verbs {
-  /** @param {() => object} detail @param {() => Promise<void>} refresh asks for the run's state anew */
+  /** @param {() => object} detail @param {() => Promise<void>} refresh loads the run's state again */
   constructor(detail, refresh) {
     this.detail = detail;
     this.refresh = refresh;
@@ -55,17 +55,17 @@ export class Verbs {
     const { phase } = this.detail();
     const isTraining = phase === "train" || phase === "validation";
     return [
-      isTraining ? this.asking("Validate now", "eye", "validate", "Pictures and the held-out loss come after this step.") : null,
-      isTraining ? this.asking("Save now", "save", "save", "A checkpoint is written after this step.") : null,
-      this.asking("Stop", "stop", "stop", isTraining ? "The run saves a checkpoint after this step and ends. It can be resumed."
-        : "The run ends where it is. No step has been made since it was started; what is prepared is kept.", "danger"),
+      isTraining ? this.requester("Validate now", "eye", "validate", "After this step, the run generates validation images and measures the held-out loss.") : null,
+      isTraining ? this.requester("Save now", "save", "save", "The run writes a checkpoint after this step.") : null,
+      this.requester("Stop", "stop", "stop", isTraining ? "The run saves a checkpoint after this step and ends. It can be resumed."
+        : "The run ends now. It has not trained a step since it was started; prepared caches are kept.", "danger"),
     ].filter(Boolean);
   }
 
   ofEnded(state) {
     if (state === "waiting") return [this.deleting()];
     const resume = button(state === "failed" || state === "killed" ? "Start again" : "Resume", () => this.start(), {
-      icon: "play", kind: "primary", title: "Goes on from the newest checkpoint that is whole",
+      icon: "play", kind: "primary", title: "Resumes from the newest undamaged checkpoint",
     });
     return [this.deleting(), state === "done" ? button("Train for longer", () => this.longer(), { icon: "play" }) : resume];
   }
@@ -76,13 +76,13 @@ export class Verbs {
     }, { icon: "trash", kind: "quiet" });
   }
 
-  /** A button for a request that the run obeys after its current step. */
-  asking(text, icon, verb, said, kind = "") {
+  /** A button that sends the run a request, which it handles after its current step. */
+  requester(text, icon, verb, message, kind = "") {
     const node = button(text, async () => {
       node.disabled = true;
       try {
         await post(`run/${verb}`, { run: this.detail().run });
-        toast(said);
+        toast(message);
       } catch (error) {
         toast(error.message, "bad");
         node.disabled = false;
@@ -90,17 +90,17 @@ export class Verbs {
       }
       if (verb === "stop") node.lastChild.textContent = "Stopping …";
       else setTimeout(() => { node.disabled = false; }, ASK_AGAIN_MS);
-    }, { icon, kind, title: said });
+    }, { icon, kind, title: message });
     return node;
   }
 
-  /** Start it again with other options; what is wrong is said in a toast. */
+  /** Start the run again with these options; problems are shown as toasts. */
   async start(options = {}) {
     for (const node of this.node.querySelectorAll("button")) node.disabled = true;
     try {
       const origin = await originOf(this.detail());
       if (origin === null) {
-        toast("No environment has this folder as its output_dir: give its command again in the shell to go on.", "bad");
+        toast("No environment has this folder as its output_dir. To resume, run its command again in a terminal.", "bad");
       } else {
         await post("run/start", { ...origin, options: { ...origin.options, ...options } });
         toast("The run is starting.", "good");
@@ -116,8 +116,8 @@ export class Verbs {
   async longer() {
     const { steps } = this.detail();
     const answer = await ask("Train for longer", {
-      label: "Steps in all", value: String(steps * 2), yes: "Train", note: `The run has finished ${steps} steps.`,
-      check: (text) => (/^\d+$/.test(text) && Number(text) > steps ? "" : `A whole number above ${steps}.`),
+      label: "Total steps", value: String(steps * 2), yes: "Train", note: `The run has finished ${steps} steps.`,
+      check: (text) => (/^\d+$/.test(text) && Number(text) > steps ? "" : `An integer above ${steps}.`),
     });
     if (answer !== null) await this.start({ max_train_steps: Number(answer) });
   }
