@@ -178,7 +178,7 @@ def test_images_are_selected_captioned_together_found_and_deleted(server: Server
 
     box("photo-0.png").click()
     box("photo-2.png").click(modifiers=["Shift"])
-    page.get_by_label("Look at photo-4.png").click(modifiers=["Control"])
+    page.get_by_label("Enlarge photo-4.png").click(modifiers=["Control"])
     expect(page.get_by_text("4 of 8 images selected")).to_be_visible()
     box("photo-4.png").focus()
     page.keyboard.press("Space")
@@ -202,7 +202,7 @@ def test_images_are_selected_captioned_together_found_and_deleted(server: Server
     dialog.get_by_role("button", name="Change 2 captions").click()
     expect(caption(page, "photo-1.png")).to_have_value("a blue thing, number 1")
     assert (folder / "photo-2.txt").read_text() == "a red thing, number 2"
-    button(page, "Undo the last caption change").click()
+    button(page, "Undo the last caption edit").click()
     expect(caption(page, "photo-1.png")).to_have_value("a red thing, number 1")
 
     # Without a caption; by caption; a word in front of all that are shown.
@@ -211,7 +211,7 @@ def test_images_are_selected_captioned_together_found_and_deleted(server: Server
     expect(page.locator(".picture")).to_have_count(2)
     assert names(page) == ["small.jpg", "twin.png"]
     button(page, "Edit all captions").click()
-    dialog.get_by_text("Put before").click()
+    dialog.get_by_text("Add before").click()
     dialog.get_by_label("Text").fill("sks")
     dialog.get_by_role("button", name="Change 2 captions").click()
     expect(page.get_by_text("8 images, each with a caption.")).to_be_visible()
@@ -224,14 +224,14 @@ def test_images_are_selected_captioned_together_found_and_deleted(server: Server
 
     # Duplicates; all but the first of each is deleted once it was asked, and comes back.
     show.select_option("duplicates")
-    expect(page.get_by_role("heading", name="Nearly the same")).to_be_visible(timeout=60_000)
+    expect(page.get_by_role("heading", name="Nearly identical")).to_be_visible(timeout=60_000)
     assert names(page) == ["photo-1.png", "twin.png", "photo-4.png", "small.jpg"]
     button(page, "Select all but the first of each").click()
     button(page, "Delete").click()
     expect(dialog.get_by_role("heading")).to_have_text("Delete 2 images and 2 captions?")
     dialog.get_by_role("button", name="Delete 2 images").click()
-    expect(page.get_by_text("No image is there twice.")).to_be_visible(timeout=60_000)
+    expect(page.get_by_text("There are no duplicates.")).to_be_visible(timeout=60_000)
     assert not list(folder.glob("twin.*"))
-    button(page, "Undo the last delete").click()
+    button(page, "Undo the last deletion").click()
     expect(page.get_by_text(re.compile("8 images, each with a caption"))).to_be_visible(timeout=60_000)
     assert (folder / "twin.txt").read_text() == "sks"

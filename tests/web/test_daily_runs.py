@@ -59,7 +59,7 @@ def test_runs_are_found_noted_sorted_and_deleted(server: Server, page: Page, wor
     RunDirectory(workspace / "output/cats").note.write_text("theirs\n")
     page.get_by_role("dialog").get_by_role("textbox").fill("rate too high")
     page.get_by_role("button", name="Save").click()
-    expect(page.get_by_role("alert")).to_contain_text("changed elsewhere meanwhile. It now says:theirs")
+    expect(page.get_by_role("alert")).to_contain_text("changed the note meanwhile. It now says:theirs")
     expect(page.get_by_role("dialog").get_by_role("textbox")).to_have_value("rate too high")
     page.get_by_role("button", name="Save").click()
     expect(page.get_by_role("dialog")).to_have_count(0)
@@ -86,11 +86,11 @@ def test_runs_are_found_noted_sorted_and_deleted(server: Server, page: Page, wor
     other.get_by_role("button", name="Delete cats").click()
     expect(other.get_by_role("dialog")).to_contain_text("in output/cats: ")
     other.get_by_role("dialog").get_by_role("button", name="Delete").click()
-    expect(other.get_by_text("cats is deleted.")).to_be_visible()
+    expect(other.get_by_text("cats was deleted.")).to_be_visible()
     expect(other.get_by_text("60 runs")).to_be_visible()
     assert not (workspace / "output/cats").exists()
     other.close()
-    expect(page.get_by_text("This run is not there any more.")).to_be_visible()
+    expect(page.get_by_text("This run no longer exists.")).to_be_visible()
     page.get_by_role("link", name="Back to the runs").click()
     expect(page.get_by_text("60 runs")).to_be_visible()
 
@@ -120,7 +120,7 @@ def test_the_title_tells_how_a_run_goes_and_the_queue_is_reordered(
 
         page.goto(f"{server.url}/#/run?run=output/old")
         expect(page.get_by_role("heading", name="old")).to_be_visible()
-        expect(page.get_by_text("It loads with the small FLUX.2 that comes with the program")).to_be_visible()
+        expect(page.get_by_text("It works with the small built-in FLUX.2 only")).to_be_visible()
         expect(page).to_have_title("50 % · live")  # another run's screen
         page.goto(f"{server.url}/#/run?run=output/live")
         expect(page.get_by_role("heading", name="live")).to_be_visible()
@@ -130,13 +130,13 @@ def test_the_title_tells_how_a_run_goes_and_the_queue_is_reordered(
             log.emit(StepEvent(step=5, epoch=0, loss=0.5, lr=1, grad_norm=1, seconds=1, memory_gib=1))
             expect(page).to_have_title("62 % · live")
             server.kill()
-            expect(page.get_by_text("The page lost the server; the run goes on.")).to_be_visible()
+            expect(page.get_by_text("The connection to the server is lost; the run continues.")).to_be_visible()
             server.start()
-            expect(page.get_by_text("The page lost the server")).to_be_hidden()
+            expect(page.get_by_text("The connection to the server is lost")).to_be_hidden()
             log.emit(EndEvent(reason="error", exit_code=7, step=5, seconds=1))
     expect(page).to_have_title("failed · live")
     server.kill()
-    expect(page.get_by_text(re.compile(r"The page lost the server\. It catches up"))).to_be_visible()
+    expect(page.get_by_text(re.compile(r"The connection to the server is lost\. The page catches up"))).to_be_visible()
     assert done.root.exists()
 
 

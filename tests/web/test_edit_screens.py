@@ -63,7 +63,7 @@ def test_a_set_is_filled_scanned_and_captioned(server: Server, page: Page, works
     Image.new("RGB", (96, 64), "red").save(workspace / "one.png")
 
     page.goto(f"{server.url}/#/datasets/mine")
-    expect(page.get_by_text("datasets/cats is not there yet")).to_be_visible()
+    expect(page.get_by_text("datasets/cats does not exist yet")).to_be_visible()
     page.get_by_label("Files to add").set_input_files([workspace / name for name in ("one.png", "one.txt", "fake.png")])
     expect(page.get_by_text("1 image and 1 caption added, 1 refused")).to_be_visible()
     assert sorted(path.name for path in (workspace / "datasets" / "cats").iterdir()) == ["one.png", "one.txt"]
@@ -71,8 +71,8 @@ def test_a_set_is_filled_scanned_and_captioned(server: Server, page: Page, works
     Image.new("RGB", (32, 32), "red").save(workspace / "datasets" / "cats" / "small.png")
     (workspace / "datasets" / "cats" / "small.txt").write_text("a small cat")
     page.get_by_role("button", name="Scan").click()
-    expect(page.get_by_text("1 picture and 1 caption")).to_be_visible(timeout=60_000)
-    expect(page.get_by_text("resized to 96×64, 64×64 cut out")).to_be_visible()
+    expect(page.get_by_text("1 image and 1 caption")).to_be_visible(timeout=60_000)
+    expect(page.get_by_text("resized to 96×64, cropped to 64×64")).to_be_visible()
     expect(page.locator(".crop")).to_have_count(1)
 
     page.get_by_label("Show", exact=True).select_option("left below minimum_image_size")
@@ -110,7 +110,7 @@ def test_a_set_of_references_is_added_and_shown_beside_its_images(server: Server
     for holds, place in (("reference_loose", "sketches"), ("mask", "masks")):
         page.get_by_role("navigation", name="Entries of the list").get_by_role("button", name="cats").first.click()
         add.click()
-        page.get_by_label("What the folder holds").select_option(holds)
+        page.get_by_label("Content of the folder").select_option(holds)
         page.get_by_role("button", name="Next").click()
         page.get_by_role("dialog").get_by_role("button", name=place, exact=True).click()
         page.get_by_role("button", name="Choose this folder").click()
@@ -132,7 +132,7 @@ def test_a_set_of_references_is_added_and_shown_beside_its_images(server: Server
     page.get_by_label("Show", exact=True).select_option("partner")
     expect(page.locator(".picture > .path")).to_have_text(["two.png"])
     page.get_by_label("Show", exact=True).select_option("all")
-    page.get_by_label("Look at one.png").click()
+    page.get_by_label("Enlarge one.png").click()
     expect(page.get_by_role("dialog").get_by_role("figure")).to_have_count(3)
     page.keyboard.press("Escape")
 

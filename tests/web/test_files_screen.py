@@ -76,10 +76,10 @@ def test_files_are_inspected_converted_and_merged(
     expect(asking).to_contain_text(re.compile("diffusers"), timeout=LONG_MS)
     expect(asking).not_to_contain_text("--allow-loss")
     with page.expect_download(timeout=LONG_MS) as download:
-        asking.get_by_role("button", name="Download all the same").click()
+        asking.get_by_role("button", name="Download anyway").click()
     assert download.value.suggested_filename == "flügge 2-kohya.safetensors"
     page.get_by_role("button", name="Inspect").click()
-    expect(page.get_by_role("dialog").get_by_text("loads in part")).to_be_visible(timeout=LONG_MS)
+    expect(page.get_by_role("dialog").get_by_text("loads partly")).to_be_visible(timeout=LONG_MS)
 
     # A run's own format is not among the others.
     run.config.write_text(json.dumps({"lora_format": "kohya"}))

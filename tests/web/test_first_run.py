@@ -71,7 +71,7 @@ def test_the_example_by_clicks_alone(server: Server, page: Page, workspace: Path
     expect(page.get_by_text("Step 12 of 12", exact=False)).to_be_visible(timeout=LONG_MS)
     expect(page.get_by_text("The LoRA is finished.")).to_be_visible(timeout=LONG_MS)
     assert steps_of(page) == list(range(1, 13))
-    pictures = page.get_by_role("region", name="Pictures").get_by_role("img")
+    pictures = page.get_by_role("region", name="Images").get_by_role("img")
     expect(pictures.first).to_be_visible()
     assert pictures.first.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
 
@@ -89,7 +89,7 @@ def test_the_example_by_clicks_alone(server: Server, page: Page, workspace: Path
     page.get_by_role("tab", name="Try it").click()
     page.get_by_label("Prompts").fill("a large zorblat flag on a red background, left")
     page.get_by_label("Sampler steps").fill("2")
-    page.get_by_role("button", name="Draw", exact=True).click()
+    page.get_by_role("button", name="Generate", exact=True).click()
     # The base, and beside it the LoRA at two strengths.
     tried = page.get_by_role("tabpanel", name="Try it").get_by_role("img")
     expect(tried).to_have_count(3, timeout=LONG_MS)
@@ -107,11 +107,11 @@ def test_a_killed_server_loses_nothing(server: Server, page: Page, workspace: Pa
     expect(page.get_by_text("of 60 (", exact=False)).to_be_visible(timeout=LONG_MS)
     wait_for_step(run, 5)
     server.kill()
-    expect(page.get_by_text("The page lost the server", exact=False)).to_be_visible(timeout=LONG_MS)
+    expect(page.get_by_text("The connection to the server is lost", exact=False)).to_be_visible(timeout=LONG_MS)
     wait_for_step(run, 20)
     server.start()
     expect(page.get_by_text("Step 60 of 60", exact=False)).to_be_visible(timeout=LONG_MS)
-    expect(page.get_by_text("The page lost the server", exact=False)).to_be_hidden()
+    expect(page.get_by_text("The connection to the server is lost", exact=False)).to_be_hidden()
     expect(page.get_by_text("The LoRA is finished.")).to_be_visible(timeout=LONG_MS)
     assert steps_of(page) == list(range(1, 61))
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
@@ -142,7 +142,7 @@ def test_a_config_of_the_page_and_one_by_hand_give_the_same_run(server: Server, 
     page.goto(f"{server.url}/#/configure")
     page.get_by_role("button", name="From an example").click()
     page.get_by_role("dialog").get_by_label("Name").fill("clicked")
-    page.get_by_role("button", name="Make it").click()
+    page.get_by_role("button", name="Create").click()
     expect(page.get_by_label("LoRA rank", exact=True)).to_have_value("32")
     changes = {"lora_rank": 4, "max_train_steps": 3, "train_batch_size": 1, "lr_warmup_steps": 0}
     changes |= {"eval_steps_interval": 400}
@@ -195,7 +195,7 @@ def test_the_quickstarts_files_load_and_only_their_output_folder_is_out_of_reach
     # /path/to/output stands for a folder of the user's.
     mending = page.get_by_role("list").filter(has_text="output_dir = '/path/to/output' lies outside the folders")
     expect(mending.get_by_role("listitem")).to_have_count(1)
-    expect(page.get_by_text("1 thing to mend")).to_be_visible()
+    expect(page.get_by_text("1 problem to fix")).to_be_visible()
     assert {path.name for path in folder.iterdir()} == names
     for name in names:
         assert (folder / name).read_bytes() == (snippets / name).read_bytes()
@@ -208,7 +208,7 @@ def test_an_edit_outside_is_noticed_and_not_overwritten(
     page.goto(f"{server.url}/#/configure")
     page.get_by_role("button", name="From an example").click()
     page.get_by_role("dialog").get_by_label("Name").fill("mine")
-    page.get_by_role("button", name="Make it").click()
+    page.get_by_role("button", name="Create").click()
     page.get_by_label("LoRA rank", exact=True).fill("8")
     config = workspace / "config/mine/config.json"
     text = config.read_text().replace('"learning_rate": 0.002', '"learning_rate": 0.001')

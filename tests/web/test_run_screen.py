@@ -98,7 +98,7 @@ def test_several_processes_and_their_engine_are_told(page: Page, server: "Server
     with run.lock(), EventLog(run.events) as log:
         begin(log, 20)
         page.goto(f"{server.url}/#/run?run=output/many")
-        facts = page.get_by_role("region", name="Where it stands")
+        facts = page.get_by_role("region", name="Status")
         expect(facts).to_contain_text("Step 0 of 20")
         expect(facts).not_to_contain_text("processes")
         log.emit(PlanEvent(plan={"processes": 2, "engine": "fsdp2"}, remedy=None))
@@ -124,10 +124,10 @@ def test_a_page_that_lost_the_server_catches_up_without_a_gap(
         expect(page.get_by_text("Step 60 of 200 (30 %)")).to_be_visible()
         server.kill()
         steps(log, 61, 100)
-        expect(page.get_by_text("The page lost the server; the run goes on.")).to_be_visible()
+        expect(page.get_by_text("The connection to the server is lost; the run continues.")).to_be_visible()
         server.start()
         expect(page.get_by_text("Step 100 of 200 (50 %)")).to_be_visible()
-        expect(page.get_by_text("The page lost the server")).to_be_hidden()
+        expect(page.get_by_text("The connection to the server is lost")).to_be_hidden()
         assert list(values(page)) == list(range(1, 101))
 
 
@@ -138,7 +138,7 @@ def test_a_later_attempt_replaces_the_steps_of_the_one_before(page: Page, server
         begin(log, 100)
         steps(log, 1, 60, loss=0.5)
     page.goto(f"{server.url}/#/run?run=output/again")
-    expect(page.get_by_text("The run broke off without a word")).to_be_visible()
+    expect(page.get_by_text("The run ended without a message")).to_be_visible()
     with run.lock(), EventLog(run.events) as log:
         begin(log, 100, resumed_from=40)
         steps(log, 41, 70, loss=0.25)
@@ -169,7 +169,7 @@ def test_a_run_that_is_killed_is_told(page: Page, server: "Server", workspace: P
             page.goto(f"{server.url}/#/run?run=output/killed")
             expect(page.get_by_role("button", name="Stop")).to_be_visible()
         # No event tells of it: the page asks every few seconds.
-        expect(page.get_by_text("The run broke off without a word")).to_be_visible(timeout=15_000)
+        expect(page.get_by_text("The run ended without a message")).to_be_visible(timeout=15_000)
         expect(page.get_by_role("button", name="Start again")).to_be_visible()
 
 
@@ -239,7 +239,7 @@ def test_charts_are_moved_zoomed_and_read_by_keyboard(page: Page, server: "Serve
     loss.press("Escape")
     expect(rate).to_have_attribute("aria-valuemax", "20")
     page.get_by_label("Logarithmic").check()
-    page.get_by_label("Leave out spikes").check()
+    page.get_by_label("Hide spikes").check()
     loss.press("ArrowLeft")
     expect(loss).to_have_attribute("aria-valuetext", "step 19: raw 0.5, smoothed 0.5")
 
@@ -291,7 +291,7 @@ def test_the_gallery_opens_a_picture_beside_the_base(page: Page, server: "Server
     page.keyboard.press("ArrowUp")
     expect(viewer.get_by_role("heading")).to_have_text("first, step 10")
     with page.expect_download() as download:
-        viewer.get_by_role("link", name="Download the picture").click()
+        viewer.get_by_role("link", name="Download the image").click()
     assert download.value.suggested_filename == "first.png"
     page.keyboard.press("Escape")
     expect(viewer).to_be_hidden()

@@ -53,12 +53,12 @@ def test_a_grid_of_strengths_comes_picture_by_picture_from_one_sampler(
     page.get_by_label("Prompts").fill("a flag")
     for name, value in {"Width": "64", "Height": "64", "Sampler steps": "2", "Seeds": "2", "Strengths": "0, ¼"}.items():
         page.get_by_label(name, exact=True).fill(value)
-    draw = page.get_by_role("button", name="Draw", exact=True)
+    draw = page.get_by_role("button", name="Generate", exact=True)
     draw.click()
     assert "numbers from -10 to 10" in page.get_by_label("Strengths").evaluate("input => input.validationMessage")
     page.get_by_label("Strengths").fill("0, 0.5, 1.2")
     page.get_by_label("Prompts").press("Control+Enter")
-    latest = page.get_by_role("region", name="Latest pictures")
+    latest = page.get_by_role("region", name="Latest images")
     expect(latest.get_by_role("img")).to_have_count(6, timeout=LONG_MS)
     expect(latest.get_by_role("columnheader")).to_have_text(["Base", "Strength 0.5", "Strength 1.2"])
     expect(latest.get_by_role("rowheader")).to_have_text(["Seed 42", "Seed 43"])
@@ -83,7 +83,7 @@ def test_a_grid_of_strengths_comes_picture_by_picture_from_one_sampler(
     draw.click()
     expect(page.get_by_text(re.compile(r"drawing, [1-9]\d* of"))).to_be_visible(timeout=LONG_MS)
     page.get_by_role("button", name="Cancel").click()
-    expect(page.get_by_text("Drawing: cancelled.")).to_be_visible()
+    expect(page.get_by_text("Generating: cancelled.")).to_be_visible()
     assert samplers(workspace) == [first]
 
     # A run that starts has the memory, and the page says why the pictures do not come.
@@ -155,5 +155,5 @@ def test_references_are_chosen_for_prompts_and_to_try(
     expect(page.get_by_role("group", name="References").get_by_role("img")).to_have_count(1)
     page.route("**/api/jobs/sample", lambda route: route.abort())
     with page.expect_request("**/api/jobs/sample") as asked:
-        page.get_by_role("button", name="Draw", exact=True).click()
+        page.get_by_role("button", name="Generate", exact=True).click()
     assert asked.value.post_data_json["references"] == ["references/one.png"]

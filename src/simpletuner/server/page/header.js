@@ -49,7 +49,7 @@ export class Header {
     this.lost.hidden = connection === "open";
     if (connection === "lost") {
       const runText = isGoingOn(detail.state) ? "; the run continues" : "";
-      this.lost.textContent = `The server does not answer${runText}. The page catches up once it is started again: simpletuner server`;
+      this.lost.textContent = `The connection to the server is lost${runText}. The page catches up once the server answers: simpletuner server`;
     }
     if (connection === "gone") {
       this.lost.replaceChildren(...goneText(this.store.run));
