@@ -71,7 +71,7 @@ def test_a_set_is_filled_scanned_and_captioned(server: Server, page: Page, works
     Image.new("RGB", (32, 32), "red").save(workspace / "datasets" / "cats" / "small.png")
     (workspace / "datasets" / "cats" / "small.txt").write_text("a small cat")
     page.get_by_role("button", name="Scan").click()
-    expect(page.get_by_text("1 image and 1 caption")).to_be_visible(timeout=60_000)
+    expect(page.get_by_text("1 image and 1 caption, each image used")).to_be_visible(timeout=60_000)
     expect(page.get_by_text("resized to 96×64, cropped to 64×64")).to_be_visible()
     expect(page.locator(".crop")).to_have_count(1)
 

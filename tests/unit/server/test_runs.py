@@ -296,8 +296,8 @@ def test_a_folder_without_a_run_is_none(client: TestClient, environment: str) ->
 @pytest.mark.parametrize(
     ("body", "text"),
     [
-        ({}, "what to train is not said"),
-        ({"environment": "mine", "example": "tiny-lora"}, "what to train is not said"),
+        ({}, "does not say what to train"),
+        ({"environment": "mine", "example": "tiny-lora"}, "does not say what to train"),
         ({"environment": "yours"}, "there is no environment yours"),
         ({"environment": "../mine"}, ""),
         ({"example": "--config"}, ""),
@@ -306,7 +306,7 @@ def test_a_folder_without_a_run_is_none(client: TestClient, environment: str) ->
         ({"environment": "mine", "options": {"json": "x"}}, "no such option"),
         ({"environment": "mine", "options": {"LORA": 1}}, ""),
         ({"environment": "mine", "options": {"lora_rank": [1]}}, ""),
-        ({"environment": "mine", "options": {"caption_dropout_probability": "a\0b"}}, "cannot be given to a command"),
+        ({"environment": "mine", "options": {"caption_dropout_probability": "a\0b"}}, "cannot be passed to a command"),
         ({"environment": "mine", "options": {"output_dir": "../away"}}, "outside the folders"),
         ({"environment": "mine", "options": {"output_dir": "/tmp/away"}}, "outside the folders"),
         ({"environment": "mine", "more": 1}, ""),
@@ -359,12 +359,12 @@ def test_the_list_is_read_again_only_where_a_run_changed(client: TestClient, wor
     same = client.get("/api/runs", headers={"If-None-Match": first.headers["etag"]})
     assert (same.status_code, same.content) == (304, b"")
     glances = client.app.state.context.glances  # type: ignore[attr-defined]
-    before = {run: known.json for run, known in glances._known.items()}
+    before = {run: known.json for run, known in glances._cache.items()}
     with one.lock():
         told = client.get("/api/runs", headers={"If-None-Match": first.headers["etag"]})
         assert [run["state"] for run in told.json() if run["run"] == "output/a"] == ["running"]
     client.get("/api/runs")
-    assert glances._known[two].json is before[two]
+    assert glances._cache[two].json is before[two]
     two.note.write_text("mine")
     assert {run["run"]: run["note"] for run in get(client, "runs")} == {"output/a": "", "output/b": "mine"}
 

@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 from simpletuner.runs.events import EventLog, NoticeEvent
 from simpletuner.runs.layout import LORA_NAME, RunDirectory
 from simpletuner.runs.queue import Queue
-from simpletuner.server.api.samples import SampleRequest, WeightedLora, sample_request
+from simpletuner.server.api.samples import SampleJobRequest, WeightedLora, sample_request
 from simpletuner.server.context import ServerContext
 from simpletuner.server.faults import Fault
 from simpletuner.server.roots import Roots
@@ -44,7 +44,7 @@ def test_a_wish_becomes_a_request_of_the_sampler(here: ServerContext, run: RunDi
     run.checkpoint(5).mkdir(parents=True)
     (run.checkpoint(5) / LORA_NAME).write_bytes(b"")
     run.lora.write_bytes(b"")
-    wanted = SampleRequest(
+    wanted = SampleJobRequest(
         run="output/a",
         prompts=["a flag", "--out=/etc; $(reboot)\nü"],
         seed=7,
@@ -72,16 +72,17 @@ def test_a_wish_becomes_a_request_of_the_sampler(here: ServerContext, run: RunDi
     }
     Image.new("RGB", (64, 64)).save(here.workspace / "a.png")
     assert (
-        sample_request(here, SampleRequest(prompts=["x"], references=["a.png", "a.png"]))["references"] == ["a.png"] * 2
+        sample_request(here, SampleJobRequest(prompts=["x"], references=["a.png", "a.png"]))["references"]
+        == ["a.png"] * 2
     )
     for path, status in (("gone.png", 422), (f"output/a/{LORA_NAME}", 422), ("../a.png", 403)):
         with pytest.raises(Fault) as refused:
-            sample_request(here, SampleRequest(prompts=["x"], references=[path]))
+            sample_request(here, SampleJobRequest(prompts=["x"], references=[path]))
         assert refused.value.status == status
-    plain = sample_request(here, SampleRequest(prompts=["x"]))
+    plain = sample_request(here, SampleJobRequest(prompts=["x"]))
     assert (plain["out"], plain["prompt"]) == ("samples", ["x"])
     assert not {"run", "lora", "steps", "guidance"} & set(plain), "null is left to the run and the model"
-    assert sample_request(here, SampleRequest(prompts=["x"], loras=[]))["lora"] == [], "an empty list is the base"
+    assert sample_request(here, SampleJobRequest(prompts=["x"], loras=[]))["lora"] == [], "an empty list is the base"
 
 
 def test_drawing_is_refused_while_a_run_trains_on_the_same_gpu(
@@ -125,7 +126,7 @@ def test_only_loras_below_the_roots_act(here: ServerContext, workspace: Path, pa
     (workspace / "folder").mkdir()
     (workspace / "folder" / LORA_NAME).symlink_to(workspace.parent / "away.safetensors")
     with pytest.raises(Fault) as refused:
-        sample_request(here, SampleRequest(prompts=["x"], loras=[WeightedLora(path=path)]))
+        sample_request(here, SampleJobRequest(prompts=["x"], loras=[WeightedLora(path=path)]))
     assert refused.value.status == status
 
 

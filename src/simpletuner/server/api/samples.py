@@ -41,7 +41,7 @@ class WeightedLora(RequestBody):
     strength: Strength = 1.0
 
 
-class SampleRequest(RequestBody):
+class SampleJobRequest(RequestBody):
     """Images to generate."""
 
     run: str | None = Field(default=None, max_length=4096)
@@ -81,7 +81,7 @@ class SampledImage(BaseModel):
 
 
 @router.post("/jobs/sample", status_code=202)
-async def sample(context: InContext, body: SampleRequest) -> CommandJob:
+async def sample(context: InContext, body: SampleJobRequest) -> CommandJob:
     """Generate images. The job's result is {"pictures": [paths]}, and grows while it runs."""
     request = sample_request(context, body)
     run = await asyncio.to_thread(run_on_sampler_gpu, context.roots)
@@ -106,7 +106,7 @@ def samples(context: InContext, run: RunName) -> list[SampledImage]:
     return [image for image in images if image is not None]
 
 
-def sample_request(context: ServerContext, body: SampleRequest) -> dict[str, Any]:
+def sample_request(context: ServerContext, body: SampleJobRequest) -> dict[str, Any]:
     """Build the request for `simpletuner sample --serve`.
 
     Raises:
