@@ -48,7 +48,7 @@ class WrittenDraft:
     flags: tuple[str, ...]
     """Flags that make a command read the draft."""
     folder: Path
-    shown: Mapping[DocumentName, str]
+    shown_paths: Mapping[DocumentName, str]
     """The path by which messages name each document."""
     overridden: tuple[str, ...]
     """Options of the draft that flags override, to point at the draft's own files."""
@@ -59,17 +59,17 @@ class WrittenDraft:
 
     def document_of(self, problem: ProblemAnswer) -> DocumentName:
         """Return the document that a message is about: the first one that it names, else the config."""
-        positions = {name: problem.text.find(shown) for name, shown in self.shown.items()}
-        named = {name: position for name, position in positions.items() if position >= 0}
-        if problem.key or not named:
+        positions = {name: problem.text.find(path) for name, path in self.shown_paths.items()}
+        named_positions = {name: position for name, position in positions.items() if position >= 0}
+        if problem.key or not named_positions:
             return "config"
-        return min(named, key=lambda name: (named[name], -len(self.shown[name])))
+        return min(named_positions, key=lambda name: (named_positions[name], -len(self.shown_paths[name])))
 
     def cleaned(self, text: str) -> str:
         """`text` with the documents' real paths in place of the temporary ones."""
         for document in DOCUMENTS:
-            text = text.replace(str(self.folder / self.names[document]), self.shown[document])
-        return text.replace(str(self.folder), str(Path(self.shown["config"]).parent))
+            text = text.replace(str(self.folder / self.names[document]), self.shown_paths[document])
+        return text.replace(str(self.folder), str(Path(self.shown_paths["config"]).parent))
 
 
 def without_traces(finished: Finished, written: WrittenDraft) -> Finished:
@@ -103,27 +103,27 @@ def drafted(draft: Draft, environment: Environment, folder: Path) -> WrittenDraf
         values = options_in(read_document(folder / config.name, config.name))
     except (ConfigError, ValueError, RecursionError):
         values = {}
-    named = named_documents(values)
-    shown: dict[DocumentName, str] = {"config": environment.roots.shown(config)}
+    named_paths = named_documents(values)
+    shown_paths: dict[DocumentName, str] = {"config": environment.roots.display_path(config)}
     flags, overridden = [f"--config={folder / config.name}"], []
     problems: list[Problem] = []
     texts: dict[DocumentName, str | None] = {"datasets": draft.datasets, "prompts": draft.prompts}
     for document, text in texts.items():
         default_path = config.with_name(FILE_NAMES[document])
-        shown[document] = named.get(document, environment.roots.shown(default_path))
+        shown_paths[document] = named_paths.get(document, environment.roots.display_path(default_path))
         path = folder / names[document]
         if text is not None:
             path.write_bytes(encoded(text))
-            if document in named:
+            if document in named_paths:
                 flags.append(f"--{REFERENCES[document]}={path}")
                 overridden.append(REFERENCES[document])
                 problems += _refusals(environment, values, document)
-        elif document not in named:
+        elif document not in named_paths:
             environment.roots.resolve_for(REFERENCES[document], str(default_path))
             saved_text, _ = read_text(default_path)
             if saved_text is not None:
                 path.write_text(saved_text, encoding="utf-8")
-    return WrittenDraft(tuple(flags), folder, shown, tuple(overridden), names, tuple(problems))
+    return WrittenDraft(tuple(flags), folder, shown_paths, tuple(overridden), names, tuple(problems))
 
 
 def _refusals(environment: Environment, values: dict[str, Any], document: DocumentName) -> list[Problem]:

@@ -112,18 +112,18 @@ def document_path(roots: Roots, values: dict[str, Any], document: DocumentName, 
     Raises:
         Fault: 422, it holds a placeholder that cannot be filled in here.
     """
-    named = named_documents(values).get(document)
-    if named is None:
+    named_path = named_documents(values).get(document)
+    if named_path is None:
         return config.with_name(FILE_NAMES[document])
     family = str(values.get("model_family", RunConfig.model_fields["model_family"].default))
     names = {"model_family": family}
     try:
         output_dir = values.get("output_dir", RunConfig.model_fields["output_dir"].default)
-        if "{output_dir}" in named:
+        if "{output_dir}" in named_path:
             names["output_dir"] = filled(str(output_dir), names, None)
-        return Path(joined(roots.workspace, filled(named, names, None)))
+        return Path(joined(roots.workspace, filled(named_path, names, None)))
     except (ValueError, ConfigError) as error:
-        raise Fault.of(422, f"{REFERENCES[document]} = {named!r}: {error}") from None
+        raise Fault.of(422, f"{REFERENCES[document]} = {named_path!r}: {error}") from None
 
 
 def environments(roots: Roots) -> list[Environment]:

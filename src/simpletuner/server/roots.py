@@ -38,7 +38,7 @@ class Roots(Reach):
             raise Fault.of(404, f"{text} is not a folder")
         return path
 
-    def shown(self, path: Path) -> str:
+    def display_path(self, path: Path) -> str:
         """`path` as the page shows it and `resolve` accepts it: relative if it lies in the workspace."""
         text = str(path.relative_to(self.workspace)) if path.is_relative_to(self.workspace) else str(path)
         # A name whose bytes are not UTF-8 cannot be sent as text.

@@ -133,7 +133,7 @@ def output_folder(roots: Roots, text: str) -> Path:
 def glance(roots: Roots, run: RunDirectory, names: dict[Path, str]) -> Run:
     """Return the status of `run`; `names` maps run directories to environments (`output_folders`)."""
     identity: dict[str, Any] = {
-        "run": roots.shown(run.root),
+        "run": roots.display_path(run.root),
         "name": run.root.name,
         "environment": names.get(run.root),
     }

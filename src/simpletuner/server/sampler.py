@@ -40,16 +40,16 @@ class SamplerProcess:
         self._job: CommandJob | None = None
         self._idle: asyncio.TimerHandle | None = None
 
-    async def sample(self, job: CommandJob, request: Mapping[str, Any], shown: Callable[[str], str]) -> None:
+    async def sample(self, job: CommandJob, request: Mapping[str, Any], display_path: Callable[[str], str]) -> None:
         """Generate images for `request`, which holds options of `simpletuner sample` by name, and update `job`. The
-        job's result lists the finished images in order; `shown` maps each path of the process to the page's form.
+        job's result lists the finished images in order; `display_path` converts a path of the process to the page's form.
         """
         async with self._job_lock:
             if self._idle is not None:
                 self._idle.cancel()
             self._job = job
             try:
-                await self._follow(job, request, shown)
+                await self._follow(job, request, display_path)
             except OSError as error:
                 job.problems = [answered(Problem(f"the sampler cannot be started ({error.strerror})"))]
                 job.state = "failed"
@@ -82,7 +82,7 @@ class SamplerProcess:
         if self._job is not None:
             take_line(line, self._job)
 
-    async def _follow(self, job: CommandJob, request: Mapping[str, Any], shown: Callable[[str], str]) -> None:
+    async def _follow(self, job: CommandJob, request: Mapping[str, Any], display_path: Callable[[str], str]) -> None:
         process = await self._started()
         try:
             await _send(process, {**request, "id": job.id})
@@ -92,7 +92,7 @@ class SamplerProcess:
                     case "progress":
                         job.progress = JobProgress.model_validate(event)
                     case "picture":
-                        pictures = [*pictures, shown(event["path"])]
+                        pictures = [*pictures, display_path(event["path"])]
                         job.result = {"pictures": pictures}
                     case "done":
                         job.state = "done"
@@ -160,7 +160,7 @@ def run_on_sampler_gpu(roots: Roots) -> str | None:
     }
     for run in list_runs(roots):
         if run.root not in other_gpu_runs and run.lock().is_held():
-            return roots.shown(run.root)
+            return roots.display_path(run.root)
     return None
 
 

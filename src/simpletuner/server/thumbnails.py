@@ -51,7 +51,9 @@ def thumbnail(path: Path, width: int, *, is_mask: bool = False) -> bytes:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with _opened(path) as file, Image.open(file, formats=known_formats()) as opened:
                 if opened.width * opened.height > LARGEST_PIXELS:
-                    raise Fault.of(422, f"{path.name} has {opened.width} × {opened.height} pixels", "fewer")
+                    raise Fault.of(
+                        422, f"{path.name} has {opened.width} × {opened.height} pixels", f"at most {LARGEST_PIXELS:,}"
+                    )
                 opened.draft("RGB", (width, width))
                 image = ImageOps.exif_transpose(opened)
                 if image.mode.startswith("I;16"):

@@ -13,9 +13,9 @@ def test_paths_are_shown_as_they_can_be_given_back(workspace: Path, tmp_path: Pa
     other.mkdir()
     roots = Roots(workspace, (other,))
     for path in (workspace, workspace / "a" / "b.png", other, other / "c.png"):
-        assert roots.resolve(roots.shown(path)) == path
-    assert roots.shown(workspace / "a") == "a"
-    assert roots.shown(other / "a") == str(other / "a")
+        assert roots.resolve(roots.display_path(path)) == path
+    assert roots.display_path(workspace / "a") == "a"
+    assert roots.display_path(other / "a") == str(other / "a")
 
 
 def test_a_name_that_begins_like_a_root_is_outside(workspace: Path) -> None:
@@ -25,5 +25,5 @@ def test_a_name_that_begins_like_a_root_is_outside(workspace: Path) -> None:
 
 
 def test_names_of_bytes_that_are_no_text_can_be_sent(workspace: Path) -> None:
-    shown = Roots(workspace).shown(workspace / "a\udcff.png")
+    shown = Roots(workspace).display_path(workspace / "a\udcff.png")
     assert shown.encode() == b"a\\udcff.png"

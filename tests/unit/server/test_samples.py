@@ -71,10 +71,8 @@ def test_a_wish_becomes_a_request_of_the_sampler(here: ServerContext, run: RunDi
         "num": 2,
     }
     Image.new("RGB", (64, 64)).save(here.workspace / "a.png")
-    assert (
-        sample_request(here, SampleJobRequest(prompts=["x"], references=["a.png", "a.png"]))["references"]
-        == ["a.png"] * 2
-    )
+    body = SampleJobRequest(prompts=["x"], references=["a.png", "a.png"])
+    assert sample_request(here, body)["references"] == ["a.png"] * 2
     for path, status in (("gone.png", 422), (f"output/a/{LORA_NAME}", 422), ("../a.png", 403)):
         with pytest.raises(Fault) as refused:
             sample_request(here, SampleJobRequest(prompts=["x"], references=[path]))

@@ -68,7 +68,7 @@ async def delete(
     _existing(context, directory, step)
     if confirm != str(step):
         raise Fault.of(422, f"confirm = {confirm!r}", f"{step}, the step of the checkpoint to delete")
-    shown_root = context.roots.shown(directory.root)
+    shown_root = context.roots.display_path(directory.root)
     printed(await context.shell.run("checkpoint", "delete", "--json", "--yes", f"--step={step}", shown_root))
 
 
@@ -88,7 +88,7 @@ def _checkpoint_info(context: ServerContext, step: int, folder: Path) -> Checkpo
     written_at = (manifest if manifest.is_file() else folder).stat().st_mtime
     return Checkpoint(
         step=step,
-        path=context.roots.shown(folder),
+        path=context.roots.display_path(folder),
         bytes=size_of(folder),
         time=datetime.datetime.fromtimestamp(written_at, datetime.UTC).isoformat(timespec="milliseconds"),
         state="unverified" if not is_verified else "good" if damaged is None else "damaged",

@@ -170,7 +170,8 @@ async def deleted(name: Name, confirm: Name, context: InContext) -> DeletedEnvir
     async with context.writing:
         removed, remaining = await asyncio.to_thread(files.delete, environment)
     return DeletedEnvironment(
-        removed=[context.roots.shown(path) for path in removed], left=[context.roots.shown(path) for path in remaining]
+        removed=[context.roots.display_path(path) for path in removed],
+        left=[context.roots.display_path(path) for path in remaining],
     )
 
 
@@ -304,7 +305,7 @@ def _summary(environment: Environment) -> EnvironmentSummary:
     modified = datetime.datetime.fromtimestamp(environment.config.stat().st_mtime, datetime.UTC)
     return EnvironmentSummary(
         name=environment.name,
-        path=environment.roots.shown(environment.config),
+        path=environment.roots.display_path(environment.config),
         modified=modified.isoformat(timespec="milliseconds"),
         output_dir=output if isinstance(output, str) else None,
         has_datasets=_document(environment, "datasets").text is not None,
@@ -324,9 +325,9 @@ def _document(environment: Environment, document: DocumentName) -> Document:
     except Fault:
         # The config names a file that the page may not read. The other documents stay editable; writing this one
         # reports the problem.
-        named = files.named_documents(environment.values()).get(document) or environment.roots.shown(
+        named_path = files.named_documents(environment.values()).get(document) or environment.roots.display_path(
             environment.config.with_name(files.FILE_NAMES[document])
         )
-        return Document(path=named, text=None, revision="")
+        return Document(path=named_path, text=None, revision="")
     text, revision = read_text(path)
-    return Document(path=environment.roots.shown(path), text=text, revision=revision)
+    return Document(path=environment.roots.display_path(path), text=text, revision=revision)

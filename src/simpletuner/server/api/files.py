@@ -149,7 +149,7 @@ async def upload(
     except RefusedUpload as reason:
         outcome = UploadOutcome(refused=[(name.encode(errors="backslashreplace").decode(), str(reason))])
     return Upload(
-        saved=[context.roots.shown(path) for path in outcome.saved],
+        saved=[context.roots.display_path(path) for path in outcome.saved],
         refused=[RefusedFile(name=refused, reason=reason) for refused, reason in outcome.refused],
     )
 
@@ -209,7 +209,7 @@ def _view(folder: Path, roots: Roots) -> FolderView:
             continue
         if entry.is_dir():
             if not entry.is_symlink() or roots.holds(Path(entry.path).resolve()):
-                subfolders.append(Folder(name=entry.name, path=roots.shown(Path(entry.path))))
+                subfolders.append(Folder(name=entry.name, path=roots.display_path(Path(entry.path))))
             continue
         suffix = Path(entry.name).suffix.lower()
         captions += suffix in TEXTS
@@ -217,12 +217,12 @@ def _view(folder: Path, roots: Roots) -> FolderView:
             pictures.append(entry.name)
     parent = folder.parent
     return FolderView(
-        path=roots.shown(folder),
-        parent=roots.shown(parent) if folder not in roots.all and roots.holds(parent.resolve()) else None,
+        path=roots.display_path(folder),
+        parent=roots.display_path(parent) if folder not in roots.all and roots.holds(parent.resolve()) else None,
         folders=subfolders,
         pictures=len(pictures),
         captions=captions,
-        names=[roots.shown(folder / name) for name in pictures[:NAMED_AT_MOST]],
+        names=[roots.display_path(folder / name) for name in pictures[:NAMED_AT_MOST]],
     )
 
 

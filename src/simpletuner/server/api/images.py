@@ -146,7 +146,7 @@ def images(
     path = context.roots.folder(folder)
     matches = context.image_lists.search(path, holds=context.roots.holds, only_missing=missing, text=text)
     return ImageList(
-        path=context.roots.shown(path),
+        path=context.roots.display_path(path),
         total=matches.total,
         without_caption=len(matches.without_caption),
         names=matches.names,
@@ -169,7 +169,9 @@ def partners(
     path = context.roots.folder(beside)
     partner_files = find_partners(names, held_images(path, context.roots.holds).images, is_numbered=numbered)
     paired = {name: [file for _, file in partner_files.get(caption_key(name), ())] for name in names}
-    return Partners(path=context.roots.shown(path), names={name: files for name, files in paired.items() if files})
+    return Partners(
+        path=context.roots.display_path(path), names={name: files for name, files in paired.items() if files}
+    )
 
 
 @router.post("/images/captions")
@@ -200,7 +202,11 @@ async def delete_images(deletion: Deletion, context: InContext) -> DeletedImages
     """Move images and their captions to the folder's trash: `simpletuner dataset delete`."""
     path = context.roots.folder(deletion.folder)
     deleted = DeletedImages.model_validate(await _dataset(context, "delete", path, deletion.names, "--yes"))
-    return deleted.model_copy(update={"trash": context.roots.shown(Path(deleted.trash))}) if deleted.trash else deleted
+    return (
+        deleted.model_copy(update={"trash": context.roots.display_path(Path(deleted.trash))})
+        if deleted.trash
+        else deleted
+    )
 
 
 @router.post("/images/undo")

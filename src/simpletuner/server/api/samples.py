@@ -91,8 +91,8 @@ async def sample(context: InContext, body: SampleJobRequest) -> CommandJob:
             f"{run} is training and uses the memory that sampling needs",
             remedy="Wait until it has ended, or stop it. Its validation images show its progress.",
         )
-    shown = partial(_shown, context.roots)
-    return context.jobs.begin("sample", partial(context.sampler.sample, request=request, shown=shown))
+    display_path = partial(_display_path, context.roots)
+    return context.jobs.begin("sample", partial(context.sampler.sample, request=request, display_path=display_path))
 
 
 @router.get("/run/samples")
@@ -102,7 +102,7 @@ def samples(context: InContext, run: RunName) -> list[SampledImage]:
     folder = part_of(context.roots, directory, directory.root / FOLDER)
     paths = [path for path in folder.glob("*.png") if path.is_file() and not path.is_symlink()]
     paths.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    images = (_sampled_image(path, context.roots.shown(path)) for path in paths[:MAX_LISTED])
+    images = (_sampled_image(path, context.roots.display_path(path)) for path in paths[:MAX_LISTED])
     return [image for image in images if image is not None]
 
 
@@ -117,9 +117,9 @@ def sample_request(context: ServerContext, body: SampleJobRequest) -> dict[str, 
     if body.run is not None:
         directory = run_at(context.roots, body.run)
         out = part_of(context.roots, directory, directory.root / FOLDER)
-        request["run"] = context.roots.shown(directory.root)
+        request["run"] = context.roots.display_path(directory.root)
     request |= {
-        "out": context.roots.shown(context.roots.resolve(str(out))),
+        "out": context.roots.display_path(context.roots.resolve(str(out))),
         "prompt": body.prompts,
         "strength": body.strengths,
         "seed": body.seed,
@@ -131,9 +131,11 @@ def sample_request(context: ServerContext, body: SampleJobRequest) -> dict[str, 
     }
     if body.loras is not None:
         loras = [(lora_file(context.roots, lora.path), lora.strength) for lora in body.loras]
-        request["lora"] = [f"{context.roots.shown(file)}:{strength}" for file, strength in loras]
+        request["lora"] = [f"{context.roots.display_path(file)}:{strength}" for file, strength in loras]
     if body.references:
-        request["references"] = [context.roots.shown(image_file(context.roots, text)) for text in body.references]
+        request["references"] = [
+            context.roots.display_path(image_file(context.roots, text)) for text in body.references
+        ]
     return {name: value for name, value in request.items() if value is not None}
 
 
@@ -162,12 +164,12 @@ def lora_file(roots: Roots, text: str) -> Path:
     return file
 
 
-def _shown(roots: Roots, text: str) -> str:
+def _display_path(roots: Roots, text: str) -> str:
     """Convert an image path from the sampler, which runs in the workspace, to the page's form."""
-    return roots.shown((roots.workspace / text).resolve())
+    return roots.display_path((roots.workspace / text).resolve())
 
 
-def _sampled_image(path: Path, shown: str) -> SampledImage | None:
+def _sampled_image(path: Path, display_path: str) -> SampledImage | None:
     """Return an image with the parameters that its file records; None if the file is not a PNG."""
     # Slow to import, and the first page needs no image.
     from PIL import Image
@@ -184,6 +186,6 @@ def _sampled_image(path: Path, shown: str) -> SampledImage | None:
         parameters = decoded(str(text))
         scalars = {name: parameters.get(name) for name in ("prompt", "seed", "steps", "guidance")}
         lists = {name: parameters.get(name, []) for name in ("loras", "references")}
-        return SampledImage(path=shown, width=width, height=height, **lists, **scalars)
+        return SampledImage(path=display_path, width=width, height=height, **lists, **scalars)
     except (DamagedText, ValueError, AttributeError):  # written by another program
-        return SampledImage(path=shown, width=width, height=height)
+        return SampledImage(path=display_path, width=width, height=height)
