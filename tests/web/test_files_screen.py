@@ -49,7 +49,7 @@ def test_files_are_inspected_converted_and_merged(
     report = page.get_by_role("article")
     expect(report.get_by_text("LoRA for FLUX.2 tiny")).to_be_visible(timeout=LONG_MS)
     expect(report.get_by_role("listitem")).to_have_text(["diffusers loads", "ComfyUI loads"])
-    report.get_by_text("How it was made").click()
+    report.get_by_text("Training metadata").click()
     expect(report.get_by_role("definition").filter(has_text="900")).to_be_visible()
     report.get_by_text("How much it changes each block").click()
     expect(report.get_by_role("rowheader", name="transformer_blocks.1", exact=True)).to_be_visible()

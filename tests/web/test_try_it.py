@@ -130,7 +130,7 @@ def test_references_are_chosen_for_prompts_and_to_try(
     expect(prompts.nth(0).get_by_role("img")).to_have_count(2)
     prompts.nth(0).get_by_label("References from this computer").set_input_files(workspace / "three.png")
     expect(prompts.nth(0).get_by_role("img")).to_have_count(3)
-    prompts.nth(0).get_by_role("button", name="Move reference 3 to place 2").click()
+    prompts.nth(0).get_by_role("button", name="Move reference 3 to position 2").click()
     prompts.nth(0).get_by_label("Prompt", exact=True).fill("a dog")
     prompts.nth(0).get_by_label("Prompt", exact=True).blur()
     page.keyboard.press("Control+s")

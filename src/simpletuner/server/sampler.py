@@ -42,7 +42,7 @@ class SamplerProcess:
 
     async def sample(self, job: CommandJob, request: Mapping[str, Any], display_path: Callable[[str], str]) -> None:
         """Generate images for `request`, which holds options of `simpletuner sample` by name, and update `job`. The
-        job's result lists the finished images in order; `display_path` converts a path of the process to the page's form.
+        job's result lists the finished images in order; `display_path` converts the process's paths to the page's form.
         """
         async with self._job_lock:
             if self._idle is not None:

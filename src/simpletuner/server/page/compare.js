@@ -19,7 +19,7 @@ export async function compare(root, params) {
   if (names.length < 2) {
     root.replaceChildren(h("h1", {}, "Compare"), h("div", { class: "sheet empty" },
       h("h2", {}, "Choose two runs"), h("p", {}, "Tick two or more runs in the list, then press Compare."),
-      h("a", { class: "button primary", href: "#/" }, "To the runs")));
+      h("a", { class: "button primary", href: "#/" }, "Go to the runs")));
     return () => {};
   }
   const stores = names.map((name) => new RunStore(name));

@@ -7,7 +7,7 @@ import { short } from "./numbers.js";
 import { downloadLink } from "./checkpoints.js";
 import { MachineLine } from "./meter.js";
 import { editNote } from "./note.js";
-import { isGoingOn, phaseText, stateBadge } from "./states.js";
+import { isActive, phaseText, stateBadge } from "./states.js";
 import { ownInTitle } from "./title.js";
 
 /** The flavour whose LoRAs other tools do not load. */
@@ -48,7 +48,7 @@ export class Header {
     const { detail, connection } = this.store;
     this.lost.hidden = connection === "open";
     if (connection === "lost") {
-      const runText = isGoingOn(detail.state) ? "; the run continues" : "";
+      const runText = isActive(detail.state) ? "; the run continues" : "";
       this.lost.textContent = `The connection to the server is lost${runText}. The page catches up once the server answers: simpletuner server`;
     }
     if (connection === "gone") {
@@ -80,9 +80,9 @@ export class Header {
       return `${capital(phaseText(phase))}: ${count(current.done)} of ${count(current.total)}`;
     }
     if (steps === null) {
-      if (isGoingOn(state)) this.bar.removeAttribute("value");
+      if (isActive(state)) this.bar.removeAttribute("value");
       else this.bar.value = 0;
-      return isGoingOn(state) ? `${capital(phaseText(phase))} …` : state === "waiting" ? "The run has not started yet." : "No step was finished.";
+      return isActive(state) ? `${capital(phaseText(phase))} …` : state === "waiting" ? "The run has not started yet." : "No step was finished.";
     }
     Object.assign(this.bar, { max: Math.max(1, steps), value: step });
     const activity = state === "running" && phase !== "train" ? `, ${phaseText(phase)}${current ? ` ${current.done} of ${current.total}` : ""}` : "";

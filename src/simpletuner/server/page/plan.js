@@ -135,7 +135,7 @@ function legend(names, color) {
 
 /** Lower bounds for the time of a step and of the run, if the machine's speed is known. */
 function timeList({ step_s: step, total_s: total, steps }) {
-  const rows = [["A step, at least", step], ["In total, at least", total]].filter(([, seconds]) => typeof seconds === "number");
+  const rows = [["Per step, at least", step], ["In total, at least", total]].filter(([, seconds]) => typeof seconds === "number");
   if (rows.length === 0) return h("p", { class: "hint" }, "The time can only be estimated for this machine.");
   return h("dl", { class: "times" },
     rows.map(([title, seconds]) => h("div", {}, h("dt", {}, title), h("dd", { class: "numbers" }, duration(seconds)))),
@@ -149,7 +149,7 @@ function processesText(plan) {
   const sent = [[wire.gathered, "weights"], [wire.reduced, "gradients"]].filter(([bytes]) => bytes > 0).map(([bytes, name]) => `${gib(bytes)} of ${name}`);
   const times = Object.entries(wire.seconds).map(([link, seconds]) => `${duration(seconds)} over ${link}`);
   return h("p", {}, `${engineText(plan)}: ${machine.accelerator === null ? "" : "GPU memory is per process, "}RAM is for all processes together. `,
-    `Each sends ${sent.join(" and ")} a step${machine.accelerator === null ? "" : `; estimated, not measured: ${times.join(", ")}`}.`);
+    `Each sends ${sent.join(" and ")} per step${machine.accelerator === null ? "" : `; estimated, not measured: ${times.join(", ")}`}.`);
 }
 
 function workloadText({ width, height, batch, pictures, captions }) {

@@ -88,7 +88,7 @@ export function referenceList(change, present = null) {
   function item(path, at) {
     const others = list.paths.filter((_, index) => index !== at);
     return h("li", {}, h("figure", {}, thumbnail(path), h("figcaption", {}, h("span", { class: "grow" }, `${at + 1}`),
-      at === 0 ? null : button("", () => put(others.toSpliced(at - 1, 0, path)), { icon: "left", kind: "quiet tiny", label: `Move reference ${at + 1} to place ${at}` }),
+      at === 0 ? null : button("", () => put(others.toSpliced(at - 1, 0, path)), { icon: "left", kind: "quiet tiny", label: `Move reference ${at + 1} to position ${at}` }),
       button("", () => put(others), { icon: "trash", kind: "quiet tiny", label: `Remove reference ${at + 1}` }))));
   }
 

@@ -31,7 +31,7 @@ function fileView(path, { what, bytes, base_model: base, is_distilled: isDistill
     listOf(facts),
     adapter?.modules ? h("ul", { class: "plain stack tight" }, Object.entries(adapter.loaders).map(verdict(adapter.modules))) : null,
     components.map(componentView),
-    Object.keys(training).length ? folded("How it was made", listOf(training)) : null,
+    Object.keys(training).length ? folded("Training metadata", listOf(training)) : null,
     adapter?.modules ? folded("Adapted layers", tableOf("Adapted layers", ["Module", "Layers", "Rank"],
       adapter.places.map(({ name, modules, ranks }) => [name, count(modules), ranks.join(", ") || "full"]))) : null,
     adapter?.modules ? folded("How much it changes each block", tableOf("Norms by block", ["Block", "Norm of its change"],

@@ -7,7 +7,7 @@ import { deleteRun, editNote } from "./note.js";
 import { short } from "./numbers.js";
 import { Grid, pictureUrl } from "./pictures.js";
 import { to } from "./router.js";
-import { STATES, isGoingOn, phaseText, stateBadge, stepBar } from "./states.js";
+import { STATES, isActive, phaseText, stateBadge, stepBar } from "./states.js";
 
 const ROWS_PER_PORTION = 40;
 const THUMBNAILS = 6;
@@ -129,7 +129,7 @@ export class RunList {
         tool("Note on", "edit", "note", async () => {
           if (await editNote(one)) await this.refresh();
         }),
-        isGoingOn(state) ? null : tool("Delete", "trash", "delete", async () => {
+        isActive(state) ? null : tool("Delete", "trash", "delete", async () => {
           if (!(await deleteRun(one))) return;
           await this.refresh();
           (this.list.querySelector("a") ?? document.getElementById("main")).focus();

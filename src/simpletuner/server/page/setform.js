@@ -14,8 +14,8 @@ export const kindOf = (entry) => (entry?.dataset_type in KINDS ? entry.dataset_t
 export const CONDITIONS = {
   reference_loose: "References of any shape",
   reference_strict: "References with the crop of their image",
-  mask: "Masks: white is trained, black is not",
-  segmentation: "Masks in which every gray counts as white",
+  mask: "Masks: white areas are trained, black ones are not",
+  segmentation: "Masks: every gray counts as white",
 };
 
 export const isReference = (entry) => entry?.conditioning_type?.startsWith("reference") ?? false;

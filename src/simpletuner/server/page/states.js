@@ -22,7 +22,7 @@ const PHASES = {
 export const phaseText = (phase) => (phase === null ? "starting" : (PHASES[phase] ?? phase));
 
 /** Whether a process works on a run in this state. */
-export const isGoingOn = (state) => state === "starting" || state === "running";
+export const isActive = (state) => state === "starting" || state === "running";
 
 /** A state as a badge. */
 export const stateBadge = (state) => h("span", { class: `badge ${KINDS[state] ?? ""}` }, state);

@@ -4,7 +4,7 @@ import { get, post } from "./api.js";
 import { ask, button, h, toast } from "./dom.js";
 import { deleteRun } from "./note.js";
 import { go, to } from "./router.js";
-import { isGoingOn } from "./states.js";
+import { isActive } from "./states.js";
 
 const ASK_AGAIN_MS = 1500;
 
@@ -48,7 +48,7 @@ export class Verbs {
     const key = `${state} ${phase === "train" || phase === "validation"}`;
     if (key === this.shown) return;
     this.shown = key;
-    this.node.replaceChildren(...(isGoingOn(state) ? this.ofRunning() : this.ofEnded(state)));
+    this.node.replaceChildren(...(isActive(state) ? this.ofRunning() : this.ofEnded(state)));
   }
 
   ofRunning() {
