@@ -60,7 +60,7 @@ def test_without_the_kernels_table_nobody_is_known(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_user_that_the_kernel_cannot_name_is_not_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peer, "_unnamed", os.geteuid)
+    monkeypatch.setattr(peer, "_overflow_uid", os.geteuid)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = listening.getsockname()
         with socket.create_connection(server) as client:
