@@ -1,1 +1,1 @@
-"""The command `simpletuner`: one module for each of its words."""
+"""The command `simpletuner`: one module for each subcommand."""

@@ -1,12 +1,12 @@
-"""What a command takes, declared as a frozen dataclass, and the parser that reads a command line into it.
+"""Parser of command lines: a frozen dataclass declares a command's arguments, `parse_command` fills it.
 
     @dataclass(frozen=True)
     class PlanCommand:
         vram: float | None = Flag("plan for a card of this size", "GIB", convert=parse_gib).default(None)
         json: bool = Flag("print one JSON object instead").default(False)
-        rest: tuple[str, ...] = ()
+        train_options: tuple[str, ...] = ()
 
-A field's name is the flag's, with dashes for underscores; its default is what holds without the flag.
+The flag has the field's name, with dashes for underscores. Without the flag, the field has its default.
 docs/decisions/0016-one-parser.md compares this with argparse.
 """
 
@@ -26,40 +26,40 @@ Form = TypeVar("Form", bound="DataclassInstance")
 Default = TypeVar("Default")
 Word = TypeVar("Word", bound=str)
 _DECLARATION = "declaration"
-"""Key of a field's metadata."""
+"""Key of a field's metadata that holds its `Positional` or `Flag`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Positional:
-    """A field that is typed without a flag. Words fill these fields in order."""
+    """Declaration of a positional argument. Words that are no flags fill the positional fields in order."""
 
     convert: Callable[[str], object] = str
-    """The field's value from the text."""
+    """Converts the text into the field's value."""
     verbs: tuple[str, ...] = ()
-    """The command's verbs that take it; empty for all."""
+    """The verbs of the command that take the argument; empty for all verbs."""
 
     def default(self, value: Default) -> Default:
-        """A dataclass field declared by this, with its default."""
+        """The dataclass field of this declaration, with its default."""
         return field(default=value, metadata={_DECLARATION: self})
 
 
 @dataclass(frozen=True)
 class Flag(Positional):
-    """A field that is typed as a flag.
+    """Declaration of a flag.
 
-    `convert` raises ValueError where the text is not what `expects` says, or a ConfigError with problems of its own.
+    `convert` raises ValueError if the text is not what `expects` describes, or a ConfigError with its own problems.
     """
 
     help: str = ""
-    """With its line breaks. Empty where the command's usage describes the flag elsewhere."""
+    """Help text with its line breaks. Empty if the command's usage describes the flag instead."""
     metavar: str = ""
-    """The value's name in the help. A flag without one is a switch: it takes no value, and its field is a bool."""
+    """Name of the value in the help. A flag without one is a switch: it takes no value, and its field is a bool."""
     expects: str = ""
-    """What `convert` accepts, in words."""
+    """What `convert` accepts, for messages."""
     follows: str = "a value"
-    """What is missing where nothing follows the flag, in words."""
+    """What must follow the flag, for the message if nothing does."""
     is_repeatable: bool = False
-    """Whether the field is a tuple with the value of each occurrence."""
+    """Whether the flag may be repeated. Its field is then a tuple with the value of each occurrence."""
 
 
 def parse_command(
@@ -68,23 +68,24 @@ def parse_command(
     verb: str = "",
     check: Callable[[Form], Iterable[Problem]] = lambda _: (),
 ) -> Form:
-    """Read `arguments`, which follow `verb`, into a `form`.
+    """Parse `arguments`, which follow `verb`, into a `form`.
 
-    A form with the field `rest` is followed by options of `train`: what it does not declare goes there in order, and
-    the last of several occurrences of a flag counts. A form without that field refuses both. `check` finds problems of
-    flags that do not go together; a flag with a problem of its own has its default there.
+    A form with the field `train_options` also takes options of `train`: that field receives, in order, each argument
+    that the form does not declare, and the last occurrence of a repeated flag wins. A form without the field rejects
+    undeclared arguments and repeated flags. `check` returns the problems of flags that exclude or need each other; it
+    sees the default of a flag that has a problem of its own.
 
     Raises:
-        ConfigError: every problem at once.
+        ConfigError: all problems together.
     """
     flags = declared_flags(form, verb)
     positionals = [
         (name, declared) for name, declared in declared_fields(form, verb).items() if not isinstance(declared, Flag)
     ]
-    is_open = "rest" in {each.name for each in fields(form)}
+    is_open = "train_options" in {each.name for each in fields(form)}
     values: dict[str, Any] = {}
     texts: dict[str, list[str]] = {}
-    rest: list[str] = []
+    train_options: list[str] = []
     problems: list[Problem] = []
     for argument in split_arguments(arguments, lambda name: bool(flags[name].metavar) if name in flags else is_open):
         name = argument.name or ""
@@ -99,40 +100,40 @@ def parse_command(
         elif name in flags and argument.value is None:
             values[name.replace("-", "_")] = True
         elif is_open:
-            # A word behind a flag of `form` must not become the value of an option in front of that flag.
-            is_ambiguous = argument.name is None and bool(rest) and rest[-1].startswith("--")
-            place = len(rest) - is_ambiguous
-            rest[place:place] = argument.typed
+            # A word after a flag of `form` must not become the value of the `train` option before that flag.
+            is_ambiguous = argument.name is None and bool(train_options) and train_options[-1].startswith("--")
+            index = len(train_options) - is_ambiguous
+            train_options[index:index] = argument.typed
         else:
             problems.append(_unknown(argument.typed[0], flags))
     if is_open:
-        values["rest"] = tuple(rest)
+        values["train_options"] = tuple(train_options)
     else:
         problems += [
-            Problem(f"--{name} is given {len(given)} times", "once")
-            for name, given in texts.items()
-            if len(given) > 1 and not flags[name].is_repeatable
+            Problem(f"--{name} is given {len(occurrences)} times", "once")
+            for name, occurrences in texts.items()
+            if len(occurrences) > 1 and not flags[name].is_repeatable
         ]
     for name, flag in flags.items():
-        given = texts.get(name, [])
-        converted = _converted(name, flag, given if flag.is_repeatable else given[-1:], problems)
+        occurrences = texts.get(name, [])
+        converted = _converted(name, flag, occurrences if flag.is_repeatable else occurrences[-1:], problems)
         if converted:
             values[name.replace("-", "_")] = tuple(converted) if flag.is_repeatable else converted[0]
-    request = form(**values)
-    ConfigError.raise_if([*problems, *check(request)])
-    return request
+    command = form(**values)
+    ConfigError.raise_if([*problems, *check(command)])
+    return command
 
 
 def one_of(words: Sequence[Word]) -> Callable[[str], Word]:
-    """The conversion of a flag that takes one of `words`."""
+    """A conversion that accepts one of `words`."""
     return lambda text: words[words.index(text)]
 
 
 def verb_of(command: str, arguments: Sequence[str], verbs: Collection[str], expects: str = "") -> str:
-    """The first of `arguments`.
+    """The verb of `command`: the first of `arguments`.
 
     Raises:
-        ConfigError: it is none of `verbs`, which `expects` describes where that is more than a list of them.
+        ConfigError: it is none of `verbs`. The message describes them by `expects`, or lists them if that is empty.
     """
     verb = arguments[0] if arguments else ""
     if verb in verbs:
@@ -145,16 +146,16 @@ def verb_of(command: str, arguments: Sequence[str], verbs: Collection[str], expe
     raise ConfigError.of(f"simpletuner {command} {verb}: no such command", expects, remedy)
 
 
-def refuse_rest(rest: Sequence[str], command: str) -> None:
-    """Raise a ConfigError if a command that takes no options of `train` was given some, or too many words."""
-    if rest:
-        raise ConfigError.of(f"{command}: {' '.join(rest)} is not understood", remedy=f"See `{command} --help`.")
+def refuse_extra(arguments: Sequence[str], command: str) -> None:
+    """Raise a ConfigError if `arguments` remain for a `command` that takes no further ones."""
+    if arguments:
+        raise ConfigError.of(f"{command}: {' '.join(arguments)} is not understood", remedy=f"See `{command} --help`.")
 
 
 def flag_rows(forms: Sequence[type["DataclassInstance"]], verb: str = "") -> dict[str, str]:
-    """Each flag that `verb` takes of `forms` as it is typed, with its help; without a verb, of all.
+    """Help rows of the flags in `forms` that `verb` takes: the flag as typed, and its help. Without a verb, all flags.
 
-    A flag of several forms has the help of the first.
+    A flag in several forms has the help of the first.
     """
     flags: dict[str, Flag] = {}
     for form in forms:
@@ -163,13 +164,13 @@ def flag_rows(forms: Sequence[type["DataclassInstance"]], verb: str = "") -> dic
 
 
 def declared_fields(form: type["DataclassInstance"], verb: str = "") -> dict[str, Positional]:
-    """The declarations of the fields that `verb` takes; without a verb, of all."""
+    """The declarations in `form` that apply to `verb`, by field; without a verb, all."""
     declared = {each.name: each.metadata[_DECLARATION] for each in fields(form) if _DECLARATION in each.metadata}
     return {name: each for name, each in declared.items() if not (verb and each.verbs) or verb in each.verbs}
 
 
 def declared_flags(form: type["DataclassInstance"], verb: str = "") -> dict[str, Flag]:
-    """The flags that `verb` takes, by their names; without a verb, all."""
+    """The flags in `form` that `verb` takes, by flag name; without a verb, all."""
     declared = declared_fields(form, verb)
     return {name.replace("_", "-"): each for name, each in declared.items() if isinstance(each, Flag)}
 

@@ -80,7 +80,7 @@ class Grammar:
     def _add_form(self, place: str, form: type["DataclassInstance"], verb: str) -> None:
         self.verbs.setdefault(place, ())
         declared = declared_flags(form, verb)
-        selectors = SELECTORS if any(each.name == "rest" for each in fields(form)) else {}
+        selectors = SELECTORS if any(each.name == "train_options" for each in fields(form)) else {}
         self.flags[place] = (*(f"--{name}" for name in (*declared, *selectors)), "--help")
         self.values |= {f"--{name}": _of_flag(flag) for name, flag in declared.items() if flag.metavar}
         if selectors:

@@ -25,7 +25,7 @@ class ConfigCommand:
     json: bool = Flag(
         "print one JSON object instead, also where there are problems: each with the option it is about"
     ).default(False)
-    rest: tuple[str, ...] = ()
+    train_options: tuple[str, ...] = ()
 
 
 FORMS = dict.fromkeys(("check", "show"), ConfigCommand)
@@ -41,10 +41,10 @@ def run(arguments: list[str]) -> int:
     verb = verb_of("config", arguments, FORMS)
     command = parse_command(ConfigCommand, arguments[1:])
     if command.json:
-        examined = examine_here(command.rest)
+        examined = examine_here(command.train_options)
         say(json_text(_as_json(examined)))
         return ConfigError.exit_code if examined.problems else 0
-    loaded = load_here(command.rest)
+    loaded = load_here(command.train_options)
     say(_table(loaded) if verb == "show" else _summary(loaded))
     return 0
 

@@ -52,7 +52,7 @@ class DatasetCommand:
         convert=_count,
         expects="a whole number above 0",
     ).default(24)
-    rest: tuple[str, ...] = ()
+    train_options: tuple[str, ...] = ()
 
 
 FORMS: dict[str, type[DatasetCommand] | type[imagefolder.FolderCommand]] = {

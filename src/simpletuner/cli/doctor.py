@@ -53,7 +53,7 @@ class DoctorCommand:
 
     online: bool = Flag("also ask the Hub whether your token may read the weights").default(False)
     json: bool = Flag("print one JSON object instead").default(False)
-    rest: tuple[str, ...] = ()
+    train_options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _checks(command: DoctorCommand) -> Iterator[MachineCheck]:
-    examined = examine_here(command.rest)
+    examined = examine_here(command.train_options)
     cards = gpus()
     if examined.config_file is None and examined.datasets is None:
         ConfigError.raise_if(problem for problem in examined.problems if problem.found != NO_CONFIGURATION)
@@ -105,7 +105,7 @@ def _checks(command: DoctorCommand) -> Iterator[MachineCheck]:
     else:
         config = examined.config
         yield _python()
-        yield _config(examined, command.rest)
+        yield _config(examined, command.train_options)
     yield from _data(examined)
     yield from _torch(config, cards)
     if len(cards) > 1 and config.ranks == 1 and not config.takes_every_gpu:
@@ -116,7 +116,7 @@ def _checks(command: DoctorCommand) -> Iterator[MachineCheck]:
     if config.zero_optimization:
         yield _deepspeed()
     if cards or FLAVOURS[config.model_flavour].repo is None:
-        yield from _memory(examined, cards, command.rest)
+        yield from _memory(examined, cards, command.train_options)
     yield from _disk(config)
     yield _token(config, command.online)
 
@@ -149,12 +149,12 @@ def _python() -> MachineCheck:
     return MachineCheck("Python", "ok", f"{platform.python_version()}, {platform.system()}, {sys.prefix}")
 
 
-def _config(examined: Examined, rest: Sequence[str]) -> MachineCheck:
+def _config(examined: Examined, train_options: Sequence[str]) -> MachineCheck:
     place = str(examined.config_file or examined.datasets_file)
     if not examined.problems:
         return MachineCheck("config", "ok", place)
     found = f"{place}: {len(examined.problems)} {'problem' if len(examined.problems) == 1 else 'problems'}"
-    remedy = command_text("simpletuner", "config", "check", *rest)
+    remedy = command_text("simpletuner", "config", "check", *train_options)
     return MachineCheck("config", "missing", found, remedy, ConfigError.exit_code)
 
 
@@ -253,7 +253,7 @@ def _deepspeed() -> MachineCheck:
     return MachineCheck("DeepSpeed", "missing", lack.found, lack.remedy, ConfigError.exit_code)
 
 
-def _memory(examined: Examined, cards: Sequence[Gpu], rest: Sequence[str]) -> Iterator[MachineCheck]:
+def _memory(examined: Examined, cards: Sequence[Gpu], train_options: Sequence[str]) -> Iterator[MachineCheck]:
     """The memory plan against what is free now."""
     try:
         from simpletuner.flux2.footprint import Workload
@@ -270,7 +270,7 @@ def _memory(examined: Examined, cards: Sequence[Gpu], rest: Sequence[str]) -> It
         work = configured(replace(examined, problems=()).loaded())
     plan = Budget(with_processes(config, len(cards)), work, machine).plan
     lacks = {lack.place for lack in plan.lacks}
-    remedy = "simpletuner init" if examined.datasets is None else command_text("simpletuner", "plan", *rest)
+    remedy = "simpletuner init" if examined.datasets is None else command_text("simpletuner", "plan", *train_options)
     for place, name in MEMORY_WORDS.items():
         there = machine.has(place)
         if there is None:

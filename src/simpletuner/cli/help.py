@@ -1,4 +1,4 @@
-"""Help as a terminal shows it: a command's usage, its own flags, then the options of `train`; no wider than it is."""
+"""Help texts that fit the terminal's width: a command's usage, its flags, and the options of `train`."""
 
 import functools
 import re
@@ -40,61 +40,63 @@ ESSENTIALS = (
 )
 """Options of `train` that most configurations set."""
 
-_NAMED = {"config": "PATH", "like": "FILE"}
-"""What a selector takes, where that is no name."""
+_SELECTOR_VALUES = {"config": "PATH", "like": "FILE"}
+"""Placeholder for the value of each selector that does not take a NAME."""
 
 ALL = "all"
-"""The word after `--help` that asks for every option."""
+"""`--help all` explains every option."""
 
 
-def help_asked(arguments: Sequence[str]) -> str | None:
-    """What help is asked for: the word of `--help=WORD` or `--help WORD`, "" for help as such; None for no help."""
-    for place, argument in enumerate(arguments):
+def requested_help(arguments: Sequence[str]) -> str | None:
+    """The topic of `--help=WORD` or `--help WORD`; "" for `--help` alone; None without `--help`."""
+    for index, argument in enumerate(arguments):
         name, _, word = argument.partition("=")
         if name in ("--help", "-h"):
-            following = arguments[place + 1] if place + 1 < len(arguments) else ""
+            following = arguments[index + 1] if index + 1 < len(arguments) else ""
             return word or ("" if following.startswith("-") else following)
     return None
 
 
 def command_help(usage: str, forms: "Forms", arguments: Sequence[str]) -> str:
-    """Help of a command, or of the verb that `arguments` begin with or that is named after `--help`.
+    """Help of a command, or of one verb if `arguments` begin with it or name it after `--help`.
 
     Args:
-        usage: lines of usage that begin with `simpletuner`, then rows with a verb and what it does, then prose.
-        forms: what may be typed after each verb; the verb of a command without verbs is "".
+        usage: usage lines that begin with `simpletuner`, then rows of a verb and its description, then prose.
+        forms: the form of each verb's arguments; a command without verbs has the verb "".
     """
-    verb = next((word for word in (*arguments[:1], help_asked(arguments)) if word and word in forms), "")
+    verb = next((word for word in (*arguments[:1], requested_help(arguments)) if word and word in forms), "")
     described = forms_of({verb: forms[verb]} if verb else forms)
     parts = [fitted(_of_verb(usage, verb, forms))]
     if rows := flag_rows(described, "" if verb and isinstance(forms[verb], Mapping) else verb):
         parts.append(rows_text(rows))
-    if any(each.name == "rest" for form in described for each in fields(form)):
-        parts.append(fitted("The options of `train`, such as --env NAME or --config PATH: simpletuner train --help"))
+    if any(each.name == "train_options" for form in described for each in fields(form)):
+        parts.append(
+            fitted("For the options of `train`, such as --env NAME or --config PATH: simpletuner train --help")
+        )
     return "\n\n".join(parts)
 
 
 def forms_of(forms: "Forms") -> list[type["DataclassInstance"]]:
     """The forms of all verbs, each once."""
-    found: dict[type[DataclassInstance], None] = {}
+    distinct: dict[type[DataclassInstance], None] = {}
     for form in forms.values():
-        found |= dict.fromkeys(forms_of(form) if isinstance(form, Mapping) else [form])
-    return list(found)
+        distinct |= dict.fromkeys(forms_of(form) if isinstance(form, Mapping) else [form])
+    return list(distinct)
 
 
 def train_help(usage: str, word: str) -> str:
-    """Help of `train`: which options most configurations set, and the names of all; with a `word`, what the options
-    mean whose name, group or text holds it.
+    """Help of `train`: the options that most configurations set, and the names of all options. With a `word`, help of
+    each option whose name, group or text contains it.
 
     Raises:
-        ConfigError: no option is about `word`.
+        ConfigError: no option matches `word`.
     """
     if word:
-        return "\n\n".join(_found(word))
+        return "\n\n".join(_matching_options(word))
     parts = [
         fitted(usage),
-        "Which configuration is read\n"
-        + rows_text({f"--{name} {_NAMED.get(name, 'NAME')}": text for name, text in SELECTORS.items()}),
+        "Selecting a configuration\n"
+        + rows_text({f"--{name} {_SELECTOR_VALUES.get(name, 'NAME')}": text for name, text in SELECTORS.items()}),
         "Options that most configurations set\n" + option_entries(ESSENTIALS, is_short=True),
         fitted(f"All {len(OPTION_NAMES)} options"),
     ]
@@ -103,7 +105,7 @@ def train_help(usage: str, word: str) -> str:
         rows_text(
             {
                 "simpletuner train --help WORD": "explains the options about WORD, such as lora_rank or validation",
-                command_text("simpletuner", "train", "--help", ALL): "explains all; docs/options.md has them too",
+                command_text("simpletuner", "train", "--help", ALL): "explains all options, as docs/options.md does",
             }
         )
     )
@@ -111,18 +113,20 @@ def train_help(usage: str, word: str) -> str:
 
 
 def option_entries(names: Sequence[str], groups: Sequence[type[Slice]] = SLICES, *, is_short: bool = False) -> str:
-    """What each of the options `names` of `groups` takes and means; `is_short` for the first sentence of it alone."""
-    return "\n".join(_entry(group, name, is_short=is_short) for name, group in _places(groups, names))
+    """Help entries of the options `names`: the values that each takes and its meaning; with `is_short`, only the first
+    sentence of the meaning."""
+    return "\n".join(_entry(group, name, is_short=is_short) for name, group in _with_groups(groups, names))
 
 
-def _places(groups: Sequence[type[Slice]], names: Sequence[str]) -> Iterator[tuple[str, type[Slice]]]:
+def _with_groups(groups: Sequence[type[Slice]], names: Sequence[str]) -> Iterator[tuple[str, type[Slice]]]:
+    """Each option with its group."""
     return ((name, group) for name in names for group in groups if name in group.model_fields)
 
 
 def _entry(group: type[Slice], name: str, *, is_short: bool) -> str:
     field = group.model_fields[name]
-    is_telling = not field.is_required() and field.default not in (None, "", ())
-    default = f" (default {shown(field.default)})" if is_telling else ""
+    has_default = not field.is_required() and field.default not in (None, "", ())
+    default = f" (default {shown(field.default)})" if has_default else ""
     text = plain(_texts(group)[name])
     if is_short:
         text = re.split(r"(?<=\.)\s", text, maxsplit=1)[0]
@@ -130,29 +134,29 @@ def _entry(group: type[Slice], name: str, *, is_short: bool) -> str:
     return "\n".join((head, *(wrapped(line, 6, 6) for line in text.split("\n\n"))))
 
 
-def _found(word: str) -> Iterator[str]:
-    wanted = word.lower().removeprefix("--").replace("-", "_")
-    if wanted in OPTION_NAMES:
-        yield option_entries([wanted])
+def _matching_options(word: str) -> Iterator[str]:
+    option = word.lower().removeprefix("--").replace("-", "_")
+    if option in OPTION_NAMES:
+        yield option_entries([option])
         return
-    is_any = False
+    has_match = False
     for group in SLICES:
-        is_group = wanted in (ALL, _title(group).lower().replace(" ", "_"))
+        is_group = option in (ALL, _title(group).lower().replace(" ", "_"))
         texts = _texts(group)
-        names = [name for name in texts if is_group or wanted in name or word.lower() in texts[name].lower()]
+        names = [name for name in texts if is_group or option in name or word.lower() in texts[name].lower()]
         if names:
-            is_any = True
+            has_match = True
             yield f"{fitted(_title(group))}\n{option_entries(names)}"
-    if not is_any:
-        near = nearest(wanted, OPTION_NAMES)
-        remedy = f"Did you mean --help {near}?" if near else "`simpletuner train --help` names all."
+    if not has_match:
+        near = nearest(option, OPTION_NAMES)
+        remedy = f"Did you mean --help {near}?" if near else "`simpletuner train --help` lists all options."
         typed = command_text("simpletuner", "train", "--help", word)
-        raise ConfigError.of(f"{typed}: no option is about that", remedy=remedy)
+        raise ConfigError.of(f"{typed}: no option matches", remedy=remedy)
 
 
 @functools.cache
 def _texts(group: type[Slice]) -> dict[str, str]:
-    """The group's documentation, which it reads from its source."""
+    """The documentation of each option in the group, cached because it is parsed from the source."""
     return group.documentation()
 
 
@@ -161,17 +165,17 @@ def _title(group: type[Slice]) -> str:
 
 
 def _of_verb(usage: str, verb: str, forms: Mapping[str, object]) -> str:
-    """The parts of `usage` that are about `verb`; all without one."""
+    """The items of `usage` about `verb`, and those about no verb; without a verb, all."""
     if not verb:
         return usage
     blocks = []
     for block in usage.strip("\n").split("\n\n"):
-        kept = []
+        items = []
         for item, _ in items_of(block.splitlines()):
             words = item.removeprefix("usage:").split()
             verbs = words[2].split("|") if words[0] == "simpletuner" else words[:1]
             if verb in verbs or not forms.keys() & set(verbs):
-                kept.append(item)
-        blocks.append("\n".join(kept))
+                items.append(item)
+        blocks.append("\n".join(items))
     lines = "\n\n".join(filter(None, blocks)).lstrip().removeprefix("usage:").lstrip()
     return f"usage: {lines}"

@@ -1,4 +1,4 @@
-"""The command's outermost line: picks the word's module, turns what is raised into an exit code."""
+"""Entry point of the command: runs the subcommand's module and turns exceptions into exit codes."""
 
 import os
 import sys
@@ -14,59 +14,59 @@ from simpletuner.base.signals import deferred_signals
 from simpletuner.cli.printing import rows_text
 
 COMMANDS = {
-    "init": "three questions, and the files of a first project",
-    "doctor": "what training needs and this machine lacks, before anything is downloaded",
-    "train": "train with the configuration found here, or the one that is named",
-    "sample": "make pictures with what was trained",
-    "inspect": "what a LoRA or a model's file is, how it was trained, and which programs load it",
-    "convert": "write a LoRA or a model under the names that another program wants",
-    "merge": "add several LoRAs up, as one LoRA or into the weights of a model",
+    "init": "ask three questions and write the files of a first project",
+    "doctor": "check whether this machine can train, before anything is downloaded",
+    "train": "train with the configuration in this folder, or with the one you name",
+    "sample": "generate images with a trained LoRA or model",
+    "inspect": "describe a LoRA or model file, how it was trained, and which programs load it",
+    "convert": "write a LoRA or a model in another program's format",
+    "merge": "add several LoRAs, into one LoRA or into the weights of a model",
     "resize": "write a LoRA at a lower rank",
     "extract": "write the difference of two models as a LoRA",
-    "dataset": "scan, show or cache the images before a run; change their captions, find duplicates, delete",
+    "dataset": "scan, show or cache the training images; edit captions, find duplicates, delete images",
     "config": "check or show the configuration without training",
-    "plan": "what a configuration takes of memory, before anything is loaded; where on the path it trains",
-    "run": "start, stop, look after and queue runs",
+    "plan": "predict a run's memory without loading the model; show its distribution of timesteps",
+    "run": "start, stop, watch, list, delete and queue runs",
     "checkpoint": "list, verify or delete the checkpoints of a run",
-    "server": "the web page, on http://localhost:8001",
-    "env": "print versions and devices, for a bug report",
-    "completion": "let bash, zsh or fish complete commands, options and names",
+    "server": "serve the web page on http://localhost:8001",
+    "env": "print versions and devices for a bug report",
+    "completion": "print a script that completes commands, options and names in bash, zsh or fish",
 }
-"""A command is one line here: `simpletuner.cli.NAME.run(arguments)` returns its exit code, and `FORMS` beside it says
-what may be typed after each of its verbs, for help and completion. `USAGE` is what the help begins with."""
+"""Each command with its help line. `simpletuner.cli.NAME.run(arguments)` runs it and returns the exit code. `FORMS` in
+the same module declares the arguments of each verb, for help and completion. `USAGE` is the beginning of the help."""
 
 OWN_HELP = ("train", "sample")
-"""Commands whose `run` answers `--help` itself."""
+"""Commands whose `run` handles `--help` itself."""
 
 HELP = ("help", "--help", "-h")
-"""Words that ask for help, on all or on the command after them."""
+"""Words that ask for help: in general, or about the command that follows."""
 
 VERSION_FLAGS = ("--version", "-V")
 
 ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-"""Where torch's CUDA allocator looks for its settings: the first that is set counts (torch 2.11 to 2.13)."""
+"""Environment variables with settings of torch's CUDA allocator. The first that is set wins (torch 2.11 to 2.13)."""
 
 INTERRUPTED = 130
 NOT_READ = 141
-"""As of a command that SIGPIPE ended."""
+"""Exit code when nobody reads standard output: that of a command that SIGPIPE killed."""
 BUG = 1
 
 
 def usage() -> str:
-    """What `simpletuner --help` prints."""
-    more = {
-        "simpletuner help COMMAND": "says more about a command",
-        "simpletuner train --example tiny-lora": "tries everything out in a few minutes",
-        "simpletuner --version": "names the version",
+    """The text of `simpletuner --help`."""
+    first_commands = {
+        "simpletuner help COMMAND": "explains a command",
+        "simpletuner train --example tiny-lora": "trains a small example in a few minutes",
+        "simpletuner --version": "prints the version",
     }
-    return "\n\n".join(("usage: simpletuner COMMAND [options]", rows_text(COMMANDS), rows_text(more)))
+    return "\n\n".join(("usage: simpletuner COMMAND [options]", rows_text(COMMANDS), rows_text(first_commands)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line, by default the process's own, and return its exit code.
+    """Run a command line (by default that of this process) and return its exit code.
 
-    A `UserError` is printed without a traceback and gives its own code; anything else that is raised is a bug
-    and keeps its traceback.
+    A `UserError` is printed without a traceback and sets the exit code. Any other exception is a bug and is printed
+    with its traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     with guarded():
@@ -80,15 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             return _interrupted()
         except BrokenPipeError:
-            return NOT_READ  # whoever read the output has seen enough (`… | head`)
+            return NOT_READ  # the reader of our output has closed it (`… | head`)
         except OSError as error:
-            # What the file system of the user answers is no bug of ours, wherever it was asked.
+            # An error of the user's file system is not a bug, wherever it is raised.
             problem = file_problem(error)
             if problem is None:
                 return _bug()
             complain(str(problem))
             return DiskError.exit_code
-        except Exception as error:  # noqa: BLE001  the outermost line: what arrives here is a bug
+        except Exception as error:  # noqa: BLE001  any exception that reaches this line is a bug
             return _interrupted() if _is_interrupt(error) else _bug()
 
 
@@ -98,24 +98,24 @@ def _interrupted() -> int:
 
 
 def _is_interrupt(error: BaseException | None) -> bool:
-    """Whether a KeyboardInterrupt began it: numpy, interrupted while it is imported, raises an ImportError."""
+    """Whether a KeyboardInterrupt caused `error`. numpy raises an ImportError when its import is interrupted."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
 def _check_working_folder() -> None:
-    """Raise a DiskError where the working folder is gone: MKL, for one, ends the process there without a word."""
+    """Raise a DiskError if the working folder is gone. Otherwise MKL ends the process without a message."""
     try:
         os.getcwd()
     except FileNotFoundError:
         raise DiskError.of(
-            "the working folder has been removed", remedy="Change to one that is there: cd FOLDER."
+            "the working folder has been removed", remedy="Change to an existing folder: cd FOLDER."
         ) from None
 
 
 def _bug() -> int:
-    """Print the exception that is being handled, and whom to tell."""
+    """Print the current exception and how to report it."""
     complain(traceback.format_exc(), end="")
     complain("This is a bug in simpletuner. Please report the lines above and what `simpletuner env` prints.")
     return BUG
@@ -134,32 +134,32 @@ def _run(arguments: list[str]) -> int:
         return 0
     if word in COMMANDS:
         _check_working_folder()
-        # pydantic looks for plug-ins in every installed package, which takes longer than all our checks.
+        # pydantic searches every installed package for plug-ins, which takes longer than all our checks.
         os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-        # A thread that waits for another spins for a while. By default so long that a second program on a small
-        # machine (a browser with the page, say) halves our speed; so short costs nothing measurable (docs/log.md).
+        # A waiting OpenMP thread spins for a while. The default is so long that a second program on a small machine
+        # (such as a browser with the page) halves our speed. This value costs nothing measurable (docs/log.md).
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-        # By default the last bits of MKL's fp32 products depend, on some processors, on the addresses of their inputs.
-        # In this mode they do not, and a resumed run has the bits of an uninterrupted one (docs/log.md).
+        # On some processors, the last bits of MKL's fp32 products depend on the addresses of their inputs. This mode
+        # removes the dependence, so a resumed run is bit-identical to an uninterrupted one (docs/log.md).
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-        # Buckets of many sizes leave gaps in segments of fixed size that no other bucket fills; these ones grow. Read
-        # when torch first takes memory of a GPU; on a CPU without effect.
+        # Buckets of many sizes fragment segments of fixed size; expandable segments grow instead. torch reads this at
+        # its first allocation on a GPU. On a CPU it has no effect.
         if not any(name in os.environ for name in ALLOCATOR_SETTINGS):
             os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-        # Imported here, so that help and mistakes are answered without loading what they do not need.
-        from simpletuner.cli.help import command_help, help_asked
+        # Imported late: general help and a mistyped command do not need it.
+        from simpletuner.cli.help import command_help, requested_help
 
         command, typed = import_module(f"simpletuner.cli.{word}"), arguments[1:]
-        if word not in OWN_HELP and help_asked(typed) is not None:
+        if word not in OWN_HELP and requested_help(typed) is not None:
             say(command_help(command.USAGE, command.FORMS, typed))
             return 0
         run: Callable[[list[str]], int] = command.run
         return run(typed)
-    raise _no_such_word(word)
+    raise _unknown_command(word)
 
 
-def _no_such_word(word: str) -> ConfigError:
-    # Its import is paid only by this mistake.
+def _unknown_command(word: str) -> ConfigError:
+    # Imported late: only this mistake needs it.
     from difflib import get_close_matches
 
     near = get_close_matches(word, (*COMMANDS, HELP[1], VERSION_FLAGS[0]), n=1)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from simpletuner.base.console import answer_to
 from simpletuner.base.errors import ConfigError, Problem
-from simpletuner.cli.arguments import Positional, refuse_rest
+from simpletuner.cli.arguments import Positional, refuse_extra
 from simpletuner.cli.loading import load_here
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.runs.status import find_runs, is_run
@@ -36,7 +36,7 @@ class NamedRun:
 
     run: Path | None = Positional(convert=Path).default(None)
     """The run's directory. Without it, `rest` says which configuration has it as its output_dir."""
-    rest: tuple[str, ...] = ()
+    train_options: tuple[str, ...] = ()
 
     def directory(self, command: str) -> RunDirectory:
         """The run that is named; without a name, that of the configuration found here.
@@ -45,11 +45,11 @@ class NamedRun:
             ConfigError: there is no such run, the configuration is wrong, or more was typed.
         """
         if self.run is not None:
-            refuse_rest(self.rest, command)
+            refuse_extra(self.train_options, command)
             run = RunDirectory(self.run)
         else:
             try:
-                run = RunDirectory(Path(load_here(self.rest).config.output_dir))
+                run = RunDirectory(Path(load_here(self.train_options).config.output_dir))
             except ConfigError as error:
                 no_run = Problem(
                     "no run is named", f"its directory after `{command}`, or a configuration that tells it"

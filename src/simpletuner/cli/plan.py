@@ -80,7 +80,7 @@ class PlanCommand:
         "where timesteps.png is put; by default output_dir", "FOLDER", convert=Path, follows="a folder"
     ).default(None)
     json: bool = Flag("print one JSON object instead").default(False)
-    rest: tuple[str, ...] = ()
+    train_options: tuple[str, ...] = ()
 
     def problems(self) -> Iterator[Problem]:
         """What parsing alone does not find."""
@@ -113,7 +113,7 @@ def run(arguments: list[str]) -> int:
         DiskError: no space for the picture.
     """
     command = parse_command(PlanCommand, arguments, check=PlanCommand.problems)
-    loaded = load_here((*command.rest, *command.process_options))
+    loaded = load_here((*command.train_options, *command.process_options))
     return _draw(loaded, command) if command.show_timesteps else _plan(loaded, command)
 
 

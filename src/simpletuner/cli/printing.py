@@ -1,4 +1,4 @@
-"""What commands print: columns and text that fit the terminal for people, JSON for programs."""
+"""Formatting of output: tables and text that fit the terminal, and JSON for programs."""
 
 import json
 import re
@@ -13,11 +13,11 @@ _USAGE = re.compile(r"(?:usage:)? *(?=simpletuner )")
 _ROW = re.compile(r" *(?:\S+|--\S+ [A-Z]+) {2,}(?=\S)")
 _LINK = re.compile(r"\[([^]]+)\]\(([^)]+)\)")
 _CODE = re.compile(r"`([^`]+)`")
-_BARE = re.compile(r"-\S+|\S*[_./]\S*|\".*\"")
+_UNQUOTED = re.compile(r"-\S+|\S*[_./]\S*|\".*\"")
 
 
 def table(rows: Sequence[tuple[str, ...]], indent: str = "") -> str:
-    """Rows in columns, each line after `indent`."""
+    """`rows` as aligned columns; `indent` begins each line."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(indent + line for line in lines)
@@ -29,9 +29,8 @@ def json_text(value: object) -> str:
 
 
 def plain(text: str) -> str:
-    """`text` without Markdown: a link is its words, with the file in docs/ or the address behind them; code that is
-    the name of an option or file stands bare, and other code in quotes.
-    """
+    """`text` without Markdown. A link becomes its words, followed by the file in docs/ or the address. Code becomes
+    bare text if it is an option, a file name or quoted, and quoted text otherwise."""
 
     def link(match: re.Match[str]) -> str:
         words, target = match[1], match[2].partition("#")[0]
@@ -41,15 +40,15 @@ def plain(text: str) -> str:
         return target if words in target else f"{words} ({target})"
 
     def code(match: re.Match[str]) -> str:
-        return match[1] if _BARE.fullmatch(match[1]) else f"'{match[1]}'"
+        return match[1] if _UNQUOTED.fullmatch(match[1]) else f"'{match[1]}'"
 
     return _CODE.sub(code, _LINK.sub(link, text))
 
 
 def fitted(text: str) -> str:
-    """Text without Markdown, filled to the terminal: lines of usage, rows of a word and what it does, paragraphs.
+    """`text` without Markdown, filled to the terminal's width: usage lines, rows of a word and its meaning, paragraphs.
 
-    A line that begins none of these goes on with the one before it.
+    Any other line continues the one before it.
     """
     return "\n\n".join(
         "\n".join(wrapped(item, hang=hang) for item, hang in items_of(plain(block).splitlines()))
@@ -58,7 +57,7 @@ def fitted(text: str) -> str:
 
 
 def items_of(lines: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """The items of a block, each in one line, and how far its further lines are indented."""
+    """The items of a block, each joined into one line, with the indentation of its continuation lines."""
     items: list[tuple[str, int]] = []
     for line in lines:
         usage, row = _USAGE.match(line), _ROW.match(line)
@@ -74,7 +73,7 @@ def items_of(lines: Sequence[str]) -> Iterator[tuple[str, int]]:
 
 
 def rows_text(rows: Mapping[str, str]) -> str:
-    """Flags, or words, each with what it means, in two columns; one above the other where the terminal is narrow."""
+    """Flags or words with their meanings, in two columns; on a narrow terminal, each meaning below its flag."""
     column = max(map(len, rows)) + 4
     if column > _widest_indent():
         return "\n".join(f"{wrapped(label, 2, 6)}\n{wrapped(plain(text), 6, 6)}" for label, text in rows.items())
@@ -82,7 +81,7 @@ def rows_text(rows: Mapping[str, str]) -> str:
 
 
 def wrapped(text: str, indent: int = 0, hang: int = 0) -> str:
-    """`text` in lines that fit. A hanging indent that would leave too little beside it is made small."""
+    """`text` in lines that fit the terminal. A hanging indent that is too wide is replaced by a small one."""
     width = _width()
     hang = hang if hang <= _widest_indent() else indent + 6
     return textwrap.fill(

@@ -8,7 +8,7 @@ from typing import get_args
 
 from simpletuner.base.console import say, work_goes_on
 from simpletuner.base.errors import ConfigError, Problem
-from simpletuner.cli.arguments import Flag, Positional, parse_command, refuse_rest, verb_of
+from simpletuner.cli.arguments import Flag, Positional, parse_command, refuse_extra, verb_of
 from simpletuner.cli.kept import kept_aside, spelled
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.printing import json_text, table
@@ -31,7 +31,7 @@ class QueueCommand:
     to: str = Positional(verbs=("move",)).default("")
     devices: str | None = Flag(DEVICES_HELP, "LIST", verbs=("add", "work")).default(None)
     json: bool = Flag("print one JSON object").default(False)
-    rest: tuple[str, ...] = ()
+    train_options: tuple[str, ...] = ()
 
 
 FORMS = dict.fromkeys(("list", "add", "remove", "move", "resume"), QueueCommand)
@@ -50,8 +50,8 @@ def run(arguments: Sequence[str]) -> int:
     verb_of("run queue", [verb], (*FORMS, "work"), join_names(FORMS))
     command = parse_command(QueueCommand, typed, verb)
     if verb == "add":
-        return add(command.rest, command.devices, as_json=command.json)
-    refuse_rest(command.rest, f"simpletuner run queue {verb}")
+        return add(command.train_options, command.devices, as_json=command.json)
+    refuse_extra(command.train_options, f"simpletuner run queue {verb}")
     queue = Queue.of(Path.cwd())
     if verb == "work":
         with work_goes_on():

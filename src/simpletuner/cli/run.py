@@ -14,7 +14,7 @@ from simpletuner.base.console import complain, say
 from simpletuner.base.errors import CheckpointError, ConfigError
 from simpletuner.base.sizes import format_size
 from simpletuner.cli import queueing
-from simpletuner.cli.arguments import Flag, Positional, one_of, parse_command, refuse_rest, verb_of
+from simpletuner.cli.arguments import Flag, Positional, one_of, parse_command, refuse_extra, verb_of
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.main import INTERRUPTED
 from simpletuner.cli.named_run import RUNS, NamedRun, confirm_deletion
@@ -73,7 +73,7 @@ class StartCommand:
     no_wait: bool = Flag("return once the process is started, not when its work has begun").default(False)
     devices: str | None = Flag(queueing.DEVICES_HELP, "LIST").default(None)
     json: bool = Flag(_JSON_HELP).default(False)
-    rest: tuple[str, ...] = ()
+    train_options: tuple[str, ...] = ()
 
 
 RunOrder = Literal["started", "name", "loss", "state"]
@@ -112,7 +112,7 @@ class ListCommand:
         "started (the newest first), name, loss or state", "KEY", convert=one_of(ORDERS), expects=join_names(ORDERS)
     ).default("started")
     json: bool = Flag(_JSON_HELP).default(False)
-    rest: tuple[str, ...] = ()
+    train_options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -164,12 +164,12 @@ def run(arguments: list[str]) -> int:
 
 def _start(command: StartCommand) -> int:
     if command.queue:
-        return queueing.add(command.rest, command.devices, as_json=command.json)
-    loaded = load_here(command.rest)
+        return queueing.add(command.train_options, command.devices, as_json=command.json)
+    loaded = load_here(command.train_options)
     directory = RunDirectory(Path(loaded.config.output_dir))
     try:
         wait_s = 0.0 if command.no_wait else START_WAIT_S
-        started = launch_run(command.rest, directory, Path.cwd(), devices_of(command.devices), wait_s=wait_s)
+        started = launch_run(command.train_options, directory, Path.cwd(), devices_of(command.devices), wait_s=wait_s)
     except KeyboardInterrupt:
         complain(f"\nNot waited for. `{command_text(*_SHOW, directory.root)}` says what became of it.")
         return INTERRUPTED
@@ -194,7 +194,7 @@ def _start(command: StartCommand) -> int:
 
 
 def _list(command: ListCommand) -> int:
-    refuse_rest(command.rest, "simpletuner run list")
+    refuse_extra(command.train_options, "simpletuner run list")
     folder = RUNS if command.folder is None else command.folder
     if command.folder is not None and not folder.is_dir():
         raise ConfigError.of(f"{folder}: no such folder", "one with runs below it")

@@ -17,7 +17,7 @@ from simpletuner.base.console import complain, say, work_goes_on
 from simpletuner.base.errors import AccessError, ConfigError, Problem
 from simpletuner.base.files import with_home
 from simpletuner.base.tensorfile import read_metadata
-from simpletuner.cli.help import help_asked, option_entries
+from simpletuner.cli.help import requested_help, option_entries
 from simpletuner.cli.printing import fitted
 from simpletuner.config.documents import read_document
 from simpletuner.config.flags import Flags, parse
@@ -167,7 +167,7 @@ def run(arguments: list[str]) -> int:
     Raises:
         UserError: a problem the user can mend.
     """
-    if help_asked(arguments) is not None:
+    if requested_help(arguments) is not None:
         say(sample_help())
         return 0
     options = [word for word in arguments if word not in (AS_JSON, SERVED)]

@@ -37,7 +37,7 @@ def work(verb: str, command: DatasetCommand) -> tuple[dict[str, Any], str]:
         ConfigError: a mistake in the configuration.
         DataError: a set is missing or nothing in it can be trained.
     """
-    loaded = load_here(command.rest)
+    loaded = load_here(command.train_options)
     result, text = {"scan": _scan, "show": _show, "cache": _cache}[verb](loaded, command)
     return result | {"notices": list(loaded.notices)}, "\n".join((*loaded.notices, text))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from simpletuner.base.errors import ConfigError, Problem
-from simpletuner.cli.arguments import Flag, Positional, flag_rows, parse_command, refuse_rest, verb_of
+from simpletuner.cli.arguments import Flag, Positional, flag_rows, parse_command, refuse_extra, verb_of
 
 
 def size(text: str) -> int:
@@ -37,7 +37,7 @@ class Open:
     out: str = Flag("", "FOLDER", follows="a folder").default("here")
     wait: bool = Flag("until it is done", verbs=("stop",)).default(False)
     json: bool = Flag("one object").default(False)
-    rest: tuple[str, ...] = ()
+    train_options: tuple[str, ...] = ()
 
 
 def problems(form: type[Closed] | type[Open], *arguments: str) -> list[str]:
@@ -97,15 +97,15 @@ def test_flags_are_checked_together_after_each_alone() -> None:
 @pytest.mark.parametrize(
     ("verb", "line", "expected"),
     [
-        ("show", "a --lora_rank 8 --json", Open(run="a", json=True, rest=("--lora_rank", "8"))),
-        ("show", "--lora_rank 8 a", Open(run="a", rest=("--lora_rank", "8"))),
+        ("show", "a --lora_rank 8 --json", Open(run="a", json=True, train_options=("--lora_rank", "8"))),
+        ("show", "--lora_rank 8 a", Open(run="a", train_options=("--lora_rank", "8"))),
         ("show", "--out a --out b", Open(out="b")),
-        ("show", "--wait --json=1 --out=", Open(out="", rest=("--wait", "--json=1"))),
-        ("show", "-- a b", Open(run="b", rest=("--", "a"))),
-        ("stop", "--wait a b", Open(run="a", wait=True, rest=("b",))),
-        ("start", "a --use_ema b", Open(rest=("a", "--use_ema", "b"))),
+        ("show", "--wait --json=1 --out=", Open(out="", train_options=("--wait", "--json=1"))),
+        ("show", "-- a b", Open(run="b", train_options=("--", "a"))),
+        ("stop", "--wait a b", Open(run="a", wait=True, train_options=("b",))),
+        ("start", "a --use_ema b", Open(train_options=("a", "--use_ema", "b"))),
         # The word does not become the value of --use_ema.
-        ("start", "--use_ema --json b", Open(json=True, rest=("b", "--use_ema"))),
+        ("start", "--use_ema --json b", Open(json=True, train_options=("b", "--use_ema"))),
     ],
 )
 def test_an_open_command_leaves_the_rest_to_train(verb: str, line: str, expected: Open) -> None:
@@ -117,11 +117,11 @@ def test_an_open_command_needs_a_value_too() -> None:
 
 
 def test_what_no_option_of_train_may_follow() -> None:
-    refuse_rest((), "simpletuner run list")
+    refuse_extra((), "simpletuner run list")
     with pytest.raises(
         ConfigError, match=r"^simpletuner run list: a --b is not understood\. See `simpletuner run list --"
     ):
-        refuse_rest(("a", "--b"), "simpletuner run list")
+        refuse_extra(("a", "--b"), "simpletuner run list")
 
 
 def test_a_carriage_return_behind_a_value_makes_no_folder() -> None:

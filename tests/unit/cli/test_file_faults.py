@@ -146,4 +146,4 @@ def test_a_working_folder_that_has_been_removed(
     gone.rmdir()
     assert main(["--help"]) == 0
     assert main(arguments) == 7
-    assert capsys.readouterr().err == "the working folder has been removed. Change to one that is there: cd FOLDER.\n"
+    assert capsys.readouterr().err == "the working folder has been removed. Change to an existing folder: cd FOLDER.\n"

@@ -9,7 +9,7 @@ import pytest
 
 from simpletuner.base.errors import ConfigError
 from simpletuner.cli import main
-from simpletuner.cli.help import ESSENTIALS, forms_of, help_asked, train_help
+from simpletuner.cli.help import ESSENTIALS, forms_of, requested_help, train_help
 from simpletuner.cli.printing import fitted, plain, rows_text
 from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.run import OPTION_NAMES
@@ -49,7 +49,7 @@ def test_a_commands_own_flags_come_and_those_of_train_are_only_named(printed: He
     text = printed(command, "--help")
     assert "--lora_rank" not in text
     forms = forms_of(import_module(f"simpletuner.cli.{command}").FORMS)
-    takes_options = any(each.name == "rest" for form in forms for each in fields(form))
+    takes_options = any(each.name == "train_options" for form in forms for each in fields(form))
     assert ("The options of 'train'" in text) is takes_options
     if takes_options:
         assert text.index("  --json") < text.index("The options of 'train'")
@@ -76,9 +76,9 @@ def test_a_word_after_help_finds_the_options_about_it(printed: Helper) -> None:
 
 
 def test_a_word_that_no_option_is_about_is_a_mistake_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"--help lora_rnak: no option is about that\. Did you mean --help lora_rank"):
+    with pytest.raises(ConfigError, match=r"--help lora_rnak: no option matches\. Did you mean --help lora_rank"):
         train_help("", "lora_rnak")
-    with pytest.raises(ConfigError, match="zebra: no option is about that"):
+    with pytest.raises(ConfigError, match="zebra: no option matches"):
         train_help("", "zebra")
 
 
@@ -94,7 +94,7 @@ def test_a_word_that_no_option_is_about_is_a_mistake_with_the_nearest() -> None:
     ],
 )
 def test_help_is_asked_for(arguments: list[str], asked: str | None) -> None:
-    assert help_asked(arguments) == asked
+    assert requested_help(arguments) == asked
 
 
 def test_help_of_a_verb_says_what_that_verb_takes(printed: Helper) -> None:

@@ -18,7 +18,7 @@ def test_what_ends_at_once_without_an_error_says_so(run: RunDirectory, tmp_path:
     run.console.write_text("of an earlier start\n")
     started = launch_run(["--help"], run, tmp_path)
     assert started.exit_code == 0
-    assert "docs/options.md has them too" in started.printed
+    assert "explains all options" in started.printed
     assert "earlier" not in started.printed
     assert run.console.read_text().startswith("of an earlier start\nusage: ")
 
