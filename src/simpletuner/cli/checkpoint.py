@@ -18,51 +18,51 @@ USAGE = """usage: simpletuner checkpoint list [RUN] [--json]
        simpletuner checkpoint verify [RUN] [--step N[,N…] | --all] [--json]
        simpletuner checkpoint delete [RUN] --step N[,N…] | --all [--yes] [--json]
 
-  list      steps, sizes and times
-  verify    read every file and hold it against the hashes of its checkpoint; exit code 6 if one is damaged
-  delete    remove checkpoints. The newest one that verifies, from which the run goes on, is kept, unless its step is
-            named together with --yes. What the run ended with is no checkpoint: it stays
+  list      list the checkpoints with their steps, sizes and times
+  verify    read every file and compare it with the checkpoint's hashes; exit code 6 if one is damaged
+  delete    delete checkpoints. The run resumes from the newest checkpoint that verifies. That one is kept, unless you
+            name its step and give --yes. The finished LoRA or model is not a checkpoint and is never deleted
 
-  RUN is a run's directory. Left out, it is the output_dir of the configuration found here, or of that of --env NAME.
+  RUN is a run's directory. By default it is the output_dir of the configuration in this folder or of --env NAME.
 """
 
 
 def _steps(text: str) -> tuple[int, ...]:
-    """Steps divided by commas.
+    """Parse steps that are separated by commas.
 
     Raises:
-        ConfigError: something else.
+        ConfigError: a step is no whole number.
     """
     words = text.split(",")
     wrong = [word for word in words if not word.isdecimal()]
     if wrong:
-        raise ConfigError.of(f"--step = {wrong[0]!r}", "a whole number, or several divided by commas")
+        raise ConfigError.of(f"--step = {wrong[0]!r}", "a whole number, or several separated by commas")
     return tuple(map(int, words))
 
 
 @dataclass(frozen=True)
 class CheckpointCommand(NamedRun):
-    """What is typed after `simpletuner checkpoint` and its verb."""
+    """Arguments of `simpletuner checkpoint VERB`."""
 
     step: tuple[tuple[int, ...], ...] = Flag(
-        "this one; several are divided by commas, or --step is given again",
+        "a checkpoint's step; separate several by commas, or repeat --step",
         "N",
         convert=_steps,
         is_repeatable=True,
         verbs=("verify", "delete"),
     ).default(())
-    all: bool = Flag("all of them (verify does so by itself)", verbs=("verify", "delete")).default(False)
-    yes: bool = Flag("do not ask", verbs=("delete",)).default(False)
+    all: bool = Flag("all checkpoints (the default of verify)", verbs=("verify", "delete")).default(False)
+    yes: bool = Flag("delete without confirmation", verbs=("delete",)).default(False)
     json: bool = Flag("print one JSON object").default(False)
 
 
 FORMS = dict.fromkeys(("list", "verify", "delete"), CheckpointCommand)
-"""What is typed after each verb."""
+"""The arguments of each verb."""
 
 
 @dataclass(frozen=True)
 class ListedCheckpoint:
-    """One that lies on the disk."""
+    """A checkpoint on disk, with the fields of its JSON object."""
 
     step: int
     path: str
@@ -72,100 +72,102 @@ class ListedCheckpoint:
 
 
 def run(arguments: list[str]) -> int:
-    """List, verify or delete. Returns 6 where one that was verified is damaged.
+    """List, verify or delete checkpoints. Returns 6 if a verified checkpoint is damaged.
 
     Raises:
-        ConfigError: a mistake in what was typed.
-        CheckpointError: no such checkpoint, one that must stay, or the run is going on.
+        ConfigError: a mistake in the arguments.
+        CheckpointError: no such checkpoint, one that must be kept, or the run is being trained.
     """
-    works = {"list": _list, "verify": _verify, "delete": _delete}
-    verb = verb_of("checkpoint", arguments, works)
+    actions = {"list": _list, "verify": _verify, "delete": _delete}
+    verb = verb_of("checkpoint", arguments, actions)
     command = parse_command(CheckpointCommand, arguments[1:], verb)
-    return works[verb](command.directory(f"simpletuner checkpoint {verb}"), command)
+    return actions[verb](command.directory(f"simpletuner checkpoint {verb}"), command)
 
 
 def _list(directory: RunDirectory, command: CheckpointCommand) -> int:
-    there = [one for step in checkpoints.steps(directory) if (one := _at(directory, step)) is not None]
+    listed = [each for step in checkpoints.steps(directory) if (each := _listed(directory, step)) is not None]
     if command.json:
-        say(_json(directory, "checkpoints", [one.__dict__ for one in there]))
-    elif not there:
+        say(_json(directory, "checkpoints", [each.__dict__ for each in listed]))
+    elif not listed:
         say(f"{directory.root} has no checkpoints.")
     else:
-        rows = [(str(one.step), format_size(one.bytes), _local(one.time), one.path) for one in there]
+        rows = [(str(each.step), format_size(each.bytes), _local(each.time), each.path) for each in listed]
         say(table([("step", "size", "time", "folder"), *rows]))
-        say(f"{len(there)} checkpoints, {format_size(sum(one.bytes for one in there))}")
+        say(f"{len(listed)} checkpoints, {format_size(sum(each.bytes for each in listed))}")
     return 0
 
 
 def _verify(directory: RunDirectory, command: CheckpointCommand) -> int:
-    steps = _asked(directory, command.step) or checkpoints.steps(directory)
-    told: list[dict[str, Any]] = []
+    steps = _typed_steps(directory, command.step) or checkpoints.steps(directory)
+    verified: list[dict[str, Any]] = []
     for step in steps:
         damage = checkpoints.damage(directory.checkpoint(step))
-        one = _at(directory, step)
-        if one is None:
+        checkpoint = _listed(directory, step)
+        if checkpoint is None:
             continue
-        told.append(one.__dict__ | {"damage": damage})
+        verified.append(checkpoint.__dict__ | {"damage": damage})
         if not command.json:
             say(f"step {step}: {'good' if damage is None else f'damaged: {damage}'}")
     if command.json:
-        say(_json(directory, "checkpoints", told))
+        say(_json(directory, "checkpoints", verified))
     elif not steps:
         say(f"{directory.root} has no checkpoints.")
-    return CheckpointError.exit_code if any(one["damage"] for one in told) else 0
+    return CheckpointError.exit_code if any(each["damage"] for each in verified) else 0
 
 
 def _delete(directory: RunDirectory, command: CheckpointCommand) -> int:
     if bool(command.step) == command.all:
-        raise ConfigError.of("simpletuner checkpoint delete: which is not said", "either --step N or --all")
-    named = _asked(directory, command.step)
+        raise ConfigError.of("simpletuner checkpoint delete: no checkpoint is named", "either --step N or --all")
+    named = _typed_steps(directory, command.step)
     if directory.lock().is_held():
         raise CheckpointError.of(
             f"{directory.root} is being trained by process {directory.lock().pid() or 'unknown'}, which may need them",
-            "a run that is at rest",
+            "a run that is not being trained",
             f"`{command_text('simpletuner', 'run', 'stop', directory.root, '--wait')}` saves and ends it.",
         )
     with directory.lock():
-        good = next((one.step for one in checkpoints.newest_first(directory) if one.damage is None), None)
+        good = next((each.step for each in checkpoints.newest_first(directory) if each.damage is None), None)
         doomed = named or [step for step in checkpoints.steps(directory) if step != good]
         if good in doomed and not command.yes:
             raise CheckpointError.of(
-                f"step {good} is the newest checkpoint of {directory.root} that verifies: the run goes on from it",
-                "another one",
-                "With --yes it is deleted all the same.",
+                f"step {good} is the newest checkpoint of {directory.root} that verifies: the run resumes from it",
+                "another step",
+                "Give --yes to delete it anyway.",
             )
-        gone = [one for step in doomed if (one := _at(directory, step)) is not None]
-        if gone and not command.yes:
-            steps = ", ".join(str(one.step) for one in gone)
-            what = f"the checkpoints of steps {steps}" if len(gone) > 1 else f"the checkpoint of step {steps}"
-            confirm_deletion(what, format_size(sum(one.bytes for one in gone)))
+        deleted = [each for step in doomed if (each := _listed(directory, step)) is not None]
+        if deleted and not command.yes:
+            steps = ", ".join(str(each.step) for each in deleted)
+            target = f"the checkpoints of steps {steps}" if len(deleted) > 1 else f"the checkpoint of step {steps}"
+            confirm_deletion(target, format_size(sum(each.bytes for each in deleted)))
         for step in doomed:
             checkpoints.remove(directory, step)
-    kept = checkpoints.steps(directory)
+    remaining = checkpoints.steps(directory)
     if command.json:
-        say(_json(directory, "deleted", [one.__dict__ for one in gone], kept=kept))
+        say(_json(directory, "deleted", [each.__dict__ for each in deleted], kept=remaining))
     else:
-        say(f"{len(gone)} deleted, {format_size(sum(one.bytes for one in gone))}; {len(kept)} kept.")
+        say(f"{len(deleted)} deleted, {format_size(sum(each.bytes for each in deleted))}; {len(remaining)} kept.")
     return 0
 
 
-def _asked(directory: RunDirectory, typed: tuple[tuple[int, ...], ...]) -> list[int]:
-    """The steps of each --step, each once.
+def _typed_steps(directory: RunDirectory, typed: tuple[tuple[int, ...], ...]) -> list[int]:
+    """The steps of all `--step` flags, without duplicates.
 
     Raises:
-        CheckpointError: there is no such checkpoint.
+        CheckpointError: there is no checkpoint of a step.
     """
-    there = checkpoints.steps(directory)
-    known = f"one of {', '.join(map(str, there))}" if there else ""
+    existing = checkpoints.steps(directory)
+    expected = f"one of {', '.join(map(str, existing))}" if existing else ""
     steps = list(dict.fromkeys(step for steps in typed for step in steps))
     CheckpointError.raise_if(
-        Problem(f"{directory.root} has no checkpoint of step {step}", known) for step in steps if step not in there
+        Problem(f"{directory.root} has no checkpoint of step {step}", expected)
+        for step in steps
+        if step not in existing
     )
     return steps
 
 
-def _at(directory: RunDirectory, step: int) -> ListedCheckpoint | None:
-    """A checkpoint; None where the run has pruned it since it was looked for."""
+def _listed(directory: RunDirectory, step: int) -> ListedCheckpoint | None:
+    """The checkpoint of `step`; None if the run has pruned it in the meantime."""
     folder = directory.checkpoint(step)
     try:
         changed = datetime.datetime.fromtimestamp(folder.stat().st_mtime, datetime.UTC)
@@ -178,5 +180,5 @@ def _local(time: str) -> str:
     return datetime.datetime.fromisoformat(time).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
-def _json(directory: RunDirectory, key: str, told: list[dict[str, Any]], **more: object) -> str:
-    return json_text({"run": str(directory.root), key: told} | more)
+def _json(directory: RunDirectory, key: str, entries: list[dict[str, Any]], **fields: object) -> str:
+    return json_text({"run": str(directory.root), key: entries} | fields)

@@ -1,17 +1,17 @@
-# Completion of simpletuner for bash, by `simpletuner completion bash`.
+# bash completion of simpletuner, printed by `simpletuner completion bash`.
 
 _simpletuner_offer() {
-    # Adds a name that may hold anything; compgen -W would run what it holds.
+    # Adds a name that may contain any characters; compgen -W would execute `$(…)` in it.
     [[ $1 == "$cur"* ]] && COMPREPLY+=("$2$(printf %q "$1")")
 }
 
 _simpletuner() {
     local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]}
-    local place='' verbs='' flags='' takes='' named='' kind='' values='' index name
+    local subcommand='' verbs='' flags='' takes='' positional='' kind='' values='' index name
     COMPREPLY=()
     for ((index = 1; index < COMP_CWORD; index++)); do
-        case "$place/${COMP_WORDS[index]}" in
-        @PLACES@) place+=/${COMP_WORDS[index]} ;;
+        case "$subcommand/${COMP_WORDS[index]}" in
+        @SUBCOMMANDS@) subcommand+=/${COMP_WORDS[index]} ;;
         esac
     done
     # bash splits --flag=value into three words.
@@ -23,10 +23,10 @@ _simpletuner() {
     case "$prev" in
 @OF_FLAG@
     esac
-    case "$place" in
-@OF_PLACE@
+    case "$subcommand" in
+@OF_SUBCOMMAND@
     esac
-    kind=${kind:-$named}
+    kind=${kind:-$positional}
     if [[ -n $kind && $cur != -* ]]; then
         case $kind in
         words) mapfile -t COMPREPLY < <(compgen -W "$values" -- "$cur") ;;

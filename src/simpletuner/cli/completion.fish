@@ -1,21 +1,21 @@
-# Completion of simpletuner for fish, by `simpletuner completion fish`.
+# fish completion of simpletuner, printed by `simpletuner completion fish`.
 
 function __simpletuner_complete
     set -l words (commandline -opc)
     set -l cur (commandline -ct)
-    set -l place ''
+    set -l subcommand ''
     set -l prev $words[-1]
     set -l before ''
     set -l verbs
     set -l flags
     set -l takes
-    set -l named
+    set -l positional
     set -l kind
     set -l values
     for word in $words[2..]
-        switch "$place/$word"
-            case @PLACES@
-                set place "$place/$word"
+        switch "$subcommand/$word"
+            case @SUBCOMMANDS@
+                set subcommand "$subcommand/$word"
         end
     end
     if string match -qr -- '^--.*=' $cur
@@ -26,11 +26,11 @@ function __simpletuner_complete
     switch "$prev"
 @OF_FLAG@
     end
-    switch "$place"
-@OF_PLACE@
+    switch "$subcommand"
+@OF_SUBCOMMAND@
     end
     if test -z "$kind"
-        set kind $named
+        set kind $positional
     end
     if test -n "$kind"; and not string match -q -- '-*' $cur
         switch $kind

@@ -1,6 +1,6 @@
-"""`simpletuner completion bash|zsh|fish`: prints the script by which a shell completes the command line.
+"""`simpletuner completion bash|zsh|fish`: print a script that lets the shell complete simpletuner's command lines.
 
-The script holds every word it needs, so that completing starts no Python.
+The script contains all words, so completion starts no Python process.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,93 +25,94 @@ if TYPE_CHECKING:
 
 USAGE = """usage: simpletuner completion bash|zsh|fish
 
-  bash   eval "$(simpletuner completion bash)" is the line for ~/.bashrc
-  zsh    eval "$(simpletuner completion zsh)" is the line for ~/.zshrc, after compinit
-  fish   simpletuner completion fish | source is the line for ~/.config/fish/config.fish
+  bash   add this line to ~/.bashrc: eval "$(simpletuner completion bash)"
+  zsh    add this line to ~/.zshrc, after compinit: eval "$(simpletuner completion zsh)"
+  fish   add this line to ~/.config/fish/config.fish: simpletuner completion fish | source
 
-  It completes commands, verbs, flags and their values, --env names and the folders of runs. Nothing of this program
-  runs while you type.
+  Prints a script that completes commands, verbs, flags and their values, --env names and run directories. Completion
+  does not run simpletuner.
 """
 
 
 @dataclass(frozen=True)
 class CompletionCommand:
-    """What is typed after the name of a shell: nothing."""
+    """Arguments of `simpletuner completion SHELL`: none."""
 
 
 FORMS = dict.fromkeys(("bash", "zsh", "fish"), CompletionCommand)
-"""What is typed after each verb."""
+"""The arguments of each verb."""
 
 
 @dataclass(frozen=True)
 class FlagValue:
-    """What completes the value of a flag."""
+    """Completion of a flag's value."""
 
     kind: str = "other"
-    """words, file, folder, env, run, or other: it takes a value that nobody can guess."""
+    """words, file, folder, env, run, or other: a value that cannot be completed."""
     words: tuple[str, ...] = ()
 
 
 @dataclass
 class Grammar:
-    """What may be typed where. A place is the words that lead there, each behind a slash: "/run/queue"."""
+    """The verbs and flags that each subcommand takes. A subcommand is written as its words, each after a slash:
+    "/run/queue"; the command itself is ""."""
 
     verbs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     flags: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Those of the place itself."""
+    """The flags that each subcommand declares."""
     takes_options: set[str] = field(default_factory=set)
-    """Places where the options of `train` may be typed too."""
+    """Subcommands that also take the options of `train`."""
     takes_names: dict[str, str] = field(default_factory=dict)
-    """Places where a word without a flag is the name of a run or a folder, and which of these."""
+    """Subcommands whose first positional argument is a run or a folder: "run" or "folder"."""
     values: dict[str, FlagValue] = field(default_factory=dict)
-    """Of each flag that takes one."""
+    """Completion of each flag that takes a value."""
 
-    def add_forms(self, place: str, forms: "Forms") -> None:
-        """The places of a command's verbs, or of a verb's verbs."""
-        self.verbs[place] = tuple(filter(None, forms))
-        self.flags[place] = ("--help",)
+    def add_forms(self, subcommand: str, forms: "Forms") -> None:
+        """Add `subcommand` with its verbs, and their verbs."""
+        self.verbs[subcommand] = tuple(filter(None, forms))
+        self.flags[subcommand] = ("--help",)
         for verb, form in forms.items():
-            inner = f"{place}/{verb}" if verb else place
+            inner = f"{subcommand}/{verb}" if verb else subcommand
             if isinstance(form, Mapping):
                 self.add_forms(inner, form)
             else:
                 self._add_form(inner, form, verb)
 
-    def _add_form(self, place: str, form: type["DataclassInstance"], verb: str) -> None:
-        self.verbs.setdefault(place, ())
+    def _add_form(self, subcommand: str, form: type["DataclassInstance"], verb: str) -> None:
+        self.verbs.setdefault(subcommand, ())
         declared = declared_flags(form, verb)
         selectors = SELECTORS if any(each.name == "train_options" for each in fields(form)) else {}
-        self.flags[place] = (*(f"--{name}" for name in (*declared, *selectors)), "--help")
+        self.flags[subcommand] = (*(f"--{name}" for name in (*declared, *selectors)), "--help")
         self.values |= {f"--{name}": _of_flag(flag) for name, flag in declared.items() if flag.metavar}
         if selectors:
-            self.takes_options.add(place)
+            self.takes_options.add(subcommand)
         names = [name for name, declaration in declared_fields(form, verb).items() if not isinstance(declaration, Flag)]
         if names[:1] in (["run"], ["folder"]):
-            self.takes_names[place] = names[0]
+            self.takes_names[subcommand] = names[0]
 
     def add_options(self, options: Mapping[str, OptionType]) -> None:
-        """The values of options of a configuration."""
+        """Add the completion of the values of a configuration's options."""
         self.values |= {f"--{name}": _of_option(kind) for name, kind in options.items()}
 
 
 def grammar() -> Grammar:
-    """Of every command of the table."""
-    found = Grammar()
-    found.verbs[""] = (*COMMANDS, HELP[0])
-    found.flags[""] = ("--help", "--version")
-    found.verbs["/help"] = tuple(COMMANDS)
-    found.flags["/help"] = ()
+    """The grammar of all commands."""
+    commands = Grammar()
+    commands.verbs[""] = (*COMMANDS, HELP[0])
+    commands.flags[""] = ("--help", "--version")
+    commands.verbs["/help"] = tuple(COMMANDS)
+    commands.flags["/help"] = ()
     for command in COMMANDS:
         if command not in ("train", "sample"):
-            found.add_forms(f"/{command}", import_module(f"simpletuner.cli.{command}").FORMS)
-    found.add_options(kinds(SampleConfig))
-    found.add_options(kinds(RunConfig))
-    found.verbs |= {"/train": (), "/sample": ()}
-    found.flags["/train"] = (*(f"--{name}" for name in SELECTORS), "--help")
-    found.flags["/sample"] = (*(f"--{name}" for name in SampleConfig.model_fields), "--config", "--help")
-    found.takes_options.add("/train")
+            commands.add_forms(f"/{command}", import_module(f"simpletuner.cli.{command}").FORMS)
+    commands.add_options(kinds(SampleConfig))
+    commands.add_options(kinds(RunConfig))
+    commands.verbs |= {"/train": (), "/sample": ()}
+    commands.flags["/train"] = (*(f"--{name}" for name in SELECTORS), "--help")
+    commands.flags["/sample"] = (*(f"--{name}" for name in SampleConfig.model_fields), "--config", "--help")
+    commands.takes_options.add("/train")
     examples = tuple(sorted(path.parent.name for path in EXAMPLES_FOLDER.glob("*/config.json")))
-    found.values |= {
+    commands.values |= {
         "--config": FlagValue("file"),
         f"--{LIKE}": FlagValue("file"),
         "--env": FlagValue("env"),
@@ -119,7 +120,7 @@ def grammar() -> Grammar:
         "--lora": FlagValue("file"),
         "--run": FlagValue("run"),
     }
-    return found
+    return commands
 
 
 def _of_flag(flag: Flag) -> FlagValue:
@@ -137,45 +138,45 @@ def _of_option(kind: OptionType) -> FlagValue:
 
 
 def script(shell: str) -> str:
-    """The script for `shell`."""
-    found = grammar()
-    assign = _assigned_in_fish if shell == "fish" else _assigned
+    """The completion script for `shell`."""
+    commands = grammar()
+    case_clause = _fish_case_clause if shell == "fish" else _case_clause
     by_value: dict[FlagValue, list[str]] = {}
-    for name, value in found.values.items():
+    for name, value in commands.values.items():
         by_value.setdefault(value, []).append(name)
-    places = [
-        assign(
-            [place],
+    subcommands = [
+        case_clause(
+            [subcommand],
             {
-                "verbs": found.verbs[place],
-                "flags": found.flags[place],
-                "takes": ["options"] if place in found.takes_options else [],
-                "named": [found.takes_names[place]] if place in found.takes_names else [],
+                "verbs": commands.verbs[subcommand],
+                "flags": commands.flags[subcommand],
+                "takes": ["options"] if subcommand in commands.takes_options else [],
+                "positional": [commands.takes_names[subcommand]] if subcommand in commands.takes_names else [],
             },
         )
-        for place in found.verbs
+        for subcommand in commands.verbs
     ]
-    values = [assign(names, {"kind": [value.kind], "values": value.words}) for value, names in by_value.items()]
-    filled = {
-        "@PLACES@": (" " if shell == "fish" else "|").join(filter(None, found.verbs)),
-        "@OF_PLACE@": "\n".join(places),
+    values = [case_clause(names, {"kind": [value.kind], "values": value.words}) for value, names in by_value.items()]
+    replacements = {
+        "@SUBCOMMANDS@": (" " if shell == "fish" else "|").join(filter(None, commands.verbs)),
+        "@OF_SUBCOMMAND@": "\n".join(subcommands),
         "@OF_FLAG@": "\n".join(values),
         "@OPTIONS@": " ".join(f"--{name}" for name in RunConfig.model_fields),
     }
     text = Path(__file__).with_name(f"completion.{shell}").read_text(encoding="utf-8")
-    for mark, content in filled.items():
+    for mark, content in replacements.items():
         text = text.replace(mark, content)
     return text
 
 
-def _assigned(patterns: Iterable[str], values: Mapping[str, Iterable[str]]) -> str:
-    """A case of bash and zsh that sets variables to words with spaces between."""
+def _case_clause(patterns: Iterable[str], values: Mapping[str, Iterable[str]]) -> str:
+    """A clause of `case` in bash and zsh that sets each variable to its words, separated by spaces."""
     body = " ".join(f"{name}='{' '.join(words)}'" for name, words in values.items())
     return f"        {'|'.join(map(_quoted, patterns))}) {body} ;;"
 
 
-def _assigned_in_fish(patterns: Iterable[str], values: Mapping[str, Iterable[str]]) -> str:
-    """The same, to lists of words."""
+def _fish_case_clause(patterns: Iterable[str], values: Mapping[str, Iterable[str]]) -> str:
+    """A `case` clause of fish that sets each variable to its list of words."""
     sets = "; ".join(" ".join(("set", name, *words)) for name, words in values.items())
     return f"        case {' '.join(map(_quoted, patterns))}\n            {sets}"
 
@@ -188,7 +189,7 @@ def run(arguments: list[str]) -> int:
     """Print the script.
 
     Raises:
-        ConfigError: no shell is named, or another one.
+        ConfigError: no shell is named, or an unknown one.
     """
     shell = verb_of("completion", arguments, FORMS)
     parse_command(CompletionCommand, arguments[1:])

@@ -1,12 +1,12 @@
 #compdef simpletuner
-# Completion of simpletuner for zsh, by `simpletuner completion zsh`.
+# zsh completion of simpletuner, printed by `simpletuner completion zsh`.
 
 _simpletuner() {
     local cur=$words[CURRENT] prev=$words[CURRENT-1]
-    local place='' verbs='' flags='' takes='' named='' kind='' values='' word
+    local subcommand='' verbs='' flags='' takes='' positional='' kind='' values='' word
     for word in ${words[2,CURRENT-1]}; do
-        case "$place/$word" in
-        @PLACES@) place+=/$word ;;
+        case "$subcommand/$word" in
+        @SUBCOMMANDS@) subcommand+=/$word ;;
         esac
     done
     if [[ $cur == --*=* ]]; then
@@ -16,10 +16,10 @@ _simpletuner() {
     case "$prev" in
 @OF_FLAG@
     esac
-    case "$place" in
-@OF_PLACE@
+    case "$subcommand" in
+@OF_SUBCOMMAND@
     esac
-    kind=${kind:-$named}
+    kind=${kind:-$positional}
     if [[ -n $kind && $cur != -* ]]; then
         case $kind in
         words) compadd -- ${=values} ;;

@@ -1,4 +1,4 @@
-"""`simpletuner config check|show`: the configuration, held against the schema, without training."""
+"""`simpletuner config check|show`: validate or print the configuration, without training."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,30 +13,28 @@ from simpletuner.config.values import shown
 
 USAGE = """usage: simpletuner config check|show [--json] [options of `simpletuner train`]
 
-  check   say everything that is wrong with it, or that it is right
-  show    every option with its value and where that comes from
+  check   list all problems of the configuration, or confirm that it is valid
+  show    print every option with its value and the origin of the value
 """
 
 
 @dataclass(frozen=True)
 class ConfigCommand:
-    """What is typed after `simpletuner config check` and `show`."""
+    """Arguments of `simpletuner config check` and `show`."""
 
-    json: bool = Flag(
-        "print one JSON object instead, also where there are problems: each with the option it is about"
-    ).default(False)
+    json: bool = Flag("print one JSON object instead, also if there are problems: each names its option").default(False)
     train_options: tuple[str, ...] = ()
 
 
 FORMS = dict.fromkeys(("check", "show"), ConfigCommand)
-"""What is typed after each verb."""
+"""The arguments of each verb."""
 
 
 def run(arguments: list[str]) -> int:
-    """Check the configuration, or show every option with its value and where that comes from.
+    """Check the configuration, or print every option with its value and the origin of the value.
 
     Raises:
-        ConfigError: every problem of the configuration; with --json they are printed, and the code is the same.
+        ConfigError: all problems of the configuration. With --json they are printed, and the exit code is the same.
     """
     verb = verb_of("config", arguments, FORMS)
     command = parse_command(ConfigCommand, arguments[1:])
@@ -67,11 +65,11 @@ def _table(loaded: Loaded) -> str:
 
 def _summary(loaded: Loaded) -> str:
     datasets = loaded.datasets
-    typed = sum(origin != "default" for origin in loaded.origins.values())
+    changed = sum(origin != "default" for origin in loaded.origins.values())
     return "\n".join(
         (
             *loaded.notices,
-            f"The configuration is right: {typed} options given, {len(datasets.train_sets)} datasets to "
-            f"train, {len(datasets.eval_sets)} held out, {len(loaded.prompts)} prompts.",
+            f"The configuration is valid: {changed} options set, {len(datasets.train_sets)} training datasets, "
+            f"{len(datasets.eval_sets)} held-out datasets, {len(loaded.prompts)} prompts.",
         )
     )

@@ -1,4 +1,4 @@
-"""`simpletuner convert`: a LoRA or a model under the names that another program wants."""
+"""`simpletuner convert`: write a LoRA or a model in another program's format."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,30 +16,30 @@ from simpletuner.config.values import join_names, nearest
 
 USAGE = """usage: simpletuner convert IN OUT --to diffusers|comfyui|bfl|kohya [--allow-loss] [--json]
 
-  IN is a LoRA file of any program, or a run's folder with one; or a whole model: a diffusers folder, or a single file.
-  OUT is the file or folder to write; nothing may be there. What is written is read back and compared.
+  IN is a LoRA file of any program, a run's folder with one, or a whole model: a diffusers folder or a single file.
+  OUT is the file or folder to write and must not exist. The command reads OUT back and compares it with IN.
 
-  diffusers   diffusers' names. Of a LoRA, ComfyUI reads all but a few layers outside the blocks; of a model, nothing
-  comfyui     BFL's names as ComfyUI writes them: every layer. Of a model: BFL's single file, with which ComfyUI starts
-  bfl         BFL's names as PEFT writes them, for programs that train on BFL's model. Of a model: as comfyui
+  diffusers   diffusers' names. ComfyUI loads such LoRAs except for a few layers outside the blocks; it loads no models
+  comfyui     BFL's names as ComfyUI writes them, for all layers. A model becomes BFL's single file, which ComfyUI loads
+  bfl         BFL's names as PEFT writes them, for programs that train BFL's model. A model becomes the same as comfyui
   kohya       BFL's names as kohya's scripts and musubi-tuner write them; LoRAs only
 
-  A LoRA has the same effect in each of them, and one of simpletuner's comes back bit for bit.
+  A LoRA has the same effect in every format. A LoRA of simpletuner converts back to the same bits.
 """
 _FORMATS: Mapping[str, LoraFormat] = {name: name for name in get_args(LoraFormat)}
-"""What may follow --to."""
+"""The values of --to."""
 
 
 @dataclass(frozen=True)
 class ConvertCommand:
-    """What is typed after `simpletuner convert`."""
+    """Arguments of `simpletuner convert`."""
 
     source: Path | None = Positional(convert=Path).default(None)
     target: Path | None = Positional(convert=Path).default(None)
     to: str = Flag("the format of OUT", "FORMAT").default("")
     allow_loss: bool = Flag(
-        "write a LoRA even where diffusers or ComfyUI would leave layers of it out,\n"
-        "or where IN holds more than a LoRA of the transformer"
+        "write a LoRA even if diffusers or ComfyUI ignores some of its layers,\n"
+        "or if IN holds more than a LoRA of the transformer"
     ).default(False)
     json: bool = Flag("print one JSON object").default(False)
 
@@ -51,8 +51,8 @@ def run(arguments: list[str]) -> int:
     """Convert one file or folder.
 
     Raises:
-        ConfigError: a mistake in what was typed, or something is at OUT.
-        CheckpointError: IN cannot be read, or would lose something.
+        ConfigError: a mistake in the arguments, or OUT exists.
+        CheckpointError: IN cannot be read, or the conversion would lose layers.
         DiskError: no space.
     """
     command = parse_command(ConvertCommand, arguments, check=_mistakes)
@@ -60,23 +60,23 @@ def run(arguments: list[str]) -> int:
     assert command.target is not None
     if not command.source.exists():
         raise CheckpointError.of(f"no file or folder at {command.source}", "a LoRA, or a model")
-    # Their imports load torch, which a mistake above need not wait for.
+    # Imported late: the mistakes above are reported without loading torch.
     from simpletuner.flux2.convert_model import holds_model
 
     if holds_model(command.source):
         if command.allow_loss:
             complain("--allow-loss has no effect: it is for LoRAs, and IN is a model.")
-        told, lines = _convert_model(command.source, command.target, command.to)
+        fields, lines = _convert_model(command.source, command.target, command.to)
     else:
-        told, lines = _convert_lora(command.source, command.target, _FORMATS[command.to], command.allow_loss)
-    say(json_text(told) if command.json else "\n".join(lines))
+        fields, lines = _convert_lora(command.source, command.target, _FORMATS[command.to], command.allow_loss)
+    say(json_text(fields) if command.json else "\n".join(lines))
     return 0
 
 
 def _mistakes(command: ConvertCommand) -> Iterator[Problem]:
     if command.source is None or command.target is None:
         usage = "See `simpletuner convert --help`."
-        yield Problem("simpletuner convert: what or where to is not said", "IN and OUT", usage)
+        yield Problem("simpletuner convert: IN or OUT is missing", "IN and OUT", usage)
     if command.to not in _FORMATS:
         near = nearest(command.to, _FORMATS)
         found = f"--to = {command.to!r}" if command.to else "--to is not given"
@@ -86,20 +86,20 @@ def _mistakes(command: ConvertCommand) -> Iterator[Problem]:
 def _convert_model(source: Path, target: Path, to: str) -> tuple[dict[str, Any], list[str]]:
     from simpletuner.flux2.convert_model import convert_model
 
-    made = convert_model(source, target, to)
-    told = {
+    model = convert_model(source, target, to)
+    fields = {
         "kind": "model",
         "source": str(source),
-        "target": str(made.path),
+        "target": str(model.path),
         "to": to,
-        "tensors": made.tensors,
-        "bytes": made.bytes,
-        "left_out": made.left_out,
+        "tensors": model.tensors,
+        "bytes": model.bytes,
+        "left_out": model.left_out,
     }
-    lines = [f"{made.path}: a transformer of {made.tensors} tensors, {format_size(made.bytes)}"]
-    if made.left_out:
-        lines.append(f"{made.left_out} tensors of {source} belong to other components and are not in it.")
-    return told, lines
+    lines = [f"{model.path}: a transformer of {model.tensors} tensors, {format_size(model.bytes)}"]
+    if model.left_out:
+        lines.append(f"{model.left_out} tensors of {source} belong to other components and are not in it.")
+    return fields, lines
 
 
 def _convert_lora(source: Path, target: Path, to: LoraFormat, allow_loss: bool) -> tuple[dict[str, Any], list[str]]:
@@ -110,9 +110,9 @@ def _convert_lora(source: Path, target: Path, to: LoraFormat, allow_loss: bool) 
     file = read_adapter(source)
     modules = lora_modules(file)
     texts = loss_texts(modules, to)
-    unread = f"{file.path} holds {len(file.unread)} keys that are no layers of a LoRA on the transformer"
+    unread = f"{file.path} contains {len(file.unread)} keys that are not layers of a LoRA on the transformer"
     if not allow_loss:
-        remedy = "Give --allow-loss to write it all the same."
+        remedy = "Give --allow-loss to write it anyway."
         problems = [
             Problem(text, remedy=remedy) for loader, text in texts.items() if loader in LORA_FORMATS[to].readers
         ]
@@ -122,7 +122,7 @@ def _convert_lora(source: Path, target: Path, to: LoraFormat, allow_loss: bool) 
         CheckpointError.raise_if(problems)
     write_adapter(target, modules, to, file.header)
     size = target.stat().st_size
-    told = {
+    fields = {
         "kind": "lora",
         "source": str(file.path),
         "target": str(target),
@@ -136,4 +136,4 @@ def _convert_lora(source: Path, target: Path, to: LoraFormat, allow_loss: bool) 
     lines = [f"{target}: a LoRA on {len(modules)} layers in the {to} format, {format_size(size)}"]
     if file.unread:
         lines.append(f"{unread}: they are left out.")
-    return told, [*lines, *texts.values()]
+    return fields, [*lines, *texts.values()]

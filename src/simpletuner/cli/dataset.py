@@ -1,5 +1,4 @@
-"""`simpletuner dataset`: the images before a run. What will be trained, what it looks like, and its caches; captions
-changed together, duplicates, deletion."""
+"""`simpletuner dataset`: inspect and cache a run's datasets; edit captions, find duplicates, delete images."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ USAGE = """usage: simpletuner dataset scan|show|cache [--json] [--set ID] [--ver
        simpletuner dataset duplicates FOLDER
        simpletuner dataset delete FOLDER --names FILE [--partners FOLDER] | --undo | --empty-trash
 
-  scan        count the pictures, their sizes, and what is left out and why
-  show        draw the crops that will be trained, with their captions, on one sheet a set
-  cache       encode the captions and pictures now, so that a run starts at once
+  scan        count the images and their sizes, and list the images that are left out, with the reason
+  show        write a contact sheet of each dataset: the crops that the run trains on, with their captions
+  cache       encode the captions and images now, so that the run starts to train at once
   captions    change the captions of the images in FOLDER; without a change, count them
   duplicates  list images with the same bytes, and images that look nearly the same
-  delete      move images with their captions into FOLDER/.simpletuner/trash, from which --undo brings them back
+  delete      move images with their captions into FOLDER/.simpletuner/trash; --undo restores them
 """
 
 
@@ -34,20 +33,20 @@ def _count(text: str) -> int:
 
 @dataclass(frozen=True)
 class DatasetCommand:
-    """What is typed after `simpletuner dataset` and its verb."""
+    """Arguments of `simpletuner dataset scan|show|cache`."""
 
     json: bool = Flag("print one JSON object instead of a table").default(False)
-    pictures: bool = Flag("in it, each picture with its size, crop and captions (scan)").default(False)
+    pictures: bool = Flag("add each image with its size, crop and captions to the JSON object (scan)").default(False)
     progress: bool = Flag(
-        "a JSON line on standard error as the work goes on: what, done and total (scan and cache)"
+        "print progress as JSON lines on standard error: what, done and total (scan and cache)"
     ).default(False)
-    set: str = Flag("this set only (scan and show)", "ID").default("")
-    verify: bool = Flag(
-        "read every cached file, instead of only those that changed since they were last read (cache)"
-    ).default(False)
-    out: str = Flag("where show puts its sheets; by default output_dir", "FOLDER").default("")
+    set: str = Flag("only this dataset (scan and show)", "ID").default("")
+    verify: bool = Flag("read every cached file, not only those that changed since the last read (cache)").default(
+        False
+    )
+    out: str = Flag("the folder for the contact sheets of show; by default output_dir", "FOLDER").default("")
     count: int = Flag(
-        "how many crops a sheet shows, 24 by default, spread evenly over the set",
+        "number of crops on a contact sheet, spread evenly over the dataset; 24 by default",
         "N",
         convert=_count,
         expects="a whole number above 0",
@@ -59,22 +58,22 @@ FORMS: dict[str, type[DatasetCommand] | type[imagefolder.FolderCommand]] = {
     **dict.fromkeys(("scan", "show", "cache"), DatasetCommand),
     **dict.fromkeys(("captions", "duplicates", "delete"), imagefolder.FolderCommand),
 }
-"""What is typed after each verb."""
+"""The arguments of each verb."""
 
 
 def run(arguments: list[str]) -> int:
-    """Scan, show or cache the sets of the configuration; change, compare or delete images of a folder.
+    """Scan, show or cache the datasets of the configuration, or edit captions, find duplicates or delete images.
 
     Raises:
-        ConfigError: a mistake in what was typed or in the configuration.
-        DataError: a set, folder or image is missing, nothing can be trained, or captions changed meanwhile.
+        ConfigError: a mistake in the arguments or in the configuration.
+        DataError: a dataset, folder or image is missing, no image can be trained on, or captions changed meanwhile.
         DiskError: a file cannot be written.
     """
     verb = verb_of("dataset", arguments, FORMS)
     if FORMS[verb] is imagefolder.FolderCommand:
         return imagefolder.run(verb, arguments[1:])
     command = parse_command(DatasetCommand, arguments[1:], check=lambda command: _misplaced(command, verb))
-    # numpy and Pillow, which changing captions does without.
+    # Imported late, because it loads numpy and Pillow, which editing captions does not need.
     from simpletuner.cli import scanning
 
     result, text = scanning.work(verb, command)
@@ -83,7 +82,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _misplaced(command: DatasetCommand, verb: str) -> Iterator[Problem]:
-    """The problems of flags that do not go with `verb`, or with each other."""
+    """Problems of flags that do not apply to `verb`, or need each other."""
     for flag, is_given, verbs in (
         ("verify", command.verify, ("cache",)),
         ("pictures", command.pictures, ("scan",)),
@@ -92,4 +91,4 @@ def _misplaced(command: DatasetCommand, verb: str) -> Iterator[Problem]:
         if is_given and verb not in verbs:
             yield Problem(f"--{flag} with dataset {verb}", f"dataset {' or '.join(verbs)}")
     if command.pictures and verb == "scan" and not command.json:
-        yield Problem("--pictures without --json", "both", "`simpletuner dataset show` draws the pictures.")
+        yield Problem("--pictures without --json", "both", "`simpletuner dataset show` shows the images.")

@@ -49,7 +49,7 @@ INSTALL = "pip install -e '.[{}]'"
 
 @dataclass(frozen=True)
 class DoctorCommand:
-    """What is typed after `simpletuner doctor`."""
+    """Arguments of `simpletuner doctor`."""
 
     online: bool = Flag("also ask the Hub whether your token may read the weights").default(False)
     json: bool = Flag("print one JSON object instead").default(False)

@@ -33,7 +33,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class EnvCommand:
-    """What is typed after `simpletuner env`."""
+    """Arguments of `simpletuner env`."""
 
     json: bool = Flag("print one JSON object").default(False)
 

@@ -18,7 +18,7 @@ USAGE = """usage: simpletuner extract BASE TUNED OUTPUT [--rank N] [--energy SHA
 
 @dataclass(frozen=True)
 class ExtractCommand(LoraOutput):
-    """What is typed after `simpletuner extract`."""
+    """Arguments of `simpletuner extract`."""
 
     # A whole fine-tuning changes every direction a little: 99 % of that would be a LoRA larger than the model.
     usual_rank: ClassVar[int | None] = 64
@@ -27,7 +27,7 @@ class ExtractCommand(LoraOutput):
     output: Path | None = Positional(convert=Path).default(None)
 
     def problems(self) -> Iterator[Problem]:
-        """What parsing alone does not find."""
+        """Problems that parsing alone does not find."""
         if self.base is None or self.tuned is None or self.output is None:
             yield Problem("simpletuner extract: a name is missing", "a base model, a tuned model and the file to write")
             return
@@ -44,13 +44,13 @@ def run(arguments: list[str]) -> int:
     """Extract, and print what was written.
 
     Raises:
-        ConfigError: a mistake in what was typed.
+        ConfigError: a mistake in the arguments.
         AccessError: a model that cannot be read.
         CheckpointError: the models are not of one flavour, or are equal.
         DiskError: no space.
     """
     command = parse_command(ExtractCommand, arguments, check=ExtractCommand.problems)
-    # torch, which mistakes do without.
+    # Imported late: mistakes in the arguments are reported without loading torch.
     from simpletuner.flux2.extract import differences, extracted_header
     from simpletuner.flux2.merge import write_layers
     from simpletuner.flux2.transformer_file import opened_transformer

@@ -1,4 +1,4 @@
-"""`simpletuner dataset captions|duplicates|delete`: the images of a folder and their captions, changed together."""
+"""`simpletuner dataset captions|duplicates|delete`: edit the captions of a folder's images, find duplicates, delete."""
 
 import json
 import os
@@ -27,52 +27,52 @@ from simpletuner.data.removal import bring_back, empty_trash, plan_partner_remov
 from simpletuner.data.sample import Rejection
 
 SHOWN = 10
-"""Changes and names that are printed for people."""
+"""Maximum number of changes that are printed."""
 
 
 @dataclass(frozen=True)
 class FolderCommand:
-    """What is typed after `simpletuner dataset` and a verb about a folder."""
+    """Arguments of `simpletuner dataset captions|duplicates|delete`."""
 
     folder: Path | None = Positional(convert=Path).default(None)
-    find: str = Flag("the text to replace, each time it occurs (captions)", "TEXT", verbs=("captions",)).default("")
-    replace: str = Flag("what to write instead; by default nothing (captions)", "TEXT", verbs=("captions",)).default("")
+    find: str = Flag("the text to replace, at every occurrence (captions)", "TEXT", verbs=("captions",)).default("")
+    replace: str = Flag("the replacement; by default empty (captions)", "TEXT", verbs=("captions",)).default("")
     regex: bool = Flag(
-        "--find is a regular expression of Python; ^ and $ match at each line,\n\\1 in --replace is its first group "
-        "(captions)",
+        "treat --find as a Python regular expression; ^ and $ match at each line,\nand \\1 in --replace is the first "
+        "group (captions)",
         verbs=("captions",),
     ).default(False)
-    prepend: str = Flag("write this before each caption (captions)", "TEXT", verbs=("captions",)).default("")
-    append: str = Flag("write this after each caption (captions)", "TEXT", verbs=("captions",)).default("")
+    prepend: str = Flag("text to add before each caption (captions)", "TEXT", verbs=("captions",)).default("")
+    append: str = Flag("text to add after each caption (captions)", "TEXT", verbs=("captions",)).default("")
     whole: bool = Flag(
-        "a file is one caption, as with disable_multiline_split; otherwise each line is\none (captions)",
+        "treat each file as one caption, as disable_multiline_split does; by default each\nline is one (captions)",
         verbs=("captions",),
     ).default(False)
     missing: bool = Flag(
         "only images without a caption; without a change, list them (captions)", verbs=("captions",)
     ).default(False)
     names: str = Flag(
-        "only these images: a file with a path relative to FOLDER on each line\n(captions and delete)",
+        "only these images: a file that lists paths relative to FOLDER, one per line\n(captions and delete)",
         "FILE",
         verbs=("captions", "delete"),
     ).default("")
     partners: tuple[Path, ...] = Flag(
-        "also delete their references or masks in this folder; may be given more than once (delete)",
+        "also delete the images' references or masks in this folder; may be repeated (delete)",
         "FOLDER",
         convert=Path,
         is_repeatable=True,
         verbs=("delete",),
     ).default(())
-    dry_run: bool = Flag("change nothing, say what would be changed", verbs=("captions", "delete")).default(False)
+    dry_run: bool = Flag("print the changes without making them", verbs=("captions", "delete")).default(False)
     revision: str = Flag(
-        "refuse if the captions changed since the --dry-run that printed this (captions)", "HASH", verbs=("captions",)
+        "fail if the captions changed since the --dry-run that printed HASH (captions)", "HASH", verbs=("captions",)
     ).default("")
-    undo: bool = Flag("take the last change, or the last deletion, back", verbs=("captions", "delete")).default(False)
-    empty_trash: bool = Flag("delete for good what was deleted before (delete)", verbs=("delete",)).default(False)
-    yes: bool = Flag("do not ask (delete)", verbs=("delete",)).default(False)
-    progress: bool = Flag(
-        "a JSON line on standard error as the work goes on (duplicates)", verbs=("duplicates",)
-    ).default(False)
+    undo: bool = Flag("undo the last change or the last deletion", verbs=("captions", "delete")).default(False)
+    empty_trash: bool = Flag("delete the files in the trash permanently (delete)", verbs=("delete",)).default(False)
+    yes: bool = Flag("delete without confirmation (delete)", verbs=("delete",)).default(False)
+    progress: bool = Flag("print progress as JSON lines on standard error (duplicates)", verbs=("duplicates",)).default(
+        False
+    )
     json: bool = Flag("print one JSON object").default(False)
 
     @property
@@ -82,25 +82,25 @@ class FolderCommand:
 
 
 Result = tuple[dict[str, Any], str]
-"""As JSON and for people."""
+"""A command's result as a JSON object and as text."""
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:
-    """Change, compare or delete images of a folder.
+    """Edit captions, find duplicates or delete images in a folder.
 
     Raises:
-        ConfigError: a mistake in what was typed.
-        DataError: no such folder or image, or the captions changed meanwhile.
+        ConfigError: a mistake in the arguments.
+        DataError: a folder or image does not exist, or the captions changed meanwhile.
         DiskError: a file cannot be written.
     """
-    works: dict[str, Callable[[Path, FolderCommand], Result]] = {
+    actions: dict[str, Callable[[Path, FolderCommand], Result]] = {
         "captions": _captions,
         "duplicates": _duplicates,
         "delete": _delete,
     }
     command = parse_command(FolderCommand, arguments, verb, check=lambda command: _misplaced(command, verb))
     assert command.folder is not None
-    result, text = works[verb](command.folder, command)
+    result, text = actions[verb](command.folder, command)
     say(json_text(result) if command.json else text)
     return 0
 
@@ -111,11 +111,9 @@ def _misplaced(command: FolderCommand, verb: str) -> Iterator[Problem]:
     if verb == "delete" and (bool(command.names) + command.undo + command.empty_trash) != 1:
         yield Problem("dataset delete", "one of --names FILE, --undo and --empty-trash")
     if command.partners and not command.names:
-        yield Problem("--partners without --names", "the images whose partners are meant")
+        yield Problem("--partners without --names", "--names FILE, the images whose partners to delete")
     if command.folder is not None and command.folder.resolve() in {each.resolve() for each in command.partners}:
-        yield Problem(
-            f"--partners={command.folder}: this is the folder of the images", "a folder of references or masks"
-        )
+        yield Problem(f"--partners={command.folder}: the same folder as the images", "a folder of references or masks")
     has_edit = bool(command.find or command.prepend or command.append)
     if command.undo and (has_edit or command.names or command.missing or command.dry_run):
         yield Problem("--undo with other flags", "--undo by itself")
@@ -125,29 +123,30 @@ def _misplaced(command: FolderCommand, verb: str) -> Iterator[Problem]:
 
 def _captions(folder: Path, command: FolderCommand) -> Result:
     if command.undo:
-        undone, left = undo_captions(folder)
-        return {"undone": undone, "left_out": _as_rows(left)}, _with_left_out(f"{undone} captions are as before.", left)
+        undone, left_out = undo_captions(folder)
+        text = f"{undone} captions are restored."
+        return {"undone": undone, "left_out": _as_rows(left_out)}, _with_left_out(text, left_out)
     names = _names(command.names) if command.names else None
     if command.missing:
         listed = listed_images(folder)
         missing = without_caption(folder, listed)
         names = missing if names is None else [name for name in names if name in set(missing)]
     if command.edit.is_empty:
-        return _counted(folder, names)
+        return _count_captions(folder, names)
     plan = plan_caption_edit(folder, command.edit, names)
     if command.revision and command.revision != plan.revision:
         raise ConfigError.of(
-            "--revision: the captions are not what they were",
-            remedy="Look at the change again with --dry-run, then use the revision that it prints.",
+            "--revision: the captions have changed since then",
+            remedy="Check the change again with --dry-run, then use the revision that it prints.",
         )
-    left = list(plan.left_out)
+    left_out = list(plan.left_out)
     if not command.dry_run and plan.changes:
-        left += apply_caption_plan(plan)
-    return _told(plan, left, command.dry_run)
+        left_out += apply_caption_plan(plan)
+    return _edit_result(plan, left_out, command.dry_run)
 
 
-def _told(plan: CaptionPlan, left: list[Rejection], is_dry: bool) -> Result:
-    changed = len(plan.changes) - sum(each.reason == CHANGED_SINCE for each in left)
+def _edit_result(plan: CaptionPlan, left_out: list[Rejection], is_dry: bool) -> Result:
+    changed = len(plan.changes) - sum(each.reason == CHANGED_SINCE for each in left_out)
     result = {
         "images": plan.images,
         "changed": changed,
@@ -157,24 +156,24 @@ def _told(plan: CaptionPlan, left: list[Rejection], is_dry: bool) -> Result:
             {"file": c.file, "images": list(c.images), "before": c.text_before, "after": c.after.decode()}
             for c in plan.changes[:SHOWN]
         ],
-        "left_out": _as_rows(left),
+        "left_out": _as_rows(left_out),
     }
-    done = "would change" if is_dry else "changed"
-    lines = [f"{changed} captions of {plan.images} images {done}."]
+    outcome = "would change" if is_dry else "changed"
+    lines = [f"{changed} captions of {plan.images} images {outcome}."]
     for change in plan.changes[:SHOWN]:
         lines += [f"  {change.file}", f"    - {change.text_before.strip()}", f"    + {change.after.decode().strip()}"]
     if len(plan.changes) > SHOWN:
         lines.append(f"  and {len(plan.changes) - SHOWN} more")
     if plan.emptied:
-        lines.append(f"{plan.emptied} of them say nothing afterwards: training leaves out such images.")
+        lines.append(f"{plan.emptied} of them become empty: training leaves out images with an empty caption.")
     if not is_dry and changed:
         undo = command_text("simpletuner", "dataset", "captions", plan.folder, "--undo")
-        lines.append(f"`{undo}` takes it back.")
-    return result, _with_left_out("\n".join(lines), left)
+        lines.append(f"`{undo}` undoes the change.")
+    return result, _with_left_out("\n".join(lines), left_out)
 
 
-def _counted(folder: Path, names: Sequence[str] | None) -> Result:
-    """What there is: all images, or those of `names`, without a change."""
+def _count_captions(folder: Path, names: Sequence[str] | None) -> Result:
+    """Count all images, or those in `names`, and list the ones without a caption."""
     listed = listed_images(folder)
     missing = set(without_caption(folder, listed))
     chosen = list(listed.images) if names is None else [name for name in names if name in listed.images]
@@ -186,7 +185,7 @@ def _counted(folder: Path, names: Sequence[str] | None) -> Result:
 
 
 def _duplicates(folder: Path, command: FolderCommand) -> Result:
-    # numpy and Pillow, which the other verbs do without.
+    # Imported late, because it loads numpy and Pillow, which the other verbs do not need.
     from simpletuner.data.duplicates import find_duplicates
 
     def report(done: int, total: int) -> None:
@@ -199,54 +198,55 @@ def _duplicates(folder: Path, command: FolderCommand) -> Result:
         "left_out": _as_rows(unread),
     }
     if not groups:
-        return result, _with_left_out("No image is there twice.", unread)
-    words = {"exact": "the same bytes", "near": "nearly the same: look before you delete"}
-    rows = [(words[group.kind] if at == 0 else "", name) for group in groups for at, name in enumerate(group.names)]
+        return result, _with_left_out("There are no duplicates.", unread)
+    words = {"exact": "the same bytes", "near": "nearly the same: check before you delete"}
+    rows = [(words[group.kind] if i == 0 else "", name) for group in groups for i, name in enumerate(group.names)]
     return result, _with_left_out(table(rows), unread)
 
 
 def _delete(folder: Path, command: FolderCommand) -> Result:
     if command.undo:
-        returned, left = bring_back(folder)
-        return {"undone": returned, "left_out": _as_rows(left)}, _with_left_out(f"{returned} files are back.", left)
+        restored, left_out = bring_back(folder)
+        text = f"{restored} files are restored."
+        return {"undone": restored, "left_out": _as_rows(left_out)}, _with_left_out(text, left_out)
     if command.empty_trash:
-        _ask(f"Delete for good what was deleted from {folder}?", command)
+        _ask(f"Delete the files in the trash of {folder} permanently?", command)
         count = empty_trash(folder)
-        return {"deleted": count}, f"{count} files are deleted for good."
+        return {"deleted": count}, f"{count} files are deleted permanently."
     plan = plan_removal(folder, _names(command.names))
-    beside = [plan_partner_removal(plan, each) for each in dict.fromkeys(command.partners)]
-    partners = sum(len(each.images) for each in beside)
-    found = f"{len(plan.images)} images and {len(plan.captions)} captions"
+    partner_plans = [plan_partner_removal(plan, each) for each in dict.fromkeys(command.partners)]
+    partners = sum(len(each.images) for each in partner_plans)
+    files = f"{len(plan.images)} images and {len(plan.captions)} captions"
     if command.partners:
-        found = f"{len(plan.images)} images, {len(plan.captions)} captions and {partners} partners"
-    left = [rejection for each in (plan, *beside) for rejection in each.left_out]
+        files = f"{len(plan.images)} images, {len(plan.captions)} captions and {partners} partners"
+    left_out = [rejection for each in (plan, *partner_plans) for rejection in each.left_out]
     result: dict[str, Any] = {
         "images": len(plan.images),
         "captions": len(plan.captions),
         "partners": partners,
-        "left_out": _as_rows(left),
+        "left_out": _as_rows(left_out),
         "trash": "",
     }
     if command.dry_run or not plan.images:
-        return result, _with_left_out(f"{found} would be deleted.", left)
-    _ask(f"Delete {found} of {plan.folder}?", command)
-    # The images last: where a partner cannot be moved, the same command can be typed again.
-    held = [each for each in beside if each.images]
-    trashes = {each.folder: remove_images(each) for each in (*held, plan)}
+        return result, _with_left_out(f"{files} would be deleted.", left_out)
+    _ask(f"Delete {files} of {plan.folder}?", command)
+    # Move the images last: if moving a partner fails, the user can type the same command again.
+    nonempty_plans = [each for each in partner_plans if each.images]
+    trashes = {each.folder: remove_images(each) for each in (*nonempty_plans, plan)}
     lines = []
-    for each in (plan, *held):
+    for each in (plan, *nonempty_plans):
         trash = trashes[each.folder]
         undo = command_text("simpletuner", "dataset", "delete", each.folder, "--undo")
-        lines.append(f"{len(each.images) + len(each.captions)} files are in {trash}; `{undo}` brings them back.")
+        lines.append(f"{len(each.images) + len(each.captions)} files are in {trash}; `{undo}` restores them.")
         result["trash"] = result["trash"] or str(trash)
-    return result, _with_left_out("\n".join((f"{found} are deleted.", *lines)), left)
+    return result, _with_left_out("\n".join((f"{files} are deleted.", *lines)), left_out)
 
 
 def _ask(question: str, command: FolderCommand) -> None:
-    """Ask once, unless --yes says not to.
+    """Ask `question` at the terminal, unless --yes is given.
 
     Raises:
-        ConfigError: the answer is no, or nobody can be asked.
+        ConfigError: the answer is no, or there is no terminal.
     """
     if not command.yes and answer_to(f"{question} [y/N] ") not in ("y", "Y", "yes"):
         raise ConfigError.of("not deleted", remedy="Type y to delete, or give --yes.")

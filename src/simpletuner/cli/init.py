@@ -87,7 +87,7 @@ _EXPECTS_CARD = f"{_CARD_NAMES} (to try everything with the embedded model)"
 
 @dataclass(frozen=True)
 class InitCommand:
-    """What is typed after `simpletuner init`."""
+    """Arguments of `simpletuner init`."""
 
     images: Path | None = Flag(
         "the folder of images", "FOLDER", convert=_images, expects="a folder that is there", follows="a folder"
@@ -124,7 +124,7 @@ class InitCommand:
     yes: bool = Flag("ask nothing: take what would be proposed, and replace files that are there").default(False)
 
     def problems(self) -> Iterator[Problem]:
-        """What parsing alone does not find."""
+        """Problems that parsing alone does not find."""
         if self.env and not does_as_file_name(self.env):
             yield Problem(f"--env = {self.env!r}", "a name that can be a folder's")
 

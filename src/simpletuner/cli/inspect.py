@@ -28,7 +28,7 @@ _NAMED_AT_MOST = 4
 
 @dataclass(frozen=True)
 class InspectCommand:
-    """What is typed after `simpletuner inspect`."""
+    """Arguments of `simpletuner inspect`."""
 
     file: str = Positional().default("")
     json: bool = Flag("print one JSON object").default(False)
@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> int:
         raise ConfigError.of(
             "simpletuner inspect: no file is named", "a file or a folder", "See `simpletuner inspect --help`."
         )
-    # torch, which mistakes and help do without.
+    # Imported late: mistakes and help need no torch.
     from simpletuner.flux2.inspection import inspect_files
 
     reports = inspect_files(Path(with_home(command.file)))

@@ -1,4 +1,4 @@
-"""The configuration of a run that waits, kept as it was when it was put in the queue."""
+"""Copies of a queued run's configuration, so that later changes of the files do not affect the run."""
 
 import json
 import shutil
@@ -13,29 +13,29 @@ from simpletuner.config.run import RunConfig
 from simpletuner.config.values import kinds
 
 
-def kept_aside(loaded: Loaded) -> Callable[[Path], list[str]]:
-    """Makes the arguments that train what `loaded` was loaded for, whatever becomes of the files they name: it copies
-    config, datasets and prompts into the folder it is given. What the environment sets becomes flags. What it copied is
-    checked once more, since the files may have changed since they were loaded.
+def config_copier(loaded: Loaded) -> Callable[[Path], list[str]]:
+    """A function that copies the configuration of `loaded` into a folder and returns the arguments that train it.
 
-    An example of the program has no files that change.
+    It copies the config, datasets and prompts files and turns values from the environment into flags, so the arguments
+    stay valid when the original files change. It checks the copies again, because the files may have changed since
+    `loaded` was read. The configuration of an example is part of the program and is not copied.
     """
 
-    def keep(folder: Path) -> list[str]:
+    def copy_config(folder: Path) -> list[str]:
         values = loaded.config.model_dump(mode="json")
-        words = [*spelled(loaded.arguments), *(f"--{key}={_text(values[key])}" for key in _fixed(loaded))]
+        words = [*one_word_flags(loaded.arguments), *(f"--{key}={_flag_text(values[key])}" for key in _fixed(loaded))]
         if "example" in parse(loaded.arguments).selectors:
             return words
         words = [word for word in words if word.partition("=")[0].removeprefix("--") not in SELECTORS]
-        words += [f"--{flag}={_copied(source, folder / name)}" for flag, source, name in _files(loaded)]
+        words += [f"--{flag}={_copy(source, folder / name)}" for flag, source, name in _files(loaded)]
         examine_here(words, also=(folder.absolute(),)).loaded()
         return words
 
-    return keep
+    return copy_config
 
 
-def spelled(arguments: Sequence[str]) -> list[str]:
-    """The same flags, each in one word: `--name=value`, or `--name`."""
+def one_word_flags(arguments: Sequence[str]) -> list[str]:
+    """The flags in `arguments`, each in one word: `--name=value`, or `--name`."""
     flags = parse(arguments)
     selectors = [f"--{name}={value}" for name, value in flags.selectors.items()]
     return selectors + [
@@ -44,9 +44,7 @@ def spelled(arguments: Sequence[str]) -> list[str]:
 
 
 def _fixed(loaded: Loaded) -> list[str]:
-    """Options whose value stands neither in the config nor on the command line: in the environment, or in a file that
-    these name.
-    """
+    """Options whose value comes from the environment, or from a file that the config or the command line names."""
     return [
         key
         for key, kind in kinds(RunConfig).items()
@@ -54,22 +52,22 @@ def _fixed(loaded: Loaded) -> list[str]:
     ]
 
 
-def _text(value: object) -> str:
-    """A value as a flag has it."""
+def _flag_text(value: object) -> str:
+    """`value` as text after a flag."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _files(loaded: Loaded) -> list[tuple[str, Path, str]]:
-    """What is read: the flag that leads there, the file, and the name it is kept under."""
-    found = [("data_backend_config", loaded.datasets_file, f"datasets{loaded.datasets_file.suffix}")]
+    """The files of the configuration: the flag that names each, its path, and the name of its copy."""
+    files = [("data_backend_config", loaded.datasets_file, f"datasets{loaded.datasets_file.suffix}")]
     if loaded.config_file is not None:
-        found.append(("config", loaded.config_file, f"config{loaded.config_file.suffix}"))
+        files.append(("config", loaded.config_file, f"config{loaded.config_file.suffix}"))
     if loaded.prompts_file is not None:
-        found.append(("user_prompt_library", loaded.prompts_file, f"prompts{loaded.prompts_file.suffix}"))
-    return found
+        files.append(("user_prompt_library", loaded.prompts_file, f"prompts{loaded.prompts_file.suffix}"))
+    return files
 
 
-def _copied(source: Path, target: Path) -> Path:
+def _copy(source: Path, target: Path) -> Path:
     with file_errors_reported(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)

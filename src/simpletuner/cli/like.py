@@ -1,4 +1,4 @@
-"""`--like FILE`: the options with which a LoRA or model was trained, from its header, as flags before those typed."""
+"""`--like FILE`: repeat the training of a LoRA or model with the options in its header; typed flags override them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,51 +23,53 @@ _REPLACED_BY: Mapping[str, tuple[str, ...]] = {
     "flux_lora_target": ("peft_lora_target_modules",),
     "num_train_epochs": ("max_train_steps",),
 }
-"""Options, each with those that leave it without effect. Where it is typed, the file's values of those are left out."""
+"""Options, each with the options that override it. If an option is typed, the file's values of those are left out."""
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """What the file that `--like` names says of its training."""
+    """The training options of the file that `--like` names, and the typed arguments."""
 
     file: Path
     options: Mapping[str, Any]
-    """Options that decide the weights and have other values than the present defaults; `max_train_steps` as many as
-    it was trained. Without those that are typed, or replaced by one that is."""
+    """Options that affect the weights and differ from the present defaults, without those that are typed or replaced by
+    a typed one. `max_train_steps` is the number of steps that the file was trained for."""
     left_out: tuple[str, ...]
     """Options in the header that this release does not have."""
     base_model: str | None
-    """Name of the weights it was trained on, where these are none of the flavours' own: a file or folder of its
-    author's."""
+    """Name of the base weights if they are not those of a flavour, but the author's own file or folder."""
     typed: tuple[str, ...]
     """The command's arguments without `--like`."""
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """Arguments that ask for the same training. What is typed comes last, and so wins."""
+        """Arguments that repeat the training. The typed ones come last and therefore win."""
         return (*(flag(name, value) for name, value in self.options.items()), *self.typed)
 
-    def lines(self, given: Mapping[str, object]) -> tuple[str, ...]:
-        """What comes from the file, and what is `given` here, for people."""
-        own = ", ".join(f"{name} = {shown(value)}" for name, value in self.options.items() if name not in given)
-        here = ", ".join(f"{name} = {shown(value)}" for name, value in given.items())
-        told = [f"From {self.file}: {own or 'nothing but defaults'}.", f"From here: {here or 'nothing'}."]
+    def lines(self, local_options: Mapping[str, object]) -> tuple[str, ...]:
+        """Lines of text that tell which options come from the file, and that list `local_options`, which do not."""
+        from_file = ", ".join(f"{name} = {shown(v)}" for name, v in self.options.items() if name not in local_options)
+        from_here = ", ".join(f"{name} = {shown(value)}" for name, value in local_options.items())
+        lines = [
+            f"From {self.file}: {from_file or 'only defaults'}.",
+            f"From this command and its configuration: {from_here or 'nothing'}.",
+        ]
         if self.left_out:
-            told.append(f"Left out, since this release has no such options: {join_names(self.left_out, 'and')}.")
-        if self.base_model is not None and "pretrained_model_name_or_path" not in given:
-            told.append(
-                f"It was trained on {self.base_model[:_SHOWN_NAME]!r}, which its header cannot say where to find. "
-                "Weights of model_flavour are used; name others with --pretrained_model_name_or_path."
+            lines.append(f"Left out, because this release lacks these options: {join_names(self.left_out, 'and')}.")
+        if self.base_model is not None and "pretrained_model_name_or_path" not in local_options:
+            lines.append(
+                f"It was trained on {self.base_model[:_SHOWN_NAME]!r}, whose location the header does not contain. "
+                "The weights of model_flavour are used; name others with --pretrained_model_name_or_path."
             )
-        return tuple(told)
+        return tuple(lines)
 
 
 def likeness(arguments: Sequence[str]) -> Likeness | None:
-    """What the file that `--like` names in `arguments` says, except what they replace; None where there is no `--like`.
+    """The training options of the file that `--like` names in `arguments`; None without `--like`.
 
     Raises:
-        ConfigError: it names nothing, or a file whose header says nothing of how it was trained.
-        AccessError: no safetensors file.
+        ConfigError: `--like` names no file, or one whose header lacks the training options.
+        AccessError: the file is no safetensors file.
     """
     file: Path | None = None
     typed: list[str] = []
@@ -75,7 +77,7 @@ def likeness(arguments: Sequence[str]) -> Likeness | None:
         if argument.name != LIKE:
             typed += argument.typed
         elif not argument.value:
-            raise ConfigError.of(f"--{LIKE}: nothing is named", "a LoRA or model that simpletuner trained")
+            raise ConfigError.of(f"--{LIKE}: no file is named", "a LoRA or model that simpletuner trained")
         else:
             file = Path(with_home(argument.value))
     if file is None:
@@ -86,15 +88,15 @@ def likeness(arguments: Sequence[str]) -> Likeness | None:
         if not file.is_file():
             raise ConfigError.of(f"--{LIKE} {file}: no such file", "a LoRA or model that simpletuner trained")
         header = read_metadata(file)
-    # Only where it is asked for: a mistake in a configuration is answered at once.
+    # Imported late, so that mistakes in a configuration are reported at once.
     from simpletuner.config.record import resolved, reusable
 
-    known, left_out = reusable(_recorded(file, header))
-    flavour = FLAVOURS.get(str(known.get("model_flavour")))
+    recorded, left_out = reusable(_recorded(file, header))
+    flavour = FLAVOURS.get(str(recorded.get("model_flavour")))
     defaults = resolved(RunConfig(**({} if flavour is None else flavour.option_defaults)))
     changed = {
         name: value
-        for name, value in known.items()
+        for name, value in recorded.items()
         if value is not None and (name == "model_flavour" or value != defaults.get(name))
     }
     step = header.get("simpletuner.step", "")
@@ -113,9 +115,9 @@ def _recorded(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
     text = header.get("simpletuner.options")
     if text is None:
         raise ConfigError.of(
-            f"the header of {file} does not have the options it was trained with",
+            f"the header of {file} lacks the training options",
             "a LoRA or model of simpletuner",
-            "Files of earlier releases lack them: give the config.json of their run with --config.",
+            "Files of earlier releases lack them: give the config.json of the file's run with --config.",
         )
     try:
         value = json.loads(text)

@@ -1,4 +1,4 @@
-"""The configuration of whoever stands in this folder: what train, dataset and config begin with."""
+"""Load the configuration that a command's arguments select in the working folder."""
 
 import os
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ from simpletuner.server.reach import of_the_page
 
 
 def load_here(arguments: Sequence[str]) -> Loaded:
-    """The configuration that `arguments` ask for in the working folder.
+    """The configuration that `arguments` select in the working folder.
 
-    Pictures of `--example NAME` are drawn to `datasets/NAME` before, unless they are there. With `--like FILE`, a
-    person at a terminal is asked for what the file cannot say, and what comes from where is printed.
+    `--example NAME` first writes the example's images to `datasets/NAME`, unless they exist. `--like FILE` asks at a
+    terminal for the paths that the file cannot contain, and prints the origin of each option.
 
     Raises:
-        ConfigError: every problem.
-        DiskError: no space for the example's pictures.
+        ConfigError: all problems of the configuration together.
+        DiskError: no space for the example's images.
     """
     like = likeness(arguments)
     if like is None:
@@ -35,22 +35,22 @@ def load_here(arguments: Sequence[str]) -> Loaded:
     loaded = examined.loaded()
     values = loaded.config.model_dump(mode="json")
     typed = {argument.name for argument in split_arguments([*like.typed, *answers])}
-    given = {
+    local_options = {
         name: values[name]
         for name, origin in loaded.origins.items()
         if name in typed or (origin != "default" and name not in like.options)
     }
-    for line in like.lines({"data_backend_config": str(loaded.datasets_file), **given}):
+    for line in like.lines({"data_backend_config": str(loaded.datasets_file), **local_options}):
         complain(line)
     return loaded
 
 
 def _answers(like: Likeness, examined: Examined) -> list[str]:
-    """Flags for what a person types about paths; none where nobody can be asked."""
+    """Flags with the paths that the user types when asked; empty without a terminal."""
     questions: list[tuple[str, str, str]] = []
     if examined.datasets_file is None:
-        found = (Path(folder, DATASETS_NAME) for folder in ("", "config"))
-        likely = next((str(path) for path in found if path.is_file()), "")
+        candidates = (Path(folder, DATASETS_NAME) for folder in ("", "config"))
+        likely = next((str(path) for path in candidates if path.is_file()), "")
         questions.append(("data_backend_config", "The file that lists the datasets", likely))
     if examined.origins["output_dir"] == "default":
         questions.append(("output_dir", "The run's directory", examined.config.output_dir))
@@ -68,10 +68,11 @@ def _answers(like: Likeness, examined: Examined) -> list[str]:
 
 
 def examine_here(arguments: Sequence[str], *, also: Sequence[Path] = ()) -> Examined:
-    """The same, with the problems told and not raised. What the page started may name paths in the folders `also` too.
+    """The same as `load_here`, but with the problems in the result instead of raised, and without questions. A command
+    that the page started may also name paths in the folders `also`.
 
     Raises:
-        DiskError: no space for the example's pictures.
+        DiskError: no space for the example's images.
     """
     reach = of_the_page(os.environ)
     like = likeness(arguments)
@@ -81,7 +82,7 @@ def examine_here(arguments: Sequence[str], *, also: Sequence[Path] = ()) -> Exam
         arguments = like.arguments
     example = parse(arguments).selectors.get("example")
     if example is not None:
-        # Brings Pillow, which nothing else here needs.
+        # Imported late, because it loads Pillow.
         from simpletuner.examples.pictures import EXAMPLES, materialize
 
         if example in EXAMPLES:
@@ -97,17 +98,17 @@ def examine_here(arguments: Sequence[str], *, also: Sequence[Path] = ()) -> Exam
     try:
         routes.check(examined.config)
     except ConfigError as error:
-        found = tuple(replace(problem, key="tread_config") for problem in error.problems)
-        return replace(examined, problems=found)
+        problems = tuple(replace(problem, key="tread_config") for problem in error.problems)
+        return replace(examined, problems=problems)
     return examined
 
 
 def _without_datasets(problem: Problem) -> Problem:
-    """The problem of a missing configuration, reworded for `--like`: only the datasets are missing."""
+    """`problem`, reworded for `--like` if it is the missing configuration: only the datasets are missing."""
     if problem.found != NO_CONFIGURATION:
         return problem
     return Problem(
         "--like: no datasets are named here",
         "--data_backend_config PATH, the file that lists them",
-        "A config.json here with datasets beside it does as well. `simpletuner init` writes both.",
+        "Or put a config.json and its datasets file here; `simpletuner init` writes both.",
     )

@@ -33,7 +33,7 @@ _OF_A_LORA = ("rank", "energy", "dtype")
 
 @dataclass(frozen=True)
 class MergeCommand(LoraOutput):
-    """What is typed after `simpletuner merge`."""
+    """Arguments of `simpletuner merge`."""
 
     lora: tuple[Wanted, ...] = Flag(
         "a file, or a folder with pytorch_lora_weights.safetensors; given again for each. FILE:0.8 gives it a "
@@ -54,7 +54,7 @@ class MergeCommand(LoraOutput):
         return [{"file": str(lora.path), "strength": lora.strength} for lora in self.lora]
 
     def problems(self) -> Iterator[Problem]:
-        """What parsing alone does not find."""
+        """Problems that parsing alone does not find."""
         if not self.lora:
             yield Problem("no --lora is given", "one or more files")
         for lora in self.lora:
@@ -85,13 +85,13 @@ def run(arguments: list[str]) -> int:
     """Merge, and print what was written.
 
     Raises:
-        ConfigError: a mistake in what was typed.
+        ConfigError: a mistake in the arguments.
         CheckpointError: a LoRA that cannot be read, or does not fit.
         AccessError: a model that cannot be read.
         DiskError: no space.
     """
     command = parse_command(MergeCommand, arguments, check=MergeCommand.problems)
-    # torch, which mistakes do without.
+    # Imported late: mistakes in the arguments are reported without loading torch.
     from simpletuner.flux2.merge import merged_header, read_adapters, unread_notices, write_merged
 
     assert command.output is not None

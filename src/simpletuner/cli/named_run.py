@@ -1,4 +1,4 @@
-"""The run that a command line names."""
+"""Commands about one run: find the run that the command line names."""
 
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -12,19 +12,19 @@ from simpletuner.runs.layout import RunDirectory
 from simpletuner.runs.status import find_runs, is_run
 
 RUNS = Path("output")
-"""Where runs lie unless they are sent elsewhere."""
+"""Default folder of runs."""
 
 
-def confirm_deletion(what: str, contents: str) -> None:
-    """Ask on the terminal whether to delete `what`, with its `contents`.
+def confirm_deletion(target: str, contents: str) -> None:
+    """Ask on the terminal whether to delete `target`, whose size or files `contents` describes.
 
     Raises:
         ConfigError: there is no terminal, or the answer is no.
     """
-    answer = answer_to(f"Delete {what} ({contents})? [y/N] ")
+    answer = answer_to(f"Delete {target} ({contents})? [y/N] ")
     if answer is None:
         raise ConfigError.of(
-            f"nobody can be asked whether to delete {what}", remedy="Give --yes to delete without being asked."
+            f"no terminal to confirm the deletion of {target}", remedy="Give --yes to delete without confirmation."
         )
     if answer.lower() not in ("y", "yes"):
         raise ConfigError.of("nothing is deleted")
@@ -32,17 +32,17 @@ def confirm_deletion(what: str, contents: str) -> None:
 
 @dataclass(frozen=True)
 class NamedRun:
-    """What is typed after a command about one run."""
+    """Arguments of a command about one run."""
 
     run: Path | None = Positional(convert=Path).default(None)
-    """The run's directory. Without it, `rest` says which configuration has it as its output_dir."""
+    """The run's directory. Without it, the run is the output_dir of the configuration that `train_options` select."""
     train_options: tuple[str, ...] = ()
 
     def directory(self, command: str) -> RunDirectory:
-        """The run that is named; without a name, that of the configuration found here.
+        """The named run; without a name, the run of the selected configuration.
 
         Raises:
-            ConfigError: there is no such run, the configuration is wrong, or more was typed.
+            ConfigError: the run does not exist, the configuration has problems, or there are extra arguments.
         """
         if self.run is not None:
             refuse_extra(self.train_options, command)
@@ -52,17 +52,17 @@ class NamedRun:
                 run = RunDirectory(Path(load_here(self.train_options).config.output_dir))
             except ConfigError as error:
                 no_run = Problem(
-                    "no run is named", f"its directory after `{command}`, or a configuration that tells it"
+                    "no run is named", f"its directory after `{command}`, or a configuration that names it"
                 )
                 raise ConfigError(no_run, *error.problems) from None
         if is_run(run) or run.lock().is_held():
             return run
-        others = {str(other.root): other for other in find_runs(RUNS)}
-        near = get_close_matches(str(run.root), others, n=1) or [
-            path for path, other in others.items() if other.root.name == run.root.name
+        runs = {str(each.root): each for each in find_runs(RUNS)}
+        near = get_close_matches(str(run.root), runs, n=1) or [
+            path for path, each in runs.items() if each.root.name == run.root.name
         ]
         if near:
             remedy = f"Did you mean {near[0]}?"
         else:
-            remedy = "`simpletuner run list` lists the runs." if others else "`simpletuner run start` starts one."
-        raise ConfigError.of(f"{run.root}: no run is there", remedy=remedy)
+            remedy = "`simpletuner run list` lists the runs." if runs else "`simpletuner run start` starts one."
+        raise ConfigError.of(f"{run.root}: no such run", remedy=remedy)

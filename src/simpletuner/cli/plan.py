@@ -83,7 +83,7 @@ class PlanCommand:
     train_options: tuple[str, ...] = ()
 
     def problems(self) -> Iterator[Problem]:
-        """What parsing alone does not find."""
+        """Problems that parsing alone does not find."""
         if self.ram == 0:
             yield Problem("--ram = 0", "a size in GiB above 0")
         if self.show_timesteps and self.gpus is not None:

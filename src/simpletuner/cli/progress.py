@@ -1,4 +1,4 @@
-"""How far `simpletuner sample` is: a bar for people, or lines of JSON."""
+"""Progress of `simpletuner sample`: a progress bar, or lines of JSON."""
 
 import contextlib
 import json
@@ -9,12 +9,12 @@ from simpletuner.base.console import complain
 from simpletuner.cli.sample import SampleOptions
 
 ReportSteps = Callable[[int, int], None]
-"""Called with the sampler steps done and all of them: first with 0, when the first picture begins."""
+"""Called with the number of finished sampler steps and their total; first with 0, when the first image begins."""
 
 
 @contextlib.contextmanager
 def progress_of(options: SampleOptions) -> Iterator[ReportSteps]:
-    """What reports to standard error, as `options` ask for it."""
+    """A context whose value reports progress on standard error, in the form that `options` choose."""
     if options.progress:
         yield lambda done, total: complain(json.dumps(progress_of_steps(done, total))) if done else None
         return
@@ -25,14 +25,14 @@ def progress_of(options: SampleOptions) -> Iterator[ReportSteps]:
             if done:
                 bars[0].update()
                 return
-            # Takes a moment to import: only where there is progress to show.
+            # Imported late, because the import is slow: only when there is progress to show.
             from tqdm import tqdm
 
-            bars.append(opened.enter_context(tqdm(total=total, desc="drawing", unit="step", disable=None)))
+            bars.append(opened.enter_context(tqdm(total=total, desc="sampling", unit="step", disable=None)))
 
         yield report
 
 
 def progress_of_steps(done: int, total: int) -> dict[str, object]:
-    """How far drawing is, for JSON."""
+    """The progress as a JSON object."""
     return {"what": "drawing", "done": done, "total": total}

@@ -1,4 +1,4 @@
-"""`simpletuner run queue list|add|remove|move|resume`: runs that wait for their turn."""
+"""`simpletuner run queue list|add|remove|move|resume`: runs that train one after the other."""
 
 import datetime
 from collections.abc import Sequence
@@ -9,23 +9,23 @@ from typing import get_args
 from simpletuner.base.console import say, work_goes_on
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.cli.arguments import Flag, Positional, parse_command, refuse_extra, verb_of
-from simpletuner.cli.kept import kept_aside, spelled
+from simpletuner.cli.kept import config_copier, one_word_flags
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.printing import json_text, table
-from simpletuner.cli.telling import shown_time
+from simpletuner.cli.telling import local_time
 from simpletuner.config.values import join_names
 from simpletuner.runs.launch import devices_of
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.runs.queue import Queue, QueueEntry, QueueMove
 from simpletuner.runs.status import status_of
 
-DEVICES_HELP = """accelerators to train on, such as 0 or 0,1; by default CUDA_VISIBLE_DEVICES, or what there is. In the
-queue, each list has its own turn"""
+DEVICES_HELP = """accelerators to train on, such as 0 or 0,1; by default CUDA_VISIBLE_DEVICES, or all. The queue trains
+one run at a time for each such list"""
 
 
 @dataclass(frozen=True)
 class QueueCommand:
-    """What is typed after `simpletuner run queue` and its verb."""
+    """Arguments of `simpletuner run queue VERB`."""
 
     id: str = Positional(verbs=("remove", "move")).default("")
     to: str = Positional(verbs=("move",)).default("")
@@ -35,14 +35,14 @@ class QueueCommand:
 
 
 FORMS = dict.fromkeys(("list", "add", "remove", "move", "resume"), QueueCommand)
-"""What is typed after each verb."""
+"""The arguments of each verb."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Do what the word says; without one, list.
+    """Execute the verb; without one, list the queue.
 
     Raises:
-        ConfigError: a mistake in the configuration or in what was typed, or an entry that cannot be removed.
+        ConfigError: a mistake in the configuration or in the arguments, or an entry that cannot be removed.
         DiskError: the disk is full.
     """
     has_verb = bool(arguments) and not arguments[0].startswith("--")
@@ -67,23 +67,22 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def add(arguments: Sequence[str], typed_devices: str | None, *, as_json: bool) -> int:
-    """Put the run that `arguments` of `train` describe at the end of the queue, and see to it that someone works on
-    it."""
+    """Append the run that the `arguments` of `train` describe to the queue, and start a worker if none runs."""
     loaded = load_here(arguments)
     output_dir, devices = loaded.config.output_dir, devices_of(typed_devices)
     queue = Queue.of(Path.cwd())
-    entry = queue.add(spelled(arguments), output_dir, devices, command=kept_aside(loaded))
+    entry = queue.add(one_word_flags(arguments), output_dir, devices, command=config_copier(loaded))
     queue.start_workers()
-    now = next((other for other in queue.entries() if other.id == entry.id), entry)
+    now = next((each for each in queue.entries() if each.id == entry.id), entry)
     if as_json:
         say(json_text(now.model_dump(mode="json") | {"notices": list(loaded.notices)}))
         return 0
     for notice in loaded.notices:
         say(f"Note: {notice}")
-    turns = [e.id for e in queue.entries() if e.state in ("waiting", "running") and e.devices == devices]
-    others = turns[: turns.index(now.id)] if now.id in turns else []
-    turn = f"when {len(others)} before it have ended" if others else "now"
-    say(f"Queue entry {now.id}: {output_dir} is trained {turn}, with the configuration as it is.")
+    pending = [e.id for e in queue.entries() if e.state in ("waiting", "running") and e.devices == devices]
+    earlier = pending[: pending.index(now.id)] if now.id in pending else []
+    start = f"after {len(earlier)} earlier {'entry' if len(earlier) == 1 else 'entries'}" if earlier else "now"
+    say(f"Queue entry {now.id}: {output_dir} starts {start}, with the present configuration.")
     return 0
 
 
@@ -94,7 +93,7 @@ def _remove(queue: Queue, command: QueueCommand) -> int:
     if command.json:
         say(json_text(entry.model_dump(mode="json")))
     else:
-        say(f"Queue entry {entry.id}, {entry.output_dir or 'damaged'}, is taken out.")
+        say(f"Queue entry {entry.id}, {entry.output_dir or 'damaged'}, is removed.")
     return 0
 
 
@@ -107,8 +106,8 @@ def _move(queue: Queue, command: QueueCommand) -> int:
     if not command.id.isdecimal():
         problems.append(Problem("simpletuner run queue move: no entry is named", "its number, from `run queue list`"))
     if to is None:
-        found = f"simpletuner run queue move: {word} is not understood" if word else "where to is not said"
-        problems.append(Problem(found, "up, down, top, or a place counted from 1"))
+        found = f"simpletuner run queue move: {word} is not understood" if word else "no position is given"
+        problems.append(Problem(found, "up, down, top, or a position counted from 1"))
     ConfigError.raise_if(problems)
     assert to is not None
     queue.move(int(command.id), to)
@@ -118,15 +117,15 @@ def _move(queue: Queue, command: QueueCommand) -> int:
 def _list(queue: Queue, command: QueueCommand) -> int:
     entries, idle = queue.entries(), queue.work_is_needed() if queue.folder.is_dir() else []
     if command.json:
-        told = [entry.model_dump(mode="json") for entry in entries]
-        say(json_text({"entries": told, "devices_without_a_worker": idle}))
+        fields = [entry.model_dump(mode="json") for entry in entries]
+        say(json_text({"entries": fields, "devices_without_a_worker": idle}))
         return 0
     if not entries:
-        say("Nothing is in the queue. `simpletuner run queue add` puts a run there.")
+        say("The queue is empty. `simpletuner run queue add` adds a run.")
         return 0
     say(table([("id", "state", "run", "devices", "since", ""), *map(_row, entries)]))
     if idle:
-        say("Nothing works on what waits: `simpletuner run queue resume` goes on.")
+        say("No process works on the waiting runs: `simpletuner run queue resume` starts one.")
     return 0
 
 
@@ -136,7 +135,7 @@ def _row(entry: QueueEntry) -> tuple[str, ...]:
     if entry.state == "running":
         status = status_of(RunDirectory(Path(entry.output_dir)))
         remark = f"step {status.step}" + (f" of {status.steps}" if status.steps else "")
-    when = shown_time(since) if since else ""
+    when = local_time(since) if since else ""
     return str(entry.id), entry.state, entry.output_dir, entry.devices or "all", when, remark
 
 

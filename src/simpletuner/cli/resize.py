@@ -6,24 +6,24 @@ from pathlib import Path
 
 from simpletuner.base.errors import Problem
 from simpletuner.cli.arguments import Positional, parse_command
-from simpletuner.cli.lora_output import LoraOutput, file_problems, layers_in_progress, tell_lora
+from simpletuner.cli.lora_output import LoraOutput, file_problems, layers_in_progress, print_lora
 
 USAGE = """usage: simpletuner resize FILE OUTPUT [--rank N] [--energy SHARE]
 
-  Writes the LoRA in FILE at the rank that is given, or at the smallest that keeps the given share of its energy. A LoKr
-  or a LoHa becomes a LoRA. A layer whose rank is not lowered keeps its numbers, but for alpha/rank, which is
-  folded into B and rounded to --dtype."""
+  Writes the LoRA in FILE at rank N, or at the lowest rank that keeps SHARE of its energy. A LoKr or a LoHa becomes a
+  LoRA. A layer whose rank stays the same keeps its values, except that alpha/rank is folded into B and rounded to
+  --dtype."""
 
 
 @dataclass(frozen=True)
 class ResizeCommand(LoraOutput):
-    """What is typed after `simpletuner resize`."""
+    """Arguments of `simpletuner resize`."""
 
     file: Path | None = Positional(convert=Path).default(None)
     output: Path | None = Positional(convert=Path).default(None)
 
     def problems(self) -> Iterator[Problem]:
-        """What parsing alone does not find."""
+        """Problems that parsing alone does not find."""
         if self.file is None or self.output is None:
             yield Problem("simpletuner resize: a name is missing", "a LoRA and the file to write")
             return
@@ -36,15 +36,15 @@ FORMS = {"": ResizeCommand}
 
 
 def run(arguments: list[str]) -> int:
-    """Resize, and print what was written.
+    """Write the LoRA at the lower rank and print a summary.
 
     Raises:
-        ConfigError: a mistake in what was typed.
-        CheckpointError: a file that cannot be read.
+        ConfigError: a mistake in the arguments.
+        CheckpointError: the file cannot be read.
         DiskError: no space.
     """
     command = parse_command(ResizeCommand, arguments, check=ResizeCommand.problems)
-    # torch, which mistakes do without.
+    # Imported late: mistakes in the arguments are reported without loading torch.
     from simpletuner.flux2.merge import read_adapters, resized_header, unread_notices, write_merged
 
     assert command.file is not None
@@ -55,5 +55,5 @@ def run(arguments: list[str]) -> int:
     written = write_merged(
         command.output, adapters, rule, command.to, header, dtype=command.torch_dtype, report=layers_in_progress
     )
-    tell_lora(written, command.json, {"file": str(command.file)}, unread_notices(adapters))
+    print_lora(written, command.json, {"file": str(command.file)}, unread_notices(adapters))
     return 0

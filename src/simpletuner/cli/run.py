@@ -67,7 +67,7 @@ _JSON_HELP = "print one JSON object (with --follow, one event a line)"
 
 @dataclass(frozen=True)
 class StartCommand:
-    """What is typed after `simpletuner run start`."""
+    """Arguments of `simpletuner run start`."""
 
     queue: bool = Flag("as `queue add`").default(False)
     no_wait: bool = Flag("return once the process is started, not when its work has begun").default(False)
@@ -83,7 +83,7 @@ STATES: tuple[RunState, ...] = get_args(RunState)
 
 @dataclass(frozen=True)
 class NoteCommand:
-    """What is typed after `simpletuner run note`."""
+    """Arguments of `simpletuner run note`."""
 
     run: Path | None = Positional(convert=Path).default(None)
     text: str | None = Positional().default(None)
@@ -92,7 +92,7 @@ class NoteCommand:
 
 @dataclass(frozen=True)
 class DeleteCommand:
-    """What is typed after `simpletuner run delete`."""
+    """Arguments of `simpletuner run delete`."""
 
     run: Path | None = Positional(convert=Path).default(None)
     yes: bool = Flag("do not ask").default(False)
@@ -101,7 +101,7 @@ class DeleteCommand:
 
 @dataclass(frozen=True)
 class ListCommand:
-    """What is typed after `simpletuner run list`."""
+    """Arguments of `simpletuner run list`."""
 
     folder: Path | None = Positional(convert=Path).default(None)
     find: str = Flag("only runs with this text in their name, folder or note", "TEXT").default("")
@@ -132,7 +132,7 @@ FORMS: "Forms" = {
     "delete": DeleteCommand,
     "queue": queueing.FORMS,
 }
-"""What is typed after each verb."""
+"""The arguments of each verb."""
 
 
 def run(arguments: list[str]) -> int:

@@ -17,7 +17,7 @@ from simpletuner.base.console import complain, say, work_goes_on
 from simpletuner.base.errors import AccessError, ConfigError, Problem
 from simpletuner.base.files import with_home
 from simpletuner.base.tensorfile import read_metadata
-from simpletuner.cli.help import requested_help, option_entries
+from simpletuner.cli.help import option_entries, requested_help
 from simpletuner.cli.printing import fitted
 from simpletuner.config.documents import read_document
 from simpletuner.config.flags import Flags, parse

@@ -79,7 +79,7 @@ def _file(text: str) -> Path:
 
 @dataclass(frozen=True)
 class ServerCommand:
-    """What is typed after `simpletuner server`."""
+    """Arguments of `simpletuner server`."""
 
     host: str = Flag(
         "listen here instead of on this machine alone; a token is then asked for, and the link with it is printed",
