@@ -76,7 +76,7 @@ def run(arguments: list[str]) -> int:
     # Imported late, because it loads numpy and Pillow, which editing captions does not need.
     from simpletuner.cli import scanning
 
-    result, text = scanning.work(verb, command)
+    result, text = scanning.execute(verb, command)
     say(json_text(result) if command.json else text)
     return 0
 

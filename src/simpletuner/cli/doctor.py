@@ -1,4 +1,4 @@
-"""`simpletuner doctor`: what training needs of this machine and has, on one screen, before anything is downloaded."""
+"""`simpletuner doctor`: check on one screen whether this machine can train, before anything is downloaded."""
 
 import os
 import platform
@@ -33,18 +33,19 @@ from simpletuner.flux2.places import Hub, hub_cache, missing_download
 
 USAGE = """usage: simpletuner doctor [--online] [--json] [options of `simpletuner train`]
 
-  What the configuration found here needs and this machine has; without one, what a LoRA of FLUX.2-dev needs. Nothing
-  is loaded or downloaded. The exit code is 0 where training could start, else that of the stage that would fail.
+  Checks whether this machine has what the configuration in this folder needs; without a configuration, what a LoRA of
+  FLUX.2-dev needs. Nothing is loaded or downloaded. The exit code is 0 if training can start, otherwise the code with
+  which training would fail.
 """
 
 State = Literal["ok", "warning", "missing"]
 
 DRIVERS = {12: 525, 13: 580}
-"""The first NVIDIA driver for each major version of CUDA."""
+"""The oldest NVIDIA driver that supports each major version of CUDA."""
 BF16_CAPABILITY = (8, 0)
 OPTIONAL = ("bitsandbytes", "optimum-quanto", "torchao", "deepspeed", "tensorboard", "wandb")
 INSTALL = "pip install -e '.[{}]'"
-"""In the clone."""
+"""Command that installs an extra, typed in the clone of the repository."""
 
 
 @dataclass(frozen=True)
@@ -58,25 +59,25 @@ class DoctorCommand:
 
 @dataclass(frozen=True)
 class MachineCheck:
-    """One line of the screen."""
+    """The result of one check: a line of the screen."""
 
     name: str
     state: State
     found: str
     remedy: str = ""
-    """What to type or do; empty where the check is ok."""
+    """What to type or do; empty if the check is ok."""
     exit_code: int = 0
-    """Of the stage that fails while this is missing."""
+    """Exit code with which training fails if the state is missing."""
 
 
 FORMS = {"": DoctorCommand}
 
 
 def run(arguments: list[str]) -> int:
-    """Print a line for each thing that training needs. 0 where it could start, else the code of what would fail first.
+    """Print a line for each check. Returns 0 if training can start, otherwise the lowest exit code of the failures.
 
     Raises:
-        ConfigError: a flag of this command is wrong.
+        ConfigError: a mistake in this command's flags.
     """
     command = parse_command(DoctorCommand, arguments)
     checks = tuple(_checks(command))
@@ -99,9 +100,9 @@ def _checks(command: DoctorCommand) -> Iterator[MachineCheck]:
         ConfigError.raise_if(problem for problem in examined.problems if problem.found != NO_CONFIGURATION)
         config = _usual(cards)
         examined = replace(examined, config=config)
-        wanted = f"none here: below, a LoRA of {FLAVOURS[config.model_flavour].title}"
+        finding = f"none in this folder: the lines below are for a LoRA of {FLAVOURS[config.model_flavour].title}"
         yield _python()
-        yield MachineCheck("config", "warning", wanted, _first_step(cards))
+        yield MachineCheck("config", "warning", finding, _first_step(cards))
     else:
         config = examined.config
         yield _python()
@@ -109,8 +110,8 @@ def _checks(command: DoctorCommand) -> Iterator[MachineCheck]:
     yield from _data(examined)
     yield from _torch(config, cards)
     if len(cards) > 1 and config.ranks == 1 and not config.takes_every_gpu:
-        planned = command_text("simpletuner", "plan", f"--gpus={len(cards)}")
-        yield MachineCheck("GPUs", "ok", f"{len(cards)}, of which one trains; {planned} says how all of them can")
+        plan = command_text("simpletuner", "plan", f"--gpus={len(cards)}")
+        yield MachineCheck("GPUs", "ok", f"{len(cards)}, of which one trains; {plan} shows how to train on all")
     yield _compiler(config, cards)
     yield _extras(config)
     if config.zero_optimization:
@@ -122,14 +123,14 @@ def _checks(command: DoctorCommand) -> Iterator[MachineCheck]:
 
 
 def _usual(cards: Sequence[Gpu]) -> RunConfig:
-    """What `simpletuner init` would write for a subject and this machine's card."""
+    """The configuration that `simpletuner init` writes for a subject and this machine's GPU."""
     card = card_of(_largest(cards))
     options = {**FLAVOURS["dev"].option_defaults, **recipe("subject", "dev").options, "output_dir": "output"}
     return RunConfig(**options | dict({} if card is None else card.fits["dev"].options))
 
 
 def _first_step(cards: Sequence[Gpu]) -> str:
-    """How to begin, with the model whose weights stay on this machine's card where dev's do not."""
+    """The `simpletuner init` command to type, and a smaller model if that fits on this GPU but dev does not."""
     smaller = resident_flavour(card_of(_largest(cards)))
     if smaller is None:
         return "simpletuner init"
@@ -141,7 +142,7 @@ def _first_step(cards: Sequence[Gpu]) -> str:
 
 
 def _largest(cards: Sequence[Gpu]) -> float:
-    """GiB of the largest GPU; 0.0 without one."""
+    """Memory of the largest GPU in GiB; 0.0 without one."""
     return max((card.total_bytes / GIB for card in cards if card.total_bytes is not None), default=0.0)
 
 
@@ -150,100 +151,100 @@ def _python() -> MachineCheck:
 
 
 def _config(examined: Examined, train_options: Sequence[str]) -> MachineCheck:
-    place = str(examined.config_file or examined.datasets_file)
+    file = str(examined.config_file or examined.datasets_file)
     if not examined.problems:
-        return MachineCheck("config", "ok", place)
-    found = f"{place}: {len(examined.problems)} {'problem' if len(examined.problems) == 1 else 'problems'}"
+        return MachineCheck("config", "ok", file)
+    finding = f"{file}: {len(examined.problems)} {'problem' if len(examined.problems) == 1 else 'problems'}"
     remedy = command_text("simpletuner", "config", "check", *train_options)
-    return MachineCheck("config", "missing", found, remedy, ConfigError.exit_code)
+    return MachineCheck("config", "missing", finding, remedy, ConfigError.exit_code)
 
 
 def _data(examined: Examined) -> Iterator[MachineCheck]:
-    """How many images each set has; none is decoded."""
+    """The number of images in each training dataset; no image is decoded."""
     sets = () if examined.datasets is None else examined.datasets.train_sets
     for image_set in sets:
         try:
-            found = discover(storage_of(image_set.instance_data_dir))
+            files = discover(storage_of(image_set.instance_data_dir))
         except DataError as error:
             problem = error.problems[0]
             yield MachineCheck("images", "missing", problem.found, problem.remedy, DataError.exit_code)
             continue
-        told = f"{len(found.pictures)} in {image_set.instance_data_dir}"
-        if found.pictures:
-            yield MachineCheck("images", "ok", told)
+        finding = f"{len(files.pictures)} in {image_set.instance_data_dir}"
+        if files.pictures:
+            yield MachineCheck("images", "ok", finding)
         else:
             remedy = f"Put images into {image_set.instance_data_dir}."
-            yield MachineCheck("images", "missing", told, remedy, DataError.exit_code)
+            yield MachineCheck("images", "missing", finding, remedy, DataError.exit_code)
 
 
 def _torch(config: RunConfig, cards: Sequence[Gpu]) -> Iterator[MachineCheck]:
-    """torch, its CUDA, the driver and the GPUs, as far as they must go together."""
+    """torch, its CUDA version, the driver and the GPUs: whether they work together."""
     install = INSTALL.format("cuda" if cards else "cpu")
     try:
         import torch
-    except (ImportError, OSError) as error:  # OSError: a library that it loads
+    except (ImportError, OSError) as error:  # OSError: a shared library cannot be loaded
         yield MachineCheck("torch", "missing", f"cannot be imported: {error}", install, ConfigError.exit_code)
         return
     build = torch.version.cuda
-    told = f"{torch.__version__}, {'built for the CPU' if build is None else f'CUDA {build}'}"
+    finding = f"{torch.__version__}, {'built for the CPU' if build is None else f'CUDA {build}'}"
     if not cards and not torch.cuda.is_available():
-        yield MachineCheck("torch", "ok", told)
+        yield MachineCheck("torch", "ok", finding)
         if FLAVOURS[config.model_flavour].repo is None:
-            yield MachineCheck("GPU", "ok", "none, and none is needed for the embedded model")
+            yield MachineCheck("GPU", "ok", "none; the embedded model needs none")
         else:
             remedy = "Use a machine with an NVIDIA GPU of 8 GB or more, or try: simpletuner train --example tiny-lora"
             yield MachineCheck("GPU", "missing", "no NVIDIA GPU was found", remedy, MemoryBudgetError.exit_code)
         return
     if build is None:
         remedy = f"pip uninstall -y torch && {install}"
-        yield MachineCheck("torch", "missing", f"{told}, beside a GPU", remedy, ConfigError.exit_code)
+        yield MachineCheck("torch", "missing", f"{finding}, although there is a GPU", remedy, ConfigError.exit_code)
     else:
-        yield MachineCheck("torch", "ok", told)
+        yield MachineCheck("torch", "ok", finding)
     for card in cards:
         size = "" if card.total_bytes is None else f", {format_size(card.total_bytes)}"
-        told = f"{card.name}{size}, driver {card.driver}"
+        finding = f"{card.name}{size}, driver {card.driver}"
         needed = DRIVERS.get(int(build.partition(".")[0]), 0) if build else 0
         major = card.driver.partition(".")[0]
         if major.isdecimal() and int(major) < needed:
             remedy = f"Install an NVIDIA driver of {needed} or newer: CUDA {build} needs it."
-            yield MachineCheck("GPU", "missing", told, remedy, ConfigError.exit_code)
+            yield MachineCheck("GPU", "missing", finding, remedy, ConfigError.exit_code)
         elif build and not torch.cuda.is_available():
             remedy = "Restart the machine after a driver update; in a container, give it the GPU."
-            yield MachineCheck("GPU", "missing", f"{told}, which torch cannot use", remedy, ConfigError.exit_code)
+            yield MachineCheck("GPU", "missing", f"{finding}, which torch cannot use", remedy, ConfigError.exit_code)
         elif build and torch.cuda.get_device_capability(0) < BF16_CAPABILITY and config.mixed_precision == "bf16":
-            yield MachineCheck("GPU", "warning", f"{told}, without bf16", "Give --mixed_precision=fp16.")
+            yield MachineCheck("GPU", "warning", f"{finding}, without bf16", "Give --mixed_precision=fp16.")
         else:
-            yield MachineCheck("GPU", "ok", told)
+            yield MachineCheck("GPU", "ok", finding)
 
 
 def _compiler(config: RunConfig, cards: Sequence[Gpu]) -> MachineCheck:
-    """What compiled blocks take: only where the options ask for them, or may choose them."""
+    """The requirements of compiled blocks, if the options enable them or may choose them."""
     if config.dynamo_backend == "no" or (config.dynamo_backend == "auto" and not cards):
         return MachineCheck("compiler", "ok", "not needed: blocks are not compiled")
-    lacks = []
+    missing = []
     if shutil.which(os.environ.get("CC", "gcc")) is None and shutil.which("cc") is None:
-        lacks.append("C compiler")
+        missing.append("C compiler")
     if cards and find_spec("triton") is None:
-        lacks.append("Triton")
-    if not lacks:
+        missing.append("Triton")
+    if not missing:
         return MachineCheck("compiler", "ok", "a C compiler and Triton" if cards else "a C compiler")
-    told = f"no {join_names(lacks, 'and no')}"
+    finding = f"no {join_names(missing, 'and no')}"
     commands = {"C compiler": "sudo apt install gcc", "Triton": "pip install triton"}
-    remedy = " && ".join(commands[lack] for lack in lacks)
+    remedy = " && ".join(commands[tool] for tool in missing)
     if config.dynamo_backend == "auto":
-        return MachineCheck("compiler", "warning", f"{told}: blocks are not compiled, steps take longer", remedy)
-    return MachineCheck("compiler", "missing", told, f"{remedy}, or give --dynamo_backend=no", ConfigError.exit_code)
+        return MachineCheck("compiler", "warning", f"{finding}: blocks are not compiled, steps take longer", remedy)
+    return MachineCheck("compiler", "missing", finding, f"{remedy}, or give --dynamo_backend=no", ConfigError.exit_code)
 
 
 def _extras(config: RunConfig) -> MachineCheck:
     versions = {name: installed_version(name) for name in OPTIONAL}
-    here = [f"{name} {version}" for name, version in versions.items() if version is not None]
-    told = join_names(here, "and") if here else "none is installed"
-    lacks = [problem for _, problem in precision_findings(config)]
-    if lacks:
+    installed = [f"{name} {version}" for name, version in versions.items() if version is not None]
+    finding = join_names(installed, "and") if installed else "none is installed"
+    problems = [problem for _, problem in precision_findings(config)]
+    if problems:
         remedy = INSTALL.format("quantization")
-        return MachineCheck("extras", "missing", f"{told}; {lacks[0].found}", remedy, ConfigError.exit_code)
-    return MachineCheck("extras", "ok", told)
+        return MachineCheck("extras", "missing", f"{finding}; {problems[0].found}", remedy, ConfigError.exit_code)
+    return MachineCheck("extras", "ok", finding)
 
 
 def _deepspeed() -> MachineCheck:
@@ -254,75 +255,75 @@ def _deepspeed() -> MachineCheck:
 
 
 def _memory(examined: Examined, cards: Sequence[Gpu], train_options: Sequence[str]) -> Iterator[MachineCheck]:
-    """The memory plan against what is free now."""
+    """The planned memory, compared with the free memory."""
     try:
         from simpletuner.flux2.footprint import Workload
         from simpletuner.memory.device import choose_device
         from simpletuner.train.budget import MEMORY_WORDS, Budget, configured, this_machine, with_processes
-    except (ImportError, OSError):  # `_torch` says so
+    except (ImportError, OSError):  # `_torch` reports this
         return
     config = examined.config
     machine = this_machine(choose_device(), Path(config.output_dir))
-    if cards and machine.accelerator is None:  # which torch cannot use yet
+    if cards and machine.accelerator is None:  # torch cannot use the GPU yet
         machine = machine.of_size(_largest(cards) * GIB, float(machine.ram))
     work = Workload((1024, 1024), config.train_batch_size)
     if examined.datasets is not None:
         work = configured(replace(examined, problems=()).loaded())
     plan = Budget(with_processes(config, len(cards)), work, machine).plan
-    lacks = {lack.place for lack in plan.lacks}
+    exceeded = {lack.place for lack in plan.lacks}
     remedy = "simpletuner init" if examined.datasets is None else command_text("simpletuner", "plan", *train_options)
-    for place, name in MEMORY_WORDS.items():
-        there = machine.has(place)
-        if there is None:
+    for memory, name in MEMORY_WORDS.items():
+        free = machine.has(memory)
+        if free is None:
             continue
-        told = f"{format_size(plan.peak(place))} of {format_size(there)} that are free"
-        if place not in lacks:
-            yield MachineCheck(name, "ok", told)
-        elif place == "accelerator":
-            yield MachineCheck(name, "missing", told, remedy, MemoryBudgetError.exit_code)
-        else:  # what is free of it changes, and a system can swap
-            yield MachineCheck(name, "warning", told, remedy)
+        finding = f"needs {format_size(plan.peak(memory))} of {format_size(free)} free"
+        if memory not in exceeded:
+            yield MachineCheck(name, "ok", finding)
+        elif memory == "accelerator":
+            yield MachineCheck(name, "missing", finding, remedy, MemoryBudgetError.exit_code)
+        else:  # free RAM changes over time, and the system can swap
+            yield MachineCheck(name, "warning", finding, remedy)
 
 
 def _disk(config: RunConfig) -> Iterator[MachineCheck]:
-    """Room for the weights and for the run, and the right to write."""
+    """Disk space for the download and for the run, and write permission."""
     for name, folder, needed in (
         ("download", hub_cache(config), missing_download(config, preview_download(config))),
         ("output", Path(config.output_dir), config.disk_low_bytes),
     ):
         if not needed:
             continue
-        place = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.isdir(path))
+        existing_folder = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.isdir(path))
         free = disk_room(folder)
-        told = f"{format_size(needed)} of {format_size(free)} free in {folder}"
+        finding = f"needs {format_size(needed)} of {format_size(free)} free in {folder}"
         option = "--cache_dir" if name == "download" else "--output_dir"
-        if not os.access(place, os.W_OK, effective_ids=True):
-            remedy = f"Give yourself the right to write there, or another folder with {option}."
-            yield MachineCheck(name, "missing", f"{place} may not be written", remedy, DiskError.exit_code)
+        if not os.access(existing_folder, os.W_OK, effective_ids=True):
+            remedy = f"Give yourself write permission for it, or choose another folder with {option}."
+            yield MachineCheck(name, "missing", f"{existing_folder} is not writable", remedy, DiskError.exit_code)
         elif free < needed:
             remedy = f"Free some space, or choose another disk with {option}."
-            yield MachineCheck(name, "missing", told, remedy, DiskError.exit_code)
+            yield MachineCheck(name, "missing", finding, remedy, DiskError.exit_code)
         else:
-            yield MachineCheck(name, "ok", told)
+            yield MachineCheck(name, "ok", finding)
 
 
 def _token(config: RunConfig, is_online: bool) -> MachineCheck:
-    """Whether the Hub would hand out the weights. The token itself is never shown."""
+    """Whether the Hub grants access to the weights. The token is never printed."""
     from huggingface_hub import constants
 
     flavour = FLAVOURS[config.model_flavour]
     repo = config.pretrained_model_name_or_path or flavour.repo
     if repo is None or not Hub.is_id(repo) or os.path.exists(repo) or not missing_download(config):
-        return MachineCheck("Hub", "ok", "not needed: nothing is to be downloaded")
+        return MachineCheck("Hub", "ok", "not needed: there is nothing to download")
     variables = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-    is_here = any(os.environ.get(name) for name in variables) or os.path.isfile(constants.HF_TOKEN_PATH)
+    has_token = any(os.environ.get(name) for name in variables) or os.path.isfile(constants.HF_TOKEN_PATH)
     is_open = repo == flavour.repo and flavour.license_notice is None
-    if not is_here and not is_open:
+    if not has_token and not is_open:
         remedy = f"Accept the license on https://huggingface.co/{repo}, then: hf auth login"
         return MachineCheck("Hub", "missing", "no token on this machine", remedy, AccessError.exit_code)
     if not is_online:
-        found = f"{flavour.title} is {flavour.license}: no token is needed" if is_open else "a token is here"
-        return MachineCheck("Hub", "ok", f"{found}; --online asks whether {repo} may be read")
+        finding = f"{flavour.title} is {flavour.license}: no token is needed" if is_open else "there is a token"
+        return MachineCheck("Hub", "ok", f"{finding}; --online checks whether {repo} may be read")
     try:
         commit = Hub(repo, config, lambda _: None, os.environ).check_access()
     except AccessError as error:

@@ -1,4 +1,4 @@
-"""What `simpletuner sample` does once its request is known to be good."""
+"""The sampler of `simpletuner sample`: loads the model and generates the images of valid requests."""
 
 import io
 import itertools
@@ -20,7 +20,7 @@ from simpletuner.base.console import complain
 from simpletuner.base.errors import AccessError, CheckpointError, MemoryBudgetError
 from simpletuner.base.files import file_errors_reported, sha256_file, write_atomic
 from simpletuner.cli.progress import ReportSteps
-from simpletuner.cli.sample import FROM_RUN, SampleConfig, Wanted
+from simpletuner.cli.sample import FROM_RUN, LoraWithStrength, SampleConfig
 from simpletuner.config.flavours import flavour_of_base, sibling
 from simpletuner.data.cache.latents import encode_crop, latent_key
 from simpletuner.data.references import reference_crops
@@ -45,71 +45,73 @@ from simpletuner.runs.layout import LORA_NAME
 from simpletuner.train.placement import open_decoder, stream_blocks
 
 CONTEXTS_KEPT = 32
-"""Encoded prompts, in host memory: one of dev has 16 MB."""
+"""Maximum number of text contexts cached in host memory. One of dev takes 16 MB."""
 _NAME_LENGTH = 40
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """A picture that was written, and what it was made from."""
+class SampledImage:
+    """An image that was generated and written, with its parameters."""
 
     path: Path
     parameters: Mapping[str, Any]
-    """As the picture has them inside: no path of this machine."""
+    """The parameters that the PNG file also contains; none is a path on this machine."""
 
     @property
-    def described(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+    def fields(self) -> dict[str, Any]:
+        """The path and the parameters, as JSON."""
         return {"path": str(self.path), **self.parameters}
 
 
 class Sampler:
-    """Draws for one request after another. What a request needs is loaded once and kept for the next ones; one that
-    asks for another model, or holds it in another way, lets it go first.
+    """Generates the images of one request after another.
 
-    The pictures are those of a new process, bit for bit.
+    The model of a request stays loaded for the next requests. A request with another model, or with other precision or
+    offload options, frees it first. The images are bit-identical to those of a new process.
     """
 
     def __init__(self) -> None:
         self._device = choose_device()
-        self._base: _Base | None = None
+        self._model: _LoadedModel | None = None
 
-    def draw(self, config: SampleConfig, loras: Sequence[Wanted], report: ReportSteps) -> Iterator[Drawing]:
-        """Draw every picture of `config` and yield each as soon as it is written.
+    def sample(
+        self, config: SampleConfig, loras: Sequence[LoraWithStrength], report: ReportSteps
+    ) -> Iterator[SampledImage]:
+        """Generate every image of `config`; yields each as soon as it is written.
 
-        One after the other, the text encoder and then the transformer are loaded; the first is freed before.
+        The text encoder is freed before the transformer is loaded.
 
         Raises:
-            ConfigError: this machine cannot run a precision, or a reference is no image that can be one.
-            AccessError: the model cannot be reached.
-            CheckpointError: a LoRA cannot be read or is of another model.
-            MemoryBudgetError: something does not fit.
-            DiskError: no space for a picture.
+            ConfigError: this machine does not support a precision, or a reference cannot be used as an image.
+            AccessError: the model is not accessible.
+            CheckpointError: a LoRA cannot be read, or does not fit the model.
+            MemoryBudgetError: out of memory.
+            DiskError: no space for an image.
         """
-        found = reference_crops(config.references)
-        crops = [found[path] for path in config.references]
-        if self._base is not None and not self._base.suits(config):
+        crop_of = reference_crops(config.references)
+        crops = [crop_of[path] for path in config.references]
+        if self._model is not None and not self._model.suits(config):
             self.release()
-        if self._base is None:
-            self._base = _Base(config, self._device)
+        if self._model is None:
+            self._model = _LoadedModel(config, self._device)
         try:
-            yield from self._base.pictures(config, loras, crops, report)
+            yield from self._model.images(config, loras, crops, report)
         except (MemoryError, RuntimeError) as error:
             if exhausted_memory(error) is None:
                 raise
-            self._base = None
+            self._model = None
             raise MemoryBudgetError.of(
-                first_line(error), remedy="Take a smaller --width and --height, or a machine with more memory."
+                first_line(error), remedy="Use a smaller --width and --height, or a machine with more memory."
             ) from error
 
     def release(self) -> None:
         """Free the model."""
-        self._base = None
+        self._model = None
         release_memory(self._device)
 
 
-class _Base:
-    """A base model: its contexts, its transformer with LoRAs on it and its decoder, each from when it is needed."""
+class _LoadedModel:
+    """A base model: its text contexts, its transformer with LoRAs, and its decoder, each loaded when first needed."""
 
     def __init__(self, config: SampleConfig, device: torch.device) -> None:
         check_precisions(config, device)
@@ -126,25 +128,26 @@ class _Base:
         self.loras = _AttachedLoras()
 
     def suits(self, config: SampleConfig) -> bool:
-        """Whether `config` asks for this model, its files are the same and it is held in the same way."""
+        """Whether `config` has the same model options as this model, and the model's files are unchanged."""
         return self.options == _model_options(config) and self.files == _stamps(self.source)
 
-    def pictures(
-        self, config: SampleConfig, loras: Sequence[Wanted], crops: Sequence[Crop], report: ReportSteps
-    ) -> Iterator[Drawing]:
+    def images(
+        self, config: SampleConfig, loras: Sequence[LoraWithStrength], crops: Sequence[Crop], report: ReportSteps
+    ) -> Iterator[SampledImage]:
+        """Generate, write and yield each image of `config`. `crops` are its reference images."""
         flavour = self.source.flavour
         steps = config.steps or flavour.steps
         guidance = flavour.guidance if config.guidance is None else config.guidance
         scales = flavour.scales(guidance, config.guidance_real)
         is_steered = scales.real != 1.0
         self.loras.check(loras, self.source)
-        contexts = self.encoded(config, [*config.prompt, *([config.negative] if is_steered else [])])
-        references = self.referred(config, crops)
+        contexts = self.contexts_of(config, [*config.prompt, *([config.negative] if is_steered else [])])
+        references = self.references_of(config, crops)
         conditions = {
             prompt: Condition.at(context.to(self.device), scales.embedded, references)
             for prompt, context in contexts.items()
         }
-        transformer = self.loaded(config)
+        transformer = self.loaded_transformer(config)
         self.loras.attach(transformer)
         factors = config.strength or (1.0,)
         seeds = range(config.seed, config.seed + config.num)
@@ -160,7 +163,7 @@ class _Base:
         done = itertools.count(1)
         report(0, total)
         for prompt, seed, factor in itertools.product(config.prompt, seeds, factors):
-            acting = self.loras.act([lora.strength * factor for lora in loras])
+            active_loras = self.loras.set_strengths([lora.strength * factor for lora in loras])
             (image,) = generate(
                 Denoiser(transformer.eval(), config.reference_attention),
                 self.decode(),
@@ -184,34 +187,34 @@ class _Base:
                 "guidance_real": config.guidance_real,
                 "negative_prompt": config.negative,
                 "model": self.source.name,
-                "loras": acting,
-                **({"references": _described(crops)} if crops else {}),
-                **({"both_at_once": True} if both_at_once else {}),  # last bits depend on it
+                "loras": active_loras,
+                **({"references": _references_as_json(crops)} if crops else {}),
+                **({"both_at_once": True} if both_at_once else {}),  # the last bits of the image depend on it
             }
-            yield Drawing(_written(image, parameters, Path(config.out)), parameters)
+            yield SampledImage(_write_png(image, parameters, Path(config.out)), parameters)
 
-    def encoded(self, config: SampleConfig, prompts: Sequence[str]) -> dict[str, TextContext]:
-        """The context of each prompt. Each is encoded by itself, so it does not depend on what else is asked for."""
+    def contexts_of(self, config: SampleConfig, prompts: Sequence[str]) -> dict[str, TextContext]:
+        """The text context of each prompt. Each prompt is encoded alone, so its bits do not depend on the others."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.contexts]
         if new:
-            made = self._encode(config, new)
-            if made is None:  # beside the transformer
+            encoded = self._encode(config, new)
+            if encoded is None:  # the encoder does not fit beside the transformer
                 self._drop_transformer()
-                made = self._encode(config, new)
-            assert made is not None
-            self.contexts |= dict(zip(new, made, strict=True))
-        wanted = {prompt: self.contexts.pop(prompt) for prompt in dict.fromkeys(prompts)}
-        self.contexts |= wanted
-        for forgotten in list(self.contexts)[: -max(CONTEXTS_KEPT, len(wanted))]:
-            del self.contexts[forgotten]
-        return wanted
+                encoded = self._encode(config, new)
+            assert encoded is not None
+            self.contexts |= dict(zip(new, encoded, strict=True))
+        requested = {prompt: self.contexts.pop(prompt) for prompt in dict.fromkeys(prompts)}
+        self.contexts |= requested
+        for prompt in list(self.contexts)[: -max(CONTEXTS_KEPT, len(requested))]:
+            del self.contexts[prompt]
+        return requested
 
-    def referred(self, config: SampleConfig, crops: Sequence[Crop]) -> References | None:
-        """The reference images as tokens on the device. Latents of the last request are kept for the next one."""
-        lacking = [crop for crop in crops if latent_key(crop, "") not in self.reference_latents]
-        if lacking:
+    def references_of(self, config: SampleConfig, crops: Sequence[Crop]) -> References | None:
+        """The reference images as tokens on the device. The latents stay cached for the next request."""
+        new = [crop for crop in crops if latent_key(crop, "") not in self.reference_latents]
+        if new:
             encode = open_autoencoder(config, config, self.source, self.device, "encode").encode
-            self.reference_latents |= {latent_key(crop, ""): encode_crop(crop, encode) for crop in lacking}
+            self.reference_latents |= {latent_key(crop, ""): encode_crop(crop, encode) for crop in new}
             del encode
             release_memory(self.device)
         self.reference_latents = {key: self.reference_latents[key] for key in (latent_key(crop, "") for crop in crops)}
@@ -221,7 +224,7 @@ class _Base:
         return references.mapped(lambda tensor: tensor.to(self.device))
 
     def _encode(self, config: SampleConfig, prompts: Sequence[str]) -> list[TextContext] | None:
-        """The contexts of `prompts`; None where there is not enough memory beside the transformer."""
+        """The text contexts of `prompts`; None if the encoder does not fit into memory beside the transformer."""
         try:
             folder = Path(tempfile.gettempdir())
             encoder = open_text_encoder(config, config, config, self.source, self.device, folder=folder, say=complain)
@@ -232,15 +235,15 @@ class _Base:
                 raise
             return None
         for prompt in encoder.truncated:
-            complain(f"Longer than {self.source.text_length} tokens, and shortened: {prompt[:60]}…")
+            complain(f"Truncated to {self.source.text_length} tokens: {prompt[:60]}…")
         if encoder.control_tokens:
             complain(control_token_notice(encoder.control_tokens))
         del encoder, encoded
         release_memory(self.device)
         return contexts
 
-    def loaded(self, config: SampleConfig) -> Flux2Transformer:
-        """The transformer, where the options of offloading want it."""
+    def loaded_transformer(self, config: SampleConfig) -> Flux2Transformer:
+        """The transformer, loaded if necessary and placed in memory according to the offload options."""
         if self.transformer is None:
             transformer = load_base(config, config, self.source, self.device, report=complain)
             stream_blocks(transformer, config, self.device)
@@ -255,49 +258,49 @@ class _Base:
 
 @dataclass(frozen=True)
 class _LoraFile:
-    """A LoRA's file as it was when it was read."""
+    """A LoRA file with its size and modification time when it was read."""
 
     path: Path
     size: int
     modified_ns: int
 
     @classmethod
-    def at(cls, path: Path) -> Self:
+    def of(cls, path: Path) -> Self:
         file = path / LORA_NAME if path.is_dir() else path
         with file_errors_reported(file, CheckpointError, doing="read"):
-            found = file.stat()
-        return cls(file, found.st_size, found.st_mtime_ns)
+            stat = file.stat()
+        return cls(file, stat.st_size, stat.st_mtime_ns)
 
 
 @dataclass(frozen=True)
 class _AttachedLora:
-    """A LoRA, or an adapter of another kind, on a transformer."""
+    """A LoRA or another adapter that is attached to a transformer."""
 
     file: _LoraFile
     sha256: str
     layers: Mapping[str, AdapterLayer]
     scales: Mapping[str, float]
-    """Of each layer, at a strength of 1."""
+    """The scale of each layer at a strength of 1."""
 
 
 class _AttachedLoras:
-    """The LoRAs on a transformer. Those of the last request stay until other files are wanted."""
+    """The LoRAs on a transformer. They stay attached until a request names other files."""
 
     def __init__(self) -> None:
-        self._wanted: list[_LoraFile] = []
+        self._requested: list[_LoraFile] = []
         self._contents: list[LoadedLora | AdapterFile] = []
-        """Of what is wanted, until it is attached."""
+        """Contents of the requested files, until they are attached."""
         self._attached: list[_AttachedLora] = []
 
-    def check(self, loras: Sequence[Wanted], source: Source) -> None:
-        """Read the files of `loras`, as far as they are not attached. One of another model is found out before
-        gigabytes are read: on a transformer without weights.
+    def check(self, loras: Sequence[LoraWithStrength], source: Source) -> None:
+        """Read the files of `loras` unless they are attached, and attach them to a transformer without weights. That
+        detects a LoRA of another model before gigabytes of weights are read.
         """
-        self._wanted = [_LoraFile.at(lora.path) for lora in loras]
+        self._requested = [_LoraFile.of(lora.path) for lora in loras]
         self._contents = []
         if self._are_attached():
             return
-        contents = [read_for_drawing(file.path) for file in self._wanted]
+        contents = [read_for_drawing(file.path) for file in self._requested]
         skeleton = checked_skeleton(source)
         for lora in contents:
             if isinstance(lora, LoadedLora):
@@ -307,20 +310,20 @@ class _AttachedLoras:
                 check_fixed(skeleton, lora)
                 trained_on, unused = lora.header.get("simpletuner.base_model"), len(lora.unread)
             if unused:
-                complain(f"{lora.path.name} has {unused} tensors for a text encoder, which draws without them.")
+                complain(f"{lora.path.name} has {unused} tensors for a text encoder; they are ignored.")
             if trained_on not in (None, source.name) and not _are_siblings(trained_on, source):
-                complain(f"{lora.path.name} was trained on {trained_on}; drawing with {source.name}.")
+                complain(f"{lora.path.name} was trained on {trained_on}; sampling with {source.name}.")
         self._contents = contents
 
     def attach(self, transformer: Flux2Transformer) -> None:
-        """Put what was checked on `transformer`, in place of what is on it."""
+        """Attach the checked LoRAs to `transformer`, in place of those that are attached."""
         if self._are_attached():
             return
-        contents = self._contents or [read_for_drawing(file.path) for file in self._wanted]
+        contents = self._contents or [read_for_drawing(file.path) for file in self._requested]
         self._contents = []
         while self._attached:
             detach(transformer, self._attached.pop().layers)
-        for file, content in zip(self._wanted, contents, strict=True):
+        for file, content in zip(self._requested, contents, strict=True):
             layers: Mapping[str, AdapterLayer]
             if isinstance(content, LoadedLora):
                 layers = attach_saved(transformer, content).layers
@@ -330,10 +333,10 @@ class _AttachedLoras:
             self._attached.append(_AttachedLora(file, sha256_file(file.path), layers, scales))
 
     def _are_attached(self) -> bool:
-        return [lora.file for lora in self._attached] == self._wanted
+        return [lora.file for lora in self._attached] == self._requested
 
-    def act(self, strengths: Sequence[float]) -> list[dict[str, object]]:
-        """Let each LoRA act at its strength, and return what acts. At 0 its layers are the bare ones."""
+    def set_strengths(self, strengths: Sequence[float]) -> list[dict[str, object]]:
+        """Set the strength of each LoRA; returns the LoRAs as JSON. A strength of 0 disables the LoRA's layers."""
         for lora, strength in zip(self._attached, strengths, strict=True):
             for name, layer in lora.layers.items():
                 layer.scale = lora.scales[name] * strength
@@ -344,53 +347,53 @@ class _AttachedLoras:
         ]
 
     def forget(self) -> None:
-        """The transformer they were on is gone."""
+        """Forget the attached LoRAs, because their transformer was freed."""
         self._attached = []
 
 
-def _described(crops: Sequence[Crop]) -> list[dict[str, str]]:
-    """The reference images, for a picture's parameters."""
+def _references_as_json(crops: Sequence[Crop]) -> list[dict[str, str]]:
+    """The reference images as JSON, for an image's parameters."""
     return [{"name": Path(crop.name).name, "sha256": crop.content} for crop in crops]
 
 
 def _are_siblings(trained_on: str, source: Source) -> bool:
-    """Whether a LoRA's base model and the one that draws are base and distilled weights of one size."""
-    other = sibling(source.flavour)
-    # A download of one's own has the repository's name.
-    return other is not None and (flavour_of_base(trained_on) is other or other.title == trained_on)
+    """Whether a LoRA's base model and the sampling model are the base and the distilled weights of the same size."""
+    counterpart = sibling(source.flavour)
+    # A manually downloaded model is named after its repository.
+    return counterpart is not None and (flavour_of_base(trained_on) is counterpart or counterpart.title == trained_on)
 
 
 def _model_options(config: SampleConfig) -> dict[str, Any]:
-    """What must not change for a loaded model to be used again."""
+    """The options that must be equal for a loaded model to be reused."""
     return config.model_dump(include=set(FROM_RUN) - {"model_type", "seed", "verify_base"})
 
 
 def _stamps(source: Source) -> list[tuple[Path, int, int]]:
-    """Path, size and time of each file of weights."""
+    """Path, size and modification time of each file of weights."""
     stamps = []
     for file in (*source.transformer.files, *source.vae.files, *source.text_encoder.files):
         with file_errors_reported(file, AccessError, doing="read"):
-            found = file.stat()
-        stamps.append((file, found.st_size, found.st_mtime_ns))
+            stat = file.stat()
+        stamps.append((file, stat.st_size, stat.st_mtime_ns))
     return stamps
 
 
-def _written(image: Image.Image, parameters: Mapping[str, Any], folder: Path) -> Path:
-    """Write `image` as PNG with its parameters inside; returns its path, which was free."""
+def _write_png(image: Image.Image, parameters: Mapping[str, Any], folder: Path) -> Path:
+    """Write `image` as a new PNG file that contains its parameters; returns the path."""
     info = PngInfo()
     info.add_itxt("parameters", json.dumps(parameters, ensure_ascii=False))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
     stem = re.sub(r"\W+", "-", parameters["prompt"].lower())[:_NAME_LENGTH].strip("-") or "picture"
-    path = _free(folder / f"{stem}_{image.width}x{image.height}_{parameters['seed']}.png")
+    path = _unused_path(folder / f"{stem}_{image.width}x{image.height}_{parameters['seed']}.png")
     write_atomic(path, buffer.getvalue(), sync=False)
     return path
 
 
-def _free(path: Path) -> Path:
-    """`path`, or the first of path-2, path-3, … that is not there."""
-    found, number = path, 1
-    while found.exists():
+def _unused_path(path: Path) -> Path:
+    """`path`, or the first of path-2, path-3, … that does not exist."""
+    candidate, number = path, 1
+    while candidate.exists():
         number += 1
-        found = path.with_stem(f"{path.stem}-{number}")
-    return found
+        candidate = path.with_stem(f"{path.stem}-{number}")
+    return candidate

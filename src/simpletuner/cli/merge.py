@@ -13,7 +13,7 @@ from simpletuner.base.sizes import format_size
 from simpletuner.cli.arguments import Flag, parse_command
 from simpletuner.cli.lora_output import LoraOutput, file_problems, layers_in_progress, tell_lora
 from simpletuner.cli.printing import json_text
-from simpletuner.cli.sample import Wanted, with_strength
+from simpletuner.cli.sample import LoraWithStrength, parse_lora
 
 if TYPE_CHECKING:
     from simpletuner.flux2.merge import WeightedAdapter
@@ -35,11 +35,11 @@ _OF_A_LORA = ("rank", "energy", "dtype")
 class MergeCommand(LoraOutput):
     """Arguments of `simpletuner merge`."""
 
-    lora: tuple[Wanted, ...] = Flag(
+    lora: tuple[LoraWithStrength, ...] = Flag(
         "a file, or a folder with pytorch_lora_weights.safetensors; given again for each. FILE:0.8 gives it a "
         "strength; below 0 it is subtracted",
         "FILE[:STRENGTH]",
-        convert=with_strength,
+        convert=parse_lora,
         follows="a file",
         is_repeatable=True,
     ).default(())

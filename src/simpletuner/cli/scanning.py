@@ -1,4 +1,4 @@
-"""The work of `simpletuner dataset scan|show|cache`, on the sets of a configuration."""
+"""`simpletuner dataset scan|show|cache`: the work on a configuration's datasets."""
 
 import contextlib
 import json
@@ -23,19 +23,19 @@ from simpletuner.data.sheet import contact_sheet
 from simpletuner.runs.events import Event, ProgressEvent
 
 CROP_COLUMNS = 6
-"""Of a sheet."""
+"""Columns of a contact sheet whose images have neither references nor masks."""
 T = TypeVar("T")
 
-TELL_EVERY_S = 0.1
-"""Progress of a scan."""
+PROGRESS_EVERY_S = 0.1
+"""Minimum time between two progress lines."""
 
 
-def work(verb: str, command: DatasetCommand) -> tuple[dict[str, Any], str]:
-    """Scan, show or cache: the answer as JSON and for people, each with the configuration's notices.
+def execute(verb: str, command: DatasetCommand) -> tuple[dict[str, Any], str]:
+    """Scan, show or cache the datasets; returns the result as a JSON object and as text, each with the notices.
 
     Raises:
         ConfigError: a mistake in the configuration.
-        DataError: a set is missing or nothing in it can be trained.
+        DataError: a dataset is missing, or contains no image that can be trained on.
     """
     loaded = load_here(command.train_options)
     result, text = {"scan": _scan, "show": _show, "cache": _cache}[verb](loaded, command)
@@ -46,13 +46,13 @@ def _scan(loaded: Loaded, command: DatasetCommand) -> tuple[dict[str, Any], str]
     manifests = _scanned(loaded, command)
     sets = [manifest.summary() for manifest in manifests]
     if command.pictures:
-        for told, manifest in zip(sets, manifests, strict=True):
-            told["samples"] = [_as_json(sample) for sample in manifest.samples]
+        for summary, manifest in zip(sets, manifests, strict=True):
+            summary["samples"] = [_as_json(sample) for sample in manifest.samples]
     return {"sets": sets}, "\n\n".join(map(_described, manifests))
 
 
 def _as_json(sample: Sample) -> dict[str, Any]:
-    """A picture as it will be trained, with its references and its mask."""
+    """A training image with its crop, references and mask, as JSON."""
     return {
         **_crop_as_json(sample),
         "captions": list(sample.captions),
@@ -62,7 +62,7 @@ def _as_json(sample: Sample) -> dict[str, Any]:
 
 
 def _crop_as_json(crop: Crop) -> dict[str, Any]:
-    """Sizes in pixels; the crop is the left and top of `target` inside `resize`."""
+    """An image's sizes in pixels, as JSON. `crop` is the left and top edge of `target` within `resize`."""
     return {
         "set": crop.dataset,
         "name": crop.name,
@@ -75,8 +75,8 @@ def _crop_as_json(crop: Crop) -> dict[str, Any]:
     }
 
 
-def _tell_progress(what: str, done: int, total: int) -> None:
-    complain(json.dumps({"what": what, "done": done, "total": total}))
+def _print_progress(phase: str, done: int, total: int) -> None:
+    complain(json.dumps({"what": phase, "done": done, "total": total}))
 
 
 def _show(loaded: Loaded, command: DatasetCommand) -> tuple[dict[str, Any], str]:
@@ -85,19 +85,19 @@ def _show(loaded: Loaded, command: DatasetCommand) -> tuple[dict[str, Any], str]
     for manifest in _scanned(loaded, command):
         safe_id = re.sub(r"[^\w.-]", "_", manifest.image_set.id)
         path = folder / f"dataset-{safe_id}.png"
-        shown = _spread(len(manifest.samples), command.count)
+        indices = _evenly_spaced(len(manifest.samples), command.count)
         with file_errors_reported(path):
             folder.mkdir(parents=True, exist_ok=True)
-            _sheet(manifest, shown).save(path)
-        sheets.append({"id": manifest.image_set.id, "path": str(path), "pictures": len(shown)})
+            _sheet(manifest, indices).save(path)
+        sheets.append({"id": manifest.image_set.id, "path": str(path), "pictures": len(indices)})
     text = "\n".join(f"{sheet['id']}: {sheet['pictures']} crops in {sheet['path']}" for sheet in sheets)
     return {"sheets": sheets}, text
 
 
 def _cache(loaded: Loaded, command: DatasetCommand) -> tuple[dict[str, Any], str]:
     if command.set:
-        raise ConfigError.of("--set with dataset cache", "scan or show", "A run needs the caches of all its sets.")
-    # torch, which the other words do without.
+        raise ConfigError.of("--set with dataset cache", "scan or show", "A run needs the caches of all its datasets.")
+    # Imported late, because it loads torch, which the other verbs do not need.
     from simpletuner.flux2.components import check_precisions
     from simpletuner.flux2.source import locate
     from simpletuner.memory.world import World
@@ -106,28 +106,28 @@ def _cache(loaded: Loaded, command: DatasetCommand) -> tuple[dict[str, Any], str
 
     world = World.single()
     check_precisions(loaded.config, world.device)
-    # JSON has standard output to itself.
+    # Standard output is reserved for the JSON object.
     with work_goes_on(), say_on_standard_error() if command.json else contextlib.nullcontext():
         reporter = Reporter()
         if command.progress:
-            # Lines in place of the bar.
+            # JSON lines replace the progress bar.
             reporter.is_terminal = False
-            reporter.listeners.append(_tell_event)
+            reporter.listeners.append(_print_event)
         source = locate(loaded.config, report=reporter.say)
         prepared = prepare(loaded, source, world, reporter, verify=command.verify)
     manifests = (*prepared.train, *prepared.held_out)
-    return {"sets": [manifest.summary() for manifest in manifests]}, "The caches are filled."
+    return {"sets": [manifest.summary() for manifest in manifests]}, "The caches are complete."
 
 
 def _scanned(loaded: Loaded, command: DatasetCommand) -> list[Manifest]:
-    """Every set that is asked for; the problems of all of them together."""
+    """Scan the selected datasets; raises the problems of all of them together."""
     sets = (*loaded.datasets.train_sets, *loaded.datasets.eval_sets)
-    asked = [image_set for image_set in sets if command.set in ("", image_set.id)]
-    if not asked:
-        known = ", ".join(image_set.id for image_set in sets)
-        raise ConfigError.of(f"--set = {command.set!r}: no such set", f"one of {known}")
+    selected = [image_set for image_set in sets if command.set in ("", image_set.id)]
+    if not selected:
+        ids = ", ".join(image_set.id for image_set in sets)
+        raise ConfigError.of(f"--set = {command.set!r}: no such dataset", f"one of {ids}")
     manifests, problems = [], list[Problem]()
-    for image_set in asked:
+    for image_set in selected:
         with _lines(image_set.id) if command.progress else _bar(image_set.id) as report:
             try:
                 manifests.append(scan_of(loaded, image_set, report=report))
@@ -137,32 +137,32 @@ def _scanned(loaded: Loaded, command: DatasetCommand) -> list[Manifest]:
     return manifests
 
 
-def _tell_event(event: Event) -> None:
+def _print_event(event: Event) -> None:
     if isinstance(event, ProgressEvent):
-        _tell_progress(event.phase, event.done, event.total)
+        _print_progress(event.phase, event.done, event.total)
 
 
 @contextlib.contextmanager
-def _lines(what: str) -> Iterator[Callable[[int, int], None]]:
-    """JSON lines on standard error, at most ten a second, and one at the end."""
-    told = -TELL_EVERY_S
+def _lines(phase: str) -> Iterator[Callable[[int, int], None]]:
+    """Progress as JSON lines on standard error: at most ten per second, and one at the end."""
+    printed_at = -PROGRESS_EVERY_S
 
     def report(done: int, total: int) -> None:
-        nonlocal told
+        nonlocal printed_at
         now = time.monotonic()
-        if now - told >= TELL_EVERY_S or done == total:
-            told = now
-            _tell_progress(what, done, total)
+        if now - printed_at >= PROGRESS_EVERY_S or done == total:
+            printed_at = now
+            _print_progress(phase, done, total)
 
     yield report
 
 
 @contextlib.contextmanager
 def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with rate and time left on a terminal, silence elsewhere."""
+    """A progress bar on a terminal; no output elsewhere."""
     from tqdm import tqdm
 
-    with tqdm(desc=title, unit=" pictures", leave=False, disable=not is_terminal()) as bar:
+    with tqdm(desc=title, unit=" images", leave=False, disable=not is_terminal()) as bar:
 
         def report(done: int, total: int) -> None:
             bar.total = total
@@ -172,36 +172,35 @@ def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _described(manifest: Manifest) -> str:
-    """A set for people: one line of counts, its sizes, what was left out, what to know."""
-    own = manifest.image_set
+    """A dataset as text: counts, sizes, the files that are left out, and notices."""
+    image_set = manifest.image_set
     count = len(manifest.samples)
-    lines = [f"{own.id} ({own.dataset_type}, {own.instance_data_dir})"]
-    times = "once" if own.repeats == 0 else f"{own.repeats + 1} times (repeats = {own.repeats})"
-    lines.append(f"  {count} pictures, each seen {times}: {manifest.visits_per_epoch} visits an epoch")
-    if own.probability < 1:
-        lines.append(f"  of which an epoch sees {own.probability:.0%}, chosen anew each time")
+    lines = [f"{image_set.id} ({image_set.dataset_type}, {image_set.instance_data_dir})"]
+    times = "once" if image_set.repeats == 0 else f"{image_set.repeats + 1} times (repeats = {image_set.repeats})"
+    lines.append(f"  {count} images, each used {times}: {manifest.visits_per_epoch} samples per epoch")
+    if image_set.probability < 1:
+        lines.append(f"  an epoch uses {image_set.probability:.0%} of them, chosen at random for each epoch")
     sizes = [(f"{w}x{h}", str(len(members))) for (w, h), members in manifest.buckets.items()]
-    lines.append(table([("size", "pictures"), *sizes], indent="    "))
+    lines.append(table([("size", "images"), *sizes], indent="    "))
     if manifest.rejections:
         counts = ", ".join(f"{n} {reason}" for reason, n in rejection_counts(manifest.rejections).items())
         lines.append(f"  left out: {counts}")
         rows = [(rejected.name, rejected.reason, rejected.detail) for rejected in manifest.rejections]
-        lines.append(table([("file", "why", "what was found"), *rows], indent="    "))
+        lines.append(table([("file", "reason", "detail"), *rows], indent="    "))
     lines += [f"  {notice}" for notice in manifest.notices]
     return "\n".join(lines)
 
 
-def _spread(total: int, most: int) -> list[int]:
-    """At most `most` of `total` places, evenly apart."""
-    shown = min(total, most)
-    return [turn * total // shown for turn in range(shown)]
+def _evenly_spaced(total: int, limit: int) -> list[int]:
+    """At most `limit` of the indices 0 to `total` - 1, evenly spaced."""
+    count = min(total, limit)
+    return [i * total // count for i in range(count)]
 
 
-def _sheet(manifest: Manifest, shown: Sequence[int]) -> Image.Image:
-    """The crops of samples in rows; where any has references or a mask a row for each: its image, its references, then
-    its mask as the loss takes it.
-    """
-    # numpy, which scan does without when nothing is new.
+def _sheet(manifest: Manifest, indices: Sequence[int]) -> Image.Image:
+    """The contact sheet of the samples at `indices`: their crops in rows. If any sample has references or a mask, each
+    sample has its own row: its image, its references, then its mask as the loss uses it."""
+    # Imported late, because it loads numpy, which a scan without new images does not need.
     from simpletuner.data.pixels import MaskKind, render, render_mask
 
     kinds: dict[str, MaskKind] = {
@@ -211,16 +210,17 @@ def _sheet(manifest: Manifest, shown: Sequence[int]) -> Image.Image:
     }
     groups: list[list[Image.Image]] = []
     texts: list[list[str]] = []
-    for sample in (manifest.samples[index] for index in shown):
+    for sample in (manifest.samples[index] for index in indices):
         crops = (sample, *sample.references)
         pixels = [render(crop.read(), crop.geometry, is_flattened=crop.is_flattened) for crop in crops]
-        more = f" (and {len(sample.captions) - 1} more)" if len(sample.captions) > 1 else ""
-        own = f"{_shape(sample)}\n{sample.captions[0]}{more}"
-        texts.append([own, *(f"{_shape(crop)}\n{crop.dataset}" for crop in crops[1:])])
+        further = f" (and {len(sample.captions) - 1} more)" if len(sample.captions) > 1 else ""
+        text = f"{_name_and_size(sample)}\n{sample.captions[0]}{further}"
+        texts.append([text, *(f"{_name_and_size(crop)}\n{crop.dataset}" for crop in crops[1:])])
         if sample.mask is not None:
             kind = kinds.get(sample.mask.dataset, "alpha")
             pixels.append(render_mask(sample.mask.read(), sample.mask.geometry, kind))
-            texts[-1].append(f"{_shape(sample.mask)}\n{'its alpha' if kind == 'alpha' else sample.mask.dataset}")
+            source = "alpha channel" if kind == "alpha" else sample.mask.dataset
+            texts[-1].append(f"{_name_and_size(sample.mask)}\n{source}")
         groups.append([Image.fromarray(each) for each in pixels])
     columns = max(map(len, groups))
     if columns == 1:
@@ -229,7 +229,7 @@ def _sheet(manifest: Manifest, shown: Sequence[int]) -> Image.Image:
     return contact_sheet(groups, [""] * len(groups), [""] * columns, captions=texts)
 
 
-def _shape(crop: Crop) -> str:
+def _name_and_size(crop: Crop) -> str:
     width, height = crop.geometry.target
     return f"{crop.name}, {width}x{height}"
 

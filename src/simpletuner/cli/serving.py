@@ -1,4 +1,4 @@
-"""`simpletuner sample --serve`: requests from standard input, what comes of them on standard output, a line each."""
+"""`simpletuner sample --serve`: read requests from standard input, print events on standard output, as JSON lines."""
 
 import json
 import os
@@ -14,42 +14,42 @@ from simpletuner.base.errors import ConfigError, MemoryBudgetError, UserError
 from simpletuner.cli.drawing import Sampler
 from simpletuner.cli.main import NOT_READ
 from simpletuner.cli.progress import progress_of_steps
-from simpletuner.cli.sample import SampleConfig, wanted_loras
+from simpletuner.cli.sample import SampleConfig, requested_loras
 from simpletuner.runs.samplers import known_as_sampler
 
-_LOOK_EVERY_S = 0.2
+_POLL_OUTPUT_EVERY_S = 0.2
 
 SampleRequest = Mapping[str, Any]
-"""Options of `sample` by name; and `id`, which comes back with all that is said about it."""
+"""Options of `sample` by name, and `id`, which every event about the request repeats."""
 
 
 class _Cancelled(Exception):
-    """The request that is drawn is not wanted any more."""
+    """The current request was cancelled."""
 
 
 def serve(read: Callable[[SampleRequest], SampleConfig]) -> int:
-    """Draw for each request on standard input, until it ends. Returns the exit code, 0.
+    """Generate images for each request on standard input until it ends. Returns the exit code, 0.
 
-    A line is a JSON object: a request, or `{"cancel": ID}`, which takes effect between two sampler steps. Of each
-    request the lines that tell of it end with one of the events done, failed and cancelled.
+    Each line is a JSON object: a request, or `{"cancel": ID}`, which takes effect between two sampler steps. The last
+    event of a request is done, failed or cancelled.
 
     Args:
-        read: makes a configuration of a request.
+        read: converts a request into a configuration.
 
     Raises:
-        BrokenPipeError: nobody reads standard output.
+        BrokenPipeError: the reader of standard output is gone.
     """
     inbox = _Inbox()
     sampler = Sampler()
     with known_as_sampler(Path.cwd(), os.environ):
         threading.Thread(target=inbox.fill, daemon=True).start()
-        _tell("ready")
+        _print_event("ready")
         while (request := inbox.requests.get()) is not None:
-            _draw(sampler, inbox, request, read)
+            _sample(sampler, inbox, request, read)
     return 0
 
 
-def _draw(
+def _sample(
     sampler: Sampler, inbox: "_Inbox", request: SampleRequest, read: Callable[[SampleRequest], SampleConfig]
 ) -> None:
     request_id = request.get("id")
@@ -57,55 +57,55 @@ def _draw(
     def report(done: int, total: int) -> None:
         if inbox.is_cancelled(request_id):
             raise _Cancelled
-        _tell("progress", request_id, **progress_of_steps(done, total))
+        _print_event("progress", request_id, **progress_of_steps(done, total))
 
     try:
         if inbox.is_cancelled(request_id):
             raise _Cancelled
         config = read({name: value for name, value in request.items() if name != "id"})
-        for drawing in sampler.draw(config, wanted_loras(config), report):
-            _tell("picture", request_id, **drawing.described)
+        for image in sampler.sample(config, requested_loras(config), report):
+            _print_event("picture", request_id, **image.fields)
     except _Cancelled:
-        _tell("cancelled", request_id)
+        _print_event("cancelled", request_id)
     except UserError as error:
         is_memory = isinstance(error, MemoryBudgetError)
-        _tell_failure(request_id, error)
+        _print_failure(request_id, error)
         del error
         if is_memory:
             sampler.release()
     else:
-        _tell("done", request_id)
+        _print_event("done", request_id)
 
 
-def _tell(event: str, request_id: object = None, **fields: Any) -> None:
+def _print_event(event: str, request_id: object = None, **fields: Any) -> None:
     say(json.dumps({"event": event, "id": request_id, **fields}, ensure_ascii=False))
 
 
-def _tell_failure(request_id: object, error: UserError) -> None:
-    _tell("failed", request_id, exit_code=error.exit_code, problems=[each.parts for each in error.problems])
+def _print_failure(request_id: object, error: UserError) -> None:
+    _print_event("failed", request_id, exit_code=error.exit_code, problems=[each.parts for each in error.problems])
 
 
 class _Inbox:
-    """What arrived on standard input."""
+    """The requests and cancellations that arrive on standard input."""
 
     def __init__(self) -> None:
         self.requests: queue.SimpleQueue[SampleRequest | None] = queue.SimpleQueue()
-        """In their order; None at the end."""
+        """The requests in their order; None at the end of standard input."""
         self._cancelled: set[str] = set()
 
     def is_cancelled(self, request_id: object) -> bool:
         return str(request_id) in self._cancelled
 
     def fill(self) -> None:
-        """Read standard input to its end. Then, end the process once nobody reads what it prints: whoever asked is
-        gone, and what is still drawn would keep the GPU.
+        """Read standard input to its end, then end the process as soon as nobody reads standard output: the client is
+        gone, and an unfinished image would occupy the GPU.
         """
         for line in input_lines():
             if line.strip():
                 self._take(line)
         self.requests.put(None)
         while is_output_read():
-            time.sleep(_LOOK_EVERY_S)
+            time.sleep(_POLL_OUTPUT_EVERY_S)
         os._exit(NOT_READ)
 
     def _take(self, line: str) -> None:
@@ -114,7 +114,7 @@ class _Inbox:
         except (ValueError, RecursionError):
             request = None
         if not isinstance(request, dict):
-            _tell_failure(None, ConfigError.of("a line on standard input is no JSON object", '{"prompt": ["…"]}'))
+            _print_failure(None, ConfigError.of("a line on standard input is not a JSON object", '{"prompt": ["…"]}'))
         elif "cancel" in request:
             self._cancelled.add(str(request["cancel"]))
         else:

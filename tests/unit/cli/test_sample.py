@@ -9,7 +9,7 @@ from PIL import Image
 
 from simpletuner.base.errors import ConfigError
 from simpletuner.cli.main import main
-from simpletuner.cli.sample import Wanted, read_request, sample_help, wanted_loras
+from simpletuner.cli.sample import LoraWithStrength, read_request, sample_help, requested_loras
 from simpletuner.runs.layout import LORA_NAME
 
 SMALL = ["--width", "32", "--height", "48", "--steps", "2", "--mixed_precision", "no", "--vae_dtype", "fp32"]
@@ -121,47 +121,47 @@ def test_loras_and_strengths(tmp_path: Path) -> None:
     (tmp_path / "c.safetensors").touch()
     first, second = f"{tmp_path}/a:b.safetensors", f"{tmp_path}/c.safetensors:-0.5"
     config = read_request(["--prompt", "a", "--lora", first, "--lora", second], {})
-    assert wanted_loras(config) == [Wanted(Path(first), 1.0), Wanted(tmp_path / "c.safetensors", -0.5)]
+    assert requested_loras(config) == [LoraWithStrength(Path(first), 1.0), LoraWithStrength(tmp_path / "c.safetensors", -0.5)]
     with pytest.raises(ConfigError, match=r"--lora nothing\.safetensors: no such file"):
-        wanted_loras(read_request(["--prompt", "a", "--lora", "nothing.safetensors:1"], {}))
+        requested_loras(read_request(["--prompt", "a", "--lora", "nothing.safetensors:1"], {}))
 
 
 def test_a_lora_that_exists_is_the_path_whatever_follows_its_colon(tmp_path: Path) -> None:
     (tmp_path / "exp:2").mkdir()
     (tmp_path / "exp").mkdir()
     for text, wanted in {
-        "exp:2": Wanted(Path("exp:2"), 1.0),
-        "exp:2:0.5": Wanted(Path("exp:2"), 0.5),
-        "exp:3": Wanted(Path("exp"), 3.0),
+        "exp:2": LoraWithStrength(Path("exp:2"), 1.0),
+        "exp:2:0.5": LoraWithStrength(Path("exp:2"), 0.5),
+        "exp:3": LoraWithStrength(Path("exp"), 3.0),
     }.items():
-        assert wanted_loras(read_request(["--prompt", "a", "--lora", text], {})) == [wanted]
+        assert requested_loras(read_request(["--prompt", "a", "--lora", text], {})) == [wanted]
 
 
 @pytest.mark.parametrize("strength", ["nan", "inf", "-inf", "1e999"])
 def test_a_strength_that_is_not_finite_is_refused(tmp_path: Path, strength: str) -> None:
     (tmp_path / "c.safetensors").touch()
     with pytest.raises(ConfigError, match=rf"--lora c\.safetensors:{strength}: a strength of .*a finite number"):
-        wanted_loras(read_request(["--prompt", "a", "--lora", f"c.safetensors:{strength}"], {}))
+        requested_loras(read_request(["--prompt", "a", "--lora", f"c.safetensors:{strength}"], {}))
 
 
 def test_a_lora_that_is_neither_file_nor_folder_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.safetensors")
     for text in ("pipe.safetensors", "x" * 5000):
         with pytest.raises(ConfigError, match="no such file"):
-            wanted_loras(read_request(["--prompt", "a", "--lora", text], {}))
+            requested_loras(read_request(["--prompt", "a", "--lora", text], {}))
 
 
 def test_a_run_without_a_finished_lora_points_to_its_checkpoint(tmp_path: Path) -> None:
     write_config(tmp_path / "config.json")
     config = read_request(["--prompt", "a", "--run", str(tmp_path)], {})
     with pytest.raises(ConfigError, match="no checkpoint either"):
-        wanted_loras(config)
+        requested_loras(config)
     for step in ("step-000100", "step-000200"):
         (tmp_path / "checkpoints" / step).mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"no finished LoRA\. Give --lora .*checkpoints/step-000200"):
-        wanted_loras(config)
+        requested_loras(config)
     (tmp_path / "pytorch_lora_weights.safetensors").touch()
-    assert wanted_loras(config) == [Wanted(tmp_path / "pytorch_lora_weights.safetensors", 1.0)]
+    assert requested_loras(config) == [LoraWithStrength(tmp_path / "pytorch_lora_weights.safetensors", 1.0)]
 
 
 def test_strengths_are_numbers_in_one_flag_or_several() -> None:
@@ -236,7 +236,7 @@ def test_home_is_filled_in_where_a_path_is_named(tmp_path: Path, monkeypatch: py
         ["--prompt", "a", "--config", "~/c.json", "--lora", "~/a:1.safetensors:0.5", "--out", "~/p"], {}
     )
     assert (config.model_flavour, config.out) == ("tiny", str(tmp_path / "p"))
-    assert wanted_loras(config) == [Wanted(tmp_path / "a:1.safetensors", 0.5)]
+    assert requested_loras(config) == [LoraWithStrength(tmp_path / "a:1.safetensors", 0.5)]
 
 
 def test_a_served_request_goes_over_the_options_of_the_command_line(tmp_path: Path) -> None:
@@ -246,8 +246,8 @@ def test_a_served_request_goes_over_the_options_of_the_command_line(tmp_path: Pa
     request = {"run": str(tmp_path / "run"), "prompt": ["a"], "seed": 4}
     config = read_request(options, {}, request)
     assert (config.model_flavour, config.guidance, config.width, config.seed) == ("tiny", 3.0, 64, 4)
-    assert wanted_loras(config) == [Wanted(tmp_path / "run" / LORA_NAME, 1.0)]
-    assert wanted_loras(read_request(options, {}, request | {"lora": []})) == [], "an empty list is the base"
+    assert requested_loras(config) == [LoraWithStrength(tmp_path / "run" / LORA_NAME, 1.0)]
+    assert requested_loras(read_request(options, {}, request | {"lora": []})) == [], "an empty list is the base"
     with pytest.raises(
         ConfigError, match=r"(?s)2 problems.*widht: no such option. Did you mean width.*prompt is missing"
     ):
@@ -399,7 +399,7 @@ def test_lokr_and_loha_files_draw_what_their_deltas_do(
     def draw(strengths: str, **loras: float) -> list[bytes]:
         flags = [f"--lora={files[name.replace('_', ' ')]}:{strength}" for name, strength in loras.items()]
         config = read_request([*model, f"--strength={strengths}", *flags], {})
-        drawings = sampler.draw(config, wanted_loras(config), lambda *_: None)
+        drawings = sampler.sample(config, requested_loras(config), lambda *_: None)
         return [Image.open(drawing.path).tobytes() for drawing in drawings]
 
     def are_near(one: bytes, two: bytes) -> bool:
@@ -438,17 +438,17 @@ def test_a_full_run_gives_the_model_it_finished_or_points_to_its_checkpoint(tmp_
     write_config(tmp_path / "config.json", model_flavour="tiny", model_type="full")
     run = ["--prompt", "a", "--run", str(tmp_path)]
     with pytest.raises(ConfigError, match=r"no finished model\. It has no checkpoint either"):
-        wanted_loras(read_request(run, {}))
+        requested_loras(read_request(run, {}))
     (tmp_path / "checkpoints" / "step-000100").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"Give --pretrained_transformer.* .*checkpoints/step-000100/transformer\."):
-        wanted_loras(read_request(run, {}))
+        requested_loras(read_request(run, {}))
     given = read_request([*run, "--pretrained_transformer_model_name_or_path", "elsewhere"], {})
     assert given.pretrained_transformer_model_name_or_path == "elsewhere"
-    assert wanted_loras(given) == []
+    assert requested_loras(given) == []
     transformer = tmp_path / "model" / "transformer"
     transformer.mkdir(parents=True)
     config = read_request(run, {})
-    assert wanted_loras(config) == []
+    assert requested_loras(config) == []
     assert config.pretrained_transformer_model_name_or_path == str(transformer)
     (tmp_path / "model" / "model_index.json").touch()
     config = read_request(run, {})
@@ -468,7 +468,7 @@ def test_loras_that_come_and_go_on_a_streamed_model_change_no_bit(
 
     def draw(sampler: Sampler, options: list[str], *loras: str) -> list[bytes]:
         config = read_request([*options, *(f"--lora={lora}" for lora in loras)], {})
-        drawings = sampler.draw(config, wanted_loras(config), lambda *_: None)
+        drawings = sampler.sample(config, requested_loras(config), lambda *_: None)
         return [Image.open(drawing.path).tobytes() for drawing in drawings]
 
     warm, resident = Sampler(), Sampler()
