@@ -1,4 +1,4 @@
-"""`simpletuner env`: versions and devices for a bug report. No paths, no names of people or machines."""
+"""`simpletuner env`: print versions and devices for a bug report, without paths or names of people or machines."""
 
 import os
 import platform
@@ -43,36 +43,36 @@ FORMS = {"": EnvCommand}
 
 
 def run(arguments: list[str]) -> int:
-    """Print the report, as text or with `--json`.
+    """Print the report as text, or with `--json` as JSON.
 
     Raises:
-        ConfigError: any other argument.
+        ConfigError: a mistake in the arguments.
     """
     command = parse_command(EnvCommand, arguments)
-    found = report()
+    versions = report()
     if command.json:
-        say(json_text(found))
+        say(json_text(versions))
     else:
-        width = max(map(len, found))
-        say("\n".join(f"{name:<{width}}  {value}" for name, value in found.items()))
+        width = max(map(len, versions))
+        say("\n".join(f"{name:<{width}}  {value}" for name, value in versions.items()))
     return 0
 
 
 def report() -> dict[str, str]:
-    """Versions of what takes part in a run, and the devices that torch sees."""
+    """The versions of the packages that a run uses, and the devices that torch sees."""
     memory = host_memory()
-    found = {
+    versions = {
         "simpletuner": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cores": str(os.cpu_count()),
         "memory": "unknown" if memory is None else format_size(memory.total_bytes),
     }
-    return found | {name: installed_version(name) or "not installed" for name in PACKAGES} | _devices()
+    return versions | {name: installed_version(name) or "not installed" for name in PACKAGES} | _devices()
 
 
 def installed_version(package: str) -> str | None:
-    """The version of a distribution; None where it is not installed."""
+    """The version of an installed package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -82,12 +82,12 @@ def installed_version(package: str) -> str | None:
 def _devices() -> dict[str, str]:
     try:
         import torch
-    except (ImportError, OSError) as error:  # a broken installation is what this report is for
+    except (ImportError, OSError) as error:  # the report must also describe a broken installation
         return {"device": f"torch cannot be imported: {error}"}
     if not torch.cuda.is_available():
         return {"device": "cpu"}
-    found = {"cuda": str(torch.version.cuda)}
+    devices = {"cuda": str(torch.version.cuda)}
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        found[f"device {index}"] = f"{properties.name}, {format_size(properties.total_memory)}"
-    return found
+        devices[f"device {index}"] = f"{properties.name}, {format_size(properties.total_memory)}"
+    return devices

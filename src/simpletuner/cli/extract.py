@@ -1,4 +1,4 @@
-"""`simpletuner extract`: the difference of two models, as a LoRA."""
+"""`simpletuner extract`: write the difference of two models as a LoRA."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,20 +7,20 @@ from typing import ClassVar
 
 from simpletuner.base.errors import Problem
 from simpletuner.cli.arguments import Positional, parse_command
-from simpletuner.cli.lora_output import LoraOutput, file_problems, layers_in_progress, tell_lora
+from simpletuner.cli.lora_output import LoraOutput, file_problems, layers_in_progress, print_lora
 
 USAGE = """usage: simpletuner extract BASE TUNED OUTPUT [--rank N] [--energy SHARE]
 
-  Writes the difference TUNED - BASE of two models as a LoRA, as near as its rank allows. Each is a transformer in a
-  single file, in a folder as diffusers saves it, or in the folder of a whole pipeline. With neither --rank nor
-  --energy, a layer keeps 99 % of its energy, at a rank of 64 at most."""
+  Writes the difference TUNED - BASE of two models as a LoRA, as closely as the rank allows. Each model is a transformer
+  in a single file, in a diffusers folder, or in the folder of a whole pipeline. Without --rank and --energy, each layer
+  keeps 99 % of its energy, up to rank 64."""
 
 
 @dataclass(frozen=True)
 class ExtractCommand(LoraOutput):
     """Arguments of `simpletuner extract`."""
 
-    # A whole fine-tuning changes every direction a little: 99 % of that would be a LoRA larger than the model.
+    # Full training changes every direction a little; 99 % of its energy would be a LoRA larger than the model.
     usual_rank: ClassVar[int | None] = 64
     base: Path | None = Positional(convert=Path).default(None)
     tuned: Path | None = Positional(convert=Path).default(None)
@@ -41,11 +41,11 @@ FORMS = {"": ExtractCommand}
 
 
 def run(arguments: list[str]) -> int:
-    """Extract, and print what was written.
+    """Write the LoRA and print a summary.
 
     Raises:
         ConfigError: a mistake in the arguments.
-        AccessError: a model that cannot be read.
+        AccessError: a model cannot be read.
         CheckpointError: the models are not of one flavour, or are equal.
         DiskError: no space.
     """
@@ -61,15 +61,16 @@ def run(arguments: list[str]) -> int:
     assert command.output is not None
     rule = command.rule
     with opened_transformer(command.base) as base, opened_transformer(command.tuned) as tuned:
-        found = differences(base, tuned, rule, choose_device(), layers_in_progress)
+        difference = differences(base, tuned, rule, choose_device(), layers_in_progress)
         header = extracted_header(base, tuned, rule)
-        written = write_layers(command.output, found.layers, command.to, header, command.torch_dtype or found.dtype)
+        dtype = command.torch_dtype or difference.dtype
+        written = write_layers(command.output, difference.layers, command.to, header, dtype)
     notices = []
-    if found.others:
-        name, largest = max(found.others.items(), key=lambda item: item[1])
+    if difference.others:
+        name, largest = max(difference.others.items(), key=lambda item: item[1])
         notices.append(
-            f"{len(found.others)} weights differ that a LoRA does not hold, at most by {largest:.3g} ({name}): without "
-            "them it is not quite the tuned model."
+            f"A LoRA cannot hold {len(difference.others)} of the weights that differ, by up to {largest:.3g} ({name}): "
+            "with the LoRA, the base differs slightly from the tuned model."
         )
-    tell_lora(written, command.json, {"base": str(command.base), "tuned": str(command.tuned)}, notices)
+    print_lora(written, command.json, {"base": str(command.base), "tuned": str(command.tuned)}, notices)
     return 0

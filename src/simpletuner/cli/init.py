@@ -1,4 +1,4 @@
-"""`simpletuner init`: three questions, a look at the images, and the three files that a project starts from."""
+"""`simpletuner init`: ask three questions, scan the images, and write the three files of a project."""
 
 import os
 import re
@@ -31,9 +31,9 @@ from simpletuner.data.manifest import Manifest, scan
 USAGE = """usage: simpletuner init [--images FOLDER] [--card SIZE] [--model NAME] [--recipe subject|style]
                         [--trigger WORD] [--env NAME] [--yes]
 
-  Asks where the images are, which card trains them, and whether they show a subject or a style; looks at the images,
-  says what training them takes, and writes config.json, multidatabackend.json and user_prompt_library.json into
-  config/, with a comment on every value. A question whose flag is given is not asked.
+  Asks for the folder of images, the size of the GPU, and whether the images show a subject or a style. Then it scans
+  the images, prints the memory that training needs, and writes config.json, multidatabackend.json and
+  user_prompt_library.json into config/, with a comment on every value. A flag answers its question in advance.
 """
 
 NO_CARD = "none"
@@ -47,13 +47,13 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class ChosenCard:
-    """The answer to the second question: a card, or none."""
+    """The answer to the question for the GPU; None for no GPU."""
 
     card: Card | None
 
 
 def _card(text: str) -> ChosenCard:
-    """ "24", "24 GB", "none"; a size between two cards is the smaller one."""
+    """Parse "24", "24 GB" or "none". A size between two cards selects the smaller card."""
     plain = text.strip().lower()
     if plain in (NO_CARD, "cpu", "no"):
         return ChosenCard(None)
@@ -82,7 +82,7 @@ def _trigger(text: str) -> str:
 
 
 _CARD_NAMES = f"{join_names((*(card.name for card in CARDS), NO_CARD))}"
-_EXPECTS_CARD = f"{_CARD_NAMES} (to try everything with the embedded model)"
+_EXPECTS_CARD = f"{_CARD_NAMES} (for the embedded model)"
 
 
 @dataclass(frozen=True)
@@ -90,63 +90,63 @@ class InitCommand:
     """Arguments of `simpletuner init`."""
 
     images: Path | None = Flag(
-        "the folder of images", "FOLDER", convert=_images, expects="a folder that is there", follows="a folder"
+        "the folder of images", "FOLDER", convert=_images, expects="an existing folder", follows="a folder"
     ).default(None)
     card: ChosenCard | None = Flag(
         "the GPU's memory, such as 24, or none for the embedded model, which needs no GPU",
         "SIZE",
         convert=_card,
         expects=_EXPECTS_CARD,
-        follows="the card's memory, such as 24",
+        follows="the GPU's memory, such as 24",
     ).default(None)
     model: FlavourName | None = Flag(
-        "what is trained; by default dev, and without a card tiny",
+        "the model to train; by default dev, or tiny without a GPU",
         "NAME",
         convert=lambda text: one_of((*ON_CARDS, *WITHOUT_CARD))(text.strip().lower()),
         expects=join_names((*ON_CARDS, *WITHOUT_CARD)),
         follows="a model, such as klein-4b",
     ).default(None)
     recipe: RecipeName | None = Flag(
-        "subject (a person, an animal, a thing) or style",
+        "subject (a person, an animal, an object) or style",
         "NAME",
         convert=_recipe,
         expects=join_names(READY),
         follows=join_names(READY),
     ).default(None)
     trigger: str | None = Flag(
-        "the word by which prompts ask for it; by default the folder's name",
+        "the trigger word, which names the subject or style in prompts; by default the folder's name",
         "WORD",
         convert=_trigger,
-        expects="a word or a few",
+        expects="one or a few words",
         follows="a word",
     ).default(None)
     env: str = Flag("write into config/NAME/ instead, for `--env NAME`", "NAME", follows="a name").default("")
-    yes: bool = Flag("ask nothing: take what would be proposed, and replace files that are there").default(False)
+    yes: bool = Flag("ask nothing: use the proposed answers, and replace existing files").default(False)
 
     def problems(self) -> Iterator[Problem]:
         """Problems that parsing alone does not find."""
         if self.env and not does_as_file_name(self.env):
-            yield Problem(f"--env = {self.env!r}", "a name that can be a folder's")
+            yield Problem(f"--env = {self.env!r}", "a valid name of a folder")
 
 
 FORMS = {"": InitCommand}
 
 
 def run(arguments: list[str]) -> int:
-    """Ask, look, say what it takes, and write the files.
+    """Ask the questions, scan the images, print the needed memory, and write the files.
 
     Raises:
-        ConfigError: a flag is wrong, or nobody can be asked and a flag is missing.
-        DataError: nothing in the folder can be trained.
+        ConfigError: a mistake in the arguments, or a flag is missing and there is no terminal.
+        DataError: the folder contains no image that can be trained on.
         DiskError: no space for the files.
     """
     command = parse_command(InitCommand, arguments, check=InitCommand.problems)
     folder = Path("config", command.env) if command.env else Path("config")
     if not command.env:
         _check_not_shadowed()
-    starter, notices = _looked_at(_asked(command))
-    _say_found(starter, notices)
-    for line in _previewed(starter):
+    starter, notices = _with_images(_ask_questions(command))
+    _print_images(starter, notices)
+    for line in _training_preview(starter):
         say(line)
     if not _may_write(starter, folder, command):
         say(WRITTEN_NOTHING)
@@ -158,7 +158,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _check_not_shadowed() -> None:
-    """Raise a ConfigError where a config in the working folder would be read instead of what is written."""
+    """Raise a ConfigError if a config in the working folder takes precedence over the files to write."""
     for name in CONFIG_NAMES:
         if Path(name).exists():
             raise ConfigError.of(
@@ -170,15 +170,15 @@ def _check_not_shadowed() -> None:
 # The questions
 
 
-def _asked(command: InitCommand) -> Starter:
-    """The answers: flags first, then what is typed, then, with --yes, what would be proposed."""
+def _ask_questions(command: InitCommand) -> Starter:
+    """The answers from flags or, without the flag, from the terminal; with --yes, the proposed answers."""
     missing: list[str] = []
 
     def ask(
-        flag: str, given: Answer | None, question: str, convert: Callable[[str], Answer], expects: str, proposed: str
+        flag: str, value: Answer | None, question: str, convert: Callable[[str], Answer], expects: str, proposed: str
     ) -> Answer | None:
-        if given is not None:
-            return given
+        if value is not None:
+            return value
         while not command.yes:
             typed = answer_to(f"{question} [{proposed}]: " if proposed else f"{question}: ")
             if typed is None:
@@ -187,7 +187,7 @@ def _asked(command: InitCommand) -> Starter:
             try:
                 return convert(typed or proposed)
             except ValueError:
-                say(f"{typed!r} was not understood: expected {expects}.")
+                say(f"{typed!r} is not understood: expected {expects}.")
         try:
             return convert(proposed)
         except ValueError:
@@ -195,45 +195,45 @@ def _asked(command: InitCommand) -> Starter:
             return None
 
     folder = ask("--images FOLDER", command.images, "1. Where are the images", _images, "a folder", _likely_folder())
-    card = ask("--card SIZE", command.card, f"2. Which card ({_CARD_NAMES})", _card, _EXPECTS_CARD, _own_card())
+    card = ask("--card SIZE", command.card, f"2. Which GPU ({_CARD_NAMES})", _card, _EXPECTS_CARD, _local_card())
     name: RecipeName | None = ask(
         "--recipe NAME", command.recipe, "3. A subject or a style", _recipe, join_names(READY), READY[0]
     )
     if folder is None or card is None or name is None:
         raise ConfigError.of(
-            f"{join_names(missing, 'and')}: not given, and nobody can be asked",
+            f"{join_names(missing, 'and')}: not given, and no terminal to ask",
             remedy=f'{WRITTEN_NOTHING} Type: simpletuner init --images FOLDER --card "24 GB" --recipe subject --yes',
         )
     usual = WITHOUT_CARD if card.card is None else ON_CARDS
     flavour = command.model or usual[0]
     if flavour not in usual:
-        where = "without a card" if card.card is None else "with a card"
+        condition = "without a GPU" if card.card is None else "with a GPU"
         raise ConfigError.of(
-            f"--model = {flavour} {where}", join_names(usual), f"{WRITTEN_NOTHING} Give another --model or --card."
+            f"--model = {flavour} {condition}", join_names(usual), f"{WRITTEN_NOTHING} Give another --model or --card."
         )
     word = ask(
         "--trigger WORD",
         command.trigger,
-        f"   The word by which prompts ask for the {name}",
+        f"   The trigger word for the {name} in prompts",
         _trigger,
-        "a word or a few",
+        "one or a few words",
         folder.resolve().name.replace("_", " "),
     )
     if word is None:
-        raise ConfigError.of("--trigger WORD: not given, and nobody can be asked", remedy=WRITTEN_NOTHING)
+        raise ConfigError.of("--trigger WORD: not given, and no terminal to ask", remedy=WRITTEN_NOTHING)
     return Starter(folder, card.card, flavour, name, word, command.env, FoundImages(0, 0, 0, 0.0))
 
 
 def _likely_folder() -> str:
-    """A folder of images here: the first below datasets/ that has any."""
+    """The first folder in datasets/ that contains images; "" if there is none."""
     for folder in sorted(Path("datasets").glob("*/")):
         if any(file.suffix.lower() in PICTURE_SUFFIXES for file in folder.iterdir()):
             return str(folder)
     return ""
 
 
-def _own_card() -> str:
-    """The name of this machine's largest card; none without one that a recipe fits on."""
+def _local_card() -> str:
+    """The name of this machine's largest GPU; "none" if no recipe fits on it."""
     sizes = [gpu.total_bytes / GIB for gpu in gpus() if gpu.total_bytes is not None]
     card = card_of(max(sizes, default=0.0))
     return card.name if card else NO_CARD
@@ -242,32 +242,32 @@ def _own_card() -> str:
 # The images
 
 
-def _looked_at(starter: Starter) -> tuple[Starter, tuple[str, ...]]:
-    """`starter` with what its folder holds, and what a person should know of it.
+def _with_images(starter: Starter) -> tuple[Starter, tuple[str, ...]]:
+    """`starter` with the counts and sizes of its images, and notices about them.
 
     Raises:
-        DataError: nothing in it can be trained.
+        DataError: the folder contains no image that can be trained on.
     """
     files = discover(storage_of(str(starter.folder)))
     with_text = {name for name in files.pictures if caption_key(name) in files.captions}
-    # Decides which captions are read, and so comes before they are.
+    # These counts determine which captions the scan reads.
     starter = replace(starter, found=FoundImages(len(files.pictures), len(with_text), len(with_text), 0.0))
-    manifest = _scanned(starter)
+    manifest = _scan(starter)
     trigger = starter.trigger.lower()
-    own = [sample for sample in manifest.samples if sample.name in with_text]
-    found = FoundImages(
+    captioned = [sample for sample in manifest.samples if sample.name in with_text]
+    images = FoundImages(
         images=len(manifest.samples),
-        captions=len(own),
-        with_trigger=sum(any(trigger in caption.lower() for caption in sample.captions) for sample in own),
+        captions=len(captioned),
+        with_trigger=sum(any(trigger in caption.lower() for caption in sample.captions) for sample in captioned),
         median_side=statistics.median((sample.width * sample.height) ** 0.5 for sample in manifest.samples),
     )
-    starter = replace(starter, found=found)
-    manifest = _scanned(starter)  # at the resolution that follows from their sizes
+    starter = replace(starter, found=images)
+    manifest = _scan(starter)  # at the resolution that the images' sizes determine
     left_out = [f"{each.name} is left out: {each.reason} ({each.detail})." for each in manifest.rejections]
     return starter, (*left_out, *manifest.notices)
 
 
-def _scanned(starter: Starter) -> Manifest:
+def _scan(starter: Starter) -> Manifest:
     examined = _examined(starter)
     assert examined.datasets is not None
     (image_set,) = examined.datasets.train_sets
@@ -275,50 +275,52 @@ def _scanned(starter: Starter) -> Manifest:
 
 
 def _examined(starter: Starter) -> Examined:
-    """What the files say, read as `train` would read them, before they are written."""
+    """The configuration of the files to write, read from a temporary folder as `train` reads them."""
     with tempfile.TemporaryDirectory() as folder, file_errors_reported(Path(folder)):
         for name, content in starter.files().items():
             (Path(folder) / name).write_bytes(json_bytes(content))
         return examine(["--config", str(Path(folder) / CONFIG_NAMES[0])], folder=Path(), environ=os.environ)
 
 
-# What is said
+# The output
 
 
-def _say_found(starter: Starter, notices: tuple[str, ...]) -> None:
-    found = starter.found
-    say(f"{found.images} images in {starter.folder}, {found.captions} with a caption; trained at {starter.resolution}.")
-    without = found.images - found.captions
+def _print_images(starter: Starter, notices: tuple[str, ...]) -> None:
+    stats = starter.found
+    say(
+        f"{stats.images} images in {starter.folder}, {stats.captions} with a caption; resolution {starter.resolution}."
+    )
+    without = stats.images - stats.captions
     if without:
         subject = "1 image without a caption gets" if without == 1 else f"{without} images without a caption get"
         say(
-            f"{subject} “{starter.trigger}”. A text that says what is to be seen, in NAME.txt beside NAME.jpg, makes a "
-            "LoRA that follows prompts better."
+            f"{subject} the caption “{starter.trigger}”. With captions that describe the images, in NAME.txt next to "
+            "NAME.jpg, the LoRA follows prompts better."
         )
-    elif found.with_trigger < found.captions / 2:
-        say(f"Most captions do not say “{starter.trigger}”: it is put before each.")
+    elif stats.with_trigger < stats.captions / 2:
+        say(f"Most captions do not contain “{starter.trigger}”: training adds it before each caption.")
     for notice in notices:
         say(f"Note: {notice}")
     if starter.card is None:
         say(
-            f"Note: {FLAVOURS[starter.flavour].title} draws "
-            f"{'colored shapes' if starter.flavour == 'tiny' else 'patterns'} at 128x128 and nothing else. It shows "
-            "whether the files are right, not what a LoRA will look like."
+            f"Note: {FLAVOURS[starter.flavour].title} generates only "
+            f"{'colored shapes' if starter.flavour == 'tiny' else 'patterns'} at 128x128. It tests the configuration, "
+            "but does not show the quality of a LoRA."
         )
     else:
-        say("Note: this recipe's numbers come from others' runs (docs/recipes.md); nobody has judged one here.")
+        say("Note: this recipe's values come from other projects' runs (docs/recipes.md) and are untested here.")
         say(f"Note: license of the model: {FLAVOURS[starter.flavour].license}.")
         if starter.flavour == "dev" and (smaller := resident_flavour(starter.card)):
             flavour = FLAVOURS[smaller]
             say(
-                f"Note: {flavour.title} fits on this card without streaming, and trains much faster: add "
+                f"Note: {flavour.title} fits on this GPU without streaming and trains much faster: add "
                 f"--model {smaller}. Its license: {flavour.license}."
             )
 
 
-def _previewed(starter: Starter) -> Iterator[str]:
-    """What training will do and take, and what is missing for it here."""
-    # torch, which the questions do without.
+def _training_preview(starter: Starter) -> Iterator[str]:
+    """The planned training and its memory, and the requirements that this machine lacks."""
+    # Imported late, because it loads torch, which the questions do not need.
     from simpletuner.memory.planner import Machine
     from simpletuner.train.budget import Budget, looked_at
 
@@ -329,26 +331,26 @@ def _previewed(starter: Starter) -> Iterator[str]:
     machine = Machine.of_size(vram, float(memory.total_bytes if memory else 32 * GIB))
     yield Budget(loaded.config, looked_at(loaded), machine).sentence()
     for problem in examined.problems:
-        yield f"Missing here: {problem}"
+        yield f"Missing on this machine: {problem}"
 
 
 def _may_write(starter: Starter, folder: Path, command: InitCommand) -> bool:
-    """Whether the files may be written: asked, and asked about what would be replaced or no longer read."""
+    """Whether to write the files: asks, and names the existing files that would be replaced or no longer read."""
     if command.yes:
         return True
     names = [folder / name for name in starter.files()]
-    there = [path for path in (*names, folder / CONFIG_NAMES[1]) if path.exists()]
-    listed = join_names(map(str, there or names), "and")
-    answer = answer_to(f"Replace {listed}? [y/N] " if there else f"Write {listed}? [Y/n] ")
+    existing = [path for path in (*names, folder / CONFIG_NAMES[1]) if path.exists()]
+    listed = join_names(map(str, existing or names), "and")
+    answer = answer_to(f"Replace {listed}? [y/N] " if existing else f"Write {listed}? [Y/n] ")
     if answer is None:
-        raise ConfigError.of("nobody can be asked", remedy=f"{WRITTEN_NOTHING} Add --yes.")
-    return answer.lower() in ("y", "yes") if there else answer.lower() in ("", "y", "yes")
+        raise ConfigError.of("no terminal to ask for confirmation", remedy=f"{WRITTEN_NOTHING} Add --yes.")
+    return answer.lower() in ("y", "yes") if existing else answer.lower() in ("", "y", "yes")
 
 
 def _next_steps(starter: Starter, folder: Path, command: InitCommand) -> list[str]:
     selector = ("--env", command.env) if command.env else ()
 
-    steps = {"doctor": "is everything there", "dataset show": "the crops, with their captions", "train": "train"}
+    steps = {"doctor": "check this machine", "dataset show": "show the crops with their captions", "train": "train"}
     rows = [(command_text("simpletuner", *words.split(), *selector), meaning) for words, meaning in steps.items()]
     return [
         f"Written: {join_names([str(folder / name) for name in starter.files()], 'and')}.",

@@ -1,4 +1,4 @@
-"""`simpletuner inspect`: what a LoRA, a model's file or a folder of them is."""
+"""`simpletuner inspect`: describe a LoRA, a model file or a folder of them."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 USAGE = """usage: simpletuner inspect FILE [--json]
 
-  FILE is a .safetensors or .gguf file, or a folder of them: a run's, a model's, a component's. Of a LoRA you see
-  layout, rank, alpha, what it adapts, the model that it fits, the size of its effect block by block, how it was
-  trained, and what diffusers and ComfyUI make of it; of a model, its components, their sizes and formats.
+  FILE is a .safetensors or .gguf file, or a folder of them: that of a run, a model or a component. The report about a
+  LoRA contains its layout, rank, alpha, target modules, the models that it fits, the norm of its change in each block,
+  its training options, and how diffusers and ComfyUI load it. The report about a model contains its components with
+  their sizes and formats.
 """
-_NAMED_AT_MOST = 4
-"""Linears and keys that a line names."""
+_NAMES_SHOWN = 4
+"""Maximum number of Linears or keys that a line names."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ FORMS = {"": InspectCommand}
 
 
 def run(arguments: list[str]) -> int:
-    """Print the report, as text or with `--json`.
+    """Print the report as text, or with `--json` as JSON.
 
     Raises:
-        ConfigError: no file is named, too much is typed, or no home folder is known for ~.
-        AccessError: the file is not there, or damaged.
-        CheckpointError: the same of an adapter.
+        ConfigError: a mistake in the arguments, or ~ cannot be resolved.
+        AccessError: the file does not exist, or is damaged.
+        CheckpointError: an adapter does not exist, or is damaged.
     """
     command = parse_command(InspectCommand, arguments)
     if not command.file:
@@ -62,14 +63,14 @@ def run(arguments: list[str]) -> int:
 
 
 def report_text(report: "FileReport") -> str:
-    """A report for people."""
+    """`report` as text."""
     shards = f" in {report.files} files" if report.files > 1 else ""
     lines = [report.path, f"  {report.what} ({format_size(report.bytes)}{shards})"]
     rows: dict[str, str] = {}
     if report.base_model is not None:
-        rows["trained from"] = f"{report.base_model}, by its header"
+        rows["trained from"] = f"{report.base_model}, according to its header"
     if report.is_distilled is not None:
-        rows["weights"] = f"{'distilled' if report.is_distilled else 'base'}, by the file's name"
+        rows["weights"] = f"{'distilled' if report.is_distilled else 'base'}, according to the file's name"
     if report.adapter is not None:
         rows |= dict(_adapter_rows(report.adapter))
     for component in report.components:
@@ -79,8 +80,8 @@ def report_text(report: "FileReport") -> str:
     if report.adapter is not None:
         lines += _adapter_tables(report.adapter)
     if report.training:
-        lines += ["  how it was made", table(list(report.training.items()), "    ")]
-    # Names and headers of files come from anyone: no control sequence of theirs reaches the terminal.
+        lines += ["  training", table(list(report.training.items()), "    ")]
+    # Names and headers of files are untrusted: no control sequence in them may reach the terminal.
     text = "\n".join(lines)
     return "".join(sign if sign.isprintable() or sign == "\n" else "\N{REPLACEMENT CHARACTER}" for sign in text)
 
@@ -88,7 +89,7 @@ def report_text(report: "FileReport") -> str:
 def _adapter_rows(adapter: "AdapterReport") -> Iterator[tuple[str, str]]:
     if adapter.modules:
         yield "layout", f"{adapter.dialect}; {', '.join(adapter.dtypes)}"
-        yield "adapts", f"{adapter.modules} layers ({adapter.target}), {adapter.parameters:,} numbers"
+        yield "adapts", f"{adapter.modules} layers ({adapter.target}), {adapter.parameters:,} parameters"
         yield "rank", _counted(adapter.ranks) or "full"
         if adapter.alphas:
             yield "alpha", _counted({f"{alpha:g}": count for alpha, count in adapter.alphas.items()})
@@ -96,11 +97,11 @@ def _adapter_rows(adapter: "AdapterReport") -> Iterator[tuple[str, str]]:
     for loader, verdict in adapter.loaders.items():
         lost = [
             f"{word} {len(names)} of {adapter.modules}: {_named(names)}"
-            for word, names in (("drops", verdict.dropped), ("gets wrong", verdict.wrong))
+            for word, names in (("ignores", verdict.dropped), ("misreads", verdict.wrong))
             if names
         ]
         if verdict.unknown:
-            yield loader, f"cannot be said: {verdict.unknown}"
+            yield loader, f"unknown: {verdict.unknown}"
         elif verdict.refusal:
             yield loader, f"loads nothing: {verdict.refusal}"
         else:
@@ -112,11 +113,11 @@ def _adapter_rows(adapter: "AdapterReport") -> Iterator[tuple[str, str]]:
 def _adapter_tables(adapter: "AdapterReport") -> list[str]:
     if not adapter.modules:
         return []
-    places = [(one.name, str(one.modules), ", ".join(map(str, one.ranks)) or "full") for one in adapter.places]
+    modules = [(each.name, str(each.modules), ", ".join(map(str, each.ranks)) or "full") for each in adapter.places]
     norms = [(name, f"{norm:.4g}") for name, norm in adapter.norms.items()]
     return [
-        table([("what it adapts", "layers", "rank"), *places], "  "),
-        table([("where", "norm of its change"), *norms], "  "),
+        table([("target modules", "layers", "rank"), *modules], "  "),
+        table([("block", "norm of the change"), *norms], "  "),
     ]
 
 
@@ -125,9 +126,9 @@ def _component_rows(component: "ComponentReport") -> dict[str, str]:
     sizes = ", ".join(f"{name} {str(value).lower()}" for name, value in component.sizes.items())
     formats = ", ".join(f"{name} {format_size(size)}" for name, size in component.formats.items())
     rows = {
-        title: f"{component.layout} names, {component.tensors} tensors, {component.parameters:,} numbers",
+        title: f"{component.layout} names, {component.tensors} tensors, {component.parameters:,} parameters",
         f"{title} sizes": sizes,
-        f"{title} holds": formats,
+        f"{title} formats": formats,
         f"{title} fits": ", ".join(component.flavours) or "no flavour of FLUX.2",
     }
     if component.problem:
@@ -136,12 +137,12 @@ def _component_rows(component: "ComponentReport") -> dict[str, str]:
 
 
 def _counted(values: Mapping[int, int] | Mapping[str, int]) -> str:
-    """ "16", or "16 (38 times), 32 (5 times)"."""
+    """Values with their counts: "16", or "16 (38 times), 32 (5 times)"."""
     if len(values) == 1:
         return str(*values)
     return ", ".join(f"{value} ({count} times)" for value, count in values.items())
 
 
 def _named(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_NAMED_AT_MOST])
-    return f"{shown}, …" if len(names) > _NAMED_AT_MOST else shown
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    return f"{shown}, …" if len(names) > _NAMES_SHOWN else shown

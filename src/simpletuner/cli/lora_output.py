@@ -1,4 +1,4 @@
-"""What merge, extract and resize have in common: flags of the LoRA that they write, and what they print about it."""
+"""Shared by merge, extract and resize: the flags of the LoRA that they write, and the summary that they print."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -32,7 +32,7 @@ def _rank(text: str) -> int:
 
 
 def _energy(text: str) -> float:
-    """Raises ValueError where `text` is no share."""
+    """Parse a share above 0 and at most 1; raises ValueError otherwise."""
     share = float(text)
     if not 0 < share <= 1:
         raise ValueError(text)
@@ -41,34 +41,34 @@ def _energy(text: str) -> float:
 
 @dataclass(frozen=True)
 class LoraOutput:
-    """How the LoRA is written that a command computes."""
+    """Flags of a command that computes and writes a LoRA."""
 
     usual_rank: ClassVar[int | None] = None
-    """With neither --rank nor --energy: the highest rank."""
+    """The maximum rank without --rank and --energy; None for no maximum."""
     rank: int | None = Flag(
-        "the rank of each layer, where it is not lower already",
+        "the maximum rank of each layer",
         "N",
         convert=_rank,
         expects="a whole number from 1",
         follows="a rank",
     ).default(None)
     energy: float | None = Flag(
-        "the smallest rank of each layer that keeps this part of its energy, the sum of its squared singular values; "
-        f"{USUAL_ENERGY} where no --rank is given. With --rank, at most that rank.",
+        "keep this share of each layer's energy, the sum of its squared singular values, at the lowest possible rank; "
+        f"by default {USUAL_ENERGY} without --rank. With --rank, at most that rank.",
         "SHARE",
         convert=_energy,
         expects="a number above 0, at most 1",
         follows="a number",
     ).default(None)
     to: LoraFormat = Flag(
-        f"{join_names(_FORMATS, 'or')}: whose names the file has (default diffusers)",
+        f"the format of the file: {join_names(_FORMATS, 'or')} (default diffusers)",
         "FORMAT",
         convert=one_of(_FORMATS),
         expects=join_names(_FORMATS, "or"),
         follows="a format",
     ).default("diffusers")
     dtype: str | None = Flag(
-        "fp32, bf16 or fp16: the type of its numbers; by default the narrowest that holds those that were read",
+        "the dtype of the file: fp32, bf16 or fp16; by default the narrowest that can hold the input's values",
         "DTYPE",
         convert=one_of(_DTYPES),
         expects=join_names(_DTYPES, "or"),
@@ -78,8 +78,8 @@ class LoraOutput:
 
     @property
     def rule(self) -> "RankRule":
-        """What --rank and --energy ask for."""
-        # Brings torch, which mistakes do without.
+        """The rank rule of --rank and --energy."""
+        # Imported late: mistakes in the arguments are reported without loading torch.
         from simpletuner.flux2.lowrank import RankRule
 
         if self.rank is None and self.energy is None:
@@ -94,19 +94,19 @@ class LoraOutput:
 
 
 def file_problems(output: Path, flag: str = "") -> Iterator[Problem]:
-    """What is wrong with the name of a .safetensors file that is to be written, as `flag` gives it."""
+    """Problems of the path of a .safetensors file to write. Messages name it with `flag`."""
     typed = f"{flag} {output}".lstrip()
     if output.suffix != ".safetensors":
         yield Problem(f"{typed} does not end in .safetensors", "the name of a file to write")
     elif os.path.lexists(output):
-        yield Problem(f"{typed} is there already", "a new name", "Remove it first, or choose another name.")
+        yield Problem(f"{typed} exists already", "a new name", "Remove it first, or choose another name.")
     elif not output.absolute().parent.is_dir():
-        yield Problem(f"{typed}: no folder {output.parent}", "a folder that is there")
+        yield Problem(f"{typed}: no folder {output.parent}", "an existing folder")
 
 
 def layers_in_progress(layers: Iterable[str]) -> Iterable[str]:
-    """`layers`, with a bar on a terminal."""
-    # Takes a moment to import: only where there is progress to show.
+    """`layers`, with a progress bar on a terminal."""
+    # Imported late, because the import is slow: only when there is progress to show.
     from tqdm import tqdm
 
     names = list(layers)
@@ -114,8 +114,8 @@ def layers_in_progress(layers: Iterable[str]) -> Iterable[str]:
     return bar
 
 
-def tell_lora(written: "WrittenLora", is_json: bool, told: dict[str, Any], notices: Iterable[str] = ()) -> None:
-    """Print what was written; `told` is added to the JSON object."""
+def print_lora(written: "WrittenLora", is_json: bool, inputs: dict[str, Any], notices: Iterable[str] = ()) -> None:
+    """Print a summary of the LoRA that was written. `inputs` are added to the JSON object."""
     size = written.path.stat().st_size
     low, high = written.ranks
     if is_json:
@@ -128,15 +128,15 @@ def tell_lora(written: "WrittenLora", is_json: bool, told: dict[str, Any], notic
             "lost": written.lost,
             "notices": list(notices),
         }
-        say(json_text(fields | told))
+        say(json_text(fields | inputs))
         return
     ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
-    kept = (
+    energy = (
         "all of its energy"
         if written.kept > 1 - 1e-9
         else f"at least {100 * written.kept:.2f} % of each layer's energy"
     )
-    say(f"LoRA: {written.path} ({format_size(size)}), {written.layers} layers of {ranks}, with {kept}")
+    say(f"LoRA: {written.path} ({format_size(size)}), {written.layers} layers of {ranks}, with {energy}")
     for loader, names in written.lost.items():
         say(f"{loader} does not apply {len(names)} of its layers as trained, such as {names[0]}.")
     for notice in notices:

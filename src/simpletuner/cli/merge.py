@@ -1,4 +1,4 @@
-"""`simpletuner merge`: several LoRAs into one, or into the weights of a model."""
+"""`simpletuner merge`: add several LoRAs, into one LoRA or into the weights of a model."""
 
 import math
 import os
@@ -11,7 +11,7 @@ from simpletuner.base.console import say
 from simpletuner.base.errors import Problem
 from simpletuner.base.sizes import format_size
 from simpletuner.cli.arguments import Flag, parse_command
-from simpletuner.cli.lora_output import LoraOutput, file_problems, layers_in_progress, tell_lora
+from simpletuner.cli.lora_output import LoraOutput, file_problems, layers_in_progress, print_lora
 from simpletuner.cli.printing import json_text
 from simpletuner.cli.sample import LoraWithStrength, parse_lora
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 USAGE = """usage: simpletuner merge --lora FILE[:STRENGTH] [...] --output FILE [--rank N] [--energy SHARE]
        simpletuner merge --lora FILE[:STRENGTH] [...] --into MODEL --output PATH
 
-  Adds up what LoRAs, LoKrs and LoHas do, each times its strength (1 where none is given), as one LoRA. At full rank
-  (--energy 1) it acts as all of them together do.
+  Writes the sum of LoRAs, LoKrs and LoHas, each times its STRENGTH (by default 1), as one LoRA. At full rank
+  (--energy 1) it has the same effect as all of them together.
 
-  With --into, the sum is added to the weights of a model instead: a diffusers folder, or a single file. PATH is a
-  transformer's folder, as diffusers saves it, or a .safetensors file in BFL's layout, with which ComfyUI starts. The
-  weights of a quantized model become bf16."""
-_OF_A_LORA = ("rank", "energy", "dtype")
-"""Flags without a meaning for weights."""
+  With --into, adds the sum to the weights of a model instead: a diffusers folder, or a single file. PATH is a
+  transformer's folder as diffusers saves it, or a .safetensors file in BFL's layout, which ComfyUI loads. The weights
+  of a quantized model become bf16."""
+_LORA_FLAGS = ("rank", "energy", "dtype")
+"""Flags that do not apply with --into."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,21 @@ class MergeCommand(LoraOutput):
     """Arguments of `simpletuner merge`."""
 
     lora: tuple[LoraWithStrength, ...] = Flag(
-        "a file, or a folder with pytorch_lora_weights.safetensors; given again for each. FILE:0.8 gives it a "
-        "strength; below 0 it is subtracted",
+        "a file, or a folder with pytorch_lora_weights.safetensors; repeat the flag for each. FILE:0.8 sets the "
+        "strength; a LoRA with a strength below 0 is subtracted",
         "FILE[:STRENGTH]",
         convert=parse_lora,
         follows="a file",
         is_repeatable=True,
     ).default(())
-    into: Path | None = Flag("add them to the weights of this model", "MODEL", convert=Path, follows="a model").default(
-        None
-    )
-    output: Path | None = Flag("what is written", "PATH", convert=Path, follows="a path").default(None)
+    into: Path | None = Flag(
+        "add the LoRAs to the weights of this model", "MODEL", convert=Path, follows="a model"
+    ).default(None)
+    output: Path | None = Flag("the file or folder to write", "PATH", convert=Path, follows="a path").default(None)
 
     @property
-    def told(self) -> list[dict[str, object]]:
-        """The LoRAs, for JSON."""
+    def loras_as_json(self) -> list[dict[str, object]]:
+        """The LoRAs with their strengths, as JSON."""
         return [{"file": str(lora.path), "strength": lora.strength} for lora in self.lora]
 
     def problems(self) -> Iterator[Problem]:
@@ -69,12 +69,12 @@ class MergeCommand(LoraOutput):
         if self.into is not None:
             if not self.into.exists():
                 yield Problem(f"--into {self.into}: no such file", "a model's file or folder")
-            for name in _OF_A_LORA:
+            for name in _LORA_FLAGS:
                 if getattr(self, name) is not None:
-                    yield Problem(f"--{name} is given beside --into", "one of them", "Weights have no rank.")
+                    yield Problem(f"--{name} with --into", "one of them", f"--{name} is for a LoRA, not for a model.")
             if self.to != "diffusers":
                 yield Problem(
-                    f"--to {self.to} is given beside --into", "one of them", "The name of --output says the layout."
+                    f"--to {self.to} with --into", "one of them", "The name of --output determines the layout."
                 )
 
 
@@ -82,12 +82,12 @@ FORMS = {"": MergeCommand}
 
 
 def run(arguments: list[str]) -> int:
-    """Merge, and print what was written.
+    """Write the merged LoRA or model and print a summary.
 
     Raises:
         ConfigError: a mistake in the arguments.
-        CheckpointError: a LoRA that cannot be read, or does not fit.
-        AccessError: a model that cannot be read.
+        CheckpointError: a LoRA cannot be read, or does not fit the model.
+        AccessError: the model cannot be read.
         DiskError: no space.
     """
     command = parse_command(MergeCommand, arguments, check=MergeCommand.problems)
@@ -109,12 +109,12 @@ def run(arguments: list[str]) -> int:
         dtype=command.torch_dtype,
         report=layers_in_progress,
     )
-    tell_lora(written, command.json, {"loras": command.told}, unread_notices(adapters))
+    print_lora(written, command.json, {"loras": command.loras_as_json}, unread_notices(adapters))
     return 0
 
 
 def _merge_into(model: Path, output: Path, adapters: "list[WeightedAdapter]", command: MergeCommand) -> None:
-    """Add `adapters` to the weights of `model`, and print what was written."""
+    """Add `adapters` to the weights of `model` and print a summary."""
     from tqdm import tqdm
 
     from simpletuner.flux2.merge import merge_into, parts_by_layer, unread_notices
@@ -127,7 +127,7 @@ def _merge_into(model: Path, output: Path, adapters: "list[WeightedAdapter]", co
         notices.append(f"{written.left_out} tensors of {model} belong to other components and are not in it.")
     if command.json:
         fields = {"output": str(written.path), "bytes": written.bytes, "layers": layers, "notices": notices}
-        say(json_text(fields | {"loras": command.told, "into": str(model)}))
+        say(json_text(fields | {"loras": command.loras_as_json, "into": str(model)}))
         return
     say(f"Model: {written.path} ({format_size(written.bytes)}), {layers} layers changed")
     for notice in notices:

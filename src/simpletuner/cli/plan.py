@@ -1,6 +1,5 @@
-"""`simpletuner plan`: the memory that a configuration takes, and with --show-timesteps the density of noise levels that
-it really gives.
-"""
+"""`simpletuner plan`: predict the memory that a configuration needs; with --show-timesteps, plot the distribution of
+timesteps that it trains."""
 
 import os
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from simpletuner.base.sizes import GIB, parse_size
 from simpletuner.cli.arguments import Flag, parse_command
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.printing import json_text
-from simpletuner.cli.spread import Resolution, Spread, spread_picture, terminal
+from simpletuner.cli.spread import ResolutionShift, SampledDensity, chart_image, terminal_chart
 from simpletuner.config.load import Loaded
 from simpletuner.config.options.schedule import ScheduleOptions
 from simpletuner.config.values import join_names
@@ -29,19 +28,20 @@ USAGE = """usage: simpletuner plan [--vram GIB] [--ram GIB] [--gpus N [--hosts M
            [options of `simpletuner train`]
        simpletuner plan --show-timesteps [--json] [--out FOLDER] [options of `simpletuner train`]
 
-  Without --show-timesteps: what each phase takes of GPU, RAM and disk, and whether that is there; if not, the smallest
-  change that would fit, and exit code 5. Nothing is loaded or downloaded. With --gpus also what each process sends in a
-  step, and which engine to take: DDP, FSDP2 or a stage of ZeRO. --gpus are those of each of M hosts.
+  Without --show-timesteps: prints how much GPU memory, RAM and disk each phase needs, and whether this machine has it.
+  If not, prints the smallest change that fits and returns exit code 5. Nothing is loaded or downloaded. With --gpus,
+  also prints how much each process sends in a step, and which engine to use: DDP, FSDP2 or a stage of ZeRO. --gpus is
+  the number of GPUs on each of M hosts.
 """
 
 MOST_GPUS = 1024
-"""And most hosts."""
-PICTURE = "timesteps.png"
+"""Maximum of --gpus and of --hosts."""
+CHART_FILE = "timesteps.png"
 EVERY_SIZE = "every size"
 
 
 def _gib(text: str) -> float:
-    """ "24", "24GB" or "24 GiB" in GiB."""
+    """Parse "24", "24GB" or "24 GiB" into GiB."""
     plain = text.replace(".", "", 1).isdecimal()
     return float(text) if plain else parse_size(text) / GIB
 
@@ -56,28 +56,28 @@ def _gib_flag(meaning: str) -> Flag:
     return Flag(meaning, "GIB", convert=_gib, expects="a size in GiB such as 24", follows="a size in GiB")
 
 
-def _count_flag(meaning: str, letter: str, what: str) -> Flag:
+def _count_flag(meaning: str, letter: str, noun: str) -> Flag:
     expects = f"a whole number from 1 to {MOST_GPUS}"
-    return Flag(meaning, letter, convert=_count, expects=expects, follows=f"a number of {what}")
+    return Flag(meaning, letter, convert=_count, expects=expects, follows=f"a number of {noun}")
 
 
 @dataclass(frozen=True)
 class PlanCommand:
-    """What is typed after `simpletuner plan`. A size is None for what this machine has."""
+    """Arguments of `simpletuner plan`. A size of None is that of this machine."""
 
     vram: float | None = _gib_flag(
-        "plan for a card of this size instead of this machine's; 0 is a machine without one"
+        "plan for a GPU with this much memory instead of this machine's; 0 is a machine without a GPU"
     ).default(None)
-    ram: float | None = _gib_flag("plan for a machine with so much memory").default(None)
+    ram: float | None = _gib_flag("plan for a machine with this much RAM").default(None)
     gpus: int | None = _count_flag(
-        "plan for so many GPUs on each host, one process each, instead of num_processes", "N", "GPUs"
+        "plan for N GPUs on each host, with one process each, instead of num_processes", "N", "GPUs"
     ).default(None)
     hosts: int | None = _count_flag(
-        "plan for so many machines, instead of num_machines; with --gpus alone it is 1", "M", "machines"
+        "plan for M machines instead of num_machines; by default 1 with --gpus", "M", "machines"
     ).default(None)
-    show_timesteps: bool = Flag("draw where between data (σ 0) and noise (σ 1) the run will train").default(False)
+    show_timesteps: bool = Flag("plot how the training samples spread from data (σ 0) to noise (σ 1)").default(False)
     out: Path | None = Flag(
-        "where timesteps.png is put; by default output_dir", "FOLDER", convert=Path, follows="a folder"
+        "the folder for timesteps.png; by default output_dir", "FOLDER", convert=Path, follows="a folder"
     ).default(None)
     json: bool = Flag("print one JSON object instead").default(False)
     train_options: tuple[str, ...] = ()
@@ -87,13 +87,13 @@ class PlanCommand:
         if self.ram == 0:
             yield Problem("--ram = 0", "a size in GiB above 0")
         if self.show_timesteps and self.gpus is not None:
-            yield Problem("--gpus is given beside --show-timesteps", "one of them")
+            yield Problem("--gpus with --show-timesteps", "one of them")
         if self.hosts is not None and self.gpus is None:
-            yield Problem("--hosts is given without --gpus", "the GPUs of each host too, such as --gpus 8")
+            yield Problem("--hosts without --gpus", "also the GPUs of each host, such as --gpus 8")
 
     @property
     def process_options(self) -> tuple[str, ...]:
-        """Arguments for the processes of `gpus` and `hosts`."""
+        """Options of `train` that `gpus` and `hosts` set."""
         if self.gpus is None:
             return ()
         hosts = self.hosts or 1
@@ -104,21 +104,21 @@ FORMS = {"": PlanCommand}
 
 
 def run(arguments: list[str]) -> int:
-    """Print the memory plan, or draw the density in the terminal and as a picture. 5 where memory is too small.
+    """Print the memory plan, or plot the density in the terminal and as an image. Returns 5 if memory is too small.
 
     Raises:
         ConfigError: a mistake in the configuration, or in the flags.
-        AccessError: a local model is no FLUX.2.
-        DataError: where the density depends on the pictures' sizes: a set is missing or empty.
-        DiskError: no space for the picture.
+        AccessError: a local model is not a FLUX.2 model.
+        DataError: the density depends on the images' sizes, and a dataset is missing or empty.
+        DiskError: no space for the image.
     """
     command = parse_command(PlanCommand, arguments, check=PlanCommand.problems)
     loaded = load_here((*command.train_options, *command.process_options))
-    return _draw(loaded, command) if command.show_timesteps else _plan(loaded, command)
+    return _plot(loaded, command) if command.show_timesteps else _plan(loaded, command)
 
 
 def _plan(loaded: Loaded, command: PlanCommand) -> int:
-    # torch, which the other word and all mistakes do without.
+    # Imported late, because it loads torch, which --show-timesteps and mistakes in the arguments do not need.
     from simpletuner.memory.device import choose_device
     from simpletuner.memory.planner import Machine
     from simpletuner.memory.precision import DTYPES
@@ -130,20 +130,20 @@ def _plan(loaded: Loaded, command: PlanCommand) -> int:
     config = with_processes(loaded.config, gpus)
     loaded = replace(loaded, config=config)
     machine = this_machine(device, Path(config.output_dir), config.ranks_per_machine)
-    other = Machine.of_size(None if command.vram is None else command.vram * GIB, (command.ram or 0.0) * GIB)
+    hypothetical = Machine.of_size(None if command.vram is None else command.vram * GIB, (command.ram or 0.0) * GIB)
     if command.vram is not None:
-        machine = replace(machine, accelerator=other.accelerator)
+        machine = replace(machine, accelerator=hypothetical.accelerator)
     if command.ram is not None:
-        machine = replace(machine, ram=other.ram)
+        machine = replace(machine, ram=hypothetical.ram)
     if command.vram is not None or command.ram is not None:
         machine = replace(machine, disk=None)
     budget = Budget(config, looked_at(loaded), machine)
-    is_this_one = command.vram is None
-    rate = matmul_rate(device, DTYPES[config.base_dtype]) if is_this_one else None
+    is_local_gpu = command.vram is None
+    rate = matmul_rate(device, DTYPES[config.base_dtype]) if is_local_gpu else None
     has_advice = command.gpus is not None or config.ranks > 1
     notices = list(loaded.notices)
-    if is_this_one and machine.accelerator is not None and config.ranks > gpus:
-        notices.append(f"This machine has {gpus} of {config.ranks} GPUs; the others are planned as alike.")
+    if is_local_gpu and machine.accelerator is not None and config.ranks > gpus:
+        notices.append(f"This machine has {gpus} of {config.ranks} GPUs; the plan assumes that the others are equal.")
     if command.json:
         say(json_text(budget.summary(rate, has_advice=has_advice) | {"notices": notices}))
     else:
@@ -151,23 +151,24 @@ def _plan(loaded: Loaded, command: PlanCommand) -> int:
     return 0 if budget.plan.fits else MemoryBudgetError.exit_code
 
 
-def _draw(loaded: Loaded, command: PlanCommand) -> int:
-    spread = _spread(loaded)
+def _plot(loaded: Loaded, command: PlanCommand) -> int:
+    density = _sampled_density(loaded)
     folder = Path(loaded.config.output_dir) if command.out is None else command.out
-    path = folder / PICTURE
+    path = folder / CHART_FILE
     with file_errors_reported(path):
         folder.mkdir(parents=True, exist_ok=True)
-        spread_picture(spread).save(path)
+        chart_image(density).save(path)
     if command.json:
-        found: dict[str, Any] = {"timesteps": spread.summary() | {"path": str(path)}, "notices": list(loaded.notices)}
-        say(json_text(found))
+        fields: dict[str, Any] = {"timesteps": density.summary() | {"path": str(path)}, "notices": list(loaded.notices)}
+        say(json_text(fields))
     else:
-        say("\n".join((*loaded.notices, terminal(spread), "", f"Picture: {path}")))
+        say("\n".join((*loaded.notices, terminal_chart(density), "", f"Chart: {path}")))
     return 0
 
 
-def _spread(loaded: Loaded) -> Spread:
-    """The density, resolution by resolution. The pictures are looked at only where something depends on them."""
+def _sampled_density(loaded: Loaded) -> SampledDensity:
+    """The density of the configuration, for each resolution. The images are scanned only if the density depends on
+    them."""
     config = loaded.config
     timesteps = Timesteps.of(config)
     visits: dict[str, float] = {}
@@ -196,19 +197,19 @@ def _spread(loaded: Loaded) -> Spread:
     resolutions = []
     for name, share in shares.items():
         tokens_of_one, shift = shifts[name] if is_by_size else (None, timesteps.shift_of(0))
-        resolutions.append(Resolution(name, tokens_of_one, share, shift))
+        resolutions.append(ResolutionShift(name, tokens_of_one, share, shift))
     values = config.flow_custom_timesteps
-    return Spread.of(
+    return SampledDensity.of(
         timesteps.density,
-        _named(config),
+        _density_title(config),
         tuple(resolutions),
         listed_values=None if values is None else len(values),
         strata=strata,
     )
 
 
-def _named(config: ScheduleOptions) -> str:
-    """The density in words, and what moves it."""
+def _density_title(config: ScheduleOptions) -> str:
+    """The density and its shift, in words."""
     if config.flow_custom_timesteps is not None:
         timesteps = [f"{value:g}" for value in sorted(config.flow_custom_timesteps)]
         return f"the listed timesteps {join_names(timesteps, 'and')}"
@@ -218,5 +219,5 @@ def _named(config: ScheduleOptions) -> str:
         name = f"Beta({config.flow_beta_schedule_alpha:g}, {config.flow_beta_schedule_beta:g})"
     else:
         name = f"sigmoid({config.flow_sigmoid_scale:g} × normal)"
-    shift = "each size's own shift" if config.flow_schedule_auto_shift else f"shift {config.flow_schedule_shift:g}"
+    shift = "a shift for each size" if config.flow_schedule_auto_shift else f"shift {config.flow_schedule_shift:g}"
     return f"{name}, {shift}"

@@ -1,7 +1,7 @@
-"""A density of sigma in numbers, in characters and as a picture.
+"""The density of the sigmas that a run trains: as JSON, as a chart in the terminal and as an image.
 
-All of it comes from the quantile function that training draws from, taken at evenly spaced u: each of the sigmas that
-come out stands for the same share of the samples.
+All figures come from the quantile function from which training draws, evaluated at evenly spaced u, so each of the
+resulting sigmas represents the same share of the samples.
 """
 
 from bisect import bisect_left
@@ -16,34 +16,34 @@ from simpletuner.config.options.schedule import TIMESTEPS
 from simpletuner.flow.sigma import Density, shifted
 
 POINTS = 400
-"""Quantiles that stand for a density; their mean is within 1e-3 of its mean."""
+"""Number of quantiles that represent a density. Their mean is within 1e-3 of the density's mean."""
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 BINS = 50
-"""Of the histogram, in the picture and in the terminal alike."""
+"""Bins of the histogram, in the image and in the terminal."""
 
 Weighted = list[tuple[float, float]]
-"""(sigma, share of the samples), sigma rising."""
+"""Pairs (sigma, share of the samples) with ascending sigma."""
 
 
 @dataclass(frozen=True)
-class Resolution:
-    """The samples that share a shift."""
+class ResolutionShift:
+    """A resolution, or all resolutions that have the same shift."""
 
     name: str
     tokens: int | None
-    """Image tokens of a sample; None where the shift does not depend on them."""
+    """Image tokens of a sample; None if the shift does not depend on them."""
     share: float
-    """Of an epoch's samples."""
+    """Share of an epoch's samples."""
     shift: float
 
 
 @dataclass(frozen=True)
-class Part:
-    """One resolution's density."""
+class ResolutionDensity:
+    """The density of one resolution."""
 
-    resolution: Resolution
+    resolution: ResolutionShift
     sigmas: tuple[float, ...]
-    """Rising, each for the same share of the resolution's samples."""
+    """Ascending sigmas, each of which represents the same share of the resolution's samples."""
 
     @property
     def mean(self) -> float:
@@ -56,31 +56,32 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Spread:
+class SampledDensity:
     """The density of all samples of an epoch, and of each resolution."""
 
     title: str
     """The density and its shift, in words."""
-    parts: tuple[Part, ...]
+    parts: tuple[ResolutionDensity, ...]
     is_listed: bool
-    """Whether single sigmas are drawn and nothing between them."""
+    """Whether training draws only the listed sigmas and no values between them."""
     strata: int | None
-    """Parts of equal share that an epoch's samples take once each; None where each sample draws from the whole."""
+    """Number of equal strata, each sampled once per epoch; None if every sample draws from the whole density."""
 
     @classmethod
     def of(
         cls,
         density: Density,
         title: str,
-        resolutions: Sequence[Resolution],
+        resolutions: Sequence[ResolutionShift],
         *,
         listed_values: int | None,
         strata: int | None,
-    ) -> "Spread":
-        """`listed_values` is how many single timesteps are drawn, or None for a density."""
+    ) -> "SampledDensity":
+        """The shifted density of each resolution. `listed_values` is the number of listed timesteps; None for a
+        continuous density."""
         points = POINTS if listed_values is None else listed_values
-        plain = [density((index + 0.5) / points) for index in range(points)]
-        parts = [Part(own, tuple(shifted(sigma, own.shift) for sigma in plain)) for own in resolutions]
+        unshifted = [density((index + 0.5) / points) for index in range(points)]
+        parts = [ResolutionDensity(each, tuple(shifted(s, each.shift) for s in unshifted)) for each in resolutions]
         return cls(title, tuple(parts), listed_values is not None, strata)
 
     @property
@@ -92,7 +93,7 @@ class Spread:
         return sum(part.mean * part.resolution.share for part in self.parts)
 
     def percentile(self, percent: float) -> float:
-        """The sigma below which `percent` of the samples lie."""
+        """The sigma below which `percent` % of the samples lie."""
         sigmas, shares = zip(*self.weighted, strict=True)
         below = list(accumulate(shares))
         return float(sigmas[min(bisect_left(below, percent / 100 - 1e-9), len(sigmas) - 1)])
@@ -107,15 +108,15 @@ class Spread:
                     shares[index] += share * (overlap / (high - low) if high > low else 1.0)
         return shares
 
-    def curve(self, part: Part) -> list[tuple[float, float]]:
-        """(sigma, density) along one resolution's density, 1 being the uniform one; empty where it is a list."""
+    def curve(self, part: ResolutionDensity) -> list[tuple[float, float]]:
+        """Points (sigma, density) of one resolution's density, where 1 is uniform; empty for listed timesteps."""
         if self.is_listed:
             return []
         pairs = [(low, high) for low, high in pairwise(part.sigmas) if high > low]
         return [((low + high) / 2, 1 / len(part.sigmas) / (high - low)) for low, high in pairs]
 
-    def _cells(self, part: Part) -> list[tuple[float, float, float]]:
-        """(from, to, share): each sigma spread evenly half way to its neighbors. What is listed stays a point."""
+    def _cells(self, part: ResolutionDensity) -> list[tuple[float, float, float]]:
+        """(low, high, share): each sigma's share, spread halfway to its neighbors. Listed sigmas stay points."""
         share = part.resolution.share / len(part.sigmas)
         if self.is_listed:
             return [(sigma, sigma, share) for sigma in part.sigmas]
@@ -125,7 +126,7 @@ class Spread:
         return [(low, high, share) for low, high in pairwise(edges)]
 
     def summary(self) -> dict[str, Any]:
-        """For a JSON reader."""
+        """The density as JSON."""
         return {
             "density": self.title,
             "mean": round(self.mean, 4),
@@ -145,12 +146,12 @@ class Spread:
         }
 
     def notes(self) -> list[str]:
-        """What is told below the drawing."""
+        """Lines of text below the chart."""
         lines = [f"mean σ {self.mean:.3f} (timestep {self.mean * TIMESTEPS:.0f})"]
-        found = ", ".join(f"{percent} %: {self.percentile(percent):.3f}" for percent in PERCENTILES)
-        lines.append(f"percentiles of σ  {found}")
+        percentiles = ", ".join(f"{percent} %: {self.percentile(percent):.3f}" for percent in PERCENTILES)
+        lines.append(f"percentiles of σ  {percentiles}")
         if self.strata is not None:
-            lines.append(f"an epoch takes each {self.strata}th part of it once (timestep_strata)")
+            lines.append(f"an epoch samples each of {self.strata} equal strata once (timestep_strata)")
         return lines
 
 
@@ -158,135 +159,138 @@ def _bin(sigma: float) -> int:
     return min(int(sigma * BINS), BINS - 1)
 
 
-# --- in characters ----------------------------------------------------------------------------------------------------
+# --- terminal ----------------------------------------------------------------------------------------------------
 
 ROWS = 12
 EIGHTHS = " ▁▂▃▄▅▆▇█"
-LEFT = 8
+MARGIN = 8
 """Characters before the first bar."""
-MOST_SHOWN = 12
-"""Resolutions in the table; a set may have many more."""
+TABLE_ROWS = 12
+"""Maximum number of resolutions in the table; a dataset may have many more."""
 
 
-def terminal(spread: Spread) -> str:
-    """At most 80 characters wide."""
-    shares = spread.histogram()
+def terminal_chart(sampled: SampledDensity) -> str:
+    """The chart as text, at most 80 characters wide."""
+    shares = sampled.histogram()
     top = max(shares)
-    lines = [spread.title, ""]
+    lines = [sampled.title, ""]
     for row in range(ROWS, 0, -1):
         label = f"{top * row / ROWS:6.1%} ┤" if row % 4 == 0 else " " * 7 + "│"
         bars = (round(8 * ROWS * share / top) - 8 * (row - 1) for share in shares)
         lines.append(label + "".join(EIGHTHS[min(max(bar, 0), 8)] for bar in bars).rstrip())
     lines.append(f"{0:6.1%} └" + "".join("┴" if (column + 1) % (BINS // 10) == 0 else "─" for column in range(BINS)))
-    lines.append(" " * LEFT + _ruler())
-    lines.append(" " * LEFT + "σ: data".ljust(BINS - 5) + "noise")
-    lines += ["", *_broken(spread.notes())]
-    if spread.parts[0].resolution.tokens is not None:
+    lines.append(" " * MARGIN + _ruler())
+    lines.append(" " * MARGIN + "σ: data".ljust(BINS - 5) + "noise")
+    lines += ["", *_wrapped(sampled.notes())]
+    if sampled.parts[0].resolution.tokens is not None:
         lines += ["", f"  {'size':<12}{'tokens':>8}{'samples':>10}{'shift':>8}{'mean σ':>9}"]
-        for part in spread.parts[:MOST_SHOWN]:
-            own = part.resolution
-            lines.append(f"  {own.name:<12}{own.tokens:>8}{own.share:>10.1%}{own.shift:>8.2f}{part.mean:>9.3f}")
-        if len(spread.parts) > MOST_SHOWN:
-            lines.append(f"  and {len(spread.parts) - MOST_SHOWN} more sizes (--json has all)")
+        for part in sampled.parts[:TABLE_ROWS]:
+            size = part.resolution
+            lines.append(f"  {size.name:<12}{size.tokens:>8}{size.share:>10.1%}{size.shift:>8.2f}{part.mean:>9.3f}")
+        if len(sampled.parts) > TABLE_ROWS:
+            lines.append(f"  and {len(sampled.parts) - TABLE_ROWS} more sizes (--json has all)")
     return "\n".join(lines)
 
 
 def _ruler() -> str:
-    """The numbers below the axis: every fifth of it, under its tick."""
+    """The numbers below the axis: every fifth of the range, under its tick."""
     line = "0"
     for fifth in range(1, 6):
         line = line.ljust(BINS * fifth // 5 - 2) + f"{fifth / 5:.1f}"
     return line
 
 
-def _broken(lines: Sequence[str]) -> list[str]:
-    """Lines over 78 characters broken at a comma."""
-    found = []
+def _wrapped(lines: Sequence[str]) -> list[str]:
+    """`lines`, with those over 78 characters broken at a comma."""
+    wrapped = []
     for line in lines:
-        rest = line
-        while len(rest) > 78:
-            cut = rest.rindex(", ", 0, 78) + 1
-            found.append(rest[:cut])
-            rest = "   " + rest[cut:]
-        found.append(rest)
-    return found
+        remainder = line
+        while len(remainder) > 78:
+            cut = remainder.rindex(", ", 0, 78) + 1
+            wrapped.append(remainder[:cut])
+            remainder = "   " + remainder[cut:]
+        wrapped.append(remainder)
+    return wrapped
 
 
-# --- as a picture -----------------------------------------------------------------------------------------------------
+# --- image ------------------------------------------------------------------------------------------------------------
 
 WIDTH_PX, HEIGHT_PX = 1000, 620
 PLOT = (90, 70, 970, 430)
 """Left, top, right and bottom of the axes."""
 CHART_PAPER, CHART_INK, CHART_GRID, CHART_BAR = "white", "#222222", "#dddddd", "#b9cbe4"
 LINES = ("#1f4e9c", "#c0392b", "#1e8449", "#8e44ad", "#b9770e", "#117a8b")
-"""One for each curve; as many curves are drawn as there are colors, spread over the resolutions."""
+"""Color of each curve. At most this many curves are plotted, of evenly chosen resolutions."""
 
 
-def spread_picture(spread: Spread) -> Image.Image:
-    """The histogram of all samples in bars, and a curve for each resolution."""
+def chart_image(sampled: SampledDensity) -> Image.Image:
+    """The chart as an image: the histogram of all samples as bars, and a curve for each resolution."""
     image = Image.new("RGB", (WIDTH_PX, HEIGHT_PX), CHART_PAPER)
     draw = ImageDraw.Draw(image)
     small, large = ImageFont.load_default(15), ImageFont.load_default(19)
-    left, top, right, bottom = PLOT
-    heights = [share * BINS for share in spread.histogram()]
-    count = min(len(spread.parts), len(LINES))
-    shown = [spread.parts[turn * (len(spread.parts) - 1) // max(count - 1, 1)] for turn in range(count)]
-    curves = [spread.curve(part) for part in shown]
-    # A density may be infinite at an end: the bars decide how high the axis is.
+    x_min, top, x_max, bottom = PLOT
+    heights = [share * BINS for share in sampled.histogram()]
+    count = min(len(sampled.parts), len(LINES))
+    plotted = [sampled.parts[i * (len(sampled.parts) - 1) // max(count - 1, 1)] for i in range(count)]
+    curves = [sampled.curve(part) for part in plotted]
+    # A density may be infinite at an end, so the bars limit the height of the axis.
     highest = min(max([*heights, *(y for curve in curves for _, y in curve)]), 4 * max(heights))
     unit = _round_step(highest)
     ceiling = unit * (int(highest / unit) + 1)
 
-    def place(sigma: float, density: float) -> tuple[float, float]:
-        return left + sigma * (right - left), bottom - min(density / ceiling, 1) * (bottom - top)
+    def pixel(sigma: float, density: float) -> tuple[float, float]:
+        return x_min + sigma * (x_max - x_min), bottom - min(density / ceiling, 1) * (bottom - top)
 
-    draw.text((left, 16), _spelled(f"Where the run trains: {spread.title}"), fill=CHART_INK, font=large)
+    draw.text((x_min, 16), _ascii_text(f"Density of sigma: {sampled.title}"), fill=CHART_INK, font=large)
     for tick in range(int(ceiling / unit) + 1):
-        x, y = place(0, tick * unit)
-        draw.line((x, y, right, y), fill=CHART_GRID)
+        x, y = pixel(0, tick * unit)
+        draw.line((x, y, x_max, y), fill=CHART_GRID)
         draw.text((x - 10, y), f"{tick * unit:g}", fill=CHART_INK, font=small, anchor="rm")
-    draw.text((left, top - 14), "density (1 is even)", fill=CHART_INK, font=small, anchor="lm")
+    draw.text((x_min, top - 14), "density (1 is uniform)", fill=CHART_INK, font=small, anchor="lm")
     for index, height in enumerate(heights):
         if height > 0:
-            x0, y0 = place(index / BINS, height)
-            x1, y1 = place((index + 1) / BINS, 0)
+            x0, y0 = pixel(index / BINS, height)
+            x1, y1 = pixel((index + 1) / BINS, 0)
             draw.rectangle((x0 + 1, y0, x1 - 1, y1), fill=CHART_BAR)
     for curve, color in zip(curves, LINES, strict=False):
         if curve:
-            draw.line([place(*point) for point in curve], fill=color, width=3, joint="curve")
+            draw.line([pixel(*point) for point in curve], fill=color, width=3, joint="curve")
     for tick in range(11):
-        x, y = place(tick / 10, 0)
+        x, y = pixel(tick / 10, 0)
         draw.line((x, y, x, y + 6), fill=CHART_INK)
         draw.text((x, y + 10), f"{tick / 10:g}", fill=CHART_INK, font=small, anchor="mt")
-    draw.line((left, bottom, right, bottom), fill=CHART_INK, width=2)
-    draw.text((left, bottom + 32), "data", fill=CHART_INK, font=small, anchor="lt")
-    draw.text(((left + right) / 2, bottom + 32), "sigma (timestep / 1000)", fill=CHART_INK, font=small, anchor="mt")
-    draw.text((right, bottom + 32), "noise", fill=CHART_INK, font=small, anchor="rt")
-    _legend(draw, shown, spread, small)
+    draw.line((x_min, bottom, x_max, bottom), fill=CHART_INK, width=2)
+    draw.text((x_min, bottom + 32), "data", fill=CHART_INK, font=small, anchor="lt")
+    draw.text(((x_min + x_max) / 2, bottom + 32), "sigma (timestep / 1000)", fill=CHART_INK, font=small, anchor="mt")
+    draw.text((x_max, bottom + 32), "noise", fill=CHART_INK, font=small, anchor="rt")
+    _legend(draw, plotted, sampled, small)
     return image
 
 
 def _legend(
-    draw: ImageDraw.ImageDraw, shown: Sequence[Part], spread: Spread, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+    draw: ImageDraw.ImageDraw,
+    plotted: Sequence[ResolutionDensity],
+    sampled: SampledDensity,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 ) -> None:
-    left, _, _, bottom = PLOT
+    x_min, _, _, bottom = PLOT
     y = bottom + 66
-    for line in spread.notes():
-        draw.text((left, y), _spelled(line), fill=CHART_INK, font=font)
+    for line in sampled.notes():
+        draw.text((x_min, y), _ascii_text(line), fill=CHART_INK, font=font)
         y += 22
-    if spread.parts[0].resolution.tokens is None:
+    if sampled.parts[0].resolution.tokens is None:
         return
-    for index, (part, color) in enumerate(zip(shown, LINES, strict=False)):
-        x = left + index % 3 * 300
+    for index, (part, color) in enumerate(zip(plotted, LINES, strict=False)):
+        x = x_min + index % 3 * 300
         row = y + 8 + index // 3 * 22
-        own = part.resolution
+        size = part.resolution
         draw.line((x, row + 9, x + 22, row + 9), fill=color, width=3)
-        text = f"{own.name} ({own.share:.0%}): shift {own.shift:.2f}, mean {part.mean:.3f}"
+        text = f"{size.name} ({size.share:.0%}): shift {size.shift:.2f}, mean {part.mean:.3f}"
         draw.text((x + 28, row), text, fill=CHART_INK, font=font)
 
 
-def _spelled(text: str) -> str:
-    """Pillow's own font has neither sign."""
+def _ascii_text(text: str) -> str:
+    """`text` without the signs σ and ×, which Pillow's default font lacks."""
     return text.replace("σ", "sigma").replace("×", "x")
 
 
