@@ -69,8 +69,8 @@ def run(arguments: list[str]) -> int:
     if difference.others:
         name, largest = max(difference.others.items(), key=lambda item: item[1])
         notices.append(
-            f"A LoRA cannot hold {len(difference.others)} of the weights that differ, by up to {largest:.3g} ({name}): "
-            "with the LoRA, the base differs slightly from the tuned model."
+            f"{len(difference.others)} weights differ that a LoRA cannot hold, by at most {largest:.3g} ({name}): "
+            "the base with the LoRA is not exactly the tuned model."
         )
     print_lora(written, command.json, {"base": str(command.base), "tuned": str(command.tuned)}, notices)
     return 0

@@ -97,7 +97,7 @@ def _adapter_rows(adapter: "AdapterReport") -> Iterator[tuple[str, str]]:
     for loader, verdict in adapter.loaders.items():
         lost = [
             f"{word} {len(names)} of {adapter.modules}: {_named(names)}"
-            for word, names in (("ignores", verdict.dropped), ("misreads", verdict.wrong))
+            for word, names in (("leaves out", verdict.dropped), ("gets wrong", verdict.wrong))
             if names
         ]
         if verdict.unknown:

@@ -1,5 +1,5 @@
-"""`simpletuner run start|stop|save|validate|show|list|note|delete|queue`: runs that go on by themselves,
-and how to look after them."""
+"""`simpletuner run start|stop|save|validate|show|list|note|delete|queue`: start runs in the background and manage
+them."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from simpletuner.cli.loading import load_here
 from simpletuner.cli.main import INTERRUPTED
 from simpletuner.cli.named_run import RUNS, NamedRun, confirm_deletion
 from simpletuner.cli.printing import json_text, table
-from simpletuner.cli.telling import POLL_EVENTS_EVERY_S, Narrator, as_json, described, followed, shown_time
+from simpletuner.cli.telling import POLL_EVENTS_EVERY_S, Narrator, follow_events, local_time, status_fields, status_text
 from simpletuner.config.values import join_names
 from simpletuner.runs.events import TITLES
 from simpletuner.runs.launch import devices_of, launch_run
@@ -41,19 +41,18 @@ USAGE = """usage: simpletuner run start [--queue] [--no-wait] [--devices LIST] [
        simpletuner run queue [list | remove ID | move ID up|down|top|N | resume] [--json]
        simpletuner run queue add [--devices LIST] [--json] [options of `train`]
 
-  start      train, apart from this terminal: it goes on when you log out. What it prints is in RUN/console.log
-  stop       finish the step, save, and end; the same `start` goes on from there
-  save       write a checkpoint after this step
-  validate   make the validation pictures after this step
-  show       where a run stands; with --follow, what it does, until it ends. Ctrl-C leaves the run alone
-  list       the runs below FOLDER, by default output, the newest first
-  note       what you noted about a run; with TEXT, note that ("" removes the note)
-  delete     remove a run's directory with all that is in it, after asking. Never a run that is going on or waits
-  queue      runs that are trained one after the other. `add` puts one at the end, with the configuration as it is
-             now; `remove` takes one out; `move` changes its turn; `resume` goes on after the machine was switched
-             off or a disk was full
+  start      train in the background; the run continues when you log out. Its output is in RUN/console.log
+  stop       finish the current step, save a checkpoint and end; the same `start` resumes the run
+  save       write a checkpoint after the current step
+  validate   generate the validation images after the current step
+  show       print a run's status; with --follow, print what the run does until it ends. Ctrl-C does not end the run
+  list       list the runs in FOLDER, by default output, newest first
+  note       print the note of a run; with TEXT, set the note ("" removes it)
+  delete     delete a run's directory with all its files, after confirmation; running and queued runs are refused
+  queue      train runs one after the other. `add` appends a run with its present configuration, `remove` removes it,
+             `move` changes its position, and `resume` continues after the machine was switched off or a disk was full
 
-  RUN is a run's directory. Left out, it is the output_dir of the configuration found here, or of that of --env NAME,
+  RUN is a run's directory. By default it is the output_dir of the configuration in this folder, or of --env NAME,
   --config PATH or --example NAME.
 """
 
@@ -69,8 +68,8 @@ _JSON_HELP = "print one JSON object (with --follow, one event a line)"
 class StartCommand:
     """Arguments of `simpletuner run start`."""
 
-    queue: bool = Flag("as `queue add`").default(False)
-    no_wait: bool = Flag("return once the process is started, not when its work has begun").default(False)
+    queue: bool = Flag("add the run to the queue, like `queue add`").default(False)
+    no_wait: bool = Flag("return when the process exists, without waiting until training has begun").default(False)
     devices: str | None = Flag(queueing.DEVICES_HELP, "LIST").default(None)
     json: bool = Flag(_JSON_HELP).default(False)
     train_options: tuple[str, ...] = ()
@@ -95,7 +94,7 @@ class DeleteCommand:
     """Arguments of `simpletuner run delete`."""
 
     run: Path | None = Positional(convert=Path).default(None)
-    yes: bool = Flag("do not ask").default(False)
+    yes: bool = Flag("delete without confirmation").default(False)
     json: bool = Flag(_JSON_HELP).default(False)
 
 
@@ -109,7 +108,7 @@ class ListCommand:
         "only runs in this state", "STATE", convert=one_of(STATES), expects=join_names(STATES)
     ).default(None)
     sort: RunOrder = Flag(
-        "started (the newest first), name, loss or state", "KEY", convert=one_of(ORDERS), expects=join_names(ORDERS)
+        "sort by started (newest first), name, loss or state", "KEY", convert=one_of(ORDERS), expects=join_names(ORDERS)
     ).default("started")
     json: bool = Flag(_JSON_HELP).default(False)
     train_options: tuple[str, ...] = ()
@@ -117,10 +116,10 @@ class ListCommand:
 
 @dataclass(frozen=True)
 class RunCommand(NamedRun):
-    """What is typed after the other verbs of `simpletuner run`."""
+    """Arguments of `simpletuner run stop|save|validate|show`."""
 
-    follow: bool = Flag("tell what it does, until it ends", verbs=("show",)).default(False)
-    wait: bool = Flag("return when it is done, not when it is asked for", verbs=REQUESTS).default(False)
+    follow: bool = Flag("print what the run does, until it ends", verbs=("show",)).default(False)
+    wait: bool = Flag("wait until the run has done it", verbs=REQUESTS).default(False)
     json: bool = Flag(_JSON_HELP).default(False)
 
 
@@ -136,12 +135,12 @@ FORMS: "Forms" = {
 
 
 def run(arguments: list[str]) -> int:
-    """Do what the word says.
+    """Execute the verb.
 
     Raises:
-        ConfigError: a mistake in the configuration or in what was typed.
-        CheckpointError: a run is going on that must not be, or none where one must.
-        UserError: the run that was started ended at once, or the one that was waited for ended otherwise.
+        ConfigError: a mistake in the configuration or in the arguments.
+        CheckpointError: the run is being trained but must not be, or is not but must be.
+        UserError: the run ended right after its start, or before it did what was awaited.
         DiskError: the disk is full.
     """
     verb = verb_of("run", arguments, FORMS, f"one of {', '.join(FORMS)}")
@@ -164,32 +163,32 @@ def run(arguments: list[str]) -> int:
 
 def _start(command: StartCommand) -> int:
     if command.queue:
-        return queueing.add(command.train_options, command.devices, as_json=command.json)
+        return queueing.add(command.train_options, command.devices, status_fields=command.json)
     loaded = load_here(command.train_options)
     directory = RunDirectory(Path(loaded.config.output_dir))
     try:
         wait_s = 0.0 if command.no_wait else START_WAIT_S
         started = launch_run(command.train_options, directory, Path.cwd(), devices_of(command.devices), wait_s=wait_s)
     except KeyboardInterrupt:
-        complain(f"\nNot waited for. `{command_text(*_SHOW, directory.root)}` says what became of it.")
+        complain(f"\nStopped waiting for the start. `{command_text(*_SHOW, directory.root)}` prints the run's status.")
         return INTERRUPTED
     if command.json:
-        told = {"pid": started.pid, "exit_code": started.exit_code, "notices": list(loaded.notices)}
-        say(json_text(as_json(status_of(directory)) | told))
+        fields = {"pid": started.pid, "exit_code": started.exit_code, "notices": list(loaded.notices)}
+        say(json_text(status_fields(status_of(directory)) | fields))
         return 0
     for notice in loaded.notices:
         say(f"Note: {notice}")
     if started.exit_code is not None:
         say(started.printed.rpartition("\n")[2])
         return 0
-    doing = "starting in" if command.no_wait else "being trained by"
-    say(f"{directory.root} is {doing} process {started.pid}.")
+    activity = "starting in" if command.no_wait else "being trained by"
+    say(f"{directory.root} is {activity} process {started.pid}.")
     show, stop = (
         command_text(*_SHOW, directory.root, "--follow"),
         command_text("simpletuner", "run", "stop", directory.root),
     )
-    say(f"  {show}   shows what it does")
-    say(f"  {stop:<{len(show)}}   saves it and ends it")
+    say(f"  {show}   prints its progress")
+    say(f"  {stop:<{len(show)}}   saves and ends it")
     return 0
 
 
@@ -197,30 +196,30 @@ def _list(command: ListCommand) -> int:
     refuse_extra(command.train_options, "simpletuner run list")
     folder = RUNS if command.folder is None else command.folder
     if command.folder is not None and not folder.is_dir():
-        raise ConfigError.of(f"{folder}: no such folder", "one with runs below it")
+        raise ConfigError.of(f"{folder}: no such folder", "a folder that contains runs")
     finish_deletions(folder)
-    wanted = [status for status in map(status_of, find_runs(folder)) if _is_wanted(status, command)]
-    statuses = _sorted(wanted, command.sort)
+    matching = [status for status in map(status_of, find_runs(folder)) if _matches(status, command)]
+    statuses = _sorted(matching, command.sort)
     if command.json:
-        say(json_text({"runs": [as_json(status) for status in statuses]}))
+        say(json_text({"runs": [status_fields(status) for status in statuses]}))
     elif not statuses and (command.find or command.state):
-        say(f"No such runs below {folder}.")
+        say(f"No matching runs in {folder}.")
     elif not statuses:
-        say(f"No runs below {folder}. `simpletuner run start` starts one.")
+        say(f"No runs in {folder}. `simpletuner run start` starts one.")
     else:
-        rows = [("run", "state", "step", "step's loss", "began", "doing", "note"), *map(_row, statuses)]
+        rows = [("run", "state", "step", "step's loss", "started", "phase", "note"), *map(_row, statuses)]
         has_notes = any(row[-1] for row in rows[1:])
         say(table(rows if has_notes else [row[:-1] for row in rows]))
     return 0
 
 
-def _is_wanted(status: RunStatus, command: ListCommand) -> bool:
+def _matches(status: RunStatus, command: ListCommand) -> bool:
     text = f"{status.root} {status.note}".casefold()
     return command.find.casefold() in text and command.state in (None, status.state)
 
 
 def _sorted(statuses: Sequence[RunStatus], order: RunOrder) -> list[RunStatus]:
-    """Newest first; by name, loss or state, ascending and then newest first."""
+    """`statuses` in `order`: ascending by name, loss or state, then newest first."""
     newest = sorted(statuses, key=lambda status: status.started or "", reverse=True)
     keys: dict[RunOrder, Callable[[RunStatus], Any]] = {
         "started": lambda _: 0,
@@ -251,8 +250,8 @@ def _delete(command: DeleteCommand) -> int:
     directory = RunDirectory(command.run)
     check_deletable(directory, Path.cwd())
     if not command.yes:
-        found = contents_of(directory)
-        confirm_deletion(str(directory.root), f"{format_size(found.bytes)}: {found.text}")
+        contents = contents_of(directory)
+        confirm_deletion(str(directory.root), f"{format_size(contents.bytes)}: {contents.text}")
     deleted = delete_run(directory, Path.cwd())
     if command.json:
         say(json_text({"run": str(directory.root), "bytes": deleted.bytes, "files": deleted.files}))
@@ -264,72 +263,73 @@ def _delete(command: DeleteCommand) -> int:
 def _row(status: RunStatus) -> tuple[str, ...]:
     step = str(status.step) if status.steps is None else f"{status.step}/{status.steps}"
     loss = "" if status.loss is None else f"{status.loss:.4f}"
-    doing = TITLES[status.phase] if status.state == "running" and status.phase else ""
-    began = shown_time(status.started) if status.started else ""
-    return str(status.root), status.state, step, loss, began, doing, " ".join(status.note.split())[:40]
+    phase = TITLES[status.phase] if status.state == "running" and status.phase else ""
+    started = local_time(status.started) if status.started else ""
+    return str(status.root), status.state, step, loss, started, phase, " ".join(status.note.split())[:40]
 
 
 def _show(command: RunCommand) -> int:
     directory = command.directory("simpletuner run show")
-    place = directory.events.stat().st_size if directory.events.exists() else 0
+    offset = directory.events.stat().st_size if directory.events.exists() else 0
     status = status_of(directory)
     if not command.follow:
-        say(json_text(as_json(status)) if command.json else described(status))
+        say(json_text(status_fields(status)) if command.json else status_text(status))
         return 0
     if not command.json:
-        say(described(status))
+        say(status_text(status))
     narrator = Narrator(status.steps)
     try:
-        for event in followed(directory, place):
+        for event in follow_events(directory, offset):
             lines = (json.dumps(event, ensure_ascii=False),) if command.json else narrator.lines(event)
             for line in lines:
                 say(line)
     except KeyboardInterrupt:
-        complain(f"\n{directory.root} goes on.")
+        complain(f"\n{directory.root} continues.")
         return INTERRUPTED
     return 0
 
 
 def _ask(request: ControlRequest, command: RunCommand) -> int:
     directory = command.directory(f"simpletuner run {request}")
-    place = directory.events.stat().st_size if directory.events.exists() else 0
+    offset = directory.events.stat().st_size if directory.events.exists() else 0
     before = status_of(directory)
     ask(directory, request)
-    told: dict[str, Any] = {"request": request}
+    fields: dict[str, Any] = {"request": request}
     if command.wait:
-        told |= _awaited(directory, request, place)
+        fields |= _await_result(directory, request, offset)
     if command.json:
-        say(json_text(as_json(status_of(directory)) | told))
+        say(json_text(status_fields(status_of(directory)) | fields))
     elif command.wait:
-        say(f"{directory.root}: {told['done']}")
+        say(f"{directory.root}: {fields['done']}")
     else:
-        say(f"{directory.root}: asked. {_when(request, before)}")
+        say(f"{directory.root}: requested. {_expected_effect(request, before)}")
     return 0
 
 
-def _when(request: ControlRequest, status: RunStatus) -> str:
+def _expected_effect(request: ControlRequest, status: RunStatus) -> str:
+    """When and how the run will execute the request."""
     if status.state == "starting":
-        return "It ends before its work begins."
+        return "The run ends before training begins."
     if status.phase is None or status.phase in ("train", "validation", "export"):
-        after = {"stop": "saves and ends", "save": "saves", "validate": "draws"}[request]
-        return f"It {after} when this step is finished."
-    doing = f"it is {TITLES[status.phase]}"
+        action = {"stop": "saves and ends", "save": "saves", "validate": "generates images"}[request]
+        return f"The run {action} when this step is finished."
+    phase = f"The run is {TITLES[status.phase]}"
     if request == "stop":
-        return f"{doing[0].upper()}{doing[1:]}, and ends where it is; what is finished is kept."
-    return f"{doing[0].upper()}{doing[1:]}, and obeys after its first step."
+        return f"{phase} and ends at once; finished work is kept."
+    return f"{phase}; it executes the request after the first step."
 
 
-def _awaited(directory: RunDirectory, request: ControlRequest, place: int) -> dict[str, Any]:
-    """Wait until a request is obeyed; what came of it.
+def _await_result(directory: RunDirectory, request: ControlRequest, offset: int) -> dict[str, Any]:
+    """Wait until the run has executed `request`; returns the result. `offset` is the size of the events before it.
 
     Raises:
-        CheckpointError: the run ended without it.
+        CheckpointError: the run ended before it executed the request.
     """
     steps_after = 0
-    for event in followed(directory, place):
+    for event in follow_events(directory, offset):
         kind = event["type"]
         if request == "stop" and kind == "end":
-            # The second one by what started it: it ends after it.
+            # The launcher holds the starting lock and ends after the run.
             while directory.lock().is_held() or directory.starting_lock().is_held():
                 time.sleep(POLL_EVENTS_EVERY_S)
             if event["reason"] == "error":
@@ -338,13 +338,16 @@ def _awaited(directory: RunDirectory, request: ControlRequest, place: int) -> di
         if request == "save" and kind == "checkpoint" and event["state"] == "saved":
             return {"done": f"saved {directory.root / event['path']}"}
         if request == "validate" and kind == "validation" and event["sheet"] and event["step"] > 0:
-            return {"done": f"drew {directory.root / event['sheet']}"}
-        # Taken, and no picture came of it two steps later: there are no prompts.
+            return {"done": f"generated {directory.root / event['sheet']}"}
+        # If the run has taken the request and two steps later there are no images, it has no prompts.
         steps_after += kind == "step" and not (directory.control / request).exists()
         if request == "validate" and steps_after > 1:
-            raise ConfigError.of(f"{directory.root} makes no pictures", remedy="It has no prompts, or no validation.")
+            raise ConfigError.of(
+                f"{directory.root} generates no validation images", remedy="It has no prompts, or no validation."
+            )
     if request == "stop" and status_of(directory).state == "stopped":
         return {"done": "stopped before it began"}
     raise CheckpointError.of(
-        f"{directory.root} ended before it obeyed", remedy=f"`{command_text(*_SHOW, directory.root)}` says how."
+        f"{directory.root} ended before it executed the request",
+        remedy=f"`{command_text(*_SHOW, directory.root)}` says how.",
     )

@@ -1,4 +1,4 @@
-"""`simpletuner server`: the page."""
+"""`simpletuner server`: serve the web page."""
 
 import asyncio
 import contextlib
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 USAGE = """usage: simpletuner server [--host ADDRESS] [--port 8001] [--root FOLDER ...] [--allowed-host NAME ...]
                           [--token-file PATH] [--ssl-cert PEM --ssl-key PEM] [--sampler-idle-minutes 5] [--open]
 
-  Serves the page over this folder: its configurations, pictures and runs. Runs do not depend on it.
+  Serves the web page for this folder: its configurations, images and runs. Runs continue without the server.
 """
 
 LOOPBACK = "127.0.0.1"
-LAST_WORDS_S = 2
-"""How long an answer may take to end once the server is told to."""
+SHUTDOWN_TIMEOUT_S = 2
+"""Time limit for unfinished responses when the server shuts down."""
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{16,128}")
@@ -43,7 +43,7 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]{16,128}")
 
 def _host(text: str) -> str:
     if not text:
-        raise ConfigError.of("--host: nothing is named", "an address of this machine")
+        raise ConfigError.of("--host: no address is given", "an address of this machine")
     return text
 
 
@@ -82,32 +82,32 @@ class ServerCommand:
     """Arguments of `simpletuner server`."""
 
     host: str = Flag(
-        "listen here instead of on this machine alone; a token is then asked for, and the link with it is printed",
+        "listen on this address instead of only on this machine; requires a token and prints the link with it",
         "ADDRESS",
         convert=_host,
     ).default(LOOPBACK)
     port: int = Flag(
-        "8001 by default; 0 takes a free one", "PORT", convert=_port, expects="a number from 0 to 65535"
+        "the port, by default 8001; 0 selects a free one", "PORT", convert=_port, expects="a number from 0 to 65535"
     ).default(8001)
     root: tuple[Path, ...] = Flag(
-        "also show this folder; may be given more than once", "FOLDER", convert=_root, is_repeatable=True
+        "also serve this folder; may be repeated", "FOLDER", convert=_root, is_repeatable=True
     ).default(())
     allowed_host: tuple[str, ...] = Flag(
-        "also answer to this name, besides localhost and IP addresses; asks for a token too",
+        "also accept this host name, besides localhost and IP addresses; requires a token",
         "NAME",
         convert=_host_name,
         expects="a name such as trainer.example, without a port",
         is_repeatable=True,
     ).default(())
     token_file: Path | None = Flag(
-        "ask for the token in this file, and keep it over restarts; it is made if it is not there",
+        "require the token in this file, which stays valid after a restart; the file is created if it does not exist",
         "PATH",
         convert=_file,
     ).default(None)
     ssl_cert: Path | None = Flag("serve HTTPS with this certificate", "PEM", convert=_file).default(None)
-    ssl_key: Path | None = Flag("and this key", "PEM", convert=_file).default(None)
+    ssl_key: Path | None = Flag("the certificate's private key", "PEM", convert=_file).default(None)
     sampler_idle_minutes: float = Flag(
-        "how long the model that drew samples stays loaded for the next ones; 5 by default, 0 frees it at once",
+        "time for which the model stays loaded after sampling; by default 5, 0 frees it at once",
         "MINUTES",
         convert=_minutes,
         expects="a number from 0 to 1440",
@@ -119,43 +119,43 @@ FORMS = {"": ServerCommand}
 
 
 def run(arguments: list[str]) -> int:
-    """Serve the page until it is told to end.
+    """Serve the page until the process receives INT or TERM.
 
     Raises:
-        ConfigError: a mistake in the flags, or an address that cannot be listened at.
+        ConfigError: a mistake in the flags, or the server cannot listen on the address.
         DiskError: no space for the token.
     """
     command = parse_command(ServerCommand, arguments, check=_tls_problems)
-    with contextlib.closing(_listening(command)) as listening, work_goes_on():
-        return _serve(command, listening)
+    with contextlib.closing(_listen(command)) as listener, work_goes_on():
+        return _serve(command, listener)
 
 
-def _serve(command: ServerCommand, listening: socket.socket) -> int:
-    # FastAPI and all that it brings: once the flags are known to be good.
+def _serve(command: ServerCommand, listener: socket.socket) -> int:
+    # Imported late, because FastAPI is slow to import: mistakes in the flags are reported first.
     import uvicorn
 
     from simpletuner.server.app import create_app
     from simpletuner.server.connections import MOST_CONNECTIONS, TimedProtocol
     from simpletuner.server.roots import Roots
 
-    address, port = listening.getsockname()[:2]
+    address, port = listener.getsockname()[:2]
     access = _access(command, address)
     url = f"{'https' if access.is_tls else 'http'}://{_shown_host(command, address)}:{port}/"
-    with_token = f"{url}?token={access.token}"
-    link = url if access.knows_owner else with_token
+    token_link = f"{url}?token={access.token}"
+    link = url if access.knows_owner else token_link
     idle_s = 60 * command.sampler_idle_minutes
     app = create_app(Roots(Path.cwd().resolve(), command.root), access, sampler_idle_s=idle_s)
-    logging.getLogger("uvicorn.error").addFilter(_is_no_farewell)
+    logging.getLogger("uvicorn.error").addFilter(_is_relevant)
     config = uvicorn.Config(
         app,
         http=TimedProtocol,
         limit_concurrency=MOST_CONNECTIONS,
         ws="none",
         log_level="warning",
-        access_log=False,  # the link with the token would stand in it
+        access_log=False,  # it would contain the link with the token
         server_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=LAST_WORDS_S,
+        timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
         ssl_certfile=None if command.ssl_cert is None else str(command.ssl_cert),
         ssl_keyfile=None if command.ssl_key is None else str(command.ssl_key),
     )
@@ -165,12 +165,12 @@ def _serve(command: ServerCommand, listening: socket.socket) -> int:
             await super().startup(sockets)
             say(f"The page is at {link}")
             if access.knows_owner:
-                say(f"Other users of this machine, and their proxies, need the token: {with_token}")
+                say(f"Other users of this machine, and their proxies, need the token: {token_link}")
             if command.open:
                 asyncio.get_running_loop().run_in_executor(None, webbrowser.open, link)
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            # A stream of events has no end to wait for, and a command's answer may take minutes.
+            # Do not wait: a stream of events never ends, and a command's response may take minutes.
             app.state.context.streams.close()
             for task in self.server_state.tasks:
                 task.cancel()
@@ -178,17 +178,17 @@ def _serve(command: ServerCommand, listening: socket.socket) -> int:
 
     server = Server(config)
     with _signals_end_quietly():
-        server.run([listening])
+        server.run([listener])
     if not server.started:
         return 1
-    say("The page is closed. Runs go on.")
+    say("The page is closed. Runs continue.")
     return 0
 
 
 @contextlib.contextmanager
 def _signals_end_quietly() -> Iterator[None]:
-    """Inside, INT and TERM are for uvicorn, which ends in good order and sends itself the signal once more after it:
-    here that does nothing."""
+    """Ignore INT and TERM outside of uvicorn's own handlers. uvicorn shuts down on these signals and then raises them
+    again."""
     previous = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -197,8 +197,8 @@ def _signals_end_quietly() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _is_no_farewell(record: logging.LogRecord) -> bool:
-    """Whether a message is about more than an answer that was cut off because the server ends."""
+def _is_relevant(record: logging.LogRecord) -> bool:
+    """Whether a log message is about anything but a response that the shutdown cancelled."""
     raised = record.exc_info[1] if record.exc_info else None
     return not isinstance(raised, asyncio.CancelledError)
 
@@ -208,14 +208,14 @@ def _access(command: ServerCommand, address: str) -> "Access":
     from simpletuner.server.peer import knows_users
 
     is_loopback = ipaddress.ip_address(address).is_loopback
-    asks_owner = not is_loopback or bool(command.allowed_host) or command.token_file is not None
-    token = _new_token() if command.token_file is None else _token_in(command.token_file)
+    requires_token = not is_loopback or bool(command.allowed_host) or command.token_file is not None
+    token = _new_token() if command.token_file is None else _file_token(command.token_file)
     names = frozenset(name.lower() for name in command.allowed_host)
     return Access(
         is_loopback,
         names,
         token,
-        knows_owner=not asks_owner and knows_users(address),
+        knows_owner=not requires_token and knows_users(address),
         is_tls=command.ssl_cert is not None,
     )
 
@@ -224,33 +224,33 @@ def _new_token() -> str:
     return secrets.token_urlsafe(32)
 
 
-def _token_in(path: Path) -> str:
-    """The token that is kept in `path`, made there where it is absent.
+def _file_token(path: Path) -> str:
+    """The token in the file `path`, which is created if it does not exist.
 
     Raises:
-        ConfigError: it cannot be read, others can read it, or it holds no token.
-        DiskError: no space for it.
+        ConfigError: the file cannot be read, other users can read it, or it contains no token.
+        DiskError: no space for the file.
     """
     with (
         file_errors_reported(path, ConfigError),
         contextlib.suppress(FileExistsError),
         open(path, "x", encoding="ascii", opener=_private) as file,
     ):
-        made = _new_token()
-        file.write(f"{made}\n")
-        return made
+        token = _new_token()
+        file.write(f"{token}\n")
+        return token
     try:
-        others_may = path.stat().st_mode & 0o077
+        is_exposed = path.stat().st_mode & 0o077
         token = path.read_bytes()[:1000].decode("ascii", errors="replace").strip()
     except OSError as error:
         raise ConfigError.of(f"--token-file {path}: cannot be read ({error.strerror})") from None
-    if others_may:
-        raise ConfigError.of(f"--token-file {path}: others may read it", remedy=command_text("chmod", "600", path))
+    if is_exposed:
+        raise ConfigError.of(f"--token-file {path}: other users can read it", remedy=command_text("chmod", "600", path))
     if _TOKEN.fullmatch(token) is None:
         raise ConfigError.of(
-            f"--token-file {path}: no token in it",
+            f"--token-file {path}: it contains no token",
             "16 to 128 letters, digits, - and _",
-            "Name a file that is not there yet, and one is made.",
+            "Name a file that does not exist; the server creates it with a new token.",
         )
     return token
 
@@ -259,11 +259,11 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _listening(command: ServerCommand) -> socket.socket:
-    """A socket at the address, from which on nobody else can take it.
+def _listen(command: ServerCommand) -> socket.socket:
+    """A socket that listens on the command's address and port.
 
     Raises:
-        ConfigError: the address is no one's, not this machine's or taken.
+        ConfigError: the address does not exist, belongs to another machine, or is in use.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -271,29 +271,29 @@ def _listening(command: ServerCommand) -> socket.socket:
         )[0]
     except (socket.gaierror, UnicodeError):
         raise ConfigError.of(f"--host {command.host}: no such host", "an address of this machine") from None
-    listening = socket.socket(family, kind, protocol)
+    listener = socket.socket(family, kind, protocol)
     try:
-        # Right after a restart, connections of the last server still hold the port for a minute.
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen()
+        # Right after a restart, connections of the previous server occupy the port for a minute.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen()
     except OSError as error:
-        listening.close()
+        listener.close()
         raise ConfigError.of(
-            f"cannot listen at {command.host}, port {command.port} ({error.strerror})",
-            remedy="Give another --port, or --port 0 for a free one; if it is this server, its page is there already.",
+            f"cannot listen on {command.host}, port {command.port} ({error.strerror})",
+            remedy="Give another --port, or --port 0 for a free port. If simpletuner uses it, its page is there already.",
         ) from None
-    return listening
+    return listener
 
 
 def _shown_host(command: ServerCommand, address: str) -> str:
-    """The host of the link: where a browser finds this server."""
+    """The host in the link, by which a browser reaches this server."""
     if command.allowed_host:
         return command.allowed_host[0]
-    found = ipaddress.ip_address(address)
-    if found.is_loopback:
+    ip = ipaddress.ip_address(address)
+    if ip.is_loopback:
         return "localhost" if address == LOOPBACK else _bracketed(address)
-    return _bracketed(_network_address(found.version) if found.is_unspecified else address)
+    return _bracketed(_network_address(ip.version) if ip.is_unspecified else address)
 
 
 def _bracketed(address: str) -> str:
@@ -302,15 +302,15 @@ def _bracketed(address: str) -> str:
 
 def _network_address(version: int) -> str:
     """This machine's address in its network."""
-    elsewhere, loopback = ("192.0.2.1", LOOPBACK) if version == 4 else ("2001:db8::1", "::1")
+    remote, loopback = ("192.0.2.1", LOOPBACK) if version == 4 else ("2001:db8::1", "::1")
     try:
-        return own_address(elsewhere)
+        return own_address(remote)
     except OSError:
         return loopback
 
 
 def _tls_problems(command: ServerCommand) -> list[Problem]:
-    """The problems with certificate and key."""
+    """Problems of the certificate and its key."""
     certificate, key = command.ssl_cert, command.ssl_key
     named = {name: path for name, path in (("ssl-cert", certificate), ("ssl-key", key)) if path is not None}
     if len(named) == 1:
@@ -319,9 +319,9 @@ def _tls_problems(command: ServerCommand) -> list[Problem]:
     if certificate is None or missing:
         return missing
     try:
-        # A key with a password would be asked for at the terminal: an empty one makes it an error.
+        # OpenSSL would ask for the password of an encrypted key at the terminal; an empty password makes it an error.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
     except (ssl.SSLError, OSError) as error:
-        found = f"--ssl-cert {certificate} and --ssl-key {key} do not go together ({error.strerror or error})"
+        found = f"--ssl-cert {certificate} and --ssl-key {key} do not match ({error.strerror or error})"
         return [Problem(found, "a certificate and its key as PEM, the key without a password")]
     return []

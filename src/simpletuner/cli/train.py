@@ -1,4 +1,4 @@
-"""`simpletuner train`: check the configuration without torch, then hand over, or start one process for each GPU."""
+"""`simpletuner train`: check the configuration without torch, then train here or start one process for each GPU."""
 
 import os
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from simpletuner.base.errors import ConfigError
 from simpletuner.base.files import read_json, sha256_json
 from simpletuner.base.machine import visible_gpus
 from simpletuner.base.signals import deferred_signals
-from simpletuner.cli.help import help_asked, train_help
+from simpletuner.cli.help import requested_help, train_help
 from simpletuner.cli.loading import load_here
 from simpletuner.config.deepspeed import deepspeed_findings
 from simpletuner.config.load import Loaded
@@ -27,7 +27,7 @@ from simpletuner.runs.ranks import Supervisor, as_rank, place_of, train_command
 from simpletuner.runs.samplers import end_samplers
 
 MAY_DIFFER_BETWEEN_MACHINES = {"machine_rank", "main_process_port", "max_workers"}
-"""Recorded options that are a machine's own."""
+"""Recorded options that may have another value on each machine."""
 
 _USAGE = "usage: simpletuner train [--config PATH | --env NAME | --example NAME] [--like FILE] [--option value ...]"
 
@@ -36,9 +36,9 @@ def run(arguments: list[str]) -> int:
     """Check the configuration, then train. Returns the exit code.
 
     Raises:
-        UserError: a problem the user can mend.
+        UserError: a problem that the user can fix.
     """
-    word = help_asked(arguments)
+    word = requested_help(arguments)
     if word is not None:
         say(train_help(_USAGE, word))
         return 0
@@ -59,7 +59,7 @@ def run(arguments: list[str]) -> int:
                     loaded = replace(loaded, notices=(*loaded.notices, notice))
             if place is None or place.rank == 0:
                 end_samplers(Path.cwd(), os.environ, say)
-            # torch: only once the configuration is known to be good
+            # Imported late, because it loads torch: mistakes in the configuration are reported first.
             from simpletuner.memory.rendezvous import join
             from simpletuner.train import job
 
@@ -69,29 +69,29 @@ def run(arguments: list[str]) -> int:
 
 
 def processes(options: RankOptions, gpus: int) -> int:
-    """How many processes train, on machines with so many visible GPUs each; without any they compute on the CPU.
+    """The number of processes that train, on machines with `gpus` visible GPUs each; without GPUs they use the CPU.
 
     Raises:
-        ConfigError: more than there are GPUs.
+        ConfigError: there are fewer GPUs than processes.
     """
-    machines, asked = options.num_machines, options.num_processes
-    if asked is None:
+    machines, count = options.num_machines, options.num_processes
+    if count is None:
         return machines * max(1, gpus) if options.takes_every_gpu else machines
     if 0 < gpus < options.ranks_per_machine:
         on_each = f" on each of {machines} machines" if machines > 1 else ""
         raise ConfigError.of(
-            f"num_processes = {asked} with {gpus} visible GPU{'s' * (gpus > 1)}{on_each}",
+            f"num_processes = {count} with {gpus} visible GPU{'s' * (gpus > 1)}{on_each}",
             "at most one process on each GPU",
             f"Give --num_processes={gpus * machines}, or make more GPUs visible with CUDA_VISIBLE_DEVICES.",
         )
-    return asked
+    return count
 
 
 def _supervise(arguments: Sequence[str], loaded: Loaded, size: int) -> int:
-    """Train as `size` processes, this machine's share of them here; returns the exit code."""
+    """Train as `size` processes, of which this machine runs its share; returns the exit code."""
     config = loaded.config
-    here = size // config.num_machines
-    end_samplers(Path.cwd(), {**os.environ, "LOCAL_WORLD_SIZE": str(here)}, say)
+    local_size = size // config.num_machines
+    end_samplers(Path.cwd(), {**os.environ, "LOCAL_WORLD_SIZE": str(local_size)}, say)
     stop_if_asked()
     machines = None
     if config.num_machines > 1:
@@ -103,13 +103,12 @@ def _supervise(arguments: Sequence[str], loaded: Loaded, size: int) -> int:
             _terms(loaded, size),
             config.distributed_timeout_s,
         )
-    return Supervisor(here, RunDirectory(Path(config.output_dir)), machines)(train_command(arguments), os.environ)
+    return Supervisor(local_size, RunDirectory(Path(config.output_dir)), machines)(train_command(arguments), os.environ)
 
 
 def _terms(loaded: Loaded, size: int) -> dict[str, Any]:
-    """What must be the same on each machine: all that may be recorded of the options, the number of processes, and what
-    validation images show.
-    """
+    """Everything that must be equal on all machines: the recorded options, the number of processes, and the prompts of
+    the validation images."""
     config = loaded.config.model_copy(update={"num_processes": size})
     prompts = {name: prompt.text for name, prompt in loaded.prompts.items()}
     return {
@@ -121,7 +120,7 @@ def _terms(loaded: Loaded, size: int) -> dict[str, Any]:
 
 
 def _is_trained(config: RunConfig) -> bool:
-    """Whether all steps are done, as far as the run's own record tells: one process is enough to say so."""
+    """Whether the run's record shows that all steps are done. Then one process is enough to report that."""
     if config.max_train_steps is None:
         return False
     try:
@@ -135,7 +134,7 @@ def _settled(loaded: Loaded, size: int) -> Loaded:
     """`loaded` with its number of processes, on which `deepspeed_config` may depend.
 
     Raises:
-        ConfigError: with so many it is wrong.
+        ConfigError: `deepspeed_config` is wrong for this number of processes.
     """
     if loaded.config.deepspeed_config is None:
         return loaded
@@ -145,7 +144,7 @@ def _settled(loaded: Loaded, size: int) -> Loaded:
 
 
 def _idle_gpus(config: RunConfig, gpus: int) -> str | None:
-    """A notice, where this machine trains with one process and nobody asked for that."""
+    """A notice if this machine trains with one process although the options do not say so; None otherwise."""
     if config.num_processes is not None:
         return None
     if not config.takes_every_gpu and gpus > 1:

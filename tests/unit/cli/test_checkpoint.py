@@ -92,8 +92,8 @@ def test_nothing_is_deleted_while_the_run_goes_on(directory: RunDirectory) -> No
     ("arguments", "message"),
     [
         ([], "nothing to do: expected list, verify or delete"),
-        (["delete", RUN], "which is not said: expected either --step N or --all"),
-        (["delete", RUN, "--step=5"], "nobody can be asked whether to delete the checkpoint of step 5"),
+        (["delete", RUN], "no checkpoint is named: expected either --step N or --all"),
+        (["delete", RUN, "--step=5"], "no terminal to confirm the deletion of the checkpoint of step 5"),
         (["delete", RUN, "--step=x", "--yes"], "--step = 'x': expected a whole number"),
         (["verify", RUN, "--step"], "--step: nothing follows it"),
         (["list", RUN, "--step=5"], "--step=5 is not understood"),
@@ -113,4 +113,4 @@ def test_a_step_that_is_not_there_is_named_with_those_that_are() -> None:
 
 def test_help_says_what_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoint", "--help"]) == 0
-    assert "The newest one that verifies" in capsys.readouterr().out
+    assert "the newest checkpoint that verifies" in capsys.readouterr().out

@@ -25,7 +25,7 @@ def test_check_says_what_was_found(capsys: pytest.CaptureFixture[str]) -> None:
     assert config.run(["check", "--seed=1", "--huber_c=0.2"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "huber_c has no effect: loss_type is l2.",
-        "The configuration is right: 4 options given, 1 datasets to train, 0 held out, 0 prompts.",
+        "The configuration is valid: 4 options set, 1 training datasets, 0 held-out datasets, 0 prompts.",
     ]
 
 

@@ -42,8 +42,8 @@ def project(own_folder: Path, pictures: Path) -> Path:
 def test_scan_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["scan"]) == 0
     text = capsys.readouterr().out
-    assert "6 pictures, each seen 2 times (repeats = 1): 12 visits an epoch" in text
-    assert "    size     pictures\n    96x176   1\n" in text
+    assert "6 images, each used 2 times (repeats = 1): 12 samples per epoch" in text
+    assert "    size     images\n    96x176   1\n" in text
     assert "left out: 1 not an image\n" in text
     assert "    broken.jpg  not an image  no picture format that is read here\n" in text
 
@@ -141,7 +141,7 @@ def test_show_draws_a_mask_as_the_loss_takes_it(own_folder: Path, kind: str) -> 
         (["show", "--count", "none"], "--count = 'none'"),
         (["show", "--count=0"], "--count = '0'"),
         (["show", "--out"], "--out: nothing follows it"),
-        (["scan", "--set", "other"], "--set = 'other': no such set: expected one of my-dataset"),
+        (["scan", "--set", "other"], "--set = 'other': no such dataset: expected one of my-dataset"),
         (["cache", "--set", "my-dataset"], "--set with dataset cache"),
         (["show", "--pictures"], "--pictures with dataset show: expected dataset scan"),
         (["show", "--progress"], "--progress with dataset show: expected dataset scan or cache"),
@@ -171,7 +171,7 @@ def test_problems_of_all_sets_come_together(project: Path) -> None:
 @pytest.mark.slow  # brings both encoders in
 def test_cache_fills_what_a_run_reads(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["cache"]) == 0
-    assert "The caches are filled." in capsys.readouterr().out
+    assert "The caches are complete." in capsys.readouterr().out
     assert len(list((project / "cache" / "vae").rglob("*.safetensors"))) == 6
     assert len(list((project / "cache" / "text").rglob("*.safetensors"))) >= 6
     assert run(["cache", "--json", "--progress"]) == 0
@@ -186,4 +186,4 @@ def test_cache_fills_what_a_run_reads(project: Path, capsys: pytest.CaptureFixtu
 
 def test_help_lists_the_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["dataset", "--help"]) == 0
-    assert "draw the crops that will be trained" in capsys.readouterr().out
+    assert "the crops that the run trains on" in capsys.readouterr().out

@@ -104,7 +104,7 @@ def test_torch_for_the_cpu_beside_a_gpu_is_named(gpu: Any, capsys: pytest.Captur
     code, checks = examined(capsys)
     assert code == 2
     assert checks["torch"]["state"] == "missing"
-    assert "built for the CPU, beside a GPU" in checks["torch"]["found"]
+    assert "built for the CPU, although there is a GPU" in checks["torch"]["found"]
     assert checks["GPU"]["found"] == "NVIDIA RTX 4090, 23.99 GiB, driver 580.65"
     assert checks["VRAM"]["state"] == "ok", "int8 and streaming, as for a card of 24 GB"
 
@@ -112,7 +112,7 @@ def test_torch_for_the_cpu_beside_a_gpu_is_named(gpu: Any, capsys: pytest.Captur
 def test_several_gpus_are_told_with_what_plans_for_them(gpu: Any, capsys: pytest.CaptureFixture[str]) -> None:
     gpu(count=2)
     _, checks = examined(capsys)
-    assert checks["GPUs"]["found"] == "2, of which one trains; simpletuner plan --gpus=2 says how all of them can"
+    assert checks["GPUs"]["found"] == "2, of which one trains; simpletuner plan --gpus=2 shows how to train on all"
     tiny_project(num_processes=2)
     capsys.readouterr()
     assert "GPUs" not in examined(capsys)[1]
@@ -234,7 +234,7 @@ def test_a_folder_that_may_not_be_written_is_named(monkeypatch: pytest.MonkeyPat
             output = list(_disk(RunConfig(output_dir=f"{place}/out")))[-1]
         finally:
             os.seteuid(0)
-    assert (output.state, output.found, output.exit_code) == ("missing", f"{place} may not be written", 7)
+    assert (output.state, output.found, output.exit_code) == ("missing", f"{place} is not writable", 7)
 
 
 def test_mistakes_are_refused() -> None:

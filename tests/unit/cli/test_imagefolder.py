@@ -29,14 +29,14 @@ def test_captions_are_found_replaced_and_taken_back(folder: Path, capsys: pytest
     assert dry["changes"][0]["after"] == "a hard gradient, number 0\n"
     assert "soft" in (folder / "picture-0.txt").read_text()
     (folder / "picture-1.txt").write_text("a soft thing")
-    with pytest.raises(ConfigError, match="--revision: the captions are not what they were"):
+    with pytest.raises(ConfigError, match="--revision: the captions have changed since then"):
         run([*edit, "--revision", dry["revision"]])
     assert run(list(edit)) == 0
     text = capsys.readouterr().out
     assert text.startswith(
         "6 captions of 6 images changed.\n  picture-0.txt\n    - a soft gradient, number 0\n    + a hard"
     )
-    assert "`simpletuner dataset captions images --undo` takes it back." in text
+    assert "`simpletuner dataset captions images --undo` undoes the change." in text
     assert (folder / "picture-1.txt").read_text() == "a hard thing"
     assert answer(capsys, "captions", "images", "--undo")["undone"] == 6
     assert (folder / "picture-1.txt").read_text() == "a soft thing"
@@ -83,12 +83,12 @@ def test_partners_are_deleted_with_their_images(
     assert run([*delete, "--yes"]) == 0
     assert capsys.readouterr().out == (
         "2 images, 2 captions and 1 partners are deleted.\n"
-        "4 files are in images/.simpletuner/trash/1; `simpletuner dataset delete images --undo` brings them back.\n"
-        "1 files are in before/.simpletuner/trash/1; `simpletuner dataset delete before --undo` brings them back.\n"
+        "4 files are in images/.simpletuner/trash/1; `simpletuner dataset delete images --undo` restores them.\n"
+        "1 files are in before/.simpletuner/trash/1; `simpletuner dataset delete before --undo` restores them.\n"
     )
     assert not list((own_folder / "before").glob("*.png"))
     assert answer(capsys, "delete", "before", "--undo")["undone"] == 1
-    with pytest.raises(ConfigError, match="the folder of the images"):
+    with pytest.raises(ConfigError, match="the same folder as the images"):
         run(["delete", "images", "--names", "names.txt", "--partners", "images/../images"])
     with pytest.raises(ConfigError, match="--partners without --names"):
         run(["delete", "images", "--undo", "--partners", "before"])
@@ -111,7 +111,7 @@ def test_a_partner_that_cannot_be_moved_keeps_its_image(folder: Path, own_folder
 
 def test_duplicates_are_printed_with_their_kind(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["duplicates", "images"]) == 0
-    assert capsys.readouterr().out == "No image is there twice.\n"
+    assert capsys.readouterr().out == "There are no duplicates.\n"
     shutil.copy(folder / "picture-1.png", folder / "twin.png")
     assert run(["duplicates", "images", "--progress"]) == 0
     out, err = capsys.readouterr()

@@ -68,7 +68,7 @@ def test_flags_alone_write_files_that_load(project: Path, capsys: pytest.Capture
     assert not image_set.prepend_instance_prompt
     assert [notice for notice in found.notices if "license" not in notice] == []
     told = capsys.readouterr().out
-    assert "6 images in datasets/zorblat, 5 with a caption; trained at 512." in told
+    assert "6 images in datasets/zorblat, 5 with a caption; resolution 512." in told
     assert "Trains a rank-16 LoRA of FLUX.2-dev on 6 images, 600 steps (each image seen 100 times); needs " in told
     assert "are enlarged to reach `resolution`" in told
 
@@ -127,8 +127,8 @@ def test_three_questions_and_the_word(project: Path, typed: Any, capsys: pytest.
     assert run([]) == 0
     asked = capsys.readouterr()
     assert "1. Where are the images [datasets/zorblat]: " in asked.err
-    assert "'nowhere' was not understood: expected a folder." in asked.out
-    assert "'stile' was not understood: expected subject or style." in asked.out
+    assert "'nowhere' is not understood: expected a folder." in asked.out
+    assert "'stile' is not understood: expected subject or style." in asked.out
     found = loaded(project)
     assert found.config.model_flavour == "tiny"
     assert found.prompts["large"].text == "a large ink wash on a green background, middle"
@@ -221,8 +221,8 @@ def test_images_without_captions_get_the_word(own_folder: Path, capsys: pytest.C
         (["--card=6"], "--card = '6': expected 8 GB, 12 GB"),
         (["--card=big"], "--card = 'big': expected 8 GB, 12 GB"),
         (["--recipe=edit"], "--recipe = 'edit': expected subject or style"),
-        (["--images=nowhere"], "--images = 'nowhere': expected a folder that is there"),
-        (["--images=~no-such-user/a"], "--images = '~no-such-user/a': expected a folder that is there"),
+        (["--images=nowhere"], "--images = 'nowhere': expected an existing folder"),
+        (["--images=~no-such-user/a"], "--images = '~no-such-user/a': expected an existing folder"),
         (["--env=a/b"], "--env = 'a/b': expected a name"),
         (["--trigger="], "--trigger = ''"),
         (["--recipes=style"], "--recipes=style: no such flag. Did you mean --recipe?"),

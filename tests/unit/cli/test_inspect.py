@@ -19,11 +19,11 @@ def test_a_lora_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     text = capsys.readouterr().out
     for part in (
         "LoRA for FLUX.2 tiny",
-        "dev, by its header",
+        "dev, according to its header",
         "kohya; F32",
         "47 layers (custom)",
         "loads all of it",
-        "drops 6 of 47: ",
+        "leaves out 6 of 47: ",
         "transformer_blocks.*.attn.to_q",
         "single_transformer_blocks.5",
         "a trainer of kohya's family",
@@ -73,9 +73,9 @@ def test_what_a_loader_makes_of_a_mixture_is_not_said(tmp_path: Path, capsys: py
     write_dialect(tmp_path / "a.safetensors", TINY, *MIXTURE)
     run([str(tmp_path / "a.safetensors")])
     told = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
-    assert "cannot be said: the prefixes of some keys" in told["diffusers"]
+    assert "unknown: the prefixes of some keys" in told["diffusers"]
     assert "loads" not in told["diffusers"]
-    assert " drops " in told["ComfyUI"]
+    assert "leaves out " in told["ComfyUI"]
     assert "mixed: bfl, comfyui, diffusers; F32" in told["layout"]
 
 

@@ -67,7 +67,7 @@ def test_another_run_decides_the_weights_alike(capsys: pytest.CaptureFixture[str
     assert "From cats.safetensors: " in told
     for shown in ("lora_rank = 24", "max_train_steps = 700", "peft_lora_target_modules = "):
         assert shown in told
-    assert "From here: data_backend_config = 'sets.json', output_dir = 'output/new'." in told
+    assert "From this command and its configuration: data_backend_config = 'sets.json', output_dir = 'output/new'." in told
     assert "learning_rate = 0.0003" in told
     assert "lr_scheduler" not in told, "it is at its default"
     # What the processes of several ranks, and the queue, are started with, says the same without the file.
@@ -168,7 +168,7 @@ def test_at_a_terminal_it_asks_for_datasets_and_paths(
     assert (loaded.datasets_file, loaded.config.output_dir) == (Path("multidatabackend.json"), "output/second")
     told = capsys.readouterr().err
     assert "It was trained on 'my-own-finetune', which its header cannot say where to find." in told
-    assert "From here: data_backend_config = 'multidatabackend.json', output_dir = 'output/second'." in told
+    assert "From this command and its configuration: data_backend_config = 'multidatabackend.json', output_dir = 'output/second'." in told
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_files_that_say_nothing_are_refused() -> None:
     Path("text.safetensors").write_text("no tensors")
     Path("folder").mkdir()
     for file, kind, told in (
-        ("foreign.safetensors", ConfigError, "does not have the options it was trained with"),
+        ("foreign.safetensors", ConfigError, "lacks the training options"),
         ("text.safetensors", AccessError, "safetensors"),
         ("gone.safetensors", ConfigError, "no such file"),
         ("folder", ConfigError, "no such file"),

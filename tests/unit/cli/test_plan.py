@@ -273,7 +273,7 @@ def test_hosts_are_planned_with_gpus_on_each(capsys: pytest.CaptureFixture[str])
 
 
 def test_hosts_need_gpus() -> None:
-    with pytest.raises(ConfigError, match=r"--hosts is given without --gpus.*such as --gpus 8"):
+    with pytest.raises(ConfigError, match=r"--hosts without --gpus.*such as --gpus 8"):
         run(["--hosts=2"])
 
 
@@ -365,7 +365,7 @@ def test_images_that_nobody_has_looked_at_are_not_counted(capsys: pytest.Capture
         (["--gpus=-1"], "--gpus = '-1': expected a whole number from 1 to 1024"),
         (["--gpus=1000000"], "--gpus = '1000000': expected a whole number from 1 to 1024"),
         (["--gpus=two"], "--gpus = 'two': expected a whole number from 1 to 1024"),
-        (["--gpus=2", "--show-timesteps"], "--gpus is given beside --show-timesteps: expected one of them"),
+        (["--gpus=2", "--show-timesteps"], "--gpus with --show-timesteps: expected one of them"),
         (["--vram=24", "--lora_rnak=3"], "--lora_rnak: no such option"),
     ],
 )

@@ -55,7 +55,7 @@ def test_show_tells_where_a_run_stands(capsys: pytest.CaptureFixture[str]) -> No
     lines = capsys.readouterr().out.splitlines()
     assert lines[:3] == [
         f"output/cats: running, process {os.getpid()}",
-        "  step 4 of 10 (40%), loss 0.5000 in that step, 2.00 s/step, 12 s left",
+        "  step 4 of 10 (40%), loss 0.5000 at that step, 2.00 s/step, 12 s left",
         "  held-out loss 0.7500 at first, 0.7500 at last",
     ]
     run(["show", "output/cats"])
@@ -88,13 +88,13 @@ def test_a_run_may_be_that_of_the_configuration(own_folder: Path, capsys: pytest
 
 def test_list_has_the_newest_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["list"]) == 0
-    assert capsys.readouterr().out == "No runs below output. `simpletuner run start` starts one.\n"
+    assert capsys.readouterr().out == "No runs in output. `simpletuner run start` starts one.\n"
     made("old", BEGUN, STEP)
     made("new", PhaseEvent(phase="text", state="begin"), ProgressEvent(phase="text", done=1, total=2, per_s=1, eta_s=1))
     with RunDirectory(Path("output/new")).lock():
         assert run(["list"]) == 0
     head, new, old = capsys.readouterr().out.splitlines()
-    assert head.split() == ["run", "state", "step", "step's", "loss", "began", "doing"]
+    assert head.split() == ["run", "state", "step", "step's", "loss", "started", "phase"]
     assert new.startswith("output/new  running  0")
     assert new.endswith("encoding captions")
     assert old.split()[:4] == ["output/old", "killed", "4/10", "0.5000"]
@@ -122,7 +122,7 @@ def test_the_list_is_filtered_and_sorted(capsys: pytest.CaptureFixture[str]) -> 
     assert listed("--find=too HIGH") == ["a-dogs"]
     assert listed("--find=cats", "--state=done") == ["b-cats"]
     assert run(["list", "--state", "failed"]) == 0
-    assert capsys.readouterr().out == "No such runs below output.\n"
+    assert capsys.readouterr().out == "No matching runs in output.\n"
     assert run(["list", "--find", "dogs"]) == 0
     assert capsys.readouterr().out.splitlines()[1].endswith("Rate too high")
     with pytest.raises(ConfigError, match=r"--sort = 'size': expected started, name, loss or state"):
@@ -133,9 +133,9 @@ def test_a_stop_says_what_was_saved(capsys: pytest.CaptureFixture[str]) -> None:
     stopped = EndEvent(reason="stopped", exit_code=75, step=4, seconds=1)
     directory = made("cats", BEGUN, STEP, stopped)
     for saved, said in (
-        (None, "nothing was saved: the same command begins anew"),
-        (2, "step 4 was not saved: the same command goes on from step 2"),
-        (4, "saved at step 4: the same command goes on from there"),
+        (None, "no checkpoint was saved: the same command starts from the beginning"),
+        (2, "step 4 was not saved: the same command resumes from step 2"),
+        (4, "saved at step 4: the same command resumes from that step"),
     ):
         if saved is not None:
             directory.checkpoint(saved).mkdir()
@@ -145,14 +145,14 @@ def test_a_stop_says_what_was_saved(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_run_is_deleted_after_asking(capsys: pytest.CaptureFixture[str]) -> None:
     directory = made("cats", BEGUN)
-    with pytest.raises(ConfigError, match=r"nobody can be asked whether to delete output/cats\. Give --yes"):
+    with pytest.raises(ConfigError, match=r"no terminal to confirm the deletion of output/cats\. Give --yes"):
         run(["delete", "output/cats"])
     with directory.lock(), pytest.raises(CheckpointError, match="is in use by process"):
         run(["delete", "output/cats", "--yes"])
     assert run(["delete", "output/cats", "--yes"]) == 0
     assert capsys.readouterr().out.startswith("output/cats is deleted: ")
     assert not directory.root.exists()
-    with pytest.raises(ConfigError, match="output/cats: no run is there"):
+    with pytest.raises(ConfigError, match="output/cats: no such run"):
         run(["delete", "output/cats", "--yes"])
 
 
@@ -164,7 +164,7 @@ def test_the_queue_is_reordered(own_folder: Path, capsys: pytest.CaptureFixture[
     assert [entry["id"] for entry in json.loads(capsys.readouterr().out)["entries"]] == [3, 1, 2]
     assert run(["queue", "move", "1", "3"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:4]] == ["3", "2", "1"]
-    with pytest.raises(ConfigError, match=r"no entry is named.*\n.*where to is not said: expected up, down, top"):
+    with pytest.raises(ConfigError, match=r"no entry is named.*\n.*no position is given: expected up, down, top"):
         run(["queue", "move"])
 
 
@@ -174,7 +174,7 @@ def test_a_request_is_left_for_who_holds_the_run(capsys: pytest.CaptureFixture[s
         assert run(["save", "output/cats"]) == 0
         assert run(["stop", "output/cats", "--json"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("output/cats: asked. It saves when this step is finished.\n")
+    assert out.startswith("output/cats: requested. The run saves when this step is finished.\n")
     assert json.loads(out.partition("\n")[2])["request"] == "stop"
     assert {path.name for path in directory.control.iterdir()} == {"save", "stop"}
 
@@ -185,8 +185,8 @@ def test_a_request_before_the_training_says_when_it_is_obeyed(capsys: pytest.Cap
         run(["stop", "output/cats"])
         run(["validate", "output/cats"])
     stop, validate = capsys.readouterr().out.splitlines()
-    assert stop.endswith("It is encoding pictures, and ends where it is; what is finished is kept.")
-    assert validate.endswith("It is encoding pictures, and obeys after its first step.")
+    assert stop.endswith("The run is encoding pictures and ends at once; finished work is kept.")
+    assert validate.endswith("The run is encoding pictures; it executes the request after the first step.")
 
 
 @contextlib.contextmanager
@@ -234,9 +234,9 @@ def test_waiting_returns_when_it_is_done(
 @pytest.mark.parametrize(
     ("request_", "events", "message"),
     [
-        ("save", (EndEvent(reason="error", exit_code=7, step=5, seconds=1),), "ended before it obeyed"),
-        ("stop", (EndEvent(reason="error", exit_code=7, step=5, seconds=1),), "ended before it obeyed"),
-        ("validate", (STEP, STEP, STEP), "output/cats makes no pictures"),
+        ("save", (EndEvent(reason="error", exit_code=7, step=5, seconds=1),), "ended before it executed the request"),
+        ("stop", (EndEvent(reason="error", exit_code=7, step=5, seconds=1),), "ended before it executed the request"),
+        ("validate", (STEP, STEP, STEP), "output/cats generates no validation images"),
     ],
 )
 def test_waiting_for_what_does_not_come_is_an_error(request_: str, events: tuple[Event, ...], message: str) -> None:
@@ -275,8 +275,8 @@ def test_following_tells_what_comes(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "nothing to do: expected one of start, stop, save, validate, show, list, note, delete, queue"),
         (["strat"], "run strat: no such command.* Did you mean simpletuner run start"),
-        (["show", "output/nothing"], "output/nothing: no run is there. `simpletuner run start` starts one"),
-        (["show", "file"], "file: no run is there"),
+        (["show", "output/nothing"], "output/nothing: no such run. `simpletuner run start` starts one"),
+        (["show", "file"], "file: no such run"),
         (["show"], "no run is named: expected its directory after `simpletuner run show`"),
         (["show", "output/a", "--queue"], "simpletuner run show: --queue is not understood"),
         (["list", "nowhere"], "nowhere: no such folder"),
@@ -322,20 +322,20 @@ def test_start_refuses_a_run_that_is_going_on(own_folder: Path) -> None:
 
 def test_the_queue_is_listed(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["queue"]) == 0
-    assert capsys.readouterr().out.startswith("Nothing is in the queue.")
+    assert capsys.readouterr().out.startswith("The queue is empty.")
     queue = Queue.of(own_folder)
     queue.add(["--lora_rank=8"], "output/cats", "0")
     assert run(["queue"]) == 0
     head, entry, idle = capsys.readouterr().out.splitlines()
     assert head.split() == ["id", "state", "run", "devices", "since"]
     assert entry.split()[:4] == ["1", "waiting", "output/cats", "0"]
-    assert idle == "Nothing works on what waits: `simpletuner run queue resume` goes on."
+    assert idle == "No process works on the waiting runs: `simpletuner run queue resume` starts one."
     assert run(["queue", "list", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["devices_without_a_worker"] == ["0"]
     assert told["entries"][0]["arguments"] == ["--lora_rank=8"]
     assert run(["queue", "remove", "1"]) == 0
-    assert capsys.readouterr().out == "Queue entry 1, output/cats, is taken out.\n"
+    assert capsys.readouterr().out == "Queue entry 1, output/cats, is removed.\n"
 
 
 def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ def test_all_mistakes_come_in_one_report() -> None:
         "--width = 100: expected a multiple of 16 pixels",
         "--steps = 0: expected a whole number of at least 1",
         "--push_to_hub = true: not built yet",
-        "--example: not for sample",
+        "--example: not an option of sample",
         "prompt is missing",
     ):
         assert part in text
@@ -190,7 +190,7 @@ def test_a_lora_alone_names_its_base_model(tmp_path: Path, base: str, flavour: s
     told: list[str] = []
     config = read_request(["--prompt", "a", "--lora", f"{lora}:0.5"], {}, report=told.append)
     assert config.model_flavour == flavour
-    line = f"{lora} names {base} as its base model: drawing with --model_flavour {flavour}."
+    line = f"{lora} names {base} as its base model: sampling with --model_flavour {flavour}."
     assert told == ([line] if base not in ("my-folder", "") else [])
 
 
@@ -201,7 +201,7 @@ def test_the_header_of_another_program_names_the_base_model_too(tmp_path: Path) 
     write_tensors(lora, {}, {"ss_base_model_version": "flux2_klein_9b"})
     told: list[str] = []
     assert read_request(["--prompt", "a", "--lora", str(lora)], {}, report=told.append).model_flavour == "klein-9b"
-    assert told == [f"{lora} names FLUX.2-klein-base-9B as its base model: drawing with --model_flavour klein-9b."]
+    assert told == [f"{lora} names FLUX.2-klein-base-9B as its base model: sampling with --model_flavour klein-9b."]
 
 
 def test_a_lora_of_a_run_takes_the_runs_model_and_settings(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_lora_of_a_run_takes_the_runs_model_and_settings(tmp_path: Path) -> No
         config = read_request(["--prompt", "a", "--lora", str(lora)], {}, report=told.append)
         assert (config.model_flavour, config.base_dtype, config.width) == ("tiny", "fp32", 64)
         assert len(told) == 1
-        assert f"lies in the run {run}" in told[0]
+        assert f"belongs to the run {run}" in told[0]
 
 
 def test_what_is_typed_wins_over_what_a_lora_names(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_a_taken_port_is_said() -> None:
 
 
 def test_an_address_of_another_machine_is_refused() -> None:
-    with pytest.raises(ConfigError, match="cannot listen at"):
+    with pytest.raises(ConfigError, match="cannot listen on"):
         server.run(["--host=192.0.2.1", "--port=0"])
     with pytest.raises(ConfigError, match="no such host"):
         server.run(["--host=no host", "--port=0"])
@@ -111,23 +111,23 @@ def test_an_address_of_another_machine_is_refused() -> None:
 
 def test_a_certificate_needs_its_key(tmp_path: Path) -> None:
     (tmp_path / "x.pem").write_text("no PEM")
-    with pytest.raises(ConfigError, match="do not go together"):
+    with pytest.raises(ConfigError, match="do not match"):
         server.run(["--ssl-cert=x.pem", "--ssl-key=x.pem"])
 
 
 def test_a_token_file_is_made_once_and_for_its_owner(tmp_path: Path) -> None:
     path = tmp_path / "token"
-    made = server._token_in(path)
+    made = server._file_token(path)
     assert len(made) >= 43
     assert path.stat().st_mode & 0o777 == 0o600
-    assert server._token_in(path) == made
+    assert server._file_token(path) == made
     path.chmod(0o644)
-    with pytest.raises(ConfigError, match="others may read it"):
-        server._token_in(path)
+    with pytest.raises(ConfigError, match="other users can read it"):
+        server._file_token(path)
     path.chmod(0o600)
     path.write_text("short")
-    with pytest.raises(ConfigError, match="no token in it"):
-        server._token_in(path)
+    with pytest.raises(ConfigError, match="it contains no token"):
+        server._file_token(path)
 
 
 def test_who_needs_a_token() -> None:
@@ -155,7 +155,7 @@ def test_it_answers_at_once_and_ends_in_good_order(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=10)
-    assert (process.returncode, out) == (0, "The page is closed. Runs go on.\n")
+    assert (process.returncode, out) == (0, "The page is closed. Runs continue.\n")
     assert re.fullmatch(r"Other users of this machine, .*: http://localhost:\d+/\?token=[\w-]{43}\n", others)
 
 
@@ -172,7 +172,7 @@ def test_an_open_stream_does_not_keep_it(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=10)
         connection.close()
-    assert (process.returncode, out.splitlines()[-1]) == (0, "The page is closed. Runs go on.")
+    assert (process.returncode, out.splitlines()[-1]) == (0, "The page is closed. Runs continue.")
     assert time.monotonic() - began < 3
 
 

@@ -162,8 +162,8 @@ BAD: dict[str, tuple[Callable[[Path], object], tuple[str, ...], int, str]] = {
     "too large for fp16": (_huge, ("--lora=lora.safetensors:1e7",), 6, "as torch.float16"),
     "a LoRA": (_a_lora, (), 4, "FLUX.2 transformer"),
     "truncated": (_truncated, (), 4, "by its own header"),
-    "--rank is given beside --into": (_huge, ("--rank=3",), 2, "--rank is given beside --into"),
-    "--to comfyui is given beside --into": (_huge, ("--to=comfyui",), 2, "--to comfyui is given beside --into"),
+    "--rank with --into": (_huge, ("--rank=3",), 2, "--rank with --into"),
+    "--to comfyui with --into": (_huge, ("--to=comfyui",), 2, "--to comfyui with --into"),
 }
 
 
