@@ -71,7 +71,9 @@ def command_help(usage: str, forms: "Forms", arguments: Sequence[str]) -> str:
         parts.append(rows_text(rows))
     if any(each.name == "train_options" for form in described for each in fields(form)):
         parts.append(
-            fitted("For the options of `train`, such as --env NAME or --config PATH: simpletuner train --help")
+            fitted(
+                "Also takes the options of `train`, such as --env NAME or --config PATH: see simpletuner train --help"
+            )
         )
     return "\n\n".join(parts)
 

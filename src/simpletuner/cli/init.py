@@ -287,9 +287,7 @@ def _examined(starter: Starter) -> Examined:
 
 def _print_images(starter: Starter, notices: tuple[str, ...]) -> None:
     stats = starter.found
-    say(
-        f"{stats.images} images in {starter.folder}, {stats.captions} with a caption; resolution {starter.resolution}."
-    )
+    say(f"{stats.images} images in {starter.folder}, {stats.captions} with a caption; resolution {starter.resolution}.")
     without = stats.images - stats.captions
     if without:
         subject = "1 image without a caption gets" if without == 1 else f"{without} images without a caption get"

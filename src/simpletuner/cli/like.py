@@ -52,7 +52,7 @@ class Likeness:
         from_here = ", ".join(f"{name} = {shown(value)}" for name, value in local_options.items())
         lines = [
             f"From {self.file}: {from_file or 'only defaults'}.",
-            f"From this command and its configuration: {from_here or 'nothing'}.",
+            f"Set here: {from_here or 'nothing'}.",
         ]
         if self.left_out:
             lines.append(f"Left out, because this release lacks these options: {join_names(self.left_out, 'and')}.")

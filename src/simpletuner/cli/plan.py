@@ -15,7 +15,7 @@ from simpletuner.base.sizes import GIB, parse_size
 from simpletuner.cli.arguments import Flag, parse_command
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.printing import json_text
-from simpletuner.cli.spread import ResolutionShift, SampledDensity, chart_image, terminal_chart
+from simpletuner.cli.sigma_density import ResolutionShift, SampledDensity, chart_image, terminal_chart
 from simpletuner.config.load import Loaded
 from simpletuner.config.options.schedule import ScheduleOptions
 from simpletuner.config.values import join_names

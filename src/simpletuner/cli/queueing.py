@@ -9,10 +9,10 @@ from typing import get_args
 from simpletuner.base.console import say, work_goes_on
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.cli.arguments import Flag, Positional, parse_command, refuse_extra, verb_of
-from simpletuner.cli.kept import config_copier, one_word_flags
+from simpletuner.cli.config_copy import config_copier, one_word_flags
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.printing import json_text, table
-from simpletuner.cli.telling import local_time
+from simpletuner.cli.run_text import local_time
 from simpletuner.config.values import join_names
 from simpletuner.runs.launch import devices_of
 from simpletuner.runs.layout import RunDirectory

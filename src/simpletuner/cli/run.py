@@ -19,7 +19,14 @@ from simpletuner.cli.loading import load_here
 from simpletuner.cli.main import INTERRUPTED
 from simpletuner.cli.named_run import RUNS, NamedRun, confirm_deletion
 from simpletuner.cli.printing import json_text, table
-from simpletuner.cli.telling import POLL_EVENTS_EVERY_S, Narrator, follow_events, local_time, status_fields, status_text
+from simpletuner.cli.run_text import (
+    POLL_EVENTS_EVERY_S,
+    Narrator,
+    follow_events,
+    local_time,
+    status_fields,
+    status_text,
+)
 from simpletuner.config.values import join_names
 from simpletuner.runs.events import TITLES
 from simpletuner.runs.launch import devices_of, launch_run
@@ -163,7 +170,7 @@ def run(arguments: list[str]) -> int:
 
 def _start(command: StartCommand) -> int:
     if command.queue:
-        return queueing.add(command.train_options, command.devices, status_fields=command.json)
+        return queueing.add(command.train_options, command.devices, as_json=command.json)
     loaded = load_here(command.train_options)
     directory = RunDirectory(Path(loaded.config.output_dir))
     try:

@@ -183,8 +183,8 @@ def run(arguments: list[str]) -> int:
     config = read_request(options, os.environ, report=complain)
     loras = requested_loras(config)
     # Imported late, as above.
-    from simpletuner.cli.drawing import Sampler
     from simpletuner.cli.progress import progress_of
+    from simpletuner.cli.sampler import Sampler
 
     with work_goes_on(), progress_of(config) as report:
         for image in Sampler().sample(config, loras, report):
@@ -273,7 +273,7 @@ def _config_files(
     if path is not None and path.is_file():
         configs.append((path, str(path)))
     elif path is not None:
-        problems.append(Problem(f"--run {typed_options['run'].value}: no config.json in this folder", "the folder of a run"))
+        problems.append(Problem(f"--run {typed_options['run'].value}: no config.json in it", "the folder of a run"))
     if "config" in flags.selectors:
         named = flags.selectors["config"]
         configs.append((Path(with_home(named)), f"--config {named}"))

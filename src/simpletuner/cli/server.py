@@ -281,7 +281,7 @@ def _listen(command: ServerCommand) -> socket.socket:
         listener.close()
         raise ConfigError.of(
             f"cannot listen on {command.host}, port {command.port} ({error.strerror})",
-            remedy="Give another --port, or --port 0 for a free port. If simpletuner uses it, its page is there already.",
+            remedy="Give another --port, or --port 0 for a free one. If simpletuner uses the port, open its page.",
         ) from None
     return listener
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from simpletuner.base.console import input_lines, is_output_read, say
 from simpletuner.base.errors import ConfigError, MemoryBudgetError, UserError
-from simpletuner.cli.drawing import Sampler
 from simpletuner.cli.main import NOT_READ
 from simpletuner.cli.progress import progress_of_steps
 from simpletuner.cli.sample import SampleConfig, requested_loras
+from simpletuner.cli.sampler import Sampler
 from simpletuner.runs.samplers import known_as_sampler
 
 _POLL_OUTPUT_EVERY_S = 0.2

@@ -113,4 +113,4 @@ def test_a_step_that_is_not_there_is_named_with_those_that_are() -> None:
 
 def test_help_says_what_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoint", "--help"]) == 0
-    assert "the newest checkpoint that verifies" in capsys.readouterr().out
+    assert "the newest checkpoint that verifies" in " ".join(capsys.readouterr().out.split())

@@ -87,7 +87,7 @@ def test_keys_of_no_layer_are_an_error_until_they_are_to_be_left_out(
     text = {"lora_te1_layers_0_self_attn_q_proj.lora_down.weight": torch.ones(1, 4)}
     write_dialect(here / "in.safetensors", SPEC, KOHYA, blocks_only=True, also=text)
     with pytest.raises(
-        CheckpointError, match=r"holds 1 keys that are no layers .*lora_te1.*text encoder.* --allow-loss"
+        CheckpointError, match=r"contains 1 keys that are not layers .*lora_te1.*text encoder.* --allow-loss"
     ):
         run(["in.safetensors", "out.safetensors", "--to", "diffusers"])
     assert run(["in.safetensors", "out.safetensors", "--to", "diffusers", "--allow-loss", "--json"]) == 0
@@ -156,7 +156,7 @@ def test_what_is_no_whole_lora_is_refused(here: Path, damage: Callable[[Path], o
         (["in.safetensors", "out.safetensors"], "--to is not given"),
         (["in.safetensors", "out.safetensors", "--to", "comfyi"], "Did you mean --to comfyui"),
         (["in.safetensors", "out.safetensors", "more", "--to", "kohya"], "more: no such flag"),
-        (["in.safetensors", "in.safetensors", "--to", "kohya"], "is there already"),
+        (["in.safetensors", "in.safetensors", "--to", "kohya"], "exists already"),
         (["in.safetensors", ".", "--to", "kohya"], "does not end in .safetensors"),
         (["in.safetensors", "out.ckpt", "--to", "kohya"], "does not end in .safetensors"),
         (["in.safetensors", "none/out.safetensors", "--to", "kohya"], "no folder none"),

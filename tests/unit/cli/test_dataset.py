@@ -186,4 +186,4 @@ def test_cache_fills_what_a_run_reads(project: Path, capsys: pytest.CaptureFixtu
 
 def test_help_lists_the_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["dataset", "--help"]) == 0
-    assert "the crops that the run trains on" in capsys.readouterr().out
+    assert "the crops that the run trains on" in " ".join(capsys.readouterr().out.split())

@@ -68,7 +68,7 @@ def test_without_a_configuration_it_says_what_dev_needs(capsys: pytest.CaptureFi
     assert (checks["config"]["state"], checks["config"]["remedy"]) == ("warning", "simpletuner init")
     assert checks["GPU"]["found"] == "no NVIDIA GPU was found"
     assert checks["GPU"]["exit_code"] == 5
-    assert checks["download"]["found"].startswith("92.45 GiB of ")
+    assert checks["download"]["found"].startswith("needs 92.45 GiB of ")
     assert "hf auth login" in checks["Hub"]["remedy"]
 
 

@@ -50,9 +50,9 @@ def test_a_commands_own_flags_come_and_those_of_train_are_only_named(printed: He
     assert "--lora_rank" not in text
     forms = forms_of(import_module(f"simpletuner.cli.{command}").FORMS)
     takes_options = any(each.name == "train_options" for form in forms for each in fields(form))
-    assert ("The options of 'train'" in text) is takes_options
+    assert ("the options of 'train'" in text) is takes_options
     if takes_options:
-        assert text.index("  --json") < text.index("The options of 'train'")
+        assert text.index("  --json") < text.index("the options of 'train'")
 
 
 def test_help_on_train_begins_with_what_most_configurations_set_and_names_all(printed: Helper) -> None:

@@ -96,7 +96,7 @@ def test_where_dev_is_streamed_the_model_that_stays_on_the_card_is_offered(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["--card=16", "--recipe=subject", "--yes"]) == 0
-    (typed,) = re.findall(r"fits on this card without streaming, .* add (--model \S+)\. Its", capsys.readouterr().out)
+    (typed,) = re.findall(r"fits on this GPU without streaming .* add (--model \S+)\. Its", capsys.readouterr().out)
     assert run(["--card=16", "--recipe=subject", "--yes", *typed.split()]) == 0
     assert loaded(project).config.model_flavour == "klein-9b"
     assert not loaded(project).config.enable_group_offload
@@ -212,7 +212,7 @@ def test_images_without_captions_get_the_word(own_folder: Path, capsys: pytest.C
     (image_set,) = found.datasets.train_sets
     assert (image_set.caption_strategy, image_set.instance_prompt) == ("instanceprompt", "zorblat dog")
     assert (image_set.resolution, found.config.num_train_epochs) == (1024, 500)
-    assert "1 image without a caption gets “zorblat dog”" in capsys.readouterr().out
+    assert "1 image without a caption gets the caption “zorblat dog”" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_images_without_captions_get_the_word(own_folder: Path, capsys: pytest.C
         (["--recipe=edit"], "--recipe = 'edit': expected subject or style"),
         (["--images=nowhere"], "--images = 'nowhere': expected an existing folder"),
         (["--images=~no-such-user/a"], "--images = '~no-such-user/a': expected an existing folder"),
-        (["--env=a/b"], "--env = 'a/b': expected a name"),
+        (["--env=a/b"], "--env = 'a/b': expected a valid name"),
         (["--trigger="], "--trigger = ''"),
         (["--recipes=style"], "--recipes=style: no such flag. Did you mean --recipe?"),
         (["--yes"], "--images FOLDER: not given"),

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from simpletuner.base.errors import AccessError, ConfigError
 from simpletuner.cli import loading
-from simpletuner.cli.kept import kept_aside
+from simpletuner.cli.config_copy import config_copier
 from simpletuner.cli.like import likeness
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.main import main
@@ -67,13 +67,13 @@ def test_another_run_decides_the_weights_alike(capsys: pytest.CaptureFixture[str
     assert "From cats.safetensors: " in told
     for shown in ("lora_rank = 24", "max_train_steps = 700", "peft_lora_target_modules = "):
         assert shown in told
-    assert "From this command and its configuration: data_backend_config = 'sets.json', output_dir = 'output/new'." in told
+    assert "Set here: data_backend_config = 'sets.json', output_dir = 'output/new'." in told
     assert "learning_rate = 0.0003" in told
     assert "lr_scheduler" not in told, "it is at its default"
     # What the processes of several ranks, and the queue, are started with, says the same without the file.
     Path("cats.safetensors").unlink()
     assert load_here(loaded.arguments).config == loaded.config
-    kept = load_here(kept_aside(loaded)(Path("aside")))
+    kept = load_here(config_copier(loaded)(Path("aside")))
     assert decisive(resolved(kept.config)) == decisive(resolved(loaded.config))
 
 
@@ -167,8 +167,8 @@ def test_at_a_terminal_it_asks_for_datasets_and_paths(
     ]
     assert (loaded.datasets_file, loaded.config.output_dir) == (Path("multidatabackend.json"), "output/second")
     told = capsys.readouterr().err
-    assert "It was trained on 'my-own-finetune', which its header cannot say where to find." in told
-    assert "From this command and its configuration: data_backend_config = 'multidatabackend.json', output_dir = 'output/second'." in told
+    assert "It was trained on 'my-own-finetune', whose location the header does not contain." in told
+    assert "Set here: data_backend_config = 'multidatabackend.json', output_dir = 'output/second'." in told
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_files_that_say_nothing_are_refused() -> None:
     ):
         with pytest.raises(kind, match=told):
             load_here(["--like", file, "--data_backend_config=sets.json"])
-    with pytest.raises(ConfigError, match="nothing is named"):
+    with pytest.raises(ConfigError, match="no file is named"):
         load_here(["--like"])
 
 

@@ -121,7 +121,7 @@ def test_the_drawing_fits_a_terminal_and_the_picture_is_there(
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert sum("█" in line for line in lines) == 12
-    assert lines[-1] == "Picture: out/timesteps.png"
+    assert lines[-1] == "Chart: out/timesteps.png"
     with Image.open(project / "out" / "timesteps.png") as image:
         colors = image.convert("RGB").getcolors(1 << 16)
     assert colors is not None

@@ -152,7 +152,7 @@ def test_a_run_is_deleted_after_asking(capsys: pytest.CaptureFixture[str]) -> No
     assert run(["delete", "output/cats", "--yes"]) == 0
     assert capsys.readouterr().out.startswith("output/cats is deleted: ")
     assert not directory.root.exists()
-    with pytest.raises(ConfigError, match="output/cats: no such run"):
+    with pytest.raises(ConfigError, match="output/cats: no run is there"):
         run(["delete", "output/cats", "--yes"])
 
 
@@ -218,7 +218,11 @@ def obeying(directory: RunDirectory, request: str, *events: Event) -> Iterator[N
     ("request_", "event", "said"),
     [
         ("save", CheckpointEvent(step=5, state="saved", path="checkpoints/step-000005"), "saved output/cats/checkpo"),
-        ("validate", ValidationEvent(step=5, sheet="validation/step-000005/sheet.png"), "drew output/cats/validatio"),
+        (
+            "validate",
+            ValidationEvent(step=5, sheet="validation/step-000005/sheet.png"),
+            "generated output/cats/validatio",
+        ),
         ("stop", EndEvent(reason="stopped", exit_code=75, step=5, seconds=1), "stopped at step 5\n"),
     ],
 )

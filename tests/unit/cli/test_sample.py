@@ -9,7 +9,7 @@ from PIL import Image
 
 from simpletuner.base.errors import ConfigError
 from simpletuner.cli.main import main
-from simpletuner.cli.sample import LoraWithStrength, read_request, sample_help, requested_loras
+from simpletuner.cli.sample import LoraWithStrength, read_request, requested_loras, sample_help
 from simpletuner.runs.layout import LORA_NAME
 
 SMALL = ["--width", "32", "--height", "48", "--steps", "2", "--mixed_precision", "no", "--vae_dtype", "fp32"]
@@ -100,7 +100,7 @@ def test_a_flavour_wins_over_a_configs_model_path(tmp_path: Path) -> None:
 
 def test_faults_of_a_config_are_told_with_the_rest(tmp_path: Path) -> None:
     bad = write_config(tmp_path / "bad.json", validation_resolution="100", model_flavour="dev")
-    with pytest.raises(ConfigError, match=r"(?s)3 problems.*no config\.json there.*validation_resolution.*prompt is"):
+    with pytest.raises(ConfigError, match=r"(?s)3 problems.*no config\.json in it.*validation_resolution.*prompt is"):
         asked("--config", str(bad), "--run", str(tmp_path))
 
 
@@ -121,7 +121,10 @@ def test_loras_and_strengths(tmp_path: Path) -> None:
     (tmp_path / "c.safetensors").touch()
     first, second = f"{tmp_path}/a:b.safetensors", f"{tmp_path}/c.safetensors:-0.5"
     config = read_request(["--prompt", "a", "--lora", first, "--lora", second], {})
-    assert requested_loras(config) == [LoraWithStrength(Path(first), 1.0), LoraWithStrength(tmp_path / "c.safetensors", -0.5)]
+    assert requested_loras(config) == [
+        LoraWithStrength(Path(first), 1.0),
+        LoraWithStrength(tmp_path / "c.safetensors", -0.5),
+    ]
     with pytest.raises(ConfigError, match=r"--lora nothing\.safetensors: no such file"):
         requested_loras(read_request(["--prompt", "a", "--lora", "nothing.safetensors:1"], {}))
 
@@ -380,7 +383,7 @@ def test_lokr_and_loha_files_draw_what_their_deltas_do(
     from safetensors.torch import save_file
     from tests.lora_dialects import draw_loha, draw_lokr, write_dialect
 
-    from simpletuner.cli.drawing import Sampler
+    from simpletuner.cli.sampler import Sampler
     from simpletuner.config.flavours import TINY
 
     text = {"lora_te1_layers_0_mlp_fc1.lora_down.weight": torch.ones(1, 1)}
@@ -461,7 +464,7 @@ def test_a_full_run_gives_the_model_it_finished_or_points_to_its_checkpoint(tmp_
 def test_loras_that_come_and_go_on_a_streamed_model_change_no_bit(
     tiny_folder: Path, acting_lora: Path, tmp_path: Path, kind: str
 ) -> None:
-    from simpletuner.cli.drawing import Sampler
+    from simpletuner.cli.sampler import Sampler
 
     model = [f"--pretrained_model_name_or_path={tiny_folder}", *SMALL, f"--out={tmp_path}", "--prompt=a fish"]
     streamed = [*model, "--enable_group_offload", f"--group_offload_type={kind}"]

@@ -282,7 +282,7 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "missing.safetensors: no such file": ("merge", "--lora", "missing.safetensors:2", "--output", "out.safetensors"),
     "a strength of nan": ("merge", "--lora", "good.safetensors:nan", "--output", "out.safetensors"),
     "does not end in .safetensors": ("merge", "--lora", "good.safetensors", "--output", "out.bin"),
-    "is there already": ("resize", "good.safetensors", "good.safetensors"),
+    "exists already": ("resize", "good.safetensors", "good.safetensors"),
     "no folder": ("resize", "good.safetensors", "nowhere/out.safetensors"),
     "--rank = '0'": ("resize", "good.safetensors", "out.safetensors", "--rank", "0"),
     "--energy = '99'": ("resize", "good.safetensors", "out.safetensors", "--energy", "99"),

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from simpletuner.cli.kept import kept_aside, spelled
+from simpletuner.cli.config_copy import config_copier, one_word_flags
 from simpletuner.cli.loading import load_here
 
 
@@ -29,7 +29,7 @@ def test_what_is_kept_means_the_same_whatever_becomes_of_the_files(
     with monkeypatch.context() as patched:
         patched.setenv("SIMPLETUNER_SEED", "7")
         before = load_here(arguments)
-        kept = kept_aside(before)(Path("aside"))
+        kept = config_copier(before)(Path("aside"))
     for path in (folder / "config" / "cats").iterdir():
         path.unlink()
     after = load_here(kept)
@@ -47,6 +47,6 @@ def test_what_is_kept_means_the_same_whatever_becomes_of_the_files(
 
 def test_of_an_example_nothing_is_copied(own_folder: Path) -> None:
     arguments = ["--example", "tiny-lora", "--output_dir=output/a"]
-    kept = kept_aside(load_here(arguments))(Path("aside"))
-    assert kept == spelled(arguments) == ["--example=tiny-lora", "--output_dir=output/a"]
+    kept = config_copier(load_here(arguments))(Path("aside"))
+    assert kept == one_word_flags(arguments) == ["--example=tiny-lora", "--output_dir=output/a"]
     assert not (own_folder / "aside").exists()

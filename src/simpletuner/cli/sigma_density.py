@@ -165,7 +165,7 @@ ROWS = 12
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 MARGIN = 8
 """Characters before the first bar."""
-TABLE_ROWS = 12
+SIZE_ROWS = 12
 """Maximum number of resolutions in the table; a dataset may have many more."""
 
 
@@ -184,11 +184,11 @@ def terminal_chart(sampled: SampledDensity) -> str:
     lines += ["", *_wrapped(sampled.notes())]
     if sampled.parts[0].resolution.tokens is not None:
         lines += ["", f"  {'size':<12}{'tokens':>8}{'samples':>10}{'shift':>8}{'mean σ':>9}"]
-        for part in sampled.parts[:TABLE_ROWS]:
+        for part in sampled.parts[:SIZE_ROWS]:
             size = part.resolution
             lines.append(f"  {size.name:<12}{size.tokens:>8}{size.share:>10.1%}{size.shift:>8.2f}{part.mean:>9.3f}")
-        if len(sampled.parts) > TABLE_ROWS:
-            lines.append(f"  and {len(sampled.parts) - TABLE_ROWS} more sizes (--json has all)")
+        if len(sampled.parts) > SIZE_ROWS:
+            lines.append(f"  and {len(sampled.parts) - SIZE_ROWS} more sizes (--json has all)")
     return "\n".join(lines)
 
 
