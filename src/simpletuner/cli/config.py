@@ -22,7 +22,7 @@ USAGE = """usage: simpletuner config check|show [--json] [options of `simpletune
 class ConfigCommand:
     """Arguments of `simpletuner config check` and `show`."""
 
-    json: bool = Flag("print one JSON object instead, also if there are problems: each names its option").default(False)
+    json: bool = Flag("print one JSON object instead, including any problems, each with its option").default(False)
     train_options: tuple[str, ...] = ()
 
 

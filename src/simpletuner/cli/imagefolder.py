@@ -116,7 +116,7 @@ def _misplaced(command: FolderCommand, verb: str) -> Iterator[Problem]:
         yield Problem(f"--partners={command.folder}: the same folder as the images", "a folder of references or masks")
     has_edit = bool(command.find or command.prepend or command.append)
     if command.undo and (has_edit or command.names or command.missing or command.dry_run):
-        yield Problem("--undo with other flags", "--undo by itself")
+        yield Problem("--undo with other flags", "--undo alone")
     if (command.replace or command.regex) and not command.find:
         yield Problem("--replace or --regex without --find", "--find TEXT as well")
 

@@ -201,7 +201,7 @@ def _ask_questions(command: InitCommand) -> Starter:
     )
     if folder is None or card is None or name is None:
         raise ConfigError.of(
-            f"{join_names(missing, 'and')}: not given, and no terminal to ask",
+            f"{join_names(missing, 'and')}: not given, and there is no terminal to ask at",
             remedy=f'{WRITTEN_NOTHING} Type: simpletuner init --images FOLDER --card "24 GB" --recipe subject --yes',
         )
     usual = WITHOUT_CARD if card.card is None else ON_CARDS
@@ -220,7 +220,7 @@ def _ask_questions(command: InitCommand) -> Starter:
         folder.resolve().name.replace("_", " "),
     )
     if word is None:
-        raise ConfigError.of("--trigger WORD: not given, and no terminal to ask", remedy=WRITTEN_NOTHING)
+        raise ConfigError.of("--trigger WORD: not given, and there is no terminal to ask at", remedy=WRITTEN_NOTHING)
     return Starter(folder, card.card, flavour, name, word, command.env, FoundImages(0, 0, 0, 0.0))
 
 
@@ -341,7 +341,7 @@ def _may_write(starter: Starter, folder: Path, command: InitCommand) -> bool:
     listed = join_names(map(str, existing or names), "and")
     answer = answer_to(f"Replace {listed}? [y/N] " if existing else f"Write {listed}? [Y/n] ")
     if answer is None:
-        raise ConfigError.of("no terminal to ask for confirmation", remedy=f"{WRITTEN_NOTHING} Add --yes.")
+        raise ConfigError.of("there is no terminal to ask for confirmation", remedy=f"{WRITTEN_NOTHING} Add --yes.")
     return answer.lower() in ("y", "yes") if existing else answer.lower() in ("", "y", "yes")
 
 

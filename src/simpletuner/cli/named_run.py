@@ -24,7 +24,8 @@ def confirm_deletion(target: str, contents: str) -> None:
     answer = answer_to(f"Delete {target} ({contents})? [y/N] ")
     if answer is None:
         raise ConfigError.of(
-            f"no terminal to confirm the deletion of {target}", remedy="Give --yes to delete without confirmation."
+            f"there is no terminal to confirm the deletion of {target}",
+            remedy="Give --yes to delete without confirmation.",
         )
     if answer.lower() not in ("y", "yes"):
         raise ConfigError.of("nothing is deleted")

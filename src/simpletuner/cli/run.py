@@ -68,7 +68,7 @@ REQUESTS: tuple[ControlRequest, ...] = get_args(ControlRequest)
 START_WAIT_S = 30.0
 
 _SHOW = ("simpletuner", "run", "show")
-_JSON_HELP = "print one JSON object (with --follow, one event a line)"
+_JSON_HELP = "print one JSON object (with --follow, one event per line)"
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class RunCommand(NamedRun):
     """Arguments of `simpletuner run stop|save|validate|show`."""
 
     follow: bool = Flag("print what the run does, until it ends", verbs=("show",)).default(False)
-    wait: bool = Flag("wait until the run has done it", verbs=REQUESTS).default(False)
+    wait: bool = Flag("wait until the run has executed the request", verbs=REQUESTS).default(False)
     json: bool = Flag(_JSON_HELP).default(False)
 
 
@@ -147,7 +147,7 @@ def run(arguments: list[str]) -> int:
     Raises:
         ConfigError: a mistake in the configuration or in the arguments.
         CheckpointError: the run is being trained but must not be, or is not but must be.
-        UserError: the run ended right after its start, or before it did what was awaited.
+        UserError: the run ended right after its start, or before it executed the awaited request.
         DiskError: the disk is full.
     """
     verb = verb_of("run", arguments, FORMS, f"one of {', '.join(FORMS)}")

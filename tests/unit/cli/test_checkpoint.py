@@ -93,7 +93,7 @@ def test_nothing_is_deleted_while_the_run_goes_on(directory: RunDirectory) -> No
     [
         ([], "nothing to do: expected list, verify or delete"),
         (["delete", RUN], "no checkpoint is named: expected either --step N or --all"),
-        (["delete", RUN, "--step=5"], "no terminal to confirm the deletion of the checkpoint of step 5"),
+        (["delete", RUN, "--step=5"], "there is no terminal to confirm the deletion of the checkpoint of step 5"),
         (["delete", RUN, "--step=x", "--yes"], "--step = 'x': expected a whole number"),
         (["verify", RUN, "--step"], "--step: nothing follows it"),
         (["list", RUN, "--step=5"], "--step=5 is not understood"),

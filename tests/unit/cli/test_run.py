@@ -145,7 +145,7 @@ def test_a_stop_says_what_was_saved(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_run_is_deleted_after_asking(capsys: pytest.CaptureFixture[str]) -> None:
     directory = made("cats", BEGUN)
-    with pytest.raises(ConfigError, match=r"no terminal to confirm the deletion of output/cats\. Give --yes"):
+    with pytest.raises(ConfigError, match=r"there is no terminal to confirm the deletion of output/cats\. Give --yes"):
         run(["delete", "output/cats"])
     with directory.lock(), pytest.raises(CheckpointError, match="is in use by process"):
         run(["delete", "output/cats", "--yes"])
