@@ -1,4 +1,4 @@
-"""`simpletuner checkpoint list|verify|delete`: the checkpoints of a run."""
+"""`simpletuner checkpoint list|verify|delete`: manage the checkpoints of a run."""
 
 import datetime
 from dataclasses import dataclass

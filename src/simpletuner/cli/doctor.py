@@ -209,7 +209,7 @@ def _torch(config: RunConfig, cards: Sequence[Gpu]) -> Iterator[MachineCheck]:
             remedy = f"Install an NVIDIA driver of {needed} or newer: CUDA {build} needs it."
             yield MachineCheck("GPU", "missing", finding, remedy, ConfigError.exit_code)
         elif build and not torch.cuda.is_available():
-            remedy = "Restart the machine after a driver update; in a container, give it the GPU."
+            remedy = "Restart the machine after a driver update; in a container, pass the GPU to it."
             yield MachineCheck("GPU", "missing", f"{finding}, which torch cannot use", remedy, ConfigError.exit_code)
         elif build and torch.cuda.get_device_capability(0) < BF16_CAPABILITY and config.mixed_precision == "bf16":
             yield MachineCheck("GPU", "warning", f"{finding}, without bf16", "Give --mixed_precision=fp16.")

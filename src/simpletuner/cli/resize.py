@@ -1,4 +1,4 @@
-"""`simpletuner resize`: a LoRA at a lower rank."""
+"""`simpletuner resize`: write a LoRA at a lower rank."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

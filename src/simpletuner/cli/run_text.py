@@ -44,7 +44,7 @@ def status_text(status: RunStatus) -> str:
         done = "" if status.progress is None else f", {status.progress[0]} of {status.progress[1]}"
         lines.append(f"  {TITLES[status.phase]}{done}")
     if status.held_out is not None:
-        lines.append(f"  held-out loss {status.held_out[0]:.4f} at first, {status.held_out[1]:.4f} at last")
+        lines.append(f"  held-out loss: first {status.held_out[0]:.4f}, last {status.held_out[1]:.4f}")
     if status.started is not None and status.updated is not None:
         lines.append(f"  started {local_time(status.started)}, last event {local_time(status.updated)}")
     if status.is_refused and status.attempt:

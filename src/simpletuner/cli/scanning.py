@@ -235,6 +235,6 @@ def _name_and_size(crop: Crop) -> str:
 
 
 def _in_rows(groups: Sequence[Sequence[T]], columns: int) -> list[list[T]]:
-    """The first of each group, in rows of `columns`."""
+    """The first item of each group, in rows of `columns` items."""
     firsts = [group[0] for group in groups]
     return [firsts[start : start + columns] for start in range(0, len(firsts), columns)]

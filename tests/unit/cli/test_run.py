@@ -56,7 +56,7 @@ def test_show_tells_where_a_run_stands(capsys: pytest.CaptureFixture[str]) -> No
     assert lines[:3] == [
         f"output/cats: running, process {os.getpid()}",
         "  step 4 of 10 (40%), loss 0.5000 at that step, 2.00 s/step, 12 s left",
-        "  held-out loss 0.7500 at first, 0.7500 at last",
+        "  held-out loss: first 0.7500, last 0.7500",
     ]
     run(["show", "output/cats"])
     assert "killed\n  step 4 of 10" in capsys.readouterr().out
