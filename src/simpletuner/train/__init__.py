@@ -1,1 +1,1 @@
-"""From a configuration to a trained adapter: the only room that knows both the data and the model."""
+"""Training, from a configuration to the exported weights: the only package that imports both the data and the model."""

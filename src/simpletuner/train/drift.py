@@ -20,7 +20,7 @@ from simpletuner.memory.tensors import load_tensors, save_tensors
 from simpletuner.memory.world import World
 from simpletuner.train.ema import Ema
 from simpletuner.train.preview import DrawingModel
-from simpletuner.train.trained import Trained
+from simpletuner.train.trained import Trainable
 
 DRIFT_STEPS = 8
 """Sampler steps at most: what is compared need not be a finished image."""
@@ -47,7 +47,7 @@ class DriftMeter:
     """What the options' guidance means for this model."""
     seed: int
     model: DrawingModel
-    trained: Trained
+    trained: Trainable
     ema: Ema | None
     """The average, if it is measured."""
     has_live: bool

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from simpletuner.config.options.ema import EmaOptions
-from simpletuner.train.trained import Trained
+from simpletuner.train.trained import Trainable
 
 
 class Ema:
@@ -15,7 +15,7 @@ class Ema:
     comes from what is trained. It starts as that is. What is trained is only read.
     """
 
-    def __init__(self, trained: Trained, options: EmaOptions, device: torch.device) -> None:
+    def __init__(self, trained: Trainable, options: EmaOptions, device: torch.device) -> None:
         """`device` is where the average lies. On another one than what is trained, each update waits for a copy."""
         self._trained = trained
         self._decay = options.ema_decay

@@ -69,7 +69,7 @@ from simpletuner.train.drift import DriftMeter
 from simpletuner.train.ema import Ema
 from simpletuner.train.export import EXPORTS
 from simpletuner.train.length import Plan
-from simpletuner.train.loop import Loop, best_step, mind_the_disk, shapes_of
+from simpletuner.train.loop import Loop, best_step, check_free_disk, shapes_of
 from simpletuner.train.placement import open_decoder, residency_text, stream_blocks
 from simpletuner.train.preservation import Preservation
 from simpletuner.train.preview import DrawingModel, PreviewModel, TrainedModel, base_tensors
@@ -86,15 +86,16 @@ from simpletuner.train.validate import HeldOutLoss, Painter, drawn_steps, measur
 from simpletuner.train.watch import Watch
 
 MANY_VISITS = 400
-"""Times that each picture is seen above which a LoRA or model usually copies its pictures and learns no subject."""
+"""Above this number of visits per training image, a LoRA or model usually memorizes the images instead of the subject.
+"""
 
 WARM_UP_WORTH_S = 20.0
-"""A first pass that takes longer is timed as it is: what it set up on the side no longer matters."""
+"""If the first trial pass takes longer than this, skip the second timing pass: warm-up no longer matters."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run before it starts: what to train, on what, where to, and the memory plan. No file has been touched."""
+    """A run before it starts: configuration, processes, run directory and memory plan. No file has been written."""
 
     loaded: Loaded
     world: World
@@ -103,7 +104,7 @@ class Job:
 
 
 def build(loaded: Loaded, world: World) -> Job:
-    """Construct the job of a checked configuration. Reads the machine's facts, writes nothing.
+    """Construct the job of a checked configuration. Reads the free memory and disk space, writes nothing.
 
     Raises:
         ConfigError: the device cannot train with these options.
@@ -122,7 +123,7 @@ def run(job: Job) -> int:
     """Train to the end; returns the exit code, 0.
 
     Raises:
-        UserError: what the user can mend, with its own exit code. The run's events hold it too.
+        UserError: a problem that the user can fix, with its own exit code. The run's events contain it too.
     """
     if not job.world.is_main:
         return follow(job)
@@ -135,13 +136,13 @@ def run(job: Job) -> int:
             job.world.check()
 
         reporter = Reporter(events=events, log=job.run.log, poll=poll)
-        end_samplers(Path.cwd(), os.environ, reporter.say)  # those started since; from here on, none draws beside a run
+        end_samplers(Path.cwd(), os.environ, reporter.say)  # no sampler shares the device with a run
         for text in job.loaded.notices:
             reporter.notice(text)
         attempt = Attempt(job, reporter, requests)
         try:
             with (
-                told(reporter, attempt),
+                end_events(reporter, attempt),
                 job.world.told(),
                 memory_is_explained(attempt),
                 file_errors_reported(job.run.root, doing="use"),
@@ -153,7 +154,7 @@ def run(job: Job) -> int:
 
 
 def follow(job: Job) -> int:
-    """Train as one of several processes of which another, rank 0, tells, decides and writes; returns the exit code.
+    """Train as a rank other than 0: rank 0 reports, decides and writes. Returns the exit code.
 
     Raises:
         UserError: as `run` does.
@@ -166,7 +167,7 @@ def follow(job: Job) -> int:
 
 
 def check_device(config: RunConfig, device: torch.device) -> None:
-    """What can only be known once torch has looked at the machine."""
+    """Raise a ConfigError if `device`, as torch sees it, cannot train with `config`."""
     if config.mixed_precision == "fp16" and device.type == "cpu":
         raise ConfigError.of(
             "mixed_precision = fp16 on a machine without a GPU", "bf16 or no", "Give --mixed_precision=bf16."
@@ -176,7 +177,7 @@ def check_device(config: RunConfig, device: torch.device) -> None:
 
 
 class Attempt:
-    """One start of a job, to its end or to where it is stopped."""
+    """One start of a job, from fresh or from a checkpoint, until it ends or is stopped."""
 
     def __init__(self, job: Job, reporter: Reporter, requests: Requests) -> None:
         self.loaded = job.loaded
@@ -189,69 +190,69 @@ class Attempt:
         self.requests = requests
         self.state = TrainState()
         self.checkpoint: Path | None = None
-        """That was saved or resumed last."""
+        """The checkpoint that was saved or resumed last."""
         self.compiled: compilation.Compiled | None = None
         self.may_drop_compiled = False
-        """Whether `dynamo_backend` auto chose to compile at this start, and may still do without."""
+        """Whether `dynamo_backend` auto chose to compile at this start, and may still fall back to eager blocks."""
         self.streaming: offload.Streaming | None = None
         self.began = time.monotonic()
 
     @property
     def batches_per_step(self) -> int:
-        """Micro-batches of a global batch, over all processes."""
+        """Micro-batches per global batch, over all processes."""
         return self.config.gradient_accumulation_steps * self.world.size
 
     @property
-    def ways(self) -> resume.Ways:
-        """Commands that lead on from here."""
-        return resume.Ways(self.run, self.loaded)
+    def commands(self) -> resume.RestartCommands:
+        """Commands that resume or restart this run."""
+        return resume.RestartCommands(self.run, self.loaded)
 
     def __call__(self) -> None:
         self.world = with_writers(self.world, self.run.root)
         if self.world.writing_ranks < self.world.size:
             self.reporter.notice(
-                f"{self.run.root} is not shared by {self.world.machines} machines: machine 0 keeps the run, draws its "
-                "validation images, and sends checkpoints to the others for a resume."
+                f"The {self.world.machines} machines do not share {self.run.root}: machine 0 stores the run, generates "
+                "its validation images, and sends checkpoints to the other machines when the run is resumed."
             )
         with file_errors_reported(self.run.checkpoints, CheckpointError, doing="read"):
-            found, loaded = resume.find(self.run, self.loaded, self.reporter, self.world)
+            resumed, loaded = resume.find_checkpoint(self.run, self.loaded, self.reporter, self.world)
         if loaded is not self.loaded:
             if self.config.dynamo_backend != loaded.config.dynamo_backend and self.device.type != "cpu":
-                self.reporter.say(f"dynamo_backend = {loaded.config.dynamo_backend}, as this run began.")
+                self.reporter.say(f"dynamo_backend = {loaded.config.dynamo_backend}, as at the start of this run.")
             self.loaded, self.config = loaded, loaded.config
             check_device(self.config, self.device)
             self.budget = Budget(self.config, configured(loaded), self.budget.machine)
-        if found is not None:
-            self.state, self.checkpoint = found.state, found.folder
-        if found is not None and self.config.max_train_steps and self.is_finished(self.config.max_train_steps):
+        if resumed is not None:
+            self.state, self.checkpoint = resumed.state, resumed.folder
+        if resumed is not None and self.config.max_train_steps and self.is_finished(self.config.max_train_steps):
             return
         self.record_config()
         self.plan_memory()
         if self.world.is_main:
-            mind_the_disk(self.run, self.config, self.reporter, self.requests)
+            check_free_disk(self.run, self.config, self.reporter, self.requests)
         source = located(self.world, lambda: locate(self.config, report=self.reporter.say))
         if source.distillation_warning is not None:
             self.reporter.notice(source.distillation_warning)
-        # Before the work that a mistake would waste.
+        # Check these before the expensive work starts.
         resolve(self.config.tread_routes, source.spec.blocks)
         check_trainable(self.config, self.config, source)
         preview = self.locate_preview(source)
         model = base_fingerprints(self.config, source, self.world)
-        if found is not None and not knows_whole_base(found.state.model):
+        if resumed is not None and not knows_whole_base(resumed.state.model):
             self.reporter.notice(
-                f"{found.folder} knows the first 4 KiB of each tensor of the base model: only these are compared. What "
-                "is saved from here on knows all of it."
+                f"{resumed.folder} has fingerprints of only the first 4 KiB of each base tensor, so only these are "
+                "compared. Checkpoints saved from now on have fingerprints of whole tensors."
             )
         prepared = scan_sets(self.loaded, source, self.world, self.reporter)
-        if found is not None:
-            known = base_fingerprints(self.config, source, self.world, like=found.state.model)
-            resume.check_content(found, self.ways, data=prepared.fingerprints, model=known)
+        if resumed is not None:
+            recorded_model = base_fingerprints(self.config, source, self.world, like=resumed.state.model)
+            resume.check_content(resumed, self.commands, data=prepared.fingerprints, model=recorded_model)
         if self.world.is_main:
             write_json(self.run.datasets, [m.summary() for m in (*prepared.train, *prepared.held_out)])
         now = Cut(self.state.step, self.config.train_batch_size, self.batches_per_step)
         order = Order.of(prepared.train, seed=self.config.seed, cuts=self.state.cuts, now=now)
-        if found is not None:
-            resume.check_windows(found, self.ways, prepared.windows, order)
+        if resumed is not None:
+            resume.check_windows(resumed, self.commands, prepared.windows, order)
         plan = Plan.of(self.config, order, self.batches_per_step)
         for text in (*order.notices, *plan.notices):
             self.reporter.notice(text)
@@ -263,12 +264,12 @@ class Attempt:
             choice = choose_backend(self.config, self.device, plan.steps, compilation.compiler_lack)
             self.may_drop_compiled = choice.backend != "no"
             self.record_backend(choice)
-        self.look_again(prepared)
+        self.replan_memory(prepared)
         self.state.config = resolved(self.config)
         self.state.data = prepared.fingerprints
         self.state.windows = prepared.windows
         self.state.model = model
-        self.train(prepared, source, preview, order, plan, found)
+        self.train(prepared, source, preview, order, plan, resumed)
 
     def train(
         self,
@@ -277,41 +278,41 @@ class Attempt:
         preview: Source | None,
         order: Order,
         plan: Plan,
-        found: resume.Resume | None,
+        resumed: resume.Resume | None,
     ) -> None:
         """Load the model, train it and export it."""
         with self.reporter.phase("load"):
-            placed = self.budget.footprint.settled
-            product = PRODUCTS[self.config.model_type](placed, source, self.world, self.reporter)
+            settled_config = self.budget.footprint.settled
+            product = PRODUCTS[self.config.model_type](settled_config, source, self.world, self.reporter)
             self.install(product.transformer, order)
             if self.world.is_main:
-                product.introduce(self.run, self.reporter)
+                product.report_parameters(self.run, self.reporter)
             zero = None if self.world.is_alone else zero_shards(self.config, product, self.world)
         trained = product.trained
         if zero is not None:
             trained.masters = zero
             self.reporter.say(zero.told())
-        self.check_room(product, plan)
+        self.check_disk_space(product, plan)
         first_elements = None if trained.shards is None else trained.shards.first_elements
         optimizer = optim.build(product.groups(), self.config, seed=self.config.seed, first_elements=first_elements)
         average_device = torch.device("cpu") if self.config.is_average_on_cpu else self.device
         ema = Ema(trained, self.config, average_device) if self.config.use_ema else None
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.mixed_precision == "fp16")
-        if found is not None:
-            with checkpoint.on_each_machine(found.folder, self.run, self.world) as folder:
-                checkpoint.restore(folder, found.state, product, optimizer, ema)
-            scaler.load_state_dict(dict(found.state.scaler))
-            place = str(found.folder)
-            self.reporter.emit(CheckpointEvent(step=self.state.step, state="resumed", path=found.folder.name))
-            self.reporter.say(f"Going on from step {self.state.step} of {plan.steps} ({place}).")
+        if resumed is not None:
+            with checkpoint.on_each_machine(resumed.folder, self.run, self.world) as folder:
+                checkpoint.restore(folder, resumed.state, product, optimizer, ema)
+            scaler.load_state_dict(dict(resumed.state.scaler))
+            checkpoint_path = str(resumed.folder)
+            self.reporter.emit(CheckpointEvent(step=self.state.step, state="resumed", path=resumed.folder.name))
+            self.reporter.say(f"Resuming from step {self.state.step} of {plan.steps} ({checkpoint_path}).")
         forward = None if zero is None else zero.forward
         denoiser = Denoiser(product.transformer, self.config.reference_attention, forward)
         routes = self.routes(product.transformer.spec.blocks, order, prepared)
         strata = Strata(order, seed=self.config.seed, batches_per_step=self.batches_per_step)
         objective = Objective.of(self.config, self.config, self.config.seed, strata)
         idle: Callable[[], None] | None = None
-        # DeepSpeed gathers weights in its modules' hooks alone, and so in a pass. Its stage 2 reduces in each backward
-        # pass.
+        # DeepSpeed's stage 3 gathers weights in module hooks, so only during a pass. Its stage 2 reduces gradients in
+        # each backward pass. Ranks must therefore make the same number of passes.
         if is_sharded(product.transformer) or (zero is not None and zero.stage > 1):
             idle = partial(idle_pass, product.transformer) if zero is None else partial(denoiser.idle, self.device)
         rollout = Rollout.of(self.config, self.config.seed, idle)
@@ -357,12 +358,12 @@ class Attempt:
                 waiting=lambda: base_tensors(product.transformer, trained, optimizer, average) if leaves else [],
                 notice=self.reporter.notice,
             )
-        self.introduce(prepared, plan, product, found)
+        self.announce(prepared, plan, product, resumed)
         if rollout is not None:
             self.reporter.say(rollout.describe())
         if self.config.profiled and self.config.profiled.stop - 1 <= self.state.step:
             self.reporter.notice(
-                f"profile_steps = {self.config.profile_steps}: these steps are done, none is recorded."
+                f"profile_steps = {self.config.profile_steps}: these steps are already done, so none is recorded."
             )
 
         def save(state: TrainState) -> Path:
@@ -399,24 +400,24 @@ class Attempt:
             reporter=self.reporter,
             requests=self.requests,
             watch=Watch(trained, self.run, self.reporter.notice, start=self.state.step),
-            ways=self.ways,
+            commands=self.commands,
             world=self.world,
         )
         if self.state.step < plan.steps and self.world.is_main:
-            self.run.finished.unlink(missing_ok=True)  # it is no longer
+            self.run.finished.unlink(missing_ok=True)  # the run is no longer finished
         with self.requests.between_steps():
             with self.reporter.phase("train"), self.compiling():
                 is_done = loop(self.state)
             if self.streaming is not None:
                 self.reporter.detail(f"Streamed: {self.streaming.told()}.")
             if not is_done:
-                raise stopped(f"stopped after step {self.state.step} of {plan.steps}; it is saved")
+                raise stopped(f"stopped after step {self.state.step} of {plan.steps}; the run is saved")
             if self.world.is_main:
                 self.finish(plan, source, product.noun)
             self.world.barrier("the export")
 
     def record_backend(self, choice: BackendChoice) -> None:
-        """Replace `dynamo_backend` auto by what this run does, in its record too, and say why."""
+        """Replace `dynamo_backend` auto by `choice`, also in the recorded configuration, and report the reason."""
         if choice.reason:
             self.reporter.say(choice.reason)
         self.config = self.config.model_copy(update={"dynamo_backend": choice.backend})
@@ -425,12 +426,12 @@ class Attempt:
         self.record_config()
 
     def record_config(self) -> None:
-        """Write the configuration into the run."""
+        """Write the configuration into the run directory."""
         if self.world.is_main:
             write_json(self.run.config, resolved(self.config))
 
     def plan_memory(self) -> None:
-        """Say what the run will take, by the configuration alone, before anything is downloaded or loaded.
+        """Report the memory plan from the configuration alone, before anything is downloaded or loaded.
 
         Raises:
             MemoryBudgetError: the accelerator is too small to train.
@@ -440,8 +441,9 @@ class Attempt:
         self.reporter.emit(self.budget.event())
         self.budget.check()
 
-    def look_again(self, prepared: Prepared) -> None:
-        """Plan with the pictures as they are, now that they are known; said only if the sizes turned out others.
+    def replan_memory(self, prepared: Prepared) -> None:
+        """Plan memory again with the scanned images; report it only if the largest micro-batch differs from the first
+        plan's.
 
         Raises:
             MemoryBudgetError: the accelerator is too small to train.
@@ -455,12 +457,12 @@ class Attempt:
         if (before.bucket, before.batch) != (self.budget.work.bucket, self.budget.work.batch):
             train = self.budget.plan.phase("train")
             assert train is not None  # every plan has it
-            self.reporter.say(f"Planned with the largest pictures: {phase_line(train)}")
+            self.reporter.say(f"Planned with the largest images: {phase_line(train)}")
         self.budget.check()
 
     def is_finished(self, steps: int) -> bool:
-        """Whether nothing is left to train or draw; says so. What is missing or damaged of the results is made again
-        from the checkpoint.
+        """Whether all steps are trained and all validation images generated; if so, report it. Missing or damaged
+        results are exported again from the checkpoint.
         """
         step = self.state.step
         if step < steps:
@@ -472,19 +474,19 @@ class Attempt:
             self.world.barrier("the export")
             return True
         if reason is not None:
-            self.reporter.say(f"{reason}: the results are made from {self.checkpoint}.")
+            self.reporter.say(f"{reason}: exporting the results again from {self.checkpoint}.")
             for line in self.export(lambda: locate(self.config, report=self.reporter.say)):
                 self.reporter.say(line)
         self.world.barrier("the export")
         self.reporter.say(f"This run is finished: {step} steps, {self.run.result(self.config.model_type)}.")
-        self.reporter.say(f"  To train it longer: {self.ways.on(max_train_steps=2 * step)}")
-        self.reporter.say(f"  To train on with other images: {self.ways.from_weights(None)}")
-        self.reporter.say(f"  For another run: {self.ways.anew()}")
+        self.reporter.say(f"  To train it longer: {self.commands.resume(max_train_steps=2 * step)}")
+        self.reporter.say(f"  To continue training with other images: {self.commands.from_weights(None)}")
+        self.reporter.say(f"  To start another run: {self.commands.fresh()}")
         return True
 
     def lacks_validation(self, step: int) -> bool:
-        """Whether the validation images of `step`, the last one, are wanted and not there or not in the events; without
-        prompts, whether its drift is.
+        """Whether validation images of `step`, the last one, are enabled but missing on disk or in the events. Without
+        prompts: whether its drift is enabled but missing in the events.
         """
         if self.config.validation_disable:
             return False
@@ -493,7 +495,7 @@ class Attempt:
         return step not in drawn_steps(self.run) or not sheet_of(self.run, step).is_file()
 
     def install(self, transformer: Flux2Transformer, order: Order) -> None:
-        """Make a transformer ready to train: compile, stream and recompute its blocks if asked to."""
+        """Prepare a transformer for training: compile, stream and checkpoint its blocks as configured."""
         if self.config.dynamo_backend != "no":
             shapes = {(micro_batch.bucket, len(micro_batch.visits)) for micro_batch in order.by_bucket()}
             has_references = any(sample.references for manifest in order.manifests for sample in manifest.samples)
@@ -504,10 +506,10 @@ class Attempt:
                 sizes_vary=len(shapes) > 1 or bool(self.config.tread_routes) or has_references,
                 has_references=has_references,
             )
-        placed = self.budget.footprint.settled
-        self.streaming = stream_blocks(transformer, placed, self.device)
+        settled_config = self.budget.footprint.settled
+        self.streaming = stream_blocks(transformer, settled_config, self.device)
         if self.streaming is not None:
-            self.reporter.say(f"Streamed: {self.streaming}{residency_text(placed, transformer.spec)}.")
+            self.reporter.say(f"Streamed: {self.streaming}{residency_text(settled_config, transformer.spec)}.")
         if self.config.gradient_checkpointing:
             ahead = self.config.copies_ahead(self.device.type)
             inputs = recompute.HostInputs(self.device, ahead=ahead) if self.config.activation_offload else None
@@ -520,39 +522,39 @@ class Attempt:
         offloads = self.streaming is not None or self.config.activation_offload or self.config.group_offload_vae
         if self.device.type == "cpu" and offloads:
             self.reporter.notice(
-                "On a CPU offloading copies within the same memory: the results are the same, nothing is saved, and "
+                "On a CPU, offloading copies within the same memory: the results are the same, no memory is saved, and "
                 "group_offload_use_stream has no effect."
             )
         transformer.train()
 
-    def check_room(self, product: Product, plan: Plan) -> None:
-        """Raise a DiskError if one more checkpoint and the finished model do not fit on the disk; say so if not all
-        checkpoints will.
+    def check_disk_space(self, product: Product, plan: Plan) -> None:
+        """Raise a DiskError if one more checkpoint and the finished model do not fit on the disk. Notify the user if
+        not all remaining checkpoints fit.
         """
         if self.state.step >= plan.steps or self.world.rank >= self.world.writing_ranks:
             return
         size, free = product.checkpoint_bytes, machine.disk_room(self.run.root)
         single = product.single_file_bytes
         if size + single > free:
-            beside = f" and the finished model's single file {format_size(single)}" if single else ""
+            single_text = f" and the finished model's single file {format_size(single)}" if single else ""
             raise DiskError.of(
-                f"a checkpoint takes about {format_size(size)}{beside}, and {format_size(free)} are free for "
-                f"{self.run.root}",
+                f"a checkpoint takes about {format_size(size)}{single_text}, but only {format_size(free)} are free "
+                f"for {self.run.root}",
                 remedy="Free some space, or give an --output_dir on another disk.",
             )
         limit = self.config.checkpoints_total_limit
-        coming = sum(plan.saves(step) for step in range(self.state.step + 1, plan.steps + 1))
-        there = len(checkpoints.steps(self.run))
-        # One is written before the oldest goes.
-        more = min(coming, max(1, limit + 1 - there))
-        if more * size + single > free:
+        remaining_saves = sum(plan.saves(step) for step in range(self.state.step + 1, plan.steps + 1))
+        saved_count = len(checkpoints.steps(self.run))
+        # A new checkpoint is written before the oldest is deleted.
+        new_count = min(remaining_saves, max(1, limit + 1 - saved_count))
+        if new_count * size + single > free:
             self.reporter.notice(
-                f"{more} more checkpoints of about {format_size(size)} will lie in {self.run.root} at once, and "
-                f"{format_size(free)} are free. A lower --checkpoints_total_limit, {limit} now, needs less."
+                f"{self.run.root} will hold {new_count} more checkpoints of about {format_size(size)} each, but only "
+                f"{format_size(free)} are free. Lower --checkpoints_total_limit, now {limit}, to need less."
             )
 
     def routes(self, blocks: int, order: Order, prepared: Prepared) -> tuple[Route, ...]:
-        """TREAD's routes in a model of `blocks`; says what they keep, and what they keep more for masks."""
+        """TREAD's routes in a model of `blocks` blocks. Reports the tokens they keep, also those under masks."""
         routes = resolve(self.config.tread_routes, blocks)
         width, height = largest(order).bucket
         for route in routes:
@@ -560,17 +562,17 @@ class Attempt:
             self.reporter.say(f"{route.told(tokens, blocks)}, at {width}x{height}.")
         shares = prepared.forced_shares if routes else []
         if shares:
-            more = sum(share > min(route.keep_ratio for route in routes) for share in shares)
+            exceeding = sum(share > min(route.keep_ratio for route in routes) for share in shares)
             self.reporter.say(
-                f"TREAD keeps all tokens under a mask: of {len(shares)} images with one {min(shares):.0%} to "
-                f"{max(shares):.0%}, on average {sum(shares) / len(shares):.0%}; for {more} of them that is more than "
-                "a route keeps otherwise."
+                f"TREAD keeps all tokens under a mask: {len(shares)} images have a mask, over {min(shares):.0%} to "
+                f"{max(shares):.0%} of their tokens, {sum(shares) / len(shares):.0%} on average. In {exceeding} of "
+                "them that is more than a route keeps by itself."
             )
         return routes
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
-        """Where blocks may be compiled: says at the end how often they were, and why they could not be."""
+        """Inside, blocks may be compiled: report the number of compilations at the end, and explain failures."""
         if self.compiled is None:
             yield
             return
@@ -581,21 +583,22 @@ class Attempt:
             self.reporter.say(f"Compiled: {self.compiled}.")
 
     def locate_preview(self, source: Source) -> Source | None:
-        """`source` with the transformer of `validation_preview_model`, checked as far as headers tell; None where no
-        images are drawn on another model.
+        """`source` with the transformer of `validation_preview_model`; only file headers are checked. None if the
+        trained model itself generates the validation images, or none are generated.
         """
-        asked = self.config.validation_preview_model
-        if asked is None or self.config.validation_disable or not self.loaded.prompts:
+        preview_name = self.config.validation_preview_model
+        if preview_name is None or self.config.validation_disable or not self.loaded.prompts:
             return None
-        named = preview_flavour(self.config)
+        flavour = preview_flavour(self.config)
         preview = located(
-            self.world, lambda: locate_preview(self.config, asked, source, flavour=named, report=self.reporter.say)
+            self.world,
+            lambda: locate_preview(self.config, preview_name, source, flavour=flavour, report=self.reporter.say),
         )
         checked_skeleton(preview)
         return preview
 
     def held_out(self, prepared: Prepared, denoiser: Denoiser, builder: BatchBuilder) -> HeldOutLoss | None:
-        """The held-out loss, if there are eval sets. Every sample with its first caption."""
+        """The held-out loss, over the first caption of every sample; None without eval datasets."""
         chosen = [
             (manifest.image_set, sample)
             for manifest in prepared.held_out
@@ -615,7 +618,7 @@ class Attempt:
     def painter(
         self, prepared: Prepared, source: Source, model: DrawingModel, product: Product, ema: Ema | None
     ) -> Painter | None:
-        """The validation images, if there are prompts."""
+        """The sampler of the validation images; None without prompts."""
         if self.config.validation_disable or not self.loaded.prompts:
             return None
         return Painter(
@@ -640,7 +643,7 @@ class Attempt:
         )
 
     def drift(self, prepared: Prepared, model: DrawingModel, product: Product, ema: Ema | None) -> DriftMeter | None:
-        """The drift, if prompts for it are given."""
+        """The drift meter; None without `validation_drift_prompts`."""
         if self.config.validation_disable or self.config.validation_drift_prompts is None:
             return None
         return DriftMeter(
@@ -660,17 +663,17 @@ class Attempt:
 
     @property
     def validation_scales(self) -> GuidanceScales:
-        """What the options' guidance means for the model that draws."""
+        """The guidance scales of the options, for the model that generates the validation images."""
         config = self.config
         return drawing_flavour(config).scales(config.validation_guidance, config.validation_guidance_real)
 
-    def introduce(self, prepared: Prepared, plan: Plan, product: Product, found: resume.Resume | None) -> None:
-        """Open the run in the events, start the trackers, and say what is about to happen."""
+    def announce(self, prepared: Prepared, plan: Plan, product: Product, resumed: resume.Resume | None) -> None:
+        """Emit the run event, start the trackers, and report images, steps and epochs."""
         self.reporter.emit(
             RunEvent(
                 program=f"simpletuner {simpletuner.__version__}",
                 pid=os.getpid(),
-                resumed_from=None if found is None else self.state.step,
+                resumed_from=None if resumed is None else self.state.step,
                 steps=plan.steps,
                 pictures=prepared.pictures,
                 trainable=product.trained.parameter_count,
@@ -683,23 +686,23 @@ class Attempt:
             self.reporter.trackers = trackers.build(
                 self.config,
                 root=self.run.root,
-                resumed_from=None if found is None else self.state.step,
+                resumed_from=None if resumed is None else self.state.step,
                 config=resolved(self.config),
                 run_id=sha256_json([self.run.root.name, first["time"]])[:12],
                 notice=self.reporter.notice,
             )
-        where = "" if self.world.is_alone else f" on {self.world.size} processes"
-        self.reporter.say(f"{prepared.pictures} pictures, {plan.steps} steps{where}: {plan.epochs:.1f} epochs.")
+        processes = "" if self.world.is_alone else f" on {self.world.size} processes"
+        self.reporter.say(f"{prepared.pictures} images, {plan.steps} steps{processes}: {plan.epochs:.1f} epochs.")
 
     def try_out_compiled(self, stepper: Stepper, builder: BatchBuilder, plan: Plan) -> None:
-        """`try_out`, which may compile blocks for the first time. If they cannot be compiled and `dynamo_backend` is
+        """Call `try_out`, which may compile blocks for the first time. If compilation fails and `dynamo_backend` is
         auto, the run trains uncompiled from its first step.
         """
         try:
             with self.compiling():
                 self.try_out(stepper, builder, plan)
         except ConfigError as error:
-            self.reporter.poll()  # a terminal's Ctrl-C has ended the compiler too
+            self.reporter.poll()  # Ctrl-C in a terminal also ends the compiler: stop then, do not fall back
             if self.compiled is None or not self.may_drop_compiled:
                 raise
             self.compiled.is_on = False
@@ -709,53 +712,55 @@ class Attempt:
             self.try_out(stepper, builder, plan)
 
     def try_out(self, stepper: Stepper, builder: BatchBuilder, plan: Plan) -> None:
-        """Run one forward and backward pass at the largest bucket, without an update: running out of memory shows now,
-        not in an hour, and the duration of the run can be estimated.
+        """Run one forward and backward pass at the largest bucket, without an update. The run thus fails now if memory
+        is too small, not in an hour, and its duration can be estimated.
         """
-        left = plan.steps - self.state.step
-        if left <= 0:
+        remaining_steps = plan.steps - self.state.step
+        if remaining_steps <= 0:
             return
         largest_batch = largest(builder.order)
         trial = builder.trial(largest_batch)
-        self.reporter.activity = f"trying a pass over {shapes_of(trial)}"
+        self.reporter.activity = f"running a trial pass over {shapes_of(trial)}"
         seconds = math.inf
-        for _ in range(2):  # the first pass also warms up what a library sets up once
+        for _ in range(2):  # the first pass also warms up libraries
             began = time.monotonic()
             try:
                 stepper.backward(trial)
             except NotFiniteError as error:
-                # What may be skipped is named when its step comes.
+                # With skip_bad_batches, the step that trains this batch handles the error.
                 if self.config.skip_bad_batches == 0:
-                    raise DataError.of(error.problems[0].found, remedy=self.ways.past_bad_batch(self.state)) from None
+                    raise DataError.of(
+                        error.problems[0].found, remedy=self.commands.past_bad_batch(self.state)
+                    ) from None
             stepper.optimizer.zero_grad(set_to_none=True)
             seconds = min(seconds, time.monotonic() - began)
             if self.world.decide([seconds > WARM_UP_WORTH_S and self.compiled is None])[0]:
                 break
         self.reporter.activity = ""
-        hours = seconds * self.config.gradient_accumulation_steps * left
+        total_seconds = seconds * self.config.gradient_accumulation_steps * remaining_steps
         width, height = largest_batch.bucket
         self.reporter.say(
             f"A pass over {trial.size} × {width}x{height} takes {format_duration(seconds)}: "
-            f"about {format_duration(hours)} for {left} steps, pictures and saving not counted."
+            f"about {format_duration(total_seconds)} for {remaining_steps} steps, without validation and saving."
         )
-        pictures = builder.prepared.pictures
-        visits = plan.steps * plan.batches_per_step * trial.size / pictures
+        image_count = builder.prepared.pictures
+        visits = plan.steps * plan.batches_per_step * trial.size / image_count
         if visits > MANY_VISITS:
             self.reporter.notice(
-                f"{plan.steps} steps on {pictures} pictures show each of them about {visits:.0f} times. "
-                "What is trained tends to copy its pictures long before: watch the validation pictures and the "
+                f"{plan.steps} steps on {image_count} images show each image about {visits:.0f} times. "
+                "A model usually copies its training images long before: watch the validation images and the "
                 "held-out loss, or give a lower --max_train_steps."
             )
         elif visits < 1:
             once = math.ceil(plan.steps / visits)
             self.reporter.notice(
-                f"{plan.steps} steps show {round(visits * pictures)} of {pictures} pictures, and the others never: "
+                f"{plan.steps} steps show only {round(visits * image_count)} of {image_count} images: "
                 f"--max_train_steps={once} shows each about once."
             )
 
     def header(self, prepared: Prepared, source: Source, step: int) -> dict[str, str]:
-        """What a saved file says about itself: no paths, nothing secret. Its options and fingerprints cover what
-        decides the weights, and not what a resumed run may change.
+        """Metadata of a saved file, without paths or secrets. Its options and fingerprints cover everything that
+        decides the weights, and no option that a resumed run may change.
         """
         config = self.config
         options = decisive(resolved(config))
@@ -771,25 +776,25 @@ class Attempt:
             "datasets": sha256_json(data),
             "run": sha256_json([source.fingerprint("transformer"), options, data]),
         }
-        said = {"comment": comment, "trigger_phrase": trigger}
-        fields |= {name: text for name, text in said.items() if text is not None}
+        optional_fields = {"comment": comment, "trigger_phrase": trigger}
+        fields |= {name: text for name, text in optional_fields.items() if text is not None}
         size = usual_size(manifest.buckets for manifest in prepared.train)
         is_lora = config.model_type == "lora"
         return fields | modelspec(source.flavour, is_lora=is_lora, resolution=size, comment=comment, trigger=trigger)
 
     def export(self, find: Callable[[], Source]) -> tuple[str, ...]:
-        """Put what was trained where other programs look for it; `find` returns the base model. Returns what to tell
-        people about it.
+        """Export the trained weights to the files that other programs load; `find` returns the base model. Returns
+        lines for the user.
         """
         assert self.checkpoint is not None  # the last step is always saved
         with self.reporter.phase("export"):
             export = EXPORTS[self.config.model_type]
-            made = export(self.config, self.run, self.checkpoint, find, self.reporter)
-            write_finished(self.run, self.state.step, self.checkpoint, made.products)
-        return made.lines
+            exported = export(self.config, self.run, self.checkpoint, find, self.reporter)
+            write_finished(self.run, self.state.step, self.checkpoint, exported.products)
+        return exported.lines
 
     def finish(self, plan: Plan, source: Source, noun: str) -> None:
-        """Export, and tell what came out."""
+        """Export, and report the held-out losses, the images and the result files."""
         lines = self.export(lambda: source)
         self.reporter.say("")
         measured = self.state.held_out
@@ -801,21 +806,23 @@ class Attempt:
         best = best_step(self.run, self.state)
         if best is not None:
             sheet = sheet_of(self.run, best)
-            seen = f", pictures {sheet}" if sheet.is_file() else ""
-            self.reporter.say(f"Lowest held-out loss: {measured[best]:.4f}, {self.run.checkpoint(best)}{seen}")
+            images = f", images {sheet}" if sheet.is_file() else ""
+            self.reporter.say(f"Lowest held-out loss: {measured[best]:.4f}, {self.run.checkpoint(best)}{images}")
         sheet = sheet_of(self.run, plan.steps)
         if sheet.is_file():
-            self.reporter.say(f"Pictures: {sheet}")
+            self.reporter.say(f"Validation images: {sheet}")
         for line in lines:
             self.reporter.say(line)
         if source.flavour.repo is not None:
-            self.reporter.say(f"License of the base, which binds this {noun} too: {source.flavour.license}")
+            self.reporter.say(f"License of the base model, which applies to this {noun} too: {source.flavour.license}")
         self.reporter.say(f"Try it: {command_text('simpletuner', 'sample', '--run', self.run.root, '--prompt', '…')}")
         release_memory(self.device)
 
 
 def largest(order: Order) -> MicroBatch:
-    """The batch with the most tokens; in it, where there are references, the sample of its bucket with the most."""
+    """The micro-batch with the most tokens. If its bucket has references, it includes the sample with the most
+    reference tokens.
+    """
     manifests = order.manifests
 
     def heaviest(micro_batch: MicroBatch) -> tuple[int, MicroBatch]:
@@ -823,18 +830,18 @@ def largest(order: Order) -> MicroBatch:
         manifest = manifests[first.set_index]
         tokens = [reference_tokens_of(manifest.samples[index]) for index in manifest.buckets[micro_batch.bucket]]
         if any(tokens):
-            most = manifest.buckets[micro_batch.bucket][tokens.index(max(tokens))]
-            micro_batch = replace(micro_batch, visits=(Visit(first.set_index, most), *others))
+            heaviest_index = manifest.buckets[micro_batch.bucket][tokens.index(max(tokens))]
+            micro_batch = replace(micro_batch, visits=(Visit(first.set_index, heaviest_index), *others))
         return (tokens_of(micro_batch.bucket) + max(tokens)) * len(micro_batch.visits), micro_batch
 
     candidates = [heaviest(micro_batch) for micro_batch in order.by_bucket()]
-    _, found = max(candidates, key=itemgetter(0))
-    return found
+    _, heaviest_batch = max(candidates, key=itemgetter(0))
+    return heaviest_batch
 
 
 @contextlib.contextmanager
-def told(reporter: Reporter, attempt: Attempt) -> Iterator[None]:
-    """Whatever way the block ends, the run's events end with it. A disk that has no room for them changes no error."""
+def end_events(reporter: Reporter, attempt: Attempt) -> Iterator[None]:
+    """Emit the run's last events when the block ends, normally or by an error. A full disk cannot hide that error."""
 
     def end(reason: Literal["done", "stopped", "error"], exit_code: int) -> None:
         paths: dict[str, str] = {}
@@ -877,19 +884,19 @@ def told(reporter: Reporter, attempt: Attempt) -> Iterator[None]:
 
 @contextlib.contextmanager
 def memory_is_explained(attempt: Attempt) -> Iterator[None]:
-    """Turn a failed allocation into a MemoryBudgetError: what was being done, the plan's line for that phase beside
-    what was measured, and the smallest change that takes less.
+    """Turn a failed allocation into a MemoryBudgetError. It names the activity that failed, planned and measured memory
+    of its phase, and the smallest change that takes less.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        place = exhausted_memory(error)
-        if place is None:
+        tier = exhausted_memory(error)
+        if tier is None:
             raise
         reporter = attempt.reporter
-        told = [f"It happened while {reporter.activity}."] if reporter.activity else []
-        told += attempt.budget.explain(
-            reporter.last_phase, place, reporter.peak_memory(), saved=checkpoints.steps(attempt.run) != []
+        sentences = [f"It happened while {reporter.activity}."] if reporter.activity else []
+        sentences += attempt.budget.explain(
+            reporter.last_phase, tier, reporter.peak_memory(), saved=checkpoints.steps(attempt.run) != []
         )
-        told.append("What was cached and saved is kept.")
-        raise MemoryBudgetError.of(first_line(error), remedy=" ".join(told)) from error
+        sentences.append("Caches and checkpoints are kept.")
+        raise MemoryBudgetError.of(first_line(error), remedy=" ".join(sentences)) from error

@@ -1,4 +1,4 @@
-"""The training loop. What happens once in a while is an `if` in plain sight."""
+"""The training loop. Validation, saving and disk checks are plain `if`s in it."""
 
 import math
 import time
@@ -28,7 +28,7 @@ from simpletuner.train.ema import Ema
 from simpletuner.train.length import Plan
 from simpletuner.train.profile import StepProfiler
 from simpletuner.train.report import AVERAGED_STEPS, Reporter, TrainingBar
-from simpletuner.train.resume import Ways
+from simpletuner.train.resume import RestartCommands
 from simpletuner.train.state import TrainState
 from simpletuner.train.step import NotFiniteError, PartialStepError, Stepper, StepResult
 from simpletuner.train.throughput import FlopMeter
@@ -38,12 +38,12 @@ from simpletuner.train.watch import Watch
 
 @dataclass(frozen=True)
 class Loop:
-    """Everything that a training loop needs."""
+    """The training loop, with everything it uses."""
 
     plan: Plan
     run: RunDirectory
     batches: Callable[[int], GlobalBatch]
-    """Builds the global batch of a step from the caches. A function of the step alone."""
+    """Builds the global batch of a step from the caches. The result depends on the step alone."""
     stepper: Stepper
     meter: FlopMeter
     profiler: StepProfiler
@@ -55,21 +55,21 @@ class Loop:
     reporter: Reporter
     requests: Requests
     watch: Watch
-    ways: Ways
+    commands: RestartCommands
     world: World
-    """Its rank 0 decides what is due, for all."""
+    """Rank 0 decides for all ranks what is due."""
 
     def __call__(self, state: TrainState) -> bool:
-        """Train from `state` to the end. Returns whether the end was reached; if not, a stop was asked for and obeyed.
+        """Train from `state` to the end. Returns whether the end was reached; False means that a stop request ended it.
 
         Raises:
             DataError: a loss or gradient is not finite. The last good state is saved.
             DiskError: the disk fills up. The last good state is saved if there is room.
         """
         if self.world.is_main:
-            mind_the_disk(self.run, self.plan.config, self.reporter, self.requests)
-        self.world.barrier("room on the disk")
-        self._before_the_first(state)
+            check_free_disk(self.run, self.plan.config, self.reporter, self.requests)
+        self.world.barrier("disk space")
+        self._catch_up(state)
         losses = last_losses(self.run.events, state.step, AVERAGED_STEPS)
         bar = TrainingBar(self.reporter, done=state.step, total=self.plan.steps, losses=losses)
         try:
@@ -78,39 +78,41 @@ class Loop:
         finally:
             bar.close()
 
-    def _before_the_first(self, state: TrainState) -> None:
-        """Where the run stands: at its start, or with what a killed attempt did not get to after its checkpoint."""
+    def _catch_up(self, state: TrainState) -> None:
+        """Validate before the first step: at step 0 the base model; on resume, whatever a killed attempt did not finish
+        after its checkpoint.
+        """
         self._keep_base_of_drift(state.step)
         if state.step == 0:
             self._measure(state)
             if self.plan.config.validation_on_startup or self._is_last_chance():
-                self._paint(0)
+                self._validate(0)
             return
         if self._is_last_chance():
             self.reporter.notice(
-                "The base model's pictures are not there, and training has changed its weights: the sheet goes on "
-                "without them."
+                "The base model's validation images are missing, and training has changed its weights: the contact "
+                "sheet continues without them."
             )
         if self.plan.measures(state.step) and state.step not in state.held_out:
             self._measure(state)
         if self.plan.draws(state.step) and not self._is_validated(state.step):
-            self._paint(state.step)
+            self._validate(state.step)
 
     def _is_validated(self, step: int) -> bool:
-        """Whether the events have the sheet of `step`, or without prompts its drift, and the sheet is there. An event
-        with a sheet has the drift too.
+        """Whether the contact sheet of `step` exists and is in the events; without prompts, whether its drift is in the
+        events. An event with a sheet has the drift too.
         """
         if self.painter is not None:
             return self.painter.is_complete(step)
         return self.drift is None or self.drift.is_measured(step)
 
     def _is_last_chance(self) -> bool:
-        """Whether the base model's pictures are missing and cannot be made up for after the first step."""
+        """Whether the base model's images are missing and cannot be generated after the first step."""
         return self.painter is not None and not self.painter.keeps_base and self.painter.lacks_base
 
     def _steps(self, state: TrainState, bar: TrainingBar) -> bool:
         options = self.plan.config
-        looked_at_disk = began = time.monotonic()
+        disk_checked_at = began = time.monotonic()
         steps = range(state.step + 1, self.plan.steps + 1)
         for batch in batches_of(steps, self.batches, self.stepper.device, prefetch=options.dataloader_prefetch):
             lr = optim.learning_rate(options, batch.step, self.plan.steps)
@@ -123,56 +125,56 @@ class Loop:
             if result is None:
                 bar.skip()
             else:
-                self._tell(batch, lr, result, bar, waited=waited, seconds=time.monotonic() - began)
+                self._report_step(batch, lr, result, bar, waited=waited, seconds=time.monotonic() - began)
             self.profiler.end(batch.step)
 
             is_last = batch.step == self.plan.steps
-            is_time_to_look = time.monotonic() - looked_at_disk > disk.CHECK_SPACE_EVERY_S
-            # Requests are taken at every step: one that asks for what is due anyway is met by that.
-            asked = [not is_last and self.requests.take("stop")]
-            asked += [self.requests.take("save"), self.requests.take("validate"), is_time_to_look]
-            is_stopping, is_saving, is_drawing, is_minding = self.world.decide(asked)
+            is_disk_check_due = time.monotonic() - disk_checked_at > disk.CHECK_SPACE_EVERY_S
+            # Requests are taken at every step: a save or validation that is due anyway also answers a request for it.
+            decisions = [not is_last and self.requests.take("stop")]
+            decisions += [self.requests.take("save"), self.requests.take("validate"), is_disk_check_due]
+            is_stopping, is_saving, is_validating, is_checking_disk = self.world.decide(decisions)
             is_saving = is_saving or self.plan.saves(batch.step) or is_stopping
-            is_drawing = is_drawing or self.plan.draws(batch.step)
+            is_validating = is_validating or self.plan.draws(batch.step)
             if self.plan.measures(batch.step):
                 try:
                     self._measure(state)
                 except (UserError, OSError, MemoryError, RuntimeError):
-                    if self.world.is_alone:  # the others may be waiting for another call
+                    if self.world.is_alone:  # other ranks may wait in a different collective call
                         self._save(state)  # the step is trained, and the next start measures again
                     raise
             if is_saving:
                 self._save(state)
             if is_stopping:
                 return False
-            if is_drawing:
-                self._paint(batch.step)
-            if is_minding:
-                looked_at_disk = time.monotonic()
-                self._mind_the_disk(state)
-            began = time.monotonic()  # what happens between steps is not the step's time
-            bar.go_on()
+            if is_validating:
+                self._validate(batch.step)
+            if is_checking_disk:
+                disk_checked_at = time.monotonic()
+                self._check_free_disk(state)
+            began = time.monotonic()  # leave out the time between steps
+            bar.unpause()
         return True
 
     def _step(self, batch: GlobalBatch, lr: float, state: TrainState) -> StepResult | None:
-        """Train on `batch`. None: a loss or gradient is not finite, and the step is skipped as `skip_bad_batches`
-        allows. `state` is that of the step before.
+        """Train on `batch`. Returns None if a loss or gradient is not finite and `skip_bad_batches` allows to skip the
+        step. `state` is that of the step before.
         """
         allowed = self.plan.config.skip_bad_batches
         try:
             result = self.stepper(batch, lr)
         except NotFiniteError as error:
-            found = error.problems[0].found
+            finding = error.problems[0].found
             is_partial = isinstance(error, PartialStepError)
             if len(state.skipped_steps) >= allowed:
                 if state.step > 0 and not is_partial:
                     self._save(state)
-                raise DataError.of(found, remedy=self.ways.past_bad_batch(state, is_partial=is_partial)) from None
+                raise DataError.of(finding, remedy=self.commands.past_bad_batch(state, is_partial=is_partial)) from None
             self.stepper.discard()
             state.skipped_steps.append(batch.step)
-            what = "The rest of the step" if is_partial else "The step"
+            subject = "The rest of the step" if is_partial else "The step"
             self.reporter.notice(
-                f"{found}. {what} is skipped, {len(state.skipped_steps)} of {allowed} (skip_bad_batches)."
+                f"{finding}. {subject} is skipped, {len(state.skipped_steps)} of {allowed} (skip_bad_batches)."
             )
             return None
         if self.ema is not None:
@@ -180,10 +182,10 @@ class Loop:
                 self.ema.update(batch.step)
         return result
 
-    def _tell(
+    def _report_step(
         self, batch: GlobalBatch, lr: float, result: StepResult, bar: TrainingBar, *, waited: float, seconds: float
     ) -> None:
-        """Tell of a step that was taken, and look whether it was in vain."""
+        """Report a step that was taken, and check whether it was effective and fast enough."""
         peak = self.reporter.peak_memory()
         rates = self.meter.throughput(batch, seconds)
         event = StepEvent(
@@ -238,7 +240,7 @@ class Loop:
         if ema_loss is not None:
             self.reporter.say(f"Held-out loss of the moving average: {ema_loss:.4f}")
 
-    def _paint(self, step: int) -> None:
+    def _validate(self, step: int) -> None:
         event = None
         if self.painter is not None:
             with (
@@ -255,22 +257,24 @@ class Loop:
         if event is not None:
             self.reporter.emit(event)
             if event.sheet is not None:
-                self.reporter.say(f"Pictures at step {step}: {self.run.root / event.sheet}")
+                self.reporter.say(f"Validation images at step {step}: {self.run.root / event.sheet}")
 
     def _keep_base_of_drift(self, step: int) -> None:
-        """Draw the drift prompts with the base model before training changes it."""
+        """Sample the drift prompts with the base model before training changes it."""
         if self.drift is None or (step > 0 and not self.drift.lacks_base):
             return
-        with self.reporter.phase("validation", "drawing the drift prompts with the base model") as progress:
+        with self.reporter.phase("validation", "sampling the drift prompts with the base model") as progress:
             if not self.drift.keep_base(step, progress):
                 self.reporter.notice(
-                    "The base model's latents of validation_drift_prompts are not there, and training has changed its "
-                    f"weights: no drift is measured. To measure it from the start: {self.ways.anew()}."
+                    "The base model's latents for validation_drift_prompts are missing, and training has changed its "
+                    f"weights: no drift is measured. To measure it from the start: {self.commands.fresh()}."
                 )
 
     def _with_drift(self, drift: DriftMeter, event: ValidationEvent | None, step: int) -> ValidationEvent | None:
-        """`event` of `step`, or a new one, with the drift measured and told; `event` where it cannot be measured."""
-        found: dict[str, dict[str, float]] = {}
+        """`event`, or a new event of `step`, with the drift, which is measured and reported. `event` itself where the
+        drift cannot be measured.
+        """
+        drifts: dict[str, dict[str, float]] = {}
 
         def measure() -> None:
             with (
@@ -278,16 +282,16 @@ class Loop:
                 optim.as_given(self.stepper.optimizer, self.stepper.masters),
             ):
                 if drift.keep_base(step, progress):
-                    found.update(drift(progress))
+                    drifts.update(drift(progress))
 
-        # Where others wait for a call of this rank, the run ends with it.
+        # With several ranks the error is fatal: the others wait in a collective call.
         reason = failure_reason(measure, is_fatal=lambda: not self.world.is_alone)
         if reason is not None:
             release_memory(self.world.device)
-            self.reporter.notice(f"The drift at step {step} could not be measured: {reason} Training goes on.")
-        if not found:
+            self.reporter.notice(f"The drift at step {step} could not be measured: {reason} Training continues.")
+        if not drifts:
             return event
-        event = with_drift(event or ValidationEvent(step=step), found)
+        event = with_drift(event or ValidationEvent(step=step), drifts)
         average = "" if event.ema_drift is None else f"{event.ema_drift:.3f} (moving average)"
         live = "" if event.drift is None else f"{event.drift:.3f}"
         self.reporter.say(f"Drift at step {step}: {', '.join(filter(None, (live, average)))}")
@@ -298,59 +302,61 @@ class Loop:
         if not self.world.is_main:
             return
         size = checkpoints.size(folder)
-        place = str(folder.relative_to(self.run.root))
-        self.reporter.emit(CheckpointEvent(step=state.step, state="saved", path=place, bytes=size))
+        relative_path = str(folder.relative_to(self.run.root))
+        self.reporter.emit(CheckpointEvent(step=state.step, state="saved", path=relative_path, bytes=size))
         self.reporter.say(f"Checkpoint at step {state.step}: {folder} ({format_size(size)})")
         self.watch.saved(state.step)
         best = best_step(self.run, state)
         protect = frozenset() if best is None else frozenset({best})
         for step in checkpoints.prune(self.run, self.plan.config.checkpoints_total_limit, protect):
-            gone = str(self.run.checkpoint(step).relative_to(self.run.root))
-            self.reporter.emit(CheckpointEvent(step=step, state="pruned", path=gone))
+            pruned_path = str(self.run.checkpoint(step).relative_to(self.run.root))
+            self.reporter.emit(CheckpointEvent(step=step, state="pruned", path=pruned_path))
 
-    def _mind_the_disk(self, state: TrainState) -> None:
-        """As `mind_the_disk`, by rank 0; where it stops, all ranks save first."""
+    def _check_free_disk(self, state: TrainState) -> None:
+        """Call `check_free_disk` on rank 0. Before it stops the run, all ranks save a checkpoint."""
         options = self.plan.config
         (is_low,) = self.world.decide([machine.disk_room(self.run.root) < options.disk_low_bytes])
         if is_low and options.disk_low_action == "stop":
             self._save(state)
         if is_low and self.world.is_main:
-            mind_the_disk(self.run, options, self.reporter, self.requests, f"The run is saved at step {state.step}")
-        self.world.barrier("room on the disk")
+            check_free_disk(self.run, options, self.reporter, self.requests, f"The run is saved at step {state.step}")
+        self.world.barrier("disk space")
 
 
-def mind_the_disk(
+def check_free_disk(
     run: RunDirectory,
     options: CheckpointOptions,
     reporter: Reporter,
     requests: Requests,
-    kept: str = "What was cached and saved before is kept",
+    saved_text: str = "Caches and checkpoints are kept",
 ) -> None:
-    """Act on `disk_low_threshold` before a write fails. `kept` says what a stop leaves.
+    """Act on `disk_low_threshold` before a write fails. `saved_text` tells the user what is saved when a run stops.
 
     Raises:
-        DiskError: there is less space, and `disk_low_action` is stop.
+        DiskError: less space is free, and `disk_low_action` is stop.
     """
     limit = options.disk_low_bytes
     free = machine.disk_room(run.root)
     if free >= limit:
         return
-    found = f"{format_size(free)} free for {run.root}, below disk_low_threshold ({format_size(limit)})"
+    finding = f"{format_size(free)} free for {run.root}, below disk_low_threshold ({format_size(limit)})"
     if options.disk_low_action == "stop":
         raise DiskError.of(
-            found, remedy=f"{kept}: free some space, or lower --disk_low_threshold, and give the same command again."
+            finding,
+            remedy=f"{saved_text}: free some space, or lower --disk_low_threshold, and give the same command again.",
         )
-    reporter.notice(f"{found}: waiting for space.")
+    reporter.notice(f"{finding}: waiting for space.")
     waited = disk.wait_for_space(run.root, limit, until=lambda: requests.take("stop"))
-    reporter.notice(f"Going on after {format_duration(waited)}.")
+    reporter.notice(f"Continuing after {format_duration(waited)}.")
 
 
 def batches_of(
     steps: range, build: Callable[[int], GlobalBatch], device: torch.device, *, prefetch: bool
 ) -> Iterator[GlobalBatch]:
-    """The global batches of `steps`. For an accelerator they are pinned, so that copying them does not block, and with
-    `prefetch` a thread reads, draws and pins the next one while this one trains. On a CPU the two would compete for
-    the same cores: OpenMP's threads spin, and a step took a third longer (docs/log.md).
+    """Yield the global batches of `steps`. For an accelerator they are in pinned memory, so that copies do not block;
+    with `prefetch` a thread reads, draws and pins the next batch while the current one trains. On a CPU nothing is
+    prefetched: the thread would compete for cores with OpenMP's spinning threads, and a step took a third longer
+    (docs/log.md).
     """
     if device.type == "cpu":
         return map(build, steps)
@@ -371,7 +377,7 @@ def shapes_of(batch: GlobalBatch) -> str:
 
 
 def four_digits(value: float) -> float:
-    """`value`, rounded to its first four digits: rates are from a thousandth to a thousand."""
+    """Round `value` to four significant digits: rates lie between a thousandth and a thousand."""
     return float(f"{value:.4g}")
 
 
@@ -380,7 +386,7 @@ def mean(values: Mapping[Any, float]) -> float:
 
 
 def with_drift(event: ValidationEvent, drifts: Mapping[str, Mapping[str, float]]) -> ValidationEvent:
-    """`event` with what a `DriftMeter` returns."""
+    """`event` with the drifts that a `DriftMeter` returns."""
     means = {view: mean(by_prompt) for view, by_prompt in drifts.items()}
     by_prompt = drifts["live" if "live" in drifts else "ema"]
     return event.model_copy(
@@ -389,6 +395,6 @@ def with_drift(event: ValidationEvent, drifts: Mapping[str, Mapping[str, float]]
 
 
 def best_step(run: RunDirectory, state: TrainState) -> int | None:
-    """The checkpoint that is there with the lowest held-out loss."""
+    """The step of the existing checkpoint with the lowest held-out loss; None if no checkpoint has one."""
     measured = {step: state.held_out[step] for step in checkpoints.steps(run) if step in state.held_out}
     return min(measured, key=measured.__getitem__, default=None)

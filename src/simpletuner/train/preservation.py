@@ -13,7 +13,7 @@ from simpletuner.data.batch import Batch
 from simpletuner.flow.choice import Choice
 from simpletuner.flow.condition import Condition
 from simpletuner.flow.loss import Prior
-from simpletuner.train.trained import Trained
+from simpletuner.train.trained import Trainable
 
 DenoiseRouted = Callable[[Tensor, Tensor, Condition, Sequence[Choice]], Tensor]
 """(noised latents, sigma, condition, what TREAD's routes keep) → velocity."""
@@ -25,7 +25,7 @@ class Preservation:
 
     denoise: DenoiseRouted
     disabled: Callable[[], AbstractContextManager[None] | None]
-    """A block in which `denoise` is the base model: `Trained.disabled`."""
+    """A block in which `denoise` is the base model: `Trainable.disabled`."""
     has_second_loss: bool = False
     """Whether `preservation` adds a loss of its own."""
     prior: float = 0.0
@@ -37,7 +37,7 @@ class Preservation:
 
     @classmethod
     def of(
-        cls, config: RunConfig, denoise: DenoiseRouted, trained: Trained, idle: Callable[[], None] | None = None
+        cls, config: RunConfig, denoise: DenoiseRouted, trained: Trainable, idle: Callable[[], None] | None = None
     ) -> "Preservation | None":
         """None where training changes the base itself."""
         if trained.disabled() is None:

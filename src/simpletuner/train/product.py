@@ -1,4 +1,4 @@
-"""What each `model_type` trains, and the files that come of it: an adapter, or a whole model."""
+"""The trainable parameters of each `model_type` and the files that a run exports: a LoRA, or a whole model."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -36,63 +36,64 @@ from simpletuner.memory.zero import ZeroShards, engine_settings, landing_device
 from simpletuner.runs.layout import LORA_NAME, RunDirectory
 from simpletuner.train import optim
 from simpletuner.train.report import Reporter
-from simpletuner.train.trained import Trained
+from simpletuner.train.trained import Trainable
 
 
 @runtime_checkable
 class Product(Protocol):
-    """What a run trains, and what comes of it."""
+    """A model with its trainable parameters, and the export of them."""
 
     @property
     def transformer(self) -> Flux2Transformer:
-        """The model that computes."""
+        """The model that is trained."""
 
     @property
-    def trained(self) -> Trained:
-        """What of it learns."""
+    def trained(self) -> Trainable:
+        """Its trainable parameters."""
 
     @property
     def noun(self) -> str:
-        """What people call it."""
+        """The word for the export in messages: "LoRA" or "model"."""
 
     @property
     def checkpoint_bytes(self) -> int:
-        """About the size of a checkpoint."""
+        """Estimated bytes of a checkpoint."""
 
     @property
     def single_file_bytes(self) -> int:
-        """Disk space that the finished run takes beside its last checkpoint."""
+        """Bytes on disk that a finished run takes in addition to its last checkpoint."""
 
     def groups(self) -> list[dict[str, Any]]:
-        """What the optimizer steps on, in groups."""
+        """Parameter groups for the optimizer."""
 
-    def introduce(self, run: RunDirectory, reporter: Reporter) -> None:
-        """Say what learns, and write it into the run."""
+    def report_parameters(self, run: RunDirectory, reporter: Reporter) -> None:
+        """Report the trainable parameters, and write them into the run directory."""
 
     def save(
         self, folder: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str], world: World
     ) -> dict[str, str]:
-        """Write an export of `state`, the trained tensors or their average, into `folder`, a checkpoint. All ranks call
-        it, each with what it holds. Returns the SHA-256 of files that are read back already, by name in `folder`.
+        """Export `state`, the trained tensors or their average, into `folder`, a checkpoint. All ranks call it, each
+        with its own tensors. Returns the SHA-256 of each file that was already verified by reading it back, by name in
+        `folder`.
 
         Raises:
             DiskError: no space, or a file reads back differently.
         """
 
-    def holds(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether that export has the very numbers of `state`, so that they can be read back from it."""
+    def export_is_exact(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether the export of `state` keeps every bit, so that `read_export` returns `state`."""
 
-    def saved(self, folder: Path) -> dict[str, Tensor]:
-        """What `save` wrote into `folder`, where it `holds` it.
+    def read_export(self, folder: Path) -> dict[str, Tensor]:
+        """The tensors that `save` wrote into `folder`, where `export_is_exact`.
 
         Raises:
-            CheckpointError: it cannot be read.
+            CheckpointError: the files cannot be read.
         """
 
 
 @dataclass(frozen=True)
 class LoraProduct:
-    """Small matrices beside a frozen transformer; a file of them."""
+    """A LoRA on a frozen transformer, exported as one file."""
 
     config: RunConfig
     transformer: Flux2Transformer
@@ -101,18 +102,22 @@ class LoraProduct:
 
     @classmethod
     def load(cls, config: RunConfig, source: Source, world: World, reporter: Reporter) -> "LoraProduct":
-        """The transformer, frozen, sharded if asked to, with a fresh adapter, or the one of `init_lora`."""
+        """Load the frozen transformer, sharded if configured, with a fresh adapter or that of `init_lora`."""
         sharding = Sharding.of(config, world)
         device = landing_device(config, world)
         transformer = load_base(config, config, source, device, report=reporter.notice, sharding=sharding)
-        whole = sum(tensor.nbytes for tensor in transformer.parameters())
-        held = sorted({each.layout.precision for each in transformer.modules() if isinstance(each, QuantizedLinear)})
-        if held:
-            kept = ", as its file holds it," if config.base_model_precision == NO_CHANGE else ""
-            reporter.say(f"The base in {' and '.join(held)}{kept} takes {format_size(whole)}.")
+        base_bytes = sum(tensor.nbytes for tensor in transformer.parameters())
+        precisions = sorted(
+            {each.layout.precision for each in transformer.modules() if isinstance(each, QuantizedLinear)}
+        )
+        if precisions:
+            origin = ", as stored in its file," if config.base_model_precision == NO_CHANGE else ""
+            reporter.say(f"The base in {' and '.join(precisions)}{origin} takes {format_size(base_bytes)}.")
         if sharding is not None:
-            own = held_bytes(transformer.parameters())
-            reporter.say(f"Sharded: each of {world.size} processes holds {format_size(own)} of {format_size(whole)}.")
+            shard_bytes = held_bytes(transformer.parameters())
+            reporter.say(
+                f"Sharded: each of {world.size} processes holds {format_size(shard_bytes)} of {format_size(base_bytes)}."
+            )
         transformer.requires_grad_(False)
         if config.init_lora is None:
             adapter = attach(transformer, config, seed=config.seed)
@@ -120,12 +125,12 @@ class LoraProduct:
             saved = read_lora(Path(config.init_lora))
             if saved.unused:
                 reporter.notice(
-                    f"{saved.path.name} holds {saved.unused} keys of a text encoder's layers too. They are not used: "
-                    "the text encoder is not adapted here."
+                    f"{saved.path.name} also has {saved.unused} keys for text encoder layers. They are not used: "
+                    "only the transformer has an adapter here."
                 )
             adapter = attach_saved(transformer, saved, dropout=config.lora_dropout)
         if sharding is not None:
-            adapter.to(world.device)  # attached where the shards lie, which may be host memory
+            adapter.to(world.device)  # `attach` uses the shards' device, which may be host memory
         return cls(config, transformer, adapter)
 
     @property
@@ -138,12 +143,12 @@ class LoraProduct:
 
     @property
     def single_file_bytes(self) -> int:
-        return 0  # a copy of a LoRA is small
+        return 0  # negligible for a LoRA
 
     def groups(self) -> list[dict[str, Any]]:
         return optim.lora_plus(self.trained.named_parameters(), self.config.lora_plus_ratio)
 
-    def introduce(self, run: RunDirectory, reporter: Reporter) -> None:
+    def report_parameters(self, run: RunDirectory, reporter: Reporter) -> None:
         audit = self.trained.audit()
         reporter.say(
             f"LoRA on {audit['layers']} layers ({audit['target']}): {audit['parameters']:,} trained parameters, "
@@ -163,26 +168,26 @@ class LoraProduct:
         self, folder: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str], world: World
     ) -> dict[str, str]:
         shards = self.trained.shards
-        whole = state if shards is None else shards.wholes(state, to=0)
+        gathered = state if shards is None else shards.wholes(state, to=0)
         if world.is_main:
-            assert whole is not None
+            assert gathered is not None
             dtype = DTYPES[self.config.lora_save_dtype]
             folder.mkdir(exist_ok=True)
-            with self.trained.showing(whole):
+            with self.trained.showing(gathered):
                 save_lora(folder / LORA_NAME, self.trained, metadata=metadata, dtype=dtype)
         return {}
 
-    def holds(self, state: Mapping[str, Tensor]) -> bool:  # noqa: ARG002  whatever it is
-        """Never: it is expanded to full matrices, with its scale folded in."""
+    def export_is_exact(self, state: Mapping[str, Tensor]) -> bool:  # noqa: ARG002  the same for every state
+        """False: the export expands a LoRA to full matrices, with its scale folded in."""
         return False
 
-    def saved(self, folder: Path) -> dict[str, Tensor]:  # noqa: ARG002  as above
+    def read_export(self, folder: Path) -> dict[str, Tensor]:  # noqa: ARG002  as above
         return {}
 
 
 @dataclass(frozen=True)
 class FullProduct:
-    """Every weight of a transformer; a diffusers folder, and a single file in BFL's layout."""
+    """A transformer with all weights trainable, exported as a diffusers folder and a single file in BFL's layout."""
 
     config: RunConfig
     transformer: Flux2Transformer
@@ -191,11 +196,11 @@ class FullProduct:
 
     @classmethod
     def load(cls, config: RunConfig, source: Source, world: World, _reporter: Reporter) -> "FullProduct":
-        """The transformer, all of its weights trained: in fp32, or as bf16 with fp32 masters, or as bf16 alone; sharded
-        if asked to.
+        """Load the transformer with all weights trainable: in fp32, in bf16 with fp32 masters, or in bf16 alone; sharded
+        if configured.
         """
         computes_in = DTYPES[config.base_dtype]
-        has_masters = config.has_masters and not (config.zero_stage and world.size > 1)  # DeepSpeed has its own
+        has_masters = config.has_masters and not (config.zero_stage and world.size > 1)  # DeepSpeed makes its own
         dtype = torch.float32 if has_masters else computes_in
         sharding = Sharding.of(config, world)
         if sharding is None:
@@ -207,7 +212,7 @@ class FullProduct:
 
     @property
     def save_dtype(self) -> torch.dtype:
-        """Of the exported transformer."""
+        """Dtype of the exported transformer."""
         if self.config.model_save_dtype is not None:
             return DTYPES[self.config.model_save_dtype]
         return self.trained.parameters()[0].dtype
@@ -215,9 +220,9 @@ class FullProduct:
     @property
     def checkpoint_bytes(self) -> int:
         count = self.trained.parameter_count
-        own = count * self.trained.parameters()[0].itemsize
-        kept = 0 if self.holds(self.trained.state()) else own
-        return checkpoint_bytes(self.config, count * self.save_dtype.itemsize, kept, self.optimizer_bytes)
+        exact_bytes = count * self.trained.parameters()[0].itemsize
+        extra_bytes = 0 if self.export_is_exact(self.trained.state()) else exact_bytes
+        return checkpoint_bytes(self.config, count * self.save_dtype.itemsize, extra_bytes, self.optimizer_bytes)
 
     @property
     def single_file_bytes(self) -> int:
@@ -225,13 +230,13 @@ class FullProduct:
 
     @property
     def optimizer_bytes(self) -> int:
-        """About the size of the optimizer's state."""
+        """Estimated bytes of the optimizer state."""
         return known_optimizer(self.config.optimizer).state_size(self.trained.whole_shapes)
 
     def groups(self) -> list[dict[str, Any]]:
         return optim.by_role(*self.trained.by_role())
 
-    def introduce(self, run: RunDirectory, reporter: Reporter) -> None:
+    def report_parameters(self, run: RunDirectory, reporter: Reporter) -> None:
         audit = self.trained.audit()
         masters = f", {format_size(audit['master_bytes'])} of fp32 masters" if audit["master_bytes"] else ""
         if self.config.optimizer_release_gradients:
@@ -242,12 +247,12 @@ class FullProduct:
         reporter.say(
             f"The whole transformer: {audit['parameters']:,} trained parameters in {audit['tensors']} tensors; "
             f"{format_size(audit['weight_bytes'])} of {audit['dtype']} weights{masters}, {gradients} of "
-            f"gradients, about {format_size(self.optimizer_bytes)} of {self.config.optimizer}'s state"
+            f"gradients, about {format_size(self.optimizer_bytes)} of {self.config.optimizer} state"
         )
         if self.trained.shards is not None:
-            ranks, held = self.trained.shards.world.size, sum(rows.nbytes for rows in self.trained.parameters())
+            ranks, shard_bytes = self.trained.shards.world.size, sum(rows.nbytes for rows in self.trained.parameters())
             reporter.say(
-                f"Sharded: each of {ranks} processes holds {format_size(held)} of the weights, and the same share of "
+                f"Sharded: each of {ranks} processes holds {format_size(shard_bytes)} of the weights, and the same share of "
                 "gradients and optimizer state."
             )
         for kind in audit["kinds"]:
@@ -257,25 +262,25 @@ class FullProduct:
     def save(
         self, folder: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str], world: World
     ) -> dict[str, str]:
-        where, spec, dtype = folder / TRANSFORMER_FOLDER, self.transformer.spec, self.save_dtype
+        target, spec, dtype = folder / TRANSFORMER_FOLDER, self.transformer.spec, self.save_dtype
         if world.is_alone:
-            save_transformer(where, spec, state, metadata=metadata, dtype=dtype)
+            save_transformer(target, spec, state, metadata=metadata, dtype=dtype)
             return {}
         splits = {} if self.trained.shards is None else self.trained.shards.splits
-        shared = {name: RankTensor(tensor, splits.get(name)) for name, tensor in state.items()}
-        hashes = save_transformer_shares(where, spec, shared, world, metadata=metadata, dtype=dtype)
+        rank_tensors = {name: RankTensor(tensor, splits.get(name)) for name, tensor in state.items()}
+        hashes = save_transformer_shares(target, spec, rank_tensors, world, metadata=metadata, dtype=dtype)
         return {f"{TRANSFORMER_FOLDER}/{name}": digest for name, digest in hashes.items()}
 
-    def holds(self, state: Mapping[str, Tensor]) -> bool:
+    def export_is_exact(self, state: Mapping[str, Tensor]) -> bool:
         dtype = self.save_dtype
         return all(dtype in (tensor.dtype, torch.float32) for tensor in state.values())
 
-    def saved(self, folder: Path) -> dict[str, Tensor]:
+    def read_export(self, folder: Path) -> dict[str, Tensor]:
         return read_transformer(folder / TRANSFORMER_FOLDER)
 
 
 def zero_shards(config: RunConfig, product: Product, world: World) -> ZeroShards | None:
-    """What `product` trains, given to DeepSpeed; None without `deepspeed_config`."""
+    """DeepSpeed's shards of the trainable parameters of `product`; None without `deepspeed_config`."""
     if not config.zero_stage:
         return None
     weights = product.trained.weights
@@ -288,4 +293,4 @@ PRODUCTS: dict[str, Callable[[RunConfig, Source, World, Reporter], Product]] = {
     "lora": LoraProduct.load,
     "full": FullProduct.load,
 }
-"""By `model_type`: loads the transformer and makes of it what is to learn."""
+"""By `model_type`: loads the transformer and makes the trainable parameters."""

@@ -1,4 +1,4 @@
-"""All that a run has to remember between two steps, and nothing else: every draw is keyed, so there is no RNG state."""
+"""Training state besides tensors. It contains no RNG state: every random draw is keyed by step and slot."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,32 +17,32 @@ class TrainState(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     version: int = STATE_VERSION
-    """Of this schema."""
+    """Version of this schema."""
     step: int = 0
-    """Optimizer steps that are finished."""
+    """Finished optimizer steps."""
     micro_batches: int = 0
-    """Micro-batches seen: where the data goes on."""
+    """Micro-batches trained: the position in the data."""
     cuts: list[Cut] = Field(default_factory=list)
-    """How steps were cut into micro-batches before train_batch_size changed; empty where it never did."""
+    """How steps were split into micro-batches before train_batch_size changed; empty if it never did."""
     skipped_steps: list[int] = Field(default_factory=list)
-    """Steps among these that were not taken, since a loss or gradient was not finite."""
+    """Steps, counted as finished, that were skipped because a loss or gradient was not finite."""
     held_out: dict[int, float] = Field(default_factory=dict)
-    """Held-out loss by step, as far as it was measured."""
+    """Held-out loss by step, for the steps at which it was measured."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """The resolved configuration it was trained with."""
+    """The resolved configuration of the run."""
     data: dict[str, str] = Field(default_factory=dict)
-    """Fingerprint of each training set: its pictures, captions, crops, repeats and probability."""
+    """Fingerprint of each training dataset: its images, captions, crops, repeats and probability."""
     windows: dict[str, Windows] = Field(default_factory=dict)
-    """First and last "step" and "epoch" of each training set that is not active throughout."""
+    """First and last "step" and "epoch" of each training dataset that is not active throughout."""
     model: dict[str, str] = Field(default_factory=dict)
-    """Fingerprint of the transformer, and of what made the caches."""
+    """Fingerprints of the transformer and of the models that made the caches."""
     scaler: dict[str, float] = Field(default_factory=dict)
     """The fp16 loss scaler's state; empty without fp16."""
     optimizer: dict[str, Any] = Field(default_factory=dict, validation_alias=AliasChoices("optimizer", "optimiser"))
-    """The optimizer's state that is not a tensor, as `optimizer_state.pack` has it. Older checkpoints name it
-    `optimiser`."""
+    """Optimizer state that is not a tensor, as `optimizer_state.pack` returns it. Older checkpoints name it `optimiser`.
+    """
 
 
 def changed(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Names whose fingerprint is not what it was."""
+    """Names whose fingerprints differ."""
     return sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))

@@ -11,46 +11,46 @@ from simpletuner.memory.row_shards import Shards
 
 
 @runtime_checkable
-class Trained(Protocol):
+class Trainable(Protocol):
     """An adapter (`flux2.lora.Adapter`) or a whole transformer (`flux2.full.FullModel`)."""
 
     masters: SteppedParameters | None
-    """What the optimizer steps on in place of the weights: fp32 copies where those are too coarse, or this rank's share
-    where ranks share them out.
+    """Tensors that the optimizer steps in place of the weights: fp32 masters of low-precision weights, or this rank's
+    shards of them. None where it steps the weights themselves.
     """
 
     @property
     def weights(self) -> Mapping[str, nn.Parameter]:
-        """The model's own parameters that are trained, by name."""
+        """The model's trainable parameters, by name."""
 
     @property
     def shards(self) -> Shards | None:
-        """Where the ranks share out the parameters: `named_parameters`, `state` and `load` then are about this rank's
-        share, and gradients are summed over the ranks by FSDP2 or DeepSpeed. None where each rank holds all of them.
+        """The sharding of the parameters; None where each rank holds all of them. If sharded, `named_parameters`, `state`
+        and `load` use this rank's shards, and FSDP2 or DeepSpeed sums gradients over the ranks.
         """
 
     @property
     def parameter_count(self) -> int:
-        """Numbers that are trained, on all ranks together."""
+        """Number of trainable parameters, over all ranks."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What the optimizer steps on, by name."""
+        """The parameters that the optimizer steps, by name."""
 
     def parameters(self) -> list[nn.Parameter]:
-        """The same without the names."""
+        """The parameters that the optimizer steps."""
 
     def disabled(self) -> AbstractContextManager[None] | None:
-        """A block in which the model is the base model; None where training changes the base itself."""
+        """A context in which the model is the base model; None where training changes the base weights."""
 
     def holding(self, state: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        """A block in which the model computes with `state`."""
+        """A context in which the model computes with `state`."""
 
     def state(self) -> dict[str, Tensor]:
-        """The trained tensors themselves (detached, not copied), by name; of shared-out ones this rank's share."""
+        """The trained tensors by name, detached but not copied; this rank's shards if they are sharded."""
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` gave.
+        """Restore tensors that `state` returned.
 
         Raises:
-            ValueError: other names or shapes.
+            ValueError: names or shapes differ.
         """

@@ -39,7 +39,7 @@ from simpletuner.runs.events import Picture, ValidationEvent, read_events
 from simpletuner.runs.layout import EMA_FOLDER, RunDirectory
 from simpletuner.train.ema import Ema
 from simpletuner.train.preview import DrawingModel, evaluating
-from simpletuner.train.trained import Trained
+from simpletuner.train.trained import Trainable
 
 SHEET_COLUMNS = 8
 MAX_FAILURES = 3
@@ -140,7 +140,7 @@ class Painter:
     """Sizes of images whose two predictions of guidance share a pass, by the plan."""
     seed: int
     model: DrawingModel
-    trained: Trained
+    trained: Trainable
     ema: Ema | None
     """The average, if pictures are made of it."""
     has_live: bool

@@ -13,7 +13,7 @@ import torch
 
 from simpletuner.memory.tensors import INTEGERS
 from simpletuner.runs.layout import RunDirectory
-from simpletuner.train.trained import Trained
+from simpletuner.train.trained import Trainable
 
 FIRST_STEPS = 10
 """Steps at a learning rate above 0 after which something must have been learned."""
@@ -39,7 +39,7 @@ class Watch:
     each checkpoint.
     """
 
-    def __init__(self, trained: Trained, run: RunDirectory, notice: Callable[[str], None], *, start: int) -> None:
+    def __init__(self, trained: Trainable, run: RunDirectory, notice: Callable[[str], None], *, start: int) -> None:
         """`start` is the step that training goes on from; its checkpoint is compared with the next."""
         self._trained = trained
         self._run = run

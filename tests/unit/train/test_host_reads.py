@@ -30,7 +30,7 @@ from simpletuner.train import optim
 from simpletuner.train.ema import Ema
 from simpletuner.train.rollout import Rollout
 from simpletuner.train.step import Objective, Stepper
-from simpletuner.train.trained import Trained
+from simpletuner.train.trained import Trainable
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 SPEC = TransformerSpec(
@@ -83,14 +83,14 @@ def test_a_copy_that_waits_is_seen_and_one_that_does_not_is_not() -> None:
         assert len(found) == 3
 
 
-def adapter(dtype: torch.dtype, device: torch.device, dropout: float = 0.0) -> tuple[Flux2Transformer, Trained]:
+def adapter(dtype: torch.dtype, device: torch.device, dropout: float = 0.0) -> tuple[Flux2Transformer, Trainable]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         transformer = Flux2Transformer(SPEC).to(device, dtype)
     return transformer, attach(transformer, LoraOptions(lora_rank=2, lora_dropout=dropout), seed=0)
 
 
-def whole_model(dtype: torch.dtype, device: torch.device) -> tuple[Flux2Transformer, Trained]:
+def whole_model(dtype: torch.dtype, device: torch.device) -> tuple[Flux2Transformer, Trainable]:
     transformer = Flux2Transformer(SPEC).to(device)
     return transformer, unfreeze(transformer, None if dtype == torch.float32 else dtype)
 
@@ -122,7 +122,7 @@ def global_batch(step: int) -> GlobalBatch:
 
 def stepper(
     kind: type[Stepper],
-    made: tuple[Flux2Transformer, Trained],
+    made: tuple[Flux2Transformer, Trainable],
     device: torch.device,
     sampler: str = "euler",
     **options: object,
@@ -156,7 +156,7 @@ MODELS = pytest.mark.parametrize(
 
 @DTYPES
 @MODELS
-def test_a_step_reads_once(make: Callable[..., tuple[Flux2Transformer, Trained]], dtype: torch.dtype) -> None:
+def test_a_step_reads_once(make: Callable[..., tuple[Flux2Transformer, Trainable]], dtype: torch.dtype) -> None:
     made = make(dtype, CPU)
     step = stepper(Stepper, made, CPU, optimizer="adamw" if dtype == torch.float32 else "adamw_bf16")
     average = Ema(made[1], EmaOptions(use_ema=True), CPU)
@@ -174,7 +174,7 @@ def test_a_step_reads_once(make: Callable[..., tuple[Flux2Transformer, Trained]]
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=["bf16"])
 @pytest.mark.parametrize("make", [adapter, whole_model], ids=["lora", "full"])
 def test_on_a_device_a_step_waits_for_nothing_but_that_read(
-    make: Callable[..., tuple[Flux2Transformer, Trained]], dtype: torch.dtype
+    make: Callable[..., tuple[Flux2Transformer, Trainable]], dtype: torch.dtype
 ) -> None:
     made = make(dtype, META)
     step = stepper(MetaStepper, made, META, optimizer="adamw_bf16")

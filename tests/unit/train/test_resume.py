@@ -22,7 +22,14 @@ from simpletuner.runs.checkpoints import building
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.train.checkpoint import on_each_machine
 from simpletuner.train.report import Reporter
-from simpletuner.train.resume import Resume, Ways, check_content, check_machines, continued, find
+from simpletuner.train.resume import (
+    RestartCommands,
+    Resume,
+    check_content,
+    check_machines,
+    find_checkpoint,
+    resumed_config,
+)
 from simpletuner.train.state import TrainState
 
 Given = Callable[..., Loaded]
@@ -55,7 +62,9 @@ def state(size: int, accumulation: int, processes: int | None = None) -> TrainSt
 
 
 def resumed(loaded: Loaded, before: TrainState) -> RunConfig:
-    return continued(Path("step-3"), before, Ways(RunDirectory(Path("output")), loaded), Reporter()).config
+    return resumed_config(
+        Path("step-3"), before, RestartCommands(RunDirectory(Path("output")), loaded), Reporter()
+    ).config
 
 
 def test_the_same_batch_on_other_processes_is_said_in_a_line(given: Given, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,8 +133,8 @@ def test_an_elastic_run_says_what_its_effective_batch_is(given: Given, capsys: p
     loaded = given("--gradient_accumulation_steps=2", environ={"RANK": "0", "WORLD_SIZE": "2"})
 
     def restarted(before: TrainState) -> tuple[int, list[str]]:
-        ways = Ways(RunDirectory(Path("output")), loaded)
-        config = continued(Path("step-3"), before, ways, Reporter(), is_elastic=True).config
+        commands = RestartCommands(RunDirectory(Path("output")), loaded)
+        config = resumed_config(Path("step-3"), before, commands, Reporter(), is_elastic=True).config
         return config.gradient_accumulation_steps, capsys.readouterr().out.splitlines()
 
     assert restarted(state(1, 2, 2)) == (2, [])
@@ -169,7 +178,7 @@ def test_machine_0_alone_chooses_the_checkpoint(given: Given, tmp_path: Path) ->
     def work(world: World) -> Resume | None:
         run = RunDirectory(tmp_path / f"own-{world.machine}")
         flag = "--resume_from_checkpoint=" if world.is_main else "--resume_from_checkpoint=latest"
-        return find(run, given(flag), Reporter(), with_writers(world, run.root))[0]
+        return find_checkpoint(run, given(flag), Reporter(), with_writers(world, run.root))[0]
 
     assert on_ranks(2, work, machines=2) == []
 
@@ -202,7 +211,7 @@ def test_every_key_that_may_have_changed_a_set_is_named(given: Given) -> None:
     with pytest.raises(CheckpointError) as caught:
         check_content(
             Resume(Path("step-3"), before),
-            Ways(RunDirectory(Path("output")), loaded),
+            RestartCommands(RunDirectory(Path("output")), loaded),
             data={"cats": "another", "dogs": "one"},
             model={},
         )

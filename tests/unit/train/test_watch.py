@@ -12,7 +12,7 @@ from simpletuner.flux2.full import unfreeze
 from simpletuner.flux2.lora import attach
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.runs.layout import RunDirectory
-from simpletuner.train.trained import Trained
+from simpletuner.train.trained import Trainable
 from simpletuner.train.watch import FIRST_STEPS, Watch
 
 CPU = torch.device("cpu")
@@ -27,22 +27,22 @@ def told() -> list[str]:
 
 
 @pytest.fixture
-def adapter() -> Trained:
+def adapter() -> Trainable:
     return attach(Flux2Transformer(SPEC), LoraOptions(lora_rank=2), seed=0)
 
 
-def watching(trained: Trained, told: list[str], start: int = 0) -> Watch:
+def watching(trained: Trainable, told: list[str], start: int = 0) -> Watch:
     return Watch(trained, RunDirectory(Path("run")), told.append, start=start)
 
 
-def learn(trained: Trained, *but: str) -> None:
+def learn(trained: Trainable, *but: str) -> None:
     with torch.no_grad():
         for name, parameter in trained.named_parameters():
             if name.removesuffix(".b") not in but:
                 parameter.add_(0.01)
 
 
-def test_adapter_layers_that_learn_nothing_are_named_once_after_ten_steps(adapter: Trained, told: list[str]) -> None:
+def test_adapter_layers_that_learn_nothing_are_named_once_after_ten_steps(adapter: Trainable, told: list[str]) -> None:
     names = [name.removesuffix(".b") for name, _ in adapter.named_parameters() if name.endswith(".b")]
     watch = watching(adapter, told)
     learn(adapter, *names[1:3])
@@ -62,7 +62,7 @@ def test_adapter_layers_that_learn_nothing_are_named_once_after_ten_steps(adapte
     assert len(told) == 1
 
 
-def test_adapters_that_learn_are_not_told(adapter: Trained, told: list[str]) -> None:
+def test_adapters_that_learn_are_not_told(adapter: Trainable, told: list[str]) -> None:
     watch = watching(adapter, told)
     learn(adapter)
     for _ in range(FIRST_STEPS):
@@ -72,7 +72,7 @@ def test_adapters_that_learn_are_not_told(adapter: Trained, told: list[str]) -> 
 
 @pytest.mark.parametrize("make", [lambda model: attach(model, LoraOptions(lora_rank=2), seed=0), unfreeze])
 def test_a_checkpoint_equal_to_the_one_before_is_named(make: object, told: list[str]) -> None:
-    trained: Trained = make(Flux2Transformer(SPEC))  # type: ignore[operator]
+    trained: Trainable = make(Flux2Transformer(SPEC))  # type: ignore[operator]
     learn(trained)
     watch = watching(trained, told, start=5)
     for _ in range(FIRST_STEPS):
@@ -94,7 +94,7 @@ def test_a_checkpoint_equal_to_the_one_before_is_named(make: object, told: list[
 
 
 def test_a_slow_step_is_told_with_where_the_time_went_at_most_once_in_a_hundred(
-    adapter: Trained, told: list[str]
+    adapter: Trainable, told: list[str]
 ) -> None:
     watch = watching(adapter, told)
 
@@ -119,7 +119,7 @@ def test_a_slow_step_is_told_with_where_the_time_went_at_most_once_in_a_hundred(
     assert "another program" in told[1]
 
 
-def test_steps_of_less_than_a_second_are_noise(adapter: Trained, told: list[str]) -> None:
+def test_steps_of_less_than_a_second_are_noise(adapter: Trainable, told: list[str]) -> None:
     watch = watching(adapter, told)
     for number in range(1, 60):
         watch.timed_step(number, "a", seconds=0.1, waited=0.0, tflop_per_s=10.0)

@@ -18,7 +18,7 @@ from simpletuner.data.order import Cut, Order
 from simpletuner.data.sample import Sample
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.train.length import Plan
-from simpletuner.train.resume import Resume, Ways, check_windows
+from simpletuner.train.resume import RestartCommands, Resume, check_windows
 from simpletuner.train.state import TrainState
 
 PER_STEP = 2
@@ -131,12 +131,12 @@ def test_only_what_is_to_come_may_change(
     (tmp_path / "config.json").write_text(json.dumps({"model_flavour": "tiny", "max_train_steps": 10}))
     (tmp_path / "multidatabackend.json").write_text(json.dumps([{"id": "set-0", "instance_data_dir": "."}]))
     loaded = load((), folder=tmp_path, environ={})
-    ways = Ways(RunDirectory(tmp_path / "output"), loaded)
+    commands = RestartCommands(RunDirectory(tmp_path / "output"), loaded)
     own = {each.image_set.id: each.image_set.windows for each in manifests(*now)}
     cut = Cut(6, 1, PER_STEP)
     new = Order.of(manifests(*now), seed=1, cuts=(), now=cut)
     if is_same:
-        check_windows(found, ways, own, new)
+        check_windows(found, commands, own, new)
         return
     with pytest.raises(CheckpointError, match="other steps or epochs up to step 6 are active than those that step-6"):
-        check_windows(found, ways, own, new)
+        check_windows(found, commands, own, new)
