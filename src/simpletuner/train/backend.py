@@ -1,4 +1,4 @@
-"""Whether a run's blocks are compiled: what `dynamo_backend` comes to on this machine, for this run."""
+"""Decide whether a run's blocks are compiled: resolve `dynamo_backend` auto for this machine and run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,23 +12,23 @@ from simpletuner.config.run import RunConfig
 from simpletuner.config.values import shown
 
 UNREPAID_STEPS = 200
-"""So many steps or fewer are over before faster steps have made up for the compilation."""
+"""A run of at most this many steps ends before faster steps repay the compilation."""
 
 FindLack = Callable[[str], str | None]
-"""Why blocks cannot be compiled for a type of device, None if they can: `memory.compile.compiler_lack`."""
+"""(device type) → why blocks cannot be compiled for it; None if they can. That is `memory.compile.compiler_lack`."""
 
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """What `dynamo_backend` auto comes to."""
+    """The backend that `dynamo_backend` auto chose."""
 
     backend: Literal["no", "inductor"]
     reason: str = ""
-    """Why, in a line for the user; empty on a CPU, where nobody expects compiled blocks."""
+    """The reason, in a line for the user; empty on a CPU, where nobody expects compiled blocks."""
 
 
 def choose_backend(config: RunConfig, device: torch.device, steps: int, find_lack: FindLack) -> BackendChoice:
-    """Choose for a run of `steps` steps that begins now. The compiler is tried only if nothing else forbids it."""
+    """Choose the backend for a run of `steps` steps. The compiler is probed only if nothing else rules it out."""
     if device.type == "cpu":
         return BackendChoice("no")
     conflict = streaming_conflict(config)
@@ -38,25 +38,25 @@ def choose_backend(config: RunConfig, device: torch.device, steps: int, find_lac
     if config.zero_stage == 3:
         return uncompiled("DeepSpeed's stage 3 gathers weights inside the blocks")
     if steps <= UNREPAID_STEPS:
-        return uncompiled(f"{steps} steps are too few to make up for the compilation (more than {UNREPAID_STEPS} are)")
+        return uncompiled(f"{steps} steps are too few to repay the compilation (it takes more than {UNREPAID_STEPS})")
     lack = find_lack(device.type)
     if lack is not None:
-        return uncompiled(f"this machine cannot: {lack}")
-    return BackendChoice("inductor", f"The blocks are compiled (dynamo_backend = auto): {steps} steps make up for it.")
+        return uncompiled(f"this machine cannot compile: {lack}")
+    return BackendChoice("inductor", f"The blocks are compiled (dynamo_backend = auto): {steps} steps repay it.")
 
 
 def uncompiled(reason: str) -> BackendChoice:
-    """The choice of `dynamo_backend` auto not to compile, for `reason`."""
+    """The choice not to compile, for `reason`."""
     return BackendChoice("no", f"The blocks are not compiled (dynamo_backend = auto): {reason.rstrip('.')}.")
 
 
 def check_backend(config: RunConfig, device: torch.device, find_lack: FindLack) -> None:
-    """Raise a ConfigError where blocks are to be compiled, by the user's word or the run's record, and cannot be."""
+    """Raise a ConfigError if the user's option or the run's record asks for compiled blocks, but compiling fails."""
     if config.dynamo_backend != "inductor":
         return
     lack = find_lack(device.type)
     if lack is not None:
         raise ConfigError.of(
             f"dynamo_backend = inductor on a machine that cannot compile: {lack}",
-            remedy="Mend that, or give --dynamo_backend=no to train uncompiled.",
+            remedy="Fix that, or give --dynamo_backend=no to train uncompiled.",
         )

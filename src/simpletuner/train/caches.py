@@ -42,7 +42,7 @@ from simpletuner.memory.machines import differing_machine, shared_folders
 from simpletuner.memory.precision import DTYPES
 from simpletuner.memory.world import World
 from simpletuner.train.claims import claim, key_of_latents
-from simpletuner.train.masks import CachedMask, Masking, forced_places
+from simpletuner.train.masks import CachedMask, Masking, kept_positions
 from simpletuner.train.report import Reporter
 
 UNCONDITIONAL_CAPTION = ""
@@ -227,7 +227,7 @@ class Prepared:
         """
         masking = Masking(self.loaded.config, self.loaded.config.seed)
         masks = weighing_masks(self.train) if masking.forces_tokens else []
-        return [forced_places(masking.inside(self.mask(mask))).float().mean().item() for mask in masks]
+        return [kept_positions(masking.inside(self.mask(mask))).float().mean().item() for mask in masks]
 
     @property
     def prompt_store(self) -> Store:

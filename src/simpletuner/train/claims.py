@@ -1,11 +1,11 @@
-"""Whose tensors lie under a cache's key: a note beside the caches of which weights made them.
+"""Record which weights made the tensors under a cache key, in a JSON file beside the caches.
 
-A key names of each tensor of an encoder its name, dtype, shape and first 4 KiB, so that caches of every release are
-found. The first weights that use a key in a cache are noted there, by a hash of all of their bytes; others with that
-key, which differ further on, use a key of their own.
+A cache key covers, for each tensor of an encoder, its name, dtype, shape and first 4 KiB; so caches of every release
+stay valid. The first encoder that uses a key in a cache claims it with a hash of all its bytes. Another encoder with
+the same key, whose tensors differ after 4 KiB, uses a different key.
 
-Keys of latents name all of the VAE's encoder, and nobody else has them. Earlier releases named VAEs as text encoders:
-what lies under such a key is used on, also with another decoder.
+Keys of latents cover the whole VAE encoder, so they never collide. Earlier releases made VAE keys as text encoder keys
+are made: their latents stay in use, also with another decoder.
 """
 
 import json
@@ -18,45 +18,46 @@ from simpletuner.base.storage import Storage
 from simpletuner.data.storages import LEDGER
 
 CLAIMS = "bases.json"
-"""The note, in each storage of caches: `{key: key of the whole content}`. Of latents also `{key: key that they lie
-under}`: the same one, or that of an earlier release."""
+"""The file of claims in each cache storage: `{key: key of the whole content}`. For latents also `{key: key in use}`:
+the same key, or that of an earlier release.
+"""
 
 
 def claim(storages: Sequence[Storage], key: str, whole: str) -> bool:
-    """Whether what lies under `key` in `storages`, or will, is of the content that `whole` names; noted where nothing
-    was known. False too where a note is damaged: nobody knows whose tensors lie there.
+    """Claim `key` in `storages` for the content that `whole` names. Returns False if other content has claimed it, or
+    if a file of claims is damaged, so that the owner is unknown.
     """
-    notes = [_read(storage) for storage in storages]
-    if any(note is None or note.get(key, whole) != whole for note in notes):
+    all_claims = [_read(storage) for storage in storages]
+    if any(claims is None or claims.get(key, whole) != whole for claims in all_claims):
         return False
-    for storage, note in zip(storages, notes, strict=True):
-        if note is not None and key not in note and _is_writable(storage):
-            storage.write(CLAIMS, json_bytes(note | {key: whole}), sync=False)
+    for storage, claims in zip(storages, all_claims, strict=True):
+        if claims is not None and key not in claims and _is_writable(storage):
+            storage.write(CLAIMS, json_bytes(claims | {key: whole}), sync=False)
     return True
 
 
 def key_of_latents(storages: Sequence[Storage], key: str, earlier: str, earlier_whole: str) -> str:
-    """The key that the latents named by `key` have in `storages`: where an earlier release used them, what it left
-    under `earlier`, or under `earlier_whole` if `earlier` was another's, is used on. Either is noted: another decoder,
-    with which `earlier` is another one and `key` is the same, then finds it too.
+    """The key under which `storages` keep the latents of `key`. If an earlier release cached them, it is that release's
+    key: `earlier`, or `earlier_whole` if other weights have claimed `earlier`. The result is recorded under `key`,
+    which does not depend on the decoder as `earlier` does, so a model with another decoder finds the latents too.
     """
-    notes = [_read(storage) for storage in storages]
-    found = next((note[key] for note in notes if note and isinstance(note.get(key), str)), None)
-    if found is None and any(map(lambda storage, note: _holds(storage, note, earlier), storages, notes)):
-        found = earlier if claim(storages, earlier, earlier_whole) else earlier_whole
+    all_claims = [_read(storage) for storage in storages]
+    key_in_use = next((claims[key] for claims in all_claims if claims and isinstance(claims.get(key), str)), None)
+    if key_in_use is None and any(map(lambda storage, claims: _holds(storage, claims, earlier), storages, all_claims)):
+        key_in_use = earlier if claim(storages, earlier, earlier_whole) else earlier_whole
     for storage in storages:
-        note = _read(storage)
-        if note is not None and key not in note and _is_writable(storage):
-            storage.write(CLAIMS, json_bytes(note | {key: found or key}), sync=False)
-    return found or key
+        claims = _read(storage)
+        if claims is not None and key not in claims and _is_writable(storage):
+            storage.write(CLAIMS, json_bytes(claims | {key: key_in_use or key}), sync=False)
+    return key_in_use or key
 
 
-def _holds(storage: Storage, note: dict[str, Any] | None, key: str) -> bool:
-    """Whether a storage with that note has tensors under `key`: by its note, or because it has tensors and no note, as
-    releases before the notes left it.
+def _holds(storage: Storage, claims: dict[str, Any] | None, key: str) -> bool:
+    """Whether `storage` has tensors under `key`: `claims` names it, or there are tensors but no claims, because a
+    release without claims wrote them.
     """
-    if note != {}:
-        return note is not None and key in note
+    if claims != {}:
+        return claims is not None and key in claims
     try:
         storage.stat(LEDGER)
     except FileNotFoundError:
@@ -65,17 +66,17 @@ def _holds(storage: Storage, note: dict[str, Any] | None, key: str) -> bool:
 
 
 def _read(storage: Storage) -> dict[str, Any] | None:
-    """The note of a storage, empty where there is none; None where it is damaged."""
+    """The claims in a storage, empty if it has no file of them; None if that file is damaged."""
     try:
-        note = json.loads(storage.read(CLAIMS))
+        claims = json.loads(storage.read(CLAIMS))
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError):
         return None
-    return note if isinstance(note, dict) else None
+    return claims if isinstance(claims, dict) else None
 
 
 def _is_writable(storage: Storage) -> bool:
-    """Whether a note may be left: not in a cache that is shared and may only be read."""
+    """Whether claims can be written: not into a shared, read-only cache."""
     folder = storage.local_path()
     return folder is None or not folder.exists() or os.access(folder, os.W_OK)

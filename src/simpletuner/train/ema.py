@@ -1,4 +1,4 @@
-"""A moving average of what is trained, kept beside it."""
+"""An exponential moving average of the trainable parameters."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -11,12 +11,12 @@ from simpletuner.train.trained import Trainable
 
 
 class Ema:
-    """The exponential moving average of the trained tensors, fp32: at each update `decay` of it stays and the rest
-    comes from what is trained. It starts as that is. What is trained is only read.
+    """The exponential moving average of the trained tensors, fp32: each update computes
+    average ← decay · average + (1 − decay) · trained. It starts as a copy of the trained tensors, which it only reads.
     """
 
     def __init__(self, trained: Trainable, options: EmaOptions, device: torch.device) -> None:
-        """`device` is where the average lies. On another one than what is trained, each update waits for a copy."""
+        """`device` stores the average. If the trained tensors are on another device, each update waits for a copy."""
         self._trained = trained
         self._decay = options.ema_decay
         self._every_steps = options.ema_update_interval
@@ -24,32 +24,32 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take `step` in, if it is one of those that count."""
+        """Update the average, if `step` is a multiple of `ema_update_interval`."""
         if step % self._every_steps:
             return
         averages = list(self._average.values())
         state = self._trained.state()
         lives = [state[name].to(average.device, torch.float32) for name, average in self._average.items()]
         if self._decay == 0:
-            torch._foreach_copy_(averages, lives)  # lerp would lose the sign of a zero
+            torch._foreach_copy_(averages, lives)  # lerp would lose the sign of zeros
         else:
             torch._foreach_lerp_(averages, lives, 1 - self._decay)
 
     def applied(self) -> AbstractContextManager[None]:
-        """Inside, the model computes with the average; afterwards with its own values, bit for bit."""
+        """A context in which the model computes with the average. On exit its own values are back, bit for bit."""
         return self._trained.holding(self._average)
 
     def state(self) -> dict[str, Tensor]:
-        """The average's tensors themselves, by the trained ones' names."""
+        """The tensors of the average, not copied, by the names of the trained ones."""
         return dict(self._average)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` gave.
+        """Copy in tensors that `state` returned.
 
         Raises:
-            ValueError: other names than those of what is trained.
+            ValueError: the names differ from those of the trained tensors.
         """
         if state.keys() != self._average.keys():
-            raise ValueError("no moving average of what is trained")
+            raise ValueError("not a moving average of these trainable parameters")
         for name, tensor in self._average.items():
             tensor.copy_(state[name])

@@ -1,6 +1,4 @@
-"""Which engine a run should take on several GPUs: copies of the model that sum gradients (DDP), shards (FSDP2), or
-DeepSpeed's stages (ZeRO).
-"""
+"""Advise an engine for several GPUs: DDP (whole copies of the model), FSDP2 (shards) or DeepSpeed's ZeRO stages."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,32 +15,32 @@ if TYPE_CHECKING:
 
 MOST_SOUGHT_GPUS = 64
 MOST_SOUGHT_MACHINES = 64
-"""Up to which the fewest that hold a run are looked for: GPUs of one machine, or machines like those of the options."""
+"""Upper limits of the search for the smallest sufficient number of GPUs of one machine, or of equal machines."""
 
 SHARED: tuple[Engine, ...] = ("fsdp2", "zero1", "zero2", "zero3")
-"""Engines with which processes share what copies hold several times, in the order in which they are advised: FSDP2
-needs no other package."""
+"""Engines that shard tensors over processes, in the order in which they are advised. FSDP2 comes first because it needs
+no other package."""
 
 
 @dataclass(frozen=True)
 class EngineAdvice:
-    """The engine with which a run fits: DDP, else the one of the options, else the first of `SHARED`."""
+    """The engine that a run should use: DDP if it fits, else the one in the options, else the first of `SHARED`."""
 
     engine: Engine | None
-    """None: the run fits with none."""
+    """None if the run fits with no engine."""
     text: str
     fewest_gpus: int | None
-    """The fewest GPUs, of all machines, whose shards fit; looked for only where the run does not fit."""
+    """The fewest GPUs, over all machines, with which FSDP2 shards fit; searched only if the run fits with no engine."""
     plans: Mapping[Engine, MemoryPlan]
-    """With each engine that the options allow."""
+    """The memory plan of each engine that the options allow."""
 
     @property
     def peaks(self) -> dict[Engine, int]:
-        """Bytes of the accelerator, or of RAM where there is none."""
-        return {engine: plan.peak(_place(plan)) for engine, plan in self.plans.items()}
+        """Peak bytes of the accelerator by engine, or of RAM without an accelerator."""
+        return {engine: plan.peak(_tier(plan)) for engine, plan in self.plans.items()}
 
     def summary(self) -> dict[str, Any]:
-        """For a JSON reader."""
+        """The advice as JSON values."""
         sent = {engine: _sent(plan) for engine, plan in self.plans.items()}
         none = dict.fromkeys(("ddp", *SHARED))
         return {
@@ -55,8 +53,8 @@ class EngineAdvice:
 
 
 def advise(budget: "Budget") -> EngineAdvice:
-    """Compare the engines for `budget.config.ranks` processes; the trained result is the same. Copies are taken where
-    they fit, unless the engine of the options fits too and sends less.
+    """Compare the engines for `budget.config.ranks` processes; all of them train the same result. DDP is advised if it
+    fits, unless the engine in the options fits too and communicates less.
     """
     config, ranks = budget.config, budget.config.ranks
     copies = _planned(budget, _with_engine(config, "ddp"))
@@ -65,29 +63,31 @@ def advise(budget: "Budget") -> EngineAdvice:
         plan = _allowed(budget, _with_engine(config, engine))
         if plan is not None:
             plans[engine] = plan
-    own = plans.get(budget.plan.engine, copies)
-    if _fits(copies) and not (_fits(own) and _sent(own) < _sent(copies)):
+    configured = plans.get(budget.plan.engine, copies)
+    if _fits(copies) and not (_fits(configured) and _sent(configured) < _sent(copies)):
         return EngineAdvice(copies.engine, _copies_fit(budget, copies), None, plans)
     for engine in (budget.plan.engine, *SHARED):
         if engine in plans and _fits(plans[engine]):
             option = "--fsdp_enable" if engine == "fsdp2" else f"--deepspeed_config={engine}"
-            name, place = "shards" if engine == "fsdp2" else ENGINES[engine], _place(copies)
-            use = f"whole copies take {_use(copies, place) if _fits(copies) else _lack(copies)}, "
-            use += f"{name} {_use(plans[engine], place)}"
-            return EngineAdvice(engine, f"Take {ENGINES[engine]} ({option}): {use}.", None, plans)
+            name, tier = "shards" if engine == "fsdp2" else ENGINES[engine], _tier(copies)
+            use = f"whole copies take {_use(copies, tier) if _fits(copies) else _lack(copies)}, "
+            use += f"{name} {_use(plans[engine], tier)}"
+            return EngineAdvice(engine, f"Use {ENGINES[engine]} ({option}): {use}.", None, plans)
     fewest = _fewest(budget)
     engines = "One process does not fit" if ranks == 1 else f"{ranks} processes fit with no engine"
     shards = plans.get("fsdp2")
-    told = [f"{engines}: whole copies take {_lack(copies)}{'' if shards is None else f', shards {_lack(shards)}'}."]
+    sentences = [
+        f"{engines}: whole copies take {_lack(copies)}{'' if shards is None else f', shards {_lack(shards)}'}."
+    ]
     if fewest is not None:
         noun = "processes" if budget.machine.accelerator is None else "such GPUs"
-        where = "" if config.num_machines == 1 else f" on {fewest // config.ranks_per_machine} machines"
-        told.append(f"With these options {fewest} {noun}{where} are the fewest that fit, with --fsdp_enable.")
-    return EngineAdvice(None, " ".join(told), fewest, plans)
+        machines = "" if config.num_machines == 1 else f" on {fewest // config.ranks_per_machine} machines"
+        sentences.append(f"These options fit on {fewest} {noun}{machines} or more, with --fsdp_enable.")
+    return EngineAdvice(None, " ".join(sentences), fewest, plans)
 
 
 def _with_engine(config: RunConfig, engine: Engine) -> RunConfig:
-    """`config` with `engine`: with the options' own settings of DeepSpeed where they have that stage."""
+    """`config` with `engine`. DeepSpeed settings in the options are kept if they are for the same stage."""
     if engine == f"zero{config.zero_stage}":
         return with_options(config, {"fsdp_enable": False})
     stage = engine if engine in ZERO_STAGES else None
@@ -95,7 +95,7 @@ def _with_engine(config: RunConfig, engine: Engine) -> RunConfig:
 
 
 def with_options(config: RunConfig, options: Mapping[str, object]) -> RunConfig:
-    """`config` with other values of options; the name of a stage of DeepSpeed stands for its settings."""
+    """`config` with other option values. For `deepspeed_config`, the name of a stage is converted to its settings."""
     stage = options.get("deepspeed_config")
     if isinstance(stage, str):
         options = {
@@ -106,58 +106,58 @@ def with_options(config: RunConfig, options: Mapping[str, object]) -> RunConfig:
 
 
 def _copies_fit(budget: "Budget", copies: MemoryPlan) -> str:
-    use, other = _use(copies, _place(copies)), budget.plan
-    if other.wire is None or copies.wire is None:
+    use, plan = _use(copies, _tier(copies)), budget.plan
+    if plan.wire is None or copies.wire is None:
         return f"One process holds the run: {use}."
     sent = f"and sends {format_size(copies.wire.total)} a step"
-    if other.engine == "ddp":
-        return f"Take DDP: each process holds the whole run, {use}, {sent}."
-    option = "--fsdp_enable" if other.engine == "fsdp2" else "--deepspeed_config"
-    sent = f"{sent}, with {ENGINES[other.engine]} {format_size(other.wire.total)}"
-    return f"Take DDP (without {option}): each process holds the whole run, {use}, {sent}."
+    if plan.engine == "ddp":
+        return f"Use DDP: each process holds the whole run, {use}, {sent}."
+    option = "--fsdp_enable" if plan.engine == "fsdp2" else "--deepspeed_config"
+    sent = f"{sent}, with {ENGINES[plan.engine]} {format_size(plan.wire.total)}"
+    return f"Use DDP (without {option}): each process holds the whole run, {use}, {sent}."
 
 
 def _fewest(budget: "Budget") -> int | None:
-    """The fewest processes, more than the budget's, whose shards fit; None where none do. On several machines there
-    are as many on each as the options say. With more processes each accelerator holds less, and all of a machine more
-    of its memory: where the former is enough the latter must be.
+    """The smallest number of processes, above the budget's, whose shards fit; None if none does. On several machines
+    each machine has as many processes as the options say. More processes take less memory of each accelerator but more
+    host memory, so binary search finds the first count that fits accelerators; that count must fit host memory too.
     """
     config = budget.config
-    one, most, low = 1, MOST_SOUGHT_GPUS, config.ranks
+    unit, limit, low = 1, MOST_SOUGHT_GPUS, config.ranks
     if config.num_machines > 1:
-        one, most, low = config.ranks_per_machine, MOST_SOUGHT_MACHINES, config.num_machines
+        unit, limit, low = config.ranks_per_machine, MOST_SOUGHT_MACHINES, config.num_machines
 
     def planned(count: int) -> MemoryPlan | None:
         machines = 1 if config.num_machines == 1 else count
-        options = {"num_processes": count * one, "num_machines": machines}
+        options = {"num_processes": count * unit, "num_machines": machines}
         return _allowed(budget, _with_engine(config, "fsdp2").model_copy(update=options))
 
     def is_enough(count: int) -> bool:
         plan = planned(count)
         if plan is None:
             return False
-        there = plan.machine.has(_place(plan))
-        return there is not None and plan.peak(_place(plan)) <= there
+        capacity = plan.machine.has(_tier(plan))
+        return capacity is not None and plan.peak(_tier(plan)) <= capacity
 
-    high = most  # `low` is too few; `high` is maybe enough
+    high = limit  # `low` is too small; `high` may be enough
     if low >= high or not is_enough(high):
         return None
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if is_enough(middle) else (middle, high)
     plan = planned(high)
-    return high * one if plan is not None and _fits(plan) else None
+    return high * unit if plan is not None and _fits(plan) else None
 
 
 def is_possible(config: RunConfig) -> bool:
-    """Whether the options go together. That DeepSpeed is not installed here, which is said of `deepspeed_config` alone,
-    forbids nothing: the plan may be for another machine.
+    """Whether the options are compatible. A finding about `deepspeed_config` alone is ignored: it says that DeepSpeed
+    is not installed here, but the plan may be for another machine.
     """
     return all(options == ("deepspeed_config",) for options, _ in findings(config, None))
 
 
 def _allowed(budget: "Budget", config: RunConfig) -> MemoryPlan | None:
-    """The plan; None where the other options forbid it."""
+    """The plan of `config`; None if its options are incompatible."""
     return _planned(budget, config) if is_possible(config) else None
 
 
@@ -173,12 +173,12 @@ def _sent(plan: MemoryPlan) -> int:
     return 0 if plan.wire is None else plan.wire.total
 
 
-def _place(plan: MemoryPlan) -> MemoryTier:
+def _tier(plan: MemoryPlan) -> MemoryTier:
     return "ram" if plan.machine.accelerator is None else "accelerator"
 
 
-def _use(plan: MemoryPlan, place: MemoryTier) -> str:
-    return f"{format_size(plan.peak(place))} of {format_size(plan.machine.has(place) or 0)} {NAMES[place]}"
+def _use(plan: MemoryPlan, tier: MemoryTier) -> str:
+    return f"{format_size(plan.peak(tier))} of {format_size(plan.machine.has(tier) or 0)} {NAMES[tier]}"
 
 
 def _lack(plan: MemoryPlan) -> str:

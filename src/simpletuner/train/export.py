@@ -1,4 +1,4 @@
-"""What a run ends with, made from its last checkpoint alone: no model is loaded for it."""
+"""Write a run's result files from its last checkpoint, without loading a model."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,18 +18,19 @@ from simpletuner.train.report import Reporter
 
 @dataclass(frozen=True)
 class Export:
-    """What was put into the run's directory."""
+    """The result files in a run directory."""
 
     products: Mapping[Path, Path | None]
-    """Each file, with the checkpoint's file that it must equal; None for one of the base model, or in BFL's layout."""
+    """Each result file, with the checkpoint file that it must equal; None for files of the base model or in another
+    format than the checkpoint's."""
     lines: tuple[str, ...]
-    """What to tell people about it."""
+    """Lines for the user."""
 
 
 def export_lora(
     config: RunConfig, run: RunDirectory, checkpoint: Path, _source: Callable[[], Source], _reporter: Reporter
 ) -> Export:
-    """Put the LoRA of `checkpoint`, and that of its average, where people look for them, in the wanted format."""
+    """Write the LoRA of `checkpoint`, and that of its moving average, into the run directory, in `lora_format`."""
     products: dict[Path, Path | None] = {}
     for name in ("", EMA_FOLDER) if config.use_ema else ("",):
         target, source = run.root / name / LORA_NAME, checkpoint / name / LORA_NAME
@@ -53,13 +54,13 @@ def export_lora(
 def export_full(
     config: RunConfig, run: RunDirectory, checkpoint: Path, find: Callable[[], Source], reporter: Reporter
 ) -> Export:
-    """Make a diffusers folder of the transformer in `checkpoint`, and a single file in BFL's layout, with which ComfyUI
-    starts; and the same of its average.
+    """Write the transformer of `checkpoint` as a diffusers folder and as a single file in BFL's layout, which ComfyUI
+    loads; and its moving average likewise.
     """
     source = find()
     products: dict[Path, Path | None] = {}
     lines = []
-    why = None
+    missing_reason = None
     for name in ("", EMA_FOLDER) if config.use_ema else ("",):
         folder, transformer = run.root / name, checkpoint / name / TRANSFORMER_FOLDER
         with file_errors_reported(folder, doing="make"):
@@ -67,7 +68,7 @@ def export_full(
         single, model = folder / TRANSFORMER_NAME, folder / MODEL_FOLDER
         save_single(transformer, single)
         products[single] = None
-        why = save_pipeline(model, transformer, source)
+        missing_reason = save_pipeline(model, transformer, source)
         for file in sorted(path for path in model.rglob("*") if path.is_file()):
             is_ours = file.parent.name == TRANSFORMER_FOLDER
             products[file] = transformer / file.name if is_ours else None
@@ -75,25 +76,26 @@ def export_full(
         size = format_size(single.stat().st_size)
         lines.append(f"{title}: {model}, and for ComfyUI {single} ({size}, in BFL's layout)")
     pipeline = "Flux2Pipeline" if source.flavour.text.kind == "mistral3" else "Flux2KleinPipeline"
-    if why is None:
-        outside = sorted({file.readlink() for file in run.model.rglob("*") if file.is_symlink()})
-        if outside:
+    if missing_reason is None:
+        outside_files = sorted({file.readlink() for file in run.model.rglob("*") if file.is_symlink()})
+        if outside_files:
             reporter.notice(
-                f"{run.model} links to {len(outside)} files on another disk, such as {outside[0]}: keep them."
+                f"{run.model} links to {len(outside_files)} files on another disk: keep them, {outside_files[0]} "
+                "for example."
             )
         return Export(products, (*lines, f"In diffusers: {pipeline}.from_pretrained({str(run.model)!r})"))
-    reporter.notice(f"{run.model} holds the transformer alone: {why}.")
+    reporter.notice(f"{run.model} contains only the transformer: {missing_reason}.")
     base = source.flavour.repo or source.name
     transformer_only = str(run.model / TRANSFORMER_FOLDER)
-    how = (
+    usage = (
         f"In diffusers: {pipeline}.from_pretrained({base!r}, "
         f"transformer=Flux2Transformer2DModel.from_pretrained({transformer_only!r}))"
     )
-    return Export(products, (*lines, how))
+    return Export(products, (*lines, usage))
 
 
 EXPORTS: dict[str, Callable[[RunConfig, RunDirectory, Path, Callable[[], Source], Reporter], Export]] = {
     "lora": export_lora,
     "full": export_full,
 }
-"""By `model_type`: makes what a run ends with of a checkpoint. The base model is looked for only if it is needed."""
+"""By `model_type`: writes the result files from a checkpoint. The base model is located only if it is needed."""

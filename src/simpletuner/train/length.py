@@ -1,4 +1,6 @@
-"""How long a run is and what is due when. Without torch, so that `simpletuner plan` counts as training does."""
+"""The number of steps of a run, and the steps at which saving and validation are due. Imports no torch, so that
+`simpletuner plan` uses it too.
+"""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from simpletuner.data.order import Order
 
 @dataclass(frozen=True)
 class Plan:
-    """How long the run is and what is due when."""
+    """The number of steps of a run, and what is due after each of them."""
 
     config: RunConfig
     steps: int
@@ -21,40 +23,41 @@ class Plan:
 
     @classmethod
     def of(cls, config: RunConfig, order: Order, batches_per_step: int) -> "Plan":
-        """`max_train_steps`, or else as many steps as `num_train_epochs` take, rounded up.
+        """The plan for `max_train_steps`, or for as many steps as `num_train_epochs` takes, rounded up.
 
         Raises:
-            ConfigError: in some of the steps no image set is active.
+            ConfigError: no image dataset is active in some of the steps.
         """
         steps = config.max_train_steps
         if steps is None and (end := order.end_of(config.num_train_epochs)) is not None:
             steps = max(1, math.ceil(end / batches_per_step))
         gaps = order.gaps(None if steps is None else steps * batches_per_step)
         ConfigError.raise_if(uncovered("step", gap, steps) for gap in gaps)
-        assert steps is not None  # epochs that have no end are a gap
+        assert steps is not None  # epochs without an end count as a gap
         return cls(config, steps, batches_per_step, order)
 
     @property
     def epochs(self) -> float:
-        """Epochs in the whole run; those that are cut short count as one."""
+        """Epochs in the whole run, the last one as a fraction."""
         end = self.steps * self.batches_per_step
-        epoch, place = self.order.place(end)
-        return float(epoch) if place == 0 else epoch + place / len(self.order.epoch(epoch))
+        epoch, position = self.order.place(end)
+        return float(epoch) if position == 0 else epoch + position / len(self.order.epoch(epoch))
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """Sets whose window lies outside of the run."""
+        """A message for each dataset whose window lies outside the run."""
         begun = [span for span in self.order.spans if span.start < self.steps * self.batches_per_step]
         active = {index for span in begun for index in span.active}
         first = begun[0].start // self.batches_per_step + 1 if begun else 1
         return tuple(
-            f"{manifest.image_set.id}: its window leaves out steps {first} to {self.steps}: the set is not trained."
+            f"{manifest.image_set.id}: its window contains none of the steps {first} to {self.steps}, so this dataset "
+            "is not trained."
             for index, manifest in enumerate(self.order.manifests)
             if begun and index not in active
         )
 
     def is_due(self, step: int, every_steps: int | None, every_epochs: int | None) -> bool:
-        """Whether something with these intervals happens after `step`. An epoch that ends inside a step counts."""
+        """Whether an action with these intervals is due after `step`. An epoch that ends within a step counts."""
         if every_steps and step % every_steps == 0:
             return True
         if not every_epochs:
@@ -75,7 +78,9 @@ class Plan:
         )
 
     def measures(self, step: int) -> bool:
-        """Held-out loss: on its own interval, or whenever pictures are due; always where a checkpoint is."""
-        own = self.config.eval_steps_interval
-        pictures = self.is_due(step, self.config.validation_step_interval, self.config.validation_epoch_interval)
-        return self.saves(step) or (pictures if own is None else step % own == 0)
+        """Whether the held-out loss is due after `step`: with every checkpoint, and at `eval_steps_interval`, or with
+        the validation images if that is not set.
+        """
+        interval = self.config.eval_steps_interval
+        images = self.is_due(step, self.config.validation_step_interval, self.config.validation_epoch_interval)
+        return self.saves(step) or (images if interval is None else step % interval == 0)

@@ -1,4 +1,4 @@
-"""Muon for the matrices it is made for, AdamW for the rest."""
+"""Muon for hidden matrices and AdamW for all other parameters, as one optimizer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,10 +7,10 @@ import torch
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """One optimizer of two: `torch.optim.Muon` on some parameter groups, `torch.optim.AdamW` on the others.
+    """`torch.optim.Muon` on some parameter groups and `torch.optim.AdamW` on the others, as one optimizer.
 
-    Muon whitens what a hidden matrix learns (https://kellerjordan.github.io/posts/muon); embedders, last layers and
-    vectors are no hidden matrices, and its authors give those to AdamW. State and groups of both are this one's.
+    Muon orthogonalizes the updates of hidden matrices (https://kellerjordan.github.io/posts/muon). Its authors use
+    AdamW for embedders, last layers and vectors. This optimizer exposes the state and groups of both.
     """
 
     def __init__(
@@ -20,7 +20,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         muon: Mapping[str, Any],
         adamw: Mapping[str, Any],
     ) -> None:
-        """Groups of each, and arguments of each."""
+        """`matrices` are Muon's groups and `others` AdamW's; `muon` and `adamw` are their arguments."""
         super().__init__([*matrices, *others], {})
         self._parts: tuple[torch.optim.Optimizer, ...] = (
             torch.optim.Muon(list(matrices), **muon),
@@ -32,6 +32,6 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002  torch's signature
-        """One step of both on the gradients that are there."""
+        """Step both optimizers on the current gradients."""
         for part in self._parts:
             part.step()

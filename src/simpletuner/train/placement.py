@@ -1,4 +1,4 @@
-"""Where weights are while they are not used: on the accelerator, or off it, as the options of offloading say."""
+"""Place weights between their uses: on the accelerator, or in host memory or on disk, per the offload options."""
 
 from collections.abc import Callable
 from functools import cache
@@ -24,13 +24,14 @@ from simpletuner.memory.free import release_memory
 def stream_blocks(
     transformer: Flux2Transformer, options: OffloadOptions, device: torch.device
 ) -> offload.Streaming | None:
-    """Stream the frozen weights of the transformer's blocks to `device`, and move all else there, if asked to: resident
-    blocks too, which stay the plain modules they are. Adapters are attached by now, and nothing has recomputed blocks
-    yet. An `auto` that no memory plan has settled is no resident block.
+    """Stream the frozen weights of the transformer's blocks to `device`, and move everything else there, if
+    `enable_group_offload` is set. Resident blocks move too and stay plain modules. Call it after adapters are attached
+    and before activation checkpointing is installed. `group_offload_resident_blocks` auto, not yet settled by a memory
+    plan, counts as 0. Returns None if streaming is off.
 
     Raises:
         DiskError: no space in `group_offload_to_disk_path`.
-        MemoryBudgetError: the memory for the blocks cannot be locked.
+        MemoryBudgetError: the blocks' host memory cannot be pinned.
     """
     if not options.enable_group_offload:
         return None
@@ -51,26 +52,28 @@ def stream_blocks(
 
 
 def residency_text(options: OffloadOptions, spec: TransformerSpec) -> str:
-    """How many blocks stay on the accelerator, to be appended to what is streamed; empty where none does."""
+    """The number of blocks that stay on the accelerator, as a suffix for the streaming message; empty if there are
+    none.
+    """
     count = options.resident_blocks or 0
-    told = f"; {min(count, spec.blocks)} of {spec.blocks} blocks stay resident" if count else ""
-    return f"{told}, fewer than group_offload_resident_blocks = {count}" if count > spec.blocks else told
+    text = f"; {min(count, spec.blocks)} of {spec.blocks} blocks stay resident" if count else ""
+    return f"{text}, fewer than group_offload_resident_blocks = {count}" if count > spec.blocks else text
 
 
 def open_decoder(
     model: ModelOptions, options: OffloadOptions, source: Source, device: torch.device
 ) -> Callable[[], Decode]:
-    """What gives the autoencoder's decoder when a picture is due. It stays where it is after the first; with
-    `offload_during_startup` it comes for each picture, once its latents are there, and is let go behind it.
+    """Return a function that returns the VAE decoder. By default the first call loads it and it stays loaded. With
+    `offload_during_startup` each decoding loads it and frees it afterwards.
     """
 
     @cache
-    def kept() -> Autoencoder:
+    def loaded() -> Autoencoder:
         return open_autoencoder(model, options, source, device, "decode")
 
-    def once(latents: Float[Tensor, "b 128 h w"]) -> Float[Tensor, "b 3 H W"]:
+    def decode_and_free(latents: Float[Tensor, "b 128 h w"]) -> Float[Tensor, "b 3 H W"]:
         pixels = open_autoencoder(model, options, source, device, "decode").decode(latents)
         release_memory(device)
         return pixels
 
-    return (lambda: once) if options.offload_during_startup else (lambda: kept().decode)
+    return (lambda: decode_and_free) if options.offload_during_startup else (lambda: loaded().decode)

@@ -116,7 +116,8 @@ class LoraProduct:
         if sharding is not None:
             shard_bytes = held_bytes(transformer.parameters())
             reporter.say(
-                f"Sharded: each of {world.size} processes holds {format_size(shard_bytes)} of {format_size(base_bytes)}."
+                f"Sharded: each of {world.size} processes holds {format_size(shard_bytes)} of "
+                f"{format_size(base_bytes)}."
             )
         transformer.requires_grad_(False)
         if config.init_lora is None:
@@ -196,8 +197,8 @@ class FullProduct:
 
     @classmethod
     def load(cls, config: RunConfig, source: Source, world: World, _reporter: Reporter) -> "FullProduct":
-        """Load the transformer with all weights trainable: in fp32, in bf16 with fp32 masters, or in bf16 alone; sharded
-        if configured.
+        """Load the transformer with all weights trainable: in fp32, in bf16 with fp32 masters, or in bf16 alone. It is
+        sharded if configured.
         """
         computes_in = DTYPES[config.base_dtype]
         has_masters = config.has_masters and not (config.zero_stage and world.size > 1)  # DeepSpeed makes its own
@@ -252,8 +253,8 @@ class FullProduct:
         if self.trained.shards is not None:
             ranks, shard_bytes = self.trained.shards.world.size, sum(rows.nbytes for rows in self.trained.parameters())
             reporter.say(
-                f"Sharded: each of {ranks} processes holds {format_size(shard_bytes)} of the weights, and the same share of "
-                "gradients and optimizer state."
+                f"Sharded: each of {ranks} processes holds {format_size(shard_bytes)} of the weights, and the same "
+                "share of gradients and optimizer state."
             )
         for kind in audit["kinds"]:
             reporter.detail(f"  {kind['tensors']} × {kind['name']}: {kind['parameters']:,} parameters")

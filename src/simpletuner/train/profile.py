@@ -1,4 +1,4 @@
-"""A trace of some of a run's steps, for whoever wants to know where their time goes."""
+"""Record a torch profiler trace of some of a run's steps."""
 
 import os
 from pathlib import Path
@@ -12,18 +12,18 @@ from simpletuner.base.sizes import format_size
 from simpletuner.train.report import Reporter
 
 LARGE_TRACE_BYTES = 16 * 1024**2
-"""Above this a trace is slow to open in a browser, and a notice says so."""
+"""Above this size a trace opens slowly in a browser, and the user gets a notice."""
 TABLE_ROWS = 30
 
 
 class StepProfiler:
     """Writes `steps-A-B.json.gz`, a trace for Perfetto or chrome://tracing, and `steps-A-B.txt`, a table of the
-    operations that take most time, for the steps from A to B of a run. Without steps it does nothing.
+    operations that take most time, for steps A to B of a run. Does nothing if `steps` is empty.
 
-    The trace has names and times; neither stacks nor shapes, which would multiply its size. All that happens between
-    the start of A and the end of B is in it, validation and checkpoints too.
+    The trace has names and times, but no stacks or shapes, which would multiply its size. It covers everything between
+    the start of A and the end of B, validation and checkpoints included.
 
-    It is a context manager: a profile that is still being recorded at the end is dropped, and no file is left of it.
+    As a context manager it discards a profile that is still recording on exit, without writing a file.
     """
 
     def __init__(self, folder: Path, steps: range, device: torch.device, reporter: Reporter) -> None:
@@ -45,7 +45,7 @@ class StepProfiler:
             self._profile = None
 
     def begin(self, step: int) -> None:
-        """Call before `step`. A run that is resumed within the steps records the rest of them."""
+        """Call before `step`. A run that resumes within `steps` records the remaining ones."""
         if self._profile is None and step in self._steps:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._is_cuda else [])]
             self._first = step
@@ -78,6 +78,6 @@ class StepProfiler:
         table = recorded.key_averages().table(sort_by=order, row_limit=TABLE_ROWS, max_name_column_width=60)
         write_atomic(trace.with_name(f"{name}.txt"), table.encode())
         size = trace.stat().st_size
-        self._reporter.say(f"Profile: {trace} ({format_size(size)}), and its table in {name}.txt")
+        self._reporter.say(f"Profile: {trace} ({format_size(size)}), with a table in {name}.txt")
         if size > LARGE_TRACE_BYTES:
-            self._reporter.notice(f"{trace} is large; with fewer profile_steps it opens more quickly.")
+            self._reporter.notice(f"{trace} is large; fewer profile_steps make a trace that opens faster.")

@@ -39,7 +39,7 @@ class TrainState(BaseModel):
     scaler: dict[str, float] = Field(default_factory=dict)
     """The fp16 loss scaler's state; empty without fp16."""
     optimizer: dict[str, Any] = Field(default_factory=dict, validation_alias=AliasChoices("optimizer", "optimiser"))
-    """Optimizer state that is not a tensor, as `optimizer_state.pack` returns it. Older checkpoints name it `optimiser`.
+    """Optimizer state other than tensors, as `optimizer_state.pack` returns it. Older checkpoints name it `optimiser`.
     """
 
 

@@ -1,4 +1,4 @@
-"""How fast a step was: images, FLOP and the share of what the device could do, from shapes and seconds."""
+"""Throughput of a step: images/s, FLOP/s and utilization of the device, from shapes and seconds."""
 
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -18,7 +18,7 @@ from simpletuner.train.rollout import Rollout
 
 
 def data_sheet_rate(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s that the data sheet of `device` states; None on a CPU and where no figure is known."""
+    """Dense bf16 FLOP/s in the data sheet of `device`; None for a CPU or an unknown device."""
     return DENSE_BF16_FLOP_PER_S.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
@@ -33,16 +33,16 @@ class Throughput:
     mfu: float | None
     """Model FLOP utilization, 0 to 1; None without a data-sheet rate."""
     hfu: float | None
-    """Hardware FLOP utilization."""
+    """Hardware FLOP utilization, which counts recomputed work too; None without a data-sheet rate."""
 
 
 class FlopMeter:
-    """Counts what a run's steps compute. Reads shapes only: no tensor's values, nothing from a device.
+    """Counts the FLOP of a run's steps. Reads shapes only: no tensor values, so it never waits for a device.
 
     Args:
-        transformer: with its adapters attached.
-        rate: FLOP/s that utilization is measured against; None where unknown.
-        is_compiled: whether the blocks are.
+        transformer: the transformer with its adapters attached.
+        rate: FLOP/s that utilization refers to; None if unknown.
+        is_compiled: whether the blocks are compiled.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class FlopMeter:
         self._rate = rate
 
     def flop(self, whole: GlobalBatch) -> PassFlop:
-        """FLOP of this process's part of `whole`. Passes without gradients, of a rollout or for the base model's
-        predictions, are counted: the method needs their results, so they are work and no recompute.
+        """FLOP of this process's micro-batches of `whole`. Passes without gradients, for rollouts or the base model's
+        predictions, count as model FLOP, not as recompute: the method needs their results.
         """
         total = PassFlop(0, 0)
         for batch in whole.batches:
@@ -88,7 +88,7 @@ class FlopMeter:
                 image=height * width,
                 references=0 if condition.references is None else condition.references.tokens.shape[1],
             )
-            # Masks may force more tokens than a route keeps.
+            # Masks may force TREAD to keep more tokens than the route's ratio.
             routes = tuple(Route(each.start, each.end, each.kept.shape[1] / passing.image) for each in batch.choices)
             routed = replace(passing, routes=routes)
             trained, predicted = (1, 0) if self._preservation is None else self._preservation.passes(batch)
@@ -101,7 +101,7 @@ class FlopMeter:
         return total
 
     def throughput(self, whole: GlobalBatch, seconds: float) -> Throughput:
-        """The rates of a step on `whole` that took `seconds`."""
+        """The throughput of a step on `whole` that took `seconds`."""
         flop = self.flop(whole)
         return Throughput(
             images_per_s=whole.size / seconds,

@@ -1,6 +1,6 @@
-"""Where on the path a run trains: the density of sigma that its options describe, shift and resolution included.
+"""The density of sigma that a run trains with, per its options, shift and resolution included.
 
-Without torch, so that `simpletuner plan` draws from the very function that training draws from.
+Imports no torch, so that `simpletuner plan` uses the same function as training.
 """
 
 import math
@@ -24,13 +24,13 @@ class Timesteps:
 
     density: Density
     shift: float | None
-    """None takes it from the sample's size."""
+    """None derives the shift from the sample's size."""
     offset_scale: float = 0.0
-    """How far an offset of the normal draw moves logit(sigma); 0 where the density has no such draw."""
+    """Change of logit(sigma) per unit of offset of the normal draw; 0 for densities without a normal draw."""
 
     @classmethod
     def of(cls, options: ScheduleOptions) -> "Timesteps":
-        """The density that the options describe. Listed timesteps stand for themselves: nothing shifts them."""
+        """The density that the options describe. Listed timesteps are never shifted."""
         if options.flow_custom_timesteps is not None:
             return cls(listed_density([timestep / TIMESTEPS for timestep in options.flow_custom_timesteps]), 1.0)
         scale = 0.0
@@ -44,7 +44,7 @@ class Timesteps:
         return cls(density, None if options.flow_schedule_auto_shift else options.flow_schedule_shift, scale)
 
     def shift_of(self, tokens: int, offset: float = 0.0) -> float:
-        """The shift of a sample of `tokens` image tokens, in a set whose normal draws are offset.
+        """The shift for a sample of `tokens` image tokens, in a dataset whose normal draws are shifted by `offset`.
 
         sigmoid(scale·(z + offset)) is sigmoid(scale·z) shifted by exp(scale·offset), and shifts multiply.
         """
@@ -52,5 +52,5 @@ class Timesteps:
         return shift * math.exp(self.offset_scale * offset)
 
     def sigma(self, u: float, tokens: int, offset: float = 0.0) -> float:
-        """The sigma that `u`, even in (0, 1), stands for: the quantile function of the shifted density."""
+        """The sigma at quantile `u`, in (0, 1), of the shifted density."""
         return shifted(self.density(u), self.shift_of(tokens, offset))

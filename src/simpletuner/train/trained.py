@@ -25,8 +25,8 @@ class Trainable(Protocol):
 
     @property
     def shards(self) -> Shards | None:
-        """The sharding of the parameters; None where each rank holds all of them. If sharded, `named_parameters`, `state`
-        and `load` use this rank's shards, and FSDP2 or DeepSpeed sums gradients over the ranks.
+        """The sharding of the parameters; None where each rank holds all of them. If sharded, `named_parameters`,
+        `state` and `load` use this rank's shards, and FSDP2 or DeepSpeed sums gradients over the ranks.
         """
 
     @property
